@@ -149,7 +149,7 @@ BACKOFF_MOST = 30.0
 BACKOFF_RESET = 5.0  # seconds a connection has to last for the back-off to begin anew
 
 PAINTS_A_SECOND = 30  # of the terminal: more cannot be seen
-BENCH_QUIET_SECONDS = 0.5
+BENCH_QUIET_SECONDS = 0.3  # without news: everybody has joined
 ESCAPE_SECONDS = 0.04  # a lone ESC is a key, not the beginning of one, after this
 TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
 
@@ -748,13 +748,14 @@ class Turn:
     those addressed in several ways get the same lines one by one, in the log's order.
     """
 
-    __slots__ = ("apart", "changed", "events", "moved")
+    __slots__ = ("apart", "changed", "events", "left", "moved")
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.apart: set[Session] = set()
         self.moved: set[User] = set()  # came to or left an audience in this turn
         self.changed: set[Channel] = set()  # where they did
+        self.left: dict[Session, User] = {}  # ended; still hear what came before that
 
     def move(self, user: User, channel: Channel) -> None:
         self.moved.add(user)
@@ -797,11 +798,12 @@ class Turn:
 
     def cut(self, session: Session, groups: list[Group]) -> bytes:
         """One session's own selection of the log, in the log's order."""
+        user = session.user or self.left.get(session)
         numbered: list[tuple[int, bytes]] = []
         for group in groups:
             pairs = zip(group.events, group.lines(session.wire), strict=True)
-            if session.user in self.moved:
-                pairs = (p for p in pairs if group.audience.visible(session.user, p[0].id))
+            if user in self.moved:
+                pairs = (p for p in pairs if group.audience.visible(user, p[0].id))
             numbered += [
                 (event.id, line if event.origin is not session else session.wire.own(event))
                 for event, line in pairs
@@ -823,6 +825,8 @@ class Turn:
             session.replies = []
         for channel in self.changed:
             channel.former.clear()
+        for session, user in self.left.items():
+            user.sessions.remove(session)
 
 
 class Hub:
@@ -886,13 +890,13 @@ class Hub:
     def leave(self, session: Session) -> None:
         """One session ends; its user is gone with the last one."""
         user = session.user
-        if user.sessions == [session]:
+        self.turn.left[session] = user
+        if all(other in self.turn.left for other in user.sessions):
             self.emit(QUIT, session, neighbours(user))
             for channel in list(user.channels):
                 self._remove(user, channel)
             del self.users[user.key]
             self.last_time = max(self.last_time, user.last_time)
-        user.sessions.remove(session)
         session.user = None
 
     def join(self, session: Session, name: str) -> Channel:
@@ -1399,8 +1403,9 @@ def line_help(session: LineSession, verb: str = "") -> None:
     wanted = verb.removeprefix("/").lower()
     if wanted and wanted not in line_command:
         raise Refused("UNKNOWN_COMMAND", f"there is no /{wanted}; /help lists what there is")
-    columns = max(len(command.syntax) for command in line_command.values())
-    for command in [line_command[wanted]] if wanted else line_command.values():
+    commands = [line_command[wanted]] if wanted else list(line_command.values())
+    columns = max(len(command.syntax) for command in commands)
+    for command in commands:
         session.tell(f"{command.syntax:{columns}}  {command.summary}")
 
 
@@ -1668,7 +1673,7 @@ class ClientCore:
                 self.output.append(f"/join {LOBBY}")
             if self.tidy:
                 self.page = []
-                self.output += [f"/names {LOBBY}", f"/history {LOBBY} {HISTORY_LINES}"]
+                self.output += [f"/history {LOBBY} {HISTORY_LINES}", f"/names {LOBBY}"]
         for room in self.rooms.values():
             room.clear()
         self.output += self.waiting
@@ -1895,103 +1900,6 @@ def reason_of(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-class Loop:
-    """A selector, timers, and what other threads hand in."""
-
-    def __init__(self) -> None:
-        # epoll refuses regular files and /dev/null, which may be a client's input;
-        # WatchedInput deals with those.
-        self.selector = selectors.DefaultSelector()
-        self.now = time.monotonic()  # of this turn
-        self.timers: list[Timer] = []
-        self.soon: collections.deque[Callable] = collections.deque()
-        self.dirty: set[Connection] = set()  # have something to write or to finish
-        self.graves: list[socket.socket] = []
-        self.running = False
-        self.turn_begins: Callable = do_nothing
-        self.turn_ends: Callable = do_nothing
-        self.linger = Delay(self, LINGER_SECONDS, lambda conn: conn.drop("did not hang up"))
-        self.woken, self.waker = socket.socketpair()
-        self.woken.setblocking(False)
-        self.waker.setblocking(False)
-        self.selector.register(self.woken, READ, self)
-
-    def run(self) -> None:
-        self.running = True
-        while self.running:
-            self.run_once()
-
-    def stop(self) -> None:
-        self.running = False
-
-    def run_once(self, longest: float | None = None) -> None:
-        """One turn; waits at most `longest` seconds for something to happen."""
-        ready = self.selector.select(self._timeout(longest))
-        self.now = time.monotonic()
-        self.turn_begins()
-        for key, mask in ready:
-            self._guarded(key.data.ready, mask)
-        self._run_due()
-        self._guarded(self.turn_ends)
-        dirty, self.dirty = self.dirty, set()
-        for conn in dirty:
-            self._guarded(conn.flush)
-        while self.graves:
-            self.graves.pop().close()
-
-    def _guarded(self, callback: Callable, *args: Any) -> None:
-        """The one catch: a bug costs the connection it happened on, and is logged."""
-        try:
-            callback(*args)
-        except Exception:
-            log.exception("a bug, please report it")
-            owner = getattr(callback, "__self__", None)
-            if isinstance(owner, Connection):
-                owner.drop("internal error")
-
-    def _timeout(self, longest: float | None) -> float | None:
-        while self.timers and self.timers[0].callback is None:
-            heapq.heappop(self.timers)
-        if self.soon or self.dirty:
-            return 0
-        if not self.timers:
-            return longest
-        wait = max(0.0, self.timers[0].when - time.monotonic())
-        return wait if longest is None else min(wait, longest)
-
-    def _run_due(self) -> None:
-        while self.timers and self.timers[0].when <= self.now:
-            timer = heapq.heappop(self.timers)
-            if timer.callback:
-                self._guarded(timer.callback)
-        for _ in range(len(self.soon)):  # what they add is for the next turn
-            self._guarded(self.soon.popleft())
-
-    def call_later(self, seconds: float, callback: Callable[[], Any]) -> Timer:
-        timer = Timer(time.monotonic() + seconds, callback)
-        heapq.heappush(self.timers, timer)
-        return timer
-
-    def call_soon(self, callback: Callable[[], Any]) -> None:
-        self.soon.append(callback)
-
-    def call_soon_threadsafe(self, callback: Callable[[], Any]) -> None:
-        """The same from another thread or a signal handler: wakes the selector."""
-        self.soon.append(callback)
-        with contextlib.suppress(BlockingIOError):  # full of wake-ups already: it will wake
-            self.waker.send(b"\0")
-
-    def ready(self, mask: int) -> None:
-        """Somebody has woken us, which is all there is to it."""
-        with contextlib.suppress(BlockingIOError):
-            self.woken.recv(READ_BYTES)
-
-    def close(self) -> None:
-        self.selector.close()
-        self.woken.close()
-        self.waker.close()
-
-
 class Connection:
     """A socket and its buffers. Knows nothing of chat; a subclass says what to do with
 
@@ -2055,9 +1963,7 @@ class Connection:
             return
         except OSError as error:
             return self._bury(reason_of(error))
-        if not data and self.state == LINGERING:
-            self._bury(HUNG_UP)
-        elif not data:
+        if not data:
             self._end()
         elif self.state == OPEN or self.hears_out:
             self.arrived(data)
@@ -2081,7 +1987,9 @@ class Connection:
 
     def _end(self) -> None:
         """The other side will send no more."""
-        if not self.eof:
+        if self.state == LINGERING:
+            self._bury(HUNG_UP)
+        elif not self.eof:
             self.eof = True
             if self.state == OPEN:
                 self.ended()
@@ -2181,13 +2089,17 @@ class Connection:
     def _hang_up(self) -> None:
         """Everything is sent. Closing at once would answer what the other side may still
         send with a reset, and that would destroy our last words on their way."""
+        try:
+            if self.tls is not None and self.tls.ready:
+                self.tls.finish()
+                self.sock.send(self.tls.take())
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            return self._bury(reason_of(error))
         if self.eof:
             return self._bury(HUNG_UP)
-        if self.tls is not None and self.tls.ready:
-            self.tls.finish()
-            self.sock.send(self.tls.take())
-        self.sock.shutdown(socket.SHUT_WR)
         self.state = LINGERING
+        return None
 
     def drop(self, reason: str) -> None:
         """Close now, whatever is queued."""
@@ -2205,6 +2117,103 @@ class Connection:
         self.loop.dirty.discard(self)
         self.loop.graves.append(self.sock)
         self.lost(reason)
+
+
+class Loop:
+    """A selector, timers, and what other threads hand in."""
+
+    def __init__(self) -> None:
+        # epoll refuses regular files and /dev/null, which may be a client's input;
+        # WatchedInput deals with those.
+        self.selector = selectors.DefaultSelector()
+        self.now = time.monotonic()  # of this turn
+        self.timers: list[Timer] = []
+        self.soon: collections.deque[Callable] = collections.deque()
+        self.dirty: set[Connection] = set()  # have something to write or to finish
+        self.graves: list[socket.socket] = []
+        self.running = False
+        self.turn_begins: Callable = do_nothing
+        self.turn_ends: Callable = do_nothing
+        self.linger = Delay(self, LINGER_SECONDS, lambda conn: conn.drop("did not hang up"))
+        self.woken, self.waker = socket.socketpair()
+        self.woken.setblocking(False)
+        self.waker.setblocking(False)
+        self.selector.register(self.woken, READ, self)
+
+    def run(self) -> None:
+        self.running = True
+        while self.running:
+            self.run_once()
+
+    def stop(self) -> None:
+        self.running = False
+
+    def run_once(self, longest: float | None = None) -> None:
+        """One turn; waits at most `longest` seconds for something to happen."""
+        ready = self.selector.select(self._timeout(longest))
+        self.now = time.monotonic()
+        self.turn_begins()
+        for key, mask in ready:
+            self._guarded(key.data.ready, mask)
+        self._run_due()
+        self._guarded(self.turn_ends)
+        dirty, self.dirty = self.dirty, set()
+        for conn in dirty:
+            self._guarded(conn.flush)
+        while self.graves:
+            self.graves.pop().close()
+
+    def _guarded(self, callback: Callable, *args: Any) -> None:
+        """The one catch: a bug costs the connection it happened on, and is logged."""
+        try:
+            callback(*args)
+        except Exception:
+            log.exception("a bug, please report it")
+            owner = getattr(callback, "__self__", None)
+            if isinstance(owner, Connection):
+                owner.drop("internal error")
+
+    def _timeout(self, longest: float | None) -> float | None:
+        while self.timers and self.timers[0].callback is None:
+            heapq.heappop(self.timers)
+        if self.soon or self.dirty:
+            return 0
+        if not self.timers:
+            return longest
+        wait = max(0.0, self.timers[0].when - time.monotonic())
+        return wait if longest is None else min(wait, longest)
+
+    def _run_due(self) -> None:
+        while self.timers and self.timers[0].when <= self.now:
+            timer = heapq.heappop(self.timers)
+            if timer.callback:
+                self._guarded(timer.callback)
+        for _ in range(len(self.soon)):  # what they add is for the next turn
+            self._guarded(self.soon.popleft())
+
+    def call_later(self, seconds: float, callback: Callable[[], Any]) -> Timer:
+        timer = Timer(time.monotonic() + seconds, callback)
+        heapq.heappush(self.timers, timer)
+        return timer
+
+    def call_soon(self, callback: Callable[[], Any]) -> None:
+        self.soon.append(callback)
+
+    def call_soon_threadsafe(self, callback: Callable[[], Any]) -> None:
+        """The same from another thread or a signal handler: wakes the selector."""
+        self.soon.append(callback)
+        with contextlib.suppress(BlockingIOError):  # full of wake-ups already: it will wake
+            self.waker.send(b"\0")
+
+    def ready(self, mask: int) -> None:
+        """Somebody has woken us, which is all there is to it."""
+        with contextlib.suppress(BlockingIOError):
+            self.woken.recv(READ_BYTES)
+
+    def close(self) -> None:
+        self.selector.close()
+        self.woken.close()
+        self.waker.close()
 
 
 class Helpers:
@@ -2239,9 +2248,14 @@ class Helpers:
             if jobs:
                 self.waiting[owner] = jobs  # behind the others
 
+    def close(self) -> None:
+        """The threads end once they have nothing more to do."""
+        for _ in range(HELPER_THREADS):
+            self.jobs.put(None)
+
     def _work(self) -> None:
-        while True:
-            job, then = self.jobs.get()
+        while work := self.jobs.get():
+            job, then = work
             try:
                 result = job()
             except Exception as error:
@@ -2423,10 +2437,11 @@ class Listener:
             self.server.admit(sock, host.removeprefix("::ffff:"), port)
 
     def _back_off(self, error: OSError) -> None:
-        """No descriptors, or no memory: asking again at once would spin. Who waits in the
-        backlog is told so, one at a time, on the descriptor we have spare for that."""
+        """No descriptors, or no memory. Who waits is told so on the descriptor we have
+        spare for that; where even this is not possible, asking again at once would spin."""
         log.warning("cannot accept: %s; raise the limit (ulimit -n)", reason_of(error))
-        self.server.turn_away_on_spare(self.sock)
+        if self.server.turn_away_on_spare(self.sock):
+            return
         self.server.loop.selector.unregister(self.sock)
         self.server.loop.call_later(ACCEPT_BACKOFF, self._come_back)
 
@@ -2517,13 +2532,18 @@ class Server:
             sock.send(f"* {text}; try again later\n".encode())
         sock.close()
 
-    def turn_away_on_spare(self, listening: socket.socket) -> None:
+    def turn_away_on_spare(self, listening: socket.socket) -> bool:
+        """Tell everybody in the backlog that there is no room; whether that went well."""
         os.close(self.spare)
-        with contextlib.suppress(OSError):
-            sock, (host, *_) = listening.accept()
-            self.turn_away(sock, host, "this server has no file descriptors left (ulimit -n)")
-        with contextlib.suppress(OSError):
+        try:
+            for _ in range(ACCEPTS_A_TURN):
+                sock, (host, *_) = listening.accept()
+                self.turn_away(sock, host, "this server has no file descriptors left (ulimit -n)")
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+        finally:
             self.spare = os.open(os.devnull, os.O_RDONLY)
+        return True
 
     def greet(self, peer: Peer) -> None:
         peer.greeted = True
@@ -2705,6 +2725,7 @@ class Server:
         """After the loop has ended: what is left goes to the store."""
         if self.hub.turn.events:
             self.store.commit(self.hub.turn.events, self.loop.now)
+        self.helpers.close()
         self.store.close()
         os.close(self.spare)
 
@@ -2741,7 +2762,7 @@ def parse_target(text: str, plain: bool = False) -> Target:
         raise Unusable(f"{text} is not a server's address; write HOST:PORT or chat://HOST:PORT")
     number = int(port) if port else DEFAULT_PORT
     tls, host = scheme == "chats", (host or DEFAULT_HOST).strip("[]")
-    return Target(host, number, tls, plain or scheme is not None)
+    return Target(host, number, tls, plain or scheme == "chat")
 
 
 class Trust(NamedTuple):
@@ -2880,7 +2901,7 @@ class Link:
         self.timer: Timer | None = None  # the one wait that is going on
         self.leaving = False
         self.drained: Callable = do_nothing
-        core.kind = PLAIN if target.plain and not target.tls else self.known.kind(target)
+        core.kind = PLAIN if target.plain else self.known.kind(target)
 
     def start(self) -> None:
         self.status(f"connecting to {self.target}")
@@ -2905,10 +2926,10 @@ class Link:
     def leave(self) -> None:
         """Say what is left to be said, hear the server out, and end."""
         self.leaving = True
-        if self.conn is None:
-            self._end("")
-        elif self.core.ready:
+        if self.conn and self.core.ready:
             self.conn.close()
+        elif self.conn is None and self.retry:
+            self._end("")  # a person need not wait for a server that is not there
 
     def flush(self) -> None:
         if self.conn and (data := self.core.take_output()):
@@ -2924,8 +2945,6 @@ class Link:
         self._try_next("no address")
 
     def _try_next(self, reason: str) -> None:
-        if self.leaving:
-            return
         if not self.addresses:
             return self.lost(reason)
         Connecting(self.loop, *self.addresses.pop(0), self._tried)
@@ -2933,8 +2952,6 @@ class Link:
     def _tried(self, sock: socket.socket | None, reason: str) -> None:
         if sock is None:
             return self._try_next(reason)
-        if self.leaving:
-            return sock.close()
         self.conn = ServerConnection(self, sock)
         if self.target.tls:
             try:
@@ -3395,7 +3412,7 @@ class Painter:
 
     def above(self, lines: Iterable[str]) -> str:
         """Lines that take the place of the row, which is to be drawn again below them."""
-        return "\r\x1b[K" + "".join(f"{line}\r\n" for line in lines)
+        return "\r\x1b[K" + "".join(f"{line}\n" for line in lines)
 
 
 class Palette:

@@ -1,0 +1,2574 @@
+"""Tests of chat.py and gui_client.py: bytes in, bytes out, most of them without a socket.
+
+In memory, a House is a server without a network: sessions are joined back to back, a turn
+ends when the test says so, and the clock is a number. The tests on real sockets wait for
+replies and never for time to pass. Seeded tests print their seed when they fail.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections
+import contextlib
+import errno
+import functools
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import socket
+import sqlite3
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import chat
+
+HERE = pathlib.Path(__file__).parent
+SEED = int(os.environ.get("CHAT_SEED", "20261122"))
+PATIENCE = 10.0  # seconds until a test on real sockets gives up
+
+
+@pytest.fixture
+def seeded(request):
+    """A random generator whose seed is printed when the test fails."""
+    print(f"CHAT_SEED={SEED}")
+    return random.Random(f"{SEED} {request.node.name}")
+
+
+# ======================================================================================
+# A HOUSE: sessions joined back to back, without sockets
+# ======================================================================================
+
+
+class FakeConn:
+    """What a session knows of its connection, remembering what it was told."""
+
+    def __init__(self, address):
+        self.address = address
+        self.out = b""
+        self.closed = self.held = False
+
+    def named(self):
+        pass
+
+    def hold(self):
+        self.held = True
+
+    def release(self):
+        self.held = False
+
+    def close(self):
+        self.closed = True
+
+
+class House:
+    """A server without a network. What was sent is seen after turn()."""
+
+    def __init__(self, password=None, store=None):
+        self.now = 1_000_000.0
+        self.store = store or chat.Store(None)
+        self.hub = chat.Hub(self.store.last_id, self.store.last_time)
+        self.site = chat.Site(self.hub, self.store, self.later, password)
+        self.jobs = []
+        self.guests = {}
+        self.hub.begin(self.now)
+
+    def later(self, session, job, then):
+        self.jobs.append((job, then))
+
+    def connect(self, label, greeted=False):
+        address = f"127.0.0.1:{50000 + len(self.guests)}"
+        self.guests[label] = chat.LineSession(self.site, FakeConn(address), greeted)
+        return self.guests[label]
+
+    def enter(self, *names):
+        """People come in, each in a turn of their own, and nobody has heard anything yet."""
+        for name in names:
+            self.connect(name).receive(name.encode())
+            self.turn()
+        for session in self.guests.values():
+            session.conn.out = b""
+
+    def say(self, label, *lines):
+        for line in lines:
+            self.guests[label].receive(line if isinstance(line, bytes) else line.encode())
+
+    def turn(self):
+        """The commit and the write beat, and what helpers were asked for."""
+        assert self.store.commit(self.hub.turn.events, self.now) == chat.KEPT
+        seen = set()
+        for data, sessions in self.hub.turn.deliveries():
+            for session in sessions:
+                assert session not in seen, "a session was written to twice in a turn"
+                seen.add(session)
+                session.conn.out += data
+        self.hub.end()
+        self.now += 1.0
+        self.hub.begin(self.now)
+        if self.jobs:
+            jobs, self.jobs = self.jobs, []
+            for job, then in jobs:
+                then(job())
+            self.turn()
+
+    def heard(self, label):
+        """The lines that one guest got since the last call."""
+        conn = self.guests[label].conn
+        text, conn.out = conn.out.decode(), b""
+        return re.sub(r"1970-01-\d\d \d\d:\d\d:\d\dZ", "WHEN", text).splitlines()
+
+    def leave(self, label):
+        self.guests[label].ended()
+
+
+def house_of(*names):
+    house = House()
+    house.enter(*names)
+    return house
+
+
+# ======================================================================================
+# FRAMING
+# ======================================================================================
+
+LINES = [  # what comes, the lines that come out; the last one is what finish() adds
+    (b"alice\n", [b"alice"], None),
+    (b"alice\r\n", [b"alice"], None),
+    (b"a\nb\nc\n", [b"a", b"b", b"c"], None),
+    (b"\n\r\n\n", [b"", b"", b""], None),
+    (b"  spaces kept  \n", [b"  spaces kept  "], None),
+    (b"one CR goes\r\r\n", [b"one CR goes\r"], None),
+    (b"a CR inside\rstays\n", [b"a CR inside\rstays"], None),
+    (b"no newline", [], b"no newline"),
+    (b"no newline\r", [], b"no newline"),
+    (b"\r", [], None),
+    (b"", [], None),
+    (
+        "gr\u00fc\u00dfe \u4f60\u597d \U0001f600\n".encode(),
+        ["gr\u00fc\u00dfe \u4f60\u597d \U0001f600".encode()],
+        None,
+    ),
+    (b"junk \xff\x00\x80\n", [b"junk \xff\x00\x80"], None),
+]
+
+
+def taken(buffer):
+    return list(iter(buffer.take, None))
+
+
+@pytest.mark.parametrize("data, lines, last", LINES)
+def test_lines_are_the_same_however_the_network_cuts_them(data, lines, last):
+    for size in (len(data) or 1, 1, 2, 3):
+        buffer = chat.LineBuffer(100)
+        for start in range(0, len(data), size):
+            buffer.feed(data[start : start + size])
+        assert taken(buffer) == lines
+        buffer.finish()
+        assert taken(buffer) == ([] if last is None else [last])
+
+
+@pytest.mark.parametrize("length", [99, 100, 101, 102, 1000])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("size", [1, 7, 5000])
+def test_a_line_over_the_limit_is_reported_once_and_skipped_to_its_end(length, end, size):
+    data = b"before\n" + b"x" * length + end + b"after\n"
+    buffer = chat.LineBuffer(100)
+    for start in range(0, len(data), size):
+        buffer.feed(data[start : start + size])
+    middle = b"x" * length if length <= 100 else chat.TOO_LONG
+    assert taken(buffer) == [b"before", middle, b"after"]
+
+
+def test_an_endless_line_costs_no_memory():
+    buffer = chat.LineBuffer(100)
+    for _ in range(1000):
+        buffer.feed(b"x" * 1000)
+    assert taken(buffer) == [chat.TOO_LONG]
+    assert buffer.tail == b""
+    buffer.finish()
+    assert taken(buffer) == []
+
+
+def test_random_pieces_give_the_lines_of_the_whole(seeded):
+    for _ in range(300):
+        alphabet = [b"\n", b"\r", b"a", b"\xc3\xa9", b"x" * seeded.randrange(30)]
+        data = b"".join(seeded.choices(alphabet, k=seeded.randrange(80)))
+        whole, pieces = chat.LineBuffer(40), chat.LineBuffer(40)
+        whole.feed(data)
+        rest = data
+        while rest:
+            size = seeded.randrange(1, 9)
+            pieces.feed(rest[:size])
+            rest = rest[size:]
+        for buffer in (whole, pieces):
+            buffer.finish()
+        assert taken(whole) == taken(pieces)
+
+
+NAMES = [
+    ("alice", "alice"),
+    ("  alice ", "alice"),
+    ("Alice Smith", "Alice_Smith"),
+    ("Пётр", "Пётр"),
+    ("王小明", "王小明"),
+    ("ﬁne", "fine"),  # a ligature is its letters (NFKC)
+    ("ａｌｉｃｅ", "alice"),  # full width
+    ("#rust", "_rust"),
+    ("a#b", "a#b"),
+    ("@op", "_op"),
+    ("a,b:c!d@e*f?g.h$i/j", "a_b_c_d_e_f_g_h_i_j"),
+    ("tab\there", "tab_here"),
+    ("bell\x07", "bell_"),
+    ("zero\u200bwidth", "zero_width"),
+    ("right\u202eleft", "right_left"),
+    ("x" * 40, "x" * 32),
+    ("й" * 40, "й" * 32),
+    ("王" * 40, "王" * 21),  # 63 bytes
+    ("\U0001f600" * 20, "\U0001f600" * 16),
+    ("", ""),
+    ("   ", ""),
+    ("(private)", "_private)"),
+]
+
+
+@pytest.mark.parametrize("wanted, name", NAMES)
+def test_a_name_becomes_one_that_every_dialect_can_carry(wanted, name):
+    assert chat.clean_name(wanted) == name
+
+
+def test_cleaning_a_name_twice_changes_nothing_more_and_keeps_the_limits(seeded):
+    for _ in range(2000):
+        wanted = "".join(
+            chr(seeded.choice((seeded.randrange(0x250), seeded.randrange(0xD800))))
+            for _ in range(40)
+        )
+        name = chat.clean_name(wanted)
+        assert chat.clean_name(name) == name
+        assert len(name) <= chat.NAME_CHARACTERS and len(name.encode()) <= chat.NAME_BYTES
+        assert not set(name) & set(" :!@*?,./$\n\t\0")
+
+
+@pytest.mark.parametrize(
+    "one, other", [("Alice", "aLICE"), ("Straße", "STRASSE"), ("ﬁ", "FI"), ("ΣΊΣΥΦΟΣ", "σίσυφος")]
+)
+def test_names_that_differ_in_case_only_are_one(one, other):
+    assert chat.fold(one) == chat.fold(other)
+
+
+@pytest.mark.parametrize("limit", range(8))
+def test_text_is_cut_between_characters(limit):
+    assert len(chat.cut("aé\U0001f600", limit).encode()) <= limit
+    assert "aé\U0001f600".startswith(chat.cut("aé\U0001f600", limit))
+
+
+def test_control_characters_but_tab_and_newline_are_dropped_for_terminals():
+    everything = "".join(map(chr, range(0x100)))
+    left = chat.harmless(everything)
+    assert set(everything) - set(left) == {
+        chr(n) for n in (*range(32), *range(127, 160)) if n not in (9, 10)
+    }
+    assert chat.escaped("a\x1b[31m\n") == r"a\x1b[31m\n"
+
+
+# ======================================================================================
+# BUFFERS
+# ======================================================================================
+
+
+def test_the_send_queue_gives_back_exactly_what_went_in(seeded):
+    for _ in range(100):
+        queue, model = chat.SendQueue(), b""
+        for _ in range(60):
+            if seeded.random() < 0.5:
+                data = seeded.randbytes(seeded.choice((1, 10, 100, 70_000)))
+                queue.append(data)
+                model += data
+            elif model:
+                head = bytes(queue.head())
+                assert head and model.startswith(head)
+                sent = seeded.choice((0, 1, len(head) // 2, len(head)))
+                queue.advance(sent)
+                model = model[sent:]
+            assert queue.size == len(model)
+
+
+def test_a_backlog_shares_its_bytes_among_receivers():
+    data = b"x" * 1000
+    queues = [chat.SendQueue() for _ in range(3)]
+    for queue in queues:
+        queue.append(data)
+        queue.advance(0)
+    assert all(queue.chunks[0] is data for queue in queues)
+
+
+def test_small_chunks_are_joined_for_one_send_and_large_ones_are_not_copied():
+    queue = chat.SendQueue()
+    for _ in range(10):
+        queue.append(b"x" * 100)
+    assert len(queue.head()) == 1000
+    queue.advance(1000)
+    large = b"y" * (chat.SEND_BYTES + 1)
+    queue.append(large)
+    queue.append(b"z")
+    assert queue.head() is large
+
+
+def test_a_budget_allows_a_burst_and_then_a_rate():
+    budget = chat.Budget(burst=10, rate=2, now=100.0)
+    assert budget.available(100.0) == 10
+    budget.spend(10)
+    assert budget.available(100.0) == 0
+    assert budget.wait() == pytest.approx(0.5)
+    assert budget.available(101.0) == 2
+    assert budget.available(1000.0) == 10
+
+
+CERTIFICATE = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg05FogudGc7Ek9ZXR
+IkBATZw+NCkXOP3tYr5mJEPFzA+hRANCAAS/cneEPxjacr6fvzqSQ0WpP58//ERr
+FIOqKUL/do6pALbPtHQBOK84oCJ9d49K5Y9pK780aL0az+6qt+x1XbW7
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBmjCCAUGgAwIBAgIUKtfP5nqFgzxgSvcFMycA0tCPlCUwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMjA5MjIwNloYDzIxMjYxMDI5
+MDkyMjA2WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAS/cneEPxjacr6fvzqSQ0WpP58//ERrFIOqKUL/do6pALbPtHQBOK84
+oCJ9d49K5Y9pK780aL0az+6qt+x1XbW7o28wbTAdBgNVHQ4EFgQUUyr5yTDEkcgf
+VDhEIfItB48j9XIwHwYDVR0jBBgwFoAUUyr5yTDEkcgfVDhEIfItB48j9XIwDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDRwAwRAIgFQK/zQRWoWpdqtI38CTDc00njHi3Pc5v38uoFAveduECIGZk
+VeRbdQ7lZd/+Nn/BxYg+uoTEiDl2YWoA6HLR7D/v
+-----END CERTIFICATE-----
+"""
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """A self-signed certificate for localhost, with its key."""
+    path = tmp_path / "cert.pem"
+    path.write_text(CERTIFICATE)
+    return str(path)
+
+
+def tls_pair(certificate):
+    server = chat.TlsFilter(chat.server_tls_context(chat.ServerOptions(tls_cert=certificate)))
+    return server, chat.TlsFilter(chat.Trust(ca=certificate).context(), "localhost")
+
+
+def test_tls_carries_bytes_through_buffers_however_they_are_cut(certificate, seeded):
+    server, client = tls_pair(certificate)
+    sent, got = seeded.randbytes(300_000), b""
+    client_done = False
+    for _ in range(100_000):
+        if client.ready and not client_done:
+            client.seal(sent)
+            client.finish()
+            client_done = True
+        data = client.take()
+        while data:
+            size = seeded.randrange(1, 5000)
+            got += server.feed(data[:size])
+            data = data[size:]
+        client.feed(server.take())
+        if server.ended:
+            break
+    assert got == sent and server.ready and server.ended
+
+
+def test_junk_in_place_of_tls_is_refused(certificate):
+    server, _ = tls_pair(certificate)
+    with pytest.raises(chat.TlsFailed):
+        server.feed(b"\x16\x03\x01" + b"junk" * 100)
+
+
+# ======================================================================================
+# COMMANDS
+# ======================================================================================
+
+
+def test_two_handlers_for_one_verb_are_refused_when_the_program_starts():
+    table = chat.Commands("/")
+
+    @table("x")
+    def first(session):
+        """/x -- something"""
+
+    with pytest.raises(ValueError, match="two handlers for x"):
+        table("x")(first)
+
+
+def test_help_is_made_from_the_handlers_and_lists_every_command():
+    house = house_of("alice")
+    house.say("alice", "/help")
+    house.turn()
+    lines = house.heard("alice")
+    assert len(lines) == len(chat.line_command)
+    for verb, command in chat.line_command.items():
+        assert command.syntax.startswith(f"/{verb}")
+        assert any(line.startswith(f"* {command.syntax}") for line in lines)
+
+
+# ======================================================================================
+# THE LINE PROTOCOL: scripts of (who does what, who hears what)
+# ======================================================================================
+
+A, B = "alice (127.0.0.1:50000)", "bob (127.0.0.1:50001)"
+
+SCRIPTS = {
+    "a message goes to everybody but the speaker": [
+        ("alice", "hello"),
+        {"bob": ["alice: hello"], "carol": ["alice: hello"]},
+    ],
+    "an empty line is a message": [("alice", ""), {"bob": ["alice: "], "carol": ["alice: "]}],
+    "spaces are kept": [
+        ("alice", "  a  b "),
+        {"bob": ["alice:   a  b "], "carol": ["alice:   a  b "]},
+    ],
+    "two slashes say one": [
+        ("alice", "//usr/bin"),
+        {"bob": ["alice: /usr/bin"], "carol": ["alice: /usr/bin"]},
+    ],
+    "control characters do not reach netcat": [
+        ("alice", "\x1b[31mred\x07\ttab"),
+        {"bob": ["alice: [31mred\ttab"], "carol": ["alice: [31mred\ttab"]},
+    ],
+    "a line that is not UTF-8 is not broadcast": [
+        ("alice", b"\xff\xfe"),
+        {"alice": ["* that line is not UTF-8 text; nobody got it"]},
+    ],
+    "a line over the limit is refused with its number": [
+        ("alice", chat.TOO_LONG),
+        {"alice": ["* a line has at most 16384 bytes; nobody got it"]},
+    ],
+    "a private message reaches one person": [
+        ("alice", "/tell bob psst"),
+        {"alice": ["* told bob: psst"], "bob": ["(private) alice: psst"]},
+    ],
+    "a private message finds its person in any case": [
+        ("alice", "/tell BOB psst"),
+        {"alice": ["* told BOB: psst"], "bob": ["(private) alice: psst"]},
+    ],
+    "nobody of that name": [("alice", "/tell zoe hi"), {"alice": ["* nobody here is called zoe"]}],
+    "an action reads as one": [
+        ("alice", "/me waves"),
+        {"bob": ["alice: *waves*"], "carol": ["alice: *waves*"]},
+    ],
+    "a new name is told to those who share a channel": [
+        ("alice", "/nick anna"),
+        {
+            "alice": ["* you are anna"],
+            "bob": ["* alice is now called anna"],
+            "carol": ["* alice is now called anna"],
+        },
+        ("alice", "hi"),
+        {"bob": ["anna: hi"], "carol": ["anna: hi"]},
+    ],
+    "a taken name gets a number": [
+        ("alice", "/nick bob"),
+        {
+            "alice": ["* you are bob2: bob is taken"],
+            "bob": ["* alice is now called bob2"],
+            "carol": ["* alice is now called bob2"],
+        },
+    ],
+    "one's own name in another case is free": [
+        ("alice", "/nick Alice"),
+        {
+            "alice": ["* you are Alice"],
+            "bob": ["* alice is now called Alice"],
+            "carol": ["* alice is now called Alice"],
+        },
+    ],
+    "the name one has already is no news": [
+        ("alice", "/nick alice"),
+        {"alice": ["* you are alice"]},
+    ],
+    "a channel of one's own": [
+        ("alice", "/join #rust"),
+        {
+            "alice": [
+                "* you speak in #rust now",
+                "* the topic of #rust is not set",
+                "* #rust 1-1 of 1: @alice",
+            ]
+        },
+        ("bob", "/join #RUST"),
+        {
+            "alice": [f"[#rust] {B} joined the chat!"],
+            "bob": [
+                "* you speak in #rust now",
+                "* the topic of #rust is not set",
+                "* #rust 1-2 of 2: @alice, bob",
+            ],
+        },
+        ("bob", "hi"),
+        {"alice": ["[#rust] bob: hi"]},
+        ("alice", "/tell #lobby hello all"),
+        {
+            "alice": ["* told #lobby: hello all"],
+            "bob": ["alice: hello all"],
+            "carol": ["alice: hello all"],
+        },
+        ("bob", "/part"),
+        {
+            "alice": [f"[#rust] {B} left the chat!"],
+            "bob": ["* you left #rust", "* you speak in #lobby now"],
+        },
+        ("alice", "/list"),
+        {"alice": ["* #lobby (3)", "* #rust (1)"]},
+    ],
+    "joining twice only moves where one speaks": [
+        ("alice", "/join #lobby"),
+        {
+            "alice": [
+                "* you speak in #lobby now",
+                "* the topic of #lobby is not set",
+                "* #lobby 1-3 of 3: alice, bob, carol",
+            ]
+        },
+    ],
+    "a topic is set by operators": [
+        ("alice", "/join #a"),
+        ("bob", "/join #a"),
+        {"alice": ..., "bob": ...},
+        ("bob", "/topic mine"),
+        {"bob": ["* only operators of #a set its topic"]},
+        ("alice", "/topic tea at five"),
+        {
+            "alice": ["* the topic of #a is: tea at five"],
+            "bob": ["* alice set the topic of #a: tea at five"],
+        },
+        ("bob", "/topic"),
+        {"bob": ["* the topic of #a is: tea at five"]},
+        ("alice", "/topic " + "x" * 391),
+        {"alice": ["* a topic has at most 390 bytes"]},
+    ],
+    "anybody sets the topic of the lobby, which has no operators": [
+        ("bob", "/topic lunch"),
+        {
+            "alice": ["* bob set the topic of #lobby: lunch"],
+            "bob": ["* the topic of #lobby is: lunch"],
+            "carol": ["* bob set the topic of #lobby: lunch"],
+        },
+    ],
+    "who is in no channel is told where to go": [
+        ("alice", "/part"),
+        {
+            "alice": ["* you left #lobby", "* you are in no channel"],
+            "bob": [f"{A} left the chat!"],
+            "carol": [f"{A} left the chat!"],
+        },
+        ("alice", "hello?"),
+        {"alice": ["* you are in no channel; /join #lobby"]},
+        ("alice", "/topic"),
+        {"alice": ["* you are in no channel; /join #lobby"]},
+    ],
+    "a channel one is not in": [
+        ("bob", "/join #a"),
+        {"bob": ...},
+        ("alice", "/tell #a hi"),
+        {"alice": ["* you are not in #a; /join #a first"]},
+        ("alice", "/history #a"),
+        {"alice": ["* you are not in #a; /join #a first"]},
+        ("alice", "/part #a"),
+        {"alice": ["* you are not in #a; /join #a first"]},
+        ("alice", "/names #a"),
+        {"alice": ["* #a 1-1 of 1: @bob"]},
+        ("alice", "/names #nowhere"),
+        {"alice": ["* there is no channel #nowhere now"]},
+    ],
+    "channel names that are none": [
+        ("alice", "/join rust"),
+        {"alice": ["* a channel's name begins with #, like #rust"]},
+        ("alice", "/join #"),
+        {"alice": ["* a channel's name begins with #, like ##"]},
+        ("alice", "/join #a,b"),
+        {"alice": ["* a channel's name has no spaces, commas or control characters"]},
+        ("alice", "/join #" + "x" * 64),
+        {"alice": ["* a channel's name has at most 64 bytes"]},
+    ],
+    "several lines as one message": [
+        ("alice", "/lines 3", "one", "/two", ""),
+        {
+            "bob": ["alice: one", "alice: /two", "alice: "],
+            "carol": ["alice: one", "alice: /two", "alice: "],
+        },
+        ("alice", "after"),
+        {"bob": ["alice: after"], "carol": ["alice: after"]},
+    ],
+    "a count of lines that is none": [
+        ("alice", "/lines many", "/lines 0", "/lines 201", "/lines " + "9" * 5000),
+        {"alice": ["* a message has 1 to 200 lines"] * 4},
+    ],
+    "a message of several lines over the limit": [
+        ("alice", "/lines 2", "x" * 10000, "x" * 10000),
+        {"alice": ["* a message has at most 16384 bytes; nobody got it"]},
+    ],
+    "what was said is history": [
+        ("alice", "one", "/me two"),
+        ("bob", "/lines 2", "three", "four"),
+        {"alice": ..., "bob": ..., "carol": ...},
+        ("carol", "/history"),
+        {
+            "carol": [
+                "* WHEN alice: one",
+                "* WHEN alice: *two*",
+                "* WHEN bob: three",
+                "* WHEN bob: four",
+                "* that was 3 messages",
+            ]
+        },
+        ("carol", "/history 1"),
+        {
+            "carol": [
+                "* WHEN bob: three",
+                "* WHEN bob: four",
+                "* that was 1 message",
+            ]
+        },
+        ("carol", "/history #lobby " + "9" * 5000),
+        {"carol": ...},
+    ],
+    "a private talk is history for its two": [
+        ("alice", "/tell bob psst"),
+        {"alice": ..., "bob": ...},
+        ("bob", "/history alice"),
+        {"bob": ["* WHEN (private) alice: psst", "* that was 1 message"]},
+        ("carol", "/history alice"),
+        {"carol": ["* that was 0 messages"]},
+        ("carol", "/history"),
+        {"carol": ["* that was 0 messages"]},
+    ],
+    "commands that are none, or lack something": [
+        ("alice", "/dance"),
+        {"alice": ["* there is no /dance; /help lists what there is"]},
+        ("alice", "/"),
+        {"alice": ["* there is no /; /help lists what there is"]},
+        ("alice", "/tell bob"),
+        {"alice": ["* it goes like this: /tell NAME TEXT"]},
+        ("alice", "/help tell"),
+        {"alice": [f"* {chat.line_command['tell'].syntax}  {chat.line_command['tell'].summary}"]},
+        ("alice", "/help dance"),
+        {"alice": ["* there is no /dance; /help lists what there is"]},
+    ],
+    "leaving is told once to everybody near": [
+        ("alice", "/join #a"),
+        ("bob", "/join #a"),
+        {"alice": ..., "bob": ...},
+        ("alice", None),
+        {"bob": [f"{A} left the chat!"], "carol": [f"{A} left the chat!"]},
+    ],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS.keys())
+def test_the_line_protocol(script):
+    house = house_of("alice", "bob", "carol")
+    for step in script:
+        if isinstance(step, tuple):
+            who, *lines = step
+            house.leave(who) if lines == [None] else house.say(who, *lines)
+            continue
+        house.turn()
+        for who in house.guests:
+            heard, expected = house.heard(who), step.get(who, [])
+            assert expected is ... or heard == expected, who
+
+
+def test_a_newcomer_is_announced_to_the_others_and_told_nothing():
+    house = House()
+    for name in ("alice", "bob"):
+        house.connect(name)
+        house.say(name, name)
+        house.turn()
+    assert house.heard("alice") == [f"{B} joined the chat!"]
+    assert house.heard("bob") == []
+
+
+def test_who_was_greeted_is_a_person_and_is_told_who_is_here():
+    house = House()
+    house.connect("alice", greeted=True)
+    house.say("alice", "alice")
+    house.connect("bob", greeted=True)
+    house.say("bob", "bob")
+    house.turn()
+    assert house.heard("alice") == [
+        "* you are alice; nobody else is here yet; /help",
+        f"{B} joined the chat!",
+    ]
+    assert house.heard("bob") == ["* you are bob; here: alice; /help"]
+
+
+FIRST_LINES = [
+    (
+        ["alice smith"],
+        ["* you are alice_smith: names have no spaces, no control characters, none of !$*,./:?@"],
+    ),
+    (["BOB"], ["* you are BOB2: BOB is taken"]),
+    (["", "  ", "carol"], ["* a name needs at least one visible character; try again"] * 2),
+    ([b"\xff", "carol"], ["* that line is not UTF-8 text; nobody got it"]),
+    (["/names", "carol"], ["* a name first, please; then commands"]),
+    (["/pass anything", "carol"], ["* thank you; now your name"]),
+]
+
+
+@pytest.mark.parametrize("lines, heard", FIRST_LINES)
+def test_a_first_line_that_cannot_be_the_name_is_answered(lines, heard):
+    house = house_of("bob")
+    house.connect("x")
+    house.say("x", *lines)
+    house.turn()
+    assert house.heard("x") == heard
+    assert house.guests["x"].user
+
+
+def test_a_password_comes_before_the_name_and_three_wrong_ones_end_it():
+    house = House(password="open sesame")
+    house.connect("a")
+    house.say("a", "alice", "/pass wrong", "/pass open sesame", "alice")
+    house.turn()
+    assert house.heard("a") == [
+        "* this server asks for a password: /pass WORD",
+        "* that is not it (try 1 of 3)",
+        "* thank you; now your name",
+    ]
+    assert house.guests["a"].user.name == "alice"
+    house.connect("b")
+    house.say("b", *["/pass wrong"] * 3)
+    assert house.guests["b"].conn.closed
+
+
+def test_someone_who_never_gave_a_name_leaves_without_a_word():
+    house = house_of("alice")
+    house.connect("x")
+    house.leave("x")
+    house.turn()
+    assert house.heard("alice") == []
+
+
+def test_a_crowded_channel_is_listed_in_several_lines():
+    house = house_of(*(f"n{n}" for n in range(230)))
+    house.say("n0", "/names")
+    house.turn()
+    lines = house.heard("n0")
+    assert [line.split(":")[0] for line in lines] == [
+        "* #lobby 1-100 of 230",
+        "* #lobby 101-200 of 230",
+        "* #lobby 201-230 of 230",
+    ]
+
+
+def test_one_user_cannot_fill_the_table_of_channels():
+    house = house_of("alice")
+    house.say("alice", *(f"/join #{n}" for n in range(chat.CHANNELS_A_USER)))
+    house.turn()
+    assert house.heard("alice")[-1] == "* 50 channels at most; /part one"
+    assert len(house.hub.channels) == chat.CHANNELS_A_USER
+
+
+# ======================================================================================
+# DOMAIN: the turn's log
+# ======================================================================================
+
+
+def test_a_channel_without_members_is_gone_and_its_next_founder_operates_it():
+    house = house_of("alice", "bob")
+    house.say("alice", "/join #a", "/topic x", "/part")
+    house.turn()
+    assert list(house.hub.channels) == [chat.LOBBY]
+    house.say("bob", "/join #a", "/topic")
+    house.turn()
+    assert house.heard("bob")[-2:] == ["* #a 1-1 of 1: @bob", "* the topic of #a is not set"]
+
+
+def test_who_comes_in_the_middle_of_a_turn_hears_only_what_follows():
+    house = house_of("alice", "bob")
+    house.say("alice", "/join #a", "before")
+    house.say("bob", "/join #a")
+    house.say("alice", "after")
+    house.say("bob", "/part #a")
+    house.say("alice", "too late")
+    house.say("bob", "/join #a")
+    house.say("alice", "again")
+    house.turn()
+    assert [line for line in house.heard("bob") if "alice:" in line] == [
+        "[#a] alice: after",
+        "[#a] alice: again",
+    ]
+
+
+def test_times_are_unique_in_a_channel_and_never_fall():
+    house = house_of("alice", "bob")
+    for now in (house.now, house.now, house.now - 50, house.now + 0.001):
+        house.hub.begin(now)
+        house.say("alice", *["x"] * 1500)
+    events = house.hub.turn.events
+    times = [event.time for event in events]
+    assert times == sorted(times)
+    assert len(set(times[:1000])) == 1000
+    assert max(times) <= house.now * 1000 + 1001
+    ids = [event.id for event in events]
+    assert ids == sorted(set(ids))
+
+
+class NaiveRoom:
+    """What everybody should hear, worked out the slow way: each line to each member at
+    the moment it is said."""
+
+    def __init__(self):
+        self.members = collections.defaultdict(list)  # of a channel
+        self.heard = collections.defaultdict(list)
+        self.names = {}
+
+    def tell(self, audience, line, but):
+        for who in audience:
+            if who != but:
+                self.heard[who].append(line)
+
+    def near(self, who):
+        rooms = (room for room in self.members.values() if who in room)
+        return dict.fromkeys(itertools.chain(*rooms))
+
+
+def test_everybody_hears_what_a_naive_server_would_have_told_them_in_the_same_order(seeded):
+    for _ in range(60):
+        people = ["ann", "ben", "cat", "dan", "eve"]
+        house, naive = house_of(*people), NaiveRoom()
+        naive.members[chat.LOBBY] = list(people)
+        naive.names = {who: who for who in people}
+        present = list(people)
+        for step in range(40):
+            if seeded.random() < 0.25:
+                house.turn()
+            if not present:
+                break
+            random_step(seeded, house, naive, present, step)
+        house.turn()
+        for who in people:
+            told = [
+                line for line in house.heard(who) if not line.startswith(("* you", "* the", "* #"))
+            ]
+            assert told == naive.heard[who], who
+
+
+def random_step(seeded, house, naive, present, step):
+    """One thing that somebody does, in the house and in the model."""
+    who, channel = seeded.choice(present), seeded.choice((chat.LOBBY, "#a", "#b"))
+    room, name = naive.members[channel], naive.names[who]
+    prefix = "" if channel == chat.LOBBY else f"[{channel}] "
+    address = house.guests[who].conn.address
+    action = seeded.choices(("say", "join", "part", "nick", "tell", "quit"), (9, 3, 2, 1, 2, 0.3))[
+        0
+    ]
+    if action == "say" and who in room:
+        house.say(who, f"/tell {channel} {step}")
+        naive.heard[who].append(f"* told {channel}: {step}")
+        naive.tell(room, f"{prefix}{name}: {step}", who)
+    elif action == "join" and who not in room:
+        naive.tell(room, f"{prefix}{name} ({address}) joined the chat!", who)
+        room.append(who)
+        house.say(who, f"/join {channel}")
+    elif action == "part" and who in room:
+        house.say(who, f"/part {channel}")
+        naive.tell(room, f"{prefix}{name} ({address}) left the chat!", who)
+        room.remove(who)
+    elif action == "nick":
+        house.say(who, f"/nick {who}{step}")
+        naive.tell(naive.near(who), f"* {name} is now called {who}{step}", who)
+        naive.names[who] = f"{who}{step}"
+    elif action == "tell":
+        other = seeded.choice(present)
+        house.say(who, f"/tell {naive.names[other]} {step}")
+        naive.tell([other], f"(private) {name}: {step}", who)
+        naive.heard[who].append(f"* told {naive.names[other]}: {step}")
+    elif action == "quit":
+        house.leave(who)
+        naive.tell(naive.near(who), f"{name} ({address}) left the chat!", who)
+        present.remove(who)
+        for room in naive.members.values():
+            if who in room:
+                room.remove(who)
+
+
+def test_a_storm_is_encoded_once_and_shared():
+    house = house_of(*(f"n{n}" for n in range(50)))
+    house.say("n0", *["x"] * 100)
+    deliveries = list(house.hub.turn.deliveries())
+    shared = [(data, sessions) for data, sessions in deliveries if len(sessions) > 1]
+    assert len(shared) == 1
+    assert len(shared[0][1]) == 49
+    assert shared[0][0] == b"n0: x\n" * 100
+
+
+# ======================================================================================
+# STORE
+# ======================================================================================
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path
+
+
+def texts(store, key, count=100):
+    return [event.text for event in store.page(key, count)]
+
+
+def test_history_outlives_the_server_and_ids_and_times_go_on(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter("alice")
+    house.say("alice", "one", "/lines 2", "two", "three", "gr\u00fc\u00df \U0001f600\0")
+    last_id, last_time = house.hub.last_id, house.hub.channels[chat.LOBBY].last_time
+    house.turn()
+    house.store.close()
+    again = chat.Store(folder / "chat.db")
+    assert texts(again, chat.LOBBY) == ["one", "two\nthree", "gr\u00fc\u00df \U0001f600\0"]
+    hub = chat.Hub(again.last_id, again.last_time)
+    hub.begin(0.0)  # the clock was set back meanwhile
+    assert (hub.last_id, hub.last_time) == (last_id, last_time)
+    again.close()
+
+
+def test_a_page_is_the_newest_of_one_channel_in_order(folder):
+    store = chat.Store(folder / "chat.db")
+    house = House(store=store)
+    house.enter("alice")
+    house.say("alice", *(str(n) for n in range(50)), "/join #a", "elsewhere")
+    house.turn()
+    assert texts(store, chat.LOBBY, 3) == ["47", "48", "49"]
+    assert texts(store, "#a") == ["elsewhere"]
+    assert texts(store, "#never") == []
+
+
+def test_a_busy_database_delays_the_turn_and_then_loses_it_with_a_word_to_the_speakers(folder):
+    store = chat.Store(folder / "chat.db")
+    house = House(store=store)
+    house.enter("alice", "bob")
+    house.say("alice", "one", "two")
+    events = house.hub.turn.events
+    other = sqlite3.connect(folder / "chat.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    assert store.commit(events, 100.0) == chat.BUSY
+    assert store.commit(events, 100.9) == chat.BUSY
+    assert store.commit(events, 101.1) == chat.LOST
+    house.hub.turn.not_kept(store.trouble)
+    for data, sessions in house.hub.turn.deliveries():
+        for session in sessions:
+            session.conn.out += data
+    assert house.heard("bob") == ["alice: one", "alice: two"]
+    assert house.heard("alice") == ["* 2 messages delivered but not kept: database is locked"]
+    assert store.commit(events, 101.2) == chat.LOST  # no second of waiting for each turn
+    other.execute("COMMIT")
+    assert store.commit(events, 101.3) == chat.KEPT
+    assert texts(store, chat.LOBBY) == ["one", "two"]
+
+
+def test_a_full_disk_loses_history_but_no_message(folder):
+    store = chat.Store(folder / "chat.db")
+    house = House(store=store)
+    house.enter("alice")
+    pages = store.db.execute("PRAGMA page_count").fetchone()[0]
+    store.db.execute(f"PRAGMA max_page_count = {pages}")
+    house.say("alice", *["x" * 10000] * 5)
+    assert store.commit(house.hub.turn.events, 100.0) == chat.LOST
+    assert "full" in store.trouble
+    store.db.execute("PRAGMA max_page_count = 100000")
+    assert store.commit(house.hub.turn.events, 100.1) == chat.KEPT
+    assert len(texts(store, chat.LOBBY)) == 5
+
+
+def test_history_is_pruned_by_count_in_slices(folder):
+    store = chat.Store(folder / "chat.db", keep=100)
+    house = House(store=store)
+    house.enter("alice")
+    house.say("alice", *(str(n) for n in range(2000)))
+    house.turn()
+    store.commit([], house.now + 10)
+    slices = 0
+    while store.prune(idle=True):
+        slices += 1
+    assert slices >= 2
+    assert texts(store, chat.LOBBY, 1000) == [str(n) for n in range(1900, 2000)]
+    assert store.db.execute("SELECT events FROM targets").fetchone() == (100,)
+
+
+def test_pruning_waits_for_an_idle_turn_unless_it_is_overdue(folder):
+    store = chat.Store(folder / "chat.db", keep=1000)
+    house = House(store=store)
+    house.enter("alice")
+    house.say("alice", *["x"] * 1050)
+    house.turn()
+    store.commit([], house.now + 10)
+    assert not store.prune(idle=False)
+    assert len(texts(store, chat.LOBBY, 2000)) == 1050
+    house.say("alice", *["x"] * 100)
+    house.turn()
+    store.commit([], house.now + 20)
+    store.prune(idle=False)
+    assert len(texts(store, chat.LOBBY, 2000)) == 1000
+
+
+def test_private_talks_end_with_the_server(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter("alice", "bob")
+    house.say("alice", "/tell bob psst", "hello")
+    house.turn()
+    house.store.close()
+    store = chat.Store(folder / "chat.db")
+    while store.prune(idle=True):
+        pass
+    assert store.db.execute("SELECT key FROM targets").fetchall() == [(chat.LOBBY,)]
+    assert store.db.execute("SELECT count(*) FROM events WHERE text = 'psst'").fetchone() == (0,)
+
+
+def test_checkpoints_move_the_log_into_the_database(folder):
+    store = chat.Store(folder / "chat.db")
+    house = House(store=store)
+    house.enter("alice")
+    house.say("alice", *["x" * 100] * 1000)
+    house.turn()
+    before = (folder / "chat.db").stat().st_size
+    store.checkpoint()
+    assert (folder / "chat.db").stat().st_size > before + 100_000
+
+
+def spoiled(path, how):
+    """A database with something wrong, as bytes."""
+    if how == "junk":
+        return b"this is no database at all, but long enough to be one" * 100
+    if how == "foreign":
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("CREATE TABLE recipes (name)")
+            db.commit()
+        return path.read_bytes()
+    chat.Store(path).close()
+    if how == "newer":
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA user_version = 99")
+        return path.read_bytes()
+    data = path.read_bytes()
+    return data[: len(data) // 2] if how == "half" else data[:4096] + b"\xff" * 300 + data[4396:]
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("junk", "is damaged"),
+        ("half", "is damaged"),
+        ("holes", "is damaged"),
+        ("foreign", "is not a database of chat.py"),
+        ("newer", "is from a newer chat.py (schema 99"),
+    ],
+)
+def test_a_database_that_is_not_sound_and_ours_is_refused_in_one_line_and_not_touched(
+    folder, how, words
+):
+    path = folder / "chat.db"
+    data = spoiled(path, how)
+    path.write_bytes(data)
+    with pytest.raises(chat.Unusable) as caught:
+        chat.Store(path)
+    assert words in str(caught.value) and "nothing was changed" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == data
+
+
+# ======================================================================================
+# FIRST LINE
+# ======================================================================================
+
+
+@pytest.mark.parametrize(
+    "line, dialect",
+    [
+        (b"alice", "line"),
+        (b"Nick", "line"),
+        (b"nick alice", "line"),
+        (b"NICKY", "line"),
+        (b"QUITE", "line"),
+        (b"", "line"),
+        (b"\xff\xfe", "line"),
+        (chat.TOO_LONG, "line"),
+        (b"GET", "line"),
+        (b"NICK alice", "irc"),
+        (b"NICK", "irc"),
+        (b"CAP LS 302", "irc"),
+        (b"@label=1 PING x", "irc"),
+        (b"USER a 0 * :a", "irc"),
+        (b"GET / HTTP/1.1", "http"),
+        (b"POST /x HTTP/1.0", "http"),
+        (b"GET / HTTP/2.0", "line"),
+        (b"@home", "line"),
+    ],
+)
+def test_the_first_line_decides_the_dialect(line, dialect):
+    assert chat.dialect_of(line) == dialect
+
+
+# ======================================================================================
+# CLIENT CORE
+# ======================================================================================
+
+
+def shown(views):
+    return [(view.kind, view.name, view.text) for view in views if view.kind != chat.PEOPLE]
+
+
+def test_to_a_silent_server_the_first_bytes_are_the_name():
+    core = chat.ClientCore("alice")
+    core.connected()
+    assert core.take_output() == b""
+    assert core.silence() == []
+    assert core.take_output() == b"alice\n"
+    assert core.kind == chat.PLAIN
+
+
+def test_a_known_plain_server_gets_the_name_at_once():
+    core = chat.ClientCore("alice", kind=chat.PLAIN)
+    core.connected()
+    assert core.take_output() == b"alice\n"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [b":irc.example.net NOTICE * :*** Looking up\r\n", b"NOTICE AUTH :hi\r\n", b"ERROR :no\r\n"],
+)
+def test_an_irc_server_is_told_from_a_chat_and_never_given_a_name(first):
+    core = chat.ClientCore("alice")
+    core.connected()
+    with pytest.raises(chat.Unusable, match="IRC"):
+        core.feed(first)
+    assert core.take_output() == b""
+
+
+def test_a_server_that_greets_by_itself_is_a_plain_one():
+    core = chat.ClientCore("alice")
+    core.connected()
+    assert shown(core.feed(b"Please enter your name\n")) == [("told", "", "Please enter your name")]
+    assert core.take_output() == b"alice\n"
+
+
+def test_being_turned_away_is_shown_and_decides_nothing():
+    core = chat.ClientCore("alice")
+    core.connected()
+    assert shown(core.feed(b"* this server is full\n")) == [("told", "", "this server is full")]
+    assert core.kind is None and core.take_output() == b""
+
+
+def test_a_server_known_as_chat_is_never_taken_for_a_plain_one():
+    core = chat.ClientCore("alice", kind=chat.CHAT)
+    core.connected()
+    with pytest.raises(chat.Unusable, match="--plain"):
+        core.silence()
+    assert core.take_output() == b""
+
+
+def plain_core():
+    core = chat.ClientCore("alice", kind=chat.PLAIN)
+    core.connected()
+    core.take_output()
+    return core
+
+
+@pytest.mark.parametrize(
+    "typed, sent, kinds",
+    [
+        ("hello", b"hello\n", ["said"]),
+        ("", b"\n", ["said"]),
+        ("/names", b"", ["note"]),
+        ("//etc/hosts", b"/etc/hosts\n", ["said"]),
+        ("one\ntwo", b"one\ntwo\n", ["said", "said"]),
+    ],
+)
+def test_a_plain_server_gets_no_commands(typed, sent, kinds):
+    core = plain_core()
+    assert [view.kind for view in core.typed(typed)] == kinds
+    assert core.take_output() == sent
+
+
+def test_what_is_typed_while_there_is_no_connection_is_sent_later():
+    core = plain_core()
+    core.disconnected()
+    core.typed("are you there?")
+    assert core.take_output() == b""
+    core.connected()
+    assert core.take_output() == b"alice\nare you there?\n"
+
+
+SERVER_LINES = [
+    (b"bob: hi: there", ("said", "bob", "hi: there", "#lobby")),
+    (b"bob: ", ("said", "bob", "", "#lobby")),
+    (b"bob: * you are root", ("said", "bob", "* you are root", "#lobby")),
+    (b"[#rust] bob: hi", ("said", "bob", "hi", "#rust")),
+    (b"(private) bob: hi", ("said", "bob", "hi", "private")),
+    (b"bob (127.0.0.1:1) joined the chat!", ("came", "bob", "", "#lobby")),
+    (b"[#rust] bob ([::1]:1) joined the chat!", ("came", "bob", "", "#rust")),
+    (b"bob (127.0.0.1:1) left the chat!", ("went", "bob", "", "#lobby")),
+    (
+        b"bob: eve (127.0.0.1:1) left the chat!",
+        ("said", "bob", "eve (127.0.0.1:1) left the chat!", "#lobby"),
+    ),
+    (b"* told bob: psst", ("said", "alice", "psst", "to bob")),
+    (b"* anything else: really", ("told", "", "anything else: really", "#lobby")),
+    (b"\x1b[2Jbob: \x07\x1b]0;title\x07boo", ("said", "[2Jbob", "]0;titleboo", "#lobby")),
+    (b"\xff\xfe", ("told", "", "\ufffd\ufffd", "#lobby")),
+]
+
+
+@pytest.mark.parametrize("line, view", SERVER_LINES)
+def test_what_the_server_says_becomes_views(line, view):
+    first = plain_core().feed(line + b"\n")[0]
+    assert (first.kind, first.name, first.text, first.where) == view
+
+
+def test_a_line_too_long_is_noted_and_the_next_one_shown():
+    views = plain_core().feed(b"x" * 50_000 + b"\nbob: hi\n")
+    assert [view.kind for view in views if view.kind != chat.PEOPLE] == ["note", "said"]
+
+
+class Pair:
+    """A client core joined to a server's session, back to back."""
+
+    def __init__(self, house, name):
+        self.house, self.name, self.views = house, name, []
+        self.core = chat.ClientCore(name)
+        self.connect()
+
+    def connect(self):
+        self.house.connect(self.name, greeted=True)
+        self.core.connected()
+        self.views += self.core.feed(chat.GREETING)
+        self.exchange()
+
+    def exchange(self):
+        conn = self.house.guests[self.name].conn
+        for _ in range(5):
+            for line in self.core.take_output().splitlines():
+                self.house.say(self.name, line)
+            self.house.turn()
+            data, conn.out = conn.out, b""
+            self.views += self.core.feed(data)
+
+    def typed(self, text):
+        self.views += self.core.typed(text)
+        self.exchange()
+
+    def drop(self):
+        self.house.leave(self.name)
+        self.core.disconnected()
+
+    def said(self):
+        found = [
+            (view.where, view.name, view.text) for view in self.views if view.kind == chat.SAID
+        ]
+        self.views.clear()
+        return found
+
+
+def test_a_client_and_its_server_agree_who_is_here_and_what_was_said():
+    house = house_of("bob")
+    house.say("bob", "before", "/lines 2", "two", "lines")
+    alice = Pair(house, "alice")
+    assert list(alice.core.rooms[chat.LOBBY]) == ["bob", "alice"]
+    assert alice.said() == [("#lobby", "bob", text) for text in ("before", "two", "lines")]
+    alice.typed("hello\nworld")
+    alice.typed("/tell bob psst")
+    alice.typed("//slash")
+    assert house.heard("bob")[-4:] == [
+        "alice: hello",
+        "alice: world",
+        "(private) alice: psst",
+        "alice: /slash",
+    ]
+    assert alice.said() == [
+        ("#lobby", "alice", "hello\nworld"),
+        ("to bob", "alice", "psst"),
+        ("#lobby", "alice", "/slash"),
+    ]
+    house.say("bob", "/nick rob")
+    house.connect("carol").receive(b"carol")
+    alice.exchange()
+    assert set(alice.core.rooms[chat.LOBBY]) == {"alice", "rob", "carol"}
+    house.leave("bob")
+    alice.exchange()
+    assert set(alice.core.rooms[chat.LOBBY]) == {"alice", "carol"}
+
+
+def test_a_taken_name_is_learnt():
+    house = house_of("alice")
+    again = Pair(house, "Alice")
+    assert again.core.name == "Alice2"
+    again.typed("/nick anna")
+    assert again.core.name == "anna"
+
+
+def test_channels_are_where_plain_lines_go_and_are_entered_again_after_a_break():
+    house = house_of("bob")
+    alice = Pair(house, "alice")
+    house.say("bob", "/join #rust")
+    alice.typed("/join #rust")
+    alice.typed("hi rust")
+    assert house.heard("bob")[-1] == "[#rust] alice: hi rust"
+    assert list(alice.core.rooms["#rust"]) == ["bob", "alice"]
+    alice.drop()
+    alice.connect()
+    assert alice.core.here == "#rust"
+    alice.typed("back")
+    assert house.heard("bob")[-1] == "[#rust] alice: back"
+    alice.typed("/part")
+    assert alice.core.here == chat.LOBBY and "#rust" not in alice.core.rooms
+
+
+@pytest.mark.parametrize("missed", [0, 1, 5, 50])
+def test_after_a_break_only_what_was_missed_is_shown(missed):
+    house = house_of("bob")
+    alice = Pair(house, "alice")
+    house.say("bob", *(f"before {n}" for n in range(30)))
+    alice.exchange()
+    alice.typed("mine")
+    alice.said()
+    alice.drop()
+    house.say("bob", *(f"missed {n}" for n in range(missed)))
+    alice.connect()
+    newest = range(max(0, missed - chat.HISTORY_LINES), missed)
+    assert alice.said() == [("#lobby", "bob", f"missed {n}") for n in newest]
+
+
+def test_a_password_is_given_before_the_name_or_when_asked_for():
+    house = House(password="sesame")
+    house.connect("alice", greeted=True)
+    core = chat.ClientCore("alice", password="sesame")
+    core.connected()
+    core.feed(chat.GREETING)
+    assert core.take_output().startswith(b"/pass sesame\nalice\n")
+    late = Pair(house, "bob")
+    late.typed("/pass sesame")
+    assert "bob" in house.hub.users
+
+
+# ======================================================================================
+# LOOP AND CONNECTION
+# ======================================================================================
+
+
+@pytest.fixture
+def loop():
+    loop = chat.Loop()
+    yield loop
+    loop.close()
+
+
+def test_timers_run_in_the_order_of_their_time_and_not_when_cancelled(loop):
+    ran = []
+    for seconds in (0.003, 0.001, 0.002):
+        loop.call_later(seconds, lambda seconds=seconds: ran.append(seconds))
+    loop.call_later(0.0015, lambda: ran.append("cancelled")).cancel()
+    while len(ran) < 3:
+        loop.run_once()
+    assert ran == [0.001, 0.002, 0.003]
+
+
+def test_what_another_thread_hands_in_ends_the_wait(loop):
+    ran = []
+    thread = threading.Thread(target=lambda: loop.call_soon_threadsafe(lambda: ran.append(1)))
+    thread.start()
+    while not ran:
+        loop.run_once(PATIENCE)
+    thread.join()
+
+
+def test_what_a_callback_adds_runs_in_the_next_turn(loop):
+    ran = []
+    loop.call_soon(lambda: (ran.append(1), loop.call_soon(lambda: ran.append(2))))
+    loop.run_once(0)
+    assert ran == [1]
+    loop.run_once(0)
+    assert ran == [1, 2]
+
+
+def test_waits_of_one_length_end_in_the_order_they_began(loop):
+    due = []
+    delay = chat.Delay(loop, 0.002, due.append)
+    for item in "abcd":
+        delay.add(item)
+    delay.add("a")  # has been waiting for longest, and still has
+    delay.discard("b")
+    while len(due) < 3:
+        loop.run_once()
+    assert due == ["a", "c", "d"]
+    assert not delay.waiting
+
+
+class Recorder(chat.Connection):
+    """A connection that remembers what happened to it."""
+
+    __slots__ = ("events", "fails")
+
+    def __init__(self, loop, sock):
+        super().__init__(loop, sock)
+        self.events = []
+        self.fails = False
+
+    def received(self, data):
+        if self.fails:
+            raise RuntimeError("a bug")
+        self.events.append(data)
+
+    def ended(self):
+        self.events.append("ended")
+        self.file.close()
+        self.sock.close()
+
+    def lost(self, reason):
+        self.events.append(reason)
+
+
+@pytest.fixture
+def pair(loop):
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(PATIENCE)
+    yield Recorder(loop, ours), theirs
+    ours.close()
+    theirs.close()
+
+
+def spin(loop, condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        loop.run_once(0.05)
+
+
+def test_close_sends_what_is_queued_and_waits_for_the_other_side(loop, pair):
+    conn, theirs = pair
+    conn.write(b"x" * 3_000_000)
+    conn.close()
+    got = b""
+    while len(got) < 3_000_000:
+        loop.run_once(0)
+        got += theirs.recv(1 << 20)
+    spin(loop, lambda: conn.state == chat.LINGERING)
+    assert theirs.recv(1) == b""
+    theirs.sendall(b"too late")
+    theirs.close()
+    spin(loop, lambda: conn.state == chat.CLOSED)
+    assert conn.events == [chat.HUNG_UP]
+
+
+def test_drop_closes_at_once_and_the_socket_at_the_end_of_the_turn(loop, pair):
+    conn, theirs = pair
+    conn.write(b"never sent")
+    conn.drop("enough")
+    assert conn.sock.fileno() >= 0, "no other socket may get this number during the turn"
+    loop.run_once(0)
+    assert conn.sock.fileno() < 0
+    assert theirs.recv(100) == b""
+    assert conn.events == ["enough"]
+
+
+def test_a_bug_costs_the_connection_it_happens_on_and_no_other(loop, pair, caplog):
+    conn, theirs = pair
+    other_sock, other_theirs = socket.socketpair()
+    other = Recorder(loop, other_sock)
+    conn.fails = True
+    theirs.sendall(b"boom")
+    other_theirs.sendall(b"fine")
+    spin(loop, lambda: other.events and conn.events)
+    assert conn.events == ["internal error"] and other.events == [b"fine"]
+    assert "a bug" in caplog.text
+    for sock in (other_sock, other_theirs):
+        sock.close()
+
+
+class ScriptedSocket:
+    """Stands for a socket whose send() does what the script says."""
+
+    def __init__(self, sock, script):
+        self.sock, self.script, self.sent = sock, list(script), b""
+
+    def send(self, data):
+        step = self.script.pop(0) if self.script else len(data)
+        if isinstance(step, OSError):
+            raise step
+        self.sent += bytes(data[:step])
+        return min(step, len(data))
+
+    def __getattr__(self, name):
+        return getattr(self.sock, name)
+
+
+@pytest.mark.parametrize(
+    "script, lost",
+    [
+        ([], None),
+        ([1, 2, 3], None),
+        ([BlockingIOError(), 5, BlockingIOError()], None),
+        ([0, 0, 4], None),
+        (
+            [2, ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")],
+            "connection reset by peer",
+        ),
+        ([BrokenPipeError(errno.EPIPE, "Broken pipe")], "broken pipe"),
+    ],
+)
+def test_partial_and_failing_writes_are_accounted_for_exactly(loop, pair, script, lost):
+    conn, _ = pair
+    conn.sock = scripted = ScriptedSocket(conn.sock, script)
+    data = [b"hello ", b"wide ", b"world"]
+    conn.write_now(data[0])
+    for piece in data[1:]:
+        conn.write(piece)
+    for _ in range(10):
+        conn.flush()
+    if lost:
+        assert conn.events == [lost] and conn.state == chat.CLOSED
+        assert b"".join(data).startswith(scripted.sent)
+    else:
+        assert scripted.sent == b"".join(data) and conn.unsent == 0
+    conn.sock = scripted.sock
+
+
+def test_helpers_take_jobs_fairly_and_hand_back_exceptions(loop):
+    helpers, done = chat.Helpers(loop), []
+    gate = threading.Event()
+    for n in range(20):
+        helpers.submit("greedy", gate.wait, lambda _, n=n: done.append(f"greedy {n}"))
+    helpers.submit("modest", gate.wait, lambda _: done.append("modest"))
+    helpers.submit("broken", lambda: 1 / 0, lambda result: done.append(type(result)))
+    gate.set()
+    spin(loop, lambda: len(done) == 22)
+    assert done.index("modest") < 8 and ZeroDivisionError in done
+
+
+# ======================================================================================
+# SERVER, on real sockets
+# ======================================================================================
+
+
+class Running:
+    """A server on a free port, its loop in a thread."""
+
+    def __init__(self, **options):
+        self.loop = chat.Loop()
+        given = {"listen": (("127.0.0.1", 0),), "flood": None, **options}
+        self.server = chat.Server(self.loop, chat.ServerOptions(**given))
+        self.address = self.server.listeners[0].address
+        self.guests = []
+        self.thread = threading.Thread(target=self.loop.run, daemon=True)
+        self.thread.start()
+
+    def guest(self, name=None, context=None):
+        self.guests.append(Guest(self.address, name, context))
+        return self.guests[-1]
+
+    def stop(self):
+        self.loop.call_soon_threadsafe(self.server.stop)
+        for guest in self.guests:
+            guest.close()
+        self.thread.join(PATIENCE)
+        assert not self.thread.is_alive()
+        self.server.close()
+        self.loop.close()
+
+
+class Guest:
+    """A peer with a blocking socket."""
+
+    def __init__(self, address, name=None, context=None):
+        self.sock = socket.create_connection(address, PATIENCE)
+        if context:
+            self.sock = context.wrap_socket(self.sock, server_hostname="localhost")
+        self.file = self.sock.makefile("rb")
+        if name:
+            self.enter(name)
+
+    def enter(self, name):
+        """With the name taken: /names is answered after it."""
+        self.send(f"{name}\n/names\n")
+        assert self.line().startswith("* #lobby 1-")
+
+    def send(self, data):
+        self.sock.sendall(data if isinstance(data, bytes) else data.encode())
+
+    def line(self):
+        return self.file.readline().decode().rstrip("\n")
+
+    def lines(self, count):
+        return [self.line() for _ in range(count)]
+
+    def until(self, text):
+        """Lines up to the one with `text` in it."""
+        found = []
+        while not found or text not in found[-1]:
+            line = self.file.readline()
+            assert line, f"closed before {text!r}: {found}"
+            found.append(line.decode().rstrip("\n"))
+        return found
+
+    def rest(self):
+        """Everything until the server closes."""
+        data = b""
+        with contextlib.suppress(ConnectionResetError):
+            while more := self.file.read1():
+                data += more
+        return data
+
+    def close(self):
+        self.file.close()
+        self.sock.close()
+
+    def here(self):
+        return "{}:{}".format(*self.sock.getsockname())
+
+
+@pytest.fixture
+def running():
+    """Start servers; they are stopped, and looked at for errors, at the end."""
+    started = []
+
+    def start(**options):
+        started.append(Running(**options))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture(autouse=True)
+def no_bug_is_logged(caplog, request):
+    yield
+    if "caplog" not in request.fixturenames or "costs_the_connection" not in request.node.name:
+        assert "a bug" not in caplog.text
+
+
+def test_the_conversation_is_byte_for_byte_that_of_the_workshop(running):
+    server = running()
+    alice = Guest(server.address)
+    alice.send(b"ali")
+    alice.send(b"ce\r\n")
+    alice.send(b"/names\n")  # not of the workshop's protocol: says that the name was taken
+    alice.line()
+    bob = Guest(server.address)
+    bob.send(b"bob\none\n\n  two  \r\nthr")
+    where = bob.here()
+    expected = f"bob ({where}) joined the chat!\nbob: one\nbob: \nbob:   two  \n".encode()
+    assert alice.file.read(len(expected)) == expected
+    bob.send(b"ee\nbad \xff line\nlast without newline")
+    bob.sock.shutdown(socket.SHUT_WR)
+    expected = f"bob: three\nbob: last without newline\nbob ({where}) left the chat!\n".encode()
+    assert alice.file.read(len(expected)) == expected
+    assert bob.rest() == b"* that line is not UTF-8 text; nobody got it\n"
+    carol = Guest(server.address)
+    carol.send(b"carol\n")
+    assert alice.line() == f"carol ({carol.here()}) joined the chat!"
+    nobody = Guest(server.address)
+    nobody.send(b"no newline, no name")
+    nobody.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    nobody.close()  # a reset: nobody hears of it
+    where = carol.here()
+    carol.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    carol.close()
+    assert alice.line() == f"carol ({where}) left the chat!"
+    alice.sock.shutdown(socket.SHUT_WR)
+    assert alice.rest() == b""
+
+
+def test_a_client_that_closes_before_sending_a_name_is_not_heard_of(running):
+    server = running()
+    alice = server.guest("alice")
+    for data in (b"", b"\r"):
+        nobody = Guest(server.address)
+        nobody.send(data)
+        nobody.sock.shutdown(socket.SHUT_WR)
+        assert nobody.rest() == b""
+        nobody.close()
+    alice.send("/list\n")
+    assert alice.line() == "* #lobby (1)"
+
+
+def test_whoever_is_silent_is_greeted(running):
+    guest = running().guest()
+    assert guest.file.readline() == chat.GREETING
+    guest.send("alice\n")
+    assert guest.line() == "* you are alice; nobody else is here yet; /help"
+
+
+def test_other_dialects_are_closed_politely_and_never_taken_for_a_name(running):
+    server = running()
+    alice = server.guest("alice")
+    irc = server.guest()
+    irc.send("NICK bob\r\nUSER bob 0 * :bob\r\n")
+    assert irc.rest() == chat.GOODBYES["irc"]
+    browser = server.guest()
+    browser.send("GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert browser.rest().startswith(b"HTTP/1.1 501 ")
+    alice.send("/names\n")
+    assert alice.line() == "* #lobby 1-1 of 1: alice"
+
+
+def test_tls_and_plain_text_share_a_port(running, certificate):
+    server = running(tls_cert=certificate)
+    plain = server.guest("plain")
+    context = chat.Trust(ca=certificate).context()
+    secret = server.guest("secret", context)
+    secret.send("hello\n" * 1000)
+    assert plain.line().startswith("secret (")
+    assert plain.lines(1000) == ["secret: hello"] * 1000
+    plain.send("bye\n" * 1000)
+    assert secret.lines(1000) == ["plain: bye"] * 1000
+    greeted = server.guest(context=context)
+    assert greeted.file.readline() == chat.GREETING
+    secret.sock.unwrap()
+
+
+def test_tls_without_a_certificate_is_closed(running):
+    guest = running().guest()
+    guest.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+    assert guest.rest() == b""
+
+
+def test_ten_thousand_lines_at_once_arrive_in_order_and_nobody_waits_for_them(running):
+    server = running()
+    reader, flooder, third = (server.guest(name) for name in ("reader", "flooder", "third"))
+    reader.until("third")
+    flooder.send("".join(f"{n}\n" for n in range(10_000)))
+    third.until("flooder: 0")
+    third.send("/names\n")
+    before = len(third.until("* #lobby"))
+    assert before < 9_000, "the answer came after the flood"
+    numbers = [line.removeprefix("flooder: ") for line in reader.lines(10_000)]
+    assert numbers == [str(n) for n in range(10_000)]
+
+
+def test_who_exceeds_the_budget_is_read_later_and_loses_nothing(running):
+    server = running(flood=(10.0, 200.0))
+    reader = server.guest("reader")
+    began = time.monotonic()
+    flooder = Guest(server.address)
+    flooder.send("flooder\n" + "".join(f"{n}\n" for n in range(50)))
+    flooder.sock.shutdown(socket.SHUT_WR)
+    reader.line()
+    assert reader.lines(50) == [f"flooder: {n}" for n in range(50)]
+    assert "left" in reader.line()
+    assert time.monotonic() - began > 40 / 200
+    assert flooder.rest() == b""
+
+
+def test_a_reader_that_never_reads_is_dropped_and_the_speaker_never_delayed(running, monkeypatch):
+    monkeypatch.setattr(chat, "UNSENT_MOST", 300_000)
+    server = running()
+    speaker, reader, stuck = (server.guest(name) for name in ("speaker", "reader", "stuck"))
+    stuck.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 10_000)
+    speaker.until("stuck")
+    reader.until("stuck")
+    line = "x" * 10_000
+    for _ in range(2_000):
+        speaker.send(line + "\n")
+        heard = reader.line()
+        if heard != f"speaker: {line}":
+            break
+    assert heard == f"stuck ({stuck.here()}) left the chat!"
+    assert speaker.line() == heard
+
+
+def test_a_slow_reader_is_closed_after_a_while(running, monkeypatch):
+    monkeypatch.setattr(chat, "UNSENT_SLOW", 50_000)
+    monkeypatch.setattr(chat, "UNSENT_MOST", 100_000_000)
+    monkeypatch.setattr(chat, "SLOW_SECONDS", 0.05)
+    server = running()
+    speaker, stuck = server.guest("speaker"), server.guest("stuck")
+    speaker.until("stuck")
+    stuck.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 10_000)
+    for _ in range(1_000):
+        speaker.send("x" * 10_000 + "\n")
+    assert speaker.line() == f"stuck ({stuck.here()}) left the chat!"
+
+
+def test_too_many_connections_are_told_which_limit(running, monkeypatch):
+    monkeypatch.setattr(chat, "is_loopback", lambda host: False)
+    server = running(max_per_address=2)
+    first, _ = server.guest("a"), server.guest("b")
+    refused = server.guest()
+    assert refused.rest().decode() == (
+        "* too many connections from 127.0.0.1: 2 at most (--max-per-address); try again later\n"
+    )
+    first.line()
+    first.send("/quit\n")
+    assert first.rest() == b""
+    first.close()
+    while (guest := server.guest()).file.readline() != chat.GREETING:
+        pass  # until the server has seen the first one go
+    assert guest
+
+
+def test_a_full_house_says_so(running):
+    server = running(max_clients=1)
+    server.guest("a")
+    assert server.guest().rest() == b"* this server is full: 1 clients; try again later\n"
+
+
+def test_who_gives_no_name_is_sent_away(running, monkeypatch):
+    monkeypatch.setattr(chat, "NAMING_SECONDS", 0.15)
+    guest = running().guest()
+    assert (
+        guest.rest() == chat.GREETING + b"* no name after 0 seconds; come back when you have one\n"
+    )
+
+
+def test_answers_from_helpers_come_in_order(running, folder):
+    guest = running(data=folder).guest("alice")
+    guest.send("one\n/history\n/names\n/history 1\n/list\n")
+    lines = [re.sub(r"\d{4}-\S+ \S+", "WHEN", line) for line in guest.until("(1)")]
+    assert lines == [
+        "* WHEN alice: one",
+        "* that was 1 message",
+        "* #lobby 1-1 of 1: alice",
+        "* WHEN alice: one",
+        "* that was 1 message",
+        "* #lobby (1)",
+    ]
+
+
+def test_a_busy_database_delays_messages_and_loses_none(running, folder):
+    server = running(data=folder)
+    alice, bob = server.guest("alice"), server.guest("bob")
+    alice.line()
+    other = sqlite3.connect(folder / "chat.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    alice.send("one\n/quit\n")
+    bob.sock.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        bob.sock.recv(1)
+    other.execute("COMMIT")
+    other.close()
+    bob.sock.settimeout(PATIENCE)
+    assert bob.sock.recv(12) == b"alice: one\na"
+    assert alice.rest() == b""
+
+
+def test_a_taken_port_is_one_clear_line(running):
+    host, port = running().address
+    with pytest.raises(
+        chat.Unusable, match=f"cannot listen on {host}:{port}: address already in use"
+    ):
+        chat.Server(chat.Loop(), chat.ServerOptions(listen=((host, port),)))
+
+
+def test_junk_in_any_amount_costs_the_server_nothing(running, seeded):
+    server = running()
+    alice = server.guest("alice")
+    for _ in range(30):
+        guest = Guest(server.address)
+        with contextlib.suppress(OSError):
+            guest.send(seeded.randbytes(seeded.choice((1, 100, 200_000))))
+            guest.sock.shutdown(socket.SHUT_WR)
+            guest.rest()
+        guest.close()
+    alice.send("/tell alice still here\n")
+    assert alice.until("still here")
+
+
+# ======================================================================================
+# THE PROGRAM, as a process
+# ======================================================================================
+
+
+class Program(subprocess.Popen):
+    """A process that does not outlive the test."""
+
+    def __exit__(self, *exception):
+        self.kill()
+        super().__exit__(*exception)
+
+
+def program(*arguments, **options):
+    """chat.py in a process of its own."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, str(HERE / "chat.py"), *map(str, arguments)]
+    return Program(command, **{**pipes, **options})
+
+
+@contextlib.contextmanager
+def serving(*arguments, **options):
+    """A server process; yields it and its address."""
+    with program("server", "--listen", "127.0.0.1:0", *arguments, **options) as process:
+        try:
+            address = process.stdout.readline().split()[4].decode()
+            host, port = address.split(":")
+            yield process, (host, int(port))
+        finally:
+            process.kill()
+
+
+def test_a_terminated_server_says_goodbye_keeps_everything_and_exits_with_0(folder):
+    with serving("--data", folder) as (process, address):
+        guest = Guest(address, "alice")
+        guest.send("remember me\n/names\n")
+        guest.line()
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert guest.rest() == b"* the server is going down\n"
+        guest.close()
+        assert process.wait(PATIENCE) == 0
+        assert time.monotonic() - began < 2
+        assert process.stderr.read() == b""
+    store = chat.Store(folder / "chat.db")
+    assert texts(store, chat.LOBBY) == ["remember me"]
+    store.close()
+    modes = {oct(path.stat().st_mode)[-3:] for path in folder.iterdir()}
+    assert modes == {"600"}
+
+
+def test_what_was_acknowledged_survives_kill_9(folder):
+    acknowledged = []
+    for _ in range(3):
+        with serving("--data", folder, "--flood", "off") as (process, address):
+            guest = Guest(address, "alice")
+            guest.send("".join(f"/tell #lobby {n}\n" for n in range(len(acknowledged), 20_000)))
+            acknowledged += [line.split()[-1] for line in guest.lines(300)]
+            process.kill()
+            rest = guest.rest().decode()
+            acknowledged += re.findall(r"told #lobby: (\d+)\n", rest)
+    store = chat.Store(folder / "chat.db")
+    kept = texts(store, chat.LOBBY, 100_000)
+    assert len(acknowledged) >= 900
+    assert collections.Counter(kept) >= collections.Counter(acknowledged)
+    store.close()
+
+
+def test_a_second_server_on_the_same_folder_says_so(folder):
+    with serving("--data", folder), program("server", "--data", folder) as second:
+        assert second.wait(PATIENCE) == 1
+        assert f"another server uses {folder}" in second.stderr.read().decode()
+
+
+@pytest.mark.parametrize(
+    "arguments, status, words",
+    [
+        (["server", "--data", "/proc/nothing"], 1, "cannot use /proc/nothing"),
+        (["server", "--flood", "much"], 2, "write BURST,RATE or off"),
+        (["server", "--listen", "nowhere:70000"], 2, "write HOST:PORT"),
+        (
+            ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-cert", "/none"],
+            1,
+            "cannot use the certificate",
+        ),
+        (["server", "--keep", "0"], 2, "a whole number from 1 on"),
+        (["client", "alice", "--server", "ftp://x"], 2, "write HOST:PORT"),
+        (["client", "alice", "--server", "irc://x"], 2, "does not speak IRC yet"),
+        (["client", "alice", "--server", "127.0.0.1:1"], 1, "connection refused"),
+        (["client"], 2, "required: NAME"),
+        (["dance"], 2, "invalid choice"),
+    ],
+)
+def test_a_wrong_command_line_is_one_clear_line_and_no_traceback(arguments, status, words):
+    with program(*arguments, stdin=subprocess.DEVNULL) as process:
+        errors = process.stderr.read().decode()
+        assert process.wait(PATIENCE) == status
+    assert words in errors and "Traceback" not in errors
+
+
+def test_when_descriptors_run_out_newcomers_are_told_and_the_others_talk_on(folder):
+    resource = pytest.importorskip("resource")
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (40, 40))
+    with serving("--data", "none", "--max-clients", "1000", preexec_fn=limit) as (process, address):
+        inside = [Guest(address, f"n{n}") for n in range(8)]
+        outside = [Guest(address) for _ in range(60)]
+        answers = {guest.file.readline() for guest in outside}
+        full = b"* this server has no file descriptors left (ulimit -n); try again later\n"
+        assert answers <= {chat.GREETING, full} and full in answers
+        inside[0].send("still here\n")
+        assert inside[1].until("n0: still here")
+        for guest in outside:
+            guest.close()
+        while Guest(address).file.readline() != chat.GREETING:
+            pass  # until the server has seen the others go
+        process.kill()
+        errors = process.stderr.read().decode()
+    assert "cannot accept: too many open files" in errors and "Traceback" not in errors
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
+def test_an_idle_connection_costs_little_memory(folder):
+    def resident(process):
+        status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
+
+    with serving("--data", "none") as (process, address):
+        asker = Guest(address, "asker")
+        before = resident(process)
+        guests = [socket.create_connection(address) for _ in range(1000)]
+        for guest in guests:
+            assert guest.recv(100) == chat.GREETING
+        asker.send("/names\n")
+        asker.line()
+        assert (resident(process) - before) / 1000 < 3 * 1024
+        for guest in guests:
+            guest.close()
+
+
+# ======================================================================================
+# THE CLIENT AS A FILTER
+# ======================================================================================
+
+
+class Workshop:
+    """A server that says nothing first and takes down what one client sends."""
+
+    def __init__(self):
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.listening.settimeout(PATIENCE)
+        self.where = f"127.0.0.1:{self.listening.getsockname()[1]}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.listening.close()
+
+    def accept(self):
+        sock, _ = self.listening.accept()
+        sock.settimeout(PATIENCE)
+        return sock
+
+
+@pytest.mark.parametrize("flags", [["--plain"], []])
+def test_the_first_bytes_to_a_workshop_server_are_the_name(flags):
+    with Workshop() as server:
+        client = program("client", "alice", "--server", server.where, "--no-state", *flags)
+        with client, server.accept() as sock:
+            assert sock.recv(100) == b"alice\n"
+            client.stdin.write(b"hello\n/quit is text here\n")
+            client.stdin.flush()
+            sock.sendall(b"bob: hi\n\xff\n")
+            assert client.stdout.readline().decode() == f"connected to {server.where}\n"
+            assert client.stdout.readline() == b"> bob: hi\n"
+            assert client.stdout.readline().decode() == "> \ufffd\n"
+            client.stdin.close()
+            got = b"".join(iter(lambda: sock.recv(100), b""))  # to the end: a half-close
+            assert got == b"hello\n/quit is text here\n"
+            sock.sendall(b"bob: bye\n")
+            sock.close()
+            assert client.stdout.read() == b"> bob: bye\n"
+            assert client.wait(PATIENCE) == 0
+
+
+def test_a_url_says_that_it_is_the_line_protocol():
+    with Workshop() as server:
+        client = program("client", "alice", "--server", f"chat://{server.where}", "--no-state")
+        with client, server.accept() as sock:
+            assert sock.recv(100) == b"alice\n"
+            client.stdin.close()
+            sock.close()
+            assert client.wait(PATIENCE) == 0
+
+
+def test_a_filter_whose_server_goes_away_says_so_and_fails():
+    with Workshop() as server:
+        client = program("client", "alice", "--server", f"chat://{server.where}", "--no-state")
+        with client, server.accept() as sock:
+            sock.recv(100)
+            sock.close()
+            assert client.wait(PATIENCE) == 1
+            assert b"the connection was closed" in client.stderr.read()
+
+
+def test_a_file_can_be_piped_into_a_chat_and_every_line_is_text(running, folder):
+    server = running()
+    bob = server.guest("bob")
+    text = folder / "text"
+    text.write_text("".join(f"/{n}\n" for n in range(3000)) + "no newline")
+    where = "{}:{}".format(*server.address)
+    with (
+        open(text) as file,
+        program("client", "alice", "--server", where, "--no-state", stdin=file) as client,
+    ):
+        assert client.wait(PATIENCE) == 0
+    assert "joined" in bob.line()
+    assert bob.lines(3001) == [f"alice: /{n}" for n in range(3000)] + ["alice: no newline"]
+    assert "left" in bob.line()
+
+
+def test_commands_in_a_pipe_need_a_flag(running):
+    server = running()
+    where = "{}:{}".format(*server.address)
+    with program("client", "alice", "--server", where, "--no-state", "--commands") as client:
+        out, _ = client.communicate(b"/list\n", PATIENCE)
+    assert b"> * #lobby (1)\n" in out
+
+
+def test_the_client_verifies_certificates_unless_told_otherwise(running, certificate):
+    server = running(tls_cert=certificate)
+    url = f"chats://127.0.0.1:{server.address[1]}"
+    pin = hashlib.sha256(
+        ssl.PEM_cert_to_DER_cert(CERTIFICATE[CERTIFICATE.index("-----BEGIN CERT") :])
+    ).hexdigest()
+    for flags, status in [
+        ([], 1),
+        (["--ca", certificate], 0),
+        (["--insecure"], 0),
+        (["--pin", pin], 0),
+        (["--pin", "00" * 32], 1),
+    ]:
+        with program("client", "alice", "--server", url, "--no-state", *flags) as client:
+            _, errors = client.communicate(b"hello\n", PATIENCE)
+            assert client.returncode == status, errors
+            assert (b"not to be trusted" in errors or b"another certificate" in errors) == bool(
+                status
+            )
+
+
+def test_what_kind_of_server_it_is_is_remembered(folder):
+    path = folder / "client" / "servers.json"
+    known = chat.KnownServers(path)
+    target = chat.parse_target("example.net:7000")
+    assert known.kind(target) is None
+    known.remember(target, chat.CHAT)
+    assert chat.KnownServers(path).kind(target) == chat.CHAT
+    path.write_text("{ damaged")
+    assert known.kind(target) is None
+    assert chat.KnownServers(None).kind(target) is None
+
+
+@pytest.mark.parametrize(
+    "text, target",
+    [
+        ("", ("127.0.0.1", 7000, False, False)),
+        ("example.net", ("example.net", 7000, False, False)),
+        ("example.net:1234", ("example.net", 1234, False, False)),
+        (":1234", ("127.0.0.1", 1234, False, False)),
+        ("[::1]:1234", ("::1", 1234, False, False)),
+        ("chat://example.net", ("example.net", 7000, False, True)),
+        ("chats://example.net:1/", ("example.net", 1, True, False)),
+    ],
+)
+def test_a_server_is_named_by_host_and_port_or_a_url(text, target):
+    assert tuple(chat.parse_target(text)) == target
+
+
+# ======================================================================================
+# TERMINAL
+# ======================================================================================
+
+KEYS = [
+    (b"abc", [("text", "abc")]),
+    ("grüß \U0001f600".encode(), [("text", "grüß \U0001f600")]),
+    (b"\x1b[A\x1b[B\x1bOC\x1b[D", [("up", ""), ("down", ""), ("right", ""), ("left", "")]),
+    (b"\x1b[1;5D\x1bf\x17", [("word-left", ""), ("word-right", ""), ("erase-word", "")]),
+    (b"a\rb", [("text", "a"), ("enter", ""), ("text", "b")]),
+    (b"\x1b\r\n", [("newline", ""), ("newline", "")]),
+    (b"\x1b[99;99xok\x1b[?1;2c", [("text", "ok")]),
+    (b"\x00\x1c!", [("text", "!")]),
+    (b"\x1b[200~one\r\ntwo\x1b[31m\x1b[201~!", [("paste", "one\ntwo[31m"), ("text", "!")]),
+    (b"\x1b[200~\x1b[201~", [("paste", "")]),
+]
+
+
+@pytest.mark.parametrize("data, keys", KEYS)
+def test_keys_are_the_same_however_the_terminal_cuts_them(data, keys):
+    for size in (len(data), 1, 2, 3):
+        decoder, found = chat.KeyDecoder(), []
+        for start in range(0, len(data), size):
+            found += decoder.feed(data[start : start + size])
+        merged = []
+        for key in found:
+            if merged and key.name == merged[-1].name == "text":
+                merged[-1] = chat.Key("text", merged[-1].text + key.text)
+            else:
+                merged.append(key)
+        assert merged == keys, size
+
+
+def test_a_lone_escape_is_a_key_once_nothing_follows():
+    decoder = chat.KeyDecoder()
+    assert decoder.feed(b"\x1b") == []
+    assert decoder.flush() == [("escape", "")]
+    assert decoder.feed(b"a") == [("text", "a")]
+
+
+def test_junk_from_a_terminal_never_breaks_the_decoder(seeded):
+    for _ in range(300):
+        decoder = chat.KeyDecoder()
+        pieces = [b"\x1b", b"[", b"200~", b"201~", b"1;5", b"A", b"\xc3", b"\xa9", b"\r", b"x"]
+        for _ in range(30):
+            decoder.feed(seeded.choice(pieces))
+        decoder.flush()
+
+
+def edited(*keys, **options):
+    """What stands before and after the cursor once these keys were pressed."""
+    editor = chat.LineEditor(**options)
+    for key in keys:
+        editor.press(chat.Key(key[1:]) if key.startswith("^") else chat.Key("text", key))
+    return editor.before, editor.after
+
+
+@pytest.mark.parametrize(
+    "keys, before, after",
+    [
+        (["hello"], "hello", ""),
+        (["hello", "^left", "^left", "X"], "helX", "lo"),
+        (["hello", "^home", "X", "^end", "Y"], "XhelloY", ""),
+        (["hello", "^left", "^backspace", "^delete"], "hel", ""),
+        (["one two  three", "^erase-word"], "one two  ", ""),
+        (["one two  ", "^erase-word"], "one ", ""),
+        (["one two", "^home", "^word-right", "^delete-word"], "one", ""),
+        (["one two", "^word-left", "^word-left", "X"], "X", "one two"),
+        (["one two", "^word-left", "^erase-to-start"], "", "two"),
+        (["one two", "^word-left", "^erase-to-end", "^home", "^yank"], "two", "one "),
+        (
+            ["e\u0301\U0001f469\u200d\U0001f680\U0001f1e9\U0001f1ea", "^backspace"],
+            "e\u0301\U0001f469\u200d\U0001f680",
+            "",
+        ),
+        (["e\u0301\U0001f469\u200d\U0001f680", "^backspace"], "e\u0301", ""),
+        (["\U0001f44d\U0001f3fdx", "^left", "^left"], "", "\U0001f44d\U0001f3fdx"),
+        (["a", "^newline", "b"], "a\nb", ""),
+        (["^left", "^right", "^backspace", "^delete", "^up", "^down", "^tab", "^unknown"], "", ""),
+    ],
+)
+def test_the_line_editor_does_what_fingers_expect(keys, before, after):
+    assert edited(*keys) == (before, after)
+
+
+def test_what_was_typed_comes_back_and_the_draft_is_kept():
+    editor = chat.LineEditor()
+    for line in ("one", "two", "two", "/pass secret", " "):
+        editor.set(line)
+        assert editor.press(chat.Key("enter")) == line
+    editor.set("draft")
+    seen = []
+    for key in ("up", "up", "up", "down", "down", "down"):
+        editor.press(chat.Key(key))
+        seen.append(editor.text)
+    assert seen == ["two", "one", "one", "two", "draft", "draft"]
+
+
+def test_tab_goes_through_the_candidates_and_back():
+    editor = chat.LineEditor(
+        lambda word, first: [f"{n} " for n in ("alan", "alice") if n.startswith(word)]
+    )
+    editor.set("hi al")
+    seen = []
+    for key in ("tab", "tab", "tab", "back-tab"):
+        editor.press(chat.Key(key))
+        seen.append(editor.text)
+    assert seen == ["hi alan ", "hi alice ", "hi alan ", "hi alice "]
+
+
+def test_pasting_several_lines_sends_nothing_until_enter_and_then_one_message():
+    editor = chat.LineEditor()
+    assert editor.press(chat.Key("paste", "one\ntwo\n")) is None
+    assert editor.press(chat.Key("enter")) == "one\ntwo"
+
+
+def test_the_line_being_typed_has_a_limit():
+    editor = chat.LineEditor()
+    editor.press(chat.Key("paste", "é" * 20_000))
+    assert len(editor.text.encode()) == chat.LINE_BYTES
+
+
+@pytest.mark.parametrize(
+    "text, columns",
+    [
+        ("abc", 3),
+        ("e\u0301", 1),
+        ("你好", 4),
+        ("ｗ", 2),
+        ("\U0001f600", 2),
+        ("\U0001f469\u200d\U0001f680", 2),
+        ("\u2764\ufe0f", 2),
+        ("\U0001f1e9\U0001f1ea", 2),
+        ("\u200b", 0),
+        ("", 0),
+    ],
+)
+def test_columns_are_counted_as_terminals_count_them(text, columns):
+    assert chat.width(text) == columns
+
+
+class Screen:
+    """The last row of a terminal, as far as the painter uses one."""
+
+    def __init__(self, columns):
+        self.columns, self.row, self.column = columns, {}, 0
+
+    def draw(self, text):
+        for sequence, c in re.findall(r"(\x1b\[\d*[A-Za-z])|(.)", text, re.DOTALL):
+            if sequence.endswith("K"):
+                self.row = {k: v for k, v in self.row.items() if k < self.column}
+            elif sequence.endswith("C"):
+                self.column += int(sequence[2:-1])
+            elif c == "\r":
+                self.column = 0
+            elif c:
+                self.row[self.column] = c
+                self.column += chat.width(c)
+                assert self.column <= self.columns, "the row has wrapped"
+        return "".join(self.row.values()), self.column
+
+
+@pytest.mark.parametrize("columns", [10, 20, 40, 80])
+def test_the_row_never_wraps_and_the_cursor_is_where_the_next_letter_goes(columns, seeded):
+    painter = chat.Painter(columns)
+    for _ in range(200):
+        before, after = (
+            "".join(seeded.choices(["a", "你", "\U0001f600", "\n", " "], k=seeded.randrange(60)))
+            for _ in "ab"
+        )
+        row, column = Screen(columns).draw(painter.row("me> ", before, after))
+        assert row.startswith("me> ")
+        shown = row[4:]
+        assert shown in chat.visible(before + after)
+        assert chat.width("me> ") <= column < columns
+        if chat.width(chat.visible(before)) < columns - 8:
+            assert column == 4 + chat.width(chat.visible(before))
+
+
+def test_views_become_lines_with_times_names_and_places():
+    palette = chat.Palette(on=False)
+
+    def lines(*parts, **options):
+        return chat.view_lines(chat.View(*parts, **options), palette, "alice", "08:30")
+
+    assert lines(chat.SAID, "hi\nthere", "bob") == ["08:30 bob: hi", "08:30 bob: there"]
+    assert lines(chat.SAID, "hi", "bob", "private") == ["08:30 (private) bob: hi"]
+    assert lines(chat.SAID, "hi", "alice", "to bob", mine=True) == ["08:30 (to bob) alice: hi"]
+    assert lines(chat.SAID, "hi", "bob", "#rust") == ["08:30 [#rust] bob: hi"]
+    assert lines(chat.CAME, name="bob") == ["08:30 bob joined"]
+    assert lines(chat.WENT, name="bob", where="#rust") == ["08:30 bob left #rust"]
+    assert lines(chat.TOLD, "so it is") == ["08:30 so it is"]
+    assert lines(chat.PEOPLE) == []
+    bright = chat.view_lines(
+        chat.View(chat.SAID, "hi Alice", "bob"), chat.Palette(on=True), "alice", ""
+    )
+    assert "\x1b[1mhi Alice\x1b[0m" in bright[0]
+
+
+class TerminalProcess:
+    """The terminal client in a process of its own, on a terminal of ours."""
+
+    def __init__(self, address, *arguments):
+        import fcntl
+        import pty
+        import termios
+
+        self.termios = termios
+        self.ours, self.theirs = pty.openpty()
+        fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.before = termios.tcgetattr(self.theirs)
+        ends = dict.fromkeys(("stdin", "stdout", "stderr"), self.theirs)
+        where = ["--server", "{}:{}".format(*address), "--no-state"]
+        environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "1"}
+        self.process = program(
+            "client", *arguments, *where, **ends, env=environment, start_new_session=True
+        )
+        self.seen = ""
+
+    def type(self, text):
+        os.write(self.ours, text.encode())
+
+    def sees(self, text):
+        """Wait until the screen has shown `text`."""
+        import select
+
+        deadline = time.monotonic() + PATIENCE
+        while text not in self.seen:
+            left = deadline - time.monotonic()
+            ready, _, _ = select.select([self.ours], [], [], max(0, left))
+            assert ready, f"{text!r} was not shown: {self.seen!r}"
+            self.seen += os.read(self.ours, 65536).decode(errors="replace")
+        self.seen = self.seen.partition(text)[2]
+        return True
+
+    def restored(self):
+        return self.termios.tcgetattr(self.theirs) == self.before
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.ours)
+        os.close(self.theirs)
+
+
+@pytest.fixture
+def terminal():
+    pytest.importorskip("pty")
+    started = []
+
+    def start(*arguments):
+        started.append(TerminalProcess(*arguments))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.close()
+
+
+def test_a_conversation_at_a_terminal(running, terminal):
+    server = running()
+    bob = server.guest("bob")
+    bob.send("earlier\n")
+    alice = terminal(server.address, "alice")
+    assert alice.sees("bob: earlier") and alice.sees("in #lobby: bob, alice")
+    assert "joined" in bob.line()
+    alice.type("helo\x1b[Dl\r")
+    assert bob.line() == "alice: hello"
+    assert alice.sees("alice: hello")
+    alice.type("being typed")
+    assert alice.sees("being typed")
+    bob.send("incoming\n")
+    assert alice.sees("bob: incoming\r\n") and alice.sees("alice> being typed")
+    alice.type("\x15bo\t\x1b[200~one\rtwo\x1b[201~\r")
+    assert bob.lines(2) == ["alice: bob: one", "alice: two"]
+    alice.type("/tell bob psst\r")
+    assert bob.line() == "(private) alice: psst"
+    alice.type("/quit\r")
+    assert "left" in bob.line()
+    assert alice.process.wait(PATIENCE) == 0
+    assert alice.restored()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_the_terminal_is_given_back_whatever_ends_the_client(running, terminal, number):
+    alice = terminal(running().address, "alice")
+    assert alice.sees("alice> ")
+    assert not alice.restored()
+    alice.process.send_signal(number)
+    assert alice.process.wait(PATIENCE) == 0
+    assert alice.restored()
+    assert "\x1b[?2004l" in os.read(alice.ours, 65536).decode()
+
+
+def test_ctrl_c_forgets_the_line_before_it_leaves(running, terminal):
+    server = running()
+    bob, alice = server.guest("bob"), terminal(server.address, "alice")
+    assert alice.sees("alice> ")
+    alice.type("oops")
+    assert alice.sees("oops")
+    alice.process.send_signal(signal.SIGINT)
+    assert alice.sees("alice> ")
+    alice.type("fine\r")
+    assert bob.until("alice:") and alice.process.poll() is None
+
+
+def test_a_client_comes_back_when_its_server_does(terminal, folder):
+    with serving("--data", folder) as (process, address):
+        alice = terminal(address, "alice")
+        assert alice.sees("you are alice") and alice.sees("alice> ")
+        process.send_signal(signal.SIGTERM)
+        assert alice.sees("the server is going down") and alice.sees("trying again in")
+        process.wait(PATIENCE)
+    alice.type("typed meanwhile\r")
+    with program("server", "--listen", "{}:{}".format(*address), "--data", folder) as again:
+        again.stdout.readline()
+        bob = Guest(address, "bob")
+        assert alice.sees("connected to")
+        assert bob.until("alice: typed meanwhile")
+        again.kill()
+
+
+# ======================================================================================
+# BENCH, AND HOW IT ALL READS
+# ======================================================================================
+
+
+def test_the_benchmark_measures_a_server_of_its_own():
+    with program("bench", "--clients", 5, "--senders", 2, "--messages", 200, "--json") as process:
+        out, errors = process.communicate(timeout=PATIENCE)
+    result = json.loads(out)
+    assert (
+        result["deliveries_per_s"] > 0
+        and 0 < result["p50_ms"] <= result["p99_ms"] <= result["p999_ms"]
+    )
+    assert errors == b""
+
+
+def test_the_benchmark_keeps_a_rate_and_prints_a_table(running):
+    where = "{}:{}".format(*running().address)
+    arguments = ["--server", where, "--clients", 3, "--senders", 1, "--messages", 30, "--rate", 300]
+    with program("bench", *arguments) as process:
+        out, _ = process.communicate(timeout=PATIENCE)
+    assert b"30 messages, 1 sender" in out and b"latency p99.9" in out
+
+
+FILES = [HERE / name for name in ("chat.py", "gui_client.py") if (HERE / name).exists()]
+BELOW_THE_WATER = {"socket", "selectors", "select", "threading", "termios", "signal", "time", "os"}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
+
+
+def deepest(node, depth=0):
+    """How deep the blocks of a function are nested; elif does not count as deeper."""
+    found = depth
+    for field, value in ast.iter_fields(node):
+        children = [
+            c for c in (value if isinstance(value, list) else [value]) if isinstance(c, ast.AST)
+        ]
+        for child in children:
+            if isinstance(child, (*FUNCTIONS, ast.ClassDef, ast.Lambda)):
+                continue
+            is_elif = (
+                isinstance(node, ast.If)
+                and field == "orelse"
+                and len(children) == 1
+                and isinstance(child, ast.If)
+            )
+            found = max(found, deepest(child, depth + (isinstance(child, BLOCKS) and not is_elif)))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_functions_are_short_shallow_and_classes_not_endless(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        length = getattr(node, "end_lineno", 0) - getattr(node, "lineno", 0) + 1
+        if isinstance(node, FUNCTIONS):
+            assert length <= 60, f"{node.name} has {length} lines"
+            assert deepest(node) <= 3, f"{node.name} is nested too deep"
+        elif isinstance(node, ast.ClassDef):
+            assert length <= 300, f"{node.name} has {length} lines"
+
+
+def test_above_the_waterline_there_is_no_operating_system():
+    source = (HERE / "chat.py").read_text()
+    waterline = source[: source.index("THE WATERLINE")].count("\n")
+    for node in ast.walk(ast.parse(source)):
+        if (
+            isinstance(getattr(node, "ctx", None), ast.Load)
+            and getattr(node, "id", "") in BELOW_THE_WATER
+        ):
+            assert node.lineno > waterline, f"{node.id} in line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_everything_is_defined_before_it_is_used(path):
+    tree = ast.parse(path.read_text())
+    defined = {}
+    for node in tree.body:
+        stored = [
+            n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        ]
+        for name in [node.name] if hasattr(node, "name") else stored:
+            defined.setdefault(name, node.lineno)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            assert defined.get(node.id, 0) <= node.lineno, f"{node.id} in line {node.lineno}"
+
+
+def test_the_title_page_names_every_section():
+    source = (HERE / "chat.py").read_text()
+    title, _, _ = source.partition('"""\n\nfrom')
+    for banner in re.findall(r"# =+\n# ([A-Z ]+)\n# =+", source):
+        assert f"\n    {banner}" in title, banner
