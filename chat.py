@@ -534,7 +534,7 @@ class Commands(dict):
 #     keys           under which the store keeps the event
 #     admit(user)    raise Refused unless this user may speak to it
 #     stamp(now)     the time of its next event
-#     listeners()    the users who may have to be told of this turn's events
+#     sessions_by_wire()  of all who may have to be told of this turn's events
 #     visible(user, id)   whether this one was there when event `id` happened
 #
 # and is hashable, because a turn's events are grouped by audience.
@@ -554,6 +554,15 @@ def next_time(last: int, now: int) -> int:
     if now > last:
         return now
     return last + 1 if last < now + 1000 else last
+
+
+def sessions_by_wire(users: "Iterable[User]") -> "dict[Any, list[Session]]":
+    """Their sessions, those together who get the same bytes."""
+    found: "dict[Any, list[Session]]" = {}
+    for user in users:
+        for session in user.sessions:
+            found.setdefault(session.wire, []).append(session)
+    return found
 
 
 class User:
@@ -587,13 +596,17 @@ class Membership:
 class Channel:
     """A room. Without members it ceases to exist; its history stays in the store."""
 
-    __slots__ = ("former", "key", "keys", "last_time", "members", "name", "topic", "topic_locked")
+    __slots__ = (
+        *("by_wire", "former", "key", "keys", "last_time"),
+        *("members", "name", "topic", "topic_locked"),
+    )
 
     def __init__(self, name: str, last_time: int):
         self.name, self.key = name, fold(name)
         self.keys = (self.key,)
         self.members: dict[User, Membership] = {}
         self.former: list[tuple[User, int, int]] = []  # left in this turn: from id, to id
+        self.by_wire: "dict[Any, list[Session]] | None" = None  # of its listeners; None: to be made
         self.topic = ""
         self.topic_locked = self.key != LOBBY  # the lobby has no operators to set one
         self.last_time = last_time
@@ -607,11 +620,13 @@ class Channel:
         return self.last_time
 
     def listeners(self) -> Iterable[User]:
-        return (
-            {**self.members, **{user: None for user, *_ in self.former}}.keys()
-            if (self.former)
-            else self.members.keys()
-        )
+        return dict.fromkeys([*self.members, *(user for user, *_ in self.former)])
+
+    def sessions_by_wire(self) -> "dict[Any, list[Session]]":
+        """Kept from turn to turn: nobody comes or goes without Turn.move()."""
+        if self.by_wire is None:
+            self.by_wire = sessions_by_wire(self.listeners())
+        return self.by_wire
 
     def visible(self, user: User, number: int) -> bool:
         member = self.members.get(user)
@@ -638,6 +653,9 @@ class Neighbours(NamedTuple):
     def listeners(self) -> Iterable[User]:
         return dict.fromkeys(user for channel in self.channels for user in channel.listeners())
 
+    def sessions_by_wire(self) -> "dict[Any, list[Session]]":
+        return sessions_by_wire(self.listeners())
+
     def visible(self, user: User, number: int) -> bool:
         return any(channel.visible(user, number) for channel in self.channels)
 
@@ -660,8 +678,8 @@ class Conversation(NamedTuple):
         self.one.last_time = self.other.last_time = newest
         return newest
 
-    def listeners(self) -> Iterable[User]:
-        return {self.one, self.other}
+    def sessions_by_wire(self) -> "dict[Any, list[Session]]":
+        return sessions_by_wire({self.one, self.other})
 
     def visible(self, user: User, number: int) -> bool:
         return True
@@ -719,13 +737,12 @@ class Session:
 class Group:
     """What one audience was told in a turn: encoded once a wire, joined once."""
 
-    __slots__ = ("alone_by_wire", "audience", "events", "lines_by_wire")
+    __slots__ = ("audience", "events", "lines_by_wire")
 
     def __init__(self, audience: Any):
         self.audience = audience
         self.events: list[Event] = []
         self.lines_by_wire: dict[Any, list[bytes]] = {}
-        self.alone_by_wire: dict[Any, list[Session]] = {}  # who hears nothing else
 
     def lines(self, wire: Any) -> list[bytes]:
         lines = self.lines_by_wire.get(wire)
@@ -735,9 +752,6 @@ class Group:
 
     def joined(self, wire: Any) -> bytes:
         return b"".join(self.lines(wire))
-
-    def sessions(self) -> Iterator[Session]:
-        return (session for user in self.audience.listeners() for session in user.sessions)
 
 
 class Turn:
@@ -760,6 +774,7 @@ class Turn:
     def move(self, user: User, channel: Channel) -> None:
         self.moved.add(user)
         self.changed.add(channel)
+        channel.by_wire = None
         self.apart.update(user.sessions)
 
     def deliveries(self) -> Iterator[tuple[bytes, Iterable[Session]]]:
@@ -770,31 +785,23 @@ class Turn:
             if group is None:
                 group = groups[event.audience] = Group(event.audience)
             group.events.append(event)
-        heard = self._heard(groups.values())
+        heard = {session: [] for session in self.apart | self._heard_twice(groups)}
         for group in groups.values():
-            for wire, sessions in group.alone_by_wire.items():
-                yield group.joined(wire), sessions
+            for wire, sessions in group.audience.sessions_by_wire().items():
+                yield group.joined(wire), [s for s in sessions if s not in heard]
+                for session in heard.keys() & sessions:
+                    heard[session].append(group)
         for session, told in heard.items():
             if data := self.cut(session, told):
                 yield data, (session,)
 
-    def _heard(self, groups: Collection[Group]) -> dict[Session, list[Group]]:
-        """Hand every session to the one group that is all it hears; the others, by session,
-        with the groups they hear."""
-        heard: dict[Session, list[Group]] = {session: [] for session in self.apart}
-        if len(groups) > 1:
-            times = collections.Counter(s for group in groups for s in group.sessions())
-            heard.update((session, []) for session, count in times.items() if count > 1)
-        for group in groups:
-            by_wire = group.alone_by_wire
-            for session in group.sessions():
-                if session in heard:
-                    heard[session].append(group)
-                elif session.wire in by_wire:
-                    by_wire[session.wire].append(session)
-                else:
-                    by_wire[session.wire] = [session]
-        return heard
+    def _heard_twice(self, audiences: Collection[Any]) -> set[Session]:
+        """Those who are in more than one of these audiences."""
+        if len(audiences) < 2:
+            return set()
+        lists = (a.sessions_by_wire().values() for a in audiences)
+        times = collections.Counter(s for sessions in lists for some in sessions for s in some)
+        return {session for session, count in times.items() if count > 1}
 
     def cut(self, session: Session, groups: list[Group]) -> bytes:
         """One session's own selection of the log, in the log's order."""
@@ -825,6 +832,7 @@ class Turn:
             session.replies = []
         for channel in self.changed:
             channel.former.clear()
+            channel.by_wire = None
         for session, user in self.left.items():
             user.sessions.remove(session)
 

@@ -65,7 +65,8 @@ log = logging.getLogger("chat.window")
 
 LINES_KEPT = 5000  # of the transcript; older ones are in the server's history
 TRIM_LINES = 500  # dropped at a time: one deletion costs the same for one line
-SHOWN_BYTES = 4096  # of one message: a line of 100 kB takes Tk half a second to lay out
+SHOWN = 4000  # characters of one message: a line of 100 kB takes Tk half a second to lay out
+NAME_SHOWN = 80  # characters of a name
 SPEAKERS_KEPT = 50  # offered first when a name is completed
 NAME_TAGS = 12
 
@@ -94,14 +95,17 @@ def whole(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
 
 
+key_of = functools.lru_cache(maxsize=16 * 1024)(chat.fold)  # names come again and again
+
+
 def name_tag(name: str) -> str:
     """The tag with a person's colour: the same person has the same one everywhere."""
-    return f"name{zlib.crc32(chat.fold(name).encode()) % NAME_TAGS}"
+    return f"name{zlib.crc32(key_of(name).encode()) % NAME_TAGS}"
 
 
 def calls(text: str, name: str) -> bool:
     """Whether `text` has this name in it, as a word of its own."""
-    key, folded = chat.fold(name), chat.fold(text)
+    key, folded = key_of(name), chat.fold(text)
     return key in folded and bool(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", folded))
 
 
@@ -122,8 +126,8 @@ def said_row(view: chat.View, clock: str, called: bool) -> list:
     """What somebody said: the time, who and where, the text; more lines stand below it."""
     private = is_private(view)
     over = ("private",) if private else ("mention",) if called else ()
-    where = "" if view.where == chat.LOBBY else f"({view.where}) "
-    where = where if private else where.replace("(", "[").replace(")", "]")
+    elsewhere = f"({view.where}) " if private else f"[{view.where}] "
+    where = "" if view.where == chat.LOBBY else elsewhere
     speaker = "" if private and view.mine else f"{view.name}: "
     first, *others = view.text.split("\n")
     return [
@@ -157,6 +161,16 @@ def moment_of(view: chat.View) -> datetime.datetime:
         )
     except (ValueError, OverflowError, OSError):  # no calendar has this: the server made it up
         return datetime.datetime.now()
+
+
+def shorter(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}\u2026"
+
+
+def shortened(view: chat.View) -> chat.View:
+    """No longer than a window shows; a plain server's names can be as long as its lines."""
+    name, where = shorter(view.name, NAME_SHOWN), shorter(view.where, NAME_SHOWN)
+    return view._replace(text=shorter(view.text, SHOWN), name=name, where=where, line="")
 
 
 class Conversation:
@@ -193,7 +207,7 @@ class Conversation:
     def _count(self, view: chat.View, called: bool, focused: bool, at_bottom: bool) -> None:
         if view.mine or view.time is not None:  # our own words, and history, are not news
             return
-        if view.name not in list(self.speakers)[-1:]:
+        if not self.speakers or self.speakers[-1] != view.name:
             self.speakers.append(view.name)
         self.below += not at_bottom
         self.unread += not focused
@@ -216,7 +230,7 @@ class Conversation:
         names = dict.fromkeys((*recent, *snapshot.people))
         names.pop(snapshot.name, None)
         end = ": " if first else " "
-        return [name + end for name in names if chat.fold(name).startswith(chat.fold(word))]
+        return [name + end for name in names if key_of(name).startswith(chat.fold(word))]
 
 
 def title_text(snapshot: Snapshot, server: str, unread: int) -> str:
@@ -312,14 +326,8 @@ class Engine(chat.Client):
     def show(self, views: list[chat.View]) -> None:
         for view in views:
             if self._worth_showing(view):
-                if len(view.text) * 4 > SHOWN_BYTES:
-                    view = view._replace(text=self._shortened(view.text))
-                self.views.put(view._replace(line=""))
+                self.views.put(shortened(view))
                 self.news = True
-
-    def _shortened(self, text: str) -> str:
-        short = chat.cut(whole(text), SHOWN_BYTES)
-        return short if short == text else f"{short}\u2026"
 
     def _worth_showing(self, view: chat.View) -> bool:
         if view.kind == chat.STATUS:
@@ -365,6 +373,8 @@ class Engine(chat.Client):
 # ======================================================================================
 # REMEMBERED
 # ======================================================================================
+# A person who comes back finds the fields filled in. Written as a whole or not at all, and
+# readable by that person alone.
 
 
 class Remembered:
@@ -460,6 +470,8 @@ class Look:
         self.large.configure(size=round(self.font.actual("size") * 1.3))
         self.small = self.font.copy()
         self.small.configure(size=max(8, self.font.actual("size") - 1))
+        self.fixed = tkfont.nametofont("TkFixedFont", root).copy()
+        self.fixed.configure(size=self.small.actual("size"))
         root.configure(background=self.colours.ground)
         self.style = ttk.Style(root)
         self.style.theme_use("clam")
@@ -733,6 +745,8 @@ class Compose(Field):
 # ======================================================================================
 # PARTS
 # ======================================================================================
+# What the window is put together from. Each part knows its widgets and what it is told,
+# and tells others by calling what it was given.
 
 
 COMMAND_KEYS = 0x4 | (0x20000 if os.name == "nt" else 0x8)  # Control, Alt: no letters
@@ -773,7 +787,7 @@ class Transcript(ttk.Frame):
         tag("private", foreground=c.private)
         tag("dim", foreground=c.dim)
         tag("where", foreground=c.dim)
-        tag("table", font="TkFixedFont")  # the server aligns what it lists with spaces
+        tag("table", font=look.fixed)  # the server aligns what it lists with spaces
         tag("name", font=look.bold)
         for number, colour in enumerate(c.names):
             tag(f"name{number}", foreground=colour)
@@ -858,7 +872,6 @@ class People(ttk.Frame):
         self.chosen = chosen
         self.drawable = look.drawable
         self.rows: dict[str, str] = {}  # name to row
-        self.order: list[str] = []
         self.mine = ""
         self.count = ttk.Label(self, style="Dim.TLabel", padding=(10, 10, 0, 6))
         self.tree = ttk.Treeview(self, show="tree", style="People.Treeview", selectmode="browse")
@@ -875,17 +888,16 @@ class People(ttk.Frame):
         self.show((), "")
 
     def show(self, people: tuple[str, ...], mine: str) -> None:
-        order = sorted(people, key=lambda name: (chat.fold(name), name))
+        order = sorted(people, key=lambda name: (key_of(name), name))
         if mine != self.mine:  # the row of who we were, and of who we are, read differently
             self._remove({self.mine, mine})
         self.mine = mine
         self._remove(self.rows.keys() - set(order))
         for position, name in enumerate(order):
             if name not in self.rows:
-                text = self.drawable(f"{name} (you)" if name == mine else name)
-                row = self.tree.insert("", position, text=text, tags=(name_tag(name),))
-                self.rows[name] = row
-        self.order = order
+                text = self.drawable(shorter(name, NAME_SHOWN) + " (you)" * (name == mine))
+                where = position if position < len(self.rows) else "end"  # which needs no search
+                self.rows[name] = self.tree.insert("", where, text=text, tags=name_tag(name))
         self.count.configure(text=f"PEOPLE HERE \u2013 {len(order):,}")
 
     def _remove(self, names: Iterable[str]) -> None:
@@ -951,7 +963,10 @@ class ConnectCard(ttk.Frame):
 # ======================================================================================
 # WINDOW
 # ======================================================================================
+# Everything happens in short steps that Tk calls: a key, a wake-up, a timer. None of them
+# waits for anything, and none of them runs Tk's loop inside itself.
 
+DEFAULT_SERVER = chat.address_text(chat.DEFAULT_HOST, chat.DEFAULT_PORT)
 DRAIN_SECONDS = 0.008  # of forming text before Tk gets to look after the person again
 REST_MS = 8  # which it then has: as much again, or nothing of this would be drawn
 FRAME_SECONDS = 0.016  # between two looks at the queue: more is not seen
@@ -1035,7 +1050,8 @@ class Window:
         self.model = Conversation()
         self.engine: Engine | None = None
         self.snapshot = NOT_CONNECTED
-        self.server = ""
+        self.address = ""  # of the server, as it was typed
+        self.server = ""  # the same in short
         self.focused = False
         self.closing = self.interrupted = self.gone = False
         self.timer = ""  # of the next look at the queue
@@ -1120,21 +1136,19 @@ class Window:
     def ask(self, error: str = "") -> None:
         name, server = self.remembered.load()
         name = self.snapshot.name or self.options.name or name
-        server = self.server or self.options.server or server
-        default = chat.address_text(chat.DEFAULT_HOST, chat.DEFAULT_PORT)
-        self.card.show(name, server or default, error)
+        server = self.address or self.options.server or server
+        self.card.show(name, server or DEFAULT_SERVER, error)
 
     def connect(self, name: str, server: str) -> None:
         """Leave where we are and go there, or say why that cannot be."""
         try:
             options = self._client_options(name, server)
         except chat.Unusable as error:
-            default = chat.address_text(chat.DEFAULT_HOST, chat.DEFAULT_PORT)
-            return self.card.show(name, server or default, str(error))
+            return self.card.show(name, server or DEFAULT_SERVER, str(error))
         self.remembered.save(name, server)
         if self.engine:
             self.engine.leave()
-        self.server = str(options.target)
+        self.address, self.server = server, str(options.target)
         self.engine = Engine(options, self.bell.ring)
         self.take_snapshot(self.engine.snapshot)
         self.engine.start()
@@ -1145,14 +1159,17 @@ class Window:
             raise chat.Unusable("please choose a name")
         # What the command line says of its server is not said of another: a password
         # least of all.
-        theirs = self.options if server == self.options.server else WindowOptions()
-        return chat.ClientOptions(
-            name,
-            chat.parse_target(server, theirs.plain),
-            theirs.trust,
-            self.options.state,
-            theirs.password,
-        )
+        target = chat.parse_target(server)
+        given = self.options if self._is_given(target) else WindowOptions()
+        target = target._replace(plain=target.plain or given.plain)
+        return chat.ClientOptions(name, target, given.trust, self.options.state, given.password)
+
+    def _is_given(self, target: chat.Target) -> bool:
+        """Whether it is the server of the command line, and no less secure."""
+        with contextlib.suppress(chat.Unusable):
+            given = chat.parse_target(self.options.server)
+            return (given.host, given.port, given.tls) == (target.host, target.port, target.tls)
+        return False
 
     # What the engine has to tell
 
@@ -1230,7 +1247,7 @@ class Window:
 
     def send(self, text: str) -> bool:
         """Whether it is on its way. While the line is broken it waits in the core."""
-        if text == "/quit":
+        if text.split()[0] == "/quit":
             self.close()
         elif self.engine is None:
             self.ask("not connected: connect first, your text is kept")
@@ -1288,6 +1305,8 @@ class Window:
 # ======================================================================================
 # MAIN
 # ======================================================================================
+# The command line is that of the terminal client, but that the window asks for what is
+# missing or wrong.
 
 
 def command_line() -> argparse.ArgumentParser:
