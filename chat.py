@@ -135,6 +135,7 @@ WAL_RESTART_BYTES = 64 * 1024 * 1024  # PASSIVE checkpoints never reset it under
 CHECKED_ON_START_BYTES = 16 * 1024 * 1024  # a larger database is not read whole: 300 ms to start
 HISTORY_LINES = 20  # /history without a number: a screen
 HISTORY_LINES_MOST = 500
+PEOPLE_LISTED = 10_000  # of a channel, by our clients
 NAMES_A_LINE = 100  # at 64 bytes each still well below LINE_BYTES
 
 HELPER_THREADS = 2
@@ -313,6 +314,10 @@ CONTROLS = {n: None for n in (*range(0x20), *range(0x7F, 0xA0)) if chr(n) not in
 def harmless(text: str) -> str:
     """`text` without control characters but TAB and newline: no terminal is steered by it."""
     return text if text.isprintable() else text.translate(CONTROLS)
+
+
+# Embeddings, overrides and isolates (UAX 9): they move what stands around a message, too.
+BIDI_CONTROLS = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)))
 
 
 def escaped(text: str) -> str:
@@ -1575,6 +1580,28 @@ class View(NamedTuple):
 SAID_LINE = re.compile(r"((?:\[(#[^\]]+)\] |\((private)\) )?([^:*][^:]*): (.*))")
 
 
+def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[str]) -> list[str]:
+    """What a word may become: a command or an address at the start of a line, a channel, a
+    name. Names are offered in the order given."""
+    if word[:1] == "/" and first:
+        return sorted(f"/{verb} " for verb in line_command if verb.startswith(word[1:]))
+    if word[:1] == "#":
+        return [f"{room} " for room in rooms if room.startswith(word)]
+    end = ": " if first else " "
+    return [name + end for name in names if fold(name).startswith(fold(word))]
+
+
+def calls(text: str, name: str) -> bool:
+    """Whether `text` has this name in it, as a word of its own."""
+    key, folded = fold(name), fold(text)
+    return key in folded and bool(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", folded))
+
+
+def is_quit(text: str) -> bool:
+    """/quit, which a client does by itself: it leaves, and does not come back."""
+    return text.split()[:1] == ["/quit"]
+
+
 class ClientCore:
     """The line protocol from the client's side.
 
@@ -1641,7 +1668,7 @@ class ClientCore:
             if raw == TOO_LONG:
                 views.append(View(NOTE, "the server sent a line too long to be shown"))
                 continue
-            line = harmless(raw.decode(errors="replace"))
+            line = harmless(raw.decode(errors="replace")).translate(BIDI_CONTROLS)
             views += self._first(line) if self.listening else self._line(line)
         return views
 
@@ -1732,7 +1759,7 @@ class ClientCore:
         return [View(TOLD, line.removeprefix("* "), line=line)]
 
     def _came(self, line: str, where: str | None, name: str) -> list[View]:
-        self.rooms.setdefault(where or LOBBY, {})[name] = None
+        self._is_here(name, where or LOBBY)
         return [View(CAME, name=name, where=where or LOBBY, line=line), View(PEOPLE)]
 
     def _went(self, line: str, where: str | None, name: str) -> list[View]:
@@ -1748,12 +1775,23 @@ class ClientCore:
             self.recent.append((name, text))
         views = [View(SAID, text, name, where, line=line)]
         if self.kind == PLAIN and name not in self.rooms[LOBBY]:
-            self.rooms[LOBBY][name] = None  # such a server does not tell who was here before
+            self._is_here(name, LOBBY)  # such a server does not tell who was here before
             views.append(View(PEOPLE))
+        if name in (room := self.rooms.get(where, {})):
+            self.rooms[where] = {name: None, **room}  # who spoke last is completed first
         return views
 
+    def _is_here(self, name: str, where: str) -> None:
+        """Somebody is in a channel that we are in. A server may make up as many as it likes."""
+        room = self.rooms.get(where)
+        if room is not None and len(room) < PEOPLE_LISTED and len(name.encode()) <= NAME_BYTES:
+            room[name] = None
+
     def _history(self, line: str, when: str, rest: str) -> list[View]:
-        moment = datetime.datetime.strptime(when, "%Y-%m-%d %H:%M:%S%z")
+        try:
+            moment = datetime.datetime.strptime(when, "%Y-%m-%d %H:%M:%S%z")
+        except ValueError:  # a year that no calendar has
+            return [View(TOLD, line.removeprefix("* "), line=line)]
         time_ms = int(moment.timestamp()) * 1000
         match = SAID_LINE.fullmatch(rest)
         if match is None:
@@ -1776,12 +1814,14 @@ class ClientCore:
         self.recent += said[known:]
         return page[known:]
 
-    def _names(self, line: str, where: str, start: str, count: str, names: str) -> list[View]:
+    def _names(self, line: str, where: str, start: str, names: str) -> list[View]:
+        if where not in self.rooms:  # asked about from outside
+            return [View(TOLD, line.removeprefix("* "), line=line)]
         if start == "1":
             self.rooms[where] = {}
-        room = self.rooms.setdefault(where, {})
-        room.update(dict.fromkeys(name.removeprefix("@") for name in names.split(", ")))
-        return [View(PEOPLE, names, where=where, line=line)] if len(room) >= int(count) else []
+        for name in names.split(", "):
+            self._is_here(name.removeprefix("@"), where)
+        return [View(PEOPLE, names, where=where, line=line)]
 
     def _renamed(self, line: str, old: str, new: str) -> list[View]:
         for where, room in self.rooms.items():
@@ -1819,7 +1859,7 @@ class ClientCore:
             (r"((?:\[(#[^\]]+)\] )?([^:*][^:]*) \(\S+\) left the chat!)", _went),
             (r"(\* (\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ) (.*))", _history),
             (r"(\* that was [\d,]+ messages?)", _history_end),
-            (r"(\* (#\S+) (\d+)-\d+ of (\d+): (.*))", _names),
+            (r"(\* (#\S+) (\d+)-\d+ of \d+: (.*))", _names),
             (r"(\* (\S+) is now called (\S+))", _renamed),
             (r"(\* you are (\S+?)(?:[:;] .*)?)", _you_are),
             (r"(\* you speak in (#\S+) now)", _you_speak_in),
@@ -3019,7 +3059,9 @@ class Link:
         if self.core.ready or self.core.listening:
             self.show(self.core.finish())
         self.core.disconnected()
-        if not secure:
+        if not secure and reason == HUNG_UP:
+            self._end(f"{self.target} does not speak TLS")
+        elif not secure:
             advice = "--ca, --pin or --insecure if you know better"
             self._end(f"{self.target} is not to be trusted: {reason}; {advice}")
         elif self.leaving:
@@ -3448,7 +3490,7 @@ def view_lines(view: View, palette: Palette, my_name: str, clock: str) -> list[s
     if view.kind == SAID:
         elsewhere = f"({view.where}) " if view.where[:1] != "#" else f"[{view.where}] "
         before = "" if view.where == LOBBY else palette.dim(elsewhere)
-        called = not view.mine and fold(my_name) in fold(view.text)
+        called = not view.mine and calls(view.text, my_name)
         lines = (palette.paint(line, 1) if called else line for line in view.text.split("\n"))
         return [f"{clock} {before}{palette.name(view.name)}: {line}" for line in lines]
     if view.kind in (CAME, WENT):
@@ -3692,7 +3734,7 @@ class TerminalClient(Client):
             text = self.editor.press(key)
             if key.name == "redraw":
                 self.terminal.write("\x1b[2J\x1b[H")
-            elif text == "/quit":
+            elif text is not None and is_quit(text):
                 self.leave()
             elif text is not None:
                 self.link.typed(text)
@@ -3713,13 +3755,9 @@ class TerminalClient(Client):
         self.stale = True
 
     def complete(self, word: str, first: bool) -> list[str]:
-        if word[:1] == "/" and first:
-            return sorted(f"/{verb} " for verb in line_command if verb.startswith(word[1:]))
-        if word[:1] == "#":
-            return [f"{room} " for room in self.core.rooms if room.startswith(word)]
-        names = self.core.rooms.get(self.core.here, ())
-        end = ": " if first else " "
-        return [n + end for n in names if fold(n).startswith(fold(word)) and n != self.core.name]
+        core = self.core
+        names = [name for name in core.rooms.get(core.here, ()) if name != core.name]
+        return completions(word, first, names, core.rooms)
 
     # What is shown
 
@@ -3728,14 +3766,6 @@ class TerminalClient(Client):
             moment = time.time() if view.time is None else view.time / 1000
             clock = time.strftime("%H:%M", time.localtime(moment))
             self.lines += view_lines(view, self.palette, self.core.name, clock)
-            if view.kind == SAID and not view.mine:
-                self.recently_spoke(view)
-
-    def recently_spoke(self, view: View) -> None:
-        """Completion offers those first who spoke last."""
-        room = self.core.rooms.get(view.where, {})
-        if view.name in room:
-            self.core.rooms[view.where] = {view.name: None, **room}
 
     def prompt(self) -> str:
         where = "" if self.core.here == LOBBY else f"{self.core.here} "

@@ -103,12 +103,6 @@ def name_tag(name: str) -> str:
     return f"name{zlib.crc32(key_of(name).encode()) % NAME_TAGS}"
 
 
-def calls(text: str, name: str) -> bool:
-    """Whether `text` has this name in it, as a word of its own."""
-    key, folded = key_of(name), chat.fold(text)
-    return key in folded and bool(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", folded))
-
-
 def is_private(view: chat.View) -> bool:
     return view.where[:1] != "#"
 
@@ -190,7 +184,7 @@ class Conversation:
         pieces = self._new_day(moment.date())
         clock = f"{moment:%H:%M}"
         if view.kind == chat.SAID:
-            called = not view.mine and calls(view.text, my_name)
+            called = not view.mine and chat.calls(view.text, my_name)
             self._count(view, called, focused, at_bottom)
             pieces += said_row(view, clock, called)
         else:
@@ -222,15 +216,10 @@ class Conversation:
 
     def candidates(self, snapshot: Snapshot, word: str, first: bool) -> list[str]:
         """What a word may be completed to: those who spoke last come first."""
-        if word[:1] == "/" and first:
-            return sorted(f"/{verb} " for verb in chat.line_command if verb.startswith(word[1:]))
-        if word[:1] == "#":
-            return [f"{room} " for room in snapshot.rooms if room.startswith(word)]
         recent = [name for name in reversed(self.speakers) if name in snapshot.people]
         names = dict.fromkeys((*recent, *snapshot.people))
         names.pop(snapshot.name, None)
-        end = ": " if first else " "
-        return [name + end for name in names if key_of(name).startswith(chat.fold(word))]
+        return chat.completions(word, first, names, snapshot.rooms)
 
 
 def title_text(snapshot: Snapshot, server: str, unread: int) -> str:
@@ -1247,7 +1236,7 @@ class Window:
 
     def send(self, text: str) -> bool:
         """Whether it is on its way. While the line is broken it waits in the core."""
-        if text.split()[0] == "/quit":
+        if chat.is_quit(text):
             self.close()
         elif self.engine is None:
             self.ask("not connected: connect first, your text is kept")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import collections
 import contextlib
+import datetime
 import errno
 import functools
 import hashlib
@@ -19,10 +20,12 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -32,6 +35,7 @@ import time
 import pytest
 
 import chat
+import gui_client
 
 HERE = pathlib.Path(__file__).parent
 SEED = int(os.environ.get("CHAT_SEED", "20261122"))
@@ -1223,6 +1227,8 @@ SERVER_LINES = [
     (b"* anything else: really", ("told", "", "anything else: really", "#lobby")),
     (b"\x1b[2Jbob: \x07\x1b]0;title\x07boo", ("said", "[2Jbob", "]0;titleboo", "#lobby")),
     (b"\xff\xfe", ("told", "", "\ufffd\ufffd", "#lobby")),
+    ("bob: \u202egnp.exe".encode(), ("said", "bob", "gnp.exe", "#lobby")),
+    (b"* 9999-99-99 99:99:99Z x: y", ("told", "", "9999-99-99 99:99:99Z x: y", "#lobby")),
 ]
 
 
@@ -2478,6 +2484,377 @@ def test_a_client_comes_back_when_its_server_does(terminal, folder):
         assert alice.sees("connected to")
         assert bob.until("alice: typed meanwhile")
         again.kill()
+
+
+# ======================================================================================
+# THE WINDOW: its view model needs no display, the rest runs under the `display` fixture
+# ======================================================================================
+
+
+def texts_of(pieces):
+    return "".join(pieces[::2])
+
+
+def tags_of(pieces, text):
+    return next(
+        tags for piece, tags in zip(pieces[::2], pieces[1::2], strict=True) if piece == text
+    )
+
+
+def said(text, name="bob", **more):
+    return chat.View(chat.SAID, text, name, **more)
+
+
+def test_each_kind_of_view_reads_as_it_should_in_the_window():
+    model = gui_client.Conversation()
+    eight = int(datetime.datetime(2026, 11, 22, 8, 5).timestamp() * 1000)
+    model.day = datetime.date(2026, 11, 22)
+    rows = {
+        said("hello", time=eight): "08:05\tbob: hello\n",
+        said("one\n two", time=eight): "08:05\tbob: one\n two\n",
+        said("hi", where="#tea", time=eight): "08:05\t[#tea] bob: hi\n",
+        said("psst", where="private", time=eight): "08:05\t(private) bob: psst\n",
+        said("yes", "alice", where="to bob", mine=True, time=eight): "08:05\t(to bob) yes\n",
+        chat.View(chat.CAME, name="carol", time=eight): "08:05\t\u2192 carol joined\n",
+        chat.View(
+            chat.WENT, name="carol", where="#tea", time=eight
+        ): "08:05\t\u2190 carol left #tea\n",
+        chat.View(chat.TOLD, "no such command", time=eight): "08:05\tno such command\n",
+        said("later", time=eight + 86_400_000): "Monday, 23 November 2026\n08:05\tbob: later\n",
+        said("hello", time=10**18): f"{datetime.date.today():%A}",  # a year that no calendar has
+    }
+    for view, row in rows.items():
+        assert texts_of(model.add(view, "alice", True, True)).startswith(row)
+
+
+@pytest.mark.parametrize(
+    "text, called",
+    [
+        ("alice: hello", True),
+        ("thanks, ALICE!", True),
+        ("malice", False),
+        ("alices", False),
+        ("nobody", False),
+        ("(alice)", True),
+    ],
+)
+def test_a_mention_is_a_whole_word_in_any_case(text, called):
+    assert chat.calls(text, "Alice") is called
+    pieces = gui_client.Conversation().add(said(text), "Alice", True, True)
+    assert ("mention" in pieces[1]) is called
+
+
+@pytest.mark.parametrize(
+    "text, links",
+    [
+        ("see https://example.org/a?b=c#d.", ["https://example.org/a?b=c#d"]),
+        ("(http://a.example) and HTTP://b", ["http://a.example"]),
+        ("<https://a.example/x>, https://b.example!", ["https://a.example/x", "https://b.example"]),
+        ("https://", []),
+        ("javascript:alert(1) file:///etc/passwd", []),
+    ],
+)
+def test_links_are_found_and_nothing_else_is_one(text, links):
+    pieces = gui_client.linked(text, "row")
+    assert texts_of(pieces) == text
+    assert [p for p, tags in zip(pieces[::2], pieces[1::2], strict=True) if "link" in tags] == links
+
+
+def test_the_window_counts_what_is_new_and_drops_the_oldest_lines_in_blocks():
+    model = gui_client.Conversation()
+    model.add(said("seen"), "alice", focused=True, at_bottom=True)
+    model.add(said("old", time=1), "alice", focused=False, at_bottom=False)
+    model.add(said("mine", "alice", mine=True), "alice", focused=False, at_bottom=False)
+    assert (model.unread, model.below, model.alert) == (0, 0, False)
+    model.add(said("new"), "alice", focused=False, at_bottom=True)
+    assert (model.unread, model.below, model.alert) == (1, 0, False)
+    model.add(said("for you", where="private"), "alice", focused=False, at_bottom=False)
+    assert (model.unread, model.below, model.alert) == (2, 1, True)
+    snapshot = gui_client.Snapshot("alice", ready=True)
+    assert gui_client.title_text(snapshot, "here:1", 2) == "(2) alice \u2013 here:1 \u2013 chat"
+    model.lines = gui_client.LINES_KEPT + gui_client.TRIM_LINES - 2
+    model.add(said("one"), "alice", True, True)
+    assert model.excess() == 0
+    model.add(said("two"), "alice", True, True)
+    assert (model.excess(), model.lines, model.excess()) == (500, gui_client.LINES_KEPT, 0)
+
+
+def test_the_window_completes_commands_channels_and_first_who_spoke_last():
+    model = gui_client.Conversation()
+    people = ("alice", "bert", "bob", "Bill")
+    snapshot = gui_client.Snapshot("bob", people=people, rooms=("#lobby", "#tea"))
+    for name in ("bert", "Bill", "bystander"):
+        model.add(said("hi", name), "bob", True, True)
+    assert model.candidates(snapshot, "b", True) == ["Bill: ", "bert: "]
+    assert model.candidates(snapshot, "A", False) == ["alice "]
+    assert model.candidates(snapshot, "#t", False) == ["#tea "]
+    assert model.candidates(snapshot, "/na", True) == ["/names "]
+
+
+def test_the_last_name_and_server_are_remembered_in_a_private_file(tmp_path):
+    path = tmp_path / "client" / "window.json"
+    memory = gui_client.Remembered(path)
+    assert memory.load() == ("", "")
+    memory.save("alice", "here:1")
+    assert memory.load() == ("alice", "here:1")
+    if os.name == "posix":
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for damage in ("", "[]", '{"name"', "\ufeff"):
+        path.write_text(damage, encoding="utf-8")
+        assert memory.load() == ("", "")
+    gui_client.Remembered(None).save("alice", "here:1")
+
+
+@pytest.fixture(scope="session")
+def display():
+    """A virtual screen for all the tests that need one."""
+    if not shutil.which("Xvfb"):
+        assert "CHAT_NEEDS_DISPLAY" not in os.environ, "Xvfb is not installed"
+        pytest.skip("Xvfb is not installed")
+    ours, theirs = os.pipe()
+    command = ["Xvfb", "-displayfd", str(theirs), "-screen", "0", "1000x700x24"]
+    with subprocess.Popen(command, pass_fds=[theirs], stderr=subprocess.DEVNULL) as server:
+        os.close(theirs)
+        with os.fdopen(ours) as reader, pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DISPLAY", f":{reader.readline().strip()}")
+            yield
+        server.terminate()
+
+
+@pytest.fixture
+def window(display):
+    """Open windows; they are closed at the end."""
+    opened = []
+
+    def open_window(server="", name="alice", **more):
+        if isinstance(server, tuple):
+            server = chat.address_text(*server)
+        opened.append(gui_client.Window(gui_client.WindowOptions(name, server, **more)))
+        opened[-1].begin()
+        return opened[-1]
+
+    yield open_window
+    for one in opened:
+        one.close()
+        pump(one, lambda one=one: one.gone)
+
+
+def pump(window, condition):
+    """Let Tk work until the condition holds."""
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until, window.transcript.text.get("1.0", "end")
+        timer = window.root.after(5, chat.do_nothing)  # something to look again after
+        window.root.tk.dooneevent(0)
+        window.root.tk.call("after", "cancel", timer)
+
+
+def transcript(window):
+    return window.transcript.text.get("1.0", "end")
+
+
+def see(window, text):
+    pump(window, lambda: text in transcript(window))
+
+
+def enter(window, text):
+    """Typed and sent, in the field that people type in."""
+    window.compose.set(text)
+    window.compose.submit()
+
+
+def here(window):
+    return sorted(window.people.rows)
+
+
+def test_a_window_and_a_peer_talk_and_each_sees_who_is_here(running, window):
+    server = running()
+    bob = server.guest("bob")
+    alice = window(server.address)
+    pump(alice, lambda: alice.snapshot.ready and here(alice) == ["alice", "bob"])
+    where = chat.address_text(*server.address)
+    assert alice.status.cget("text") == f"connected to {where} as alice"
+    bob.send("hello 🙂 https://a.example/x\n")
+    see(alice, "bob: hello 🙂 https://a.example/x\n")
+    link = alice.transcript.text.search("a.example", "1.0")
+    assert alice.transcript.link_at(link) == "https://a.example/x"
+    assert alice.transcript.link_at("1.0") == ""
+    enter(alice, "good morning 🙂🙃")
+    assert bob.until("🙃")[-1] == "alice: good morning 🙂🙃"
+    enter(alice, "three\n  lines\n🏁")
+    assert bob.lines(3) == ["alice: three", "alice:   lines", "alice: 🏁"]
+    see(alice, "alice: three\n  lines\n🏁\n")
+    carol = server.guest("carol")
+    pump(alice, lambda: here(alice) == ["alice", "bob", "carol"])
+    carol.send("/quit\n")
+    see(alice, "\u2190 carol left\n")
+    pump(alice, lambda: here(alice) == ["alice", "bob"])
+
+
+def test_private_messages_are_told_apart_and_ring_a_window_that_nobody_looks_at(running, window):
+    server = running()
+    bob = server.guest("bob")
+    alice = window(server.address)
+    pump(alice, lambda: here(alice) == ["alice", "bob"])
+    rung = []
+    alice.root.bell = lambda: rung.append(1)
+    alice.compose.set("are you there?")
+    alice.people.tree.selection_set(alice.people.rows["bob"])
+    alice.people._choose(None)
+    assert alice.compose.content == "/tell bob are you there?"
+    alice.compose.submit()
+    see(alice, "(to bob) are you there?\n")
+    assert bob.until("(private)")[-1] == "(private) alice: are you there?"
+    alice.focused = False
+    bob.send("/tell alice I am\n")
+    see(alice, "(private) bob: I am\n")
+    pump(alice, lambda: rung)
+    assert alice.root.title().startswith("(1) alice")
+    alice._focus(True)
+    assert alice.root.title().startswith("alice")
+
+
+def test_the_field_keeps_drafts_completes_and_survives_emoji(running, window):
+    alice = window(running().address)
+    pump(alice, lambda: alice.snapshot.ready)
+    field = alice.compose
+    for text in ("first 🙂", "second\nof two"):
+        enter(alice, text)
+    field.focus_force()
+    field.insert("insert", "a draft 🎂")
+    seen = []
+    for key in ("Up", "Up", "Up", "Up", "Down", "Down", "Down", "Down"):
+        field.event_generate(f"<{key}>")
+        field.update_idletasks()
+        seen.append(field.content)
+    assert seen[0] == "second\nof two" and "first 🙂" in seen and seen[-1] == "a draft 🎂"
+    field.set("/na")
+    field.event_generate("<Tab>")
+    assert field.content == "/names "
+    field.set("\ud83d\ude42 \ud83d lone")
+    assert field.content in ("🙂  lone", "🙂 \ufffd lone")
+    alice.root.clipboard_clear()
+    alice.root.clipboard_append("pasted")
+    field.set("old")
+    field.tag_add("sel", "1.0", "end-1c")
+    field.event_generate("<<Paste>>")
+    assert field.content == "pasted"
+    alice.ask()
+    alice.root.update()
+    alice.root.clipboard_append("\nand 🙂\n")
+    alice.card.name.event_generate("<<Paste>>")
+    assert alice.card.name.content == "pasted and 🙂"  # in place of the name
+    alice.card.hide()
+    alice.transcript.text.focus_force()
+    alice.transcript.text.event_generate("<Key>", keysym="x")
+    assert field.content == "pastedx"
+
+
+def test_a_window_comes_back_when_its_server_does_and_sends_what_was_typed_meanwhile(
+    running, window
+):
+    first = Running()  # stopped here, and not by the fixture
+    alice = window(first.address)
+    pump(alice, lambda: alice.snapshot.ready)
+    first.stop()
+    pump(alice, lambda: "trying again" in alice.status.cget("text"))
+    assert here(alice) == []
+    enter(alice, "is anybody there?")
+    second = running(listen=(first.address,))
+    pump(alice, lambda: alice.snapshot.ready)
+    enter(alice, "/history #lobby 5")
+    pump(alice, lambda: transcript(alice).count("alice: is anybody there?\n") == 2)
+    second.guest("bob").send("yes\n")
+    see(alice, "bob: yes\n")
+
+
+def test_whatever_is_wrong_with_an_address_is_said_and_another_can_be_tried(running, window):
+    alice = window("irc://127.0.0.1:6667", name="alice")
+    assert alice.card.shown and "does not speak IRC" in alice.card.error.cget("text")
+    alice.card.server.set("nonsense://")
+    alice.card.enter()
+    assert "is not a server's address" in alice.card.error.cget("text")
+    first = running()
+    alice.card.server.set(chat.address_text(*first.address))
+    alice.card.name.set("")
+    alice.card.enter()
+    assert alice.card.error.cget("text") == "please choose a name"
+    alice.card.name.set("alice 🙂")
+    alice.card.enter()
+    pump(alice, lambda: here(alice) == ["alice_🙂"])
+    assert not alice.card.shown
+    alice.ask()
+    assert alice.card.server.content == chat.address_text(*first.address)
+    alice.card.server.set(chat.address_text(*running().address))
+    alice.card.enter()
+    pump(alice, lambda: alice.snapshot.ready)
+    assert chat.address_text(*first.address) not in alice.root.title()
+
+
+def test_the_password_of_one_server_is_not_given_to_another(window):
+    alice = window("chats://127.0.0.1:1", name="", password="secret", plain=True)
+    assert alice.card.shown
+    for address, password in {
+        "chats://127.0.0.1:1": "secret",
+        "chat://127.0.0.1:1": "",  # the same, but in the clear
+        "127.0.0.1:1": "",
+        "chats://127.0.0.1:2": "",
+        "chats://localhost:1": "",
+    }.items():
+        assert alice._client_options("alice", address).password == password, address
+
+
+def pour(guest, count, rate):
+    """Say this many numbered messages, so many a second."""
+    tick = threading.Event()  # never set: a wait that the test's own thread does not share
+    for number in range(0, count, 20):
+        lines = [
+            f"message {n}, about as long as what people say\n" for n in range(number, number + 20)
+        ]
+        with contextlib.suppress(OSError):  # the test is over
+            guest.send("".join(lines))
+        tick.wait(20 / rate)
+
+
+def longest_silence(window, guest, count):
+    """How long, at most, the window had neither drawn nor answered while messages came."""
+    beats = [time.monotonic()]
+
+    def beat():
+        beats.append(time.monotonic())
+        window.root.after(5, lambda: window.root.after_idle(beat))
+
+    before = window.model.lines
+    flood = threading.Thread(target=pour, args=(guest, count, 2000))
+    flood.start()
+    beat()
+    pump(window, lambda: window.model.lines >= before + count)
+    flood.join()
+    return max(later - earlier for earlier, later in zip(beats, beats[1:], strict=False))
+
+
+def test_a_window_answers_while_messages_pour_in_and_closes_in_a_second(running, window):
+    server = running()
+    bob = server.guest("bob")
+    alice = window(server.address)
+    pump(alice, lambda: alice.snapshot.ready)
+    # Three times: what this machine does besides is not the window's fault.
+    assert min(longest_silence(alice, bob, 1000) for _ in range(3)) < 0.1
+    alice.transcript.text.yview_moveto(0)
+    alice.root.update()
+    bob.send("below\n")
+    pump(alice, lambda: alice.transcript.below.cget("text") == "1 new below \u2193")
+    alice.transcript.below.invoke()
+    alice.root.update()
+    assert alice.transcript.at_bottom and not alice.transcript.below.place_info()
+    before, engine = alice.model.lines, alice.engine
+    threading.Thread(target=pour, args=(bob, 20_000, 20_000), daemon=True).start()
+    pump(alice, lambda: alice.model.lines > before)
+    closing = time.monotonic()
+    alice.close()
+    pump(alice, lambda: alice.gone)
+    assert time.monotonic() - closing < 1
+    assert not engine.thread.is_alive()
 
 
 # ======================================================================================
