@@ -1723,7 +1723,7 @@ class ClientCore:
             return self._typed_plain(lines)
         if text[:1] == "/" and text[:2] != "//":
             self._queue(lines)
-            return []
+            return self._echo([f"*{text[4:]}*"]) if text.startswith("/me ") else []
         self._queue([f"/lines {len(lines)}", *lines] if len(lines) > 1 else lines)
         return self._echo([text[1:] if text[:2] == "//" else text])
 

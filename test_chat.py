@@ -1291,16 +1291,19 @@ def test_a_client_and_its_server_agree_who_is_here_and_what_was_said():
     alice.typed("hello\nworld")
     alice.typed("/tell bob psst")
     alice.typed("//slash")
-    assert house.heard("bob")[-4:] == [
+    alice.typed("/me waves")
+    assert house.heard("bob")[-5:] == [
         "alice: hello",
         "alice: world",
         "(private) alice: psst",
         "alice: /slash",
+        "alice: *waves*",
     ]
     assert alice.said() == [
         ("#lobby", "alice", "hello\nworld"),
         ("to bob", "alice", "psst"),
         ("#lobby", "alice", "/slash"),
+        ("#lobby", "alice", "*waves*"),
     ]
     house.say("bob", "/nick rob")
     house.connect("carol").receive(b"carol")
