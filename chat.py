@@ -2448,6 +2448,8 @@ class Listener:
         self.sock = socket.socket(family, socket.SOCK_STREAM)
         if os.name == "posix":  # elsewhere it would let two servers share a port
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:  # so that [::] and 0.0.0.0 can have the same port
+            self.sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         self._set_options()
         try:
             self.sock.bind((host, port))
@@ -2482,7 +2484,7 @@ class Listener:
                 return
             except OSError as error:
                 return self._back_off(error)
-            self.server.admit(sock, host.removeprefix("::ffff:"), port)
+            self.server.admit(sock, host, port)
 
     def _back_off(self, error: OSError) -> None:
         """No descriptors, or no memory. Who waits is told so on the descriptor we have

@@ -1047,6 +1047,19 @@ def test_checkpoints_move_the_log_into_the_database(folder):
     assert (folder / "chat.db").stat().st_size > before + 100_000
 
 
+def test_a_log_that_has_grown_large_is_begun_anew(folder, monkeypatch):
+    monkeypatch.setattr(chat, "WAL_RESTART_BYTES", 100_000)
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter("alice")
+    sizes = []
+    for _ in range(4):
+        house.say("alice", *["x" * 100] * 2000)
+        house.turn()
+        house.store.checkpoint()
+        sizes.append((folder / "chat.db-wal").stat().st_size)
+    assert sizes[-1] < 2 * sizes[0]
+
+
 def spoiled(path, how):
     """A database with something wrong, as bytes."""
     if how == "junk":
@@ -1484,6 +1497,27 @@ def test_drop_closes_at_once_and_the_socket_at_the_end_of_the_turn(loop, pair):
     assert conn.sock.fileno() < 0
     assert theirs.recv(100) == b""
     assert conn.events == ["enough"]
+
+
+def test_a_handler_that_closes_another_ready_connection_does_not_wake_it(loop):
+    class Rival(Recorder):
+        """Drops the other one as soon as it hears something."""
+
+        __slots__ = ("rival",)
+
+        def received(self, data):
+            super().received(data)
+            self.rival.drop("by the rival")
+
+    sockets = [socket.socketpair() for _ in range(2)]
+    one, other = (Rival(loop, ours) for ours, _ in sockets)
+    one.rival, other.rival = other, one
+    for _, theirs in sockets:
+        theirs.sendall(b"x")
+    loop.run_once()
+    assert [one.events, other.events] in ([["by the rival"], [b"x"]], [[b"x"], ["by the rival"]])
+    for sock in itertools.chain(*sockets):
+        sock.close()
 
 
 def test_a_bug_costs_the_connection_it_happens_on_and_no_other(loop, pair, caplog):
