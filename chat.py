@@ -1562,13 +1562,15 @@ def dialect_of(first_line: bytes) -> str:
 CHAT, PLAIN = "chat.py", "plain"  # the kinds of server this client can talk to
 
 SAID, CAME, WENT, TOLD = "said", "came", "went", "told"
-NOTE, STATUS, PEOPLE = "note", "status", "people"
+NOTE, STATUS, UP, PEOPLE = "note", "status", "up", "people"
 
 
 class View(NamedTuple):
     """One thing to show. `line` is how the wire had it, for whoever shows lines."""
 
-    kind: str  # SAID, CAME, WENT; TOLD by the server; NOTE and STATUS of our own; PEOPLE changed
+    # SAID, CAME, WENT; TOLD by the server; a NOTE of our own; the STATUS of the connection,
+    # UP when it stands; PEOPLE when those who are here have changed
+    kind: str
     text: str = ""
     name: str = ""
     where: str = LOBBY  # a channel, or "private", or "to NAME"
@@ -2917,7 +2919,7 @@ class ServerConnection(Connection):
         self.link.lost(reason)
 
     def lagging(self) -> None:
-        if self.unsent < UNSENT_NO_READ:
+        if self.link.has_room():
             self.link.drained()
 
 
@@ -2926,7 +2928,7 @@ class Link:
 
     `show(views)` gets what there is to show, `over(reason)` is called once at the end:
     with "" after leave(), else with the reason why there is no going on. `drained()` may
-    be replaced by who wants to know that there is room for more.
+    be replaced by who wants to know when has_room() has become true.
     """
 
     def __init__(
@@ -2985,6 +2987,10 @@ class Link:
         if self.conn and (data := self.core.take_output()):
             self.conn.write(data)
 
+    def has_room(self) -> bool:
+        """Whether what is said now goes out soon; if not, drained() is called when it does."""
+        return self.conn is not None and self.core.ready and self.conn.unsent <= UNSENT_NO_READ
+
     # Connecting
 
     def _found(self, result: Any) -> None:
@@ -3021,7 +3027,7 @@ class Link:
     def _connected(self) -> None:
         took = self.loop.now - self.began
         self.began = self.loop.now
-        self.status(f"connected to {self.target}")
+        self.show([View(UP, f"connected to {self.target}")])
         self.core.connected()
         if self.core.listening:
             usual = max(LISTEN_SECONDS, LISTEN_CONNECT_TIMES * took)
@@ -3047,6 +3053,7 @@ class Link:
         self.flush()
         if self.core.ready:
             self.known.remember(self.target, self.core.kind)
+            self.drained()
             if self.leaving:
                 self.conn.close()
 
@@ -3661,16 +3668,15 @@ class Filter(Client):
                 self.speak(line.decode(errors="replace"))
         if not data:
             self.link.leave()
-        elif self.link.conn is None or self.link.conn.unsent > UNSENT_NO_READ:
+        elif not self.link.has_room():
             self.input.pause()
 
     def show(self, views: list[View]) -> None:
-        lines = [f"> {view.line}" for view in views if view.line]
-        if any(v.kind == STATUS and v.text.startswith("connected") for v in views):
-            lines.insert(0, views[0].text)
-            self.input.resume()
+        lines = [
+            f"> {v.line}\n" if v.line else f"{v.text}\n" for v in views if v.line or v.kind == UP
+        ]
         try:
-            sys.stdout.write("".join(f"{line}\n" for line in lines))
+            sys.stdout.write("".join(lines))
             sys.stdout.flush()
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again at its end

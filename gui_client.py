@@ -319,7 +319,7 @@ class Engine(chat.Client):
                 self.news = True
 
     def _worth_showing(self, view: chat.View) -> bool:
-        if view.kind == chat.STATUS:
+        if view.kind in (chat.STATUS, chat.UP):
             # The status line has it all; the transcript tells when we came and were cut off.
             self.status = view.text
             was_up, self.was_up = self.was_up, self.link.conn is not None
