@@ -52,6 +52,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import bisect
 import codecs
 import collections
 import contextlib
@@ -64,6 +65,7 @@ import hmac
 import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import queue
@@ -73,6 +75,7 @@ import selectors
 import signal
 import socket
 import sqlite3
+import stat
 import sys
 import threading
 import time
@@ -95,13 +98,15 @@ LINE_BYTES = 16 * 1024  # longest line in the line protocol; a page of text fits
 MESSAGE_LINES = 200  # longest message of several lines; more is a file, not a message
 NAME_CHARACTERS = 32  # longest name as people count ...
 NAME_BYTES = 64  # ... and as the wire does; room for 16 characters outside the BMP
-CHANNEL_BYTES = 64
+NAMES_COUNTED = 100  # alice2 to alice99; after that any number will do
+CHANNEL_BYTES = 64  # as for names
 TOPIC_BYTES = 390  # fits an IRC line beside the longest names
 CHANNELS_A_USER = 50  # bounds the table of channels by the number of users
-NAME_TRIES = 3  # wrong passwords before a connection is closed
+PASSWORD_TRIES = 3  # before a connection is closed
 
 READ_BYTES = 64 * 1024  # taken from one connection in one turn
 LINES_A_TURN = 256  # acted on for one connection in one turn, so that nobody waits for a flood
+BACKLOG = 1024  # connections the kernel keeps for us meanwhile
 ACCEPTS_A_TURN = 128  # connections taken in one turn, likewise
 SEND_BYTES = 64 * 1024  # small chunks are joined up to this for one send
 UNSENT_NO_READ = 256 * 1024  # bytes: who does not read is not listened to either
@@ -123,7 +128,8 @@ KEEPALIVE_PROBES = 3  # ... and how many of them, KEEPALIVE_EVERY apart
 KEEPALIVE_EVERY = 10
 
 KEEP_EVENTS = 1_000_000  # history of a channel
-KEEP_EVENTS_IN_MEMORY = 10_000  # the same with --data none: about 5 MB a busy channel
+KEEP_EVENTS_IN_MEMORY = 10_000  # the same with --data none: about 5 MB a busy channel ...
+MEMORY_BYTES = 256 * 1024 * 1024  # ... and this much for all channels, those of the past too
 PRUNE_ROWS = 500  # rows deleted at a time: 1 to 3 ms, measured
 TALLY_SECONDS = 1.0  # between writing down how much history there is
 TARGETS_CACHED = 10_000  # row ids of channels and private talks kept at hand
@@ -135,6 +141,7 @@ WAL_RESTART_BYTES = 64 * 1024 * 1024  # PASSIVE checkpoints never reset it under
 CHECKED_ON_START_BYTES = 16 * 1024 * 1024  # a larger database is not read whole: 300 ms to start
 HISTORY_LINES = 20  # /history without a number: a screen
 HISTORY_LINES_MOST = 500
+PAGE_BYTES = 128 * 1024  # of history at once: well below what closes a slow reader
 PEOPLE_LISTED = 10_000  # of a channel, by our clients
 NAMES_A_LINE = 100  # at 64 bytes each still well below LINE_BYTES
 
@@ -276,6 +283,19 @@ NOT_IN_NAMES = frozenset(",:!@*?.$/")  # they mean something in masks, URLs or I
 NOT_FIRST_IN_NAMES = frozenset("#&~%+-([")  # channel types, ranks, and our own prefixes
 
 
+FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols that show nothing
+
+
+def is_solid(c: str) -> bool:
+    """Neither a control, format or unassigned character, nor a separator, nor a filler."""
+    return unicodedata.category(c)[0] not in "CZ" and c not in FILLERS
+
+
+def is_visible(text: str) -> bool:
+    """Whether there is more to see than marks on nothing."""
+    return any(unicodedata.category(c)[0] not in "MCZ" for c in text)
+
+
 def clean_name(wanted: str) -> str:
     """The nearest name that every dialect can carry; "" if nothing is left.
 
@@ -283,12 +303,10 @@ def clean_name(wanted: str) -> str:
     NOT_IN_NAMES become "_", as does one of NOT_FIRST_IN_NAMES at the start.
     """
     name = unicodedata.normalize("NFKC", wanted.strip()[: 4 * NAME_CHARACTERS])
-    name = "".join(
-        "_" if c in NOT_IN_NAMES or unicodedata.category(c)[0] in "CZ" else c for c in name
-    )
+    name = "".join(c if is_solid(c) and c not in NOT_IN_NAMES else "_" for c in name)
     if name[:1] in NOT_FIRST_IN_NAMES:
         name = "_" + name[1:]
-    return cut(name[:NAME_CHARACTERS], NAME_BYTES)
+    return cut(name[:NAME_CHARACTERS], NAME_BYTES) if is_visible(name) else ""
 
 
 def numbered_name(name: str, number: int) -> str:
@@ -301,11 +319,11 @@ def numbered_name(name: str, number: int) -> str:
 def check_channel_name(name: str) -> None:
     """Raise Refused unless `name` can name a channel (RFC 2812 section 1.3, in Unicode)."""
     if not name.startswith("#") or len(name) < 2:
-        raise Refused("BAD_CHANNEL", f"a channel's name begins with #, like #{name or 'tea'}")
+        raise Refused("BAD_CHANNEL", "a channel's name begins with # and goes on, like #tea")
     if len(name.encode()) > CHANNEL_BYTES:
         raise Refused("BAD_CHANNEL", f"a channel's name has at most {CHANNEL_BYTES} bytes")
-    if "," in name or any(unicodedata.category(c)[0] in "CZ" for c in name):
-        raise Refused("BAD_CHANNEL", "a channel's name has no spaces, commas or control characters")
+    if set(",]") & set(fold(name)) or not all(map(is_solid, name)) or not is_visible(name[1:]):
+        raise Refused("BAD_CHANNEL", "a channel's name is visible, without spaces, commas or ]")
 
 
 CONTROLS = {n: None for n in (*range(0x20), *range(0x7F, 0xA0)) if chr(n) not in "\t\n"}
@@ -325,9 +343,9 @@ def escaped(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def whole_number(text: str) -> int:
-    """The number that `text` is; -1 if it is none, or none that anybody means."""
-    return int(text) if text.isdecimal() and len(text) < 10 else -1
+def whole_number(text: str) -> int | None:
+    """The number that `text` is; None if it is none, or none that anybody means."""
+    return int(text) if text.isdecimal() and len(text) < 10 else None
 
 
 def time_text(milliseconds: int) -> str:
@@ -412,6 +430,7 @@ class TlsFilter:
         )
         self.ready = False  # the handshake is done
         self.ended = False  # the peer said it will send no more
+        self.finished = False  # we did
         if not server_side:
             self.feed(b"")
 
@@ -442,10 +461,14 @@ class TlsFilter:
     def take(self) -> bytes:
         return self.outgoing.read()
 
-    def finish(self) -> None:
-        """Say that we will send no more (close_notify)."""
+    def finish(self) -> bool:
+        """Say that we will send no more (close_notify); whether that was news."""
+        if self.finished or not self.ready:
+            return False
+        self.finished = True
         with contextlib.suppress(self.ssl.SSLError):
             self.session.unwrap()
+        return True
 
     def fingerprint(self) -> str:
         """SHA-256 of the peer's certificate, in hex."""
@@ -516,15 +539,16 @@ class Commands(dict):
         return register
 
     def run(self, session: "Session", line: str) -> None:
-        """The one gate: `line` is a verb and its parameters, without the mark."""
-        verb, *rest = line.split(None, 1) or [""]
+        """The one gate: `line` is a verb and its parameters, without the mark; white space
+        around parameters means nothing."""
+        verb, _, rest = line.strip().partition(" ")
         command = self.get(verb.lower())
         if command is None:
             text = f"there is no {self.mark}{verb}; {self.mark}help lists what there is"
             raise Refused("UNKNOWN_COMMAND", text)
         if session.user is None and not command.nameless:
             raise Refused("NOT_NAMED", "a name first, please; then commands")
-        params = rest[0].split(None, command.most - 1) if rest and command.most else []
+        params = rest.split(None, command.most - 1) if command.most else []
         if len(params) < command.least:
             raise Refused("NEED_MORE_PARAMS", f"it goes like this: {command.syntax}")
         command.handler(session, *params)
@@ -540,7 +564,7 @@ class Commands(dict):
 #     admit(user)    raise Refused unless this user may speak to it
 #     stamp(now)     the time of its next event
 #     sessions_by_wire()  of all who may have to be told of this turn's events
-#     visible(user, id)   whether this one was there when event `id` happened
+#     stays(user)    when this one was there in this turn: from event id, to event id
 #
 # and is hashable, because a turn's events are grouped by audience.
 
@@ -610,7 +634,7 @@ class Channel:
         self.name, self.key = name, fold(name)
         self.keys = (self.key,)
         self.members: dict[User, Membership] = {}
-        self.former: list[tuple[User, int, int]] = []  # left in this turn: from id, to id
+        self.former: dict[User, list[tuple[int, int]]] = {}  # left in this turn: from id, to id
         self.by_wire: "dict[Any, list[Session]] | None" = None  # of its listeners; None: to be made
         self.topic = ""
         self.topic_locked = self.key != LOBBY  # the lobby has no operators to set one
@@ -625,7 +649,7 @@ class Channel:
         return self.last_time
 
     def listeners(self) -> Iterable[User]:
-        return dict.fromkeys([*self.members, *(user for user, *_ in self.former)])
+        return dict.fromkeys([*self.members, *self.former])
 
     def sessions_by_wire(self) -> "dict[Any, list[Session]]":
         """Kept from turn to turn: nobody comes or goes without Turn.move()."""
@@ -633,11 +657,10 @@ class Channel:
             self.by_wire = sessions_by_wire(self.listeners())
         return self.by_wire
 
-    def visible(self, user: User, number: int) -> bool:
+    def stays(self, user: User) -> list[tuple[int, float]]:
+        stays = self.former.get(user, [])
         member = self.members.get(user)
-        if member and member.since <= number:
-            return True
-        return any(who is user and since <= number <= to for who, since, to in self.former)
+        return [*stays, (member.since, math.inf)] if member else stays
 
 
 class Neighbours(NamedTuple):
@@ -661,8 +684,8 @@ class Neighbours(NamedTuple):
     def sessions_by_wire(self) -> "dict[Any, list[Session]]":
         return sessions_by_wire(self.listeners())
 
-    def visible(self, user: User, number: int) -> bool:
-        return any(channel.visible(user, number) for channel in self.channels)
+    def stays(self, user: User) -> list[tuple[int, float]]:
+        return list(itertools.chain(*(channel.stays(user) for channel in self.channels)))
 
 
 class Conversation(NamedTuple):
@@ -686,8 +709,8 @@ class Conversation(NamedTuple):
     def sessions_by_wire(self) -> "dict[Any, list[Session]]":
         return sessions_by_wire({self.one, self.other})
 
-    def visible(self, user: User, number: int) -> bool:
-        return True
+    def stays(self, user: User) -> list[tuple[int, float]]:
+        return [(0, math.inf)]
 
 
 def conversation(one: User, other: User) -> Conversation:
@@ -704,16 +727,17 @@ def neighbours(user: User) -> Channel | Neighbours:
 class Session:
     """One connection's side of the talk. A dialect is a subclass with a wire of its own.
 
-    `conn` offers address, close() and hold()/release(), which stop and resume the lines.
+    `conn` offers address, close(), named(), and gone: nothing can be sent there any more.
     """
 
-    __slots__ = ("conn", "replies", "site", "user")
+    __slots__ = ("conn", "replied", "replies", "site", "user")
     wire: Any  # wire.encode(audience, events) -> lines; wire.own(event) -> the origin's line
 
     def __init__(self, site: Site, conn: Any):
         self.site, self.conn = site, conn
         self.user: User | None = None
         self.replies: list[tuple[int, bytes]] = []  # this turn's: after event id, bytes
+        self.replied = 0  # bytes of them
 
     def receive(self, line: bytes) -> None:
         """One complete line, or TOO_LONG, from the peer."""
@@ -723,8 +747,8 @@ class Session:
         """Say that `count` of this session's messages were delivered but not stored."""
         raise NotImplementedError
 
-    def farewell(self, reason: str) -> None:
-        """The last words of a server that is going down."""
+    def notice(self, text: str) -> None:
+        """A word of the server's own."""
         raise NotImplementedError
 
     def ended(self) -> None:
@@ -732,20 +756,26 @@ class Session:
         if self.user:
             self.site.hub.leave(self)
 
+    def abandoned(self) -> None:
+        """The server goes down: nobody is told that everybody left."""
+        self.user = None
+
     def send(self, data: bytes) -> None:
         """For this session only, in its place among the events of the turn."""
         hub = self.site.hub
         self.replies.append((hub.last_id, data))
+        self.replied += len(data)
         hub.turn.apart.add(self)
 
 
 class Group:
     """What one audience was told in a turn: encoded once a wire, joined once."""
 
-    __slots__ = ("audience", "events", "lines_by_wire")
+    __slots__ = ("audience", "by_wire", "events", "lines_by_wire")
 
     def __init__(self, audience: Any):
         self.audience = audience
+        self.by_wire = audience.sessions_by_wire()
         self.events: list[Event] = []
         self.lines_by_wire: dict[Any, list[bytes]] = {}
 
@@ -757,6 +787,14 @@ class Group:
 
     def joined(self, wire: Any) -> bytes:
         return b"".join(self.lines(wire))
+
+    def heard_by(self, user: User) -> list[int]:
+        """Which of the events this one was there for, as indices; those who share several
+        channels with somebody may have been there twice over."""
+        ids = [event.id for event in self.events]
+        stays = self.audience.stays(user)
+        spans = (range(bisect.bisect_left(ids, a), bisect.bisect_right(ids, b)) for a, b in stays)
+        return sorted(set(itertools.chain(*spans)))
 
 
 class Turn:
@@ -790,36 +828,33 @@ class Turn:
             if group is None:
                 group = groups[event.audience] = Group(event.audience)
             group.events.append(event)
-        heard = {session: [] for session in self.apart | self._heard_twice(groups)}
+        heard = {session: [] for session in self.apart | self._heard_twice(groups.values())}
         for group in groups.values():
-            for wire, sessions in group.audience.sessions_by_wire().items():
+            for wire, sessions in group.by_wire.items():
                 yield group.joined(wire), [s for s in sessions if s not in heard]
                 for session in heard.keys() & sessions:
                     heard[session].append(group)
         for session, told in heard.items():
-            if data := self.cut(session, told):
+            if not session.conn.gone and (data := self.selection(session, told)):
                 yield data, (session,)
 
-    def _heard_twice(self, audiences: Collection[Any]) -> set[Session]:
+    def _heard_twice(self, groups: Collection[Group]) -> set[Session]:
         """Those who are in more than one of these audiences."""
-        if len(audiences) < 2:
+        if len(groups) < 2:
             return set()
-        lists = (a.sessions_by_wire().values() for a in audiences)
-        times = collections.Counter(s for sessions in lists for some in sessions for s in some)
+        lists = itertools.chain(*(group.by_wire.values() for group in groups))
+        times = collections.Counter(itertools.chain(*lists))
         return {session for session, count in times.items() if count > 1}
 
-    def cut(self, session: Session, groups: list[Group]) -> bytes:
-        """One session's own selection of the log, in the log's order."""
-        user = session.user or self.left.get(session)
+    def selection(self, session: Session, groups: list[Group]) -> bytes:
+        """One session's own lines of the log, in the log's order."""
+        user, wire = session.user or self.left.get(session), session.wire
         numbered: list[tuple[int, bytes]] = []
         for group in groups:
-            pairs = zip(group.events, group.lines(session.wire), strict=True)
+            pairs = list(zip(group.events, group.lines(wire), strict=True))
             if user in self.moved:
-                pairs = (p for p in pairs if group.audience.visible(user, p[0].id))
-            numbered += [
-                (event.id, line if event.origin is not session else session.wire.own(event))
-                for event, line in pairs
-            ]
+                pairs = [pairs[n] for n in group.heard_by(user)]
+            numbered += [(e.id, wire.own(e) if e.origin is session else line) for e, line in pairs]
         if session.replies:
             numbered += session.replies  # behind the event they follow: sort() is stable
         if len(groups) > 1 or session.replies:
@@ -834,7 +869,7 @@ class Turn:
 
     def close(self) -> None:
         for session in self.apart:
-            session.replies = []
+            session.replies, session.replied = [], 0
         for channel in self.changed:
             channel.former.clear()
             channel.by_wire = None
@@ -897,13 +932,16 @@ class Hub:
         name = clean_name(wanted)
         if not name:
             raise Refused("NO_NAME", "a name needs at least one visible character; try again")
-        candidates = itertools.chain([name], (numbered_name(name, n) for n in itertools.count(2)))
+        few, many = range(2, NAMES_COUNTED), iter(lambda: random.randrange(10**6), None)
+        numbers = itertools.chain(few, many)  # counting past a thousand guests takes too long
+        candidates = itertools.chain([name], (numbered_name(name, n) for n in numbers))
         return next(c for c in candidates if self.users.get(fold(c)) in (None, owner))
 
     def leave(self, session: Session) -> None:
         """One session ends; its user is gone with the last one."""
         user = session.user
         self.turn.left[session] = user
+        self.turn.apart.add(session)
         if all(other in self.turn.left for other in user.sessions):
             self.emit(QUIT, session, neighbours(user))
             for channel in list(user.channels):
@@ -939,7 +977,7 @@ class Hub:
         """Out of the channel, after the event that says so."""
         self.turn.move(user, channel)
         member = channel.members.pop(user)
-        channel.former.append((user, member.since, self.last_id))
+        channel.former.setdefault(user, []).append((member.since, self.last_id))
         del user.channels[channel]
         if not channel.members:
             del self.channels[channel.key]
@@ -1004,7 +1042,7 @@ APPLICATION_ID = 0x63686174  # "chat", in the database's header (PRAGMA applicat
 MIGRATIONS = (
     """
     CREATE TABLE targets (          -- what events were said to: channels, private talks
-        id INTEGER PRIMARY KEY,
+        id INTEGER PRIMARY KEY AUTOINCREMENT,   -- never used twice
         key TEXT NOT NULL UNIQUE,   -- a channel's key, or the identities of two people
         events INTEGER NOT NULL DEFAULT 0   -- rows, for pruning; after a crash too few
     );
@@ -1021,6 +1059,7 @@ MIGRATIONS = (
     """,
 )
 
+PAGES = ("page_count", "page_size")
 KEPT, BUSY, LOST = "kept", "busy", "lost"  # what became of a turn's events
 
 
@@ -1037,15 +1076,19 @@ def inspect_database(path: pathlib.Path) -> None:
     advice = "nothing was changed; move it away or choose another --data"
     with contextlib.closing(connect(path, "ro")) as db:
         try:
-            if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-                raise Unusable(f"{path} is not a database of chat.py; {advice}")
+            application = db.execute("PRAGMA application_id").fetchone()[0]
             version = db.execute("PRAGMA user_version").fetchone()[0]
+            tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             small = path.stat().st_size <= CHECKED_ON_START_BYTES
             verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0] if small else "ok"
+        except sqlite3.OperationalError:
+            raise  # locked by another program: that is no damage
         except sqlite3.DatabaseError as error:
-            verdict, version = str(error), 0
+            application, verdict, version, tables = APPLICATION_ID, str(error), 0, 0
     if verdict != "ok":
         raise Unusable(f"the database {path} is damaged ({verdict.splitlines()[-1]}); {advice}")
+    if application != APPLICATION_ID and tables:  # an empty one was never finished: go on
+        raise Unusable(f"{path} is not a database of chat.py; {advice}")
     if version > len(MIGRATIONS):
         raise Unusable(
             f"the database {path} is from a newer chat.py (schema {version}, this one knows "
@@ -1089,15 +1132,22 @@ class Store:
         self.counts: dict[int, int] = {}  # rows by target id, of the same
         self.tally_due = 0.0  # when the counts are to be written again
         self.excess: set[int] = set()  # targets with more rows than they may have
-        newest = "id = (SELECT max(id) FROM events WHERE target = targets.id)"
-        joined = f"targets JOIN events e ON target = targets.id AND e.{newest}"
-        query = f"SELECT max(e.id), max(time) FROM {joined}"
-        self.last_id, self.last_time = (value or 0 for value in self.db.execute(query).fetchone())
-        # Private talks of people without an account end with their stay, and no stay
-        # outlives the server: nobody can read those any more.
-        self.orphans = {row[0] for row in self.db.execute("SELECT id FROM targets WHERE key > '~'")}
+        try:
+            self._look_back()
+        except sqlite3.DatabaseError as error:
+            raise Unusable(f"the database {path} is damaged ({error}); move it away") from error
         self.busy_since: float | None = None
         self.trouble = ""  # why events are being lost just now
+
+    def _look_back(self) -> None:
+        """Where the last server stopped, and what of its history is nobody's any more:
+        private talks of people without an account end with their stay, and no stay
+        outlives the server."""
+        newest = "e.id = (SELECT max(id) FROM events WHERE target = targets.id)"
+        joined = f"targets JOIN events e ON e.target = targets.id AND {newest}"
+        row = self.db.execute(f"SELECT max(e.id), max(e.time) FROM {joined}").fetchone()
+        self.last_id, self.last_time = (value or 0 for value in row)
+        self.orphans = {row[0] for row in self.db.execute("SELECT id FROM targets WHERE key > '~'")}
 
     def commit(self, events: list[Event], now: float) -> str:
         """One transaction for all of a turn's events: KEPT, BUSY (ask again) or LOST."""
@@ -1123,21 +1173,31 @@ class Store:
             for key in e.audience.keys
         ]
         self.db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-        for row in rows:
-            self.counts[row[0]] += 1
         if now >= self.tally_due:  # not every turn: it is a second page to write
             self.tally_due = now + TALLY_SECONDS
             self._tally()
         self.db.execute("COMMIT")
+        for row in rows:
+            self.counts[row[0]] += 1
 
     def _tally(self) -> None:
-        """Write down how many rows each target has, and see which ones have too many."""
+        """Write down how many rows the targets lately written to have, and see which ones
+        have too many."""
         counts = [(count, target) for target, count in self.counts.items()]
         self.db.executemany("UPDATE targets SET events = ? WHERE id = ?", counts)
         self.excess.update(target for count, target in counts if count > self.keep)
         if len(self.targets) > TARGETS_CACHED:
             self.targets.clear()
             self.counts.clear()
+        if self.path is None:
+            self._bound_memory()
+
+    def _bound_memory(self) -> None:
+        """In memory, channels that are long gone give way to those that are talked in."""
+        pages, size = (self.db.execute(f"PRAGMA {p}").fetchone()[0] for p in PAGES)
+        if pages * size > MEMORY_BYTES:
+            query = "SELECT target FROM events GROUP BY target ORDER BY max(id) LIMIT 1"
+            self.orphans.update(row[0] for row in self.db.execute(query))
 
     def _target(self, key: str) -> int:
         target = self.targets.get(key)
@@ -1168,13 +1228,16 @@ class Store:
             yield db
 
     def page(self, key: str, count: int) -> list[Event]:
-        """The newest `count` things said to `key`, the oldest first."""
+        """The newest `count` things said to `key`, the oldest first; fewer if they are
+        more than PAGE_BYTES long."""
         query = """
             SELECT id, time, kind, name, address, text FROM events
             WHERE target = (SELECT id FROM targets WHERE key = ?) AND kind IN (?, ?)
             ORDER BY id DESC LIMIT ?"""
         with self.reading() as db:
             rows = db.execute(query, [key, *SPOKEN, count]).fetchall()
+        sizes = itertools.accumulate(len(row[-1].encode()) for row in rows)
+        rows = [row for row, size in zip(rows, sizes, strict=True) if size <= PAGE_BYTES]
         return [
             Event(id, time_ms, kind, Source(name, address), None, text)
             for id, time_ms, kind, name, address, text in reversed(rows)
@@ -1196,31 +1259,33 @@ class Store:
         return bool(self.orphans or self.excess)
 
     def _delete_oldest(self, target: int, keep: int) -> None:
+        """One slice of what `target` has beyond `keep` rows. With none to keep, the target
+        goes when nothing was found, whatever the count says: a crash leaves it too low."""
+        excess = self.counts.get(target, 0) - keep if keep else PRUNE_ROWS
+        last_of_slice = "SELECT id FROM events WHERE target = ?1 ORDER BY id LIMIT ?2"
+        delete = f"DELETE FROM events WHERE target = ?1 AND id IN ({last_of_slice})"
         self.db.execute("BEGIN IMMEDIATE")
-        row = self.db.execute("SELECT events FROM targets WHERE id = ?", [target]).fetchone()
-        slice_end = """
-            SELECT id FROM events WHERE target = ?1 ORDER BY id LIMIT 1 OFFSET ?2 - 1"""
-        count = min(PRUNE_ROWS, row[0] - keep)
-        self.db.execute(
-            f"DELETE FROM events WHERE target = ?1 AND id <= ({slice_end})", [target, count]
-        )
-        left = row[0] - count
-        self.db.execute("UPDATE targets SET events = ? WHERE id = ?", [left, target])
-        if not left:
+        deleted = self.db.execute(delete, [target, max(0, min(PRUNE_ROWS, excess))]).rowcount
+        if not keep and not deleted:
             self.db.execute("DELETE FROM targets WHERE id = ?", [target])
+            self.targets = {key: known for key, known in self.targets.items() if known != target}
+        update = "UPDATE targets SET events = max(0, events - ?) WHERE id = ?"
+        self.db.execute(update, [deleted, target])
         self.db.execute("COMMIT")
-        self.counts[target] = left
-        if left <= keep:
+        if target in self.counts:
+            self.counts[target] -= deleted
+        if not deleted:
             self.orphans.discard(target)
+        if self.counts.get(target, 0) <= keep:
             self.excess.discard(target)
 
     def checkpoint(self) -> None:
         """Move the write-ahead log into the database: on a helper, it waits for the disk."""
-        with contextlib.closing(connect(self.path, "rw")) as db, contextlib.suppress(sqlite3.Error):
+        with contextlib.closing(connect(self.path, "rw")) as db:
             _, frames, _ = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             page_size = db.execute("PRAGMA page_size").fetchone()[0]
             if frames * page_size > WAL_RESTART_BYTES:
-                db.execute("PRAGMA wal_checkpoint(RESTART)")
+                db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
 
     def close(self) -> None:
         with contextlib.suppress(sqlite3.Error):
@@ -1311,8 +1376,8 @@ class LineSession(Session):
         """A line of the server's own, to this session only."""
         self.send(f"* {text}\n".encode())
 
-    def farewell(self, reason: str) -> None:
-        self.tell(reason)
+    def notice(self, text: str) -> None:
+        self.tell(text)
 
     def not_kept(self, count: int, reason: str) -> None:
         self.tell(f"{counted(count, 'message')} delivered but not kept: {reason}")
@@ -1329,6 +1394,7 @@ class LineSession(Session):
             else:
                 self.say(text[1:] if text[:2] == "//" else text)
         except Refused as refusal:
+            self.wanted_lines, self.collected = 0, []  # a message with a bad line is none
             self.tell(str(refusal))
 
     def decode(self, line: bytes) -> str:
@@ -1365,13 +1431,12 @@ class LineSession(Session):
     def collect(self, text: str) -> None:
         """One more line of a message begun with /lines."""
         self.collected.append(text)
-        if len(self.collected) < self.wanted_lines:
-            return
         message = "\n".join(self.collected)
-        self.wanted_lines, self.collected = 0, []
         if len(message.encode()) > LINE_BYTES:
             raise Refused("TOO_LONG", f"a message has at most {LINE_BYTES} bytes; nobody got it")
-        self.say(message)
+        if len(self.collected) == self.wanted_lines:
+            self.wanted_lines, self.collected = 0, []
+            self.say(message)
 
 
 def named_channel(session: LineSession, name: str) -> Channel:
@@ -1401,13 +1466,15 @@ def tell_names(session: LineSession, channel: Channel) -> None:
 def line_pass(session: LineSession, word: str) -> None:
     """/pass WORD -- the server's password, before the name"""
     expected = session.site.password
+    if session.user:
+        return session.tell("you are in already")
     if expected is None or hmac.compare_digest(word.encode(), expected.encode()):
         session.passed = True
         return session.tell("thank you; now your name")
     session.tries += 1
-    if session.tries >= NAME_TRIES:
+    if session.tries >= PASSWORD_TRIES:
         session.conn.close()
-    raise Refused("WRONG_PASSWORD", f"that is not it (try {session.tries} of {NAME_TRIES})")
+    raise Refused("WRONG_PASSWORD", f"that is not it (try {session.tries} of {PASSWORD_TRIES})")
 
 
 @line_command("help", most=1, nameless=True)
@@ -1493,7 +1560,9 @@ def line_history(session: LineSession, *params: str) -> None:
     """/history [#CHANNEL|NAME] [N] -- the last N messages said there"""
     numbers = [whole_number(p) for p in params if p.isdecimal()]
     names = [p for p in params if not p.isdecimal()]
-    count = min(numbers[0] if numbers else HISTORY_LINES, HISTORY_LINES_MOST)
+    count = numbers[0] if numbers else HISTORY_LINES
+    if not count or count > HISTORY_LINES_MOST:
+        raise Refused("BAD_COUNT", f"history comes in 1 to {HISTORY_LINES_MOST} messages")
     if names and not names[0].startswith("#"):
         audience = session.site.hub.find_audience(session, names[0])
     else:
@@ -1516,7 +1585,7 @@ def line_history(session: LineSession, *params: str) -> None:
 def line_lines(session: LineSession, count: str) -> None:
     """/lines N -- the next N lines are one message"""
     lines = whole_number(count)
-    if not 1 <= lines <= MESSAGE_LINES:
+    if not lines or lines > MESSAGE_LINES:
         raise Refused("BAD_COUNT", f"a message has 1 to {MESSAGE_LINES} lines")
     session.wanted_lines = lines
 
@@ -1601,7 +1670,7 @@ def calls(text: str, name: str) -> bool:
 
 def is_quit(text: str) -> bool:
     """/quit, which a client does by itself: it leaves, and does not come back."""
-    return text.split()[:1] == ["/quit"]
+    return text.lower().split()[:1] == ["/quit"]
 
 
 class ClientCore:
@@ -1627,7 +1696,8 @@ class ClientCore:
         self.kind = kind  # of server, as far as known
         self.listening = False  # for whether the server speaks first
         self.ready = False  # the name has been sent
-        self.here = LOBBY  # where plain lines go
+        self.refusal = ""  # why the server will not have us
+        self.here = next(iter(join := list(join)), LOBBY)  # where plain lines go
         self.rooms: dict[str, dict[str, None]] = {
             room: {} for room in (LOBBY, *join)
         }  # who is where
@@ -1637,18 +1707,17 @@ class ClientCore:
         self.page: list[View] | None = None  # history asked for by tidy, as it comes
         self.inbox = LineBuffer(LINE_BYTES + 1024)  # a line that somebody said, and who did
         self.output: list[str] = []
-        self.waiting: list[str] = []  # typed while there was nobody to send it to
+        self.waiting: list[tuple[Callable, str]] = []  # what to do once the name is sent
 
     # The connection
 
-    def connected(self) -> None:
+    def connected(self) -> list[View]:
         self.inbox = LineBuffer(self.inbox.limit)
         self.page = None
         self.output.clear()
         self.ready = False
         self.listening = self.kind != PLAIN
-        if not self.listening:
-            self._introduce()
+        return [] if self.listening else self._introduce()
 
     def disconnected(self) -> None:
         self.ready = self.listening = False
@@ -1660,8 +1729,7 @@ class ClientCore:
         if self.kind == CHAT:
             raise Unusable("this server used to be chat.py and is silent now; --plain talks to it")
         self.kind = PLAIN
-        self._introduce()
-        return []
+        return self._introduce()
 
     def feed(self, data: bytes) -> list[View]:
         self.inbox.feed(data)
@@ -1687,64 +1755,69 @@ class ClientCore:
     def _first(self, line: str) -> list[View]:
         if line.startswith(":chat.py/"):
             self.kind = CHAT
-            self._introduce()
-            return []
+            return self._introduce()
         if line.startswith((":", "NOTICE ", "ERROR ")):
             raise Unusable("this is an IRC server, and this client does not speak IRC yet")
         if line.startswith("* "):  # we are being turned away, and told why
-            return [View(TOLD, line.removeprefix("* "), line=line)]
+            self.refusal = line.removeprefix("* ")
+            return [View(TOLD, self.refusal, line=line)]
+        if self.kind == CHAT:
+            raise Unusable("this server used to be chat.py and is another now; --plain talks to it")
         self.kind = PLAIN
-        self._introduce()
-        return self._line(line)
+        return [*self._introduce(), *self._line(line)]
 
-    def _introduce(self) -> None:
+    def _introduce(self) -> list[View]:
         """The name, where we were, and what was typed meanwhile."""
-        self.listening, self.ready = False, True
+        self.listening, self.ready, self.refusal = False, True, ""
         if self.password and self.kind == CHAT:
             self.output.append(f"/pass {self.password}")
         self.output.append(self.wanted_name)
         if self.kind == CHAT:
-            here, channels = self.here, [room for room in self.rooms if room != LOBBY]
-            self.output += [f"/join {room}" for room in channels]
-            if here == LOBBY and channels:
-                self.output.append(f"/join {LOBBY}")
-            if self.tidy:
-                self.page = []
-                self.output += [f"/history {LOBBY} {HISTORY_LINES}", f"/names {LOBBY}"]
+            others = [room for room in self.rooms if room not in (LOBBY, self.here)]
+            last = [self.here] if self.here != LOBBY or others else []  # this is where we speak
+            self.output += [f"/join {room}" for room in others + last]
+        if self.kind == CHAT and self.tidy:
+            self.page = []
+            self.output += [f"/history {LOBBY} {HISTORY_LINES}", f"/names {LOBBY}"]
         for room in self.rooms.values():
             room.clear()
-        self.output += self.waiting
-        self.waiting.clear()
+        waiting, self.waiting = self.waiting, []
+        return list(itertools.chain(*(do(text) for do, text in waiting)))
 
     # What the person writes
 
     def typed(self, text: str) -> list[View]:
         """A line or several, as one message. Commands go to a server that knows them."""
-        lines = text.split("\n")
-        if self.kind == PLAIN:
-            return self._typed_plain(lines)
-        if text[:1] == "/" and text[:2] != "//":
-            self._queue(lines)
+        if not self.ready:
+            self.waiting.append((self.typed, text))
+            return [View(NOTE, f"not connected; to be sent: {text}")]
+        is_command = text[:1] == "/" and text[:2] != "//"
+        lines = (text[1:] if text[:2] == "//" else text).split("\n")
+        if is_command and (self.kind == PLAIN or len(lines) > 1):
+            what = (
+                "this server knows no commands" if self.kind == PLAIN else "a command is one line"
+            )
+            return [View(NOTE, f"{what}; // says a line that begins with /; nothing was sent")]
+        if len(lines) > MESSAGE_LINES or len(text.encode()) > LINE_BYTES:
+            limit = f"a message has at most {MESSAGE_LINES} lines and {LINE_BYTES:,} bytes"
+            return [View(NOTE, f"{limit}; nothing was sent")]
+        if is_command:
+            self.output.append(text)
             return self._echo([f"*{text[4:]}*"]) if text.startswith("/me ") else []
-        self._queue([f"/lines {len(lines)}", *lines] if len(lines) > 1 else lines)
-        return self._echo([text[1:] if text[:2] == "//" else text])
+        if self.kind == PLAIN or len(lines) == 1:
+            for line in lines:
+                self.say(line)
+            return self._echo(lines)
+        self.output += [f"/lines {len(lines)}", *lines]
+        return self._echo(["\n".join(lines)])
 
-    def _typed_plain(self, lines: list[str]) -> list[View]:
-        """Such a server takes every line as said; "/" by accident would be embarrassing."""
-        if lines[0][:1] == "/" and lines[0][:2] != "//":
-            text = "this server knows no commands (// says a line that begins with /)"
-            return [View(NOTE, text)]
-        lines[0] = lines[0].removeprefix("/") if lines[0][:2] == "//" else lines[0]
-        self._queue(lines)
-        return self._echo(lines)
-
-    def say(self, line: str) -> None:
+    def say(self, line: str) -> list[View]:
         """A line that is text, whatever it begins with: what a pipe sends."""
-        escaped_line = f"/{line}" if line[:1] == "/" and self.kind != PLAIN else line
-        self._queue([escaped_line])
-
-    def _queue(self, lines: list[str]) -> None:
-        (self.output if self.ready else self.waiting).extend(lines)
+        if self.ready:
+            self.output.append(f"/{line}" if line[:1] == "/" and self.kind != PLAIN else line)
+        else:
+            self.waiting.append((self.say, line))
+        return []
 
     def _echo(self, texts: list[str]) -> list[View]:
         """The server sends nothing to the speaker, so we show it ourselves."""
@@ -1755,7 +1828,7 @@ class ClientCore:
     # What the server says
 
     def _line(self, line: str) -> list[View]:
-        for pattern, method in self.patterns:
+        for pattern, method in self.plain_patterns if self.kind == PLAIN else self.patterns:
             if match := pattern.fullmatch(line):
                 return method(self, *match.groups())
         return [View(TOLD, line.removeprefix("* "), line=line)]
@@ -1830,11 +1903,14 @@ class ClientCore:
             self.rooms[where] = {new if name == old else name: None for name in room}
         return [View(TOLD, f"{old} is now called {new}", line=line), View(PEOPLE)]
 
+    def _refused(self, line: str, text: str) -> list[View]:
+        """The password is wrong, or missing. What we sent with it was not heard."""
+        self.refusal, self.password = text, ""
+        return [View(TOLD, text, line=line)]
+
     def _let_in(self, line: str) -> list[View]:
-        """The password was right; what we sent before it was not heard."""
-        if not self.password:
-            self._introduce()
-        return []
+        """A person gave the right password when asked: now our name is welcome."""
+        return [] if self.password else self._introduce()
 
     def _you_are(self, line: str, name: str) -> list[View]:
         self._renamed(line, self.name, name)
@@ -1866,11 +1942,14 @@ class ClientCore:
             (r"(\* you are (\S+?)(?:[:;] .*)?)", _you_are),
             (r"(\* you speak in (#\S+) now)", _you_speak_in),
             (r"(\* you left (#\S+))", _you_left),
+            (r"(\* (this server asks for a password.*|that is not it.*))", _refused),
             (r"(\* thank you; now your name)", _let_in),
             (r"(\* told (\S+): (.*))", _told),
             (SAID_LINE, _said),
         )
     )
+    # Where anybody may be called anything, a line that begins "* " is no answer.
+    plain_patterns = (*patterns[:2], patterns[-1])
 
 
 # ======================================================================================
@@ -1890,6 +1969,7 @@ log = logging.getLogger("chat")
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 OPEN, CLOSING, LINGERING, CLOSED = range(4)  # the states of a connection
+TLS_TROUBLE = "TLS: "  # how a reason begins that is not the network's fault
 HUNG_UP = "the connection was closed"  # in order, by both sides
 
 
@@ -1939,10 +2019,12 @@ class Delay:
     def _sweep(self) -> None:
         self.armed = False
         due = itertools.takewhile(lambda pair: pair[1] <= self.loop.now, self.waiting.items())
-        for item, _ in list(due):
-            del self.waiting[item]
-            self.due(item)
-        self._arm()
+        try:
+            for item, _ in list(due):
+                del self.waiting[item]
+                self.due(item)
+        finally:
+            self._arm()
 
 
 def reason_of(error: OSError) -> str:
@@ -2026,10 +2108,12 @@ class Connection:
             was_ready = self.tls.ready
             plain = self.tls.feed(data)
         except TlsFailed as failure:
-            return self.drop(f"TLS: {failure}")
+            return self.drop(f"{TLS_TROUBLE}{failure}")
         self.loop.dirty.add(self)  # the handshake may have something to say
         if self.tls.ready and not was_ready:
             self.secured()
+        if self.state == CLOSED:  # we do not like who it is
+            return
         if plain:
             self.received(plain)
         if self.tls.ended:
@@ -2081,7 +2165,7 @@ class Connection:
         except OSError as error:
             return self._bury(reason_of(error))
         except TlsFailed as failure:
-            return self.drop(f"TLS: {failure}")
+            return self.drop(f"{TLS_TROUBLE}{failure}")
         if self.unsent or self.mask != READ or self.state != OPEN:
             self._flushed()
 
@@ -2139,17 +2223,16 @@ class Connection:
     def _hang_up(self) -> None:
         """Everything is sent. Closing at once would answer what the other side may still
         send with a reset, and that would destroy our last words on their way."""
+        if self.tls is not None and self.tls.finish():
+            self.loop.dirty.add(self)  # that is one more thing to be sent
+            return
         try:
-            if self.tls is not None and self.tls.ready:
-                self.tls.finish()
-                self.sock.send(self.tls.take())
             self.sock.shutdown(socket.SHUT_WR)
         except OSError as error:
             return self._bury(reason_of(error))
         if self.eof:
             return self._bury(HUNG_UP)
         self.state = LINGERING
-        return None
 
     def drop(self, reason: str) -> None:
         """Close now, whatever is queued."""
@@ -2173,8 +2256,6 @@ class Loop:
     """A selector, timers, and what other threads hand in."""
 
     def __init__(self) -> None:
-        # epoll refuses regular files and /dev/null, which may be a client's input;
-        # WatchedInput deals with those.
         self.selector = selectors.DefaultSelector()
         self.now = time.monotonic()  # of this turn
         self.timers: list[Timer] = []
@@ -2266,6 +2347,14 @@ class Loop:
         self.waker.close()
 
 
+def attempt(job: Callable[[], Any]) -> Any:
+    """What job() gives; an exception is a result, too."""
+    try:
+        return job()
+    except Exception as error:
+        return error
+
+
 class Helpers:
     """A few threads for what would make the loop wait: pages, checkpoints, look-ups.
 
@@ -2306,11 +2395,7 @@ class Helpers:
     def _work(self) -> None:
         while work := self.jobs.get():
             job, then = work
-            try:
-                result = job()
-            except Exception as error:
-                result = error
-            self.loop.call_soon_threadsafe(functools.partial(self._done, then, result))
+            self.loop.call_soon_threadsafe(functools.partial(self._done, then, attempt(job)))
 
     def _done(self, then: Callable[[Any], None], result: Any) -> None:
         self.free += 1
@@ -2326,7 +2411,7 @@ class Helpers:
 # logged here in one line, and nobody else notices.
 
 
-TLS_FIRST_BYTE = b"\x16"  # of a handshake record (RFC 8446 section 5.1); 3 comes next
+TLS_FIRST_BYTES = b"\x16\x03"  # a handshake record, and a version (RFC 8446 section 5.1)
 
 
 class ServerOptions(NamedTuple):
@@ -2351,8 +2436,16 @@ class Peer(Connection):
     """A connection as the server sees it; what a session knows as its conn."""
 
     __slots__ = (
-        *("address", "budget", "greeted", "held", "host"),
-        *("inbox", "leaving", "server", "session"),
+        "address",
+        "budget",
+        "greeted",
+        "held",
+        "host",
+        "inbox",
+        "leaving",
+        "resuming",
+        "server",
+        "session",
     )
 
     def __init__(self, server: "Server", sock: socket.socket, host: str, port: int):
@@ -2364,7 +2457,8 @@ class Peer(Connection):
         self.session: Session | None = None
         self.budget: Budget | None = None
         self.greeted = False
-        self.held = False  # its lines wait: for an answer, or for a budget
+        self.held = False  # its lines wait for an answer ...
+        self.resuming = False  # ... or for resume(), which is on its way
         self.leaving = False  # its lines are not taken any more
 
     # What a session may do with its conn
@@ -2373,17 +2467,16 @@ class Peer(Connection):
         """The session has a name: no more hurry."""
         self.server.unnamed.discard(self)
 
-    def hold(self) -> None:
-        self.held = True
-        self.update()
-
-    def release(self) -> None:
-        self.loop.call_soon(self.resume)
+    @property
+    def gone(self) -> bool:
+        return self.state == CLOSED
 
     def close(self) -> None:
         """Leave. The connection is closed behind the last thing that this turn gives it."""
         if not self.leaving:
             self.leaving = True
+            if self.inbox:
+                self.inbox.lines.clear()
             if self.session:
                 self.session.ended()
             self.server.leaving.append(self)
@@ -2391,17 +2484,18 @@ class Peer(Connection):
     # What the network does to it
 
     def wants_read(self) -> bool:
-        return not self.held and self.queue.size <= UNSENT_NO_READ
+        waits = self.held or self.leaving or bool(self.inbox and self.inbox.lines)
+        return not waits and self.unsent <= UNSENT_NO_READ
 
     def ready(self, mask: int) -> None:
-        if mask & READ and self.inbox and self.inbox.lines and self.state == OPEN:
-            mask &= ~READ  # a resume() is on its way, and there is enough to do
-        super().ready(mask)
+        # Lines that wait have a resume() on its way: enough to do. Telling the selector so
+        # would cost two system calls a turn in every storm.
+        super().ready(mask if self.wants_read() or self.state != OPEN else mask & ~READ)
 
     def received(self, data: bytes) -> None:
         if self.inbox is None:
             self.server.silent.discard(self)
-            if self.tls is None and data[:1] == TLS_FIRST_BYTE:
+            if self.tls is None and TLS_FIRST_BYTES.startswith(data[:2]):
                 return self.server.start_tls(self, data)
             self.inbox = LineBuffer(LINE_BYTES)
             self.budget = self.server.new_budget()
@@ -2418,10 +2512,17 @@ class Peer(Connection):
         self.server.act(self)
 
     def resume(self) -> None:
-        """Take up the lines that were left when this peer was held, or had its turn."""
-        self.held = False
-        self.update()
+        """Take up the lines that were left when this peer had its turn, or was answered."""
+        self.resuming = False
         self.server.act(self)
+        self.update()
+
+    def resume_soon(self, seconds: float = 0.0) -> None:
+        if not self.resuming:
+            self.resuming = True
+            self.loop.call_later(seconds, self.resume) if seconds else self.loop.call_soon(
+                self.resume
+            )
 
     def lagging(self) -> None:
         if self.unsent > UNSENT_MOST:
@@ -2430,6 +2531,8 @@ class Peer(Connection):
             self.server.slow.add(self)
         else:
             self.server.slow.discard(self)
+            if self.inbox and self.unsent <= UNSENT_NO_READ:
+                self.resume_soon()
 
     def drop(self, reason: str) -> None:
         if self.inbox:
@@ -2461,7 +2564,7 @@ class Listener:
             raise Unusable(
                 f"cannot listen on {where}: {reason_of(error)}; try --listen HOST:0"
             ) from error
-        self.sock.listen(1024)
+        self.sock.listen(BACKLOG)
         self.sock.setblocking(False)
         self.address = self.sock.getsockname()[:2]
         server.loop.selector.register(self.sock, READ, self)
@@ -2472,6 +2575,7 @@ class Listener:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in (
             ("TCP_KEEPIDLE", KEEPALIVE_SECONDS),
+            ("TCP_KEEPALIVE", KEEPALIVE_SECONDS),  # macOS calls it so
             ("TCP_KEEPINTVL", KEEPALIVE_EVERY),
             ("TCP_KEEPCNT", KEEPALIVE_PROBES),
         ):
@@ -2511,19 +2615,31 @@ def is_loopback(host: str) -> bool:
     return host.startswith("127.") or host == "::1"
 
 
+def spare_descriptor() -> int | None:
+    """One that can be closed when there are none left, to say so to a newcomer."""
+    try:
+        return os.open(os.devnull, os.O_RDONLY)
+    except OSError:
+        return None
+
+
 def descriptor_limit() -> int:
     """How many files and sockets we may have open, after asking for as many as we may ask."""
     try:
         import resource
     except ImportError:
         return 512  # what select() takes on Windows
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # macOS has a hard limit that it refuses
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return hard
+    return soft
 
 
 def server_tls_context(options: ServerOptions) -> Any:
     if not options.tls_cert:
+        if options.tls_key:
+            raise Unusable("--tls-key is of no use without --tls-cert")
         return None
     import ssl
 
@@ -2548,13 +2664,14 @@ class Server:
         self.helpers = Helpers(loop)
         self.peers: set[Peer] = set()
         self.per_address: collections.Counter[str] = collections.Counter()
-        self.max_clients = options.max_clients or descriptor_limit() - SPARE_DESCRIPTORS
+        room = max(descriptor_limit() - SPARE_DESCRIPTORS, SPARE_DESCRIPTORS)
+        self.max_clients = options.max_clients or room
         self.silent = Delay(loop, GREETING_SECONDS, self.greet)
         self.unnamed = Delay(loop, NAMING_SECONDS, self.evict)
         self.slow = Delay(loop, SLOW_SECONDS, self.drop_slow)
         self.leaving: list[Peer] = []  # to be closed once this turn is written
         self.jobs: list[tuple[str, Callable, Callable]] = []  # for helpers, after the commit
-        self.spare = os.open(os.devnull, os.O_RDONLY)
+        self.spare = spare_descriptor()
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
         self.stopping = False
@@ -2586,6 +2703,8 @@ class Server:
 
     def turn_away_on_spare(self, listening: socket.socket) -> bool:
         """Tell everybody in the backlog that there is no room; whether that went well."""
+        if self.spare is None:
+            return False
         os.close(self.spare)
         try:
             for _ in range(ACCEPTS_A_TURN):
@@ -2594,7 +2713,7 @@ class Server:
         except OSError as error:
             return isinstance(error, BlockingIOError)
         finally:
-            self.spare = os.open(os.devnull, os.O_RDONLY)
+            self.spare = spare_descriptor()
         return True
 
     def greet(self, peer: Peer) -> None:
@@ -2622,11 +2741,13 @@ class Server:
     def act(self, peer: Peer) -> None:
         """Some lines of one peer become Hub calls; then see when to take the next."""
         budget, inbox = peer.budget, peer.inbox
+        if peer.resuming or peer.held or peer.leaving:
+            return
         allowed = LINES_A_TURN
         if budget:
             allowed = min(allowed, budget.available(self.loop.now))
         taken = 0
-        while taken < allowed and not peer.held and not peer.leaving:
+        while taken < allowed and not peer.held and not peer.leaving and not self.too_much(peer):
             line = inbox.take()
             if line is None:
                 break
@@ -2635,10 +2756,21 @@ class Server:
                 peer.session.receive(line)
         if budget:
             budget.spend(taken)
-        if inbox.lines and not peer.held and not peer.leaving:
+        if inbox.lines and not peer.held:
             self.postpone(peer)
         elif peer.eof and not inbox.lines and not peer.held:
             peer.close()
+
+    def postpone(self, peer: Peer) -> None:
+        """There are lines left: for the next turn, or until there is budget for one."""
+        if peer.queue.size <= UNSENT_NO_READ:  # else lagging() resumes it
+            peer.resume_soon(peer.budget.wait() if peer.budget else 0.0)
+        peer.update()
+
+    def too_much(self, peer: Peer) -> bool:
+        """More has been answered than is likely to be read: the next lines can wait."""
+        waiting = peer.queue.size
+        return waiting + (peer.session.replied if peer.session else 0) > UNSENT_NO_READ
 
     def open_session(self, peer: Peer, first_line: bytes) -> bool:
         dialect = dialect_of(first_line)
@@ -2650,27 +2782,22 @@ class Server:
         peer.session = LineSession(self.site, peer, peer.greeted)
         return True
 
-    def postpone(self, peer: Peer) -> None:
-        """Its turn, or its budget, is used up, and there are lines left."""
-        wait = peer.budget.wait() if peer.budget else 0.0
-        if wait:
-            peer.hold()
-            self.loop.call_later(wait, peer.resume)
-        else:
-            self.loop.call_soon(peer.resume)
-
     def later(self, session: Session, job: Callable, then: Callable) -> None:
         """Run job() on a helper once this turn is committed, then then(its result) here;
         until then this session's next lines wait, so that answers come in order."""
         peer = session.conn
-        peer.hold()
+        peer.held = True
+        peer.update()
 
         def done(result: Any) -> None:
-            peer.release()
+            peer.held = False
+            peer.resume_soon()
+            if peer.gone or peer.leaving:
+                return
             if isinstance(result, Exception):
-                log.error("a helper failed: %s", result)
-                result = []
-            if peer.state == OPEN and not peer.leaving:
+                log.error("a job for %s failed: %s", peer.address, result)
+                session.notice("that cannot be answered just now; try again later")
+            else:
                 then(result)
 
         self.jobs.append((peer.host, job, done))
@@ -2709,7 +2836,10 @@ class Server:
             turn.not_kept(self.store.trouble)
         if self.losing != (outcome == LOST):
             self.losing = not self.losing
-            log.error("history: %s", f"lost, {self.store.trouble}" if self.losing else "kept again")
+            if self.losing:
+                log.error("history is not being kept: %s", self.store.trouble)
+            else:
+                log.warning("history is being kept again")
         if self.store.path and not self.checkpoint_due:
             self.checkpoint_due = True
             self.loop.call_later(CHECKPOINT_SECONDS, self.checkpoint)
@@ -2718,13 +2848,19 @@ class Server:
     def _after_writing(self) -> None:
         leaving, self.leaving = self.leaving, []
         for peer in leaving:
-            Connection.close(peer)
+            if peer.gone:
+                self.forget(peer)
+            else:
+                Connection.close(peer)
         jobs, self.jobs = self.jobs, []
         for owner, job, done in jobs:
             if self.store.path:
                 self.helpers.submit(owner, job, done)
             else:  # one connection, in memory: nothing to wait for, and nothing to share
-                self.loop.call_soon(lambda job=job, done=done: done(job()))
+                self.loop.call_soon(functools.partial(self._answer, job, done))
+
+    def _answer(self, job: Callable, done: Callable) -> None:
+        done(attempt(job))
 
     def prune(self, idle: bool) -> None:
         if self.store.prune(idle) and idle:
@@ -2732,24 +2868,38 @@ class Server:
 
     def checkpoint(self) -> None:
         def done(error: Exception | None) -> None:
-            if error:
+            self.checkpoint_due = False
+            if error and not self.losing:
                 log.error("checkpoint: %s", error)
 
-        self.checkpoint_due = False
         self.helpers.submit(self, self.store.checkpoint, done)
 
     # Going
 
     def lost(self, peer: Peer, reason: str) -> None:
-        """A connection is gone. What it said before is still taken."""
-        log.debug("%s: %s", peer.address, reason)
-        self.peers.discard(peer)
-        self.per_address -= collections.Counter([peer.host])
+        """A connection is gone. What it said before is still taken, and until that is done
+        it counts against the limits as if it were still there."""
+        log.log(
+            logging.INFO if reason.startswith(TLS_TROUBLE) else logging.DEBUG,
+            "%s: %s",
+            peer.address,
+            reason,
+        )
         for delay in (self.silent, self.unnamed, self.slow):
             delay.discard(peer)
         peer.eof = True
-        if peer.inbox:
+        if peer.inbox and not peer.leaving:
             self.act(peer)
+        else:
+            self.forget(peer)
+
+    def forget(self, peer: Peer) -> None:
+        self.peers.discard(peer)
+        self.per_address[peer.host] -= 1
+        if not self.per_address[peer.host]:
+            del self.per_address[peer.host]
+        if peer.session:
+            peer.session.ended()
         if self.stopping and not self.peers:
             self.loop.stop()
 
@@ -2766,8 +2916,8 @@ class Server:
             listener.close()
         for peer in list(self.peers):
             if peer.session:
-                peer.session.farewell("the server is going down")
-                peer.session.user = None  # nobody is told that everybody left
+                peer.session.notice("the server is going down")
+                peer.session.abandoned()
             peer.close()
         self.loop.call_later(STOP_SECONDS, self.loop.stop)
         if not self.peers:
@@ -2779,7 +2929,8 @@ class Server:
             self.store.commit(self.hub.turn.events, self.loop.now)
         self.helpers.close()
         self.store.close()
-        os.close(self.spare)
+        if self.spare is not None:
+            os.close(self.spare)
 
 
 # ======================================================================================
@@ -2870,11 +3021,10 @@ UNDER_WAY = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDB
 
 
 class Connecting:
-    """A socket on its way to being connected."""
+    """A socket on its way to being connected; then(sock, "") or then(None, reason)."""
 
-    def __init__(self, loop: Loop, family: int, address: tuple, then: Callable):
-        self.loop, self.then = loop, then
-        self.sock = socket.socket(family, socket.SOCK_STREAM)
+    def __init__(self, loop: Loop, sock: socket.socket, address: tuple, then: Callable):
+        self.loop, self.then, self.sock = loop, then, sock
         self.sock.setblocking(False)
         self.timer = loop.call_later(CONNECT_SECONDS, lambda: self._done("no answer"))
         error = self.sock.connect_ex(address)
@@ -2896,6 +3046,7 @@ class Connecting:
             self.sock.close()
             return self.then(None, reason)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.then(self.sock, "")
 
 
@@ -2994,8 +3145,9 @@ class Link:
     # Connecting
 
     def _found(self, result: Any) -> None:
-        if isinstance(result, OSError):
-            return self.lost(f"{self.target.host}: {reason_of(result)}")
+        if isinstance(result, Exception):  # UnicodeError: no name of a host looks like that
+            reason = reason_of(result) if isinstance(result, OSError) else "no name of a host"
+            return self.lost(reason)
         self.addresses = [(family, address) for family, *_, address in result]
         self.began = self.loop.now
         self._try_next("no address")
@@ -3003,7 +3155,12 @@ class Link:
     def _try_next(self, reason: str) -> None:
         if not self.addresses:
             return self.lost(reason)
-        Connecting(self.loop, *self.addresses.pop(0), self._tried)
+        family, address = self.addresses.pop(0)
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:  # IPv6 is switched off, say
+            return self._try_next(reason_of(error))
+        Connecting(self.loop, sock, address, self._tried)
 
     def _tried(self, sock: socket.socket | None, reason: str) -> None:
         if sock is None:
@@ -3015,10 +3172,15 @@ class Link:
             except OSError as error:
                 return self._fail(f"cannot use the certificates {self.trust.ca}: {error}")
             self.loop.dirty.add(self.conn)
+            self.timer = self.loop.call_later(CONNECT_SECONDS, self._no_handshake)
         else:
             self._connected()
 
+    def _no_handshake(self) -> None:
+        self.conn.drop("no answer in TLS")
+
     def secured(self) -> None:
+        self.timer.cancel()
         fingerprint = self.conn.tls.fingerprint()
         if not self.trust.accepts(fingerprint):
             return self._fail(f"{self.target} has another certificate: {fingerprint}")
@@ -3028,12 +3190,12 @@ class Link:
         took = self.loop.now - self.began
         self.began = self.loop.now
         self.show([View(UP, f"connected to {self.target}")])
-        self.core.connected()
+        views = self.core.connected()
         if self.core.listening:
             usual = max(LISTEN_SECONDS, LISTEN_CONNECT_TIMES * took)
             patience = LISTEN_KNOWN_SECONDS if self.core.kind == CHAT else usual
             self.timer = self.loop.call_later(patience, self._silence)
-        self._carry_on([])
+        self._carry_on(views)
 
     def _silence(self) -> None:
         try:
@@ -3061,24 +3223,30 @@ class Link:
 
     def lost(self, reason: str) -> None:
         """The line is broken, or could not be had."""
-        secure = not self.target.tls or self.conn is None or self.conn.tls.ready
         self.conn = None
         if self.timer:
             self.timer.cancel()
-        if self.core.ready or self.core.listening:
-            self.show(self.core.finish())
+        self._hear_the_rest()
+        heard_out = reason == HUNG_UP and self.core.ready and not self.core.refusal
         self.core.disconnected()
-        if not secure and reason == HUNG_UP:
-            self._end(f"{self.target} does not speak TLS")
-        elif not secure:
+        if reason.startswith(TLS_TROUBLE):
             advice = "--ca, --pin or --insecure if you know better"
             self._end(f"{self.target} is not to be trusted: {reason}; {advice}")
         elif self.leaving:
-            self._end("" if reason == HUNG_UP else f"{self.target}: {reason}")
+            self._end("" if heard_out else f"{self.target}: {self.core.refusal or reason}")
         elif self.retry:
             self._come_back(reason)
         else:
-            self._end(f"{self.target}: {reason}")
+            self._end(f"{self.target}: {self.core.refusal or reason}")
+
+    def _hear_the_rest(self) -> None:
+        """A last line without its end."""
+        if self.core.ready or self.core.listening:
+            try:
+                self.show(self.core.finish())
+            except Unusable as error:
+                self.retry = False
+                self.core.refusal = str(error)
 
     def _come_back(self, reason: str) -> None:
         if self.loop.now - self.began > BACKOFF_RESET:
@@ -3167,6 +3335,8 @@ class KeyDecoder:
 
     def flush(self) -> list[Key]:
         """No more is coming: what looked like the beginning of a sequence was none."""
+        if self.pasted is not None:
+            return []  # slow, but its end is still to come
         text, self.rest = self.rest, ""
         return [Key(KEY_NAMES.get(text, ""))] if text in KEY_NAMES else []
 
@@ -3450,6 +3620,7 @@ class Painter:
         """Everything from the left margin on; the cursor ends where it belongs. Its column
         is set by number and not by counting back, so that a terminal which disagrees about
         a width spoils the look and nothing else."""
+        prompt = "".join(self._fit(clusters(prompt), self.columns // 2)[0])
         room = max(4, self.columns - width(prompt) - 1)
         shown, used = self._fit(reversed(clusters(visible(before[-room * 8 :]))), room)
         shown.reverse()
@@ -3517,8 +3688,10 @@ class RawTerminal:
     ON, OFF = "\x1b[?2004h", "\x1b[?2004l\x1b[0m\x1b[?25h"  # bracketed paste; colours, cursor
 
     def __init__(self, keys: int = 0, screen: int = 1):
-        import termios
-
+        try:
+            import termios
+        except ImportError:
+            raise Unusable("this needs a Unix terminal; gui_client.py does not") from None
         self.termios = termios
         self.keys, self.screen = keys, screen
         self.before = termios.tcgetattr(keys)
@@ -3567,17 +3740,21 @@ class Input:
 
     def __init__(self, loop: Loop, fd: int, take: Callable[[bytes], None]):
         self.loop, self.fd, self.take = loop, fd, take  # take(b"") at the end
-        self.paused = self.watched = True
+        self.paused, self.ended = True, False
+        # kqueue takes regular files, but never says that one has ended.
+        self.watched = not stat.S_ISREG(os.fstat(fd).st_mode)
         self.resume()
 
     def resume(self) -> None:
-        if not self.paused:
+        if not self.paused or self.ended:
             return
         self.paused = False
         try:
-            self.loop.selector.register(self.fd, READ, self)
-        except PermissionError:
+            if self.watched:
+                self.loop.selector.register(self.fd, READ, self)
+        except PermissionError:  # /dev/null
             self.watched = False
+        if not self.watched:
             self.loop.call_soon(self._read)
 
     def pause(self) -> None:
@@ -3597,6 +3774,7 @@ class Input:
         except OSError:  # a terminal that has gone
             data = b""
         if not data:
+            self.ended = True
             self.pause()
         self.take(data)
         if data and not self.watched:
@@ -3652,6 +3830,8 @@ class Filter(Client):
     def __init__(self, options: ClientOptions):
         super().__init__(options)
         self.lines = LineBuffer(LINE_BYTES)
+        self.failure = ""  # of something, although the rest went well
+        sys.stdout.reconfigure(errors="replace")
         self.speak = self.link.typed if options.commands else self.link.say
         self.input = Input(self.loop, 0, self.take)
         self.link.drained = self.input.resume
@@ -3663,7 +3843,7 @@ class Filter(Client):
             self.lines.finish()
         while (line := self.lines.take()) is not None:
             if line == TOO_LONG:
-                print(f"a line has at most {LINE_BYTES} bytes: not sent", file=sys.stderr)
+                self.failure = f"a line has at most {LINE_BYTES:,} bytes: it was not sent"
             else:
                 self.speak(line.decode(errors="replace"))
         if not data:
@@ -3678,9 +3858,13 @@ class Filter(Client):
         try:
             sys.stdout.write("".join(lines))
             sys.stdout.flush()
-        except BrokenPipeError:
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again at its end
-            self.over("")
+            gone = isinstance(error, BrokenPipeError)  # whoever read us has read enough
+            self.over("" if gone else f"standard output: {reason_of(error)}")
+
+    def over(self, reason: str) -> None:
+        super().over(reason or self.failure)
 
 
 def on_signal(loop: Loop, name: str, callback: Callable[[], Any]) -> None:
@@ -3744,7 +3928,7 @@ class TerminalClient(Client):
                 self.terminal.write("\x1b[2J\x1b[H")
             elif text is not None and is_quit(text):
                 self.leave()
-            elif text is not None:
+            elif text:  # return on an empty row is no message, as it is from netcat
                 self.link.typed(text)
         if self.editor.left:
             self.leave()
@@ -3807,7 +3991,7 @@ class TerminalClient(Client):
         """Ctrl-Z: give the terminal back, stop, and take it again when we are continued."""
         self.terminal.leave()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.raise_signal(signal.SIGTSTP)
         on_signal(self.loop, "SIGTSTP", self.suspend)
         self.terminal.enter()
         self.resize()
@@ -3835,10 +4019,11 @@ class BenchOptions(NamedTuple):
 class BenchConnection(Connection):
     """One client of the load: counts what comes, and perhaps times it."""
 
-    __slots__ = ("counted", "inbox", "latencies", "said", "times")
+    __slots__ = ("counted", "failure", "inbox", "latencies", "said", "times")
 
     def __init__(self, loop: Loop, sock: socket.socket):
         super().__init__(loop, sock)
+        self.failure = ""
         self.counted = False  # from when on lines count
         self.said = 0  # messages received
         self.times = False
@@ -3858,7 +4043,7 @@ class BenchConnection(Connection):
             self.latencies.append(now - float(line.split(b"^")[1]))
 
     def lost(self, reason: str) -> None:
-        raise Unusable(f"the server closed a connection of the load: {reason}")
+        self.failure = reason
 
 
 class Bench:
@@ -3891,7 +4076,7 @@ class Bench:
         done = 0
         while done < self.options.messages:
             self._send(done, time.perf_counter() - began)
-            self.loop.run_once(1 / self.options.rate if self.options.rate else 1.0)
+            self._turn(1 / self.options.rate if self.options.rate else 1.0)
             done = min(conn.said for conn in self.receivers)
             if time.perf_counter() - reported > 0.5:
                 reported = time.perf_counter()
@@ -3899,8 +4084,8 @@ class Bench:
         return self._result(time.perf_counter() - began)
 
     def _settle(self) -> None:
-        """Until everybody is in: a message of the last sender has reached each receiver,
-        so the server has taken every name."""
+        """Until everybody is in, as far as can be told from outside: there was something to
+        hear, and then nothing more for a while."""
         for conn in self.receivers:
             conn.counted = True
         for sender in self.senders:
@@ -3909,9 +4094,15 @@ class Bench:
         while known != (known := sum(conn.said for conn in self.receivers)) or known == 0:
             deadline = time.perf_counter() + BENCH_QUIET_SECONDS
             while (left := deadline - time.perf_counter()) > 0:
-                self.loop.run_once(left)
+                self._turn(left)
         for conn in self.receivers:
             conn.said = 0
+
+    def _turn(self, longest: float) -> None:
+        self.loop.run_once(longest)
+        failure = next((c.failure for c in (*self.receivers, *self.senders) if c.failure), "")
+        if failure:
+            raise Unusable(f"the server closed a connection of the load: {failure}")
 
     def _send(self, done: int, elapsed: float) -> None:
         """What may go now: due by the clock, or inside the window."""
@@ -3959,13 +4150,15 @@ def server_for_bench() -> Iterator[Target]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "server", "--listen", "127.0.0.1:0"]
         command += ["--flood", "off", "--data", folder]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            try:
-                first_line = process.stdout.readline()
-                yield parse_target(first_line.split(" ")[4], plain=True)
-            finally:
-                process.terminate()
-                process.stdout.read()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            match = re.search(r"listens on (\S+)", process.stdout.readline())
+            if not match:
+                raise Unusable("the server for the benchmark did not start")
+            yield parse_target(match.group(1), plain=True)
+        finally:
+            process.terminate()
+            process.communicate()
 
 
 def bench_table(result: dict[str, Any]) -> str:
@@ -4019,9 +4212,19 @@ def flood_limits(text: str) -> tuple[float, float] | None:
         burst, rate = map(float, text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text}: write BURST,RATE or off") from None
-    if burst < 1 or rate <= 0:
+    if not (1 <= burst < math.inf and 0 < rate < math.inf):
         raise argparse.ArgumentTypeError("at least 1 line at once, and more than 0 a second")
     return burst, rate
+
+
+def message_rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 <= rate < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: messages a second, or 0 for a window")
+    return rate
 
 
 def data_option(text: str) -> pathlib.Path | None:
@@ -4030,7 +4233,7 @@ def data_option(text: str) -> pathlib.Path | None:
 
 def positive(text: str) -> int:
     number = whole_number(text)
-    if number < 1:
+    if not number:
         raise argparse.ArgumentTypeError(f"{text}: a whole number from 1 on")
     return number
 
@@ -4111,8 +4314,10 @@ def run_server(args: argparse.Namespace) -> int:
 
 
 def run_client(args: argparse.Namespace) -> int:
+    if not clean_name(args.name) or args.name[0] == "/" or dialect_of(args.name.encode()) != "line":
+        raise Unusable(f"{args.name!r} cannot be a name")
     options = ClientOptions(
-        args.name,
+        " ".join(args.name.split()),
         args.server._replace(plain=args.plain or args.server.plain),
         Trust(args.ca, args.pin, args.insecure),
         None if args.no_state else data_folder() / "client",
@@ -4179,12 +4384,8 @@ def command_line() -> argparse.ArgumentParser:
     add = bench.add_argument
     add("--server", type=server_target, metavar="HOST:PORT")
     for name, value in BenchOptions._field_defaults.items():
-        add(
-            f"--{name}",
-            type=type(value) if name == "rate" else positive,
-            default=value,
-            metavar="N",
-        )
+        kind = message_rate if name == "rate" else positive
+        add(f"--{name}", type=kind, default=value, metavar="N")
     add("--json", action="store_true")
     bench.set_defaults(run=run_bench)
     return parser

@@ -60,16 +60,10 @@ class FakeConn:
     def __init__(self, address):
         self.address = address
         self.out = b""
-        self.closed = self.held = False
+        self.closed = self.gone = False
 
     def named(self):
         pass
-
-    def hold(self):
-        self.held = True
-
-    def release(self):
-        self.held = False
 
     def close(self):
         self.closed = True
@@ -242,6 +236,8 @@ NAMES = [
     ("", ""),
     ("   ", ""),
     ("(private)", "_private)"),
+    ("\u0301", ""),
+    ("\u3164", "_"),
 ]
 
 
@@ -594,11 +590,19 @@ SCRIPTS = {
     ],
     "channel names that are none": [
         ("alice", "/join rust"),
-        {"alice": ["* a channel's name begins with #, like #rust"]},
+        {"alice": ["* a channel's name begins with # and goes on, like #tea"]},
         ("alice", "/join #"),
-        {"alice": ["* a channel's name begins with #, like ##"]},
-        ("alice", "/join #a,b"),
-        {"alice": ["* a channel's name has no spaces, commas or control characters"]},
+        {"alice": ["* a channel's name begins with # and goes on, like #tea"]},
+        (
+            "alice",
+            "/join #a,b",
+            "/join #a b",
+            "/join #a]",
+            "/join #\uff0c",
+            "/join #\u0301",
+            "/join #\u3164",
+        ),
+        {"alice": ["* a channel's name is visible, without spaces, commas or ]"] * 6},
         ("alice", "/join #" + "x" * 64),
         {"alice": ["* a channel's name has at most 64 bytes"]},
     ],
@@ -614,6 +618,24 @@ SCRIPTS = {
     "a count of lines that is none": [
         ("alice", "/lines many", "/lines 0", "/lines 201", "/lines " + "9" * 5000),
         {"alice": ["* a message has 1 to 200 lines"] * 4},
+    ],
+    "a message of several lines with a bad one is none, and swallows nothing": [
+        ("alice", "/lines 3", "one", b"\xff", "hello"),
+        {
+            "alice": ["* that line is not UTF-8 text; nobody got it"],
+            "bob": ["alice: hello"],
+            "carol": ["alice: hello"],
+        },
+    ],
+    "white space around parameters means nothing": [
+        ("alice", "/join  #lobby ", "/names #lobby  "),
+        {
+            "alice": [
+                "* you speak in #lobby now",
+                "* the topic of #lobby is not set",
+                *["* #lobby 1-3 of 3: alice, bob, carol"] * 2,
+            ]
+        },
     ],
     "a message of several lines over the limit": [
         ("alice", "/lines 2", "x" * 10000, "x" * 10000),
@@ -641,8 +663,8 @@ SCRIPTS = {
                 "* that was 1 message",
             ]
         },
-        ("carol", "/history #lobby " + "9" * 5000),
-        {"carol": ...},
+        ("carol", "/history #lobby 501", "/history 9999999999", "/history 0"),
+        {"carol": ["* history comes in 1 to 500 messages"] * 3},
     ],
     "a private talk is history for its two": [
         ("alice", "/tell bob psst"),
@@ -723,7 +745,10 @@ FIRST_LINES = [
     (["", "  ", "carol"], ["* a name needs at least one visible character; try again"] * 2),
     ([b"\xff", "carol"], ["* that line is not UTF-8 text; nobody got it"]),
     (["/names", "carol"], ["* a name first, please; then commands"]),
-    (["/pass anything", "carol"], ["* thank you; now your name"]),
+    (
+        ["/pass anything", "carol", "/pass x"],
+        ["* thank you; now your name", "* you are in already"],
+    ),
 ]
 
 
@@ -1205,6 +1230,7 @@ def plain_core():
         ("", b"\n", ["said"]),
         ("/names", b"", ["note"]),
         ("//etc/hosts", b"/etc/hosts\n", ["said"]),
+        ("one\n" * 200, b"", ["note"]),
         ("one\ntwo", b"one\ntwo\n", ["said", "said"]),
     ],
 )
@@ -1247,8 +1273,26 @@ SERVER_LINES = [
 
 @pytest.mark.parametrize("line, view", SERVER_LINES)
 def test_what_the_server_says_becomes_views(line, view):
-    first = plain_core().feed(line + b"\n")[0]
+    core = chat.ClientCore("alice")
+    core.connected()
+    core.feed(chat.GREETING)
+    first = core.feed(line + b"\n")[0]
     assert (first.kind, first.name, first.text, first.where) == view
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"* you are evil: hi",
+        b"* told boss: I quit",
+        b"* thank you; now your name: x",
+        b"* 2026-11-22 10:00:00Z bob: hi",
+    ],
+)
+def test_on_a_plain_server_nobody_steers_a_client_by_his_name(line):
+    core = plain_core()
+    assert core.feed(line + b"\n")[0].kind in (chat.TOLD, chat.SAID)
+    assert (core.name, core.take_output()) == ("alice", b"")
 
 
 def test_a_line_too_long_is_noted_and_the_next_one_shown():
@@ -1692,8 +1736,9 @@ def running():
 @pytest.fixture(autouse=True)
 def no_bug_is_logged(caplog, request):
     yield
-    if "caplog" not in request.fixturenames or "costs_the_connection" not in request.node.name:
-        assert "a bug" not in caplog.text
+    if "costs_the_connection" not in request.node.name:
+        records = [r for when in ("setup", "call", "teardown") for r in caplog.get_records(when)]
+        assert not [record for record in records if "a bug" in record.getMessage()]
 
 
 def test_the_conversation_is_byte_for_byte_that_of_the_workshop(running):
