@@ -1059,7 +1059,6 @@ MIGRATIONS = (
     """,
 )
 
-PAGES = ("page_count", "page_size")
 KEPT, BUSY, LOST = "kept", "busy", "lost"  # what became of a turn's events
 
 
@@ -1130,6 +1129,7 @@ class Store:
         self.db = open_database(path)
         self.targets: dict[str, int] = {}  # id by key, of those written to lately
         self.counts: dict[int, int] = {}  # rows by target id, of the same
+        self.unsure: list[str] = []  # keys of targets made in a transaction not yet committed
         self.tally_due = 0.0  # when the counts are to be written again
         self.excess: set[int] = set()  # targets with more rows than they may have
         try:
@@ -1177,6 +1177,7 @@ class Store:
             self.tally_due = now + TALLY_SECONDS
             self._tally()
         self.db.execute("COMMIT")
+        self.unsure.clear()
         for row in rows:
             self.counts[row[0]] += 1
 
@@ -1194,8 +1195,9 @@ class Store:
 
     def _bound_memory(self) -> None:
         """In memory, channels that are long gone give way to those that are talked in."""
-        pages, size = (self.db.execute(f"PRAGMA {p}").fetchone()[0] for p in PAGES)
-        if pages * size > MEMORY_BYTES:
+        pragmas = ("page_count", "freelist_count", "page_size")
+        pages, free, size = (self.db.execute(f"PRAGMA {p}").fetchone()[0] for p in pragmas)
+        if (pages - free) * size > MEMORY_BYTES:
             query = "SELECT target FROM events GROUP BY target ORDER BY max(id) LIMIT 1"
             self.orphans.update(row[0] for row in self.db.execute(query))
 
@@ -1206,6 +1208,7 @@ class Store:
         row = self.db.execute("SELECT id, events FROM targets WHERE key = ?", [key]).fetchone()
         if row is None:
             row = self.db.execute("INSERT INTO targets (key) VALUES (?)", [key]).lastrowid, 0
+            self.unsure.append(key)
         target, count = row
         self.targets[key], self.counts[target] = target, count
         return target
@@ -1213,8 +1216,9 @@ class Store:
     def _roll_back(self) -> None:
         if self.db.in_transaction:
             self.db.execute("ROLLBACK")
-        self.targets.clear()  # it may know rows that were never written
-        self.counts.clear()
+        for key in self.unsure:  # never written after all
+            self.counts.pop(self.targets.pop(key, 0), None)
+        self.unsure.clear()
 
     # Reading, on whatever thread
 

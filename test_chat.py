@@ -930,6 +930,19 @@ def random_step(seeded, house, naive, present, step):
                 room.remove(who)
 
 
+def test_a_crowd_that_leaves_at_once_costs_no_more_than_what_is_heard_of_it(monkeypatch):
+    house = house_of(*(f"n{n}" for n in range(300)), "watcher")
+    looked, stays = [], chat.Channel.stays
+    monkeypatch.setattr(chat.Channel, "stays", lambda *given: looked.append(given) or stays(*given))
+    for n in range(300):
+        house.guests[f"n{n}"].conn.gone = n % 2 == 0  # half of them can still be written to
+        house.leave(f"n{n}")
+    house.turn()
+    assert len(house.heard("watcher")) == 300
+    assert len(looked) <= 150
+    assert house.heard("n0") == [] and len(house.heard("n299")) == 299
+
+
 def test_a_storm_is_encoded_once_and_shared():
     house = house_of(*(f"n{n}" for n in range(50)))
     house.say("n0", *["x"] * 100)
@@ -1015,6 +1028,60 @@ def test_a_full_disk_loses_history_but_no_message(folder):
     store.db.execute("PRAGMA max_page_count = 100000")
     assert store.commit(house.hub.turn.events, 100.1) == chat.KEPT
     assert len(texts(store, chat.LOBBY)) == 5
+
+
+def test_after_a_crash_private_talks_are_deleted_to_the_last_row_and_never_seen_again(folder):
+    store = chat.Store(folder / "chat.db")
+    store.tally_due = float("inf")  # killed before the counts were written down
+    house = House(store=store)
+    house.enter("alice", "bob")
+    house.say("alice", *(f"/tell bob {n}" for n in range(1200)))
+    house.turn()
+    store.db.close()
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter("eve")
+    while house.store.prune(idle=True):
+        house.say("eve", "/join #new", "/part")
+        house.turn()
+    assert texts(house.store, "#new") == []
+    assert house.store.db.execute(
+        "SELECT count(*) FROM events WHERE kind = 'message'"
+    ).fetchone() == (0,)
+
+
+def test_counts_do_not_drift_while_history_is_pruned_under_load(folder):
+    store = chat.Store(folder / "chat.db", keep=1000)
+    house = House(store=store)
+    house.enter("alice")
+    for _ in range(100):
+        house.say("alice", *["x"] * 90)
+        house.turn()
+        store.prune(idle=False)
+    rows = store.db.execute("SELECT count(*) FROM events").fetchone()[0]
+    assert store.counts == {store.targets[chat.LOBBY]: rows} and rows < 1300
+
+
+def test_memory_holds_only_so_much_history(monkeypatch):
+    monkeypatch.setattr(chat, "MEMORY_BYTES", 1_000_000)
+    house = house_of("alice")
+    for n in range(20):
+        house.say("alice", f"/join #{n}", *["x" * 1000] * 200, "/part")
+        house.turn()
+        while house.store.prune(idle=True):
+            pass
+    assert len(texts(house.store, "#19", 1000)) == 200
+    assert texts(house.store, "#0") == []
+
+
+def test_a_database_that_somebody_else_has_locked_is_not_called_damaged(folder):
+    path = folder / "chat.db"
+    chat.Store(path).close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(chat.Unusable, match="locked") as caught:
+            chat.Store(path)
+        assert "damaged" not in str(caught.value)
 
 
 def test_history_is_pruned_by_count_in_slices(folder):
@@ -1394,6 +1461,30 @@ def test_channels_are_where_plain_lines_go_and_are_entered_again_after_a_break()
     assert house.heard("bob")[-1] == "[#rust] alice: back"
     alice.typed("/part")
     assert alice.core.here == chat.LOBBY and "#rust" not in alice.core.rooms
+
+
+def test_after_a_break_one_speaks_where_one_spoke_before():
+    house = house_of("bob")
+    alice = Pair(house, "alice")
+    for room in ("#a", "#b", "#a"):
+        alice.typed(f"/join {room}")
+        house.say("bob", f"/join {room}")
+    alice.drop()
+    alice.core.typed("typed meanwhile")
+    alice.connect()
+    assert alice.core.here == "#a"
+    assert house.heard("bob")[-1] == "[#a] alice: typed meanwhile"
+
+
+@pytest.mark.parametrize(
+    "text", ["/tell bob one\ntwo secret", "/usr/bin/x\n/nick evil", "x\n" * 201]
+)
+def test_what_cannot_be_one_command_or_message_is_not_sent_at_all(text):
+    house = house_of("bob")
+    alice = Pair(house, "alice")
+    house.heard("bob")
+    alice.typed(text)
+    assert house.heard("bob") == [] and alice.views[-1].kind == chat.NOTE
 
 
 @pytest.mark.parametrize("missed", [0, 1, 5, 50])
@@ -1946,6 +2037,42 @@ def test_a_busy_database_delays_messages_and_loses_none(running, folder):
     assert alice.rest() == b""
 
 
+def test_who_was_reset_counts_until_the_last_of_his_lines_is_taken(running):
+    server = running(flood=(5.0, 50.0))
+    alice = server.guest("alice")
+    bob = Guest(server.address)
+    bob.send("bob\n" + "".join(f"{n}\n" for n in range(30)))
+    assert "joined" in alice.line()
+    bob.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    bob.close()
+    counted = []
+    for n in range(30):
+        assert alice.line() == f"bob: {n}"
+        counted.append(server.server.per_address["127.0.0.1"])
+    assert counted[:29] == [2] * 29
+    assert "left" in alice.line()
+
+
+def test_answers_without_end_wait_for_their_reader_and_none_is_lost(running, monkeypatch):
+    monkeypatch.setattr(chat, "UNSENT_NO_READ", 20_000)
+    server = running()
+    alice = server.guest("alice")
+    alice.send("/help\n" * 2_000 + "/tell alice done\n")
+    lines = alice.until("told alice: done")
+    assert len(lines) == 2_000 * len(chat.line_command) + 1
+
+
+def test_a_backlog_over_tls_arrives_whole(running, certificate):
+    server = running(tls_cert=certificate)
+    plain = server.guest("plain")
+    secret = server.guest("secret", chat.Trust(ca=certificate).context())
+    plain.line()
+    plain.send(("x" * 1000 + "\n") * 3000)
+    plain.sock.shutdown(socket.SHUT_WR)
+    assert secret.lines(3000) == ["plain: " + "x" * 1000] * 3000
+    assert "left" in secret.line()
+
+
 def test_a_taken_port_is_one_clear_line(running):
     host, port = running().address
     with pytest.raises(
@@ -2058,6 +2185,17 @@ def test_a_second_server_on_the_same_folder_says_so(folder):
         (["client", "alice", "--server", "irc://x"], 2, "does not speak IRC yet"),
         (["client", "alice", "--server", "127.0.0.1:1"], 1, "connection refused"),
         (["client"], 2, "required: NAME"),
+        (["client", "NICK"], 1, "cannot be a name"),
+        (["client", "/quit"], 1, "cannot be a name"),
+        (["client", " "], 1, "cannot be a name"),
+        (["client", "alice", "--server", "a..b", "--no-state"], 1, "no name of a host"),
+        (["server", "--flood", "nan,nan"], 2, "at least 1 line"),
+        (
+            ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-key", "x"],
+            1,
+            "--tls-cert",
+        ),
+        (["bench", "--rate", "-1"], 2, "messages a second"),
         (["dance"], 2, "invalid choice"),
     ],
 )
@@ -2218,6 +2356,35 @@ def test_the_client_verifies_certificates_unless_told_otherwise(running, certifi
             )
 
 
+def test_a_filter_speaks_in_the_channel_it_was_told_to_join(running):
+    server = running()
+    bob = server.guest("bob")
+    bob.send("/join #a\n")
+    bob.until("#a 1-1 of 1")
+    where = "{}:{}".format(*server.address)
+    with program("client", "bot", "--server", where, "--no-state", "--join", "#a") as client:
+        client.communicate(b"hi\n", PATIENCE)
+    assert bob.until("hi")[-1] == "[#a] bot: hi"
+
+
+@pytest.mark.parametrize(
+    "options, flags, words",
+    [
+        ({"max_clients": 1}, [], "this server is full"),
+        ({"password": "sesame"}, [], "this server asks for a password"),
+        ({"password": "sesame"}, ["--password", "wrong"], "this server asks for a password"),
+    ],
+)
+def test_a_filter_that_was_not_let_in_fails(running, options, flags, words):
+    server = running(**options)
+    if "max_clients" in options:
+        server.guest("one")
+    where = "{}:{}".format(*server.address)
+    with program("client", "bot", "--server", where, "--no-state", *flags) as client:
+        _, errors = client.communicate(b"hi\n", PATIENCE)
+        assert client.returncode == 1 and words in errors.decode()
+
+
 def test_what_kind_of_server_it_is_is_remembered(folder):
     path = folder / "client" / "servers.json"
     known = chat.KnownServers(path)
@@ -2284,6 +2451,13 @@ def test_a_lone_escape_is_a_key_once_nothing_follows():
     assert decoder.feed(b"\x1b") == []
     assert decoder.flush() == [("escape", "")]
     assert decoder.feed(b"a") == [("text", "a")]
+
+
+def test_a_paste_whose_end_is_late_still_ends():
+    decoder = chat.KeyDecoder()
+    assert decoder.feed(b"\x1b[200~one\x1b[20") == []
+    assert decoder.flush() == []
+    assert decoder.feed(b"1~x") == [("paste", "one"), ("text", "x")]
 
 
 def test_junk_from_a_terminal_never_breaks_the_decoder(seeded):
