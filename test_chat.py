@@ -1062,14 +1062,14 @@ def test_counts_do_not_drift_while_history_is_pruned_under_load(folder):
 
 
 def test_memory_holds_only_so_much_history(monkeypatch):
-    monkeypatch.setattr(chat, "MEMORY_BYTES", 1_000_000)
+    monkeypatch.setattr(chat, "MEMORY_BYTES", 500_000)
     house = house_of("alice")
     for n in range(20):
-        house.say("alice", f"/join #{n}", *["x" * 1000] * 200, "/part")
+        house.say("alice", f"/join #{n}", *["x" * 1000] * 100, "/part")
         house.turn()
         while house.store.prune(idle=True):
             pass
-    assert len(texts(house.store, "#19", 1000)) == 200
+    assert len(texts(house.store, "#19", 1000)) == 100
     assert texts(house.store, "#0") == []
 
 
