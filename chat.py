@@ -135,23 +135,23 @@ TALLY_SECONDS = 1.0  # between writing down how much history there is
 TARGETS_CACHED = 10_000  # row ids of channels and private talks kept at hand
 PRUNE_OVERDUE = 1.1  # times the limit: from here on pruning does not wait for an idle turn
 BUSY_SECONDS = 1.0  # a database busy for longer gets no more of the turn's events
-BUSY_RETRY_SECONDS = 0.005
-CHECKPOINT_SECONDS = 1.0
+BUSY_RETRY_SECONDS = 0.005  # not noticed by a person, and not a busy loop either
+CHECKPOINT_SECONDS = 1.0  # the log stays small, and the next start quick
 WAL_RESTART_BYTES = 64 * 1024 * 1024  # PASSIVE checkpoints never reset it under unbroken load
 CHECKED_ON_START_BYTES = 16 * 1024 * 1024  # a larger database is not read whole: 300 ms to start
 HISTORY_LINES = 20  # /history without a number: a screen
 HISTORY_LINES_MOST = 500
 PAGE_BYTES = 128 * 1024  # of history at once: well below what closes a slow reader
 PEOPLE_LISTED = 10_000  # of a channel, by our clients
+NAMES_GREETED = 20  # who is here, told to a newcomer in one line
 NAMES_A_LINE = 100  # at 64 bytes each still well below LINE_BYTES
 
-HELPER_THREADS = 2
-JOBS_PER_ADDRESS = 4  # helper jobs under way for one address; the rest wait their turn
+HELPER_THREADS = 2  # one may wait for the disk while the other reads a page
 
 LISTEN_SECONDS = 1.0  # how long our client waits for a server to speak first ...
 LISTEN_CONNECT_TIMES = 4  # ... or this many times what connecting took, the longer
 LISTEN_KNOWN_SECONDS = 10.0  # for a server known to be chat.py
-CONNECT_SECONDS = 10.0
+CONNECT_SECONDS = 10.0  # to one address, and as much again for the TLS handshake
 BACKOFF_FIRST = 0.5  # seconds before the first attempt to reconnect
 BACKOFF_MOST = 30.0
 BACKOFF_RESET = 5.0  # seconds a connection has to last for the back-off to begin anew
@@ -561,7 +561,7 @@ class Commands(dict):
 # sends nothing and stores nothing. An audience is anything with
 #
 #     keys           under which the store keeps the event
-#     admit(user)    raise Refused unless this user may speak to it
+#     admit(user)    raise Refused unless this user may speak to it (not of Neighbours)
 #     stamp(now)     the time of its next event
 #     sessions_by_wire()  of all who may have to be told of this turn's events
 #     stays(user)    when this one was there in this turn: from event id, to event id
@@ -1429,8 +1429,9 @@ class LineSession(Session):
     def who_is_here(self) -> str:
         lobby = self.site.hub.channels.get(LOBBY)
         names = [user.name for user in lobby.members] if lobby else []
-        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-        return f"; here: {', '.join(names[:20])}{more}" if names else "; nobody else is here yet"
+        some, others = names[:NAMES_GREETED], len(names) - NAMES_GREETED
+        more = f" and {others} more" if others > 0 else ""
+        return f"; here: {', '.join(some)}{more}" if names else "; nobody else is here yet"
 
     def collect(self, text: str) -> None:
         """One more line of a message begun with /lines."""
@@ -2303,8 +2304,8 @@ class Loop:
         try:
             callback(*args)
         except Exception:
-            log.exception("a bug, please report it")
             owner = getattr(callback, "__self__", None)
+            log.exception("a bug, please report it (%s)", getattr(owner, "address", "no peer's"))
             if isinstance(owner, Connection):
                 owner.drop("internal error")
 
@@ -4286,6 +4287,7 @@ def how_to_join(server: Server) -> str:
         near = "this machine only; --listen 0.0.0.0:7000 for the network"
         who = near if is_loopback(host) else "everybody who can reach this machine"
         lines.append(f"chat.py {VERSION} listens on {where} ({who})")
+    host, port = server.listeners[0].address
     default = (host, port) == (DEFAULT_HOST, DEFAULT_PORT)
     elsewhere = "HOST" if host in ("0.0.0.0", "::") else host
     option = "" if default else f" --server {address_text(elsewhere, port)}"
@@ -4336,17 +4338,18 @@ def run_client(args: argparse.Namespace) -> int:
     return 0
 
 
+def show_progress(text: str) -> None:
+    """Over what stood there before, and to be written over."""
+    print(f"\r{text}\x1b[K\r", end="", file=sys.stderr)
+
+
 def run_bench(args: argparse.Namespace) -> int:
     own = contextlib.nullcontext(args.server) if args.server else server_for_bench()
     with own as target:
         options = BenchOptions(
             target, **{n: getattr(args, n) for n in BenchOptions._field_defaults}
         )
-        shows = sys.stderr.isatty()
-        result = Bench(
-            options, lambda t: shows and print(f"\r{t}\x1b[K\r", end="", file=sys.stderr)
-        )
-        result = result.run()
+        result = Bench(options, show_progress if sys.stderr.isatty() else do_nothing).run()
     print(json.dumps(result) if args.json else bench_table(result))
     return 0
 
