@@ -1266,10 +1266,11 @@ class Store:
         """One slice of what `target` has beyond `keep` rows. With none to keep, the target
         goes when nothing was found, whatever the count says: a crash leaves it too low."""
         excess = self.counts.get(target, 0) - keep if keep else PRUNE_ROWS
-        last_of_slice = "SELECT id FROM events WHERE target = ?1 ORDER BY id LIMIT ?2"
-        delete = f"DELETE FROM events WHERE target = ?1 AND id IN ({last_of_slice})"
+        oldest = "SELECT id FROM events WHERE target = ? ORDER BY id LIMIT ?"
+        delete = f"DELETE FROM events WHERE target = ? AND id IN ({oldest})"
+        count = max(0, min(PRUNE_ROWS, excess))
         self.db.execute("BEGIN IMMEDIATE")
-        deleted = self.db.execute(delete, [target, max(0, min(PRUNE_ROWS, excess))]).rowcount
+        deleted = self.db.execute(delete, [target, target, count]).rowcount
         if not keep and not deleted:
             self.db.execute("DELETE FROM targets WHERE id = ?", [target])
             self.targets = {key: known for key, known in self.targets.items() if known != target}
