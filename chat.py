@@ -626,8 +626,15 @@ class Channel:
     """A room. Without members it ceases to exist; its history stays in the store."""
 
     __slots__ = (
-        *("by_wire", "former", "key", "keys", "last_time"),
-        *("members", "name", "topic", "topic_locked"),
+        "by_wire",
+        "former",
+        "key",
+        "keys",
+        "last_time",
+        "members",
+        "name",
+        "topic",
+        "topic_locked",
     )
 
     def __init__(self, name: str, last_time: int):
@@ -2524,11 +2531,13 @@ class Peer(Connection):
         self.update()
 
     def resume_soon(self, seconds: float = 0.0) -> None:
-        if not self.resuming:
-            self.resuming = True
-            self.loop.call_later(seconds, self.resume) if seconds else self.loop.call_soon(
-                self.resume
-            )
+        if self.resuming:
+            return
+        self.resuming = True
+        if seconds:
+            self.loop.call_later(seconds, self.resume)
+        else:
+            self.loop.call_soon(self.resume)
 
     def lagging(self) -> None:
         if self.unsent > UNSENT_MOST:
@@ -2775,8 +2784,8 @@ class Server:
 
     def too_much(self, peer: Peer) -> bool:
         """More has been answered than is likely to be read: the next lines can wait."""
-        waiting = peer.queue.size
-        return waiting + (peer.session.replied if peer.session else 0) > UNSENT_NO_READ
+        replied = peer.session.replied if peer.session else 0
+        return peer.queue.size + replied > UNSENT_NO_READ
 
     def open_session(self, peer: Peer, first_line: bytes) -> bool:
         dialect = dialect_of(first_line)
@@ -2900,6 +2909,9 @@ class Server:
             self.forget(peer)
 
     def forget(self, peer: Peer) -> None:
+        """The end of a peer. One that is lost while it leaves comes here twice."""
+        if peer not in self.peers:
+            return
         self.peers.discard(peer)
         self.per_address[peer.host] -= 1
         if not self.per_address[peer.host]:

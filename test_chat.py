@@ -1992,6 +1992,22 @@ def test_too_many_connections_are_told_which_limit(running, monkeypatch):
     assert guest
 
 
+def test_who_is_lost_while_leaving_is_counted_off_once(loop):
+    server = chat.Server(loop, chat.ServerOptions(listen=(("127.0.0.1", 0),)))
+    guests = [Guest(server.listeners[0].address) for _ in range(2)]
+    spin(loop, lambda: len(server.peers) == 2)
+    peer = next(iter(server.peers))
+    peer.close()
+    peer.drop("and lost in the same turn")
+    for _ in range(3):
+        loop.run_once(0)
+    assert len(server.peers) == server.per_address["127.0.0.1"] == 1
+    for guest in guests:
+        guest.close()
+    server.listeners[0].close()
+    server.close()
+
+
 def test_a_full_house_says_so(running):
     server = running(max_clients=1)
     server.guest("a")
