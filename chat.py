@@ -12,6 +12,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     COMMANDS        the record of a command, and the one gate before it runs
     DOMAIN          users, sessions, channels, the hub, and the log of a turn
     STORE           history in SQLite
+    IRC DIALECT     every command of RFC 1459 and 2812
     LINE DIALECT    the workshop's protocol and its slash commands
     FIRST LINE      which dialect a connection speaks
     CLIENT CORE     a conversation as lines in and views out
@@ -71,6 +72,7 @@ import pathlib
 import queue
 import random
 import re
+import secrets
 import selectors
 import signal
 import socket
@@ -90,19 +92,38 @@ from typing import Any, NamedTuple
 # Every number that somebody may want to change, with its unit and the reason for it.
 # A refusal always names the limit it enforces and says what to do.
 
-VERSION = "0.1"
+VERSION = "0.2"
+SERVER_NAME = "chat.py"  # unless --name says otherwise; IRC wants a dot in it
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 7000
 
 LINE_BYTES = 16 * 1024  # longest line in the line protocol; a page of text fits
+IRC_BYTES = 512  # longest line of IRC with its end (RFC 2812 section 2.3) ...
+TAGS_BYTES = 4095  # ... and of the tags before it with their @ (IRCv3 message-tags)
 MESSAGE_LINES = 200  # longest message of several lines; more is a file, not a message
 NAME_CHARACTERS = 32  # longest name as people count ...
 NAME_BYTES = 64  # ... and as the wire does; room for 16 characters outside the BMP
 NAMES_COUNTED = 100  # alice2 to alice99; after that any number will do
 CHANNEL_BYTES = 64  # as for names
 TOPIC_BYTES = 390  # fits an IRC line beside the longest names
+REASON_BYTES = 300  # why somebody is away, kicked, or gone: likewise
+USERNAME_BYTES = 20
+REALNAME_BYTES = 128
+CHANNEL_PASSWORD_BYTES = 32
 CHANNELS_A_USER = 50  # bounds the table of channels by the number of users
+MASKS_A_LIST = 60  # bans of one channel: each is looked at when somebody joins or speaks
+MASK_BYTES = 200
+MODES_BYTES = 300  # of one change of modes: as for topics
+INVITATIONS = 50  # of one user, not yet used
+WATCHED = 100  # names that one session monitors
+FORMER_USERS = 1000  # remembered for WHOWAS
+FITS_ALWAYS = 70  # characters, of 4 bytes each, fit in a line behind the longest head
+TARGETS = 20  # of one PRIVMSG
+HOST_BYTES = 46  # an IPv6 address and a zero before it
+CAP_BYTES = MOTD_BYTES = WHOIS_BYTES = HELP_BYTES = 380  # of a list in a line of IRC
+TOKENS_A_LINE = 13  # of 005: a line has 15 parameters, the name and the last words included
 PASSWORD_TRIES = 3  # before a connection is closed
+SECRET_ROUNDS = 50_000  # of PBKDF2 for --oper: 20 ms a guess, and at every start
 
 READ_BYTES = 64 * 1024  # taken from one connection in one turn
 LINES_A_TURN = 256  # acted on for one connection in one turn, so that nobody waits for a flood
@@ -118,6 +139,8 @@ FLOOD_BURST = 1000  # lines at once: a pasted file
 FLOOD_RATE = 100.0  # lines a second after that
 GREETING_SECONDS = 0.1  # whoever knows the protocol has spoken by then
 NAMING_SECONDS = 30.0  # connection to name
+PING_SECONDS = 90.0  # an IRC client silent for so long is asked whether it is there ...
+PONG_SECONDS = 30.0  # ... and closed if it says nothing
 LINGER_SECONDS = 2.0  # how long a closed connection may still read our last words
 STOP_SECONDS = 1.0  # how long a shutdown waits for slow readers
 PER_ADDRESS = 64  # connections from one address (loopback exempt)
@@ -169,9 +192,12 @@ TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
 
 LOBBY = "#lobby"  # where everybody without a channel of their own finds themselves
 
-MESSAGE, ACTION = "message", "action"
+MESSAGE, ACTION, NOTICE = "message", "action", "notice"
 JOIN, PART, QUIT, NICK, TOPIC = "join", "part", "quit", "nick", "topic"
-SPOKEN = (MESSAGE, ACTION)  # the kinds that a person said
+KICK, MODE = "kick", "mode"
+INVITE, AWAY, REALNAME, WALLOPS = "invite", "away", "realname", "wallops"
+SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
+PASSING = (INVITE, AWAY, REALNAME, WALLOPS)  # for the moment, and not for history
 
 
 class Source(NamedTuple):
@@ -179,6 +205,13 @@ class Source(NamedTuple):
 
     name: str
     address: str  # HOST:PORT; an IPv6 host in brackets
+    username: str = ""  # what they call themselves, unverified ...
+    host: str = ""  # ... and where they are, as IRC writes it
+
+    @property
+    def mask(self) -> str:
+        """nick!user@host (RFC 2812 section 2.3.1), of which hostmasks are patterns."""
+        return f"{self.name}!{self.username}@{self.host}"
 
 
 class Event(NamedTuple):
@@ -188,8 +221,9 @@ class Event(NamedTuple):
     time: int  # milliseconds since 1970, never falling within one audience
     kind: str
     source: Source
-    audience: Any  # Channel, Neighbours or Conversation
+    audience: Any  # a Channel, a Conversation ...: see DOMAIN
     text: str = ""
+    about: str = ""  # the one kicked, or the one that a private message is for
     origin: Any = None  # the Session that did it; None when read back from the store
 
 
@@ -200,9 +234,10 @@ class ChatError(Exception):
 class Refused(ChatError):
     """A peer asked for what cannot be done; the gate tells that peer, nobody else notices."""
 
-    def __init__(self, code: str, text: str):
+    def __init__(self, code: str, text: str, *about: str):
         super().__init__(text)
         self.code = code  # a word for programs, the same in every dialect
+        self.about = about  # what programs want to know besides: which channel, which name
 
 
 class Unusable(ChatError):
@@ -270,6 +305,8 @@ class LineBuffer:
 
 def fold(name: str) -> str:
     """The key of a name: full case folding, and what only looks different made the same."""
+    if name.isascii():  # nothing to normalize, and asked for with every message
+        return name.lower()
     folded = unicodedata.normalize("NFKC", name).casefold()
     return unicodedata.normalize("NFKC", folded)
 
@@ -319,11 +356,83 @@ def numbered_name(name: str, number: int) -> str:
 def check_channel_name(name: str) -> None:
     """Raise Refused unless `name` can name a channel (RFC 2812 section 1.3, in Unicode)."""
     if not name.startswith("#") or len(name) < 2:
-        raise Refused("BAD_CHANNEL", "a channel's name begins with # and goes on, like #tea")
+        text = "a channel's name begins with # and goes on, like #tea"
+        raise Refused("BAD_CHANNEL", text, name)
     if len(name.encode()) > CHANNEL_BYTES:
-        raise Refused("BAD_CHANNEL", f"a channel's name has at most {CHANNEL_BYTES} bytes")
+        text = f"a channel's name has at most {CHANNEL_BYTES} bytes"
+        raise Refused("BAD_CHANNEL", text, name)
     if set(",]") & set(fold(name)) or not all(map(is_solid, name)) or not is_visible(name[1:]):
-        raise Refused("BAD_CHANNEL", "a channel's name is visible, without spaces, commas or ]")
+        text = "a channel's name is visible, without spaces, commas or ]"
+        raise Refused("BAD_CHANNEL", text, name)
+
+
+class Message(NamedTuple):
+    """One line of IRC (RFC 2812 section 2.3.1) as a client sends it."""
+
+    verb: str  # in capitals; "" for a line of blanks
+    params: list[str]
+    tags: dict[str, str]
+
+
+TAG_ESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n"}
+
+
+def unescaped_tag(value: str) -> str:
+    return re.sub(r"\\(.?)", lambda match: TAG_ESCAPES.get(match[1], match[1]), value)
+
+
+def parse_tags(text: str) -> dict[str, str]:
+    """a=b;c -> {"a": "b", "c": ""} (IRCv3 message-tags): nothing in there is an error."""
+    pairs = (tag.partition("=") for tag in text.split(";"))
+    return {key: unescaped_tag(value) for key, _, value in pairs if key}
+
+
+def parse_message(line: str) -> Message:
+    """Lenient: spaces in a row count as one, a source is ignored, verbs have any case."""
+    tags: dict[str, str] = {}
+    if line.startswith("@"):
+        head, _, line = line[1:].partition(" ")
+        tags = parse_tags(head)
+    line = line.lstrip(" ")
+    if line.startswith(":"):
+        line = line.partition(" ")[2]
+    middle, colon, trailing = line.partition(" :")
+    words = middle.split(" ")
+    if "" in words:
+        words = list(filter(None, words))
+    if colon:
+        words.append(trailing)
+    verb, *params = words or [""]
+    return Message(verb.upper(), params, tags)
+
+
+def split_text(text: str, room: int) -> Iterator[str]:
+    """Pieces of at most `room` bytes of UTF-8: between words where one is near, and never
+    inside a character."""
+    while len(text.encode()) > room:
+        piece = cut(text, room)
+        space = piece.rfind(" ") + 1
+        if space > len(piece) // 2:
+            piece = piece[:space]
+        yield piece
+        text = text[len(piece) :]
+    yield text
+
+
+@functools.lru_cache(1000)
+def mask_pattern(mask: str) -> re.Pattern:
+    """What fullmatch()es the folded texts that `mask` means: * is anything, ? is any one.
+
+    An atomic group, (?>...), never gives back what it took. So each piece between two stars
+    is found once, where it comes first, and no number of stars makes this slow: the time is
+    at most the product of both lengths, where nested .* would double with every star.
+    """
+    pieces = re.split(r"\*+", fold(mask))
+    first, *others = (re.escape(piece).replace(r"\?", ".") for piece in pieces)
+    if others:
+        *middle, last = others
+        first += "".join(f"(?>.*?{piece})" for piece in middle) + f".*{last}"
+    return re.compile(first, re.DOTALL)
 
 
 CONTROLS = {n: None for n in (*range(0x20), *range(0x7F, 0xA0)) if chr(n) not in "\t\n"}
@@ -511,8 +620,9 @@ class Command(NamedTuple):
     verb: str
     handler: Callable
     least: int  # parameters it needs
-    most: int  # parameters it takes; the last one takes the rest of the line
+    most: int  # parameters it takes; the rest is left alone, or belongs to the last one
     nameless: bool  # may be used before there is a name
+    privileged: bool  # only for operators of the server
     syntax: str
     summary: str
 
@@ -524,34 +634,42 @@ class Commands(dict):
         super().__init__()
         self.mark = mark  # what stands before a verb on the wire
 
-    def __call__(self, verb: str, least: int = 0, most: int | None = None, nameless: bool = False):
+    def __call__(
+        self,
+        verb: str,
+        least: int = 0,
+        most: int | None = None,
+        nameless: bool = False,
+        privileged: bool = False,
+    ):
         """Decorator: this handler is the command `verb`."""
 
         def register(handler: Callable) -> Callable:
             if verb in self:
                 raise ValueError(f"two handlers for {verb}")
             syntax, summary = handler.__doc__.split(" -- ")
+            most_params = least if most is None else most
             self[verb] = Command(
-                verb, handler, least, least if most is None else most, nameless, syntax, summary
+                verb, handler, least, most_params, nameless, privileged, syntax, summary
             )
             return handler
 
         return register
 
-    def run(self, session: "Session", line: str) -> None:
-        """The one gate: `line` is a verb and its parameters, without the mark; white space
-        around parameters means nothing."""
-        verb, _, rest = line.strip().partition(" ")
-        command = self.get(verb.lower())
+    def run(self, session: "Session", verb: str, params: Callable[[int], list[str]]) -> None:
+        """The one gate. `params(most)` gives the parameters, so many at most."""
+        command = self.get(verb)
         if command is None:
             text = f"there is no {self.mark}{verb}; {self.mark}help lists what there is"
-            raise Refused("UNKNOWN_COMMAND", text)
+            raise Refused("UNKNOWN_COMMAND", text, verb)
         if session.user is None and not command.nameless:
             raise Refused("NOT_NAMED", "a name first, please; then commands")
-        params = rest.split(None, command.most - 1) if command.most else []
-        if len(params) < command.least:
-            raise Refused("NEED_MORE_PARAMS", f"it goes like this: {command.syntax}")
-        command.handler(session, *params)
+        given = params(command.most)
+        if len(given) < command.least:
+            raise Refused("NEED_MORE_PARAMS", f"it goes like this: {command.syntax}", verb)
+        if command.privileged and not session.user.is_operator:
+            raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
+        command.handler(session, *given)
 
 
 # ======================================================================================
@@ -560,8 +678,10 @@ class Commands(dict):
 # Who is here and who may do what. The Hub turns what sessions ask for into events; it
 # sends nothing and stores nothing. An audience is anything with
 #
+#     name           what it is called on the wire, "" for people
 #     keys           under which the store keeps the event
-#     admit(user)    raise Refused unless this user may speak to it (not of Neighbours)
+#     admit(user)    raise Refused unless this user may speak to it (where one can)
+#     addressee(user)  whom it is for, if for one person, when this user speaks to it
 #     stamp(now)     the time of its next event
 #     sessions_by_wire()  of all who may have to be told of this turn's events
 #     stays(user)    when this one was there in this turn: from event id, to event id
@@ -575,7 +695,31 @@ class Site(NamedTuple):
     hub: "Hub"
     store: Any
     later: Callable  # later(session, job, then): job() off the loop, then(its result) on it
+    house: Any  # what runs it: motd, nameless(), rehash(session), stop(), restart()
     password: str | None = None
+    name: str = SERVER_NAME  # of this server, as a host
+    network: str = SERVER_NAME
+    operators: dict[str, "Secret"] = {}  # by name; nobody adds to it
+
+
+def secret_digest(word: str, salt: bytes) -> bytes:
+    return hashlib.pbkdf2_hmac("sha256", word.encode(), salt, SECRET_ROUNDS)
+
+
+class Secret(NamedTuple):
+    """A password as it is kept: nobody can read it back."""
+
+    salt: bytes
+    digest: bytes
+
+    def fits(self, word: str) -> bool:
+        """Takes SECRET_ROUNDS: off the loop, please."""
+        return hmac.compare_digest(self.digest, secret_digest(word, self.salt))
+
+
+def make_secret(word: str) -> Secret:
+    salt = secrets.token_bytes(16)
+    return Secret(salt, secret_digest(word, salt))
 
 
 def next_time(last: int, now: int) -> int:
@@ -594,32 +738,178 @@ def sessions_by_wire(users: "Iterable[User]") -> "dict[Any, list[Session]]":
     return found
 
 
+def irc_host(address: str) -> str:
+    """HOST:PORT -> the host as IRC writes it, where a word cannot begin with a colon."""
+    host = address.rpartition(":")[0].strip("[]")
+    return f"0{host}" if host.startswith(":") else host
+
+
 class User:
     """A person here now. Identity is the object; the name may change."""
 
-    __slots__ = ("channels", "identity", "key", "last_time", "sessions", "source")
+    __slots__ = (
+        "account",
+        "away",
+        "channels",
+        "identity",
+        "invitations",
+        "key",
+        "last_time",
+        "mask_key",
+        "modes",
+        "realname",
+        "sessions",
+        "since",
+        "source",
+        "spoke",
+    )
 
-    def __init__(self, name: str, address: str, number: int):
-        self.source = Source(name, address)
-        self.key = fold(name)
+    def __init__(self, source: Source, realname: str, number: int, now: int):
         self.identity = f"~{number}"  # of this stay; no channel's key begins like this
+        self.realname = realname
+        self.account = ""  # nobody can log in yet
+        self.modes: set[str] = set()
+        self.away = ""  # why; "" is here
         self.sessions: "list[Session]" = []
         self.channels: "dict[Channel, None]" = {}  # in the order of joining
+        self.invitations: "dict[Channel, None]" = {}  # not yet used
+        self.since = self.spoke = now  # milliseconds since 1970
         self.last_time = 0
+        self.called(source)
+
+    def called(self, source: Source) -> None:
+        """From now on."""
+        self.source = source
+        self.key = fold(source.name)
+        self.mask_key = fold(source.mask)
 
     @property
     def name(self) -> str:
         return self.source.name
 
+    @property
+    def is_operator(self) -> bool:
+        """Of the server: may do what an operator of any channel may."""
+        return "o" in self.modes
+
+
+class FormerUser(NamedTuple):
+    """What WHOWAS knows of somebody."""
+
+    source: Source
+    realname: str
+    time: int
+
+
+RANKS = "qaohv"  # of members, the highest first: owner, admin, operator, half-operator, voice
+SYMBOLS = dict(zip(RANKS, "~&@%+", strict=True))  # what stands before their names
+RANK_NEEDED = dict(zip(RANKS, "qqooh", strict=True))  # to give or take each of them
+
+# What a channel can be besides, and who may come in or speak (Modern IRC, channel modes)
+MASK_LISTS = "beI"  # banned; excepted from bans; welcome where one has to be invited
+FLAGS = {
+    "C": "no CTCP but actions",
+    "R": "only who is logged in may join",
+    "i": "only who is invited may join",
+    "m": "only who has a voice may speak",
+    "n": "only members may speak",
+    "s": "secret: not listed",
+    "t": "only operators set the topic",
+}
+
+
+class ModeChange(NamedTuple):
+    """+o alice, or -t."""
+
+    on: bool
+    letter: str
+    value: str = ""
+
+
+def format_modes(changes: Iterable[ModeChange]) -> str:
+    """+ov-t alice bob"""
+    letters, values, sign = "", [], ""
+    for change in changes:
+        wanted = "+" if change.on else "-"
+        letters += change.letter if wanted == sign else wanted + change.letter
+        sign = wanted
+        if change.value:
+            values.append(change.value)
+    return " ".join([letters, *values])
+
+
+def mode_lines(changes: Iterable[ModeChange]) -> Iterator[str]:
+    """The same, as many times as it takes for each to fit in an IRC line."""
+    some: list[ModeChange] = []
+    for change in changes:
+        if some and len(format_modes([*some, change]).encode()) > MODES_BYTES:
+            yield format_modes(some)
+            some = []
+        some.append(change)
+    if some:
+        yield format_modes(some)
+
 
 class Membership:
     """What a channel knows of one of its members."""
 
-    __slots__ = ("operator", "since")
+    __slots__ = ("ranks", "since")
 
-    def __init__(self, since: int, operator: bool):
+    def __init__(self, since: int, ranks: str):
         self.since = since  # id of the event that made it: earlier ones are not shown
-        self.operator = operator
+        self.ranks = ranks  # letters of RANKS, in that order
+
+    @property
+    def level(self) -> int:
+        """Of the highest rank; smaller is higher, as in RANKS."""
+        return RANKS.index(self.ranks[0]) if self.ranks else len(RANKS)
+
+    @property
+    def symbols(self) -> str:
+        return "".join(SYMBOLS[rank] for rank in self.ranks)
+
+    def set_rank(self, rank: str, on: bool) -> bool:
+        """Give it or take it; whether that changed anything."""
+        before = self.ranks
+        self.ranks = "".join(r for r in RANKS if (on if r == rank else r in before))
+        return self.ranks != before
+
+
+class Mask:
+    """A line of one of a channel's lists: whom it means, who put it there and when.
+
+    nick!user@host with * and ?, or extended: a:ACCOUNT means those logged in to it, and
+    m:MASK those who may be here but not speak.
+    """
+
+    __slots__ = ("by_account", "mutes", "pattern", "setter", "text", "when")
+
+    def __init__(self, text: str, setter: str = "", when: int = 0):
+        self.text, self.setter, self.when = text, setter, when
+        self.mutes = text.startswith("m:")
+        rest = text.removeprefix("m:")
+        self.by_account = rest.startswith("a:")
+        self.pattern = mask_pattern(rest.removeprefix("a:"))
+
+    def matches(self, user: User) -> bool:
+        if not self.by_account:
+            return self.pattern.fullmatch(user.mask_key) is not None
+        return bool(user.account) and self.pattern.fullmatch(fold(user.account)) is not None
+
+
+def full_mask(text: str) -> str:
+    """bob -> bob!*@*, b@c -> *!b@c; what is extended keeps its letter."""
+    if text.startswith("m:"):
+        return "m:" + full_mask(text[2:])
+    if text.startswith("a:"):
+        return text
+    name, bang, rest = text.rpartition("!")
+    username, at, host = rest.rpartition("@")
+    if not bang and not at:
+        return f"{host or '*'}!*@*"
+    if not at:  # nick!user
+        username, host = host, "*"
+    return f"{name or '*'}!{username or '*'}@{host or '*'}"
 
 
 class Channel:
@@ -627,29 +917,172 @@ class Channel:
 
     __slots__ = (
         "by_wire",
+        "created",
+        "flags",
         "former",
         "key",
         "keys",
         "last_time",
+        "limit",
+        "lists",
         "members",
         "name",
+        "password",
         "topic",
-        "topic_locked",
+        "topic_setter",
+        "topic_time",
     )
 
-    def __init__(self, name: str, last_time: int):
+    def __init__(self, name: str, last_time: int, now: int):
         self.name, self.key = name, fold(name)
         self.keys = (self.key,)
         self.members: dict[User, Membership] = {}
         self.former: dict[User, list[tuple[int, int]]] = {}  # left in this turn: from id, to id
         self.by_wire: "dict[Any, list[Session]] | None" = None  # of its listeners; None: to be made
         self.topic = ""
-        self.topic_locked = self.key != LOBBY  # the lobby has no operators to set one
+        self.topic_setter, self.topic_time = "", 0
+        self.created = now
+        # Nobody from outside; and the lobby has no operators to set a topic
+        self.flags = set("n") if self.key == LOBBY else set("nt")
+        self.limit: int | None = None
+        self.password = ""  # IRC calls it the key
+        self.lists: dict[str, dict[str, Mask]] = {letter: {} for letter in MASK_LISTS}
         self.last_time = last_time
 
+    # Who may what
+
+    def member(self, user: User) -> Membership:
+        member = self.members.get(user)
+        if member is None:
+            text = f"you are not in {self.name}; /join {self.name} first"
+            raise Refused("NOT_IN_CHANNEL", text, self.name)
+        return member
+
+    def require(self, user: User, rank: str = "h") -> None:
+        """Raise Refused unless this one has that rank here, or operates the server."""
+        if not user.is_operator and self.member(user).level > RANKS.index(rank):
+            text = f"only operators of {self.name} can do that"
+            raise Refused("NOT_OPERATOR", text, self.name)
+
     def admit(self, user: User) -> None:
-        if user not in self.members:
-            raise Refused("NOT_IN_CHANNEL", f"you are not in {self.name}; /join {self.name} first")
+        member = self.members.get(user)
+        if member is not None and member.ranks:
+            return
+        if member is None and "n" in self.flags:
+            text = f"you are not in {self.name}; /join {self.name} first"
+        elif "m" in self.flags:
+            text = f"{self.name} is moderated; only who has a voice may speak"
+        elif self.lists["b"] and self.banned(user, speaking=True):
+            text = f"you may not speak in {self.name}"
+        else:
+            return
+        raise Refused("CANNOT_SEND", text, self.name)
+
+    def banned(self, user: User, speaking: bool = False) -> bool:
+        """From coming here; or also from speaking, which mutes take away alone."""
+
+        def listed(letter: str) -> bool:
+            masks = self.lists[letter].values()
+            return any(m.matches(user) for m in masks if speaking or not m.mutes)
+
+        return listed("b") and not listed("e")
+
+    def check_entry(self, user: User, password: str) -> None:
+        """Raise Refused unless this one may join."""
+        if self in user.invitations:
+            return
+        obstacles = (
+            (self.banned(user), "BANNED", "you are banned from it"),
+            ("R" in self.flags and not user.account, "NEED_ACCOUNT", "one has to be logged in"),
+            (self.password not in ("", password), "BAD_PASSWORD", "it has a password (+k)"),
+            (
+                "i" in self.flags and not any(m.matches(user) for m in self.lists["I"].values()),
+                "INVITE_ONLY",
+                "one has to be invited (+i)",
+            ),
+            (
+                self.limit is not None and len(self.members) >= self.limit,
+                "CHANNEL_FULL",
+                f"it is full: {self.limit} members at most (+l)",
+            ),
+        )
+        for stands, code, text in obstacles:
+            if stands:
+                raise Refused(code, f"cannot join {self.name}: {text}", self.name)
+
+    def visible_to(self, user: User) -> bool:
+        return "s" not in self.flags or user in self.members
+
+    def names(self, multi: bool = False, masks: bool = False) -> list[str]:
+        """The members, each behind the symbol of the highest rank, or those of all ranks."""
+        most = None if multi else 1
+        return [
+            member.symbols[:most] + (user.source.mask if masks else user.name)
+            for user, member in self.members.items()
+        ]
+
+    def modes_text(self, user: User) -> str:
+        """+klnt WORD 12; the password is for members only."""
+        letters = set(self.flags)
+        values = []
+        if self.password:
+            letters.add("k")
+            values.append(self.password if user in self.members else "*")
+        if self.limit is not None:
+            letters.add("l")
+            values.append(str(self.limit))
+        return " ".join(["+" + "".join(sorted(letters)), *values])
+
+    # Changing its modes: each says what really changed, or None
+
+    def _bad_value(self, change: ModeChange, text: str) -> Refused:
+        return Refused("BAD_MODE_VALUE", text, self.name, change.letter, change.value)
+
+    def set_flag(self, change: ModeChange) -> ModeChange | None:
+        if change.on == (change.letter in self.flags):
+            return None
+        self.flags ^= {change.letter}
+        return ModeChange(change.on, change.letter)
+
+    def set_limit(self, change: ModeChange) -> ModeChange | None:
+        limit = whole_number(change.value) if change.on else None
+        if change.on and not limit:
+            raise self._bad_value(change, "a limit is a number from 1 on")
+        changed, self.limit = limit != self.limit, limit
+        return ModeChange(change.on, "l", str(limit or "")) if changed else None
+
+    def set_password(self, change: ModeChange) -> ModeChange | None:
+        word = change.value
+        if not change.on:
+            had, self.password = self.password, ""
+            return ModeChange(False, "k", word or "*") if had else None
+        too_long = len(word.encode()) > CHANNEL_PASSWORD_BYTES
+        if not word or too_long or set(" ,") & set(word) or word[0] == ":":
+            text = f"a channel's password is one word of at most {CHANNEL_PASSWORD_BYTES} bytes"
+            raise self._bad_value(change._replace(value="*"), text)
+        changed, self.password = word != self.password, word
+        return change if changed else None
+
+    def set_mask(self, change: ModeChange, setter: str, now: int) -> ModeChange | None:
+        masks, mask = self.lists[change.letter], full_mask(change.value)
+        key, change = fold(mask), change._replace(value=mask)
+        if not change.on:
+            return change if masks.pop(key, None) else None
+        if key in masks:
+            return None
+        if len(mask.encode()) > MASK_BYTES or " " in mask:
+            text = f"a mask is one word of at most {MASK_BYTES} bytes"
+            raise self._bad_value(change, text)
+        if len(masks) >= MASKS_A_LIST:
+            text = f"the list is full: {MASKS_A_LIST} masks at most"
+            raise Refused("LIST_FULL", text, self.name, mask)
+        masks[key] = Mask(mask, setter, now)
+        return change
+
+    # As an audience
+
+    def addressee(self, user: User) -> str:
+        return ""
 
     def stamp(self, now: int) -> int:
         self.last_time = next_time(self.last_time, now)
@@ -670,10 +1103,40 @@ class Channel:
         return [*stays, (member.since, math.inf)] if member else stays
 
 
+class Ranked(NamedTuple):
+    """Those members of a channel who have a rank, or a higher one. Not kept: history does
+    not know who may read it."""
+
+    channel: Channel
+    rank: str
+    keys = ()
+
+    @property
+    def name(self) -> str:
+        return SYMBOLS[self.rank] + self.channel.name
+
+    def admit(self, user: User) -> None:
+        self.channel.admit(user)
+
+    def addressee(self, user: User) -> str:
+        return ""
+
+    def stamp(self, now: int) -> int:
+        return self.channel.stamp(now)
+
+    def sessions_by_wire(self) -> "dict[Any, list[Session]]":
+        members, level = self.channel.members, RANKS.index(self.rank)
+        return sessions_by_wire(user for user in members if members[user].level <= level)
+
+    def stays(self, user: User) -> list[tuple[int, float]]:
+        return self.channel.stays(user)
+
+
 class Neighbours(NamedTuple):
     """Everyone who shares one of these channels with somebody; each is told once."""
 
     channels: tuple[Channel, ...]
+    name = ""
 
     @property
     def keys(self) -> Iterator[str]:
@@ -695,18 +1158,46 @@ class Neighbours(NamedTuple):
         return list(itertools.chain(*(channel.stays(user) for channel in self.channels)))
 
 
+class People(NamedTuple):
+    """Some people, each by themselves: nobody keeps what they are told."""
+
+    users: "frozenset[User]"
+    name = ""
+    keys = ()
+
+    def stamp(self, now: int) -> int:
+        return now
+
+    def sessions_by_wire(self) -> "dict[Any, list[Session]]":
+        return sessions_by_wire(self.users)
+
+    def stays(self, user: User) -> list[tuple[int, float]]:
+        return [(0, math.inf)]
+
+
 class Conversation(NamedTuple):
     """Two people in private; made by conversation(), so that both directions are one."""
 
     one: User
     other: User
+    name = ""
 
     @property
     def keys(self) -> tuple[str]:
         return (f"{self.one.identity} {self.other.identity}",)
 
+    def partner(self, user: User) -> User:
+        return self.one if user is self.other else self.other
+
     def admit(self, user: User) -> None:
         """Whoever can name the other may speak to them."""
+        partner = self.partner(user)
+        if "R" in partner.modes and not user.account:
+            text = f"{partner.name} only hears who is logged in"
+            raise Refused("NEED_ACCOUNT", text, partner.name)
+
+    def addressee(self, user: User) -> str:
+        return self.partner(user).name
 
     def stamp(self, now: int) -> int:
         newest = next_time(max(self.one.last_time, self.other.last_time), now)
@@ -731,18 +1222,27 @@ def neighbours(user: User) -> Channel | Neighbours:
     return channels[0] if len(channels) == 1 else Neighbours(channels)
 
 
+def witnesses(user: User) -> Channel | Neighbours | People:
+    """Neighbours and oneself, also where one is in no channel."""
+    return neighbours(user) if user.channels else People(frozenset([user]))
+
+
 class Session:
     """One connection's side of the talk. A dialect is a subclass with a wire of its own.
 
-    `conn` offers address, close(), named(), and gone: nothing can be sent there any more.
+    `conn` offers address, secure, close(), named(), and gone: nothing can be sent there.
     """
 
-    __slots__ = ("conn", "replied", "replies", "site", "user")
-    wire: Any  # wire.encode(audience, events) -> lines; wire.own(event) -> the origin's line
+    __slots__ = ("conn", "parting", "replied", "replies", "site", "tries", "user")
+    # wire.encode(audience, events) -> a line each; wire.own(event, line) -> what its origin gets
+    wire: Any
+    probed = False  # whether its peer is asked now and then if it is there: probe()
 
     def __init__(self, site: Site, conn: Any):
         self.site, self.conn = site, conn
         self.user: User | None = None
+        self.parting = ""  # why it ends, for those who are still here
+        self.tries = 0  # at passwords, in vain
         self.replies: list[tuple[int, bytes]] = []  # this turn's: after event id, bytes
         self.replied = 0  # bytes of them
 
@@ -757,6 +1257,17 @@ class Session:
     def notice(self, text: str) -> None:
         """A word of the server's own."""
         raise NotImplementedError
+
+    def refuse(self, refusal: Refused) -> None:
+        """Say what cannot be done, and why."""
+        raise NotImplementedError
+
+    def farewell(self, text: str) -> None:
+        """The same, and the last one: the connection is about to be closed."""
+        self.notice(text)
+
+    def spotted(self, source: Source, online: bool) -> None:
+        """Somebody whom this session watches for has come or gone."""
 
     def ended(self) -> None:
         """The peer is gone, or said that it will send no more. May be called twice."""
@@ -778,13 +1289,28 @@ class Session:
 class Group:
     """What one audience was told in a turn: encoded once a wire, joined once."""
 
-    __slots__ = ("audience", "by_wire", "events", "lines_by_wire")
+    __slots__ = ("audience", "by_wire", "events", "lines_by_wire", "origins")
 
     def __init__(self, audience: Any):
         self.audience = audience
         self.by_wire = audience.sessions_by_wire()
         self.events: list[Event] = []
+        self.origins: dict[Session | None, list[int]] = {}  # who did which, as indices
         self.lines_by_wire: dict[Any, list[bytes]] = {}
+
+    def add(self, event: Event) -> None:
+        self.origins.setdefault(event.origin, []).append(len(self.events))
+        self.events.append(event)
+
+    def lines_for(self, session: Session) -> list[bytes]:
+        """The same for one that did some of it: where a hundred speak, each of them gets a
+        copy with a few lines replaced, and not a hundred times as many looked at."""
+        lines = self.lines(session.wire)
+        if mine := self.origins.get(session):
+            lines = lines.copy()
+            for n in mine:
+                lines[n] = session.wire.own(self.events[n], lines[n])
+        return lines
 
     def lines(self, wire: Any) -> list[bytes]:
         lines = self.lines_by_wire.get(wire)
@@ -834,7 +1360,7 @@ class Turn:
             group = groups.get(event.audience)
             if group is None:
                 group = groups[event.audience] = Group(event.audience)
-            group.events.append(event)
+            group.add(event)
         heard = {session: [] for session in self.apart | self._heard_twice(groups.values())}
         for group in groups.values():
             for wire, sessions in group.by_wire.items():
@@ -855,17 +1381,17 @@ class Turn:
 
     def selection(self, session: Session, groups: list[Group]) -> bytes:
         """One session's own lines of the log, in the log's order."""
-        user, wire = session.user or self.left.get(session), session.wire
+        user = session.user or self.left.get(session)
+        if len(groups) == 1 and not session.replies and user not in self.moved:
+            return b"".join(groups[0].lines_for(session))
         numbered: list[tuple[int, bytes]] = []
         for group in groups:
-            pairs = list(zip(group.events, group.lines(wire), strict=True))
+            pairs = list(zip(group.events, group.lines_for(session), strict=True))
             if user in self.moved:
                 pairs = [pairs[n] for n in group.heard_by(user)]
-            numbered += [(e.id, wire.own(e) if e.origin is session else line) for e, line in pairs]
-        if session.replies:
-            numbered += session.replies  # behind the event they follow: sort() is stable
-        if len(groups) > 1 or session.replies:
-            numbered.sort(key=lambda pair: pair[0])
+            numbered += [(event.id, line) for event, line in pairs]
+        numbered += session.replies  # behind the event they follow: sort() is stable
+        numbered.sort(key=lambda pair: pair[0])
         return b"".join([data for _, data in numbered])
 
     def not_kept(self, reason: str) -> None:
@@ -884,21 +1410,57 @@ class Turn:
             user.sessions.remove(session)
 
 
+def change_rank(hub: "Hub", user: User, channel: Channel, change: ModeChange) -> ModeChange | None:
+    """Everybody may step down; else it takes a rank to make one."""
+    steps_down = not change.on and fold(change.value) == user.key
+    channel.require(user, "v" if steps_down else RANK_NEEDED[change.letter])
+    other = hub.find_user(change.value)
+    member = channel.members.get(other)
+    if member is None:
+        text = f"{other.name} is not in {channel.name}"
+        raise Refused("USER_NOT_IN_CHANNEL", text, other.name, channel.name)
+    changed = member.set_rank(change.letter, change.on)
+    return change._replace(value=other.name) if changed else None
+
+
+def change_mode(hub: "Hub", user: User, channel: Channel, change: ModeChange) -> ModeChange | None:
+    """Do one of them; what really changed, if anything did. Raises Refused."""
+    letter = change.letter
+    if letter in RANKS:
+        return change_rank(hub, user, channel, change)
+    channel.require(user)
+    if letter in FLAGS:
+        return channel.set_flag(change)
+    if letter in MASK_LISTS:
+        return channel.set_mask(change, user.source.mask, hub.now)
+    if letter == "k":
+        return channel.set_password(change)
+    if letter == "l":
+        return channel.set_limit(change)
+    text = f"there is no channel mode {letter}; the modes are {MASK_LISTS}, k, l, {RANKS}, "
+    raise Refused("UNKNOWN_MODE", text + "".join(FLAGS), letter)
+
+
 class Hub:
     """Who is here. Everything others can see passes through one door: emit()."""
 
     def __init__(self, last_id: int = 0, last_time: int = 0):
         self.users: dict[str, User] = {}  # by key
         self.channels: dict[str, Channel] = {}  # by key
+        self.former: collections.deque[FormerUser] = collections.deque(maxlen=FORMER_USERS)
+        self.watchers: dict[str, set[Session]] = {}  # who wants to know, by the key of a name
+        self.most_users = 0  # at once, so far
         self.last_id = last_id  # both from the store: ids and times go on where they stopped
         self.last_time = last_time
         self.now = last_time
+        self.started = 0  # milliseconds since 1970; with the first turn
         self.turn = Turn()
 
     def begin(self, now: float) -> None:
         """A turn begins at wall time `now`, in seconds. Ids keep pace with the clock, so
         that they grow even over a restart of a server that keeps nothing."""
         self.now = int(now * 1000)
+        self.started = self.started or self.now
         self.last_id = max(self.last_id, self.now << 12)
 
     def end(self) -> None:
@@ -906,32 +1468,40 @@ class Hub:
         self.turn.close()
         self.turn = Turn()
 
-    def emit(self, kind: str, session: Session, audience: Any, text: str = "") -> None:
-        """Log one event: `session` did something that `audience` can see."""
+    def emit(
+        self,
+        kind: str,
+        source: Source,
+        audience: Any,
+        text: str = "",
+        about: str = "",
+        origin: Session | None = None,
+    ) -> None:
+        """Log one event: `source` did something that `audience` can see."""
         self.last_id += 1
+        time_ms = audience.stamp(self.now)
         self.turn.events.append(
-            Event(
-                self.last_id,
-                audience.stamp(self.now),
-                kind,
-                session.user.source,
-                audience,
-                text,
-                session,
-            )
+            Event(self.last_id, time_ms, kind, source, audience, text, about, origin)
         )
-        self.turn.apart.add(session)
+        if origin is not None:
+            self.turn.apart.add(origin)
 
     # Coming and going
 
-    def enter(self, session: Session, wanted: str) -> User:
-        """A session becomes a user, under `wanted` or the nearest free name."""
+    def enter(
+        self, session: Session, name: str, username: str = "line", realname: str = ""
+    ) -> User:
+        """A session becomes a user, under a name that free_name() or check_name() allowed."""
         self.last_id += 1
-        user = User(self.free_name(wanted), session.conn.address, self.last_id)
+        address = session.conn.address
+        source = Source(name, address, username, irc_host(address))
+        user = User(source, realname or name, self.last_id, self.now)
         user.last_time = self.last_time
         user.sessions.append(session)
         self.users[user.key] = user
+        self.most_users = max(self.most_users, len(self.users))
         session.user = user
+        self._spot(source, True)
         return user
 
     def free_name(self, wanted: str, owner: User | None = None) -> str:
@@ -944,20 +1514,47 @@ class Hub:
         candidates = itertools.chain([name], (numbered_name(name, n) for n in numbers))
         return next(c for c in candidates if self.users.get(fold(c)) in (None, owner))
 
+    def check_name(self, wanted: str, owner: User | None = None) -> None:
+        """Raise Refused unless a user can be called exactly so."""
+        if clean_name(wanted) != wanted or not wanted:
+            text = f"names have at most {NAME_CHARACTERS} characters, and none that IRC needs"
+            raise Refused("BAD_NAME", text, wanted)
+        if self.users.get(fold(wanted)) not in (None, owner):
+            raise Refused("NAME_TAKEN", f"{wanted} is taken", wanted)
+
     def leave(self, session: Session) -> None:
         """One session ends; its user is gone with the last one."""
         user = session.user
         self.turn.left[session] = user
         self.turn.apart.add(session)
         if all(other in self.turn.left for other in user.sessions):
-            self.emit(QUIT, session, neighbours(user))
+            self.emit(QUIT, user.source, neighbours(user), session.parting, origin=session)
             for channel in list(user.channels):
                 self._remove(user, channel)
             del self.users[user.key]
             self.last_time = max(self.last_time, user.last_time)
+            self._was(user)
         session.user = None
 
-    def join(self, session: Session, name: str) -> Channel:
+    def _was(self, user: User) -> None:
+        """Nobody has this name now."""
+        self.former.append(FormerUser(user.source, user.realname, self.now))
+        self._spot(user.source, False)
+
+    def watch(self, session: Session, name: str) -> None:
+        self.watchers.setdefault(fold(name), set()).add(session)
+
+    def unwatch(self, session: Session, name: str) -> None:
+        watching = self.watchers.get(fold(name), set())
+        watching.discard(session)
+        if not watching:
+            self.watchers.pop(fold(name), None)
+
+    def _spot(self, source: Source, online: bool) -> None:
+        for session in self.watchers.get(fold(source.name), ()):
+            session.spotted(source, online)
+
+    def join(self, session: Session, name: str, password: str = "") -> Channel:
         """Into the channel `name`, which is founded if need be; its founder operates it."""
         check_channel_name(name)
         user, key = session.user, fold(name)
@@ -965,20 +1562,41 @@ class Hub:
         if channel and channel in user.channels:
             return channel
         if len(user.channels) >= CHANNELS_A_USER:
-            raise Refused("TOO_MANY_CHANNELS", f"{CHANNELS_A_USER} channels at most; /part one")
+            text = f"{CHANNELS_A_USER} channels at most; /part one"
+            raise Refused("TOO_MANY_CHANNELS", text, name)
         if channel is None:
-            channel = self.channels[key] = Channel(name, self.last_time)
-        operator = not channel.members and key != LOBBY
-        channel.members[user] = Membership(self.last_id + 1, operator)
+            channel = self.channels[key] = Channel(name, self.last_time, self.now)
+        channel.check_entry(user, password)
+        user.invitations.pop(channel, None)
+        ranks = "" if channel.members or key == LOBBY else "o"
+        channel.members[user] = Membership(self.last_id + 1, ranks)
         user.channels[channel] = None
         self.turn.move(user, channel)
-        self.emit(JOIN, session, channel)
+        self.emit(JOIN, user.source, channel, user.realname, user.account, session)
         return channel
 
     def part(self, session: Session, channel: Channel, reason: str = "") -> None:
-        channel.admit(session.user)
-        self.emit(PART, session, channel, reason)
-        self._remove(session.user, channel)
+        user = session.user
+        channel.member(user)
+        self.emit(PART, user.source, channel, cut(reason, REASON_BYTES), origin=session)
+        self._remove(user, channel)
+
+    def kick(self, session: Session, channel: Channel, victim: User, reason: str) -> None:
+        """Put somebody out. Nobody can do that to a higher rank, nor half-operators to
+        their like."""
+        user = session.user
+        channel.require(user)
+        if victim not in channel.members:
+            text = f"{victim.name} is not in {channel.name}"
+            raise Refused("USER_NOT_IN_CHANNEL", text, victim.name, channel.name)
+        if not user.is_operator:
+            mine, theirs = channel.members[user].level, channel.members[victim].level
+            if theirs < mine or theirs == mine == RANKS.index("h"):
+                text = f"{victim.name} has too high a rank in {channel.name}"
+                raise Refused("NOT_OPERATOR", text, channel.name)
+        reason = cut(reason or user.name, REASON_BYTES)
+        self.emit(KICK, user.source, channel, reason, victim.name, session)
+        self._remove(victim, channel)
 
     def _remove(self, user: User, channel: Channel) -> None:
         """Out of the channel, after the event that says so."""
@@ -990,51 +1608,153 @@ class Hub:
             del self.channels[channel.key]
             self.last_time = max(self.last_time, channel.last_time)
 
-    def rename(self, session: Session, wanted: str) -> str:
-        """Another name for this session's user; says which one it became."""
+    def invite(self, session: Session, user: User, channel: Channel) -> None:
+        channel.member(session.user)
+        if user in channel.members:
+            text = f"{user.name} is in {channel.name} already"
+            raise Refused("ALREADY_IN_CHANNEL", text, user.name, channel.name)
+        if "i" in channel.flags:
+            channel.require(session.user)
+        if len(user.invitations) >= INVITATIONS:  # the oldest is the least likely to be used
+            del user.invitations[next(iter(user.invitations))]
+        user.invitations[channel] = None
+        only = People(frozenset([user]))
+        self.emit(INVITE, session.user.source, only, channel.name, user.name, session)
+
+    def rename(self, session: Session, name: str) -> None:
+        """Another name for this session's user, one that is free."""
         user = session.user
-        name = self.free_name(wanted, user)
-        if name != user.name:
-            self.emit(NICK, session, neighbours(user), name)
-            del self.users[user.key]
-            user.source, user.key = user.source._replace(name=name), fold(name)
-            self.users[user.key] = user
-        return name
+        if name == user.name:
+            return
+        self.emit(NICK, user.source, witnesses(user), name, origin=session)
+        if fold(name) != user.key:
+            self._was(user)
+        del self.users[user.key]
+        was, source = user.key, user.source._replace(name=name)
+        user.called(source)
+        self.users[user.key] = user
+        if user.key != was:
+            self._spot(source, True)
+
+    def set_away(self, session: Session, reason: str) -> None:
+        """Away for a reason, or with none back again."""
+        user, reason = session.user, cut(reason, REASON_BYTES)
+        if reason != user.away:
+            user.away = reason
+            self.emit(AWAY, user.source, neighbours(user), reason, origin=session)
+
+    def set_realname(self, session: Session, realname: str) -> None:
+        session.user.realname = realname
+        user = session.user
+        self.emit(REALNAME, user.source, witnesses(user), realname, origin=session)
+
+    def kill(self, session: Session, victim: User, reason: str) -> None:
+        """Close all connections of somebody."""
+        by = session.user.name
+        for other in list(victim.sessions):
+            other.parting = f"Killed ({by} ({cut(reason, REASON_BYTES)}))"
+            other.farewell(f"Closing link: {other.parting}")
+            other.conn.close()
 
     # Talking
 
     def say(self, session: Session, audience: Any, text: str, kind: str = MESSAGE) -> None:
-        audience.admit(session.user)
-        self.emit(kind, session, audience, text)
+        user = session.user
+        audience.admit(user)
+        user.spoke = self.now
+        self.emit(kind, user.source, audience, text, audience.addressee(user), session)
+
+    def tell_all(self, session: Session, text: str) -> None:
+        """To everybody who wants to hear of server operators (user mode w)."""
+        listening = frozenset(user for user in self.users.values() if "w" in user.modes)
+        self.emit(WALLOPS, session.user.source, People(listening), text, origin=session)
 
     def set_topic(self, session: Session, channel: Channel, topic: str) -> None:
-        channel.admit(session.user)
-        if channel.topic_locked and not channel.members[session.user].operator:
-            raise Refused("NOT_OPERATOR", f"only operators of {channel.name} set its topic")
+        user = session.user
+        if not user.is_operator:
+            channel.member(user)
+        if "t" in channel.flags:
+            channel.require(user)
         if len(topic.encode()) > TOPIC_BYTES:
             raise Refused("TOO_LONG", f"a topic has at most {TOPIC_BYTES} bytes")
         channel.topic = topic
-        self.emit(TOPIC, session, channel, topic)
+        channel.topic_setter, channel.topic_time = user.source.mask, self.now
+        self.emit(TOPIC, user.source, channel, topic, origin=session)
+
+    def change_modes(
+        self, session: Session, channel: Channel, changes: Iterable[ModeChange]
+    ) -> list[Refused]:
+        """Do what can be done, in one event, and say why not of the rest."""
+        done: list[ModeChange] = []
+        refusals: dict[Any, Refused] = {}  # one of a kind: a hundred letters are no flood
+        for change in changes:
+            try:
+                changed = change_mode(self, session.user, channel, change)
+                done += [changed] if changed else []
+            except Refused as refusal:
+                refusals.setdefault((refusal.code, refusal.about), refusal)
+        for text in mode_lines(done):
+            self.emit(MODE, session.user.source, channel, text, origin=session)
+        return list(refusals.values())
 
     # Looking
 
     def find_user(self, name: str) -> User:
         user = self.users.get(fold(name))
         if user is None:
-            raise Refused("NO_SUCH_NAME", f"nobody here is called {harmless(name)}")
+            raise Refused("NO_SUCH_NAME", f"nobody here is called {harmless(name)}", name)
         return user
 
     def find_channel(self, name: str) -> Channel:
         channel = self.channels.get(fold(name))
         if channel is None:
-            raise Refused("NO_SUCH_CHANNEL", f"there is no channel {harmless(name)} now")
+            raise Refused("NO_SUCH_CHANNEL", f"there is no channel {harmless(name)} now", name)
         return channel
 
-    def find_audience(self, session: Session, name: str) -> Channel | Conversation:
-        """What `name` means to this session: a channel, or a private talk with somebody."""
+    def find_audience(self, session: Session, name: str) -> Channel | Ranked | Conversation:
+        """What `name` means to this session: a channel, those of a rank in it, or a private
+        talk with somebody."""
         if name.startswith("#"):
             return self.find_channel(name)
+        if name[1:2] == "#" and name[0] in SYMBOLS.values():
+            rank = next(rank for rank, symbol in SYMBOLS.items() if symbol == name[0])
+            return Ranked(self.find_channel(name[1:]), rank)
         return conversation(session.user, self.find_user(name))
+
+
+def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
+    """ "+o-l", ["bob"] -> what is to be changed. What lacks its value gets an empty one."""
+    on, changes, left = True, [], iter(values)
+    for letter in letters:
+        if letter in "+-":
+            on = letter == "+"
+            continue
+        takes_value = letter in RANKS + MASK_LISTS + "k" or (letter == "l" and on)
+        changes.append(ModeChange(on, letter, next(left, "") if takes_value else ""))
+    return changes
+
+
+def wrong_password(session: "Any") -> None:
+    """Count a failure of this session's; too many close it. Always raises Refused."""
+    session.tries += 1
+    if session.tries >= PASSWORD_TRIES:
+        session.conn.close()
+    text = f"that is not it (try {session.tries} of {PASSWORD_TRIES})"
+    raise Refused("WRONG_PASSWORD", text)
+
+
+def become_operator(session: Session, name: str, password: str, done: Callable) -> None:
+    """Check the password off the loop; then the session's user operates the server, and
+    done() says so. A name that does not exist takes as long as one that does."""
+    secret = session.site.operators.get(name) or Secret(b"", b"")
+
+    def judge(fits: bool) -> None:
+        if not fits:
+            wrong_password(session)
+        session.user.modes.add("o")
+        done()
+
+    session.site.later(session, functools.partial(secret.fits, password), judge)
 
 
 # ======================================================================================
@@ -1063,6 +1783,10 @@ MIGRATIONS = (
         text TEXT NOT NULL,
         PRIMARY KEY (target, id)    -- one tree, and a channel's rows lie side by side
     ) WITHOUT ROWID;
+    """,
+    """
+    ALTER TABLE events ADD COLUMN username TEXT NOT NULL DEFAULT '';    -- Source
+    ALTER TABLE events ADD COLUMN about TEXT NOT NULL DEFAULT '';
     """,
 )
 
@@ -1127,6 +1851,21 @@ def open_database(path: pathlib.Path | None) -> sqlite3.Connection:
     return db
 
 
+def event_of(
+    id: int,
+    time_ms: int,
+    kind: str,
+    name: str,
+    address: str,
+    username: str,
+    about: str,
+    text: str,
+) -> Event:
+    """A row of the store, read back."""
+    source = Source(name, address, username, irc_host(address))
+    return Event(id, time_ms, kind, source, None, text, about)
+
+
 class Store:
     """Events on disk, or in memory for `path` None. Raises Unusable when it cannot open."""
 
@@ -1175,11 +1914,22 @@ class Store:
     def _write(self, events: list[Event], now: float) -> None:
         self.db.execute("BEGIN IMMEDIATE")
         rows = [
-            (self._target(key), e.id, e.time, e.kind, e.source.name, e.source.address, e.text)
+            (
+                self._target(key),
+                e.id,
+                e.time,
+                e.kind,
+                e.source.name,
+                e.source.address,
+                e.text,
+                e.source.username,
+                e.about,
+            )
             for e in events
+            if e.kind not in PASSING
             for key in e.audience.keys
         ]
-        self.db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        self.db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
         if now >= self.tally_due:  # not every turn: it is a second page to write
             self.tally_due = now + TALLY_SECONDS
             self._tally()
@@ -1241,18 +1991,15 @@ class Store:
     def page(self, key: str, count: int) -> list[Event]:
         """The newest `count` things said to `key`, the oldest first; fewer if they are
         more than PAGE_BYTES long."""
-        query = """
-            SELECT id, time, kind, name, address, text FROM events
-            WHERE target = (SELECT id FROM targets WHERE key = ?) AND kind IN (?, ?)
-            ORDER BY id DESC LIMIT ?"""
+        query = f"""
+            SELECT id, time, kind, name, address, username, about, text FROM events
+            WHERE target = (SELECT id FROM targets WHERE key = ?)
+            AND kind IN ({", ".join("?" * len(SPOKEN))}) ORDER BY id DESC LIMIT ?"""
         with self.reading() as db:
             rows = db.execute(query, [key, *SPOKEN, count]).fetchall()
         sizes = itertools.accumulate(len(row[-1].encode()) for row in rows)
         rows = [row for row, size in zip(rows, sizes, strict=True) if size <= PAGE_BYTES]
-        return [
-            Event(id, time_ms, kind, Source(name, address), None, text)
-            for id, time_ms, kind, name, address, text in reversed(rows)
-        ]
+        return [event_of(*row) for row in reversed(rows)]
 
     # Housekeeping
 
@@ -1306,6 +2053,1275 @@ class Store:
 
 
 # ======================================================================================
+# IRC DIALECT
+# ======================================================================================
+# RFC 1459 and 2812, and where today's servers disagree with them, modern.ircdocs.horse.
+# First every shape of line that the server sends, then the session, then one handler a
+# verb, by topic. A handler that cannot do what it is asked raises Refused; the numeric
+# that says so in IRC stands in REFUSALS, the words come with the refusal.
+
+RPL_WELCOME = "001 :Welcome to {}, {}"
+RPL_YOURHOST = "002 :Your host is {}, running chat.py/{}"
+RPL_CREATED = "003 :This server was started {}"
+RPL_MYINFO = "004 {} {} {} {} {}"
+RPL_ISUPPORT = "005 {} :are supported by this server"
+RPL_ENDOFSTATS = "219 {} :End of statistics"
+RPL_UMODEIS = "221 +{}"
+RPL_SERVLISTEND = "235 * * :There are no services"
+RPL_STATSUPTIME = "242 :Server up {} days {:02}:{:02}:{:02}"
+RPL_STATSOLINE = "243 O * * {}"
+RPL_LUSERCLIENT = "251 :There are {} users and {} invisible on 1 servers"
+RPL_LUSEROP = "252 {} :operators online"
+RPL_LUSERUNKNOWN = "253 {} :connections without a name yet"
+RPL_LUSERCHANNELS = "254 {} :channels formed"
+RPL_LUSERME = "255 :I have {} clients and 0 servers"
+RPL_TRACEEND = "262 {} {} :End of trace: this server stands alone"
+RPL_LOCALUSERS = "265 {0} {1} :Current local users {0}, max {1}"
+RPL_GLOBALUSERS = "266 {0} {1} :Current global users {0}, max {1}"
+RPL_AWAY = "301 {} :{}"
+RPL_USERHOST = "302 :{}"
+RPL_ISON = "303 :{}"
+RPL_UNAWAY = "305 :You are no longer marked as being away"
+RPL_NOWAWAY = "306 :You have been marked as being away"
+RPL_WHOISUSER = "311 {} {} {} * :{}"
+RPL_WHOISSERVER = "312 {} {} :{}"
+RPL_WHOISOPERATOR = "313 {} :operates this server"
+RPL_WHOWASUSER = "314 {} {} {} * :{}"
+RPL_ENDOFWHO = "315 {} :End of WHO"
+RPL_WHOISIDLE = "317 {} {} {} :seconds idle, signed on at"
+RPL_ENDOFWHOIS = "318 {} :End of WHOIS"
+RPL_WHOISCHANNELS = "319 {} :{}"
+RPL_LISTSTART = "321 Channel :Users Topic"
+RPL_LIST = "322 {} {} :{}"
+RPL_LISTEND = "323 :End of LIST"
+RPL_CHANNELMODEIS = "324 {} {}"
+RPL_CREATIONTIME = "329 {} {}"
+RPL_NOTOPIC = "331 {} :No topic is set"
+RPL_TOPIC = "332 {} :{}"
+RPL_TOPICWHOTIME = "333 {} {} {}"
+RPL_WHOISBOT = "335 {} :is a bot"
+RPL_INVITELIST = "336 {}"  # the invitations that somebody has; 346 is a channel's +I
+RPL_ENDOFINVITELIST = "337 :End of invitations"
+RPL_WHOISACTUALLY = "338 {} {} :is connecting from here"
+RPL_INVITING = "341 {} {}"
+RPL_VERSION = "351 chat.py-{} {} :{}"
+RPL_WHOREPLY = "352 {} {} {} {} {} {} :0 {}"
+RPL_NAMREPLY = "353 {} {} :{}"
+RPL_WHOSPCRPL = "354 {}"
+RPL_LINKS = "364 {} {} :0 {}"
+RPL_ENDOFLINKS = "365 {} :End of LINKS: this server stands alone"
+RPL_ENDOFNAMES = "366 {} :End of NAMES"
+RPL_ENDOFWHOWAS = "369 {} :End of WHOWAS"
+RPL_INFO = "371 :{}"
+RPL_MOTD = "372 :- {}"
+RPL_ENDOFINFO = "374 :End of INFO"
+RPL_MOTDSTART = "375 :- {} Message of the day"
+RPL_ENDOFMOTD = "376 :End of MOTD"
+RPL_YOUREOPER = "381 :You are now an operator of this server"
+RPL_REHASHING = "382 {} :Reading it again"
+RPL_TIME = "391 {} :{}"
+RPL_WHOISSECURE = "671 {} :is using a secure connection"
+RPL_HELPSTART = "704 {} :{}"
+RPL_HELPTXT = "705 {} :{}"
+RPL_ENDOFHELP = "706 {} :End of help"
+RPL_MONONLINE = "730 :{}"
+RPL_MONOFFLINE = "731 :{}"
+RPL_MONLIST = "732 :{}"
+RPL_ENDOFMONLIST = "733 :End of MONITOR list"
+ERR_MONLISTFULL = "734 {} {} :Monitor list is full"
+LIST_REPLIES = {  # letter of a list of masks -> its lines, its end
+    "b": ("367 {} {} {} {}", "368 {} :End of bans"),
+    "e": ("348 {} {} {} {}", "349 {} :End of exceptions from bans"),
+    "I": ("346 {} {} {} {}", "347 {} :End of exceptions from +i"),
+}
+
+REFUSALS = {  # Refused.code -> the numeric; its parameters are Refused.about
+    "NO_SUCH_NAME": "401",
+    "NO_SUCH_SERVER": "402",
+    "NO_SUCH_CHANNEL": "403",
+    "CANNOT_SEND": "404",
+    "TOO_MANY_CHANNELS": "405",
+    "WAS_NO_SUCH_NAME": "406",
+    "TOO_MANY_TARGETS": "407",
+    "NO_SUCH_SERVICE": "408",
+    "NO_RECIPIENT": "411",
+    "NO_TEXT": "412",
+    "LINE_TOO_LONG": "417",
+    "UNKNOWN_COMMAND": "421",
+    "NO_MOTD": "422",
+    "NO_ADMIN": "423",
+    "NO_NAME": "431",
+    "BAD_NAME": "432",
+    "NAME_TAKEN": "433",
+    "USER_NOT_IN_CHANNEL": "441",
+    "NOT_IN_CHANNEL": "442",
+    "ALREADY_IN_CHANNEL": "443",
+    "NO_SUMMON": "445",
+    "NO_USERS": "446",
+    "NOT_NAMED": "451",
+    "NEED_MORE_PARAMS": "461",
+    "ALREADY_NAMED": "462",
+    "WRONG_PASSWORD": "464",
+    "CHANNEL_FULL": "471",
+    "UNKNOWN_MODE": "472",
+    "INVITE_ONLY": "473",
+    "BANNED": "474",
+    "BAD_PASSWORD": "475",
+    "BAD_CHANNEL": "476",
+    "NEED_ACCOUNT": "477",
+    "LIST_FULL": "478",
+    "NOT_SERVER_OPERATOR": "481",
+    "NOT_OPERATOR": "482",
+    "UNKNOWN_USER_MODE": "501",
+    "NOT_YOURSELF": "502",
+    "NO_HELP": "524",
+    "BAD_MODE_VALUE": "696",
+}
+
+IRC_SPOKEN = {  # kind -> the verb, what stands before the text, and what behind it
+    MESSAGE: ("PRIVMSG", "", ""),
+    ACTION: ("PRIVMSG", "\x01ACTION ", "\x01"),
+    NOTICE: ("NOTICE", "", ""),
+}
+IRC_EVENTS = {  # kind -> the line behind its source; {tail} is " :TEXT" if there is a text
+    JOIN: "JOIN {where}",
+    PART: "PART {where}{tail}",
+    QUIT: "QUIT{tail}",
+    NICK: "NICK {text}",
+    TOPIC: "TOPIC {where} :{text}",
+    KICK: "KICK {where} {about} :{text}",
+    MODE: "MODE {where} {text}",
+    INVITE: "INVITE {about} {text}",
+    AWAY: "AWAY{tail}",
+    REALNAME: "SETNAME :{text}",
+    WALLOPS: "WALLOPS :{text}",
+}
+NOT_OWN = (INVITE, AWAY, QUIT)  # who does these is told by other means
+
+CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value
+    "away-notify": "",
+    "cap-notify": "",
+    "echo-message": "",
+    "extended-join": "",
+    "multi-prefix": "",
+    "server-time": "",
+    "setname": "",
+    "standard-replies": "",
+    "userhost-in-names": "",
+}
+NEEDS_CAPABILITY = {AWAY: "away-notify", REALNAME: "setname"}  # to be told of these events
+
+USER_MODES = {  # letter -> what it is
+    "B": "is a bot",
+    "R": "only hears from who is logged in",
+    "i": "is not listed to those who share no channel",
+    "o": "operates this server",
+    "w": "hears what operators tell each other",
+}
+
+NOT_IN_IRC = {0: None, 10: " ", 13: " "}  # what would end a line
+
+
+def irc_bytes(text: str) -> bytes:
+    """One line, cut between characters where it has to be (RFC 2812 section 2.3)."""
+    if not text.isprintable():
+        text = text.translate(NOT_IN_IRC)
+    data = text.encode()
+    if len(data) > IRC_BYTES - 2:
+        data = cut(text, IRC_BYTES - 2).encode()
+    return data + b"\r\n"
+
+
+def as_param(text: str) -> str:
+    """`text` as a parameter that others may follow."""
+    return "*" if not text or " " in text or text[0] == ":" else text
+
+
+def wrapped(words: Iterable[str], room: int, between: str = " ") -> Iterator[str]:
+    """The words in lines of at most `room` bytes."""
+    line, size = [], 0
+    for one in words:
+        length = len(one.encode()) + len(between)
+        if line and size + length > room:
+            yield between.join(line)
+            line, size = [], 0
+        line.append(one)
+        size += length
+    if line:
+        yield between.join(line)
+
+
+def tag_time(milliseconds: int) -> str:
+    """2026-11-22T08:30:05.123Z (IRCv3 server-time)."""
+    seconds, rest = divmod(milliseconds, 1000)
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{rest:03}Z"
+
+
+def spoken_lines(event: Event, where: str) -> Iterator[str]:
+    """A message of several lines, or a long one, in as many lines of IRC as it takes."""
+    verb, before, behind = IRC_SPOKEN[event.kind]
+    head = f":{event.source.mask} {verb} {where or event.about} :{before}"
+    room = IRC_BYTES - 2 - len(f"{head}{behind}".encode())
+    texts = [text for text in event.text.split("\n") if text] or [" "]  # some ignore an empty one
+    for text in texts:
+        for piece in split_text(text, room):
+            yield head + piece + behind
+
+
+class IrcWire:
+    """Events as lines of IRC, the same for all sessions with the same capabilities."""
+
+    def __init__(self, capabilities: frozenset[str]):
+        self.capabilities = capabilities
+        self.echo = "echo-message" in capabilities
+        self.timed = "server-time" in capabilities
+        self.without = {k for k, cap in NEEDS_CAPABILITY.items() if cap not in capabilities}
+
+    def encode(self, audience: Any, events: list[Event]) -> list[bytes]:
+        """One bytes object an event; a message too long for a line is several lines in it."""
+        where, lines = audience.name, []
+        for e in events:
+            line = None
+            if e.kind is MESSAGE and e.text.isprintable():  # all that a storm is made of
+                line = f":{e.source.mask} PRIVMSG {where or e.about} :{e.text}\r\n".encode()
+            if line is None or len(line) > IRC_BYTES or not e.text:
+                line = b"".join(map(irc_bytes, self.lines(e, where)))
+            if self.timed and line:
+                line = f"@time={tag_time(e.time)} ".encode() + line
+            lines.append(line)
+        return lines
+
+    def lines(self, event: Event, where: str) -> Iterable[str]:
+        """The lines of one event, without their ends."""
+        if event.kind in SPOKEN:
+            return spoken_lines(event, where)
+        if event.kind in self.without:
+            return []
+        text = event.text
+        shape = IRC_EVENTS[event.kind]
+        if event.kind == JOIN and "extended-join" in self.capabilities:
+            shape = f"JOIN {{where}} {event.about or '*'}{{tail}}"
+        known = {"where": where, "about": event.about, "text": text}
+        return [f":{event.source.mask} {shape.format(**known, tail=f' :{text}' if text else '')}"]
+
+    def own(self, event: Event, line: bytes) -> bytes:
+        """What somebody hears of what he did: he speaks to himself, or asked for echoes."""
+        if event.kind in SPOKEN:
+            to_self = event.about == event.source.name
+            return line * (self.echo + to_self)
+        return b"" if event.kind in NOT_OWN else line
+
+
+@functools.lru_cache(None)  # as many as there are sets of capabilities
+def irc_wire(capabilities: frozenset[str]) -> IrcWire:
+    return IrcWire(capabilities)
+
+
+irc_command = Commands("")
+
+
+class IrcSession(Session):
+    """Somebody with an IRC client."""
+
+    __slots__ = ("negotiating", "password", "realname", "username", "wanted", "watched", "wire")
+    probed = True
+
+    def __init__(self, site: Site, conn: Any):
+        super().__init__(site, conn)
+        self.wanted = ""  # the name, while not all is there that it takes to come in
+        self.username = self.realname = self.password = ""
+        self.negotiating = False  # capabilities; until it is over nobody comes in
+        self.watched: dict[str, str] = {}  # names by key, see MONITOR
+        self.wire = irc_wire(frozenset())
+
+    @property
+    def nick(self) -> str:
+        return self.user.name if self.user else self.wanted or "*"
+
+    def line(self, text: str) -> None:
+        """A line of the server's own, without its source."""
+        self.send(irc_bytes(f":{self.site.name} {text}"))
+
+    def reply(self, shape: str, *values: Any) -> None:
+        number, rest = shape.split(" ", 1)
+        self.line(f"{number} {self.nick} {rest.format(*values)}")
+
+    def notice(self, text: str) -> None:
+        self.line(f"NOTICE {self.nick} :{text}")
+
+    def fail(self, verb: str, code: str, text: str) -> None:
+        """A standard reply (IRCv3), for what no numeric says."""
+        self.line(f"FAIL {verb} {code} :{text}")
+
+    def not_kept(self, count: int, reason: str) -> None:
+        self.fail("PRIVMSG", "NOT_KEPT", f"{counted(count, 'message')} not kept: {reason}")
+
+    def farewell(self, text: str) -> None:
+        self.send(irc_bytes(f"ERROR :{text}"))
+
+    def probe(self) -> None:
+        """Ask whether anybody is there."""
+        self.send(irc_bytes(f"PING :{self.site.name}"))
+
+    def refuse(self, refusal: Refused) -> None:
+        number, text = REFUSALS.get(refusal.code), harmless(str(refusal))
+        if number is None:
+            return self.fail("*", refusal.code, text)
+        about = "".join(f"{as_param(one)} " for one in refusal.about)
+        self.line(f"{number} {self.nick} {about}:{text}")
+
+    def spotted(self, source: Source, online: bool) -> None:
+        if online:
+            self.reply(RPL_MONONLINE, source.mask)
+        else:
+            self.reply(RPL_MONOFFLINE, source.name)
+
+    def receive(self, line: bytes) -> None:
+        try:
+            message = self.parse(line)
+            if message and message.verb:
+                irc_command.run(self, message.verb, lambda most: message.params[:most])
+        except Refused as refusal:
+            self.refuse(refusal)
+
+    def parse(self, line: bytes) -> Message | None:
+        """None for what is not UTF-8: that has been answered."""
+        tags, _, body = line.partition(b" ") if line[:1] == b"@" else (b"", b"", line)
+        if line == TOO_LONG or len(body) > IRC_BYTES - 2 or len(tags) > TAGS_BYTES:
+            text = f"a line has at most {IRC_BYTES} bytes, and {TAGS_BYTES} of tags"
+            raise Refused("LINE_TOO_LONG", text)
+        try:
+            return parse_message(line.decode())
+        except UnicodeDecodeError:
+            verb = parse_message(line.decode(errors="replace")).verb
+            self.fail(as_param(verb), "INVALID_UTF8", "that line is not UTF-8 text; nobody got it")
+            return None
+
+    def ended(self) -> None:
+        for name in list(self.watched.values()):
+            self.site.hub.unwatch(self, name)
+        self.watched.clear()
+        super().ended()
+
+
+def isupport(site: Site) -> list[str]:
+    """The tokens of 005 (modern.ircdocs.horse, RPL_ISUPPORT parameters)."""
+    flags = "".join(sorted(FLAGS))
+    ranks, symbols = RANKS, "".join(SYMBOLS.values())
+    targets = f"JOIN:,KICK:,LIST:,MONITOR:{WATCHED},NAMES:,PART:,WHOIS:1"
+    return [
+        f"AWAYLEN={REASON_BYTES}",
+        "BOT=B",
+        "CASEMAPPING=ascii",
+        f"CHANLIMIT=#:{CHANNELS_A_USER}",
+        f"CHANMODES={MASK_LISTS},k,l,{flags}",
+        f"CHANNELLEN={CHANNEL_BYTES}",
+        "CHANTYPES=#",
+        "ELIST=CMNTU",
+        "EXCEPTS=e",
+        "EXTBAN=,am",
+        "ACCOUNTEXTBAN=a",
+        f"HOSTLEN={HOST_BYTES}",
+        "INVEX=I",
+        f"KEYLEN={CHANNEL_PASSWORD_BYTES}",
+        f"KICKLEN={REASON_BYTES}",
+        f"MAXLIST={MASK_LISTS}:{MASKS_A_LIST}",
+        "MODES",
+        f"MONITOR={WATCHED}",
+        f"NAMELEN={REALNAME_BYTES}",
+        f"NETWORK={site.network}",
+        f"NICKLEN={NAME_CHARACTERS}",
+        f"PREFIX=({ranks}){symbols}",
+        "SAFELIST",
+        f"STATUSMSG={symbols}",
+        f"TARGMAX={targets},PRIVMSG:{TARGETS},NOTICE:{TARGETS}",
+        f"TOPICLEN={TOPIC_BYTES}",
+        f"USERLEN={USERNAME_BYTES}",
+        "UTF8ONLY",
+        "WHOX",
+    ]
+
+
+def tell_isupport(session: IrcSession) -> None:
+    tokens = isupport(session.site)
+    for start in range(0, len(tokens), TOKENS_A_LINE):
+        some = tokens[start : start + TOKENS_A_LINE]
+        session.reply(RPL_ISUPPORT, " ".join(some))
+
+
+def tell_lusers(session: IrcSession) -> None:
+    hub, house = session.site.hub, session.site.house
+    users = list(hub.users.values())
+    invisible = sum("i" in user.modes for user in users)
+    session.reply(RPL_LUSERCLIENT, len(users) - invisible, invisible)
+    session.reply(RPL_LUSEROP, sum(user.is_operator for user in users))
+    session.reply(RPL_LUSERUNKNOWN, house.nameless())
+    session.reply(RPL_LUSERCHANNELS, len(hub.channels))
+    session.reply(RPL_LUSERME, len(users))
+    session.reply(RPL_LOCALUSERS, len(users), hub.most_users)
+    session.reply(RPL_GLOBALUSERS, len(users), hub.most_users)
+
+
+def tell_motd(session: IrcSession) -> None:
+    lines = session.site.house.motd
+    if not lines:
+        return session.refuse(Refused("NO_MOTD", "there is no message of the day"))
+    session.reply(RPL_MOTDSTART, session.site.name)
+    for line in lines:
+        for piece in split_text(line, MOTD_BYTES):
+            session.reply(RPL_MOTD, piece)
+    session.reply(RPL_ENDOFMOTD)
+
+
+def welcome(session: IrcSession) -> None:
+    """What a client is told when it has come in, in the order that clients rely on."""
+    site = session.site
+    session.reply(RPL_WELCOME, site.network, session.user.source.mask)
+    session.reply(RPL_YOURHOST, site.name, VERSION)
+    session.reply(RPL_CREATED, time_text(site.hub.started))
+    with_value = "".join(sorted(MASK_LISTS + RANKS + "kl"))
+    modes = "".join(sorted(with_value + "".join(FLAGS)))
+    user_modes = "".join(sorted(USER_MODES))
+    session.reply(RPL_MYINFO, site.name, f"chat.py-{VERSION}", user_modes, modes, with_value)
+    tell_isupport(session)
+    tell_lusers(session)
+    tell_motd(session)
+    session.reply(RPL_UMODEIS, "".join(sorted(session.user.modes)))
+
+
+def come_in(session: IrcSession) -> None:
+    """Once there is all that it takes: a name, USER, and no negotiation going on."""
+    if session.user or session.negotiating or not (session.wanted and session.username):
+        return
+    expected, given = session.site.password, session.password
+    if expected and not hmac.compare_digest(given.encode(), expected.encode()):
+        session.refuse(Refused("WRONG_PASSWORD", "the server's password is missing or wrong"))
+        session.farewell("Closing link: wrong password")
+        return session.conn.close()
+    wanted, session.wanted = session.wanted, ""  # somebody may have taken it meanwhile
+    session.site.hub.check_name(wanted)
+    session.site.hub.enter(session, wanted, session.username, session.realname)
+    session.conn.named()
+    welcome(session)
+
+
+def check_server(session: IrcSession, name: str) -> None:
+    """Queries can name the server that is to answer; there is but this one."""
+    site = session.site
+    if (
+        name
+        and not mask_pattern(name).fullmatch(fold(site.name))
+        and fold(name) not in site.hub.users
+    ):
+        raise Refused("NO_SUCH_SERVER", "there is no such server; this one stands alone", name)
+
+
+def each(session: IrcSession, names: str, act: Callable[[str], None]) -> None:
+    """Do it for every name of a list; what is refused for one is done for the others."""
+    for name in dict.fromkeys(filter(None, names.split(","))):
+        try:
+            act(name)
+        except Refused as refusal:
+            session.refuse(refusal)
+
+
+# Registration
+
+
+@irc_command("PASS", 1, nameless=True)
+def irc_pass(session: IrcSession, password: str) -> None:
+    """PASS <password> -- the server's password, before the name"""
+    if session.user:
+        raise Refused("ALREADY_NAMED", "you are in already")
+    session.password = password
+
+
+@irc_command("NICK", most=1, nameless=True)
+def irc_nick(session: IrcSession, wanted: str = "") -> None:
+    """NICK <nickname> -- take a name, or another one"""
+    if not wanted:
+        raise Refused("NO_NAME", "which name?")
+    session.site.hub.check_name(wanted, session.user)
+    if session.user:
+        return session.site.hub.rename(session, wanted)
+    session.wanted = wanted
+    come_in(session)
+
+
+@irc_command("USER", 4, nameless=True)
+def irc_user(session: IrcSession, username: str, mode: str, unused: str, realname: str) -> None:
+    """USER <username> 0 * <realname> -- say who you are, when you come in"""
+    if session.user or session.username:
+        raise Refused("ALREADY_NAMED", "that was said already, and cannot be changed")
+    if not realname:
+        raise Refused("NEED_MORE_PARAMS", "a real name, please", "USER")
+    plain = "".join(c for c in username if is_solid(c) and c not in "!@*?~:,")
+    # ~ as elsewhere: nobody has verified it (there is no ident)
+    session.username = "~" + (cut(plain, USERNAME_BYTES - 1) or "user")
+    session.realname = cut(harmless(realname), REALNAME_BYTES)
+    come_in(session)
+
+
+def set_capabilities(session: IrcSession, capabilities: Iterable[str]) -> None:
+    """From now on this session is one of another wire."""
+    session.wire = irc_wire(frozenset(capabilities))
+    for channel in session.user.channels if session.user else ():
+        channel.by_wire = None
+
+
+def cap_ls(session: IrcSession, version: str) -> None:
+    """With values, and in several lines, for those who know version 302."""
+    session.negotiating = session.user is None
+    recent = (whole_number(version) or 0) >= 302
+    if recent:
+        set_capabilities(session, {"cap-notify"} | session.wire.capabilities)
+    offers = [f"{cap}={value}" if value and recent else cap for cap, value in CAPABILITIES.items()]
+    lines = list(wrapped(offers, CAP_BYTES))
+    for line in lines[:-1] if recent else []:
+        session.line(f"CAP {session.nick} LS * :{line}")
+    session.line(f"CAP {session.nick} LS :{lines[-1]}")
+
+
+def cap_list(session: IrcSession, _: str) -> None:
+    session.line(f"CAP {session.nick} LIST :{' '.join(sorted(session.wire.capabilities))}")
+
+
+def cap_req(session: IrcSession, text: str) -> None:
+    """All of them or none."""
+    session.negotiating = session.user is None
+    wanted = text.split()
+    if any(cap.removeprefix("-") not in CAPABILITIES for cap in wanted):
+        return session.line(f"CAP {session.nick} NAK :{text}")
+    capabilities = set(session.wire.capabilities)
+    for cap in wanted:
+        if cap.startswith("-"):
+            capabilities.discard(cap[1:])
+        else:
+            capabilities.add(cap)
+    set_capabilities(session, capabilities)
+    session.line(f"CAP {session.nick} ACK :{text}")
+
+
+def cap_end(session: IrcSession, _: str) -> None:
+    session.negotiating = False
+    come_in(session)
+
+
+CAP_HANDLERS = {"LS": cap_ls, "LIST": cap_list, "REQ": cap_req, "END": cap_end}
+
+
+@irc_command("CAP", 1, 2, nameless=True)
+def irc_cap(session: IrcSession, subcommand: str, text: str = "") -> None:
+    """CAP LS|LIST|REQ|END [<capabilities>] -- agree on extensions of the protocol"""
+    handler = CAP_HANDLERS.get(subcommand.upper())
+    if handler is None:
+        session.line(f"410 {session.nick} {as_param(subcommand)} :CAP has LS, LIST, REQ and END")
+    else:
+        handler(session, text)
+
+
+@irc_command("PING", most=2, nameless=True)
+def irc_ping(session: IrcSession, token: str | None = None, server: str = "") -> None:
+    """PING <token> -- is anybody there?"""
+    if token is None:
+        raise Refused("NEED_MORE_PARAMS", "it goes like this: PING <token>", "PING")
+    session.line(f"PONG {session.site.name} :{token}")
+
+
+@irc_command("PONG", most=2, nameless=True)
+def irc_pong(session: IrcSession, *tokens: str) -> None:
+    """PONG <token> -- yes; any line says that"""
+
+
+@irc_command("ERROR", most=1, nameless=True)
+def irc_error(session: IrcSession, text: str = "") -> None:
+    """ERROR <text> -- what servers say to each other; nothing happens"""
+
+
+@irc_command("QUIT", most=1, nameless=True)
+def irc_quit(session: IrcSession, reason: str = "") -> None:
+    """QUIT [<reason>] -- leave"""
+    session.parting = "Quit" + (f": {cut(reason, REASON_BYTES)}" if reason else "")
+    session.farewell(f"Closing link: {session.parting}")
+    session.conn.close()
+
+
+# Talking
+
+
+def check_room(session: IrcSession, name: str, text: str) -> None:
+    """Raise Refused if a line with the sender before it, as others get it, is too long."""
+    if len(text) <= FITS_ALWAYS:
+        return
+    room = IRC_BYTES - 2 - len(f":{session.user.source.mask} PRIVMSG {name} :".encode())
+    if len(text.encode()) > room:
+        raise Refused("LINE_TOO_LONG", f"a message to {name} has at most {room} bytes")
+
+
+def tell_away(session: IrcSession, user: User) -> None:
+    if user.away:
+        session.reply(RPL_AWAY, user.name, user.away)
+
+
+def say(session: IrcSession, name: str, text: str, kind: str = MESSAGE) -> None:
+    hub = session.site.hub
+    audience = hub.find_audience(session, name)
+    check_room(session, name, text)
+    if kind is MESSAGE and text.startswith("\x01ACTION "):
+        kind, text = ACTION, text[8:].removesuffix("\x01")
+    elif text[0] == "\x01" and "C" in getattr(audience, "flags", ()):
+        text = f"{name} takes no CTCP but actions (+C)"
+        raise Refused("CANNOT_SEND", text, name)
+    hub.say(session, audience, text, kind)
+    if isinstance(audience, Conversation) and kind is not NOTICE:
+        tell_away(session, audience.partner(session.user))
+
+
+@irc_command("PRIVMSG", most=2)
+def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> None:
+    """PRIVMSG <target>{,<target>} <text> -- say something to people and channels"""
+    if not targets:
+        raise Refused("NO_RECIPIENT", "to whom?")
+    if not text:
+        raise Refused("NO_TEXT", "there is nothing to say")
+    names = targets.split(",")
+    for name in names[TARGETS:]:
+        refusal = Refused("TOO_MANY_TARGETS", f"{TARGETS} targets at most", name)
+        session.refuse(refusal)
+    each(session, ",".join(names[:TARGETS]), lambda name: say(session, name, text))
+
+
+@irc_command("NOTICE", most=2)
+def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> None:
+    """NOTICE <target>{,<target>} <text> -- the same, but nothing answers it"""
+    for name in dict.fromkeys(targets.split(",")[:TARGETS] if text else ()):
+        with contextlib.suppress(Refused):
+            say(session, name, text, NOTICE)
+
+
+@irc_command("AWAY", most=1)
+def irc_away(session: IrcSession, reason: str = "") -> None:
+    """AWAY [<reason>] -- say that you are not here, or without a reason that you are back"""
+    session.site.hub.set_away(session, reason)
+    session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
+
+
+@irc_command("SETNAME", 1)
+def irc_setname(session: IrcSession, realname: str) -> None:
+    """SETNAME <realname> -- change your real name"""
+    if not realname or len(realname.encode()) > REALNAME_BYTES:
+        text = f"a real name has 1 to {REALNAME_BYTES} bytes"
+        return session.fail("SETNAME", "INVALID_REALNAME", text)
+    session.site.hub.set_realname(session, harmless(realname))
+
+
+# Channels
+
+
+def tell_topic_irc(session: IrcSession, channel: Channel) -> None:
+    session.reply(RPL_TOPIC, channel.name, channel.topic)
+    when = channel.topic_time // 1000
+    session.reply(RPL_TOPICWHOTIME, channel.name, channel.topic_setter, when)
+
+
+def tell_names_irc(session: IrcSession, channel: Channel) -> None:
+    capabilities = session.wire.capabilities
+    names = channel.names("multi-prefix" in capabilities, "userhost-in-names" in capabilities)
+    kind = "@" if "s" in channel.flags else "="
+    head = f":{session.site.name} 353 {session.nick} {kind} {channel.name} :"
+    for line in wrapped(names, IRC_BYTES - 2 - len(head.encode())):
+        session.reply(RPL_NAMREPLY, kind, channel.name, line)
+
+
+def enter_channel(session: IrcSession, name: str, password: str) -> None:
+    before = len(session.user.channels)
+    channel = session.site.hub.join(session, name, password)
+    if len(session.user.channels) == before:  # was there already
+        return
+    if channel.topic:
+        tell_topic_irc(session, channel)
+    tell_names_irc(session, channel)
+    session.reply(RPL_ENDOFNAMES, channel.name)
+
+
+@irc_command("JOIN", 1, 2)
+def irc_join(session: IrcSession, names: str, keys: str = "") -> None:
+    """JOIN <channel>{,<channel>} [<key>{,<key>}] -- enter channels; JOIN 0 leaves all"""
+    if names == "0":
+        for channel in list(session.user.channels):
+            session.site.hub.part(session, channel)
+        return
+    passwords = dict(zip(names.split(","), keys.split(","), strict=False))
+    each(session, names, lambda name: enter_channel(session, name, passwords.get(name, "")))
+
+
+@irc_command("PART", 1, 2)
+def irc_part(session: IrcSession, names: str, reason: str = "") -> None:
+    """PART <channel>{,<channel>} [<reason>] -- leave channels"""
+    hub = session.site.hub
+    each(session, names, lambda name: hub.part(session, hub.find_channel(name), reason))
+
+
+@irc_command("TOPIC", 1, 2)
+def irc_topic(session: IrcSession, name: str, topic: str | None = None) -> None:
+    """TOPIC <channel> [<topic>] -- read or set what a channel is about"""
+    channel = session.site.hub.find_channel(name)
+    if topic is not None:
+        return session.site.hub.set_topic(session, channel, cut(topic, TOPIC_BYTES))
+    if not channel.visible_to(session.user):
+        channel.member(session.user)
+    if not channel.topic:
+        return session.reply(RPL_NOTOPIC, channel.name)
+    tell_topic_irc(session, channel)
+
+
+@irc_command("NAMES", most=1)
+def irc_names(session: IrcSession, names: str = "") -> None:
+    """NAMES [<channel>{,<channel>}] -- who is in channels"""
+    for name in filter(None, names.split(",")):
+        channel = session.site.hub.channels.get(fold(name))
+        if channel and channel.visible_to(session.user):
+            tell_names_irc(session, channel)
+    session.reply(RPL_ENDOFNAMES, as_param(names))
+
+
+LIST_BOUND = re.compile(r"([CT]?)([<>])(\d{1,9})")
+
+
+def within(channel: Channel, what: str, sign: str, number: str, now: int) -> bool:
+    """Whether a channel is on that side of a bound: users, or the minutes since it was
+    created (C), or since its topic was set (T)."""
+    if not what:
+        value = float(len(channel.members))
+    elif what == "T" and not channel.topic:
+        return False
+    else:
+        value = (now - (channel.created if what == "C" else channel.topic_time)) / 60_000
+    return value < int(number) if sign == "<" else value > int(number)
+
+
+def list_filter(conditions: str, now: int) -> Callable[[Channel], bool]:
+    """ELIST: every condition has to hold, and of the names and masks one."""
+    bounds = [b for c in conditions.split(",") if (b := LIST_BOUND.fullmatch(c))]
+    texts = [c for c in conditions.split(",") if c and not LIST_BOUND.fullmatch(c)]
+    masks = [mask_pattern(text) for text in texts if text[0] != "!"]
+    excluded = [mask_pattern(text[1:]) for text in texts if text[0] == "!"]
+
+    def matches(channel: Channel) -> bool:
+        return (
+            (not masks or any(mask.fullmatch(channel.key) for mask in masks))
+            and not any(mask.fullmatch(channel.key) for mask in excluded)
+            and all(within(channel, *bound.groups(), now) for bound in bounds)
+        )
+
+    return matches
+
+
+@irc_command("LIST", most=2)
+def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> None:
+    """LIST [<channel or condition>{,...}] -- the channels: >9, <9, C<5, T>5, *mask*, !*mask*"""
+    check_server(session, server)
+    hub, user = session.site.hub, session.user
+    wanted = list_filter(conditions, hub.now)
+    session.reply(RPL_LISTSTART)
+    for channel in hub.channels.values():
+        if channel.visible_to(user) and wanted(channel):
+            session.reply(RPL_LIST, channel.name, len(channel.members), channel.topic)
+    session.reply(RPL_LISTEND)
+
+
+@irc_command("INVITE", most=2)
+def irc_invite(session: IrcSession, name: str = "", where: str = "") -> None:
+    """INVITE [<nickname> <channel>] -- ask somebody in; alone, who asked you"""
+    hub = session.site.hub
+    if not name:
+        for channel in session.user.invitations:
+            if hub.channels.get(channel.key) is channel:
+                session.reply(RPL_INVITELIST, channel.name)
+        return session.reply(RPL_ENDOFINVITELIST)
+    if not where:
+        raise Refused(
+            "NEED_MORE_PARAMS", "it goes like this: INVITE <nickname> <channel>", "INVITE"
+        )
+    user, channel = hub.find_user(name), hub.find_channel(where)
+    hub.invite(session, user, channel)
+    session.reply(RPL_INVITING, user.name, channel.name)
+    tell_away(session, user)
+
+
+@irc_command("KICK", 2, 3)
+def irc_kick(session: IrcSession, names: str, victims: str, reason: str = "") -> None:
+    """KICK <channel> <nickname>{,<nickname>} [<reason>] -- put people out"""
+    hub, channels, people = session.site.hub, names.split(","), victims.split(",")
+    if len(channels) == 1:
+        channels *= len(people)
+    for where, name in zip(channels, people, strict=False):
+        try:
+            channel = hub.find_channel(where)
+            channel.require(session.user)
+            hub.kick(session, channel, hub.find_user(name), reason)
+        except Refused as refusal:
+            session.refuse(refusal)
+
+
+def tell_masks(session: IrcSession, channel: Channel, letter: str) -> None:
+    channel.member(session.user)
+    line, end = LIST_REPLIES[letter]
+    for mask in channel.lists[letter].values():
+        session.reply(line, channel.name, mask.text, mask.setter, mask.when // 1000)
+    session.reply(end, channel.name)
+
+
+def user_mode(session: IrcSession, name: str, letters: str) -> None:
+    """One's own: nobody changes, or sees, those of somebody else."""
+    user = session.site.hub.find_user(name)
+    if user is not session.user:
+        raise Refused("NOT_YOURSELF", "only your own modes are yours to see and change")
+    if not letters:
+        return session.reply(RPL_UMODEIS, "".join(sorted(user.modes)))
+    changed, unknown = [], False
+    for change in parse_modes(letters, ()):
+        if change.letter not in USER_MODES:
+            unknown = True
+        elif change.on != (change.letter in user.modes) and not (
+            change.on and change.letter == "o"
+        ):
+            user.modes ^= {change.letter}  # nobody makes himself an operator; OPER does
+            changed.append(change)
+    if changed:
+        session.send(irc_bytes(f":{user.source.mask} MODE {user.name} {format_modes(changed)}"))
+    if unknown:
+        text = f"there are only the user modes {''.join(USER_MODES)}"
+        raise Refused("UNKNOWN_USER_MODE", text)
+
+
+@irc_command("MODE", 1, 15)
+def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) -> None:
+    """MODE <channel or nickname> [<modes> [<value>...]] -- read or change modes"""
+    if not name.startswith("#"):
+        return user_mode(session, name, letters)
+    channel = session.site.hub.find_channel(name)
+    if not letters:
+        session.reply(RPL_CHANNELMODEIS, channel.name, channel.modes_text(session.user))
+        return session.reply(RPL_CREATIONTIME, channel.name, channel.created // 1000)
+    changes = parse_modes(letters, values)
+    queries = {c.letter: None for c in changes if c.letter in MASK_LISTS and not c.value}
+    for letter in queries:
+        tell_masks(session, channel, letter)
+    changes = [c for c in changes if c.value or c.letter not in RANKS + MASK_LISTS]
+    for refusal in session.site.hub.change_modes(session, channel, changes):
+        session.refuse(refusal)
+
+
+# Looking around
+
+
+def can_see(user: User, other: User) -> bool:
+    """In lists: who is +i is seen by those who share a channel."""
+    return (
+        user is other
+        or "i" not in other.modes
+        or not user.channels.keys().isdisjoint(other.channels)
+    )
+
+
+def who_flags(user: User, member: Membership | None, multi: bool) -> str:
+    """H or G (here or gone), * for operators, the ranks, and B for bots."""
+    symbols = member.symbols if member else ""
+    here = "G" if user.away else "H"
+    star = "*" if user.is_operator else ""
+    return here + star + (symbols if multi else symbols[:1]) + ("B" if "B" in user.modes else "")
+
+
+def who_fits(pattern: re.Pattern, user: User) -> bool:
+    source = user.source
+    texts = (source.mask, source.name, source.username, source.host, user.realname)
+    return any(pattern.fullmatch(fold(text)) for text in texts)
+
+
+def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel | None]]:
+    """The users that a WHO means, with a channel that both are in."""
+    hub, me = session.site.hub, session.user
+    channel, exact = hub.channels.get(fold(mask)), hub.users.get(fold(mask))
+    if mask.startswith("#"):
+        if channel and channel.visible_to(me):
+            yield from ((user, channel) for user in channel.members if can_see(me, user))
+        return
+    pattern = mask_pattern("*" if mask == "0" else mask)
+    for user in [exact] if exact else hub.users.values():
+        if user is exact or (can_see(me, user) and who_fits(pattern, user)):
+            yield user, next((c for c in user.channels if c in me.channels), None)
+
+
+WHOX_FIELDS = "tcuihsnfdlaor"  # in the order of their answers (ircv3.net, WHOX)
+
+
+def who_values(
+    session: IrcSession, user: User, channel: Channel | None, flags: str, token: str
+) -> dict[str, str]:
+    """By the letters of WHOX."""
+    source, hub = user.source, session.site.hub
+    return {
+        "t": as_param(token),
+        "c": channel.name if channel else "*",
+        "u": source.username,
+        "i": source.host,
+        "h": source.host,
+        "s": session.site.name,
+        "n": source.name,
+        "f": flags,
+        "d": "0",  # hops
+        "l": str((hub.now - user.spoke) // 1000),
+        "a": user.account or "0",
+        "o": "n/a",  # there are no levels of operators
+        "r": f":{user.realname}",
+    }
+
+
+@irc_command("WHO", most=2)
+def irc_who(session: IrcSession, mask: str = "*", options: str = "") -> None:
+    """WHO <channel or mask> [o][%<fields>[,<token>]] -- the people that match, in a line each"""
+    flags, extended, rest = options.partition("%")
+    fields, _, token = rest.partition(",")
+    multi = "multi-prefix" in session.wire.capabilities
+    for user, channel in who_matches(session, mask):
+        if "o" in flags and not user.is_operator:
+            continue
+        member = channel.members[user] if channel else None
+        values = who_values(session, user, channel, who_flags(user, member, multi), token)
+        if extended:
+            some = [values[field] for field in WHOX_FIELDS if field in fields]
+            session.reply(RPL_WHOSPCRPL, " ".join(some))
+        else:
+            session.reply(RPL_WHOREPLY, *(values[field] for field in "cuhsnf"), user.realname)
+    session.reply(RPL_ENDOFWHO, as_param(mask))
+
+
+def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
+    """The shapes and what goes into them behind the name."""
+    me, source = session.user, user.source
+    yield RPL_WHOISUSER, source.username, source.host, user.realname
+    seen = [
+        c for c in user.channels if c.visible_to(me) and (c in me.channels or can_see(me, user))
+    ]
+    multi = "multi-prefix" in session.wire.capabilities
+    symbols = (channel.members[user].symbols for channel in seen)
+    names = [(s if multi else s[:1]) + c.name for s, c in zip(symbols, seen, strict=True)]
+    for line in wrapped(names, WHOIS_BYTES):
+        yield RPL_WHOISCHANNELS, line
+    yield RPL_WHOISSERVER, session.site.name, session.site.network
+    if user.away:
+        yield RPL_AWAY, user.away
+    if user.is_operator:
+        yield (RPL_WHOISOPERATOR,)
+    if "B" in user.modes:
+        yield (RPL_WHOISBOT,)
+    if all(other.conn.secure for other in user.sessions):
+        yield (RPL_WHOISSECURE,)
+    if user is me or me.is_operator:
+        yield RPL_WHOISACTUALLY, source.address
+    yield RPL_WHOISIDLE, (session.site.hub.now - user.spoke) // 1000, user.since // 1000
+
+
+@irc_command("WHOIS", most=2)
+def irc_whois(session: IrcSession, server: str = "", name: str = "") -> None:
+    """WHOIS [<server>] <nickname> -- all about somebody"""
+    if not name:
+        server, name = "", server
+    if not name:
+        raise Refused("NO_NAME", "about whom?")
+    check_server(session, server)
+    try:
+        user = session.site.hub.find_user(name)
+        for shape, *values in whois_lines(session, user):
+            session.reply(shape, user.name, *values)
+    except Refused as refusal:
+        session.refuse(refusal)
+    session.reply(RPL_ENDOFWHOIS, as_param(name))
+
+
+@irc_command("WHOWAS", 1, 3)
+def irc_whowas(session: IrcSession, name: str, count: str = "", server: str = "") -> None:
+    """WHOWAS <nickname> [<count>] -- who had a name before"""
+    check_server(session, server)
+    key, most = fold(name), whole_number(count)
+    found = [one for one in reversed(session.site.hub.former) if fold(one.source.name) == key]
+    for one in found[: most or None]:
+        source = one.source
+        session.reply(RPL_WHOWASUSER, source.name, source.username, source.host, one.realname)
+        session.reply(RPL_WHOISSERVER, source.name, session.site.name, time_text(one.time))
+    if not found:
+        text = f"nobody was called {name} lately"
+        session.refuse(Refused("WAS_NO_SUCH_NAME", text, name))
+    session.reply(RPL_ENDOFWHOWAS, as_param(name))
+
+
+@irc_command("ISON", 1, 15)
+def irc_ison(session: IrcSession, *names: str) -> None:
+    """ISON <nickname>{ <nickname>} -- which of them are here"""
+    users = session.site.hub.users
+    here = [users[fold(n)].name for n in " ".join(names).split() if fold(n) in users]
+    session.reply(RPL_ISON, " ".join(here))
+
+
+def userhost(user: User) -> str:
+    star, sign = "*" if user.is_operator else "", "-" if user.away else "+"
+    return f"{user.name}{star}={sign}{user.source.username}@{user.source.host}"
+
+
+@irc_command("USERHOST", 1, 5)
+def irc_userhost(session: IrcSession, *names: str) -> None:
+    """USERHOST <nickname>{ <nickname>} -- where they are, and whether they are away"""
+    users = (session.site.hub.users.get(fold(name)) for name in names)
+    session.reply(RPL_USERHOST, " ".join(userhost(user) for user in users if user))
+
+
+def tell_monitored(session: IrcSession, names: list[str]) -> None:
+    users = session.site.hub.users
+    online = [users[fold(name)].source.mask for name in names if fold(name) in users]
+    offline = [name for name in names if fold(name) not in users]
+    for shape, some in ((RPL_MONONLINE, online), (RPL_MONOFFLINE, offline)):
+        for line in wrapped(some, WHOIS_BYTES, ","):
+            session.reply(shape, line)
+
+
+def monitor_add(session: IrcSession, names: list[str]) -> None:
+    added = []
+    for number, name in enumerate(names):
+        if len(session.watched) >= WATCHED and fold(name) not in session.watched:
+            session.reply(ERR_MONLISTFULL, WATCHED, as_param(",".join(names[number:])))
+            break
+        if clean_name(name) != name:  # a mask, or what nobody can be called
+            session.refuse(Refused("BAD_NAME", "names only, no masks", name))
+        elif fold(name) not in session.watched:
+            session.watched[fold(name)] = name
+            session.site.hub.watch(session, name)
+            added.append(name)
+    tell_monitored(session, added)
+
+
+def monitor_remove(session: IrcSession, names: list[str]) -> None:
+    for name in names:
+        if session.watched.pop(fold(name), None):
+            session.site.hub.unwatch(session, name)
+
+
+def monitor_clear(session: IrcSession, _: list[str]) -> None:
+    monitor_remove(session, list(session.watched))
+
+
+def monitor_list(session: IrcSession, _: list[str]) -> None:
+    for line in wrapped(session.watched.values(), WHOIS_BYTES, ","):
+        session.reply(RPL_MONLIST, line)
+    session.reply(RPL_ENDOFMONLIST)
+
+
+def monitor_status(session: IrcSession, _: list[str]) -> None:
+    tell_monitored(session, list(session.watched.values()))
+
+
+MONITOR_HANDLERS = {
+    "+": monitor_add,
+    "-": monitor_remove,
+    "C": monitor_clear,
+    "L": monitor_list,
+    "S": monitor_status,
+}
+
+
+@irc_command("MONITOR", 1, 2)
+def irc_monitor(session: IrcSession, sign: str, names: str = "") -> None:
+    """MONITOR +|-|C|L|S [<nickname>{,<nickname>}] -- be told when people come and go"""
+    handler = MONITOR_HANDLERS.get(sign.upper())
+    if handler is None:
+        raise Refused("NEED_MORE_PARAMS", "MONITOR takes +, -, C, L or S", "MONITOR")
+    handler(session, [name for name in dict.fromkeys(names.split(",")) if name])
+
+
+# The server
+
+
+@irc_command("MOTD", most=1)
+def irc_motd(session: IrcSession, server: str = "") -> None:
+    """MOTD [<server>] -- the message of the day"""
+    check_server(session, server)
+    tell_motd(session)
+
+
+@irc_command("LUSERS", most=2)
+def irc_lusers(session: IrcSession, mask: str = "", server: str = "") -> None:
+    """LUSERS -- how many people and channels there are"""
+    check_server(session, server)
+    tell_lusers(session)
+
+
+@irc_command("VERSION", most=1)
+def irc_version(session: IrcSession, server: str = "") -> None:
+    """VERSION [<server>] -- what this server is and can do"""
+    check_server(session, server)
+    session.reply(RPL_VERSION, VERSION, session.site.name, "a chat in one file of Python")
+    tell_isupport(session)
+
+
+@irc_command("STATS", most=2)
+def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
+    """STATS u|o [<server>] -- time since the start; who may be an operator"""
+    check_server(session, server)
+    site = session.site
+    if letter == "u":
+        minutes, seconds = divmod((site.hub.now - site.hub.started) // 1000, 60)
+        hours, minutes = divmod(minutes, 60)
+        session.reply(RPL_STATSUPTIME, *divmod(hours, 24), minutes, seconds)
+    elif letter == "o" and session.user.is_operator:
+        for name in site.operators:
+            session.reply(RPL_STATSOLINE, as_param(name))
+    session.reply(RPL_ENDOFSTATS, as_param(letter[:1]))
+
+
+@irc_command("LINKS", most=2)
+def irc_links(session: IrcSession, server: str = "", mask: str = "") -> None:
+    """LINKS -- which servers there are: this one"""
+    session.reply(RPL_ENDOFLINKS, "*")
+
+
+@irc_command("TIME", most=1)
+def irc_time(session: IrcSession, server: str = "") -> None:
+    """TIME [<server>] -- what time it is here"""
+    check_server(session, server)
+    session.reply(RPL_TIME, session.site.name, time_text(session.site.hub.now))
+
+
+@irc_command("ADMIN", most=1)
+def irc_admin(session: IrcSession, server: str = "") -> None:
+    """ADMIN [<server>] -- whom to ask: see the message of the day"""
+    check_server(session, server)
+    text = "the message of the day says whom to ask, or nobody does"
+    raise Refused("NO_ADMIN", text, session.site.name)
+
+
+@irc_command("INFO", most=1)
+def irc_info(session: IrcSession, server: str = "") -> None:
+    """INFO [<server>] -- about this program"""
+    check_server(session, server)
+    session.reply(RPL_INFO, f"chat.py {VERSION}: a chat in one file of plain Python,")
+    session.reply(RPL_INFO, "for IRC clients, netcat, and terminals and windows of its own")
+    session.reply(RPL_INFO, f"running since {time_text(session.site.hub.started)}")
+    session.reply(RPL_ENDOFINFO)
+
+
+@irc_command("HELP", most=1)
+def irc_help(session: IrcSession, subject: str = "") -> None:
+    """HELP [<command>] -- what there is to say to this server"""
+    command = irc_command.get(subject.upper())
+    if subject and not command:
+        raise Refused("NO_HELP", "there is no help on that; HELP lists the commands", subject)
+    about = as_param(subject)
+    if command:
+        session.reply(RPL_HELPSTART, about, command.syntax)
+        session.reply(RPL_HELPTXT, about, command.summary)
+    else:
+        session.reply(RPL_HELPSTART, about, "HELP <command> tells more about one of these:")
+        for line in wrapped(sorted(irc_command), HELP_BYTES):
+            session.reply(RPL_HELPTXT, about, line)
+    session.reply(RPL_ENDOFHELP, about)
+
+
+@irc_command("HELPOP", most=1)
+def irc_helpop(session: IrcSession, subject: str = "") -> None:
+    """HELPOP [<command>] -- the same as HELP"""
+    irc_help(session, subject)
+
+
+@irc_command("TRACE", most=1)
+def irc_trace(session: IrcSession, server: str = "") -> None:
+    """TRACE [<server>] -- the way to a server: there is but this one"""
+    check_server(session, server)
+    session.reply(RPL_TRACEEND, session.site.name, VERSION)
+
+
+@irc_command("SERVLIST", most=2)
+def irc_servlist(session: IrcSession, mask: str = "", kind: str = "") -> None:
+    """SERVLIST -- which services there are: none"""
+    session.reply(RPL_SERVLISTEND)
+
+
+@irc_command("SQUERY", 2)
+def irc_squery(session: IrcSession, name: str, text: str) -> None:
+    """SQUERY <service> <text> -- ask a service: there is none"""
+    raise Refused("NO_SUCH_SERVICE", "there are no services here", name)
+
+
+@irc_command("SUMMON", most=3)
+def irc_summon(session: IrcSession, *params: str) -> None:
+    """SUMMON <user> -- call somebody who works on this machine: not here"""
+    raise Refused("NO_SUMMON", "SUMMON has been disabled")
+
+
+@irc_command("USERS", most=1)
+def irc_users(session: IrcSession, server: str = "") -> None:
+    """USERS -- who works on this machine: not told"""
+    raise Refused("NO_USERS", "USERS has been disabled")
+
+
+# For operators of the server
+
+
+@irc_command("OPER", 2)
+def irc_oper(session: IrcSession, name: str, password: str) -> None:
+    """OPER <name> <password> -- become an operator of this server"""
+
+    def done() -> None:
+        session.reply(RPL_YOUREOPER)
+        session.send(irc_bytes(f":{session.user.source.mask} MODE {session.nick} +o"))
+
+    become_operator(session, name, password, done)
+
+
+@irc_command("KILL", 1, 2, privileged=True)
+def irc_kill(session: IrcSession, name: str, reason: str = "no reason given") -> None:
+    """KILL <nickname> [<reason>] -- close somebody's connection"""
+    session.site.hub.kill(session, session.site.hub.find_user(name), reason)
+
+
+@irc_command("WALLOPS", 1, privileged=True)
+def irc_wallops(session: IrcSession, text: str) -> None:
+    """WALLOPS <text> -- tell everybody who wants to hear operators (user mode w)"""
+    session.site.hub.tell_all(session, text)
+
+
+@irc_command("REHASH", privileged=True)
+def irc_rehash(session: IrcSession) -> None:
+    """REHASH -- read the message of the day and the certificate again"""
+    session.reply(RPL_REHASHING, "chat.py")
+    session.site.house.rehash(session)
+
+
+@irc_command("DIE", privileged=True)
+def irc_die(session: IrcSession) -> None:
+    """DIE -- end the server"""
+    session.site.house.stop()
+
+
+@irc_command("RESTART", privileged=True)
+def irc_restart(session: IrcSession) -> None:
+    """RESTART -- end the server and start it again"""
+    session.site.house.restart()
+
+
+@irc_command("CONNECT", 1, 3, privileged=True)
+def irc_connect(session: IrcSession, server: str, port: str = "", remote: str = "") -> None:
+    """CONNECT <server> -- link servers: this one stands alone"""
+    raise Refused("NO_SUCH_SERVER", "this server stands alone", server)
+
+
+@irc_command("SQUIT", 1, 2, privileged=True)
+def irc_squit(session: IrcSession, server: str, reason: str = "") -> None:
+    """SQUIT <server> -- unlink a server: this one stands alone"""
+    raise Refused("NO_SUCH_SERVER", "this server stands alone", server)
+
+
+# ======================================================================================
 # LINE DIALECT
 # ======================================================================================
 # The workshop's protocol: the first line is the name, every other line is said to the
@@ -1320,23 +3336,42 @@ LINE_SHAPES = {  # kind -> does the channel stand before it?, and the line itsel
     QUIT: (False, "{name} ({address}) left the chat!"),
     NICK: (False, "* {name} is now called {text}"),
     TOPIC: (False, "* {name} set the topic of {where}: {text}"),
+    NOTICE: (True, "-{name}- {text}"),
+    KICK: (False, "* {name} kicked {about} from {where}: {text}"),
+    MODE: (False, "* {name} set {text} in {where}"),
+    INVITE: (False, "* {name} invites you to {text}; /join {text}"),
+    AWAY: (False, "* {name} is away: {text}"),
+    WALLOPS: (False, "* {name} tells all operators: {text}"),
 }
+LINE_BACK = (False, "* {name} is back")
+LINE_CTCP = (True, "* {name} sends a CTCP that only programs understand: {text}")
+
+# The colours of IRC (mIRC's, and hexadecimal ones); its other styles are control characters.
+COLOURS = re.compile("\x03(?:\\d{1,2}(?:,\\d{1,2})?)?|\x04(?:[0-9a-fA-F]{6})?")
 
 
 def line_prefix(audience: Any) -> str:
     """What tells a line of the lobby from one said elsewhere."""
-    if isinstance(audience, Channel):
-        return "" if audience.key == LOBBY else f"[{audience.name}] "
-    return "(private) " if isinstance(audience, Conversation) else ""
+    if isinstance(audience, Conversation):
+        return "(private) "
+    return f"[{audience.name}] " if audience.name not in ("", LOBBY) else ""
+
+
+def line_shape(event: Event) -> tuple[bool, str]:
+    if event.kind in SPOKEN and event.text.startswith("\x01"):
+        return LINE_CTCP
+    return LINE_BACK if event.kind == AWAY and not event.text else LINE_SHAPES[event.kind]
 
 
 def line_texts(event: Event, prefix: str, where: str = "") -> list[str]:
     """The lines of one event, without their ends. A message of several lines is several."""
-    prefixed, shape = LINE_SHAPES[event.kind]
+    if event.kind == REALNAME:  # nothing that anybody sees
+        return []
+    prefixed, shape = line_shape(event)
+    known = {**event.source._asdict(), "where": where, "about": event.about}
     return [
-        (prefix if prefixed else "")
-        + shape.format(name=event.source.name, address=event.source.address, where=where, text=text)
-        for text in harmless(event.text).split("\n")
+        (prefix if prefixed else "") + shape.format(**known, text=text)
+        for text in harmless(COLOURS.sub("", event.text)).split("\n")
     ]
 
 
@@ -1345,7 +3380,7 @@ class LineWire:
 
     def encode(self, audience: Any, events: list[Event]) -> list[bytes]:
         """One bytes object an event; all events have this audience."""
-        prefix, where = line_prefix(audience), getattr(audience, "name", "")
+        prefix, where = line_prefix(audience), audience.name
         return [
             f"{prefix}{e.source.name}: {e.text}\n".encode()
             if e.kind is MESSAGE and e.text.isprintable()  # all that a storm is made of
@@ -1353,7 +3388,7 @@ class LineWire:
             for e in events
         ]
 
-    def own(self, event: Event) -> bytes:
+    def own(self, event: Event, line: bytes) -> bytes:
         """A speaker hears nothing of what he did: netcat has it on the screen already."""
         return b""
 
@@ -1372,7 +3407,7 @@ def why_renamed(wanted: str, name: str) -> str:
 class LineSession(Session):
     """Somebody at the line protocol: netcat, a workshop client, our own clients."""
 
-    __slots__ = ("collected", "greeted", "here", "passed", "tries", "wanted_lines")
+    __slots__ = ("collected", "greeted", "here", "passed", "wanted_lines")
     wire = LINE_WIRE
 
     def __init__(self, site: Site, conn: Any, greeted: bool = False):
@@ -1380,7 +3415,6 @@ class LineSession(Session):
         self.greeted = greeted  # by the server: then a person is at the keyboard
         self.here: Channel | None = None  # where plain lines go
         self.passed = site.password is None
-        self.tries = 0
         self.wanted_lines = 0  # of a message begun with /lines
         self.collected: list[str] = []
 
@@ -1400,14 +3434,20 @@ class LineSession(Session):
             if self.wanted_lines:
                 self.collect(text)
             elif text[:1] == "/" and text[:2] != "//":
-                line_command.run(self, text[1:])
+                verb, _, rest = text[1:].strip().partition(" ")
+                line_command.run(
+                    self, verb.lower(), lambda most: rest.split(None, most - 1) if most else []
+                )
             elif self.user is None:
                 self.take_name(text)
             else:
                 self.say(text[1:] if text[:2] == "//" else text)
         except Refused as refusal:
-            self.wanted_lines, self.collected = 0, []  # a message with a bad line is none
-            self.tell(str(refusal))
+            self.refuse(refusal)
+
+    def refuse(self, refusal: Refused) -> None:
+        self.wanted_lines, self.collected = 0, []  # a message with a bad line is none
+        self.tell(str(refusal))
 
     def decode(self, line: bytes) -> str:
         if line == TOO_LONG:
@@ -1420,13 +3460,14 @@ class LineSession(Session):
     def say(self, text: str, kind: str = MESSAGE) -> None:
         if self.here is None:
             raise Refused("NOT_IN_CHANNEL", f"you are in no channel; /join {LOBBY}")
+        self.here.member(self.user)  # one may have been put out meanwhile
         self.site.hub.say(self, self.here, text, kind)
 
     def take_name(self, wanted: str) -> None:
         """The first line, or another try after an empty one."""
         if not self.passed:
             raise Refused("PASSWORD_NEEDED", "this server asks for a password: /pass WORD")
-        user = self.site.hub.enter(self, wanted)
+        user = self.site.hub.enter(self, self.site.hub.free_name(wanted))
         self.conn.named()
         if user.name != wanted:
             self.tell(f"you are {user.name}: {why_renamed(wanted, user.name)}")
@@ -1461,6 +3502,21 @@ def named_channel(session: LineSession, name: str) -> Channel:
     return session.here
 
 
+def ban_mask(user: User) -> str:
+    """What keeps this person out: their address, unless everybody here may have the same."""
+    host = user.source.host
+    shared = host.startswith("127.") or host == irc_host("[::1]:0")
+    return f"{user.name}!*@*" if shared else f"*!*@{host}"
+
+
+def change_modes(session: LineSession, channel: Channel, changes: list[ModeChange]) -> None:
+    refusals = session.site.hub.change_modes(session, channel, changes)
+    for refusal in refusals:
+        session.tell(str(refusal))
+    if len(refusals) < len(changes):
+        session.tell(f"the modes of {channel.name}: {channel.modes_text(session.user)}")
+
+
 def tell_topic(session: LineSession, channel: Channel) -> None:
     topic = f"is: {harmless(channel.topic)}" if channel.topic else "is not set"
     session.tell(f"the topic of {channel.name} {topic}")
@@ -1468,7 +3524,7 @@ def tell_topic(session: LineSession, channel: Channel) -> None:
 
 def tell_names(session: LineSession, channel: Channel) -> None:
     """`* #rust 1-3 of 3: @bob, carol, dave`; a crowded channel takes several lines."""
-    names = [("@" if m.operator else "") + user.name for user, m in channel.members.items()]
+    names = channel.names()
     for start in range(0, len(names), NAMES_A_LINE):
         some = names[start : start + NAMES_A_LINE]
         span = f"{start + 1}-{start + len(some)} of {len(names)}"
@@ -1484,10 +3540,7 @@ def line_pass(session: LineSession, word: str) -> None:
     if expected is None or hmac.compare_digest(word.encode(), expected.encode()):
         session.passed = True
         return session.tell("thank you; now your name")
-    session.tries += 1
-    if session.tries >= PASSWORD_TRIES:
-        session.conn.close()
-    raise Refused("WRONG_PASSWORD", f"that is not it (try {session.tries} of {PASSWORD_TRIES})")
+    wrong_password(session)
 
 
 @line_command("help", most=1, nameless=True)
@@ -1535,7 +3588,10 @@ def line_part(session: LineSession, name: str = "") -> None:
 @line_command("names", most=1)
 def line_names(session: LineSession, name: str = "") -> None:
     """/names [#CHANNEL] -- who is in it; @ marks its operators"""
-    tell_names(session, named_channel(session, name))
+    channel = named_channel(session, name)
+    if not channel.visible_to(session.user):
+        channel.member(session.user)
+    tell_names(session, channel)
 
 
 @line_command("list")
@@ -1543,7 +3599,8 @@ def line_list(session: LineSession) -> None:
     """/list -- the channels there are"""
     for channel in session.site.hub.channels.values():
         topic = f": {harmless(channel.topic)}" if channel.topic else ""
-        session.tell(f"{channel.name} ({len(channel.members)}){topic}")
+        if channel.visible_to(session.user):
+            session.tell(f"{channel.name} ({len(channel.members)}){topic}")
 
 
 @line_command("topic", most=1)
@@ -1564,8 +3621,75 @@ def line_me(session: LineSession, text: str) -> None:
 @line_command("nick", 1)
 def line_nick(session: LineSession, wanted: str) -> None:
     """/nick NAME -- take another name"""
-    name = session.site.hub.rename(session, wanted)
+    name = session.site.hub.free_name(wanted, session.user)
+    session.site.hub.rename(session, name)
     session.tell(f"you are {name}" + ("" if name == wanted else f": {why_renamed(wanted, name)}"))
+
+
+@line_command("away", most=1)
+def line_away(session: LineSession, reason: str = "") -> None:
+    """/away [REASON] -- say that you are not here, or without a reason that you are back"""
+    session.site.hub.set_away(session, reason)
+    session.tell(f"you are away: {harmless(session.user.away)}" if reason else "you are back")
+
+
+@line_command("invite", 1, 2)
+def line_invite(session: LineSession, name: str, where: str = "") -> None:
+    """/invite NAME [#CHANNEL] -- ask somebody in, past any limit or ban"""
+    user, channel = session.site.hub.find_user(name), named_channel(session, where)
+    session.site.hub.invite(session, user, channel)
+    session.tell(f"you invited {user.name} to {channel.name}")
+
+
+@line_command("kick", 1, 2)
+def line_kick(session: LineSession, name: str, reason: str = "") -> None:
+    """/kick NAME [REASON] -- put somebody out of the channel you speak in"""
+    user, channel = session.site.hub.find_user(name), named_channel(session, "")
+    session.site.hub.kick(session, channel, user, reason)
+    session.tell(f"you kicked {user.name} from {channel.name}")
+
+
+@line_command("mode", 1)
+def line_mode(session: LineSession, text: str) -> None:
+    """/mode MODES -- change the channel you speak in: /mode +i-t, /mode +o NAME"""
+    channel = named_channel(session, "")
+    letters, *values = text.split()
+    change_modes(session, channel, parse_modes(letters, values))
+
+
+@line_command("ban", most=1)
+def line_ban(session: LineSession, whom: str = "") -> None:
+    """/ban [NAME|MASK] -- keep somebody out of the channel you speak in, and put them out"""
+    channel, user = named_channel(session, ""), session.site.hub.users.get(fold(whom))
+    if not whom:
+        channel.member(session.user)
+        masks = ", ".join(mask.text for mask in channel.lists["b"].values())
+        return session.tell(f"banned from {channel.name}: {harmless(masks) or 'nobody'}")
+    mask = ban_mask(user) if user else full_mask(whom)
+    change_modes(session, channel, [ModeChange(True, "b", mask)])
+    if user in channel.members:
+        session.site.hub.kick(session, channel, user, "banned")
+
+
+@line_command("unban", 1)
+def line_unban(session: LineSession, whom: str) -> None:
+    """/unban NAME|MASK -- let them in again"""
+    channel = named_channel(session, "")
+    wanted, masks = fold(whom), channel.lists["b"].values()
+    found = [m.text for m in masks if wanted in (fold(m.text), fold(m.text.partition("!")[0]))]
+    if not found:
+        raise Refused("NOT_BANNED", f"no ban of {channel.name} is {whom}; /ban lists them")
+    change_modes(session, channel, [ModeChange(False, "b", mask) for mask in found])
+
+
+@line_command("oper", 2)
+def line_oper(session: LineSession, name: str, password: str) -> None:
+    """/oper NAME PASSWORD -- become an operator of this server"""
+
+    def done() -> None:
+        session.tell("you are an operator of this server now: /kick, /ban and /topic work anywhere")
+
+    become_operator(session, name, password, done)
 
 
 @line_command("history", most=2)
@@ -1606,6 +3730,7 @@ def line_lines(session: LineSession, count: str) -> None:
 @line_command("quit", nameless=True)
 def line_quit(session: LineSession) -> None:
     """/quit -- leave"""
+    session.parting = "Quit"
     session.conn.close()
 
 
@@ -1621,7 +3746,6 @@ IRC_FIRST = re.compile(rb"(?:@\S* +)?(?:CAP|NICK|USER|PASS|AUTHENTICATE|PING|QUI
 HTTP_FIRST = re.compile(rb".* HTTP/1\.[01]$")
 
 GOODBYES = {  # for the dialects that are not spoken here: never taken for a name
-    "irc": b"ERROR :This server does not speak IRC yet; connect with netcat and type a name\r\n",
     "http": b"HTTP/1.1 501 Not Implemented\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
     b"This is a chat server without web pages; connect with netcat and type a name.\n",
 }
@@ -2439,6 +4563,10 @@ class ServerOptions(NamedTuple):
     flood: tuple[float, float] | None = (FLOOD_BURST, FLOOD_RATE)
     max_clients: int | None = None  # None: what the descriptor limit allows
     max_per_address: int = PER_ADDRESS
+    name: str = SERVER_NAME
+    network: str = SERVER_NAME
+    oper: tuple[tuple[str, str], ...] = ()  # names and passwords
+    motd: pathlib.Path | None = None
 
 
 def address_text(host: str, port: int) -> str:
@@ -2452,6 +4580,7 @@ class Peer(Connection):
         "address",
         "budget",
         "greeted",
+        "heard",
         "held",
         "host",
         "inbox",
@@ -2469,6 +4598,7 @@ class Peer(Connection):
         self.inbox: LineBuffer | None = None  # until something comes: many never speak
         self.session: Session | None = None
         self.budget: Budget | None = None
+        self.heard = server.loop.now  # when, last
         self.greeted = False
         self.held = False  # its lines wait for an answer ...
         self.resuming = False  # ... or for resume(), which is on its way
@@ -2479,6 +4609,12 @@ class Peer(Connection):
     def named(self) -> None:
         """The session has a name: no more hurry."""
         self.server.unnamed.discard(self)
+        if self.session.probed:
+            self.server.probed.add(self)
+
+    @property
+    def secure(self) -> bool:
+        return self.tls is not None
 
     @property
     def gone(self) -> bool:
@@ -2488,6 +4624,7 @@ class Peer(Connection):
         """Leave. The connection is closed behind the last thing that this turn gives it."""
         if not self.leaving:
             self.leaving = True
+            self.server.unnamed.discard(self)
             if self.inbox:
                 self.inbox.lines.clear()
             if self.session:
@@ -2506,6 +4643,7 @@ class Peer(Connection):
         super().ready(mask if self.wants_read() or self.state != OPEN else mask & ~READ)
 
     def received(self, data: bytes) -> None:
+        self.heard = self.loop.now
         if self.inbox is None:
             self.server.silent.discard(self)
             if self.tls is None and TLS_FIRST_BYTES.startswith(data[:2]):
@@ -2611,7 +4749,7 @@ class Listener:
         """No descriptors, or no memory. Who waits is told so on the descriptor we have
         spare for that; where even this is not possible, asking again at once would spin."""
         log.warning("cannot accept: %s; raise the limit (ulimit -n)", reason_of(error))
-        if self.server.turn_away_on_spare(self.sock):
+        if self.server.door.turn_away_all(self.sock):
             return
         self.server.loop.selector.unregister(self.sock)
         self.server.loop.call_later(ACCEPT_BACKOFF, self._come_back)
@@ -2651,6 +4789,14 @@ def descriptor_limit() -> int:
     return soft
 
 
+def read_motd(path: pathlib.Path | None) -> list[str]:
+    """Its lines, as they can be shown. Raises Unusable."""
+    try:
+        return harmless(path.read_text()).expandtabs().splitlines() if path else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise Unusable(f"cannot read the message of the day {path}: {error}") from error
+
+
 def server_tls_context(options: ServerOptions) -> Any:
     if not options.tls_cert:
         if options.tls_key:
@@ -2666,48 +4812,34 @@ def server_tls_context(options: ServerOptions) -> Any:
     return context
 
 
-class Server:
-    """Everything of one running server."""
+class Door:
+    """Who may come in: so many in all, and so many from one address. Who may not is told
+    which limit it is, and so is everybody who waits when there are no descriptors left."""
 
-    def __init__(self, loop: Loop, options: ServerOptions):
-        self.loop, self.options = loop, options
-        self.tls_context = server_tls_context(options)
-        path = options.data / "chat.db" if options.data else None
-        self.store = Store(path, options.keep)
-        self.hub = Hub(self.store.last_id, self.store.last_time)
-        self.site = Site(self.hub, self.store, self.later, options.password)
-        self.helpers = Helpers(loop)
-        self.peers: set[Peer] = set()
-        self.per_address: collections.Counter[str] = collections.Counter()
+    def __init__(self, options: ServerOptions):
         room = max(descriptor_limit() - SPARE_DESCRIPTORS, SPARE_DESCRIPTORS)
-        self.max_clients = options.max_clients or room
-        self.silent = Delay(loop, GREETING_SECONDS, self.greet)
-        self.unnamed = Delay(loop, NAMING_SECONDS, self.evict)
-        self.slow = Delay(loop, SLOW_SECONDS, self.drop_slow)
-        self.leaving: list[Peer] = []  # to be closed once this turn is written
-        self.jobs: list[tuple[str, Callable, Callable]] = []  # for helpers, after the commit
+        self.most = options.max_clients or room
+        self.most_per_address = options.max_per_address
+        self.inside = 0
+        self.per_address: collections.Counter[str] = collections.Counter()
         self.spare = spare_descriptor()
-        self.losing = False  # the store is; it has been logged
-        self.checkpoint_due = False
-        self.stopping = False
-        self.listeners = [Listener(self, *address) for address in options.listen]
-        loop.turn_begins = self.begin_turn
-        loop.turn_ends = self.end_turn
 
-    # Coming
-
-    def admit(self, sock: socket.socket, host: str, port: int) -> None:
-        """A connection has been accepted: it becomes a peer, or is told why not."""
-        if len(self.peers) >= self.max_clients:
-            return self.turn_away(sock, host, f"this server is full: {self.max_clients} clients")
-        if self.per_address[host] >= self.options.max_per_address and not is_loopback(host):
-            text = f"too many connections from {host}: {self.options.max_per_address} at most"
-            return self.turn_away(sock, host, f"{text} (--max-per-address)")
-        peer = Peer(self, sock, host, port)
-        self.peers.add(peer)
+    def enter(self, host: str) -> str:
+        """Count somebody in; or say why not."""
+        if self.inside >= self.most:
+            return f"this server is full: {self.most} clients"
+        if self.per_address[host] >= self.most_per_address and not is_loopback(host):
+            text = f"too many connections from {host}: {self.most_per_address} at most"
+            return f"{text} (--max-per-address)"
+        self.inside += 1
         self.per_address[host] += 1
-        self.silent.add(peer)
-        self.unnamed.add(peer)
+        return ""
+
+    def leave(self, host: str) -> None:
+        self.inside -= 1
+        self.per_address[host] -= 1
+        if not self.per_address[host]:
+            del self.per_address[host]
 
     def turn_away(self, sock: socket.socket, host: str, text: str) -> None:
         log.warning("%s turned away: %s", host, text)
@@ -2716,8 +4848,8 @@ class Server:
             sock.send(f"* {text}; try again later\n".encode())
         sock.close()
 
-    def turn_away_on_spare(self, listening: socket.socket) -> bool:
-        """Tell everybody in the backlog that there is no room; whether that went well."""
+    def turn_away_all(self, listening: socket.socket) -> bool:
+        """Everybody in the backlog, on the spare descriptor; whether that went well."""
         if self.spare is None:
             return False
         os.close(self.spare)
@@ -2731,15 +4863,145 @@ class Server:
             self.spare = spare_descriptor()
         return True
 
+    def close(self) -> None:
+        if self.spare is not None:
+            os.close(self.spare)
+
+
+class Keeper:
+    """The commit beat, and what the store needs besides: checkpoints and pruning."""
+
+    def __init__(self, loop: Loop, store: Store, helpers: Helpers):
+        self.loop, self.store, self.helpers = loop, store, helpers
+        self.losing = False  # the store is; it has been logged
+        self.checkpoint_due = False
+
+    def commit(self, turn: Turn) -> bool:
+        """The turn's events are stored, or never will be; False: not yet."""
+        outcome = self.store.commit(turn.events, self.loop.now)
+        if outcome == BUSY:
+            self.loop.call_later(BUSY_RETRY_SECONDS, do_nothing)
+            return False
+        if outcome == LOST:
+            turn.not_kept(self.store.trouble)
+        if self.losing != (outcome == LOST):
+            self.losing = not self.losing
+            if self.losing:
+                log.error("history is not being kept: %s", self.store.trouble)
+            else:
+                log.warning("history is being kept again")
+        if self.store.path and not self.checkpoint_due:
+            self.checkpoint_due = True
+            self.loop.call_later(CHECKPOINT_SECONDS, self.checkpoint)
+        return True
+
+    def prune(self, idle: bool) -> None:
+        if self.store.prune(idle) and idle:
+            self.loop.call_soon(do_nothing)  # and another slice in the next turn
+
+    def checkpoint(self) -> None:
+        def done(error: Exception | None) -> None:
+            self.checkpoint_due = False
+            if error and not self.losing:
+                log.error("checkpoint: %s", error)
+
+        self.helpers.submit(self, self.store.checkpoint, done)
+
+
+class Server:
+    """Everything of one running server."""
+
+    def __init__(self, loop: Loop, options: ServerOptions):
+        self.loop, self.options = loop, options
+        self.tls_context = server_tls_context(options)
+        path = options.data / "chat.db" if options.data else None
+        self.store = Store(path, options.keep)
+        self.hub = Hub(self.store.last_id, self.store.last_time)
+        operators = {name: make_secret(word) for name, word in options.oper}
+        self.site = Site(
+            self.hub,
+            self.store,
+            self.later,
+            self,
+            options.password,
+            options.name,
+            options.network,
+            operators,
+        )
+        self.motd = read_motd(options.motd)
+        self.helpers = Helpers(loop)
+        self.peers: set[Peer] = set()
+        self.door = Door(options)
+        self.silent = Delay(loop, GREETING_SECONDS, self.greet)
+        self.unnamed = Delay(loop, NAMING_SECONDS, self.evict)
+        self.slow = Delay(loop, SLOW_SECONDS, self.drop_slow)
+        self.probed = Delay(loop, PONG_SECONDS, self.probe)
+        self.leaving: list[Peer] = []  # to be closed once this turn is written
+        self.jobs: list[tuple[str, Callable, Callable]] = []  # for helpers, after the commit
+        self.keeper = Keeper(loop, self.store, self.helpers)
+        self.stopping = self.restarting = False
+        self.listeners = [Listener(self, *address) for address in options.listen]
+        loop.turn_begins = self.begin_turn
+        loop.turn_ends = self.end_turn
+
+    # Coming
+
+    def admit(self, sock: socket.socket, host: str, port: int) -> None:
+        """A connection has been accepted: it becomes a peer, or is told why not."""
+        if refusal := self.door.enter(host):
+            return self.door.turn_away(sock, host, refusal)
+        peer = Peer(self, sock, host, port)
+        self.peers.add(peer)
+        self.silent.add(peer)
+        self.unnamed.add(peer)
+
     def greet(self, peer: Peer) -> None:
         peer.greeted = True
         peer.write(GREETING)
 
     def evict(self, peer: Peer) -> None:
-        peer.write(
-            f"* no name after {NAMING_SECONDS:.0f} seconds; come back when you have one\n".encode()
-        )
+        text = f"no name after {NAMING_SECONDS:.0f} seconds; come back when you have one"
+        if peer.session:
+            peer.session.farewell(text)
+        else:
+            peer.write(f"* {text}\n".encode())
         peer.close()
+
+    def probe(self, peer: Peer) -> None:
+        """Now and then: has anything been heard of this one? TCP tells us only of those
+        who said goodbye."""
+        silent = self.loop.now - peer.heard
+        if silent >= PING_SECONDS + PONG_SECONDS:
+            return self.let_go(peer, f"Ping timeout: {silent:.0f} seconds")
+        if silent >= PING_SECONDS:
+            peer.session.probe()
+        self.probed.add(peer)
+
+    def let_go(self, peer: Peer, reason: str) -> None:
+        """Close one's connection, and say why to everybody who is told."""
+        peer.session.parting = reason
+        peer.session.farewell(f"Closing link: {reason}")
+        peer.close()
+
+    # What operators may ask for
+
+    def nameless(self) -> int:
+        return len(self.unnamed.waiting)
+
+    def rehash(self, session: Session) -> None:
+        """Read again what may have changed: what cannot be read stays as it was."""
+
+        def read() -> tuple[Any, list[str]]:
+            return server_tls_context(self.options), read_motd(self.options.motd)
+
+        def use(result: tuple[Any, list[str]]) -> None:
+            self.tls_context, self.motd = result
+
+        self.later(session, read, use)
+
+    def restart(self) -> None:
+        self.restarting = True
+        self.stop()
 
     def start_tls(self, peer: Peer, data: bytes) -> None:
         if self.tls_context is None:
@@ -2794,7 +5056,10 @@ class Server:
             peer.write(GOODBYES[dialect])
             peer.close()
             return False
-        peer.session = LineSession(self.site, peer, peer.greeted)
+        if dialect == "irc":
+            peer.session = IrcSession(self.site, peer)
+        else:
+            peer.session = LineSession(self.site, peer, peer.greeted)
         return True
 
     def later(self, session: Session, job: Callable, then: Callable) -> None:
@@ -2803,19 +5068,21 @@ class Server:
         peer = session.conn
         peer.held = True
         peer.update()
+        self.jobs.append((peer.host, job, functools.partial(self.answer, session, then)))
 
-        def done(result: Any) -> None:
-            peer.held = False
-            peer.resume_soon()
-            if peer.gone or peer.leaving:
-                return
+    def answer(self, session: Session, then: Callable, result: Any) -> None:
+        peer = session.conn
+        peer.held = False
+        peer.resume_soon()
+        if peer.gone or peer.leaving:
+            return
+        try:
             if isinstance(result, Exception):
                 log.error("a job for %s failed: %s", peer.address, result)
-                session.notice("that cannot be answered just now; try again later")
-            else:
-                then(result)
-
-        self.jobs.append((peer.host, job, done))
+                raise Refused("TRY_AGAIN", "that cannot be answered just now; try again later")
+            then(result)
+        except Refused as refusal:
+            session.refuse(refusal)
 
     # The commit and the write beat
 
@@ -2824,7 +5091,7 @@ class Server:
 
     def end_turn(self) -> None:
         turn = self.hub.turn
-        if turn.events and not self.commit(turn):
+        if turn.events and not self.keeper.commit(turn):
             return
         if turn.apart:  # whoever did something, or was answered
             try:
@@ -2834,31 +5101,12 @@ class Server:
         if self.leaving or self.jobs:
             self._after_writing()
         if self.store.excess or self.store.orphans:
-            self.prune(idle=not turn.events)
+            self.keeper.prune(idle=not turn.events)
 
     def deliver(self, turn: Turn) -> None:
         for data, sessions in turn.deliveries():
             for session in sessions:
                 session.conn.write_now(data)
-
-    def commit(self, turn: Turn) -> bool:
-        """The turn's events are stored, or never will be; False: not yet."""
-        outcome = self.store.commit(turn.events, self.loop.now)
-        if outcome == BUSY:
-            self.loop.call_later(BUSY_RETRY_SECONDS, do_nothing)
-            return False
-        if outcome == LOST:
-            turn.not_kept(self.store.trouble)
-        if self.losing != (outcome == LOST):
-            self.losing = not self.losing
-            if self.losing:
-                log.error("history is not being kept: %s", self.store.trouble)
-            else:
-                log.warning("history is being kept again")
-        if self.store.path and not self.checkpoint_due:
-            self.checkpoint_due = True
-            self.loop.call_later(CHECKPOINT_SECONDS, self.checkpoint)
-        return True
 
     def _after_writing(self) -> None:
         leaving, self.leaving = self.leaving, []
@@ -2877,18 +5125,6 @@ class Server:
     def _answer(self, job: Callable, done: Callable) -> None:
         done(attempt(job))
 
-    def prune(self, idle: bool) -> None:
-        if self.store.prune(idle) and idle:
-            self.loop.call_soon(do_nothing)  # and another slice in the next turn
-
-    def checkpoint(self) -> None:
-        def done(error: Exception | None) -> None:
-            self.checkpoint_due = False
-            if error and not self.losing:
-                log.error("checkpoint: %s", error)
-
-        self.helpers.submit(self, self.store.checkpoint, done)
-
     # Going
 
     def lost(self, peer: Peer, reason: str) -> None:
@@ -2900,8 +5136,10 @@ class Server:
             peer.address,
             reason,
         )
-        for delay in (self.silent, self.unnamed, self.slow):
+        for delay in (self.silent, self.unnamed, self.slow, self.probed):
             delay.discard(peer)
+        if peer.session and not peer.session.parting:
+            peer.session.parting = reason
         peer.eof = True
         if peer.inbox and not peer.leaving:
             self.act(peer)
@@ -2913,9 +5151,7 @@ class Server:
         if peer not in self.peers:
             return
         self.peers.discard(peer)
-        self.per_address[peer.host] -= 1
-        if not self.per_address[peer.host]:
-            del self.per_address[peer.host]
+        self.door.leave(peer.host)
         if peer.session:
             peer.session.ended()
         if self.stopping and not self.peers:
@@ -2934,7 +5170,7 @@ class Server:
             listener.close()
         for peer in list(self.peers):
             if peer.session:
-                peer.session.notice("the server is going down")
+                peer.session.farewell("the server is going down")
                 peer.session.abandoned()
             peer.close()
         self.loop.call_later(STOP_SECONDS, self.loop.stop)
@@ -2947,8 +5183,7 @@ class Server:
             self.store.commit(self.hub.turn.events, self.loop.now)
         self.helpers.close()
         self.store.close()
-        if self.spare is not None:
-            os.close(self.spare)
+        self.door.close()
 
 
 # ======================================================================================
@@ -4256,6 +6491,13 @@ def positive(text: str) -> int:
     return number
 
 
+def host_name(text: str) -> str:
+    """One word that can stand in a line of IRC."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", text):
+        raise argparse.ArgumentTypeError(f"{text}: letters, digits, dots and hyphens, please")
+    return text
+
+
 def secret_option(text: str) -> str:
     """A password as it is, or @FILE that holds it, or "" to be asked for it."""
     if not text:
@@ -4268,6 +6510,13 @@ def secret_option(text: str) -> str:
         return pathlib.Path(text[1:]).read_text().strip()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text[1:]}: {reason_of(error)}") from None
+
+
+def operator_option(text: str) -> tuple[str, str]:
+    name, colon, password = text.partition(":")
+    if not name or not colon or " " in name:
+        raise argparse.ArgumentTypeError("write NAME:PASSWORD, NAME:@FILE, or NAME: to be asked")
+    return name, secret_option(password)
 
 
 def lock_folder(folder: pathlib.Path) -> int:
@@ -4310,6 +6559,7 @@ def how_to_join(server: Server) -> str:
         f"terminal: python3 chat.py client NAME{option}",
         f"window:   python3 gui_client.py NAME{option}",
         f"netcat:   nc {elsewhere} {port}",
+        f"IRC:      /server add chat {elsewhere}/{port} (WeeChat), or {elsewhere} port {port}",
     ]
     return "\n".join(lines)
 
@@ -4329,6 +6579,8 @@ def run_server(args: argparse.Namespace) -> int:
     server.close()
     if lock is not None:
         os.close(lock)
+    if server.restarting:
+        os.execv(sys.executable, sys.orig_argv)
     return 0
 
 
@@ -4381,6 +6633,10 @@ def command_line() -> argparse.ArgumentParser:
     add("--keep", type=positive, metavar="N", help="events kept of each channel")
     add("--password", type=secret_option, nargs="?", const="", metavar="PW", help="or @FILE")
     add("--flood", type=flood_limits, default=(FLOOD_BURST, FLOOD_RATE), metavar="BURST,RATE|off")
+    add("--name", type=host_name, default=SERVER_NAME, metavar="HOST", help="of this server")
+    add("--network", type=host_name, default=SERVER_NAME, metavar="NAME")
+    add("--oper", type=operator_option, action="append", default=[], metavar="NAME:PASSWORD")
+    add("--motd", type=pathlib.Path, metavar="FILE", help="message of the day, for IRC")
     add("--max-clients", type=positive, metavar="N")
     add("--max-per-address", type=positive, default=PER_ADDRESS, metavar="N")
     add("--log", default="info", choices=("debug", "info", "warning", "error"))
