@@ -117,7 +117,7 @@ MODES_BYTES = 300  # of one change of modes: as for topics
 INVITATIONS = 50  # of one user, not yet used
 WATCHED = 100  # names that one session monitors
 FORMER_USERS = 1000  # remembered for WHOWAS
-FITS_ALWAYS = 70  # characters, of 4 bytes each, fit in a line behind the longest head
+FITS_ALWAYS = 300  # bytes that fit in a line of IRC behind the longest mask and channel
 TARGETS = 20  # of one PRIVMSG
 HOST_BYTES = 46  # an IPv6 address and a zero before it
 CAP_BYTES = MOTD_BYTES = WHOIS_BYTES = HELP_BYTES = 380  # of a list in a line of IRC
@@ -207,11 +207,15 @@ class Source(NamedTuple):
     address: str  # HOST:PORT; an IPv6 host in brackets
     username: str = ""  # what they call themselves, unverified ...
     host: str = ""  # ... and where they are, as IRC writes it
+    mask: str = ""  # nick!user@host (RFC 2812 section 2.3.1), of which hostmasks are patterns
 
-    @property
-    def mask(self) -> str:
-        """nick!user@host (RFC 2812 section 2.3.1), of which hostmasks are patterns."""
-        return f"{self.name}!{self.username}@{self.host}"
+
+def source_of(name: str, address: str, username: str) -> Source:
+    """With its mask, which is asked for with every message."""
+    host = address.rpartition(":")[0].strip("[]")
+    if host.startswith(":"):  # a word of IRC cannot begin with one
+        host = f"0{host}"
+    return Source(name, address, username, host, f"{name}!{username}@{host}")
 
 
 class Event(NamedTuple):
@@ -736,12 +740,6 @@ def sessions_by_wire(users: "Iterable[User]") -> "dict[Any, list[Session]]":
         for session in user.sessions:
             found.setdefault(session.wire, []).append(session)
     return found
-
-
-def irc_host(address: str) -> str:
-    """HOST:PORT -> the host as IRC writes it, where a word cannot begin with a colon."""
-    host = address.rpartition(":")[0].strip("[]")
-    return f"0{host}" if host.startswith(":") else host
 
 
 class User:
@@ -1493,8 +1491,7 @@ class Hub:
     ) -> User:
         """A session becomes a user, under a name that free_name() or check_name() allowed."""
         self.last_id += 1
-        address = session.conn.address
-        source = Source(name, address, username, irc_host(address))
+        source = source_of(name, session.conn.address, username)
         user = User(source, realname or name, self.last_id, self.now)
         user.last_time = self.last_time
         user.sessions.append(session)
@@ -1630,7 +1627,7 @@ class Hub:
         if fold(name) != user.key:
             self._was(user)
         del self.users[user.key]
-        was, source = user.key, user.source._replace(name=name)
+        was, source = user.key, source_of(name, user.source.address, user.source.username)
         user.called(source)
         self.users[user.key] = user
         if user.key != was:
@@ -1862,7 +1859,7 @@ def event_of(
     text: str,
 ) -> Event:
     """A row of the store, read back."""
-    source = Source(name, address, username, irc_host(address))
+    source = source_of(name, address, username)
     return Event(id, time_ms, kind, source, None, text, about)
 
 
@@ -1914,20 +1911,10 @@ class Store:
     def _write(self, events: list[Event], now: float) -> None:
         self.db.execute("BEGIN IMMEDIATE")
         rows = [
-            (
-                self._target(key),
-                e.id,
-                e.time,
-                e.kind,
-                e.source.name,
-                e.source.address,
-                e.text,
-                e.source.username,
-                e.about,
-            )
-            for e in events
-            if e.kind not in PASSING
-            for key in e.audience.keys
+            (self._target(key), id, when, kind, who.name, who.address, text, who.username, about)
+            for id, when, kind, who, audience, text, about, _ in events
+            if kind not in PASSING
+            for key in audience.keys
         ]
         self.db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
         if now >= self.tally_due:  # not every turn: it is a second page to write
@@ -1935,8 +1922,8 @@ class Store:
             self._tally()
         self.db.execute("COMMIT")
         self.unsure.clear()
-        for row in rows:
-            self.counts[row[0]] += 1
+        for target, count in collections.Counter(row[0] for row in rows).items():
+            self.counts[target] += count
 
     def _tally(self) -> None:
         """Write down how many rows the targets lately written to have, and see which ones
@@ -2519,6 +2506,8 @@ def check_server(session: IrcSession, name: str) -> None:
 
 def each(session: IrcSession, names: str, act: Callable[[str], None]) -> None:
     """Do it for every name of a list; what is refused for one is done for the others."""
+    if "," not in names:
+        return act(names)
     for name in dict.fromkeys(filter(None, names.split(","))):
         try:
             act(name)
@@ -2652,7 +2641,7 @@ def irc_quit(session: IrcSession, reason: str = "") -> None:
 
 def check_room(session: IrcSession, name: str, text: str) -> None:
     """Raise Refused if a line with the sender before it, as others get it, is too long."""
-    if len(text) <= FITS_ALWAYS:
+    if len(text) * (1 if text.isascii() else 4) <= FITS_ALWAYS:
         return
     room = IRC_BYTES - 2 - len(f":{session.user.source.mask} PRIVMSG {name} :".encode())
     if len(text.encode()) > room:
@@ -2685,11 +2674,9 @@ def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> None:
         raise Refused("NO_RECIPIENT", "to whom?")
     if not text:
         raise Refused("NO_TEXT", "there is nothing to say")
-    names = targets.split(",")
-    for name in names[TARGETS:]:
-        refusal = Refused("TOO_MANY_TARGETS", f"{TARGETS} targets at most", name)
-        session.refuse(refusal)
-    each(session, ",".join(names[:TARGETS]), lambda name: say(session, name, text))
+    if targets.count(",") >= TARGETS:
+        raise Refused("TOO_MANY_TARGETS", f"{TARGETS} targets at most; nobody got it", targets)
+    each(session, targets, lambda name: say(session, name, text))
 
 
 @irc_command("NOTICE", most=2)
@@ -3505,7 +3492,7 @@ def named_channel(session: LineSession, name: str) -> Channel:
 def ban_mask(user: User) -> str:
     """What keeps this person out: their address, unless everybody here may have the same."""
     host = user.source.host
-    shared = host.startswith("127.") or host == irc_host("[::1]:0")
+    shared = host.startswith("127.") or host == "0::1"
     return f"{user.name}!*@*" if shared else f"*!*@{host}"
 
 
