@@ -1001,7 +1001,7 @@ class Channel:
             (
                 self.limit is not None and len(self.members) >= self.limit,
                 "CHANNEL_FULL",
-                f"it is full: {self.limit} members at most (+l)",
+                f"it is full (+l {self.limit})",
             ),
         )
         for stands, code, text in obstacles:
@@ -1410,6 +1410,8 @@ class Turn:
 
 def change_rank(hub: "Hub", user: User, channel: Channel, change: ModeChange) -> ModeChange | None:
     """Everybody may step down; else it takes a rank to make one."""
+    if not change.value:
+        raise Refused("NEED_MORE_PARAMS", f"to whom? MODE {channel.name} +o <nickname>", "MODE")
     steps_down = not change.on and fold(change.value) == user.key
     channel.require(user, "v" if steps_down else RANK_NEEDED[change.letter])
     other = hub.find_user(change.value)
@@ -2896,7 +2898,7 @@ def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) ->
     queries = {c.letter: None for c in changes if c.letter in MASK_LISTS and not c.value}
     for letter in queries:
         tell_masks(session, channel, letter)
-    changes = [c for c in changes if c.value or c.letter not in RANKS + MASK_LISTS]
+    changes = [c for c in changes if c.value or c.letter not in MASK_LISTS]
     for refusal in session.site.hub.change_modes(session, channel, changes):
         session.refuse(refusal)
 
@@ -3497,11 +3499,9 @@ def ban_mask(user: User) -> str:
 
 
 def change_modes(session: LineSession, channel: Channel, changes: list[ModeChange]) -> None:
-    refusals = session.site.hub.change_modes(session, channel, changes)
-    for refusal in refusals:
-        session.tell(str(refusal))
-    if len(refusals) < len(changes):
-        session.tell(f"the modes of {channel.name}: {channel.modes_text(session.user)}")
+    """Raises Refused for what cannot be done; the rest is."""
+    for refusal in session.site.hub.change_modes(session, channel, changes):
+        raise refusal
 
 
 def tell_topic(session: LineSession, channel: Channel) -> None:
@@ -3548,6 +3548,8 @@ def line_tell(session: LineSession, name: str, text: str) -> None:
     audience = session.site.hub.find_audience(session, name)
     session.site.hub.say(session, audience, text)
     session.tell(f"told {name}: {harmless(text)}")
+    if isinstance(audience, Conversation) and (away := audience.partner(session.user).away):
+        session.tell(f"{name} is away: {harmless(away)}")
 
 
 @line_command("join", 1)
@@ -3642,6 +3644,7 @@ def line_mode(session: LineSession, text: str) -> None:
     channel = named_channel(session, "")
     letters, *values = text.split()
     change_modes(session, channel, parse_modes(letters, values))
+    session.tell(f"the modes of {channel.name}: {channel.modes_text(session.user)}")
 
 
 @line_command("ban", most=1)
@@ -3654,6 +3657,7 @@ def line_ban(session: LineSession, whom: str = "") -> None:
         return session.tell(f"banned from {channel.name}: {harmless(masks) or 'nobody'}")
     mask = ban_mask(user) if user else full_mask(whom)
     change_modes(session, channel, [ModeChange(True, "b", mask)])
+    session.tell(f"you banned {mask} from {channel.name}")
     if user in channel.members:
         session.site.hub.kick(session, channel, user, "banned")
 
@@ -3667,6 +3671,7 @@ def line_unban(session: LineSession, whom: str) -> None:
     if not found:
         raise Refused("NOT_BANNED", f"no ban of {channel.name} is {whom}; /ban lists them")
     change_modes(session, channel, [ModeChange(False, "b", mask) for mask in found])
+    session.tell(f"you let {', '.join(map(harmless, found))} into {channel.name} again")
 
 
 @line_command("oper", 2)
@@ -4019,8 +4024,14 @@ class ClientCore:
         if start == "1":
             self.rooms[where] = {}
         for name in names.split(", "):
-            self._is_here(name.removeprefix("@"), where)
+            self._is_here(name.lstrip("~&@%+"), where)  # ranks; no name begins with one
         return [View(PEOPLE, names, where=where, line=line)]
+
+    def _kicked(self, line: str, name: str, where: str) -> list[View]:
+        self.rooms.get(where, {}).pop(name, None)
+        if name == self.name and where != LOBBY:  # the lobby is where we come back to
+            self.rooms.pop(where, None)
+        return [View(TOLD, line.removeprefix("* "), line=line), View(PEOPLE)]
 
     def _renamed(self, line: str, old: str, new: str) -> list[View]:
         for where, room in self.rooms.items():
@@ -4062,6 +4073,8 @@ class ClientCore:
             (r"(\* (\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ) (.*))", _history),
             (r"(\* that was [\d,]+ messages?)", _history_end),
             (r"(\* (#\S+) (\d+)-\d+ of \d+: (.*))", _names),
+            (r"(\* \S+ kicked (\S+) from (#\S+): .*)", _kicked),
+            (r"(\* you kicked (\S+) from (#\S+))", _kicked),
             (r"(\* (\S+) is now called (\S+))", _renamed),
             (r"(\* you are (\S+?)(?:[:;] .*)?)", _you_are),
             (r"(\* you speak in (#\S+) now)", _you_speak_in),
@@ -5064,6 +5077,8 @@ class Server:
         if peer.gone or peer.leaving:
             return
         try:
+            if isinstance(result, ChatError):
+                raise Refused("UNUSABLE", str(result))
             if isinstance(result, Exception):
                 log.error("a job for %s failed: %s", peer.address, result)
                 raise Refused("TRY_AGAIN", "that cannot be answered just now; try again later")

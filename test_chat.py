@@ -57,18 +57,24 @@ def seeded(request):
 class FakeConn:
     """What a session knows of its connection, remembering what it was told."""
 
-    secure = False
+    secure = gone = False
 
     def __init__(self, address):
         self.address = address
         self.out = b""
-        self.closed = self.gone = False
+        self.closed = False
+        self.session = None
 
     def named(self):
         pass
 
     def close(self):
-        self.closed = True
+        if not self.closed:
+            self.closed = True
+            self.session.ended()
+
+
+BOSS = chat.make_secret("secret")
 
 
 class House:
@@ -78,19 +84,38 @@ class House:
         self.now = 1_000_000.0
         self.store = store or chat.Store(None)
         self.hub = chat.Hub(self.store.last_id, self.store.last_time)
-        self.site = chat.Site(self.hub, self.store, self.later, self, password)
+        operators = {"boss": BOSS}
+        self.site = chat.Site(self.hub, self.store, self.later, self, password, operators=operators)
         self.motd = []
+        self.asked_for = []  # what operators did with the server
         self.jobs = []
         self.guests = {}
         self.hub.begin(self.now)
 
     def later(self, session, job, then):
-        self.jobs.append((job, then))
+        self.jobs.append((session, job, then))
+
+    def nameless(self):
+        return sum(session.user is None for session in self.guests.values())
+
+    def rehash(self, session):
+        self.asked_for.append("rehash")
+
+    def stop(self):
+        self.asked_for.append("stop")
+
+    def restart(self):
+        self.asked_for.append("restart")
 
     def connect(self, label, greeted=False):
-        address = f"127.0.0.1:{50000 + len(self.guests)}"
-        self.guests[label] = chat.LineSession(self.site, FakeConn(address), greeted)
-        return self.guests[label]
+        conn = FakeConn(f"127.0.0.1:{50000 + len(self.guests)}")
+        self.guests[label] = conn.session = chat.LineSession(self.site, conn, greeted)
+        return conn.session
+
+    def connect_irc(self, label):
+        conn = FakeConn(f"127.0.0.1:{50000 + len(self.guests)}")
+        self.guests[label] = conn.session = chat.IrcSession(self.site, conn)
+        return conn.session
 
     def enter(self, *names):
         """People come in, each in a turn of their own, and nobody has heard anything yet."""
@@ -100,9 +125,19 @@ class House:
         for session in self.guests.values():
             session.conn.out = b""
 
+    def enter_irc(self, *names):
+        """The same with IRC clients."""
+        for name in names:
+            self.connect_irc(name)
+            self.say(name, f"NICK {name}", "USER u 0 * :Real Name")
+            self.turn()
+        for session in self.guests.values():
+            session.conn.out = b""
+
     def say(self, label, *lines):
         for line in lines:
-            self.guests[label].receive(line if isinstance(line, bytes) else line.encode())
+            if not self.guests[label].conn.closed:  # what follows a QUIT is not looked at
+                self.guests[label].receive(line if isinstance(line, bytes) else line.encode())
 
     def turn(self):
         """The commit and the write beat, and what helpers were asked for."""
@@ -118,8 +153,11 @@ class House:
         self.hub.begin(self.now)
         if self.jobs:
             jobs, self.jobs = self.jobs, []
-            for job, then in jobs:
-                then(job())
+            for session, job, then in jobs:
+                try:
+                    then(job())
+                except chat.Refused as refusal:
+                    session.refuse(refusal)
             self.turn()
 
     def heard(self, label):
@@ -810,6 +848,1734 @@ def test_one_user_cannot_fill_the_table_of_channels():
 
 
 # ======================================================================================
+# IRC DIALECT
+# ======================================================================================
+
+# Alice, Bob and Carol have IRC clients, Dora has netcat; each line in and all it causes:
+#
+#     +erin             another IRC client connects
+#     +#a alice bob     they are in #a already
+#     alice> LINE       she sends that; a turn ends
+#     bob< LINE         he hears that. Names stand for masks, and the server's is left out
+IRC_TRANSCRIPTS = r"""
+=== registration: a name, USER, and the welcome in its order
++erin
+erin> NICK erin
+erin> USER erin 0 * :Erin
+erin< 001 erin :Welcome to chat.py, erin!~erin@127.0.0.1
+erin< 002 erin :Your host is chat.py, running chat.py/0.2
+erin< 003 erin :This server was started WHEN
+erin< 004 erin chat.py chat.py-0.2 BRiow CIRabehiklmnoqstv Iabehkloqv
+erin< 005 erin ...
+erin< 005 erin ...
+erin< 005 erin ...
+erin< 251 erin :There are 5 users and 0 invisible on 1 servers
+erin< 252 erin 0 :operators online
+erin< 253 erin 0 :connections without a name yet
+erin< 254 erin 1 :channels formed
+erin< 255 erin :I have 5 clients and 0 servers
+erin< 265 erin 5 5 :Current local users 5, max 5
+erin< 266 erin 5 5 :Current global users 5, max 5
+erin< 375 erin :- chat.py Message of the day
+erin< 372 erin :- Welcome
+erin< 376 erin :End of MOTD
+erin< 221 erin +
+=== registration: PING is answered before, other commands are not
++erin
+erin> PING before
+erin< PONG chat.py :before
+erin> JOIN #a
+erin< 451 * :a name first, please; then commands
+erin> FOO
+erin< 421 * FOO :there is no FOO; help lists what there is
+erin> NOTICE alice :hello
+erin< 451 * :a name first, please; then commands
+erin> PONG x
+erin> ERROR :nothing
+=== registration: a name that is taken, or cannot be one, can be tried again
++erin
+erin> NICK
+erin< 431 * :which name?
+erin> NICK :
+erin< 431 * :which name?
+erin> NICK *
+erin< 432 * * :names have at most 32 characters, and none that IRC needs
+erin> NICK a,b
+erin< 432 * a,b :names have at most 32 characters, and none that IRC needs
+erin> NICK #erin
+erin< 432 * #erin :names have at most 32 characters, and none that IRC needs
+erin> NICK 0123456789012345678901234567890123
+erin< 432 * 0123456789012345678901234567890123 :names have at most 32 characters, and none that IRC needs
+erin> NICK ALICE
+erin< 433 * ALICE :ALICE is taken
+erin> NICK Dora
+erin< 433 * Dora :Dora is taken
+erin> USER erin
+erin< 461 * USER :it goes like this: USER <username> 0 * <realname>
+erin> USER erin 0 * :
+erin< 461 * USER :a real name, please
+erin> NICK erin
+erin> USER erin 0 * :Erin
+erin< 001 erin :Welcome to chat.py, erin!~erin@127.0.0.1
+erin< 002 erin :Your host is chat.py, running chat.py/0.2
+erin< 003 erin :This server was started WHEN
+erin< 004 erin chat.py chat.py-0.2 BRiow CIRabehiklmnoqstv Iabehkloqv
+erin< 005 erin ...
+erin< 005 erin ...
+erin< 005 erin ...
+erin< 251 erin :There are 5 users and 0 invisible on 1 servers
+erin< 252 erin 0 :operators online
+erin< 253 erin 0 :connections without a name yet
+erin< 254 erin 1 :channels formed
+erin< 255 erin :I have 5 clients and 0 servers
+erin< 265 erin 5 5 :Current local users 5, max 5
+erin< 266 erin 5 5 :Current global users 5, max 5
+erin< 375 erin :- chat.py Message of the day
+erin< 372 erin :- Welcome
+erin< 376 erin :End of MOTD
+erin< 221 erin +
+=== registration: of two who want a name one gets it, and the other another
++erin
++fred
+erin> NICK same
+fred> NICK Same
+erin> USER e 0 * :Erin
+erin< 001 same :Welcome to chat.py, same!~e@127.0.0.1
+erin< 002 same :Your host is chat.py, running chat.py/0.2
+erin< 003 same :This server was started WHEN
+erin< 004 same chat.py chat.py-0.2 BRiow CIRabehiklmnoqstv Iabehkloqv
+erin< 005 same ...
+erin< 005 same ...
+erin< 005 same ...
+erin< 251 same :There are 5 users and 0 invisible on 1 servers
+erin< 252 same 0 :operators online
+erin< 253 same 1 :connections without a name yet
+erin< 254 same 1 :channels formed
+erin< 255 same :I have 5 clients and 0 servers
+erin< 265 same 5 5 :Current local users 5, max 5
+erin< 266 same 5 5 :Current global users 5, max 5
+erin< 375 same :- chat.py Message of the day
+erin< 372 same :- Welcome
+erin< 376 same :End of MOTD
+erin< 221 same +
+fred> USER f 0 * :Fred
+fred< 433 * Same :Same is taken
+fred> NICK fred
+fred< 001 fred :Welcome to chat.py, fred!~f@127.0.0.1
+fred< 002 fred :Your host is chat.py, running chat.py/0.2
+fred< 003 fred :This server was started WHEN
+fred< 004 fred chat.py chat.py-0.2 BRiow CIRabehiklmnoqstv Iabehkloqv
+fred< 005 fred ...
+fred< 005 fred ...
+fred< 005 fred ...
+fred< 251 fred :There are 6 users and 0 invisible on 1 servers
+fred< 252 fred 0 :operators online
+fred< 253 fred 0 :connections without a name yet
+fred< 254 fred 1 :channels formed
+fred< 255 fred :I have 6 clients and 0 servers
+fred< 265 fred 6 6 :Current local users 6, max 6
+fred< 266 fred 6 6 :Current global users 6, max 6
+fred< 375 fred :- chat.py Message of the day
+fred< 372 fred :- Welcome
+fred< 376 fred :End of MOTD
+fred< 221 fred +
+=== registration: nothing is said twice
+alice> USER x 0 * :x
+alice< 462 alice :that was said already, and cannot be changed
+alice> PASS x
+alice< 462 alice :you are in already
+alice> CAP END
+=== CAP: no negotiation, no names, until it is over
++erin
+erin> CAP LS 302
+erin< CAP * LS :away-notify cap-notify echo-message extended-join multi-prefix server-time setname standard-replies userhost-in-names
+erin> NICK erin
+erin> USER erin 0 * :Erin
+erin> CAP REQ :multi-prefix setname
+erin< CAP erin ACK :multi-prefix setname
+erin> CAP LIST
+erin< CAP erin LIST :cap-notify multi-prefix setname
+erin> CAP REQ :multi-prefix sts
+erin< CAP erin NAK :multi-prefix sts
+erin> CAP REQ :-setname
+erin< CAP erin ACK :-setname
+erin> CAP LIST
+erin< CAP erin LIST :cap-notify multi-prefix
+erin> CAP FOO
+erin< 410 erin FOO :CAP has LS, LIST, REQ and END
+erin> CAP
+erin< 461 erin CAP :it goes like this: CAP LS|LIST|REQ|END [<capabilities>]
+=== CAP: is heard also later, and counts from the next line on
+alice> CAP LS
+alice< CAP alice LS :away-notify cap-notify echo-message extended-join multi-prefix server-time setname standard-replies userhost-in-names
+alice> JOIN #a
+alice< :alice JOIN #a
+alice< 353 alice = #a :@alice
+alice< 366 alice #a :End of NAMES
+alice> CAP REQ :userhost-in-names
+alice< CAP alice ACK :userhost-in-names
+alice> NAMES #a
+alice< 353 alice = #a :@alice
+alice< 366 alice #a :End of NAMES
+alice> CAP REQ :-userhost-in-names
+alice< CAP alice ACK :-userhost-in-names
+alice> NAMES #a
+alice< 353 alice = #a :@alice
+alice< 366 alice #a :End of NAMES
+=== CAP: who asked for it hears his own words again
++#a alice
+alice> CAP REQ echo-message
+alice< CAP alice ACK :echo-message
+alice> PRIVMSG #a :heard?
+alice< :alice PRIVMSG #a :heard?
+alice> PRIVMSG bob :and this?
+alice< :alice PRIVMSG bob :and this?
+bob< :alice PRIVMSG bob :and this?
+alice> PRIVMSG alice :myself
+alice< :alice PRIVMSG alice :myself
+alice< :alice PRIVMSG alice :myself
+alice> NOTICE alice :myself
+alice< :alice NOTICE alice :myself
+alice< :alice NOTICE alice :myself
+=== CAP: extended-join and away-notify and setname are for those who asked
+alice> CAP REQ :extended-join away-notify setname
+alice< CAP alice ACK :extended-join away-notify setname
+alice> JOIN #a
+alice< :alice JOIN #a * :Real Name
+alice< 353 alice = #a :@alice
+alice< 366 alice #a :End of NAMES
+bob> JOIN #a
+alice< :bob JOIN #a * :Real Name
+bob< :bob JOIN #a
+bob< 353 bob = #a :@alice bob
+bob< 366 bob #a :End of NAMES
+bob> AWAY :lunch
+alice< :bob AWAY :lunch
+bob< 306 bob :You have been marked as being away
+bob> SETNAME :Robert
+alice< :bob SETNAME :Robert
+bob> AWAY
+alice< :bob AWAY
+bob< 305 bob :You are no longer marked as being away
+alice> SETNAME :Alicia
+alice< :alice SETNAME :Alicia
+alice> AWAY :too
+alice< 306 alice :You have been marked as being away
+alice> SETNAME :
+alice< FAIL SETNAME INVALID_REALNAME :a real name has 1 to 128 bytes
+=== NICK: one line to everybody who knows you, and none for no change
++#a alice bob
++#b alice bob
+alice> NICK alice
+alice> NICK Alice
+alice< :alice NICK Alice
+bob< :alice NICK Alice
+alice> NICK alicia
+alice< :Alice NICK alicia
+bob< :Alice NICK alicia
+bob> NICK ALICIA
+bob< 433 bob ALICIA :ALICIA is taken
+carol> NICK alice
+carol< :carol NICK alice
+carol> NICK
+carol< 431 alice :which name?
+=== QUIT: is told to neighbours with its reason, and what follows it is not heard
++#a alice bob
+bob> QUIT :so long
+alice< :bob QUIT :Quit: so long
+bob< ERROR :Closing link: Quit: so long
+bob> PRIVMSG #a :too late
+bob> QUIT :again
+alice> NAMES #a
+alice< 353 alice = #a :@alice
+alice< 366 alice #a :End of NAMES
+=== PING, PONG and ERROR
+alice> PING
+alice< 461 alice PING :it goes like this: PING <token>
+alice> PING :
+alice< PONG chat.py :
+alice> PING :two words
+alice< PONG chat.py :two words
+alice> PONG x
+alice> ERROR :x
+=== PRIVMSG: to channels and people, one or several
++#a alice bob
+alice> PRIVMSG #a :hello all
+bob< :alice PRIVMSG #a :hello all
+alice> PRIVMSG bob,carol :hello both
+bob< :alice PRIVMSG bob :hello both
+carol< :alice PRIVMSG carol :hello both
+alice> PRIVMSG bob,bob,nobody,#none :each once
+alice< 401 alice nobody :nobody here is called nobody
+alice< 403 alice #none :there is no channel #none now
+bob< :alice PRIVMSG bob :each once
+alice> PRIVMSG alice :myself
+alice< :alice PRIVMSG alice :myself
+alice> PRIVMSG dora :line protocol
+dora< (private) alice: line protocol
+=== PRIVMSG: what is missing is said
+alice> PRIVMSG
+alice< 411 alice :to whom?
+alice> PRIVMSG bob
+alice< 412 alice :there is nothing to say
+alice> PRIVMSG bob :
+alice< 412 alice :there is nothing to say
+alice> PRIVMSG nobody :x
+alice< 401 alice nobody :nobody here is called nobody
+alice> PRIVMSG #none :x
+alice< 403 alice #none :there is no channel #none now
+alice> PRIVMSG b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q,r,s,t,u,v :x
+alice< 407 alice b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q,r,s,t,u,v :20 targets at most; nobody got it
+=== PRIVMSG: colons and blanks in the text are kept
++#a alice bob
+alice> PRIVMSG #a ::-) :-(
+bob< :alice PRIVMSG #a ::-) :-(
+alice> PRIVMSG #a :  three  blanks
+bob< :alice PRIVMSG #a :  three  blanks
+alice> PRIVMSG    #a    oneword
+bob< :alice PRIVMSG #a :oneword
+alice> :somebody!else@where PRIVMSG #a :source is ignored
+bob< :alice PRIVMSG #a :source is ignored
+alice> privmsg #a :case is ignored
+bob< :alice PRIVMSG #a :case is ignored
+=== PRIVMSG: an action is an action everywhere, and other CTCPs are not for people
++#lobby alice bob
+alice> PRIVMSG #lobby :\x01ACTION waves\x01
+bob< :alice PRIVMSG #lobby :\x01ACTION waves\x01
+dora< alice: *waves*
+dora> /me waves back
+alice< :dora PRIVMSG #lobby :\x01ACTION waves back\x01
+bob< :dora PRIVMSG #lobby :\x01ACTION waves back\x01
+alice> PRIVMSG dora :\x01VERSION\x01
+dora< (private) * alice sends a CTCP that only programs understand: VERSION
+alice> PRIVMSG #lobby :\x0304,01red\x03 and \x02bold\x02
+bob< :alice PRIVMSG #lobby :\x0304,01red\x03 and \x02bold\x02
+dora< alice: red and bold
+=== NOTICE: goes where a PRIVMSG goes, and nothing ever answers it
++#lobby alice bob
+alice> NOTICE #lobby :note
+bob< :alice NOTICE #lobby :note
+dora< -alice- note
+alice> NOTICE bob,dora :note
+bob< :alice NOTICE bob :note
+dora< (private) -alice- note
+alice> NOTICE nobody :x
+alice> NOTICE #none :x
+alice> NOTICE
+alice> NOTICE bob
+=== STATUSMSG: reaches a rank and those above
++#a alice bob carol
+alice> MODE #a +v bob
+alice< :alice MODE #a +v bob
+bob< :alice MODE #a +v bob
+carol< :alice MODE #a +v bob
+carol> PRIVMSG @#a :to operators
+alice< :carol PRIVMSG @#a :to operators
+carol> NOTICE +#a :to voices and above
+alice< :carol NOTICE +#a :to voices and above
+bob< :carol NOTICE +#a :to voices and above
+alice> PRIVMSG ~#a :to nobody
+dora> /tell @#a from outside
+dora< * you are not in #a; /join #a first
+=== AWAY: is told to who writes, and to who asks
+bob> AWAY :lunch
+bob< 306 bob :You have been marked as being away
+alice> PRIVMSG bob :there?
+alice< 301 alice bob :lunch
+bob< :alice PRIVMSG bob :there?
+alice> NOTICE bob :there?
+bob< :alice NOTICE bob :there?
+alice> WHOIS bob
+alice< 311 alice bob ~u 127.0.0.1 * :Real Name
+alice< 312 alice bob chat.py :chat.py
+alice< 301 alice bob :lunch
+alice< 317 alice bob 6 WHEN :seconds idle, signed on at
+alice< 318 alice bob :End of WHOIS
+alice> USERHOST bob nobody ALICE
+alice< 302 alice :bob=-~u@127.0.0.1 alice=+~u@127.0.0.1
+bob> AWAY :
+bob< 305 bob :You are no longer marked as being away
+alice> PRIVMSG bob :there?
+bob< :alice PRIVMSG bob :there?
+bob> AWAY
+bob< 305 bob :You are no longer marked as being away
+=== JOIN: first the JOIN, then the topic, then the names
+alice> JOIN #a
+alice< :alice JOIN #a
+alice< 353 alice = #a :@alice
+alice< 366 alice #a :End of NAMES
+alice> TOPIC #a :tea
+alice< :alice TOPIC #a :tea
+bob> JOIN #A
+alice< :bob JOIN #a
+bob< :bob JOIN #a
+bob< 332 bob #a :tea
+bob< 333 bob #a alice WHEN
+bob< 353 bob = #a :@alice bob
+bob< 366 bob #a :End of NAMES
+bob> JOIN #a
+=== JOIN: what cannot be joined does not keep from the others
+alice> JOIN a,#b,#,#c\x07d,#\x00,,#e
+alice< 476 alice a :a channel's name begins with # and goes on, like #tea
+alice< :alice JOIN #b
+alice< 353 alice = #b :@alice
+alice< 366 alice #b :End of NAMES
+alice< 476 alice # :a channel's name begins with # and goes on, like #tea
+alice< 476 alice #c\x07d :a channel's name is visible, without spaces, commas or ]
+alice< 476 alice # :a channel's name is visible, without spaces, commas or ]
+alice< :alice JOIN #e
+alice< 353 alice = #e :@alice
+alice< 366 alice #e :End of NAMES
+alice> JOIN
+alice< 461 alice JOIN :it goes like this: JOIN <channel>{,<channel>} [<key>{,<key>}]
+alice> JOIN :
+alice< 476 alice * :a channel's name begins with # and goes on, like #tea
+=== JOIN 0 leaves all
+alice> JOIN #a,#b
+alice< :alice JOIN #a
+alice< 353 alice = #a :@alice
+alice< 366 alice #a :End of NAMES
+alice< :alice JOIN #b
+alice< 353 alice = #b :@alice
+alice< 366 alice #b :End of NAMES
+alice> JOIN 0
+alice< :alice PART #a
+alice< :alice PART #b
+=== JOIN: keys go to channels by position
+alice> JOIN #k,#l key1
+alice< :alice JOIN #k
+alice< 353 alice = #k :@alice
+alice< 366 alice #k :End of NAMES
+alice< :alice JOIN #l
+alice< 353 alice = #l :@alice
+alice< 366 alice #l :End of NAMES
+alice> MODE #k +k key1
+alice< :alice MODE #k +k key1
+bob> JOIN #k
+bob< 475 bob #k :cannot join #k: it has a password (+k)
+bob> JOIN #l,#k x,wrong
+alice< :bob JOIN #l
+bob< :bob JOIN #l
+bob< 353 bob = #l :@alice bob
+bob< 366 bob #l :End of NAMES
+bob< 475 bob #k :cannot join #k: it has a password (+k)
+bob> JOIN #x,#k x,key1
+alice< :bob JOIN #k
+bob< :bob JOIN #x
+bob< 353 bob = #x :@bob
+bob< 366 bob #x :End of NAMES
+bob< :bob JOIN #k
+bob< 353 bob = #k :@alice bob
+bob< 366 bob #k :End of NAMES
+=== PART: with and without a reason
++#a alice bob
++#b alice
+alice> PART #a :my reasons
+alice< :alice PART #a :my reasons
+bob< :alice PART #a :my reasons
+alice> PART #a
+alice< 442 alice #a :you are not in #a; /join #a first
+alice> PART #none,#b
+alice< 403 alice #none :there is no channel #none now
+alice< :alice PART #b
+alice> PART
+alice< 461 alice PART :it goes like this: PART <channel>{,<channel>} [<reason>]
+=== TOPIC: is read by all, set by operators, and cleared
++#a alice bob
+bob> TOPIC #a
+bob< 331 bob #a :No topic is set
+bob> TOPIC #a :mine
+bob< 482 bob #a :only operators of #a can do that
+alice> TOPIC #a :tea at five
+alice< :alice TOPIC #a :tea at five
+bob< :alice TOPIC #a :tea at five
+bob> TOPIC #a
+bob< 332 bob #a :tea at five
+bob< 333 bob #a alice WHEN
+alice> TOPIC #a :
+alice< :alice TOPIC #a :
+bob< :alice TOPIC #a :
+carol> TOPIC #a
+carol< 331 carol #a :No topic is set
+alice> TOPIC #none
+alice< 403 alice #none :there is no channel #none now
+alice> TOPIC
+alice< 461 alice TOPIC :it goes like this: TOPIC <channel> [<topic>]
+alice> MODE #a -t
+alice< :alice MODE #a -t
+bob< :alice MODE #a -t
+bob> TOPIC #a :now I may
+alice< :bob TOPIC #a :now I may
+bob< :bob TOPIC #a :now I may
+carol> TOPIC #a :from outside
+carol< 442 carol #a :you are not in #a; /join #a first
+=== NAMES: of several channels, unknown ones, and none
++#a alice
++#b alice bob
+alice> MODE #b +sv bob
+alice< :alice MODE #b +sv bob
+bob< :alice MODE #b +sv bob
+carol> NAMES #a,#b,#c
+carol< 353 carol = #a :@alice
+carol< 366 carol #a,#b,#c :End of NAMES
+bob> NAMES #b
+bob< 353 bob @ #b :@alice +bob
+bob< 366 bob #b :End of NAMES
+alice> NAMES
+alice< 366 alice * :End of NAMES
+alice> NAMES #none
+alice< 366 alice #none :End of NAMES
+=== NAMES: all ranks for those who can read them
++#a alice
+alice> MODE #a +v alice
+alice< :alice MODE #a +v alice
+alice> NAMES #a
+alice< 353 alice = #a :@alice
+alice< 366 alice #a :End of NAMES
+alice> CAP REQ multi-prefix
+alice< CAP alice ACK :multi-prefix
+alice> NAMES #a
+alice< 353 alice = #a :@+alice
+alice< 366 alice #a :End of NAMES
+alice> WHO #a
+alice< 352 alice #a ~u 127.0.0.1 chat.py alice H@+ :0 Real Name
+alice< 315 alice #a :End of WHO
+=== LIST: all, some, by mask, by number of members
++#apple alice
++#banana alice bob
++#cherry alice
+alice> TOPIC #apple :red
+alice< :alice TOPIC #apple :red
+alice> MODE #cherry +s
+alice< :alice MODE #cherry +s
+carol> LIST
+carol< 321 carol Channel :Users Topic
+carol< 322 carol #lobby 1 :
+carol< 322 carol #apple 1 :red
+carol< 322 carol #banana 2 :
+carol< 323 carol :End of LIST
+alice> LIST
+alice< 321 alice Channel :Users Topic
+alice< 322 alice #lobby 1 :
+alice< 322 alice #apple 1 :red
+alice< 322 alice #banana 2 :
+alice< 322 alice #cherry 1 :
+alice< 323 alice :End of LIST
+carol> LIST #apple,#none
+carol< 321 carol Channel :Users Topic
+carol< 322 carol #apple 1 :red
+carol< 323 carol :End of LIST
+carol> LIST *an*
+carol< 321 carol Channel :Users Topic
+carol< 322 carol #banana 2 :
+carol< 323 carol :End of LIST
+carol> LIST !*an*
+carol< 321 carol Channel :Users Topic
+carol< 322 carol #lobby 1 :
+carol< 322 carol #apple 1 :red
+carol< 323 carol :End of LIST
+carol> LIST >1
+carol< 321 carol Channel :Users Topic
+carol< 322 carol #banana 2 :
+carol< 323 carol :End of LIST
+carol> LIST <2
+carol< 321 carol Channel :Users Topic
+carol< 322 carol #lobby 1 :
+carol< 322 carol #apple 1 :red
+carol< 323 carol :End of LIST
+carol> LIST T<5
+carol< 321 carol Channel :Users Topic
+carol< 322 carol #apple 1 :red
+carol< 323 carol :End of LIST
+carol> LIST C>0,*a*
+carol< 321 carol Channel :Users Topic
+carol< 322 carol #apple 1 :red
+carol< 322 carol #banana 2 :
+carol< 323 carol :End of LIST
+carol> LIST C<0
+carol< 321 carol Channel :Users Topic
+carol< 323 carol :End of LIST
+carol> LIST * other.server
+carol< 402 carol other.server :there is no such server; this one stands alone
+=== INVITE: lets in, once
++#a alice
+alice> MODE #a +i
+alice< :alice MODE #a +i
+bob> JOIN #a
+bob< 473 bob #a :cannot join #a: one has to be invited (+i)
+alice> INVITE bob #a
+alice< 341 alice bob #a
+bob< :alice INVITE bob #a
+bob> INVITE
+bob< 336 bob #a
+bob< 337 bob :End of invitations
+bob> JOIN #a
+alice< :bob JOIN #a
+bob< :bob JOIN #a
+bob< 353 bob = #a :@alice bob
+bob< 366 bob #a :End of NAMES
+bob> INVITE
+bob< 337 bob :End of invitations
+bob> PART #a
+alice< :bob PART #a
+bob< :bob PART #a
+bob> JOIN #a
+bob< 473 bob #a :cannot join #a: one has to be invited (+i)
+=== INVITE: what is wrong is said
++#a alice bob
+alice> INVITE nobody #a
+alice< 401 alice nobody :nobody here is called nobody
+alice> INVITE bob #a
+alice< 443 alice bob #a :bob is in #a already
+alice> INVITE carol #none
+alice< 403 alice #none :there is no channel #none now
+alice> INVITE carol
+alice< 461 alice INVITE :it goes like this: INVITE <nickname> <channel>
+carol> INVITE dora #a
+carol< 442 carol #a :you are not in #a; /join #a first
+alice> MODE #a +i
+alice< :alice MODE #a +i
+bob< :alice MODE #a +i
+bob> INVITE carol #a
+bob< 482 bob #a :only operators of #a can do that
+alice> INVITE dora #a
+alice< 341 alice dora #a
+dora< * alice invites you to #a; /join #a
+=== KICK: one line each, with a reason or the kicker's name
++#a alice bob carol
+alice> KICK #a bob :bye now
+alice< :alice KICK #a bob :bye now
+bob< :alice KICK #a bob :bye now
+carol< :alice KICK #a bob :bye now
+alice> KICK #a carol,nobody,dora
+alice< :alice KICK #a carol :alice
+alice< 401 alice nobody :nobody here is called nobody
+alice< 441 alice dora #a :dora is not in #a
+carol< :alice KICK #a carol :alice
+bob> KICK #a alice
+bob< 442 bob #a :you are not in #a; /join #a first
+bob> JOIN #a
+alice< :bob JOIN #a
+bob< :bob JOIN #a
+bob< 353 bob = #a :@alice bob
+bob< 366 bob #a :End of NAMES
+bob> KICK #a alice
+bob< 482 bob #a :only operators of #a can do that
+alice> KICK #none bob
+alice< 403 alice #none :there is no channel #none now
+alice> KICK #a
+alice< 461 alice KICK :it goes like this: KICK <channel> <nickname>{,<nickname>} [<reason>]
+alice> KICK #a alice :myself
+alice< :alice KICK #a alice :myself
+bob< :alice KICK #a alice :myself
+=== MODE: of a channel, read and cleared
++#a alice
+alice> MODE #a
+alice< 324 alice #a +nt
+alice< 329 alice #a WHEN
+alice> MODE #a +kl key 5
+alice< :alice MODE #a +kl key 5
+alice> MODE #a
+alice< 324 alice #a +klnt key 5
+alice< 329 alice #a WHEN
+bob> MODE #a
+bob< 324 bob #a +klnt * 5
+bob< 329 bob #a WHEN
+alice> MODE #a -ntkl x
+alice< :alice MODE #a -ntkl x
+alice> MODE #a
+alice< 324 alice #a +
+alice< 329 alice #a WHEN
+alice> MODE #a -k x
+alice> MODE #none
+alice< 403 alice #none :there is no channel #none now
+alice> MODE
+alice< 461 alice MODE :it goes like this: MODE <channel or nickname> [<modes> [<value>...]]
+=== MODE: ranks are given to members by operators
++#a alice bob
+alice> MODE #a +v bob
+alice< :alice MODE #a +v bob
+bob< :alice MODE #a +v bob
+alice> MODE #a +v bob
+alice> MODE #a -v+h bob bob
+alice< :alice MODE #a -v+h bob bob
+bob< :alice MODE #a -v+h bob bob
+bob> MODE #a +v bob
+alice< :bob MODE #a +v bob
+bob< :bob MODE #a +v bob
+bob> MODE #a +o bob
+bob< 482 bob #a :only operators of #a can do that
+alice> MODE #a +o carol
+alice< 441 alice carol #a :carol is not in #a
+alice> MODE #a +o nobody
+alice< 401 alice nobody :nobody here is called nobody
+alice> MODE #a +q alice
+alice< 482 alice #a :only operators of #a can do that
+bob> MODE #a -h bob
+alice< :bob MODE #a -h bob
+bob< :bob MODE #a -h bob
+bob> MODE #a +m
+bob< 482 bob #a :only operators of #a can do that
+carol> MODE #a +m
+carol< 442 carol #a :you are not in #a; /join #a first
+alice> MODE #a +o
+alice< 461 alice MODE :to whom? MODE #a +o <nickname>
+=== MODE: what cannot be is said once
++#a alice
+alice> MODE #a +XYXXX
+alice< 472 alice X :there is no channel mode X; the modes are beI, k, l, qaohv, CRimnst
+alice< 472 alice Y :there is no channel mode Y; the modes are beI, k, l, qaohv, CRimnst
+alice> MODE #a +l zero
+alice< 696 alice #a l zero :a limit is a number from 1 on
+alice> MODE #a +l 0
+alice< 696 alice #a l 0 :a limit is a number from 1 on
+alice> MODE #a +l
+alice< 696 alice #a l * :a limit is a number from 1 on
+alice> MODE #a +k :two words
+alice< 696 alice #a k * :a channel's password is one word of at most 32 bytes
+alice> MODE #a +k
+alice< 696 alice #a k * :a channel's password is one word of at most 32 bytes
+alice> MODE #a +b :two words
+alice< 696 alice #a b * :a mask is one word of at most 200 bytes
+alice> MODE #a +
+=== MODE +b, +e: keep out, but for exceptions
+alice> JOIN #a
+alice< :alice JOIN #a
+alice< 353 alice = #a :@alice
+alice< 366 alice #a :End of NAMES
+alice> MODE #a +b bob!*@*
+alice< :alice MODE #a +b bob!*@*
+bob> JOIN #a
+bob< 474 bob #a :cannot join #a: you are banned from it
+alice> MODE #a +e *!~u@127.0.0.1
+alice< :alice MODE #a +e *
+bob> JOIN #a
+alice< :bob JOIN #a
+bob< :bob JOIN #a
+bob< 353 bob = #a :@alice bob
+bob< 366 bob #a :End of NAMES
+bob> PRIVMSG #a :I may speak
+alice< :bob PRIVMSG #a :I may speak
+alice> MODE #a -e *!~u@127.0.0.1
+alice< :alice MODE #a -e *
+bob< :alice MODE #a -e *
+bob> PRIVMSG #a :not any more
+bob< 404 bob #a :you may not speak in #a
+alice> MODE #a +b
+alice< 367 alice #a bob!*@* alice WHEN
+alice< 368 alice #a :End of bans
+alice> MODE #a b
+alice< 367 alice #a bob!*@* alice WHEN
+alice< 368 alice #a :End of bans
+alice> MODE #a -b BOB!*@*
+alice< :alice MODE #a -b BOB!*@*
+bob< :alice MODE #a -b BOB!*@*
+bob> PRIVMSG #a :again
+alice< :bob PRIVMSG #a :again
+carol> MODE #a +b
+carol< 442 carol #a :you are not in #a; /join #a first
+=== MODE: masks are made whole
++#a alice
+alice> MODE #a +bbbb bob bob!u u@host a:acc
+alice< :alice MODE #a +bbbb bob!*@* bob!u@* *!u@host a:acc
+alice> MODE #a +b
+alice< 367 alice #a bob!*@* alice WHEN
+alice< 367 alice #a bob!u@* alice WHEN
+alice< 367 alice #a *!u@host alice WHEN
+alice< 367 alice #a a:acc alice WHEN
+alice< 368 alice #a :End of bans
+alice> MODE #a +e m:carol
+alice< :alice MODE #a +e m:carol!*@*
+alice> MODE #a +e
+alice< 348 alice #a m:carol!*@* alice WHEN
+alice< 349 alice #a :End of exceptions from bans
+=== MODE +b m: mutes, voices and exceptions are louder
++#a alice bob
+alice> MODE #a +b m:bob
+alice< :alice MODE #a +b m:bob!*@*
+bob< :alice MODE #a +b m:bob!*@*
+bob> PRIVMSG #a :silenced
+bob< 404 bob #a :you may not speak in #a
+alice> MODE #a +v bob
+alice< :alice MODE #a +v bob
+bob< :alice MODE #a +v bob
+bob> PRIVMSG #a :voiced
+alice< :bob PRIVMSG #a :voiced
+alice> MODE #a -v bob
+alice< :alice MODE #a -v bob
+bob< :alice MODE #a -v bob
+alice> MODE #a +e m:bob
+alice< :alice MODE #a +e m:bob!*@*
+bob< :alice MODE #a +e m:bob!*@*
+bob> PRIVMSG #a :excepted
+alice< :bob PRIVMSG #a :excepted
+=== MODE +i and +I
++#a alice
+alice> MODE #a +iI carol!*@*
+alice< :alice MODE #a +iI carol!*@*
+bob> JOIN #a
+bob< 473 bob #a :cannot join #a: one has to be invited (+i)
+carol> JOIN #a
+alice< :carol JOIN #a
+carol< :carol JOIN #a
+carol< 353 carol = #a :@alice carol
+carol< 366 carol #a :End of NAMES
+alice> MODE #a +I
+alice< 346 alice #a carol!*@* alice WHEN
+alice< 347 alice #a :End of exceptions from +i
+=== MODE +l: full is full
++#a alice
+alice> MODE #a +l 1
+alice< :alice MODE #a +l 1
+bob> JOIN #a
+bob< 471 bob #a :cannot join #a: it is full (+l 1)
+alice> MODE #a +l 2
+alice< :alice MODE #a +l 2
+bob> JOIN #a
+alice< :bob JOIN #a
+bob< :bob JOIN #a
+bob< 353 bob = #a :@alice bob
+bob< 366 bob #a :End of NAMES
+alice> MODE #a +l 1
+alice< :alice MODE #a +l 1
+bob< :alice MODE #a +l 1
+=== MODE +m and +v
++#a alice bob
+alice> MODE #a +m
+alice< :alice MODE #a +m
+bob< :alice MODE #a +m
+bob> PRIVMSG #a :x
+bob< 404 bob #a :#a is moderated; only who has a voice may speak
+alice> MODE #a +v bob
+alice< :alice MODE #a +v bob
+bob< :alice MODE #a +v bob
+bob> PRIVMSG #a :heard
+alice< :bob PRIVMSG #a :heard
+=== MODE +n: nobody speaks from outside
++#a alice
+bob> PRIVMSG #a :x
+bob< 404 bob #a :you are not in #a; /join #a first
+alice> MODE #a -n
+alice< :alice MODE #a -n
+bob> PRIVMSG #a :from outside
+alice< :bob PRIVMSG #a :from outside
+=== MODE +C and +R
++#a alice bob
+alice> MODE #a +C
+alice< :alice MODE #a +C
+bob< :alice MODE #a +C
+bob> PRIVMSG #a :\x01VERSION\x01
+bob< 404 bob #a :#a takes no CTCP but actions (+C)
+bob> PRIVMSG #a :\x01ACTION waves\x01
+alice< :bob PRIVMSG #a :\x01ACTION waves\x01
+alice> MODE #a +R
+alice< :alice MODE #a +R
+bob< :alice MODE #a +R
+carol> JOIN #a
+carol< 477 carol #a :cannot join #a: one has to be logged in
+=== MODE of oneself
+alice> MODE alice
+alice< 221 alice +
+alice> MODE alice +iwB
+alice< :alice MODE alice +iwB
+alice> MODE alice -w+o
+alice< :alice MODE alice -w
+alice> MODE alice
+alice< 221 alice +Bi
+alice> MODE alice +X
+alice< 501 alice :there are only the user modes BRiow
+alice> MODE bob
+alice< 502 alice :only your own modes are yours to see and change
+alice> MODE nobody
+alice< 401 alice nobody :nobody here is called nobody
+alice> MODE alice +R
+alice< :alice MODE alice +R
+bob> PRIVMSG alice :no account
+bob< 477 bob alice :alice only hears who is logged in
+=== WHO: channels, names, masks and flags
++#a alice bob
++#b bob
+bob> AWAY :gone
+bob< 306 bob :You have been marked as being away
+alice> WHO #a
+alice< 352 alice #a ~u 127.0.0.1 chat.py alice H@ :0 Real Name
+alice< 352 alice #a ~u 127.0.0.1 chat.py bob G :0 Real Name
+alice< 315 alice #a :End of WHO
+alice> WHO bob
+alice< 352 alice #a ~u 127.0.0.1 chat.py bob G :0 Real Name
+alice< 315 alice bob :End of WHO
+alice> WHO *arol*
+alice< 352 alice * ~u 127.0.0.1 chat.py carol H :0 Real Name
+alice< 315 alice *arol* :End of WHO
+alice> WHO #none
+alice< 315 alice #none :End of WHO
+alice> WHO #b o
+alice< 315 alice #b :End of WHO
+carol> WHO 127.0.0.1 o
+carol< 315 carol 127.0.0.1 :End of WHO
+alice> WHO nobody
+alice< 315 alice nobody :End of WHO
+=== WHO: who is +i is seen by those who share a channel, or know the name
+bob> MODE bob +i
+bob< :bob MODE bob +i
+alice> WHO b*b
+alice< 315 alice b*b :End of WHO
+alice> WHO bob
+alice< 352 alice * ~u 127.0.0.1 chat.py bob H :0 Real Name
+alice< 315 alice bob :End of WHO
+alice> JOIN #a
+alice< :alice JOIN #a
+alice< 353 alice = #a :@alice
+alice< 366 alice #a :End of NAMES
+bob> JOIN #a
+alice< :bob JOIN #a
+bob< :bob JOIN #a
+bob< 353 bob = #a :@alice bob
+bob< 366 bob #a :End of NAMES
+alice> WHO b*b
+alice< 352 alice #a ~u 127.0.0.1 chat.py bob H :0 Real Name
+alice< 315 alice b*b :End of WHO
+carol> WHO #a
+carol< 352 carol #a ~u 127.0.0.1 chat.py alice H@ :0 Real Name
+carol< 315 carol #a :End of WHO
+=== WHOX: the fields that were asked for, in their order
++#a alice
+alice> WHO alice %tcuihsnfdlaor,42
+alice< 354 alice 42 #a ~u 127.0.0.1 127.0.0.1 chat.py alice H@ 0 5 0 n/a :Real Name
+alice< 315 alice alice :End of WHO
+alice> WHO #a %nt
+alice< 354 alice * alice
+alice< 315 alice #a :End of WHO
+alice> WHO dora %na
+alice< 354 alice dora 0
+alice< 315 alice dora :End of WHO
+=== WHOIS: all about somebody, and nothing that is secret
++#a alice
++#s alice
+alice> MODE #s +s
+alice< :alice MODE #s +s
+alice> MODE alice +B
+alice< :alice MODE alice +B
+bob> WHOIS alice
+bob< 311 bob alice ~u 127.0.0.1 * :Real Name
+bob< 319 bob alice :@#a
+bob< 312 bob alice chat.py :chat.py
+bob< 335 bob alice :is a bot
+bob< 317 bob alice 8 WHEN :seconds idle, signed on at
+bob< 318 bob alice :End of WHOIS
+alice> WHOIS alice
+alice< 311 alice alice ~u 127.0.0.1 * :Real Name
+alice< 319 alice alice :@#a @#s
+alice< 312 alice alice chat.py :chat.py
+alice< 335 alice alice :is a bot
+alice< 338 alice alice 127.0.0.1:50000 :is connecting from here
+alice< 317 alice alice 9 WHEN :seconds idle, signed on at
+alice< 318 alice alice :End of WHOIS
+alice> WHOIS chat.py DORA
+alice< 311 alice dora line 127.0.0.1 * :dora
+alice< 319 alice dora :#lobby
+alice< 312 alice dora chat.py :chat.py
+alice< 317 alice dora 7 WHEN :seconds idle, signed on at
+alice< 318 alice DORA :End of WHOIS
+alice> WHOIS nobody
+alice< 401 alice nobody :nobody here is called nobody
+alice< 318 alice nobody :End of WHOIS
+alice> WHOIS other.server alice
+alice< 402 alice other.server :there is no such server; this one stands alone
+alice> WHOIS
+alice< 431 alice :about whom?
+=== WHOWAS: newest first
+bob> NICK rob
+bob< :bob NICK rob
+bob> NICK bob
+bob< :rob NICK bob
+bob> QUIT
+bob< ERROR :Closing link: Quit
+alice> WHOWAS bob
+alice< 314 alice bob ~u 127.0.0.1 * :Real Name
+alice< 312 alice bob chat.py :WHEN
+alice< 314 alice bob ~u 127.0.0.1 * :Real Name
+alice< 312 alice bob chat.py :WHEN
+alice< 369 alice bob :End of WHOWAS
+alice> WHOWAS BOB 1
+alice< 314 alice bob ~u 127.0.0.1 * :Real Name
+alice< 312 alice bob chat.py :WHEN
+alice< 369 alice BOB :End of WHOWAS
+alice> WHOWAS nobody
+alice< 406 alice nobody :nobody was called nobody lately
+alice< 369 alice nobody :End of WHOWAS
+alice> WHOWAS
+alice< 461 alice WHOWAS :it goes like this: WHOWAS <nickname> [<count>]
+=== ISON
+alice> ISON bob nobody DORA
+alice< 303 alice :bob dora
+alice> ISON :bob carol
+alice< 303 alice :bob carol
+alice> ISON
+alice< 461 alice ISON :it goes like this: ISON <nickname>{ <nickname>}
+=== MONITOR: who comes, goes and is called otherwise
+alice> MONITOR + bob,nobody,BOB
+alice< 730 alice :bob
+alice< 731 alice :nobody
+alice> MONITOR L
+alice< 732 alice :bob,nobody
+alice< 733 alice :End of MONITOR list
+alice> MONITOR S
+alice< 730 alice :bob
+alice< 731 alice :nobody
+bob> NICK rob
+alice< 731 alice :bob
+bob< :bob NICK rob
+bob> NICK BOB
+alice< 730 alice :BOB
+bob< :rob NICK BOB
+bob> NICK bob
+bob< :BOB NICK bob
+bob> QUIT
+alice< 731 alice :bob
+bob< ERROR :Closing link: Quit
+alice> MONITOR - bob
+alice> MONITOR + a*,rob
+alice< 432 alice a* :names only, no masks
+alice< 731 alice :rob
+alice> MONITOR C
+alice> MONITOR L
+alice< 733 alice :End of MONITOR list
+alice> MONITOR X
+alice< 461 alice MONITOR :MONITOR takes +, -, C, L or S
+alice> MONITOR
+alice< 461 alice MONITOR :it goes like this: MONITOR +|-|C|L|S [<nickname>{,<nickname>}]
+=== SETNAME without the capability is silent
++#a alice bob
+alice> SETNAME :Alicia
+bob> WHOIS alice
+bob< 311 bob alice ~u 127.0.0.1 * :Alicia
+bob< 319 bob alice :@#a
+bob< 312 bob alice chat.py :chat.py
+bob< 317 bob alice 6 WHEN :seconds idle, signed on at
+bob< 318 bob alice :End of WHOIS
+=== the server: MOTD, LUSERS, VERSION, TIME and the like
+alice> MOTD
+alice< 375 alice :- chat.py Message of the day
+alice< 372 alice :- Welcome
+alice< 376 alice :End of MOTD
+alice> MOTD other.server
+alice< 402 alice other.server :there is no such server; this one stands alone
+alice> LUSERS
+alice< 251 alice :There are 4 users and 0 invisible on 1 servers
+alice< 252 alice 0 :operators online
+alice< 253 alice 0 :connections without a name yet
+alice< 254 alice 1 :channels formed
+alice< 255 alice :I have 4 clients and 0 servers
+alice< 265 alice 4 4 :Current local users 4, max 4
+alice< 266 alice 4 4 :Current global users 4, max 4
+alice> TIME chat.*
+alice< 391 alice chat.py :WHEN
+alice> ADMIN
+alice< 423 alice chat.py :the message of the day says whom to ask, or nobody does
+alice> INFO
+alice< 371 alice :chat.py 0.2: a chat in one file of plain Python,
+alice< 371 alice :for IRC clients, netcat, and terminals and windows of its own
+alice< 371 alice :running since WHEN
+alice< 374 alice :End of INFO
+alice> LINKS
+alice< 365 alice * :End of LINKS: this server stands alone
+alice> STATS u
+alice< 242 alice :Server up 0 days 00:00:11
+alice< 219 alice u :End of statistics
+alice> STATS
+alice< 219 alice * :End of statistics
+alice> TRACE
+alice< 262 alice chat.py 0.2 :End of trace: this server stands alone
+alice> SERVLIST
+alice< 235 alice * * :There are no services
+alice> SQUERY NickServ :help
+alice< 408 alice NickServ :there are no services here
+alice> SUMMON root
+alice< 445 alice :SUMMON has been disabled
+alice> USERS
+alice< 446 alice :USERS has been disabled
+=== VERSION
+alice> VERSION
+alice< 351 alice chat.py-0.2 chat.py :a chat in one file of Python
+alice< 005 alice ...
+alice< 005 alice ...
+alice< 005 alice ...
+alice> VERSION bob
+alice< 351 alice chat.py-0.2 chat.py :a chat in one file of Python
+alice< 005 alice ...
+alice< 005 alice ...
+alice< 005 alice ...
+alice> VERSION elsewhere
+alice< 402 alice elsewhere :there is no such server; this one stands alone
+=== HELP: is made from the handlers
+alice> HELP
+alice< 704 alice * :HELP <command> tells more about one of these:
+alice< 705 alice * :ADMIN AWAY CAP CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON JOIN KICK KILL LINKS LIST LUSERS MODE MONITOR MOTD NAMES NICK NOTICE OPER PART PASS PING PONG PRIVMSG QUIT REHASH RESTART SERVLIST SETNAME SQUERY SQUIT STATS SUMMON TIME TOPIC TRACE USER USERHOST USERS VERSION WALLOPS WHO WHOIS WHOWAS
+alice< 706 alice * :End of help
+alice> HELP JOIN
+alice< 704 alice JOIN :JOIN <channel>{,<channel>} [<key>{,<key>}]
+alice< 705 alice JOIN :enter channels; JOIN 0 leaves all
+alice< 706 alice JOIN :End of help
+alice> HELPOP kick
+alice< 704 alice kick :KICK <channel> <nickname>{,<nickname>} [<reason>]
+alice< 705 alice kick :put people out
+alice< 706 alice kick :End of help
+alice> HELP me
+alice< 524 alice me :there is no help on that; HELP lists the commands
+=== only operators of the server
+alice> KILL bob :x
+alice< 481 alice :only operators of this server can do that
+alice> WALLOPS :x
+alice< 481 alice :only operators of this server can do that
+alice> REHASH
+alice< 481 alice :only operators of this server can do that
+alice> DIE
+alice< 481 alice :only operators of this server can do that
+alice> RESTART
+alice< 481 alice :only operators of this server can do that
+alice> CONNECT other
+alice< 481 alice :only operators of this server can do that
+alice> SQUIT other :x
+alice< 481 alice :only operators of this server can do that
+alice> OPER boss
+alice< 461 alice OPER :it goes like this: OPER <name> <password>
+=== OPER: the password, and what it opens
+alice> OPER boss wrong
+alice< 464 alice :that is not it (try 1 of 3)
+alice> OPER nobody secret
+alice< 464 alice :that is not it (try 2 of 3)
+alice> OPER boss secret
+alice< 381 alice :You are now an operator of this server
+alice< :alice MODE alice +o
+bob> MODE bob +w
+bob< :bob MODE bob +w
+alice> WALLOPS :hear me
+bob< :alice WALLOPS :hear me
+alice> STATS o
+alice< 243 alice O * * boss
+alice< 219 alice o :End of statistics
+alice> REHASH
+alice< 382 alice chat.py :Reading it again
+alice> CONNECT other
+alice< 402 alice other :this server stands alone
+alice> SQUIT other :x
+alice< 402 alice other :this server stands alone
+bob> WHOIS alice
+bob< 311 bob alice ~u 127.0.0.1 * :Real Name
+bob< 312 bob alice chat.py :chat.py
+bob< 313 bob alice :operates this server
+bob< 317 bob alice 16 WHEN :seconds idle, signed on at
+bob< 318 bob alice :End of WHOIS
+bob> WHO alice
+bob< 352 bob * ~u 127.0.0.1 chat.py alice H* :0 Real Name
+bob< 315 bob alice :End of WHO
+bob> USERHOST alice
+bob< 302 bob :alice*=+~u@127.0.0.1
+alice> MODE alice -o
+alice< :alice MODE alice -o
+alice> WALLOPS :no more
+alice< 481 alice :only operators of this server can do that
+=== OPER: may do what an operator of any channel may
++#a bob carol
+alice> OPER boss secret
+alice< 381 alice :You are now an operator of this server
+alice< :alice MODE alice +o
+alice> MODE #a +t-n
+bob< :alice MODE #a -n
+carol< :alice MODE #a -n
+alice> TOPIC #a :from above
+bob< :alice TOPIC #a :from above
+carol< :alice TOPIC #a :from above
+alice> KICK #a bob
+bob< :alice KICK #a bob :alice
+carol< :alice KICK #a bob :alice
+alice> MODE #lobby +t
+dora< * alice set +t in #lobby
+=== KILL: closes somebody's connection
+alice> OPER boss secret
+alice< 381 alice :You are now an operator of this server
+alice< :alice MODE alice +o
+bob> JOIN #lobby
+bob< :bob JOIN #lobby
+bob< 353 bob = #lobby :dora bob
+bob< 366 bob #lobby :End of NAMES
+dora< bob (127.0.0.1:50001) joined the chat!
+alice> KILL bob :spam
+bob< ERROR :Closing link: Killed (alice (spam))
+dora< bob (127.0.0.1:50001) left the chat!
+bob> PRIVMSG alice :still here?
+alice> KILL nobody
+alice< 401 alice nobody :nobody here is called nobody
+alice> KILL
+alice< 461 alice KILL :it goes like this: KILL <nickname> [<reason>]
+=== DIE and RESTART
+alice> OPER boss secret
+alice< 381 alice :You are now an operator of this server
+alice< :alice MODE alice +o
+alice> RESTART
+alice> DIE
+=== unknown verbs and empty lines
+alice>
+alice>
+alice> FOO bar
+alice< 421 alice FOO :there is no FOO; help lists what there is
+alice> :source
+alice> @tag
+alice> foo
+alice< 421 alice FOO :there is no FOO; help lists what there is
+=== the line protocol and IRC read each other
+alice> JOIN #lobby
+alice< :alice JOIN #lobby
+alice< 353 alice = #lobby :dora alice
+alice< 366 alice #lobby :End of NAMES
+dora< alice (127.0.0.1:50000) joined the chat!
+alice> PRIVMSG #lobby :hello from IRC
+dora< alice: hello from IRC
+dora> hello from netcat
+alice< :dora PRIVMSG #lobby :hello from netcat
+dora> /tell alice psst
+alice< :dora PRIVMSG alice :psst
+dora< * told alice: psst
+alice> PRIVMSG dora :pssst
+dora< (private) alice: pssst
+dora> /join #a
+dora< * you speak in #a now
+dora< * the topic of #a is not set
+dora< * #a 1-1 of 1: @dora
+alice> JOIN #a
+alice< :alice JOIN #a
+alice< 353 alice = #a :@dora alice
+alice< 366 alice #a :End of NAMES
+dora< [#a] alice (127.0.0.1:50000) joined the chat!
+alice> PRIVMSG #a :in a channel
+dora< [#a] alice: in a channel
+dora> in a channel
+alice< :dora PRIVMSG #a :in a channel
+dora> /topic tea
+alice< :dora TOPIC #a :tea
+dora< * the topic of #a is: tea
+alice> TOPIC #a :coffee
+alice< 482 alice #a :only operators of #a can do that
+dora> /mode -t
+alice< :dora MODE #a -t
+dora< * the modes of #a: +n
+alice> TOPIC #a :coffee
+alice< :alice TOPIC #a :coffee
+dora< * alice set the topic of #a: coffee
+alice> NICK alicia
+alice< :alice NICK alicia
+dora< * alice is now called alicia
+alice> AWAY :lunch
+alice< 306 alicia :You have been marked as being away
+dora< * alicia is away: lunch
+alice> AWAY
+alice< 305 alicia :You are no longer marked as being away
+dora< * alicia is back
+dora> /nick dorothy
+alice< :dora NICK dorothy
+dora< * you are dorothy
+dora> /kick alicia enough
+alice< :dorothy KICK #a alicia :enough
+dora< * you kicked alicia from #a
+alice> JOIN #a
+alice< :alicia JOIN #a
+alice< 332 alicia #a :coffee
+alice< 333 alicia #a alice WHEN
+alice< 353 alicia = #a :@dorothy alicia
+alice< 366 alicia #a :End of NAMES
+dora< [#a] alicia (127.0.0.1:50000) joined the chat!
+dora> /invite bob
+bob< :dorothy INVITE bob #a
+dora< * you invited bob to #a
+dora> /quit
+alice< :dorothy QUIT :Quit
+=== the line protocol: operators of channels do what must be done
+dora> /join #a
+dora< * you speak in #a now
+dora< * the topic of #a is not set
+dora< * #a 1-1 of 1: @dora
+alice> JOIN #a
+alice< :alice JOIN #a
+alice< 353 alice = #a :@dora alice
+alice< 366 alice #a :End of NAMES
+dora< [#a] alice (127.0.0.1:50000) joined the chat!
+dora> /ban alice
+alice< :dora MODE #a +b alice!*@*
+alice< :dora KICK #a alice :banned
+dora< * you banned alice!*@* from #a
+alice> JOIN #a
+alice< 474 alice #a :cannot join #a: you are banned from it
+dora> /ban
+dora< * banned from #a: alice!*@*
+dora> /unban alice
+dora< * you let alice!*@* into #a again
+dora> /unban alice
+dora< * no ban of #a is alice; /ban lists them
+alice> JOIN #a
+alice< :alice JOIN #a
+alice< 353 alice = #a :@dora alice
+alice< 366 alice #a :End of NAMES
+dora< [#a] alice (127.0.0.1:50000) joined the chat!
+dora> /mode +m
+alice< :dora MODE #a +m
+dora< * the modes of #a: +mnt
+dora> /mode +X
+dora< * there is no channel mode X; the modes are beI, k, l, qaohv, CRimnst
+alice> PRIVMSG #a :may I?
+alice< 404 alice #a :#a is moderated; only who has a voice may speak
+dora> /kick nobody
+dora< * nobody here is called nobody
+bob> JOIN #b
+bob< :bob JOIN #b
+bob< 353 bob = #b :@bob
+bob< 366 bob #b :End of NAMES
+bob> INVITE dora #b
+bob< 341 bob dora #b
+dora< * bob invites you to #b; /join #b
+dora> /join #b
+bob< :dora JOIN #b
+dora< * you speak in #b now
+dora< * the topic of #b is not set
+dora< * #b 1-2 of 2: @bob, dora
+dora> /kick bob
+dora< * only operators of #b can do that
+dora> /oper boss wrong
+dora< * that is not it (try 1 of 3)
+dora> /oper boss secret
+dora< * you are an operator of this server now: /kick, /ban and /topic work anywhere
+dora> /kick bob now I may
+bob< :dora KICK #b bob :now I may
+dora< * you kicked bob from #b
+dora> /away
+dora< * you are back
+dora> /away gone fishing
+dora< * you are away: gone fishing
+dora> /away
+dora< * you are back
+=== the line protocol: who was put out speaks nowhere until he chooses
+dora> /join #a
+dora< * you speak in #a now
+dora< * the topic of #a is not set
+dora< * #a 1-1 of 1: @dora
+alice> OPER boss secret
+alice< 381 alice :You are now an operator of this server
+alice< :alice MODE alice +o
+alice> JOIN #a
+alice< :alice JOIN #a
+alice< 353 alice = #a :@dora alice
+alice< 366 alice #a :End of NAMES
+dora< [#a] alice (127.0.0.1:50000) joined the chat!
+alice> KICK #a dora :out
+alice< :alice KICK #a dora :out
+dora< * alice kicked dora from #a: out
+dora> is this heard?
+dora< * you are not in #a; /join #a first
+dora> /join #a
+alice< :dora JOIN #a
+dora< * you speak in #a now
+dora< * the topic of #a is not set
+dora< * #a 1-2 of 2: alice, dora
+=== the line protocol: a secret channel is not listed
+alice> JOIN #s
+alice< :alice JOIN #s
+alice< 353 alice = #s :@alice
+alice< 366 alice #s :End of NAMES
+alice> MODE #s +s
+alice< :alice MODE #s +s
+dora> /list
+dora< * #lobby (1)
+dora> /names #s
+dora< * you are not in #s; /join #s first
+"""  # noqa: E501 -- lines as they are on the wire
+
+
+def transcripts(text):
+    """By name; those that follow a blank line and === are one each."""
+    parts = re.split(r"^=== (.*)\n", text, flags=re.MULTILINE)
+    return {
+        name: lines.split("\n")[:-1] for name, lines in zip(parts[1::2], parts[2::2], strict=True)
+    }
+
+
+def irc_heard(house, label):
+    """What somebody heard, without what is the same in every line."""
+    lines = [line.removeprefix(":chat.py ") for line in house.heard(label)]
+    text = "\n".join(lines).replace("!~u@127.0.0.1", "").replace("!line@127.0.0.1", "")
+    text = re.sub(r"\b10000\d\d\b", "WHEN", text)
+    text = re.sub(r"001 (?:.|\n)* 221 .*", "the welcome", text)
+    text = re.sub(r"005 (\w+) .*", r"005 \1 ...", text)
+    return [chat.escaped(line) for line in text.split("\n") if text]
+
+
+def played(lines):
+    """The transcript again, with what was really heard."""
+    house = House()
+    house.motd = ["Welcome"]
+    house.enter_irc("alice", "bob", "carol")
+    house.enter("dora")
+    again = []
+    for line in lines:
+        if re.match(r"\w+< ", line):
+            continue
+        again.append(line)
+        if line.startswith("+#"):
+            room, *people = line[1:].split()
+            for who in people:
+                house.say(who, f"JOIN {room}")
+            house.turn()
+            for who in house.guests:
+                house.heard(who)
+        elif line.startswith("+"):
+            house.connect_irc(line[1:])
+        else:
+            who, _, text = line.partition(">")
+            house.say(who, text[1:].encode().decode("unicode_escape") if "\\" in text else text[1:])
+            house.turn()
+            again += [f"{who}< {heard}" for who in house.guests for heard in irc_heard(house, who)]
+    return again
+
+
+@pytest.mark.parametrize("name", transcripts(IRC_TRANSCRIPTS))
+def test_irc_goes_as_in_the_transcript(name):
+    lines = transcripts(IRC_TRANSCRIPTS)[name]
+    assert played(lines) == lines
+
+
+def test_every_verb_of_irc_stands_in_a_transcript():
+    verbs = {line.split()[1].upper() for line in IRC_TRANSCRIPTS.split("\n") if "> " in line}
+    assert set(chat.irc_command) <= verbs
+
+
+MESSAGES = [  # a line, and the verb, parameters and tags in it
+    ("PING", "PING", [], {}),
+    ("PING x", "PING", ["x"], {}),
+    ("ping :x y", "PING", ["x y"], {}),
+    ("PRIVMSG #a :", "PRIVMSG", ["#a", ""], {}),
+    ("PRIVMSG #a ::)", "PRIVMSG", ["#a", ":)"], {}),
+    ("PRIVMSG #a :a :b", "PRIVMSG", ["#a", "a :b"], {}),
+    ("PRIVMSG  #a   b  c ", "PRIVMSG", ["#a", "b", "c"], {}),
+    ("PRIVMSG #a a:b", "PRIVMSG", ["#a", "a:b"], {}),
+    ("PRIVMSG #a\tb :c", "PRIVMSG", ["#a\tb", "c"], {}),
+    ("  PING x", "PING", ["x"], {}),
+    (":source PING x", "PING", ["x"], {}),
+    (":source", "", [], {}),
+    ("", "", [], {}),
+    ("   ", "", [], {}),
+    ("@a=b PING x", "PING", ["x"], {"a": "b"}),
+    ("@a=b;c;+d/e=f :source PING x", "PING", ["x"], {"a": "b", "c": "", "+d/e": "f"}),
+    ("@a=1;a=2 PING", "PING", [], {"a": "2"}),
+    (r"@a=x\:y\sz\\\r\n\q\ PING", "PING", [], {"a": "x;y z\\\r\nq"}),
+    ("@;;=x;a= PING", "PING", [], {"a": ""}),
+    ("@a", "", [], {"a": ""}),
+]
+
+
+@pytest.mark.parametrize("line, verb, params, tags", MESSAGES)
+def test_a_line_of_irc_has_a_verb_parameters_and_tags(line, verb, params, tags):
+    assert chat.parse_message(line) == (verb, params, tags)
+
+
+MASKS = [  # a mask, what it means, what it does not
+    ("*", ["", "anything"], []),
+    ("a*", ["a", "abc"], ["ba", ""]),
+    ("*a", ["a", "ba"], ["ab"]),
+    ("a*b*c", ["abc", "axxbyyc", "abbcc"], ["ac", "abcd", "acb"]),
+    ("*ab*ab*", ["abab", "xabyabz"], ["aba", "ab"]),
+    ("*aab", ["aab", "aaaab"], ["aaba"]),
+    ("a?c", ["abc", "a?c"], ["ac", "abbc"]),
+    ("**?", ["a", "ab"], [""]),
+    ("a.c", ["a.c"], ["abc"]),
+    ("[a]+", ["[a]+"], ["a"]),
+    ("ALICE!*@*", ["alice!u@h"], ["bob!u@h"]),
+    ("stra\u00dfe", ["strasse"], ["stra"]),
+]
+
+
+@pytest.mark.parametrize("mask, meant, other", MASKS)
+def test_a_mask_means_what_its_stars_and_question_marks_allow(mask, meant, other):
+    pattern = chat.mask_pattern(mask)
+    assert [text for text in meant if not pattern.fullmatch(text)] == []
+    assert [text for text in other if pattern.fullmatch(text)] == []
+
+
+def naive_match(mask, text):
+    if not mask:
+        return not text
+    if mask[0] == "*":
+        return any(naive_match(mask[1:], text[n:]) for n in range(len(text) + 1))
+    return bool(text) and mask[0] in ("?", text[0]) and naive_match(mask[1:], text[1:])
+
+
+def test_masks_mean_what_trying_everything_says(seeded):
+    for _ in range(3000):
+        mask = "".join(seeded.choices("ab*?", k=seeded.randrange(7)))
+        text = "".join(seeded.choices("ab", k=seeded.randrange(8)))
+        found = chat.mask_pattern(mask).fullmatch(text) is not None
+        assert found == naive_match(mask, text), (mask, text)
+
+
+def test_no_number_of_stars_makes_a_mask_slow():
+    pattern = chat.mask_pattern("*a" * 90 + "*b")
+    began = time.perf_counter()
+    assert not pattern.fullmatch("a" * 200)
+    assert not chat.mask_pattern("*" * 200 + "b").fullmatch("a" * 200)
+    assert time.perf_counter() - began < 0.1
+
+
+@pytest.mark.parametrize(
+    "whole, room, pieces",
+    [
+        ("short", 10, ["short"]),
+        ("one two three", 8, ["one two ", "three"]),
+        ("a verylongword", 8, ["a verylo", "ngword"]),
+        ("\u00e4\u00f6\u00fc", 5, ["\u00e4\u00f6", "\u00fc"]),
+        ("\U0001f600\U0001f600", 7, ["\U0001f600", "\U0001f600"]),
+    ],
+)
+def test_long_text_is_split_between_words_or_at_least_characters(whole, room, pieces):
+    assert list(chat.split_text(whole, room)) == pieces
+
+
+def test_the_welcome_comes_in_the_order_that_clients_rely_on():
+    house = House()
+    house.connect_irc("erin")
+    house.say("erin", "NICK erin", "USER erin 0 * :Erin")
+    house.turn()
+    lines = house.heard("erin")
+    numbers = [line.split()[1] for line in lines]
+    order = "001 002 003 004 005 251 252 253 254 255 265 266 422 221"
+    assert " ".join(dict.fromkeys(numbers)) == order
+    assert all(line.startswith(":chat.py ") and line.split()[2] == "erin" for line in lines)
+    tokens = " ".join(line.split(" :are")[0].split(" ", 3)[3] for line in lines if " 005 " in line)
+    known = dict(token.partition("=")[::2] for token in tokens.split())
+    assert known["PREFIX"] == "(qaohv)~&@%+" and known["CHANMODES"] == "beI,k,l,CRimnst"
+    assert known["NICKLEN"] == "32" and known["MAXLIST"] == "beI:60" and "UTF8ONLY" in known
+
+
+def test_every_letter_that_004_and_005_promise_is_a_mode():
+    house = House()
+    house.enter_irc("alice")
+    house.say("alice", "JOIN #a", "OPER boss secret")
+    house.turn()
+    values = (
+        {"k": " word", "l": " 5"} | dict.fromkeys("qaohv", " alice") | dict.fromkeys("beI", " x")
+    )
+    for letter in "beIkl" + "qaohv" + "CRimnst":
+        house.heard("alice")
+        sign = "-" if letter in "nto" else "+"
+        house.say("alice", f"MODE #a {sign}{letter}{values.get(letter, '')}")
+        house.turn()
+        (line,) = house.heard("alice")
+        assert f" MODE #a {sign}{letter}" in line
+    for letter in "BRiw":
+        house.say("alice", f"MODE alice +{letter}")
+        house.turn()
+        assert house.heard("alice") == [f":alice!~u@127.0.0.1 MODE alice +{letter}"]
+
+
+TOO_MUCH = [  # what an IRC client sends, and the number or word that answers it
+    (b"PRIVMSG #a :" + b"x" * 498, b" 417 "),  # 510 bytes: fits, but not with a mask before it
+    (b"PRIVMSG #a :" + b"x" * 499, b" 417 "),
+    (b"PING " + b"x" * 505, b" PONG "),
+    (b"PING " + b"x" * 506, b" 417 "),
+    (b"@a=" + b"x" * 4092 + b" PING x", b" PONG "),  # 4,094 bytes of tags
+    (b"@a=" + b"x" * 4093 + b" PING x", b" 417 "),
+    (b"@a=" + b"x" * 4092 + b" PING " + b"x" * 505, b" PONG "),
+    (b"@" + b"x" * 9000 + b" PING x", b" 417 "),
+    (chat.TOO_LONG, b" 417 "),
+    (b"PRIVMSG #a :\xff", b" FAIL PRIVMSG INVALID_UTF8 "),
+    (b"\xff", b" FAIL * INVALID_UTF8 "[:6]),
+    (b"NICK a\x00b", b" 432 "),
+    (b"NICK a\x01b", b" 432 "),
+    (b"JOIN #\x00", b" 476 "),
+    (b"MODE #a " + b"+x" * 200, b" 472 "),
+    (b"MODE #a +" + b"o" * 100, b" 461 "),
+    (b"WHO " + b"*?" * 200, b" 315 "),
+    (b"LIST " + b"*a" * 200, b" 323 "),
+]
+
+
+@pytest.mark.parametrize("line, answer", TOO_MUCH)
+def test_too_much_or_too_strange_is_answered_once(line, answer):
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "JOIN #a")
+    house.say("bob", "JOIN #a")
+    house.turn()
+    house.heard("alice")
+    house.heard("bob")
+    house.say("alice", line)
+    house.turn()
+    out = house.guests["alice"].conn.out
+    assert answer in out and out.count(b"\r\n") == (2 if b"LIST" in line else 1)
+    assert house.heard("bob") == []
+
+
+def test_what_is_said_at_length_with_netcat_reaches_irc_in_lines_that_fit():
+    house = House()
+    house.enter_irc("alice")
+    house.enter("dora")
+    house.say("alice", "JOIN #lobby")
+    house.turn()
+    house.heard("alice")
+    text = "\u4f60\u597d w\u00f6rter \U0001f600 " * 400
+    house.say("dora", text, "/me " + text)
+    house.turn()
+    lines = house.guests["alice"].conn.out.split(b"\r\n")[:-1]
+    assert max(map(len, lines)) <= 510
+    said = [line.decode().partition(" :")[2] for line in lines]
+    assert "".join(one for one in said if "\x01" not in one) == text
+    acted = [one.removeprefix("\x01ACTION ").removesuffix("\x01") for one in said if "\x01" in one]
+    assert "".join(acted) == text.strip()
+
+
+def test_a_message_of_several_lines_is_as_many_in_irc_and_blank_ones_are_not_sent():
+    house = House()
+    house.enter_irc("alice")
+    house.enter("dora")
+    house.say("alice", "JOIN #lobby")
+    house.turn()
+    house.heard("alice")
+    house.say("dora", "/lines 3", "one", "", "three", "")
+    house.turn()
+    head = ":dora!line@127.0.0.1 PRIVMSG #lobby :"
+    assert house.heard("alice") == [f"{head}one", f"{head}three", f"{head} "]
+
+
+def test_nothing_that_anybody_says_can_end_a_line_of_irc():
+    house = House()
+    house.enter_irc("alice")
+    house.enter("dora")
+    house.say("alice", "JOIN #lobby")
+    house.turn()
+    house.heard("alice")
+    house.say("dora", "a\rQUIT\x00b", "/topic c\rd", "/away e\rf")
+    house.turn()
+    lines = house.guests["alice"].conn.out.split(b"\r\n")[:-1]
+    assert len(lines) == 2 and not any(set(line) & set(b"\r\n\0") for line in lines)
+
+
+def test_times_stand_before_what_is_said_for_who_asked_for_them():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "CAP REQ server-time")
+    house.say("bob", "PRIVMSG alice :x")
+    house.turn()
+    stamp = "@time=1970-01-12T13:46:42.000Z :bob!~u@127.0.0.1 PRIVMSG alice :x"
+    assert house.heard("alice") == [":chat.py CAP alice ACK :server-time", stamp]
+
+
+def test_a_wrong_or_missing_server_password_is_an_error_and_the_end():
+    for words in ([], ["PASS wrong"]):
+        house = House(password="open sesame")
+        house.connect_irc("x")
+        house.say("x", *words, "NICK x", "USER x 0 * :x")
+        house.turn()
+        assert [line.split()[1] for line in house.heard("x")] == ["464", ":Closing"]
+        assert house.guests["x"].conn.closed
+    house.connect_irc("y")
+    house.say("y", "PASS :open sesame", "NICK y", "USER y 0 * :y")
+    house.turn()
+    assert " 001 y " in house.heard("y")[0]
+
+
+def test_three_wrong_passwords_of_an_operator_end_the_connection():
+    house = House()
+    house.enter_irc("alice")
+    for _ in range(3):
+        assert not house.guests["alice"].conn.closed
+        house.say("alice", "OPER boss wrong")
+        house.turn()
+    assert house.guests["alice"].conn.closed and "alice" not in house.hub.users
+
+
+def test_lists_have_limits_and_say_so():
+    house = House()
+    house.enter_irc("alice")
+    house.say("alice", "JOIN #a", *(f"MODE #a +b {n}" for n in range(chat.MASKS_A_LIST)))
+    house.turn()
+    house.heard("alice")
+    house.say("alice", "MODE #a +b one-more", f"MONITOR + {','.join(f'n{n}' for n in range(101))}")
+    house.turn()
+    lines = house.heard("alice")
+    assert lines[0] == (":chat.py 478 alice #a one-more!*@* :the list is full: 60 masks at most")
+    assert lines[1] == ":chat.py 734 alice 100 n100 :Monitor list is full"
+    offline = [line.partition(" :")[2] for line in lines[2:]]
+    assert ",".join(offline) == ",".join(f"n{n}" for n in range(100))
+
+
+def test_who_leaves_is_watched_for_by_nobody_and_watches_nobody():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "MONITOR + bob,carol", "INVITE")
+    house.say("bob", "MONITOR + alice")
+    assert set(house.hub.watchers) == {"alice", "bob", "carol"}
+    house.say("alice", "QUIT")
+    house.turn()
+    assert set(house.hub.watchers) == {"alice"}
+    house.say("bob", "MONITOR C")
+    assert house.hub.watchers == {}
+
+
+def test_a_crowded_channel_is_named_in_lines_that_fit():
+    house = House()
+    names = [f"somebody{n}" for n in range(150)]
+    house.enter_irc(*names)
+    for name in names:
+        house.say(name, "JOIN #a")
+    house.turn()
+    for name in names:
+        house.heard(name)
+    house.say(names[0], "NAMES #a", "WHO #a", "MODE #a +s", "LIST")
+    house.turn()
+    lines = house.heard(names[0])
+    assert max(len(line.encode()) for line in lines) <= 510
+    listed = " ".join(line.partition(" :")[2] for line in lines if " 353 " in line).split()
+    assert [name.removeprefix("@") for name in listed] == names
+    assert sum(" 352 " in line for line in lines) == 150
+
+
+def test_a_name_is_one_in_both_dialects():
+    house = House()
+    house.enter_irc("Alice")
+    house.connect("x")
+    house.say("x", "ALICE")
+    house.turn()
+    assert house.guests["x"].user.name == "ALICE2"
+    house.connect_irc("y")
+    house.say("y", "NICK alice2")
+    house.turn()
+    assert house.heard("y") == [":chat.py 433 * alice2 :alice2 is taken"]
+
+
+def test_a_session_of_irc_gets_no_line_twice_and_none_of_before_it_came(seeded):
+    """Whatever people do in a turn, each hears it in the order in which it was done."""
+    house = House()
+    house.enter_irc("alice", "bob", "carol")
+    for turn in range(200):
+        said = []
+        for n in range(seeded.randrange(1, 12)):
+            who = seeded.choice(("alice", "bob", "carol"))
+            verb = seeded.choice(("JOIN #a", "JOIN #b", "PART #a", "PART #b", "T #a", "T #b"))
+            if verb[0] == "T":
+                room, text = house.hub.channels.get(verb[2:]), f"{turn}.{n}"
+                user = house.guests[who].user
+                if room and user in room.members:
+                    hear = {other.name for other in room.members if other is not user}
+                    said.append((text, verb[2:], hear))
+                verb = f"PRIVMSG {verb[2:]} :{text}"
+            house.say(who, verb)
+        house.turn()
+        for who in house.guests:
+            heard = [
+                line for line in house.heard(who) if "PRIVMSG" in line and " 4" not in line[:12]
+            ]
+            got = [(line.split(" :")[1], line.split()[2]) for line in heard]
+            assert got == [(text, room) for text, room, hear in said if who in hear]
+
+
+# ======================================================================================
 # DOMAIN: the turn's log
 # ======================================================================================
 
@@ -1436,9 +3202,13 @@ def test_a_client_and_its_server_agree_who_is_here_and_what_was_said():
     house.connect("carol").receive(b"carol")
     alice.exchange()
     assert set(alice.core.rooms[chat.LOBBY]) == {"alice", "rob", "carol"}
+    house.enter_irc("oper")
+    house.say("oper", "OPER boss secret", "JOIN #lobby", "KICK #lobby carol :out")
+    alice.exchange()
+    assert set(alice.core.rooms[chat.LOBBY]) == {"alice", "rob", "oper"}
     house.leave("bob")
     alice.exchange()
-    assert set(alice.core.rooms[chat.LOBBY]) == {"alice", "carol"}
+    assert set(alice.core.rooms[chat.LOBBY]) == {"alice", "oper"}
 
 
 def test_a_taken_name_is_learnt():
@@ -1774,6 +3544,12 @@ class Guest:
         if name:
             self.enter(name)
 
+    def enter_irc(self, name, *lines):
+        """With an IRC client, as far as the welcome and what the lines cause."""
+        self.send("".join(f"{line}\r\n" for line in (f"NICK {name}", "USER u 0 * :r", *lines)))
+        self.send("PING in\r\n")
+        return self.until("PONG chat.py :in")
+
     def enter(self, name):
         """With the name taken: /names is answered after it."""
         self.send(f"{name}\n/names\n")
@@ -1895,6 +3671,81 @@ def test_other_dialects_are_closed_politely_and_never_taken_for_a_name(running):
     assert browser.rest().startswith(b"HTTP/1.1 501 ")
     alice.send("/names\n")
     assert alice.line() == "* #lobby 1-1 of 1: alice"
+
+
+def test_irc_and_the_line_protocol_share_a_port_and_a_channel(running):
+    server = running()
+    dora, alice = server.guest("dora"), server.guest()
+    assert "376" not in str(alice.enter_irc("alice", "JOIN #lobby"))
+    assert dora.line() == f"alice ({alice.here()}) joined the chat!"
+    dora.send("hello\n")
+    assert alice.line() == ":dora!line@127.0.0.1 PRIVMSG #lobby :hello\r"
+    alice.send("PRIVMSG #lobby :hi\r\nQUIT :bye\r\nQUIT :again\r\nPRIVMSG #lobby :late\r\n")
+    assert dora.lines(2) == ["alice: hi", f"alice ({alice.here()}) left the chat!"]
+    assert alice.rest() == b"ERROR :Closing link: Quit: bye\r\n"
+    dora.send("/names\n")
+    assert dora.line() == "* #lobby 1-1 of 1: dora"
+
+
+def test_a_quit_before_anything_else_is_answered(running):
+    guest = running().guest()
+    guest.send("QUIT\r\n")
+    assert guest.rest() == b"ERROR :Closing link: Quit\r\n"
+
+
+def test_a_silent_irc_client_is_asked_and_then_let_go_and_others_are_told(running, monkeypatch):
+    monkeypatch.setattr(chat, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(chat, "PONG_SECONDS", 0.1)
+    server = running()
+    dora, alice = server.guest("dora"), server.guest()
+    alice.enter_irc("alice", "JOIN #lobby")
+    dora.until("joined")
+    assert alice.line() == "PING :chat.py\r"
+    alice.send("PONG :chat.py\r\n")
+    assert alice.until("ERROR")[-1].startswith("ERROR :Closing link: Ping timeout: 0")
+    assert dora.line() == f"alice ({alice.here()}) left the chat!"
+    dora.send("still here\n/names\n")  # the line protocol has no pings
+    assert dora.line() == "* #lobby 1-1 of 1: dora"
+
+
+def test_an_irc_client_without_a_name_is_sent_away_with_an_error(running, monkeypatch):
+    monkeypatch.setattr(chat, "NAMING_SECONDS", 0.1)
+    guest = running().guest()
+    guest.send("CAP LS 302\r\n")
+    assert guest.rest().split(b"\r\n")[-2].startswith(b"ERROR :no name after")
+
+
+def test_lusers_counts_those_without_a_name_until_they_have_gone(running):
+    server = running()
+    alice, other = server.guest(), server.guest()
+    other.send("NICK x\r\nPING 1\r\n")
+    other.until("PONG")
+    assert any(" 253 alice 1 " in line for line in alice.enter_irc("alice"))
+    other.send("QUIT\r\n")
+    assert other.rest()
+    alice.send("LUSERS\r\n")
+    assert " 253 alice 0 " in alice.until(" 253 ")[-1]
+
+
+def test_the_message_of_the_day_is_read_again_when_an_operator_asks(running, tmp_path):
+    motd = tmp_path / "motd"
+    motd.write_text("Sch\u00f6nen Tag\n\n" + "word " * 200)
+    alice = (server := running(motd=motd, oper=[("boss", "secret")])).guest()
+    lines = alice.enter_irc("alice", "OPER boss secret")
+    shown = [line.partition(" :- ")[2] for line in lines if " 372 " in line]
+    assert shown[0] == "Sch\u00f6nen Tag\r" and len(shown) > 4
+    motd.write_text("new")
+    alice.send("REHASH\r\nMOTD\r\n")
+    assert [line.split(" ", 3)[3] for line in alice.until(" 376 ")] == [
+        "chat.py :Reading it again\r",
+        ":- chat.py Message of the day\r",
+        ":- new\r",
+        ":End of MOTD\r",
+    ]
+    motd.unlink()
+    alice.send("REHASH\r\nMOTD\r\n")
+    assert "FAIL * UNUSABLE :cannot read the message of the day" in alice.until(" 376 ")[1]
+    assert server.server.motd == ["new"]
 
 
 def test_tls_and_plain_text_share_a_port(running, certificate):
@@ -2160,6 +4011,27 @@ def test_a_terminated_server_says_goodbye_keeps_everything_and_exits_with_0(fold
     store.close()
     modes = {oct(path.stat().st_mode)[-3:] for path in folder.iterdir()}
     assert modes == {"600"}
+
+
+def test_operators_end_and_restart_the_server(folder):
+    with serving("--data", folder, "--oper", "boss:secret", "--name", "irc.test") as (
+        process,
+        there,
+    ):
+        guest = Guest(there)
+        guest.send("NICK alice\r\nUSER u 0 * :r\r\nOPER boss secret\r\nRESTART\r\n")
+        assert b":irc.test 381 alice " in (out := guest.rest())
+        assert out.endswith(b"ERROR :the server is going down\r\n")
+        guest.close()
+        host, port = process.stdout.readline(), None
+        while b"listens on" not in host:  # the rest of the first start's lines
+            host = process.stdout.readline()
+        port = int(host.split()[4].split(b":")[1])
+        guest = Guest((there[0], port))
+        guest.send("NICK alice\r\nUSER u 0 * :r\r\nOPER boss secret\r\nDIE\r\n")
+        assert guest.rest().endswith(b"ERROR :the server is going down\r\n")
+        guest.close()
+        assert process.wait(PATIENCE) == 0
 
 
 def test_what_was_acknowledged_survives_kill_9(folder):
