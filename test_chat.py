@@ -3203,7 +3203,9 @@ def test_a_client_and_its_server_agree_who_is_here_and_what_was_said():
     alice.exchange()
     assert set(alice.core.rooms[chat.LOBBY]) == {"alice", "rob", "carol"}
     house.enter_irc("oper")
-    house.say("oper", "OPER boss secret", "JOIN #lobby", "KICK #lobby carol :out")
+    house.say("oper", "OPER boss secret", "JOIN #lobby")
+    alice.exchange()
+    house.say("oper", "KICK #lobby carol :out")
     alice.exchange()
     assert set(alice.core.rooms[chat.LOBBY]) == {"alice", "rob", "oper"}
     house.leave("bob")
