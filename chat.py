@@ -119,6 +119,8 @@ WATCHED = 100  # names that one session monitors
 FORMER_USERS = 1000  # remembered for WHOWAS
 FITS_ALWAYS = 300  # bytes that fit in a line of IRC behind the longest mask and channel
 TARGETS = 20  # of one PRIVMSG
+LIST_TARGETS = 10  # names, masks and conditions of one LIST
+LOOKED_AT_A_LINE = 100  # users or channels that a command may look through for one line's budget
 HOST_BYTES = 46  # an IPv6 address and a zero before it
 CAP_BYTES = MOTD_BYTES = WHOIS_BYTES = HELP_BYTES = 380  # of a list in a line of IRC
 TOKENS_A_LINE = 13  # of 005: a line has 15 parameters, the name and the last words included
@@ -602,7 +604,7 @@ class Budget:
         self.stamp = now
         return int(self.tokens)
 
-    def spend(self, lines: int) -> None:
+    def spend(self, lines: float) -> None:
         self.tokens -= lines
 
     def wait(self) -> float:
@@ -1228,7 +1230,8 @@ def witnesses(user: User) -> Channel | Neighbours | People:
 class Session:
     """One connection's side of the talk. A dialect is a subclass with a wire of its own.
 
-    `conn` offers address, secure, close(), named(), and gone: nothing can be sent there.
+    `conn` offers address, secure, close(), named(), charge(items) for what is looked
+    through, and gone: nothing can be sent there.
     """
 
     __slots__ = ("conn", "parting", "replied", "replies", "site", "tries", "user")
@@ -2398,7 +2401,7 @@ def isupport(site: Site) -> list[str]:
     """The tokens of 005 (modern.ircdocs.horse, RPL_ISUPPORT parameters)."""
     flags = "".join(sorted(FLAGS))
     ranks, symbols = RANKS, "".join(SYMBOLS.values())
-    targets = f"JOIN:,KICK:,LIST:,MONITOR:{WATCHED},NAMES:,PART:,WHOIS:1"
+    targets = f"JOIN:,KICK:,LIST:{LIST_TARGETS},MONITOR:{WATCHED},NAMES:,PART:,WHOIS:1"
     return [
         f"AWAYLEN={REASON_BYTES}",
         "BOT=B",
@@ -2491,6 +2494,7 @@ def come_in(session: IrcSession) -> None:
     wanted, session.wanted = session.wanted, ""  # somebody may have taken it meanwhile
     session.site.hub.check_name(wanted)
     session.site.hub.enter(session, wanted, session.username, session.realname)
+    session.password = ""
     session.conn.named()
     welcome(session)
 
@@ -2812,6 +2816,9 @@ def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Non
     """LIST [<channel or condition>{,...}] -- the channels: >9, <9, C<5, T>5, *mask*, !*mask*"""
     check_server(session, server)
     hub, user = session.site.hub, session.user
+    if conditions.count(",") >= LIST_TARGETS:
+        raise Refused("TOO_MANY_TARGETS", f"{LIST_TARGETS} conditions at most", conditions)
+    session.conn.charge(len(hub.channels))
     wanted = list_filter(conditions, hub.now)
     session.reply(RPL_LISTSTART)
     for channel in hub.channels.values():
@@ -2938,6 +2945,7 @@ def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel 
             yield from ((user, channel) for user in channel.members if can_see(me, user))
         return
     pattern = mask_pattern("*" if mask == "0" else mask)
+    session.conn.charge(1 if exact else len(hub.users))
     for user in [exact] if exact else hub.users.values():
         if user is exact or (can_see(me, user) and who_fits(pattern, user)):
             yield user, next((c for c in user.channels if c in me.channels), None)
@@ -3586,6 +3594,7 @@ def line_names(session: LineSession, name: str = "") -> None:
 @line_command("list")
 def line_list(session: LineSession) -> None:
     """/list -- the channels there are"""
+    session.conn.charge(len(session.site.hub.channels))
     for channel in session.site.hub.channels.values():
         topic = f": {harmless(channel.topic)}" if channel.topic else ""
         if channel.visible_to(session.user):
@@ -4611,6 +4620,11 @@ class Peer(Connection):
         self.server.unnamed.discard(self)
         if self.session.probed:
             self.server.probed.add(self)
+
+    def charge(self, items: int) -> None:
+        """A command that looks through so many costs as much as many lines."""
+        if self.budget:
+            self.budget.spend(items / LOOKED_AT_A_LINE)
 
     @property
     def secure(self) -> bool:

@@ -68,6 +68,9 @@ class FakeConn:
     def named(self):
         pass
 
+    def charge(self, items):
+        pass
+
     def close(self):
         if not self.closed:
             self.closed = True
