@@ -105,8 +105,8 @@ NAME_CHARACTERS = 32  # longest name as people count ...
 NAME_BYTES = 64  # ... and as the wire does; room for 16 characters outside the BMP
 NAMES_COUNTED = 100  # alice2 to alice99; after that any number will do
 CHANNEL_BYTES = 64  # as for names
-TOPIC_BYTES = 390  # fits an IRC line beside the longest names
-REASON_BYTES = 300  # why somebody is away, kicked, or gone: likewise
+TOPIC_BYTES = 300  # fits an IRC line beside the longest mask and channel ...
+REASON_BYTES = 200  # ... and this, why somebody is away, kicked or gone, beside two names more
 USERNAME_BYTES = 20
 REALNAME_BYTES = 128
 CHANNEL_PASSWORD_BYTES = 32
@@ -114,6 +114,9 @@ CHANNELS_A_USER = 50  # bounds the table of channels by the number of users
 MASKS_A_LIST = 60  # bans of one channel: each is looked at when somebody joins or speaks
 MASK_BYTES = 200
 MODES_BYTES = 300  # of one change of modes: as for topics
+MODES_AT_ONCE = 100  # signs and letters of one command; the rest is not looked at ...
+USER_MODES_AT_ONCE = 20  # ... as with one's own, which are five
+PATTERN_ITEMS = 4  # a letter of a mask costs as much as looking at so many users
 INVITATIONS = 50  # of one user, not yet used
 WATCHED = 100  # names that one session monitors
 FORMER_USERS = 1000  # remembered for WHOWAS
@@ -122,7 +125,7 @@ TARGETS = 20  # of one PRIVMSG
 LIST_TARGETS = 10  # names, masks and conditions of one LIST
 LOOKED_AT_A_LINE = 100  # users or channels that a command may look through for one line's budget
 HOST_BYTES = 46  # an IPv6 address and a zero before it
-CAP_BYTES = MOTD_BYTES = WHOIS_BYTES = HELP_BYTES = 380  # of a list in a line of IRC
+PARAM_BYTES = 100  # of what a client said, when it is said back: there have to be words, too
 TOKENS_A_LINE = 13  # of 005: a line has 15 parameters, the name and the last words included
 PASSWORD_TRIES = 3  # before a connection is closed
 SECRET_ROUNDS = 50_000  # of PBKDF2 for --oper: 20 ms a guess, and at every start
@@ -196,10 +199,10 @@ LOBBY = "#lobby"  # where everybody without a channel of their own finds themsel
 
 MESSAGE, ACTION, NOTICE = "message", "action", "notice"
 JOIN, PART, QUIT, NICK, TOPIC = "join", "part", "quit", "nick", "topic"
-KICK, MODE = "kick", "mode"
+KICK, MODE, PASSWORD = "kick", "mode", "password"  # PASSWORD: the mode k
 INVITE, AWAY, REALNAME, WALLOPS = "invite", "away", "realname", "wallops"
 SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
-PASSING = (INVITE, AWAY, REALNAME, WALLOPS)  # for the moment, and not for history
+PASSING = (INVITE, AWAY, REALNAME, WALLOPS, PASSWORD)  # for the moment, and not for history
 
 
 class Source(NamedTuple):
@@ -337,6 +340,12 @@ def is_solid(c: str) -> bool:
 def is_visible(text: str) -> bool:
     """Whether there is more to see than marks on nothing."""
     return any(unicodedata.category(c)[0] not in "MCZ" for c in text)
+
+
+def is_word(text: str, limit: int) -> bool:
+    """Whether `text` can stand between others in a line of IRC, and has at most `limit` bytes."""
+    solid = text and text[0] != ":" and all(map(is_solid, text))
+    return bool(solid) and len(text.encode()) <= limit
 
 
 def clean_name(wanted: str) -> str:
@@ -599,13 +608,9 @@ class Budget:
         self.burst, self.rate = burst, rate
         self.tokens, self.stamp = burst, now
 
-    def available(self, now: float) -> int:
+    def refill(self, now: float) -> None:
         self.tokens = min(self.burst, self.tokens + (now - self.stamp) * self.rate)
         self.stamp = now
-        return int(self.tokens)
-
-    def spend(self, lines: float) -> None:
-        self.tokens -= lines
 
     def wait(self) -> float:
         """Seconds until there is a whole line to spend again."""
@@ -617,7 +622,8 @@ class Budget:
 # ======================================================================================
 # A command is a function with a record on it. To add one, write the function and put
 # @table("verb", ...) above it; its docstring is "SYNTAX -- what it does", and the help
-# text is made from that. What every command needs is checked in one place, run().
+# text is made from that. What every command needs is checked in one place, run(). A
+# handler with a long answer is a generator: wherever it yields, it can be left for later.
 
 
 class Command(NamedTuple):
@@ -675,7 +681,7 @@ class Commands(dict):
             raise Refused("NEED_MORE_PARAMS", f"it goes like this: {command.syntax}", verb)
         if command.privileged and not session.user.is_operator:
             raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
-        command.handler(session, *given)
+        session.unfinished = command.handler(session, *given)
 
 
 # ======================================================================================
@@ -686,7 +692,7 @@ class Commands(dict):
 #
 #     name           what it is called on the wire, "" for people
 #     keys           under which the store keeps the event
-#     admit(user)    raise Refused unless this user may speak to it (where one can)
+#     admit(user, text)  raise Refused unless this user may say that to it (where one can)
 #     addressee(user)  whom it is for, if for one person, when this user speaks to it
 #     stamp(now)     the time of its next event
 #     sessions_by_wire()  of all who may have to be told of this turn's events
@@ -701,7 +707,8 @@ class Site(NamedTuple):
     hub: "Hub"
     store: Any
     later: Callable  # later(session, job, then): job() off the loop, then(its result) on it
-    house: Any  # what runs it: motd, nameless(), rehash(session), stop(), restart()
+    read: Callable  # read(session, job, then): the same for a job that reads the store
+    house: Any  # what runs it: motd, nameless(), note(text), rehash, stop, restart(session)
     password: str | None = None
     name: str = SERVER_NAME  # of this server, as a host
     network: str = SERVER_NAME
@@ -899,17 +906,17 @@ class Mask:
 
 def full_mask(text: str) -> str:
     """bob -> bob!*@*, b@c -> *!b@c; what is extended keeps its letter."""
-    if text.startswith("m:"):
-        return "m:" + full_mask(text[2:])
+    mute = "m:" if text.startswith("m:") else ""
+    text = text.removeprefix("m:")
     if text.startswith("a:"):
-        return text
+        return mute + text
     name, bang, rest = text.rpartition("!")
     username, at, host = rest.rpartition("@")
     if not bang and not at:
-        return f"{host or '*'}!*@*"
+        return f"{mute}{host or '*'}!*@*"
     if not at:  # nick!user
         username, host = host, "*"
-    return f"{name or '*'}!{username or '*'}@{host or '*'}"
+    return f"{mute}{name or '*'}!{username or '*'}@{host or '*'}"
 
 
 class Channel:
@@ -928,6 +935,7 @@ class Channel:
         "members",
         "name",
         "password",
+        "private",
         "topic",
         "topic_setter",
         "topic_time",
@@ -946,6 +954,7 @@ class Channel:
         self.flags = set("n") if self.key == LOBBY else set("nt")
         self.limit: int | None = None
         self.password = ""  # IRC calls it the key
+        self.private = False  # it was +i, +k or +s at some time
         self.lists: dict[str, dict[str, Mask]] = {letter: {} for letter in MASK_LISTS}
         self.last_time = last_time
 
@@ -958,13 +967,21 @@ class Channel:
             raise Refused("NOT_IN_CHANNEL", text, self.name)
         return member
 
+    def require_inside(self, user: User) -> None:
+        """Raise Refused unless this one is here, or operates the server."""
+        if not user.is_operator:
+            self.member(user)
+
     def require(self, user: User, rank: str = "h") -> None:
         """Raise Refused unless this one has that rank here, or operates the server."""
         if not user.is_operator and self.member(user).level > RANKS.index(rank):
             text = f"only operators of {self.name} can do that"
             raise Refused("NOT_OPERATOR", text, self.name)
 
-    def admit(self, user: User) -> None:
+    def admit(self, user: User, text: str) -> None:
+        if "C" in self.flags and text[:1] == "\x01":
+            text = f"{self.name} takes no CTCP but actions (+C)"
+            raise Refused("CANNOT_SEND", text, self.name)
         member = self.members.get(user)
         if member is not None and member.ranks:
             return
@@ -1013,12 +1030,14 @@ class Channel:
     def visible_to(self, user: User) -> bool:
         return "s" not in self.flags or user in self.members
 
-    def names(self, multi: bool = False, masks: bool = False) -> list[str]:
-        """The members, each behind the symbol of the highest rank, or those of all ranks."""
-        most = None if multi else 1
+    def names(self, viewer: User, multi: bool = False, masks: bool = False) -> list[str]:
+        """The members that the viewer may see, each behind the symbol of the highest rank,
+        or those of all ranks."""
+        most, inside = None if multi else 1, viewer in self.members
         return [
             member.symbols[:most] + (user.source.mask if masks else user.name)
             for user, member in self.members.items()
+            if inside or "i" not in user.modes
         ]
 
     def modes_text(self, user: User) -> str:
@@ -1027,7 +1046,7 @@ class Channel:
         values = []
         if self.password:
             letters.add("k")
-            values.append(self.password if user in self.members else "*")
+            values.append(self.password if user in self.members or user.is_operator else "*")
         if self.limit is not None:
             letters.add("l")
             values.append(str(self.limit))
@@ -1042,6 +1061,7 @@ class Channel:
         if change.on == (change.letter in self.flags):
             return None
         self.flags ^= {change.letter}
+        self.private |= change.on and change.letter in "is"
         return ModeChange(change.on, change.letter)
 
     def set_limit(self, change: ModeChange) -> ModeChange | None:
@@ -1055,24 +1075,22 @@ class Channel:
         word = change.value
         if not change.on:
             had, self.password = self.password, ""
-            return ModeChange(False, "k", word or "*") if had else None
-        too_long = len(word.encode()) > CHANNEL_PASSWORD_BYTES
-        if not word or too_long or set(" ,") & set(word) or word[0] == ":":
+            return ModeChange(False, "k", "*") if had else None
+        if not is_word(word, CHANNEL_PASSWORD_BYTES) or "," in word:
             text = f"a channel's password is one word of at most {CHANNEL_PASSWORD_BYTES} bytes"
             raise self._bad_value(change._replace(value="*"), text)
-        changed, self.password = word != self.password, word
+        changed, self.password, self.private = word != self.password, word, True
         return change if changed else None
 
     def set_mask(self, change: ModeChange, setter: str, now: int) -> ModeChange | None:
+        if not is_word(change.value, MASK_BYTES):
+            raise self._bad_value(change, f"a mask is one word of at most {MASK_BYTES} bytes")
         masks, mask = self.lists[change.letter], full_mask(change.value)
         key, change = fold(mask), change._replace(value=mask)
         if not change.on:
             return change if masks.pop(key, None) else None
         if key in masks:
             return None
-        if len(mask.encode()) > MASK_BYTES or " " in mask:
-            text = f"a mask is one word of at most {MASK_BYTES} bytes"
-            raise self._bad_value(change, text)
         if len(masks) >= MASKS_A_LIST:
             text = f"the list is full: {MASKS_A_LIST} masks at most"
             raise Refused("LIST_FULL", text, self.name, mask)
@@ -1104,19 +1122,16 @@ class Channel:
 
 
 class Ranked(NamedTuple):
-    """Those members of a channel who have a rank, or a higher one. Not kept: history does
-    not know who may read it."""
+    """Those members of a channel who had a rank, or a higher one, at that moment. Not kept:
+    history does not know who may read it."""
 
     channel: Channel
-    rank: str
+    name: str  # of the channel, behind the symbol of the rank
+    users: frozenset[User]
     keys = ()
 
-    @property
-    def name(self) -> str:
-        return SYMBOLS[self.rank] + self.channel.name
-
-    def admit(self, user: User) -> None:
-        self.channel.admit(user)
+    def admit(self, user: User, text: str) -> None:
+        self.channel.admit(user, text)
 
     def addressee(self, user: User) -> str:
         return ""
@@ -1125,11 +1140,46 @@ class Ranked(NamedTuple):
         return self.channel.stamp(now)
 
     def sessions_by_wire(self) -> "dict[Any, list[Session]]":
-        members, level = self.channel.members, RANKS.index(self.rank)
-        return sessions_by_wire(user for user in members if members[user].level <= level)
+        return sessions_by_wire(self.users)
 
     def stays(self, user: User) -> list[tuple[int, float]]:
-        return self.channel.stays(user)
+        return [(0, math.inf)]
+
+
+def ranked(channel: Channel, symbol: str) -> Ranked:
+    """Of those whose rank is shown by that symbol, or by one that is higher."""
+    level = list(SYMBOLS.values()).index(symbol)
+    users = frozenset(user for user, member in channel.members.items() if member.level <= level)
+    return Ranked(channel, symbol + channel.name, users)
+
+
+class Overseen(NamedTuple):
+    """A channel, and an operator of the server who acts on it from outside."""
+
+    channel: Channel
+    operator: User
+
+    @property
+    def name(self) -> str:
+        return self.channel.name
+
+    @property
+    def keys(self) -> tuple[str]:
+        return self.channel.keys
+
+    def stamp(self, now: int) -> int:
+        return self.channel.stamp(now)
+
+    def sessions_by_wire(self) -> "dict[Any, list[Session]]":
+        return sessions_by_wire(dict.fromkeys([*self.channel.listeners(), self.operator]))
+
+    def stays(self, user: User) -> list[tuple[int, float]]:
+        return [(0, math.inf)] if user is self.operator else self.channel.stays(user)
+
+
+def scene(channel: Channel, user: User) -> Channel | Overseen:
+    """The audience of what somebody does to a channel: he sees it himself."""
+    return channel if user in channel.members else Overseen(channel, user)
 
 
 class Neighbours(NamedTuple):
@@ -1189,7 +1239,7 @@ class Conversation(NamedTuple):
     def partner(self, user: User) -> User:
         return self.one if user is self.other else self.other
 
-    def admit(self, user: User) -> None:
+    def admit(self, user: User, text: str) -> None:
         """Whoever can name the other may speak to them."""
         partner = self.partner(user)
         if "R" in partner.modes and not user.account:
@@ -1234,7 +1284,7 @@ class Session:
     through, and gone: nothing can be sent there.
     """
 
-    __slots__ = ("conn", "parting", "replied", "replies", "site", "tries", "user")
+    __slots__ = ("conn", "parting", "replied", "replies", "site", "tries", "unfinished", "user")
     # wire.encode(audience, events) -> a line each; wire.own(event, line) -> what its origin gets
     wire: Any
     probed = False  # whether its peer is asked now and then if it is there: probe()
@@ -1244,6 +1294,7 @@ class Session:
         self.user: User | None = None
         self.parting = ""  # why it ends, for those who are still here
         self.tries = 0  # at passwords, in vain
+        self.unfinished: Iterator | None = None  # a long answer that has been begun
         self.replies: list[tuple[int, bytes]] = []  # this turn's: after event id, bytes
         self.replied = 0  # bytes of them
 
@@ -1263,9 +1314,29 @@ class Session:
         """Say what cannot be done, and why."""
         raise NotImplementedError
 
+    def go_on(self) -> None:
+        """With the long answer, by one piece; only then comes the next line."""
+        try:
+            next(self.unfinished)
+        except StopIteration:
+            self.unfinished = None
+        except Refused as refusal:
+            self.unfinished = None
+            self.refuse(refusal)
+
     def farewell(self, text: str) -> None:
         """The same, and the last one: the connection is about to be closed."""
         self.notice(text)
+
+    def end(self, reason: str) -> None:
+        """Close the connection, and say why here and to everybody who knew this one."""
+        self.parting = reason
+        self.farewell(f"Closing link: {reason}")
+        self.conn.close()
+
+    def killed(self, by: Source, reason: str) -> None:
+        """By an operator of the server."""
+        self.end(f"Killed ({by.name} ({reason}))")
 
     def spotted(self, source: Source, online: bool) -> None:
         """Somebody whom this session watches for has come or gone."""
@@ -1339,10 +1410,11 @@ class Turn:
     those addressed in several ways get the same lines one by one, in the log's order.
     """
 
-    __slots__ = ("apart", "changed", "events", "left", "moved")
+    __slots__ = ("apart", "changed", "events", "left", "moved", "sealed")
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.sealed: list[str] = []  # keys whose history ends with this turn
         self.apart: set[Session] = set()
         self.moved: set[User] = set()  # came to or left an audience in this turn
         self.changed: set[Channel] = set()  # where they did
@@ -1575,6 +1647,8 @@ class Hub:
         user.channels[channel] = None
         self.turn.move(user, channel)
         self.emit(JOIN, user.source, channel, user.realname, user.account, session)
+        if user.away:
+            self.emit(AWAY, user.source, channel, user.away, origin=session)
         return channel
 
     def part(self, session: Session, channel: Channel, reason: str = "") -> None:
@@ -1597,7 +1671,7 @@ class Hub:
                 text = f"{victim.name} has too high a rank in {channel.name}"
                 raise Refused("NOT_OPERATOR", text, channel.name)
         reason = cut(reason or user.name, REASON_BYTES)
-        self.emit(KICK, user.source, channel, reason, victim.name, session)
+        self.emit(KICK, user.source, scene(channel, user), reason, victim.name, session)
         self._remove(victim, channel)
 
     def _remove(self, user: User, channel: Channel) -> None:
@@ -1609,9 +1683,11 @@ class Hub:
         if not channel.members:
             del self.channels[channel.key]
             self.last_time = max(self.last_time, channel.last_time)
+            if channel.private:  # whoever founds it next was not meant to read this
+                self.turn.sealed.append(channel.key)
 
     def invite(self, session: Session, user: User, channel: Channel) -> None:
-        channel.member(session.user)
+        channel.require_inside(session.user)
         if user in channel.members:
             text = f"{user.name} is in {channel.name} already"
             raise Refused("ALREADY_IN_CHANNEL", text, user.name, channel.name)
@@ -1652,17 +1728,17 @@ class Hub:
 
     def kill(self, session: Session, victim: User, reason: str) -> None:
         """Close all connections of somebody."""
-        by = session.user.name
+        reason = cut(reason, REASON_BYTES) or "no reason given"
+        session.site.house.note(f"{victim.source.mask} killed by {session.user.name}: {reason}")
+        by = session.user.source
         for other in list(victim.sessions):
-            other.parting = f"Killed ({by} ({cut(reason, REASON_BYTES)}))"
-            other.farewell(f"Closing link: {other.parting}")
-            other.conn.close()
+            other.killed(by, reason)
 
     # Talking
 
     def say(self, session: Session, audience: Any, text: str, kind: str = MESSAGE) -> None:
         user = session.user
-        audience.admit(user)
+        audience.admit(user, text)
         user.spoke = self.now
         self.emit(kind, user.source, audience, text, audience.addressee(user), session)
 
@@ -1673,15 +1749,14 @@ class Hub:
 
     def set_topic(self, session: Session, channel: Channel, topic: str) -> None:
         user = session.user
-        if not user.is_operator:
-            channel.member(user)
+        channel.require_inside(user)
         if "t" in channel.flags:
             channel.require(user)
         if len(topic.encode()) > TOPIC_BYTES:
             raise Refused("TOO_LONG", f"a topic has at most {TOPIC_BYTES} bytes")
         channel.topic = topic
         channel.topic_setter, channel.topic_time = user.source.mask, self.now
-        self.emit(TOPIC, user.source, channel, topic, origin=session)
+        self.emit(TOPIC, user.source, scene(channel, user), topic, origin=session)
 
     def change_modes(
         self, session: Session, channel: Channel, changes: Iterable[ModeChange]
@@ -1695,8 +1770,11 @@ class Hub:
                 done += [changed] if changed else []
             except Refused as refusal:
                 refusals.setdefault((refusal.code, refusal.about), refusal)
-        for text in mode_lines(done):
-            self.emit(MODE, session.user.source, channel, text, origin=session)
+        user, audience = session.user, scene(channel, session.user)
+        for text in mode_lines(change for change in done if change.letter != "k"):
+            self.emit(MODE, user.source, audience, text, origin=session)
+        for text in mode_lines(change for change in done if change.letter == "k"):
+            self.emit(PASSWORD, user.source, audience, text, origin=session)
         return list(refusals.values())
 
     # Looking
@@ -1719,15 +1797,14 @@ class Hub:
         if name.startswith("#"):
             return self.find_channel(name)
         if name[1:2] == "#" and name[0] in SYMBOLS.values():
-            rank = next(rank for rank, symbol in SYMBOLS.items() if symbol == name[0])
-            return Ranked(self.find_channel(name[1:]), rank)
+            return ranked(self.find_channel(name[1:]), name[0])
         return conversation(session.user, self.find_user(name))
 
 
 def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
     """ "+o-l", ["bob"] -> what is to be changed. What lacks its value gets an empty one."""
     on, changes, left = True, [], iter(values)
-    for letter in letters:
+    for letter in letters[:MODES_AT_ONCE]:
         if letter in "+-":
             on = letter == "+"
             continue
@@ -1736,23 +1813,28 @@ def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
     return changes
 
 
-def wrong_password(session: "Any") -> None:
-    """Count a failure of this session's; too many close it. Always raises Refused."""
+def wrong_password(session: Session) -> None:
+    """Say so; too many close the connection."""
     session.tries += 1
-    if session.tries >= PASSWORD_TRIES:
-        session.conn.close()
     text = f"that is not it (try {session.tries} of {PASSWORD_TRIES})"
-    raise Refused("WRONG_PASSWORD", text)
+    session.refuse(Refused("WRONG_PASSWORD", text))
+    if session.tries >= PASSWORD_TRIES:
+        session.end("Too many wrong passwords")
+
+
+NOBODYS = Secret(b"", b"")  # no password fits
 
 
 def become_operator(session: Session, name: str, password: str, done: Callable) -> None:
     """Check the password off the loop; then the session's user operates the server, and
     done() says so. A name that does not exist takes as long as one that does."""
-    secret = session.site.operators.get(name) or Secret(b"", b"")
+    secret = session.site.operators.get(name, NOBODYS)
 
     def judge(fits: bool) -> None:
+        who = f"{session.user.source.mask} as {name}"
+        session.site.house.note(f"OPER: {who}{'' if fits else ': wrong password'}")
         if not fits:
-            wrong_password(session)
+            return wrong_password(session)
         session.user.modes.add("o")
         done()
 
@@ -1897,10 +1979,11 @@ class Store:
         self.last_id, self.last_time = (value or 0 for value in row)
         self.orphans = {row[0] for row in self.db.execute("SELECT id FROM targets WHERE key > '~'")}
 
-    def commit(self, events: list[Event], now: float) -> str:
-        """One transaction for all of a turn's events: KEPT, BUSY (ask again) or LOST."""
+    def commit(self, events: list[Event], now: float, sealed: Collection[str] = ()) -> str:
+        """One transaction for all of a turn's events: KEPT, BUSY (ask again) or LOST. The
+        history of the `sealed` keys is closed after them."""
         try:
-            self._write(events, now)
+            self._write(events, now, sealed)
         except sqlite3.Error as error:
             self._roll_back()
             if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
@@ -1913,7 +1996,7 @@ class Store:
         self.trouble = ""
         return KEPT
 
-    def _write(self, events: list[Event], now: float) -> None:
+    def _write(self, events: list[Event], now: float, sealed: Collection[str]) -> None:
         self.db.execute("BEGIN IMMEDIATE")
         rows = [
             (self._target(key), id, when, kind, who.name, who.address, text, who.username, about)
@@ -1922,13 +2005,25 @@ class Store:
             for key in audience.keys
         ]
         self.db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
-        if now >= self.tally_due:  # not every turn: it is a second page to write
+        for key in sealed:
+            self._seal(key)
+        due = now >= self.tally_due  # not every turn: it is a second page to write
+        if due:
             self.tally_due = now + TALLY_SECONDS
             self._tally()
         self.db.execute("COMMIT")
         self.unsure.clear()
         for target, count in collections.Counter(row[0] for row in rows).items():
             self.counts[target] += count
+        if due and len(self.targets) > TARGETS_CACHED:
+            self.targets.clear()
+            self.counts.clear()
+
+    def _seal(self, key: str) -> None:
+        """What was said there is nobody's to read any more; the next start deletes it. What
+        is said under this key from now on is another target's."""
+        self.db.execute("UPDATE targets SET key = '~' || id WHERE key = ?", [key])
+        self.targets.pop(key, None)
 
     def _tally(self) -> None:
         """Write down how many rows the targets lately written to have, and see which ones
@@ -1936,9 +2031,6 @@ class Store:
         counts = [(count, target) for target, count in self.counts.items()]
         self.db.executemany("UPDATE targets SET events = ? WHERE id = ?", counts)
         self.excess.update(target for count, target in counts if count > self.keep)
-        if len(self.targets) > TARGETS_CACHED:
-            self.targets.clear()
-            self.counts.clear()
         if self.path is None:
             self._bound_memory()
 
@@ -2080,7 +2172,7 @@ RPL_WHOISSERVER = "312 {} {} :{}"
 RPL_WHOISOPERATOR = "313 {} :operates this server"
 RPL_WHOWASUSER = "314 {} {} {} * :{}"
 RPL_ENDOFWHO = "315 {} :End of WHO"
-RPL_WHOISIDLE = "317 {} {} {} :seconds idle, signed on at"
+RPL_WHOISIDLE = "317 {} {} {} :seconds idle, signon time"  # irssi looks for these words
 RPL_ENDOFWHOIS = "318 {} :End of WHOIS"
 RPL_WHOISCHANNELS = "319 {} :{}"
 RPL_LISTSTART = "321 Channel :Users Topic"
@@ -2100,7 +2192,6 @@ RPL_VERSION = "351 chat.py-{} {} :{}"
 RPL_WHOREPLY = "352 {} {} {} {} {} {} :0 {}"
 RPL_NAMREPLY = "353 {} {} :{}"
 RPL_WHOSPCRPL = "354 {}"
-RPL_LINKS = "364 {} {} :0 {}"
 RPL_ENDOFLINKS = "365 {} :End of LINKS: this server stands alone"
 RPL_ENDOFNAMES = "366 {} :End of NAMES"
 RPL_ENDOFWHOWAS = "369 {} :End of WHOWAS"
@@ -2179,15 +2270,17 @@ IRC_EVENTS = {  # kind -> the line behind its source; {tail} is " :TEXT" if ther
     JOIN: "JOIN {where}",
     PART: "PART {where}{tail}",
     QUIT: "QUIT{tail}",
-    NICK: "NICK {text}",
+    NICK: "NICK :{text}",  # ii reads it only behind a colon
     TOPIC: "TOPIC {where} :{text}",
     KICK: "KICK {where} {about} :{text}",
     MODE: "MODE {where} {text}",
+    PASSWORD: "MODE {where} {text}",
     INVITE: "INVITE {about} {text}",
     AWAY: "AWAY{tail}",
     REALNAME: "SETNAME :{text}",
     WALLOPS: "WALLOPS :{text}",
 }
+IRC_EXTENDED_JOIN = "JOIN {where} {about}{tail}"
 NOT_OWN = (INVITE, AWAY, QUIT)  # who does these is told by other means
 
 CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value
@@ -2226,7 +2319,7 @@ def irc_bytes(text: str) -> bytes:
 
 def as_param(text: str) -> str:
     """`text` as a parameter that others may follow."""
-    return "*" if not text or " " in text or text[0] == ":" else text
+    return "*" if not text or " " in text or text[0] == ":" else cut(text, PARAM_BYTES)
 
 
 def wrapped(words: Iterable[str], room: int, between: str = " ") -> Iterator[str]:
@@ -2255,8 +2348,8 @@ def spoken_lines(event: Event, where: str) -> Iterator[str]:
     verb, before, behind = IRC_SPOKEN[event.kind]
     head = f":{event.source.mask} {verb} {where or event.about} :{before}"
     room = IRC_BYTES - 2 - len(f"{head}{behind}".encode())
-    texts = [text for text in event.text.split("\n") if text] or [" "]  # some ignore an empty one
-    for text in texts:
+    texts = event.text.translate({0: None, 13: None}).split("\n")
+    for text in [text for text in texts if text] or [" "]:  # some clients ignore an empty one
         for piece in split_text(text, room):
             yield head + piece + behind
 
@@ -2275,12 +2368,12 @@ class IrcWire:
         where, lines = audience.name, []
         for e in events:
             line = None
+            tags = f"@time={tag_time(e.time)} " if self.timed else ""
             if e.kind is MESSAGE and e.text.isprintable():  # all that a storm is made of
-                line = f":{e.source.mask} PRIVMSG {where or e.about} :{e.text}\r\n".encode()
-            if line is None or len(line) > IRC_BYTES or not e.text:
-                line = b"".join(map(irc_bytes, self.lines(e, where)))
-            if self.timed and line:
-                line = f"@time={tag_time(e.time)} ".encode() + line
+                line = f"{tags}:{e.source.mask} PRIVMSG {where or e.about} :{e.text}\r\n".encode()
+            if line is None or len(line) - len(tags) > IRC_BYTES or not e.text:
+                head = tags.encode()
+                line = b"".join(head + irc_bytes(line) for line in self.lines(e, where))
             lines.append(line)
         return lines
 
@@ -2293,8 +2386,8 @@ class IrcWire:
         text = event.text
         shape = IRC_EVENTS[event.kind]
         if event.kind == JOIN and "extended-join" in self.capabilities:
-            shape = f"JOIN {{where}} {event.about or '*'}{{tail}}"
-        known = {"where": where, "about": event.about, "text": text}
+            shape = IRC_EXTENDED_JOIN
+        known = {"where": where, "about": event.about or "*", "text": text}
         return [f":{event.source.mask} {shape.format(**known, tail=f' :{text}' if text else '')}"]
 
     def own(self, event: Event, line: bytes) -> bytes:
@@ -2339,8 +2432,20 @@ class IrcSession(Session):
         number, rest = shape.split(" ", 1)
         self.line(f"{number} {self.nick} {rest.format(*values)}")
 
+    def reply_list(
+        self, shape: str, words: Iterable[str], *values: Any, between: str = " "
+    ) -> None:
+        """As many replies as it takes for all the words, which stand behind the values."""
+        head = f":{self.site.name} {shape} {self.nick} {' '.join(map(str, values))}"
+        for line in wrapped(words, IRC_BYTES - 2 - len(head.encode()), between):
+            self.reply(shape, *values, line)
+
     def notice(self, text: str) -> None:
         self.line(f"NOTICE {self.nick} :{text}")
+
+    def killed(self, by: Source, reason: str) -> None:
+        self.send(irc_bytes(f":{by.mask} KILL {self.nick} :{reason}"))
+        super().killed(by, reason)
 
     def fail(self, verb: str, code: str, text: str) -> None:
         """A standard reply (IRCv3), for what no numeric says."""
@@ -2381,8 +2486,10 @@ class IrcSession(Session):
         """None for what is not UTF-8: that has been answered."""
         tags, _, body = line.partition(b" ") if line[:1] == b"@" else (b"", b"", line)
         if line == TOO_LONG or len(body) > IRC_BYTES - 2 or len(tags) > TAGS_BYTES:
-            text = f"a line has at most {IRC_BYTES} bytes, and {TAGS_BYTES} of tags"
+            text = f"a line has at most {IRC_BYTES} bytes, and {TAGS_BYTES - 1} of tags"
             raise Refused("LINE_TOO_LONG", text)
+        if b"\r" in line or b"\0" in line:  # they would end what is made of it
+            line = line.translate(None, b"\r\0")
         try:
             return parse_message(line.decode())
         except UnicodeDecodeError:
@@ -2418,7 +2525,7 @@ def isupport(site: Site) -> list[str]:
         "INVEX=I",
         f"KEYLEN={CHANNEL_PASSWORD_BYTES}",
         f"KICKLEN={REASON_BYTES}",
-        f"MAXLIST={MASK_LISTS}:{MASKS_A_LIST}",
+        "MAXLIST=" + ",".join(f"{letter}:{MASKS_A_LIST}" for letter in MASK_LISTS),
         "MODES",
         f"MONITOR={WATCHED}",
         f"NAMELEN={REALNAME_BYTES}",
@@ -2460,8 +2567,9 @@ def tell_motd(session: IrcSession) -> None:
     if not lines:
         return session.refuse(Refused("NO_MOTD", "there is no message of the day"))
     session.reply(RPL_MOTDSTART, session.site.name)
+    room = IRC_BYTES - 2 - len(f":{session.site.name} {RPL_MOTD} {session.nick}".encode())
     for line in lines:
-        for piece in split_text(line, MOTD_BYTES):
+        for piece in split_text(line, room):
             session.reply(RPL_MOTD, piece)
     session.reply(RPL_ENDOFMOTD)
 
@@ -2501,20 +2609,19 @@ def come_in(session: IrcSession) -> None:
 
 def check_server(session: IrcSession, name: str) -> None:
     """Queries can name the server that is to answer; there is but this one."""
-    site = session.site
-    if (
-        name
-        and not mask_pattern(name).fullmatch(fold(site.name))
-        and fold(name) not in site.hub.users
-    ):
+    site, key = session.site, fold(name)
+    if not name or key == fold(site.name) or key in site.hub.users:
+        return
+    session.conn.charge(PATTERN_ITEMS * len(name))
+    if not mask_pattern(name).fullmatch(fold(site.name)):
         raise Refused("NO_SUCH_SERVER", "there is no such server; this one stands alone", name)
 
 
 def each(session: IrcSession, names: str, act: Callable[[str], None]) -> None:
-    """Do it for every name of a list; what is refused for one is done for the others."""
+    """Do it for every name of a list, once; what is refused for one is done for the others."""
     if "," not in names:
         return act(names)
-    for name in dict.fromkeys(filter(None, names.split(","))):
+    for name in {fold(name): name for name in names.split(",") if name}.values() or [""]:
         try:
             act(name)
         except Refused as refusal:
@@ -2554,7 +2661,8 @@ def irc_user(session: IrcSession, username: str, mode: str, unused: str, realnam
     plain = "".join(c for c in username if is_solid(c) and c not in "!@*?~:,")
     # ~ as elsewhere: nobody has verified it (there is no ident)
     session.username = "~" + (cut(plain, USERNAME_BYTES - 1) or "user")
-    session.realname = cut(harmless(realname), REALNAME_BYTES)
+    realname = cut(harmless(realname), REALNAME_BYTES)
+    session.realname = realname if is_visible(realname) else plain
     come_in(session)
 
 
@@ -2572,10 +2680,11 @@ def cap_ls(session: IrcSession, version: str) -> None:
     if recent:
         set_capabilities(session, {"cap-notify"} | session.wire.capabilities)
     offers = [f"{cap}={value}" if value and recent else cap for cap, value in CAPABILITIES.items()]
-    lines = list(wrapped(offers, CAP_BYTES))
+    head = f"CAP {session.nick} LS"
+    lines = list(wrapped(offers, IRC_BYTES - 2 - len(f":{session.site.name} {head} * :".encode())))
     for line in lines[:-1] if recent else []:
-        session.line(f"CAP {session.nick} LS * :{line}")
-    session.line(f"CAP {session.nick} LS :{lines[-1]}")
+        session.line(f"{head} * :{line}")
+    session.line(f"{head} :{lines[-1]}")
 
 
 def cap_list(session: IrcSession, _: str) -> None:
@@ -2616,11 +2725,9 @@ def irc_cap(session: IrcSession, subcommand: str, text: str = "") -> None:
         handler(session, text)
 
 
-@irc_command("PING", most=2, nameless=True)
-def irc_ping(session: IrcSession, token: str | None = None, server: str = "") -> None:
+@irc_command("PING", 1, nameless=True)
+def irc_ping(session: IrcSession, token: str) -> None:
     """PING <token> -- is anybody there?"""
-    if token is None:
-        raise Refused("NEED_MORE_PARAMS", "it goes like this: PING <token>", "PING")
     session.line(f"PONG {session.site.name} :{token}")
 
 
@@ -2637,9 +2744,7 @@ def irc_error(session: IrcSession, text: str = "") -> None:
 @irc_command("QUIT", most=1, nameless=True)
 def irc_quit(session: IrcSession, reason: str = "") -> None:
     """QUIT [<reason>] -- leave"""
-    session.parting = "Quit" + (f": {cut(reason, REASON_BYTES)}" if reason else "")
-    session.farewell(f"Closing link: {session.parting}")
-    session.conn.close()
+    session.end("Quit" + (f": {cut(reason, REASON_BYTES)}" if reason else ""))
 
 
 # Talking
@@ -2665,9 +2770,6 @@ def say(session: IrcSession, name: str, text: str, kind: str = MESSAGE) -> None:
     check_room(session, name, text)
     if kind is MESSAGE and text.startswith("\x01ACTION "):
         kind, text = ACTION, text[8:].removesuffix("\x01")
-    elif text[0] == "\x01" and "C" in getattr(audience, "flags", ()):
-        text = f"{name} takes no CTCP but actions (+C)"
-        raise Refused("CANNOT_SEND", text, name)
     hub.say(session, audience, text, kind)
     if isinstance(audience, Conversation) and kind is not NOTICE:
         tell_away(session, audience.partner(session.user))
@@ -2688,7 +2790,8 @@ def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> None:
 @irc_command("NOTICE", most=2)
 def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> None:
     """NOTICE <target>{,<target>} <text> -- the same, but nothing answers it"""
-    for name in dict.fromkeys(targets.split(",")[:TARGETS] if text else ()):
+    names = {fold(name): name for name in targets.split(",")[:TARGETS]}
+    for name in names.values() if text else ():
         with contextlib.suppress(Refused):
             say(session, name, text, NOTICE)
 
@@ -2703,10 +2806,11 @@ def irc_away(session: IrcSession, reason: str = "") -> None:
 @irc_command("SETNAME", 1)
 def irc_setname(session: IrcSession, realname: str) -> None:
     """SETNAME <realname> -- change your real name"""
-    if not realname or len(realname.encode()) > REALNAME_BYTES:
-        text = f"a real name has 1 to {REALNAME_BYTES} bytes"
+    realname = harmless(realname)
+    if not is_visible(realname) or len(realname.encode()) > REALNAME_BYTES:
+        text = f"a real name has 1 to {REALNAME_BYTES} bytes that can be seen"
         return session.fail("SETNAME", "INVALID_REALNAME", text)
-    session.site.hub.set_realname(session, harmless(realname))
+    session.site.hub.set_realname(session, realname)
 
 
 # Channels
@@ -2719,12 +2823,10 @@ def tell_topic_irc(session: IrcSession, channel: Channel) -> None:
 
 
 def tell_names_irc(session: IrcSession, channel: Channel) -> None:
-    capabilities = session.wire.capabilities
-    names = channel.names("multi-prefix" in capabilities, "userhost-in-names" in capabilities)
+    capabilities, me = session.wire.capabilities, session.user
+    names = channel.names(me, "multi-prefix" in capabilities, "userhost-in-names" in capabilities)
     kind = "@" if "s" in channel.flags else "="
-    head = f":{session.site.name} 353 {session.nick} {kind} {channel.name} :"
-    for line in wrapped(names, IRC_BYTES - 2 - len(head.encode())):
-        session.reply(RPL_NAMREPLY, kind, channel.name, line)
+    session.reply_list(RPL_NAMREPLY, names, kind, channel.name)
 
 
 def enter_channel(session: IrcSession, name: str, password: str) -> None:
@@ -2770,12 +2872,14 @@ def irc_topic(session: IrcSession, name: str, topic: str | None = None) -> None:
 
 
 @irc_command("NAMES", most=1)
-def irc_names(session: IrcSession, names: str = "") -> None:
+def irc_names(session: IrcSession, names: str = "") -> Iterator[None]:
     """NAMES [<channel>{,<channel>}] -- who is in channels"""
-    for name in filter(None, names.split(",")):
-        channel = session.site.hub.channels.get(fold(name))
+    for key in dict.fromkeys(map(fold, names.split(","))):
+        channel = session.site.hub.channels.get(key)
         if channel and channel.visible_to(session.user):
+            session.conn.charge(len(channel.members))
             tell_names_irc(session, channel)
+            yield
     session.reply(RPL_ENDOFNAMES, as_param(names))
 
 
@@ -2812,18 +2916,19 @@ def list_filter(conditions: str, now: int) -> Callable[[Channel], bool]:
 
 
 @irc_command("LIST", most=2)
-def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> None:
+def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Iterator[None]:
     """LIST [<channel or condition>{,...}] -- the channels: >9, <9, C<5, T>5, *mask*, !*mask*"""
     check_server(session, server)
     hub, user = session.site.hub, session.user
     if conditions.count(",") >= LIST_TARGETS:
         raise Refused("TOO_MANY_TARGETS", f"{LIST_TARGETS} conditions at most", conditions)
-    session.conn.charge(len(hub.channels))
+    session.conn.charge(len(hub.channels) + PATTERN_ITEMS * len(conditions))
     wanted = list_filter(conditions, hub.now)
     session.reply(RPL_LISTSTART)
-    for channel in hub.channels.values():
-        if channel.visible_to(user) and wanted(channel):
+    for channel in [channel for channel in hub.channels.values() if wanted(channel)]:
+        if channel.members and channel.visible_to(user):
             session.reply(RPL_LIST, channel.name, len(channel.members), channel.topic)
+            yield
     session.reply(RPL_LISTEND)
 
 
@@ -2852,17 +2957,20 @@ def irc_kick(session: IrcSession, names: str, victims: str, reason: str = "") ->
     hub, channels, people = session.site.hub, names.split(","), victims.split(",")
     if len(channels) == 1:
         channels *= len(people)
-    for where, name in zip(channels, people, strict=False):
+    if len(channels) != len(people):
+        text = "one channel, or as many as people"
+        raise Refused("NEED_MORE_PARAMS", text, "KICK")
+    for where, name in zip(channels, people, strict=True):
         try:
             channel = hub.find_channel(where)
-            channel.require(session.user)
+            channel.require(session.user)  # before anybody is told who is here
             hub.kick(session, channel, hub.find_user(name), reason)
         except Refused as refusal:
             session.refuse(refusal)
 
 
 def tell_masks(session: IrcSession, channel: Channel, letter: str) -> None:
-    channel.member(session.user)
+    channel.require_inside(session.user)
     line, end = LIST_REPLIES[letter]
     for mask in channel.lists[letter].values():
         session.reply(line, channel.name, mask.text, mask.setter, mask.when // 1000)
@@ -2877,7 +2985,7 @@ def user_mode(session: IrcSession, name: str, letters: str) -> None:
     if not letters:
         return session.reply(RPL_UMODEIS, "".join(sorted(user.modes)))
     changed, unknown = [], False
-    for change in parse_modes(letters, ()):
+    for change in parse_modes(letters[:USER_MODES_AT_ONCE], ()):
         if change.letter not in USER_MODES:
             unknown = True
         elif change.on != (change.letter in user.modes) and not (
@@ -2898,6 +3006,8 @@ def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) ->
     if not name.startswith("#"):
         return user_mode(session, name, letters)
     channel = session.site.hub.find_channel(name)
+    if not channel.visible_to(session.user):
+        channel.require_inside(session.user)
     if not letters:
         session.reply(RPL_CHANNELMODEIS, channel.name, channel.modes_text(session.user))
         return session.reply(RPL_CREATIONTIME, channel.name, channel.created // 1000)
@@ -2945,7 +3055,7 @@ def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel 
             yield from ((user, channel) for user in channel.members if can_see(me, user))
         return
     pattern = mask_pattern("*" if mask == "0" else mask)
-    session.conn.charge(1 if exact else len(hub.users))
+    session.conn.charge(1 if exact else len(hub.users) + PATTERN_ITEMS * len(mask))
     for user in [exact] if exact else hub.users.values():
         if user is exact or (can_see(me, user) and who_fits(pattern, user)):
             yield user, next((c for c in user.channels if c in me.channels), None)
@@ -2977,21 +3087,22 @@ def who_values(
 
 
 @irc_command("WHO", most=2)
-def irc_who(session: IrcSession, mask: str = "*", options: str = "") -> None:
+def irc_who(session: IrcSession, mask: str = "*", options: str = "") -> Iterator[None]:
     """WHO <channel or mask> [o][%<fields>[,<token>]] -- the people that match, in a line each"""
     flags, extended, rest = options.partition("%")
     fields, _, token = rest.partition(",")
     multi = "multi-prefix" in session.wire.capabilities
-    for user, channel in who_matches(session, mask):
+    wanted = [field for field in WHOX_FIELDS if extended and field in fields]
+    for user, channel in list(who_matches(session, mask)):
         if "o" in flags and not user.is_operator:
             continue
-        member = channel.members[user] if channel else None
+        member = channel.members.get(user) if channel else None
         values = who_values(session, user, channel, who_flags(user, member, multi), token)
-        if extended:
-            some = [values[field] for field in WHOX_FIELDS if field in fields]
-            session.reply(RPL_WHOSPCRPL, " ".join(some))
+        if wanted:
+            session.reply(RPL_WHOSPCRPL, " ".join(values[field] for field in wanted))
         else:
             session.reply(RPL_WHOREPLY, *(values[field] for field in "cuhsnf"), user.realname)
+        yield
     session.reply(RPL_ENDOFWHO, as_param(mask))
 
 
@@ -3005,8 +3116,7 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     multi = "multi-prefix" in session.wire.capabilities
     symbols = (channel.members[user].symbols for channel in seen)
     names = [(s if multi else s[:1]) + c.name for s, c in zip(symbols, seen, strict=True)]
-    for line in wrapped(names, WHOIS_BYTES):
-        yield RPL_WHOISCHANNELS, line
+    session.reply_list(RPL_WHOISCHANNELS, names, user.name)
     yield RPL_WHOISSERVER, session.site.name, session.site.network
     if user.away:
         yield RPL_AWAY, user.away
@@ -3017,7 +3127,7 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     if all(other.conn.secure for other in user.sessions):
         yield (RPL_WHOISSECURE,)
     if user is me or me.is_operator:
-        yield RPL_WHOISACTUALLY, source.address
+        yield RPL_WHOISACTUALLY, source.host
     yield RPL_WHOISIDLE, (session.site.hub.now - user.spoke) // 1000, user.since // 1000
 
 
@@ -3059,7 +3169,7 @@ def irc_ison(session: IrcSession, *names: str) -> None:
     """ISON <nickname>{ <nickname>} -- which of them are here"""
     users = session.site.hub.users
     here = [users[fold(n)].name for n in " ".join(names).split() if fold(n) in users]
-    session.reply(RPL_ISON, " ".join(here))
+    session.reply_list(RPL_ISON, here or [""])
 
 
 def userhost(user: User) -> str:
@@ -3071,16 +3181,15 @@ def userhost(user: User) -> str:
 def irc_userhost(session: IrcSession, *names: str) -> None:
     """USERHOST <nickname>{ <nickname>} -- where they are, and whether they are away"""
     users = (session.site.hub.users.get(fold(name)) for name in names)
-    session.reply(RPL_USERHOST, " ".join(userhost(user) for user in users if user))
+    session.reply_list(RPL_USERHOST, [userhost(user) for user in users if user] or [""])
 
 
 def tell_monitored(session: IrcSession, names: list[str]) -> None:
     users = session.site.hub.users
     online = [users[fold(name)].source.mask for name in names if fold(name) in users]
     offline = [name for name in names if fold(name) not in users]
-    for shape, some in ((RPL_MONONLINE, online), (RPL_MONOFFLINE, offline)):
-        for line in wrapped(some, WHOIS_BYTES, ","):
-            session.reply(shape, line)
+    session.reply_list(RPL_MONONLINE, online, between=",")
+    session.reply_list(RPL_MONOFFLINE, offline, between=",")
 
 
 def monitor_add(session: IrcSession, names: list[str]) -> None:
@@ -3109,8 +3218,7 @@ def monitor_clear(session: IrcSession, _: list[str]) -> None:
 
 
 def monitor_list(session: IrcSession, _: list[str]) -> None:
-    for line in wrapped(session.watched.values(), WHOIS_BYTES, ","):
-        session.reply(RPL_MONLIST, line)
+    session.reply_list(RPL_MONLIST, session.watched.values(), between=",")
     session.reply(RPL_ENDOFMONLIST)
 
 
@@ -3219,8 +3327,7 @@ def irc_help(session: IrcSession, subject: str = "") -> None:
         session.reply(RPL_HELPTXT, about, command.summary)
     else:
         session.reply(RPL_HELPSTART, about, "HELP <command> tells more about one of these:")
-        for line in wrapped(sorted(irc_command), HELP_BYTES):
-            session.reply(RPL_HELPTXT, about, line)
+        session.reply_list(RPL_HELPTXT, sorted(irc_command), about)
     session.reply(RPL_ENDOFHELP, about)
 
 
@@ -3243,22 +3350,26 @@ def irc_servlist(session: IrcSession, mask: str = "", kind: str = "") -> None:
     session.reply(RPL_SERVLISTEND)
 
 
-@irc_command("SQUERY", 2)
-def irc_squery(session: IrcSession, name: str, text: str) -> None:
-    """SQUERY <service> <text> -- ask a service: there is none"""
-    raise Refused("NO_SUCH_SERVICE", "there are no services here", name)
+def refusing(
+    syntax: str, summary: str, code: str, text: str, least: int = 0, **needs: bool
+) -> None:
+    """Make a command of the RFCs that is always refused here."""
+
+    def handler(session: IrcSession, *params: str) -> None:
+        raise Refused(code, text, *params[:least])
+
+    handler.__doc__ = f"{syntax} -- {summary}"
+    irc_command(syntax.split()[0], least, 3, **needs)(handler)
 
 
-@irc_command("SUMMON", most=3)
-def irc_summon(session: IrcSession, *params: str) -> None:
-    """SUMMON <user> -- call somebody who works on this machine: not here"""
-    raise Refused("NO_SUMMON", "SUMMON has been disabled")
-
-
-@irc_command("USERS", most=1)
-def irc_users(session: IrcSession, server: str = "") -> None:
-    """USERS -- who works on this machine: not told"""
-    raise Refused("NO_USERS", "USERS has been disabled")
+ALONE = "this server stands alone"
+refusing("SQUERY <service> <text>", "ask a service", "NO_SUCH_SERVICE", "there are none", 1)
+refusing("SUMMON <user>", "call a user of this machine", "NO_SUMMON", "SUMMON has been disabled")
+refusing("USERS", "the users of this machine", "NO_USERS", "USERS has been disabled")
+refusing("SERVER <name>", "be another server", "ALREADY_NAMED", ALONE, nameless=True)
+refusing("SERVICE <name>", "be a service", "ALREADY_NAMED", "there are no services", nameless=True)
+refusing("CONNECT <server>", "link servers", "NO_SUCH_SERVER", ALONE, 1, privileged=True)
+refusing("SQUIT <server>", "unlink a server", "NO_SUCH_SERVER", ALONE, 1, privileged=True)
 
 
 # For operators of the server
@@ -3276,7 +3387,7 @@ def irc_oper(session: IrcSession, name: str, password: str) -> None:
 
 
 @irc_command("KILL", 1, 2, privileged=True)
-def irc_kill(session: IrcSession, name: str, reason: str = "no reason given") -> None:
+def irc_kill(session: IrcSession, name: str, reason: str = "") -> None:
     """KILL <nickname> [<reason>] -- close somebody's connection"""
     session.site.hub.kill(session, session.site.hub.find_user(name), reason)
 
@@ -3284,6 +3395,8 @@ def irc_kill(session: IrcSession, name: str, reason: str = "no reason given") ->
 @irc_command("WALLOPS", 1, privileged=True)
 def irc_wallops(session: IrcSession, text: str) -> None:
     """WALLOPS <text> -- tell everybody who wants to hear operators (user mode w)"""
+    if not text:
+        raise Refused("NO_TEXT", "there is nothing to say")
     session.site.hub.tell_all(session, text)
 
 
@@ -3291,31 +3404,22 @@ def irc_wallops(session: IrcSession, text: str) -> None:
 def irc_rehash(session: IrcSession) -> None:
     """REHASH -- read the message of the day and the certificate again"""
     session.reply(RPL_REHASHING, "chat.py")
+    session.site.house.note(f"REHASH by {session.user.source.mask}")
     session.site.house.rehash(session)
 
 
 @irc_command("DIE", privileged=True)
 def irc_die(session: IrcSession) -> None:
     """DIE -- end the server"""
+    session.site.house.note(f"DIE by {session.user.source.mask}")
     session.site.house.stop()
 
 
 @irc_command("RESTART", privileged=True)
 def irc_restart(session: IrcSession) -> None:
     """RESTART -- end the server and start it again"""
-    session.site.house.restart()
-
-
-@irc_command("CONNECT", 1, 3, privileged=True)
-def irc_connect(session: IrcSession, server: str, port: str = "", remote: str = "") -> None:
-    """CONNECT <server> -- link servers: this one stands alone"""
-    raise Refused("NO_SUCH_SERVER", "this server stands alone", server)
-
-
-@irc_command("SQUIT", 1, 2, privileged=True)
-def irc_squit(session: IrcSession, server: str, reason: str = "") -> None:
-    """SQUIT <server> -- unlink a server: this one stands alone"""
-    raise Refused("NO_SUCH_SERVER", "this server stands alone", server)
+    session.site.house.note(f"RESTART by {session.user.source.mask}")
+    session.site.house.restart(session)
 
 
 # ======================================================================================
@@ -3336,6 +3440,7 @@ LINE_SHAPES = {  # kind -> does the channel stand before it?, and the line itsel
     NOTICE: (True, "-{name}- {text}"),
     KICK: (False, "* {name} kicked {about} from {where}: {text}"),
     MODE: (False, "* {name} set {text} in {where}"),
+    PASSWORD: (False, "* {name} set {text} in {where}"),
     INVITE: (False, "* {name} invites you to {text}; /join {text}"),
     AWAY: (False, "* {name} is away: {text}"),
     WALLOPS: (False, "* {name} tells all operators: {text}"),
@@ -3386,8 +3491,10 @@ class LineWire:
         ]
 
     def own(self, event: Event, line: bytes) -> bytes:
-        """A speaker hears nothing of what he did: netcat has it on the screen already."""
-        return b""
+        """A speaker hears nothing of what he said: netcat has it on the screen already."""
+        if event.kind not in (MODE, PASSWORD):
+            return b""
+        return f"* you set {harmless(event.text)} in {event.audience.name}\n".encode()
 
 
 LINE_WIRE = LineWire()
@@ -3398,7 +3505,8 @@ def why_renamed(wanted: str, name: str) -> str:
     cleaned = clean_name(wanted)
     if name != cleaned:
         return f"{cleaned} is taken"
-    return f"names have no spaces, no control characters, none of {''.join(sorted(NOT_IN_NAMES))}"
+    never, not_first = "".join(sorted(NOT_IN_NAMES)), "".join(sorted(NOT_FIRST_IN_NAMES))
+    return f"names have no spaces or controls, none of {never} and at the start none of {not_first}"
 
 
 class LineSession(Session):
@@ -3455,10 +3563,14 @@ class LineSession(Session):
             raise Refused("NOT_UTF8", "that line is not UTF-8 text; nobody got it") from None
 
     def say(self, text: str, kind: str = MESSAGE) -> None:
+        self.site.hub.say(self, self.place(), text, kind)
+
+    def place(self) -> Channel:
+        """Where plain lines go. Whoever was put out of it has to choose another."""
         if self.here is None:
             raise Refused("NOT_IN_CHANNEL", f"you are in no channel; /join {LOBBY}")
-        self.here.member(self.user)  # one may have been put out meanwhile
-        self.site.hub.say(self, self.here, text, kind)
+        self.here.member(self.user)
+        return self.here
 
     def take_name(self, wanted: str) -> None:
         """The first line, or another try after an empty one."""
@@ -3477,7 +3589,10 @@ class LineSession(Session):
         names = [user.name for user in lobby.members] if lobby else []
         some, others = names[:NAMES_GREETED], len(names) - NAMES_GREETED
         more = f" and {others} more" if others > 0 else ""
-        return f"; here: {', '.join(some)}{more}" if names else "; nobody else is here yet"
+        if not names:
+            return "; nobody else is here yet"
+        topic = f"; the topic is: {harmless(lobby.topic)}" if lobby.topic else ""
+        return f"; here: {', '.join(some)}{more}{topic}"
 
     def collect(self, text: str) -> None:
         """One more line of a message begun with /lines."""
@@ -3492,11 +3607,7 @@ class LineSession(Session):
 
 def named_channel(session: LineSession, name: str) -> Channel:
     """The channel of that name, or the one the session speaks in."""
-    if name:
-        return session.site.hub.find_channel(name)
-    if session.here is None:
-        raise Refused("NOT_IN_CHANNEL", f"you are in no channel; /join {LOBBY}")
-    return session.here
+    return session.site.hub.find_channel(name) if name else session.place()
 
 
 def ban_mask(user: User) -> str:
@@ -3519,7 +3630,7 @@ def tell_topic(session: LineSession, channel: Channel) -> None:
 
 def tell_names(session: LineSession, channel: Channel) -> None:
     """`* #rust 1-3 of 3: @bob, carol, dave`; a crowded channel takes several lines."""
-    names = channel.names()
+    names = channel.names(session.user)
     for start in range(0, len(names), NAMES_A_LINE):
         some = names[start : start + NAMES_A_LINE]
         span = f"{start + 1}-{start + len(some)} of {len(names)}"
@@ -3560,21 +3671,21 @@ def line_tell(session: LineSession, name: str, text: str) -> None:
         session.tell(f"{name} is away: {harmless(away)}")
 
 
-@line_command("join", 1)
-def line_join(session: LineSession, name: str) -> None:
-    """/join #CHANNEL -- enter it, and speak there from now on"""
-    channel = session.site.hub.join(session, name)
+@line_command("join", 1, 2)
+def line_join(session: LineSession, name: str, password: str = "") -> None:
+    """/join #CHANNEL [PASSWORD] -- enter it, and speak there from now on"""
+    channel = session.site.hub.join(session, name, password)
     session.here = channel
     session.tell(f"you speak in {channel.name} now")
     tell_topic(session, channel)
     tell_names(session, channel)
 
 
-@line_command("part", most=1)
-def line_part(session: LineSession, name: str = "") -> None:
-    """/part [#CHANNEL] -- leave it, or the one you speak in"""
+@line_command("part", most=2)
+def line_part(session: LineSession, name: str = "", reason: str = "") -> None:
+    """/part [#CHANNEL [REASON]] -- leave it, or the one you speak in"""
     channel = named_channel(session, name)
-    session.site.hub.part(session, channel)
+    session.site.hub.part(session, channel, reason)
     session.tell(f"you left {channel.name}")
     if channel is session.here:
         session.here = next(iter(session.user.channels), None)
@@ -3592,19 +3703,20 @@ def line_names(session: LineSession, name: str = "") -> None:
 
 
 @line_command("list")
-def line_list(session: LineSession) -> None:
+def line_list(session: LineSession) -> Iterator[None]:
     """/list -- the channels there are"""
     session.conn.charge(len(session.site.hub.channels))
-    for channel in session.site.hub.channels.values():
+    for channel in list(session.site.hub.channels.values()):
         topic = f": {harmless(channel.topic)}" if channel.topic else ""
-        if channel.visible_to(session.user):
+        if channel.members and channel.visible_to(session.user):
             session.tell(f"{channel.name} ({len(channel.members)}){topic}")
+            yield
 
 
 @line_command("topic", most=1)
 def line_topic(session: LineSession, text: str = "") -> None:
     """/topic [TEXT] -- read or set the topic of the channel you speak in"""
-    channel = named_channel(session, "")
+    channel = session.place()
     if text:
         session.site.hub.set_topic(session, channel, text)
     tell_topic(session, channel)
@@ -3628,7 +3740,7 @@ def line_nick(session: LineSession, wanted: str) -> None:
 def line_away(session: LineSession, reason: str = "") -> None:
     """/away [REASON] -- say that you are not here, or without a reason that you are back"""
     session.site.hub.set_away(session, reason)
-    session.tell(f"you are away: {harmless(session.user.away)}" if reason else "you are back")
+    session.tell(f"you went away: {harmless(session.user.away)}" if reason else "you came back")
 
 
 @line_command("invite", 1, 2)
@@ -3642,45 +3754,46 @@ def line_invite(session: LineSession, name: str, where: str = "") -> None:
 @line_command("kick", 1, 2)
 def line_kick(session: LineSession, name: str, reason: str = "") -> None:
     """/kick NAME [REASON] -- put somebody out of the channel you speak in"""
-    user, channel = session.site.hub.find_user(name), named_channel(session, "")
+    user, channel = session.site.hub.find_user(name), session.place()
     session.site.hub.kick(session, channel, user, reason)
     session.tell(f"you kicked {user.name} from {channel.name}")
 
 
-@line_command("mode", 1)
-def line_mode(session: LineSession, text: str) -> None:
-    """/mode MODES -- change the channel you speak in: /mode +i-t, /mode +o NAME"""
-    channel = named_channel(session, "")
-    letters, *values = text.split()
+@line_command("mode", most=1)
+def line_mode(session: LineSession, text: str = "") -> None:
+    """/mode [MODES] -- see or change the channel you speak in: /mode +m-t, /mode +o NAME"""
+    channel = session.place()
+    if not text:
+        known = "; ".join(f"{letter} {meaning}" for letter, meaning in FLAGS.items())
+        session.tell(f"the modes of {channel.name}: {channel.modes_text(session.user)} ({known})")
+    letters, *values = text.split() or [""]
     change_modes(session, channel, parse_modes(letters, values))
-    session.tell(f"the modes of {channel.name}: {channel.modes_text(session.user)}")
 
 
 @line_command("ban", most=1)
 def line_ban(session: LineSession, whom: str = "") -> None:
     """/ban [NAME|MASK] -- keep somebody out of the channel you speak in, and put them out"""
-    channel, user = named_channel(session, ""), session.site.hub.users.get(fold(whom))
+    channel, user = session.place(), session.site.hub.users.get(fold(whom))
     if not whom:
-        channel.member(session.user)
         masks = ", ".join(mask.text for mask in channel.lists["b"].values())
         return session.tell(f"banned from {channel.name}: {harmless(masks) or 'nobody'}")
     mask = ban_mask(user) if user else full_mask(whom)
     change_modes(session, channel, [ModeChange(True, "b", mask)])
-    session.tell(f"you banned {mask} from {channel.name}")
-    if user in channel.members:
-        session.site.hub.kick(session, channel, user, "banned")
+    meant = [m for m in channel.members if Mask(mask).matches(m)] if mask[:2] != "m:" else []
+    for member in set(meant) - {session.user}:
+        session.site.hub.kick(session, channel, member, "banned")
+        session.tell(f"you kicked {member.name} from {channel.name}")
 
 
 @line_command("unban", 1)
 def line_unban(session: LineSession, whom: str) -> None:
     """/unban NAME|MASK -- let them in again"""
-    channel = named_channel(session, "")
-    wanted, masks = fold(whom), channel.lists["b"].values()
-    found = [m.text for m in masks if wanted in (fold(m.text), fold(m.text.partition("!")[0]))]
+    channel, user = session.place(), session.site.hub.users.get(fold(whom))
+    keys = {fold(whom), fold(full_mask(whom)), fold(ban_mask(user)) if user else ""}
+    found = [channel.lists["b"][key].text for key in keys & channel.lists["b"].keys()]
     if not found:
         raise Refused("NOT_BANNED", f"no ban of {channel.name} is {whom}; /ban lists them")
     change_modes(session, channel, [ModeChange(False, "b", mask) for mask in found])
-    session.tell(f"you let {', '.join(map(harmless, found))} into {channel.name} again")
 
 
 @line_command("oper", 2)
@@ -3701,11 +3814,12 @@ def line_history(session: LineSession, *params: str) -> None:
     count = numbers[0] if numbers else HISTORY_LINES
     if not count or count > HISTORY_LINES_MOST:
         raise Refused("BAD_COUNT", f"history comes in 1 to {HISTORY_LINES_MOST} messages")
+    audience: Channel | Conversation
     if names and not names[0].startswith("#"):
-        audience = session.site.hub.find_audience(session, names[0])
+        audience = conversation(session.user, session.site.hub.find_user(names[0]))
     else:
         audience = named_channel(session, names[0] if names else "")
-        audience.admit(session.user)
+        audience.member(session.user)
     (key,) = audience.keys
     prefix = line_prefix(audience)
 
@@ -3716,7 +3830,7 @@ def line_history(session: LineSession, *params: str) -> None:
                 session.tell(f"{when} {text}")
         session.tell(f"that was {counted(len(events), 'message')}")
 
-    session.site.later(session, functools.partial(session.site.store.page, key, count), show)
+    session.site.read(session, functools.partial(session.site.store.page, key, count), show)
 
 
 @line_command("lines", 1)
@@ -3728,10 +3842,10 @@ def line_lines(session: LineSession, count: str) -> None:
     session.wanted_lines = lines
 
 
-@line_command("quit", nameless=True)
-def line_quit(session: LineSession) -> None:
-    """/quit -- leave"""
-    session.parting = "Quit"
+@line_command("quit", most=1, nameless=True)
+def line_quit(session: LineSession, reason: str = "") -> None:
+    """/quit [REASON] -- leave"""
+    session.parting = "Quit" + (f": {cut(reason, REASON_BYTES)}" if reason else "")
     session.conn.close()
 
 
@@ -4624,7 +4738,7 @@ class Peer(Connection):
     def charge(self, items: int) -> None:
         """A command that looks through so many costs as much as many lines."""
         if self.budget:
-            self.budget.spend(items / LOOKED_AT_A_LINE)
+            self.budget.tokens -= items / LOOKED_AT_A_LINE
 
     @property
     def secure(self) -> bool:
@@ -4647,8 +4761,14 @@ class Peer(Connection):
 
     # What the network does to it
 
+    @property
+    def busy(self) -> bool:
+        """There is something of this peer's to act on."""
+        unfinished = self.session is not None and self.session.unfinished is not None
+        return unfinished or bool(self.inbox and self.inbox.lines)
+
     def wants_read(self) -> bool:
-        waits = self.held or self.leaving or bool(self.inbox and self.inbox.lines)
+        waits = self.held or self.leaving or self.busy
         return not waits and self.unsent <= UNSENT_NO_READ
 
     def ready(self, mask: int) -> None:
@@ -4892,7 +5012,7 @@ class Keeper:
 
     def commit(self, turn: Turn) -> bool:
         """The turn's events are stored, or never will be; False: not yet."""
-        outcome = self.store.commit(turn.events, self.loop.now)
+        outcome = self.store.commit(turn.events, self.loop.now, turn.sealed)
         if outcome == BUSY:
             self.loop.call_later(BUSY_RETRY_SECONDS, do_nothing)
             return False
@@ -4931,11 +5051,13 @@ class Server:
         path = options.data / "chat.db" if options.data else None
         self.store = Store(path, options.keep)
         self.hub = Hub(self.store.last_id, self.store.last_time)
+        self.hub.begin(time.time())
         operators = {name: make_secret(word) for name, word in options.oper}
         self.site = Site(
             self.hub,
             self.store,
             self.later,
+            self.read,
             self,
             options.password,
             options.name,
@@ -4984,38 +5106,45 @@ class Server:
     def probe(self, peer: Peer) -> None:
         """Now and then: has anything been heard of this one? TCP tells us only of those
         who said goodbye."""
+        if peer.busy or peer.held:  # we are the ones who do not listen
+            peer.heard = self.loop.now
         silent = self.loop.now - peer.heard
         if silent >= PING_SECONDS + PONG_SECONDS:
-            return self.let_go(peer, f"Ping timeout: {silent:.0f} seconds")
+            return peer.session.end(f"Ping timeout: {silent:.0f} seconds")
         if silent >= PING_SECONDS:
             peer.session.probe()
         self.probed.add(peer)
-
-    def let_go(self, peer: Peer, reason: str) -> None:
-        """Close one's connection, and say why to everybody who is told."""
-        peer.session.parting = reason
-        peer.session.farewell(f"Closing link: {reason}")
-        peer.close()
 
     # What operators may ask for
 
     def nameless(self) -> int:
         return len(self.unnamed.waiting)
 
-    def rehash(self, session: Session) -> None:
-        """Read again what may have changed: what cannot be read stays as it was."""
+    def note(self, text: str) -> None:
+        """What an operator did goes to the log."""
+        log.warning("%s", text)
+
+    def rehash(self, session: Session, then: Callable = do_nothing) -> None:
+        """Read again what may have changed: if one of it cannot be read, all stays as it
+        was, and then() is not called."""
 
         def read() -> tuple[Any, list[str]]:
             return server_tls_context(self.options), read_motd(self.options.motd)
 
         def use(result: tuple[Any, list[str]]) -> None:
             self.tls_context, self.motd = result
+            then()
 
         self.later(session, read, use)
 
-    def restart(self) -> None:
-        self.restarting = True
-        self.stop()
+    def restart(self, session: Session) -> None:
+        """Not with files that the new start could not read."""
+
+        def begin() -> None:
+            self.restarting = True
+            self.stop()
+
+        self.rehash(session, begin)
 
     def start_tls(self, peer: Peer, data: bytes) -> None:
         if self.tls_context is None:
@@ -5031,26 +5160,34 @@ class Server:
 
     def act(self, peer: Peer) -> None:
         """Some lines of one peer become Hub calls; then see when to take the next."""
-        budget, inbox = peer.budget, peer.inbox
         if peer.resuming or peer.held or peer.leaving:
             return
-        allowed = LINES_A_TURN
-        if budget:
-            allowed = min(allowed, budget.available(self.loop.now))
-        taken = 0
-        while taken < allowed and not peer.held and not peer.leaving and not self.too_much(peer):
-            line = inbox.take()
-            if line is None:
+        if peer.budget:
+            peer.budget.refill(self.loop.now)
+        for _ in range(LINES_A_TURN):
+            if peer.held or peer.leaving or self.too_much(peer):
                 break
-            taken += 1
-            if peer.session or self.open_session(peer, line):
-                peer.session.receive(line)
-        if budget:
-            budget.spend(taken)
-        if inbox.lines and not peer.held:
+            if peer.session and peer.session.unfinished:
+                peer.session.go_on()
+            elif not self.act_on_a_line(peer):
+                break
+        if peer.busy and not peer.held:
             self.postpone(peer)
-        elif peer.eof and not inbox.lines and not peer.held:
+        elif peer.eof and not peer.busy and not peer.held:
             peer.close()
+
+    def act_on_a_line(self, peer: Peer) -> bool:
+        """Whether there was one, and budget for it."""
+        if peer.budget and peer.budget.tokens < 1:
+            return False
+        line = peer.inbox.take()
+        if line is None:
+            return False
+        if peer.budget:
+            peer.budget.tokens -= 1
+        if peer.session or self.open_session(peer, line):
+            peer.session.receive(line)
+        return True
 
     def postpone(self, peer: Peer) -> None:
         """There are lines left: for the next turn, or until there is budget for one."""
@@ -5079,10 +5216,20 @@ class Server:
     def later(self, session: Session, job: Callable, then: Callable) -> None:
         """Run job() on a helper once this turn is committed, then then(its result) here;
         until then this session's next lines wait, so that answers come in order."""
-        peer = session.conn
-        peer.held = True
-        peer.update()
-        self.jobs.append((peer.host, job, functools.partial(self.answer, session, then)))
+        self.jobs.append((session.conn.host, job, self._held(session, then)))
+
+    def read(self, session: Session, job: Callable, then: Callable) -> None:
+        """The same for a job that reads the store. In memory it has but one connection,
+        which nobody else may use, and nothing to wait for."""
+        if self.store.path:
+            return self.later(session, job, then)
+        done = self._held(session, then)
+        self.loop.call_soon(lambda: done(attempt(job)))
+
+    def _held(self, session: Session, then: Callable) -> Callable:
+        session.conn.held = True
+        session.conn.update()
+        return functools.partial(self.answer, session, then)
 
     def answer(self, session: Session, then: Callable, result: Any) -> None:
         peer = session.conn
@@ -5133,13 +5280,7 @@ class Server:
                 Connection.close(peer)
         jobs, self.jobs = self.jobs, []
         for owner, job, done in jobs:
-            if self.store.path:
-                self.helpers.submit(owner, job, done)
-            else:  # one connection, in memory: nothing to wait for, and nothing to share
-                self.loop.call_soon(functools.partial(self._answer, job, done))
-
-    def _answer(self, job: Callable, done: Callable) -> None:
-        done(attempt(job))
+            self.helpers.submit(owner, job, done)
 
     # Going
 
@@ -5196,7 +5337,7 @@ class Server:
     def close(self) -> None:
         """After the loop has ended: what is left goes to the store."""
         if self.hub.turn.events:
-            self.store.commit(self.hub.turn.events, self.loop.now)
+            self.store.commit(self.hub.turn.events, self.loop.now, self.hub.turn.sealed)
         self.helpers.close()
         self.store.close()
         self.door.close()
@@ -5483,7 +5624,8 @@ class Link:
         self.show(views)
         self.flush()
         if self.core.ready:
-            self.known.remember(self.target, self.core.kind)
+            if not self.target.plain:  # what somebody insisted on was not found out
+                self.known.remember(self.target, self.core.kind)
             self.drained()
             if self.leaving:
                 self.conn.close()
@@ -5587,6 +5729,14 @@ SEQUENCE = re.compile(
 PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
 
 
+ZWNJ, ZWJ = "\u200c", "\u200d"  # zero width (non-)joiners: Persian; one emoji of several
+
+
+def is_typed(c: str) -> bool:
+    """Whether a character is text, and no key."""
+    return c.isprintable() or c in (ZWNJ, ZWJ)
+
+
 class KeyDecoder:
     """Bytes from a terminal in, keys out. What is incomplete waits for more."""
 
@@ -5616,9 +5766,9 @@ class KeyDecoder:
         if self.rest[0] == "\x1b":
             match = SEQUENCE.match(self.rest)
             return self._named(match.group()) if match else None
-        if not self.rest[0].isprintable():
+        if not is_typed(self.rest[0]):
             return self._named(self.rest[0])
-        text = "".join(itertools.takewhile(str.isprintable, self.rest))
+        text = "".join(itertools.takewhile(is_typed, self.rest))
         self.rest = self.rest[len(text) :]
         return Key("text", text)
 
@@ -5639,7 +5789,6 @@ class KeyDecoder:
         return Key("paste", harmless(pasted.replace("\r\n", "\n").replace("\r", "\n")))
 
 
-ZWJ = "\u200d"  # zero width joiner: makes one emoji of several
 EMOJI_STYLE = "\ufe0f"  # the character before it is to be shown as an emoji
 CLUSTER_CHARACTERS = 64  # none is longer, or nobody cares how it is cut
 
@@ -5693,7 +5842,7 @@ def width(text: str) -> int:
 
 
 WORD = re.compile(r"\W*\w*")
-SECRETS = ("/pass ",)  # commands whose parameters are nobody's business
+SECRETS = ("/pass ", "/oper ")  # commands whose parameters are nobody's business
 
 
 def first_word(text: str) -> str:
@@ -6575,7 +6724,7 @@ def how_to_join(server: Server) -> str:
         f"terminal: python3 chat.py client NAME{option}",
         f"window:   python3 gui_client.py NAME{option}",
         f"netcat:   nc {elsewhere} {port}",
-        f"IRC:      /server add chat {elsewhere}/{port} (WeeChat), or {elsewhere} port {port}",
+        f"IRC:      any client, {elsewhere} port {port}; irssi -c {elsewhere} -p {port}",
     ]
     return "\n".join(lines)
 
