@@ -121,6 +121,7 @@ INVITATIONS = 50  # of one user, not yet used
 WATCHED = 100  # names that one session monitors
 FORMER_USERS = 1000  # remembered for WHOWAS
 FITS_ALWAYS = 300  # bytes that fit in a line of IRC behind the longest mask and channel
+LABEL_BYTES = 64  # of a label (IRCv3 labeled-response)
 TARGETS = 20  # of one PRIVMSG
 LIST_TARGETS = 10  # names, masks and conditions of one LIST
 LOOKED_AT_A_LINE = 100  # users or channels that a command may look through for one line's budget
@@ -200,9 +201,13 @@ LOBBY = "#lobby"  # where everybody without a channel of their own finds themsel
 MESSAGE, ACTION, NOTICE = "message", "action", "notice"
 JOIN, PART, QUIT, NICK, TOPIC = "join", "part", "quit", "nick", "topic"
 KICK, MODE, PASSWORD = "kick", "mode", "password"  # PASSWORD: the mode k
-INVITE, AWAY, REALNAME, WALLOPS = "invite", "away", "realname", "wallops"
+INVITE, INVITED, AWAY, WALLOPS = "invite", "invited", "away", "wallops"
+REALNAME, ACCOUNT = "realname", "account"
+TAGS = "tags"  # a message that has nothing but tags: somebody is typing, or likes another
 SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
-PASSING = (INVITE, AWAY, REALNAME, WALLOPS, PASSWORD)  # for the moment, and not for history
+PASSING = (  # for the moment, and not for history
+    *(INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, PASSWORD),
+)
 
 
 class Source(NamedTuple):
@@ -213,14 +218,18 @@ class Source(NamedTuple):
     username: str = ""  # what they call themselves, unverified ...
     host: str = ""  # ... and where they are, as IRC writes it
     mask: str = ""  # nick!user@host (RFC 2812 section 2.3.1), of which hostmasks are patterns
+    account: str = ""  # that they are logged in to
+    bot: bool = False
 
 
-def source_of(name: str, address: str, username: str) -> Source:
+def source_of(
+    name: str, address: str, username: str, account: str = "", bot: bool = False
+) -> Source:
     """With its mask, which is asked for with every message."""
     host = address.rpartition(":")[0].strip("[]")
     if host.startswith(":"):  # a word of IRC cannot begin with one
         host = f"0{host}"
-    return Source(name, address, username, host, f"{name}!{username}@{host}")
+    return Source(name, address, username, host, f"{name}!{username}@{host}", account, bot)
 
 
 class Event(NamedTuple):
@@ -234,6 +243,7 @@ class Event(NamedTuple):
     text: str = ""
     about: str = ""  # the one kicked, or the one that a private message is for
     origin: Any = None  # the Session that did it; None when read back from the store
+    tags: str = ""  # what a client had to say to clients, as on the wire: +a=b;+c
 
 
 class ChatError(Exception):
@@ -751,11 +761,13 @@ def sessions_by_wire(users: "Iterable[User]") -> "dict[Any, list[Session]]":
     return found
 
 
+SOURCE_FIELDS = ("name", "address", "username", "account", "bot")  # what source_of() takes
+
+
 class User:
     """A person here now. Identity is the object; the name may change."""
 
     __slots__ = (
-        "account",
         "away",
         "channels",
         "identity",
@@ -774,7 +786,6 @@ class User:
     def __init__(self, source: Source, realname: str, number: int, now: int):
         self.identity = f"~{number}"  # of this stay; no channel's key begins like this
         self.realname = realname
-        self.account = ""  # nobody can log in yet
         self.modes: set[str] = set()
         self.away = ""  # why; "" is here
         self.sessions: "list[Session]" = []
@@ -790,9 +801,19 @@ class User:
         self.key = fold(source.name)
         self.mask_key = fold(source.mask)
 
+    def changed(self, **known: Any) -> None:
+        """Somebody else from now on: another name, account, or a bot."""
+        was = self.source
+        fields = {name: getattr(was, name) for name in SOURCE_FIELDS} | known
+        self.called(source_of(**fields))
+
     @property
     def name(self) -> str:
         return self.source.name
+
+    @property
+    def account(self) -> str:
+        return self.source.account
 
     @property
     def is_operator(self) -> bool:
@@ -1146,18 +1167,23 @@ class Ranked(NamedTuple):
         return [(0, math.inf)]
 
 
-def ranked(channel: Channel, symbol: str) -> Ranked:
-    """Of those whose rank is shown by that symbol, or by one that is higher."""
+def ranked(channel: Channel, symbol: str, speaker: User) -> Ranked:
+    """Of those whose rank is shown by that symbol, or by one that is higher; and the one
+    who speaks, who may have asked for an echo."""
     level = list(SYMBOLS.values()).index(symbol)
-    users = frozenset(user for user, member in channel.members.items() if member.level <= level)
-    return Ranked(channel, symbol + channel.name, users)
+    users = {user for user, member in channel.members.items() if member.level <= level}
+    return Ranked(channel, symbol + channel.name, frozenset(users | {speaker}))
 
 
 class Overseen(NamedTuple):
-    """A channel, and an operator of the server who acts on it from outside."""
+    """A channel, and somebody who acts on it from outside: an operator of the server, or
+    who speaks to a channel that lets him."""
 
     channel: Channel
-    operator: User
+    outsider: User
+
+    def addressee(self, user: User) -> str:
+        return ""
 
     @property
     def name(self) -> str:
@@ -1171,10 +1197,10 @@ class Overseen(NamedTuple):
         return self.channel.stamp(now)
 
     def sessions_by_wire(self) -> "dict[Any, list[Session]]":
-        return sessions_by_wire(dict.fromkeys([*self.channel.listeners(), self.operator]))
+        return sessions_by_wire(dict.fromkeys([*self.channel.listeners(), self.outsider]))
 
     def stays(self, user: User) -> list[tuple[int, float]]:
-        return [(0, math.inf)] if user is self.operator else self.channel.stays(user)
+        return [(0, math.inf)] if user is self.outsider else self.channel.stays(user)
 
 
 def scene(channel: Channel, user: User) -> Channel | Overseen:
@@ -1183,9 +1209,11 @@ def scene(channel: Channel, user: User) -> Channel | Overseen:
 
 
 class Neighbours(NamedTuple):
-    """Everyone who shares one of these channels with somebody; each is told once."""
+    """Everyone who shares one of these channels with somebody, and some who watch for him
+    from elsewhere; each is told once."""
 
     channels: tuple[Channel, ...]
+    watchers: "frozenset[User]" = frozenset()
     name = ""
 
     @property
@@ -1199,12 +1227,15 @@ class Neighbours(NamedTuple):
         return newest
 
     def listeners(self) -> Iterable[User]:
-        return dict.fromkeys(user for channel in self.channels for user in channel.listeners())
+        near = (user for channel in self.channels for user in channel.listeners())
+        return dict.fromkeys(itertools.chain(near, self.watchers))
 
     def sessions_by_wire(self) -> "dict[Any, list[Session]]":
         return sessions_by_wire(self.listeners())
 
     def stays(self, user: User) -> list[tuple[int, float]]:
+        if user in self.watchers:
+            return [(0, math.inf)]
         return list(itertools.chain(*(channel.stays(user) for channel in self.channels)))
 
 
@@ -1272,11 +1303,6 @@ def neighbours(user: User) -> Channel | Neighbours:
     return channels[0] if len(channels) == 1 else Neighbours(channels)
 
 
-def witnesses(user: User) -> Channel | Neighbours | People:
-    """Neighbours and oneself, also where one is in no channel."""
-    return neighbours(user) if user.channels else People(frozenset([user]))
-
-
 class Session:
     """One connection's side of the talk. A dialect is a subclass with a wire of its own.
 
@@ -1284,10 +1310,21 @@ class Session:
     through, and gone: nothing can be sent there.
     """
 
-    __slots__ = ("conn", "parting", "replied", "replies", "site", "tries", "unfinished", "user")
+    __slots__ = (
+        "conn",
+        "deferred",
+        "parting",
+        "replied",
+        "replies",
+        "site",
+        "tries",
+        "unfinished",
+        "user",
+    )
     # wire.encode(audience, events) -> a line each; wire.own(event, line) -> what its origin gets
     wire: Any
     probed = False  # whether its peer is asked now and then if it is there: probe()
+    follows = False  # whether it hears more of those it watches than that they come and go
 
     def __init__(self, site: Site, conn: Any):
         self.site, self.conn = site, conn
@@ -1295,6 +1332,7 @@ class Session:
         self.parting = ""  # why it ends, for those who are still here
         self.tries = 0  # at passwords, in vain
         self.unfinished: Iterator | None = None  # a long answer that has been begun
+        self.deferred = False  # an answer waits for a job
         self.replies: list[tuple[int, bytes]] = []  # this turn's: after event id, bytes
         self.replied = 0  # bytes of them
 
@@ -1323,6 +1361,43 @@ class Session:
         except Refused as refusal:
             self.unfinished = None
             self.refuse(refusal)
+        if self.unfinished is None:
+            self.answered()
+
+    def later(self, job: Callable, then: Callable) -> None:
+        """Run job() off the loop, then then(its result); only then comes the next line."""
+        self.deferred = True
+        self.site.later(self, job, then)
+
+    def read(self, job: Callable, then: Callable) -> None:
+        """The same for a job that reads the store."""
+        self.deferred = True
+        self.site.read(self, job, then)
+
+    def take_result(self, then: Callable, result: Any) -> None:
+        """What a job gave, or the ChatError that it raised."""
+        self.deferred = False
+        try:
+            if isinstance(result, Refused):
+                raise result
+            if isinstance(result, Exception):
+                raise Refused("UNUSABLE", str(result))
+            then(result)
+        except Refused as refusal:
+            self.refuse(refusal)
+        if not self.deferred:
+            self.answered()
+
+    def answered(self) -> None:
+        """All has been said to the line that was received last."""
+
+    def own(self, event: Event, line: bytes) -> bytes:
+        """What this session, which did it, hears of it: `line` is what the others hear."""
+        return self.wire.own(event, line)
+
+    def turn_over(self) -> None:
+        """What was said in this turn has been sent."""
+        self.replies, self.replied = [], 0
 
     def farewell(self, text: str) -> None:
         """The same, and the last one: the connection is about to be closed."""
@@ -1381,7 +1456,7 @@ class Group:
         if mine := self.origins.get(session):
             lines = lines.copy()
             for n in mine:
-                lines[n] = session.wire.own(self.events[n], lines[n])
+                lines[n] = session.own(self.events[n], lines[n])
         return lines
 
     def lines(self, wire: Any) -> list[bytes]:
@@ -1475,7 +1550,7 @@ class Turn:
 
     def close(self) -> None:
         for session in self.apart:
-            session.replies, session.replied = [], 0
+            session.turn_over()
         for channel in self.changed:
             channel.former.clear()
             channel.by_wire = None
@@ -1516,6 +1591,23 @@ def change_mode(hub: "Hub", user: User, channel: Channel, change: ModeChange) ->
     raise Refused("UNKNOWN_MODE", text + "".join(FLAGS), letter)
 
 
+class Watchers(dict[str, set[Session]]):
+    """Who wants to know when somebody comes and goes, by the key of the name."""
+
+    def add(self, session: Session, name: str) -> None:
+        self.setdefault(fold(name), set()).add(session)
+
+    def remove(self, session: Session, name: str) -> None:
+        watching = self.get(fold(name), set())
+        watching.discard(session)
+        if not watching:
+            self.pop(fold(name), None)
+
+    def tell(self, source: Source, online: bool) -> None:
+        for session in self.get(fold(source.name), ()):
+            session.spotted(source, online)
+
+
 class Hub:
     """Who is here. Everything others can see passes through one door: emit()."""
 
@@ -1523,7 +1615,7 @@ class Hub:
         self.users: dict[str, User] = {}  # by key
         self.channels: dict[str, Channel] = {}  # by key
         self.former: collections.deque[FormerUser] = collections.deque(maxlen=FORMER_USERS)
-        self.watchers: dict[str, set[Session]] = {}  # who wants to know, by the key of a name
+        self.watchers = Watchers()
         self.most_users = 0  # at once, so far
         self.last_id = last_id  # both from the store: ids and times go on where they stopped
         self.last_time = last_time
@@ -1538,6 +1630,11 @@ class Hub:
         self.started = self.started or self.now
         self.last_id = max(self.last_id, self.now << 12)
 
+    def new_reference(self) -> str:
+        """A name that nothing else in this server has."""
+        self.last_id += 1
+        return f"{self.last_id:x}"
+
     def end(self) -> None:
         """The turn has been written."""
         self.turn.close()
@@ -1551,12 +1648,13 @@ class Hub:
         text: str = "",
         about: str = "",
         origin: Session | None = None,
+        tags: str = "",
     ) -> None:
         """Log one event: `source` did something that `audience` can see."""
         self.last_id += 1
         time_ms = audience.stamp(self.now)
         self.turn.events.append(
-            Event(self.last_id, time_ms, kind, source, audience, text, about, origin)
+            Event(self.last_id, time_ms, kind, source, audience, text, about, origin, tags)
         )
         if origin is not None:
             self.turn.apart.add(origin)
@@ -1575,7 +1673,7 @@ class Hub:
         self.users[user.key] = user
         self.most_users = max(self.most_users, len(self.users))
         session.user = user
-        self._spot(source, True)
+        self.watchers.tell(source, True)
         return user
 
     def free_name(self, wanted: str, owner: User | None = None) -> str:
@@ -1613,20 +1711,13 @@ class Hub:
     def _was(self, user: User) -> None:
         """Nobody has this name now."""
         self.former.append(FormerUser(user.source, user.realname, self.now))
-        self._spot(user.source, False)
+        self.watchers.tell(user.source, False)
 
-    def watch(self, session: Session, name: str) -> None:
-        self.watchers.setdefault(fold(name), set()).add(session)
-
-    def unwatch(self, session: Session, name: str) -> None:
-        watching = self.watchers.get(fold(name), set())
-        watching.discard(session)
-        if not watching:
-            self.watchers.pop(fold(name), None)
-
-    def _spot(self, source: Source, online: bool) -> None:
-        for session in self.watchers.get(fold(source.name), ()):
-            session.spotted(source, online)
+    def witnesses(self, user: User) -> Any:
+        """The audience of what somebody does to himself: himself, who shares a channel with
+        him, and who watches for him and wants to hear more than that he comes and goes."""
+        watching = (s.user for s in self.watchers.get(user.key, ()) if s.follows)
+        return Neighbours(tuple(user.channels), frozenset([user, *watching]))
 
     def join(self, session: Session, name: str, password: str = "") -> Channel:
         """Into the channel `name`, which is founded if need be; its founder operates it."""
@@ -1696,35 +1787,40 @@ class Hub:
         if len(user.invitations) >= INVITATIONS:  # the oldest is the least likely to be used
             del user.invitations[next(iter(user.invitations))]
         user.invitations[channel] = None
-        only = People(frozenset([user]))
-        self.emit(INVITE, session.user.source, only, channel.name, user.name, session)
+        source, only = session.user.source, People(frozenset([user]))
+        self.emit(INVITE, source, only, channel.name, user.name, session)
+        level = RANKS.index("h") if "i" in channel.flags else len(RANKS)
+        able = {other for other, member in channel.members.items() if member.level <= level}
+        others = People(frozenset(able - {session.user}))
+        self.emit(INVITED, source, others, channel.name, user.name, session)
 
     def rename(self, session: Session, name: str) -> None:
         """Another name for this session's user, one that is free."""
         user = session.user
         if name == user.name:
             return
-        self.emit(NICK, user.source, witnesses(user), name, origin=session)
+        circle = neighbours(user) if user.channels else People(frozenset([user]))
+        self.emit(NICK, user.source, circle, name, origin=session)
         if fold(name) != user.key:
             self._was(user)
         del self.users[user.key]
-        was, source = user.key, source_of(name, user.source.address, user.source.username)
-        user.called(source)
+        was = user.key
+        user.changed(name=name)
         self.users[user.key] = user
         if user.key != was:
-            self._spot(source, True)
+            self.watchers.tell(user.source, True)
 
     def set_away(self, session: Session, reason: str) -> None:
         """Away for a reason, or with none back again."""
         user, reason = session.user, cut(reason, REASON_BYTES)
         if reason != user.away:
             user.away = reason
-            self.emit(AWAY, user.source, neighbours(user), reason, origin=session)
+            self.emit(AWAY, user.source, self.witnesses(user), reason, origin=session)
 
     def set_realname(self, session: Session, realname: str) -> None:
         session.user.realname = realname
         user = session.user
-        self.emit(REALNAME, user.source, witnesses(user), realname, origin=session)
+        self.emit(REALNAME, user.source, self.witnesses(user), realname, origin=session)
 
     def kill(self, session: Session, victim: User, reason: str) -> None:
         """Close all connections of somebody."""
@@ -1736,11 +1832,15 @@ class Hub:
 
     # Talking
 
-    def say(self, session: Session, audience: Any, text: str, kind: str = MESSAGE) -> None:
+    def say(
+        self, session: Session, audience: Any, text: str, kind: str = MESSAGE, tags: str = ""
+    ) -> None:
         user = session.user
         audience.admit(user, text)
         user.spoke = self.now
-        self.emit(kind, user.source, audience, text, audience.addressee(user), session)
+        if isinstance(audience, Channel) and audience not in user.channels:
+            audience = scene(audience, user)  # who speaks may want an echo
+        self.emit(kind, user.source, audience, text, audience.addressee(user), session, tags)
 
     def tell_all(self, session: Session, text: str) -> None:
         """To everybody who wants to hear of server operators (user mode w)."""
@@ -1797,7 +1897,7 @@ class Hub:
         if name.startswith("#"):
             return self.find_channel(name)
         if name[1:2] == "#" and name[0] in SYMBOLS.values():
-            return ranked(self.find_channel(name[1:]), name[0])
+            return ranked(self.find_channel(name[1:]), name[0], session.user)
         return conversation(session.user, self.find_user(name))
 
 
@@ -1838,7 +1938,7 @@ def become_operator(session: Session, name: str, password: str, done: Callable) 
         session.user.modes.add("o")
         done()
 
-    session.site.later(session, functools.partial(secret.fits, password), judge)
+    session.later(functools.partial(secret.fits, password), judge)
 
 
 # ======================================================================================
@@ -2000,7 +2100,7 @@ class Store:
         self.db.execute("BEGIN IMMEDIATE")
         rows = [
             (self._target(key), id, when, kind, who.name, who.address, text, who.username, about)
-            for id, when, kind, who, audience, text, about, _ in events
+            for id, when, kind, who, audience, text, about, _, _ in events
             if kind not in PASSING
             for key in audience.keys
         ]
@@ -2267,6 +2367,9 @@ IRC_SPOKEN = {  # kind -> the verb, what stands before the text, and what behind
     NOTICE: ("NOTICE", "", ""),
 }
 IRC_EVENTS = {  # kind -> the line behind its source; {tail} is " :TEXT" if there is a text
+    TAGS: "TAGMSG {where}",
+    ACCOUNT: "ACCOUNT {about}",
+    INVITED: "INVITE {about} {text}",
     JOIN: "JOIN {where}",
     PART: "PART {where}{tail}",
     QUIT: "QUIT{tail}",
@@ -2281,20 +2384,35 @@ IRC_EVENTS = {  # kind -> the line behind its source; {tail} is " :TEXT" if ther
     WALLOPS: "WALLOPS :{text}",
 }
 IRC_EXTENDED_JOIN = "JOIN {where} {about}{tail}"
-NOT_OWN = (INVITE, AWAY, QUIT)  # who does these is told by other means
+NOT_OWN = (INVITE, INVITED, AWAY, QUIT)  # who does these is told by other means
+ECHOED = (*SPOKEN, TAGS)  # or by an echo, if he asked for it
 
 CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value
+    "account-notify": "",
+    "account-tag": "",
     "away-notify": "",
+    "batch": "",
     "cap-notify": "",
+    "chghost": "",
     "echo-message": "",
     "extended-join": "",
+    "extended-monitor": "",
+    "invite-notify": "",
+    "labeled-response": "",
+    "message-tags": "",
     "multi-prefix": "",
     "server-time": "",
     "setname": "",
     "standard-replies": "",
     "userhost-in-names": "",
 }
-NEEDS_CAPABILITY = {AWAY: "away-notify", REALNAME: "setname"}  # to be told of these events
+NEEDS_CAPABILITY = {  # to be told of these events
+    ACCOUNT: "account-notify",
+    AWAY: "away-notify",
+    INVITED: "invite-notify",
+    REALNAME: "setname",
+    TAGS: "message-tags",
+}
 
 USER_MODES = {  # letter -> what it is
     "B": "is a bot",
@@ -2336,11 +2454,29 @@ def wrapped(words: Iterable[str], room: int, between: str = " ") -> Iterator[str
         yield between.join(line)
 
 
+@functools.lru_cache(100)  # seconds; one is asked for with every message of it
+def second_text(seconds: int) -> str:
+    return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%dT%H:%M:%S}"
+
+
 def tag_time(milliseconds: int) -> str:
     """2026-11-22T08:30:05.123Z (IRCv3 server-time)."""
     seconds, rest = divmod(milliseconds, 1000)
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{rest:03}Z"
+    return f"{second_text(seconds)}.{rest:03}Z"
+
+
+def escaped_tag(value: str) -> str:
+    """What unescaped_tag() takes back."""
+    for character, escape in (("\\", "\\\\"), (";", "\\:"), (" ", "\\s")):
+        value = value.replace(character, escape)
+    return value
+
+
+def add_tag(line: bytes, tag: str) -> bytes:
+    """To a line, or the first of several."""
+    if line[:1] == b"@":
+        return f"@{tag};".encode() + line[1:]
+    return f"@{tag} ".encode() + line
 
 
 def spoken_lines(event: Event, where: str) -> Iterator[str]:
@@ -2361,14 +2497,15 @@ class IrcWire:
         self.capabilities = capabilities
         self.echo = "echo-message" in capabilities
         self.timed = "server-time" in capabilities
+        self.tagged = "message-tags" in capabilities
+        self.accounts = "account-tag" in capabilities
         self.without = {k for k, cap in NEEDS_CAPABILITY.items() if cap not in capabilities}
 
     def encode(self, audience: Any, events: list[Event]) -> list[bytes]:
         """One bytes object an event; a message too long for a line is several lines in it."""
         where, lines = audience.name, []
         for e in events:
-            line = None
-            tags = f"@time={tag_time(e.time)} " if self.timed else ""
+            line, tags = None, self.tags(e)
             if e.kind is MESSAGE and e.text.isprintable():  # all that a storm is made of
                 line = f"{tags}:{e.source.mask} PRIVMSG {where or e.about} :{e.text}\r\n".encode()
             if line is None or len(line) - len(tags) > IRC_BYTES or not e.text:
@@ -2376,6 +2513,19 @@ class IrcWire:
                 line = b"".join(head + irc_bytes(line) for line in self.lines(e, where))
             lines.append(line)
         return lines
+
+    def tags(self, event: Event) -> str:
+        """What stands before its line, with the space behind."""
+        tags = [f"time={tag_time(event.time)}"] if self.timed else []
+        if self.tagged:
+            tags.append(f"msgid={event.id:x}")
+            if event.source.bot:
+                tags.append("bot")
+            if event.tags:
+                tags.append(event.tags)
+        if self.accounts and event.source.account:
+            tags.append(f"account={escaped_tag(event.source.account)}")
+        return f"@{';'.join(tags)} " if tags else ""
 
     def lines(self, event: Event, where: str) -> Iterable[str]:
         """The lines of one event, without their ends."""
@@ -2387,12 +2537,13 @@ class IrcWire:
         shape = IRC_EVENTS[event.kind]
         if event.kind == JOIN and "extended-join" in self.capabilities:
             shape = IRC_EXTENDED_JOIN
+        where = where or event.about
         known = {"where": where, "about": event.about or "*", "text": text}
         return [f":{event.source.mask} {shape.format(**known, tail=f' :{text}' if text else '')}"]
 
     def own(self, event: Event, line: bytes) -> bytes:
         """What somebody hears of what he did: he speaks to himself, or asked for echoes."""
-        if event.kind in SPOKEN:
+        if event.kind in ECHOED:
             to_self = event.about == event.source.name
             return line * (self.echo + to_self)
         return b"" if event.kind in NOT_OWN else line
@@ -2406,10 +2557,31 @@ def irc_wire(capabilities: frozenset[str]) -> IrcWire:
 irc_command = Commands("")
 
 
+class Labelled(NamedTuple):
+    """A label, and where the answer that gets it began in this turn."""
+
+    label: str  # escaped
+    replies: int  # so many of the session's before it
+    events: int  # and so many of the turn's, the last of which ...
+    last_id: int  # ... is this one
+
+
 class IrcSession(Session):
     """Somebody with an IRC client."""
 
-    __slots__ = ("negotiating", "password", "realname", "username", "wanted", "watched", "wire")
+    __slots__ = (
+        "batch",
+        "labelled",
+        "message",
+        "negotiating",
+        "own_tags",
+        "password",
+        "realname",
+        "username",
+        "wanted",
+        "watched",
+        "wire",
+    )
     probed = True
 
     def __init__(self, site: Site, conn: Any):
@@ -2418,15 +2590,30 @@ class IrcSession(Session):
         self.username = self.realname = self.password = ""
         self.negotiating = False  # capabilities; until it is over nobody comes in
         self.watched: dict[str, str] = {}  # names by key, see MONITOR
+        self.message = Message("", [], {})  # that is being answered
+        self.labelled: Labelled | None = None  # where its answer began, if it has a label
+        self.batch = ""  # that a long answer is in
+        self.own_tags: dict[int, str] = {}  # of what this session did in this turn, by id
         self.wire = irc_wire(frozenset())
 
     @property
     def nick(self) -> str:
         return self.user.name if self.user else self.wanted or "*"
 
+    @property
+    def follows(self) -> bool:
+        return "extended-monitor" in self.wire.capabilities
+
     def line(self, text: str) -> None:
         """A line of the server's own, without its source."""
-        self.send(irc_bytes(f":{self.site.name} {text}"))
+        self.say(f":{self.site.name} {text}")
+
+    def say(self, text: str) -> None:
+        """A whole line."""
+        data = irc_bytes(text)
+        if self.wire.timed:
+            data = add_tag(data, f"time={tag_time(self.site.hub.now)}")
+        self.send(add_tag(data, f"batch={self.batch}") if self.batch else data)
 
     def reply(self, shape: str, *values: Any) -> None:
         number, rest = shape.split(" ", 1)
@@ -2444,12 +2631,13 @@ class IrcSession(Session):
         self.line(f"NOTICE {self.nick} :{text}")
 
     def killed(self, by: Source, reason: str) -> None:
-        self.send(irc_bytes(f":{by.mask} KILL {self.nick} :{reason}"))
+        self.say(f":{by.mask} KILL {self.nick} :{reason}")
         super().killed(by, reason)
 
-    def fail(self, verb: str, code: str, text: str) -> None:
+    def fail(self, verb: str, code: str, text: str, *about: str) -> None:
         """A standard reply (IRCv3), for what no numeric says."""
-        self.line(f"FAIL {verb} {code} :{text}")
+        params = "".join(f"{as_param(one)} " for one in about)
+        self.line(f"FAIL {verb} {code} {params}:{text}")
 
     def not_kept(self, count: int, reason: str) -> None:
         self.fail("PRIVMSG", "NOT_KEPT", f"{counted(count, 'message')} not kept: {reason}")
@@ -2464,7 +2652,7 @@ class IrcSession(Session):
     def refuse(self, refusal: Refused) -> None:
         number, text = REFUSALS.get(refusal.code), harmless(str(refusal))
         if number is None:
-            return self.fail("*", refusal.code, text)
+            return self.fail(self.message.verb or "*", refusal.code, text, *refusal.about)
         about = "".join(f"{as_param(one)} " for one in refusal.about)
         self.line(f"{number} {self.nick} {about}:{text}")
 
@@ -2476,14 +2664,20 @@ class IrcSession(Session):
 
     def receive(self, line: bytes) -> None:
         try:
-            message = self.parse(line)
-            if message and message.verb:
+            self.message = message = self.parse(line)
+            if message.verb:
+                if message.tags and "labeled-response" in self.wire.capabilities:
+                    self.begin_answer(message.tags.get("label", ""))
                 irc_command.run(self, message.verb, lambda most: message.params[:most])
         except Refused as refusal:
             self.refuse(refusal)
+        if self.labelled and not self.deferred:
+            if self.unfinished:
+                self.open_batch()
+            else:
+                self.answered()
 
-    def parse(self, line: bytes) -> Message | None:
-        """None for what is not UTF-8: that has been answered."""
+    def parse(self, line: bytes) -> Message:
         tags, _, body = line.partition(b" ") if line[:1] == b"@" else (b"", b"", line)
         if line == TOO_LONG or len(body) > IRC_BYTES - 2 or len(tags) > TAGS_BYTES:
             text = f"a line has at most {IRC_BYTES} bytes, and {TAGS_BYTES - 1} of tags"
@@ -2493,13 +2687,78 @@ class IrcSession(Session):
         try:
             return parse_message(line.decode())
         except UnicodeDecodeError:
-            verb = parse_message(line.decode(errors="replace")).verb
-            self.fail(as_param(verb), "INVALID_UTF8", "that line is not UTF-8 text; nobody got it")
-            return None
+            broken = parse_message(line.decode(errors="replace"))
+            self.message = broken._replace(verb=as_param(broken.verb))
+            if "labeled-response" in self.wire.capabilities:
+                self.begin_answer(broken.tags.get("label", ""))
+            text = "that line is not UTF-8 text; nobody got it"
+            raise Refused("INVALID_UTF8", text) from None
+
+    # What was asked with a label is answered with it (IRCv3 labeled-response)
+
+    def begin_answer(self, label: str) -> None:
+        if label:
+            turn = self.site.hub.turn
+            label = cut(label, LABEL_BYTES)
+            events, last_id = len(turn.events), self.site.hub.last_id
+            self.labelled = Labelled(escaped_tag(label), len(self.replies), events, last_id)
+
+    def take_result(self, then: Callable, result: Any) -> None:
+        if self.labelled:  # what it waited for took until another turn
+            self.begin_answer(unescaped_tag(self.labelled.label))
+        super().take_result(then, result)
+
+    def open_batch(self) -> None:
+        """For a long answer: its end is in another turn."""
+        label, self.labelled = self.labelled.label, None
+        self.batch = self.site.hub.new_reference()
+        self.send(add_tag(self.batch_line(f"+{self.batch} labeled-response"), f"label={label}"))
+
+    def batch_line(self, text: str) -> bytes:
+        return irc_bytes(f":{self.site.name} BATCH {text}")
+
+    def answered(self) -> None:
+        """Now it is known how much the answer was: nothing, a line, or several."""
+        if self.batch:
+            reference, self.batch = self.batch, ""
+            self.send(self.batch_line(f"-{reference}"))
+        if self.labelled is None:
+            return
+        label, replies, events, last_id = self.labelled
+        self.labelled = None
+        heard = [event.id for event in self.site.hub.turn.events[events:] if self.hears(event)]
+        said = len(self.replies) - replies
+        if not said and not heard:
+            self.line("ACK")
+        tag = f"label={label}"
+        if said + len(heard) > 1:
+            reference = self.site.hub.new_reference()
+            begin = add_tag(self.batch_line(f"+{reference} labeled-response"), tag)
+            tag = f"batch={reference}"
+        self.replies[replies:] = [(n, add_tag(data, tag)) for n, data in self.replies[replies:]]
+        self.own_tags.update(dict.fromkeys(heard, tag))
+        if said + len(heard) > 1:
+            self.replies.insert(replies, (last_id, begin))
+            self.send(self.batch_line(f"-{reference}"))
+
+    def hears(self, event: Event) -> bool:
+        """Whether this session did it, and is told of it."""
+        if event.origin is not self:
+            return False
+        (line,) = self.wire.encode(event.audience, [event])
+        return bool(self.wire.own(event, line))
+
+    def own(self, event: Event, line: bytes) -> bytes:
+        data, tag = self.wire.own(event, line), self.own_tags.get(event.id)
+        return add_tag(data, tag) if tag and data else data
+
+    def turn_over(self) -> None:
+        super().turn_over()
+        self.own_tags.clear()
 
     def ended(self) -> None:
         for name in list(self.watched.values()):
-            self.site.hub.unwatch(self, name)
+            self.site.hub.watchers.remove(self, name)
         self.watched.clear()
         super().ended()
 
@@ -2764,14 +3023,25 @@ def tell_away(session: IrcSession, user: User) -> None:
         session.reply(RPL_AWAY, user.name, user.away)
 
 
+CLIENT_TAG = r"\+[\w./-]+"
+
+
+def client_tags(session: IrcSession) -> str:
+    """What the client being answered has to say to clients (IRCv3 message-tags)."""
+    if not session.message.tags or not session.wire.tagged:
+        return ""
+    tags = ((k, v) for k, v in session.message.tags.items() if re.fullmatch(CLIENT_TAG, k))
+    return ";".join(f"{key}={escaped_tag(value)}" if value else key for key, value in tags)
+
+
 def say(session: IrcSession, name: str, text: str, kind: str = MESSAGE) -> None:
     hub = session.site.hub
     audience = hub.find_audience(session, name)
     check_room(session, name, text)
     if kind is MESSAGE and text.startswith("\x01ACTION "):
         kind, text = ACTION, text[8:].removesuffix("\x01")
-    hub.say(session, audience, text, kind)
-    if isinstance(audience, Conversation) and kind is not NOTICE:
+    hub.say(session, audience, text, kind, client_tags(session))
+    if isinstance(audience, Conversation) and kind is MESSAGE:
         tell_away(session, audience.partner(session.user))
 
 
@@ -2794,6 +3064,20 @@ def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> None:
     for name in names.values() if text else ():
         with contextlib.suppress(Refused):
             say(session, name, text, NOTICE)
+
+
+@irc_command("TAGMSG", most=1)
+def irc_tagmsg(session: IrcSession, targets: str = "") -> None:
+    """TAGMSG <target>{,<target>} -- send nothing but the tags before it"""
+    if not targets:
+        raise Refused("NO_RECIPIENT", "to whom?")
+    hub, tags = session.site.hub, client_tags(session)
+    if tags:
+        each(
+            session,
+            targets,
+            lambda name: hub.say(session, hub.find_audience(session, name), "", TAGS, tags),
+        )
 
 
 @irc_command("AWAY", most=1)
@@ -2993,8 +3277,9 @@ def user_mode(session: IrcSession, name: str, letters: str) -> None:
         ):
             user.modes ^= {change.letter}  # nobody makes himself an operator; OPER does
             changed.append(change)
+    user.changed(bot="B" in user.modes)
     if changed:
-        session.send(irc_bytes(f":{user.source.mask} MODE {user.name} {format_modes(changed)}"))
+        session.say(f":{user.source.mask} MODE {user.name} {format_modes(changed)}")
     if unknown:
         text = f"there are only the user modes {''.join(USER_MODES)}"
         raise Refused("UNKNOWN_USER_MODE", text)
@@ -3202,7 +3487,7 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
             session.refuse(Refused("BAD_NAME", "names only, no masks", name))
         elif fold(name) not in session.watched:
             session.watched[fold(name)] = name
-            session.site.hub.watch(session, name)
+            session.site.hub.watchers.add(session, name)
             added.append(name)
     tell_monitored(session, added)
 
@@ -3210,7 +3495,7 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
 def monitor_remove(session: IrcSession, names: list[str]) -> None:
     for name in names:
         if session.watched.pop(fold(name), None):
-            session.site.hub.unwatch(session, name)
+            session.site.hub.watchers.remove(session, name)
 
 
 def monitor_clear(session: IrcSession, _: list[str]) -> None:
@@ -3381,7 +3666,7 @@ def irc_oper(session: IrcSession, name: str, password: str) -> None:
 
     def done() -> None:
         session.reply(RPL_YOUREOPER)
-        session.send(irc_bytes(f":{session.user.source.mask} MODE {session.nick} +o"))
+        session.say(f":{session.user.source.mask} MODE {session.nick} +o")
 
     become_operator(session, name, password, done)
 
@@ -3830,7 +4115,7 @@ def line_history(session: LineSession, *params: str) -> None:
                 session.tell(f"{when} {text}")
         session.tell(f"that was {counted(len(events), 'message')}")
 
-    session.site.read(session, functools.partial(session.site.store.page, key, count), show)
+    session.read(functools.partial(session.site.store.page, key, count), show)
 
 
 @line_command("lines", 1)
@@ -5135,7 +5420,7 @@ class Server:
             self.tls_context, self.motd = result
             then()
 
-        self.later(session, read, use)
+        session.later(read, use)
 
     def restart(self, session: Session) -> None:
         """Not with files that the new start could not read."""
@@ -5237,15 +5522,11 @@ class Server:
         peer.resume_soon()
         if peer.gone or peer.leaving:
             return
-        try:
-            if isinstance(result, ChatError):
-                raise Refused("UNUSABLE", str(result))
-            if isinstance(result, Exception):
-                log.error("a job for %s failed: %s", peer.address, result)
-                raise Refused("TRY_AGAIN", "that cannot be answered just now; try again later")
-            then(result)
-        except Refused as refusal:
-            session.refuse(refusal)
+        if isinstance(result, Exception) and not isinstance(result, ChatError):
+            log.error("a job for %s failed: %s", peer.address, result)
+            text = "that cannot be answered just now; try again later"
+            result = Refused("TRY_AGAIN", text)
+        session.take_result(then, result)
 
     # The commit and the write beat
 

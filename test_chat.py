@@ -165,10 +165,7 @@ class House:
         if self.jobs:
             jobs, self.jobs = self.jobs, []
             for session, job, then in jobs:
-                try:
-                    then(job())
-                except chat.Refused as refusal:
-                    session.refuse(refusal)
+                session.take_result(then, chat.attempt(job))
             self.turn()
 
     def heard(self, label):
@@ -1004,7 +1001,7 @@ alice> CAP END
 === CAP: no negotiation, no names, until it is over
 +erin
 erin> CAP LS 302
-erin< CAP * LS :away-notify cap-notify echo-message extended-join multi-prefix server-time setname standard-replies userhost-in-names
+erin< CAP * LS :account-notify account-tag away-notify batch cap-notify chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags multi-prefix server-time setname standard-replies userhost-in-names
 erin> NICK erin
 erin> USER erin 0 * :Erin
 erin> CAP REQ :multi-prefix setname
@@ -1023,7 +1020,7 @@ erin> CAP
 erin< 461 erin CAP :it goes like this: CAP LS|LIST|REQ|END [<capabilities>]
 === CAP: is heard also later, and counts from the next line on
 alice> CAP LS
-alice< CAP alice LS :away-notify cap-notify echo-message extended-join multi-prefix server-time setname standard-replies userhost-in-names
+alice< CAP alice LS :account-notify account-tag away-notify batch cap-notify chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags multi-prefix server-time setname standard-replies userhost-in-names
 alice> JOIN #a
 alice< :alice JOIN #a
 alice< 353 alice = #a :@alice
@@ -1928,7 +1925,7 @@ alice< 402 alice elsewhere :there is no such server; this one stands alone
 === HELP: is made from the handlers
 alice> HELP
 alice< 704 alice * :HELP <command> tells more about one of these:
-alice< 705 alice * :ADMIN AWAY CAP CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON JOIN KICK KILL LINKS LIST LUSERS MODE MONITOR MOTD NAMES NICK NOTICE OPER PART PASS PING PONG PRIVMSG QUIT REHASH RESTART SERVER SERVICE SERVLIST SETNAME SQUERY SQUIT STATS SUMMON TIME TOPIC TRACE USER USERHOST USERS VERSION WALLOPS WHO WHOIS WHOWAS
+alice< 705 alice * :ADMIN AWAY CAP CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON JOIN KICK KILL LINKS LIST LUSERS MODE MONITOR MOTD NAMES NICK NOTICE OPER PART PASS PING PONG PRIVMSG QUIT REHASH RESTART SERVER SERVICE SERVLIST SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOPIC TRACE USER USERHOST USERS VERSION WALLOPS WHO WHOIS WHOWAS
 alice< 706 alice * :End of help
 alice> HELP JOIN
 alice< 704 alice JOIN :JOIN <channel>{,<channel>} [<key>{,<key>}]
@@ -2297,6 +2294,133 @@ dora> /part #k thanks all
 alice< :dora PART #k :thanks all
 dora< * you left #k
 dora< * you speak in #lobby now
+=== tags: are for who asked for them, and so is what has nothing else
++#a alice bob carol
+alice> CAP REQ :message-tags echo-message
+alice< CAP alice ACK :message-tags echo-message
+bob> CAP REQ :message-tags
+bob< CAP bob ACK :message-tags
+alice> @+draft/reply=x\\:y;+typing=active;label=1;bad=z;+UPPER PRIVMSG #a :hello
+alice< @msgid=ID;+draft/reply=x\:y;+typing=active;+UPPER :alice PRIVMSG #a :hello
+bob< @msgid=ID;+draft/reply=x\:y;+typing=active;+UPPER :alice PRIVMSG #a :hello
+carol< :alice PRIVMSG #a :hello
+alice> @+typing=active TAGMSG #a
+alice< @msgid=ID;+typing=active :alice TAGMSG #a
+bob< @msgid=ID;+typing=active :alice TAGMSG #a
+bob> @+react=1 TAGMSG alice,carol
+alice< @msgid=ID;+react=1 :bob TAGMSG alice
+alice> TAGMSG #a
+alice> TAGMSG
+alice< 411 alice :to whom?
+carol> @+typing=active TAGMSG #a
+=== labels: come back with the answer, whatever it is
++#a alice bob
+alice> CAP REQ :labeled-response batch
+alice< CAP alice ACK :labeled-response batch
+alice> @label=1 PING x
+alice< @label=1 :chat.py PONG chat.py :x
+alice> @label=2 PRIVMSG #a :no echo
+alice< @label=2 :chat.py ACK
+bob< :alice PRIVMSG #a :no echo
+alice> @label=3 JOIN #b
+alice< @label=3 :chat.py BATCH +ID labeled-response
+alice< @batch=ID :alice JOIN #b
+alice< @batch=ID :chat.py 353 alice = #b :@alice
+alice< @batch=ID :chat.py 366 alice #b :End of NAMES
+alice< BATCH -ID
+alice> @label=4 FOO
+alice< @label=4 :chat.py 421 alice FOO :there is no FOO; help lists what there is
+alice> @label=5 PRIVMSG nobody,noone :x
+alice< @label=5 :chat.py BATCH +ID labeled-response
+alice< @batch=ID :chat.py 401 alice nobody :nobody here is called nobody
+alice< @batch=ID :chat.py 401 alice noone :nobody here is called noone
+alice< BATCH -ID
+alice> @label=6 WHO #a
+alice< @label=6 :chat.py BATCH +ID labeled-response
+alice< @batch=ID :chat.py 352 alice #a ~u 127.0.0.1 chat.py alice H@ :0 Real Name
+alice< @batch=ID :chat.py 352 alice #a ~u 127.0.0.1 chat.py bob H :0 Real Name
+alice< @batch=ID :chat.py 315 alice #a :End of WHO
+alice< BATCH -ID
+alice> @label=7 TOPIC #a :tea
+alice< @label=7 :alice TOPIC #a :tea
+bob< :alice TOPIC #a :tea
+alice> @label=8 NICK alicia
+alice< @label=8 :alice NICK :alicia
+bob< :alice NICK :alicia
+alice> @label=9;x PRIVMSG #a :\xff
+alice< @label=9 :chat.py ACK
+bob< :alicia PRIVMSG #a :ÿ
+alice> @label= PING y
+alice< PONG chat.py :y
+alice> PING z
+alice< PONG chat.py :z
+=== labels: an echo is an answer
++#a alice bob
+alice> CAP REQ :labeled-response batch echo-message
+alice< CAP alice ACK :labeled-response batch echo-message
+alice> @label=1 PRIVMSG #a :one
+alice< @label=1 :alice PRIVMSG #a :one
+bob< :alice PRIVMSG #a :one
+alice> @label=2 PRIVMSG bob,#a :two
+alice< @label=2 :chat.py BATCH +ID labeled-response
+alice< @batch=ID :alice PRIVMSG bob :two
+alice< @batch=ID :alice PRIVMSG #a :two
+alice< BATCH -ID
+bob< :alice PRIVMSG bob :two
+bob< :alice PRIVMSG #a :two
+alice> @label=3 PRIVMSG alice :myself
+alice< @label=3 :alice PRIVMSG alice :myself
+alice< :alice PRIVMSG alice :myself
+bob> AWAY :lunch
+bob< 306 bob :You have been marked as being away
+alice> @label=4 PRIVMSG bob :there?
+alice< @label=4 :chat.py BATCH +ID labeled-response
+alice< @batch=ID :alice PRIVMSG bob :there?
+alice< @batch=ID :chat.py 301 alice bob :lunch
+alice< BATCH -ID
+bob< :alice PRIVMSG bob :there?
+=== invite-notify: who could have invited is told that somebody did
++#a alice bob carol
+bob> CAP REQ invite-notify
+bob< CAP bob ACK :invite-notify
+alice> CAP REQ invite-notify
+alice< CAP alice ACK :invite-notify
+alice> INVITE dora #a
+alice< 341 alice dora #a
+bob< :alice INVITE dora #a
+dora< * alice invites you to #a; /join #a
+alice> MODE #a +i
+alice< :alice MODE #a +i
+bob< :alice MODE #a +i
+carol< :alice MODE #a +i
+alice> AWAY
+alice< 305 alice :You are no longer marked as being away
+alice> INVITE dora #a
+alice< 341 alice dora #a
+dora< * alice invites you to #a; /join #a
+=== extended-monitor: more of those one watches
+alice> CAP REQ :extended-monitor away-notify setname
+alice< CAP alice ACK :extended-monitor away-notify setname
+alice> MONITOR + bob
+alice< 730 alice :bob
+bob> AWAY :lunch
+alice< :bob AWAY :lunch
+bob< 306 bob :You have been marked as being away
+bob> SETNAME :Robert
+alice< :bob SETNAME :Robert
+carol> MONITOR + bob
+carol< 730 carol :bob
+bob> AWAY
+alice< :bob AWAY
+bob< 305 bob :You are no longer marked as being away
+=== bots are marked
++#a alice bob
+bob> CAP REQ message-tags
+bob< CAP bob ACK :message-tags
+alice> MODE alice +B
+alice< :alice MODE alice +B
+alice> PRIVMSG #a :beep
+bob< @msgid=ID;bot :alice PRIVMSG #a :beep
 """  # noqa: E501 -- lines as they are on the wire
 
 
@@ -2315,6 +2439,9 @@ def irc_heard(house, label):
     text = re.sub(r"\b10000\d\d\b", "WHEN", text)
     text = re.sub(r"001 (?:.|\n)* 221 .*", "the welcome", text)
     text = re.sub(r"005 (\w+) .*", r"005 \1 ...", text)
+    text = re.sub(
+        r"(msgid|batch)=[0-9a-f]{8,}", r"\1=ID", re.sub(r"BATCH ([+-])\w+", r"BATCH \1ID", text)
+    )
     return [chat.escaped(line) for line in text.split("\n") if text]
 
 
@@ -2733,7 +2860,10 @@ def test_times_stand_before_what_is_said_for_who_asked_for_them():
     house.say("bob", "PRIVMSG alice :x")
     house.turn()
     stamp = "@time=1970-01-12T13:46:42.000Z :bob!~u@127.0.0.1 PRIVMSG alice :x"
-    assert house.heard("alice") == [":chat.py CAP alice ACK :server-time", stamp]
+    assert house.heard("alice") == [
+        "@time=1970-01-12T13:46:42.000Z :chat.py CAP alice ACK :server-time",
+        stamp,
+    ]
 
 
 def test_a_wrong_or_missing_server_password_is_an_error_and_the_end():
@@ -4016,7 +4146,7 @@ def test_the_message_of_the_day_is_read_again_when_an_operator_asks(running, tmp
     ]
     motd.unlink()
     alice.send("REHASH\r\nMOTD\r\n")
-    assert "FAIL * UNUSABLE :cannot read the message of the day" in alice.until(" 376 ")[1]
+    assert "FAIL REHASH UNUSABLE :cannot read the message of the day" in alice.until(" 376 ")[1]
     assert server.server.motd == ["new"]
 
 
