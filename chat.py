@@ -10,6 +10,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     FRAMING         bytes to lines, names, cutting text where it may be cut
     BUFFERS         what waits to be sent, TLS as a filter, input budgets
     COMMANDS        the record of a command, and the one gate before it runs
+    ACCOUNTS        secrets, and how to prove that one knows them
     DOMAIN          users, sessions, channels, the hub, and the log of a turn
     STORE           history in SQLite
     IRC DIALECT     every command of RFC 1459 and 2812
@@ -53,6 +54,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import base64
 import bisect
 import codecs
 import collections
@@ -129,7 +131,15 @@ HOST_BYTES = 46  # an IPv6 address and a zero before it
 PARAM_BYTES = 100  # of what a client said, when it is said back: there have to be words, too
 TOKENS_A_LINE = 13  # of 005: a line has 15 parameters, the name and the last words included
 PASSWORD_TRIES = 3  # before a connection is closed
-SECRET_ROUNDS = 50_000  # of PBKDF2 for --oper: 20 ms a guess, and at every start
+OPERATOR_ROUNDS = 50_000  # of PBKDF2 for --oper: 20 ms a guess, and at every start
+ACCOUNT_ROUNDS = 210_000  # for what is kept on disk (OWASP, Password Storage, for SHA-512)
+PASSWORD_LEAST = 3  # characters; more is better, but it is their account
+SASL_CHUNK = 400  # bytes of base64 in a line (IRCv3 sasl-3.1)
+SASL_BYTES = 4 * SASL_CHUNK  # in all
+LOGIN_TRIES = 5  # failures from one address at one account ...
+LOGIN_WAIT_SECONDS = 60  # ... before it has to wait
+LOGIN_FAILURES_KEPT = 10_000
+GRACE_SECONDS = 60.0  # who is logged in and loses the line is still here for so long
 
 READ_BYTES = 64 * 1024  # taken from one connection in one turn
 LINES_A_TURN = 256  # acted on for one connection in one turn, so that nobody waits for a flood
@@ -197,6 +207,8 @@ TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
 # never its receivers: who that is, is worked out once, when the turn is written.
 
 LOBBY = "#lobby"  # where everybody without a channel of their own finds themselves
+SERVICE = "NickServ"  # who looks after accounts, for clients that know no better
+SERVICE_KEY = SERVICE.lower()
 
 MESSAGE, ACTION, NOTICE = "message", "action", "notice"
 JOIN, PART, QUIT, NICK, TOPIC = "join", "part", "quit", "nick", "topic"
@@ -695,6 +707,176 @@ class Commands(dict):
 
 
 # ======================================================================================
+# ACCOUNTS
+# ======================================================================================
+# Secrets, and how somebody proves to know one (SASL, RFC 4422). A mechanism is a generator
+# of what the server says; what the client answers is sent into it. What takes long is
+# yielded as a function to be called off the loop. It returns the account's name at the
+# end, or raises Refused.
+
+
+def sha256_hmac(key: bytes, text: bytes) -> bytes:
+    return hmac.digest(key, text, "sha256")
+
+
+def scram_keys(password: str, salt: bytes, rounds: int) -> tuple[bytes, bytes]:
+    """StoredKey and ServerKey (RFC 5802 section 3)."""
+    prepared = unicodedata.normalize("NFKC", password).encode()
+    salted = hashlib.pbkdf2_hmac("sha256", prepared, salt, rounds)
+    client_key = sha256_hmac(salted, b"Client Key")
+    return hashlib.sha256(client_key).digest(), sha256_hmac(salted, b"Server Key")
+
+
+class Verifier(NamedTuple):
+    """What is kept of a password (RFC 5802 section 3): it can be checked and not read back."""
+
+    salt: bytes
+    rounds: int
+    stored_key: bytes
+    server_key: bytes
+
+    def fits(self, password: str) -> bool:
+        """Takes as long as the rounds do: off the loop, please."""
+        stored_key, _ = scram_keys(password, self.salt, self.rounds)
+        return hmac.compare_digest(self.stored_key, stored_key)
+
+
+def make_verifier(password: str, rounds: int = ACCOUNT_ROUNDS) -> Verifier:
+    """Of a new password, with a salt of its own. Takes as long as the rounds do."""
+    salt = secrets.token_bytes(16)
+    return Verifier(salt, rounds, *scram_keys(password, salt, rounds))
+
+
+def nobodys_verifier(name: str, key: bytes = secrets.token_bytes(16)) -> Verifier:
+    """Of an account that does not exist: the same salt for the same name, and no password
+    fits, so that asking for it tells nothing."""
+    return Verifier(sha256_hmac(key, name.encode())[:16], ACCOUNT_ROUNDS, b"", b"")
+
+
+Lookup = Callable[[str], tuple[str, Verifier]]  # name -> as it is registered, its verifier
+Mechanism = Iterator  # of bytes to the client, or functions for off the loop
+WRONG = Refused("SASL_FAILED", "name or password are wrong")
+
+
+def split_plain(response: bytes) -> list[str]:
+    try:
+        parts = response.decode().split("\0")
+    except UnicodeDecodeError:
+        raise WRONG from None
+    if len(parts) != 3:
+        raise WRONG
+    return parts
+
+
+def sasl_plain(find: Lookup) -> Mechanism:
+    """RFC 4616."""
+    authzid, authcid, password = split_plain((yield b""))
+    if not authcid or not password or fold(authzid or authcid) != fold(authcid):
+        raise WRONG
+    name, verifier = find(authcid)
+    if not (yield functools.partial(verifier.fits, password)):
+        raise WRONG
+    return name
+
+
+def xor(one: bytes, other: bytes) -> bytes:
+    return bytes(a ^ b for a, b in zip(one, other, strict=True))
+
+
+def scram_fields(message: str) -> dict[str, str]:
+    """n=alice,r=abc -> {"n": "alice", "r": "abc"}"""
+    return dict(field.partition("=")[::2] for field in message.split(","))
+
+
+def sasl_scram(find: Lookup) -> Mechanism:
+    """SCRAM-SHA-256 without channel binding (RFC 5802 section 3, RFC 7677)."""
+    try:
+        first = (yield b"").decode()
+        binding, authzid, bare = first.split(",", 2)
+        fields = scram_fields(bare)
+        authcid = fields["n"].replace("=2C", ",").replace("=3D", "=")
+        nonce = fields["r"] + secrets.token_urlsafe(18)
+        wanted = authzid.removeprefix("a=")
+        if binding not in ("n", "y") or (wanted and fold(wanted) != fold(authcid)):
+            raise WRONG
+        name, verifier = find(authcid)
+        salt = base64.b64encode(verifier.salt).decode()
+        challenge = f"r={nonce},s={salt},i={verifier.rounds}"
+        final = (yield challenge.encode()).decode()
+        without_proof, _, proof = final.rpartition(",p=")
+        answered = scram_fields(without_proof)
+        header = f"{binding},{authzid},".encode()
+        if answered["r"] != nonce or base64.b64decode(answered["c"]) != header:
+            raise WRONG
+        signed = f"{bare},{challenge},{without_proof}".encode()
+        client_key = xor(base64.b64decode(proof), sha256_hmac(verifier.stored_key, signed))
+    except (KeyError, ValueError):  # not a message of SCRAM; UnicodeDecodeError is a ValueError
+        raise WRONG from None
+    if not hmac.compare_digest(hashlib.sha256(client_key).digest(), verifier.stored_key):
+        raise WRONG
+    yield b"v=" + base64.b64encode(sha256_hmac(verifier.server_key, signed))
+    return name
+
+
+MECHANISMS = {"PLAIN": sasl_plain, "SCRAM-SHA-256": sasl_scram}
+
+
+class Exchange:
+    """One log-in by SASL: base64 lines in and out (IRCv3 sasl-3.1)."""
+
+    def __init__(self, mechanism: Mechanism):
+        self.mechanism = mechanism
+        self.received = ""
+        self.authcid = ""  # the account that somebody says is theirs
+
+    def feed(self, chunk: str) -> bytes | None:
+        """What the client said, once it is whole: a chunk of 400 bytes is not the last one."""
+        self.received += "" if chunk == "+" else chunk
+        if len(self.received) > SASL_BYTES:
+            raise WRONG
+        if len(chunk) == SASL_CHUNK:
+            return None
+        text, self.received = self.received, ""
+        try:
+            return base64.b64decode(text, validate=True)
+        except ValueError:
+            raise WRONG from None
+
+    @staticmethod
+    def chunks(data: bytes) -> list[str]:
+        """What the server says, in as many lines as it takes."""
+        text = base64.b64encode(data).decode()
+        pieces = [text[n : n + SASL_CHUNK] for n in range(0, len(text), SASL_CHUNK)]
+        return pieces if len(text) % SASL_CHUNK else [*pieces, "+"]
+
+
+class Throttle:
+    """How often somebody may fail to log in: by (address, account), so that nobody can lock
+    the owner out."""
+
+    def __init__(self) -> None:
+        self.failures: collections.OrderedDict[tuple[str, str], tuple[int, int]]
+        self.failures = collections.OrderedDict()  # how many, and until when they count
+
+    def check(self, host: str, name: str, now: int) -> None:
+        """`now` in milliseconds. Raises Refused."""
+        count, until = self.failures.get((host, fold(name)), (0, 0))
+        if count >= LOGIN_TRIES and now < until:
+            text = f"too many failures; try again in {(until - now) // 1000 + 1} s"
+            raise Refused("TRY_LATER", text)
+
+    def failed(self, host: str, name: str, now: int) -> None:
+        key = (host, fold(name))
+        count, until = self.failures.pop(key, (0, 0))
+        self.failures[key] = (count if now < until else 0) + 1, now + LOGIN_WAIT_SECONDS * 1000
+        while len(self.failures) > LOGIN_FAILURES_KEPT:
+            self.failures.popitem(last=False)
+
+    def succeeded(self, host: str, name: str) -> None:
+        self.failures.pop((host, fold(name)), None)
+
+
+# ======================================================================================
 # DOMAIN
 # ======================================================================================
 # Who is here and who may do what. The Hub turns what sessions ask for into events; it
@@ -722,27 +904,8 @@ class Site(NamedTuple):
     password: str | None = None
     name: str = SERVER_NAME  # of this server, as a host
     network: str = SERVER_NAME
-    operators: dict[str, "Secret"] = {}  # by name; nobody adds to it
-
-
-def secret_digest(word: str, salt: bytes) -> bytes:
-    return hashlib.pbkdf2_hmac("sha256", word.encode(), salt, SECRET_ROUNDS)
-
-
-class Secret(NamedTuple):
-    """A password as it is kept: nobody can read it back."""
-
-    salt: bytes
-    digest: bytes
-
-    def fits(self, word: str) -> bool:
-        """Takes SECRET_ROUNDS: off the loop, please."""
-        return hmac.compare_digest(self.digest, secret_digest(word, self.salt))
-
-
-def make_secret(word: str) -> Secret:
-    salt = secrets.token_bytes(16)
-    return Secret(salt, secret_digest(word, salt))
+    operators: dict[str, Verifier] = {}  # by name; nobody adds to it
+    registration: frozenset[str] = frozenset()  # "before-connect", "email-required", or "off"
 
 
 def next_time(last: int, now: int) -> int:
@@ -1313,6 +1476,7 @@ class Session:
     __slots__ = (
         "conn",
         "deferred",
+        "meant",
         "parting",
         "replied",
         "replies",
@@ -1330,6 +1494,7 @@ class Session:
         self.site, self.conn = site, conn
         self.user: User | None = None
         self.parting = ""  # why it ends, for those who are still here
+        self.meant = False  # somebody wants it to end; else the line broke
         self.tries = 0  # at passwords, in vain
         self.unfinished: Iterator | None = None  # a long answer that has been begun
         self.deferred = False  # an answer waits for a job
@@ -1403,9 +1568,9 @@ class Session:
         """The same, and the last one: the connection is about to be closed."""
         self.notice(text)
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: str, meant: bool = True) -> None:
         """Close the connection, and say why here and to everybody who knew this one."""
-        self.parting = reason
+        self.parting, self.meant = reason, meant
         self.farewell(f"Closing link: {reason}")
         self.conn.close()
 
@@ -1419,7 +1584,7 @@ class Session:
     def ended(self) -> None:
         """The peer is gone, or said that it will send no more. May be called twice."""
         if self.user:
-            self.site.hub.leave(self)
+            self.site.hub.leave(self, self.meant)
 
     def abandoned(self) -> None:
         """The server goes down: nobody is told that everybody left."""
@@ -1485,11 +1650,12 @@ class Turn:
     those addressed in several ways get the same lines one by one, in the log's order.
     """
 
-    __slots__ = ("apart", "changed", "events", "left", "moved", "sealed")
+    __slots__ = ("apart", "changed", "events", "left", "moved", "sealed", "writes")
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.sealed: list[str] = []  # keys whose history ends with this turn
+        self.writes: list[tuple[str, tuple]] = []  # statements for the store, and their values
         self.apart: set[Session] = set()
         self.moved: set[User] = set()  # came to or left an audience in this turn
         self.changed: set[Channel] = set()  # where they did
@@ -1556,6 +1722,8 @@ class Turn:
             channel.by_wire = None
         for session, user in self.left.items():
             user.sessions.remove(session)
+            for channel in user.channels:  # where other sessions of the same user still are
+                channel.by_wire = None
 
 
 def change_rank(hub: "Hub", user: User, channel: Channel, change: ModeChange) -> ModeChange | None:
@@ -1608,10 +1776,48 @@ class Watchers(dict[str, set[Session]]):
             session.spotted(source, online)
 
 
+class Account(NamedTuple):
+    """A name that lasts, and what proves that one may have it."""
+
+    name: str
+    verifier: Verifier
+    email: str = ""
+
+
+class Accounts(dict[str, Account]):
+    """Those there are, by key."""
+
+    def __init__(self, known: Iterable[Account] = ()):
+        super().__init__((fold(account.name), account) for account in known)
+        self.throttle = Throttle()
+
+    def is_foreign(self, name: str, account: str) -> bool:
+        """Whether a name belongs to another account, or to nobody ever."""
+        key = fold(name)
+        return key == SERVICE_KEY or (key in self and key != fold(account))
+
+    def find(self, name: str) -> tuple[str, Verifier]:
+        """As it is registered, and its verifier; or one that nothing fits."""
+        account = self.get(fold(name))
+        return (account.name, account.verifier) if account else (name, nobodys_verifier(name))
+
+    def save(self, account: Account, turn: Turn) -> None:
+        """A new one, or one with a new secret. Who is told so is told after the commit."""
+        key = fold(account.name)
+        self[key] = account
+        values = (key, account.name, *account.verifier, account.email)
+        turn.writes.append(("REPLACE INTO accounts VALUES (?, ?, ?, ?, ?, ?, ?)", values))
+
+    def drop(self, name: str, turn: Turn) -> None:
+        del self[fold(name)]
+        turn.writes.append(("DELETE FROM accounts WHERE key = ?", (fold(name),)))
+
+
 class Hub:
     """Who is here. Everything others can see passes through one door: emit()."""
 
     def __init__(self, last_id: int = 0, last_time: int = 0):
+        self.accounts = Accounts()
         self.users: dict[str, User] = {}  # by key
         self.channels: dict[str, Channel] = {}  # by key
         self.former: collections.deque[FormerUser] = collections.deque(maxlen=FORMER_USERS)
@@ -1662,11 +1868,16 @@ class Hub:
     # Coming and going
 
     def enter(
-        self, session: Session, name: str, username: str = "line", realname: str = ""
+        self,
+        session: Session,
+        name: str,
+        username: str = "line",
+        realname: str = "",
+        account: str = "",
     ) -> User:
         """A session becomes a user, under a name that free_name() or check_name() allowed."""
         self.last_id += 1
-        source = source_of(name, session.conn.address, username)
+        source = source_of(name, session.conn.address, username, account)
         user = User(source, realname or name, self.last_id, self.now)
         user.last_time = self.last_time
         user.sessions.append(session)
@@ -1676,37 +1887,47 @@ class Hub:
         self.watchers.tell(source, True)
         return user
 
-    def free_name(self, wanted: str, owner: User | None = None) -> str:
-        """`wanted` as the rule for names has it, with a number where somebody else has it."""
-        name = clean_name(wanted)
-        if not name:
-            raise Refused("NO_NAME", "a name needs at least one visible character; try again")
-        few, many = range(2, NAMES_COUNTED), iter(lambda: random.randrange(10**6), None)
-        numbers = itertools.chain(few, many)  # counting past a thousand guests takes too long
-        candidates = itertools.chain([name], (numbered_name(name, n) for n in numbers))
-        return next(c for c in candidates if self.users.get(fold(c)) in (None, owner))
+    def attach(self, session: Session, user: User) -> None:
+        """Another device of somebody who is here already."""
+        user.sessions.append(session)
+        session.user = user
+        self.turn.apart.add(session)
+        for channel in user.channels:
+            channel.by_wire = None
 
-    def check_name(self, wanted: str, owner: User | None = None) -> None:
-        """Raise Refused unless a user can be called exactly so."""
-        if clean_name(wanted) != wanted or not wanted:
-            text = f"names have at most {NAME_CHARACTERS} characters, and none that IRC needs"
-            raise Refused("BAD_NAME", text, wanted)
-        if self.users.get(fold(wanted)) not in (None, owner):
-            raise Refused("NAME_TAKEN", f"{wanted} is taken", wanted)
-
-    def leave(self, session: Session) -> None:
-        """One session ends; its user is gone with the last one."""
+    def leave(self, session: Session, for_good: bool = True) -> None:
+        """One session ends; its user is gone with the last one, or, if the line broke under
+        somebody who can prove to be the same when he comes back, a while after."""
         user = session.user
         self.turn.left[session] = user
         self.turn.apart.add(session)
-        if all(other in self.turn.left for other in user.sessions):
-            self.emit(QUIT, user.source, neighbours(user), session.parting, origin=session)
-            for channel in list(user.channels):
-                self._remove(user, channel)
-            del self.users[user.key]
-            self.last_time = max(self.last_time, user.last_time)
-            self._was(user)
         session.user = None
+        if not all(other in self.turn.left for other in user.sessions):
+            return
+        if for_good or not user.account:
+            self.remove(user, session.parting, session)
+        else:
+            session.site.house.miss(user)
+
+    def remove(self, user: User, reason: str, session: Session | None = None) -> None:
+        """Somebody is gone."""
+        self.emit(QUIT, user.source, neighbours(user), reason, origin=session)
+        for channel in list(user.channels):
+            self._remove(user, channel)
+        del self.users[user.key]
+        self.last_time = max(self.last_time, user.last_time)
+        self._was(user)
+
+    def give_up(self, user: User) -> None:
+        """Somebody was missed for long enough."""
+        if not user.sessions and self.users.get(user.key) is user:
+            self.remove(user, "Connection lost")
+
+    def log_in(self, session: Session, account: str) -> None:
+        """This session's user proved to be the owner of an account; "" logs out."""
+        user = session.user
+        user.changed(account=account)
+        self.emit(ACCOUNT, user.source, self.witnesses(user), "", account, session)
 
     def _was(self, user: User) -> None:
         """Nobody has this name now."""
@@ -1822,14 +2043,6 @@ class Hub:
         user = session.user
         self.emit(REALNAME, user.source, self.witnesses(user), realname, origin=session)
 
-    def kill(self, session: Session, victim: User, reason: str) -> None:
-        """Close all connections of somebody."""
-        reason = cut(reason, REASON_BYTES) or "no reason given"
-        session.site.house.note(f"{victim.source.mask} killed by {session.user.name}: {reason}")
-        by = session.user.source
-        for other in list(victim.sessions):
-            other.killed(by, reason)
-
     # Talking
 
     def say(
@@ -1901,6 +2114,43 @@ class Hub:
         return conversation(session.user, self.find_user(name))
 
 
+def free_name(hub: Hub, wanted: str, owner: User | None = None, account: str = "") -> str:
+    """`wanted` as the rule for names has it, with a number where it is somebody else's."""
+    name = clean_name(wanted)
+    if not name:
+        raise Refused("NO_NAME", "a name needs at least one visible character; try again")
+    few, many = range(2, NAMES_COUNTED), iter(lambda: random.randrange(10**6), None)
+    numbers = itertools.chain(few, many)  # counting past a thousand guests takes too long
+    candidates = itertools.chain([name], (numbered_name(name, n) for n in numbers))
+    account = owner.account if owner else account
+    return next(
+        c
+        for c in candidates
+        if hub.users.get(fold(c)) in (None, owner) and not hub.accounts.is_foreign(c, account)
+    )
+
+
+def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = "") -> None:
+    """Raise Refused unless a user can be called exactly so."""
+    if clean_name(wanted) != wanted or not wanted:
+        text = f"names have at most {NAME_CHARACTERS} characters, and none that IRC needs"
+        raise Refused("BAD_NAME", text, wanted)
+    holder = hub.users.get(fold(wanted))
+    if holder not in (None, owner) and not (account and holder.account == account):
+        raise Refused("NAME_TAKEN", f"{wanted} is taken", wanted)
+    if owner and hub.accounts.is_foreign(wanted, owner.account):
+        raise Refused("NAME_TAKEN", f"{wanted} belongs to an account; log in first", wanted)
+
+
+def kill(session: Session, victim: User, reason: str) -> None:
+    """Close all connections of somebody."""
+    reason = cut(reason, REASON_BYTES) or "no reason given"
+    session.site.house.note(f"{victim.source.mask} killed by {session.user.name}: {reason}")
+    by = session.user.source
+    for other in list(victim.sessions):
+        other.killed(by, reason)
+
+
 def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
     """ "+o-l", ["bob"] -> what is to be changed. What lacks its value gets an empty one."""
     on, changes, left = True, [], iter(values)
@@ -1922,13 +2172,10 @@ def wrong_password(session: Session) -> None:
         session.end("Too many wrong passwords")
 
 
-NOBODYS = Secret(b"", b"")  # no password fits
-
-
 def become_operator(session: Session, name: str, password: str, done: Callable) -> None:
     """Check the password off the loop; then the session's user operates the server, and
     done() says so. A name that does not exist takes as long as one that does."""
-    secret = session.site.operators.get(name, NOBODYS)
+    verifier = session.site.operators.get(name) or nobodys_verifier(name)
 
     def judge(fits: bool) -> None:
         who = f"{session.user.source.mask} as {name}"
@@ -1938,7 +2185,7 @@ def become_operator(session: Session, name: str, password: str, done: Callable) 
         session.user.modes.add("o")
         done()
 
-    session.later(functools.partial(secret.fits, password), judge)
+    session.later(functools.partial(verifier.fits, password), judge)
 
 
 # ======================================================================================
@@ -1971,6 +2218,17 @@ MIGRATIONS = (
     """
     ALTER TABLE events ADD COLUMN username TEXT NOT NULL DEFAULT '';    -- Source
     ALTER TABLE events ADD COLUMN about TEXT NOT NULL DEFAULT '';
+    """,
+    """
+    CREATE TABLE accounts (
+        key TEXT PRIMARY KEY,
+        name TEXT NOT NULL,
+        salt BLOB NOT NULL,         -- Verifier
+        rounds INTEGER NOT NULL,
+        stored_key BLOB NOT NULL,
+        server_key BLOB NOT NULL,
+        email TEXT NOT NULL
+    ) WITHOUT ROWID;
     """,
 )
 
@@ -2079,11 +2337,17 @@ class Store:
         self.last_id, self.last_time = (value or 0 for value in row)
         self.orphans = {row[0] for row in self.db.execute("SELECT id FROM targets WHERE key > '~'")}
 
-    def commit(self, events: list[Event], now: float, sealed: Collection[str] = ()) -> str:
-        """One transaction for all of a turn's events: KEPT, BUSY (ask again) or LOST. The
-        history of the `sealed` keys is closed after them."""
+    def commit(
+        self,
+        events: list[Event],
+        now: float,
+        sealed: Collection[str] = (),
+        writes: Collection[tuple[str, tuple]] = (),
+    ) -> str:
+        """One transaction for all of a turn's events: KEPT, BUSY (ask again) or LOST. Other
+        statements are run, and the history of the `sealed` keys is closed, after them."""
         try:
-            self._write(events, now, sealed)
+            self._write(events, now, sealed, writes)
         except sqlite3.Error as error:
             self._roll_back()
             if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
@@ -2096,7 +2360,13 @@ class Store:
         self.trouble = ""
         return KEPT
 
-    def _write(self, events: list[Event], now: float, sealed: Collection[str]) -> None:
+    def _write(
+        self,
+        events: list[Event],
+        now: float,
+        sealed: Collection[str],
+        writes: Collection[tuple[str, tuple]],
+    ) -> None:
         self.db.execute("BEGIN IMMEDIATE")
         rows = [
             (self._target(key), id, when, kind, who.name, who.address, text, who.username, about)
@@ -2105,6 +2375,8 @@ class Store:
             for key in audience.keys
         ]
         self.db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        for statement, values in writes:
+            self.db.execute(statement, values)
         for key in sealed:
             self._seal(key)
         due = now >= self.tally_due  # not every turn: it is a second page to write
@@ -2160,6 +2432,11 @@ class Store:
         for key in self.unsure:  # never written after all
             self.counts.pop(self.targets.pop(key, 0), None)
         self.unsure.clear()
+
+    def accounts(self) -> Iterator[Account]:
+        query = "SELECT name, salt, rounds, stored_key, server_key, email FROM accounts"
+        for name, salt, rounds, stored_key, server_key, email in self.db.execute(query):
+            yield Account(name, Verifier(salt, rounds, stored_key, server_key), email)
 
     # Reading, on whatever thread
 
@@ -2303,6 +2580,13 @@ RPL_ENDOFMOTD = "376 :End of MOTD"
 RPL_YOUREOPER = "381 :You are now an operator of this server"
 RPL_REHASHING = "382 {} :Reading it again"
 RPL_TIME = "391 {} :{}"
+RPL_WHOISACCOUNT = "330 {} {} :is logged in as"
+RPL_LOGGEDIN = "900 {} {} :You are now logged in as {}"
+RPL_SASLSUCCESS = "903 :SASL authentication successful"
+ERR_SASLFAIL = "904 :{}"
+ERR_SASLTOOLONG = "905 :a line of SASL has at most 400 bytes"
+ERR_SASLABORTED = "906 :SASL authentication aborted"
+RPL_SASLMECHS = "908 {} :are the mechanisms there are"
 RPL_WHOISSECURE = "671 {} :is using a secure connection"
 RPL_HELPSTART = "704 {} :{}"
 RPL_HELPTXT = "705 {} :{}"
@@ -2390,6 +2674,8 @@ ECHOED = (*SPOKEN, TAGS)  # or by an echo, if he asked for it
 CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value
     "account-notify": "",
     "account-tag": "",
+    "draft/account-registration": "",
+    "sasl": ",".join(MECHANISMS),
     "away-notify": "",
     "batch": "",
     "cap-notify": "",
@@ -2570,7 +2856,10 @@ class IrcSession(Session):
     """Somebody with an IRC client."""
 
     __slots__ = (
+        "account",
+        "asked",
         "batch",
+        "exchange",
         "labelled",
         "message",
         "negotiating",
@@ -2586,13 +2875,15 @@ class IrcSession(Session):
 
     def __init__(self, site: Site, conn: Any):
         super().__init__(site, conn)
-        self.wanted = ""  # the name, while not all is there that it takes to come in
+        self.wanted = self.asked = ""  # the name, until there is a user; also one refused
         self.username = self.realname = self.password = ""
         self.negotiating = False  # capabilities; until it is over nobody comes in
         self.watched: dict[str, str] = {}  # names by key, see MONITOR
         self.message = Message("", [], {})  # that is being answered
         self.labelled: Labelled | None = None  # where its answer began, if it has a label
         self.batch = ""  # that a long answer is in
+        self.account = ""  # logged in to, before there is a user
+        self.exchange: Exchange | None = None  # of SASL, going on
         self.own_tags: dict[int, str] = {}  # of what this session did in this turn, by id
         self.wire = irc_wire(frozenset())
 
@@ -2849,6 +3140,32 @@ def welcome(session: IrcSession) -> None:
     session.reply(RPL_UMODEIS, "".join(sorted(session.user.modes)))
 
 
+def tell_topic_irc(session: IrcSession, channel: Channel) -> None:
+    session.reply(RPL_TOPIC, channel.name, channel.topic)
+    when = channel.topic_time // 1000
+    session.reply(RPL_TOPICWHOTIME, channel.name, channel.topic_setter, when)
+
+
+def tell_names_irc(session: IrcSession, channel: Channel) -> None:
+    capabilities, me = session.wire.capabilities, session.user
+    names = channel.names(me, "multi-prefix" in capabilities, "userhost-in-names" in capabilities)
+    kind = "@" if "s" in channel.flags else "="
+    session.reply_list(RPL_NAMREPLY, names, kind, channel.name)
+
+
+def tell_channel(session: IrcSession, channel: Channel) -> None:
+    """What somebody is told who has come into it."""
+    if channel.topic:
+        tell_topic_irc(session, channel)
+    tell_names_irc(session, channel)
+    session.reply(RPL_ENDOFNAMES, channel.name)
+
+
+def abort_sasl(session: IrcSession) -> None:
+    session.exchange = None
+    session.reply(ERR_SASLABORTED)
+
+
 def come_in(session: IrcSession) -> None:
     """Once there is all that it takes: a name, USER, and no negotiation going on."""
     if session.user or session.negotiating or not (session.wanted and session.username):
@@ -2858,12 +3175,25 @@ def come_in(session: IrcSession) -> None:
         session.refuse(Refused("WRONG_PASSWORD", "the server's password is missing or wrong"))
         session.farewell("Closing link: wrong password")
         return session.conn.close()
+    if session.exchange:  # whoever ends the negotiation in the middle of it has given up
+        abort_sasl(session)
+    hub, account = session.site.hub, session.account
     wanted, session.wanted = session.wanted, ""  # somebody may have taken it meanwhile
-    session.site.hub.check_name(wanted)
-    session.site.hub.enter(session, wanted, session.username, session.realname)
+    check_name(hub, wanted, account=account)
+    holder = hub.users.get(fold(wanted))
     session.password = ""
+    if holder:
+        hub.attach(session, holder)
+    else:
+        free = free_name(hub, wanted, account=account)
+        hub.enter(session, free, session.username, session.realname, account)
     session.conn.named()
     welcome(session)
+    if session.user.name != wanted and not holder:
+        session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
+    for channel in session.user.channels if holder else ():
+        session.say(f":{session.user.source.mask} JOIN {channel.name}")
+        tell_channel(session, channel)
 
 
 def check_server(session: IrcSession, name: str) -> None:
@@ -2903,9 +3233,13 @@ def irc_nick(session: IrcSession, wanted: str = "") -> None:
     """NICK <nickname> -- take a name, or another one"""
     if not wanted:
         raise Refused("NO_NAME", "which name?")
-    session.site.hub.check_name(wanted, session.user)
+    session.asked, hub = wanted, session.site.hub
+    if session.negotiating and clean_name(wanted) == wanted:
+        session.wanted = wanted  # it may be his own, and the proof is still to come
+        return
+    check_name(hub, wanted, session.user, session.account)
     if session.user:
-        return session.site.hub.rename(session, wanted)
+        return hub.rename(session, wanted)
     session.wanted = wanted
     come_in(session)
 
@@ -2938,7 +3272,8 @@ def cap_ls(session: IrcSession, version: str) -> None:
     recent = (whole_number(version) or 0) >= 302
     if recent:
         set_capabilities(session, {"cap-notify"} | session.wire.capabilities)
-    offers = [f"{cap}={value}" if value and recent else cap for cap, value in CAPABILITIES.items()]
+    known = CAPABILITIES | {"draft/account-registration": ",".join(session.site.registration)}
+    offers = [f"{cap}={value}" if value and recent else cap for cap, value in known.items()]
     head = f"CAP {session.nick} LS"
     lines = list(wrapped(offers, IRC_BYTES - 2 - len(f":{session.site.name} {head} * :".encode())))
     for line in lines[:-1] if recent else []:
@@ -2982,6 +3317,125 @@ def irc_cap(session: IrcSession, subcommand: str, text: str = "") -> None:
         session.line(f"410 {session.nick} {as_param(subcommand)} :CAP has LS, LIST, REQ and END")
     else:
         handler(session, text)
+
+
+def log_in(session: IrcSession, account: str) -> None:
+    """Somebody has proved to own it."""
+    if session.user:
+        session.site.hub.log_in(session, account)
+        source = session.user.source
+    else:
+        session.account = account
+        source = source_of(session.nick, "*:0", session.username or "*")
+    session.reply(RPL_LOGGEDIN, source.mask, account, account)
+
+
+def irc_host(session: IrcSession) -> str:
+    return session.conn.address.rpartition(":")[0]
+
+
+def fail_sasl(session: IrcSession, refusal: Refused) -> None:
+    hub, exchange = session.site.hub, session.exchange
+    if exchange and exchange.authcid and refusal is WRONG:
+        hub.accounts.throttle.failed(irc_host(session), exchange.authcid, hub.now)
+    session.exchange = None
+    session.reply(ERR_SASLFAIL, str(refusal))
+
+
+def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
+    """The mechanism's next word: for the client, or a job for off the loop."""
+    exchange = session.exchange
+    try:
+        said = step(*values)
+    except StopIteration as end:
+        session.site.hub.accounts.throttle.succeeded(irc_host(session), end.value)
+        session.exchange = None
+        log_in(session, end.value)
+        return session.reply(RPL_SASLSUCCESS)
+    except Refused as refusal:
+        return fail_sasl(session, refusal)
+    if isinstance(said, bytes):
+        for piece in exchange.chunks(said):
+            session.say(f"AUTHENTICATE {piece}")
+    else:
+        session.later(said, lambda result: go_on_sasl(session, exchange.mechanism.send, result))
+
+
+def begin_sasl(session: IrcSession, name: str) -> None:
+    if name not in MECHANISMS:
+        session.reply(RPL_SASLMECHS, ",".join(MECHANISMS))
+        return fail_sasl(session, WRONG)
+    hub, host = session.site.hub, irc_host(session)
+
+    def find(authcid: str) -> tuple[str, Verifier]:
+        hub.accounts.throttle.check(host, authcid, hub.now)
+        session.exchange.authcid = authcid
+        return hub.accounts.find(authcid)
+
+    session.exchange = Exchange(MECHANISMS[name](find))
+    go_on_sasl(session, next, session.exchange.mechanism)
+
+
+@irc_command("AUTHENTICATE", 1, nameless=True)
+def irc_authenticate(session: IrcSession, chunk: str) -> None:
+    """AUTHENTICATE <mechanism or base64> -- log in by SASL"""
+    if chunk == "*":
+        return abort_sasl(session)
+    if session.exchange is None:
+        return begin_sasl(session, chunk.upper())
+    if len(chunk) > SASL_CHUNK:
+        session.exchange = None
+        return session.reply(ERR_SASLTOOLONG)
+    try:
+        answer = session.exchange.feed(chunk)
+    except Refused as refusal:
+        return fail_sasl(session, refusal)
+    if answer is not None:
+        go_on_sasl(session, session.exchange.mechanism.send, answer)
+
+
+def check_new_account(session: IrcSession, account: str, email: str, password: str) -> str:
+    """The name that may be registered. Raises Refused."""
+    rules, hub = session.site.registration, session.site.hub
+    nick = session.user.name if session.user else session.asked
+    name = nick if fold(account) in ("*", fold(nick)) else account
+    if "off" in rules:
+        text = "this server makes no accounts"
+        raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
+    if session.user is None and "before-connect" not in rules:
+        text = "come in first, then register"
+        raise Refused("COMPLETE_CONNECTION_REQUIRED", text, name)
+    if session.account or (session.user and session.user.account):
+        raise Refused("ALREADY_AUTHENTICATED", "you are logged in already", name)
+    if not nick:
+        raise Refused("NEED_NICK", "take a name first", name)
+    if name != nick:
+        text = f"an account is called as you are: {nick}"
+        raise Refused("ACCOUNT_NAME_MUST_BE_NICK", text, account)
+    holder = hub.users.get(fold(name))
+    if hub.accounts.is_foreign(name, "") or holder not in (None, session.user):
+        raise Refused("ACCOUNT_EXISTS", f"{name} is somebody's already", name)
+    if "email-required" in rules and "@" not in email:
+        raise Refused("INVALID_EMAIL", "this server wants an address to write to", name)
+    if len(password) < PASSWORD_LEAST:
+        text = f"a password has at least {PASSWORD_LEAST} characters"
+        raise Refused("WEAK_PASSWORD", text, name)
+    return name
+
+
+@irc_command("REGISTER", 3, nameless=True)
+def irc_register(session: IrcSession, account: str, email: str, password: str) -> None:
+    """REGISTER <account or *> <email or *> <password> -- make your name an account"""
+    name = check_new_account(session, account, email, password)
+
+    def made(verifier: Verifier) -> None:
+        check_new_account(session, account, email, password)  # somebody may have been quicker
+        hub = session.site.hub
+        hub.accounts.save(Account(name, verifier, email.removeprefix("*")), hub.turn)
+        session.line(f"REGISTER SUCCESS {name} :{name} is yours; log in with your password")
+        log_in(session, name)
+
+    session.later(functools.partial(make_verifier, password), made)
 
 
 @irc_command("PING", 1, nameless=True)
@@ -3100,28 +3554,11 @@ def irc_setname(session: IrcSession, realname: str) -> None:
 # Channels
 
 
-def tell_topic_irc(session: IrcSession, channel: Channel) -> None:
-    session.reply(RPL_TOPIC, channel.name, channel.topic)
-    when = channel.topic_time // 1000
-    session.reply(RPL_TOPICWHOTIME, channel.name, channel.topic_setter, when)
-
-
-def tell_names_irc(session: IrcSession, channel: Channel) -> None:
-    capabilities, me = session.wire.capabilities, session.user
-    names = channel.names(me, "multi-prefix" in capabilities, "userhost-in-names" in capabilities)
-    kind = "@" if "s" in channel.flags else "="
-    session.reply_list(RPL_NAMREPLY, names, kind, channel.name)
-
-
 def enter_channel(session: IrcSession, name: str, password: str) -> None:
     before = len(session.user.channels)
     channel = session.site.hub.join(session, name, password)
-    if len(session.user.channels) == before:  # was there already
-        return
-    if channel.topic:
-        tell_topic_irc(session, channel)
-    tell_names_irc(session, channel)
-    session.reply(RPL_ENDOFNAMES, channel.name)
+    if len(session.user.channels) > before:  # was not there already
+        tell_channel(session, channel)
 
 
 @irc_command("JOIN", 1, 2)
@@ -3402,6 +3839,8 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     symbols = (channel.members[user].symbols for channel in seen)
     names = [(s if multi else s[:1]) + c.name for s, c in zip(symbols, seen, strict=True)]
     session.reply_list(RPL_WHOISCHANNELS, names, user.name)
+    if user.account:
+        yield RPL_WHOISACCOUNT, user.account
     yield RPL_WHOISSERVER, session.site.name, session.site.network
     if user.away:
         yield RPL_AWAY, user.away
@@ -3674,7 +4113,7 @@ def irc_oper(session: IrcSession, name: str, password: str) -> None:
 @irc_command("KILL", 1, 2, privileged=True)
 def irc_kill(session: IrcSession, name: str, reason: str = "") -> None:
     """KILL <nickname> [<reason>] -- close somebody's connection"""
-    session.site.hub.kill(session, session.site.hub.find_user(name), reason)
+    kill(session, session.site.hub.find_user(name), reason)
 
 
 @irc_command("WALLOPS", 1, privileged=True)
@@ -3861,7 +4300,7 @@ class LineSession(Session):
         """The first line, or another try after an empty one."""
         if not self.passed:
             raise Refused("PASSWORD_NEEDED", "this server asks for a password: /pass WORD")
-        user = self.site.hub.enter(self, self.site.hub.free_name(wanted))
+        user = self.site.hub.enter(self, free_name(self.site.hub, wanted))
         self.conn.named()
         if user.name != wanted:
             self.tell(f"you are {user.name}: {why_renamed(wanted, user.name)}")
@@ -4016,7 +4455,7 @@ def line_me(session: LineSession, text: str) -> None:
 @line_command("nick", 1)
 def line_nick(session: LineSession, wanted: str) -> None:
     """/nick NAME -- take another name"""
-    name = session.site.hub.free_name(wanted, session.user)
+    name = free_name(session.site.hub, wanted, session.user)
     session.site.hub.rename(session, name)
     session.tell(f"you are {name}" + ("" if name == wanted else f": {why_renamed(wanted, name)}"))
 
@@ -4131,6 +4570,7 @@ def line_lines(session: LineSession, count: str) -> None:
 def line_quit(session: LineSession, reason: str = "") -> None:
     """/quit [REASON] -- leave"""
     session.parting = "Quit" + (f": {cut(reason, REASON_BYTES)}" if reason else "")
+    session.meant = True
     session.conn.close()
 
 
@@ -4974,6 +5414,7 @@ class ServerOptions(NamedTuple):
     name: str = SERVER_NAME
     network: str = SERVER_NAME
     oper: tuple[tuple[str, str], ...] = ()  # names and passwords
+    register: frozenset[str] = frozenset()  # how accounts are made, see Site
     motd: pathlib.Path | None = None
 
 
@@ -5066,11 +5507,18 @@ class Peer(Connection):
         if self.inbox is None:
             self.server.silent.discard(self)
             if self.tls is None and TLS_FIRST_BYTES.startswith(data[:2]):
-                return self.server.start_tls(self, data)
+                return self.start_tls(data)
             self.inbox = LineBuffer(LINE_BYTES)
             self.budget = self.server.new_budget()
         self.inbox.feed(data)
         self.server.act(self)
+
+    def start_tls(self, data: bytes) -> None:
+        if self.server.tls_context is None:
+            log.info("%s speaks TLS, and there is no certificate (--tls-cert)", self.address)
+            return self.drop("no TLS here")
+        self.tls = TlsFilter(self.server.tls_context)
+        self.arrived(data)
 
     def secured(self) -> None:
         self.server.silent.add(self)
@@ -5297,7 +5745,7 @@ class Keeper:
 
     def commit(self, turn: Turn) -> bool:
         """The turn's events are stored, or never will be; False: not yet."""
-        outcome = self.store.commit(turn.events, self.loop.now, turn.sealed)
+        outcome = self.store.commit(turn.events, self.loop.now, turn.sealed, turn.writes)
         if outcome == BUSY:
             self.loop.call_later(BUSY_RETRY_SECONDS, do_nothing)
             return False
@@ -5337,7 +5785,8 @@ class Server:
         self.store = Store(path, options.keep)
         self.hub = Hub(self.store.last_id, self.store.last_time)
         self.hub.begin(time.time())
-        operators = {name: make_secret(word) for name, word in options.oper}
+        self.hub.accounts = Accounts(self.store.accounts())
+        operators = {n: make_verifier(word, rounds=OPERATOR_ROUNDS) for n, word in options.oper}
         self.site = Site(
             self.hub,
             self.store,
@@ -5348,6 +5797,7 @@ class Server:
             options.name,
             options.network,
             operators,
+            options.register,
         )
         self.motd = read_motd(options.motd)
         self.helpers = Helpers(loop)
@@ -5357,6 +5807,7 @@ class Server:
         self.unnamed = Delay(loop, NAMING_SECONDS, self.evict)
         self.slow = Delay(loop, SLOW_SECONDS, self.drop_slow)
         self.probed = Delay(loop, PONG_SECONDS, self.probe)
+        self.missed = Delay(loop, GRACE_SECONDS, self.hub.give_up)
         self.leaving: list[Peer] = []  # to be closed once this turn is written
         self.jobs: list[tuple[str, Callable, Callable]] = []  # for helpers, after the commit
         self.keeper = Keeper(loop, self.store, self.helpers)
@@ -5395,7 +5846,7 @@ class Server:
             peer.heard = self.loop.now
         silent = self.loop.now - peer.heard
         if silent >= PING_SECONDS + PONG_SECONDS:
-            return peer.session.end(f"Ping timeout: {silent:.0f} seconds")
+            return peer.session.end(f"Ping timeout: {silent:.0f} seconds", meant=False)
         if silent >= PING_SECONDS:
             peer.session.probe()
         self.probed.add(peer)
@@ -5404,6 +5855,11 @@ class Server:
 
     def nameless(self) -> int:
         return len(self.unnamed.waiting)
+
+    def miss(self, user: User) -> None:
+        """Give somebody a while to come back."""
+        self.missed.discard(user)
+        self.missed.add(user)
 
     def note(self, text: str) -> None:
         """What an operator did goes to the log."""
@@ -5430,13 +5886,6 @@ class Server:
             self.stop()
 
         self.rehash(session, begin)
-
-    def start_tls(self, peer: Peer, data: bytes) -> None:
-        if self.tls_context is None:
-            log.info("%s speaks TLS, and there is no certificate (--tls-cert)", peer.address)
-            return peer.drop("no TLS here")
-        peer.tls = TlsFilter(self.tls_context)
-        peer.arrived(data)
 
     def new_budget(self) -> Budget | None:
         return Budget(*self.options.flood, self.loop.now) if self.options.flood else None
@@ -5535,7 +5984,7 @@ class Server:
 
     def end_turn(self) -> None:
         turn = self.hub.turn
-        if turn.events and not self.keeper.commit(turn):
+        if (turn.events or turn.writes) and not self.keeper.commit(turn):
             return
         if turn.apart:  # whoever did something, or was answered
             try:
@@ -5617,8 +6066,9 @@ class Server:
 
     def close(self) -> None:
         """After the loop has ended: what is left goes to the store."""
-        if self.hub.turn.events:
-            self.store.commit(self.hub.turn.events, self.loop.now, self.hub.turn.sealed)
+        if self.hub.turn.events or self.hub.turn.writes:
+            turn = self.hub.turn
+            self.store.commit(turn.events, self.loop.now, turn.sealed, turn.writes)
         self.helpers.close()
         self.store.close()
         self.door.close()
@@ -6937,6 +7387,14 @@ def positive(text: str) -> int:
     return number
 
 
+def registration(text: str) -> frozenset[str]:
+    """How accounts are made: "" (by who has come in), before-connect too, or off."""
+    wanted = frozenset(filter(None, text.split(",")))
+    if not wanted <= {"off", "before-connect"}:
+        raise argparse.ArgumentTypeError(f"{text}: write off, or before-connect, or nothing")
+    return wanted
+
+
 def host_name(text: str) -> str:
     """One word that can stand in a line of IRC."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", text):
@@ -7083,6 +7541,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--network", type=host_name, default=SERVER_NAME, metavar="NAME")
     add("--oper", type=operator_option, action="append", default=[], metavar="NAME:PASSWORD")
     add("--motd", type=pathlib.Path, metavar="FILE", help="message of the day, for IRC")
+    add("--register", type=registration, default=frozenset(), metavar="off|before-connect")
     add("--max-clients", type=positive, metavar="N")
     add("--max-per-address", type=positive, default=PER_ADDRESS, metavar="N")
     add("--log", default="info", choices=("debug", "info", "warning", "error"))

@@ -77,7 +77,7 @@ class FakeConn:
             self.session.ended()
 
 
-BOSS = chat.make_secret("secret")
+BOSS = chat.make_verifier("secret", rounds=1000)
 
 
 class House:
@@ -92,6 +92,7 @@ class House:
             self.hub, self.store, self.later, self.later, self, password, operators=operators
         )
         self.motd = []
+        self.missed = []  # logged in, and without a line
         self.asked_for = []  # what operators did with the server
         self.jobs = []
         self.guests = {}
@@ -102,6 +103,9 @@ class House:
 
     def nameless(self):
         return sum(session.user is None for session in self.guests.values())
+
+    def miss(self, user):
+        self.missed.append(user)
 
     def note(self, text):
         self.asked_for.append(text)
@@ -152,7 +156,8 @@ class House:
     def turn(self):
         """The commit and the write beat, and what helpers were asked for."""
         turn = self.hub.turn
-        assert self.store.commit(turn.events, self.now, turn.sealed) == chat.KEPT
+        done = self.store.commit(turn.events, self.now, turn.sealed, turn.writes)
+        assert done == chat.KEPT
         seen = set()
         for data, sessions in turn.deliveries():
             for session in sessions:
@@ -875,24 +880,7 @@ IRC_TRANSCRIPTS = r"""
 +erin
 erin> NICK erin
 erin> USER erin 0 * :Erin
-erin< 001 erin :Welcome to chat.py, erin!~erin@127.0.0.1
-erin< 002 erin :Your host is chat.py, running chat.py/0.2
-erin< 003 erin :This server was started WHEN
-erin< 004 erin chat.py chat.py-0.2 BRiow CIRabehiklmnoqstv Iabehkloqv
-erin< 005 erin ...
-erin< 005 erin ...
-erin< 005 erin ...
-erin< 251 erin :There are 5 users and 0 invisible on 1 servers
-erin< 252 erin 0 :operators online
-erin< 253 erin 0 :connections without a name yet
-erin< 254 erin 1 :channels formed
-erin< 255 erin :I have 5 clients and 0 servers
-erin< 265 erin 5 5 :Current local users 5, max 5
-erin< 266 erin 5 5 :Current global users 5, max 5
-erin< 375 erin :- chat.py Message of the day
-erin< 372 erin :- Welcome
-erin< 376 erin :End of MOTD
-erin< 221 erin +
+erin< the welcome
 === registration: PING is answered before, other commands are not
 +erin
 erin> PING before
@@ -929,69 +917,18 @@ erin> USER erin 0 * :
 erin< 461 * USER :a real name, please
 erin> NICK erin
 erin> USER erin 0 * :Erin
-erin< 001 erin :Welcome to chat.py, erin!~erin@127.0.0.1
-erin< 002 erin :Your host is chat.py, running chat.py/0.2
-erin< 003 erin :This server was started WHEN
-erin< 004 erin chat.py chat.py-0.2 BRiow CIRabehiklmnoqstv Iabehkloqv
-erin< 005 erin ...
-erin< 005 erin ...
-erin< 005 erin ...
-erin< 251 erin :There are 5 users and 0 invisible on 1 servers
-erin< 252 erin 0 :operators online
-erin< 253 erin 0 :connections without a name yet
-erin< 254 erin 1 :channels formed
-erin< 255 erin :I have 5 clients and 0 servers
-erin< 265 erin 5 5 :Current local users 5, max 5
-erin< 266 erin 5 5 :Current global users 5, max 5
-erin< 375 erin :- chat.py Message of the day
-erin< 372 erin :- Welcome
-erin< 376 erin :End of MOTD
-erin< 221 erin +
+erin< the welcome
 === registration: of two who want a name one gets it, and the other another
 +erin
 +fred
 erin> NICK same
 fred> NICK Same
 erin> USER e 0 * :Erin
-erin< 001 same :Welcome to chat.py, same!~e@127.0.0.1
-erin< 002 same :Your host is chat.py, running chat.py/0.2
-erin< 003 same :This server was started WHEN
-erin< 004 same chat.py chat.py-0.2 BRiow CIRabehiklmnoqstv Iabehkloqv
-erin< 005 same ...
-erin< 005 same ...
-erin< 005 same ...
-erin< 251 same :There are 5 users and 0 invisible on 1 servers
-erin< 252 same 0 :operators online
-erin< 253 same 1 :connections without a name yet
-erin< 254 same 1 :channels formed
-erin< 255 same :I have 5 clients and 0 servers
-erin< 265 same 5 5 :Current local users 5, max 5
-erin< 266 same 5 5 :Current global users 5, max 5
-erin< 375 same :- chat.py Message of the day
-erin< 372 same :- Welcome
-erin< 376 same :End of MOTD
-erin< 221 same +
+erin< the welcome
 fred> USER f 0 * :Fred
 fred< 433 * Same :Same is taken
 fred> NICK fred
-fred< 001 fred :Welcome to chat.py, fred!~f@127.0.0.1
-fred< 002 fred :Your host is chat.py, running chat.py/0.2
-fred< 003 fred :This server was started WHEN
-fred< 004 fred chat.py chat.py-0.2 BRiow CIRabehiklmnoqstv Iabehkloqv
-fred< 005 fred ...
-fred< 005 fred ...
-fred< 005 fred ...
-fred< 251 fred :There are 6 users and 0 invisible on 1 servers
-fred< 252 fred 0 :operators online
-fred< 253 fred 0 :connections without a name yet
-fred< 254 fred 1 :channels formed
-fred< 255 fred :I have 6 clients and 0 servers
-fred< 265 fred 6 6 :Current local users 6, max 6
-fred< 266 fred 6 6 :Current global users 6, max 6
-fred< 375 fred :- chat.py Message of the day
-fred< 372 fred :- Welcome
-fred< 376 fred :End of MOTD
-fred< 221 fred +
+fred< the welcome
 === registration: nothing is said twice
 alice> USER x 0 * :x
 alice< 462 alice :that was said already, and cannot be changed
@@ -1001,7 +938,7 @@ alice> CAP END
 === CAP: no negotiation, no names, until it is over
 +erin
 erin> CAP LS 302
-erin< CAP * LS :account-notify account-tag away-notify batch cap-notify chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags multi-prefix server-time setname standard-replies userhost-in-names
+erin< CAP * LS :account-notify account-tag draft/account-registration sasl=PLAIN,SCRAM-SHA-256 away-notify batch cap-notify chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags multi-prefix server-time setname standard-replies userhost-in-names
 erin> NICK erin
 erin> USER erin 0 * :Erin
 erin> CAP REQ :multi-prefix setname
@@ -1020,7 +957,7 @@ erin> CAP
 erin< 461 erin CAP :it goes like this: CAP LS|LIST|REQ|END [<capabilities>]
 === CAP: is heard also later, and counts from the next line on
 alice> CAP LS
-alice< CAP alice LS :account-notify account-tag away-notify batch cap-notify chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags multi-prefix server-time setname standard-replies userhost-in-names
+alice< CAP alice LS :account-notify account-tag draft/account-registration sasl away-notify batch cap-notify chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags multi-prefix server-time setname standard-replies userhost-in-names
 alice> JOIN #a
 alice< :alice JOIN #a
 alice< 353 alice = #a :@alice
@@ -1925,7 +1862,7 @@ alice< 402 alice elsewhere :there is no such server; this one stands alone
 === HELP: is made from the handlers
 alice> HELP
 alice< 704 alice * :HELP <command> tells more about one of these:
-alice< 705 alice * :ADMIN AWAY CAP CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON JOIN KICK KILL LINKS LIST LUSERS MODE MONITOR MOTD NAMES NICK NOTICE OPER PART PASS PING PONG PRIVMSG QUIT REHASH RESTART SERVER SERVICE SERVLIST SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOPIC TRACE USER USERHOST USERS VERSION WALLOPS WHO WHOIS WHOWAS
+alice< 705 alice * :ADMIN AUTHENTICATE AWAY CAP CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON JOIN KICK KILL LINKS LIST LUSERS MODE MONITOR MOTD NAMES NICK NOTICE OPER PART PASS PING PONG PRIVMSG QUIT REGISTER REHASH RESTART SERVER SERVICE SERVLIST SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOPIC TRACE USER USERHOST USERS VERSION WALLOPS WHO WHOIS WHOWAS
 alice< 706 alice * :End of help
 alice> HELP JOIN
 alice< 704 alice JOIN :JOIN <channel>{,<channel>} [<key>{,<key>}]
@@ -2421,6 +2358,167 @@ alice> MODE alice +B
 alice< :alice MODE alice +B
 alice> PRIVMSG #a :beep
 bob< @msgid=ID;bot :alice PRIVMSG #a :beep
+=== REGISTER: a name becomes an account
+alice> REGISTER * * pw
+alice< FAIL REGISTER WEAK_PASSWORD alice :a password has at least 3 characters
+alice> REGISTER other * password
+alice< FAIL REGISTER ACCOUNT_NAME_MUST_BE_NICK other :an account is called as you are: alice
+alice> REGISTER bob * password
+alice< FAIL REGISTER ACCOUNT_NAME_MUST_BE_NICK bob :an account is called as you are: alice
+alice> REGISTER ALICE * password
+alice< REGISTER SUCCESS alice :alice is yours; log in with your password
+alice< 900 alice alice alice :You are now logged in as alice
+alice> REGISTER * * password
+alice< FAIL REGISTER ALREADY_AUTHENTICATED alice :you are logged in already
+bob> WHOIS alice
+bob< 311 bob alice ~u 127.0.0.1 * :Real Name
+bob< 330 bob alice alice :is logged in as
+bob< 312 bob alice chat.py :chat.py
+bob< 317 bob alice 10 WHEN :seconds idle, signon time
+bob< 318 bob alice :End of WHOIS
+alice> MONITOR + bob
+alice< 730 alice :bob
+bob> CAP REQ :account-tag account-notify
+bob< CAP bob ACK :account-tag account-notify
+alice> PRIVMSG bob :logged in
+bob< @account=alice :alice PRIVMSG bob :logged in
+bob> NICK Bobby
+alice< 731 alice :bob
+bob< :bob NICK :Bobby
+carol> CAP REQ :account-notify extended-monitor
+carol< CAP carol ACK :account-notify extended-monitor
+carol> MONITOR + Bobby
+carol< 730 carol :Bobby
+bob> REGISTER * * password
+bob< REGISTER SUCCESS Bobby :Bobby is yours; log in with your password
+bob< @account=Bobby :Bobby ACCOUNT Bobby
+bob< 900 Bobby Bobby Bobby :You are now logged in as Bobby
+carol< :Bobby ACCOUNT Bobby
++erin
+erin> NICK erin
+erin> REGISTER * * password
+erin< FAIL REGISTER COMPLETE_CONNECTION_REQUIRED erin :come in first, then register
+erin> REGISTER erin
+erin< 461 erin REGISTER :it goes like this: REGISTER <account or *> <email or *> <password>
+=== a name of an account is for its owner
+alice> REGISTER * * password
+alice< REGISTER SUCCESS alice :alice is yours; log in with your password
+alice< 900 alice alice alice :You are now logged in as alice
+alice> QUIT
+alice< ERROR :Closing link: Quit
+bob> NICK alice
+bob< 433 bob alice :alice belongs to an account; log in first
+dora> /nick alice
+dora< * you are alice2: alice is taken
++erin
+erin> NICK alice
+erin> USER e 0 * :Erin
+erin< the welcome
+erin< NOTICE alice3 :alice belongs to an account; /msg NickServ IDENTIFY alice PASSWORD
+erin> AUTHENTICATE PLAIN
+erin< AUTHENTICATE +
+erin> AUTHENTICATE AGFsaWNlAHBhc3N3b3Jk
+erin< 900 alice3 alice3!~e@127.0.0.1 alice :You are now logged in as alice
+erin< 903 alice3 :SASL authentication successful
+erin> NICK alice
+erin< :alice3!~e@127.0.0.1 NICK :alice
+erin> WHO alice %na
+erin< 354 alice alice alice
+erin< 315 alice alice :End of WHO
+=== AUTHENTICATE: PLAIN, in any wrong order, and right
+alice> REGISTER * * password
+alice< REGISTER SUCCESS alice :alice is yours; log in with your password
+alice< 900 alice alice alice :You are now logged in as alice
+alice> QUIT
+alice< ERROR :Closing link: Quit
++erin
+erin> CAP REQ sasl
+erin< CAP * ACK :sasl
+erin> AUTHENTICATE +
+erin< 908 * PLAIN,SCRAM-SHA-256 :are the mechanisms there are
+erin< 904 * :name or password are wrong
+erin> AUTHENTICATE *
+erin< 906 * :SASL authentication aborted
+erin> AUTHENTICATE NTLM
+erin< 908 * PLAIN,SCRAM-SHA-256 :are the mechanisms there are
+erin< 904 * :name or password are wrong
+erin> AUTHENTICATE plain
+erin< AUTHENTICATE +
+erin> AUTHENTICATE ===
+erin< 904 * :name or password are wrong
+erin> AUTHENTICATE PLAIN
+erin< AUTHENTICATE +
+erin> AUTHENTICATE +
+erin< 904 * :name or password are wrong
+erin> AUTHENTICATE PLAIN
+erin< AUTHENTICATE +
+erin> AUTHENTICATE *
+erin< 906 * :SASL authentication aborted
+erin> AUTHENTICATE PLAIN
+erin< AUTHENTICATE +
+erin> AUTHENTICATE AGFsaWNlAHdyb25n
+erin< 904 * :name or password are wrong
+erin> AUTHENTICATE PLAIN
+erin< AUTHENTICATE +
+erin> AUTHENTICATE Ym9iAGFsaWNlAHBhc3N3b3Jk
+erin< 904 * :name or password are wrong
+erin> NICK alice
+erin> USER e 0 * :Erin
+erin> AUTHENTICATE PLAIN
+erin< AUTHENTICATE +
+erin> AUTHENTICATE YWxpY2UAYWxpY2UAcGFzc3dvcmQ=
+erin< 900 alice alice!~e@* alice :You are now logged in as alice
+erin< 903 alice :SASL authentication successful
+erin> CAP END
+erin< the welcome
+bob> WHOIS alice
+bob< 311 bob alice ~e 127.0.0.1 * :Erin
+bob< 330 bob alice alice :is logged in as
+bob< 312 bob alice chat.py :chat.py
+bob< 317 bob alice 1 WHEN :seconds idle, signon time
+bob< 318 bob alice :End of WHOIS
+=== two devices of one account are one user
++#a alice bob
+alice> REGISTER * * password
+alice< REGISTER SUCCESS alice :alice is yours; log in with your password
+alice< 900 alice alice alice :You are now logged in as alice
++phone
+phone> CAP REQ sasl
+phone< CAP * ACK :sasl
+phone> NICK alice
+phone> USER p 0 * :Phone
+phone> AUTHENTICATE PLAIN
+phone< AUTHENTICATE +
+phone> AUTHENTICATE AGFsaWNlAHBhc3N3b3Jk
+phone< 900 alice alice!~p@* alice :You are now logged in as alice
+phone< 903 alice :SASL authentication successful
+phone> CAP END
+phone< the welcome
+phone< :alice JOIN #a
+phone< 353 alice = #a :@alice bob
+phone< 366 alice #a :End of NAMES
+bob> PRIVMSG alice :to both
+alice< :bob PRIVMSG alice :to both
+phone< :bob PRIVMSG alice :to both
+alice> PRIVMSG #a :from one
+bob< :alice PRIVMSG #a :from one
+phone< :alice PRIVMSG #a :from one
+phone> JOIN #b
+alice< :alice JOIN #b
+phone< :alice JOIN #b
+phone< 353 alice = #b :@alice
+phone< 366 alice #b :End of NAMES
+phone> NICK alicia
+alice< :alice NICK :alicia
+bob< :alice NICK :alicia
+phone< :alice NICK :alicia
+alice> QUIT
+alice< ERROR :Closing link: Quit
+bob> PRIVMSG alicia :to the other
+phone< :bob PRIVMSG alicia :to the other
+bob> NAMES #a
+bob< 353 bob = #a :@alicia bob
+bob< 366 bob #a :End of NAMES
 """  # noqa: E501 -- lines as they are on the wire
 
 
@@ -2437,7 +2535,7 @@ def irc_heard(house, label):
     lines = [line.removeprefix(":chat.py ") for line in house.heard(label)]
     text = "\n".join(lines).replace("!~u@127.0.0.1", "").replace("!line@127.0.0.1", "")
     text = re.sub(r"\b10000\d\d\b", "WHEN", text)
-    text = re.sub(r"001 (?:.|\n)* 221 .*", "the welcome", text)
+    text = re.sub(r"001 (?:.|\n)*\n221 .*", "the welcome", text)
     text = re.sub(r"005 (\w+) .*", r"005 \1 ...", text)
     text = re.sub(
         r"(msgid|batch)=[0-9a-f]{8,}", r"\1=ID", re.sub(r"BATCH ([+-])\w+", r"BATCH \1ID", text)
