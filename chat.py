@@ -124,6 +124,7 @@ WATCHED = 100  # names that one session monitors
 FORMER_USERS = 1000  # remembered for WHOWAS
 FITS_ALWAYS = 300  # bytes that fit in a line of IRC behind the longest mask and channel
 LABEL_BYTES = 64  # of a label (IRCv3 labeled-response)
+MARKERS = 1000  # of one user: how far each channel and talk has been read
 TARGETS = 20  # of one PRIVMSG
 LIST_TARGETS = 10  # names, masks and conditions of one LIST
 LOOKED_AT_A_LINE = 100  # users or channels that a command may look through for one line's budget
@@ -166,6 +167,9 @@ KEEPALIVE_SECONDS = 90  # first TCP probe to a silent line-protocol peer ...
 KEEPALIVE_PROBES = 3  # ... and how many of them, KEEPALIVE_EVERY apart
 KEEPALIVE_EVERY = 10
 
+ID_CLOCK_BITS = 12  # an event's id is the time and 4,096 events a millisecond
+ID_DIGITS = 15  # hexadecimal, of an event's id: SQLite's integers have a bit more
+TIMES_AHEAD = 1000  # milliseconds that an event's time may be ahead of the clock, to be unique
 KEEP_EVENTS = 1_000_000  # history of a channel
 KEEP_EVENTS_IN_MEMORY = 10_000  # the same with --data none: about 5 MB a busy channel ...
 MEMORY_BYTES = 256 * 1024 * 1024  # ... and this much for all channels, those of the past too
@@ -216,10 +220,13 @@ KICK, MODE, PASSWORD = "kick", "mode", "password"  # PASSWORD: the mode k
 INVITE, INVITED, AWAY, WALLOPS = "invite", "invited", "away", "wallops"
 REALNAME, ACCOUNT = "realname", "account"
 TAGS = "tags"  # a message that has nothing but tags: somebody is typing, or likes another
+REDACT = "redact"  # a message is taken back: the text is its id, and " :why"
+SOFT_BREAK = "\0"  # in a text: a client sent its line in two pieces here; nobody can type it
 SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
 PASSING = (  # for the moment, and not for history
-    *(INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, PASSWORD),
+    *(INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, PASSWORD, REDACT),
 )
+PLAYED = (*SPOKEN, TAGS, JOIN, PART, QUIT, KICK, NICK, MODE, TOPIC)  # all that history has
 
 
 class Source(NamedTuple):
@@ -232,6 +239,7 @@ class Source(NamedTuple):
     mask: str = ""  # nick!user@host (RFC 2812 section 2.3.1), of which hostmasks are patterns
     account: str = ""  # that they are logged in to
     bot: bool = False
+    identity: str = ""  # whose private talks these are, see User
 
 
 def source_of(
@@ -681,7 +689,7 @@ class Commands(dict):
         def register(handler: Callable) -> Callable:
             if verb in self:
                 raise ValueError(f"two handlers for {verb}")
-            syntax, summary = handler.__doc__.split(" -- ")
+            syntax, summary = " ".join(handler.__doc__.split()).split(" -- ")
             most_params = least if most is None else most
             self[verb] = Command(
                 verb, handler, least, most_params, nameless, privileged, syntax, summary
@@ -912,7 +920,7 @@ def next_time(last: int, now: int) -> int:
     """Milliseconds for the event after one at `last`: unique up to 1 s ahead of the clock."""
     if now > last:
         return now
-    return last + 1 if last < now + 1000 else last
+    return last + 1 if last < now + TIMES_AHEAD else last
 
 
 def sessions_by_wire(users: "Iterable[User]") -> "dict[Any, list[Session]]":
@@ -933,7 +941,6 @@ class User:
     __slots__ = (
         "away",
         "channels",
-        "identity",
         "invitations",
         "key",
         "last_time",
@@ -944,10 +951,11 @@ class User:
         "since",
         "source",
         "spoke",
+        "stay",
     )
 
     def __init__(self, source: Source, realname: str, number: int, now: int):
-        self.identity = f"~{number}"  # of this stay; no channel's key begins like this
+        self.stay = f"~{number}"
         self.realname = realname
         self.modes: set[str] = set()
         self.away = ""  # why; "" is here
@@ -958,9 +966,15 @@ class User:
         self.last_time = 0
         self.called(source)
 
+    @property
+    def identity(self) -> str:
+        """Of this stay; or of the account, over all of them. No channel's key begins so."""
+        return f"={self.account}" if self.account else self.stay
+
     def called(self, source: Source) -> None:
         """From now on."""
-        self.source = source
+        identity = f"={source.account}" if source.account else self.stay
+        self.source = source._replace(identity=identity)
         self.key = fold(source.name)
         self.mask_key = fold(source.mask)
 
@@ -1428,7 +1442,12 @@ class Conversation(NamedTuple):
 
     @property
     def keys(self) -> tuple[str]:
-        return (f"{self.one.identity} {self.other.identity}",)
+        return (" ".join(sorted((self.one.identity, self.other.identity))),)
+
+    @property
+    def parties(self) -> tuple[str, str, str, str]:
+        one, other = self.one, self.other
+        return one.identity, one.key, other.identity, other.key
 
     def partner(self, user: User) -> User:
         return self.one if user is self.other else self.other
@@ -1456,7 +1475,7 @@ class Conversation(NamedTuple):
 
 
 def conversation(one: User, other: User) -> Conversation:
-    return Conversation(*sorted((one, other), key=lambda user: user.identity))
+    return Conversation(*sorted((one, other), key=lambda user: user.stay))
 
 
 def neighbours(user: User) -> Channel | Neighbours:
@@ -1577,6 +1596,9 @@ class Session:
     def killed(self, by: Source, reason: str) -> None:
         """By an operator of the server."""
         self.end(f"Killed ({by.name} ({reason}))")
+
+    def read_on(self, name: str) -> None:
+        """Another device of the same user has read this on."""
 
     def spotted(self, source: Source, online: bool) -> None:
         """Somebody whom this session watches for has come or gone."""
@@ -1813,11 +1835,30 @@ class Accounts(dict[str, Account]):
         turn.writes.append(("DELETE FROM accounts WHERE key = ?", (fold(name),)))
 
 
+class Markers(dict[str, dict[str, int]]):
+    """How far people have read: by identity, by the key of a channel or name."""
+
+    def move(self, user: User, target: str, when: int, turn: Turn) -> bool:
+        """Forward, never back; whether it moved."""
+        marks = self.setdefault(user.identity, {})
+        if when <= marks.get(target, 0) or (target not in marks and len(marks) >= MARKERS):
+            return False
+        marks[target] = when
+        if user.account:
+            replace = "REPLACE INTO markers VALUES (?, ?, ?)"
+            turn.writes.append((replace, (user.identity, target, when)))
+        return True
+
+    def of(self, user: User, target: str) -> int:
+        return self.get(user.identity, {}).get(target, 0)
+
+
 class Hub:
     """Who is here. Everything others can see passes through one door: emit()."""
 
     def __init__(self, last_id: int = 0, last_time: int = 0):
         self.accounts = Accounts()
+        self.markers = Markers()
         self.users: dict[str, User] = {}  # by key
         self.channels: dict[str, Channel] = {}  # by key
         self.former: collections.deque[FormerUser] = collections.deque(maxlen=FORMER_USERS)
@@ -1834,7 +1875,7 @@ class Hub:
         that they grow even over a restart of a server that keeps nothing."""
         self.now = int(now * 1000)
         self.started = self.started or self.now
-        self.last_id = max(self.last_id, self.now << 12)
+        self.last_id = max(self.last_id, self.now << ID_CLOCK_BITS)
 
     def new_reference(self) -> str:
         """A name that nothing else in this server has."""
@@ -1915,6 +1956,7 @@ class Hub:
         for channel in list(user.channels):
             self._remove(user, channel)
         del self.users[user.key]
+        self.markers.pop(user.stay, None)
         self.last_time = max(self.last_time, user.last_time)
         self._was(user)
 
@@ -2055,11 +2097,6 @@ class Hub:
             audience = scene(audience, user)  # who speaks may want an echo
         self.emit(kind, user.source, audience, text, audience.addressee(user), session, tags)
 
-    def tell_all(self, session: Session, text: str) -> None:
-        """To everybody who wants to hear of server operators (user mode w)."""
-        listening = frozenset(user for user in self.users.values() if "w" in user.modes)
-        self.emit(WALLOPS, session.user.source, People(listening), text, origin=session)
-
     def set_topic(self, session: Session, channel: Channel, topic: str) -> None:
         user = session.user
         channel.require_inside(user)
@@ -2151,6 +2188,30 @@ def kill(session: Session, victim: User, reason: str) -> None:
         other.killed(by, reason)
 
 
+def redact(session: Session, audience: Any, event: Event, reason: str) -> None:
+    """Take back what was said, for its author and operators of the channel."""
+    user, turn = session.user, session.site.hub.turn
+    if event.source.identity != user.identity:
+        if not isinstance(audience, Channel):
+            raise Refused("REDACT_FORBIDDEN", "these are not your words")
+        audience.require(user)
+    delete = (
+        "DELETE FROM events WHERE id = ?1 AND target IN (SELECT id FROM targets WHERE key = ?2)"
+    )
+    for key in audience.keys:
+        turn.writes.append((delete, (event.id, key)))
+    text = f"{event.id:x}" + (f" :{reason}" if reason else "")
+    hub = session.site.hub
+    hub.emit(REDACT, user.source, audience, text, audience.addressee(user), session)
+
+
+def tell_all(session: Session, text: str) -> None:
+    """To everybody who wants to hear of server operators (user mode w)."""
+    hub = session.site.hub
+    listening = frozenset(user for user in hub.users.values() if "w" in user.modes)
+    hub.emit(WALLOPS, session.user.source, People(listening), text, origin=session)
+
+
 def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
     """ "+o-l", ["bob"] -> what is to be changed. What lacks its value gets an empty one."""
     on, changes, left = True, [], iter(values)
@@ -2230,9 +2291,28 @@ MIGRATIONS = (
         email TEXT NOT NULL
     ) WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE events ADD COLUMN author TEXT NOT NULL DEFAULT '';      -- User.identity
+    ALTER TABLE events ADD COLUMN tags TEXT NOT NULL DEFAULT '';
+    ALTER TABLE targets ADD COLUMN one TEXT NOT NULL DEFAULT '';        -- of a private talk:
+    ALTER TABLE targets ADD COLUMN one_key TEXT NOT NULL DEFAULT '';    -- identities, and
+    ALTER TABLE targets ADD COLUMN other TEXT NOT NULL DEFAULT '';      -- keys of the names
+    ALTER TABLE targets ADD COLUMN other_key TEXT NOT NULL DEFAULT '';  -- when it began
+    CREATE INDEX targets_one ON targets (one);
+    CREATE INDEX targets_other ON targets (other);
+    CREATE TABLE markers (          -- how far somebody has read
+        owner TEXT NOT NULL,        -- User.identity
+        target TEXT NOT NULL,       -- a channel's key, or that of a name
+        time INTEGER NOT NULL,
+        PRIMARY KEY (owner, target)
+    ) WITHOUT ROWID;
+    """,
 )
 
+
 KEPT, BUSY, LOST = "kept", "busy", "lost"  # what became of a turn's events
+PARTIES = ("one", "one_key", "other", "other_key")  # columns of a private talk's target
+COLUMNS = "id, time, kind, name, address, username, about, text, author, tags"  # for event_of()
 
 
 def connect(path: pathlib.Path | None, mode: str) -> sqlite3.Connection:
@@ -2302,10 +2382,63 @@ def event_of(
     username: str,
     about: str,
     text: str,
+    author: str,
+    tags: str,
 ) -> Event:
     """A row of the store, read back."""
-    source = source_of(name, address, username)
-    return Event(id, time_ms, kind, source, None, text, about)
+    account = author[1:] if author[:1] == "=" else ""
+    source = source_of(name, address, username, account)._replace(identity=author)
+    return Event(id, time_ms, kind, source, None, text, about, None, tags)
+
+
+class Mark(NamedTuple):
+    """A point in history: an id, or else a time in milliseconds."""
+
+    id: int | None = None
+    time: int = 0
+
+
+class Place(NamedTuple):
+    """Where something was said: under a key, and for a private talk of somebody with an
+    account also under those that he had with people without one, who had that name."""
+
+    key: str
+    owner: str = ""
+    other_key: str = ""
+
+
+def place_of(user: User, audience: Channel | Conversation) -> Place:
+    """Where the store keeps what this user may read of it."""
+    (key,) = audience.keys
+    if isinstance(audience, Channel):
+        return Place(key)
+    return Place(key, user.identity, audience.partner(user).key)
+
+
+class Span(NamedTuple):
+    """A part of some history: which things, and between which bounds, both left out. The
+    bounds are ids or times; an id begins with the time (see Hub.begin), so that a time
+    bounds the ids as well, but for the second that times may be ahead of the clock."""
+
+    place: Place
+    kinds: tuple[str, ...] = SPOKEN
+    after: Mark | None = None
+    before: Mark | None = None
+
+    def where(self) -> tuple[str, list]:
+        """As SQL, and its values."""
+        texts, values = [f"kind IN ({', '.join('?' * len(self.kinds))})"], [*self.kinds]
+        for sign, mark in ((">", self.after), ("<", self.before)):
+            if mark is None:
+                continue
+            if mark.id is not None:
+                texts.append(f"id {sign} ?")
+                values.append(mark.id)
+            else:
+                slack = -TIMES_AHEAD if sign == ">" else TIMES_AHEAD
+                texts.append(f"id {sign} ? AND time {sign} ?")
+                values += [(mark.time + slack) << ID_CLOCK_BITS, mark.time]
+        return " AND ".join(texts), values
 
 
 class Store:
@@ -2369,12 +2502,15 @@ class Store:
     ) -> None:
         self.db.execute("BEGIN IMMEDIATE")
         rows = [
-            (self._target(key), id, when, kind, who.name, who.address, text, who.username, about)
-            for id, when, kind, who, audience, text, about, _, _ in events
+            (
+                *(self.targets.get(key) or self._target(key, audience), id, when, kind),
+                *(who.name, who.address, text, who.username, about, who.identity, tags),
+            )
+            for id, when, kind, who, audience, text, about, _, tags in events
             if kind not in PASSING
             for key in audience.keys
         ]
-        self.db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        self.db.executemany(f"INSERT INTO events VALUES ({', '.join('?' * 11)})", rows)
         for statement, values in writes:
             self.db.execute(statement, values)
         for key in sealed:
@@ -2414,13 +2550,13 @@ class Store:
             query = "SELECT target FROM events GROUP BY target ORDER BY max(id) LIMIT 1"
             self.orphans.update(row[0] for row in self.db.execute(query))
 
-    def _target(self, key: str) -> int:
-        target = self.targets.get(key)
-        if target is not None:
-            return target
+    def _target(self, key: str, audience: Any) -> int:
+        """Of what has not been written to lately."""
         row = self.db.execute("SELECT id, events FROM targets WHERE key = ?", [key]).fetchone()
         if row is None:
-            row = self.db.execute("INSERT INTO targets (key) VALUES (?)", [key]).lastrowid, 0
+            insert = f"INSERT INTO targets (key, {', '.join(PARTIES)}) VALUES (?, ?, ?, ?, ?)"
+            parties = audience.parties if isinstance(audience, Conversation) else ("",) * 4
+            row = self.db.execute(insert, [key, *parties]).lastrowid, 0
             self.unsure.append(key)
         target, count = row
         self.targets[key], self.counts[target] = target, count
@@ -2449,18 +2585,61 @@ class Store:
         with contextlib.closing(connect(self.path, "ro")) as db:
             yield db
 
-    def page(self, key: str, count: int) -> list[Event]:
-        """The newest `count` things said to `key`, the oldest first; fewer if they are
-        more than PAGE_BYTES long."""
-        query = f"""
-            SELECT id, time, kind, name, address, username, about, text FROM events
-            WHERE target = (SELECT id FROM targets WHERE key = ?)
-            AND kind IN ({", ".join("?" * len(SPOKEN))}) ORDER BY id DESC LIMIT ?"""
+    def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
+        """At most `count` things of that span, the newest or the oldest of them, in their
+        order; fewer if they are more than PAGE_BYTES long."""
+        where, values = span.where()
+        order = "DESC" if newest else "ASC"
         with self.reading() as db:
-            rows = db.execute(query, [key, *SPOKEN, count]).fetchall()
-        sizes = itertools.accumulate(len(row[-1].encode()) for row in rows)
+            targets = self._targets_of(db, span.place)
+            which = f"target IN ({', '.join('?' * len(targets))}) AND {where}"
+            query = f"SELECT {COLUMNS} FROM events WHERE {which} ORDER BY id {order} LIMIT ?"
+            rows = db.execute(query, [*targets, *values, count]).fetchall()
+        sizes = itertools.accumulate(len(row[7].encode()) for row in rows)
         rows = [row for row, size in zip(rows, sizes, strict=True) if size <= PAGE_BYTES]
-        return [event_of(*row) for row in reversed(rows)]
+        return [event_of(*row) for row in (reversed(rows) if newest else rows)]
+
+    def _targets_of(self, db: sqlite3.Connection, place: Place) -> list[int]:
+        found = [row[0] for row in db.execute("SELECT id FROM targets WHERE key = ?", [place.key])]
+        if place.owner[:1] == "=":
+            query = """
+                SELECT id FROM targets WHERE one = ?1 AND other_key = ?2 AND other LIKE '~%'
+                UNION SELECT id FROM targets WHERE other = ?1 AND one_key = ?2 AND one LIKE '~%'"""
+            rows = db.execute(query, [place.owner, place.other_key])
+            found += [row[0] for row in rows if row[0] not in found]
+        return found
+
+    def around(self, span: Span, centre: Mark, count: int) -> list[Event]:
+        """What is before that point, and as much from it on."""
+        older = self.page(span._replace(before=centre), count // 2)
+        inclusive = Mark(centre.id - 1) if centre.id is not None else Mark(time=centre.time - 1)
+        return older + self.page(span._replace(after=inclusive), count - len(older), newest=False)
+
+    def newest(self, keys: Iterable[str], owner: str) -> list[tuple[str, Event]]:
+        """The last thing said under each key, and in each private talk of the owner's: with
+        the key, or "" of a talk."""
+        query = f"""
+            SELECT {COLUMNS} FROM events WHERE target = ? AND kind IN (?, ?, ?)
+            ORDER BY id DESC LIMIT 1"""
+        found = []
+        with self.reading() as db:
+            talks = db.execute("SELECT id FROM targets WHERE one = ?1 OR other = ?1", [owner])
+            targets = [("", row[0]) for row in talks]
+            for key in keys:
+                targets += [(key, target) for target in self._targets_of(db, Place(key))]
+            for key, target in targets:
+                for row in db.execute(query, [target, *SPOKEN]):
+                    found.append((key, event_of(*row)))
+        return found
+
+    def find(self, place: Place, id: int) -> Event | None:
+        """One thing that was said there, if it was."""
+        kinds = (*SPOKEN, TAGS)
+        found = self.page(Span(place, kinds, Mark(id - 1), Mark(id + 1)), 1)
+        return found[0] if found else None
+
+    def markers(self) -> Iterator[tuple[str, str, int]]:
+        yield from self.db.execute("SELECT owner, target, time FROM markers")
 
     # Housekeeping
 
@@ -2652,6 +2831,7 @@ IRC_SPOKEN = {  # kind -> the verb, what stands before the text, and what behind
 }
 IRC_EVENTS = {  # kind -> the line behind its source; {tail} is " :TEXT" if there is a text
     TAGS: "TAGMSG {where}",
+    REDACT: "REDACT {where} {text}",
     ACCOUNT: "ACCOUNT {about}",
     INVITED: "INVITE {about} {text}",
     JOIN: "JOIN {where}",
@@ -2675,6 +2855,11 @@ CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value
     "account-notify": "",
     "account-tag": "",
     "draft/account-registration": "",
+    "draft/chathistory": "",
+    "draft/event-playback": "",
+    "draft/message-redaction": "",
+    "draft/multiline": f"max-bytes={LINE_BYTES},max-lines={MESSAGE_LINES}",
+    "draft/read-marker": "",
     "sasl": ",".join(MECHANISMS),
     "away-notify": "",
     "batch": "",
@@ -2697,6 +2882,7 @@ NEEDS_CAPABILITY = {  # to be told of these events
     AWAY: "away-notify",
     INVITED: "invite-notify",
     REALNAME: "setname",
+    REDACT: "draft/message-redaction",
     TAGS: "message-tags",
 }
 
@@ -2765,15 +2951,22 @@ def add_tag(line: bytes, tag: str) -> bytes:
     return f"@{tag} ".encode() + line
 
 
-def spoken_lines(event: Event, where: str) -> Iterator[str]:
-    """A message of several lines, or a long one, in as many lines of IRC as it takes."""
+MESSAGE_ID = re.compile(r"msgid=[^; ]*;|;msgid=[^; ]*|@msgid=[^; ]* ")  # among tags
+
+
+def spoken_lines(event: Event, where: str, blank: bool = False) -> Iterator[tuple[str, bool]]:
+    """A message of several lines, or a long one, in as many lines of IRC as it takes; and
+    whether each goes on with the one before it. Blank ones only if they are wanted."""
     verb, before, behind = IRC_SPOKEN[event.kind]
     head = f":{event.source.mask} {verb} {where or event.about} :{before}"
     room = IRC_BYTES - 2 - len(f"{head}{behind}".encode())
-    texts = event.text.translate({0: None, 13: None}).split("\n")
-    for text in [text for text in texts if text] or [" "]:  # some clients ignore an empty one
-        for piece in split_text(text, room):
-            yield head + piece + behind
+    texts = event.text.replace("\r", "").split("\n")
+    if not blank:
+        texts = [text for text in texts if text.strip(SOFT_BREAK)] or [" "]  # some ignore ""
+    for text in texts:
+        pieces = (split_text(part, room) for part in text.split(SOFT_BREAK))
+        for n, piece in enumerate(itertools.chain(*pieces)):
+            yield head + piece + behind, n > 0
 
 
 class IrcWire:
@@ -2785,6 +2978,7 @@ class IrcWire:
         self.timed = "server-time" in capabilities
         self.tagged = "message-tags" in capabilities
         self.accounts = "account-tag" in capabilities
+        self.multiline = {"draft/multiline", "batch"} <= capabilities
         self.without = {k for k, cap in NEEDS_CAPABILITY.items() if cap not in capabilities}
 
     def encode(self, audience: Any, events: list[Event]) -> list[bytes]:
@@ -2795,10 +2989,28 @@ class IrcWire:
             if e.kind is MESSAGE and e.text.isprintable():  # all that a storm is made of
                 line = f"{tags}:{e.source.mask} PRIVMSG {where or e.about} :{e.text}\r\n".encode()
             if line is None or len(line) - len(tags) > IRC_BYTES or not e.text:
-                head = tags.encode()
-                line = b"".join(head + irc_bytes(line) for line in self.lines(e, where))
+                line = b"".join(self.parts(e, where, tags))
             lines.append(line)
         return lines
+
+    def parts(self, event: Event, where: str, tags: str) -> Iterator[bytes]:
+        """The lines of one event; of a message that is several, the first has its id."""
+        lines = list(self.lines(event, where))
+        if self.multiline and len(lines) > 1:
+            yield from self.multiline_batch(event, where, tags)
+            return
+        for line in lines:
+            yield tags.encode() + irc_bytes(line)
+            tags = re.sub(MESSAGE_ID, "", tags, count=1)
+
+    def multiline_batch(self, event: Event, where: str, tags: str) -> Iterator[bytes]:
+        """A message of several lines as one, for who knows (draft/multiline)."""
+        source, name = f":{event.source.mask}", f"{event.id:x}"
+        yield f"{tags}{source} BATCH +{name} draft/multiline {where or event.about}\r\n".encode()
+        for line, goes_on in spoken_lines(event, where, blank=True):
+            concat = ";draft/multiline-concat" if goes_on else ""
+            yield f"@batch={name}{concat} ".encode() + irc_bytes(line)
+        yield f"{source} BATCH -{name}\r\n".encode()
 
     def tags(self, event: Event) -> str:
         """What stands before its line, with the space behind."""
@@ -2816,7 +3028,7 @@ class IrcWire:
     def lines(self, event: Event, where: str) -> Iterable[str]:
         """The lines of one event, without their ends."""
         if event.kind in SPOKEN:
-            return spoken_lines(event, where)
+            return [line for line, _ in spoken_lines(event, where)]
         if event.kind in self.without:
             return []
         text = event.text
@@ -2852,6 +3064,50 @@ class Labelled(NamedTuple):
     last_id: int  # ... is this one
 
 
+CONCAT = "draft/multiline-concat"
+
+
+class Collected:
+    """A message of several lines that has been begun (draft/multiline)."""
+
+    def __init__(self, reference: str, target: str, label: str, tags: str):
+        self.reference, self.target, self.label, self.tags = reference, target, label, tags
+        self.verb = ""
+        self.text = ""
+        self.lines = 0
+
+    def add(self, message: Message) -> None:
+        """One more line. Raises Refused."""
+        verb, (target, *texts), tags = message
+        text, goes_on = "".join(texts[:1]), CONCAT in tags
+        if tags["batch"] != self.reference or fold(target) != fold(self.target):
+            raise Refused("MULTILINE_INVALID", "this line belongs to another message")
+        if verb not in ("PRIVMSG", "NOTICE") or self.verb not in ("", verb):
+            raise Refused("MULTILINE_INVALID", "a message is all PRIVMSG, or all NOTICE")
+        if goes_on and not text:
+            raise Refused("MULTILINE_INVALID", "nothing cannot go on with a line")
+        between = "" if not self.lines else SOFT_BREAK if goes_on else "\n"
+        self.verb, self.text, self.lines = verb, self.text + between + text, self.lines + 1
+        if len(self.text.encode()) > LINE_BYTES:
+            text = "the message is too long; nobody got it"
+            raise Refused("MULTILINE_MAX_BYTES", text, str(LINE_BYTES))
+        if self.lines > MESSAGE_LINES:
+            text = "the message has too many lines; nobody got it"
+            raise Refused("MULTILINE_MAX_LINES", text, str(MESSAGE_LINES))
+
+
+def collect(session: "IrcSession", message: Message) -> None:
+    """A line of a batch that the client has begun. A bad one ends the whole message."""
+    session.message = message._replace(verb="BATCH")  # what a refusal is about
+    if session.collected is None:
+        raise Refused("MULTILINE_INVALID", "there is no such batch")
+    try:
+        session.collected.add(message if message.params else message._replace(params=[""]))
+    except Refused:
+        session.collected = None
+        raise
+
+
 class IrcSession(Session):
     """Somebody with an IRC client."""
 
@@ -2859,6 +3115,7 @@ class IrcSession(Session):
         "account",
         "asked",
         "batch",
+        "collected",
         "exchange",
         "labelled",
         "message",
@@ -2884,6 +3141,7 @@ class IrcSession(Session):
         self.batch = ""  # that a long answer is in
         self.account = ""  # logged in to, before there is a user
         self.exchange: Exchange | None = None  # of SASL, going on
+        self.collected: Collected | None = None  # a message of several lines, as it comes
         self.own_tags: dict[int, str] = {}  # of what this session did in this turn, by id
         self.wire = irc_wire(frozenset())
 
@@ -2947,6 +3205,14 @@ class IrcSession(Session):
         about = "".join(f"{as_param(one)} " for one in refusal.about)
         self.line(f"{number} {self.nick} {about}:{text}")
 
+    def read_on(self, name: str) -> None:
+        if "draft/read-marker" in self.wire.capabilities:
+            self.tell_marker(name)
+
+    def tell_marker(self, name: str) -> None:
+        when = self.site.hub.markers.of(self.user, fold(name))
+        self.line(f"MARKREAD {name} {f'timestamp={tag_time(when)}' if when else '*'}")
+
     def spotted(self, source: Source, online: bool) -> None:
         if online:
             self.reply(RPL_MONONLINE, source.mask)
@@ -2956,7 +3222,9 @@ class IrcSession(Session):
     def receive(self, line: bytes) -> None:
         try:
             self.message = message = self.parse(line)
-            if message.verb:
+            if "batch" in message.tags:
+                collect(self, message)
+            elif message.verb:
                 if message.tags and "labeled-response" in self.wire.capabilities:
                     self.begin_answer(message.tags.get("label", ""))
                 irc_command.run(self, message.verb, lambda most: message.params[:most])
@@ -3062,6 +3330,8 @@ def isupport(site: Site) -> list[str]:
     return [
         f"AWAYLEN={REASON_BYTES}",
         "BOT=B",
+        f"CHATHISTORY={HISTORY_LINES_MOST}",
+        "MSGREFTYPES=msgid,timestamp",
         "CASEMAPPING=ascii",
         f"CHANLIMIT=#:{CHANNELS_A_USER}",
         f"CHANMODES={MASK_LISTS},k,l,{flags}",
@@ -3157,6 +3427,8 @@ def tell_channel(session: IrcSession, channel: Channel) -> None:
     """What somebody is told who has come into it."""
     if channel.topic:
         tell_topic_irc(session, channel)
+    if "draft/read-marker" in session.wire.capabilities:
+        session.tell_marker(channel.name)
     tell_names_irc(session, channel)
     session.reply(RPL_ENDOFNAMES, channel.name)
 
@@ -3321,13 +3593,11 @@ def irc_cap(session: IrcSession, subcommand: str, text: str = "") -> None:
 
 def log_in(session: IrcSession, account: str) -> None:
     """Somebody has proved to own it."""
-    if session.user:
-        session.site.hub.log_in(session, account)
-        source = session.user.source
-    else:
-        session.account = account
-        source = source_of(session.nick, "*:0", session.username or "*")
+    user, session.account = session.user, account
+    source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
     session.reply(RPL_LOGGEDIN, source.mask, account, account)
+    if user:
+        session.site.hub.log_in(session, account)
 
 
 def irc_host(session: IrcSession) -> str:
@@ -3532,6 +3802,31 @@ def irc_tagmsg(session: IrcSession, targets: str = "") -> None:
             targets,
             lambda name: hub.say(session, hub.find_audience(session, name), "", TAGS, tags),
         )
+
+
+@irc_command("BATCH", 1, 3)
+def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str = "") -> None:
+    """BATCH +<reference> draft/multiline <target> | -<reference> -- say several lines as one"""
+    sign, reference = reference[:1], reference[1:]
+    if sign == "+":
+        if kind != "draft/multiline" or not target:
+            raise Refused("UNKNOWN_TYPE", "only messages of several lines come so", reference)
+        label = session.message.tags.get("label", "")
+        session.collected = Collected(reference, target, label, client_tags(session))
+        session.labelled = None  # the answer comes at its end
+        return
+    done, session.collected = session.collected, None
+    if done is None or done.reference != reference or sign != "-":
+        raise Refused("INVALID_REFTAG", "there is no such batch", reference)
+    if not done.text.strip("\n"):
+        raise Refused("MULTILINE_INVALID", "there is nothing to say")
+    if done.label and "labeled-response" in session.wire.capabilities:
+        session.begin_answer(done.label)
+    hub, kind = session.site.hub, MESSAGE if done.verb == "PRIVMSG" else NOTICE
+    audience = hub.find_audience(session, done.target)
+    hub.say(session, audience, done.text, kind, done.tags)
+    if isinstance(audience, Conversation) and kind is MESSAGE:
+        tell_away(session, audience.partner(session.user))
 
 
 @irc_command("AWAY", most=1)
@@ -3740,6 +4035,186 @@ def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) ->
     changes = [c for c in changes if c.value or c.letter not in MASK_LISTS]
     for refusal in session.site.hub.change_modes(session, channel, changes):
         session.refuse(refusal)
+
+
+# History
+
+
+class Past(NamedTuple):
+    """What a channel or talk is called, for what was said there."""
+
+    name: str
+
+
+def invalid_target(subcommand: str, name: str) -> Refused:
+    text = "there is nothing of it that you may read"
+    return Refused("INVALID_TARGET", text, subcommand, name)
+
+
+def readable(session: IrcSession, name: str, about: str) -> Channel | Conversation | None:
+    """What a name means, if this user may read it; None for a name that nobody has."""
+    hub, user = session.site.hub, session.user
+    if name.startswith("#"):
+        channel = hub.channels.get(fold(name))
+        if channel is None or user not in channel.members:
+            raise invalid_target(about, name)
+        return channel
+    other = hub.users.get(fold(name))
+    return conversation(user, other) if other else None
+
+
+def parse_time(text: str) -> int:
+    """Milliseconds since 1970. Raises Refused."""
+    try:
+        moment = datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ")
+        return int(moment.replace(tzinfo=datetime.UTC).timestamp() * 1000 + 0.5)
+    except (ValueError, OverflowError):
+        raise Refused("INVALID_PARAMS", "a time looks like 2026-11-22T08:30:05.123Z") from None
+
+
+def parse_id(text: str) -> int:
+    """Of an event, as message-tags have it. Raises ValueError."""
+    if len(text) > ID_DIGITS:
+        raise ValueError(text)
+    return int(text, 16)
+
+
+def parse_mark(text: str) -> Mark:
+    """timestamp=2026-11-22T08:30:05.123Z, or msgid=ID. Raises Refused."""
+    kind, _, value = text.partition("=")
+    if kind == "timestamp":
+        return Mark(time=parse_time(value))
+    if kind != "msgid":
+        raise Refused("INVALID_MSGREFTYPE", "a selector is *, msgid=... or timestamp=...")
+    try:
+        return Mark(parse_id(value))
+    except ValueError:
+        raise Refused("INVALID_PARAMS", "that is no msgid of this server") from None
+
+
+def in_batch(session: IrcSession, kind: str, lines: Iterable[bytes]) -> None:
+    """Several lines as one, for who knows batches. One that is a batch itself is marked at
+    its beginning only."""
+    if "batch" not in session.wire.capabilities:
+        for line in lines:
+            session.send(line)
+        return
+    reference = session.site.hub.new_reference()
+    session.send(session.batch_line(f"+{reference} {kind}"))
+    for line in lines:
+        for n, part in enumerate(line.splitlines(keepends=True)):
+            inner = n and (part.startswith(b"@batch=") or b" BATCH -" in part[:IRC_BYTES])
+            session.send(part if inner else add_tag(part, f"batch={reference}"))
+    session.send(session.batch_line(f"-{reference}"))
+
+
+def tell_targets(session: IrcSession, one: int, other: int, count: int) -> None:
+    """Where something was said last between two times, the oldest of them first."""
+    first, last, user = min(one, other), max(one, other), session.user
+    names = {channel.key: channel.name for channel in user.channels}
+
+    def tell(found: list[tuple[str, Event]]) -> None:
+        latest = sorted((e.time, names.get(key) or partner(e)) for key, e in found)
+        within = [(when, name) for when, name in latest if first < when < last]
+        lines = (
+            irc_bytes(f":{session.site.name} CHATHISTORY TARGETS {name} {tag_time(when)}")
+            for when, name in within[:count]
+        )
+        in_batch(session, "draft/chathistory-targets", lines)
+
+    def partner(event: Event) -> str:
+        return event.about if event.source.identity == user.identity else event.source.name
+
+    session.read(functools.partial(session.site.store.newest, list(names), user.identity), tell)
+
+
+def play(session: IrcSession, name: str, events: list[Event]) -> None:
+    """What was said, in a batch for who knows them."""
+    past = Past(name if name.startswith("#") else "")
+    lines = (line for line in session.wire.encode(past, events) if line)
+    in_batch(session, f"chathistory {name}", lines)
+
+
+def history_job(store: Any, how: str, span: Span, marks: list[str], count: int) -> Callable:
+    """What a helper has to do for CHATHISTORY."""
+    first = None if how == "LATEST" and marks[0] == "*" else parse_mark(marks[0])
+    if how == "AROUND":
+        return functools.partial(store.around, span, first, count)
+    newest = how in ("BEFORE", "LATEST")
+    after, before = (None, first) if how == "BEFORE" else (first, None)
+    if how == "BETWEEN":
+        second = parse_mark(marks[1])
+        newest = (second.time, second.id or 0) < (first.time, first.id or 0)
+        after, before = (second, first) if newest else (first, second)
+    return functools.partial(store.page, span._replace(after=after, before=before), count, newest)
+
+
+CHATHISTORY_MARKS = {"BEFORE": 1, "AFTER": 1, "LATEST": 1, "AROUND": 1, "BETWEEN": 2, "TARGETS": 1}
+
+
+@irc_command("CHATHISTORY", 4, 5)
+def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> None:
+    """CHATHISTORY <how> <target> <selector> [<selector>] <limit> -- what was said: BEFORE,
+    AFTER, LATEST, AROUND, BETWEEN or TARGETS; selectors are *, timestamp=... and msgid=..."""
+    how, user = how.upper(), session.user
+    *marks, limit = params
+    count = whole_number(limit)
+    needed = CHATHISTORY_MARKS.get(how)
+    if needed is None or len(marks) != needed or not count:
+        raise Refused("INVALID_PARAMS", "see HELP CHATHISTORY", how)
+    count = min(count, HISTORY_LINES_MOST)
+    if how == "TARGETS":
+        return tell_targets(
+            session, *(parse_time(t.removeprefix("timestamp=")) for t in (name, marks[0])), count
+        )
+    audience = readable(session, name, how)
+    place = place_of(user, audience) if audience else Place("", user.identity, fold(name))
+    kinds = PLAYED if "draft/event-playback" in session.wire.capabilities else SPOKEN
+    job = history_job(session.site.store, how, Span(place, kinds), marks, count)
+    shown = audience.name if isinstance(audience, Channel) else name
+    session.read(job, lambda events: play(session, shown, events))
+
+
+@irc_command("MARKREAD", most=2)
+def irc_markread(session: IrcSession, name: str = "", when: str = "") -> None:
+    """MARKREAD <target> [timestamp=<time>] -- how far you have read it, on any device"""
+    if not name:
+        return session.fail("MARKREAD", "NEED_MORE_PARAMS", "of what?")
+    if when:
+        if not when.startswith("timestamp="):
+            raise Refused("INVALID_PARAMS", "a marker is timestamp=...", name)
+        stamp, hub = parse_mark(when).time, session.site.hub
+        if hub.markers.move(session.user, fold(name), stamp, hub.turn):
+            others = (other for other in session.user.sessions if other is not session)
+            for other in others:
+                other.read_on(name)
+    session.tell_marker(name)
+
+
+@irc_command("REDACT", 2, 3)
+def irc_redact(session: IrcSession, name: str, message_id: str, reason: str = "") -> None:
+    """REDACT <target> <message id> [<reason>] -- take back what was said"""
+    try:
+        audience = readable(session, name, name)
+        number = parse_id(message_id)
+    except Refused:
+        audience, number = None, 0
+    except ValueError:
+        number = 0
+    if audience is None:
+        raise Refused("INVALID_TARGET", "there is nothing of it that you may read", name)
+
+    def take_back(event: Event | None) -> None:
+        if event is None:
+            raise Refused("UNKNOWN_MSGID", "there is no such message", name, message_id)
+        try:
+            redact(session, audience, event, cut(reason, REASON_BYTES))
+        except Refused as refusal:
+            text = str(refusal)
+            raise Refused("REDACT_FORBIDDEN", text, name, message_id) from None
+
+    place = place_of(session.user, audience)
+    session.read(functools.partial(session.site.store.find, place, number), take_back)
 
 
 # Looking around
@@ -4121,7 +4596,7 @@ def irc_wallops(session: IrcSession, text: str) -> None:
     """WALLOPS <text> -- tell everybody who wants to hear operators (user mode w)"""
     if not text:
         raise Refused("NO_TEXT", "there is nothing to say")
-    session.site.hub.tell_all(session, text)
+    tell_all(session, text)
 
 
 @irc_command("REHASH", privileged=True)
@@ -4168,6 +4643,7 @@ LINE_SHAPES = {  # kind -> does the channel stand before it?, and the line itsel
     INVITE: (False, "* {name} invites you to {text}; /join {text}"),
     AWAY: (False, "* {name} is away: {text}"),
     WALLOPS: (False, "* {name} tells all operators: {text}"),
+    REDACT: (False, "* {name} took back a message in {where}"),
 }
 LINE_BACK = (False, "* {name} is back")
 LINE_CTCP = (True, "* {name} sends a CTCP that only programs understand: {text}")
@@ -4191,7 +4667,7 @@ def line_shape(event: Event) -> tuple[bool, str]:
 
 def line_texts(event: Event, prefix: str, where: str = "") -> list[str]:
     """The lines of one event, without their ends. A message of several lines is several."""
-    if event.kind == REALNAME:  # nothing that anybody sees
+    if event.kind not in LINE_SHAPES:  # nothing that anybody sees
         return []
     prefixed, shape = line_shape(event)
     known = {**event.source._asdict(), "where": where, "about": event.about}
@@ -4282,7 +4758,7 @@ class LineSession(Session):
         if line == TOO_LONG:
             raise Refused("TOO_LONG", f"a line has at most {LINE_BYTES} bytes; nobody got it")
         try:
-            return line.decode()
+            return line.decode().replace(SOFT_BREAK, "")
         except UnicodeDecodeError:
             raise Refused("NOT_UTF8", "that line is not UTF-8 text; nobody got it") from None
 
@@ -4544,7 +5020,7 @@ def line_history(session: LineSession, *params: str) -> None:
     else:
         audience = named_channel(session, names[0] if names else "")
         audience.member(session.user)
-    (key,) = audience.keys
+    place = place_of(session.user, audience)
     prefix = line_prefix(audience)
 
     def show(events: list[Event]) -> None:
@@ -4554,7 +5030,7 @@ def line_history(session: LineSession, *params: str) -> None:
                 session.tell(f"{when} {text}")
         session.tell(f"that was {counted(len(events), 'message')}")
 
-    session.read(functools.partial(session.site.store.page, key, count), show)
+    session.read(functools.partial(session.site.store.page, Span(place), count), show)
 
 
 @line_command("lines", 1)
@@ -5786,6 +6262,8 @@ class Server:
         self.hub = Hub(self.store.last_id, self.store.last_time)
         self.hub.begin(time.time())
         self.hub.accounts = Accounts(self.store.accounts())
+        for owner, target, when in self.store.markers():
+            self.hub.markers.setdefault(owner, {})[target] = when
         operators = {n: make_verifier(word, rounds=OPERATOR_ROUNDS) for n, word in options.oper}
         self.site = Site(
             self.hub,

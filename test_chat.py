@@ -938,7 +938,7 @@ alice> CAP END
 === CAP: no negotiation, no names, until it is over
 +erin
 erin> CAP LS 302
-erin< CAP * LS :account-notify account-tag draft/account-registration sasl=PLAIN,SCRAM-SHA-256 away-notify batch cap-notify chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags multi-prefix server-time setname standard-replies userhost-in-names
+erin< CAP * LS :account-notify account-tag draft/account-registration draft/chathistory draft/event-playback draft/message-redaction draft/multiline=max-bytes=16384,max-lines=200 draft/read-marker sasl=PLAIN,SCRAM-SHA-256 away-notify batch cap-notify chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags multi-prefix server-time setname standard-replies userhost-in-names
 erin> NICK erin
 erin> USER erin 0 * :Erin
 erin> CAP REQ :multi-prefix setname
@@ -957,7 +957,7 @@ erin> CAP
 erin< 461 erin CAP :it goes like this: CAP LS|LIST|REQ|END [<capabilities>]
 === CAP: is heard also later, and counts from the next line on
 alice> CAP LS
-alice< CAP alice LS :account-notify account-tag draft/account-registration sasl away-notify batch cap-notify chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags multi-prefix server-time setname standard-replies userhost-in-names
+alice< CAP alice LS :account-notify account-tag draft/account-registration draft/chathistory draft/event-playback draft/message-redaction draft/multiline draft/read-marker sasl away-notify batch cap-notify chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags multi-prefix server-time setname standard-replies userhost-in-names
 alice> JOIN #a
 alice< :alice JOIN #a
 alice< 353 alice = #a :@alice
@@ -1862,7 +1862,7 @@ alice< 402 alice elsewhere :there is no such server; this one stands alone
 === HELP: is made from the handlers
 alice> HELP
 alice< 704 alice * :HELP <command> tells more about one of these:
-alice< 705 alice * :ADMIN AUTHENTICATE AWAY CAP CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON JOIN KICK KILL LINKS LIST LUSERS MODE MONITOR MOTD NAMES NICK NOTICE OPER PART PASS PING PONG PRIVMSG QUIT REGISTER REHASH RESTART SERVER SERVICE SERVLIST SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOPIC TRACE USER USERHOST USERS VERSION WALLOPS WHO WHOIS WHOWAS
+alice< 705 alice * :ADMIN AUTHENTICATE AWAY BATCH CAP CHATHISTORY CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON JOIN KICK KILL LINKS LIST LUSERS MARKREAD MODE MONITOR MOTD NAMES NICK NOTICE OPER PART PASS PING PONG PRIVMSG QUIT REDACT REGISTER REHASH RESTART SERVER SERVICE SERVLIST SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOPIC TRACE USER USERHOST USERS VERSION WALLOPS WHO WHOIS WHOWAS
 alice< 706 alice * :End of help
 alice> HELP JOIN
 alice< 704 alice JOIN :JOIN <channel>{,<channel>} [<key>{,<key>}]
@@ -2391,8 +2391,8 @@ carol> MONITOR + Bobby
 carol< 730 carol :Bobby
 bob> REGISTER * * password
 bob< REGISTER SUCCESS Bobby :Bobby is yours; log in with your password
-bob< @account=Bobby :Bobby ACCOUNT Bobby
 bob< 900 Bobby Bobby Bobby :You are now logged in as Bobby
+bob< @account=Bobby :Bobby ACCOUNT Bobby
 carol< :Bobby ACCOUNT Bobby
 +erin
 erin> NICK erin
@@ -2519,6 +2519,167 @@ phone< :bob PRIVMSG alicia :to the other
 bob> NAMES #a
 bob< 353 bob = #a :@alicia bob
 bob< 366 bob #a :End of NAMES
+=== CHATHISTORY: pages of what was said, for members
++#a alice bob
+alice> PRIVMSG #a :one
+bob< :alice PRIVMSG #a :one
+bob> PRIVMSG #a :two
+alice< :bob PRIVMSG #a :two
+alice> TOPIC #a :not said
+alice< :alice TOPIC #a :not said
+bob< :alice TOPIC #a :not said
+alice> @+draft/x=1 PRIVMSG #a :three
+bob< :alice PRIVMSG #a :three
+alice> CHATHISTORY LATEST #a * 2
+alice< :bob PRIVMSG #a :two
+alice< :alice PRIVMSG #a :three
+alice> CAP REQ :batch message-tags server-time
+alice< @time=1970-01-12T13:46:51.000Z :chat.py CAP alice ACK :batch message-tags server-time
+alice> CHATHISTORY LATEST #A * 10
+alice< BATCH +ID chathistory #a
+alice< @batch=ID;time=1970-01-12T13:46:45.000Z;msgid=ID :alice PRIVMSG #a :one
+alice< @batch=ID;time=1970-01-12T13:46:46.000Z;msgid=ID :bob PRIVMSG #a :two
+alice< @batch=ID;time=1970-01-12T13:46:48.000Z;msgid=ID :alice PRIVMSG #a :three
+alice< BATCH -ID
+alice> CHATHISTORY BEFORE #a timestamp=1970-01-12T13:46:46.000Z 10
+alice< BATCH +ID chathistory #a
+alice< @batch=ID;time=1970-01-12T13:46:45.000Z;msgid=ID :alice PRIVMSG #a :one
+alice< BATCH -ID
+alice> CHATHISTORY AFTER #a timestamp=1970-01-12T13:46:46.000Z 1
+alice< BATCH +ID chathistory #a
+alice< @batch=ID;time=1970-01-12T13:46:48.000Z;msgid=ID :alice PRIVMSG #a :three
+alice< BATCH -ID
+alice> CHATHISTORY BETWEEN #a timestamp=1970-01-12T13:46:44.000Z timestamp=1970-01-12T14:00:00.000Z 2
+alice< BATCH +ID chathistory #a
+alice< @batch=ID;time=1970-01-12T13:46:45.000Z;msgid=ID :alice PRIVMSG #a :one
+alice< @batch=ID;time=1970-01-12T13:46:46.000Z;msgid=ID :bob PRIVMSG #a :two
+alice< BATCH -ID
+alice> CHATHISTORY BETWEEN #a timestamp=1970-01-12T14:00:00.000Z timestamp=1970-01-12T13:46:44.000Z 2
+alice< BATCH +ID chathistory #a
+alice< @batch=ID;time=1970-01-12T13:46:46.000Z;msgid=ID :bob PRIVMSG #a :two
+alice< @batch=ID;time=1970-01-12T13:46:48.000Z;msgid=ID :alice PRIVMSG #a :three
+alice< BATCH -ID
+alice> CHATHISTORY AROUND #a timestamp=1970-01-12T13:46:46.000Z 3
+alice< BATCH +ID chathistory #a
+alice< @batch=ID;time=1970-01-12T13:46:45.000Z;msgid=ID :alice PRIVMSG #a :one
+alice< @batch=ID;time=1970-01-12T13:46:46.000Z;msgid=ID :bob PRIVMSG #a :two
+alice< @batch=ID;time=1970-01-12T13:46:48.000Z;msgid=ID :alice PRIVMSG #a :three
+alice< BATCH -ID
+alice> CAP REQ :draft/event-playback
+alice< @time=1970-01-12T13:47:04.000Z :chat.py CAP alice ACK :draft/event-playback
+alice> CHATHISTORY LATEST #a * 3
+alice< BATCH +ID chathistory #a
+alice< @batch=ID;time=1970-01-12T13:46:46.000Z;msgid=ID :bob PRIVMSG #a :two
+alice< @batch=ID;time=1970-01-12T13:46:47.000Z;msgid=ID :alice TOPIC #a :not said
+alice< @batch=ID;time=1970-01-12T13:46:48.000Z;msgid=ID :alice PRIVMSG #a :three
+alice< BATCH -ID
+alice> CHATHISTORY TARGETS timestamp=1970-01-01T00:00:00.000Z timestamp=2000-01-01T00:00:00.000Z 5
+alice< BATCH +ID draft/chathistory-targets
+alice< @batch=ID :chat.py CHATHISTORY TARGETS #a 1970-01-12T13:46:48.000Z
+alice< BATCH -ID
+carol> CHATHISTORY LATEST #a * 2
+carol< FAIL CHATHISTORY INVALID_TARGET LATEST #a :there is nothing of it that you may read
+carol> CHATHISTORY LATEST #none * 2
+carol< FAIL CHATHISTORY INVALID_TARGET LATEST #none :there is nothing of it that you may read
+carol> CHATHISTORY LATEST nobody * 2
+carol> CHATHISTORY LATEST nobody * x
+carol< FAIL CHATHISTORY INVALID_PARAMS LATEST :see HELP CHATHISTORY
+carol> CHATHISTORY LATEST nobody msgid=zz 2
+carol< FAIL CHATHISTORY INVALID_PARAMS :that is no msgid of this server
+carol> CHATHISTORY LATEST nobody xyz 2
+carol< FAIL CHATHISTORY INVALID_MSGREFTYPE :a selector is *, msgid=... or timestamp=...
+carol> CHATHISTORY BEFORE nobody timestamp=yesterday 2
+carol< FAIL CHATHISTORY INVALID_PARAMS :a time looks like 2026-11-22T08:30:05.123Z
+carol> CHATHISTORY FOO nobody * 2
+carol< FAIL CHATHISTORY INVALID_PARAMS FOO :see HELP CHATHISTORY
+carol> CHATHISTORY LATEST
+carol< 461 carol CHATHISTORY :it goes like this: CHATHISTORY <how> <target> <selector> [<selector>] <limit>
+=== MARKREAD: how far somebody has read
+alice> CAP REQ draft/read-marker
+alice< CAP alice ACK :draft/read-marker
+alice> JOIN #a
+alice< :alice JOIN #a
+alice< MARKREAD #a *
+alice< 353 alice = #a :@alice
+alice< 366 alice #a :End of NAMES
+alice> MARKREAD #a
+alice< MARKREAD #a *
+alice> MARKREAD #a timestamp=2026-11-22T08:30:05.123Z
+alice< MARKREAD #a timestamp=2026-11-22T08:30:05.123Z
+alice> MARKREAD #a timestamp=2025-11-22T08:30:05.123Z
+alice< MARKREAD #a timestamp=2026-11-22T08:30:05.123Z
+alice> MARKREAD bob
+alice< MARKREAD bob *
+alice> MARKREAD #a *
+alice< FAIL MARKREAD INVALID_PARAMS #a :a marker is timestamp=...
+alice> MARKREAD #a timestamp=soon
+alice< FAIL MARKREAD INVALID_PARAMS :a time looks like 2026-11-22T08:30:05.123Z
+alice> MARKREAD
+alice< FAIL MARKREAD NEED_MORE_PARAMS :of what?
+bob> MARKREAD #a
+bob< MARKREAD #a *
+=== REDACT: in any wrong way
++#a alice bob
+alice> REDACT #a zz
+alice< FAIL REDACT UNKNOWN_MSGID #a zz :there is no such message
+alice> REDACT #a 12ab
+alice< FAIL REDACT UNKNOWN_MSGID #a 12ab :there is no such message
+alice> REDACT #none 12ab
+alice< FAIL REDACT INVALID_TARGET #none :there is nothing of it that you may read
+alice> REDACT nobody 12ab
+alice< FAIL REDACT INVALID_TARGET nobody :there is nothing of it that you may read
+alice> REDACT #a
+alice< 461 alice REDACT :it goes like this: REDACT <target> <message id> [<reason>]
+carol> REDACT #a 12ab
+carol< FAIL REDACT INVALID_TARGET #a :there is nothing of it that you may read
+=== BATCH: several lines are one message, where that is known
++#m alice bob carol
+alice> CAP REQ :batch draft/multiline message-tags labeled-response echo-message
+alice< CAP alice ACK :batch draft/multiline message-tags labeled-response echo-message
+bob> CAP REQ :batch draft/multiline
+bob< CAP bob ACK :batch draft/multiline
+carol> CAP REQ :message-tags
+carol< CAP carol ACK :message-tags
+alice> @label=7;+x=y BATCH +1 draft/multiline #m
+alice> @batch=1 PRIVMSG #m :hello
+alice> @batch=1 PRIVMSG #m :
+alice> @batch=1 PRIVMSG #m :to all
+alice> @batch=1;draft/multiline-concat PRIVMSG #m :of you
+alice> BATCH -1
+alice< @label=7;msgid=ID;+x=y :alice BATCH +ID draft/multiline #m
+alice< @batch=ID :alice PRIVMSG #m :hello
+alice< @batch=ID :alice PRIVMSG #m :
+alice< @batch=ID :alice PRIVMSG #m :to all
+alice< @batch=ID;draft/multiline-concat :alice PRIVMSG #m :of you
+alice< :alice BATCH -ID
+bob< :alice BATCH +ID draft/multiline #m
+bob< @batch=ID :alice PRIVMSG #m :hello
+bob< @batch=ID :alice PRIVMSG #m :
+bob< @batch=ID :alice PRIVMSG #m :to all
+bob< @batch=ID;draft/multiline-concat :alice PRIVMSG #m :of you
+bob< :alice BATCH -ID
+carol< @msgid=ID;+x=y :alice PRIVMSG #m :hello
+carol< @+x=y :alice PRIVMSG #m :to all
+carol< @+x=y :alice PRIVMSG #m :of you
+alice> BATCH +2 draft/multiline #m
+alice> @batch=1 PRIVMSG #m :wrong
+alice< FAIL BATCH MULTILINE_INVALID :this line belongs to another message
+alice> BATCH -2
+alice< FAIL BATCH INVALID_REFTAG 2 :there is no such batch
+alice> BATCH +3 foo #m
+alice< FAIL BATCH UNKNOWN_TYPE 3 :only messages of several lines come so
+alice> BATCH +4 draft/multiline #m
+alice> @batch=4 NOTICE #m :x
+alice> @batch=4 PRIVMSG #m :x
+alice< FAIL BATCH MULTILINE_INVALID :a message is all PRIVMSG, or all NOTICE
+alice> @batch=4 PRIVMSG #m :x
+alice< FAIL BATCH MULTILINE_INVALID :there is no such batch
+alice> BATCH +5 draft/multiline nobody
+alice> @batch=5 PRIVMSG nobody :x
+alice> BATCH -5
+alice< 401 alice nobody :nobody here is called nobody
+alice> BATCH
+alice< 461 alice BATCH :it goes like this: BATCH +<reference> draft/multiline <target> | -<reference>
 """  # noqa: E501 -- lines as they are on the wire
 
 
@@ -3231,18 +3392,18 @@ def folder(tmp_path):
 
 
 def texts(store, key, count=100):
-    return [event.text for event in store.page(key, count)]
+    return [event.text for event in store.page(chat.Span(chat.Place(key)), count)]
 
 
 def test_history_outlives_the_server_and_ids_and_times_go_on(folder):
     house = House(store=chat.Store(folder / "chat.db"))
     house.enter("alice")
-    house.say("alice", "one", "/lines 2", "two", "three", "gr\u00fc\u00df \U0001f600\0")
+    house.say("alice", "one", "/lines 2", "two", "three", "gr\u00fc\u00df \U0001f600")
     last_id, last_time = house.hub.last_id, house.hub.channels[chat.LOBBY].last_time
     house.turn()
     house.store.close()
     again = chat.Store(folder / "chat.db")
-    assert texts(again, chat.LOBBY) == ["one", "two\nthree", "gr\u00fc\u00df \U0001f600\0"]
+    assert texts(again, chat.LOBBY) == ["one", "two\nthree", "gr\u00fc\u00df \U0001f600"]
     hub = chat.Hub(again.last_id, again.last_time)
     hub.begin(0.0)  # the clock was set back meanwhile
     assert (hub.last_id, hub.last_time) == (last_id, last_time)
