@@ -76,10 +76,12 @@ import random
 import re
 import secrets
 import selectors
+import shlex
 import signal
 import socket
 import sqlite3
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -124,6 +126,10 @@ WATCHED = 100  # names that one session monitors
 FORMER_USERS = 1000  # remembered for WHOWAS
 FITS_ALWAYS = 300  # bytes that fit in a line of IRC behind the longest mask and channel
 LABEL_BYTES = 64  # of a label (IRCv3 labeled-response)
+METADATA_KEYS = 20  # that a user or a channel may have
+METADATA_SUBS = 50  # that one session may want to hear of
+METADATA_BYTES = 300  # of a value
+METADATA_KEY_BYTES = 64
 MARKERS = 1000  # of one user: how far each channel and talk has been read
 TARGETS = 20  # of one PRIVMSG
 LIST_TARGETS = 10  # names, masks and conditions of one LIST
@@ -140,6 +146,8 @@ SASL_BYTES = 4 * SASL_CHUNK  # in all
 LOGIN_TRIES = 5  # failures from one address at one account ...
 LOGIN_WAIT_SECONDS = 60  # ... before it has to wait
 LOGIN_FAILURES_KEPT = 10_000
+PENDING_ACCOUNTS = 1000  # that wait for a code sent by mail
+MAIL_SECONDS = 30  # for --sendmail to take one
 GRACE_SECONDS = 60.0  # who is logged in and loses the line is still here for so long
 
 READ_BYTES = 64 * 1024  # taken from one connection in one turn
@@ -178,6 +186,7 @@ TALLY_SECONDS = 1.0  # between writing down how much history there is
 TARGETS_CACHED = 10_000  # row ids of channels and private talks kept at hand
 PRUNE_OVERDUE = 1.1  # times the limit: from here on pruning does not wait for an idle turn
 BUSY_SECONDS = 1.0  # a database busy for longer gets no more of the turn's events
+PASSWD_WAIT = 5000  # milliseconds that `chat.py passwd` waits for a busy server
 BUSY_RETRY_SECONDS = 0.005  # not noticed by a person, and not a busy loop either
 CHECKPOINT_SECONDS = 1.0  # the log stays small, and the next start quick
 WAL_RESTART_BYTES = 64 * 1024 * 1024  # PASSIVE checkpoints never reset it under unbroken load
@@ -217,6 +226,7 @@ SERVICE_KEY = SERVICE.lower()
 MESSAGE, ACTION, NOTICE = "message", "action", "notice"
 JOIN, PART, QUIT, NICK, TOPIC = "join", "part", "quit", "nick", "topic"
 KICK, MODE, PASSWORD = "kick", "mode", "password"  # PASSWORD: the mode k
+RENAME = "rename"  # of a channel: about is the name it had
 INVITE, INVITED, AWAY, WALLOPS = "invite", "invited", "away", "wallops"
 REALNAME, ACCOUNT = "realname", "account"
 TAGS = "tags"  # a message that has nothing but tags: somebody is typing, or likes another
@@ -224,7 +234,7 @@ REDACT = "redact"  # a message is taken back: the text is its id, and " :why"
 SOFT_BREAK = "\0"  # in a text: a client sent its line in two pieces here; nobody can type it
 SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
 PASSING = (  # for the moment, and not for history
-    *(INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, PASSWORD, REDACT),
+    *(INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, PASSWORD, REDACT, RENAME),
 )
 PLAYED = (*SPOKEN, TAGS, JOIN, PART, QUIT, KICK, NICK, MODE, TOPIC)  # all that history has
 
@@ -908,7 +918,9 @@ class Site(NamedTuple):
     store: Any
     later: Callable  # later(session, job, then): job() off the loop, then(its result) on it
     read: Callable  # read(session, job, then): the same for a job that reads the store
-    house: Any  # what runs it: motd, nameless(), note(text), rehash, stop, restart(session)
+    # What runs it: motd, nameless(), miss(user), note(text), refresh(), mail(address, name,
+    # code) for off the loop, rehash(session), restart(session), stop()
+    house: Any
     password: str | None = None
     name: str = SERVER_NAME  # of this server, as a host
     network: str = SERVER_NAME
@@ -945,6 +957,7 @@ class User:
         "key",
         "last_time",
         "mask_key",
+        "metadata",
         "modes",
         "realname",
         "sessions",
@@ -962,6 +975,7 @@ class User:
         self.sessions: "list[Session]" = []
         self.channels: "dict[Channel, None]" = {}  # in the order of joining
         self.invitations: "dict[Channel, None]" = {}  # not yet used
+        self.metadata: dict[str, str] = {}  # what programs want to know of somebody
         self.since = self.spoke = now  # milliseconds since 1970
         self.last_time = 0
         self.called(source)
@@ -1131,6 +1145,7 @@ class Channel:
         "limit",
         "lists",
         "members",
+        "metadata",
         "name",
         "password",
         "private",
@@ -1153,6 +1168,7 @@ class Channel:
         self.limit: int | None = None
         self.password = ""  # IRC calls it the key
         self.private = False  # it was +i, +k or +s at some time
+        self.metadata: dict[str, str] = {}
         self.lists: dict[str, dict[str, Mask]] = {letter: {} for letter in MASK_LISTS}
         self.last_time = last_time
 
@@ -1600,6 +1616,12 @@ class Session:
     def read_on(self, name: str) -> None:
         """Another device of the same user has read this on."""
 
+    def place_renamed(self, old: str, channel: Channel, reason: str) -> None:
+        """A channel that this session's user is in has another name."""
+
+    def learns(self, name: str, key: str, value: str) -> None:
+        """Something about a user or channel has changed (metadata)."""
+
     def spotted(self, source: Source, online: bool) -> None:
         """Somebody whom this session watches for has come or gone."""
 
@@ -1672,10 +1694,11 @@ class Turn:
     those addressed in several ways get the same lines one by one, in the log's order.
     """
 
-    __slots__ = ("apart", "changed", "events", "left", "moved", "sealed", "writes")
+    __slots__ = ("apart", "changed", "events", "left", "moved", "renamed", "sealed", "writes")
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.renamed: list[tuple[str, str]] = []  # keys of channels, old and new
         self.sealed: list[str] = []  # keys whose history ends with this turn
         self.writes: list[tuple[str, tuple]] = []  # statements for the store, and their values
         self.apart: set[Session] = set()
@@ -1810,8 +1833,32 @@ class Accounts(dict[str, Account]):
     """Those there are, by key."""
 
     def __init__(self, known: Iterable[Account] = ()):
-        super().__init__((fold(account.name), account) for account in known)
+        super().__init__()
         self.throttle = Throttle()
+        self.pending: collections.OrderedDict[str, tuple[Account, str]]
+        self.pending = collections.OrderedDict()  # by key, with the code that was sent by mail
+        self.read(known)
+
+    def read(self, known: Iterable[Account]) -> None:
+        """All of them, anew."""
+        self.clear()
+        self.update((fold(account.name), account) for account in known)
+
+    def await_code(self, account: Account) -> str:
+        """Until the code comes back that is to be sent to its address."""
+        code = f"{secrets.randbelow(10**8):08}"
+        self.pending[fold(account.name)] = account, code
+        while len(self.pending) > PENDING_ACCOUNTS:
+            self.pending.popitem(last=False)
+        return code
+
+    def verified(self, name: str, code: str) -> Account:
+        """The account that this code was sent for. Raises Refused."""
+        account, expected = self.pending.get(fold(name), (None, ""))
+        if account is None or not hmac.compare_digest(code.encode(), expected.encode()):
+            raise Refused("INVALID_CODE", "that is not the code that was sent", name)
+        del self.pending[fold(name)]
+        return account
 
     def is_foreign(self, name: str, account: str) -> bool:
         """Whether a name belongs to another account, or to nobody ever."""
@@ -2205,6 +2252,42 @@ def redact(session: Session, audience: Any, event: Event, reason: str) -> None:
     hub.emit(REDACT, user.source, audience, text, audience.addressee(user), session)
 
 
+def rename_channel(session: Session, channel: Channel, name: str, reason: str) -> None:
+    """Another name for a channel, and for its history. The old one is free at once."""
+    hub, user = session.site.hub, session.user
+    channel.require(user, "o")
+    check_channel_name(name)
+    other, old = hub.channels.get(fold(name)), channel.name
+    if channel.key == LOBBY or fold(name) == LOBBY:
+        text = f"{LOBBY} stays what it is"
+        raise Refused("CANNOT_RENAME", text, old, name)
+    if other not in (None, channel):
+        raise Refused("CHANNEL_NAME_IN_USE", f"there is a {other.name} already", old, name)
+    del hub.channels[channel.key]
+    hub.turn.renamed.append((channel.key, fold(name)))
+    channel.name, channel.key, channel.keys = name, fold(name), (fold(name),)
+    hub.channels[channel.key] = channel
+    hub.emit(RENAME, user.source, scene(channel, user), reason, old, session)
+    for member in channel.members:
+        for other_session in member.sessions:
+            other_session.place_renamed(old, channel, reason)
+
+
+def set_metadata(session: Session, owner: User | Channel, key: str, value: str) -> None:
+    """ "" unsets it. Who wants to hear of this key is told, but for who did it."""
+    if value:
+        owner.metadata[key] = value
+    else:
+        owner.metadata.pop(key, None)
+    if isinstance(owner, Channel):
+        hearers = owner.listeners()
+    else:
+        hearers = session.site.hub.witnesses(owner).listeners() if session.user else ()
+    for other in itertools.chain(*(user.sessions for user in hearers)):
+        if other is not session:
+            other.learns(owner.name, key, value)
+
+
 def tell_all(session: Session, text: str) -> None:
     """To everybody who wants to hear of server operators (user mode w)."""
     hub = session.site.hub
@@ -2231,6 +2314,118 @@ def wrong_password(session: Session) -> None:
     session.refuse(Refused("WRONG_PASSWORD", text))
     if session.tries >= PASSWORD_TRIES:
         session.end("Too many wrong passwords")
+
+
+def identify(session: Session, name: str, password: str, done: Callable[[], None]) -> None:
+    """Log this session's user in to an account, if the password is right; then done()."""
+    hub, site = session.site.hub, session.site
+    site.house.refresh()
+    host = session.user.source.host
+    hub.accounts.throttle.check(host, name, hub.now)
+    account, verifier = hub.accounts.find(name)
+
+    def judge(fits: bool) -> None:
+        if not fits:
+            hub.accounts.throttle.failed(host, name, hub.now)
+            raise WRONG
+        hub.accounts.throttle.succeeded(host, name)
+        hub.log_in(session, account)
+        done()
+
+    session.later(functools.partial(verifier.fits, password), judge)
+
+
+def own_account(session: Session) -> str:
+    """That this session's user is logged in to. Raises Refused."""
+    if not session.user.account:
+        raise Refused("NOT_LOGGED_IN", "you are not logged in")
+    return session.user.account
+
+
+def check_password(password: str, name: str) -> None:
+    """Raise Refused unless it can protect an account."""
+    if len(password) < PASSWORD_LEAST:
+        text = f"a password has at least {PASSWORD_LEAST} characters"
+        raise Refused("WEAK_PASSWORD", text, name)
+
+
+def change_password(session: Session, old: str, new: str, done: Callable[[], None]) -> None:
+    """Of the account that one is logged in to."""
+    name, hub = own_account(session), session.site.hub
+    check_password(new, name)
+
+    def save(verifier: Verifier) -> None:
+        email = hub.accounts[fold(name)].email
+        hub.accounts.save(Account(name, verifier, email), hub.turn)
+        done()
+
+    def proved() -> None:
+        session.later(functools.partial(make_verifier, new), save)
+
+    identify(session, name, old, proved)
+
+
+def drop_account(session: Session, password: str, done: Callable[[], None]) -> None:
+    """Give up the account that one is logged in to."""
+    name, hub = own_account(session), session.site.hub
+
+    def proved() -> None:
+        hub.accounts.drop(name, hub.turn)
+        for user in [user for user in hub.users.values() if user.account == name]:
+            user.changed(account="")
+            hub.emit(ACCOUNT, user.source, hub.witnesses(user))
+        done()
+
+    identify(session, name, password, proved)
+
+
+def check_new_account(session: Session, nick: str, wanted: str, password: str) -> str:
+    """The name that may be registered: one's own. Raises Refused."""
+    rules, hub = session.site.registration, session.site.hub
+    name = nick if fold(wanted) in ("*", fold(nick)) else wanted
+    if "off" in rules:
+        raise Refused("TEMPORARILY_UNAVAILABLE", "this server makes no accounts", name)
+    if session.user is None and "before-connect" not in rules:
+        raise Refused("COMPLETE_CONNECTION_REQUIRED", "come in first, then register", name)
+    if session.user and session.user.account:
+        raise Refused("ALREADY_AUTHENTICATED", "you are logged in already", name)
+    if not nick:
+        raise Refused("NEED_NICK", "take a name first", name)
+    if name != nick:
+        text = f"an account is called as you are: {nick}"
+        raise Refused("ACCOUNT_NAME_MUST_BE_NICK", text, name)
+    holder = hub.users.get(fold(name))
+    if hub.accounts.is_foreign(name, "") or holder not in (None, session.user):
+        raise Refused("ACCOUNT_EXISTS", f"{name} is somebody's already", name)
+    check_password(password, name)
+    return name
+
+
+def register_account(
+    session: Session,
+    nick: str,
+    wanted: str,
+    email: str,
+    password: str,
+    done: Callable[[str, bool], None],
+) -> None:
+    """Make a name an account; then done(name, whether its address is still to be verified)."""
+    name, site = check_new_account(session, nick, wanted, password), session.site
+    by_mail = "email-required" in site.registration
+    if by_mail and not re.fullmatch(r"[^@\s]+@[^@\s]+", email):
+        raise Refused("INVALID_EMAIL", "this server wants an address to write to", name)
+
+    def made(verifier: Verifier) -> None:
+        check_new_account(session, nick, wanted, password)  # somebody may have been quicker
+        account = Account(name, verifier, email if by_mail else "")
+        if not by_mail:
+            site.hub.accounts.save(account, site.hub.turn)
+            return done(name, False)
+        code = site.hub.accounts.await_code(account)
+        send = functools.partial(site.house.mail, email, name, code)
+        session.later(send, lambda _: done(name, True))
+
+    session.later(functools.partial(make_verifier, password), made)
 
 
 def become_operator(session: Session, name: str, password: str, done: Callable) -> None:
@@ -2448,6 +2643,7 @@ class Store:
         self.path = path
         self.keep = keep or (KEEP_EVENTS if path else KEEP_EVENTS_IN_MEMORY)
         self.db = open_database(path)
+        self.version = 0  # of the data, as seen last
         self.targets: dict[str, int] = {}  # id by key, of those written to lately
         self.counts: dict[int, int] = {}  # rows by target id, of the same
         self.unsure: list[str] = []  # keys of targets made in a transaction not yet committed
@@ -2470,17 +2666,12 @@ class Store:
         self.last_id, self.last_time = (value or 0 for value in row)
         self.orphans = {row[0] for row in self.db.execute("SELECT id FROM targets WHERE key > '~'")}
 
-    def commit(
-        self,
-        events: list[Event],
-        now: float,
-        sealed: Collection[str] = (),
-        writes: Collection[tuple[str, tuple]] = (),
-    ) -> str:
-        """One transaction for all of a turn's events: KEPT, BUSY (ask again) or LOST. Other
-        statements are run, and the history of the `sealed` keys is closed, after them."""
+    def commit(self, turn: Any, now: float) -> str:
+        """One transaction for all of a turn's events: KEPT, BUSY (ask again) or LOST.
+        Channels are renamed before them; other statements are run, and the history of the
+        `sealed` keys is closed, after them."""
         try:
-            self._write(events, now, sealed, writes)
+            self._write(turn, now)
         except sqlite3.Error as error:
             self._roll_back()
             if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
@@ -2493,27 +2684,23 @@ class Store:
         self.trouble = ""
         return KEPT
 
-    def _write(
-        self,
-        events: list[Event],
-        now: float,
-        sealed: Collection[str],
-        writes: Collection[tuple[str, tuple]],
-    ) -> None:
+    def _write(self, turn: Any, now: float) -> None:
         self.db.execute("BEGIN IMMEDIATE")
+        for old, new in turn.renamed:
+            self._rename(old, new)
         rows = [
             (
                 *(self.targets.get(key) or self._target(key, audience), id, when, kind),
                 *(who.name, who.address, text, who.username, about, who.identity, tags),
             )
-            for id, when, kind, who, audience, text, about, _, tags in events
+            for id, when, kind, who, audience, text, about, _, tags in turn.events
             if kind not in PASSING
             for key in audience.keys
         ]
         self.db.executemany(f"INSERT INTO events VALUES ({', '.join('?' * 11)})", rows)
-        for statement, values in writes:
+        for statement, values in turn.writes:
             self.db.execute(statement, values)
-        for key in sealed:
+        for key in turn.sealed:
             self._seal(key)
         due = now >= self.tally_due  # not every turn: it is a second page to write
         if due:
@@ -2526,6 +2713,14 @@ class Store:
         if due and len(self.targets) > TARGETS_CACHED:
             self.targets.clear()
             self.counts.clear()
+
+    def _rename(self, old: str, new: str) -> None:
+        """The history of a channel goes with it. What another one left there is sealed."""
+        if old != new:
+            self._seal(new)
+            self.db.execute("UPDATE targets SET key = ? WHERE key = ?", [new, old])
+            if (target := self.targets.pop(old, None)) is not None:
+                self.targets[new] = target
 
     def _seal(self, key: str) -> None:
         """What was said there is nobody's to read any more; the next start deletes it. What
@@ -2568,6 +2763,12 @@ class Store:
         for key in self.unsure:  # never written after all
             self.counts.pop(self.targets.pop(key, 0), None)
         self.unsure.clear()
+
+    def changed_elsewhere(self) -> bool:
+        """Whether somebody else has written to the database since this was asked last."""
+        version = self.db.execute("PRAGMA data_version").fetchone()[0]
+        before, self.version = self.version, version
+        return version != before
 
     def accounts(self) -> Iterator[Account]:
         query = "SELECT name, salt, rounds, stored_key, server_key, email FROM accounts"
@@ -2767,6 +2968,12 @@ ERR_SASLTOOLONG = "905 :a line of SASL has at most 400 bytes"
 ERR_SASLABORTED = "906 :SASL authentication aborted"
 RPL_SASLMECHS = "908 {} :are the mechanisms there are"
 RPL_WHOISSECURE = "671 {} :is using a secure connection"
+RPL_WHOISKEYVALUE = "760 {} {} * :{}"
+RPL_KEYVALUE = "761 {} {} * :{}"
+RPL_KEYNOTSET = "766 {} {} :is not set"
+RPL_METADATASUBOK = "770 {}"
+RPL_METADATAUNSUBOK = "771 {}"
+RPL_METADATASUBS = "772 {}"
 RPL_HELPSTART = "704 {} :{}"
 RPL_HELPTXT = "705 {} :{}"
 RPL_ENDOFHELP = "706 {} :End of help"
@@ -2832,6 +3039,7 @@ IRC_SPOKEN = {  # kind -> the verb, what stands before the text, and what behind
 IRC_EVENTS = {  # kind -> the line behind its source; {tail} is " :TEXT" if there is a text
     TAGS: "TAGMSG {where}",
     REDACT: "REDACT {where} {text}",
+    RENAME: "RENAME {about} {where} :{text}",
     ACCOUNT: "ACCOUNT {about}",
     INVITED: "INVITE {about} {text}",
     JOIN: "JOIN {where}",
@@ -2857,7 +3065,12 @@ CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value
     "draft/account-registration": "",
     "draft/chathistory": "",
     "draft/event-playback": "",
+    "draft/channel-rename": "",
     "draft/message-redaction": "",
+    "draft/metadata-3": f"before-connect,max-subs={METADATA_SUBS},max-keys={METADATA_KEYS}"
+    f",max-value-bytes={METADATA_BYTES}",
+    "draft/no-implicit-names": "",
+    "draft/pre-away": "",
     "draft/multiline": f"max-bytes={LINE_BYTES},max-lines={MESSAGE_LINES}",
     "draft/read-marker": "",
     "sasl": ",".join(MECHANISMS),
@@ -2883,6 +3096,7 @@ NEEDS_CAPABILITY = {  # to be told of these events
     INVITED: "invite-notify",
     REALNAME: "setname",
     REDACT: "draft/message-redaction",
+    RENAME: "draft/channel-rename",
     TAGS: "message-tags",
 }
 
@@ -3108,6 +3322,34 @@ def collect(session: "IrcSession", message: Message) -> None:
         raise
 
 
+def tell_topic_irc(session: "IrcSession", channel: Channel) -> None:
+    session.reply(RPL_TOPIC, channel.name, channel.topic)
+    when = channel.topic_time // 1000
+    session.reply(RPL_TOPICWHOTIME, channel.name, channel.topic_setter, when)
+
+
+def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
+    capabilities, me = session.wire.capabilities, session.user
+    names = channel.names(me, "multi-prefix" in capabilities, "userhost-in-names" in capabilities)
+    kind = "@" if "s" in channel.flags else "="
+    session.reply_list(RPL_NAMREPLY, names, kind, channel.name)
+
+
+def tell_channel(session: "IrcSession", channel: Channel) -> None:
+    """What somebody is told who has come into it."""
+    if channel.topic:
+        tell_topic_irc(session, channel)
+    if "draft/read-marker" in session.wire.capabilities:
+        session.tell_marker(channel.name)
+    for owner in (channel, *channel.members) if session.subscribed else ():
+        for key, value in owner.metadata.items():
+            if owner is not session.user:
+                session.learns(owner.name, key, value)
+    if "draft/no-implicit-names" not in session.wire.capabilities:
+        tell_names_irc(session, channel)
+        session.reply(RPL_ENDOFNAMES, channel.name)
+
+
 class IrcSession(Session):
     """Somebody with an IRC client."""
 
@@ -3122,7 +3364,10 @@ class IrcSession(Session):
         "negotiating",
         "own_tags",
         "password",
+        "away",
+        "metadata",
         "realname",
+        "subscribed",
         "username",
         "wanted",
         "watched",
@@ -3139,7 +3384,9 @@ class IrcSession(Session):
         self.message = Message("", [], {})  # that is being answered
         self.labelled: Labelled | None = None  # where its answer began, if it has a label
         self.batch = ""  # that a long answer is in
-        self.account = ""  # logged in to, before there is a user
+        self.subscribed: dict[str, None] = {}  # keys of metadata
+        self.account = self.away = ""  # logged in to, and away, before there is a user
+        self.metadata: dict[str, str] = {}  # likewise
         self.exchange: Exchange | None = None  # of SASL, going on
         self.collected: Collected | None = None  # a message of several lines, as it comes
         self.own_tags: dict[int, str] = {}  # of what this session did in this turn, by id
@@ -3167,6 +3414,11 @@ class IrcSession(Session):
     def reply(self, shape: str, *values: Any) -> None:
         number, rest = shape.split(" ", 1)
         self.line(f"{number} {self.nick} {rest.format(*values)}")
+
+    def shaped(self, shape: str, *values: Any) -> bytes:
+        """The same, not yet said."""
+        number, rest = shape.split(" ", 1)
+        return irc_bytes(f":{self.site.name} {number} {self.nick} {rest.format(*values)}")
 
     def reply_list(
         self, shape: str, words: Iterable[str], *values: Any, between: str = " "
@@ -3204,6 +3456,24 @@ class IrcSession(Session):
             return self.fail(self.message.verb or "*", refusal.code, text, *refusal.about)
         about = "".join(f"{as_param(one)} " for one in refusal.about)
         self.line(f"{number} {self.nick} {about}:{text}")
+
+    def place_renamed(self, old: str, channel: Channel, reason: str) -> None:
+        if "draft/channel-rename" in self.wire.capabilities:
+            return
+        mask = self.user.source.mask
+        self.say(
+            f":{mask} PART {old} :renamed to {channel.name}" + (f": {reason}" if reason else "")
+        )
+        self.say(f":{mask} JOIN {channel.name}")
+        tell_channel(self, channel)
+
+    def learns(self, name: str, key: str, value: str) -> None:
+        if key not in self.subscribed:
+            return
+        if value:
+            self.reply(RPL_KEYVALUE, name, key, value)
+        else:
+            self.reply(RPL_KEYNOTSET, name, key)
 
     def read_on(self, name: str) -> None:
         if "draft/read-marker" in self.wire.capabilities:
@@ -3410,32 +3680,37 @@ def welcome(session: IrcSession) -> None:
     session.reply(RPL_UMODEIS, "".join(sorted(session.user.modes)))
 
 
-def tell_topic_irc(session: IrcSession, channel: Channel) -> None:
-    session.reply(RPL_TOPIC, channel.name, channel.topic)
-    when = channel.topic_time // 1000
-    session.reply(RPL_TOPICWHOTIME, channel.name, channel.topic_setter, when)
-
-
-def tell_names_irc(session: IrcSession, channel: Channel) -> None:
-    capabilities, me = session.wire.capabilities, session.user
-    names = channel.names(me, "multi-prefix" in capabilities, "userhost-in-names" in capabilities)
-    kind = "@" if "s" in channel.flags else "="
-    session.reply_list(RPL_NAMREPLY, names, kind, channel.name)
-
-
-def tell_channel(session: IrcSession, channel: Channel) -> None:
-    """What somebody is told who has come into it."""
-    if channel.topic:
-        tell_topic_irc(session, channel)
-    if "draft/read-marker" in session.wire.capabilities:
-        session.tell_marker(channel.name)
-    tell_names_irc(session, channel)
-    session.reply(RPL_ENDOFNAMES, channel.name)
-
-
 def abort_sasl(session: IrcSession) -> None:
     session.exchange = None
     session.reply(ERR_SASLABORTED)
+
+
+def in_batch(session: IrcSession, kind: str, lines: Iterable[bytes]) -> None:
+    """Several lines as one, for who knows batches. One that is a batch itself is marked at
+    its beginning only."""
+    if "batch" not in session.wire.capabilities:
+        for line in lines:
+            session.send(line)
+        return
+    reference = session.site.hub.new_reference()
+    session.send(session.batch_line(f"+{reference} {kind}"))
+    for line in lines:
+        for n, part in enumerate(line.splitlines(keepends=True)):
+            inner = n and (part.startswith(b"@batch=") or b" BATCH -" in part[:IRC_BYTES])
+            session.send(part if inner else add_tag(part, f"batch={reference}"))
+    session.send(session.batch_line(f"-{reference}"))
+
+
+def tell_metadata(session: IrcSession, owner: User | Channel, keys: Iterable[str]) -> None:
+    """Values, or that there are none, in a batch."""
+    name = owner.name if isinstance(owner, (User, Channel)) else "*"
+    lines = (
+        session.shaped(RPL_KEYVALUE, name, key, owner.metadata[key])
+        if key in owner.metadata
+        else session.shaped(RPL_KEYNOTSET, name, as_param(key))
+        for key in keys
+    )
+    in_batch(session, f"metadata {name}", lines)
 
 
 def come_in(session: IrcSession) -> None:
@@ -3458,9 +3733,12 @@ def come_in(session: IrcSession) -> None:
         hub.attach(session, holder)
     else:
         free = free_name(hub, wanted, account=account)
-        hub.enter(session, free, session.username, session.realname, account)
+        user = hub.enter(session, free, session.username, session.realname, account)
+        user.metadata, user.away = session.metadata, session.away
     session.conn.named()
     welcome(session)
+    if "draft/metadata-3" in session.wire.capabilities:
+        tell_metadata(session, session.user, session.user.metadata)
     if session.user.name != wanted and not holder:
         session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
     for channel in session.user.channels if holder else ():
@@ -3664,48 +3942,29 @@ def irc_authenticate(session: IrcSession, chunk: str) -> None:
         go_on_sasl(session, session.exchange.mechanism.send, answer)
 
 
-def check_new_account(session: IrcSession, account: str, email: str, password: str) -> str:
-    """The name that may be registered. Raises Refused."""
-    rules, hub = session.site.registration, session.site.hub
-    nick = session.user.name if session.user else session.asked
-    name = nick if fold(account) in ("*", fold(nick)) else account
-    if "off" in rules:
-        text = "this server makes no accounts"
-        raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
-    if session.user is None and "before-connect" not in rules:
-        text = "come in first, then register"
-        raise Refused("COMPLETE_CONNECTION_REQUIRED", text, name)
-    if session.account or (session.user and session.user.account):
-        raise Refused("ALREADY_AUTHENTICATED", "you are logged in already", name)
-    if not nick:
-        raise Refused("NEED_NICK", "take a name first", name)
-    if name != nick:
-        text = f"an account is called as you are: {nick}"
-        raise Refused("ACCOUNT_NAME_MUST_BE_NICK", text, account)
-    holder = hub.users.get(fold(name))
-    if hub.accounts.is_foreign(name, "") or holder not in (None, session.user):
-        raise Refused("ACCOUNT_EXISTS", f"{name} is somebody's already", name)
-    if "email-required" in rules and "@" not in email:
-        raise Refused("INVALID_EMAIL", "this server wants an address to write to", name)
-    if len(password) < PASSWORD_LEAST:
-        text = f"a password has at least {PASSWORD_LEAST} characters"
-        raise Refused("WEAK_PASSWORD", text, name)
-    return name
-
-
 @irc_command("REGISTER", 3, nameless=True)
 def irc_register(session: IrcSession, account: str, email: str, password: str) -> None:
     """REGISTER <account or *> <email or *> <password> -- make your name an account"""
-    name = check_new_account(session, account, email, password)
+    nick = session.user.name if session.user else session.asked
 
-    def made(verifier: Verifier) -> None:
-        check_new_account(session, account, email, password)  # somebody may have been quicker
-        hub = session.site.hub
-        hub.accounts.save(Account(name, verifier, email.removeprefix("*")), hub.turn)
+    def done(name: str, to_be_verified: bool) -> None:
+        if to_be_verified:
+            text = "a code was sent to you: VERIFY with it"
+            return session.line(f"REGISTER VERIFICATION_REQUIRED {name} :{text}")
         session.line(f"REGISTER SUCCESS {name} :{name} is yours; log in with your password")
         log_in(session, name)
 
-    session.later(functools.partial(make_verifier, password), made)
+    register_account(session, nick, account, email, password, done)
+
+
+@irc_command("VERIFY", 2, nameless=True)
+def irc_verify(session: IrcSession, name: str, code: str) -> None:
+    """VERIFY <account> <code> -- the code that was sent to the address of a new account"""
+    hub = session.site.hub
+    account = hub.accounts.verified(name, code)
+    hub.accounts.save(account, hub.turn)
+    session.line(f"VERIFY SUCCESS {account.name} :{account.name} is yours")
+    log_in(session, account.name)
 
 
 @irc_command("PING", 1, nameless=True)
@@ -3728,6 +3987,79 @@ def irc_error(session: IrcSession, text: str = "") -> None:
 def irc_quit(session: IrcSession, reason: str = "") -> None:
     """QUIT [<reason>] -- leave"""
     session.end("Quit" + (f": {cut(reason, REASON_BYTES)}" if reason else ""))
+
+
+# NickServ, for clients that know no better
+
+service_command = Commands(f"/msg {SERVICE} ")
+
+
+def service_says(session: IrcSession, text: str) -> None:
+    mask = f"{SERVICE}!{SERVICE}@{session.site.name}"
+    session.say(f":{mask} NOTICE {session.nick} :{text}")
+
+
+@service_command("help", most=1)
+def service_help(session: IrcSession, verb: str = "") -> None:
+    """HELP -- what can be said to NickServ"""
+    for command in service_command.values():
+        service_says(session, f"{command.syntax}: {command.summary}")
+
+
+@service_command("register", 1, 2)
+def service_register(session: IrcSession, password: str, email: str = "") -> None:
+    """REGISTER PASSWORD [EMAIL] -- make your name an account"""
+
+    def done(name: str, to_be_verified: bool) -> None:
+        if to_be_verified:
+            return service_says(session, "a code was sent to you: VERIFY CODE")
+        service_says(session, f"{name} is yours")
+        log_in(session, name)
+
+    register_account(session, session.nick, "*", email, password, done)
+
+
+@service_command("verify", 1)
+def service_verify(session: IrcSession, code: str) -> None:
+    """VERIFY CODE -- the code that was sent to your address"""
+    irc_verify(session, session.nick, code)
+
+
+@service_command("identify", 1, 2)
+def service_identify(session: IrcSession, *words: str) -> None:
+    """IDENTIFY [NAME] PASSWORD -- log in"""
+    name, password = words if len(words) == 2 else (session.nick, *words)
+    done = functools.partial(service_says, session, f"you are logged in as {name}")
+    identify(session, name, password, done)
+
+
+@service_command("passwd", 2)
+def service_passwd(session: IrcSession, old: str, new: str) -> None:
+    """PASSWD OLD NEW -- another password"""
+    done = functools.partial(service_says, session, "your password is another now")
+    change_password(session, old, new, done)
+
+
+@service_command("drop", 1)
+def service_drop(session: IrcSession, password: str) -> None:
+    """DROP PASSWORD -- give up your account"""
+    done = functools.partial(service_says, session, "your account is gone")
+    drop_account(session, password, done)
+
+
+def ask_service(session: IrcSession, text: str) -> None:
+    """What is said to NickServ reaches neither people nor the history, nor any log."""
+    verb, _, rest = text.partition(" ")
+    try:
+        service_command.run(session, verb.lower(), lambda most: rest.split(None, most))
+    except Refused as refusal:
+        service_says(session, str(refusal))
+
+
+@irc_command("NS", 1, 15)
+def irc_ns(session: IrcSession, *words: str) -> None:
+    """NS <command> -- the same as PRIVMSG NickServ"""
+    ask_service(session, " ".join(words))
 
 
 # Talking
@@ -3760,6 +4092,8 @@ def client_tags(session: IrcSession) -> str:
 
 def say(session: IrcSession, name: str, text: str, kind: str = MESSAGE) -> None:
     hub = session.site.hub
+    if fold(name) == SERVICE_KEY:
+        return ask_service(session, text) if kind is MESSAGE else None
     audience = hub.find_audience(session, name)
     check_room(session, name, text)
     if kind is MESSAGE and text.startswith("\x01ACTION "):
@@ -3829,10 +4163,13 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
         tell_away(session, audience.partner(session.user))
 
 
-@irc_command("AWAY", most=1)
+@irc_command("AWAY", most=1, nameless=True)
 def irc_away(session: IrcSession, reason: str = "") -> None:
     """AWAY [<reason>] -- say that you are not here, or without a reason that you are back"""
-    session.site.hub.set_away(session, reason)
+    if session.user:
+        session.site.hub.set_away(session, reason)
+    else:
+        session.away = cut(reason, REASON_BYTES)
     session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
 
 
@@ -3849,11 +4186,21 @@ def irc_setname(session: IrcSession, realname: str) -> None:
 # Channels
 
 
+def tell_of_newcomer(session: IrcSession, channel: Channel) -> None:
+    """What is known of somebody who came (metadata), to those who want to hear of it."""
+    if not session.user.metadata:
+        return
+    for other in itertools.chain(*(user.sessions for user in channel.members)):
+        for key, value in session.user.metadata.items() if other is not session else ():
+            other.learns(session.nick, key, value)
+
+
 def enter_channel(session: IrcSession, name: str, password: str) -> None:
     before = len(session.user.channels)
     channel = session.site.hub.join(session, name, password)
     if len(session.user.channels) > before:  # was not there already
         tell_channel(session, channel)
+        tell_of_newcomer(session, channel)
 
 
 @irc_command("JOIN", 1, 2)
@@ -4037,6 +4384,130 @@ def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) ->
         session.refuse(refusal)
 
 
+@irc_command("RENAME", 2, 3)
+def irc_rename(session: IrcSession, name: str, wanted: str, reason: str = "") -> None:
+    """RENAME <channel> <new name> [<reason>] -- give a channel another name"""
+    channel = session.site.hub.find_channel(name)
+    rename_channel(session, channel, wanted, cut(reason, REASON_BYTES))
+
+
+# Metadata (draft/metadata-3)
+
+METADATA_KEY = re.compile(rf"[a-z0-9_./-]{{1,{METADATA_KEY_BYTES}}}")
+
+
+def check_key(key: str) -> str:
+    if not METADATA_KEY.fullmatch(key):
+        raise Refused("INVALID_KEY", "a key is made of a-z, 0-9, _, ., / and -", key)
+    return key
+
+
+def metadata_owner(session: IrcSession, target: str) -> Any:
+    """Whose metadata that is. Raises Refused where they may not be seen."""
+    hub = session.site.hub
+    if target == "*" or fold(target) == fold(session.nick):
+        return session.user or session
+    known = hub.channels if target.startswith("#") else hub.users
+    owner = known.get(fold(target)) if session.user else None
+    closed = isinstance(owner, Channel) and (owner.password or owner.flags & set("is"))
+    if owner is None or (closed and session.user not in owner.members):
+        raise Refused("INVALID_TARGET", "there is nothing of it that you may see", target)
+    return owner
+
+
+def metadata_writable(session: IrcSession, target: str, key: str) -> Any:
+    owner = metadata_owner(session, target)
+    user = session.user
+    if isinstance(owner, Channel):
+        member = owner.members.get(user)
+        allowed = user.is_operator or (member and member.level <= RANKS.index("o"))
+    else:
+        allowed = owner in (user, session) or user.is_operator
+    if not allowed:
+        raise Refused("KEY_NO_PERMISSION", "that is not yours to change", target, key)
+    return owner
+
+
+def metadata_get(session: IrcSession, target: str, *keys: str) -> None:
+    tell_metadata(session, metadata_owner(session, target), keys)
+
+
+def metadata_list(session: IrcSession, target: str) -> None:
+    owner = metadata_owner(session, target)
+    tell_metadata(session, owner, list(owner.metadata))
+
+
+def metadata_sync(session: IrcSession, target: str) -> None:
+    owner = metadata_owner(session, target)
+    tell_metadata(session, owner, [key for key in session.subscribed if key in owner.metadata])
+
+
+def metadata_set(session: IrcSession, target: str, key: str, value: str = "") -> None:
+    owner = metadata_writable(session, target, check_key(key))
+    if len(value.encode()) > METADATA_BYTES:
+        raise Refused("INVALID_VALUE", f"a value has at most {METADATA_BYTES} bytes", key)
+    if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
+        raise Refused("LIMIT_REACHED", f"{METADATA_KEYS} keys at most", target)
+    name = target if owner is session else owner.name
+    if owner is session:
+        session.metadata.update({key: value})
+    else:
+        set_metadata(session, owner, key, value)
+    if value:
+        session.reply(RPL_KEYVALUE, name, key, value)
+    else:
+        session.reply(RPL_KEYNOTSET, name, key)
+
+
+def metadata_clear(session: IrcSession, target: str) -> None:
+    owner = metadata_writable(session, target, "*")
+    keys = list(owner.metadata)
+    for key in keys:
+        set_metadata(session, owner, key, "")
+    tell_metadata(session, owner, keys)
+
+
+def metadata_sub(session: IrcSession, target: str, *keys: str) -> None:
+    for key in keys:
+        if len(session.subscribed) >= METADATA_SUBS and key not in session.subscribed:
+            raise Refused("TOO_MANY_SUBS", f"{METADATA_SUBS} keys at most", key)
+        session.subscribed[check_key(key)] = None
+    session.reply(RPL_METADATASUBOK, " ".join(keys))
+
+
+def metadata_unsub(session: IrcSession, target: str, *keys: str) -> None:
+    for key in keys:
+        session.subscribed.pop(check_key(key), None)
+    session.reply(RPL_METADATAUNSUBOK, " ".join(keys))
+
+
+def metadata_subs(session: IrcSession, target: str) -> None:
+    lines = [session.shaped(RPL_METADATASUBS, key) for key in session.subscribed]
+    in_batch(session, "metadata-subs", lines)
+
+
+METADATA_HANDLERS = {  # subcommand -> what does it, and the parameters that it needs and takes
+    "CLEAR": (metadata_clear, 0, 0),
+    "GET": (metadata_get, 1, 15),
+    "LIST": (metadata_list, 0, 0),
+    "SET": (metadata_set, 1, 2),
+    "SUB": (metadata_sub, 1, 15),
+    "SUBS": (metadata_subs, 0, 0),
+    "SYNC": (metadata_sync, 0, 0),
+    "UNSUB": (metadata_unsub, 1, 15),
+}
+
+
+@irc_command("METADATA", 2, 15, nameless=True)
+def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> None:
+    """METADATA <target or *> <subcommand> [<key>...] -- what programs know of people and channels:
+    GET, LIST, SET, CLEAR, SUB, UNSUB, SUBS, SYNC"""
+    handler, least, most = METADATA_HANDLERS.get(how.upper(), (None, 0, 0))
+    if handler is None or len(params) < least:
+        raise Refused("INVALID_PARAMS", "see HELP METADATA", how)
+    handler(session, target, *params[:most])
+
+
 # History
 
 
@@ -4090,22 +4561,6 @@ def parse_mark(text: str) -> Mark:
         return Mark(parse_id(value))
     except ValueError:
         raise Refused("INVALID_PARAMS", "that is no msgid of this server") from None
-
-
-def in_batch(session: IrcSession, kind: str, lines: Iterable[bytes]) -> None:
-    """Several lines as one, for who knows batches. One that is a batch itself is marked at
-    its beginning only."""
-    if "batch" not in session.wire.capabilities:
-        for line in lines:
-            session.send(line)
-        return
-    reference = session.site.hub.new_reference()
-    session.send(session.batch_line(f"+{reference} {kind}"))
-    for line in lines:
-        for n, part in enumerate(line.splitlines(keepends=True)):
-            inner = n and (part.startswith(b"@batch=") or b" BATCH -" in part[:IRC_BYTES])
-            session.send(part if inner else add_tag(part, f"batch={reference}"))
-    session.send(session.batch_line(f"-{reference}"))
 
 
 def tell_targets(session: IrcSession, one: int, other: int, count: int) -> None:
@@ -4316,6 +4771,8 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     session.reply_list(RPL_WHOISCHANNELS, names, user.name)
     if user.account:
         yield RPL_WHOISACCOUNT, user.account
+    for key, value in user.metadata.items():
+        yield RPL_WHOISKEYVALUE, key, value
     yield RPL_WHOISSERVER, session.site.name, session.site.network
     if user.away:
         yield RPL_AWAY, user.away
@@ -4644,6 +5101,7 @@ LINE_SHAPES = {  # kind -> does the channel stand before it?, and the line itsel
     AWAY: (False, "* {name} is away: {text}"),
     WALLOPS: (False, "* {name} tells all operators: {text}"),
     REDACT: (False, "* {name} took back a message in {where}"),
+    RENAME: (False, "* {name} renamed {about} to {where}"),
 }
 LINE_BACK = (False, "* {name} is back")
 LINE_CTCP = (True, "* {name} sends a CTCP that only programs understand: {text}")
@@ -4701,8 +5159,10 @@ LINE_WIRE = LineWire()
 line_command = Commands("/")
 
 
-def why_renamed(wanted: str, name: str) -> str:
+def why_renamed(hub: Hub, wanted: str, name: str) -> str:
     cleaned = clean_name(wanted)
+    if name != cleaned and hub.accounts.is_foreign(cleaned, ""):
+        return f"{cleaned} belongs to an account; if it is yours: /login PASSWORD"
     if name != cleaned:
         return f"{cleaned} is taken"
     never, not_first = "".join(sorted(NOT_IN_NAMES)), "".join(sorted(NOT_FIRST_IN_NAMES))
@@ -4712,7 +5172,7 @@ def why_renamed(wanted: str, name: str) -> str:
 class LineSession(Session):
     """Somebody at the line protocol: netcat, a workshop client, our own clients."""
 
-    __slots__ = ("collected", "greeted", "here", "passed", "wanted_lines")
+    __slots__ = ("collected", "greeted", "here", "passed", "wanted_lines", "wanted_name")
     wire = LINE_WIRE
 
     def __init__(self, site: Site, conn: Any, greeted: bool = False):
@@ -4720,6 +5180,7 @@ class LineSession(Session):
         self.greeted = greeted  # by the server: then a person is at the keyboard
         self.here: Channel | None = None  # where plain lines go
         self.passed = site.password is None
+        self.wanted_name = ""  # which may be somebody's account, perhaps his own
         self.wanted_lines = 0  # of a message begun with /lines
         self.collected: list[str] = []
 
@@ -4776,10 +5237,11 @@ class LineSession(Session):
         """The first line, or another try after an empty one."""
         if not self.passed:
             raise Refused("PASSWORD_NEEDED", "this server asks for a password: /pass WORD")
+        self.wanted_name = clean_name(wanted)
         user = self.site.hub.enter(self, free_name(self.site.hub, wanted))
         self.conn.named()
         if user.name != wanted:
-            self.tell(f"you are {user.name}: {why_renamed(wanted, user.name)}")
+            self.tell(f"you are {user.name}: {why_renamed(self.site.hub, wanted, user.name)}")
         elif self.greeted:
             self.tell(f"you are {user.name}{self.who_is_here()}; /help")
         self.here = self.site.hub.join(self, LOBBY)
@@ -4933,7 +5395,10 @@ def line_nick(session: LineSession, wanted: str) -> None:
     """/nick NAME -- take another name"""
     name = free_name(session.site.hub, wanted, session.user)
     session.site.hub.rename(session, name)
-    session.tell(f"you are {name}" + ("" if name == wanted else f": {why_renamed(wanted, name)}"))
+    session.tell(
+        f"you are {name}"
+        + ("" if name == wanted else f": {why_renamed(session.site.hub, wanted, name)}")
+    )
 
 
 @line_command("away", most=1)
@@ -4994,6 +5459,57 @@ def line_unban(session: LineSession, whom: str) -> None:
     if not found:
         raise Refused("NOT_BANNED", f"no ban of {channel.name} is {whom}; /ban lists them")
     change_modes(session, channel, [ModeChange(False, "b", mask) for mask in found])
+
+
+@line_command("register", 1, 2)
+def line_register(session: LineSession, password: str, email: str = "") -> None:
+    """/register PASSWORD [EMAIL] -- make your name an account, which nobody else can have"""
+
+    def done(name: str, to_be_verified: bool) -> None:
+        if to_be_verified:
+            return session.tell("a code was sent to you: /verify CODE")
+        session.site.hub.log_in(session, name)
+        session.tell(f"{name} is yours; /login PASSWORD next time")
+
+    register_account(session, session.user.name, "*", email, password, done)
+
+
+@line_command("verify", 1)
+def line_verify(session: LineSession, code: str) -> None:
+    """/verify CODE -- the code that was sent to your address"""
+    hub = session.site.hub
+    account = hub.accounts.verified(session.user.name, code)
+    hub.accounts.save(account, hub.turn)
+    hub.log_in(session, account.name)
+    session.tell(f"{account.name} is yours; /login PASSWORD next time")
+
+
+@line_command("login", 1, 2)
+def line_login(session: LineSession, *words: str) -> None:
+    """/login [NAME] PASSWORD -- log in to an account; it gives you its name back"""
+    name, password = words if len(words) == 2 else (session.wanted_name, *words)
+    hub = session.site.hub
+
+    def done() -> None:
+        session.tell(f"you are logged in as {session.user.account}")
+        if hub.users.get(fold(session.user.account)) is None:
+            hub.rename(session, session.user.account)
+            session.tell(f"you are {session.user.name}")
+
+    identify(session, name, password, done)
+
+
+@line_command("passwd", 2)
+def line_passwd(session: LineSession, old: str, new: str) -> None:
+    """/passwd OLD NEW -- another password for your account"""
+    done = functools.partial(session.tell, "your password is another now")
+    change_password(session, old, new, done)
+
+
+@line_command("drop", 1)
+def line_drop(session: LineSession, password: str) -> None:
+    """/drop PASSWORD -- give up your account"""
+    drop_account(session, password, functools.partial(session.tell, "your account is gone"))
 
 
 @line_command("oper", 2)
@@ -5891,6 +6407,7 @@ class ServerOptions(NamedTuple):
     network: str = SERVER_NAME
     oper: tuple[tuple[str, str], ...] = ()  # names and passwords
     register: frozenset[str] = frozenset()  # how accounts are made, see Site
+    sendmail: str | None = None  # a command that takes a message, like sendmail -t
     motd: pathlib.Path | None = None
 
 
@@ -6211,6 +6728,23 @@ class Door:
             os.close(self.spare)
 
 
+def mail_code(options: ServerOptions, address: str, name: str, code: str) -> None:
+    """Send the code of a new account. For off the loop. Raises Unusable."""
+    from email.message import EmailMessage  # 20 ms, paid only by those who send mail
+
+    if not options.sendmail:
+        raise Unusable("this server cannot send mail (--sendmail)")
+    message = EmailMessage()
+    message["To"], message["Subject"] = address, f"Your code for {options.network}"
+    message.set_content(f"The code of the account {name} is {code}.\n")
+    command = shlex.split(options.sendmail)
+    try:
+        subprocess.run(command, input=message.as_bytes(), timeout=MAIL_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.error("--sendmail: %s", error)
+        raise Unusable("the mail could not be sent; try again later") from error
+
+
 class Keeper:
     """The commit beat, and what the store needs besides: checkpoints and pruning."""
 
@@ -6221,7 +6755,7 @@ class Keeper:
 
     def commit(self, turn: Turn) -> bool:
         """The turn's events are stored, or never will be; False: not yet."""
-        outcome = self.store.commit(turn.events, self.loop.now, turn.sealed, turn.writes)
+        outcome = self.store.commit(turn, self.loop.now)
         if outcome == BUSY:
             self.loop.call_later(BUSY_RETRY_SECONDS, do_nothing)
             return False
@@ -6278,6 +6812,8 @@ class Server:
             options.register,
         )
         self.motd = read_motd(options.motd)
+        self.mail = functools.partial(mail_code, options)
+        self.note = functools.partial(log.warning, "%s")  # what operators do goes to the log
         self.helpers = Helpers(loop)
         self.peers: set[Peer] = set()
         self.door = Door(options)
@@ -6334,14 +6870,15 @@ class Server:
     def nameless(self) -> int:
         return len(self.unnamed.waiting)
 
+    def refresh(self) -> None:
+        """`chat.py passwd` may have changed an account meanwhile."""
+        if self.store.changed_elsewhere():
+            self.hub.accounts.read(self.store.accounts())
+
     def miss(self, user: User) -> None:
         """Give somebody a while to come back."""
         self.missed.discard(user)
         self.missed.add(user)
-
-    def note(self, text: str) -> None:
-        """What an operator did goes to the log."""
-        log.warning("%s", text)
 
     def rehash(self, session: Session, then: Callable = do_nothing) -> None:
         """Read again what may have changed: if one of it cannot be read, all stays as it
@@ -6545,8 +7082,7 @@ class Server:
     def close(self) -> None:
         """After the loop has ended: what is left goes to the store."""
         if self.hub.turn.events or self.hub.turn.writes:
-            turn = self.hub.turn
-            self.store.commit(turn.events, self.loop.now, turn.sealed, turn.writes)
+            self.store.commit(self.hub.turn, self.loop.now)
         self.helpers.close()
         self.store.close()
         self.door.close()
@@ -7051,7 +7587,14 @@ def width(text: str) -> int:
 
 
 WORD = re.compile(r"\W*\w*")
-SECRETS = ("/pass ", "/oper ")  # commands whose parameters are nobody's business
+SECRETS = (
+    "/pass ",
+    "/oper ",
+    "/register ",
+    "/login ",
+    "/passwd ",
+    "/drop ",
+)  # commands whose parameters are nobody's business
 
 
 def first_word(text: str) -> str:
@@ -7868,8 +8411,8 @@ def positive(text: str) -> int:
 def registration(text: str) -> frozenset[str]:
     """How accounts are made: "" (by who has come in), before-connect too, or off."""
     wanted = frozenset(filter(None, text.split(",")))
-    if not wanted <= {"off", "before-connect"}:
-        raise argparse.ArgumentTypeError(f"{text}: write off, or before-connect, or nothing")
+    if not wanted <= {"off", "before-connect", "email-required"}:
+        raise argparse.ArgumentTypeError(f"{text}: write off, or before-connect,email-required")
     return wanted
 
 
@@ -7966,6 +8509,29 @@ def run_server(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_passwd(args: argparse.Namespace) -> int:
+    """Another password for an account, whoever asks: he has the files. The server may run."""
+    path = args.data / "chat.db"
+    if not path.exists():
+        raise Unusable(f"there is no database in {args.data}; --data says where it is")
+    password = args.password or secret_option("")
+    with contextlib.closing(open_database(path)) as db:
+        db.execute(f"PRAGMA busy_timeout = {PASSWD_WAIT}")
+        row = db.execute("SELECT name FROM accounts WHERE key = ?", [fold(args.name)]).fetchone()
+        if row is None:
+            raise Unusable(f"there is no account {args.name}")
+        if len(password) < PASSWORD_LEAST:
+            raise Unusable(f"a password has at least {PASSWORD_LEAST} characters")
+        columns = "salt = ?, rounds = ?, stored_key = ?, server_key = ?"
+        values = [*make_verifier(password), fold(args.name)]
+        try:
+            db.execute(f"UPDATE accounts SET {columns} WHERE key = ?", values)
+        except sqlite3.Error as error:
+            raise Unusable(f"the password could not be changed: {error}") from error
+    print(f"{row[0]} has another password now")
+    return 0
+
+
 def run_client(args: argparse.Namespace) -> int:
     if not clean_name(args.name) or args.name[0] == "/" or dialect_of(args.name.encode()) != "line":
         raise Unusable(f"{args.name!r} cannot be a name")
@@ -8001,11 +8567,7 @@ def run_bench(args: argparse.Namespace) -> int:
     return 0
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="chat.py", description="A chat in one file.")
-    parser.add_argument("--version", action="version", version=f"chat.py {VERSION}")
-    commands = parser.add_subparsers(dest="command", required=True)
-
+def add_server(commands: Any) -> None:
     server = commands.add_parser("server", help="let others talk")
     add = server.add_argument
     add("--listen", type=listen_address, action="append", metavar="HOST:PORT")
@@ -8019,11 +8581,26 @@ def command_line() -> argparse.ArgumentParser:
     add("--network", type=host_name, default=SERVER_NAME, metavar="NAME")
     add("--oper", type=operator_option, action="append", default=[], metavar="NAME:PASSWORD")
     add("--motd", type=pathlib.Path, metavar="FILE", help="message of the day, for IRC")
-    add("--register", type=registration, default=frozenset(), metavar="off|before-connect")
+    add(
+        "--register",
+        type=registration,
+        default=frozenset(),
+        metavar="RULES",
+        help="off, or before-connect,email-required",
+    )
+    add("--sendmail", metavar="COMMAND", help="takes a message, like: sendmail -t")
     add("--max-clients", type=positive, metavar="N")
     add("--max-per-address", type=positive, default=PER_ADDRESS, metavar="N")
     add("--log", default="info", choices=("debug", "info", "warning", "error"))
     server.set_defaults(run=run_server)
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="chat.py", description="A chat in one file.")
+    parser.add_argument("--version", action="version", version=f"chat.py {VERSION}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    add_server(commands)
 
     client = commands.add_parser("client", help="talk")
     add = client.add_argument
@@ -8038,6 +8615,13 @@ def command_line() -> argparse.ArgumentParser:
     add("--pin", metavar="SHA256", help="believe this one certificate")
     add("--insecure", action="store_true", help="believe any certificate")
     client.set_defaults(run=run_client)
+
+    passwd = commands.add_parser("passwd", help="another password for an account")
+    add = passwd.add_argument
+    add("name", metavar="NAME")
+    add("--data", type=pathlib.Path, default=data_folder(), metavar="DIR")
+    add("--password", type=secret_option, metavar="PW", help="or @FILE; asked for without it")
+    passwd.set_defaults(run=run_passwd)
 
     bench = commands.add_parser("bench", help="measure a server; one of its own without --server")
     add = bench.add_argument
