@@ -6745,6 +6745,16 @@ def mail_code(options: ServerOptions, address: str, name: str, code: str) -> Non
         raise Unusable("the mail could not be sent; try again later") from error
 
 
+def hub_of(store: Store) -> Hub:
+    """Where the last server stopped."""
+    hub = Hub(store.last_id, store.last_time)
+    hub.begin(time.time())
+    hub.accounts.read(store.accounts())
+    for owner, target, when in store.markers():
+        hub.markers.setdefault(owner, {})[target] = when
+    return hub
+
+
 class Keeper:
     """The commit beat, and what the store needs besides: checkpoints and pruning."""
 
@@ -6793,12 +6803,8 @@ class Server:
         self.tls_context = server_tls_context(options)
         path = options.data / "chat.db" if options.data else None
         self.store = Store(path, options.keep)
-        self.hub = Hub(self.store.last_id, self.store.last_time)
-        self.hub.begin(time.time())
-        self.hub.accounts = Accounts(self.store.accounts())
-        for owner, target, when in self.store.markers():
-            self.hub.markers.setdefault(owner, {})[target] = when
-        operators = {n: make_verifier(word, rounds=OPERATOR_ROUNDS) for n, word in options.oper}
+        self.hub = hub_of(self.store)
+        operators = {n: make_verifier(word, OPERATOR_ROUNDS) for n, word in options.oper}
         self.site = Site(
             self.hub,
             self.store,
@@ -6876,7 +6882,7 @@ class Server:
             self.hub.accounts.read(self.store.accounts())
 
     def miss(self, user: User) -> None:
-        """Give somebody a while to come back."""
+        """Give somebody a while to come back, from now on."""
         self.missed.discard(user)
         self.missed.add(user)
 
@@ -7060,7 +7066,7 @@ class Server:
             self.loop.stop()
 
     def drop_slow(self, peer: Peer) -> None:
-        log.warning("%s reads too slowly: %s bytes unsent", peer.address, f"{peer.unsent:,}")
+        log.warning("%s reads too slowly: %d bytes unsent", peer.address, peer.unsent)
         peer.drop("reads too slowly")
 
     def stop(self) -> None:
