@@ -3228,16 +3228,16 @@ class IrcWire:
 
     def tags(self, event: Event) -> str:
         """What stands before its line, with the space behind."""
-        tags = [f"time={tag_time(event.time)}"] if self.timed else []
+        tags = f";time={tag_time(event.time)}" if self.timed else ""
         if self.tagged:
-            tags.append(f"msgid={event.id:x}")
+            tags += f";msgid={event.id:x}"
             if event.source.bot:
-                tags.append("bot")
+                tags += ";bot"
             if event.tags:
-                tags.append(event.tags)
+                tags += f";{event.tags}"
         if self.accounts and event.source.account:
-            tags.append(f"account={escaped_tag(event.source.account)}")
-        return f"@{';'.join(tags)} " if tags else ""
+            tags += f";account={escaped_tag(event.source.account)}"
+        return f"@{tags[1:]} " if tags else ""
 
     def lines(self, event: Event, where: str) -> Iterable[str]:
         """The lines of one event, without their ends."""
@@ -4092,9 +4092,12 @@ def client_tags(session: IrcSession) -> str:
 
 def say(session: IrcSession, name: str, text: str, kind: str = MESSAGE) -> None:
     hub = session.site.hub
-    if fold(name) == SERVICE_KEY:
-        return ask_service(session, text) if kind is MESSAGE else None
-    audience = hub.find_audience(session, name)
+    try:
+        audience = hub.find_audience(session, name)
+    except Refused:
+        if fold(name) != SERVICE_KEY or kind is not MESSAGE:
+            raise
+        return ask_service(session, text)
     check_room(session, name, text)
     if kind is MESSAGE and text.startswith("\x01ACTION "):
         kind, text = ACTION, text[8:].removesuffix("\x01")

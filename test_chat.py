@@ -8,12 +8,14 @@ replies and never for time to pass. Seeded tests print their seed when they fail
 from __future__ import annotations
 
 import ast
+import base64
 import collections
 import contextlib
 import datetime
 import errno
 import functools
 import hashlib
+import hmac
 import itertools
 import json
 import os
@@ -3411,6 +3413,324 @@ def test_a_session_of_irc_gets_no_line_twice_and_none_of_before_it_came(seeded):
             ]
             got = [(line.split(" :")[1], line.split()[2]) for line in heard]
             assert got == [(text, room) for text, room, hear in said if who in hear]
+
+
+# ======================================================================================
+# ACCOUNTS
+# ======================================================================================
+
+
+def proven(mechanism, *answers):
+    """What a mechanism says to these answers; the last one is the account, or None."""
+    said = [next(mechanism)]
+    try:
+        for answer in answers:
+            said.append(mechanism.send(answer))
+            while callable(said[-1]):
+                said[-1] = mechanism.send(said[-1]())
+    except StopIteration as end:
+        return [*said, end.value]
+    except chat.Refused:
+        return [*said, None]
+    return said
+
+
+ALICE = chat.make_verifier("sesame", 1000)
+
+
+def find_alice(name):
+    return ("Alice", ALICE) if name.lower() == "alice" else (name, chat.nobodys_verifier(name))
+
+
+PLAIN_LOGINS = [
+    (b"\0alice\0sesame", "Alice"),
+    (b"ALICE\0alice\0sesame", "Alice"),
+    (b"\0alice\0Sesame", None),
+    (b"\0bob\0sesame", None),
+    (b"bob\0alice\0sesame", None),
+    (b"\0alice\0", None),
+    (b"\0\0sesame", None),
+    (b"alice\0sesame", None),
+    (b"\0alice\0sesame\0", None),
+    (b"\xff\0alice\0sesame", None),
+    (b"", None),
+]
+
+
+@pytest.mark.parametrize("answer, account", PLAIN_LOGINS)
+def test_plain_is_right_or_wrong(answer, account):
+    assert proven(chat.sasl_plain(find_alice), answer)[-1] == account
+
+
+class ScramClient:
+    """The other side of SCRAM-SHA-256, as RFC 5802 has it, written from the RFC."""
+
+    def __init__(self, name, password, binding="n,,"):
+        self.password, self.binding = password, binding
+        self.bare = f"n={name},r=clientnonce"
+
+    def first(self):
+        return (self.binding + self.bare).encode()
+
+    def final(self, challenge):
+        fields = dict(part.split("=", 1) for part in challenge.decode().split(","))
+        salt, rounds = base64.b64decode(fields["s"]), int(fields["i"])
+        salted = hashlib.pbkdf2_hmac("sha256", self.password.encode(), salt, rounds)
+        channel = base64.b64encode(self.binding.encode()).decode()
+        without = f"c={channel},r={fields['r']}"
+        message = f"{self.bare},{challenge.decode()},{without}".encode()
+        key = hmac.digest(salted, b"Client Key", "sha256")
+        signature = hmac.digest(hashlib.sha256(key).digest(), message, "sha256")
+        proof = bytes(a ^ b for a, b in zip(key, signature, strict=True))
+        server_key = hmac.digest(salted, b"Server Key", "sha256")
+        self.expected = b"v=" + base64.b64encode(hmac.digest(server_key, message, "sha256"))
+        return f"{without},p={base64.b64encode(proof).decode()}".encode()
+
+
+@pytest.mark.parametrize(
+    "name, password, binding, account",
+    [
+        ("alice", "sesame", "n,,", "Alice"),
+        ("alice", "sesame", "y,,", "Alice"),
+        ("alice", "sesame", "n,a=alice,", "Alice"),
+        ("alice", "sesame", "n,a=bob,", None),
+        ("alice", "sesame", "p=tls-unique,,", None),
+        ("alice", "wrong", "n,,", None),
+        ("nobody", "sesame", "n,,", None),
+    ],
+)
+def test_scram_proves_the_password_without_telling_it_and_the_server_proves_itself(
+    name, password, binding, account
+):
+    client, mechanism = ScramClient(name, password, binding), chat.sasl_scram(find_alice)
+    next(mechanism)
+    try:
+        challenge = mechanism.send(client.first())
+        answer = mechanism.send(client.final(challenge))
+        assert answer == client.expected
+        mechanism.send(b"")
+        raise AssertionError("a mechanism ends")
+    except StopIteration as end:
+        assert end.value == account
+    except chat.Refused:
+        assert account is None
+
+
+def test_junk_in_place_of_scram_is_refused(seeded):
+    for _ in range(500):
+        mechanism = chat.sasl_scram(find_alice)
+        parts = ["n,,", "n=alice,r=x", "c=biws", "p=", "\xff", ",", "=", "r=", "n="]
+        junk = "".join(seeded.choices(parts, k=4)).encode("latin-1")
+        assert (
+            proven(mechanism, junk, junk)[-1] is None
+            or len(proven(chat.sasl_scram(find_alice), junk)) == 2
+        )
+
+
+def test_an_exchange_puts_chunks_of_400_bytes_together():
+    exchange = chat.Exchange(iter(()))
+    for size in (0, 1, 299, 300, 301, 600, 900):
+        data = bytes(range(256)) * 4
+        text = base64.b64encode(data[:size]).decode()
+        pieces = [text[n : n + 400] for n in range(0, len(text), 400)]
+        if len(text) % 400 == 0:
+            pieces.append("+")
+        assert chat.Exchange.chunks(data[:size]) == pieces
+        *some, last = pieces
+        assert [exchange.feed(piece) for piece in some] == [None] * len(some)
+        assert exchange.feed(last) == data[:size]
+    with pytest.raises(chat.Refused):
+        for _ in range(5):
+            exchange.feed("A" * 400)
+
+
+def test_who_fails_too_often_waits_and_the_owner_elsewhere_does_not():
+    throttle, now = chat.Throttle(), 10**9
+    for _ in range(chat.LOGIN_TRIES):
+        throttle.check("10.0.0.1", "alice", now)
+        throttle.failed("10.0.0.1", "Alice", now)
+    with pytest.raises(chat.Refused, match="try again in 60 s|try again in 61 s"):
+        throttle.check("10.0.0.1", "ALICE", now)
+    throttle.check("10.0.0.2", "alice", now)
+    throttle.check("10.0.0.1", "bob", now)
+    throttle.check("10.0.0.1", "alice", now + 61_000)
+    for n in range(3 * chat.LOGIN_FAILURES_KEPT):
+        throttle.failed(f"host{n}", "alice", now)
+    assert len(throttle.failures) == chat.LOGIN_FAILURES_KEPT
+
+
+def test_passwords_of_any_script_and_length_are_told_apart():
+    for password in ("x" * 300, "x" * 299 + "y", "p\u00e4ssw\u00f6rd", "\u4f60\u597d"):
+        verifier = chat.make_verifier(password, 10)
+        assert verifier.fits(password) and not verifier.fits(password + " ")
+        assert not verifier.fits("x" * 298)
+
+
+def test_an_account_outlives_the_server_and_its_password_is_not_in_the_files(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice")
+    house.enter("dora")
+    house.say("alice", "REGISTER * * hunter2hunter2", "PRIVMSG NickServ :IDENTIFY hunter2hunter2")
+    house.turn()
+    house.say("dora", "/register swordfish99", "/login swordfish99")
+    house.turn()
+    house.store.close()
+    files = b"".join(path.read_bytes() for path in folder.iterdir())
+    assert b"hunter2" not in files and b"swordfish" not in files
+    again = chat.Store(folder / "chat.db")
+    known = {account.name: account.verifier for account in again.accounts()}
+    assert known["alice"].fits("hunter2hunter2") and known["dora"].fits("swordfish99")
+    again.close()
+
+
+def logged_in(house, label, name, password="password"):
+    """One more device of somebody, with his account."""
+    house.connect_irc(label)
+    blob = base64.b64encode(f"\0{name}\0{password}".encode()).decode()
+    house.say(label, "CAP REQ :sasl", f"NICK {name}", "USER u 0 * :r", "AUTHENTICATE PLAIN")
+    house.say(label, f"AUTHENTICATE {blob}")
+    house.turn()
+    house.say(label, "CAP END")
+    house.turn()
+    return house.heard(label)
+
+
+def test_whose_line_breaks_is_still_here_for_a_while_and_comes_back_to_his_channels():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "REGISTER * * password", "JOIN #a")
+    house.say("bob", "JOIN #a")
+    house.turn()
+    user = house.guests["alice"].user
+    house.heard("bob")
+    house.leave("alice")
+    house.turn()
+    assert house.missed == [user] and house.heard("bob") == []
+    house.say("bob", "PRIVMSG alice :are you there?", "NAMES #a")
+    house.turn()
+    assert "@alice bob" in str(house.heard("bob"))
+    lines = logged_in(house, "again", "alice")
+    assert ":alice!~u@127.0.0.1 JOIN #a" in lines and house.heard("bob") == []
+    assert house.guests["again"].user is user
+    house.hub.give_up(user)  # the time is over, but he is back
+    house.turn()
+    assert house.heard("bob") == []
+    house.leave("again")
+    house.turn()
+    house.hub.give_up(user)
+    house.turn()
+    assert house.heard("bob") == [":alice!~u@127.0.0.1 QUIT :Connection lost"]
+
+
+def test_private_talks_are_for_their_two_identities_only():
+    house = House()
+    house.enter_irc("alice", "bob", "carol")
+    house.say("alice", "REGISTER * * password")
+    house.turn()
+    house.say("bob", "PRIVMSG alice :my secret")
+    house.turn()
+    house.say("bob", "QUIT")
+    house.turn()
+    house.say("carol", "NICK bob", "CHATHISTORY LATEST alice * 10", "CHATHISTORY LATEST bob * 10")
+    house.turn()
+    assert "my secret" not in str(house.heard("carol"))
+    house.heard("alice")
+    house.say("alice", "CHATHISTORY LATEST bob * 10")
+    house.turn()
+    assert house.heard("alice") == [":bob!~u@127.0.0.1 PRIVMSG alice :my secret"]
+    house.say("alice", "QUIT")
+    house.turn()
+    house.connect_irc("thief")
+    house.say("thief", "NICK alice", "USER u 0 * :r", "CHATHISTORY LATEST bob * 10")
+    house.turn()
+    assert "my secret" not in str(house.heard("thief"))
+    logged_in(house, "home", "alice")
+    house.say("home", "CHATHISTORY LATEST bob * 10")
+    house.turn()
+    assert "my secret" in str(house.heard("home"))
+
+
+def test_a_message_is_taken_back_by_its_author_or_an_operator_and_by_nobody_else():
+    house = House()
+    house.enter_irc("alice", "bob", "carol")
+    for who in house.guests:
+        house.say(who, "CAP REQ :message-tags draft/message-redaction echo-message", "JOIN #a")
+    house.turn()
+    ids = {}
+    for who in ("alice", "bob"):
+        house.heard(who)
+        house.say(who, f"PRIVMSG #a :from {who}")
+        house.turn()
+        ids[who] = re.search("msgid=([0-9a-f]+)", house.heard(who)[-1])[1]
+    for who in house.guests:
+        house.heard(who)
+    house.say("bob", f"REDACT #a {ids['alice']}")
+    house.turn()
+    assert "FAIL REDACT REDACT_FORBIDDEN #a" in house.heard("bob")[0]
+    house.say("carol", f"REDACT #a {ids['bob']}")
+    house.turn()
+    assert "REDACT_FORBIDDEN" in house.heard("carol")[0]
+    house.say("alice", f"REDACT #a {ids['bob']} :rude")
+    house.turn()
+    assert house.heard("carol")[0].endswith(f" REDACT #a {ids['bob']} :rude")
+    assert texts(house.store, "#a") == ["from alice"]
+
+
+def test_history_is_found_by_time_and_by_id_in_the_middle_of_much(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice")
+    house.say("alice", "JOIN #a")
+    for n in range(300):
+        house.say("alice", f"PRIVMSG #a :{n}")
+        house.turn()
+    span = chat.Span(chat.Place("#a"))
+    events = house.store.page(span, 500)
+    assert [event.text for event in events] == [str(n) for n in range(300)]
+    for n in (0, 1, 150, 299):
+        for mark in (chat.Mark(events[n].id), chat.Mark(time=events[n].time)):
+            before = house.store.page(span._replace(before=mark), 5)
+            after = house.store.page(span._replace(after=mark), 5, newest=False)
+            around = house.store.around(span, mark, 5)
+            assert [e.text for e in before] == [str(k) for k in range(max(0, n - 5), n)]
+            assert [e.text for e in after] == [str(k) for k in range(n + 1, min(300, n + 6))]
+            assert str(n) in [e.text for e in around]
+    house.store.close()
+
+
+def test_a_page_of_a_million_messages_is_found_at_once(folder):
+    store = chat.Store(folder / "chat.db")
+    store.db.execute("INSERT INTO targets (key, events) VALUES ('#a', 1000000)")
+    base = 1_700_000_000_000
+    rows = (
+        (
+            1,
+            (base + n) << chat.ID_CLOCK_BITS,
+            base + n,
+            "message",
+            "a",
+            "h:1",
+            str(n),
+            "u",
+            "",
+            "",
+            "",
+        )
+        for n in range(100_000)  # a tenth, to be quick here; the depth of the tree is the same
+    )
+    store.db.execute("BEGIN")
+    store.db.executemany(f"INSERT INTO events VALUES ({', '.join('?' * 11)})", rows)
+    store.db.execute("COMMIT")
+    span, middle = chat.Span(chat.Place("#a")), chat.Mark(time=base + 50_000)
+    for job in (
+        lambda: store.page(span, 100),
+        lambda: store.page(span._replace(before=middle), 100),
+        lambda: store.page(span._replace(after=middle), 100, newest=False),
+        lambda: store.around(span, middle, 100),
+    ):
+        began = time.perf_counter()
+        assert len(job()) == 100
+        assert time.perf_counter() - began < 0.1  # milliseconds, but machines are shared
+    store.close()
 
 
 # ======================================================================================
