@@ -182,6 +182,8 @@ KEEP_EVENTS = 1_000_000  # history of a channel
 KEEP_EVENTS_IN_MEMORY = 10_000  # the same with --data none: about 5 MB a busy channel ...
 MEMORY_BYTES = 256 * 1024 * 1024  # ... and this much for all channels, those of the past too
 PRUNE_ROWS = 500  # rows deleted at a time: 1 to 3 ms, measured
+INDEX_ROWS = 200  # messages made searchable at a time: 2 to 5 ms, measured
+INDEX_SECONDS = 1.0  # until what was said can be searched, if there is nothing else to do
 TALLY_SECONDS = 1.0  # between writing down how much history there is
 TARGETS_CACHED = 10_000  # row ids of channels and private talks kept at hand
 PRUNE_OVERDUE = 1.1  # times the limit: from here on pruning does not wait for an idle turn
@@ -2507,7 +2509,9 @@ MIGRATIONS = (
 
 KEPT, BUSY, LOST = "kept", "busy", "lost"  # what became of a turn's events
 PARTIES = ("one", "one_key", "other", "other_key")  # columns of a private talk's target
-COLUMNS = "id, time, kind, name, address, username, about, text, author, tags"  # for event_of()
+COLUMNS = (
+    "id, time, kind, name, address, username, about, events.text, author, tags"  # for event_of()
+)
 
 
 def connect(path: pathlib.Path | None, mode: str) -> sqlite3.Connection:
@@ -2636,6 +2640,85 @@ class Span(NamedTuple):
         return " AND ".join(texts), values
 
 
+class Index:
+    """The words of all that was said, so that they can be searched: newest first, and by
+    target, is how it is asked. Not every Python has FTS5; then nothing is found."""
+
+    def __init__(self, store: "Store"):
+        self.store = store
+        self.behind: set[int] = set()  # targets with words that cannot be found yet
+        self.usable = self._open()
+        if self.usable:
+            newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
+            known = "ifnull((SELECT id FROM indexed WHERE target = targets.id), 0)"
+            query = f"SELECT id FROM targets WHERE key < '~' AND {known} < {newest}"
+            self.behind = {row[0] for row in store.db.execute(query)}
+
+    def _open(self) -> bool:
+        """The words of all that was said, by target: newest first is how it is asked. Not
+        every Python has FTS5; whether this one has."""
+        try:
+            self.store.db.executescript("""
+                CREATE VIRTUAL TABLE IF NOT EXISTS search USING fts5(place, text, content='');
+                CREATE TABLE IF NOT EXISTS indexed (    -- how far each target's words are in it
+                    target INTEGER PRIMARY KEY,
+                    id INTEGER NOT NULL
+                );""")
+        except sqlite3.OperationalError:
+            return False
+        return True
+
+    def advance(self) -> bool:
+        """One slice of what cannot be searched yet; whether there is more."""
+        if not self.usable or not self.behind:
+            self.behind.clear()
+            return False
+        target = next(iter(self.behind))
+        try:
+            done = self._advance(target)
+        except sqlite3.Error:
+            self.store._roll_back()  # busy or full: another time
+            return False
+        if done:
+            self.behind.discard(target)
+        return bool(self.behind)
+
+    def _advance(self, target: int) -> bool:
+        """Whether that was the last slice of this target."""
+        row = self.store.db.execute("SELECT id FROM indexed WHERE target = ?", [target]).fetchone()
+        kinds = ", ".join("?" * len(SPOKEN))
+        query = f"""
+            SELECT id, text FROM events WHERE target = ? AND id > ? AND kind IN ({kinds})
+            ORDER BY id LIMIT ?"""
+        values = [target, row[0] if row else 0, *SPOKEN, INDEX_ROWS]
+        rows = self.store.db.execute(query, values).fetchall()
+        if rows:
+            insert = "INSERT INTO search (rowid, place, text) VALUES (?, ?, ?)"
+            self.store.db.execute("BEGIN IMMEDIATE")
+            self.store.db.executemany(insert, [(id, f"t{target}", text) for id, text in rows])
+            self.store.db.execute("REPLACE INTO indexed VALUES (?, ?)", [target, rows[-1][0]])
+            self.store.db.execute("COMMIT")
+        return len(rows) < INDEX_ROWS
+
+    def search(
+        self, places: Iterable[Place], words: str, span: Span, count: int
+    ) -> list[tuple[Place, Event]]:
+        """The newest things with all these words in them, the oldest first."""
+        where, values = span.where()
+        text = " ".join('"' + word.replace('"', '""') + '"' for word in words.split())
+        query = f"""
+            SELECT {COLUMNS} FROM search JOIN events ON events.id = search.rowid
+            WHERE search MATCH ? AND events.target = ? AND {where} ORDER BY rowid DESC LIMIT ?"""
+        found: dict[int, tuple[Place, Event]] = {}
+        with self.store.reading() as db:
+            targets = ((place, t) for place in places for t in self.store.targets_of(db, place))
+            for place, target in targets:
+                match = f"place: t{target} AND text: ({text})"
+                for row in db.execute(query, [match, target, *values, count]):
+                    found[row[0]] = place, event_of(*row)
+        return [found[id] for id in sorted(found)[-count:]]
+
+
 class Store:
     """Events on disk, or in memory for `path` None. Raises Unusable when it cannot open."""
 
@@ -2665,6 +2748,7 @@ class Store:
         row = self.db.execute(f"SELECT max(e.id), max(e.time) FROM {joined}").fetchone()
         self.last_id, self.last_time = (value or 0 for value in row)
         self.orphans = {row[0] for row in self.db.execute("SELECT id FROM targets WHERE key > '~'")}
+        self.words = Index(self)
 
     def commit(self, turn: Any, now: float) -> str:
         """One transaction for all of a turn's events: KEPT, BUSY (ask again) or LOST.
@@ -2710,6 +2794,7 @@ class Store:
         self.unsure.clear()
         for target, count in collections.Counter(row[0] for row in rows).items():
             self.counts[target] += count
+            self.words.behind.add(target)
         if due and len(self.targets) > TARGETS_CACHED:
             self.targets.clear()
             self.counts.clear()
@@ -2792,7 +2877,7 @@ class Store:
         where, values = span.where()
         order = "DESC" if newest else "ASC"
         with self.reading() as db:
-            targets = self._targets_of(db, span.place)
+            targets = self.targets_of(db, span.place)
             which = f"target IN ({', '.join('?' * len(targets))}) AND {where}"
             query = f"SELECT {COLUMNS} FROM events WHERE {which} ORDER BY id {order} LIMIT ?"
             rows = db.execute(query, [*targets, *values, count]).fetchall()
@@ -2800,7 +2885,7 @@ class Store:
         rows = [row for row, size in zip(rows, sizes, strict=True) if size <= PAGE_BYTES]
         return [event_of(*row) for row in (reversed(rows) if newest else rows)]
 
-    def _targets_of(self, db: sqlite3.Connection, place: Place) -> list[int]:
+    def targets_of(self, db: sqlite3.Connection, place: Place) -> list[int]:
         found = [row[0] for row in db.execute("SELECT id FROM targets WHERE key = ?", [place.key])]
         if place.owner[:1] == "=":
             query = """
@@ -2827,7 +2912,7 @@ class Store:
             talks = db.execute("SELECT id FROM targets WHERE one = ?1 OR other = ?1", [owner])
             targets = [("", row[0]) for row in talks]
             for key in keys:
-                targets += [(key, target) for target in self._targets_of(db, Place(key))]
+                targets += [(key, target) for target in self.targets_of(db, Place(key))]
             for key, target in targets:
                 for row in db.execute(query, [target, *SPOKEN]):
                     found.append((key, event_of(*row)))
@@ -3087,6 +3172,7 @@ CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value
     "multi-prefix": "",
     "server-time": "",
     "setname": "",
+    "soju.im/search": "",
     "standard-replies": "",
     "userhost-in-names": "",
 }
@@ -4633,6 +4719,38 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> N
     session.read(job, lambda events: play(session, shown, events))
 
 
+@irc_command("SEARCH", 1)
+def irc_search(session: IrcSession, attributes: str) -> None:
+    """SEARCH <attributes> -- what was said with some words: in=<target>;text=<words>;
+    from=<nick>;after=<time>;before=<time>;limit=<n>"""
+    wanted, user = parse_tags(attributes), session.user
+    count = min(whole_number(wanted.get("limit", "")) or HISTORY_LINES, HISTORY_LINES_MOST)
+    bounds = {
+        name: Mark(time=parse_time(wanted[name])) for name in ("after", "before") if name in wanted
+    }
+    if not wanted.get("text", "").strip():
+        raise Refused("INVALID_PARAMS", "which words?", "text")
+    if name := wanted.get("in"):
+        audience = readable(session, name, "in")
+        places = [place_of(user, audience) if audience else Place("", user.identity, fold(name))]
+    else:
+        places = [Place(channel.key) for channel in user.channels]
+    span, author = Span(Place(""), SPOKEN, **bounds), fold(wanted.get("from", ""))
+
+    def show(found: list[tuple[Place, Event]]) -> None:
+        names = {channel.key: channel.name for channel in user.channels}
+        lines = (
+            line
+            for place, event in found
+            if not author or fold(event.source.name) == author
+            for line in session.wire.encode(Past(names.get(place.key, "")), [event])
+        )
+        in_batch(session, "soju.im/search", lines)
+
+    search = functools.partial(session.site.store.words.search, places, wanted["text"], span, count)
+    session.read(search, show)
+
+
 @irc_command("MARKREAD", most=2)
 def irc_markread(session: IrcSession, name: str = "", when: str = "") -> None:
     """MARKREAD <target> [timestamp=<time>] -- how far you have read it, on any device"""
@@ -5550,6 +5668,24 @@ def line_history(session: LineSession, *params: str) -> None:
         session.tell(f"that was {counted(len(events), 'message')}")
 
     session.read(functools.partial(session.site.store.page, Span(place), count), show)
+
+
+@line_command("search", 1)
+def line_search(session: LineSession, words: str) -> None:
+    """/search WORDS -- what was said with them in the channel you speak in"""
+    channel = session.place()
+    place = place_of(session.user, channel)
+
+    def show(found: list[tuple[Place, Event]]) -> None:
+        for _, event in found:
+            for text in line_texts(event, line_prefix(channel)):
+                session.tell(f"{time_text(event.time)} {text}")
+        session.tell(f"found {counted(len(found), 'message')} with {harmless(words)}")
+
+    job = functools.partial(
+        session.site.store.words.search, [place], words, Span(place), HISTORY_LINES
+    )
+    session.read(job, show)
 
 
 @line_command("lines", 1)
@@ -6765,9 +6901,12 @@ class Keeper:
         self.loop, self.store, self.helpers = loop, store, helpers
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
+        self.index_due = False
+        self.committed = 0.0  # when, last
 
     def commit(self, turn: Turn) -> bool:
         """The turn's events are stored, or never will be; False: not yet."""
+        self.committed = self.loop.now
         outcome = self.store.commit(turn, self.loop.now)
         if outcome == BUSY:
             self.loop.call_later(BUSY_RETRY_SECONDS, do_nothing)
@@ -6783,7 +6922,20 @@ class Keeper:
         if self.store.path and not self.checkpoint_due:
             self.checkpoint_due = True
             self.loop.call_later(CHECKPOINT_SECONDS, self.checkpoint)
+        if self.store.words.behind and not self.index_due:
+            self.index_due = True
+            self.loop.call_later(INDEX_SECONDS, self.index)
         return True
+
+    def index(self) -> None:
+        """Slice by slice, in turns that have nothing else to do; under unbroken load one
+        slice now and then."""
+        if not self.store.words.advance():
+            self.index_due = False
+        elif self.loop.now - self.committed < INDEX_SECONDS / 10:
+            self.loop.call_later(INDEX_SECONDS, self.index)
+        else:
+            self.loop.call_soon(self.index)
 
     def prune(self, idle: bool) -> None:
         if self.store.prune(idle) and idle:

@@ -173,6 +173,8 @@ class House:
                 seen.add(session)
                 session.conn.out += data
         self.hub.end()
+        while self.store.words.advance():
+            pass
         self.now += 1.0
         self.hub.begin(self.now)
         if self.jobs:
@@ -947,7 +949,7 @@ alice> CAP END
 +erin
 erin> CAP LS 302
 erin< CAP * LS * :account-notify account-tag draft/account-registration draft/chathistory draft/event-playback draft/channel-rename draft/message-redaction draft/metadata-3=before-connect,max-subs=50,max-keys=20,max-value-bytes=300 draft/no-implicit-names draft/pre-away draft/multiline=max-bytes=16384,max-lines=200 draft/read-marker sasl=PLAIN,SCRAM-SHA-256 away-notify batch cap-notify chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags multi-prefix
-erin< CAP * LS :server-time setname standard-replies userhost-in-names
+erin< CAP * LS :server-time setname soju.im/search standard-replies userhost-in-names
 erin> NICK erin
 erin> USER erin 0 * :Erin
 erin> CAP REQ :multi-prefix setname
@@ -966,7 +968,7 @@ erin> CAP
 erin< 461 erin CAP :it goes like this: CAP LS|LIST|REQ|END [<capabilities>]
 === CAP: is heard also later, and counts from the next line on
 alice> CAP LS
-alice< CAP alice LS :account-notify account-tag draft/account-registration draft/chathistory draft/event-playback draft/channel-rename draft/message-redaction draft/metadata-3 draft/no-implicit-names draft/pre-away draft/multiline draft/read-marker sasl away-notify batch cap-notify chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags multi-prefix server-time setname standard-replies userhost-in-names
+alice< CAP alice LS :account-notify account-tag draft/account-registration draft/chathistory draft/event-playback draft/channel-rename draft/message-redaction draft/metadata-3 draft/no-implicit-names draft/pre-away draft/multiline draft/read-marker sasl away-notify batch cap-notify chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags multi-prefix server-time setname soju.im/search standard-replies userhost-in-names
 alice> JOIN #a
 alice< :alice JOIN #a
 alice< 353 alice = #a :@alice
@@ -1871,7 +1873,7 @@ alice< 402 alice elsewhere :there is no such server; this one stands alone
 === HELP: is made from the handlers
 alice> HELP
 alice< 704 alice * :HELP <command> tells more about one of these:
-alice< 705 alice * :ADMIN AUTHENTICATE AWAY BATCH CAP CHATHISTORY CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON JOIN KICK KILL LINKS LIST LUSERS MARKREAD METADATA MODE MONITOR MOTD NAMES NICK NOTICE NS OPER PART PASS PING PONG PRIVMSG QUIT REDACT REGISTER REHASH RENAME RESTART SERVER SERVICE SERVLIST SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOPIC TRACE USER USERHOST USERS VERIFY VERSION WALLOPS WHO WHOIS WHOWAS
+alice< 705 alice * :ADMIN AUTHENTICATE AWAY BATCH CAP CHATHISTORY CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON JOIN KICK KILL LINKS LIST LUSERS MARKREAD METADATA MODE MONITOR MOTD NAMES NICK NOTICE NS OPER PART PASS PING PONG PRIVMSG QUIT REDACT REGISTER REHASH RENAME RESTART SEARCH SERVER SERVICE SERVLIST SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOPIC TRACE USER USERHOST USERS VERIFY VERSION WALLOPS WHO WHOIS WHOWAS
 alice< 706 alice * :End of help
 alice> HELP JOIN
 alice< 704 alice JOIN :JOIN <channel>{,<channel>} [<key>{,<key>}]
@@ -2861,6 +2863,47 @@ dora> /login secret2
 dora< * name or password are wrong
 dora> /verify 123
 dora< * that is not the code that was sent
+=== SEARCH: the words of what one may read
++#a alice bob
++#b alice
+alice> PRIVMSG #a :the quick brown fox
+bob< :alice PRIVMSG #a :the quick brown fox
+bob> PRIVMSG #a :a lazy Dog
+alice< :bob PRIVMSG #a :a lazy Dog
+alice> PRIVMSG #b :another FOX
+alice> PRIVMSG bob :a private fox
+bob< :alice PRIVMSG bob :a private fox
+alice> SEARCH text=fox
+alice< :alice PRIVMSG #a :the quick brown fox
+alice< :alice PRIVMSG #b :another FOX
+alice> SEARCH in=#a;text=brown\\sfox
+alice< :alice PRIVMSG #a :the quick brown fox
+alice> SEARCH in=#a;text=dog;from=alice
+alice> SEARCH in=bob;text=fox
+alice< :alice PRIVMSG bob :a private fox
+bob> SEARCH in=alice;text=fox
+bob< :alice PRIVMSG bob :a private fox
+bob> SEARCH in=#b;text=fox
+bob< FAIL SEARCH INVALID_TARGET in #b :there is nothing of it that you may read
+bob> SEARCH text=fox
+bob< :alice PRIVMSG #a :the quick brown fox
+carol> SEARCH in=bob;text=fox
+alice> SEARCH in=#a;text="fox*\\sOR
+alice> SEARCH in=#a
+alice< FAIL SEARCH INVALID_PARAMS text :which words?
+alice> SEARCH text=fox;after=soon
+alice< FAIL SEARCH INVALID_PARAMS :a time looks like 2026-11-22T08:30:05.123Z
+dora> /join #a
+alice< :dora JOIN #a
+bob< :dora JOIN #a
+dora< * you speak in #a now
+dora< * the topic of #a is not set
+dora< * #a 1-3 of 3: @alice, bob, dora
+dora> /search FOX
+dora< * WHEN [#a] alice: the quick brown fox
+dora< * found 1 message with FOX
+dora> /search nothing
+dora< * found 0 messages with nothing
 """  # noqa: E501 -- lines as they are on the wire
 
 
