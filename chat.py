@@ -177,6 +177,7 @@ KEEPALIVE_EVERY = 10
 
 ID_CLOCK_BITS = 12  # an event's id is the time and 4,096 events a millisecond
 ID_DIGITS = 15  # hexadecimal, of an event's id: SQLite's integers have a bit more
+LAST_MOMENT = 253_402_300_799_000  # milliseconds: no calendar has the year 10,000
 TIMES_AHEAD = 1000  # milliseconds that an event's time may be ahead of the clock, to be unique
 KEEP_EVENTS = 1_000_000  # history of a channel
 KEEP_EVENTS_IN_MEMORY = 10_000  # the same with --data none: about 5 MB a busy channel ...
@@ -770,21 +771,26 @@ def make_verifier(password: str, rounds: int = ACCOUNT_ROUNDS) -> Verifier:
 def nobodys_verifier(name: str, key: bytes = secrets.token_bytes(16)) -> Verifier:
     """Of an account that does not exist: the same salt for the same name, and no password
     fits, so that asking for it tells nothing."""
-    return Verifier(sha256_hmac(key, name.encode())[:16], ACCOUNT_ROUNDS, b"", b"")
+    return Verifier(sha256_hmac(key, fold(name).encode())[:16], ACCOUNT_ROUNDS, b"", b"")
 
 
 Lookup = Callable[[str], tuple[str, Verifier]]  # name -> as it is registered, its verifier
 Mechanism = Iterator  # of bytes to the client, or functions for off the loop
-WRONG = Refused("SASL_FAILED", "name or password are wrong")
+
+
+def wrong_login() -> Refused:
+    """A new one each time: an exception keeps the frames that it went through, and they
+    keep the password."""
+    return Refused("SASL_FAILED", "name or password are wrong")
 
 
 def split_plain(response: bytes) -> list[str]:
     try:
         parts = response.decode().split("\0")
     except UnicodeDecodeError:
-        raise WRONG from None
+        raise wrong_login() from None
     if len(parts) != 3:
-        raise WRONG
+        raise wrong_login()
     return parts
 
 
@@ -792,10 +798,10 @@ def sasl_plain(find: Lookup) -> Mechanism:
     """RFC 4616."""
     authzid, authcid, password = split_plain((yield b""))
     if not authcid or not password or fold(authzid or authcid) != fold(authcid):
-        raise WRONG
+        raise wrong_login()
     name, verifier = find(authcid)
     if not (yield functools.partial(verifier.fits, password)):
-        raise WRONG
+        raise wrong_login()
     return name
 
 
@@ -818,7 +824,7 @@ def sasl_scram(find: Lookup) -> Mechanism:
         nonce = fields["r"] + secrets.token_urlsafe(18)
         wanted = authzid.removeprefix("a=")
         if binding not in ("n", "y") or (wanted and fold(wanted) != fold(authcid)):
-            raise WRONG
+            raise wrong_login()
         name, verifier = find(authcid)
         salt = base64.b64encode(verifier.salt).decode()
         challenge = f"r={nonce},s={salt},i={verifier.rounds}"
@@ -827,13 +833,13 @@ def sasl_scram(find: Lookup) -> Mechanism:
         answered = scram_fields(without_proof)
         header = f"{binding},{authzid},".encode()
         if answered["r"] != nonce or base64.b64decode(answered["c"]) != header:
-            raise WRONG
+            raise wrong_login()
         signed = f"{bare},{challenge},{without_proof}".encode()
         client_key = xor(base64.b64decode(proof), sha256_hmac(verifier.stored_key, signed))
     except (KeyError, ValueError):  # not a message of SCRAM; UnicodeDecodeError is a ValueError
-        raise WRONG from None
+        raise wrong_login() from None
     if not hmac.compare_digest(hashlib.sha256(client_key).digest(), verifier.stored_key):
-        raise WRONG
+        raise wrong_login()
     yield b"v=" + base64.b64encode(sha256_hmac(verifier.server_key, signed))
     return name
 
@@ -847,20 +853,19 @@ class Exchange:
     def __init__(self, mechanism: Mechanism):
         self.mechanism = mechanism
         self.received = ""
-        self.authcid = ""  # the account that somebody says is theirs
 
     def feed(self, chunk: str) -> bytes | None:
         """What the client said, once it is whole: a chunk of 400 bytes is not the last one."""
         self.received += "" if chunk == "+" else chunk
         if len(self.received) > SASL_BYTES:
-            raise WRONG
+            raise wrong_login()
         if len(chunk) == SASL_CHUNK:
             return None
         text, self.received = self.received, ""
         try:
             return base64.b64decode(text, validate=True)
         except ValueError:
-            raise WRONG from None
+            raise wrong_login() from None
 
     @staticmethod
     def chunks(data: bytes) -> list[str]:
@@ -958,6 +963,7 @@ class User:
         "invitations",
         "key",
         "last_time",
+        "login",
         "mask_key",
         "metadata",
         "modes",
@@ -971,6 +977,7 @@ class User:
 
     def __init__(self, source: Source, realname: str, number: int, now: int):
         self.stay = f"~{number}"
+        self.login = ""  # Account.identity
         self.realname = realname
         self.modes: set[str] = set()
         self.away = ""  # why; "" is here
@@ -985,14 +992,22 @@ class User:
     @property
     def identity(self) -> str:
         """Of this stay; or of the account, over all of them. No channel's key begins so."""
-        return f"={self.account}" if self.account else self.stay
+        return self.login or self.stay
 
     def called(self, source: Source) -> None:
         """From now on."""
-        identity = f"={source.account}" if source.account else self.stay
-        self.source = source._replace(identity=identity)
+        self.source = source._replace(identity=self.identity)
         self.key = fold(source.name)
         self.mask_key = fold(source.mask)
+
+    @property
+    def live(self) -> "list[Session]":
+        """The sessions that have not ended in this turn."""
+        return [session for session in self.sessions if session.user is self]
+
+    def logged_in(self, account: str, identity: str) -> None:
+        self.login = identity
+        self.changed(account=account)
 
     def changed(self, **known: Any) -> None:
         """Somebody else from now on: another name, account, or a bot."""
@@ -1195,7 +1210,7 @@ class Channel:
             raise Refused("NOT_OPERATOR", text, self.name)
 
     def admit(self, user: User, text: str) -> None:
-        if "C" in self.flags and text[:1] == "\x01":
+        if "C" in self.flags and "\n\x01" in f"\n{text}":
             text = f"{self.name} takes no CTCP but actions (+C)"
             raise Refused("CANNOT_SEND", text, self.name)
         member = self.members.get(user)
@@ -1396,6 +1411,23 @@ class Overseen(NamedTuple):
 
     def stays(self, user: User) -> list[tuple[int, float]]:
         return [(0, math.inf)] if user is self.outsider else self.channel.stays(user)
+
+
+class Renamed(NamedTuple):
+    """A channel, for what happened in it in this turn before it had another name."""
+
+    channel: Channel
+    name: str
+
+    @property
+    def keys(self) -> tuple[str]:
+        return self.channel.keys
+
+    def sessions_by_wire(self) -> "dict[Any, list[Session]]":
+        return self.channel.sessions_by_wire()
+
+    def stays(self, user: User) -> list[tuple[int, float]]:
+        return self.channel.stays(user)
 
 
 def scene(channel: Channel, user: User) -> Channel | Overseen:
@@ -1829,6 +1861,12 @@ class Account(NamedTuple):
     name: str
     verifier: Verifier
     email: str = ""
+    number: int = 0  # that no other account ever has, not even the next one of this name
+
+    @property
+    def identity(self) -> str:
+        """Whose private talks these are. Names have no slash."""
+        return f"={self.name}/{self.number:x}"
 
 
 class Accounts(dict[str, Account]):
@@ -1854,10 +1892,13 @@ class Accounts(dict[str, Account]):
             self.pending.popitem(last=False)
         return code
 
-    def verified(self, name: str, code: str) -> Account:
+    def verified(self, name: str, code: str, host: str, now: int) -> Account:
         """The account that this code was sent for. Raises Refused."""
+        self.throttle.check(host, f"code {name}", now)
+        self.throttle.failed(host, f"code {name}", now)
         account, expected = self.pending.get(fold(name), (None, ""))
-        if account is None or not hmac.compare_digest(code.encode(), expected.encode()):
+        fits = hmac.compare_digest(code.encode(), expected.encode())
+        if account is None or not fits or fold(name) in self:
             raise Refused("INVALID_CODE", "that is not the code that was sent", name)
         del self.pending[fold(name)]
         return account
@@ -1876,8 +1917,13 @@ class Accounts(dict[str, Account]):
         """A new one, or one with a new secret. Who is told so is told after the commit."""
         key = fold(account.name)
         self[key] = account
-        values = (key, account.name, *account.verifier, account.email)
-        turn.writes.append(("REPLACE INTO accounts VALUES (?, ?, ?, ?, ?, ?, ?)", values))
+        values = (key, account.name, *account.verifier, account.email, account.number)
+        turn.writes.append((f"REPLACE INTO accounts VALUES ({', '.join('?' * 8)})", values))
+
+    def identity(self, name: str) -> str:
+        """Of an account; "" if there is none."""
+        account = self.get(fold(name))
+        return account.identity if account else ""
 
     def drop(self, name: str, turn: Turn) -> None:
         del self[fold(name)]
@@ -1931,10 +1977,14 @@ class Hub:
         self.last_id += 1
         return f"{self.last_id:x}"
 
-    def end(self) -> None:
-        """The turn has been written."""
-        self.turn.close()
-        self.turn = Turn()
+    def end(self, lost: bool = False) -> None:
+        """The turn has been written. What the store could not take of it and cannot do
+        without (accounts, names, seals: not what was said) is for the next turn to try."""
+        old, self.turn = self.turn, Turn()
+        old.close()
+        if lost:
+            self.turn.writes, self.turn.renamed = old.writes, old.renamed
+            self.turn.sealed = old.sealed
 
     def emit(
         self,
@@ -1967,8 +2017,10 @@ class Hub:
     ) -> User:
         """A session becomes a user, under a name that free_name() or check_name() allowed."""
         self.last_id += 1
-        source = source_of(name, session.conn.address, username, account)
+        source = source_of(name, session.conn.address, username)
         user = User(source, realname or name, self.last_id, self.now)
+        if account:
+            user.logged_in(account, self.accounts.identity(account))
         user.last_time = self.last_time
         user.sessions.append(session)
         self.users[user.key] = user
@@ -2017,7 +2069,7 @@ class Hub:
     def log_in(self, session: Session, account: str) -> None:
         """This session's user proved to be the owner of an account; "" logs out."""
         user = session.user
-        user.changed(account=account)
+        user.logged_in(account, self.accounts.identity(account))
         self.emit(ACCOUNT, user.source, self.witnesses(user), "", account, session)
 
     def _was(self, user: User) -> None:
@@ -2108,7 +2160,9 @@ class Hub:
 
     def rename(self, session: Session, name: str) -> None:
         """Another name for this session's user, one that is free."""
-        user = session.user
+        self.rename_user(session.user, name, session)
+
+    def rename_user(self, user: User, name: str, session: Session | None = None) -> None:
         if name == user.name:
             return
         circle = neighbours(user) if user.channels else People(frozenset([user]))
@@ -2156,25 +2210,6 @@ class Hub:
         channel.topic = topic
         channel.topic_setter, channel.topic_time = user.source.mask, self.now
         self.emit(TOPIC, user.source, scene(channel, user), topic, origin=session)
-
-    def change_modes(
-        self, session: Session, channel: Channel, changes: Iterable[ModeChange]
-    ) -> list[Refused]:
-        """Do what can be done, in one event, and say why not of the rest."""
-        done: list[ModeChange] = []
-        refusals: dict[Any, Refused] = {}  # one of a kind: a hundred letters are no flood
-        for change in changes:
-            try:
-                changed = change_mode(self, session.user, channel, change)
-                done += [changed] if changed else []
-            except Refused as refusal:
-                refusals.setdefault((refusal.code, refusal.about), refusal)
-        user, audience = session.user, scene(channel, session.user)
-        for text in mode_lines(change for change in done if change.letter != "k"):
-            self.emit(MODE, user.source, audience, text, origin=session)
-        for text in mode_lines(change for change in done if change.letter == "k"):
-            self.emit(PASSWORD, user.source, audience, text, origin=session)
-        return list(refusals.values())
 
     # Looking
 
@@ -2232,9 +2267,11 @@ def kill(session: Session, victim: User, reason: str) -> None:
     """Close all connections of somebody."""
     reason = cut(reason, REASON_BYTES) or "no reason given"
     session.site.house.note(f"{victim.source.mask} killed by {session.user.name}: {reason}")
-    by = session.user.source
-    for other in list(victim.sessions):
+    by, live = session.user.source, victim.live
+    for other in live:
         other.killed(by, reason)
+    if not live:  # missed, and not back yet
+        session.site.hub.remove(victim, f"Killed ({by.name} ({reason}))")
 
 
 def redact(session: Session, audience: Any, event: Event, reason: str) -> None:
@@ -2265,13 +2302,19 @@ def rename_channel(session: Session, channel: Channel, name: str, reason: str) -
         raise Refused("CANNOT_RENAME", text, old, name)
     if other not in (None, channel):
         raise Refused("CHANNEL_NAME_IN_USE", f"there is a {other.name} already", old, name)
+    if any(gone.key == fold(name) and gone is not channel for gone in hub.turn.changed):
+        raise Refused("CHANNEL_NAME_IN_USE", "that is just being left; try again", old, name)
+    hub.turn.events = [
+        e._replace(audience=Renamed(channel, old)) if e.audience is channel else e
+        for e in hub.turn.events
+    ]
     del hub.channels[channel.key]
     hub.turn.renamed.append((channel.key, fold(name)))
     channel.name, channel.key, channel.keys = name, fold(name), (fold(name),)
     hub.channels[channel.key] = channel
     hub.emit(RENAME, user.source, scene(channel, user), reason, old, session)
     for member in channel.members:
-        for other_session in member.sessions:
+        for other_session in member.live:
             other_session.place_renamed(old, channel, reason)
 
 
@@ -2285,7 +2328,7 @@ def set_metadata(session: Session, owner: User | Channel, key: str, value: str) 
         hearers = owner.listeners()
     else:
         hearers = session.site.hub.witnesses(owner).listeners() if session.user else ()
-    for other in itertools.chain(*(user.sessions for user in hearers)):
+    for other in itertools.chain(*(user.live for user in hearers)):
         if other is not session:
             other.learns(owner.name, key, value)
 
@@ -2295,6 +2338,29 @@ def tell_all(session: Session, text: str) -> None:
     hub = session.site.hub
     listening = frozenset(user for user in hub.users.values() if "w" in user.modes)
     hub.emit(WALLOPS, session.user.source, People(listening), text, origin=session)
+
+
+def apply_modes(session: Session, channel: Channel, changes: Iterable[ModeChange]) -> list[Refused]:
+    """Do what can be done, in one event, and say why not of the rest."""
+    hub = session.site.hub
+    done: list[ModeChange] = []
+    was_private = channel.private
+    refusals: dict[Any, Refused] = {}  # one of a kind: a hundred letters are no flood
+    for change in changes:
+        try:
+            changed = change_mode(hub, session.user, channel, change)
+            done += [changed] if changed else []
+        except Refused as refusal:
+            refusals.setdefault((refusal.code, refusal.about), refusal)
+    if channel.private and not was_private:  # so that it is sealed after a crash, too
+        update = "UPDATE targets SET private = 1 WHERE key = ?"
+        hub.turn.writes.append((update, (channel.key,)))
+    user, audience = session.user, scene(channel, session.user)
+    for text in mode_lines(change for change in done if change.letter != "k"):
+        hub.emit(MODE, user.source, audience, text, origin=session)
+    for text in mode_lines(change for change in done if change.letter == "k"):
+        hub.emit(PASSWORD, user.source, audience, text, origin=session)
+    return list(refusals.values())
 
 
 def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
@@ -2324,12 +2390,12 @@ def identify(session: Session, name: str, password: str, done: Callable[[], None
     site.house.refresh()
     host = session.user.source.host
     hub.accounts.throttle.check(host, name, hub.now)
+    hub.accounts.throttle.failed(host, name, hub.now)  # until it has succeeded
     account, verifier = hub.accounts.find(name)
 
     def judge(fits: bool) -> None:
-        if not fits:
-            hub.accounts.throttle.failed(host, name, hub.now)
-            raise WRONG
+        if not fits or hub.accounts.find(name)[1] is not verifier:
+            raise wrong_login()
         hub.accounts.throttle.succeeded(host, name)
         hub.log_in(session, account)
         done()
@@ -2357,8 +2423,10 @@ def change_password(session: Session, old: str, new: str, done: Callable[[], Non
     check_password(new, name)
 
     def save(verifier: Verifier) -> None:
-        email = hub.accounts[fold(name)].email
-        hub.accounts.save(Account(name, verifier, email), hub.turn)
+        account = hub.accounts.get(fold(name))
+        if account is None:  # given up meanwhile
+            raise wrong_login()
+        hub.accounts.save(account._replace(verifier=verifier), hub.turn)
         done()
 
     def proved() -> None:
@@ -2374,7 +2442,7 @@ def drop_account(session: Session, password: str, done: Callable[[], None]) -> N
     def proved() -> None:
         hub.accounts.drop(name, hub.turn)
         for user in [user for user in hub.users.values() if user.account == name]:
-            user.changed(account="")
+            user.logged_in("", "")
             hub.emit(ACCOUNT, user.source, hub.witnesses(user))
         done()
 
@@ -2413,13 +2481,18 @@ def register_account(
 ) -> None:
     """Make a name an account; then done(name, whether its address is still to be verified)."""
     name, site = check_new_account(session, nick, wanted, password), session.site
+    host, now = session.conn.address.rpartition(":")[0], site.hub.now
     by_mail = "email-required" in site.registration
+    if by_mail:  # nobody's mailbox is to be filled from here
+        site.hub.accounts.throttle.check(host, "mail", now)
+        site.hub.accounts.throttle.failed(host, "mail", now)
     if by_mail and not re.fullmatch(r"[^@\s]+@[^@\s]+", email):
         raise Refused("INVALID_EMAIL", "this server wants an address to write to", name)
 
     def made(verifier: Verifier) -> None:
         check_new_account(session, nick, wanted, password)  # somebody may have been quicker
-        account = Account(name, verifier, email if by_mail else "")
+        number = int(site.hub.new_reference(), 16)
+        account = Account(name, verifier, email if by_mail else "", number)
         if not by_mail:
             site.hub.accounts.save(account, site.hub.turn)
             return done(name, False)
@@ -2495,6 +2568,8 @@ MIGRATIONS = (
     ALTER TABLE targets ADD COLUMN one_key TEXT NOT NULL DEFAULT '';    -- identities, and
     ALTER TABLE targets ADD COLUMN other TEXT NOT NULL DEFAULT '';      -- keys of the names
     ALTER TABLE targets ADD COLUMN other_key TEXT NOT NULL DEFAULT '';  -- when it began
+    ALTER TABLE targets ADD COLUMN private INTEGER NOT NULL DEFAULT 0;  -- was +i, +k or +s
+    ALTER TABLE accounts ADD COLUMN number INTEGER NOT NULL DEFAULT 0;
     CREATE INDEX targets_one ON targets (one);
     CREATE INDEX targets_other ON targets (other);
     CREATE TABLE markers (          -- how far somebody has read
@@ -2585,7 +2660,7 @@ def event_of(
     tags: str,
 ) -> Event:
     """A row of the store, read back."""
-    account = author[1:] if author[:1] == "=" else ""
+    account = author[1:].rpartition("/")[0]
     source = source_of(name, address, username, account)._replace(identity=author)
     return Event(id, time_ms, kind, source, None, text, about, None, tags)
 
@@ -2595,6 +2670,11 @@ class Mark(NamedTuple):
 
     id: int | None = None
     time: int = 0
+
+    @property
+    def moment(self) -> tuple[int, int]:
+        """For comparing the two kinds."""
+        return (self.time, 0) if self.id is None else (self.id >> ID_CLOCK_BITS, self.id)
 
 
 class Place(NamedTuple):
@@ -2727,6 +2807,7 @@ class Store:
         self.keep = keep or (KEEP_EVENTS if path else KEEP_EVENTS_IN_MEMORY)
         self.db = open_database(path)
         self.version = 0  # of the data, as seen last
+        self.changed_elsewhere()
         self.targets: dict[str, int] = {}  # id by key, of those written to lately
         self.counts: dict[int, int] = {}  # rows by target id, of the same
         self.unsure: list[str] = []  # keys of targets made in a transaction not yet committed
@@ -2745,6 +2826,8 @@ class Store:
         outlives the server."""
         newest = "e.id = (SELECT max(id) FROM events WHERE target = targets.id)"
         joined = f"targets JOIN events e ON e.target = targets.id AND {newest}"
+        # No channel outlives the server yet, and whoever founds these again is anybody
+        self.db.execute("UPDATE targets SET key = '~' || id, private = 0 WHERE private")
         row = self.db.execute(f"SELECT max(e.id), max(e.time) FROM {joined}").fetchone()
         self.last_id, self.last_time = (value or 0 for value in row)
         self.orphans = {row[0] for row in self.db.execute("SELECT id FROM targets WHERE key > '~'")}
@@ -2856,9 +2939,9 @@ class Store:
         return version != before
 
     def accounts(self) -> Iterator[Account]:
-        query = "SELECT name, salt, rounds, stored_key, server_key, email FROM accounts"
-        for name, salt, rounds, stored_key, server_key, email in self.db.execute(query):
-            yield Account(name, Verifier(salt, rounds, stored_key, server_key), email)
+        columns = "name, salt, rounds, stored_key, server_key, email, number"
+        for name, *verifier, email, number in self.db.execute(f"SELECT {columns} FROM accounts"):
+            yield Account(name, Verifier(*verifier), email, number)
 
     # Reading, on whatever thread
 
@@ -3050,6 +3133,7 @@ RPL_LOGGEDIN = "900 {} {} :You are now logged in as {}"
 RPL_SASLSUCCESS = "903 :SASL authentication successful"
 ERR_SASLFAIL = "904 :{}"
 ERR_SASLTOOLONG = "905 :a line of SASL has at most 400 bytes"
+ERR_SASLALREADY = "907 :{}"
 ERR_SASLABORTED = "906 :SASL authentication aborted"
 RPL_SASLMECHS = "908 {} :are the mechanisms there are"
 RPL_WHOISSECURE = "671 {} :is using a secure connection"
@@ -3375,6 +3459,7 @@ class Collected:
         self.verb = ""
         self.text = ""
         self.lines = 0
+        self.failed = False
 
     def add(self, message: Message) -> None:
         """One more line. Raises Refused."""
@@ -3399,12 +3484,16 @@ class Collected:
 def collect(session: "IrcSession", message: Message) -> None:
     """A line of a batch that the client has begun. A bad one ends the whole message."""
     session.message = message._replace(verb="BATCH")  # what a refusal is about
-    if session.collected is None:
+    collected = session.collected
+    if collected is None:
         raise Refused("MULTILINE_INVALID", "there is no such batch")
     try:
-        session.collected.add(message if message.params else message._replace(params=[""]))
+        if not collected.failed:
+            collected.add(message if message.params else message._replace(params=[""]))
     except Refused:
-        session.collected = None
+        collected.failed = True  # said once; the rest of it is not looked at
+        if "labeled-response" in session.wire.capabilities:
+            session.begin_answer(collected.label)
         raise
 
 
@@ -3445,7 +3534,10 @@ class IrcSession(Session):
         "batch",
         "collected",
         "exchange",
+        "from_service",
         "labelled",
+        "login",
+        "speaking",
         "message",
         "negotiating",
         "own_tags",
@@ -3472,6 +3564,9 @@ class IrcSession(Session):
         self.batch = ""  # that a long answer is in
         self.subscribed: dict[str, None] = {}  # keys of metadata
         self.account = self.away = ""  # logged in to, and away, before there is a user
+        self.login = ""  # Account.identity of that account
+        self.from_service = False  # the answer is NickServ's
+        self.speaking = False  # a long answer goes on, in its batch
         self.metadata: dict[str, str] = {}  # likewise
         self.exchange: Exchange | None = None  # of SASL, going on
         self.collected: Collected | None = None  # a message of several lines, as it comes
@@ -3495,7 +3590,12 @@ class IrcSession(Session):
         data = irc_bytes(text)
         if self.wire.timed:
             data = add_tag(data, f"time={tag_time(self.site.hub.now)}")
-        self.send(add_tag(data, f"batch={self.batch}") if self.batch else data)
+        self.send(add_tag(data, f"batch={self.batch}") if self.speaking else data)
+
+    def go_on(self) -> None:
+        self.speaking = bool(self.batch)
+        super().go_on()
+        self.speaking = False
 
     def reply(self, shape: str, *values: Any) -> None:
         number, rest = shape.split(" ", 1)
@@ -3536,8 +3636,13 @@ class IrcSession(Session):
         """Ask whether anybody is there."""
         self.send(irc_bytes(f"PING :{self.site.name}"))
 
+    def service_says(self, text: str) -> None:
+        self.say(f":{SERVICE}!{SERVICE}@{self.site.name} NOTICE {self.nick} :{text}")
+
     def refuse(self, refusal: Refused) -> None:
         number, text = REFUSALS.get(refusal.code), harmless(str(refusal))
+        if self.from_service:
+            return self.service_says(text)
         if number is None:
             return self.fail(self.message.verb or "*", refusal.code, text, *refusal.about)
         about = "".join(f"{as_param(one)} " for one in refusal.about)
@@ -3576,6 +3681,7 @@ class IrcSession(Session):
             self.reply(RPL_MONOFFLINE, source.name)
 
     def receive(self, line: bytes) -> None:
+        self.from_service = False
         try:
             self.message = message = self.parse(line)
             if "batch" in message.tags:
@@ -3799,6 +3905,13 @@ def tell_metadata(session: IrcSession, owner: User | Channel, keys: Iterable[str
     in_batch(session, f"metadata {name}", lines)
 
 
+def take_name_back(hub: Hub, wanted: str, account: str) -> None:
+    """Whoever has the name of an account that is not theirs gets another when its owner comes."""
+    holder = hub.users.get(fold(wanted))
+    if holder and holder.account != account and account and fold(wanted) == fold(account):
+        hub.rename_user(holder, free_name(hub, wanted))
+
+
 def come_in(session: IrcSession) -> None:
     """Once there is all that it takes: a name, USER, and no negotiation going on."""
     if session.user or session.negotiating or not (session.wanted and session.username):
@@ -3811,6 +3924,9 @@ def come_in(session: IrcSession) -> None:
     if session.exchange:  # whoever ends the negotiation in the middle of it has given up
         abort_sasl(session)
     hub, account = session.site.hub, session.account
+    if hub.accounts.identity(account) != session.login:  # it was given up meanwhile
+        account = session.account = ""
+    take_name_back(hub, session.wanted, account)
     wanted, session.wanted = session.wanted, ""  # somebody may have taken it meanwhile
     check_name(hub, wanted, account=account)
     holder = hub.users.get(fold(wanted))
@@ -3869,11 +3985,13 @@ def irc_nick(session: IrcSession, wanted: str = "") -> None:
     """NICK <nickname> -- take a name, or another one"""
     if not wanted:
         raise Refused("NO_NAME", "which name?")
-    session.asked, hub = wanted, session.site.hub
+    hub = session.site.hub
+    if clean_name(wanted) == wanted:
+        session.asked = wanted
     if session.negotiating and clean_name(wanted) == wanted:
         session.wanted = wanted  # it may be his own, and the proof is still to come
         return
-    check_name(hub, wanted, session.user, session.account)
+    check_name(hub, wanted, session.user, "" if session.user else session.account)
     if session.user:
         return hub.rename(session, wanted)
     session.wanted = wanted
@@ -3958,6 +4076,7 @@ def irc_cap(session: IrcSession, subcommand: str, text: str = "") -> None:
 def log_in(session: IrcSession, account: str) -> None:
     """Somebody has proved to own it."""
     user, session.account = session.user, account
+    session.login = session.site.hub.accounts.identity(account)
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
     session.reply(RPL_LOGGEDIN, source.mask, account, account)
     if user:
@@ -3969,9 +4088,6 @@ def irc_host(session: IrcSession) -> str:
 
 
 def fail_sasl(session: IrcSession, refusal: Refused) -> None:
-    hub, exchange = session.site.hub, session.exchange
-    if exchange and exchange.authcid and refusal is WRONG:
-        hub.accounts.throttle.failed(irc_host(session), exchange.authcid, hub.now)
     session.exchange = None
     session.reply(ERR_SASLFAIL, str(refusal))
 
@@ -3996,14 +4112,18 @@ def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
 
 
 def begin_sasl(session: IrcSession, name: str) -> None:
+    if session.user and len(session.user.live) > 1:
+        text = "your other devices are logged in, too"
+        return session.reply(ERR_SASLALREADY, text)
     if name not in MECHANISMS:
         session.reply(RPL_SASLMECHS, ",".join(MECHANISMS))
-        return fail_sasl(session, WRONG)
+        return fail_sasl(session, wrong_login())
     hub, host = session.site.hub, irc_host(session)
 
     def find(authcid: str) -> tuple[str, Verifier]:
+        session.site.house.refresh()
         hub.accounts.throttle.check(host, authcid, hub.now)
-        session.exchange.authcid = authcid
+        hub.accounts.throttle.failed(host, authcid, hub.now)  # until it has succeeded
         return hub.accounts.find(authcid)
 
     session.exchange = Exchange(MECHANISMS[name](find))
@@ -4047,7 +4167,7 @@ def irc_register(session: IrcSession, account: str, email: str, password: str) -
 def irc_verify(session: IrcSession, name: str, code: str) -> None:
     """VERIFY <account> <code> -- the code that was sent to the address of a new account"""
     hub = session.site.hub
-    account = hub.accounts.verified(name, code)
+    account = hub.accounts.verified(name, code, irc_host(session), hub.now)
     hub.accounts.save(account, hub.turn)
     session.line(f"VERIFY SUCCESS {account.name} :{account.name} is yours")
     log_in(session, account.name)
@@ -4080,16 +4200,11 @@ def irc_quit(session: IrcSession, reason: str = "") -> None:
 service_command = Commands(f"/msg {SERVICE} ")
 
 
-def service_says(session: IrcSession, text: str) -> None:
-    mask = f"{SERVICE}!{SERVICE}@{session.site.name}"
-    session.say(f":{mask} NOTICE {session.nick} :{text}")
-
-
 @service_command("help", most=1)
 def service_help(session: IrcSession, verb: str = "") -> None:
     """HELP -- what can be said to NickServ"""
     for command in service_command.values():
-        service_says(session, f"{command.syntax}: {command.summary}")
+        session.service_says(f"{command.syntax}: {command.summary}")
 
 
 @service_command("register", 1, 2)
@@ -4098,8 +4213,8 @@ def service_register(session: IrcSession, password: str, email: str = "") -> Non
 
     def done(name: str, to_be_verified: bool) -> None:
         if to_be_verified:
-            return service_says(session, "a code was sent to you: VERIFY CODE")
-        service_says(session, f"{name} is yours")
+            return session.service_says("a code was sent to you: VERIFY CODE")
+        session.service_says(f"{name} is yours")
         log_in(session, name)
 
     register_account(session, session.nick, "*", email, password, done)
@@ -4115,21 +4230,21 @@ def service_verify(session: IrcSession, code: str) -> None:
 def service_identify(session: IrcSession, *words: str) -> None:
     """IDENTIFY [NAME] PASSWORD -- log in"""
     name, password = words if len(words) == 2 else (session.nick, *words)
-    done = functools.partial(service_says, session, f"you are logged in as {name}")
+    done = functools.partial(session.service_says, f"you are logged in as {name}")
     identify(session, name, password, done)
 
 
 @service_command("passwd", 2)
 def service_passwd(session: IrcSession, old: str, new: str) -> None:
     """PASSWD OLD NEW -- another password"""
-    done = functools.partial(service_says, session, "your password is another now")
+    done = functools.partial(session.service_says, "your password is another now")
     change_password(session, old, new, done)
 
 
 @service_command("drop", 1)
 def service_drop(session: IrcSession, password: str) -> None:
     """DROP PASSWORD -- give up your account"""
-    done = functools.partial(service_says, session, "your account is gone")
+    done = functools.partial(session.service_says, "your account is gone")
     drop_account(session, password, done)
 
 
@@ -4137,9 +4252,12 @@ def ask_service(session: IrcSession, text: str) -> None:
     """What is said to NickServ reaches neither people nor the history, nor any log."""
     verb, _, rest = text.partition(" ")
     try:
-        service_command.run(session, verb.lower(), lambda most: rest.split(None, most))
+        session.from_service = True
+        service_command.run(
+            session, verb.lower(), lambda most: rest.split(None, most - 1) if most else []
+        )
     except Refused as refusal:
-        service_says(session, str(refusal))
+        session.service_says(str(refusal))
 
 
 @irc_command("NS", 1, 15)
@@ -4235,12 +4353,17 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
         if kind != "draft/multiline" or not target:
             raise Refused("UNKNOWN_TYPE", "only messages of several lines come so", reference)
         label = session.message.tags.get("label", "")
+        if session.collected:
+            text = "there is one already; end that first"
+            raise Refused("MULTILINE_INVALID", text, reference)
         session.collected = Collected(reference, target, label, client_tags(session))
         session.labelled = None  # the answer comes at its end
         return
     done, session.collected = session.collected, None
     if done is None or done.reference != reference or sign != "-":
         raise Refused("INVALID_REFTAG", "there is no such batch", reference)
+    if done.failed:
+        return
     if not done.text.strip("\n"):
         raise Refused("MULTILINE_INVALID", "there is nothing to say")
     if done.label and "labeled-response" in session.wire.capabilities:
@@ -4279,7 +4402,7 @@ def tell_of_newcomer(session: IrcSession, channel: Channel) -> None:
     """What is known of somebody who came (metadata), to those who want to hear of it."""
     if not session.user.metadata:
         return
-    for other in itertools.chain(*(user.sessions for user in channel.members)):
+    for other in itertools.chain(*(user.live for user in channel.members)):
         for key, value in session.user.metadata.items() if other is not session else ():
             other.learns(session.nick, key, value)
 
@@ -4469,7 +4592,7 @@ def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) ->
     for letter in queries:
         tell_masks(session, channel, letter)
     changes = [c for c in changes if c.value or c.letter not in MASK_LISTS]
-    for refusal in session.site.hub.change_modes(session, channel, changes):
+    for refusal in apply_modes(session, channel, changes):
         session.refuse(refusal)
 
 
@@ -4540,6 +4663,7 @@ def metadata_set(session: IrcSession, target: str, key: str, value: str = "") ->
     name = target if owner is session else owner.name
     if owner is session:
         session.metadata.update({key: value})
+        session.metadata = {known: text for known, text in session.metadata.items() if text}
     else:
         set_metadata(session, owner, key, value)
     if value:
@@ -4611,23 +4735,27 @@ def invalid_target(subcommand: str, name: str) -> Refused:
     return Refused("INVALID_TARGET", text, subcommand, name)
 
 
-def readable(session: IrcSession, name: str, about: str) -> Channel | Conversation | None:
-    """What a name means, if this user may read it; None for a name that nobody has."""
+def readable(session: IrcSession, name: str, about: str) -> Place:
+    """Where that is kept, if this user may read it: a channel, a talk with somebody who is
+    here, with an account, or with whoever had that name. Raises Refused."""
     hub, user = session.site.hub, session.user
     if name.startswith("#"):
         channel = hub.channels.get(fold(name))
         if channel is None or user not in channel.members:
             raise invalid_target(about, name)
-        return channel
-    other = hub.users.get(fold(name))
-    return conversation(user, other) if other else None
+        return place_of(user, channel)
+    if other := hub.users.get(fold(name)):
+        return place_of(user, conversation(user, other))
+    identities = sorted((user.identity, hub.accounts.identity(name)))
+    return Place(" ".join(identities), user.identity, fold(name))
 
 
 def parse_time(text: str) -> int:
     """Milliseconds since 1970. Raises Refused."""
     try:
         moment = datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ")
-        return int(moment.replace(tzinfo=datetime.UTC).timestamp() * 1000 + 0.5)
+        when = int(moment.replace(tzinfo=datetime.UTC).timestamp() * 1000 + 0.5)
+        return min(when, LAST_MOMENT)
     except (ValueError, OverflowError):
         raise Refused("INVALID_PARAMS", "a time looks like 2026-11-22T08:30:05.123Z") from None
 
@@ -4688,7 +4816,7 @@ def history_job(store: Any, how: str, span: Span, marks: list[str], count: int) 
     after, before = (None, first) if how == "BEFORE" else (first, None)
     if how == "BETWEEN":
         second = parse_mark(marks[1])
-        newest = (second.time, second.id or 0) < (first.time, first.id or 0)
+        newest = second.moment < first.moment
         after, before = (second, first) if newest else (first, second)
     return functools.partial(store.page, span._replace(after=after, before=before), count, newest)
 
@@ -4700,7 +4828,7 @@ CHATHISTORY_MARKS = {"BEFORE": 1, "AFTER": 1, "LATEST": 1, "AROUND": 1, "BETWEEN
 def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> None:
     """CHATHISTORY <how> <target> <selector> [<selector>] <limit> -- what was said: BEFORE,
     AFTER, LATEST, AROUND, BETWEEN or TARGETS; selectors are *, timestamp=... and msgid=..."""
-    how, user = how.upper(), session.user
+    how = how.upper()
     *marks, limit = params
     count = whole_number(limit)
     needed = CHATHISTORY_MARKS.get(how)
@@ -4711,12 +4839,16 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> N
         return tell_targets(
             session, *(parse_time(t.removeprefix("timestamp=")) for t in (name, marks[0])), count
         )
-    audience = readable(session, name, how)
-    place = place_of(user, audience) if audience else Place("", user.identity, fold(name))
+    place = readable(session, name, how)
     kinds = PLAYED if "draft/event-playback" in session.wire.capabilities else SPOKEN
     job = history_job(session.site.store, how, Span(place, kinds), marks, count)
-    shown = audience.name if isinstance(audience, Channel) else name
-    session.read(job, lambda events: play(session, shown, events))
+
+    def show(events: list[Event]) -> None:
+        readable(session, name, how)  # or not any more: he was put out meanwhile
+        channel = session.site.hub.channels.get(fold(name))
+        play(session, channel.name if channel else name, events)
+
+    session.read(job, show)
 
 
 @irc_command("SEARCH", 1)
@@ -4731,8 +4863,7 @@ def irc_search(session: IrcSession, attributes: str) -> None:
     if not wanted.get("text", "").strip():
         raise Refused("INVALID_PARAMS", "which words?", "text")
     if name := wanted.get("in"):
-        audience = readable(session, name, "in")
-        places = [place_of(user, audience) if audience else Place("", user.identity, fold(name))]
+        places = [readable(session, name, "in")]
     else:
         places = [Place(channel.key) for channel in user.channels]
     span, author = Span(Place(""), SPOKEN, **bounds), fold(wanted.get("from", ""))
@@ -4754,15 +4885,16 @@ def irc_search(session: IrcSession, attributes: str) -> None:
 @irc_command("MARKREAD", most=2)
 def irc_markread(session: IrcSession, name: str = "", when: str = "") -> None:
     """MARKREAD <target> [timestamp=<time>] -- how far you have read it, on any device"""
-    if not name:
+    if not is_word(name, NAME_BYTES):
         return session.fail("MARKREAD", "NEED_MORE_PARAMS", "of what?")
     if when:
         if not when.startswith("timestamp="):
             raise Refused("INVALID_PARAMS", "a marker is timestamp=...", name)
         stamp, hub = parse_mark(when).time, session.site.hub
-        if hub.markers.move(session.user, fold(name), stamp, hub.turn):
-            others = (other for other in session.user.sessions if other is not session)
-            for other in others:
+        stamp = min(stamp, hub.now + TIMES_AHEAD)  # nobody has read the future
+        moved = hub.markers.move(session.user, fold(name), stamp, hub.turn)
+        for other in session.user.live if moved else ():
+            if other is not session:
                 other.read_on(name)
     session.tell_marker(name)
 
@@ -4771,14 +4903,15 @@ def irc_markread(session: IrcSession, name: str = "", when: str = "") -> None:
 def irc_redact(session: IrcSession, name: str, message_id: str, reason: str = "") -> None:
     """REDACT <target> <message id> [<reason>] -- take back what was said"""
     try:
-        audience = readable(session, name, name)
-        number = parse_id(message_id)
+        audience = session.site.hub.find_audience(session, name)
+        place = readable(session, name, name)
     except Refused:
-        audience, number = None, 0
+        text = "there is nothing of it that you may read"
+        raise Refused("INVALID_TARGET", text, name) from None
+    try:
+        number = parse_id(message_id)
     except ValueError:
         number = 0
-    if audience is None:
-        raise Refused("INVALID_TARGET", "there is nothing of it that you may read", name)
 
     def take_back(event: Event | None) -> None:
         if event is None:
@@ -4789,8 +4922,9 @@ def irc_redact(session: IrcSession, name: str, message_id: str, reason: str = ""
             text = str(refusal)
             raise Refused("REDACT_FORBIDDEN", text, name, message_id) from None
 
-    place = place_of(session.user, audience)
-    session.read(functools.partial(session.site.store.find, place, number), take_back)
+    # Not what was said to an earlier guest of this name: the one of today has no part in it
+    only = Place(place.key)
+    session.read(functools.partial(session.site.store.find, only, number), take_back)
 
 
 # Looking around
@@ -4901,7 +5035,7 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
         yield (RPL_WHOISOPERATOR,)
     if "B" in user.modes:
         yield (RPL_WHOISBOT,)
-    if all(other.conn.secure for other in user.sessions):
+    if user.sessions and all(other.conn.secure for other in user.sessions):
         yield (RPL_WHOISSECURE,)
     if user is me or me.is_operator:
         yield RPL_WHOISACTUALLY, source.host
@@ -5402,7 +5536,7 @@ def ban_mask(user: User) -> str:
 
 def change_modes(session: LineSession, channel: Channel, changes: list[ModeChange]) -> None:
     """Raises Refused for what cannot be done; the rest is."""
-    for refusal in session.site.hub.change_modes(session, channel, changes):
+    for refusal in apply_modes(session, channel, changes):
         raise refusal
 
 
@@ -5599,7 +5733,8 @@ def line_register(session: LineSession, password: str, email: str = "") -> None:
 def line_verify(session: LineSession, code: str) -> None:
     """/verify CODE -- the code that was sent to your address"""
     hub = session.site.hub
-    account = hub.accounts.verified(session.user.name, code)
+    host = session.user.source.host
+    account = hub.accounts.verified(session.user.name, code, host, hub.now)
     hub.accounts.save(account, hub.turn)
     hub.log_in(session, account.name)
     session.tell(f"{account.name} is yours; /login PASSWORD next time")
@@ -7033,7 +7168,7 @@ class Server:
 
     def refresh(self) -> None:
         """`chat.py passwd` may have changed an account meanwhile."""
-        if self.store.changed_elsewhere():
+        if not self.hub.turn.writes and self.store.changed_elsewhere():
             self.hub.accounts.read(self.store.accounts())
 
     def miss(self, user: User) -> None:
@@ -7162,11 +7297,11 @@ class Server:
         turn = self.hub.turn
         if (turn.events or turn.writes) and not self.keeper.commit(turn):
             return
-        if turn.apart:  # whoever did something, or was answered
+        if turn.apart or turn.events or turn.writes:  # something happened
             try:
                 self.deliver(turn)
             finally:
-                self.hub.end()
+                self.hub.end(self.keeper.losing)
         if self.leaving or self.jobs:
             self._after_writing()
         if self.store.excess or self.store.orphans:

@@ -2615,10 +2615,12 @@ alice< 353 alice = #a :@alice
 alice< 366 alice #a :End of NAMES
 alice> MARKREAD #a
 alice< MARKREAD #a *
-alice> MARKREAD #a timestamp=2026-11-22T08:30:05.123Z
-alice< MARKREAD #a timestamp=2026-11-22T08:30:05.123Z
-alice> MARKREAD #a timestamp=2025-11-22T08:30:05.123Z
-alice< MARKREAD #a timestamp=2026-11-22T08:30:05.123Z
+alice> MARKREAD #a timestamp=1970-01-10T08:30:05.123Z
+alice< MARKREAD #a timestamp=1970-01-10T08:30:05.123Z
+alice> MARKREAD #a timestamp=1970-01-09T08:30:05.123Z
+alice< MARKREAD #a timestamp=1970-01-10T08:30:05.123Z
+alice> MARKREAD #a timestamp=9999-12-31T23:59:59.999999Z
+alice< MARKREAD #a timestamp=1970-01-12T13:46:50.000Z
 alice> MARKREAD bob
 alice< MARKREAD bob *
 alice> MARKREAD #a *
@@ -2676,7 +2678,6 @@ alice> BATCH +2 draft/multiline #m
 alice> @batch=1 PRIVMSG #m :wrong
 alice< FAIL BATCH MULTILINE_INVALID :this line belongs to another message
 alice> BATCH -2
-alice< FAIL BATCH INVALID_REFTAG 2 :there is no such batch
 alice> BATCH +3 foo #m
 alice< FAIL BATCH UNKNOWN_TYPE 3 :only messages of several lines come so
 alice> BATCH +4 draft/multiline #m
@@ -2684,7 +2685,7 @@ alice> @batch=4 NOTICE #m :x
 alice> @batch=4 PRIVMSG #m :x
 alice< FAIL BATCH MULTILINE_INVALID :a message is all PRIVMSG, or all NOTICE
 alice> @batch=4 PRIVMSG #m :x
-alice< FAIL BATCH MULTILINE_INVALID :there is no such batch
+alice> BATCH -4
 alice> BATCH +5 draft/multiline nobody
 alice> @batch=5 PRIVMSG nobody :x
 alice> BATCH -5
@@ -2804,7 +2805,7 @@ alice> PRIVMSG nickserv :REGISTER password
 alice< :NickServ!NickServ@chat.py NOTICE alice :alice is yours
 alice< 900 alice alice alice :You are now logged in as alice
 alice> NS PASSWD wrong other
-alice< FAIL NS SASL_FAILED :name or password are wrong
+alice< :NickServ!NickServ@chat.py NOTICE alice :name or password are wrong
 alice> NS PASSWD password secret2
 alice< :NickServ!NickServ@chat.py NOTICE alice :your password is another now
 alice> NS FOO
@@ -2813,7 +2814,7 @@ alice> NS IDENTIFY
 alice< :NickServ!NickServ@chat.py NOTICE alice :it goes like this: IDENTIFY [NAME] PASSWORD
 alice> NOTICE NickServ :REGISTER x
 bob> NS IDENTIFY alice password
-bob< FAIL NS SASL_FAILED :name or password are wrong
+bob< :NickServ!NickServ@chat.py NOTICE bob :name or password are wrong
 bob> NS IDENTIFY alice secret2
 bob< :NickServ!NickServ@chat.py NOTICE bob :you are logged in as alice
 bob> WHO bob %na
@@ -3717,6 +3718,194 @@ def test_a_message_is_taken_back_by_its_author_or_an_operator_and_by_nobody_else
     house.turn()
     assert house.heard("carol")[0].endswith(f" REDACT #a {ids['bob']} :rude")
     assert texts(house.store, "#a") == ["from alice"]
+
+
+def test_the_end_of_the_grace_period_is_told_at_once_and_nothing_is_written_twice(
+    running, folder, monkeypatch
+):
+    monkeypatch.setattr(chat, "GRACE_SECONDS", 0.1)
+    server = running(data=folder)
+    alice, bob = server.guest(), server.guest()
+    alice.enter_irc("alice", "REGISTER * * password", "JOIN #a")
+    bob.enter_irc("bob", "JOIN #a")
+    alice.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    alice.close()
+    assert bob.line() == ":alice!~u@127.0.0.1 QUIT :Connection lost\r"
+    bob.send("REGISTER * * password\r\nPRIVMSG #a :kept\r\nPING 1\r\n")
+    assert not any("NOT_KEPT" in line for line in bob.until("PONG"))
+    with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
+        names = [row[0] for row in db.execute("SELECT name FROM accounts ORDER BY name")]
+    assert names == ["alice", "bob"]
+
+
+def test_the_next_owner_of_a_dropped_name_inherits_nothing():
+    house = House()
+    house.enter_irc("alice", "bob")
+    for who in ("alice", "bob"):
+        house.say(who, "REGISTER * * password")
+        house.turn()
+    house.say("alice", "PRIVMSG bob :the old secret")
+    house.turn()
+    waiting = house.connect_irc("waiting")
+    blob = base64.b64encode(b"\0alice\0password").decode()
+    house.say("waiting", "CAP REQ sasl", "AUTHENTICATE PLAIN", f"AUTHENTICATE {blob}")
+    house.turn()
+    house.say("alice", "NS DROP password")
+    house.turn()
+    house.say("alice", "QUIT")
+    house.turn()
+    house.enter_irc("stranger")
+    house.say("stranger", "NICK alice", "REGISTER * * other")
+    house.turn()
+    house.say("stranger", "CAP REQ batch", "CHATHISTORY LATEST bob * 10")
+    house.turn()
+    assert "secret" not in str(house.heard("stranger"))
+    house.say("waiting", "NICK alice", "USER w 0 * :w", "CAP END")
+    house.turn()
+    assert waiting.user is None or waiting.user.name == "alice2"
+    assert house.guests["stranger"].user.live == [house.guests["stranger"]]
+
+
+def test_a_name_that_another_device_has_is_taken():
+    house = House()
+    house.enter_irc("alice")
+    house.say("alice", "REGISTER * * password")
+    house.turn()
+    logged_in(house, "other", "alice")
+    house.say("other", "QUIT")
+    house.turn()
+    house.connect_irc("third")
+    blob = base64.b64encode(b"\0alice\0password").decode()
+    house.say("third", "CAP REQ sasl", "NICK al2", "USER u 0 * :r", "AUTHENTICATE PLAIN")
+    house.say("third", f"AUTHENTICATE {blob}")
+    house.turn()
+    house.say("third", "CAP END", "NICK alice")
+    house.turn()
+    assert ":chat.py 433 al2 alice :alice is taken" in house.heard("third")
+    for who in ("alice", "third"):
+        house.say(who, "QUIT")
+    house.turn()
+    assert house.hub.users == {}
+
+
+def test_an_owner_gets_his_name_back_from_whoever_has_it():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "REGISTER * * password")
+    house.turn()
+    house.say("bob", "JOIN #a")
+    account = house.hub.accounts.pop("alice")  # as if bob had come before there was an account
+    house.say("alice", "QUIT")
+    house.turn()
+    house.say("bob", "NICK alice")
+    house.turn()
+    house.hub.accounts["alice"] = account
+    house.heard("bob")
+    logged_in(house, "home", "alice")
+    assert house.heard("bob") == [":alice!~u@127.0.0.1 NICK :alice2"]
+    assert house.guests["home"].user.name == "alice"
+
+
+def test_a_secret_channel_is_closed_also_after_a_crash(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice")
+    house.say("alice", "JOIN #s,#open", "MODE #s +s", "PRIVMSG #s :secret talk", "PRIVMSG #open :x")
+    house.turn()
+    house.store.close()  # nobody left
+    again = House(store=chat.Store(folder / "chat.db"))
+    again.enter_irc("mallory")
+    again.say(
+        "mallory", "JOIN #s,#open", "CHATHISTORY LATEST #s * 9", "CHATHISTORY LATEST #open * 9"
+    )
+    again.turn()
+    said = [line for line in again.heard("mallory") if "PRIVMSG" in line]
+    assert said == [":alice!~u@127.0.0.1 PRIVMSG #open :x"]
+    again.store.close()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["HELP a b c", "IDENTIFY a b c", "PASSWD a b c", "DROP a b", "REGISTER a b c", "VERIFY a b"],
+)
+def test_a_word_too_many_for_nickserv_breaks_nothing(line):
+    house = House()
+    house.enter_irc("alice")
+    house.say("alice", f"NS {line}", f"PRIVMSG NickServ :{line}")
+    house.turn()
+    assert all(" NOTICE alice :" in one or " 900 " in one for one in house.heard("alice"))
+
+
+def test_what_one_device_does_in_the_turn_in_which_another_leaves_is_done():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "REGISTER * * password", "JOIN #a", "CAP REQ draft/read-marker")
+    house.say("bob", "JOIN #a")
+    house.turn()
+    logged_in(house, "phone", "alice")
+    house.say("phone", "CAP REQ draft/read-marker", "QUIT")
+    house.say("alice", "MARKREAD #a timestamp=1970-01-02T00:00:00.000Z", "METADATA * SET a :b")
+    house.say("alice", "RENAME #a #b")
+    house.turn()
+    assert ":chat.py MARKREAD #a timestamp=1970-01-02T00:00:00.000Z" in house.heard("alice")
+
+
+def test_what_was_said_before_a_channel_was_renamed_has_its_old_name():
+    house = House()
+    house.enter_irc("alice", "bob")
+    for who in ("alice", "bob"):
+        house.say(who, "CAP REQ draft/channel-rename", "JOIN #a")
+    house.turn()
+    house.heard("bob")
+    house.say("alice", "PRIVMSG #a :before", "RENAME #a #b", "PRIVMSG #b :after")
+    house.turn()
+    mask = ":alice!~u@127.0.0.1"
+    assert house.heard("bob") == [
+        f"{mask} PRIVMSG #a :before",
+        f"{mask} RENAME #a #b :",
+        f"{mask} PRIVMSG #b :after",
+    ]
+    assert texts(house.store, "#b") == ["before", "after"] and texts(house.store, "#a") == []
+
+
+def test_failed_logins_keep_no_password_in_memory():
+    house = House()
+    house.enter_irc("alice")
+    blob = base64.b64encode(b"\0alice\0hunter2").decode()
+    one, other = chat.wrong_login(), chat.wrong_login()
+    assert one is not other
+    house.say("alice", "AUTHENTICATE PLAIN", f"AUTHENTICATE {blob}")
+    house.turn()
+    assert " 904 " in house.heard("alice")[-1]
+
+
+def test_private_talk_with_somebody_who_is_not_here_is_found_by_his_account():
+    house = House()
+    house.enter_irc("alice", "bob")
+    for who in ("alice", "bob"):
+        house.say(who, "REGISTER * * password")
+        house.turn()
+    house.say("alice", "PRIVMSG bob :see you")
+    house.say("bob", "QUIT")
+    house.turn()
+    house.heard("alice")
+    house.say("alice", "CHATHISTORY LATEST bob * 10")
+    house.turn()
+    assert house.heard("alice") == [":alice!~u@127.0.0.1 PRIVMSG bob :see you"]
+
+
+def test_who_is_missed_can_be_killed():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "REGISTER * * password", "JOIN #a")
+    house.say("bob", "JOIN #a", "OPER boss secret")
+    house.turn()
+    house.leave("alice")
+    house.turn()
+    house.heard("bob")
+    house.say("bob", "KILL alice :gone")
+    house.turn()
+    assert house.heard("bob") == [":alice!~u@127.0.0.1 QUIT :Killed (bob (gone))"]
+    assert "alice" not in house.hub.users
 
 
 def test_history_is_found_by_time_and_by_id_in_the_middle_of_much(folder):
