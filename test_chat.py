@@ -5443,6 +5443,33 @@ def test_what_was_acknowledged_survives_kill_9(folder):
     store.close()
 
 
+KILLS = int(os.environ.get("CHAT_KILLS", "2"))  # 20 takes a minute
+
+
+def test_what_was_echoed_before_kill_9_is_in_the_history_once(folder, seeded):
+    echoed = []
+    for kill in range(KILLS):
+        with serving("--data", folder, "--flood", "off") as (process, address):
+            guest = Guest(address)
+            caps = "CAP REQ :echo-message message-tags batch draft/chathistory"
+            guest.enter_irc(f"alice{kill}", "JOIN #a", caps)
+            text = "".join(f"PRIVMSG #a :{kill}.{n}\r\n" for n in range(3000))
+            sender = threading.Thread(target=guest.send, args=(text,))
+            sender.start()
+            for _ in range(seeded.randrange(1, 2500)):
+                echoed.append(re.search(r"msgid=(\w+).* :(\S+)", guest.line()).groups())
+            process.kill()
+            rest = guest.rest().decode().split("\r\n")[:-1]
+            with contextlib.suppress(OSError):
+                sender.join(PATIENCE)
+            echoed += [re.search(r"msgid=(\w+).* :(\S+)", line).groups() for line in rest]
+            guest.close()
+    with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
+        rows = db.execute("SELECT id, text FROM events WHERE kind = 'message'").fetchall()
+    kept = collections.Counter((f"{id:x}", text) for id, text in rows)
+    assert [one for one in echoed if kept[one] != 1] == []
+
+
 def test_a_second_server_on_the_same_folder_says_so(folder):
     with serving("--data", folder), program("server", "--data", folder) as second:
         assert second.wait(PATIENCE) == 1
