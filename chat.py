@@ -1574,8 +1574,8 @@ class Session:
         """One complete line, or TOO_LONG, from the peer."""
         raise NotImplementedError
 
-    def not_kept(self, count: int, reason: str) -> None:
-        """Say that `count` of this session's messages were delivered but not stored."""
+    def not_kept(self, events: list[Event], reason: str) -> None:
+        """Say that these messages of this session's are delivered but were not stored."""
         raise NotImplementedError
 
     def notice(self, text: str) -> None:
@@ -1789,9 +1789,12 @@ class Turn:
 
     def not_kept(self, reason: str) -> None:
         """The store could not take this turn's events: their speakers are told so."""
-        lost = collections.Counter(e.origin for e in self.events if e.origin and e.kind in SPOKEN)
-        for session, count in lost.items():
-            session.not_kept(count, reason)
+        lost: dict[Session, list[Event]] = {}
+        for event in self.events:
+            if event.origin and event.kind in SPOKEN:
+                lost.setdefault(event.origin, []).append(event)
+        for session, events in lost.items():
+            session.not_kept(events, reason)
 
     def close(self) -> None:
         for session in self.apart:
@@ -3550,6 +3553,7 @@ class IrcSession(Session):
         "wanted",
         "watched",
         "wire",
+        "withheld",
     )
     probed = True
 
@@ -3570,6 +3574,7 @@ class IrcSession(Session):
         self.metadata: dict[str, str] = {}  # likewise
         self.exchange: Exchange | None = None  # of SASL, going on
         self.collected: Collected | None = None  # a message of several lines, as it comes
+        self.withheld: set[int] = set()  # ids of what this session did and gets no echo of
         self.own_tags: dict[int, str] = {}  # of what this session did in this turn, by id
         self.wire = irc_wire(frozenset())
 
@@ -3626,8 +3631,11 @@ class IrcSession(Session):
         params = "".join(f"{as_param(one)} " for one in about)
         self.line(f"FAIL {verb} {code} {params}:{text}")
 
-    def not_kept(self, count: int, reason: str) -> None:
-        self.fail("PRIVMSG", "NOT_KEPT", f"{counted(count, 'message')} not kept: {reason}")
+    def not_kept(self, events: list[Event], reason: str) -> None:
+        """An echo would say that they are: this comes in its place."""
+        for event in events:
+            self.withheld.add(event.id)
+            self.fail("PRIVMSG", "NOT_KEPT", f"delivered but not kept: {reason}", f"{event.id:x}")
 
     def farewell(self, text: str) -> None:
         self.send(irc_bytes(f"ERROR :{text}"))
@@ -3770,12 +3778,15 @@ class IrcSession(Session):
         return bool(self.wire.own(event, line))
 
     def own(self, event: Event, line: bytes) -> bytes:
+        if event.id in self.withheld:
+            return b""
         data, tag = self.wire.own(event, line), self.own_tags.get(event.id)
         return add_tag(data, tag) if tag and data else data
 
     def turn_over(self) -> None:
         super().turn_over()
         self.own_tags.clear()
+        self.withheld.clear()
 
     def ended(self) -> None:
         for name in list(self.watched.values()):
@@ -5446,8 +5457,8 @@ class LineSession(Session):
     def notice(self, text: str) -> None:
         self.tell(text)
 
-    def not_kept(self, count: int, reason: str) -> None:
-        self.tell(f"{counted(count, 'message')} delivered but not kept: {reason}")
+    def not_kept(self, events: list[Event], reason: str) -> None:
+        self.tell(f"{counted(len(events), 'message')} delivered but not kept: {reason}")
 
     def receive(self, line: bytes) -> None:
         try:

@@ -3893,6 +3893,23 @@ def test_private_talk_with_somebody_who_is_not_here_is_found_by_his_account():
     assert house.heard("alice") == [":alice!~u@127.0.0.1 PRIVMSG bob :see you"]
 
 
+def test_what_is_not_kept_is_not_echoed_and_its_speaker_told_which_it_was():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "CAP REQ :echo-message message-tags labeled-response", "JOIN #a")
+    house.say("bob", "JOIN #a")
+    house.turn()
+    house.heard("alice")
+    house.heard("bob")
+    house.say("alice", "@label=1 PRIVMSG #a :lost")
+    message_id = f"{house.hub.last_id:x}"
+    house.hub.turn.not_kept("disk full")
+    house.turn()
+    text = "delivered but not kept: disk full"
+    assert house.heard("alice") == [f":chat.py FAIL PRIVMSG NOT_KEPT {message_id} :{text}"]
+    assert house.heard("bob") == [":alice!~u@127.0.0.1 PRIVMSG #a :lost"]
+
+
 def test_who_is_missed_can_be_killed():
     house = House()
     house.enter_irc("alice", "bob")
