@@ -925,14 +925,15 @@ class Site(NamedTuple):
     store: Any
     later: Callable  # later(session, job, then): job() off the loop, then(its result) on it
     read: Callable  # read(session, job, then): the same for a job that reads the store
-    # What runs it: motd, nameless(), miss(user), note(text), refresh(), mail(address, name,
-    # code) for off the loop, rehash(session), restart(session), stop()
+    # What runs it: motd, tls_port, nameless(), miss(user), note(text), refresh(), rehash(session),
+    # restart(session), stop(), and for off the loop mail(address, name, code)
     house: Any
     password: str | None = None
     name: str = SERVER_NAME  # of this server, as a host
     network: str = SERVER_NAME
     operators: dict[str, Verifier] = {}  # by name; nobody adds to it
     registration: frozenset[str] = frozenset()  # "before-connect", "email-required", or "off"
+    sts: int = 0  # seconds that clients shall come by TLS only (IRCv3 sts); 0: as they like
 
 
 def next_time(last: int, now: int) -> int:
@@ -4037,7 +4038,10 @@ def cap_ls(session: IrcSession, version: str) -> None:
     recent = (whole_number(version) or 0) >= 302
     if recent:
         set_capabilities(session, {"cap-notify"} | session.wire.capabilities)
-    known = CAPABILITIES | {"draft/account-registration": ",".join(session.site.registration)}
+    site, secure = session.site, session.conn.secure
+    known = CAPABILITIES | {"draft/account-registration": ",".join(site.registration)}
+    if site.sts and recent:  # a policy, not to be asked for (IRCv3 sts)
+        known["sts"] = f"duration={site.sts}" if secure else f"port={site.house.tls_port}"
     offers = [f"{cap}={value}" if value and recent else cap for cap, value in known.items()]
     head = f"CAP {session.nick} LS"
     lines = list(wrapped(offers, IRC_BYTES - 2 - len(f":{session.site.name} {head} * :".encode())))
@@ -6692,6 +6696,7 @@ class ServerOptions(NamedTuple):
     network: str = SERVER_NAME
     oper: tuple[tuple[str, str], ...] = ()  # names and passwords
     register: frozenset[str] = frozenset()  # how accounts are made, see Site
+    sts: int | None = None
     sendmail: str | None = None  # a command that takes a message, like sendmail -t
     motd: pathlib.Path | None = None
 
@@ -6944,8 +6949,8 @@ def read_motd(path: pathlib.Path | None) -> list[str]:
 
 def server_tls_context(options: ServerOptions) -> Any:
     if not options.tls_cert:
-        if options.tls_key:
-            raise Unusable("--tls-key is of no use without --tls-cert")
+        if options.tls_key or options.sts:
+            raise Unusable("--tls-key and --sts are of no use without --tls-cert")
         return None
     import ssl
 
@@ -7117,6 +7122,7 @@ class Server:
             options.network,
             operators,
             options.register,
+            options.sts or 0,
         )
         self.motd = read_motd(options.motd)
         self.mail = functools.partial(mail_code, options)
@@ -7134,6 +7140,7 @@ class Server:
         self.keeper = Keeper(loop, self.store, self.helpers)
         self.stopping = self.restarting = False
         self.listeners = [Listener(self, *address) for address in options.listen]
+        self.tls_port = self.listeners[0].address[1]  # the same as for plain text
         loop.turn_begins = self.begin_turn
         loop.turn_ends = self.end_turn
 
@@ -8895,6 +8902,7 @@ def add_server(commands: Any) -> None:
         metavar="RULES",
         help="off, or before-connect,email-required",
     )
+    add("--sts", type=positive, metavar="SECONDS", help="IRC clients come back by TLS only")
     add("--sendmail", metavar="COMMAND", help="takes a message, like: sendmail -t")
     add("--max-clients", type=positive, metavar="N")
     add("--max-per-address", type=positive, default=PER_ADDRESS, metavar="N")

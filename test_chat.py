@@ -5124,6 +5124,16 @@ def test_an_irc_client_without_a_name_is_sent_away_with_an_error(running, monkey
     assert guest.rest().split(b"\r\n")[-2].startswith(b"ERROR :no name after")
 
 
+def test_a_policy_of_tls_says_where_and_for_how_long(running, certificate):
+    server = running(tls_cert=certificate, sts=3600)
+    plain = server.guest()
+    sealed = server.guest(context=ssl.create_default_context(cafile=certificate))
+    for guest, policy in ((plain, f"sts=port={server.address[1]}"), (sealed, "sts=duration=3600")):
+        guest.send("CAP LS 302\r\nCAP REQ sts\r\nCAP LS\r\nPING 1\r\n")
+        first, refused, old = (guest.until(text)[-1] for text in (" LS :", " NAK ", " LS :"))
+        assert policy in first.split() and refused.endswith("NAK :sts\r") and "sts" not in old
+
+
 def test_lusers_counts_those_without_a_name_until_they_have_gone(running):
     server = running()
     alice, other = server.guest(), server.guest()
