@@ -6710,6 +6710,7 @@ class Peer(Connection):
 
     __slots__ = (
         "address",
+        "asked",
         "budget",
         "greeted",
         "heard",
@@ -6730,7 +6731,8 @@ class Peer(Connection):
         self.inbox: LineBuffer | None = None  # until something comes: many never speak
         self.session: Session | None = None
         self.budget: Budget | None = None
-        self.heard = server.loop.now  # when, last
+        self.heard = server.loop.now  # when, last ...
+        self.asked = 0.0  # ... and when it was asked whether it is still there
         self.greeted = False
         self.held = False  # its lines wait for an answer ...
         self.resuming = False  # ... or for resume(), which is on its way
@@ -7173,9 +7175,10 @@ class Server:
         if peer.busy or peer.held:  # we are the ones who do not listen
             peer.heard = self.loop.now
         silent = self.loop.now - peer.heard
-        if silent >= PING_SECONDS + PONG_SECONDS:
+        if silent >= PING_SECONDS and peer.asked > peer.heard:
             return peer.session.end(f"Ping timeout: {silent:.0f} seconds", meant=False)
         if silent >= PING_SECONDS:
+            peer.asked = self.loop.now
             peer.session.probe()
         self.probed.add(peer)
 
