@@ -2285,9 +2285,7 @@ def redact(session: Session, audience: Any, event: Event, reason: str) -> None:
         if not isinstance(audience, Channel):
             raise Refused("REDACT_FORBIDDEN", "these are not your words")
         audience.require(user)
-    delete = (
-        "DELETE FROM events WHERE id = ?1 AND target IN (SELECT id FROM targets WHERE key = ?2)"
-    )
+    delete = "DELETE FROM events WHERE id = ? AND target IN (SELECT id FROM targets WHERE key = ?)"
     for key in audience.keys:
         turn.writes.append((delete, (event.id, key)))
     text = f"{event.id:x}" + (f" :{reason}" if reason else "")
@@ -2976,9 +2974,9 @@ class Store:
         found = [row[0] for row in db.execute("SELECT id FROM targets WHERE key = ?", [place.key])]
         if place.owner[:1] == "=":
             query = """
-                SELECT id FROM targets WHERE one = ?1 AND other_key = ?2 AND other LIKE '~%'
-                UNION SELECT id FROM targets WHERE other = ?1 AND one_key = ?2 AND one LIKE '~%'"""
-            rows = db.execute(query, [place.owner, place.other_key])
+                SELECT id FROM targets WHERE one = ? AND other_key = ? AND other LIKE '~%'
+                UNION SELECT id FROM targets WHERE other = ? AND one_key = ? AND one LIKE '~%'"""
+            rows = db.execute(query, [place.owner, place.other_key] * 2)
             found += [row[0] for row in rows if row[0] not in found]
         return found
 
@@ -2996,7 +2994,7 @@ class Store:
             ORDER BY id DESC LIMIT 1"""
         found = []
         with self.reading() as db:
-            talks = db.execute("SELECT id FROM targets WHERE one = ?1 OR other = ?1", [owner])
+            talks = db.execute("SELECT id FROM targets WHERE one = ? OR other = ?", [owner] * 2)
             targets = [("", row[0]) for row in talks]
             for key in keys:
                 targets += [(key, target) for target in self.targets_of(db, Place(key))]
