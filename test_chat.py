@@ -4275,6 +4275,25 @@ def test_history_is_pruned_by_count_in_slices(folder):
     assert store.db.execute("SELECT events FROM targets").fetchone() == (100,)
 
 
+def test_a_database_of_the_first_version_is_brought_up_to_date_and_keeps_all(folder):
+    with contextlib.closing(sqlite3.connect(folder / "chat.db", isolation_level=None)) as db:
+        db.executescript(
+            f"{chat.MIGRATIONS[0]}; PRAGMA user_version = 1;"
+            f"PRAGMA application_id = {chat.APPLICATION_ID};"
+            "INSERT INTO targets (key, events) VALUES ('#lobby', 1);"
+            "INSERT INTO events VALUES (1, 5, 6, 'message', 'al', '127.0.0.1:7', 'from long ago');"
+        )
+    store = chat.Store(folder / "chat.db")
+    (event,) = store.page(chat.Span(chat.Place(chat.LOBBY)), 10)
+    assert (event.id, event.time, event.text) == (5, 6, "from long ago")
+    assert event.source.mask == "al!@127.0.0.1"
+    while store.words.advance():
+        pass
+    found = store.words.search([chat.Place(chat.LOBBY)], "long", chat.Span(chat.Place("")), 5)
+    assert [found_event.id for _, found_event in found] == [5]
+    store.close()
+
+
 def test_pruning_waits_for_an_idle_turn_unless_it_is_overdue(folder):
     store = chat.Store(folder / "chat.db", keep=1000)
     house = House(store=store)
