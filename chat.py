@@ -852,6 +852,7 @@ class Exchange:
 
     def __init__(self, mechanism: Mechanism):
         self.mechanism = mechanism
+        self.verifier: Verifier | None = None  # of the account that is claimed
         self.received = ""
 
     def feed(self, chunk: str) -> bytes | None:
@@ -1571,6 +1572,11 @@ class Session:
         self.replies: list[tuple[int, bytes]] = []  # this turn's: after event id, bytes
         self.replied = 0  # bytes of them
 
+    @property
+    def host(self) -> str:
+        """Where it comes from, for limits by address."""
+        return self.conn.address.rpartition(":")[0]
+
     def receive(self, line: bytes) -> None:
         """One complete line, or TOO_LONG, from the peer."""
         raise NotImplementedError
@@ -1876,12 +1882,11 @@ class Account(NamedTuple):
 class Accounts(dict[str, Account]):
     """Those there are, by key."""
 
-    def __init__(self, known: Iterable[Account] = ()):
+    def __init__(self) -> None:
         super().__init__()
         self.throttle = Throttle()
         self.pending: collections.OrderedDict[str, tuple[Account, str]]
         self.pending = collections.OrderedDict()  # by key, with the code that was sent by mail
-        self.read(known)
 
     def read(self, known: Iterable[Account]) -> None:
         """All of them, anew."""
@@ -2071,7 +2076,7 @@ class Hub:
             self.remove(user, "Connection lost")
 
     def log_in(self, session: Session, account: str) -> None:
-        """This session's user proved to be the owner of an account; "" logs out."""
+        """This session's user proved to be the owner of an account."""
         user = session.user
         user.logged_in(account, self.accounts.identity(account))
         self.emit(ACCOUNT, user.source, self.witnesses(user), "", account, session)
@@ -2280,16 +2285,15 @@ def kill(session: Session, victim: User, reason: str) -> None:
 
 def redact(session: Session, audience: Any, event: Event, reason: str) -> None:
     """Take back what was said, for its author and operators of the channel."""
-    user, turn = session.user, session.site.hub.turn
+    user, hub = session.user, session.site.hub
     if event.source.identity != user.identity:
         if not isinstance(audience, Channel):
             raise Refused("REDACT_FORBIDDEN", "these are not your words")
         audience.require(user)
     delete = "DELETE FROM events WHERE id = ? AND target IN (SELECT id FROM targets WHERE key = ?)"
     for key in audience.keys:
-        turn.writes.append((delete, (event.id, key)))
+        hub.turn.writes.append((delete, (event.id, key)))
     text = f"{event.id:x}" + (f" :{reason}" if reason else "")
-    hub = session.site.hub
     hub.emit(REDACT, user.source, audience, text, audience.addressee(user), session)
 
 
@@ -2386,23 +2390,44 @@ def wrong_password(session: Session) -> None:
         session.end("Too many wrong passwords")
 
 
-def identify(session: Session, name: str, password: str, done: Callable[[], None]) -> None:
-    """Log this session's user in to an account, if the password is right; then done()."""
-    hub, site = session.site.hub, session.site
-    site.house.refresh()
-    host = session.user.source.host
-    hub.accounts.throttle.check(host, name, hub.now)
-    hub.accounts.throttle.failed(host, name, hub.now)  # until it has succeeded
-    account, verifier = hub.accounts.find(name)
+def claimed_account(session: Session, name: str) -> tuple[str, Verifier]:
+    """That somebody says is theirs. It counts as a failure until proven. Raises Refused."""
+    session.site.house.refresh()
+    accounts, now = session.site.hub.accounts, session.site.hub.now
+    accounts.throttle.check(session.host, name, now)
+    accounts.throttle.failed(session.host, name, now)
+    return accounts.find(name)
+
+
+def proven_account(session: Session, name: str, verifier: Verifier) -> None:
+    """It was; but another may have it by now, or a new password: then raise Refused."""
+    accounts = session.site.hub.accounts
+    if accounts.find(name)[1] != verifier:
+        raise wrong_login()
+    accounts.throttle.succeeded(session.host, name)
+
+
+def check_owner(session: Session, name: str, password: str, done: Callable[[str], None]) -> None:
+    """Whether that is the account's password; then done(the name as it is registered)."""
+    account, verifier = claimed_account(session, name)
 
     def judge(fits: bool) -> None:
-        if not fits or hub.accounts.find(name)[1] is not verifier:
+        if not fits:
             raise wrong_login()
-        hub.accounts.throttle.succeeded(host, name)
-        hub.log_in(session, account)
-        done()
+        proven_account(session, account, verifier)
+        done(account)
 
     session.later(functools.partial(verifier.fits, password), judge)
+
+
+def identify(session: Session, name: str, password: str, done: Callable[[], None]) -> None:
+    """Log this session's user in to an account, if the password is right; then done()."""
+
+    def proved(account: str) -> None:
+        session.site.hub.log_in(session, account)
+        done()
+
+    check_owner(session, name, password, proved)
 
 
 def own_account(session: Session) -> str:
@@ -2431,24 +2456,24 @@ def change_password(session: Session, old: str, new: str, done: Callable[[], Non
         hub.accounts.save(account._replace(verifier=verifier), hub.turn)
         done()
 
-    def proved() -> None:
+    def proved(_: str) -> None:
         session.later(functools.partial(make_verifier, new), save)
 
-    identify(session, name, old, proved)
+    check_owner(session, name, old, proved)
 
 
 def drop_account(session: Session, password: str, done: Callable[[], None]) -> None:
     """Give up the account that one is logged in to."""
     name, hub = own_account(session), session.site.hub
 
-    def proved() -> None:
+    def proved(_: str) -> None:
         hub.accounts.drop(name, hub.turn)
         for user in [user for user in hub.users.values() if user.account == name]:
             user.logged_in("", "")
             hub.emit(ACCOUNT, user.source, hub.witnesses(user))
         done()
 
-    identify(session, name, password, proved)
+    check_owner(session, name, password, proved)
 
 
 def check_new_account(session: Session, nick: str, wanted: str, password: str) -> str:
@@ -2483,7 +2508,7 @@ def register_account(
 ) -> None:
     """Make a name an account; then done(name, whether its address is still to be verified)."""
     name, site = check_new_account(session, nick, wanted, password), session.site
-    host, now = session.conn.address.rpartition(":")[0], site.hub.now
+    host, now = session.host, site.hub.now
     by_mail = "email-required" in site.registration
     if by_mail:  # nobody's mailbox is to be filled from here
         site.hub.accounts.throttle.check(host, "mail", now)
@@ -2737,8 +2762,7 @@ class Index:
             self.behind = {row[0] for row in store.db.execute(query)}
 
     def _open(self) -> bool:
-        """The words of all that was said, by target: newest first is how it is asked. Not
-        every Python has FTS5; whether this one has."""
+        """Whether this Python has FTS5."""
         try:
             self.store.db.executescript("""
                 CREATE VIRTUAL TABLE IF NOT EXISTS search USING fts5(place, text, content='');
@@ -3601,14 +3625,17 @@ class IrcSession(Session):
         super().go_on()
         self.speaking = False
 
-    def reply(self, shape: str, *values: Any) -> None:
+    def shaped(self, shape: str, *values: Any) -> str:
+        """A numeric, without its source."""
         number, rest = shape.split(" ", 1)
-        self.line(f"{number} {self.nick} {rest.format(*values)}")
+        return f"{number} {self.nick} {rest.format(*values)}"
 
-    def shaped(self, shape: str, *values: Any) -> bytes:
-        """The same, not yet said."""
-        number, rest = shape.split(" ", 1)
-        return irc_bytes(f":{self.site.name} {number} {self.nick} {rest.format(*values)}")
+    def reply(self, shape: str, *values: Any) -> None:
+        self.line(self.shaped(shape, *values))
+
+    def shaped_line(self, shape: str, *values: Any) -> bytes:
+        """The whole line of it, not yet said."""
+        return irc_bytes(f":{self.site.name} {self.shaped(shape, *values)}")
 
     def reply_list(
         self, shape: str, words: Iterable[str], *values: Any, between: str = " "
@@ -3907,9 +3934,9 @@ def tell_metadata(session: IrcSession, owner: User | Channel, keys: Iterable[str
     """Values, or that there are none, in a batch."""
     name = owner.name if isinstance(owner, (User, Channel)) else "*"
     lines = (
-        session.shaped(RPL_KEYVALUE, name, key, owner.metadata[key])
+        session.shaped_line(RPL_KEYVALUE, name, key, owner.metadata[key])
         if key in owner.metadata
-        else session.shaped(RPL_KEYNOTSET, name, as_param(key))
+        else session.shaped_line(RPL_KEYNOTSET, name, as_param(key))
         for key in keys
     )
     in_batch(session, f"metadata {name}", lines)
@@ -3929,8 +3956,7 @@ def come_in(session: IrcSession) -> None:
     expected, given = session.site.password, session.password
     if expected and not hmac.compare_digest(given.encode(), expected.encode()):
         session.refuse(Refused("WRONG_PASSWORD", "the server's password is missing or wrong"))
-        session.farewell("Closing link: wrong password")
-        return session.conn.close()
+        return session.end("wrong password")
     if session.exchange:  # whoever ends the negotiation in the middle of it has given up
         abort_sasl(session)
     hub, account = session.site.hub, session.account
@@ -4096,13 +4122,19 @@ def log_in(session: IrcSession, account: str) -> None:
         session.site.hub.log_in(session, account)
 
 
-def irc_host(session: IrcSession) -> str:
-    return session.conn.address.rpartition(":")[0]
-
-
 def fail_sasl(session: IrcSession, refusal: Refused) -> None:
     session.exchange = None
     session.reply(ERR_SASLFAIL, str(refusal))
+
+
+def end_sasl(session: IrcSession, account: str) -> None:
+    exchange, session.exchange = session.exchange, None
+    try:
+        proven_account(session, account, exchange.verifier)
+    except Refused as refusal:
+        return fail_sasl(session, refusal)
+    log_in(session, account)
+    session.reply(RPL_SASLSUCCESS)
 
 
 def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
@@ -4111,10 +4143,7 @@ def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
     try:
         said = step(*values)
     except StopIteration as end:
-        session.site.hub.accounts.throttle.succeeded(irc_host(session), end.value)
-        session.exchange = None
-        log_in(session, end.value)
-        return session.reply(RPL_SASLSUCCESS)
+        return end_sasl(session, end.value)
     except Refused as refusal:
         return fail_sasl(session, refusal)
     if isinstance(said, bytes):
@@ -4131,13 +4160,10 @@ def begin_sasl(session: IrcSession, name: str) -> None:
     if name not in MECHANISMS:
         session.reply(RPL_SASLMECHS, ",".join(MECHANISMS))
         return fail_sasl(session, wrong_login())
-    hub, host = session.site.hub, irc_host(session)
 
     def find(authcid: str) -> tuple[str, Verifier]:
-        session.site.house.refresh()
-        hub.accounts.throttle.check(host, authcid, hub.now)
-        hub.accounts.throttle.failed(host, authcid, hub.now)  # until it has succeeded
-        return hub.accounts.find(authcid)
+        name, session.exchange.verifier = claimed_account(session, authcid)
+        return name, session.exchange.verifier
 
     session.exchange = Exchange(MECHANISMS[name](find))
     go_on_sasl(session, next, session.exchange.mechanism)
@@ -4180,7 +4206,7 @@ def irc_register(session: IrcSession, account: str, email: str, password: str) -
 def irc_verify(session: IrcSession, name: str, code: str) -> None:
     """VERIFY <account> <code> -- the code that was sent to the address of a new account"""
     hub = session.site.hub
-    account = hub.accounts.verified(name, code, irc_host(session), hub.now)
+    account = hub.accounts.verified(name, code, session.host, hub.now)
     hub.accounts.save(account, hub.turn)
     session.line(f"VERIFY SUCCESS {account.name} :{account.name} is yours")
     log_in(session, account.name)
@@ -4307,6 +4333,12 @@ def client_tags(session: IrcSession) -> str:
     return ";".join(f"{key}={escaped_tag(value)}" if value else key for key, value in tags)
 
 
+def speak(session: IrcSession, audience: Any, text: str, kind: str, tags: str) -> None:
+    session.site.hub.say(session, audience, text, kind, tags)
+    if isinstance(audience, Conversation) and kind is MESSAGE:
+        tell_away(session, audience.partner(session.user))
+
+
 def say(session: IrcSession, name: str, text: str, kind: str = MESSAGE) -> None:
     hub = session.site.hub
     try:
@@ -4318,9 +4350,7 @@ def say(session: IrcSession, name: str, text: str, kind: str = MESSAGE) -> None:
     check_room(session, name, text)
     if kind is MESSAGE and text.startswith("\x01ACTION "):
         kind, text = ACTION, text[8:].removesuffix("\x01")
-    hub.say(session, audience, text, kind, client_tags(session))
-    if isinstance(audience, Conversation) and kind is MESSAGE:
-        tell_away(session, audience.partner(session.user))
+    speak(session, audience, text, kind, client_tags(session))
 
 
 @irc_command("PRIVMSG", most=2)
@@ -4382,10 +4412,7 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
     if done.label and "labeled-response" in session.wire.capabilities:
         session.begin_answer(done.label)
     hub, kind = session.site.hub, MESSAGE if done.verb == "PRIVMSG" else NOTICE
-    audience = hub.find_audience(session, done.target)
-    hub.say(session, audience, done.text, kind, done.tags)
-    if isinstance(audience, Conversation) and kind is MESSAGE:
-        tell_away(session, audience.partner(session.user))
+    speak(session, hub.find_audience(session, done.target), done.text, kind, done.tags)
 
 
 @irc_command("AWAY", most=1, nameless=True)
@@ -4581,8 +4608,8 @@ def user_mode(session: IrcSession, name: str, letters: str) -> None:
         ):
             user.modes ^= {change.letter}  # nobody makes himself an operator; OPER does
             changed.append(change)
-    user.changed(bot="B" in user.modes)
     if changed:
+        user.changed(bot="B" in user.modes)
         session.say(f":{user.source.mask} MODE {user.name} {format_modes(changed)}")
     if unknown:
         text = f"there are only the user modes {''.join(USER_MODES)}"
@@ -4708,7 +4735,7 @@ def metadata_unsub(session: IrcSession, target: str, *keys: str) -> None:
 
 
 def metadata_subs(session: IrcSession, target: str) -> None:
-    lines = [session.shaped(RPL_METADATASUBS, key) for key in session.subscribed]
+    lines = [session.shaped_line(RPL_METADATASUBS, key) for key in session.subscribed]
     in_batch(session, "metadata-subs", lines)
 
 
@@ -4903,7 +4930,7 @@ def irc_markread(session: IrcSession, name: str = "", when: str = "") -> None:
     if when:
         if not when.startswith("timestamp="):
             raise Refused("INVALID_PARAMS", "a marker is timestamp=...", name)
-        stamp, hub = parse_mark(when).time, session.site.hub
+        hub, stamp = session.site.hub, parse_time(when.removeprefix("timestamp="))
         stamp = min(stamp, hub.now + TIMES_AHEAD)  # nobody has read the future
         moved = hub.markers.move(session.user, fold(name), stamp, hub.turn)
         for other in session.user.live if moved else ():
@@ -5746,8 +5773,7 @@ def line_register(session: LineSession, password: str, email: str = "") -> None:
 def line_verify(session: LineSession, code: str) -> None:
     """/verify CODE -- the code that was sent to your address"""
     hub = session.site.hub
-    host = session.user.source.host
-    account = hub.accounts.verified(session.user.name, code, host, hub.now)
+    account = hub.accounts.verified(session.user.name, code, session.host, hub.now)
     hub.accounts.save(account, hub.turn)
     hub.log_in(session, account.name)
     session.tell(f"{account.name} is yours; /login PASSWORD next time")
