@@ -3433,6 +3433,21 @@ def test_a_name_is_one_in_both_dialects():
     assert house.heard("y") == [":chat.py 433 * alice2 :alice2 is taken"]
 
 
+def irc_step(seeded, house, text):
+    """Somebody does something; what was said with it, where, and who is to hear it."""
+    who = seeded.choice(("alice", "bob", "carol"))
+    verb = seeded.choice(("JOIN #a", "JOIN #b", "PART #a", "PART #b", "T #a", "T #b"))
+    if verb[0] != "T":
+        house.say(who, verb)
+        return []
+    place = verb[2:]
+    room, user = house.hub.channels.get(place), house.guests[who].user
+    house.say(who, f"PRIVMSG {place} :{text}")
+    if not room or user not in room.members:
+        return []
+    return [(text, place, {other.name for other in room.members if other is not user})]
+
+
 def test_a_session_of_irc_gets_no_line_twice_and_none_of_before_it_came(seeded):
     """Whatever people do in a turn, each hears it in the order in which it was done."""
     house = House()
@@ -3440,21 +3455,10 @@ def test_a_session_of_irc_gets_no_line_twice_and_none_of_before_it_came(seeded):
     for turn in range(200):
         said = []
         for n in range(seeded.randrange(1, 12)):
-            who = seeded.choice(("alice", "bob", "carol"))
-            verb = seeded.choice(("JOIN #a", "JOIN #b", "PART #a", "PART #b", "T #a", "T #b"))
-            if verb[0] == "T":
-                room, text = house.hub.channels.get(verb[2:]), f"{turn}.{n}"
-                user = house.guests[who].user
-                if room and user in room.members:
-                    hear = {other.name for other in room.members if other is not user}
-                    said.append((text, verb[2:], hear))
-                verb = f"PRIVMSG {verb[2:]} :{text}"
-            house.say(who, verb)
+            said += irc_step(seeded, house, f"{turn}.{n}")
         house.turn()
         for who in house.guests:
-            heard = [
-                line for line in house.heard(who) if "PRIVMSG" in line and " 4" not in line[:12]
-            ]
+            heard = [line for line in house.heard(who) if " PRIVMSG #" in line]
             got = [(line.split(" :")[1], line.split()[2]) for line in heard]
             assert got == [(text, room) for text, room, hear in said if who in hear]
 
@@ -3764,6 +3768,52 @@ def test_the_next_owner_of_a_dropped_name_inherits_nothing():
     house.turn()
     assert waiting.user is None or waiting.user.name == "alice2"
     assert house.guests["stranger"].user.live == [house.guests["stranger"]]
+
+
+def test_proving_a_password_again_is_no_news_to_others():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "REGISTER * * password", "JOIN #a")
+    house.say("bob", "CAP REQ account-notify", "JOIN #a")
+    house.turn()
+    house.heard("bob")
+    house.say("alice", "NS PASSWD password other-password")
+    house.turn()
+    assert house.heard("bob") == [] and "another now" in house.heard("alice")[-1]
+    house.say("alice", "NS DROP other-password")
+    house.turn()
+    assert house.heard("bob") == [":alice!~u@127.0.0.1 ACCOUNT *"]
+
+
+def test_a_login_under_way_when_its_account_is_given_up_fails():
+    house = House()
+    house.enter_irc("alice")
+    house.say("alice", "REGISTER * * password")
+    house.turn()
+    blob = base64.b64encode(b"\0alice\0password").decode()
+    house.connect_irc("late")
+    house.say("late", "CAP REQ sasl", "AUTHENTICATE PLAIN", f"AUTHENTICATE {blob}")
+    house.hub.accounts.drop("alice", house.hub.turn)
+    house.turn()
+    assert house.heard("late")[-1] == ":chat.py 904 * :name or password are wrong"
+    assert house.guests["late"].account == ""
+
+
+def test_failures_count_together_whichever_way_they_came():
+    house = House()
+    house.enter_irc("alice", "mallory")
+    house.say("alice", "REGISTER * * password")
+    house.turn()
+    blob = base64.b64encode(b"\0alice\0wrong").decode()
+    for _ in range(chat.LOGIN_TRIES - 1):
+        house.say("mallory", "NS IDENTIFY alice wrong")
+        house.turn()
+    house.say("mallory", "AUTHENTICATE PLAIN", f"AUTHENTICATE {blob}")
+    house.turn()
+    house.heard("mallory")
+    house.say("mallory", "NS IDENTIFY alice password")
+    house.turn()
+    assert "too many failures" in house.heard("mallory")[-1]
 
 
 def test_a_name_that_another_device_has_is_taken():
