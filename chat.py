@@ -3361,6 +3361,23 @@ def add_tag(line: bytes, tag: str) -> bytes:
     return f"@{tag} ".encode() + line
 
 
+IN_BATCH = re.compile(rb"@(?:[^ ]*;)?batch=")  # a line of one
+ENDS_BATCH = re.compile(rb"(?:@[^ ]* )?:[^ ]* BATCH -")
+
+
+def add_tag_to_all(lines: bytes, tag: str) -> bytes:
+    """To every line but those of a batch among them: its beginning and its end stand for
+    them (IRCv3 batch, nested batches)."""
+    parts = lines.splitlines(keepends=True)
+    return b"".join(part if IN_BATCH.match(part) else add_tag(part, tag) for part in parts)
+
+
+def count_answers(lines: bytes) -> int:
+    """So many there are; a batch is one."""
+    parts = lines.splitlines()
+    return sum(not (IN_BATCH.match(part) or ENDS_BATCH.match(part)) for part in parts)
+
+
 MESSAGE_ID = re.compile(r"msgid=[^; ]*;|;msgid=[^; ]*|@msgid=[^; ]* ")  # among tags
 
 
@@ -3598,7 +3615,8 @@ class IrcSession(Session):
         self.exchange: Exchange | None = None  # of SASL, going on
         self.collected: Collected | None = None  # a message of several lines, as it comes
         self.withheld: set[int] = set()  # ids of what this session did and gets no echo of
-        self.own_tags: dict[int, str] = {}  # of what this session did in this turn, by id
+        # Of what this session did in this turn, by id: add_tag or add_tag_to_all, and the tag
+        self.own_tags: dict[int, tuple[Callable, str]] = {}
         self.wire = irc_wire(frozenset())
 
     @property
@@ -3781,33 +3799,37 @@ class IrcSession(Session):
             return
         label, replies, events, last_id = self.labelled
         self.labelled = None
-        heard = [event.id for event in self.site.hub.turn.events[events:] if self.hears(event)]
-        said = len(self.replies) - replies
-        if not said and not heard:
+        heard = {e.id: self.hears(e) for e in self.site.hub.turn.events[events:]}
+        count = sum(heard.values()) + sum(count_answers(data) for _, data in self.replies[replies:])
+        if not count:
             self.line("ACK")
-        tag = f"label={label}"
-        if said + len(heard) > 1:
+        tag, mark, last = f"label={label}", add_tag, replies + 1  # one answer: its first line
+        if count > 1:
             reference = self.site.hub.new_reference()
             begin = add_tag(self.batch_line(f"+{reference} labeled-response"), tag)
-            tag = f"batch={reference}"
-        self.replies[replies:] = [(n, add_tag(data, tag)) for n, data in self.replies[replies:]]
-        self.own_tags.update(dict.fromkeys(heard, tag))
-        if said + len(heard) > 1:
+            tag, mark, last = f"batch={reference}", add_tag_to_all, len(self.replies)
+        marked = [(n, mark(data, tag)) for n, data in self.replies[replies:last]]
+        self.replies[replies:last] = marked
+        self.own_tags.update({id: (mark, tag) for id in heard if heard[id]})
+        if count > 1:
             self.replies.insert(replies, (last_id, begin))
             self.send(self.batch_line(f"-{reference}"))
 
-    def hears(self, event: Event) -> bool:
-        """Whether this session did it, and is told of it."""
+    def hears(self, event: Event) -> int:
+        """How many lines or batches this session is told of it, if it did that."""
         if event.origin is not self:
-            return False
+            return 0
         (line,) = self.wire.encode(event.audience, [event])
-        return bool(self.wire.own(event, line))
+        return count_answers(line) if self.wire.own(event, line) else 0
 
     def own(self, event: Event, line: bytes) -> bytes:
         if event.id in self.withheld:
             return b""
-        data, tag = self.wire.own(event, line), self.own_tags.get(event.id)
-        return add_tag(data, tag) if tag and data else data
+        data, marked = self.wire.own(event, line), self.own_tags.get(event.id)
+        if not data or not marked:
+            return data
+        mark, tag = marked
+        return mark(line, tag) + data[len(line) :]  # whoever speaks to himself hears it twice
 
     def turn_over(self) -> None:
         super().turn_over()
@@ -3915,8 +3937,7 @@ def abort_sasl(session: IrcSession) -> None:
 
 
 def in_batch(session: IrcSession, kind: str, lines: Iterable[bytes]) -> None:
-    """Several lines as one, for who knows batches. One that is a batch itself is marked at
-    its beginning only."""
+    """Several lines as one, for who knows batches."""
     if "batch" not in session.wire.capabilities:
         for line in lines:
             session.send(line)
@@ -3924,9 +3945,7 @@ def in_batch(session: IrcSession, kind: str, lines: Iterable[bytes]) -> None:
     reference = session.site.hub.new_reference()
     session.send(session.batch_line(f"+{reference} {kind}"))
     for line in lines:
-        for n, part in enumerate(line.splitlines(keepends=True)):
-            inner = n and (part.startswith(b"@batch=") or b" BATCH -" in part[:IRC_BYTES])
-            session.send(part if inner else add_tag(part, f"batch={reference}"))
+        session.send(add_tag_to_all(line, f"batch={reference}"))
     session.send(session.batch_line(f"-{reference}"))
 
 

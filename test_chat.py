@@ -2327,6 +2327,39 @@ alice< @batch=ID :alice PRIVMSG bob :there?
 alice< @batch=ID :chat.py 301 alice bob :lunch
 alice< BATCH -ID
 bob< :alice PRIVMSG bob :there?
+=== labels: an echo of several lines is a batch, and one that is a batch already is not
++#a alice bob
+alice> CAP REQ :labeled-response batch echo-message
+alice< CAP alice ACK :labeled-response batch echo-message
+alice> @label=1 BATCH +1 draft/multiline #a
+alice> @batch=1 PRIVMSG #a :two
+alice> @batch=1 PRIVMSG #a :lines
+alice> BATCH -1
+alice< @label=1 :chat.py BATCH +ID labeled-response
+alice< @batch=ID :alice PRIVMSG #a :two
+alice< @batch=ID :alice PRIVMSG #a :lines
+alice< BATCH -ID
+bob< :alice PRIVMSG #a :two
+bob< :alice PRIVMSG #a :lines
+alice> @label=2 BATCH +2 draft/multiline alice
+alice> @batch=2 PRIVMSG alice :to
+alice> @batch=2;draft/multiline-concat PRIVMSG alice :myself
+alice> BATCH -2
+alice< @label=2 :chat.py BATCH +ID labeled-response
+alice< @batch=ID :alice PRIVMSG alice :to
+alice< @batch=ID :alice PRIVMSG alice :myself
+alice< :alice PRIVMSG alice :to
+alice< :alice PRIVMSG alice :myself
+alice< BATCH -ID
+alice> CAP REQ draft/multiline
+alice< CAP alice ACK :draft/multiline
+alice> @label=3 CHATHISTORY LATEST #a * 1
+alice< @label=3 :chat.py BATCH +ID chathistory #a
+alice< @batch=ID :alice BATCH +ID draft/multiline #a
+alice< @batch=ID :alice PRIVMSG #a :two
+alice< @batch=ID :alice PRIVMSG #a :lines
+alice< @batch=ID :alice BATCH -ID
+alice< BATCH -ID
 === invite-notify: who could have invited is told that somebody did
 +#a alice bob carol
 bob> CAP REQ invite-notify
@@ -3362,6 +3395,38 @@ def test_a_wrong_or_missing_server_password_is_an_error_and_the_end():
     house.say("y", "PASS :open sesame", "NICK y", "USER y 0 * :y")
     house.turn()
     assert " 001 y " in house.heard("y")[0]
+
+
+def answer_with(label, lines):
+    """What stands in the one line with that label, or in the batch that begins with it: the
+    lines, and a list for each batch among them. What is in no batch is not in it."""
+    batches, answers = {}, []
+    for message in map(chat.parse_message, lines):
+        line, reference = [message.verb, *message.params], message.tags.get("batch")
+        place = batches[reference] if reference else []
+        if message.verb == "BATCH" and message.params[0][0] == "-":
+            del batches[message.params[0][1:]]
+        elif message.verb == "BATCH":
+            batches[message.params[0][1:]] = line = []
+        place.extend([line] if message.verb != "BATCH" or line == [] else [])
+        answers += [line] if message.tags.get("label") == label else []
+    (answer,) = answers
+    assert not batches
+    return answer
+
+
+def test_a_labelled_message_in_a_batch_of_its_own_is_nested_with_the_rest_of_the_answer():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "CAP REQ :labeled-response batch echo-message draft/multiline")
+    house.say("bob", "AWAY :lunch")
+    house.turn()
+    house.heard("alice")
+    house.say("alice", "@label=1 BATCH +x draft/multiline bob", "@batch=x PRIVMSG bob :one")
+    house.say("alice", "@batch=x PRIVMSG bob :two", "BATCH -x")
+    house.turn()
+    lines = [["PRIVMSG", "bob", "one"], ["PRIVMSG", "bob", "two"]]
+    assert answer_with("1", house.heard("alice")) == [lines, ["301", "alice", "bob", "lunch"]]
 
 
 def test_three_wrong_passwords_of_an_operator_end_the_connection():
