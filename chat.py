@@ -3580,7 +3580,6 @@ class IrcSession(Session):
         "from_service",
         "labelled",
         "login",
-        "speaking",
         "message",
         "negotiating",
         "own_tags",
@@ -3605,12 +3604,11 @@ class IrcSession(Session):
         self.watched: dict[str, str] = {}  # names by key, see MONITOR
         self.message = Message("", [], {})  # that is being answered
         self.labelled: Labelled | None = None  # where its answer began, if it has a label
-        self.batch = ""  # that a long answer is in
+        self.batch = ""  # that this answer is in, if it is more than a line
         self.subscribed: dict[str, None] = {}  # keys of metadata
         self.account = self.away = ""  # logged in to, and away, before there is a user
         self.login = ""  # Account.identity of that account
-        self.from_service = False  # the answer is NickServ's
-        self.speaking = False  # a long answer goes on, in its batch
+        self.from_service = False  # the answer that is waited for is NickServ's
         self.metadata: dict[str, str] = {}  # likewise
         self.exchange: Exchange | None = None  # of SASL, going on
         self.collected: Collected | None = None  # a message of several lines, as it comes
@@ -3636,12 +3634,7 @@ class IrcSession(Session):
         data = irc_bytes(text)
         if self.wire.timed:
             data = add_tag(data, f"time={tag_time(self.site.hub.now)}")
-        self.send(add_tag(data, f"batch={self.batch}") if self.speaking else data)
-
-    def go_on(self) -> None:
-        self.speaking = bool(self.batch)
-        super().go_on()
-        self.speaking = False
+        self.send(data)
 
     def shaped(self, shape: str, *values: Any) -> str:
         """A numeric, without its source."""
@@ -3693,7 +3686,7 @@ class IrcSession(Session):
 
     def refuse(self, refusal: Refused) -> None:
         number, text = REFUSALS.get(refusal.code), harmless(str(refusal))
-        if self.from_service:
+        if self.from_service and not self.deferred:
             return self.service_says(text)
         if number is None:
             return self.fail(self.message.verb or "*", refusal.code, text, *refusal.about)
@@ -3744,11 +3737,7 @@ class IrcSession(Session):
                 irc_command.run(self, message.verb, lambda most: message.params[:most])
         except Refused as refusal:
             self.refuse(refusal)
-        if self.labelled and not self.deferred:
-            if self.unfinished:
-                self.open_batch()
-            else:
-                self.answered()
+        self.mark_answer(whole=not (self.deferred or self.unfinished))
 
     def parse(self, line: bytes) -> Message:
         tags, _, body = line.partition(b" ") if line[:1] == b"@" else (b"", b"", line)
@@ -3776,44 +3765,65 @@ class IrcSession(Session):
             events, last_id = len(turn.events), self.site.hub.last_id
             self.labelled = Labelled(escaped_tag(label), len(self.replies), events, last_id)
 
-    def take_result(self, then: Callable, result: Any) -> None:
-        if self.labelled:  # what it waited for took until another turn
+    def resume_answer(self) -> None:
+        """From here on: it took until another turn, or others have been heard meanwhile."""
+        if self.labelled:
             self.begin_answer(unescaped_tag(self.labelled.label))
-        super().take_result(then, result)
 
-    def open_batch(self) -> None:
-        """For a long answer: its end is in another turn."""
-        label, self.labelled = self.labelled.label, None
-        self.batch = self.site.hub.new_reference()
-        self.send(add_tag(self.batch_line(f"+{self.batch} labeled-response"), f"label={label}"))
+    def go_on(self) -> None:
+        self.resume_answer()
+        super().go_on()
+        if self.unfinished:
+            self.mark_answer(whole=False)
+
+    def take_result(self, then: Callable, result: Any) -> None:
+        self.resume_answer()
+        super().take_result(then, result)
+        if self.deferred:
+            self.mark_answer(whole=False)
+
+    def answered(self) -> None:
+        self.mark_answer(whole=True)
+
+    def mark_answer(self, whole: bool) -> None:
+        """What has been said since it was begun or resumed gets the label; or is put in a
+        batch, if it is several lines, or may be yet."""
+        if self.labelled is None:
+            return
+        turn, (label, replies, events, _) = self.site.hub.turn, self.labelled
+        heard = {e.id: count for e in turn.events[events:] if (count := self.hears(e))}
+        count = sum(heard.values()) + sum(count_answers(data) for _, data in self.replies[replies:])
+        if self.batch or count > 1 or (count and not whole):
+            self.put_in_batch(heard)
+        elif whole:
+            if not count:
+                self.line("ACK")
+            self.tag_answer(heard, add_tag, f"label={label}", replies + 1)
+        if whole and self.batch:
+            self.send(self.batch_line(f"-{self.batch}"))
+        if whole:
+            self.labelled, self.batch = None, ""
+
+    def put_in_batch(self, heard: Iterable[int]) -> None:
+        """What has been said of the answer, which may have begun to be put there before."""
+        begun, hub = self.batch, self.site.hub
+        self.batch = begun or hub.new_reference()
+        self.tag_answer(heard, add_tag_to_all, f"batch={self.batch}")
+        if not begun:
+            label, replies, _, last_id = self.labelled
+            line = self.batch_line(f"+{self.batch} labeled-response")
+            self.replies.insert(replies, (last_id, add_tag(line, f"label={label}")))
+
+    def tag_answer(
+        self, heard: Iterable[int], mark: Callable, tag: str, last: int | None = None
+    ) -> None:
+        """Mark its replies with the tag, and, when they are written, events of these ids."""
+        which = slice(self.labelled.replies, last)
+        self.replies[which] = [(n, mark(data, tag)) for n, data in self.replies[which]]
+        self.own_tags.update(dict.fromkeys(heard, (mark, tag)))
 
     def batch_line(self, text: str) -> bytes:
         return irc_bytes(f":{self.site.name} BATCH {text}")
-
-    def answered(self) -> None:
-        """Now it is known how much the answer was: nothing, a line, or several."""
-        if self.batch:
-            reference, self.batch = self.batch, ""
-            self.send(self.batch_line(f"-{reference}"))
-        if self.labelled is None:
-            return
-        label, replies, events, last_id = self.labelled
-        self.labelled = None
-        heard = {e.id: self.hears(e) for e in self.site.hub.turn.events[events:]}
-        count = sum(heard.values()) + sum(count_answers(data) for _, data in self.replies[replies:])
-        if not count:
-            self.line("ACK")
-        tag, mark, last = f"label={label}", add_tag, replies + 1  # one answer: its first line
-        if count > 1:
-            reference = self.site.hub.new_reference()
-            begin = add_tag(self.batch_line(f"+{reference} labeled-response"), tag)
-            tag, mark, last = f"batch={reference}", add_tag_to_all, len(self.replies)
-        marked = [(n, mark(data, tag)) for n, data in self.replies[replies:last]]
-        self.replies[replies:last] = marked
-        self.own_tags.update({id: (mark, tag) for id in heard if heard[id]})
-        if count > 1:
-            self.replies.insert(replies, (last_id, begin))
-            self.send(self.batch_line(f"-{reference}"))
 
     def hears(self, event: Event) -> int:
         """How many lines or batches this session is told of it, if it did that."""
@@ -4310,10 +4320,10 @@ def ask_service(session: IrcSession, text: str) -> None:
     """What is said to NickServ reaches neither people nor the history, nor any log."""
     verb, _, rest = text.partition(" ")
     try:
-        session.from_service = True
         service_command.run(
             session, verb.lower(), lambda most: rest.split(None, most - 1) if most else []
         )
+        session.from_service = session.deferred
     except Refused as refusal:
         session.service_says(str(refusal))
 

@@ -3225,7 +3225,7 @@ def test_a_long_list_waits_for_its_reader_and_is_whole(running, monkeypatch):
 
 
 def test_who_looks_through_everything_pays_for_it(running):
-    server = running(flood=(20, 1000))
+    server = running(flood=(30, 1))
     alice = server.guest()
     alice.enter_irc("alice")
     peer = next(iter(server.server.peers))
@@ -3401,7 +3401,7 @@ def answer_with(label, lines):
     """What stands in the one line with that label, or in the batch that begins with it: the
     lines, and a list for each batch among them. What is in no batch is not in it."""
     batches, answers = {}, []
-    for message in map(chat.parse_message, lines):
+    for message in (chat.parse_message(line.removesuffix("\r")) for line in lines):
         line, reference = [message.verb, *message.params], message.tags.get("batch")
         place = batches[reference] if reference else []
         if message.verb == "BATCH" and message.params[0][0] == "-":
@@ -3413,6 +3413,42 @@ def answer_with(label, lines):
     (answer,) = answers
     assert not batches
     return answer
+
+
+@pytest.mark.parametrize(
+    "targets, verbs",
+    [
+        ("bob,NickServ", ["PRIVMSG", "NOTICE"]),
+        ("NickServ,bob", ["PRIVMSG", "NOTICE"]),
+        ("NickServ,nobody", ["401", "NOTICE"]),
+        ("bob,NickServ,nobody", ["PRIVMSG", "401", "NOTICE"]),
+        ("bob,nobody,NickServ", ["PRIVMSG", "401", "NOTICE"]),
+    ],
+)
+def test_an_answer_that_has_to_be_waited_for_is_one_with_what_was_said_at_once(targets, verbs):
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "CAP REQ :labeled-response batch echo-message")
+    house.turn()
+    house.heard("alice")
+    house.say("alice", f"@label=1 PRIVMSG {targets} :identify wrong")
+    house.turn()
+    assert [line[0] for line in answer_with("1", house.heard("alice"))] == verbs
+    for line, verb in (("PRIVMSG NickServ :identify wrong", "NOTICE"), ("WHO nobody", "315")):
+        house.say("alice", f"@label=2 {line}")
+        house.turn()
+        assert answer_with("2", house.heard("alice"))[0] == verb
+
+
+def test_a_long_answer_with_a_label_is_one_batch_over_several_turns(running, monkeypatch):
+    monkeypatch.setattr(chat, "LINES_A_TURN", 3)
+    server = running()
+    alice = server.guest()
+    alice.enter_irc("alice", "CAP REQ :labeled-response batch", "JOIN #a,#b,#c,#d,#e,#f,#g")
+    alice.send("@label=1 LIST\r\nPING end\r\n")
+    *lines, _ = itertools.dropwhile(lambda line: "label=1" not in line, alice.until("PONG"))
+    verbs = [line[0] for line in answer_with("1", lines)]
+    assert verbs == ["321", *["322"] * 7, "323"]
 
 
 def test_a_labelled_message_in_a_batch_of_its_own_is_nested_with_the_rest_of_the_answer():
