@@ -1657,6 +1657,9 @@ class Session:
     def read_on(self, name: str) -> None:
         """Another device of the same user has read this on."""
 
+    def place_entered(self, channel: Channel) -> None:
+        """Another device of the same user has come into a channel, and so has this one."""
+
     def place_renamed(self, old: str, channel: Channel, reason: str) -> None:
         """A channel that this session's user is in has another name."""
 
@@ -2270,6 +2273,18 @@ def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = 
         raise Refused("NAME_TAKEN", f"{wanted} is taken", wanted)
     if owner and hub.accounts.is_foreign(wanted, owner.account):
         raise Refused("NAME_TAKEN", f"{wanted} belongs to an account; log in first", wanted)
+
+
+def enter_channel(session: Session, name: str, password: str = "") -> Channel | None:
+    """Join it, with all devices; None if this user is there already."""
+    before = len(session.user.channels)
+    channel = session.site.hub.join(session, name, password)
+    if len(session.user.channels) == before:
+        return None
+    for other in session.user.live:
+        if other is not session:
+            other.place_entered(channel)
+    return channel
 
 
 def kill(session: Session, victim: User, reason: str) -> None:
@@ -3693,6 +3708,9 @@ class IrcSession(Session):
         about = "".join(f"{as_param(one)} " for one in refusal.about)
         self.line(f"{number} {self.nick} {about}:{text}")
 
+    def place_entered(self, channel: Channel) -> None:
+        tell_channel(self, channel)
+
     def place_renamed(self, old: str, channel: Channel, reason: str) -> None:
         if "draft/channel-rename" in self.wire.capabilities:
             return
@@ -4476,10 +4494,8 @@ def tell_of_newcomer(session: IrcSession, channel: Channel) -> None:
             other.learns(session.nick, key, value)
 
 
-def enter_channel(session: IrcSession, name: str, password: str) -> None:
-    before = len(session.user.channels)
-    channel = session.site.hub.join(session, name, password)
-    if len(session.user.channels) > before:  # was not there already
+def join_irc(session: IrcSession, name: str, password: str) -> None:
+    if channel := enter_channel(session, name, password):
         tell_channel(session, channel)
         tell_of_newcomer(session, channel)
 
@@ -4492,7 +4508,7 @@ def irc_join(session: IrcSession, names: str, keys: str = "") -> None:
             session.site.hub.part(session, channel)
         return
     passwords = dict(zip(names.split(","), keys.split(","), strict=False))
-    each(session, names, lambda name: enter_channel(session, name, passwords.get(name, "")))
+    each(session, names, lambda name: join_irc(session, name, passwords.get(name, "")))
 
 
 @irc_command("PART", 1, 2)
@@ -5660,7 +5676,7 @@ def line_tell(session: LineSession, name: str, text: str) -> None:
 @line_command("join", 1, 2)
 def line_join(session: LineSession, name: str, password: str = "") -> None:
     """/join #CHANNEL [PASSWORD] -- enter it, and speak there from now on"""
-    channel = session.site.hub.join(session, name, password)
+    channel = enter_channel(session, name, password) or session.site.hub.find_channel(name)
     session.here = channel
     session.tell(f"you speak in {channel.name} now")
     tell_topic(session, channel)

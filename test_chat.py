@@ -2549,6 +2549,8 @@ bob< :alice PRIVMSG #a :from one
 phone< :alice PRIVMSG #a :from one
 phone> JOIN #b
 alice< :alice JOIN #b
+alice< 353 alice = #b :@alice
+alice< 366 alice #b :End of NAMES
 phone< :alice JOIN #b
 phone< 353 alice = #b :@alice
 phone< 366 alice #b :End of NAMES
@@ -3769,6 +3771,32 @@ def test_whose_line_breaks_is_still_here_for_a_while_and_comes_back_to_his_chann
     house.hub.give_up(user)
     house.turn()
     assert house.heard("bob") == [":alice!~u@127.0.0.1 QUIT :Connection lost"]
+
+
+def test_what_one_device_joins_the_others_learn_all_about():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "REGISTER * * password")
+    house.say("bob", "JOIN #a,#b", "TOPIC #a :tea")
+    house.turn()
+    logged_in(house, "phone", "alice")
+    logged_in(house, "tablet", "alice")
+    house.say("phone", "CAP REQ draft/read-marker")
+    house.say("tablet", "CAP REQ draft/no-implicit-names")
+    house.turn()
+    for who in house.guests:
+        house.heard(who)
+    house.say("alice", "JOIN #a")
+    house.turn()
+    joined, topic, set_by, *names = irc_heard(house, "alice")
+    assert joined == ":alice JOIN #a" and topic == "332 alice #a :tea"
+    assert [line[:4] for line in names] == ["353 ", "366 "]
+    assert irc_heard(house, "phone") == [joined, topic, set_by, "MARKREAD #a *", *names]
+    assert irc_heard(house, "tablet") == [joined, topic, set_by]
+    assert irc_heard(house, "bob") == [joined]
+    house.say("phone", "JOIN #A")
+    house.turn()
+    assert irc_heard(house, "phone") == irc_heard(house, "alice") == []
 
 
 def test_private_talks_are_for_their_two_identities_only():
