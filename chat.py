@@ -1959,6 +1959,20 @@ class Markers(dict[str, dict[str, int]]):
     def of(self, user: User, target: str) -> int:
         return self.get(user.identity, {}).get(target, 0)
 
+    def rename(self, old: str, new: str, turn: Turn) -> None:
+        """A channel has another key. What was read under that one was another channel."""
+        for owner, marks in self.items():
+            if marks.keys().isdisjoint((old, new)):
+                continue
+            when, _ = marks.pop(old, None), marks.pop(new, None)
+            marks.update({} if when is None else {new: when})
+            if owner[0] == "=":  # of an account: they are kept
+                update = "UPDATE OR REPLACE markers SET target = ? WHERE owner = ? AND target = ?"
+                turn.writes.append(
+                    ("DELETE FROM markers WHERE owner = ? AND target = ?", (owner, new))
+                )
+                turn.writes.append((update, (new, owner, old)))
+
 
 class Hub:
     """Who is here. Everything others can see passes through one door: emit()."""
@@ -2330,7 +2344,9 @@ def rename_channel(session: Session, channel: Channel, name: str, reason: str) -
         for e in hub.turn.events
     ]
     del hub.channels[channel.key]
-    hub.turn.renamed.append((channel.key, fold(name)))
+    if channel.key != fold(name):
+        hub.turn.renamed.append((channel.key, fold(name)))
+        hub.markers.rename(channel.key, fold(name), hub.turn)
     channel.name, channel.key, channel.keys = name, fold(name), (fold(name),)
     hub.channels[channel.key] = channel
     hub.emit(RENAME, user.source, scene(channel, user), reason, old, session)

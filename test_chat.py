@@ -4046,6 +4046,36 @@ def test_what_was_said_before_a_channel_was_renamed_has_its_old_name():
     assert texts(house.store, "#b") == ["before", "after"] and texts(house.store, "#a") == []
 
 
+def markers_told(house, who, *names):
+    house.heard(who)
+    house.say(who, *(f"MARKREAD {name}" for name in names))
+    house.turn()
+    return [line.split()[-1] for line in house.heard(who)]
+
+
+def test_how_far_a_channel_has_been_read_goes_with_its_new_name(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice", "bob", "carol")
+    for who in ("alice", "carol"):
+        house.say(who, "REGISTER * * password")
+        house.turn()
+    early, late = (f"timestamp=1970-01-0{day}T00:00:00.000Z" for day in (2, 3))
+    house.say("alice", "JOIN #a", f"MARKREAD #a {late}", f"MARKREAD #b {early}")
+    house.say("bob", f"MARKREAD #a {early}")
+    house.say("carol", f"MARKREAD #b {late}")
+    house.turn()
+    house.say("alice", "RENAME #a #b", "RENAME #b #B")
+    house.turn()
+    for who, told in (("alice", late), ("bob", early), ("carol", "*")):
+        assert markers_told(house, who, "#a", "#b") == ["*", told]
+    house.store.close()
+    again = chat.Store(folder / "chat.db")
+    hub = chat.hub_of(again)
+    kept = [marks for owner, marks in hub.markers.items() if marks]
+    assert kept == [{"#b": 2 * 24 * 3600 * 1000}]
+    again.close()
+
+
 def test_failed_logins_keep_no_password_in_memory():
     house = House()
     house.enter_irc("alice")
