@@ -1961,6 +1961,8 @@ class Markers(dict[str, dict[str, int]]):
 
     def rename(self, old: str, new: str, turn: Turn) -> None:
         """A channel has another key. What was read under that one was another channel."""
+        if old == new:
+            return
         for owner, marks in self.items():
             if marks.keys().isdisjoint((old, new)):
                 continue
@@ -2339,14 +2341,16 @@ def rename_channel(session: Session, channel: Channel, name: str, reason: str) -
         raise Refused("CHANNEL_NAME_IN_USE", f"there is a {other.name} already", old, name)
     if any(gone.key == fold(name) and gone is not channel for gone in hub.turn.changed):
         raise Refused("CHANNEL_NAME_IN_USE", "that is just being left; try again", old, name)
+    if fold(name) != channel.key and session.site.store.remembers(fold(name), hub.turn):
+        text = f"something was said in a channel called {name}, which its people may come back to"
+        raise Refused("CHANNEL_NAME_IN_USE", text, old, name)
     hub.turn.events = [
         e._replace(audience=Renamed(channel, old)) if e.audience is channel else e
         for e in hub.turn.events
     ]
     del hub.channels[channel.key]
-    if channel.key != fold(name):
-        hub.turn.renamed.append((channel.key, fold(name)))
-        hub.markers.rename(channel.key, fold(name), hub.turn)
+    hub.turn.renamed.append((channel.key, fold(name)))
+    hub.markers.rename(channel.key, fold(name), hub.turn)
     channel.name, channel.key, channel.keys = name, fold(name), (fold(name),)
     hub.channels[channel.key] = channel
     hub.emit(RENAME, user.source, scene(channel, user), reason, old, session)
@@ -2999,6 +3003,17 @@ class Store:
         columns = "name, salt, rounds, stored_key, server_key, email, number"
         for name, *verifier, email, number in self.db.execute(f"SELECT {columns} FROM accounts"):
             yield Account(name, Verifier(*verifier), email, number)
+
+    def remembers(self, key: str, turn: Any) -> bool:
+        """Whether there is history under this key, as it will be after the turn; also if
+        that cannot be told just now."""
+        for old, new in reversed(turn.renamed):
+            key = old if key == new else "" if key == old else key
+        query = "SELECT 1 FROM targets t JOIN events e ON e.target = t.id WHERE key = ? LIMIT 1"
+        try:
+            return self.db.execute(query, [key]).fetchone() is not None
+        except sqlite3.Error:
+            return True
 
     # Reading, on whatever thread
 

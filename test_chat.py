@@ -4046,6 +4046,44 @@ def test_what_was_said_before_a_channel_was_renamed_has_its_old_name():
     assert texts(house.store, "#b") == ["before", "after"] and texts(house.store, "#a") == []
 
 
+def test_nobody_wipes_the_history_of_an_empty_channel_by_renaming_another_onto_it():
+    house = House()
+    house.enter_irc("alice", "mallory")
+    house.say("alice", "JOIN #a", "PRIVMSG #a :for all to read", "JOIN #b,#s", "MODE #s +s")
+    house.turn()
+    house.say("alice", "PART #a,#b,#s")
+    house.say("mallory", "JOIN #c")
+    house.turn()
+    for name in ("#a", "#A", "#b"):
+        house.heard("mallory")
+        house.say("mallory", f"RENAME #c {name}")
+        house.turn()
+        assert house.heard("mallory")[0].startswith(
+            f":chat.py FAIL RENAME CHANNEL_NAME_IN_USE #c {name} :"
+        )
+    house.say("mallory", "RENAME #c #s")  # nobody can read that any more
+    house.turn()
+    assert "JOIN #s" in str(house.heard("mallory"))
+    assert texts(house.store, "#a") == ["for all to read"]
+
+
+def test_a_channel_can_have_its_old_name_back_and_others_can_have_it_meanwhile():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "CAP REQ draft/channel-rename", "JOIN #a", "PRIVMSG #a :one")
+    house.say("bob", "CAP REQ draft/channel-rename", "JOIN #other", "PRIVMSG #other :two")
+    house.turn()
+    house.say("alice", "RENAME #a #b")
+    house.say("bob", "RENAME #other #a")  # in the same turn: nothing is left there
+    house.turn()
+    assert (texts(house.store, "#a"), texts(house.store, "#b")) == (["two"], ["one"])
+    house.say("bob", "RENAME #a #elsewhere")
+    house.say("alice", "RENAME #b #A", "RENAME #A #b", "RENAME #b #B", "RENAME #B #a")
+    house.turn()
+    assert "FAIL" not in str(house.heard("alice") + house.heard("bob"))
+    assert texts(house.store, "#a") == ["one"] and texts(house.store, "#b") == []
+
+
 def markers_told(house, who, *names):
     house.heard(who)
     house.say(who, *(f"MARKREAD {name}" for name in names))
