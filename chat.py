@@ -129,6 +129,7 @@ LABEL_BYTES = 64  # of a label (IRCv3 labeled-response)
 METADATA_KEYS = 20  # that a user or a channel may have
 METADATA_SUBS = 50  # that one session may want to hear of
 METADATA_BYTES = 300  # of a value
+METADATA_AT_ONCE = 100  # values told to who joins a channel; more are there for the asking
 METADATA_KEY_BYTES = 64
 MARKERS = 1000  # of one user: how far each channel and talk has been read
 TARGETS = 20  # of one PRIVMSG
@@ -3215,6 +3216,7 @@ RPL_KEYNOTSET = "766 {} {} :is not set"
 RPL_METADATASUBOK = "770 {}"
 RPL_METADATAUNSUBOK = "771 {}"
 RPL_METADATASUBS = "772 {}"
+ERR_METADATASYNCLATER = "774 {0} 0 :METADATA {0} SYNC tells what is known of it and its members"
 RPL_HELPSTART = "704 {} :{}"
 RPL_HELPTXT = "705 {} :{}"
 RPL_ENDOFHELP = "706 {} :End of help"
@@ -3599,16 +3601,40 @@ def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
     session.reply_list(RPL_NAMREPLY, names, kind, channel.name)
 
 
+def owner_name(owner: "User | Channel | IrcSession") -> str:
+    """Who has no name yet is called so."""
+    return owner.name if isinstance(owner, (User, Channel)) else "*"
+
+
+def subscribed_metadata(
+    session: "IrcSession", owners: Iterable[Any]
+) -> Iterator[tuple[str, str, str]]:
+    """Whose, which and what: all that this session wants to hear of."""
+    for owner in owners:
+        for key, value in list(owner.metadata.items()):
+            if key in session.subscribed:
+                yield owner_name(owner), key, value
+
+
+def tell_metadata_of_channel(session: "IrcSession", channel: Channel) -> None:
+    """Where it is much, that it can be asked for (draft/metadata, postponed synchronization)."""
+    others = (channel, *(user for user in channel.members if user is not session.user))
+    known = subscribed_metadata(session, others)
+    some = list(itertools.islice(known, METADATA_AT_ONCE + 1))
+    if len(some) > METADATA_AT_ONCE:
+        return session.reply(ERR_METADATASYNCLATER, channel.name)
+    for one in some:
+        session.learns(*one)
+
+
 def tell_channel(session: "IrcSession", channel: Channel) -> None:
     """What somebody is told who has come into it."""
     if channel.topic:
         tell_topic_irc(session, channel)
     if "draft/read-marker" in session.wire.capabilities:
         session.tell_marker(channel.name)
-    for owner in (channel, *channel.members) if session.subscribed else ():
-        for key, value in owner.metadata.items():
-            if owner is not session.user:
-                session.learns(owner.name, key, value)
+    if session.subscribed:
+        tell_metadata_of_channel(session, channel)
     if "draft/no-implicit-names" not in session.wire.capabilities:
         tell_names_irc(session, channel)
         session.reply(RPL_ENDOFNAMES, channel.name)
@@ -3995,22 +4021,27 @@ def abort_sasl(session: IrcSession) -> None:
     session.reply(ERR_SASLABORTED)
 
 
-def in_batch(session: IrcSession, kind: str, lines: Iterable[bytes]) -> None:
-    """Several lines as one, for who knows batches."""
-    if "batch" not in session.wire.capabilities:
-        for line in lines:
-            session.send(line)
-        return
-    reference = session.site.hub.new_reference()
-    session.send(session.batch_line(f"+{reference} {kind}"))
+def batch_in_pieces(session: IrcSession, kind: str, lines: Iterable[bytes]) -> Iterator[None]:
+    """Several lines as one, for who knows batches; the rest can be left for later."""
+    batched, reference = "batch" in session.wire.capabilities, session.site.hub.new_reference()
+    if batched:
+        session.send(session.batch_line(f"+{reference} {kind}"))
     for line in lines:
-        session.send(add_tag_to_all(line, f"batch={reference}"))
-    session.send(session.batch_line(f"-{reference}"))
+        session.send(add_tag_to_all(line, f"batch={reference}") if batched else line)
+        yield
+    if batched:
+        session.send(session.batch_line(f"-{reference}"))
 
 
-def tell_metadata(session: IrcSession, owner: User | Channel, keys: Iterable[str]) -> None:
+def in_batch(session: IrcSession, kind: str, lines: Iterable[bytes]) -> None:
+    """The same at once."""
+    for _ in batch_in_pieces(session, kind, lines):
+        pass
+
+
+def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
     """Values, or that there are none, in a batch."""
-    name = owner.name if isinstance(owner, (User, Channel)) else "*"
+    name = owner_name(owner)
     lines = (
         session.shaped_line(RPL_KEYVALUE, name, key, owner.metadata[key])
         if key in owner.metadata
@@ -4072,15 +4103,20 @@ def check_server(session: IrcSession, name: str) -> None:
         raise Refused("NO_SUCH_SERVER", "there is no such server; this one stands alone", name)
 
 
-def each(session: IrcSession, names: str, act: Callable[[str], None]) -> None:
+def each_in_pieces(session: IrcSession, names: str, act: Callable[[str], None]) -> Iterator[None]:
     """Do it for every name of a list, once; what is refused for one is done for the others."""
-    if "," not in names:
-        return act(names)
     for name in {fold(name): name for name in names.split(",") if name}.values() or [""]:
         try:
             act(name)
         except Refused as refusal:
             session.refuse(refusal)
+        yield
+
+
+def each(session: IrcSession, names: str, act: Callable[[str], None]) -> None:
+    """The same at once."""
+    for _ in each_in_pieces(session, names, act):
+        pass
 
 
 # Registration
@@ -4532,14 +4568,15 @@ def join_irc(session: IrcSession, name: str, password: str) -> None:
 
 
 @irc_command("JOIN", 1, 2)
-def irc_join(session: IrcSession, names: str, keys: str = "") -> None:
+def irc_join(session: IrcSession, names: str, keys: str = "") -> Iterator[None]:
     """JOIN <channel>{,<channel>} [<key>{,<key>}] -- enter channels; JOIN 0 leaves all"""
     if names == "0":
         for channel in list(session.user.channels):
             session.site.hub.part(session, channel)
         return
     passwords = dict(zip(names.split(","), keys.split(","), strict=False))
-    each(session, names, lambda name: join_irc(session, name, passwords.get(name, "")))
+    enter = functools.partial(join_irc, session)
+    yield from each_in_pieces(session, names, lambda name: enter(name, passwords.get(name, "")))
 
 
 @irc_command("PART", 1, 2)
@@ -4765,9 +4802,25 @@ def metadata_list(session: IrcSession, target: str) -> None:
     tell_metadata(session, owner, list(owner.metadata))
 
 
-def metadata_sync(session: IrcSession, target: str) -> None:
+def metadata_owners(session: IrcSession, target: str) -> list[Any]:
+    """Somebody; a channel with its members; or all that this session hears of. Raises Refused."""
+    if target == "*ALL" and session.user:
+        people = (session.site.hub.users.get(key) for key in session.watched)
+        channels = list(session.user.channels)
+        members = itertools.chain(*(channel.members for channel in channels))
+        found = dict.fromkeys([session.user, *channels, *members, *filter(None, people)])
+        return list(found)
     owner = metadata_owner(session, target)
-    tell_metadata(session, owner, [key for key in session.subscribed if key in owner.metadata])
+    return [owner, *owner.members] if isinstance(owner, Channel) else [owner]
+
+
+def metadata_sync(session: IrcSession, target: str) -> Iterator[None]:
+    owners = metadata_owners(session, target)
+    session.conn.charge(len(owners))
+    known = subscribed_metadata(session, owners)
+    lines = (session.shaped_line(RPL_KEYVALUE, *one) for one in known)
+    name = target if target == "*ALL" else owner_name(owners[0])
+    yield from batch_in_pieces(session, f"metadata {name}", lines)
 
 
 def metadata_set(session: IrcSession, target: str, key: str, value: str = "") -> None:
@@ -4828,13 +4881,13 @@ METADATA_HANDLERS = {  # subcommand -> what does it, and the parameters that it 
 
 
 @irc_command("METADATA", 2, 15, nameless=True)
-def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> None:
+def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> Iterator[None] | None:
     """METADATA <target or *> <subcommand> [<key>...] -- what programs know of people and channels:
     GET, LIST, SET, CLEAR, SUB, UNSUB, SUBS, SYNC"""
     handler, least, most = METADATA_HANDLERS.get(how.upper(), (None, 0, 0))
     if handler is None or len(params) < least:
         raise Refused("INVALID_PARAMS", "see HELP METADATA", how)
-    handler(session, target, *params[:most])
+    return handler(session, target, *params[:most])
 
 
 # History

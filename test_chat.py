@@ -3773,6 +3773,59 @@ def test_whose_line_breaks_is_still_here_for_a_while_and_comes_back_to_his_chann
     assert house.heard("bob") == [":alice!~u@127.0.0.1 QUIT :Connection lost"]
 
 
+def crowd_with_metadata(house, channel, count):
+    """So many members, with a color and a status each."""
+    for n in range(count):
+        house.connect_irc(f"m{n}")
+        house.say(f"m{n}", f"NICK m{n}", "USER u 0 * :r", f"JOIN {channel}")
+        house.say(f"m{n}", f"METADATA * SET color :{n}", f"METADATA * SET status :{n}")
+    house.turn()
+
+
+@pytest.mark.parametrize("count, told", [(50, ["761"] * 99), (51, ["774"])])
+def test_who_joins_a_crowd_is_told_what_is_known_of_it_or_where_to_ask(count, told):
+    house = House()
+    crowd_with_metadata(house, "#a", count)
+    house.say("m0", "TOPIC #a :tea", "METADATA * SET color")
+    house.turn()
+    house.enter_irc("alice")
+    house.say("alice", "CAP REQ :draft/metadata-3 draft/read-marker batch")
+    house.say("alice", "METADATA * SUB color status", "METADATA * SET color :mine")
+    house.turn()
+    house.heard("alice")
+    house.say("alice", "JOIN #a")
+    house.turn()
+    lines = [chat.parse_message(line) for line in house.heard("alice")]
+    verbs = [line.verb for line in lines if line.verb != "353"]
+    assert verbs == ["JOIN", "332", "333", "MARKREAD", *told, "366"]
+    if told == ["774"]:
+        assert lines[4].params[:3] == ["alice", "#a", "0"]
+    for target, extra in (("#a", 1), ("*ALL", 1), ("m1", 0), ("alice", 1)):
+        house.say("alice", f"METADATA {target} SYNC")
+        house.turn()
+        begin, *known, end = [chat.parse_message(line) for line in house.heard("alice")]
+        assert begin.params[1:] == ["metadata", target] and end.verb == "BATCH"
+        crowd = 2 * count - 1 if target in ("#a", "*ALL") else 2 * (target == "m1")
+        assert [line.verb for line in known] == ["761"] * (crowd + extra)
+        assert len({tuple(line.params) for line in known}) == crowd + extra
+
+
+def test_a_long_synchronization_waits_for_its_reader_and_is_whole(running, monkeypatch):
+    monkeypatch.setattr(chat, "LINES_A_TURN", 5)
+    monkeypatch.setattr(chat, "UNSENT_NO_READ", 2000)
+    server = running()
+    alice, bob = server.guest(), server.guest()
+    lines = [f"METADATA * SET key{n} :{'x' * 300}" for n in range(chat.METADATA_KEYS)]
+    bob.enter_irc("bob", "JOIN #a", *lines)
+    alice.enter_irc("alice", "CAP REQ :batch labeled-response", "JOIN #a,#b,#c")
+    for n in range(chat.METADATA_KEYS):
+        alice.send(f"METADATA * SUB key{n}\r\n")
+    alice.send("@label=1 METADATA #a SYNC\r\nPING end\r\n")
+    *lines, _ = itertools.dropwhile(lambda line: "label=1" not in line, alice.until("PONG"))
+    (known,) = answer_with("1", lines)
+    assert [line[0] for line in known] == ["761"] * chat.METADATA_KEYS
+
+
 def test_what_one_device_joins_the_others_learn_all_about():
     house = House()
     house.enter_irc("alice", "bob")
