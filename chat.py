@@ -147,6 +147,8 @@ SASL_BYTES = 4 * SASL_CHUNK  # in all
 LOGIN_TRIES = 5  # failures from one address at one account ...
 LOGIN_WAIT_SECONDS = 60  # ... before it has to wait
 LOGIN_FAILURES_KEPT = 10_000
+ACCOUNTS_MADE = 5  # from one address (loopback exempt) ...
+ACCOUNTS_MADE_SECONDS = 3600  # ... with no more than this between one and the next
 PENDING_ACCOUNTS = 1000  # that wait for a code sent by mail
 MAIL_SECONDS = 30  # for --sendmail to take one
 GRACE_SECONDS = 60.0  # who is logged in and loses the line is still here for so long
@@ -877,25 +879,33 @@ class Exchange:
         return pieces if len(text) % SASL_CHUNK else [*pieces, "+"]
 
 
+def is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host.strip("[]") == "::1"
+
+
 class Throttle:
     """How often somebody may fail to log in: by (address, account), so that nobody can lock
     the owner out."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = LOGIN_TRIES, seconds: int = LOGIN_WAIT_SECONDS):
+        self.most, self.milliseconds = most, seconds * 1000
         self.failures: collections.OrderedDict[tuple[str, str], tuple[int, int]]
         self.failures = collections.OrderedDict()  # how many, and until when they count
 
-    def check(self, host: str, name: str, now: int) -> None:
-        """`now` in milliseconds. Raises Refused."""
+    def wait(self, host: str, name: str, now: int) -> int:
+        """Seconds until another try; `now` in milliseconds."""
         count, until = self.failures.get((host, fold(name)), (0, 0))
-        if count >= LOGIN_TRIES and now < until:
-            text = f"too many failures; try again in {(until - now) // 1000 + 1} s"
-            raise Refused("TRY_LATER", text)
+        return (until - now) // 1000 + 1 if count >= self.most and now < until else 0
+
+    def check(self, host: str, name: str, now: int) -> None:
+        """Raises Refused."""
+        if seconds := self.wait(host, name, now):
+            raise Refused("TRY_LATER", f"too many failures; try again in {seconds} s")
 
     def failed(self, host: str, name: str, now: int) -> None:
         key = (host, fold(name))
         count, until = self.failures.pop(key, (0, 0))
-        self.failures[key] = (count if now < until else 0) + 1, now + LOGIN_WAIT_SECONDS * 1000
+        self.failures[key] = (count if now < until else 0) + 1, now + self.milliseconds
         while len(self.failures) > LOGIN_FAILURES_KEPT:
             self.failures.popitem(last=False)
 
@@ -1889,6 +1899,7 @@ class Accounts(dict[str, Account]):
     def __init__(self) -> None:
         super().__init__()
         self.throttle = Throttle()
+        self.made = Throttle(ACCOUNTS_MADE, ACCOUNTS_MADE_SECONDS)
         self.pending: collections.OrderedDict[str, tuple[Account, str]]
         self.pending = collections.OrderedDict()  # by key, with the code that was sent by mail
 
@@ -2534,6 +2545,16 @@ def check_new_account(session: Session, nick: str, wanted: str, password: str) -
     return name
 
 
+def count_account(session: Session, name: str) -> None:
+    """One more from this address, if it may have another one. Raises Refused."""
+    made, host, now = session.site.hub.accounts.made, session.host, session.site.hub.now
+    if seconds := made.wait(host, "", now):
+        text = f"{ACCOUNTS_MADE} accounts from one address at most; try again in {seconds} s"
+        raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
+    if not is_loopback(host):
+        made.failed(host, "", now)
+
+
 def register_account(
     session: Session,
     nick: str,
@@ -2551,6 +2572,7 @@ def register_account(
         site.hub.accounts.throttle.failed(host, "mail", now)
     if by_mail and not re.fullmatch(r"[^@\s]+@[^@\s]+", email):
         raise Refused("INVALID_EMAIL", "this server wants an address to write to", name)
+    count_account(session, name)
 
     def made(verifier: Verifier) -> None:
         check_new_account(session, nick, wanted, password)  # somebody may have been quicker
@@ -7067,10 +7089,6 @@ class Listener:
         with contextlib.suppress(KeyError):
             self.server.loop.selector.unregister(self.sock)
         self.sock.close()
-
-
-def is_loopback(host: str) -> bool:
-    return host.startswith("127.") or host == "::1"
 
 
 def spare_descriptor() -> int | None:

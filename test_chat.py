@@ -3710,6 +3710,40 @@ def test_who_fails_too_often_waits_and_the_owner_elsewhere_does_not():
     assert len(throttle.failures) == chat.LOGIN_FAILURES_KEPT
 
 
+def test_an_address_can_have_so_many_accounts_made_and_this_machine_any_number():
+    house = House()
+    house.enter("dora")
+    for name, address in (("eve", "10.0.0.7:1"), ("ipv6", "[::1]:1"), ("far", "10.0.0.8:1")):
+        house.connect_irc(name).conn.address = address
+    house.guests["dora"].conn.address = "10.0.0.7:2"
+
+    def register(name, *lines):
+        house.say(name, f"NICK {name}{house.now:.0f}", "USER u 0 * :r", *lines)
+        house.turn()
+        house.say(name, "REGISTER * * password")
+        house.turn()
+        answer = next(line for line in house.heard(name) if " REGISTER " in line)
+        if " SUCCESS " in answer:
+            house.say(name, "NS DROP password")
+            house.turn()
+        return answer
+
+    for _ in range(chat.ACCOUNTS_MADE):
+        assert "SUCCESS" in register("eve") and "SUCCESS" in register("ipv6")
+    answer = register("eve")
+    assert "FAIL REGISTER TEMPORARILY_UNAVAILABLE" in answer
+    assert ":5 accounts from one address at most; try again in 35" in answer
+    house.heard("dora")
+    house.say("dora", "/register password")
+    house.turn()
+    (answer,) = house.heard("dora")
+    assert answer.startswith("* 5 accounts from one address at most; try again in 35")
+    assert "SUCCESS" in register("ipv6") and "SUCCESS" in register("far")
+    house.now += chat.ACCOUNTS_MADE_SECONDS
+    house.turn()
+    assert "SUCCESS" in register("eve")
+
+
 def test_passwords_of_any_script_and_length_are_told_apart():
     for password in ("x" * 300, "x" * 299 + "y", "p\u00e4ssw\u00f6rd", "\u4f60\u597d"):
         verifier = chat.make_verifier(password, 10)
