@@ -2303,6 +2303,25 @@ def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = 
         raise Refused("NAME_TAKEN", f"{wanted} belongs to an account; log in first", wanted)
 
 
+def take_name_back(hub: Hub, wanted: str, account: str) -> None:
+    """Whoever has the name of an account that is not theirs gets another when its owner comes."""
+    holder = hub.users.get(fold(wanted))
+    if holder and holder.account != account and account and fold(wanted) == fold(account):
+        hub.rename_user(holder, free_name(hub, wanted))
+
+
+def become_device(session: Session, user: User) -> None:
+    """This session is one more of somebody who is here. Who it was leaves, if there is no
+    other device of that one."""
+    hub, before = session.site.hub, session.user
+    before.sessions.remove(session)
+    for channel in before.channels:
+        channel.by_wire = None
+    if not before.live:
+        hub.remove(before, "", session)
+    hub.attach(session, user)
+
+
 def enter_channel(session: Session, name: str, password: str = "") -> Channel | None:
     """Join it, with all devices; None if this user is there already."""
     before = len(session.user.channels)
@@ -4073,13 +4092,6 @@ def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
     in_batch(session, f"metadata {name}", lines)
 
 
-def take_name_back(hub: Hub, wanted: str, account: str) -> None:
-    """Whoever has the name of an account that is not theirs gets another when its owner comes."""
-    holder = hub.users.get(fold(wanted))
-    if holder and holder.account != account and account and fold(wanted) == fold(account):
-        hub.rename_user(holder, free_name(hub, wanted))
-
-
 def come_in(session: IrcSession) -> None:
     """Once there is all that it takes: a name, USER, and no negotiation going on."""
     if session.user or session.negotiating or not (session.wanted and session.username):
@@ -5692,6 +5704,15 @@ class LineSession(Session):
             self.tell(f"you are {user.name}{self.who_is_here()}; /help")
         self.here = self.site.hub.join(self, LOBBY)
 
+    def move(self) -> None:
+        """To a channel that one is in, if need be: the lobby rather than another."""
+        channels = self.user.channels
+        if self.here and self.here not in channels:
+            lobby = self.site.hub.channels.get(LOBBY)
+            self.here = lobby if lobby in channels else next(iter(channels), None)
+            where = f"you speak in {self.here.name} now" if self.here else "you are in no channel"
+            self.tell(where)
+
     def who_is_here(self) -> str:
         lobby = self.site.hub.channels.get(LOBBY)
         names = [user.name for user in lobby.members] if lobby else []
@@ -5796,9 +5817,7 @@ def line_part(session: LineSession, name: str = "", reason: str = "") -> None:
     session.site.hub.part(session, channel, reason)
     session.tell(f"you left {channel.name}")
     if channel is session.here:
-        session.here = next(iter(session.user.channels), None)
-        where = f"you speak in {session.here.name} now" if session.here else "you are in no channel"
-        session.tell(where)
+        session.move()
 
 
 @line_command("names", most=1)
@@ -5932,17 +5951,26 @@ def line_verify(session: LineSession, code: str) -> None:
 
 @line_command("login", 1, 2)
 def line_login(session: LineSession, *words: str) -> None:
-    """/login [NAME] PASSWORD -- log in to an account; it gives you its name back"""
+    """/login [NAME] PASSWORD -- log in to an account; it gives you its name, or whom it is"""
     name, password = words if len(words) == 2 else (session.wanted_name, *words)
     hub = session.site.hub
 
-    def done() -> None:
-        session.tell(f"you are logged in as {session.user.account}")
-        if hub.users.get(fold(session.user.account)) is None:
-            hub.rename(session, session.user.account)
+    def proved(account: str) -> None:
+        before = session.user.name
+        take_name_back(hub, account, account)
+        holder = hub.users.get(fold(account))
+        session.tell(f"you are logged in as {account}")
+        if holder in (None, session.user):
+            hub.log_in(session, account)
+            hub.rename(session, account if holder is None else before)
+        else:
+            become_device(session, holder)
+        if session.user.name != before:
             session.tell(f"you are {session.user.name}")
+        if session.user is holder:
+            session.move()
 
-    identify(session, name, password, done)
+    check_owner(session, name, password, proved)
 
 
 @line_command("passwd", 2)

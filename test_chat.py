@@ -3886,6 +3886,99 @@ def test_what_one_device_joins_the_others_learn_all_about():
     assert irc_heard(house, "phone") == irc_heard(house, "alice") == []
 
 
+def house_with_two_devices():
+    """bob, and alice at two terminals; the second one came as alice2."""
+    house = house_of("alice", "bob")
+    house.say("alice", "/register password", "/join #a", "/join #lobby")
+    house.turn()
+    house.connect("laptop")
+    house.say("laptop", "alice")
+    house.turn()
+    house.say("laptop", "/join #b", "/login password")
+    house.turn()
+    return house
+
+
+def test_a_login_at_the_line_protocol_joins_the_user_who_is_here():
+    house = house_with_two_devices()
+    assert [line for line in house.heard("bob") if "alice2" in line] == [
+        "alice2 (127.0.0.1:50002) joined the chat!",
+        "alice2 (127.0.0.1:50002) left the chat!",
+    ]
+    told = house.heard("laptop")
+    assert (
+        told[0] == "* you are alice2: alice belongs to an account; if it is yours: /login PASSWORD"
+    )
+    assert told[-3:] == [
+        "* you are logged in as alice",
+        "* you are alice",
+        "* you speak in #lobby now",
+    ]
+    assert list(house.hub.channels) == ["#lobby", "#a"]
+    house.heard("alice")
+    house.say("laptop", "from the laptop", "/tell bob in private")
+    house.say("alice", "from the desk")
+    house.say("bob", "both hear this", "/tell alice both hear that")
+    house.turn()
+    both = ["bob: both hear this", "(private) bob: both hear that"]
+    assert house.heard("alice") == [
+        "alice: from the laptop",
+        "(private) alice: in private",
+        *both,
+    ]
+    assert house.heard("laptop") == ["* told bob: in private", "alice: from the desk", *both]
+    assert [line for line in house.heard("bob") if "alice" in line] == [
+        "alice: from the laptop",
+        "(private) alice: in private",
+        "alice: from the desk",
+        "* told alice: both hear that",
+    ]
+
+
+def test_a_device_that_leaves_leaves_the_other_here_and_the_last_one_is_missed():
+    house = house_with_two_devices()
+    user = house.guests["laptop"].user
+    house.heard("bob")
+    house.say("alice", "/quit")
+    house.turn()
+    house.say("laptop", "still here")
+    house.turn()
+    assert house.heard("bob") == ["alice: still here"] and user.live == [house.guests["laptop"]]
+    house.leave("laptop")
+    house.turn()
+    assert house.missed == [user]
+    house.connect("again")
+    house.say("again", "alice")
+    house.turn()
+    house.say("again", "/login password")
+    house.turn()
+    assert house.guests["again"].user is user and len(house.hub.users) == 2
+    assert sum("joined" in line for line in house.heard("bob")) == 1  # alice2, for a moment
+
+
+def test_a_login_elsewhere_moves_one_device_only_and_costs_nobody_a_line():
+    house = house_of("alice", "bob", "carol")
+    for who in ("alice", "bob"):
+        house.say(who, "/register password")
+        house.turn()
+    house.connect("second")
+    house.say("second", "bob")
+    house.turn()
+    house.say("second", "/login password")
+    house.turn()
+    house.say("second", "/login alice password")
+    house.turn()
+    for who in ("alice", "bob", "second"):
+        house.heard(who)
+    house.say("carol", "one", "two")
+    house.turn()
+    assert all(
+        house.heard(who) == ["carol: one", "carol: two"] for who in ("bob", "second", "alice")
+    )
+    alice, bob = (house.guests[who].user for who in ("alice", "bob"))
+    assert (len(alice.sessions), len(bob.sessions)) == (2, 1)
+
+
 def test_private_talks_are_for_their_two_identities_only():
     house = House()
     house.enter_irc("alice", "bob", "carol")
