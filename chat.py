@@ -1749,11 +1749,22 @@ class Turn:
     those addressed in several ways get the same lines one by one, in the log's order.
     """
 
-    __slots__ = ("apart", "changed", "events", "left", "moved", "renamed", "sealed", "writes")
+    __slots__ = (
+        "apart",
+        "changed",
+        "events",
+        "left",
+        "moved",
+        "redacted",
+        "renamed",
+        "sealed",
+        "writes",
+    )
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.renamed: list[tuple[str, str]] = []  # keys of channels, old and new
+        self.redacted: list[tuple[str, int]] = []  # ids of what was taken back, and under which key
         self.sealed: list[str] = []  # keys whose history ends with this turn
         self.writes: list[tuple[str, tuple]] = []  # statements for the store, and their values
         self.apart: set[Session] = set()
@@ -2024,7 +2035,7 @@ class Hub:
         old.close()
         if lost:
             self.turn.writes, self.turn.renamed = old.writes, old.renamed
-            self.turn.sealed = old.sealed
+            self.turn.sealed, self.turn.redacted = old.sealed, old.redacted
 
     def emit(
         self,
@@ -2352,11 +2363,20 @@ def redact(session: Session, audience: Any, event: Event, reason: str) -> None:
         if not isinstance(audience, Channel):
             raise Refused("REDACT_FORBIDDEN", "these are not your words")
         audience.require(user)
-    delete = "DELETE FROM events WHERE id = ? AND target IN (SELECT id FROM targets WHERE key = ?)"
-    for key in audience.keys:
-        hub.turn.writes.append((delete, (event.id, key)))
+    hub.turn.redacted += [(key, event.id) for key in audience.keys]
     text = f"{event.id:x}" + (f" :{reason}" if reason else "")
     hub.emit(REDACT, user.source, audience, text, audience.addressee(user), session)
+
+
+MARK_PRIVATE = "UPDATE targets SET private = 1 WHERE key = ?"  # sealed after a crash, too
+
+
+def move_history(turn: Turn, channel: Channel, key: str) -> None:
+    """It goes with the channel, and with it what this turn did to it before."""
+    turn.renamed.append((channel.key, key))
+    turn.redacted = [(key if k == channel.key else k, id) for k, id in turn.redacted]
+    if channel.private:
+        turn.writes.append((MARK_PRIVATE, (key,)))
 
 
 def rename_channel(session: Session, channel: Channel, name: str, reason: str) -> None:
@@ -2380,7 +2400,7 @@ def rename_channel(session: Session, channel: Channel, name: str, reason: str) -
         for e in hub.turn.events
     ]
     del hub.channels[channel.key]
-    hub.turn.renamed.append((channel.key, fold(name)))
+    move_history(hub.turn, channel, fold(name))
     hub.markers.rename(channel.key, fold(name), hub.turn)
     channel.name, channel.key, channel.keys = name, fold(name), (fold(name),)
     hub.channels[channel.key] = channel
@@ -2424,9 +2444,8 @@ def apply_modes(session: Session, channel: Channel, changes: Iterable[ModeChange
             done += [changed] if changed else []
         except Refused as refusal:
             refusals.setdefault((refusal.code, refusal.about), refusal)
-    if channel.private and not was_private:  # so that it is sealed after a crash, too
-        update = "UPDATE targets SET private = 1 WHERE key = ?"
-        hub.turn.writes.append((update, (channel.key,)))
+    if channel.private and not was_private:
+        hub.turn.writes.append((MARK_PRIVATE, (channel.key,)))
     user, audience = session.user, scene(channel, session.user)
     for text in mode_lines(change for change in done if change.letter != "k"):
         hub.emit(MODE, user.source, audience, text, origin=session)
@@ -2883,6 +2902,13 @@ class Index:
             self.store.db.execute("COMMIT")
         return len(rows) < INDEX_ROWS
 
+    def forget(self, target: int, id: int, text: str) -> None:
+        """What was said there is taken back; `text` as it was (FTS5, contentless tables)."""
+        known = "SELECT 1 FROM indexed WHERE target = ? AND id >= ?"
+        if self.usable and self.store.db.execute(known, [target, id]).fetchone():
+            delete = "INSERT INTO search (search, rowid, place, text) VALUES ('delete', ?, ?, ?)"
+            self.store.db.execute(delete, [id, f"t{target}", text])
+
     def search(
         self, places: Iterable[Place], words: str, span: Span, count: int
     ) -> list[tuple[Place, Event]]:
@@ -2968,6 +2994,7 @@ class Store:
             for key in audience.keys
         ]
         self.db.executemany(f"INSERT INTO events VALUES ({', '.join('?' * 11)})", rows)
+        gone = [self._redact(key, id) for key, id in turn.redacted]
         for statement, values in turn.writes:
             self.db.execute(statement, values)
         for key in turn.sealed:
@@ -2981,6 +3008,9 @@ class Store:
         for target, count in collections.Counter(row[0] for row in rows).items():
             self.counts[target] += count
             self.words.behind.add(target)
+        for target in gone:
+            if target in self.counts:
+                self.counts[target] -= 1
         if due and len(self.targets) > TARGETS_CACHED:
             self.targets.clear()
             self.counts.clear()
@@ -2992,6 +3022,17 @@ class Store:
             self.db.execute("UPDATE targets SET key = ? WHERE key = ?", [new, old])
             if (target := self.targets.pop(old, None)) is not None:
                 self.targets[new] = target
+
+    def _redact(self, key: str, id: int) -> int:
+        """Take back what was said; the target that it was said to, or 0."""
+        query = "SELECT target, kind, text FROM events WHERE id = ? AND target IN "
+        only = "(SELECT id FROM targets WHERE key = ?)"
+        target, kind, text = self.db.execute(query + only, [id, key]).fetchone() or (0, "", "")
+        if kind in SPOKEN:
+            self.words.forget(target, id, text)
+        self.db.execute("DELETE FROM events WHERE target = ? AND id = ?", [target, id])
+        self.db.execute("UPDATE targets SET events = events - 1 WHERE id = ?", [target])
+        return target
 
     def _seal(self, key: str) -> None:
         """What was said there is nobody's to read any more; the next start deletes it. What

@@ -4033,6 +4033,64 @@ def test_a_message_is_taken_back_by_its_author_or_an_operator_and_by_nobody_else
     assert texts(house.store, "#a") == ["from alice"]
 
 
+def said_with_id(house, who, target, text):
+    """Say it; the id that it got."""
+    house.heard(who)
+    house.say(who, f"PRIVMSG {target} :{text}")
+    house.turn()
+    return re.search("msgid=([0-9a-f]+)", house.heard(who)[-1])[1]
+
+
+def indexed_words(store):
+    """How often each word stands in the index, by the word."""
+    store.db.execute("CREATE VIRTUAL TABLE IF NOT EXISTS temp.v USING fts5vocab(main, search, row)")
+    return dict(store.db.execute("SELECT term, cnt FROM temp.v WHERE term NOT LIKE 't_'"))
+
+
+def test_what_is_taken_back_is_neither_found_nor_counted(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice")
+    house.say("alice", "CAP REQ :message-tags draft/message-redaction echo-message", "JOIN #a")
+    house.turn()
+    ids = [said_with_id(house, "alice", "#a", text) for text in ("keep this", "hide this", "me")]
+    assert indexed_words(house.store) == {"keep": 1, "hide": 1, "this": 2, "me": 1}
+    (target,) = house.store.counts
+    count = house.store.counts[target]
+    house.say("alice", f"REDACT #a {ids[1]}")
+    house.turn()
+    assert indexed_words(house.store) == {"keep": 1, "this": 1, "me": 1}
+    assert house.store.counts[target] == count - 1
+    house.say("alice", f"REDACT #a {ids[1]}", f"REDACT #a {ids[2]}", f"REDACT #a {ids[2]}")
+    house.turn()
+    assert indexed_words(house.store) == {"keep": 1, "this": 1}
+    rows = house.store.db.execute("SELECT count(*) FROM events").fetchone()[0]
+    house.store.close()
+    with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
+        assert db.execute("SELECT events FROM targets").fetchall() == [(rows,)] == [(count - 2,)]
+        db.execute("INSERT INTO search (search) VALUES ('integrity-check')")
+
+
+def test_what_is_taken_back_before_it_can_be_searched_is_never_found():
+    house = House()
+    house.enter_irc("alice")
+    house.say("alice", "CAP REQ :message-tags draft/message-redaction echo-message", "JOIN #a")
+    house.turn()
+    first = said_with_id(house, "alice", "#a", "first")
+    house.store.words.usable = False  # it has no time just now
+    late = said_with_id(house, "alice", "#a", "late")
+    house.say("alice", f"REDACT #a {late}")
+    house.turn()
+    house.store.words.usable = True
+    said_with_id(house, "alice", "#a", "last")
+    assert indexed_words(house.store) == {"first": 1, "last": 1}
+    alice = house.guests["alice"]
+    event = house.store.find(chat.Place("#a"), int(first, 16))
+    chat.redact(alice, next(iter(alice.user.channels)), event, "")
+    house.say("alice", "RENAME #a #b")  # in the same turn
+    house.turn()
+    assert indexed_words(house.store) == {"last": 1} and texts(house.store, "#b") == ["last"]
+
+
 def test_the_end_of_the_grace_period_is_told_at_once_and_nothing_is_written_twice(
     running, folder, monkeypatch
 ):
