@@ -186,7 +186,9 @@ KEEP_EVENTS = 1_000_000  # history of a channel
 KEEP_EVENTS_IN_MEMORY = 10_000  # the same with --data none: about 5 MB a busy channel ...
 MEMORY_BYTES = 256 * 1024 * 1024  # ... and this much for all channels, those of the past too
 PRUNE_ROWS = 500  # rows deleted at a time: 1 to 3 ms, measured
-INDEX_ROWS = 200  # messages made searchable at a time: 2 to 5 ms, measured
+INDEX_ROWS = 200  # messages made searchable at a time: 1 to 2 ms, measured
+PART_ROWS = 50_000  # messages of one part of the index: its longest list is merged in 10 ms
+MERGE_PAGES = 16  # of the index brought in order at a time: 1 to 5 ms
 INDEX_SECONDS = 1.0  # until what was said can be searched, if there is nothing else to do
 TALLY_SECONDS = 1.0  # between writing down how much history there is
 TARGETS_CACHED = 10_000  # row ids of channels and private talks kept at hand
@@ -2845,69 +2847,154 @@ class Span(NamedTuple):
 
 class Index:
     """The words of all that was said, so that they can be searched: newest first, and by
-    target, is how it is asked. Not every Python has FTS5; then nothing is found."""
+    target, is how it is asked. Not every Python has FTS5; then nothing is found.
+
+    FTS5 never leaves off in the middle of a word's list, and a common word is in every
+    message: in one table, bringing a million messages in order would stop everything for
+    100 ms. So there are many tables, each for so many messages that the longest list in it
+    takes a slice, and each is brought in order by itself. A target with many messages has
+    tables of its own: they go when its oldest messages do.
+    """
 
     def __init__(self, store: "Store"):
         self.store = store
         self.behind: set[int] = set()  # targets with words that cannot be found yet
+        self.untidy: dict[int, int] = {}  # parts to be merged, and how much of them at a time
         self.usable = self._open()
         if self.usable:
             newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-            known = "ifnull((SELECT id FROM indexed WHERE target = targets.id), 0)"
+            known = "ifnull((SELECT max(id) FROM covered WHERE target = targets.id), 0)"
             query = f"SELECT id FROM targets WHERE key < '~' AND {known} < {newest}"
             self.behind = {row[0] for row in store.db.execute(query)}
 
     def _open(self) -> bool:
-        """Whether this Python has FTS5."""
+        """Whether this Python has FTS5. What an earlier version left is made anew."""
         try:
             self.store.db.executescript("""
-                CREATE VIRTUAL TABLE IF NOT EXISTS search USING fts5(place, text, content='');
-                CREATE TABLE IF NOT EXISTS indexed (    -- how far each target's words are in it
-                    target INTEGER PRIMARY KEY,
-                    id INTEGER NOT NULL
-                );""")
+                CREATE VIRTUAL TABLE temp.probe USING fts5(text, content='');
+                DROP TABLE temp.probe;
+                DROP TABLE IF EXISTS search;    -- an earlier index, all in one
+                DROP TABLE IF EXISTS indexed;
+                CREATE TABLE IF NOT EXISTS parts (      -- search_1, search_2 ...
+                    part INTEGER PRIMARY KEY AUTOINCREMENT,
+                    lane INTEGER NOT NULL,      -- the target whose own it is; or 0
+                    messages INTEGER NOT NULL DEFAULT 0
+                );
+                CREATE TABLE IF NOT EXISTS covered (    -- what of a target is in a part
+                    target INTEGER NOT NULL,
+                    id INTEGER NOT NULL,        -- the last message
+                    part INTEGER NOT NULL,
+                    messages INTEGER NOT NULL,
+                    PRIMARY KEY (target, id)
+                ) WITHOUT ROWID;""")
         except sqlite3.OperationalError:
             return False
         return True
 
     def advance(self) -> bool:
         """One slice of what cannot be searched yet; whether there is more."""
-        if not self.usable or not self.behind:
+        if not self.usable:
             self.behind.clear()
-            return False
-        target = next(iter(self.behind))
         try:
-            done = self._advance(target)
+            if not self._merge() and self.behind:
+                self._add(next(iter(self.behind)))
         except sqlite3.Error:
             self.store._roll_back()  # busy or full: another time
             return False
-        if done:
-            self.behind.discard(target)
-        return bool(self.behind)
+        return bool(self.behind or self.untidy)
 
-    def _advance(self, target: int) -> bool:
-        """Whether that was the last slice of this target."""
-        row = self.store.db.execute("SELECT id FROM indexed WHERE target = ?", [target]).fetchone()
+    def _merge(self) -> bool:
+        """Bring a part in order, by one slice; whether there was anything to do."""
+        db = self.store.db
+        for part, pages in list(self.untidy.items()):
+            before = db.total_changes
+            insert = f"INSERT INTO search_{part} (search_{part}, rank) VALUES ('merge', ?)"
+            db.execute(insert, [pages])
+            if db.total_changes - before > 1:  # as FTS5 says that it did something
+                self.untidy[part] = abs(pages)
+                return True
+            del self.untidy[part]
+        return False
+
+    def _add(self, target: int) -> None:
+        """The next messages of this target."""
+        db = self.store.db
+        query = "SELECT id, messages, part FROM covered WHERE target = ? ORDER BY id DESC LIMIT 1"
+        last, known, part = db.execute(query, [target]).fetchone() or (0, 0, 0)
         kinds = ", ".join("?" * len(SPOKEN))
         query = f"""
             SELECT id, text FROM events WHERE target = ? AND id > ? AND kind IN ({kinds})
             ORDER BY id LIMIT ?"""
-        values = [target, row[0] if row else 0, *SPOKEN, INDEX_ROWS]
-        rows = self.store.db.execute(query, values).fetchall()
+        rows = db.execute(query, [target, last, *SPOKEN, INDEX_ROWS]).fetchall()
         if rows:
-            insert = "INSERT INTO search (rowid, place, text) VALUES (?, ?, ?)"
-            self.store.db.execute("BEGIN IMMEDIATE")
-            self.store.db.executemany(insert, [(id, f"t{target}", text) for id, text in rows])
-            self.store.db.execute("REPLACE INTO indexed VALUES (?, ?)", [target, rows[-1][0]])
-            self.store.db.execute("COMMIT")
-        return len(rows) < INDEX_ROWS
+            db.execute("BEGIN IMMEDIATE")
+            open_part, free = self._part(target)
+            if open_part == part:
+                db.execute("DELETE FROM covered WHERE target = ? AND id = ?", [target, last])
+            insert = f"INSERT INTO search_{open_part} (rowid, place, text) VALUES (?, ?, ?)"
+            db.executemany(insert, [(id, f"t{target}", text) for id, text in rows])
+            count = len(rows) + (known if open_part == part else 0)
+            values = (target, rows[-1][0], open_part, count)
+            db.execute("INSERT INTO covered VALUES (?, ?, ?, ?)", values)
+            update = "UPDATE parts SET messages = messages + ? WHERE part = ?"
+            db.execute(update, [len(rows), open_part])
+            db.execute("COMMIT")
+            full = len(rows) >= free  # then all of it is merged, which begins with a minus
+            self.untidy[open_part] = -MERGE_PAGES if full else MERGE_PAGES
+        if len(rows) < INDEX_ROWS:
+            self.behind.discard(target)
+
+    def _part(self, target: int) -> tuple[int, int]:
+        """Where the next messages of this target go, and how many have room there."""
+        db = self.store.db
+        query = """
+            SELECT EXISTS (SELECT 1 FROM parts WHERE lane = ?)
+            OR (SELECT sum(messages) FROM covered WHERE target = ?) >= ?"""
+        own = db.execute(query, [target, target, PART_ROWS]).fetchone()[0]
+        lane = target if own else 0
+        query = "SELECT part, ? - messages FROM parts WHERE lane = ? AND messages < ?"
+        row = db.execute(query, [PART_ROWS, lane, PART_ROWS]).fetchone()
+        if row:
+            return row
+        part = db.execute("INSERT INTO parts (lane) VALUES (?)", [lane]).lastrowid
+        name = f"search_{part}"
+        options = "content='', columnsize=0"
+        db.execute(f"CREATE VIRTUAL TABLE {name} USING fts5(place, text, {options})")
+        for option, value in (("automerge", 0), ("crisismerge", 1999), ("usermerge", 16)):
+            db.execute(f"INSERT INTO {name} ({name}, rank) VALUES (?, ?)", [option, value])
+        return part, PART_ROWS
 
     def forget(self, target: int, id: int, text: str) -> None:
         """What was said there is taken back; `text` as it was (FTS5, contentless tables)."""
-        known = "SELECT 1 FROM indexed WHERE target = ? AND id >= ?"
-        if self.usable and self.store.db.execute(known, [target, id]).fetchone():
-            delete = "INSERT INTO search (search, rowid, place, text) VALUES ('delete', ?, ?, ?)"
+        if not self.usable:
+            return
+        query = "SELECT part FROM covered WHERE target = ? AND id >= ? ORDER BY id LIMIT 1"
+        for (part,) in self.store.db.execute(query, [target, id]).fetchall():
+            columns = f"search_{part} (search_{part}, rowid, place, text)"
+            delete = f"INSERT INTO {columns} VALUES ('delete', ?, ?, ?)"
             self.store.db.execute(delete, [id, f"t{target}", text])
+            self.untidy.setdefault(part, MERGE_PAGES)
+
+    def shed(self, target: int) -> None:
+        """Its oldest events are deleted: what was only of those is not needed any more."""
+        if not self.usable:
+            return
+        db = self.store.db
+        row = db.execute("SELECT min(id) FROM events WHERE target = ?", [target]).fetchone()
+        oldest = LAST_MOMENT << ID_CLOCK_BITS if row[0] is None else row[0]
+        values = [target, oldest]
+        parts = db.execute(
+            "SELECT part FROM covered WHERE target = ? AND id < ?", values
+        ).fetchall()
+        db.execute("DELETE FROM covered WHERE target = ? AND id < ?", values)
+        query = """
+            SELECT 1 FROM parts WHERE part = ? AND (messages >= ? OR lane = ?)
+            AND part NOT IN (SELECT part FROM covered)"""
+        for (part,) in parts:
+            if db.execute(query, [part, PART_ROWS, target]).fetchone():
+                db.execute("DELETE FROM parts WHERE part = ?", [part])
+                db.execute(f"DROP TABLE search_{part}")
+                self.untidy.pop(part, None)
 
     def search(
         self, places: Iterable[Place], words: str, span: Span, count: int
@@ -2915,17 +3002,30 @@ class Index:
         """The newest things with all these words in them, the oldest first."""
         where, values = span.where()
         text = " ".join('"' + word.replace('"', '""') + '"' for word in words.split())
-        query = f"""
-            SELECT {COLUMNS} FROM search JOIN events ON events.id = search.rowid
-            WHERE search MATCH ? AND events.target = ? AND {where} ORDER BY rowid DESC LIMIT ?"""
         found: dict[int, tuple[Place, Event]] = {}
         with self.store.reading() as db:
             targets = ((place, t) for place in places for t in self.store.targets_of(db, place))
-            for place, target in targets:
+            for place, target in targets if self.usable else ():
                 match = f"place: t{target} AND text: ({text})"
-                for row in db.execute(query, [match, target, *values, count]):
+                for row in self._matches(db, target, where, [match, target, *values], count):
                     found[row[0]] = place, event_of(*row)
         return [found[id] for id in sorted(found)[-count:]]
+
+    def _matches(
+        self, db: sqlite3.Connection, target: int, where: str, values: list, count: int
+    ) -> list[tuple]:
+        """From the newest part on, until there are enough."""
+        query = "SELECT part FROM covered WHERE target = ? ORDER BY id DESC"
+        rows: list[tuple] = []
+        for (part,) in db.execute(query, [target]).fetchall():
+            name = f"search_{part}"
+            joined = f"{name} AS search JOIN events ON events.id = search.rowid"
+            which = f"{name} MATCH ? AND events.target = ? AND {where}"
+            query = f"SELECT {COLUMNS} FROM {joined} WHERE {which} ORDER BY rowid DESC LIMIT ?"
+            rows += db.execute(query, [*values, count - len(rows)])
+            if len(rows) >= count:
+                break
+        return rows
 
 
 class Store:
@@ -3107,6 +3207,7 @@ class Store:
             yield self.db
             return
         with contextlib.closing(connect(self.path, "ro")) as db:
+            db.execute("BEGIN")  # all that the job reads is of one moment
             yield db
 
     def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
@@ -3194,6 +3295,7 @@ class Store:
             self.targets = {key: known for key, known in self.targets.items() if known != target}
         update = "UPDATE targets SET events = max(0, events - ?) WHERE id = ?"
         self.db.execute(update, [deleted, target])
+        self.words.shed(target)
         self.db.execute("COMMIT")
         if target in self.counts:
             self.counts[target] -= deleted
@@ -7315,7 +7417,8 @@ class Keeper:
         if self.store.path and not self.checkpoint_due:
             self.checkpoint_due = True
             self.loop.call_later(CHECKPOINT_SECONDS, self.checkpoint)
-        if self.store.words.behind and not self.index_due:
+        words = self.store.words
+        if (words.behind or words.untidy) and not self.index_due:
             self.index_due = True
             self.loop.call_later(INDEX_SECONDS, self.index)
         return True

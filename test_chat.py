@@ -4043,8 +4043,14 @@ def said_with_id(house, who, target, text):
 
 def indexed_words(store):
     """How often each word stands in the index, by the word."""
-    store.db.execute("CREATE VIRTUAL TABLE IF NOT EXISTS temp.v USING fts5vocab(main, search, row)")
-    return dict(store.db.execute("SELECT term, cnt FROM temp.v WHERE term NOT LIKE 't_'"))
+    counts = collections.Counter()
+    for (part,) in store.db.execute("SELECT part FROM parts").fetchall():
+        name = f"search_{part}"
+        store.db.execute(f"CREATE VIRTUAL TABLE temp.v USING fts5vocab(main, {name}, row)")
+        query = "SELECT term, cnt FROM temp.v WHERE term NOT LIKE 't_'"
+        counts.update(dict(store.db.execute(query).fetchall()))
+        store.db.execute("DROP TABLE temp.v")
+    return counts
 
 
 def test_what_is_taken_back_is_neither_found_nor_counted(folder):
@@ -4067,7 +4073,7 @@ def test_what_is_taken_back_is_neither_found_nor_counted(folder):
     house.store.close()
     with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
         assert db.execute("SELECT events FROM targets").fetchall() == [(rows,)] == [(count - 2,)]
-        db.execute("INSERT INTO search (search) VALUES ('integrity-check')")
+        db.execute("INSERT INTO search_1 (search_1) VALUES ('integrity-check')")
 
 
 def test_what_is_taken_back_before_it_can_be_searched_is_never_found():
@@ -4282,6 +4288,87 @@ def test_what_was_said_before_a_channel_was_renamed_has_its_old_name():
         f"{mask} PRIVMSG #b :after",
     ]
     assert texts(house.store, "#b") == ["before", "after"] and texts(house.store, "#a") == []
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """An index in parts of 50 messages, of which 10 are taken at a time."""
+    monkeypatch.setattr(chat, "PART_ROWS", 50)
+    monkeypatch.setattr(chat, "INDEX_ROWS", 10)
+
+
+def found(store, key, words, count=1000, **bounds):
+    """The texts that a search there gives, in their order."""
+    place = chat.Place(key)
+    events = store.words.search([place], words, chat.Span(place, **bounds), count)
+    return [event.text for _, event in events]
+
+
+def test_a_search_goes_through_as_many_parts_of_the_index_as_it_takes(folder, small_parts):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice", "bob")
+    house.say("alice", "JOIN #busy,#quiet", "AWAY")
+    for n in range(400):
+        house.say("alice", f"PRIVMSG #busy :number {n} {'odd' if n % 2 else 'even'}")
+        if n % 100 == 0:
+            house.say("alice", f"PRIVMSG #quiet :number {n}")
+            house.turn()
+    house.turn()
+    for again in (False, True):
+        store = chat.Store(folder / "chat.db") if again else house.store
+        numbers = [f"number {n} {'odd' if n % 2 else 'even'}" for n in range(400)]
+        assert found(store, "#busy", "number") == numbers
+        assert found(store, "#busy", "EVEN number", 70) == numbers[::2][-70:]
+        assert found(store, "#busy", "number 7") == [numbers[7]]
+        assert found(store, "#quiet", "number") == [f"number {n}" for n in (0, 100, 200, 300)]
+        assert found(store, "#busy", "nothing") == found(store, "#none", "number") == []
+        parts = store.db.execute("SELECT lane, count(*) FROM parts GROUP BY lane").fetchall()
+        assert [count for _, count in parts] == [2, 7]  # shared ones first, then its own
+        assert not store.words.behind and not store.words.untidy
+        store.close()
+
+
+def test_parts_of_the_index_go_with_the_messages_that_they_were_of(folder, small_parts):
+    store = chat.Store(folder / "chat.db", keep=100)
+    house = House(store=store)
+    house.enter_irc("alice")
+    house.say("alice", "JOIN #busy,#quiet", "PRIVMSG #quiet :stays")
+    for n in range(400):
+        house.say("alice", f"PRIVMSG #busy :number {n}")
+    for _ in range(3):  # turns enough for the counts to be looked at
+        house.turn()
+    while store.prune(idle=True):
+        pass
+    assert found(store, "#busy", "number") == [f"number {n}" for n in range(300, 400)]
+    assert found(store, "#quiet", "stays") == ["stays"]
+    tables = {row[0] for row in store.db.execute("SELECT name FROM sqlite_master")}
+    parts = {f"search_{row[0]}" for row in store.db.execute("SELECT part FROM parts")}
+    assert len(parts) <= 4 and parts <= tables
+    assert len([name for name in tables if re.fullmatch(r"search_\d+", name)]) == len(parts)
+    house.say("alice", "PRIVMSG #busy :number 400")
+    house.turn()
+    assert found(store, "#busy", "number", 2) == ["number 399", "number 400"]
+    store.close()
+
+
+def test_the_index_of_an_earlier_version_is_made_anew(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice")
+    house.say("alice", "JOIN #a", "PRIVMSG #a :said before")
+    house.turn()
+    house.store.close()
+    with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
+        db.executescript("""
+            DROP TABLE search_1; DROP TABLE parts; DROP TABLE covered;
+            CREATE VIRTUAL TABLE search USING fts5(place, text, content='');
+            CREATE TABLE indexed (target INTEGER PRIMARY KEY, id INTEGER NOT NULL);
+            INSERT INTO search (rowid, place, text) SELECT id, 't' || target, text FROM events;
+            INSERT INTO indexed SELECT target, max(id) FROM events GROUP BY target;""")
+    store = chat.Store(folder / "chat.db")
+    while store.words.advance():
+        pass
+    assert found(store, "#a", "before") == ["said before"]
+    store.close()
 
 
 def test_nobody_wipes_the_history_of_an_empty_channel_by_renaming_another_onto_it():
