@@ -147,6 +147,7 @@ SASL_BYTES = 4 * SASL_CHUNK  # in all
 LOGIN_TRIES = 5  # failures from one address at one account ...
 LOGIN_WAIT_SECONDS = 60  # ... before it has to wait
 LOGIN_FAILURES_KEPT = 10_000
+CERTIFICATES = 10  # of one account
 ACCOUNTS_MADE = 5  # from one address (loopback exempt) ...
 ACCOUNTS_MADE_SECONDS = 3600  # ... with no more than this between one and the next
 PENDING_ACCOUNTS = 1000  # that wait for a code sent by mail
@@ -643,8 +644,9 @@ class TlsFilter:
         return True
 
     def fingerprint(self) -> str:
-        """SHA-256 of the peer's certificate, in hex."""
-        return hashlib.sha256(self.session.getpeercert(binary_form=True) or b"").hexdigest()
+        """SHA-256 of the peer's certificate, in hex; "" if it shows none."""
+        certificate = self.session.getpeercert(binary_form=True)
+        return hashlib.sha256(certificate).hexdigest() if certificate else ""
 
 
 class Budget:
@@ -849,7 +851,16 @@ def sasl_scram(find: Lookup) -> Mechanism:
     return name
 
 
-MECHANISMS = {"PLAIN": sasl_plain, "SCRAM-SHA-256": sasl_scram}
+def sasl_external(find: Lookup) -> Mechanism:
+    """RFC 4422 appendix A: the proof was given before, to TLS; find() knows whose it is."""
+    try:
+        authzid = (yield b"").decode()
+    except UnicodeDecodeError:
+        raise wrong_login() from None
+    return find(authzid)[0]
+
+
+MECHANISMS = {"PLAIN": sasl_plain, "SCRAM-SHA-256": sasl_scram, "EXTERNAL": sasl_external}
 
 
 class Exchange:
@@ -1554,7 +1565,8 @@ class Session:
     """One connection's side of the talk. A dialect is a subclass with a wire of its own.
 
     `conn` offers address, secure, close(), named(), charge(items) for what is looked
-    through, and gone: nothing can be sent there.
+    through, and gone: nothing can be sent there; the fingerprint of the certificate that it
+    shows, or "", and certifiable: whether one would be looked at.
     """
 
     __slots__ = (
@@ -1906,11 +1918,39 @@ class Account(NamedTuple):
         return f"={self.name}/{self.number:x}"
 
 
+class Certificates(dict[str, str]):
+    """Those that prove to be the owner of an account: its key, by fingerprint."""
+
+    def of(self, account: str) -> list[str]:
+        return [fingerprint for fingerprint, key in self.items() if key == fold(account)]
+
+    def add(self, fingerprint: str, account: str, turn: Turn) -> None:
+        """Raises Refused."""
+        if not fingerprint:
+            raise Refused("NO_CERTIFICATE", "this connection shows no certificate")
+        if self.get(fingerprint, fold(account)) != fold(account):
+            raise Refused("CERTIFICATE_TAKEN", "this certificate is another account's")
+        if fingerprint not in self and len(self.of(account)) >= CERTIFICATES:
+            raise Refused("LIMIT_REACHED", f"{CERTIFICATES} certificates at most; remove one")
+        self[fingerprint] = fold(account)
+        turn.writes.append(
+            ("REPLACE INTO certificates VALUES (?, ?)", (fingerprint, fold(account)))
+        )
+
+    def remove(self, fingerprint: str, account: str, turn: Turn) -> None:
+        """Raises Refused."""
+        if self.get(fingerprint) != fold(account):
+            raise Refused("NO_CERTIFICATE", "that is no certificate of yours; see CERT LIST")
+        del self[fingerprint]
+        turn.writes.append(("DELETE FROM certificates WHERE fingerprint = ?", (fingerprint,)))
+
+
 class Accounts(dict[str, Account]):
     """Those there are, by key."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.certificates = Certificates()
         self.throttle = Throttle()
         self.made = Throttle(ACCOUNTS_MADE, ACCOUNTS_MADE_SECONDS)
         self.pending: collections.OrderedDict[str, tuple[Account, str]]
@@ -1963,6 +2003,8 @@ class Accounts(dict[str, Account]):
         return account.identity if account else ""
 
     def drop(self, name: str, turn: Turn) -> None:
+        for fingerprint in self.certificates.of(name):
+            self.certificates.remove(fingerprint, name, turn)
         del self[fold(name)]
         turn.writes.append(("DELETE FROM accounts WHERE key = ?", (fold(name),)))
 
@@ -2486,6 +2528,20 @@ def claimed_account(session: Session, name: str) -> tuple[str, Verifier]:
     return accounts.find(name)
 
 
+def certified_account(session: Session, name: str) -> tuple[str, Verifier]:
+    """Whose certificate this connection shows; "" or that account may be asked for. Raises
+    Refused."""
+    session.site.house.refresh()
+    accounts, fingerprint = session.site.hub.accounts, session.conn.fingerprint
+    if not fingerprint:
+        raise Refused("SASL_FAILED", "this connection shows no certificate")
+    key = accounts.certificates.get(fingerprint)
+    if key not in accounts or fold(name or key) != key:
+        text = f"not with this certificate; log in and /msg {SERVICE} CERT ADD"
+        raise Refused("SASL_FAILED", text)
+    return accounts.find(key)
+
+
 def proven_account(session: Session, name: str, verifier: Verifier) -> None:
     """It was; but another may have it by now, or a new password: then raise Refused."""
     accounts = session.site.hub.accounts
@@ -2702,6 +2758,12 @@ MIGRATIONS = (
         target TEXT NOT NULL,       -- a channel's key, or that of a name
         time INTEGER NOT NULL,
         PRIMARY KEY (owner, target)
+    ) WITHOUT ROWID;
+    """,
+    """
+    CREATE TABLE certificates (     -- with which one can log in
+        fingerprint TEXT PRIMARY KEY,   -- SHA-256, in hex
+        account TEXT NOT NULL       -- the key of its name
     ) WITHOUT ROWID;
     """,
 )
@@ -3266,6 +3328,9 @@ class Store:
     def markers(self) -> Iterator[tuple[str, str, int]]:
         yield from self.db.execute("SELECT owner, target, time FROM markers")
 
+    def certificates(self) -> Iterator[tuple[str, str]]:
+        yield from self.db.execute("SELECT fingerprint, account FROM certificates")
+
     # Housekeeping
 
     def prune(self, idle: bool) -> bool:
@@ -3344,6 +3409,7 @@ RPL_LUSERME = "255 :I have {} clients and 0 servers"
 RPL_TRACEEND = "262 {} {} :End of trace: this server stands alone"
 RPL_LOCALUSERS = "265 {0} {1} :Current local users {0}, max {1}"
 RPL_GLOBALUSERS = "266 {0} {1} :Current global users {0}, max {1}"
+RPL_WHOISCERTFP = "276 {} :has client certificate fingerprint {}"
 RPL_AWAY = "301 {} :{}"
 RPL_USERHOST = "302 :{}"
 RPL_ISON = "303 :{}"
@@ -3500,7 +3566,7 @@ CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value
     "draft/pre-away": "",
     "draft/multiline": f"max-bytes={LINE_BYTES},max-lines={MESSAGE_LINES}",
     "draft/read-marker": "",
-    "sasl": ",".join(MECHANISMS),
+    "sasl": "",
     "away-notify": "",
     "batch": "",
     "cap-notify": "",
@@ -4347,6 +4413,12 @@ def set_capabilities(session: IrcSession, capabilities: Iterable[str]) -> None:
         channel.by_wire = None
 
 
+def mechanisms(session: IrcSession) -> list[str]:
+    """That this one may log in by."""
+    certifiable = session.conn.certifiable
+    return [name for name in MECHANISMS if name != "EXTERNAL" or certifiable]
+
+
 def cap_ls(session: IrcSession, version: str) -> None:
     """With values, and in several lines, for those who know version 302."""
     session.negotiating = session.user is None
@@ -4354,7 +4426,8 @@ def cap_ls(session: IrcSession, version: str) -> None:
     if recent:
         set_capabilities(session, {"cap-notify"} | session.wire.capabilities)
     site, secure = session.site, session.conn.secure
-    known = CAPABILITIES | {"draft/account-registration": ",".join(site.registration)}
+    rules, ways = ",".join(site.registration), ",".join(mechanisms(session))
+    known = CAPABILITIES | {"draft/account-registration": rules, "sasl": ways}
     if site.sts and recent:  # a policy, not to be asked for (IRCv3 sts)
         known["sts"] = f"duration={site.sts}" if secure else f"port={site.house.tls_port}"
     offers = [f"{cap}={value}" if value and recent else cap for cap, value in known.items()]
@@ -4448,12 +4521,13 @@ def begin_sasl(session: IrcSession, name: str) -> None:
     if session.user and len(session.user.live) > 1:
         text = "your other devices are logged in, too"
         return session.reply(ERR_SASLALREADY, text)
-    if name not in MECHANISMS:
-        session.reply(RPL_SASLMECHS, ",".join(MECHANISMS))
+    if name not in mechanisms(session):
+        session.reply(RPL_SASLMECHS, ",".join(mechanisms(session)))
         return fail_sasl(session, wrong_login())
+    look_up = certified_account if name == "EXTERNAL" else claimed_account
 
     def find(authcid: str) -> tuple[str, Verifier]:
-        name, session.exchange.verifier = claimed_account(session, authcid)
+        name, session.exchange.verifier = look_up(session, authcid)
         return name, session.exchange.verifier
 
     session.exchange = Exchange(MECHANISMS[name](find))
@@ -4576,6 +4650,37 @@ def service_drop(session: IrcSession, password: str) -> None:
     """DROP PASSWORD -- give up your account"""
     done = functools.partial(session.service_says, "your account is gone")
     drop_account(session, password, done)
+
+
+def cert_add(session: IrcSession, account: str, _: str) -> None:
+    hub = session.site.hub
+    hub.accounts.certificates.add(session.conn.fingerprint, account, hub.turn)
+    session.service_says(f"{session.conn.fingerprint} logs in to {account} now (SASL EXTERNAL)")
+
+
+def cert_list(session: IrcSession, account: str, _: str) -> None:
+    known = session.site.hub.accounts.certificates.of(account)
+    for fingerprint in known:
+        session.service_says(fingerprint)
+    session.service_says(f"{counted(len(known), 'certificate')} of {account}")
+
+
+def cert_remove(session: IrcSession, account: str, wanted: str) -> None:
+    hub, fingerprint = session.site.hub, wanted.lower() or session.conn.fingerprint
+    hub.accounts.certificates.remove(fingerprint, account, hub.turn)
+    session.service_says(f"{fingerprint} does not log in to {account} any more")
+
+
+CERT_HANDLERS = {"ADD": cert_add, "LIST": cert_list, "REMOVE": cert_remove}
+
+
+@service_command("cert", 1, 2)
+def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> None:
+    """CERT ADD|LIST|REMOVE [FINGERPRINT] -- certificates that log in: add the one you show"""
+    handler = CERT_HANDLERS.get(how.upper())
+    if handler is None:
+        raise Refused("INVALID_PARAMS", "CERT has ADD, LIST and REMOVE")
+    handler(session, own_account(session), fingerprint)
 
 
 def ask_service(session: IrcSession, text: str) -> None:
@@ -5385,6 +5490,9 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
         yield (RPL_WHOISSECURE,)
     if user is me or me.is_operator:
         yield RPL_WHOISACTUALLY, source.host
+        for fingerprint in dict.fromkeys(other.conn.fingerprint for other in user.sessions):
+            if fingerprint:
+                yield RPL_WHOISCERTFP, fingerprint
     yield RPL_WHOISIDLE, (session.site.hub.now - user.spoke) // 1000, user.since // 1000
 
 
@@ -6720,6 +6828,8 @@ class Connection:
             was_ready = self.tls.ready
             plain = self.tls.feed(data)
         except TlsFailed as failure:
+            with contextlib.suppress(OSError):
+                self.sock.send(self.tls.take())  # an alert, which says what was wrong
             return self.drop(f"{TLS_TROUBLE}{failure}")
         self.loop.dirty.add(self)  # the handshake may have something to say
         if self.tls.ready and not was_ready:
@@ -7035,6 +7145,7 @@ class ServerOptions(NamedTuple):
     password: str | None = None
     tls_cert: str | None = None
     tls_key: str | None = None
+    tls_client_ca: str | None = None  # whose client certificates are looked at
     flood: tuple[float, float] | None = (FLOOD_BURST, FLOOD_RATE)
     max_clients: int | None = None  # None: what the descriptor limit allows
     max_per_address: int = PER_ADDRESS
@@ -7100,6 +7211,14 @@ class Peer(Connection):
     @property
     def secure(self) -> bool:
         return self.tls is not None
+
+    @property
+    def certifiable(self) -> bool:
+        return self.secure and self.server.options.tls_client_ca is not None
+
+    @property
+    def fingerprint(self) -> str:
+        return self.tls.fingerprint() if self.tls else ""
 
     @property
     def gone(self) -> bool:
@@ -7293,8 +7412,9 @@ def read_motd(path: pathlib.Path | None) -> list[str]:
 
 def server_tls_context(options: ServerOptions) -> Any:
     if not options.tls_cert:
-        if options.tls_key or options.sts:
-            raise Unusable("--tls-key and --sts are of no use without --tls-cert")
+        if options.tls_key or options.sts or options.tls_client_ca:
+            text = "--tls-key, --tls-client-ca and --sts are of no use without --tls-cert"
+            raise Unusable(text)
         return None
     import ssl
 
@@ -7303,6 +7423,13 @@ def server_tls_context(options: ServerOptions) -> Any:
         context.load_cert_chain(options.tls_cert, options.tls_key)
     except (OSError, ssl.SSLError) as error:
         raise Unusable(f"cannot use the certificate {options.tls_cert}: {error}") from error
+    if options.tls_client_ca:
+        try:
+            context.load_verify_locations(options.tls_client_ca)
+        except (OSError, ssl.SSLError) as error:
+            text = f"cannot use the authorities {options.tls_client_ca}: {error}"
+            raise Unusable(text) from error
+        context.verify_mode = ssl.CERT_OPTIONAL  # who shows none is welcome, too
     return context
 
 
@@ -7384,6 +7511,7 @@ def hub_of(store: Store) -> Hub:
     hub = Hub(store.last_id, store.last_time)
     hub.begin(time.time())
     hub.accounts.read(store.accounts())
+    hub.accounts.certificates.update(store.certificates())
     for owner, target, when in store.markers():
         hub.markers.setdefault(owner, {})[target] = when
     return hub
@@ -9233,6 +9361,7 @@ def add_server(commands: Any) -> None:
     add("--listen", type=listen_address, action="append", metavar="HOST:PORT")
     add("--tls-cert", metavar="PEM", help="certificate chain: TLS on the same port")
     add("--tls-key", metavar="PEM", help="its key, unless it is in the same file")
+    add("--tls-client-ca", metavar="PEM", help="whose client certificates can log in")
     add("--data", type=data_option, default=data_folder(), metavar="DIR", help="or none")
     add("--keep", type=positive, metavar="N", help="events kept of each channel")
     add("--password", type=secret_option, nargs="?", const="", metavar="PW", help="or @FILE")

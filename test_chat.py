@@ -59,7 +59,8 @@ def seeded(request):
 class FakeConn:
     """What a session knows of its connection, remembering what it was told."""
 
-    secure = gone = False
+    secure = gone = certifiable = False
+    fingerprint = ""
 
     def __init__(self, address):
         self.address = address
@@ -418,6 +419,43 @@ zj0EAwIDRwAwRAIgFQK/zQRWoWpdqtI38CTDc00njHi3Pc5v38uoFAveduECIGZk
 VeRbdQ7lZd/+Nn/BxYg+uoTEiDl2YWoA6HLR7D/v
 -----END CERTIFICATE-----
 """
+
+
+# alice's is signed by the one above, mallory's by himself
+CLIENT_CERTIFICATES = {
+    "alice": """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg65hsD6V+EJMvFYH8
+TR4blJuKrFX8S8Uy4e5fKraw/XKhRANCAARaBxlcB9dUVT+9t2Sa6iMrjCG16HIm
+XPN77diJQCchPm8dsovsYu3cpUahvOr7xNLlymfEJu1V7DqaNefXCYb3
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBDTCBtAIBBzAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwIBcN
+MjYxMTIyMTUwMDEwWhgPMjEyNjEwMjkxNTAwMTBaMBAxDjAMBgNVBAMMBWFsaWNl
+MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEWgcZXAfXVFU/vbdkmuojK4whtehy
+Jlzze+3YiUAnIT5vHbKL7GLt3KVGobzq+8TS5cpnxCbtVew6mjXn1wmG9zAKBggq
+hkjOPQQDAgNIADBFAiAgEmKCq+JyIjY4RFpgnNAf+mAdqLxcD92zhIMRYTI3BQIh
+AOeDzs2wUBkIb0i2+7vk6e5ft7aEdVjL226IhPwmU7l+
+-----END CERTIFICATE-----
+""",
+    "mallory": """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgNjGGSE4mkjU2AvVX
+6YpP9+jzFrRCN0w/YqdXRGy6klahRANCAAR1L3S74AQ129weKND/cakfoiRzz9op
+7Hf9iqLbXOgatblfV11W+7IHV6edlt3hRxuCpr1jRwVvP+Gilum9oLzz
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBezCCASGgAwIBAgIUa8TkfnJibDvU6T9fmjYLr1lpCYswCgYIKoZIzj0EAwIw
+EjEQMA4GA1UEAwwHbWFsbG9yeTAgFw0yNjExMjIxNTAwMTBaGA8yMTI2MTAyOTE1
+MDAxMFowEjEQMA4GA1UEAwwHbWFsbG9yeTBZMBMGByqGSM49AgEGCCqGSM49AwEH
+A0IABHUvdLvgBDXb3B4o0P9xqR+iJHPP2insd/2Kottc6Bq1uV9XXVb7sgdXp52W
+3eFHG4KmvWNHBW8/4aKW6b2gvPOjUzBRMB0GA1UdDgQWBBQLqhv3xhgW+VRspCzx
+laDjwyV83zAfBgNVHSMEGDAWgBQLqhv3xhgW+VRspCzxlaDjwyV83zAPBgNVHRMB
+Af8EBTADAQH/MAoGCCqGSM49BAMCA0gAMEUCIQCHfvKCDrcXhUw1kTnjPz64uDsN
+Bbi7XiuHiFrL2oeG5QIgDptiBOBwEOp0OYhx07cGwnCWEmtQ3BH/pFeqbgJQ4R4=
+-----END CERTIFICATE-----
+""",
+}
 
 
 @pytest.fixture
@@ -2836,9 +2874,23 @@ alice< :NickServ!NickServ@chat.py NOTICE alice :VERIFY CODE: the code that was s
 alice< :NickServ!NickServ@chat.py NOTICE alice :IDENTIFY [NAME] PASSWORD: log in
 alice< :NickServ!NickServ@chat.py NOTICE alice :PASSWD OLD NEW: another password
 alice< :NickServ!NickServ@chat.py NOTICE alice :DROP PASSWORD: give up your account
+alice< :NickServ!NickServ@chat.py NOTICE alice :CERT ADD|LIST|REMOVE [FINGERPRINT]: certificates that log in: add the one you show
+alice> NS CERT ADD
+alice< :NickServ!NickServ@chat.py NOTICE alice :you are not logged in
 alice> PRIVMSG nickserv :REGISTER password
 alice< :NickServ!NickServ@chat.py NOTICE alice :alice is yours
 alice< 900 alice alice alice :You are now logged in as alice
+alice> NS CERT ADD
+alice< :NickServ!NickServ@chat.py NOTICE alice :this connection shows no certificate
+alice> NS CERT LIST
+alice< :NickServ!NickServ@chat.py NOTICE alice :0 certificates of alice
+alice> NS CERT REMOVE abc
+alice< :NickServ!NickServ@chat.py NOTICE alice :that is no certificate of yours; see CERT LIST
+alice> NS CERT EAT
+alice< :NickServ!NickServ@chat.py NOTICE alice :CERT has ADD, LIST and REMOVE
+alice> AUTHENTICATE EXTERNAL
+alice< 908 alice PLAIN,SCRAM-SHA-256 :are the mechanisms there are
+alice< 904 alice :name or password are wrong
 alice> NS PASSWD wrong other
 alice< :NickServ!NickServ@chat.py NOTICE alice :name or password are wrong
 alice> NS PASSWD password secret2
@@ -5725,6 +5777,107 @@ def test_a_policy_of_tls_says_where_and_for_how_long(running, certificate):
         assert policy in first.split() and refused.endswith("NAK :sts\r") and "sts" not in old
 
 
+@pytest.fixture
+def showing(certificate, tmp_path):
+    """What a client has to have to show a certificate: alice's, mallory's, the server's own."""
+
+    def context(name):
+        made = ssl.create_default_context(cafile=certificate)
+        if name in CLIENT_CERTIFICATES:
+            path = tmp_path / f"{name}.pem"
+            path.write_text(CLIENT_CERTIFICATES[name])
+            made.load_cert_chain(path)
+        elif name:
+            made.load_cert_chain(certificate)
+        return made
+
+    return context
+
+
+def fingerprint_of(pem):
+    der = ssl.PEM_cert_to_DER_cert(pem[pem.index("-----BEGIN CERT") :])
+    return hashlib.sha256(der).hexdigest()
+
+
+def external(guest, authzid=""):
+    """Log in by the certificate; the numerics that say how it went."""
+    blob = base64.b64encode(authzid.encode()).decode() or "+"
+    guest.send(f"AUTHENTICATE EXTERNAL\r\nAUTHENTICATE {blob}\r\nPING 1\r\n")
+    return [line.split()[1] for line in guest.until(" PONG ")[1:-1]]
+
+
+def test_a_certificate_of_an_account_logs_in_and_another_does_not(
+    running, certificate, showing, folder
+):
+    options = {"tls_cert": certificate, "tls_client_ca": certificate, "data": folder}
+    server = Running(**options)
+    alice = server.guest(context=showing("alice"))
+    alice.enter_irc("alice", "REGISTER * * password")
+    assert external(alice) == ["904"]  # nobody's yet
+    alice.send("NS CERT ADD\r\nNS CERT LIST\r\nWHOIS alice\r\n")
+    print_of_alice = fingerprint_of(CLIENT_CERTIFICATES["alice"])
+    told = str(alice.until(" 318 "))
+    assert told.count(print_of_alice) == 3 and "1 certificate of alice" in told
+    assert f" 276 alice alice :has client certificate fingerprint {print_of_alice}" in told
+    other = server.guest(context=showing("server's"))
+    other.enter_irc("other", "REGISTER * * password")
+    other.send("NS CERT REMOVE " + print_of_alice + "\r\nWHOIS alice\r\n")
+    assert "no certificate of yours" in (told := str(other.until(" 318 "))) and "276" not in told
+    assert external(other, "alice") == external(other) == ["904"]
+    server.stop()
+    again = running(**options)
+    for authzid, answer in (("", ["900", "903"]), ("bob", ["904"]), ("ALICE", ["900", "903"])):
+        guest = again.guest(context=showing("alice"))
+        guest.send("CAP LS 302\r\nNICK alice\r\nUSER u 0 * :r\r\n")
+        assert " sasl=PLAIN,SCRAM-SHA-256,EXTERNAL " in "".join(guest.until(" LS :"))
+        assert external(guest, authzid) == answer
+    guest.send("CAP END\r\nNS CERT REMOVE\r\nPING 2\r\n")
+    assert "does not log in to alice any more" in guest.until(" PONG ")[-2]
+    assert external(again.guest(context=showing("alice"))) == ["904"]
+
+
+def test_external_is_offered_where_a_certificate_would_be_looked_at(running, certificate, showing):
+    server = running(tls_cert=certificate, tls_client_ca=certificate)
+    without = running(tls_cert=certificate)
+    for guest, offered in (
+        (server.guest(context=showing("")), True),
+        (server.guest(), False),
+        (without.guest(context=showing("alice")), False),
+    ):
+        guest.send("CAP LS 302\r\n")
+        assert ("EXTERNAL" in "".join(guest.until(" LS :"))) == offered
+        guest.send("AUTHENTICATE EXTERNAL\r\nAUTHENTICATE +\r\nPING 1\r\n")
+        lines = guest.until(" PONG ")
+        assert any(" 904 " in line for line in lines) and not any(" 90[03] " in x for x in lines)
+    with pytest.raises(ssl.SSLError, match="UNKNOWN_CA"):
+        server.guest(context=showing("mallory")).line()
+    alice = server.guest(context=showing(""))
+    assert "001" in alice.enter_irc("alice")[0]  # and nobody else noticed
+
+
+def test_a_certificate_goes_with_its_account_and_is_of_no_other():
+    house = House()
+    house.enter_irc("alice", "bob")
+    for who in ("alice", "bob"):
+        house.guests[who].conn.fingerprint = "aa11"
+        house.say(who, "REGISTER * * password")
+        house.turn()
+        house.say(who, "NS CERT ADD")
+        house.turn()
+    assert "this certificate is another account's" in house.heard("bob")[-1]
+    certificates, turn = house.hub.accounts.certificates, house.hub.turn
+    for n in range(1, chat.CERTIFICATES):
+        certificates.add(f"{n}", "alice", turn)
+    with pytest.raises(chat.Refused, match="10 certificates at most"):
+        certificates.add("one more", "alice", turn)
+    house.say("alice", "NS DROP password")
+    house.turn()
+    assert certificates == {} and list(house.store.certificates()) == []
+    house.say("bob", "NS CERT ADD")
+    house.turn()
+    assert list(house.store.certificates()) == [("aa11", "bob")]
+
+
 def test_lusers_counts_those_without_a_name_until_they_have_gone(running):
     server = running()
     alice, other = server.guest(), server.guest()
@@ -6115,6 +6268,11 @@ def test_a_second_server_on_the_same_folder_says_so(folder):
         (["client", " "], 1, "cannot be a name"),
         (["client", "alice", "--server", "a..b", "--no-state"], 1, "no name of a host"),
         (["server", "--flood", "nan,nan"], 2, "at least 1 line"),
+        (
+            ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-client-ca", "x"],
+            1,
+            "--tls-client-ca and --sts are of no use",
+        ),
         (
             ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-key", "x"],
             1,
