@@ -3090,6 +3090,37 @@ class Index:
         return rows
 
 
+class Readers:
+    """Read-only connections, each for one job at a time; or the only one that there is, if
+    all is in memory. To open one takes longer than most pages do: it is kept for the next."""
+
+    def __init__(self, path: pathlib.Path | None, only: sqlite3.Connection):
+        self.path, self.only = path, only
+        self.idle: list[sqlite3.Connection] = []  # pop() and append(), on whatever thread
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[sqlite3.Connection]:
+        if self.path is None:
+            yield self.only
+            return
+        try:
+            db = self.idle.pop()
+        except IndexError:
+            db = connect(self.path, "ro")
+        try:
+            db.execute("BEGIN")  # all that the job reads is of one moment
+            yield db
+            db.execute("COMMIT")
+        except Exception:
+            db.close()
+            raise
+        self.idle.append(db)
+
+    def close(self) -> None:
+        for db in self.idle:
+            db.close()
+
+
 class Store:
     """Events on disk, or in memory for `path` None. Raises Unusable when it cannot open."""
 
@@ -3097,6 +3128,7 @@ class Store:
         self.path = path
         self.keep = keep or (KEEP_EVENTS if path else KEEP_EVENTS_IN_MEMORY)
         self.db = open_database(path)
+        self.reading = Readers(path, self.db)
         self.version = 0  # of the data, as seen last
         self.changed_elsewhere()
         self.targets: dict[str, int] = {}  # id by key, of those written to lately
@@ -3262,16 +3294,6 @@ class Store:
 
     # Reading, on whatever thread
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """A read-only connection for one job; the only one there is, if it is in memory."""
-        if self.path is None:
-            yield self.db
-            return
-        with contextlib.closing(connect(self.path, "ro")) as db:
-            db.execute("BEGIN")  # all that the job reads is of one moment
-            yield db
-
     def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
         """At most `count` things of that span, the newest or the oldest of them, in their
         order; fewer if they are more than PAGE_BYTES long."""
@@ -3380,6 +3402,7 @@ class Store:
     def close(self) -> None:
         with contextlib.suppress(sqlite3.Error):
             self._tally()
+        self.reading.close()
         self.db.close()
 
 

@@ -4342,18 +4342,37 @@ def test_what_was_said_before_a_channel_was_renamed_has_its_old_name():
     assert texts(house.store, "#b") == ["before", "after"] and texts(house.store, "#a") == []
 
 
+def found(store, key, words, count=1000):
+    """The texts that a search there gives, in their order."""
+    place = chat.Place(key)
+    events = store.words.search([place], words, chat.Span(place), count)
+    return [event.text for _, event in events]
+
+
+def test_who_reads_the_store_takes_a_connection_again_unless_its_job_failed(folder, monkeypatch):
+    house, opened, connect = House(store=chat.Store(folder / "chat.db")), [], chat.connect
+    monkeypatch.setattr(chat, "connect", lambda *how: opened.append(how) or connect(*how))
+    house.enter_irc("alice")
+    house.say("alice", "JOIN #a")
+    for n in range(5):
+        house.say("alice", f"PRIVMSG #a :{n}")
+        house.turn()
+        assert texts(house.store, "#a")[-1] == found(house.store, "#a", f"{n}")[-1] == f"{n}"
+    assert len(opened) == 1
+    with pytest.raises(sqlite3.Error), house.store.reading() as db:
+        db.execute("SELECT nothing")
+    assert texts(house.store, "#a")[-1] == "4" and len(opened) == 2
+    with house.store.reading(), house.store.reading() as db:  # two helpers at once
+        assert db.execute("SELECT count(*) FROM targets").fetchone() == (1,)
+    assert len(opened) == 3
+    house.store.close()
+
+
 @pytest.fixture
 def small_parts(monkeypatch):
     """An index in parts of 50 messages, of which 10 are taken at a time."""
     monkeypatch.setattr(chat, "PART_ROWS", 50)
     monkeypatch.setattr(chat, "INDEX_ROWS", 10)
-
-
-def found(store, key, words, count=1000, **bounds):
-    """The texts that a search there gives, in their order."""
-    place = chat.Place(key)
-    events = store.words.search([place], words, chat.Span(place, **bounds), count)
-    return [event.text for _, event in events]
 
 
 def test_a_search_goes_through_as_many_parts_of_the_index_as_it_takes(folder, small_parts):
