@@ -114,7 +114,15 @@ REASON_BYTES = 200  # ... and this, why somebody is away, kicked or gone, beside
 USERNAME_BYTES = 20
 REALNAME_BYTES = 128
 CHANNEL_PASSWORD_BYTES = 32
-CHANNELS_A_USER = 50  # bounds the table of channels by the number of users
+CHANNELS_A_USER = 50  # bounds the table of channels by the number of users ...
+CHANNELS_FOUNDED = 50  # ... and of those that last, by the number of accounts
+STANDING_KEPT = 100  # accounts with a rank in a channel while they are not there
+SECRETS_A_USER = 10  # devices that may come back
+SECRET_DIGITS = 32  # hexadecimal: 128 bits
+OWN_ID_BYTES = 64  # of the id that a client gives its message
+RECEIPTS_MS = 30 * 24 * 3600 * 1000  # that such an id is known after its message is gone
+RECEIPTS_SWEPT = 500  # looked through at a time ...
+SWEEP_SECONDS = 3600.0  # ... and from when to when
 MASKS_A_LIST = 60  # bans of one channel: each is looked at when somebody joins or speaks
 MASK_BYTES = 200
 MODES_BYTES = 300  # of one change of modes: as for topics
@@ -232,12 +240,13 @@ KICK, MODE, PASSWORD = "kick", "mode", "password"  # PASSWORD: the mode k
 RENAME = "rename"  # of a channel: about is the name it had
 INVITE, INVITED, AWAY, WALLOPS = "invite", "invited", "away", "wallops"
 REALNAME, ACCOUNT = "realname", "account"
+HOST = "host"  # somebody is connected from elsewhere: about is the username
 TAGS = "tags"  # a message that has nothing but tags: somebody is typing, or likes another
 REDACT = "redact"  # a message is taken back: the text is its id, and " :why"
 SOFT_BREAK = "\0"  # in a text: a client sent its line in two pieces here; nobody can type it
 SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
 PASSING = (  # for the moment, and not for history
-    *(INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, PASSWORD, REDACT, RENAME),
+    *(INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, REDACT, RENAME),
 )
 PLAYED = (*SPOKEN, TAGS, JOIN, PART, QUIT, KICK, NICK, MODE, TOPIC)  # all that history has
 
@@ -970,15 +979,19 @@ class User:
         "metadata",
         "modes",
         "realname",
+        "secrets",
         "sessions",
         "since",
         "source",
         "spoke",
         "stay",
+        "stored",
     )
 
-    def __init__(self, source: Source, realname: str, number: int, now: int):
-        self.stay = f"~{number}"
+    def __init__(self, source: Source, realname: str, stay: str, now: int):
+        self.stay = stay
+        self.stored = False  # the store knows this stay
+        self.secrets: dict[str, None] = {}  # hashes; who knows one has this user's place
         self.login = ""  # Account.identity
         self.realname = realname
         self.modes: set[str] = set()
@@ -1029,6 +1042,35 @@ class User:
     def is_operator(self) -> bool:
         """Of the server: may do what an operator of any channel may."""
         return "o" in self.modes
+
+    @property
+    def may_return(self) -> bool:
+        """Whether this one could prove to be the same, without a line for a while."""
+        return bool(self.login or self.secrets)
+
+    def state(self) -> dict[str, Any]:
+        """What outlives the server, for JSON. Nobody operates the next server by that."""
+        return {
+            "source": {name: getattr(self.source, name) for name in SOURCE_FIELDS},
+            "login": self.login,
+            "secrets": [*self.secrets],
+            "realname": self.realname,
+            "modes": sorted(self.modes - {"o"}),
+            "away": self.away,
+            "since": self.since,
+            "metadata": self.metadata,
+            "channels": {c.key: c.members[self].ranks for c in self.channels},
+        }
+
+    @classmethod
+    def revived(cls, stay: str, state: dict[str, Any], now: int) -> "User":
+        """As state() had it, but for the channels."""
+        user = cls(source_of(**state["source"]), state["realname"], stay, state["since"])
+        user.login, user.away, user.stored = state["login"], state["away"], True
+        user.secrets = dict.fromkeys(state["secrets"])
+        user.modes, user.metadata, user.spoke = set(state["modes"]), state["metadata"], now
+        user.called(user.source)
+        return user
 
 
 class FormerUser(NamedTuple):
@@ -1150,14 +1192,34 @@ def full_mask(text: str) -> str:
     return f"{mute}{name or '*'}!{username or '*'}@{host or '*'}"
 
 
+class ChannelPassword(NamedTuple):
+    """What IRC calls the key. The store has a salted hash of it: one round, because all its
+    members know and tell each other such a word; it protects nobody's account."""
+
+    salt: str
+    digest: str
+    text: str = "*"  # as the members are told, until the server is restarted
+
+    def fits(self, word: str) -> bool:
+        digest = hashlib.sha256(f"{self.salt} {word}".encode()).hexdigest()
+        return hmac.compare_digest(digest, self.digest)
+
+
+def channel_password(word: str) -> ChannelPassword:
+    salt = secrets.token_hex(16)
+    return ChannelPassword(salt, hashlib.sha256(f"{salt} {word}".encode()).hexdigest(), word)
+
+
 class Channel:
-    """A room. Without members it ceases to exist; its history stays in the store."""
+    """A room. Without members it ceases to exist, unless an account founded it; its history
+    stays in the store."""
 
     __slots__ = (
         "by_wire",
         "created",
         "flags",
         "former",
+        "founder",
         "key",
         "keys",
         "last_time",
@@ -1168,9 +1230,15 @@ class Channel:
         "name",
         "password",
         "private",
+        "standing",
         "topic",
         "topic_setter",
         "topic_time",
+    )
+    # What the store keeps as it is
+    STATE = (
+        *("name", "founder", "standing", "topic", "topic_setter", "topic_time", "created"),
+        *("limit", "private", "metadata"),
     )
 
     def __init__(self, name: str, last_time: int, now: int):
@@ -1185,11 +1253,52 @@ class Channel:
         # Nobody from outside; and the lobby has no operators to set a topic
         self.flags = set("n") if self.key == LOBBY else set("nt")
         self.limit: int | None = None
-        self.password = ""  # IRC calls it the key
+        self.password: ChannelPassword | None = None
+        self.founder = ""  # Account.identity; "" if nobody with an account founded it
+        self.standing: dict[str, str] = {}  # ranks of accounts, by identity, if it has a founder
         self.private = False  # it was +i, +k or +s at some time
         self.metadata: dict[str, str] = {}
         self.lists: dict[str, dict[str, Mask]] = {letter: {} for letter in MASK_LISTS}
         self.last_time = last_time
+
+    # What outlives the server
+
+    def state(self) -> dict[str, Any]:
+        """For JSON."""
+        lists = {
+            letter: [(m.text, m.setter, m.when) for m in masks.values()]
+            for letter, masks in self.lists.items()
+        }
+        password = self.password and self.password._replace(text="*")
+        known = {name: getattr(self, name) for name in self.STATE}
+        return {**known, "flags": sorted(self.flags), "password": password, "lists": lists}
+
+    @classmethod
+    def revived(cls, state: dict[str, Any], last_time: int) -> "Channel":
+        """As state() had it, without its members."""
+        channel = cls(state["name"], last_time, 0)
+        for name in cls.STATE:
+            setattr(channel, name, state[name])
+        channel.flags = set(state["flags"])
+        channel.password = state["password"] and ChannelPassword(*state["password"])
+        for letter, masks in state["lists"].items():
+            channel.lists[letter] = {fold(text): Mask(text, *rest) for text, *rest in masks}
+        return channel
+
+    def standing_of(self, user: User) -> str:
+        """The ranks that somebody has here by his account."""
+        known = self.standing.get(user.login, "") if user.login else ""
+        return "q" + (known or "o") if self.founded_by(user) else known
+
+    def note_standing(self, user: User) -> None:
+        """Ranks of accounts last, where there is somebody whose channel it is."""
+        if self.founder and user.login:
+            self.standing.pop(user.login, None)
+            if (ranks := self.members[user].ranks) and len(self.standing) < STANDING_KEPT:
+                self.standing[user.login] = ranks
+
+    def founded_by(self, user: User) -> bool:
+        return bool(user.login) and user.login == self.founder
 
     # Who may what
 
@@ -1239,12 +1348,13 @@ class Channel:
 
     def check_entry(self, user: User, password: str) -> None:
         """Raise Refused unless this one may join."""
-        if self in user.invitations:
+        if self in user.invitations or self.founded_by(user):
             return
+        wrong = self.password is not None and not self.password.fits(password)
         obstacles = (
             (self.banned(user), "BANNED", "you are banned from it"),
             ("R" in self.flags and not user.account, "NEED_ACCOUNT", "one has to be logged in"),
-            (self.password not in ("", password), "BAD_PASSWORD", "it has a password (+k)"),
+            (wrong, "BAD_PASSWORD", "it has a password (+k)"),
             (
                 "i" in self.flags and not any(m.matches(user) for m in self.lists["I"].values()),
                 "INVITE_ONLY",
@@ -1261,7 +1371,8 @@ class Channel:
                 raise Refused(code, f"cannot join {self.name}: {text}", self.name)
 
     def visible_to(self, user: User) -> bool:
-        return "s" not in self.flags or user in self.members
+        """In lists; a channel that waits for its people is not one to go to."""
+        return bool(self.members) and "s" not in self.flags or user in self.members
 
     def names(self, viewer: User, multi: bool = False, masks: bool = False) -> list[str]:
         """The members that the viewer may see, each behind the symbol of the highest rank,
@@ -1279,7 +1390,8 @@ class Channel:
         values = []
         if self.password:
             letters.add("k")
-            values.append(self.password if user in self.members or user.is_operator else "*")
+            told = user in self.members or user.is_operator
+            values.append(self.password.text if told else "*")
         if self.limit is not None:
             letters.add("l")
             values.append(str(self.limit))
@@ -1307,13 +1419,15 @@ class Channel:
     def set_password(self, change: ModeChange) -> ModeChange | None:
         word = change.value
         if not change.on:
-            had, self.password = self.password, ""
+            had, self.password = self.password, None
             return ModeChange(False, "k", "*") if had else None
         if not is_word(word, CHANNEL_PASSWORD_BYTES) or "," in word:
             text = f"a channel's password is one word of at most {CHANNEL_PASSWORD_BYTES} bytes"
             raise self._bad_value(change._replace(value="*"), text)
-        changed, self.password, self.private = word != self.password, word, True
-        return change if changed else None
+        if self.password and self.password.fits(word):
+            return None
+        self.password, self.private = channel_password(word), True
+        return change
 
     def set_mask(self, change: ModeChange, setter: str, now: int) -> ModeChange | None:
         if not is_word(change.value, MASK_BYTES):
@@ -1558,6 +1672,7 @@ class Session:
     )
     # wire.encode(audience, events) -> a line each; wire.own(event, line) -> what its origin gets
     wire: Any
+    secret = ""  # the hash of one that only this client knows
     probed = False  # whether its peer is asked now and then if it is there: probe()
     follows = False  # whether it hears more of those it watches than that they come and go
 
@@ -1576,6 +1691,12 @@ class Session:
     def host(self) -> str:
         """Where it comes from, for limits by address."""
         return self.conn.address.rpartition(":")[0]
+
+    @property
+    def author(self) -> str:
+        """Whose ids for messages these are: of the client that makes them, if it says which
+        it is, whoever is logged in; else of a person."""
+        return self.secret or self.user.identity
 
     def receive(self, line: bytes) -> None:
         """One complete line, or TOO_LONG, from the peer."""
@@ -1653,6 +1774,10 @@ class Session:
     def killed(self, by: Source, reason: str) -> None:
         """By an operator of the server."""
         self.end(f"Killed ({by.name} ({reason}))")
+
+    def replaced(self) -> None:
+        """By another connection of the same client."""
+        self.end("Another connection of yours took this place")
 
     def read_on(self, name: str) -> None:
         """Another device of the same user has read this on."""
@@ -1735,12 +1860,25 @@ class Turn:
     those addressed in several ways get the same lines one by one, in the log's order.
     """
 
-    __slots__ = ("apart", "changed", "events", "left", "moved", "renamed", "sealed", "writes")
+    __slots__ = (
+        "apart",
+        "changed",
+        "events",
+        "kept",
+        "left",
+        "moved",
+        "receipts",
+        "renamed",
+        "sealed",
+        "writes",
+    )
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.receipts: dict[tuple[str, str], Event] = {}  # by Session.author, and own id
         self.renamed: list[tuple[str, str]] = []  # keys of channels, old and new
         self.sealed: list[str] = []  # keys whose history ends with this turn
+        self.kept: set[User | Channel] = set()  # what outlives the server, and has changed
         self.writes: list[tuple[str, tuple]] = []  # statements for the store, and their values
         self.apart: set[Session] = set()
         self.moved: set[User] = set()  # came to or left an audience in this turn
@@ -1750,6 +1888,7 @@ class Turn:
     def move(self, user: User, channel: Channel) -> None:
         self.moved.add(user)
         self.changed.add(channel)
+        self.kept |= {user, channel}
         channel.by_wire = None
         self.apart.update(user.sessions)
 
@@ -1826,8 +1965,11 @@ def change_rank(hub: "Hub", user: User, channel: Channel, change: ModeChange) ->
     if member is None:
         text = f"{other.name} is not in {channel.name}"
         raise Refused("USER_NOT_IN_CHANNEL", text, other.name, channel.name)
-    changed = member.set_rank(change.letter, change.on)
-    return change._replace(value=other.name) if changed else None
+    if not member.set_rank(change.letter, change.on):
+        return None
+    channel.note_standing(other)
+    hub.turn.kept.add(other)
+    return change._replace(value=other.name)
 
 
 def change_mode(hub: "Hub", user: User, channel: Channel, change: ModeChange) -> ModeChange | None:
@@ -1965,6 +2107,8 @@ class Hub:
         self.markers = Markers()
         self.users: dict[str, User] = {}  # by key
         self.channels: dict[str, Channel] = {}  # by key
+        self.places: dict[str, User] = {}  # by the hash of a secret that somebody has
+        self.founded: collections.Counter[str] = collections.Counter()  # by Account.identity
         self.former: collections.deque[FormerUser] = collections.deque(maxlen=FORMER_USERS)
         self.watchers = Watchers()
         self.most_users = 0  # at once, so far
@@ -2027,24 +2171,51 @@ class Hub:
         """A session becomes a user, under a name that free_name() or check_name() allowed."""
         self.last_id += 1
         source = source_of(name, session.conn.address, username)
-        user = User(source, realname or name, self.last_id, self.now)
+        user = User(source, realname or name, f"~{self.last_id}", self.now)
         if account:
             user.logged_in(account, self.accounts.identity(account))
-        user.last_time = self.last_time
-        user.sessions.append(session)
-        self.users[user.key] = user
-        self.most_users = max(self.most_users, len(self.users))
-        session.user = user
+        self.arrived(user)
+        self.attach(session, user)
         self.watchers.tell(source, True)
         return user
 
+    def arrived(self, user: User) -> None:
+        """Somebody is here."""
+        user.last_time = self.last_time
+        self.users[user.key] = user
+        self.most_users = max(self.most_users, len(self.users))
+        self.places.update(dict.fromkeys(user.secrets, user))
+
     def attach(self, session: Session, user: User) -> None:
-        """Another device of somebody who is here already."""
+        """A device of somebody who is here. The one whose secret it has is gone."""
+        before = [s for s in user.live if s.secret and s.secret == session.secret]
         user.sessions.append(session)
         session.user = user
         self.turn.apart.add(session)
+        self.turn.kept.add(user)
         for channel in user.channels:
             channel.by_wire = None
+        for other in before:
+            other.replaced()
+        if session.secret:
+            user.secrets[session.secret] = None
+            self.places[session.secret] = user
+        for secret in list(user.secrets)[:-SECRETS_A_USER]:
+            self.forget(user, secret)
+        if user.source.address.rpartition(":")[0] not in {s.host for s in user.live}:
+            self._moved(user, session.conn.address)
+
+    def _moved(self, user: User, address: str) -> None:
+        """Somebody is somewhere else now; which is where bans are looked for."""
+        source = user.source
+        user.changed(address=address)
+        self.turn.kept.add(user)
+        self.emit(HOST, source, self.witnesses(user), user.source.host, source.username)
+
+    def forget(self, user: User, secret: str) -> None:
+        """It gives nobody a place any more."""
+        if user.secrets.pop(secret, self) is None:
+            del self.places[secret]
 
     def leave(self, session: Session, for_good: bool = True) -> None:
         """One session ends; its user is gone with the last one, or, if the line broke under
@@ -2054,8 +2225,9 @@ class Hub:
         self.turn.apart.add(session)
         session.user = None
         if not all(other in self.turn.left for other in user.sessions):
-            return
-        if for_good or not user.account:
+            if for_good and all(other.secret != session.secret for other in user.live):
+                self.forget(user, session.secret)
+        elif for_good or not user.may_return:
             self.remove(user, session.parting, session)
         else:
             session.site.house.miss(user)
@@ -2064,8 +2236,11 @@ class Hub:
         """Somebody is gone."""
         self.emit(QUIT, user.source, neighbours(user), reason, origin=session)
         for channel in list(user.channels):
-            self._remove(user, channel)
+            self.put_out(user, channel)
         del self.users[user.key]
+        for secret in user.secrets:
+            del self.places[secret]
+        self.turn.kept.add(user)
         self.markers.pop(user.stay, None)
         self.last_time = max(self.last_time, user.last_time)
         self._was(user)
@@ -2079,6 +2254,7 @@ class Hub:
         """This session's user proved to be the owner of an account."""
         user = session.user
         user.logged_in(account, self.accounts.identity(account))
+        self.turn.kept.add(user)
         self.emit(ACCOUNT, user.source, self.witnesses(user), "", account, session)
 
     def _was(self, user: User) -> None:
@@ -2104,9 +2280,11 @@ class Hub:
             raise Refused("TOO_MANY_CHANNELS", text, name)
         if channel is None:
             channel = self.channels[key] = Channel(name, self.last_time, self.now)
-        channel.check_entry(user, password)
+            ranks = self._found(user, channel)
+        else:
+            channel.check_entry(user, password)
+            ranks = channel.standing_of(user)
         user.invitations.pop(channel, None)
-        ranks = "" if channel.members or key == LOBBY else "o"
         channel.members[user] = Membership(self.last_id + 1, ranks)
         user.channels[channel] = None
         self.turn.move(user, channel)
@@ -2115,57 +2293,44 @@ class Hub:
             self.emit(AWAY, user.source, channel, user.away, origin=session)
         return channel
 
+    def _found(self, user: User, channel: Channel) -> str:
+        """A channel that lasts, if one with an account founds it; the founder's ranks."""
+        if channel.key == LOBBY:
+            return ""
+        if user.login and self.founded[user.login] < CHANNELS_FOUNDED:
+            channel.founder = user.login
+            self.founded[user.login] += 1
+        return "o"
+
+    def disown(self, channel: Channel) -> None:
+        """It ends with its last member, like any other."""
+        self.founded -= collections.Counter([channel.founder])
+        channel.founder = ""
+        channel.standing.clear()
+        self.turn.kept.add(channel)
+        if not channel.members:
+            self._close(channel)
+
+    def _close(self, channel: Channel) -> None:
+        del self.channels[channel.key]
+        self.last_time = max(self.last_time, channel.last_time)
+        if channel.private:  # whoever founds it next was not meant to read this
+            self.turn.sealed.append(channel.key)
+
     def part(self, session: Session, channel: Channel, reason: str = "") -> None:
         user = session.user
         channel.member(user)
         self.emit(PART, user.source, channel, cut(reason, REASON_BYTES), origin=session)
-        self._remove(user, channel)
+        self.put_out(user, channel)
 
-    def kick(self, session: Session, channel: Channel, victim: User, reason: str) -> None:
-        """Put somebody out. Nobody can do that to a higher rank, nor half-operators to
-        their like."""
-        user = session.user
-        channel.require(user)
-        if victim not in channel.members:
-            text = f"{victim.name} is not in {channel.name}"
-            raise Refused("USER_NOT_IN_CHANNEL", text, victim.name, channel.name)
-        if not user.is_operator:
-            mine, theirs = channel.members[user].level, channel.members[victim].level
-            if theirs < mine or theirs == mine == RANKS.index("h"):
-                text = f"{victim.name} has too high a rank in {channel.name}"
-                raise Refused("NOT_OPERATOR", text, channel.name)
-        reason = cut(reason or user.name, REASON_BYTES)
-        self.emit(KICK, user.source, scene(channel, user), reason, victim.name, session)
-        self._remove(victim, channel)
-
-    def _remove(self, user: User, channel: Channel) -> None:
+    def put_out(self, user: User, channel: Channel) -> None:
         """Out of the channel, after the event that says so."""
         self.turn.move(user, channel)
         member = channel.members.pop(user)
         channel.former.setdefault(user, []).append((member.since, self.last_id))
         del user.channels[channel]
-        if not channel.members:
-            del self.channels[channel.key]
-            self.last_time = max(self.last_time, channel.last_time)
-            if channel.private:  # whoever founds it next was not meant to read this
-                self.turn.sealed.append(channel.key)
-
-    def invite(self, session: Session, user: User, channel: Channel) -> None:
-        channel.require_inside(session.user)
-        if user in channel.members:
-            text = f"{user.name} is in {channel.name} already"
-            raise Refused("ALREADY_IN_CHANNEL", text, user.name, channel.name)
-        if "i" in channel.flags:
-            channel.require(session.user)
-        if len(user.invitations) >= INVITATIONS:  # the oldest is the least likely to be used
-            del user.invitations[next(iter(user.invitations))]
-        user.invitations[channel] = None
-        source, only = session.user.source, People(frozenset([user]))
-        self.emit(INVITE, source, only, channel.name, user.name, session)
-        level = RANKS.index("h") if "i" in channel.flags else len(RANKS)
-        able = {other for other, member in channel.members.items() if member.level <= level}
-        others = People(frozenset(able - {session.user}))
-        self.emit(INVITED, source, others, channel.name, user.name, session)
+        if not channel.members and not channel.founder:
+            self._close(channel)
 
     def rename(self, session: Session, name: str) -> None:
         """Another name for this session's user, one that is free."""
@@ -2181,6 +2346,7 @@ class Hub:
         del self.users[user.key]
         was = user.key
         user.changed(name=name)
+        self.turn.kept.add(user)
         self.users[user.key] = user
         if user.key != was:
             self.watchers.tell(user.source, True)
@@ -2190,11 +2356,13 @@ class Hub:
         user, reason = session.user, cut(reason, REASON_BYTES)
         if reason != user.away:
             user.away = reason
+            self.turn.kept.add(user)
             self.emit(AWAY, user.source, self.witnesses(user), reason, origin=session)
 
     def set_realname(self, session: Session, realname: str) -> None:
         session.user.realname = realname
         user = session.user
+        self.turn.kept.add(user)
         self.emit(REALNAME, user.source, self.witnesses(user), realname, origin=session)
 
     # Talking
@@ -2208,17 +2376,6 @@ class Hub:
         if isinstance(audience, Channel) and audience not in user.channels:
             audience = scene(audience, user)  # who speaks may want an echo
         self.emit(kind, user.source, audience, text, audience.addressee(user), session, tags)
-
-    def set_topic(self, session: Session, channel: Channel, topic: str) -> None:
-        user = session.user
-        channel.require_inside(user)
-        if "t" in channel.flags:
-            channel.require(user)
-        if len(topic.encode()) > TOPIC_BYTES:
-            raise Refused("TOO_LONG", f"a topic has at most {TOPIC_BYTES} bytes")
-        channel.topic = topic
-        channel.topic_setter, channel.topic_time = user.source.mask, self.now
-        self.emit(TOPIC, user.source, scene(channel, user), topic, origin=session)
 
     # Looking
 
@@ -2272,6 +2429,56 @@ def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = 
         raise Refused("NAME_TAKEN", f"{wanted} belongs to an account; log in first", wanted)
 
 
+def kick(session: Session, channel: Channel, victim: User, reason: str) -> None:
+    """Put somebody out. Nobody can do that to a higher rank, nor half-operators to
+    their like."""
+    user, hub = session.user, session.site.hub
+    channel.require(user)
+    if victim not in channel.members:
+        text = f"{victim.name} is not in {channel.name}"
+        raise Refused("USER_NOT_IN_CHANNEL", text, victim.name, channel.name)
+    if not user.is_operator:
+        mine, theirs = channel.members[user].level, channel.members[victim].level
+        if theirs < mine or theirs == mine == RANKS.index("h"):
+            text = f"{victim.name} has too high a rank in {channel.name}"
+            raise Refused("NOT_OPERATOR", text, channel.name)
+    reason = cut(reason or user.name, REASON_BYTES)
+    hub.emit(KICK, user.source, scene(channel, user), reason, victim.name, session)
+    hub.put_out(victim, channel)
+
+
+def invite(session: Session, user: User, channel: Channel) -> None:
+    hub = session.site.hub
+    channel.require_inside(session.user)
+    if user in channel.members:
+        text = f"{user.name} is in {channel.name} already"
+        raise Refused("ALREADY_IN_CHANNEL", text, user.name, channel.name)
+    if "i" in channel.flags:
+        channel.require(session.user)
+    if len(user.invitations) >= INVITATIONS:  # the oldest is the least likely to be used
+        del user.invitations[next(iter(user.invitations))]
+    user.invitations[channel] = None
+    source, only = session.user.source, People(frozenset([user]))
+    hub.emit(INVITE, source, only, channel.name, user.name, session)
+    level = RANKS.index("h") if "i" in channel.flags else len(RANKS)
+    able = {other for other, member in channel.members.items() if member.level <= level}
+    others = People(frozenset(able - {session.user}))
+    hub.emit(INVITED, source, others, channel.name, user.name, session)
+
+
+def set_topic(session: Session, channel: Channel, topic: str) -> None:
+    user, hub = session.user, session.site.hub
+    channel.require_inside(user)
+    if "t" in channel.flags:
+        channel.require(user)
+    if len(topic.encode()) > TOPIC_BYTES:
+        raise Refused("TOO_LONG", f"a topic has at most {TOPIC_BYTES} bytes")
+    channel.topic = topic
+    channel.topic_setter, channel.topic_time = user.source.mask, hub.now
+    hub.turn.kept.add(channel)
+    hub.emit(TOPIC, user.source, scene(channel, user), topic, origin=session)
+
+
 def kill(session: Session, victim: User, reason: str) -> None:
     """Close all connections of somebody."""
     reason = cut(reason, REASON_BYTES) or "no reason given"
@@ -2293,6 +2500,8 @@ def redact(session: Session, audience: Any, event: Event, reason: str) -> None:
     delete = "DELETE FROM events WHERE id = ? AND target IN (SELECT id FROM targets WHERE key = ?)"
     for key in audience.keys:
         hub.turn.writes.append((delete, (event.id, key)))
+        gone = "UPDATE receipts SET time = ? WHERE event = ?"
+        hub.turn.writes.append((gone, (hub.now, event.id)))
     text = f"{event.id:x}" + (f" :{reason}" if reason else "")
     hub.emit(REDACT, user.source, audience, text, audience.addressee(user), session)
 
@@ -2316,8 +2525,10 @@ def rename_channel(session: Session, channel: Channel, name: str, reason: str) -
     ]
     del hub.channels[channel.key]
     hub.turn.renamed.append((channel.key, fold(name)))
+    hub.turn.writes.append(("DELETE FROM channels WHERE key = ?", (channel.key,)))
     channel.name, channel.key, channel.keys = name, fold(name), (fold(name),)
     hub.channels[channel.key] = channel
+    hub.turn.kept |= {channel, *channel.members}
     hub.emit(RENAME, user.source, scene(channel, user), reason, old, session)
     for member in channel.members:
         for other_session in member.live:
@@ -2330,6 +2541,8 @@ def set_metadata(session: Session, owner: User | Channel, key: str, value: str) 
         owner.metadata[key] = value
     else:
         owner.metadata.pop(key, None)
+    if session.user:  # else it is for who is not here yet
+        session.site.hub.turn.kept.add(owner)
     if isinstance(owner, Channel):
         hearers = owner.listeners()
     else:
@@ -2350,7 +2563,6 @@ def apply_modes(session: Session, channel: Channel, changes: Iterable[ModeChange
     """Do what can be done, in one event, and say why not of the rest."""
     hub = session.site.hub
     done: list[ModeChange] = []
-    was_private = channel.private
     refusals: dict[Any, Refused] = {}  # one of a kind: a hundred letters are no flood
     for change in changes:
         try:
@@ -2358,9 +2570,7 @@ def apply_modes(session: Session, channel: Channel, changes: Iterable[ModeChange
             done += [changed] if changed else []
         except Refused as refusal:
             refusals.setdefault((refusal.code, refusal.about), refusal)
-    if channel.private and not was_private:  # so that it is sealed after a crash, too
-        update = "UPDATE targets SET private = 1 WHERE key = ?"
-        hub.turn.writes.append((update, (channel.key,)))
+    hub.turn.kept.add(channel)
     user, audience = session.user, scene(channel, session.user)
     for text in mode_lines(change for change in done if change.letter != "k"):
         hub.emit(MODE, user.source, audience, text, origin=session)
@@ -2467,10 +2677,14 @@ def drop_account(session: Session, password: str, done: Callable[[], None]) -> N
     name, hub = own_account(session), session.site.hub
 
     def proved(_: str) -> None:
+        identity = hub.accounts.identity(name)
         hub.accounts.drop(name, hub.turn)
         for user in [user for user in hub.users.values() if user.account == name]:
             user.logged_in("", "")
+            hub.turn.kept.add(user)
             hub.emit(ACCOUNT, user.source, hub.witnesses(user))
+        for channel in [c for c in hub.channels.values() if c.founder == identity]:
+            hub.disown(channel)
         done()
 
     check_owner(session, name, password, proved)
@@ -2546,6 +2760,59 @@ def become_operator(session: Session, name: str, password: str, done: Callable) 
     session.later(functools.partial(verifier.fits, password), judge)
 
 
+def settle(hub: Hub) -> None:
+    """What changed in this turn and outlives the server becomes statements for the store."""
+    writes, kept = hub.turn.writes, hub.turn.kept
+    for key in {one.key for one in kept if isinstance(one, Channel)}:
+        if channel := hub.channels.get(key):
+            state = json.dumps(channel.state())
+            writes.append(("REPLACE INTO channels VALUES (?, ?)", (key, state)))
+        else:
+            writes.append(("DELETE FROM channels WHERE key = ?", (key,)))
+    for user in (one for one in kept if isinstance(one, User)):
+        was, user.stored = user.stored, user.may_return and hub.users.get(user.key) is user
+        if user.stored:
+            state = json.dumps(user.state())
+            writes.append(("REPLACE INTO stays VALUES (?, ?)", (user.stay, state)))
+        elif was:
+            writes.append(("DELETE FROM stays WHERE stay = ?", (user.stay,)))
+    kept.clear()
+
+
+def revive_user(hub: Hub, stay: str, state: dict[str, Any]) -> User | None:
+    """Somebody who was here when the last server stopped, and has now to come back."""
+    user = User.revived(stay, state, hub.now)
+    if user.login and hub.accounts.identity(user.account) != user.login:  # it was given up
+        user.logged_in("", "")
+    if user.key in hub.users or not user.may_return:
+        return None
+    hub.arrived(user)
+    return user
+
+
+def revive(hub: Hub, channels: Iterable[tuple[str, str]], stays: Iterable[tuple[str, str]]) -> None:
+    """What settle() wrote. A channel is there again if an account founded it, or one of its
+    members may come back; else it ends like one whose last member has left."""
+    wanted: dict[User, dict[str, str]] = {}
+    for stay, text in stays:
+        state = json.loads(text)
+        if user := revive_user(hub, stay, state):
+            wanted[user] = state["channels"]
+        else:
+            hub.turn.writes.append(("DELETE FROM stays WHERE stay = ?", (stay,)))
+    identities = {account.identity for account in hub.accounts.values()}
+    for key, text in channels:
+        hub.channels[key] = channel = Channel.revived(json.loads(text), hub.last_time)
+        for user in (user for user, places in wanted.items() if key in places):
+            channel.members[user] = Membership(0, wanted[user][key])
+        if channel.founder:
+            hub.founded[channel.founder] += 1
+        if channel.founder not in identities:
+            hub.disown(channel)
+    for user, places in wanted.items():
+        user.channels = {hub.channels[key]: None for key in places if key in hub.channels}
+
+
 # ======================================================================================
 # STORE
 # ======================================================================================
@@ -2605,6 +2872,26 @@ MIGRATIONS = (
         time INTEGER NOT NULL,
         PRIMARY KEY (owner, target)
     ) WITHOUT ROWID;
+    """,
+    """
+    CREATE TABLE channels (         -- those there are; what is asked for is but the key
+        key TEXT PRIMARY KEY,
+        state TEXT NOT NULL         -- JSON, see Channel.state()
+    ) WITHOUT ROWID;
+    CREATE TABLE stays (            -- who is here and can prove it when he comes back
+        stay TEXT PRIMARY KEY,
+        state TEXT NOT NULL         -- JSON, see User.state()
+    ) WITHOUT ROWID;
+    CREATE TABLE receipts (         -- what was said under an id of its sender's own making
+        owner TEXT NOT NULL,        -- Session.author
+        own_id TEXT NOT NULL,
+        event INTEGER NOT NULL,
+        target INTEGER NOT NULL,
+        time INTEGER NOT NULL,      -- milliseconds: when it was said, or else deleted
+        PRIMARY KEY (owner, own_id)
+    ) WITHOUT ROWID;
+    CREATE INDEX receipts_event ON receipts (event);
+    UPDATE targets SET key = '~' || id, private = 0 WHERE private;  -- channels tells it now
     """,
 )
 
@@ -2825,6 +3112,64 @@ class Index:
         return [found[id] for id in sorted(found)[-count:]]
 
 
+class Receipts:
+    """What was said under an id that its sender made, so that nothing is said twice. They
+    outlive what they are for: who was away for weeks may not know that it arrived."""
+
+    def __init__(self, store: "Store"):
+        self.store = store
+        self.lost: collections.OrderedDict[tuple[str, str], None] = collections.OrderedDict()
+        self.swept = ("", "")  # how far
+
+    def write(self, receipts: dict[tuple[str, str], Event]) -> None:
+        """In the transaction that the events are in."""
+        insert = """
+            INSERT OR IGNORE INTO receipts
+            SELECT ?, ?, ?, ifnull((SELECT id FROM targets WHERE key = ?), 0), ?"""
+        values = (
+            (*key, event.id, next(iter(event.audience.keys), ""), event.time)
+            for key, event in receipts.items()
+        )
+        self.store.db.executemany(insert, values)
+
+    def not_kept(self, receipts: Iterable[tuple[str, str]]) -> None:
+        """These were said and are not in the store."""
+        self.lost.update(dict.fromkeys(receipts))
+        while len(self.lost) > TARGETS_CACHED:
+            self.lost.popitem(last=False)
+
+    def find(self, db: sqlite3.Connection, owner: str, own_id: str) -> tuple[int, int] | None:
+        """The event and its target; None if nothing was said under that id."""
+        query = "SELECT event, target FROM receipts WHERE owner = ? AND own_id = ?"
+        return db.execute(query, [owner, own_id]).fetchone()
+
+    def knows(self, owner: str, own_id: str) -> bool:
+        return self.find(self.store.db, owner, own_id) is not None
+
+    def event(self, owner: str, own_id: str) -> tuple[int, Event | None]:
+        """What was said under that id, which is known: its id, and all of it if it is still
+        there. On whatever thread."""
+        with self.store.reading() as db:
+            id, target = self.find(db, owner, own_id)
+            query = f"SELECT {COLUMNS} FROM events WHERE target = ? AND id = ?"
+            row = db.execute(query, [target, id]).fetchone()
+        return id, event_of(*row) if row else None
+
+    def sweep(self, now: int) -> bool:
+        """Forget what is old enough, one slice; whether there is more to look through."""
+        query = f"""
+            SELECT owner, own_id, time < ? AND NOT EXISTS (SELECT 1 FROM events
+                WHERE events.target = receipts.target AND events.id = receipts.event)
+            FROM receipts WHERE (owner, own_id) > (?, ?) ORDER BY owner, own_id
+            LIMIT {RECEIPTS_SWEPT}"""
+        rows = self.store.db.execute(query, [now - RECEIPTS_MS, *self.swept]).fetchall()
+        old = [row[:2] for row in rows if row[2]]
+        if old:
+            self.store.db.executemany("DELETE FROM receipts WHERE owner = ? AND own_id = ?", old)
+        self.swept = rows[-1][:2] if len(rows) == RECEIPTS_SWEPT else ("", "")
+        return self.swept != ("", "")
+
+
 class Store:
     """Events on disk, or in memory for `path` None. Raises Unusable when it cannot open."""
 
@@ -2847,17 +3192,20 @@ class Store:
         self.trouble = ""  # why events are being lost just now
 
     def _look_back(self) -> None:
-        """Where the last server stopped, and what of its history is nobody's any more:
-        private talks of people without an account end with their stay, and no stay
-        outlives the server."""
+        """Where the last server stopped."""
         newest = "e.id = (SELECT max(id) FROM events WHERE target = targets.id)"
         joined = f"targets JOIN events e ON e.target = targets.id AND {newest}"
-        # No channel outlives the server yet, and whoever founds these again is anybody
-        self.db.execute("UPDATE targets SET key = '~' || id, private = 0 WHERE private")
         row = self.db.execute(f"SELECT max(e.id), max(e.time) FROM {joined}").fetchone()
         self.last_id, self.last_time = (value or 0 for value in row)
-        self.orphans = {row[0] for row in self.db.execute("SELECT id FROM targets WHERE key > '~'")}
-        self.words = Index(self)
+        self.orphans: set[int] = set()
+        self.words, self.receipts = Index(self), Receipts(self)
+
+    def abandon(self, stays: Collection[str]) -> None:
+        """Give up what is nobody's any more: what was sealed, and private talks of people
+        without an account, which end with their stay; `stays` are those that go on."""
+        rows = self.db.execute("SELECT id, key FROM targets WHERE key > '~'").fetchall()
+        talks = {id: key.split() for id, key in rows}
+        self.orphans = {id for id, who in talks.items() if not who[1:] or stays.isdisjoint(who)}
 
     def commit(self, turn: Any, now: float) -> str:
         """One transaction for all of a turn's events: KEPT, BUSY (ask again) or LOST.
@@ -2872,6 +3220,7 @@ class Store:
                 if now - self.busy_since < BUSY_SECONDS:
                     return BUSY
             self.trouble = str(error)
+            self.receipts.not_kept(turn.receipts)
             return LOST
         self.busy_since = None
         self.trouble = ""
@@ -2891,6 +3240,8 @@ class Store:
             for key in audience.keys
         ]
         self.db.executemany(f"INSERT INTO events VALUES ({', '.join('?' * 11)})", rows)
+        if turn.receipts:
+            self.receipts.write(turn.receipts)
         for statement, values in turn.writes:
             self.db.execute(statement, values)
         for key in turn.sealed:
@@ -3033,32 +3384,34 @@ class Store:
         found = self.page(Span(place, kinds, Mark(id - 1), Mark(id + 1)), 1)
         return found[0] if found else None
 
-    def markers(self) -> Iterator[tuple[str, str, int]]:
-        yield from self.db.execute("SELECT owner, target, time FROM markers")
+    def rows(self, table: str) -> list[tuple]:
+        return self.db.execute(f"SELECT * FROM {table}").fetchall()
 
     # Housekeeping
 
-    def prune(self, idle: bool) -> bool:
+    def prune(self, idle: bool, now: int) -> bool:
         """Delete one slice of what is over the limits; say whether there is more to do."""
         overdue = (t for t in self.excess if self.counts.get(t, 0) > self.keep * PRUNE_OVERDUE)
         target = next(iter(self.orphans or self.excess) if idle else overdue, None)
         if target is None:
             return False
         try:
-            self._delete_oldest(target, 0 if target in self.orphans else self.keep)
+            self._delete_oldest(target, 0 if target in self.orphans else self.keep, now)
         except sqlite3.Error:
             self._roll_back()  # busy or full: the next idle turn tries again
             return False
         return bool(self.orphans or self.excess)
 
-    def _delete_oldest(self, target: int, keep: int) -> None:
+    def _delete_oldest(self, target: int, keep: int, now: int) -> None:
         """One slice of what `target` has beyond `keep` rows. With none to keep, the target
         goes when nothing was found, whatever the count says: a crash leaves it too low."""
         excess = self.counts.get(target, 0) - keep if keep else PRUNE_ROWS
         oldest = "SELECT id FROM events WHERE target = ? ORDER BY id LIMIT ?"
         delete = f"DELETE FROM events WHERE target = ? AND id IN ({oldest})"
         count = max(0, min(PRUNE_ROWS, excess))
+        gone = f"UPDATE receipts SET time = ? WHERE target = ? AND event IN ({oldest})"
         self.db.execute("BEGIN IMMEDIATE")
+        self.db.execute(gone, [now, target, target, count])
         deleted = self.db.execute(delete, [target, target, count]).rowcount
         if not keep and not deleted:
             self.db.execute("DELETE FROM targets WHERE id = ?", [target])
@@ -3236,6 +3589,7 @@ IRC_EVENTS = {  # kind -> the line behind its source; {tail} is " :TEXT" if ther
     REDACT: "REDACT {where} {text}",
     RENAME: "RENAME {about} {where} :{text}",
     ACCOUNT: "ACCOUNT {about}",
+    HOST: "CHGHOST {about} {text}",
     INVITED: "INVITE {about} {text}",
     JOIN: "JOIN {where}",
     PART: "PART {where}{tail}",
@@ -3272,6 +3626,7 @@ CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value
     "away-notify": "",
     "batch": "",
     "cap-notify": "",
+    "chat.py/session": "",
     "chghost": "",
     "echo-message": "",
     "extended-join": "",
@@ -3289,6 +3644,7 @@ CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value
 NEEDS_CAPABILITY = {  # to be told of these events
     ACCOUNT: "account-notify",
     AWAY: "away-notify",
+    HOST: "chghost",
     INVITED: "invite-notify",
     REALNAME: "setname",
     REDACT: "draft/message-redaction",
@@ -3475,13 +3831,22 @@ class Labelled(NamedTuple):
 
 
 CONCAT = "draft/multiline-concat"
+OWN_ID = "+chat.py/id"  # what a client calls its message: under one id it is said once
+
+
+def client_id(session: "IrcSession", target: str) -> str:
+    """What the client calls the message that it sends; one to several people has no such
+    name, which would have to mean each of them."""
+    own = session.message.tags.get(OWN_ID, "") if session.message.tags else ""
+    return own if session.wire.tagged and is_word(own, OWN_ID_BYTES) and "," not in target else ""
 
 
 class Collected:
     """A message of several lines that has been begun (draft/multiline)."""
 
-    def __init__(self, reference: str, target: str, label: str, tags: str):
+    def __init__(self, reference: str, target: str, label: str, tags: str, own_id: str):
         self.reference, self.target, self.label, self.tags = reference, target, label, tags
+        self.own_id = own_id
         self.verb = ""
         self.text = ""
         self.lines = 0
@@ -3571,6 +3936,7 @@ class IrcSession(Session):
         "away",
         "metadata",
         "realname",
+        "secret",
         "subscribed",
         "username",
         "wanted",
@@ -3590,6 +3956,7 @@ class IrcSession(Session):
         self.labelled: Labelled | None = None  # where its answer began, if it has a label
         self.batch = ""  # that a long answer is in
         self.subscribed: dict[str, None] = {}  # keys of metadata
+        self.secret = ""
         self.account = self.away = ""  # logged in to, and away, before there is a user
         self.login = ""  # Account.identity of that account
         self.from_service = False  # the answer is NickServ's
@@ -3652,6 +4019,10 @@ class IrcSession(Session):
         self.say(f":{by.mask} KILL {self.nick} :{reason}")
         super().killed(by, reason)
 
+    def replaced(self) -> None:
+        self.fail("SESSION", "REPLACED", "another connection of yours has this place now")
+        super().replaced()
+
     def fail(self, verb: str, code: str, text: str, *about: str) -> None:
         """A standard reply (IRCv3), for what no numeric says."""
         params = "".join(f"{as_param(one)} " for one in about)
@@ -3661,7 +4032,12 @@ class IrcSession(Session):
         """An echo would say that they are: this comes in its place."""
         for event in events:
             self.withheld.add(event.id)
-            self.fail("PRIVMSG", "NOT_KEPT", f"delivered but not kept: {reason}", f"{event.id:x}")
+            own_id = parse_tags(event.tags).get(OWN_ID, "")
+            self.tell_not_kept(f"{event.id:x}", *[own_id] if own_id else [], reason=reason)
+
+    def tell_not_kept(self, *ids: str, reason: str) -> None:
+        """The server's id of a message, and its sender's if it has one."""
+        self.fail("PRIVMSG", "NOT_KEPT", f"delivered but not kept: {reason}", *ids)
 
     def farewell(self, text: str) -> None:
         self.send(irc_bytes(f"ERROR :{text}"))
@@ -3949,6 +4325,39 @@ def take_name_back(hub: Hub, wanted: str, account: str) -> None:
         hub.rename_user(holder, free_name(hub, wanted))
 
 
+def tell_who_came(session: IrcSession, wanted: str, channels: Iterable[Channel]) -> None:
+    """All that a client is told at the beginning; it is in those channels already."""
+    welcome(session)
+    if "draft/metadata-3" in session.wire.capabilities:
+        tell_metadata(session, session.user, session.user.metadata)
+    if session.site.hub.accounts.is_foreign(wanted, session.account):
+        session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
+    for channel in channels:
+        session.say(f":{session.user.source.mask} JOIN {channel.name}")
+        tell_channel(session, channel)
+
+
+def own_place(session: IrcSession) -> User | None:
+    """Whoever has this session's secret. It is no log-in: of an account's user it makes no
+    more than those who are logged in to it may have."""
+    user = session.site.hub.places.get(session.secret)
+    if user and user.account not in ("", session.account):
+        text = f"log in to {user.account} to have your place again"
+        session.fail("SESSION", "ACCOUNT_REQUIRED", text)
+        session.secret = ""  # or it would be the secret of two places
+        return None
+    return user
+
+
+def who_is_there(session: IrcSession, wanted: str) -> User | None:
+    """The user of the same account under the name that is wanted. Raises Refused if it is
+    somebody else's."""
+    hub, account = session.site.hub, session.account
+    take_name_back(hub, wanted, account)
+    check_name(hub, wanted, account=account)
+    return hub.users.get(fold(wanted))
+
+
 def come_in(session: IrcSession) -> None:
     """Once there is all that it takes: a name, USER, and no negotiation going on."""
     if session.user or session.negotiating or not (session.wanted and session.username):
@@ -3959,29 +4368,22 @@ def come_in(session: IrcSession) -> None:
         return session.end("wrong password")
     if session.exchange:  # whoever ends the negotiation in the middle of it has given up
         abort_sasl(session)
-    hub, account = session.site.hub, session.account
-    if hub.accounts.identity(account) != session.login:  # it was given up meanwhile
-        account = session.account = ""
-    take_name_back(hub, session.wanted, account)
+    hub = session.site.hub
+    if hub.accounts.identity(session.account) != session.login:  # it was given up meanwhile
+        session.account = ""
     wanted, session.wanted = session.wanted, ""  # somebody may have taken it meanwhile
-    check_name(hub, wanted, account=account)
-    holder = hub.users.get(fold(wanted))
+    holder = own_place(session) or who_is_there(session, wanted)
     session.password = ""
     if holder:
         hub.attach(session, holder)
+        if session.account and holder.account != session.account:
+            hub.log_in(session, session.account)
     else:
-        free = free_name(hub, wanted, account=account)
-        user = hub.enter(session, free, session.username, session.realname, account)
+        free = free_name(hub, wanted, account=session.account)
+        user = hub.enter(session, free, session.username, session.realname, session.account)
         user.metadata, user.away = session.metadata, session.away
     session.conn.named()
-    welcome(session)
-    if "draft/metadata-3" in session.wire.capabilities:
-        tell_metadata(session, session.user, session.user.metadata)
-    if session.user.name != wanted and not holder:
-        session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
-    for channel in session.user.channels if holder else ():
-        session.say(f":{session.user.source.mask} JOIN {channel.name}")
-        tell_channel(session, channel)
+    tell_who_came(session, wanted, session.user.channels if holder else ())
 
 
 def check_server(session: IrcSession, name: str) -> None:
@@ -4212,6 +4614,17 @@ def irc_verify(session: IrcSession, name: str, code: str) -> None:
     log_in(session, account.name)
 
 
+@irc_command("SESSION", 1, nameless=True)
+def irc_session(session: IrcSession, secret: str) -> None:
+    """SESSION <secret> -- before NICK: 32 hexadecimal digits that no other client knows. Who
+    comes with them again, within a while, has the same place again"""
+    if session.user:
+        raise Refused("ALREADY_NAMED", "you are here already")
+    if not re.fullmatch(rf"[0-9a-f]{{{SECRET_DIGITS}}}", secret):
+        raise Refused("BAD_SECRET", f"a secret has {SECRET_DIGITS} hexadecimal digits")
+    session.secret = hashlib.sha256(secret.encode()).hexdigest()
+
+
 @irc_command("PING", 1, nameless=True)
 def irc_ping(session: IrcSession, token: str) -> None:
     """PING <token> -- is anybody there?"""
@@ -4333,14 +4746,54 @@ def client_tags(session: IrcSession) -> str:
     return ";".join(f"{key}={escaped_tag(value)}" if value else key for key, value in tags)
 
 
-def speak(session: IrcSession, audience: Any, text: str, kind: str, tags: str) -> None:
-    session.site.hub.say(session, audience, text, kind, tags)
+class Past(NamedTuple):
+    """What a channel or talk is called, for what was said there."""
+
+    name: str
+
+
+def repeated(session: IrcSession, name: str, own: str) -> bool:
+    """Whether that has been said: the line broke before the client could know. Then it hears
+    what it would have heard; of what is not there any more, that it was said."""
+    receipts, key = session.site.store.receipts, (session.author, own)
+    first = session.site.hub.turn.receipts.get(key)
+    if not own or not (first or key in receipts.lost or receipts.knows(*key)):
+        return False
+
+    def tell(found: tuple[int, Event | None]) -> None:
+        id, event = found
+        past = Past(name if name.startswith("#") else "")
+        if event is None:
+            mask, tags = session.user.source.mask, f"@msgid={id:x};{OWN_ID}={escaped_tag(own)}"
+            return session.send(irc_bytes(f"{tags} :{mask} TAGMSG {name}"))
+        for line in session.wire.encode(past, [event]) if session.wire.echo else ():
+            session.send(line)
+
+    if key in receipts.lost:
+        session.tell_not_kept("*", own, reason="it was said before, and could not be kept")
+    elif first:
+        tell((first.id, first))
+    else:
+        session.read(functools.partial(receipts.event, *key), tell)
+    return True
+
+
+def speak(
+    session: IrcSession, audience: Any, text: str, kind: str, tags: str, own: str = ""
+) -> None:
+    hub = session.site.hub
+    hub.say(session, audience, text, kind, tags)
+    if own:
+        hub.turn.receipts[session.author, own] = hub.turn.events[-1]
     if isinstance(audience, Conversation) and kind is MESSAGE:
         tell_away(session, audience.partner(session.user))
 
 
 def say(session: IrcSession, name: str, text: str, kind: str = MESSAGE) -> None:
     hub = session.site.hub
+    own = client_id(session, session.message.params[0])
+    if own and repeated(session, name, own):
+        return
     try:
         audience = hub.find_audience(session, name)
     except Refused:
@@ -4350,7 +4803,7 @@ def say(session: IrcSession, name: str, text: str, kind: str = MESSAGE) -> None:
     check_room(session, name, text)
     if kind is MESSAGE and text.startswith("\x01ACTION "):
         kind, text = ACTION, text[8:].removesuffix("\x01")
-    speak(session, audience, text, kind, client_tags(session))
+    speak(session, audience, text, kind, client_tags(session), own)
 
 
 @irc_command("PRIVMSG", most=2)
@@ -4399,7 +4852,8 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
         if session.collected:
             text = "there is one already; end that first"
             raise Refused("MULTILINE_INVALID", text, reference)
-        session.collected = Collected(reference, target, label, client_tags(session))
+        tags = client_tags(session)
+        session.collected = Collected(reference, target, label, tags, client_id(session, target))
         session.labelled = None  # the answer comes at its end
         return
     done, session.collected = session.collected, None
@@ -4411,8 +4865,11 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
         raise Refused("MULTILINE_INVALID", "there is nothing to say")
     if done.label and "labeled-response" in session.wire.capabilities:
         session.begin_answer(done.label)
+    if repeated(session, done.target, done.own_id):
+        return
     hub, kind = session.site.hub, MESSAGE if done.verb == "PRIVMSG" else NOTICE
-    speak(session, hub.find_audience(session, done.target), done.text, kind, done.tags)
+    audience = hub.find_audience(session, done.target)
+    speak(session, audience, done.text, kind, done.tags, done.own_id)
 
 
 @irc_command("AWAY", most=1, nameless=True)
@@ -4478,7 +4935,7 @@ def irc_topic(session: IrcSession, name: str, topic: str | None = None) -> None:
     """TOPIC <channel> [<topic>] -- read or set what a channel is about"""
     channel = session.site.hub.find_channel(name)
     if topic is not None:
-        return session.site.hub.set_topic(session, channel, cut(topic, TOPIC_BYTES))
+        return set_topic(session, channel, cut(topic, TOPIC_BYTES))
     if not channel.visible_to(session.user):
         channel.member(session.user)
     if not channel.topic:
@@ -4561,7 +5018,7 @@ def irc_invite(session: IrcSession, name: str = "", where: str = "") -> None:
             "NEED_MORE_PARAMS", "it goes like this: INVITE <nickname> <channel>", "INVITE"
         )
     user, channel = hub.find_user(name), hub.find_channel(where)
-    hub.invite(session, user, channel)
+    invite(session, user, channel)
     session.reply(RPL_INVITING, user.name, channel.name)
     tell_away(session, user)
 
@@ -4579,7 +5036,7 @@ def irc_kick(session: IrcSession, names: str, victims: str, reason: str = "") ->
         try:
             channel = hub.find_channel(where)
             channel.require(session.user)  # before anybody is told who is here
-            hub.kick(session, channel, hub.find_user(name), reason)
+            kick(session, channel, hub.find_user(name), reason)
         except Refused as refusal:
             session.refuse(refusal)
 
@@ -4762,12 +5219,6 @@ def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> No
 
 
 # History
-
-
-class Past(NamedTuple):
-    """What a channel or talk is called, for what was said there."""
-
-    name: str
 
 
 def invalid_target(subcommand: str, name: str) -> Refused:
@@ -5675,7 +6126,7 @@ def line_topic(session: LineSession, text: str = "") -> None:
     """/topic [TEXT] -- read or set the topic of the channel you speak in"""
     channel = session.place()
     if text:
-        session.site.hub.set_topic(session, channel, text)
+        set_topic(session, channel, text)
     tell_topic(session, channel)
 
 
@@ -5707,7 +6158,7 @@ def line_away(session: LineSession, reason: str = "") -> None:
 def line_invite(session: LineSession, name: str, where: str = "") -> None:
     """/invite NAME [#CHANNEL] -- ask somebody in, past any limit or ban"""
     user, channel = session.site.hub.find_user(name), named_channel(session, where)
-    session.site.hub.invite(session, user, channel)
+    invite(session, user, channel)
     session.tell(f"you invited {user.name} to {channel.name}")
 
 
@@ -5715,7 +6166,7 @@ def line_invite(session: LineSession, name: str, where: str = "") -> None:
 def line_kick(session: LineSession, name: str, reason: str = "") -> None:
     """/kick NAME [REASON] -- put somebody out of the channel you speak in"""
     user, channel = session.site.hub.find_user(name), session.place()
-    session.site.hub.kick(session, channel, user, reason)
+    kick(session, channel, user, reason)
     session.tell(f"you kicked {user.name} from {channel.name}")
 
 
@@ -5741,7 +6192,7 @@ def line_ban(session: LineSession, whom: str = "") -> None:
     change_modes(session, channel, [ModeChange(True, "b", mask)])
     meant = [m for m in channel.members if Mask(mask).matches(m)] if mask[:2] != "m:" else []
     for member in set(meant) - {session.user}:
-        session.site.hub.kick(session, channel, member, "banned")
+        kick(session, channel, member, "banned")
         session.tell(f"you kicked {member.name} from {channel.name}")
 
 
@@ -7061,13 +7512,18 @@ def mail_code(options: ServerOptions, address: str, name: str, code: str) -> Non
         raise Unusable("the mail could not be sent; try again later") from error
 
 
-def hub_of(store: Store) -> Hub:
+def hub_of(store: Store, now: float) -> Hub:
     """Where the last server stopped."""
     hub = Hub(store.last_id, store.last_time)
-    hub.begin(time.time())
+    hub.begin(now)
     hub.accounts.read(store.accounts())
-    for owner, target, when in store.markers():
+    for owner, target, when in store.rows("markers"):
         hub.markers.setdefault(owner, {})[target] = when
+    try:
+        revive(hub, store.rows("channels"), store.rows("stays"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise Unusable(f"the database {store.path} is damaged ({error!r}); move it away") from error
+    store.abandon({user.stay for user in hub.users.values()})
     return hub
 
 
@@ -7080,9 +7536,14 @@ class Keeper:
         self.checkpoint_due = False
         self.index_due = False
         self.committed = 0.0  # when, last
+        self.sweep()
 
-    def commit(self, turn: Turn) -> bool:
+    def commit(self, hub: Hub) -> bool:
         """The turn's events are stored, or never will be; False: not yet."""
+        settle(hub)
+        turn = hub.turn
+        if not (turn.events or turn.writes):
+            return True
         self.committed = self.loop.now
         outcome = self.store.commit(turn, self.loop.now)
         if outcome == BUSY:
@@ -7115,8 +7576,14 @@ class Keeper:
             self.loop.call_soon(self.index)
 
     def prune(self, idle: bool) -> None:
-        if self.store.prune(idle) and idle:
+        if self.store.prune(idle, int(time.time() * 1000)) and idle:
             self.loop.call_soon(do_nothing)  # and another slice in the next turn
+
+    def sweep(self) -> None:
+        more = False
+        with contextlib.suppress(sqlite3.Error):  # busy or full: another time
+            more = self.store.receipts.sweep(int(time.time() * 1000))
+        self.loop.call_later(0 if more else SWEEP_SECONDS, self.sweep)
 
     def checkpoint(self) -> None:
         def done(error: Exception | None) -> None:
@@ -7127,6 +7594,24 @@ class Keeper:
         self.helpers.submit(self, self.store.checkpoint, done)
 
 
+def site_of(server: "Server") -> Site:
+    """What the sessions of a server share, as the command line wants it."""
+    options = server.options
+    return Site(
+        server.hub,
+        server.store,
+        server.later,
+        server.read,
+        server,
+        options.password,
+        options.name,
+        options.network,
+        {name: make_verifier(word, OPERATOR_ROUNDS) for name, word in options.oper},
+        options.register,
+        options.sts or 0,
+    )
+
+
 class Server:
     """Everything of one running server."""
 
@@ -7135,21 +7620,8 @@ class Server:
         self.tls_context = server_tls_context(options)
         path = options.data / "chat.db" if options.data else None
         self.store = Store(path, options.keep)
-        self.hub = hub_of(self.store)
-        operators = {n: make_verifier(word, OPERATOR_ROUNDS) for n, word in options.oper}
-        self.site = Site(
-            self.hub,
-            self.store,
-            self.later,
-            self.read,
-            self,
-            options.password,
-            options.name,
-            options.network,
-            operators,
-            options.register,
-            options.sts or 0,
-        )
+        self.hub = hub_of(self.store, time.time())
+        self.site = site_of(self)
         self.motd = read_motd(options.motd)
         self.mail = functools.partial(mail_code, options)
         self.note = functools.partial(log.warning, "%s")  # what operators do goes to the log
@@ -7167,6 +7639,8 @@ class Server:
         self.stopping = self.restarting = False
         self.listeners = [Listener(self, *address) for address in options.listen]
         self.tls_port = self.listeners[0].address[1]  # the same as for plain text
+        for user in self.hub.users.values():  # of the last server
+            self.miss(user)
         loop.turn_begins = self.begin_turn
         loop.turn_ends = self.end_turn
 
@@ -7339,9 +7813,9 @@ class Server:
         self.hub.begin(time.time())
 
     def end_turn(self) -> None:
-        turn = self.hub.turn
-        if (turn.events or turn.writes) and not self.keeper.commit(turn):
+        if not self.keeper.commit(self.hub):
             return
+        turn = self.hub.turn
         if turn.apart or turn.events or turn.writes:  # something happened
             try:
                 self.deliver(turn)
@@ -7422,8 +7896,7 @@ class Server:
 
     def close(self) -> None:
         """After the loop has ended: what is left goes to the store."""
-        if self.hub.turn.events or self.hub.turn.writes:
-            self.store.commit(self.hub.turn, self.loop.now)
+        self.keeper.commit(self.hub)
         self.helpers.close()
         self.store.close()
         self.door.close()

@@ -88,7 +88,7 @@ class House:
     def __init__(self, password=None, store=None):
         self.now = 1_000_000.0
         self.store = store or chat.Store(None)
-        self.hub = chat.Hub(self.store.last_id, self.store.last_time)
+        self.hub = chat.hub_of(self.store, self.now)
         operators = {"boss": BOSS}
         self.site = chat.Site(
             self.hub, self.store, self.later, self.later, self, password, operators=operators
@@ -164,6 +164,7 @@ class House:
     def turn(self):
         """The commit and the write beat, and what helpers were asked for."""
         turn = self.hub.turn
+        chat.settle(self.hub)
         done = self.store.commit(turn, self.now)
         assert done == chat.KEPT
         seen = set()
@@ -948,8 +949,8 @@ alice> CAP END
 === CAP: no negotiation, no names, until it is over
 +erin
 erin> CAP LS 302
-erin< CAP * LS * :account-notify account-tag draft/account-registration draft/chathistory draft/event-playback draft/channel-rename draft/message-redaction draft/metadata-3=before-connect,max-subs=50,max-keys=20,max-value-bytes=300 draft/no-implicit-names draft/pre-away draft/multiline=max-bytes=16384,max-lines=200 draft/read-marker sasl=PLAIN,SCRAM-SHA-256 away-notify batch cap-notify chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags multi-prefix
-erin< CAP * LS :server-time setname soju.im/search standard-replies userhost-in-names
+erin< CAP * LS * :account-notify account-tag draft/account-registration draft/chathistory draft/event-playback draft/channel-rename draft/message-redaction draft/metadata-3=before-connect,max-subs=50,max-keys=20,max-value-bytes=300 draft/no-implicit-names draft/pre-away draft/multiline=max-bytes=16384,max-lines=200 draft/read-marker sasl=PLAIN,SCRAM-SHA-256 away-notify batch cap-notify chat.py/session chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags
+erin< CAP * LS :multi-prefix server-time setname soju.im/search standard-replies userhost-in-names
 erin> NICK erin
 erin> USER erin 0 * :Erin
 erin> CAP REQ :multi-prefix setname
@@ -968,7 +969,7 @@ erin> CAP
 erin< 461 erin CAP :it goes like this: CAP LS|LIST|REQ|END [<capabilities>]
 === CAP: is heard also later, and counts from the next line on
 alice> CAP LS
-alice< CAP alice LS :account-notify account-tag draft/account-registration draft/chathistory draft/event-playback draft/channel-rename draft/message-redaction draft/metadata-3 draft/no-implicit-names draft/pre-away draft/multiline draft/read-marker sasl away-notify batch cap-notify chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags multi-prefix server-time setname soju.im/search standard-replies userhost-in-names
+alice< CAP alice LS :account-notify account-tag draft/account-registration draft/chathistory draft/event-playback draft/channel-rename draft/message-redaction draft/metadata-3 draft/no-implicit-names draft/pre-away draft/multiline draft/read-marker sasl away-notify batch cap-notify chat.py/session chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags multi-prefix server-time setname soju.im/search standard-replies userhost-in-names
 alice> JOIN #a
 alice< :alice JOIN #a
 alice< 353 alice = #a :@alice
@@ -1873,7 +1874,7 @@ alice< 402 alice elsewhere :there is no such server; this one stands alone
 === HELP: is made from the handlers
 alice> HELP
 alice< 704 alice * :HELP <command> tells more about one of these:
-alice< 705 alice * :ADMIN AUTHENTICATE AWAY BATCH CAP CHATHISTORY CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON JOIN KICK KILL LINKS LIST LUSERS MARKREAD METADATA MODE MONITOR MOTD NAMES NICK NOTICE NS OPER PART PASS PING PONG PRIVMSG QUIT REDACT REGISTER REHASH RENAME RESTART SEARCH SERVER SERVICE SERVLIST SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOPIC TRACE USER USERHOST USERS VERIFY VERSION WALLOPS WHO WHOIS WHOWAS
+alice< 705 alice * :ADMIN AUTHENTICATE AWAY BATCH CAP CHATHISTORY CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON JOIN KICK KILL LINKS LIST LUSERS MARKREAD METADATA MODE MONITOR MOTD NAMES NICK NOTICE NS OPER PART PASS PING PONG PRIVMSG QUIT REDACT REGISTER REHASH RENAME RESTART SEARCH SERVER SERVICE SERVLIST SESSION SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOPIC TRACE USER USERHOST USERS VERIFY VERSION WALLOPS WHO WHOIS WHOWAS
 alice< 706 alice * :End of help
 alice> HELP JOIN
 alice< 704 alice JOIN :JOIN <channel>{,<channel>} [<key>{,<key>}]
@@ -2905,6 +2906,25 @@ dora< * WHEN [#a] alice: the quick brown fox
 dora< * found 1 message with FOX
 dora> /search nothing
 dora< * found 0 messages with nothing
+=== SESSION: a secret before the name, and no other
++erin
+erin> SESSION
+erin< 461 * SESSION :it goes like this: SESSION <secret>
+erin> SESSION secret
+erin< FAIL SESSION BAD_SECRET :a secret has 32 hexadecimal digits
+erin> SESSION 0123456789abcdef0123456789abcdef
+erin> NICK erin
+erin> USER e 0 * :E
+erin< the welcome
+erin> SESSION 0123456789abcdef0123456789abcdef
+erin< 462 erin :you are here already
++fred
+fred> SESSION 0123456789abcdef0123456789abcdef
+fred> NICK fred
+fred> USER e 0 * :E
+erin< FAIL SESSION REPLACED :another connection of yours has this place now
+erin< ERROR :Closing link: Another connection of yours took this place
+fred< the welcome
 """  # noqa: E501 -- lines as they are on the wire
 
 
@@ -4266,7 +4286,7 @@ def test_after_a_crash_private_talks_are_deleted_to_the_last_row_and_never_seen_
     store.db.close()
     house = House(store=chat.Store(folder / "chat.db"))
     house.enter("eve")
-    while house.store.prune(idle=True):
+    while house.store.prune(idle=True, now=0):
         house.say("eve", "/join #new", "/part")
         house.turn()
     assert texts(house.store, "#new") == []
@@ -4282,7 +4302,7 @@ def test_counts_do_not_drift_while_history_is_pruned_under_load(folder):
     for _ in range(100):
         house.say("alice", *["x"] * 90)
         house.turn()
-        store.prune(idle=False)
+        store.prune(idle=False, now=0)
     rows = store.db.execute("SELECT count(*) FROM events").fetchone()[0]
     assert store.counts == {store.targets[chat.LOBBY]: rows} and rows < 1300
 
@@ -4293,7 +4313,7 @@ def test_memory_holds_only_so_much_history(monkeypatch):
     for n in range(20):
         house.say("alice", f"/join #{n}", *["x" * 1000] * 100, "/part")
         house.turn()
-        while house.store.prune(idle=True):
+        while house.store.prune(idle=True, now=0):
             pass
     assert len(texts(house.store, "#19", 1000)) == 100
     assert texts(house.store, "#0") == []
@@ -4318,7 +4338,7 @@ def test_history_is_pruned_by_count_in_slices(folder):
     house.turn()
     store.commit(chat.Turn(), house.now + 10)
     slices = 0
-    while store.prune(idle=True):
+    while store.prune(idle=True, now=0):
         slices += 1
     assert slices >= 2
     assert texts(store, chat.LOBBY, 1000) == [str(n) for n in range(1900, 2000)]
@@ -4351,12 +4371,12 @@ def test_pruning_waits_for_an_idle_turn_unless_it_is_overdue(folder):
     house.say("alice", *["x"] * 1050)
     house.turn()
     store.commit(chat.Turn(), house.now + 10)
-    assert not store.prune(idle=False)
+    assert not store.prune(idle=False, now=0)
     assert len(texts(store, chat.LOBBY, 2000)) == 1050
     house.say("alice", *["x"] * 100)
     house.turn()
     store.commit(chat.Turn(), house.now + 20)
-    store.prune(idle=False)
+    store.prune(idle=False, now=0)
     assert len(texts(store, chat.LOBBY, 2000)) == 1000
 
 
@@ -4367,7 +4387,8 @@ def test_private_talks_end_with_the_server(folder):
     house.turn()
     house.store.close()
     store = chat.Store(folder / "chat.db")
-    while store.prune(idle=True):
+    House(store=store)
+    while store.prune(idle=True, now=0):
         pass
     assert store.db.execute("SELECT key FROM targets").fetchall() == [(chat.LOBBY,)]
     assert store.db.execute("SELECT count(*) FROM events WHERE text = 'psst'").fetchone() == (0,)
@@ -4468,6 +4489,371 @@ def test_a_database_that_is_not_sound_and_ours_is_refused_in_one_line_and_not_to
 )
 def test_the_first_line_decides_the_dialect(line, dialect):
     assert chat.dialect_of(line) == dialect
+
+
+# ======================================================================================
+# WHAT OUTLIVES THE SERVER
+# ======================================================================================
+
+SECRET = "0123456789abcdef" * 2
+ECHOES = "CAP REQ :message-tags echo-message chat.py/session"
+
+
+def restarted(house, path):
+    """The next server on the same data: nobody said goodbye."""
+    house.turn()
+    house.store.close()
+    again = House(store=chat.Store(path))
+    again.now = house.now
+    again.hub.begin(again.now)
+    return again
+
+
+def come_again(house, label, name, secret=SECRET, account=""):
+    """A client with a secret; what it hears until it is there."""
+    session = house.connect_irc(label)
+    session.account, session.login = account, house.hub.accounts.identity(account)
+    house.say(label, ECHOES, f"SESSION {secret}", f"NICK {name}", "USER u 0 * :R", "CAP END")
+    house.turn()
+    return house.heard(label)
+
+
+def make_account(house, name):
+    house.hub.accounts.save(chat.Account(name, BOSS, "", len(name)), house.hub.turn)
+
+
+def names_in(house, channel):
+    return sorted(house.hub.channels[channel].names(None)) if channel in house.hub.channels else []
+
+
+def test_a_channel_founded_by_an_account_survives_the_server_with_all_that_was_set(folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    make_account(house, "alice")
+    make_account(house, "bob")
+    come_again(house, "alice", "alice", account="alice")
+    come_again(house, "bob", "bob", "b" * 32, account="bob")
+    house.say("alice", "JOIN #ship", "TOPIC #ship :ahoy", "MODE #ship +klb hunter2 7 *!*@evil")
+    house.say("bob", "JOIN #ship hunter2")
+    house.say("alice", "MODE #ship +v bob", "METADATA #ship SET colour :blue")
+    house.say("alice", "QUIT")
+    house.say("bob", "QUIT")
+    state = house.hub.channels["#ship"].state()
+    again = restarted(house, path)
+    assert again.hub.users == {}
+    assert json.dumps(again.hub.channels["#ship"].state()) == json.dumps(state)
+    assert "hunter2" not in json.dumps(again.store.rows("channels"))
+    again.enter_irc("carol")
+    again.say("carol", "JOIN #ship", "LIST")
+    again.turn()
+    assert "475 carol #ship" in "".join(again.heard("carol"))
+    come_again(again, "bob", "bob", "c" * 32, account="bob")
+    again.say("bob", "JOIN #ship hunter2")
+    come_again(again, "alice", "alice", "d" * 32, account="alice")
+    again.say("alice", "JOIN #ship")
+    again.turn()
+    assert names_in(again, "#ship") == ["+bob", "~alice"]
+    assert ":chat.py 332 bob #ship ahoy" in [x.replace(":ahoy", "ahoy") for x in again.heard("bob")]
+    again.store.close()
+
+
+def test_who_has_a_secret_or_an_account_is_there_after_a_restart_absent_with_his_ranks(folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    come_again(house, "alice", "alice")
+    house.enter_irc("bob")
+    house.say("alice", "JOIN #s,#t", "MODE #s +i", "PRIVMSG #s :secret", "AWAY :tea")
+    house.say("bob", "JOIN #other")
+    again = restarted(house, path)
+    (user,) = again.hub.users.values()
+    assert (user.name, user.away, user.sessions) == ("alice", "tea", [])
+    assert [c.name for c in user.channels] == ["#s", "#t"]
+    assert "#other" not in again.hub.channels
+    heard = come_again(again, "alice", "alice")
+    assert [x for x in heard if " JOIN " in x] == [
+        ":alice!~u@127.0.0.1 JOIN #s",
+        ":alice!~u@127.0.0.1 JOIN #t",
+    ]
+    again.say("alice", "CHATHISTORY LATEST #s * 9", "MODE #s")
+    again.turn()
+    heard = again.heard("alice")
+    assert any("secret" in line for line in heard) and any("+int" in line for line in heard)
+    assert names_in(again, "#s") == ["@alice"]
+    again.say("alice", "QUIT")
+    third = restarted(again, path)
+    assert third.hub.users == {} and third.hub.channels == {}
+    assert third.store.rows("stays") == [] and third.store.rows("channels") == []
+    third.store.close()
+
+
+def test_a_private_talk_goes_on_after_a_restart_with_who_comes_back(folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    come_again(house, "alice", "alice")
+    come_again(house, "bob", "bob", "b" * 32)
+    house.say("alice", "PRIVMSG bob :psst")
+    again = restarted(house, path)
+    assert again.store.orphans == set()
+    come_again(again, "bob", "bob", "b" * 32)
+    again.say("bob", "CHATHISTORY LATEST alice * 9")
+    again.turn()
+    assert any(line.endswith("PRIVMSG bob :psst") for line in again.heard("bob"))
+    again.say("bob", "QUIT")
+    again.hub.give_up(again.hub.users["alice"])
+    third = restarted(again, path)
+    assert len(third.store.orphans) == 1
+    third.store.close()
+
+
+def test_who_comes_with_the_same_secret_takes_his_own_place_and_nobody_notices():
+    house = House()
+    come_again(house, "old", "alice")
+    house.enter_irc("bob")
+    house.say("old", "JOIN #a", "PRIVMSG #a :x")
+    house.say("bob", "JOIN #a")
+    house.turn()
+    house.heard("old"), house.heard("bob")
+    heard = come_again(house, "new", "alice")
+    assert house.heard("old") == [
+        ":chat.py FAIL SESSION REPLACED :another connection of yours has this place now",
+        "ERROR :Closing link: Another connection of yours took this place",
+    ]
+    assert house.heard("bob") == []
+    assert ":alice!~u@127.0.0.1 JOIN #a" in heard
+    assert len(house.hub.users["alice"].live) == 1
+
+
+def test_a_secret_is_no_log_in():
+    house = House()
+    make_account(house, "alice")
+    come_again(house, "owner", "alice", account="alice")
+    heard = come_again(house, "thief", "alice")
+    assert ":chat.py FAIL SESSION ACCOUNT_REQUIRED :log in to alice to have your place again" in (
+        "".join(heard)
+    )
+    assert not any(" 001 " in line for line in heard)
+    house.say("thief", "NICK mallory")
+    house.turn()
+    assert house.hub.users["mallory"].account == ""
+
+
+def test_a_line_that_breaks_leaves_the_place_for_a_while_and_a_quit_does_not():
+    house = House()
+    for how in (lambda: house.leave("alice"), lambda: house.say("alice", "QUIT")):
+        come_again(house, "alice", "alice")
+        house.say("alice", "JOIN #a")
+        house.turn()
+        how()
+        house.turn()
+        gone = "alice" not in house.hub.users
+    assert gone and house.missed != [] and house.hub.places == {} and house.hub.channels == {}
+
+
+def test_who_comes_back_from_elsewhere_is_seen_to_be_there():
+    house = House()
+    come_again(house, "alice", "alice")
+    house.enter_irc("bob")
+    house.say("bob", "CAP REQ chghost", "JOIN #a")
+    house.say("alice", "JOIN #a")
+    house.turn()
+    house.heard("bob")
+    house.leave("alice")
+    house.turn()
+    session = house.connect_irc("alice")
+    session.conn.address = "192.0.2.7:1"
+    house.say("alice", ECHOES, f"SESSION {SECRET}", "NICK alice", "USER u 0 * :R", "CAP END")
+    house.turn()
+    assert house.heard("bob") == [":alice!~u@127.0.0.1 CHGHOST ~u 192.0.2.7"]
+    assert house.hub.users["alice"].source.mask == "alice!~u@192.0.2.7"
+
+
+SECRETS = ["", "x", "0" * 31, "0" * 33, "G" * 32, "0" * 31 + "\u00e9"]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_what_is_no_secret_is_refused(secret):
+    house = House()
+    house.connect_irc("alice")
+    house.say("alice", f"SESSION {secret}")
+    house.turn()
+    (line,) = house.heard("alice")
+    assert "461" in line if not secret else "FAIL SESSION BAD_SECRET" in line
+
+
+def test_a_given_up_account_founds_nothing_any_more(folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    make_account(house, "alice")
+    come_again(house, "alice", "alice", account="alice")
+    house.enter_irc("bob")
+    house.say("alice", "JOIN #empty,#used", "PART #empty")
+    house.say("bob", "JOIN #used")
+    assert "#empty" in house.hub.channels
+    house.say("alice", "NS DROP secret")
+    house.turn()
+    assert "#empty" not in house.hub.channels and "#used" in house.hub.channels
+    again = restarted(house, path)
+    assert [*again.hub.channels] == ["#used"]  # alice has a secret still
+    assert again.hub.channels["#used"].founder == "" and again.hub.users["alice"].account == ""
+    again.store.close()
+
+
+def test_an_account_founds_only_so_many_channels(monkeypatch):
+    monkeypatch.setattr(chat, "CHANNELS_FOUNDED", 2)
+    house = House()
+    make_account(house, "alice")
+    come_again(house, "alice", "alice", account="alice")
+    house.say("alice", "JOIN #a,#b,#c", "PART #a,#b,#c")
+    assert sorted(house.hub.channels) == ["#a", "#b"]
+
+
+def test_a_founder_comes_into_his_channel_whatever_others_made_of_it():
+    house = House()
+    make_account(house, "alice")
+    come_again(house, "alice", "alice", account="alice")
+    house.say("alice", "JOIN #a")
+    house.enter_irc("bob")
+    house.say("bob", "JOIN #a")
+    house.say("alice", "MODE #a +o bob")
+    house.say("bob", "MODE #a -o alice", "MODE #a +ikb word alice!*@*", "KICK #a alice")
+    house.say("alice", "JOIN #a")
+    assert names_in(house, "#a") == ["@bob", "~alice"]
+
+
+# ======================================================================================
+# RECEIPTS
+# ======================================================================================
+
+
+def ids_said(house, channel="#a"):
+    return texts(house.store, channel)
+
+
+def test_a_message_under_a_known_id_is_said_once_and_answered_as_the_first_time():
+    house = House()
+    come_again(house, "alice", "alice")
+    house.enter_irc("bob")
+    house.say("alice", "JOIN #a")
+    house.say("bob", "JOIN #a")
+    house.turn()
+    house.heard("alice"), house.heard("bob")
+    line = "@+chat.py/id=18f-1 PRIVMSG #a :hello"
+    house.say("alice", line)
+    house.turn()
+    (first,) = house.heard("alice")
+    assert "+chat.py/id=18f-1" in first and first.endswith("PRIVMSG #a :hello")
+    for _ in range(2):
+        house.say("alice", line, "PING x")
+        house.turn()
+        assert [x for x in house.heard("alice") if "PONG" not in x] == [first]
+        come_again(house, "alice", "alice")
+    house.say("alice", line, line.replace("hello", "other words"))
+    house.turn()
+    assert house.heard("alice") == [first, first]
+    assert len(house.heard("bob")) == 1 and ids_said(house) == ["hello"]
+
+
+def test_a_repeat_in_the_same_turn_is_a_repeat():
+    house = House()
+    come_again(house, "alice", "alice")
+    house.say("alice", "JOIN #a")
+    house.turn()
+    house.heard("alice")
+    house.say("alice", *["@+chat.py/id=1;label=x PRIVMSG #a :hello"] * 3)
+    house.turn()
+    assert len(set(house.heard("alice"))) == 1 and ids_said(house) == ["hello"]
+
+
+def test_one_may_not_use_up_the_ids_of_another():
+    house = House()
+    come_again(house, "alice", "alice")
+    come_again(house, "bob", "bob", "b" * 32)
+    for who in ("alice", "bob"):
+        house.say(who, "JOIN #a", f"@+chat.py/id=1 PRIVMSG #a :{who}")
+    house.turn()
+    assert ids_said(house) == ["alice", "bob"]
+
+
+def test_a_receipt_outlives_redaction_pruning_and_the_server(folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    come_again(house, "alice", "alice")
+    house.say("alice", "JOIN #a", "@+chat.py/id=1 PRIVMSG #a :hello")
+    house.turn()
+    (id,) = house.store.db.execute("SELECT id FROM events WHERE text = 'hello'").fetchone()
+    house.say("alice", f"REDACT #a {id:x}")
+    again = restarted(house, path)
+    come_again(again, "alice", "alice")
+    again.say("alice", "@+chat.py/id=1 PRIVMSG #a :hello")
+    again.turn()
+    assert again.heard("alice") == [f"@msgid={id:x};+chat.py/id=1 :alice!~u@127.0.0.1 TAGMSG #a"]
+    assert ids_said(again) == []
+    again.store.close()
+
+
+def test_a_message_of_several_lines_is_said_once_under_its_id():
+    house = House()
+    come_again(house, "alice", "alice")
+    house.say("alice", "CAP REQ :batch draft/multiline", "JOIN #a")
+    house.turn()
+    house.heard("alice")
+    lines = [
+        "@+chat.py/id=1 BATCH +r draft/multiline #a",
+        "@batch=r PRIVMSG #a :one",
+        "@batch=r PRIVMSG #a :two",
+        "BATCH -r",
+    ]
+    heard = []
+    for _ in range(2):
+        house.say("alice", *lines)
+        house.turn()
+        heard.append(house.heard("alice"))
+    assert heard[0] == heard[1] and len(heard[0]) == 4 and ids_said(house) == ["one\ntwo"]
+
+
+def test_receipts_are_forgotten_a_month_after_their_message(folder):
+    house = House(store=chat.Store(folder / "chat.db", keep=1))
+    come_again(house, "alice", "alice")
+    house.say("alice", "JOIN #a")
+    for n in range(5):
+        house.say("alice", f"@+chat.py/id={n} PRIVMSG #a :{n}")
+        house.turn()
+
+    def known():
+        while house.store.receipts.sweep(now):
+            pass
+        return [own for (own,) in house.store.db.execute("SELECT own_id FROM receipts")]
+
+    now = int(house.now * 1000) + 2 * chat.RECEIPTS_MS
+    assert known() == ["0", "1", "2", "3", "4"]  # their messages are there
+    house.store.tally_due = 0
+    house.say("alice", "PRIVMSG #a :6")
+    house.turn()
+    while house.store.prune(idle=True, now=now):
+        pass
+    now += chat.RECEIPTS_MS - 1
+    assert known() == ["0", "1", "2", "3", "4"]
+    now += 2
+    assert known() == []
+    house.store.close()
+
+
+def test_what_could_not_be_kept_is_not_said_to_be(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    come_again(house, "alice", "alice")
+    house.say("alice", "JOIN #a")
+    house.turn()
+    house.heard("alice")
+    house.say("alice", "@+chat.py/id=1 PRIVMSG #a :hello")
+    house.store.receipts.not_kept(house.hub.turn.receipts)
+    house.hub.turn.not_kept("the disk is full")
+    house.hub.end(lost=True)
+    house.say("alice", "@+chat.py/id=1 PRIVMSG #a :hello")
+    house.turn()
+    (line,) = house.heard("alice")
+    assert line.startswith(":chat.py FAIL PRIVMSG NOT_KEPT * 1 :")
+    assert ids_said(house) == []
+    house.store.close()
 
 
 # ======================================================================================
