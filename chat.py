@@ -1729,6 +1729,7 @@ class Session:
     # wire.encode(audience, events) -> a line each; wire.own(event, line) -> what its origin gets
     wire: Any
     secret = ""  # the hash of one that only this client knows
+    unended = False  # whether a last line without its end counts; else it may be half of one
     probed = False  # whether its peer is asked now and then if it is there: probe()
     follows = False  # whether it hears more of those it watches than that they come and go
 
@@ -5977,10 +5978,11 @@ def why_renamed(hub: Hub, wanted: str, name: str) -> str:
 
 
 class LineSession(Session):
-    """Somebody at the line protocol: netcat, a workshop client, our own clients."""
+    """Somebody at the line protocol: netcat, or a workshop client."""
 
     __slots__ = ("collected", "greeted", "here", "passed", "wanted_lines", "wanted_name")
     wire = LINE_WIRE
+    unended = True
 
     def __init__(self, site: Site, conn: Any, greeted: bool = False):
         super().__init__(site, conn)
@@ -7323,10 +7325,8 @@ def somebody_joined(talk: IrcTalk, heard: Heard) -> None:
     if room := core.rooms.get(fold(name)):
         room.came(heard.name)
         address = heard.source.partition("@")[2]
-        core.show(
-            View(CAME, name=heard.name, where=room.name, address=address),
-            View(PEOPLE, where=room.name),
-        )
+        core.happened(room, View(CAME, name=heard.name, where=room.name, address=address))
+        core.show(View(PEOPLE, where=room.name))
 
 
 def somebody_went(talk: IrcTalk, room: Room, heard: Heard, name: str, why: str = "") -> None:
@@ -7337,10 +7337,8 @@ def somebody_went(talk: IrcTalk, room: Room, heard: Heard, name: str, why: str =
         room.inside = room.wanted = False
         return
     address = heard.source.partition("@")[2]
-    core.show(
-        View(WENT, why, name, room.name, address=address),
-        View(PEOPLE, where=room.name),
-    )
+    core.happened(room, View(WENT, why, name, room.name, address=address))
+    core.show(View(PEOPLE, where=room.name))
 
 
 @from_server("PART", least=1)
@@ -7366,7 +7364,7 @@ def somebody_kicked(talk: IrcTalk, heard: Heard) -> None:
     if room := core.rooms.get(fold(where)):
         reason = f": {why[0]}" if why else ""
         text = f"{heard.name} kicked {name} from {where}{reason}"
-        core.show(View(TOLD, text, where=room.name))
+        core.happened(room, View(TOLD, text, where=room.name))
         room.people.pop(name, None)
         if fold(name) == fold(core.name):
             room.inside = room.wanted = False
@@ -7381,7 +7379,7 @@ def somebody_renamed(talk: IrcTalk, heard: Heard) -> None:
         core.show(View(TOLD, f"you are {new}"))
     for room in list(core.rooms.values()):
         if room.renamed(old, new) and fold(new) != fold(core.name):
-            core.show(View(TOLD, f"{old} is now called {new}", where=room.name))
+            core.happened(room, View(TOLD, f"{old} is now called {new}", where=room.name))
     if fold(old) in core.rooms and fold(new) not in core.rooms:  # a private talk goes on
         core.rename(core.rooms[fold(old)], new)
     core.show(View(PEOPLE))
@@ -7392,7 +7390,7 @@ def channel_renamed(talk: IrcTalk, heard: Heard) -> None:
     core, (old, new, *_) = talk.core, heard.params
     if room := core.rooms.get(fold(old)):
         core.rename(room, new)
-        core.show(View(TOLD, f"{heard.name} renamed {old} to {new}", where=new))
+        core.happened(room, View(TOLD, f"{heard.name} renamed {old} to {new}", where=new))
 
 
 @from_server("TOPIC", least=2)
@@ -7400,7 +7398,7 @@ def topic_set(talk: IrcTalk, heard: Heard) -> None:
     if room := talk.core.rooms.get(fold(heard.params[0])):
         room.topic = heard.params[1]
         text = f"{heard.name} set the topic of {room.name}: " + room.topic
-        talk.core.show(View(TOLD, text, where=room.name, time=heard.time))
+        talk.core.happened(room, View(TOLD, text, where=room.name, time=heard.time))
 
 
 @from_server("332", least=3)
@@ -7420,7 +7418,7 @@ def modes_set(talk: IrcTalk, heard: Heard) -> None:
     if room is None:
         return
     text = f"{heard.name} set {' '.join(heard.params[1:])} in {room.name}"
-    talk.core.show(View(TOLD, text, where=room.name))
+    talk.core.happened(room, View(TOLD, text, where=room.name))
     ranks = talk.support.get("PREFIX", "(ov)@+").partition(")")[0]
     if set(letters) & set(ranks) - set("("):
         talk.send("NAMES", room.name)
@@ -7441,7 +7439,7 @@ def taken_back(talk: IrcTalk, heard: Heard) -> None:
         room.views.clear()
         room.views.extend(kept)
         text = f"{heard.name} took back a message"
-        talk.core.show(View(TOLD, text, where=room.name))
+        talk.core.happened(room, View(TOLD, text, where=room.name))
 
 
 @from_server("353", least=4)
@@ -7601,8 +7599,10 @@ class ClientCore:
         return self.take_views()
 
     def finish(self) -> list[View]:
-        """The server has closed: what came after the last newline is a line too."""
-        self.inbox.finish()
+        """The server has closed: what came after the last newline is a line too, but in IRC,
+        where it may be half of one."""
+        if self.kind == PLAIN:
+            self.inbox.finish()
         return self.feed(b"")
 
     def take_output(self) -> bytes:
@@ -7690,7 +7690,7 @@ class ClientCore:
             return self.show(View(BACK, text), View(NOTE, f"{error}; nothing was sent"))
         self.shown.add(one.id)
         shown = f"*{text}*" if kind == ACTION else text
-        view = View(SAID, shown, self.name, where, mine=True, own_id=one.id)
+        view = self.timed(View(SAID, shown, self.name, where, mine=True, own_id=one.id))
         self.room_for(where).views.append(view)
         self.show(view)
 
@@ -7736,6 +7736,19 @@ class ClientCore:
         elif len(room.held) < VIEWS_KEPT:
             room.held.append(view)
 
+    def timed(self, view: View) -> View:
+        """So that it is known later, too, when that was."""
+        return view if view.time is not None else view._replace(time=int(self.clock() * 1000))
+
+    def happened(self, room: Room, view: View) -> None:
+        """Something else than a message, likewise."""
+        view = self.timed(view)
+        if room.held is None:
+            room.views.append(view)
+            self.show(view)
+        elif len(room.held) < VIEWS_KEPT:
+            room.held.append(view)
+
     def deliver(self, room: Room, view: View) -> None:
         """The next message of a room, in its order."""
         self.newest = max(self.newest, view.time or 0)
@@ -7751,6 +7764,7 @@ class ClientCore:
         if known or (fold(view.name) in self.ignored and not view.mine):
             return
         room.spoke(view.name)
+        view = self.timed(view)
         room.views.append(view)
         if room.name != self.here and not (view.mine or view.past):
             room.unread += 1
@@ -7761,7 +7775,7 @@ class ClientCore:
         """All that came before is here: now what has waited for it."""
         held, room.held = room.held or [], None
         for view in held:
-            self.deliver(room, view)
+            (self.deliver if view.kind == SAID else self.happened)(room, view)
         self.outbox.doubtful -= {
             one.id for one in self.outbox.waiting.values() if fold(one.where) == fold(room.name)
         }
@@ -8596,7 +8610,8 @@ class Peer(Connection):
     def ended(self) -> None:
         if self.inbox is None:
             return self.close()
-        self.inbox.finish()
+        if self.session is None or self.session.unended:
+            self.inbox.finish()
         self.server.act(self)
 
     def resume(self) -> None:
@@ -9694,6 +9709,8 @@ class Link:
             return
         if data := self.core.take_output():
             self.conn.write(data)
+        if self.core.kind in (CHAT, IRC):  # which are worth looking for when they are lost
+            self.patience = max(self.patience, RETRY_SECONDS)
         if self.core.redial:
             return self.conn.drop("it speaks something else")
         if self.core.ready:
@@ -9704,8 +9721,6 @@ class Link:
         self.stood, self.backoff = self.loop.now, BACKOFF_FIRST
         if not self.target.kind:  # what somebody insisted on was not found out
             self.known.remember(self.target, kind=self.core.kind)
-        if self.core.kind != PLAIN:
-            self.patience = max(self.patience, RETRY_SECONDS)
         self.make_room()
         if self.leaving and not self.core.outbox.waiting:
             self._say_goodbye()
@@ -9761,6 +9776,7 @@ class Link:
     def lost(self, reason: str) -> None:
         """The line is broken, or could not be had."""
         self.conn = None
+        refused = bool(self.core.refusal) and not self.core.ready
         if self.timer:
             self.timer.cancel()
         if self.core.talk or self.core.listening:
@@ -9782,7 +9798,7 @@ class Link:
             self._end("")
         elif self.core.redial:
             self.start()
-        elif self.patience == 0 or waited:
+        elif self.patience == 0 or waited or (refused and not self.asks):
             self._end(why)
         else:
             self._come_back(reason)

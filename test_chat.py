@@ -5096,7 +5096,7 @@ def foreign_scripts():
         yield pytest.param(lines, id=name)
 
 
-@pytest.mark.parametrize("lines", foreign_scripts())
+@pytest.mark.parametrize("lines", list(foreign_scripts()))
 def test_a_client_gets_on_with_every_server(lines):
     core = chat.ClientCore("alice", kind=chat.IRC)
     core.connected()
@@ -5528,7 +5528,7 @@ def test_nothing_is_lost_or_doubled_wherever_the_line_breaks(seeded):
     pairs = {name: Pair(house, name, tidy=False) for name in ("alice", "bob")}
     house.heard("witness")
     said = dict.fromkeys(pairs, 0)
-    for round in range(150):
+    for _ in range(150):
         for name, pair in pairs.items():
             for _ in range(seeded.randrange(4)):
                 said[name] += 1
@@ -6061,6 +6061,19 @@ def test_a_quit_before_anything_else_is_answered(running):
     guest = running().guest()
     guest.send("QUIT\r\n")
     assert guest.rest() == b"ERROR :Closing link: Quit\r\n"
+
+
+def test_half_a_line_of_irc_is_none_and_in_the_line_protocol_it_is_one(running):
+    server = running()
+    bob, carol, dora = server.guest("bob"), server.guest(), server.guest("dora")
+    bob.line()
+    carol.enter_irc("carol", "JOIN #lobby")
+    carol.send("PRIVMSG #lobby :half a sen")
+    carol.sock.shutdown(socket.SHUT_WR)
+    assert "left" in bob.until("left")[-1]
+    dora.send("half a sen")
+    dora.sock.shutdown(socket.SHUT_WR)
+    assert bob.until("left")[:-1] == ["dora: half a sen"]
 
 
 def test_a_silent_irc_client_is_asked_and_then_let_go_and_others_are_told(running, monkeypatch):
@@ -6721,6 +6734,225 @@ def test_what_kind_of_server_it_is_is_remembered(folder):
 )
 def test_a_server_is_named_by_host_and_port_or_a_url(text, target):
     assert tuple(chat.parse_target(text)) == target
+
+
+# ======================================================================================
+# FAULTS
+# ======================================================================================
+# Two piped clients, a server, and between them a network that does what networks do. The
+# clients are as patient as they are, but in hundredths of their seconds. CHAT_FAULTS=10 runs
+# each ten times, with other seeds and a thousand lines.
+
+RUNS = int(os.environ.get("CHAT_FAULTS", 0))
+FAULTS = range(max(1, RUNS))
+LINES_SAID = 1000 if RUNS else 300
+
+
+class Proxy:
+    """Carries bytes both ways; breaks, delays and swallows them as it is told."""
+
+    def __init__(self, server, seeded=None, least=0, most=0, latency=0.0, rate=math.inf):
+        self.server, self.seeded = server, seeded
+        self.least, self.most = least, most  # bytes until a connection is reset; 0: never
+        self.latency, self.rate = latency, rate  # seconds, bytes a second
+        self.deaf = threading.Event()  # what comes is taken, and goes nowhere
+        self.resets = 0
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.address = self.listening.getsockname()
+        self.where = chat.address_text(*self.address)
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                near, _ = self.listening.accept()
+                far = socket.create_connection(self.server)
+            except ConnectionRefusedError:  # the server is down: so are we
+                near.close()
+                continue
+            except OSError:
+                return
+            budget = [self.seeded.randrange(self.least, self.most) if self.most else math.inf]
+            for one, other in ((near, far), (far, near)):
+                pump = functools.partial(self.pump, one, other, budget, self.deaf)
+                threading.Thread(target=pump, daemon=True).start()
+
+    def swallow(self):
+        """The connections that there are stay open, and nothing comes through."""
+        self.deaf.set()
+        self.deaf = threading.Event()
+
+    def pump(self, source, sink, budget, deaf):
+        waiting = collections.deque()  # when to go on, and what with
+        with contextlib.suppress(OSError):
+            while data := source.recv(1024):
+                if deaf.is_set():
+                    continue
+                waiting.append((time.monotonic() + self.latency, data))
+                budget[0] -= len(data)
+                while waiting:
+                    due, data = waiting.popleft()
+                    time.sleep(max(0.0, due - time.monotonic()) + len(data) / self.rate)
+                    sink.sendall(data[: max(0, len(data) + int(min(budget[0], 0)))])
+                if budget[0] <= 0:
+                    self.resets += 1
+                    for sock in (source, sink):
+                        reset = struct.pack("ii", 1, 0)
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                    break
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.listening.close()
+
+
+IMPATIENT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import chat
+chat.BACKOFF_FIRST, chat.BACKOFF_MOST, chat.WATCH_SECONDS = 0.02, 0.2, 0.05
+chat.SILENT_SECONDS, chat.WAITING_SECONDS, chat.LISTEN_SECONDS = float(sys.argv[2]), 0.8, 2.0
+sys.exit(chat.main(["client", *sys.argv[3:]]))
+"""
+
+
+def piped(name, where, folder=None, silent=2.0, **options):
+    """A client as a filter that does not wait for long."""
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    state = [] if folder else ["--no-state"]
+    environment = os.environ | {"XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
+    command = [sys.executable, "-c", IMPATIENT, str(HERE), str(silent), name, *state]
+    return Program(
+        [*command, "--server", f"irc://{where}"], env=environment, **{**pipes, **options}
+    )
+
+
+class Witness(Guest):
+    """Somebody on a good line, who hears everything."""
+
+    def __init__(self, address):
+        super().__init__(address)
+        self.enter_irc("witness", "JOIN #lobby")
+
+    def heard(self, last):
+        """Until that was said: what was said, and everything else that was seen."""
+        lines = [line for line in self.until(f" :{last}") if " PRIVMSG " in line or "!" in line]
+        said = [line.rstrip().split(" :", 1)[1] for line in lines if " PRIVMSG " in line]
+        return said, [line for line in lines if " PRIVMSG " not in line]
+
+
+def receives(process, last):
+    """What a piped client prints, until it prints that."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line.decode().rstrip("\n").removeprefix("> "))
+        if lines[-1] == last:
+            return lines
+    raise AssertionError(f"ended before {last}: {lines[-3:]}")
+
+
+def numbered(count):
+    return [f"line {n}" for n in range(count)]
+
+
+def exactly_once(address, through, count=LINES_SAID, meanwhile=lambda: None, **options):
+    """alice says numbered lines, bob and a witness hear each of them once and in order."""
+    witness = Witness(address)
+    with piped("bob", through, **options) as bob, piped("alice", through, **options) as alice:
+        for _ in ("alice", "bob"):
+            witness.until(" JOIN ")
+        alice.stdin.write("".join(f"{line}\n" for line in numbered(count)).encode())
+        alice.stdin.close()
+        meanwhile()
+        lines = receives(bob, f"alice: line {count - 1}")
+        assert [x for x in lines if x.startswith("alice: ")] == [
+            f"alice: {line}" for line in numbered(count)
+        ]
+        assert alice.wait(60) == 0
+        said, others = witness.heard(f"line {count - 1}")
+        assert said == numbered(count)
+        assert others == [], "somebody saw the line break"
+    witness.close()
+
+
+@pytest.mark.parametrize("run", FAULTS)
+def test_connections_that_are_reset_at_random_lose_and_double_nothing(running, seeded, run):
+    server = running()
+    with Proxy(server.address, seeded, 2_000, 20_000) as proxy:
+        exactly_once(server.address, proxy.where)
+        assert proxy.resets > LINES_SAID / 30
+
+
+@pytest.mark.parametrize("run", FAULTS)
+def test_a_server_that_is_killed_five_times_loses_and_doubles_nothing(folder, seeded, run):
+    """kill -9 and a new start on the same data, while many lines are being said."""
+    sixth = LINES_SAID // 6
+    arguments = ("--data", folder / "srv", "--flood", "off")
+    with contextlib.ExitStack() as stack:
+        process, address = stack.enter_context(serving(*arguments))
+        listen = chat.address_text(*address)
+        proxy = stack.enter_context(Proxy(address, rate=60_000))
+        bob = stack.enter_context(piped("bob", proxy.where, folder / "bob"))
+        assert bob.stdout.readline().startswith(b"connected")
+        alice = stack.enter_context(piped("alice", proxy.where, folder / "alice"))
+        assert "alice" in bob.stdout.readline().decode()
+        alice.stdin.write("".join(f"{line}\n" for line in numbered(LINES_SAID)).encode())
+        alice.stdin.close()
+        heard = []
+        for kill in range(5):
+            heard += receives(bob, f"alice: line {kill * sixth + seeded.randrange(sixth)}")
+            process.kill()
+            process.wait(PATIENCE)
+            process = stack.enter_context(program("server", "--listen", listen, *arguments))
+            assert process.stdout.readline()
+        heard += receives(bob, f"alice: line {LINES_SAID - 1}")
+        assert alice.wait(60) == 0
+        said = [line.partition(": ")[2] for line in heard if line.startswith("alice: ")]
+        assert said == numbered(LINES_SAID)
+        assert not [line for line in heard if "left" in line or "joined" in line]
+
+
+def test_a_network_that_swallows_everything_is_noticed_and_left(running):
+    server = running()
+    with Proxy(server.address) as proxy:
+        exactly_once(server.address, proxy.where, 200, proxy.swallow)
+
+
+def test_a_slow_line_with_a_long_delay_carries_everything(running):
+    server = running()
+    with Proxy(server.address, latency=0.1, rate=20_000) as proxy:
+        exactly_once(server.address, proxy.where, 20)
+
+
+def test_what_waits_when_a_client_is_killed_is_said_by_the_next_one(running, folder):
+    server = running()
+    witness = Witness(server.address)
+    with Proxy(server.address) as proxy:
+        with piped("alice", proxy.where, folder, silent=100) as alice:
+            alice.stdin.write(b"before\n")
+            alice.stdin.flush()
+            witness.until(":before")
+            proxy.swallow()
+            alice.stdin.write("".join(f"{line}\n" for line in numbered(100)).encode())
+            alice.stdin.flush()
+            (path,) = (folder / "chat.py" / "client" / "outbox").iterdir()
+            while "line 99" not in path.read_text():
+                assert alice.poll() is None
+            alice.kill()
+            alice.wait(PATIENCE)
+        with piped("alice", proxy.where, folder) as again:
+            again.stdin.close()
+            assert again.wait(PATIENCE) == 0
+    assert "line" not in path.read_text()
+    said, _ = witness.heard("line 99")
+    assert said == numbered(100)
+    witness.close()
 
 
 # ======================================================================================
