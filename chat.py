@@ -114,7 +114,15 @@ REASON_BYTES = 200  # ... and this, why somebody is away, kicked or gone, beside
 USERNAME_BYTES = 20
 REALNAME_BYTES = 128
 CHANNEL_PASSWORD_BYTES = 32
-CHANNELS_A_USER = 50  # bounds the table of channels by the number of users
+CHANNELS_A_USER = 50  # bounds the table of channels by the number of users ...
+CHANNELS_FOUNDED = 50  # ... and of those that last, by the number of accounts
+STANDING_KEPT = 100  # accounts with a rank in a channel while they are not there
+SECRETS_A_USER = 10  # devices that may come back
+SECRET_DIGITS = 32  # hexadecimal: 128 bits
+OWN_ID_BYTES = 64  # of the id that a client gives its message
+RECEIPTS_MS = 30 * 24 * 3600 * 1000  # that such an id is known after its message is gone
+RECEIPTS_SWEPT = 500  # looked through at a time ...
+SWEEP_SECONDS = 3600.0  # ... and from when to when
 MASKS_A_LIST = 60  # bans of one channel: each is looked at when somebody joins or speaks
 MASK_BYTES = 200
 MODES_BYTES = 300  # of one change of modes: as for topics
@@ -202,6 +210,17 @@ WAL_RESTART_BYTES = 64 * 1024 * 1024  # PASSIVE checkpoints never reset it under
 CHECKED_ON_START_BYTES = 16 * 1024 * 1024  # a larger database is not read whole: 300 ms to start
 HISTORY_LINES = 20  # /history without a number: a screen
 HISTORY_LINES_MOST = 500
+PAGE_LINES = 100  # that our clients ask for at once
+SENT_AHEAD = 32  # messages of ours under way: what is sent again after a break, at most
+VIEWS_KEPT = 2000  # of a conversation, by our clients; more is in the server's history
+IDS_KEPT = 1000  # of messages, to tell a repeat
+BATCH_LINES = 10_000  # of what a server says at once ...
+BATCHES = 100  # ... and so many that it has not ended
+TARGETS_ASKED = 50  # private talks with something new, after a break
+SHOWN_FAILED = 100  # bytes of a message that did not arrive
+SHORT_NAME = 9  # letters that every server takes (RFC 2812 section 1.2.1) ...
+NAMES_TRIED = 4  # ... and names, before we give up
+SCRAM_ROUNDS = range(4096, 2_000_001)  # that a server may ask of us (RFC 7677 section 4)
 PAGE_BYTES = 128 * 1024  # of history at once: well below what closes a slow reader
 PEOPLE_LISTED = 10_000  # of a channel, by our clients
 NAMES_GREETED = 20  # who is here, told to a newcomer in one line
@@ -211,11 +230,15 @@ HELPER_THREADS = 2  # one may wait for the disk while the other reads a page
 
 LISTEN_SECONDS = 1.0  # how long our client waits for a server to speak first ...
 LISTEN_CONNECT_TIMES = 4  # ... or this many times what connecting took, the longer
-LISTEN_KNOWN_SECONDS = 10.0  # for a server known to be chat.py
 CONNECT_SECONDS = 10.0  # to one address, and as much again for the TLS handshake
 BACKOFF_FIRST = 0.5  # seconds before the first attempt to reconnect
 BACKOFF_MOST = 30.0
-BACKOFF_RESET = 5.0  # seconds a connection has to last for the back-off to begin anew
+NEXT_ADDRESS_SECONDS = 0.25  # until the next address is tried, too (RFC 8305 section 5)
+RETRY_SECONDS = 60.0  # that a filter looks for a server it has lost
+WATCH_SECONDS = 1.0  # between two looks whether the server is still there ...
+SILENT_SECONDS = 25.0  # ... which is given up after so long: half of it, then a PING ...
+WAITING_SECONDS = 10.0  # ... and sooner while a message waits to be acknowledged
+OUTBOX_FULL = 256  # messages: then a pipe is read later
 
 PAINTS_A_SECOND = 30  # of the terminal: more cannot be seen
 BENCH_QUIET_SECONDS = 0.3  # without news: everybody has joined
@@ -231,6 +254,9 @@ TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
 LOBBY = "#lobby"  # where everybody without a channel of their own finds themselves
 SERVICE = "NickServ"  # who looks after accounts, for clients that know no better
 SERVICE_KEY = SERVICE.lower()
+SERVICES = (SERVICE_KEY, "chanserv")  # and what other servers have
+PASSWORD_CHANGED = "your password is another now"  # as NickServ says it
+UNCONFIRMED = "sent-"  # before a message's id, in a PING that is sent behind it
 
 MESSAGE, ACTION, NOTICE = "message", "action", "notice"
 JOIN, PART, QUIT, NICK, TOPIC = "join", "part", "quit", "nick", "topic"
@@ -238,12 +264,13 @@ KICK, MODE, PASSWORD = "kick", "mode", "password"  # PASSWORD: the mode k
 RENAME = "rename"  # of a channel: about is the name it had
 INVITE, INVITED, AWAY, WALLOPS = "invite", "invited", "away", "wallops"
 REALNAME, ACCOUNT = "realname", "account"
+HOST = "host"  # somebody is connected from elsewhere: about is the username
 TAGS = "tags"  # a message that has nothing but tags: somebody is typing, or likes another
 REDACT = "redact"  # a message is taken back: the text is its id, and " :why"
 SOFT_BREAK = "\0"  # in a text: a client sent its line in two pieces here; nobody can type it
 SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
 PASSING = (  # for the moment, and not for history
-    *(INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, PASSWORD, REDACT, RENAME),
+    *(INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, REDACT, RENAME),
 )
 PLAYED = (*SPOKEN, TAGS, JOIN, PART, QUIT, KICK, NICK, MODE, TOPIC)  # all that history has
 
@@ -747,12 +774,17 @@ def sha256_hmac(key: bytes, text: bytes) -> bytes:
     return hmac.digest(key, text, "sha256")
 
 
-def scram_keys(password: str, salt: bytes, rounds: int) -> tuple[bytes, bytes]:
-    """StoredKey and ServerKey (RFC 5802 section 3)."""
+def client_keys(password: str, salt: bytes, rounds: int) -> tuple[bytes, bytes]:
+    """ClientKey and ServerKey (RFC 5802 section 3)."""
     prepared = unicodedata.normalize("NFKC", password).encode()
     salted = hashlib.pbkdf2_hmac("sha256", prepared, salt, rounds)
-    client_key = sha256_hmac(salted, b"Client Key")
-    return hashlib.sha256(client_key).digest(), sha256_hmac(salted, b"Server Key")
+    return sha256_hmac(salted, b"Client Key"), sha256_hmac(salted, b"Server Key")
+
+
+def scram_keys(password: str, salt: bytes, rounds: int) -> tuple[bytes, bytes]:
+    """StoredKey and ServerKey."""
+    client_key, server_key = client_keys(password, salt, rounds)
+    return hashlib.sha256(client_key).digest(), server_key
 
 
 class Verifier(NamedTuple):
@@ -861,6 +893,39 @@ def sasl_external(find: Lookup) -> Mechanism:
 
 
 MECHANISMS = {"PLAIN": sasl_plain, "SCRAM-SHA-256": sasl_scram, "EXTERNAL": sasl_external}
+
+
+def login_plain(account: str, password: str) -> Mechanism:
+    """sasl_plain() from the client's side: takes what the server says, gives the answers."""
+    yield b""
+    yield f"{account}\0{account}\0{password}".encode()
+
+
+def login_scram(account: str, password: str) -> Mechanism:
+    """sasl_scram() from the client's side; the server has to know the password, too."""
+    yield b""
+    nonce, name = secrets.token_urlsafe(18), account.replace("=", "=3D").replace(",", "=2C")
+    bare = f"n={name},r={nonce}"
+    try:
+        challenge = (yield f"n,,{bare}".encode()).decode()
+        fields = scram_fields(challenge)
+        salt, rounds = base64.b64decode(fields["s"]), int(fields["i"])
+        if not fields["r"].startswith(nonce) or rounds not in SCRAM_ROUNDS:
+            raise wrong_login()
+        client_key, server_key = yield functools.partial(client_keys, password, salt, rounds)
+        without_proof = f"c=biws,r={fields['r']}"
+        signed = f"{bare},{challenge},{without_proof}".encode()
+        signature = sha256_hmac(hashlib.sha256(client_key).digest(), signed)
+        proof = base64.b64encode(xor(client_key, signature)).decode()
+        final = (yield f"{without_proof},p={proof}".encode()).decode()
+        if base64.b64decode(scram_fields(final)["v"]) != sha256_hmac(server_key, signed):
+            raise wrong_login()
+    except (KeyError, ValueError):
+        raise wrong_login() from None
+    yield b""
+
+
+LOGINS = {"SCRAM-SHA-256": login_scram, "PLAIN": login_plain}  # the best one first
 
 
 class Exchange:
@@ -994,15 +1059,19 @@ class User:
         "metadata",
         "modes",
         "realname",
+        "secrets",
         "sessions",
         "since",
         "source",
         "spoke",
         "stay",
+        "stored",
     )
 
-    def __init__(self, source: Source, realname: str, number: int, now: int):
-        self.stay = f"~{number}"
+    def __init__(self, source: Source, realname: str, stay: str, now: int):
+        self.stay = stay
+        self.stored = False  # the store knows this stay
+        self.secrets: dict[str, None] = {}  # hashes; who knows one has this user's place
         self.login = ""  # Account.identity
         self.realname = realname
         self.modes: set[str] = set()
@@ -1053,6 +1122,35 @@ class User:
     def is_operator(self) -> bool:
         """Of the server: may do what an operator of any channel may."""
         return "o" in self.modes
+
+    @property
+    def may_return(self) -> bool:
+        """Whether this one could prove to be the same, without a line for a while."""
+        return bool(self.login or self.secrets)
+
+    def state(self) -> dict[str, Any]:
+        """What outlives the server, for JSON. Nobody operates the next server by that."""
+        return {
+            "source": {name: getattr(self.source, name) for name in SOURCE_FIELDS},
+            "login": self.login,
+            "secrets": [*self.secrets],
+            "realname": self.realname,
+            "modes": sorted(self.modes - {"o"}),
+            "away": self.away,
+            "since": self.since,
+            "metadata": self.metadata,
+            "channels": {c.key: c.members[self].ranks for c in self.channels},
+        }
+
+    @classmethod
+    def revived(cls, stay: str, state: dict[str, Any], now: int) -> "User":
+        """As state() had it, but for the channels."""
+        user = cls(source_of(**state["source"]), state["realname"], stay, state["since"])
+        user.login, user.away, user.stored = state["login"], state["away"], True
+        user.secrets = dict.fromkeys(state["secrets"])
+        user.modes, user.metadata, user.spoke = set(state["modes"]), state["metadata"], now
+        user.called(user.source)
+        return user
 
 
 class FormerUser(NamedTuple):
@@ -1174,14 +1272,34 @@ def full_mask(text: str) -> str:
     return f"{mute}{name or '*'}!{username or '*'}@{host or '*'}"
 
 
+class ChannelPassword(NamedTuple):
+    """What IRC calls the key. The store has a salted hash of it: one round, because all its
+    members know and tell each other such a word; it protects nobody's account."""
+
+    salt: str
+    digest: str
+    text: str = "*"  # as the members are told, until the server is restarted
+
+    def fits(self, word: str) -> bool:
+        digest = hashlib.sha256(f"{self.salt} {word}".encode()).hexdigest()
+        return hmac.compare_digest(digest, self.digest)
+
+
+def channel_password(word: str) -> ChannelPassword:
+    salt = secrets.token_hex(16)
+    return ChannelPassword(salt, hashlib.sha256(f"{salt} {word}".encode()).hexdigest(), word)
+
+
 class Channel:
-    """A room. Without members it ceases to exist; its history stays in the store."""
+    """A room. Without members it ceases to exist, unless an account founded it; its history
+    stays in the store."""
 
     __slots__ = (
         "by_wire",
         "created",
         "flags",
         "former",
+        "founder",
         "key",
         "keys",
         "last_time",
@@ -1192,9 +1310,15 @@ class Channel:
         "name",
         "password",
         "private",
+        "standing",
         "topic",
         "topic_setter",
         "topic_time",
+    )
+    # What the store keeps as it is
+    STATE = (
+        *("name", "founder", "standing", "topic", "topic_setter", "topic_time", "created"),
+        *("limit", "private", "metadata"),
     )
 
     def __init__(self, name: str, last_time: int, now: int):
@@ -1209,11 +1333,52 @@ class Channel:
         # Nobody from outside; and the lobby has no operators to set a topic
         self.flags = set("n") if self.key == LOBBY else set("nt")
         self.limit: int | None = None
-        self.password = ""  # IRC calls it the key
+        self.password: ChannelPassword | None = None
+        self.founder = ""  # Account.identity; "" if nobody with an account founded it
+        self.standing: dict[str, str] = {}  # ranks of accounts, by identity, if it has a founder
         self.private = False  # it was +i, +k or +s at some time
         self.metadata: dict[str, str] = {}
         self.lists: dict[str, dict[str, Mask]] = {letter: {} for letter in MASK_LISTS}
         self.last_time = last_time
+
+    # What outlives the server
+
+    def state(self) -> dict[str, Any]:
+        """For JSON."""
+        lists = {
+            letter: [(m.text, m.setter, m.when) for m in masks.values()]
+            for letter, masks in self.lists.items()
+        }
+        password = self.password and self.password._replace(text="*")
+        known = {name: getattr(self, name) for name in self.STATE}
+        return {**known, "flags": sorted(self.flags), "password": password, "lists": lists}
+
+    @classmethod
+    def revived(cls, state: dict[str, Any], last_time: int) -> "Channel":
+        """As state() had it, without its members."""
+        channel = cls(state["name"], last_time, 0)
+        for name in cls.STATE:
+            setattr(channel, name, state[name])
+        channel.flags = set(state["flags"])
+        channel.password = state["password"] and ChannelPassword(*state["password"])
+        for letter, masks in state["lists"].items():
+            channel.lists[letter] = {fold(text): Mask(text, *rest) for text, *rest in masks}
+        return channel
+
+    def standing_of(self, user: User) -> str:
+        """The ranks that somebody has here by his account."""
+        known = self.standing.get(user.login, "") if user.login else ""
+        return "q" + (known or "o") if self.founded_by(user) else known
+
+    def note_standing(self, user: User) -> None:
+        """Ranks of accounts last, where there is somebody whose channel it is."""
+        if self.founder and user.login:
+            self.standing.pop(user.login, None)
+            if (ranks := self.members[user].ranks) and len(self.standing) < STANDING_KEPT:
+                self.standing[user.login] = ranks
+
+    def founded_by(self, user: User) -> bool:
+        return bool(user.login) and user.login == self.founder
 
     # Who may what
 
@@ -1263,12 +1428,13 @@ class Channel:
 
     def check_entry(self, user: User, password: str) -> None:
         """Raise Refused unless this one may join."""
-        if self in user.invitations:
+        if self in user.invitations or self.founded_by(user):
             return
+        wrong = self.password is not None and not self.password.fits(password)
         obstacles = (
             (self.banned(user), "BANNED", "you are banned from it"),
             ("R" in self.flags and not user.account, "NEED_ACCOUNT", "one has to be logged in"),
-            (self.password not in ("", password), "BAD_PASSWORD", "it has a password (+k)"),
+            (wrong, "BAD_PASSWORD", "it has a password (+k)"),
             (
                 "i" in self.flags and not any(m.matches(user) for m in self.lists["I"].values()),
                 "INVITE_ONLY",
@@ -1285,7 +1451,8 @@ class Channel:
                 raise Refused(code, f"cannot join {self.name}: {text}", self.name)
 
     def visible_to(self, user: User) -> bool:
-        return "s" not in self.flags or user in self.members
+        """In lists; a channel that waits for its people is not one to go to."""
+        return bool(self.members) and "s" not in self.flags or user in self.members
 
     def names(self, viewer: User, multi: bool = False, masks: bool = False) -> list[str]:
         """The members that the viewer may see, each behind the symbol of the highest rank,
@@ -1303,7 +1470,8 @@ class Channel:
         values = []
         if self.password:
             letters.add("k")
-            values.append(self.password if user in self.members or user.is_operator else "*")
+            told = user in self.members or user.is_operator
+            values.append(self.password.text if told else "*")
         if self.limit is not None:
             letters.add("l")
             values.append(str(self.limit))
@@ -1331,13 +1499,15 @@ class Channel:
     def set_password(self, change: ModeChange) -> ModeChange | None:
         word = change.value
         if not change.on:
-            had, self.password = self.password, ""
+            had, self.password = self.password, None
             return ModeChange(False, "k", "*") if had else None
         if not is_word(word, CHANNEL_PASSWORD_BYTES) or "," in word:
             text = f"a channel's password is one word of at most {CHANNEL_PASSWORD_BYTES} bytes"
             raise self._bad_value(change._replace(value="*"), text)
-        changed, self.password, self.private = word != self.password, word, True
-        return change if changed else None
+        if self.password and self.password.fits(word):
+            return None
+        self.password, self.private = channel_password(word), True
+        return change
 
     def set_mask(self, change: ModeChange, setter: str, now: int) -> ModeChange | None:
         if not is_word(change.value, MASK_BYTES):
@@ -1583,6 +1753,8 @@ class Session:
     )
     # wire.encode(audience, events) -> a line each; wire.own(event, line) -> what its origin gets
     wire: Any
+    secret = ""  # the hash of one that only this client knows
+    unended = False  # whether a last line without its end counts; else it may be half of one
     probed = False  # whether its peer is asked now and then if it is there: probe()
     follows = False  # whether it hears more of those it watches than that they come and go
 
@@ -1601,6 +1773,12 @@ class Session:
     def host(self) -> str:
         """Where it comes from, for limits by address."""
         return self.conn.address.rpartition(":")[0]
+
+    @property
+    def author(self) -> str:
+        """Whose ids for messages these are: of the client that makes them, if it says which
+        it is, whoever is logged in; else of a person."""
+        return self.secret or self.user.identity
 
     def receive(self, line: bytes) -> None:
         """One complete line, or TOO_LONG, from the peer."""
@@ -1678,6 +1856,10 @@ class Session:
     def killed(self, by: Source, reason: str) -> None:
         """By an operator of the server."""
         self.end(f"Killed ({by.name} ({reason}))")
+
+    def replaced(self) -> None:
+        """By another connection of the same client."""
+        self.end("Another connection of yours took this place")
 
     def read_on(self, name: str) -> None:
         """Another device of the same user has read this on."""
@@ -1767,19 +1949,25 @@ class Turn:
         "apart",
         "changed",
         "events",
+        "kept",
         "left",
         "moved",
+        "receipts",
         "redacted",
         "renamed",
         "sealed",
+        "since",
         "writes",
     )
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.since: dict[Session, int] = {}  # connected in this turn, behind event id
+        self.receipts: dict[tuple[str, str], Event] = {}  # by Session.author, and own id
         self.renamed: list[tuple[str, str]] = []  # keys of channels, old and new
         self.redacted: list[tuple[str, int]] = []  # ids of what was taken back, and under which key
         self.sealed: list[str] = []  # keys whose history ends with this turn
+        self.kept: set[User | Channel] = set()  # what outlives the server, and has changed
         self.writes: list[tuple[str, tuple]] = []  # statements for the store, and their values
         self.apart: set[Session] = set()
         self.moved: set[User] = set()  # came to or left an audience in this turn
@@ -1789,6 +1977,7 @@ class Turn:
     def move(self, user: User, channel: Channel) -> None:
         self.moved.add(user)
         self.changed.add(channel)
+        self.kept |= {user, channel}
         channel.by_wire = None
         self.apart.update(user.sessions)
 
@@ -1821,7 +2010,8 @@ class Turn:
     def selection(self, session: Session, groups: list[Group]) -> bytes:
         """One session's own lines of the log, in the log's order."""
         user = session.user or self.left.get(session)
-        if len(groups) == 1 and not session.replies and user not in self.moved:
+        alone = len(groups) == 1 and not session.replies
+        if alone and user not in self.moved and session not in self.since:
             return b"".join(groups[0].lines_for(session))
         numbered: list[tuple[int, bytes]] = []
         for group in groups:
@@ -1829,6 +2019,8 @@ class Turn:
             if user in self.moved:
                 pairs = [pairs[n] for n in group.heard_by(user)]
             numbered += [(event.id, line) for event, line in pairs]
+        if since := self.since.get(session):
+            numbered = [pair for pair in numbered if pair[0] > since]
         numbered += session.replies  # behind the event they follow: sort() is stable
         numbered.sort(key=lambda pair: pair[0])
         return b"".join([data for _, data in numbered])
@@ -1865,8 +2057,11 @@ def change_rank(hub: "Hub", user: User, channel: Channel, change: ModeChange) ->
     if member is None:
         text = f"{other.name} is not in {channel.name}"
         raise Refused("USER_NOT_IN_CHANNEL", text, other.name, channel.name)
-    changed = member.set_rank(change.letter, change.on)
-    return change._replace(value=other.name) if changed else None
+    if not member.set_rank(change.letter, change.on):
+        return None
+    channel.note_standing(other)
+    hub.turn.kept.add(other)
+    return change._replace(value=other.name)
 
 
 def change_mode(hub: "Hub", user: User, channel: Channel, change: ModeChange) -> ModeChange | None:
@@ -2051,6 +2246,8 @@ class Hub:
         self.markers = Markers()
         self.users: dict[str, User] = {}  # by key
         self.channels: dict[str, Channel] = {}  # by key
+        self.places: dict[str, User] = {}  # by the hash of a secret that somebody has
+        self.founded: collections.Counter[str] = collections.Counter()  # by Account.identity
         self.former: collections.deque[FormerUser] = collections.deque(maxlen=FORMER_USERS)
         self.watchers = Watchers()
         self.most_users = 0  # at once, so far
@@ -2113,24 +2310,51 @@ class Hub:
         """A session becomes a user, under a name that free_name() or check_name() allowed."""
         self.last_id += 1
         source = source_of(name, session.conn.address, username)
-        user = User(source, realname or name, self.last_id, self.now)
+        user = User(source, realname or name, f"~{self.last_id}", self.now)
         if account:
             user.logged_in(account, self.accounts.identity(account))
-        user.last_time = self.last_time
-        user.sessions.append(session)
-        self.users[user.key] = user
-        self.most_users = max(self.most_users, len(self.users))
-        session.user = user
+        self.arrived(user)
+        self.attach(session, user)
         self.watchers.tell(source, True)
         return user
 
+    def arrived(self, user: User) -> None:
+        """Somebody is here."""
+        user.last_time = self.last_time
+        self.users[user.key] = user
+        self.most_users = max(self.most_users, len(self.users))
+        self.places.update(dict.fromkeys(user.secrets, user))
+
     def attach(self, session: Session, user: User) -> None:
-        """Another device of somebody who is here already."""
+        """A device of somebody who is here. The one whose secret it has is gone."""
+        before = [s for s in user.live if s.secret and s.secret == session.secret]
         user.sessions.append(session)
         session.user = user
         self.turn.apart.add(session)
+        self.turn.since[session] = self.last_id
+        self.turn.kept.add(user)
         for channel in user.channels:
             channel.by_wire = None
+        for other in before:
+            other.replaced()
+        if session.secret:
+            user.secrets[session.secret], self.places[session.secret] = None, user
+        for secret in list(user.secrets)[:-SECRETS_A_USER]:
+            self.forget(user, secret)
+        if user.source.address.rpartition(":")[0] not in {s.host for s in user.live}:
+            self._moved(user, session.conn.address)
+
+    def _moved(self, user: User, address: str) -> None:
+        """Somebody is somewhere else now; which is where bans are looked for."""
+        source = user.source
+        user.changed(address=address)
+        self.turn.kept.add(user)
+        self.emit(HOST, source, self.witnesses(user), user.source.host, source.username)
+
+    def forget(self, user: User, secret: str) -> None:
+        """It gives nobody a place any more."""
+        if user.secrets.pop(secret, self) is None:
+            del self.places[secret]
 
     def leave(self, session: Session, for_good: bool = True) -> None:
         """One session ends; its user is gone with the last one, or, if the line broke under
@@ -2140,8 +2364,9 @@ class Hub:
         self.turn.apart.add(session)
         session.user = None
         if not all(other in self.turn.left for other in user.sessions):
-            return
-        if for_good or not user.account:
+            if for_good and all(other.secret != session.secret for other in user.live):
+                self.forget(user, session.secret)
+        elif for_good or not user.may_return:
             self.remove(user, session.parting, session)
         else:
             session.site.house.miss(user)
@@ -2150,8 +2375,11 @@ class Hub:
         """Somebody is gone."""
         self.emit(QUIT, user.source, neighbours(user), reason, origin=session)
         for channel in list(user.channels):
-            self._remove(user, channel)
+            self.put_out(user, channel)
         del self.users[user.key]
+        for secret in user.secrets:
+            del self.places[secret]
+        self.turn.kept.add(user)
         self.markers.pop(user.stay, None)
         self.last_time = max(self.last_time, user.last_time)
         self._was(user)
@@ -2165,6 +2393,7 @@ class Hub:
         """This session's user proved to be the owner of an account."""
         user = session.user
         user.logged_in(account, self.accounts.identity(account))
+        self.turn.kept.add(user)
         self.emit(ACCOUNT, user.source, self.witnesses(user), "", account, session)
 
     def _was(self, user: User) -> None:
@@ -2190,9 +2419,11 @@ class Hub:
             raise Refused("TOO_MANY_CHANNELS", text, name)
         if channel is None:
             channel = self.channels[key] = Channel(name, self.last_time, self.now)
-        channel.check_entry(user, password)
+            ranks = self._found(user, channel)
+        else:
+            channel.check_entry(user, password)
+            ranks = channel.standing_of(user)
         user.invitations.pop(channel, None)
-        ranks = "" if channel.members or key == LOBBY else "o"
         channel.members[user] = Membership(self.last_id + 1, ranks)
         user.channels[channel] = None
         self.turn.move(user, channel)
@@ -2201,57 +2432,44 @@ class Hub:
             self.emit(AWAY, user.source, channel, user.away, origin=session)
         return channel
 
+    def _found(self, user: User, channel: Channel) -> str:
+        """A channel that lasts, if one with an account founds it; the founder's ranks."""
+        if channel.key == LOBBY:
+            return ""
+        if user.login and self.founded[user.login] < CHANNELS_FOUNDED:
+            channel.founder = user.login
+            self.founded[user.login] += 1
+        return "o"
+
+    def disown(self, channel: Channel) -> None:
+        """It ends with its last member, like any other."""
+        self.founded -= collections.Counter([channel.founder])
+        channel.founder = ""
+        channel.standing.clear()
+        self.turn.kept.add(channel)
+        if not channel.members:
+            self._close(channel)
+
+    def _close(self, channel: Channel) -> None:
+        del self.channels[channel.key]
+        self.last_time = max(self.last_time, channel.last_time)
+        if channel.private:  # whoever founds it next was not meant to read this
+            self.turn.sealed.append(channel.key)
+
     def part(self, session: Session, channel: Channel, reason: str = "") -> None:
         user = session.user
         channel.member(user)
         self.emit(PART, user.source, channel, cut(reason, REASON_BYTES), origin=session)
-        self._remove(user, channel)
+        self.put_out(user, channel)
 
-    def kick(self, session: Session, channel: Channel, victim: User, reason: str) -> None:
-        """Put somebody out. Nobody can do that to a higher rank, nor half-operators to
-        their like."""
-        user = session.user
-        channel.require(user)
-        if victim not in channel.members:
-            text = f"{victim.name} is not in {channel.name}"
-            raise Refused("USER_NOT_IN_CHANNEL", text, victim.name, channel.name)
-        if not user.is_operator:
-            mine, theirs = channel.members[user].level, channel.members[victim].level
-            if theirs < mine or theirs == mine == RANKS.index("h"):
-                text = f"{victim.name} has too high a rank in {channel.name}"
-                raise Refused("NOT_OPERATOR", text, channel.name)
-        reason = cut(reason or user.name, REASON_BYTES)
-        self.emit(KICK, user.source, scene(channel, user), reason, victim.name, session)
-        self._remove(victim, channel)
-
-    def _remove(self, user: User, channel: Channel) -> None:
+    def put_out(self, user: User, channel: Channel) -> None:
         """Out of the channel, after the event that says so."""
         self.turn.move(user, channel)
         member = channel.members.pop(user)
         channel.former.setdefault(user, []).append((member.since, self.last_id))
         del user.channels[channel]
-        if not channel.members:
-            del self.channels[channel.key]
-            self.last_time = max(self.last_time, channel.last_time)
-            if channel.private:  # whoever founds it next was not meant to read this
-                self.turn.sealed.append(channel.key)
-
-    def invite(self, session: Session, user: User, channel: Channel) -> None:
-        channel.require_inside(session.user)
-        if user in channel.members:
-            text = f"{user.name} is in {channel.name} already"
-            raise Refused("ALREADY_IN_CHANNEL", text, user.name, channel.name)
-        if "i" in channel.flags:
-            channel.require(session.user)
-        if len(user.invitations) >= INVITATIONS:  # the oldest is the least likely to be used
-            del user.invitations[next(iter(user.invitations))]
-        user.invitations[channel] = None
-        source, only = session.user.source, People(frozenset([user]))
-        self.emit(INVITE, source, only, channel.name, user.name, session)
-        level = RANKS.index("h") if "i" in channel.flags else len(RANKS)
-        able = {other for other, member in channel.members.items() if member.level <= level}
-        others = People(frozenset(able - {session.user}))
-        self.emit(INVITED, source, others, channel.name, user.name, session)
+        if not channel.members and not channel.founder:
+            self._close(channel)
 
     def rename(self, session: Session, name: str) -> None:
         """Another name for this session's user, one that is free."""
@@ -2267,6 +2485,7 @@ class Hub:
         del self.users[user.key]
         was = user.key
         user.changed(name=name)
+        self.turn.kept.add(user)
         self.users[user.key] = user
         if user.key != was:
             self.watchers.tell(user.source, True)
@@ -2276,11 +2495,13 @@ class Hub:
         user, reason = session.user, cut(reason, REASON_BYTES)
         if reason != user.away:
             user.away = reason
+            self.turn.kept.add(user)
             self.emit(AWAY, user.source, self.witnesses(user), reason, origin=session)
 
     def set_realname(self, session: Session, realname: str) -> None:
         session.user.realname = realname
         user = session.user
+        self.turn.kept.add(user)
         self.emit(REALNAME, user.source, self.witnesses(user), realname, origin=session)
 
     # Talking
@@ -2294,17 +2515,6 @@ class Hub:
         if isinstance(audience, Channel) and audience not in user.channels:
             audience = scene(audience, user)  # who speaks may want an echo
         self.emit(kind, user.source, audience, text, audience.addressee(user), session, tags)
-
-    def set_topic(self, session: Session, channel: Channel, topic: str) -> None:
-        user = session.user
-        channel.require_inside(user)
-        if "t" in channel.flags:
-            channel.require(user)
-        if len(topic.encode()) > TOPIC_BYTES:
-            raise Refused("TOO_LONG", f"a topic has at most {TOPIC_BYTES} bytes")
-        channel.topic = topic
-        channel.topic_setter, channel.topic_time = user.source.mask, self.now
-        self.emit(TOPIC, user.source, scene(channel, user), topic, origin=session)
 
     # Looking
 
@@ -2358,6 +2568,56 @@ def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = 
         raise Refused("NAME_TAKEN", f"{wanted} belongs to an account; log in first", wanted)
 
 
+def kick(session: Session, channel: Channel, victim: User, reason: str) -> None:
+    """Put somebody out. Nobody can do that to a higher rank, nor half-operators to
+    their like."""
+    user, hub = session.user, session.site.hub
+    channel.require(user)
+    if victim not in channel.members:
+        text = f"{victim.name} is not in {channel.name}"
+        raise Refused("USER_NOT_IN_CHANNEL", text, victim.name, channel.name)
+    if not user.is_operator:
+        mine, theirs = channel.members[user].level, channel.members[victim].level
+        if theirs < mine or theirs == mine == RANKS.index("h"):
+            text = f"{victim.name} has too high a rank in {channel.name}"
+            raise Refused("NOT_OPERATOR", text, channel.name)
+    reason = cut(reason or user.name, REASON_BYTES)
+    hub.emit(KICK, user.source, scene(channel, user), reason, victim.name, session)
+    hub.put_out(victim, channel)
+
+
+def invite(session: Session, user: User, channel: Channel) -> None:
+    hub = session.site.hub
+    channel.require_inside(session.user)
+    if user in channel.members:
+        text = f"{user.name} is in {channel.name} already"
+        raise Refused("ALREADY_IN_CHANNEL", text, user.name, channel.name)
+    if "i" in channel.flags:
+        channel.require(session.user)
+    if len(user.invitations) >= INVITATIONS:  # the oldest is the least likely to be used
+        del user.invitations[next(iter(user.invitations))]
+    user.invitations[channel] = None
+    source, only = session.user.source, People(frozenset([user]))
+    hub.emit(INVITE, source, only, channel.name, user.name, session)
+    level = RANKS.index("h") if "i" in channel.flags else len(RANKS)
+    able = {other for other, member in channel.members.items() if member.level <= level}
+    others = People(frozenset(able - {session.user}))
+    hub.emit(INVITED, source, others, channel.name, user.name, session)
+
+
+def set_topic(session: Session, channel: Channel, topic: str) -> None:
+    user, hub = session.user, session.site.hub
+    channel.require_inside(user)
+    if "t" in channel.flags:
+        channel.require(user)
+    if len(topic.encode()) > TOPIC_BYTES:
+        raise Refused("TOO_LONG", f"a topic has at most {TOPIC_BYTES} bytes")
+    channel.topic = topic
+    channel.topic_setter, channel.topic_time = user.source.mask, hub.now
+    hub.turn.kept.add(channel)
+    hub.emit(TOPIC, user.source, scene(channel, user), topic, origin=session)
+
+
 def take_name_back(hub: Hub, wanted: str, account: str) -> None:
     """Whoever has the name of an account that is not theirs gets another when its owner comes."""
     holder = hub.users.get(fold(wanted))
@@ -2375,6 +2635,7 @@ def become_device(session: Session, user: User) -> None:
     if not before.live:
         hub.remove(before, "", session)
     hub.attach(session, user)
+    del hub.turn.since[session]  # it has heard all of this turn, too
 
 
 def enter_channel(session: Session, name: str, password: str = "") -> Channel | None:
@@ -2408,19 +2669,16 @@ def redact(session: Session, audience: Any, event: Event, reason: str) -> None:
             raise Refused("REDACT_FORBIDDEN", "these are not your words")
         audience.require(user)
     hub.turn.redacted += [(key, event.id) for key in audience.keys]
+    gone = "UPDATE receipts SET time = ? WHERE event = ?"
+    hub.turn.writes.append((gone, (hub.now, event.id)))
     text = f"{event.id:x}" + (f" :{reason}" if reason else "")
     hub.emit(REDACT, user.source, audience, text, audience.addressee(user), session)
-
-
-MARK_PRIVATE = "UPDATE targets SET private = 1 WHERE key = ?"  # sealed after a crash, too
 
 
 def move_history(turn: Turn, channel: Channel, key: str) -> None:
     """It goes with the channel, and with it what this turn did to it before."""
     turn.renamed.append((channel.key, key))
     turn.redacted = [(key if k == channel.key else k, id) for k, id in turn.redacted]
-    if channel.private:
-        turn.writes.append((MARK_PRIVATE, (key,)))
 
 
 def rename_channel(session: Session, channel: Channel, name: str, reason: str) -> None:
@@ -2446,8 +2704,10 @@ def rename_channel(session: Session, channel: Channel, name: str, reason: str) -
     del hub.channels[channel.key]
     move_history(hub.turn, channel, fold(name))
     hub.markers.rename(channel.key, fold(name), hub.turn)
+    hub.turn.writes.append(("DELETE FROM channels WHERE key = ?", (channel.key,)))
     channel.name, channel.key, channel.keys = name, fold(name), (fold(name),)
     hub.channels[channel.key] = channel
+    hub.turn.kept |= {channel, *channel.members}
     hub.emit(RENAME, user.source, scene(channel, user), reason, old, session)
     for member in channel.members:
         for other_session in member.live:
@@ -2460,6 +2720,8 @@ def set_metadata(session: Session, owner: User | Channel, key: str, value: str) 
         owner.metadata[key] = value
     else:
         owner.metadata.pop(key, None)
+    if session.user:  # else it is for who is not here yet
+        session.site.hub.turn.kept.add(owner)
     if isinstance(owner, Channel):
         hearers = owner.listeners()
     else:
@@ -2480,7 +2742,6 @@ def apply_modes(session: Session, channel: Channel, changes: Iterable[ModeChange
     """Do what can be done, in one event, and say why not of the rest."""
     hub = session.site.hub
     done: list[ModeChange] = []
-    was_private = channel.private
     refusals: dict[Any, Refused] = {}  # one of a kind: a hundred letters are no flood
     for change in changes:
         try:
@@ -2488,8 +2749,7 @@ def apply_modes(session: Session, channel: Channel, changes: Iterable[ModeChange
             done += [changed] if changed else []
         except Refused as refusal:
             refusals.setdefault((refusal.code, refusal.about), refusal)
-    if channel.private and not was_private:
-        hub.turn.writes.append((MARK_PRIVATE, (channel.key,)))
+    hub.turn.kept.add(channel)
     user, audience = session.user, scene(channel, session.user)
     for text in mode_lines(change for change in done if change.letter != "k"):
         hub.emit(MODE, user.source, audience, text, origin=session)
@@ -2610,10 +2870,14 @@ def drop_account(session: Session, password: str, done: Callable[[], None]) -> N
     name, hub = own_account(session), session.site.hub
 
     def proved(_: str) -> None:
+        identity = hub.accounts.identity(name)
         hub.accounts.drop(name, hub.turn)
         for user in [user for user in hub.users.values() if user.account == name]:
             user.logged_in("", "")
+            hub.turn.kept.add(user)
             hub.emit(ACCOUNT, user.source, hub.witnesses(user))
+        for channel in [c for c in hub.channels.values() if c.founder == identity]:
+            hub.disown(channel)
         done()
 
     check_owner(session, name, password, proved)
@@ -2700,6 +2964,59 @@ def become_operator(session: Session, name: str, password: str, done: Callable) 
     session.later(functools.partial(verifier.fits, password), judge)
 
 
+def settle(hub: Hub) -> None:
+    """What changed in this turn and outlives the server becomes statements for the store."""
+    writes, kept = hub.turn.writes, hub.turn.kept
+    for key in {one.key for one in kept if isinstance(one, Channel)}:
+        if channel := hub.channels.get(key):
+            state = json.dumps(channel.state())
+            writes.append(("REPLACE INTO channels VALUES (?, ?)", (key, state)))
+        else:
+            writes.append(("DELETE FROM channels WHERE key = ?", (key,)))
+    for user in (one for one in kept if isinstance(one, User)):
+        was, user.stored = user.stored, user.may_return and hub.users.get(user.key) is user
+        if user.stored:
+            state = json.dumps(user.state())
+            writes.append(("REPLACE INTO stays VALUES (?, ?)", (user.stay, state)))
+        elif was:
+            writes.append(("DELETE FROM stays WHERE stay = ?", (user.stay,)))
+    kept.clear()
+
+
+def revive_user(hub: Hub, stay: str, state: dict[str, Any]) -> User | None:
+    """Somebody who was here when the last server stopped, and has now to come back."""
+    user = User.revived(stay, state, hub.now)
+    if user.login and hub.accounts.identity(user.account) != user.login:  # it was given up
+        user.logged_in("", "")
+    if user.key in hub.users or not user.may_return:
+        return None
+    hub.arrived(user)
+    return user
+
+
+def revive(hub: Hub, channels: Iterable[tuple[str, str]], stays: Iterable[tuple[str, str]]) -> None:
+    """What settle() wrote. A channel is there again if an account founded it, or one of its
+    members may come back; else it ends like one whose last member has left."""
+    wanted: dict[User, dict[str, str]] = {}
+    for stay, text in stays:
+        state = json.loads(text)
+        if user := revive_user(hub, stay, state):
+            wanted[user] = state["channels"]
+        else:
+            hub.turn.writes.append(("DELETE FROM stays WHERE stay = ?", (stay,)))
+    identities = {account.identity for account in hub.accounts.values()}
+    for key, text in channels:
+        hub.channels[key] = channel = Channel.revived(json.loads(text), hub.last_time)
+        for user in (user for user, places in wanted.items() if key in places):
+            channel.members[user] = Membership(0, wanted[user][key])
+        if channel.founder:
+            hub.founded[channel.founder] += 1
+        if channel.founder not in identities:
+            hub.disown(channel)
+    for user, places in wanted.items():
+        user.channels = {hub.channels[key]: None for key in places if key in hub.channels}
+
+
 # ======================================================================================
 # STORE
 # ======================================================================================
@@ -2759,6 +3076,26 @@ MIGRATIONS = (
         time INTEGER NOT NULL,
         PRIMARY KEY (owner, target)
     ) WITHOUT ROWID;
+    """,
+    """
+    CREATE TABLE channels (         -- those there are; what is asked for is but the key
+        key TEXT PRIMARY KEY,
+        state TEXT NOT NULL         -- JSON, see Channel.state()
+    ) WITHOUT ROWID;
+    CREATE TABLE stays (            -- who is here and can prove it when he comes back
+        stay TEXT PRIMARY KEY,
+        state TEXT NOT NULL         -- JSON, see User.state()
+    ) WITHOUT ROWID;
+    CREATE TABLE receipts (         -- what was said under an id of its sender's own making
+        owner TEXT NOT NULL,        -- Session.author
+        own_id TEXT NOT NULL,
+        event INTEGER NOT NULL,
+        target INTEGER NOT NULL,
+        time INTEGER NOT NULL,      -- milliseconds: when it was said, or else deleted
+        PRIMARY KEY (owner, own_id)
+    ) WITHOUT ROWID;
+    CREATE INDEX receipts_event ON receipts (event);
+    UPDATE targets SET key = '~' || id, private = 0 WHERE private;  -- channels tells it now
     """,
     """
     CREATE TABLE certificates (     -- with which one can log in
@@ -3121,6 +3458,64 @@ class Readers:
             db.close()
 
 
+class Receipts:
+    """What was said under an id that its sender made, so that nothing is said twice. They
+    outlive what they are for: who was away for weeks may not know that it arrived."""
+
+    def __init__(self, store: "Store"):
+        self.store = store
+        self.lost: collections.OrderedDict[tuple[str, str], None] = collections.OrderedDict()
+        self.swept = ("", "")  # how far
+
+    def write(self, receipts: dict[tuple[str, str], Event]) -> None:
+        """In the transaction that the events are in."""
+        insert = """
+            INSERT OR IGNORE INTO receipts
+            SELECT ?, ?, ?, ifnull((SELECT id FROM targets WHERE key = ?), 0), ?"""
+        values = (
+            (*key, event.id, next(iter(event.audience.keys), ""), event.time)
+            for key, event in receipts.items()
+        )
+        self.store.db.executemany(insert, values)
+
+    def not_kept(self, receipts: Iterable[tuple[str, str]]) -> None:
+        """These were said and are not in the store."""
+        self.lost.update(dict.fromkeys(receipts))
+        while len(self.lost) > TARGETS_CACHED:
+            self.lost.popitem(last=False)
+
+    def find(self, db: sqlite3.Connection, owner: str, own_id: str) -> tuple[int, int] | None:
+        """The event and its target; None if nothing was said under that id."""
+        query = "SELECT event, target FROM receipts WHERE owner = ? AND own_id = ?"
+        return db.execute(query, [owner, own_id]).fetchone()
+
+    def knows(self, owner: str, own_id: str) -> bool:
+        return self.find(self.store.db, owner, own_id) is not None
+
+    def event(self, owner: str, own_id: str) -> tuple[int, Event | None]:
+        """What was said under that id, which is known: its id, and all of it if it is still
+        there. On whatever thread."""
+        with self.store.reading() as db:
+            id, target = self.find(db, owner, own_id)
+            query = f"SELECT {COLUMNS} FROM events WHERE target = ? AND id = ?"
+            row = db.execute(query, [target, id]).fetchone()
+        return id, event_of(*row) if row else None
+
+    def sweep(self, now: int) -> bool:
+        """Forget what is old enough, one slice; whether there is more to look through."""
+        query = f"""
+            SELECT owner, own_id, time < ? AND NOT EXISTS (SELECT 1 FROM events
+                WHERE events.target = receipts.target AND events.id = receipts.event)
+            FROM receipts WHERE (owner, own_id) > (?, ?) ORDER BY owner, own_id
+            LIMIT {RECEIPTS_SWEPT}"""
+        rows = self.store.db.execute(query, [now - RECEIPTS_MS, *self.swept]).fetchall()
+        old = [row[:2] for row in rows if row[2]]
+        if old:
+            self.store.db.executemany("DELETE FROM receipts WHERE owner = ? AND own_id = ?", old)
+        self.swept = rows[-1][:2] if len(rows) == RECEIPTS_SWEPT else ("", "")
+        return self.swept != ("", "")
+
+
 class Store:
     """Events on disk, or in memory for `path` None. Raises Unusable when it cannot open."""
 
@@ -3144,17 +3539,20 @@ class Store:
         self.trouble = ""  # why events are being lost just now
 
     def _look_back(self) -> None:
-        """Where the last server stopped, and what of its history is nobody's any more:
-        private talks of people without an account end with their stay, and no stay
-        outlives the server."""
+        """Where the last server stopped."""
         newest = "e.id = (SELECT max(id) FROM events WHERE target = targets.id)"
         joined = f"targets JOIN events e ON e.target = targets.id AND {newest}"
-        # No channel outlives the server yet, and whoever founds these again is anybody
-        self.db.execute("UPDATE targets SET key = '~' || id, private = 0 WHERE private")
         row = self.db.execute(f"SELECT max(e.id), max(e.time) FROM {joined}").fetchone()
         self.last_id, self.last_time = (value or 0 for value in row)
-        self.orphans = {row[0] for row in self.db.execute("SELECT id FROM targets WHERE key > '~'")}
-        self.words = Index(self)
+        self.orphans: set[int] = set()
+        self.words, self.receipts = Index(self), Receipts(self)
+
+    def abandon(self, stays: Collection[str]) -> None:
+        """Give up what is nobody's any more: what was sealed, and private talks of people
+        without an account, which end with their stay; `stays` are those that go on."""
+        rows = self.db.execute("SELECT id, key FROM targets WHERE key > '~'").fetchall()
+        talks = {id: key.split() for id, key in rows}
+        self.orphans = {id for id, who in talks.items() if not who[1:] or stays.isdisjoint(who)}
 
     def commit(self, turn: Any, now: float) -> str:
         """One transaction for all of a turn's events: KEPT, BUSY (ask again) or LOST.
@@ -3169,6 +3567,7 @@ class Store:
                 if now - self.busy_since < BUSY_SECONDS:
                     return BUSY
             self.trouble = str(error)
+            self.receipts.not_kept(turn.receipts)
             return LOST
         self.busy_since = None
         self.trouble = ""
@@ -3189,6 +3588,8 @@ class Store:
         ]
         self.db.executemany(f"INSERT INTO events VALUES ({', '.join('?' * 11)})", rows)
         gone = [self._redact(key, id) for key, id in turn.redacted]
+        if turn.receipts:
+            self.receipts.write(turn.receipts)
         for statement, values in turn.writes:
             self.db.execute(statement, values)
         for key in turn.sealed:
@@ -3347,35 +3748,34 @@ class Store:
         found = self.page(Span(place, kinds, Mark(id - 1), Mark(id + 1)), 1)
         return found[0] if found else None
 
-    def markers(self) -> Iterator[tuple[str, str, int]]:
-        yield from self.db.execute("SELECT owner, target, time FROM markers")
-
-    def certificates(self) -> Iterator[tuple[str, str]]:
-        yield from self.db.execute("SELECT fingerprint, account FROM certificates")
+    def rows(self, table: str) -> list[tuple]:
+        return self.db.execute(f"SELECT * FROM {table}").fetchall()
 
     # Housekeeping
 
-    def prune(self, idle: bool) -> bool:
+    def prune(self, idle: bool, now: int) -> bool:
         """Delete one slice of what is over the limits; say whether there is more to do."""
         overdue = (t for t in self.excess if self.counts.get(t, 0) > self.keep * PRUNE_OVERDUE)
         target = next(iter(self.orphans or self.excess) if idle else overdue, None)
         if target is None:
             return False
         try:
-            self._delete_oldest(target, 0 if target in self.orphans else self.keep)
+            self._delete_oldest(target, 0 if target in self.orphans else self.keep, now)
         except sqlite3.Error:
             self._roll_back()  # busy or full: the next idle turn tries again
             return False
         return bool(self.orphans or self.excess)
 
-    def _delete_oldest(self, target: int, keep: int) -> None:
+    def _delete_oldest(self, target: int, keep: int, now: int) -> None:
         """One slice of what `target` has beyond `keep` rows. With none to keep, the target
         goes when nothing was found, whatever the count says: a crash leaves it too low."""
         excess = self.counts.get(target, 0) - keep if keep else PRUNE_ROWS
         oldest = "SELECT id FROM events WHERE target = ? ORDER BY id LIMIT ?"
         delete = f"DELETE FROM events WHERE target = ? AND id IN ({oldest})"
         count = max(0, min(PRUNE_ROWS, excess))
+        gone = f"UPDATE receipts SET time = ? WHERE target = ? AND event IN ({oldest})"
         self.db.execute("BEGIN IMMEDIATE")
+        self.db.execute(gone, [now, target, target, count])
         deleted = self.db.execute(delete, [target, target, count]).rowcount
         if not keep and not deleted:
             self.db.execute("DELETE FROM targets WHERE id = ?", [target])
@@ -3557,6 +3957,7 @@ IRC_EVENTS = {  # kind -> the line behind its source; {tail} is " :TEXT" if ther
     REDACT: "REDACT {where} {text}",
     RENAME: "RENAME {about} {where} :{text}",
     ACCOUNT: "ACCOUNT {about}",
+    HOST: "CHGHOST {about} {text}",
     INVITED: "INVITE {about} {text}",
     JOIN: "JOIN {where}",
     PART: "PART {where}{tail}",
@@ -3593,6 +3994,7 @@ CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value
     "away-notify": "",
     "batch": "",
     "cap-notify": "",
+    "chat.py/session": "",
     "chghost": "",
     "echo-message": "",
     "extended-join": "",
@@ -3610,6 +4012,7 @@ CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value
 NEEDS_CAPABILITY = {  # to be told of these events
     ACCOUNT: "account-notify",
     AWAY: "away-notify",
+    HOST: "chghost",
     INVITED: "invite-notify",
     REALNAME: "setname",
     REDACT: "draft/message-redaction",
@@ -3813,13 +4216,22 @@ class Labelled(NamedTuple):
 
 
 CONCAT = "draft/multiline-concat"
+OWN_ID = "+chat.py/id"  # what a client calls its message: under one id it is said once
+
+
+def client_id(session: "IrcSession", target: str) -> str:
+    """What the client calls the message that it sends; one to several people has no such
+    name, which would have to mean each of them."""
+    own = session.message.tags.get(OWN_ID, "") if session.message.tags else ""
+    return own if session.wire.tagged and is_word(own, OWN_ID_BYTES) and "," not in target else ""
 
 
 class Collected:
     """A message of several lines that has been begun (draft/multiline)."""
 
-    def __init__(self, reference: str, target: str, label: str, tags: str):
+    def __init__(self, reference: str, target: str, label: str, tags: str, own_id: str):
         self.reference, self.target, self.label, self.tags = reference, target, label, tags
+        self.own_id = own_id
         self.verb = ""
         self.text = ""
         self.lines = 0
@@ -3932,6 +4344,7 @@ class IrcSession(Session):
         "away",
         "metadata",
         "realname",
+        "secret",
         "subscribed",
         "username",
         "wanted",
@@ -3951,6 +4364,7 @@ class IrcSession(Session):
         self.labelled: Labelled | None = None  # where its answer began, if it has a label
         self.batch = ""  # that this answer is in, if it is more than a line
         self.subscribed: dict[str, None] = {}  # keys of metadata
+        self.secret = ""
         self.account = self.away = ""  # logged in to, and away, before there is a user
         self.login = ""  # Account.identity of that account
         self.from_service = False  # the answer that is waited for is NickServ's
@@ -4008,6 +4422,10 @@ class IrcSession(Session):
         self.say(f":{by.mask} KILL {self.nick} :{reason}")
         super().killed(by, reason)
 
+    def replaced(self) -> None:
+        self.fail("SESSION", "REPLACED", "another connection of yours has this place now")
+        super().replaced()
+
     def fail(self, verb: str, code: str, text: str, *about: str) -> None:
         """A standard reply (IRCv3), for what no numeric says."""
         params = "".join(f"{as_param(one)} " for one in about)
@@ -4017,7 +4435,12 @@ class IrcSession(Session):
         """An echo would say that they are: this comes in its place."""
         for event in events:
             self.withheld.add(event.id)
-            self.fail("PRIVMSG", "NOT_KEPT", f"delivered but not kept: {reason}", f"{event.id:x}")
+            own_id = parse_tags(event.tags).get(OWN_ID, "")
+            self.tell_not_kept(f"{event.id:x}", *[own_id] if own_id else [], reason=reason)
+
+    def tell_not_kept(self, *ids: str, reason: str) -> None:
+        """The server's id of a message, and its sender's if it has one."""
+        self.fail("PRIVMSG", "NOT_KEPT", f"delivered but not kept: {reason}", *ids)
 
     def farewell(self, text: str) -> None:
         self.send(irc_bytes(f"ERROR :{text}"))
@@ -4324,6 +4747,39 @@ def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
     in_batch(session, f"metadata {name}", lines)
 
 
+def tell_who_came(session: IrcSession, wanted: str, channels: Iterable[Channel]) -> None:
+    """All that a client is told at the beginning; it is in those channels already."""
+    welcome(session)
+    if "draft/metadata-3" in session.wire.capabilities:
+        tell_metadata(session, session.user, session.user.metadata)
+    if session.site.hub.accounts.is_foreign(wanted, session.account):
+        session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
+    for channel in channels:
+        session.say(f":{session.user.source.mask} JOIN {channel.name}")
+        tell_channel(session, channel)
+
+
+def own_place(session: IrcSession) -> User | None:
+    """Whoever has this session's secret. It is no log-in: of an account's user it makes no
+    more than those who are logged in to it may have."""
+    user = session.site.hub.places.get(session.secret)
+    if user and user.account not in ("", session.account):
+        text = f"log in to {user.account} to have your place again"
+        session.fail("SESSION", "ACCOUNT_REQUIRED", text)
+        session.secret = ""  # or it would be the secret of two places
+        return None
+    return user
+
+
+def who_is_there(session: IrcSession, wanted: str) -> User | None:
+    """The user of the same account under the name that is wanted. Raises Refused if it is
+    somebody else's."""
+    hub, account = session.site.hub, session.account
+    take_name_back(hub, wanted, account)
+    check_name(hub, wanted, account=account)
+    return hub.users.get(fold(wanted))
+
+
 def come_in(session: IrcSession) -> None:
     """Once there is all that it takes: a name, USER, and no negotiation going on."""
     if session.user or session.negotiating or not (session.wanted and session.username):
@@ -4334,29 +4790,22 @@ def come_in(session: IrcSession) -> None:
         return session.end("wrong password")
     if session.exchange:  # whoever ends the negotiation in the middle of it has given up
         abort_sasl(session)
-    hub, account = session.site.hub, session.account
-    if hub.accounts.identity(account) != session.login:  # it was given up meanwhile
-        account = session.account = ""
-    take_name_back(hub, session.wanted, account)
+    hub = session.site.hub
+    if hub.accounts.identity(session.account) != session.login:  # it was given up meanwhile
+        session.account = ""
     wanted, session.wanted = session.wanted, ""  # somebody may have taken it meanwhile
-    check_name(hub, wanted, account=account)
-    holder = hub.users.get(fold(wanted))
+    holder = own_place(session) or who_is_there(session, wanted)
     session.password = ""
     if holder:
         hub.attach(session, holder)
+        if session.account and holder.account != session.account:
+            hub.log_in(session, session.account)
     else:
-        free = free_name(hub, wanted, account=account)
-        user = hub.enter(session, free, session.username, session.realname, account)
+        free = free_name(hub, wanted, account=session.account)
+        user = hub.enter(session, free, session.username, session.realname, session.account)
         user.metadata, user.away = session.metadata, session.away
     session.conn.named()
-    welcome(session)
-    if "draft/metadata-3" in session.wire.capabilities:
-        tell_metadata(session, session.user, session.user.metadata)
-    if session.user.name != wanted and not holder:
-        session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
-    for channel in session.user.channels if holder else ():
-        session.say(f":{session.user.source.mask} JOIN {channel.name}")
-        tell_channel(session, channel)
+    tell_who_came(session, wanted, session.user.channels if holder else ())
 
 
 def check_server(session: IrcSession, name: str) -> None:
@@ -4600,6 +5049,17 @@ def irc_verify(session: IrcSession, name: str, code: str) -> None:
     log_in(session, account.name)
 
 
+@irc_command("SESSION", 1, nameless=True)
+def irc_session(session: IrcSession, secret: str) -> None:
+    """SESSION <secret> -- before NICK: 32 hexadecimal digits that no other client knows. Who
+    comes with them again, within a while, has the same place again"""
+    if session.user:
+        raise Refused("ALREADY_NAMED", "you are here already")
+    if not re.fullmatch(rf"[0-9a-f]{{{SECRET_DIGITS}}}", secret):
+        raise Refused("BAD_SECRET", f"a secret has {SECRET_DIGITS} hexadecimal digits")
+    session.secret = hashlib.sha256(secret.encode()).hexdigest()
+
+
 @irc_command("PING", 1, nameless=True)
 def irc_ping(session: IrcSession, token: str) -> None:
     """PING <token> -- is anybody there?"""
@@ -4664,7 +5124,7 @@ def service_identify(session: IrcSession, *words: str) -> None:
 @service_command("passwd", 2)
 def service_passwd(session: IrcSession, old: str, new: str) -> None:
     """PASSWD OLD NEW -- another password"""
-    done = functools.partial(session.service_says, "your password is another now")
+    done = functools.partial(session.service_says, PASSWORD_CHANGED)
     change_password(session, old, new, done)
 
 
@@ -4752,14 +5212,54 @@ def client_tags(session: IrcSession) -> str:
     return ";".join(f"{key}={escaped_tag(value)}" if value else key for key, value in tags)
 
 
-def speak(session: IrcSession, audience: Any, text: str, kind: str, tags: str) -> None:
-    session.site.hub.say(session, audience, text, kind, tags)
+class Past(NamedTuple):
+    """What a channel or talk is called, for what was said there."""
+
+    name: str
+
+
+def repeated(session: IrcSession, name: str, own: str) -> bool:
+    """Whether that has been said: the line broke before the client could know. Then it hears
+    what it would have heard; of what is not there any more, that it was said."""
+    receipts, key = session.site.store.receipts, (session.author, own)
+    first = session.site.hub.turn.receipts.get(key)
+    if not own or not (first or key in receipts.lost or receipts.knows(*key)):
+        return False
+
+    def tell(found: tuple[int, Event | None]) -> None:
+        id, event = found
+        past = Past(name if name.startswith("#") else "")
+        if event is None:
+            mask, tags = session.user.source.mask, f"@msgid={id:x};{OWN_ID}={escaped_tag(own)}"
+            return session.send(irc_bytes(f"{tags} :{mask} TAGMSG {name}"))
+        for line in session.wire.encode(past, [event]) if session.wire.echo else ():
+            session.send(line)
+
+    if key in receipts.lost:
+        session.tell_not_kept("*", own, reason="it was said before, and could not be kept")
+    elif first:
+        tell((first.id, first))
+    else:
+        session.read(functools.partial(receipts.event, *key), tell)
+    return True
+
+
+def speak(
+    session: IrcSession, audience: Any, text: str, kind: str, tags: str, own: str = ""
+) -> None:
+    hub = session.site.hub
+    hub.say(session, audience, text, kind, tags)
+    if own:
+        hub.turn.receipts[session.author, own] = hub.turn.events[-1]
     if isinstance(audience, Conversation) and kind is MESSAGE:
         tell_away(session, audience.partner(session.user))
 
 
 def say(session: IrcSession, name: str, text: str, kind: str = MESSAGE) -> None:
     hub = session.site.hub
+    own = client_id(session, session.message.params[0])
+    if own and repeated(session, name, own):
+        return
     try:
         audience = hub.find_audience(session, name)
     except Refused:
@@ -4769,7 +5269,7 @@ def say(session: IrcSession, name: str, text: str, kind: str = MESSAGE) -> None:
     check_room(session, name, text)
     if kind is MESSAGE and text.startswith("\x01ACTION "):
         kind, text = ACTION, text[8:].removesuffix("\x01")
-    speak(session, audience, text, kind, client_tags(session))
+    speak(session, audience, text, kind, client_tags(session), own)
 
 
 @irc_command("PRIVMSG", most=2)
@@ -4818,7 +5318,8 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
         if session.collected:
             text = "there is one already; end that first"
             raise Refused("MULTILINE_INVALID", text, reference)
-        session.collected = Collected(reference, target, label, client_tags(session))
+        tags = client_tags(session)
+        session.collected = Collected(reference, target, label, tags, client_id(session, target))
         session.labelled = None  # the answer comes at its end
         return
     done, session.collected = session.collected, None
@@ -4830,8 +5331,11 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
         raise Refused("MULTILINE_INVALID", "there is nothing to say")
     if done.label and "labeled-response" in session.wire.capabilities:
         session.begin_answer(done.label)
+    if repeated(session, done.target, done.own_id):
+        return
     hub, kind = session.site.hub, MESSAGE if done.verb == "PRIVMSG" else NOTICE
-    speak(session, hub.find_audience(session, done.target), done.text, kind, done.tags)
+    audience = hub.find_audience(session, done.target)
+    speak(session, audience, done.text, kind, done.tags, done.own_id)
 
 
 @irc_command("AWAY", most=1, nameless=True)
@@ -4896,7 +5400,7 @@ def irc_topic(session: IrcSession, name: str, topic: str | None = None) -> None:
     """TOPIC <channel> [<topic>] -- read or set what a channel is about"""
     channel = session.site.hub.find_channel(name)
     if topic is not None:
-        return session.site.hub.set_topic(session, channel, cut(topic, TOPIC_BYTES))
+        return set_topic(session, channel, cut(topic, TOPIC_BYTES))
     if not channel.visible_to(session.user):
         channel.member(session.user)
     if not channel.topic:
@@ -4979,7 +5483,7 @@ def irc_invite(session: IrcSession, name: str = "", where: str = "") -> None:
             "NEED_MORE_PARAMS", "it goes like this: INVITE <nickname> <channel>", "INVITE"
         )
     user, channel = hub.find_user(name), hub.find_channel(where)
-    hub.invite(session, user, channel)
+    invite(session, user, channel)
     session.reply(RPL_INVITING, user.name, channel.name)
     tell_away(session, user)
 
@@ -4997,7 +5501,7 @@ def irc_kick(session: IrcSession, names: str, victims: str, reason: str = "") ->
         try:
             channel = hub.find_channel(where)
             channel.require(session.user)  # before anybody is told who is here
-            hub.kick(session, channel, hub.find_user(name), reason)
+            kick(session, channel, hub.find_user(name), reason)
         except Refused as refusal:
             session.refuse(refusal)
 
@@ -5196,12 +5700,6 @@ def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> It
 
 
 # History
-
-
-class Past(NamedTuple):
-    """What a channel or talk is called, for what was said there."""
-
-    name: str
 
 
 def invalid_target(subcommand: str, name: str) -> Refused:
@@ -5902,10 +6400,11 @@ def why_renamed(hub: Hub, wanted: str, name: str) -> str:
 
 
 class LineSession(Session):
-    """Somebody at the line protocol: netcat, a workshop client, our own clients."""
+    """Somebody at the line protocol: netcat, or a workshop client."""
 
     __slots__ = ("collected", "greeted", "here", "passed", "wanted_lines", "wanted_name")
     wire = LINE_WIRE
+    unended = True
 
     def __init__(self, site: Site, conn: Any, greeted: bool = False):
         super().__init__(site, conn)
@@ -6119,7 +6618,7 @@ def line_topic(session: LineSession, text: str = "") -> None:
     """/topic [TEXT] -- read or set the topic of the channel you speak in"""
     channel = session.place()
     if text:
-        session.site.hub.set_topic(session, channel, text)
+        set_topic(session, channel, text)
     tell_topic(session, channel)
 
 
@@ -6151,7 +6650,7 @@ def line_away(session: LineSession, reason: str = "") -> None:
 def line_invite(session: LineSession, name: str, where: str = "") -> None:
     """/invite NAME [#CHANNEL] -- ask somebody in, past any limit or ban"""
     user, channel = session.site.hub.find_user(name), named_channel(session, where)
-    session.site.hub.invite(session, user, channel)
+    invite(session, user, channel)
     session.tell(f"you invited {user.name} to {channel.name}")
 
 
@@ -6159,7 +6658,7 @@ def line_invite(session: LineSession, name: str, where: str = "") -> None:
 def line_kick(session: LineSession, name: str, reason: str = "") -> None:
     """/kick NAME [REASON] -- put somebody out of the channel you speak in"""
     user, channel = session.site.hub.find_user(name), session.place()
-    session.site.hub.kick(session, channel, user, reason)
+    kick(session, channel, user, reason)
     session.tell(f"you kicked {user.name} from {channel.name}")
 
 
@@ -6185,7 +6684,7 @@ def line_ban(session: LineSession, whom: str = "") -> None:
     change_modes(session, channel, [ModeChange(True, "b", mask)])
     meant = [m for m in channel.members if Mask(mask).matches(m)] if mask[:2] != "m:" else []
     for member in set(meant) - {session.user}:
-        session.site.hub.kick(session, channel, member, "banned")
+        kick(session, channel, member, "banned")
         session.tell(f"you kicked {member.name} from {channel.name}")
 
 
@@ -6361,36 +6860,83 @@ def dialect_of(first_line: bytes) -> str:
 # ======================================================================================
 # A client's conversation without a screen or a socket: bytes and typed text in, views and
 # bytes out. The terminal and the window drive the same object. It first finds out whom it
-# talks to: chat.py greets the silent, a plain workshop server waits for a name.
+# talks to; then a talk (IrcTalk, PlainTalk) speaks for as long as the connection lasts.
+# What lasts longer, rooms and outbox, is the core's.
+#
+# Nothing is lost and nothing comes twice: a message is in the outbox until the server has
+# said that it has it, and is sent again under the same id. A room knows up to which message
+# it holds everything; after a break it asks for what came behind that, and live messages
+# wait until that is there.
 
-CHAT, PLAIN = "chat.py", "plain"  # the kinds of server this client can talk to
+CHAT, IRC, PLAIN = "chat.py", "irc", "plain"  # the kinds of server this client can talk to
 
 SAID, CAME, WENT, TOLD = "said", "came", "went", "told"
 NOTE, STATUS, UP, PEOPLE = "note", "status", "up", "people"
+ARRIVED, FAILED, BACK, OLDER, PLACE = "arrived", "failed", "back", "older", "place"
 
 
 class View(NamedTuple):
-    """One thing to show. `line` is how the wire had it, for whoever shows lines."""
+    """One thing to show."""
 
     # SAID, CAME, WENT; TOLD by the server; a NOTE of our own; the STATUS of the connection,
-    # UP when it stands; PEOPLE when those who are here have changed
+    # UP when it stands; PEOPLE when those who are here have changed, with a text if somebody
+    # asked who they are; ARRIVED, FAILED: what became of a message of ours; BACK: a text that
+    # was not accepted, to be edited; OLDER: a room has so many views more before the others;
+    # PLACE: another room is looked at
     kind: str
     text: str = ""
     name: str = ""
-    where: str = LOBBY  # a channel, or "private", or "to NAME"
+    where: str = ""  # a channel, or whom a private talk is with; "" is nowhere in particular
     time: int | None = None  # milliseconds since 1970; None is now
     mine: bool = False
-    line: str = ""
+    called: bool = False  # it is for us: our name is in it, or nobody else hears it
+    past: bool = False  # from history: no news
+    id: str = ""  # the server's, of a message
+    own_id: str = ""  # ours, of a message of ours
+    address: str = ""  # of who came or went
+    line: str = ""  # as a server of the line protocol had it
 
 
-SAID_LINE = re.compile(r"((?:\[(#[^\]]+)\] |\((private)\) )?([^:*][^:]*): (.*))")
+class Heard(NamedTuple):
+    """A line of IRC as a server sends it: a Message, and who it is from."""
+
+    source: str
+    verb: str
+    params: list[str]
+    tags: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return self.source.partition("!")[0]
+
+    @property
+    def time(self) -> int | None:
+        try:
+            return parse_time(self.tags["time"])
+        except (KeyError, Refused):
+            return None
+
+
+def shown_line(raw: bytes) -> str:
+    """What a server sent, without whatever could steer a terminal. What marks a CTCP stays."""
+    parts = raw.decode(errors="replace").split("\x01")
+    return "\x01".join(harmless(COLOURS.sub("", part)) for part in parts).translate(BIDI_CONTROLS)
+
+
+def parse_heard(line: str) -> Heard:
+    body = line.partition(" ")[2].lstrip(" ") if line.startswith("@") else line
+    source = body[1:].partition(" ")[0] if body.startswith(":") else ""
+    return Heard(source, *parse_message(line))
+
+
+client_command = Commands("/")
 
 
 def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[str]) -> list[str]:
     """What a word may become: a command or an address at the start of a line, a channel, a
     name. Names are offered in the order given."""
     if word[:1] == "/" and first:
-        return sorted(f"/{verb} " for verb in line_command if verb.startswith(word[1:]))
+        return sorted(f"/{verb} " for verb in client_command if verb.startswith(word[1:]))
     if word[:1] == "#":
         return [f"{room} " for room in rooms if room.startswith(word)]
     end = ": " if first else " "
@@ -6408,291 +6954,1505 @@ def is_quit(text: str) -> bool:
     return text.lower().split()[:1] == ["/quit"]
 
 
-class ClientCore:
-    """The line protocol from the client's side.
+def is_channel(name: str) -> bool:
+    return name[:1] in ("#", "&")
 
-    Call connected() for each new connection, then feed() with what comes and silence() if
-    nothing does; send what take_output() gives. typed() takes what the person wrote, also
-    while there is no connection: then it waits. With `tidy`, it asks a server that can
-    tell who is here and what was said last.
+
+# What is said, until it has arrived
+
+
+class Waiting(NamedTuple):
+    """A message that has not arrived for certain."""
+
+    id: str
+    where: str
+    text: str
+    kind: str  # MESSAGE or ACTION
+
+
+class Outbox:
+    """What was said and has not arrived for certain, in order. A `journal` outlives the
+    program: append(record), which raises Unusable when it cannot, and clear()."""
+
+    def __init__(self, journal: Any = None, secret: str = "", waiting: Iterable[Waiting] = ()):
+        self.journal = journal
+        self.secret = secret or secrets.token_hex(SECRET_DIGITS // 2)
+        self.waiting = {one.id: one for one in waiting}
+        self.flying: dict[str, None] = {}  # sent over the present connection
+        self.doubtful: set[str] = set()  # sent over an earlier one; history will tell
+
+    def add(self, now: float, where: str, text: str, kind: str) -> Waiting:
+        """Accept a message, at wall time `now`. Raises Unusable if it cannot be kept."""
+        one = Waiting(f"{int(now * 1000):x}-{secrets.token_hex(8)}", where, text, kind)
+        if self.journal:
+            self.journal.append({"say": one})
+        self.waiting[one.id] = one
+        return one
+
+    def next(self) -> Waiting | None:
+        """What is to be sent now. Nothing overtakes what was said before it."""
+        if len(self.flying) >= SENT_AHEAD:
+            return None
+        one = next((one for id, one in self.waiting.items() if id not in self.flying), None)
+        if one is None or one.id in self.doubtful:
+            return None
+        self.flying[one.id] = None
+        return one
+
+    def arrived(self, id: str) -> Waiting | None:
+        """Or was refused: it is not to be sent again."""
+        self.flying.pop(id, None)
+        self.doubtful.discard(id)
+        one = self.waiting.pop(id, None)
+        if one and self.journal:
+            with contextlib.suppress(Unusable):  # then it is sent again, and known as a repeat
+                self.journal.append({"done": id})
+                if not self.waiting:
+                    self.journal.clear()
+        return one
+
+    def grounded(self) -> list[Waiting]:
+        """The connection broke: these had been sent."""
+        flown, self.flying = [self.waiting[id] for id in self.flying], {}
+        return flown
+
+
+class Room:
+    """A channel, or a private talk with somebody, as this client knows it."""
+
+    def __init__(self, name: str, password: str = ""):
+        self.name, self.password = name, password
+        self.people: dict[str, str] = {}  # ranks by name; who spoke last comes first
+        self.topic = ""
+        self.inside = False
+        self.wanted = True  # to be entered again after a break
+        self.mark = ""  # up to here (msgid=... or timestamp=...) everything is held
+        self.held: list[View] | None = None  # what waits for the pages that come before it
+        self.seen: dict[str, None] = {}  # ids
+        self.views: collections.deque[View] = collections.deque(maxlen=VIEWS_KEPT)
+        self.whole = False  # there is nothing older than the first of these
+        self.unread = self.called = 0
+
+    @property
+    def is_channel(self) -> bool:
+        return is_channel(self.name)
+
+    @property
+    def oldest(self) -> str:
+        """The id of the first message here; "" if there is none."""
+        return next((view.id for view in self.views if view.id), "")
+
+    def holds(self, view: View) -> bool:
+        """Whether that message is here already; from now on it is."""
+        if not view.id:
+            return False
+        known = view.id in self.seen
+        self.seen[view.id] = None
+        if len(self.seen) > IDS_KEPT:
+            del self.seen[next(iter(self.seen))]
+        return known
+
+    def came(self, name: str, ranks: str = "") -> None:
+        """A server may make up as many people as it likes."""
+        if len(self.people) < PEOPLE_LISTED and len(name.encode()) <= NAME_BYTES:
+            self.people[name] = ranks
+
+    def spoke(self, name: str) -> None:
+        if name in self.people:
+            self.people = {name: self.people.pop(name), **self.people}
+
+    def renamed(self, name: str, new: str) -> bool:
+        if name not in self.people:
+            return False
+        self.people = {new if n == name else n: ranks for n, ranks in self.people.items()}
+        return True
+
+
+# Talking to a workshop server
+
+PLAIN_LINES = {
+    CAME: re.compile(r"([^:]*) \((\S+)\) joined the chat!"),
+    WENT: re.compile(r"([^:]*) \((\S+)\) left the chat!"),
+    SAID: re.compile(r"([^:*][^:]*): (.*)"),
+}
+IRC_SPEAKS = re.compile(r":|NOTICE |ERROR |PING ")  # how a line of an IRC server begins
+WANTS_IRC = re.compile(
+    r":chat\.py/|:\S+ (?:421|451) "
+)  # who says so to a name is no workshop server
+
+
+class PlainTalk:
+    """The workshop's protocol: a name, then lines. Nothing is ever acknowledged."""
+
+    ready = True
+    doubts = remembers = pages = False
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+        core.output.append(core.wanted_name)
+        core.rooms.setdefault(fold(LOBBY), Room(LOBBY)).inside = True
+        core.here = LOBBY
+
+    def take(self, line: str) -> None:
+        core, room = self.core, self.core.rooms[fold(LOBBY)]
+        if WANTS_IRC.match(line) and not core.insists:
+            return core.come_back(CHAT if line.startswith(":chat.py/") else IRC)
+        matches = ((kind, pattern.fullmatch(line)) for kind, pattern in PLAIN_LINES.items())
+        kind, match = next((pair for pair in matches if pair[1]), (TOLD, None))
+        if match is None:
+            return core.show(View(TOLD, line, where=LOBBY, line=line))
+        name, rest = match.groups()
+        if kind == WENT:
+            room.people.pop(name, None)
+        else:
+            room.came(name)  # such a server does not tell who was here before
+        if kind == SAID:
+            called = calls(rest, core.name)
+            core.deliver(room, View(SAID, rest, name, LOBBY, called=called, line=line))
+            room.spoke(name)
+        else:
+            core.show(View(kind, name=name, where=LOBBY, address=rest, line=line))
+        core.show(View(PEOPLE, where=LOBBY))
+
+    def transmit(self, one: Waiting) -> None:
+        text = f"*{one.text}*" if one.kind == ACTION else one.text
+        self.core.output += text.split("\n")
+        self.core.shown.discard(one.id)
+        self.core.outbox.arrived(one.id)  # or never will: nobody tells
+
+    def bye(self) -> None:
+        pass
+
+    def ping(self) -> None:
+        pass
+
+
+# Talking IRC
+
+WANTED = (  # capabilities that this client can use
+    *("message-tags", "server-time", "batch", "echo-message", "labeled-response"),
+    *("draft/multiline", "draft/chathistory", "draft/channel-rename", "multi-prefix"),
+    *("draft/message-redaction", "standard-replies", "soju.im/search", "chat.py/session", "sasl"),
+)
+
+
+class Batch:
+    """Lines that belong together, until all of them are there (IRCv3 batch)."""
+
+    def __init__(self, heard: Heard, outer: str):
+        self.kind, self.params = heard.params[1], heard.params[2:]
+        self.opening, self.outer = heard, outer
+        self.items: "list[Heard | Batch]" = []
+
+
+class Asked(NamedTuple):
+    """History that is on its way."""
+
+    where: str
+    # "last": what was said before we came. "missed": behind the mark, page by page. "gap":
+    # the newest of that, for a person. "older": before what is shown. "asked": just to see
+    how: str
+    limit: int
+
+
+IRC_HEARD: dict[str, tuple[Callable, int]] = {}  # verb -> handler, and parameters it needs
+
+
+def from_server(*verbs: str, least: int = 0) -> Callable:
+    """Decorator: this function is for these verbs and numerics."""
+
+    def register(handler: Callable) -> Callable:
+        IRC_HEARD.update(dict.fromkeys(verbs, (handler, least)))
+        return handler
+
+    return register
+
+
+def sendable_lines(text: str, room: int) -> Iterator[tuple[str, bool]]:
+    """A message as lines that fit; and whether each goes on with the one before."""
+    for line in text.split("\n"):
+        for n, piece in enumerate(split_text(line, room)):
+            yield piece, n > 0
+
+
+def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
+    """PRIVMSG or NOTICE, as it is shown."""
+    core, target = talk.core, heard.params[0].lstrip(talk.ranks)
+    mine = fold(heard.name) == fold(core.name)
+    where = target if is_channel(target) else target if mine else heard.name
+    if text.startswith("\x01ACTION "):
+        text = f"*{text[8:].removesuffix(chr(1))}*"
+    text = text
+    called = not mine and (not is_channel(where) or calls(text, core.name))
+    own_id = heard.tags.get(OWN_ID, "") if mine else ""
+    kind = SAID if "!" in heard.source or mine else TOLD
+    return View(
+        *(kind, text, heard.name, where, heard.time, mine, called),
+        id=heard.tags.get("msgid", ""),
+        own_id=own_id,
+    )
+
+
+def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
+    """What was said before we came."""
+    for view in views:
+        talk.core.deliver(room, view._replace(past=True))
+    room.whole = len(views) < limit
+    talk.core.release(room)
+
+
+def page_missed(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
+    """Page by page, until there is nothing new: one may be short because of its size."""
+    new = any(view.id not in room.seen for view in views)
+    for view in views:
+        talk.core.deliver(room, view)
+    if new:
+        talk.ask_history(room, "missed")
+    else:
+        talk.core.release(room)
+
+
+def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
+    """The newest first: if there was more, what is shown begins with this page."""
+    size = sum(len(view.text.encode()) for view in views)
+    if len(views) >= limit or size > PAGE_BYTES // 2:
+        room.views.clear()
+        room.seen.clear()
+        room.whole = False
+        text = "more was said meanwhile; page up, or /history, shows it"
+        talk.core.show(View(NOTE, text, where=room.name))
+    for view in views:
+        talk.core.deliver(room, view)
+    talk.core.release(room)
+
+
+def page_older(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
+    """In front of what is there."""
+    views = [view._replace(past=True) for view in views if not room.holds(view)]
+    views = views[len(views) - (VIEWS_KEPT - len(room.views)) :] if room.views else views
+    room.views.extendleft(reversed(views))
+    room.whole = not views
+    talk.core.show(View(OLDER, str(len(views)), where=room.name))
+
+
+PAGES = {"last": page_last, "missed": page_missed, "gap": page_gap, "older": page_older}
+
+
+class IrcTalk:
+    """IRC from the client's side, for one connection. What comes is handled by the functions
+    below; a line with too few parameters is no line."""
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+        self.ready = False
+        self.offered: dict[str, str] = {}  # capabilities and their values
+        self.enabled: set[str] = set()
+        self.support: dict[str, str] = {}  # 005
+        self.batches: dict[str, Batch] = {}
+        self.asked: collections.deque[Asked] = collections.deque()  # in the order of answers
+        self.names: dict[str, dict[str, str]] = {}  # by key of a channel, as they come
+        self.shown_names: set[str] = set()  # keys of channels that somebody wants to see them of
+        self.going: set[str] = set()  # keys of channels to be looked at once we are there
+        self.introduced = self.negotiating = False
+        self.tries = 1  # at names
+        self.login: Iterator | None = None  # an exchange of SASL, from the client's side ...
+        self.exchange: Exchange | None = None  # ... and what is received of it
+        self.mask = ""  # ours, as others see it
+        self.pings = 0
+        self.unconfirmed: list[str] = []  # own ids of what the next PONG is behind
+        self.since = core.newest  # what came later than this, we have not seen
+        self.send("CAP LS 302")
+
+    # What this server can do
+
+    @property
+    def echoes(self) -> bool:
+        """Our messages come back with our ids: that is how we know that they arrived."""
+        return {"echo-message", "message-tags"} <= self.enabled
+
+    @property
+    def remembers(self) -> bool:
+        """It knows what we said before, and does not say it twice."""
+        return self.echoes and "chat.py/session" in self.enabled
+
+    @property
+    def doubts(self) -> bool:
+        return not self.remembers
+
+    @property
+    def pages(self) -> bool:
+        """It can tell what was said, and has ids for it."""
+        return {"draft/chathistory", "batch", "message-tags", "server-time"} <= self.enabled
+
+    @property
+    def page_size(self) -> int:
+        return min(whole_number(self.support.get("CHATHISTORY", "")) or PAGE_LINES, PAGE_LINES)
+
+    @property
+    def multiline(self) -> bool:
+        return {"draft/multiline", "batch"} <= self.enabled
+
+    @property
+    def ranks(self) -> str:
+        """The symbols before names."""
+        return self.support.get("PREFIX", "(ov)@+").partition(")")[2]
+
+    # Out
+
+    def send(self, verb: str, *params: str) -> None:
+        """One line; the last parameter may be anything."""
+        middle = [verb, *params[:-1]]
+        last = params[-1:]
+        if last and (not last[0] or " " in last[0] or last[0].startswith(":")):
+            last = (f":{last[0]}",)
+        self.core.output.append(" ".join([*middle, *last]))
+
+    def bye(self) -> None:
+        self.send("QUIT", "")
+
+    def ping(self) -> None:
+        self.pings += 1
+        self.send("PING", f"{self.pings}")
+
+    def introduce(self) -> None:
+        """All in one go: slow lines pay for every answer that is waited for. What the server
+        offers it grants, so that what comes behind CAP REQ can rely on it."""
+        if self.introduced:
+            return
+        core, self.introduced = self.core, True
+        wanted = [name for name in WANTED if name in self.offered]
+        if wanted:
+            self.send("CAP", "REQ", " ".join(wanted))
+        if core.password:
+            self.send("PASS", core.password)
+        if "chat.py/session" in wanted:
+            self.send("SESSION", core.outbox.secret)
+        core.name = clean_name(core.wanted_name)
+        self.send("NICK", core.name)
+        username = re.sub("[^a-z]", "", fold(core.name))[:SHORT_NAME] or "chat"
+        core.output.append(f"USER {username} 0 * :{core.name}")
+        mechanism = self.mechanism() if "sasl" in wanted else ""
+        if mechanism:
+            self.begin_log_in(mechanism)
+        elif self.negotiating:
+            self.send("CAP", "END")
+
+    def mechanism(self) -> str:
+        """The best way to log in that both know; "" if there is no need or none."""
+        offered = self.offered["sasl"].split(",") if self.offered["sasl"] else [*LOGINS]
+        return next((name for name in LOGINS if name in offered and self.core.login), "")
+
+    def begin_log_in(self, mechanism: str) -> None:
+        self.login = LOGINS[mechanism](*self.core.login)
+        next(self.login)  # the server speaks first, if only to say nothing
+        self.exchange = Exchange(self.login)
+        self.send("AUTHENTICATE", mechanism)
+
+    def transmit(self, one: Waiting) -> None:
+        """A message of ours, with our id on the last line of it, or on all of it."""
+        if one.kind == ACTION:
+            lines = [(f"\x01ACTION {one.text}\x01", False)]
+        else:
+            head = f":{self.mask or self.longest_mask()} PRIVMSG {one.where} :"
+            lines = list(sendable_lines(one.text, IRC_BYTES - 2 - len(head.encode())))
+        tags = f"@{OWN_ID}={one.id}" if "message-tags" in self.enabled else ""
+        if tags and "labeled-response" in self.enabled:
+            tags += f";label={one.id}"
+        if len(lines) > 1 and self.multiline:
+            return self.transmit_batch(one, lines, tags)
+        for text, _ in lines[:-1]:
+            self.send("PRIVMSG", one.where, text or " ")
+        self.send(*[tags] * bool(tags), "PRIVMSG", one.where, lines[-1][0] or " ")
+        if not self.echoes:
+            self.unconfirmed.append(one.id)
+            self.send("PING", f"{UNCONFIRMED}{one.id}")
+
+    def transmit_batch(self, one: Waiting, lines: list[tuple[str, bool]], tags: str) -> None:
+        self.send(*[tags] * bool(tags), "BATCH", "+m", "draft/multiline", one.where)
+        for text, goes_on in lines:
+            self.send(f"@batch=m{f';{CONCAT}' * goes_on}", "PRIVMSG", one.where, text)
+        self.send("BATCH", "-m")
+
+    def longest_mask(self) -> str:
+        return f"{self.core.name}!{'u' * USERNAME_BYTES}@{'h' * HOST_BYTES}"
+
+    def enter(self, room: Room) -> None:
+        self.send("JOIN", room.name, *[room.password] * bool(room.password))
+
+    def ask_history(self, room: Room, how: str) -> bool:
+        """A page of it; whether one comes."""
+        if not self.pages:
+            return False
+        limit = HISTORY_LINES if how in ("last", "asked") else self.page_size
+        words = {
+            "last": ("LATEST", "*"),
+            "asked": ("LATEST", "*"),
+            "gap": ("LATEST", room.mark),
+            "missed": ("AFTER", room.mark),
+            "older": ("BEFORE", f"msgid={room.oldest}" if room.oldest else "*"),
+        }
+        subcommand, selector = words[how]
+        self.asked.append(Asked(room.name, how, limit))
+        self.send("CHATHISTORY", subcommand, room.name, selector, str(limit))
+        return True
+
+    def catch_up(self, room: Room) -> None:
+        """From where this room holds everything; a new one begins with the last things said,
+        if that is for a person, or with what comes from now on."""
+        room.held = []
+        how = "last" if not room.mark else "gap" if self.core.tidy else "missed"
+        wanted = room.mark or self.core.tidy
+        if not (wanted and self.ask_history(room, how)):
+            self.core.release(room)
+
+    # In
+
+    def take(self, line: str) -> None:
+        heard = parse_heard(line)
+        batch = self.batches.get(heard.tags.get("batch", ""))
+        if heard.verb == "BATCH":
+            self.take_batch(heard)
+        elif batch is None or len(batch.items) >= BATCH_LINES:
+            self.act(heard)
+        else:
+            batch.items.append(heard)
+
+    def act(self, heard: Heard) -> None:
+        handler, least = IRC_HEARD.get(heard.verb) or IRC_HEARD[""]
+        if len(heard.params) >= least:
+            handler(self, heard)
+
+    def take_batch(self, heard: Heard) -> None:
+        reference = heard.params[0] if heard.params else ""
+        if reference[:1] == "+" and len(heard.params) > 1 and len(self.batches) < BATCHES:
+            self.batches[reference[1:]] = Batch(heard, heard.tags.get("batch", ""))
+        batch = self.batches.pop(reference[1:], None) if reference[:1] == "-" else None
+        if batch is None:
+            return
+        if outer := self.batches.get(batch.outer):
+            outer.items.append(batch)
+        else:
+            self.end_batch(batch)
+
+    def end_batch(self, batch: Batch) -> None:
+        views = [view for item in batch.items if (view := self.view_of(item))]
+        if batch.kind == "chathistory":
+            self.take_page(views)
+        elif batch.kind == "draft/multiline":
+            if view := self.view_of(batch):
+                self.core.said(view)
+        elif batch.kind == "soju.im/search":
+            self.core.show(*(view._replace(past=True) for view in views))
+        else:  # its lines are what they would be without it
+            for item in batch.items:
+                if isinstance(item, Batch):
+                    self.end_batch(item)
+                else:
+                    label = batch.opening.tags.get("label", "")
+                    self.act(item._replace(tags={"label": label} | item.tags))
+        if batch.kind == "draft/chathistory-targets" and self.asked:
+            self.asked.popleft()
+            self.release_talks()
+
+    def view_of(self, item: "Heard | Batch") -> View | None:
+        """A message, if it is one; of a batch, the message of several lines."""
+        if isinstance(item, Heard):
+            spoken = item.verb in ("PRIVMSG", "NOTICE") and len(item.params) > 1
+            return spoken_view(self, item, item.params[1]) if spoken else None
+        lines = [line for line in item.items if isinstance(line, Heard) and len(line.params) > 1]
+        if item.kind != "draft/multiline" or not lines:
+            return None
+        text = "".join(("" if CONCAT in line.tags else "\n") + line.params[1] for line in lines)
+        source, tags = item.opening.source or lines[0].source, item.opening.tags
+        first = lines[0]._replace(source=source, tags=tags)
+        return spoken_view(self, first, text.removeprefix("\n"))
+
+    def take_page(self, views: list[View]) -> None:
+        """History that was asked for; servers answer in order."""
+        asked = self.asked.popleft() if self.asked else Asked("", "asked", 0)
+        room = self.core.rooms.get(fold(asked.where))
+        if room is None or asked.how == "asked":
+            return self.core.show(*(view._replace(past=True) for view in views))
+        PAGES[asked.how](self, room, views, asked.limit)
+
+    def release_talks(self) -> None:
+        """The private talks in which nothing was missed."""
+        busy = {fold(asked.where) for asked in self.asked}
+        for key, room in list(self.core.rooms.items()):
+            if not room.is_channel and room.held is not None and key not in busy:
+                self.core.release(room)
+
+
+# What a server says: whatever has no function of its own, and before there is a welcome
+
+
+def refused(talk: IrcTalk, heard: Heard, text: str) -> None:
+    """Something that we wanted: a message of ours, if it has our label."""
+    label = heard.tags.get("label", "")
+    if label in talk.core.outbox.waiting:
+        talk.core.lost(label, text)
+    else:
+        talk.core.show(View(TOLD, text))
+
+
+SAYING_FAILED = ("401", "403", "404", "407", "412", "417", "477")
+
+
+@from_server("", least=1)
+def tell_rest(talk: IrcTalk, heard: Heard) -> None:
+    """A numeric, or another line of a server, that needs nothing but to be read."""
+    *about, text = heard.params[1:] or heard.params
+    between = ": " if heard.verb[:1] in ("4", "5") else " "
+    text = between.join([" ".join(about), text] if about else [text])
+    if heard.verb not in SAYING_FAILED:
+        return refused(talk, heard, text)
+    flying = (talk.core.outbox.waiting[id] for id in talk.core.outbox.flying)
+    target = fold(heard.params[1]) if len(heard.params) > 1 else ""
+    lost = next((one.id for one in flying if fold(one.where) == target), "")
+    refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
+
+
+@from_server("CAP", least=3)
+def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
+    subcommand, words = heard.params[1].upper(), heard.params[-1].split()
+    if subcommand in ("LS", "NEW"):
+        talk.offered.update(word.partition("=")[::2] for word in words)
+        talk.negotiating = True
+        if heard.params[2] != "*":  # else there are more to come
+            talk.introduce()
+    elif subcommand == "ACK":
+        for word in words:
+            (talk.enabled.discard if word[0] == "-" else talk.enabled.add)(word.lstrip("-"))
+    elif subcommand == "DEL":
+        talk.enabled.difference_update(words)
+
+
+@from_server("421", "451", least=2)
+def no_capabilities(talk: IrcTalk, heard: Heard) -> None:
+    """A server that knows no CAP."""
+    if talk.introduced:
+        return tell_rest(talk, heard)
+    talk.introduce()
+
+
+def answer_log_in(talk: IrcTalk, said: Any) -> None:
+    """`said` by the server, or by a job that the exchange asked for."""
+    if talk is not talk.core.talk or talk.login is None:
+        return
+    try:
+        answer = talk.login.send(said)
+    except StopIteration:
+        return
+    except Refused:
+        return talk.send("AUTHENTICATE", "*")
+    if callable(answer):
+        return talk.core.later(answer, functools.partial(answer_log_in, talk))
+    for chunk in Exchange.chunks(answer):
+        talk.send("AUTHENTICATE", chunk)
+
+
+@from_server("AUTHENTICATE", least=1)
+def asked_to_log_in(talk: IrcTalk, heard: Heard) -> None:
+    try:
+        said = talk.exchange.feed(heard.params[0]) if talk.exchange else None
+    except Refused:
+        return talk.send("AUTHENTICATE", "*")
+    if said is not None:
+        answer_log_in(talk, said)
+
+
+@from_server("900", least=1)
+def told_to_be_logged_in(talk: IrcTalk, heard: Heard) -> None:
+    talk.core.show(View(TOLD, heard.params[-1]))
+
+
+def end_log_in(talk: IrcTalk) -> None:
+    talk.login = talk.exchange = None
+    if not talk.ready:
+        talk.send("CAP", "END")
+
+
+@from_server("903")
+def logged_in(talk: IrcTalk, heard: Heard) -> None:
+    end_log_in(talk)
+
+
+@from_server("902", "904", "905", "906", "907", least=1)
+def not_logged_in(talk: IrcTalk, heard: Heard) -> None:
+    talk.core.show(View(NOTE, f"not logged in: {heard.params[-1]}"))
+    end_log_in(talk)
+
+
+@from_server("433", "436", "437", least=2)
+def name_is_taken(talk: IrcTalk, heard: Heard) -> None:
+    if talk.ready:
+        return tell_rest(talk, heard)
+    talk.tries += 1
+    if talk.tries > NAMES_COUNTED:
+        talk.core.refusal = heard.params[-1]
+        return talk.bye()
+    talk.core.name = numbered_name(clean_name(talk.core.wanted_name), talk.tries)
+    talk.send("NICK", talk.core.name)
+
+
+@from_server("432", least=1)
+def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
+    """Here: other servers want less in a name than we do."""
+    if talk.ready:
+        return tell_rest(talk, heard)
+    talk.tries += 1
+    if talk.tries > NAMES_TRIED:
+        talk.core.refusal = heard.params[-1]
+        return talk.bye()
+    letters = re.sub(r"[^A-Za-z]", "", talk.core.name)[: SHORT_NAME - talk.tries]
+    talk.core.name = letters or f"guest{random.randrange(1000)}"
+    talk.send("NICK", talk.core.name)
+
+
+@from_server("001", least=1)
+def welcomed(talk: IrcTalk, heard: Heard) -> None:
+    core, talk.ready = talk.core, True
+    core.name = heard.params[0]
+    if core.tidy or core.name != core.wanted_name:
+        core.show(View(TOLD, f"you are {core.name}"))
+    for room in core.rooms.values():
+        if room.is_channel and room.wanted:
+            talk.enter(room)
+    if talk.pages and talk.since:
+        now = tag_time(LAST_MOMENT)
+        talk.asked.append(Asked("", "targets", 0))
+        since = f"timestamp={tag_time(talk.since)}"
+        talk.send("CHATHISTORY", "TARGETS", since, f"timestamp={now}", str(TARGETS_ASKED))
+    else:
+        talk.release_talks()
+    core.show(View(PEOPLE))
+
+
+@from_server("005", least=2)
+def support_told(talk: IrcTalk, heard: Heard) -> None:
+    talk.support.update(word.partition("=")[::2] for word in heard.params[1:-1])
+
+
+@from_server("ERROR", least=1)
+def error_told(talk: IrcTalk, heard: Heard) -> None:
+    if not talk.core.quitting:
+        talk.core.refusal = talk.core.refusal or heard.params[0]
+
+
+@from_server("464", "465", "466", least=1)
+def not_let_in(talk: IrcTalk, heard: Heard) -> None:
+    tell_rest(talk, heard)
+    if not talk.ready:
+        talk.core.refusal = heard.params[-1]
+        talk.core.password = ""
+
+
+# What a server says: whether we are there, and whether what we said is
+
+
+@from_server("PING", least=1)
+def pinged(talk: IrcTalk, heard: Heard) -> None:
+    talk.send("PONG", *heard.params)
+
+
+def confirm(talk: IrcTalk, own_id: str) -> None:
+    if one := talk.core.outbox.arrived(own_id):
+        talk.core.shown.discard(own_id)
+        talk.core.show(View(ARRIVED, where=one.where, own_id=own_id))
+
+
+@from_server("PONG", least=1)
+def ponged(talk: IrcTalk, heard: Heard) -> None:
+    """Whatever was sent before our PING has been dealt with."""
+    id = heard.params[-1].removeprefix(UNCONFIRMED)
+    while talk.unconfirmed and id in talk.unconfirmed:
+        confirm(talk, talk.unconfirmed.pop(0))
+
+
+@from_server("TAGMSG", least=1)
+def tags_told(talk: IrcTalk, heard: Heard) -> None:
+    """With our id it stands for a message of ours that is not there any more."""
+    if fold(heard.name) == fold(talk.core.name):
+        confirm(talk, heard.tags.get(OWN_ID, ""))
+
+
+def end_page(talk: IrcTalk) -> None:
+    """There is none."""
+    if talk.asked and talk.asked[0].how == "targets":
+        talk.asked.popleft()
+        talk.release_talks()
+    else:
+        talk.take_page([])
+
+
+def tell_nothing(talk: IrcTalk, heard: Heard) -> None:
+    """What only programs need to know, or what is told in other words."""
+
+
+for quiet in (
+    *("002", "003", "004", "221", "251", "252", "253", "254", "255", "265", "266", "315"),
+    *("318", "321", "323", "329", "333", "369", "372", "375", "376", "396", "422", "705", "706"),
+    *("731", "AWAY", "ACCOUNT", "CHGHOST", "SETNAME", "908"),
+):
+    IRC_HEARD[quiet] = (tell_nothing, 0)
+
+
+@from_server("FAIL", least=3)
+def failed(talk: IrcTalk, heard: Heard) -> None:
+    verb, code, *about, text = heard.params
+    if (verb, code) == ("SESSION", "REPLACED"):
+        talk.core.over = "another client of yours has taken this place"
+    elif verb == "CHATHISTORY":
+        end_page(talk)
+    elif code == "NOT_KEPT" and len(about) > 1:
+        talk.core.lost(about[1], text)
+    else:
+        refused(talk, heard, text)
+
+
+# What a server says: people and their words
+
+
+@from_server("PRIVMSG", "NOTICE", least=2)
+def somebody_spoke(talk: IrcTalk, heard: Heard) -> None:
+    text = heard.params[1]
+    if text.startswith("\x01") and not text.startswith("\x01ACTION "):
+        return  # CTCP: between programs, and ours has nothing to say to it
+    view = spoken_view(talk, heard, text)
+    if view.kind == SAID and fold(view.name) not in SERVICES:
+        return talk.core.said(view)
+    who = f"{view.name}: " if view.kind == SAID else ""
+    if fold(view.name) == SERVICE_KEY and text == PASSWORD_CHANGED:
+        talk.core.renewed()
+    talk.core.show(View(TOLD, who + view.text, time=view.time))
+
+
+@from_server("CHATHISTORY", least=3)
+def missed_in_a_talk(talk: IrcTalk, heard: Heard) -> None:
+    """One of the places where something was said meanwhile."""
+    name = heard.params[1]
+    if is_channel(name):
+        return
+    room = talk.core.room_for(name)
+    room.held = room.held or []
+    room.mark = room.mark or f"timestamp={tag_time(talk.since)}"
+    talk.ask_history(room, "gap" if talk.core.tidy else "missed")
+
+
+def we_joined(talk: IrcTalk, heard: Heard) -> None:
+    core, talk.mask = talk.core, heard.source
+    room = core.room_for(heard.params[0])
+    room.name, room.inside, room.wanted = heard.params[0], True, True
+    if not core.tidy and not room.mark:  # whatever is said from now on
+        if "msgid" in heard.tags:
+            room.mark = f"msgid={heard.tags['msgid']}"
+        elif "time" in heard.tags:
+            room.mark = f"timestamp={heard.tags['time']}"
+    core.newest = max(core.newest, heard.time or 0)
+    if fold(room.name) in talk.going:
+        talk.going.discard(fold(room.name))
+        core.go(room)
+    talk.catch_up(room)
+
+
+@from_server("JOIN", least=1)
+def somebody_joined(talk: IrcTalk, heard: Heard) -> None:
+    core, name = talk.core, heard.params[0]
+    if fold(heard.name) == fold(core.name):
+        return we_joined(talk, heard)
+    if room := core.rooms.get(fold(name)):
+        room.came(heard.name)
+        address = heard.source.partition("@")[2]
+        core.happened(room, View(CAME, name=heard.name, where=room.name, address=address))
+        core.show(View(PEOPLE, where=room.name))
+
+
+def somebody_went(talk: IrcTalk, room: Room, heard: Heard, name: str, why: str = "") -> None:
+    """Out of one room; perhaps it was us."""
+    core = talk.core
+    room.people.pop(name, None)
+    if fold(name) == fold(core.name):
+        room.inside = room.wanted = False
+        return
+    address = heard.source.partition("@")[2]
+    core.happened(room, View(WENT, why, name, room.name, address=address))
+    core.show(View(PEOPLE, where=room.name))
+
+
+@from_server("PART", least=1)
+def somebody_parted(talk: IrcTalk, heard: Heard) -> None:
+    room = talk.core.rooms.get(fold(heard.params[0]))
+    if room is None:
+        return
+    somebody_went(talk, room, heard, heard.name, *heard.params[1:2])
+    if fold(heard.name) == fold(talk.core.name):
+        talk.core.close(room)
+
+
+@from_server("QUIT")
+def somebody_quit(talk: IrcTalk, heard: Heard) -> None:
+    for room in list(talk.core.rooms.values()):
+        if heard.name in room.people:
+            somebody_went(talk, room, heard, heard.name, *heard.params[:1])
+
+
+@from_server("KICK", least=2)
+def somebody_kicked(talk: IrcTalk, heard: Heard) -> None:
+    core, (where, name, *why) = talk.core, heard.params
+    if room := core.rooms.get(fold(where)):
+        reason = f": {why[0]}" if why else ""
+        text = f"{heard.name} kicked {name} from {where}{reason}"
+        core.happened(room, View(TOLD, text, where=room.name))
+        room.people.pop(name, None)
+        if fold(name) == fold(core.name):
+            room.inside = room.wanted = False
+        core.show(View(PEOPLE, where=room.name))
+
+
+@from_server("NICK", least=1)
+def somebody_renamed(talk: IrcTalk, heard: Heard) -> None:
+    core, old, new = talk.core, heard.name, heard.params[0]
+    if fold(old) == fold(core.name):
+        core.name = core.wanted_name = new
+        core.show(View(TOLD, f"you are {new}"))
+    for room in list(core.rooms.values()):
+        if room.renamed(old, new) and fold(new) != fold(core.name):
+            core.happened(room, View(TOLD, f"{old} is now called {new}", where=room.name))
+    if fold(old) in core.rooms and fold(new) not in core.rooms:  # a private talk goes on
+        core.rename(core.rooms[fold(old)], new)
+    core.show(View(PEOPLE))
+
+
+@from_server("RENAME", least=2)
+def channel_renamed(talk: IrcTalk, heard: Heard) -> None:
+    core, (old, new, *_) = talk.core, heard.params
+    if room := core.rooms.get(fold(old)):
+        core.rename(room, new)
+        core.happened(room, View(TOLD, f"{heard.name} renamed {old} to {new}", where=new))
+
+
+@from_server("TOPIC", least=2)
+def topic_set(talk: IrcTalk, heard: Heard) -> None:
+    if room := talk.core.rooms.get(fold(heard.params[0])):
+        room.topic = heard.params[1]
+        text = f"{heard.name} set the topic of {room.name}: " + room.topic
+        talk.core.happened(room, View(TOLD, text, where=room.name, time=heard.time))
+
+
+@from_server("332", least=3)
+def topic_told(talk: IrcTalk, heard: Heard) -> None:
+    _, where, topic = heard.params[:3]
+    room = talk.core.rooms.get(fold(where))
+    if room:
+        room.topic = topic
+    text = f"the topic of {where}: {topic}"
+    talk.core.show(View(TOLD, text, where=room.name if room else ""))
+
+
+@from_server("MODE", least=2)
+def modes_set(talk: IrcTalk, heard: Heard) -> None:
+    where, letters = heard.params[:2]
+    room = talk.core.rooms.get(fold(where))
+    if room is None:
+        return
+    text = f"{heard.name} set {' '.join(heard.params[1:])} in {room.name}"
+    talk.core.happened(room, View(TOLD, text, where=room.name))
+    ranks = talk.support.get("PREFIX", "(ov)@+").partition(")")[0]
+    if set(letters) & set(ranks) - set("("):
+        talk.send("NAMES", room.name)
+
+
+@from_server("INVITE", least=2)
+def invited(talk: IrcTalk, heard: Heard) -> None:
+    where = heard.params[1]
+    text = f"{heard.name} invites you to {where}; /join {where}"
+    talk.core.show(View(TOLD, text, called=True))
+
+
+@from_server("REDACT", least=2)
+def taken_back(talk: IrcTalk, heard: Heard) -> None:
+    where, id = heard.params[:2]
+    if room := talk.core.rooms.get(fold(where)):
+        kept = [view for view in room.views if view.id != id]
+        room.views.clear()
+        room.views.extend(kept)
+        text = f"{heard.name} took back a message"
+        talk.core.happened(room, View(TOLD, text, where=room.name))
+
+
+@from_server("353", least=4)
+def names_told(talk: IrcTalk, heard: Heard) -> None:
+    coming = talk.names.setdefault(fold(heard.params[2]), {})
+    for word in heard.params[3].split()[: PEOPLE_LISTED - len(coming)]:
+        name = word.lstrip(talk.ranks)
+        coming[name] = word.removesuffix(name)
+
+
+@from_server("366", least=2)
+def names_ended(talk: IrcTalk, heard: Heard) -> None:
+    key = fold(heard.params[1])
+    people, room = talk.names.pop(key, {}), talk.core.rooms.get(key)
+    if room:
+        known = {name: people[name] for name in room.people if name in people}
+        room.people = known | people  # in the order of who spoke last
+    text = ", ".join(ranks + name for name, ranks in people.items()) or "nobody"
+    asked = key in talk.shown_names
+    talk.shown_names.discard(key)
+    where = room.name if room else heard.params[1]
+    talk.core.show(View(PEOPLE, text if asked else "", where=where))
+
+
+@from_server("322", least=3)
+def channel_listed(talk: IrcTalk, heard: Heard) -> None:
+    _, name, count, *topic = heard.params
+    text = "  ".join(filter(None, [name, count, *topic[:1]]))
+    talk.core.show(View(TOLD, text))
+
+
+@from_server("REGISTER", "VERIFY", least=2)
+def registered(talk: IrcTalk, heard: Heard) -> None:
+    """What became of it; who has an account now comes back to it."""
+    core = talk.core
+    core.show(View(TOLD, heard.params[-1]))
+    if heard.params[0] == "SUCCESS":
+        core.renewed()
+
+
+# The core
+
+
+class Login(NamedTuple):
+    """What a client knows of its account."""
+
+    account: str
+    password: str
+
+
+class ClientCore:
+    """A client's side of the talk.
+
+    Call connected() for each new connection, then feed() with what comes, silence() if
+    nothing does and disconnected() at its end; send what take_output() gives. typed() takes
+    what the person wrote, also while there is no connection: then it waits. `tidy` is for
+    a person's eyes: it asks what was said last. `later` runs a job off the loop.
     """
 
     def __init__(
         self,
         name: str,
         tidy: bool = True,
-        kind: str | None = None,
+        kind: str = "",
         password: str = "",
         join: Iterable[str] = (),
+        login: Login | None = None,
+        outbox: Outbox | None = None,
+        clock: Callable[[], float] = lambda: 0.0,
+        later: Callable[[Callable, Callable], None] = lambda job, then: then(job()),
     ):
         self.wanted_name = self.name = name
-        self.tidy = tidy
-        self.password = password
-        self.kind = kind  # of server, as far as known
+        self.tidy, self.kind, self.password, self.login = tidy, kind, password, login
+        self.outbox = outbox or Outbox()
+        self.clock, self.later = clock, later
+        self.talk: Any = None  # while connected, once it is known what is spoken
+        self.secure = False  # what is said now, nobody reads on its way
         self.listening = False  # for whether the server speaks first
-        self.ready = False  # the name has been sent
         self.refusal = ""  # why the server will not have us
-        self.here = next(iter(join := list(join)), LOBBY)  # where plain lines go
-        self.rooms: dict[str, dict[str, None]] = {
-            room: {} for room in (LOBBY, *join)
-        }  # who is where
-        self.recent: collections.deque[tuple[str, str]] = collections.deque(
-            maxlen=5 * HISTORY_LINES
-        )
-        self.page: list[View] | None = None  # history asked for by tidy, as it comes
-        self.inbox = LineBuffer(LINE_BYTES + 1024)  # a line that somebody said, and who did
+        self.over = ""  # why there is no point in coming back
+        self.redial = False  # come back at once: it speaks something else ...
+        self.insists = False  # ... unless a person said what it speaks
+        self.quitting = False
+        self.ignored: set[str] = set()  # keys
+        self.shown: set[str] = set()  # own ids of what the person has seen himself say
+        self.failures = 0  # messages that did not arrive, or were not kept
+        self.newest = 0  # time of the newest thing heard of, in milliseconds
+        self.proposed: Login | None = None  # that a /register or /passwd is to make valid
+        self.generated = False  # its password is no person's
+        self.keep: Callable[[Login], None] = lambda login: None  # for the next start
+        names = [words.split() for words in join if words.split()] or [[LOBBY]]
+        self.rooms = {fold(words[0]): Room(*words[:2]) for words in names}
+        self.here = next(iter(self.rooms.values())).name
+        self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
+        self.views: list[View] = []
         self.output: list[str] = []
-        self.waiting: list[tuple[Callable, str]] = []  # what to do once the name is sent
+        self.unfinished = None  # no command here has a long answer
+
+    @property
+    def ready(self) -> bool:
+        """The server has our name."""
+        return self.talk is not None and self.talk.ready
+
+    @property
+    def user(self) -> "ClientCore":
+        """For the gate before a command: whoever types here has a name."""
+        return self
+
+    @property
+    def room(self) -> Room | None:
+        """That is looked at."""
+        return self.rooms.get(fold(self.here))
 
     # The connection
 
     def connected(self) -> list[View]:
         self.inbox = LineBuffer(self.inbox.limit)
-        self.page = None
         self.output.clear()
-        self.ready = False
-        self.listening = self.kind != PLAIN
-        return [] if self.listening else self._introduce()
+        self.refusal, self.redial, self.talk = "", False, None
+        self.listening = not self.kind
+        if not self.listening:
+            self._introduce()
+        return self.take_views()
 
-    def disconnected(self) -> None:
-        self.ready = self.listening = False
+    def disconnected(self) -> list[View]:
+        """What was on its way is sent again where that makes no second one of it."""
+        talk, self.talk, self.listening = self.talk, None, False
+        flown = self.outbox.grounded()
+        for one in flown if talk and talk.doubts else ():
+            if talk.pages:
+                self.outbox.doubtful.add(one.id)
+            else:
+                self.lost(one.id, "the line broke: it may have arrived or not")
+        for room in self.rooms.values():
+            room.held, room.inside = [], False
+        return self.take_views()
 
     def silence(self) -> list[View]:
         """The server let us wait: a workshop server, which wants the name first."""
-        if not self.listening:
-            return []
-        if self.kind == CHAT:
-            raise Unusable("this server used to be chat.py and is silent now; --plain talks to it")
-        self.kind = PLAIN
-        return self._introduce()
+        if self.listening:
+            self.kind = PLAIN
+            self._introduce()
+        return self.take_views()
 
     def feed(self, data: bytes) -> list[View]:
         self.inbox.feed(data)
-        views = []
         while (raw := self.inbox.take()) is not None:
             if raw == TOO_LONG:
-                views.append(View(NOTE, "the server sent a line too long to be shown"))
+                self.show(View(NOTE, "the server sent a line too long to be shown"))
                 continue
-            line = harmless(raw.decode(errors="replace")).translate(BIDI_CONTROLS)
-            views += self._first(line) if self.listening else self._line(line)
-        return views
+            line = shown_line(raw)
+            if self.listening and self._first(line):
+                continue
+            if self.talk:
+                self.talk.take(line)
+        self.flush()
+        return self.take_views()
 
     def finish(self) -> list[View]:
-        """The server has closed: what came after the last newline is a line too."""
-        self.inbox.finish()
+        """The server has closed: what came after the last newline is a line too, but in IRC,
+        where it may be half of one."""
+        if self.kind == PLAIN:
+            self.inbox.finish()
         return self.feed(b"")
 
     def take_output(self) -> bytes:
-        data = "".join(f"{line}\n" for line in self.output).encode(errors="replace")
+        end = "\n" if self.kind == PLAIN else "\r\n"
+        data = "".join(line + end for line in self.output).encode(errors="replace")
         self.output.clear()
         return data
 
-    def _first(self, line: str) -> list[View]:
-        if line.startswith(":chat.py/"):
-            self.kind = CHAT
-            return self._introduce()
-        if line.startswith((":", "NOTICE ", "ERROR ")):
-            raise Unusable("this is an IRC server, and this client does not speak IRC yet")
+    def take_views(self) -> list[View]:
+        views, self.views = self.views, []
+        return views
+
+    def _first(self, line: str) -> bool:
+        """Who speaks before us tells by that what he is; whether that is all he said by it."""
         if line.startswith("* "):  # we are being turned away, and told why
             self.refusal = line.removeprefix("* ")
-            return [View(TOLD, self.refusal, line=line)]
-        if self.kind == CHAT:
-            raise Unusable("this server used to be chat.py and is another now; --plain talks to it")
-        self.kind = PLAIN
-        return [*self._introduce(), *self._line(line)]
+            self.show(View(TOLD, self.refusal))
+            return True
+        if line.startswith(":chat.py/"):
+            self.kind = CHAT
+        else:
+            self.kind = IRC if IRC_SPEAKS.match(line) else PLAIN
+        self._introduce()
+        return self.kind == CHAT
 
-    def _introduce(self) -> list[View]:
-        """The name, where we were, and what was typed meanwhile."""
-        self.listening, self.ready, self.refusal = False, True, ""
-        if self.password and self.kind == CHAT:
-            self.output.append(f"/pass {self.password}")
-        self.output.append(self.wanted_name)
-        if self.kind == CHAT:
-            others = [room for room in self.rooms if room not in (LOBBY, self.here)]
-            last = [self.here] if self.here != LOBBY or others else []  # this is where we speak
-            self.output += [f"/join {room}" for room in others + last]
-        if self.kind == CHAT and self.tidy:
-            self.page = []
-            self.output += [f"/history {LOBBY} {HISTORY_LINES}", f"/names {LOBBY}"]
-        for room in self.rooms.values():
-            room.clear()
-        waiting, self.waiting = self.waiting, []
-        return list(itertools.chain(*(do(text) for do, text in waiting)))
+    def _introduce(self) -> None:
+        self.listening = False
+        self.talk = PlainTalk(self) if self.kind == PLAIN else IrcTalk(self)
+        self.flush()
+
+    def come_back(self, kind: str) -> None:
+        """As something else than what we took the server for."""
+        self.kind, self.redial = kind, True
+
+    def leave(self) -> None:
+        self.quitting = True
+        if self.talk:
+            self.talk.bye()
 
     # What the person writes
 
     def typed(self, text: str) -> list[View]:
-        """A line or several, as one message. Commands go to a server that knows them."""
-        if not self.ready:
-            self.waiting.append((self.typed, text))
-            return [View(NOTE, f"not connected; to be sent: {text}")]
-        is_command = text[:1] == "/" and text[:2] != "//"
-        lines = (text[1:] if text[:2] == "//" else text).split("\n")
-        if is_command and (self.kind == PLAIN or len(lines) > 1):
-            what = (
-                "this server knows no commands" if self.kind == PLAIN else "a command is one line"
-            )
-            return [View(NOTE, f"{what}; // says a line that begins with /; nothing was sent")]
-        if len(lines) > MESSAGE_LINES or len(text.encode()) > LINE_BYTES:
-            limit = f"a message has at most {MESSAGE_LINES} lines and {LINE_BYTES:,} bytes"
-            return [View(NOTE, f"{limit}; nothing was sent")]
-        if is_command:
-            self.output.append(text)
-            return self._echo([f"*{text[4:]}*"]) if text.startswith("/me ") else []
-        if self.kind == PLAIN or len(lines) == 1:
-            for line in lines:
-                self.say(line)
-            return self._echo(lines)
-        self.output += [f"/lines {len(lines)}", *lines]
-        return self._echo(["\n".join(lines)])
-
-    def say(self, line: str) -> list[View]:
-        """A line that is text, whatever it begins with: what a pipe sends."""
-        if self.ready:
-            self.output.append(f"/{line}" if line[:1] == "/" and self.kind != PLAIN else line)
+        """A line or several, as one message, or a command."""
+        if text[:1] == "/" and text[:2] != "//":
+            self._command(text)
         else:
-            self.waiting.append((self.say, line))
-        return []
+            self._speak(text[1:] if text[:2] == "//" else text)
+        self.flush()
+        return self.take_views()
 
-    def _echo(self, texts: list[str]) -> list[View]:
-        """The server sends nothing to the speaker, so we show it ourselves."""
-        if self.here == LOBBY:
-            self.recent += [(self.name, line) for text in texts for line in text.split("\n")]
-        return [View(SAID, text, self.name, self.here, mine=True) for text in texts]
+    def say(self, text: str) -> list[View]:
+        """Text, whatever it begins with: what a pipe sends."""
+        self._speak(text)
+        self.flush()
+        return self.take_views()
 
-    # What the server says
-
-    def _line(self, line: str) -> list[View]:
-        for pattern, method in self.plain_patterns if self.kind == PLAIN else self.patterns:
-            if match := pattern.fullmatch(line):
-                return method(self, *match.groups())
-        return [View(TOLD, line.removeprefix("* "), line=line)]
-
-    def _came(self, line: str, where: str | None, name: str) -> list[View]:
-        self._is_here(name, where or LOBBY)
-        return [View(CAME, name=name, where=where or LOBBY, line=line), View(PEOPLE)]
-
-    def _went(self, line: str, where: str | None, name: str) -> list[View]:
-        for room in [self.rooms.get(where, {})] if where else self.rooms.values():
-            room.pop(name, None)
-        return [View(WENT, name=name, where=where or LOBBY, line=line), View(PEOPLE)]
-
-    def _said(
-        self, line: str, channel: str | None, private: str | None, name: str, text: str
-    ) -> list[View]:
-        where = channel or private or LOBBY
-        if where == LOBBY:
-            self.recent.append((name, text))
-        views = [View(SAID, text, name, where, line=line)]
-        if self.kind == PLAIN and name not in self.rooms[LOBBY]:
-            self._is_here(name, LOBBY)  # such a server does not tell who was here before
-            views.append(View(PEOPLE))
-        if name in (room := self.rooms.get(where, {})):
-            self.rooms[where] = {name: None, **room}  # who spoke last is completed first
-        return views
-
-    def _is_here(self, name: str, where: str) -> None:
-        """Somebody is in a channel that we are in. A server may make up as many as it likes."""
-        room = self.rooms.get(where)
-        if room is not None and len(room) < PEOPLE_LISTED and len(name.encode()) <= NAME_BYTES:
-            room[name] = None
-
-    def _history(self, line: str, when: str, rest: str) -> list[View]:
-        try:
-            moment = datetime.datetime.strptime(when, "%Y-%m-%d %H:%M:%S%z")
-        except ValueError:  # a year that no calendar has
-            return [View(TOLD, line.removeprefix("* "), line=line)]
-        time_ms = int(moment.timestamp()) * 1000
-        match = SAID_LINE.fullmatch(rest)
-        if match is None:
-            return [View(TOLD, rest, time=time_ms, line=line)]
-        _, channel, private, name, text = match.groups()
-        view = View(SAID, text, name, channel or private or LOBBY, time_ms, line=line)
-        if self.page is None:
-            return [view]
-        self.page.append(view)
-        return []
-
-    def _history_end(self, line: str) -> list[View]:
-        """After coming back, only what is new: what overlaps with the last screen is not."""
-        if self.page is None:
-            return []
-        page, self.page = self.page, None
-        said = [(view.name, view.text) for view in page]
-        recent = list(self.recent)
-        known = next((n for n in range(len(said), 0, -1) if recent[-n:] == said[:n]), 0)
-        self.recent += said[known:]
-        return page[known:]
-
-    def _names(self, line: str, where: str, start: str, names: str) -> list[View]:
-        if where not in self.rooms:  # asked about from outside
-            return [View(TOLD, line.removeprefix("* "), line=line)]
-        if start == "1":
-            self.rooms[where] = {}
-        for name in names.split(", "):
-            self._is_here(name.lstrip("~&@%+"), where)  # ranks; no name begins with one
-        return [View(PEOPLE, names, where=where, line=line)]
-
-    def _kicked(self, line: str, name: str, where: str) -> list[View]:
-        self.rooms.get(where, {}).pop(name, None)
-        if name == self.name and where != LOBBY:  # the lobby is where we come back to
-            self.rooms.pop(where, None)
-        return [View(TOLD, line.removeprefix("* "), line=line), View(PEOPLE)]
-
-    def _renamed(self, line: str, old: str, new: str) -> list[View]:
-        for where, room in self.rooms.items():
-            self.rooms[where] = {new if name == old else name: None for name in room}
-        return [View(TOLD, f"{old} is now called {new}", line=line), View(PEOPLE)]
-
-    def _refused(self, line: str, text: str) -> list[View]:
-        """The password is wrong, or missing. What we sent with it was not heard."""
-        self.refusal, self.password = text, ""
-        return [View(TOLD, text, line=line)]
-
-    def _let_in(self, line: str) -> list[View]:
-        """A person gave the right password when asked: now our name is welcome."""
-        return [] if self.password else self._introduce()
-
-    def _you_are(self, line: str, name: str) -> list[View]:
-        self._renamed(line, self.name, name)
-        self.name = self.wanted_name = name
-        return [View(TOLD, line.removeprefix("* "), line=line), View(PEOPLE)]
-
-    def _you_speak_in(self, line: str, where: str) -> list[View]:
-        self.here = where
-        self.rooms.setdefault(where, {})
-        return [View(TOLD, line.removeprefix("* "), line=line), View(PEOPLE)]
-
-    def _you_left(self, line: str, where: str) -> list[View]:
-        self.rooms.pop(where, None)
-        return [View(TOLD, line.removeprefix("* "), line=line), View(PEOPLE)]
-
-    def _told(self, line: str, name: str, text: str) -> list[View]:
-        where = name if name.startswith("#") else f"to {name}"
-        return [View(SAID, text, self.name, where, mine=True, line=line)]
-
-    patterns = tuple(  # tried in this order; the first group is the whole line
-        (re.compile(pattern), method)
-        for pattern, method in (
-            (r"((?:\[(#[^\]]+)\] )?([^:*][^:]*) \(\S+\) joined the chat!)", _came),
-            (r"((?:\[(#[^\]]+)\] )?([^:*][^:]*) \(\S+\) left the chat!)", _went),
-            (r"(\* (\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ) (.*))", _history),
-            (r"(\* that was [\d,]+ messages?)", _history_end),
-            (r"(\* (#\S+) (\d+)-\d+ of \d+: (.*))", _names),
-            (r"(\* \S+ kicked (\S+) from (#\S+): .*)", _kicked),
-            (r"(\* you kicked (\S+) from (#\S+))", _kicked),
-            (r"(\* (\S+) is now called (\S+))", _renamed),
-            (r"(\* you are (\S+?)(?:[:;] .*)?)", _you_are),
-            (r"(\* you speak in (#\S+) now)", _you_speak_in),
-            (r"(\* you left (#\S+))", _you_left),
-            (r"(\* (this server asks for a password.*|that is not it.*))", _refused),
-            (r"(\* thank you; now your name)", _let_in),
-            (r"(\* told (\S+): (.*))", _told),
-            (SAID_LINE, _said),
+    def _command(self, text: str) -> None:
+        verb, _, rest = text[1:].partition(" ")
+        why = (
+            "this server knows no commands" * (self.kind == PLAIN)
+            or "a command is one line" * ("\n" in text)
+            or "not connected" * (not self.ready)
         )
-    )
-    # Where anybody may be called anything, a line that begins "* " is no answer.
-    plain_patterns = (*patterns[:2], patterns[-1])
+        if why:
+            return self.show(View(BACK, text), View(NOTE, f"{why}; nothing was sent"))
+        try:
+            client_command.run(self, verb.lower(), lambda most: rest.split(None, max(0, most - 1)))
+        except Refused as refusal:
+            self.show(View(NOTE, str(refusal)))
+
+    def _speak(self, text: str) -> None:
+        if self.room is None:
+            return self.show(View(BACK, text), View(NOTE, "nowhere to say that; /join #CHANNEL"))
+        self.send(self.here, text)
+
+    def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
+        """Accept a message; shown at once, and sent when that can be."""
+        if text.count("\n") >= MESSAGE_LINES or len(text.encode()) > LINE_BYTES:
+            limit = f"a message has at most {MESSAGE_LINES} lines and {LINE_BYTES:,} bytes"
+            return self.show(View(BACK, text), View(NOTE, f"{limit}; nothing was sent"))
+        try:
+            one = self.outbox.add(self.clock(), where, text, kind)
+        except Unusable as error:
+            self.failures += 1
+            return self.show(View(BACK, text), View(NOTE, f"{error}; nothing was sent"))
+        self.shown.add(one.id)
+        shown = f"*{text}*" if kind == ACTION else text
+        view = self.timed(View(SAID, shown, self.name, where, mine=True, own_id=one.id))
+        self.room_for(where).views.append(view)
+        self.show(view)
+
+    def flush(self) -> None:
+        """Send what may be sent."""
+        while self.ready and (one := self.outbox.next()):
+            self.talk.transmit(one)
+
+    # What there is to show
+
+    def show(self, *views: View) -> None:
+        self.views += views
+
+    def room_for(self, name: str) -> Room:
+        return self.rooms.setdefault(fold(name), Room(name))
+
+    def go(self, room: Room) -> None:
+        """Look at another room."""
+        self.here, room.unread, room.called = room.name, 0, 0
+        self.show(View(PLACE, where=room.name))
+
+    def rename(self, room: Room, name: str) -> None:
+        """It is called otherwise, and is in its place."""
+        rooms = [*self.rooms.values()]
+        looked_at, room.name = self.here == room.name, name
+        self.rooms = {fold(one.name): one for one in rooms}
+        if looked_at:
+            self.go(room)
+
+    def close(self, room: Room) -> None:
+        """Look at it no more."""
+        self.rooms.pop(fold(room.name), None)
+        if self.here == room.name:
+            self.here = ""
+            for other in list(self.rooms.values())[-1:]:
+                self.go(other)
+
+    def said(self, view: View) -> None:
+        """A live message: behind the pages that are on their way."""
+        room = self.room_for(view.where)
+        if room.held is None:
+            self.deliver(room, view)
+        elif len(room.held) < VIEWS_KEPT:
+            room.held.append(view)
+
+    def timed(self, view: View) -> View:
+        """So that it is known later, too, when that was."""
+        return view if view.time is not None else view._replace(time=int(self.clock() * 1000))
+
+    def happened(self, room: Room, view: View) -> None:
+        """Something else than a message, likewise."""
+        view = self.timed(view)
+        if room.held is None:
+            room.views.append(view)
+            self.show(view)
+        elif len(room.held) < VIEWS_KEPT:
+            room.held.append(view)
+
+    def deliver(self, room: Room, view: View) -> None:
+        """The next message of a room, in its order."""
+        self.newest = max(self.newest, view.time or 0)
+        if view.id:
+            room.mark = f"msgid={view.id}"
+        known = room.holds(view)
+        if view.own_id:
+            arrived = self.outbox.arrived(view.own_id)
+            if view.own_id in self.shown:
+                self.shown.discard(view.own_id)
+                return self.show(view._replace(kind=ARRIVED))
+            known = known and arrived is None
+        if known or (fold(view.name) in self.ignored and not view.mine):
+            return
+        room.spoke(view.name)
+        view = self.timed(view)
+        room.views.append(view)
+        if room.name != self.here and not (view.mine or view.past):
+            room.unread += 1
+            room.called += view.called
+        self.show(view)
+
+    def release(self, room: Room) -> None:
+        """All that came before is here: now what has waited for it."""
+        held, room.held = room.held or [], None
+        for view in held:
+            (self.deliver if view.kind == SAID else self.happened)(room, view)
+        self.outbox.doubtful -= {
+            one.id for one in self.outbox.waiting.values() if fold(one.where) == fold(room.name)
+        }
+
+    def renewed(self) -> None:
+        """The log-in that was proposed is valid."""
+        if self.proposed:
+            self.login, self.proposed = self.proposed, None
+            if self.generated:
+                self.keep(self.login)
+
+    def lost(self, own_id: str, reason: str) -> None:
+        """A message of ours has not arrived, and is not sent again."""
+        one = self.outbox.arrived(own_id)
+        if one is not None:
+            self.shown.discard(own_id)
+            self.failures += 1
+            text = f"{reason}: {cut(one.text, SHOWN_FAILED)}"
+            self.show(View(FAILED, text, where=one.where, own_id=own_id))
+
+
+# What a person wants: commands, over IRC
+
+
+def asked_room(core: ClientCore, name: str = "") -> Room:
+    """The one that is meant: by name, or that is looked at. Raises Refused."""
+    room = core.rooms.get(fold(name)) if name else core.room
+    if room is None:
+        raise Refused("NO_ROOM", f"{name or 'nothing'} is not open; /join #CHANNEL opens one")
+    return room
+
+
+def channel_first(core: ClientCore, words: str) -> tuple[str, str]:
+    """A channel, if one is named before the rest, else the one that is looked at; the rest."""
+    first, _, rest = words.partition(" ")
+    return (first, rest.strip()) if is_channel(first) else (asked_room(core).name, words)
+
+
+@client_command("help", most=1)
+def do_help(core: ClientCore, verb: str = "") -> None:
+    """/help [COMMAND] -- what can be typed here"""
+    wanted = client_command.get(verb.lstrip("/").lower())
+    shown = [wanted] if wanted else client_command.values()
+    column = max(len(one.syntax) for one in shown)
+    core.show(*(View(TOLD, f"{one.syntax:{column}}  {one.summary}") for one in shown))
+
+
+@client_command("join", 1, 2)
+def do_join(core: ClientCore, name: str, password: str = "") -> None:
+    """/join #CHANNEL [PASSWORD] -- enter a channel, or look at it again"""
+    room = core.rooms.get(fold(name))
+    if room and room.inside:
+        return core.go(room)
+    core.talk.going.add(fold(name))
+    core.talk.enter(Room(name, password))
+
+
+@client_command("part", most=2)
+def do_part(core: ClientCore, name: str = "", reason: str = "") -> None:
+    """/part [#CHANNEL] [REASON] -- leave a channel, or close a private talk"""
+    room = asked_room(core, name)
+    if room.inside:
+        core.talk.send("PART", room.name, *[reason] * bool(reason))
+    else:
+        core.close(room)
+
+
+@client_command("go", 1)
+def do_go(core: ClientCore, name: str) -> None:
+    """/go #CHANNEL|NAME|N -- look at another conversation, by its name or number"""
+    number = whole_number(name)
+    if number and number <= len(core.rooms):
+        return core.go(list(core.rooms.values())[number - 1])
+    found = core.rooms.get(fold(name)) or core.rooms.get(fold(f"#{name}"))
+    core.go(found or asked_room(core, name))
+
+
+@client_command("tell", 1, 2)
+def do_tell(core: ClientCore, name: str, text: str = "") -> None:
+    """/tell NAME [TEXT] -- say something to one person only, or begin a private talk"""
+    if text:
+        core.send(name, text)
+    if not text or is_channel(name):
+        core.go(core.room_for(name))
+
+
+@client_command("me", 1)
+def do_me(core: ClientCore, text: str) -> None:
+    """/me TEXT -- say what you do"""
+    core.send(asked_room(core).name, text, ACTION)
+
+
+@client_command("names", most=1)
+def do_names(core: ClientCore, name: str = "") -> None:
+    """/names [#CHANNEL] -- who is here"""
+    where = name or asked_room(core).name
+    core.talk.shown_names.add(fold(where))
+    core.talk.send("NAMES", where)
+
+
+@client_command("list", most=1)
+def do_list(core: ClientCore, mask: str = "") -> None:
+    """/list [MASK] -- which channels there are"""
+    core.talk.send("LIST", *[mask] * bool(mask))
+
+
+@client_command("topic", most=1)
+def do_topic(core: ClientCore, words: str = "") -> None:
+    """/topic [#CHANNEL] [TEXT] -- read or set what a channel is about"""
+    where, text = channel_first(core, words)
+    core.talk.send("TOPIC", where, *[text] * bool(text))
+
+
+@client_command("nick", 1)
+def do_nick(core: ClientCore, name: str) -> None:
+    """/nick NAME -- be called otherwise"""
+    core.talk.send("NICK", name)
+
+
+@client_command("history", most=2)
+def do_history(core: ClientCore, *words: str) -> None:
+    """/history [#CHANNEL|NAME] [N] -- what was said last"""
+    count = whole_number(words[-1]) if words else None
+    name = words[0] if words and (len(words) > 1 or not count) else asked_room(core).name
+    if not core.talk.pages:
+        raise Refused("NO_HISTORY", "this server keeps no history")
+    core.talk.asked.append(Asked(name, "asked", 0))
+    limit = min(count or HISTORY_LINES, HISTORY_LINES_MOST)
+    core.talk.send("CHATHISTORY", "LATEST", name, "*", str(limit))
+
+
+@client_command("search", 1)
+def do_search(core: ClientCore, words: str) -> None:
+    """/search WORDS -- what was said with these words in it, here"""
+    if "soju.im/search" not in core.talk.enabled:
+        raise Refused("NO_SEARCH", "this server cannot search")
+    where, text = channel_first(core, words)
+    core.talk.send("SEARCH", f"in={escaped_tag(where)};text={escaped_tag(text)}")
+
+
+@client_command("away", most=1)
+def do_away(core: ClientCore, reason: str = "") -> None:
+    """/away [REASON] -- say that you are not here, or that you are back"""
+    core.talk.send("AWAY", *[reason] * bool(reason))
+
+
+@client_command("ignore", most=1)
+def do_ignore(core: ClientCore, name: str = "") -> None:
+    """/ignore [NAME] -- do not show what somebody says, or show it again; who is ignored"""
+    if name:
+        core.ignored ^= {fold(name)}
+    text = ", ".join(sorted(core.ignored)) or "nobody"
+    core.show(View(NOTE, f"ignored: {text}"))
+
+
+@client_command("invite", 1, 2)
+def do_invite(core: ClientCore, name: str, where: str = "") -> None:
+    """/invite NAME [#CHANNEL] -- ask somebody to come in"""
+    core.talk.send("INVITE", name, where or asked_room(core).name)
+
+
+@client_command("kick", 1, 2)
+def do_kick(core: ClientCore, name: str, reason: str = "") -> None:
+    """/kick NAME [REASON] -- put somebody out of this channel"""
+    core.talk.send("KICK", asked_room(core).name, name, *[reason] * bool(reason))
+
+
+@client_command("mode", most=1)
+def do_mode(core: ClientCore, words: str = "") -> None:
+    """/mode [#CHANNEL] [+-LETTERS] [VALUE ...] -- read or set what a channel is like"""
+    where, rest = channel_first(core, words)
+    core.talk.send("MODE", where, *rest.split())
+
+
+@client_command("whois", 1)
+def do_whois(core: ClientCore, name: str) -> None:
+    """/whois NAME -- what is known of somebody"""
+    core.talk.send("WHOIS", name)
+
+
+@client_command("oper", 2)
+def do_oper(core: ClientCore, name: str, password: str) -> None:
+    """/oper NAME PASSWORD -- operate the server"""
+    core.talk.send("OPER", name, password)
+
+
+@client_command("register", most=2)
+def do_register(core: ClientCore, *words: str) -> None:
+    """/register [EMAIL] [PASSWORD] -- make your name yours; without a password this computer
+    makes one, keeps it, and logs in with it from then on"""
+    email = next((word for word in words if "@" in word), "*")
+    password = next((word for word in words if "@" not in word), "")
+    core.generated = not password
+    core.proposed = Login(core.name, password or secrets.token_urlsafe(SECRET_DIGITS))
+    core.talk.send("REGISTER", "*", email, core.proposed.password)
+
+
+@client_command("verify", 1)
+def do_verify(core: ClientCore, code: str) -> None:
+    """/verify CODE -- the one that came by mail, to end a /register"""
+    core.talk.send("VERIFY", core.name, code)
+
+
+@client_command("login", 1, 2)
+def do_login(core: ClientCore, *words: str) -> None:
+    """/login [ACCOUNT] PASSWORD -- be who you are; also when the line has to be built up anew"""
+    core.login = Login(words[0] if len(words) > 1 else core.name, words[-1])
+    mechanism = core.talk.mechanism() if "sasl" in core.talk.enabled else ""
+    if not mechanism:
+        return core.talk.send("PRIVMSG", SERVICE, f"IDENTIFY {' '.join(core.login)}")
+    core.talk.begin_log_in(mechanism)
+
+
+@client_command("passwd", 1, 2)
+def do_passwd(core: ClientCore, *words: str) -> None:
+    """/passwd [OLD] NEW -- another password for your account"""
+    if len(words) == 1 and core.login is None:
+        raise Refused("NOT_LOGGED_IN", "which one is the old one? /passwd OLD NEW")
+    old = words[0] if len(words) > 1 else core.login.password
+    core.proposed = Login(core.login.account if core.login else core.name, words[-1])
+    core.talk.send("PRIVMSG", SERVICE, f"PASSWD {old} {words[-1]}")
+
+
+@client_command("drop", 1)
+def do_drop(core: ClientCore, password: str) -> None:
+    """/drop PASSWORD -- give up your account"""
+    core.talk.send("PRIVMSG", SERVICE, f"DROP {password}")
+
+
+@client_command("raw", 1)
+def do_raw(core: ClientCore, line: str) -> None:
+    """/raw LINE -- say a line of IRC to the server"""
+    core.output.append(line)
+
+
+@client_command("quit", most=1)
+def do_quit(core: ClientCore, reason: str = "") -> None:
+    """/quit -- leave"""
+    core.leave()
 
 
 # ======================================================================================
@@ -7299,7 +9059,8 @@ class Peer(Connection):
     def ended(self) -> None:
         if self.inbox is None:
             return self.close()
-        self.inbox.finish()
+        if self.session is None or self.session.unended:
+            self.inbox.finish()
         self.server.act(self)
 
     def resume(self) -> None:
@@ -7529,14 +9290,19 @@ def mail_code(options: ServerOptions, address: str, name: str, code: str) -> Non
         raise Unusable("the mail could not be sent; try again later") from error
 
 
-def hub_of(store: Store) -> Hub:
+def hub_of(store: Store, now: float) -> Hub:
     """Where the last server stopped."""
     hub = Hub(store.last_id, store.last_time)
-    hub.begin(time.time())
+    hub.begin(now)
     hub.accounts.read(store.accounts())
-    hub.accounts.certificates.update(store.certificates())
-    for owner, target, when in store.markers():
+    hub.accounts.certificates.update(store.rows("certificates"))
+    for owner, target, when in store.rows("markers"):
         hub.markers.setdefault(owner, {})[target] = when
+    try:
+        revive(hub, store.rows("channels"), store.rows("stays"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise Unusable(f"the database {store.path} is damaged ({error!r}); move it away") from error
+    store.abandon({user.stay for user in hub.users.values()})
     return hub
 
 
@@ -7549,9 +9315,14 @@ class Keeper:
         self.checkpoint_due = False
         self.index_due = False
         self.committed = 0.0  # when, last
+        self.sweep()
 
-    def commit(self, turn: Turn) -> bool:
+    def commit(self, hub: Hub) -> bool:
         """The turn's events are stored, or never will be; False: not yet."""
+        settle(hub)
+        turn = hub.turn
+        if not (turn.events or turn.writes):
+            return True
         self.committed = self.loop.now
         outcome = self.store.commit(turn, self.loop.now)
         if outcome == BUSY:
@@ -7585,8 +9356,14 @@ class Keeper:
             self.loop.call_soon(self.index)
 
     def prune(self, idle: bool) -> None:
-        if self.store.prune(idle) and idle:
+        if self.store.prune(idle, int(time.time() * 1000)) and idle:
             self.loop.call_soon(do_nothing)  # and another slice in the next turn
+
+    def sweep(self) -> None:
+        more = False
+        with contextlib.suppress(sqlite3.Error):  # busy or full: another time
+            more = self.store.receipts.sweep(int(time.time() * 1000))
+        self.loop.call_later(0 if more else SWEEP_SECONDS, self.sweep)
 
     def checkpoint(self) -> None:
         def done(error: Exception | None) -> None:
@@ -7597,6 +9374,24 @@ class Keeper:
         self.helpers.submit(self, self.store.checkpoint, done)
 
 
+def site_of(server: "Server") -> Site:
+    """What the sessions of a server share, as the command line wants it."""
+    options = server.options
+    return Site(
+        server.hub,
+        server.store,
+        server.later,
+        server.read,
+        server,
+        options.password,
+        options.name,
+        options.network,
+        {name: make_verifier(word, OPERATOR_ROUNDS) for name, word in options.oper},
+        options.register,
+        options.sts or 0,
+    )
+
+
 class Server:
     """Everything of one running server."""
 
@@ -7605,21 +9400,8 @@ class Server:
         self.tls_context = server_tls_context(options)
         path = options.data / "chat.db" if options.data else None
         self.store = Store(path, options.keep)
-        self.hub = hub_of(self.store)
-        operators = {n: make_verifier(word, OPERATOR_ROUNDS) for n, word in options.oper}
-        self.site = Site(
-            self.hub,
-            self.store,
-            self.later,
-            self.read,
-            self,
-            options.password,
-            options.name,
-            options.network,
-            operators,
-            options.register,
-            options.sts or 0,
-        )
+        self.hub = hub_of(self.store, time.time())
+        self.site = site_of(self)
         self.motd = read_motd(options.motd)
         self.mail = functools.partial(mail_code, options)
         self.note = functools.partial(log.warning, "%s")  # what operators do goes to the log
@@ -7637,6 +9419,8 @@ class Server:
         self.stopping = self.restarting = False
         self.listeners = [Listener(self, *address) for address in options.listen]
         self.tls_port = self.listeners[0].address[1]  # the same as for plain text
+        for user in self.hub.users.values():  # of the last server
+            self.miss(user)
         loop.turn_begins = self.begin_turn
         loop.turn_ends = self.end_turn
 
@@ -7809,9 +9593,9 @@ class Server:
         self.hub.begin(time.time())
 
     def end_turn(self) -> None:
-        turn = self.hub.turn
-        if (turn.events or turn.writes) and not self.keeper.commit(turn):
+        if not self.keeper.commit(self.hub):
             return
+        turn = self.hub.turn
         if turn.apart or turn.events or turn.writes:  # something happened
             try:
                 self.deliver(turn)
@@ -7892,8 +9676,7 @@ class Server:
 
     def close(self) -> None:
         """After the loop has ended: what is left goes to the store."""
-        if self.hub.turn.events or self.hub.turn.writes:
-            self.store.commit(self.hub.turn, self.loop.now)
+        self.keeper.commit(self.hub)
         self.helpers.close()
         self.store.close()
         self.door.close()
@@ -7902,8 +9685,9 @@ class Server:
 # ======================================================================================
 # LINK
 # ======================================================================================
-# A client's connection, kept up: look the server up, connect, listen whether it speaks
-# first, introduce ourselves, and when the line breaks do it all again, ever less eagerly.
+# A client's connection, kept up: look the server up, try its addresses, find out what it
+# speaks, introduce ourselves, and when the line breaks do it all again, ever less eagerly.
+# And what a client keeps on disk, for that it outlives the program.
 
 
 class Target(NamedTuple):
@@ -7912,26 +9696,32 @@ class Target(NamedTuple):
     host: str
     port: int
     tls: bool = False
-    plain: bool = False  # the line protocol for certain: no need to listen first
+    kind: str = ""  # CHAT, IRC or PLAIN if somebody says so: then there is nothing to find out
 
     def __str__(self) -> str:
         return address_text(self.host, self.port)
 
 
 TARGET = re.compile(r"(?:(\w+)://)?(\[[^\]]+\]|[^:/\[\]]+)?(?::(\d+))?/?")
+SCHEMES = {  # kind of server, TLS, port
+    None: ("", False, DEFAULT_PORT),
+    "chat": (PLAIN, False, DEFAULT_PORT),
+    "chats": (PLAIN, True, DEFAULT_PORT),
+    "irc": (IRC, False, 6667),
+    "ircs": (IRC, True, 6697),
+}
+PORTS = {6667: "irc", 6697: "ircs"}  # without a scheme these mean one
 
 
-def parse_target(text: str, plain: bool = False) -> Target:
-    """HOST, HOST:PORT, [IPV6]:PORT or a URL chat://... (chats://... with TLS) as a Target."""
+def parse_target(text: str) -> Target:
+    """HOST, HOST:PORT, [IPV6]:PORT or a URL (chat://, irc://; with TLS chats://, ircs://)."""
     match = TARGET.fullmatch(text.strip())
     scheme, host, port = match.groups() if match else ("?", "", "")
-    if scheme in ("irc", "ircs"):
-        raise Unusable(f"{text}: this client does not speak IRC yet")
-    if scheme not in (None, "chat", "chats") or int(port or 0) > 65535:
-        raise Unusable(f"{text} is not a server's address; write HOST:PORT or chat://HOST:PORT")
-    number = int(port) if port else DEFAULT_PORT
-    tls, host = scheme == "chats", (host or DEFAULT_HOST).strip("[]")
-    return Target(host, number, tls, plain or scheme == "chat")
+    scheme = scheme or PORTS.get(int(port or 0))
+    if scheme not in SCHEMES or int(port or 0) > 65535:
+        raise Unusable(f"{text} is not a server's address; write HOST:PORT or irc://HOST:PORT")
+    kind, tls, usual = SCHEMES[scheme]
+    return Target((host or DEFAULT_HOST).strip("[]"), int(port or usual), tls, kind)
 
 
 class Trust(NamedTuple):
@@ -7955,42 +9745,158 @@ class Trust(NamedTuple):
 
 
 BELIEVE_THE_SYSTEM = Trust()
+NOT_SIGNED = "certificate verify failed"  # as OpenSSL says it
 
 
-class KnownServers:
-    """What kind of server answered at an address, remembered in a file (None: nowhere)."""
+class Memory:
+    """A small private file of JSON, by some name; None remembers nothing."""
 
     def __init__(self, path: pathlib.Path | None):
         self.path = path
 
-    def _read(self) -> dict[str, str]:
+    def read(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(self.path.read_text()))
+            return dict(json.loads(self.path.read_text(encoding="utf-8"))) if self.path else {}
         except (OSError, ValueError, TypeError):
             return {}  # none yet, or damaged: it is only a memory
 
-    def kind(self, target: Target) -> str | None:
-        return self._read().get(str(target)) if self.path else None
-
-    def remember(self, target: Target, kind: str) -> None:
-        if self.path is None or self.kind(target) == kind:
+    def write(self, name: str, value: Any) -> None:
+        known = self.read()
+        if self.path is None or known.get(name) == value:
             return
-        known = {**self._read(), str(target): kind}
         with contextlib.suppress(OSError):  # we can live without
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             written = self.path.with_suffix(".new")
-            written.write_text(json.dumps(known, indent=1))
+            fd = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with open(fd, "w", encoding="utf-8") as file:
+                json.dump(known | {name: value}, file, indent=1)
             written.replace(self.path)
+
+
+class KnownServers(Memory):
+    """What kind of server answered at an address, and which certificate it is to have."""
+
+    def _known(self, target: Target) -> dict[str, str]:
+        known = self.read().get(str(target), {})
+        return known if isinstance(known, dict) else {"kind": known}  # as version 0.1 wrote it
+
+    def kind(self, target: Target) -> str:
+        return self._known(target).get("kind", "")
+
+    def pin(self, target: Target) -> str | None:
+        return self._known(target).get("pin")
+
+    def remember(self, target: Target, **what: str) -> None:
+        self.write(str(target), self._known(target) | what)
+
+
+def locked(path: pathlib.Path) -> int:
+    """A file opened for this process alone. Raises BlockingIOError if another has it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise BlockingIOError(str(error)) from error
+    return fd
+
+
+class Journal:
+    """An outbox's file: its secret, then what was accepted and what has arrived, a line of
+    JSON each. What is half written when the program is killed was not accepted."""
+
+    def __init__(self, path: pathlib.Path):
+        self.fd = locked(path)
+        self.waiting: dict[str, Waiting] = {}
+        self.secret = ""
+        size = os.fstat(self.fd).st_size
+        os.lseek(self.fd, 0, os.SEEK_SET)
+        for line in os.read(self.fd, size).splitlines():
+            with contextlib.suppress(ValueError, TypeError, AttributeError):
+                self._take(json.loads(line))
+
+    def _take(self, record: dict[str, Any]) -> None:
+        self.secret = record.get("secret", self.secret)
+        if "say" in record:
+            one = Waiting(*record["say"])
+            self.waiting[one.id] = one
+        self.waiting.pop(record.get("done"), None)
+
+    def append(self, record: dict[str, Any]) -> None:
+        data = f"{json.dumps(record)}\n".encode()
+        size = os.fstat(self.fd).st_size
+        try:
+            written = os.write(self.fd, data)
+            if written < len(data):
+                os.ftruncate(self.fd, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise Unusable(f"the outbox cannot be written: {reason_of(error)}") from error
+
+    def clear(self) -> None:
+        """Everything has arrived; the secret stays."""
+        os.ftruncate(self.fd, 0)
+        self.append({"secret": self.secret})
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def outbox_stem(target: Target, name: str) -> str:
+    """The name of the file, for people; and what tells it from others that look alike."""
+    text = f"{target} {fold(name)}"
+    return f"{re.sub(r'[^A-Za-z0-9.-]', '_', text)}-{zlib.crc32(text.encode()):08x}"
+
+
+def free_journal(folder: pathlib.Path, stem: str) -> Journal:
+    """One that no other client uses: where something waits, if there is such a one. Raises
+    Unusable."""
+    free: list[Journal] = []
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            path = folder / f"{stem}.{number}"
+            new = not path.exists()
+            if new and free:
+                break
+            with contextlib.suppress(BlockingIOError):
+                free.append(Journal(path))
+    except OSError as error:
+        raise Unusable(f"cannot keep an outbox in {folder}: {reason_of(error)}") from error
+    chosen = next((journal for journal in free if journal.waiting), free[0])
+    for journal in free:
+        if journal is not chosen:
+            journal.close()
+    return chosen
+
+
+def open_outbox(folder: pathlib.Path | None, target: Target, name: str) -> Outbox:
+    """As the last client of this name left it; in memory only without a folder."""
+    if folder is None:
+        return Outbox()
+    journal = free_journal(folder, outbox_stem(target, name))
+    if not re.fullmatch(r"[0-9a-f]{32}", journal.secret):
+        journal.secret = Outbox().secret
+        journal.append({"secret": journal.secret})
+    return Outbox(journal, journal.secret, journal.waiting.values())
 
 
 UNDER_WAY = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
 
 
 class Connecting:
-    """A socket on its way to being connected; then(sock, "") or then(None, reason)."""
+    """A socket on its way to being connected; then(self, "") or then(self, reason)."""
 
-    def __init__(self, loop: Loop, sock: socket.socket, address: tuple, then: Callable):
-        self.loop, self.then, self.sock = loop, then, sock
+    def __init__(self, loop: Loop, family: int, address: tuple, then: Callable):
+        self.loop, self.then = loop, then
+        self.sock = socket.socket(family, socket.SOCK_STREAM)
         self.sock.setblocking(False)
         self.timer = loop.call_later(CONNECT_SECONDS, lambda: self._done("no answer"))
         error = self.sock.connect_ex(address)
@@ -8010,21 +9916,76 @@ class Connecting:
         self.loop.selector.unregister(self.sock)
         if reason:
             self.sock.close()
-            return self.then(None, reason)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self.then(self.sock, "")
+        else:
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self.then(self, reason)
+
+    def cancel(self) -> None:
+        self.then = do_nothing
+        self._done("another one was quicker")
+
+
+class Race:
+    """All addresses of a server: IPv6 and IPv4 in turn, each a moment after the one before
+    (RFC 8305). Then then(sock, "") with the first that answers, or then(None, reason)."""
+
+    def __init__(self, loop: Loop, addresses: list[tuple[int, tuple]], then: Callable):
+        self.loop, self.then = loop, then
+        by_family: dict[int, list] = {}
+        for family, address in addresses:
+            by_family.setdefault(family, []).append((family, address))
+        turns = itertools.zip_longest(*by_family.values())
+        self.left = [one for turn in turns for one in turn if one]
+        self.running: list[Connecting] = []
+        self.timer: Timer | None = None
+        self.reason = "no address"
+        self._next()
+
+    def _next(self) -> None:
+        if self.timer:
+            self.timer.cancel()
+        if self.left:
+            family, address = self.left.pop(0)
+            try:
+                self.running.append(Connecting(self.loop, family, address, self._tried))
+            except OSError as error:  # IPv6 is switched off, say
+                self.reason = reason_of(error)
+                return self._next()
+            self.timer = self.loop.call_later(NEXT_ADDRESS_SECONDS, self._next)
+        elif not self.running:
+            self.then(None, self.reason)
+
+    def _tried(self, one: Connecting, reason: str) -> None:
+        self.running.remove(one)
+        if reason:
+            self.reason = reason
+            return self._next()
+        self.cancel()
+        self.then(one.sock, "")
+
+    def cancel(self) -> None:
+        if self.timer:
+            self.timer.cancel()
+        self.left = []
+        for other in self.running:
+            other.cancel()
 
 
 class ServerConnection(Connection):
     """The connection of a Link; reads to the server's end even after we said all."""
 
-    __slots__ = ("link",)
+    __slots__ = ("heard", "link")
     hears_out = True
 
     def __init__(self, link: "Link", sock: socket.socket):
         super().__init__(link.loop, sock)
         self.link = link
+        self.heard = link.loop.now  # when, last
+
+    def arrived(self, data: bytes) -> None:
+        self.heard = self.loop.now
+        super().arrived(data)
 
     def received(self, data: bytes) -> None:
         self.link.received(data)
@@ -8036,16 +9997,16 @@ class ServerConnection(Connection):
         self.link.lost(reason)
 
     def lagging(self) -> None:
-        if self.link.has_room():
-            self.link.drained()
+        self.link.make_room()
 
 
 class Link:
     """One client core, connected to its server whenever that can be.
 
     `show(views)` gets what there is to show, `over(reason)` is called once at the end:
-    with "" after leave(), else with the reason why there is no going on. `drained()` may
-    be replaced by who wants to know when has_room() has become true.
+    with "" after leave(), else with the reason why there is no going on. It gives up after
+    `patience` seconds without a server. `asks`: a person is there to answer what nobody else
+    can. `drained()` may be replaced by who wants to know when has_room() has become true.
     """
 
     def __init__(
@@ -8057,90 +10018,110 @@ class Link:
         over: Callable[[str], None],
         trust: Trust = BELIEVE_THE_SYSTEM,
         known: KnownServers | None = None,
-        retry: bool = True,
+        patience: float = math.inf,
+        asks: bool = True,
     ):
         self.loop, self.target, self.core = loop, target, core
-        self.show, self.over, self.trust, self.retry = show, over, trust, retry
+        self.show, self.over, self.trust = show, over, trust
+        self.patience, self.asks = patience, asks
         self.known = known or KnownServers(None)
         self.helpers = Helpers(loop)
         self.conn: ServerConnection | None = None
-        self.addresses: list[tuple] = []  # still to be tried
+        self.race: Race | None = None
         self.backoff = BACKOFF_FIRST
-        self.began = 0.0  # when connecting did, then when it was done
+        self.began = loop.now  # when connecting did, then when it was done
+        self.stood = loop.now  # when we last were where we want to be, or began to want it
         self.timer: Timer | None = None  # the one wait that is going on
-        self.leaving = False
+        self.doubted = ""  # the fingerprint of a certificate that a person has to judge
+        self.looking = False  # at a certificate, and no more
+        self.leaving = self.ended = False
         self.drained: Callable = do_nothing
-        core.kind = PLAIN if target.plain else self.known.kind(target)
+        core.later, core.clock = self.later, time.time
+        core.kind, core.insists = target.kind or self.known.kind(target), bool(target.kind)
+        self._watch()
 
     def start(self) -> None:
         self.status(f"connecting to {self.target}")
-        look_up = functools.partial(
-            socket.getaddrinfo, self.target.host, self.target.port, type=socket.SOCK_STREAM
-        )
+        self.core.redial = False
+        pin = self.trust.pin or self.known.pin(self.target)
+        trust = self.trust._replace(pin=pin, insecure=self.trust.insecure or self.looking)
+
+        def look_up() -> tuple[Any, list]:
+            """Also what TLS needs, since reading certificates takes a while."""
+            host, port = self.target.host, self.target.port
+            context = trust.context() if self.target.tls else None
+            return context, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+
         self.helpers.submit(self, look_up, self._found)
 
     def status(self, text: str) -> None:
         self.show([View(STATUS, text)])
 
+    def later(self, job: Callable, then: Callable) -> None:
+        """For the core: a job off the loop."""
+
+        def done(result: Any) -> None:
+            if not isinstance(result, Exception):
+                then(result)
+                self._carry_on([])
+
+        self.helpers.submit(self, job, done)
+
     def typed(self, text: str) -> None:
         """What the person wrote."""
-        self.show(self.core.typed(text))
-        self.flush()
+        if self.doubted and text.strip() == "/trust":
+            return self._trust()
+        self._carry_on(self.core.typed(text))
 
     def say(self, line: str) -> None:
         """What a pipe wrote."""
-        self.core.say(line)
-        self.flush()
+        self._carry_on(self.core.say(line))
 
-    def leave(self) -> None:
-        """Say what is left to be said, hear the server out, and end."""
+    def leave(self, at_once: bool = False) -> None:
+        """Say what is left to be said, hear the server out, and end; or leave that for
+        another time."""
         self.leaving = True
-        if self.conn and self.core.ready:
-            self.conn.close()
-        elif self.conn is None and self.retry:
-            self._end("")  # a person need not wait for a server that is not there
-
-    def flush(self) -> None:
-        if self.conn and (data := self.core.take_output()):
-            self.conn.write(data)
+        if self.conn is None and at_once:
+            self._end("")
+        elif at_once and self.core.ready:
+            self._say_goodbye()
+        else:
+            self._carry_on([])
 
     def has_room(self) -> bool:
         """Whether what is said now goes out soon; if not, drained() is called when it does."""
-        return self.conn is not None and self.core.ready and self.conn.unsent <= UNSENT_NO_READ
+        sent = self.conn is not None and self.core.ready and self.conn.unsent <= UNSENT_NO_READ
+        return sent and len(self.core.outbox.waiting) < OUTBOX_FULL
+
+    def make_room(self) -> None:
+        if self.has_room():
+            self.drained()
 
     # Connecting
 
     def _found(self, result: Any) -> None:
+        if isinstance(result, OSError):
+            reason = reason_of(result)
+            if not isinstance(result, socket.gaierror) and self.target.tls:
+                return self._end(f"cannot use the certificates {self.trust.ca}: {reason}")
+            return self.lost(reason)
         if isinstance(result, Exception):  # UnicodeError: no name of a host looks like that
-            reason = reason_of(result) if isinstance(result, OSError) else "no name of a host"
-            return self.lost(reason)
-        self.addresses = [(family, address) for family, *_, address in result]
+            return self.lost("no name of a host")
+        context, found = result
         self.began = self.loop.now
-        self._try_next("no address")
+        addresses = [(family, address) for family, *_, address in found]
+        self.race = Race(self.loop, addresses, functools.partial(self._tried, context))
 
-    def _try_next(self, reason: str) -> None:
-        if not self.addresses:
-            return self.lost(reason)
-        family, address = self.addresses.pop(0)
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-        except OSError as error:  # IPv6 is switched off, say
-            return self._try_next(reason_of(error))
-        Connecting(self.loop, sock, address, self._tried)
-
-    def _tried(self, sock: socket.socket | None, reason: str) -> None:
+    def _tried(self, context: Any, sock: socket.socket | None, reason: str) -> None:
+        self.race = None
         if sock is None:
-            return self._try_next(reason)
+            return self.lost(reason)
         self.conn = ServerConnection(self, sock)
-        if self.target.tls:
-            try:
-                self.conn.tls = TlsFilter(self.trust.context(), self.target.host)
-            except OSError as error:
-                return self._fail(f"cannot use the certificates {self.trust.ca}: {error}")
-            self.loop.dirty.add(self.conn)
-            self.timer = self.loop.call_later(CONNECT_SECONDS, self._no_handshake)
-        else:
-            self._connected()
+        if context is None:
+            return self._connected()
+        self.conn.tls = TlsFilter(context, self.target.host)
+        self.loop.dirty.add(self.conn)
+        self.timer = self.loop.call_later(CONNECT_SECONDS, self._no_handshake)
 
     def _no_handshake(self) -> None:
         self.conn.drop("no answer in TLS")
@@ -8148,8 +10129,16 @@ class Link:
     def secured(self) -> None:
         self.timer.cancel()
         fingerprint = self.conn.tls.fingerprint()
-        if not self.trust.accepts(fingerprint):
-            return self._fail(f"{self.target} has another certificate: {fingerprint}")
+        pin = self.trust.pin or self.known.pin(self.target)
+        if self.looking:
+            return self._doubt(fingerprint)
+        if not Trust(pin=pin).accepts(fingerprint):
+            return self._fail(
+                f"ANOTHER CERTIFICATE: {self.target} does not have the one that it had. "
+                f"Somebody may be between you and the server. It shows {fingerprint}, and is "
+                f"known by {pin}; if that is right, --pin {fingerprint}"
+            )
+        self.core.secure = True
         self._connected()
 
     def _connected(self) -> None:
@@ -8158,80 +10147,136 @@ class Link:
         self.show([View(UP, f"connected to {self.target}")])
         views = self.core.connected()
         if self.core.listening:
-            usual = max(LISTEN_SECONDS, LISTEN_CONNECT_TIMES * took)
-            patience = LISTEN_KNOWN_SECONDS if self.core.kind == CHAT else usual
+            patience = max(LISTEN_SECONDS, LISTEN_CONNECT_TIMES * took)
             self.timer = self.loop.call_later(patience, self._silence)
         self._carry_on(views)
 
     def _silence(self) -> None:
-        try:
-            self._carry_on(self.core.silence())
-        except Unusable as error:
-            self._fail(str(error))
+        self._carry_on(self.core.silence())
 
     def received(self, data: bytes) -> None:
-        try:
-            self._carry_on(self.core.feed(data))
-        except Unusable as error:
-            self._fail(str(error))
+        self._carry_on(self.core.feed(data))
 
     def _carry_on(self, views: list[View]) -> None:
         """After anything that may have moved the core on."""
-        self.show(views)
-        self.flush()
+        self.show(views + self.core.take_views())
+        if self.conn is None:
+            return
+        if data := self.core.take_output():
+            self.conn.write(data)
+        if self.core.kind in (CHAT, IRC):  # which are worth looking for when they are lost
+            self.patience = max(self.patience, RETRY_SECONDS)
+        if self.core.redial:
+            return self.conn.drop("it speaks something else")
         if self.core.ready:
-            if not self.target.plain:  # what somebody insisted on was not found out
-                self.known.remember(self.target, self.core.kind)
-            self.drained()
-            if self.leaving:
-                self.conn.close()
+            self._stand()
+
+    def _stand(self) -> None:
+        """We are where we want to be."""
+        self.stood, self.backoff = self.loop.now, BACKOFF_FIRST
+        if not self.target.kind:  # what somebody insisted on was not found out
+            self.known.remember(self.target, kind=self.core.kind)
+        self.make_room()
+        if self.leaving and not self.core.outbox.waiting:
+            self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        if not self.core.quitting:
+            self.core.leave()
+            self.conn.write(self.core.take_output())
+            self.conn.close()
+
+    # A certificate that nobody has signed
+
+    def _doubt(self, fingerprint: str) -> None:
+        """Ask the person who sits here; who is not there would not know either."""
+        self.looking, self.doubted = False, fingerprint
+        text = f"the certificate of {self.target} is signed by nobody whom this computer knows"
+        if not self.asks:
+            advice = f"--pin {fingerprint} if you know that it is the right one"
+            return self._fail(f"{text}; {advice}")
+        self.show(
+            [
+                View(NOTE, f"{text}. Its SHA-256 is"),
+                View(NOTE, fingerprint),
+                View(NOTE, "/trust if whoever runs the server tells you the same; else /quit"),
+            ]
+        )
+        self.conn.drop("not trusted")
+
+    def _trust(self) -> None:
+        self.known.remember(self.target, pin=self.doubted)
+        if self.known.path is None:
+            self.trust = self.trust._replace(pin=self.doubted)
+        self.doubted = ""
+        self.start()
 
     # Ending
+
+    def _watch(self) -> None:
+        """Now and then: is the server there? TCP alone would notice in a quarter of an hour."""
+        if self.ended:
+            return
+        self.loop.call_later(WATCH_SECONDS, self._watch)
+        if self.conn is None or self.core.kind == PLAIN or self.core.listening:
+            return
+        silent = self.loop.now - self.conn.heard
+        patience = WAITING_SECONDS if self.core.outbox.flying else SILENT_SECONDS
+        if silent > patience:
+            self.conn.drop(f"no answer for {silent:.0f} s")
+        elif silent > patience / 2 and self.core.ready:
+            self.core.talk.ping()
+            self._carry_on([])
 
     def lost(self, reason: str) -> None:
         """The line is broken, or could not be had."""
         self.conn = None
+        refused = bool(self.core.refusal) and not self.core.ready
         if self.timer:
             self.timer.cancel()
-        self._hear_the_rest()
-        heard_out = reason == HUNG_UP and self.core.ready and not self.core.refusal
-        self.core.disconnected()
-        if reason.startswith(TLS_TROUBLE):
+        if self.core.talk or self.core.listening:
+            self.show(self.core.finish())
+        self.show(self.core.disconnected())
+        why = f"{self.target}: {self.core.refusal or reason}"
+        waited = self.loop.now - self.stood > self.patience
+        if self.ended or self.doubted:
+            return
+        if reason.startswith(TLS_TROUBLE) and NOT_SIGNED in reason and not self.looking:
+            self.looking = True
+            self.start()
+        elif reason.startswith(TLS_TROUBLE):
             advice = "--ca, --pin or --insecure if you know better"
             self._end(f"{self.target} is not to be trusted: {reason}; {advice}")
-        elif self.leaving:
-            self._end("" if heard_out else f"{self.target}: {self.core.refusal or reason}")
-        elif self.retry:
-            self._come_back(reason)
+        elif self.core.over:
+            self._end(self.core.over)
+        elif self.core.quitting and (reason == HUNG_UP or self.core.kind != PLAIN):
+            self._end("")
+        elif self.core.redial:
+            self.start()
+        elif self.patience == 0 or waited or (refused and not self.asks):
+            self._end(why)
         else:
-            self._end(f"{self.target}: {self.core.refusal or reason}")
-
-    def _hear_the_rest(self) -> None:
-        """A last line without its end."""
-        if self.core.ready or self.core.listening:
-            try:
-                self.show(self.core.finish())
-            except Unusable as error:
-                self.retry = False
-                self.core.refusal = str(error)
+            self._come_back(reason)
 
     def _come_back(self, reason: str) -> None:
-        if self.loop.now - self.began > BACKOFF_RESET:
-            self.backoff = BACKOFF_FIRST
         wait = self.backoff * random.uniform(0.75, 1.25)  # so that not all come back at once
         self.backoff = min(BACKOFF_MOST, self.backoff * 2)
-        self.status(f"{self.target}: {reason}; trying again in {wait:.1f} s")
+        self.core.quitting = False
+        why = self.core.refusal or reason
+        self.status(f"{self.target}: {why}; trying again in {wait:.1f} s")
         self.timer = self.loop.call_later(wait, self.start)
 
     def _fail(self, reason: str) -> None:
         """There is no point in trying again."""
-        self.leaving = True
         self._end(reason)
         self.conn.drop(reason)
 
     def _end(self, reason: str) -> None:
-        over, self.over = self.over, do_nothing
-        over(reason)
+        if not self.ended:
+            self.ended = True
+            if self.race:
+                self.race.cancel()
+            self.over(reason)
 
 
 # ======================================================================================
@@ -8649,18 +10694,19 @@ def view_lines(view: View, palette: Palette, my_name: str, clock: str) -> list[s
     """One view as lines for a terminal; `clock` is the time to show before it."""
     clock = palette.dim(clock)
     if view.kind == SAID:
-        elsewhere = f"({view.where}) " if view.where[:1] != "#" else f"[{view.where}] "
-        before = "" if view.where == LOBBY else palette.dim(elsewhere)
-        called = not view.mine and calls(view.text, my_name)
-        lines = (palette.paint(line, 1) if called else line for line in view.text.split("\n"))
+        elsewhere = f"[{view.where}] " if is_channel(view.where) else f"({view.where}) "
+        before = "" if view.where in ("", LOBBY) else palette.dim(elsewhere)
+        lines = (palette.paint(line, 1) if view.called else line for line in view.text.split("\n"))
         return [f"{clock} {before}{palette.name(view.name)}: {line}" for line in lines]
     if view.kind in (CAME, WENT):
-        where = "" if view.where == LOBBY else f" {view.where}"
+        where = "" if view.where in ("", LOBBY) else f" {view.where}"
         verb = "joined" if view.kind == CAME else "left"
         return [palette.dim(f"{clock} {view.name} {verb}{where}")]
     if view.kind == PEOPLE:
         return [palette.dim(f"{clock} in {view.where}: {view.text}")] if view.text else []
-    return [palette.dim(f"{clock} {view.text}")]
+    if view.kind in (TOLD, NOTE, STATUS, UP, FAILED):
+        return [palette.dim(f"{clock} {view.text}")]
+    return []
 
 
 class RawTerminal:
@@ -8772,21 +10818,43 @@ class ClientOptions(NamedTuple):
     password: str = ""
     join: tuple[str, ...] = ()
     commands: bool = False  # piped lines may be commands
+    login: Login | None = None
+    config: pathlib.Path | None = None  # folder for the passwords that we made
 
 
 class Client:
     """What both clients share: a loop, a link, and an end with a reason."""
 
-    retry = tidy = True
+    patience = math.inf
+    tidy = asks = True
 
     def __init__(self, options: ClientOptions):
         self.loop = Loop()
-        core = ClientCore(options.name, self.tidy, password=options.password, join=options.join)
-        known = KnownServers(options.state / "servers.json" if options.state else None)
-        self.link = Link(
-            self.loop, options.target, core, self.show, self.over, options.trust, known, self.retry
+        state, target = options.state, options.target
+        known = KnownServers(state / "servers.json" if state else None)
+        logins = Memory(options.config / "logins.json" if options.config else None)
+        whose = f"{target} {fold(options.name)}"
+        made = logins.read().get(whose)
+        self.core = ClientCore(
+            options.name,
+            self.tidy,
+            password=options.password,
+            join=options.join,
+            login=options.login or (Login(*made) if made else None),
+            outbox=open_outbox(state / "outbox" if state else None, target, options.name),
         )
-        self.core = core
+        self.core.keep = functools.partial(logins.write, whose)
+        self.link = Link(
+            self.loop,
+            target,
+            self.core,
+            self.show,
+            self.over,
+            options.trust,
+            known,
+            self.patience,
+            self.asks,
+        )
         self.reason = ""
 
     def show(self, views: list[View]) -> None:
@@ -8803,18 +10871,37 @@ class Client:
         return self.reason
 
 
-class Filter(Client):
-    """Lines in, lines out, for pipes: it ends when its input does, and the server agrees."""
+def filter_lines(view: View) -> list[str]:
+    """What the workshop's client prints. What we said ourselves we know."""
+    if view.line:
+        return [view.line]
+    where = "" if view.where == LOBBY else f"[{view.where}] "
+    if view.kind == SAID and not view.mine:
+        before = where if is_channel(view.where) else "(private) "
+        return [f"{before}{view.name}: {line}" for line in view.text.split("\n")]
+    if view.kind in (CAME, WENT):
+        verb = "joined" if view.kind == CAME else "left"
+        return [f"{where}{view.name} ({view.address}) {verb} the chat!"]
+    if view.kind == TOLD or (view.kind == PEOPLE and view.text):
+        return [f"* {view.text}"]
+    return []
 
-    retry = tidy = False
+
+class Filter(Client):
+    """Lines in, lines out, for pipes: it ends when its input does, and the server has it all."""
+
+    patience = 0.0  # until there is a connection
+    tidy = asks = False
 
     def __init__(self, options: ClientOptions):
         super().__init__(options)
+        self.was_up = False
         self.lines = LineBuffer(LINE_BYTES)
         self.failure = ""  # of something, although the rest went well
         sys.stdout.reconfigure(errors="replace")
         self.speak = self.link.typed if options.commands else self.link.say
         self.input = Input(self.loop, 0, self.take)
+        self.input.pause()  # until there is somebody to tell it to
         self.link.drained = self.input.resume
 
     def take(self, data: bytes) -> None:
@@ -8833,9 +10920,14 @@ class Filter(Client):
             self.input.pause()
 
     def show(self, views: list[View]) -> None:
-        lines = [
-            f"> {v.line}\n" if v.line else f"{v.text}\n" for v in views if v.line or v.kind == UP
-        ]
+        lines = []
+        for view in views:
+            if view.kind == UP and not self.was_up:
+                self.was_up = True
+                lines.append(f"{view.text}\n")
+            elif view.kind in (NOTE, FAILED) or (view.kind == STATUS and self.was_up):
+                print(f"chat.py: {view.text}", file=sys.stderr)
+            lines += [f"> {line}\n" for line in filter_lines(view)]
         try:
             sys.stdout.write("".join(lines))
             sys.stdout.flush()
@@ -8845,6 +10937,11 @@ class Filter(Client):
             self.over("" if gone else f"standard output: {reason_of(error)}")
 
     def over(self, reason: str) -> None:
+        waiting, failures = len(self.core.outbox.waiting), self.core.failures
+        if failures and not reason:
+            reason = self.failure or f"{counted(failures, 'message')} did not arrive"
+        if waiting and reason:
+            reason += f"; {counted(waiting, 'message')} waiting, to be sent the next time"
         super().over(reason or self.failure)
 
 
@@ -8918,7 +11015,7 @@ class TerminalClient(Client):
     def leave(self) -> None:
         """The server hears us out, for as long as that is bearable."""
         self.loop.call_later(STOP_SECONDS, lambda: self.over(""))
-        self.link.leave()
+        self.link.leave(at_once=True)
 
     def interrupt(self) -> None:
         """Ctrl-C: forget the line; without one, leave."""
@@ -8928,9 +11025,9 @@ class TerminalClient(Client):
         self.stale = True
 
     def complete(self, word: str, first: bool) -> list[str]:
-        core = self.core
-        names = [name for name in core.rooms.get(core.here, ()) if name != core.name]
-        return completions(word, first, names, core.rooms)
+        room, core = self.core.room, self.core
+        names = [name for name in (room.people if room else ()) if name != core.name]
+        return completions(word, first, names, [room.name for room in core.rooms.values()])
 
     # What is shown
 
@@ -9136,7 +11233,7 @@ def server_for_bench() -> Iterator[Target]:
             match = re.search(r"listens on (\S+)", process.stdout.readline())
             if not match:
                 raise Unusable("the server for the benchmark did not start")
-            yield parse_target(match.group(1), plain=True)
+            yield parse_target(match.group(1))
         finally:
             process.terminate()
             process.communicate()
@@ -9171,9 +11268,17 @@ def data_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share") / "chat.py"
 
 
+def config_folder() -> pathlib.Path:
+    """Likewise, what they were told to be like."""
+    if os.name == "nt" or sys.platform == "darwin":
+        return data_folder()
+    home = os.environ.get("XDG_CONFIG_HOME") or pathlib.Path.home() / ".config"
+    return pathlib.Path(home) / "chat.py"
+
+
 def listen_address(text: str) -> tuple[str, int]:
     try:
-        target = parse_target(text, plain=True)
+        target = parse_target(text)
     except Unusable:
         raise argparse.ArgumentTypeError(f"{text}: write HOST:PORT") from None
     return target.host, target.port
@@ -9259,21 +11364,12 @@ def lock_folder(folder: pathlib.Path) -> int:
     """The data folder, made if need be, for this process alone. Raises Unusable."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return locked(folder / "lock")
     except BlockingIOError:
         raise Unusable(f"another server uses {folder}; stop it, or choose another --data") from None
     except OSError as error:
         advice = "choose another --data, or --data none to keep nothing"
         raise Unusable(f"cannot use {folder}: {reason_of(error)}; {advice}") from error
-    return lock
 
 
 def how_to_join(server: Server) -> str:
@@ -9343,17 +11439,27 @@ def run_passwd(args: argparse.Namespace) -> int:
     return 0
 
 
+def login_option(args: argparse.Namespace) -> Login | None:
+    """Who wants to log in is asked for the password, unless it came by --login ACCOUNT:@FILE."""
+    if args.login is None:
+        return None
+    account, _, password = args.login.partition(":")
+    return Login(account or args.name, secret_option(password))
+
+
 def run_client(args: argparse.Namespace) -> int:
     if not clean_name(args.name) or args.name[0] == "/" or dialect_of(args.name.encode()) != "line":
         raise Unusable(f"{args.name!r} cannot be a name")
     options = ClientOptions(
         " ".join(args.name.split()),
-        args.server._replace(plain=args.plain or args.server.plain),
+        args.server._replace(kind=PLAIN if args.plain else args.server.kind),
         Trust(args.ca, args.pin, args.insecure),
         None if args.no_state else data_folder() / "client",
         args.password or "",
         tuple(filter(None, args.join.split(","))),
         args.commands,
+        login_option(args),
+        None if args.no_state else config_folder(),
     )
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     reason = (TerminalClient if terminal else Filter)(options).run()
@@ -9421,6 +11527,13 @@ def command_line() -> argparse.ArgumentParser:
     add("--server", type=server_target, default=server_target(""), metavar="HOST:PORT|URL")
     add("--join", default="", metavar="#A,#B", help="channels to enter at once")
     add("--plain", action="store_true", help="a workshop server: the line protocol, no commands")
+    add(
+        "--login",
+        nargs="?",
+        const="",
+        metavar="ACCOUNT[:@FILE]",
+        help="asks for the password, or reads it from FILE",
+    )
     add("--commands", action="store_true", help="lines of a pipe may be commands")
     add("--no-state", action="store_true", help="remember nothing")
     add("--password", type=secret_option, nargs="?", const="", metavar="PW", help="or @FILE")

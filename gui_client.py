@@ -69,6 +69,7 @@ SHOWN = 4000  # characters of one message: a line of 100 kB takes Tk half a seco
 NAME_SHOWN = 80  # characters of a name
 SPEAKERS_KEPT = 50  # offered first when a name is completed
 NAME_TAGS = 12
+HOME = ("", chat.LOBBY)  # what was said there says so by not saying where
 
 LINK = re.compile(r"https?://[^\s<>\"]*[^\s<>\".,;:!?)\]}']")
 
@@ -104,7 +105,7 @@ def name_tag(name: str) -> str:
 
 
 def is_private(view: chat.View) -> bool:
-    return view.where[:1] != "#"
+    return bool(view.where) and not chat.is_channel(view.where)
 
 
 def linked(text: str, *tags: str) -> list:
@@ -116,12 +117,12 @@ def linked(text: str, *tags: str) -> list:
     return [*pieces, text[end:], tags]
 
 
-def said_row(view: chat.View, clock: str, called: bool) -> list:
+def said_row(view: chat.View, clock: str) -> list:
     """What somebody said: the time, who and where, the text; more lines stand below it."""
     private = is_private(view)
-    over = ("private",) if private else ("mention",) if called else ()
-    elsewhere = f"({view.where}) " if private else f"[{view.where}] "
-    where = "" if view.where == chat.LOBBY else elsewhere
+    over = ("private",) if private else ("mention",) if view.called else ()
+    elsewhere = f"(to {view.where}) " if view.mine else "(private) "
+    where = elsewhere if private else "" if view.where in HOME else f"[{view.where}] "
     speaker = "" if private and view.mine else f"{view.name}: "
     first, *others = view.text.split("\n")
     return [
@@ -136,7 +137,7 @@ def said_row(view: chat.View, clock: str, called: bool) -> list:
 
 def told_row(view: chat.View, clock: str) -> list:
     """What is no message: who comes and goes, what the server or we have to tell."""
-    where = "" if view.where == chat.LOBBY else f" {view.where}"
+    where = "" if view.where in HOME else f" {view.where}"
     if view.kind == chat.CAME:
         text = f"\u2192 {view.name} joined{where}"
     elif view.kind == chat.WENT:
@@ -178,15 +179,14 @@ class Conversation:
         self.day = datetime.date.today()
         self.speakers: collections.deque[str] = collections.deque(maxlen=SPEAKERS_KEPT)
 
-    def add(self, view: chat.View, my_name: str, focused: bool, at_bottom: bool) -> list:
+    def add(self, view: chat.View, focused: bool, at_bottom: bool) -> list:
         """The pieces that show a view."""
         moment = moment_of(view)
         pieces = self._new_day(moment.date())
         clock = f"{moment:%H:%M}"
         if view.kind == chat.SAID:
-            called = not view.mine and chat.calls(view.text, my_name)
-            self._count(view, called, focused, at_bottom)
-            pieces += said_row(view, clock, called)
+            self._count(view, focused, at_bottom)
+            pieces += said_row(view, clock)
         else:
             pieces += told_row(view, clock)
         self.lines += sum(text.count("\n") for text in pieces[::2])
@@ -198,14 +198,14 @@ class Conversation:
         self.day = day
         return [f"{day:%A}, {day.day} {day:%B %Y}\n", ("row", "day")]
 
-    def _count(self, view: chat.View, called: bool, focused: bool, at_bottom: bool) -> None:
-        if view.mine or view.time is not None:  # our own words, and history, are not news
+    def _count(self, view: chat.View, focused: bool, at_bottom: bool) -> None:
+        if view.mine or view.past:  # our own words, and history, are not news
             return
         if not self.speakers or self.speakers[-1] != view.name:
             self.speakers.append(view.name)
         self.below += not at_bottom
         self.unread += not focused
-        self.alert |= not focused and (called or is_private(view))
+        self.alert |= not focused and view.called
 
     def excess(self) -> int:
         """How many of the oldest lines are to go now; they count as gone."""
@@ -306,7 +306,7 @@ class Engine(chat.Client):
 
     def _leave(self) -> None:
         self.loop.call_later(LEAVE_SECONDS, lambda: self.over(""))
-        self.link.leave()
+        self.link.leave(at_once=True)
 
     def over(self, reason: str) -> None:
         self.ended = reason
@@ -319,6 +319,8 @@ class Engine(chat.Client):
                 self.news = True
 
     def _worth_showing(self, view: chat.View) -> bool:
+        if view.kind in (chat.ARRIVED, chat.OLDER, chat.PLACE):
+            return False
         if view.kind in (chat.STATUS, chat.UP):
             # The status line has it all; the transcript tells when we came and were cut off.
             self.status = view.text
@@ -347,12 +349,12 @@ class Engine(chat.Client):
 
     def _snapshot(self) -> Snapshot:
         core = self.core
-        people = tuple(dict.fromkeys((core.name, *core.rooms.get(core.here, ()))))
+        people = tuple(dict.fromkeys((core.name, *(core.room.people if core.room else ()))))
         return Snapshot(
             core.name,
             core.here,
             people if core.ready else (),
-            tuple(core.rooms),
+            tuple(room.name for room in core.rooms.values()),
             core.ready,
             self.status,
             self.ended,
@@ -1028,6 +1030,7 @@ class WindowOptions(NamedTuple):
     password: str = ""
     trust: chat.Trust = chat.BELIEVE_THE_SYSTEM
     state: pathlib.Path | None = None  # folder for what is remembered; None: nowhere
+    config: pathlib.Path | None = None  # likewise, for the passwords that we made
 
 
 class Window:
@@ -1150,8 +1153,15 @@ class Window:
         # least of all.
         target = chat.parse_target(server)
         given = self.options if self._is_given(target) else WindowOptions()
-        target = target._replace(plain=target.plain or given.plain)
-        return chat.ClientOptions(name, target, given.trust, self.options.state, given.password)
+        target = target._replace(kind=chat.PLAIN if given.plain else target.kind)
+        return chat.ClientOptions(
+            name,
+            target,
+            given.trust,
+            self.options.state,
+            given.password,
+            config=self.options.config,
+        )
 
     def _is_given(self, target: chat.Target) -> bool:
         """Whether it is the server of the command line, and no less secure."""
@@ -1176,7 +1186,7 @@ class Window:
         if engine is None or self.closing:
             return
         snapshot = engine.snapshot
-        pieces = self._take_views(engine, snapshot.name)
+        pieces = self._take_views(engine)
         if pieces:
             self.transcript.show(pieces, self.model.excess())
             self.transcript.tell_below(self.model.below)
@@ -1193,13 +1203,16 @@ class Window:
         elif snapshot.reason is not None:
             self.ended(snapshot.reason)
 
-    def _take_views(self, engine: Engine, my_name: str) -> list:
+    def _take_views(self, engine: Engine) -> list:
         until = time.perf_counter() + DRAIN_SECONDS
         pieces: list = []
         with contextlib.suppress(queue.Empty):
             while time.perf_counter() < until:
                 view = engine.views.get_nowait()
-                pieces += self.model.add(view, my_name, self.focused, self.transcript.at_bottom)
+                if view.kind == chat.BACK:
+                    self.compose.begin(view.text)
+                else:
+                    pieces += self.model.add(view, self.focused, self.transcript.at_bottom)
         return pieces
 
     def take_snapshot(self, snapshot: Snapshot) -> None:
@@ -1334,7 +1347,13 @@ def main(arguments: list[str] | None = None) -> int:
     trust = chat.Trust(args.ca, args.pin, args.insecure)
     state = None if args.no_state else chat.data_folder() / "client"
     options = WindowOptions(
-        whole(args.name), whole(args.server), args.plain, args.password or "", trust, state
+        whole(args.name),
+        whole(args.server),
+        args.plain,
+        args.password or "",
+        trust,
+        state,
+        None if args.no_state else chat.config_folder(),
     )
     try:
         window = Window(options)
