@@ -7613,6 +7613,7 @@ def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
 def welcomed(talk: IrcTalk, heard: Heard) -> None:
     core, talk.ready = talk.core, True
     core.name = heard.params[0]
+    core.began = core.began or heard.time or 0
     if core.tidy or core.name != core.wanted_name:
         core.show(View(TOLD, f"you are {core.name}"))
     for room in core.rooms.values():
@@ -7713,6 +7714,14 @@ def failed(talk: IrcTalk, heard: Heard) -> None:
 # What a server says: people and their words
 
 
+def renew_login(core: "ClientCore") -> None:
+    """The one that was proposed is valid now."""
+    if core.proposed:
+        core.login, core.proposed = core.proposed, None
+        if core.generated:
+            core.keep(core.login)
+
+
 @from_server("PRIVMSG", "NOTICE", least=2)
 def somebody_spoke(talk: IrcTalk, heard: Heard) -> None:
     text = heard.params[1]
@@ -7723,7 +7732,7 @@ def somebody_spoke(talk: IrcTalk, heard: Heard) -> None:
         return talk.core.said(view)
     who = f"{view.name}: " if view.kind == SAID else ""
     if fold(view.name) == SERVICE_KEY and text == PASSWORD_CHANGED:
-        talk.core.renewed()
+        renew_login(talk.core)
     talk.core.show(View(TOLD, who + view.text, time=view.time))
 
 
@@ -7746,8 +7755,8 @@ def we_joined(talk: IrcTalk, heard: Heard) -> None:
     if not core.tidy and not room.mark:  # whatever is said from now on
         if "msgid" in heard.tags:
             room.mark = f"msgid={heard.tags['msgid']}"
-        elif "time" in heard.tags:
-            room.mark = f"timestamp={heard.tags['time']}"
+        elif core.began:  # we came in before, and the line broke before we heard of it
+            room.mark = f"timestamp={tag_time(core.began)}"
     core.newest = max(core.newest, heard.time or 0)
     if fold(room.name) in talk.going:
         talk.going.discard(fold(room.name))
@@ -7915,7 +7924,7 @@ def registered(talk: IrcTalk, heard: Heard) -> None:
     core = talk.core
     core.show(View(TOLD, heard.params[-1]))
     if heard.params[0] == "SUCCESS":
-        core.renewed()
+        renew_login(core)
 
 
 # The core
@@ -7964,7 +7973,8 @@ class ClientCore:
         self.ignored: set[str] = set()  # keys
         self.shown: set[str] = set()  # own ids of what the person has seen himself say
         self.failures = 0  # messages that did not arrive, or were not kept
-        self.newest = 0  # time of the newest thing heard of, in milliseconds
+        self.newest = 0  # time of the newest thing heard of, in milliseconds ...
+        self.began = 0  # ... and of the first welcome
         self.proposed: Login | None = None  # that a /register or /passwd is to make valid
         self.generated = False  # its password is no person's
         self.keep: Callable[[Login], None] = lambda login: None  # for the next start
@@ -8217,13 +8227,6 @@ class ClientCore:
         self.outbox.doubtful -= {
             one.id for one in self.outbox.waiting.values() if fold(one.where) == fold(room.name)
         }
-
-    def renewed(self) -> None:
-        """The log-in that was proposed is valid."""
-        if self.proposed:
-            self.login, self.proposed = self.proposed, None
-            if self.generated:
-                self.keep(self.login)
 
     def lost(self, own_id: str, reason: str) -> None:
         """A message of ours has not arrived, and is not sent again."""
