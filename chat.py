@@ -254,7 +254,7 @@ TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
 LOBBY = "#lobby"  # where everybody without a channel of their own finds themselves
 SERVICE = "NickServ"  # who looks after accounts, for clients that know no better
 SERVICE_KEY = SERVICE.lower()
-SERVICES = (SERVICE_KEY, "chanserv")  # and what other servers have
+SERVICES = (SERVICE_KEY, "chanserv", "histserv")  # and what other servers have
 PASSWORD_CHANGED = "your password is another now"  # as NickServ says it
 UNCONFIRMED = "sent-"  # before a message's id, in a PING that is sent behind it
 
@@ -7011,6 +7011,12 @@ class Outbox:
                     self.journal.clear()
         return one
 
+    def take_back(self, sent: Iterable[Waiting]) -> None:
+        """These have not arrived after all. Raises Unusable if they cannot be kept."""
+        self.waiting = {one.id: one for one in sent} | self.waiting
+        for one in sent if self.journal else ():
+            self.journal.append({"say": one})
+
     def grounded(self) -> list[Waiting]:
         """The connection broke: these had been sent."""
         flown, self.flying = [self.waiting[id] for id in self.flying], {}
@@ -7076,9 +7082,8 @@ PLAIN_LINES = {
     SAID: re.compile(r"([^:*][^:]*): (.*)"),
 }
 IRC_SPEAKS = re.compile(r":|NOTICE |ERROR |PING ")  # how a line of an IRC server begins
-WANTS_IRC = re.compile(
-    r":chat\.py/|:\S+ (?:421|451) "
-)  # who says so to a name is no workshop server
+# Who says so to a name is no workshop server
+WANTS_IRC = re.compile(r":chat\.py/|:\S+ (?:421|451) |ERROR :")
 
 
 class PlainTalk:
@@ -7089,6 +7094,7 @@ class PlainTalk:
 
     def __init__(self, core: "ClientCore"):
         self.core = core
+        self.sent: collections.deque[Waiting] = collections.deque(maxlen=OUTBOX_FULL)
         core.output.append(core.wanted_name)
         core.rooms.setdefault(fold(LOBBY), Room(LOBBY)).inside = True
         core.here = LOBBY
@@ -7096,6 +7102,7 @@ class PlainTalk:
     def take(self, line: str) -> None:
         core, room = self.core, self.core.rooms[fold(LOBBY)]
         if WANTS_IRC.match(line) and not core.insists:
+            core.outbox.take_back(self.sent)  # nobody has understood it
             return core.come_back(CHAT if line.startswith(":chat.py/") else IRC)
         matches = ((kind, pattern.fullmatch(line)) for kind, pattern in PLAIN_LINES.items())
         kind, match = next((pair for pair in matches if pair[1]), (TOLD, None))
@@ -7117,6 +7124,7 @@ class PlainTalk:
     def transmit(self, one: Waiting) -> None:
         text = f"*{one.text}*" if one.kind == ACTION else one.text
         self.core.output += text.split("\n")
+        self.sent.append(one)
         self.core.shown.discard(one.id)
         self.core.outbox.arrived(one.id)  # or never will: nobody tells
 
@@ -7185,7 +7193,8 @@ def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
     text = text
     called = not mine and (not is_channel(where) or calls(text, core.name))
     own_id = heard.tags.get(OWN_ID, "") if mine else ""
-    kind = SAID if "!" in heard.source or mine else TOLD
+    person = mine or ("!" in heard.source and fold(heard.name) not in SERVICES)
+    kind = SAID if person else TOLD
     return View(
         *(kind, text, heard.name, where, heard.time, mine, called),
         id=heard.tags.get("msgid", ""),
@@ -7436,6 +7445,7 @@ class IrcTalk:
 
     def end_batch(self, batch: Batch) -> None:
         views = [view for item in batch.items if (view := self.view_of(item))]
+        views = [view for view in views if view.kind == SAID]
         if batch.kind == "chathistory":
             self.take_page(views)
         elif batch.kind == "draft/multiline":
@@ -7691,7 +7701,7 @@ def tell_nothing(talk: IrcTalk, heard: Heard) -> None:
 
 
 for quiet in (
-    *("002", "003", "004", "221", "251", "252", "253", "254", "255", "265", "266", "315"),
+    *("002", "003", "004", "221", "250", "251", "252", "253", "254", "255", "265", "266", "315"),
     *("318", "321", "323", "329", "333", "369", "372", "375", "376", "396", "422", "705", "706"),
     *("731", "AWAY", "ACCOUNT", "CHGHOST", "SETNAME", "908"),
 ):
@@ -7728,11 +7738,11 @@ def somebody_spoke(talk: IrcTalk, heard: Heard) -> None:
     if text.startswith("\x01") and not text.startswith("\x01ACTION "):
         return  # CTCP: between programs, and ours has nothing to say to it
     view = spoken_view(talk, heard, text)
-    if view.kind == SAID and fold(view.name) not in SERVICES:
+    if view.kind == SAID:
         return talk.core.said(view)
-    who = f"{view.name}: " if view.kind == SAID else ""
     if fold(view.name) == SERVICE_KEY and text == PASSWORD_CHANGED:
         renew_login(talk.core)
+    who = f"{view.name}: " if "!" in heard.source else ""
     talk.core.show(View(TOLD, who + view.text, time=view.time))
 
 
@@ -7846,6 +7856,25 @@ def topic_set(talk: IrcTalk, heard: Heard) -> None:
         room.topic = heard.params[1]
         text = f"{heard.name} set the topic of {room.name}: " + room.topic
         talk.core.happened(room, View(TOLD, text, where=room.name, time=heard.time))
+
+
+WHOIS = {  # numeric -> how it is told; {2} is its second parameter behind the name
+    "311": "{1} is {2}@{3}: {last}",
+    "312": "{1} uses {2}",
+    "313": "{1} {last}",
+    "317": "{1} has said nothing for {2} s",
+    "319": "{1} is in {last}",
+    "330": "{1} is logged in as {2}",
+    "338": "{1} comes from {2}",
+    "671": "{1} {last}",
+}
+
+
+@from_server(*WHOIS, least=3)
+def person_told(talk: IrcTalk, heard: Heard) -> None:
+    missing = [""] * 3
+    text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
+    talk.core.show(View(TOLD, text))
 
 
 @from_server("332", least=3)
@@ -8144,7 +8173,7 @@ class ClientCore:
 
     def flush(self) -> None:
         """Send what may be sent."""
-        while self.ready and (one := self.outbox.next()):
+        while self.ready and not self.redial and (one := self.outbox.next()):
             self.talk.transmit(one)
 
     # What there is to show
@@ -10879,7 +10908,7 @@ def filter_lines(view: View) -> list[str]:
     if view.line:
         return [view.line]
     where = "" if view.where == LOBBY else f"[{view.where}] "
-    if view.kind == SAID and not view.mine:
+    if view.kind == SAID and (view.past or not view.mine):
         before = where if is_channel(view.where) else "(private) "
         return [f"{before}{view.name}: {line}" for line in view.text.split("\n")]
     if view.kind in (CAME, WENT):

@@ -5499,12 +5499,19 @@ def test_an_irc_server_is_told_from_a_chat_and_never_given_a_name(first, kind):
         (chat.GREETING, chat.CHAT),
         (b":ngircd 451 * :Connection not registered\r\n", chat.IRC),
         (b":irc.example.net 421 * alice :Unknown command\r\n", chat.IRC),
+        (b"ERROR :Request too long\r\n", chat.IRC),
     ],
 )
 def test_who_was_taken_for_a_workshop_server_and_is_none_is_called_again(line, kind):
     core = plain_core()
+    core.typed("hello")
+    assert core.take_output() == b"hello\n"
     core.feed(line)
     assert (core.kind, core.redial) == (kind, True)
+    core.disconnected()
+    core.connected()
+    core.feed(b":x 001 alice :Welcome\r\n")
+    assert b" hello\r\n" in core.take_output()
     core = plain_core()
     core.insists = True  # somebody said --plain
     core.feed(line)
