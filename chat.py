@@ -138,6 +138,7 @@ LABEL_BYTES = 64  # of a label (IRCv3 labeled-response)
 METADATA_KEYS = 20  # that a user or a channel may have
 METADATA_SUBS = 50  # that one session may want to hear of
 METADATA_BYTES = 300  # of a value
+METADATA_AT_ONCE = 100  # values told to who joins a channel; more are there for the asking
 METADATA_KEY_BYTES = 64
 MARKERS = 1000  # of one user: how far each channel and talk has been read
 TARGETS = 20  # of one PRIVMSG
@@ -155,6 +156,9 @@ SASL_BYTES = 4 * SASL_CHUNK  # in all
 LOGIN_TRIES = 5  # failures from one address at one account ...
 LOGIN_WAIT_SECONDS = 60  # ... before it has to wait
 LOGIN_FAILURES_KEPT = 10_000
+CERTIFICATES = 10  # of one account
+ACCOUNTS_MADE = 5  # from one address (loopback exempt) ...
+ACCOUNTS_MADE_SECONDS = 3600  # ... with no more than this between one and the next
 PENDING_ACCOUNTS = 1000  # that wait for a code sent by mail
 MAIL_SECONDS = 30  # for --sendmail to take one
 GRACE_SECONDS = 60.0  # who is logged in and loses the line is still here for so long
@@ -192,7 +196,9 @@ KEEP_EVENTS = 1_000_000  # history of a channel
 KEEP_EVENTS_IN_MEMORY = 10_000  # the same with --data none: about 5 MB a busy channel ...
 MEMORY_BYTES = 256 * 1024 * 1024  # ... and this much for all channels, those of the past too
 PRUNE_ROWS = 500  # rows deleted at a time: 1 to 3 ms, measured
-INDEX_ROWS = 200  # messages made searchable at a time: 2 to 5 ms, measured
+INDEX_ROWS = 200  # messages made searchable at a time: 1 to 2 ms, measured
+PART_ROWS = 50_000  # messages of one part of the index: its longest list is merged in 10 ms
+MERGE_PAGES = 16  # of the index brought in order at a time: 1 to 5 ms
 INDEX_SECONDS = 1.0  # until what was said can be searched, if there is nothing else to do
 TALLY_SECONDS = 1.0  # between writing down how much history there is
 TARGETS_CACHED = 10_000  # row ids of channels and private talks kept at hand
@@ -671,8 +677,9 @@ class TlsFilter:
         return True
 
     def fingerprint(self) -> str:
-        """SHA-256 of the peer's certificate, in hex."""
-        return hashlib.sha256(self.session.getpeercert(binary_form=True) or b"").hexdigest()
+        """SHA-256 of the peer's certificate, in hex; "" if it shows none."""
+        certificate = self.session.getpeercert(binary_form=True)
+        return hashlib.sha256(certificate).hexdigest() if certificate else ""
 
 
 class Budget:
@@ -882,7 +889,16 @@ def sasl_scram(find: Lookup) -> Mechanism:
     return name
 
 
-MECHANISMS = {"PLAIN": sasl_plain, "SCRAM-SHA-256": sasl_scram}
+def sasl_external(find: Lookup) -> Mechanism:
+    """RFC 4422 appendix A: the proof was given before, to TLS; find() knows whose it is."""
+    try:
+        authzid = (yield b"").decode()
+    except UnicodeDecodeError:
+        raise wrong_login() from None
+    return find(authzid)[0]
+
+
+MECHANISMS = {"PLAIN": sasl_plain, "SCRAM-SHA-256": sasl_scram, "EXTERNAL": sasl_external}
 
 
 def login_plain(account: str, password: str) -> Mechanism:
@@ -947,25 +963,33 @@ class Exchange:
         return pieces if len(text) % SASL_CHUNK else [*pieces, "+"]
 
 
+def is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host.strip("[]") == "::1"
+
+
 class Throttle:
     """How often somebody may fail to log in: by (address, account), so that nobody can lock
     the owner out."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = LOGIN_TRIES, seconds: int = LOGIN_WAIT_SECONDS):
+        self.most, self.milliseconds = most, seconds * 1000
         self.failures: collections.OrderedDict[tuple[str, str], tuple[int, int]]
         self.failures = collections.OrderedDict()  # how many, and until when they count
 
-    def check(self, host: str, name: str, now: int) -> None:
-        """`now` in milliseconds. Raises Refused."""
+    def wait(self, host: str, name: str, now: int) -> int:
+        """Seconds until another try; `now` in milliseconds."""
         count, until = self.failures.get((host, fold(name)), (0, 0))
-        if count >= LOGIN_TRIES and now < until:
-            text = f"too many failures; try again in {(until - now) // 1000 + 1} s"
-            raise Refused("TRY_LATER", text)
+        return (until - now) // 1000 + 1 if count >= self.most and now < until else 0
+
+    def check(self, host: str, name: str, now: int) -> None:
+        """Raises Refused."""
+        if seconds := self.wait(host, name, now):
+            raise Refused("TRY_LATER", f"too many failures; try again in {seconds} s")
 
     def failed(self, host: str, name: str, now: int) -> None:
         key = (host, fold(name))
         count, until = self.failures.pop(key, (0, 0))
-        self.failures[key] = (count if now < until else 0) + 1, now + LOGIN_WAIT_SECONDS * 1000
+        self.failures[key] = (count if now < until else 0) + 1, now + self.milliseconds
         while len(self.failures) > LOGIN_FAILURES_KEPT:
             self.failures.popitem(last=False)
 
@@ -1717,7 +1741,8 @@ class Session:
     """One connection's side of the talk. A dialect is a subclass with a wire of its own.
 
     `conn` offers address, secure, close(), named(), charge(items) for what is looked
-    through, and gone: nothing can be sent there.
+    through, and gone: nothing can be sent there; the fingerprint of the certificate that it
+    shows, or "", and certifiable: whether one would be looked at.
     """
 
     __slots__ = (
@@ -1845,6 +1870,9 @@ class Session:
     def read_on(self, name: str) -> None:
         """Another device of the same user has read this on."""
 
+    def place_entered(self, channel: Channel) -> None:
+        """Another device of the same user has come into a channel, and so has this one."""
+
     def place_renamed(self, old: str, channel: Channel, reason: str) -> None:
         """A channel that this session's user is in has another name."""
 
@@ -1931,6 +1959,7 @@ class Turn:
         "left",
         "moved",
         "receipts",
+        "redacted",
         "renamed",
         "sealed",
         "since",
@@ -1942,6 +1971,7 @@ class Turn:
         self.since: dict[Session, int] = {}  # connected in this turn, behind event id
         self.receipts: dict[tuple[str, str], Event] = {}  # by Session.author, and own id
         self.renamed: list[tuple[str, str]] = []  # keys of channels, old and new
+        self.redacted: list[tuple[str, int]] = []  # ids of what was taken back, and under which key
         self.sealed: list[str] = []  # keys whose history ends with this turn
         self.kept: set[User | Channel] = set()  # what outlives the server, and has changed
         self.writes: list[tuple[str, tuple]] = []  # statements for the store, and their values
@@ -2089,12 +2119,41 @@ class Account(NamedTuple):
         return f"={self.name}/{self.number:x}"
 
 
+class Certificates(dict[str, str]):
+    """Those that prove to be the owner of an account: its key, by fingerprint."""
+
+    def of(self, account: str) -> list[str]:
+        return [fingerprint for fingerprint, key in self.items() if key == fold(account)]
+
+    def add(self, fingerprint: str, account: str, turn: Turn) -> None:
+        """Raises Refused."""
+        if not fingerprint:
+            raise Refused("NO_CERTIFICATE", "this connection shows no certificate")
+        if self.get(fingerprint, fold(account)) != fold(account):
+            raise Refused("CERTIFICATE_TAKEN", "this certificate is another account's")
+        if fingerprint not in self and len(self.of(account)) >= CERTIFICATES:
+            raise Refused("LIMIT_REACHED", f"{CERTIFICATES} certificates at most; remove one")
+        self[fingerprint] = fold(account)
+        turn.writes.append(
+            ("REPLACE INTO certificates VALUES (?, ?)", (fingerprint, fold(account)))
+        )
+
+    def remove(self, fingerprint: str, account: str, turn: Turn) -> None:
+        """Raises Refused."""
+        if self.get(fingerprint) != fold(account):
+            raise Refused("NO_CERTIFICATE", "that is no certificate of yours; see CERT LIST")
+        del self[fingerprint]
+        turn.writes.append(("DELETE FROM certificates WHERE fingerprint = ?", (fingerprint,)))
+
+
 class Accounts(dict[str, Account]):
     """Those there are, by key."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.certificates = Certificates()
         self.throttle = Throttle()
+        self.made = Throttle(ACCOUNTS_MADE, ACCOUNTS_MADE_SECONDS)
         self.pending: collections.OrderedDict[str, tuple[Account, str]]
         self.pending = collections.OrderedDict()  # by key, with the code that was sent by mail
 
@@ -2145,6 +2204,8 @@ class Accounts(dict[str, Account]):
         return account.identity if account else ""
 
     def drop(self, name: str, turn: Turn) -> None:
+        for fingerprint in self.certificates.of(name):
+            self.certificates.remove(fingerprint, name, turn)
         del self[fold(name)]
         turn.writes.append(("DELETE FROM accounts WHERE key = ?", (fold(name),)))
 
@@ -2165,6 +2226,22 @@ class Markers(dict[str, dict[str, int]]):
 
     def of(self, user: User, target: str) -> int:
         return self.get(user.identity, {}).get(target, 0)
+
+    def rename(self, old: str, new: str, turn: Turn) -> None:
+        """A channel has another key. What was read under that one was another channel."""
+        if old == new:
+            return
+        for owner, marks in self.items():
+            if marks.keys().isdisjoint((old, new)):
+                continue
+            when, _ = marks.pop(old, None), marks.pop(new, None)
+            marks.update({} if when is None else {new: when})
+            if owner[0] == "=":  # of an account: they are kept
+                update = "UPDATE OR REPLACE markers SET target = ? WHERE owner = ? AND target = ?"
+                turn.writes.append(
+                    ("DELETE FROM markers WHERE owner = ? AND target = ?", (owner, new))
+                )
+                turn.writes.append((update, (new, owner, old)))
 
 
 class Hub:
@@ -2205,7 +2282,7 @@ class Hub:
         old.close()
         if lost:
             self.turn.writes, self.turn.renamed = old.writes, old.renamed
-            self.turn.sealed = old.sealed
+            self.turn.sealed, self.turn.redacted = old.sealed, old.redacted
 
     def emit(
         self,
@@ -2547,6 +2624,38 @@ def set_topic(session: Session, channel: Channel, topic: str) -> None:
     hub.emit(TOPIC, user.source, scene(channel, user), topic, origin=session)
 
 
+def take_name_back(hub: Hub, wanted: str, account: str) -> None:
+    """Whoever has the name of an account that is not theirs gets another when its owner comes."""
+    holder = hub.users.get(fold(wanted))
+    if holder and holder.account != account and account and fold(wanted) == fold(account):
+        hub.rename_user(holder, free_name(hub, wanted))
+
+
+def become_device(session: Session, user: User) -> None:
+    """This session is one more of somebody who is here. Who it was leaves, if there is no
+    other device of that one."""
+    hub, before = session.site.hub, session.user
+    before.sessions.remove(session)
+    for channel in before.channels:
+        channel.by_wire = None
+    if not before.live:
+        hub.remove(before, "", session)
+    hub.attach(session, user)
+    del hub.turn.since[session]  # it has heard all of this turn, too
+
+
+def enter_channel(session: Session, name: str, password: str = "") -> Channel | None:
+    """Join it, with all devices; None if this user is there already."""
+    before = len(session.user.channels)
+    channel = session.site.hub.join(session, name, password)
+    if len(session.user.channels) == before:
+        return None
+    for other in session.user.live:
+        if other is not session:
+            other.place_entered(channel)
+    return channel
+
+
 def kill(session: Session, victim: User, reason: str) -> None:
     """Close all connections of somebody."""
     reason = cut(reason, REASON_BYTES) or "no reason given"
@@ -2565,13 +2674,17 @@ def redact(session: Session, audience: Any, event: Event, reason: str) -> None:
         if not isinstance(audience, Channel):
             raise Refused("REDACT_FORBIDDEN", "these are not your words")
         audience.require(user)
-    delete = "DELETE FROM events WHERE id = ? AND target IN (SELECT id FROM targets WHERE key = ?)"
-    for key in audience.keys:
-        hub.turn.writes.append((delete, (event.id, key)))
-        gone = "UPDATE receipts SET time = ? WHERE event = ?"
-        hub.turn.writes.append((gone, (hub.now, event.id)))
+    hub.turn.redacted += [(key, event.id) for key in audience.keys]
+    gone = "UPDATE receipts SET time = ? WHERE event = ?"
+    hub.turn.writes.append((gone, (hub.now, event.id)))
     text = f"{event.id:x}" + (f" :{reason}" if reason else "")
     hub.emit(REDACT, user.source, audience, text, audience.addressee(user), session)
+
+
+def move_history(turn: Turn, channel: Channel, key: str) -> None:
+    """It goes with the channel, and with it what this turn did to it before."""
+    turn.renamed.append((channel.key, key))
+    turn.redacted = [(key if k == channel.key else k, id) for k, id in turn.redacted]
 
 
 def rename_channel(session: Session, channel: Channel, name: str, reason: str) -> None:
@@ -2587,12 +2700,16 @@ def rename_channel(session: Session, channel: Channel, name: str, reason: str) -
         raise Refused("CHANNEL_NAME_IN_USE", f"there is a {other.name} already", old, name)
     if any(gone.key == fold(name) and gone is not channel for gone in hub.turn.changed):
         raise Refused("CHANNEL_NAME_IN_USE", "that is just being left; try again", old, name)
+    if fold(name) != channel.key and session.site.store.remembers(fold(name), hub.turn):
+        text = f"something was said in a channel called {name}, which its people may come back to"
+        raise Refused("CHANNEL_NAME_IN_USE", text, old, name)
     hub.turn.events = [
         e._replace(audience=Renamed(channel, old)) if e.audience is channel else e
         for e in hub.turn.events
     ]
     del hub.channels[channel.key]
-    hub.turn.renamed.append((channel.key, fold(name)))
+    move_history(hub.turn, channel, fold(name))
+    hub.markers.rename(channel.key, fold(name), hub.turn)
     hub.turn.writes.append(("DELETE FROM channels WHERE key = ?", (channel.key,)))
     channel.name, channel.key, channel.keys = name, fold(name), (fold(name),)
     hub.channels[channel.key] = channel
@@ -2675,6 +2792,20 @@ def claimed_account(session: Session, name: str) -> tuple[str, Verifier]:
     accounts.throttle.check(session.host, name, now)
     accounts.throttle.failed(session.host, name, now)
     return accounts.find(name)
+
+
+def certified_account(session: Session, name: str) -> tuple[str, Verifier]:
+    """Whose certificate this connection shows; "" or that account may be asked for. Raises
+    Refused."""
+    session.site.house.refresh()
+    accounts, fingerprint = session.site.hub.accounts, session.conn.fingerprint
+    if not fingerprint:
+        raise Refused("SASL_FAILED", "this connection shows no certificate")
+    key = accounts.certificates.get(fingerprint)
+    if key not in accounts or fold(name or key) != key:
+        text = f"not with this certificate; log in and /msg {SERVICE} CERT ADD"
+        raise Refused("SASL_FAILED", text)
+    return accounts.find(key)
 
 
 def proven_account(session: Session, name: str, verifier: Verifier) -> None:
@@ -2780,6 +2911,16 @@ def check_new_account(session: Session, nick: str, wanted: str, password: str) -
     return name
 
 
+def count_account(session: Session, name: str) -> None:
+    """One more from this address, if it may have another one. Raises Refused."""
+    made, host, now = session.site.hub.accounts.made, session.host, session.site.hub.now
+    if seconds := made.wait(host, "", now):
+        text = f"{ACCOUNTS_MADE} accounts from one address at most; try again in {seconds} s"
+        raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
+    if not is_loopback(host):
+        made.failed(host, "", now)
+
+
 def register_account(
     session: Session,
     nick: str,
@@ -2797,6 +2938,7 @@ def register_account(
         site.hub.accounts.throttle.failed(host, "mail", now)
     if by_mail and not re.fullmatch(r"[^@\s]+@[^@\s]+", email):
         raise Refused("INVALID_EMAIL", "this server wants an address to write to", name)
+    count_account(session, name)
 
     def made(verifier: Verifier) -> None:
         check_new_account(session, nick, wanted, password)  # somebody may have been quicker
@@ -2961,6 +3103,12 @@ MIGRATIONS = (
     CREATE INDEX receipts_event ON receipts (event);
     UPDATE targets SET key = '~' || id, private = 0 WHERE private;  -- channels tells it now
     """,
+    """
+    CREATE TABLE certificates (     -- with which one can log in
+        fingerprint TEXT PRIMARY KEY,   -- SHA-256, in hex
+        account TEXT NOT NULL       -- the key of its name
+    ) WITHOUT ROWID;
+    """,
 )
 
 
@@ -3104,62 +3252,154 @@ class Span(NamedTuple):
 
 class Index:
     """The words of all that was said, so that they can be searched: newest first, and by
-    target, is how it is asked. Not every Python has FTS5; then nothing is found."""
+    target, is how it is asked. Not every Python has FTS5; then nothing is found.
+
+    FTS5 never leaves off in the middle of a word's list, and a common word is in every
+    message: in one table, bringing a million messages in order would stop everything for
+    100 ms. So there are many tables, each for so many messages that the longest list in it
+    takes a slice, and each is brought in order by itself. A target with many messages has
+    tables of its own: they go when its oldest messages do.
+    """
 
     def __init__(self, store: "Store"):
         self.store = store
         self.behind: set[int] = set()  # targets with words that cannot be found yet
+        self.untidy: dict[int, int] = {}  # parts to be merged, and how much of them at a time
         self.usable = self._open()
         if self.usable:
             newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-            known = "ifnull((SELECT id FROM indexed WHERE target = targets.id), 0)"
+            known = "ifnull((SELECT max(id) FROM covered WHERE target = targets.id), 0)"
             query = f"SELECT id FROM targets WHERE key < '~' AND {known} < {newest}"
             self.behind = {row[0] for row in store.db.execute(query)}
 
     def _open(self) -> bool:
-        """Whether this Python has FTS5."""
+        """Whether this Python has FTS5. What an earlier version left is made anew."""
         try:
             self.store.db.executescript("""
-                CREATE VIRTUAL TABLE IF NOT EXISTS search USING fts5(place, text, content='');
-                CREATE TABLE IF NOT EXISTS indexed (    -- how far each target's words are in it
-                    target INTEGER PRIMARY KEY,
-                    id INTEGER NOT NULL
-                );""")
+                CREATE VIRTUAL TABLE temp.probe USING fts5(text, content='');
+                DROP TABLE temp.probe;
+                DROP TABLE IF EXISTS search;    -- an earlier index, all in one
+                DROP TABLE IF EXISTS indexed;
+                CREATE TABLE IF NOT EXISTS parts (      -- search_1, search_2 ...
+                    part INTEGER PRIMARY KEY AUTOINCREMENT,
+                    lane INTEGER NOT NULL,      -- the target whose own it is; or 0
+                    messages INTEGER NOT NULL DEFAULT 0
+                );
+                CREATE TABLE IF NOT EXISTS covered (    -- what of a target is in a part
+                    target INTEGER NOT NULL,
+                    id INTEGER NOT NULL,        -- the last message
+                    part INTEGER NOT NULL,
+                    messages INTEGER NOT NULL,
+                    PRIMARY KEY (target, id)
+                ) WITHOUT ROWID;""")
         except sqlite3.OperationalError:
             return False
         return True
 
     def advance(self) -> bool:
         """One slice of what cannot be searched yet; whether there is more."""
-        if not self.usable or not self.behind:
+        if not self.usable:
             self.behind.clear()
-            return False
-        target = next(iter(self.behind))
         try:
-            done = self._advance(target)
+            if not self._merge() and self.behind:
+                self._add(next(iter(self.behind)))
         except sqlite3.Error:
             self.store._roll_back()  # busy or full: another time
             return False
-        if done:
-            self.behind.discard(target)
-        return bool(self.behind)
+        return bool(self.behind or self.untidy)
 
-    def _advance(self, target: int) -> bool:
-        """Whether that was the last slice of this target."""
-        row = self.store.db.execute("SELECT id FROM indexed WHERE target = ?", [target]).fetchone()
+    def _merge(self) -> bool:
+        """Bring a part in order, by one slice; whether there was anything to do."""
+        db = self.store.db
+        for part, pages in list(self.untidy.items()):
+            before = db.total_changes
+            insert = f"INSERT INTO search_{part} (search_{part}, rank) VALUES ('merge', ?)"
+            db.execute(insert, [pages])
+            if db.total_changes - before > 1:  # as FTS5 says that it did something
+                self.untidy[part] = abs(pages)
+                return True
+            del self.untidy[part]
+        return False
+
+    def _add(self, target: int) -> None:
+        """The next messages of this target."""
+        db = self.store.db
+        query = "SELECT id, messages, part FROM covered WHERE target = ? ORDER BY id DESC LIMIT 1"
+        last, known, part = db.execute(query, [target]).fetchone() or (0, 0, 0)
         kinds = ", ".join("?" * len(SPOKEN))
         query = f"""
             SELECT id, text FROM events WHERE target = ? AND id > ? AND kind IN ({kinds})
             ORDER BY id LIMIT ?"""
-        values = [target, row[0] if row else 0, *SPOKEN, INDEX_ROWS]
-        rows = self.store.db.execute(query, values).fetchall()
+        rows = db.execute(query, [target, last, *SPOKEN, INDEX_ROWS]).fetchall()
         if rows:
-            insert = "INSERT INTO search (rowid, place, text) VALUES (?, ?, ?)"
-            self.store.db.execute("BEGIN IMMEDIATE")
-            self.store.db.executemany(insert, [(id, f"t{target}", text) for id, text in rows])
-            self.store.db.execute("REPLACE INTO indexed VALUES (?, ?)", [target, rows[-1][0]])
-            self.store.db.execute("COMMIT")
-        return len(rows) < INDEX_ROWS
+            db.execute("BEGIN IMMEDIATE")
+            open_part, free = self._part(target)
+            if open_part == part:
+                db.execute("DELETE FROM covered WHERE target = ? AND id = ?", [target, last])
+            insert = f"INSERT INTO search_{open_part} (rowid, place, text) VALUES (?, ?, ?)"
+            db.executemany(insert, [(id, f"t{target}", text) for id, text in rows])
+            count = len(rows) + (known if open_part == part else 0)
+            values = (target, rows[-1][0], open_part, count)
+            db.execute("INSERT INTO covered VALUES (?, ?, ?, ?)", values)
+            update = "UPDATE parts SET messages = messages + ? WHERE part = ?"
+            db.execute(update, [len(rows), open_part])
+            db.execute("COMMIT")
+            full = len(rows) >= free  # then all of it is merged, which begins with a minus
+            self.untidy[open_part] = -MERGE_PAGES if full else MERGE_PAGES
+        if len(rows) < INDEX_ROWS:
+            self.behind.discard(target)
+
+    def _part(self, target: int) -> tuple[int, int]:
+        """Where the next messages of this target go, and how many have room there."""
+        db = self.store.db
+        query = """
+            SELECT EXISTS (SELECT 1 FROM parts WHERE lane = ?)
+            OR (SELECT sum(messages) FROM covered WHERE target = ?) >= ?"""
+        own = db.execute(query, [target, target, PART_ROWS]).fetchone()[0]
+        lane = target if own else 0
+        query = "SELECT part, ? - messages FROM parts WHERE lane = ? AND messages < ?"
+        row = db.execute(query, [PART_ROWS, lane, PART_ROWS]).fetchone()
+        if row:
+            return row
+        part = db.execute("INSERT INTO parts (lane) VALUES (?)", [lane]).lastrowid
+        name = f"search_{part}"
+        options = "content='', columnsize=0"
+        db.execute(f"CREATE VIRTUAL TABLE {name} USING fts5(place, text, {options})")
+        for option, value in (("automerge", 0), ("crisismerge", 1999), ("usermerge", 16)):
+            db.execute(f"INSERT INTO {name} ({name}, rank) VALUES (?, ?)", [option, value])
+        return part, PART_ROWS
+
+    def forget(self, target: int, id: int, text: str) -> None:
+        """What was said there is taken back; `text` as it was (FTS5, contentless tables)."""
+        if not self.usable:
+            return
+        query = "SELECT part FROM covered WHERE target = ? AND id >= ? ORDER BY id LIMIT 1"
+        for (part,) in self.store.db.execute(query, [target, id]).fetchall():
+            columns = f"search_{part} (search_{part}, rowid, place, text)"
+            delete = f"INSERT INTO {columns} VALUES ('delete', ?, ?, ?)"
+            self.store.db.execute(delete, [id, f"t{target}", text])
+            self.untidy.setdefault(part, MERGE_PAGES)
+
+    def shed(self, target: int) -> None:
+        """Its oldest events are deleted: what was only of those is not needed any more."""
+        if not self.usable:
+            return
+        db = self.store.db
+        row = db.execute("SELECT min(id) FROM events WHERE target = ?", [target]).fetchone()
+        oldest = LAST_MOMENT << ID_CLOCK_BITS if row[0] is None else row[0]
+        values = [target, oldest]
+        parts = db.execute(
+            "SELECT part FROM covered WHERE target = ? AND id < ?", values
+        ).fetchall()
+        db.execute("DELETE FROM covered WHERE target = ? AND id < ?", values)
+        query = """
+            SELECT 1 FROM parts WHERE part = ? AND (messages >= ? OR lane = ?)
+            AND part NOT IN (SELECT part FROM covered)"""
+        for (part,) in parts:
+            if db.execute(query, [part, PART_ROWS, target]).fetchone():
+                db.execute("DELETE FROM parts WHERE part = ?", [part])
+                db.execute(f"DROP TABLE search_{part}")
+                self.untidy.pop(part, None)
 
     def search(
         self, places: Iterable[Place], words: str, span: Span, count: int
@@ -3167,17 +3407,61 @@ class Index:
         """The newest things with all these words in them, the oldest first."""
         where, values = span.where()
         text = " ".join('"' + word.replace('"', '""') + '"' for word in words.split())
-        query = f"""
-            SELECT {COLUMNS} FROM search JOIN events ON events.id = search.rowid
-            WHERE search MATCH ? AND events.target = ? AND {where} ORDER BY rowid DESC LIMIT ?"""
         found: dict[int, tuple[Place, Event]] = {}
         with self.store.reading() as db:
             targets = ((place, t) for place in places for t in self.store.targets_of(db, place))
-            for place, target in targets:
+            for place, target in targets if self.usable else ():
                 match = f"place: t{target} AND text: ({text})"
-                for row in db.execute(query, [match, target, *values, count]):
+                for row in self._matches(db, target, where, [match, target, *values], count):
                     found[row[0]] = place, event_of(*row)
         return [found[id] for id in sorted(found)[-count:]]
+
+    def _matches(
+        self, db: sqlite3.Connection, target: int, where: str, values: list, count: int
+    ) -> list[tuple]:
+        """From the newest part on, until there are enough."""
+        query = "SELECT part FROM covered WHERE target = ? ORDER BY id DESC"
+        rows: list[tuple] = []
+        for (part,) in db.execute(query, [target]).fetchall():
+            name = f"search_{part}"
+            joined = f"{name} AS search JOIN events ON events.id = search.rowid"
+            which = f"{name} MATCH ? AND events.target = ? AND {where}"
+            query = f"SELECT {COLUMNS} FROM {joined} WHERE {which} ORDER BY rowid DESC LIMIT ?"
+            rows += db.execute(query, [*values, count - len(rows)])
+            if len(rows) >= count:
+                break
+        return rows
+
+
+class Readers:
+    """Read-only connections, each for one job at a time; or the only one that there is, if
+    all is in memory. To open one takes longer than most pages do: it is kept for the next."""
+
+    def __init__(self, path: pathlib.Path | None, only: sqlite3.Connection):
+        self.path, self.only = path, only
+        self.idle: list[sqlite3.Connection] = []  # pop() and append(), on whatever thread
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[sqlite3.Connection]:
+        if self.path is None:
+            yield self.only
+            return
+        try:
+            db = self.idle.pop()
+        except IndexError:
+            db = connect(self.path, "ro")
+        try:
+            db.execute("BEGIN")  # all that the job reads is of one moment
+            yield db
+            db.execute("COMMIT")
+        except Exception:
+            db.close()
+            raise
+        self.idle.append(db)
+
+    def close(self) -> None:
+        for db in self.idle:
+            db.close()
 
 
 class Receipts:
@@ -3245,6 +3529,7 @@ class Store:
         self.path = path
         self.keep = keep or (KEEP_EVENTS if path else KEEP_EVENTS_IN_MEMORY)
         self.db = open_database(path)
+        self.reading = Readers(path, self.db)
         self.version = 0  # of the data, as seen last
         self.changed_elsewhere()
         self.targets: dict[str, int] = {}  # id by key, of those written to lately
@@ -3308,6 +3593,7 @@ class Store:
             for key in audience.keys
         ]
         self.db.executemany(f"INSERT INTO events VALUES ({', '.join('?' * 11)})", rows)
+        gone = [self._redact(key, id) for key, id in turn.redacted]
         if turn.receipts:
             self.receipts.write(turn.receipts)
         for statement, values in turn.writes:
@@ -3323,6 +3609,9 @@ class Store:
         for target, count in collections.Counter(row[0] for row in rows).items():
             self.counts[target] += count
             self.words.behind.add(target)
+        for target in gone:
+            if target in self.counts:
+                self.counts[target] -= 1
         if due and len(self.targets) > TARGETS_CACHED:
             self.targets.clear()
             self.counts.clear()
@@ -3334,6 +3623,17 @@ class Store:
             self.db.execute("UPDATE targets SET key = ? WHERE key = ?", [new, old])
             if (target := self.targets.pop(old, None)) is not None:
                 self.targets[new] = target
+
+    def _redact(self, key: str, id: int) -> int:
+        """Take back what was said; the target that it was said to, or 0."""
+        query = "SELECT target, kind, text FROM events WHERE id = ? AND target IN "
+        only = "(SELECT id FROM targets WHERE key = ?)"
+        target, kind, text = self.db.execute(query + only, [id, key]).fetchone() or (0, "", "")
+        if kind in SPOKEN:
+            self.words.forget(target, id, text)
+        self.db.execute("DELETE FROM events WHERE target = ? AND id = ?", [target, id])
+        self.db.execute("UPDATE targets SET events = events - 1 WHERE id = ?", [target])
+        return target
 
     def _seal(self, key: str) -> None:
         """What was said there is nobody's to read any more; the next start deletes it. What
@@ -3388,16 +3688,18 @@ class Store:
         for name, *verifier, email, number in self.db.execute(f"SELECT {columns} FROM accounts"):
             yield Account(name, Verifier(*verifier), email, number)
 
-    # Reading, on whatever thread
+    def remembers(self, key: str, turn: Any) -> bool:
+        """Whether there is history under this key, as it will be after the turn; also if
+        that cannot be told just now."""
+        for old, new in reversed(turn.renamed):
+            key = old if key == new else "" if key == old else key
+        query = "SELECT 1 FROM targets t JOIN events e ON e.target = t.id WHERE key = ? LIMIT 1"
+        try:
+            return self.db.execute(query, [key]).fetchone() is not None
+        except sqlite3.Error:
+            return True
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """A read-only connection for one job; the only one there is, if it is in memory."""
-        if self.path is None:
-            yield self.db
-            return
-        with contextlib.closing(connect(self.path, "ro")) as db:
-            yield db
+    # Reading, on whatever thread
 
     def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
         """At most `count` things of that span, the newest or the oldest of them, in their
@@ -3486,6 +3788,7 @@ class Store:
             self.targets = {key: known for key, known in self.targets.items() if known != target}
         update = "UPDATE targets SET events = max(0, events - ?) WHERE id = ?"
         self.db.execute(update, [deleted, target])
+        self.words.shed(target)
         self.db.execute("COMMIT")
         if target in self.counts:
             self.counts[target] -= deleted
@@ -3505,6 +3808,7 @@ class Store:
     def close(self) -> None:
         with contextlib.suppress(sqlite3.Error):
             self._tally()
+        self.reading.close()
         self.db.close()
 
 
@@ -3534,6 +3838,7 @@ RPL_LUSERME = "255 :I have {} clients and 0 servers"
 RPL_TRACEEND = "262 {} {} :End of trace: this server stands alone"
 RPL_LOCALUSERS = "265 {0} {1} :Current local users {0}, max {1}"
 RPL_GLOBALUSERS = "266 {0} {1} :Current global users {0}, max {1}"
+RPL_WHOISCERTFP = "276 {} :has client certificate fingerprint {}"
 RPL_AWAY = "301 {} :{}"
 RPL_USERHOST = "302 :{}"
 RPL_ISON = "303 :{}"
@@ -3590,6 +3895,7 @@ RPL_KEYNOTSET = "766 {} {} :is not set"
 RPL_METADATASUBOK = "770 {}"
 RPL_METADATAUNSUBOK = "771 {}"
 RPL_METADATASUBS = "772 {}"
+ERR_METADATASYNCLATER = "774 {0} 0 :METADATA {0} SYNC tells what is known of it and its members"
 RPL_HELPSTART = "704 {} :{}"
 RPL_HELPTXT = "705 {} :{}"
 RPL_ENDOFHELP = "706 {} :End of help"
@@ -3690,7 +3996,7 @@ CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value
     "draft/pre-away": "",
     "draft/multiline": f"max-bytes={LINE_BYTES},max-lines={MESSAGE_LINES}",
     "draft/read-marker": "",
-    "sasl": ",".join(MECHANISMS),
+    "sasl": "",
     "away-notify": "",
     "batch": "",
     "cap-notify": "",
@@ -3783,6 +4089,23 @@ def add_tag(line: bytes, tag: str) -> bytes:
     if line[:1] == b"@":
         return f"@{tag};".encode() + line[1:]
     return f"@{tag} ".encode() + line
+
+
+IN_BATCH = re.compile(rb"@(?:[^ ]*;)?batch=")  # a line of one
+ENDS_BATCH = re.compile(rb"(?:@[^ ]* )?:[^ ]* BATCH -")
+
+
+def add_tag_to_all(lines: bytes, tag: str) -> bytes:
+    """To every line but those of a batch among them: its beginning and its end stand for
+    them (IRCv3 batch, nested batches)."""
+    parts = lines.splitlines(keepends=True)
+    return b"".join(part if IN_BATCH.match(part) else add_tag(part, tag) for part in parts)
+
+
+def count_answers(lines: bytes) -> int:
+    """So many there are; a batch is one."""
+    parts = lines.splitlines()
+    return sum(not (IN_BATCH.match(part) or ENDS_BATCH.match(part)) for part in parts)
 
 
 MESSAGE_ID = re.compile(r"msgid=[^; ]*;|;msgid=[^; ]*|@msgid=[^; ]* ")  # among tags
@@ -3969,16 +4292,40 @@ def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
     session.reply_list(RPL_NAMREPLY, names, kind, channel.name)
 
 
+def owner_name(owner: "User | Channel | IrcSession") -> str:
+    """Who has no name yet is called so."""
+    return owner.name if isinstance(owner, (User, Channel)) else "*"
+
+
+def subscribed_metadata(
+    session: "IrcSession", owners: Iterable[Any]
+) -> Iterator[tuple[str, str, str]]:
+    """Whose, which and what: all that this session wants to hear of."""
+    for owner in owners:
+        for key, value in list(owner.metadata.items()):
+            if key in session.subscribed:
+                yield owner_name(owner), key, value
+
+
+def tell_metadata_of_channel(session: "IrcSession", channel: Channel) -> None:
+    """Where it is much, that it can be asked for (draft/metadata, postponed synchronization)."""
+    others = (channel, *(user for user in channel.members if user is not session.user))
+    known = subscribed_metadata(session, others)
+    some = list(itertools.islice(known, METADATA_AT_ONCE + 1))
+    if len(some) > METADATA_AT_ONCE:
+        return session.reply(ERR_METADATASYNCLATER, channel.name)
+    for one in some:
+        session.learns(*one)
+
+
 def tell_channel(session: "IrcSession", channel: Channel) -> None:
     """What somebody is told who has come into it."""
     if channel.topic:
         tell_topic_irc(session, channel)
     if "draft/read-marker" in session.wire.capabilities:
         session.tell_marker(channel.name)
-    for owner in (channel, *channel.members) if session.subscribed else ():
-        for key, value in owner.metadata.items():
-            if owner is not session.user:
-                session.learns(owner.name, key, value)
+    if session.subscribed:
+        tell_metadata_of_channel(session, channel)
     if "draft/no-implicit-names" not in session.wire.capabilities:
         tell_names_irc(session, channel)
         session.reply(RPL_ENDOFNAMES, channel.name)
@@ -3996,7 +4343,6 @@ class IrcSession(Session):
         "from_service",
         "labelled",
         "login",
-        "speaking",
         "message",
         "negotiating",
         "own_tags",
@@ -4022,18 +4368,18 @@ class IrcSession(Session):
         self.watched: dict[str, str] = {}  # names by key, see MONITOR
         self.message = Message("", [], {})  # that is being answered
         self.labelled: Labelled | None = None  # where its answer began, if it has a label
-        self.batch = ""  # that a long answer is in
+        self.batch = ""  # that this answer is in, if it is more than a line
         self.subscribed: dict[str, None] = {}  # keys of metadata
         self.secret = ""
         self.account = self.away = ""  # logged in to, and away, before there is a user
         self.login = ""  # Account.identity of that account
-        self.from_service = False  # the answer is NickServ's
-        self.speaking = False  # a long answer goes on, in its batch
+        self.from_service = False  # the answer that is waited for is NickServ's
         self.metadata: dict[str, str] = {}  # likewise
         self.exchange: Exchange | None = None  # of SASL, going on
         self.collected: Collected | None = None  # a message of several lines, as it comes
         self.withheld: set[int] = set()  # ids of what this session did and gets no echo of
-        self.own_tags: dict[int, str] = {}  # of what this session did in this turn, by id
+        # Of what this session did in this turn, by id: add_tag or add_tag_to_all, and the tag
+        self.own_tags: dict[int, tuple[Callable, str]] = {}
         self.wire = irc_wire(frozenset())
 
     @property
@@ -4053,12 +4399,7 @@ class IrcSession(Session):
         data = irc_bytes(text)
         if self.wire.timed:
             data = add_tag(data, f"time={tag_time(self.site.hub.now)}")
-        self.send(add_tag(data, f"batch={self.batch}") if self.speaking else data)
-
-    def go_on(self) -> None:
-        self.speaking = bool(self.batch)
-        super().go_on()
-        self.speaking = False
+        self.send(data)
 
     def shaped(self, shape: str, *values: Any) -> str:
         """A numeric, without its source."""
@@ -4119,12 +4460,15 @@ class IrcSession(Session):
 
     def refuse(self, refusal: Refused) -> None:
         number, text = REFUSALS.get(refusal.code), harmless(str(refusal))
-        if self.from_service:
+        if self.from_service and not self.deferred:
             return self.service_says(text)
         if number is None:
             return self.fail(self.message.verb or "*", refusal.code, text, *refusal.about)
         about = "".join(f"{as_param(one)} " for one in refusal.about)
         self.line(f"{number} {self.nick} {about}:{text}")
+
+    def place_entered(self, channel: Channel) -> None:
+        tell_channel(self, channel)
 
     def place_renamed(self, old: str, channel: Channel, reason: str) -> None:
         if "draft/channel-rename" in self.wire.capabilities:
@@ -4170,11 +4514,7 @@ class IrcSession(Session):
                 irc_command.run(self, message.verb, lambda most: message.params[:most])
         except Refused as refusal:
             self.refuse(refusal)
-        if self.labelled and not self.deferred:
-            if self.unfinished:
-                self.open_batch()
-            else:
-                self.answered()
+        self.mark_answer(whole=not (self.deferred or self.unfinished))
 
     def parse(self, line: bytes) -> Message:
         tags, _, body = line.partition(b" ") if line[:1] == b"@" else (b"", b"", line)
@@ -4202,56 +4542,81 @@ class IrcSession(Session):
             events, last_id = len(turn.events), self.site.hub.last_id
             self.labelled = Labelled(escaped_tag(label), len(self.replies), events, last_id)
 
-    def take_result(self, then: Callable, result: Any) -> None:
-        if self.labelled:  # what it waited for took until another turn
+    def resume_answer(self) -> None:
+        """From here on: it took until another turn, or others have been heard meanwhile."""
+        if self.labelled:
             self.begin_answer(unescaped_tag(self.labelled.label))
-        super().take_result(then, result)
 
-    def open_batch(self) -> None:
-        """For a long answer: its end is in another turn."""
-        label, self.labelled = self.labelled.label, None
-        self.batch = self.site.hub.new_reference()
-        self.send(add_tag(self.batch_line(f"+{self.batch} labeled-response"), f"label={label}"))
+    def go_on(self) -> None:
+        self.resume_answer()
+        super().go_on()
+        if self.unfinished:
+            self.mark_answer(whole=False)
+
+    def take_result(self, then: Callable, result: Any) -> None:
+        self.resume_answer()
+        super().take_result(then, result)
+        if self.deferred:
+            self.mark_answer(whole=False)
+
+    def answered(self) -> None:
+        self.mark_answer(whole=True)
+
+    def mark_answer(self, whole: bool) -> None:
+        """What has been said since it was begun or resumed gets the label; or is put in a
+        batch, if it is several lines, or may be yet."""
+        if self.labelled is None:
+            return
+        turn, (label, replies, events, _) = self.site.hub.turn, self.labelled
+        heard = {e.id: count for e in turn.events[events:] if (count := self.hears(e))}
+        count = sum(heard.values()) + sum(count_answers(data) for _, data in self.replies[replies:])
+        if self.batch or count > 1 or (count and not whole):
+            self.put_in_batch(heard)
+        elif whole:
+            if not count:
+                self.line("ACK")
+            self.tag_answer(heard, add_tag, f"label={label}", replies + 1)
+        if whole and self.batch:
+            self.send(self.batch_line(f"-{self.batch}"))
+        if whole:
+            self.labelled, self.batch = None, ""
+
+    def put_in_batch(self, heard: Iterable[int]) -> None:
+        """What has been said of the answer, which may have begun to be put there before."""
+        begun, hub = self.batch, self.site.hub
+        self.batch = begun or hub.new_reference()
+        self.tag_answer(heard, add_tag_to_all, f"batch={self.batch}")
+        if not begun:
+            label, replies, _, last_id = self.labelled
+            line = self.batch_line(f"+{self.batch} labeled-response")
+            self.replies.insert(replies, (last_id, add_tag(line, f"label={label}")))
+
+    def tag_answer(
+        self, heard: Iterable[int], mark: Callable, tag: str, last: int | None = None
+    ) -> None:
+        """Mark its replies with the tag, and, when they are written, events of these ids."""
+        which = slice(self.labelled.replies, last)
+        self.replies[which] = [(n, mark(data, tag)) for n, data in self.replies[which]]
+        self.own_tags.update(dict.fromkeys(heard, (mark, tag)))
 
     def batch_line(self, text: str) -> bytes:
         return irc_bytes(f":{self.site.name} BATCH {text}")
 
-    def answered(self) -> None:
-        """Now it is known how much the answer was: nothing, a line, or several."""
-        if self.batch:
-            reference, self.batch = self.batch, ""
-            self.send(self.batch_line(f"-{reference}"))
-        if self.labelled is None:
-            return
-        label, replies, events, last_id = self.labelled
-        self.labelled = None
-        heard = [event.id for event in self.site.hub.turn.events[events:] if self.hears(event)]
-        said = len(self.replies) - replies
-        if not said and not heard:
-            self.line("ACK")
-        tag = f"label={label}"
-        if said + len(heard) > 1:
-            reference = self.site.hub.new_reference()
-            begin = add_tag(self.batch_line(f"+{reference} labeled-response"), tag)
-            tag = f"batch={reference}"
-        self.replies[replies:] = [(n, add_tag(data, tag)) for n, data in self.replies[replies:]]
-        self.own_tags.update(dict.fromkeys(heard, tag))
-        if said + len(heard) > 1:
-            self.replies.insert(replies, (last_id, begin))
-            self.send(self.batch_line(f"-{reference}"))
-
-    def hears(self, event: Event) -> bool:
-        """Whether this session did it, and is told of it."""
+    def hears(self, event: Event) -> int:
+        """How many lines or batches this session is told of it, if it did that."""
         if event.origin is not self:
-            return False
+            return 0
         (line,) = self.wire.encode(event.audience, [event])
-        return bool(self.wire.own(event, line))
+        return count_answers(line) if self.wire.own(event, line) else 0
 
     def own(self, event: Event, line: bytes) -> bytes:
         if event.id in self.withheld:
             return b""
-        data, tag = self.wire.own(event, line), self.own_tags.get(event.id)
-        return add_tag(data, tag) if tag and data else data
+        data, marked = self.wire.own(event, line), self.own_tags.get(event.id)
+        if not data or not marked:
+            return data
+        mark, tag = marked
+        return mark(line, tag) + data[len(line) :]  # whoever speaks to himself hears it twice
 
     def turn_over(self) -> None:
         super().turn_over()
@@ -4358,25 +4723,27 @@ def abort_sasl(session: IrcSession) -> None:
     session.reply(ERR_SASLABORTED)
 
 
-def in_batch(session: IrcSession, kind: str, lines: Iterable[bytes]) -> None:
-    """Several lines as one, for who knows batches. One that is a batch itself is marked at
-    its beginning only."""
-    if "batch" not in session.wire.capabilities:
-        for line in lines:
-            session.send(line)
-        return
-    reference = session.site.hub.new_reference()
-    session.send(session.batch_line(f"+{reference} {kind}"))
+def batch_in_pieces(session: IrcSession, kind: str, lines: Iterable[bytes]) -> Iterator[None]:
+    """Several lines as one, for who knows batches; the rest can be left for later."""
+    batched, reference = "batch" in session.wire.capabilities, session.site.hub.new_reference()
+    if batched:
+        session.send(session.batch_line(f"+{reference} {kind}"))
     for line in lines:
-        for n, part in enumerate(line.splitlines(keepends=True)):
-            inner = n and (part.startswith(b"@batch=") or b" BATCH -" in part[:IRC_BYTES])
-            session.send(part if inner else add_tag(part, f"batch={reference}"))
-    session.send(session.batch_line(f"-{reference}"))
+        session.send(add_tag_to_all(line, f"batch={reference}") if batched else line)
+        yield
+    if batched:
+        session.send(session.batch_line(f"-{reference}"))
 
 
-def tell_metadata(session: IrcSession, owner: User | Channel, keys: Iterable[str]) -> None:
+def in_batch(session: IrcSession, kind: str, lines: Iterable[bytes]) -> None:
+    """The same at once."""
+    for _ in batch_in_pieces(session, kind, lines):
+        pass
+
+
+def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
     """Values, or that there are none, in a batch."""
-    name = owner.name if isinstance(owner, (User, Channel)) else "*"
+    name = owner_name(owner)
     lines = (
         session.shaped_line(RPL_KEYVALUE, name, key, owner.metadata[key])
         if key in owner.metadata
@@ -4384,13 +4751,6 @@ def tell_metadata(session: IrcSession, owner: User | Channel, keys: Iterable[str
         for key in keys
     )
     in_batch(session, f"metadata {name}", lines)
-
-
-def take_name_back(hub: Hub, wanted: str, account: str) -> None:
-    """Whoever has the name of an account that is not theirs gets another when its owner comes."""
-    holder = hub.users.get(fold(wanted))
-    if holder and holder.account != account and account and fold(wanted) == fold(account):
-        hub.rename_user(holder, free_name(hub, wanted))
 
 
 def tell_who_came(session: IrcSession, wanted: str, channels: Iterable[Channel]) -> None:
@@ -4464,15 +4824,20 @@ def check_server(session: IrcSession, name: str) -> None:
         raise Refused("NO_SUCH_SERVER", "there is no such server; this one stands alone", name)
 
 
-def each(session: IrcSession, names: str, act: Callable[[str], None]) -> None:
+def each_in_pieces(session: IrcSession, names: str, act: Callable[[str], None]) -> Iterator[None]:
     """Do it for every name of a list, once; what is refused for one is done for the others."""
-    if "," not in names:
-        return act(names)
     for name in {fold(name): name for name in names.split(",") if name}.values() or [""]:
         try:
             act(name)
         except Refused as refusal:
             session.refuse(refusal)
+        yield
+
+
+def each(session: IrcSession, names: str, act: Callable[[str], None]) -> None:
+    """The same at once."""
+    for _ in each_in_pieces(session, names, act):
+        pass
 
 
 # Registration
@@ -4526,6 +4891,12 @@ def set_capabilities(session: IrcSession, capabilities: Iterable[str]) -> None:
         channel.by_wire = None
 
 
+def mechanisms(session: IrcSession) -> list[str]:
+    """That this one may log in by."""
+    certifiable = session.conn.certifiable
+    return [name for name in MECHANISMS if name != "EXTERNAL" or certifiable]
+
+
 def cap_ls(session: IrcSession, version: str) -> None:
     """With values, and in several lines, for those who know version 302."""
     session.negotiating = session.user is None
@@ -4533,7 +4904,8 @@ def cap_ls(session: IrcSession, version: str) -> None:
     if recent:
         set_capabilities(session, {"cap-notify"} | session.wire.capabilities)
     site, secure = session.site, session.conn.secure
-    known = CAPABILITIES | {"draft/account-registration": ",".join(site.registration)}
+    rules, ways = ",".join(site.registration), ",".join(mechanisms(session))
+    known = CAPABILITIES | {"draft/account-registration": rules, "sasl": ways}
     if site.sts and recent:  # a policy, not to be asked for (IRCv3 sts)
         known["sts"] = f"duration={site.sts}" if secure else f"port={site.house.tls_port}"
     offers = [f"{cap}={value}" if value and recent else cap for cap, value in known.items()]
@@ -4627,12 +4999,13 @@ def begin_sasl(session: IrcSession, name: str) -> None:
     if session.user and len(session.user.live) > 1:
         text = "your other devices are logged in, too"
         return session.reply(ERR_SASLALREADY, text)
-    if name not in MECHANISMS:
-        session.reply(RPL_SASLMECHS, ",".join(MECHANISMS))
+    if name not in mechanisms(session):
+        session.reply(RPL_SASLMECHS, ",".join(mechanisms(session)))
         return fail_sasl(session, wrong_login())
+    look_up = certified_account if name == "EXTERNAL" else claimed_account
 
     def find(authcid: str) -> tuple[str, Verifier]:
-        name, session.exchange.verifier = claimed_account(session, authcid)
+        name, session.exchange.verifier = look_up(session, authcid)
         return name, session.exchange.verifier
 
     session.exchange = Exchange(MECHANISMS[name](find))
@@ -4768,14 +5141,45 @@ def service_drop(session: IrcSession, password: str) -> None:
     drop_account(session, password, done)
 
 
+def cert_add(session: IrcSession, account: str, _: str) -> None:
+    hub = session.site.hub
+    hub.accounts.certificates.add(session.conn.fingerprint, account, hub.turn)
+    session.service_says(f"{session.conn.fingerprint} logs in to {account} now (SASL EXTERNAL)")
+
+
+def cert_list(session: IrcSession, account: str, _: str) -> None:
+    known = session.site.hub.accounts.certificates.of(account)
+    for fingerprint in known:
+        session.service_says(fingerprint)
+    session.service_says(f"{counted(len(known), 'certificate')} of {account}")
+
+
+def cert_remove(session: IrcSession, account: str, wanted: str) -> None:
+    hub, fingerprint = session.site.hub, wanted.lower() or session.conn.fingerprint
+    hub.accounts.certificates.remove(fingerprint, account, hub.turn)
+    session.service_says(f"{fingerprint} does not log in to {account} any more")
+
+
+CERT_HANDLERS = {"ADD": cert_add, "LIST": cert_list, "REMOVE": cert_remove}
+
+
+@service_command("cert", 1, 2)
+def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> None:
+    """CERT ADD|LIST|REMOVE [FINGERPRINT] -- certificates that log in: add the one you show"""
+    handler = CERT_HANDLERS.get(how.upper())
+    if handler is None:
+        raise Refused("INVALID_PARAMS", "CERT has ADD, LIST and REMOVE")
+    handler(session, own_account(session), fingerprint)
+
+
 def ask_service(session: IrcSession, text: str) -> None:
     """What is said to NickServ reaches neither people nor the history, nor any log."""
     verb, _, rest = text.partition(" ")
     try:
-        session.from_service = True
         service_command.run(
             session, verb.lower(), lambda most: rest.split(None, most - 1) if most else []
         )
+        session.from_service = session.deferred
     except Refused as refusal:
         session.service_says(str(refusal))
 
@@ -4972,23 +5376,22 @@ def tell_of_newcomer(session: IrcSession, channel: Channel) -> None:
             other.learns(session.nick, key, value)
 
 
-def enter_channel(session: IrcSession, name: str, password: str) -> None:
-    before = len(session.user.channels)
-    channel = session.site.hub.join(session, name, password)
-    if len(session.user.channels) > before:  # was not there already
+def join_irc(session: IrcSession, name: str, password: str) -> None:
+    if channel := enter_channel(session, name, password):
         tell_channel(session, channel)
         tell_of_newcomer(session, channel)
 
 
 @irc_command("JOIN", 1, 2)
-def irc_join(session: IrcSession, names: str, keys: str = "") -> None:
+def irc_join(session: IrcSession, names: str, keys: str = "") -> Iterator[None]:
     """JOIN <channel>{,<channel>} [<key>{,<key>}] -- enter channels; JOIN 0 leaves all"""
     if names == "0":
         for channel in list(session.user.channels):
             session.site.hub.part(session, channel)
         return
     passwords = dict(zip(names.split(","), keys.split(","), strict=False))
-    each(session, names, lambda name: enter_channel(session, name, passwords.get(name, "")))
+    enter = functools.partial(join_irc, session)
+    yield from each_in_pieces(session, names, lambda name: enter(name, passwords.get(name, "")))
 
 
 @irc_command("PART", 1, 2)
@@ -5214,9 +5617,25 @@ def metadata_list(session: IrcSession, target: str) -> None:
     tell_metadata(session, owner, list(owner.metadata))
 
 
-def metadata_sync(session: IrcSession, target: str) -> None:
+def metadata_owners(session: IrcSession, target: str) -> list[Any]:
+    """Somebody; a channel with its members; or all that this session hears of. Raises Refused."""
+    if target == "*ALL" and session.user:
+        people = (session.site.hub.users.get(key) for key in session.watched)
+        channels = list(session.user.channels)
+        members = itertools.chain(*(channel.members for channel in channels))
+        found = dict.fromkeys([session.user, *channels, *members, *filter(None, people)])
+        return list(found)
     owner = metadata_owner(session, target)
-    tell_metadata(session, owner, [key for key in session.subscribed if key in owner.metadata])
+    return [owner, *owner.members] if isinstance(owner, Channel) else [owner]
+
+
+def metadata_sync(session: IrcSession, target: str) -> Iterator[None]:
+    owners = metadata_owners(session, target)
+    session.conn.charge(len(owners))
+    known = subscribed_metadata(session, owners)
+    lines = (session.shaped_line(RPL_KEYVALUE, *one) for one in known)
+    name = target if target == "*ALL" else owner_name(owners[0])
+    yield from batch_in_pieces(session, f"metadata {name}", lines)
 
 
 def metadata_set(session: IrcSession, target: str, key: str, value: str = "") -> None:
@@ -5277,13 +5696,13 @@ METADATA_HANDLERS = {  # subcommand -> what does it, and the parameters that it 
 
 
 @irc_command("METADATA", 2, 15, nameless=True)
-def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> None:
+def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> Iterator[None] | None:
     """METADATA <target or *> <subcommand> [<key>...] -- what programs know of people and channels:
     GET, LIST, SET, CLEAR, SUB, UNSUB, SUBS, SYNC"""
     handler, least, most = METADATA_HANDLERS.get(how.upper(), (None, 0, 0))
     if handler is None or len(params) < least:
         raise Refused("INVALID_PARAMS", "see HELP METADATA", how)
-    handler(session, target, *params[:most])
+    return handler(session, target, *params[:most])
 
 
 # History
@@ -5598,6 +6017,9 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
         yield (RPL_WHOISSECURE,)
     if user is me or me.is_operator:
         yield RPL_WHOISACTUALLY, source.host
+        for fingerprint in dict.fromkeys(other.conn.fingerprint for other in user.sessions):
+            if fingerprint:
+                yield RPL_WHOISCERTFP, fingerprint
     yield RPL_WHOISIDLE, (session.site.hub.now - user.spoke) // 1000, user.since // 1000
 
 
@@ -6061,6 +6483,15 @@ class LineSession(Session):
             self.tell(f"you are {user.name}{self.who_is_here()}; /help")
         self.here = self.site.hub.join(self, LOBBY)
 
+    def move(self) -> None:
+        """To a channel that one is in, if need be: the lobby rather than another."""
+        channels = self.user.channels
+        if self.here and self.here not in channels:
+            lobby = self.site.hub.channels.get(LOBBY)
+            self.here = lobby if lobby in channels else next(iter(channels), None)
+            where = f"you speak in {self.here.name} now" if self.here else "you are in no channel"
+            self.tell(where)
+
     def who_is_here(self) -> str:
         lobby = self.site.hub.channels.get(LOBBY)
         names = [user.name for user in lobby.members] if lobby else []
@@ -6151,7 +6582,7 @@ def line_tell(session: LineSession, name: str, text: str) -> None:
 @line_command("join", 1, 2)
 def line_join(session: LineSession, name: str, password: str = "") -> None:
     """/join #CHANNEL [PASSWORD] -- enter it, and speak there from now on"""
-    channel = session.site.hub.join(session, name, password)
+    channel = enter_channel(session, name, password) or session.site.hub.find_channel(name)
     session.here = channel
     session.tell(f"you speak in {channel.name} now")
     tell_topic(session, channel)
@@ -6165,9 +6596,7 @@ def line_part(session: LineSession, name: str = "", reason: str = "") -> None:
     session.site.hub.part(session, channel, reason)
     session.tell(f"you left {channel.name}")
     if channel is session.here:
-        session.here = next(iter(session.user.channels), None)
-        where = f"you speak in {session.here.name} now" if session.here else "you are in no channel"
-        session.tell(where)
+        session.move()
 
 
 @line_command("names", most=1)
@@ -6301,17 +6730,26 @@ def line_verify(session: LineSession, code: str) -> None:
 
 @line_command("login", 1, 2)
 def line_login(session: LineSession, *words: str) -> None:
-    """/login [NAME] PASSWORD -- log in to an account; it gives you its name back"""
+    """/login [NAME] PASSWORD -- log in to an account; it gives you its name, or whom it is"""
     name, password = words if len(words) == 2 else (session.wanted_name, *words)
     hub = session.site.hub
 
-    def done() -> None:
-        session.tell(f"you are logged in as {session.user.account}")
-        if hub.users.get(fold(session.user.account)) is None:
-            hub.rename(session, session.user.account)
+    def proved(account: str) -> None:
+        before = session.user.name
+        take_name_back(hub, account, account)
+        holder = hub.users.get(fold(account))
+        session.tell(f"you are logged in as {account}")
+        if holder in (None, session.user):
+            hub.log_in(session, account)
+            hub.rename(session, account if holder is None else before)
+        else:
+            become_device(session, holder)
+        if session.user.name != before:
             session.tell(f"you are {session.user.name}")
+        if session.user is holder:
+            session.move()
 
-    identify(session, name, password, done)
+    check_owner(session, name, password, proved)
 
 
 @line_command("passwd", 2)
@@ -7191,6 +7629,7 @@ def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
 def welcomed(talk: IrcTalk, heard: Heard) -> None:
     core, talk.ready = talk.core, True
     core.name = heard.params[0]
+    core.began = core.began or heard.time or 0
     if core.tidy or core.name != core.wanted_name:
         core.show(View(TOLD, f"you are {core.name}"))
     for room in core.rooms.values():
@@ -7291,6 +7730,14 @@ def failed(talk: IrcTalk, heard: Heard) -> None:
 # What a server says: people and their words
 
 
+def renew_login(core: "ClientCore") -> None:
+    """The one that was proposed is valid now."""
+    if core.proposed:
+        core.login, core.proposed = core.proposed, None
+        if core.generated:
+            core.keep(core.login)
+
+
 @from_server("PRIVMSG", "NOTICE", least=2)
 def somebody_spoke(talk: IrcTalk, heard: Heard) -> None:
     text = heard.params[1]
@@ -7301,7 +7748,7 @@ def somebody_spoke(talk: IrcTalk, heard: Heard) -> None:
         return talk.core.said(view)
     who = f"{view.name}: " if view.kind == SAID else ""
     if fold(view.name) == SERVICE_KEY and text == PASSWORD_CHANGED:
-        talk.core.renewed()
+        renew_login(talk.core)
     talk.core.show(View(TOLD, who + view.text, time=view.time))
 
 
@@ -7324,8 +7771,8 @@ def we_joined(talk: IrcTalk, heard: Heard) -> None:
     if not core.tidy and not room.mark:  # whatever is said from now on
         if "msgid" in heard.tags:
             room.mark = f"msgid={heard.tags['msgid']}"
-        elif "time" in heard.tags:
-            room.mark = f"timestamp={heard.tags['time']}"
+        elif core.began:  # we came in before, and the line broke before we heard of it
+            room.mark = f"timestamp={tag_time(core.began)}"
     core.newest = max(core.newest, heard.time or 0)
     if fold(room.name) in talk.going:
         talk.going.discard(fold(room.name))
@@ -7493,7 +7940,7 @@ def registered(talk: IrcTalk, heard: Heard) -> None:
     core = talk.core
     core.show(View(TOLD, heard.params[-1]))
     if heard.params[0] == "SUCCESS":
-        core.renewed()
+        renew_login(core)
 
 
 # The core
@@ -7542,7 +7989,8 @@ class ClientCore:
         self.ignored: set[str] = set()  # keys
         self.shown: set[str] = set()  # own ids of what the person has seen himself say
         self.failures = 0  # messages that did not arrive, or were not kept
-        self.newest = 0  # time of the newest thing heard of, in milliseconds
+        self.newest = 0  # time of the newest thing heard of, in milliseconds ...
+        self.began = 0  # ... and of the first welcome
         self.proposed: Login | None = None  # that a /register or /passwd is to make valid
         self.generated = False  # its password is no person's
         self.keep: Callable[[Login], None] = lambda login: None  # for the next start
@@ -7798,13 +8246,6 @@ class ClientCore:
         self.outbox.doubtful -= {
             one.id for one in self.outbox.waiting.values() if fold(one.where) == fold(room.name)
         }
-
-    def renewed(self) -> None:
-        """The log-in that was proposed is valid."""
-        if self.proposed:
-            self.login, self.proposed = self.proposed, None
-            if self.generated:
-                self.keep(self.login)
 
     def lost(self, own_id: str, reason: str) -> None:
         """A message of ours has not arrived, and is not sent again."""
@@ -8192,6 +8633,8 @@ class Connection:
             was_ready = self.tls.ready
             plain = self.tls.feed(data)
         except TlsFailed as failure:
+            with contextlib.suppress(OSError):
+                self.sock.send(self.tls.take())  # an alert, which says what was wrong
             return self.drop(f"{TLS_TROUBLE}{failure}")
         self.loop.dirty.add(self)  # the handshake may have something to say
         if self.tls.ready and not was_ready:
@@ -8507,6 +8950,7 @@ class ServerOptions(NamedTuple):
     password: str | None = None
     tls_cert: str | None = None
     tls_key: str | None = None
+    tls_client_ca: str | None = None  # whose client certificates are looked at
     flood: tuple[float, float] | None = (FLOOD_BURST, FLOOD_RATE)
     max_clients: int | None = None  # None: what the descriptor limit allows
     max_per_address: int = PER_ADDRESS
@@ -8572,6 +9016,14 @@ class Peer(Connection):
     @property
     def secure(self) -> bool:
         return self.tls is not None
+
+    @property
+    def certifiable(self) -> bool:
+        return self.secure and self.server.options.tls_client_ca is not None
+
+    @property
+    def fingerprint(self) -> str:
+        return self.tls.fingerprint() if self.tls else ""
 
     @property
     def gone(self) -> bool:
@@ -8735,10 +9187,6 @@ class Listener:
         self.sock.close()
 
 
-def is_loopback(host: str) -> bool:
-    return host.startswith("127.") or host == "::1"
-
-
 def spare_descriptor() -> int | None:
     """One that can be closed when there are none left, to say so to a newcomer."""
     try:
@@ -8770,8 +9218,9 @@ def read_motd(path: pathlib.Path | None) -> list[str]:
 
 def server_tls_context(options: ServerOptions) -> Any:
     if not options.tls_cert:
-        if options.tls_key or options.sts:
-            raise Unusable("--tls-key and --sts are of no use without --tls-cert")
+        if options.tls_key or options.sts or options.tls_client_ca:
+            text = "--tls-key, --tls-client-ca and --sts are of no use without --tls-cert"
+            raise Unusable(text)
         return None
     import ssl
 
@@ -8780,6 +9229,13 @@ def server_tls_context(options: ServerOptions) -> Any:
         context.load_cert_chain(options.tls_cert, options.tls_key)
     except (OSError, ssl.SSLError) as error:
         raise Unusable(f"cannot use the certificate {options.tls_cert}: {error}") from error
+    if options.tls_client_ca:
+        try:
+            context.load_verify_locations(options.tls_client_ca)
+        except (OSError, ssl.SSLError) as error:
+            text = f"cannot use the authorities {options.tls_client_ca}: {error}"
+            raise Unusable(text) from error
+        context.verify_mode = ssl.CERT_OPTIONAL  # who shows none is welcome, too
     return context
 
 
@@ -8861,6 +9317,7 @@ def hub_of(store: Store, now: float) -> Hub:
     hub = Hub(store.last_id, store.last_time)
     hub.begin(now)
     hub.accounts.read(store.accounts())
+    hub.accounts.certificates.update(store.rows("certificates"))
     for owner, target, when in store.rows("markers"):
         hub.markers.setdefault(owner, {})[target] = when
     try:
@@ -8904,7 +9361,8 @@ class Keeper:
         if self.store.path and not self.checkpoint_due:
             self.checkpoint_due = True
             self.loop.call_later(CHECKPOINT_SECONDS, self.checkpoint)
-        if self.store.words.behind and not self.index_due:
+        words = self.store.words
+        if (words.behind or words.untidy) and not self.index_due:
             self.index_due = True
             self.loop.call_later(INDEX_SECONDS, self.index)
         return True
@@ -11733,6 +12191,7 @@ def add_server(commands: Any) -> None:
     add("--listen", type=listen_address, action="append", metavar="HOST:PORT")
     add("--tls-cert", metavar="PEM", help="certificate chain: TLS on the same port")
     add("--tls-key", metavar="PEM", help="its key, unless it is in the same file")
+    add("--tls-client-ca", metavar="PEM", help="whose client certificates can log in")
     add("--data", type=data_option, default=data_folder(), metavar="DIR", help="or none")
     add("--keep", type=positive, metavar="N", help="events kept of each channel")
     add("--password", type=secret_option, nargs="?", const="", metavar="PW", help="or @FILE")

@@ -60,7 +60,8 @@ def seeded(request):
 class FakeConn:
     """What a session knows of its connection, remembering what it was told."""
 
-    secure = gone = False
+    secure = gone = certifiable = False
+    fingerprint = ""
 
     def __init__(self, address):
         self.address = address
@@ -420,6 +421,43 @@ zj0EAwIDRwAwRAIgFQK/zQRWoWpdqtI38CTDc00njHi3Pc5v38uoFAveduECIGZk
 VeRbdQ7lZd/+Nn/BxYg+uoTEiDl2YWoA6HLR7D/v
 -----END CERTIFICATE-----
 """
+
+
+# alice's is signed by the one above, mallory's by himself
+CLIENT_CERTIFICATES = {
+    "alice": """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg65hsD6V+EJMvFYH8
+TR4blJuKrFX8S8Uy4e5fKraw/XKhRANCAARaBxlcB9dUVT+9t2Sa6iMrjCG16HIm
+XPN77diJQCchPm8dsovsYu3cpUahvOr7xNLlymfEJu1V7DqaNefXCYb3
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBDTCBtAIBBzAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwIBcN
+MjYxMTIyMTUwMDEwWhgPMjEyNjEwMjkxNTAwMTBaMBAxDjAMBgNVBAMMBWFsaWNl
+MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEWgcZXAfXVFU/vbdkmuojK4whtehy
+Jlzze+3YiUAnIT5vHbKL7GLt3KVGobzq+8TS5cpnxCbtVew6mjXn1wmG9zAKBggq
+hkjOPQQDAgNIADBFAiAgEmKCq+JyIjY4RFpgnNAf+mAdqLxcD92zhIMRYTI3BQIh
+AOeDzs2wUBkIb0i2+7vk6e5ft7aEdVjL226IhPwmU7l+
+-----END CERTIFICATE-----
+""",
+    "mallory": """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgNjGGSE4mkjU2AvVX
+6YpP9+jzFrRCN0w/YqdXRGy6klahRANCAAR1L3S74AQ129weKND/cakfoiRzz9op
+7Hf9iqLbXOgatblfV11W+7IHV6edlt3hRxuCpr1jRwVvP+Gilum9oLzz
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBezCCASGgAwIBAgIUa8TkfnJibDvU6T9fmjYLr1lpCYswCgYIKoZIzj0EAwIw
+EjEQMA4GA1UEAwwHbWFsbG9yeTAgFw0yNjExMjIxNTAwMTBaGA8yMTI2MTAyOTE1
+MDAxMFowEjEQMA4GA1UEAwwHbWFsbG9yeTBZMBMGByqGSM49AgEGCCqGSM49AwEH
+A0IABHUvdLvgBDXb3B4o0P9xqR+iJHPP2insd/2Kottc6Bq1uV9XXVb7sgdXp52W
+3eFHG4KmvWNHBW8/4aKW6b2gvPOjUzBRMB0GA1UdDgQWBBQLqhv3xhgW+VRspCzx
+laDjwyV83zAfBgNVHSMEGDAWgBQLqhv3xhgW+VRspCzxlaDjwyV83zAPBgNVHRMB
+Af8EBTADAQH/MAoGCCqGSM49BAMCA0gAMEUCIQCHfvKCDrcXhUw1kTnjPz64uDsN
+Bbi7XiuHiFrL2oeG5QIgDptiBOBwEOp0OYhx07cGwnCWEmtQ3BH/pFeqbgJQ4R4=
+-----END CERTIFICATE-----
+""",
+}
 
 
 @pytest.fixture
@@ -2329,6 +2367,39 @@ alice< @batch=ID :alice PRIVMSG bob :there?
 alice< @batch=ID :chat.py 301 alice bob :lunch
 alice< BATCH -ID
 bob< :alice PRIVMSG bob :there?
+=== labels: an echo of several lines is a batch, and one that is a batch already is not
++#a alice bob
+alice> CAP REQ :labeled-response batch echo-message
+alice< CAP alice ACK :labeled-response batch echo-message
+alice> @label=1 BATCH +1 draft/multiline #a
+alice> @batch=1 PRIVMSG #a :two
+alice> @batch=1 PRIVMSG #a :lines
+alice> BATCH -1
+alice< @label=1 :chat.py BATCH +ID labeled-response
+alice< @batch=ID :alice PRIVMSG #a :two
+alice< @batch=ID :alice PRIVMSG #a :lines
+alice< BATCH -ID
+bob< :alice PRIVMSG #a :two
+bob< :alice PRIVMSG #a :lines
+alice> @label=2 BATCH +2 draft/multiline alice
+alice> @batch=2 PRIVMSG alice :to
+alice> @batch=2;draft/multiline-concat PRIVMSG alice :myself
+alice> BATCH -2
+alice< @label=2 :chat.py BATCH +ID labeled-response
+alice< @batch=ID :alice PRIVMSG alice :to
+alice< @batch=ID :alice PRIVMSG alice :myself
+alice< :alice PRIVMSG alice :to
+alice< :alice PRIVMSG alice :myself
+alice< BATCH -ID
+alice> CAP REQ draft/multiline
+alice< CAP alice ACK :draft/multiline
+alice> @label=3 CHATHISTORY LATEST #a * 1
+alice< @label=3 :chat.py BATCH +ID chathistory #a
+alice< @batch=ID :alice BATCH +ID draft/multiline #a
+alice< @batch=ID :alice PRIVMSG #a :two
+alice< @batch=ID :alice PRIVMSG #a :lines
+alice< @batch=ID :alice BATCH -ID
+alice< BATCH -ID
 === invite-notify: who could have invited is told that somebody did
 +#a alice bob carol
 bob> CAP REQ invite-notify
@@ -2518,6 +2589,8 @@ bob< :alice PRIVMSG #a :from one
 phone< :alice PRIVMSG #a :from one
 phone> JOIN #b
 alice< :alice JOIN #b
+alice< 353 alice = #b :@alice
+alice< 366 alice #b :End of NAMES
 phone< :alice JOIN #b
 phone< 353 alice = #b :@alice
 phone< 366 alice #b :End of NAMES
@@ -2803,9 +2876,23 @@ alice< :NickServ!NickServ@chat.py NOTICE alice :VERIFY CODE: the code that was s
 alice< :NickServ!NickServ@chat.py NOTICE alice :IDENTIFY [NAME] PASSWORD: log in
 alice< :NickServ!NickServ@chat.py NOTICE alice :PASSWD OLD NEW: another password
 alice< :NickServ!NickServ@chat.py NOTICE alice :DROP PASSWORD: give up your account
+alice< :NickServ!NickServ@chat.py NOTICE alice :CERT ADD|LIST|REMOVE [FINGERPRINT]: certificates that log in: add the one you show
+alice> NS CERT ADD
+alice< :NickServ!NickServ@chat.py NOTICE alice :you are not logged in
 alice> PRIVMSG nickserv :REGISTER password
 alice< :NickServ!NickServ@chat.py NOTICE alice :alice is yours
 alice< 900 alice alice alice :You are now logged in as alice
+alice> NS CERT ADD
+alice< :NickServ!NickServ@chat.py NOTICE alice :this connection shows no certificate
+alice> NS CERT LIST
+alice< :NickServ!NickServ@chat.py NOTICE alice :0 certificates of alice
+alice> NS CERT REMOVE abc
+alice< :NickServ!NickServ@chat.py NOTICE alice :that is no certificate of yours; see CERT LIST
+alice> NS CERT EAT
+alice< :NickServ!NickServ@chat.py NOTICE alice :CERT has ADD, LIST and REMOVE
+alice> AUTHENTICATE EXTERNAL
+alice< 908 alice PLAIN,SCRAM-SHA-256 :are the mechanisms there are
+alice< 904 alice :name or password are wrong
 alice> NS PASSWD wrong other
 alice< :NickServ!NickServ@chat.py NOTICE alice :name or password are wrong
 alice> NS PASSWD password secret2
@@ -3213,7 +3300,7 @@ def test_a_long_list_waits_for_its_reader_and_is_whole(running, monkeypatch):
 
 
 def test_who_looks_through_everything_pays_for_it(running):
-    server = running(flood=(20, 1000))
+    server = running(flood=(30, 1))
     alice = server.guest()
     alice.enter_irc("alice")
     peer = next(iter(server.server.peers))
@@ -3383,6 +3470,74 @@ def test_a_wrong_or_missing_server_password_is_an_error_and_the_end():
     house.say("y", "PASS :open sesame", "NICK y", "USER y 0 * :y")
     house.turn()
     assert " 001 y " in house.heard("y")[0]
+
+
+def answer_with(label, lines):
+    """What stands in the one line with that label, or in the batch that begins with it: the
+    lines, and a list for each batch among them. What is in no batch is not in it."""
+    batches, answers = {}, []
+    for message in (chat.parse_message(line.removesuffix("\r")) for line in lines):
+        line, reference = [message.verb, *message.params], message.tags.get("batch")
+        place = batches[reference] if reference else []
+        if message.verb == "BATCH" and message.params[0][0] == "-":
+            del batches[message.params[0][1:]]
+        elif message.verb == "BATCH":
+            batches[message.params[0][1:]] = line = []
+        place.extend([line] if message.verb != "BATCH" or line == [] else [])
+        answers += [line] if message.tags.get("label") == label else []
+    (answer,) = answers
+    assert not batches
+    return answer
+
+
+@pytest.mark.parametrize(
+    "targets, verbs",
+    [
+        ("bob,NickServ", ["PRIVMSG", "NOTICE"]),
+        ("NickServ,bob", ["PRIVMSG", "NOTICE"]),
+        ("NickServ,nobody", ["401", "NOTICE"]),
+        ("bob,NickServ,nobody", ["PRIVMSG", "401", "NOTICE"]),
+        ("bob,nobody,NickServ", ["PRIVMSG", "401", "NOTICE"]),
+    ],
+)
+def test_an_answer_that_has_to_be_waited_for_is_one_with_what_was_said_at_once(targets, verbs):
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "CAP REQ :labeled-response batch echo-message")
+    house.turn()
+    house.heard("alice")
+    house.say("alice", f"@label=1 PRIVMSG {targets} :identify wrong")
+    house.turn()
+    assert [line[0] for line in answer_with("1", house.heard("alice"))] == verbs
+    for line, verb in (("PRIVMSG NickServ :identify wrong", "NOTICE"), ("WHO nobody", "315")):
+        house.say("alice", f"@label=2 {line}")
+        house.turn()
+        assert answer_with("2", house.heard("alice"))[0] == verb
+
+
+def test_a_long_answer_with_a_label_is_one_batch_over_several_turns(running, monkeypatch):
+    monkeypatch.setattr(chat, "LINES_A_TURN", 3)
+    server = running()
+    alice = server.guest()
+    alice.enter_irc("alice", "CAP REQ :labeled-response batch", "JOIN #a,#b,#c,#d,#e,#f,#g")
+    alice.send("@label=1 LIST\r\nPING end\r\n")
+    *lines, _ = itertools.dropwhile(lambda line: "label=1" not in line, alice.until("PONG"))
+    verbs = [line[0] for line in answer_with("1", lines)]
+    assert verbs == ["321", *["322"] * 7, "323"]
+
+
+def test_a_labelled_message_in_a_batch_of_its_own_is_nested_with_the_rest_of_the_answer():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "CAP REQ :labeled-response batch echo-message draft/multiline")
+    house.say("bob", "AWAY :lunch")
+    house.turn()
+    house.heard("alice")
+    house.say("alice", "@label=1 BATCH +x draft/multiline bob", "@batch=x PRIVMSG bob :one")
+    house.say("alice", "@batch=x PRIVMSG bob :two", "BATCH -x")
+    house.turn()
+    lines = [["PRIVMSG", "bob", "one"], ["PRIVMSG", "bob", "two"]]
+    assert answer_with("1", house.heard("alice")) == [lines, ["301", "alice", "bob", "lunch"]]
 
 
 def test_three_wrong_passwords_of_an_operator_end_the_connection():
@@ -3628,6 +3783,40 @@ def test_who_fails_too_often_waits_and_the_owner_elsewhere_does_not():
     assert len(throttle.failures) == chat.LOGIN_FAILURES_KEPT
 
 
+def test_an_address_can_have_so_many_accounts_made_and_this_machine_any_number():
+    house = House()
+    house.enter("dora")
+    for name, address in (("eve", "10.0.0.7:1"), ("ipv6", "[::1]:1"), ("far", "10.0.0.8:1")):
+        house.connect_irc(name).conn.address = address
+    house.guests["dora"].conn.address = "10.0.0.7:2"
+
+    def register(name, *lines):
+        house.say(name, f"NICK {name}{house.now:.0f}", "USER u 0 * :r", *lines)
+        house.turn()
+        house.say(name, "REGISTER * * password")
+        house.turn()
+        answer = next(line for line in house.heard(name) if " REGISTER " in line)
+        if " SUCCESS " in answer:
+            house.say(name, "NS DROP password")
+            house.turn()
+        return answer
+
+    for _ in range(chat.ACCOUNTS_MADE):
+        assert "SUCCESS" in register("eve") and "SUCCESS" in register("ipv6")
+    answer = register("eve")
+    assert "FAIL REGISTER TEMPORARILY_UNAVAILABLE" in answer
+    assert ":5 accounts from one address at most; try again in 35" in answer
+    house.heard("dora")
+    house.say("dora", "/register password")
+    house.turn()
+    (answer,) = house.heard("dora")
+    assert answer.startswith("* 5 accounts from one address at most; try again in 35")
+    assert "SUCCESS" in register("ipv6") and "SUCCESS" in register("far")
+    house.now += chat.ACCOUNTS_MADE_SECONDS
+    house.turn()
+    assert "SUCCESS" in register("eve")
+
+
 def test_passwords_of_any_script_and_length_are_told_apart():
     for password in ("x" * 300, "x" * 299 + "y", "p\u00e4ssw\u00f6rd", "\u4f60\u597d"):
         verifier = chat.make_verifier(password, 10)
@@ -3691,6 +3880,178 @@ def test_whose_line_breaks_is_still_here_for_a_while_and_comes_back_to_his_chann
     assert house.heard("bob") == [":alice!~u@127.0.0.1 QUIT :Connection lost"]
 
 
+def crowd_with_metadata(house, channel, count):
+    """So many members, with a color and a status each."""
+    for n in range(count):
+        house.connect_irc(f"m{n}")
+        house.say(f"m{n}", f"NICK m{n}", "USER u 0 * :r", f"JOIN {channel}")
+        house.say(f"m{n}", f"METADATA * SET color :{n}", f"METADATA * SET status :{n}")
+    house.turn()
+
+
+@pytest.mark.parametrize("count, told", [(50, ["761"] * 99), (51, ["774"])])
+def test_who_joins_a_crowd_is_told_what_is_known_of_it_or_where_to_ask(count, told):
+    house = House()
+    crowd_with_metadata(house, "#a", count)
+    house.say("m0", "TOPIC #a :tea", "METADATA * SET color")
+    house.turn()
+    house.enter_irc("alice")
+    house.say("alice", "CAP REQ :draft/metadata-3 draft/read-marker batch")
+    house.say("alice", "METADATA * SUB color status", "METADATA * SET color :mine")
+    house.turn()
+    house.heard("alice")
+    house.say("alice", "JOIN #a")
+    house.turn()
+    lines = [chat.parse_message(line) for line in house.heard("alice")]
+    verbs = [line.verb for line in lines if line.verb != "353"]
+    assert verbs == ["JOIN", "332", "333", "MARKREAD", *told, "366"]
+    if told == ["774"]:
+        assert lines[4].params[:3] == ["alice", "#a", "0"]
+    for target, extra in (("#a", 1), ("*ALL", 1), ("m1", 0), ("alice", 1)):
+        house.say("alice", f"METADATA {target} SYNC")
+        house.turn()
+        begin, *known, end = [chat.parse_message(line) for line in house.heard("alice")]
+        assert begin.params[1:] == ["metadata", target] and end.verb == "BATCH"
+        crowd = 2 * count - 1 if target in ("#a", "*ALL") else 2 * (target == "m1")
+        assert [line.verb for line in known] == ["761"] * (crowd + extra)
+        assert len({tuple(line.params) for line in known}) == crowd + extra
+
+
+def test_a_long_synchronization_waits_for_its_reader_and_is_whole(running, monkeypatch):
+    monkeypatch.setattr(chat, "LINES_A_TURN", 5)
+    monkeypatch.setattr(chat, "UNSENT_NO_READ", 2000)
+    server = running()
+    alice, bob = server.guest(), server.guest()
+    lines = [f"METADATA * SET key{n} :{'x' * 300}" for n in range(chat.METADATA_KEYS)]
+    bob.enter_irc("bob", "JOIN #a", *lines)
+    alice.enter_irc("alice", "CAP REQ :batch labeled-response", "JOIN #a,#b,#c")
+    for n in range(chat.METADATA_KEYS):
+        alice.send(f"METADATA * SUB key{n}\r\n")
+    alice.send("@label=1 METADATA #a SYNC\r\nPING end\r\n")
+    *lines, _ = itertools.dropwhile(lambda line: "label=1" not in line, alice.until("PONG"))
+    (known,) = answer_with("1", lines)
+    assert [line[0] for line in known] == ["761"] * chat.METADATA_KEYS
+
+
+def test_what_one_device_joins_the_others_learn_all_about():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "REGISTER * * password")
+    house.say("bob", "JOIN #a,#b", "TOPIC #a :tea")
+    house.turn()
+    logged_in(house, "phone", "alice")
+    logged_in(house, "tablet", "alice")
+    house.say("phone", "CAP REQ draft/read-marker")
+    house.say("tablet", "CAP REQ draft/no-implicit-names")
+    house.turn()
+    for who in house.guests:
+        house.heard(who)
+    house.say("alice", "JOIN #a")
+    house.turn()
+    joined, topic, set_by, *names = irc_heard(house, "alice")
+    assert joined == ":alice JOIN #a" and topic == "332 alice #a :tea"
+    assert [line[:4] for line in names] == ["353 ", "366 "]
+    assert irc_heard(house, "phone") == [joined, topic, set_by, "MARKREAD #a *", *names]
+    assert irc_heard(house, "tablet") == [joined, topic, set_by]
+    assert irc_heard(house, "bob") == [joined]
+    house.say("phone", "JOIN #A")
+    house.turn()
+    assert irc_heard(house, "phone") == irc_heard(house, "alice") == []
+
+
+def house_with_two_devices():
+    """bob, and alice at two terminals; the second one came as alice2."""
+    house = house_of("alice", "bob")
+    house.say("alice", "/register password", "/join #a", "/join #lobby")
+    house.turn()
+    house.connect("laptop")
+    house.say("laptop", "alice")
+    house.turn()
+    house.say("laptop", "/join #b", "/login password")
+    house.turn()
+    return house
+
+
+def test_a_login_at_the_line_protocol_joins_the_user_who_is_here():
+    house = house_with_two_devices()
+    assert [line for line in house.heard("bob") if "alice2" in line] == [
+        "alice2 (127.0.0.1:50002) joined the chat!",
+        "alice2 (127.0.0.1:50002) left the chat!",
+    ]
+    told = house.heard("laptop")
+    assert (
+        told[0] == "* you are alice2: alice belongs to an account; if it is yours: /login PASSWORD"
+    )
+    assert told[-3:] == [
+        "* you are logged in as alice",
+        "* you are alice",
+        "* you speak in #lobby now",
+    ]
+    assert list(house.hub.channels) == ["#lobby", "#a"]
+    house.heard("alice")
+    house.say("laptop", "from the laptop", "/tell bob in private")
+    house.say("alice", "from the desk")
+    house.say("bob", "both hear this", "/tell alice both hear that")
+    house.turn()
+    both = ["bob: both hear this", "(private) bob: both hear that"]
+    assert house.heard("alice") == [
+        "alice: from the laptop",
+        "(private) alice: in private",
+        *both,
+    ]
+    assert house.heard("laptop") == ["* told bob: in private", "alice: from the desk", *both]
+    assert [line for line in house.heard("bob") if "alice" in line] == [
+        "alice: from the laptop",
+        "(private) alice: in private",
+        "alice: from the desk",
+        "* told alice: both hear that",
+    ]
+
+
+def test_a_device_that_leaves_leaves_the_other_here_and_the_last_one_is_missed():
+    house = house_with_two_devices()
+    user = house.guests["laptop"].user
+    house.heard("bob")
+    house.say("alice", "/quit")
+    house.turn()
+    house.say("laptop", "still here")
+    house.turn()
+    assert house.heard("bob") == ["alice: still here"] and user.live == [house.guests["laptop"]]
+    house.leave("laptop")
+    house.turn()
+    assert house.missed == [user]
+    house.connect("again")
+    house.say("again", "alice")
+    house.turn()
+    house.say("again", "/login password")
+    house.turn()
+    assert house.guests["again"].user is user and len(house.hub.users) == 2
+    assert sum("joined" in line for line in house.heard("bob")) == 1  # alice2, for a moment
+
+
+def test_a_login_elsewhere_moves_one_device_only_and_costs_nobody_a_line():
+    house = house_of("alice", "bob", "carol")
+    for who in ("alice", "bob"):
+        house.say(who, "/register password")
+        house.turn()
+    house.connect("second")
+    house.say("second", "bob")
+    house.turn()
+    house.say("second", "/login password")
+    house.turn()
+    house.say("second", "/login alice password")
+    house.turn()
+    for who in ("alice", "bob", "second"):
+        house.heard(who)
+    house.say("carol", "one", "two")
+    house.turn()
+    assert all(
+        house.heard(who) == ["carol: one", "carol: two"] for who in ("bob", "second", "alice")
+    )
+    alice, bob = (house.guests[who].user for who in ("alice", "bob"))
+    assert (len(alice.sessions), len(bob.sessions)) == (2, 1)
+
+
 def test_private_talks_are_for_their_two_identities_only():
     house = House()
     house.enter_irc("alice", "bob", "carol")
@@ -3743,6 +4104,70 @@ def test_a_message_is_taken_back_by_its_author_or_an_operator_and_by_nobody_else
     house.turn()
     assert house.heard("carol")[0].endswith(f" REDACT #a {ids['bob']} :rude")
     assert texts(house.store, "#a") == ["from alice"]
+
+
+def said_with_id(house, who, target, text):
+    """Say it; the id that it got."""
+    house.heard(who)
+    house.say(who, f"PRIVMSG {target} :{text}")
+    house.turn()
+    return re.search("msgid=([0-9a-f]+)", house.heard(who)[-1])[1]
+
+
+def indexed_words(store):
+    """How often each word stands in the index, by the word."""
+    counts = collections.Counter()
+    for (part,) in store.db.execute("SELECT part FROM parts").fetchall():
+        name = f"search_{part}"
+        store.db.execute(f"CREATE VIRTUAL TABLE temp.v USING fts5vocab(main, {name}, row)")
+        query = "SELECT term, cnt FROM temp.v WHERE term NOT LIKE 't_'"
+        counts.update(dict(store.db.execute(query).fetchall()))
+        store.db.execute("DROP TABLE temp.v")
+    return counts
+
+
+def test_what_is_taken_back_is_neither_found_nor_counted(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice")
+    house.say("alice", "CAP REQ :message-tags draft/message-redaction echo-message", "JOIN #a")
+    house.turn()
+    ids = [said_with_id(house, "alice", "#a", text) for text in ("keep this", "hide this", "me")]
+    assert indexed_words(house.store) == {"keep": 1, "hide": 1, "this": 2, "me": 1}
+    (target,) = house.store.counts
+    count = house.store.counts[target]
+    house.say("alice", f"REDACT #a {ids[1]}")
+    house.turn()
+    assert indexed_words(house.store) == {"keep": 1, "this": 1, "me": 1}
+    assert house.store.counts[target] == count - 1
+    house.say("alice", f"REDACT #a {ids[1]}", f"REDACT #a {ids[2]}", f"REDACT #a {ids[2]}")
+    house.turn()
+    assert indexed_words(house.store) == {"keep": 1, "this": 1}
+    rows = house.store.db.execute("SELECT count(*) FROM events").fetchone()[0]
+    house.store.close()
+    with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
+        assert db.execute("SELECT events FROM targets").fetchall() == [(rows,)] == [(count - 2,)]
+        db.execute("INSERT INTO search_1 (search_1) VALUES ('integrity-check')")
+
+
+def test_what_is_taken_back_before_it_can_be_searched_is_never_found():
+    house = House()
+    house.enter_irc("alice")
+    house.say("alice", "CAP REQ :message-tags draft/message-redaction echo-message", "JOIN #a")
+    house.turn()
+    first = said_with_id(house, "alice", "#a", "first")
+    house.store.words.usable = False  # it has no time just now
+    late = said_with_id(house, "alice", "#a", "late")
+    house.say("alice", f"REDACT #a {late}")
+    house.turn()
+    house.store.words.usable = True
+    said_with_id(house, "alice", "#a", "last")
+    assert indexed_words(house.store) == {"first": 1, "last": 1}
+    alice = house.guests["alice"]
+    event = house.store.find(chat.Place("#a"), int(first, 16))
+    chat.redact(alice, next(iter(alice.user.channels)), event, "")
+    house.say("alice", "RENAME #a #b")  # in the same turn
+    house.turn()
+    assert indexed_words(house.store) == {"last": 1} and texts(house.store, "#b") == ["last"]
 
 
 def test_the_end_of_the_grace_period_is_told_at_once_and_nothing_is_written_twice(
@@ -3936,6 +4361,174 @@ def test_what_was_said_before_a_channel_was_renamed_has_its_old_name():
         f"{mask} PRIVMSG #b :after",
     ]
     assert texts(house.store, "#b") == ["before", "after"] and texts(house.store, "#a") == []
+
+
+def found(store, key, words, count=1000):
+    """The texts that a search there gives, in their order."""
+    place = chat.Place(key)
+    events = store.words.search([place], words, chat.Span(place), count)
+    return [event.text for _, event in events]
+
+
+def test_who_reads_the_store_takes_a_connection_again_unless_its_job_failed(folder, monkeypatch):
+    house, opened, connect = House(store=chat.Store(folder / "chat.db")), [], chat.connect
+    monkeypatch.setattr(chat, "connect", lambda *how: opened.append(how) or connect(*how))
+    house.enter_irc("alice")
+    house.say("alice", "JOIN #a")
+    for n in range(5):
+        house.say("alice", f"PRIVMSG #a :{n}")
+        house.turn()
+        assert texts(house.store, "#a")[-1] == found(house.store, "#a", f"{n}")[-1] == f"{n}"
+    assert len(opened) == 1
+    with pytest.raises(sqlite3.Error), house.store.reading() as db:
+        db.execute("SELECT nothing")
+    assert texts(house.store, "#a")[-1] == "4" and len(opened) == 2
+    with house.store.reading(), house.store.reading() as db:  # two helpers at once
+        assert db.execute("SELECT count(*) FROM targets").fetchone() == (1,)
+    assert len(opened) == 3
+    house.store.close()
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """An index in parts of 50 messages, of which 10 are taken at a time."""
+    monkeypatch.setattr(chat, "PART_ROWS", 50)
+    monkeypatch.setattr(chat, "INDEX_ROWS", 10)
+
+
+def test_a_search_goes_through_as_many_parts_of_the_index_as_it_takes(folder, small_parts):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice", "bob")
+    house.say("alice", "JOIN #busy,#quiet", "AWAY")
+    for n in range(400):
+        house.say("alice", f"PRIVMSG #busy :number {n} {'odd' if n % 2 else 'even'}")
+        if n % 100 == 0:
+            house.say("alice", f"PRIVMSG #quiet :number {n}")
+            house.turn()
+    house.turn()
+    for again in (False, True):
+        store = chat.Store(folder / "chat.db") if again else house.store
+        numbers = [f"number {n} {'odd' if n % 2 else 'even'}" for n in range(400)]
+        assert found(store, "#busy", "number") == numbers
+        assert found(store, "#busy", "EVEN number", 70) == numbers[::2][-70:]
+        assert found(store, "#busy", "number 7") == [numbers[7]]
+        assert found(store, "#quiet", "number") == [f"number {n}" for n in (0, 100, 200, 300)]
+        assert found(store, "#busy", "nothing") == found(store, "#none", "number") == []
+        parts = store.db.execute("SELECT lane, count(*) FROM parts GROUP BY lane").fetchall()
+        assert [count for _, count in parts] == [2, 7]  # shared ones first, then its own
+        assert not store.words.behind and not store.words.untidy
+        store.close()
+
+
+def test_parts_of_the_index_go_with_the_messages_that_they_were_of(folder, small_parts):
+    store = chat.Store(folder / "chat.db", keep=100)
+    house = House(store=store)
+    house.enter_irc("alice")
+    house.say("alice", "JOIN #busy,#quiet", "PRIVMSG #quiet :stays")
+    for n in range(400):
+        house.say("alice", f"PRIVMSG #busy :number {n}")
+    for _ in range(3):  # turns enough for the counts to be looked at
+        house.turn()
+    while store.prune(idle=True, now=0):
+        pass
+    assert found(store, "#busy", "number") == [f"number {n}" for n in range(300, 400)]
+    assert found(store, "#quiet", "stays") == ["stays"]
+    tables = {row[0] for row in store.db.execute("SELECT name FROM sqlite_master")}
+    parts = {f"search_{row[0]}" for row in store.db.execute("SELECT part FROM parts")}
+    assert len(parts) <= 4 and parts <= tables
+    assert len([name for name in tables if re.fullmatch(r"search_\d+", name)]) == len(parts)
+    house.say("alice", "PRIVMSG #busy :number 400")
+    house.turn()
+    assert found(store, "#busy", "number", 2) == ["number 399", "number 400"]
+    store.close()
+
+
+def test_the_index_of_an_earlier_version_is_made_anew(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice")
+    house.say("alice", "JOIN #a", "PRIVMSG #a :said before")
+    house.turn()
+    house.store.close()
+    with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
+        db.executescript("""
+            DROP TABLE search_1; DROP TABLE parts; DROP TABLE covered;
+            CREATE VIRTUAL TABLE search USING fts5(place, text, content='');
+            CREATE TABLE indexed (target INTEGER PRIMARY KEY, id INTEGER NOT NULL);
+            INSERT INTO search (rowid, place, text) SELECT id, 't' || target, text FROM events;
+            INSERT INTO indexed SELECT target, max(id) FROM events GROUP BY target;""")
+    store = chat.Store(folder / "chat.db")
+    while store.words.advance():
+        pass
+    assert found(store, "#a", "before") == ["said before"]
+    store.close()
+
+
+def test_nobody_wipes_the_history_of_an_empty_channel_by_renaming_another_onto_it():
+    house = House()
+    house.enter_irc("alice", "mallory")
+    house.say("alice", "JOIN #a", "PRIVMSG #a :for all to read", "JOIN #b,#s", "MODE #s +s")
+    house.turn()
+    house.say("alice", "PART #a,#b,#s")
+    house.say("mallory", "JOIN #c")
+    house.turn()
+    for name in ("#a", "#A", "#b"):
+        house.heard("mallory")
+        house.say("mallory", f"RENAME #c {name}")
+        house.turn()
+        assert house.heard("mallory")[0].startswith(
+            f":chat.py FAIL RENAME CHANNEL_NAME_IN_USE #c {name} :"
+        )
+    house.say("mallory", "RENAME #c #s")  # nobody can read that any more
+    house.turn()
+    assert "JOIN #s" in str(house.heard("mallory"))
+    assert texts(house.store, "#a") == ["for all to read"]
+
+
+def test_a_channel_can_have_its_old_name_back_and_others_can_have_it_meanwhile():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "CAP REQ draft/channel-rename", "JOIN #a", "PRIVMSG #a :one")
+    house.say("bob", "CAP REQ draft/channel-rename", "JOIN #other", "PRIVMSG #other :two")
+    house.turn()
+    house.say("alice", "RENAME #a #b")
+    house.say("bob", "RENAME #other #a")  # in the same turn: nothing is left there
+    house.turn()
+    assert (texts(house.store, "#a"), texts(house.store, "#b")) == (["two"], ["one"])
+    house.say("bob", "RENAME #a #elsewhere")
+    house.say("alice", "RENAME #b #A", "RENAME #A #b", "RENAME #b #B", "RENAME #B #a")
+    house.turn()
+    assert "FAIL" not in str(house.heard("alice") + house.heard("bob"))
+    assert texts(house.store, "#a") == ["one"] and texts(house.store, "#b") == []
+
+
+def markers_told(house, who, *names):
+    house.heard(who)
+    house.say(who, *(f"MARKREAD {name}" for name in names))
+    house.turn()
+    return [line.split()[-1] for line in house.heard(who)]
+
+
+def test_how_far_a_channel_has_been_read_goes_with_its_new_name(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice", "bob", "carol")
+    for who in ("alice", "carol"):
+        house.say(who, "REGISTER * * password")
+        house.turn()
+    early, late = (f"timestamp=1970-01-0{day}T00:00:00.000Z" for day in (2, 3))
+    house.say("alice", "JOIN #a", f"MARKREAD #a {late}", f"MARKREAD #b {early}")
+    house.say("bob", f"MARKREAD #a {early}")
+    house.say("carol", f"MARKREAD #b {late}")
+    house.turn()
+    house.say("alice", "RENAME #a #b", "RENAME #b #B")
+    house.turn()
+    for who, told in (("alice", late), ("bob", early), ("carol", "*")):
+        assert markers_told(house, who, "#a", "#b") == ["*", told]
+    house.store.close()
+    again = chat.Store(folder / "chat.db")
+    hub = chat.hub_of(again, house.now)
+    kept = [marks for owner, marks in hub.markers.items() if marks]
+    assert kept == [{"#b": 2 * 24 * 3600 * 1000}]
+    again.close()
 
 
 def test_failed_logins_keep_no_password_in_memory():
@@ -6108,6 +6701,107 @@ def test_a_policy_of_tls_says_where_and_for_how_long(running, certificate):
         assert policy in first.split() and refused.endswith("NAK :sts\r") and "sts" not in old
 
 
+@pytest.fixture
+def showing(certificate, tmp_path):
+    """What a client has to have to show a certificate: alice's, mallory's, the server's own."""
+
+    def context(name):
+        made = ssl.create_default_context(cafile=certificate)
+        if name in CLIENT_CERTIFICATES:
+            path = tmp_path / f"{name}.pem"
+            path.write_text(CLIENT_CERTIFICATES[name])
+            made.load_cert_chain(path)
+        elif name:
+            made.load_cert_chain(certificate)
+        return made
+
+    return context
+
+
+def fingerprint_of(pem):
+    der = ssl.PEM_cert_to_DER_cert(pem[pem.index("-----BEGIN CERT") :])
+    return hashlib.sha256(der).hexdigest()
+
+
+def external(guest, authzid=""):
+    """Log in by the certificate; the numerics that say how it went."""
+    blob = base64.b64encode(authzid.encode()).decode() or "+"
+    guest.send(f"AUTHENTICATE EXTERNAL\r\nAUTHENTICATE {blob}\r\nPING 1\r\n")
+    return [line.split()[1] for line in guest.until(" PONG ")[1:-1]]
+
+
+def test_a_certificate_of_an_account_logs_in_and_another_does_not(
+    running, certificate, showing, folder
+):
+    options = {"tls_cert": certificate, "tls_client_ca": certificate, "data": folder}
+    server = Running(**options)
+    alice = server.guest(context=showing("alice"))
+    alice.enter_irc("alice", "REGISTER * * password")
+    assert external(alice) == ["904"]  # nobody's yet
+    alice.send("NS CERT ADD\r\nNS CERT LIST\r\nWHOIS alice\r\n")
+    print_of_alice = fingerprint_of(CLIENT_CERTIFICATES["alice"])
+    told = str(alice.until(" 318 "))
+    assert told.count(print_of_alice) == 3 and "1 certificate of alice" in told
+    assert f" 276 alice alice :has client certificate fingerprint {print_of_alice}" in told
+    other = server.guest(context=showing("server's"))
+    other.enter_irc("other", "REGISTER * * password")
+    other.send("NS CERT REMOVE " + print_of_alice + "\r\nWHOIS alice\r\n")
+    assert "no certificate of yours" in (told := str(other.until(" 318 "))) and "276" not in told
+    assert external(other, "alice") == external(other) == ["904"]
+    server.stop()
+    again = running(**options)
+    for authzid, answer in (("", ["900", "903"]), ("bob", ["904"]), ("ALICE", ["900", "903"])):
+        guest = again.guest(context=showing("alice"))
+        guest.send("CAP LS 302\r\nNICK alice\r\nUSER u 0 * :r\r\n")
+        assert " sasl=PLAIN,SCRAM-SHA-256,EXTERNAL " in "".join(guest.until(" LS :"))
+        assert external(guest, authzid) == answer
+    guest.send("CAP END\r\nNS CERT REMOVE\r\nPING 2\r\n")
+    assert "does not log in to alice any more" in guest.until(" PONG ")[-2]
+    assert external(again.guest(context=showing("alice"))) == ["904"]
+
+
+def test_external_is_offered_where_a_certificate_would_be_looked_at(running, certificate, showing):
+    server = running(tls_cert=certificate, tls_client_ca=certificate)
+    without = running(tls_cert=certificate)
+    for guest, offered in (
+        (server.guest(context=showing("")), True),
+        (server.guest(), False),
+        (without.guest(context=showing("alice")), False),
+    ):
+        guest.send("CAP LS 302\r\n")
+        assert ("EXTERNAL" in "".join(guest.until(" LS :"))) == offered
+        guest.send("AUTHENTICATE EXTERNAL\r\nAUTHENTICATE +\r\nPING 1\r\n")
+        lines = guest.until(" PONG ")
+        assert any(" 904 " in line for line in lines) and not any(" 90[03] " in x for x in lines)
+    with pytest.raises(ssl.SSLError, match="UNKNOWN_CA"):
+        server.guest(context=showing("mallory")).line()
+    alice = server.guest(context=showing(""))
+    assert "001" in alice.enter_irc("alice")[0]  # and nobody else noticed
+
+
+def test_a_certificate_goes_with_its_account_and_is_of_no_other():
+    house = House()
+    house.enter_irc("alice", "bob")
+    for who in ("alice", "bob"):
+        house.guests[who].conn.fingerprint = "aa11"
+        house.say(who, "REGISTER * * password")
+        house.turn()
+        house.say(who, "NS CERT ADD")
+        house.turn()
+    assert "this certificate is another account's" in house.heard("bob")[-1]
+    certificates, turn = house.hub.accounts.certificates, house.hub.turn
+    for n in range(1, chat.CERTIFICATES):
+        certificates.add(f"{n}", "alice", turn)
+    with pytest.raises(chat.Refused, match="10 certificates at most"):
+        certificates.add("one more", "alice", turn)
+    house.say("alice", "NS DROP password")
+    house.turn()
+    assert certificates == {} and list(house.store.rows("certificates")) == []
+    house.say("bob", "NS CERT ADD")
+    house.turn()
+    assert list(house.store.rows("certificates")) == [("aa11", "bob")]
+
+
 def test_lusers_counts_those_without_a_name_until_they_have_gone(running):
     server = running()
     alice, other = server.guest(), server.guest()
@@ -6502,6 +7196,11 @@ def test_a_second_server_on_the_same_folder_says_so(folder):
         (["client", " "], 1, "cannot be a name"),
         (["client", "alice", "--server", "a..b", "--no-state"], 1, "no name of a host"),
         (["server", "--flood", "nan,nan"], 2, "at least 1 line"),
+        (
+            ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-client-ca", "x"],
+            1,
+            "--tls-client-ca and --sts are of no use",
+        ),
         (
             ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-key", "x"],
             1,
