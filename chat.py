@@ -8125,12 +8125,11 @@ class ClientCore:
 
     def _command(self, text: str) -> None:
         verb, _, rest = text[1:].partition(" ")
-        command = client_command.get(verb.lower())
-        offline = command is not None and command.nameless
+        known = client_command.get(verb.lower())
         why = (
             "this server knows no commands" * (self.kind == PLAIN)
             or "a command is one line" * ("\n" in text)
-            or "not connected" * (not (self.ready or offline))
+            or "not connected" * (not (self.ready or (known and known.nameless)))
         )
         if why:
             return self.show(View(BACK, text), View(NOTE, f"{why}; nothing was sent"))
@@ -8175,9 +8174,8 @@ class ClientCore:
 
     def go(self, room: Room) -> None:
         """Look at another room."""
-        unread = str(room.unread or "")
+        self.show(View(PLACE, str(room.unread or ""), where=room.name))
         self.here, room.unread, room.called = room.name, 0, 0
-        self.show(View(PLACE, unread, where=room.name))
 
     def rename(self, room: Room, name: str) -> None:
         """It is called otherwise, and is in its place."""
