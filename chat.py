@@ -21,7 +21,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     LOOP            selector, timers, connections
     SERVER          listeners, the five beats of the tick, shutdown
     LINK            a client's connection: find the server, come back to it
-    TERMINAL        keys, line editor, painter
+    TERMINAL        keys, line editor, what a screen shows
     CLI CLIENT      the terminal and the connection on one loop
     BENCH           a load generator on the same loop
     MAIN            arguments and subcommands
@@ -83,6 +83,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import unicodedata
@@ -241,6 +242,11 @@ WAITING_SECONDS = 10.0  # ... and sooner while a message waits to be acknowledge
 OUTBOX_FULL = 256  # messages: then a pipe is read later
 
 PAINTS_A_SECOND = 30  # of the terminal: more cannot be seen
+LINES_AT_ONCE = 200  # new in a conversation that a terminal shows: a page of history
+LINES_A_SECOND = 600  # ... and after that: more is left for those who read back
+BESIDE_COLUMNS = 60  # fewer, and what belongs together stands one below the other
+MARK_COLUMNS = 20  # of a conversation's name in the status row
+LEAST_COLUMNS, LEAST_ROWS = 10, 4  # of a terminal that we draw on
 BENCH_QUIET_SECONDS = 0.3  # without news: everybody has joined
 ESCAPE_SECONDS = 0.04  # a lone ESC is a key, not the beginning of one, after this
 TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
@@ -6882,7 +6888,7 @@ class View(NamedTuple):
     # UP when it stands; PEOPLE when those who are here have changed, with a text if somebody
     # asked who they are; ARRIVED, FAILED: what became of a message of ours; BACK: a text that
     # was not accepted, to be edited; OLDER: a room has so many views more before the others;
-    # PLACE: another room is looked at
+    # PLACE: another room is looked at, of which so many messages are new
     kind: str
     text: str = ""
     name: str = ""
@@ -7023,6 +7029,16 @@ class Outbox:
         return flown
 
 
+class Transcript(collections.deque):
+    """What there is to show of a room, the oldest first; and how much ever was put behind it."""
+
+    total = 0
+
+    def append(self, view: View) -> None:
+        self.total += 1
+        super().append(view)
+
+
 class Room:
     """A channel, or a private talk with somebody, as this client knows it."""
 
@@ -7035,7 +7051,7 @@ class Room:
         self.mark = ""  # up to here (msgid=... or timestamp=...) everything is held
         self.held: list[View] | None = None  # what waits for the pages that come before it
         self.seen: dict[str, None] = {}  # ids
-        self.views: collections.deque[View] = collections.deque(maxlen=VIEWS_KEPT)
+        self.views = Transcript(maxlen=VIEWS_KEPT)
         self.whole = False  # there is nothing older than the first of these
         self.unread = self.called = 0
 
@@ -8138,10 +8154,11 @@ class ClientCore:
 
     def _command(self, text: str) -> None:
         verb, _, rest = text[1:].partition(" ")
+        known = client_command.get(verb.lower())
         why = (
             "this server knows no commands" * (self.kind == PLAIN)
             or "a command is one line" * ("\n" in text)
-            or "not connected" * (not self.ready)
+            or "not connected" * (not (self.ready or (known and known.nameless)))
         )
         if why:
             return self.show(View(BACK, text), View(NOTE, f"{why}; nothing was sent"))
@@ -8186,8 +8203,8 @@ class ClientCore:
 
     def go(self, room: Room) -> None:
         """Look at another room."""
+        self.show(View(PLACE, str(room.unread or ""), where=room.name))
         self.here, room.unread, room.called = room.name, 0, 0
-        self.show(View(PLACE, where=room.name))
 
     def rename(self, room: Room, name: str) -> None:
         """It is called otherwise, and is in its place."""
@@ -8284,7 +8301,7 @@ def channel_first(core: ClientCore, words: str) -> tuple[str, str]:
     return (first, rest.strip()) if is_channel(first) else (asked_room(core).name, words)
 
 
-@client_command("help", most=1)
+@client_command("help", most=1, nameless=True)
 def do_help(core: ClientCore, verb: str = "") -> None:
     """/help [COMMAND] -- what can be typed here"""
     wanted = client_command.get(verb.lstrip("/").lower())
@@ -8313,7 +8330,7 @@ def do_part(core: ClientCore, name: str = "", reason: str = "") -> None:
         core.close(room)
 
 
-@client_command("go", 1)
+@client_command("go", 1, nameless=True)
 def do_go(core: ClientCore, name: str) -> None:
     """/go #CHANNEL|NAME|N -- look at another conversation, by its name or number"""
     number = whole_number(name)
@@ -8392,7 +8409,7 @@ def do_away(core: ClientCore, reason: str = "") -> None:
     core.talk.send("AWAY", *[reason] * bool(reason))
 
 
-@client_command("ignore", most=1)
+@client_command("ignore", most=1, nameless=True)
 def do_ignore(core: ClientCore, name: str = "") -> None:
     """/ignore [NAME] -- do not show what somebody says, or show it again; who is ignored"""
     if name:
@@ -10063,7 +10080,8 @@ class Link:
         self.backoff = BACKOFF_FIRST
         self.began = loop.now  # when connecting did, then when it was done
         self.stood = loop.now  # when we last were where we want to be, or began to want it
-        self.timer: Timer | None = None  # the one wait that is going on
+        self.timer: Timer | None = None  # the one wait that is going on ...
+        self.again: Timer | None = None  # ... if that is for the next attempt to connect
         self.doubted = ""  # the fingerprint of a certificate that a person has to judge
         self.looking = False  # at a certificate, and no more
         self.leaving = self.ended = False
@@ -10074,7 +10092,7 @@ class Link:
 
     def start(self) -> None:
         self.status(f"connecting to {self.target}")
-        self.core.redial = False
+        self.core.redial, self.again = False, None
         pin = self.trust.pin or self.known.pin(self.target)
         trust = self.trust._replace(pin=pin, insecure=self.trust.insecure or self.looking)
 
@@ -10108,6 +10126,17 @@ class Link:
     def say(self, line: str) -> None:
         """What a pipe wrote."""
         self._carry_on(self.core.say(line))
+
+    def ask_older(self, room: Room) -> bool:
+        """What was said before all that is known of a room; whether it is on its way."""
+        talk = self.core.talk
+        if room.whole or not (self.core.ready and talk.pages):
+            return False
+        under_way = any((one.where, one.how) == (room.name, "older") for one in talk.asked)
+        if not under_way:
+            talk.ask_history(room, "older")
+            self._carry_on([])
+        return True
 
     def leave(self, at_once: bool = False) -> None:
         """Say what is left to be said, hear the server out, and end; or leave that for
@@ -10295,8 +10324,8 @@ class Link:
         self.backoff = min(BACKOFF_MOST, self.backoff * 2)
         self.core.quitting = False
         why = self.core.refusal or reason
+        self.timer = self.again = self.loop.call_later(wait, self.start)
         self.status(f"{self.target}: {why}; trying again in {wait:.1f} s")
-        self.timer = self.loop.call_later(wait, self.start)
 
     def _fail(self, reason: str) -> None:
         """There is no point in trying again."""
@@ -10318,9 +10347,10 @@ class Link:
 # the end. To add a key, give its bytes a name in KEY_NAMES and the name a method in
 # LineEditor.KEYS. The sequences are those of xterm, which every terminal imitates.
 #
-# What is on the screen: everything that was said, scrolling as terminals scroll, and
-# under it one row with the line being typed. New text is written over that row, and the
-# row is drawn again below it, in one write.
+# What is on the screen: one conversation, scrolling as terminals scroll, and under it two
+# rows: how things are, and the line being typed. New text is written over them, and they
+# are drawn again below it, in one write. Lines are left whole, for the terminal to wrap, so
+# that they can be copied.
 
 
 class Key(NamedTuple):
@@ -10353,6 +10383,12 @@ KEY_NAMES = {
     "\x1b[Z": "back-tab",
     "\r": "enter",
     "\x1b": "escape",
+    **dict.fromkeys(("\x1b[5~", "\x1b[5;2~"), "page-up"),
+    **dict.fromkeys(("\x1b[6~", "\x1b[6;2~"), "page-down"),
+    "\x1ba": "room-unread",
+    **dict.fromkeys(("\x1bn", "\x1b[6;5~"), "room-next"),
+    **dict.fromkeys(("\x1bp", "\x1b[5;5~"), "room-previous"),
+    **{f"\x1b{n}": f"room-{n}" for n in range(1, 10)},
 }
 SEQUENCE = re.compile(
     r"\x1b\[[0-9;?<=>]*[ -/]*[@-~]"  # CSI, parameters, intermediates, final byte (ECMA-48 5.4)
@@ -10442,6 +10478,8 @@ def joins(cluster: str, c: str) -> bool:
 def clusters(text: str) -> list[str]:
     """What a person would call the characters of `text`: letters with their accents, emoji
     with their modifiers, flags. A subset of UAX 29 that needs no tables."""
+    if text.isascii():
+        return list(text)
     found: list[str] = []
     for c in text:
         if found and joins(found[-1], c):
@@ -10471,6 +10509,8 @@ def cluster_width(cluster: str) -> int:
 def width(text: str) -> int:
     """Columns that a terminal gives `text`: none for marks, two for wide characters (UAX 11)
     and emoji. Terminals disagree about the newest emoji, so nothing may depend on it."""
+    if text.isascii() and text.isprintable():
+        return len(text)
     return sum(map(cluster_width, clusters(text)))
 
 
@@ -10540,11 +10580,15 @@ class LineEditor:
 
     def _enter(self) -> str:
         text = self.text.rstrip("\n")  # a pasted line brings its newline along
-        if text.strip() and text != (self.typed[-1] if self.typed else "") and not is_secret(text):
-            self.typed.append(text)
+        if text.strip() and not is_secret(text):
+            self.remember(text)
         self.recalled = 0
         self.set("")
         return text
+
+    def remember(self, text: str) -> None:
+        if text != (self.typed[-1] if self.typed else ""):
+            self.typed.append(text)
 
     # Moving
 
@@ -10663,44 +10707,77 @@ class LineEditor:
     }
 
 
+# Text on its way to a screen
+
+RESET = "\x1b[0m"
+COLOUR = re.compile(r"(\x1b\[[\d;]*m)")  # the only escape sequences in a line of ours
+# Also the separators of lines and paragraphs: some terminals obey them.
+INERT = CONTROLS | BIDI_CONTROLS | {0x09: "    ", 0x2028: " ", 0x2029: " "}
+
+
+def inert(text: str) -> str:
+    """Text that can only be shown, whatever it was meant to do, of one line or several."""
+    return text if text.isprintable() else text.translate(INERT)
+
+
 def visible(text: str) -> str:
-    """A line with its newlines and tabs shown as symbols, so that it stays one row."""
-    return text.replace("\n", "\u23ce").replace("\t", " ")
+    """A line with its newlines shown as symbols, so that it stays one row."""
+    return inert(text.replace("\n", "\u23ce").replace("\t", " "))
 
 
-class Painter:
-    """Draws one row: the prompt, and as much of the line as there is room for."""
+def fitting(parts: Iterable[str], room: int) -> tuple[list[str], int]:
+    """As many of these clusters as fit, and the columns they take."""
+    chosen, used = [], 0
+    for part in parts:
+        if used + cluster_width(part) > room:
+            break
+        chosen.append(part)
+        used += cluster_width(part)
+    return chosen, used
 
-    def __init__(self, columns: int = 80):
-        self.columns = columns
 
-    def row(self, prompt: str, before: str, after: str) -> str:
-        """Everything from the left margin on; the cursor ends where it belongs. Its column
-        is set by number and not by counting back, so that a terminal which disagrees about
-        a width spoils the look and nothing else."""
-        prompt = "".join(self._fit(clusters(prompt), self.columns // 2)[0])
-        room = max(4, self.columns - width(prompt) - 1)
-        shown, used = self._fit(reversed(clusters(visible(before[-room * 8 :]))), room)
-        shown.reverse()
-        rest, _ = self._fit(clusters(visible(after[: room * 8])), room - used)
-        column = width(prompt) + used
-        return f"\r\x1b[K{prompt}{''.join(shown)}{''.join(rest)}\r" + (
-            f"\x1b[{column}C" if column else ""
-        )
+def cut_to(text: str, columns: int) -> str:
+    """The beginning of it, with a mark if that is not all."""
+    if width(text) <= columns:
+        return text
+    return "".join(fitting(clusters(text), columns - 1)[0]) + "\u2026"
 
-    def _fit(self, parts: Iterable[str], room: int) -> tuple[list[str], int]:
-        """As many of these clusters as fit, and the columns they take."""
-        chosen, used = [], 0
-        for part in parts:
-            if used + cluster_width(part) > room:
-                break
-            chosen.append(part)
-            used += cluster_width(part)
-        return chosen, used
 
-    def above(self, lines: Iterable[str]) -> str:
-        """Lines that take the place of the row, which is to be drawn again below them."""
-        return "\r\x1b[K" + "".join(f"{line}\n" for line in lines)
+def rows_of(line: str, columns: int) -> list[str]:
+    """A line as a terminal wraps it. A row that begins inside a colour begins with it."""
+    rows, row, used, colour = [], "", 0, ""
+    for n, part in enumerate(COLOUR.split(line)):
+        if n % 2:
+            colour = "" if part == RESET else colour + part
+            row += part
+            continue
+        for cluster in clusters(part):
+            if used + cluster_width(cluster) > columns:
+                rows.append(row + RESET * bool(colour))
+                row, used = colour, 0
+            row += cluster
+            used += cluster_width(cluster)
+    return [*rows, row]
+
+
+def in_columns(words: list[str], columns: int) -> list[str]:
+    """Words in columns, to be read downwards, in as few rows as fit."""
+    across = max(map(width, words), default=0) + 2
+    count = max(1, (columns + 2) // across)
+    height = math.ceil(len(words) / count)
+    rows = (words[n::height] for n in range(height))
+    return ["".join(word + " " * (across - width(word)) for word in row).rstrip() for row in rows]
+
+
+def beside(left: str, right: str, columns: int) -> list[str]:
+    """What something is called, and what it is: in two columns, or one below the other."""
+    wide = columns >= BESIDE_COLUMNS
+    indent = " " * (columns // 3 if wide else 4)
+    rows = textwrap.wrap(right, columns - 1, initial_indent=indent, subsequent_indent=indent)
+    if wide and width(left) + 2 <= len(indent):
+        rows[0] = left + rows[0][width(left) :]
+        return rows
+    return [left, *rows]
 
 
 class Palette:
@@ -10712,7 +10789,9 @@ class Palette:
         self.on = on
 
     def paint(self, text: str, *codes: int) -> str:
-        return f"\x1b[{';'.join(map(str, codes))}m{text}\x1b[0m" if self.on else text
+        if not (self.on and text and codes):
+            return text
+        return f"\x1b[{';'.join(map(str, codes))}m{text}{RESET}"
 
     def name(self, name: str) -> str:
         """A person's name in that person's colour, the same on every screen."""
@@ -10721,30 +10800,497 @@ class Palette:
     def dim(self, text: str) -> str:
         return self.paint(text, 2)
 
+    def loud(self, text: str) -> str:
+        return self.paint(text, 1, 31)
 
-def view_lines(view: View, palette: Palette, my_name: str, clock: str) -> list[str]:
-    """One view as lines for a terminal; `clock` is the time to show before it."""
-    clock = palette.dim(clock)
-    if view.kind == SAID:
-        elsewhere = f"[{view.where}] " if is_channel(view.where) else f"({view.where}) "
-        before = "" if view.where in ("", LOBBY) else palette.dim(elsewhere)
-        lines = (palette.paint(line, 1) if view.called else line for line in view.text.split("\n"))
-        return [f"{clock} {before}{palette.name(view.name)}: {line}" for line in lines]
-    if view.kind in (CAME, WENT):
-        where = "" if view.where in ("", LOBBY) else f" {view.where}"
-        verb = "joined" if view.kind == CAME else "left"
-        return [palette.dim(f"{clock} {view.name} {verb}{where}")]
-    if view.kind == PEOPLE:
-        return [palette.dim(f"{clock} in {view.where}: {view.text}")] if view.text else []
-    if view.kind in (TOLD, NOTE, STATUS, UP, FAILED):
-        return [palette.dim(f"{clock} {view.text}")]
-    return []
+
+# Views as lines
+
+
+class Look(NamedTuple):
+    """What the look of a line depends on."""
+
+    palette: Palette
+    columns: int = 80
+    here: str = ""  # the conversation that it is shown in
+
+
+def moment_of(view: View) -> datetime.datetime:
+    """When it was, by the clock on this person's wall, as that was set then."""
+    try:
+        return datetime.datetime.fromtimestamp(view.time / 1000)
+    except (TypeError, ValueError, OverflowError, OSError):  # no calendar has such a time
+        return datetime.datetime.now()
+
+
+def where_of(view: View, look: Look) -> str:
+    """The conversation it belongs to, if that is another one."""
+    if fold(view.where) in ("", fold(look.here)):
+        return ""
+    return f"[{view.where}] " if is_channel(view.where) else f"({view.where}) "
+
+
+def said_lines(view: View, look: Look) -> list[str]:
+    """What somebody said: lines after the first stand under it, as far as there is room."""
+    palette, clock, where = look.palette, f"{moment_of(view):%H:%M} ", where_of(view, look)
+    loud = view.called and is_channel(view.where)  # in a private talk everything is for us
+    mark = "! " * loud
+    first, *others = (palette.paint(line, *[1] * loud) for line in view.text.split("\n"))
+    head = palette.dim(clock + where) + palette.loud(mark) + palette.name(view.name)
+    indent = " " * min(width(f"{clock}{where}{mark}{view.name}: "), look.columns // 3)
+    return [f"{head}: {first}", *(indent + line for line in others)]
+
+
+def moved_lines(view: View, look: Look) -> list[str]:
+    verb, why = "joined" if view.kind == CAME else "left", f" ({view.text})" * bool(view.text)
+    where = "" if fold(view.where) in ("", fold(look.here)) else f" {view.where}"
+    return [look.palette.dim(f"{moment_of(view):%H:%M} {view.name} {verb}{where}{why}")]
+
+
+EXPLAINED = re.compile(r"(/\S.*?|\S.*?:) {2,}(\S.*)")  # a command or a key, and what it does
+
+
+def told_lines(view: View, look: Look) -> list[str]:
+    if match := EXPLAINED.fullmatch(view.text):
+        return beside(*match.groups(), look.columns)
+    return [look.palette.dim(f"{moment_of(view):%H:%M} {where_of(view, look)}{view.text}")]
+
+
+def failed_lines(view: View, look: Look) -> list[str]:
+    clock = look.palette.dim(f"{moment_of(view):%H:%M} {where_of(view, look)}")
+    return [clock + look.palette.loud(f"FAILED: {view.text}")]
+
+
+def people_lines(view: View, look: Look) -> list[str]:
+    """Who is there, on demand."""
+    names = view.text.split(", ")
+    head = look.palette.dim(f"{moment_of(view):%H:%M} {len(names):,} in {view.where}")
+    return [head, *(f"  {row}" for row in in_columns(names, look.columns - 3))]
+
+
+LINES = {  # how each kind of view looks
+    SAID: said_lines,
+    CAME: moved_lines,
+    WENT: moved_lines,
+    TOLD: told_lines,
+    NOTE: told_lines,
+    FAILED: failed_lines,
+    PEOPLE: people_lines,
+}
+
+
+def view_lines(view: View, look: Look) -> list[str]:
+    """One view as lines for a terminal. Whatever came from elsewhere is made inert here, once
+    more: the only escape sequences in a line are those of our palette."""
+    text, name, where = inert(view.text), visible(view.name), visible(view.where)
+    view = view._replace(text=text, name=name, where=where)
+    return LINES[view.kind](view, look)
+
+
+def dated_lines(before: View | None, view: View, look: Look) -> list[str]:
+    """A view as lines, and above them the day, if that is not the one of the view before."""
+    lines, day = view_lines(view, look), moment_of(view)
+    known = moment_of(before) if before else datetime.datetime.now()
+    if day.date() != known.date():
+        lines.insert(0, look.palette.dim(f"\u2500\u2500 {day:%A}, {day.day} {day:%B %Y}"))
+    return lines
+
+
+def place_lines(room: Room, look: Look) -> list[str]:
+    """Where one is, at the top of a screen that was drawn anew."""
+    topic = visible(f": {room.topic}" if room.topic else "")
+    title = visible(room.name) if room.is_channel else f"with {visible(room.name)}"
+    return [look.palette.paint(f"\u2500\u2500 {title}", 1) + topic] if room.name else []
+
+
+def room_marks(rooms: Iterable[Room], here: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The other conversations in which there is something new; what is for us comes first."""
+    new = [room for room in rooms if room.unread and room.name != here]
+    new.sort(key=lambda room: not room.called)
+    return [
+        (f"{cut_to(visible(room.name), MARK_COLUMNS)}:{room.unread}{'!' * bool(room.called)}",
+         (1, 31) if room.called else (36,))
+        for room in new
+    ]  # fmt: skip
+
+
+def status_row(parts: list[tuple[str, tuple[int, ...]]], columns: int, palette: Palette) -> str:
+    """The row between what is said and what is being typed: as many of the parts as fit, the
+    most important ones first, and a line to the margin."""
+    shown, used = "", 2
+    for n, (text, colours) in enumerate(parts):
+        left = columns - 1 - used - 2 * (n + 1 < len(parts))  # there has to be room for a mark
+        if width(text) + 1 > left and n:
+            shown += " \u2026"
+            used += 2
+            break
+        text = cut_to(text, left - 1)
+        shown += " " + palette.paint(text, *colours)
+        used += 1 + width(text)
+    rule = " " * (columns - used > 2) + "\u2500" * (columns - used - 2)
+    return palette.dim("\u2500\u2500") + shown + palette.dim(rule)
+
+
+class Painter:
+    """Draws the two rows at the bottom, the status and as much of the line being typed as
+    there is room for, and takes them away for what is new. Everything is text to be written
+    at once. Nothing is cleared below the margin of the screen by one sequence, since some
+    terminals keep in their history what goes that way."""
+
+    def __init__(self, columns: int = 80, rows: int = 24):
+        self.columns, self.rows = columns, rows
+        self.drawn = False  # the two rows are there
+
+    def row(self, prompt: str, before: str, after: str) -> str:
+        """Everything from the left margin on; the cursor ends where it belongs. Its column
+        is set by number and not by counting back, so that a terminal which disagrees about
+        a width spoils the look and nothing else."""
+        prompt = "".join(fitting(clusters(visible(prompt)), self.columns // 2)[0])
+        room = max(4, self.columns - width(prompt) - 1)
+        shown, used = fitting(reversed(clusters(visible(before[-room * 8 :]))), room)
+        shown.reverse()
+        rest, _ = fitting(clusters(visible(after[: room * 8])), room - used)
+        column = width(prompt) + used
+        return f"\r\x1b[K{prompt}{''.join(shown)}{''.join(rest)}\r" + (
+            f"\x1b[{column}C" if column else ""
+        )
+
+    def erase(self) -> str:
+        """From the row being typed on to where the two rows begin, with nothing left of them."""
+        up, self.drawn = "\x1b[A\r\x1b[K" if self.drawn else "", False
+        return f"\r\x1b[K{up}"
+
+    def bottom(self, status: str, row: str) -> str:
+        """The two rows, without wrapping: a terminal may think them wider than we do."""
+        self.drawn = True
+        return f"\x1b[?7l{status}\r\n{row}\x1b[?7h"
+
+    def clear(self) -> str:
+        """An empty screen, the cursor at its top."""
+        self.drawn = False
+        return "\x1b[H" + "\x1b[K\n" * (self.rows - 1) + "\x1b[K\x1b[H"
+
+    def page(self, rows: list[tuple[str, bool]]) -> str:
+        """A screen of rows, each with whether it goes on with the one above: then the terminal
+        wraps, and knows them for one line when it is copied."""
+        shown = (
+            row if goes_on and n else f"\x1b[{n + 1}H{row}" for n, (row, goes_on) in enumerate(rows)
+        )
+        return f"\x1b[H\x1b[J{''.join(shown)}\x1b[{self.rows - 1}H"
+
+
+class Reader:
+    """How much of a conversation is on the screen.
+
+    Views are numbered from 1 on as they came. Live, everything up to number `shown` has been
+    printed. A person who reads back sees a page instead: the last view on it is number `end`,
+    and `cut` rows of that one are below the page.
+    """
+
+    def __init__(self, room: Room, look: Look, height: int, now: float = 0.0):
+        self.room, self.look, self.height = room, look._replace(here=room.name), height
+        self.shown = 0
+        self.back = False  # a page is read
+        self.end = self.cut = 0
+        self.missing = 0  # rows that the person wanted to go up further than there is anything
+        self.mark: int | None = None  # the number of the first view that is new to the person
+        self.budget = Budget(LINES_AT_ONCE, LINES_A_SECOND, now)
+
+    @property
+    def total(self) -> int:
+        return self.room.views.total
+
+    @property
+    def first(self) -> int:
+        """The number before the oldest view that is here."""
+        return self.total - len(self.room.views)
+
+    @property
+    def below(self) -> int:
+        """Views that came while a page is read."""
+        return self.total - self.shown
+
+    def lines(self, number: int) -> list[str]:
+        place = number - self.first - 1
+        before = self.room.views[place - 1] if place else None
+        lines = dated_lines(before, self.room.views[place], self.look)
+        new = [self.look.palette.paint("\u2500\u2500 new", 36)] if number == self.mark else []
+        return new + lines
+
+    def mark_unread(self, count: int) -> None:
+        """The last so many messages are new to the person."""
+        for number in range(self.total, self.first if count else self.total, -1):
+            view = self.room.views[number - self.first - 1]
+            count -= view.kind == SAID and not (view.mine or view.past)
+            if not count:
+                self.mark = number
+                return
+
+    def moment(self) -> datetime.datetime:
+        """Of the last view on the page."""
+        views = self.room.views
+        return moment_of(views[self.end - self.first - 1] if views else View(NOTE))
+
+    def rows(self, number: int) -> list[tuple[str, bool]]:
+        """As they are wrapped, each with whether it goes on with the one above."""
+        return [
+            (row, n > 0)
+            for line in self.lines(number)
+            for n, row in enumerate(rows_of(line, self.look.columns))
+        ]
+
+    # Live
+
+    def screenful(self, since: int = 0, taken: int = 1) -> tuple[list[str], int]:
+        """The last lines, at least one and as many as fit with `taken` rows above them, of the
+        views after number `since`; and the number of the first that is among them."""
+        lines, left, oldest = [], self.height - taken, self.total + 1
+        for number in range(self.total, max(since, self.first), -1):
+            for line in reversed(self.lines(number)):
+                left -= len(rows_of(line, self.look.columns))
+                if left < 0 and lines:
+                    return lines, oldest
+                lines.insert(0, line)
+                oldest = number
+        return lines, oldest
+
+    def news(self, now: float) -> list[str]:
+        """What has come since the last time; if that is more than can be shown, the last
+        screenful of it, and how much is missing before."""
+        since, new, self.shown = self.shown, self.below, self.total
+        self.budget.refill(now)
+        if new > max(self.height, self.budget.tokens):
+            lines, number = self.screenful(since)
+            skipped = f"\u2026 {counted(number - 1 - since, 'line')} more; Page Up shows them"
+            return [self.look.palette.dim(skipped), *lines]
+        self.budget.tokens = max(0.0, self.budget.tokens - new)
+        numbers = range(max(since, self.first) + 1, self.total + 1)
+        return [line for number in numbers for line in self.lines(number)]
+
+    # Reading back
+
+    def up(self, rows: int) -> None:
+        """Towards the past. What is missing there may come later: then came_older()."""
+        if not self.back:
+            self.back, self.end, self.cut = True, self.total, 0
+        self.cut += rows
+        while self.end > self.first + 1 and self.cut >= (tall := len(self.rows(self.end))):
+            self.end, self.cut = self.end - 1, self.cut - tall
+        self.missing = max(0, self.height - self._above())
+        if self.missing:
+            self._down(self.missing)
+
+    def down(self, rows: int) -> None:
+        """Towards the present, where it ends."""
+        self.missing = 0
+        self._down(rows)
+        self.back = self.end < self.total or self.cut > 0
+
+    def came_older(self) -> None:
+        if self.back and self.missing:
+            self.up(self.missing)
+
+    def page(self) -> list[tuple[str, bool]]:
+        """What is to be seen, as rows()."""
+        self.end = max(self.end, min(self.total, self.first + 1))  # the oldest may be gone
+        rows: list[tuple[str, bool]] = []
+        for number in range(self.end, self.first, -1):
+            rows = self.rows(number) + rows
+            if len(rows) - self.cut >= self.height:
+                break
+        return rows[: len(rows) - self.cut][-self.height :]
+
+    def _above(self) -> int:
+        """Rows from the bottom of the page upwards, but no more than fill it."""
+        found = -self.cut
+        for number in range(self.end, self.first, -1):
+            found += len(self.rows(number))
+            if found >= self.height:
+                break
+        return found
+
+    def _down(self, rows: int) -> None:
+        self.cut -= rows
+        while self.cut < 0 and self.end < self.total:
+            self.end += 1
+            self.cut += len(self.rows(self.end))
+        self.cut = max(0, self.cut)
+
+
+class Display:
+    """What the screen shows of a client core, as text to be written.
+
+    Live, a conversation scrolls by on the terminal's own screen, with two rows below it.
+    A person who reads back does so on the terminal's other buffer, so that what can be
+    scrolled back to with the mouse stays a plain log.
+    """
+
+    def __init__(self, core: ClientCore, palette: Palette, columns: int = 80, rows: int = 24):
+        self.core, self.palette = core, palette
+        self.painter = Painter(columns, rows)
+        self.nowhere = Room("")  # what is told while no conversation is looked at
+        self.reader = self._read()
+        self.whole = False  # the screen has to be drawn anew
+        self.bell = False
+        self.fetching = False  # what is older than all that is here
+        self.paged = False  # the other buffer is shown ...
+        self.was_drawn = False  # ... and whether the two rows are there on the first
+        self.seen: Any = None  # what was written last, and need not be again
+
+    @property
+    def room(self) -> Room:
+        return self.core.room or self.nowhere
+
+    def _read(self) -> Reader:
+        look = Look(self.palette, self.painter.columns)
+        return Reader(self.room, look, self.painter.rows - 2)
+
+    # What there is to show
+
+    def take(self, views: Iterable[View]) -> None:
+        for view in views:
+            self.bell |= view.called and not (view.past or view.mine)
+            if handler := self.TAKEN.get(view.kind):
+                handler(self, view)
+
+    def keep(self, view: View, room: Room | None = None) -> None:
+        """In a conversation, unless the core has put it there."""
+        room = room or self.core.rooms.get(fold(view.where)) or self.room
+        if not any(one is view for one in reversed(room.views)):
+            room.views.append(self.core.timed(view))
+
+    def _take_said(self, view: View) -> None:
+        """What is new is kept by the core; what somebody asked for is shown where he is."""
+        room = self.core.rooms.get(fold(view.where))
+        if view.past and not (room and any(one is view for one in reversed(room.views))):
+            self.keep(view._replace(id=""), self.room)
+
+    def _take_failed(self, view: View) -> None:
+        """There, and here."""
+        self.keep(view)
+        self.keep(view, self.room)
+
+    def _take_people(self, view: View) -> None:
+        if view.text:
+            self.keep(view, self.room)
+
+    def _take_older(self, view: View) -> None:
+        if fold(view.where) == fold(self.reader.room.name):
+            self.fetching = False
+            self.reader.came_older()
+
+    def _take_place(self, view: View) -> None:
+        self.reader, self.whole = self._read(), True
+        self.reader.mark_unread(whole_number(view.text) or 0)
+
+    TAKEN = {
+        SAID: _take_said,
+        CAME: keep,
+        WENT: keep,
+        TOLD: keep,
+        NOTE: keep,
+        FAILED: _take_failed,
+        PEOPLE: _take_people,
+        OLDER: _take_older,
+        PLACE: _take_place,
+    }
+
+    # What it looks like
+
+    def resize(self, columns: int, rows: int) -> None:
+        """What terminals do to rows that have become too long, nobody knows: all is drawn anew."""
+        if (columns, rows) != (self.painter.columns, self.painter.rows):
+            self.painter.columns, self.painter.rows = columns, rows
+            self.reader.look = self.reader.look._replace(columns=columns)
+            self.reader.height = rows - 2
+            self.whole, self.seen = True, None
+
+    def prompt(self) -> str:
+        where = "" if self.core.here == LOBBY else f"{self.core.here} "
+        name = self.core.name if self.painter.columns >= BESIDE_COLUMNS or not where else ""
+        return f"{where}{name}".rstrip() + "> "
+
+    def parts(self, trouble: str, waiting: int) -> list[tuple[str, tuple[int, ...]]]:
+        """Of the status row, the most important one first."""
+        room = self.room
+        people = f" {len(room.people):,}" if room.is_channel and room.people else ""
+        parts = [
+            (trouble, (1, 33)),
+            (f"{waiting:,} waiting" if waiting else "", (33,)),
+            *self._reading(),
+            (visible(room.name) + people, (1,)),
+            *room_marks(self.core.rooms.values(), self.core.here),
+            ("connected" if not trouble else "", (2,)),
+        ]
+        return [(text, colours) for text, colours in parts if text]
+
+    def _reading(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Where in the past the person is."""
+        reader = self.reader
+        if not reader.back:
+            return []
+        below = f"{reader.below:,} new below" if reader.below else ""
+        full = len(reader.room.views) == VIEWS_KEPT
+        place = (
+            f"back at {reader.moment():%a %d %b %H:%M}"
+            if not reader.missing
+            else "older ones are coming"
+            if self.fetching
+            else f"the last {VIEWS_KEPT:,} are here"
+            if full
+            else "this is the beginning"
+        )
+        return [(below, (1, 36)), (place, (36,))]
+
+    def frame(self, row: str, parts: list, now: float, due: bool = True) -> str:
+        """What brings the screen up to date; what was said is looked at only when that is due."""
+        if self.reader.room is not self.room:
+            self._take_place(View(PLACE))
+        bottom = status_row(parts, self.painter.columns, self.palette), row
+        bell, self.bell = "\a" * self.bell, False
+        draw = self._page if self.reader.back else self._live
+        return bell + draw(bottom, now, due)
+
+    def _live(self, bottom: tuple[str, str], now: float, due: bool) -> str:
+        painter, back, self.paged = self.painter, "\x1b[?1049l" * self.paged, False
+        if back:
+            painter.drawn = self.was_drawn
+        if self.whole:
+            self.whole = False
+            lines = place_lines(self.room, self.reader.look)
+            height = sum(len(rows_of(line, painter.columns)) for line in lines)
+            lines += self.reader.screenful(taken=height)[0]
+            self.reader.shown = self.reader.total
+            text = painter.clear()
+        else:
+            lines = self.reader.news(now) if due or back else []
+            if not (lines or back) and painter.drawn and self.seen == bottom:
+                return ""
+            text = painter.erase()
+        self.seen = bottom
+        return back + text + "".join(f"{line}\n" for line in lines) + painter.bottom(*bottom)
+
+    def _page(self, bottom: tuple[str, str], now: float, due: bool) -> str:
+        painter, rows = self.painter, self.reader.page()
+        if self.seen == (rows, bottom):
+            return ""
+        go = "" if self.paged else "\x1b[?1049h"
+        if go:
+            self.paged, self.was_drawn = True, painter.drawn
+        self.seen = rows, bottom
+        return go + painter.page(rows) + painter.bottom(*bottom)
+
+    def leave(self) -> str:
+        """Everything that was said, and nothing else, is left on the screen."""
+        self.reader.back = self.whole = False
+        return self._live(("", ""), 0.0, True) + self.painter.erase()
 
 
 class RawTerminal:
     """The terminal while we have it: keys as they come, everything put back at the end."""
 
-    ON, OFF = "\x1b[?2004h", "\x1b[?2004l\x1b[0m\x1b[?25h"  # bracketed paste; colours, cursor
+    # Bracketed paste; then colours, wrapping and cursor as they were.
+    ON, OFF = "\x1b[?2004h", "\x1b[?2004l\x1b[0m\x1b[?7h\x1b[?25h"
 
     def __init__(self, keys: int = 0, screen: int = 1):
         try:
@@ -10778,11 +11324,13 @@ class RawTerminal:
         while data:
             data = data[os.write(self.screen, data) :]
 
-    def columns(self) -> int:
+    def size(self) -> tuple[int, int]:
+        """Columns and rows; no fewer than there can be something to see on."""
         try:
-            return os.get_terminal_size(self.screen).columns or 80
+            columns, rows = os.get_terminal_size(self.screen)
         except OSError:
-            return 80
+            columns = rows = 0
+        return max(columns or 80, LEAST_COLUMNS), max(rows or 24, LEAST_ROWS)
 
 
 # ======================================================================================
@@ -10983,19 +11531,35 @@ def on_signal(loop: Loop, name: str, callback: Callable[[], Any]) -> None:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(callback))
 
 
+CLIENT_KEYS = (  # what /help tells of them
+    "Page Up:  read back; Page Down, Escape or Enter lead to the present",
+    "Alt-A:  to the next conversation with something new; first where you are called",
+    "Alt-N, Alt-P:  to the next conversation, or the previous one",
+    "Alt-1 to Alt-9:  to that conversation; /go alone lists them",
+    "Tab:  complete a name, a channel or a command; again: the next that fits",
+    "Up, Down:  what you typed before",
+    "Alt-Enter:  a new line in a message",
+    "Ctrl-L:  draw the screen anew",
+    "Ctrl-C:  forget the line; leave, if there is none",
+)
+GO_COMMANDS = ("/go", "/part", "/names", "/history")  # are followed by a conversation
+
+
 class TerminalClient(Client):
-    """A line to type on, and above it what everybody says."""
+    """A terminal and a link: keys to the one, views to the other."""
 
     def __init__(self, options: ClientOptions):
         super().__init__(options)
         self.terminal = RawTerminal()
-        self.painter = Painter(self.terminal.columns())
-        self.palette = Palette("NO_COLOR" not in os.environ)
+        palette = Palette("NO_COLOR" not in os.environ)
+        self.display = Display(self.core, palette, *self.terminal.size())
         self.decoder = KeyDecoder()
         self.editor = LineEditor(self.complete)
-        self.lines: list[str] = []  # to be shown at the next painting
-        self.stale = True  # the row is not what it should be
+        self.pressed = self.news = True  # there is something to paint: at once, or soon
         self.painted = 0.0
+        self.painting: Timer | None = None  # what came too early for that
+        self.was_ready = self.told_why = False
+        self.late: set[str] = set()  # own ids of what has been waiting for a while
         self.escape: Timer | None = None
         self.input = Input(self.loop, 0, self.take)
         self.loop.turn_ends = self.paint
@@ -11009,13 +11573,24 @@ class TerminalClient(Client):
             ("SIGTSTP", self.suspend),
         ):
             on_signal(self.loop, number, handler)
-        atexit.register(self.terminal.leave)
+        atexit.register(self.give_back)
         self.terminal.enter()
+        self.tick()
         try:
-            return super().run()
+            reason = super().run()
         finally:
-            self.paint(everything=True)
-            self.terminal.leave()
+            self.give_back()
+        if waiting := len(self.core.outbox.waiting):
+            kept = self.core.outbox.journal
+            what_then = "they are sent the next time" if kept else "they were not sent"
+            print(f"{counted(waiting, 'message')} waiting; {what_then}")
+        return reason
+
+    def tick(self) -> None:
+        """Once a second: the status may say another number now."""
+        self.late = set(self.core.outbox.waiting)
+        self.news = True
+        self.loop.call_later(1.0, self.tick)
 
     # What is typed
 
@@ -11033,16 +11608,35 @@ class TerminalClient(Client):
 
     def press(self, keys: list[Key]) -> None:
         for key in keys:
-            text = self.editor.press(key)
-            if key.name == "redraw":
-                self.terminal.write("\x1b[2J\x1b[H")
-            elif text is not None and is_quit(text):
-                self.leave()
-            elif text:  # return on an empty row is no message, as it is from netcat
-                self.link.typed(text)
+            reading = self.READING.get(key.name) if self.display.reader.back else None
+            if act := reading or self.KEYS.get(key.name):
+                act(self)
+            elif (text := self.editor.press(key)) is not None:
+                self.enter(text)
         if self.editor.left:
             self.leave()
-        self.stale = True
+        self.pressed = True
+
+    def enter(self, text: str) -> None:
+        """A line was entered; an empty one is no message, as it is from netcat."""
+        self.present()
+        command = text.rstrip().lower() if text[:1] == "/" else ""
+        if is_quit(text):
+            self.leave()
+        elif command == "/go":
+            self.list_rooms()
+        elif text:
+            self.link.typed(text.rstrip() if command else text)
+        if command == "/help" and self.core.kind != PLAIN:
+            self.show([View(NOTE, keys) for keys in CLIENT_KEYS])
+
+    def list_rooms(self) -> None:
+        """With the numbers that they have for Alt and /go."""
+        rooms = [
+            f"{n} {room.name}" + f" ({room.unread} new)" * bool(room.unread)
+            for n, room in enumerate(self.core.rooms.values(), 1)
+        ]
+        self.show([View(NOTE, ", ".join(rooms) or "there is none; /join #CHANNEL")])
 
     def leave(self) -> None:
         """The server hears us out, for as long as that is bearable."""
@@ -11054,57 +11648,159 @@ class TerminalClient(Client):
         if not self.editor.text:
             return self.leave()
         self.editor.set("")
-        self.stale = True
+        self.pressed = True
 
     def complete(self, word: str, first: bool) -> list[str]:
-        room, core = self.core.room, self.core
-        names = [name for name in (room.people if room else ()) if name != core.name]
-        return completions(word, first, names, [room.name for room in core.rooms.values()])
+        """Those who spoke last first; a command may be about somebody who is elsewhere."""
+        core, key = self.core, fold(word)
+        rooms = [room.name for room in core.rooms.values()]
+        command = self.editor.before.split(" ")[0] if not first else ""
+        if command.lower() in GO_COMMANDS:
+            return [name for name in rooms if fold(name).lstrip("#").startswith(key.lstrip("#"))]
+        near = [self.display.room, *(core.rooms.values() if command[:1] == "/" else ())]
+        names = dict.fromkeys(name for room in near for name in (*room.people, room.name))
+        names.pop(core.name, None)
+        return completions(word, first, (n for n in names if not is_channel(n)), rooms)
+
+    # Where one is
+
+    def go(self, room: Room) -> None:
+        self.core.go(room)
+        self.show(self.core.take_views())
+
+    def go_number(self, number: int) -> None:
+        for room in list(self.core.rooms.values())[number - 1 : number]:
+            self.go(room)
+
+    def go_next(self, step: int = 1) -> None:
+        rooms = list(self.core.rooms.values())
+        if rooms:
+            here = rooms.index(self.core.room) if self.core.room else -1
+            self.go(rooms[(here + step) % len(rooms)])
+
+    def go_unread(self) -> None:
+        """Where we are called; else where something is new."""
+        rooms = sorted(self.core.rooms.values(), key=lambda room: not room.called)
+        for room in [room for room in rooms if room.unread][:1]:
+            self.go(room)
+
+    # Reading back
+
+    def page_up(self) -> None:
+        self.up(self.display.reader.height - 1)
+
+    def page_down(self) -> None:
+        self.display.reader.down(self.display.reader.height - 1)
+
+    def up(self, rows: int) -> None:
+        """More of the past is asked for before one is at the end of what is here."""
+        reader = self.display.reader
+        reader.up(rows)
+        if reader.end - reader.first < 2 * reader.height:
+            self.display.fetching = self.link.ask_older(reader.room)
+
+    def present(self) -> None:
+        self.display.reader.back = False
+
+    def redraw(self) -> None:
+        self.terminal.write("\x1b[2J")
+        self.display.whole, self.display.seen = True, None
+
+    KEYS = {
+        "redraw": redraw,
+        "page-up": page_up,
+        "page-down": page_down,
+        "room-unread": go_unread,
+        "room-next": go_next,
+        "room-previous": lambda self: self.go_next(-1),
+        **{f"room-{n}": lambda self, n=n: self.go_number(n) for n in range(1, 10)},
+    }
+    READING = {  # what these mean meanwhile; a mouse wheel sends the arrows
+        "up": lambda self: self.up(1),
+        "down": lambda self: self.display.reader.down(1),
+        "home": lambda self: self.up(VIEWS_KEPT * self.display.reader.height),
+        "end": present,
+        "escape": present,
+    }
 
     # What is shown
 
     def show(self, views: list[View]) -> None:
+        if self.core.ready and not self.was_ready:
+            self.told_why = False
+            self.display.keep(View(NOTE, f"connected to {self.link.target}"))
+        self.was_ready = self.core.ready
+        self.display.take(views)
         for view in views:
-            moment = time.time() if view.time is None else view.time / 1000
-            clock = time.strftime("%H:%M", time.localtime(moment))
-            self.lines += view_lines(view, self.palette, self.core.name, clock)
+            if view.kind == BACK:
+                self.give_text_back(view.text)
+            elif view.kind == STATUS and self.link.again and not self.told_why:
+                self.told_why = True
+                self.display.keep(View(NOTE, view.text))
+        self.news = True
 
-    def prompt(self) -> str:
-        where = "" if self.core.here == LOBBY else f"{self.core.here} "
-        return f"{where}{self.core.name}> "
+    def give_text_back(self, text: str) -> None:
+        """It was not accepted: to be typed on; or to be recalled, if something else is typed."""
+        if not self.editor.text:
+            self.editor.set(text)
+        elif not is_secret(text):
+            self.editor.remember(text)
 
-    def paint(self, everything: bool = False) -> None:
-        """All that is new and the row under it, in one write; not more often than it can
-        be seen."""
-        if not (self.lines or self.stale or everything) or not self.terminal.raw:
-            return
+    def trouble(self) -> str:
+        """What is the matter with the connection; "" if nothing is."""
+        link = self.link
+        if link.doubted:
+            return "/trust or /quit"
+        if link.again:
+            return f"reconnecting in {max(0, math.ceil(link.again.when - self.loop.now))} s"
+        return "" if self.core.ready else "connecting"
+
+    def paint(self, last: bool = False) -> None:
+        """All that is new, in one write: at once if a key was pressed, else not more often
+        than it can be seen."""
         wait = self.painted + 1 / PAINTS_A_SECOND - self.loop.now
-        if wait > 0 and not everything:
-            self.loop.call_later(wait, do_nothing)
+        if self.news and wait > 0 and not self.painting:
+            self.painting = self.loop.call_later(wait, do_nothing)
+        due = self.news and wait <= 0
+        if not (self.pressed or due) or not self.terminal.raw:
             return
-        lines, self.lines = self.lines, []
-        row = self.painter.row(self.prompt(), self.editor.before, self.editor.after)
-        self.stale = False
-        self.painted = self.loop.now
+        waiting = self.core.outbox.waiting
+        count = len(self.late & waiting.keys() if self.core.ready else waiting)
+        display, editor = self.display, self.editor
+        row = display.painter.row(display.prompt(), editor.before, editor.after)
+        text = display.frame(row, display.parts(self.trouble(), count), self.loop.now, due)
+        self.pressed = False
+        if due:
+            self.news, self.painted, self.painting = False, self.loop.now, None
+        self.write(text)
+
+    def write(self, text: str) -> None:
         try:
-            self.terminal.write((self.painter.above(lines) if lines else "") + row)
-        except OSError:
+            self.terminal.write(text)
+        except OSError:  # the terminal has gone
             self.over("")
 
     # What the shell wants
 
     def resize(self) -> None:
-        self.painter.columns = self.terminal.columns()
-        self.stale = True
+        self.display.resize(*self.terminal.size())
+        self.news = True
+
+    def give_back(self) -> None:
+        """The terminal as it was, with what was said left on it."""
+        if self.terminal.raw:
+            self.write(self.display.leave())
+            self.terminal.leave()
 
     def suspend(self) -> None:
         """Ctrl-Z: give the terminal back, stop, and take it again when we are continued."""
-        self.terminal.leave()
+        self.give_back()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTSTP)
         on_signal(self.loop, "SIGTSTP", self.suspend)
         self.terminal.enter()
-        self.resize()
+        self.display.resize(*self.terminal.size())
+        self.pressed = self.news = True
 
 
 # ======================================================================================

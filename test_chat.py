@@ -7810,24 +7810,120 @@ def test_columns_are_counted_as_terminals_count_them(text, columns):
 
 
 class Screen:
-    """The last row of a terminal, as far as the painter uses one."""
+    """A terminal, as far as the client uses one; what scrolls away is in `history`."""
 
-    def __init__(self, columns):
-        self.columns, self.row, self.column = columns, {}, 0
+    SEQUENCE = re.compile(r"\x1b\[(\??)([\d;]*)([A-Za-z])|(.)", re.DOTALL)
+
+    def __init__(self, columns=80, rows=24):
+        self.columns, self.rows = columns, rows
+        self.history, self.bells, self.modes = [], 0, {"7"}
+        self.cells = [{} for _ in range(rows)]
+        self.other, self.saved = None, (0, 0)
+        self.y = self.x = 0
+        self.rest = ""
+        self.wrapped = False
 
     def draw(self, text):
-        for sequence, c in re.findall(r"(\x1b\[\d*[A-Za-z])|(.)", text, re.DOTALL):
-            if sequence.endswith("K"):
-                self.row = {k: v for k, v in self.row.items() if k < self.column}
-            elif sequence.endswith("C"):
-                self.column += int(sequence[2:-1])
-            elif c == "\r":
-                self.column = 0
-            elif c:
-                self.row[self.column] = c
-                self.column += chat.width(c)
-                assert self.column <= self.columns, "the row has wrapped"
-        return "".join(self.row.values()), self.column
+        self.rest += text
+        while match := self.SEQUENCE.match(self.rest):
+            private, parameters, final, c = match.groups()
+            if c == "\x1b":
+                break  # the rest of it is on its way
+            self.rest = self.rest[match.end() :]
+            if c:
+                self.put(c)
+            elif private:
+                self.mode(parameters, final == "h")
+            else:
+                self.obey(final, [int(n or 0) for n in parameters.split(";")])
+        return self
+
+    def obey(self, final, numbers):
+        assert final in "ACHJKm", final
+        if final == "A":
+            self.y = max(0, self.y - (numbers[0] or 1))
+        elif final == "C":
+            self.x = min(self.columns - 1, self.x + (numbers[0] or 1))
+        elif final == "H":
+            self.y, self.x = max(0, numbers[0] - 1), 0
+        elif final in "JK":
+            row = self.cells[self.y]
+            self.cells[self.y] = {k: v for k, v in row.items() if k < self.x and numbers[0] == 0}
+            for y in range(self.y + 1 if numbers[0] == 0 else 0, self.rows * (final == "J")):
+                self.cells[y] = {}
+
+    def mode(self, number, on):
+        (self.modes.add if on else self.modes.discard)(number)
+        if number == "1049" and on:
+            self.other, self.saved = self.cells, (self.y, self.x)
+            self.cells = [{} for _ in range(self.rows)]
+        elif number == "1049":
+            self.cells, (self.y, self.x), self.other = self.other, self.saved, None
+
+    def put(self, c):
+        if c == "\r":
+            self.x = 0
+        elif c == "\n":
+            self.x = 0  # as a terminal driver has it
+            self.down()
+        elif c == "\a":
+            self.bells += 1
+        else:
+            assert c.isprintable() or c in "\u200c\u200d", f"{c!r} got out"
+            self.letter(c, chat.width(c))
+
+    def letter(self, c, wide):
+        if self.x + wide > self.columns and "7" in self.modes:
+            self.x, self.wrapped = 0, True
+            self.down()
+        x = min(self.x, self.columns - max(1, wide))
+        if wide:
+            self.cells[self.y][x] = c
+        elif x:
+            self.cells[self.y][max(k for k in self.cells[self.y] if k < x)] += c
+        self.x = x + wide
+
+    def down(self):
+        if self.y < self.rows - 1:
+            self.y += 1
+            return
+        gone = self.cells.pop(0)
+        if "1049" not in self.modes:
+            self.history.append(self.text(gone))
+        self.cells.append({})
+
+    def text(self, cells):
+        row, x = "", 0
+        for k, c in sorted(cells.items()):
+            row += " " * (k - x) + c
+            x = k + chat.width(c)
+        return row.rstrip()
+
+    def resize(self, columns, rows):
+        """As xterm does it: what is too long is cut, the top goes to the history."""
+        if self.other:
+            self.other, (y, x) = self.resized(self.other, self.saved[0], columns, rows)
+            self.saved = y, min(self.saved[1], columns - 1)
+        self.cells, (self.y, _) = self.resized(self.cells, self.y, columns, rows)
+        self.columns, self.rows, self.x = columns, rows, min(self.x, columns - 1)
+
+    def resized(self, cells, y, columns, rows):
+        while len(cells) > rows:
+            if len(cells) - 1 > y:
+                cells.pop()
+            else:
+                self.history.append(self.text(cells.pop(0)))
+                y -= 1
+        cells = cells + [{} for _ in range(rows - len(cells))]
+        return [{k: v for k, v in row.items() if k < columns} for row in cells], (y, 0)
+
+    @property
+    def lines(self):
+        """What is to be seen, without what is empty below."""
+        found = [self.text(cells) for cells in self.cells]
+        while found and not found[-1]:
+            found.pop()
+        return found
 
 
 @pytest.mark.parametrize("columns", [10, 20, 40, 80])
@@ -7838,8 +7934,10 @@ def test_the_row_never_wraps_and_the_cursor_is_where_the_next_letter_goes(column
             "".join(seeded.choices(["a", "你", "\U0001f600", "\n", " "], k=seeded.randrange(60)))
             for _ in "ab"
         )
-        row, column = Screen(columns).draw(painter.row("me> ", before, after))
-        assert row.startswith("me> ")
+        screen = Screen(columns).draw(painter.row("me> ", before, after))
+        assert not screen.wrapped
+        row, column = screen.text(screen.cells[0]), screen.x
+        assert row.startswith("me>")
         shown = row[4:]
         assert shown in chat.visible(before + after)
         assert chat.width("me> ") <= column < columns
@@ -7847,23 +7945,379 @@ def test_the_row_never_wraps_and_the_cursor_is_where_the_next_letter_goes(column
             assert column == 4 + chat.width(chat.visible(before))
 
 
-def test_views_become_lines_with_times_names_and_places():
-    palette = chat.Palette(on=False)
+def at(year, month, day, hour=0, minute=0, **parts):
+    """A view of that moment by the clock on the wall."""
+    moment = datetime.datetime(year, month, day, hour, minute)
+    return chat.View(**{"kind": chat.SAID, **parts, "time": int(moment.timestamp() * 1000)})
 
-    def lines(*parts, **options):
-        return chat.view_lines(chat.View(*parts, **options), palette, "alice", "08:30")
 
-    assert lines(chat.SAID, "hi\nthere", "bob") == ["08:30 bob: hi", "08:30 bob: there"]
-    assert lines(chat.SAID, "hi", "bob", "bob") == ["08:30 (bob) bob: hi"]
-    assert lines(chat.SAID, "hi", "bob", "#rust") == ["08:30 [#rust] bob: hi"]
-    assert lines(chat.CAME, name="bob") == ["08:30 bob joined"]
-    assert lines(chat.WENT, name="bob", where="#rust") == ["08:30 bob left #rust"]
-    assert lines(chat.TOLD, "so it is") == ["08:30 so it is"]
-    assert lines(chat.PEOPLE) == []
-    bright = chat.view_lines(
-        chat.View(chat.SAID, "hi Alice", "bob", called=True), chat.Palette(on=True), "alice", ""
-    )
-    assert "\x1b[1mhi Alice\x1b[0m" in bright[0]
+PLAIN_LOOK = chat.Look(chat.Palette(on=False), 40, "#rust")
+CLOCK = {"year": 2025, "month": 11, "day": 21, "hour": 8, "minute": 30}  # not today
+
+
+@pytest.mark.parametrize(
+    "parts, lines",
+    [
+        ({"text": "hi", "name": "bob", "where": "#rust"}, ["08:30 bob: hi"]),
+        ({"text": "a\n b\nc", "name": "bob"}, ["08:30 bob: a", " " * 12 + "b", " " * 11 + "c"]),
+        ({"text": "a\nb", "name": "b" * 30}, [f"08:30 {'b' * 30}: a", " " * 13 + "b"]),
+        ({"text": "hi", "name": "bob", "where": "#lobby"}, ["08:30 [#lobby] bob: hi"]),
+        ({"text": "hi", "name": "bob", "where": "bob"}, ["08:30 (bob) bob: hi"]),
+        ({"text": "me?", "name": "bob", "where": "#rust", "called": True}, ["08:30 ! bob: me?"]),
+        ({"kind": "came", "name": "bob", "where": "#rust"}, ["08:30 bob joined"]),
+        ({"kind": "came", "name": "bob", "where": "#go"}, ["08:30 bob joined #go"]),
+        ({"kind": "went", "name": "bob", "text": "bye"}, ["08:30 bob left (bye)"]),
+        ({"kind": "told", "text": "so it is"}, ["08:30 so it is"]),
+        ({"kind": "failed", "text": "full: hi"}, ["08:30 FAILED: full: hi"]),
+        ({"kind": "people", "text": "@al, bo, cy", "where": "#rust"},
+         ["08:30 3 in #rust", "  @al  bo   cy"]),
+        ({"kind": "told", "text": "/away [REASON]  say that you are not here, or back"},
+         ["/away [REASON]", "    say that you are not here, or back"]),
+        ({"text": "\x1b[31mred\x9b0m\u202ecba\x07\u2028\tx", "name": "b\x1b[2Job\n"},
+         ["08:30 b[2Job\u23ce: [31mred0mcba     x"]),
+    ],
+)  # fmt: skip
+def test_views_become_lines_with_times_names_and_places(parts, lines):
+    assert chat.view_lines(at(**CLOCK, **parts), PLAIN_LOOK) == lines
+
+
+def test_mentions_are_marked_whether_or_not_there_are_colours():
+    view = at(**CLOCK, text="hi Alice", name="bob", where="#rust", called=True)
+    (bright,) = chat.view_lines(view, chat.Look(chat.Palette(on=True), 80, "#rust"))
+    assert "\x1b[1;31m! \x1b[0m" in bright and "\x1b[1mhi Alice\x1b[0m" in bright
+    (private,) = chat.view_lines(view._replace(where="bob"), PLAIN_LOOK)
+    assert "!" not in private
+
+
+def test_a_day_is_told_when_it_is_another_one_than_that_of_the_view_before():
+    evening, night = at(2026, 3, 28, 23, 59, text="a"), at(2026, 3, 29, 0, 1, text="b")
+    assert chat.dated_lines(evening, night, PLAIN_LOOK) == [
+        "\u2500\u2500 Sunday, 29 March 2026",
+        "00:01 : b",
+    ]
+    assert chat.dated_lines(night, night, PLAIN_LOOK) == ["00:01 : b"]
+    assert chat.dated_lines(None, evening, PLAIN_LOOK)[0].endswith("Saturday, 28 March 2026")
+    assert len(chat.dated_lines(None, chat.View(chat.SAID, "now"), PLAIN_LOOK)) == 1
+
+
+def test_times_are_those_of_the_wall_when_the_clocks_change(monkeypatch):
+    """In Berlin it was 01:30 and an hour later 03:30; in autumn it is 02:30 twice."""
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    hour = 3600 * 1000
+    spring = int(datetime.datetime(2026, 3, 29, 0, 30, tzinfo=datetime.UTC).timestamp()) * 1000
+    autumn = int(datetime.datetime(2026, 10, 25, 0, 30, tzinfo=datetime.UTC).timestamp()) * 1000
+    shown = [
+        chat.view_lines(chat.View(chat.SAID, "x", "b", time=t), PLAIN_LOOK)[0][:5]
+        for t in (spring, spring + hour, autumn, autumn + hour, -1, 10**18)
+    ]
+    monkeypatch.undo()
+    time.tzset()
+    assert shown[:4] == ["01:30", "03:30", "02:30", "02:30"]
+
+
+@pytest.mark.parametrize(
+    "line, columns, rows",
+    [
+        ("", 5, [""]),
+        ("abcde", 5, ["abcde"]),
+        ("abcdefg", 5, ["abcde", "fg"]),
+        ("ab你好", 5, ["ab你", "好"]),
+        ("e\u0301" * 3, 2, ["e\u0301" * 2, "e\u0301"]),
+        ("a\x1b[1mbcd\x1b[0me", 2, ["a\x1b[1mb\x1b[0m", "\x1b[1mcd\x1b[0m", "e"]),
+    ],
+)
+def test_lines_are_wrapped_as_terminals_do(line, columns, rows):
+    assert chat.rows_of(line, columns) == rows
+
+
+@pytest.mark.parametrize(
+    "columns, rows",
+    [
+        (80, ["alice  bob  carol  d  你好"]),
+        (15, ["alice  d", "bob  你好", "carol"]),
+        (5, ["alice", "bob", "carol", "d", "你好"]),
+    ],
+)
+def test_words_stand_in_as_many_columns_as_fit(columns, rows):
+    found = chat.in_columns(["alice", "bob", "carol", "d", "你好"], columns)
+    assert [re.sub("  +", "  ", row) for row in found] == rows
+    assert len({chat.width(row[: row.rfind("  ")]) for row in found if "  " in row}) <= 2
+    assert chat.in_columns([], columns) == []
+
+
+STATUS_PARTS = [("#rust 12", (1,)), ("bob:1!", (1, 31)), ("#lobby:3", (36,)), ("connected", ())]
+
+
+@pytest.mark.parametrize(
+    "columns, text",
+    [
+        (60, "── #rust 12 bob:1! #lobby:3 connected ─────────────────────"),
+        (40, "── #rust 12 bob:1! #lobby:3 connected ─"),
+        (36, "── #rust 12 bob:1! #lobby:3 … ─────"),
+        (20, "── #rust 12 … ─────"),
+        (10, "── #ru… …"),
+    ],
+)
+def test_the_status_says_what_matters_most_in_the_room_there_is(columns, text):
+    assert chat.status_row(STATUS_PARTS, columns, chat.Palette(on=False)) == text
+    assert chat.width(text) < columns
+    colourful = chat.status_row(STATUS_PARTS, columns, chat.Palette(on=True))
+    assert chat.COLOUR.sub("", colourful) == text
+
+
+def test_other_conversations_are_told_of_if_there_is_something_new_who_calls_us_first():
+    rooms = [chat.Room(name) for name in ("#here", "#quiet", "#rust", "bob", "#" + "x" * 60)]
+    for room, unread, called in zip(rooms, (5, 0, 3, 1, 2), (1, 0, 0, 1, 0), strict=True):
+        room.unread, room.called = unread, called
+    texts = [text for text, _ in chat.room_marks(rooms, "#here")]
+    assert texts == ["bob:1!", "#rust:3", "#" + "x" * 18 + "\u2026:2"]
+
+
+# A client core and its display, on a screen that we can look at
+
+
+class Desk:
+    """A person's client: a core without a connection, and what the screen shows of it."""
+
+    def __init__(self, columns=40, rows=10, rooms=("#lobby", "#rust"), colours=False):
+        self.core = chat.ClientCore("alice", kind=chat.CHAT, join=rooms, clock=lambda: 10**9)
+        for room in self.core.rooms.values():
+            room.held = None
+        self.display = chat.Display(self.core, chat.Palette(colours), columns, rows)
+        self.screen = Screen(columns, rows)
+        self.now, self.trouble, self.waiting = 1000.0, "", 0
+        self.row = ""
+        self.paint()
+
+    def paint(self):
+        row = self.display.painter.row(self.display.prompt(), self.row, "")
+        parts = self.display.parts(self.trouble, self.waiting)
+        self.written = self.display.frame(row, parts, self.now)
+        self.screen.draw(self.written)
+        self.now += 1 / chat.PAINTS_A_SECOND
+        return self.screen.lines
+
+    def hear(self, *texts, where="#lobby", **parts):
+        """bob says this; it is shown at the next painting."""
+        for text in texts:
+            self.core.deliver(
+                self.core.room_for(where), at(**CLOCK, text=text, name="bob", where=where, **parts)
+            )
+        self.display.take(self.core.take_views())
+
+    def tell(self, *views):
+        self.display.take(views)
+        return self.paint()
+
+    def go(self, where):
+        self.core.go(self.core.room_for(where))
+        self.display.take(self.core.take_views())
+        return self.paint()
+
+    def resize(self, columns, rows):
+        self.screen.resize(columns, rows)
+        self.display.resize(columns, rows)
+        return self.paint()
+
+    @property
+    def said(self):
+        """What of it all bob said, from the top of what can be scrolled to."""
+        lines = self.screen.history + self.screen.lines
+        return [line.removeprefix("08:30 bob: ") for line in lines if "bob: " in line]
+
+
+DAY = "\u2500\u2500 Friday, 21 November 2025"
+
+
+def test_what_is_said_scrolls_and_two_rows_stay_below_it():
+    desk = Desk()
+    texts = [f"line {n}" for n in range(30)]
+    for n in range(0, 30, 5):
+        desk.hear(*texts[n : n + 5])
+        desk.row += "x"
+        desk.paint()
+    assert desk.said == texts
+    assert desk.screen.lines[-2:] == ["── #lobby connected ───────────────────", "alice> xxxxxx"]
+    assert len([line for line in desk.screen.history if "───" in line]) == 0
+    assert desk.paint() and desk.written == ""
+
+
+def test_another_conversation_has_a_screen_of_its_own():
+    desk = Desk()
+    desk.hear("in the lobby")
+    desk.paint()
+    desk.core.rooms["#rust"].topic = "borrow checkers"
+    desk.hear("one", "two", where="#rust")
+    desk.hear("psst", where="bob", called=True)
+    assert "in the lobby" in "".join(desk.paint())
+    assert desk.screen.lines[-2] == "── #lobby bob:1! #rust:2 connected ────"
+    assert desk.screen.bells == 1
+    assert desk.go("#rust") == [
+        "── #rust: borrow checkers",
+        "── new",
+        DAY,
+        "08:30 bob: one",
+        "08:30 bob: two",
+        "── #rust bob:1! connected ─────────────",
+        "#rust>",
+    ]
+    assert desk.go("#lobby")[:3] == ["── #lobby", DAY, "08:30 bob: in the lobby"]
+    desk.core.close(desk.core.room)
+    desk.display.take(desk.core.take_views())
+    assert desk.paint()[0] == "── with bob"
+
+
+def test_the_bell_rings_once_for_what_calls_us_and_never_for_the_past_or_ourselves():
+    desk = Desk()
+    desk.hear("alice?", "alice!", called=True)
+    desk.paint()
+    desk.hear("alice", called=True, past=True)
+    desk.hear("said by me", called=True, mine=True)
+    desk.hear("aside")
+    desk.paint()
+    assert desk.screen.bells == 1
+
+
+def test_a_storm_shows_its_last_screenful_and_says_how_much_is_missing():
+    desk = Desk()
+    for turn in range(20):
+        desk.hear(*(f"{turn}.{n}" for n in range(150)))
+        desk.paint()
+    lines = desk.screen.lines[:-2]
+    assert lines[-1] == "08:30 bob: 19.149"
+    everything = desk.screen.history + lines
+    skipped = [int(line.split()[1]) for line in everything if line.startswith("\u2026")]
+    assert len(skipped) >= 15 and sum(skipped) + len(desk.said) == 3000
+    desk.now += 2
+    desk.hear("calm", "again")
+    assert desk.paint()[-4:-2] == ["08:30 bob: calm", "08:30 bob: again"]
+
+
+def test_a_burst_of_history_is_shown_whole():
+    desk = Desk()
+    texts = [str(n) for n in range(100)]
+    desk.hear(*texts)
+    desk.paint()
+    assert desk.said == texts
+
+
+@pytest.mark.parametrize("columns, rows", [(80, 24), (40, 10), (40, 5), (10, 4)])
+def test_one_can_read_back_row_by_row_and_come_back(columns, rows):
+    desk = Desk(columns, rows)
+    desk.hear(*(f"{n} " + "é你" * (n % 40) + "\n" * (n % 3) for n in range(200)))
+    before = desk.paint()
+    reader, height = desk.display.reader, rows - 2
+    everything = [row for n in range(reader.first + 1, reader.total + 1) for row in reader.rows(n)]
+    everything = [row.rstrip() for row, _ in everything]
+    steps, back = [1, height - 1, height, 3 * height], 0
+    for step in steps * 3:
+        reader.up(step)
+        back += step
+        shown = (desk.paint()[:-2] + [""] * height)[:height]
+        assert shown == everything[len(everything) - back - height : len(everything) - back]
+    while reader.back:
+        reader.down(step)
+    assert desk.paint() == before
+    assert "1049" not in desk.screen.modes
+
+
+def test_while_one_reads_back_what_is_new_only_counts_and_is_printed_afterwards():
+    desk = Desk()
+    desk.hear(*(f"old {n}" for n in range(50)))
+    desk.paint()
+    page = desk.display.reader.up(7) or desk.paint()[:-2]
+    desk.hear("new 0", "alice?", "new 2", called=True)
+    assert desk.paint()[:-2] == page
+    assert "3 new below" in desk.screen.lines[-2] and desk.screen.bells == 1
+    desk.display.reader.back = False
+    desk.paint()
+    assert desk.said[-4:] == ["old 49", "new 0", "08:30 ! bob: alice?", "new 2"][:1] + [
+        "08:30 ! bob: new 0",
+        "08:30 ! bob: alice?",
+        "08:30 ! bob: new 2",
+    ]
+    assert desk.said[:50] == [f"old {n}" for n in range(50)]
+
+
+def test_reading_back_survives_a_resize_and_so_does_the_present():
+    desk = Desk()
+    desk.hear(*(f"old {n}" for n in range(50)))
+    desk.paint()
+    desk.display.reader.up(20)
+    last = desk.paint()[-3]
+    assert desk.resize(20, 6)[-3] == last
+    desk.hear("new")
+    assert desk.resize(60, 12)[-3] == last
+    desk.display.reader.back = False
+    assert desk.paint()[-3] == "08:30 bob: new"
+    assert len(desk.screen.lines) == 12
+    assert desk.resize(30, 8)[:2] == ["── #lobby", "08:30 bob: old 46"]
+    assert desk.screen.lines[-2:] == ["── #lobby connected ─────────", "alice>"]
+
+
+def test_a_page_of_older_messages_goes_on_where_one_was():
+    desk = Desk()
+    desk.hear(*(f"{n}" for n in range(20)))
+    desk.paint()
+    reader, room = desk.display.reader, desk.core.room
+    reader.up(30)
+    assert desk.paint()[0] == DAY and "beginning" in desk.screen.lines[-2]
+    assert reader.missing > 0
+    desk.display.fetching = True
+    assert "older ones are coming" in desk.paint()[-2]
+    older = [at(**CLOCK, text=f"older {n}", name="bob", where="#lobby") for n in range(40)]
+    room.views.extendleft(reversed(older))
+    desk.tell(chat.View(chat.OLDER, "40", where="#lobby"))
+    assert desk.screen.lines[7] == "08:30 bob: older 29" and reader.missing == 0
+
+
+def test_the_oldest_may_go_while_one_reads_it():
+    desk = Desk()
+    desk.hear(*(f"{n}" for n in range(100)))
+    desk.paint()
+    desk.display.reader.up(90)
+    desk.paint()
+    desk.hear(*(f"{n}" for n in range(chat.VIEWS_KEPT)))
+    assert desk.paint()[0] == "08:30 bob: 0" or desk.screen.lines[0] == DAY
+    desk.core.room.views.clear()
+    assert len(desk.paint()) == 10
+
+
+def test_what_was_asked_for_is_shown_where_one_is_and_news_elsewhere_are_kept_there():
+    desk = Desk()
+    asked = at(**CLOCK, text="found", name="bob", where="#rust", past=True, id="x")
+    desk.tell(asked, chat.View(chat.TOLD, "topic of rust", where="#rust"))
+    assert desk.screen.lines[1] == "08:30 [#rust] bob: found"
+    assert "topic of rust" not in "".join(desk.screen.lines)
+    assert desk.core.room.oldest == ""
+    desk.tell(chat.View(chat.FAILED, "no: hi", where="#rust"))
+    assert desk.screen.lines[-3].endswith("[#rust] FAILED: no: hi")
+    rust = "".join(desk.go("#rust"))
+    assert "topic of rust" in rust and "FAILED: no: hi" in rust
+
+
+def test_nothing_a_server_says_steers_the_terminal(seeded):
+    desk = Desk(colours=True)
+    junk = ["\x1b]0;title\x07", "\x1b[2J", "\x9b31m", "\x1b[?1049h", "\u202e", "\x07", "\t", "a"]
+    palette = re.compile(r"\x1b\[[\d;]*m")
+    for _ in range(100):
+        text = "".join(seeded.choices(junk, k=6))
+        name, room = "".join(seeded.choices(junk, k=2)), chat.Room("#" + text)
+        room.topic, room.unread = text, 1
+        desk.core.rooms[room.name] = room
+        views = [
+            chat.View(kind, f"{text}, x", name, where, time=0)
+            for kind in chat.LINES
+            for where in ("", text)
+        ]
+        desk.core.name = name
+        desk.tell(*views)
+        desk.go(room.name)
+        lines = [line for view in views for line in chat.view_lines(view, desk.display.reader.look)]
+        for line in lines:
+            assert not re.search("[\0-\x1f\x7f-\x9f\u202e]", palette.sub("", line)), line
+        del desk.core.rooms[room.name]
 
 
 class TerminalProcess:
