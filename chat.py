@@ -2954,6 +2954,15 @@ def register_account(
     session.later(functools.partial(make_verifier, password), made)
 
 
+def disown(session: Session, name: str) -> str:
+    """Give up a channel that this session's user founded; its name as it is written."""
+    channel = session.site.hub.find_channel(name)
+    if not channel.founded_by(session.user):
+        raise Refused("NOT_OPERATOR", f"{channel.name} is not yours", channel.name)
+    session.site.hub.disown(channel)
+    return channel.name
+
+
 def become_operator(session: Session, name: str, password: str, done: Callable) -> None:
     """Check the password off the loop; then the session's user operates the server, and
     done() says so. A name that does not exist takes as long as one that does."""
@@ -5172,6 +5181,12 @@ def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> None:
     handler(session, own_account(session), fingerprint)
 
 
+@service_command("disown", 1)
+def service_disown(session: IrcSession, name: str) -> None:
+    """DISOWN #CHANNEL -- let a channel that you founded end with its last member"""
+    session.service_says(f"{disown(session, name)} is nobody's now")
+
+
 def ask_service(session: IrcSession, text: str) -> None:
     """What is said to NickServ reaches neither people nor the history, nor any log."""
     verb, _, rest = text.partition(" ")
@@ -6763,6 +6778,12 @@ def line_passwd(session: LineSession, old: str, new: str) -> None:
 def line_drop(session: LineSession, password: str) -> None:
     """/drop PASSWORD -- give up your account"""
     drop_account(session, password, functools.partial(session.tell, "your account is gone"))
+
+
+@line_command("disown", 1)
+def line_disown(session: LineSession, name: str) -> None:
+    """/disown #CHANNEL -- let a channel that you founded end with its last member"""
+    session.tell(f"{disown(session, name)} is nobody's now")
 
 
 @line_command("oper", 2)
@@ -8490,6 +8511,12 @@ def do_passwd(core: ClientCore, *words: str) -> None:
 def do_drop(core: ClientCore, password: str) -> None:
     """/drop PASSWORD -- give up your account"""
     core.talk.send("PRIVMSG", SERVICE, f"DROP {password}")
+
+
+@client_command("disown", 1)
+def do_disown(core: ClientCore, name: str) -> None:
+    """/disown #CHANNEL -- let a channel that you founded end with its last member"""
+    core.talk.send("PRIVMSG", SERVICE, f"DISOWN {name}")
 
 
 @client_command("raw", 1)

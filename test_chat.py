@@ -2877,6 +2877,7 @@ alice< :NickServ!NickServ@chat.py NOTICE alice :IDENTIFY [NAME] PASSWORD: log in
 alice< :NickServ!NickServ@chat.py NOTICE alice :PASSWD OLD NEW: another password
 alice< :NickServ!NickServ@chat.py NOTICE alice :DROP PASSWORD: give up your account
 alice< :NickServ!NickServ@chat.py NOTICE alice :CERT ADD|LIST|REMOVE [FINGERPRINT]: certificates that log in: add the one you show
+alice< :NickServ!NickServ@chat.py NOTICE alice :DISOWN #CHANNEL: let a channel that you founded end with its last member
 alice> NS CERT ADD
 alice< :NickServ!NickServ@chat.py NOTICE alice :you are not logged in
 alice> PRIVMSG nickserv :REGISTER password
@@ -5290,6 +5291,23 @@ def test_a_given_up_account_founds_nothing_any_more(folder):
     assert [*again.hub.channels] == ["#used"]  # alice has a secret still
     assert again.hub.channels["#used"].founder == "" and again.hub.users["alice"].account == ""
     again.store.close()
+
+
+def test_a_founder_can_give_a_channel_up_and_nobody_else_can():
+    house = House()
+    make_account(house, "alice")
+    come_again(house, "alice", "alice", account="alice")
+    house.enter_irc("bob")
+    house.say("alice", "JOIN #a,#b", "MODE #a +o alice")
+    house.say("bob", "JOIN #a", "NS DISOWN #a")
+    house.turn()
+    assert house.heard("bob")[-1].endswith(":#a is not yours")
+    house.heard("alice")
+    house.say("alice", "PART #b", "NS DISOWN #b", "NS DISOWN #a", "PART #a")
+    house.say("bob", "PART #a")
+    house.turn()
+    assert house.hub.channels == {} and not +house.hub.founded
+    assert any(line.endswith(":#b is nobody's now") for line in house.heard("alice"))
 
 
 def test_an_account_founds_only_so_many_channels(monkeypatch):
