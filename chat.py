@@ -215,8 +215,10 @@ PAGE_LINES = 100  # that our clients ask for at once
 SENT_AHEAD = 32  # messages of ours under way: what is sent again after a break, at most
 VIEWS_KEPT = 2000  # of a conversation, by our clients; more is in the server's history
 IDS_KEPT = 1000  # of messages, to tell a repeat
-BATCH_LINES = 10_000  # of what a server says at once ...
-BATCHES = 100  # ... and so many that it has not ended
+ROOMS_KEPT = 200  # conversations; a private one that nobody looks at gives way to the next
+TOKENS_KEPT = 500  # capabilities, and tokens of 005, that a server may have
+BATCH_LINES = 2000  # of what a server says at once ...
+BATCHES = 20  # ... and so many that it has not ended
 TARGETS_ASKED = 50  # private talks with something new, after a break
 SHOWN_FAILED = 100  # bytes of a message that did not arrive
 SHORT_NAME = 9  # letters that every server takes (RFC 2812 section 1.2.1) ...
@@ -7065,12 +7067,13 @@ class Room:
 
     def __init__(self, name: str, password: str = ""):
         self.name, self.password = name, password
-        self.people: dict[str, str] = {}  # ranks by name; who spoke last comes first
+        self.people: dict[str, str] = {}  # ranks by name; who spoke last is last
         self.topic = ""
         self.inside = False
         self.wanted = True  # to be entered again after a break
         self.mark = ""  # up to here (msgid=... or timestamp=...) everything is held
-        self.held: list[View] | None = None  # what waits for the pages that come before it
+        self.held: list[View] | None = None  # what waits for the pages that come before it ...
+        self.spilled = False  # ... and was more than could be held: there will be pages of it
         self.seen: dict[str, None] = {}  # ids
         self.views = Transcript(maxlen=VIEWS_KEPT)
         self.whole = False  # there is nothing older than the first of these
@@ -7095,6 +7098,12 @@ class Room:
             del self.seen[next(iter(self.seen))]
         return known
 
+    def hold(self, view: View) -> None:
+        """Until what comes before it is there."""
+        self.held.append(view)
+        if len(self.held) > VIEWS_KEPT:
+            self.held, self.spilled = [], True
+
     def came(self, name: str, ranks: str = "") -> None:
         """A server may make up as many people as it likes."""
         if len(self.people) < PEOPLE_LISTED and len(name.encode()) <= NAME_BYTES:
@@ -7102,12 +7111,12 @@ class Room:
 
     def spoke(self, name: str) -> None:
         if name in self.people:
-            self.people = {name: self.people.pop(name), **self.people}
+            self.people[name] = self.people.pop(name)
 
     def renamed(self, name: str, new: str) -> bool:
         if name not in self.people:
             return False
-        self.people = {new if n == name else n: ranks for n, ranks in self.people.items()}
+        self.people[new] = self.people.pop(name)
         return True
 
 
@@ -7252,7 +7261,8 @@ def page_missed(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> N
     new = any(view.id not in room.seen for view in views)
     for view in views:
         talk.core.deliver(room, view)
-    if new:
+    if new or room.spilled:
+        room.spilled = False
         talk.ask_history(room, "missed")
     else:
         talk.core.release(room)
@@ -7269,7 +7279,11 @@ def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None
         talk.core.show(View(NOTE, text, where=room.name))
     for view in views:
         talk.core.deliver(room, view)
-    talk.core.release(room)
+    if room.spilled:
+        room.spilled = False
+        talk.ask_history(room, "gap")
+    else:
+        talk.core.release(room)
 
 
 def page_older(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
@@ -7383,10 +7397,17 @@ class IrcTalk:
         elif self.negotiating:
             self.send("CAP", "END")
 
-    def mechanism(self) -> str:
-        """The best way to log in that both know; "" if there is no need or none."""
+    def mechanism(self, asked: bool = False) -> str:
+        """The best way to log in that both know; "" if there is no need or none. Nobody's
+        password travels in the clear by itself, only when somebody asked for it."""
+        core = self.core
         offered = self.offered["sasl"].split(",") if self.offered["sasl"] else [*LOGINS]
-        return next((name for name in LOGINS if name in offered and self.core.login), "")
+        name = next((name for name in LOGINS if name in offered and core.login), "")
+        if name == "PLAIN" and not (core.secure or asked):
+            text = "not logged in: this server wants to be told the password in the clear"
+            core.show(View(NOTE, f"{text}; /login does so, ircs:// is better"))
+            return ""
+        return name
 
     def begin_log_in(self, mechanism: str) -> None:
         self.login = LOGINS[mechanism](*self.core.login)
@@ -7563,7 +7584,8 @@ def tell_rest(talk: IrcTalk, heard: Heard) -> None:
 def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
     subcommand, words = heard.params[1].upper(), heard.params[-1].split()
     if subcommand in ("LS", "NEW"):
-        talk.offered.update(word.partition("=")[::2] for word in words)
+        if len(talk.offered) < TOKENS_KEPT:
+            talk.offered.update(word.partition("=")[::2] for word in words)
         talk.negotiating = True
         if heard.params[2] != "*":  # else there are more to come
             talk.introduce()
@@ -7678,7 +7700,8 @@ def welcomed(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("005", least=2)
 def support_told(talk: IrcTalk, heard: Heard) -> None:
-    talk.support.update(word.partition("=")[::2] for word in heard.params[1:-1])
+    if len(talk.support) < TOKENS_KEPT:
+        talk.support.update(word.partition("=")[::2] for word in heard.params[1:-1])
 
 
 @from_server("ERROR", least=1)
@@ -7957,7 +7980,10 @@ def taken_back(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("353", least=4)
 def names_told(talk: IrcTalk, heard: Heard) -> None:
-    coming = talk.names.setdefault(fold(heard.params[2]), {})
+    key = fold(heard.params[2])
+    if key not in talk.core.rooms and key not in talk.shown_names:
+        return
+    coming = talk.names.setdefault(key, {})
     for word in heard.params[3].split()[: PEOPLE_LISTED - len(coming)]:
         name = word.lstrip(talk.ranks)
         coming[name] = word.removesuffix(name)
@@ -7967,10 +7993,10 @@ def names_told(talk: IrcTalk, heard: Heard) -> None:
 def names_ended(talk: IrcTalk, heard: Heard) -> None:
     key = fold(heard.params[1])
     people, room = talk.names.pop(key, {}), talk.core.rooms.get(key)
-    if room:
-        known = {name: people[name] for name in room.people if name in people}
-        room.people = known | people  # in the order of who spoke last
     text = ", ".join(ranks + name for name, ranks in people.items()) or "nobody"
+    if room:
+        known = {name: people.pop(name) for name in room.people if name in people}
+        room.people = people | known  # in the order of who spoke last
     asked = key in talk.shown_names
     talk.shown_names.discard(key)
     where = room.name if room else heard.params[1]
@@ -8001,6 +8027,27 @@ class Login(NamedTuple):
 
     account: str
     password: str
+
+
+class Rooms(dict[str, Room]):
+    """The conversations there are, by key, in the order in which they were opened."""
+
+    def rename(self, room: Room, name: str) -> None:
+        room.name = name
+        rooms = {fold(one.name): one for one in self.values()}
+        self.clear()
+        self.update(rooms)
+
+    def least(self) -> Room:
+        """The one that is missed least: the oldest private talk."""
+        private = (room for room in self.values() if not room.is_channel)
+        return next(private, next(iter(self.values())))
+
+
+def wanted_rooms(join: Iterable[str]) -> Rooms:
+    """Each is a channel, and perhaps its password behind a blank."""
+    names = [words.split() for words in join if words.split()] or [[LOBBY]]
+    return Rooms((fold(words[0]), Room(*words[:2])) for words in names)
 
 
 class ClientCore:
@@ -8044,13 +8091,11 @@ class ClientCore:
         self.proposed: Login | None = None  # that a /register or /passwd is to make valid
         self.generated = False  # its password is no person's
         self.keep: Callable[[Login], None] = lambda login: None  # for the next start
-        names = [words.split() for words in join if words.split()] or [[LOBBY]]
-        self.rooms = {fold(words[0]): Room(*words[:2]) for words in names}
+        self.rooms = wanted_rooms(join)
         self.here = next(iter(self.rooms.values())).name
         self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
         self.views: list[View] = []
         self.output: list[str] = []
-        self.unfinished = None  # no command here has a long answer
 
     @property
     def ready(self) -> bool:
@@ -8220,6 +8265,9 @@ class ClientCore:
         self.views += views
 
     def room_for(self, name: str) -> Room:
+        """A new one takes the place of the oldest private talk, where there are too many."""
+        if fold(name) not in self.rooms and len(self.rooms) >= ROOMS_KEPT:
+            self.close(self.rooms.least())
         return self.rooms.setdefault(fold(name), Room(name))
 
     def go(self, room: Room) -> None:
@@ -8229,9 +8277,8 @@ class ClientCore:
 
     def rename(self, room: Room, name: str) -> None:
         """It is called otherwise, and is in its place."""
-        rooms = [*self.rooms.values()]
-        looked_at, room.name = self.here == room.name, name
-        self.rooms = {fold(one.name): one for one in rooms}
+        looked_at = self.here == room.name
+        self.rooms.rename(room, name)
         if looked_at:
             self.go(room)
 
@@ -8248,8 +8295,8 @@ class ClientCore:
         room = self.room_for(view.where)
         if room.held is None:
             self.deliver(room, view)
-        elif len(room.held) < VIEWS_KEPT:
-            room.held.append(view)
+        else:
+            room.hold(view)
 
     def timed(self, view: View) -> View:
         """So that it is known later, too, when that was."""
@@ -8261,8 +8308,8 @@ class ClientCore:
         if room.held is None:
             room.views.append(view)
             self.show(view)
-        elif len(room.held) < VIEWS_KEPT:
-            room.held.append(view)
+        else:
+            room.hold(view)
 
     def deliver(self, room: Room, view: View) -> None:
         """The next message of a room, in its order."""
@@ -8491,7 +8538,7 @@ def do_verify(core: ClientCore, code: str) -> None:
 def do_login(core: ClientCore, *words: str) -> None:
     """/login [ACCOUNT] PASSWORD -- be who you are; also when the line has to be built up anew"""
     core.login = Login(words[0] if len(words) > 1 else core.name, words[-1])
-    mechanism = core.talk.mechanism() if "sasl" in core.talk.enabled else ""
+    mechanism = core.talk.mechanism(asked=True) if "sasl" in core.talk.enabled else ""
     if not mechanism:
         return core.talk.send("PRIVMSG", SERVICE, f"IDENTIFY {' '.join(core.login)}")
     core.talk.begin_log_in(mechanism)
@@ -8608,6 +8655,8 @@ class Delay:
 
 def reason_of(error: OSError) -> str:
     """What went wrong, in the operating system's words without its numbers."""
+    if error.errno == errno.ENOTCONN:  # how a reset shows when we hang up
+        return "connection reset by peer"
     return (error.strerror or str(error)).lower()
 
 
@@ -10226,13 +10275,13 @@ class Link:
                 f"Somebody may be between you and the server. It shows {fingerprint}, and is "
                 f"known by {pin}; if that is right, --pin {fingerprint}"
             )
-        self.core.secure = True
         self._connected()
 
     def _connected(self) -> None:
         took = self.loop.now - self.began
         self.began = self.loop.now
         self.show([View(UP, f"connected to {self.target}")])
+        self.core.secure = self.target.tls or is_loopback(self.conn.sock.getpeername()[0])
         views = self.core.connected()
         if self.core.listening:
             patience = max(LISTEN_SECONDS, LISTEN_CONNECT_TIMES * took)
@@ -10252,6 +10301,8 @@ class Link:
             return
         if data := self.core.take_output():
             self.conn.write(data)
+        if self.conn.unsent > UNSENT_MOST:
+            return self.conn.drop("it asks, and does not hear our answers")
         if self.core.kind in (CHAT, IRC):  # which are worth looking for when they are lost
             self.patience = max(self.patience, RETRY_SECONDS)
         if self.core.redial:
@@ -11685,7 +11736,7 @@ class TerminalClient(Client):
         if command.lower() in GO_COMMANDS:
             return [name for name in rooms if fold(name).lstrip("#").startswith(key.lstrip("#"))]
         near = [self.display.room, *(core.rooms.values() if command[:1] == "/" else ())]
-        names = dict.fromkeys(name for room in near for name in (*room.people, room.name))
+        names = dict.fromkeys(n for room in near for n in (*reversed(room.people), room.name))
         names.pop(core.name, None)
         return completions(word, first, (n for n in names if not is_channel(n)), rooms)
 

@@ -6056,6 +6056,19 @@ def test_a_server_that_does_not_know_the_password_is_not_believed(broken):
         login.send(b"v=" + base64.b64encode(b"x" * 32))
 
 
+@pytest.mark.parametrize("secure", [True, False])
+def test_a_password_travels_in_the_clear_only_when_somebody_asks_for_it(secure):
+    core = chat.ClientCore("alice", kind=chat.IRC, login=chat.Login("alice", "sesame"))
+    core.secure = secure
+    core.connected()
+    core.feed(b":x CAP * LS :sasl=PLAIN\r\n")
+    assert (b"AUTHENTICATE PLAIN" in core.take_output()) == secure
+    core.feed(b":x CAP * ACK :sasl\r\n:x 001 alice :Welcome\r\n")
+    core.take_output()
+    core.typed("/login sesame")
+    assert core.take_output() == b"AUTHENTICATE PLAIN\r\n"
+
+
 def test_a_password_for_the_server_is_given():
     house = House(password="sesame")
     alice = Pair(house, "alice", password="sesame")
