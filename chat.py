@@ -7503,14 +7503,13 @@ class IrcTalk:
 
     def end_batch(self, batch: Batch) -> None:
         views = [view for item in batch.items if (view := self.view_of(item))]
-        views = [view for view in views if view.kind == SAID]
         if batch.kind == "chathistory":
             self.take_page(views)
         elif batch.kind == "draft/multiline":
             if view := self.view_of(batch):
                 self.core.said(view)
         elif batch.kind == "soju.im/search":
-            self.core.show(*(view._replace(past=True) for view in views))
+            self.show_past(views)
         else:  # its lines are what they would be without it
             for item in batch.items:
                 if isinstance(item, Batch):
@@ -7540,8 +7539,12 @@ class IrcTalk:
         asked = self.asked.popleft() if self.asked else Asked("", "asked", 0)
         room = self.core.rooms.get(fold(asked.where))
         if room is None or asked.how == "asked":
-            return self.core.show(*(view._replace(past=True) for view in views))
+            return self.show_past(views)
         PAGES[asked.how](self, room, views, asked.limit)
+
+    def show_past(self, views: list[View]) -> None:
+        """Just so, wherever one is."""
+        self.core.show(*(view._replace(past=True) for view in views if view.kind == SAID))
 
     def release_talks(self) -> None:
         """The private talks in which nothing was missed."""
@@ -8323,7 +8326,7 @@ class ClientCore:
                 self.shown.discard(view.own_id)
                 return self.show(view._replace(kind=ARRIVED))
             known = known and arrived is None
-        if known or (fold(view.name) in self.ignored and not view.mine):
+        if known or view.kind != SAID or (fold(view.name) in self.ignored and not view.mine):
             return
         room.spoke(view.name)
         view = self.timed(view)
