@@ -215,8 +215,10 @@ PAGE_LINES = 100  # that our clients ask for at once
 SENT_AHEAD = 32  # messages of ours under way: what is sent again after a break, at most
 VIEWS_KEPT = 2000  # of a conversation, by our clients; more is in the server's history
 IDS_KEPT = 1000  # of messages, to tell a repeat
-BATCH_LINES = 10_000  # of what a server says at once ...
-BATCHES = 100  # ... and so many that it has not ended
+ROOMS_KEPT = 200  # conversations; a private one that nobody looks at gives way to the next
+TOKENS_KEPT = 500  # capabilities, and tokens of 005, that a server may have
+BATCH_LINES = 2000  # of what a server says at once ...
+BATCHES = 20  # ... and so many that it has not ended
 TARGETS_ASKED = 50  # private talks with something new, after a break
 SHOWN_FAILED = 100  # bytes of a message that did not arrive
 SHORT_NAME = 9  # letters that every server takes (RFC 2812 section 1.2.1) ...
@@ -260,7 +262,7 @@ TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
 LOBBY = "#lobby"  # where everybody without a channel of their own finds themselves
 SERVICE = "NickServ"  # who looks after accounts, for clients that know no better
 SERVICE_KEY = SERVICE.lower()
-SERVICES = (SERVICE_KEY, "chanserv")  # and what other servers have
+SERVICES = (SERVICE_KEY, "chanserv", "histserv")  # and what other servers have
 PASSWORD_CHANGED = "your password is another now"  # as NickServ says it
 UNCONFIRMED = "sent-"  # before a message's id, in a PING that is sent behind it
 
@@ -2954,6 +2956,15 @@ def register_account(
     session.later(functools.partial(make_verifier, password), made)
 
 
+def disown(session: Session, name: str) -> str:
+    """Give up a channel that this session's user founded; its name as it is written."""
+    channel = session.site.hub.find_channel(name)
+    if not channel.founded_by(session.user):
+        raise Refused("NOT_OPERATOR", f"{channel.name} is not yours", channel.name)
+    session.site.hub.disown(channel)
+    return channel.name
+
+
 def become_operator(session: Session, name: str, password: str, done: Callable) -> None:
     """Check the password off the loop; then the session's user operates the server, and
     done() says so. A name that does not exist takes as long as one that does."""
@@ -5172,6 +5183,12 @@ def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> None:
     handler(session, own_account(session), fingerprint)
 
 
+@service_command("disown", 1)
+def service_disown(session: IrcSession, name: str) -> None:
+    """DISOWN #CHANNEL -- let a channel that you founded end with its last member"""
+    session.service_says(f"{disown(session, name)} is nobody's now")
+
+
 def ask_service(session: IrcSession, text: str) -> None:
     """What is said to NickServ reaches neither people nor the history, nor any log."""
     verb, _, rest = text.partition(" ")
@@ -6765,6 +6782,12 @@ def line_drop(session: LineSession, password: str) -> None:
     drop_account(session, password, functools.partial(session.tell, "your account is gone"))
 
 
+@line_command("disown", 1)
+def line_disown(session: LineSession, name: str) -> None:
+    """/disown #CHANNEL -- let a channel that you founded end with its last member"""
+    session.tell(f"{disown(session, name)} is nobody's now")
+
+
 @line_command("oper", 2)
 def line_oper(session: LineSession, name: str, password: str) -> None:
     """/oper NAME PASSWORD -- become an operator of this server"""
@@ -7017,6 +7040,12 @@ class Outbox:
                     self.journal.clear()
         return one
 
+    def take_back(self, sent: Iterable[Waiting]) -> None:
+        """These have not arrived after all. Raises Unusable if they cannot be kept."""
+        self.waiting = {one.id: one for one in sent} | self.waiting
+        for one in sent if self.journal else ():
+            self.journal.append({"say": one})
+
     def grounded(self) -> list[Waiting]:
         """The connection broke: these had been sent."""
         flown, self.flying = [self.waiting[id] for id in self.flying], {}
@@ -7038,12 +7067,13 @@ class Room:
 
     def __init__(self, name: str, password: str = ""):
         self.name, self.password = name, password
-        self.people: dict[str, str] = {}  # ranks by name; who spoke last comes first
+        self.people: dict[str, str] = {}  # ranks by name; who spoke last is last
         self.topic = ""
         self.inside = False
         self.wanted = True  # to be entered again after a break
         self.mark = ""  # up to here (msgid=... or timestamp=...) everything is held
-        self.held: list[View] | None = None  # what waits for the pages that come before it
+        self.held: list[View] | None = None  # what waits for the pages that come before it ...
+        self.spilled = False  # ... and was more than could be held: there will be pages of it
         self.seen: dict[str, None] = {}  # ids
         self.views = Transcript(maxlen=VIEWS_KEPT)
         self.whole = False  # there is nothing older than the first of these
@@ -7068,6 +7098,12 @@ class Room:
             del self.seen[next(iter(self.seen))]
         return known
 
+    def hold(self, view: View) -> None:
+        """Until what comes before it is there."""
+        self.held.append(view)
+        if len(self.held) > VIEWS_KEPT:
+            self.held, self.spilled = [], True
+
     def came(self, name: str, ranks: str = "") -> None:
         """A server may make up as many people as it likes."""
         if len(self.people) < PEOPLE_LISTED and len(name.encode()) <= NAME_BYTES:
@@ -7075,12 +7111,12 @@ class Room:
 
     def spoke(self, name: str) -> None:
         if name in self.people:
-            self.people = {name: self.people.pop(name), **self.people}
+            self.people[name] = self.people.pop(name)
 
     def renamed(self, name: str, new: str) -> bool:
         if name not in self.people:
             return False
-        self.people = {new if n == name else n: ranks for n, ranks in self.people.items()}
+        self.people[new] = self.people.pop(name)
         return True
 
 
@@ -7092,9 +7128,8 @@ PLAIN_LINES = {
     SAID: re.compile(r"([^:*][^:]*): (.*)"),
 }
 IRC_SPEAKS = re.compile(r":|NOTICE |ERROR |PING ")  # how a line of an IRC server begins
-WANTS_IRC = re.compile(
-    r":chat\.py/|:\S+ (?:421|451) "
-)  # who says so to a name is no workshop server
+# Who says so to a name is no workshop server
+WANTS_IRC = re.compile(r":chat\.py/|:\S+ (?:421|451) |ERROR :")
 
 
 class PlainTalk:
@@ -7105,6 +7140,7 @@ class PlainTalk:
 
     def __init__(self, core: "ClientCore"):
         self.core = core
+        self.sent: collections.deque[Waiting] = collections.deque(maxlen=OUTBOX_FULL)
         core.output.append(core.wanted_name)
         core.rooms.setdefault(fold(LOBBY), Room(LOBBY)).inside = True
         core.here = LOBBY
@@ -7112,6 +7148,7 @@ class PlainTalk:
     def take(self, line: str) -> None:
         core, room = self.core, self.core.rooms[fold(LOBBY)]
         if WANTS_IRC.match(line) and not core.insists:
+            core.outbox.take_back(self.sent)  # nobody has understood it
             return core.come_back(CHAT if line.startswith(":chat.py/") else IRC)
         matches = ((kind, pattern.fullmatch(line)) for kind, pattern in PLAIN_LINES.items())
         kind, match = next((pair for pair in matches if pair[1]), (TOLD, None))
@@ -7133,6 +7170,7 @@ class PlainTalk:
     def transmit(self, one: Waiting) -> None:
         text = f"*{one.text}*" if one.kind == ACTION else one.text
         self.core.output += text.split("\n")
+        self.sent.append(one)
         self.core.shown.discard(one.id)
         self.core.outbox.arrived(one.id)  # or never will: nobody tells
 
@@ -7201,7 +7239,8 @@ def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
     text = text
     called = not mine and (not is_channel(where) or calls(text, core.name))
     own_id = heard.tags.get(OWN_ID, "") if mine else ""
-    kind = SAID if "!" in heard.source or mine else TOLD
+    person = mine or ("!" in heard.source and fold(heard.name) not in SERVICES)
+    kind = SAID if person else TOLD
     return View(
         *(kind, text, heard.name, where, heard.time, mine, called),
         id=heard.tags.get("msgid", ""),
@@ -7222,7 +7261,8 @@ def page_missed(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> N
     new = any(view.id not in room.seen for view in views)
     for view in views:
         talk.core.deliver(room, view)
-    if new:
+    if new or room.spilled:
+        room.spilled = False
         talk.ask_history(room, "missed")
     else:
         talk.core.release(room)
@@ -7239,7 +7279,11 @@ def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None
         talk.core.show(View(NOTE, text, where=room.name))
     for view in views:
         talk.core.deliver(room, view)
-    talk.core.release(room)
+    if room.spilled:
+        room.spilled = False
+        talk.ask_history(room, "gap")
+    else:
+        talk.core.release(room)
 
 
 def page_older(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
@@ -7353,10 +7397,17 @@ class IrcTalk:
         elif self.negotiating:
             self.send("CAP", "END")
 
-    def mechanism(self) -> str:
-        """The best way to log in that both know; "" if there is no need or none."""
+    def mechanism(self, asked: bool = False) -> str:
+        """The best way to log in that both know; "" if there is no need or none. Nobody's
+        password travels in the clear by itself, only when somebody asked for it."""
+        core = self.core
         offered = self.offered["sasl"].split(",") if self.offered["sasl"] else [*LOGINS]
-        return next((name for name in LOGINS if name in offered and self.core.login), "")
+        name = next((name for name in LOGINS if name in offered and core.login), "")
+        if name == "PLAIN" and not (core.secure or asked):
+            text = "not logged in: this server wants to be told the password in the clear"
+            core.show(View(NOTE, f"{text}; /login does so, ircs:// is better"))
+            return ""
+        return name
 
     def begin_log_in(self, mechanism: str) -> None:
         self.login = LOGINS[mechanism](*self.core.login)
@@ -7452,6 +7503,7 @@ class IrcTalk:
 
     def end_batch(self, batch: Batch) -> None:
         views = [view for item in batch.items if (view := self.view_of(item))]
+        views = [view for view in views if view.kind == SAID]
         if batch.kind == "chathistory":
             self.take_page(views)
         elif batch.kind == "draft/multiline":
@@ -7532,7 +7584,8 @@ def tell_rest(talk: IrcTalk, heard: Heard) -> None:
 def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
     subcommand, words = heard.params[1].upper(), heard.params[-1].split()
     if subcommand in ("LS", "NEW"):
-        talk.offered.update(word.partition("=")[::2] for word in words)
+        if len(talk.offered) < TOKENS_KEPT:
+            talk.offered.update(word.partition("=")[::2] for word in words)
         talk.negotiating = True
         if heard.params[2] != "*":  # else there are more to come
             talk.introduce()
@@ -7647,7 +7700,8 @@ def welcomed(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("005", least=2)
 def support_told(talk: IrcTalk, heard: Heard) -> None:
-    talk.support.update(word.partition("=")[::2] for word in heard.params[1:-1])
+    if len(talk.support) < TOKENS_KEPT:
+        talk.support.update(word.partition("=")[::2] for word in heard.params[1:-1])
 
 
 @from_server("ERROR", least=1)
@@ -7707,7 +7761,7 @@ def tell_nothing(talk: IrcTalk, heard: Heard) -> None:
 
 
 for quiet in (
-    *("002", "003", "004", "221", "251", "252", "253", "254", "255", "265", "266", "315"),
+    *("002", "003", "004", "221", "250", "251", "252", "253", "254", "255", "265", "266", "315"),
     *("318", "321", "323", "329", "333", "369", "372", "375", "376", "396", "422", "705", "706"),
     *("731", "AWAY", "ACCOUNT", "CHGHOST", "SETNAME", "908"),
 ):
@@ -7744,11 +7798,11 @@ def somebody_spoke(talk: IrcTalk, heard: Heard) -> None:
     if text.startswith("\x01") and not text.startswith("\x01ACTION "):
         return  # CTCP: between programs, and ours has nothing to say to it
     view = spoken_view(talk, heard, text)
-    if view.kind == SAID and fold(view.name) not in SERVICES:
+    if view.kind == SAID:
         return talk.core.said(view)
-    who = f"{view.name}: " if view.kind == SAID else ""
     if fold(view.name) == SERVICE_KEY and text == PASSWORD_CHANGED:
         renew_login(talk.core)
+    who = f"{view.name}: " if "!" in heard.source else ""
     talk.core.show(View(TOLD, who + view.text, time=view.time))
 
 
@@ -7864,6 +7918,25 @@ def topic_set(talk: IrcTalk, heard: Heard) -> None:
         talk.core.happened(room, View(TOLD, text, where=room.name, time=heard.time))
 
 
+WHOIS = {  # numeric -> how it is told; {2} is its second parameter behind the name
+    "311": "{1} is {2}@{3}: {last}",
+    "312": "{1} uses {2}",
+    "313": "{1} {last}",
+    "317": "{1} has said nothing for {2} s",
+    "319": "{1} is in {last}",
+    "330": "{1} is logged in as {2}",
+    "338": "{1} comes from {2}",
+    "671": "{1} {last}",
+}
+
+
+@from_server(*WHOIS, least=3)
+def person_told(talk: IrcTalk, heard: Heard) -> None:
+    missing = [""] * 3
+    text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
+    talk.core.show(View(TOLD, text))
+
+
 @from_server("332", least=3)
 def topic_told(talk: IrcTalk, heard: Heard) -> None:
     _, where, topic = heard.params[:3]
@@ -7907,7 +7980,10 @@ def taken_back(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("353", least=4)
 def names_told(talk: IrcTalk, heard: Heard) -> None:
-    coming = talk.names.setdefault(fold(heard.params[2]), {})
+    key = fold(heard.params[2])
+    if key not in talk.core.rooms and key not in talk.shown_names:
+        return
+    coming = talk.names.setdefault(key, {})
     for word in heard.params[3].split()[: PEOPLE_LISTED - len(coming)]:
         name = word.lstrip(talk.ranks)
         coming[name] = word.removesuffix(name)
@@ -7917,10 +7993,10 @@ def names_told(talk: IrcTalk, heard: Heard) -> None:
 def names_ended(talk: IrcTalk, heard: Heard) -> None:
     key = fold(heard.params[1])
     people, room = talk.names.pop(key, {}), talk.core.rooms.get(key)
-    if room:
-        known = {name: people[name] for name in room.people if name in people}
-        room.people = known | people  # in the order of who spoke last
     text = ", ".join(ranks + name for name, ranks in people.items()) or "nobody"
+    if room:
+        known = {name: people.pop(name) for name in room.people if name in people}
+        room.people = people | known  # in the order of who spoke last
     asked = key in talk.shown_names
     talk.shown_names.discard(key)
     where = room.name if room else heard.params[1]
@@ -7951,6 +8027,27 @@ class Login(NamedTuple):
 
     account: str
     password: str
+
+
+class Rooms(dict[str, Room]):
+    """The conversations there are, by key, in the order in which they were opened."""
+
+    def rename(self, room: Room, name: str) -> None:
+        room.name = name
+        rooms = {fold(one.name): one for one in self.values()}
+        self.clear()
+        self.update(rooms)
+
+    def least(self) -> Room:
+        """The one that is missed least: the oldest private talk."""
+        private = (room for room in self.values() if not room.is_channel)
+        return next(private, next(iter(self.values())))
+
+
+def wanted_rooms(join: Iterable[str]) -> Rooms:
+    """Each is a channel, and perhaps its password behind a blank."""
+    names = [words.split() for words in join if words.split()] or [[LOBBY]]
+    return Rooms((fold(words[0]), Room(*words[:2])) for words in names)
 
 
 class ClientCore:
@@ -7994,13 +8091,11 @@ class ClientCore:
         self.proposed: Login | None = None  # that a /register or /passwd is to make valid
         self.generated = False  # its password is no person's
         self.keep: Callable[[Login], None] = lambda login: None  # for the next start
-        names = [words.split() for words in join if words.split()] or [[LOBBY]]
-        self.rooms = {fold(words[0]): Room(*words[:2]) for words in names}
+        self.rooms = wanted_rooms(join)
         self.here = next(iter(self.rooms.values())).name
         self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
         self.views: list[View] = []
         self.output: list[str] = []
-        self.unfinished = None  # no command here has a long answer
 
     @property
     def ready(self) -> bool:
@@ -8161,7 +8256,7 @@ class ClientCore:
 
     def flush(self) -> None:
         """Send what may be sent."""
-        while self.ready and (one := self.outbox.next()):
+        while self.ready and not self.redial and (one := self.outbox.next()):
             self.talk.transmit(one)
 
     # What there is to show
@@ -8170,6 +8265,9 @@ class ClientCore:
         self.views += views
 
     def room_for(self, name: str) -> Room:
+        """A new one takes the place of the oldest private talk, where there are too many."""
+        if fold(name) not in self.rooms and len(self.rooms) >= ROOMS_KEPT:
+            self.close(self.rooms.least())
         return self.rooms.setdefault(fold(name), Room(name))
 
     def go(self, room: Room) -> None:
@@ -8179,9 +8277,8 @@ class ClientCore:
 
     def rename(self, room: Room, name: str) -> None:
         """It is called otherwise, and is in its place."""
-        rooms = [*self.rooms.values()]
-        looked_at, room.name = self.here == room.name, name
-        self.rooms = {fold(one.name): one for one in rooms}
+        looked_at = self.here == room.name
+        self.rooms.rename(room, name)
         if looked_at:
             self.go(room)
 
@@ -8198,8 +8295,8 @@ class ClientCore:
         room = self.room_for(view.where)
         if room.held is None:
             self.deliver(room, view)
-        elif len(room.held) < VIEWS_KEPT:
-            room.held.append(view)
+        else:
+            room.hold(view)
 
     def timed(self, view: View) -> View:
         """So that it is known later, too, when that was."""
@@ -8211,8 +8308,8 @@ class ClientCore:
         if room.held is None:
             room.views.append(view)
             self.show(view)
-        elif len(room.held) < VIEWS_KEPT:
-            room.held.append(view)
+        else:
+            room.hold(view)
 
     def deliver(self, room: Room, view: View) -> None:
         """The next message of a room, in its order."""
@@ -8441,7 +8538,7 @@ def do_verify(core: ClientCore, code: str) -> None:
 def do_login(core: ClientCore, *words: str) -> None:
     """/login [ACCOUNT] PASSWORD -- be who you are; also when the line has to be built up anew"""
     core.login = Login(words[0] if len(words) > 1 else core.name, words[-1])
-    mechanism = core.talk.mechanism() if "sasl" in core.talk.enabled else ""
+    mechanism = core.talk.mechanism(asked=True) if "sasl" in core.talk.enabled else ""
     if not mechanism:
         return core.talk.send("PRIVMSG", SERVICE, f"IDENTIFY {' '.join(core.login)}")
     core.talk.begin_log_in(mechanism)
@@ -8461,6 +8558,12 @@ def do_passwd(core: ClientCore, *words: str) -> None:
 def do_drop(core: ClientCore, password: str) -> None:
     """/drop PASSWORD -- give up your account"""
     core.talk.send("PRIVMSG", SERVICE, f"DROP {password}")
+
+
+@client_command("disown", 1)
+def do_disown(core: ClientCore, name: str) -> None:
+    """/disown #CHANNEL -- let a channel that you founded end with its last member"""
+    core.talk.send("PRIVMSG", SERVICE, f"DISOWN {name}")
 
 
 @client_command("raw", 1)
@@ -8552,6 +8655,8 @@ class Delay:
 
 def reason_of(error: OSError) -> str:
     """What went wrong, in the operating system's words without its numbers."""
+    if error.errno == errno.ENOTCONN:  # how a reset shows when we hang up
+        return "connection reset by peer"
     return (error.strerror or str(error)).lower()
 
 
@@ -10170,13 +10275,13 @@ class Link:
                 f"Somebody may be between you and the server. It shows {fingerprint}, and is "
                 f"known by {pin}; if that is right, --pin {fingerprint}"
             )
-        self.core.secure = True
         self._connected()
 
     def _connected(self) -> None:
         took = self.loop.now - self.began
         self.began = self.loop.now
         self.show([View(UP, f"connected to {self.target}")])
+        self.core.secure = self.target.tls or is_loopback(self.conn.sock.getpeername()[0])
         views = self.core.connected()
         if self.core.listening:
             patience = max(LISTEN_SECONDS, LISTEN_CONNECT_TIMES * took)
@@ -10196,6 +10301,8 @@ class Link:
             return
         if data := self.core.take_output():
             self.conn.write(data)
+        if self.conn.unsent > UNSENT_MOST:
+            return self.conn.drop("it asks, and does not hear our answers")
         if self.core.kind in (CHAT, IRC):  # which are worth looking for when they are lost
             self.patience = max(self.patience, RETRY_SECONDS)
         if self.core.redial:
@@ -11106,7 +11213,7 @@ def complete_line(core: ClientCore, before: str, word: str) -> list[str]:
         return [name for name in rooms if fold(name).lstrip("#").startswith(key)]
     near = [core.room] if core.room else []
     near += core.rooms.values() if command[:1] == "/" else []
-    names = dict.fromkeys(name for room in near for name in (*room.people, room.name))
+    names = dict.fromkeys(n for room in near for n in (*reversed(room.people), room.name))
     names.pop(core.name, None)
     return completions(word, first, (name for name in names if not is_channel(name)), rooms)
 
@@ -11449,7 +11556,7 @@ def filter_lines(view: View) -> list[str]:
     if view.line:
         return [view.line]
     where = "" if view.where == LOBBY else f"[{view.where}] "
-    if view.kind == SAID and not view.mine:
+    if view.kind == SAID and (view.past or not view.mine):
         before = where if is_channel(view.where) else "(private) "
         return [f"{before}{view.name}: {line}" for line in view.text.split("\n")]
     if view.kind in (CAME, WENT):

@@ -2879,6 +2879,7 @@ alice< :NickServ!NickServ@chat.py NOTICE alice :IDENTIFY [NAME] PASSWORD: log in
 alice< :NickServ!NickServ@chat.py NOTICE alice :PASSWD OLD NEW: another password
 alice< :NickServ!NickServ@chat.py NOTICE alice :DROP PASSWORD: give up your account
 alice< :NickServ!NickServ@chat.py NOTICE alice :CERT ADD|LIST|REMOVE [FINGERPRINT]: certificates that log in: add the one you show
+alice< :NickServ!NickServ@chat.py NOTICE alice :DISOWN #CHANNEL: let a channel that you founded end with its last member
 alice> NS CERT ADD
 alice< :NickServ!NickServ@chat.py NOTICE alice :you are not logged in
 alice> PRIVMSG nickserv :REGISTER password
@@ -5294,6 +5295,23 @@ def test_a_given_up_account_founds_nothing_any_more(folder):
     again.store.close()
 
 
+def test_a_founder_can_give_a_channel_up_and_nobody_else_can():
+    house = House()
+    make_account(house, "alice")
+    come_again(house, "alice", "alice", account="alice")
+    house.enter_irc("bob")
+    house.say("alice", "JOIN #a,#b", "MODE #a +o alice")
+    house.say("bob", "JOIN #a", "NS DISOWN #a")
+    house.turn()
+    assert house.heard("bob")[-1].endswith(":#a is not yours")
+    house.heard("alice")
+    house.say("alice", "PART #b", "NS DISOWN #b", "NS DISOWN #a", "PART #a")
+    house.say("bob", "PART #a")
+    house.turn()
+    assert house.hub.channels == {} and not +house.hub.founded
+    assert any(line.endswith(":#b is nobody's now") for line in house.heard("alice"))
+
+
 def test_an_account_founds_only_so_many_channels(monkeypatch):
     monkeypatch.setattr(chat, "CHANNELS_FOUNDED", 2)
     house = House()
@@ -5501,12 +5519,19 @@ def test_an_irc_server_is_told_from_a_chat_and_never_given_a_name(first, kind):
         (chat.GREETING, chat.CHAT),
         (b":ngircd 451 * :Connection not registered\r\n", chat.IRC),
         (b":irc.example.net 421 * alice :Unknown command\r\n", chat.IRC),
+        (b"ERROR :Request too long\r\n", chat.IRC),
     ],
 )
 def test_who_was_taken_for_a_workshop_server_and_is_none_is_called_again(line, kind):
     core = plain_core()
+    core.typed("hello")
+    assert core.take_output() == b"hello\n"
     core.feed(line)
     assert (core.kind, core.redial) == (kind, True)
+    core.disconnected()
+    core.connected()
+    core.feed(b":x 001 alice :Welcome\r\n")
+    assert b" hello\r\n" in core.take_output()
     core = plain_core()
     core.insists = True  # somebody said --plain
     core.feed(line)
@@ -6031,6 +6056,19 @@ def test_a_server_that_does_not_know_the_password_is_not_believed(broken):
     login.send(keys)
     with pytest.raises(chat.Refused):
         login.send(b"v=" + base64.b64encode(b"x" * 32))
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_a_password_travels_in_the_clear_only_when_somebody_asks_for_it(secure):
+    core = chat.ClientCore("alice", kind=chat.IRC, login=chat.Login("alice", "sesame"))
+    core.secure = secure
+    core.connected()
+    core.feed(b":x CAP * LS :sasl=PLAIN\r\n")
+    assert (b"AUTHENTICATE PLAIN" in core.take_output()) == secure
+    core.feed(b":x CAP * ACK :sasl\r\n:x 001 alice :Welcome\r\n")
+    core.take_output()
+    core.typed("/login sesame")
+    assert core.take_output() == b"AUTHENTICATE PLAIN\r\n"
 
 
 def test_a_password_for_the_server_is_given():
