@@ -11257,7 +11257,7 @@ class Display:
     def keep(self, view: View, room: Room | None = None) -> None:
         """In a conversation, unless the core has put it there."""
         room = room or self.core.rooms.get(fold(view.where)) or self.room
-        if not any(one is view for one in reversed(room.views)):
+        if not view.where or not any(one is view for one in reversed(room.views)):
             room.views.append(self.core.timed(view))
 
     def _take_said(self, view: View) -> None:
