@@ -10941,8 +10941,9 @@ def failed_lines(view: View, look: Look) -> list[str]:
 
 
 def people_lines(view: View, look: Look) -> list[str]:
-    """Who is there, on demand."""
+    """Who is there, on demand: those with a rank first."""
     names = view.text.split(", ")
+    names.sort(key=lambda name: (name[:1] not in SYMBOLS.values(), fold(name)))
     head = look.palette.dim(f"{moment_of(view):%H:%M} {len(names):,} in {view.where}")
     return [head, *(f"  {row}" for row in in_columns(names, look.columns - 3))]
 

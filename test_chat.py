@@ -8002,7 +8002,7 @@ CLOCK = {"year": 2025, "month": 11, "day": 21, "hour": 8, "minute": 30}  # not t
         ({"kind": "went", "name": "bob", "text": "bye"}, ["08:30 bob left (bye)"]),
         ({"kind": "told", "text": "so it is"}, ["08:30 so it is"]),
         ({"kind": "failed", "text": "full: hi"}, ["08:30 FAILED: full: hi"]),
-        ({"kind": "people", "text": "@al, bo, cy", "where": "#rust"},
+        ({"kind": "people", "text": "cy, bo, @al", "where": "#rust"},
          ["08:30 3 in #rust", "  @al  bo   cy"]),
         ({"kind": "told", "text": "/away [REASON]  say that you are not here, or back"},
          ["/away [REASON]", "    say that you are not here, or back"]),
