@@ -8260,16 +8260,11 @@ def test_while_one_reads_back_what_is_new_only_counts_and_is_printed_afterwards(
     desk.hear(*(f"old {n}" for n in range(50)))
     desk.paint()
     page = desk.display.reader.up(7) or desk.paint()[:-2]
-    desk.hear("new 0", "alice?", "new 2", called=True)
+    desk.hear("new 0", "alice?", called=True)
     assert desk.paint()[:-2] == page
-    assert "3 new below" in desk.screen.lines[-2] and desk.screen.bells == 1
+    assert "2 new below" in desk.screen.lines[-2] and desk.screen.bells == 1
     desk.display.reader.back = False
-    desk.paint()
-    assert desk.said[-4:] == ["old 49", "new 0", "08:30 ! bob: alice?", "new 2"][:1] + [
-        "08:30 ! bob: new 0",
-        "08:30 ! bob: alice?",
-        "08:30 ! bob: new 2",
-    ]
+    assert desk.paint()[-4:-2] == ["08:30 ! bob: new 0", "08:30 ! bob: alice?"]
     assert desk.said[:50] == [f"old {n}" for n in range(50)]
 
 
@@ -8318,7 +8313,7 @@ def test_the_oldest_may_go_while_one_reads_it():
     desk.display.reader.up(90)
     desk.paint()
     desk.hear(*(f"{n}" for n in range(chat.VIEWS_KEPT)))
-    assert desk.paint()[0] == "08:30 bob: 0" or desk.screen.lines[0] == DAY
+    assert desk.paint()[:2] == [DAY, "08:30 bob: 0"]  # the first that is left
     desk.core.room.views.clear()
     assert len(desk.paint()) == 10
 
@@ -8610,7 +8605,7 @@ def test_a_cut_line_is_told_once_counted_down_and_nothing_typed_is_lost(terminal
 
 
 def test_a_stopped_client_gives_the_terminal_back_until_it_goes_on(running, terminal):
-    """A shell in between: who has no shell to go back to cannot be stopped."""
+    """The system does not stop who has no shell above him: he goes on at once."""
     alice = terminal(running().address, "alice")
     assert alice.shows("connected", "alice>")
     alice.type("draft")
