@@ -10923,7 +10923,8 @@ def said_lines(view: View, look: Look) -> list[str]:
 
 
 def moved_lines(view: View, look: Look) -> list[str]:
-    verb, why = "joined" if view.kind == CAME else "left", f" ({view.text})" * bool(view.text)
+    verb = "joined" if view.kind == CAME else "left"
+    why = "" if view.text in ("", "Quit") else f" ({view.text})"
     where = "" if fold(view.where) in ("", fold(look.here)) else f" {view.where}"
     return [look.palette.dim(f"{moment_of(view):%H:%M} {view.name} {verb}{where}{why}")]
 
@@ -10943,8 +10944,9 @@ def failed_lines(view: View, look: Look) -> list[str]:
 
 
 def people_lines(view: View, look: Look) -> list[str]:
-    """Who is there, on demand."""
+    """Who is there, on demand: those with a rank first."""
     names = view.text.split(", ")
+    names.sort(key=lambda name: (name[:1] not in SYMBOLS.values(), fold(name)))
     head = look.palette.dim(f"{moment_of(view):%H:%M} {len(names):,} in {view.where}")
     return [head, *(f"  {row}" for row in in_columns(names, look.columns - 3))]
 
@@ -11073,7 +11075,8 @@ class Reader:
         self.shown = 0
         self.back = False  # a page is read
         self.end = self.cut = 0
-        self.missing = 0  # rows that the person wanted to go up further than there is anything
+        self.at_top = False  # nothing older is here ...
+        self.owed = 0  # ... but the person wanted to go up by so many rows
         self.mark: int | None = None  # the number of the first view that is new to the person
         self.budget = Budget(LINES_AT_ONCE, LINES_A_SECOND, now)
 
@@ -11151,25 +11154,28 @@ class Reader:
     # Reading back
 
     def up(self, rows: int) -> None:
-        """Towards the past. What is missing there may come later: then came_older()."""
+        """Towards the past. Who is at its beginning goes on when there is more: came_older()."""
         if not self.back:
             self.back, self.end, self.cut = True, self.total, 0
+        before = self.end, self.cut
         self.cut += rows
         while self.end > self.first + 1 and self.cut >= (tall := len(self.rows(self.end))):
             self.end, self.cut = self.end - 1, self.cut - tall
-        self.missing = max(0, self.height - self._above())
-        if self.missing:
-            self._down(self.missing)
+        missing = max(0, self.height - self._above())
+        self._down(missing)
+        self.at_top = missing > 0
+        self.owed = rows if (self.end, self.cut) == before else 0
 
     def down(self, rows: int) -> None:
         """Towards the present, where it ends."""
-        self.missing = 0
+        self.at_top, self.owed = False, 0
         self._down(rows)
         self.back = self.end < self.total or self.cut > 0
 
     def came_older(self) -> None:
-        if self.back and self.missing:
-            self.up(self.missing)
+        self.at_top = False
+        if self.back and self.owed:
+            self.up(self.owed)
 
     def page(self) -> list[tuple[str, bool]]:
         """What is to be seen, as rows()."""
@@ -11196,6 +11202,24 @@ class Reader:
             self.end += 1
             self.cut += len(self.rows(self.end))
         self.cut = max(0, self.cut)
+
+
+GO_COMMANDS = ("/go", "/part", "/names", "/history")  # are followed by a conversation
+
+
+def complete_line(core: ClientCore, before: str, word: str) -> list[str]:
+    """What the last word of a line may become. Who spoke last comes first; a command may be
+    about somebody who is elsewhere."""
+    rooms = [room.name for room in core.rooms.values()]
+    command, first = before.split(" ")[0].lower(), word == before
+    if command in GO_COMMANDS and not first:
+        key = fold(word).lstrip("#")
+        return [name for name in rooms if fold(name).lstrip("#").startswith(key)]
+    near = [core.room] if core.room else []
+    near += core.rooms.values() if command[:1] == "/" else []
+    names = dict.fromkeys(n for room in near for n in (*reversed(room.people), room.name))
+    names.pop(core.name, None)
+    return completions(word, first, (name for name in names if not is_channel(name)), rooms)
 
 
 class Display:
@@ -11237,7 +11261,7 @@ class Display:
     def keep(self, view: View, room: Room | None = None) -> None:
         """In a conversation, unless the core has put it there."""
         room = room or self.core.rooms.get(fold(view.where)) or self.room
-        if not any(one is view for one in reversed(room.views)):
+        if not view.where or not any(one is view for one in reversed(room.views)):
             room.views.append(self.core.timed(view))
 
     def _take_said(self, view: View) -> None:
@@ -11258,7 +11282,8 @@ class Display:
     def _take_older(self, view: View) -> None:
         if fold(view.where) == fold(self.reader.room.name):
             self.fetching = False
-            self.reader.came_older()
+            if whole_number(view.text):
+                self.reader.came_older()
 
     def _take_place(self, view: View) -> None:
         self.reader, self.whole = self._read(), True
@@ -11310,18 +11335,16 @@ class Display:
         reader = self.reader
         if not reader.back:
             return []
-        below = f"{reader.below:,} new below" if reader.below else ""
-        full = len(reader.room.views) == VIEWS_KEPT
-        place = (
-            f"back at {reader.moment():%a %d %b %H:%M}"
-            if not reader.missing
-            else "older ones are coming"
-            if self.fetching
-            else f"the last {VIEWS_KEPT:,} are here"
-            if full
-            else "this is the beginning"
-        )
-        return [(below, (1, 36)), (place, (36,))]
+        return [(f"{reader.below:,} new below" * bool(reader.below), (1, 36)), (self._at(), (36,))]
+
+    def _at(self) -> str:
+        reader, views = self.reader, self.reader.room.views
+        if not reader.at_top:
+            return f"back at {reader.moment():%a %d %b %H:%M}"
+        if self.fetching and self.core.ready:
+            return "older ones are coming"
+        whole = reader.room.whole and len(views) < VIEWS_KEPT
+        return "this is the beginning" if whole else "nothing older is here"
 
     def frame(self, row: str, parts: list, now: float, due: bool = True) -> str:
         """What brings the screen up to date; what was said is looked at only when that is due."""
@@ -11623,7 +11646,6 @@ CLIENT_KEYS = (  # what /help tells of them
     "Ctrl-L:  draw the screen anew",
     "Ctrl-C:  forget the line; leave, if there is none",
 )
-GO_COMMANDS = ("/go", "/part", "/names", "/history")  # are followed by a conversation
 
 
 class TerminalClient(Client):
@@ -11662,9 +11684,9 @@ class TerminalClient(Client):
         finally:
             self.give_back()
         if waiting := len(self.core.outbox.waiting):
-            kept = self.core.outbox.journal
-            what_then = "they are sent the next time" if kept else "they were not sent"
-            print(f"{counted(waiting, 'message')} waiting; {what_then}")
+            kept = self.core.outbox.journal  # else there was nowhere to keep them
+            fate = "waiting, to be sent the next time" if kept else "not sent"
+            print(f"{counted(waiting, 'message')} {fate}")
         return reason
 
     def tick(self) -> None:
@@ -11732,16 +11754,7 @@ class TerminalClient(Client):
         self.pressed = True
 
     def complete(self, word: str, first: bool) -> list[str]:
-        """Those who spoke last first; a command may be about somebody who is elsewhere."""
-        core, key = self.core, fold(word)
-        rooms = [room.name for room in core.rooms.values()]
-        command = self.editor.before.split(" ")[0] if not first else ""
-        if command.lower() in GO_COMMANDS:
-            return [name for name in rooms if fold(name).lstrip("#").startswith(key.lstrip("#"))]
-        near = [self.display.room, *(core.rooms.values() if command[:1] == "/" else ())]
-        names = dict.fromkeys(n for room in near for n in (*reversed(room.people), room.name))
-        names.pop(core.name, None)
-        return completions(word, first, (n for n in names if not is_channel(n)), rooms)
+        return complete_line(self.core, self.editor.before, word)
 
     # Where one is
 

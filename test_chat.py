@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import codecs
 import collections
 import contextlib
 import datetime
@@ -34,6 +35,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -8000,7 +8002,7 @@ CLOCK = {"year": 2025, "month": 11, "day": 21, "hour": 8, "minute": 30}  # not t
         ({"kind": "went", "name": "bob", "text": "bye"}, ["08:30 bob left (bye)"]),
         ({"kind": "told", "text": "so it is"}, ["08:30 so it is"]),
         ({"kind": "failed", "text": "full: hi"}, ["08:30 FAILED: full: hi"]),
-        ({"kind": "people", "text": "@al, bo, cy", "where": "#rust"},
+        ({"kind": "people", "text": "cy, bo, @al", "where": "#rust"},
          ["08:30 3 in #rust", "  @al  bo   cy"]),
         ({"kind": "told", "text": "/away [REASON]  say that you are not here, or back"},
          ["/away [REASON]", "    say that you are not here, or back"]),
@@ -8258,16 +8260,11 @@ def test_while_one_reads_back_what_is_new_only_counts_and_is_printed_afterwards(
     desk.hear(*(f"old {n}" for n in range(50)))
     desk.paint()
     page = desk.display.reader.up(7) or desk.paint()[:-2]
-    desk.hear("new 0", "alice?", "new 2", called=True)
+    desk.hear("new 0", "alice?", called=True)
     assert desk.paint()[:-2] == page
-    assert "3 new below" in desk.screen.lines[-2] and desk.screen.bells == 1
+    assert "2 new below" in desk.screen.lines[-2] and desk.screen.bells == 1
     desk.display.reader.back = False
-    desk.paint()
-    assert desk.said[-4:] == ["old 49", "new 0", "08:30 ! bob: alice?", "new 2"][:1] + [
-        "08:30 ! bob: new 0",
-        "08:30 ! bob: alice?",
-        "08:30 ! bob: new 2",
-    ]
+    assert desk.paint()[-4:-2] == ["08:30 ! bob: new 0", "08:30 ! bob: alice?"]
     assert desk.said[:50] == [f"old {n}" for n in range(50)]
 
 
@@ -8292,15 +8289,21 @@ def test_a_page_of_older_messages_goes_on_where_one_was():
     desk.hear(*(f"{n}" for n in range(20)))
     desk.paint()
     reader, room = desk.display.reader, desk.core.room
-    reader.up(30)
-    assert desk.paint()[0] == DAY and "beginning" in desk.screen.lines[-2]
-    assert reader.missing > 0
-    desk.display.fetching = True
+    reader.up(30)  # there is less, and the person sees what there is
+    assert desk.paint()[0] == DAY and "nothing older is here" in desk.screen.lines[-2]
+    room.whole = True
+    assert "this is the beginning" in desk.paint()[-2]
+    desk.display.fetching, desk.core.talk = True, types.SimpleNamespace(ready=True)
     assert "older ones are coming" in desk.paint()[-2]
     older = [at(**CLOCK, text=f"older {n}", name="bob", where="#lobby") for n in range(40)]
-    room.views.extendleft(reversed(older))
-    desk.tell(chat.View(chat.OLDER, "40", where="#lobby"))
-    assert desk.screen.lines[7] == "08:30 bob: older 29" and reader.missing == 0
+    came = chat.View(chat.OLDER, "20", where="#lobby")
+    room.views.extendleft(reversed(older[20:]))
+    assert desk.tell(came)[7] == "08:30 bob: 6"
+    reader.up(60)
+    assert desk.paint()[:2] == [DAY, "08:30 bob: older 20"]
+    reader.up(7)  # nothing moves until there is more
+    room.views.extendleft(reversed(older[:20]))
+    assert desk.tell(came)[0] == "08:30 bob: older 12"
 
 
 def test_the_oldest_may_go_while_one_reads_it():
@@ -8310,7 +8313,7 @@ def test_the_oldest_may_go_while_one_reads_it():
     desk.display.reader.up(90)
     desk.paint()
     desk.hear(*(f"{n}" for n in range(chat.VIEWS_KEPT)))
-    assert desk.paint()[0] == "08:30 bob: 0" or desk.screen.lines[0] == DAY
+    assert desk.paint()[:2] == [DAY, "08:30 bob: 0"]  # the first that is left
     desk.core.room.views.clear()
     assert len(desk.paint()) == 10
 
@@ -8354,38 +8357,59 @@ def test_nothing_a_server_says_steers_the_terminal(seeded):
 class TerminalProcess:
     """The terminal client in a process of its own, on a terminal of ours."""
 
-    def __init__(self, address, *arguments):
+    def __init__(self, address, *arguments, state=None):
         import fcntl
         import pty
         import termios
 
-        self.termios = termios
+        self.termios, self.fcntl = termios, fcntl
         self.ours, self.theirs = pty.openpty()
-        fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.screen = Screen()
+        self.size(80, 24)
         self.before = termios.tcgetattr(self.theirs)
         ends = dict.fromkeys(("stdin", "stdout", "stderr"), self.theirs)
-        where = ["--server", "{}:{}".format(*address), "--no-state"]
-        environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "1"}
+        where = ["--server", "{}:{}".format(*address)] + ["--no-state"] * (state is None)
+        folders = dict.fromkeys(("XDG_DATA_HOME", "XDG_CONFIG_HOME"), str(state))
+        environment = {**os.environ, **folders, "TERM": "xterm", "NO_COLOR": "1"}
         self.process = program(
             "client", *arguments, *where, **ends, env=environment, start_new_session=True
         )
-        self.seen = ""
+        self.seen, self.decode = "", codecs.getincrementaldecoder("utf-8")().decode
 
     def type(self, text):
         os.write(self.ours, text.encode())
 
+    def size(self, columns, rows):
+        size = struct.pack("HHHH", rows, columns, 0, 0)
+        self.fcntl.ioctl(self.theirs, self.termios.TIOCSWINSZ, size)
+        self.screen.resize(columns, rows)
+
+    def resize(self, columns, rows):
+        self.size(columns, rows)
+        self.process.send_signal(signal.SIGWINCH)
+
     def sees(self, text):
-        """Wait until the screen has shown `text`."""
+        """Wait until the terminal was sent `text`."""
+        self.read_until(lambda: text in self.seen, text)
+        self.seen = self.seen.partition(text)[2]
+        return True
+
+    def shows(self, *texts):
+        """Wait until all of that stands on the screen."""
+        self.read_until(lambda: all(text in "\n".join(self.screen.lines) for text in texts), texts)
+        return True
+
+    def read_until(self, done, wanted):
         import select
 
         deadline = time.monotonic() + PATIENCE
-        while text not in self.seen:
+        while not done():
             left = deadline - time.monotonic()
             ready, _, _ = select.select([self.ours], [], [], max(0, left))
-            assert ready, f"{text!r} was not shown: {self.seen!r}"
-            self.seen += os.read(self.ours, 65536).decode(errors="replace")
-        self.seen = self.seen.partition(text)[2]
-        return True
+            assert ready, f"{wanted!r} was not shown: {self.seen!r} {self.screen.lines}"
+            text = self.decode(os.read(self.ours, 65536))
+            self.seen += text
+            self.screen.draw(text)
 
     def restored(self):
         return self.termios.tcgetattr(self.theirs) == self.before
@@ -8402,8 +8426,8 @@ def terminal():
     pytest.importorskip("pty")
     started = []
 
-    def start(*arguments):
-        started.append(TerminalProcess(*arguments))
+    def start(*arguments, **options):
+        started.append(TerminalProcess(*arguments, **options))
         return started[-1]
 
     yield start
@@ -8472,6 +8496,141 @@ def test_a_client_comes_back_when_its_server_does(terminal, folder):
         assert alice.sees("connected to")
         assert bob.until("alice: typed meanwhile")
         again.kill()
+
+
+def test_a_line_is_completed_with_who_spoke_last_and_with_where_one_may_go():
+    core = chat.ClientCore("alice", kind=chat.CHAT, join=("#lobby", "#rust"))
+    core.room_for("bob"), core.rooms["#rust"].came("bert")
+    for name in ("alice", "bea", "ben"):
+        core.room.came(name)
+    core.room.spoke("ben")
+    table = {
+        "b": ["ben: ", "bea: "],
+        "hi BE": ["ben ", "bea "],
+        "/te": ["/tell "],
+        "/tell b": ["ben ", "bea ", "bert ", "bob "],
+        "/go ": ["#lobby", "#rust", "bob"],
+        "/go ru": ["#rust"],
+        "/go B": ["bob"],
+        "see #r": ["#rust "],
+        "a": [],
+    }
+    for before, expected in table.items():
+        word = before[before.rfind(" ") + 1 :]
+        assert chat.complete_line(core, before, word) == expected, before
+
+
+def test_several_conversations_at_a_terminal(running, terminal):
+    server = running()
+    bob = server.guest()
+    bob.enter_irc("bob", "JOIN #lobby,#rust", "TOPIC #rust :borrow checkers")
+    alice = terminal(server.address, "alice", "--join", "#lobby,#rust")
+    assert bob.until("alice!") and bob.until("alice!") and alice.shows("#lobby 2")
+    bob.send("PRIVMSG #rust :one\r\nPRIVMSG #rust :alice: two\r\nPRIVMSG alice :psst\r\n")
+    assert alice.shows("#lobby 2", "#rust:2!", "bob:1!") and alice.screen.bells
+    alice.type("to everybody\r")
+    assert bob.until("PRIVMSG #lobby :to everybody")
+    alice.type("\x1b2")
+    assert alice.shows("#rust: borrow checkers", "bob: one", "! bob: alice: two", "#rust alice>")
+    assert "to everybody" not in "\n".join(alice.screen.lines)
+    alice.type("\x1baand you\r")
+    assert bob.until("PRIVMSG bob :and you")
+    assert alice.shows("with bob", "bob: psst", "alice: and you", "bob alice>")
+    alice.type("/go ru\t\r/names\r")
+    assert alice.shows("2 in #rust", "  @bob   alice")
+    alice.type("\x1bp\x1bp\x1bn")  # two back, one on
+    assert alice.shows("── #lobby", "alice: to everybody")
+    alice.resize(40, 12)
+    assert alice.shows("───") and len(alice.screen.lines) <= 12
+    alice.type("/help go\r")
+    assert alice.shows("/go #CHANNEL|NAME|N\n    look at another conversation, by")
+
+
+def test_a_person_pages_up_through_what_the_server_keeps(running, terminal):
+    server = running()
+    bob = server.guest("bob")
+    bob.send("".join(f"number {n}.\n" for n in range(250)) + "/names\n")
+    bob.until("#lobby")
+    alice = terminal(server.address, "alice")
+    assert alice.shows("number 249.", "alice>")
+    screen = alice.screen
+    numbers = set(re.findall(r"number (\d+)\.", " ".join(screen.lines)))
+    while "this is the beginning" not in screen.lines[-2]:
+        top = screen.lines[0]
+        alice.type("\x1b[5~")
+        alice.read_until(
+            lambda top=top: (
+                screen.lines[-1:] == ["alice>"]
+                and (screen.lines[0] != top or "beginning" in screen.lines[-2])
+            ),
+            "another page",
+        )
+        numbers |= set(re.findall(r"number (\d+)\.", " ".join(screen.lines)))
+    assert alice.shows("bob: number 0.")
+    assert {str(n) for n in range(250)} - numbers == set()
+    bob.send("something new\n")
+    assert alice.shows("1 new below")
+    alice.resize(40, 10)
+    assert alice.shows("1 new below")
+    alice.type("\x1b[F")
+    assert alice.shows("number 249.", "bob: something new", "#lobby 2 connected")
+    alice.type("\x1b[5~draft")
+    assert alice.shows("back at", "alice> draft")
+    alice.process.send_signal(signal.SIGTERM)
+    assert alice.process.wait(PATIENCE) == 0
+    assert alice.restored() and alice.sees("\x1b[?1049l")
+
+
+def test_a_cut_line_is_told_once_counted_down_and_nothing_typed_is_lost(terminal, folder):
+    with serving("--data", folder / "server") as (process, address):
+        alice = terminal(address, "alice", state=folder / "alice")
+        assert alice.shows("you are alice", "#lobby 1 connected")
+        process.kill()
+        assert alice.shows("reconnecting in")
+        alice.type("said meanwhile\r/names\r")
+        assert alice.shows("alice: said meanwhile", "1 waiting", "alice> /names")
+        assert alice.sees("reconnecting in 2 s") and alice.sees("reconnecting in 1 s")
+        assert sum("trying again" in line for line in alice.screen.lines) == 1
+    alice.type("\x15/quit\r")
+    assert alice.shows("1 message waiting, to be sent the next time")
+    assert alice.process.wait(PATIENCE) == 0 and alice.restored()
+    assert "reconnecting" not in "\n".join(alice.screen.lines)
+    with program("server", "--listen", "{}:{}".format(*address), "--data", folder / "server") as p:
+        p.stdout.readline()
+        bob = Guest(address, "bob")
+        again = terminal(address, "alice", state=folder / "alice")
+        assert bob.until("alice: said meanwhile") and again.shows("alice: said meanwhile")
+        bob.close()
+        p.kill()
+
+
+def test_a_stopped_client_gives_the_terminal_back_until_it_goes_on(running, terminal):
+    """The system does not stop who has no shell above him: he goes on at once."""
+    alice = terminal(running().address, "alice")
+    assert alice.shows("connected", "alice>")
+    alice.type("draft")
+    assert alice.shows("alice> draft")
+    alice.process.send_signal(signal.SIGTSTP)
+    assert alice.sees("\x1b[?2004l") and alice.sees("\x1b[?2004h")
+    assert alice.shows("alice> draft")
+
+
+def test_typing_is_not_slowed_by_a_storm(running, terminal):
+    """The suite shares its computer: the time is that of one key in three."""
+    server = running()
+    bob, alice = server.guest("bob"), terminal(server.address, "alice")
+    assert alice.shows("#lobby 2 connected", "alice>")
+    storm = "".join(f"storm {n} of words that somebody says\n" for n in range(500)).encode()
+    delays, typed = [], ""
+    for c in "the quick brown fox":
+        bob.send(storm)
+        typed, began = typed + c, time.monotonic()
+        alice.type(c)
+        alice.seen = ""
+        assert alice.sees(f"alice> {typed}")
+        delays.append(time.monotonic() - began)
+    assert sorted(delays)[len(delays) // 3] < 0.25
+    assert alice.shows("storm 499 of")
 
 
 # ======================================================================================
