@@ -214,12 +214,12 @@ HISTORY_LINES_MOST = 500
 PAGE_LINES = 100  # that our clients ask for at once
 SENT_AHEAD = 32  # messages of ours under way: what is sent again after a break, at most
 VIEWS_KEPT = 2000  # of a conversation, by our clients; more is in the server's history
-IDS_KEPT = 1000  # of messages, to tell a repeat
+IDS_KEPT = 10_000  # of messages, to tell a repeat
 ROOMS_KEPT = 200  # conversations; a private one that nobody looks at gives way to the next
 TOKENS_KEPT = 500  # capabilities, and tokens of 005, that a server may have
 BATCH_LINES = 2000  # of what a server says at once ...
 BATCHES = 20  # ... and so many that it has not ended
-TARGETS_ASKED = 50  # private talks with something new, after a break
+TARGETS_ASKED = 500  # places with something new, after a break
 SHOWN_FAILED = 100  # bytes of a message that did not arrive
 SHORT_NAME = 9  # letters that every server takes (RFC 2812 section 1.2.1) ...
 NAMES_TRIED = 4  # ... and names, before we give up
@@ -242,6 +242,7 @@ WATCH_SECONDS = 1.0  # between two looks whether the server is still there ...
 SILENT_SECONDS = 25.0  # ... which is given up after so long: half of it, then a PING ...
 WAITING_SECONDS = 10.0  # ... and sooner while a message waits to be acknowledged
 OUTBOX_FULL = 256  # messages: then a pipe is read later
+UNDERSTOOD_KEPT = 10_000  # said to a server that may turn out to speak IRC, to be said again
 
 PAINTS_A_SECOND = 30  # of the terminal: more cannot be seen
 LINES_AT_ONCE = 200  # new in a conversation that a terminal shows: a page of history
@@ -263,7 +264,8 @@ LOBBY = "#lobby"  # where everybody without a channel of their own finds themsel
 SERVICE = "NickServ"  # who looks after accounts, for clients that know no better
 SERVICE_KEY = SERVICE.lower()
 SERVICES = (SERVICE_KEY, "chanserv", "histserv")  # and what other servers have
-PASSWORD_CHANGED = "your password is another now"  # as NickServ says it
+PASSWORD_CHANGED = "your password is another now"  # as NickServ says it, and ...
+ACCOUNT_GONE = "your account is gone"  # ... this
 UNCONFIRMED = "sent-"  # before a message's id, in a PING that is sent behind it
 
 MESSAGE, ACTION, NOTICE = "message", "action", "notice"
@@ -1761,7 +1763,8 @@ class Session:
     )
     # wire.encode(audience, events) -> a line each; wire.own(event, line) -> what its origin gets
     wire: Any
-    secret = ""  # the hash of one that only this client knows
+    client = ""  # the hash of a secret that only this client knows ...
+    secret = ""  # ... and the same if it has a place by that
     unended = False  # whether a last line without its end counts; else it may be half of one
     probed = False  # whether its peer is asked now and then if it is there: probe()
     follows = False  # whether it hears more of those it watches than that they come and go
@@ -1786,7 +1789,7 @@ class Session:
     def author(self) -> str:
         """Whose ids for messages these are: of the client that makes them, if it says which
         it is, whoever is logged in; else of a person."""
-        return self.secret or self.user.identity
+        return self.client or self.user.identity
 
     def receive(self, line: bytes) -> None:
         """One complete line, or TOO_LONG, from the peer."""
@@ -2186,7 +2189,7 @@ class Accounts(dict[str, Account]):
     def is_foreign(self, name: str, account: str) -> bool:
         """Whether a name belongs to another account, or to nobody ever."""
         key = fold(name)
-        return key == SERVICE_KEY or (key in self and key != fold(account))
+        return key in SERVICES or (key in self and key != fold(account))
 
     def find(self, name: str) -> tuple[str, Verifier]:
         """As it is registered, and its verifier; or one that nothing fits."""
@@ -2318,7 +2321,9 @@ class Hub:
         """A session becomes a user, under a name that free_name() or check_name() allowed."""
         self.last_id += 1
         source = source_of(name, session.conn.address, username)
-        user = User(source, realname or name, f"~{self.last_id}", self.now)
+        # Who comes back with his secret after all is still who he was to his private talks
+        stay = f"~{session.secret[:SECRET_DIGITS] or self.last_id}"
+        user = User(source, realname or name, stay, self.now)
         if account:
             user.logged_in(account, self.accounts.identity(account))
         self.arrived(user)
@@ -2345,6 +2350,8 @@ class Hub:
             channel.by_wire = None
         for other in before:
             other.replaced()
+        if session.secret in user.secrets:  # that makes nobody an operator
+            user.modes.discard("o")
         if session.secret:
             user.secrets[session.secret], self.places[session.secret] = None, user
         for secret in list(user.secrets)[:-SECRETS_A_USER]:
@@ -2377,6 +2384,7 @@ class Hub:
         elif for_good or not user.may_return:
             self.remove(user, session.parting, session)
         else:
+            user.modes.discard("o")
             session.site.house.miss(user)
 
     def remove(self, user: User, reason: str, session: Session | None = None) -> None:
@@ -2505,12 +2513,6 @@ class Hub:
             user.away = reason
             self.turn.kept.add(user)
             self.emit(AWAY, user.source, self.witnesses(user), reason, origin=session)
-
-    def set_realname(self, session: Session, realname: str) -> None:
-        session.user.realname = realname
-        user = session.user
-        self.turn.kept.add(user)
-        self.emit(REALNAME, user.source, self.witnesses(user), realname, origin=session)
 
     # Talking
 
@@ -2656,6 +2658,13 @@ def enter_channel(session: Session, name: str, password: str = "") -> Channel | 
         if other is not session:
             other.place_entered(channel)
     return channel
+
+
+def set_realname(session: Session, realname: str) -> None:
+    user, hub = session.user, session.site.hub
+    user.realname = realname
+    hub.turn.kept.add(user)
+    hub.emit(REALNAME, user.source, hub.witnesses(user), realname, origin=session)
 
 
 def kill(session: Session, victim: User, reason: str) -> None:
@@ -3509,11 +3518,14 @@ class Receipts:
     def knows(self, owner: str, own_id: str) -> bool:
         return self.find(self.store.db, owner, own_id) is not None
 
-    def event(self, owner: str, own_id: str) -> tuple[int, Event | None]:
-        """What was said under that id, which is known: its id, and all of it if it is still
-        there. On whatever thread."""
+    def event(self, owner: str, own_id: str) -> tuple[int, Event | None] | None:
+        """What was said under that id: its id, and all of it if it is still there. On
+        whatever thread."""
         with self.store.reading() as db:
-            id, target = self.find(db, owner, own_id)
+            found = self.find(db, owner, own_id)
+            if found is None:
+                return None
+            id, target = found
             query = f"SELECT {COLUMNS} FROM events WHERE target = ? AND id = ?"
             row = db.execute(query, [target, id]).fetchone()
         return id, event_of(*row) if row else None
@@ -3728,7 +3740,7 @@ class Store:
 
     def targets_of(self, db: sqlite3.Connection, place: Place) -> list[int]:
         found = [row[0] for row in db.execute("SELECT id FROM targets WHERE key = ?", [place.key])]
-        if place.owner[:1] == "=":
+        if place.owner:
             query = """
                 SELECT id FROM targets WHERE one = ? AND other_key = ? AND other LIKE '~%'
                 UNION SELECT id FROM targets WHERE other = ? AND one_key = ? AND one LIKE '~%'"""
@@ -4265,8 +4277,9 @@ class Collected:
         if goes_on and not text:
             raise Refused("MULTILINE_INVALID", "nothing cannot go on with a line")
         between = "" if not self.lines else SOFT_BREAK if goes_on else "\n"
-        self.verb, self.text, self.lines = verb, self.text + between + text, self.lines + 1
-        if len(self.text.encode()) > LINE_BYTES:
+        self.verb, self.text = verb, self.text + between + text
+        self.lines += not goes_on
+        if len(self.text.replace(SOFT_BREAK, "").encode()) > LINE_BYTES:
             text = "the message is too long; nobody got it"
             raise Refused("MULTILINE_MAX_BYTES", text, str(LINE_BYTES))
         if self.lines > MESSAGE_LINES:
@@ -4349,6 +4362,7 @@ class IrcSession(Session):
         "account",
         "asked",
         "batch",
+        "client",
         "collected",
         "exchange",
         "from_service",
@@ -4381,7 +4395,7 @@ class IrcSession(Session):
         self.labelled: Labelled | None = None  # where its answer began, if it has a label
         self.batch = ""  # that this answer is in, if it is more than a line
         self.subscribed: dict[str, None] = {}  # keys of metadata
-        self.secret = ""
+        self.secret = self.client = ""
         self.account = self.away = ""  # logged in to, and away, before there is a user
         self.login = ""  # Account.identity of that account
         self.from_service = False  # the answer that is waited for is NickServ's
@@ -4780,7 +4794,10 @@ def own_place(session: IrcSession) -> User | None:
     """Whoever has this session's secret. It is no log-in: of an account's user it makes no
     more than those who are logged in to it may have."""
     user = session.site.hub.places.get(session.secret)
-    if user and user.account not in ("", session.account):
+    if user is None:
+        return None
+    others = any(one.secret != session.secret for one in user.live)
+    if user.account != session.account and (user.account or others):
         text = f"log in to {user.account} to have your place again"
         session.fail("SESSION", "ACCOUNT_REQUIRED", text)
         session.secret = ""  # or it would be the secret of two places
@@ -4814,6 +4831,8 @@ def come_in(session: IrcSession) -> None:
     holder = own_place(session) or who_is_there(session, wanted)
     session.password = ""
     if holder:
+        if session.secret in holder.secrets:
+            session.line("NOTE SESSION RESUMED :you have your place again")
         hub.attach(session, holder)
         if session.account and holder.account != session.account:
             hub.log_in(session, session.account)
@@ -5074,7 +5093,7 @@ def irc_session(session: IrcSession, secret: str) -> None:
         raise Refused("ALREADY_NAMED", "you are here already")
     if not re.fullmatch(rf"[0-9a-f]{{{SECRET_DIGITS}}}", secret):
         raise Refused("BAD_SECRET", f"a secret has {SECRET_DIGITS} hexadecimal digits")
-    session.secret = hashlib.sha256(secret.encode()).hexdigest()
+    session.secret = session.client = hashlib.sha256(secret.encode()).hexdigest()
 
 
 @irc_command("PING", 1, nameless=True)
@@ -5148,7 +5167,7 @@ def service_passwd(session: IrcSession, old: str, new: str) -> None:
 @service_command("drop", 1)
 def service_drop(session: IrcSession, password: str) -> None:
     """DROP PASSWORD -- give up your account"""
-    done = functools.partial(session.service_says, "your account is gone")
+    done = functools.partial(session.service_says, ACCOUNT_GONE)
     drop_account(session, password, done)
 
 
@@ -5249,7 +5268,9 @@ def repeated(session: IrcSession, name: str, own: str) -> bool:
     if not own or not (first or key in receipts.lost or receipts.knows(*key)):
         return False
 
-    def tell(found: tuple[int, Event | None]) -> None:
+    def tell(found: tuple[int, Event | None] | None) -> None:
+        if found is None:  # the turn that it was said in could not be kept
+            return session.tell_not_kept("*", own, reason="it could not be stored")
         id, event = found
         past = Past(name if name.startswith("#") else "")
         if event is None:
@@ -5260,7 +5281,7 @@ def repeated(session: IrcSession, name: str, own: str) -> bool:
 
     if key in receipts.lost:
         session.tell_not_kept("*", own, reason="it was said before, and could not be kept")
-    elif first:
+    elif first and session.site.store.path is None:  # which loses nothing, and is read too soon
         tell((first.id, first))
     else:
         session.read(functools.partial(receipts.event, *key), tell)
@@ -5350,10 +5371,10 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
         raise Refused("INVALID_REFTAG", "there is no such batch", reference)
     if done.failed:
         return
-    if not done.text.strip("\n"):
-        raise Refused("MULTILINE_INVALID", "there is nothing to say")
     if done.label and "labeled-response" in session.wire.capabilities:
         session.begin_answer(done.label)
+    if not done.text.strip("\n"):
+        raise Refused("MULTILINE_INVALID", "there is nothing to say")
     if repeated(session, done.target, done.own_id):
         return
     hub, kind = session.site.hub, MESSAGE if done.verb == "PRIVMSG" else NOTICE
@@ -5378,7 +5399,7 @@ def irc_setname(session: IrcSession, realname: str) -> None:
     if not is_visible(realname) or len(realname.encode()) > REALNAME_BYTES:
         text = f"a real name has 1 to {REALNAME_BYTES} bytes that can be seen"
         return session.fail("SETNAME", "INVALID_REALNAME", text)
-    session.site.hub.set_realname(session, realname)
+    set_realname(session, realname)
 
 
 # Channels
@@ -7018,11 +7039,13 @@ class Outbox:
         self.waiting[one.id] = one
         return one
 
-    def next(self) -> Waiting | None:
-        """What is to be sent now. Nothing overtakes what was said before it."""
+    def next(self, carries: Callable[[Waiting], bool]) -> Waiting | None:
+        """What is to be sent now, of what the talk `carries`. Nothing overtakes what was said
+        before it."""
         if len(self.flying) >= SENT_AHEAD:
             return None
-        one = next((one for id, one in self.waiting.items() if id not in self.flying), None)
+        there = (one for id, one in self.waiting.items() if id not in self.flying)
+        one = next(filter(carries, there), None)
         if one is None or one.id in self.doubtful:
             return None
         self.flying[one.id] = None
@@ -7070,11 +7093,12 @@ class Room:
         self.people: dict[str, str] = {}  # ranks by name; who spoke last is last
         self.topic = ""
         self.inside = False
-        self.wanted = True  # to be entered again after a break
+        self.wanted = False  # to be entered again after a break ...
+        self.entered = False  # ... unless our place is given back, which includes it
         self.mark = ""  # up to here (msgid=... or timestamp=...) everything is held
         self.held: list[View] | None = None  # what waits for the pages that come before it ...
         self.spilled = False  # ... and was more than could be held: there will be pages of it
-        self.seen: dict[str, None] = {}  # ids
+
         self.views = Transcript(maxlen=VIEWS_KEPT)
         self.whole = False  # there is nothing older than the first of these
         self.unread = self.called = 0
@@ -7087,16 +7111,6 @@ class Room:
     def oldest(self) -> str:
         """The id of the first message here; "" if there is none."""
         return next((view.id for view in self.views if view.id), "")
-
-    def holds(self, view: View) -> bool:
-        """Whether that message is here already; from now on it is."""
-        if not view.id:
-            return False
-        known = view.id in self.seen
-        self.seen[view.id] = None
-        if len(self.seen) > IDS_KEPT:
-            del self.seen[next(iter(self.seen))]
-        return known
 
     def hold(self, view: View) -> None:
         """Until what comes before it is there."""
@@ -7140,7 +7154,7 @@ class PlainTalk:
 
     def __init__(self, core: "ClientCore"):
         self.core = core
-        self.sent: collections.deque[Waiting] = collections.deque(maxlen=OUTBOX_FULL)
+        self.sent: collections.deque[Waiting] = collections.deque(maxlen=UNDERSTOOD_KEPT)
         core.output.append(core.wanted_name)
         core.rooms.setdefault(fold(LOBBY), Room(LOBBY)).inside = True
         core.here = LOBBY
@@ -7154,6 +7168,7 @@ class PlainTalk:
         kind, match = next((pair for pair in matches if pair[1]), (TOLD, None))
         if match is None:
             return core.show(View(TOLD, line, where=LOBBY, line=line))
+        core.sure = True
         name, rest = match.groups()
         if kind == WENT:
             room.people.pop(name, None)
@@ -7167,10 +7182,15 @@ class PlainTalk:
             core.show(View(kind, name=name, where=LOBBY, address=rest, line=line))
         core.show(View(PEOPLE, where=LOBBY))
 
+    def carries(self, one: Waiting) -> bool:
+        """What was meant for somebody else is not for everybody."""
+        return fold(one.where) == fold(LOBBY)
+
     def transmit(self, one: Waiting) -> None:
         text = f"*{one.text}*" if one.kind == ACTION else one.text
         self.core.output += text.split("\n")
-        self.sent.append(one)
+        if not self.core.sure:
+            self.sent.append(one)
         self.core.shown.discard(one.id)
         self.core.outbox.arrived(one.id)  # or never will: nobody tells
 
@@ -7252,13 +7272,13 @@ def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> Non
     """What was said before we came."""
     for view in views:
         talk.core.deliver(room, view._replace(past=True))
-    room.whole = len(views) < limit
+    room.whole = not views  # a short page may be one of long messages
     talk.core.release(room)
 
 
 def page_missed(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
     """Page by page, until there is nothing new: one may be short because of its size."""
-    new = any(view.id not in room.seen for view in views)
+    new = any(view.id not in talk.core.seen for view in views)
     for view in views:
         talk.core.deliver(room, view)
     if new or room.spilled:
@@ -7273,7 +7293,6 @@ def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None
     size = sum(len(view.text.encode()) for view in views)
     if len(views) >= limit or size > PAGE_BYTES // 2:
         room.views.clear()
-        room.seen.clear()
         room.whole = False
         text = "more was said meanwhile; page up, or /history, shows it"
         talk.core.show(View(NOTE, text, where=room.name))
@@ -7288,7 +7307,8 @@ def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None
 
 def page_older(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
     """In front of what is there."""
-    views = [view._replace(past=True) for view in views if not room.holds(view)]
+    shown = {view.id for view in room.views}
+    views = [view._replace(past=True) for view in views if view.id not in shown]
     views = views[len(views) - (VIEWS_KEPT - len(room.views)) :] if room.views else views
     room.views.extendleft(reversed(views))
     room.whole = not views
@@ -7312,15 +7332,19 @@ class IrcTalk:
         self.asked: collections.deque[Asked] = collections.deque()  # in the order of answers
         self.names: dict[str, dict[str, str]] = {}  # by key of a channel, as they come
         self.shown_names: set[str] = set()  # keys of channels that somebody wants to see them of
-        self.going: set[str] = set()  # keys of channels to be looked at once we are there
+        self.going: dict[str, str] = {}  # channels to be looked at once we are there: passwords
         self.introduced = self.negotiating = False
+        self.resumed = False  # we have our place again: the server says where we are
         self.tries = 1  # at names
         self.login: Iterator | None = None  # an exchange of SASL, from the client's side ...
         self.exchange: Exchange | None = None  # ... and what is received of it
+        self.mechanism_used = ""
+        self.proven = False  # the server has shown that it knows the password, too
         self.mask = ""  # ours, as others see it
         self.pings = 0
         self.unconfirmed: list[str] = []  # own ids of what the next PONG is behind
-        self.since = core.newest  # what came later than this, we have not seen
+        # What came later than this, we may not have seen: times are unique within one target
+        self.since = max(0, core.newest - 2 * TIMES_AHEAD)
         self.send("CAP LS 302")
 
     # What this server can do
@@ -7402,7 +7426,7 @@ class IrcTalk:
         password travels in the clear by itself, only when somebody asked for it."""
         core = self.core
         offered = self.offered["sasl"].split(",") if self.offered["sasl"] else [*LOGINS]
-        name = next((name for name in LOGINS if name in offered and core.login), "")
+        name = next((name for name in LOGINS if name in offered and core.me.login), "")
         if name == "PLAIN" and not (core.secure or asked):
             text = "not logged in: this server wants to be told the password in the clear"
             core.show(View(NOTE, f"{text}; /login does so, ircs:// is better"))
@@ -7410,7 +7434,8 @@ class IrcTalk:
         return name
 
     def begin_log_in(self, mechanism: str) -> None:
-        self.login = LOGINS[mechanism](*self.core.login)
+        self.login, self.mechanism_used = LOGINS[mechanism](*self.core.me.login), mechanism
+        self.proven = False
         next(self.login)  # the server speaks first, if only to say nothing
         self.exchange = Exchange(self.login)
         self.send("AUTHENTICATE", mechanism)
@@ -7439,6 +7464,9 @@ class IrcTalk:
         for text, goes_on in lines:
             self.send(f"@batch=m{f';{CONCAT}' * goes_on}", "PRIVMSG", one.where, text)
         self.send("BATCH", "-m")
+
+    def carries(self, one: Waiting) -> bool:
+        return True
 
     def longest_mask(self) -> str:
         return f"{self.core.name}!{'u' * USERNAME_BYTES}@{'h' * HOST_BYTES}"
@@ -7557,6 +7585,17 @@ class IrcTalk:
 # What a server says: whatever has no function of its own, and before there is a welcome
 
 
+NOT_JOINED = ("403", "405", "471", "473", "474", "475", "476", "477")
+
+
+def give_up_doubts(talk: IrcTalk, name: str) -> None:
+    """Where we cannot be, nobody tells whether it arrived."""
+    room, core = talk.core.rooms.get(fold(name)), talk.core
+    for id in list(core.outbox.doubtful) if room and not room.inside else ():
+        if fold(core.outbox.waiting[id].where) == fold(name):
+            core.lost(id, "the line broke: it may have arrived or not")
+
+
 def refused(talk: IrcTalk, heard: Heard, text: str) -> None:
     """Something that we wanted: a message of ours, if it has our label."""
     label = heard.tags.get("label", "")
@@ -7575,6 +7614,8 @@ def tell_rest(talk: IrcTalk, heard: Heard) -> None:
     *about, text = heard.params[1:] or heard.params
     between = ": " if heard.verb[:1] in ("4", "5") else " "
     text = between.join([" ".join(about), text] if about else [text])
+    if heard.verb in NOT_JOINED and len(heard.params) > 1:
+        give_up_doubts(talk, heard.params[1])
     if heard.verb not in SAYING_FAILED:
         return refused(talk, heard, text)
     flying = (talk.core.outbox.waiting[id] for id in talk.core.outbox.flying)
@@ -7607,6 +7648,31 @@ def no_capabilities(talk: IrcTalk, heard: Heard) -> None:
     talk.introduce()
 
 
+def keep_login(core: "ClientCore") -> None:
+    if core.me.keep:
+        try:
+            core.me.keep(core.me.login)
+        except Unusable as error:
+            core.show(View(NOTE, f"{error}; the next start cannot log in by itself"))
+
+
+def renew_login(core: "ClientCore") -> None:
+    """The one that was proposed is valid now."""
+    if core.me.proposed:
+        core.me.login, core.me.proposed = core.me.proposed, None
+        core.me.account = core.me.login.account
+        if core.me.generated:
+            keep_login(core)
+
+
+def forget_login(core: "ClientCore") -> None:
+    """Nobody has that account, or not with that password."""
+    core.me.proposed, core.me.login = None, None
+    if core.me.generated:
+        core.me.generated = False
+        keep_login(core)
+
+
 def answer_log_in(talk: IrcTalk, said: Any) -> None:
     """`said` by the server, or by a job that the exchange asked for."""
     if talk is not talk.core.talk or talk.login is None:
@@ -7618,7 +7684,10 @@ def answer_log_in(talk: IrcTalk, said: Any) -> None:
     except Refused:
         return talk.send("AUTHENTICATE", "*")
     if callable(answer):
+        talk.exchange = None  # nothing can be said to us meanwhile
         return talk.core.later(answer, functools.partial(answer_log_in, talk))
+    talk.exchange = Exchange(talk.login)
+    talk.proven = talk.mechanism_used == "PLAIN" or answer == b""
     for chunk in Exchange.chunks(answer):
         talk.send("AUTHENTICATE", chunk)
 
@@ -7644,14 +7713,32 @@ def end_log_in(talk: IrcTalk) -> None:
         talk.send("CAP", "END")
 
 
-@from_server("903")
+@from_server("903", least=1)
 def logged_in(talk: IrcTalk, heard: Heard) -> None:
+    core = talk.core
+    if not talk.proven:
+        core.over = "the server said that we are logged in, and could not prove that it is right"
+        return talk.bye()
+    core.me.account = core.me.login.account if core.me.login else ""
+    renew_login(core)
     end_log_in(talk)
+
+
+def come_another_time(talk: IrcTalk, why: str) -> None:
+    """Not as somebody else, who would say everything once more."""
+    talk.core.refusal, talk.core.patient = why, True
+    talk.bye()
 
 
 @from_server("902", "904", "905", "906", "907", least=1)
 def not_logged_in(talk: IrcTalk, heard: Heard) -> None:
-    talk.core.show(View(NOTE, f"not logged in: {heard.params[-1]}"))
+    core, why = talk.core, f"not logged in: {heard.params[-1]}"
+    core.show(View(NOTE, why))
+    if core.me.proposed and not talk.ready:  # the /register before the break was not heard
+        core.me.login = None
+        forget_login(core)
+    elif core.me.account and not talk.ready:
+        return come_another_time(talk, why)
     end_log_in(talk)
 
 
@@ -7684,12 +7771,13 @@ def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
 @from_server("001", least=1)
 def welcomed(talk: IrcTalk, heard: Heard) -> None:
     core, talk.ready = talk.core, True
+    core.sure = True
     core.name = heard.params[0]
     core.began = core.began or heard.time or 0
     if core.tidy or core.name != core.wanted_name:
         core.show(View(TOLD, f"you are {core.name}"))
     for room in core.rooms.values():
-        if room.is_channel and room.wanted:
+        if room.is_channel and room.wanted and not (talk.resumed and room.entered):
             talk.enter(room)
     if talk.pages and talk.since:
         now = tag_time(LAST_MOMENT)
@@ -7776,8 +7864,13 @@ def failed(talk: IrcTalk, heard: Heard) -> None:
     verb, code, *about, text = heard.params
     if (verb, code) == ("SESSION", "REPLACED"):
         talk.core.over = "another client of yours has taken this place"
+    elif (verb, code) == ("SESSION", "ACCOUNT_REQUIRED"):
+        come_another_time(talk, text)
     elif verb == "CHATHISTORY":
         end_page(talk)
+    elif verb == "REGISTER":
+        forget_login(talk.core)
+        refused(talk, heard, text)
     elif code == "NOT_KEPT" and len(about) > 1:
         talk.core.lost(about[1], text)
     else:
@@ -7787,24 +7880,26 @@ def failed(talk: IrcTalk, heard: Heard) -> None:
 # What a server says: people and their words
 
 
-def renew_login(core: "ClientCore") -> None:
-    """The one that was proposed is valid now."""
-    if core.proposed:
-        core.login, core.proposed = core.proposed, None
-        if core.generated:
-            core.keep(core.login)
+@from_server("NOTE", "WARN", least=3)
+def noted(talk: IrcTalk, heard: Heard) -> None:
+    if heard.params[:2] == ["SESSION", "RESUMED"]:
+        talk.resumed = True
+    else:
+        talk.core.show(View(TOLD, heard.params[-1]))
 
 
 @from_server("PRIVMSG", "NOTICE", least=2)
 def somebody_spoke(talk: IrcTalk, heard: Heard) -> None:
     text = heard.params[1]
-    if text.startswith("\x01") and not text.startswith("\x01ACTION "):
-        return  # CTCP: between programs, and ours has nothing to say to it
     view = spoken_view(talk, heard, text)
+    if text.startswith("\x01") and not text.startswith("\x01ACTION ") and not view.mine:
+        return  # CTCP: between programs, and ours has nothing to say to it
     if view.kind == SAID:
         return talk.core.said(view)
     if fold(view.name) == SERVICE_KEY and text == PASSWORD_CHANGED:
         renew_login(talk.core)
+    elif fold(view.name) == SERVICE_KEY and text == ACCOUNT_GONE:
+        forget_login(talk.core)
     who = f"{view.name}: " if "!" in heard.source else ""
     talk.core.show(View(TOLD, who + view.text, time=view.time))
 
@@ -7824,15 +7919,16 @@ def missed_in_a_talk(talk: IrcTalk, heard: Heard) -> None:
 def we_joined(talk: IrcTalk, heard: Heard) -> None:
     core, talk.mask = talk.core, heard.source
     room = core.room_for(heard.params[0])
-    room.name, room.inside, room.wanted = heard.params[0], True, True
+    room.name, room.inside = heard.params[0], True
+    room.wanted = room.entered = True
+    room.password = talk.going.get(fold(room.name), room.password)
     if not core.tidy and not room.mark:  # whatever is said from now on
         if "msgid" in heard.tags:
             room.mark = f"msgid={heard.tags['msgid']}"
         elif core.began:  # we came in before, and the line broke before we heard of it
-            room.mark = f"timestamp={tag_time(core.began)}"
+            room.mark = f"timestamp={tag_time(max(core.began, talk.since))}"
     core.newest = max(core.newest, heard.time or 0)
-    if fold(room.name) in talk.going:
-        talk.going.discard(fold(room.name))
+    if talk.going.pop(fold(room.name), None) is not None:
         core.go(room)
     talk.catch_up(room)
 
@@ -8025,6 +8121,17 @@ def registered(talk: IrcTalk, heard: Heard) -> None:
 # The core
 
 
+def check_message(where: str, text: str, kind: str) -> None:
+    """Raise Refused if no server would take it."""
+    if text.count("\n") >= MESSAGE_LINES or len(text.encode()) > LINE_BYTES:
+        limit = f"a message has at most {MESSAGE_LINES} lines and {LINE_BYTES:,} bytes"
+        raise Refused("TOO_LONG", limit)
+    if kind == ACTION and len(text.encode()) > FITS_ALWAYS:
+        raise Refused("TOO_LONG", f"what one does has at most {FITS_ALWAYS} bytes")
+    if len(where.encode()) > NAME_BYTES:
+        raise Refused("BAD_NAME", f"a name has at most {NAME_BYTES} bytes")
+
+
 class Login(NamedTuple):
     """What a client knows of its account."""
 
@@ -8050,7 +8157,35 @@ class Rooms(dict[str, Room]):
 def wanted_rooms(join: Iterable[str]) -> Rooms:
     """Each is a channel, and perhaps its password behind a blank."""
     names = [words.split() for words in join if words.split()] or [[LOBBY]]
-    return Rooms((fold(words[0]), Room(*words[:2])) for words in names)
+    rooms = Rooms((fold(words[0]), Room(*words[:2])) for words in names)
+    for room in rooms.values():
+        room.wanted = True
+    return rooms
+
+
+class Credentials:
+    """Who a client is to its server, and how it proves that."""
+
+    def __init__(self, login: Login | None):
+        self.login = login
+        self.proposed: Login | None = None  # that a /register or /passwd is to make valid
+        self.account = ""  # that we were logged in to
+        self.generated = False  # the password is no person's, and is kept on disk by ...
+        self.keep: Callable[[Login | None], None] | None = None  # ... this; it raises Unusable
+
+
+def first_words(core: "ClientCore", line: str) -> bool:
+    """Who speaks before us tells by that what he is; whether that is all he said by it."""
+    if line.startswith("* "):  # we are being turned away, and told why
+        core.refusal = line.removeprefix("* ")
+        core.show(View(TOLD, core.refusal))
+        return True
+    if line.startswith(":chat.py/"):
+        core.kind = CHAT
+    else:
+        core.kind = IRC if IRC_SPEAKS.match(line) else PLAIN
+    core.introduce()
+    return core.kind == CHAT
 
 
 class ClientCore:
@@ -8075,7 +8210,8 @@ class ClientCore:
         later: Callable[[Callable, Callable], None] = lambda job, then: then(job()),
     ):
         self.wanted_name = self.name = name
-        self.tidy, self.kind, self.password, self.login = tidy, kind, password, login
+        self.tidy, self.kind, self.password = tidy, kind, password
+        self.me = Credentials(login)
         self.outbox = outbox or Outbox()
         self.clock, self.later = clock, later
         self.talk: Any = None  # while connected, once it is known what is spoken
@@ -8085,15 +8221,15 @@ class ClientCore:
         self.over = ""  # why there is no point in coming back
         self.redial = False  # come back at once: it speaks something else ...
         self.insists = False  # ... unless a person said what it speaks
+        self.sure = False  # the server has said something that only its kind says
         self.quitting = False
         self.ignored: set[str] = set()  # keys
+        self.seen: dict[str, None] = {}  # ids
         self.shown: set[str] = set()  # own ids of what the person has seen himself say
         self.failures = 0  # messages that did not arrive, or were not kept
         self.newest = 0  # time of the newest thing heard of, in milliseconds ...
         self.began = 0  # ... and of the first welcome
-        self.proposed: Login | None = None  # that a /register or /passwd is to make valid
-        self.generated = False  # its password is no person's
-        self.keep: Callable[[Login], None] = lambda login: None  # for the next start
+        self.patient = False  # the refusal is for the moment
         self.rooms = wanted_rooms(join)
         self.here = next(iter(self.rooms.values())).name
         self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
@@ -8121,9 +8257,10 @@ class ClientCore:
         self.inbox = LineBuffer(self.inbox.limit)
         self.output.clear()
         self.refusal, self.redial, self.talk = "", False, None
+        self.patient = False
         self.listening = not self.kind
         if not self.listening:
-            self._introduce()
+            self.introduce()
         return self.take_views()
 
     def disconnected(self) -> list[View]:
@@ -8143,7 +8280,7 @@ class ClientCore:
         """The server let us wait: a workshop server, which wants the name first."""
         if self.listening:
             self.kind = PLAIN
-            self._introduce()
+            self.introduce()
         return self.take_views()
 
     def feed(self, data: bytes) -> list[View]:
@@ -8153,7 +8290,7 @@ class ClientCore:
                 self.show(View(NOTE, "the server sent a line too long to be shown"))
                 continue
             line = shown_line(raw)
-            if self.listening and self._first(line):
+            if self.listening and first_words(self, line):
                 continue
             if self.talk:
                 self.talk.take(line)
@@ -8169,7 +8306,9 @@ class ClientCore:
 
     def take_output(self) -> bytes:
         end = "\n" if self.kind == PLAIN else "\r\n"
-        data = "".join(line + end for line in self.output).encode(errors="replace")
+        ends = {} if self.kind == PLAIN else NOT_IN_IRC
+        lines = (line.translate(ends) for line in self.output)
+        data = "".join(line + end for line in lines).encode(errors="replace")
         self.output.clear()
         return data
 
@@ -8177,20 +8316,7 @@ class ClientCore:
         views, self.views = self.views, []
         return views
 
-    def _first(self, line: str) -> bool:
-        """Who speaks before us tells by that what he is; whether that is all he said by it."""
-        if line.startswith("* "):  # we are being turned away, and told why
-            self.refusal = line.removeprefix("* ")
-            self.show(View(TOLD, self.refusal))
-            return True
-        if line.startswith(":chat.py/"):
-            self.kind = CHAT
-        else:
-            self.kind = IRC if IRC_SPEAKS.match(line) else PLAIN
-        self._introduce()
-        return self.kind == CHAT
-
-    def _introduce(self) -> None:
+    def introduce(self) -> None:
         self.listening = False
         self.talk = PlainTalk(self) if self.kind == PLAIN else IrcTalk(self)
         self.flush()
@@ -8233,8 +8359,8 @@ class ClientCore:
             return self.show(View(BACK, text), View(NOTE, f"{why}; nothing was sent"))
         try:
             client_command.run(self, verb.lower(), lambda most: rest.split(None, max(0, most - 1)))
-        except Refused as refusal:
-            self.show(View(NOTE, str(refusal)))
+        except ChatError as refusal:
+            self.show(View(BACK, text), View(NOTE, str(refusal)))
 
     def _speak(self, text: str) -> None:
         if self.room is None:
@@ -8243,13 +8369,10 @@ class ClientCore:
 
     def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
         """Accept a message; shown at once, and sent when that can be."""
-        if text.count("\n") >= MESSAGE_LINES or len(text.encode()) > LINE_BYTES:
-            limit = f"a message has at most {MESSAGE_LINES} lines and {LINE_BYTES:,} bytes"
-            return self.show(View(BACK, text), View(NOTE, f"{limit}; nothing was sent"))
         try:
-            one = self.outbox.add(self.clock(), where, text, kind)
-        except Unusable as error:
-            self.failures += 1
+            check_message(where, text, kind)
+            one = self.outbox.add(self.clock(), where, text if text.strip("\n") else "", kind)
+        except ChatError as error:
             return self.show(View(BACK, text), View(NOTE, f"{error}; nothing was sent"))
         self.shown.add(one.id)
         shown = f"*{text}*" if kind == ACTION else text
@@ -8259,7 +8382,7 @@ class ClientCore:
 
     def flush(self) -> None:
         """Send what may be sent."""
-        while self.ready and not self.redial and (one := self.outbox.next()):
+        while self.ready and not self.redial and (one := self.outbox.next(self.talk.carries)):
             self.talk.transmit(one)
 
     # What there is to show
@@ -8314,12 +8437,21 @@ class ClientCore:
         else:
             room.hold(view)
 
+    def knows(self, id: str) -> bool:
+        """Whether that message has come already; from now on it has."""
+        known = id in self.seen
+        if id:
+            self.seen[id] = None
+        if len(self.seen) > IDS_KEPT:
+            del self.seen[next(iter(self.seen))]
+        return known
+
     def deliver(self, room: Room, view: View) -> None:
         """The next message of a room, in its order."""
         self.newest = max(self.newest, view.time or 0)
-        if view.id:
+        known = self.knows(view.id)
+        if view.id and not known:
             room.mark = f"msgid={view.id}"
-        known = room.holds(view)
         if view.own_id:
             arrived = self.outbox.arrived(view.own_id)
             if view.own_id in self.shown:
@@ -8339,7 +8471,7 @@ class ClientCore:
     def release(self, room: Room) -> None:
         """All that came before is here: now what has waited for it."""
         held, room.held = room.held or [], None
-        for view in held:
+        for view in held:  # also what the pages had: it may be the answer to one of ours
             (self.deliver if view.kind == SAID else self.happened)(room, view)
         self.outbox.doubtful -= {
             one.id for one in self.outbox.waiting.values() if fold(one.where) == fold(room.name)
@@ -8387,8 +8519,10 @@ def do_join(core: ClientCore, name: str, password: str = "") -> None:
     room = core.rooms.get(fold(name))
     if room and room.inside:
         return core.go(room)
-    core.talk.going.add(fold(name))
+    core.talk.going[fold(name)] = password
     core.talk.enter(Room(name, password))
+    if not core.tidy:  # what a pipe says next is meant for there
+        core.go(core.room_for(name))
 
 
 @client_command("part", most=2)
@@ -8414,8 +8548,11 @@ def do_go(core: ClientCore, name: str) -> None:
 @client_command("tell", 1, 2)
 def do_tell(core: ClientCore, name: str, text: str = "") -> None:
     """/tell NAME [TEXT] -- say something to one person only, or begin a private talk"""
-    if text:
-        core.send(name, text)
+    for one in name.split(",") if text else ():
+        if fold(one) in SERVICES:  # which keep nothing, and shall not be told twice
+            core.talk.send("PRIVMSG", one, text)
+        else:
+            core.send(one, text)
     if not text or is_channel(name):
         core.go(core.room_for(name))
 
@@ -8524,11 +8661,17 @@ def do_oper(core: ClientCore, name: str, password: str) -> None:
 def do_register(core: ClientCore, *words: str) -> None:
     """/register [EMAIL] [PASSWORD] -- make your name yours; without a password this computer
     makes one, keeps it, and logs in with it from then on"""
-    email = next((word for word in words if "@" in word), "*")
-    password = next((word for word in words if "@" not in word), "")
-    core.generated = not password
-    core.proposed = Login(core.name, password or secrets.token_urlsafe(SECRET_DIGITS))
-    core.talk.send("REGISTER", "*", email, core.proposed.password)
+    by_mail = "email-required" in core.talk.offered.get("draft/account-registration", "")
+    email = words[0] if len(words) > 1 or (words and by_mail) else "*"
+    password = words[-1] if words and words[-1] != email else ""
+    if not password and core.me.keep is None:
+        raise Refused("NO_STATE", "nothing is kept on disk; /register with a password of yours")
+    core.me.generated = not password
+    core.me.proposed = Login(core.name, password or secrets.token_urlsafe(SECRET_DIGITS))
+    if core.me.generated:  # before anybody knows it: the answer may be lost
+        core.me.login = core.me.proposed
+        core.me.keep(core.me.login)
+    core.talk.send("REGISTER", "*", email, core.me.proposed.password)
 
 
 @client_command("verify", 1)
@@ -8540,20 +8683,20 @@ def do_verify(core: ClientCore, code: str) -> None:
 @client_command("login", 1, 2)
 def do_login(core: ClientCore, *words: str) -> None:
     """/login [ACCOUNT] PASSWORD -- be who you are; also when the line has to be built up anew"""
-    core.login = Login(words[0] if len(words) > 1 else core.name, words[-1])
+    core.me.login = Login(words[0] if len(words) > 1 else core.name, words[-1])
     mechanism = core.talk.mechanism(asked=True) if "sasl" in core.talk.enabled else ""
     if not mechanism:
-        return core.talk.send("PRIVMSG", SERVICE, f"IDENTIFY {' '.join(core.login)}")
+        return core.talk.send("PRIVMSG", SERVICE, f"IDENTIFY {' '.join(core.me.login)}")
     core.talk.begin_log_in(mechanism)
 
 
 @client_command("passwd", 1, 2)
 def do_passwd(core: ClientCore, *words: str) -> None:
     """/passwd [OLD] NEW -- another password for your account"""
-    if len(words) == 1 and core.login is None:
+    if len(words) == 1 and core.me.login is None:
         raise Refused("NOT_LOGGED_IN", "which one is the old one? /passwd OLD NEW")
-    old = words[0] if len(words) > 1 else core.login.password
-    core.proposed = Login(core.login.account if core.login else core.name, words[-1])
+    old = words[0] if len(words) > 1 else core.me.login.password
+    core.me.proposed = Login(core.me.login.account if core.me.login else core.name, words[-1])
     core.talk.send("PRIVMSG", SERVICE, f"PASSWD {old} {words[-1]}")
 
 
@@ -9900,6 +10043,14 @@ class Memory:
                 json.dump(known | {name: value}, file, indent=1)
             written.replace(self.path)
 
+    def keep(self, name: str, value: Any) -> None:
+        """The same for what must not be lost; None forgets it. Raises Unusable."""
+        if self.path.exists() and not self.read():
+            raise Unusable(f"{self.path} is damaged; move it away")
+        self.write(name, value)
+        if self.read().get(name) != json.loads(json.dumps(value)):
+            raise Unusable(f"{self.path} cannot be written")
+
 
 class KnownServers(Memory):
     """What kind of server answered at an address, and which certificate it is to have."""
@@ -10221,7 +10372,7 @@ class Link:
         """Say what is left to be said, hear the server out, and end; or leave that for
         another time."""
         self.leaving = True
-        if self.conn is None and at_once:
+        if at_once and not self.core.ready:
             self._end("")
         elif at_once and self.core.ready:
             self._say_goodbye()
@@ -10316,7 +10467,7 @@ class Link:
     def _stand(self) -> None:
         """We are where we want to be."""
         self.stood, self.backoff = self.loop.now, BACKOFF_FIRST
-        if not self.target.kind:  # what somebody insisted on was not found out
+        if self.core.sure and not self.target.kind:  # what somebody insisted on was not found out
             self.known.remember(self.target, kind=self.core.kind)
         self.make_room()
         if self.leaving and not self.core.outbox.waiting:
@@ -10373,7 +10524,7 @@ class Link:
     def lost(self, reason: str) -> None:
         """The line is broken, or could not be had."""
         self.conn = None
-        refused = bool(self.core.refusal) and not self.core.ready
+        refused = bool(self.core.refusal) and not self.core.ready and not self.core.patient
         if self.timer:
             self.timer.cancel()
         if self.core.talk or self.core.listening:
@@ -10391,10 +10542,11 @@ class Link:
             self._end(f"{self.target} is not to be trusted: {reason}; {advice}")
         elif self.core.over:
             self._end(self.core.over)
+        elif self.core.redial:
+            self.core.quitting = False
+            self.start()
         elif self.core.quitting and (reason == HUNG_UP or self.core.kind != PLAIN):
             self._end("")
-        elif self.core.redial:
-            self.start()
         elif self.patience == 0 or waited or (refused and not self.asks):
             self._end(why)
         else:
@@ -11527,7 +11679,8 @@ class Client:
             login=options.login or (Login(*made) if made else None),
             outbox=open_outbox(state / "outbox" if state else None, target, options.name),
         )
-        self.core.keep = functools.partial(logins.write, whose)
+        self.core.me.generated = bool(made) and options.login is None
+        self.core.me.keep = functools.partial(logins.keep, whose) if options.config else None
         self.link = Link(
             self.loop,
             target,
@@ -11580,6 +11733,8 @@ class Filter(Client):
     def __init__(self, options: ClientOptions):
         super().__init__(options)
         self.was_up = False
+        self.refused = 0  # lines that could not be said
+        self.commands = options.commands
         self.lines = LineBuffer(LINE_BYTES)
         self.failure = ""  # of something, although the rest went well
         sys.stdout.reconfigure(errors="replace")
@@ -11596,9 +11751,14 @@ class Filter(Client):
         while (line := self.lines.take()) is not None:
             if line == TOO_LONG:
                 self.failure = f"a line has at most {LINE_BYTES:,} bytes: it was not sent"
+            elif self.commands and is_quit(line.decode(errors="replace")):
+                data = b""  # the end, for which all that was said before is waited for
+                break
             else:
                 self.speak(line.decode(errors="replace"))
         if not data:
+            self.input.pause()
+            self.link.drained = do_nothing
             self.link.leave()
         elif not self.link.has_room():
             self.input.pause()
@@ -11611,6 +11771,7 @@ class Filter(Client):
                 lines.append(f"{view.text}\n")
             elif view.kind in (NOTE, FAILED) or (view.kind == STATUS and self.was_up):
                 print(f"chat.py: {view.text}", file=sys.stderr)
+            self.refused += view.kind == BACK
             lines += [f"> {line}\n" for line in filter_lines(view)]
         try:
             sys.stdout.write("".join(lines))
@@ -11621,12 +11782,13 @@ class Filter(Client):
             self.over("" if gone else f"standard output: {reason_of(error)}")
 
     def over(self, reason: str) -> None:
-        waiting, failures = len(self.core.outbox.waiting), self.core.failures
+        waiting, failures = len(self.core.outbox.waiting), self.core.failures + self.refused
+        reasons = [reason or self.failure]
         if failures and not reason:
-            reason = self.failure or f"{counted(failures, 'message')} did not arrive"
-        if waiting and reason:
-            reason += f"; {counted(waiting, 'message')} waiting, to be sent the next time"
-        super().over(reason or self.failure)
+            reasons.append(f"{counted(failures, 'message')} did not arrive")
+        if waiting:
+            reasons.append(f"{counted(waiting, 'message')} waiting, to be sent the next time")
+        super().over("; ".join(filter(None, reasons)))
 
 
 def on_signal(loop: Loop, name: str, callback: Callable[[], Any]) -> None:
