@@ -43,11 +43,18 @@ Glossary:
     peer      a connection as the server sees it: with a first line, a budget, a session
     session   one connection's side of the talk, in one dialect
     user      a person who is here now, under a name; has one or more sessions
-    channel   a named room of users
+    channel   a named place where users talk
     audience  whom an event is for: a channel, several channels, a private conversation
     wire      one way to turn events into bytes; sessions of one wire share those bytes
     view      what a client shows its person
     key       a name folded for comparison; two names with one key are the same name
+    stay      a user from coming to leaving for good; who has an account or a secret may have
+              no session for a while
+    receipt   what was said under an id of its sender's: under one id a thing is said once
+    room      a channel or private talk as a client knows it
+    talk      what a client speaks over one connection: IRC, or the workshop's protocol
+    outbox    what a client has accepted and no server has acknowledged; its file is a journal
+    link      a client core and its connection, kept up
 """
 
 from __future__ import annotations
@@ -161,7 +168,8 @@ ACCOUNTS_MADE = 5  # from one address (loopback exempt) ...
 ACCOUNTS_MADE_SECONDS = 3600  # ... with no more than this between one and the next
 PENDING_ACCOUNTS = 1000  # that wait for a code sent by mail
 MAIL_SECONDS = 30  # for --sendmail to take one
-GRACE_SECONDS = 60.0  # who is logged in and loses the line is still here for so long
+GRACE_SECONDS = 60.0  # who can prove to be the same and loses the line is here for so long ...
+ABSENT_MOST = 1000  # ... but not more of them than this: the first one goes
 
 READ_BYTES = 64 * 1024  # taken from one connection in one turn
 LINES_A_TURN = 256  # acted on for one connection in one turn, so that nobody waits for a flood
@@ -1369,7 +1377,7 @@ class Channel:
         channel = cls(state["name"], last_time, 0)
         for name in cls.STATE:
             setattr(channel, name, state[name])
-        channel.flags = set(state["flags"])
+        channel.flags = set(state["flags"]) & set(FLAGS)
         channel.password = state["password"] and ChannelPassword(*state["password"])
         for letter, masks in state["lists"].items():
             channel.lists[letter] = {fold(text): Mask(text, *rest) for text, *rest in masks}
@@ -1968,6 +1976,7 @@ class Turn:
         "renamed",
         "sealed",
         "since",
+        "states",
         "writes",
     )
 
@@ -1978,7 +1987,8 @@ class Turn:
         self.renamed: list[tuple[str, str]] = []  # keys of channels, old and new
         self.redacted: list[tuple[str, int]] = []  # ids of what was taken back, and under which key
         self.sealed: list[str] = []  # keys whose history ends with this turn
-        self.kept: set[User | Channel] = set()  # what outlives the server, and has changed
+        self.kept: set[User | Channel] = set()  # what outlives the server, and has changed ...
+        self.states: dict[tuple[str, str], tuple[str, tuple]] = {}  # ... in words for the store
         self.writes: list[tuple[str, tuple]] = []  # statements for the store, and their values
         self.apart: set[Session] = set()
         self.moved: set[User] = set()  # came to or left an audience in this turn
@@ -2287,6 +2297,7 @@ class Hub:
         old.close()
         if lost:
             self.turn.writes, self.turn.renamed = old.writes, old.renamed
+            self.turn.states = old.states
             self.turn.sealed, self.turn.redacted = old.sealed, old.redacted
 
     def emit(
@@ -2889,6 +2900,8 @@ def drop_account(session: Session, password: str, done: Callable[[], None]) -> N
     def proved(_: str) -> None:
         identity = hub.accounts.identity(name)
         hub.accounts.drop(name, hub.turn)
+        hub.markers.pop(identity, None)
+        hub.turn.writes.append(("DELETE FROM markers WHERE owner = ?", (identity,)))
         for user in [user for user in hub.users.values() if user.account == name]:
             user.logged_in("", "")
             hub.turn.kept.add(user)
@@ -2992,20 +3005,20 @@ def become_operator(session: Session, name: str, password: str, done: Callable) 
 
 def settle(hub: Hub) -> None:
     """What changed in this turn and outlives the server becomes statements for the store."""
-    writes, kept = hub.turn.writes, hub.turn.kept
+    states, kept = hub.turn.states, hub.turn.kept
     for key in {one.key for one in kept if isinstance(one, Channel)}:
         if channel := hub.channels.get(key):
-            state = json.dumps(channel.state())
-            writes.append(("REPLACE INTO channels VALUES (?, ?)", (key, state)))
+            replace = "REPLACE INTO channels VALUES (?, ?)"
+            states["channel", key] = replace, (key, json.dumps(channel.state()))
         else:
-            writes.append(("DELETE FROM channels WHERE key = ?", (key,)))
+            states["channel", key] = "DELETE FROM channels WHERE key = ?", (key,)
     for user in (one for one in kept if isinstance(one, User)):
         was, user.stored = user.stored, user.may_return and hub.users.get(user.key) is user
         if user.stored:
-            state = json.dumps(user.state())
-            writes.append(("REPLACE INTO stays VALUES (?, ?)", (user.stay, state)))
+            replace = "REPLACE INTO stays VALUES (?, ?)"
+            states["stay", user.stay] = replace, (user.stay, json.dumps(user.state()))
         elif was:
-            writes.append(("DELETE FROM stays WHERE stay = ?", (user.stay,)))
+            states["stay", user.stay] = "DELETE FROM stays WHERE stay = ?", (user.stay,)
     kept.clear()
 
 
@@ -3034,7 +3047,8 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], stays: Iterable[tuple[
     for key, text in channels:
         hub.channels[key] = channel = Channel.revived(json.loads(text), hub.last_time)
         for user in (user for user, places in wanted.items() if key in places):
-            channel.members[user] = Membership(0, wanted[user][key])
+            ranks = "".join(rank for rank in RANKS if rank in wanted[user][key])
+            channel.members[user] = Membership(0, ranks)
         if channel.founder:
             hub.founded[channel.founder] += 1
         if channel.founder not in identities:
@@ -3619,7 +3633,7 @@ class Store:
         gone = [self._redact(key, id) for key, id in turn.redacted]
         if turn.receipts:
             self.receipts.write(turn.receipts)
-        for statement, values in turn.writes:
+        for statement, values in (*turn.writes, *turn.states.values()):
             self.db.execute(statement, values)
         for key in turn.sealed:
             self._seal(key)
@@ -7214,7 +7228,7 @@ class Batch:
     """Lines that belong together, until all of them are there (IRCv3 batch)."""
 
     def __init__(self, heard: Heard, outer: str):
-        self.kind, self.params = heard.params[1], heard.params[2:]
+        self.kind = heard.params[1]
         self.opening, self.outer = heard, outer
         self.items: "list[Heard | Batch]" = []
 
@@ -7253,10 +7267,10 @@ def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
     """PRIVMSG or NOTICE, as it is shown."""
     core, target = talk.core, heard.params[0].lstrip(talk.ranks)
     mine = fold(heard.name) == fold(core.name)
-    where = target if is_channel(target) else target if mine else heard.name
+    where = target if mine or is_channel(target) else heard.name
     if text.startswith("\x01ACTION "):
         text = f"*{text[8:].removesuffix(chr(1))}*"
-    text = text
+    text = text.replace("\x01", "")
     called = not mine and (not is_channel(where) or calls(text, core.name))
     own_id = heard.tags.get(OWN_ID, "") if mine else ""
     person = mine or ("!" in heard.source and fold(heard.name) not in SERVICES)
@@ -7478,10 +7492,9 @@ class IrcTalk:
         """A page of it; whether one comes."""
         if not self.pages:
             return False
-        limit = HISTORY_LINES if how in ("last", "asked") else self.page_size
+        limit = HISTORY_LINES if how == "last" else self.page_size
         words = {
             "last": ("LATEST", "*"),
-            "asked": ("LATEST", "*"),
             "gap": ("LATEST", room.mark),
             "missed": ("AFTER", room.mark),
             "older": ("BEFORE", f"msgid={room.oldest}" if room.oldest else "*"),
@@ -9571,7 +9584,7 @@ def hub_of(store: Store, now: float) -> Hub:
         hub.markers.setdefault(owner, {})[target] = when
     try:
         revive(hub, store.rows("channels"), store.rows("stays"))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Unusable(f"the database {store.path} is damaged ({error!r}); move it away") from error
     store.abandon({user.stay for user in hub.users.values()})
     return hub
@@ -9592,7 +9605,7 @@ class Keeper:
         """The turn's events are stored, or never will be; False: not yet."""
         settle(hub)
         turn = hub.turn
-        if not (turn.events or turn.writes):
+        if not (turn.events or turn.writes or turn.states):
             return True
         self.committed = self.loop.now
         outcome = self.store.commit(turn, self.loop.now)
@@ -9742,9 +9755,13 @@ class Server:
             self.hub.accounts.read(self.store.accounts())
 
     def miss(self, user: User) -> None:
-        """Give somebody a while to come back, from now on."""
+        """Give somebody a while to come back, from now on; so many at most."""
         self.missed.discard(user)
         self.missed.add(user)
+        if len(self.missed.waiting) > ABSENT_MOST:
+            first = next(iter(self.missed.waiting))
+            self.missed.discard(first)
+            self.loop.call_soon(functools.partial(self.hub.give_up, first))
 
     def rehash(self, session: Session, then: Callable = do_nothing) -> None:
         """Read again what may have changed: if one of it cannot be read, all stays as it
@@ -9867,7 +9884,7 @@ class Server:
         if not self.keeper.commit(self.hub):
             return
         turn = self.hub.turn
-        if turn.apart or turn.events or turn.writes:  # something happened
+        if turn.apart or turn.events or turn.writes or turn.states:  # something happened
             try:
                 self.deliver(turn)
             finally:
@@ -10029,13 +10046,13 @@ class Memory:
         try:
             return dict(json.loads(self.path.read_text(encoding="utf-8"))) if self.path else {}
         except (OSError, ValueError, TypeError):
-            return {}  # none yet, or damaged: it is only a memory
+            return {}  # none yet, or damaged
 
     def write(self, name: str, value: Any) -> None:
         known = self.read()
         if self.path is None or known.get(name) == value:
             return
-        with contextlib.suppress(OSError):  # we can live without
+        with contextlib.suppress(OSError):  # keep() is for what one cannot live without
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             written = self.path.with_suffix(".new")
             fd = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -10095,9 +10112,11 @@ class Journal:
         self.fd = locked(path)
         self.waiting: dict[str, Waiting] = {}
         self.secret = ""
-        size = os.fstat(self.fd).st_size
         os.lseek(self.fd, 0, os.SEEK_SET)
-        for line in os.read(self.fd, size).splitlines():
+        data = os.read(self.fd, os.fstat(self.fd).st_size)
+        os.ftruncate(self.fd, data.rfind(b"\n") + 1)  # or a torn line would spoil the next one
+        self.head = data.find(b"\n") + 1  # bytes of the first line, which is the secret
+        for line in data.splitlines():
             with contextlib.suppress(ValueError, TypeError, AttributeError):
                 self._take(json.loads(line))
 
@@ -10107,6 +10126,12 @@ class Journal:
             one = Waiting(*record["say"])
             self.waiting[one.id] = one
         self.waiting.pop(record.get("done"), None)
+
+    def begin(self, secret: str) -> None:
+        os.ftruncate(self.fd, 0)
+        self.secret = secret
+        self.append({"secret": secret})
+        self.head = os.fstat(self.fd).st_size
 
     def append(self, record: dict[str, Any]) -> None:
         data = f"{json.dumps(record)}\n".encode()
@@ -10121,8 +10146,7 @@ class Journal:
 
     def clear(self) -> None:
         """Everything has arrived; the secret stays."""
-        os.ftruncate(self.fd, 0)
-        self.append({"secret": self.secret})
+        os.ftruncate(self.fd, self.head)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -10162,8 +10186,7 @@ def open_outbox(folder: pathlib.Path | None, target: Target, name: str) -> Outbo
         return Outbox()
     journal = free_journal(folder, outbox_stem(target, name))
     if not re.fullmatch(r"[0-9a-f]{32}", journal.secret):
-        journal.secret = Outbox().secret
-        journal.append({"secret": journal.secret})
+        journal.begin(Outbox().secret)
     return Outbox(journal, journal.secret, journal.waiting.values())
 
 
@@ -12550,6 +12573,8 @@ def main(arguments: list[str] | None = None) -> int:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)  # Python found them closed
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     args = command_line().parse_args(arguments)
     try:
         return args.run(args)

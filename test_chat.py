@@ -6241,6 +6241,189 @@ def test_with_history_what_is_in_doubt_is_looked_for_there():
     assert alice.core.outbox.waiting == {} and alice.core.failures == 0
 
 
+def test_a_question_from_one_program_to_another_opens_no_room():
+    core = chat.ClientCore("alice", kind=chat.IRC)
+    core.connected()
+    core.feed(b":x 001 alice :Welcome\r\n:bob!b@c PRIVMSG alice :\x01VERSION\x01\r\n")
+    assert "bob" not in core.rooms
+
+
+def test_what_is_held_while_pages_come_is_shown_once_however_much_it_is():
+    house = house_of("bob")
+    alice = Pair(house, "alice", tidy=False)
+    alice.drop()
+    house.say("bob", *(f"{n}" for n in range(700)))
+    house.turn()
+    alice.connections += 1
+    alice.label = "again"
+    house.connect_irc("again")
+    alice.core.connected()
+    for n in range(700, 1500, 50):
+        house.say("bob", *(f"{m}" for m in range(n, n + 50)))
+        alice.step(math.inf, math.inf)
+    alice.exchange()
+    assert alice.texts("bob") == [f"{n}" for n in range(1500)]
+
+
+def test_private_words_in_the_same_moment_as_public_ones_are_caught_up(monkeypatch):
+    house = house_of("bob", "carol")
+    alice = Pair(house, "alice", tidy=False)
+    house.say("bob", "pub 0", "pub 1", "pub 2")
+    house.say("carol", "/tell alice psst")
+    data = alice.core.take_output()
+    house.turn()
+    lines = alice.conn.out.split(b"\r\n")
+    alice.conn.out = b""
+    assert data == b"" and b"psst" in lines[-2]
+    alice.views += alice.core.feed(b"\r\n".join(lines[:-2]) + b"\r\n")
+    alice.drop()
+    alice.connect()
+    assert alice.texts("bob") == ["pub 0", "pub 1", "pub 2"] and alice.texts("carol") == ["psst"]
+
+
+def test_private_words_of_somebody_who_has_gone_meanwhile_are_there():
+    house = house_of("carol")
+    alice = Pair(house, "alice", tidy=False)
+    alice.drop()
+    house.say("carol", "/tell alice two")
+    house.turn()
+    house.leave("carol")
+    house.turn()
+    alice.connect()
+    assert alice.texts("carol") == ["two"]
+    alice.drop()
+    house.enter("dora")
+    house.say("dora", "/tell alice three")
+    house.turn()
+    house.hub.give_up(house.hub.users["alice"])  # the grace period is over, too
+    house.leave("dora")
+    house.turn()
+    alice.connect()
+    assert alice.texts("dora") == ["three"]
+
+
+def test_a_channel_that_was_renamed_meanwhile_is_not_founded_again():
+    house = house_of("bob")
+    house.enter_irc("op")
+    house.say("op", "JOIN #old")
+    alice = Pair(house, "alice", join=["#old"])
+    alice.drop()
+    house.say("op", "RENAME #old #new :x")
+    house.turn()
+    alice.connect()
+    assert set(house.hub.channels) == {"#lobby", "#new"}
+    assert alice.core.rooms["#new"].inside and not alice.core.rooms["#old"].inside
+    alice.drop()
+    house.say("op", "KICK #new alice")
+    house.turn()
+    alice.connect()
+    assert "alice" not in {user.name for user in house.hub.channels["#new"].members}
+
+
+@pytest.mark.parametrize(
+    "typed, why",
+    [
+        ("/me " + "x" * 400, "at most 300 bytes"),
+        (f"/tell {'n' * 500} hi", "at most 64 bytes"),
+        ("/part", "nowhere"),
+    ],
+)
+def test_what_no_server_takes_is_given_back_at_once(typed, why):
+    house = House()
+    alice = Pair(house, "alice")
+    alice.typed(typed)
+    if typed == "/part":
+        alice.typed("hello")
+    assert alice.core.outbox.waiting == {}
+    assert any(view.kind == chat.BACK for view in alice.views)
+    assert any(why in view.text for view in alice.views if view.kind == chat.NOTE)
+
+
+def test_words_for_services_are_in_no_outbox_and_passwords_in_no_room():
+    house = House()
+    alice = Pair(house, "alice")
+    alice.typed("/tell NickServ IDENTIFY alice sesame")
+    assert alice.core.outbox.waiting == {} and "nickserv" not in alice.core.rooms
+    assert not any(
+        "sesame" in view.text for room in alice.core.rooms.values() for view in room.views
+    )
+
+
+def test_a_log_in_that_cannot_be_had_just_now_is_waited_for():
+    house = House()
+    alice = Pair(house, "alice")
+    alice.typed("/register sesame")
+    alice.typed("/quit")
+    login = chat.Login("alice", "sesame")
+    again = Pair(house, "alice", login=login)
+    again.drop()
+    for _ in range(chat.LOGIN_TRIES):
+        house.hub.accounts.throttle.failed("127.0.0.1", "alice", house.hub.now)
+    again.connect()
+    assert again.core.patient and "too many" in again.core.refusal
+    assert "alice2" not in house.hub.users
+
+
+def test_a_password_without_proof_from_the_server_ends_the_talk():
+    core = chat.ClientCore("alice", kind=chat.IRC, login=chat.Login("alice", "sesame"))
+    core.connected()
+    core.feed(b":x CAP * LS :sasl=SCRAM-SHA-256\r\n:x AUTHENTICATE +\r\n:x 903 alice :yes\r\n")
+    assert "could not prove" in core.over
+
+
+def test_a_repeated_register_keeps_what_was_written_down(tmp_path):
+    house = House()
+    alice = Pair(house, "alice")
+    kept = []
+    alice.core.me.keep = kept.append
+    alice.views += alice.core.typed("/register")
+    alice.step(math.inf, 0)  # it is done, and the answer is lost
+    alice.step(math.inf, 0)
+    alice.drop()
+    alice.connect()
+    assert alice.core.me.account == "alice" and kept[-1].account == "alice"
+
+
+def test_a_file_of_passwords_that_is_damaged_is_not_written_over(tmp_path):
+    logins = chat.Memory(tmp_path / "logins.json")
+    logins.keep("a", ["alice", "x"])
+    logins.path.write_text("{ damaged")
+    with pytest.raises(chat.Unusable, match="damaged"):
+        logins.keep("b", ["bob", "y"])
+    assert logins.path.read_text() == "{ damaged"
+
+
+def test_a_torn_line_in_an_outbox_does_not_spoil_the_next(folder):
+    target = chat.parse_target("x:1")
+    outbox = chat.open_outbox(folder, target, "alice")
+    os.write(outbox.journal.fd, b'{"say": ["torn')
+    outbox.journal.close()
+    again = chat.open_outbox(folder, target, "alice")
+    one = again.add(1.0, "#a", "whole", chat.MESSAGE)
+    again.journal.close()
+    third = chat.open_outbox(folder, target, "alice")
+    assert list(third.waiting.values()) == [one] and third.secret == outbox.secret
+    third.journal.close()
+
+
+def test_over_the_line_protocol_nothing_private_is_told_to_everybody():
+    outbox = chat.Outbox()
+    outbox.add(1.0, "bob", "private", chat.MESSAGE)
+    outbox.add(1.0, "#lobby", "public", chat.MESSAGE)
+    core = chat.ClientCore("alice", kind=chat.PLAIN, outbox=outbox)
+    core.connected()
+    assert core.take_output() == b"alice\npublic\n" and len(outbox.waiting) == 1
+
+
+def test_a_carriage_return_in_a_message_begins_no_command():
+    core = chat.ClientCore("alice", kind=chat.IRC)
+    core.connected()
+    core.feed(b":x 001 alice :Welcome\r\n")
+    core.take_output()
+    core.say("hello\rNICK hijacked\0")
+    assert core.take_output().startswith(b"PRIVMSG #lobby :hello NICK hijacked\r\n")
+
+
 # The outbox's file
 
 
