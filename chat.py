@@ -7077,6 +7077,12 @@ class Outbox:
                     self.journal.clear()
         return one
 
+    def readdress(self, old: str, new: str) -> None:
+        """What is still to be sent there goes to where they are now."""
+        for id, one in self.waiting.items():
+            if fold(one.where) == fold(old) and id not in self.flying:
+                self.waiting[id] = one._replace(where=new)
+
     def take_back(self, sent: Iterable[Waiting]) -> None:
         """These have not arrived after all. Raises Unusable if they cannot be kept."""
         self.waiting = {one.id: one for one in sent} | self.waiting
@@ -8417,6 +8423,7 @@ class ClientCore:
     def rename(self, room: Room, name: str) -> None:
         """It is called otherwise, and is in its place."""
         looked_at = self.here == room.name
+        self.outbox.readdress(room.name, name)
         self.rooms.rename(room, name)
         if looked_at:
             self.go(room)

@@ -7659,6 +7659,92 @@ def test_a_server_is_named_by_host_and_port_or_a_url(text, target):
     assert tuple(chat.parse_target(text)) == target
 
 
+class Linked:
+    """A link on a loop of its own, turned until something is so."""
+
+    def __init__(self, target, known=None, **options):
+        self.loop, self.views, self.ended = chat.Loop(), [], []
+        self.core = chat.ClientCore("alice")
+        self.link = chat.Link(
+            self.loop,
+            target,
+            self.core,
+            self.views.extend,
+            self.ended.append,
+            known=known,
+            **options,
+        )
+        self.link.start()
+
+    def until(self, holds):
+        end = time.monotonic() + PATIENCE
+        while not holds():
+            assert time.monotonic() < end, self.views
+            self.loop.run_once(0.1)
+
+    def noted(self, text):
+        return any(text in view.text for view in self.views)
+
+    def close(self):
+        self.link.ended = True
+        if self.link.conn:
+            self.link.conn.sock.close()
+        self.link.helpers.close()
+        self.loop.close()
+
+
+def test_a_certificate_that_nobody_signed_is_asked_about_once_and_its_change_is_loud(
+    running, certificate, folder
+):
+    server = running(tls_cert=certificate)
+    target = chat.parse_target(f"ircs://127.0.0.1:{server.address[1]}")
+    known = chat.KnownServers(folder / "servers.json")
+    alice = Linked(target, known)
+    alice.until(lambda: alice.link.doubted)
+    pin = alice.link.doubted
+    assert alice.noted("signed by nobody") and alice.noted(pin) and not alice.core.ready
+    alice.link.typed("/trust")
+    alice.until(lambda: alice.core.ready)
+    alice.close()
+    again = Linked(target, known)
+    again.until(lambda: again.core.ready)
+    assert not again.noted("signed by nobody")
+    again.close()
+    known.remember(target, pin="00" * 32)
+    third = Linked(target, known)
+    third.until(lambda: third.ended)
+    assert third.ended[0].startswith("ANOTHER CERTIFICATE") and pin in third.ended[0]
+    third.close()
+
+
+def test_what_waits_for_a_channel_or_a_person_goes_where_they_are_now():
+    house = house_of("bob")
+    alice = Pair(house, "alice")
+    alice.typed("/tell bob")
+    alice.core.outbox.flying = dict.fromkeys(map(str, range(chat.SENT_AHEAD)))  # a slow line
+    alice.core.typed("late words")
+    house.say("bob", "/nick rob")
+    alice.exchange()
+    alice.core.outbox.flying = {}
+    alice.core.flush()
+    alice.exchange()
+    assert house.heard("bob")[-1] == "(private) alice: late words"
+
+
+def test_of_two_addresses_the_one_that_answers_is_taken(loop):
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    addresses = [(socket.AF_INET6, ("::1", 1)), (socket.AF_INET, ("127.0.0.1", port))]
+    found = []
+    chat.Race(loop, addresses, lambda sock, reason: found.append((sock, reason)))
+    while not found:
+        loop.run_once(0.1)
+    (sock, reason), *others = found
+    assert sock.getpeername()[1] == port and (reason, others) == ("", [])
+    sock.close()
+    server.close()
+
+
 # ======================================================================================
 # FAULTS
 # ======================================================================================
