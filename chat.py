@@ -2259,6 +2259,18 @@ class Markers(dict[str, dict[str, int]]):
                 turn.writes.append((update, (new, owner, old)))
 
 
+def restore_standing(hub: "Hub", session: Session) -> None:
+    """Who logs in where he is already gets the ranks that his account has there."""
+    user = session.user
+    server = Source(session.site.name, "", mask=session.site.name)
+    for channel in user.channels:
+        member, standing = channel.members[user], channel.standing_of(user)
+        given = [ModeChange(True, r, user.name) for r in standing if member.set_rank(r, True)]
+        if given:
+            hub.turn.kept.add(user)
+            hub.emit(MODE, server, channel, format_modes(given))
+
+
 class Hub:
     """Who is here. Everything others can see passes through one door: emit()."""
 
@@ -2272,8 +2284,7 @@ class Hub:
         self.former: collections.deque[FormerUser] = collections.deque(maxlen=FORMER_USERS)
         self.watchers = Watchers()
         self.most_users = 0  # at once, so far
-        self.last_id = last_id  # both from the store: ids and times go on where they stopped
-        self.last_time = last_time
+        self.last_id, self.last_time = last_id, last_time  # where the last server stopped
         self.now = last_time
         self.started = 0  # milliseconds since 1970; with the first turn
         self.turn = Turn()
@@ -2422,6 +2433,7 @@ class Hub:
         user.logged_in(account, self.accounts.identity(account))
         self.turn.kept.add(user)
         self.emit(ACCOUNT, user.source, self.witnesses(user), "", account, session)
+        restore_standing(self, session)
 
     def _was(self, user: User) -> None:
         """Nobody has this name now."""

@@ -5313,6 +5313,19 @@ def test_a_founder_can_give_a_channel_up_and_nobody_else_can():
     assert any(line.endswith(":#b is nobody's now") for line in house.heard("alice"))
 
 
+def test_who_logs_in_where_he_is_already_gets_his_ranks_there():
+    house = House()
+    make_account(house, "alice")
+    come_again(house, "alice", "alice", account="alice")
+    house.say("alice", "JOIN #a", "QUIT")
+    house.enter_irc("guest", "bob")
+    house.say("bob", "JOIN #a")
+    house.say("guest", "JOIN #a", "NS IDENTIFY alice secret")
+    house.turn()
+    assert house.heard("bob")[-1] == ":chat.py MODE #a +qo guest guest"
+    assert names_in(house, "#a") == ["bob", "~guest"]
+
+
 def test_an_account_founds_only_so_many_channels(monkeypatch):
     monkeypatch.setattr(chat, "CHANNELS_FOUNDED", 2)
     house = House()
