@@ -1956,6 +1956,9 @@ class Group:
         return sorted(set(itertools.chain(*spans)))
 
 
+FORGET_CHANNEL = "DELETE FROM channels WHERE key = ?"
+
+
 class Turn:
     """The numbered log of one turn, and who is told what of it.
 
@@ -2744,7 +2747,7 @@ def rename_channel(session: Session, channel: Channel, name: str, reason: str) -
     del hub.channels[channel.key]
     move_history(hub.turn, channel, fold(name))
     hub.markers.rename(channel.key, fold(name), hub.turn)
-    hub.turn.writes.append(("DELETE FROM channels WHERE key = ?", (channel.key,)))
+    hub.turn.states["channel", channel.key] = FORGET_CHANNEL, (channel.key,)
     channel.name, channel.key, channel.keys = name, fold(name), (fold(name),)
     hub.channels[channel.key] = channel
     hub.turn.kept |= {channel, *channel.members}
@@ -3023,7 +3026,7 @@ def settle(hub: Hub) -> None:
             replace = "REPLACE INTO channels VALUES (?, ?)"
             states["channel", key] = replace, (key, json.dumps(channel.state()))
         else:
-            states["channel", key] = "DELETE FROM channels WHERE key = ?", (key,)
+            states["channel", key] = FORGET_CHANNEL, (key,)
     for user in (one for one in kept if isinstance(one, User)):
         was, user.stored = user.stored, user.may_return and hub.users.get(user.key) is user
         if user.stored:
@@ -7182,7 +7185,7 @@ class PlainTalk:
     """The workshop's protocol: a name, then lines. Nothing is ever acknowledged."""
 
     ready = True
-    doubts = remembers = pages = False
+    doubts = pages = False
 
     def __init__(self, core: "ClientCore"):
         self.core = core
@@ -7387,13 +7390,9 @@ class IrcTalk:
         return {"echo-message", "message-tags"} <= self.enabled
 
     @property
-    def remembers(self) -> bool:
-        """It knows what we said before, and does not say it twice."""
-        return self.echoes and "chat.py/session" in self.enabled
-
-    @property
     def doubts(self) -> bool:
-        return not self.remembers
+        """It may say twice what is sent to it twice."""
+        return not (self.echoes and "chat.py/session" in self.enabled)
 
     @property
     def pages(self) -> bool:
@@ -7773,30 +7772,29 @@ def not_logged_in(talk: IrcTalk, heard: Heard) -> None:
     end_log_in(talk)
 
 
-@from_server("433", "436", "437", least=2)
-def name_is_taken(talk: IrcTalk, heard: Heard) -> None:
+def try_name(talk: IrcTalk, heard: Heard, most: int, candidate: Callable[[int], str]) -> None:
+    """Another one, until a server takes it; after so many we give up."""
     if talk.ready:
         return tell_rest(talk, heard)
     talk.tries += 1
-    if talk.tries > NAMES_COUNTED:
+    if talk.tries > most:
         talk.core.refusal = heard.params[-1]
         return talk.bye()
-    talk.core.name = numbered_name(clean_name(talk.core.wanted_name), talk.tries)
+    talk.core.name = candidate(talk.tries)
     talk.send("NICK", talk.core.name)
+
+
+@from_server("433", "436", "437", least=2)
+def name_is_taken(talk: IrcTalk, heard: Heard) -> None:
+    name = clean_name(talk.core.wanted_name)
+    try_name(talk, heard, NAMES_COUNTED, functools.partial(numbered_name, name))
 
 
 @from_server("432", least=1)
 def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
     """Here: other servers want less in a name than we do."""
-    if talk.ready:
-        return tell_rest(talk, heard)
-    talk.tries += 1
-    if talk.tries > NAMES_TRIED:
-        talk.core.refusal = heard.params[-1]
-        return talk.bye()
-    letters = re.sub(r"[^A-Za-z]", "", talk.core.name)[: SHORT_NAME - talk.tries]
-    talk.core.name = letters or f"guest{random.randrange(1000)}"
-    talk.send("NICK", talk.core.name)
+    letters, guest = re.sub(r"[^A-Za-z]", "", talk.core.name), f"guest{random.randrange(1000)}"
+    try_name(talk, heard, NAMES_TRIED, lambda n: letters[: SHORT_NAME - n] or guest)
 
 
 @from_server("001", least=1)
@@ -9622,8 +9620,9 @@ class Keeper:
 
     def commit(self, hub: Hub) -> bool:
         """The turn's events are stored, or never will be; False: not yet."""
-        settle(hub)
         turn = hub.turn
+        if turn.kept:
+            settle(hub)
         if not (turn.events or turn.writes or turn.states):
             return True
         self.committed = self.loop.now
@@ -10067,23 +10066,23 @@ class Memory:
         except (OSError, ValueError, TypeError):
             return {}  # none yet, or damaged
 
-    def write(self, name: str, value: Any) -> None:
+    def write(self, **news: Any) -> None:
         known = self.read()
-        if self.path is None or known.get(name) == value:
+        if self.path is None or known | news == known:
             return
         with contextlib.suppress(OSError):  # keep() is for what one cannot live without
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             written = self.path.with_suffix(".new")
             fd = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with open(fd, "w", encoding="utf-8") as file:
-                json.dump(known | {name: value}, file, indent=1)
+                json.dump(known | news, file, indent=1)
             written.replace(self.path)
 
     def keep(self, name: str, value: Any) -> None:
         """The same for what must not be lost; None forgets it. Raises Unusable."""
         if self.path.exists() and not self.read():
             raise Unusable(f"{self.path} is damaged; move it away")
-        self.write(name, value)
+        self.write(**{name: value})
         if self.read().get(name) != json.loads(json.dumps(value)):
             raise Unusable(f"{self.path} cannot be written")
 
@@ -10102,7 +10101,7 @@ class KnownServers(Memory):
         return self._known(target).get("pin")
 
     def remember(self, target: Target, **what: str) -> None:
-        self.write(str(target), self._known(target) | what)
+        self.write(**{str(target): self._known(target) | what})
 
 
 def locked(path: pathlib.Path) -> int:
@@ -10351,7 +10350,9 @@ class Link:
         self.race: Race | None = None
         self.backoff = BACKOFF_FIRST
         self.began = loop.now  # when connecting did, then when it was done
-        self.stood = loop.now  # when we last were where we want to be, or began to want it
+        self.standing = False  # we are where we want to be ...
+        self.stood = loop.now  # ... and were so last, or began to want it, at this time
+        self.pin: str | None = None  # the certificate that the server is to have
         self.timer: Timer | None = None  # the one wait that is going on ...
         self.again: Timer | None = None  # ... if that is for the next attempt to connect
         self.doubted = ""  # the fingerprint of a certificate that a person has to judge
@@ -10359,14 +10360,15 @@ class Link:
         self.leaving = self.ended = False
         self.drained: Callable = do_nothing
         core.later, core.clock = self.later, time.time
-        core.kind, core.insists = target.kind or self.known.kind(target), bool(target.kind)
+        self.known_kind = self.known.kind(target)
+        core.kind, core.insists = target.kind or self.known_kind, bool(target.kind)
         self._watch()
 
     def start(self) -> None:
         self.status(f"connecting to {self.target}")
         self.core.redial, self.again = False, None
-        pin = self.trust.pin or self.known.pin(self.target)
-        trust = self.trust._replace(pin=pin, insecure=self.trust.insecure or self.looking)
+        self.pin = self.trust.pin or self.known.pin(self.target)
+        trust = self.trust._replace(pin=self.pin, insecure=self.trust.insecure or self.looking)
 
         def look_up() -> tuple[Any, list]:
             """Also what TLS needs, since reading certificates takes a while."""
@@ -10462,14 +10464,13 @@ class Link:
     def secured(self) -> None:
         self.timer.cancel()
         fingerprint = self.conn.tls.fingerprint()
-        pin = self.trust.pin or self.known.pin(self.target)
         if self.looking:
             return self._doubt(fingerprint)
-        if not Trust(pin=pin).accepts(fingerprint):
+        if not Trust(pin=self.pin).accepts(fingerprint):
             return self._fail(
                 f"ANOTHER CERTIFICATE: {self.target} does not have the one that it had. "
                 f"Somebody may be between you and the server. It shows {fingerprint}, and is "
-                f"known by {pin}; if that is right, --pin {fingerprint}"
+                f"known by {self.pin}; if that is right, --pin {fingerprint}"
             )
         self._connected()
 
@@ -10508,8 +10509,9 @@ class Link:
 
     def _stand(self) -> None:
         """We are where we want to be."""
-        self.stood, self.backoff = self.loop.now, BACKOFF_FIRST
-        if self.core.sure and not self.target.kind:  # what somebody insisted on was not found out
+        self.standing, self.backoff = True, BACKOFF_FIRST
+        if self.core.sure and self.core.kind != self.known_kind and not self.target.kind:
+            self.known_kind = self.core.kind
             self.known.remember(self.target, kind=self.core.kind)
         self.make_room()
         if self.leaving and not self.core.outbox.waiting:
@@ -10573,6 +10575,8 @@ class Link:
             self.show(self.core.finish())
         self.show(self.core.disconnected())
         why = f"{self.target}: {self.core.refusal or reason}"
+        if self.standing:
+            self.standing, self.stood = False, self.loop.now
         waited = self.loop.now - self.stood > self.patience
         if self.ended or self.doubted:
             return

@@ -32,7 +32,6 @@ import ctypes
 import datetime
 import functools
 import itertools
-import json
 import logging
 import os
 import pathlib
@@ -368,30 +367,16 @@ class Engine(chat.Client):
 # readable by that person alone.
 
 
-class Remembered:
+class Remembered(chat.Memory):
     """The name and the server of the last time, in a file that is nobody else's business."""
-
-    def __init__(self, path: pathlib.Path | None):
-        self.path = path  # None: remember nothing
 
     def load(self) -> tuple[str, str]:
         """Name and server, "" each if not known."""
-        try:
-            kept = json.loads(self.path.read_text(encoding="utf-8")) if self.path else {}
-            return str(kept.get("name", "")), str(kept.get("server", ""))
-        except (OSError, ValueError, AttributeError):
-            return "", ""  # none yet, or damaged: it is only a memory
+        kept = self.read()
+        return str(kept.get("name", "")), str(kept.get("server", ""))
 
     def save(self, name: str, server: str) -> None:
-        if self.path is None or self.load() == (name, server):
-            return
-        written = self.path.with_suffix(".new")
-        with contextlib.suppress(OSError):  # we can live without
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            fd = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(fd, "w", encoding="utf-8") as file:
-                json.dump({"name": name, "server": server}, file)
-            written.replace(self.path)
+        self.write(name=name, server=server)
 
 
 # ======================================================================================

@@ -5287,8 +5287,12 @@ def test_a_given_up_account_founds_nothing_any_more(folder):
     house.say("alice", "JOIN #empty,#used", "PART #empty")
     house.say("bob", "JOIN #used")
     assert "#empty" in house.hub.channels
+    house.say("alice", "MARKREAD #used timestamp=1970-01-02T00:00:00.000Z")
+    house.turn()
+    assert house.store.rows("markers") != []
     house.say("alice", "NS DROP secret")
     house.turn()
+    assert house.store.rows("markers") == []
     assert "#empty" not in house.hub.channels and "#used" in house.hub.channels
     again = restarted(house, path)
     assert [*again.hub.channels] == ["#used"]  # alice has a secret still
@@ -5346,6 +5350,34 @@ def test_a_founder_comes_into_his_channel_whatever_others_made_of_it():
     house.say("bob", "MODE #a -o alice", "MODE #a +ikb word alice!*@*", "KICK #a alice")
     house.say("alice", "JOIN #a")
     assert names_in(house, "#a") == ["@bob", "~alice"]
+
+
+def test_a_turn_that_was_not_stored_brings_no_former_name_of_a_channel_back(folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    make_account(house, "alice")
+    come_again(house, "alice", "alice", account="alice")
+    house.say("alice", "JOIN #old")
+    chat.settle(house.hub)
+    house.hub.end(lost=True)  # the disk was full
+    house.say("alice", "RENAME #old #new :x")
+    house.turn()
+    assert [key for key, _ in house.store.rows("channels")] == ["#new"]
+    house.store.close()
+
+
+def test_only_so_many_are_missed_at_a_time(running, monkeypatch):
+    monkeypatch.setattr(chat, "ABSENT_MOST", 2)
+    server = running()
+    witness = server.guest()
+    witness.enter_irc("witness", "JOIN #a")
+    for n in range(3):
+        guest = server.guest()
+        guest.send(f"CAP REQ chat.py/session\r\nSESSION {n:032x}\r\nCAP END\r\n")
+        guest.enter_irc(f"guest{n}", "JOIN #a")
+        guest.sock.shutdown(socket.SHUT_RDWR)
+    assert ":guest0!" in witness.until(" QUIT ")[-1]
+    assert {"guest1", "guest2"} <= server.server.hub.users.keys()
 
 
 # ======================================================================================
@@ -5865,6 +5897,17 @@ class Pair:
         self.house.turn()
         self.views += self.core.disconnected()
 
+    def break_off(self, noticed):
+        """The line breaks, whether or not the server has noticed, and there is a new one."""
+        if noticed:
+            self.drop()
+        else:
+            self.views += self.core.disconnected()
+        self.connections += 1
+        self.label = f"{self.name}-{self.connections}"
+        self.house.connect_irc(self.label)
+        self.views += self.core.connected()
+
     def said(self):
         found = [(view.where, view.name, view.text) for view in self.views if view.kind == "said"]
         self.views.clear()
@@ -6182,14 +6225,7 @@ def test_nothing_is_lost_or_doubled_wherever_the_line_breaks(seeded):
                 pair.views += pair.core.say(f"{name} {said[name]}")
             if seeded.random() < 0.3:
                 pair.step(seeded.randrange(400), seeded.randrange(900))
-                if seeded.random() < 0.5:  # the server has not noticed it yet
-                    pair.views += pair.core.disconnected()
-                else:
-                    pair.drop()
-                pair.connections += 1
-                pair.label = f"{name}-{pair.connections}"
-                house.connect_irc(pair.label)
-                pair.views += pair.core.connected()
+                pair.break_off(noticed=seeded.random() < 0.5)
             else:
                 pair.step(math.inf, math.inf)
     for _ in range(3):
@@ -7804,24 +7840,22 @@ class Proxy:
         self.deaf.set()
         self.deaf = threading.Event()
 
+    def carry(self, data, sink, budget):
+        """As much of it as there is left to carry, after a while."""
+        time.sleep(self.latency + len(data) / self.rate)
+        budget[0] -= len(data)
+        sink.sendall(data[: max(0, len(data) + int(min(budget[0], 0)))])
+
     def pump(self, source, sink, budget, deaf):
-        waiting = collections.deque()  # when to go on, and what with
         with contextlib.suppress(OSError):
-            while data := source.recv(1024):
-                if deaf.is_set():
-                    continue
-                waiting.append((time.monotonic() + self.latency, data))
-                budget[0] -= len(data)
-                while waiting:
-                    due, data = waiting.popleft()
-                    time.sleep(max(0.0, due - time.monotonic()) + len(data) / self.rate)
-                    sink.sendall(data[: max(0, len(data) + int(min(budget[0], 0)))])
-                if budget[0] <= 0:
-                    self.resets += 1
-                    for sock in (source, sink):
-                        reset = struct.pack("ii", 1, 0)
-                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-                    break
+            while budget[0] > 0 and (data := source.recv(1024)):
+                if not deaf.is_set():
+                    self.carry(data, sink, budget)
+            if budget[0] <= 0:
+                self.resets += 1
+                for sock in (source, sink):
+                    reset = struct.pack("ii", 1, 0)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
         for sock in (source, sink):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
