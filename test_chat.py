@@ -4635,7 +4635,7 @@ def test_a_page_of_a_million_messages_is_found_at_once(folder):
         for n in range(100_000)  # a tenth, to be quick here; the depth of the tree is the same
     )
     store.db.execute("BEGIN")
-    store.db.executemany(f"INSERT INTO events VALUES ({', '.join('?' * 11)})", rows)
+    store.db.executemany(chat.INSERT_EVENT, rows)
     store.db.execute("COMMIT")
     span, middle = chat.Span(chat.Place("#a")), chat.Mark(time=base + 50_000)
     for job in (
@@ -6713,11 +6713,13 @@ def test_partial_and_failing_writes_are_accounted_for_exactly(loop, pair, script
     conn, _ = pair
     conn.sock = scripted = ScriptedSocket(conn.sock, script)
     data = [b"hello ", b"wide ", b"world"]
-    conn.write_now(data[0])
-    for piece in data[1:]:
-        conn.write(piece)
+    owner = types.SimpleNamespace(conn=conn)
+    chat.broadcast(data[0], [owner])
+    conn.write(data[1])
+    chat.broadcast(data[2], [owner])  # never past what waits
     for _ in range(10):
         conn.flush()
+    assert conn.direct == (not lost)
     if lost:
         assert conn.events == [lost] and conn.state == chat.CLOSED
         assert b"".join(data).startswith(scripted.sent)
