@@ -10358,6 +10358,8 @@ class ServerConnection(Connection):
 
     def lost(self, reason: str) -> None:
         self.link.lost(reason)
+        # It happens while a turn is being written, too: one more, in which to show it.
+        self.loop.call_soon(do_nothing)
 
     def lagging(self) -> None:
         self.link.make_room()
@@ -12254,6 +12256,12 @@ class Bench:
         if failure:
             raise Unusable(f"the server closed a connection of the load: {failure}")
 
+    def close(self) -> None:
+        """Or the server, when it is told to end, would wait for us to hang up."""
+        for conn in (*self.receivers, *self.senders):
+            conn.sock.close()
+        self.loop.close()
+
     def _send(self, done: int, elapsed: float) -> None:
         """What may go now: due by the clock, or inside the window."""
         options = self.options
@@ -12551,7 +12559,10 @@ def run_bench(args: argparse.Namespace) -> int:
         options = BenchOptions(
             target, **{n: getattr(args, n) for n in BenchOptions._field_defaults}
         )
-        result = Bench(options, show_progress if sys.stderr.isatty() else do_nothing).run()
+        with contextlib.closing(
+            Bench(options, show_progress if sys.stderr.isatty() else do_nothing)
+        ) as bench:
+            result = bench.run()
     print(json.dumps(result) if args.json else bench_table(result))
     return 0
 

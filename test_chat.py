@@ -8,6 +8,7 @@ replies and never for time to pass. Seeded tests print their seed when they fail
 from __future__ import annotations
 
 import ast
+import atexit
 import base64
 import codecs
 import collections
@@ -22,6 +23,7 @@ import json
 import math
 import os
 import pathlib
+import py_compile
 import random
 import re
 import shutil
@@ -33,6 +35,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -83,6 +86,8 @@ class FakeConn:
             self.session.ended()
 
 
+SLOW_ROUNDS = chat.make_verifier.__defaults__
+chat.make_verifier.__defaults__ = (min(chat.SCRAM_ROUNDS),)  # hundreds of accounts are made here
 BOSS = chat.make_verifier("secret", rounds=1000)
 
 
@@ -3317,7 +3322,7 @@ def test_who_looks_through_everything_pays_for_it(running):
 def test_whom_the_budget_holds_back_is_not_taken_for_dead(running, monkeypatch):
     monkeypatch.setattr(chat, "PING_SECONDS", 0.05)
     monkeypatch.setattr(chat, "PONG_SECONDS", 0.05)
-    alice = running(flood=(4, 10)).guest()
+    alice = running(flood=(4, 20)).guest()
     alice.send("NICK alice\r\nUSER u 0 * :r\r\n" + "".join(f"PING {n}\r\n" for n in range(8)))
     assert alice.until("PONG chat.py :7")
 
@@ -6945,8 +6950,8 @@ def test_half_a_line_of_irc_is_none_and_in_the_line_protocol_it_is_one(running):
 
 
 def test_a_silent_irc_client_is_asked_and_then_let_go_and_others_are_told(running, monkeypatch):
-    monkeypatch.setattr(chat, "PING_SECONDS", 0.1)
-    monkeypatch.setattr(chat, "PONG_SECONDS", 0.1)
+    monkeypatch.setattr(chat, "PING_SECONDS", 0.05)
+    monkeypatch.setattr(chat, "PONG_SECONDS", 0.05)
     server = running()
     dora, alice = server.guest("dora"), server.guest()
     alice.enter_irc("alice", "JOIN #lobby")
@@ -7267,7 +7272,7 @@ def test_a_busy_database_delays_messages_and_loses_none(running, folder):
 
 
 def test_who_was_reset_counts_until_the_last_of_his_lines_is_taken(running):
-    server = running(flood=(5.0, 50.0))
+    server = running(flood=(5.0, 100.0))
     alice = server.guest("alice")
     bob = Guest(server.address)
     bob.send("bob\n" + "".join(f"{n}\n" for n in range(30)))
@@ -7337,11 +7342,38 @@ class Program(subprocess.Popen):
         super().__exit__(*exception)
 
 
-def program(*arguments, **options):
-    """chat.py in a process of its own."""
+@functools.cache
+def compiled():
+    """chat.pyc: to compile chat.py takes a process longer than all else at its start."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="chat-tests-"))
+    atexit.register(shutil.rmtree, folder)
+    return py_compile.compile(str(HERE / "chat.py"), str(folder / "chat.pyc"), doraise=True)
+
+
+LIMITED = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import chat
+vars(chat).update(json.loads(sys.argv[2]))
+sys.exit(chat.main(sys.argv[3:]))
+"""
+
+
+def program(*arguments, limits=None, **options):
+    """chat.py in a process of its own, with other limits where a test cannot wait so long."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    command = [sys.executable, str(HERE / "chat.py"), *map(str, arguments)]
-    return Program(command, **{**pipes, **options})
+    limited = ["-c", LIMITED, os.path.dirname(compiled()), json.dumps(limits)]
+    command = limited if limits else [compiled()]
+    return Program([sys.executable, *command, *map(str, arguments)], **{**pipes, **options})
+
+
+def test_the_one_file_is_all_it_takes(tmp_path):
+    """Every other test starts what it was compiled to, or imports it."""
+    alone = shutil.copy(HERE / "chat.py", tmp_path)
+    command = [sys.executable, "-I", alone, "--help"]
+    said = subprocess.run(command, capture_output=True, cwd=tmp_path, check=True)
+    assert said.stdout.startswith(b"usage: chat.py ") and said.stderr == b""
+    assert list(tmp_path.iterdir()) == [tmp_path / "chat.py"]
 
 
 @contextlib.contextmanager
@@ -7559,7 +7591,8 @@ class Workshop:
 @pytest.mark.parametrize("flags", [["--plain"], []])
 def test_the_first_bytes_to_a_workshop_server_are_the_name(flags):
     with Workshop() as server:
-        client = program("client", "alice", "--server", server.where, "--no-state", *flags)
+        arguments = ["alice", "--server", server.where, "--no-state", *flags]
+        client = program("client", *arguments, limits={"LISTEN_SECONDS": 0.1})
         with client, server.accept() as sock:
             assert sock.recv(100) == b"alice\n"
             client.stdin.write(b"hello\n/quit is text here\n")
@@ -7601,7 +7634,7 @@ def test_a_file_can_be_piped_into_a_chat_and_every_line_is_text(running, folder)
     server = running()
     bob = server.guest("bob")
     text = folder / "text"
-    text.write_text("".join(f"/{n}\n" for n in range(3000)) + "no newline")
+    text.write_text("".join(f"/{n}\n" for n in range(1000)) + "no newline")
     where = "{}:{}".format(*server.address)
     with (
         open(text) as file,
@@ -7609,7 +7642,7 @@ def test_a_file_can_be_piped_into_a_chat_and_every_line_is_text(running, folder)
     ):
         assert client.wait(PATIENCE) == 0
     assert "joined" in bob.line()
-    assert bob.lines(3001) == [f"alice: /{n}" for n in range(3000)] + ["alice: no newline"]
+    assert bob.lines(1001) == [f"alice: /{n}" for n in range(1000)] + ["alice: no newline"]
     assert "left" in bob.line()
 
 
@@ -7744,6 +7777,24 @@ class Linked:
         self.loop.close()
 
 
+def test_a_broken_line_is_shown_at_once_and_not_when_something_else_happens(monkeypatch):
+    monkeypatch.setattr(chat, "BACKOFF_FIRST", PATIENCE)
+    monkeypatch.setattr(chat, "WATCH_SECONDS", PATIENCE)
+    server = Running()  # stopped here, and not by the fixture
+    shown = []
+    alice = Linked(chat.parse_target("irc://{}:{}".format(*server.address)))
+    alice.loop.turn_ends = lambda: shown.append(len(alice.views))
+    alice.until(lambda: alice.core.ready)
+    server.loop.call_soon_threadsafe(server.server.stop)
+    alice.until(lambda: alice.link.again)
+    began = time.monotonic()
+    while shown[-1] < len(alice.views):
+        alice.loop.run_once(PATIENCE)
+    assert alice.noted("trying again in") and time.monotonic() - began < chat.BACKOFF_FIRST / 2
+    alice.close()
+    server.stop()
+
+
 def test_a_certificate_that_nobody_signed_is_asked_about_once_and_its_change_is_loud(
     running, certificate, folder
 ):
@@ -7805,7 +7856,7 @@ def test_of_two_addresses_the_one_that_answers_is_taken(loop):
 
 RUNS = int(os.environ.get("CHAT_FAULTS", 0))
 FAULTS = range(max(1, RUNS))
-LINES_SAID = 1000 if RUNS else 200
+LINES_SAID = 1000 if RUNS else 100
 
 
 class Proxy:
@@ -7870,25 +7921,24 @@ class Proxy:
         self.listening.close()
 
 
-IMPATIENT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import chat
-chat.BACKOFF_FIRST, chat.BACKOFF_MOST, chat.WATCH_SECONDS = 0.02, 0.2, 0.05
-chat.SILENT_SECONDS, chat.WAITING_SECONDS, chat.LISTEN_SECONDS = float(sys.argv[2]), 0.8, 2.0
-sys.exit(chat.main(["client", *sys.argv[3:]]))
-"""
+IMPATIENT = {
+    "BACKOFF_FIRST": 0.02,
+    "BACKOFF_MOST": 0.2,
+    "WATCH_SECONDS": 0.05,
+    "SILENT_SECONDS": 2.0,
+    "WAITING_SECONDS": 0.5,
+    "LISTEN_SECONDS": 2.0,
+}
 
 
 def piped(name, where, folder=None, silent=2.0, **options):
     """A client as a filter that does not wait for long."""
-    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
     state = [] if folder else ["--no-state"]
     environment = os.environ | {"XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
-    command = [sys.executable, "-c", IMPATIENT, str(HERE), str(silent), name, *state]
-    return Program(
-        [*command, "--server", f"irc://{where}"], env=environment, **{**pipes, **options}
-    )
+    command = ["client", name, *state, "--server", f"irc://{where}"]
+    limits = IMPATIENT | {"SILENT_SECONDS": silent}
+    options = {"env": environment, "limits": limits, "stderr": None, **options}
+    return program(*command, **options)
 
 
 class Witness(Guest):
@@ -7983,12 +8033,12 @@ def test_a_server_that_is_killed_five_times_loses_and_doubles_nothing(folder, se
 def test_a_network_that_swallows_everything_is_noticed_and_left(running):
     server = running()
     with Proxy(server.address) as proxy:
-        exactly_once(server.address, proxy.where, 200, proxy.swallow)
+        exactly_once(server.address, proxy.where, 200, proxy.swallow, silent=0.6)
 
 
 def test_a_slow_line_with_a_long_delay_carries_everything(running):
     server = running()
-    with Proxy(server.address, latency=0.1, rate=20_000) as proxy:
+    with Proxy(server.address, latency=0.05, rate=20_000) as proxy:
         exactly_once(server.address, proxy.where, 10)
 
 
@@ -8680,7 +8730,7 @@ def test_nothing_a_server_says_steers_the_terminal(seeded):
 class TerminalProcess:
     """The terminal client in a process of its own, on a terminal of ours."""
 
-    def __init__(self, address, *arguments, state=None):
+    def __init__(self, address, *arguments, state=None, limits=None):
         import fcntl
         import pty
         import termios
@@ -8694,9 +8744,8 @@ class TerminalProcess:
         where = ["--server", "{}:{}".format(*address)] + ["--no-state"] * (state is None)
         folders = dict.fromkeys(("XDG_DATA_HOME", "XDG_CONFIG_HOME"), str(state))
         environment = {**os.environ, **folders, "TERM": "xterm", "NO_COLOR": "1"}
-        self.process = program(
-            "client", *arguments, *where, **ends, env=environment, start_new_session=True
-        )
+        options = {**ends, "env": environment, "limits": limits, "start_new_session": True}
+        self.process = program("client", *arguments, *where, **options)
         self.seen, self.decode = "", codecs.getincrementaldecoder("utf-8")().decode
 
     def type(self, text):
@@ -8807,7 +8856,7 @@ def test_ctrl_c_forgets_the_line_before_it_leaves(running, terminal):
 
 def test_a_client_comes_back_when_its_server_does(terminal, folder):
     with serving("--data", folder) as (process, address):
-        alice = terminal(address, "alice")
+        alice = terminal(address, "alice", limits={"BACKOFF_FIRST": 0.1})
         assert alice.sees("you are alice") and alice.sees("alice> ")
         process.send_signal(signal.SIGTERM)
         assert alice.sees("the server is going down") and alice.sees("trying again in")
@@ -8906,13 +8955,15 @@ def test_a_person_pages_up_through_what_the_server_keeps(running, terminal):
 
 def test_a_cut_line_is_told_once_counted_down_and_nothing_typed_is_lost(terminal, folder):
     with serving("--data", folder / "server") as (process, address):
-        alice = terminal(address, "alice", state=folder / "alice")
+        soon = {"BACKOFF_FIRST": 2.4}  # give or take a quarter
+        alice = terminal(address, "alice", state=folder / "alice", limits=soon)
         assert alice.shows("you are alice", "#lobby 1 connected")
         process.kill()
         assert alice.shows("reconnecting in")
+        seconds = int(re.search("reconnecting in ([0-9])", "\n".join(alice.screen.lines))[1])
         alice.type("said meanwhile\r/names\r")
         assert alice.shows("alice: said meanwhile", "1 waiting", "alice> /names")
-        assert alice.sees("reconnecting in 2 s") and alice.sees("reconnecting in 1 s")
+        assert alice.shows(f"reconnecting in {seconds - 1} s")
         assert sum("trying again" in line for line in alice.screen.lines) == 1
     alice.type("\x15/quit\r")
     assert alice.shows("1 message waiting, to be sent the next time")
@@ -8945,7 +8996,7 @@ def test_typing_is_not_slowed_by_a_storm(running, terminal):
     assert alice.shows("#lobby 2 connected", "alice>")
     storm = "".join(f"storm {n} of words that somebody says\n" for n in range(500)).encode()
     delays, typed = [], ""
-    for c in "the quick brown fox":
+    for c in "the quick fox":
         bob.send(storm)
         typed, began = typed + c, time.monotonic()
         alice.type(c)
@@ -9225,8 +9276,9 @@ def test_the_field_keeps_drafts_completes_and_survives_emoji(running, window):
 
 
 def test_a_window_comes_back_when_its_server_does_and_sends_what_was_typed_meanwhile(
-    running, window
+    running, window, monkeypatch
 ):
+    monkeypatch.setattr(chat, "BACKOFF_FIRST", 0.1)
     first = Running()  # stopped here, and not by the fixture
     alice = window(first.address)
     pump(alice, lambda: alice.snapshot.ready)
@@ -9312,8 +9364,8 @@ def test_a_window_answers_while_messages_pour_in_and_closes_in_a_second(running,
     bob = server.guest("bob")
     alice = window(server.address)
     pump(alice, lambda: alice.snapshot.ready)
-    # Three times: what this machine does besides is not the window's fault.
-    assert min(longest_silence(alice, bob, 1000) for _ in range(3)) < 0.1
+    # Up to three times: what this machine does besides is not the window's fault.
+    assert any(longest_silence(alice, bob, 1000) < 0.1 for _ in range(3))
     alice.transcript.text.yview_moveto(0)
     alice.root.update()
     bob.send("below\n")
@@ -9337,7 +9389,8 @@ def test_a_window_answers_while_messages_pour_in_and_closes_in_a_second(running,
 
 
 def test_the_benchmark_measures_a_server_of_its_own():
-    with program("bench", "--clients", 5, "--senders", 2, "--messages", 200, "--json") as process:
+    arguments = ["--clients", 5, "--senders", 2, "--messages", 200, "--json"]
+    with program("bench", *arguments, limits={"BENCH_QUIET_SECONDS": 0.1}) as process:
         out, errors = process.communicate(timeout=PATIENCE)
     result = json.loads(out)
     assert (
@@ -9350,7 +9403,7 @@ def test_the_benchmark_measures_a_server_of_its_own():
 def test_the_benchmark_keeps_a_rate_and_prints_a_table(running):
     where = "{}:{}".format(*running().address)
     arguments = ["--server", where, "--clients", 3, "--senders", 1, "--messages", 30, "--rate", 300]
-    with program("bench", *arguments) as process:
+    with program("bench", *arguments, limits={"BENCH_QUIET_SECONDS": 0.1}) as process:
         out, _ = process.communicate(timeout=PATIENCE)
     assert b"30 messages, 1 sender" in out and b"latency p99.9" in out
 
@@ -9361,29 +9414,25 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
 
 
+@functools.cache
+def nodes_of(path):
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def deepest(node, depth=0):
     """How deep the blocks of a function are nested; elif does not count as deeper."""
     found = depth
-    for field, value in ast.iter_fields(node):
-        children = [
-            c for c in (value if isinstance(value, list) else [value]) if isinstance(c, ast.AST)
-        ]
-        for child in children:
-            if isinstance(child, (*FUNCTIONS, ast.ClassDef, ast.Lambda)):
-                continue
-            is_elif = (
-                isinstance(node, ast.If)
-                and field == "orelse"
-                and len(children) == 1
-                and isinstance(child, ast.If)
-            )
-            found = max(found, deepest(child, depth + (isinstance(child, BLOCKS) and not is_elif)))
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.expr, *FUNCTIONS, ast.ClassDef)):
+            is_elif = isinstance(node, ast.If) and node.orelse == [child]
+            is_deeper = isinstance(child, BLOCKS) and not (is_elif and isinstance(child, ast.If))
+            found = max(found, deepest(child, depth + is_deeper))
     return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_functions_are_short_shallow_and_classes_not_endless(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         length = getattr(node, "end_lineno", 0) - getattr(node, "lineno", 0) + 1
         if isinstance(node, FUNCTIONS):
             assert length <= 60, f"{node.name} has {length} lines"
@@ -9395,7 +9444,7 @@ def test_functions_are_short_shallow_and_classes_not_endless(path):
 def test_above_the_waterline_there_is_no_operating_system():
     source = (HERE / "chat.py").read_text()
     waterline = source[: source.index("THE WATERLINE")].count("\n")
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(HERE / "chat.py"):
         if (
             isinstance(getattr(node, "ctx", None), ast.Load)
             and getattr(node, "id", "") in BELOW_THE_WATER
@@ -9405,7 +9454,7 @@ def test_above_the_waterline_there_is_no_operating_system():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_everything_is_defined_before_it_is_used(path):
-    tree = ast.parse(path.read_text())
+    tree, *_ = nodes = nodes_of(path)
     defined = {}
     for node in tree.body:
         stored = [
@@ -9413,7 +9462,7 @@ def test_everything_is_defined_before_it_is_used(path):
         ]
         for name in [node.name] if hasattr(node, "name") else stored:
             defined.setdefault(name, node.lineno)
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             assert defined.get(node.id, 0) <= node.lineno, f"{node.id} in line {node.lineno}"
 
