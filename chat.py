@@ -3222,11 +3222,11 @@ def inspect_database(path: pathlib.Path) -> None:
 
 
 def migrate(db: sqlite3.Connection) -> None:
-    """Run the steps that this database has not seen, each in a transaction of its own."""
+    """Run the steps that this database has not seen, all in one transaction."""
     version = db.execute("PRAGMA user_version").fetchone()[0]
-    for number, step in enumerate(MIGRATIONS[version:], version + 1):
+    if steps := MIGRATIONS[version:]:
         db.executescript(
-            f"BEGIN; {step}; PRAGMA user_version = {number};"
+            f"BEGIN; {';'.join(steps)}; PRAGMA user_version = {len(MIGRATIONS)};"
             f"PRAGMA application_id = {APPLICATION_ID}; COMMIT;"
         )
 
@@ -9534,7 +9534,7 @@ def descriptor_limit() -> int:
 def read_motd(path: pathlib.Path | None) -> list[str]:
     """Its lines, as they can be shown. Raises Unusable."""
     try:
-        return harmless(path.read_text()).expandtabs().splitlines() if path else []
+        return harmless(path.read_text("utf-8")).expandtabs().splitlines() if path else []
     except (OSError, UnicodeDecodeError) as error:
         raise Unusable(f"cannot read the message of the day {path}: {error}") from error
 
@@ -12419,18 +12419,31 @@ def host_name(text: str) -> str:
     return text
 
 
+def ask_for_password() -> str:
+    """At the terminal, whatever standard input is: the first line of a pipe is no password."""
+    import getpass
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", getpass.GetPassWarning)
+        try:
+            return getpass.getpass("password: ")
+        except (getpass.GetPassWarning, EOFError):
+            raise Unusable("nobody typed the password; it can be given as @FILE") from None
+
+
 def secret_option(text: str) -> str:
     """A password as it is, or @FILE that holds it, or "" to be asked for it."""
     if not text:
-        import getpass
-
-        return getpass.getpass("password: ")
+        return ask_for_password()
     if not text.startswith("@"):
         return text
     try:
-        return pathlib.Path(text[1:]).read_text().strip()
+        return pathlib.Path(text[1:]).read_text("utf-8").strip()
+    except UnicodeDecodeError:
+        raise Unusable(f"cannot read the password in {text[1:]}: it is not UTF-8 text") from None
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text[1:]}: {reason_of(error)}") from None
+        raise Unusable(f"cannot read the password in {text[1:]}: {reason_of(error)}") from None
 
 
 def operator_option(text: str) -> tuple[str, str]:
@@ -12501,12 +12514,12 @@ def run_passwd(args: argparse.Namespace) -> int:
     path = args.data / "chat.db"
     if not path.exists():
         raise Unusable(f"there is no database in {args.data}; --data says where it is")
-    password = args.password or secret_option("")
     with contextlib.closing(open_database(path)) as db:
         db.execute(f"PRAGMA busy_timeout = {PASSWD_WAIT}")
         row = db.execute("SELECT name FROM accounts WHERE key = ?", [fold(args.name)]).fetchone()
         if row is None:
             raise Unusable(f"there is no account {args.name}")
+        password = args.password or ask_for_password()
         if len(password) < PASSWORD_LEAST:
             raise Unusable(f"a password has at least {PASSWORD_LEAST} characters")
         columns = "salt = ?, rounds = ?, stored_key = ?, server_key = ?"
@@ -12651,8 +12664,8 @@ def main(arguments: list[str] | None = None) -> int:
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)  # Python found them closed
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
-    args = command_line().parse_args(arguments)
     try:
+        args = command_line().parse_args(arguments)
         return args.run(args)
     except ChatError as error:
         print(f"chat.py: {escaped(str(error))}", file=sys.stderr)

@@ -86,8 +86,9 @@ class FakeConn:
             self.session.ended()
 
 
-SLOW_ROUNDS = chat.make_verifier.__defaults__
-chat.make_verifier.__defaults__ = (min(chat.SCRAM_ROUNDS),)  # hundreds of accounts are made here
+SLOW_ROUNDS = chat.ACCOUNT_ROUNDS
+chat.ACCOUNT_ROUNDS = min(chat.SCRAM_ROUNDS)  # hundreds of accounts are made here
+chat.make_verifier.__defaults__ = (chat.ACCOUNT_ROUNDS,)
 BOSS = chat.make_verifier("secret", rounds=1000)
 
 
@@ -7337,6 +7338,15 @@ def test_junk_in_any_amount_costs_the_server_nothing(running, seeded):
 class Program(subprocess.Popen):
     """A process that does not outlive the test."""
 
+    def wait(self, timeout=None):
+        """Until its end, not until the next of the looks that Popen takes; killed if late."""
+        alarm = threading.Timer(timeout or PATIENCE, self.kill)
+        alarm.start()
+        try:
+            return super().wait()
+        finally:
+            alarm.cancel()
+
     def __exit__(self, *exception):
         self.kill()
         super().__exit__(*exception)
@@ -7428,6 +7438,25 @@ def test_operators_end_and_restart_the_server(folder):
         assert process.wait(PATIENCE) == 0
 
 
+def test_who_has_the_files_sets_another_password_while_the_server_runs(folder):
+    with serving("--data", folder) as (process, address):
+        alice = Guest(address, "alice")
+        alice.send("/register swordfish99\n")
+        assert "alice is yours" in alice.line()
+        for name, words in (("nobody", b"no account nobody"), ("alice", b"")):
+            flags = ("--data", folder, "--password", "anotherword")
+            with program("passwd", name, *flags) as passwd:
+                assert words in passwd.communicate()[1]
+        bob = Guest(address, "bob")
+        bob.send("/login alice swordfish99\n/login alice anotherword\n")
+        assert bob.line() == "* name or password are wrong"
+        assert bob.line() == "* you are logged in as alice"
+        process.kill()
+    store = chat.Store(folder / "chat.db")
+    assert [account.verifier.rounds for account in store.accounts()] == [SLOW_ROUNDS]
+    store.close()
+
+
 def test_what_was_acknowledged_survives_kill_9(folder):
     acknowledged = []
     for _ in range(3):
@@ -7478,50 +7507,58 @@ def test_a_second_server_on_the_same_folder_says_so(folder):
         assert f"another server uses {folder}" in second.stderr.read().decode()
 
 
-@pytest.mark.parametrize(
-    "arguments, status, words",
-    [
-        (["server", "--data", "/proc/nothing"], 1, "cannot use /proc/nothing"),
-        (["server", "--flood", "much"], 2, "write BURST,RATE or off"),
-        (["server", "--listen", "nowhere:70000"], 2, "write HOST:PORT"),
-        (
-            ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-cert", "/none"],
-            1,
-            "cannot use the certificate",
-        ),
-        (["server", "--keep", "0"], 2, "a whole number from 1 on"),
-        (["client", "alice", "--server", "ftp://x"], 2, "write HOST:PORT"),
-        (
-            ["client", "alice", "--server", "irc://127.0.0.1:1", "--no-state"],
-            1,
-            "connection refused",
-        ),
-        (["client", "alice", "--server", "127.0.0.1:1"], 1, "connection refused"),
-        (["client"], 2, "required: NAME"),
-        (["client", "NICK"], 1, "cannot be a name"),
-        (["client", "/quit"], 1, "cannot be a name"),
-        (["client", " "], 1, "cannot be a name"),
-        (["client", "alice", "--server", "a..b", "--no-state"], 1, "no name of a host"),
-        (["server", "--flood", "nan,nan"], 2, "at least 1 line"),
-        (
-            ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-client-ca", "x"],
-            1,
-            "--tls-client-ca and --sts are of no use",
-        ),
-        (
-            ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-key", "x"],
-            1,
-            "--tls-cert",
-        ),
-        (["bench", "--rate", "-1"], 2, "messages a second"),
-        (["dance"], 2, "invalid choice"),
-    ],
-)
-def test_a_wrong_command_line_is_one_clear_line_and_no_traceback(arguments, status, words):
-    with program(*arguments, stdin=subprocess.DEVNULL) as process:
-        errors = process.stderr.read().decode()
-        assert process.wait(PATIENCE) == status
-    assert words in errors and "Traceback" not in errors
+WRONG_COMMAND_LINES = [  # the status, and what is said
+    (["server", "--data", "/proc/nothing"], 1, "cannot use /proc/nothing"),
+    (["server", "--flood", "much"], 2, "write BURST,RATE or off"),
+    (["server", "--listen", "nowhere:70000"], 2, "write HOST:PORT"),
+    (
+        ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-cert", "/none"],
+        1,
+        "cannot use the certificate",
+    ),
+    (["server", "--keep", "0"], 2, "a whole number from 1 on"),
+    (["client", "alice", "--server", "ftp://x"], 2, "write HOST:PORT"),
+    (
+        ["client", "alice", "--server", "irc://127.0.0.1:1", "--no-state"],
+        1,
+        "connection refused",
+    ),
+    (["client", "alice", "--server", "127.0.0.1:1"], 1, "connection refused"),
+    (["client"], 2, "required: NAME"),
+    (["client", "NICK"], 1, "cannot be a name"),
+    (["client", "/quit"], 1, "cannot be a name"),
+    (["client", " "], 1, "cannot be a name"),
+    (["client", "alice", "--server", "a..b", "--no-state"], 1, "no name of a host"),
+    (["server", "--flood", "nan,nan"], 2, "at least 1 line"),
+    (
+        ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-client-ca", "x"],
+        1,
+        "--tls-client-ca and --sts are of no use",
+    ),
+    (
+        ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-key", "x"],
+        1,
+        "--tls-cert",
+    ),
+    (["bench", "--rate", "-1"], 2, "messages a second"),
+    (["client", "alice", "--login", "alice:@/none"], 1, "cannot read the password in /none: no"),
+    (["server", "--oper", "boss:@/dev/stdin"], 1, "it is not UTF-8 text"),
+    (["client", "alice", "--login"], 1, "nobody typed the password; it can be given as @FILE"),
+    (["dance"], 2, "invalid choice"),
+]
+
+
+def test_a_wrong_command_line_is_one_clear_line_and_no_traceback():
+    with contextlib.ExitStack() as stack:
+        started = [
+            # without a terminal of its own that a password could be asked for at
+            (stack.enter_context(program(*arguments, start_new_session=True)), arguments, *wanted)
+            for arguments, *wanted in WRONG_COMMAND_LINES
+        ]
+        for process, arguments, status, words in started:
+            errors = process.communicate(b"\xff")[1].decode()
+            assert process.wait(PATIENCE) == status, arguments
+            assert words in errors and "Traceback" not in errors, arguments
 
 
 def test_when_descriptors_run_out_newcomers_are_told_and_the_others_talk_on(folder):
