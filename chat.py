@@ -169,7 +169,7 @@ ACCOUNTS_MADE_SECONDS = 3600  # ... with no more than this between one and the n
 PENDING_ACCOUNTS = 1000  # that wait for a code sent by mail
 MAIL_SECONDS = 30  # for --sendmail to take one
 GRACE_SECONDS = 60.0  # who can prove to be the same and loses the line is here for so long ...
-ABSENT_MOST = 1000  # ... but not more of them than this: the first one goes
+ABSENT_MOST = 1000  # ... but not more of them (of one address: PER_ADDRESS): the first one goes
 
 READ_BYTES = 64 * 1024  # taken from one connection in one turn
 LINES_A_TURN = 256  # acted on for one connection in one turn, so that nobody waits for a flood
@@ -306,11 +306,15 @@ class Source(NamedTuple):
     identity: str = ""  # whose private talks these are, see User
 
 
+def host_of(address: str) -> str:
+    return address.rpartition(":")[0]
+
+
 def source_of(
     name: str, address: str, username: str, account: str = "", bot: bool = False
 ) -> Source:
     """With its mask, which is asked for with every message."""
-    host = address.rpartition(":")[0].strip("[]")
+    host = host_of(address).strip("[]")
     if host.startswith(":"):  # a word of IRC cannot begin with one
         host = f"0{host}"
     return Source(name, address, username, host, f"{name}!{username}@{host}", account, bot)
@@ -1791,7 +1795,7 @@ class Session:
     @property
     def host(self) -> str:
         """Where it comes from, for limits by address."""
-        return self.conn.address.rpartition(":")[0]
+        return host_of(self.conn.address)
 
     @property
     def author(self) -> str:
@@ -2400,7 +2404,7 @@ class Hub:
             user.secrets[session.secret], self.places[session.secret] = None, user
         for secret in list(user.secrets)[:-SECRETS_A_USER]:
             self.forget(user, secret)
-        if user.source.address.rpartition(":")[0] not in {s.host for s in user.live}:
+        if host_of(user.source.address) not in {s.host for s in user.live}:
             self._moved(user, session.conn.address)
 
     def _moved(self, user: User, address: str) -> None:
@@ -9820,10 +9824,15 @@ class Server:
         """Give somebody a while to come back, from now on; so many at most."""
         self.missed.discard(user)
         self.missed.add(user)
-        if len(self.missed.waiting) > ABSENT_MOST:
-            first = next(iter(self.missed.waiting))
-            self.missed.discard(first)
-            self.loop.call_soon(functools.partial(self.hub.give_up, first))
+        absent, host = self.missed.waiting, host_of(user.source.address)
+        local = is_loopback(host)
+        near = [] if local else [u for u in absent if host_of(u.source.address) == host]
+        for crowd, most in ((near, self.options.max_per_address), (absent, ABSENT_MOST)):
+            if len(crowd) > most:
+                first = next(iter(crowd))
+                self.missed.discard(first)
+                self.loop.call_soon(functools.partial(self.hub.give_up, first))
+                return
 
     def rehash(self, session: Session, then: Callable = do_nothing) -> None:
         """Read again what may have changed: if one of it cannot be read, all stays as it

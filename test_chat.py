@@ -5372,9 +5372,15 @@ def test_a_turn_that_was_not_stored_brings_no_former_name_of_a_channel_back(fold
     house.store.close()
 
 
-def test_only_so_many_are_missed_at_a_time(running, monkeypatch):
-    monkeypatch.setattr(chat, "ABSENT_MOST", 2)
-    server = running()
+@pytest.mark.parametrize("limit", ["in all", "from one address"])
+def test_only_so_many_are_missed_at_a_time(running, monkeypatch, limit):
+    if limit == "in all":
+        monkeypatch.setattr(chat, "ABSENT_MOST", 2)
+        server = running()
+    else:
+        monkeypatch.setattr(chat, "is_loopback", lambda host: False)
+        server = running(max_per_address=2)
+        monkeypatch.setattr(server.server.door, "most_per_address", 4)
     witness = server.guest()
     witness.enter_irc("witness", "JOIN #a")
     for n in range(3):
