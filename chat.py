@@ -2010,8 +2010,12 @@ class Turn:
         self.apart.update(user.sessions)
 
     @property
-    def amends(self) -> bool:
-        """There is more for the store to do than to add events."""
+    def to_store(self) -> bool:
+        return bool(self.events) or self.more_than_events
+
+    @property
+    def more_than_events(self) -> bool:
+        """There is something else for the store to do than to add events."""
         return bool(
             self.writes
             or self.states
@@ -2022,10 +2026,13 @@ class Turn:
         )
 
     @property
-    def is_one_row(self) -> bool:
-        """All there is to store is one event under one key."""
-        events = self.events
-        return len(events) == 1 and len(events[0].audience.keys) == 1 and not self.amends
+    def lone_key(self) -> str:
+        """The key of one event that is all there is to store; "" if there is more, or less."""
+        if len(self.events) != 1 or self.more_than_events:
+            return ""
+        event = self.events[0]
+        keys = () if event.kind in PASSING else event.audience.keys
+        return keys[0] if len(keys) == 1 else ""
 
     def deliveries(self) -> Iterator[tuple[bytes, Iterable[Session]]]:
         """The write beat: bytes, and the sessions that get them; no session comes twice."""
@@ -3657,8 +3664,8 @@ class Store:
 
     def _write(self, turn: Any, now: float) -> None:
         due = now >= self.tally_due  # not every turn: it is a second page to write
-        lone = not due and turn.is_one_row  # which is a transaction by itself, at two thirds
-        if not lone:
+        alone = not due and turn.lone_key in self.targets
+        if not alone:  # one statement commits itself, in two thirds of the time
             self.db.execute("BEGIN IMMEDIATE")
         for old, new in turn.renamed:
             self._rename(old, new)
@@ -3682,7 +3689,7 @@ class Store:
         if due:
             self.tally_due = now + TALLY_SECONDS
             self._tally()
-        if not lone:
+        if not alone:
             self.db.execute("COMMIT")
         self.unsure.clear()
         for row in rows:
@@ -8874,7 +8881,7 @@ class Connection:
     lagging()         some of what was written could not be sent, or now has been
 
     close() sends what is queued first, drop() does not. What is written is sent at the
-    end of the turn, in one piece.
+    end of the turn, in one piece; broadcast() sends at once.
     """
 
     __slots__ = ("direct", "eof", "loop", "mask", "queue", "sealed", "sock", "state", "tls")
@@ -8886,7 +8893,7 @@ class Connection:
         self.queue = SendQueue()
         self.tls: TlsFilter | None = None
         self.sealed = b""  # encrypted, not yet sent
-        self.direct = True  # what is written next may go straight to the socket
+        self.direct = True  # no TLS, nothing queued, open: broadcast() may use the socket
         self.eof = False
         self.state = OPEN
         self.mask = READ
@@ -8972,8 +8979,8 @@ class Connection:
             self.queue.append(data)
             self.loop.dirty.add(self)
 
-    def stalled(self, data: bytes, sent: int, error: OSError | None) -> None:
-        """Of what should have gone straight to the socket only so much did."""
+    def cut_short(self, data: bytes, sent: int, error: OSError | None) -> None:
+        """Only so much of it went straight to the socket: keep the rest, or bury the dead."""
         if error and not isinstance(error, BlockingIOError):
             return self._bury(reason_of(error))
         self.write(data)
@@ -9103,7 +9110,7 @@ def broadcast(data: bytes, owners: Iterable[Any]) -> None:
         except OSError as error:
             trouble = error
         if sent < size:
-            conn.stalled(data, sent, trouble)
+            conn.cut_short(data, sent, trouble)
 
 
 class Loop:
@@ -9538,7 +9545,7 @@ def descriptor_limit() -> int:
 def read_motd(path: pathlib.Path | None) -> list[str]:
     """Its lines, as they can be shown. Raises Unusable."""
     try:
-        return harmless(path.read_text("utf-8")).expandtabs().splitlines() if path else []
+        return harmless(path.read_text("utf-8-sig")).expandtabs().splitlines() if path else []
     except (OSError, UnicodeDecodeError) as error:
         raise Unusable(f"cannot read the message of the day {path}: {error}") from error
 
@@ -9671,7 +9678,7 @@ class Keeper:
         turn = hub.turn
         if turn.kept:
             settle(hub)
-        if not (turn.events or turn.amends):
+        if not turn.to_store:
             return True
         self.committed = self.loop.now
         outcome = self.store.commit(turn, self.loop.now)
@@ -9955,7 +9962,7 @@ class Server:
         if not self.keeper.commit(self.hub):
             return
         turn = self.hub.turn
-        if turn.apart or turn.events or turn.amends:  # something happened
+        if turn.apart or turn.to_store:  # something happened
             try:
                 self.deliver(turn)
             finally:
@@ -10367,8 +10374,7 @@ class ServerConnection(Connection):
 
     def lost(self, reason: str) -> None:
         self.link.lost(reason)
-        # It happens while a turn is being written, too: one more, in which to show it.
-        self.loop.call_soon(do_nothing)
+        self.loop.call_soon(do_nothing)  # a line can break while a turn is written: show it
 
     def lagging(self) -> None:
         self.link.make_room()
@@ -12213,8 +12219,8 @@ class Bench:
     def __init__(self, options: BenchOptions, progress: Callable[[str], None]):
         self.options, self.progress = options, progress
         self.loop = Loop()
-        self.receivers = [self._connect(f"r{n}") for n in range(options.clients)]
-        self.senders = [self._connect(f"s{n}") for n in range(options.senders)]
+        self.receivers: list[BenchConnection] = []
+        self.senders: list[BenchConnection] = []
         self.sent = 0
 
     def _connect(self, name: str) -> BenchConnection:
@@ -12228,6 +12234,10 @@ class Bench:
         return conn
 
     def run(self) -> dict[str, Any]:
+        for n in range(self.options.clients):
+            self.receivers.append(self._connect(f"r{n}"))
+        for n in range(self.options.senders):
+            self.senders.append(self._connect(f"s{n}"))
         self._settle()
         for conn in self.receivers:
             conn.counted = True
@@ -12266,7 +12276,7 @@ class Bench:
             raise Unusable(f"the server closed a connection of the load: {failure}")
 
     def close(self) -> None:
-        """Or the server, when it is told to end, would wait for us to hang up."""
+        """Hang up: a server that is told to end waits for its clients."""
         for conn in (*self.receivers, *self.senders):
             conn.sock.close()
         self.loop.close()
@@ -12429,7 +12439,7 @@ def host_name(text: str) -> str:
 
 
 def ask_for_password() -> str:
-    """At the terminal, whatever standard input is: the first line of a pipe is no password."""
+    """Ask at the terminal, whatever standard input is: a pipe's first line is no password."""
     import getpass
     import warnings
 
@@ -12442,17 +12452,21 @@ def ask_for_password() -> str:
 
 
 def secret_option(text: str) -> str:
-    """A password as it is, or @FILE that holds it, or "" to be asked for it."""
-    if not text:
-        return ask_for_password()
-    if not text.startswith("@"):
-        return text
+    """A password as it is, or @FILE that holds it, or "" to be asked for it. Raises Unusable."""
+    what = f"the password in {text[1:]}" if text.startswith("@") else "the password"
     try:
-        return pathlib.Path(text[1:]).read_text("utf-8").strip()
-    except UnicodeDecodeError:
-        raise Unusable(f"cannot read the password in {text[1:]}: it is not UTF-8 text") from None
+        if text.startswith("@"):
+            secret = pathlib.Path(text[1:]).read_text("utf-8-sig").strip()
+        else:
+            secret = text or ask_for_password()
+        secret.encode()  # on a command line it can be anything
+    except UnicodeError:
+        raise Unusable(f"{what} is not UTF-8 text") from None
     except OSError as error:
-        raise Unusable(f"cannot read the password in {text[1:]}: {reason_of(error)}") from None
+        raise Unusable(f"cannot read {what}: {reason_of(error)}") from None
+    if not secret:  # it would let everybody in
+        raise Unusable(f"{what} is empty")
+    return secret
 
 
 def operator_option(text: str) -> tuple[str, str]:
@@ -12525,19 +12539,22 @@ def run_passwd(args: argparse.Namespace) -> int:
         raise Unusable(f"there is no database in {args.data}; --data says where it is")
     with contextlib.closing(open_database(path)) as db:
         db.execute(f"PRAGMA busy_timeout = {PASSWD_WAIT}")
-        row = db.execute("SELECT name FROM accounts WHERE key = ?", [fold(args.name)]).fetchone()
-        if row is None:
+        query = "SELECT name, salt FROM accounts WHERE key = ?"
+        name, salt = db.execute(query, [fold(args.name)]).fetchone() or ("", b"")
+        if not name:
             raise Unusable(f"there is no account {args.name}")
-        password = args.password or ask_for_password()
+        password = args.password or secret_option("")
         if len(password) < PASSWORD_LEAST:
             raise Unusable(f"a password has at least {PASSWORD_LEAST} characters")
         columns = "salt = ?, rounds = ?, stored_key = ?, server_key = ?"
-        values = [*make_verifier(password), fold(args.name)]
+        values = [*make_verifier(password), fold(name), salt]
         try:
-            db.execute(f"UPDATE accounts SET {columns} WHERE key = ?", values)
+            done = db.execute(f"UPDATE accounts SET {columns} WHERE key = ? AND salt = ?", values)
         except sqlite3.Error as error:
             raise Unusable(f"the password could not be changed: {error}") from error
-    print(f"{row[0]} has another password now")
+    if not done.rowcount:
+        raise Unusable(f"the password of {name} was changed meanwhile; this was not done")
+    print(f"{name} has another password now")
     return 0
 
 

@@ -7548,7 +7548,9 @@ WRONG_COMMAND_LINES = [  # the status, and what is said
     ),
     (["bench", "--rate", "-1"], 2, "messages a second"),
     (["client", "alice", "--login", "alice:@/none"], 1, "cannot read the password in /none: no"),
-    (["server", "--oper", "boss:@/dev/stdin"], 1, "it is not UTF-8 text"),
+    (["server", "--oper", "boss:@/dev/stdin"], 1, "the password in /dev/stdin is not UTF-8 text"),
+    (["server", "--password", "\udcff"], 1, "the password is not UTF-8 text"),
+    (["server", "--oper", "boss:@/dev/null"], 1, "the password in /dev/null is empty"),
     (["client", "alice", "--login"], 1, "nobody typed the password; it can be given as @FILE"),
     (["dance"], 2, "invalid choice"),
 ]
@@ -9441,6 +9443,16 @@ def test_the_benchmark_measures_a_server_of_its_own():
         and 0 < result["p50_ms"] <= result["p99_ms"] <= result["p999_ms"]
     )
     assert errors == b""
+
+
+def test_a_benchmark_that_cannot_connect_everybody_says_so_in_one_line(running):
+    resource = pytest.importorskip("resource")
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (40, 40))
+    arguments = ("--server", "{}:{}".format(*running().address), "--clients", 100)
+    with program("bench", *arguments, preexec_fn=limit) as process:
+        out, errors = process.communicate()
+    assert errors.startswith(b"chat.py: ") and errors.endswith(b": too many open files\n")
+    assert process.returncode == 1 and errors.count(b"\n") == 1 and out == b""
 
 
 def test_the_benchmark_keeps_a_rate_and_prints_a_table(running):
