@@ -258,6 +258,7 @@ LINES_A_SECOND = 600  # ... and after that: more is left for those who read back
 BESIDE_COLUMNS = 60  # fewer, and what belongs together stands one below the other
 MARK_COLUMNS = 20  # of a conversation's name in the status row
 LEAST_COLUMNS, LEAST_ROWS = 10, 4  # of a terminal that we draw on
+BENCH_PAYLOAD = LINE_BYTES - 256  # beside the time, and the name of who said it
 BENCH_QUIET_SECONDS = 0.3  # without news: everybody has joined
 ESCAPE_SECONDS = 0.04  # a lone ESC is a key, not the beginning of one, after this
 TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
@@ -9546,8 +9547,10 @@ def read_motd(path: pathlib.Path | None) -> list[str]:
     """Its lines, as they can be shown. Raises Unusable."""
     try:
         return harmless(path.read_text("utf-8-sig")).expandtabs().splitlines() if path else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise Unusable(f"cannot read the message of the day {path}: {error}") from error
+    except UnicodeDecodeError:
+        raise Unusable(f"the message of the day {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise Unusable(f"cannot read the message of the day {path}: {reason_of(error)}") from error
 
 
 def server_tls_context(options: ServerOptions) -> Any:
@@ -9560,14 +9563,20 @@ def server_tls_context(options: ServerOptions) -> Any:
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(options.tls_cert, options.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise Unusable(f"cannot use the certificate {options.tls_cert}: {error}") from error
+        # An encrypted key is refused: nobody may be there who could be asked.
+        context.load_cert_chain(options.tls_cert, options.tls_key, password="")
+    except OSError as error:
+        what = f"the certificate {options.tls_cert}"
+        what += f" with the key {options.tls_key}" if options.tls_key else ""
+        why = "no PEM, not a pair, or encrypted"  # OpenSSL says but "PEM lib"
+        why = why if isinstance(error, ssl.SSLError) else reason_of(error)
+        raise Unusable(f"cannot use {what}: {why}") from error
     if options.tls_client_ca:
         try:
             context.load_verify_locations(options.tls_client_ca)
-        except (OSError, ssl.SSLError) as error:
-            text = f"cannot use the authorities {options.tls_client_ca}: {error}"
+        except OSError as error:
+            why = "no PEM" if isinstance(error, ssl.SSLError) else reason_of(error)
+            text = f"cannot use the authorities {options.tls_client_ca}: {why}"
             raise Unusable(text) from error
         context.verify_mode = ssl.CERT_OPTIONAL  # who shows none is welcome, too
     return context
@@ -11803,7 +11812,7 @@ class Client:
         raise NotImplementedError
 
     def over(self, reason: str) -> None:
-        self.reason = reason
+        self.reason = self.reason or reason
         self.loop.stop()
 
     def run(self) -> str:
@@ -11839,6 +11848,7 @@ class Filter(Client):
         super().__init__(options)
         self.was_up = False
         self.refused = 0  # lines that could not be said
+        self.login = options.login
         self.commands = options.commands
         self.lines = LineBuffer(LINE_BYTES)
         self.failure = ""  # of something, although the rest went well
@@ -11883,22 +11893,26 @@ class Filter(Client):
             sys.stdout.flush()
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again at its end
-            gone = isinstance(error, BrokenPipeError)  # whoever read us has read enough
-            self.over("" if gone else f"standard output: {reason_of(error)}")
+            if not (isinstance(error, BrokenPipeError) and self.link.leaving):
+                self.over(f"standard output: {reason_of(error)}")  # there may be more to say
 
     def over(self, reason: str) -> None:
         waiting, failures = len(self.core.outbox.waiting), self.core.failures + self.refused
         reasons = [reason or self.failure]
         if failures and not reason:
             reasons.append(f"{counted(failures, 'message')} did not arrive")
+        if self.login and self.was_up and not self.core.me.account:
+            reasons.append(f"not logged in as {self.login.account}")
         if waiting:
             reasons.append(f"{counted(waiting, 'message')} waiting, to be sent the next time")
         super().over("; ".join(filter(None, reasons)))
 
 
 def on_signal(loop: Loop, name: str, callback: Callable[[], Any]) -> None:
-    """Call back on the loop when the signal of that name comes; not every system has each."""
-    if number := getattr(signal, name, None):
+    """Call back on the loop when the signal of that name comes; not every system has each,
+    and what whoever started us (nohup) wants ignored is."""
+    number = getattr(signal, name, None)
+    if number and signal.getsignal(number) != signal.SIG_IGN:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(callback))
 
 
@@ -12423,6 +12437,27 @@ def positive(text: str) -> int:
     return number
 
 
+def payload_bytes(text: str) -> int:
+    if positive(text) > BENCH_PAYLOAD:
+        raise argparse.ArgumentTypeError(f"{text}: a message has at most {BENCH_PAYLOAD:,} bytes")
+    return int(text)
+
+
+def certificate_pin(text: str) -> str:
+    digits = text.replace(":", "").lower()
+    if not re.fullmatch("[0-9a-f]{64}", digits):
+        raise argparse.ArgumentTypeError(f"{text}: write the SHA-256 as 64 hexadecimal digits")
+    return digits
+
+
+def mail_command(text: str) -> str:
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+    return text
+
+
 def registration(text: str) -> frozenset[str]:
     """How accounts are made: "" (by who has come in), before-connect too, or off."""
     wanted = frozenset(filter(None, text.split(",")))
@@ -12459,7 +12494,6 @@ def secret_option(text: str) -> str:
             secret = pathlib.Path(text[1:]).read_text("utf-8-sig").strip()
         else:
             secret = text or ask_for_password()
-        secret.encode()  # on a command line it can be anything
     except UnicodeError:
         raise Unusable(f"{what} is not UTF-8 text") from None
     except OSError as error:
@@ -12512,6 +12546,15 @@ def how_to_join(server: Server) -> str:
     return "\n".join(lines)
 
 
+def announce(text: str) -> None:
+    """On standard output. Raises Unusable."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again at its end
+        raise Unusable(f"standard output: {reason_of(error)}") from error
+
+
 def run_server(args: argparse.Namespace) -> int:
     logging.basicConfig(level=args.log.upper(), format="%(asctime)s %(levelname)s %(message)s")
     os.umask(0o077)
@@ -12520,9 +12563,9 @@ def run_server(args: argparse.Namespace) -> int:
     listen = tuple(args.listen or ServerOptions().listen)
     loop = Loop()
     server = Server(loop, ServerOptions(listen, **{name: getattr(args, name) for name in names}))
-    for name in ("SIGINT", "SIGTERM"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         on_signal(loop, name, server.stop)
-    print(how_to_join(server), flush=True)
+    announce(how_to_join(server))
     loop.run()
     server.close()
     if lock is not None:
@@ -12554,7 +12597,7 @@ def run_passwd(args: argparse.Namespace) -> int:
             raise Unusable(f"the password could not be changed: {error}") from error
     if not done.rowcount:
         raise Unusable(f"the password of {name} was changed meanwhile; this was not done")
-    print(f"{name} has another password now")
+    announce(f"{name} has another password now")
     return 0
 
 
@@ -12569,6 +12612,10 @@ def login_option(args: argparse.Namespace) -> Login | None:
 def run_client(args: argparse.Namespace) -> int:
     if not clean_name(args.name) or args.name[0] == "/" or dialect_of(args.name.encode()) != "line":
         raise Unusable(f"{args.name!r} cannot be a name")
+    if len(args.name.encode()) > NAME_BYTES:
+        raise Unusable(f"a name has at most {NAME_BYTES} bytes")
+    if not args.server.tls and (args.ca or args.pin or args.insecure):
+        raise Unusable("--ca, --pin and --insecure are of no use without TLS: write ircs://...")
     options = ClientOptions(
         " ".join(args.name.split()),
         args.server._replace(kind=PLAIN if args.plain else args.server.kind),
@@ -12593,6 +12640,7 @@ def show_progress(text: str) -> None:
 
 
 def run_bench(args: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order: a server may be ours
     own = contextlib.nullcontext(args.server) if args.server else server_for_bench()
     with own as target:
         options = BenchOptions(
@@ -12602,7 +12650,7 @@ def run_bench(args: argparse.Namespace) -> int:
             Bench(options, show_progress if sys.stderr.isatty() else do_nothing)
         ) as bench:
             result = bench.run()
-    print(json.dumps(result) if args.json else bench_table(result))
+    announce(json.dumps(result) if args.json else bench_table(result))
     return 0
 
 
@@ -12629,7 +12677,12 @@ def add_server(commands: Any) -> None:
         help="off, or before-connect,email-required",
     )
     add("--sts", type=positive, metavar="SECONDS", help="IRC clients come back by TLS only")
-    add("--sendmail", metavar="COMMAND", help="takes a message, like: sendmail -t")
+    add(
+        "--sendmail",
+        type=mail_command,
+        metavar="COMMAND",
+        help="takes a message, like: sendmail -t",
+    )
     add("--max-clients", type=positive, metavar="N")
     add("--max-per-address", type=positive, default=PER_ADDRESS, metavar="N")
     add("--log", default="info", choices=("debug", "info", "warning", "error"))
@@ -12660,7 +12713,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--no-state", action="store_true", help="remember nothing")
     add("--password", type=secret_option, nargs="?", const="", metavar="PW", help="or @FILE")
     add("--ca", metavar="PEM", help="believe these certificates instead of the system's")
-    add("--pin", metavar="SHA256", help="believe this one certificate")
+    add("--pin", type=certificate_pin, metavar="SHA256", help="believe this one certificate")
     add("--insecure", action="store_true", help="believe any certificate")
     client.set_defaults(run=run_client)
 
@@ -12675,11 +12728,18 @@ def command_line() -> argparse.ArgumentParser:
     add = bench.add_argument
     add("--server", type=server_target, metavar="HOST:PORT")
     for name, value in BenchOptions._field_defaults.items():
-        kind = message_rate if name == "rate" else positive
+        kind = {"rate": message_rate, "payload": payload_bytes}.get(name, positive)
         add(f"--{name}", type=kind, default=value, metavar="N")
     add("--json", action="store_true")
     bench.set_defaults(run=run_bench)
     return parser
+
+
+def require_text(arguments: list[str]) -> None:
+    """Names and passwords go into UTF-8; the bytes of a command line can be anything."""
+    for text in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise Unusable(f"{text!r} on the command line is not UTF-8 text")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -12688,9 +12748,11 @@ def main(arguments: list[str] | None = None) -> int:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)  # Python found them closed
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)  # Python found them closed
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     try:
+        require_text(sys.argv[1:] if arguments is None else arguments)
         args = command_line().parse_args(arguments)
         return args.run(args)
     except ChatError as error:

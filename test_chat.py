@@ -7549,7 +7549,17 @@ WRONG_COMMAND_LINES = [  # the status, and what is said
     (["bench", "--rate", "-1"], 2, "messages a second"),
     (["client", "alice", "--login", "alice:@/none"], 1, "cannot read the password in /none: no"),
     (["server", "--oper", "boss:@/dev/stdin"], 1, "the password in /dev/stdin is not UTF-8 text"),
-    (["server", "--password", "\udcff"], 1, "the password is not UTF-8 text"),
+    (["server", "--password", "\udcff"], 1, "on the command line is not UTF-8 text"),
+    (["server", "--sendmail", "mail 'x"], 2, "No closing quotation"),
+    (
+        ["server", "--data", "none", "--motd", "/"],
+        1,
+        "cannot read the message of the day /: is a directory",
+    ),
+    (["bench", "--payload", "16384"], 2, "at most 16,128 bytes"),
+    (["client", "alice", "--pin", "zz"], 2, "64 hexadecimal digits"),
+    (["client", "alice", "--insecure"], 1, "of no use without TLS"),
+    (["client", "a" * 65], 1, "a name has at most 64 bytes"),
     (["server", "--oper", "boss:@/dev/null"], 1, "the password in /dev/null is empty"),
     (["client", "alice", "--login"], 1, "nobody typed the password; it can be given as @FILE"),
     (["dance"], 2, "invalid choice"),
@@ -7689,6 +7699,30 @@ def test_a_file_can_be_piped_into_a_chat_and_every_line_is_text(running, folder)
     assert "joined" in bob.line()
     assert bob.lines(1001) == [f"alice: /{n}" for n in range(1000)] + ["alice: no newline"]
     assert "left" in bob.line()
+
+
+def test_a_pipe_that_nobody_reads_or_feeds_says_how_it_ended(running):
+    where = "{}:{}".format(*running().address)
+    reader, unread = os.pipe()
+    os.close(reader)
+    command = ("client", "alice", "--server", where, "--no-state")
+    with program(*command, stdout=unread) as client:
+        _, errors = client.communicate(b"hello\n")
+        assert client.returncode == 1 and errors == b"chat.py: standard output: broken pipe\n"
+    os.close(unread)
+    closed = functools.partial(os.close, 0)
+    with program(*command, stdin=None, preexec_fn=closed) as client:
+        out, errors = client.communicate()
+        assert client.returncode == 0 and errors == b"" and out.startswith(b"connected to")
+
+
+def test_a_pipe_that_was_to_log_in_and_could_not_fails(running, folder):
+    (folder / "password").write_text("wrongwrong")
+    login = ("--login", f"alice:@{folder / 'password'}")
+    command = ("client", "alice", "--server", "{}:{}".format(*running().address), "--no-state")
+    with program(*command, *login) as client:
+        _, errors = client.communicate(b"hello\n")
+        assert client.returncode == 1 and errors.endswith(b"chat.py: not logged in as alice\n")
 
 
 def test_commands_in_a_pipe_need_a_flag(running):
