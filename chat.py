@@ -11848,7 +11848,7 @@ class Filter(Client):
         super().__init__(options)
         self.was_up = False
         self.refused = 0  # lines that could not be said
-        self.login = options.login
+        self.login, self.join = options.login, options.join
         self.commands = options.commands
         self.lines = LineBuffer(LINE_BYTES)
         self.failure = ""  # of something, although the rest went well
@@ -11903,6 +11903,8 @@ class Filter(Client):
             reasons.append(f"{counted(failures, 'message')} did not arrive")
         if self.login and self.was_up and not self.core.me.account:
             reasons.append(f"not logged in as {self.login.account}")
+        if self.join and self.was_up and self.core.kind == PLAIN:
+            reasons.append("a plain server has no channels; if it is one of IRC, write irc://...")
         if waiting:
             reasons.append(f"{counted(waiting, 'message')} waiting, to be sent the next time")
         super().over("; ".join(filter(None, reasons)))

@@ -7716,6 +7716,19 @@ def test_a_pipe_that_nobody_reads_or_feeds_says_how_it_ended(running):
         assert client.returncode == 0 and errors == b"" and out.startswith(b"connected to")
 
 
+def test_a_pipe_that_was_to_join_a_channel_of_a_plain_server_fails():
+    with Workshop() as server:
+        arguments = ["alice", "--server", server.where, "--no-state", "--join", "#a"]
+        client = program("client", *arguments, limits={"LISTEN_SECONDS": 0.1})
+        with client, server.accept() as sock:
+            assert sock.recv(100) == b"alice\n"
+            client.stdin.close()
+            assert sock.recv(100) == b""
+            sock.close()
+            assert b"if it is one of IRC, write irc://" in client.stderr.read()
+            assert client.wait(PATIENCE) == 1
+
+
 def test_a_pipe_that_was_to_log_in_and_could_not_fails(running, folder):
     (folder / "password").write_text("wrongwrong")
     login = ("--login", f"alice:@{folder / 'password'}")
