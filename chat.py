@@ -10115,7 +10115,7 @@ class Trust(NamedTuple):
         return context
 
     def accepts(self, fingerprint: str) -> bool:
-        return not self.pin or self.pin.replace(":", "").lower() == fingerprint
+        return not self.pin or self.pin == fingerprint
 
 
 BELIEVE_THE_SYSTEM = Trust()
@@ -11838,6 +11838,12 @@ def filter_lines(view: View) -> list[str]:
     return []
 
 
+def output_trouble(error: OSError) -> str:
+    """What is wrong with standard output, which Python would flush again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return f"standard output: {reason_of(error)}"
+
+
 class Filter(Client):
     """Lines in, lines out, for pipes: it ends when its input does, and the server has it all."""
 
@@ -11892,9 +11898,9 @@ class Filter(Client):
             sys.stdout.write("".join(lines))
             sys.stdout.flush()
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again at its end
+            trouble = output_trouble(error)
             if not (isinstance(error, BrokenPipeError) and self.link.leaving):
-                self.over(f"standard output: {reason_of(error)}")  # there may be more to say
+                self.over(trouble)  # there may be more to say
 
     def over(self, reason: str) -> None:
         waiting, failures = len(self.core.outbox.waiting), self.core.failures + self.refused
@@ -12440,9 +12446,10 @@ def positive(text: str) -> int:
 
 
 def payload_bytes(text: str) -> int:
-    if positive(text) > BENCH_PAYLOAD:
+    number = positive(text)
+    if number > BENCH_PAYLOAD:
         raise argparse.ArgumentTypeError(f"{text}: a message has at most {BENCH_PAYLOAD:,} bytes")
-    return int(text)
+    return number
 
 
 def certificate_pin(text: str) -> str:
@@ -12553,8 +12560,7 @@ def announce(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again at its end
-        raise Unusable(f"standard output: {reason_of(error)}") from error
+        raise Unusable(output_trouble(error)) from error
 
 
 def run_server(args: argparse.Namespace) -> int:

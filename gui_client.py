@@ -1305,7 +1305,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--no-state", action="store_true", help="remember nothing")
     add("--password", type=chat.secret_option, nargs="?", const="", metavar="PW", help="or @FILE")
     add("--ca", metavar="PEM", help="believe these certificates instead of the system's")
-    add("--pin", metavar="SHA256", help="believe this one certificate")
+    add("--pin", type=chat.certificate_pin, metavar="SHA256", help="believe this one certificate")
     add("--insecure", action="store_true", help="believe any certificate")
     return parser
 
@@ -1326,7 +1326,11 @@ def sharpen() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = command_line().parse_args(arguments)
+    try:
+        args = command_line().parse_args(arguments)
+    except chat.ChatError as error:
+        print(f"gui_client.py: {error}", file=sys.stderr)
+        return 1
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(message)s")
     sharpen()
     trust = chat.Trust(args.ca, args.pin, args.insecure)

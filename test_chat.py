@@ -5881,11 +5881,14 @@ class Pair:
     def conn(self):
         return self.house.guests[self.label].conn
 
-    def connect(self):
+    def dial(self):
         self.connections += 1
         self.label = f"{self.name}-{self.connections}"
         self.house.connect_irc(self.label)
         self.views += self.core.connected()
+
+    def connect(self):
+        self.dial()
         self.exchange()
 
     def exchange(self, rounds=12):
@@ -5915,10 +5918,7 @@ class Pair:
             self.drop()
         else:
             self.views += self.core.disconnected()
-        self.connections += 1
-        self.label = f"{self.name}-{self.connections}"
-        self.house.connect_irc(self.label)
-        self.views += self.core.connected()
+        self.dial()
 
     def said(self):
         found = [(view.where, view.name, view.text) for view in self.views if view.kind == "said"]
@@ -6175,10 +6175,7 @@ def test_what_is_said_while_the_pages_are_on_their_way_waits_for_them():
     alice.drop()
     house.say("bob", "missed")
     house.turn()
-    alice.connections += 1
-    alice.label = "alice-again"
-    house.connect_irc(alice.label)
-    alice.core.connected()
+    alice.dial()
     for n in range(12):
         house.say("bob", f"live {n}")
         alice.step(math.inf, math.inf)
@@ -6315,10 +6312,7 @@ def test_what_is_held_while_pages_come_is_shown_once_however_much_it_is():
     alice.drop()
     house.say("bob", *(f"{n}" for n in range(700)))
     house.turn()
-    alice.connections += 1
-    alice.label = "again"
-    house.connect_irc("again")
-    alice.core.connected()
+    alice.dial()
     for n in range(700, 1500, 50):
         house.say("bob", *(f"{m}" for m in range(n, n + 50)))
         alice.step(math.inf, math.inf)
@@ -9449,6 +9443,12 @@ def longest_silence(window, guest, count):
     pump(window, lambda: window.model.lines >= before + count)
     flood.join()
     return max(later - earlier for earlier, later in zip(beats, beats[1:], strict=False))
+
+
+def test_a_window_whose_password_cannot_be_read_does_not_open(capsys):
+    assert gui_client.main(["alice", "--password", "@/none"]) == 1
+    said = "gui_client.py: cannot read the password in /none: no such file or directory\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_window_answers_while_messages_pour_in_and_closes_in_a_second(running, window):
