@@ -94,6 +94,7 @@ import textwrap
 import threading
 import time
 import unicodedata
+import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -2445,6 +2446,7 @@ class Hub:
 
     def remove(self, user: User, reason: str, session: Session | None = None) -> None:
         """Somebody is gone."""
+        reason = reason or "Connection closed"  # RFC 2812 section 3.1.7: there is always one
         self.emit(QUIT, user.source, neighbours(user), reason, origin=session)
         for channel in list(user.channels):
             self.put_out(user, channel)
@@ -2700,7 +2702,7 @@ def become_device(session: Session, user: User) -> None:
     for channel in before.channels:
         channel.by_wire = None
     if not before.live:
-        hub.remove(before, "", session)
+        hub.remove(before, f"Logged in as {user.account}", session)
     hub.attach(session, user)
     del hub.turn.since[session]  # it has heard all of this turn, too
 
@@ -3273,6 +3275,8 @@ def event_of(
     """A row of the store, read back."""
     account = author[1:].rpartition("/")[0]
     source = source_of(name, address, username, account)._replace(identity=author)
+    # Versions before 0.3 stored client tags with CR and LF in their values
+    tags = tags.translate({13: "\\r", 10: "\\n", 0: None})
     return Event(id, time_ms, kind, source, None, text, about, None, tags)
 
 
@@ -4164,11 +4168,13 @@ def tag_time(milliseconds: int) -> str:
     return f"{second_text(seconds)}.{rest:03}Z"
 
 
+TAG_CHARACTERS = {"\\": "\\\\", ";": "\\:", " ": "\\s", "\r": "\\r", "\n": "\\n", "\0": ""}
+TAG_TRANSLATION = str.maketrans(TAG_CHARACTERS)
+
+
 def escaped_tag(value: str) -> str:
-    """What unescaped_tag() takes back."""
-    for character, escape in (("\\", "\\\\"), (";", "\\:"), (" ", "\\s")):
-        value = value.replace(character, escape)
-    return value
+    """Return a tag value as it is written on the wire; unescaped_tag() is the inverse."""
+    return value.translate(TAG_TRANSLATION)
 
 
 def add_tag(line: bytes, tag: str) -> bytes:
@@ -4291,9 +4297,24 @@ class IrcWire:
         return b"" if event.kind in NOT_OWN else line
 
 
-@functools.lru_cache(None)  # as many as there are sets of capabilities
+# The capabilities that change the bytes of an event. Sessions that differ only in others
+# share a wire.
+WIRE_CAPABILITIES = frozenset(
+    (
+        *("account-tag", "batch", "draft/multiline", "echo-message", "extended-join"),
+        *("message-tags", "server-time", *NEEDS_CAPABILITY.values()),
+    )
+)
+IRC_WIRES: "weakref.WeakValueDictionary[frozenset[str], IrcWire]" = weakref.WeakValueDictionary()
+
+
 def irc_wire(capabilities: frozenset[str]) -> IrcWire:
-    return IrcWire(capabilities)
+    """Return the wire of these capabilities; it lives as long as a session uses it."""
+    key = capabilities & WIRE_CAPABILITIES
+    wire = IRC_WIRES.get(key)
+    if wire is None:
+        wire = IRC_WIRES[key] = IrcWire(key)
+    return wire
 
 
 irc_command = Commands("")
@@ -4362,7 +4383,7 @@ def collect(session: "IrcSession", message: Message) -> None:
             collected.add(message if message.params else message._replace(params=[""]))
     except Refused:
         collected.failed = True  # said once; the rest of it is not looked at
-        if "labeled-response" in session.wire.capabilities:
+        if "labeled-response" in session.capabilities:
             session.begin_answer(collected.label)
         raise
 
@@ -4374,7 +4395,7 @@ def tell_topic_irc(session: "IrcSession", channel: Channel) -> None:
 
 
 def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
-    capabilities, me = session.wire.capabilities, session.user
+    capabilities, me = session.capabilities, session.user
     names = channel.names(me, "multi-prefix" in capabilities, "userhost-in-names" in capabilities)
     kind = "@" if "s" in channel.flags else "="
     session.reply_list(RPL_NAMREPLY, names, kind, channel.name)
@@ -4410,11 +4431,11 @@ def tell_channel(session: "IrcSession", channel: Channel) -> None:
     """What somebody is told who has come into it."""
     if channel.topic:
         tell_topic_irc(session, channel)
-    if "draft/read-marker" in session.wire.capabilities:
+    if "draft/read-marker" in session.capabilities:
         session.tell_marker(channel.name)
     if session.subscribed:
         tell_metadata_of_channel(session, channel)
-    if "draft/no-implicit-names" not in session.wire.capabilities:
+    if "draft/no-implicit-names" not in session.capabilities:
         tell_names_irc(session, channel)
         session.reply(RPL_ENDOFNAMES, channel.name)
 
@@ -4426,6 +4447,7 @@ class IrcSession(Session):
         "account",
         "asked",
         "batch",
+        "capabilities",
         "client",
         "collected",
         "exchange",
@@ -4469,7 +4491,8 @@ class IrcSession(Session):
         self.withheld: set[int] = set()  # ids of what this session did and gets no echo of
         # Of what this session did in this turn, by id: add_tag or add_tag_to_all, and the tag
         self.own_tags: dict[int, tuple[Callable, str]] = {}
-        self.wire = irc_wire(frozenset())
+        self.capabilities: frozenset[str] = frozenset()  # enabled by CAP REQ
+        self.wire = irc_wire(self.capabilities)
 
     @property
     def nick(self) -> str:
@@ -4477,7 +4500,7 @@ class IrcSession(Session):
 
     @property
     def follows(self) -> bool:
-        return "extended-monitor" in self.wire.capabilities
+        return "extended-monitor" in self.capabilities
 
     def line(self, text: str) -> None:
         """A line of the server's own, without its source."""
@@ -4560,7 +4583,7 @@ class IrcSession(Session):
         tell_channel(self, channel)
 
     def place_renamed(self, old: str, channel: Channel, reason: str) -> None:
-        if "draft/channel-rename" in self.wire.capabilities:
+        if "draft/channel-rename" in self.capabilities:
             return
         mask = self.user.source.mask
         self.say(
@@ -4578,7 +4601,7 @@ class IrcSession(Session):
             self.reply(RPL_KEYNOTSET, name, key)
 
     def read_on(self, name: str) -> None:
-        if "draft/read-marker" in self.wire.capabilities:
+        if "draft/read-marker" in self.capabilities:
             self.tell_marker(name)
 
     def tell_marker(self, name: str) -> None:
@@ -4598,7 +4621,7 @@ class IrcSession(Session):
             if "batch" in message.tags:
                 collect(self, message)
             elif message.verb:
-                if message.tags and "labeled-response" in self.wire.capabilities:
+                if message.tags and "labeled-response" in self.capabilities:
                     self.begin_answer(message.tags.get("label", ""))
                 irc_command.run(self, message.verb, lambda most: message.params[:most])
         except Refused as refusal:
@@ -4617,7 +4640,7 @@ class IrcSession(Session):
         except UnicodeDecodeError:
             broken = parse_message(line.decode(errors="replace"))
             self.message = broken._replace(verb=as_param(broken.verb))
-            if "labeled-response" in self.wire.capabilities:
+            if "labeled-response" in self.capabilities:
                 self.begin_answer(broken.tags.get("label", ""))
             text = "that line is not UTF-8 text; nobody got it"
             raise Refused("INVALID_UTF8", text) from None
@@ -4814,7 +4837,7 @@ def abort_sasl(session: IrcSession) -> None:
 
 def batch_in_pieces(session: IrcSession, kind: str, lines: Iterable[bytes]) -> Iterator[None]:
     """Several lines as one, for who knows batches; the rest can be left for later."""
-    batched, reference = "batch" in session.wire.capabilities, session.site.hub.new_reference()
+    batched, reference = "batch" in session.capabilities, session.site.hub.new_reference()
     if batched:
         session.send(session.batch_line(f"+{reference} {kind}"))
     for line in lines:
@@ -4845,7 +4868,7 @@ def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
 def tell_who_came(session: IrcSession, wanted: str, channels: Iterable[Channel]) -> None:
     """All that a client is told at the beginning; it is in those channels already."""
     welcome(session)
-    if "draft/metadata-3" in session.wire.capabilities:
+    if "draft/metadata-3" in session.capabilities:
         tell_metadata(session, session.user, session.user.metadata)
     if session.site.hub.accounts.is_foreign(wanted, session.account):
         session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
@@ -4980,7 +5003,8 @@ def irc_user(session: IrcSession, username: str, mode: str, unused: str, realnam
 
 def set_capabilities(session: IrcSession, capabilities: Iterable[str]) -> None:
     """From now on this session is one of another wire."""
-    session.wire = irc_wire(frozenset(capabilities))
+    session.capabilities = frozenset(capabilities)
+    session.wire = irc_wire(session.capabilities)
     for channel in session.user.channels if session.user else ():
         channel.by_wire = None
 
@@ -4996,7 +5020,7 @@ def cap_ls(session: IrcSession, version: str) -> None:
     session.negotiating = session.user is None
     recent = (whole_number(version) or 0) >= 302
     if recent:
-        set_capabilities(session, {"cap-notify"} | session.wire.capabilities)
+        set_capabilities(session, {"cap-notify"} | session.capabilities)
     site, secure = session.site, session.conn.secure
     rules, ways = ",".join(site.registration), ",".join(mechanisms(session))
     known = CAPABILITIES | {"draft/account-registration": rules, "sasl": ways}
@@ -5011,7 +5035,7 @@ def cap_ls(session: IrcSession, version: str) -> None:
 
 
 def cap_list(session: IrcSession, _: str) -> None:
-    session.line(f"CAP {session.nick} LIST :{' '.join(sorted(session.wire.capabilities))}")
+    session.line(f"CAP {session.nick} LIST :{' '.join(sorted(session.capabilities))}")
 
 
 def cap_req(session: IrcSession, text: str) -> None:
@@ -5020,7 +5044,7 @@ def cap_req(session: IrcSession, text: str) -> None:
     wanted = text.split()
     if any(cap.removeprefix("-") not in CAPABILITIES for cap in wanted):
         return session.line(f"CAP {session.nick} NAK :{text}")
-    capabilities = set(session.wire.capabilities)
+    capabilities = set(session.capabilities)
     for cap in wanted:
         if cap.startswith("-"):
             capabilities.discard(cap[1:])
@@ -5435,7 +5459,7 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
         raise Refused("INVALID_REFTAG", "there is no such batch", reference)
     if done.failed:
         return
-    if done.label and "labeled-response" in session.wire.capabilities:
+    if done.label and "labeled-response" in session.capabilities:
         session.begin_answer(done.label)
     if not done.text.strip("\n"):
         raise Refused("MULTILINE_INVALID", "there is nothing to say")
@@ -5920,7 +5944,7 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> N
             session, *(parse_time(t.removeprefix("timestamp=")) for t in (name, marks[0])), count
         )
     place = readable(session, name, how)
-    kinds = PLAYED if "draft/event-playback" in session.wire.capabilities else SPOKEN
+    kinds = PLAYED if "draft/event-playback" in session.capabilities else SPOKEN
     job = history_job(session.site.store, how, Span(place, kinds), marks, count)
 
     def show(events: list[Event]) -> None:
@@ -6078,7 +6102,7 @@ def irc_who(session: IrcSession, mask: str = "*", options: str = "") -> Iterator
     """WHO <channel or mask> [o][%<fields>[,<token>]] -- the people that match, in a line each"""
     flags, extended, rest = options.partition("%")
     fields, _, token = rest.partition(",")
-    multi = "multi-prefix" in session.wire.capabilities
+    multi = "multi-prefix" in session.capabilities
     wanted = [field for field in WHOX_FIELDS if extended and field in fields]
     for user, channel in list(who_matches(session, mask)):
         if "o" in flags and not user.is_operator:
@@ -6100,7 +6124,7 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     seen = [
         c for c in user.channels if c.visible_to(me) and (c in me.channels or can_see(me, user))
     ]
-    multi = "multi-prefix" in session.wire.capabilities
+    multi = "multi-prefix" in session.capabilities
     symbols = (channel.members[user].symbols for channel in seen)
     names = [(s if multi else s[:1]) + c.name for s, c in zip(symbols, seen, strict=True)]
     session.reply_list(RPL_WHOISCHANNELS, names, user.name)
@@ -7781,6 +7805,8 @@ def end_log_in(talk: IrcTalk) -> None:
 @from_server("903", least=1)
 def logged_in(talk: IrcTalk, heard: Heard) -> None:
     core = talk.core
+    if talk.login is None:  # no log-in is under way: nothing of ours has succeeded
+        return tell_rest(talk, heard)
     if not talk.proven:
         core.over = "the server said that we are logged in, and could not prove that it is right"
         return talk.bye()
@@ -7798,6 +7824,8 @@ def come_another_time(talk: IrcTalk, why: str) -> None:
 @from_server("902", "904", "905", "906", "907", least=1)
 def not_logged_in(talk: IrcTalk, heard: Heard) -> None:
     core, why = talk.core, f"not logged in: {heard.params[-1]}"
+    if talk.login is None:
+        return tell_rest(talk, heard)
     core.show(View(NOTE, why))
     if core.me.proposed and not talk.ready:  # the /register before the break was not heard
         core.me.login = None
