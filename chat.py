@@ -6,52 +6,58 @@
 Sections, in reading order; each opens with a banner and uses only what stands above it:
 
     LIMITS          every tunable, with its unit and its reason
-    VOCABULARY      events, and the errors that are raised on purpose
+    VOCABULARY      events, message ids, and the errors that are raised on purpose
     FRAMING         bytes to lines, names, cutting text where it may be cut
     BUFFERS         what waits to be sent, TLS as a filter, input budgets
     COMMANDS        the record of a command, and the one gate before it runs
-    ACCOUNTS        secrets, and how to prove that one knows them
-    DOMAIN          users, sessions, channels, the hub, and the log of a turn
-    STORE           history in SQLite
-    IRC DIALECT     every command of RFC 1459 and 2812
+    ACCOUNTS        verifiers of passwords, SASL, limits on attempts
+    DOMAIN          users, sessions, channels, audiences, the Hub, and the log of a turn
+    ACTS            every change of shared state, by name
+    PASSWORDS       what a session does to prove something, in both dialects
+    STORE           accounts, states, history and its index in SQLite
+    IRC DIALECT     every command of RFC 1459 and 2812, and IRCv3
     LINE DIALECT    the workshop's protocol and its slash commands
     FIRST LINE      which dialect a connection speaks
     CLIENT CORE     a conversation as lines in and views out
     --- waterline   below: sockets, clocks, threads, terminals
-    LOOP            selector, timers, connections
-    SERVER          listeners, the five beats of the tick, shutdown
+    LOOP            selector, timers, connections, helper threads, the log
+    SERVER          listeners, the five beats of the tick, limits, shutdown
     LINK            a client's connection: find the server, come back to it
     TERMINAL        keys, line editor, what a screen shows
     CLI CLIENT      the terminal and the connection on one loop
     BENCH           a load generator on the same loop
     MAIN            arguments and subcommands
 
-How data flows through the server, once a turn:
+A dialect parses a line into an act; an act checks, changes the Hub and emits events; the turn
+logs events; the store keeps them; wires render them. Once a turn:
 
-    poll    sockets, timers and wake-ups are waited for
-    read    bytes of every ready connection become lines
-    act     lines become Hub calls; events pile up in the turn's log, nothing is sent
-    commit  the turn's events go to SQLite in one transaction
-    write   the log becomes bytes, one write per connection
+    poll    wait for sockets, timers and wake-ups
+    read    take the bytes of every ready connection
+    act     turn lines into acts; events pile up in the turn's log, nothing is sent
+    commit  write the turn's events and records to SQLite in one transaction
+    write   turn the log into bytes, one write per connection
 
 Glossary:
 
     line      what stands between two newlines on the wire
-    event     what other people can see: a message, a join, a topic ... (class Event)
+    act       one change of shared state, by name and with plain data (ACTS)
+    event     what other sessions can see: a message, a join, a topic ... (class Event)
+    record    a change of stored state that is no event: an account, a marker (class Record)
     turn      one round of the loop, and the log of what happened in it (class Turn)
     conn      connection: a socket with its buffers; knows nothing of chat
-    peer      a connection as the server sees it: with a first line, a budget, a session
-    session   one connection's side of the talk, in one dialect
-    user      a person who is here now, under a name; has one or more sessions
-    channel   a named place where users talk
-    audience  whom an event is for: a channel, several channels, a private conversation
+    peer      a connection as the server sees it: with its lines, a budget, a session
+    session   one connection's side of the chat, in one dialect
+    user      someone who is here now, under a nick; has one or more sessions
+    identity  the owner of messages and markers: an account, else one stay of a user
+    token     the hash of a session's secret: it resumes a user after a break
+    channel   a named place where users talk; each founding of it has an id
+    audience  whom an event is for: channels, users or sessions
     wire      one way to turn events into bytes; sessions of one wire share those bytes
-    view      what a client shows its person
+    work      what a line makes the server do, for budgets; a token of a budget is so much
+    view      what a client shows
     key       a name folded for comparison; two names with one key are the same name
-    stay      a user from coming to leaving for good; who has an account or a secret may have
-              no session for a while
-    receipt   what was said under an id of its sender's: under one id a thing is said once
-    room      a channel or private talk as a client knows it
+    dedup key the sender's own id of a message: under one id there is one message
+    room      a channel or private conversation as a client knows it
     talk      what a client speaks over one connection: IRC, or the workshop's protocol
     outbox    what a client has accepted and no server has acknowledged; its file is a journal
     link      a client core and its connection, kept up
@@ -72,6 +78,7 @@ import functools
 import hashlib
 import heapq
 import hmac
+import ipaddress
 import itertools
 import json
 import logging
@@ -93,6 +100,7 @@ import sys
 import textwrap
 import threading
 import time
+import typing
 import unicodedata
 import weakref
 import zlib
@@ -105,7 +113,7 @@ from typing import Any, NamedTuple
 # Every number that somebody may want to change, with its unit and the reason for it.
 # A refusal always names the limit it enforces and says what to do.
 
-VERSION = "0.2"
+VERSION = "0.3"
 SERVER_NAME = "chat.py"  # unless --name says otherwise; IRC wants a dot in it
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 7000
@@ -125,18 +133,22 @@ REALNAME_BYTES = 128
 CHANNEL_PASSWORD_BYTES = 32
 CHANNELS_A_USER = 50  # bounds the table of channels by the number of users ...
 CHANNELS_FOUNDED = 50  # ... and of those that last, by the number of accounts
-STANDING_KEPT = 100  # accounts with a rank in a channel while they are not there
-SECRETS_A_USER = 10  # devices that may come back
+RANKS_STORED = 100  # accounts with a rank in a channel, for while they are absent
+TOKENS_A_USER = 10  # devices that may resume a user
 SECRET_DIGITS = 32  # hexadecimal: 128 bits
 OWN_ID_BYTES = 64  # of the id that a client gives its message
-RECEIPTS_MS = 30 * 24 * 3600 * 1000  # that such an id is known after its message is gone
-RECEIPTS_SWEPT = 500  # looked through at a time ...
+DEDUP_MS = 30 * 24 * 3600 * 1000  # that such an id is known after its message is gone ...
+DEDUP_IN_MEMORY_MS = 24 * 3600 * 1000  # ... and with --data none, where there is room ...
+DEDUP_IN_MEMORY = 100_000  # ... for so many: 20 MB
+NOT_STORED_MS = 3600 * 1000  # that the id of a message is known which could not be stored
+DEDUP_SWEPT = 500  # looked through at a time ...
 SWEEP_SECONDS = 3600.0  # ... and from when to when
 MASKS_A_LIST = 60  # bans of one channel: each is looked at when somebody joins or speaks
 MASK_BYTES = 200
 MODES_BYTES = 300  # of one change of modes: as for topics
 MODES_AT_ONCE = 100  # signs and letters of one command; the rest is not looked at ...
 USER_MODES_AT_ONCE = 20  # ... as with one's own, which are five
+MODES_WITH_VALUE = 13  # of one command: an IRC line has 15 parameters (005 MODES)
 PATTERN_ITEMS = 4  # a letter of a mask costs as much as looking at so many users
 INVITATIONS = 50  # of one user, not yet used
 WATCHED = 100  # names that one session monitors
@@ -151,17 +163,30 @@ METADATA_KEY_BYTES = 64
 MARKERS = 1000  # of one user: how far each channel and talk has been read
 TARGETS = 20  # of one PRIVMSG
 LIST_TARGETS = 10  # names, masks and conditions of one LIST
-LOOKED_AT_A_LINE = 100  # users or channels that a command may look through for one line's budget
+WORK_PER_TOKEN = 100  # a mask matched or a member listed is 1: about half a microsecond
+WORK_OF_AN_ACT = 50  # beside what it looks through
+WORK_OF_A_RECEIVER = 5  # who has to be told one by one
+WORK_OF_A_REPLY = 0.02  # a byte
+LOOKED_AT_ONCE = 100  # users or channels, before others have their turn
+PIECE_BYTES = 300  # of a message of several pieces: what one line carries at least ...
+MULTILINE_SLACK = 4  # ... and a sender may use so many times as many
+LINES_DROPPED = 10_000  # that may follow a /lines with too large a number
+BAN_MINUTES = 5_256_000  # ten years
+RENAME_WORK = 20  # a member: some are told by PART and JOIN
+SERVER_BANS = 1000  # each is looked at when a user comes
+ROSTER_BYTES = 300  # names of a NAMES reply: they fit behind the longest server, nick and channel
 HOST_BYTES = 46  # an IPv6 address and a zero before it
 PARAM_BYTES = 100  # of what a client said, when it is said back: there have to be words, too
 TOKENS_A_LINE = 13  # of 005: a line has 15 parameters, the name and the last words included
 PASSWORD_TRIES = 3  # before a connection is closed
+PASSWORD_MOST = 300  # characters: it has to fit in a line of IRC
 OPERATOR_ROUNDS = 50_000  # of PBKDF2 for --oper: 20 ms a guess, and at every start
 ACCOUNT_ROUNDS = 210_000  # for what is kept on disk (OWASP, Password Storage, for SHA-512)
 PASSWORD_LEAST = 3  # characters; more is better, but it is their account
 SASL_CHUNK = 400  # bytes of base64 in a line (IRCv3 sasl-3.1)
 SASL_BYTES = 4 * SASL_CHUNK  # in all
 LOGIN_TRIES = 5  # failures from one address at one account ...
+LOGIN_TRIES_AN_ADDRESS = 50  # ... and at all of them ...
 LOGIN_WAIT_SECONDS = 60  # ... before it has to wait
 LOGIN_FAILURES_KEPT = 10_000
 CERTIFICATES = 10  # of one account
@@ -184,7 +209,13 @@ UNSENT_MOST = 4 * 1024 * 1024  # ... and more than this at once
 
 FLOOD_BURST = 1000  # lines at once: a pasted file
 FLOOD_RATE = 100.0  # lines a second after that
-GREETING_SECONDS = 0.1  # whoever knows the protocol has spoken by then
+ADDRESS_SHARES = 16  # an address has the budget of so many connections
+ADDRESSES_KEPT = 10_000  # with a budget that is not full, or failures
+LIGHT_USE = 0.1  # of an address's budget: with less use it is served first
+ACT_SECONDS = 0.020  # that a turn acts at most ...
+ACT_SECONDS_LIGHT = 0.005  # ... while an address with light use waits
+GREETING_SECONDS = 0.5  # a client that knows the protocol has spoken by then: a lost packet
+# is sent again after 0.2 s, and browsers open connections ahead of use
 NAMING_SECONDS = 30.0  # connection to name
 PING_SECONDS = 90.0  # an IRC client silent for so long is asked whether it is there ...
 PONG_SECONDS = 30.0  # ... and closed if it says nothing
@@ -197,19 +228,19 @@ KEEPALIVE_SECONDS = 90  # first TCP probe to a silent line-protocol peer ...
 KEEPALIVE_PROBES = 3  # ... and how many of them, KEEPALIVE_EVERY apart
 KEEPALIVE_EVERY = 10
 
-ID_CLOCK_BITS = 12  # an event's id is the time and 4,096 events a millisecond
-ID_DIGITS = 15  # hexadecimal, of an event's id: SQLite's integers have a bit more
+ID_BLOCK = 1_000_000  # ids are reserved so many at a time, before the first is used
 LAST_MOMENT = 253_402_300_799_000  # milliseconds: no calendar has the year 10,000
 TIMES_AHEAD = 1000  # milliseconds that an event's time may be ahead of the clock, to be unique
 KEEP_EVENTS = 1_000_000  # history of a channel
 KEEP_EVENTS_IN_MEMORY = 10_000  # the same with --data none: about 5 MB a busy channel ...
 MEMORY_BYTES = 256 * 1024 * 1024  # ... and this much for all channels, those of the past too
 PRUNE_ROWS = 500  # rows deleted at a time: 1 to 3 ms, measured
-INDEX_ROWS = 200  # messages made searchable at a time: 1 to 2 ms, measured
-PART_ROWS = 50_000  # messages of one part of the index: its longest list is merged in 10 ms
-MERGE_PAGES = 16  # of the index brought in order at a time: 1 to 5 ms
-INDEX_SECONDS = 1.0  # until what was said can be searched, if there is nothing else to do
-TALLY_SECONDS = 1.0  # between writing down how much history there is
+INDEX_IDS = 20_000  # events made searchable at a time, on a helper
+PART_ROWS = 50_000  # messages of one part of the index: it is made again in a second
+INDEX_SECONDS = 1.0  # until what was said can be searched
+COUNT_SECONDS = 1.0  # between adding up how much history there is
+BACKLOG_RECORDS = 10_000  # accounts, names, markers ... that wait for a database that is full ...
+BACKLOG_SECONDS = 1.0  # ... and are tried again so often
 TARGETS_CACHED = 10_000  # row ids of channels and private talks kept at hand
 PRUNE_OVERDUE = 1.1  # times the limit: from here on pruning does not wait for an idle turn
 BUSY_SECONDS = 1.0  # a database busy for longer gets no more of the turn's events
@@ -238,7 +269,11 @@ PEOPLE_LISTED = 10_000  # of a channel, by our clients
 NAMES_GREETED = 20  # who is here, told to a newcomer in one line
 NAMES_A_LINE = 100  # at 64 bytes each still well below LINE_BYTES
 
-HELPER_THREADS = 2  # one may wait for the disk while the other reads a page
+HELPER_THREADS = {"pages": 2, "passwords": 2, "mail": 1, "disk": 1}  # of each lane
+LOG_LINES = 1000  # that wait for standard error to be read ...
+LOG_FLUSH_SECONDS = 0.5  # ... and how long the end of the program waits for that
+CLOCK_JUMP_SECONDS = 2.0  # a clock that moves by more beside the monotonic one was set
+ADDRESS_SECONDS = 15.0  # after its last connection an address has its budget again
 
 LISTEN_SECONDS = 1.0  # how long our client waits for a server to speak first ...
 LISTEN_CONNECT_TIMES = 4  # ... or this many times what connecting took, the longer
@@ -273,7 +308,7 @@ TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
 LOBBY = "#lobby"  # where everybody without a channel of their own finds themselves
 SERVICE = "NickServ"  # who looks after accounts, for clients that know no better
 SERVICE_KEY = SERVICE.lower()
-SERVICES = (SERVICE_KEY, "chanserv", "histserv")  # and what other servers have
+SERVICES = (SERVICE_KEY, "chanserv", "histserv")  # other servers have these, too
 PASSWORD_CHANGED = "your password is another now"  # as NickServ says it, and ...
 ACCOUNT_GONE = "your account is gone"  # ... this
 UNCONFIRMED = "sent-"  # before a message's id, in a PING that is sent behind it
@@ -286,13 +321,24 @@ INVITE, INVITED, AWAY, WALLOPS = "invite", "invited", "away", "wallops"
 REALNAME, ACCOUNT = "realname", "account"
 HOST = "host"  # somebody is connected from elsewhere: about is the username
 TAGS = "tags"  # a message that has nothing but tags: somebody is typing, or likes another
-REDACT = "redact"  # a message is taken back: the text is its id, and " :why"
+REDACT = "redact"  # a message is taken back: the text is its msgid, and " :reason"
+USER_MODE, METADATA = "user mode", "metadata"  # METADATA: about is the key
+ENTERED = "entered"  # another session of the user joined a channel
+RENAMED = "renamed"  # a channel has another name, and about is the old one
+READ = "read"  # another session of the user read on
+ONLINE, OFFLINE = "online", "offline"  # of a user whom the session monitors
+KILLED, REPLACED = "killed", "replaced"  # the session ends with that
 SOFT_BREAK = "\0"  # in a text: a client sent its line in two pieces here; nobody can type it
 SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
-PASSING = (  # for the moment, and not for history
-    *(INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, REDACT, RENAME),
+# Kinds that each session renders for itself, see Session.hear()
+PERSONAL = frozenset((ENTERED, RENAMED, READ, ONLINE, OFFLINE, METADATA, KILLED, REPLACED))
+EPHEMERAL = frozenset(  # kinds that history does not keep
+    (
+        *(INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, REDACT, RENAME),
+        *(USER_MODE, *PERSONAL),
+    )
 )
-PLAYED = (*SPOKEN, TAGS, JOIN, PART, QUIT, KICK, NICK, MODE, TOPIC)  # all that history has
+REPLAYABLE = (*SPOKEN, TAGS, JOIN, PART, QUIT, KICK, NICK, MODE, TOPIC)  # and those it keeps
 
 
 class Source(NamedTuple):
@@ -326,14 +372,39 @@ class Event(NamedTuple):
     """One thing that others can see. A tuple, because a storm makes 50,000 of them a second."""
 
     id: int  # grows with every event, over restarts too; the order of everything
-    time: int  # milliseconds since 1970, never falling within one audience
+    time: int  # milliseconds since 1970; falls when the clock is set back
     kind: str
     source: Source
-    audience: Any  # a Channel, a Conversation ...: see DOMAIN
+    audience: Any  # an Audience, see DOMAIN; None when read back from the store
     text: str = ""
     about: str = ""  # the one kicked, or the one that a private message is for
     origin: Any = None  # the Session that did it; None when read back from the store
     tags: str = ""  # what a client had to say to clients, as on the wire: +a=b;+c
+
+
+class MessageIds:
+    """Event ids as clients see them: hexadecimal, and behind it four letters of the start of
+    the server that made the id, so that a restored backup cannot repeat one."""
+
+    PATTERN = re.compile("([0-9a-f]{1,15})([g-z]{4})?")  # SQLite's integers have a bit more
+
+    def __init__(self, starts: Iterable[tuple[int, str]] = ()):
+        self.starts = sorted(starts)  # the first id of each, and its letters
+        self.first, self.letters = self.starts[-1] if self.starts else (0, "")
+
+    def text(self, id: int) -> str:
+        if id >= self.first:
+            return f"{id:x}{self.letters}"
+        before = bisect.bisect_right(self.starts, id, key=lambda start: start[0]) - 1
+        return f"{id:x}{self.starts[before][1] if before >= 0 else ''}"
+
+    def parse(self, text: str) -> int:
+        """Return the id. Raises ValueError if no start of this server made it."""
+        match = self.PATTERN.fullmatch(text)
+        id = int(match[1], 16) if match else 0
+        if not match or self.text(id) != text:
+            raise ValueError(text)
+        return id
 
 
 class ChatError(Exception):
@@ -369,47 +440,73 @@ TOO_LONG = b"\n"  # stands for a line over the limit; no real line holds a newli
 class LineBuffer:
     """Bytes in, lines out, as tokio's LinesCodec frames them: LF ends, one CR before it goes.
 
-    A line longer than `limit` bytes comes out as TOO_LONG once and is skipped to its end.
+    Bytes stay as they came until a line is taken: a list of short lines would be twenty times
+    as large. A line longer than `limit` bytes comes out as TOO_LONG once and is skipped.
     """
 
-    __slots__ = ("limit", "lines", "skipping", "tail")
+    __slots__ = ("buffer", "ended", "limit", "searched", "skipping", "start")
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.lines: list[bytes] = []  # complete ones, the oldest last, for pop()
-        self.tail = b""
-        self.skipping = False
+        self.clear()
+        self.ended = False
+
+    def clear(self) -> None:
+        """Forget what has come and was not taken."""
+        self.buffer = b""
+        self.start = 0  # of the next line
+        self.searched = 0  # up to here there is no LF behind start
+        self.skipping = False  # the rest of a line that was too long
 
     def feed(self, data: bytes) -> None:
-        if self.tail:
-            data = self.tail + data
-        *lines, tail = data.split(b"\n")
+        self.buffer = self.buffer[self.start :] + data if self.start < len(self.buffer) else data
+        self.searched = max(0, self.searched - self.start)
+        self.start = 0
         if self.skipping:
-            if not lines:
-                return
-            del lines[0]
-            self.skipping = False
-        if b"\r" in data:
-            lines = [line.removesuffix(b"\r") for line in lines]
-        if len(data) > self.limit:
-            lines = [TOO_LONG if len(line) > self.limit else line for line in lines]
-            if len(tail) > self.limit + 1:  # one more: a CR that may yet be dropped
-                lines.append(TOO_LONG)
-                tail = b""
-                self.skipping = True
-        lines.reverse()
-        self.lines = lines + self.lines
-        self.tail = tail
+            end = self.buffer.find(b"\n") + 1
+            self.start = self.searched = end or len(self.buffer)
+            self.skipping = not end
+        elif len(self.buffer) > self.limit + 2 and self.buffer.find(b"\n", self.searched) < 0:
+            self.buffer = self.buffer[: self.limit + 2]  # too long, whatever comes
 
     def take(self) -> bytes | None:
-        """The oldest complete line; None when there is none."""
-        return self.lines.pop() if self.lines else None
+        """Return the oldest complete line; None when there is none."""
+        end = self.buffer.find(b"\n", max(self.start, self.searched))
+        if end < 0:
+            return self._take_partial()
+        line = self.buffer[self.start : end]
+        self.start = self.searched = end + 1
+        if line[-1:] == b"\r":
+            line = line[:-1]
+        return line if len(line) <= self.limit else TOO_LONG
+
+    def _take_partial(self) -> bytes | None:
+        """A line without its end: too long already, or the last one."""
+        rest = len(self.buffer) - self.start
+        self.searched = len(self.buffer)
+        if rest > self.limit + 1:  # one more: a CR that may yet be dropped
+            self.clear()
+            self.skipping = not self.ended
+            return TOO_LONG
+        if not self.ended or not rest:
+            return None
+        line = self.buffer[self.start :].removesuffix(b"\r")
+        self.clear()
+        return line or None
+
+    @property
+    def pending(self) -> bool:
+        """Whether take() would return a line."""
+        rest = len(self.buffer) - self.start
+        if rest and self.buffer.find(b"\n", max(self.start, self.searched)) >= 0:
+            return True
+        return rest > self.limit + 1 or (
+            self.ended and self.buffer[self.start :] not in (b"", b"\r")
+        )
 
     def finish(self) -> None:
         """The peer will send no more: what came after the last newline is a line too."""
-        if self.tail not in (b"", b"\r"):
-            self.lines.insert(0, self.tail.removesuffix(b"\r"))
-        self.tail = b""
+        self.ended = True
 
 
 def fold(name: str) -> str:
@@ -429,17 +526,77 @@ NOT_IN_NAMES = frozenset(",:!@*?.$/")  # they mean something in masks, URLs or I
 NOT_FIRST_IN_NAMES = frozenset("#&~%+-([")  # channel types, ranks, and our own prefixes
 
 
-FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols that show nothing
+# Unicode's Default_Ignorable_Code_Point property (DerivedCoreProperties.txt of Unicode
+# 17.0), with its reserved code points: shown as nothing by whatever does not support them.
+DEFAULT_IGNORABLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+
+# Characters that show nothing although they are not Default_Ignorable: BRAILLE PATTERN BLANK (So),
+# OBJECT REPLACEMENT CHARACTER (So, the place of an image: nothing in most fonts), KHITAN SMALL
+# SCRIPT FILLER (Mn, only changes the layout of a cluster), EGYPTIAN HIEROGLYPH FULL BLANK and HALF
+# BLANK (Lo since Unicode 15; unassigned for Python 3.11), MUSICAL SYMBOL NULL NOTEHEAD (So).
+BLANKS = frozenset("\u2800\ufffc\U00016fe4\U00013441\U00013442\U0001d159")
 
 
 def is_solid(c: str) -> bool:
-    """Neither a control, format or unassigned character, nor a separator, nor a filler."""
-    return unicodedata.category(c)[0] not in "CZ" and c not in FILLERS
+    """Whether a character shows something: no control, format, unassigned or ignorable one,
+    no separator and no blank."""
+    if c.isascii():
+        return "!" <= c <= "~"
+    return (
+        unicodedata.category(c)[0] not in "CZ"
+        and c not in BLANKS
+        and not DEFAULT_IGNORABLE.match(c)
+    )
+
+
+# Characters that look like an ASCII one, each over the lower case of what it looks like, after
+# Unicode's confusables.txt (TS 39). Added to that: what differs from a capital only in size, as
+# names do not differ by case (small capitals, and Cyrillic like them), and shapes as near as
+# Greek kappa, tau, chi. Left out: thorn and Cyrillic sha, plain to see, and common in names.
+# Capitals have entries of their own: Greek capital nu looks like N, small nu like v. ASCII maps
+# to itself, unlike in TS 39: I and l, O and 0, m and rn stay apart.
+LOOKALIKES = (
+    str.maketrans(  # Latin small capitals
+        "ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘꞯʀꜱᴛᴜᴠᴡʏᴢ",
+        "abcdefghijklmnopqrstuvwyz",
+    )
+    | str.maketrans(  # Latin
+        "ıĸƄƅƒƖƦƧƷƼƽƿǀȜȢȣɑɡɣɩɯʋᴑᶃᶌẝỿⱭꝚꝪꝮꞘꞙꞟꞫꞬꞮꞲꞳꞴꬲꬵꬽꭇꭈꭎꭒꭚ",
+        "ikbbflr235spl388agyiwuogyfya239ffu3gijxbeforruuy",
+    )
+    | str.maketrans(  # Greek
+        "ͿΑΒΕΖΗΙΚΜΝΟΡΤΥΧαγηικνορστυχωϜϳϺᴦ",
+        "jabezhikmnoptyxaynikvopotuxwfjmr",
+    )
+    | str.maketrans(  # Cyrillic
+        "ЅІЈАВЕЗКМНОРСТУХЬабвгезкмнорстухьѕіјѡѴѵҮүҺһҽӀӏӠӡԁԌԍԚԛԜԝᲀᲂᲃᲄᲅꙄꙇ",
+        "sijabe3kmhopctyxba6bre3kmhopctyxbsijwvvyyhhell33dggqqwwboctt2i",
+    )
+)
+
+
+def skeleton(name: str) -> str:
+    """What `name` looks like: names with the same skeleton can be taken for each other.
+
+    Compare names as shown, not folded ones. Marks count (bob is not bób), except that a dot
+    above i or j adds nothing to see. Distinct ASCII names differ here unless only in case.
+    """
+    if name.isascii():
+        return name.lower()
+    # Decomposed, so that accented letters of any script become a lookalike and the same mark.
+    shown = DEFAULT_IGNORABLE.sub("", unicodedata.normalize("NFKD", name))
+    shown = shown.translate(LOOKALIKES).casefold()
+    shown = shown.replace("i\u0307", "i").replace("j\u0307", "j")
+    return unicodedata.normalize("NFKC", shown)
 
 
 def is_visible(text: str) -> bool:
     """Whether there is more to see than marks on nothing."""
-    return any(unicodedata.category(c)[0] not in "MCZ" for c in text)
+    return any(is_solid(c) and unicodedata.category(c)[0] != "M" for c in text)
 
 
 def is_word(text: str, limit: int) -> bool:
@@ -449,12 +606,15 @@ def is_word(text: str, limit: int) -> bool:
 
 
 def clean_name(wanted: str) -> str:
-    """The nearest name that every dialect can carry; "" if nothing is left.
+    """Return the nearest name that every dialect can carry; "" if nothing is left.
 
-    NFKC; control, format, separator and unassigned characters (Unicode C* and Z*) and
+    NFKC; characters that show nothing (Unicode C*, Z*, Default_Ignorable_Code_Point) and
     NOT_IN_NAMES become "_", as does one of NOT_FIRST_IN_NAMES at the start.
     """
-    name = unicodedata.normalize("NFKC", wanted.strip()[: 4 * NAME_CHARACTERS])
+    name = wanted.strip()[: 4 * NAME_CHARACTERS]
+    # NFKC would drop or replace some of those: then they would be in the name unseen
+    name = "".join(c if is_solid(c) else "_" for c in name)
+    name = unicodedata.normalize("NFKC", name)
     name = "".join(c if is_solid(c) and c not in NOT_IN_NAMES else "_" for c in name)
     if name[:1] in NOT_FIRST_IN_NAMES:
         name = "_" + name[1:]
@@ -534,6 +694,20 @@ def split_text(text: str, room: int) -> Iterator[str]:
     yield text
 
 
+def wrapped(words: Iterable[str], room: int, between: str = " ") -> Iterator[str]:
+    """Yield the words in lines of at most `room` bytes."""
+    line, size = [], 0
+    for one in words:
+        length = len(one.encode()) + len(between)
+        if line and size + length > room:
+            yield between.join(line)
+            line, size = [], 0
+        line.append(one)
+        size += length
+    if line:
+        yield between.join(line)
+
+
 @functools.lru_cache(1000)
 def mask_pattern(mask: str) -> re.Pattern:
     """What fullmatch()es the folded texts that `mask` means: * is anything, ? is any one.
@@ -551,6 +725,9 @@ def mask_pattern(mask: str) -> re.Pattern:
 
 
 CONTROLS = {n: None for n in (*range(0x20), *range(0x7F, 0xA0)) if chr(n) not in "\t\n"}
+# The colours of IRC (mIRC's, and hexadecimal ones); its other styles are control characters.
+COLOURS = re.compile("\x03(?:\\d{1,2}(?:,\\d{1,2})?)?|\x04(?:[0-9a-fA-F]{6})?")
+CONTROLS |= {0x2028: " ", 0x2029: " "}  # some programs end a line there
 
 
 def harmless(text: str) -> str:
@@ -565,6 +742,20 @@ BIDI_CONTROLS = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)))
 def escaped(text: str) -> str:
     """`text` with control characters made visible, for the log and error messages."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def plain_text(text: str) -> str:
+    """Return a text of IRC without control characters, and colours with their digits."""
+    return harmless(COLOURS.sub("", text))
+
+
+def split_words(text: str) -> list[str] | None:
+    """Split at blanks; a word in double quotes may contain blanks. A quote inside a word is
+    part of it. None if a quoted word does not end."""
+    words = re.findall(r'"[^"]*"(?=\s|$)|\S+', text)
+    if any(len(word) > 1 and word[0] == '"' != word[-1] for word in words):
+        return None
+    return [word[1:-1] if len(word) > 1 and word[0] == word[-1] == '"' else word for word in words]
 
 
 def whole_number(text: str) -> int | None:
@@ -736,53 +927,66 @@ class Command(NamedTuple):
     most: int  # parameters it takes; the rest is left alone, or belongs to the last one
     nameless: bool  # may be used before there is a name
     privileged: bool  # only for operators of the server
+    exact: bool  # more parameters than `most` are refused: one of them is a password
     syntax: str
     summary: str
 
 
-class Commands(dict):
+class Commands(dict[str, Command]):
     """The commands of one dialect by verb, and the gate in front of them."""
 
     def __init__(self, mark: str):
         super().__init__()
         self.mark = mark  # what stands before a verb on the wire
 
-    def __call__(
-        self,
-        verb: str,
-        least: int = 0,
-        most: int | None = None,
-        nameless: bool = False,
-        privileged: bool = False,
-    ):
-        """Decorator: this handler is the command `verb`."""
+    def __call__(self, verb: str, least: int = 0, most: int | None = None, **needs: bool):
+        """Decorator: this handler is the command `verb`. `needs` are the flags of Command."""
 
         def register(handler: Callable) -> Callable:
             if verb in self:
                 raise ValueError(f"two handlers for {verb}")
             syntax, summary = " ".join(handler.__doc__.split()).split(" -- ")
-            most_params = least if most is None else most
+            flags = {"nameless": False, "privileged": False, "exact": False} | needs
             self[verb] = Command(
-                verb, handler, least, most_params, nameless, privileged, syntax, summary
+                *(verb, handler, least, least if most is None else most),
+                **flags,
+                syntax=syntax,
+                summary=summary,
             )
             return handler
 
         return register
 
-    def run(self, session: "Session", verb: str, params: Callable[[int], list[str]]) -> None:
-        """The one gate. `params(most)` gives the parameters, so many at most."""
+    def run(
+        self, session: "LocalSession", verb: str, given: list[str] | str
+    ) -> Iterator[None] | None:
+        """The one gate. `given` are the parameters, or the text that they are split from. Return
+        the rest of a long answer, if there is one. Raises Refused."""
         command = self.get(verb)
         if command is None:
             text = f"there is no {self.mark}{verb}; {self.mark}help lists what there is"
             raise Refused("UNKNOWN_COMMAND", text, verb)
         if session.user is None and not command.nameless:
             raise Refused("NOT_NAMED", "a name first, please; then commands")
-        given = params(command.most)
-        if len(given) < command.least:
+        params = self._params(command, given)
+        if len(params) < command.least:
             raise Refused("NEED_MORE_PARAMS", f"it goes like this: {command.syntax}", verb)
-        if command.privileged and not session.user.is_operator:
+        if command.privileged and not session.operator:
             raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
-        session.unfinished = command.handler(session, *given)
+        return command.handler(session, *params)
+
+    @staticmethod
+    def _params(command: Command, given: list[str] | str) -> list[str]:
+        """Split the parameters. A password is never cut, joined or guessed."""
+        if not command.exact:
+            if isinstance(given, str):
+                return given.split(None, command.most - 1) if command.most else []
+            return given[: command.most]
+        words = split_words(given) if isinstance(given, str) else given
+        if words is None or len(words) > command.most:
+            text = f"it goes like this: {command.syntax}; quote a password that has blanks"
+            raise Refused("NEED_MORE_PARAMS", text, command.verb)
+        return words
 
 
 # ======================================================================================
@@ -831,10 +1035,14 @@ def make_verifier(password: str, rounds: int = ACCOUNT_ROUNDS) -> Verifier:
     return Verifier(salt, rounds, *scram_keys(password, salt, rounds))
 
 
-def nobodys_verifier(name: str, key: bytes = secrets.token_bytes(16)) -> Verifier:
-    """Of an account that does not exist: the same salt for the same name, and no password
-    fits, so that asking for it tells nothing."""
-    return Verifier(sha256_hmac(key, fold(name).encode())[:16], ACCOUNT_ROUNDS, b"", b"")
+DECOY_KEY = secrets.token_bytes(16)
+
+
+def decoy_verifier(name: str, rounds: int | None = None) -> Verifier:
+    """Return the verifier of a name that does not exist: the same salt for the same name, and
+    no password fits, so that asking for it tells nothing."""
+    salt = sha256_hmac(DECOY_KEY, fold(name).encode())[:16]
+    return Verifier(salt, rounds or ACCOUNT_ROUNDS, b"", b"")
 
 
 Lookup = Callable[[str], tuple[str, Verifier]]  # name -> as it is registered, its verifier
@@ -985,154 +1193,285 @@ def is_loopback(host: str) -> bool:
     return host.startswith("127.") or host.strip("[]") == "::1"
 
 
+def address_key(host: str, own: str = "") -> str:
+    """Return an address as limits count it: an IPv6 address as its /64, which one user has.
+    A LAN shares one /64: addresses in that of `own`, ours, count as themselves, and so do
+    link-local ones."""
+    host = host.strip("[]").partition("%")[0]
+    if ":" not in host:
+        return host
+    network = ipaddress.ip_network((host, 64), strict=False)
+    local = own.strip("[]").partition("%")[0]
+    if (
+        network.is_link_local
+        or host == "::1"
+        or (":" in local and network == ipaddress.ip_network((local, 64), strict=False))
+    ):
+        return host
+    return str(network)
+
+
 class Throttle:
-    """How often somebody may fail to log in: by (address, account), so that nobody can lock
-    the owner out."""
+    """How often an attempt may fail, by (address, subject) and by address alone. Nobody else
+    can lock the owner of an account out by that. Times are of the monotonic clock."""
 
-    def __init__(self, most: int = LOGIN_TRIES, seconds: int = LOGIN_WAIT_SECONDS):
-        self.most, self.milliseconds = most, seconds * 1000
-        self.failures: collections.OrderedDict[tuple[str, str], tuple[int, int]]
-        self.failures = collections.OrderedDict()  # how many, and until when they count
+    def __init__(
+        self,
+        most: int = LOGIN_TRIES,
+        seconds: int = LOGIN_WAIT_SECONDS,
+        most_an_address: int = LOGIN_TRIES_AN_ADDRESS,
+    ):
+        self.most, self.most_an_address = most, most_an_address
+        self.milliseconds = seconds * 1000
+        self.failures: dict[tuple[str, str | None], tuple[int, int]] = {}  # how many, until when
 
-    def wait(self, host: str, name: str, now: int) -> int:
-        """Seconds until another try; `now` in milliseconds."""
-        count, until = self.failures.get((host, fold(name)), (0, 0))
-        return (until - now) // 1000 + 1 if count >= self.most and now < until else 0
+    def count(self, host: str, subject: str | None, now: int) -> int:
+        count, until = self.failures.get((host, subject and fold(subject)), (0, 0))
+        return count if now < until else 0
 
-    def check(self, host: str, name: str, now: int) -> None:
+    def wait(self, host: str, subject: str, now: int) -> int:
+        """Return the seconds until another try; `now` in milliseconds."""
+        for one, most in ((subject, self.most), (None, self.most_an_address)):
+            if self.count(host, one, now) >= most:
+                _, until = self.failures[host, one and fold(one)]
+                return (until - now) // 1000 + 1
+        return 0
+
+    def check(self, host: str, subject: str, now: int) -> None:
         """Raises Refused."""
-        if seconds := self.wait(host, name, now):
+        if seconds := self.wait(host, subject, now):
             raise Refused("TRY_LATER", f"too many failures; try again in {seconds} s")
 
-    def failed(self, host: str, name: str, now: int) -> None:
-        key = (host, fold(name))
-        count, until = self.failures.pop(key, (0, 0))
-        self.failures[key] = (count if now < until else 0) + 1, now + self.milliseconds
-        while len(self.failures) > LOGIN_FAILURES_KEPT:
-            self.failures.popitem(last=False)
+    def failed(self, host: str, subject: str, now: int) -> None:
+        for one in (subject, None):
+            count = self.count(host, one, now) + 1
+            self.failures[host, one and fold(one)] = count, now + self.milliseconds
+        if len(self.failures) > LOGIN_FAILURES_KEPT:
+            self._evict(now)
 
-    def succeeded(self, host: str, name: str) -> None:
-        self.failures.pop((host, fold(name)), None)
+    def _evict(self, now: int) -> None:
+        """Forget what does not count any more; else a tenth of it, the fewest failures first:
+        whoever fills the table is not forgotten by that."""
+        known = {key: one for key, one in self.failures.items() if now < one[1]}
+        if len(known) > LOGIN_FAILURES_KEPT:
+            ranked = sorted(known, key=lambda key: (known[key], key[0]))
+            for key in ranked[: LOGIN_FAILURES_KEPT // 10]:
+                del known[key]
+        self.failures = known
+
+    def succeeded(self, host: str, subject: str) -> None:
+        """Take back the failure that an attempt counts as until it is proven."""
+        self.failures.pop((host, fold(subject)), None)
+        count, until = self.failures.pop((host, None), (0, 0))
+        if count > 1:
+            self.failures[host, None] = count - 1, until
 
 
 # ======================================================================================
 # DOMAIN
 # ======================================================================================
-# Who is here and who may do what. The Hub turns what sessions ask for into events; it
-# sends nothing and stores nothing. An audience is anything with
-#
-#     name           what it is called on the wire, "" for people
-#     keys           under which the store keeps the event
-#     admit(user, text)  raise Refused unless this user may say that to it (where one can)
-#     addressee(user)  whom it is for, if for one person, when this user speaks to it
-#     stamp(now)     the time of its next event
-#     sessions_by_wire()  of all who may have to be told of this turn's events
-#     stays(user)    when this one was there in this turn: from event id, to event id
-#
-# and is hashable, because a turn's events are grouped by audience.
+# The chat itself: users, sessions, channels, and the Hub that holds them. It sends nothing
+# and stores nothing. The ACTS below change it; every act emits events, and every event
+# names its Audience. At the end of a turn the log of events becomes bytes (Turn.deliveries)
+# and rows of the store (Turn.events, Turn.records).
 
 
-class Site(NamedTuple):
+class Connected(typing.Protocol):
+    """What a session may ask of its connection."""
+
+    address: str  # HOST:PORT
+    limit_key: str  # the address as limits count it, see address_key()
+    secure: bool  # TLS
+    certifiable: bool  # client certificates are looked at
+    fingerprint: str  # SHA-256 of the client's certificate, "" without one
+    gone: bool  # nothing can be sent any more
+
+    def named(self) -> None: ...  # registration is complete
+    def charge(self, items: float) -> None: ...  # so much work, see WORK_PER_TOKEN
+    def close(self) -> None: ...  # after what is queued
+
+
+class Wire(typing.Protocol):
+    """One way to turn events into bytes. Sessions with the same wire share them."""
+
+    format: "Format"  # for SPOKEN events; several wires may have the same one
+
+    def line(self, audience: "Audience", event: "Event") -> bytes: ...  # any other event
+    def own(self, event: "Event", line: bytes) -> bytes: ...  # what its origin gets instead
+
+
+class Format(typing.Protocol):
+    def encode(self, audience: "Audience", events: "list[Event]") -> list[bytes]: ...
+
+
+class Dedup(typing.Protocol):
+    """Where the store looks for a message by the id that its sender gave it."""
+
+    def find(self, owners: Iterable[str], own_id: str) -> int | None: ...
+    def lost(self, owners: Iterable[str], own_id: str, ticks: int) -> bool: ...
+
+
+class ActStore(typing.Protocol):
+    """The three questions that an act may ask of the store: dedup keys, authors, history."""
+
+    dedup: Dedup
+
+    def author_of(self, key: str, id: int) -> "tuple[int, str] | None": ...
+    def foundings(self, key: str) -> set[int]: ...
+
+
+class ServerCalls(typing.Protocol):
+    """What a session may ask of the server that runs it."""
+
+    motd: list[str]
+    tls_port: int
+
+    def nameless(self) -> int: ...  # connections without a name
+    def refresh(self) -> None: ...  # read accounts again if another process changed them
+    def note(self, text: str) -> None: ...  # to the log
+    def rehash(self, session: "LocalSession") -> None: ...
+    def restart(self, session: "LocalSession") -> None: ...
+    def stop(self) -> None: ...
+    def mail(self, address: str, name: str, code: str) -> None: ...  # off the loop
+
+
+class Site:
     """What all sessions of one server share."""
 
-    hub: "Hub"
-    store: Any
-    later: Callable  # later(session, job, then): job() off the loop, then(its result) on it
-    read: Callable  # read(session, job, then): the same for a job that reads the store
-    # What runs it: motd, tls_port, nameless(), miss(user), note(text), refresh(), rehash(session),
-    # restart(session), stop(), and for off the loop mail(address, name, code)
-    house: Any
-    password: str | None = None
-    name: str = SERVER_NAME  # of this server, as a host
-    network: str = SERVER_NAME
-    operators: dict[str, Verifier] = {}  # by name; nobody adds to it
-    registration: frozenset[str] = frozenset()  # "before-connect", "email-required", or "off"
-    sts: int = 0  # seconds that clients shall come by TLS only (IRCv3 sts); 0: as they like
+    def __init__(
+        self,
+        hub: "Hub",
+        store: Any,
+        later: Callable,
+        server: ServerCalls,
+        wires: Any,
+        password: str | None = None,
+        name: str = SERVER_NAME,
+        network: str = SERVER_NAME,
+        operators: dict[str, Verifier] | None = None,
+        registration: frozenset[str] = frozenset(),
+        sts: int = 0,
+        flood: tuple[float, float] | None = (FLOOD_BURST, FLOOD_RATE),
+    ):
+        self.hub, self.store, self.server = hub, store, server
+        # later(session, lane, job, then): job() off the loop, then(its result) on it; a job of
+        # the lane PAGE_LANE reads the store
+        self.later = later
+        self.wires = wires  # of IRC, by capabilities
+        self.password = password
+        self.name, self.network = name, network  # of this server, as a host
+        self.operators = operators or {}  # verifiers by name
+        self.registration = registration  # "before-connect", "email-required", or "off"
+        self.sts = sts  # seconds for which clients have to use TLS (IRCv3 sts); 0: no policy
+        self.flood = flood  # burst and rate of a connection's budget
+        self.ids = itertools.count(1)  # of sessions
+        self.references = itertools.count(1)  # of batches
+
+    def reference(self) -> str:
+        return f"b{next(self.references):x}"
+
+
+PAGE_LANE, PASSWORD_LANE, MAIL_LANE, DISK_LANE = (
+    "pages",
+    "passwords",
+    "mail",
+    "disk",
+)  # lanes of helpers
 
 
 def next_time(last: int, now: int) -> int:
-    """Milliseconds for the event after one at `last`: unique up to 1 s ahead of the clock."""
-    if now > last:
+    """Return the time of the event after one at `last`, in milliseconds.
+
+    Times follow the wall clock. They are unique while it runs forward, at most TIMES_AHEAD
+    ahead of it; a `last` that is further ahead means that the clock was set back.
+    """
+    if now > last or last > now + TIMES_AHEAD:
         return now
-    return last + 1 if last < now + TIMES_AHEAD else last
+    return min(last + 1, now + TIMES_AHEAD)
 
 
-def sessions_by_wire(users: "Iterable[User]") -> "dict[Any, set[Session]]":
-    """Their sessions, those together who get the same bytes."""
+def sessions_by_wire(sessions: "Iterable[Session]") -> "dict[Any, set[Session]]":
     found: "dict[Any, set[Session]]" = {}
-    for user in users:
-        for session in user.sessions:
-            found.setdefault(session.wire, set()).add(session)
+    for session in sessions:
+        found.setdefault(session.wire, set()).add(session)
     return found
 
 
 SOURCE_FIELDS = ("name", "address", "username", "account", "bot")  # what source_of() takes
 
 
+class Session:
+    """One connection of a user, as the acts know it. The dialects have subclasses; a bare
+    Session stands for one that this process has no connection of."""
+
+    __slots__ = ("address", "client", "id", "operator", "token", "user")
+    wire: Any = None
+    extended_monitor = False  # whether it is told more of those it monitors than on and off
+
+    def __init__(self, id: int):
+        self.id = id
+        self.address = ""  # HOST:PORT
+        self.user: "User | None" = None
+        self.token = ""  # the hash of a secret that only this client knows: it resumes a user
+        self.client = ""  # the same, also if the token resumes nothing: owner of dedup keys
+        self.operator = False  # OPER is for one session, not for all of its user
+
+    def hear(self, event: Event) -> None:
+        """Render one of the PERSONAL events, whose bytes depend on the session."""
+
+
 class User:
-    """A person here now. Identity is the object; the name may change."""
+    """A user who is present, or absent within the grace period. Identity is the object."""
 
     __slots__ = (
-        "away",
-        "channels",
-        "invitations",
-        "key",
-        "last_time",
-        "login",
-        "mask_key",
-        "metadata",
-        "modes",
-        "realname",
-        "secrets",
-        "sessions",
-        "since",
-        "source",
-        "spoke",
-        "stay",
-        "stored",
+        *("account_key", "away", "channels", "invitations", "key", "last_time", "login"),
+        *("mask_key", "metadata", "modes", "realname", "resume_id", "sessions", "since"),
+        *("source", "spoke", "stored", "tokens", "traces"),
     )
 
-    def __init__(self, source: Source, realname: str, stay: str, now: int):
-        self.stay = stay
-        self.stored = False  # the store knows this stay
-        self.secrets: dict[str, None] = {}  # hashes; who knows one has this user's place
+    def __init__(self, source: Source, realname: str, resume_id: str, now: int):
+        self.resume_id = resume_id  # of this stay, from the first session to the last
+        self.stored = False  # the store has a row of this user
+        self.traces = False  # something in the history has this user's identity
+        self.tokens: dict[str, None] = {}  # resume tokens, the oldest first
         self.login = ""  # Account.identity
         self.realname = realname
         self.modes: set[str] = set()
-        self.away = ""  # why; "" is here
-        self.sessions: "list[Session]" = []
+        self.away = ""  # the reason; "" is present
+        self.sessions: list[Session] = []
         self.channels: "dict[Channel, None]" = {}  # in the order of joining
-        self.invitations: "dict[Channel, None]" = {}  # not yet used
-        self.metadata: dict[str, str] = {}  # what programs want to know of somebody
-        self.since = self.spoke = now  # milliseconds since 1970
+        self.invitations: "dict[Channel, bool]" = {}  # whether an operator gave it
+        self.metadata: dict[str, str] = {}
+        self.since = now  # milliseconds since 1970
+        self.spoke = 0  # Hub.ticks
         self.last_time = 0
-        self.called(source)
+        self.set_source(source)
 
     @property
     def identity(self) -> str:
-        """Of this stay; or of the account, over all of them. No channel's key begins so."""
-        return self.login or self.stay
+        """The owner of messages, markers and private conversations: the account's identity,
+        else that of this stay. No channel's key begins so."""
+        return self.login or self.resume_id
 
-    def called(self, source: Source) -> None:
-        """From now on."""
+    def set_source(self, source: Source) -> None:
         self.source = source._replace(identity=self.identity)
         self.key = fold(source.name)
         self.mask_key = fold(source.mask)
+        self.account_key = fold(source.account)
 
     @property
-    def live(self) -> "list[Session]":
+    def live(self) -> list[Session]:
         """The sessions that have not ended in this turn."""
         return [session for session in self.sessions if session.user is self]
 
-    def logged_in(self, account: str, identity: str) -> None:
-        self.login = identity
-        self.changed(account=account)
+    def change_source(self, **known: Any) -> None:
+        """Take another name, address or account, or become a bot."""
+        fields = {name: getattr(self.source, name) for name in SOURCE_FIELDS} | known
+        self.set_source(source_of(**fields))
 
-    def changed(self, **known: Any) -> None:
-        """Somebody else from now on: another name, account, or a bot."""
-        was = self.source
-        fields = {name: getattr(was, name) for name in SOURCE_FIELDS} | known
-        self.called(source_of(**fields))
+    def set_login(self, account: str, identity: str) -> None:
+        self.login = identity
+        self.change_source(account=account)
 
     @property
     def name(self) -> str:
@@ -1144,22 +1483,22 @@ class User:
 
     @property
     def is_operator(self) -> bool:
-        """Of the server: may do what an operator of any channel may."""
-        return "o" in self.modes
+        """Whether a session of this user operates the server."""
+        return any(session.operator for session in self.live)
 
     @property
     def may_return(self) -> bool:
-        """Whether this one could prove to be the same, without a line for a while."""
-        return bool(self.login or self.secrets)
+        """Whether this user could prove to be the same after a break."""
+        return bool(self.login or self.tokens)
 
     def state(self) -> dict[str, Any]:
-        """What outlives the server, for JSON. Nobody operates the next server by that."""
+        """Return what outlives the server, for JSON. OPER does not."""
         return {
             "source": {name: getattr(self.source, name) for name in SOURCE_FIELDS},
             "login": self.login,
-            "secrets": [*self.secrets],
+            "secrets": [*self.tokens],
             "realname": self.realname,
-            "modes": sorted(self.modes - {"o"}),
+            "modes": sorted(self.modes),
             "away": self.away,
             "since": self.since,
             "metadata": self.metadata,
@@ -1167,18 +1506,19 @@ class User:
         }
 
     @classmethod
-    def revived(cls, stay: str, state: dict[str, Any], now: int) -> "User":
-        """As state() had it, but for the channels."""
-        user = cls(source_of(**state["source"]), state["realname"], stay, state["since"])
-        user.login, user.away, user.stored = state["login"], state["away"], True
-        user.secrets = dict.fromkeys(state["secrets"])
-        user.modes, user.metadata, user.spoke = set(state["modes"]), state["metadata"], now
-        user.called(user.source)
+    def revived(cls, resume_id: str, state: dict[str, Any], ticks: int) -> "User":
+        """Return the user of a state(), without the channels."""
+        user = cls(source_of(**state["source"]), state["realname"], resume_id, state["since"])
+        user.login, user.away = state["login"], state["away"]
+        user.stored = user.traces = True
+        user.tokens = dict.fromkeys(state["secrets"])
+        user.modes, user.metadata, user.spoke = set(state["modes"]), state["metadata"], ticks
+        user.set_source(user.source)
         return user
 
 
 class FormerUser(NamedTuple):
-    """What WHOWAS knows of somebody."""
+    """What WHOWAS knows of a user."""
 
     source: Source
     realname: str
@@ -1189,8 +1529,8 @@ RANKS = "qaohv"  # of members, the highest first: owner, admin, operator, half-o
 SYMBOLS = dict(zip(RANKS, "~&@%+", strict=True))  # what stands before their names
 RANK_NEEDED = dict(zip(RANKS, "qqooh", strict=True))  # to give or take each of them
 
-# What a channel can be besides, and who may come in or speak (Modern IRC, channel modes)
-MASK_LISTS = "beI"  # banned; excepted from bans; welcome where one has to be invited
+# Other channel modes (Modern IRC, channel modes)
+MASK_LISTS = "beI"  # banned; excepted from bans; exempt from +i
 FLAGS = {
     "C": "no CTCP but actions",
     "R": "only who is logged in may join",
@@ -1200,6 +1540,7 @@ FLAGS = {
     "s": "secret: not listed",
     "t": "only operators set the topic",
 }
+ENTRY_FLAGS = "Ri"  # they keep users out
 
 
 class ModeChange(NamedTuple):
@@ -1223,7 +1564,7 @@ def format_modes(changes: Iterable[ModeChange]) -> str:
 
 
 def mode_lines(changes: Iterable[ModeChange]) -> Iterator[str]:
-    """The same, as many times as it takes for each to fit in an IRC line."""
+    """Yield the same in as many texts as it takes for each to fit in a line of IRC."""
     some: list[ModeChange] = []
     for change in changes:
         if some and len(format_modes([*some, change]).encode()) > MODES_BYTES:
@@ -1235,17 +1576,17 @@ def mode_lines(changes: Iterable[ModeChange]) -> Iterator[str]:
 
 
 class Membership:
-    """What a channel knows of one of its members."""
+    """One user's membership of one channel."""
 
     __slots__ = ("ranks", "since")
 
     def __init__(self, since: int, ranks: str):
-        self.since = since  # id of the event that made it: earlier ones are not shown
+        self.since = since  # id of the JOIN: the member is not shown earlier events
         self.ranks = ranks  # letters of RANKS, in that order
 
     @property
     def level(self) -> int:
-        """Of the highest rank; smaller is higher, as in RANKS."""
+        """The index of the highest rank in RANKS; smaller is higher."""
         return RANKS.index(self.ranks[0]) if self.ranks else len(RANKS)
 
     @property
@@ -1253,17 +1594,17 @@ class Membership:
         return "".join(SYMBOLS[rank] for rank in self.ranks)
 
     def set_rank(self, rank: str, on: bool) -> bool:
-        """Give it or take it; whether that changed anything."""
+        """Give or take a rank; return whether that changed anything."""
         before = self.ranks
         self.ranks = "".join(r for r in RANKS if (on if r == rank else r in before))
         return self.ranks != before
 
 
 class Mask:
-    """A line of one of a channel's lists: whom it means, who put it there and when.
+    """An entry of a channel's list, or a ban from the server.
 
-    nick!user@host with * and ?, or extended: a:ACCOUNT means those logged in to it, and
-    m:MASK those who may be here but not speak.
+    nick!user@host with * and ?, or extended: a:ACCOUNT means the users logged in to it, and
+    m:MASK those who may be in the channel but not speak.
     """
 
     __slots__ = ("by_account", "mutes", "pattern", "setter", "text", "when")
@@ -1278,11 +1619,11 @@ class Mask:
     def matches(self, user: User) -> bool:
         if not self.by_account:
             return self.pattern.fullmatch(user.mask_key) is not None
-        return bool(user.account) and self.pattern.fullmatch(fold(user.account)) is not None
+        return bool(user.account_key) and self.pattern.fullmatch(user.account_key) is not None
 
 
 def full_mask(text: str) -> str:
-    """bob -> bob!*@*, b@c -> *!b@c; what is extended keeps its letter."""
+    """bob -> bob!*@*, b@c -> *!b@c; an extended mask keeps its letter."""
     mute = "m:" if text.startswith("m:") else ""
     text = text.removeprefix("m:")
     if text.startswith("a:"):
@@ -1296,9 +1637,23 @@ def full_mask(text: str) -> str:
     return f"{mute}{name or '*'}!{username or '*'}@{host or '*'}"
 
 
+def server_mask(text: str) -> str:
+    """192.0.2.1 -> *!*@192.0.2.1, for KLINE: there a bare word is an address, not a nick."""
+    return text if text.startswith("a:") or set("!@") & set(text) else f"*!*@{text}"
+
+
+class ServerBan(NamedTuple):
+    """A K-line: users whom this matches cannot register."""
+
+    mask: str
+    setter: str
+    until: int  # milliseconds since 1970; 0: for ever
+    reason: str
+
+
 class ChannelPassword(NamedTuple):
     """What IRC calls the key. The store has a salted hash of it: one round, because all its
-    members know and tell each other such a word; it protects nobody's account."""
+    members know and tell each other such a word; it protects no account."""
 
     salt: str
     digest: str
@@ -1309,61 +1664,106 @@ class ChannelPassword(NamedTuple):
         return hmac.compare_digest(digest, self.digest)
 
 
-def channel_password(word: str) -> ChannelPassword:
-    salt = secrets.token_hex(16)
+def channel_password(word: str, salt: str) -> ChannelPassword:
     return ChannelPassword(salt, hashlib.sha256(f"{salt} {word}".encode()).hexdigest(), word)
 
 
+class Audience:
+    """Whom an event is for. It names channels, users or sessions; who they are is resolved
+    when the turn is written. Compared by identity: the events of one audience are encoded
+    and joined together.
+    """
+
+    __slots__ = ("channels", "name", "parties", "sessions", "targets", "users")
+
+    def __init__(
+        self,
+        name: str = "",
+        channels: "tuple[Channel, ...]" = (),
+        users: Iterable[User] = (),
+        sessions: Iterable[Session] = (),
+        targets: tuple[tuple[str, int], ...] = (),
+        parties: tuple[str, str, str, str] = ("", "", "", ""),
+    ):
+        self.name = name  # on the wire; "" for users
+        self.channels = channels  # their members, each while being a member
+        self.users = frozenset(users)  # and these, whatever they are members of
+        self.sessions = frozenset(sessions)  # and these alone of their users
+        self.targets = targets  # where the store keeps the event: key and founding
+        self.parties = parties  # of a private conversation: identity, key, identity, key
+
+    def stamp(self, now: int) -> int:
+        """Return the time of the next event, unique for each of the channels or users."""
+        clocks = self.channels or self.users
+        newest = next_time(max((clock.last_time for clock in clocks), default=0), now)
+        for clock in clocks:
+            clock.last_time = newest
+        return newest
+
+    def all_sessions(self) -> Iterable[Session]:
+        users = itertools.chain(*(channel.listeners() for channel in self.channels), self.users)
+        sessions = itertools.chain(*(user.sessions for user in dict.fromkeys(users)))
+        return dict.fromkeys(itertools.chain(sessions, self.sessions))
+
+    def sessions_by_wire(self) -> "dict[Any, set[Session]]":
+        if len(self.channels) == 1 and not self.users and not self.sessions:
+            return self.channels[0].sessions_by_wire()
+        return sessions_by_wire(self.all_sessions())
+
+    def membership_spans(self, session: Session, user: User) -> list[tuple[int, float]]:
+        """Return when this session belonged to it in this turn: first and last event id."""
+        if user in self.users or session in self.sessions:
+            return [(0, math.inf)]
+        return list(itertools.chain(*(c.membership_spans(user) for c in self.channels)))
+
+    @property
+    def cost(self) -> int:
+        """The receivers that have to be told one by one, for the budget of who causes it."""
+        shared = len(self.channels) == 1
+        members = 0 if shared else sum(len(channel.members) for channel in self.channels)
+        return members + len(self.users) + len(self.sessions)
+
+
 class Channel:
-    """A room. Without members it ceases to exist, unless an account founded it; its history
-    stays in the store."""
+    """A channel. Without members it ceases to exist, unless an account founded it; its
+    history stays in the store."""
 
     __slots__ = (
-        "by_wire",
-        "created",
-        "flags",
-        "former",
-        "founder",
-        "key",
-        "keys",
-        "last_time",
-        "limit",
-        "lists",
-        "members",
-        "metadata",
-        "name",
-        "password",
-        "private",
-        "standing",
-        "topic",
-        "topic_setter",
-        "topic_time",
+        *("audience", "by_wire", "created", "flags", "former", "founder", "founding", "invited"),
+        *("key", "last_time", "limit", "lists", "members", "metadata", "name", "password"),
+        *("private", "rosters", "stored_ranks", "topic", "topic_setter", "topic_time"),
     )
-    # What the store keeps as it is
-    STATE = (
-        *("name", "founder", "standing", "topic", "topic_setter", "topic_time", "created"),
-        *("limit", "private", "metadata"),
+    STATE = (  # what the store keeps as it is
+        *("name", "founder", "founding", "stored_ranks", "topic", "topic_setter"),
+        *("topic_time", "created", "limit", "private", "metadata"),
     )
 
-    def __init__(self, name: str, last_time: int, now: int):
-        self.name, self.key = name, fold(name)
-        self.keys = (self.key,)
+    def __init__(self, name: str, founding: int, now: int):
+        self.founding = founding  # an event id: what is said from here on is of this founding
+        self.set_name(name)
         self.members: dict[User, Membership] = {}
+        self.invited: set[User] = set()
         self.former: dict[User, list[tuple[int, int]]] = {}  # left in this turn: from id, to id
         self.by_wire: "dict[Any, set[Session]] | None" = None  # of its listeners; None: to be made
+        self.rosters: dict[tuple[bool, bool], list[str]] = {}  # see roster()
         self.topic = ""
         self.topic_setter, self.topic_time = "", 0
         self.created = now
-        # Nobody from outside; and the lobby has no operators to set a topic
+        # +n keeps strangers out; the lobby has no operators who could set a topic
         self.flags = set("n") if self.key == LOBBY else set("nt")
         self.limit: int | None = None
         self.password: ChannelPassword | None = None
-        self.founder = ""  # Account.identity; "" if nobody with an account founded it
-        self.standing: dict[str, str] = {}  # ranks of accounts, by identity, if it has a founder
+        self.founder = ""  # Account.identity; "" if no account founded it
+        self.stored_ranks: dict[str, str] = {}  # of accounts, by identity, if it has a founder
         self.private = False  # it was +i, +k or +s at some time
         self.metadata: dict[str, str] = {}
         self.lists: dict[str, dict[str, Mask]] = {letter: {} for letter in MASK_LISTS}
-        self.last_time = last_time
+        self.last_time = 0
+
+    def set_name(self, name: str) -> None:
+        """Take a name. Events already logged keep the audience with the name before."""
+        self.name, self.key = name, fold(name)
+        self.audience = Audience(name, (self,), targets=((self.key, self.founding),))
 
     # What outlives the server
 
@@ -1378,10 +1778,11 @@ class Channel:
         return {**known, "flags": sorted(self.flags), "password": password, "lists": lists}
 
     @classmethod
-    def revived(cls, state: dict[str, Any], last_time: int) -> "Channel":
-        """As state() had it, without its members."""
-        channel = cls(state["name"], last_time, 0)
-        for name in cls.STATE:
+    def revived(cls, state: dict[str, Any]) -> "Channel":
+        """Return the channel of a state(), without members."""
+        state = {"founding": 0, "stored_ranks": state.get("standing", {}), **state}
+        channel = cls(state["name"], state["founding"], 0)
+        for name in cls.STATE[1:]:
             setattr(channel, name, state[name])
         channel.flags = set(state["flags"]) & set(FLAGS)
         channel.password = state["password"] and ChannelPassword(*state["password"])
@@ -1389,22 +1790,24 @@ class Channel:
             channel.lists[letter] = {fold(text): Mask(text, *rest) for text, *rest in masks}
         return channel
 
-    def standing_of(self, user: User) -> str:
-        """The ranks that somebody has here by his account."""
-        known = self.standing.get(user.login, "") if user.login else ""
-        return "q" + (known or "o") if self.founded_by(user) else known
+    def ranks_by_account(self, user: User) -> str:
+        """Return the stored ranks of a user's account; the founder always is an owner."""
+        known = self.stored_ranks.get(user.login, "") if user.login else ""
+        if not self.founded_by(user):
+            return known
+        return "q" + (known or "o").replace("q", "")
 
-    def note_standing(self, user: User) -> None:
-        """Ranks of accounts last, where there is somebody whose channel it is."""
+    def store_ranks(self, user: User) -> None:
+        """Keep a member's ranks for the next time, where the channel has a founder."""
         if self.founder and user.login:
-            self.standing.pop(user.login, None)
-            if (ranks := self.members[user].ranks) and len(self.standing) < STANDING_KEPT:
-                self.standing[user.login] = ranks
+            self.stored_ranks.pop(user.login, None)
+            if (ranks := self.members[user].ranks) and len(self.stored_ranks) < RANKS_STORED:
+                self.stored_ranks[user.login] = ranks
 
     def founded_by(self, user: User) -> bool:
         return bool(user.login) and user.login == self.founder
 
-    # Who may what
+    # Permissions. They raise Refused
 
     def member(self, user: User) -> Membership:
         member = self.members.get(user)
@@ -1413,18 +1816,18 @@ class Channel:
             raise Refused("NOT_IN_CHANNEL", text, self.name)
         return member
 
-    def require_inside(self, user: User) -> None:
-        """Raise Refused unless this one is here, or operates the server."""
-        if not user.is_operator:
-            self.member(user)
+    def require_inside(self, who: Session) -> None:
+        """Only members and operators of the server."""
+        if not who.operator:
+            self.member(who.user)
 
-    def require(self, user: User, rank: str = "h") -> None:
-        """Raise Refused unless this one has that rank here, or operates the server."""
-        if not user.is_operator and self.member(user).level > RANKS.index(rank):
+    def require(self, who: Session, rank: str = "h") -> None:
+        """Only members of that rank or a higher one, and operators of the server."""
+        if not who.operator and self.member(who.user).level > RANKS.index(rank):
             text = f"only operators of {self.name} can do that"
             raise Refused("NOT_OPERATOR", text, self.name)
 
-    def admit(self, user: User, text: str) -> None:
+    def check_can_send(self, user: User, text: str) -> None:
         if "C" in self.flags and "\n\x01" in f"\n{text}":
             text = f"{self.name} takes no CTCP but actions (+C)"
             raise Refused("CANNOT_SEND", text, self.name)
@@ -1442,7 +1845,7 @@ class Channel:
         raise Refused("CANNOT_SEND", text, self.name)
 
     def banned(self, user: User, speaking: bool = False) -> bool:
-        """From coming here; or also from speaking, which mutes take away alone."""
+        """Whether a user may not join; with `speaking`, also whether a mute applies."""
 
         def listed(letter: str) -> bool:
             masks = self.lists[letter].values()
@@ -1450,58 +1853,80 @@ class Channel:
 
         return listed("b") and not listed("e")
 
+    def obstacles(self, user: User, password: str) -> Iterator[tuple[str, str]]:
+        """Yield why a user may not join: a code and words for each reason."""
+        if self.banned(user):
+            yield "BANNED", "you are banned from it"
+        if "R" in self.flags and not user.account:
+            yield "NEED_ACCOUNT", "one has to be logged in"
+        if self.password is not None and not self.password.fits(password):
+            yield "BAD_PASSWORD", "it has a password (+k)"
+        if "i" in self.flags and not any(m.matches(user) for m in self.lists["I"].values()):
+            yield "INVITE_ONLY", "one has to be invited (+i)"
+        if self.limit is not None and len(self.members) >= self.limit:
+            yield "CHANNEL_FULL", f"it is full (+l {self.limit})"
+
     def check_entry(self, user: User, password: str) -> None:
-        """Raise Refused unless this one may join."""
-        if self in user.invitations or self.founded_by(user):
+        if user.invitations.get(self) or self.founded_by(user):
             return
-        wrong = self.password is not None and not self.password.fits(password)
-        obstacles = (
-            (self.banned(user), "BANNED", "you are banned from it"),
-            ("R" in self.flags and not user.account, "NEED_ACCOUNT", "one has to be logged in"),
-            (wrong, "BAD_PASSWORD", "it has a password (+k)"),
-            (
-                "i" in self.flags and not any(m.matches(user) for m in self.lists["I"].values()),
-                "INVITE_ONLY",
-                "one has to be invited (+i)",
-            ),
-            (
-                self.limit is not None and len(self.members) >= self.limit,
-                "CHANNEL_FULL",
-                f"it is full (+l {self.limit})",
-            ),
-        )
-        for stands, code, text in obstacles:
-            if stands:
-                raise Refused(code, f"cannot join {self.name}: {text}", self.name)
+        for code, why in self.obstacles(user, password):
+            raise Refused(code, f"cannot join {self.name}: {why}", self.name)
+
+    @property
+    def masks(self) -> int:
+        return sum(map(len, self.lists.values()))
 
     def visible_to(self, user: User) -> bool:
-        """In lists; a channel that waits for its people is not one to go to."""
+        """Whether LIST shows it; a channel without members is not one to join."""
         return bool(self.members) and "s" not in self.flags or user in self.members
 
-    def names(self, viewer: User, multi: bool = False, masks: bool = False) -> list[str]:
-        """The members that the viewer may see, each behind the symbol of the highest rank,
-        or those of all ranks."""
-        most, inside = None if multi else 1, viewer in self.members
-        return [
-            member.symbols[:most] + (user.source.mask if masks else user.name)
-            for user, member in self.members.items()
-            if inside or "i" not in user.modes
-        ]
+    def uninvite(self, user: User) -> None:
+        user.invitations.pop(self, None)
+        self.invited.discard(user)
 
-    def modes_text(self, user: User) -> str:
+    # NAMES
+
+    def named(self, user: User, multi: bool = False, masks: bool = False) -> str:
+        """Return a member's name behind the symbol of the highest rank, or of all ranks."""
+        symbols = self.members[user].symbols
+        return (symbols if multi else symbols[:1]) + (user.source.mask if masks else user.name)
+
+    def names(self, viewer: User, multi: bool = False, masks: bool = False) -> list[str]:
+        """Return the members that the viewer may see."""
+        inside = viewer in self.members
+        return [self.named(u, multi, masks) for u in self.members if inside or "i" not in u.modes]
+
+    def roster(self, multi: bool, masks: bool) -> list[str]:
+        """Return what names() gives a member, in pieces of at most ROSTER_BYTES. A thousand
+        users who join at once get the same strings; only the last one grows."""
+        if (roster := self.rosters.get((multi, masks))) is None:
+            words = (self.named(user, multi, masks) for user in self.members)
+            roster = self.rosters[multi, masks] = list(wrapped(words, ROSTER_BYTES))
+        return roster
+
+    def enrol(self, user: User) -> None:
+        """A member joined: keep the rosters true."""
+        for (multi, masks), roster in self.rosters.items():
+            word = self.named(user, multi, masks)
+            if roster and len(roster[-1].encode()) + len(word.encode()) < ROSTER_BYTES:
+                roster[-1] += f" {word}"
+            else:
+                roster.append(word)
+
+    def modes_text(self, who: Session) -> str:
         """+klnt WORD 12; the password is for members only."""
         letters = set(self.flags)
         values = []
         if self.password:
             letters.add("k")
-            told = user in self.members or user.is_operator
+            told = who.user in self.members or who.operator
             values.append(self.password.text if told else "*")
         if self.limit is not None:
             letters.add("l")
             values.append(str(self.limit))
         return " ".join(["+" + "".join(sorted(letters)), *values])
 
-    # Changing its modes: each says what really changed, or None
+    # Changing its modes: each returns what really changed, or None
 
     def _bad_value(self, change: ModeChange, text: str) -> Refused:
         return Refused("BAD_MODE_VALUE", text, self.name, change.letter, change.value)
@@ -1520,7 +1945,7 @@ class Channel:
         changed, self.limit = limit != self.limit, limit
         return ModeChange(change.on, "l", str(limit or "")) if changed else None
 
-    def set_password(self, change: ModeChange) -> ModeChange | None:
+    def set_password(self, change: ModeChange, salt: str) -> ModeChange | None:
         word = change.value
         if not change.on:
             had, self.password = self.password, None
@@ -1530,7 +1955,7 @@ class Channel:
             raise self._bad_value(change._replace(value="*"), text)
         if self.password and self.password.fits(word):
             return None
-        self.password, self.private = channel_password(word), True
+        self.password, self.private = channel_password(word, salt), True
         return change
 
     def set_mask(self, change: ModeChange, setter: str, now: int) -> ModeChange | None:
@@ -1550,301 +1975,137 @@ class Channel:
 
     # As an audience
 
-    def addressee(self, user: User) -> str:
-        return ""
-
-    def stamp(self, now: int) -> int:
-        self.last_time = next_time(self.last_time, now)
-        return self.last_time
-
     def listeners(self) -> Iterable[User]:
-        return dict.fromkeys([*self.members, *self.former])
+        return dict.fromkeys([*self.members, *self.former]) if self.former else self.members
 
     def sessions_by_wire(self) -> "dict[Any, set[Session]]":
-        """Kept from turn to turn: nobody comes or goes without Turn.move()."""
+        """Kept from turn to turn: members come and go by Turn.move() alone."""
         if self.by_wire is None:
-            self.by_wire = sessions_by_wire(self.listeners())
+            sessions = (user.sessions for user in self.listeners())
+            self.by_wire = sessions_by_wire(itertools.chain(*sessions))
         return self.by_wire
 
-    def stays(self, user: User) -> list[tuple[int, float]]:
-        stays = self.former.get(user, [])
+    def membership_spans(self, user: User) -> list[tuple[int, float]]:
+        spans = self.former.get(user, [])
         member = self.members.get(user)
-        return [*stays, (member.since, math.inf)] if member else stays
+        return [*spans, (member.since, math.inf)] if member else spans
 
 
-class Ranked(NamedTuple):
-    """Those members of a channel who had a rank, or a higher one, at that moment. Not kept:
-    history does not know who may read it."""
-
-    channel: Channel
-    name: str  # of the channel, behind the symbol of the rank
-    users: frozenset[User]
-    keys = ()
-
-    def admit(self, user: User, text: str) -> None:
-        self.channel.admit(user, text)
-
-    def addressee(self, user: User) -> str:
-        return ""
-
-    def stamp(self, now: int) -> int:
-        return self.channel.stamp(now)
-
-    def sessions_by_wire(self) -> "dict[Any, set[Session]]":
-        return sessions_by_wire(self.users)
-
-    def stays(self, user: User) -> list[tuple[int, float]]:
-        return [(0, math.inf)]
-
-
-def ranked(channel: Channel, symbol: str, speaker: User) -> Ranked:
-    """Of those whose rank is shown by that symbol, or by one that is higher; and the one
-    who speaks, who may have asked for an echo."""
+def in_ranks(channel: Channel, symbol: str, speaker: User) -> Audience:
+    """The members whose rank has this symbol, or a higher one, as they are now; and the
+    speaker, who may have asked for an echo. Not kept: history does not know who may read it."""
     level = list(SYMBOLS.values()).index(symbol)
     users = {user for user, member in channel.members.items() if member.level <= level}
-    return Ranked(channel, symbol + channel.name, frozenset(users | {speaker}))
+    return Audience(symbol + channel.name, users=users | {speaker})
 
 
-class Overseen(NamedTuple):
-    """A channel, and somebody who acts on it from outside: an operator of the server, or
-    who speaks to a channel that lets him."""
-
-    channel: Channel
-    outsider: User
-
-    def addressee(self, user: User) -> str:
-        return ""
-
-    @property
-    def name(self) -> str:
-        return self.channel.name
-
-    @property
-    def keys(self) -> tuple[str]:
-        return self.channel.keys
-
-    def stamp(self, now: int) -> int:
-        return self.channel.stamp(now)
-
-    def sessions_by_wire(self) -> "dict[Any, set[Session]]":
-        return sessions_by_wire(dict.fromkeys([*self.channel.listeners(), self.outsider]))
-
-    def stays(self, user: User) -> list[tuple[int, float]]:
-        return [(0, math.inf)] if user is self.outsider else self.channel.stays(user)
+def with_outsider(channel: Channel, user: User) -> Audience:
+    """A channel, and a user who acts on it from outside, and sees that."""
+    if user in channel.members:
+        return channel.audience
+    return Audience(channel.name, (channel,), {user}, targets=channel.audience.targets)
 
 
-class Renamed(NamedTuple):
-    """A channel, for what happened in it in this turn before it had another name."""
-
-    channel: Channel
-    name: str
-
-    @property
-    def keys(self) -> tuple[str]:
-        return self.channel.keys
-
-    def sessions_by_wire(self) -> "dict[Any, set[Session]]":
-        return self.channel.sessions_by_wire()
-
-    def stays(self, user: User) -> list[tuple[int, float]]:
-        return self.channel.stays(user)
+def neighbours(user: User, sessions: Iterable[Session] = (), alone: bool = False) -> Audience:
+    """All who share a channel with a user, some sessions, and (with `alone`) the user. One
+    channel stands for itself: a hundred users who leave it are one audience."""
+    channels = tuple(user.channels)
+    sessions = frozenset(sessions)
+    if len(channels) == 1 and not sessions and not alone:
+        return channels[0].audience
+    targets = tuple(target for channel in channels for target in channel.audience.targets)
+    return Audience("", channels, {user} if alone else (), sessions, targets)
 
 
-def scene(channel: Channel, user: User) -> Channel | Overseen:
-    """The audience of what somebody does to a channel: he sees it himself."""
-    return channel if user in channel.members else Overseen(channel, user)
+class Conversation(Audience):
+    """Two users in private."""
 
+    __slots__ = ("one", "other")
 
-class Neighbours(NamedTuple):
-    """Everyone who shares one of these channels with somebody, and some who watch for him
-    from elsewhere; each is told once."""
-
-    channels: tuple[Channel, ...]
-    watchers: "frozenset[User]" = frozenset()
-    name = ""
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return tuple(channel.key for channel in self.channels)
-
-    def stamp(self, now: int) -> int:
-        newest = next_time(max((c.last_time for c in self.channels), default=0), now)
-        for channel in self.channels:
-            channel.last_time = newest
-        return newest
-
-    def listeners(self) -> Iterable[User]:
-        near = (user for channel in self.channels for user in channel.listeners())
-        return dict.fromkeys(itertools.chain(near, self.watchers))
-
-    def sessions_by_wire(self) -> "dict[Any, set[Session]]":
-        return sessions_by_wire(self.listeners())
-
-    def stays(self, user: User) -> list[tuple[int, float]]:
-        if user in self.watchers:
-            return [(0, math.inf)]
-        return list(itertools.chain(*(channel.stays(user) for channel in self.channels)))
-
-
-class People(NamedTuple):
-    """Some people, each by themselves: nobody keeps what they are told."""
-
-    users: "frozenset[User]"
-    name = ""
-    keys = ()
-
-    def stamp(self, now: int) -> int:
-        return now
-
-    def sessions_by_wire(self) -> "dict[Any, set[Session]]":
-        return sessions_by_wire(self.users)
-
-    def stays(self, user: User) -> list[tuple[int, float]]:
-        return [(0, math.inf)]
-
-
-class Conversation(NamedTuple):
-    """Two people in private; made by conversation(), so that both directions are one."""
-
-    one: User
-    other: User
-    name = ""
-
-    @property
-    def keys(self) -> tuple[str]:
-        return (" ".join(sorted((self.one.identity, self.other.identity))),)
-
-    @property
-    def parties(self) -> tuple[str, str, str, str]:
-        one, other = self.one, self.other
-        return one.identity, one.key, other.identity, other.key
+    def __init__(self, one: User, other: User):
+        self.one, self.other = one, other
+        key = " ".join(sorted((one.identity, other.identity)))
+        parties = one.identity, one.key, other.identity, other.key
+        super().__init__(users={one, other}, targets=((key, 0),), parties=parties)
 
     def partner(self, user: User) -> User:
         return self.one if user is self.other else self.other
 
-    def admit(self, user: User, text: str) -> None:
-        """Whoever can name the other may speak to them."""
+    def check_can_send(self, user: User) -> None:
+        """A user may write to every other one, unless that one has set +R."""
         partner = self.partner(user)
         if "R" in partner.modes and not user.account:
             text = f"{partner.name} only hears who is logged in"
             raise Refused("NEED_ACCOUNT", text, partner.name)
 
-    def addressee(self, user: User) -> str:
-        return self.partner(user).name
 
-    def stamp(self, now: int) -> int:
-        newest = next_time(max(self.one.last_time, self.other.last_time), now)
-        self.one.last_time = self.other.last_time = newest
-        return newest
-
-    def sessions_by_wire(self) -> "dict[Any, set[Session]]":
-        return sessions_by_wire({self.one, self.other})
-
-    def stays(self, user: User) -> list[tuple[int, float]]:
-        return [(0, math.inf)]
-
-
-def conversation(one: User, other: User) -> Conversation:
-    return Conversation(*sorted((one, other), key=lambda user: user.stay))
-
-
-def neighbours(user: User) -> Channel | Neighbours:
-    """The audience of what somebody does to themselves. One channel stands for itself, so
-    that a hundred people leaving it are one audience and not a hundred."""
-    channels = tuple(user.channels)
-    return channels[0] if len(channels) == 1 else Neighbours(channels)
-
-
-class Session:
-    """One connection's side of the talk. A dialect is a subclass with a wire of its own.
-
-    `conn` offers address, secure, close(), named(), charge(items) for what is looked
-    through, and gone: nothing can be sent there; the fingerprint of the certificate that it
-    shows, or "", and certifiable: whether one would be looked at.
-    """
+class LocalSession(Session):
+    """A session with a connection here. A dialect is a subclass with a wire of its own."""
 
     __slots__ = (
-        "conn",
-        "deferred",
-        "meant",
-        "parting",
-        "replied",
-        "replies",
-        "site",
-        "tries",
-        "unfinished",
-        "user",
+        *("conn", "deferred", "parting", "postponed", "quit_intended", "replied", "replies"),
+        *("site", "unfinished"),
     )
-    # wire.encode(audience, events) -> a line each; wire.own(event, line) -> what its origin gets
-    wire: Any
-    client = ""  # the hash of a secret that only this client knows ...
-    secret = ""  # ... and the same if it has a place by that
-    unended = False  # whether a last line without its end counts; else it may be half of one
-    probed = False  # whether its peer is asked now and then if it is there: probe()
-    follows = False  # whether it hears more of those it watches than that they come and go
+    accepts_partial_last_line = False  # of IRC, half a line is none
+    probed = False  # whether the server asks its client now and then if it is there: probe()
 
-    def __init__(self, site: Site, conn: Any):
+    def __init__(self, site: Site, conn: Connected):
+        super().__init__(next(site.ids))
         self.site, self.conn = site, conn
-        self.user: User | None = None
+        self.address = conn.address
+        site.hub.sessions[self.id] = self
         self.parting = ""  # why it ends, for those who are still here
-        self.meant = False  # somebody wants it to end; else the line broke
-        self.tries = 0  # at passwords, in vain
+        self.quit_intended = False  # else the connection broke
         self.unfinished: Iterator | None = None  # a long answer that has been begun
+        self.postponed: list[Iterator] = []  # long answers that no command of its own asked for
         self.deferred = False  # an answer waits for a job
         self.replies: list[tuple[int, bytes]] = []  # this turn's: after event id, bytes
         self.replied = 0  # bytes of them
 
-    @property
-    def host(self) -> str:
-        """Where it comes from, for limits by address."""
-        return host_of(self.conn.address)
-
-    @property
-    def author(self) -> str:
-        """Whose ids for messages these are: of the client that makes them, if it says which
-        it is, whoever is logged in; else of a person."""
-        return self.client or self.user.identity
+    # What a dialect provides
 
     def receive(self, line: bytes) -> None:
-        """One complete line, or TOO_LONG, from the peer."""
+        """Act on one complete line, or TOO_LONG, from the peer."""
         raise NotImplementedError
 
     def not_kept(self, events: list[Event], reason: str) -> None:
-        """Say that these messages of this session's are delivered but were not stored."""
+        """Tell that these messages of this session are delivered but were not stored."""
         raise NotImplementedError
 
     def notice(self, text: str) -> None:
-        """A word of the server's own."""
+        """Send a text of the server's own."""
         raise NotImplementedError
 
     def refuse(self, refusal: Refused) -> None:
-        """Say what cannot be done, and why."""
+        """Send a refusal."""
         raise NotImplementedError
 
-    def go_on(self) -> None:
-        """With the long answer, by one piece; only then comes the next line."""
-        try:
-            next(self.unfinished)
-        except StopIteration:
-            self.unfinished = None
-        except Refused as refusal:
-            self.unfinished = None
-            self.refuse(refusal)
-        if self.unfinished is None:
-            self.answered()
+    def farewell(self, text: str) -> None:
+        """Send the last text: the connection is about to be closed."""
+        self.notice(text)
 
-    def later(self, job: Callable, then: Callable) -> None:
+    # Acts, and what they need from off the loop
+
+    def act(self, name: str, *values: Any, then: Callable[[Any], None] | None = None) -> None:
+        """Do an act as this session; then(its result), or refuse()."""
+        try:
+            result = self.site.hub.perform(name, self.id, *values)
+        except Refused as refusal:
+            return self.refuse(refusal)
+        if then:
+            then(result)
+
+    def later(self, lane: str, job: Callable, then: Callable) -> None:
         """Run job() off the loop, then then(its result); only then comes the next line."""
         self.deferred = True
-        self.site.later(self, job, then)
+        self.site.later(self, lane, job, then)
 
     def read(self, job: Callable, then: Callable) -> None:
         """The same for a job that reads the store."""
-        self.deferred = True
-        self.site.read(self, job, then)
+        self.later(PAGE_LANE, job, then)
 
     def take_result(self, then: Callable, result: Any) -> None:
-        """What a job gave, or the ChatError that it raised."""
+        """Take what a job returned, or the ChatError that it raised."""
         self.deferred = False
         try:
             if isinstance(result, Refused):
@@ -1854,246 +2115,332 @@ class Session:
             then(result)
         except Refused as refusal:
             self.refuse(refusal)
-        if not self.deferred:
+        if not self.deferred and self.unfinished is None:
+            self.answered()
+
+    # Long answers: generators that are resumed for as long as the client reads them
+
+    @property
+    def has_more(self) -> bool:
+        return self.unfinished is not None or bool(self.postponed)
+
+    def go_on(self) -> None:
+        """Send the next piece of a long answer; only then comes the next line."""
+        if self.unfinished is None:
+            if next(self.postponed[0], self) is self:
+                del self.postponed[0]
+            return
+        try:
+            next(self.unfinished)
+        except StopIteration:
+            self.unfinished = None
+        except Refused as refusal:
+            self.unfinished = None
+            self.refuse(refusal)
+        if self.unfinished is None and not self.deferred:
             self.answered()
 
     def answered(self) -> None:
-        """All has been said to the line that was received last."""
+        """All has been sent that answers the line received last."""
 
-    def own(self, event: Event, line: bytes) -> bytes:
-        """What this session, which did it, hears of it: `line` is what the others hear."""
-        return self.wire.own(event, line)
-
-    def turn_over(self) -> None:
-        """What was said in this turn has been sent."""
-        self.replies, self.replied = [], 0
-
-    def farewell(self, text: str) -> None:
-        """The same, and the last one: the connection is about to be closed."""
-        self.notice(text)
-
-    def end(self, reason: str, meant: bool = True) -> None:
-        """Close the connection, and say why here and to everybody who knew this one."""
-        self.parting, self.meant = reason, meant
-        self.farewell(f"Closing link: {reason}")
-        self.conn.close()
-
-    def killed(self, by: Source, reason: str) -> None:
-        """By an operator of the server."""
-        self.end(f"Killed ({by.name} ({reason}))")
-
-    def replaced(self) -> None:
-        """By another connection of the same client."""
-        self.end("Another connection of yours took this place")
-
-    def read_on(self, name: str) -> None:
-        """Another device of the same user has read this on."""
-
-    def place_entered(self, channel: Channel) -> None:
-        """Another device of the same user has come into a channel, and so has this one."""
-
-    def place_renamed(self, old: str, channel: Channel, reason: str) -> None:
-        """A channel that this session's user is in has another name."""
-
-    def learns(self, name: str, key: str, value: str) -> None:
-        """Something about a user or channel has changed (metadata)."""
-
-    def spotted(self, source: Source, online: bool) -> None:
-        """Somebody whom this session watches for has come or gone."""
-
-    def ended(self) -> None:
-        """The peer is gone, or said that it will send no more. May be called twice."""
-        if self.user:
-            self.site.hub.leave(self, self.meant)
-
-    def abandoned(self) -> None:
-        """The server goes down: nobody is told that everybody left."""
-        self.user = None
+    # Sending
 
     def send(self, data: bytes) -> None:
         """For this session only, in its place among the events of the turn."""
         hub = self.site.hub
         self.replies.append((hub.last_id, data))
         self.replied += len(data)
-        hub.turn.apart.add(self)
+        hub.turn.individually_addressed.add(self)
+
+    def own(self, event: Event, line: bytes) -> bytes:
+        """Return what this session, the origin of the event, gets: `line` is for the others."""
+        return self.wire.own(event, line)
+
+    def turn_over(self) -> None:
+        """What was said in this turn has been sent."""
+        self.replies, self.replied = [], 0
+
+    # The end
+
+    def end(self, reason: str, intended: bool = True) -> None:
+        """Close the connection, and give the reason here and to those who shared a channel."""
+        self.parting, self.quit_intended = reason, intended
+        self.farewell(f"Closing link: {reason}")
+        self.conn.close()
+
+    def ended(self) -> None:
+        """The peer is gone, or said that it will send no more. May be called twice."""
+        if self.user:
+            self.act("leave", self.parting, self.quit_intended)
+        self.site.hub.sessions.pop(self.id, None)
+
+    def abandon(self) -> None:
+        """The server goes down: no other user is told that this one left."""
+        self.user = None
+
+
+def attempt_line(encode: Callable[[], bytes], report: Callable) -> bytes:
+    """One catch per line: a bug while one event is encoded loses that event only."""
+    try:
+        return encode()
+    except Exception:
+        report()
+        return b""
 
 
 class Group:
     """What one audience was told in a turn: encoded once a wire, joined once."""
 
-    __slots__ = ("audience", "by_wire", "events", "lines_by_wire", "origins")
+    __slots__ = ("audience", "by_wire", "encoded", "events", "ids", "joins", "origins", "special")
 
-    def __init__(self, audience: Any):
+    def __init__(self, audience: Audience):
         self.audience = audience
         self.by_wire = audience.sessions_by_wire()
         self.events: list[Event] = []
-        self.origins: dict[Session | None, list[int]] = {}  # who did which, as indices
-        self.lines_by_wire: dict[Any, list[bytes]] = {}
+        self.ids: list[int] = []
+        self.special: list[int] = []  # indices of what is not SPOKEN: each wire has its own line
+        self.origins: dict[Session | None, list[int]] = {}  # indices of their events
+        self.encoded: dict[Any, list[bytes]] = {}  # a line each, by wire or format
+        self.joins: dict[Any, tuple[bytes, list[int]]] = {}  # all lines, and where each begins
 
     def add(self, event: Event) -> None:
-        self.origins.setdefault(event.origin, []).append(len(self.events))
+        index = len(self.events)
+        if event.origin is not None:
+            self.origins.setdefault(event.origin, []).append(index)
+        if event.kind not in SPOKEN:
+            self.special.append(index)
         self.events.append(event)
+        self.ids.append(event.id)
 
-    def lines_for(self, session: Session) -> list[bytes]:
-        """The same for one that did some of it: where a hundred speak, each of them gets a
-        copy with a few lines replaced, and not a hundred times as many looked at."""
-        lines = self.lines(session.wire)
-        if mine := self.origins.get(session):
-            lines = lines.copy()
-            for n in mine:
-                lines[n] = session.own(self.events[n], lines[n])
+    def key(self, wire: Wire) -> Any:
+        """Wires with one format share the bytes of a group that has only messages."""
+        return wire if self.special else wire.format
+
+    def lines(self, wire: Wire, report: Callable) -> list[bytes]:
+        key = self.key(wire)
+        if (lines := self.encoded.get(key)) is not None:
+            return lines
+        if (lines := self.encoded.get(wire.format)) is None:
+            lines = self.encoded[wire.format] = self._spoken(wire, report)
+        if self.special:
+            lines = self.encoded[key] = lines.copy()
+            for n in self.special:
+                lines[n] = attempt_line(
+                    lambda n=n: wire.line(self.audience, self.events[n]), report
+                )
         return lines
 
-    def lines(self, wire: Any) -> list[bytes]:
-        lines = self.lines_by_wire.get(wire)
-        if lines is None:
-            lines = self.lines_by_wire[wire] = wire.encode(self.audience, self.events)
+    def _spoken(self, wire: Wire, report: Callable) -> list[bytes]:
+        """Encode the messages. A bug in one of them costs its receivers that one alone."""
+        lines = [b""] * len(self.events)
+        wanted = [n for n, event in enumerate(self.events) if event.kind in SPOKEN]
+        try:
+            encoded = wire.format.encode(self.audience, [self.events[n] for n in wanted])
+        except Exception:
+            encode = functools.partial(wire.format.encode, self.audience)
+            some = ([self.events[n]] for n in wanted)
+            encoded = [attempt_line(lambda e=e: b"".join(encode(e)), report) for e in some]
+        for n, line in zip(wanted, encoded, strict=True):
+            lines[n] = line
         return lines
 
-    def joined(self, wire: Any) -> bytes:
-        return b"".join(self.lines(wire))
+    def joined(self, wire: Wire, report: Callable) -> tuple[bytes, list[int]]:
+        """Return all lines as one bytes object, and where each begins, and the end."""
+        key = self.key(wire)
+        if (found := self.joins.get(key)) is None:
+            lines = self.lines(wire, report)
+            starts = list(itertools.accumulate(map(len, lines), initial=0))
+            found = self.joins[key] = b"".join(lines), starts
+        return found
 
-    def heard_by(self, user: User) -> list[int]:
-        """Which of the events this one was there for, as indices; those who share several
-        channels with somebody may have been there twice over."""
-        ids = [event.id for event in self.events]
-        stays = self.audience.stays(user)
-        spans = (range(bisect.bisect_left(ids, a), bisect.bisect_right(ids, b)) for a, b in stays)
-        return sorted(set(itertools.chain(*spans)))
+    def seen(self, spans: Iterable[tuple[int, float]]) -> list[tuple[int, int]]:
+        """Return the index ranges of the events in these spans of ids, in order; spans of
+        several channels may overlap."""
+        ranges: list[tuple[int, int]] = []
+        for first, last in sorted(spans):
+            start, end = bisect.bisect_left(self.ids, first), bisect.bisect_right(self.ids, last)
+            start = max(start, ranges[-1][1]) if ranges else start
+            if start < end:
+                ranges.append((start, end))
+        return ranges
+
+    def own_lines(
+        self, session: LocalSession, copies: Iterable[int], report: Callable
+    ) -> list[tuple[int, bytes]]:
+        """Return what the session gets for the events of its own user: index and bytes."""
+        lines = self.lines(session.wire, report)
+        places = ((bisect.bisect_left(self.ids, id), id) for id in copies)
+        mine = [n for n, id in places if self.ids[n : n + 1] == [id]]
+        return [
+            (n, attempt_line(lambda n=n: session.own(self.events[n], lines[n]), report))
+            for n in (*self.origins.get(session, ()), *mine)
+        ]
+
+    def joined_for(
+        self,
+        session: LocalSession,
+        ranges: list[tuple[int, int]],
+        copies: Iterable[int],
+        report: Callable,
+    ) -> bytes:
+        """Return the session's bytes when no other group concerns it. What lies between its
+        replies and its own events is cut from the shared bytes: a thousand users who join in
+        one turn cost a thousand slices, and not a million lines."""
+        blob, starts = self.joined(session.wire, report)
+        breaks = [
+            (bisect.bisect_right(self.ids, after), 0, data) for after, data in session.replies
+        ]
+        breaks += [(n, 1, data) for n, data in self.own_lines(session, copies, report)]
+        breaks.sort(key=lambda one: one[:2])
+        pieces, position = [], 0
+        for index, taken, data in [*breaks, (len(self.ids), 0, b"")]:
+            for first, last in ranges:
+                start, end = max(first, position), min(last, index)
+                if start < end:
+                    pieces.append(blob[starts[start] : starts[end]])
+            if not taken or any(first <= index < last for first, last in ranges):
+                pieces.append(data)
+            position = index + taken
+        return b"".join(pieces)
 
 
-FORGET_CHANNEL = "DELETE FROM channels WHERE key = ?"
+class Record(NamedTuple):
+    """A change of stored state that is not an event; the names stand in STATEMENTS."""
+
+    name: str
+    values: tuple
+    place: int  # behind so many events of the turn
 
 
 class Turn:
-    """The numbered log of one turn, and who is told what of it.
+    """The log of one turn: events, replies (in the sessions), and records for the store.
 
-    Most sessions are addressed through one audience and get its joined bytes, the same
-    object for all. Those who stand apart (they spoke, came, went, or were answered) and
-    those addressed in several ways get the same lines one by one, in the log's order.
+    Most sessions belong to one audience and get its joined bytes, the same object for all.
+    Those that are individually addressed (they spoke, came, went, or were answered) and
+    those that belong to several audiences get the same lines, cut for them, in the log's order.
     """
 
     __slots__ = (
-        "apart",
-        "changed",
-        "events",
-        "kept",
-        "left",
-        "moved",
-        "receipts",
-        "redacted",
-        "renamed",
-        "sealed",
-        "since",
-        "states",
-        "writes",
+        *("changed", "conversations", "copies", "dedup", "events", "individually_addressed"),
+        *("left", "moved", "moved_channels", "records", "since"),
     )
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.records: list[Record] = []
+        self.dedup: dict[tuple[str, str], Event] = {}  # by owner, and the sender's id
+        self.changed: set[User | Channel] = set()  # have another state() to be stored
+        self.conversations: dict[tuple[User, User], Conversation] = {}
+        # For the write beat
+        self.individually_addressed: set[Session] = set()
         self.since: dict[Session, int] = {}  # connected in this turn, behind event id
-        self.receipts: dict[tuple[str, str], Event] = {}  # by Session.author, and own id
-        self.renamed: list[tuple[str, str]] = []  # keys of channels, old and new
-        self.redacted: list[tuple[str, int]] = []  # ids of what was taken back, and under which key
-        self.sealed: list[str] = []  # keys whose history ends with this turn
-        self.kept: set[User | Channel] = set()  # what outlives the server, and has changed ...
-        self.states: dict[tuple[str, str], tuple[str, tuple]] = {}  # ... in words for the store
-        self.writes: list[tuple[str, tuple]] = []  # statements for the store, and their values
-        self.apart: set[Session] = set()
-        self.moved: set[User] = set()  # came to or left an audience in this turn
-        self.changed: set[Channel] = set()  # where they did
-        self.left: dict[Session, User] = {}  # ended; still hear what came before that
+        # Ids of private messages that another session of the same user sent
+        self.copies: dict[Session, list[int]] = {}
+        self.moved: set[User] = set()  # joined or left a channel in this turn
+        self.moved_channels: set[Channel] = set()  # where they did
+        self.left: dict[Session, User] = {}  # ended; still get what came before that
 
     def move(self, user: User, channel: Channel) -> None:
         self.moved.add(user)
-        self.changed.add(channel)
-        self.kept |= {user, channel}
+        self.moved_channels.add(channel)
+        self.changed |= {user, channel}
         channel.by_wire = None
-        self.apart.update(user.sessions)
+        self.individually_addressed.update(user.sessions)
+
+    def record(self, name: str, *values: Any) -> None:
+        self.records.append(Record(name, values, len(self.events)))
 
     @property
     def to_store(self) -> bool:
-        return bool(self.events) or self.more_than_events
+        return bool(self.events or self.records)
 
     @property
-    def more_than_events(self) -> bool:
-        """There is something else for the store to do than to add events."""
-        return bool(
-            self.writes
-            or self.states
-            or self.receipts
-            or self.renamed
-            or self.redacted
-            or self.sealed
-        )
+    def happened(self) -> bool:
+        return bool(self.individually_addressed) or self.to_store
 
     @property
-    def lone_key(self) -> str:
-        """The key of one event that is all there is to store; "" if there is more, or less."""
-        if len(self.events) != 1 or self.more_than_events:
-            return ""
+    def lone_target(self) -> tuple[str, int] | None:
+        """Where the one event belongs that is all there is to store, if it is so."""
+        if len(self.events) != 1 or self.records or self.dedup:
+            return None
         event = self.events[0]
-        keys = () if event.kind in PASSING else event.audience.keys
-        return keys[0] if len(keys) == 1 else ""
+        targets = () if event.kind in EPHEMERAL else event.audience.targets
+        return targets[0] if len(targets) == 1 else None
 
-    def deliveries(self) -> Iterator[tuple[bytes, Iterable[Session]]]:
-        """The write beat: bytes, and the sessions that get them; no session comes twice."""
-        groups: dict[Any, Group] = {}
+    def deliveries(self, report: Callable = lambda: None) -> Iterator[tuple[bytes, Any]]:
+        """The write beat: yield bytes, and the sessions that get them; no session twice.
+        A bug while bytes are made goes to report()."""
+        groups: dict[Audience, Group] = {}
         for event in self.events:
+            if event.kind in PERSONAL:
+                continue  # rendered when it happened, see Session.hear()
             group = groups.get(event.audience)
             if group is None:
                 group = groups[event.audience] = Group(event.audience)
             group.add(event)
-        heard = {session: [] for session in self.apart | self._heard_twice(groups.values())}
+        several = self._in_several(groups.values())
+        heard: dict[Session, list[Group]] = {
+            session: [] for session in self.individually_addressed | several
+        }
         for group in groups.values():
             for wire, sessions in group.by_wire.items():
-                if data := group.joined(wire):
+                if wire is not None and (data := group.joined(wire, report)[0]):
                     yield data, sessions - heard.keys()
                 for session in heard.keys() & sessions:
                     heard[session].append(group)
         for session, told in heard.items():
-            if not session.conn.gone and (data := self.selection(session, told)):
-                yield data, (session,)
+            if isinstance(session, LocalSession) and not session.conn.gone:
+                data = attempt_line(lambda s=session, t=told: self.lines_for(s, t, report), report)
+                if data:
+                    yield data, (session,)
 
-    def _heard_twice(self, groups: Collection[Group]) -> set[Session]:
-        """Those who are in more than one of these audiences."""
+    def _in_several(self, groups: Collection[Group]) -> set[Session]:
+        """Return the sessions that belong to more than one of these audiences."""
         if len(groups) < 2:
             return set()
         lists = itertools.chain(*(group.by_wire.values() for group in groups))
         times = collections.Counter(itertools.chain(*lists))
         return {session for session, count in times.items() if count > 1}
 
-    def selection(self, session: Session, groups: list[Group]) -> bytes:
-        """One session's own lines of the log, in the log's order."""
-        user = session.user or self.left.get(session)
-        alone = len(groups) == 1 and not session.replies
-        if alone and user not in self.moved and session not in self.since:
-            return b"".join(groups[0].lines_for(session))
-        numbered: list[tuple[int, bytes]] = []
+    def lines_for(self, session: LocalSession, groups: list[Group], report: Callable) -> bytes:
+        """Return one session's lines of the log, in the log's order."""
+        session.replies.sort(key=lambda one: one[0])
+        if not groups:
+            return b"".join([data for _, data in session.replies])
+        copies = self.copies.get(session, ())
+        user, since = session.user or self.left.get(session), self.since.get(session, -1) + 1
+        ranges = {}
         for group in groups:
-            pairs = list(zip(group.events, group.lines_for(session), strict=True))
+            spans: list[tuple[int, float]] = [(0, math.inf)]
             if user in self.moved:
-                pairs = [pairs[n] for n in group.heard_by(user)]
-            numbered += [(event.id, line) for event, line in pairs]
-        if since := self.since.get(session):
-            numbered = [pair for pair in numbered if pair[0] > since]
-        numbered += session.replies  # behind the event they follow: sort() is stable
-        numbered.sort(key=lambda pair: pair[0])
-        return b"".join([data for _, data in numbered])
+                spans = group.audience.membership_spans(session, user)
+            ranges[group] = group.seen((max(a, since), b) for a, b in spans)
+        if len(groups) == 1:
+            return groups[0].joined_for(session, ranges[groups[0]], copies, report)
+        numbered = list(session.replies)
+        for group in groups:
+            lines = group.lines(session.wire, report)
+            own = dict(group.own_lines(session, copies, report))
+            for n in itertools.chain(*(range(*one) for one in ranges[group])):
+                numbered.append((group.ids[n], own.get(n, lines[n])))
+        # A reply stands behind the event that it follows. The sort is stable
+        replies, rest = numbered[: len(session.replies)], numbered[len(session.replies) :]
+        return b"".join([data for _, data in sorted(rest + replies, key=lambda one: one[0])])
 
     def not_kept(self, reason: str) -> None:
-        """The store could not take this turn's events: their speakers are told so."""
+        """Tell the senders of this turn's messages that the store could not take them."""
         lost: dict[Session, list[Event]] = {}
         for event in self.events:
-            if event.origin and event.kind in SPOKEN:
+            if event.kind in SPOKEN and isinstance(event.origin, LocalSession):
                 lost.setdefault(event.origin, []).append(event)
         for session, events in lost.items():
             session.not_kept(events, reason)
 
     def close(self) -> None:
-        for session in self.apart:
-            session.turn_over()
-        for channel in self.changed:
+        for session in self.individually_addressed:
+            if isinstance(session, LocalSession):
+                session.turn_over()
+        for channel in self.moved_channels:
             channel.former.clear()
             channel.by_wire = None
         for session, user in self.left.items():
@@ -2102,61 +2449,25 @@ class Turn:
                 channel.by_wire = None
 
 
-def change_rank(hub: "Hub", user: User, channel: Channel, change: ModeChange) -> ModeChange | None:
-    """Everybody may step down; else it takes a rank to make one."""
-    if not change.value:
-        raise Refused("NEED_MORE_PARAMS", f"to whom? MODE {channel.name} +o <nickname>", "MODE")
-    steps_down = not change.on and fold(change.value) == user.key
-    channel.require(user, "v" if steps_down else RANK_NEEDED[change.letter])
-    other = hub.find_user(change.value)
-    member = channel.members.get(other)
-    if member is None:
-        text = f"{other.name} is not in {channel.name}"
-        raise Refused("USER_NOT_IN_CHANNEL", text, other.name, channel.name)
-    if not member.set_rank(change.letter, change.on):
-        return None
-    channel.note_standing(other)
-    hub.turn.kept.add(other)
-    return change._replace(value=other.name)
+# Tables of the Hub
 
 
-def change_mode(hub: "Hub", user: User, channel: Channel, change: ModeChange) -> ModeChange | None:
-    """Do one of them; what really changed, if anything did. Raises Refused."""
-    letter = change.letter
-    if letter in RANKS:
-        return change_rank(hub, user, channel, change)
-    channel.require(user)
-    if letter in FLAGS:
-        return channel.set_flag(change)
-    if letter in MASK_LISTS:
-        return channel.set_mask(change, user.source.mask, hub.now)
-    if letter == "k":
-        return channel.set_password(change)
-    if letter == "l":
-        return channel.set_limit(change)
-    text = f"there is no channel mode {letter}; the modes are {MASK_LISTS}, k, l, {RANKS}, "
-    raise Refused("UNKNOWN_MODE", text + "".join(FLAGS), letter)
+class Registry(dict[str, "set[Session]"]):
+    """Sessions by something that they want to be told of. It is no shared state: each server
+    has that of its own sessions."""
 
+    def add(self, session: Session, key: str) -> None:
+        self.setdefault(key, set()).add(session)
 
-class Watchers(dict[str, set[Session]]):
-    """Who wants to know when somebody comes and goes, by the key of the name."""
-
-    def add(self, session: Session, name: str) -> None:
-        self.setdefault(fold(name), set()).add(session)
-
-    def remove(self, session: Session, name: str) -> None:
-        watching = self.get(fold(name), set())
-        watching.discard(session)
-        if not watching:
-            self.pop(fold(name), None)
-
-    def tell(self, source: Source, online: bool) -> None:
-        for session in self.get(fold(source.name), ()):
-            session.spotted(source, online)
+    def remove(self, session: Session, key: str) -> None:
+        sessions = self.get(key, set())
+        sessions.discard(session)
+        if not sessions:
+            self.pop(key, None)
 
 
 class Account(NamedTuple):
-    """A name that lasts, and what proves that one may have it."""
+    """A name that lasts, and the verifier of its password."""
 
     name: str
     verifier: Verifier
@@ -2165,427 +2476,246 @@ class Account(NamedTuple):
 
     @property
     def identity(self) -> str:
-        """Whose private talks these are. Names have no slash."""
+        """The owner of its private conversations, markers and channels. Names have no slash."""
         return f"={self.name}/{self.number:x}"
 
-
-class Certificates(dict[str, str]):
-    """Those that prove to be the owner of an account: its key, by fingerprint."""
-
-    def of(self, account: str) -> list[str]:
-        return [fingerprint for fingerprint, key in self.items() if key == fold(account)]
-
-    def add(self, fingerprint: str, account: str, turn: Turn) -> None:
-        """Raises Refused."""
-        if not fingerprint:
-            raise Refused("NO_CERTIFICATE", "this connection shows no certificate")
-        if self.get(fingerprint, fold(account)) != fold(account):
-            raise Refused("CERTIFICATE_TAKEN", "this certificate is another account's")
-        if fingerprint not in self and len(self.of(account)) >= CERTIFICATES:
-            raise Refused("LIMIT_REACHED", f"{CERTIFICATES} certificates at most; remove one")
-        self[fingerprint] = fold(account)
-        turn.writes.append(
-            ("REPLACE INTO certificates VALUES (?, ?)", (fingerprint, fold(account)))
-        )
-
-    def remove(self, fingerprint: str, account: str, turn: Turn) -> None:
-        """Raises Refused."""
-        if self.get(fingerprint) != fold(account):
-            raise Refused("NO_CERTIFICATE", "that is no certificate of yours; see CERT LIST")
-        del self[fingerprint]
-        turn.writes.append(("DELETE FROM certificates WHERE fingerprint = ?", (fingerprint,)))
+    @property
+    def revision(self) -> str:
+        """Changes with the password: a proof was for one revision."""
+        return self.verifier.salt.hex()
 
 
 class Accounts(dict[str, Account]):
-    """Those there are, by key."""
+    """All accounts by key, their certificates, and the limits on attempts to log in."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.certificates = Certificates()
+        self.certificates: dict[str, str] = {}  # the account's key by fingerprint
+        self.skeletons: dict[str, str] = {}  # an account's key by what its name looks like
         self.throttle = Throttle()
-        self.made = Throttle(ACCOUNTS_MADE, ACCOUNTS_MADE_SECONDS)
-        self.pending: collections.OrderedDict[str, tuple[Account, str]]
-        self.pending = collections.OrderedDict()  # by key, with the code that was sent by mail
+        self.made = Throttle(ACCOUNTS_MADE, ACCOUNTS_MADE_SECONDS, ACCOUNTS_MADE)
+        # Registered, and waiting for the code that was sent by mail; by key
+        self.pending: collections.OrderedDict[str, tuple[Account, str]] = collections.OrderedDict()
 
-    def read(self, known: Iterable[Account]) -> None:
-        """All of them, anew."""
+    def load(self, known: Iterable[Account]) -> None:
         self.clear()
-        self.update((fold(account.name), account) for account in known)
+        self.skeletons.clear()
+        for account in known:
+            self.put(account)
 
-    def await_code(self, account: Account) -> str:
-        """Until the code comes back that is to be sent to its address."""
-        code = f"{secrets.randbelow(10**8):08}"
-        self.pending[fold(account.name)] = account, code
-        while len(self.pending) > PENDING_ACCOUNTS:
-            self.pending.popitem(last=False)
-        return code
+    def put(self, account: Account) -> None:
+        self[fold(account.name)] = account
+        self.skeletons[skeleton(account.name)] = fold(account.name)
 
-    def verified(self, name: str, code: str, host: str, now: int) -> Account:
-        """The account that this code was sent for. Raises Refused."""
-        self.throttle.check(host, f"code {name}", now)
-        self.throttle.failed(host, f"code {name}", now)
-        account, expected = self.pending.get(fold(name), (None, ""))
-        fits = hmac.compare_digest(code.encode(), expected.encode())
-        if account is None or not fits or fold(name) in self:
-            raise Refused("INVALID_CODE", "that is not the code that was sent", name)
-        del self.pending[fold(name)]
-        return account
+    def remove(self, name: str) -> None:
+        del self[fold(name)]
+        self.skeletons.pop(skeleton(name), None)
+
+    def certificates_of(self, name: str) -> list[str]:
+        return [mark for mark, key in self.certificates.items() if key == fold(name)]
 
     def is_foreign(self, name: str, account: str) -> bool:
-        """Whether a name belongs to another account, or to nobody ever."""
+        """Whether a name belongs to another account or to a service, or looks as if."""
         key = fold(name)
-        return key in SERVICES or (key in self and key != fold(account))
+        if key in SERVICES or (key in self and key != fold(account)):
+            return True
+        return self.looks_like(name) not in ("", fold(account))
+
+    def looks_like(self, name: str) -> str:
+        """Return the account or service that a name with other letters looks like, or "".
+        Names that use only ASCII never look like each other."""
+        if name.isascii():
+            return ""
+        shape = skeleton(name)
+        known = shape if shape in SERVICES else self.skeletons.get(shape, "")
+        return known if known != fold(name) else ""
 
     def find(self, name: str) -> tuple[str, Verifier]:
-        """As it is registered, and its verifier; or one that nothing fits."""
+        """Return the name as it is registered, and its verifier; or one that nothing fits."""
         account = self.get(fold(name))
-        return (account.name, account.verifier) if account else (name, nobodys_verifier(name))
-
-    def save(self, account: Account, turn: Turn) -> None:
-        """A new one, or one with a new secret. Who is told so is told after the commit."""
-        key = fold(account.name)
-        self[key] = account
-        values = (key, account.name, *account.verifier, account.email, account.number)
-        turn.writes.append((f"REPLACE INTO accounts VALUES ({', '.join('?' * 8)})", values))
+        return (account.name, account.verifier) if account else (name, decoy_verifier(name))
 
     def identity(self, name: str) -> str:
         """Of an account; "" if there is none."""
         account = self.get(fold(name))
         return account.identity if account else ""
 
-    def drop(self, name: str, turn: Turn) -> None:
-        for fingerprint in self.certificates.of(name):
-            self.certificates.remove(fingerprint, name, turn)
-        del self[fold(name)]
-        turn.writes.append(("DELETE FROM accounts WHERE key = ?", (fold(name),)))
-
-
-class Markers(dict[str, dict[str, int]]):
-    """How far people have read: by identity, by the key of a channel or name."""
-
-    def move(self, user: User, target: str, when: int, turn: Turn) -> bool:
-        """Forward, never back; whether it moved."""
-        marks = self.setdefault(user.identity, {})
-        if when <= marks.get(target, 0) or (target not in marks and len(marks) >= MARKERS):
+    def is_proof(self, name: str, proof: str) -> bool:
+        """Whether that still logs in: the revision of the password, or a certificate."""
+        account = self.get(fold(name))
+        if account is None:
             return False
-        marks[target] = when
-        if user.account:
-            replace = "REPLACE INTO markers VALUES (?, ?, ?)"
-            turn.writes.append((replace, (user.identity, target, when)))
-        return True
+        return proof == account.revision or self.certificates.get(proof) == fold(name)
 
-    def of(self, user: User, target: str) -> int:
-        return self.get(user.identity, {}).get(target, 0)
+    def await_code(self, account: Account) -> str:
+        """Return the code to be sent to the account's address; verified() takes it back."""
+        code = f"{secrets.randbelow(10**8):08}"
+        self.pending[fold(account.name)] = account, code
+        while len(self.pending) > PENDING_ACCOUNTS:
+            self.pending.popitem(last=False)
+        return code
 
-    def rename(self, old: str, new: str, turn: Turn) -> None:
-        """A channel has another key. What was read under that one was another channel."""
-        if old == new:
-            return
-        for owner, marks in self.items():
-            if marks.keys().isdisjoint((old, new)):
-                continue
-            when, _ = marks.pop(old, None), marks.pop(new, None)
-            marks.update({} if when is None else {new: when})
-            if owner[0] == "=":  # of an account: they are kept
-                update = "UPDATE OR REPLACE markers SET target = ? WHERE owner = ? AND target = ?"
-                turn.writes.append(
-                    ("DELETE FROM markers WHERE owner = ? AND target = ?", (owner, new))
-                )
-                turn.writes.append((update, (new, owner, old)))
+    def verified(self, name: str, code: str, host: str, ticks: int) -> Account:
+        """Return the account that this code was sent for. Raises Refused."""
+        self.throttle.check(host, f"code {name}", ticks)
+        self.throttle.failed(host, f"code {name}", ticks)
+        account, expected = self.pending.get(fold(name), (None, ""))
+        fits = hmac.compare_digest(code.encode(), expected.encode())
+        if account is None or not fits or fold(name) in self:
+            raise Refused("INVALID_CODE", "that is not the code that was sent", name)
+        self.throttle.succeeded(host, f"code {name}")
+        del self.pending[fold(name)]
+        return account
 
 
-def restore_standing(hub: "Hub", session: Session) -> None:
-    """Who logs in where he is already gets the ranks that his account has there."""
-    user = session.user
-    server = Source(session.site.name, "", mask=session.site.name)
-    for channel in user.channels:
-        member, standing = channel.members[user], channel.standing_of(user)
-        given = [ModeChange(True, r, user.name) for r in standing if member.set_rank(r, True)]
-        if given:
-            hub.turn.kept.add(user)
-            hub.emit(MODE, server, channel, format_modes(given))
+class Marker(NamedTuple):
+    """How far something has been read: up to the message with this time and id (0: unknown)."""
+
+    time: int
+    id: int = 0
+
+
+class Markers(dict[str, dict[str, Marker]]):
+    """Read markers: by identity, by the key of a channel or nick."""
+
+    def of(self, user: User, target: str) -> Marker | None:
+        return self.get(user.identity, {}).get(target)
+
+    def advance(self, owner: str, target: str, mark: Marker) -> bool:
+        """Move a marker forward, never back; return whether it moved. Of two messages the one
+        with the higher id is the later one, also if the clock was set back between them."""
+        marks = self.setdefault(owner, {})
+        known = marks.get(target)
+        if known is None:
+            fits = len(marks) < MARKERS
+        elif mark.id and known.id:
+            fits = mark.id > known.id
+        else:
+            fits = mark.time > known.time
+        if fits:
+            marks[target] = mark
+        elif not marks:
+            del self[owner]
+        return fits
+
+
+ACTS: dict[str, Callable] = {}
 
 
 class Hub:
-    """Who is here. Everything others can see passes through one door: emit()."""
+    """Who is here. Acts change it; what others can see of that passes through emit()."""
 
-    def __init__(self, last_id: int = 0, last_time: int = 0):
+    def __init__(self, last_id: int = 0, ids: MessageIds | None = None, name: str = SERVER_NAME):
+        self.ids = ids or MessageIds()
+        self.name = name  # of the server
+        self.store: ActStore | None = None
+        self.absent_per_host = PER_ADDRESS
         self.accounts = Accounts()
         self.markers = Markers()
+        self.sessions: dict[int, Session] = {}  # by id; also those without a name
         self.users: dict[str, User] = {}  # by key
+        self.users_by_id: dict[str, User] = {}  # by resume_id
+        self.users_by_token: dict[str, User] = {}  # by the hash of a secret
+        self.absent: dict[User, int] = {}  # without a session, since when; the first one first
+        self.absent_by_host: dict[str, dict[User, None]] = {}
         self.channels: dict[str, Channel] = {}  # by key
-        self.places: dict[str, User] = {}  # by the hash of a secret that somebody has
         self.founded: collections.Counter[str] = collections.Counter()  # by Account.identity
+        self.accounts_of: dict[str, str] = {}  # the identity of a guest -> of the first account
+        self.guests_of: dict[str, list[str]] = {}  # the reverse of that
+        self.bans: dict[str, ServerBan] = {}  # by folded mask
         self.former: collections.deque[FormerUser] = collections.deque(maxlen=FORMER_USERS)
-        self.watchers = Watchers()
+        self.invisible = 0  # users with +i
+        self.operators: set[Session] = set()  # sessions that proved it by OPER
+        self.watchers = Registry()  # by the key of a name (MONITOR)
+        self.subscribers = Registry()  # by the key of metadata
         self.most_users = 0  # at once, so far
-        self.last_id, self.last_time = last_id, last_time  # where the last server stopped
-        self.now = last_time
-        self.started = 0  # milliseconds since 1970; with the first turn
+        self.last_id = last_id
+        self.now = self.ticks = 0  # milliseconds: of the wall clock, of the monotonic one
+        self.started, self.started_ticks = 0, 0
+        self.work = 0.0  # of the line that is acted on, see WORK_PER_TOKEN
         self.turn = Turn()
+        self.journal: list[tuple] | None = None  # of all acts, for those who want to replay them
 
-    def begin(self, now: float) -> None:
-        """A turn begins at wall time `now`, in seconds. Ids keep pace with the clock, so
-        that they grow even over a restart of a server that keeps nothing."""
+    # Turns
+
+    def begin(self, now: float, ticks: float | None = None) -> None:
+        """Begin a turn at wall time `now`, and `ticks` on the monotonic clock, in seconds."""
         self.now = int(now * 1000)
-        self.started = self.started or self.now
-        self.last_id = max(self.last_id, self.now << ID_CLOCK_BITS)
+        self.ticks = self.now if ticks is None else int(ticks * 1000)
+        if not self.started:
+            self.started, self.started_ticks = self.now, self.ticks
 
-    def new_reference(self) -> str:
-        """A name that nothing else in this server has."""
-        self.last_id += 1
-        return f"{self.last_id:x}"
-
-    def end(self, lost: bool = False) -> None:
-        """The turn has been written. What the store could not take of it and cannot do
-        without (accounts, names, seals: not what was said) is for the next turn to try."""
+    def end(self) -> None:
+        """The turn has been written."""
         old, self.turn = self.turn, Turn()
         old.close()
-        if lost:
-            self.turn.writes, self.turn.renamed = old.writes, old.renamed
-            self.turn.states = old.states
-            self.turn.sealed, self.turn.redacted = old.sealed, old.redacted
+
+    def settle(self) -> None:
+        """Make records of the states that changed in this turn."""
+        for one in self.turn.changed:
+            if isinstance(one, Channel):
+                if self.channels.get(one.key) is one:
+                    self.turn.record("channel", one.key, json.dumps(one.state()))
+                elif one.key not in self.channels:
+                    self.turn.record("channel_gone", one.key)
+                continue
+            was, one.stored = one.stored, one.may_return and self.users.get(one.key) is one
+            if one.stored:
+                self.turn.record("user", one.resume_id, json.dumps(one.state()))
+            elif was:
+                self.turn.record("user_gone", one.resume_id)
+        self.turn.changed.clear()
+
+    # The one door in, and the one door out
+
+    def perform(self, name: str, actor: int, *values: Any) -> Any:
+        """Do the act `name` as the session `actor` (0: the server); return its result. Raises
+        Refused, and then nothing has changed."""
+        if self.journal is not None:
+            self.journal.append((self.now, self.ticks, name, actor, values))
+        self.work += WORK_OF_AN_ACT
+        who = self.sessions.get(actor)
+        if who is None:
+            who = self.sessions[actor] = Session(actor)
+        return ACTS[name](self, who, *values)
 
     def emit(
         self,
         kind: str,
         source: Source,
-        audience: Any,
+        audience: Audience,
         text: str = "",
         about: str = "",
         origin: Session | None = None,
         tags: str = "",
-    ) -> None:
+    ) -> Event:
         """Log one event: `source` did something that `audience` can see."""
         self.last_id += 1
-        time_ms = audience.stamp(self.now)
-        self.turn.events.append(
-            Event(self.last_id, time_ms, kind, source, audience, text, about, origin, tags)
-        )
+        when = audience.stamp(self.now)
+        event = Event(self.last_id, when, kind, source, audience, text, about, origin, tags)
+        self.turn.events.append(event)
         if origin is not None:
-            self.turn.apart.add(origin)
+            self.turn.individually_addressed.add(origin)
+        if kind in PERSONAL:
+            for session in audience.all_sessions():
+                if session.user or session in audience.sessions:  # else it ended in this turn
+                    self.work += WORK_OF_A_RECEIVER
+                    session.hear(event)
+        return event
 
-    # Coming and going
-
-    def enter(
-        self,
-        session: Session,
-        name: str,
-        username: str = "line",
-        realname: str = "",
-        account: str = "",
-    ) -> User:
-        """A session becomes a user, under a name that free_name() or check_name() allowed."""
+    def next_id(self) -> int:
         self.last_id += 1
-        source = source_of(name, session.conn.address, username)
-        # Who comes back with his secret after all is still who he was to his private talks
-        stay = f"~{session.secret[:SECRET_DIGITS] or self.last_id}"
-        user = User(source, realname or name, stay, self.now)
-        if account:
-            user.logged_in(account, self.accounts.identity(account))
-        self.arrived(user)
-        self.attach(session, user)
-        self.watchers.tell(source, True)
-        return user
+        return self.last_id
 
-    def arrived(self, user: User) -> None:
-        """Somebody is here."""
-        user.last_time = self.last_time
-        self.users[user.key] = user
-        self.most_users = max(self.most_users, len(self.users))
-        self.places.update(dict.fromkeys(user.secrets, user))
+    def charge(self, items: float) -> None:
+        """The line that is acted on causes so much more work."""
+        self.work += items
 
-    def attach(self, session: Session, user: User) -> None:
-        """A device of somebody who is here. The one whose secret it has is gone."""
-        before = [s for s in user.live if s.secret and s.secret == session.secret]
-        user.sessions.append(session)
-        session.user = user
-        self.turn.apart.add(session)
-        self.turn.since[session] = self.last_id
-        self.turn.kept.add(user)
-        for channel in user.channels:
-            channel.by_wire = None
-        for other in before:
-            other.replaced()
-        if session.secret in user.secrets:  # that makes nobody an operator
-            user.modes.discard("o")
-        if session.secret:
-            user.secrets[session.secret], self.places[session.secret] = None, user
-        for secret in list(user.secrets)[:-SECRETS_A_USER]:
-            self.forget(user, secret)
-        if host_of(user.source.address) not in {s.host for s in user.live}:
-            self._moved(user, session.conn.address)
+    def take_work(self) -> float:
+        work, self.work = self.work, 0.0
+        return work
 
-    def _moved(self, user: User, address: str) -> None:
-        """Somebody is somewhere else now; which is where bans are looked for."""
-        source = user.source
-        user.changed(address=address)
-        self.turn.kept.add(user)
-        self.emit(HOST, source, self.witnesses(user), user.source.host, source.username)
-
-    def forget(self, user: User, secret: str) -> None:
-        """It gives nobody a place any more."""
-        if user.secrets.pop(secret, self) is None:
-            del self.places[secret]
-
-    def leave(self, session: Session, for_good: bool = True) -> None:
-        """One session ends; its user is gone with the last one, or, if the line broke under
-        somebody who can prove to be the same when he comes back, a while after."""
-        user = session.user
-        self.turn.left[session] = user
-        self.turn.apart.add(session)
-        session.user = None
-        if not all(other in self.turn.left for other in user.sessions):
-            if for_good and all(other.secret != session.secret for other in user.live):
-                self.forget(user, session.secret)
-        elif for_good or not user.may_return:
-            self.remove(user, session.parting, session)
-        else:
-            user.modes.discard("o")
-            session.site.house.miss(user)
-
-    def remove(self, user: User, reason: str, session: Session | None = None) -> None:
-        """Somebody is gone."""
-        reason = reason or "Connection closed"  # RFC 2812 section 3.1.7: there is always one
-        self.emit(QUIT, user.source, neighbours(user), reason, origin=session)
-        for channel in list(user.channels):
-            self.put_out(user, channel)
-        del self.users[user.key]
-        for secret in user.secrets:
-            del self.places[secret]
-        self.turn.kept.add(user)
-        self.markers.pop(user.stay, None)
-        self.last_time = max(self.last_time, user.last_time)
-        self._was(user)
-
-    def give_up(self, user: User) -> None:
-        """Somebody was missed for long enough."""
-        if not user.sessions and self.users.get(user.key) is user:
-            self.remove(user, "Connection lost")
-
-    def log_in(self, session: Session, account: str) -> None:
-        """This session's user proved to be the owner of an account."""
-        user = session.user
-        user.logged_in(account, self.accounts.identity(account))
-        self.turn.kept.add(user)
-        self.emit(ACCOUNT, user.source, self.witnesses(user), "", account, session)
-        restore_standing(self, session)
-
-    def _was(self, user: User) -> None:
-        """Nobody has this name now."""
-        self.former.append(FormerUser(user.source, user.realname, self.now))
-        self.watchers.tell(user.source, False)
-
-    def witnesses(self, user: User) -> Any:
-        """The audience of what somebody does to himself: himself, who shares a channel with
-        him, and who watches for him and wants to hear more than that he comes and goes."""
-        watching = (s.user for s in self.watchers.get(user.key, ()) if s.follows)
-        return Neighbours(tuple(user.channels), frozenset([user, *watching]))
-
-    def join(self, session: Session, name: str, password: str = "") -> Channel:
-        """Into the channel `name`, which is founded if need be; its founder operates it."""
-        check_channel_name(name)
-        user, key = session.user, fold(name)
-        channel = self.channels.get(key)
-        if channel and channel in user.channels:
-            return channel
-        if len(user.channels) >= CHANNELS_A_USER:
-            text = f"{CHANNELS_A_USER} channels at most; /part one"
-            raise Refused("TOO_MANY_CHANNELS", text, name)
-        if channel is None:
-            channel = self.channels[key] = Channel(name, self.last_time, self.now)
-            ranks = self._found(user, channel)
-        else:
-            channel.check_entry(user, password)
-            ranks = channel.standing_of(user)
-        user.invitations.pop(channel, None)
-        channel.members[user] = Membership(self.last_id + 1, ranks)
-        user.channels[channel] = None
-        self.turn.move(user, channel)
-        self.emit(JOIN, user.source, channel, user.realname, user.account, session)
-        if user.away:
-            self.emit(AWAY, user.source, channel, user.away, origin=session)
-        return channel
-
-    def _found(self, user: User, channel: Channel) -> str:
-        """A channel that lasts, if one with an account founds it; the founder's ranks."""
-        if channel.key == LOBBY:
-            return ""
-        if user.login and self.founded[user.login] < CHANNELS_FOUNDED:
-            channel.founder = user.login
-            self.founded[user.login] += 1
-        return "o"
-
-    def disown(self, channel: Channel) -> None:
-        """It ends with its last member, like any other."""
-        self.founded -= collections.Counter([channel.founder])
-        channel.founder = ""
-        channel.standing.clear()
-        self.turn.kept.add(channel)
-        if not channel.members:
-            self._close(channel)
-
-    def _close(self, channel: Channel) -> None:
-        del self.channels[channel.key]
-        self.last_time = max(self.last_time, channel.last_time)
-        if channel.private:  # whoever founds it next was not meant to read this
-            self.turn.sealed.append(channel.key)
-
-    def part(self, session: Session, channel: Channel, reason: str = "") -> None:
-        user = session.user
-        channel.member(user)
-        self.emit(PART, user.source, channel, cut(reason, REASON_BYTES), origin=session)
-        self.put_out(user, channel)
-
-    def put_out(self, user: User, channel: Channel) -> None:
-        """Out of the channel, after the event that says so."""
-        self.turn.move(user, channel)
-        member = channel.members.pop(user)
-        channel.former.setdefault(user, []).append((member.since, self.last_id))
-        del user.channels[channel]
-        if not channel.members and not channel.founder:
-            self._close(channel)
-
-    def rename(self, session: Session, name: str) -> None:
-        """Another name for this session's user, one that is free."""
-        self.rename_user(session.user, name, session)
-
-    def rename_user(self, user: User, name: str, session: Session | None = None) -> None:
-        if name == user.name:
-            return
-        circle = neighbours(user) if user.channels else People(frozenset([user]))
-        self.emit(NICK, user.source, circle, name, origin=session)
-        if fold(name) != user.key:
-            self._was(user)
-        del self.users[user.key]
-        was = user.key
-        user.changed(name=name)
-        self.turn.kept.add(user)
-        self.users[user.key] = user
-        if user.key != was:
-            self.watchers.tell(user.source, True)
-
-    def set_away(self, session: Session, reason: str) -> None:
-        """Away for a reason, or with none back again."""
-        user, reason = session.user, cut(reason, REASON_BYTES)
-        if reason != user.away:
-            user.away = reason
-            self.turn.kept.add(user)
-            self.emit(AWAY, user.source, self.witnesses(user), reason, origin=session)
-
-    # Talking
-
-    def say(
-        self, session: Session, audience: Any, text: str, kind: str = MESSAGE, tags: str = ""
-    ) -> None:
-        user = session.user
-        audience.admit(user, text)
-        user.spoke = self.now
-        if isinstance(audience, Channel) and audience not in user.channels:
-            audience = scene(audience, user)  # who speaks may want an echo
-        self.emit(kind, user.source, audience, text, audience.addressee(user), session, tags)
-
-    # Looking
+    # Looking up. Raises Refused
 
     def find_user(self, name: str) -> User:
         user = self.users.get(fold(name))
@@ -2599,25 +2729,133 @@ class Hub:
             raise Refused("NO_SUCH_CHANNEL", f"there is no channel {harmless(name)} now", name)
         return channel
 
-    def find_audience(self, session: Session, name: str) -> Channel | Ranked | Conversation:
-        """What `name` means to this session: a channel, those of a rank in it, or a private
-        talk with somebody."""
+    def conversation(self, one: User, other: User) -> Conversation:
+        """The same object for both directions, for as long as the turn."""
+        pair = (one, other) if one.resume_id <= other.resume_id else (other, one)
+        talk = self.turn.conversations.get(pair)
+        if talk is None or talk.targets[0][0] != " ".join(sorted((one.identity, other.identity))):
+            talk = self.turn.conversations[pair] = Conversation(*pair)
+        return talk
+
+    def find_audience(self, user: User, name: str) -> "Audience | Channel":
+        """Return what `name` means to a user: a channel, its members from a rank up, or a
+        conversation."""
         if name.startswith("#"):
             return self.find_channel(name)
         if name[1:2] == "#" and name[0] in SYMBOLS.values():
-            return ranked(self.find_channel(name[1:]), name[0], session.user)
-        return conversation(session.user, self.find_user(name))
+            channel = self.find_channel(name[1:])
+            self.charge(len(channel.members))
+            return in_ranks(channel, name[0], user)
+        return self.conversation(user, self.find_user(name))
+
+    def present_bans(self) -> list[ServerBan]:
+        return [ban for ban in self.bans.values() if not ban.until or ban.until > self.now]
+
+    # Identities: what a guest said belongs to the first account that the guest logs in to
+
+    def identities(self, identity: str) -> tuple[str, ...]:
+        return (identity, *self.guests_of.get(identity, ()))
+
+    def same_person(self, one: str, other: str) -> bool:
+        return self.accounts_of.get(one, one) == self.accounts_of.get(other, other)
+
+    def link(self, guest: str, account: str) -> None:
+        self.accounts_of[guest] = account
+        self.guests_of.setdefault(account, []).append(guest)
+
+    # What the store and this turn's log know together
+
+    def find_repeat(self, who: Session, own_id: str) -> int | None:
+        """Return the event that this sender's message id already belongs to, if any."""
+        owners = self.dedup_owners(who)
+        for owner in owners:
+            if first := self.turn.dedup.get((owner, own_id)):
+                return first.id
+        return self.store.dedup.find(owners, own_id)
+
+    def dedup_owners(self, who: Session) -> dict[str, None]:
+        """Under which names a message id of this session may be known, the first for new ones."""
+        names = (who.client, who.user.identity, who.user.resume_id)
+        return dict.fromkeys(filter(None, names))
+
+    def author_of(self, targets: Iterable[str], id: int) -> tuple[int, str] | None:
+        """Return the founding and the author's identity of a message under these keys."""
+        keys = list(targets)
+        if self._redacted(id):
+            return None
+        recent = (e for e in self.turn.events if e.id == id and e.kind in (*SPOKEN, TAGS))
+        for event in recent:
+            foundings = [founding for key, founding in event.audience.targets if key in keys]
+            if foundings:
+                return foundings[0], event.source.identity
+        return next(filter(None, (self.store.author_of(key, id) for key in keys)), None)
+
+    def _redacted(self, id: int) -> bool:
+        return any(one.name == "redact" and one.values[-1] == id for one in self.turn.records)
+
+    def has_history(self, key: str) -> bool:
+        """Whether anything can be read under a channel's key once this turn is stored."""
+        foundings, records = self.store.foundings(key), iter(self.turn.records)
+        record = next(records, None)
+        for n, event in enumerate([*self.turn.events, None]):
+            while record and record.place <= n:
+                if record.name == "seal" and record.values[0] == key:
+                    foundings.discard(record.values[1])
+                elif record.name == "rename" and record.values[0] == key:
+                    foundings.discard(record.values[2])
+                elif record.name == "rename" and record.values[1] == key:
+                    foundings.add(record.values[2])
+                record = next(records, None)
+            if event and event.kind not in EPHEMERAL:
+                foundings.update(f for known, f in event.audience.targets if known == key)
+        return bool(foundings)
 
 
-def free_name(hub: Hub, wanted: str, owner: User | None = None, account: str = "") -> str:
-    """`wanted` as the rule for names has it, with a number where it is somebody else's."""
+# ======================================================================================
+# ACTS
+# ======================================================================================
+# Every change of shared state. An act is a function act(hub, who, ...): `who` is the session
+# that asks for it, the other parameters are plain data. It makes all its checks first and
+# raises Refused before it changes anything. Time is Hub.now and Hub.ticks, and whatever is
+# random is a parameter, so that the same acts in the same order make the same Hub.
+
+
+def act(function: Callable) -> Callable:
+    """Decorator: Hub.perform() knows this act by the function's name."""
+    ACTS[function.__name__] = function
+    return function
+
+
+# Names
+
+
+def name_numbers(dice: int) -> Iterator[int]:
+    """Yield what may stand behind a name that is taken: counting past a thousand guests would
+    take too long."""
+    yield from range(2, NAMES_COUNTED)
+    many = random.Random(dice)
+    while True:
+        yield many.randrange(10**6)
+
+
+def why_foreign(hub: Hub, name: str) -> str:
+    if known := hub.accounts.looks_like(name):
+        return f"{name} looks like {known} in other letters; choose another name"
+    return f"{name} belongs to an account; log in first"
+
+
+def free_name(
+    hub: Hub, wanted: str, owner: User | None = None, account: str = "", dice: int = 0
+) -> str:
+    """Return `wanted` as the rule for names has it, with a number where it is not free.
+    Raises Refused if there is nothing left of it."""
     name = clean_name(wanted)
     if not name:
         raise Refused("NO_NAME", "a name needs at least one visible character; try again")
-    few, many = range(2, NAMES_COUNTED), iter(lambda: random.randrange(10**6), None)
-    numbers = itertools.chain(few, many)  # counting past a thousand guests takes too long
-    candidates = itertools.chain([name], (numbered_name(name, n) for n in numbers))
+    candidates = itertools.chain([name], (numbered_name(name, n) for n in name_numbers(dice)))
     account = owner.account if owner else account
+    if hub.accounts.looks_like(name):  # with a number it still would
+        raise Refused("NAME_TAKEN", why_foreign(hub, name), name)
     return next(
         c
         for c in candidates
@@ -2626,248 +2864,1134 @@ def free_name(hub: Hub, wanted: str, owner: User | None = None, account: str = "
 
 
 def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = "") -> None:
-    """Raise Refused unless a user can be called exactly so."""
+    """Raise Refused unless a user can have exactly this name."""
     if clean_name(wanted) != wanted or not wanted:
         text = f"names have at most {NAME_CHARACTERS} characters, and none that IRC needs"
         raise Refused("BAD_NAME", text, wanted)
     holder = hub.users.get(fold(wanted))
     if holder not in (None, owner) and not (account and holder.account == account):
         raise Refused("NAME_TAKEN", f"{wanted} is taken", wanted)
-    if owner and hub.accounts.is_foreign(wanted, owner.account):
-        raise Refused("NAME_TAKEN", f"{wanted} belongs to an account; log in first", wanted)
+    looks = hub.accounts.looks_like(wanted)
+    if looks or (owner and hub.accounts.is_foreign(wanted, owner.account)):
+        raise Refused("NAME_TAKEN", why_foreign(hub, wanted), wanted)
 
 
-def kick(session: Session, channel: Channel, victim: User, reason: str) -> None:
-    """Put somebody out. Nobody can do that to a higher rank, nor half-operators to
-    their like."""
-    user, hub = session.user, session.site.hub
-    channel.require(user)
+def check_no_ban(hub: Hub, user: User) -> None:
+    """Raise Refused if a K-line keeps this user out."""
+    hub.charge(len(hub.bans))
+    for ban in hub.present_bans():
+        if Mask(ban.mask).matches(user):
+            raise Refused("BANNED_FROM_SERVER", f"you are banned from this server: {ban.reason}")
+
+
+def check_not_bound(hub: Hub, user: User) -> None:
+    """Raise Refused where another name would escape a ban or mute of the present one."""
+    for channel in user.channels:
+        hub.charge(channel.masks)
+        if not channel.members[user].ranks and channel.banned(user, speaking=True):
+            text = f"you cannot change your name while you are banned or muted in {channel.name}"
+            raise Refused("NAME_BOUND", text, channel.name)
+
+
+def tell_watchers(hub: Hub, key: str, kind: str, source: Source) -> None:
+    if watching := hub.watchers.get(key):
+        hub.emit(kind, source, Audience(sessions=watching))
+
+
+def take_name(hub: Hub, user: User, name: str, origin: Session | None = None) -> None:
+    """Give a user a name that is free."""
+    if name == user.name:
+        return
+    hub.emit(NICK, user.source, neighbours(user, alone=True), name, origin=origin)
+    was, before = user.key, user.source
+    del hub.users[user.key]
+    user.change_source(name=name)
+    hub.turn.changed.add(user)
+    hub.users[user.key] = user
+    for channel in user.channels:
+        channel.rosters.clear()
+    if user.key != was:
+        hub.former.append(FormerUser(before, user.realname, hub.now))
+        tell_watchers(hub, was, OFFLINE, before)
+        tell_watchers(hub, user.key, ONLINE, user.source)
+
+
+@act
+def rename_user(hub: Hub, who: Session, wanted: str, exact: bool, dice: int) -> str:
+    """Take another name: exactly this one, or the nearest one that is free. Return it."""
+    user = who.user
+    if exact:
+        check_name(hub, wanted, user)
+    name = wanted if exact else free_name(hub, wanted, user, dice=dice)
+    if fold(name) != user.key:
+        check_not_bound(hub, user)
+    take_name(hub, user, name, who)
+    return name
+
+
+# Coming and going
+
+
+class Entered(NamedTuple):
+    """What became of a registration."""
+
+    attached: bool  # to a user who was here
+    resumed: bool  # by the session's token
+
+
+def user_of_token(hub: Hub, token: str, account: str) -> tuple[User | None, str]:
+    """Return whom a token resumes; or the account that it takes a log-in to."""
+    user = hub.users_by_token.get(token)
+    if user is None:
+        return None, ""
+    others = any(one.token != token for one in user.live)
+    if user.account != account and (user.account or others):
+        return None, user.account or account
+    return user, ""
+
+
+def forget_absent(hub: Hub, user: User) -> None:
+    host = host_of(user.source.address)
+    if near := hub.absent_by_host.get(host):
+        near.pop(user, None)
+        if not near:
+            del hub.absent_by_host[host]
+
+
+def detach(hub: Hub, session: Session) -> None:
+    """The session ends with this turn; its user does not, as far as this goes."""
+    hub.turn.left[session] = session.user
+    hub.turn.individually_addressed.add(session)
+    session.user, session.operator = None, False
+    hub.operators.discard(session)
+    hub.sessions.pop(session.id, None)
+
+
+def forget_token(hub: Hub, user: User, token: str) -> None:
+    if user.tokens.pop(token, user) is None:
+        del hub.users_by_token[token]
+
+
+def emit_to_witnesses(
+    hub: Hub,
+    kind: str,
+    source: Source,
+    user: User,
+    text: str = "",
+    about: str = "",
+    origin: Session | None = None,
+) -> None:
+    """Tell what a user did to itself: the user, all who share a channel, and those who
+    monitor the name and want to know more than on and off."""
+    watching = (s for s in hub.watchers.get(user.key, ()) if s.extended_monitor)
+    audience = neighbours(user, watching, alone=True)
+    hub.charge(WORK_OF_A_RECEIVER * audience.cost)
+    hub.emit(kind, source, audience, text, about, origin)
+
+
+def move_host(hub: Hub, user: User, address: str) -> None:
+    """The user is connected from elsewhere; which is where bans are looked for."""
+    before = user.source
+    user.change_source(address=address)
+    hub.turn.changed.add(user)
+    for channel in user.channels:
+        channel.rosters.clear()
+    emit_to_witnesses(hub, HOST, before, user, user.source.host, before.username)
+
+
+def attach(hub: Hub, who: Session, user: User, address: str) -> None:
+    """Add a session to a user. An older one with the same token is replaced."""
+    replaced = [s for s in user.live if s.token and s.token == who.token]
+    hub.absent.pop(user, None)
+    forget_absent(hub, user)
+    user.sessions.append(who)
+    who.user, who.address = user, address
+    hub.turn.individually_addressed.add(who)
+    hub.turn.since[who] = hub.last_id
+    hub.turn.changed.add(user)
+    for channel in user.channels:
+        channel.by_wire = None
+    for other in replaced:
+        detach(hub, other)
+    if replaced:
+        hub.emit(REPLACED, user.source, Audience(sessions=replaced), about=user.name)
+    if who.token:
+        user.tokens[who.token], hub.users_by_token[who.token] = None, user
+    for token in list(user.tokens)[:-TOKENS_A_USER]:
+        forget_token(hub, user, token)
+    if host_of(user.source.address) not in {host_of(s.address) for s in user.live}:
+        move_host(hub, user, address)
+
+
+def inherit(hub: Hub, user: User, identity: str) -> None:
+    guest = user.resume_id
+    if user.login or guest in hub.accounts_of:
+        return
+    if user.traces:
+        hub.link(guest, identity)
+        hub.turn.record("identity", guest, identity)
+    for target, mark in hub.markers.pop(guest, {}).items():
+        if hub.markers.advance(identity, target, mark):
+            hub.turn.record("marker", identity, target, *mark)
+
+
+def change_login(hub: Hub, who: Session, account: str) -> None:
+    """The user is logged in to an account. The first one that a guest logs in to takes over
+    what the guest said, received and read."""
+    user, identity = who.user, hub.accounts.identity(account)
+    inherit(hub, user, identity)
+    user.set_login(account, identity)
+    hub.turn.changed.add(user)
+    emit_to_witnesses(hub, ACCOUNT, user.source, user, "", account, who)
+    server = Source(hub.name, "", mask=hub.name)
+    for channel in user.channels:
+        member, ranks = channel.members[user], channel.ranks_by_account(user)
+        given = [ModeChange(True, r, user.name) for r in ranks if member.set_rank(r, True)]
+        if given:
+            channel.rosters.clear()
+            hub.emit(MODE, server, channel.audience, format_modes(given))
+
+
+def new_resume_id(hub: Hub, token: str) -> str:
+    """A guest who comes back with the token is still the owner of the private conversations
+    had before. A token that an account used since then makes a new identity."""
+    known = f"~{token[:SECRET_DIGITS]}"
+    if token and known not in hub.accounts_of and known not in hub.users_by_id:
+        return known
+    return f"~{hub.next_id()}"
+
+
+def add_user(hub: Hub, user: User) -> None:
+    hub.users[user.key] = hub.users_by_id[user.resume_id] = user
+    hub.most_users = max(hub.most_users, len(hub.users))
+    hub.users_by_token.update(dict.fromkeys(user.tokens, user))
+    hub.invisible += "i" in user.modes
+
+
+@act
+def enter(
+    hub: Hub,
+    who: Session,
+    wanted: str,
+    username: str,
+    realname: str,
+    address: str,
+    account: str,
+    proof: str,
+    token: str,
+    exact: bool,
+    dice: int,
+    metadata: tuple[tuple[str, str], ...],
+    away: str,
+) -> Entered:
+    """Make a session a user, or one more session of a user who is here: the one whose token
+    it has, or (with `exact`) the one of the same account under that name. The token is no
+    log-in: it makes nothing more of a session than those logged in to that account may be."""
+    account = account if hub.accounts.is_proof(account, proof) else ""
+    user, required = user_of_token(hub, token, account)
+    holder, owns = hub.users.get(fold(wanted)), bool(account) and fold(wanted) == fold(account)
+    if user is None and exact:
+        if not (owns and clean_name(wanted) == wanted):
+            check_name(hub, wanted, account=account)
+        user = holder if holder and account and holder.account == account else None
+    name = user.name if user else wanted if owns else free_name(hub, wanted, None, account, dice)
+    source = source_of(name, address, username, account)
+    check_no_ban(hub, User(source, "", "", 0))
+    who.client, who.token = token, "" if required else token
+    if user:
+        resumed = who.token in user.tokens
+        attach(hub, who, user, address)
+        if account and user.account != account:
+            change_login(hub, who, account)
+        return Entered(True, resumed)
+    if owns and holder:
+        take_name(hub, holder, free_name(hub, wanted, dice=dice))
+    user = User(source, realname or name, new_resume_id(hub, who.token), hub.now)
+    user.set_login(account, hub.accounts.identity(account))
+    user.metadata, user.away, user.spoke = dict(metadata), away, hub.ticks
+    add_user(hub, user)
+    attach(hub, who, user, address)
+    tell_watchers(hub, user.key, ONLINE, user.source)
+    return Entered(False, False)
+
+
+def close_channel(hub: Hub, channel: Channel) -> None:
+    """The channel ends. What was said in it while it was private is sealed: the next founder
+    of this name was not meant to read it."""
+    del hub.channels[channel.key]
+    for user in list(channel.invited):
+        channel.uninvite(user)
+    if channel.private:
+        hub.turn.record("seal", channel.key, channel.founding)
+
+
+def put_out(hub: Hub, user: User, channel: Channel) -> None:
+    """End a membership, after the event that says so."""
+    hub.turn.move(user, channel)
+    member = channel.members.pop(user)
+    channel.rosters.clear()
+    channel.former.setdefault(user, []).append((member.since, hub.last_id))
+    del user.channels[channel]
+    if not channel.members and not channel.founder:
+        close_channel(hub, channel)
+
+
+def remove_user(hub: Hub, user: User, reason: str, origin: Session | None = None) -> None:
+    """The user is gone. A QUIT always has a reason: some clients need one."""
+    hub.charge(WORK_OF_A_RECEIVER * neighbours(user).cost)
+    hub.emit(QUIT, user.source, neighbours(user), reason or "Connection closed", origin=origin)
+    for channel in list(user.channels):
+        put_out(hub, user, channel)
+    for channel in list(user.invitations):
+        channel.uninvite(user)
+    del hub.users[user.key], hub.users_by_id[user.resume_id]
+    for token in user.tokens:
+        del hub.users_by_token[token]
+    hub.absent.pop(user, None)
+    forget_absent(hub, user)
+    hub.invisible -= "i" in user.modes
+    hub.turn.changed.add(user)
+    hub.markers.pop(user.resume_id, None)
+    hub.former.append(FormerUser(user.source, user.realname, hub.now))
+    tell_watchers(hub, user.key, OFFLINE, user.source)
+
+
+def start_grace_period(hub: Hub, user: User) -> None:
+    """Keep a user without a session. There are at most so many of them: the first one goes."""
+    hub.absent[user] = hub.ticks
+    host = host_of(user.source.address)
+    near = hub.absent_by_host.setdefault(host, {})
+    near[user] = None
+    crowded = near if len(near) > hub.absent_per_host and not is_loopback(host) else ()
+    crowded = hub.absent if len(hub.absent) > ABSENT_MOST else crowded
+    if crowded:
+        remove_user(hub, next(iter(crowded)), "Connection lost")
+
+
+@act
+def leave(hub: Hub, who: Session, reason: str, intended: bool) -> None:
+    """End a session. The user goes with the last one; or, if the connection broke and the
+    user can prove to be the same later, stays for the grace period."""
+    user, token = who.user, who.token
+    detach(hub, who)
+    if user.live:
+        if intended and all(other.token != token for other in user.live):
+            forget_token(hub, user, token)
+            hub.turn.changed.add(user)
+    elif intended or not user.may_return:
+        remove_user(hub, user, reason, who)
+    else:
+        start_grace_period(hub, user)
+
+
+@act
+def grace_period_over(hub: Hub, who: Session, resume_id: str) -> None:
+    """A user did not come back in time."""
+    user = hub.users_by_id.get(resume_id)
+    if user and not user.live:
+        remove_user(hub, user, "Connection lost")
+
+
+# Accounts
+
+
+@act
+def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -> None:
+    """Log a user in to an account whose owner the session proved to be. With `takes_name`
+    the user also gets the account's name, or becomes one more session of who has it."""
+    if not hub.accounts.is_proof(account, proof):
+        raise wrong_login()  # it was dropped, or has another password by now
+    user, holder = who.user, hub.users.get(fold(account))
+    if takes_name and holder and holder is not user and holder.account != account:
+        take_name(hub, holder, free_name(hub, account))
+        holder = None
+    if not takes_name or holder in (None, user):
+        change_login(hub, who, account)
+        if takes_name and holder is None:
+            take_name(hub, user, account, who)
+        return
+    inherit(hub, user, holder.login)
+    user.sessions.remove(who)
+    for channel in user.channels:
+        channel.by_wire = None
+    if not user.live:
+        remove_user(hub, user, f"Logged in as {account}", who)
+    who.user = None
+    attach(hub, who, holder, who.address)
+    hub.turn.since.pop(who, None)  # it has heard all of this turn, too
+
+
+def check_new_account(hub: Hub, user: User | None, nick: str, wanted: str) -> str:
+    """Return the account name that may be registered: the user's own. Raises Refused."""
+    name = nick if fold(wanted) in ("*", fold(nick)) else wanted
+    if user and user.account:
+        raise Refused("ALREADY_AUTHENTICATED", "you are logged in already", name)
+    if not nick:
+        raise Refused("NEED_NICK", "take a name first", "*")
+    if name != nick:
+        text = f"an account is called as you are: {nick}"
+        raise Refused("ACCOUNT_NAME_MUST_BE_NICK", text, name)
+    holder = hub.users.get(fold(name))
+    if hub.accounts.is_foreign(name, "") or holder not in (None, user):
+        raise Refused("ACCOUNT_EXISTS", f"{name} is registered already", name)
+    return name
+
+
+def save_account(hub: Hub, account: Account) -> Account:
+    hub.accounts.put(account)
+    hub.turn.record(
+        *("account", fold(account.name), account.name, *account.verifier),
+        *(account.email, account.number),
+    )
+    return account
+
+
+@act
+def register_account(
+    hub: Hub, who: Session, nick: str, wanted: str, verifier: tuple, email: str
+) -> Account:
+    """Make a name an account. The session is not logged in by that."""
+    name = check_new_account(hub, who.user, nick, wanted)
+    return save_account(hub, Account(name, Verifier(*verifier), email, hub.next_id()))
+
+
+@act
+def verify_account(hub: Hub, who: Session, name: str, verifier: tuple, email: str) -> Account:
+    """The same for one whose mail address was verified."""
+    if fold(name) in hub.accounts:
+        raise Refused("INVALID_CODE", f"{name} is registered already", name)
+    return save_account(hub, Account(name, Verifier(*verifier), email, hub.next_id()))
+
+
+@act
+def change_password(hub: Hub, who: Session, account: str, proof: str, verifier: tuple) -> Account:
+    """Give an account another password; `proof` is of the one before."""
+    known = hub.accounts.get(fold(account))
+    if known is None or proof != known.revision:
+        raise wrong_login()
+    return save_account(hub, known._replace(verifier=Verifier(*verifier)))
+
+
+def drop_certificate(hub: Hub, fingerprint: str) -> None:
+    del hub.accounts.certificates[fingerprint]
+    hub.turn.record("certificate_gone", fingerprint)
+
+
+def give_up_channel(hub: Hub, channel: Channel) -> None:
+    """It ends with its last member, like any other."""
+    hub.founded -= collections.Counter([channel.founder])
+    channel.founder = ""
+    channel.stored_ranks.clear()
+    hub.turn.changed.add(channel)
+    if not channel.members:
+        close_channel(hub, channel)
+
+
+@act
+def drop_account(hub: Hub, who: Session, name: str, proof: str) -> None:
+    """Delete an account. Its users stay as guests, its channels end with their last member."""
+    account = hub.accounts.get(fold(name))
+    if account is None or proof != account.revision:
+        raise wrong_login()
+    identity = account.identity
+    for fingerprint in hub.accounts.certificates_of(name):
+        drop_certificate(hub, fingerprint)
+    hub.accounts.remove(name)
+    hub.turn.record("account_gone", fold(name))
+    hub.markers.pop(identity, None)
+    hub.turn.record("markers_gone", identity)
+    for guest in hub.guests_of.pop(identity, ()):
+        del hub.accounts_of[guest]
+    hub.turn.record("identities_gone", identity)
+    hub.charge(len(hub.users) + len(hub.channels))
+    for user in [user for user in hub.users.values() if user.login == identity]:
+        user.set_login("", "")
+        hub.turn.changed.add(user)
+        emit_to_witnesses(hub, ACCOUNT, user.source, user)
+    for channel in [c for c in hub.channels.values() if c.founder == identity]:
+        give_up_channel(hub, channel)
+
+
+def own_account(user: User) -> str:
+    """Return the account that a user is logged in to. Raises Refused."""
+    if not user.account:
+        raise Refused("NOT_LOGGED_IN", "you are not logged in")
+    return user.account
+
+
+@act
+def add_certificate(hub: Hub, who: Session, fingerprint: str) -> str:
+    """Let a certificate log in to the user's account."""
+    accounts, account = hub.accounts, own_account(who.user)
+    if not fingerprint:
+        raise Refused("NO_CERTIFICATE", "this connection shows no certificate")
+    if accounts.certificates.get(fingerprint, fold(account)) != fold(account):
+        raise Refused("CERTIFICATE_TAKEN", "this certificate is another account's")
+    known = accounts.certificates_of(account)
+    if fingerprint not in known and len(known) >= CERTIFICATES:
+        raise Refused("LIMIT_REACHED", f"{CERTIFICATES} certificates at most; remove one")
+    accounts.certificates[fingerprint] = fold(account)
+    hub.turn.record("certificate", fingerprint, fold(account))
+    return account
+
+
+@act
+def remove_certificate(hub: Hub, who: Session, fingerprint: str) -> str:
+    account = own_account(who.user)
+    if hub.accounts.certificates.get(fingerprint) != fold(account):
+        raise Refused("NO_CERTIFICATE", "that is no certificate of yours; see CERT LIST")
+    drop_certificate(hub, fingerprint)
+    return account
+
+
+# Channels
+
+
+def found_channel(hub: Hub, user: User, channel: Channel) -> str:
+    """Return the ranks of a channel's first member; an account founds channels that last."""
+    if channel.key == LOBBY:
+        return ""
+    if user.login and hub.founded[user.login] < CHANNELS_FOUNDED:
+        channel.founder = user.login
+        hub.founded[user.login] += 1
+    return "o"
+
+
+def tell_metadata_of_newcomer(hub: Hub, who: Session, channel: Channel) -> None:
+    """Tell the members of a channel what they subscribed to of a user who joined."""
+    user = who.user
+    for key, value in user.metadata.items():
+        subscribed = hub.subscribers.get(key, ())
+        hub.charge(len(subscribed))
+        told = [s for s in subscribed if s.user in channel.members and s is not who]
+        if told:
+            hub.emit(METADATA, user.source, Audience(user.name, sessions=told), value, key)
+
+
+@act
+def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
+    """Join a channel, which is founded if need be; its founder operates it. None if the user
+    is a member already."""
+    check_channel_name(name)
+    user, key = who.user, fold(name)
+    channel = hub.channels.get(key)
+    if channel and channel in user.channels:
+        return None
+    if len(user.channels) >= CHANNELS_A_USER:
+        text = f"{CHANNELS_A_USER} channels at most; /part one"
+        raise Refused("TOO_MANY_CHANNELS", text, name)
+    if channel:
+        hub.charge(channel.masks)
+        channel.check_entry(user, password)
+        ranks = channel.ranks_by_account(user)
+    else:
+        channel = hub.channels[key] = Channel(name, hub.last_id + 1, hub.now)
+        ranks = found_channel(hub, user, channel)
+    channel.uninvite(user)
+    channel.members[user] = Membership(hub.last_id + 1, ranks)
+    user.channels[channel] = None
+    channel.enrol(user)
+    hub.turn.move(user, channel)
+    hub.emit(JOIN, user.source, channel.audience, user.realname, user.account, who)
+    if user.away:
+        hub.emit(AWAY, user.source, channel.audience, user.away, origin=who)
+    if others := [session for session in user.live if session is not who]:
+        hub.emit(ENTERED, user.source, Audience(channel.name, sessions=others))
+    tell_metadata_of_newcomer(hub, who, channel)
+    return channel
+
+
+@act
+def part(hub: Hub, who: Session, name: str, reason: str) -> Channel:
+    channel = hub.find_channel(name)
+    channel.member(who.user)
+    hub.emit(PART, who.user.source, channel.audience, cut(reason, REASON_BYTES), origin=who)
+    put_out(hub, who.user, channel)
+    return channel
+
+
+@act
+def disown(hub: Hub, who: Session, name: str) -> str:
+    """Give up a channel that the user's account founded; return its name."""
+    channel = hub.find_channel(name)
+    if not channel.founded_by(who.user):
+        raise Refused("NOT_OPERATOR", f"{channel.name} is not yours", channel.name)
+    give_up_channel(hub, channel)
+    return channel.name
+
+
+@act
+def set_topic(hub: Hub, who: Session, name: str, topic: str) -> Channel:
+    user, channel = who.user, hub.find_channel(name)
+    channel.require_inside(who)
+    if "t" in channel.flags:
+        channel.require(who)
+    if len(topic.encode()) > TOPIC_BYTES:
+        raise Refused("TOO_LONG", f"a topic has at most {TOPIC_BYTES} bytes")
+    channel.topic = topic
+    channel.topic_setter, channel.topic_time = user.source.mask, hub.now
+    hub.turn.changed.add(channel)
+    hub.emit(TOPIC, user.source, with_outsider(channel, user), topic, origin=who)
+    return channel
+
+
+@act
+def kick(hub: Hub, who: Session, where: str, name: str, reason: str) -> None:
+    """Put a member out; but not one of a higher rank, nor a half-operator another one."""
+    user, channel = who.user, hub.find_channel(where)
+    channel.require(who)  # before it is told who is here
+    victim = hub.find_user(name)
     if victim not in channel.members:
         text = f"{victim.name} is not in {channel.name}"
         raise Refused("USER_NOT_IN_CHANNEL", text, victim.name, channel.name)
-    if not user.is_operator:
+    if not who.operator:
         mine, theirs = channel.members[user].level, channel.members[victim].level
         if theirs < mine or theirs == mine == RANKS.index("h"):
             text = f"{victim.name} has too high a rank in {channel.name}"
             raise Refused("NOT_OPERATOR", text, channel.name)
     reason = cut(reason or user.name, REASON_BYTES)
-    hub.emit(KICK, user.source, scene(channel, user), reason, victim.name, session)
-    hub.put_out(victim, channel)
+    hub.emit(KICK, user.source, with_outsider(channel, user), reason, victim.name, who)
+    put_out(hub, victim, channel)
 
 
-def invite(session: Session, user: User, channel: Channel) -> None:
-    hub = session.site.hub
-    channel.require_inside(session.user)
+@act
+def invite(hub: Hub, who: Session, name: str, where: str) -> tuple[User, Channel]:
+    """Invite a user. Where something would keep the user out, only an operator may, and that
+    lets the user in; an invitation of any other member is no more than a message."""
+    user, channel = hub.find_user(name), hub.find_channel(where)
+    channel.require_inside(who)
     if user in channel.members:
         text = f"{user.name} is in {channel.name} already"
         raise Refused("ALREADY_IN_CHANNEL", text, user.name, channel.name)
-    if "i" in channel.flags:
-        channel.require(session.user)
+    hub.charge(channel.masks + len(channel.members))
+    if "i" in channel.flags or next(channel.obstacles(user, ""), None):
+        channel.require(who)
+    member = channel.members.get(who.user)
+    by_operator = who.operator or bool(member and member.level <= RANKS.index("h"))
     if len(user.invitations) >= INVITATIONS:  # the oldest is the least likely to be used
-        del user.invitations[next(iter(user.invitations))]
-    user.invitations[channel] = None
-    source, only = session.user.source, People(frozenset([user]))
-    hub.emit(INVITE, source, only, channel.name, user.name, session)
+        next(iter(user.invitations)).uninvite(user)
+    user.invitations[channel] = by_operator or user.invitations.get(channel, False)
+    channel.invited.add(user)
+    source = who.user.source
+    hub.emit(INVITE, source, Audience(users={user}), channel.name, user.name, who)
     level = RANKS.index("h") if "i" in channel.flags else len(RANKS)
     able = {other for other, member in channel.members.items() if member.level <= level}
-    others = People(frozenset(able - {session.user}))
-    hub.emit(INVITED, source, others, channel.name, user.name, session)
+    hub.emit(INVITED, source, Audience(users=able - {who.user}), channel.name, user.name, who)
+    return user, channel
 
 
-def set_topic(session: Session, channel: Channel, topic: str) -> None:
-    user, hub = session.user, session.site.hub
-    channel.require_inside(user)
-    if "t" in channel.flags:
-        channel.require(user)
-    if len(topic.encode()) > TOPIC_BYTES:
-        raise Refused("TOO_LONG", f"a topic has at most {TOPIC_BYTES} bytes")
-    channel.topic = topic
-    channel.topic_setter, channel.topic_time = user.source.mask, hub.now
-    hub.turn.kept.add(channel)
-    hub.emit(TOPIC, user.source, scene(channel, user), topic, origin=session)
-
-
-def take_name_back(hub: Hub, wanted: str, account: str) -> None:
-    """Whoever has the name of an account that is not theirs gets another when its owner comes."""
-    holder = hub.users.get(fold(wanted))
-    if holder and holder.account != account and account and fold(wanted) == fold(account):
-        hub.rename_user(holder, free_name(hub, wanted))
-
-
-def become_device(session: Session, user: User) -> None:
-    """This session is one more of somebody who is here. Who it was leaves, if there is no
-    other device of that one."""
-    hub, before = session.site.hub, session.user
-    before.sessions.remove(session)
-    for channel in before.channels:
-        channel.by_wire = None
-    if not before.live:
-        hub.remove(before, f"Logged in as {user.account}", session)
-    hub.attach(session, user)
-    del hub.turn.since[session]  # it has heard all of this turn, too
-
-
-def enter_channel(session: Session, name: str, password: str = "") -> Channel | None:
-    """Join it, with all devices; None if this user is there already."""
-    before = len(session.user.channels)
-    channel = session.site.hub.join(session, name, password)
-    if len(session.user.channels) == before:
+def change_rank(hub: Hub, who: Session, channel: Channel, change: ModeChange) -> ModeChange | None:
+    """Every member may step down; else it takes a rank to give one."""
+    if not change.value:
+        sign = "+" if change.on else "-"
+        text = f"to whom? MODE {channel.name} {sign}{change.letter} <nickname>"
+        raise Refused("NEED_MORE_PARAMS", text, "MODE")
+    steps_down = not change.on and fold(change.value) == who.user.key
+    channel.require(who, "v" if steps_down else RANK_NEEDED[change.letter])
+    other = hub.find_user(change.value)
+    member = channel.members.get(other)
+    if member is None:
+        text = f"{other.name} is not in {channel.name}"
+        raise Refused("USER_NOT_IN_CHANNEL", text, other.name, channel.name)
+    if not member.set_rank(change.letter, change.on):
         return None
-    for other in session.user.live:
-        if other is not session:
-            other.place_entered(channel)
-    return channel
+    channel.rosters.clear()
+    channel.store_ranks(other)
+    hub.turn.changed.add(other)
+    return change._replace(value=other.name)
 
 
-def set_realname(session: Session, realname: str) -> None:
-    user, hub = session.user, session.site.hub
-    user.realname = realname
-    hub.turn.kept.add(user)
-    hub.emit(REALNAME, user.source, hub.witnesses(user), realname, origin=session)
+def change_mode(
+    hub: Hub, who: Session, channel: Channel, change: ModeChange, salt: str
+) -> ModeChange | None:
+    """Make one change; return what really changed, if anything did. Raises Refused."""
+    letter = change.letter
+    if letter in RANKS:
+        return change_rank(hub, who, channel, change)
+    channel.require(who)
+    if letter in FLAGS:
+        return channel.set_flag(change)
+    if letter in MASK_LISTS:
+        return channel.set_mask(change, who.user.source.mask, hub.now)
+    if letter == "k":
+        return channel.set_password(change, salt)
+    if letter == "l":
+        return channel.set_limit(change)
+    text = f"there is no channel mode {letter}; the modes are {MASK_LISTS}, k, l, {RANKS}, "
+    raise Refused("UNKNOWN_MODE", text + "".join(FLAGS), letter)
 
 
-def kill(session: Session, victim: User, reason: str) -> None:
-    """Close all connections of somebody."""
-    reason = cut(reason, REASON_BYTES) or "no reason given"
-    session.site.house.note(f"{victim.source.mask} killed by {session.user.name}: {reason}")
-    by, live = session.user.source, victim.live
-    for other in live:
-        other.killed(by, reason)
-    if not live:  # missed, and not back yet
-        session.site.hub.remove(victim, f"Killed ({by.name} ({reason}))")
+def end_invitations(hub: Hub, channel: Channel, done: Iterable[ModeChange]) -> None:
+    """A later ban or +i ends the invitations of those whom it keeps out."""
+    for change in done:
+        if change.on and change.letter in "bi" and channel.invited:
+            hub.charge(len(channel.invited))
+            mask = Mask(change.value) if change.letter == "b" else None
+            for user in [u for u in channel.invited if mask is None or mask.matches(u)]:
+                channel.uninvite(user)
 
 
-def redact(session: Session, audience: Any, event: Event, reason: str) -> None:
-    """Take back what was said, for its author and operators of the channel."""
-    user, hub = session.user, session.site.hub
-    if event.source.identity != user.identity:
-        if not isinstance(audience, Channel):
-            raise Refused("REDACT_FORBIDDEN", "these are not your words")
-        audience.require(user)
-    hub.turn.redacted += [(key, event.id) for key in audience.keys]
-    gone = "UPDATE receipts SET time = ? WHERE event = ?"
-    hub.turn.writes.append((gone, (hub.now, event.id)))
-    text = f"{event.id:x}" + (f" :{reason}" if reason else "")
-    hub.emit(REDACT, user.source, audience, text, audience.addressee(user), session)
+@act
+def set_modes(
+    hub: Hub, who: Session, name: str, changes: tuple[tuple[bool, str, str], ...], salt: str
+) -> list[Refused]:
+    """Change a channel's modes, as far as that can be done; return why not of the rest."""
+    user, channel = who.user, hub.find_channel(name)
+    done: list[ModeChange] = []
+    refusals: dict[Any, Refused] = {}  # one of a kind: a hundred letters are no flood
+    for change in itertools.starmap(ModeChange, changes):
+        try:
+            changed = change_mode(hub, who, channel, change, salt)
+            done += [changed] if changed else []
+        except Refused as refusal:
+            refusals.setdefault((refusal.code, refusal.about), refusal)
+    if not done:
+        return list(refusals.values())
+    hub.turn.changed.add(channel)
+    end_invitations(hub, channel, done)
+    audience = with_outsider(channel, user)
+    for text in mode_lines(change for change in done if change.letter != "k"):
+        hub.emit(MODE, user.source, audience, text, origin=who)
+    for text in mode_lines(change for change in done if change.letter == "k"):
+        hub.emit(PASSWORD, user.source, audience, text, origin=who)
+    return list(refusals.values())
 
 
-def move_history(turn: Turn, channel: Channel, key: str) -> None:
-    """It goes with the channel, and with it what this turn did to it before."""
-    turn.renamed.append((channel.key, key))
-    turn.redacted = [(key if k == channel.key else k, id) for k, id in turn.redacted]
+def move_markers(hub: Hub, old: str, new: str) -> None:
+    """Read markers go with the channel; one of the new name was of another channel."""
+    for owner, marks in hub.markers.items():
+        if marks.keys().isdisjoint((old, new)):
+            continue
+        mark, _ = marks.pop(old, None), marks.pop(new, None)
+        marks.update({} if mark is None else {new: mark})
+        if owner[0] == "=":  # of an account: they are kept
+            hub.turn.record("marker_gone", owner, old)
+            if mark:
+                hub.turn.record("marker", owner, new, *mark)
+            else:
+                hub.turn.record("marker_gone", owner, new)
 
 
-def rename_channel(session: Session, channel: Channel, name: str, reason: str) -> None:
-    """Another name for a channel, and for its history. The old one is free at once."""
-    hub, user = session.site.hub, session.user
-    channel.require(user, "o")
+@act
+def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -> None:
+    """Give a channel another name, and with it the history of this founding. The old name is
+    free at once."""
+    user, channel = who.user, hub.find_channel(where)
+    channel.require(who, "o")
     check_channel_name(name)
-    other, old = hub.channels.get(fold(name)), channel.name
-    if channel.key == LOBBY or fold(name) == LOBBY:
-        text = f"{LOBBY} stays what it is"
-        raise Refused("CANNOT_RENAME", text, old, name)
+    other, old, key = hub.channels.get(fold(name)), channel.name, fold(name)
+    if LOBBY in (channel.key, key):
+        raise Refused("CANNOT_RENAME", f"{LOBBY} stays what it is", old, name)
     if other not in (None, channel):
         raise Refused("CHANNEL_NAME_IN_USE", f"there is a {other.name} already", old, name)
-    if any(gone.key == fold(name) and gone is not channel for gone in hub.turn.changed):
-        raise Refused("CHANNEL_NAME_IN_USE", "that is just being left; try again", old, name)
-    if fold(name) != channel.key and session.site.store.remembers(fold(name), hub.turn):
-        text = f"something was said in a channel called {name}, which its people may come back to"
+    if key != channel.key and hub.has_history(key):
+        text = f"there is history of a channel called {name}, for those who may come back to it"
         raise Refused("CHANNEL_NAME_IN_USE", text, old, name)
-    hub.turn.events = [
-        e._replace(audience=Renamed(channel, old)) if e.audience is channel else e
-        for e in hub.turn.events
-    ]
+    hub.charge(RENAME_WORK * len(channel.members))
     del hub.channels[channel.key]
-    move_history(hub.turn, channel, fold(name))
-    hub.markers.rename(channel.key, fold(name), hub.turn)
-    hub.turn.states["channel", channel.key] = FORGET_CHANNEL, (channel.key,)
-    channel.name, channel.key, channel.keys = name, fold(name), (fold(name),)
-    hub.channels[channel.key] = channel
-    hub.turn.kept |= {channel, *channel.members}
-    hub.emit(RENAME, user.source, scene(channel, user), reason, old, session)
-    for member in channel.members:
-        for other_session in member.live:
-            other_session.place_renamed(old, channel, reason)
+    if key != channel.key:
+        hub.turn.record("rename", channel.key, key, channel.founding)
+        hub.turn.record("channel_gone", channel.key)
+        move_markers(hub, channel.key, key)
+    channel.set_name(name)
+    hub.channels[key] = channel
+    hub.turn.changed |= {channel, *channel.members}
+    hub.emit(RENAME, user.source, with_outsider(channel, user), reason, old, who)
+    hub.emit(RENAMED, user.source, Audience(name, users=channel.members), reason, old)
 
 
-def set_metadata(session: Session, owner: User | Channel, key: str, value: str) -> None:
-    """ "" unsets it. Who wants to hear of this key is told, but for who did it."""
+# Messages
+
+
+class Sent(NamedTuple):
+    """What became of a message."""
+
+    repeat: int | None = None  # the id of the event that the same message was before
+    away: User | None = None  # its receiver, who is away
+
+
+@act
+def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_id: str) -> Sent:
+    """Send a message to a channel or user. `own_id` is the sender's id of it: under one id
+    there is one message."""
+    user = who.user
+    if own_id and (repeat := hub.find_repeat(who, own_id)) is not None:
+        return Sent(repeat)
+    audience = hub.find_audience(user, name)
+    about, partner = "", None
+    if isinstance(audience, Channel):
+        hub.work += len(audience.lists["b"])
+        audience.check_can_send(user, text)
+        audience = audience.audience if audience in user.channels else with_outsider(audience, user)
+    elif isinstance(audience, Conversation):
+        audience.check_can_send(user)
+        partner = audience.partner(user)
+        about, partner.traces = partner.name, True
+        hub.work += 2 * WORK_OF_A_RECEIVER
+    else:
+        hub.find_channel(name[1:]).check_can_send(user, text)
+        hub.work += WORK_OF_A_RECEIVER * len(audience.users)
+    user.traces = True
+    if kind is not TAGS and not text.startswith("\x01"):  # answers of programs are no activity
+        user.spoke = hub.ticks
+    event = hub.emit(kind, user.source, audience, text, about, who, tags)
+    if partner and partner is not user:
+        for other in user.sessions:
+            if other is not who:
+                hub.turn.copies.setdefault(other, []).append(event.id)
+                hub.turn.individually_addressed.add(other)
+    if own_id:
+        hub.turn.dedup[next(iter(hub.dedup_owners(who))), own_id] = event
+    return Sent(away=partner if partner and partner.away and kind is MESSAGE else None)
+
+
+def conversation_keys(hub: Hub, one: str, other: str) -> list[str]:
+    """Return under which keys the store may have a private conversation: those of an account
+    include what its owner said as a guest."""
+    pairs = itertools.product(hub.identities(one), hub.identities(other))
+    return list(dict.fromkeys(" ".join(sorted(pair)) for pair in pairs))
+
+
+def check_may_redact(
+    who: Session, channel: Channel | None, founding: int, name: str, message_id: str
+) -> None:
+    """Raise Refused unless `who` may take back the words of another user."""
+    text = "these are not your words"
+    if channel:
+        text = "these are words from before this channel was founded again"
+        member = channel.members[who.user]
+        if who.operator or (founding == channel.founding and member.level <= RANKS.index("h")):
+            return
+        if founding == channel.founding:
+            text = f"only operators of {channel.name} can do that"
+    raise Refused("REDACT_FORBIDDEN", text, name, message_id)
+
+
+@act
+def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> None:
+    """Take back a message: for its author, and for operators of the channel in this founding
+    of it. A message in private is the author's alone to take back."""
+    user = who.user
+    channel = hub.channels.get(fold(name)) if name.startswith("#") else None
+    other = None if name.startswith("#") else hub.users.get(fold(name))
+    if not (other or (channel and user in channel.members)):
+        text = "there is nothing of it that you may read"
+        raise Refused("INVALID_TARGET", text, name)
+    audience = channel.audience if channel else hub.conversation(user, other)
+    keys = [channel.key] if channel else conversation_keys(hub, user.identity, other.identity)
+    try:
+        id = hub.ids.parse(message_id)
+    except ValueError:
+        id = 0
+    known = hub.author_of(keys, id)
+    if known is None:
+        raise Refused("UNKNOWN_MSGID", "there is no such message", name, message_id)
+    founding, author = known
+    if not hub.same_person(author, user.identity):
+        check_may_redact(who, channel, founding, name, message_id)
+    for key in keys:
+        hub.turn.record("redact", key, hub.now, id)
+    text = hub.ids.text(id) + (f" :{reason}" if reason else "")
+    hub.emit(REDACT, user.source, audience, text, other.name if other else "", who)
+
+
+@act
+def wallops(hub: Hub, who: Session, text: str) -> None:
+    """Tell all users with mode w."""
+    hub.charge(len(hub.users))
+    listening = [user for user in hub.users.values() if "w" in user.modes]
+    hub.emit(WALLOPS, who.user.source, Audience(users=listening), text, origin=who)
+
+
+# What users say of themselves
+
+
+@act
+def set_away(hub: Hub, who: Session, reason: str) -> None:
+    """Be away for a reason, or, without one, back."""
+    user, reason = who.user, cut(reason, REASON_BYTES)
+    if reason != user.away:
+        user.away = reason
+        hub.turn.changed.add(user)
+        emit_to_witnesses(hub, AWAY, user.source, user, reason, origin=who)
+
+
+@act
+def set_realname(hub: Hub, who: Session, realname: str) -> None:
+    user = who.user
+    user.realname = realname
+    hub.turn.changed.add(user)
+    emit_to_witnesses(hub, REALNAME, user.source, user, realname, origin=who)
+
+
+@act
+def set_user_modes(hub: Hub, who: Session, changes: tuple[tuple[bool, str, str], ...]) -> None:
+    """Change the user's own modes, on all devices. OPER alone gives o, and to one session."""
+    user, done = who.user, []
+    for change in itertools.starmap(ModeChange, changes):
+        if change.letter == "o":
+            if who.operator and not change.on:
+                done.append(change)
+                who.operator = False
+                hub.operators.discard(who)
+        elif change.on != (change.letter in user.modes):
+            user.modes ^= {change.letter}
+            hub.invisible += {True: 1, False: -1}[change.on] if change.letter == "i" else 0
+            done.append(change)
+    if not done:
+        return
+    user.change_source(bot="B" in user.modes)
+    hub.turn.changed.add(user)
+    shared = [change for change in done if change.letter != "o"]
+    if others := [s for s in user.live if s is not who] if shared else []:
+        audience = Audience(user.name, sessions=others)
+        hub.emit(USER_MODE, user.source, audience, format_modes(shared), user.name)
+    mine = Audience(user.name, sessions={who})
+    hub.emit(USER_MODE, user.source, mine, format_modes(done), user.name, who)
+
+
+def check_metadata_writable(who: Session, owner: User | Channel, target: str, key: str) -> None:
+    """Raise Refused unless `who` may change the metadata of a user or channel."""
+    if isinstance(owner, Channel):
+        member = owner.members.get(who.user)
+        allowed = who.operator or (member and member.level <= RANKS.index("o"))
+    else:
+        allowed = owner is who.user or who.operator
+    if not allowed:
+        raise Refused("KEY_NO_PERMISSION", "that is not yours to change", target, key)
+
+
+def owner_source(owner: User | Channel) -> Source:
+    return owner.source if isinstance(owner, User) else Source(owner.name, "")
+
+
+@act
+def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> None:
+    """Set a value of a user or channel; "" removes it. Subscribers of the key are told."""
+    owner = hub.find_channel(target) if target.startswith("#") else hub.find_user(target)
+    check_metadata_writable(who, owner, target, key)
+    if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
+        text = f"{METADATA_KEYS} keys at most"
+        raise Refused("LIMIT_REACHED", text, target, str(METADATA_KEYS))
     if value:
         owner.metadata[key] = value
     else:
         owner.metadata.pop(key, None)
-    if session.user:  # else it is for who is not here yet
-        session.site.hub.turn.kept.add(owner)
-    if isinstance(owner, Channel):
-        hearers = owner.listeners()
-    else:
-        hearers = session.site.hub.witnesses(owner).listeners() if session.user else ()
-    for other in itertools.chain(*(user.live for user in hearers)):
-        if other is not session:
-            other.learns(owner.name, key, value)
+    hub.turn.changed.add(owner)
+    subscribed = hub.subscribers.get(key, set()) - {who}
+    if not subscribed:
+        return
+    audience = (
+        owner.audience
+        if isinstance(owner, Channel)
+        else neighbours(owner, hub.watchers.get(owner.key, ()), alone=True)
+    )
+    hub.charge(len(subscribed))
+    channels = set(audience.channels)
+    told = [
+        session
+        for session in subscribed
+        if session.user
+        and (
+            session in audience.sessions
+            or session.user in audience.users
+            or not channels.isdisjoint(session.user.channels)
+        )
+    ]
+    if told:
+        hub.emit(METADATA, owner_source(owner), Audience(owner.name, sessions=told), value, key)
 
 
-def tell_all(session: Session, text: str) -> None:
-    """To everybody who wants to hear of server operators (user mode w)."""
-    hub = session.site.hub
-    listening = frozenset(user for user in hub.users.values() if "w" in user.modes)
-    hub.emit(WALLOPS, session.user.source, People(listening), text, origin=session)
+@act
+def mark_read(hub: Hub, who: Session, target: str, when: int, id: int) -> None:
+    """Move a read marker forward, and tell the user's other sessions. A time that is no
+    message's cannot lie in the future: nothing has been read there."""
+    user, key = who.user, fold(target)
+    mark = Marker(when if id else min(when, hub.now + TIMES_AHEAD), id)
+    if not hub.markers.advance(user.identity, key, mark):
+        return
+    if user.account:
+        hub.turn.record("marker", user.identity, key, *mark)
+    if others := [session for session in user.live if session is not who]:
+        hub.emit(READ, user.source, Audience(target, sessions=others))
 
 
-def apply_modes(session: Session, channel: Channel, changes: Iterable[ModeChange]) -> list[Refused]:
-    """Do what can be done, in one event, and say why not of the rest."""
-    hub = session.site.hub
-    done: list[ModeChange] = []
-    refusals: dict[Any, Refused] = {}  # one of a kind: a hundred letters are no flood
-    for change in changes:
-        try:
-            changed = change_mode(hub, session.user, channel, change)
-            done += [changed] if changed else []
-        except Refused as refusal:
-            refusals.setdefault((refusal.code, refusal.about), refusal)
-    hub.turn.kept.add(channel)
-    user, audience = session.user, scene(channel, session.user)
-    for text in mode_lines(change for change in done if change.letter != "k"):
-        hub.emit(MODE, user.source, audience, text, origin=session)
-    for text in mode_lines(change for change in done if change.letter == "k"):
-        hub.emit(PASSWORD, user.source, audience, text, origin=session)
-    return list(refusals.values())
+# Operators of the server
 
 
-def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
-    """ "+o-l", ["bob"] -> what is to be changed. What lacks its value gets an empty one."""
-    on, changes, left = True, [], iter(values)
-    for letter in letters[:MODES_AT_ONCE]:
-        if letter in "+-":
-            on = letter == "+"
-            continue
-        takes_value = letter in RANKS + MASK_LISTS + "k" or (letter == "l" and on)
-        changes.append(ModeChange(on, letter, next(left, "") if takes_value else ""))
-    return changes
+@act
+def become_operator(hub: Hub, who: Session, name: str) -> None:
+    """This session, not the user's others, operates the server; it proved a password."""
+    who.operator = True
+    hub.operators.add(who)
+    user = who.user
+    mine = Audience(user.name, sessions={who})
+    hub.emit(USER_MODE, user.source, mine, "+o", user.name, who)
 
 
-def wrong_password(session: Session) -> None:
-    """Say so; too many close the connection."""
-    session.tries += 1
-    text = f"that is not it (try {session.tries} of {PASSWORD_TRIES})"
+def killed_text(by: Source, reason: str) -> str:
+    return f"Killed ({by.name} ({reason}))"
+
+
+def disconnect(hub: Hub, by: Source, user: User, reason: str) -> None:
+    """Close all sessions of a user, who is gone at once."""
+    live = user.live
+    for session in live:
+        detach(hub, session)
+    hub.emit(KILLED, by, Audience(sessions=live), reason, user.name)
+    remove_user(hub, user, killed_text(by, reason), live[0] if live else None)
+
+
+def require_operator(who: Session) -> None:
+    if not who.operator:
+        raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
+
+
+@act
+def kill(hub: Hub, who: Session, name: str, reason: str) -> str:
+    """Close all sessions of a user; return the user's mask."""
+    require_operator(who)
+    victim = hub.find_user(name)
+    disconnect(hub, who.user.source, victim, cut(reason, REASON_BYTES) or "no reason given")
+    return victim.source.mask
+
+
+def expire_bans(hub: Hub) -> None:
+    for key in [key for key, ban in hub.bans.items() if ban.until and ban.until <= hub.now]:
+        del hub.bans[key]
+        hub.turn.record("ban_gone", key)
+
+
+@act
+def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str) -> int:
+    """Add a K-line, and disconnect those whom it matches; return how many users that were."""
+    require_operator(who)
+    mask = server_mask(mask)
+    if not is_word(mask, MASK_BYTES):
+        raise Refused("BAD_MASK", f"a mask is one word of at most {MASK_BYTES} bytes", mask)
+    expire_bans(hub)
+    if fold(mask) not in hub.bans and len(hub.bans) >= SERVER_BANS:
+        raise Refused("LIST_FULL", f"the list is full: {SERVER_BANS} bans at most", "*", mask)
+    until = hub.now + minutes * 60_000 if minutes else 0
+    reason = cut(reason, REASON_BYTES) or "no reason given"
+    ban = ServerBan(mask, who.user.source.mask, until, reason)
+    hub.bans[fold(mask)] = ban
+    hub.turn.record("ban", fold(mask), *ban)
+    hub.charge(len(hub.users))
+    meant, pattern = [], Mask(mask)
+    for user in hub.users.values():
+        if pattern.matches(user) and user is not who.user:
+            meant.append(user)
+    for user in meant:
+        disconnect(hub, who.user.source, user, f"K-lined: {reason}")
+    return len(meant)
+
+
+@act
+def unban_from_server(hub: Hub, who: Session, mask: str) -> str:
+    """Remove a K-line; return its mask."""
+    require_operator(who)
+    ban = hub.bans.pop(fold(server_mask(mask)), None)
+    if ban is None:
+        raise Refused("NO_SUCH_BAN", f"there is no K-line {mask}; STATS k lists them", mask)
+    hub.turn.record("ban_gone", fold(ban.mask))
+    return ban.mask
+
+
+# The start of a server
+
+
+def revive_user(hub: Hub, resume_id: str, state: dict[str, Any]) -> User | None:
+    """Make a user of the last server absent, with a fresh grace period."""
+    user = User.revived(resume_id, state, hub.ticks)
+    if user.login and hub.accounts.identity(user.account) != user.login:  # it was dropped
+        user.set_login("", "")
+    if user.key in hub.users or not user.may_return:
+        return None
+    add_user(hub, user)
+    start_grace_period(hub, user)
+    return user
+
+
+def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[str, str]]) -> None:
+    """Load what Hub.settle() recorded. A channel is there again if an account founded it, or
+    one of its members may come back; else it ends like one whose last member has left."""
+    wanted: dict[User, dict[str, str]] = {}
+    for resume_id, text in users:
+        state = json.loads(text)
+        if user := revive_user(hub, resume_id, state):
+            wanted[user] = state["channels"]
+        else:
+            hub.turn.record("user_gone", resume_id)
+    identities = {account.identity for account in hub.accounts.values()}
+    for key, text in channels:
+        hub.channels[key] = channel = Channel.revived(json.loads(text))
+        for user in (user for user, places in wanted.items() if key in places):
+            ranks = "".join(rank for rank in RANKS if rank in wanted[user][key])
+            channel.members[user] = Membership(0, ranks)
+        if channel.founder:
+            hub.founded[channel.founder] += 1
+        if channel.founder not in identities:
+            give_up_channel(hub, channel)
+    for user, places in wanted.items():
+        user.channels = {hub.channels[key]: None for key in places if key in hub.channels}
+
+
+# ======================================================================================
+# PASSWORDS
+# ======================================================================================
+# What a session does to prove something, in both dialects. The slow part runs off the loop
+# before the act; the act gets a proof: the revision of the password that was checked.
+
+TOO_MANY_TRIES = "Too many wrong passwords"
+
+
+def wrong_password(session: LocalSession, subject: str) -> None:
+    """Refuse a wrong password of the server or an operator, which has been counted by
+    address; a few close the connection."""
+    site = session.site
+    throttle, host = site.hub.accounts.throttle, session.conn.limit_key
+    tries = throttle.count(host, subject, site.hub.ticks)
+    text = f"that is not it (try {tries} of {PASSWORD_TRIES})"
     session.refuse(Refused("WRONG_PASSWORD", text))
-    if session.tries >= PASSWORD_TRIES:
-        session.end("Too many wrong passwords")
+    if tries >= PASSWORD_TRIES:
+        session.end(TOO_MANY_TRIES)
 
 
-def claimed_account(session: Session, name: str) -> tuple[str, Verifier]:
-    """That somebody says is theirs. It counts as a failure until proven. Raises Refused."""
-    session.site.house.refresh()
-    accounts, now = session.site.hub.accounts, session.site.hub.now
-    accounts.throttle.check(session.host, name, now)
-    accounts.throttle.failed(session.host, name, now)
-    return accounts.find(name)
+SERVER_PASSWORD, OPERATOR_PASSWORD = "*pass", "*oper"  # subjects of the throttle
 
 
-def certified_account(session: Session, name: str) -> tuple[str, Verifier]:
-    """Whose certificate this connection shows; "" or that account may be asked for. Raises
-    Refused."""
-    session.site.house.refresh()
+def check_server_password(session: LocalSession, given: str) -> bool:
+    """Whether the server's password is right, or none is needed. Raises Refused where too
+    many wrong ones came from this address."""
+    site = session.site
+    if site.password is None:
+        return True
+    throttle, host = site.hub.accounts.throttle, session.conn.limit_key
+    if seconds := throttle.wait(host, SERVER_PASSWORD, site.hub.ticks):
+        text = f"too many failures; try again in {seconds} s"
+        raise Refused("WRONG_PASSWORD", text)
+    throttle.failed(host, SERVER_PASSWORD, site.hub.ticks)
+    if not hmac.compare_digest(given.encode(), site.password.encode()):
+        return False
+    throttle.succeeded(host, SERVER_PASSWORD)
+    return True
+
+
+def claimed_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
+    """Return the account that a session claims, and its verifier. It counts as a failure
+    until proven. Raises Refused."""
+    session.site.server.refresh()
+    hub, host = session.site.hub, session.conn.limit_key
+    hub.accounts.throttle.check(host, name, hub.ticks)
+    hub.accounts.throttle.failed(host, name, hub.ticks)
+    return hub.accounts.find(name)
+
+
+def certified_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
+    """Return the account of the connection's certificate; "" or that account may be asked
+    for. Raises Refused."""
+    session.site.server.refresh()
     accounts, fingerprint = session.site.hub.accounts, session.conn.fingerprint
     if not fingerprint:
         raise Refused("SASL_FAILED", "this connection shows no certificate")
@@ -2878,42 +4002,39 @@ def certified_account(session: Session, name: str) -> tuple[str, Verifier]:
     return accounts.find(key)
 
 
-def proven_account(session: Session, name: str, verifier: Verifier) -> None:
-    """It was; but another may have it by now, or a new password: then raise Refused."""
+def revision_of(session: LocalSession, name: str, verifier: Verifier) -> str:
+    """Return the proof that this password was right. Raises Refused if the account is gone
+    or has another password by now."""
     accounts = session.site.hub.accounts
     if accounts.find(name)[1] != verifier:
         raise wrong_login()
-    accounts.throttle.succeeded(session.host, name)
+    accounts.throttle.succeeded(session.conn.limit_key, name)
+    return verifier.salt.hex()
 
 
-def check_owner(session: Session, name: str, password: str, done: Callable[[str], None]) -> None:
-    """Whether that is the account's password; then done(the name as it is registered)."""
+def check_owner(
+    session: LocalSession, name: str, password: str, done: Callable[[str, str], None]
+) -> None:
+    """Check an account's password off the loop; then done(registered name, proof)."""
     account, verifier = claimed_account(session, name)
 
     def judge(fits: bool) -> None:
         if not fits:
             raise wrong_login()
-        proven_account(session, account, verifier)
-        done(account)
+        done(account, revision_of(session, account, verifier))
 
-    session.later(functools.partial(verifier.fits, password), judge)
+    session.later(PASSWORD_LANE, functools.partial(verifier.fits, password), judge)
 
 
-def identify(session: Session, name: str, password: str, done: Callable[[], None]) -> None:
-    """Log this session's user in to an account, if the password is right; then done()."""
+def identify(
+    session: LocalSession, name: str, password: str, takes_name: bool, done: Callable[[str], None]
+) -> None:
+    """Log the session's user in to an account if the password is right; then done(name)."""
 
-    def proved(account: str) -> None:
-        session.site.hub.log_in(session, account)
-        done()
+    def proved(account: str, proof: str) -> None:
+        session.act("log_in", account, proof, takes_name, then=lambda _: done(account))
 
     check_owner(session, name, password, proved)
-
-
-def own_account(session: Session) -> str:
-    """That this session's user is logged in to. Raises Refused."""
-    if not session.user.account:
-        raise Refused("NOT_LOGGED_IN", "you are not logged in")
-    return session.user.account
 
 
 def check_password(password: str, name: str) -> None:
@@ -2923,194 +4044,134 @@ def check_password(password: str, name: str) -> None:
         raise Refused("WEAK_PASSWORD", text, name)
 
 
-def change_password(session: Session, old: str, new: str, done: Callable[[], None]) -> None:
-    """Of the account that one is logged in to."""
-    name, hub = own_account(session), session.site.hub
+def change_own_password(
+    session: LocalSession, old: str, new: str, done: Callable[[Any], None]
+) -> None:
+    """Change the password of the account that the user is logged in to."""
+    name = own_account(session.user)
     check_password(new, name)
 
-    def save(verifier: Verifier) -> None:
-        account = hub.accounts.get(fold(name))
-        if account is None:  # given up meanwhile
-            raise wrong_login()
-        hub.accounts.save(account._replace(verifier=verifier), hub.turn)
-        done()
+    def proved(account: str, proof: str) -> None:
+        def save(verifier: Verifier) -> None:
+            session.act("change_password", account, proof, tuple(verifier), then=done)
 
-    def proved(_: str) -> None:
-        session.later(functools.partial(make_verifier, new), save)
+        session.later(PASSWORD_LANE, functools.partial(make_verifier, new), save)
 
     check_owner(session, name, old, proved)
 
 
-def drop_account(session: Session, password: str, done: Callable[[], None]) -> None:
-    """Give up the account that one is logged in to."""
-    name, hub = own_account(session), session.site.hub
-
-    def proved(_: str) -> None:
-        identity = hub.accounts.identity(name)
-        hub.accounts.drop(name, hub.turn)
-        hub.markers.pop(identity, None)
-        hub.turn.writes.append(("DELETE FROM markers WHERE owner = ?", (identity,)))
-        for user in [user for user in hub.users.values() if user.account == name]:
-            user.logged_in("", "")
-            hub.turn.kept.add(user)
-            hub.emit(ACCOUNT, user.source, hub.witnesses(user))
-        for channel in [c for c in hub.channels.values() if c.founder == identity]:
-            hub.disown(channel)
-        done()
-
-    check_owner(session, name, password, proved)
+def drop_own_account(session: LocalSession, password: str, done: Callable[[Any], None]) -> None:
+    """Delete the account that the user is logged in to."""
+    check_owner(
+        session,
+        own_account(session.user),
+        password,
+        lambda account, proof: session.act("drop_account", account, proof, then=done),
+    )
 
 
-def check_new_account(session: Session, nick: str, wanted: str, password: str) -> str:
-    """The name that may be registered: one's own. Raises Refused."""
-    rules, hub = session.site.registration, session.site.hub
+EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
+
+
+def check_registration(session: LocalSession, nick: str, wanted: str, email: str) -> str:
+    """Return the account name that a session may register, and whether its address has to be
+    verified. Raises Refused."""
+    rules = session.site.registration
     name = nick if fold(wanted) in ("*", fold(nick)) else wanted
     if "off" in rules:
         raise Refused("TEMPORARILY_UNAVAILABLE", "this server makes no accounts", name)
     if session.user is None and "before-connect" not in rules:
-        raise Refused("COMPLETE_CONNECTION_REQUIRED", "come in first, then register", name)
-    if session.user and session.user.account:
-        raise Refused("ALREADY_AUTHENTICATED", "you are logged in already", name)
-    if not nick:
-        raise Refused("NEED_NICK", "take a name first", name)
-    if name != nick:
-        text = f"an account is called as you are: {nick}"
-        raise Refused("ACCOUNT_NAME_MUST_BE_NICK", text, name)
-    holder = hub.users.get(fold(name))
-    if hub.accounts.is_foreign(name, "") or holder not in (None, session.user):
-        raise Refused("ACCOUNT_EXISTS", f"{name} is somebody's already", name)
-    check_password(password, name)
+        raise Refused("COMPLETE_CONNECTION_REQUIRED", "come in first, then register")
+    name = check_new_account(session.site.hub, session.user, nick, wanted)
+    wants_email = "email-required" in rules
+    if (wants_email or email not in ("", "*")) and not EMAIL.fullmatch(email):
+        raise Refused("INVALID_EMAIL", "write one address, like alice@example.org", name)
     return name
 
 
-def count_account(session: Session, name: str) -> None:
-    """One more from this address, if it may have another one. Raises Refused."""
-    made, host, now = session.site.hub.accounts.made, session.host, session.site.hub.now
-    if seconds := made.wait(host, "", now):
+def count_account(session: LocalSession, name: str) -> None:
+    """Count one more account made from this address. Raises Refused when there are too many."""
+    hub, host = session.site.hub, session.conn.limit_key
+    if seconds := hub.accounts.made.wait(host, "", hub.ticks):
         text = f"{ACCOUNTS_MADE} accounts from one address at most; try again in {seconds} s"
         raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
     if not is_loopback(host):
-        made.failed(host, "", now)
+        hub.accounts.made.failed(host, "", hub.ticks)
 
 
-def register_account(
-    session: Session,
-    nick: str,
-    wanted: str,
-    email: str,
-    password: str,
-    done: Callable[[str, bool], None],
+Registered = Callable[[str, str], None]  # done(account, proof; "" while a code is awaited)
+
+
+def register_nick(
+    session: LocalSession, nick: str, wanted: str, email: str, password: str, done: Registered
 ) -> None:
-    """Make a name an account; then done(name, whether its address is still to be verified)."""
-    name, site = check_new_account(session, nick, wanted, password), session.site
-    host, now = session.host, site.hub.now
+    """Make a nick an account; with email-required first send a code to the address."""
+    name, site = check_registration(session, nick, wanted, email), session.site
+    check_password(password, name)
     by_mail = "email-required" in site.registration
-    if by_mail:  # nobody's mailbox is to be filled from here
-        site.hub.accounts.throttle.check(host, "mail", now)
-        site.hub.accounts.throttle.failed(host, "mail", now)
-    if by_mail and not re.fullmatch(r"[^@\s]+@[^@\s]+", email):
-        raise Refused("INVALID_EMAIL", "this server wants an address to write to", name)
+    if by_mail:  # a stranger's mailbox is not to be filled from here
+        site.hub.accounts.throttle.check(session.conn.limit_key, "*mail", site.hub.ticks)
+        site.hub.accounts.throttle.failed(session.conn.limit_key, "*mail", site.hub.ticks)
     count_account(session, name)
 
     def made(verifier: Verifier) -> None:
-        check_new_account(session, nick, wanted, password)  # somebody may have been quicker
-        number = int(site.hub.new_reference(), 16)
-        account = Account(name, verifier, email if by_mail else "", number)
+        check_registration(session, nick, wanted, email)  # another user may have been quicker
         if not by_mail:
-            site.hub.accounts.save(account, site.hub.turn)
-            return done(name, False)
-        code = site.hub.accounts.await_code(account)
-        send = functools.partial(site.house.mail, email, name, code)
-        session.later(send, lambda _: done(name, True))
+            return session.act(
+                *("register_account", nick, wanted, tuple(verifier), ""),
+                then=lambda account: done(account.name, account.revision),
+            )
+        code = site.hub.accounts.await_code(Account(name, verifier, email))
+        send = functools.partial(site.server.mail, email, name, code)
+        session.later(MAIL_LANE, send, lambda _: done(name, ""))
 
-    session.later(functools.partial(make_verifier, password), made)
-
-
-def disown(session: Session, name: str) -> str:
-    """Give up a channel that this session's user founded; its name as it is written."""
-    channel = session.site.hub.find_channel(name)
-    if not channel.founded_by(session.user):
-        raise Refused("NOT_OPERATOR", f"{channel.name} is not yours", channel.name)
-    session.site.hub.disown(channel)
-    return channel.name
+    session.later(PASSWORD_LANE, functools.partial(make_verifier, password), made)
 
 
-def become_operator(session: Session, name: str, password: str, done: Callable) -> None:
-    """Check the password off the loop; then the session's user operates the server, and
-    done() says so. A name that does not exist takes as long as one that does."""
-    verifier = session.site.operators.get(name) or nobodys_verifier(name)
+def verify(session: LocalSession, name: str, code: str, done: Registered) -> None:
+    """Take the code that was sent for a new account."""
+    hub = session.site.hub
+    account = hub.accounts.verified(name, code, session.conn.limit_key, hub.ticks)
+    session.act(
+        *("verify_account", account.name, tuple(account.verifier), account.email),
+        then=lambda account: done(account.name, account.revision),
+    )
+
+
+def email_used(session: LocalSession, email: str) -> str:
+    """Say what became of the e-mail address of a registration."""
+    if email in ("", "*") or "email-required" in session.site.registration:
+        return ""
+    return "; this server needs no e-mail address and did not keep yours"
+
+
+def oper(session: LocalSession, name: str, password: str, done: Callable[[Any], None]) -> None:
+    """Check an operator's password off the loop. A name that does not exist takes as long as
+    one that does."""
+    hub, host = session.site.hub, session.conn.limit_key
+    hub.accounts.throttle.check(host, OPERATOR_PASSWORD, hub.ticks)
+    hub.accounts.throttle.failed(host, OPERATOR_PASSWORD, hub.ticks)
+    verifier = session.site.operators.get(name) or decoy_verifier(name, OPERATOR_ROUNDS)
 
     def judge(fits: bool) -> None:
         who = f"{session.user.source.mask} as {name}"
-        session.site.house.note(f"OPER: {who}{'' if fits else ': wrong password'}")
+        session.site.server.note(f"OPER: {who}{'' if fits else ': wrong password'}")
         if not fits:
-            return wrong_password(session)
-        session.user.modes.add("o")
-        done()
+            return wrong_password(session, OPERATOR_PASSWORD)
+        hub.accounts.throttle.succeeded(host, OPERATOR_PASSWORD)
+        done(None)
+        session.act("become_operator", name)
 
-    session.later(functools.partial(verifier.fits, password), judge)
-
-
-def settle(hub: Hub) -> None:
-    """What changed in this turn and outlives the server becomes statements for the store."""
-    states, kept = hub.turn.states, hub.turn.kept
-    for key in {one.key for one in kept if isinstance(one, Channel)}:
-        if channel := hub.channels.get(key):
-            replace = "REPLACE INTO channels VALUES (?, ?)"
-            states["channel", key] = replace, (key, json.dumps(channel.state()))
-        else:
-            states["channel", key] = FORGET_CHANNEL, (key,)
-    for user in (one for one in kept if isinstance(one, User)):
-        was, user.stored = user.stored, user.may_return and hub.users.get(user.key) is user
-        if user.stored:
-            replace = "REPLACE INTO stays VALUES (?, ?)"
-            states["stay", user.stay] = replace, (user.stay, json.dumps(user.state()))
-        elif was:
-            states["stay", user.stay] = "DELETE FROM stays WHERE stay = ?", (user.stay,)
-    kept.clear()
-
-
-def revive_user(hub: Hub, stay: str, state: dict[str, Any]) -> User | None:
-    """Somebody who was here when the last server stopped, and has now to come back."""
-    user = User.revived(stay, state, hub.now)
-    if user.login and hub.accounts.identity(user.account) != user.login:  # it was given up
-        user.logged_in("", "")
-    if user.key in hub.users or not user.may_return:
-        return None
-    hub.arrived(user)
-    return user
-
-
-def revive(hub: Hub, channels: Iterable[tuple[str, str]], stays: Iterable[tuple[str, str]]) -> None:
-    """What settle() wrote. A channel is there again if an account founded it, or one of its
-    members may come back; else it ends like one whose last member has left."""
-    wanted: dict[User, dict[str, str]] = {}
-    for stay, text in stays:
-        state = json.loads(text)
-        if user := revive_user(hub, stay, state):
-            wanted[user] = state["channels"]
-        else:
-            hub.turn.writes.append(("DELETE FROM stays WHERE stay = ?", (stay,)))
-    identities = {account.identity for account in hub.accounts.values()}
-    for key, text in channels:
-        hub.channels[key] = channel = Channel.revived(json.loads(text), hub.last_time)
-        for user in (user for user, places in wanted.items() if key in places):
-            ranks = "".join(rank for rank in RANKS if rank in wanted[user][key])
-            channel.members[user] = Membership(0, ranks)
-        if channel.founder:
-            hub.founded[channel.founder] += 1
-        if channel.founder not in identities:
-            hub.disown(channel)
-    for user, places in wanted.items():
-        user.channels = {hub.channels[key]: None for key in places if key in hub.channels}
+    session.later(PASSWORD_LANE, functools.partial(verifier.fits, password), judge)
 
 
 # ======================================================================================
 # STORE
 # ======================================================================================
-# History in SQLite. The loop's connection alone writes, one transaction a turn, and never
-# waits: a busy database is tried again next turn. Helpers read through connections of
-# their own. To change the schema, append a step to MIGRATIONS; steps are never edited.
+# Accounts, history and states in SQLite, and all SQL. The loop's connection alone writes
+# chat.db, one transaction a turn, and never waits: a busy database is tried again next turn.
+# Helpers read through connections of their own. The search index is a file of its own. To
+# change the schema, append a step to MIGRATIONS; steps are never edited.
 
 APPLICATION_ID = 0x63686174  # "chat", in the database's header (PRAGMA application_id)
 
@@ -3191,19 +4252,89 @@ MIGRATIONS = (
         account TEXT NOT NULL       -- the key of its name
     ) WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE places (           -- what events were said to: channels, private conversations
+        id INTEGER PRIMARY KEY AUTOINCREMENT,   -- never used twice
+        key TEXT NOT NULL,          -- a channel's key, or the identities of two users
+        founding INTEGER NOT NULL DEFAULT 0,    -- of the channel: an id, see Channel.founding
+        events INTEGER NOT NULL DEFAULT 0,      -- rows, for pruning; after a crash too few
+        one TEXT NOT NULL DEFAULT '',           -- of a private conversation: identities, and
+        one_key TEXT NOT NULL DEFAULT '',       -- keys of the names when it began
+        other TEXT NOT NULL DEFAULT '',
+        other_key TEXT NOT NULL DEFAULT '',
+        UNIQUE (key, founding)
+    );
+    INSERT INTO places SELECT id, key, 0, events, one, one_key, other, other_key FROM targets;
+    DROP TABLE targets;
+    ALTER TABLE places RENAME TO targets;
+    CREATE INDEX targets_one ON targets (one);
+    CREATE INDEX targets_other ON targets (other);
+    CREATE INDEX events_time ON events (target, time);
+    ALTER TABLE markers ADD COLUMN id INTEGER NOT NULL DEFAULT 0;   -- of the message, or 0
+    ALTER TABLE receipts RENAME TO dedup;
+    CREATE TABLE identities (       -- of guests, who logged in to an account
+        guest TEXT PRIMARY KEY,
+        account TEXT NOT NULL       -- Account.identity
+    ) WITHOUT ROWID;
+    CREATE TABLE starts (           -- of the server: which ids were made, and their letters
+        first INTEGER PRIMARY KEY,
+        reserved INTEGER NOT NULL,  -- no id of this start is above it
+        letters TEXT NOT NULL
+    );
+    CREATE TABLE bans (             -- K-lines
+        key TEXT PRIMARY KEY,       -- the mask, folded
+        mask TEXT NOT NULL,
+        setter TEXT NOT NULL,
+        until INTEGER NOT NULL,     -- milliseconds since 1970, or 0
+        reason TEXT NOT NULL
+    ) WITHOUT ROWID;
+    DROP TABLE IF EXISTS parts;     -- an earlier index
+    DROP TABLE IF EXISTS covered;
+    DROP TABLE IF EXISTS search;
+    DROP TABLE IF EXISTS indexed;
+    """,
 )
-
 
 KEPT, BUSY, LOST = "kept", "busy", "lost"  # what became of a turn's events
-PARTIES = ("one", "one_key", "other", "other_key")  # columns of a private talk's target
-COLUMNS = (
-    "id, time, kind, name, address, username, about, events.text, author, tags"  # for event_of()
-)
+COLUMNS = "id, time, kind, name, address, username, about, events.text, author, tags"  # event_of()
 INSERT_EVENT = f"INSERT INTO events VALUES ({', '.join('?' * 11)})"
+
+# Turn.record(name, ...) -> its table, how many of the values are the key, and the statement.
+# A later record of the same table and key makes an earlier one superfluous.
+STATEMENTS = {
+    "account": ("accounts", 1, f"REPLACE INTO accounts VALUES ({', '.join('?' * 8)})"),
+    "account_gone": ("accounts", 1, "DELETE FROM accounts WHERE key = ?"),
+    "ban": ("bans", 1, "REPLACE INTO bans VALUES (?, ?, ?, ?, ?)"),
+    "ban_gone": ("bans", 1, "DELETE FROM bans WHERE key = ?"),
+    "certificate": ("certificates", 1, "REPLACE INTO certificates VALUES (?, ?)"),
+    "certificate_gone": ("certificates", 1, "DELETE FROM certificates WHERE fingerprint = ?"),
+    "channel": ("channels", 1, "REPLACE INTO channels VALUES (?, ?)"),
+    "channel_gone": ("channels", 1, "DELETE FROM channels WHERE key = ?"),
+    "identity": ("identities", 1, "INSERT OR IGNORE INTO identities VALUES (?, ?)"),
+    "identities_gone": ("identities of", 1, "DELETE FROM identities WHERE account = ?"),
+    "marker": ("markers", 2, "REPLACE INTO markers VALUES (?, ?, ?, ?)"),
+    "marker_gone": ("markers", 2, "DELETE FROM markers WHERE owner = ? AND target = ?"),
+    "markers_gone": ("markers of", 1, "DELETE FROM markers WHERE owner = ?"),
+    "start": ("starts", 1, "REPLACE INTO starts VALUES (?, ?, ?)"),
+    "user": ("stays", 1, "REPLACE INTO stays VALUES (?, ?)"),
+    "user_gone": ("stays", 1, "DELETE FROM stays WHERE stay = ?"),
+}
+
+
+TABLES: dict[str, tuple[type, ...]] = {  # those that are read at the start, and their types
+    "accounts": (str, str, bytes, int, bytes, bytes, str, int),
+    "bans": (str, str, str, int, str),
+    "certificates": (str, str),
+    "channels": (str, str),
+    "identities": (str, str),
+    "markers": (str, str, int, int),
+    "starts": (int, int, str),
+    "stays": (str, str),
+}
 
 
 def connect(path: pathlib.Path | None, mode: str) -> sqlite3.Connection:
-    """A connection that never waits and begins no transaction by itself."""
+    """Return a connection that never waits and begins no transaction by itself."""
     address = f"{path.absolute().as_uri()}?mode={mode}" if path else ":memory:"
     return sqlite3.connect(
         address, timeout=0, isolation_level=None, uri=True, check_same_thread=False
@@ -3243,19 +4374,27 @@ def migrate(db: sqlite3.Connection) -> None:
             f"BEGIN; {';'.join(steps)}; PRAGMA user_version = {len(MIGRATIONS)};"
             f"PRAGMA application_id = {APPLICATION_ID}; COMMIT;"
         )
+    old = db.execute("SELECT name FROM sqlite_master WHERE name GLOB 'search_[0-9]*'").fetchall()
+    for (name,) in old if steps else ():  # the index of version 0.2 was in this file
+        if re.fullmatch(r"search_\d+", name):
+            with contextlib.suppress(sqlite3.OperationalError):  # this Python has no FTS5
+                db.execute(f"DROP TABLE {name}")
 
 
 def open_database(path: pathlib.Path | None) -> sqlite3.Connection:
-    """Open or create, bring the schema up to date; touch nothing that is not ours."""
+    """Open or create it, and bring the schema up to date. Raises Unusable."""
+    if path and path.is_symlink():
+        raise Unusable(f"{path} is a symbolic link; put the database itself there")
     try:
         if path and path.exists() and path.stat().st_size:
             inspect_database(path)
         db = connect(path, "rwc")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost the last seconds
+        db.execute("PRAGMA secure_delete = ON")  # what is redacted is overwritten
         db.execute("PRAGMA wal_autocheckpoint = 0")  # helpers do it: it waits for the disk
         migrate(db)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         raise Unusable(f"cannot open the database {path}: {error}") from error
     return db
 
@@ -3272,12 +4411,20 @@ def event_of(
     author: str,
     tags: str,
 ) -> Event:
-    """A row of the store, read back."""
+    """Return a row of the store as an event."""
     account = author[1:].rpartition("/")[0]
     source = source_of(name, address, username, account)._replace(identity=author)
-    # Versions before 0.3 stored client tags with CR and LF in their values
+    # Version 0.2 stored client tags with CR and LF in their values
     tags = tags.translate({13: "\\r", 10: "\\n", 0: None})
     return Event(id, time_ms, kind, source, None, text, about, None, tags)
+
+
+EVENT_TYPES = [int, int, *[str] * 8]
+
+
+def is_sound(row: tuple) -> bool:
+    """Whether a row has the types that event_of() takes: SQLite would store anything."""
+    return list(map(type, row)) == EVENT_TYPES
 
 
 class Mark(NamedTuple):
@@ -3286,236 +4433,60 @@ class Mark(NamedTuple):
     id: int | None = None
     time: int = 0
 
-    @property
-    def moment(self) -> tuple[int, int]:
-        """For comparing the two kinds."""
-        return (self.time, 0) if self.id is None else (self.id >> ID_CLOCK_BITS, self.id)
-
 
 class Place(NamedTuple):
-    """Where something was said: under a key, and for a private talk of somebody with an
-    account also under those that he had with people without one, who had that name."""
+    """Where something was said: a channel's key, or the keys of a private conversation. The
+    owner of an account also reads what was said to guests who had the other's name."""
 
-    key: str
+    keys: tuple[str, ...]
     owner: str = ""
     other_key: str = ""
 
 
-def place_of(user: User, audience: Channel | Conversation) -> Place:
-    """Where the store keeps what this user may read of it."""
-    (key,) = audience.keys
-    if isinstance(audience, Channel):
-        return Place(key)
-    return Place(key, user.identity, audience.partner(user).key)
+def place_of(hub: Hub, user: User, audience: Audience) -> Place:
+    """Return where the store keeps what this user may read of it."""
+    if not isinstance(audience, Conversation):
+        return Place((audience.targets[0][0],))
+    partner = audience.partner(user)
+    keys = conversation_keys(hub, user.identity, partner.identity)
+    return Place(tuple(keys), user.identity, partner.key)
 
 
 class Span(NamedTuple):
-    """A part of some history: which things, and between which bounds, both left out. The
-    bounds are ids or times; an id begins with the time (see Hub.begin), so that a time
-    bounds the ids as well, but for the second that times may be ahead of the clock."""
+    """A part of some history: which kinds, and between which marks, both left out."""
 
     place: Place
     kinds: tuple[str, ...] = SPOKEN
     after: Mark | None = None
     before: Mark | None = None
 
+    @property
+    def by_time(self) -> bool:
+        """Whether a mark is a time: then the nearest messages are those nearest in time."""
+        return any(mark and mark.id is None for mark in (self.after, self.before))
+
     def where(self) -> tuple[str, list]:
         """As SQL, and its values."""
         texts, values = [f"kind IN ({', '.join('?' * len(self.kinds))})"], [*self.kinds]
         for sign, mark in ((">", self.after), ("<", self.before)):
-            if mark is None:
-                continue
-            if mark.id is not None:
-                texts.append(f"id {sign} ?")
-                values.append(mark.id)
-            else:
-                slack = -TIMES_AHEAD if sign == ">" else TIMES_AHEAD
-                texts.append(f"id {sign} ? AND time {sign} ?")
-                values += [(mark.time + slack) << ID_CLOCK_BITS, mark.time]
+            if mark is not None:
+                column, value = ("time", mark.time) if mark.id is None else ("id", mark.id)
+                texts.append(f"{column} {sign} ?")
+                values.append(value)
         return " AND ".join(texts), values
 
 
-class Index:
-    """The words of all that was said, so that they can be searched: newest first, and by
-    target, is how it is asked. Not every Python has FTS5; then nothing is found.
+# Scripts without spaces between words, and emoji: each character is a word of the index.
+# Han, kana, Thai, Lao, Burmese, Khmer (Unicode, Blocks.txt)
+ONE_BY_ONE = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2600-\u27bf\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0001f000-\U0001faff\U00020000-\U0003ffff])"
+)
 
-    FTS5 never leaves off in the middle of a word's list, and a common word is in every
-    message: in one table, bringing a million messages in order would stop everything for
-    100 ms. So there are many tables, each for so many messages that the longest list in it
-    takes a slice, and each is brought in order by itself. A target with many messages has
-    tables of its own: they go when its oldest messages do.
-    """
 
-    def __init__(self, store: "Store"):
-        self.store = store
-        self.behind: set[int] = set()  # targets with words that cannot be found yet
-        self.untidy: dict[int, int] = {}  # parts to be merged, and how much of them at a time
-        self.usable = self._open()
-        if self.usable:
-            newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-            known = "ifnull((SELECT max(id) FROM covered WHERE target = targets.id), 0)"
-            query = f"SELECT id FROM targets WHERE key < '~' AND {known} < {newest}"
-            self.behind = {row[0] for row in store.db.execute(query)}
-
-    def _open(self) -> bool:
-        """Whether this Python has FTS5. What an earlier version left is made anew."""
-        try:
-            self.store.db.executescript("""
-                CREATE VIRTUAL TABLE temp.probe USING fts5(text, content='');
-                DROP TABLE temp.probe;
-                DROP TABLE IF EXISTS search;    -- an earlier index, all in one
-                DROP TABLE IF EXISTS indexed;
-                CREATE TABLE IF NOT EXISTS parts (      -- search_1, search_2 ...
-                    part INTEGER PRIMARY KEY AUTOINCREMENT,
-                    lane INTEGER NOT NULL,      -- the target whose own it is; or 0
-                    messages INTEGER NOT NULL DEFAULT 0
-                );
-                CREATE TABLE IF NOT EXISTS covered (    -- what of a target is in a part
-                    target INTEGER NOT NULL,
-                    id INTEGER NOT NULL,        -- the last message
-                    part INTEGER NOT NULL,
-                    messages INTEGER NOT NULL,
-                    PRIMARY KEY (target, id)
-                ) WITHOUT ROWID;""")
-        except sqlite3.OperationalError:
-            return False
-        return True
-
-    def advance(self) -> bool:
-        """One slice of what cannot be searched yet; whether there is more."""
-        if not self.usable:
-            self.behind.clear()
-        try:
-            if not self._merge() and self.behind:
-                self._add(next(iter(self.behind)))
-        except sqlite3.Error:
-            self.store._roll_back()  # busy or full: another time
-            return False
-        return bool(self.behind or self.untidy)
-
-    def _merge(self) -> bool:
-        """Bring a part in order, by one slice; whether there was anything to do."""
-        db = self.store.db
-        for part, pages in list(self.untidy.items()):
-            before = db.total_changes
-            insert = f"INSERT INTO search_{part} (search_{part}, rank) VALUES ('merge', ?)"
-            db.execute(insert, [pages])
-            if db.total_changes - before > 1:  # as FTS5 says that it did something
-                self.untidy[part] = abs(pages)
-                return True
-            del self.untidy[part]
-        return False
-
-    def _add(self, target: int) -> None:
-        """The next messages of this target."""
-        db = self.store.db
-        query = "SELECT id, messages, part FROM covered WHERE target = ? ORDER BY id DESC LIMIT 1"
-        last, known, part = db.execute(query, [target]).fetchone() or (0, 0, 0)
-        kinds = ", ".join("?" * len(SPOKEN))
-        query = f"""
-            SELECT id, text FROM events WHERE target = ? AND id > ? AND kind IN ({kinds})
-            ORDER BY id LIMIT ?"""
-        rows = db.execute(query, [target, last, *SPOKEN, INDEX_ROWS]).fetchall()
-        if rows:
-            db.execute("BEGIN IMMEDIATE")
-            open_part, free = self._part(target)
-            if open_part == part:
-                db.execute("DELETE FROM covered WHERE target = ? AND id = ?", [target, last])
-            insert = f"INSERT INTO search_{open_part} (rowid, place, text) VALUES (?, ?, ?)"
-            db.executemany(insert, [(id, f"t{target}", text) for id, text in rows])
-            count = len(rows) + (known if open_part == part else 0)
-            values = (target, rows[-1][0], open_part, count)
-            db.execute("INSERT INTO covered VALUES (?, ?, ?, ?)", values)
-            update = "UPDATE parts SET messages = messages + ? WHERE part = ?"
-            db.execute(update, [len(rows), open_part])
-            db.execute("COMMIT")
-            full = len(rows) >= free  # then all of it is merged, which begins with a minus
-            self.untidy[open_part] = -MERGE_PAGES if full else MERGE_PAGES
-        if len(rows) < INDEX_ROWS:
-            self.behind.discard(target)
-
-    def _part(self, target: int) -> tuple[int, int]:
-        """Where the next messages of this target go, and how many have room there."""
-        db = self.store.db
-        query = """
-            SELECT EXISTS (SELECT 1 FROM parts WHERE lane = ?)
-            OR (SELECT sum(messages) FROM covered WHERE target = ?) >= ?"""
-        own = db.execute(query, [target, target, PART_ROWS]).fetchone()[0]
-        lane = target if own else 0
-        query = "SELECT part, ? - messages FROM parts WHERE lane = ? AND messages < ?"
-        row = db.execute(query, [PART_ROWS, lane, PART_ROWS]).fetchone()
-        if row:
-            return row
-        part = db.execute("INSERT INTO parts (lane) VALUES (?)", [lane]).lastrowid
-        name = f"search_{part}"
-        options = "content='', columnsize=0"
-        db.execute(f"CREATE VIRTUAL TABLE {name} USING fts5(place, text, {options})")
-        for option, value in (("automerge", 0), ("crisismerge", 1999), ("usermerge", 16)):
-            db.execute(f"INSERT INTO {name} ({name}, rank) VALUES (?, ?)", [option, value])
-        return part, PART_ROWS
-
-    def forget(self, target: int, id: int, text: str) -> None:
-        """What was said there is taken back; `text` as it was (FTS5, contentless tables)."""
-        if not self.usable:
-            return
-        query = "SELECT part FROM covered WHERE target = ? AND id >= ? ORDER BY id LIMIT 1"
-        for (part,) in self.store.db.execute(query, [target, id]).fetchall():
-            columns = f"search_{part} (search_{part}, rowid, place, text)"
-            delete = f"INSERT INTO {columns} VALUES ('delete', ?, ?, ?)"
-            self.store.db.execute(delete, [id, f"t{target}", text])
-            self.untidy.setdefault(part, MERGE_PAGES)
-
-    def shed(self, target: int) -> None:
-        """Its oldest events are deleted: what was only of those is not needed any more."""
-        if not self.usable:
-            return
-        db = self.store.db
-        row = db.execute("SELECT min(id) FROM events WHERE target = ?", [target]).fetchone()
-        oldest = LAST_MOMENT << ID_CLOCK_BITS if row[0] is None else row[0]
-        values = [target, oldest]
-        parts = db.execute(
-            "SELECT part FROM covered WHERE target = ? AND id < ?", values
-        ).fetchall()
-        db.execute("DELETE FROM covered WHERE target = ? AND id < ?", values)
-        query = """
-            SELECT 1 FROM parts WHERE part = ? AND (messages >= ? OR lane = ?)
-            AND part NOT IN (SELECT part FROM covered)"""
-        for (part,) in parts:
-            if db.execute(query, [part, PART_ROWS, target]).fetchone():
-                db.execute("DELETE FROM parts WHERE part = ?", [part])
-                db.execute(f"DROP TABLE search_{part}")
-                self.untidy.pop(part, None)
-
-    def search(
-        self, places: Iterable[Place], words: str, span: Span, count: int
-    ) -> list[tuple[Place, Event]]:
-        """The newest things with all these words in them, the oldest first."""
-        where, values = span.where()
-        text = " ".join('"' + word.replace('"', '""') + '"' for word in words.split())
-        found: dict[int, tuple[Place, Event]] = {}
-        with self.store.reading() as db:
-            targets = ((place, t) for place in places for t in self.store.targets_of(db, place))
-            for place, target in targets if self.usable else ():
-                match = f"place: t{target} AND text: ({text})"
-                for row in self._matches(db, target, where, [match, target, *values], count):
-                    found[row[0]] = place, event_of(*row)
-        return [found[id] for id in sorted(found)[-count:]]
-
-    def _matches(
-        self, db: sqlite3.Connection, target: int, where: str, values: list, count: int
-    ) -> list[tuple]:
-        """From the newest part on, until there are enough."""
-        query = "SELECT part FROM covered WHERE target = ? ORDER BY id DESC"
-        rows: list[tuple] = []
-        for (part,) in db.execute(query, [target]).fetchall():
-            name = f"search_{part}"
-            joined = f"{name} AS search JOIN events ON events.id = search.rowid"
-            which = f"{name} MATCH ? AND events.target = ? AND {where}"
-            query = f"SELECT {COLUMNS} FROM {joined} WHERE {which} ORDER BY rowid DESC LIMIT ?"
-            rows += db.execute(query, [*values, count - len(rows)])
-            if len(rows) >= count:
-                break
-        return rows
+def words_of(text: str) -> str:
+    """Return a text as the index splits it at blanks."""
+    return text if text.isascii() else ONE_BY_ONE.sub(r" \1 ", text)
 
 
 class Readers:
@@ -3524,7 +4495,7 @@ class Readers:
 
     def __init__(self, path: pathlib.Path | None, only: sqlite3.Connection):
         self.path, self.only = path, only
-        self.idle: list[sqlite3.Connection] = []  # pop() and append(), on whatever thread
+        self.idle: list[sqlite3.Connection] = []  # pop() and append(), on any thread
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[sqlite3.Connection]:
@@ -3549,65 +4520,316 @@ class Readers:
             db.close()
 
 
-class Receipts:
-    """What was said under an id that its sender made, so that nothing is said twice. They
-    outlive what they are for: who was away for weeks may not know that it arrived."""
+class SearchIndex:
+    """The words of all messages, in a database file of its own: SQLite's FTS5, without the
+    text. One helper at a time calls advance(), which reads chat.db and goes on from the id up
+    to which everything is indexed, also after a crash. Every hit is read again from chat.db.
+
+    It is made of parts, each for so many messages. Redaction makes a part again without what
+    was redacted; FTS5 alone would keep the words until it merges them. Not every Python has
+    FTS5; then nothing is found.
+    """
+
+    TOKENIZER = "unicode61 categories 'L* N* Co So'"
 
     def __init__(self, store: "Store"):
         self.store = store
-        self.lost: collections.OrderedDict[tuple[str, str], None] = collections.OrderedDict()
-        self.swept = ("", "")  # how far
+        path = store.path.with_name("search.db") if store.path else None
+        self.db = self._open(path)
+        # For the loop: what the next step has to do
+        self.behind: set[int] = set()  # targets with messages that are not indexed
+        self.gone: list[tuple[int, int, int]] = []  # first id, last id, how many of those
+        self.known = 0  # the newest id that was stored
+        # For the helper
+        self.indexed = 0
+        self.unfit = False  # a part has to be made again
+        if self.db:
+            self.reading = Readers(path, self.db)
+            query = "SELECT ifnull(max(last), 0), ifnull(max(stale * 2 >= messages AND stale), 0)"
+            self.indexed, self.unfit = self.db.execute(f"{query} FROM parts").fetchone()
+            self.behind = set(store.targets_behind(self.indexed))
+            self.known = store.last_id
 
-    def write(self, receipts: dict[tuple[str, str], Event]) -> None:
+    def _open(self, path: pathlib.Path | None) -> sqlite3.Connection | None:
+        """A damaged index is begun again: all of it can be made from chat.db."""
+        for attempts_left in (1, 0):
+            try:
+                return self._open_once(path)
+            except sqlite3.DatabaseError as error:
+                if path is None or not attempts_left or "no such module" in str(error):
+                    return None
+                for suffix in ("", "-wal", "-shm"):
+                    path.with_name(path.name + suffix).unlink(missing_ok=True)
+        return None
+
+    def _open_once(self, path: pathlib.Path | None) -> sqlite3.Connection:
+        db = connect(path, "rwc")
+        db.executescript(f"""
+            PRAGMA journal_mode = WAL; PRAGMA synchronous = OFF; PRAGMA secure_delete = ON;
+            CREATE VIRTUAL TABLE temp.probe USING fts5(
+                text, content='', tokenize="{self.TOKENIZER}");
+            DROP TABLE temp.probe;
+            CREATE TABLE IF NOT EXISTS parts (      -- search_1, search_2 ...
+                part INTEGER PRIMARY KEY,
+                first INTEGER NOT NULL,     -- ids of events, both included
+                last INTEGER NOT NULL,
+                messages INTEGER NOT NULL,
+                stale INTEGER NOT NULL      -- so many of them are not there any more
+            );""")
+        db.execute("SELECT max(part) FROM parts").fetchone()
+        return db
+
+    @property
+    def has_work(self) -> bool:
+        return self.db is not None and bool(self.behind or self.gone or self.unfit)
+
+    def stored(self, target: int, id: int) -> None:
+        """A message was committed."""
+        self.behind.add(target)
+        self.known = id
+
+    def redacted(self, ids: Iterable[int]) -> None:
+        """These messages are gone, and their words have to go."""
+        self.gone += [(id, id, PART_ROWS) for id in ids]
+
+    def pruned(self, last: int, count: int) -> None:
+        """So many messages up to this one are gone. A part that has lost half of what was in
+        it is made again."""
+        self.gone.append((0, last, count))
+
+    def step(self) -> Callable[[], tuple]:
+        """Return the next job: for a helper, or for the loop if all is in memory. Its result
+        is for finish()."""
+        behind, self.behind = self.behind, set()
+        gone, self.gone = self.gone, []
+        return functools.partial(self._step, behind, gone, self.known)
+
+    def finish(self, left: tuple[set[int], list]) -> None:
+        """Take back what the job left for the next one."""
+        behind, gone = left
+        self.behind |= behind
+        self.gone = gone + self.gone
+
+    def _step(self, behind: set[int], gone: list, known: int) -> tuple[set[int], list]:
+        try:
+            self.db.execute("BEGIN IMMEDIATE")
+            update = "UPDATE parts SET stale = stale + ? WHERE first <= ? AND last >= ?"
+            self.db.executemany(update, [(count, last, first) for first, last, count in gone])
+            indexed = self._add(behind, known) if behind else self.indexed
+            query = "SELECT part FROM parts WHERE stale * 2 >= messages AND stale"
+            unfit = self.db.execute(query).fetchall()
+            if unfit:
+                self._rebuild(*unfit[0])
+            self.db.execute("COMMIT")
+            self.indexed, self.unfit = indexed, len(unfit) > 1
+            if unfit:
+                self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.Error:
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+            return behind, gone
+        return (behind if indexed < known else set()), []
+
+    def _add(self, targets: set[int], known: int) -> int:
+        """Index the messages of the next INDEX_IDS ids; return the last one of these."""
+        query = "SELECT min(id) FROM events WHERE target = ? AND id > ?"
+        with self.store.reading() as db:
+            oldest = (db.execute(query, [t, self.indexed]).fetchone()[0] or known for t in targets)
+            last = min(known, min(oldest) + INDEX_IDS)
+            rows = self._rows(db, targets, self.indexed + 1, last)
+        query = "SELECT part, messages FROM parts ORDER BY part DESC LIMIT 1"
+        part, messages = self.db.execute(query).fetchone() or (0, PART_ROWS + 1)
+        if messages + len(rows) > PART_ROWS:
+            part, messages = part + 1, 0
+            values = [part, self.indexed + 1, last, 0, 0]
+            self.db.execute("INSERT INTO parts VALUES (?, ?, ?, ?, ?)", values)
+            self._create(part)
+        self._insert(part, rows)
+        update = "UPDATE parts SET last = ?, messages = ? WHERE part = ?"
+        self.db.execute(update, [last, messages + len(rows), part])
+        return last
+
+    def _rows(
+        self, db: sqlite3.Connection, targets: Iterable[int], first: int, last: int
+    ) -> list[tuple]:
+        kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
+        query = f"""
+            SELECT id, name, text FROM events
+            WHERE target = ? AND id BETWEEN ? AND ? AND kind IN ({kinds})"""
+        return [
+            (id, f"t{target} n{fold(name).encode().hex()}", words_of(text))
+            for target in targets
+            for id, name, text in db.execute(query, [target, first, last])
+        ]
+
+    def _create(self, part: int) -> None:
+        options = f"""content='', columnsize=0, tokenize="{self.TOKENIZER}\""""
+        self.db.execute(f"CREATE VIRTUAL TABLE search_{part} USING fts5(place, text, {options})")
+
+    def _insert(self, part: int, rows: list[tuple]) -> None:
+        insert = f"INSERT INTO search_{part} (rowid, place, text) VALUES (?, ?, ?)"
+        self.db.executemany(insert, sorted(rows))
+
+    def _rebuild(self, part: int) -> None:
+        """Make a part again of what is still there; an old one without any of it goes."""
+        query = "SELECT first, last FROM parts WHERE part = ?"
+        first, last = self.db.execute(query, [part]).fetchone()
+        newest = self.db.execute("SELECT max(part) FROM parts").fetchone()[0]
+        with self.store.reading() as db:
+            targets = [row[0] for row in db.execute("SELECT id FROM targets")]
+            rows = self._rows(db, targets, first, last)
+        self.db.execute(f"DROP TABLE search_{part}")
+        if not rows and part != newest:
+            self.db.execute("DELETE FROM parts WHERE part = ?", [part])
+            return
+        self._create(part)
+        self._insert(part, rows)
+        update = "UPDATE parts SET messages = ?, stale = 0 WHERE part = ?"
+        self.db.execute(update, [len(rows), part])
+
+    def search(
+        self, places: Iterable[Place], words: str, span: Span, count: int, author: str = ""
+    ) -> list[tuple[Place, Event]]:
+        """Return the newest messages with all these words, the oldest first; only those of
+        the author's nick if there is one."""
+        texts = " ".join('"' + words_of(word).replace('"', '""') + '"' for word in words.split())
+        name = f" AND place: n{author.encode().hex()}" if author else ""
+        found: list[tuple[Place, Event]] = []
+        if self.db is None:
+            return found
+        where, values = span.where()
+        query = f"SELECT {COLUMNS} FROM events WHERE target = ? AND id = ? AND {where}"
+        with self.store.reading() as db, self.reading() as index:
+            for place in places:
+                for target, _ in self.store.targets_of(db, place):
+                    ids = self._ids(index, f"place: t{target}{name} AND text: ({texts})")
+                    rows = (db.execute(query, [target, id, *values]).fetchone() for id in ids)
+                    some = itertools.islice((row for row in rows if row and is_sound(row)), count)
+                    found += [(place, event_of(*row)) for row in some]
+        return sorted(found, key=lambda one: one[1].id)[-count:]
+
+    def _ids(self, index: sqlite3.Connection, match: str) -> Iterator[int]:
+        """Yield the ids that match, the newest first."""
+        parts = index.execute("SELECT part FROM parts ORDER BY part DESC").fetchall()
+        for (part,) in parts:
+            name = f"search_{part}"
+            query = f"SELECT rowid FROM {name} WHERE {name} MATCH ? ORDER BY rowid DESC"
+            for row in index.execute(query, [match]):
+                yield row[0]
+
+    def close(self) -> None:
+        """Redacted words go at the latest now."""
+        if self.db is None:
+            return
+        if self.store.path:
+            while self.gone or self.unfit:
+                left = self.step()()
+                self.finish(left)
+                if left[1]:
+                    break  # it cannot be done now; the next start does it
+        self.reading.close()
+        self.db.close()
+
+
+class DedupKeys:
+    """Which event a sender's own message id belongs to, so that nothing is said twice. Keys
+    outlive their messages: who was away for weeks may not know that a message arrived."""
+
+    def __init__(self, store: "Store"):
+        self.store = store
+        # Delivered and not stored, until when they are known; in ticks
+        self.not_stored: collections.OrderedDict[tuple[str, str], int] = collections.OrderedDict()
+        self.swept = ("", "")  # how far
+        self.now = 0
+
+    def write(self, keys: dict[tuple[str, str], Event]) -> None:
         """In the transaction that the events are in."""
         insert = """
-            INSERT OR IGNORE INTO receipts
-            SELECT ?, ?, ?, ifnull((SELECT id FROM targets WHERE key = ?), 0), ?"""
+            INSERT OR IGNORE INTO dedup
+            SELECT ?, ?, ?, ifnull((SELECT id FROM targets WHERE key = ? AND founding = ?), 0), ?"""
         values = (
-            (*key, event.id, next(iter(event.audience.keys), ""), event.time)
-            for key, event in receipts.items()
+            (*key, event.id, *next(iter(event.audience.targets), ("", 0)), event.time)
+            for key, event in keys.items()
         )
         self.store.db.executemany(insert, values)
 
-    def not_kept(self, receipts: Iterable[tuple[str, str]]) -> None:
-        """These were said and are not in the store."""
-        self.lost.update(dict.fromkeys(receipts))
-        while len(self.lost) > TARGETS_CACHED:
-            self.lost.popitem(last=False)
+    def lose(self, keys: Iterable[tuple[str, str]], ticks: int) -> None:
+        """These were delivered and are not in the store."""
+        self.not_stored.update(dict.fromkeys(keys, ticks + NOT_STORED_MS))
+        while len(self.not_stored) > TARGETS_CACHED:
+            self.not_stored.popitem(last=False)
 
-    def find(self, db: sqlite3.Connection, owner: str, own_id: str) -> tuple[int, int] | None:
-        """The event and its target; None if nothing was said under that id."""
-        query = "SELECT event, target FROM receipts WHERE owner = ? AND own_id = ?"
-        return db.execute(query, [owner, own_id]).fetchone()
+    def lost(self, owners: Iterable[str], own_id: str, ticks: int) -> bool:
+        return any(self.not_stored.get((owner, own_id), 0) > ticks for owner in owners)
 
-    def knows(self, owner: str, own_id: str) -> bool:
-        return self.find(self.store.db, owner, own_id) is not None
+    def _look_up(
+        self, db: sqlite3.Connection, owners: Iterable[str], own_id: str
+    ) -> tuple[int, int] | None:
+        names = list(owners)
+        marks = ", ".join("?" * len(names))
+        query = f"SELECT event, target FROM dedup WHERE own_id = ? AND owner IN ({marks})"
+        return db.execute(query, [own_id, *names]).fetchone()
 
-    def event(self, owner: str, own_id: str) -> tuple[int, Event | None] | None:
-        """What was said under that id: its id, and all of it if it is still there. On
-        whatever thread."""
+    def find(self, owners: Iterable[str], own_id: str) -> int | None:
+        """Return the event of that id. A damaged database knows none: the message is
+        delivered, and its sender told that it was not kept."""
+        try:
+            found = self._look_up(self.store.db, owners, own_id)
+        except sqlite3.Error:
+            return None
+        return found and found[0]
+
+    def event(self, owners: Iterable[str], own_id: str) -> tuple[int, Event | None] | None:
+        """Return the id of the event, and all of it if it is still there. On any thread."""
         with self.store.reading() as db:
-            found = self.find(db, owner, own_id)
+            found = self._look_up(db, owners, own_id)
             if found is None:
                 return None
             id, target = found
             query = f"SELECT {COLUMNS} FROM events WHERE target = ? AND id = ?"
             row = db.execute(query, [target, id]).fetchone()
-        return id, event_of(*row) if row else None
+        return id, event_of(*row) if row and is_sound(row) else None
 
     def sweep(self, now: int) -> bool:
-        """Forget what is old enough, one slice; whether there is more to look through."""
+        """Forget what is old enough, one slice; return whether there is more to look through."""
+        db = self.store.db
         query = f"""
             SELECT owner, own_id, time < ? AND NOT EXISTS (SELECT 1 FROM events
-                WHERE events.target = receipts.target AND events.id = receipts.event)
-            FROM receipts WHERE (owner, own_id) > (?, ?) ORDER BY owner, own_id
-            LIMIT {RECEIPTS_SWEPT}"""
-        rows = self.store.db.execute(query, [now - RECEIPTS_MS, *self.swept]).fetchall()
+                WHERE events.target = dedup.target AND events.id = dedup.event)
+            FROM dedup WHERE (owner, own_id) > (?, ?) ORDER BY owner, own_id
+            LIMIT {DEDUP_SWEPT}"""
+        age = DEDUP_MS if self.store.path else DEDUP_IN_MEMORY_MS
+        rows = db.execute(query, [now - age, *self.swept]).fetchall()
         old = [row[:2] for row in rows if row[2]]
         if old:
-            self.store.db.executemany("DELETE FROM receipts WHERE owner = ? AND own_id = ?", old)
-        self.swept = rows[-1][:2] if len(rows) == RECEIPTS_SWEPT else ("", "")
+            db.executemany("DELETE FROM dedup WHERE owner = ? AND own_id = ?", old)
+        self.swept = rows[-1][:2] if len(rows) == DEDUP_SWEPT else ("", "")
         return self.swept != ("", "")
+
+
+class Backlog:
+    """Records of turns that could not be stored, for when it can be done. One per table and
+    key: the last one. Events are not among them; their senders were told."""
+
+    def __init__(self) -> None:
+        self.records: dict[tuple, Record] = {}
+        self.retry_at = 0.0
+
+    def add(self, records: Iterable[Record], now: float) -> None:
+        self.retry_at = now + BACKLOG_SECONDS
+        for record in records:
+            table, keys, _ = STATEMENTS.get(record.name, (record.name, len(record.values), ""))
+            key = (table, *record.values[:keys])
+            self.records.pop(key, None)
+            self.records[key] = record._replace(place=0)
+        while len(self.records) > BACKLOG_RECORDS:  # a read marker does the least harm
+            markers = (key for key in self.records if key[0] == "markers")
+            del self.records[next(markers, next(iter(self.records)))]
+
+
+def random_letters() -> str:
+    """Four letters that no hexadecimal number has, for the message ids of one start."""
+    return "".join(secrets.choice("ghijklmnopqrstuvwxyz") for _ in range(4))
 
 
 class Store:
@@ -3617,290 +4839,478 @@ class Store:
         self.path = path
         self.keep = keep or (KEEP_EVENTS if path else KEEP_EVENTS_IN_MEMORY)
         self.db = open_database(path)
+        self.guarded: dict[pathlib.Path, int] = {}  # files, and which ones they have to be
         self.reading = Readers(path, self.db)
         self.version = 0  # of the data, as seen last
-        self.changed_elsewhere()
-        self.targets: dict[str, int] = {}  # id by key, of those written to lately
-        self.counts: dict[int, int] = {}  # rows by target id, of the same
-        self.unsure: list[str] = []  # keys of targets made in a transaction not yet committed
-        self.tally_due = 0.0  # when the counts are to be written again
-        self.excess: set[int] = set()  # targets with more rows than they may have
-        try:
-            self._look_back()
-        except sqlite3.DatabaseError as error:
-            raise Unusable(f"the database {path} is damaged ({error}); move it away") from error
+        self.targets: dict[tuple[str, int], int] = {}  # ids by key and founding, lately written to
+        self.unsure: list[tuple[str, int]] = []  # made in a transaction not yet committed
+        self.fresh: collections.Counter[int] = collections.Counter()  # rows by target, uncounted
+        self.count_due = 0.0
+        self.excess: set[str] = set()  # keys with more rows than they may have
+        self.orphans: set[int] = set()  # targets that no user can read
+        self.backlog = Backlog()
         self.busy_since: float | None = None
         self.trouble = ""  # why events are being lost just now
+        self.erased = False  # the log still has what was redacted
+        try:
+            self.changed_elsewhere()
+            self.reserve_ids()
+            self.words, self.dedup = SearchIndex(self), DedupKeys(self)
+            for name in (path, path.with_name(f"{path.name}-wal")) if path else ():
+                self.guard(name)
+        except sqlite3.OperationalError as error:  # busy or full: that is no damage
+            raise Unusable(f"cannot use the database {path}: {error}") from error
+        except (sqlite3.Error, TypeError, ValueError) as error:
+            raise Unusable(f"the database {path} is damaged ({error}); move it away") from error
 
-    def _look_back(self) -> None:
-        """Where the last server stopped."""
-        newest = "e.id = (SELECT max(id) FROM events WHERE target = targets.id)"
-        joined = f"targets JOIN events e ON e.target = targets.id AND {newest}"
-        row = self.db.execute(f"SELECT max(e.id), max(e.time) FROM {joined}").fetchone()
-        self.last_id, self.last_time = (value or 0 for value in row)
-        self.orphans: set[int] = set()
-        self.words, self.receipts = Index(self), Receipts(self)
+    def guard(self, path: pathlib.Path) -> None:
+        """Keep nothing any more if this file is moved or removed."""
+        with contextlib.suppress(OSError):
+            self.guarded[path] = path.stat().st_ino
 
-    def abandon(self, stays: Collection[str]) -> None:
-        """Give up what is nobody's any more: what was sealed, and private talks of people
-        without an account, which end with their stay; `stays` are those that go on."""
+    # Ids: each start has blocks of its own, so that no id is ever used twice
+
+    def reserve_ids(self) -> None:
+        newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
+        query = f"SELECT ifnull(max({newest}), 0) FROM targets"
+        last = self.db.execute(query).fetchone()[0]
+        reserved = self.db.execute("SELECT ifnull(max(reserved), 0) FROM starts").fetchone()[0]
+        self.last_id = max(last, reserved)
+        self.first_id, self.letters = self.last_id + 1, random_letters()
+        self.reserved = self.last_id
+        self.db.execute(*self._reservation())
+        # A start of which no event is left needs no letters
+        oldest = "SELECT min(id) FROM events WHERE target = targets.id"
+        query = f"SELECT ifnull(min(({oldest})), 0) FROM targets"
+        self.db.execute(f"DELETE FROM starts WHERE reserved < ({query})")
+        self.starts = [(first, letters) for first, _, letters in self.rows("starts")]
+
+    def _reservation(self) -> tuple[str, list]:
+        self.reserved += ID_BLOCK
+        return STATEMENTS["start"][2], [self.first_id, self.reserved, self.letters]
+
+    def abandon(self, alive: Collection[str]) -> None:
+        """Give up what no user can read any more: what was sealed, and private conversations
+        between guests, which end with their stays; `alive` are the identities that go on."""
         rows = self.db.execute("SELECT id, key FROM targets WHERE key > '~'").fetchall()
         talks = {id: key.split() for id, key in rows}
-        self.orphans = {id for id, who in talks.items() if not who[1:] or stays.isdisjoint(who)}
+        self.orphans = {id for id, who in talks.items() if not who[1:] or not alive & set(who)}
 
-    def commit(self, turn: Any, now: float) -> str:
-        """One transaction for all of a turn's events: KEPT, BUSY (ask again) or LOST.
-        Channels are renamed before them; other statements are run, and the history of the
-        `sealed` keys is closed, after them."""
+    # The commit beat
+
+    def commit(self, turn: Turn, now: float, ticks: int = 0) -> str:
+        """Store a turn's events and records in one transaction; `now` is monotonic, in
+        seconds. Return KEPT, BUSY (ask again) or LOST."""
+        if self.backlog.records and now < self.backlog.retry_at:
+            return self._lose(turn, self.backlog.retry_at - BACKLOG_SECONDS, ticks)
         try:
+            self._check_folder()
             self._write(turn, now)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             self._roll_back()
-            if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            code = getattr(error, "sqlite_errorcode", None) or 0
+            if code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 self.busy_since = now if self.busy_since is None else self.busy_since
                 if now - self.busy_since < BUSY_SECONDS:
                     return BUSY
             self.trouble = str(error)
-            self.receipts.not_kept(turn.receipts)
-            return LOST
+            return self._lose(turn, now, ticks)
         self.busy_since = None
         self.trouble = ""
         return KEPT
 
-    def _write(self, turn: Any, now: float) -> None:
-        due = now >= self.tally_due  # not every turn: it is a second page to write
-        alone = not due and turn.lone_key in self.targets
+    def _lose(self, turn: Turn, now: float, ticks: int) -> str:
+        self.dedup.lose(turn.dedup, ticks)
+        self.backlog.add(turn.records, now)
+        return LOST
+
+    def _check_folder(self) -> None:
+        """Raise OSError if a file that is written to is not the one with that name."""
+        for path, number in self.guarded.items():
+            try:
+                same = path.stat().st_ino == number
+            except OSError:
+                same = False
+            if not same:
+                raise OSError(f"{path} was moved or removed while the server runs")
+
+    def _write(self, turn: Turn, now: float) -> None:
+        backlog = list(self.backlog.records.values())
+        low = turn.events and turn.events[-1].id > self.reserved - ID_BLOCK // 10
+        alone = not (backlog or low) and turn.lone_target in self.targets
         if not alone:  # one statement commits itself, in two thirds of the time
             self.db.execute("BEGIN IMMEDIATE")
-        for old, new in turn.renamed:
-            self._rename(old, new)
-        rows = [
-            (
-                *(self.targets.get(key) or self._target(key, audience), id, when, kind),
-                *(who.name, who.address, text, who.username, about, who.identity, tags),
-            )
-            for id, when, kind, who, audience, text, about, _, tags in turn.events
-            if kind not in PASSING
-            for key in audience.keys
-        ]
-        self.db.executemany(INSERT_EVENT, rows)
-        gone = [self._redact(key, id) for key, id in turn.redacted]
-        if turn.receipts:
-            self.receipts.write(turn.receipts)
-        for statement, values in (*turn.writes, *turn.states.values()):
-            self.db.execute(statement, values)
-        for key in turn.sealed:
-            self._seal(key)
-        if due:
-            self.tally_due = now + TALLY_SECONDS
-            self._tally()
+        if low:  # before an id is used that is not reserved
+            self.db.execute(*self._reservation())
+        redacted: list[int] = []
+        rows: list[tuple] = []
+        place = 0
+        for record in (*backlog, *turn.records):
+            if record.place > place:
+                rows += self._insert(turn.events[place : record.place])
+                place = record.place
+            redacted += self._apply(record)
+        rows += self._insert(turn.events[place:])
+        if turn.dedup:
+            self.dedup.write(turn.dedup)
         if not alone:
             self.db.execute("COMMIT")
         self.unsure.clear()
+        self.backlog.records.clear()
         for row in rows:
-            self.counts[row[0]] += 1
-            self.words.behind.add(row[0])
-        for target in gone:
-            if target in self.counts:
-                self.counts[target] -= 1
-        if due and len(self.targets) > TARGETS_CACHED:
-            self.targets.clear()
-            self.counts.clear()
+            self.fresh[row[0]] += 1
+            self.words.stored(row[0], row[1])
+        if redacted:
+            self.words.redacted(redacted)
+            self.erased = True
+        if now >= self.count_due:
+            self.count_due = now + COUNT_SECONDS
+            self.count()
 
-    def _rename(self, old: str, new: str) -> None:
-        """The history of a channel goes with it. What another one left there is sealed."""
-        if old != new:
-            self._seal(new)
-            self.db.execute("UPDATE targets SET key = ? WHERE key = ?", [new, old])
-            if (target := self.targets.pop(old, None)) is not None:
-                self.targets[new] = target
+    def _insert(self, events: Iterable[Event]) -> list[tuple]:
+        rows = [
+            (
+                *(self.targets.get(target) or self._target(target, audience), id, when, kind),
+                *(who.name, who.address, text, who.username, about, who.identity, tags),
+            )
+            for id, when, kind, who, audience, text, about, _, tags in events
+            if kind not in EPHEMERAL
+            for target in audience.targets
+        ]
+        self.db.executemany(INSERT_EVENT, rows)
+        return rows
 
-    def _redact(self, key: str, id: int) -> int:
-        """Take back what was said; the target that it was said to, or 0."""
-        query = "SELECT target, kind, text FROM events WHERE id = ? AND target IN "
-        only = "(SELECT id FROM targets WHERE key = ?)"
-        target, kind, text = self.db.execute(query + only, [id, key]).fetchone() or (0, "", "")
-        if kind in SPOKEN:
-            self.words.forget(target, id, text)
-        self.db.execute("DELETE FROM events WHERE target = ? AND id = ?", [target, id])
-        self.db.execute("UPDATE targets SET events = events - 1 WHERE id = ?", [target])
-        return target
+    def _apply(self, record: Record) -> list[int]:
+        """Do what a record says; return the ids of the messages that it erased."""
+        if record.name in STATEMENTS:
+            self.db.execute(STATEMENTS[record.name][2], record.values)
+            return []
+        special = {"rename": self._rename, "seal": self._seal, "redact": self._redact}
+        return special[record.name](*record.values)
 
-    def _seal(self, key: str) -> None:
-        """What was said there is nobody's to read any more; the next start deletes it. What
-        is said under this key from now on is another target's."""
-        self.db.execute("UPDATE targets SET key = '~' || id WHERE key = ?", [key])
-        self.targets.pop(key, None)
+    def _rename(self, old: str, new: str, founding: int) -> list[int]:
+        """The history of this founding goes with the channel."""
+        update = "UPDATE OR REPLACE targets SET key = ? WHERE key = ? AND founding = ?"
+        self.db.execute(update, [new, old, founding])
+        if (target := self.targets.pop((old, founding), None)) is not None:
+            self.targets[new, founding] = target
+        return []
 
-    def _tally(self) -> None:
-        """Write down how many rows the targets lately written to have, and see which ones
-        have too many."""
-        counts = [(count, target) for target, count in self.counts.items()]
-        self.db.executemany("UPDATE targets SET events = ? WHERE id = ?", counts)
-        self.excess.update(target for count, target in counts if count > self.keep)
-        if self.path is None:
-            self._bound_memory()
+    def _seal(self, key: str, founding: int) -> list[int]:
+        """What was said there is not to be read any more; the next start deletes it."""
+        update = "UPDATE targets SET key = '~' || id WHERE key = ? AND founding = ?"
+        self.db.execute(update, [key, founding])
+        self.targets.pop((key, founding), None)
+        return []
 
-    def _bound_memory(self) -> None:
-        """In memory, channels that are long gone give way to those that are talked in."""
-        pragmas = ("page_count", "freelist_count", "page_size")
-        pages, free, size = (self.db.execute(f"PRAGMA {p}").fetchone()[0] for p in pragmas)
-        if (pages - free) * size > MEMORY_BYTES:
-            query = "SELECT target FROM events GROUP BY target ORDER BY max(id) LIMIT 1"
-            self.orphans.update(row[0] for row in self.db.execute(query))
-
-    def _target(self, key: str, audience: Any) -> int:
-        """Of what has not been written to lately."""
-        row = self.db.execute("SELECT id, events FROM targets WHERE key = ?", [key]).fetchone()
+    def _redact(self, key: str, now: int, id: int) -> list[int]:
+        query = """
+            SELECT target FROM events WHERE id = ?
+            AND target IN (SELECT id FROM targets WHERE key = ?)"""
+        row = self.db.execute(query, [id, key]).fetchone()
         if row is None:
-            insert = f"INSERT INTO targets (key, {', '.join(PARTIES)}) VALUES (?, ?, ?, ?, ?)"
-            parties = audience.parties if isinstance(audience, Conversation) else ("",) * 4
-            row = self.db.execute(insert, [key, *parties]).lastrowid, 0
-            self.unsure.append(key)
-        target, count = row
-        self.targets[key], self.counts[target] = target, count
-        return target
+            return []
+        self.db.execute("DELETE FROM events WHERE target = ? AND id = ?", [*row, id])
+        self.fresh[row[0]] -= 1
+        self.db.execute("UPDATE dedup SET time = ? WHERE event = ?", [now, id])
+        return [id]
+
+    def _target(self, target: tuple[str, int], audience: Audience) -> int:
+        """Return the row of what has not been written to lately."""
+        query = "SELECT id FROM targets WHERE key = ? AND founding = ?"
+        row = self.db.execute(query, target).fetchone()
+        if row is None:
+            columns = "key, founding, one, one_key, other, other_key"
+            insert = f"INSERT INTO targets ({columns}) VALUES (?, ?, ?, ?, ?, ?)"
+            row = (self.db.execute(insert, [*target, *audience.parties]).lastrowid,)
+            self.unsure.append(target)
+        self.targets[target] = row[0]
+        return row[0]
 
     def _roll_back(self) -> None:
-        if self.db.in_transaction:
-            self.db.execute("ROLLBACK")
-        for key in self.unsure:  # never written after all
-            self.counts.pop(self.targets.pop(key, 0), None)
+        with contextlib.suppress(sqlite3.Error):
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+        for target in self.unsure:  # never written after all
+            self.targets.pop(target, None)
         self.unsure.clear()
 
+    # What acts ask
+
+    def author_of(self, key: str, id: int) -> tuple[int, str] | None:
+        """Return the founding and author of a message under this key; None if there is none."""
+        query = f"""
+            SELECT t.founding, e.author FROM targets t JOIN events e ON e.target = t.id
+            WHERE t.key = ? AND e.id = ? AND e.kind IN ({", ".join("?" * 4)})"""
+        try:
+            return self.db.execute(query, [key, id, *SPOKEN, TAGS]).fetchone()
+        except sqlite3.Error:
+            return None
+
+    def foundings(self, key: str) -> set[int]:
+        """Return the foundings of a channel of which there is history. A database that cannot
+        tell just now has some."""
+        query = """
+            SELECT founding FROM targets WHERE key = ?
+            AND EXISTS (SELECT 1 FROM events WHERE target = targets.id)"""
+        try:
+            return {row[0] for row in self.db.execute(query, [key])}
+        except sqlite3.Error:
+            return {0}
+
+    # Reading at the start
+
     def changed_elsewhere(self) -> bool:
-        """Whether somebody else has written to the database since this was asked last."""
+        """Whether another process has written to the database since this was asked last."""
         version = self.db.execute("PRAGMA data_version").fetchone()[0]
         before, self.version = self.version, version
         return version != before
 
     def accounts(self) -> Iterator[Account]:
-        columns = "name, salt, rounds, stored_key, server_key, email, number"
-        for name, *verifier, email, number in self.db.execute(f"SELECT {columns} FROM accounts"):
+        for _, name, *verifier, email, number in self.rows("accounts"):
             yield Account(name, Verifier(*verifier), email, number)
 
-    def remembers(self, key: str, turn: Any) -> bool:
-        """Whether there is history under this key, as it will be after the turn; also if
-        that cannot be told just now."""
-        for old, new in reversed(turn.renamed):
-            key = old if key == new else "" if key == old else key
-        query = "SELECT 1 FROM targets t JOIN events e ON e.target = t.id WHERE key = ? LIMIT 1"
-        try:
-            return self.db.execute(query, [key]).fetchone() is not None
-        except sqlite3.Error:
-            return True
+    def rows(self, table: str) -> list[tuple]:
+        """Return a table that is kept in memory. Raises ValueError for wrong types of values."""
+        rows, types = self.db.execute(f"SELECT * FROM {table}").fetchall(), TABLES[table]
+        for row in rows:
+            if tuple(map(type, row)) != types:
+                raise ValueError(f"a row of {table} has wrong values")
+        return rows
 
-    # Reading, on whatever thread
+    # Reading, on any thread
 
-    def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
-        """At most `count` things of that span, the newest or the oldest of them, in their
-        order; fewer if they are more than PAGE_BYTES long."""
-        where, values = span.where()
-        order = "DESC" if newest else "ASC"
-        with self.reading() as db:
-            targets = self.targets_of(db, span.place)
-            which = f"target IN ({', '.join('?' * len(targets))}) AND {where}"
-            query = f"SELECT {COLUMNS} FROM events WHERE {which} ORDER BY id {order} LIMIT ?"
-            rows = db.execute(query, [*targets, *values, count]).fetchall()
-        sizes = itertools.accumulate(len(row[7].encode()) for row in rows)
-        rows = [row for row, size in zip(rows, sizes, strict=True) if size <= PAGE_BYTES]
-        return [event_of(*row) for row in (reversed(rows) if newest else rows)]
-
-    def targets_of(self, db: sqlite3.Connection, place: Place) -> list[int]:
-        found = [row[0] for row in db.execute("SELECT id FROM targets WHERE key = ?", [place.key])]
+    def targets_of(self, db: sqlite3.Connection, place: Place) -> list[tuple[int, int]]:
+        """Return the targets of a place and their foundings, the newest first."""
+        marks = ", ".join("?" * len(place.keys))
+        query = f"SELECT id, founding FROM targets WHERE key IN ({marks})"
+        found = dict(db.execute(query, place.keys).fetchall())
         if place.owner:
             query = """
-                SELECT id FROM targets WHERE one = ? AND other_key = ? AND other LIKE '~%'
-                UNION SELECT id FROM targets WHERE other = ? AND one_key = ? AND one LIKE '~%'"""
-            rows = db.execute(query, [place.owner, place.other_key] * 2)
-            found += [row[0] for row in rows if row[0] not in found]
-        return found
+                SELECT id, 0 FROM targets WHERE one = ? AND other_key = ? AND other LIKE '~%'
+                UNION SELECT id, 0 FROM targets
+                WHERE other = ? AND one_key = ? AND one LIKE '~%'"""
+            found |= dict(db.execute(query, [place.owner, place.other_key] * 2).fetchall())
+        return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
+
+    def targets_behind(self, id: int) -> list[int]:
+        """Return the targets with events behind this id."""
+        newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
+        query = f"SELECT id FROM targets WHERE {newest} > ?"
+        return [row[0] for row in self.db.execute(query, [id])]
+
+    def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
+        """Return at most `count` things of that span, the newest or the oldest of them, in the
+        order of their ids; fewer if they are more than PAGE_BYTES long."""
+        where, values = span.where()
+        order = "time {0}, id {0}" if span.by_time else "id {0}"
+        order = order.format("DESC" if newest else "ASC")
+        query = (
+            f"SELECT {COLUMNS} FROM events WHERE target = ? AND {where} ORDER BY {order} LIMIT ?"
+        )
+        rows: list[tuple] = []
+        with self.reading() as db:
+            targets = self.targets_of(db, span.place)
+            # The foundings of one channel follow each other; conversations overlap
+            in_turn = len(span.place.keys) == 1 and not span.by_time and not span.place.owner
+            for target, _ in targets if newest else reversed(targets):
+                rows += self._some(db.execute(query, [target, *values, count]))
+                if in_turn and len(rows) >= count:
+                    break
+        nearest = (lambda row: (row[1], row[0])) if span.by_time else (lambda row: row[0])
+        rows.sort(key=nearest, reverse=newest)
+        return [event_of(*row) for row in sorted(self._some(rows[:count]), key=lambda row: row[0])]
+
+    @staticmethod
+    def _some(rows: Iterable[tuple]) -> list[tuple]:
+        """Return the first rows, as far as their texts and tags fit in PAGE_BYTES. What is no
+        event of ours is left out."""
+        some, size = [], 0
+        for row in filter(is_sound, rows):
+            size += len(row[7].encode()) + len(row[9].encode())
+            if some and size > PAGE_BYTES:
+                break
+            some.append(row)
+        return some
 
     def around(self, span: Span, centre: Mark, count: int) -> list[Event]:
-        """What is before that point, and as much from it on."""
+        """Return what is before that point, and as much from it on."""
         older = self.page(span._replace(before=centre), count // 2)
         inclusive = Mark(centre.id - 1) if centre.id is not None else Mark(time=centre.time - 1)
         return older + self.page(span._replace(after=inclusive), count - len(older), newest=False)
 
-    def newest(self, keys: Iterable[str], owner: str) -> list[tuple[str, Event]]:
-        """The last thing said under each key, and in each private talk of the owner's: with
-        the key, or "" of a talk."""
+    def between(self, span: Span, one: Mark, other: Mark, count: int) -> list[Event]:
+        """Return what is between two points, beginning at the first one, whichever is later."""
+        backwards = self._moment(span, one) > self._moment(span, other)
+        after, before = (other, one) if backwards else (one, other)
+        return self.page(span._replace(after=after, before=before), count, backwards)
+
+    def _moment(self, span: Span, mark: Mark) -> tuple[int, int]:
+        """Return a time and an id, to compare marks of two kinds."""
+        if mark.id is None:
+            return mark.time, 0
+        found = self.page(Span(span.place, REPLAYABLE, Mark(mark.id - 1)), 1, newest=False)
+        return (found[0].time if found else LAST_MOMENT), mark.id
+
+    def id_at(self, place: Place, when: int) -> int:
+        """Return the last message with exactly this time; 0 if there is none."""
+        found = self.page(Span(place, SPOKEN, Mark(time=when - 1), Mark(time=when + 1)), 1)
+        return found[0].id if found else 0
+
+    def newest(self, keys: Iterable[str], identities: Iterable[str]) -> list[tuple[str, Event]]:
+        """Return the last thing said under each key, and in each private conversation of these
+        identities: with the key, or "" for a conversation."""
         query = f"""
             SELECT {COLUMNS} FROM events WHERE target = ? AND kind IN (?, ?, ?)
             ORDER BY id DESC LIMIT 1"""
-        found = []
+        found: dict[Any, tuple[str, Event]] = {}
         with self.reading() as db:
-            talks = db.execute("SELECT id FROM targets WHERE one = ? OR other = ?", [owner] * 2)
-            targets = [("", row[0]) for row in talks]
-            for key in keys:
-                targets += [(key, target) for target in self.targets_of(db, Place(key))]
-            for key, target in targets:
-                for row in db.execute(query, [target, *SPOKEN]):
-                    found.append((key, event_of(*row)))
-        return found
-
-    def find(self, place: Place, id: int) -> Event | None:
-        """One thing that was said there, if it was."""
-        kinds = (*SPOKEN, TAGS)
-        found = self.page(Span(place, kinds, Mark(id - 1), Mark(id + 1)), 1)
-        return found[0] if found else None
-
-    def rows(self, table: str) -> list[tuple]:
-        return self.db.execute(f"SELECT * FROM {table}").fetchall()
+            wanted = [
+                (key, key, id) for key in keys for id, _ in self.targets_of(db, Place((key,)))
+            ]
+            for identity in identities:
+                which = "SELECT id, one, other FROM targets WHERE one = ? OR other = ?"
+                for id, one, other in db.execute(which, [identity] * 2).fetchall():
+                    wanted.append((other if one == identity else one, "", id))
+            for name, key, target in wanted:
+                row = db.execute(query, [target, *SPOKEN]).fetchone()
+                if not row or not is_sound(row):
+                    continue
+                if name not in found or found[name][1].id < row[0]:
+                    found[name] = key, event_of(*row)
+        return list(found.values())
 
     # Housekeeping
 
-    def prune(self, idle: bool, now: int) -> bool:
-        """Delete one slice of what is over the limits; say whether there is more to do."""
-        overdue = (t for t in self.excess if self.counts.get(t, 0) > self.keep * PRUNE_OVERDUE)
-        target = next(iter(self.orphans or self.excess) if idle else overdue, None)
-        if target is None:
-            return False
+    def count(self) -> None:
+        """Add up what was stored lately, and see which channels have too many rows."""
+        fresh, self.fresh = self.fresh, collections.Counter()
+        update = "UPDATE targets SET events = events + ? WHERE id = ?"
+        query = """
+            SELECT key, sum(events) FROM targets
+            WHERE key IN (SELECT key FROM targets WHERE id = ?) GROUP BY key"""
         try:
-            self._delete_oldest(target, 0 if target in self.orphans else self.keep, now)
+            self.db.execute("BEGIN IMMEDIATE")
+            self.db.executemany(update, [(count, target) for target, count in fresh.items()])
+            for target in fresh:
+                found = self.db.execute(query, [target]).fetchall()
+                self.excess.update(key for key, events in found if events > self.keep)
+            self.db.execute("COMMIT")
+        except sqlite3.Error:
+            self._roll_back()  # busy or full: counted later
+            self.fresh.update(fresh)
+        if len(self.targets) > TARGETS_CACHED:
+            self.targets.clear()
+        if self.path is None:
+            self._bound_memory()
+
+    def _bound_memory(self) -> None:
+        """In memory, channels in which nothing was said for long give way to the others."""
+        pragmas = ("page_count", "freelist_count", "page_size")
+        pages, free, size = (self.db.execute(f"PRAGMA {p}").fetchone()[0] for p in pragmas)
+        used = (pages - free) * size
+        if used > MEMORY_BYTES and not self.orphans:
+            newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
+            query = f"SELECT id, events FROM targets WHERE {newest} ORDER BY {newest}"
+            rows = self.db.execute(query).fetchall()
+            excess = (1 - MEMORY_BYTES / used) * sum(events for _, events in rows)
+            sizes = itertools.accumulate((events for _, events in rows), initial=0)
+            too_old = zip(rows[:-1], sizes, strict=False)  # not the one that is talked in
+            self.orphans.update(row[0] for row, before in too_old if before < excess)
+        oldest = "SELECT owner, own_id FROM dedup ORDER BY event LIMIT ?"
+        query = f"DELETE FROM dedup WHERE (owner, own_id) IN ({oldest})"
+        known = self.db.execute("SELECT count(*) FROM dedup").fetchone()[0]
+        if known > DEDUP_IN_MEMORY:
+            self.db.execute(query, [known - DEDUP_IN_MEMORY])
+
+    def prune(self, idle: bool, now: int) -> bool:
+        """Delete one slice of what is over the limits; return whether there is more to do."""
+        try:
+            if self.orphans and idle:
+                self._delete_orphan(next(iter(self.orphans)), now)
+            elif self.excess:
+                self._delete_oldest(next(iter(self.excess)), idle, now)
         except sqlite3.Error:
             self._roll_back()  # busy or full: the next idle turn tries again
             return False
         return bool(self.orphans or self.excess)
 
-    def _delete_oldest(self, target: int, keep: int, now: int) -> None:
-        """One slice of what `target` has beyond `keep` rows. With none to keep, the target
-        goes when nothing was found, whatever the count says: a crash leaves it too low."""
-        excess = self.counts.get(target, 0) - keep if keep else PRUNE_ROWS
-        oldest = "SELECT id FROM events WHERE target = ? ORDER BY id LIMIT ?"
-        delete = f"DELETE FROM events WHERE target = ? AND id IN ({oldest})"
-        count = max(0, min(PRUNE_ROWS, excess))
-        gone = f"UPDATE receipts SET time = ? WHERE target = ? AND event IN ({oldest})"
-        self.db.execute("BEGIN IMMEDIATE")
-        self.db.execute(gone, [now, target, target, count])
-        deleted = self.db.execute(delete, [target, target, count]).rowcount
-        if not keep and not deleted:
+    def _delete_orphan(self, target: int, now: int) -> None:
+        """A count may be wrong after a crash: the target goes when no row is found."""
+        deleted = self._delete(target, PRUNE_ROWS, now)
+        if not deleted:
             self.db.execute("DELETE FROM targets WHERE id = ?", [target])
             self.targets = {key: known for key, known in self.targets.items() if known != target}
-        update = "UPDATE targets SET events = max(0, events - ?) WHERE id = ?"
-        self.db.execute(update, [deleted, target])
-        self.words.shed(target)
-        self.db.execute("COMMIT")
-        if target in self.counts:
-            self.counts[target] -= deleted
-        if not deleted:
             self.orphans.discard(target)
-        if self.counts.get(target, 0) <= keep:
-            self.excess.discard(target)
+
+    def _delete_oldest(self, key: str, idle: bool, now: int) -> None:
+        """Delete one slice of what a key has beyond `keep` rows."""
+        query = "SELECT id, events FROM targets WHERE key = ? ORDER BY founding"
+        targets = self.db.execute(query, [key]).fetchall()
+        excess = sum(events for _, events in targets) - self.keep
+        if not idle and excess < self.keep * (PRUNE_OVERDUE - 1):
+            return
+        oldest, events = next(((t, n) for t, n in targets if n > 0), (0, 0))
+        if excess <= 0 or not oldest:
+            self.excess.discard(key)
+            return
+        deleted = self._delete(oldest, min(PRUNE_ROWS, excess), now)
+        if not deleted and events:  # the count was wrong
+            self.db.execute("UPDATE targets SET events = 0 WHERE id = ?", [oldest])
+
+    def _delete(self, target: int, count: int, now: int) -> int:
+        oldest = "SELECT id FROM events WHERE target = ? ORDER BY id LIMIT ?"
+        self.db.execute("BEGIN IMMEDIATE")
+        ids = [row[0] for row in self.db.execute(oldest, [target, count])]
+        last = ids[-1] if ids else 0
+        values = [target, last]
+        gone = "UPDATE dedup SET time = ? WHERE target = ? AND event <= ? AND time > 0"
+        self.db.execute(f"{gone} AND event >= ?", [now, *values, ids[0] if ids else 0])
+        self.db.execute("DELETE FROM events WHERE target = ? AND id <= ?", values)
+        update = "UPDATE targets SET events = max(0, events - ?) WHERE id = ?"
+        self.db.execute(update, [len(ids), target])
+        self.db.execute("COMMIT")
+        if ids:
+            self.words.pruned(last, len(ids))
+        return len(ids)
 
     def checkpoint(self) -> None:
         """Move the write-ahead log into the database: on a helper, it waits for the disk."""
+        erased, self.erased = self.erased, False
         with contextlib.closing(connect(self.path, "rw")) as db:
             _, frames, _ = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             page_size = db.execute("PRAGMA page_size").fetchone()[0]
-            if frames * page_size > WAL_RESTART_BYTES:
+            if erased:  # the log still has the words
+                busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+                self.erased = self.erased or bool(busy)
+            elif frames * page_size > WAL_RESTART_BYTES:
                 db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
 
     def close(self) -> None:
-        with contextlib.suppress(sqlite3.Error):
-            self._tally()
+        self.count()
         self.reading.close()
+        self.words.close()
         self.db.close()
+
+
+def load_hub(store: Store, now: float, ticks: float, name: str = SERVER_NAME) -> Hub:
+    """Return the Hub where the last server stopped. Raises Unusable."""
+    try:
+        hub = Hub(store.last_id, MessageIds(store.starts), name)
+        hub.store = store
+        hub.begin(now, ticks)
+        hub.accounts.load(store.accounts())
+        hub.accounts.certificates.update(store.rows("certificates"))
+        for owner, target, *mark in store.rows("markers"):
+            hub.markers.setdefault(owner, {})[target] = Marker(*mark)
+        for guest, account in store.rows("identities"):
+            hub.link(guest, account)
+        hub.bans = {key: ServerBan(*ban) for key, *ban in store.rows("bans")}
+        revive(hub, store.rows("channels"), store.rows("stays"))
+    except (sqlite3.Error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Unusable(f"the database {store.path} is damaged ({error!r}); move it away") from error
+    store.abandon({*hub.users_by_id, *hub.accounts_of})
+    return hub
 
 
 # ======================================================================================
@@ -3919,6 +5329,7 @@ RPL_ISUPPORT = "005 {} :are supported by this server"
 RPL_ENDOFSTATS = "219 {} :End of statistics"
 RPL_UMODEIS = "221 +{}"
 RPL_SERVLISTEND = "235 * * :There are no services"
+RPL_STATSKLINE = "216 K {} * {} :{}"
 RPL_STATSUPTIME = "242 :Server up {} days {:02}:{:02}:{:02}"
 RPL_STATSOLINE = "243 O * * {}"
 RPL_LUSERCLIENT = "251 :There are {} users and {} invisible on 1 servers"
@@ -4036,6 +5447,8 @@ REFUSALS = {  # Refused.code -> the numeric; its parameters are Refused.about
     "BAD_CHANNEL": "476",
     "NEED_ACCOUNT": "477",
     "LIST_FULL": "478",
+    "BANNED_FROM_SERVER": "465",
+    "NAME_BOUND": "437",
     "NOT_SERVER_OPERATOR": "481",
     "NOT_OPERATOR": "482",
     "UNKNOWN_USER_MODE": "501",
@@ -4065,46 +5478,45 @@ IRC_EVENTS = {  # kind -> the line behind its source; {tail} is " :TEXT" if ther
     MODE: "MODE {where} {text}",
     PASSWORD: "MODE {where} {text}",
     INVITE: "INVITE {about} {text}",
+    USER_MODE: "MODE {about} {text}",
     AWAY: "AWAY{tail}",
     REALNAME: "SETNAME :{text}",
     WALLOPS: "WALLOPS :{text}",
 }
 IRC_EXTENDED_JOIN = "JOIN {where} {about}{tail}"
 NOT_OWN = (INVITE, INVITED, AWAY, QUIT)  # who does these is told by other means
-ECHOED = (*SPOKEN, TAGS)  # or by an echo, if he asked for it
+ECHOED = (*SPOKEN, TAGS)  # or by an echo, if the session has asked for that
+CLASSIC_CAPABILITIES = (  # for clients that know only one line of CAP LS, the best first
+    *("sasl", "multi-prefix", "away-notify", "account-notify", "extended-join", "server-time"),
+    *("message-tags", "echo-message", "batch", "labeled-response", "userhost-in-names"),
+    *("account-tag", "chghost", "invite-notify", "setname", "cap-notify"),
+)
+METADATA_VALUE = (
+    f"before-connect,max-subs={METADATA_SUBS},max-keys={METADATA_KEYS}"
+    f",max-value-bytes={METADATA_BYTES}"
+)
 
-CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value
-    "account-notify": "",
-    "account-tag": "",
+CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value; the classic ones come last
+    "chat.py/session": "",
     "draft/account-registration": "",
+    "draft/channel-rename": "",
     "draft/chathistory": "",
     "draft/event-playback": "",
-    "draft/channel-rename": "",
+    "draft/extended-isupport": "",
     "draft/message-redaction": "",
-    "draft/metadata-3": f"before-connect,max-subs={METADATA_SUBS},max-keys={METADATA_KEYS}"
-    f",max-value-bytes={METADATA_BYTES}",
+    "draft/metadata-2": METADATA_VALUE,
+    "draft/metadata-3": METADATA_VALUE,
+    "draft/multiline": f"max-bytes={LINE_BYTES},max-lines={MESSAGE_LINES}",
     "draft/no-implicit-names": "",
     "draft/pre-away": "",
-    "draft/multiline": f"max-bytes={LINE_BYTES},max-lines={MESSAGE_LINES}",
     "draft/read-marker": "",
-    "sasl": "",
-    "away-notify": "",
-    "batch": "",
-    "cap-notify": "",
-    "chat.py/session": "",
-    "chghost": "",
-    "echo-message": "",
-    "extended-join": "",
+    "draft/whoami": "",
     "extended-monitor": "",
-    "invite-notify": "",
-    "labeled-response": "",
-    "message-tags": "",
-    "multi-prefix": "",
-    "server-time": "",
-    "setname": "",
+    "no-implicit-names": "",
     "soju.im/search": "",
     "standard-replies": "",
-    "userhost-in-names": "",
+    "znc.in/self-message": "",
+    **dict.fromkeys(CLASSIC_CAPABILITIES, ""),
 }
 NEEDS_CAPABILITY = {  # to be told of these events
     ACCOUNT: "account-notify",
@@ -4143,20 +5555,6 @@ def as_param(text: str) -> str:
     return "*" if not text or " " in text or text[0] == ":" else cut(text, PARAM_BYTES)
 
 
-def wrapped(words: Iterable[str], room: int, between: str = " ") -> Iterator[str]:
-    """The words in lines of at most `room` bytes."""
-    line, size = [], 0
-    for one in words:
-        length = len(one.encode()) + len(between)
-        if line and size + length > room:
-            yield between.join(line)
-            line, size = [], 0
-        line.append(one)
-        size += length
-    if line:
-        yield between.join(line)
-
-
 @functools.lru_cache(100)  # seconds; one is asked for with every message of it
 def second_text(seconds: int) -> str:
     return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%dT%H:%M:%S}"
@@ -4189,7 +5587,7 @@ ENDS_BATCH = re.compile(rb"(?:@[^ ]* )?:[^ ]* BATCH -")
 
 
 def add_tag_to_all(lines: bytes, tag: str) -> bytes:
-    """To every line but those of a batch among them: its beginning and its end stand for
+    """Tag every line but those of a batch among them: its beginning and its end stand for
     them (IRCv3 batch, nested batches)."""
     parts = lines.splitlines(keepends=True)
     return b"".join(part if IN_BATCH.match(part) else add_tag(part, tag) for part in parts)
@@ -4205,8 +5603,8 @@ MESSAGE_ID = re.compile(r"msgid=[^; ]*;|;msgid=[^; ]*|@msgid=[^; ]* ")  # among 
 
 
 def spoken_lines(event: Event, where: str, blank: bool = False) -> Iterator[tuple[str, bool]]:
-    """A message of several lines, or a long one, in as many lines of IRC as it takes; and
-    whether each goes on with the one before it. Blank ones only if they are wanted."""
+    """Yield the lines of a message, which may be several or too long for one; and whether each
+    goes on with the one before it. Blank ones only if they are wanted."""
     verb, before, behind = IRC_SPOKEN[event.kind]
     head = f":{event.source.mask} {verb} {where or event.about} :{before}"
     room = IRC_BYTES - 2 - len(f"{head}{behind}".encode())
@@ -4214,22 +5612,19 @@ def spoken_lines(event: Event, where: str, blank: bool = False) -> Iterator[tupl
     if not blank:
         texts = [text for text in texts if text.strip(SOFT_BREAK)] or [" "]  # some ignore ""
     for text in texts:
-        pieces = (split_text(part, room) for part in text.split(SOFT_BREAK))
-        for n, piece in enumerate(itertools.chain(*pieces)):
-            yield head + piece + behind, n > 0
+        pieces = itertools.chain(*(split_text(part, room) for part in text.split(SOFT_BREAK)))
+        for n, piece in enumerate(pieces):
+            if piece or blank:
+                yield head + piece + behind, n > 0
 
 
-class IrcWire:
-    """Events as lines of IRC, the same for all sessions with the same capabilities."""
+class IrcFormat:
+    """Messages as lines of IRC. The bytes depend on four capabilities only."""
 
-    def __init__(self, capabilities: frozenset[str]):
-        self.capabilities = capabilities
-        self.echo = "echo-message" in capabilities
-        self.timed = "server-time" in capabilities
-        self.tagged = "message-tags" in capabilities
-        self.accounts = "account-tag" in capabilities
-        self.multiline = {"draft/multiline", "batch"} <= capabilities
-        self.without = {k for k, cap in NEEDS_CAPABILITY.items() if cap not in capabilities}
+    def __init__(self, ids: MessageIds, timed: bool, tagged: bool, accounts: bool, multiline: bool):
+        self.ids = ids
+        self.timed, self.tagged = timed, tagged
+        self.accounts, self.multiline = accounts, multiline
 
     def encode(self, audience: Any, events: list[Event]) -> list[bytes]:
         """One bytes object an event; a message too long for a line is several lines in it."""
@@ -4244,8 +5639,8 @@ class IrcWire:
         return lines
 
     def parts(self, event: Event, where: str, tags: str) -> Iterator[bytes]:
-        """The lines of one event; of a message that is several, the first has its id."""
-        lines = list(self.lines(event, where))
+        """Yield the lines of one message; of several, the first has its id."""
+        lines = [line for line, _ in spoken_lines(event, where)]
         if self.multiline and len(lines) > 1:
             yield from self.multiline_batch(event, where, tags)
             return
@@ -4254,7 +5649,7 @@ class IrcWire:
             tags = re.sub(MESSAGE_ID, "", tags, count=1)
 
     def multiline_batch(self, event: Event, where: str, tags: str) -> Iterator[bytes]:
-        """A message of several lines as one, for who knows (draft/multiline)."""
+        """Yield a message of several lines as one (draft/multiline)."""
         source, name = f":{event.source.mask}", f"{event.id:x}"
         yield f"{tags}{source} BATCH +{name} draft/multiline {where or event.about}\r\n".encode()
         for line, goes_on in spoken_lines(event, where, blank=True):
@@ -4263,10 +5658,10 @@ class IrcWire:
         yield f"{source} BATCH -{name}\r\n".encode()
 
     def tags(self, event: Event) -> str:
-        """What stands before its line, with the space behind."""
+        """Return what stands before the event's line, with the space behind."""
         tags = f";time={tag_time(event.time)}" if self.timed else ""
         if self.tagged:
-            tags += f";msgid={event.id:x}"
+            tags += f";msgid={self.ids.text(event.id)}"
             if event.source.bot:
                 tags += ";bot"
             if event.tags:
@@ -4275,46 +5670,78 @@ class IrcWire:
             tags += f";account={escaped_tag(event.source.account)}"
         return f"@{tags[1:]} " if tags else ""
 
-    def lines(self, event: Event, where: str) -> Iterable[str]:
-        """The lines of one event, without their ends."""
-        if event.kind in SPOKEN:
-            return [line for line, _ in spoken_lines(event, where)]
+
+class IrcWire:
+    """Events as lines of IRC, the same for all sessions whose capabilities change no byte."""
+
+    def __init__(self, capabilities: frozenset[str], format: IrcFormat):
+        self.format = format
+        self.echo = "echo-message" in capabilities
+        self.copies = self.echo or "znc.in/self-message" in capabilities
+        self.extended_join = "extended-join" in capabilities
+        self.without = {k for k, cap in NEEDS_CAPABILITY.items() if cap not in capabilities}
+
+    def encode(self, audience: Any, events: list[Event]) -> list[bytes]:
+        """Encode any events, one by one: a page of history."""
+        return [
+            self.format.encode(audience, [event])[0]
+            if event.kind in SPOKEN
+            else self.line(audience, event)
+            for event in events
+        ]
+
+    def line(self, audience: Any, event: Event) -> bytes:
+        """Encode an event that is no message."""
         if event.kind in self.without:
-            return []
-        text = event.text
-        shape = IRC_EVENTS[event.kind]
-        if event.kind == JOIN and "extended-join" in self.capabilities:
-            shape = IRC_EXTENDED_JOIN
-        where = where or event.about
+            return b""
+        text, where = event.text, audience.name or event.about
+        extended = event.kind == JOIN and self.extended_join
+        shape = IRC_EXTENDED_JOIN if extended else IRC_EVENTS[event.kind]
         known = {"where": where, "about": event.about or "*", "text": text}
-        return [f":{event.source.mask} {shape.format(**known, tail=f' :{text}' if text else '')}"]
+        line = shape.format(**known, tail=f" :{text}" if text else "")
+        return self.format.tags(event).encode() + irc_bytes(f":{event.source.mask} {line}")
 
     def own(self, event: Event, line: bytes) -> bytes:
-        """What somebody hears of what he did: he speaks to himself, or asked for echoes."""
+        """Return what the origin of an event gets: it wrote to itself, or asked for echoes."""
         if event.kind in ECHOED:
             to_self = event.about == event.source.name
             return line * (self.echo + to_self)
         return b"" if event.kind in NOT_OWN else line
 
 
+# The capabilities that change the bytes of an event
+FORMAT_CAPABILITIES = ("server-time", "message-tags", "account-tag", "draft/multiline")
+
+
 # The capabilities that change the bytes of an event. Sessions that differ only in others
 # share a wire.
 WIRE_CAPABILITIES = frozenset(
     (
-        *("account-tag", "batch", "draft/multiline", "echo-message", "extended-join"),
-        *("message-tags", "server-time", *NEEDS_CAPABILITY.values()),
+        *(*FORMAT_CAPABILITIES, "echo-message", "extended-join", "znc.in/self-message"),
+        *NEEDS_CAPABILITY.values(),
     )
 )
-IRC_WIRES: "weakref.WeakValueDictionary[frozenset[str], IrcWire]" = weakref.WeakValueDictionary()
 
 
-def irc_wire(capabilities: frozenset[str]) -> IrcWire:
-    """Return the wire of these capabilities; it lives as long as a session uses it."""
-    key = capabilities & WIRE_CAPABILITIES
-    wire = IRC_WIRES.get(key)
-    if wire is None:
-        wire = IRC_WIRES[key] = IrcWire(key)
-    return wire
+class IrcWires:
+    """The wires in use, by capabilities. A wire is dropped with the last of its sessions."""
+
+    def __init__(self, ids: MessageIds):
+        self.ids = ids
+        self.formats: dict[tuple[bool, ...], IrcFormat] = {}  # at most sixteen
+        self.wires: weakref.WeakValueDictionary[frozenset, IrcWire]
+        self.wires = weakref.WeakValueDictionary()
+
+    def get(self, capabilities: frozenset[str]) -> IrcWire:
+        key = capabilities & WIRE_CAPABILITIES
+        if "batch" not in capabilities:
+            key -= {"draft/multiline"}
+        wire = self.wires.get(key)
+        if wire is None:
+            bits = tuple(capability in key for capability in FORMAT_CAPABILITIES)
+            format = self.formats.setdefault(bits, IrcFormat(self.ids, *bits))
+            wire = self.wires[key] = IrcWire(key, format)
+        return wire
 
 
 irc_command = Commands("")
@@ -4337,7 +5764,11 @@ def client_id(session: "IrcSession", target: str) -> str:
     """What the client calls the message that it sends; one to several people has no such
     name, which would have to mean each of them."""
     own = session.message.tags.get(OWN_ID, "") if session.message.tags else ""
-    return own if session.wire.tagged and is_word(own, OWN_ID_BYTES) and "," not in target else ""
+    return (
+        own
+        if session.wire.format.tagged and is_word(own, OWN_ID_BYTES) and "," not in target
+        else ""
+    )
 
 
 class Collected:
@@ -4347,12 +5778,13 @@ class Collected:
         self.reference, self.target, self.label, self.tags = reference, target, label, tags
         self.own_id = own_id
         self.verb = ""
-        self.text = ""
+        self.pieces: list[str] = []  # each with what stands before it: "\n" or SOFT_BREAK
+        self.size = 0  # bytes, of what the sender counts
         self.lines = 0
         self.failed = False
 
     def add(self, message: Message) -> None:
-        """One more line. Raises Refused."""
+        """Add a line. Raises Refused."""
         verb, (target, *texts), tags = message
         text, goes_on = "".join(texts[:1]), CONCAT in tags
         if tags["batch"] != self.reference or fold(target) != fold(self.target):
@@ -4360,20 +5792,31 @@ class Collected:
         if verb not in ("PRIVMSG", "NOTICE") or self.verb not in ("", verb):
             raise Refused("MULTILINE_INVALID", "a message is all PRIVMSG, or all NOTICE")
         if goes_on and not text:
-            raise Refused("MULTILINE_INVALID", "nothing cannot go on with a line")
-        between = "" if not self.lines else SOFT_BREAK if goes_on else "\n"
-        self.verb, self.text = verb, self.text + between + text
+            raise Refused("MULTILINE_INVALID", "a concatenated line must not be empty")
+        between = "" if not self.pieces else SOFT_BREAK if goes_on else "\n"
+        self.verb = verb
+        self.pieces.append(between + text)
         self.lines += not goes_on
-        if len(self.text.replace(SOFT_BREAK, "").encode()) > LINE_BYTES:
+        self.size += len(text.encode()) + (between == "\n")
+        if self.size > LINE_BYTES:
             text = "the message is too long; nobody got it"
             raise Refused("MULTILINE_MAX_BYTES", text, str(LINE_BYTES))
         if self.lines > MESSAGE_LINES:
             text = "the message has too many lines; nobody got it"
             raise Refused("MULTILINE_MAX_LINES", text, str(MESSAGE_LINES))
 
+    @property
+    def text(self) -> str:
+        """Return the message. It is forwarded as the sender split it, unless the pieces are
+        much smaller than they have to be: each costs every receiver a line."""
+        text, needed = "".join(self.pieces), self.size // PIECE_BYTES + self.lines
+        if len(self.pieces) > min(MESSAGE_LINES, MULTILINE_SLACK * needed):
+            text = text.replace(SOFT_BREAK, "")
+        return text
+
 
 def collect(session: "IrcSession", message: Message) -> None:
-    """A line of a batch that the client has begun. A bad one ends the whole message."""
+    """Take a line of a batch that the client has begun. A bad one ends the whole message."""
     session.message = message._replace(verb="BATCH")  # what a refusal is about
     collected = session.collected
     if collected is None:
@@ -4383,6 +5826,7 @@ def collect(session: "IrcSession", message: Message) -> None:
             collected.add(message if message.params else message._replace(params=[""]))
     except Refused:
         collected.failed = True  # said once; the rest of it is not looked at
+        collected.pieces.clear()
         if "labeled-response" in session.capabilities:
             session.begin_answer(collected.label)
         raise
@@ -4396,9 +5840,16 @@ def tell_topic_irc(session: "IrcSession", channel: Channel) -> None:
 
 def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
     capabilities, me = session.capabilities, session.user
-    names = channel.names(me, "multi-prefix" in capabilities, "userhost-in-names" in capabilities)
+    multi, masks = "multi-prefix" in capabilities, "userhost-in-names" in capabilities
     kind = "@" if "s" in channel.flags else "="
-    session.reply_list(RPL_NAMREPLY, names, kind, channel.name)
+    if me in channel.members:
+        head = session.shaped_line(RPL_NAMREPLY, kind, channel.name, "")[:-2]
+        roster = channel.roster(multi, masks)
+        session.site.hub.charge(len(roster))
+        lines = b"".join([head + names.encode() + b"\r\n" for names in roster])
+        return session.send(session.timed(lines))
+    session.site.hub.charge(len(channel.members))
+    session.reply_list(RPL_NAMREPLY, channel.names(me, multi, masks), kind, channel.name)
 
 
 def owner_name(owner: "User | Channel | IrcSession") -> str:
@@ -4417,104 +5868,94 @@ def subscribed_metadata(
 
 
 def tell_metadata_of_channel(session: "IrcSession", channel: Channel) -> None:
-    """Where it is much, that it can be asked for (draft/metadata, postponed synchronization)."""
+    """Tell the values, or where they are many, that they can be asked for (draft/metadata,
+    postponed synchronization)."""
     others = (channel, *(user for user in channel.members if user is not session.user))
+    session.site.hub.charge(len(others))
     known = subscribed_metadata(session, others)
     some = list(itertools.islice(known, METADATA_AT_ONCE + 1))
     if len(some) > METADATA_AT_ONCE:
         return session.reply(ERR_METADATASYNCLATER, channel.name)
     for one in some:
-        session.learns(*one)
+        session.tell_value(*one)
 
 
 def tell_channel(session: "IrcSession", channel: Channel) -> None:
-    """What somebody is told who has come into it."""
+    """Tell a client what it has to know of a channel that it joined."""
     if channel.topic:
         tell_topic_irc(session, channel)
     if "draft/read-marker" in session.capabilities:
         session.tell_marker(channel.name)
     if session.subscribed:
         tell_metadata_of_channel(session, channel)
-    if "draft/no-implicit-names" not in session.capabilities:
+    if session.capabilities.isdisjoint(("draft/no-implicit-names", "no-implicit-names")):
         tell_names_irc(session, channel)
         session.reply(RPL_ENDOFNAMES, channel.name)
 
 
-class IrcSession(Session):
-    """Somebody with an IRC client."""
+# Event kind -> what renders it for one session; filled below, see Session.hear()
+PERSONAL_LINES: "dict[str, Callable[[IrcSession, Event], None]]" = {}
+
+
+class IrcSession(LocalSession):
+    """A session that speaks IRC."""
 
     __slots__ = (
-        "account",
-        "asked",
-        "batch",
-        "capabilities",
-        "client",
-        "collected",
-        "exchange",
-        "from_service",
-        "labelled",
-        "login",
-        "message",
-        "negotiating",
-        "own_tags",
-        "password",
-        "away",
-        "metadata",
-        "realname",
-        "secret",
-        "subscribed",
-        "username",
-        "wanted",
-        "watched",
-        "wire",
-        "withheld",
+        *("account", "asked", "away", "batch", "capabilities", "collected", "exchange"),
+        *("from_service", "labelled", "message", "metadata", "negotiating", "own_tags"),
+        *("password", "proof", "raw", "realname", "subscribed", "username", "wanted"),
+        *("watched", "wire", "withheld"),
     )
     probed = True
 
     def __init__(self, site: Site, conn: Any):
         super().__init__(site, conn)
-        self.wanted = self.asked = ""  # the name, until there is a user; also one refused
+        self.wanted = self.asked = ""  # the nick, until there is a user; also one refused
         self.username = self.realname = self.password = ""
-        self.negotiating = False  # capabilities; until it is over nobody comes in
-        self.watched: dict[str, str] = {}  # names by key, see MONITOR
-        self.message = Message("", [], {})  # that is being answered
+        self.negotiating = False  # capabilities; registration waits for CAP END
+        self.watched: dict[str, str] = {}  # nicks by key, see MONITOR
+        self.raw = b""  # the line that is being answered ...
+        self.message = Message("", [], {})  # ... and what it is
         self.labelled: Labelled | None = None  # where its answer began, if it has a label
         self.batch = ""  # that this answer is in, if it is more than a line
         self.subscribed: dict[str, None] = {}  # keys of metadata
-        self.secret = self.client = ""
-        self.account = self.away = ""  # logged in to, and away, before there is a user
-        self.login = ""  # Account.identity of that account
+        self.account = self.proof = self.away = ""  # logged in to, and away, before registration
         self.from_service = False  # the answer that is waited for is NickServ's
-        self.metadata: dict[str, str] = {}  # likewise
+        self.metadata: dict[str, str] = {}  # set before registration
         self.exchange: Exchange | None = None  # of SASL, going on
         self.collected: Collected | None = None  # a message of several lines, as it comes
-        self.withheld: set[int] = set()  # ids of what this session did and gets no echo of
+        self.withheld: dict[int, bytes] = {}  # lines in place of the echo of an event
         # Of what this session did in this turn, by id: add_tag or add_tag_to_all, and the tag
         self.own_tags: dict[int, tuple[Callable, str]] = {}
         self.capabilities: frozenset[str] = frozenset()  # enabled by CAP REQ
-        self.wire = irc_wire(self.capabilities)
+        self.wire = site.wires.get(self.capabilities)
 
     @property
     def nick(self) -> str:
         return self.user.name if self.user else self.wanted or "*"
 
     @property
-    def follows(self) -> bool:
+    def extended_monitor(self) -> bool:
         return "extended-monitor" in self.capabilities
 
+    # Sending
+
     def line(self, text: str) -> None:
-        """A line of the server's own, without its source."""
+        """Send a line of the server's own, without its source."""
         self.say(f":{self.site.name} {text}")
 
     def say(self, text: str) -> None:
-        """A whole line."""
-        data = irc_bytes(text)
-        if self.wire.timed:
-            data = add_tag(data, f"time={tag_time(self.site.hub.now)}")
-        self.send(data)
+        """Send a whole line."""
+        self.send(self.timed(irc_bytes(text)))
+
+    def timed(self, lines: bytes) -> bytes:
+        """Add the time to the server's own lines, for clients with server-time."""
+        if not self.wire.format.timed:
+            return lines
+        return add_tag_to_all(lines, f"time={tag_time(self.site.hub.now)}")
 
     def shaped(self, shape: str, *values: Any) -> str:
-        """A numeric, without its source."""
+        """Return a numeric, without its source."""
         number, rest = shape.split(" ", 1)
         return f"{number} {self.nick} {rest.format(*values)}"
 
@@ -4522,13 +5963,13 @@ class IrcSession(Session):
         self.line(self.shaped(shape, *values))
 
     def shaped_line(self, shape: str, *values: Any) -> bytes:
-        """The whole line of it, not yet said."""
+        """Return the whole line of a numeric, not yet sent."""
         return irc_bytes(f":{self.site.name} {self.shaped(shape, *values)}")
 
     def reply_list(
         self, shape: str, words: Iterable[str], *values: Any, between: str = " "
     ) -> None:
-        """As many replies as it takes for all the words, which stand behind the values."""
+        """Send as many replies as it takes for all the words, which stand behind the values."""
         head = f":{self.site.name} {shape} {self.nick} {' '.join(map(str, values))}"
         for line in wrapped(words, IRC_BYTES - 2 - len(head.encode()), between):
             self.reply(shape, *values, line)
@@ -4536,35 +5977,31 @@ class IrcSession(Session):
     def notice(self, text: str) -> None:
         self.line(f"NOTICE {self.nick} :{text}")
 
-    def killed(self, by: Source, reason: str) -> None:
-        self.say(f":{by.mask} KILL {self.nick} :{reason}")
-        super().killed(by, reason)
-
-    def replaced(self) -> None:
-        self.fail("SESSION", "REPLACED", "another connection of yours has this place now")
-        super().replaced()
+    def fail_line(self, verb: str, code: str, text: str, *about: str) -> str:
+        """Return a standard reply (IRCv3), for what no numeric says, without its source."""
+        params = "".join(f"{as_param(one)} " for one in about)
+        return f"FAIL {verb} {code} {params}:{text}"
 
     def fail(self, verb: str, code: str, text: str, *about: str) -> None:
-        """A standard reply (IRCv3), for what no numeric says."""
-        params = "".join(f"{as_param(one)} " for one in about)
-        self.line(f"FAIL {verb} {code} {params}:{text}")
+        self.line(self.fail_line(verb, code, text, *about))
 
     def not_kept(self, events: list[Event], reason: str) -> None:
-        """An echo would say that they are: this comes in its place."""
+        """An echo would say that they are stored: this comes in its place, with its label."""
         for event in events:
-            self.withheld.add(event.id)
             own_id = parse_tags(event.tags).get(OWN_ID, "")
-            self.tell_not_kept(f"{event.id:x}", *[own_id] if own_id else [], reason=reason)
+            ids = [self.site.hub.ids.text(event.id), *([own_id] if own_id else [])]
+            line = self.fail_line("PRIVMSG", "NOT_KEPT", f"delivered but not kept: {reason}", *ids)
+            self.withheld[event.id] = self.timed(irc_bytes(f":{self.site.name} {line}"))
 
-    def tell_not_kept(self, *ids: str, reason: str) -> None:
-        """The server's id of a message, and its sender's if it has one."""
-        self.fail("PRIVMSG", "NOT_KEPT", f"delivered but not kept: {reason}", *ids)
+    def tell_not_kept(self, own_id: str, reason: str) -> None:
+        """The answer to a repeat of a message that was delivered and is not stored."""
+        self.fail("PRIVMSG", "NOT_KEPT", f"delivered but not kept: {reason}", "*", own_id)
 
     def farewell(self, text: str) -> None:
         self.send(irc_bytes(f"ERROR :{text}"))
 
     def probe(self) -> None:
-        """Ask whether anybody is there."""
+        """Ask the client whether it is still there."""
         self.send(irc_bytes(f"PING :{self.site.name}"))
 
     def service_says(self, text: str) -> None:
@@ -4579,43 +6016,26 @@ class IrcSession(Session):
         about = "".join(f"{as_param(one)} " for one in refusal.about)
         self.line(f"{number} {self.nick} {about}:{text}")
 
-    def place_entered(self, channel: Channel) -> None:
-        tell_channel(self, channel)
+    # Events that each session renders for itself
 
-    def place_renamed(self, old: str, channel: Channel, reason: str) -> None:
-        if "draft/channel-rename" in self.capabilities:
-            return
-        mask = self.user.source.mask
-        self.say(
-            f":{mask} PART {old} :renamed to {channel.name}" + (f": {reason}" if reason else "")
-        )
-        self.say(f":{mask} JOIN {channel.name}")
-        tell_channel(self, channel)
+    def hear(self, event: Event) -> None:
+        PERSONAL_LINES[event.kind](self, event)
 
-    def learns(self, name: str, key: str, value: str) -> None:
-        if key not in self.subscribed:
-            return
+    def tell_value(self, name: str, key: str, value: str) -> None:
         if value:
             self.reply(RPL_KEYVALUE, name, key, value)
         else:
             self.reply(RPL_KEYNOTSET, name, key)
 
-    def read_on(self, name: str) -> None:
-        if "draft/read-marker" in self.capabilities:
-            self.tell_marker(name)
-
     def tell_marker(self, name: str) -> None:
-        when = self.site.hub.markers.of(self.user, fold(name))
-        self.line(f"MARKREAD {name} {f'timestamp={tag_time(when)}' if when else '*'}")
+        mark = self.site.hub.markers.of(self.user, fold(name))
+        self.line(f"MARKREAD {name} {f'timestamp={tag_time(mark.time)}' if mark else '*'}")
 
-    def spotted(self, source: Source, online: bool) -> None:
-        if online:
-            self.reply(RPL_MONONLINE, source.mask)
-        else:
-            self.reply(RPL_MONOFFLINE, source.name)
+    # Receiving
 
     def receive(self, line: bytes) -> None:
         self.from_service = False
+        self.raw = line
         try:
             self.message = message = self.parse(line)
             if "batch" in message.tags:
@@ -4623,7 +6043,7 @@ class IrcSession(Session):
             elif message.verb:
                 if message.tags and "labeled-response" in self.capabilities:
                     self.begin_answer(message.tags.get("label", ""))
-                irc_command.run(self, message.verb, lambda most: message.params[:most])
+                self.unfinished = irc_command.run(self, message.verb, message.params)
         except Refused as refusal:
             self.refuse(refusal)
         self.mark_answer(whole=not (self.deferred or self.unfinished))
@@ -4655,27 +6075,27 @@ class IrcSession(Session):
             self.labelled = Labelled(escaped_tag(label), len(self.replies), events, last_id)
 
     def resume_answer(self) -> None:
-        """From here on: it took until another turn, or others have been heard meanwhile."""
+        """Go on from here: it took until another turn, or others have been heard meanwhile."""
         if self.labelled:
             self.begin_answer(unescaped_tag(self.labelled.label))
 
     def go_on(self) -> None:
         self.resume_answer()
         super().go_on()
-        if self.unfinished:
+        if self.unfinished or self.deferred:
             self.mark_answer(whole=False)
 
     def take_result(self, then: Callable, result: Any) -> None:
         self.resume_answer()
         super().take_result(then, result)
-        if self.deferred:
+        if self.deferred or self.unfinished:
             self.mark_answer(whole=False)
 
     def answered(self) -> None:
         self.mark_answer(whole=True)
 
     def mark_answer(self, whole: bool) -> None:
-        """What has been said since it was begun or resumed gets the label; or is put in a
+        """Label what has been sent since the answer was begun or resumed; or put it in a
         batch, if it is several lines, or may be yet."""
         if self.labelled is None:
             return
@@ -4694,9 +6114,9 @@ class IrcSession(Session):
             self.labelled, self.batch = None, ""
 
     def put_in_batch(self, heard: Iterable[int]) -> None:
-        """What has been said of the answer, which may have begun to be put there before."""
-        begun, hub = self.batch, self.site.hub
-        self.batch = begun or hub.new_reference()
+        """Put there what has been sent of the answer, which may have been begun before."""
+        begun = self.batch
+        self.batch = begun or self.site.reference()
         self.tag_answer(heard, add_tag_to_all, f"batch={self.batch}")
         if not begun:
             label, replies, _, last_id = self.labelled
@@ -4715,20 +6135,24 @@ class IrcSession(Session):
         return irc_bytes(f":{self.site.name} BATCH {text}")
 
     def hears(self, event: Event) -> int:
-        """How many lines or batches this session is told of it, if it did that."""
-        if event.origin is not self:
+        """Return how many lines or batches this session gets of an event of its own."""
+        if event.origin is not self or event.kind in PERSONAL:
             return 0
         (line,) = self.wire.encode(event.audience, [event])
         return count_answers(line) if self.wire.own(event, line) else 0
 
     def own(self, event: Event, line: bytes) -> bytes:
+        if event.origin is not self:  # a private message from another session of the user
+            return line if self.wire.copies else b""
         if event.id in self.withheld:
-            return b""
-        data, marked = self.wire.own(event, line), self.own_tags.get(event.id)
+            line = data = self.withheld[event.id]
+        else:
+            data = self.wire.own(event, line)
+        marked = self.own_tags.get(event.id)
         if not data or not marked:
             return data
         mark, tag = marked
-        return mark(line, tag) + data[len(line) :]  # whoever speaks to himself hears it twice
+        return mark(line, tag) + data[len(line) :]  # a message to oneself comes twice
 
     def turn_over(self) -> None:
         super().turn_over()
@@ -4736,17 +6160,78 @@ class IrcSession(Session):
         self.withheld.clear()
 
     def ended(self) -> None:
-        for name in list(self.watched.values()):
-            self.site.hub.watchers.remove(self, name)
+        hub = self.site.hub
+        for key in self.watched:
+            hub.watchers.remove(self, key)
+        for key in self.subscribed:
+            hub.subscribers.remove(self, key)
         self.watched.clear()
+        self.subscribed.clear()
         super().ended()
 
 
+def hear_killed(session: IrcSession, event: Event) -> None:
+    session.say(f":{event.source.mask} KILL {event.about} :{event.text}")
+    session.end(killed_text(event.source, event.text))
+
+
+def hear_replaced(session: IrcSession, event: Event) -> None:
+    session.fail("SESSION", "REPLACED", "another connection of yours has this place now")
+    session.end("Another connection of yours took this place")
+
+
+def hear_entered(session: IrcSession, event: Event) -> None:
+    tell_channel(session, session.site.hub.channels[fold(event.audience.name)])
+
+
+def tell_channel_later(session: IrcSession, channel: Channel) -> Iterator[None]:
+    if session.user in channel.members:
+        tell_channel(session, channel)
+        yield
+
+
+def hear_renamed(session: IrcSession, event: Event) -> None:
+    """For clients without draft/channel-rename the channel is another one. Names follow when
+    the session has its turn: a renaming of a crowded channel must not stop the others."""
+    if "draft/channel-rename" in session.capabilities:
+        return
+    mask, name = session.user.source.mask, event.audience.name
+    reason = f": {event.text}" if event.text else ""
+    session.say(f":{mask} PART {event.about} :renamed to {name}{reason}")
+    session.say(f":{mask} JOIN {name}")
+    session.postponed.append(tell_channel_later(session, session.site.hub.channels[fold(name)]))
+    session.conn.resume_soon()
+
+
+def hear_read(session: IrcSession, event: Event) -> None:
+    if "draft/read-marker" in session.capabilities:
+        session.tell_marker(event.audience.name)
+
+
+def hear_metadata(session: IrcSession, event: Event) -> None:
+    session.tell_value(event.audience.name, event.about, event.text)
+
+
+PERSONAL_LINES.update(
+    {
+        KILLED: hear_killed,
+        REPLACED: hear_replaced,
+        ENTERED: hear_entered,
+        RENAMED: hear_renamed,
+        READ: hear_read,
+        METADATA: hear_metadata,
+        ONLINE: lambda session, event: session.reply(RPL_MONONLINE, event.source.mask),
+        OFFLINE: lambda session, event: session.reply(RPL_MONOFFLINE, event.source.name),
+    }
+)
+
+
 def isupport(site: Site) -> list[str]:
-    """The tokens of 005 (modern.ircdocs.horse, RPL_ISUPPORT parameters)."""
+    """Return the tokens of 005 (modern.ircdocs.horse, RPL_ISUPPORT parameters)."""
     flags = "".join(sorted(FLAGS))
     ranks, symbols = RANKS, "".join(SYMBOLS.values())
     targets = f"JOIN:,KICK:,LIST:{LIST_TARGETS},MONITOR:{WATCHED},NAMES:,PART:,WHOIS:1"
+    spoken = ",".join(f"{verb}:{TARGETS}" for verb in ("PRIVMSG", "NOTICE", "TAGMSG"))
     return [
         f"AWAYLEN={REASON_BYTES}",
         "BOT=B",
@@ -4766,44 +6251,76 @@ def isupport(site: Site) -> list[str]:
         f"KEYLEN={CHANNEL_PASSWORD_BYTES}",
         f"KICKLEN={REASON_BYTES}",
         "MAXLIST=" + ",".join(f"{letter}:{MASKS_A_LIST}" for letter in MASK_LISTS),
-        "MODES",
+        f"MODES={MODES_WITH_VALUE}",
         f"MONITOR={WATCHED}",
         f"NAMELEN={REALNAME_BYTES}",
         f"NETWORK={site.network}",
         f"NICKLEN={NAME_CHARACTERS}",
         f"PREFIX=({ranks}){symbols}",
         "SAFELIST",
+        "SAFERATE",
         f"STATUSMSG={symbols}",
-        f"TARGMAX={targets},PRIVMSG:{TARGETS},NOTICE:{TARGETS}",
+        f"TARGMAX={targets},{spoken}",
         f"TOPICLEN={TOPIC_BYTES}",
         f"USERLEN={USERNAME_BYTES}",
         "UTF8ONLY",
         "WHOX",
+        *([f"chat.py/FLOOD={site.flood[0]:g},{site.flood[1]:g}"] if site.flood else []),
     ]
 
 
-def tell_isupport(session: IrcSession) -> None:
-    tokens = isupport(session.site)
+def wrapped_tokens(tokens: list[str]) -> Iterator[list[str]]:
     for start in range(0, len(tokens), TOKENS_A_LINE):
-        some = tokens[start : start + TOKENS_A_LINE]
-        session.reply(RPL_ISUPPORT, " ".join(some))
+        yield tokens[start : start + TOKENS_A_LINE]
+
+
+def isupport_lines(session: IrcSession) -> Iterator[bytes]:
+    for tokens in wrapped_tokens(isupport(session.site)):
+        yield session.shaped_line(RPL_ISUPPORT, " ".join(tokens))
+
+
+def batch_in_pieces(
+    session: IrcSession, kind: str, lines: Iterable[bytes], tags: str = ""
+) -> Iterator[None]:
+    """Send several lines as one, to those who know batches; the rest can be left for later."""
+    batched, reference = "batch" in session.capabilities, session.site.reference()
+    if batched:
+        opening = session.batch_line(f"+{reference} {kind}")
+        session.send(add_tag(opening, tags) if tags else opening)
+    for line in lines:
+        session.send(add_tag_to_all(line, f"batch={reference}") if batched else line)
+        yield
+    if batched:
+        session.send(session.batch_line(f"-{reference}"))
+
+
+def in_batch(session: IrcSession, kind: str, lines: Iterable[bytes], tags: str = "") -> None:
+    """The same at once."""
+    for _ in batch_in_pieces(session, kind, lines, tags):
+        pass
+
+
+def tell_isupport(session: IrcSession) -> None:
+    if "draft/extended-isupport" in session.capabilities:
+        return in_batch(session, "draft/isupport", isupport_lines(session))
+    for line in isupport_lines(session):
+        session.send(session.timed(line))
 
 
 def tell_lusers(session: IrcSession) -> None:
-    hub, house = session.site.hub, session.site.house
-    users = list(hub.users.values())
-    invisible = sum("i" in user.modes for user in users)
-    session.reply(RPL_LUSERCLIENT, len(users) - invisible, invisible)
-    session.reply(RPL_LUSEROP, sum(user.is_operator for user in users))
-    session.reply(RPL_LUSERUNKNOWN, house.nameless())
+    hub, server = session.site.hub, session.site.server
+    count, operators = len(hub.users), len({one.user for one in hub.operators})
+    session.reply(RPL_LUSERCLIENT, count - hub.invisible, hub.invisible)
+    session.reply(RPL_LUSEROP, operators)
+    session.reply(RPL_LUSERUNKNOWN, server.nameless())
     session.reply(RPL_LUSERCHANNELS, len(hub.channels))
-    session.reply(RPL_LUSERME, len(users))
-    session.reply(RPL_LOCALUSERS, len(users), hub.most_users)
-    session.reply(RPL_GLOBALUSERS, len(users), hub.most_users)
+    session.reply(RPL_LUSERME, count)
+    session.reply(RPL_LOCALUSERS, count, hub.most_users)
+    session.reply(RPL_GLOBALUSERS, count, hub.most_users)
 
 
 def tell_motd(session: IrcSession) -> None:
-    lines = session.site.house.motd
+    lines = session.site.server.motd
     if not lines:
         return session.refuse(Refused("NO_MOTD", "there is no message of the day"))
     session.reply(RPL_MOTDSTART, session.site.name)
@@ -4814,8 +6331,12 @@ def tell_motd(session: IrcSession) -> None:
     session.reply(RPL_ENDOFMOTD)
 
 
+def user_modes_text(session: IrcSession) -> str:
+    return "".join(sorted(session.user.modes | ({"o"} if session.operator else set())))
+
+
 def welcome(session: IrcSession) -> None:
-    """What a client is told when it has come in, in the order that clients rely on."""
+    """Tell a client what it has to know at the beginning, in the order that clients rely on."""
     site = session.site
     session.reply(RPL_WELCOME, site.network, session.user.source.mask)
     session.reply(RPL_YOURHOST, site.name, VERSION)
@@ -4825,32 +6346,16 @@ def welcome(session: IrcSession) -> None:
     user_modes = "".join(sorted(USER_MODES))
     session.reply(RPL_MYINFO, site.name, f"chat.py-{VERSION}", user_modes, modes, with_value)
     tell_isupport(session)
+    if "draft/whoami" in session.capabilities:
+        session.say(f":{session.user.source.mask} SETNAME :{session.user.realname}")
     tell_lusers(session)
     tell_motd(session)
-    session.reply(RPL_UMODEIS, "".join(sorted(session.user.modes)))
+    session.reply(RPL_UMODEIS, user_modes_text(session))
 
 
 def abort_sasl(session: IrcSession) -> None:
     session.exchange = None
     session.reply(ERR_SASLABORTED)
-
-
-def batch_in_pieces(session: IrcSession, kind: str, lines: Iterable[bytes]) -> Iterator[None]:
-    """Several lines as one, for who knows batches; the rest can be left for later."""
-    batched, reference = "batch" in session.capabilities, session.site.hub.new_reference()
-    if batched:
-        session.send(session.batch_line(f"+{reference} {kind}"))
-    for line in lines:
-        session.send(add_tag_to_all(line, f"batch={reference}") if batched else line)
-        yield
-    if batched:
-        session.send(session.batch_line(f"-{reference}"))
-
-
-def in_batch(session: IrcSession, kind: str, lines: Iterable[bytes]) -> None:
-    """The same at once."""
-    for _ in batch_in_pieces(session, kind, lines):
-        pass
 
 
 def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
@@ -4865,70 +6370,49 @@ def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
     in_batch(session, f"metadata {name}", lines)
 
 
-def tell_who_came(session: IrcSession, wanted: str, channels: Iterable[Channel]) -> None:
-    """All that a client is told at the beginning; it is in those channels already."""
+def greet_user(session: IrcSession, wanted: str, channels: Iterable[Channel]) -> None:
+    """Tell all that a client is told after registration; its user is in those channels already."""
     welcome(session)
-    if "draft/metadata-3" in session.capabilities:
+    if not session.capabilities.isdisjoint(("draft/metadata-2", "draft/metadata-3")):
         tell_metadata(session, session.user, session.user.metadata)
-    if session.site.hub.accounts.is_foreign(wanted, session.account):
+    if session.site.hub.accounts.is_foreign(wanted, session.user.account):
         session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
     for channel in channels:
         session.say(f":{session.user.source.mask} JOIN {channel.name}")
         tell_channel(session, channel)
 
 
-def own_place(session: IrcSession) -> User | None:
-    """Whoever has this session's secret. It is no log-in: of an account's user it makes no
-    more than those who are logged in to it may have."""
-    user = session.site.hub.places.get(session.secret)
-    if user is None:
-        return None
-    others = any(one.secret != session.secret for one in user.live)
-    if user.account != session.account and (user.account or others):
-        text = f"log in to {user.account} to have your place again"
-        session.fail("SESSION", "ACCOUNT_REQUIRED", text)
-        session.secret = ""  # or it would be the secret of two places
-        return None
-    return user
-
-
-def who_is_there(session: IrcSession, wanted: str) -> User | None:
-    """The user of the same account under the name that is wanted. Raises Refused if it is
-    somebody else's."""
-    hub, account = session.site.hub, session.account
-    take_name_back(hub, wanted, account)
-    check_name(hub, wanted, account=account)
-    return hub.users.get(fold(wanted))
-
-
-def come_in(session: IrcSession) -> None:
-    """Once there is all that it takes: a name, USER, and no negotiation going on."""
+def complete_registration(session: IrcSession) -> None:
+    """Once there is all that it takes: a nick, USER, and no negotiation going on."""
     if session.user or session.negotiating or not (session.wanted and session.username):
         return
-    expected, given = session.site.password, session.password
-    if expected and not hmac.compare_digest(given.encode(), expected.encode()):
+    if not check_server_password(session, session.password):
         session.refuse(Refused("WRONG_PASSWORD", "the server's password is missing or wrong"))
         return session.end("wrong password")
-    if session.exchange:  # whoever ends the negotiation in the middle of it has given up
+    if session.exchange:  # CAP END in the middle of it gives it up
         abort_sasl(session)
-    hub = session.site.hub
-    if hub.accounts.identity(session.account) != session.login:  # it was given up meanwhile
-        session.account = ""
-    wanted, session.wanted = session.wanted, ""  # somebody may have taken it meanwhile
-    holder = own_place(session) or who_is_there(session, wanted)
+    wanted, session.wanted = session.wanted, ""  # another user may have taken it meanwhile
     session.password = ""
-    if holder:
-        if session.secret in holder.secrets:
-            session.line("NOTE SESSION RESUMED :you have your place again")
-        hub.attach(session, holder)
-        if session.account and holder.account != session.account:
-            hub.log_in(session, session.account)
-    else:
-        free = free_name(hub, wanted, account=session.account)
-        user = hub.enter(session, free, session.username, session.realname, session.account)
-        user.metadata, user.away = session.metadata, session.away
+    _, account = user_of_token(session.site.hub, session.token, session.account)
+    if account:
+        text = f"log in to {account} to have your place again"
+        session.fail("SESSION", "ACCOUNT_REQUIRED", text)
+        session.token = ""  # or it would be that of two users
+    try:
+        entered = session.site.hub.perform(
+            *("enter", session.id, wanted, session.username, session.realname),
+            *(session.conn.address, session.account, session.proof, session.token, True),
+            *(secrets.randbits(32), tuple(session.metadata.items()), session.away),
+        )
+    except Refused as refusal:
+        session.refuse(refusal)
+        if refusal.code == "BANNED_FROM_SERVER":
+            session.end(str(refusal), intended=False)
+        return
+    if entered.resumed:
+        session.line("NOTE SESSION RESUMED :you have your place again")
     session.conn.named()
-    tell_who_came(session, wanted, session.user.channels if holder else ())
+    greet_user(session, wanted, session.user.channels if entered.attached else ())
 
 
 def check_server(session: IrcSession, name: str) -> None:
@@ -4936,7 +6420,7 @@ def check_server(session: IrcSession, name: str) -> None:
     site, key = session.site, fold(name)
     if not name or key == fold(site.name) or key in site.hub.users:
         return
-    session.conn.charge(PATTERN_ITEMS * len(name))
+    session.site.hub.charge(len(name))
     if not mask_pattern(name).fullmatch(fold(site.name)):
         raise Refused("NO_SUCH_SERVER", "there is no such server; this one stands alone", name)
 
@@ -4960,7 +6444,7 @@ def each(session: IrcSession, names: str, act: Callable[[str], None]) -> None:
 # Registration
 
 
-@irc_command("PASS", 1, nameless=True)
+@irc_command("PASS", 1, 1, nameless=True, exact=True)
 def irc_pass(session: IrcSession, password: str) -> None:
     """PASS <password> -- the server's password, before the name"""
     if session.user:
@@ -4973,17 +6457,20 @@ def irc_nick(session: IrcSession, wanted: str = "") -> None:
     """NICK <nickname> -- take a name, or another one"""
     if not wanted:
         raise Refused("NO_NAME", "which name?")
-    hub = session.site.hub
-    if clean_name(wanted) == wanted:
-        session.asked = wanted
-    if session.negotiating and clean_name(wanted) == wanted:
-        session.wanted = wanted  # it may be his own, and the proof is still to come
-        return
-    check_name(hub, wanted, session.user, "" if session.user else session.account)
     if session.user:
-        return hub.rename(session, wanted)
+        return session.act("rename_user", wanted, True, 0)
+    hub, fits = session.site.hub, clean_name(wanted) == wanted
+    if fits:
+        session.asked = wanted
+    if not (session.negotiating and fits):  # else it may be the user's own; proof is to come
+        check_name(hub, wanted, None, session.account)
     session.wanted = wanted
-    come_in(session)
+    complete_registration(session)
+
+
+def plain_realname(text: str) -> str:
+    """Return a realname that fits in a line of IRC."""
+    return plain_text(text).replace("\n", " ").replace("\t", " ")
 
 
 @irc_command("USER", 4, nameless=True)
@@ -4996,15 +6483,15 @@ def irc_user(session: IrcSession, username: str, mode: str, unused: str, realnam
     plain = "".join(c for c in username if is_solid(c) and c not in "!@*?~:,")
     # ~ as elsewhere: nobody has verified it (there is no ident)
     session.username = "~" + (cut(plain, USERNAME_BYTES - 1) or "user")
-    realname = cut(harmless(realname), REALNAME_BYTES)
-    session.realname = realname if is_visible(realname) else plain
-    come_in(session)
+    realname = plain_realname(realname)
+    session.realname = cut(realname, REALNAME_BYTES) if is_visible(realname) else plain
+    complete_registration(session)
 
 
 def set_capabilities(session: IrcSession, capabilities: Iterable[str]) -> None:
-    """From now on this session is one of another wire."""
+    """The session may have another wire from now on."""
     session.capabilities = frozenset(capabilities)
-    session.wire = irc_wire(session.capabilities)
+    session.wire = session.site.wires.get(session.capabilities)
     for channel in session.user.channels if session.user else ():
         channel.by_wire = None
 
@@ -5015,48 +6502,72 @@ def mechanisms(session: IrcSession) -> list[str]:
     return [name for name in MECHANISMS if name != "EXTERNAL" or certifiable]
 
 
-def cap_ls(session: IrcSession, version: str) -> None:
-    """With values, and in several lines, for those who know version 302."""
-    session.negotiating = session.user is None
-    recent = (whole_number(version) or 0) >= 302
-    if recent:
-        set_capabilities(session, {"cap-notify"} | session.capabilities)
+def capability_values(session: IrcSession) -> dict[str, str]:
+    """Return what is offered to this session, and the values."""
     site, secure = session.site, session.conn.secure
-    rules, ways = ",".join(site.registration), ",".join(mechanisms(session))
-    known = CAPABILITIES | {"draft/account-registration": rules, "sasl": ways}
-    if site.sts and recent:  # a policy, not to be asked for (IRCv3 sts)
-        known["sts"] = f"duration={site.sts}" if secure else f"port={site.house.tls_port}"
-    offers = [f"{cap}={value}" if value and recent else cap for cap, value in known.items()]
+    rules = [*sorted(site.registration)]
+    rules += [f"min-password-length={PASSWORD_LEAST}", f"max-password-length={PASSWORD_MOST}"]
+    values = {"draft/account-registration": ",".join(rules), "sasl": ",".join(mechanisms(session))}
+    if site.sts:  # a policy, not to be asked for (IRCv3 sts)
+        values = {
+            "sts": f"duration={site.sts}" if secure else f"port={site.server.tls_port}"
+        } | values
+    return CAPABILITIES | values
+
+
+def tell_capabilities(
+    session: IrcSession, head: str, words: list[str], last: int = 0, more: str = ""
+) -> None:
+    """Send words in as many lines as it takes, the last ones together; `more` stands in all
+    lines but the last one."""
+    room = IRC_BYTES - 2 - len(f":{session.site.name} {head} * :".encode())
+    split = len(words) - last
+    lines = [*wrapped(words[:split], room), *wrapped(words[split:], room)] or [""]
+    for n, line in enumerate(lines):
+        session.line(f"{head}{more if n < len(lines) - 1 else ''} :{line}")
+
+
+def cap_ls(session: IrcSession, version: str) -> None:
+    """With values, and in several lines, for clients that know version 302. Others take one
+    line, in which the best of the classic capabilities stand."""
+    session.negotiating = session.user is None
     head = f"CAP {session.nick} LS"
-    lines = list(wrapped(offers, IRC_BYTES - 2 - len(f":{session.site.name} {head} * :".encode())))
-    for line in lines[:-1] if recent else []:
-        session.line(f"{head} * :{line}")
-    session.line(f"{head} :{lines[-1]}")
+    if (whole_number(version) or 0) < 302:
+        room = IRC_BYTES - 2 - len(f":{session.site.name} {head} :".encode())
+        return session.line(f"{head} :{next(wrapped(CLASSIC_CAPABILITIES, room))}")
+    set_capabilities(session, {"cap-notify"} | session.capabilities)
+    known = capability_values(session)
+    drafts = [cap for cap in known if cap not in CLASSIC_CAPABILITIES]
+    names = [*drafts, *CLASSIC_CAPABILITIES]
+    offers = [f"{cap}={known[cap]}" if known[cap] else cap for cap in names]
+    tell_capabilities(session, head, offers, len(CLASSIC_CAPABILITIES), " *")
 
 
 def cap_list(session: IrcSession, _: str) -> None:
-    session.line(f"CAP {session.nick} LIST :{' '.join(sorted(session.capabilities))}")
+    more = " *" if "cap-notify" in session.capabilities else ""
+    tell_capabilities(session, f"CAP {session.nick} LIST", sorted(session.capabilities), 0, more)
 
 
 def cap_req(session: IrcSession, text: str) -> None:
-    """All of them or none."""
+    """All of them or none. An answer that does not fit in a line is several, without the
+    star: for ACK there is no such thing."""
     session.negotiating = session.user is None
     wanted = text.split()
-    if any(cap.removeprefix("-") not in CAPABILITIES for cap in wanted):
-        return session.line(f"CAP {session.nick} NAK :{text}")
-    capabilities = set(session.capabilities)
-    for cap in wanted:
-        if cap.startswith("-"):
-            capabilities.discard(cap[1:])
-        else:
-            capabilities.add(cap)
-    set_capabilities(session, capabilities)
-    session.line(f"CAP {session.nick} ACK :{text}")
+    fits = all(cap.removeprefix("-") in CAPABILITIES for cap in wanted)
+    head = f"CAP {session.nick} {'ACK' if fits else 'NAK'}"
+    if fits:
+        capabilities = set(session.capabilities)
+        for cap in wanted:
+            (capabilities.discard if cap[0] == "-" else capabilities.add)(cap.lstrip("-"))
+        set_capabilities(session, capabilities)
+    if len(f":{session.site.name} {head} :{text}".encode()) <= IRC_BYTES - 2:
+        return session.line(f"{head} :{text}")
+    tell_capabilities(session, head, wanted)
 
 
 def cap_end(session: IrcSession, _: str) -> None:
     session.negotiating = False
-    come_in(session)
+    complete_registration(session)
 
 
 CAP_HANDLERS = {"LS": cap_ls, "LIST": cap_list, "REQ": cap_req, "END": cap_end}
@@ -5072,33 +6583,32 @@ def irc_cap(session: IrcSession, subcommand: str, text: str = "") -> None:
         handler(session, text)
 
 
-def log_in(session: IrcSession, account: str) -> None:
-    """Somebody has proved to own it."""
-    user, session.account = session.user, account
-    session.login = session.site.hub.accounts.identity(account)
-    source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
-    session.reply(RPL_LOGGEDIN, source.mask, account, account)
-    if user:
-        session.site.hub.log_in(session, account)
-
-
 def fail_sasl(session: IrcSession, refusal: Refused) -> None:
     session.exchange = None
     session.reply(ERR_SASLFAIL, str(refusal))
 
 
+def tell_logged_in(session: IrcSession, account: str, proof: str) -> None:
+    """The session proved to own an account."""
+    user, session.account, session.proof = session.user, account, proof
+    source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
+    session.reply(RPL_LOGGEDIN, source.mask, account, account)
+    if user:
+        session.act("log_in", account, proof, False)
+
+
 def end_sasl(session: IrcSession, account: str) -> None:
     exchange, session.exchange = session.exchange, None
     try:
-        proven_account(session, account, exchange.verifier)
+        proof = revision_of(session, account, exchange.verifier)
     except Refused as refusal:
         return fail_sasl(session, refusal)
-    log_in(session, account)
+    tell_logged_in(session, account, proof)
     session.reply(RPL_SASLSUCCESS)
 
 
 def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
-    """The mechanism's next word: for the client, or a job for off the loop."""
+    """Take the mechanism's next word: for the client, or a job for off the loop."""
     exchange = session.exchange
     try:
         said = step(*values)
@@ -5110,7 +6620,8 @@ def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
         for piece in exchange.chunks(said):
             session.say(f"AUTHENTICATE {piece}")
     else:
-        session.later(said, lambda result: go_on_sasl(session, exchange.mechanism.send, result))
+        then = functools.partial(go_on_sasl, session, exchange.mechanism.send)
+        session.later(PASSWORD_LANE, said, then)
 
 
 def begin_sasl(session: IrcSession, name: str) -> None:
@@ -5148,40 +6659,43 @@ def irc_authenticate(session: IrcSession, chunk: str) -> None:
         go_on_sasl(session, session.exchange.mechanism.send, answer)
 
 
-@irc_command("REGISTER", 3, nameless=True)
+@irc_command("REGISTER", 3, 3, nameless=True, exact=True)
 def irc_register(session: IrcSession, account: str, email: str, password: str) -> None:
     """REGISTER <account or *> <email or *> <password> -- make your name an account"""
     nick = session.user.name if session.user else session.asked
 
-    def done(name: str, to_be_verified: bool) -> None:
-        if to_be_verified:
-            text = "a code was sent to you: VERIFY with it"
+    def done(name: str, proof: str) -> None:
+        if not proof:
+            text = f"a code was sent to {email}: VERIFY with it"
             return session.line(f"REGISTER VERIFICATION_REQUIRED {name} :{text}")
-        session.line(f"REGISTER SUCCESS {name} :{name} is yours; log in with your password")
-        log_in(session, name)
+        text = f"{name} is yours; log in with your password{email_used(session, email)}"
+        session.line(f"REGISTER SUCCESS {name} :{text}")
+        tell_logged_in(session, name, proof)
 
-    register_account(session, nick, account, email, password, done)
+    register_nick(session, nick, account, email, password, done)
 
 
-@irc_command("VERIFY", 2, nameless=True)
+@irc_command("VERIFY", 2, 2, nameless=True, exact=True)
 def irc_verify(session: IrcSession, name: str, code: str) -> None:
-    """VERIFY <account> <code> -- the code that was sent to the address of a new account"""
-    hub = session.site.hub
-    account = hub.accounts.verified(name, code, session.host, hub.now)
-    hub.accounts.save(account, hub.turn)
-    session.line(f"VERIFY SUCCESS {account.name} :{account.name} is yours")
-    log_in(session, account.name)
+    """VERIFY <account or *> <code> -- the code that was sent to the address of a new account"""
+
+    def done(account: str, proof: str) -> None:
+        session.line(f"VERIFY SUCCESS {account} :{account} is yours")
+        tell_logged_in(session, account, proof)
+
+    nick = session.user.name if session.user else session.asked
+    verify(session, nick if name == "*" else name, code, done)
 
 
 @irc_command("SESSION", 1, nameless=True)
 def irc_session(session: IrcSession, secret: str) -> None:
-    """SESSION <secret> -- before NICK: 32 hexadecimal digits that no other client knows. Who
-    comes with them again, within a while, has the same place again"""
+    """SESSION <secret> -- before NICK: 32 hexadecimal digits that no other client knows. A
+    client that comes back with them within a while resumes its user"""
     if session.user:
         raise Refused("ALREADY_NAMED", "you are here already")
     if not re.fullmatch(rf"[0-9a-f]{{{SECRET_DIGITS}}}", secret):
         raise Refused("BAD_SECRET", f"a secret has {SECRET_DIGITS} hexadecimal digits")
-    session.secret = session.client = hashlib.sha256(secret.encode()).hexdigest()
+    session.token = session.client = hashlib.sha256(secret.encode()).hexdigest()
 
 
 @irc_command("PING", 1, nameless=True)
@@ -5218,64 +6732,72 @@ def service_help(session: IrcSession, verb: str = "") -> None:
         session.service_says(f"{command.syntax}: {command.summary}")
 
 
-@service_command("register", 1, 2)
+@service_command("register", 1, 2, exact=True)
 def service_register(session: IrcSession, password: str, email: str = "") -> None:
     """REGISTER PASSWORD [EMAIL] -- make your name an account"""
 
-    def done(name: str, to_be_verified: bool) -> None:
-        if to_be_verified:
-            return session.service_says("a code was sent to you: VERIFY CODE")
-        session.service_says(f"{name} is yours")
-        log_in(session, name)
+    def done(name: str, proof: str) -> None:
+        if not proof:
+            return session.service_says(f"a code was sent to {email}: VERIFY CODE")
+        session.service_says(f"{name} is yours{email_used(session, email)}")
+        tell_logged_in(session, name, proof)
 
-    register_account(session, session.nick, "*", email, password, done)
+    register_nick(session, session.nick, "*", email, password, done)
 
 
-@service_command("verify", 1)
+@service_command("verify", 1, exact=True)
 def service_verify(session: IrcSession, code: str) -> None:
     """VERIFY CODE -- the code that was sent to your address"""
     irc_verify(session, session.nick, code)
 
 
-@service_command("identify", 1, 2)
+@service_command("identify", 1, 2, exact=True)
 def service_identify(session: IrcSession, *words: str) -> None:
     """IDENTIFY [NAME] PASSWORD -- log in"""
     name, password = words if len(words) == 2 else (session.nick, *words)
-    done = functools.partial(session.service_says, f"you are logged in as {name}")
-    identify(session, name, password, done)
+
+    def done(account: str) -> None:
+        session.service_says(f"you are logged in as {account}")
+
+    identify(session, name, password, False, done)
 
 
-@service_command("passwd", 2)
+@service_command("passwd", 2, exact=True)
 def service_passwd(session: IrcSession, old: str, new: str) -> None:
     """PASSWD OLD NEW -- another password"""
-    done = functools.partial(session.service_says, PASSWORD_CHANGED)
-    change_password(session, old, new, done)
+    change_own_password(session, old, new, lambda _: session.service_says(PASSWORD_CHANGED))
 
 
-@service_command("drop", 1)
+@service_command("drop", 1, exact=True)
 def service_drop(session: IrcSession, password: str) -> None:
     """DROP PASSWORD -- give up your account"""
-    done = functools.partial(session.service_says, ACCOUNT_GONE)
-    drop_account(session, password, done)
+    drop_own_account(session, password, lambda _: session.service_says(ACCOUNT_GONE))
 
 
-def cert_add(session: IrcSession, account: str, _: str) -> None:
-    hub = session.site.hub
-    hub.accounts.certificates.add(session.conn.fingerprint, account, hub.turn)
-    session.service_says(f"{session.conn.fingerprint} logs in to {account} now (SASL EXTERNAL)")
+def cert_add(session: IrcSession, _: str) -> None:
+    mark = session.conn.fingerprint
+
+    def done(account: str) -> None:
+        session.service_says(f"{mark} logs in to {account} now (SASL EXTERNAL)")
+
+    session.act("add_certificate", mark, then=done)
 
 
-def cert_list(session: IrcSession, account: str, _: str) -> None:
-    known = session.site.hub.accounts.certificates.of(account)
+def cert_list(session: IrcSession, _: str) -> None:
+    account = own_account(session.user)
+    known = session.site.hub.accounts.certificates_of(account)
     for fingerprint in known:
         session.service_says(fingerprint)
     session.service_says(f"{counted(len(known), 'certificate')} of {account}")
 
 
-def cert_remove(session: IrcSession, account: str, wanted: str) -> None:
-    hub, fingerprint = session.site.hub, wanted.lower() or session.conn.fingerprint
-    hub.accounts.certificates.remove(fingerprint, account, hub.turn)
-    session.service_says(f"{fingerprint} does not log in to {account} any more")
+def cert_remove(session: IrcSession, wanted: str) -> None:
+    mark = wanted.lower() or session.conn.fingerprint
+
+    def done(account: str) -> None:
+        session.service_says(f"{mark} does not log in to {account} any more")
+
+    session.act("remove_certificate", mark, then=done)
 
 
 CERT_HANDLERS = {"ADD": cert_add, "LIST": cert_list, "REMOVE": cert_remove}
@@ -5287,43 +6809,43 @@ def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> None:
     handler = CERT_HANDLERS.get(how.upper())
     if handler is None:
         raise Refused("INVALID_PARAMS", "CERT has ADD, LIST and REMOVE")
-    handler(session, own_account(session), fingerprint)
+    handler(session, fingerprint)
 
 
 @service_command("disown", 1)
 def service_disown(session: IrcSession, name: str) -> None:
     """DISOWN #CHANNEL -- let a channel that you founded end with its last member"""
-    session.service_says(f"{disown(session, name)} is nobody's now")
+    session.act(
+        "disown", name, then=lambda name: session.service_says(f"{name} is no longer registered")
+    )
 
 
 def ask_service(session: IrcSession, text: str) -> None:
-    """What is said to NickServ reaches neither people nor the history, nor any log."""
+    """What is said to NickServ reaches neither users nor the history, nor any log."""
     verb, _, rest = text.partition(" ")
+    session.from_service = True
     try:
-        service_command.run(
-            session, verb.lower(), lambda most: rest.split(None, most - 1) if most else []
-        )
-        session.from_service = session.deferred
+        service_command.run(session, verb.lower(), rest)
     except Refused as refusal:
         session.service_says(str(refusal))
+    session.from_service = session.deferred
+
+
+def parameters_text(line: bytes) -> str:
+    """Return the parameters of a line as they were typed: blanks in a password count."""
+    text = line.decode(errors="replace")
+    body = text.partition(" ")[2].lstrip(" ") if text[:1] == "@" else text
+    body = body.partition(" ")[2].lstrip(" ") if body[:1] == ":" else body
+    return body.partition(" ")[2].lstrip(" ").removeprefix(":")
 
 
 @irc_command("NS", 1, 15)
 def irc_ns(session: IrcSession, *words: str) -> None:
     """NS <command> -- the same as PRIVMSG NickServ"""
-    ask_service(session, " ".join(words))
+    ask_service(session, parameters_text(session.raw))
 
 
 # Talking
-
-
-def check_room(session: IrcSession, name: str, text: str) -> None:
-    """Raise Refused if a line with the sender before it, as others get it, is too long."""
-    if len(text) * (1 if text.isascii() else 4) <= FITS_ALWAYS:
-        return
-    room = IRC_BYTES - 2 - len(f":{session.user.source.mask} PRIVMSG {name} :".encode())
-    if len(text.encode()) > room:
-        raise Refused("LINE_TOO_LONG", f"a message to {name} has at most {room} bytes")
 
 
 def tell_away(session: IrcSession, user: User) -> None:
@@ -5335,108 +6857,121 @@ CLIENT_TAG = r"\+[\w./-]+"
 
 
 def client_tags(session: IrcSession) -> str:
-    """What the client being answered has to say to clients (IRCv3 message-tags)."""
-    if not session.message.tags or not session.wire.tagged:
+    """Return what the client that is answered has to say to clients (IRCv3 message-tags)."""
+    if not session.message.tags or not session.wire.format.tagged:
         return ""
     tags = ((k, v) for k, v in session.message.tags.items() if re.fullmatch(CLIENT_TAG, k))
     return ";".join(f"{key}={escaped_tag(value)}" if value else key for key, value in tags)
 
 
 class Past(NamedTuple):
-    """What a channel or talk is called, for what was said there."""
+    """A channel or conversation, for what was said there."""
 
     name: str
 
 
-def repeated(session: IrcSession, name: str, own: str) -> bool:
-    """Whether that has been said: the line broke before the client could know. Then it hears
-    what it would have heard; of what is not there any more, that it was said."""
-    receipts, key = session.site.store.receipts, (session.author, own)
-    first = session.site.hub.turn.receipts.get(key)
-    if not own or not (first or key in receipts.lost or receipts.knows(*key)):
-        return False
+def tell_repeat(session: IrcSession, name: str, own: str, first: int) -> None:
+    """Answer a message that was sent before: the connection broke before the client could
+    know. It gets the echo of then; of a message that is gone, its id."""
+    hub = session.site.hub
+    owners = hub.dedup_owners(session)
+    known = [event for owner in owners if (event := hub.turn.dedup.get((owner, own)))]
 
     def tell(found: tuple[int, Event | None] | None) -> None:
-        if found is None:  # the turn that it was said in could not be kept
-            return session.tell_not_kept("*", own, reason="it could not be stored")
+        if found is None:  # the turn in which it was said could not be stored
+            return session.tell_not_kept(own, "it could not be stored")
         id, event = found
-        past = Past(name if name.startswith("#") else "")
         if event is None:
-            mask, tags = session.user.source.mask, f"@msgid={id:x};{OWN_ID}={escaped_tag(own)}"
-            return session.send(irc_bytes(f"{tags} :{mask} TAGMSG {name}"))
+            tags = f"@msgid={hub.ids.text(id)};{OWN_ID}={escaped_tag(own)}"
+            return session.send(irc_bytes(f"{tags} :{session.user.source.mask} TAGMSG {name}"))
+        past = Past(name if name.startswith("#") else "")
         for line in session.wire.encode(past, [event]) if session.wire.echo else ():
             session.send(line)
 
-    if key in receipts.lost:
-        session.tell_not_kept("*", own, reason="it was said before, and could not be kept")
-    elif first and session.site.store.path is None:  # which loses nothing, and is read too soon
-        tell((first.id, first))
+    if hub.store.dedup.lost(owners, own, hub.ticks):
+        session.tell_not_kept(own, "it was said before, and could not be kept")
+    elif known and session.site.store.path is None:  # which loses nothing, and is read too soon
+        tell((known[0].id, known[0]))
     else:
-        session.read(functools.partial(receipts.event, *key), tell)
-    return True
+        session.read(functools.partial(hub.store.dedup.event, owners, own), tell)
 
 
-def speak(
-    session: IrcSession, audience: Any, text: str, kind: str, tags: str, own: str = ""
+def send_message(
+    session: IrcSession, name: str, text: str, kind: str, tags: str, own: str = ""
 ) -> None:
+    def sent(result: Sent) -> None:
+        if result.repeat is not None:
+            tell_repeat(session, name, own, result.repeat)
+        elif result.away:
+            session.reply(RPL_AWAY, result.away.name, result.away.away)
+
     hub = session.site.hub
-    hub.say(session, audience, text, kind, tags)
-    if own:
-        hub.turn.receipts[session.author, own] = hub.turn.events[-1]
-    if isinstance(audience, Conversation) and kind is MESSAGE:
-        tell_away(session, audience.partner(session.user))
+    if own and hub.store.dedup.lost(hub.dedup_owners(session), own, hub.ticks):
+        return tell_repeat(session, name, own, 0)
+    session.act("say", name, text, kind, tags, own, then=sent if own or kind is MESSAGE else None)
 
 
-def say(session: IrcSession, name: str, text: str, kind: str = MESSAGE) -> None:
-    hub = session.site.hub
+def say_in_irc(session: IrcSession, name: str, text: str, kind: str = MESSAGE) -> None:
     own = client_id(session, session.message.params[0])
-    if own and repeated(session, name, own):
-        return
-    try:
-        audience = hub.find_audience(session, name)
-    except Refused:
-        if fold(name) != SERVICE_KEY or kind is not MESSAGE:
-            raise
-        return ask_service(session, text)
-    check_room(session, name, text)
-    if kind is MESSAGE and text.startswith("\x01ACTION "):
-        kind, text = ACTION, text[8:].removesuffix("\x01")
-    speak(session, audience, text, kind, client_tags(session), own)
+    if kind is MESSAGE:
+        if text.startswith("\x01ACTION "):
+            kind, text = ACTION, text[8:].removesuffix("\x01")
+        elif fold(name) == SERVICE_KEY:
+            return ask_service(session, text)
+    send_message(session, name, text, kind, client_tags(session), own)
+
+
+def to_each_target(
+    session: IrcSession, targets: str, send: Callable[[str], None]
+) -> Iterator[None] | None:
+    """Send to one target, or to each of several in pieces. Raises Refused."""
+    if not targets:
+        raise Refused("NO_RECIPIENT", "to whom?")
+    if "," not in targets:
+        return send(targets)
+    if targets.count(",") >= TARGETS:
+        raise Refused("TOO_MANY_TARGETS", f"{TARGETS} targets at most; nobody got it", targets)
+    return each_in_pieces(session, targets, send)
+
+
+def notice_to(session: IrcSession, name: str, text: str) -> None:
+    """Send a notice; a refusal is no answer to that (RFC 2812 section 3.3.2)."""
+    own = client_id(session, session.message.params[0])
+    result = session.site.hub.perform(
+        *("say", session.id, name, text, NOTICE, client_tags(session), own)
+    )
+    if result.repeat is not None:
+        tell_repeat(session, name, own, result.repeat)
 
 
 @irc_command("PRIVMSG", most=2)
-def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> None:
+def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> Iterator[None] | None:
     """PRIVMSG <target>{,<target>} <text> -- say something to people and channels"""
-    if not targets:
-        raise Refused("NO_RECIPIENT", "to whom?")
-    if not text:
+    if not text and targets:
         raise Refused("NO_TEXT", "there is nothing to say")
-    if targets.count(",") >= TARGETS:
-        raise Refused("TOO_MANY_TARGETS", f"{TARGETS} targets at most; nobody got it", targets)
-    each(session, targets, lambda name: say(session, name, text))
+    return to_each_target(session, targets, lambda name: say_in_irc(session, name, text))
 
 
 @irc_command("NOTICE", most=2)
-def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> None:
+def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> Iterator[None]:
     """NOTICE <target>{,<target>} <text> -- the same, but nothing answers it"""
     names = {fold(name): name for name in targets.split(",")[:TARGETS]}
     for name in names.values() if text else ():
         with contextlib.suppress(Refused):
-            say(session, name, text, NOTICE)
+            notice_to(session, name, text)
+        yield
 
 
 @irc_command("TAGMSG", most=1)
-def irc_tagmsg(session: IrcSession, targets: str = "") -> None:
+def irc_tagmsg(session: IrcSession, targets: str = "") -> Iterator[None] | None:
     """TAGMSG <target>{,<target>} -- send nothing but the tags before it"""
-    if not targets:
-        raise Refused("NO_RECIPIENT", "to whom?")
-    hub, tags = session.site.hub, client_tags(session)
-    if tags:
-        each(
-            session,
-            targets,
-            lambda name: hub.say(session, hub.find_audience(session, name), "", TAGS, tags),
-        )
+    tags = client_tags(session)
+
+    def send(name: str) -> None:
+        if tags:
+            session.act("say", name, "", TAGS, tags, "")
+
+    return to_each_target(session, targets, send)
 
 
 @irc_command("BATCH", 1, 3)
@@ -5444,8 +6979,11 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
     """BATCH +<reference> draft/multiline <target> | -<reference> -- say several lines as one"""
     sign, reference = reference[:1], reference[1:]
     if sign == "+":
+        if not re.fullmatch("[A-Za-z0-9-]+", reference):
+            raise Refused("INVALID_REFTAG", "a reference is made of letters and digits", reference)
         if kind != "draft/multiline" or not target:
-            raise Refused("UNKNOWN_TYPE", "only messages of several lines come so", reference)
+            text = "only messages of several lines come so"
+            raise Refused("UNKNOWN_TYPE", text, reference, kind)
         label = session.message.tags.get("label", "")
         if session.collected:
             text = "there is one already; end that first"
@@ -5463,18 +7001,15 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
         session.begin_answer(done.label)
     if not done.text.strip("\n"):
         raise Refused("MULTILINE_INVALID", "there is nothing to say")
-    if repeated(session, done.target, done.own_id):
-        return
-    hub, kind = session.site.hub, MESSAGE if done.verb == "PRIVMSG" else NOTICE
-    audience = hub.find_audience(session, done.target)
-    speak(session, audience, done.text, kind, done.tags, done.own_id)
+    kind = MESSAGE if done.verb == "PRIVMSG" else NOTICE
+    send_message(session, done.target, done.text, kind, done.tags, done.own_id)
 
 
 @irc_command("AWAY", most=1, nameless=True)
 def irc_away(session: IrcSession, reason: str = "") -> None:
     """AWAY [<reason>] -- say that you are not here, or without a reason that you are back"""
     if session.user:
-        session.site.hub.set_away(session, reason)
+        session.act("set_away", reason)
     else:
         session.away = cut(reason, REASON_BYTES)
     session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
@@ -5483,29 +7018,14 @@ def irc_away(session: IrcSession, reason: str = "") -> None:
 @irc_command("SETNAME", 1)
 def irc_setname(session: IrcSession, realname: str) -> None:
     """SETNAME <realname> -- change your real name"""
-    realname = harmless(realname)
+    realname = plain_realname(realname)
     if not is_visible(realname) or len(realname.encode()) > REALNAME_BYTES:
         text = f"a real name has 1 to {REALNAME_BYTES} bytes that can be seen"
         return session.fail("SETNAME", "INVALID_REALNAME", text)
-    set_realname(session, realname)
+    session.act("set_realname", realname)
 
 
 # Channels
-
-
-def tell_of_newcomer(session: IrcSession, channel: Channel) -> None:
-    """What is known of somebody who came (metadata), to those who want to hear of it."""
-    if not session.user.metadata:
-        return
-    for other in itertools.chain(*(user.live for user in channel.members)):
-        for key, value in session.user.metadata.items() if other is not session else ():
-            other.learns(session.nick, key, value)
-
-
-def join_irc(session: IrcSession, name: str, password: str) -> None:
-    if channel := enter_channel(session, name, password):
-        tell_channel(session, channel)
-        tell_of_newcomer(session, channel)
 
 
 @irc_command("JOIN", 1, 2)
@@ -5513,26 +7033,33 @@ def irc_join(session: IrcSession, names: str, keys: str = "") -> Iterator[None]:
     """JOIN <channel>{,<channel>} [<key>{,<key>}] -- enter channels; JOIN 0 leaves all"""
     if names == "0":
         for channel in list(session.user.channels):
-            session.site.hub.part(session, channel)
+            session.act("part", channel.name, "")
+            yield
         return
     passwords = dict(zip(names.split(","), keys.split(","), strict=False))
-    enter = functools.partial(join_irc, session)
-    yield from each_in_pieces(session, names, lambda name: enter(name, passwords.get(name, "")))
+
+    def entered(channel: Channel | None) -> None:
+        if channel:
+            tell_channel(session, channel)
+
+    def enter(name: str) -> None:
+        session.act("join", name, passwords.get(name, ""), then=entered)
+
+    yield from each_in_pieces(session, names, enter)
 
 
 @irc_command("PART", 1, 2)
-def irc_part(session: IrcSession, names: str, reason: str = "") -> None:
+def irc_part(session: IrcSession, names: str, reason: str = "") -> Iterator[None]:
     """PART <channel>{,<channel>} [<reason>] -- leave channels"""
-    hub = session.site.hub
-    each(session, names, lambda name: hub.part(session, hub.find_channel(name), reason))
+    return each_in_pieces(session, names, lambda name: session.act("part", name, reason))
 
 
 @irc_command("TOPIC", 1, 2)
 def irc_topic(session: IrcSession, name: str, topic: str | None = None) -> None:
     """TOPIC <channel> [<topic>] -- read or set what a channel is about"""
-    channel = session.site.hub.find_channel(name)
     if topic is not None:
-        return set_topic(session, channel, cut(topic, TOPIC_BYTES))
+        return session.act("set_topic", name, cut(topic, TOPIC_BYTES))
+    channel = session.site.hub.find_channel(name)
     if not channel.visible_to(session.user):
         channel.member(session.user)
     if not channel.topic:
@@ -5546,7 +7073,6 @@ def irc_names(session: IrcSession, names: str = "") -> Iterator[None]:
     for key in dict.fromkeys(map(fold, names.split(","))):
         channel = session.site.hub.channels.get(key)
         if channel and channel.visible_to(session.user):
-            session.conn.charge(len(channel.members))
             tell_names_irc(session, channel)
             yield
     session.reply(RPL_ENDOFNAMES, as_param(names))
@@ -5584,6 +7110,14 @@ def list_filter(conditions: str, now: int) -> Callable[[Channel], bool]:
     return matches
 
 
+def in_slices(items: Iterable[Any]) -> Iterator[Any]:
+    """Yield all of them, and None now and then: what looks through many leaves off there."""
+    for n, item in enumerate(items):
+        if n % LOOKED_AT_ONCE == LOOKED_AT_ONCE - 1:
+            yield None
+        yield item
+
+
 @irc_command("LIST", most=2)
 def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Iterator[None]:
     """LIST [<channel or condition>{,...}] -- the channels: >9, <9, C<5, T>5, *mask*, !*mask*"""
@@ -5591,11 +7125,14 @@ def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Ite
     hub, user = session.site.hub, session.user
     if conditions.count(",") >= LIST_TARGETS:
         raise Refused("TOO_MANY_TARGETS", f"{LIST_TARGETS} conditions at most", conditions)
-    session.conn.charge(len(hub.channels) + PATTERN_ITEMS * len(conditions))
     wanted = list_filter(conditions, hub.now)
     session.reply(RPL_LISTSTART)
-    for channel in [channel for channel in hub.channels.values() if wanted(channel)]:
-        if channel.members and channel.visible_to(user):
+    for channel in in_slices(list(hub.channels.values())):
+        if channel is None:
+            yield
+            continue
+        hub.charge(1 + conditions.count(","))
+        if channel.members and wanted(channel) and channel.visible_to(user):
             session.reply(RPL_LIST, channel.name, len(channel.members), channel.topic)
             yield
     session.reply(RPL_LISTEND)
@@ -5604,70 +7141,83 @@ def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Ite
 @irc_command("INVITE", most=2)
 def irc_invite(session: IrcSession, name: str = "", where: str = "") -> None:
     """INVITE [<nickname> <channel>] -- ask somebody in; alone, who asked you"""
-    hub = session.site.hub
     if not name:
         for channel in session.user.invitations:
-            if hub.channels.get(channel.key) is channel:
-                session.reply(RPL_INVITELIST, channel.name)
+            session.reply(RPL_INVITELIST, channel.name)
         return session.reply(RPL_ENDOFINVITELIST)
     if not where:
         raise Refused(
             "NEED_MORE_PARAMS", "it goes like this: INVITE <nickname> <channel>", "INVITE"
         )
-    user, channel = hub.find_user(name), hub.find_channel(where)
-    invite(session, user, channel)
-    session.reply(RPL_INVITING, user.name, channel.name)
-    tell_away(session, user)
+
+    def done(result: tuple[User, Channel]) -> None:
+        user, channel = result
+        session.reply(RPL_INVITING, user.name, channel.name)
+        tell_away(session, user)
+
+    session.act("invite", name, where, then=done)
 
 
 @irc_command("KICK", 2, 3)
-def irc_kick(session: IrcSession, names: str, victims: str, reason: str = "") -> None:
+def irc_kick(session: IrcSession, names: str, victims: str, reason: str = "") -> Iterator[None]:
     """KICK <channel> <nickname>{,<nickname>} [<reason>] -- put people out"""
-    hub, channels, people = session.site.hub, names.split(","), victims.split(",")
+    channels, people = names.split(","), victims.split(",")
     if len(channels) == 1:
         channels *= len(people)
     if len(channels) != len(people):
         text = "one channel, or as many as people"
         raise Refused("NEED_MORE_PARAMS", text, "KICK")
     for where, name in zip(channels, people, strict=True):
-        try:
-            channel = hub.find_channel(where)
-            channel.require(session.user)  # before anybody is told who is here
-            kick(session, channel, hub.find_user(name), reason)
-        except Refused as refusal:
-            session.refuse(refusal)
+        session.act("kick", where, name, reason)
+        yield
 
 
 def tell_masks(session: IrcSession, channel: Channel, letter: str) -> None:
-    channel.require_inside(session.user)
+    channel.require_inside(session)
     line, end = LIST_REPLIES[letter]
     for mask in channel.lists[letter].values():
         session.reply(line, channel.name, mask.text, mask.setter, mask.when // 1000)
     session.reply(end, channel.name)
 
 
+def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
+    """ "+o-l", ["bob"] -> what is to be changed. What lacks its value gets an empty one."""
+    on, changes, left = True, [], iter(list(values)[:MODES_WITH_VALUE])
+    for letter in letters[:MODES_AT_ONCE]:
+        if letter in "+-":
+            on = letter == "+"
+            continue
+        takes_value = letter in RANKS + MASK_LISTS + "k" or (letter == "l" and on)
+        changes.append(ModeChange(on, letter, next(left, "") if takes_value else ""))
+    return changes
+
+
 def user_mode(session: IrcSession, name: str, letters: str) -> None:
-    """One's own: nobody changes, or sees, those of somebody else."""
+    """Read or change the user's own modes; those of others cannot be seen."""
     user = session.site.hub.find_user(name)
     if user is not session.user:
         raise Refused("NOT_YOURSELF", "only your own modes are yours to see and change")
     if not letters:
-        return session.reply(RPL_UMODEIS, "".join(sorted(user.modes)))
-    changed, unknown = [], False
-    for change in parse_modes(letters[:USER_MODES_AT_ONCE], ()):
-        if change.letter not in USER_MODES:
-            unknown = True
-        elif change.on != (change.letter in user.modes) and not (
-            change.on and change.letter == "o"
-        ):
-            user.modes ^= {change.letter}  # nobody makes himself an operator; OPER does
-            changed.append(change)
-    if changed:
-        user.changed(bot="B" in user.modes)
-        session.say(f":{user.source.mask} MODE {user.name} {format_modes(changed)}")
-    if unknown:
+        return session.reply(RPL_UMODEIS, user_modes_text(session))
+    changes = parse_modes(letters[:USER_MODES_AT_ONCE], ())
+    known = tuple(tuple(change) for change in changes if change.letter in USER_MODES)
+    if known:
+        session.act("set_user_modes", known)
+    if len(known) < len(changes):
         text = f"there are only the user modes {''.join(USER_MODES)}"
         raise Refused("UNKNOWN_USER_MODE", text)
+
+
+def change_modes(session: LocalSession, channel: Channel, changes: Iterable[ModeChange]) -> None:
+    """Change what can be changed, and tell why not of the rest."""
+
+    def done(refusals: list[Refused]) -> None:
+        for refusal in refusals:
+            session.refuse(refusal)
+
+    plain = tuple(tuple(change) for change in changes)
+    if plain:
+        session.act("set_modes", channel.name, plain, secrets.token_hex(16), then=done)
 
 
 @irc_command("MODE", 1, 15)
@@ -5677,24 +7227,22 @@ def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) ->
         return user_mode(session, name, letters)
     channel = session.site.hub.find_channel(name)
     if not channel.visible_to(session.user):
-        channel.require_inside(session.user)
+        channel.require_inside(session)
     if not letters:
-        session.reply(RPL_CHANNELMODEIS, channel.name, channel.modes_text(session.user))
+        session.reply(RPL_CHANNELMODEIS, channel.name, channel.modes_text(session))
         return session.reply(RPL_CREATIONTIME, channel.name, channel.created // 1000)
     changes = parse_modes(letters, values)
     queries = {c.letter: None for c in changes if c.letter in MASK_LISTS and not c.value}
     for letter in queries:
         tell_masks(session, channel, letter)
     changes = [c for c in changes if c.value or c.letter not in MASK_LISTS]
-    for refusal in apply_modes(session, channel, changes):
-        session.refuse(refusal)
+    change_modes(session, channel, changes)
 
 
 @irc_command("RENAME", 2, 3)
 def irc_rename(session: IrcSession, name: str, wanted: str, reason: str = "") -> None:
     """RENAME <channel> <new name> [<reason>] -- give a channel another name"""
-    channel = session.site.hub.find_channel(name)
-    rename_channel(session, channel, wanted, cut(reason, REASON_BYTES))
+    session.act("rename_channel", name, wanted, cut(reason, REASON_BYTES))
 
 
 # Metadata (draft/metadata-3)
@@ -5723,19 +7271,19 @@ def metadata_owner(session: IrcSession, target: str) -> Any:
 
 def metadata_writable(session: IrcSession, target: str, key: str) -> Any:
     owner = metadata_owner(session, target)
-    user = session.user
-    if isinstance(owner, Channel):
-        member = owner.members.get(user)
-        allowed = user.is_operator or (member and member.level <= RANKS.index("o"))
-    else:
-        allowed = owner in (user, session) or user.is_operator
-    if not allowed:
-        raise Refused("KEY_NO_PERMISSION", "that is not yours to change", target, key)
+    if owner is not session:
+        check_metadata_writable(session, owner, target, key)
     return owner
 
 
 def metadata_get(session: IrcSession, target: str, *keys: str) -> None:
-    tell_metadata(session, metadata_owner(session, target), keys)
+    owner, fit = metadata_owner(session, target), []
+    for key in keys:
+        try:
+            fit.append(check_key(key))
+        except Refused as refusal:
+            session.refuse(refusal)
+    tell_metadata(session, owner, fit)
 
 
 def metadata_list(session: IrcSession, target: str) -> None:
@@ -5744,7 +7292,8 @@ def metadata_list(session: IrcSession, target: str) -> None:
 
 
 def metadata_owners(session: IrcSession, target: str) -> list[Any]:
-    """Somebody; a channel with its members; or all that this session hears of. Raises Refused."""
+    """Return a user; a channel with its members; or all that this session is told of. Raises
+    Refused."""
     if target == "*ALL" and session.user:
         people = (session.site.hub.users.get(key) for key in session.watched)
         channels = list(session.user.channels)
@@ -5757,7 +7306,7 @@ def metadata_owners(session: IrcSession, target: str) -> list[Any]:
 
 def metadata_sync(session: IrcSession, target: str) -> Iterator[None]:
     owners = metadata_owners(session, target)
-    session.conn.charge(len(owners))
+    session.site.hub.charge(len(owners))
     known = subscribed_metadata(session, owners)
     lines = (session.shaped_line(RPL_KEYVALUE, *one) for one in known)
     name = target if target == "*ALL" else owner_name(owners[0])
@@ -5768,39 +7317,54 @@ def metadata_set(session: IrcSession, target: str, key: str, value: str = "") ->
     owner = metadata_writable(session, target, check_key(key))
     if len(value.encode()) > METADATA_BYTES:
         raise Refused("INVALID_VALUE", f"a value has at most {METADATA_BYTES} bytes", key)
-    if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
-        raise Refused("LIMIT_REACHED", f"{METADATA_KEYS} keys at most", target)
     name = target if owner is session else owner.name
-    if owner is session:
-        session.metadata.update({key: value})
-        session.metadata = {known: text for known, text in session.metadata.items() if text}
-    else:
-        set_metadata(session, owner, key, value)
-    if value:
-        session.reply(RPL_KEYVALUE, name, key, value)
-    else:
-        session.reply(RPL_KEYNOTSET, name, key)
+    if owner is not session:
+        then = functools.partial(lambda _: session.tell_value(name, key, value))
+        return session.act("set_metadata", name, key, value, then=then)
+    if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
+        text = f"{METADATA_KEYS} keys at most"
+        raise Refused("LIMIT_REACHED", text, target, str(METADATA_KEYS))
+    session.metadata.update({key: value})
+    session.metadata = {known: text for known, text in session.metadata.items() if text}
+    session.tell_value(name, key, value)
 
 
-def metadata_clear(session: IrcSession, target: str) -> None:
+def metadata_clear(session: IrcSession, target: str) -> Iterator[None]:
     owner = metadata_writable(session, target, "*")
     keys = list(owner.metadata)
     for key in keys:
-        set_metadata(session, owner, key, "")
+        if owner is session:
+            del owner.metadata[key]
+        else:
+            session.act("set_metadata", owner.name, key, "")
+        yield
     tell_metadata(session, owner, keys)
 
 
 def metadata_sub(session: IrcSession, target: str, *keys: str) -> None:
+    """What was subscribed to before a key is refused is told all the same."""
+    done: list[str] = []
     for key in keys:
-        if len(session.subscribed) >= METADATA_SUBS and key not in session.subscribed:
-            raise Refused("TOO_MANY_SUBS", f"{METADATA_SUBS} keys at most", key)
-        session.subscribed[check_key(key)] = None
-    session.reply(RPL_METADATASUBOK, " ".join(keys))
+        try:
+            if (
+                len(session.subscribed) >= METADATA_SUBS
+                and check_key(key) not in session.subscribed
+            ):
+                text = f"{METADATA_SUBS} keys at most"
+                raise Refused("TOO_MANY_SUBS", text, key)
+            session.subscribed[check_key(key)] = None
+            session.site.hub.subscribers.add(session, key)
+            done.append(key)
+        except Refused as refusal:
+            session.refuse(refusal)
+    if done:
+        session.reply(RPL_METADATASUBOK, " ".join(done))
 
 
 def metadata_unsub(session: IrcSession, target: str, *keys: str) -> None:
     for key in keys:
         session.subscribed.pop(check_key(key), None)
+        session.site.hub.subscribers.remove(session, key)
     session.reply(RPL_METADATAUNSUBOK, " ".join(keys))
 
 
@@ -5840,92 +7404,134 @@ def invalid_target(subcommand: str, name: str) -> Refused:
 
 
 def readable(session: IrcSession, name: str, about: str) -> Place:
-    """Where that is kept, if this user may read it: a channel, a talk with somebody who is
-    here, with an account, or with whoever had that name. Raises Refused."""
+    """Return where that is kept, if this user may read it: a channel, or the conversation with
+    a user, with an account, or with those who had that nick. Raises Refused."""
     hub, user = session.site.hub, session.user
     if name.startswith("#"):
         channel = hub.channels.get(fold(name))
         if channel is None or user not in channel.members:
             raise invalid_target(about, name)
-        return place_of(user, channel)
+        return place_of(hub, user, channel.audience)
     if other := hub.users.get(fold(name)):
-        return place_of(user, conversation(user, other))
-    identities = sorted((user.identity, hub.accounts.identity(name)))
-    return Place(" ".join(identities), user.identity, fold(name))
+        return place_of(hub, user, hub.conversation(user, other))
+    keys = conversation_keys(hub, user.identity, hub.accounts.identity(name))
+    return Place(tuple(keys), user.identity, fold(name))
 
 
-def parse_time(text: str) -> int:
-    """Milliseconds since 1970. Raises Refused."""
+def parse_time(text: str, *about: str) -> int:
+    """Return milliseconds since 1970. Raises Refused, about that."""
     try:
         moment = datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ")
         when = int(moment.replace(tzinfo=datetime.UTC).timestamp() * 1000 + 0.5)
         return min(when, LAST_MOMENT)
     except (ValueError, OverflowError):
-        raise Refused("INVALID_PARAMS", "a time looks like 2026-11-22T08:30:05.123Z") from None
+        example = "a time looks like 2026-11-22T08:30:05.123Z"
+        raise Refused("INVALID_PARAMS", example, *about) from None
 
 
-def parse_id(text: str) -> int:
-    """Of an event, as message-tags have it. Raises ValueError."""
-    if len(text) > ID_DIGITS:
-        raise ValueError(text)
-    return int(text, 16)
-
-
-def parse_mark(text: str) -> Mark:
+def parse_mark(hub: Hub, text: str, how: str, name: str) -> Mark:
     """timestamp=2026-11-22T08:30:05.123Z, or msgid=ID. Raises Refused."""
     kind, _, value = text.partition("=")
     if kind == "timestamp":
-        return Mark(time=parse_time(value))
+        return Mark(time=parse_time(value, how, text))
     if kind != "msgid":
-        raise Refused("INVALID_MSGREFTYPE", "a selector is *, msgid=... or timestamp=...")
+        why = "a selector is *, msgid=... or timestamp=..."
+        raise Refused("INVALID_MSGREFTYPE", why, how, name, text)
     try:
-        return Mark(parse_id(value))
+        return Mark(hub.ids.parse(value))
     except ValueError:
-        raise Refused("INVALID_PARAMS", "that is no msgid of this server") from None
+        raise Refused("INVALID_PARAMS", "that is no msgid of this server", how, text) from None
 
 
-def tell_targets(session: IrcSession, one: int, other: int, count: int) -> None:
-    """Where something was said last between two times, the oldest of them first."""
-    first, last, user = min(one, other), max(one, other), session.user
-    names = {channel.key: channel.name for channel in user.channels}
+def last_page_tag(session: IrcSession, ended: bool) -> str:
+    """Return the tag of a page behind which there is no other (draft/chathistory-end)."""
+    return "draft/chathistory-end" if ended and session.wire.format.tagged else ""
+
+
+def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> None:
+    """Tell where something was said last between two marks, the oldest of them first. A page
+    does not end between two that have the same time: the next one begins behind it."""
+    hub, user = session.site.hub, session.user
+    first, last = sorted(bounds, key=lambda mark: (mark.id is None, mark.time))
+    if first.id is None:
+        first, last = sorted(bounds, key=lambda mark: mark.time)
+
+    def fits(event: Event) -> bool:
+        behind = event.id > first.id if first.id is not None else event.time > first.time
+        return behind and event.time < last.time
 
     def tell(found: list[tuple[str, Event]]) -> None:
-        latest = sorted((e.time, names.get(key) or partner(e)) for key, e in found)
-        within = [(when, name) for when, name in latest if first < when < last]
+        names = {channel.key: channel.name for channel in user.channels}
+        there = [
+            (e.time, names.get(key) or partner(e))
+            for key, e in found
+            if fits(e) and (not key or key in names)
+        ]
+        there.sort()
+        page = there[:count]
+        page += itertools.takewhile(lambda one: one[0] == page[-1][0], there[count:])
         lines = (
             irc_bytes(f":{session.site.name} CHATHISTORY TARGETS {name} {tag_time(when)}")
-            for when, name in within[:count]
+            for when, name in page
         )
-        in_batch(session, "draft/chathistory-targets", lines)
+        ends = last_page_tag(session, len(page) == len(there))
+        in_batch(session, "draft/chathistory-targets", lines, ends)
 
     def partner(event: Event) -> str:
-        return event.about if event.source.identity == user.identity else event.source.name
+        mine = hub.same_person(event.source.identity, user.identity)
+        return event.about if mine else event.source.name
 
-    session.read(functools.partial(session.site.store.newest, list(names), user.identity), tell)
+    keys = [channel.key for channel in user.channels]
+    identities = hub.identities(user.identity)
+    session.read(functools.partial(session.site.store.newest, keys, identities), tell)
 
 
-def play(session: IrcSession, name: str, events: list[Event]) -> None:
-    """What was said, in a batch for who knows them."""
+def play(session: IrcSession, name: str, events: list[Event], newest: bool, whole: bool) -> None:
+    """Send what was said, in a batch to those who know them; as much as is reasonable at once,
+    counted as it is sent. `whole`: there is no more of it."""
     past = Past(name if name.startswith("#") else "")
-    lines = (line for line in session.wire.encode(past, events) if line)
-    in_batch(session, f"chathistory {name}", lines)
+    lines, size = [], 0
+    for event in reversed(events) if newest else events:
+        (line,) = session.wire.encode(past, [event])
+        size += len(line)
+        if lines and size > PAGE_BYTES:
+            whole = False
+            break
+        lines.append(line)
+    lines = [line for line in (reversed(lines) if newest else lines) if line]
+    in_batch(session, f"chathistory {name}", lines, last_page_tag(session, whole))
 
 
-def history_job(store: Any, how: str, span: Span, marks: list[str], count: int) -> Callable:
-    """What a helper has to do for CHATHISTORY."""
-    first = None if how == "LATEST" and marks[0] == "*" else parse_mark(marks[0])
+def history_job(session: IrcSession, how: str, span: Span, name: str, marks: list[str], count: int):
+    """Return what a helper has to do for CHATHISTORY, and whether it is the newest of that
+    part that is asked for. Raises Refused."""
+    hub, store = session.site.hub, session.site.store
+    points = [parse_mark(hub, mark, how, name) for mark in marks if (how, mark) != ("LATEST", "*")]
     if how == "AROUND":
-        return functools.partial(store.around, span, first, count)
-    newest = how in ("BEFORE", "LATEST")
-    after, before = (None, first) if how == "BEFORE" else (first, None)
+        return functools.partial(store.around, span, points[0], count), False
     if how == "BETWEEN":
-        second = parse_mark(marks[1])
-        newest = second.moment < first.moment
-        after, before = (second, first) if newest else (first, second)
-    return functools.partial(store.page, span._replace(after=after, before=before), count, newest)
+        return functools.partial(store.between, span, *points, count), False
+    bound = points[0] if points else None
+    span = span._replace(before=bound) if how == "BEFORE" else span._replace(after=bound)
+    newest = how != "AFTER"
+    return functools.partial(store.page, span, count, newest), newest
 
 
 CHATHISTORY_MARKS = {"BEFORE": 1, "AFTER": 1, "LATEST": 1, "AROUND": 1, "BETWEEN": 2, "TARGETS": 1}
+
+
+def target_bound(session: IrcSession, text: str) -> Mark:
+    """Return a bound of TARGETS: a time, and for our own clients also an id."""
+    if text.startswith("msgid=") and "chat.py/session" in session.capabilities:
+        return parse_mark(session.site.hub, text, "TARGETS", "*")
+    if not text.startswith("timestamp="):
+        raise Refused("INVALID_MSGREFTYPE", "a bound is timestamp=...", "TARGETS", text)
+    return Mark(time=parse_time(text.removeprefix("timestamp="), "TARGETS", text))
+
+
+def is_large(events: list[Event]) -> bool:
+    """Whether the store may have left some out, see Store.page()."""
+    return sum(len(e.text.encode()) + len(e.tags.encode()) for e in events) > PAGE_BYTES // 2
 
 
 @irc_command("CHATHISTORY", 4, 5)
@@ -5934,23 +7540,23 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> N
     AFTER, LATEST, AROUND, BETWEEN or TARGETS; selectors are *, timestamp=... and msgid=..."""
     how = how.upper()
     *marks, limit = params
-    count = whole_number(limit)
+    asked = whole_number(limit)
     needed = CHATHISTORY_MARKS.get(how)
-    if needed is None or len(marks) != needed or not count:
+    if needed is None or len(marks) != needed or not asked:
         raise Refused("INVALID_PARAMS", "see HELP CHATHISTORY", how)
-    count = min(count, HISTORY_LINES_MOST)
+    count = min(asked, HISTORY_LINES_MOST)
     if how == "TARGETS":
-        return tell_targets(
-            session, *(parse_time(t.removeprefix("timestamp=")) for t in (name, marks[0])), count
-        )
+        return tell_targets(session, [target_bound(session, t) for t in (name, marks[0])], count)
     place = readable(session, name, how)
-    kinds = PLAYED if "draft/event-playback" in session.capabilities else SPOKEN
-    job = history_job(session.site.store, how, Span(place, kinds), marks, count)
+    kinds = REPLAYABLE if "draft/event-playback" in session.capabilities else SPOKEN
+    job, newest = history_job(session, how, Span(place, kinds), name, marks, count)
 
     def show(events: list[Event]) -> None:
-        readable(session, name, how)  # or not any more: he was put out meanwhile
+        readable(session, name, how)  # or not any more: the user was put out meanwhile
         channel = session.site.hub.channels.get(fold(name))
-        play(session, channel.name if channel else name, events)
+        # A page of the store ends early where it is large
+        whole = len(events) < count and how != "AROUND" and not is_large(events)
+        play(session, channel.name if channel else name, events, newest, whole)
 
     session.read(job, show)
 
@@ -5962,27 +7568,34 @@ def irc_search(session: IrcSession, attributes: str) -> None:
     wanted, user = parse_tags(attributes), session.user
     count = min(whole_number(wanted.get("limit", "")) or HISTORY_LINES, HISTORY_LINES_MOST)
     bounds = {
-        name: Mark(time=parse_time(wanted[name])) for name in ("after", "before") if name in wanted
+        name: Mark(time=parse_time(wanted[name], name))
+        for name in ("after", "before")
+        if name in wanted
     }
     if not wanted.get("text", "").strip():
         raise Refused("INVALID_PARAMS", "which words?", "text")
-    if name := wanted.get("in"):
+    name = wanted.get("in", "")
+    if name:
         places = [readable(session, name, "in")]
     else:
-        places = [Place(channel.key) for channel in user.channels]
-    span, author = Span(Place(""), SPOKEN, **bounds), fold(wanted.get("from", ""))
+        places = [Place((channel.key,)) for channel in user.channels]
+    span, author = Span(Place(()), SPOKEN, **bounds), fold(wanted.get("from", ""))
 
     def show(found: list[tuple[Place, Event]]) -> None:
-        names = {channel.key: channel.name for channel in user.channels}
-        lines = (
-            line
+        names = {channel.key: channel.name for channel in user.channels}  # now, not when asked
+        if name:
+            readable(session, name, "in")
+        where = [
+            (names.get(place.keys[0], "") if place.keys[0][:1] == "#" else None, event)
             for place, event in found
-            if not author or fold(event.source.name) == author
-            for line in session.wire.encode(Past(names.get(place.key, "")), [event])
+        ]
+        lines = (
+            session.wire.encode(Past(name or ""), [event])[0] for name, event in where if name != ""
         )
         in_batch(session, "soju.im/search", lines)
 
-    search = functools.partial(session.site.store.words.search, places, wanted["text"], span, count)
+    words = session.site.store.words
+    search = functools.partial(words.search, places, wanted["text"], span, count, author)
     session.read(search, show)
 
 
@@ -5991,44 +7604,26 @@ def irc_markread(session: IrcSession, name: str = "", when: str = "") -> None:
     """MARKREAD <target> [timestamp=<time>] -- how far you have read it, on any device"""
     if not is_word(name, NAME_BYTES):
         return session.fail("MARKREAD", "NEED_MORE_PARAMS", "of what?")
-    if when:
-        if not when.startswith("timestamp="):
-            raise Refused("INVALID_PARAMS", "a marker is timestamp=...", name)
-        hub, stamp = session.site.hub, parse_time(when.removeprefix("timestamp="))
-        stamp = min(stamp, hub.now + TIMES_AHEAD)  # nobody has read the future
-        moved = hub.markers.move(session.user, fold(name), stamp, hub.turn)
-        for other in session.user.live if moved else ():
-            if other is not session:
-                other.read_on(name)
-    session.tell_marker(name)
+    if not when:
+        return session.tell_marker(name)
+    if not when.startswith("timestamp="):
+        raise Refused("INVALID_PARAMS", "a marker is timestamp=...", name, when)
+    stamp = parse_time(when.removeprefix("timestamp="), name, when)
+
+    def move(id: int) -> None:
+        session.act("mark_read", name, stamp, id, then=lambda _: session.tell_marker(name))
+
+    try:
+        place = readable(session, name, name)
+    except Refused:
+        return move(0)
+    session.read(functools.partial(session.site.store.id_at, place, stamp), move)
 
 
 @irc_command("REDACT", 2, 3)
 def irc_redact(session: IrcSession, name: str, message_id: str, reason: str = "") -> None:
     """REDACT <target> <message id> [<reason>] -- take back what was said"""
-    try:
-        audience = session.site.hub.find_audience(session, name)
-        place = readable(session, name, name)
-    except Refused:
-        text = "there is nothing of it that you may read"
-        raise Refused("INVALID_TARGET", text, name) from None
-    try:
-        number = parse_id(message_id)
-    except ValueError:
-        number = 0
-
-    def take_back(event: Event | None) -> None:
-        if event is None:
-            raise Refused("UNKNOWN_MSGID", "there is no such message", name, message_id)
-        try:
-            redact(session, audience, event, cut(reason, REASON_BYTES))
-        except Refused as refusal:
-            text = str(refusal)
-            raise Refused("REDACT_FORBIDDEN", text, name, message_id) from None
-
-    # Not what was said to an earlier guest of this name: the one of today has no part in it
-    only = Place(place.key)
-    session.read(functools.partial(session.site.store.find, only, number), take_back)
+    session.act("redact", name, message_id, cut(reason, REASON_BYTES))
 
 
 # Looking around
@@ -6057,19 +7652,36 @@ def who_fits(pattern: re.Pattern, user: User) -> bool:
     return any(pattern.fullmatch(fold(text)) for text in texts)
 
 
-def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel | None]]:
-    """The users that a WHO means, with a channel that both are in."""
+def members_in_who(
+    session: IrcSession, channel: Channel | None
+) -> Iterator[tuple[User, Channel | None] | None]:
+    me, hub = session.user, session.site.hub
+    shown = channel and channel.visible_to(me)
+    for user in in_slices(list(channel.members) if shown else ()):
+        hub.charge(2)
+        if user is None:
+            yield None
+        elif user in channel.members and can_see(me, user):
+            yield user, channel
+
+
+def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel | None] | None]:
+    """Yield the users that a WHO means, with a channel that both are in, and None now and
+    then: see in_slices()."""
     hub, me = session.site.hub, session.user
-    channel, exact = hub.channels.get(fold(mask)), hub.users.get(fold(mask))
     if mask.startswith("#"):
-        if channel and channel.visible_to(me):
-            yield from ((user, channel) for user in channel.members if can_see(me, user))
-        return
-    pattern = mask_pattern("*" if mask == "0" else mask)
-    session.conn.charge(1 if exact else len(hub.users) + PATTERN_ITEMS * len(mask))
-    for user in [exact] if exact else hub.users.values():
-        if user is exact or (can_see(me, user) and who_fits(pattern, user)):
-            yield user, next((c for c in user.channels if c in me.channels), None)
+        return members_in_who(session, hub.channels.get(fold(mask)))
+    exact, pattern = hub.users.get(fold(mask)), mask_pattern("*" if mask == "0" else mask)
+
+    def matches() -> Iterator[tuple[User, Channel | None] | None]:
+        for user in in_slices([exact] if exact else list(hub.users.values())):
+            hub.charge(4)
+            if user is None:
+                yield None
+            elif user is exact or (can_see(me, user) and who_fits(pattern, user)):
+                yield user, next((c for c in user.channels if c in me.channels), None)
+
+    return matches()
 
 
 WHOX_FIELDS = "tcuihsnfdlaor"  # in the order of their answers (ircv3.net, WHOX)
@@ -6078,7 +7690,7 @@ WHOX_FIELDS = "tcuihsnfdlaor"  # in the order of their answers (ircv3.net, WHOX)
 def who_values(
     session: IrcSession, user: User, channel: Channel | None, flags: str, token: str
 ) -> dict[str, str]:
-    """By the letters of WHOX."""
+    """Return what a WHO tells of a user, by the letters of WHOX."""
     source, hub = user.source, session.site.hub
     return {
         "t": as_param(token),
@@ -6090,7 +7702,7 @@ def who_values(
         "n": source.name,
         "f": flags,
         "d": "0",  # hops
-        "l": str((hub.now - user.spoke) // 1000),
+        "l": str((hub.ticks - user.spoke) // 1000),
         "a": user.account or "0",
         "o": "n/a",  # there are no levels of operators
         "r": f":{user.realname}",
@@ -6104,9 +7716,11 @@ def irc_who(session: IrcSession, mask: str = "*", options: str = "") -> Iterator
     fields, _, token = rest.partition(",")
     multi = "multi-prefix" in session.capabilities
     wanted = [field for field in WHOX_FIELDS if extended and field in fields]
-    for user, channel in list(who_matches(session, mask)):
-        if "o" in flags and not user.is_operator:
+    for match in who_matches(session, mask):
+        if match is None or ("o" in flags and not match[0].is_operator):
+            yield
             continue
+        user, channel = match
         member = channel.members.get(user) if channel else None
         values = who_values(session, user, channel, who_flags(user, member, multi), token)
         if wanted:
@@ -6118,9 +7732,10 @@ def irc_who(session: IrcSession, mask: str = "*", options: str = "") -> Iterator
 
 
 def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
-    """The shapes and what goes into them behind the name."""
-    me, source = session.user, user.source
+    """Yield the shapes and what goes into them behind the name."""
+    me, source, hub = session.user, user.source, session.site.hub
     yield RPL_WHOISUSER, source.username, source.host, user.realname
+    hub.charge(len(user.channels))
     seen = [
         c for c in user.channels if c.visible_to(me) and (c in me.channels or can_see(me, user))
     ]
@@ -6139,14 +7754,14 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
         yield (RPL_WHOISOPERATOR,)
     if "B" in user.modes:
         yield (RPL_WHOISBOT,)
-    if user.sessions and all(other.conn.secure for other in user.sessions):
+    conns = [one.conn for one in user.sessions if isinstance(one, LocalSession)]
+    if conns and all(conn.secure for conn in conns):
         yield (RPL_WHOISSECURE,)
-    if user is me or me.is_operator:
+    if user is me or session.operator:
         yield RPL_WHOISACTUALLY, source.host
-        for fingerprint in dict.fromkeys(other.conn.fingerprint for other in user.sessions):
-            if fingerprint:
-                yield RPL_WHOISCERTFP, fingerprint
-    yield RPL_WHOISIDLE, (session.site.hub.now - user.spoke) // 1000, user.since // 1000
+        for fingerprint in filter(None, dict.fromkeys(conn.fingerprint for conn in conns)):
+            yield RPL_WHOISCERTFP, fingerprint
+    yield RPL_WHOISIDLE, (hub.ticks - user.spoke) // 1000, user.since // 1000
 
 
 @irc_command("WHOIS", most=2)
@@ -6204,6 +7819,7 @@ def irc_userhost(session: IrcSession, *names: str) -> None:
 
 def tell_monitored(session: IrcSession, names: list[str]) -> None:
     users = session.site.hub.users
+    session.site.hub.charge(2 * len(names))
     online = [users[fold(name)].source.mask for name in names if fold(name) in users]
     offline = [name for name in names if fold(name) not in users]
     session.reply_list(RPL_MONONLINE, online, between=",")
@@ -6213,14 +7829,15 @@ def tell_monitored(session: IrcSession, names: list[str]) -> None:
 def monitor_add(session: IrcSession, names: list[str]) -> None:
     added = []
     for number, name in enumerate(names):
-        if len(session.watched) >= WATCHED and fold(name) not in session.watched:
+        key = fold(name)
+        if len(session.watched) >= WATCHED and key not in session.watched:
             session.reply(ERR_MONLISTFULL, WATCHED, as_param(",".join(names[number:])))
             break
-        if clean_name(name) != name:  # a mask, or what nobody can be called
+        if clean_name(name) != name:  # a mask, or what no user can be called
             session.refuse(Refused("BAD_NAME", "names only, no masks", name))
-        elif fold(name) not in session.watched:
-            session.watched[fold(name)] = name
-            session.site.hub.watchers.add(session, name)
+        elif key not in session.watched:
+            session.watched[key] = name
+            session.site.hub.watchers.add(session, key)
             added.append(name)
     tell_monitored(session, added)
 
@@ -6228,7 +7845,7 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
 def monitor_remove(session: IrcSession, names: list[str]) -> None:
     for name in names:
         if session.watched.pop(fold(name), None):
-            session.site.hub.watchers.remove(session, name)
+            session.site.hub.watchers.remove(session, fold(name))
 
 
 def monitor_clear(session: IrcSession, _: list[str]) -> None:
@@ -6287,18 +7904,32 @@ def irc_version(session: IrcSession, server: str = "") -> None:
     tell_isupport(session)
 
 
+@irc_command("ISUPPORT", nameless=True)
+def irc_isupport(session: IrcSession) -> None:
+    """ISUPPORT -- the limits and features of this server, also before you come in"""
+    tell_isupport(session)
+
+
+def ban_text(ban: ServerBan) -> str:
+    """until 2026-11-22 08:30:05Z: spam"""
+    return f"{f'until {time_text(ban.until)}' if ban.until else 'for ever'}: {ban.reason}"
+
+
 @irc_command("STATS", most=2)
 def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
-    """STATS u|o [<server>] -- time since the start; who may be an operator"""
+    """STATS u|o|k [<server>] -- time since the start; who may be an operator; who is banned"""
     check_server(session, server)
     site = session.site
     if letter == "u":
-        minutes, seconds = divmod((site.hub.now - site.hub.started) // 1000, 60)
+        minutes, seconds = divmod((site.hub.ticks - site.hub.started_ticks) // 1000, 60)
         hours, minutes = divmod(minutes, 60)
         session.reply(RPL_STATSUPTIME, *divmod(hours, 24), minutes, seconds)
-    elif letter == "o" and session.user.is_operator:
+    elif letter == "o" and session.operator:
         for name in site.operators:
             session.reply(RPL_STATSOLINE, as_param(name))
+    elif letter in ("k", "K") and session.operator:
+        for ban in site.hub.present_bans():
+            session.reply(RPL_STATSKLINE, ban.mask, ban.setter, ban_text(ban))
     session.reply(RPL_ENDOFSTATS, as_param(letter[:1]))
 
 
@@ -6393,21 +8024,66 @@ refusing("SQUIT <server>", "unlink a server", "NO_SUCH_SERVER", ALONE, 1, privil
 # For operators of the server
 
 
-@irc_command("OPER", 2)
+@irc_command("OPER", 2, 2, exact=True)
 def irc_oper(session: IrcSession, name: str, password: str) -> None:
     """OPER <name> <password> -- become an operator of this server"""
+    oper(session, name, password, lambda _: session.reply(RPL_YOUREOPER))
 
-    def done() -> None:
-        session.reply(RPL_YOUREOPER)
-        session.say(f":{session.user.source.mask} MODE {session.nick} +o")
 
-    become_operator(session, name, password, done)
+def kill_user(session: LocalSession, name: str, reason: str) -> None:
+    def killed(mask: str) -> None:
+        session.site.server.note(f"{mask} killed by {killer}: {reason or 'no reason given'}")
+
+    killer = session.user.name
+    session.act("kill", name, reason, then=killed)
 
 
 @irc_command("KILL", 1, 2, privileged=True)
 def irc_kill(session: IrcSession, name: str, reason: str = "") -> None:
-    """KILL <nickname> [<reason>] -- close somebody's connection"""
-    kill(session, session.site.hub.find_user(name), reason)
+    """KILL <nickname> [<reason>] -- close all connections of a user"""
+    kill_user(session, name, reason)
+
+
+def ban_from(session: LocalSession, mask: str, minutes: str, reason: str) -> None:
+    """The minutes may also come first, as on other servers."""
+    if mask.isdecimal() and not minutes.isdecimal():
+        mask, minutes = minutes, mask
+    elif not reason and not minutes.isdecimal() and " " in minutes:
+        minutes, reason = "0", minutes
+    number = whole_number(minutes)
+    if number is None or number > BAN_MINUTES:
+        text = f"a time is 1 to {BAN_MINUTES} minutes, or 0: for ever"
+        raise Refused("INVALID_PARAMS", text, minutes)
+    by, full = session.user.source.mask, server_mask(mask)
+
+    def done(count: int) -> None:
+        session.site.server.note(f"KLINE by {by}: {full} for {number} minutes: {reason}")
+        session.notice(f"K-line added: {full}; {counted(count, 'user')} disconnected")
+
+    session.act("ban_from_server", mask, number, reason, then=done)
+
+
+@irc_command("KLINE", 1, 3, privileged=True)
+def irc_kline(session: IrcSession, mask: str, minutes: str = "0", reason: str = "") -> None:
+    """KLINE <address, mask or a:account> [<minutes>] [<reason>] -- ban from this server, for ever
+    without minutes, and close the connections of those it is for"""
+    ban_from(session, mask, minutes, reason)
+
+
+def unban_from(session: LocalSession, mask: str) -> None:
+    by = session.user.source.mask
+
+    def done(full: str) -> None:
+        session.site.server.note(f"UNKLINE by {by}: {full}")
+        session.notice(f"K-line removed: {full}")
+
+    session.act("unban_from_server", mask, then=done)
+
+
+@irc_command("UNKLINE", 1, privileged=True)
+def irc_unkline(session: IrcSession, mask: str) -> None:
+    """UNKLINE <address, mask or a:account> -- end a ban from this server"""
+    unban_from(session, mask)
 
 
 @irc_command("WALLOPS", 1, privileged=True)
@@ -6415,29 +8091,29 @@ def irc_wallops(session: IrcSession, text: str) -> None:
     """WALLOPS <text> -- tell everybody who wants to hear operators (user mode w)"""
     if not text:
         raise Refused("NO_TEXT", "there is nothing to say")
-    tell_all(session, text)
+    session.act("wallops", text)
 
 
 @irc_command("REHASH", privileged=True)
 def irc_rehash(session: IrcSession) -> None:
-    """REHASH -- read the message of the day and the certificate again"""
+    """REHASH -- read the message of the day, the certificate and password files again"""
     session.reply(RPL_REHASHING, "chat.py")
-    session.site.house.note(f"REHASH by {session.user.source.mask}")
-    session.site.house.rehash(session)
+    session.site.server.note(f"REHASH by {session.user.source.mask}")
+    session.site.server.rehash(session)
 
 
 @irc_command("DIE", privileged=True)
 def irc_die(session: IrcSession) -> None:
     """DIE -- end the server"""
-    session.site.house.note(f"DIE by {session.user.source.mask}")
-    session.site.house.stop()
+    session.site.server.note(f"DIE by {session.user.source.mask}")
+    session.site.server.stop()
 
 
 @irc_command("RESTART", privileged=True)
 def irc_restart(session: IrcSession) -> None:
     """RESTART -- end the server and start it again"""
-    session.site.house.note(f"RESTART by {session.user.source.mask}")
-    session.site.house.restart(session)
+    session.site.server.note(f"RESTART by {session.user.source.mask}")
+    session.site.server.restart(session)
 
 
 # ======================================================================================
@@ -6468,9 +8144,6 @@ LINE_SHAPES = {  # kind -> does the channel stand before it?, and the line itsel
 LINE_BACK = (False, "* {name} is back")
 LINE_CTCP = (True, "* {name} sends a CTCP that only programs understand: {text}")
 
-# The colours of IRC (mIRC's, and hexadecimal ones); its other styles are control characters.
-COLOURS = re.compile("\x03(?:\\d{1,2}(?:,\\d{1,2})?)?|\x04(?:[0-9a-fA-F]{6})?")
-
 
 def line_prefix(audience: Any) -> str:
     """What tells a line of the lobby from one said elsewhere."""
@@ -6486,32 +8159,39 @@ def line_shape(event: Event) -> tuple[bool, str]:
 
 
 def line_texts(event: Event, prefix: str, where: str = "") -> list[str]:
-    """The lines of one event, without their ends. A message of several lines is several."""
+    """Return the lines of one event, without their ends; a message of several lines is several."""
     if event.kind not in LINE_SHAPES:  # nothing that anybody sees
         return []
     prefixed, shape = line_shape(event)
     known = {**event.source._asdict(), "where": where, "about": event.about}
     return [
         (prefix if prefixed else "") + shape.format(**known, text=text)
-        for text in harmless(COLOURS.sub("", event.text)).split("\n")
+        for text in plain_text(event.text).split("\n")
     ]
 
 
 class LineWire:
     """Events as lines of the workshop's protocol."""
 
+    def __init__(self) -> None:
+        self.format = self
+
     def encode(self, audience: Any, events: list[Event]) -> list[bytes]:
         """One bytes object an event; all events have this audience."""
-        prefix, where = line_prefix(audience), audience.name
+        prefix = line_prefix(audience)
         return [
             f"{prefix}{e.source.name}: {e.text}\n".encode()
             if e.kind is MESSAGE and e.text.isprintable()  # all that a storm is made of
-            else "".join(f"{line}\n" for line in line_texts(e, prefix, where)).encode()
+            else self.line(audience, e)
             for e in events
         ]
 
+    def line(self, audience: Any, event: Event) -> bytes:
+        texts = line_texts(event, line_prefix(audience), audience.name)
+        return "".join(f"{line}\n" for line in texts).encode()
+
     def own(self, event: Event, line: bytes) -> bytes:
-        """A speaker hears nothing of what he said: netcat has it on the screen already."""
+        """A speaker gets nothing of what was typed: netcat has it on the screen already."""
         if event.kind not in (MODE, PASSWORD):
             return b""
         return f"* you set {harmless(event.text)} in {event.audience.name}\n".encode()
@@ -6531,42 +8211,47 @@ def why_renamed(hub: Hub, wanted: str, name: str) -> str:
     return f"names have no spaces or controls, none of {never} and at the start none of {not_first}"
 
 
-class LineSession(Session):
-    """Somebody at the line protocol: netcat, or a workshop client."""
+class LineSession(LocalSession):
+    """A session that speaks the line protocol: netcat, or a workshop client."""
 
-    __slots__ = ("collected", "greeted", "here", "passed", "wanted_lines", "wanted_name")
+    __slots__ = (
+        *("collected", "dropping", "greeted", "here", "passed", "wanted_lines", "wanted_name"),
+    )
     wire = LINE_WIRE
-    unended = True
+    accepts_partial_last_line = True
 
     def __init__(self, site: Site, conn: Any, greeted: bool = False):
         super().__init__(site, conn)
         self.greeted = greeted  # by the server: then a person is at the keyboard
         self.here: Channel | None = None  # where plain lines go
         self.passed = site.password is None
-        self.wanted_name = ""  # which may be somebody's account, perhaps his own
+        self.wanted_name = ""  # which may belong to an account, perhaps the user's own
         self.wanted_lines = 0  # of a message begun with /lines
         self.collected: list[str] = []
+        self.dropping = 0  # lines that still belong to a message that was refused
 
     def tell(self, text: str) -> None:
-        """A line of the server's own, to this session only."""
-        self.send(f"* {text}\n".encode())
+        """Send a line of the server's own, to this session only."""
+        self.send(f"* {harmless(text)}\n".replace("\n", " ")[:-1].encode() + b"\n")
 
     def notice(self, text: str) -> None:
         self.tell(text)
 
     def not_kept(self, events: list[Event], reason: str) -> None:
-        self.tell(f"{counted(len(events), 'message')} delivered but not kept: {reason}")
+        text = f"* {counted(len(events), 'message')} delivered but not kept: {harmless(reason)}\n"
+        self.replies.append((events[-1].id, text.encode()))
 
     def receive(self, line: bytes) -> None:
+        if self.dropping:
+            self.dropping -= 1
+            return
         try:
             text = self.decode(line)
             if self.wanted_lines:
                 self.collect(text)
             elif text[:1] == "/" and text[:2] != "//":
                 verb, _, rest = text[1:].strip().partition(" ")
-                line_command.run(
-                    self, verb.lower(), lambda most: rest.split(None, most - 1) if most else []
-                )
+                self.unfinished = line_command.run(self, verb.lower(), rest)
             elif self.user is None:
                 self.take_name(text)
             else:
@@ -6575,7 +8260,9 @@ class LineSession(Session):
             self.refuse(refusal)
 
     def refuse(self, refusal: Refused) -> None:
-        self.wanted_lines, self.collected = 0, []  # a message with a bad line is none
+        if self.wanted_lines:  # a message with a bad line is none: the rest of it goes, too
+            self.dropping = self.wanted_lines - len(self.collected) - 1
+            self.wanted_lines, self.collected = 0, []
         self.tell(str(refusal))
 
     def decode(self, line: bytes) -> str:
@@ -6586,31 +8273,53 @@ class LineSession(Session):
         except UnicodeDecodeError:
             raise Refused("NOT_UTF8", "that line is not UTF-8 text; nobody got it") from None
 
+    def own(self, event: Event, line: bytes) -> bytes:
+        return self.wire.own(event, line) if event.origin is self else b""
+
+    def hear(self, event: Event) -> None:
+        if event.kind == KILLED:
+            self.end(killed_text(event.source, event.text))
+        elif event.kind == REPLACED:
+            self.end("Another connection of yours took this place")
+
     def say(self, text: str, kind: str = MESSAGE) -> None:
-        self.site.hub.say(self, self.place(), text, kind)
+        self.act("say", self.place().name, text, kind, "", "")
 
     def place(self) -> Channel:
-        """Where plain lines go. Whoever was put out of it has to choose another."""
+        """Return where plain lines go. A user who was put out of it has to choose another."""
         if self.here is None:
             raise Refused("NOT_IN_CHANNEL", f"you are in no channel; /join {LOBBY}")
         self.here.member(self.user)
         return self.here
 
     def take_name(self, wanted: str) -> None:
-        """The first line, or another try after an empty one."""
+        """Take the first line, or another one after an empty one."""
         if not self.passed:
             raise Refused("PASSWORD_NEEDED", "this server asks for a password: /pass WORD")
         self.wanted_name = clean_name(wanted)
-        user = self.site.hub.enter(self, free_name(self.site.hub, wanted))
+        try:
+            self.site.hub.perform(
+                *("enter", self.id, wanted, "line", "", self.conn.address, "", "", "", False),
+                *(secrets.randbits(32), (), ""),
+            )
+        except Refused as refusal:
+            if refusal.code == "BANNED_FROM_SERVER":
+                return self.end(str(refusal), intended=False)
+            raise
         self.conn.named()
-        if user.name != wanted:
-            self.tell(f"you are {user.name}: {why_renamed(self.site.hub, wanted, user.name)}")
+        name = self.user.name
+        if name != wanted:
+            self.tell(f"you are {name}: {why_renamed(self.site.hub, wanted, name)}")
         elif self.greeted:
-            self.tell(f"you are {user.name}{self.who_is_here()}; /help")
-        self.here = self.site.hub.join(self, LOBBY)
+            self.tell(f"you are {name}{self.who_is_here()}; /help")
+
+        def entered(channel: Channel | None) -> None:
+            self.here = channel
+
+        self.act("join", LOBBY, "", then=entered)
 
     def move(self) -> None:
-        """To a channel that one is in, if need be: the lobby rather than another."""
+        """Speak in a channel that the user is in, if need be: the lobby rather than another."""
         channels = self.user.channels
         if self.here and self.here not in channels:
             lobby = self.site.hub.channels.get(LOBBY)
@@ -6625,18 +8334,32 @@ class LineSession(Session):
         more = f" and {others} more" if others > 0 else ""
         if not names:
             return "; nobody else is here yet"
-        topic = f"; the topic is: {harmless(lobby.topic)}" if lobby.topic else ""
+        topic = f"; the topic is: {plain_text(lobby.topic)}" if lobby.topic else ""
         return f"; here: {', '.join(some)}{more}{topic}"
 
     def collect(self, text: str) -> None:
-        """One more line of a message begun with /lines."""
-        self.collected.append(text)
-        message = "\n".join(self.collected)
+        """Add a line to a message begun with /lines."""
+        message = "\n".join([*self.collected, text])
         if len(message.encode()) > LINE_BYTES:
             raise Refused("TOO_LONG", f"a message has at most {LINE_BYTES} bytes; nobody got it")
+        self.collected.append(text)
         if len(self.collected) == self.wanted_lines:
             self.wanted_lines, self.collected = 0, []
             self.say(message)
+
+
+def change_modes_aloud(
+    session: LineSession, channel: Channel, changes: list[ModeChange], done: Callable[[], None]
+) -> None:
+    """Change modes; then done(), unless something was refused."""
+
+    def changed(refusals: list[Refused]) -> None:
+        for refusal in refusals[:1]:
+            return session.refuse(refusal)
+        done()
+
+    plain = tuple(tuple(change) for change in changes)
+    session.act("set_modes", channel.name, plain, secrets.token_hex(16), then=changed)
 
 
 def named_channel(session: LineSession, name: str) -> Channel:
@@ -6651,19 +8374,31 @@ def ban_mask(user: User) -> str:
     return f"{user.name}!*@*" if shared else f"*!*@{host}"
 
 
-def change_modes(session: LineSession, channel: Channel, changes: list[ModeChange]) -> None:
-    """Raises Refused for what cannot be done; the rest is."""
-    for refusal in apply_modes(session, channel, changes):
-        raise refusal
+def kick_aloud(session: LineSession, channel: Channel, name: str, reason: str) -> None:
+    user = session.site.hub.users.get(fold(name))
+    told = f"you kicked {user.name if user else name} from {channel.name}"
+    session.act("kick", channel.name, name, reason, then=lambda _: session.tell(told))
+
+
+def kick_banned(session: LineSession, channel: Channel, mask: Mask) -> Iterator[None]:
+    """Put out those whom a ban is for, but for the one who sets it."""
+    for member in in_slices([] if mask.mutes else list(channel.members)):
+        session.site.hub.charge(1)
+        if member is None:
+            yield
+        elif member is not session.user and member in channel.members and mask.matches(member):
+            kick_aloud(session, channel, member.name, "banned")
+            yield
 
 
 def tell_topic(session: LineSession, channel: Channel) -> None:
-    topic = f"is: {harmless(channel.topic)}" if channel.topic else "is not set"
+    topic = f"is: {plain_text(channel.topic)}" if channel.topic else "is not set"
     session.tell(f"the topic of {channel.name} {topic}")
 
 
 def tell_names(session: LineSession, channel: Channel) -> None:
     """`* #rust 1-3 of 3: @bob, carol, dave`; a crowded channel takes several lines."""
+    session.site.hub.charge(len(channel.members))
     names = channel.names(session.user)
     for start in range(0, len(names), NAMES_A_LINE):
         some = names[start : start + NAMES_A_LINE]
@@ -6671,16 +8406,15 @@ def tell_names(session: LineSession, channel: Channel) -> None:
         session.tell(f"{channel.name} {span}: {', '.join(some)}")
 
 
-@line_command("pass", 1, nameless=True)
+@line_command("pass", 1, nameless=True, exact=True)
 def line_pass(session: LineSession, word: str) -> None:
     """/pass WORD -- the server's password, before the name"""
-    expected = session.site.password
     if session.user:
         return session.tell("you are in already")
-    if expected is None or hmac.compare_digest(word.encode(), expected.encode()):
+    if check_server_password(session, word):
         session.passed = True
         return session.tell("thank you; now your name")
-    wrong_password(session)
+    wrong_password(session, SERVER_PASSWORD)
 
 
 @line_command("help", most=1, nameless=True)
@@ -6698,31 +8432,38 @@ def line_help(session: LineSession, verb: str = "") -> None:
 @line_command("tell", 2)
 def line_tell(session: LineSession, name: str, text: str) -> None:
     """/tell NAME TEXT -- to one person only, or into a #channel you are in"""
-    audience = session.site.hub.find_audience(session, name)
-    session.site.hub.say(session, audience, text)
-    session.tell(f"told {name}: {harmless(text)}")
-    if isinstance(audience, Conversation) and (away := audience.partner(session.user).away):
-        session.tell(f"{name} is away: {harmless(away)}")
+
+    def sent(result: Sent) -> None:
+        session.tell(f"told {name}: {text}")
+        if result.away:
+            session.tell(f"{result.away.name} is away: {result.away.away}")
+
+    session.act("say", name, text, MESSAGE, "", "", then=sent)
 
 
 @line_command("join", 1, 2)
 def line_join(session: LineSession, name: str, password: str = "") -> None:
     """/join #CHANNEL [PASSWORD] -- enter it, and speak there from now on"""
-    channel = enter_channel(session, name, password) or session.site.hub.find_channel(name)
-    session.here = channel
-    session.tell(f"you speak in {channel.name} now")
-    tell_topic(session, channel)
-    tell_names(session, channel)
+
+    def entered(channel: Channel | None) -> None:
+        session.here = channel or session.site.hub.find_channel(name)
+        session.tell(f"you speak in {session.here.name} now")
+        tell_topic(session, session.here)
+        tell_names(session, session.here)
+
+    session.act("join", name, password, then=entered)
 
 
 @line_command("part", most=2)
 def line_part(session: LineSession, name: str = "", reason: str = "") -> None:
     """/part [#CHANNEL [REASON]] -- leave it, or the one you speak in"""
-    channel = named_channel(session, name)
-    session.site.hub.part(session, channel, reason)
-    session.tell(f"you left {channel.name}")
-    if channel is session.here:
-        session.move()
+
+    def left(channel: Channel) -> None:
+        session.tell(f"you left {channel.name}")
+        if channel is session.here:
+            session.move()
+
+    session.act("part", named_channel(session, name).name, reason, then=left)
 
 
 @line_command("names", most=1)
@@ -6737,9 +8478,12 @@ def line_names(session: LineSession, name: str = "") -> None:
 @line_command("list")
 def line_list(session: LineSession) -> Iterator[None]:
     """/list -- the channels there are"""
-    session.conn.charge(len(session.site.hub.channels))
-    for channel in list(session.site.hub.channels.values()):
-        topic = f": {harmless(channel.topic)}" if channel.topic else ""
+    for channel in in_slices(list(session.site.hub.channels.values())):
+        if channel is None:
+            yield
+            continue
+        session.site.hub.charge(1)
+        topic = f": {plain_text(channel.topic)}" if channel.topic else ""
         if channel.members and channel.visible_to(session.user):
             session.tell(f"{channel.name} ({len(channel.members)}){topic}")
             yield
@@ -6750,8 +8494,10 @@ def line_topic(session: LineSession, text: str = "") -> None:
     """/topic [TEXT] -- read or set the topic of the channel you speak in"""
     channel = session.place()
     if text:
-        set_topic(session, channel, text)
-    tell_topic(session, channel)
+        then = functools.partial(tell_topic, session)
+        session.act("set_topic", channel.name, text, then=then)
+    else:
+        tell_topic(session, channel)
 
 
 @line_command("me", 1)
@@ -6763,35 +8509,36 @@ def line_me(session: LineSession, text: str) -> None:
 @line_command("nick", 1)
 def line_nick(session: LineSession, wanted: str) -> None:
     """/nick NAME -- take another name"""
-    name = free_name(session.site.hub, wanted, session.user)
-    session.site.hub.rename(session, name)
-    session.tell(
-        f"you are {name}"
-        + ("" if name == wanted else f": {why_renamed(session.site.hub, wanted, name)}")
-    )
+
+    def renamed(name: str) -> None:
+        why = "" if name == wanted else f": {why_renamed(session.site.hub, wanted, name)}"
+        session.tell(f"you are {name}{why}")
+
+    session.act("rename_user", wanted, False, secrets.randbits(32), then=renamed)
 
 
 @line_command("away", most=1)
 def line_away(session: LineSession, reason: str = "") -> None:
     """/away [REASON] -- say that you are not here, or without a reason that you are back"""
-    session.site.hub.set_away(session, reason)
-    session.tell(f"you went away: {harmless(session.user.away)}" if reason else "you came back")
+    session.act("set_away", reason)
+    session.tell(f"you went away: {session.user.away}" if reason else "you came back")
 
 
 @line_command("invite", 1, 2)
 def line_invite(session: LineSession, name: str, where: str = "") -> None:
-    """/invite NAME [#CHANNEL] -- ask somebody in, past any limit or ban"""
-    user, channel = session.site.hub.find_user(name), named_channel(session, where)
-    invite(session, user, channel)
-    session.tell(f"you invited {user.name} to {channel.name}")
+    """/invite NAME [#CHANNEL] -- ask somebody in; that of an operator is past any limit or ban"""
+
+    def done(result: tuple[User, Channel]) -> None:
+        user, channel = result
+        session.tell(f"you invited {user.name} to {channel.name}")
+
+    session.act("invite", name, named_channel(session, where).name, then=done)
 
 
 @line_command("kick", 1, 2)
 def line_kick(session: LineSession, name: str, reason: str = "") -> None:
     """/kick NAME [REASON] -- put somebody out of the channel you speak in"""
-    user, channel = session.site.hub.find_user(name), session.place()
-    kick(session, channel, user, reason)
-    session.tell(f"you kicked {user.name} from {channel.name}")
+    kick_aloud(session, session.place(), name, reason)
 
 
 @line_command("mode", most=1)
@@ -6800,24 +8547,24 @@ def line_mode(session: LineSession, text: str = "") -> None:
     channel = session.place()
     if not text:
         known = "; ".join(f"{letter} {meaning}" for letter, meaning in FLAGS.items())
-        session.tell(f"the modes of {channel.name}: {channel.modes_text(session.user)} ({known})")
-    letters, *values = text.split() or [""]
-    change_modes(session, channel, parse_modes(letters, values))
+        session.tell(f"the modes of {channel.name}: {channel.modes_text(session)} ({known})")
+        return
+    letters, *values = text.split()
+    change_modes_aloud(session, channel, parse_modes(letters, values), lambda: None)
 
 
 @line_command("ban", most=1)
-def line_ban(session: LineSession, whom: str = "") -> None:
+def line_ban(session: LineSession, whom: str = "") -> Iterator[None] | None:
     """/ban [NAME|MASK] -- keep somebody out of the channel you speak in, and put them out"""
     channel, user = session.place(), session.site.hub.users.get(fold(whom))
     if not whom:
         masks = ", ".join(mask.text for mask in channel.lists["b"].values())
-        return session.tell(f"banned from {channel.name}: {harmless(masks) or 'nobody'}")
+        return session.tell(f"banned from {channel.name}: {masks or 'nobody'}")
     mask = ban_mask(user) if user else full_mask(whom)
-    change_modes(session, channel, [ModeChange(True, "b", mask)])
-    meant = [m for m in channel.members if Mask(mask).matches(m)] if mask[:2] != "m:" else []
-    for member in set(meant) - {session.user}:
-        kick(session, channel, member, "banned")
-        session.tell(f"you kicked {member.name} from {channel.name}")
+    banned: list[bool] = []
+    change = [ModeChange(True, "b", mask)]
+    change_modes_aloud(session, channel, change, lambda: banned.append(True))
+    return kick_banned(session, channel, Mask(mask)) if banned else None
 
 
 @line_command("unban", 1)
@@ -6828,83 +8575,97 @@ def line_unban(session: LineSession, whom: str) -> None:
     found = [channel.lists["b"][key].text for key in keys & channel.lists["b"].keys()]
     if not found:
         raise Refused("NOT_BANNED", f"no ban of {channel.name} is {whom}; /ban lists them")
-    change_modes(session, channel, [ModeChange(False, "b", mask) for mask in found])
+    changes = [ModeChange(False, "b", mask) for mask in found]
+    change_modes_aloud(session, channel, changes, lambda: None)
 
 
-@line_command("register", 1, 2)
+def logged_in_line(session: LineSession, account: str, proof: str) -> None:
+    """The session made an account: it is logged in to it."""
+    session.act("log_in", account, proof, False)
+    session.tell(f"{account} is yours; /login PASSWORD next time")
+
+
+@line_command("register", 1, 2, exact=True)
 def line_register(session: LineSession, password: str, email: str = "") -> None:
     """/register PASSWORD [EMAIL] -- make your name an account, which nobody else can have"""
 
-    def done(name: str, to_be_verified: bool) -> None:
-        if to_be_verified:
-            return session.tell("a code was sent to you: /verify CODE")
-        session.site.hub.log_in(session, name)
-        session.tell(f"{name} is yours; /login PASSWORD next time")
+    def done(name: str, proof: str) -> None:
+        if not proof:
+            return session.tell(f"a code was sent to {email}: /verify CODE")
+        logged_in_line(session, name, proof)
+        if used := email_used(session, email):
+            session.tell(used.removeprefix("; "))
 
-    register_account(session, session.user.name, "*", email, password, done)
+    register_nick(session, session.user.name, "*", email, password, done)
 
 
-@line_command("verify", 1)
+@line_command("verify", 1, exact=True)
 def line_verify(session: LineSession, code: str) -> None:
     """/verify CODE -- the code that was sent to your address"""
-    hub = session.site.hub
-    account = hub.accounts.verified(session.user.name, code, session.host, hub.now)
-    hub.accounts.save(account, hub.turn)
-    hub.log_in(session, account.name)
-    session.tell(f"{account.name} is yours; /login PASSWORD next time")
+    verify(session, session.user.name, code, functools.partial(logged_in_line, session))
 
 
-@line_command("login", 1, 2)
+@line_command("login", 1, 2, exact=True)
 def line_login(session: LineSession, *words: str) -> None:
     """/login [NAME] PASSWORD -- log in to an account; it gives you its name, or whom it is"""
     name, password = words if len(words) == 2 else (session.wanted_name, *words)
-    hub = session.site.hub
+    before = session.user
 
-    def proved(account: str) -> None:
-        before = session.user.name
-        take_name_back(hub, account, account)
-        holder = hub.users.get(fold(account))
+    def done(account: str) -> None:
         session.tell(f"you are logged in as {account}")
-        if holder in (None, session.user):
-            hub.log_in(session, account)
-            hub.rename(session, account if holder is None else before)
-        else:
-            become_device(session, holder)
-        if session.user.name != before:
+        if session.user.name != name_before:
             session.tell(f"you are {session.user.name}")
-        if session.user is holder:
+        if session.user is not before:
             session.move()
 
-    check_owner(session, name, password, proved)
+    name_before = before.name
+    identify(session, name, password, True, done)
 
 
-@line_command("passwd", 2)
+@line_command("passwd", 2, exact=True)
 def line_passwd(session: LineSession, old: str, new: str) -> None:
     """/passwd OLD NEW -- another password for your account"""
-    done = functools.partial(session.tell, "your password is another now")
-    change_password(session, old, new, done)
+    change_own_password(session, old, new, lambda _: session.tell(PASSWORD_CHANGED))
 
 
-@line_command("drop", 1)
+@line_command("drop", 1, exact=True)
 def line_drop(session: LineSession, password: str) -> None:
     """/drop PASSWORD -- give up your account"""
-    drop_account(session, password, functools.partial(session.tell, "your account is gone"))
+    drop_own_account(session, password, lambda _: session.tell(ACCOUNT_GONE))
 
 
 @line_command("disown", 1)
 def line_disown(session: LineSession, name: str) -> None:
     """/disown #CHANNEL -- let a channel that you founded end with its last member"""
-    session.tell(f"{disown(session, name)} is nobody's now")
+    session.act("disown", name, then=lambda name: session.tell(f"{name} is no longer registered"))
 
 
-@line_command("oper", 2)
+@line_command("oper", 2, exact=True)
 def line_oper(session: LineSession, name: str, password: str) -> None:
     """/oper NAME PASSWORD -- become an operator of this server"""
+    text = "you are an operator of this server now: /kick, /ban and /topic work anywhere"
+    oper(session, name, password, lambda _: session.tell(text))
 
-    def done() -> None:
-        session.tell("you are an operator of this server now: /kick, /ban and /topic work anywhere")
 
-    become_operator(session, name, password, done)
+@line_command("kline", 1, 3, privileged=True)
+def line_kline(session: LineSession, mask: str, minutes: str = "0", reason: str = "") -> None:
+    """/kline ADDRESS|MASK|a:ACCOUNT [MINUTES [REASON]] -- ban from this server"""
+    ban_from(session, mask, minutes, reason)
+
+
+@line_command("unkline", 1, privileged=True)
+def line_unkline(session: LineSession, mask: str) -> None:
+    """/unkline ADDRESS|MASK|a:ACCOUNT -- end a ban from this server"""
+    unban_from(session, mask)
+
+
+@line_command("stats", 1, privileged=True)
+def line_stats(session: LineSession, letter: str) -> None:
+    """/stats k -- who is banned from this server"""
+    bans = session.site.hub.present_bans() if letter in ("k", "K") else []
+    for ban in bans:
+        session.tell(f"{ban.mask} {ban_text(ban)}")
+    session.tell(counted(len(bans), "K-line"))
 
 
 @line_command("history", most=2)
@@ -6915,22 +8676,25 @@ def line_history(session: LineSession, *params: str) -> None:
     count = numbers[0] if numbers else HISTORY_LINES
     if not count or count > HISTORY_LINES_MOST:
         raise Refused("BAD_COUNT", f"history comes in 1 to {HISTORY_LINES_MOST} messages")
-    audience: Channel | Conversation
+    hub, channel = session.site.hub, None
     if names and not names[0].startswith("#"):
-        audience = conversation(session.user, session.site.hub.find_user(names[0]))
+        audience: Audience = hub.conversation(session.user, hub.find_user(names[0]))
     else:
-        audience = named_channel(session, names[0] if names else "")
-        audience.member(session.user)
-    place = place_of(session.user, audience)
+        channel = named_channel(session, names[0] if names else "")
+        channel.member(session.user)
+        audience = channel.audience
     prefix = line_prefix(audience)
 
     def show(events: list[Event]) -> None:
+        if channel:
+            channel.member(session.user)  # or not any more
         for event in events:
             when = time_text(event.time)
             for text in line_texts(event, prefix):
                 session.tell(f"{when} {text}")
         session.tell(f"that was {counted(len(events), 'message')}")
 
+    place = place_of(hub, session.user, audience)
     session.read(functools.partial(session.site.store.page, Span(place), count), show)
 
 
@@ -6938,13 +8702,14 @@ def line_history(session: LineSession, *params: str) -> None:
 def line_search(session: LineSession, words: str) -> None:
     """/search WORDS -- what was said with them in the channel you speak in"""
     channel = session.place()
-    place = place_of(session.user, channel)
+    place = place_of(session.site.hub, session.user, channel.audience)
 
     def show(found: list[tuple[Place, Event]]) -> None:
+        channel.member(session.user)  # or not any more
         for _, event in found:
             for text in line_texts(event, line_prefix(channel)):
                 session.tell(f"{time_text(event.time)} {text}")
-        session.tell(f"found {counted(len(found), 'message')} with {harmless(words)}")
+        session.tell(f"found {counted(len(found), 'message')} with {words}")
 
     job = functools.partial(
         session.site.store.words.search, [place], words, Span(place), HISTORY_LINES
@@ -6957,6 +8722,7 @@ def line_lines(session: LineSession, count: str) -> None:
     """/lines N -- the next N lines are one message"""
     lines = whole_number(count)
     if not lines or lines > MESSAGE_LINES:
+        session.dropping = min(lines or 0, LINES_DROPPED)  # they were not meant for everybody
         raise Refused("BAD_COUNT", f"a message has 1 to {MESSAGE_LINES} lines")
     session.wanted_lines = lines
 
@@ -6965,7 +8731,7 @@ def line_lines(session: LineSession, count: str) -> None:
 def line_quit(session: LineSession, reason: str = "") -> None:
     """/quit [REASON] -- leave"""
     session.parting = "Quit" + (f": {cut(reason, REASON_BYTES)}" if reason else "")
-    session.meant = True
+    session.quit_intended = True
     session.conn.close()
 
 
@@ -6976,21 +8742,30 @@ def line_quit(session: LineSession, reason: str = "") -> None:
 # first; to whoever is silent the server says a line that every IRC client ignores and
 # every person understands.
 
-GREETING = f":chat.py/{VERSION} NOTICE * :type a name and press return\r\n".encode()
+GREETING = (
+    f":chat.py/{VERSION} NOTICE * :type a name and press return (IRC clients: ignore this)\r\n"
+).encode()
 IRC_FIRST = re.compile(rb"(?:@\S* +)?(?:CAP|NICK|USER|PASS|AUTHENTICATE|PING|QUIT|WEBIRC)(?: |$)")
-HTTP_FIRST = re.compile(rb".* HTTP/1\.[01]$")
+HTTP_FIRST = re.compile(rb".* HTTP/(\d+(?:\.\d+)?)$")
+BOM = b"\xef\xbb\xbf"
 
 GOODBYES = {  # for the dialects that are not spoken here: never taken for a name
     "http": b"HTTP/1.1 501 Not Implemented\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
     b"This is a chat server without web pages; connect with netcat and type a name.\n",
+    "other http": b"HTTP/1.1 505 HTTP Version Not Supported\r\nContent-Type: text/plain\r\n"
+    b"Connection: close\r\n\r\nThis is a chat server; connect with netcat and type a name.\n",
 }
 
 
 def dialect_of(first_line: bytes) -> str:
-    """ "irc", "http" or "line": what a connection speaks whose first line this is."""
-    if IRC_FIRST.match(first_line):
+    """Return what a connection speaks whose first line this is: "irc", "line", or a key of
+    GOODBYES. A BOM before a command of IRC does no harm."""
+    if IRC_FIRST.match(first_line.removeprefix(BOM)):
         return "irc"
-    return "http" if HTTP_FIRST.match(first_line) else "line"
+    http = HTTP_FIRST.match(first_line)
+    if http:
+        return "http" if http[1][:2] == b"1." else "other http"
+    return "line"
 
 
 # ======================================================================================
@@ -8450,7 +10225,7 @@ class ClientCore:
         if why:
             return self.show(View(BACK, text), View(NOTE, f"{why}; nothing was sent"))
         try:
-            client_command.run(self, verb.lower(), lambda most: rest.split(None, max(0, most - 1)))
+            client_command.run(self, verb.lower(), rest)
         except ChatError as refusal:
             self.show(View(BACK, text), View(NOTE, str(refusal)))
 
@@ -9175,16 +10950,16 @@ class Loop:
         self.now = time.monotonic()
         self.turn_begins()
         for key, mask in ready:
-            self._guarded(key.data.ready, mask)
+            self.guarded(key.data.ready, mask)
         self._run_due()
-        self._guarded(self.turn_ends)
+        self.guarded(self.turn_ends)
         dirty, self.dirty = self.dirty, set()
         for conn in dirty:
-            self._guarded(conn.flush)
+            self.guarded(conn.flush)
         while self.graves:
             self.graves.pop().close()
 
-    def _guarded(self, callback: Callable, *args: Any) -> None:
+    def guarded(self, callback: Callable, *args: Any) -> None:
         """The one catch: a bug costs the connection it happened on, and is logged."""
         try:
             callback(*args)
@@ -9208,9 +10983,9 @@ class Loop:
         while self.timers and self.timers[0].when <= self.now:
             timer = heapq.heappop(self.timers)
             if timer.callback:
-                self._guarded(timer.callback)
+                self.guarded(timer.callback)
         for _ in range(len(self.soon)):  # what they add is for the next turn
-            self._guarded(self.soon.popleft())
+            self.guarded(self.soon.popleft())
 
     def call_later(self, seconds: float, callback: Callable[[], Any]) -> Timer:
         timer = Timer(time.monotonic() + seconds, callback)
@@ -9245,52 +11020,136 @@ def attempt(job: Callable[[], Any]) -> Any:
         return error
 
 
-class Helpers:
-    """A few threads for what would make the loop wait: pages, checkpoints, look-ups.
+class Lane:
+    """Jobs of one kind, and the threads that do them. A free thread takes the next owner's
+    oldest job: whoever asks most waits most."""
 
-    Whoever asks most waits most: a free thread takes the next owner's oldest job, and
-    there are so few threads that no owner ever has many jobs under way.
-    """
-
-    def __init__(self, loop: Loop):
-        self.loop = loop
+    def __init__(self, threads: int):
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
         self.waiting: dict[Any, collections.deque] = {}  # jobs by owner, next owner first
-        self.free = HELPER_THREADS
-        self.started = False
+        self.free = self.size = threads
+        self.threads: list[threading.Thread] = []
 
-    def submit(self, owner: Any, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Run job() on a thread, then then(result) on the loop; an exception is a result."""
-        if not self.started:
-            self.started = True
-            for _ in range(HELPER_THREADS):
-                threading.Thread(target=self._work, daemon=True).start()
-        self.waiting.setdefault(owner, collections.deque()).append((job, then))
-        self._hand_out()
-
-    def _hand_out(self) -> None:
+    def hand_out(self) -> None:
         while self.free and self.waiting:
             owner = next(iter(self.waiting))
             jobs = self.waiting.pop(owner)
-            self.free -= 1
-            self.jobs.put(jobs.popleft())
+            job, then, wanted = jobs.popleft()
             if jobs:
                 self.waiting[owner] = jobs  # behind the others
+            if wanted():
+                self.free -= 1
+                self.jobs.put((job, then))
 
-    def close(self) -> None:
-        """The threads end once they have nothing more to do."""
-        for _ in range(HELPER_THREADS):
-            self.jobs.put(None)
+
+class Helpers:
+    """A few threads for what would make the loop wait. Pages, passwords and mail have lanes
+    of their own: none of them holds up another."""
+
+    def __init__(self, loop: Loop):
+        self.loop = loop
+        self.lanes: dict[str, Lane] = {}
+
+    def submit(
+        self,
+        owner: Any,
+        job: Callable[[], Any],
+        then: Callable[[Any], None],
+        lane: str = DISK_LANE,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Run job() on a thread, then then(result) on the loop; an exception is a result. A
+        job that is no longer `wanted` when its turn comes is not begun."""
+        if lane not in self.lanes:
+            self.lanes[lane] = Lane(HELPER_THREADS[lane])
+            for _ in range(HELPER_THREADS[lane]):
+                thread = threading.Thread(target=self._work, args=(self.lanes[lane],), daemon=True)
+                self.lanes[lane].threads.append(thread)
+                thread.start()
+        self.lanes[lane].waiting.setdefault(owner, collections.deque()).append((job, then, wanted))
+        self.lanes[lane].hand_out()
+
+    def close(self) -> bool:
+        """End the threads; return whether none of those that read the store still works."""
+        for lane in self.lanes.values():
+            for _ in lane.threads:
+                lane.jobs.put(None)
+        for name in (PAGE_LANE, DISK_LANE):
+            for thread in self.lanes[name].threads if name in self.lanes else ():
+                thread.join(STOP_SECONDS)
+        lanes = (self.lanes[name] for name in (PAGE_LANE, DISK_LANE) if name in self.lanes)
+        return not any(thread.is_alive() for lane in lanes for thread in lane.threads)
+
+    def _work(self, lane: Lane) -> None:
+        while work := lane.jobs.get():
+            job, then = work
+            done = functools.partial(self._done, lane, then, attempt(job))
+            self.loop.call_soon_threadsafe(done)
+
+    def _done(self, lane: Lane, then: Callable[[Any], None], result: Any) -> None:
+        lane.free += 1
+        lane.hand_out()
+        then(result)
+
+
+class LogWriter(logging.Handler):
+    """Writes the log from a thread of its own: standard error may be a pipe that is not read.
+    What does not fit in the queue is dropped and counted."""
+
+    def __init__(self, fd: int):
+        super().__init__()
+        self.fd = fd
+        self.lines: collections.deque[bytes] = collections.deque()
+        self.dropped = 0
+        self.more = threading.Event()
+        self.idle = threading.Event()
+        self.idle.set()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self.lines) >= LOG_LINES:
+            self.dropped += 1
+            return
+        self.lines.append((self.format(record) + "\n").encode(errors="backslashreplace"))
+        self.idle.clear()
+        self.more.set()
 
     def _work(self) -> None:
-        while work := self.jobs.get():
-            job, then = work
-            self.loop.call_soon_threadsafe(functools.partial(self._done, then, attempt(job)))
+        while True:
+            self.more.wait()
+            self.more.clear()
+            while self.lines:
+                self._write(self.lines.popleft())
+                if self.dropped and not self.lines:
+                    dropped, self.dropped = self.dropped, 0
+                    self._write(f"{counted(dropped, 'line')} of the log were dropped\n".encode())
+            self.idle.set()
 
-    def _done(self, then: Callable[[Any], None], result: Any) -> None:
-        self.free += 1
-        self._hand_out()
-        then(result)
+    def _write(self, line: bytes) -> None:
+        """os.write: another thread's lock on sys.stderr would hang the end of the program."""
+        try:
+            while line:
+                line = line[os.write(self.fd, line) :]
+        except OSError:  # nobody reads it any more, or the disk is full
+            self.dropped += 1
+
+    def flush(self) -> None:
+        self.idle.wait(LOG_FLUSH_SECONDS)
+
+
+class LogFormat(logging.Formatter):
+    """The one place where the log's text is made: no client's text steers a terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = escaped(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, error: Any) -> str:
+        return "\n".join(map(escaped, super().formatException(error).split("\n")))
+
+
+def report_bug() -> None:
+    log.exception("a bug, please report it (while a turn was written)")
 
 
 # ======================================================================================
@@ -9330,22 +11189,71 @@ def address_text(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+class Address:
+    """What one address has used of its budget, and the connections that it has."""
+
+    __slots__ = ("budget", "key", "peers")
+
+    def __init__(self, key: str, budget: Budget | None):
+        self.key, self.budget = key, budget
+        self.peers = 0
+
+    def used(self, now: float) -> float:
+        """Return the part of the budget that is used: 0 to 1, and more in debt."""
+        if self.budget is None:
+            return 0.0
+        self.budget.refill(now)
+        return 1 - self.budget.tokens / self.budget.burst
+
+
+class Addresses(dict[str, Address]):
+    """Budgets that outlive connections. One that is full again is no different from a new
+    one: it is forgotten."""
+
+    def __init__(self, flood: tuple[float, float] | None):
+        super().__init__()
+        self.flood = flood
+
+    def enter(self, key: str, now: float) -> Address:
+        address = self.get(key)
+        if address is None:
+            budget = None
+            if self.flood:
+                burst, rate = self.flood
+                budget = Budget(burst * ADDRESS_SHARES, rate * ADDRESS_SHARES, now)
+            address = self[key] = Address(key, budget)
+        address.peers += 1
+        if len(self) > ADDRESSES_KEPT:
+            self.sweep(now)
+        return address
+
+    def leave(self, address: Address, now: float) -> None:
+        address.peers -= 1
+        self.forget_if_full(address, now)
+
+    def forget_if_full(self, address: Address, now: float) -> bool:
+        gone = not address.peers and address.used(now) <= 0
+        if gone:
+            self.pop(address.key, None)
+        return gone
+
+    def sweep(self, now: float) -> None:
+        """Forget what is as good as new; if that is not enough, what is nearest to it."""
+        for address in list(self.values()):
+            self.forget_if_full(address, now)
+        idle = sorted(
+            (one for one in self.values() if not one.peers), key=lambda one: one.used(now)
+        )
+        for address in idle[: max(0, len(self) - ADDRESSES_KEPT)]:
+            del self[address.key]
+
+
 class Peer(Connection):
     """A connection as the server sees it; what a session knows as its conn."""
 
     __slots__ = (
-        "address",
-        "asked",
-        "budget",
-        "greeted",
-        "heard",
-        "held",
-        "host",
-        "inbox",
-        "leaving",
-        "resuming",
-        "server",
-        "session",
+        *("address", "asked", "budget", "greeted", "heard", "held", "home", "host", "inbox"),
+        *("leaving", "limit_key", "server", "session", "waits_for_budget"),
     )
 
     def __init__(self, server: "Server", sock: socket.socket, host: str, port: int):
@@ -9353,28 +11261,41 @@ class Peer(Connection):
         self.server = server
         self.host = host
         self.address = address_text(host, port)
+        own = sock.getsockname()[0] if ":" in host else ""
+        self.limit_key = address_key(host, own)
+        self.home = server.addresses.enter(self.limit_key, server.loop.now)
         self.inbox: LineBuffer | None = None  # until something comes: many never speak
-        self.session: Session | None = None
+        self.session: LocalSession | None = None
         self.budget: Budget | None = None
         self.heard = server.loop.now  # when, last ...
         self.asked = 0.0  # ... and when it was asked whether it is still there
         self.greeted = False
         self.held = False  # its lines wait for an answer ...
-        self.resuming = False  # ... or for resume(), which is on its way
+        self.waits_for_budget = False  # ... or for the next token
         self.leaving = False  # its lines are not taken any more
 
     # What a session may do with its conn
 
     def named(self) -> None:
-        """The session has a name: no more hurry."""
+        """Registration is complete: no more hurry."""
         self.server.unnamed.discard(self)
         if self.session.probed:
             self.server.probed.add(self)
 
-    def charge(self, items: int) -> None:
-        """A command that looks through so many costs as much as many lines."""
+    def charge(self, items: float) -> None:
+        """Take so much work from the budgets of this connection and of its address."""
         if self.budget:
-            self.budget.tokens -= items / LOOKED_AT_A_LINE
+            tokens = items / WORK_PER_TOKEN
+            self.budget.tokens -= tokens
+            self.home.budget.tokens -= tokens
+
+    def wait(self) -> float:
+        """Return the seconds until there is a token for the next line."""
+        if self.budget is None:
+            return 0.0
+        self.budget.refill(self.loop.now)
+        self.home.budget.refill(self.loop.now)
+        return max(self.budget.wait(), self.home.budget.wait())
 
     @property
     def secure(self) -> bool:
@@ -9382,11 +11303,13 @@ class Peer(Connection):
 
     @property
     def certifiable(self) -> bool:
-        return self.secure and self.server.options.tls_client_ca is not None
+        return bool(self.fingerprint)
 
     @property
     def fingerprint(self) -> str:
-        return self.tls.fingerprint() if self.tls else ""
+        if self.tls is None or self.server.options.tls_client_ca is None:
+            return ""
+        return self.tls.fingerprint()
 
     @property
     def gone(self) -> bool:
@@ -9398,7 +11321,7 @@ class Peer(Connection):
             self.leaving = True
             self.server.unnamed.discard(self)
             if self.inbox:
-                self.inbox.lines.clear()
+                self.inbox.clear()
             if self.session:
                 self.session.ended()
             self.server.leaving.append(self)
@@ -9407,17 +11330,17 @@ class Peer(Connection):
 
     @property
     def busy(self) -> bool:
-        """There is something of this peer's to act on."""
-        unfinished = self.session is not None and self.session.unfinished is not None
-        return unfinished or bool(self.inbox and self.inbox.lines)
+        """Whether there is something of this peer's to act on."""
+        more = self.session is not None and self.session.has_more
+        return more or bool(self.inbox and self.inbox.pending)
 
     def wants_read(self) -> bool:
-        waits = self.held or self.leaving or self.busy
-        return not waits and self.unsent <= UNSENT_NO_READ
+        waits = self.held or self.leaving or self.waits_for_budget
+        return not waits and self.unsent <= UNSENT_NO_READ and not self.busy
 
     def ready(self, mask: int) -> None:
-        # Lines that wait have a resume() on its way: enough to do. Telling the selector so
-        # would cost two system calls a turn in every storm.
+        # Lines that wait will have their turn: enough to do. Telling the selector so would
+        # cost two system calls a turn in every storm.
         super().ready(mask if self.wants_read() or self.state != OPEN else mask & ~READ)
 
     def received(self, data: bytes) -> None:
@@ -9427,9 +11350,11 @@ class Peer(Connection):
             if self.tls is None and TLS_FIRST_BYTES.startswith(data[:2]):
                 return self.start_tls(data)
             self.inbox = LineBuffer(LINE_BYTES)
-            self.budget = self.server.new_budget()
+            if flood := self.server.options.flood:
+                self.budget = Budget(*flood, self.loop.now)
+                self.budget.tokens = min(flood[0], self.home.budget.tokens)
         self.inbox.feed(data)
-        self.server.act(self)
+        self.server.acting[self] = None
 
     def start_tls(self, data: bytes) -> None:
         if self.server.tls_context is None:
@@ -9444,24 +11369,20 @@ class Peer(Connection):
     def ended(self) -> None:
         if self.inbox is None:
             return self.close()
-        if self.session is None or self.session.unended:
+        if self.session is None or self.session.accepts_partial_last_line:
             self.inbox.finish()
-        self.server.act(self)
+        self.server.acting[self] = None
 
-    def resume(self) -> None:
-        """Take up the lines that were left when this peer had its turn, or was answered."""
-        self.resuming = False
-        self.server.act(self)
+    def resume_soon(self) -> None:
+        """Act on what is left in the next turn."""
+        if self not in self.server.acting:
+            self.server.acting[self] = None
+            self.loop.call_soon(do_nothing)
+
+    def resume_with_budget(self) -> None:
+        self.waits_for_budget = False
+        self.server.acting[self] = None
         self.update()
-
-    def resume_soon(self, seconds: float = 0.0) -> None:
-        if self.resuming:
-            return
-        self.resuming = True
-        if seconds:
-            self.loop.call_later(seconds, self.resume)
-        else:
-            self.loop.call_soon(self.resume)
 
     def lagging(self) -> None:
         if self.unsent > UNSENT_MOST:
@@ -9475,7 +11396,7 @@ class Peer(Connection):
 
     def drop(self, reason: str) -> None:
         if self.inbox:
-            self.inbox.lines.clear()  # our decision: what it still wanted to say is void
+            self.inbox.clear()  # our decision: what it still wanted to say is void
         super().drop(reason)
 
     def lost(self, reason: str) -> None:
@@ -9535,7 +11456,7 @@ class Listener:
         """No descriptors, or no memory. Who waits is told so on the descriptor we have
         spare for that; where even this is not possible, asking again at once would spin."""
         log.warning("cannot accept: %s; raise the limit (ulimit -n)", reason_of(error))
-        if self.server.door.turn_away_all(self.sock):
+        if self.server.limits.turn_away_all(self.sock):
             return
         self.server.loop.selector.unregister(self.sock)
         self.server.loop.call_later(ACCEPT_BACKOFF, self._come_back)
@@ -9581,6 +11502,32 @@ def read_motd(path: pathlib.Path | None) -> list[str]:
         raise Unusable(f"cannot read the message of the day {path}: {reason_of(error)}") from error
 
 
+class Secret(str):
+    """A password, and the file that it was read from, if there is one."""
+
+    path: pathlib.Path | None = None
+
+
+def read_secret(path: pathlib.Path) -> Secret:
+    """Raises Unusable."""
+    what = f"the password in {path}"
+    try:
+        secret = Secret(path.read_text("utf-8-sig").strip())
+    except UnicodeError:
+        raise Unusable(f"{what} is not UTF-8 text") from None
+    except OSError as error:
+        raise Unusable(f"cannot read {what}: {reason_of(error)}") from None
+    if not secret:  # it would let everybody in
+        raise Unusable(f"{what} is empty")
+    secret.path = path
+    return secret
+
+
+def reread_secret(secret: str) -> str:
+    path = getattr(secret, "path", None)
+    return read_secret(path) if path else secret
+
+
 def server_tls_context(options: ServerOptions) -> Any:
     if not options.tls_cert:
         if options.tls_key or options.sts or options.tls_client_ca:
@@ -9610,9 +11557,9 @@ def server_tls_context(options: ServerOptions) -> Any:
     return context
 
 
-class Door:
-    """Who may come in: so many in all, and so many from one address. Who may not is told
-    which limit it is, and so is everybody who waits when there are no descriptors left."""
+class ConnectionLimits:
+    """How many connections there may be, in all and from one address. A client that is turned
+    away is told which limit it is, and so are all that wait when there are no descriptors left."""
 
     def __init__(self, options: ServerOptions):
         room = max(descriptor_limit() - SPARE_DESCRIPTORS, SPARE_DESCRIPTORS)
@@ -9622,22 +11569,22 @@ class Door:
         self.per_address: collections.Counter[str] = collections.Counter()
         self.spare = spare_descriptor()
 
-    def enter(self, host: str) -> str:
-        """Count somebody in; or say why not."""
+    def enter(self, key: str) -> str:
+        """Count a connection in; or say why not."""
         if self.inside >= self.most:
             return f"this server is full: {self.most} clients"
-        if self.per_address[host] >= self.most_per_address and not is_loopback(host):
-            text = f"too many connections from {host}: {self.most_per_address} at most"
+        if self.per_address[key] >= self.most_per_address and not is_loopback(key):
+            text = f"too many connections from {key}: {self.most_per_address} at most"
             return f"{text} (--max-per-address)"
         self.inside += 1
-        self.per_address[host] += 1
+        self.per_address[key] += 1
         return ""
 
-    def leave(self, host: str) -> None:
+    def leave(self, key: str) -> None:
         self.inside -= 1
-        self.per_address[host] -= 1
-        if not self.per_address[host]:
-            del self.per_address[host]
+        self.per_address[key] -= 1
+        if not self.per_address[key]:
+            del self.per_address[key]
 
     def turn_away(self, sock: socket.socket, host: str, text: str) -> None:
         log.warning("%s turned away: %s", host, text)
@@ -9647,7 +11594,7 @@ class Door:
         sock.close()
 
     def turn_away_all(self, listening: socket.socket) -> bool:
-        """Everybody in the backlog, on the spare descriptor; whether that went well."""
+        """Turn away all in the backlog, on the spare descriptor; return whether that worked."""
         if self.spare is None:
             return False
         os.close(self.spare)
@@ -9683,42 +11630,28 @@ def mail_code(options: ServerOptions, address: str, name: str, code: str) -> Non
         raise Unusable("the mail could not be sent; try again later") from error
 
 
-def hub_of(store: Store, now: float) -> Hub:
-    """Where the last server stopped."""
-    hub = Hub(store.last_id, store.last_time)
-    hub.begin(now)
-    hub.accounts.read(store.accounts())
-    hub.accounts.certificates.update(store.rows("certificates"))
-    for owner, target, when in store.rows("markers"):
-        hub.markers.setdefault(owner, {})[target] = when
-    try:
-        revive(hub, store.rows("channels"), store.rows("stays"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Unusable(f"the database {store.path} is damaged ({error!r}); move it away") from error
-    store.abandon({user.stay for user in hub.users.values()})
-    return hub
+def operators_of(known: Iterable[tuple[str, str]]) -> dict[str, Verifier]:
+    return {name: make_verifier(word, OPERATOR_ROUNDS) for name, word in known}
 
 
-class Keeper:
-    """The commit beat, and what the store needs besides: checkpoints and pruning."""
+class Committer:
+    """The commit beat, and what the store needs besides: checkpoints, index and pruning."""
 
-    def __init__(self, loop: Loop, store: Store, helpers: Helpers):
-        self.loop, self.store, self.helpers = loop, store, helpers
+    def __init__(self, loop: Loop, hub: Hub, store: Store, helpers: Helpers):
+        self.loop, self.hub, self.store, self.helpers = loop, hub, store, helpers
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
         self.index_due = False
-        self.committed = 0.0  # when, last
         self.sweep()
 
     def commit(self, hub: Hub) -> bool:
-        """The turn's events are stored, or never will be; False: not yet."""
+        """Store the turn's events, or lose them with a word to their senders; False: not yet."""
         turn = hub.turn
-        if turn.kept:
-            settle(hub)
-        if not turn.to_store:
+        if turn.changed:
+            hub.settle()
+        if not (turn.to_store or turn.dedup):
             return True
-        self.committed = self.loop.now
-        outcome = self.store.commit(turn, self.loop.now)
+        outcome = self.store.commit(turn, self.loop.now, hub.ticks)
         if outcome == BUSY:
             self.loop.call_later(BUSY_RETRY_SECONDS, do_nothing)
             return False
@@ -9730,33 +11663,42 @@ class Keeper:
                 log.error("history is not being kept: %s", self.store.trouble)
             else:
                 log.warning("history is being kept again")
+        self.look_after_store()
+        return True
+
+    def look_after_store(self) -> None:
         if self.store.path and not self.checkpoint_due:
             self.checkpoint_due = True
             self.loop.call_later(CHECKPOINT_SECONDS, self.checkpoint)
-        words = self.store.words
-        if (words.behind or words.untidy) and not self.index_due:
+        if self.store.words.has_work and not self.index_due:
             self.index_due = True
             self.loop.call_later(INDEX_SECONDS, self.index)
-        return True
 
     def index(self) -> None:
-        """Slice by slice, in turns that have nothing else to do; under unbroken load one
-        slice now and then."""
-        if not self.store.words.advance():
-            self.index_due = False
-        elif self.loop.now - self.committed < INDEX_SECONDS / 10:
-            self.loop.call_later(INDEX_SECONDS, self.index)
+        """Index what was said lately: on a helper, or in memory on the loop, in slices."""
+        words = self.store.words
+        job = words.step()
+        if self.store.path:
+            self.helpers.submit(self, job, self.indexed)
         else:
-            self.loop.call_soon(self.index)
+            self.indexed(job())
+
+    def indexed(self, left: Any) -> None:
+        failed = isinstance(left, Exception) or bool(left[1])
+        if not isinstance(left, Exception):
+            self.store.words.finish(left)
+        self.index_due = self.store.words.has_work
+        if self.index_due:
+            self.loop.call_later(INDEX_SECONDS if failed else 0, self.index)
 
     def prune(self, idle: bool) -> None:
-        if self.store.prune(idle, int(time.time() * 1000)) and idle:
+        if self.store.prune(idle, self.hub.now) and idle:
             self.loop.call_soon(do_nothing)  # and another slice in the next turn
 
     def sweep(self) -> None:
         more = False
         with contextlib.suppress(sqlite3.Error):  # busy or full: another time
-            more = self.store.receipts.sweep(int(time.time() * 1000))
+            more = self.store.dedup.sweep(self.hub.now)
         self.loop.call_later(0 if more else SWEEP_SECONDS, self.sweep)
 
     def checkpoint(self) -> None:
@@ -9764,57 +11706,69 @@ class Keeper:
             self.checkpoint_due = False
             if error and not self.losing:
                 log.error("checkpoint: %s", error)
+            if self.store.erased:
+                self.look_after_store()
 
         self.helpers.submit(self, self.store.checkpoint, done)
 
 
 def site_of(server: "Server") -> Site:
-    """What the sessions of a server share, as the command line wants it."""
+    """Return what the sessions of a server share, as the command line wants it."""
     options = server.options
     return Site(
         server.hub,
         server.store,
         server.later,
-        server.read,
         server,
+        IrcWires(server.hub.ids),
         options.password,
         options.name,
         options.network,
-        {name: make_verifier(word, OPERATOR_ROUNDS) for name, word in options.oper},
+        operators_of(options.oper),
         options.register,
         options.sts or 0,
+        options.flood,
     )
 
 
 class Server:
     """Everything of one running server."""
 
-    def __init__(self, loop: Loop, options: ServerOptions):
-        self.loop, self.options = loop, options
+    def __init__(
+        self,
+        loop: Loop,
+        options: ServerOptions,
+        store: Store | None = None,
+        clock: Callable[[], float] = time.time,
+    ):
+        self.loop, self.options, self.clock = loop, options, clock
         self.tls_context = server_tls_context(options)
         path = options.data / "chat.db" if options.data else None
-        self.store = Store(path, options.keep)
-        self.hub = hub_of(self.store, time.time())
+        self.store = store or Store(path, options.keep)
+        self.hub = load_hub(self.store, clock(), loop.now, options.name)
+        self.hub.absent_per_host = options.max_per_address
         self.site = site_of(self)
         self.motd = read_motd(options.motd)
         self.mail = functools.partial(mail_code, options)
         self.note = functools.partial(log.warning, "%s")  # what operators do goes to the log
         self.helpers = Helpers(loop)
         self.peers: set[Peer] = set()
-        self.door = Door(options)
+        self.addresses = Addresses(options.flood)
+        self.limits = ConnectionLimits(options)
         self.silent = Delay(loop, GREETING_SECONDS, self.greet)
         self.unnamed = Delay(loop, NAMING_SECONDS, self.evict)
         self.slow = Delay(loop, SLOW_SECONDS, self.drop_slow)
         self.probed = Delay(loop, PONG_SECONDS, self.probe)
-        self.missed = Delay(loop, GRACE_SECONDS, self.hub.give_up)
+        self.idle_addresses = Delay(loop, ADDRESS_SECONDS, self.forget_address)
+        self.grace_timer: Timer | None = None
+        self.acting: dict[Peer, None] = {}  # have something to act on
         self.leaving: list[Peer] = []  # to be closed once this turn is written
-        self.jobs: list[tuple[str, Callable, Callable]] = []  # for helpers, after the commit
-        self.keeper = Keeper(loop, self.store, self.helpers)
+        self.jobs: list[tuple] = []  # for helpers, after the commit
+        self.committer = Committer(loop, self.hub, self.store, self.helpers)
         self.stopping = self.restarting = False
         self.listeners = [Listener(self, *address) for address in options.listen]
-        self.tls_port = self.listeners[0].address[1]  # the same as for plain text
-        for user in self.hub.users.values():  # of the last server
-            self.miss(user)
+        self.tls_port = self.listeners[0].address[1] if self.listeners else 0  # as for plain text
+        self.clock_offset = clock() - loop.now
         loop.turn_begins = self.begin_turn
         loop.turn_ends = self.end_turn
 
@@ -9822,8 +11776,10 @@ class Server:
 
     def admit(self, sock: socket.socket, host: str, port: int) -> None:
         """A connection has been accepted: it becomes a peer, or is told why not."""
-        if refusal := self.door.enter(host):
-            return self.door.turn_away(sock, host, refusal)
+        own = sock.getsockname()[0] if ":" in host else ""
+        key = address_key(host, own)
+        if refusal := self.limits.enter(key):
+            return self.limits.turn_away(sock, host, refusal)
         peer = Peer(self, sock, host, port)
         self.peers.add(peer)
         self.silent.add(peer)
@@ -9848,50 +11804,60 @@ class Server:
             peer.heard = self.loop.now
         silent = self.loop.now - peer.heard
         if silent >= PING_SECONDS and peer.asked > peer.heard:
-            return peer.session.end(f"Ping timeout: {silent:.0f} seconds", meant=False)
+            return peer.session.end(f"Ping timeout: {silent:.0f} seconds", intended=False)
         if silent >= PING_SECONDS:
             peer.asked = self.loop.now
             peer.session.probe()
         self.probed.add(peer)
 
-    # What operators may ask for
+    def forget_address(self, address: Address) -> None:
+        if not (address.peers or self.addresses.forget_if_full(address, self.loop.now)):
+            self.idle_addresses.add(address)
+
+    # What sessions may ask for
 
     def nameless(self) -> int:
         return len(self.unnamed.waiting)
 
     def refresh(self) -> None:
         """`chat.py passwd` may have changed an account meanwhile."""
-        if not self.hub.turn.writes and self.store.changed_elsewhere():
-            self.hub.accounts.read(self.store.accounts())
+        with contextlib.suppress(sqlite3.Error, ValueError):  # then they stay as they are
+            if not self.hub.turn.records and self.store.changed_elsewhere():
+                self.hub.accounts.load(list(self.store.accounts()))
 
-    def miss(self, user: User) -> None:
-        """Give somebody a while to come back, from now on; so many at most."""
-        self.missed.discard(user)
-        self.missed.add(user)
-        absent, host = self.missed.waiting, host_of(user.source.address)
-        local = is_loopback(host)
-        near = [] if local else [u for u in absent if host_of(u.source.address) == host]
-        for crowd, most in ((near, self.options.max_per_address), (absent, ABSENT_MOST)):
-            if len(crowd) > most:
-                first = next(iter(crowd))
-                self.missed.discard(first)
-                self.loop.call_soon(functools.partial(self.hub.give_up, first))
-                return
+    def reload(self) -> None:
+        """SIGHUP: the same as REHASH."""
 
-    def rehash(self, session: Session, then: Callable = do_nothing) -> None:
-        """Read again what may have changed: if one of it cannot be read, all stays as it
-        was, and then() is not called."""
+        def done(result: Any) -> None:
+            if isinstance(result, Exception):
+                log.error("SIGHUP: nothing was changed: %s", result)
+            else:
+                self.use_files(result)
+                log.warning("SIGHUP: read the message of the day, certificate and passwords again")
 
-        def read() -> tuple[Any, list[str]]:
-            return server_tls_context(self.options), read_motd(self.options.motd)
+        self.helpers.submit(self, self.read_files, done)
 
-        def use(result: tuple[Any, list[str]]) -> None:
-            self.tls_context, self.motd = result
+    def read_files(self) -> tuple:
+        """Read again what may have changed. Off the loop. Raises Unusable."""
+        options = self.options
+        password = options.password and reread_secret(options.password)
+        operators = operators_of((name, reread_secret(word)) for name, word in options.oper)
+        return server_tls_context(options), read_motd(options.motd), password, operators
+
+    def use_files(self, files: tuple) -> None:
+        self.tls_context, self.motd, self.site.password, self.site.operators = files
+
+    def rehash(self, session: LocalSession, then: Callable = do_nothing) -> None:
+        """Read the files again: if one of them cannot be read, all stays as it was, and then()
+        is not called."""
+
+        def use(files: tuple) -> None:
+            self.use_files(files)
             then()
 
-        session.later(read, use)
+        session.later(MAIL_LANE, self.read_files, use)
 
-    def restart(self, session: Session) -> None:
+    def restart(self, session: LocalSession) -> None:
         """Not with files that the new start could not read."""
 
         def begin() -> None:
@@ -9900,46 +11866,94 @@ class Server:
 
         self.rehash(session, begin)
 
-    def new_budget(self) -> Budget | None:
-        return Budget(*self.options.flood, self.loop.now) if self.options.flood else None
-
     # The act beat
 
-    def act(self, peer: Peer) -> None:
-        """Some lines of one peer become Hub calls; then see when to take the next."""
-        if peer.resuming or peer.held or peer.leaving:
+    def act(self) -> None:
+        """Turn lines into acts, for as long as a turn may take: addresses that used little of
+        their budget come first, and the rest comes in the next turn."""
+        acting, self.acting = self.acting, {}
+        if not acting:
             return
-        if peer.budget:
-            peer.budget.refill(self.loop.now)
-        for _ in range(LINES_A_TURN):
-            if peer.held or peer.leaving or self.too_much(peer):
-                break
-            if peer.session and peer.session.unfinished:
-                peer.session.go_on()
-            elif not self.act_on_a_line(peer):
-                break
-        if peer.busy and not peer.held:
+        now, begun = self.loop.now, time.perf_counter()
+        light = [peer for peer in acting if peer.home.used(now) <= LIGHT_USE]
+        heavy = sorted(acting.keys() - light, key=lambda peer: peer.home.used(now))
+        limit = ACT_SECONDS if self.options.flood is None else ACT_SECONDS_LIGHT
+        if self._act_on(light, begun + limit):
+            self._act_on(heavy, begun + ACT_SECONDS)
+        else:
+            self.acting.update(dict.fromkeys(heavy))
+        if self.acting:
+            self.loop.call_soon(do_nothing)
+
+    def _act_on(self, peers: list[Peer], end: float) -> bool:
+        """Act on the lines of these peers until that time; return whether all had their turn."""
+        for n, peer in enumerate(peers):
+            if time.perf_counter() > end:
+                self.acting.update(dict.fromkeys(peers[n:]))
+                return False
+            self.loop.guarded(self._act_on_peer, peer, end)
+        return True
+
+    def _act_on_peer(self, peer: Peer, end: float) -> None:
+        try:
+            self._take_lines(peer, end)
+        except Exception:
+            log.exception("a bug, please report it (%s)", peer.address)
+            return peer.drop("internal error")
+        if peer.held or peer.leaving or peer.waits_for_budget:
+            return
+        if peer.busy:
             self.postpone(peer)
-        elif peer.eof and not peer.busy and not peer.held:
+        elif peer.eof:
             peer.close()
+        else:
+            peer.update()
+
+    def _take_lines(self, peer: Peer, end: float) -> None:
+        for _ in range(LINES_A_TURN):
+            if peer.held or peer.leaving or self.too_much(peer) or time.perf_counter() > end:
+                return
+            session, replied = peer.session, 0
+            if session:
+                replied = session.replied
+                if session.has_more:
+                    session.go_on()
+            more = session is not None and session.has_more
+            if not (more or peer.held or self.act_on_a_line(peer)):
+                return
+            work = self.hub.take_work()
+            if session:
+                work += (session.replied - replied) * WORK_OF_A_REPLY
+            peer.charge(work)
 
     def act_on_a_line(self, peer: Peer) -> bool:
-        """Whether there was one, and budget for it."""
-        if peer.budget and peer.budget.tokens < 1:
+        """Act on one line; return whether there was one, and budget for it."""
+        if peer.inbox is None or not peer.inbox.pending:
             return False
+        if seconds := peer.wait():
+            return self._wait_for_budget(peer, seconds)
         line = peer.inbox.take()
         if line is None:
             return False
-        if peer.budget:
-            peer.budget.tokens -= 1
+        self.hub.charge(WORK_PER_TOKEN - WORK_OF_AN_ACT)
         if peer.session or self.open_session(peer, line):
-            peer.session.receive(line)
+            peer.session.receive(line.removeprefix(BOM) if not peer.session.user else line)
         return True
 
+    def _wait_for_budget(self, peer: Peer, seconds: float) -> bool:
+        if peer.gone:  # after a reset: what the budget does not allow is not waited for
+            log.info("%s was reset with lines beyond its budget: dropped", peer.address)
+            peer.inbox.clear()
+            return False
+        peer.waits_for_budget = True
+        self.loop.call_later(seconds, peer.resume_with_budget)
+        peer.update()
+        return False
+
     def postpone(self, peer: Peer) -> None:
-        """There are lines left: for the next turn, or until there is budget for one."""
+        """There is more: for the next turn."""
         if peer.queue.size <= UNSENT_NO_READ:  # else lagging() resumes it
-            peer.resume_soon(peer.budget.wait() if peer.budget else 0.0)
+            self.acting[peer] = None
         peer.update()
 
     def too_much(self, peer: Peer) -> bool:
@@ -9948,9 +11962,12 @@ class Server:
         return peer.queue.size + replied > UNSENT_NO_READ
 
     def open_session(self, peer: Peer, first_line: bytes) -> bool:
+        if not first_line.removeprefix(BOM):  # it says nothing yet, in any dialect
+            self.silent.add(peer)
+            return False
         dialect = dialect_of(first_line)
         if dialect in GOODBYES:
-            log.info("%s speaks %s, which is not spoken here yet", peer.address, dialect.upper())
+            log.info("%s speaks HTTP, which is not spoken here yet", peer.address)
             peer.write(GOODBYES[dialect])
             peer.close()
             return False
@@ -9960,25 +11977,22 @@ class Server:
             peer.session = LineSession(self.site, peer, peer.greeted)
         return True
 
-    def later(self, session: Session, job: Callable, then: Callable) -> None:
-        """Run job() on a helper once this turn is committed, then then(its result) here;
-        until then this session's next lines wait, so that answers come in order."""
-        self.jobs.append((session.conn.host, job, self._held(session, then)))
-
-    def read(self, session: Session, job: Callable, then: Callable) -> None:
-        """The same for a job that reads the store. In memory it has but one connection,
-        which nobody else may use, and nothing to wait for."""
-        if self.store.path:
-            return self.later(session, job, then)
+    def later(self, session: LocalSession, lane: str, job: Callable, then: Callable) -> None:
+        """Run job() on a helper once this turn is committed, then then(its result) here; until
+        then this session's next lines wait, so that answers come in order. A store in memory
+        has but one connection, which no helper may use, and nothing to wait for."""
         done = self._held(session, then)
-        self.loop.call_soon(lambda: done(attempt(job)))
+        if lane == PAGE_LANE and self.store.path is None:
+            self.loop.call_soon(lambda: done(attempt(job)))
+        else:
+            self.jobs.append((session.conn, lane, job, done))
 
-    def _held(self, session: Session, then: Callable) -> Callable:
+    def _held(self, session: LocalSession, then: Callable) -> Callable:
         session.conn.held = True
         session.conn.update()
         return functools.partial(self.answer, session, then)
 
-    def answer(self, session: Session, then: Callable, result: Any) -> None:
+    def answer(self, session: LocalSession, then: Callable, result: Any) -> None:
         peer = session.conn
         peer.held = False
         peer.resume_soon()
@@ -9993,24 +12007,33 @@ class Server:
     # The commit and the write beat
 
     def begin_turn(self) -> None:
-        self.hub.begin(time.time())
+        now = self.clock()
+        offset = now - self.loop.now
+        if abs(offset - self.clock_offset) > CLOCK_JUMP_SECONDS:
+            log.warning("the clock was set by %+.1f s", offset - self.clock_offset)
+        self.clock_offset = offset
+        self.hub.begin(now, self.loop.now)
 
     def end_turn(self) -> None:
-        if not self.keeper.commit(self.hub):
+        self.act()
+        self.hub.take_work()
+        if not self.committer.commit(self.hub):
             return
         turn = self.hub.turn
-        if turn.apart or turn.to_store:  # something happened
+        if turn.happened:
             try:
                 self.deliver(turn)
             finally:
-                self.hub.end(self.keeper.losing)
+                self.hub.end()
         if self.leaving or self.jobs:
             self._after_writing()
         if self.store.excess or self.store.orphans:
-            self.keeper.prune(idle=not turn.events)
+            self.committer.prune(idle=not turn.events)
+        if self.hub.absent:
+            self._watch_absent()
 
     def deliver(self, turn: Turn) -> None:
-        for data, sessions in turn.deliveries():
+        for data, sessions in turn.deliveries(report_bug):
             broadcast(data, sessions)
 
     def _after_writing(self) -> None:
@@ -10021,14 +12044,28 @@ class Server:
             else:
                 Connection.close(peer)
         jobs, self.jobs = self.jobs, []
-        for owner, job, done in jobs:
-            self.helpers.submit(owner, job, done)
+        for peer, lane, job, done in jobs:
+            self.helpers.submit(peer.limit_key, job, done, lane, lambda peer=peer: not peer.gone)
+
+    def _watch_absent(self) -> None:
+        """Have a timer for the first user whose grace period ends."""
+        if self.grace_timer is None:
+            first = next(iter(self.hub.absent.values())) / 1000 + GRACE_SECONDS
+            self.grace_timer = self.loop.call_later(first - self.loop.now, self._end_grace)
+
+    def _end_grace(self) -> None:
+        self.grace_timer = None
+        over = self.hub.ticks - GRACE_SECONDS * 1000
+        for user, since in list(self.hub.absent.items()):
+            if since > over:
+                break
+            self.hub.perform("grace_period_over", 0, user.resume_id)
 
     # Going
 
     def lost(self, peer: Peer, reason: str) -> None:
-        """A connection is gone. What it said before is still taken, and until that is done
-        it counts against the limits as if it were still there."""
+        """A connection is gone. What it said before is still taken, as far as its budget
+        allows it now; the rest is dropped."""
         log.log(
             logging.INFO if reason.startswith(TLS_TROUBLE) else logging.DEBUG,
             "%s: %s",
@@ -10039,18 +12076,35 @@ class Server:
             delay.discard(peer)
         if peer.session and not peer.session.parting:
             peer.session.parting = reason
-        peer.eof = True
+        peer.eof, peer.waits_for_budget = True, False
         if peer.inbox and not peer.leaving:
-            self.act(peer)
-        else:
-            self.forget(peer)
+            self._act_on_the_last(peer)
+        self.forget(peer)
+
+    def _act_on_the_last(self, peer: Peer) -> None:
+        """Act on the lines of a connection that was reset, in this turn."""
+        peer.held = False
+        if peer.session:
+            peer.session.unfinished = None
+            peer.session.postponed.clear()
+        for _ in range(LINES_A_TURN):
+            if peer.held or peer.leaving or not self.act_on_a_line(peer):
+                break
+            peer.charge(self.hub.take_work())
+        if peer.inbox.pending:
+            log.info("%s was reset with more lines than a turn takes: dropped", peer.address)
+            peer.inbox.clear()
 
     def forget(self, peer: Peer) -> None:
         """The end of a peer. One that is lost while it leaves comes here twice."""
         if peer not in self.peers:
             return
         self.peers.discard(peer)
-        self.door.leave(peer.host)
+        self.acting.pop(peer, None)
+        self.limits.leave(peer.limit_key)
+        self.addresses.leave(peer.home, self.loop.now)
+        if self.addresses.get(peer.limit_key) is peer.home and not peer.home.peers:
+            self.idle_addresses.add(peer.home)
         if peer.session:
             peer.session.ended()
         if self.stopping and not self.peers:
@@ -10070,7 +12124,7 @@ class Server:
         for peer in list(self.peers):
             if peer.session:
                 peer.session.farewell("the server is going down")
-                peer.session.abandoned()
+                peer.session.abandon()
             peer.close()
         self.loop.call_later(STOP_SECONDS, self.loop.stop)
         if not self.peers:
@@ -10078,10 +12132,10 @@ class Server:
 
     def close(self) -> None:
         """After the loop has ended: what is left goes to the store."""
-        self.keeper.commit(self.hub)
-        self.helpers.close()
-        self.store.close()
-        self.door.close()
+        self.committer.commit(self.hub)
+        if self.helpers.close():  # else a helper still reads: the operating system closes it
+            self.store.close()
+        self.limits.close()
 
 
 # ======================================================================================
@@ -12495,7 +14549,7 @@ def mail_command(text: str) -> str:
     return text
 
 
-def registration(text: str) -> frozenset[str]:
+def registration_rules(text: str) -> frozenset[str]:
     """How accounts are made: "" (by who has come in), before-connect too, or off."""
     wanted = frozenset(filter(None, text.split(",")))
     if not wanted <= {"off", "before-connect", "email-required"}:
@@ -12525,19 +14579,17 @@ def ask_for_password() -> str:
 
 def secret_option(text: str) -> str:
     """A password as it is, or @FILE that holds it, or "" to be asked for it. Raises Unusable."""
-    what = f"the password in {text[1:]}" if text.startswith("@") else "the password"
+    if text.startswith("@"):
+        return read_secret(pathlib.Path(text[1:]))
     try:
-        if text.startswith("@"):
-            secret = pathlib.Path(text[1:]).read_text("utf-8-sig").strip()
-        else:
-            secret = text or ask_for_password()
+        secret = text or ask_for_password()
     except UnicodeError:
-        raise Unusable(f"{what} is not UTF-8 text") from None
+        raise Unusable("the password is not UTF-8 text") from None
     except OSError as error:
-        raise Unusable(f"cannot read {what}: {reason_of(error)}") from None
+        raise Unusable(f"cannot read the password: {reason_of(error)}") from None
     if not secret:  # it would let everybody in
-        raise Unusable(f"{what} is empty")
-    return secret
+        raise Unusable("the password is empty")
+    return Secret(secret)
 
 
 def operator_option(text: str) -> tuple[str, str]:
@@ -12548,9 +14600,19 @@ def operator_option(text: str) -> tuple[str, str]:
 
 
 def lock_folder(folder: pathlib.Path) -> int:
-    """The data folder, made if need be, for this process alone. Raises Unusable."""
+    """Make the data folder if need be, and keep it for this process alone. Raises Unusable."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode = stat.S_IMODE(folder.stat().st_mode)
+        if os.name == "posix" and mode & 0o077:
+            folder.chmod(0o700)
+            log.warning("%s could be used by others (mode %o): it is yours alone now", folder, mode)
+        for name in ("lock", "chat.db", "chat.db-wal", "chat.db-shm", "search.db"):
+            path = folder / name
+            if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+                raise Unusable(f"{path} is no plain file; remove it, or choose another --data")
+            if os.name == "posix" and path.exists():
+                path.chmod(0o600)
         return locked(folder / "lock")
     except BlockingIOError:
         raise Unusable(f"another server uses {folder}; stop it, or choose another --data") from None
@@ -12592,18 +14654,24 @@ def announce(text: str) -> None:
 
 
 def run_server(args: argparse.Namespace) -> int:
-    logging.basicConfig(level=args.log.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    writer = LogWriter(2)
+    writer.setFormatter(LogFormat("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=args.log.upper(), handlers=[writer])
     os.umask(0o077)
     lock = lock_folder(args.data) if args.data else None
     names = set(ServerOptions._fields) - {"listen"}
     listen = tuple(args.listen or ServerOptions().listen)
     loop = Loop()
     server = Server(loop, ServerOptions(listen, **{name: getattr(args, name) for name in names}))
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    if args.data:
+        server.store.guard(args.data / "lock")
+    for name in ("SIGINT", "SIGTERM"):
         on_signal(loop, name, server.stop)
+    on_signal(loop, "SIGHUP", server.reload)
     announce(how_to_join(server))
     loop.run()
     server.close()
+    writer.flush()
     if lock is not None:
         os.close(lock)
     if server.restarting:
@@ -12707,7 +14775,7 @@ def add_server(commands: Any) -> None:
     add("--motd", type=pathlib.Path, metavar="FILE", help="message of the day, for IRC")
     add(
         "--register",
-        type=registration,
+        type=registration_rules,
         default=frozenset(),
         metavar="RULES",
         help="off, or before-connect,email-required",

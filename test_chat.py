@@ -74,7 +74,8 @@ WITHOUT_SOURCE = ("PING", "ERROR", "AUTHENTICATE", "BATCH")
 LEAST_PARAMS = {"PRIVMSG": 2, "NOTICE": 2, "TAGMSG": 1, "QUIT": 1, "JOIN": 1, "PART": 1, "NICK": 1}
 LINE_FORM = re.compile(
     r"\* .*|(?:\[#[^\]]+\] |\(private\) )?"
-    r"(?:-[^ ]+- .*|[^ :]+: .*|\* [^ ]+ sends a CTCP .*|[^ ]+ \(\S+:\d+\) (?:joined|left) the chat!)"
+    r"(?:-[^ ]+- .*|[^ :]+: .*|\* [^ ]+ sends a CTCP .*"
+    r"|[^ ]+ \(\S+:\d+\) (?:joined|left) the chat!)"
 )
 
 
@@ -104,14 +105,20 @@ def check_grammar(data):
 class FakeConn:
     """What a session knows of its connection, remembering what it was told."""
 
-    secure = gone = certifiable = False
+    secure = gone = certifiable = leaving = False
     fingerprint = ""
+    direct = False  # nothing is sent past write()
 
-    def __init__(self, address):
+    def __init__(self, house, address):
+        self.house = house
         self.address = address
         self.out = b""
-        self.closed = False
+        self.closed = self.held = False
         self.session = None
+
+    @property
+    def limit_key(self):
+        return chat.address_key(chat.host_of(self.address))
 
     def named(self):
         pass
@@ -119,10 +126,67 @@ class FakeConn:
     def charge(self, items):
         pass
 
+    def update(self):
+        pass
+
+    def resume_soon(self):
+        pass
+
+    def write(self, data):
+        assert self.session not in self.house.written, "a session was written to twice in a turn"
+        self.house.written.add(self.session)
+        check_grammar(data)
+        self.out += data
+
     def close(self):
         if not self.closed:
             self.closed = True
             self.session.ended()
+
+
+class FakeLoop:
+    """A loop without sockets: what is to be done later is done when the test says so."""
+
+    def __init__(self, now):
+        self.now = now
+        self.soon = collections.deque()
+        self.timers = []
+
+    def call_later(self, seconds, callback):
+        timer = chat.Timer(self.now + seconds, callback)
+        self.timers.append(timer)
+        return timer
+
+    def call_soon(self, callback):
+        self.soon.append(callback)
+
+    def run_due(self):
+        due = [timer for timer in self.timers if timer.when <= self.now]
+        self.timers = [timer for timer in self.timers if timer.when > self.now]
+        for timer in due:
+            if timer.callback:
+                timer.callback()
+        while self.soon:
+            self.soon.popleft()()
+
+
+class FakeHelpers:
+    """Jobs are done when the test's turn comes to them."""
+
+    def __init__(self):
+        self.waiting = []
+
+    def submit(self, owner, job, then, lane=chat.DISK_LANE, wanted=lambda: True):
+        self.waiting.append((job, then, wanted))
+
+    def run(self):
+        waiting, self.waiting = self.waiting, []
+        for job, then, wanted in waiting:
+            if wanted():
+                then(chat.attempt(job))
+
+    def close(self):
+        return True
 
 
 SLOW_ROUNDS = chat.ACCOUNT_ROUNDS
@@ -131,58 +195,51 @@ chat.make_verifier.__defaults__ = (chat.ACCOUNT_ROUNDS,)
 BOSS = chat.make_verifier("secret", rounds=1000)
 
 
-class House:
-    """A server without a network. What was sent is seen after turn()."""
+class House(chat.Server):
+    """The server, without a network. What was sent is seen after turn()."""
 
-    def __init__(self, password=None, store=None):
+    def __init__(self, password=None, store=None, **options):
         self.now = 1_000_000.0
-        self.store = store or chat.Store(None)
-        self.hub = chat.hub_of(self.store, self.now)
-        operators = {"boss": BOSS}
-        self.site = chat.Site(
-            self.hub, self.store, self.later, self.later, self, password, operators=operators
-        )
-        self.motd = []
-        self.missed = []  # logged in, and without a line
+        self.written = set()
         self.asked_for = []  # what operators did with the server
-        self.jobs = []
         self.guests = {}
-        self.hub.begin(self.now)
+        given = chat.ServerOptions(listen=(), password=password, **options)
+        loop = FakeLoop(self.now)
+        super().__init__(loop, given, store or chat.Store(None), lambda: self.now)
+        self.limits.close()
+        self.helpers = self.committer.helpers = FakeHelpers()
+        self.site.operators = {"boss": BOSS}
+        self.note = self.asked_for.append
+        self.mail = lambda *values: self.asked_for.append(values)
+        self.rehash = lambda session: self.asked_for.append("rehash")
+        self.restart = lambda session: self.asked_for.append("restart")
+        self.stop = lambda: self.asked_for.append("stop")
+        self.begin_turn()
 
-    def later(self, session, job, then):
-        self.jobs.append((session, job, then))
+    def begin_turn(self):
+        self.loop.now = self.now
+        super().begin_turn()
 
     def nameless(self):
         return sum(session.user is None for session in self.guests.values())
 
-    def refresh(self):
-        pass
+    @property
+    def missed(self):
+        """Users who may come back."""
+        return list(self.hub.absent)
 
-    def mail(self, address, name, code):
-        self.asked_for.append((address, name, code))
+    def grace_over(self):
+        """The time of those who may come back is over."""
+        for user in self.missed:
+            self.hub.perform("grace_period_over", 0, user.resume_id)
 
-    def miss(self, user):
-        self.missed.append(user)
-
-    def note(self, text):
-        self.asked_for.append(text)
-
-    def rehash(self, session):
-        self.asked_for.append("rehash")
-
-    def stop(self):
-        self.asked_for.append("stop")
-
-    def restart(self, session):
-        self.asked_for.append("restart")
-
-    def connect(self, label, greeted=False):
-        conn = FakeConn(f"127.0.0.1:{50000 + len(self.guests)}")
+    def connect(self, label, greeted=False, host="127.0.0.1"):
+        conn = FakeConn(self, f"{host}:{50000 + len(self.guests)}")
         self.guests[label] = conn.session = chat.LineSession(self.site, conn, greeted)
         return conn.session
 
-    def connect_irc(self, label):
-        conn = FakeConn(f"127.0.0.1:{50000 + len(self.guests)}")
+    def connect_irc(self, label, host="127.0.0.1"):
+        conn = FakeConn(self, f"{host}:{50000 + len(self.guests)}")
         self.guests[label] = conn.session = chat.IrcSession(self.site, conn)
         return conn.session
 
@@ -207,32 +264,31 @@ class House:
         for line in lines:
             if not self.guests[label].conn.closed:  # what follows a QUIT is not looked at
                 self.guests[label].receive(line if isinstance(line, bytes) else line.encode())
-            while self.guests[label].unfinished:
+            while self.guests[label].has_more:
                 self.guests[label].go_on()
 
     def turn(self):
-        """The commit and the write beat, and what helpers were asked for."""
-        turn = self.hub.turn
-        chat.settle(self.hub)
-        done = self.store.commit(turn, self.now)
-        assert done == chat.KEPT
-        seen = set()
-        for data, sessions in turn.deliveries():
-            for session in sessions:
-                assert session not in seen, "a session was written to twice in a turn"
-                seen.add(session)
-                check_grammar(data)
-                session.conn.out += data
-        self.hub.end()
-        while self.store.words.advance():
-            pass
+        """The end of a turn, the server's own, and what helpers were asked for meanwhile."""
+        for _ in range(100):
+            self.written.clear()
+            self.end_turn()
+            assert not self.hub.turn.events, "the turn could not be stored"
+            if not (self.helpers.waiting or self.loop.soon):
+                break
+            self.helpers.run()
+            self.loop.run_due()
+            self.finish_long_answers()
+        for _ in range(1000):
+            if not self.store.words.has_work:
+                break
+            self.store.words.finish(self.store.words.step()())
         self.now += 1.0
-        self.hub.begin(self.now)
-        if self.jobs:
-            jobs, self.jobs = self.jobs, []
-            for session, job, then in jobs:
-                session.take_result(then, chat.attempt(job))
-            self.turn()
+        self.begin_turn()
+
+    def finish_long_answers(self):
+        for session in self.guests.values():
+            while session.has_more:
+                session.go_on()
 
     def heard(self, label):
         """The lines that one guest got since the last call."""
@@ -242,6 +298,11 @@ class House:
 
     def leave(self, label):
         self.guests[label].ended()
+
+
+def index_all(store):
+    while store.words.has_work:
+        store.words.finish(store.words.step()())
 
 
 def house_of(*names):
@@ -307,7 +368,7 @@ def test_an_endless_line_costs_no_memory():
     for _ in range(1000):
         buffer.feed(b"x" * 1000)
     assert taken(buffer) == [chat.TOO_LONG]
-    assert buffer.tail == b""
+    assert len(buffer.buffer) <= 102
     buffer.finish()
     assert taken(buffer) == []
 
@@ -770,11 +831,11 @@ SCRIPTS = {
         {"bob": ["alice: after"], "carol": ["alice: after"]},
     ],
     "a count of lines that is none": [
-        ("alice", "/lines many", "/lines 0", "/lines 201", "/lines " + "9" * 5000),
+        ("alice", "/lines many", "/lines 0", "/lines " + "9" * 5000, "/lines 201", "/quit"),
         {"alice": ["* a message has 1 to 200 lines"] * 4},
     ],
-    "a message of several lines with a bad one is none, and swallows nothing": [
-        ("alice", "/lines 3", "one", b"\xff", "hello"),
+    "a message of several lines with a bad one is none, and neither is the rest of it": [
+        ("alice", "/lines 3", "one", b"\xff", "/quit", "hello"),
         {
             "alice": ["* that line is not UTF-8 text; nobody got it"],
             "bob": ["alice: hello"],
@@ -922,7 +983,7 @@ def test_a_first_line_that_cannot_be_the_name_is_answered(lines, heard):
 def test_a_password_comes_before_the_name_and_three_wrong_ones_end_it():
     house = House(password="open sesame")
     house.connect("a")
-    house.say("a", "alice", "/pass wrong", "/pass open sesame", "alice")
+    house.say("a", "alice", "/pass wrong", '/pass "open sesame"', "alice")
     house.turn()
     assert house.heard("a") == [
         "* this server asks for a password: /pass WORD",
@@ -1036,8 +1097,9 @@ alice> CAP END
 === CAP: no negotiation, no names, until it is over
 +erin
 erin> CAP LS 302
-erin< CAP * LS * :account-notify account-tag draft/account-registration draft/chathistory draft/event-playback draft/channel-rename draft/message-redaction draft/metadata-3=before-connect,max-subs=50,max-keys=20,max-value-bytes=300 draft/no-implicit-names draft/pre-away draft/multiline=max-bytes=16384,max-lines=200 draft/read-marker sasl=PLAIN,SCRAM-SHA-256 away-notify batch cap-notify chat.py/session chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags
-erin< CAP * LS :multi-prefix server-time setname soju.im/search standard-replies userhost-in-names
+erin< CAP * LS * :chat.py/session draft/account-registration=min-password-length=3,max-password-length=300 draft/channel-rename draft/chathistory draft/event-playback draft/extended-isupport draft/message-redaction draft/metadata-2=before-connect,max-subs=50,max-keys=20,max-value-bytes=300 draft/metadata-3=before-connect,max-subs=50,max-keys=20,max-value-bytes=300 draft/multiline=max-bytes=16384,max-lines=200 draft/no-implicit-names draft/pre-away draft/read-marker draft/whoami extended-monitor
+erin< CAP * LS * :no-implicit-names soju.im/search standard-replies znc.in/self-message
+erin< CAP * LS :sasl=PLAIN,SCRAM-SHA-256 multi-prefix away-notify account-notify extended-join server-time message-tags echo-message batch labeled-response userhost-in-names account-tag chghost invite-notify setname cap-notify
 erin> NICK erin
 erin> USER erin 0 * :Erin
 erin> CAP REQ :multi-prefix setname
@@ -1056,7 +1118,7 @@ erin> CAP
 erin< 461 erin CAP :it goes like this: CAP LS|LIST|REQ|END [<capabilities>]
 === CAP: is heard also later, and counts from the next line on
 alice> CAP LS
-alice< CAP alice LS :account-notify account-tag draft/account-registration draft/chathistory draft/event-playback draft/channel-rename draft/message-redaction draft/metadata-3 draft/no-implicit-names draft/pre-away draft/multiline draft/read-marker sasl away-notify batch cap-notify chat.py/session chghost echo-message extended-join extended-monitor invite-notify labeled-response message-tags multi-prefix server-time setname soju.im/search standard-replies userhost-in-names
+alice< CAP alice LS :sasl multi-prefix away-notify account-notify extended-join server-time message-tags echo-message batch labeled-response userhost-in-names account-tag chghost invite-notify setname cap-notify
 alice> JOIN #a
 alice< :alice JOIN #a
 alice< 353 alice = #a :@alice
@@ -1924,7 +1986,7 @@ alice< 391 alice chat.py :WHEN
 alice> ADMIN
 alice< 423 alice chat.py :the message of the day says whom to ask, or nobody does
 alice> INFO
-alice< 371 alice :chat.py 0.2: a chat in one file of plain Python,
+alice< 371 alice :chat.py 0.3: a chat in one file of plain Python,
 alice< 371 alice :for IRC clients, netcat, and terminals and windows of its own
 alice< 371 alice :running since WHEN
 alice< 374 alice :End of INFO
@@ -1936,7 +1998,7 @@ alice< 219 alice u :End of statistics
 alice> STATS
 alice< 219 alice * :End of statistics
 alice> TRACE
-alice< 262 alice chat.py 0.2 :End of trace: this server stands alone
+alice< 262 alice chat.py 0.3 :End of trace: this server stands alone
 alice> SERVLIST
 alice< 235 alice * * :There are no services
 alice> SQUERY NickServ :help
@@ -1947,12 +2009,12 @@ alice> USERS
 alice< 446 alice :USERS has been disabled
 === VERSION
 alice> VERSION
-alice< 351 alice chat.py-0.2 chat.py :a chat in one file of Python
+alice< 351 alice chat.py-0.3 chat.py :a chat in one file of Python
 alice< 005 alice ...
 alice< 005 alice ...
 alice< 005 alice ...
 alice> VERSION bob
-alice< 351 alice chat.py-0.2 chat.py :a chat in one file of Python
+alice< 351 alice chat.py-0.3 chat.py :a chat in one file of Python
 alice< 005 alice ...
 alice< 005 alice ...
 alice< 005 alice ...
@@ -1961,7 +2023,7 @@ alice< 402 alice elsewhere :there is no such server; this one stands alone
 === HELP: is made from the handlers
 alice> HELP
 alice< 704 alice * :HELP <command> tells more about one of these:
-alice< 705 alice * :ADMIN AUTHENTICATE AWAY BATCH CAP CHATHISTORY CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON JOIN KICK KILL LINKS LIST LUSERS MARKREAD METADATA MODE MONITOR MOTD NAMES NICK NOTICE NS OPER PART PASS PING PONG PRIVMSG QUIT REDACT REGISTER REHASH RENAME RESTART SEARCH SERVER SERVICE SERVLIST SESSION SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOPIC TRACE USER USERHOST USERS VERIFY VERSION WALLOPS WHO WHOIS WHOWAS
+alice< 705 alice * :ADMIN AUTHENTICATE AWAY BATCH CAP CHATHISTORY CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON ISUPPORT JOIN KICK KILL KLINE LINKS LIST LUSERS MARKREAD METADATA MODE MONITOR MOTD NAMES NICK NOTICE NS OPER PART PASS PING PONG PRIVMSG QUIT REDACT REGISTER REHASH RENAME RESTART SEARCH SERVER SERVICE SERVLIST SESSION SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOPIC TRACE UNKLINE USER USERHOST USERS VERIFY VERSION WALLOPS WHO WHOIS WHOWAS
 alice< 706 alice * :End of help
 alice> HELP JOIN
 alice< 704 alice JOIN :JOIN <channel>{,<channel>} [<key>{,<key>}]
@@ -2015,7 +2077,7 @@ bob> WHOIS alice
 bob< 311 bob alice ~u 127.0.0.1 * :Real Name
 bob< 312 bob alice chat.py :chat.py
 bob< 313 bob alice :operates this server
-bob< 317 bob alice 16 WHEN :seconds idle, signon time
+bob< 317 bob alice 13 WHEN :seconds idle, signon time
 bob< 318 bob alice :End of WHOIS
 bob> WHO alice
 bob< 352 bob * ~u 127.0.0.1 chat.py alice H* :0 Real Name
@@ -2026,6 +2088,45 @@ alice> MODE alice -o
 alice< :alice MODE alice -o
 alice> WALLOPS :no more
 alice< 481 alice :only operators of this server can do that
+=== KLINE: bans from the server for a time
+alice> KLINE 10.0.0.1 :x
+alice< 481 alice :only operators of this server can do that
+alice> OPER boss secret
+alice< 381 alice :You are now an operator of this server
+alice< :alice MODE alice +o
+alice> KLINE bob!*@* 60 :spam
+alice< NOTICE alice :K-line added: bob!*@*; 1 user disconnected
+bob< :alice KILL bob :K-lined: spam
+bob< ERROR :Closing link: Killed (alice (K-lined: spam))
+alice> KLINE 0 10.0.0.1
+alice< NOTICE alice :K-line added: *!*@10.0.0.1; 0 users disconnected
+alice> KLINE a:zoe soon
+alice< FAIL KLINE INVALID_PARAMS soon :a time is 1 to 5256000 minutes, or 0: for ever
+alice> STATS k
+alice< 216 alice K bob!*@* * alice :until WHEN: spam
+alice< 216 alice K *!*@10.0.0.1 * alice :for ever: no reason given
+alice< 219 alice k :End of statistics
++erin
+erin> NICK bob
+erin> USER u 0 * :Bob
+erin< 465 * :you are banned from this server: spam
+erin< ERROR :Closing link: you are banned from this server: spam
+alice> UNKLINE bob!*@*
+alice< NOTICE alice :K-line removed: bob!*@*
+alice> UNKLINE bob!*@*
+alice< FAIL UNKLINE NO_SUCH_BAN bob!*@* :there is no K-line bob!*@*; STATS k lists them
+alice> STATS k
+alice< 216 alice K *!*@10.0.0.1 * alice :for ever: no reason given
+alice< 219 alice k :End of statistics
+carol> UNKLINE 10.0.0.1
+carol< 481 carol :only operators of this server can do that
+carol> STATS k
+carol< 219 carol k :End of statistics
+=== ISUPPORT: can be asked for
+alice> ISUPPORT
+alice< 005 alice ...
+alice< 005 alice ...
+alice< 005 alice ...
 === OPER: may do what an operator of any channel may
 +#a bob carol
 alice> OPER boss secret
@@ -2506,7 +2607,7 @@ bob> WHOIS alice
 bob< 311 bob alice ~u 127.0.0.1 * :Real Name
 bob< 330 bob alice alice :is logged in as
 bob< 312 bob alice chat.py :chat.py
-bob< 317 bob alice 10 WHEN :seconds idle, signon time
+bob< 317 bob alice 9 WHEN :seconds idle, signon time
 bob< 318 bob alice :End of WHOIS
 alice> MONITOR + bob
 alice< 730 alice :bob
@@ -2529,7 +2630,7 @@ carol< :Bobby ACCOUNT Bobby
 +erin
 erin> NICK erin
 erin> REGISTER * * password
-erin< FAIL REGISTER COMPLETE_CONNECTION_REQUIRED erin :come in first, then register
+erin< FAIL REGISTER COMPLETE_CONNECTION_REQUIRED :come in first, then register
 erin> REGISTER erin
 erin< 461 erin REGISTER :it goes like this: REGISTER <account or *> <email or *> <password>
 === a name of an account is for its owner
@@ -2668,15 +2769,15 @@ alice> CHATHISTORY LATEST #a * 2
 alice< :bob PRIVMSG #a :two
 alice< :alice PRIVMSG #a :three
 alice> CAP REQ :batch message-tags server-time
-alice< @time=1970-01-12T13:46:51.000Z :chat.py CAP alice ACK :batch message-tags server-time
+alice< @time=1970-01-12T13:46:50.000Z :chat.py CAP alice ACK :batch message-tags server-time
 alice> CHATHISTORY LATEST #A * 10
-alice< BATCH +ID chathistory #a
+alice< @draft/chathistory-end :chat.py BATCH +ID chathistory #a
 alice< @batch=ID;time=1970-01-12T13:46:45.000Z;msgid=ID :alice PRIVMSG #a :one
 alice< @batch=ID;time=1970-01-12T13:46:46.000Z;msgid=ID :bob PRIVMSG #a :two
 alice< @batch=ID;time=1970-01-12T13:46:48.000Z;msgid=ID :alice PRIVMSG #a :three
 alice< BATCH -ID
 alice> CHATHISTORY BEFORE #a timestamp=1970-01-12T13:46:46.000Z 10
-alice< BATCH +ID chathistory #a
+alice< @draft/chathistory-end :chat.py BATCH +ID chathistory #a
 alice< @batch=ID;time=1970-01-12T13:46:45.000Z;msgid=ID :alice PRIVMSG #a :one
 alice< BATCH -ID
 alice> CHATHISTORY AFTER #a timestamp=1970-01-12T13:46:46.000Z 1
@@ -2700,7 +2801,7 @@ alice< @batch=ID;time=1970-01-12T13:46:46.000Z;msgid=ID :bob PRIVMSG #a :two
 alice< @batch=ID;time=1970-01-12T13:46:48.000Z;msgid=ID :alice PRIVMSG #a :three
 alice< BATCH -ID
 alice> CAP REQ :draft/event-playback
-alice< @time=1970-01-12T13:47:04.000Z :chat.py CAP alice ACK :draft/event-playback
+alice< @time=1970-01-12T13:46:57.000Z :chat.py CAP alice ACK :draft/event-playback
 alice> CHATHISTORY LATEST #a * 3
 alice< BATCH +ID chathistory #a
 alice< @batch=ID;time=1970-01-12T13:46:46.000Z;msgid=ID :bob PRIVMSG #a :two
@@ -2708,7 +2809,7 @@ alice< @batch=ID;time=1970-01-12T13:46:47.000Z;msgid=ID :alice TOPIC #a :not sai
 alice< @batch=ID;time=1970-01-12T13:46:48.000Z;msgid=ID :alice PRIVMSG #a :three
 alice< BATCH -ID
 alice> CHATHISTORY TARGETS timestamp=1970-01-01T00:00:00.000Z timestamp=2000-01-01T00:00:00.000Z 5
-alice< BATCH +ID draft/chathistory-targets
+alice< @draft/chathistory-end :chat.py BATCH +ID draft/chathistory-targets
 alice< @batch=ID :chat.py CHATHISTORY TARGETS #a 1970-01-12T13:46:48.000Z
 alice< BATCH -ID
 carol> CHATHISTORY LATEST #a * 2
@@ -2719,11 +2820,11 @@ carol> CHATHISTORY LATEST nobody * 2
 carol> CHATHISTORY LATEST nobody * x
 carol< FAIL CHATHISTORY INVALID_PARAMS LATEST :see HELP CHATHISTORY
 carol> CHATHISTORY LATEST nobody msgid=zz 2
-carol< FAIL CHATHISTORY INVALID_PARAMS :that is no msgid of this server
+carol< FAIL CHATHISTORY INVALID_PARAMS LATEST msgid=zz :that is no msgid of this server
 carol> CHATHISTORY LATEST nobody xyz 2
-carol< FAIL CHATHISTORY INVALID_MSGREFTYPE :a selector is *, msgid=... or timestamp=...
+carol< FAIL CHATHISTORY INVALID_MSGREFTYPE LATEST nobody xyz :a selector is *, msgid=... or timestamp=...
 carol> CHATHISTORY BEFORE nobody timestamp=yesterday 2
-carol< FAIL CHATHISTORY INVALID_PARAMS :a time looks like 2026-11-22T08:30:05.123Z
+carol< FAIL CHATHISTORY INVALID_PARAMS BEFORE timestamp=yesterday :a time looks like 2026-11-22T08:30:05.123Z
 carol> CHATHISTORY FOO nobody * 2
 carol< FAIL CHATHISTORY INVALID_PARAMS FOO :see HELP CHATHISTORY
 carol> CHATHISTORY LATEST
@@ -2747,9 +2848,9 @@ alice< MARKREAD #a timestamp=1970-01-12T13:46:50.000Z
 alice> MARKREAD bob
 alice< MARKREAD bob *
 alice> MARKREAD #a *
-alice< FAIL MARKREAD INVALID_PARAMS #a :a marker is timestamp=...
+alice< FAIL MARKREAD INVALID_PARAMS #a * :a marker is timestamp=...
 alice> MARKREAD #a timestamp=soon
-alice< FAIL MARKREAD INVALID_PARAMS :a time looks like 2026-11-22T08:30:05.123Z
+alice< FAIL MARKREAD INVALID_PARAMS #a timestamp=soon :a time looks like 2026-11-22T08:30:05.123Z
 alice> MARKREAD
 alice< FAIL MARKREAD NEED_MORE_PARAMS :of what?
 bob> MARKREAD #a
@@ -2802,7 +2903,7 @@ alice> @batch=1 PRIVMSG #m :wrong
 alice< FAIL BATCH MULTILINE_INVALID :this line belongs to another message
 alice> BATCH -2
 alice> BATCH +3 foo #m
-alice< FAIL BATCH UNKNOWN_TYPE 3 :only messages of several lines come so
+alice< FAIL BATCH UNKNOWN_TYPE 3 foo :only messages of several lines come so
 alice> BATCH +4 draft/multiline #m
 alice> @batch=4 NOTICE #m :x
 alice> @batch=4 PRIVMSG #m :x
@@ -2888,13 +2989,13 @@ alice> RENAME #a #b :better
 alice< :alice RENAME #a #b :better
 bob< :bob PART #a :renamed to #b: better
 bob< :bob JOIN #b
-bob< 353 bob = #b :@alice bob dora
-bob< 366 bob #b :End of NAMES
 dora< * alice renamed #a to #b
 alice> PRIVMSG #b :after
 bob< :alice PRIVMSG #b :after
 dora< [#b] alice: after
 dora> /history 5
+bob< 353 bob = #b :@alice bob dora
+bob< 366 bob #b :End of NAMES
 dora< * WHEN [#b] alice: before
 dora< * WHEN [#b] alice: after
 dora< * that was 2 messages
@@ -2973,7 +3074,7 @@ dora< * nobody here is called NickServ
 alice> VERIFY alice 12345678
 alice< FAIL VERIFY INVALID_CODE alice :that is not the code that was sent
 alice> VERIFY alice
-alice< 461 alice VERIFY :it goes like this: VERIFY <account> <code>
+alice< 461 alice VERIFY :it goes like this: VERIFY <account or *> <code>
 === the line protocol: accounts
 dora> /register pw
 dora< * a password has at least 3 characters
@@ -2986,7 +3087,7 @@ alice< 311 alice dora line 127.0.0.1 * :dora
 alice< 319 alice dora :#lobby
 alice< 330 alice dora dora :is logged in as
 alice< 312 alice dora chat.py :chat.py
-alice< 317 alice dora 5 WHEN :seconds idle, signon time
+alice< 317 alice dora 4 WHEN :seconds idle, signon time
 alice< 318 alice dora :End of WHOIS
 dora> /passwd password secret2
 dora< * your password is another now
@@ -3031,7 +3132,7 @@ alice> SEARCH in=#a;text="fox*\\sOR
 alice> SEARCH in=#a
 alice< FAIL SEARCH INVALID_PARAMS text :which words?
 alice> SEARCH text=fox;after=soon
-alice< FAIL SEARCH INVALID_PARAMS :a time looks like 2026-11-22T08:30:05.123Z
+alice< FAIL SEARCH INVALID_PARAMS after :a time looks like 2026-11-22T08:30:05.123Z
 dora> /join #a
 alice< :dora JOIN #a
 bob< :dora JOIN #a
@@ -3082,7 +3183,9 @@ def irc_heard(house, label):
     text = re.sub(r"001 (?:.|\n)*\n221 .*", "the welcome", text)
     text = re.sub(r"005 (\w+) .*", r"005 \1 ...", text)
     text = re.sub(
-        r"(msgid|batch)=[0-9a-f]{8,}", r"\1=ID", re.sub(r"BATCH ([+-])\w+", r"BATCH \1ID", text)
+        r"(msgid|batch)=(?:[0-9a-f]+[g-z]{4}|b?[0-9a-f]+)",
+        r"\1=ID",
+        re.sub(r"BATCH ([+-])\w+", r"BATCH \1ID", text),
     )
     return [chat.escaped(line) for line in text.split("\n") if text]
 
@@ -3354,10 +3457,13 @@ def test_who_looks_through_everything_pays_for_it(running):
     alice = server.guest()
     alice.enter_irc("alice")
     peer = next(iter(server.server.peers))
+    for n in range(1000):
+        server.server.hub.channels[f"#{n}"] = chat.Channel(f"#{n}", 1, 0)
     before = peer.budget.tokens
-    alice.send(f"LIST {'*a' * 200}\r\nPING 1\r\n")
+    alice.send("LIST *a*\r\nPING 1\r\n")
     alice.until("PONG")
     assert before - peer.budget.tokens > 10
+    server.server.hub.channels.clear()
 
 
 def test_whom_the_budget_holds_back_is_not_taken_for_dead(running, monkeypatch):
@@ -3408,7 +3514,6 @@ def test_every_letter_that_004_and_005_promise_is_a_mode():
 
 
 TOO_MUCH = [  # what an IRC client sends, and the number or word that answers it
-    (b"PRIVMSG #a :" + b"x" * 498, b" 417 "),  # 510 bytes: fits, but not with a mask before it
     (b"PRIVMSG #a :" + b"x" * 499, b" 417 "),
     (b"PING " + b"x" * 505, b" PONG "),
     (b"PING " + b"x" * 506, b" 417 "),
@@ -3523,7 +3628,8 @@ def test_a_client_tag_cannot_end_a_line_live_or_in_history(value):
 
 def test_a_tag_that_an_earlier_version_stored_cannot_end_a_line():
     event = chat.event_of(1, 1, chat.MESSAGE, "a", "h:1", "u", "", "hi", "~1", "+x=a\r\nERROR")
-    (line,) = chat.irc_wire(frozenset({"message-tags"})).encode(chat.Past("#a"), [event])
+    wire = chat.IrcWires(chat.MessageIds()).get(frozenset({"message-tags"}))
+    (line,) = wire.encode(chat.Past("#a"), [event])
     check_grammar(line)
     assert chat.parse_message(line.decode()).tags["+x"] == "a\r\nERROR"
 
@@ -3546,14 +3652,14 @@ def test_a_quit_always_has_a_reason():
 def test_wires_are_shared_by_what_changes_bytes_and_dropped_when_unused():
     house = House()
     house.enter_irc("alice", "bob")
-    before = len(chat.IRC_WIRES)
+    before = len(house.site.wires.wires)
     offered = sorted(set(chat.CAPABILITIES) - {"cap-notify"})
     for number in range(300):
         some = [cap for n, cap in enumerate(offered) if number >> (n % 9) & 1]
         gone = [f"-{cap}" for cap in offered if cap not in some]
         house.say("alice", f"CAP REQ :{' '.join(some)}", f"CAP REQ :{' '.join(gone)}")
     gc.collect()
-    assert len(chat.IRC_WIRES) <= before + 1
+    assert len(house.site.wires.wires) <= before + 1
     house.say("alice", "CAP REQ :batch sasl setname", "CAP REQ :-batch -setname")
     one = house.guests["alice"].wire
     house.say("alice", "CAP REQ :draft/chathistory labeled-response standard-replies")
@@ -3778,7 +3884,7 @@ ALICE = chat.make_verifier("sesame", 1000)
 
 
 def find_alice(name):
-    return ("Alice", ALICE) if name.lower() == "alice" else (name, chat.nobodys_verifier(name))
+    return ("Alice", ALICE) if name.lower() == "alice" else (name, chat.decoy_verifier(name))
 
 
 PLAIN_LOGINS = [
@@ -3895,7 +4001,9 @@ def test_who_fails_too_often_waits_and_the_owner_elsewhere_does_not():
     throttle.check("10.0.0.1", "alice", now + 61_000)
     for n in range(3 * chat.LOGIN_FAILURES_KEPT):
         throttle.failed(f"host{n}", "alice", now)
-    assert len(throttle.failures) == chat.LOGIN_FAILURES_KEPT
+    assert len(throttle.failures) <= chat.LOGIN_FAILURES_KEPT
+    with pytest.raises(chat.Refused):  # whoever fills the table is not forgotten by that
+        throttle.check("10.0.0.1", "alice", now)
 
 
 def test_an_address_can_have_so_many_accounts_made_and_this_machine_any_number():
@@ -3985,12 +4093,12 @@ def test_whose_line_breaks_is_still_here_for_a_while_and_comes_back_to_his_chann
     lines = logged_in(house, "again", "alice")
     assert ":alice!~u@127.0.0.1 JOIN #a" in lines and house.heard("bob") == []
     assert house.guests["again"].user is user
-    house.hub.give_up(user)  # the time is over, but he is back
+    house.grace_over()  # the time is over, but he is back
     house.turn()
     assert house.heard("bob") == []
     house.leave("again")
     house.turn()
-    house.hub.give_up(user)
+    house.grace_over()
     house.turn()
     assert house.heard("bob") == [":alice!~u@127.0.0.1 QUIT :Connection lost"]
 
@@ -4109,11 +4217,7 @@ def test_a_login_at_the_line_protocol_joins_the_user_who_is_here():
     house.say("bob", "both hear this", "/tell alice both hear that")
     house.turn()
     both = ["bob: both hear this", "(private) bob: both hear that"]
-    assert house.heard("alice") == [
-        "alice: from the laptop",
-        "(private) alice: in private",
-        *both,
-    ]
+    assert house.heard("alice") == ["alice: from the laptop", *both]
     assert house.heard("laptop") == ["* told bob: in private", "alice: from the desk", *both]
     assert [line for line in house.heard("bob") if "alice" in line] == [
         "alice: from the laptop",
@@ -4206,7 +4310,7 @@ def test_a_message_is_taken_back_by_its_author_or_an_operator_and_by_nobody_else
         house.heard(who)
         house.say(who, f"PRIVMSG #a :from {who}")
         house.turn()
-        ids[who] = re.search("msgid=([0-9a-f]+)", house.heard(who)[-1])[1]
+        ids[who] = re.search("msgid=([0-9a-z]+)", house.heard(who)[-1])[1]
     for who in house.guests:
         house.heard(who)
     house.say("bob", f"REDACT #a {ids['alice']}")
@@ -4226,19 +4330,24 @@ def said_with_id(house, who, target, text):
     house.heard(who)
     house.say(who, f"PRIVMSG {target} :{text}")
     house.turn()
-    return re.search("msgid=([0-9a-f]+)", house.heard(who)[-1])[1]
+    return re.search("msgid=([0-9a-z]+)", house.heard(who)[-1])[1]
 
 
 def indexed_words(store):
     """How often each word stands in the index, by the word."""
-    counts = collections.Counter()
-    for (part,) in store.db.execute("SELECT part FROM parts").fetchall():
+    index, counts = store.words.db, collections.Counter()
+    for (part,) in index.execute("SELECT part FROM parts").fetchall():
         name = f"search_{part}"
-        store.db.execute(f"CREATE VIRTUAL TABLE temp.v USING fts5vocab(main, {name}, row)")
-        query = "SELECT term, cnt FROM temp.v WHERE term NOT LIKE 't_'"
-        counts.update(dict(store.db.execute(query).fetchall()))
-        store.db.execute("DROP TABLE temp.v")
+        index.execute(f"CREATE VIRTUAL TABLE temp.v USING fts5vocab(main, {name}, 'col')")
+        query = "SELECT term, cnt FROM temp.v WHERE col = 'text'"
+        counts.update(dict(index.execute(query).fetchall()))
+        index.execute("DROP TABLE temp.v")
     return counts
+
+
+def counted_rows(store):
+    store.count()
+    return store.db.execute("SELECT sum(events) FROM targets").fetchone()[0]
 
 
 def test_what_is_taken_back_is_neither_found_nor_counted(folder):
@@ -4248,12 +4357,11 @@ def test_what_is_taken_back_is_neither_found_nor_counted(folder):
     house.turn()
     ids = [said_with_id(house, "alice", "#a", text) for text in ("keep this", "hide this", "me")]
     assert indexed_words(house.store) == {"keep": 1, "hide": 1, "this": 2, "me": 1}
-    (target,) = house.store.counts
-    count = house.store.counts[target]
+    count = counted_rows(house.store)
     house.say("alice", f"REDACT #a {ids[1]}")
     house.turn()
     assert indexed_words(house.store) == {"keep": 1, "this": 1, "me": 1}
-    assert house.store.counts[target] == count - 1
+    assert counted_rows(house.store) == count - 1
     house.say("alice", f"REDACT #a {ids[1]}", f"REDACT #a {ids[2]}", f"REDACT #a {ids[2]}")
     house.turn()
     assert indexed_words(house.store) == {"keep": 1, "this": 1}
@@ -4261,6 +4369,7 @@ def test_what_is_taken_back_is_neither_found_nor_counted(folder):
     house.store.close()
     with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
         assert db.execute("SELECT events FROM targets").fetchall() == [(rows,)] == [(count - 2,)]
+    with contextlib.closing(sqlite3.connect(folder / "search.db")) as db:
         db.execute("INSERT INTO search_1 (search_1) VALUES ('integrity-check')")
 
 
@@ -4270,19 +4379,16 @@ def test_what_is_taken_back_before_it_can_be_searched_is_never_found():
     house.say("alice", "CAP REQ :message-tags draft/message-redaction echo-message", "JOIN #a")
     house.turn()
     first = said_with_id(house, "alice", "#a", "first")
-    house.store.words.usable = False  # it has no time just now
+    behind, house.store.words.behind = house.store.words.behind, set()  # it has no time just now
     late = said_with_id(house, "alice", "#a", "late")
     house.say("alice", f"REDACT #a {late}")
     house.turn()
-    house.store.words.usable = True
+    house.store.words.behind |= behind
     said_with_id(house, "alice", "#a", "last")
     assert indexed_words(house.store) == {"first": 1, "last": 1}
-    alice = house.guests["alice"]
-    event = house.store.find(chat.Place("#a"), int(first, 16))
-    chat.redact(alice, next(iter(alice.user.channels)), event, "")
-    house.say("alice", "RENAME #a #b")  # in the same turn
+    house.say("alice", f"REDACT #a {first}", "RENAME #a #b")  # in the same turn
     house.turn()
-    assert indexed_words(house.store) == {"last": 1} and texts(house.store, "#b") == ["last"]
+    assert texts(house.store, "#b") == ["last"] and found(house.store, "#b", "first") == []
 
 
 def test_the_end_of_the_grace_period_is_told_at_once_and_nothing_is_written_twice(
@@ -4354,7 +4460,8 @@ def test_a_login_under_way_when_its_account_is_given_up_fails():
     blob = base64.b64encode(b"\0alice\0password").decode()
     house.connect_irc("late")
     house.say("late", "CAP REQ sasl", "AUTHENTICATE PLAIN", f"AUTHENTICATE {blob}")
-    house.hub.accounts.drop("alice", house.hub.turn)
+    revision = house.hub.accounts["alice"].revision
+    house.hub.perform("drop_account", house.guests["alice"].id, "alice", revision)
     house.turn()
     assert house.heard("late")[-1] == ":chat.py 904 * :name or password are wrong"
     assert house.guests["late"].account == ""
@@ -4480,7 +4587,7 @@ def test_what_was_said_before_a_channel_was_renamed_has_its_old_name():
 
 def found(store, key, words, count=1000):
     """The texts that a search there gives, in their order."""
-    place = chat.Place(key)
+    place = chat.Place((key,))
     events = store.words.search([place], words, chat.Span(place), count)
     return [event.text for _, event in events]
 
@@ -4494,25 +4601,26 @@ def test_who_reads_the_store_takes_a_connection_again_unless_its_job_failed(fold
         house.say("alice", f"PRIVMSG #a :{n}")
         house.turn()
         assert texts(house.store, "#a")[-1] == found(house.store, "#a", f"{n}")[-1] == f"{n}"
-    assert len(opened) == 1
+    assert len(opened) == 2  # one for each file
     with pytest.raises(sqlite3.Error), house.store.reading() as db:
         db.execute("SELECT nothing")
-    assert texts(house.store, "#a")[-1] == "4" and len(opened) == 2
+    assert texts(house.store, "#a")[-1] == "4" and len(opened) == 3
     with house.store.reading(), house.store.reading() as db:  # two helpers at once
         assert db.execute("SELECT count(*) FROM targets").fetchone() == (1,)
-    assert len(opened) == 3
+    assert len(opened) == 4
     house.store.close()
 
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """An index in parts of 50 messages, of which 10 are taken at a time."""
+    """An index in parts of 50 messages, of which 10 ids are taken at a time."""
     monkeypatch.setattr(chat, "PART_ROWS", 50)
-    monkeypatch.setattr(chat, "INDEX_ROWS", 10)
+    monkeypatch.setattr(chat, "INDEX_IDS", 10)
 
 
-def test_a_search_goes_through_as_many_parts_of_the_index_as_it_takes(folder, small_parts):
-    house = House(store=chat.Store(folder / "chat.db"))
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_search_goes_through_as_many_parts_of_the_index_as_it_takes(folder, small_parts, on_disk):
+    house = House(store=chat.Store(folder / "chat.db" if on_disk else None))
     house.enter_irc("alice", "bob")
     house.say("alice", "JOIN #busy,#quiet", "AWAY")
     for n in range(400):
@@ -4521,7 +4629,7 @@ def test_a_search_goes_through_as_many_parts_of_the_index_as_it_takes(folder, sm
             house.say("alice", f"PRIVMSG #quiet :number {n}")
             house.turn()
     house.turn()
-    for again in (False, True):
+    for again in (False, True) if on_disk else (False,):
         store = chat.Store(folder / "chat.db") if again else house.store
         numbers = [f"number {n} {'odd' if n % 2 else 'even'}" for n in range(400)]
         assert found(store, "#busy", "number") == numbers
@@ -4529,9 +4637,8 @@ def test_a_search_goes_through_as_many_parts_of_the_index_as_it_takes(folder, sm
         assert found(store, "#busy", "number 7") == [numbers[7]]
         assert found(store, "#quiet", "number") == [f"number {n}" for n in (0, 100, 200, 300)]
         assert found(store, "#busy", "nothing") == found(store, "#none", "number") == []
-        parts = store.db.execute("SELECT lane, count(*) FROM parts GROUP BY lane").fetchall()
-        assert [count for _, count in parts] == [2, 7]  # shared ones first, then its own
-        assert not store.words.behind and not store.words.untidy
+        assert store.words.db.execute("SELECT sum(messages) FROM parts").fetchone() == (404,)
+        assert store.words.db.execute("SELECT count(*) FROM parts").fetchone()[0] >= 9
         store.close()
 
 
@@ -4546,10 +4653,12 @@ def test_parts_of_the_index_go_with_the_messages_that_they_were_of(folder, small
         house.turn()
     while store.prune(idle=True, now=0):
         pass
+    index_all(store)
     assert found(store, "#busy", "number") == [f"number {n}" for n in range(300, 400)]
     assert found(store, "#quiet", "stays") == ["stays"]
-    tables = {row[0] for row in store.db.execute("SELECT name FROM sqlite_master")}
-    parts = {f"search_{row[0]}" for row in store.db.execute("SELECT part FROM parts")}
+    index = store.words.db
+    tables = {row[0] for row in index.execute("SELECT name FROM sqlite_master")}
+    parts = {f"search_{row[0]}" for row in index.execute("SELECT part FROM parts")}
     assert len(parts) <= 4 and parts <= tables
     assert len([name for name in tables if re.fullmatch(r"search_\d+", name)]) == len(parts)
     house.say("alice", "PRIVMSG #busy :number 400")
@@ -4558,23 +4667,23 @@ def test_parts_of_the_index_go_with_the_messages_that_they_were_of(folder, small
     store.close()
 
 
-def test_the_index_of_an_earlier_version_is_made_anew(folder):
+@pytest.mark.parametrize("how", ["gone", "junk", "behind"])
+def test_the_index_is_made_from_the_messages_whenever_it_is_needed(folder, how):
     house = House(store=chat.Store(folder / "chat.db"))
     house.enter_irc("alice")
     house.say("alice", "JOIN #a", "PRIVMSG #a :said before")
     house.turn()
+    index = (folder / "search.db").read_bytes()
+    house.say("alice", "PRIVMSG #a :said later")
+    house.turn()
     house.store.close()
-    with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
-        db.executescript("""
-            DROP TABLE search_1; DROP TABLE parts; DROP TABLE covered;
-            CREATE VIRTUAL TABLE search USING fts5(place, text, content='');
-            CREATE TABLE indexed (target INTEGER PRIMARY KEY, id INTEGER NOT NULL);
-            INSERT INTO search (rowid, place, text) SELECT id, 't' || target, text FROM events;
-            INSERT INTO indexed SELECT target, max(id) FROM events GROUP BY target;""")
+    path = folder / "search.db"
+    path.unlink()
+    if how != "gone":
+        path.write_bytes(index if how == "behind" else b"junk" * 5000)
     store = chat.Store(folder / "chat.db")
-    while store.words.advance():
-        pass
-    assert found(store, "#a", "before") == ["said before"]
+    index_all(store)
+    assert found(store, "#a", "said") == ["said before", "said later"]
     store.close()
 
 
@@ -4640,9 +4749,9 @@ def test_how_far_a_channel_has_been_read_goes_with_its_new_name(folder):
         assert markers_told(house, who, "#a", "#b") == ["*", told]
     house.store.close()
     again = chat.Store(folder / "chat.db")
-    hub = chat.hub_of(again, house.now)
+    hub = chat.load_hub(again, house.now, house.now)
     kept = [marks for owner, marks in hub.markers.items() if marks]
-    assert kept == [{"#b": 2 * 24 * 3600 * 1000}]
+    assert kept == [{"#b": (2 * 24 * 3600 * 1000, 0)}]
     again.close()
 
 
@@ -4681,11 +4790,11 @@ def test_what_is_not_kept_is_not_echoed_and_its_speaker_told_which_it_was():
     house.heard("alice")
     house.heard("bob")
     house.say("alice", "@label=1 PRIVMSG #a :lost")
-    message_id = f"{house.hub.last_id:x}"
+    message_id = house.hub.ids.text(house.hub.last_id)
     house.hub.turn.not_kept("disk full")
     house.turn()
     text = "delivered but not kept: disk full"
-    assert house.heard("alice") == [f":chat.py FAIL PRIVMSG NOT_KEPT {message_id} :{text}"]
+    assert house.heard("alice") == [f"@label=1 :chat.py FAIL PRIVMSG NOT_KEPT {message_id} :{text}"]
     assert house.heard("bob") == [":alice!~u@127.0.0.1 PRIVMSG #a :lost"]
 
 
@@ -4711,7 +4820,7 @@ def test_history_is_found_by_time_and_by_id_in_the_middle_of_much(folder):
     for n in range(300):
         house.say("alice", f"PRIVMSG #a :{n}")
         house.turn()
-    span = chat.Span(chat.Place("#a"))
+    span = chat.Span(chat.Place(("#a",)))
     events = house.store.page(span, 500)
     assert [event.text for event in events] == [str(n) for n in range(300)]
     for n in (0, 1, 150, 299):
@@ -4732,7 +4841,7 @@ def test_a_page_of_a_million_messages_is_found_at_once(folder):
     rows = (
         (
             1,
-            (base + n) << chat.ID_CLOCK_BITS,
+            n + 1,
             base + n,
             "message",
             "a",
@@ -4748,7 +4857,7 @@ def test_a_page_of_a_million_messages_is_found_at_once(folder):
     store.db.execute("BEGIN")
     store.db.executemany(chat.INSERT_EVENT, rows)
     store.db.execute("COMMIT")
-    span, middle = chat.Span(chat.Place("#a")), chat.Mark(time=base + 50_000)
+    span, middle = chat.Span(chat.Place(("#a",))), chat.Mark(time=base + 50_000)
     for job in (
         lambda: store.page(span, 100),
         lambda: store.page(span._replace(before=middle), 100),
@@ -4792,16 +4901,17 @@ def test_who_comes_in_the_middle_of_a_turn_hears_only_what_follows():
     ]
 
 
-def test_times_are_unique_in_a_channel_and_never_fall():
+def test_times_are_unique_in_a_channel_and_fall_with_the_clock():
     house = house_of("alice", "bob")
     for now in (house.now, house.now, house.now - 50, house.now + 0.001):
         house.hub.begin(now)
         house.say("alice", *["x"] * 1500)
+        events = house.hub.turn.events[-1500:]
+        times = [event.time for event in events]
+        assert times == sorted(times) and times[-1] <= now * 1000 + 1000
+        assert len(set(times[:1000])) == 1000 or now == house.now or now > house.now
     events = house.hub.turn.events
-    times = [event.time for event in events]
-    assert times == sorted(times)
-    assert len(set(times[:1000])) == 1000
-    assert max(times) <= house.now * 1000 + 1001
+    assert events[3000].time == (house.now - 50) * 1000
     ids = [event.id for event in events]
     assert ids == sorted(set(ids))
 
@@ -4887,8 +4997,9 @@ def random_step(seeded, house, naive, present, step):
 
 def test_a_crowd_that_leaves_at_once_costs_no_more_than_what_is_heard_of_it(monkeypatch):
     house = house_of(*(f"n{n}" for n in range(300)), "watcher")
-    looked, stays = [], chat.Channel.stays
-    monkeypatch.setattr(chat.Channel, "stays", lambda *given: looked.append(given) or stays(*given))
+    looked, spans = [], chat.Channel.membership_spans
+    count = lambda *given: looked.append(given) or spans(*given)  # noqa: E731
+    monkeypatch.setattr(chat.Channel, "membership_spans", count)
     for n in range(300):
         house.guests[f"n{n}"].conn.gone = n % 2 == 0  # half of them can still be written to
         house.leave(f"n{n}")
@@ -4919,21 +5030,20 @@ def folder(tmp_path):
 
 
 def texts(store, key, count=100):
-    return [event.text for event in store.page(chat.Span(chat.Place(key)), count)]
+    return [event.text for event in store.page(chat.Span(chat.Place((key,))), count)]
 
 
-def test_history_outlives_the_server_and_ids_and_times_go_on(folder):
+def test_history_outlives_the_server_and_ids_go_on(folder):
     house = House(store=chat.Store(folder / "chat.db"))
     house.enter("alice")
     house.say("alice", "one", "/lines 2", "two", "three", "gr\u00fc\u00df \U0001f600")
-    last_id, last_time = house.hub.last_id, house.hub.channels[chat.LOBBY].last_time
+    last_id = house.hub.last_id
     house.turn()
     house.store.close()
     again = chat.Store(folder / "chat.db")
     assert texts(again, chat.LOBBY) == ["one", "two\nthree", "gr\u00fc\u00df \U0001f600"]
-    hub = chat.Hub(again.last_id, again.last_time)
-    hub.begin(0.0)  # the clock was set back meanwhile
-    assert (hub.last_id, hub.last_time) == (last_id, last_time)
+    hub = chat.load_hub(again, 0.0, 0.0)  # the clock was set back meanwhile
+    assert hub.last_id > last_id
     again.close()
 
 
@@ -5013,7 +5123,7 @@ def test_counts_do_not_drift_while_history_is_pruned_under_load(folder):
         house.turn()
         store.prune(idle=False, now=0)
     rows = store.db.execute("SELECT count(*) FROM events").fetchone()[0]
-    assert store.counts == {store.targets[chat.LOBBY]: rows} and rows < 1300
+    assert counted_rows(store) == rows and rows < 1300
 
 
 def test_memory_holds_only_so_much_history(monkeypatch):
@@ -5063,12 +5173,11 @@ def test_a_database_of_the_first_version_is_brought_up_to_date_and_keeps_all(fol
             "INSERT INTO events VALUES (1, 5, 6, 'message', 'al', '127.0.0.1:7', 'from long ago');"
         )
     store = chat.Store(folder / "chat.db")
-    (event,) = store.page(chat.Span(chat.Place(chat.LOBBY)), 10)
+    (event,) = store.page(chat.Span(chat.Place((chat.LOBBY,))), 10)
     assert (event.id, event.time, event.text) == (5, 6, "from long ago")
     assert event.source.mask == "al!@127.0.0.1"
-    while store.words.advance():
-        pass
-    found = store.words.search([chat.Place(chat.LOBBY)], "long", chat.Span(chat.Place("")), 5)
+    index_all(store)
+    found = store.words.search([chat.Place((chat.LOBBY,))], "long", chat.Span(chat.Place(())), 5)
     assert [found_event.id for _, found_event in found] == [5]
     store.close()
 
@@ -5080,7 +5189,7 @@ def test_pruning_waits_for_an_idle_turn_unless_it_is_overdue(folder):
     house.say("alice", *["x"] * 1050)
     house.turn()
     store.commit(chat.Turn(), house.now + 10)
-    assert not store.prune(idle=False, now=0)
+    store.prune(idle=False, now=0)
     assert len(texts(store, chat.LOBBY, 2000)) == 1050
     house.say("alice", *["x"] * 100)
     house.turn()
@@ -5192,7 +5301,8 @@ def test_a_database_that_is_not_sound_and_ours_is_refused_in_one_line_and_not_to
         (b"USER a 0 * :a", "irc"),
         (b"GET / HTTP/1.1", "http"),
         (b"POST /x HTTP/1.0", "http"),
-        (b"GET / HTTP/2.0", "line"),
+        (b"GET / HTTP/2.0", "other http"),
+        (b"\xef\xbb\xbfNICK alice", "irc"),
         (b"@home", "line"),
     ],
 )
@@ -5221,14 +5331,15 @@ def restarted(house, path):
 def come_again(house, label, name, secret=SECRET, account=""):
     """A client with a secret; what it hears until it is there."""
     session = house.connect_irc(label)
-    session.account, session.login = account, house.hub.accounts.identity(account)
+    if account:
+        session.account, session.proof = account, house.hub.accounts[chat.fold(account)].revision
     house.say(label, ECHOES, f"SESSION {secret}", f"NICK {name}", "USER u 0 * :R", "CAP END")
     house.turn()
     return house.heard(label)
 
 
 def make_account(house, name):
-    house.hub.accounts.save(chat.Account(name, BOSS, "", len(name)), house.hub.turn)
+    chat.save_account(house.hub, chat.Account(name, BOSS, "", len(name)))
 
 
 def names_in(house, channel):
@@ -5308,7 +5419,7 @@ def test_a_private_talk_goes_on_after_a_restart_with_who_comes_back(folder):
     again.turn()
     assert any(line.endswith("PRIVMSG bob :psst") for line in again.heard("bob"))
     again.say("bob", "QUIT")
-    again.hub.give_up(again.hub.users["alice"])
+    again.grace_over()
     third = restarted(again, path)
     assert len(third.store.orphans) == 1
     third.store.close()
@@ -5348,14 +5459,18 @@ def test_a_secret_is_no_log_in():
 
 def test_a_line_that_breaks_leaves_the_place_for_a_while_and_a_quit_does_not():
     house = House()
-    for how in (lambda: house.leave("alice"), lambda: house.say("alice", "QUIT")):
+    for how, missed in (
+        (lambda: house.leave("alice"), ["alice"]),
+        (lambda: house.say("alice", "QUIT"), []),
+    ):
         come_again(house, "alice", "alice")
         house.say("alice", "JOIN #a")
         house.turn()
         how()
         house.turn()
         gone = "alice" not in house.hub.users
-    assert gone and house.missed != [] and house.hub.places == {} and house.hub.channels == {}
+        assert [user.name for user in house.missed] == missed
+    assert gone and house.hub.users_by_token == {} and house.hub.channels == {}
 
 
 def test_who_comes_back_from_elsewhere_is_seen_to_be_there():
@@ -5425,7 +5540,7 @@ def test_a_founder_can_give_a_channel_up_and_nobody_else_can():
     house.say("bob", "PART #a")
     house.turn()
     assert house.hub.channels == {} and not +house.hub.founded
-    assert any(line.endswith(":#b is nobody's now") for line in house.heard("alice"))
+    assert any(line.endswith(":#b is no longer registered") for line in house.heard("alice"))
 
 
 def test_who_logs_in_where_he_is_already_gets_his_ranks_there():
@@ -5469,8 +5584,9 @@ def test_a_turn_that_was_not_stored_brings_no_former_name_of_a_channel_back(fold
     make_account(house, "alice")
     come_again(house, "alice", "alice", account="alice")
     house.say("alice", "JOIN #old")
-    chat.settle(house.hub)
-    house.hub.end(lost=True)  # the disk was full
+    house.hub.settle()
+    house.store.backlog.add(house.hub.turn.records, 0)  # the disk was full
+    house.hub.end()
     house.say("alice", "RENAME #old #new :x")
     house.turn()
     assert [key for key, _ in house.store.rows("channels")] == ["#new"]
@@ -5485,7 +5601,7 @@ def test_only_so_many_are_missed_at_a_time(running, monkeypatch, limit):
     else:
         monkeypatch.setattr(chat, "is_loopback", lambda host: False)
         server = running(max_per_address=2)
-        monkeypatch.setattr(server.server.door, "most_per_address", 4)
+        monkeypatch.setattr(server.server.limits, "most_per_address", 4)
     witness = server.guest()
     witness.enter_irc("witness", "JOIN #a")
     for n in range(3):
@@ -5498,7 +5614,7 @@ def test_only_so_many_are_missed_at_a_time(running, monkeypatch, limit):
 
 
 # ======================================================================================
-# RECEIPTS
+# DEDUP KEYS
 # ======================================================================================
 
 
@@ -5558,12 +5674,13 @@ def test_a_receipt_outlives_redaction_pruning_and_the_server(folder):
     house.say("alice", "JOIN #a", "@+chat.py/id=1 PRIVMSG #a :hello")
     house.turn()
     (id,) = house.store.db.execute("SELECT id FROM events WHERE text = 'hello'").fetchone()
-    house.say("alice", f"REDACT #a {id:x}")
+    known = house.hub.ids.text(id)
+    house.say("alice", f"REDACT #a {known}")
     again = restarted(house, path)
     come_again(again, "alice", "alice")
     again.say("alice", "@+chat.py/id=1 PRIVMSG #a :hello")
     again.turn()
-    assert again.heard("alice") == [f"@msgid={id:x};+chat.py/id=1 :alice!~u@127.0.0.1 TAGMSG #a"]
+    assert again.heard("alice") == [f"@msgid={known};+chat.py/id=1 :alice!~u@127.0.0.1 TAGMSG #a"]
     assert ids_said(again) == []
     again.store.close()
 
@@ -5589,7 +5706,7 @@ def test_a_message_of_several_lines_is_said_once_under_its_id():
 
 
 def test_receipts_are_forgotten_a_month_after_their_message(folder):
-    house = House(store=chat.Store(folder / "chat.db", keep=1))
+    house = House(store=chat.Store(folder / "chat.db"))
     come_again(house, "alice", "alice")
     house.say("alice", "JOIN #a")
     for n in range(5):
@@ -5597,18 +5714,19 @@ def test_receipts_are_forgotten_a_month_after_their_message(folder):
         house.turn()
 
     def known():
-        while house.store.receipts.sweep(now):
+        while house.store.dedup.sweep(now):
             pass
-        return [own for (own,) in house.store.db.execute("SELECT own_id FROM receipts")]
+        return [own for (own,) in house.store.db.execute("SELECT own_id FROM dedup")]
 
-    now = int(house.now * 1000) + 2 * chat.RECEIPTS_MS
+    now = int(house.now * 1000) + 2 * chat.DEDUP_MS
     assert known() == ["0", "1", "2", "3", "4"]  # their messages are there
-    house.store.tally_due = 0
+    house.now, house.store.keep = now / 1000, 1
+    house.begin_turn()
     house.say("alice", "PRIVMSG #a :6")
     house.turn()
     while house.store.prune(idle=True, now=now):
         pass
-    now += chat.RECEIPTS_MS - 1
+    now += chat.DEDUP_MS - 1
     assert known() == ["0", "1", "2", "3", "4"]
     now += 2
     assert known() == []
@@ -5622,9 +5740,9 @@ def test_what_could_not_be_kept_is_not_said_to_be(folder):
     house.turn()
     house.heard("alice")
     house.say("alice", "@+chat.py/id=1 PRIVMSG #a :hello")
-    house.store.receipts.not_kept(house.hub.turn.receipts)
+    house.store.dedup.lose(house.hub.turn.dedup, house.hub.ticks)
     house.hub.turn.not_kept("the disk is full")
-    house.hub.end(lost=True)
+    house.hub.end()
     house.say("alice", "@+chat.py/id=1 PRIVMSG #a :hello")
     house.turn()
     (line,) = house.heard("alice")
@@ -6095,7 +6213,7 @@ def test_channels_are_entered_again_after_a_break_and_left_ones_are_not():
     assert house.heard("bob")[-1] == "[#rust] alice: hi rust"
     assert alice.people("#rust") == {"bob", "alice"}
     alice.typed("/part #go")
-    house.hub.remove(house.hub.users["alice"], "gone")
+    chat.remove_user(house.hub, house.hub.users["alice"], "gone")
     alice.drop()
     alice.connect()
     assert set(alice.core.rooms) == {"#rust"} and alice.core.here == "#rust"
@@ -6455,7 +6573,7 @@ def test_private_words_of_somebody_who_has_gone_meanwhile_are_there():
     house.enter("dora")
     house.say("dora", "/tell alice three")
     house.turn()
-    house.hub.give_up(house.hub.users["alice"])  # the grace period is over, too
+    house.grace_over()  # the grace period is over, too
     house.leave("dora")
     house.turn()
     alice.connect()
@@ -6518,7 +6636,7 @@ def test_a_log_in_that_cannot_be_had_just_now_is_waited_for():
     again = Pair(house, "alice", login=login)
     again.drop()
     for _ in range(chat.LOGIN_TRIES):
-        house.hub.accounts.throttle.failed("127.0.0.1", "alice", house.hub.now)
+        house.hub.accounts.throttle.failed("127.0.0.1", "alice", house.hub.ticks)
     again.connect()
     assert again.core.patient and "too many" in again.core.refusal
     assert "alice2" not in house.hub.users
@@ -7099,8 +7217,9 @@ def test_a_policy_of_tls_says_where_and_for_how_long(running, certificate):
     sealed = server.guest(context=ssl.create_default_context(cafile=certificate))
     for guest, policy in ((plain, f"sts=port={server.address[1]}"), (sealed, "sts=duration=3600")):
         guest.send("CAP LS 302\r\nCAP REQ sts\r\nCAP LS\r\nPING 1\r\n")
-        first, refused, old = (guest.until(text)[-1] for text in (" LS :", " NAK ", " LS :"))
-        assert policy in first.split() and refused.endswith("NAK :sts\r") and "sts" not in old
+        first = " ".join(guest.until(" LS :"))
+        refused, old = (guest.until(text)[-1] for text in (" NAK ", " LS :"))
+        assert policy in first.replace(":", " ").split() and refused.endswith("NAK :sts\r") and "sts" not in old
 
 
 @pytest.fixture
@@ -7155,18 +7274,19 @@ def test_a_certificate_of_an_account_logs_in_and_another_does_not(
     for authzid, answer in (("", ["900", "903"]), ("bob", ["904"]), ("ALICE", ["900", "903"])):
         guest = again.guest(context=showing("alice"))
         guest.send("CAP LS 302\r\nNICK alice\r\nUSER u 0 * :r\r\n")
-        assert " sasl=PLAIN,SCRAM-SHA-256,EXTERNAL " in "".join(guest.until(" LS :"))
+        assert ":sasl=PLAIN,SCRAM-SHA-256,EXTERNAL " in "".join(guest.until(" LS :"))
         assert external(guest, authzid) == answer
     guest.send("CAP END\r\nNS CERT REMOVE\r\nPING 2\r\n")
     assert "does not log in to alice any more" in guest.until(" PONG ")[-2]
     assert external(again.guest(context=showing("alice"))) == ["904"]
 
 
-def test_external_is_offered_where_a_certificate_would_be_looked_at(running, certificate, showing):
+def test_external_is_offered_to_a_client_that_shows_a_certificate(running, certificate, showing):
     server = running(tls_cert=certificate, tls_client_ca=certificate)
     without = running(tls_cert=certificate)
     for guest, offered in (
-        (server.guest(context=showing("")), True),
+        (server.guest(context=showing("alice")), True),
+        (server.guest(context=showing("")), False),
         (server.guest(), False),
         (without.guest(context=showing("alice")), False),
     ):
@@ -7191,11 +7311,11 @@ def test_a_certificate_goes_with_its_account_and_is_of_no_other():
         house.say(who, "NS CERT ADD")
         house.turn()
     assert "this certificate is another account's" in house.heard("bob")[-1]
-    certificates, turn = house.hub.accounts.certificates, house.hub.turn
+    certificates, who = house.hub.accounts.certificates, house.guests["alice"].id
     for n in range(1, chat.CERTIFICATES):
-        certificates.add(f"{n}", "alice", turn)
+        house.hub.perform("add_certificate", who, f"{n}")
     with pytest.raises(chat.Refused, match="10 certificates at most"):
-        certificates.add("one more", "alice", turn)
+        house.hub.perform("add_certificate", who, "one more")
     house.say("alice", "NS DROP password")
     house.turn()
     assert certificates == {} and list(house.store.rows("certificates")) == []
@@ -7341,7 +7461,7 @@ def test_who_is_lost_while_leaving_is_counted_off_once(loop):
     peer.drop("and lost in the same turn")
     for _ in range(3):
         loop.run_once(0)
-    assert len(server.peers) == server.door.per_address["127.0.0.1"] == 1
+    assert len(server.peers) == server.limits.per_address["127.0.0.1"] == 1
     for guest in guests:
         guest.close()
     server.listeners[0].close()
@@ -7356,6 +7476,7 @@ def test_a_full_house_says_so(running):
 
 def test_who_gives_no_name_is_sent_away(running, monkeypatch):
     monkeypatch.setattr(chat, "NAMING_SECONDS", 0.15)
+    monkeypatch.setattr(chat, "GREETING_SECONDS", 0.05)
     guest = running().guest()
     assert (
         guest.rest() == chat.GREETING + b"* no name after 0 seconds; come back when you have one\n"
@@ -7404,7 +7525,7 @@ def test_who_was_reset_counts_until_the_last_of_his_lines_is_taken(running):
     counted = []
     for n in range(30):
         assert alice.line() == f"bob: {n}"
-        counted.append(server.server.door.per_address["127.0.0.1"])
+        counted.append(server.server.limits.per_address["127.0.0.1"])
     assert counted[:29] == [2] * 29
     assert "left" in alice.line()
 
@@ -7618,7 +7739,8 @@ def test_what_was_echoed_before_kill_9_is_in_the_history_once(folder, seeded):
             guest.close()
     with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
         rows = db.execute("SELECT id, text FROM events WHERE kind = 'message'").fetchall()
-    kept = collections.Counter((f"{id:x}", text) for id, text in rows)
+        ids = chat.MessageIds(db.execute("SELECT first, letters FROM starts").fetchall())
+    kept = collections.Counter((ids.text(id), text) for id, text in rows)
     assert [one for one in echoed if kept[one] != 1] == []
 
 
