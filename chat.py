@@ -186,6 +186,7 @@ PASSWORD_LEAST = 3  # characters; more is better, but it is their account
 SASL_CHUNK = 400  # bytes of base64 in a line (IRCv3 sasl-3.1)
 SASL_BYTES = 4 * SASL_CHUNK  # in all
 LOGIN_TRIES = 5  # failures from one address at one account ...
+LOGIN_TRIES_SERVER = 10  # ... at the passwords of the server and of operators ...
 LOGIN_TRIES_AN_ADDRESS = 50  # ... and at all of them ...
 LOGIN_WAIT_SECONDS = 60  # ... before it has to wait
 LOGIN_FAILURES_KEPT = 10_000
@@ -325,13 +326,13 @@ REDACT = "redact"  # a message is taken back: the text is its msgid, and " :reas
 USER_MODE, METADATA = "user mode", "metadata"  # METADATA: about is the key
 ENTERED = "entered"  # another session of the user joined a channel
 RENAMED = "renamed"  # a channel has another name, and about is the old one
-READ = "read"  # another session of the user read on
+READ_ON = "read"  # another session of the user read on
 ONLINE, OFFLINE = "online", "offline"  # of a user whom the session monitors
 KILLED, REPLACED = "killed", "replaced"  # the session ends with that
 SOFT_BREAK = "\0"  # in a text: a client sent its line in two pieces here; nobody can type it
 SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
 # Kinds that each session renders for itself, see Session.hear()
-PERSONAL = frozenset((ENTERED, RENAMED, READ, ONLINE, OFFLINE, METADATA, KILLED, REPLACED))
+PERSONAL = frozenset((ENTERED, RENAMED, READ_ON, ONLINE, OFFLINE, METADATA, KILLED, REPLACED))
 EPHEMERAL = frozenset(  # kinds that history does not keep
     (
         *(INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, REDACT, RENAME),
@@ -388,21 +389,25 @@ class MessageIds:
 
     PATTERN = re.compile("([0-9a-f]{1,15})([g-z]{4})?")  # SQLite's integers have a bit more
 
-    def __init__(self, starts: Iterable[tuple[int, str]] = ()):
-        self.starts = sorted(starts)  # the first id of each, and its letters
-        self.first, self.letters = self.starts[-1] if self.starts else (0, "")
+    def __init__(self, starts: Iterable[tuple[int, int, str]] = ()):
+        # The first id of each start, the last one that was stored or reserved, its letters
+        self.starts = sorted(starts)
+        self.first, _, self.letters = self.starts[-1] if self.starts else (0, 0, "")
+
+    def _start(self, id: int) -> tuple[int, int, str]:
+        before = bisect.bisect_right(self.starts, id, key=lambda start: start[0]) - 1
+        return self.starts[before] if before >= 0 else (0, id, "")
 
     def text(self, id: int) -> str:
-        if id >= self.first:
-            return f"{id:x}{self.letters}"
-        before = bisect.bisect_right(self.starts, id, key=lambda start: start[0]) - 1
-        return f"{id:x}{self.starts[before][1] if before >= 0 else ''}"
+        letters = self.letters if id >= self.first else self._start(id)[2]
+        return f"{id:x}{letters}"
 
     def parse(self, text: str) -> int:
-        """Return the id. Raises ValueError if no start of this server made it."""
+        """Return the id. Raises ValueError if this server has no event of that id."""
         match = self.PATTERN.fullmatch(text)
         id = int(match[1], 16) if match else 0
-        if not match or self.text(id) != text:
+        known = id >= self.first or id <= self._start(id)[1]
+        if not match or not known or self.text(id) != text:
             raise ValueError(text)
         return id
 
@@ -1231,7 +1236,8 @@ class Throttle:
 
     def wait(self, host: str, subject: str, now: int) -> int:
         """Return the seconds until another try; `now` in milliseconds."""
-        for one, most in ((subject, self.most), (None, self.most_an_address)):
+        own = LOGIN_TRIES_SERVER if subject[:1] == "*" else self.most
+        for one, most in ((subject, own), (None, self.most_an_address)):
             if self.count(host, one, now) >= most:
                 _, until = self.failures[host, one and fold(one)]
                 return (until - now) // 1000 + 1
@@ -1732,15 +1738,17 @@ class Channel:
         *("audience", "by_wire", "created", "flags", "former", "founder", "founding", "invited"),
         *("key", "last_time", "limit", "lists", "members", "metadata", "name", "password"),
         *("private", "rosters", "stored_ranks", "topic", "topic_setter", "topic_time"),
+        "former_key",
     )
     STATE = (  # what the store keeps as it is
         *("name", "founder", "founding", "stored_ranks", "topic", "topic_setter"),
-        *("topic_time", "created", "limit", "private", "metadata"),
+        *("topic_time", "created", "limit", "private", "metadata", "former_key"),
     )
 
     def __init__(self, name: str, founding: int, now: int):
         self.founding = founding  # an event id: what is said from here on is of this founding
         self.set_name(name)
+        self.former_key = ""  # before it was renamed: it may have that name back
         self.members: dict[User, Membership] = {}
         self.invited: set[User] = set()
         self.former: dict[User, list[tuple[int, int]]] = {}  # left in this turn: from id, to id
@@ -1780,7 +1788,8 @@ class Channel:
     @classmethod
     def revived(cls, state: dict[str, Any]) -> "Channel":
         """Return the channel of a state(), without members."""
-        state = {"founding": 0, "stored_ranks": state.get("standing", {}), **state}
+        old = {"founding": 0, "stored_ranks": state.get("standing", {}), "former_key": ""}
+        state = old | state
         channel = cls(state["name"], state["founding"], 0)
         for name in cls.STATE[1:]:
             setattr(channel, name, state[name])
@@ -2044,7 +2053,7 @@ class LocalSession(Session):
 
     __slots__ = (
         *("conn", "deferred", "parting", "postponed", "quit_intended", "replied", "replies"),
-        *("site", "unfinished"),
+        *("site", "tries", "unfinished"),
     )
     accepts_partial_last_line = False  # of IRC, half a line is none
     probed = False  # whether the server asks its client now and then if it is there: probe()
@@ -2055,6 +2064,7 @@ class LocalSession(Session):
         self.address = conn.address
         site.hub.sessions[self.id] = self
         self.parting = ""  # why it ends, for those who are still here
+        self.tries = 0  # wrong passwords of the server or an operator
         self.quit_intended = False  # else the connection broke
         self.unfinished: Iterator | None = None  # a long answer that has been begun
         self.postponed: list[Iterator] = []  # long answers that no command of its own asked for
@@ -2854,8 +2864,6 @@ def free_name(
         raise Refused("NO_NAME", "a name needs at least one visible character; try again")
     candidates = itertools.chain([name], (numbered_name(name, n) for n in name_numbers(dice)))
     account = owner.account if owner else account
-    if hub.accounts.looks_like(name):  # with a number it still would
-        raise Refused("NAME_TAKEN", why_foreign(hub, name), name)
     return next(
         c
         for c in candidates
@@ -3584,7 +3592,7 @@ def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -
         raise Refused("CANNOT_RENAME", f"{LOBBY} stays what it is", old, name)
     if other not in (None, channel):
         raise Refused("CHANNEL_NAME_IN_USE", f"there is a {other.name} already", old, name)
-    if key != channel.key and hub.has_history(key):
+    if key not in (channel.key, channel.former_key) and hub.has_history(key):
         text = f"there is history of a channel called {name}, for those who may come back to it"
         raise Refused("CHANNEL_NAME_IN_USE", text, old, name)
     hub.charge(RENAME_WORK * len(channel.members))
@@ -3593,6 +3601,7 @@ def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -
         hub.turn.record("rename", channel.key, key, channel.founding)
         hub.turn.record("channel_gone", channel.key)
         move_markers(hub, channel.key, key)
+        channel.former_key = channel.key
     channel.set_name(name)
     hub.channels[key] = channel
     hub.turn.changed |= {channel, *channel.members}
@@ -3813,7 +3822,7 @@ def mark_read(hub: Hub, who: Session, target: str, when: int, id: int) -> None:
     if user.account:
         hub.turn.record("marker", user.identity, key, *mark)
     if others := [session for session in user.live if session is not who]:
-        hub.emit(READ, user.source, Audience(target, sessions=others))
+        hub.emit(READ_ON, user.source, Audience(target, sessions=others))
 
 
 # Operators of the server
@@ -3946,15 +3955,13 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
 TOO_MANY_TRIES = "Too many wrong passwords"
 
 
-def wrong_password(session: LocalSession, subject: str) -> None:
+def wrong_password(session: LocalSession) -> None:
     """Refuse a wrong password of the server or an operator, which has been counted by
     address; a few close the connection."""
-    site = session.site
-    throttle, host = site.hub.accounts.throttle, session.conn.limit_key
-    tries = throttle.count(host, subject, site.hub.ticks)
-    text = f"that is not it (try {tries} of {PASSWORD_TRIES})"
+    session.tries += 1
+    text = f"that is not it (try {session.tries} of {PASSWORD_TRIES})"
     session.refuse(Refused("WRONG_PASSWORD", text))
-    if tries >= PASSWORD_TRIES:
+    if session.tries >= PASSWORD_TRIES:
         session.end(TOO_MANY_TRIES)
 
 
@@ -4142,7 +4149,7 @@ def email_used(session: LocalSession, email: str) -> str:
     """Say what became of the e-mail address of a registration."""
     if email in ("", "*") or "email-required" in session.site.registration:
         return ""
-    return "; this server needs no e-mail address and did not keep yours"
+    return f"; {email} was not needed and is not kept"
 
 
 def oper(session: LocalSession, name: str, password: str, done: Callable[[Any], None]) -> None:
@@ -4157,7 +4164,7 @@ def oper(session: LocalSession, name: str, password: str, done: Callable[[Any], 
         who = f"{session.user.source.mask} as {name}"
         session.site.server.note(f"OPER: {who}{'' if fits else ': wrong password'}")
         if not fits:
-            return wrong_password(session, OPERATOR_PASSWORD)
+            return wrong_password(session)
         hub.accounts.throttle.succeeded(host, OPERATOR_PASSWORD)
         done(None)
         session.act("become_operator", name)
@@ -4280,6 +4287,9 @@ MIGRATIONS = (
         first INTEGER PRIMARY KEY,
         reserved INTEGER NOT NULL,  -- no id of this start is above it
         letters TEXT NOT NULL
+    );
+    CREATE TABLE erased (           -- redacted messages whose words the index may still have
+        id INTEGER PRIMARY KEY
     );
     CREATE TABLE bans (             -- K-lines
         key TEXT PRIMARY KEY,       -- the mask, folded
@@ -4516,8 +4526,8 @@ class Readers:
         self.idle.append(db)
 
     def close(self) -> None:
-        for db in self.idle:
-            db.close()
+        while self.idle:
+            self.idle.pop().close()
 
 
 class SearchIndex:
@@ -4549,6 +4559,7 @@ class SearchIndex:
             self.indexed, self.unfit = self.db.execute(f"{query} FROM parts").fetchone()
             self.behind = set(store.targets_behind(self.indexed))
             self.known = store.last_id
+            self.redacted(row[0] for row in store.db.execute("SELECT id FROM erased"))
 
     def _open(self, path: pathlib.Path | None) -> sqlite3.Connection | None:
         """A damaged index is begun again: all of it can be made from chat.db."""
@@ -4609,6 +4620,9 @@ class SearchIndex:
         behind, gone = left
         self.behind |= behind
         self.gone = gone + self.gone
+        if not (self.gone or self.unfit):
+            with contextlib.suppress(sqlite3.Error):  # then they are looked for once more
+                self.store.db.execute("DELETE FROM erased")
 
     def _step(self, behind: set[int], gone: list, known: int) -> tuple[set[int], list]:
         try:
@@ -4851,7 +4865,7 @@ class Store:
         self.backlog = Backlog()
         self.busy_since: float | None = None
         self.trouble = ""  # why events are being lost just now
-        self.erased = False  # the log still has what was redacted
+        self.erased = bool(path)  # the log may still have what was redacted, also before a crash
         try:
             self.changed_elsewhere()
             self.reserve_ids()
@@ -4871,19 +4885,21 @@ class Store:
     # Ids: each start has blocks of its own, so that no id is ever used twice
 
     def reserve_ids(self) -> None:
+        """Begin a block of ids for this start. What earlier ones reserved and did not store
+        is nothing that a client may ask for."""
         newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
         query = f"SELECT ifnull(max({newest}), 0) FROM targets"
         last = self.db.execute(query).fetchone()[0]
         reserved = self.db.execute("SELECT ifnull(max(reserved), 0) FROM starts").fetchone()[0]
-        self.last_id = max(last, reserved)
+        self.last_id = self.reserved = max(last, reserved)
         self.first_id, self.letters = self.last_id + 1, random_letters()
-        self.reserved = self.last_id
+        self.db.execute("UPDATE starts SET reserved = min(reserved, max(first - 1, ?))", [last])
         self.db.execute(*self._reservation())
         # A start of which no event is left needs no letters
         oldest = "SELECT min(id) FROM events WHERE target = targets.id"
         query = f"SELECT ifnull(min(({oldest})), 0) FROM targets"
         self.db.execute(f"DELETE FROM starts WHERE reserved < ({query})")
-        self.starts = [(first, letters) for first, _, letters in self.rows("starts")]
+        self.starts = self.rows("starts")
 
     def _reservation(self) -> tuple[str, list]:
         self.reserved += ID_BLOCK
@@ -5011,6 +5027,7 @@ class Store:
         if row is None:
             return []
         self.db.execute("DELETE FROM events WHERE target = ? AND id = ?", [*row, id])
+        self.db.execute("INSERT OR IGNORE INTO erased VALUES (?)", [id])
         self.fresh[row[0]] -= 1
         self.db.execute("UPDATE dedup SET time = ? WHERE event = ?", [now, id])
         return [id]
@@ -5288,8 +5305,8 @@ class Store:
 
     def close(self) -> None:
         self.count()
-        self.reading.close()
         self.words.close()
+        self.reading.close()
         self.db.close()
 
 
@@ -6088,6 +6105,7 @@ class IrcSession(LocalSession):
     def take_result(self, then: Callable, result: Any) -> None:
         self.resume_answer()
         super().take_result(then, result)
+        self.from_service = self.from_service and self.deferred
         if self.deferred or self.unfinished:
             self.mark_answer(whole=False)
 
@@ -6218,7 +6236,7 @@ PERSONAL_LINES.update(
         REPLACED: hear_replaced,
         ENTERED: hear_entered,
         RENAMED: hear_renamed,
-        READ: hear_read,
+        READ_ON: hear_read,
         METADATA: hear_metadata,
         ONLINE: lambda session, event: session.reply(RPL_MONONLINE, event.source.mask),
         OFFLINE: lambda session, event: session.reply(RPL_MONOFFLINE, event.source.name),
@@ -7552,7 +7570,8 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> N
     job, newest = history_job(session, how, Span(place, kinds), name, marks, count)
 
     def show(events: list[Event]) -> None:
-        readable(session, name, how)  # or not any more: the user was put out meanwhile
+        if readable(session, name, how) != place:  # the user was put out, or is another, meanwhile
+            raise invalid_target(how, name)
         channel = session.site.hub.channels.get(fold(name))
         # A page of the store ends early where it is large
         whole = len(events) < count and how != "AROUND" and not is_large(events)
@@ -8414,7 +8433,7 @@ def line_pass(session: LineSession, word: str) -> None:
     if check_server_password(session, word):
         session.passed = True
         return session.tell("thank you; now your name")
-    wrong_password(session, SERVER_PASSWORD)
+    wrong_password(session)
 
 
 @line_command("help", most=1, nameless=True)
@@ -11739,13 +11758,14 @@ class Server:
         loop: Loop,
         options: ServerOptions,
         store: Store | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ):
-        self.loop, self.options, self.clock = loop, options, clock
+        self.loop, self.options = loop, options
+        self.clock = clock or (lambda: time.time())  # looked up each time, so it can be faked
         self.tls_context = server_tls_context(options)
         path = options.data / "chat.db" if options.data else None
         self.store = store or Store(path, options.keep)
-        self.hub = load_hub(self.store, clock(), loop.now, options.name)
+        self.hub = load_hub(self.store, self.clock(), loop.now, options.name)
         self.hub.absent_per_host = options.max_per_address
         self.site = site_of(self)
         self.motd = read_motd(options.motd)
@@ -11768,7 +11788,7 @@ class Server:
         self.stopping = self.restarting = False
         self.listeners = [Listener(self, *address) for address in options.listen]
         self.tls_port = self.listeners[0].address[1] if self.listeners else 0  # as for plain text
-        self.clock_offset = clock() - loop.now
+        self.clock_offset = self.clock() - loop.now
         loop.turn_begins = self.begin_turn
         loop.turn_ends = self.end_turn
 
