@@ -353,6 +353,7 @@ class Source(NamedTuple):
     account: str = ""  # that they are logged in to
     bot: bool = False
     identity: str = ""  # whose private talks these are, see User
+    operator: bool = False  # the session operated the server at that moment
 
 
 def host_of(address: str) -> str:
@@ -2884,12 +2885,10 @@ def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = 
         raise Refused("NAME_TAKEN", why_foreign(hub, wanted), wanted)
 
 
-def check_no_ban(hub: Hub, user: User) -> None:
-    """Raise Refused if a K-line keeps this user out."""
+def server_ban(hub: Hub, user: User) -> ServerBan | None:
+    """Return the K-line that keeps this user out, if there is one."""
     hub.charge(len(hub.bans))
-    for ban in hub.present_bans():
-        if Mask(ban.mask).matches(user):
-            raise Refused("BANNED_FROM_SERVER", f"you are banned from this server: {ban.reason}")
+    return next((ban for ban in hub.present_bans() if Mask(ban.mask).matches(user)), None)
 
 
 def check_not_bound(hub: Hub, user: User) -> None:
@@ -3104,7 +3103,9 @@ def enter(
         user = holder if holder and account and holder.account == account else None
     name = user.name if user else wanted if owns else free_name(hub, wanted, None, account, dice)
     source = source_of(name, address, username, account)
-    check_no_ban(hub, User(source, "", "", 0))
+    if ban := server_ban(hub, User(source, "", "", 0)):
+        text = f"you are banned from this server: {ban.reason}"
+        raise Refused("BANNED_FROM_SERVER", text)
     who.client, who.token = token, "" if required else token
     if user:
         resumed = who.token in user.tokens
@@ -3203,6 +3204,19 @@ def grace_period_over(hub: Hub, who: Session, resume_id: str) -> None:
 # Accounts
 
 
+def killed_text(by: Source, reason: str) -> str:
+    return f"Killed ({by.name} ({reason}))"
+
+
+def disconnect(hub: Hub, by: Source, user: User, reason: str) -> None:
+    """Close all sessions of a user, who is gone at once."""
+    live = user.live
+    for session in live:
+        detach(hub, session)
+    hub.emit(KILLED, by, Audience(sessions=live), reason, user.name)
+    remove_user(hub, user, killed_text(by, reason), live[0] if live else None)
+
+
 @act
 def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -> None:
     """Log a user in to an account whose owner the session proved to be. With `takes_name`
@@ -3210,6 +3224,9 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
     if not hub.accounts.is_proof(account, proof):
         raise wrong_login()  # it was dropped, or has another password by now
     user, holder = who.user, hub.users.get(fold(account))
+    source = source_of(user.name, user.source.address, user.source.username, account)
+    if ban := server_ban(hub, User(source, "", "", 0)):
+        return disconnect(hub, Source(hub.name, "", mask=hub.name), user, ban.reason)
     if takes_name and holder and holder is not user and holder.account != account:
         take_name(hub, holder, free_name(hub, account))
         holder = None
@@ -3552,7 +3569,7 @@ def set_modes(
             changed = change_mode(hub, who, channel, change, salt)
             done += [changed] if changed else []
         except Refused as refusal:
-            refusals.setdefault((refusal.code, refusal.about), refusal)
+            refusals.setdefault((refusal.code, str(refusal)), refusal)
     if not done:
         return list(refusals.values())
     hub.turn.changed.add(channel)
@@ -3643,7 +3660,8 @@ def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_
     user.traces = True
     if kind is not TAGS and not text.startswith("\x01"):  # answers of programs are no activity
         user.spoke = hub.ticks
-    event = hub.emit(kind, user.source, audience, text, about, who, tags)
+    source = user.source._replace(operator=True) if who.operator else user.source
+    event = hub.emit(kind, source, audience, text, about, who, tags)
     if partner and partner is not user:
         for other in user.sessions:
             if other is not who:
@@ -3836,19 +3854,6 @@ def become_operator(hub: Hub, who: Session, name: str) -> None:
     user = who.user
     mine = Audience(user.name, sessions={who})
     hub.emit(USER_MODE, user.source, mine, "+o", user.name, who)
-
-
-def killed_text(by: Source, reason: str) -> str:
-    return f"Killed ({by.name} ({reason}))"
-
-
-def disconnect(hub: Hub, by: Source, user: User, reason: str) -> None:
-    """Close all sessions of a user, who is gone at once."""
-    live = user.live
-    for session in live:
-        detach(hub, session)
-    hub.emit(KILLED, by, Audience(sessions=live), reason, user.name)
-    remove_user(hub, user, killed_text(by, reason), live[0] if live else None)
 
 
 def require_operator(who: Session) -> None:
@@ -4049,6 +4054,9 @@ def check_password(password: str, name: str) -> None:
     if len(password) < PASSWORD_LEAST:
         text = f"a password has at least {PASSWORD_LEAST} characters"
         raise Refused("WEAK_PASSWORD", text, name)
+    if len(password) > PASSWORD_MOST:
+        text = f"a password has at most {PASSWORD_MOST} characters"
+        raise Refused("UNACCEPTABLE_PASSWORD", text, name)
 
 
 def change_own_password(
@@ -5507,6 +5515,7 @@ CLASSIC_CAPABILITIES = (  # for clients that know only one line of CAP LS, the b
     *("sasl", "multi-prefix", "away-notify", "account-notify", "extended-join", "server-time"),
     *("message-tags", "echo-message", "batch", "labeled-response", "userhost-in-names"),
     *("account-tag", "chghost", "invite-notify", "setname", "cap-notify"),
+    *("extended-monitor", "standard-replies"),
 )
 METADATA_VALUE = (
     f"before-connect,max-subs={METADATA_SUBS},max-keys={METADATA_KEYS}"
@@ -5527,11 +5536,10 @@ CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value; the class
     "draft/no-implicit-names": "",
     "draft/pre-away": "",
     "draft/read-marker": "",
+    "draft/oper-tag": "",
     "draft/whoami": "",
-    "extended-monitor": "",
     "no-implicit-names": "",
     "soju.im/search": "",
-    "standard-replies": "",
     "znc.in/self-message": "",
     **dict.fromkeys(CLASSIC_CAPABILITIES, ""),
 }
@@ -5636,12 +5644,11 @@ def spoken_lines(event: Event, where: str, blank: bool = False) -> Iterator[tupl
 
 
 class IrcFormat:
-    """Messages as lines of IRC. The bytes depend on four capabilities only."""
+    """Messages as lines of IRC. The bytes depend on five capabilities only."""
 
-    def __init__(self, ids: MessageIds, timed: bool, tagged: bool, accounts: bool, multiline: bool):
+    def __init__(self, ids: MessageIds, *capabilities: bool):
         self.ids = ids
-        self.timed, self.tagged = timed, tagged
-        self.accounts, self.multiline = accounts, multiline
+        self.timed, self.tagged, self.accounts, self.multiline, self.operators = capabilities
 
     def encode(self, audience: Any, events: list[Event]) -> list[bytes]:
         """One bytes object an event; a message too long for a line is several lines in it."""
@@ -5685,6 +5692,8 @@ class IrcFormat:
                 tags += f";{event.tags}"
         if self.accounts and event.source.account:
             tags += f";account={escaped_tag(event.source.account)}"
+        if self.operators and event.source.operator:
+            tags += ";draft/oper"
         return f"@{tags[1:]} " if tags else ""
 
 
@@ -5727,7 +5736,9 @@ class IrcWire:
 
 
 # The capabilities that change the bytes of an event
-FORMAT_CAPABILITIES = ("server-time", "message-tags", "account-tag", "draft/multiline")
+FORMAT_CAPABILITIES = (
+    *("server-time", "message-tags", "account-tag", "draft/multiline", "draft/oper-tag"),
+)
 
 
 # The capabilities that change the bytes of an event. Sessions that differ only in others
@@ -5745,7 +5756,7 @@ class IrcWires:
 
     def __init__(self, ids: MessageIds):
         self.ids = ids
-        self.formats: dict[tuple[bool, ...], IrcFormat] = {}  # at most sixteen
+        self.formats: dict[tuple[bool, ...], IrcFormat] = {}  # at most 32
         self.wires: weakref.WeakValueDictionary[frozenset, IrcWire]
         self.wires = weakref.WeakValueDictionary()
 
@@ -5832,6 +5843,15 @@ class Collected:
         return text
 
 
+def fail_collected(session: "IrcSession") -> None:
+    """One of its lines is bad: none of the message is sent. The refusal has its label."""
+    collected = session.collected
+    if not collected.failed and "labeled-response" in session.capabilities:
+        session.begin_answer(collected.label)
+    collected.failed = True  # said once; the rest of it is not looked at
+    collected.pieces.clear()
+
+
 def collect(session: "IrcSession", message: Message) -> None:
     """Take a line of a batch that the client has begun. A bad one ends the whole message."""
     session.message = message._replace(verb="BATCH")  # what a refusal is about
@@ -5842,10 +5862,7 @@ def collect(session: "IrcSession", message: Message) -> None:
         if not collected.failed:
             collected.add(message if message.params else message._replace(params=[""]))
     except Refused:
-        collected.failed = True  # said once; the rest of it is not looked at
-        collected.pieces.clear()
-        if "labeled-response" in session.capabilities:
-            session.begin_answer(collected.label)
+        fail_collected(session)
         raise
 
 
@@ -5897,17 +5914,25 @@ def tell_metadata_of_channel(session: "IrcSession", channel: Channel) -> None:
         session.tell_value(*one)
 
 
-def tell_channel(session: "IrcSession", channel: Channel) -> None:
-    """Tell a client what it has to know of a channel that it joined."""
+def tell_about_channel(session: "IrcSession", channel: Channel) -> None:
     if channel.topic:
         tell_topic_irc(session, channel)
     if "draft/read-marker" in session.capabilities:
         session.tell_marker(channel.name)
     if session.subscribed:
         tell_metadata_of_channel(session, channel)
+
+
+def tell_implicit_names(session: "IrcSession", channel: Channel) -> None:
     if session.capabilities.isdisjoint(("draft/no-implicit-names", "no-implicit-names")):
         tell_names_irc(session, channel)
         session.reply(RPL_ENDOFNAMES, channel.name)
+
+
+def tell_channel(session: "IrcSession", channel: Channel) -> None:
+    """Tell a client what it has to know of a channel that it joined."""
+    tell_about_channel(session, channel)
+    tell_implicit_names(session, channel)
 
 
 # Event kind -> what renders it for one session; filled below, see Session.hear()
@@ -5918,7 +5943,7 @@ class IrcSession(LocalSession):
     """A session that speaks IRC."""
 
     __slots__ = (
-        *("account", "asked", "away", "batch", "capabilities", "collected", "exchange"),
+        *("account", "acks", "asked", "away", "batch", "capabilities", "collected", "exchange"),
         *("from_service", "labelled", "message", "metadata", "negotiating", "own_tags"),
         *("password", "proof", "raw", "realname", "subscribed", "username", "wanted"),
         *("watched", "wire", "withheld"),
@@ -5942,6 +5967,7 @@ class IrcSession(LocalSession):
         self.exchange: Exchange | None = None  # of SASL, going on
         self.collected: Collected | None = None  # a message of several lines, as it comes
         self.withheld: dict[int, bytes] = {}  # lines in place of the echo of an event
+        self.acks: dict[int, tuple[int, bytes]] = {}  # the reply that acknowledges an event
         # Of what this session did in this turn, by id: add_tag or add_tag_to_all, and the tag
         self.own_tags: dict[int, tuple[Callable, str]] = {}
         self.capabilities: frozenset[str] = frozenset()  # enabled by CAP REQ
@@ -6008,7 +6034,13 @@ class IrcSession(LocalSession):
             own_id = parse_tags(event.tags).get(OWN_ID, "")
             ids = [self.site.hub.ids.text(event.id), *([own_id] if own_id else [])]
             line = self.fail_line("PRIVMSG", "NOT_KEPT", f"delivered but not kept: {reason}", *ids)
-            self.withheld[event.id] = self.timed(irc_bytes(f":{self.site.name} {line}"))
+            data = self.timed(irc_bytes(f":{self.site.name} {line}"))
+            if ack := self.acks.get(event.id):  # the label is on that
+                place = next(n for n, reply in enumerate(self.replies) if reply is ack)
+                label = ack[1].partition(b" ")[0][1:].decode()
+                self.replies[place] = ack[0], add_tag(data, label)
+                data = b""
+            self.withheld[event.id] = data
 
     def tell_not_kept(self, own_id: str, reason: str) -> None:
         """The answer to a repeat of a message that was delivered and is not stored."""
@@ -6062,6 +6094,8 @@ class IrcSession(LocalSession):
                     self.begin_answer(message.tags.get("label", ""))
                 self.unfinished = irc_command.run(self, message.verb, message.params)
         except Refused as refusal:
+            if self.collected and refusal.code in ("LINE_TOO_LONG", "INVALID_UTF8"):
+                fail_collected(self)
             self.refuse(refusal)
         self.mark_answer(whole=not (self.deferred or self.unfinished))
 
@@ -6077,7 +6111,7 @@ class IrcSession(LocalSession):
         except UnicodeDecodeError:
             broken = parse_message(line.decode(errors="replace"))
             self.message = broken._replace(verb=as_param(broken.verb))
-            if "labeled-response" in self.capabilities:
+            if "labeled-response" in self.capabilities and "batch" not in broken.tags:
                 self.begin_answer(broken.tags.get("label", ""))
             text = "that line is not UTF-8 text; nobody got it"
             raise Refused("INVALID_UTF8", text) from None
@@ -6124,8 +6158,11 @@ class IrcSession(LocalSession):
             self.put_in_batch(heard)
         elif whole:
             if not count:
-                self.line("ACK")
+                self.send(irc_bytes(f":{self.site.name} ACK"))
             self.tag_answer(heard, add_tag, f"label={label}", replies + 1)
+            if not count:
+                own = (e.id for e in turn.events[events:] if e.origin is self)
+                self.acks.update(dict.fromkeys(own, self.replies[replies]))
         if whole and self.batch:
             self.send(self.batch_line(f"-{self.batch}"))
         if whole:
@@ -6176,6 +6213,7 @@ class IrcSession(LocalSession):
         super().turn_over()
         self.own_tags.clear()
         self.withheld.clear()
+        self.acks.clear()
 
     def ended(self) -> None:
         hub = self.site.hub
@@ -6208,6 +6246,12 @@ def tell_channel_later(session: IrcSession, channel: Channel) -> Iterator[None]:
         yield
 
 
+def tell_names_later(session: IrcSession, channel: Channel) -> Iterator[None]:
+    if session.user in channel.members:
+        tell_implicit_names(session, channel)
+        yield
+
+
 def hear_renamed(session: IrcSession, event: Event) -> None:
     """For clients without draft/channel-rename the channel is another one. Names follow when
     the session has its turn: a renaming of a crowded channel must not stop the others."""
@@ -6217,7 +6261,9 @@ def hear_renamed(session: IrcSession, event: Event) -> None:
     reason = f": {event.text}" if event.text else ""
     session.say(f":{mask} PART {event.about} :renamed to {name}{reason}")
     session.say(f":{mask} JOIN {name}")
-    session.postponed.append(tell_channel_later(session, session.site.hub.channels[fold(name)]))
+    channel = session.site.hub.channels[fold(name)]
+    tell_about_channel(session, channel)
+    session.postponed.append(tell_names_later(session, channel))
     session.conn.resume_soon()
 
 
@@ -6376,16 +6422,25 @@ def abort_sasl(session: IrcSession) -> None:
     session.reply(ERR_SASLABORTED)
 
 
+METADATA_KEY = re.compile(rf"[a-z0-9_./-]{{1,{METADATA_KEY_BYTES}}}")
+
+
+NO_KEY = "a key is made of a-z, 0-9, _, ., / and -"
+
+
 def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
-    """Values, or that there are none, in a batch."""
+    """Tell values, or that there are none, or that a key is none, in a batch."""
     name = owner_name(owner)
-    lines = (
-        session.shaped_line(RPL_KEYVALUE, name, key, owner.metadata[key])
-        if key in owner.metadata
-        else session.shaped_line(RPL_KEYNOTSET, name, as_param(key))
-        for key in keys
-    )
-    in_batch(session, f"metadata {name}", lines)
+
+    def line(key: str) -> bytes:
+        if key in owner.metadata:
+            return session.shaped_line(RPL_KEYVALUE, name, key, owner.metadata[key])
+        if METADATA_KEY.fullmatch(key):
+            return session.shaped_line(RPL_KEYNOTSET, name, as_param(key))
+        fail = session.fail_line("METADATA", "INVALID_KEY", NO_KEY, key)
+        return irc_bytes(f":{session.site.name} {fail}")
+
+    in_batch(session, f"metadata {name}", map(line, keys))
 
 
 def greet_user(session: IrcSession, wanted: str, channels: Iterable[Channel]) -> None:
@@ -6954,12 +7009,11 @@ def to_each_target(
 
 def notice_to(session: IrcSession, name: str, text: str) -> None:
     """Send a notice; a refusal is no answer to that (RFC 2812 section 3.3.2)."""
-    own = client_id(session, session.message.params[0])
-    result = session.site.hub.perform(
-        *("say", session.id, name, text, NOTICE, client_tags(session), own)
-    )
-    if result.repeat is not None:
-        tell_repeat(session, name, own, result.repeat)
+    own, tags = client_id(session, session.message.params[0]), client_tags(session)
+    with contextlib.suppress(Refused):
+        result = session.site.hub.perform("say", session.id, name, text, NOTICE, tags, own)
+        if result.repeat is not None:
+            tell_repeat(session, name, own, result.repeat)
 
 
 @irc_command("PRIVMSG", most=2)
@@ -6971,13 +7025,11 @@ def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> Itera
 
 
 @irc_command("NOTICE", most=2)
-def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> Iterator[None]:
+def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> Iterator[None] | None:
     """NOTICE <target>{,<target>} <text> -- the same, but nothing answers it"""
-    names = {fold(name): name for name in targets.split(",")[:TARGETS]}
-    for name in names.values() if text else ():
-        with contextlib.suppress(Refused):
-            notice_to(session, name, text)
-        yield
+    if not (targets and text) or targets.count(",") >= TARGETS:
+        return None
+    return to_each_target(session, targets, lambda name: notice_to(session, name, text))
 
 
 @irc_command("TAGMSG", most=1)
@@ -7265,12 +7317,10 @@ def irc_rename(session: IrcSession, name: str, wanted: str, reason: str = "") ->
 
 # Metadata (draft/metadata-3)
 
-METADATA_KEY = re.compile(rf"[a-z0-9_./-]{{1,{METADATA_KEY_BYTES}}}")
-
 
 def check_key(key: str) -> str:
     if not METADATA_KEY.fullmatch(key):
-        raise Refused("INVALID_KEY", "a key is made of a-z, 0-9, _, ., / and -", key)
+        raise Refused("INVALID_KEY", NO_KEY, key)
     return key
 
 
@@ -7295,13 +7345,7 @@ def metadata_writable(session: IrcSession, target: str, key: str) -> Any:
 
 
 def metadata_get(session: IrcSession, target: str, *keys: str) -> None:
-    owner, fit = metadata_owner(session, target), []
-    for key in keys:
-        try:
-            fit.append(check_key(key))
-        except Refused as refusal:
-            session.refuse(refusal)
-    tell_metadata(session, owner, fit)
+    tell_metadata(session, metadata_owner(session, target), keys)
 
 
 def metadata_list(session: IrcSession, target: str) -> None:
@@ -7335,13 +7379,13 @@ def metadata_set(session: IrcSession, target: str, key: str, value: str = "") ->
     owner = metadata_writable(session, target, check_key(key))
     if len(value.encode()) > METADATA_BYTES:
         raise Refused("INVALID_VALUE", f"a value has at most {METADATA_BYTES} bytes", key)
+    if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
+        text = f"{METADATA_KEYS} keys at most"
+        raise Refused("LIMIT_REACHED", text, target, str(METADATA_KEYS))
     name = target if owner is session else owner.name
     if owner is not session:
         then = functools.partial(lambda _: session.tell_value(name, key, value))
         return session.act("set_metadata", name, key, value, then=then)
-    if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
-        text = f"{METADATA_KEYS} keys at most"
-        raise Refused("LIMIT_REACHED", text, target, str(METADATA_KEYS))
     session.metadata.update({key: value})
     session.metadata = {known: text for known, text in session.metadata.items() if text}
     session.tell_value(name, key, value)
@@ -7359,31 +7403,39 @@ def metadata_clear(session: IrcSession, target: str) -> Iterator[None]:
     tell_metadata(session, owner, keys)
 
 
-def metadata_sub(session: IrcSession, target: str, *keys: str) -> None:
-    """What was subscribed to before a key is refused is told all the same."""
+def each_key(session: IrcSession, keys: Iterable[str], act: Callable[[str], None]) -> list[str]:
+    """Do it for every key; return those for which it was done. Past a limit all is refused."""
     done: list[str] = []
     for key in keys:
         try:
-            if (
-                len(session.subscribed) >= METADATA_SUBS
-                and check_key(key) not in session.subscribed
-            ):
-                text = f"{METADATA_SUBS} keys at most"
-                raise Refused("TOO_MANY_SUBS", text, key)
-            session.subscribed[check_key(key)] = None
-            session.site.hub.subscribers.add(session, key)
+            act(check_key(key))
             done.append(key)
         except Refused as refusal:
             session.refuse(refusal)
-    if done:
+            if refusal.code == "LIMIT_REACHED":
+                break
+    return done
+
+
+def metadata_sub(session: IrcSession, target: str, *keys: str) -> None:
+    def subscribe(key: str) -> None:
+        if len(session.subscribed) >= METADATA_SUBS and key not in session.subscribed:
+            text = f"{METADATA_SUBS} keys at most"
+            raise Refused("LIMIT_REACHED", text, key, str(METADATA_SUBS))
+        session.subscribed[key] = None
+        session.site.hub.subscribers.add(session, key)
+
+    if done := each_key(session, keys, subscribe):
         session.reply(RPL_METADATASUBOK, " ".join(done))
 
 
 def metadata_unsub(session: IrcSession, target: str, *keys: str) -> None:
-    for key in keys:
-        session.subscribed.pop(check_key(key), None)
+    def unsubscribe(key: str) -> None:
+        session.subscribed.pop(key, None)
         session.site.hub.subscribers.remove(session, key)
-    session.reply(RPL_METADATAUNSUBOK, " ".join(keys))
+
+    if done := each_key(session, keys, unsubscribe):
+        session.reply(RPL_METADATAUNSUBOK, " ".join(done))
 
 
 def metadata_subs(session: IrcSession, target: str) -> None:
@@ -7543,7 +7595,7 @@ def target_bound(session: IrcSession, text: str) -> Mark:
     if text.startswith("msgid=") and "chat.py/session" in session.capabilities:
         return parse_mark(session.site.hub, text, "TARGETS", "*")
     if not text.startswith("timestamp="):
-        raise Refused("INVALID_MSGREFTYPE", "a bound is timestamp=...", "TARGETS", text)
+        raise Refused("INVALID_PARAMS", "a bound is timestamp=...", "TARGETS", text)
     return Mark(time=parse_time(text.removeprefix("timestamp="), "TARGETS", text))
 
 

@@ -1109,9 +1109,9 @@ alice> CAP END
 === CAP: no negotiation, no names, until it is over
 +erin
 erin> CAP LS 302
-erin< CAP * LS * :chat.py/session draft/account-registration=min-password-length=3,max-password-length=300 draft/channel-rename draft/chathistory draft/event-playback draft/extended-isupport draft/message-redaction draft/metadata-2=before-connect,max-subs=50,max-keys=20,max-value-bytes=300 draft/metadata-3=before-connect,max-subs=50,max-keys=20,max-value-bytes=300 draft/multiline=max-bytes=16384,max-lines=200 draft/no-implicit-names draft/pre-away draft/read-marker draft/whoami extended-monitor
-erin< CAP * LS * :no-implicit-names soju.im/search standard-replies znc.in/self-message
-erin< CAP * LS :sasl=PLAIN,SCRAM-SHA-256 multi-prefix away-notify account-notify extended-join server-time message-tags echo-message batch labeled-response userhost-in-names account-tag chghost invite-notify setname cap-notify
+erin< CAP * LS * :chat.py/session draft/account-registration=min-password-length=3,max-password-length=300 draft/channel-rename draft/chathistory draft/event-playback draft/extended-isupport draft/message-redaction draft/metadata-2=before-connect,max-subs=50,max-keys=20,max-value-bytes=300 draft/metadata-3=before-connect,max-subs=50,max-keys=20,max-value-bytes=300 draft/multiline=max-bytes=16384,max-lines=200 draft/no-implicit-names draft/pre-away draft/read-marker draft/oper-tag draft/whoami
+erin< CAP * LS * :no-implicit-names soju.im/search znc.in/self-message
+erin< CAP * LS :sasl=PLAIN,SCRAM-SHA-256 multi-prefix away-notify account-notify extended-join server-time message-tags echo-message batch labeled-response userhost-in-names account-tag chghost invite-notify setname cap-notify extended-monitor standard-replies
 erin> NICK erin
 erin> USER erin 0 * :Erin
 erin> CAP REQ :multi-prefix setname
@@ -1130,7 +1130,7 @@ erin> CAP
 erin< 461 erin CAP :it goes like this: CAP LS|LIST|REQ|END [<capabilities>]
 === CAP: is heard also later, and counts from the next line on
 alice> CAP LS
-alice< CAP alice LS :sasl multi-prefix away-notify account-notify extended-join server-time message-tags echo-message batch labeled-response userhost-in-names account-tag chghost invite-notify setname cap-notify
+alice< CAP alice LS :sasl multi-prefix away-notify account-notify extended-join server-time message-tags echo-message batch labeled-response userhost-in-names account-tag chghost invite-notify setname cap-notify extended-monitor standard-replies
 alice> JOIN #a
 alice< :alice JOIN #a
 alice< 353 alice = #a :@alice
