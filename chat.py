@@ -166,7 +166,8 @@ LIST_TARGETS = 10  # names, masks and conditions of one LIST
 WORK_PER_TOKEN = 100  # a mask matched or a member listed is 1: about half a microsecond
 WORK_OF_AN_ACT = 50  # beside what it looks through
 WORK_OF_A_RECEIVER = 5  # who has to be told one by one
-WORK_OF_A_REPLY = 0.02  # a byte
+WORK_OF_A_LINE = 8  # of an answer, and as much again ...
+WORK_OF_A_BYTE = 0.02  # ... for 400 bytes of it
 LOOKED_AT_ONCE = 100  # users or channels, before others have their turn
 PIECE_BYTES = 300  # of a message of several pieces: what one line carries at least ...
 MULTILINE_SLACK = 4  # ... and a sender may use so many times as many
@@ -2161,6 +2162,7 @@ class LocalSession(Session):
         hub = self.site.hub
         self.replies.append((hub.last_id, data))
         self.replied += len(data)
+        hub.work += WORK_OF_A_LINE
         hub.turn.individually_addressed.add(self)
 
     def own(self, event: Event, line: bytes) -> bytes:
@@ -4351,6 +4353,9 @@ TABLES: dict[str, tuple[type, ...]] = {  # those that are read at the start, and
 }
 
 
+MORE_TABLES = ("dedup", "erased", "events", "targets")
+
+
 def connect(path: pathlib.Path | None, mode: str) -> sqlite3.Connection:
     """Return a connection that never waits and begins no transaction by itself."""
     address = f"{path.absolute().as_uri()}?mode={mode}" if path else ":memory:"
@@ -4369,6 +4374,10 @@ def inspect_database(path: pathlib.Path) -> None:
             tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             small = path.stat().st_size <= CHECKED_ON_START_BYTES
             verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0] if small else "ok"
+            if version == len(MIGRATIONS) and application == APPLICATION_ID:
+                query = "SELECT name FROM sqlite_master WHERE type = 'table'"
+                missing = {*TABLES, *MORE_TABLES} - {row[0] for row in db.execute(query)}
+                verdict = f"no table {min(missing)}" if missing and verdict == "ok" else verdict
         except sqlite3.OperationalError:
             raise  # locked by another program: that is no damage
         except sqlite3.DatabaseError as error:
@@ -5945,7 +5954,7 @@ class IrcSession(LocalSession):
     __slots__ = (
         *("account", "acks", "asked", "away", "batch", "capabilities", "collected", "exchange"),
         *("from_service", "labelled", "message", "metadata", "negotiating", "own_tags"),
-        *("password", "proof", "raw", "realname", "subscribed", "username", "wanted"),
+        *("passed", "proof", "raw", "realname", "subscribed", "username", "wanted"),
         *("watched", "wire", "withheld"),
     )
     probed = True
@@ -5953,7 +5962,8 @@ class IrcSession(LocalSession):
     def __init__(self, site: Site, conn: Any):
         super().__init__(site, conn)
         self.wanted = self.asked = ""  # the nick, until there is a user; also one refused
-        self.username = self.realname = self.password = ""
+        self.username = self.realname = ""
+        self.passed = site.password is None  # the server's password was right
         self.negotiating = False  # capabilities; registration waits for CAP END
         self.watched: dict[str, str] = {}  # nicks by key, see MONITOR
         self.raw = b""  # the line that is being answered ...
@@ -6459,13 +6469,12 @@ def complete_registration(session: IrcSession) -> None:
     """Once there is all that it takes: a nick, USER, and no negotiation going on."""
     if session.user or session.negotiating or not (session.wanted and session.username):
         return
-    if not check_server_password(session, session.password):
+    if not session.passed:
         session.refuse(Refused("WRONG_PASSWORD", "the server's password is missing or wrong"))
         return session.end("wrong password")
     if session.exchange:  # CAP END in the middle of it gives it up
         abort_sasl(session)
     wanted, session.wanted = session.wanted, ""  # another user may have taken it meanwhile
-    session.password = ""
     _, account = user_of_token(session.site.hub, session.token, session.account)
     if account:
         text = f"log in to {account} to have your place again"
@@ -6522,7 +6531,7 @@ def irc_pass(session: IrcSession, password: str) -> None:
     """PASS <password> -- the server's password, before the name"""
     if session.user:
         raise Refused("ALREADY_NAMED", "you are in already")
-    session.password = password
+    session.passed = check_server_password(session, password)
 
 
 @irc_command("NICK", most=1, nameless=True)
@@ -11193,7 +11202,9 @@ class LogWriter(logging.Handler):
                 self._write(self.lines.popleft())
                 if self.dropped and not self.lines:
                     dropped, self.dropped = self.dropped, 0
-                    self._write(f"{counted(dropped, 'line')} of the log were dropped\n".encode())
+                    text = f"{counted(dropped, 'line')} of the log were dropped"
+                    record = logging.LogRecord("chat", logging.WARNING, "", 0, text, None, None)
+                    self._write(f"{self.format(record)}\n".encode())
             self.idle.set()
 
     def _write(self, line: bytes) -> None:
@@ -11450,10 +11461,20 @@ class Peer(Connection):
             self.server.acting[self] = None
             self.loop.call_soon(do_nothing)
 
+    def still_there(self) -> bool:
+        """Notice a reset also while nothing is read: else what came before it would be acted
+        on for as long as the budget makes it last."""
+        if self.state != CLOSED and (
+            number := self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        ):
+            self._bury(reason_of(OSError(number, os.strerror(number))))
+        return self.state != CLOSED
+
     def resume_with_budget(self) -> None:
         self.waits_for_budget = False
-        self.server.acting[self] = None
-        self.update()
+        if self.still_there():
+            self.server.acting[self] = None
+            self.update()
 
     def lagging(self) -> None:
         if self.unsent > UNSENT_MOST:
@@ -11946,10 +11967,14 @@ class Server:
         acting, self.acting = self.acting, {}
         if not acting:
             return
-        now, begun = self.loop.now, time.perf_counter()
-        light = [peer for peer in acting if peer.home.used(now) <= LIGHT_USE]
-        heavy = sorted(acting.keys() - light, key=lambda peer: peer.home.used(now))
-        limit = ACT_SECONDS if self.options.flood is None else ACT_SECONDS_LIGHT
+        begun = time.perf_counter()
+        if self.options.flood is None:  # all are equal: each in turn
+            light, heavy, limit = list(acting), [], ACT_SECONDS
+        else:
+            used = {peer: peer.home.used(self.loop.now) for peer in acting}
+            order = sorted(acting, key=used.__getitem__)
+            first = sum(use <= LIGHT_USE for use in used.values())
+            light, heavy, limit = order[:first], order[first:], ACT_SECONDS_LIGHT
         if self._act_on(light, begun + limit):
             self._act_on(heavy, begun + ACT_SECONDS)
         else:
@@ -11985,18 +12010,12 @@ class Server:
         for _ in range(LINES_A_TURN):
             if peer.held or peer.leaving or self.too_much(peer) or time.perf_counter() > end:
                 return
-            session, replied = peer.session, 0
-            if session:
-                replied = session.replied
-                if session.has_more:
-                    session.go_on()
-            more = session is not None and session.has_more
-            if not (more or peer.held or self.act_on_a_line(peer)):
+            if peer.session and peer.session.has_more:
+                replied = peer.session.replied
+                peer.session.go_on()
+                self._charge(peer, replied)
+            elif not self.act_on_a_line(peer):
                 return
-            work = self.hub.take_work()
-            if session:
-                work += (session.replied - replied) * WORK_OF_A_REPLY
-            peer.charge(work)
 
     def act_on_a_line(self, peer: Peer) -> bool:
         """Act on one line; return whether there was one, and budget for it."""
@@ -12007,10 +12026,19 @@ class Server:
         line = peer.inbox.take()
         if line is None:
             return False
-        self.hub.charge(WORK_PER_TOKEN - WORK_OF_AN_ACT)
+        self.hub.take_work()
+        replied = peer.session.replied if peer.session else 0
         if peer.session or self.open_session(peer, line):
-            peer.session.receive(line.removeprefix(BOM) if not peer.session.user else line)
+            peer.session.receive(line if peer.session.user else line.removeprefix(BOM))
+        self._charge(peer, replied, WORK_PER_TOKEN)
         return True
+
+    def _charge(self, peer: Peer, replied: int, least: float = 0) -> None:
+        """Take what was done for a peer from its budgets: a line costs at least one token."""
+        work = self.hub.take_work()
+        if peer.session:
+            work += (peer.session.replied - replied) * WORK_OF_A_BYTE
+        peer.charge(max(work, least))
 
     def _wait_for_budget(self, peer: Peer, seconds: float) -> bool:
         if peer.gone:  # after a reset: what the budget does not allow is not waited for
@@ -12071,7 +12099,8 @@ class Server:
         if peer.gone or peer.leaving:
             return
         if isinstance(result, Exception) and not isinstance(result, ChatError):
-            log.error("a job for %s failed: %s", peer.address, result)
+            level = logging.DEBUG if self.committer.losing else logging.ERROR  # it was said once
+            log.log(level, "a job for %s failed: %s", peer.address, result)
             text = "that cannot be answered just now; try again later"
             result = Refused("TRY_AGAIN", text)
         session.take_result(then, result)
@@ -12117,7 +12146,7 @@ class Server:
                 Connection.close(peer)
         jobs, self.jobs = self.jobs, []
         for peer, lane, job, done in jobs:
-            self.helpers.submit(peer.limit_key, job, done, lane, lambda peer=peer: not peer.gone)
+            self.helpers.submit(peer.limit_key, job, done, lane, peer.still_there)
 
     def _watch_absent(self) -> None:
         """Have a timer for the first user whose grace period ends."""
@@ -12162,7 +12191,6 @@ class Server:
         for _ in range(LINES_A_TURN):
             if peer.held or peer.leaving or not self.act_on_a_line(peer):
                 break
-            peer.charge(self.hub.take_work())
         if peer.inbox.pending:
             log.info("%s was reset with more lines than a turn takes: dropped", peer.address)
             peer.inbox.clear()
