@@ -237,7 +237,7 @@ KEEP_EVENTS = 1_000_000  # history of a channel
 KEEP_EVENTS_IN_MEMORY = 10_000  # the same with --data none: about 5 MB a busy channel ...
 MEMORY_BYTES = 256 * 1024 * 1024  # ... and this much for all channels, those of the past too
 PRUNE_ROWS = 500  # rows deleted at a time: 1 to 3 ms, measured
-INDEX_IDS = 20_000  # events made searchable at a time, on a helper
+INDEX_IDS = 2_000  # events made searchable at a time, on a helper: 20 ms
 PART_ROWS = 50_000  # messages of one part of the index: it is made again in a second
 INDEX_SECONDS = 1.0  # until what was said can be searched
 COUNT_SECONDS = 1.0  # between adding up how much history there is
@@ -478,7 +478,7 @@ class LineBuffer:
 
     def take(self) -> bytes | None:
         """Return the oldest complete line; None when there is none."""
-        end = self.buffer.find(b"\n", max(self.start, self.searched))
+        end = self.buffer.find(b"\n", self.searched)
         if end < 0:
             return self._take_partial()
         line = self.buffer[self.start : end]
@@ -505,7 +505,7 @@ class LineBuffer:
     def pending(self) -> bool:
         """Whether take() would return a line."""
         rest = len(self.buffer) - self.start
-        if rest and self.buffer.find(b"\n", max(self.start, self.searched)) >= 0:
+        if rest and self.buffer.find(b"\n", self.searched) >= 0:
             return True
         return rest > self.limit + 1 or (
             self.ended and self.buffer[self.start :] not in (b"", b"\r")
@@ -1703,6 +1703,10 @@ class Audience:
     def stamp(self, now: int) -> int:
         """Return the time of the next event, unique for each of the channels or users."""
         clocks = self.channels or self.users
+        if len(self.channels) == 1:  # nearly always
+            (channel,) = clocks
+            channel.last_time = newest = next_time(channel.last_time, now)
+            return newest
         newest = next_time(max((clock.last_time for clock in clocks), default=0), now)
         for clock in clocks:
             clock.last_time = newest
@@ -2245,6 +2249,9 @@ class Group:
 
     def _spoken(self, wire: Wire, report: Callable) -> list[bytes]:
         """Encode the messages. A bug in one of them costs its receivers that one alone."""
+        if not self.special:
+            with contextlib.suppress(Exception):  # one by one then, see below
+                return wire.format.encode(self.audience, self.events)
         lines = [b""] * len(self.events)
         wanted = [n for n, event in enumerate(self.events) if event.kind in SPOKEN]
         try:
@@ -2282,12 +2289,15 @@ class Group:
     ) -> list[tuple[int, bytes]]:
         """Return what the session gets for the events of its own user: index and bytes."""
         lines = self.lines(session.wire, report)
-        places = ((bisect.bisect_left(self.ids, id), id) for id in copies)
-        mine = [n for n, id in places if self.ids[n : n + 1] == [id]]
-        return [
-            (n, attempt_line(lambda n=n: session.own(self.events[n], lines[n]), report))
-            for n in (*self.origins.get(session, ()), *mine)
-        ]
+        mine = self.origins.get(session, [])
+        if copies:
+            places = ((bisect.bisect_left(self.ids, id), id) for id in copies)
+            mine = mine + [n for n, id in places if self.ids[n : n + 1] == [id]]
+        try:
+            return [(n, session.own(self.events[n], lines[n])) for n in mine]
+        except Exception:
+            one = lambda n: attempt_line(lambda: session.own(self.events[n], lines[n]), report)  # noqa: E731
+            return [(n, one(n)) for n in mine]
 
     def joined_for(
         self,
@@ -2299,14 +2309,22 @@ class Group:
         """Return the session's bytes when no other group concerns it. What lies between its
         replies and its own events is cut from the shared bytes: a thousand users who join in
         one turn cost a thousand slices, and not a million lines."""
+        count, mine = len(self.ids), self.origins.get(session, ())
+        if ranges == [(0, count)] and 50 * len(mine) > count and not (copies or session.replies):
+            with contextlib.suppress(Exception):  # one of a few who speak
+                lines = self.lines(session.wire, report).copy()
+                for n in mine:
+                    lines[n] = session.own(self.events[n], lines[n])
+                return b"".join(lines)
+        own = self.own_lines(session, copies, report)
         blob, starts = self.joined(session.wire, report)
         breaks = [
             (bisect.bisect_right(self.ids, after), 0, data) for after, data in session.replies
         ]
-        breaks += [(n, 1, data) for n, data in self.own_lines(session, copies, report)]
+        breaks += [(n, 1, data) for n, data in own]
         breaks.sort(key=lambda one: one[:2])
         pieces, position = [], 0
-        for index, taken, data in [*breaks, (len(self.ids), 0, b"")]:
+        for index, taken, data in [*breaks, (count, 0, b"")]:
             for first, last in ranges:
                 start, end = max(first, position), min(last, index)
                 if start < end:
@@ -3638,6 +3656,9 @@ class Sent(NamedTuple):
     away: User | None = None  # its receiver, who is away
 
 
+SENT = Sent()
+
+
 @act
 def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_id: str) -> Sent:
     """Send a message to a channel or user. `own_id` is the sender's id of it: under one id
@@ -3664,14 +3685,14 @@ def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_
         user.spoke = hub.ticks
     source = user.source._replace(operator=True) if who.operator else user.source
     event = hub.emit(kind, source, audience, text, about, who, tags)
-    if partner and partner is not user:
+    if partner is not None and partner is not user:
         for other in user.sessions:
             if other is not who:
                 hub.turn.copies.setdefault(other, []).append(event.id)
                 hub.turn.individually_addressed.add(other)
     if own_id:
         hub.turn.dedup[next(iter(hub.dedup_owners(who))), own_id] = event
-    return Sent(away=partner if partner and partner.away and kind is MESSAGE else None)
+    return Sent(None, partner) if partner and partner.away and kind is MESSAGE else SENT
 
 
 def conversation_keys(hub: Hub, one: str, other: str) -> list[str]:
@@ -11734,6 +11755,7 @@ class Committer:
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
         self.index_due = False
+        self.committed = 0.0  # when, last
         self.sweep()
 
     def commit(self, hub: Hub) -> bool:
@@ -11743,6 +11765,7 @@ class Committer:
             hub.settle()
         if not (turn.to_store or turn.dedup):
             return True
+        self.committed = self.loop.now
         outcome = self.store.commit(turn, self.loop.now, hub.ticks)
         if outcome == BUSY:
             self.loop.call_later(BUSY_RETRY_SECONDS, do_nothing)
@@ -11767,7 +11790,8 @@ class Committer:
             self.loop.call_later(INDEX_SECONDS, self.index)
 
     def index(self) -> None:
-        """Index what was said lately: on a helper, or in memory on the loop, in slices."""
+        """Index what was said lately: on a helper, or in memory on the loop, in slices; under
+        unbroken load one slice now and then."""
         words = self.store.words
         job = words.step()
         if self.store.path:
@@ -11781,7 +11805,8 @@ class Committer:
             self.store.words.finish(left)
         self.index_due = self.store.words.has_work
         if self.index_due:
-            self.loop.call_later(INDEX_SECONDS if failed else 0, self.index)
+            busy = self.loop.now - self.committed < INDEX_SECONDS / 10
+            self.loop.call_later(INDEX_SECONDS if failed or busy else 0, self.index)
 
     def prune(self, idle: bool) -> None:
         if self.store.prune(idle, self.hub.now) and idle:
@@ -12007,38 +12032,42 @@ class Server:
             peer.update()
 
     def _take_lines(self, peer: Peer, end: float) -> None:
+        self.hub.take_work()  # of what was done meanwhile, for nobody's line
         for _ in range(LINES_A_TURN):
             if peer.held or peer.leaving or self.too_much(peer) or time.perf_counter() > end:
                 return
-            if peer.session and peer.session.has_more:
-                replied = peer.session.replied
-                peer.session.go_on()
+            session = peer.session
+            if session and (session.unfinished is not None or session.postponed):
+                replied = session.replied
+                session.go_on()
                 self._charge(peer, replied)
             elif not self.act_on_a_line(peer):
                 return
 
     def act_on_a_line(self, peer: Peer) -> bool:
         """Act on one line; return whether there was one, and budget for it."""
-        if peer.inbox is None or not peer.inbox.pending:
+        if peer.inbox is None:
             return False
-        if seconds := peer.wait():
+        if peer.budget and peer.inbox.pending and (seconds := peer.wait()):
             return self._wait_for_budget(peer, seconds)
         line = peer.inbox.take()
         if line is None:
             return False
-        self.hub.take_work()
-        replied = peer.session.replied if peer.session else 0
-        if peer.session or self.open_session(peer, line):
-            peer.session.receive(line if peer.session.user else line.removeprefix(BOM))
-        self._charge(peer, replied, WORK_PER_TOKEN)
+        session = peer.session
+        if session is None or session.user is None:
+            line = line.removeprefix(BOM)
+            session = session or self.open_session(peer, line)
+        if session is not None:
+            replied = session.replied
+            session.receive(line)
+            if peer.budget:
+                self._charge(peer, replied, WORK_PER_TOKEN)
         return True
 
     def _charge(self, peer: Peer, replied: int, least: float = 0) -> None:
         """Take what was done for a peer from its budgets: a line costs at least one token."""
-        work = self.hub.take_work()
-        if peer.session:
-            work += (peer.session.replied - replied) * WORK_OF_A_BYTE
-        peer.charge(max(work, least))
+        bytes_sent = peer.session.replied - replied
+        peer.charge(max(self.hub.take_work() + bytes_sent * WORK_OF_A_BYTE, least))
 
     def _wait_for_budget(self, peer: Peer, seconds: float) -> bool:
         if peer.gone:  # after a reset: what the budget does not allow is not waited for
@@ -12061,21 +12090,21 @@ class Server:
         replied = peer.session.replied if peer.session else 0
         return peer.queue.size + replied > UNSENT_NO_READ
 
-    def open_session(self, peer: Peer, first_line: bytes) -> bool:
-        if not first_line.removeprefix(BOM):  # it says nothing yet, in any dialect
+    def open_session(self, peer: Peer, first_line: bytes) -> LocalSession | None:
+        """Return the session that the first line begins, if it begins one."""
+        if not first_line:  # it says nothing yet, in any dialect
             self.silent.add(peer)
-            return False
+            return None
         dialect = dialect_of(first_line)
         if dialect in GOODBYES:
             log.info("%s speaks HTTP, which is not spoken here yet", peer.address)
             peer.write(GOODBYES[dialect])
             peer.close()
-            return False
-        if dialect == "irc":
+        elif dialect == "irc":
             peer.session = IrcSession(self.site, peer)
         else:
             peer.session = LineSession(self.site, peer, peer.greeted)
-        return True
+        return peer.session
 
     def later(self, session: LocalSession, lane: str, job: Callable, then: Callable) -> None:
         """Run job() on a helper once this turn is committed, then then(its result) here; until

@@ -9509,6 +9509,8 @@ def window(display):
     for one in opened:
         one.close()
         pump(one, lambda one=one: one.gone)
+    opened.clear()
+    gc.collect()  # on this thread: Tk aborts when its objects are freed on another
 
 
 def pump(window, condition):
