@@ -199,6 +199,7 @@ MAIL_SECONDS = 30  # for --sendmail to take one
 GRACE_SECONDS = 60.0  # who can prove to be the same and loses the line is here for so long ...
 ABSENT_MOST = 1000  # ... but not more of them (of one address: PER_ADDRESS): the first one goes
 
+LINES_SPLIT = 2048  # bytes made into lines at a time: well below any limit of a line
 READ_BYTES = 64 * 1024  # taken from one connection in one turn
 LINES_A_TURN = 256  # acted on for one connection in one turn, so that nobody waits for a flood
 BACKLOG = 1024  # connections the kernel keeps for us meanwhile
@@ -237,7 +238,9 @@ KEEP_EVENTS = 1_000_000  # history of a channel
 KEEP_EVENTS_IN_MEMORY = 10_000  # the same with --data none: about 5 MB a busy channel ...
 MEMORY_BYTES = 256 * 1024 * 1024  # ... and this much for all channels, those of the past too
 PRUNE_ROWS = 500  # rows deleted at a time: 1 to 3 ms, measured
-INDEX_IDS = 2_000  # events made searchable at a time, on a helper: 20 ms
+INDEX_IDS = 500  # events made searchable at a time, on a helper: 5 ms ...
+INDEX_PAUSE = 0.02  # seconds between two of these ...
+INDEX_IDS_BUSY = 200  # ... and under load: Python runs but one thread at a time
 PART_ROWS = 50_000  # messages of one part of the index: it is made again in a second
 INDEX_SECONDS = 1.0  # until what was said can be searched
 COUNT_SECONDS = 1.0  # between adding up how much history there is
@@ -447,11 +450,12 @@ TOO_LONG = b"\n"  # stands for a line over the limit; no real line holds a newli
 class LineBuffer:
     """Bytes in, lines out, as tokio's LinesCodec frames them: LF ends, one CR before it goes.
 
-    Bytes stay as they came until a line is taken: a list of short lines would be twenty times
-    as large. A line longer than `limit` bytes comes out as TOO_LONG once and is skipped.
+    Bytes stay as they came until they are about to be taken, LINES_SPLIT of them at a time: a
+    list of all short lines would be twenty times as large. A line longer than `limit` bytes
+    comes out as TOO_LONG once and is skipped.
     """
 
-    __slots__ = ("buffer", "ended", "limit", "searched", "skipping", "start")
+    __slots__ = ("buffer", "ended", "limit", "lines", "searched", "skipping", "start")
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -461,8 +465,9 @@ class LineBuffer:
     def clear(self) -> None:
         """Forget what has come and was not taken."""
         self.buffer = b""
-        self.start = 0  # of the next line
+        self.start = 0  # of what is not split
         self.searched = 0  # up to here there is no LF behind start
+        self.lines: list[bytes] = []  # split, the oldest last
         self.skipping = False  # the rest of a line that was too long
 
     def feed(self, data: bytes) -> None:
@@ -478,17 +483,25 @@ class LineBuffer:
 
     def take(self) -> bytes | None:
         """Return the oldest complete line; None when there is none."""
-        end = self.buffer.find(b"\n", self.searched)
+        if self.lines:
+            return self.lines.pop()
+        end = self.buffer.rfind(b"\n", self.start, self.start + min(self.limit, LINES_SPLIT))
         if end < 0:
-            return self._take_partial()
-        line = self.buffer[self.start : end]
+            return self._take_long()
+        self.lines = self.buffer[self.start : end].split(b"\n")
         self.start = self.searched = end + 1
-        if line[-1:] == b"\r":
-            line = line[:-1]
-        return line if len(line) <= self.limit else TOO_LONG
+        if b"\r" in self.buffer:
+            self.lines = [line.removesuffix(b"\r") for line in self.lines]
+        self.lines.reverse()
+        return self.lines.pop()
 
-    def _take_partial(self) -> bytes | None:
-        """A line without its end: too long already, or the last one."""
+    def _take_long(self) -> bytes | None:
+        """Return a line that is long, or has not ended: too long already, or the last one."""
+        end = self.buffer.find(b"\n", self.searched)
+        if end >= 0:
+            line = self.buffer[self.start : end].removesuffix(b"\r")
+            self.start = self.searched = end + 1
+            return line if len(line) <= self.limit else TOO_LONG
         rest = len(self.buffer) - self.start
         self.searched = len(self.buffer)
         if rest > self.limit + 1:  # one more: a CR that may yet be dropped
@@ -505,11 +518,10 @@ class LineBuffer:
     def pending(self) -> bool:
         """Whether take() would return a line."""
         rest = len(self.buffer) - self.start
-        if rest and self.buffer.find(b"\n", self.searched) >= 0:
+        if self.lines or (rest and self.buffer.find(b"\n", self.searched) >= 0):
             return True
-        return rest > self.limit + 1 or (
-            self.ended and self.buffer[self.start :] not in (b"", b"\r")
-        )
+        last = self.ended and self.buffer[self.start :] not in (b"", b"\r")
+        return rest > self.limit + 1 or last
 
     def finish(self) -> None:
         """The peer will send no more: what came after the last newline is a line too."""
@@ -1705,7 +1717,8 @@ class Audience:
         clocks = self.channels or self.users
         if len(self.channels) == 1:  # nearly always
             (channel,) = clocks
-            channel.last_time = newest = next_time(channel.last_time, now)
+            last = channel.last_time
+            channel.last_time = newest = now if now > last else next_time(last, now)
             return newest
         newest = next_time(max((clock.last_time for clock in clocks), default=0), now)
         for clock in clocks:
@@ -2208,26 +2221,30 @@ def attempt_line(encode: Callable[[], bytes], report: Callable) -> bytes:
 class Group:
     """What one audience was told in a turn: encoded once a wire, joined once."""
 
-    __slots__ = ("audience", "by_wire", "encoded", "events", "ids", "joins", "origins", "special")
-
     def __init__(self, audience: Audience):
         self.audience = audience
         self.by_wire = audience.sessions_by_wire()
         self.events: list[Event] = []
-        self.ids: list[int] = []
         self.special: list[int] = []  # indices of what is not SPOKEN: each wire has its own line
         self.origins: dict[Session | None, list[int]] = {}  # indices of their events
         self.encoded: dict[Any, list[bytes]] = {}  # a line each, by wire or format
         self.joins: dict[Any, tuple[bytes, list[int]]] = {}  # all lines, and where each begins
 
     def add(self, event: Event) -> None:
-        index = len(self.events)
-        if event.origin is not None:
-            self.origins.setdefault(event.origin, []).append(index)
-        if event.kind not in SPOKEN:
+        index, origin, events = len(self.events), event.origin, self.events
+        if origin is not None:
+            mine = self.origins.get(origin)
+            if mine is None:
+                self.origins[origin] = [index]
+            else:
+                mine.append(index)
+        if event.kind is not MESSAGE and event.kind not in SPOKEN:
             self.special.append(index)
-        self.events.append(event)
-        self.ids.append(event.id)
+        events.append(event)
+
+    @functools.cached_property
+    def ids(self) -> list[int]:
+        return [event.id for event in self.events]
 
     def key(self, wire: Wire) -> Any:
         """Wires with one format share the bytes of a group that has only messages."""
@@ -2403,12 +2420,12 @@ class Turn:
         A bug while bytes are made goes to report()."""
         groups: dict[Audience, Group] = {}
         for event in self.events:
-            if event.kind in PERSONAL:
-                continue  # rendered when it happened, see Session.hear()
             group = groups.get(event.audience)
-            if group is None:
+            if group is not None:
+                group.add(event)
+            elif event.kind not in PERSONAL:  # they were rendered before, see Session.hear()
                 group = groups[event.audience] = Group(event.audience)
-            group.add(event)
+                group.add(event)
         several = self._in_several(groups.values())
         heard: dict[Session, list[Group]] = {
             session: [] for session in self.individually_addressed | several
@@ -3666,12 +3683,14 @@ def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_
     user = who.user
     if own_id and (repeat := hub.find_repeat(who, own_id)) is not None:
         return Sent(repeat)
-    audience = hub.find_audience(user, name)
     about, partner = "", None
-    if isinstance(audience, Channel):
-        hub.work += len(audience.lists["b"])
-        audience.check_can_send(user, text)
-        audience = audience.audience if audience in user.channels else with_outsider(audience, user)
+    audience = hub.channels.get(name) or hub.find_audience(user, name)  # often it is the key
+    if audience.__class__ is Channel:
+        channel = audience
+        channel.check_can_send(user, text)
+        if masks := channel.lists["b"]:
+            hub.work += len(masks)
+        audience = channel.audience if user in channel.members else with_outsider(channel, user)
     elif isinstance(audience, Conversation):
         audience.check_can_send(user)
         partner = audience.partner(user)
@@ -4632,9 +4651,9 @@ class SearchIndex:
     def has_work(self) -> bool:
         return self.db is not None and bool(self.behind or self.gone or self.unfit)
 
-    def stored(self, target: int, id: int) -> None:
-        """A message was committed."""
-        self.behind.add(target)
+    def stored(self, targets: Iterable[int], id: int) -> None:
+        """Messages up to this id were committed."""
+        self.behind.update(targets)
         self.known = id
 
     def redacted(self, ids: Iterable[int]) -> None:
@@ -4646,12 +4665,12 @@ class SearchIndex:
         it is made again."""
         self.gone.append((0, last, count))
 
-    def step(self) -> Callable[[], tuple]:
-        """Return the next job: for a helper, or for the loop if all is in memory. Its result
-        is for finish()."""
+    def step(self, most: int | None = None) -> Callable[[], tuple]:
+        """Return the next job, of so many ids: for a helper, or for the loop if all is in
+        memory. Its result is for finish()."""
         behind, self.behind = self.behind, set()
         gone, self.gone = self.gone, []
-        return functools.partial(self._step, behind, gone, self.known)
+        return functools.partial(self._step, behind, gone, self.known, most or INDEX_IDS)
 
     def finish(self, left: tuple[set[int], list]) -> None:
         """Take back what the job left for the next one."""
@@ -4662,12 +4681,12 @@ class SearchIndex:
             with contextlib.suppress(sqlite3.Error):  # then they are looked for once more
                 self.store.db.execute("DELETE FROM erased")
 
-    def _step(self, behind: set[int], gone: list, known: int) -> tuple[set[int], list]:
+    def _step(self, behind: set[int], gone: list, known: int, most: int) -> tuple[set[int], list]:
         try:
             self.db.execute("BEGIN IMMEDIATE")
             update = "UPDATE parts SET stale = stale + ? WHERE first <= ? AND last >= ?"
             self.db.executemany(update, [(count, last, first) for first, last, count in gone])
-            indexed = self._add(behind, known) if behind else self.indexed
+            indexed = self._add(behind, known, most) if behind else self.indexed
             query = "SELECT part FROM parts WHERE stale * 2 >= messages AND stale"
             unfit = self.db.execute(query).fetchall()
             if unfit:
@@ -4682,12 +4701,12 @@ class SearchIndex:
             return behind, gone
         return (behind if indexed < known else set()), []
 
-    def _add(self, targets: set[int], known: int) -> int:
-        """Index the messages of the next INDEX_IDS ids; return the last one of these."""
+    def _add(self, targets: set[int], known: int, most: int) -> int:
+        """Index the messages of the next `most` ids; return the last one of these."""
         query = "SELECT min(id) FROM events WHERE target = ? AND id > ?"
         with self.store.reading() as db:
             oldest = (db.execute(query, [t, self.indexed]).fetchone()[0] or known for t in targets)
-            last = min(known, min(oldest) + INDEX_IDS)
+            last = min(known, min(oldest) + most)
             rows = self._rows(db, targets, self.indexed + 1, last)
         query = "SELECT part, messages FROM parts ORDER BY part DESC LIMIT 1"
         part, messages = self.db.execute(query).fetchone() or (0, PART_ROWS + 1)
@@ -4889,6 +4908,9 @@ class Store:
 
     def __init__(self, path: pathlib.Path | None, keep: int | None = None):
         self.path = path
+        wal = path and path.with_name(f"{path.name}-wal")
+        # The write-ahead log still has what was redacted, also from before a crash
+        self.erased = bool(wal) and wal.exists() and wal.stat().st_size > 0
         self.keep = keep or (KEEP_EVENTS if path else KEEP_EVENTS_IN_MEMORY)
         self.db = open_database(path)
         self.guarded: dict[pathlib.Path, int] = {}  # files, and which ones they have to be
@@ -4903,7 +4925,6 @@ class Store:
         self.backlog = Backlog()
         self.busy_since: float | None = None
         self.trouble = ""  # why events are being lost just now
-        self.erased = bool(path)  # the log may still have what was redacted, also before a crash
         try:
             self.changed_elsewhere()
             self.reserve_ids()
@@ -5011,9 +5032,10 @@ class Store:
             self.db.execute("COMMIT")
         self.unsure.clear()
         self.backlog.records.clear()
-        for row in rows:
-            self.fresh[row[0]] += 1
-            self.words.stored(row[0], row[1])
+        if rows:
+            targets = collections.Counter([row[0] for row in rows])
+            self.fresh.update(targets)
+            self.words.stored(targets, rows[-1][1])
         if redacted:
             self.words.redacted(redacted)
             self.erased = True
@@ -11793,7 +11815,7 @@ class Committer:
         """Index what was said lately: on a helper, or in memory on the loop, in slices; under
         unbroken load one slice now and then."""
         words = self.store.words
-        job = words.step()
+        job = words.step(INDEX_IDS_BUSY if self.busy else None)
         if self.store.path:
             self.helpers.submit(self, job, self.indexed)
         else:
@@ -11805,8 +11827,12 @@ class Committer:
             self.store.words.finish(left)
         self.index_due = self.store.words.has_work
         if self.index_due:
-            busy = self.loop.now - self.committed < INDEX_SECONDS / 10
-            self.loop.call_later(INDEX_SECONDS if failed or busy else 0, self.index)
+            pause = INDEX_SECONDS if failed or self.busy else INDEX_PAUSE
+            self.loop.call_later(pause, self.index)
+
+    @property
+    def busy(self) -> bool:
+        return self.loop.now - self.committed < INDEX_SECONDS / 10
 
     def prune(self, idle: bool) -> None:
         if self.store.prune(idle, self.hub.now) and idle:
@@ -12033,12 +12059,14 @@ class Server:
 
     def _take_lines(self, peer: Peer, end: float) -> None:
         self.hub.take_work()  # of what was done meanwhile, for nobody's line
-        for _ in range(LINES_A_TURN):
-            if peer.held or peer.leaving or self.too_much(peer) or time.perf_counter() > end:
-                return
+        for n in range(LINES_A_TURN):
             session = peer.session
+            replied = session.replied if session else 0
+            if peer.held or peer.leaving or peer.queue.size + replied > UNSENT_NO_READ:
+                return  # more was answered than is likely to be read: the next lines can wait
+            if n % 8 == 0 and time.perf_counter() > end:
+                return
             if session and (session.unfinished is not None or session.postponed):
-                replied = session.replied
                 session.go_on()
                 self._charge(peer, replied)
             elif not self.act_on_a_line(peer):
@@ -12084,11 +12112,6 @@ class Server:
         if peer.queue.size <= UNSENT_NO_READ:  # else lagging() resumes it
             self.acting[peer] = None
         peer.update()
-
-    def too_much(self, peer: Peer) -> bool:
-        """More has been answered than is likely to be read: the next lines can wait."""
-        replied = peer.session.replied if peer.session else 0
-        return peer.queue.size + replied > UNSENT_NO_READ
 
     def open_session(self, peer: Peer, first_line: bytes) -> LocalSession | None:
         """Return the session that the first line begins, if it begins one."""
