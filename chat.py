@@ -4138,7 +4138,7 @@ def check_registration(session: LocalSession, nick: str, wanted: str, email: str
     if "off" in rules:
         raise Refused("TEMPORARILY_UNAVAILABLE", "this server makes no accounts", name)
     if session.user is None and "before-connect" not in rules:
-        raise Refused("COMPLETE_CONNECTION_REQUIRED", "come in first, then register")
+        raise Refused("COMPLETE_CONNECTION_REQUIRED", "come in first, then register", name)
     name = check_new_account(session.site.hub, session.user, nick, wanted)
     wants_email = "email-required" in rules
     if (wants_email or email not in ("", "*")) and not EMAIL.fullmatch(email):
@@ -4606,6 +4606,7 @@ class SearchIndex:
         # For the loop: what the next step has to do
         self.behind: set[int] = set()  # targets with messages that are not indexed
         self.gone: list[tuple[int, int, int]] = []  # first id, last id, how many of those
+        self.taken: list[tuple[int, int, int]] = []  # of these, by a job that has not ended
         self.known = 0  # the newest id that was stored
         # For the helper
         self.indexed = 0
@@ -4669,14 +4670,15 @@ class SearchIndex:
         """Return the next job, of so many ids: for a helper, or for the loop if all is in
         memory. Its result is for finish()."""
         behind, self.behind = self.behind, set()
-        gone, self.gone = self.gone, []
+        gone = self.taken = self.gone
+        self.gone = []
         return functools.partial(self._step, behind, gone, self.known, most or INDEX_IDS)
 
     def finish(self, left: tuple[set[int], list]) -> None:
         """Take back what the job left for the next one."""
         behind, gone = left
         self.behind |= behind
-        self.gone = gone + self.gone
+        self.gone, self.taken = gone + self.gone, []
         if not (self.gone or self.unfit):
             with contextlib.suppress(sqlite3.Error):  # then they are looked for once more
                 self.store.db.execute("DELETE FROM erased")
@@ -4789,10 +4791,11 @@ class SearchIndex:
                 yield row[0]
 
     def close(self) -> None:
-        """Redacted words go at the latest now."""
+        """Redacted words go at the latest now, also those of a job that was given up."""
         if self.db is None:
             return
         if self.store.path:
+            self.gone = self.taken + self.gone
             while self.gone or self.unfit:
                 left = self.step()()
                 self.finish(left)
@@ -7036,14 +7039,27 @@ def send_message(
     session.act("say", name, text, kind, tags, own, then=sent if own or kind is MESSAGE else None)
 
 
+def check_length(session: IrcSession, name: str, text: str, tags: str) -> None:
+    """Refuse a line that is too long with its source before it and that is not to be split.
+
+    Some clients cannot know their source, so a channel gets such a line in pieces. Tags belong
+    to one line; and a user is sent one line or none, as the conformance suite expects."""
+    if len(text) <= FITS_ALWAYS // 4 or "#" in name[:2] and not tags:
+        return
+    room = IRC_BYTES - 2 - len(f":{session.user.source.mask} PRIVMSG {name} :".encode())
+    if len(text.encode()) > room:
+        raise Refused("LINE_TOO_LONG", f"a message to {name} has at most {room} bytes")
+
+
 def say_in_irc(session: IrcSession, name: str, text: str, kind: str = MESSAGE) -> None:
-    own = client_id(session, session.message.params[0])
+    own, tags = client_id(session, session.message.params[0]), client_tags(session)
+    check_length(session, name, text, tags)
     if kind is MESSAGE:
         if text.startswith("\x01ACTION "):
             kind, text = ACTION, text[8:].removesuffix("\x01")
         elif fold(name) == SERVICE_KEY:
             return ask_service(session, text)
-    send_message(session, name, text, kind, client_tags(session), own)
+    send_message(session, name, text, kind, tags, own)
 
 
 def to_each_target(

@@ -2645,7 +2645,7 @@ carol< :Bobby ACCOUNT Bobby
 +erin
 erin> NICK erin
 erin> REGISTER * * password
-erin< FAIL REGISTER COMPLETE_CONNECTION_REQUIRED :come in first, then register
+erin< FAIL REGISTER COMPLETE_CONNECTION_REQUIRED erin :come in first, then register
 erin> REGISTER erin
 erin< 461 erin REGISTER :it goes like this: REGISTER <account or *> <email or *> <password>
 === a name of an account is for its owner
