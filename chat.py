@@ -1269,15 +1269,18 @@ class Throttle:
         if len(self.failures) > LOGIN_FAILURES_KEPT:
             self._evict(now)
 
+    def sweep(self, now: int) -> None:
+        """Forget what does not count any more."""
+        self.failures = {key: one for key, one in self.failures.items() if now < one[1]}
+
     def _evict(self, now: int) -> None:
-        """Forget what does not count any more; else a tenth of it, the fewest failures first:
-        whoever fills the table is not forgotten by that."""
-        known = {key: one for key, one in self.failures.items() if now < one[1]}
-        if len(known) > LOGIN_FAILURES_KEPT:
-            ranked = sorted(known, key=lambda key: (known[key], key[0]))
+        """If all of it still counts, forget a tenth, the fewest failures first: a client that
+        fills the table is not forgotten by that."""
+        self.sweep(now)
+        if len(self.failures) > LOGIN_FAILURES_KEPT:
+            ranked = sorted(self.failures, key=lambda key: (self.failures[key], key[0]))
             for key in ranked[: LOGIN_FAILURES_KEPT // 10]:
-                del known[key]
-        self.failures = known
+                del self.failures[key]
 
     def succeeded(self, host: str, subject: str) -> None:
         """Take back the failure that an attempt counts as until it is proven."""
@@ -2501,8 +2504,7 @@ class Turn:
 
 
 class Registry(dict[str, "set[Session]"]):
-    """Sessions by something that they want to be told of. It is no shared state: each server
-    has that of its own sessions."""
+    """Sessions by something that they want to be told of."""
 
     def add(self, session: Session, key: str) -> None:
         self.setdefault(key, set()).add(session)
@@ -2935,6 +2937,19 @@ def check_not_bound(hub: Hub, user: User) -> None:
         if not channel.members[user].ranks and channel.banned(user, speaking=True):
             text = f"you cannot change your name while you are banned or muted in {channel.name}"
             raise Refused("NAME_BOUND", text, channel.name)
+
+
+@act
+def follow(hub: Hub, who: Session, registry: str, key: str) -> None:
+    """Tell this session of a name that it monitors ("watchers") or of a key of metadata
+    ("subscribers")."""
+    getattr(hub, registry).add(who, key)
+
+
+@act
+def unfollow(hub: Hub, who: Session, registry: str, key: str) -> None:
+    """The opposite of follow."""
+    getattr(hub, registry).remove(who, key)
 
 
 def tell_watchers(hub: Hub, key: str, kind: str, source: Source) -> None:
@@ -6274,9 +6289,9 @@ class IrcSession(LocalSession):
     def ended(self) -> None:
         hub = self.site.hub
         for key in self.watched:
-            hub.watchers.remove(self, key)
+            hub.perform("unfollow", self.id, "watchers", key)
         for key in self.subscribed:
-            hub.subscribers.remove(self, key)
+            hub.perform("unfollow", self.id, "subscribers", key)
         self.watched.clear()
         self.subscribed.clear()
         super().ended()
@@ -7491,7 +7506,7 @@ def metadata_sub(session: IrcSession, target: str, *keys: str) -> None:
             text = f"{METADATA_SUBS} keys at most"
             raise Refused("LIMIT_REACHED", text, key, str(METADATA_SUBS))
         session.subscribed[key] = None
-        session.site.hub.subscribers.add(session, key)
+        session.act("follow", "subscribers", key)
 
     if done := each_key(session, keys, subscribe):
         session.reply(RPL_METADATASUBOK, " ".join(done))
@@ -7500,7 +7515,7 @@ def metadata_sub(session: IrcSession, target: str, *keys: str) -> None:
 def metadata_unsub(session: IrcSession, target: str, *keys: str) -> None:
     def unsubscribe(key: str) -> None:
         session.subscribed.pop(key, None)
-        session.site.hub.subscribers.remove(session, key)
+        session.act("unfollow", "subscribers", key)
 
     if done := each_key(session, keys, unsubscribe):
         session.reply(RPL_METADATAUNSUBOK, " ".join(done))
@@ -7976,7 +7991,7 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
             session.refuse(Refused("BAD_NAME", "names only, no masks", name))
         elif key not in session.watched:
             session.watched[key] = name
-            session.site.hub.watchers.add(session, key)
+            session.act("follow", "watchers", key)
             added.append(name)
     tell_monitored(session, added)
 
@@ -7984,7 +7999,7 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
 def monitor_remove(session: IrcSession, names: list[str]) -> None:
     for name in names:
         if session.watched.pop(fold(name), None):
-            session.site.hub.watchers.remove(session, fold(name))
+            session.act("unfollow", "watchers", fold(name))
 
 
 def monitor_clear(session: IrcSession, _: list[str]) -> None:
@@ -11855,6 +11870,8 @@ class Committer:
             self.loop.call_soon(do_nothing)  # and another slice in the next turn
 
     def sweep(self) -> None:
+        for throttle in (self.hub.accounts.throttle, self.hub.accounts.made):
+            throttle.sweep(self.hub.ticks)
         more = False
         with contextlib.suppress(sqlite3.Error):  # busy or full: another time
             more = self.store.dedup.sweep(self.hub.now)

@@ -144,7 +144,7 @@ class FakeConn:
 
     def close(self):
         if not self.closed:
-            self.closed = True
+            self.closed = self.leaving = True
             self.session.ended()
 
 
@@ -5767,6 +5767,264 @@ def test_what_could_not_be_kept_is_not_said_to_be(folder):
     assert line.startswith(":chat.py FAIL PRIVMSG NOT_KEPT * 1 :")
     assert ids_said(house) == []
     house.store.close()
+
+
+# ======================================================================================
+# EVERY ACT, AGAIN
+# ======================================================================================
+
+TALKERS = ("alice", "bob", "carol", "dan", "zoe")  # who talks in IRC, and in lines
+PLACES = ("#a", "#b", "#c", "#lobby")
+IRC_SAYS = """
+    JOIN {place}|JOIN {place},{other}|JOIN {place} key|PART {place} :bye|PRIVMSG {place} :{text}
+    PRIVMSG {name} :{text}|PRIVMSG {name},{place} :{text}|NOTICE {place} :{text}
+    @+draft/react=x TAGMSG {place}|PRIVMSG {place} :\x01ACTION {text}\x01
+    TOPIC {place} :{text}|MODE {place} +o {name}|MODE {place} -o+v {name} {name}
+    MODE {place} {flag}|MODE {place} +kl key 9|MODE {place} -k *|MODE {place} +b {name}!*@*
+    MODE {place} -b {name}!*@*|MODE {place} +e *!*@127.*|KICK {place} {name} :out
+    INVITE {name} {place}|NICK {nick}|AWAY :{text}|AWAY|SETNAME :{text}|MODE {nick} +iB
+    MODE {nick} -i|MONITOR + {name}|MONITOR - {name}|METADATA {place} SET key :{text}
+    METADATA * SET key :{text}|METADATA * SUB key|RENAME {place} {other} :moved
+    REDACT {place} {id}|MARKREAD {place} timestamp=1970-01-12T13:50:00.000Z
+    NS REGISTER password|NS IDENTIFY {name} password|NS LOGOUT|CS REGISTER {place}|OPER boss secret
+    KLINE 60 *!*@10.* :no|UNKLINE *!*@10.*|KILL {name} :go|WALLOPS :{text}
+    CHATHISTORY LATEST {place} * 5
+    NAMES {place}|WHO {place}|WHOIS {name}|LIST|SAJOIN {name} {place}
+"""
+LINES_SAY = """
+    {text}|/tell {name} {text}|/tell {place} {text}|/join {place}|/part {place}|/nick {nick}
+    /me {text}|/topic {place} {text}|/away {text}|/back|/kick {name} {place}|/invite {name} {place}
+    /register password|/login {name} password|/logout|/history {place}|/names {place}
+"""
+IRC_SAYS, LINES_SAY = (
+    [line.strip() for line in text.replace("\n", "|").split("|") if line.strip()]
+    for text in (IRC_SAYS, LINES_SAY)
+)
+
+
+def act_at_random(seeded, house, n):
+    """A client comes, goes, breaks off, or says a line that may be anything."""
+    label = seeded.choice(TALKERS)
+    in_irc, session = label < "d", house.guests.get(label)
+    if session is None or session.conn.closed:
+        connect = house.connect_irc if in_irc else house.connect
+        connect(label, host=f"127.0.0.{1 + TALKERS.index(label)}")
+        start = [
+            f"SESSION {SECRET[:-5]}{label:_<5}",
+            f"NICK {label}",
+            "CAP REQ :message-tags batch",
+            f"USER {label} 0 * :{label}",
+            "CAP END",
+        ]
+        house.say(label, *(start if in_irc else [label]))
+    elif seeded.random() < 0.02:
+        session.conn.close()
+    else:
+        ids = [event.id for event in house.logged if isinstance(event, chat.Event)][-20:]
+        words = {
+            "place": seeded.choice(PLACES),
+            "other": seeded.choice(PLACES),
+            "name": seeded.choice(TALKERS),
+            "nick": label + seeded.choice(("", "", "_", "2")),
+            "text": f"text {n}",
+            "flag": seeded.choice("+-") + seeded.choice("imnstRC"),
+            "id": house.hub.ids.text(seeded.choice(ids or [1])),
+        }
+        house.say(label, seeded.choice(IRC_SAYS if in_irc else LINES_SAY).format(**words))
+
+
+def live_at_random(seeded, house, steps):
+    """Let clients do something; what they did is in hub.journal, what came of it in logged."""
+    hub, end = house.hub, house.hub.end
+    house.logged = []
+    hub.journal = []
+
+    def note_end():
+        house.logged += hub.turn.events
+        hub.journal.append(None)
+        end()
+
+    hub.end = note_end
+    for n in range(steps):
+        act_at_random(seeded, house, n)
+        if seeded.random() < 0.3:
+            house.turn()
+        if seeded.random() < 0.01:
+            house.grace_over()
+    house.turn()
+
+
+def picture(value, inside=False):
+    """What a piece of the Hub holds, as plain data that can be compared."""
+    if isinstance(value, chat.Session):
+        return ("session", value.id)
+    if isinstance(value, chat.User) and inside:
+        return ("user", value.resume_id)
+    if isinstance(value, chat.Channel) and inside:
+        return ("channel", value.key, value.founding)
+    if isinstance(value, chat.Audience):
+        parts = (value.name, value.targets, value.channels, value.users, value.parties)
+        return ("audience", *picture(parts, inside=True))
+    if isinstance(value, dict):
+        return {repr(picture(k, True)): picture(v, True) for k, v in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(repr(picture(one, True)) for one in value)
+    if isinstance(value, (list, tuple, collections.deque)):
+        return [picture(one, True) for one in value]
+    if hasattr(type(value), "__slots__") and not isinstance(value, (str, int, float)):
+        names = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+        passing = ("by_wire", "rosters", "former", "audience", "since")  # of this turn, or made
+        return {name: picture(getattr(value, name), True) for name in names if name not in passing}
+    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+
+
+STATE = (
+    *("users", "users_by_id", "users_by_token", "absent", "absent_by_host", "channels", "founded"),
+    *("accounts_of", "guests_of", "bans", "former", "invisible", "operators", "watchers"),
+    *("subscribers", "most_users", "last_id", "accounts", "markers"),
+)
+
+
+def picture_of(hub):
+    """All the state of a Hub."""
+    whole = {name: picture(getattr(hub, name)) for name in STATE}
+    whole["each user"] = {key: picture(user) for key, user in hub.users.items()}
+    whole["each channel"] = {key: picture(channel) for key, channel in hub.channels.items()}
+    whole["sessions"] = {
+        id: (one.token, one.client, one.operator, picture(one.user, True))
+        for id, one in hub.sessions.items()
+        if one.user
+    }
+    return whole
+
+
+@pytest.mark.parametrize("run", range(5))
+def test_the_same_acts_on_a_new_hub_give_the_same_state_and_the_same_events(seeded, run):
+    house = House()
+    start = house.now
+    live_at_random(seeded, house, 400)
+    journal, logged = house.hub.journal, house.logged
+    assert len({entry[2] for entry in journal if entry}) > 15  # acts of so many kinds
+    hub = chat.Hub(0, house.hub.ids, house.hub.name)
+    hub.store = store = chat.Store(None)
+    hub.absent_per_host = house.hub.absent_per_host
+    hub.begin(start, start)
+    again = []
+    for entry in journal:
+        if entry is None:
+            again += hub.turn.events
+            hub.settle()
+            assert store.commit(hub.turn, hub.now / 1000, hub.ticks) == chat.KEPT
+            hub.end()
+            continue
+        now, ticks, name, actor, values = entry
+        hub.begin(now / 1000, ticks / 1000)
+        with contextlib.suppress(chat.Refused):
+            hub.perform(name, actor, *values)
+    assert [picture(event) for event in again] == [picture(event) for event in logged]
+    assert picture_of(hub) == picture_of(house.hub)
+
+
+def lasting(hub):
+    """What of a Hub outlives its server."""
+    users = {user.resume_id: user.state() for user in hub.users.values() if user.may_return}
+    channels = {
+        key: (channel.state(), {user.resume_id for user in channel.members} & users.keys())
+        for key, channel in hub.channels.items()
+    }
+    return {
+        "users": users,
+        "channels": {key: one for key, one in channels.items() if one[0]["founder"] or one[1]},
+        "certificates": hub.accounts.certificates,
+        **{name: picture(getattr(hub, name)) for name in ("accounts", "markers", "bans")},
+        **{name: picture(getattr(hub, name)) for name in ("accounts_of", "founded")},
+        "guests": {owner: sorted(guests) for owner, guests in hub.guests_of.items()},
+    }
+
+
+@pytest.mark.parametrize("run", range(5))
+def test_what_is_stored_is_loaded_as_it_was(seeded, run, tmp_path):
+    house = House(store=chat.Store(tmp_path / "chat.db"))
+    live_at_random(seeded, house, 300)
+    was = lasting(house.hub)
+    assert was["users"] and was["channels"] and was["accounts"]
+    said = [event.id for event in house.logged if event.kind == "message"]
+    house.store.close()
+    store = chat.Store(tmp_path / "chat.db")
+    hub = chat.load_hub(store, house.now, house.now)
+    assert lasting(hub) == was
+    kept = [row[0] for row in store.db.execute("SELECT id FROM events WHERE kind = 'message'")]
+    assert set(kept) <= set(said) and kept
+    store.close()
+
+
+JUNK_LINES = """
+    NICK {word}|USER {word} 0 * :{word}|CAP LS 302|CAP REQ :{word}|CAP REQ :message-tags {word}
+    CAP END
+    PASS {word}|AUTHENTICATE PLAIN|AUTHENTICATE {word}|JOIN {place}|PART {place}|PRIVMSG {place} :x
+    PRIVMSG {word} :x|METADATA * SET {word} :x|METADATA * SUB {word}|MONITOR + {word}|WHOIS {word}
+    MODE {place} +b {word}!*@*|INVITE {word} {place}|TOPIC {place} :{word}|MARKREAD {place}
+    NS IDENTIFY {word} {word}|OPER {word} {word}|SESSION {word}{word}{word}|SETNAME {word}
+    AWAY {word}
+    CHATHISTORY LATEST {place} * 10|SEARCH text={word}|RENAME {place} {place}|KNOCK {place}|{word}
+    BATCH +{word} draft/multiline {place}|@batch={word} PRIVMSG {place} :x|BATCH -{word}
+    @label={word} PING {word}|@+{word}={word} TAGMSG {place}|/join {word}|/tell {word} x
+    /lines {word}
+    /login {word} {word}|/nick {word}|/topic {word}|/search {word}|/history {place}|hello {word}
+"""
+JUNK_LINES = [line.strip() for line in JUNK_LINES.replace("\n", "|").split("|") if line.strip()]
+
+
+def sizes(root):
+    """How much every table holds that can be reached from an object, by the way to it."""
+    found, seen, waiting = {}, set(), [("", root)]
+    while waiting:
+        path, value = waiting.pop()
+        if id(value) in seen or isinstance(value, (str, bytes, int, float, type, type(None))):
+            continue
+        seen.add(id(value))
+        if isinstance(value, (dict, set, list, tuple, collections.deque, bytearray)):
+            if getattr(value, "maxlen", None) is not None:
+                continue
+            found[path] = found.get(path, 0) + len(value)
+            inside = value.values() if isinstance(value, dict) else value
+            waiting += [(f"{path}[]", one) for one in inside if not isinstance(value, bytearray)]
+        if type(value).__module__ in ("chat", "test_chat"):
+            slots = [s for kind in type(value).__mro__ for s in getattr(kind, "__slots__", ())]
+            names = [*getattr(value, "__dict__", ()), *slots]
+            waiting += [(f"{path}.{name}", getattr(value, name, None)) for name in names]
+    return found
+
+
+def be_junk(seeded, house, number):
+    """Clients from many addresses say anything and leave."""
+    for n in range(number):
+        connect = house.connect_irc if n % 2 else house.connect
+        connect("junk", host=f"10.{n % 3}.{n % 250}.{seeded.randrange(250)}")
+        name = f"n{seeded.randrange(10**9)}"
+        house.say("junk", *([f"NICK {name}", "USER u 0 * :r"] if n % 2 else [name]))
+        for _ in range(seeded.randrange(40)):
+            word, place = f"w{seeded.randrange(10**9)}", f"#w{seeded.randrange(5)}"
+            house.say("junk", seeded.choice(JUNK_LINES).format(word=word, place=place))
+            if seeded.random() < 0.2:
+                house.turn()
+        house.guests["junk"].conn.close()
+        house.turn()
+    del house.guests["junk"]
+    house.grace_over()
+    house.now += 10 * 86400
+    house.idle(3)
+    house.asked_for.clear()
+    house.store.targets.clear()  # a cache, which has a bound
+
+
+def test_after_connections_full_of_junk_no_table_holds_more_than_before(seeded):
+    house = House()
+    be_junk(seeded, house, 100)
+    before = sizes(house)
+    be_junk(seeded, house, 200)
+    after = sizes(house)
+    assert {path: n for path, n in after.items() if n > before.get(path, 0)} == {}
 
 
 # ======================================================================================
