@@ -2757,6 +2757,12 @@ class Hub:
         self.last_id += 1
         return self.last_id
 
+    def forget_markers(self, owner: str) -> dict[str, Marker]:
+        """Return what was known of the one who is gone."""
+        if marks := self.markers.pop(owner, {}):
+            self.turn.record("markers_gone", owner)
+        return marks
+
     def charge(self, items: float) -> None:
         """The line that is acted on causes so much more work."""
         self.work += items
@@ -3089,7 +3095,7 @@ def inherit(hub: Hub, user: User, identity: str) -> None:
     if user.traces:
         hub.link(guest, identity)
         hub.turn.record("identity", guest, identity)
-    for target, mark in hub.markers.pop(guest, {}).items():
+    for target, mark in hub.forget_markers(guest).items():
         if hub.markers.advance(identity, target, mark):
             hub.turn.record("marker", identity, target, *mark)
 
@@ -3212,7 +3218,7 @@ def remove_user(hub: Hub, user: User, reason: str, origin: Session | None = None
     forget_absent(hub, user)
     hub.invisible -= "i" in user.modes
     hub.turn.changed.add(user)
-    hub.markers.pop(user.resume_id, None)
+    hub.forget_markers(user.resume_id)
     hub.former.append(FormerUser(user.source, user.realname, hub.now))
     tell_watchers(hub, user.key, OFFLINE, user.source)
 
@@ -3375,8 +3381,7 @@ def drop_account(hub: Hub, who: Session, name: str, proof: str) -> None:
         drop_certificate(hub, fingerprint)
     hub.accounts.remove(name)
     hub.turn.record("account_gone", fold(name))
-    hub.markers.pop(identity, None)
-    hub.turn.record("markers_gone", identity)
+    hub.forget_markers(identity)
     for guest in hub.guests_of.pop(identity, ()):
         del hub.accounts_of[guest]
     hub.turn.record("identities_gone", identity)
@@ -3636,17 +3641,15 @@ def set_modes(
 
 def move_markers(hub: Hub, old: str, new: str) -> None:
     """Read markers go with the channel; one of the new name was of another channel."""
-    for owner, marks in hub.markers.items():
-        if marks.keys().isdisjoint((old, new)):
-            continue
+    for owner, marks in list(hub.markers.items()):
+        for key in marks.keys() & {old, new}:
+            hub.turn.record("marker_gone", owner, key)
         mark, _ = marks.pop(old, None), marks.pop(new, None)
-        marks.update({} if mark is None else {new: mark})
-        if owner[0] == "=":  # of an account: they are kept
-            hub.turn.record("marker_gone", owner, old)
-            if mark:
-                hub.turn.record("marker", owner, new, *mark)
-            else:
-                hub.turn.record("marker_gone", owner, new)
+        if mark:
+            marks[new] = mark
+            hub.turn.record("marker", owner, new, *mark)
+        elif not marks:
+            del hub.markers[owner]
 
 
 @act
@@ -3894,8 +3897,7 @@ def mark_read(hub: Hub, who: Session, target: str, when: int, id: int) -> None:
     mark = Marker(when if id else min(when, hub.now + TIMES_AHEAD), id)
     if not hub.markers.advance(user.identity, key, mark):
         return
-    if user.account:
-        hub.turn.record("marker", user.identity, key, *mark)
+    hub.turn.record("marker", user.identity, key, *mark)
     if others := [session for session in user.live if session is not who]:
         hub.emit(READ_ON, user.source, Audience(target, sessions=others))
 
@@ -5402,6 +5404,8 @@ def load_hub(store: Store, now: float, ticks: float, name: str = SERVER_NAME) ->
             hub.link(guest, account)
         hub.bans = {key: ServerBan(*ban) for key, *ban in store.rows("bans")}
         revive(hub, store.rows("channels"), store.rows("stays"))
+        for owner in [one for one in hub.markers if one[0] == "~" and one not in hub.users_by_id]:
+            hub.forget_markers(owner)  # a guest who has not come back, or never could
     except (sqlite3.Error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Unusable(f"the database {store.path} is damaged ({error!r}); move it away") from error
     store.abandon({*hub.users_by_id, *hub.accounts_of})

@@ -5936,8 +5936,15 @@ def lasting(hub):
         "users": users,
         "channels": {key: one for key, one in channels.items() if one[0]["founder"] or one[1]},
         "certificates": hub.accounts.certificates,
-        **{name: picture(getattr(hub, name)) for name in ("accounts", "markers", "bans")},
-        **{name: picture(getattr(hub, name)) for name in ("accounts_of", "founded")},
+        "markers": {
+            owner: marks
+            for owner, marks in hub.markers.items()
+            if owner[0] == "=" or owner in users
+        },
+        **{
+            name: picture(getattr(hub, name))
+            for name in ("accounts", "accounts_of", "bans", "founded")
+        },
         "guests": {owner: sorted(guests) for owner, guests in hub.guests_of.items()},
     }
 
