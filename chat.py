@@ -8215,7 +8215,8 @@ def ban_from(session: LocalSession, mask: str, minutes: str, reason: str) -> Non
     by, full = session.user.source.mask, server_mask(mask)
 
     def done(count: int) -> None:
-        session.site.server.note(f"KLINE by {by}: {full} for {number} minutes: {reason}")
+        time = f"for {counted(number, 'minute')}" if number else "for ever"
+        session.site.server.note(f"KLINE by {by}: {full} {time}: {reason}")
         session.notice(f"K-line added: {full}; {counted(count, 'user')} disconnected")
 
     session.act("ban_from_server", mask, number, reason, then=done)
@@ -8224,7 +8225,7 @@ def ban_from(session: LocalSession, mask: str, minutes: str, reason: str) -> Non
 @irc_command("KLINE", 1, 3, privileged=True)
 def irc_kline(session: IrcSession, mask: str, minutes: str = "0", reason: str = "") -> None:
     """KLINE <address, mask or a:account> [<minutes>] [<reason>] -- ban from this server, for ever
-    without minutes, and close the connections of those it is for"""
+    without minutes (which may come first), and close the connections of those it is for"""
     ban_from(session, mask, minutes, reason)
 
 
@@ -8807,13 +8808,13 @@ def line_oper(session: LineSession, name: str, password: str) -> None:
 
 @line_command("kline", 1, 3, privileged=True)
 def line_kline(session: LineSession, mask: str, minutes: str = "0", reason: str = "") -> None:
-    """/kline ADDRESS|MASK|a:ACCOUNT [MINUTES [REASON]] -- ban from this server"""
+    """/kline ADDRESS|MASK|a:ACCOUNT [MINUTES [REASON]] -- ban from this server (operators only)"""
     ban_from(session, mask, minutes, reason)
 
 
 @line_command("unkline", 1, privileged=True)
 def line_unkline(session: LineSession, mask: str) -> None:
-    """/unkline ADDRESS|MASK|a:ACCOUNT -- end a ban from this server"""
+    """/unkline ADDRESS|MASK|a:ACCOUNT -- end a ban from this server (operators only)"""
     unban_from(session, mask)
 
 
