@@ -8215,8 +8215,8 @@ def ban_from(session: LocalSession, mask: str, minutes: str, reason: str) -> Non
     by, full = session.user.source.mask, server_mask(mask)
 
     def done(count: int) -> None:
-        time = f"for {counted(number, 'minute')}" if number else "for ever"
-        session.site.server.note(f"KLINE by {by}: {full} {time}: {reason}")
+        span = f"for {counted(number, 'minute')}" if number else "for ever"
+        session.site.server.note(f"KLINE by {by}: {full} {span}: {reason}")
         session.notice(f"K-line added: {full}; {counted(count, 'user')} disconnected")
 
     session.act("ban_from_server", mask, number, reason, then=done)
