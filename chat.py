@@ -9864,6 +9864,26 @@ def tags_told(talk: IrcTalk, heard: Heard) -> None:
         confirm(talk, heard.tags.get(OWN_ID, ""))
 
 
+UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as servers say it
+
+
+def begin_with_the_last(talk: IrcTalk, code: str) -> bool:
+    """If the server does not know the last message that is held (a backup was restored), ask
+    for its newest ones; return whether that was so."""
+    how, room = "", None
+    if talk.asked:
+        how, room = talk.asked[0].how, talk.core.rooms.get(fold(talk.asked[0].where))
+    if code not in UNKNOWN_MARK or how not in ("gap", "missed") or room is None:
+        return False
+    if not room.mark.startswith("msgid="):
+        return False
+    talk.asked.popleft()
+    room.mark = ""
+    text = "the server does not have the last message from here: something may be missing"
+    talk.core.show(View(NOTE, text, where=room.name))
+    return talk.ask_history(room, "last")
+
+
 def end_page(talk: IrcTalk) -> None:
     """There is none."""
     if talk.asked and talk.asked[0].how == "targets":
@@ -9893,7 +9913,7 @@ def failed(talk: IrcTalk, heard: Heard) -> None:
     elif (verb, code) == ("SESSION", "ACCOUNT_REQUIRED"):
         come_another_time(talk, text)
     elif verb == "CHATHISTORY":
-        end_page(talk)
+        begin_with_the_last(talk, code) or end_page(talk)
     elif verb == "REGISTER":
         forget_login(talk.core)
         refused(talk, heard, text)

@@ -6698,6 +6698,29 @@ def test_after_a_break_what_was_missed_comes_in_its_order_and_once(missed):
     assert alice.texts("bob") == [*(f"missed {n}" for n in range(missed)), "after"]
 
 
+@pytest.mark.parametrize("tidy", [True, False])
+def test_after_a_restored_backup_a_client_begins_with_the_last_and_tells_of_the_gap(tidy):
+    """The server does not know the id of the last message that this client has."""
+    house = house_of("bob")
+    alice = Pair(house, "alice", tidy=tidy)
+    house.say("bob", "known")
+    alice.exchange()
+    alice.drop()
+    house.say("bob", "of meanwhile")
+    house.turn()
+    room = alice.core.rooms[chat.LOBBY]
+    assert room.mark.startswith("msgid=")
+    room.mark = "msgid=" + chat.MessageIds().text(77)  # of another start
+    del alice.views[:]
+    alice.connect()
+    notes = [view.text for view in alice.views if view.kind == chat.NOTE]
+    assert sum("may be missing" in text for text in notes) == 1
+    assert [view.text for view in alice.views if view.text == "of meanwhile"] == ["of meanwhile"]
+    house.say("bob", "after")
+    alice.exchange()
+    assert alice.texts("bob")[-1] == "after" and room.mark.startswith("msgid=")
+
+
 def test_what_is_said_while_the_pages_are_on_their_way_waits_for_them():
     house = house_of("bob")
     alice = Pair(house, "alice", tidy=False)
