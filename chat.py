@@ -1231,8 +1231,9 @@ def address_key(host: str, own: str = "") -> str:
 
 
 class Throttle:
-    """How often an attempt may fail, by (address, subject) and by address alone. Nobody else
-    can lock the owner of an account out by that. Times are of the monotonic clock."""
+    """How often an attempt may fail, by (address, subject) and by address alone. A user
+    at another address cannot lock the owner of an account out by that. Times are of the
+    monotonic clock."""
 
     def __init__(
         self,
@@ -2758,7 +2759,7 @@ class Hub:
         return self.last_id
 
     def forget_markers(self, owner: str) -> dict[str, Marker]:
-        """Return what was known of the one who is gone."""
+        """Remove the read markers of an identity and return them, by target."""
         if marks := self.markers.pop(owner, {}):
             self.turn.record("markers_gone", owner)
         return marks
@@ -4148,8 +4149,7 @@ EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
 
 
 def check_registration(session: LocalSession, nick: str, wanted: str, email: str) -> str:
-    """Return the account name that a session may register, and whether its address has to be
-    verified. Raises Refused."""
+    """Return the account name that a session may register. Raises Refused."""
     rules = session.site.registration
     name = nick if fold(wanted) in ("*", fold(nick)) else wanted
     if "off" in rules:
@@ -9870,12 +9870,10 @@ UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as s
 def begin_with_the_last(talk: IrcTalk, code: str) -> bool:
     """If the server does not know the last message that is held (a backup was restored), ask
     for its newest ones; return whether that was so."""
-    how, room = "", None
-    if talk.asked:
-        how, room = talk.asked[0].how, talk.core.rooms.get(fold(talk.asked[0].where))
-    if code not in UNKNOWN_MARK or how not in ("gap", "missed") or room is None:
+    if not talk.asked or talk.asked[0].how not in ("gap", "missed") or code not in UNKNOWN_MARK:
         return False
-    if not room.mark.startswith("msgid="):
+    room = talk.core.rooms.get(fold(talk.asked[0].where))
+    if room is None or not room.mark.startswith("msgid="):
         return False
     talk.asked.popleft()
     room.mark = ""

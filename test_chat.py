@@ -12225,10 +12225,9 @@ def columns_of(path):
     with contextlib.closing(sqlite3.connect(path)) as db:
         for table in tables_of(path):
             cursor = db.execute(f'SELECT * FROM "{table}" LIMIT 1')
-            row = cursor.fetchone()
-            if row is not None:
-                for (column, *_), value in zip(cursor.description, row, strict=True):
-                    yield table, column, value
+            columns, row = cursor.description, cursor.fetchone()
+            for (column, *_), value in zip(columns, row, strict=True) if row else ():
+                yield table, column, value
 
 
 JUNK_VALUES = {int: ("'junk'", "-9223372036854775808"), bytes: ("'junk'",), str: ("x'ff00fe'",)}
@@ -12262,24 +12261,27 @@ def use_database(folder):
 # process of the test, because it is many starts; the exit status is tested below
 @thorough
 def test_wrong_values_in_any_column_are_one_clear_line_or_do_no_harm(full_folder, tmp_path, caplog):
-    faults, count = [], itertools.count()
-    for table, column, value in columns_of(full_folder / "chat.db"):
-        for junk in wrong_values(value):
-            statement = f'UPDATE OR IGNORE "{table}" SET "{column}" = {junk}'
-            try:
-                folder = damaged_copy(full_folder, tmp_path / str(next(count)), statement)
-            except sqlite3.IntegrityError:
-                continue  # SQLite itself does not let that happen
-            try:
-                said = use_database(folder)
-                if "\n" in said:
-                    faults.append((statement, said))
-            except (Exception, AssertionError) as error:  # all of them are wanted in one list
-                faults.append((statement, repr(error)[:200]))
-            if "a bug" in caplog.text:
-                faults.append((statement, caplog.records[-1].getMessage()))
-            caplog.clear()
-            shutil.rmtree(folder)
+    faults = []
+    statements = [
+        f'UPDATE OR IGNORE "{table}" SET "{column}" = {junk}'
+        for table, column, value in columns_of(full_folder / "chat.db")
+        for junk in wrong_values(value)
+    ]
+    for n, statement in enumerate(statements):
+        try:
+            folder = damaged_copy(full_folder, tmp_path / str(n), statement)
+        except sqlite3.IntegrityError:
+            continue  # SQLite itself does not let that happen
+        try:
+            said = use_database(folder)
+        except (Exception, AssertionError) as error:  # all of them are wanted in one list
+            said = f"\n{error!r:.200}"
+        if "\n" in said:
+            faults.append((statement, said))
+        if "a bug" in caplog.text:
+            faults.append((statement, caplog.records[-1].getMessage()))
+        caplog.clear()
+        shutil.rmtree(folder)
     assert "\n".join(map(str, faults)) == ""
 
 
