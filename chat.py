@@ -5865,12 +5865,9 @@ OWN_ID = "+chat.py/id"  # what a client calls its message: under one id it is sa
 def client_id(session: "IrcSession", target: str) -> str:
     """What the client calls the message that it sends; one to several people has no such
     name, which would have to mean each of them."""
-    own = session.message.tags.get(OWN_ID, "") if session.message.tags else ""
-    return (
-        own
-        if session.wire.format.tagged and is_word(own, OWN_ID_BYTES) and "," not in target
-        else ""
-    )
+    own = session.message.tags.get(OWN_ID, "")
+    usable = own and session.wire.format.tagged and is_word(own, OWN_ID_BYTES)
+    return own if usable and "," not in target else ""
 
 
 class Collected:
@@ -7046,16 +7043,15 @@ def tell_repeat(session: IrcSession, name: str, own: str, first: int) -> None:
 def send_message(
     session: IrcSession, name: str, text: str, kind: str, tags: str, own: str = ""
 ) -> None:
-    def sent(result: Sent) -> None:
-        if result.repeat is not None:
-            tell_repeat(session, name, own, result.repeat)
-        elif result.away:
-            session.reply(RPL_AWAY, result.away.name, result.away.away)
-
+    """Say it, and tell what became of it. Raises Refused."""
     hub = session.site.hub
     if own and hub.store.dedup.lost(hub.dedup_owners(session), own, hub.ticks):
         return tell_repeat(session, name, own, 0)
-    session.act("say", name, text, kind, tags, own, then=sent if own or kind is MESSAGE else None)
+    result = hub.perform("say", session.id, name, text, kind, tags, own)
+    if result.repeat is not None:
+        tell_repeat(session, name, own, result.repeat)
+    elif result.away:
+        tell_away(session, result.away)
 
 
 def check_length(session: IrcSession, name: str, text: str, tags: str) -> None:
@@ -8442,13 +8438,15 @@ class LineSession(LocalSession):
             self.end("Another connection of yours took this place")
 
     def say(self, text: str, kind: str = MESSAGE) -> None:
-        self.act("say", self.place().name, text, kind, "", "")
+        # A refusal is raised to receive(): the shortest way, for what storms are made of
+        self.site.hub.perform("say", self.id, self.place().name, text, kind, "", "")
 
     def place(self) -> Channel:
         """Return where plain lines go. A user who was put out of it has to choose another."""
         if self.here is None:
             raise Refused("NOT_IN_CHANNEL", f"you are in no channel; /join {LOBBY}")
-        self.here.member(self.user)
+        if self.here not in self.user.channels:
+            self.here.member(self.user)
         return self.here
 
     def take_name(self, wanted: str) -> None:
