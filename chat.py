@@ -95,6 +95,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import string
 import subprocess
 import sys
 import textwrap
@@ -257,7 +258,15 @@ CHECKED_ON_START_BYTES = 16 * 1024 * 1024  # a larger database is not read whole
 HISTORY_LINES = 20  # /history without a number: a screen
 HISTORY_LINES_MOST = 500
 PAGE_LINES = 100  # that our clients ask for at once
+PAGE_SECONDS = 15.0  # that a page may take, before what waits for it is shown
 SENT_AHEAD = 32  # messages of ours under way: what is sent again after a break, at most
+PACE_BURST, PACE_RATE = 5, 0.5  # lines to other servers at once, and a second: RFC 1459 section
+PACE_BYTES = 512  # 8.10, which InspIRCd, ngIRCd and ircd 2.11 allow; so many bytes count as a line
+CAP_SECONDS = 10.0  # without an answer to CAP: then the server knows none
+REGAIN_SECONDS = 60.0  # between two looks whether the wanted name is free
+CTCP_BURST, CTCP_RATE = 3, 0.1  # answers to CTCP at once, and a second
+ECHOES_KEPT = 500  # lines of ours that a server is to send back, to know them again
+LASTLOG_MOST = 100  # messages that /lastlog shows
 VIEWS_KEPT = 2000  # of a conversation, by our clients; more is in the server's history
 IDS_KEPT = 10_000  # of messages, to tell a repeat
 ROOMS_KEPT = 200  # conversations; a private one that nobody looks at gives way to the next
@@ -285,6 +294,8 @@ LISTEN_CONNECT_TIMES = 4  # ... or this many times what connecting took, the lon
 CONNECT_SECONDS = 10.0  # to one address, and as much again for the TLS handshake
 BACKOFF_FIRST = 0.5  # seconds before the first attempt to reconnect
 BACKOFF_MOST = 30.0
+DISMISSED_SECONDS = 2.0  # that a server has to hang up in after it said ERROR
+ONLINE_SECONDS = 30.0  # after which a connection is one: the next back-off begins anew
 NEXT_ADDRESS_SECONDS = 0.25  # until the next address is tried, too (RFC 8305 section 5)
 RETRY_SECONDS = 60.0  # that a filter looks for a server it has lost
 WATCH_SECONDS = 1.0  # between two looks whether the server is still there ...
@@ -777,6 +788,11 @@ def split_words(text: str) -> list[str] | None:
     return [word[1:-1] if len(word) > 1 and word[0] == word[-1] == '"' else word for word in words]
 
 
+def positive_number(text: str) -> float:
+    """Return a decimal number; 0 if `text` is none, or not positive."""
+    return float(text) if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text) else 0.0
+
+
 def whole_number(text: str) -> int | None:
     """The number that `text` is; None if it is none, or none that anybody means."""
     return int(text) if text.isdecimal() and len(text) < 10 else None
@@ -1173,6 +1189,12 @@ def login_scram(account: str, password: str) -> Mechanism:
             raise wrong_login()
     except (KeyError, ValueError):
         raise wrong_login() from None
+    yield b""
+
+
+def login_external() -> Mechanism:
+    """sasl_external() from the client's side: TLS has shown the certificate."""
+    yield b""
     yield b""
 
 
@@ -8941,18 +8963,25 @@ def dialect_of(first_line: bytes) -> str:
 CHAT, IRC, PLAIN = "chat.py", "irc", "plain"  # the kinds of server this client can talk to
 
 SAID, CAME, WENT, TOLD = "said", "came", "went", "told"
-NOTE, STATUS, UP, PEOPLE = "note", "status", "up", "people"
+NOTE, STATUS, UP, PEOPLE, NOTICED = "note", "status", "up", "people", "noticed"
 ARRIVED, FAILED, BACK, OLDER, PLACE = "arrived", "failed", "back", "older", "place"
+REMOVED, CLEARED, FOUND = "removed", "cleared", "found"
+
+
+# Why a connection ended, or was not let in; see Link
+TEMPORARY, NEEDS_USER, FATAL = "temporary", "needs the user", "fatal"
 
 
 class View(NamedTuple):
     """One thing to show."""
 
-    # SAID, CAME, WENT; TOLD by the server; a NOTE of our own; the STATUS of the connection,
-    # UP when it stands; PEOPLE when those who are here have changed, with a text if somebody
-    # asked who they are; ARRIVED, FAILED: what became of a message of ours; BACK: a text that
-    # was not accepted, to be edited; OLDER: a room has so many views more before the others;
-    # PLACE: another room is looked at, of which so many messages are new
+    # SAID, NOTICED (a NOTICE of IRC), CAME, WENT; TOLD by the server; a NOTE of our own; the
+    # STATUS of the connection, UP when it stands; PEOPLE when members have changed, with a text
+    # if the user asked who they are; ARRIVED, FAILED: what became of a message of ours; BACK: a
+    # text that was not accepted, to be edited; OLDER: a room has so many views more before the
+    # others; PLACE: another room is looked at, of which so many messages are new; REMOVED: the
+    # message with this id was taken back; CLEARED: begin with an empty page; FOUND: a message of the
+    # past that was asked for
     kind: str
     text: str = ""
     name: str = ""
@@ -9000,13 +9029,18 @@ def parse_heard(line: str) -> Heard:
 
 
 client_command = Commands("/")
+CLIENT_ALIASES = {
+    **{"j": "join", "query": "msg", "tell": "msg", "leave": "part", "n": "names", "w": "whois"},
+    **{"quote": "raw", "exit": "quit", "bye": "quit", "topics": "topic", "hop": "reconnect"},
+}
 
 
 def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[str]) -> list[str]:
     """What a word may become: a command or an address at the start of a line, a channel, a
     name. Names are offered in the order given."""
     if word[:1] == "/" and first:
-        return sorted(f"/{verb} " for verb in client_command if verb.startswith(word[1:]))
+        verbs = (*client_command, *CLIENT_ALIASES)
+        return sorted(f"/{verb} " for verb in verbs if len(verb) > 1 and verb.startswith(word[1:]))
     if word[:1] == "#":
         return [f"{room} " for room in rooms if room.startswith(word)]
     end = ": " if first else " "
@@ -9025,7 +9059,138 @@ def is_quit(text: str) -> bool:
 
 
 def is_channel(name: str) -> bool:
-    return name[:1] in ("#", "&")
+    """Whether it looks like a channel's name, where no server is at hand to ask."""
+    return name[:1] in ("#", "&", "+", "!")
+
+
+CASE_MAPPINGS = {  # names of 005's CASEMAPPING -> capitals and their small letters
+    "ascii": str.maketrans(string.ascii_uppercase, string.ascii_lowercase),
+    "rfc1459": str.maketrans(string.ascii_uppercase + "[]\\~", string.ascii_lowercase + "{}|^"),
+    "rfc1459-strict": str.maketrans(
+        string.ascii_uppercase + "[]\\", string.ascii_lowercase + "{}|"
+    ),
+}
+CASE_MAPPINGS["strict-rfc1459"] = CASE_MAPPINGS["rfc1459-strict"]
+UNICODE_MAPPINGS = ("rfc7613", "rfc8265", "precis")  # of servers that take all of Unicode
+PARAMETER_MODES = "beIqaohvkl"  # that carry a parameter, where 005 has no CHANMODES
+
+
+class ServerProfile:
+    """What a server can do and how it compares names, as CAP, 004 and 005 say it. What it
+    has not said is as RFC 1459 has it; `before` is what it said over an earlier connection."""
+
+    def __init__(self, ours: bool = True, before: "ServerProfile | None" = None):
+        self.ours = before.ours if before else ours  # a chat.py
+        self.offered: dict[str, str] = {}  # capabilities and their values
+        self.enabled: set[str] = set()
+        self.tokens: dict[str, str] = dict(before.tokens) if before else {}  # of 005
+
+    # Names
+
+    def fold(self, name: str) -> str:
+        """Return the key of a name: two names with one key are the same to this server."""
+        if self.ours:
+            return fold(name)
+        mapping = self.tokens.get("CASEMAPPING", "rfc1459").lower()
+        if mapping in UNICODE_MAPPINGS:
+            return fold(name)
+        return name.translate(CASE_MAPPINGS.get(mapping, CASE_MAPPINGS["ascii"]))
+
+    @property
+    def channel_types(self) -> str:
+        return self.tokens.get("CHANTYPES", "#" if self.ours else "#&")
+
+    def is_channel(self, name: str) -> bool:
+        return bool(name) and name[0] in self.channel_types
+
+    def as_channel(self, name: str) -> str:
+        """Return the name of a channel as a user may type it, without its first character."""
+        known = self.is_channel(name) or name[:1] in "#&!+"
+        return name if known else f"{self.channel_types[:1] or '#'}{name}"
+
+    def without_status(self, target: str) -> str:
+        """Return the channel of a target like @#channel, which is for its operators."""
+        bare = target[1:]
+        return bare if target[:1] in self.status and self.is_channel(bare) else target
+
+    @property
+    def status(self) -> str:
+        return self.tokens.get("STATUSMSG", "")
+
+    @property
+    def ranks(self) -> tuple[str, str]:
+        """The letters of the modes that are ranks, and their symbols before names."""
+        letters, _, symbols = self.tokens.get("PREFIX", "(ov)@+").removeprefix("(").partition(")")
+        return letters, symbols
+
+    def takes_parameter(self, letter: str, sign: str) -> bool:
+        """Whether a channel mode is followed by a parameter (Modern IRC, CHANMODES)."""
+        if letter in self.ranks[0]:
+            return True
+        lists, always, on_set, *_ = (*self.tokens.get("CHANMODES", "").split(","), "", "", "")
+        if "CHANMODES" not in self.tokens:
+            return letter in PARAMETER_MODES and (letter != "l" or sign == "+")
+        return letter in lists + always or (letter in on_set and sign == "+")
+
+    def mode_changes(self, letters: str, values: list[str]) -> Iterator[tuple[str, str, str]]:
+        """Yield the changes of a MODE: sign, letter and parameter ("" if there is none)."""
+        left, sign = iter(values), "+"
+        for letter in letters:
+            if letter in "+-":
+                sign = letter
+            else:
+                value = next(left, "") if self.takes_parameter(letter, sign) else ""
+                yield sign, letter, value
+
+    # Limits
+
+    def limit(self, name: str, usual: int) -> int:
+        """Return the number that a token of 005 has."""
+        return whole_number(self.tokens.get(name, "")) or usual
+
+    @property
+    def page_size(self) -> int:
+        return min(self.limit("CHATHISTORY", PAGE_LINES), PAGE_LINES)
+
+    @property
+    def multiline_limits(self) -> tuple[int, int]:
+        """Bytes and lines of one message (draft/multiline)."""
+        value = parse_tags(self.offered.get("draft/multiline", "").replace(",", ";"))
+        size, lines = (whole_number(value.get(f"max-{one}", "")) for one in ("bytes", "lines"))
+        return size or LINE_BYTES, lines or MESSAGE_LINES
+
+    # What our messages come back with
+
+    @property
+    def keeps_own_tags(self) -> bool:
+        """Whether a tag of a client reaches other clients, and this one."""
+        denied = self.tokens.get("CLIENTTAGDENY", "").split(",")
+        name = OWN_ID.removeprefix("+")
+        allowed = f"-{name}" in denied or not ({"*", name} & set(denied))
+        return "message-tags" in self.enabled and allowed
+
+    @property
+    def labels(self) -> bool:
+        return {"labeled-response", "batch"} <= self.enabled
+
+    @property
+    def echoes(self) -> bool:
+        """Our messages come back recognizably: that is how the client knows that they arrived."""
+        return "echo-message" in self.enabled and (self.labels or self.keeps_own_tags)
+
+    @property
+    def repeatable(self) -> bool:
+        """A message that is sent twice under one id is said once."""
+        return self.echoes and "chat.py/session" in self.enabled
+
+    @property
+    def pages(self) -> bool:
+        """It can tell what was said, and has ids for it."""
+        return {"draft/chathistory", "batch", "message-tags", "server-time"} <= self.enabled
+
+    @property
+    def multiline(self) -> bool:
+        return {"draft/multiline", "batch"} <= self.enabled
 
 
 # What is said, until it has arrived
@@ -9038,18 +9203,21 @@ class Waiting(NamedTuple):
     where: str
     text: str
     kind: str  # MESSAGE or ACTION
+    sent: bool = False  # at least once, perhaps by an earlier run of this program
 
 
 class Outbox:
-    """What was said and has not arrived for certain, in order. A `journal` outlives the
-    program: append(record), which raises Unusable when it cannot, and clear()."""
+    """Messages that were accepted and have not arrived for certain, in order. A `journal`
+    outlives the program: append(record), which raises Unusable when it cannot, and clear()."""
 
     def __init__(self, journal: Any = None, secret: str = "", waiting: Iterable[Waiting] = ()):
         self.journal = journal
         self.secret = secret or secrets.token_hex(SECRET_DIGITS // 2)
         self.waiting = {one.id: one for one in waiting}
-        self.flying: dict[str, None] = {}  # sent over the present connection
-        self.doubtful: set[str] = set()  # sent over an earlier one; history will tell
+        self.in_flight: dict[str, None] = {}  # sent over the present connection
+        self.window = 1  # how many may be: doubled with each round trip, one after a break
+        self.unconfirmed: set[str] = set()  # sent over an earlier one; history will tell
+        self.parked: dict[str, str] = {}  # for the user to decide: /retry, /cancel; and why
 
     def add(self, now: float, where: str, text: str, kind: str) -> Waiting:
         """Accept a message, at wall time `now`. Raises Unusable if it cannot be kept."""
@@ -9060,44 +9228,67 @@ class Outbox:
         return one
 
     def next(self, carries: Callable[[Waiting], bool]) -> Waiting | None:
-        """What is to be sent now, of what the talk `carries`. Nothing overtakes what was said
-        before it."""
-        if len(self.flying) >= SENT_AHEAD:
+        """Return what is to be sent now, of what the talk `carries`. No message overtakes
+        one that was accepted before it, except those that wait for the user."""
+        if len(self.in_flight) >= self.window:
             return None
-        there = (one for id, one in self.waiting.items() if id not in self.flying)
+        later = self.in_flight.keys() | self.parked.keys()
+        there = (one for id, one in self.waiting.items() if id not in later)
         one = next(filter(carries, there), None)
-        if one is None or one.id in self.doubtful:
-            return None
-        self.flying[one.id] = None
-        return one
+        return None if one is None or one.id in self.unconfirmed else one
+
+    def send(self, one: Waiting) -> None:
+        """Note that a message is being sent."""
+        self.in_flight[one.id] = None
+        if not one.sent:
+            self.waiting[one.id] = one._replace(sent=True)
+            self._note({"sent": one.id})
 
     def arrived(self, id: str) -> Waiting | None:
-        """Or was refused: it is not to be sent again."""
-        self.flying.pop(id, None)
-        self.doubtful.discard(id)
+        """Take out a message that arrived, or is not to be sent again."""
+        if id in self.in_flight:
+            del self.in_flight[id]
+            self.window = min(SENT_AHEAD, self.window + 1)
+        self.unconfirmed.discard(id)
+        self.parked.pop(id, None)
         one = self.waiting.pop(id, None)
-        if one and self.journal:
-            with contextlib.suppress(Unusable):  # then it is sent again, and known as a repeat
-                self.journal.append({"done": id})
-                if not self.waiting:
-                    self.journal.clear()
+        if one:
+            self._note({"done": id})
         return one
 
-    def readdress(self, old: str, new: str) -> None:
-        """What is still to be sent there goes to where they are now."""
+    def _note(self, record: dict[str, Any]) -> None:
+        if self.journal:
+            with contextlib.suppress(Unusable):  # then it is sent again, and known as a repeat
+                self.journal.append(record)
+                if not self.waiting:
+                    self.journal.clear()
+
+    def park(self, id: str, why: str) -> None:
+        """Leave a message to the user."""
+        self.in_flight.pop(id, None)
+        self.unconfirmed.discard(id)
+        self.parked[id] = why
+
+    def retry(self, id: str) -> None:
+        """Send a message that was left to the user."""
+        self.parked.pop(id, None)
+
+    def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
+        """Send to `new` what is still to be sent to a conversation that was renamed."""
         for id, one in self.waiting.items():
-            if fold(one.where) == fold(old) and id not in self.flying:
+            if is_old(one.where) and id not in self.in_flight:
                 self.waiting[id] = one._replace(where=new)
 
     def take_back(self, sent: Iterable[Waiting]) -> None:
-        """These have not arrived after all. Raises Unusable if they cannot be kept."""
+        """Keep messages that have not arrived after all. Raises Unusable if it cannot."""
         self.waiting = {one.id: one for one in sent} | self.waiting
         for one in sent if self.journal else ():
             self.journal.append({"say": one})
 
-    def grounded(self) -> list[Waiting]:
-        """The connection broke: these had been sent."""
-        flown, self.flying = [self.waiting[id] for id in self.flying], {}
+    def connection_lost(self) -> list[Waiting]:
+        """Return what was in flight."""
+        flown, self.in_flight = [self.waiting[id] for id in self.in_flight], {}
+        self.window = 1
         return flown
 
 
@@ -9112,10 +9303,11 @@ class Transcript(collections.deque):
 
 
 class Room:
-    """A channel, or a private talk with somebody, as this client knows it."""
+    """A channel, or a private conversation, as this client knows it."""
 
-    def __init__(self, name: str, password: str = ""):
+    def __init__(self, name: str, password: str = "", channel: bool | None = None):
         self.name, self.password = name, password
+        self.is_channel = is_channel(name) if channel is None else channel
         self.people: dict[str, str] = {}  # ranks by name; who spoke last is last
         self.topic = ""
         self.inside = False
@@ -9130,22 +9322,18 @@ class Room:
         self.unread = self.called = 0
 
     @property
-    def is_channel(self) -> bool:
-        return is_channel(self.name)
-
-    @property
     def oldest(self) -> str:
         """The id of the first message here; "" if there is none."""
-        return next((view.id for view in self.views if view.id), "")
+        return next((view.id for view in self.views if view.id and view.kind != FOUND), "")
 
     def hold(self, view: View) -> None:
-        """Until what comes before it is there."""
+        """Keep what comes until what was said before it is there."""
         self.held.append(view)
         if len(self.held) > VIEWS_KEPT:
             self.held, self.spilled = [], True
 
     def came(self, name: str, ranks: str = "") -> None:
-        """A server may make up as many people as it likes."""
+        """Add a member. A server may make up as many as it likes."""
         if len(self.people) < PEOPLE_LISTED and len(name.encode()) <= NAME_BYTES:
             self.people[name] = ranks
 
@@ -9159,6 +9347,14 @@ class Room:
         self.people[new] = self.people.pop(name)
         return True
 
+    def rank(self, name: str, symbol: str, on: bool, symbols: str) -> None:
+        """Give or take a rank of a member."""
+        if name in self.people:
+            before = self.people[name]
+            self.people[name] = "".join(
+                one for one in symbols if (on if one == symbol else one in before)
+            )
+
 
 # Talking to a workshop server
 
@@ -9168,8 +9364,21 @@ PLAIN_LINES = {
     SAID: re.compile(r"([^:*][^:]*): (.*)"),
 }
 IRC_SPEAKS = re.compile(r":|NOTICE |ERROR |PING ")  # how a line of an IRC server begins
-# Who says so to a name is no workshop server
+# A server that answers a name with this is no workshop server
 WANTS_IRC = re.compile(r":chat\.py/|:\S+ (?:421|451) |ERROR :")
+OTHER_PROTOCOLS = (  # how the first line of a server begins that is not for chats
+    ("SSH", re.compile(r"SSH-\d")),
+    ("HTTP", re.compile(r"HTTP/\d|<!DOCTYPE |<html", re.IGNORECASE)),
+    ("SMTP or FTP", re.compile(r"220[ -]")),
+    ("POP3", re.compile(r"\+OK\b")),
+    ("IMAP", re.compile(r"\* OK\b")),
+    ("VNC", re.compile(r"RFB \d")),
+)
+
+
+def other_protocol(line: str) -> str:
+    """Return what a server speaks, by its first line, if that is a known protocol and no chat."""
+    return next((name for name, pattern in OTHER_PROTOCOLS if pattern.match(line)), "")
 
 
 class PlainTalk:
@@ -9182,13 +9391,15 @@ class PlainTalk:
         self.core = core
         self.sent: collections.deque[Waiting] = collections.deque(maxlen=UNDERSTOOD_KEPT)
         core.output.append(core.wanted_name)
-        core.rooms.setdefault(fold(LOBBY), Room(LOBBY)).inside = True
-        core.here = LOBBY
+        room = core.rooms.setdefault(core.fold(LOBBY), Room(LOBBY))
+        room.inside, core.current = True, room
 
     def take(self, line: str) -> None:
-        core, room = self.core, self.core.rooms[fold(LOBBY)]
+        core, room = self.core, self.core.rooms[self.core.fold(LOBBY)]
+        if not core.sure and (other := other_protocol(line)):
+            return core.give_up(f"this is no chat server: it speaks {other}")
         if WANTS_IRC.match(line) and not core.insists:
-            core.outbox.take_back(self.sent)  # nobody has understood it
+            core.outbox.take_back(self.sent)  # the server has understood none of it
             return core.come_back(CHAT if line.startswith(":chat.py/") else IRC)
         matches = ((kind, pattern.fullmatch(line)) for kind, pattern in PLAIN_LINES.items())
         kind, match = next((pair for pair in matches if pair[1]), (TOLD, None))
@@ -9209,18 +9420,24 @@ class PlainTalk:
         core.show(View(PEOPLE, where=LOBBY))
 
     def carries(self, one: Waiting) -> bool:
-        """What was meant for somebody else is not for everybody."""
-        return fold(one.where) == fold(LOBBY)
+        """What was meant for another conversation is not for everybody."""
+        return self.core.fold(one.where) == self.core.fold(LOBBY)
 
-    def transmit(self, one: Waiting) -> None:
-        text = f"*{one.text}*" if one.kind == ACTION else one.text
-        self.core.output += text.split("\n")
-        if not self.core.sure:
-            self.sent.append(one)
-        self.core.shown.discard(one.id)
-        self.core.outbox.arrived(one.id)  # or never will: nobody tells
+    def pump(self) -> None:
+        """Send what may be sent."""
+        outbox = self.core.outbox
+        while one := outbox.next(self.carries):
+            text = f"*{one.text}*" if one.kind == ACTION else one.text
+            self.core.output += text.split("\n")
+            if not self.core.sure:
+                self.sent.append(one)
+            self.core.shown.discard(one.id)
+            outbox.arrived(one.id)  # or never will: such a server does not tell
 
-    def bye(self) -> None:
+    def tick(self) -> None:
+        pass
+
+    def bye(self, reason: str) -> None:
         pass
 
     def ping(self) -> None:
@@ -9233,7 +9450,11 @@ WANTED = (  # capabilities that this client can use
     *("message-tags", "server-time", "batch", "echo-message", "labeled-response"),
     *("draft/multiline", "draft/chathistory", "draft/channel-rename", "multi-prefix"),
     *("draft/message-redaction", "standard-replies", "soju.im/search", "chat.py/session", "sasl"),
+    *("chghost", "no-implicit-names", "cap-notify"),
 )
+
+
+NO_PACE = (1e9, 1e9)  # lines at once, and a second
 
 
 class Batch:
@@ -9244,6 +9465,10 @@ class Batch:
         self.opening, self.outer = heard, outer
         self.items: "list[Heard | Batch]" = []
 
+    @property
+    def target(self) -> str:
+        return self.opening.params[2] if len(self.opening.params) > 2 else ""
+
 
 class Asked(NamedTuple):
     """History that is on its way."""
@@ -9253,6 +9478,16 @@ class Asked(NamedTuple):
     # the newest of that, for a person. "older": before what is shown. "asked": just to see
     how: str
     limit: int
+    label: str = ""
+    at: float = 0.0  # monotonic, in seconds
+
+
+class Echoed(NamedTuple):
+    """A line of ours that the server will echo without saying which one it is."""
+
+    target: str  # folded
+    text: str
+    id: str  # of the message that ends with this line; "" if more follow
 
 
 IRC_HEARD: dict[str, tuple[Callable, int]] = {}  # verb -> handler, and parameters it needs
@@ -9269,28 +9504,76 @@ def from_server(*verbs: str, least: int = 0) -> Callable:
 
 
 def sendable_lines(text: str, room: int) -> Iterator[tuple[str, bool]]:
-    """A message as lines that fit; and whether each goes on with the one before."""
+    """Yield a message as lines that fit; and whether each goes on with the one before."""
     for line in text.split("\n"):
         for n, piece in enumerate(split_text(line, room)):
             yield piece, n > 0
 
 
+def in_batches(
+    lines: list[tuple[str, bool]], size: int, count: int
+) -> Iterator[list[tuple[str, bool]]]:
+    """Yield lines in groups that fit in one message of `size` bytes and `count` lines."""
+    group, used = [], 0
+    for text, goes_on in lines:
+        length = len(text.encode()) + (0 if goes_on or not group else 1)
+        if group and (used + length > size or len(group) == count):
+            yield group
+            group, used, goes_on = [], 0, False
+        group.append((text, goes_on))
+        used += length
+    yield group
+
+
+def same_words(sent: str, heard: str) -> bool:
+    """Whether a server made `heard` of what was sent: some cut a line or take its colours."""
+    plain = plain_text(sent)
+    return heard in (sent, plain) or (len(heard) > 100 and (sent + plain).startswith(heard))
+
+
+PIECE = "piece"  # in place of an id: a line of ours within a message, which needs no showing
+
+
+def echo_id(talk: "IrcTalk", heard: Heard, target: str, text: str) -> str:
+    """Return our id of a message of ours that comes back: by label, by tag, or by its order
+    among those that this server echoes without either."""
+    waiting = talk.core.outbox.waiting
+    for name in (heard.tags.get("label", ""), heard.tags.get(OWN_ID, "")):
+        if name in waiting or (name and name == heard.tags.get(OWN_ID)):
+            return name
+    key = talk.core.fold(target)
+    for n, sent in enumerate(talk.echoed):
+        if sent.target == key and same_words(sent.text, text):
+            del talk.echoed[: n + 1]
+            return sent.id or PIECE
+    return ""
+
+
+def is_person(heard: Heard) -> bool:
+    """Whether a user says this, and neither a server nor one of its services."""
+    if fold(heard.name) in SERVICES:
+        return False
+    return "!" in heard.source or bool(heard.source and "." not in heard.source)
+
+
 def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
-    """PRIVMSG or NOTICE, as it is shown."""
-    core, target = talk.core, heard.params[0].lstrip(talk.ranks)
-    mine = fold(heard.name) == fold(core.name)
-    where = target if mine or is_channel(target) else heard.name
+    """Return PRIVMSG or NOTICE as it is shown."""
+    core, server = talk.core, talk.server
+    target = server.without_status(heard.params[0])
+    mine = core.is_me(heard.name)
+    where = target if mine or server.is_channel(target) else heard.name
+    own_id = echo_id(talk, heard, heard.params[0], text) if mine else ""
     if text.startswith("\x01ACTION "):
         text = f"*{text[8:].removesuffix(chr(1))}*"
     text = text.replace("\x01", "")
-    called = not mine and (not is_channel(where) or calls(text, core.name))
-    own_id = heard.tags.get(OWN_ID, "") if mine else ""
-    person = mine or ("!" in heard.source and fold(heard.name) not in SERVICES)
-    kind = SAID if person else TOLD
+    called = not mine and (not server.is_channel(where) or calls(text, core.name))
+    person = mine or is_person(heard)
+    kind = (NOTICED if heard.verb == "NOTICE" else SAID) if person else TOLD
     return View(
         *(kind, text, heard.name, where, heard.time, mine, called),
         id=heard.tags.get("msgid", ""),
         own_id=own_id,
+        address=heard.source.partition("!")[2],
     )
 
 
@@ -9308,6 +9591,8 @@ def page_missed(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> N
     for view in views:
         talk.core.deliver(room, view)
     if new or room.spilled:
+        talk.core.made_progress()
+        talk.core.page_lines = min(talk.server.page_size, 2 * talk.core.page_lines)
         room.spilled = False
         talk.ask_history(room, "missed")
     else:
@@ -9324,6 +9609,9 @@ def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None
         talk.core.show(View(NOTE, text, where=room.name))
     for view in views:
         talk.core.deliver(room, view)
+    if views:
+        talk.core.made_progress()
+        talk.core.page_lines = min(talk.server.page_size, 2 * talk.core.page_lines)
     if room.spilled:
         room.spilled = False
         talk.ask_history(room, "gap")
@@ -9344,99 +9632,230 @@ def page_older(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> No
 PAGES = {"last": page_last, "missed": page_missed, "gap": page_gap, "older": page_older}
 
 
+def ask_targets(talk: "IrcTalk") -> None:
+    """Ask in which private conversations something was said meanwhile. A chat.py is asked by
+    the last id; other servers by a time, a day earlier: their clock may have been set."""
+    core = talk.core
+    if "chat.py/session" in talk.server.enabled and core.newest_id:
+        since = f"msgid={core.newest_id}"
+    else:
+        since = f"timestamp={tag_time(max(0, talk.since - 24 * 3600 * 1000))}"
+    now = f"timestamp={tag_time(LAST_MOMENT)}"
+    talk.ask(Asked("", "targets", 0), "TARGETS", since, now, str(TARGETS_ASKED))
+
+
+class Login(NamedTuple):
+    """What a client knows of its account."""
+
+    account: str
+    password: str
+
+
+def is_ctcp(text: str) -> bool:
+    """Whether a message is for a program: a CTCP that is no ACTION."""
+    return text.startswith("\x01") and not text.startswith("\x01ACTION ")
+
+
 class IrcTalk:
     """IRC from the client's side, for one connection. What comes is handled by the functions
     below; a line with too few parameters is no line."""
 
     def __init__(self, core: "ClientCore"):
         self.core = core
+        self.server = core.server = ServerProfile(core.kind == CHAT, core.server)
         self.ready = False
-        self.offered: dict[str, str] = {}  # capabilities and their values
-        self.enabled: set[str] = set()
-        self.support: dict[str, str] = {}  # 005
         self.batches: dict[str, Batch] = {}
         self.asked: collections.deque[Asked] = collections.deque()  # in the order of answers
+        self.labels = itertools.count(1)  # of what is asked
         self.names: dict[str, dict[str, str]] = {}  # by key of a channel, as they come
-        self.shown_names: set[str] = set()  # keys of channels that somebody wants to see them of
+        self.shown_names: set[str] = set()  # keys of channels that the user wants to see them of
+        self.stale_names: set[str] = set()  # channels whose ranks are to be asked for again
         self.going: dict[str, str] = {}  # channels to be looked at once we are there: passwords
-        self.introduced = self.negotiating = False
+        self.behind: dict[str, str] = {}  # channels whose history is to be asked for: how
+        self.named = self.introduced = self.negotiating = False
         self.resumed = False  # we have our place again: the server says where we are
         self.tries = 1  # at names
+        self.nick_bytes = 0  # that this server allows, as it showed
         self.login: Iterator | None = None  # an exchange of SASL, from the client's side ...
         self.exchange: Exchange | None = None  # ... and what is received of it
         self.mechanism_used = ""
+        self.taken_up = False  # the server knows that mechanism
+        self.mechanisms_left: list[str] = []  # that may be tried when that one is refused
         self.proven = False  # the server has shown that it knows the password, too
         self.mask = ""  # ours, as others see it
-        self.pings = 0
-        self.unconfirmed: list[str] = []  # own ids of what the next PONG is behind
+        self.pings: collections.deque[str] = collections.deque()  # that are not answered
+        self.began = core.ticks()
+        # Out
+        self.budget = Budget(PACE_BURST, PACE_RATE, core.ticks())
+        # Commands, each behind the message with that id
+        self.queue: collections.deque[tuple[str, str]] = collections.deque()
+        self.pieces: collections.deque[str] = collections.deque()  # lines of one message
+        self.echoed: list[Echoed] = []  # lines of ours that come back without a name
+        self.unconfirmed: list[str] = []  # own ids that a PONG is to confirm
+        self.unasked = False  # the PING for the last of them is not sent yet
         # What came later than this, we may not have seen: times are unique within one target
         self.since = max(0, core.newest - 2 * TIMES_AHEAD)
-        self.send("CAP LS 302")
-
-    # What this server can do
+        core.output.append("CAP LS 302")
+        if core.kind != CHAT:  # servers of before 2004 never answer CAP
+            self.give_names()
 
     @property
-    def echoes(self) -> bool:
-        """Our messages come back with our ids: that is how we know that they arrived."""
-        return {"echo-message", "message-tags"} <= self.enabled
+    def pages(self) -> bool:
+        return self.server.pages
 
     @property
     def doubts(self) -> bool:
         """It may say twice what is sent to it twice."""
-        return not (self.echoes and "chat.py/session" in self.enabled)
-
-    @property
-    def pages(self) -> bool:
-        """It can tell what was said, and has ids for it."""
-        return {"draft/chathistory", "batch", "message-tags", "server-time"} <= self.enabled
-
-    @property
-    def page_size(self) -> int:
-        return min(whole_number(self.support.get("CHATHISTORY", "")) or PAGE_LINES, PAGE_LINES)
-
-    @property
-    def multiline(self) -> bool:
-        return {"draft/multiline", "batch"} <= self.enabled
-
-    @property
-    def ranks(self) -> str:
-        """The symbols before names."""
-        return self.support.get("PREFIX", "(ov)@+").partition(")")[2]
+        return not self.server.repeatable
 
     # Out
 
-    def send(self, verb: str, *params: str) -> None:
-        """One line; the last parameter may be anything."""
+    @staticmethod
+    def line(verb: str, *params: str) -> str:
+        """Return one line; the last parameter may be anything."""
         middle = [verb, *params[:-1]]
         last = params[-1:]
         if last and (not last[0] or " " in last[0] or last[0].startswith(":")):
             last = (f":{last[0]}",)
-        self.core.output.append(" ".join([*middle, *last]))
+        return " ".join([*middle, *last])
 
-    def bye(self) -> None:
-        self.send("QUIT", "")
+    def send(self, verb: str, *params: str) -> None:
+        """Send a line: at once before we are registered, in its turn after that."""
+        if self.ready:
+            self.queue.append((self.line(verb, *params), ""))
+        else:
+            self.core.output.append(self.line(verb, *params))
+
+    def send_at_once(self, verb: str, *params: str) -> None:
+        """Overtake what waits: an answer that the server waits for."""
+        self.core.output.append(self.line(verb, *params))
+
+    def command(self, verb: str, *params: str) -> None:
+        """Send what the user wants done, behind the messages accepted before it."""
+        self.raw(self.line(verb, *params))
+
+    def raw(self, line: str) -> None:
+        outbox = self.core.outbox
+        there = outbox.waiting.keys() - outbox.in_flight.keys() - outbox.parked.keys()
+        last = next((id for id in reversed(outbox.waiting) if id in there), "")
+        self.queue.append((line, last))
+
+    def pump(self) -> None:
+        """Send what may be sent now: what waits, in the pace that this server allows."""
+        while self.stale_names:  # one NAMES for many changes of modes
+            self.send("NAMES", self.stale_names.pop())
+        self.budget.refill(self.core.ticks())
+        while self.ready and self.budget.tokens >= 1 and self._send_next():
+            pass
+        if self.ready and self.behind and self._may_catch_up():
+            behind, self.behind = self.behind, {}
+            for name, how in behind.items():
+                if how == "targets":
+                    ask_targets(self)
+                elif room := self.core.find(name):
+                    self.ask_history(room, how) or self.core.release(room)
+
+    def _send_next(self) -> bool:
+        """Send one line, if there is one."""
+        outbox = self.core.outbox
+        if self.pieces:
+            line = self.pieces.popleft()
+        elif self.queue and not self._is_behind(self.queue[0][1]):
+            line = self.queue.popleft()[0]
+        elif one := outbox.next(self.carries):
+            outbox.send(one)
+            self.transmit(one)
+            return True
+        elif self.unasked:
+            self.unasked = False
+            line = self.ping_line(f"{UNCONFIRMED}{self.unconfirmed[-1]}")
+        else:
+            return False
+        self.budget.tokens -= 1 + len(line) / PACE_BYTES
+        self.core.output.append(line)
+        return True
+
+    def _is_behind(self, id: str) -> bool:
+        """Whether the message with this id is still to be sent."""
+        outbox = self.core.outbox
+        return id in outbox.waiting and id not in outbox.in_flight and id not in outbox.parked
+
+    def _may_catch_up(self) -> bool:
+        """What waits goes first: pages can be as large as all that a bad line carries."""
+        outbox = self.core.outbox
+        return self.core.acknowledged or not (outbox.in_flight or outbox.next(self.carries))
+
+    @property
+    def wait(self) -> float | None:
+        """The seconds until more may be sent; None if nothing waits."""
+        more = self.queue or self.pieces or self.unasked
+        if not self.ready or not (more or self.core.outbox.next(self.carries)):
+            return None
+        self.budget.refill(self.core.ticks())
+        return self.budget.wait()
+
+    def bye(self, reason: str) -> None:
+        self.send_at_once("QUIT", reason)
+
+    def ping_line(self, token: str) -> str:
+        self.pings.append(token)
+        return self.line("PING", token)
 
     def ping(self) -> None:
-        self.pings += 1
-        self.send("PING", f"{self.pings}")
+        """Ask whether the server is still there."""
+        self.core.output.append(self.ping_line(f"{next(self.labels)}"))
+
+    def tick(self) -> None:
+        """Once a second: what has been waited for too long."""
+        now = self.core.ticks()
+        if not self.introduced and now - self.began > CAP_SECONDS:
+            self.introduce()
+        if self.asked and now - self.asked[0].at > PAGE_SECONDS:
+            self.page_missing()
+        if self.ready:
+            self.regain_name(now)
+
+    def page_missing(self) -> None:
+        """History does not come: show what waited for it. If it comes yet, it is not lost."""
+        asked = self.asked[0]._replace(at=math.inf)
+        self.asked[0] = asked
+        room = self.core.find(asked.where)
+        if asked.how == "targets":
+            self.asked.popleft()
+            self.release_talks()
+        elif room is not None and room.held is not None:
+            text = "the server does not send what was said meanwhile"
+            self.core.show(View(NOTE, text, where=room.name))
+            self.core.release(room)
+
+    # Coming in
+
+    def give_names(self) -> None:
+        """PASS, NICK and USER."""
+        core, self.named = self.core, True
+        if core.password:
+            self.send("PASS", core.password)
+        core.name = clean_name(core.wanted_name)
+        self.send("NICK", core.name)
+        username = re.sub("[^a-z]", "", fold(core.name))[:SHORT_NAME] or "chat"
+        core.output.append(f"USER {username} 0 * :{core.name}")
 
     def introduce(self) -> None:
         """All in one go: slow lines pay for every answer that is waited for. What the server
         offers it grants, so that what comes behind CAP REQ can rely on it."""
         if self.introduced:
             return
-        core, self.introduced = self.core, True
-        wanted = [name for name in WANTED if name in self.offered]
+        self.introduced = True
+        offered = self.server.offered
+        wanted = [name for name in WANTED if name in offered]
         if wanted:
             self.send("CAP", "REQ", " ".join(wanted))
-        if core.password:
-            self.send("PASS", core.password)
         if "chat.py/session" in wanted:
-            self.send("SESSION", core.outbox.secret)
-        core.name = clean_name(core.wanted_name)
-        self.send("NICK", core.name)
-        username = re.sub("[^a-z]", "", fold(core.name))[:SHORT_NAME] or "chat"
-        core.output.append(f"USER {username} 0 * :{core.name}")
+            self.send("SESSION", self.core.outbox.secret)
+            if self.named:  # with the secret, the name of the user to resume is no other's
+                self.send("NICK", self.core.name)
+        if not self.named:
+            self.give_names()
         mechanism = self.mechanism() if "sasl" in wanted else ""
         if mechanism:
             self.begin_log_in(mechanism)
@@ -9444,63 +9863,121 @@ class IrcTalk:
             self.send("CAP", "END")
 
     def mechanism(self, asked: bool = False) -> str:
-        """The best way to log in that both know; "" if there is no need or none. Nobody's
-        password travels in the clear by itself, only when somebody asked for it."""
+        """Return the best way to log in that both know; "" if there is no need or none. A
+        password travels in the clear only when the user asked for that."""
         core = self.core
-        offered = self.offered["sasl"].split(",") if self.offered["sasl"] else [*LOGINS]
-        name = next((name for name in LOGINS if name in offered and core.me.login), "")
-        if name == "PLAIN" and not (core.secure or asked):
+        offered = self.server.offered.get("sasl", "")
+        known = [*filter(None, offered.split(","))] or [*LOGINS]
+        self.mechanisms_left = [name for name in core.me.mechanisms if name in known]
+        return self.next_mechanism(asked)
+
+    def next_mechanism(self, asked: bool = False) -> str:
+        core = self.core
+        while self.mechanisms_left:
+            name = self.mechanisms_left.pop(0)
+            if name == "EXTERNAL" and core.me.certificate:
+                return name
+            if name == "EXTERNAL" or not core.me.login:
+                continue
+            if name != "PLAIN" or core.secure or asked or core.me.plain_allowed:
+                return name
             text = "not logged in: this server wants to be told the password in the clear"
             core.show(View(NOTE, f"{text}; /login does so, ircs:// is better"))
-            return ""
-        return name
+        return ""
 
     def begin_log_in(self, mechanism: str) -> None:
-        self.login, self.mechanism_used = LOGINS[mechanism](*self.core.me.login), mechanism
-        self.proven = False
+        self.mechanism_used, self.proven, self.taken_up = mechanism, False, False
+        known = self.core.me.login or Login("", "")
+        self.login = login_external() if mechanism == "EXTERNAL" else LOGINS[mechanism](*known)
         next(self.login)  # the server speaks first, if only to say nothing
         self.exchange = Exchange(self.login)
         self.send("AUTHENTICATE", mechanism)
 
-    def transmit(self, one: Waiting) -> None:
-        """A message of ours, with our id on the last line of it, or on all of it."""
-        if one.kind == ACTION:
-            lines = [(f"\x01ACTION {one.text}\x01", False)]
+    def regain_name(self, now: float) -> None:
+        """Ask now and then whether the wanted name is free, where the server does not tell."""
+        core = self.core
+        wanted = clean_name(core.wanted_name)
+        if core.is_me(wanted) or not core.regain or now < core.regain_at:
+            return
+        core.regain_at = now + REGAIN_SECONDS
+        if "MONITOR" in self.server.tokens:
+            self.send("MONITOR", "+", wanted)
+            core.regain_at = math.inf
         else:
-            head = f":{self.mask or self.longest_mask()} PRIVMSG {one.where} :"
-            lines = list(sendable_lines(one.text, IRC_BYTES - 2 - len(head.encode())))
-        tags = f"@{OWN_ID}={one.id}" if "message-tags" in self.enabled else ""
-        if tags and "labeled-response" in self.enabled:
-            tags += f";label={one.id}"
-        if len(lines) > 1 and self.multiline:
-            return self.transmit_batch(one, lines, tags)
-        for text, _ in lines[:-1]:
-            self.send("PRIVMSG", one.where, text or " ")
-        self.send(*[tags] * bool(tags), "PRIVMSG", one.where, lines[-1][0] or " ")
-        if not self.echoes:
-            self.unconfirmed.append(one.id)
-            self.send("PING", f"{UNCONFIRMED}{one.id}")
+            self.send("ISON", wanted)
 
-    def transmit_batch(self, one: Waiting, lines: list[tuple[str, bool]], tags: str) -> None:
-        self.send(*[tags] * bool(tags), "BATCH", "+m", "draft/multiline", one.where)
-        for text, goes_on in lines:
-            self.send(f"@batch=m{f';{CONCAT}' * goes_on}", "PRIVMSG", one.where, text)
-        self.send("BATCH", "-m")
+    def name_is_free(self, name: str) -> None:
+        """Take the wanted name, if it is that one."""
+        core = self.core
+        wanted = clean_name(core.wanted_name)
+        if core.regain and core.fold(name) == core.fold(wanted) and not core.is_me(name):
+            self.send("NICK", wanted)
 
-    def carries(self, one: Waiting) -> bool:
-        return True
-
-    def longest_mask(self) -> str:
-        return f"{self.core.name}!{'u' * USERNAME_BYTES}@{'h' * HOST_BYTES}"
+    def where_of(self, heard: Heard) -> str:
+        """Return the open conversation that a numeric is about; "" if it names none."""
+        rooms = (self.core.find(param) for param in heard.params[1:-1])
+        return next((room.name for room in rooms if room), "")
 
     def enter(self, room: Room) -> None:
         self.send("JOIN", room.name, *[room.password] * bool(room.password))
 
+    # Messages
+
+    def transmit(self, one: Waiting) -> None:
+        """Make a message the next lines to be sent, with our id on the last one, or on all."""
+        if one.kind == ACTION:
+            lines = [(f"\x01ACTION {one.text}\x01", False)]
+        else:
+            head = f":{self.mask or self.longest_mask()} PRIVMSG {one.where} :"
+            most = min(self.server.limit("LINELEN", IRC_BYTES), LINE_BYTES)
+            lines = list(sendable_lines(one.text, most - 2 - len(head.encode())))
+        server = self.server
+        tags = [f"{OWN_ID}={one.id}"] * server.keeps_own_tags + [f"label={one.id}"] * server.labels
+        head = f"@{';'.join(tags)} " if tags else ""
+        if len(lines) > 1 and server.multiline:
+            *first, last = in_batches(lines, *server.multiline_limits)
+            for group in first:
+                self.add_batch(one, group, "")
+            self.add_batch(one, last, head)
+        else:
+            for text, _ in lines[:-1]:
+                self.add_line(one, text, "", "")
+            self.add_line(one, lines[-1][0], head, one.id)
+        if not server.echoes:
+            self.unconfirmed.append(one.id)
+            self.unasked = True
+
+    def add_line(self, one: Waiting, text: str, head: str, id: str) -> None:
+        text = text or " "
+        if "echo-message" in self.server.enabled and not head:
+            self.echoed.append(Echoed(self.core.fold(one.where), text, id))
+            del self.echoed[:-ECHOES_KEPT]
+        self.pieces.append(head + self.line("PRIVMSG", one.where, text))
+
+    def add_batch(self, one: Waiting, lines: list[tuple[str, bool]], head: str) -> None:
+        self.pieces.append(head + self.line("BATCH", "+m", "draft/multiline", one.where))
+        for text, goes_on in lines:
+            tags = f"@batch=m{f';{CONCAT}' * goes_on} "
+            self.pieces.append(tags + self.line("PRIVMSG", one.where, text))
+        self.pieces.append("BATCH -m")
+
+    def carries(self, one: Waiting) -> bool:
+        """What is for a channel waits until we are in it."""
+        room = self.core.find(one.where)
+        return room is None or not room.is_channel or room.inside or room.wanted
+
+    def longest_mask(self) -> str:
+        return f"{self.core.name}!{'u' * USERNAME_BYTES}@{'h' * HOST_BYTES}"
+
+    # History
+
     def ask_history(self, room: Room, how: str) -> bool:
-        """A page of it; whether one comes."""
-        if not self.pages:
+        """Ask for a page of it; return whether one comes."""
+        if not self.server.pages:
             return False
-        limit = HISTORY_LINES if how == "last" else self.page_size
+        limit = {"last": HISTORY_LINES, "older": self.server.page_size}.get(
+            how, min(self.core.page_lines, self.server.page_size)
+        )
         words = {
             "last": ("LATEST", "*"),
             "gap": ("LATEST", room.mark),
@@ -9508,17 +9985,34 @@ class IrcTalk:
             "older": ("BEFORE", f"msgid={room.oldest}" if room.oldest else "*"),
         }
         subcommand, selector = words[how]
-        self.asked.append(Asked(room.name, how, limit))
-        self.send("CHATHISTORY", subcommand, room.name, selector, str(limit))
+        self.ask(Asked(room.name, how, limit), subcommand, room.name, selector, str(limit))
         return True
+
+    def ask(self, asked: Asked, *params: str) -> None:
+        """Send a CHATHISTORY whose answer is known by its label, else by its target."""
+        label = f"h{next(self.labels)}" if self.server.labels else ""
+        self.asked.append(asked._replace(label=label, at=self.core.ticks()))
+        head = [f"@label={label}"] if label else []
+        self.send(*head, "CHATHISTORY", *params)
+
+    def answered(self, label: str, target: str) -> Asked | None:
+        """Take out what is answered by this; None if nothing was asked."""
+        key = self.core.fold(target)
+        by_label = (one for one in self.asked if label and one.label == label)
+        by_target = (one for one in self.asked if self.core.fold(one.where) == key)
+        one = next(by_label, None) or next(by_target, None) or next(iter(self.asked), None)
+        if one is not None:
+            self.asked.remove(one)
+        return one
 
     def catch_up(self, room: Room) -> None:
         """From where this room holds everything; a new one begins with the last things said,
         if that is for a person, or with what comes from now on."""
         room.held = []
         how = "last" if not room.mark else "gap" if self.core.tidy else "missed"
-        wanted = room.mark or self.core.tidy
-        if not (wanted and self.ask_history(room, how)):
+        if (room.mark or self.core.tidy) and self.server.pages:
+            self.behind[room.name] = how
+        else:
             self.core.release(room)
 
     # In
@@ -9550,31 +10044,34 @@ class IrcTalk:
         else:
             self.end_batch(batch)
 
-    def end_batch(self, batch: Batch) -> None:
-        views = [view for item in batch.items if (view := self.view_of(item))]
+    def end_batch(self, batch: Batch, label: str = "") -> None:
+        label = batch.opening.tags.get("label", label)
         if batch.kind == "chathistory":
-            self.take_page(views)
+            self.take_page(label, batch.target, self.views_of(batch))
         elif batch.kind == "draft/multiline":
             if view := self.view_of(batch):
                 self.core.said(view)
         elif batch.kind == "soju.im/search":
-            self.show_past(views)
+            self.show_past(self.views_of(batch), "search")
         else:  # its lines are what they would be without it
             for item in batch.items:
                 if isinstance(item, Batch):
-                    self.end_batch(item)
+                    self.end_batch(item, label)
                 else:
-                    label = batch.opening.tags.get("label", "")
                     self.act(item._replace(tags={"label": label} | item.tags))
-        if batch.kind == "draft/chathistory-targets" and self.asked:
-            self.asked.popleft()
+        if batch.kind == "draft/chathistory-targets" and self.answered(label, ""):
             self.release_talks()
 
+    def views_of(self, batch: Batch) -> list[View]:
+        return [view for item in batch.items if (view := self.view_of(item))]
+
     def view_of(self, item: "Heard | Batch") -> View | None:
-        """A message, if it is one; of a batch, the message of several lines."""
+        """Return a message, if it is one; of a batch, the message of several lines."""
         if isinstance(item, Heard):
             spoken = item.verb in ("PRIVMSG", "NOTICE") and len(item.params) > 1
-            return spoken_view(self, item, item.params[1]) if spoken else None
+            if not spoken or is_ctcp(item.params[1]):
+                return None
+            return spoken_view(self, item, item.params[1])
         lines = [line for line in item.items if isinstance(line, Heard) and len(line.params) > 1]
         if item.kind != "draft/multiline" or not lines:
             return None
@@ -9583,21 +10080,21 @@ class IrcTalk:
         first = lines[0]._replace(source=source, tags=tags)
         return spoken_view(self, first, text.removeprefix("\n"))
 
-    def take_page(self, views: list[View]) -> None:
-        """History that was asked for; servers answer in order."""
-        asked = self.asked.popleft() if self.asked else Asked("", "asked", 0)
-        room = self.core.rooms.get(fold(asked.where))
-        if room is None or asked.how == "asked":
-            return self.show_past(views)
+    def take_page(self, label: str, target: str, views: list[View]) -> None:
+        """Take history that was asked for."""
+        asked = self.answered(label, target) or Asked("", "asked", 0)
+        room = self.core.find(asked.where)
+        if room is None or asked.how not in PAGES:
+            return self.show_past(views, f"history of {asked.where or target}")
         PAGES[asked.how](self, room, views, asked.limit)
 
-    def show_past(self, views: list[View]) -> None:
-        """Just so, wherever one is."""
-        self.core.show(*(view._replace(past=True) for view in views if view.kind == SAID))
+    def show_past(self, views: list[View], title: str) -> None:
+        """Show what was asked for where the user is, apart from what is said now."""
+        self.core.show_results(title, [view for view in views if view.kind in (SAID, NOTICED)])
 
     def release_talks(self) -> None:
-        """The private talks in which nothing was missed."""
-        busy = {fold(asked.where) for asked in self.asked}
+        """Release the private conversations in which nothing was missed."""
+        busy = {self.core.fold(asked.where) for asked in self.asked}
         for key, room in list(self.core.rooms.items()):
             if not room.is_channel and room.held is not None and key not in busy:
                 self.core.release(room)
@@ -9606,27 +10103,49 @@ class IrcTalk:
 # What a server says: whatever has no function of its own, and before there is a welcome
 
 
-NOT_JOINED = ("403", "405", "471", "473", "474", "475", "476", "477")
+NOT_JOINED = (
+    *("403", "405", "437", "448", "471", "473", "474", "475", "476", "477", "479", "489", "520"),
+)
 
 
-def give_up_doubts(talk: IrcTalk, name: str) -> None:
-    """Where we cannot be, nobody tells whether it arrived."""
-    room, core = talk.core.rooms.get(fold(name)), talk.core
-    for id in list(core.outbox.doubtful) if room and not room.inside else ():
-        if fold(core.outbox.waiting[id].where) == fold(name):
-            core.lost(id, "the line broke: it may have arrived or not")
+def cannot_be_there(talk: IrcTalk, name: str, why: str) -> None:
+    """Leave the messages for a channel that we cannot enter to the user."""
+    core = talk.core
+    room = core.find(name)
+    if room is None or room.inside:
+        return
+    room.wanted = False
+    talk.going.pop(core.fold(name), None)
+    for one in list(core.outbox.waiting.values()):
+        if core.fold(one.where) == core.fold(name) and one.id not in core.outbox.parked:
+            core.park(one.id, "it may have arrived or not" if one.sent else why)
 
 
 def refused(talk: IrcTalk, heard: Heard, text: str) -> None:
-    """Something that we wanted: a message of ours, if it has our label."""
+    """Tell of something that the server refused: a message of ours, if it has our label."""
     label = heard.tags.get("label", "")
     if label in talk.core.outbox.waiting:
         talk.core.lost(label, text)
     else:
-        talk.core.show(View(TOLD, text))
+        talk.core.show(View(TOLD, text, where=talk.where_of(heard)))
 
 
-SAYING_FAILED = ("401", "403", "404", "407", "412", "417", "477")
+NO_FAILURE = ("401", "406", "433", "441", "443", "461", "472", "482", "502")  # of a message
+SAYING_FAILED = ("401", "716")  # these are for a message where one is in flight
+
+
+def message_refused(talk: IrcTalk, heard: Heard) -> str:
+    """Return the id of the message in flight that an error without a label is about: the
+    oldest one to the target that it names."""
+    number, core = heard.verb, talk.core
+    error = number.isdecimal() and (number[0] in "45" or number in SAYING_FAILED)
+    if not error or len(heard.params) < 2 or "label" in heard.tags:
+        return ""
+    if number in NO_FAILURE and number not in SAYING_FAILED:
+        return ""
+    targets = {core.fold(talk.server.without_status(param)) for param in heard.params[1:-1]}
+    flying = (core.outbox.waiting[id] for id in core.outbox.in_flight)
+    return next((one.id for one in flying if core.fold(one.where) in targets), "")
 
 
 @from_server("", least=1)
@@ -9635,36 +10154,40 @@ def tell_rest(talk: IrcTalk, heard: Heard) -> None:
     *about, text = heard.params[1:] or heard.params
     between = ": " if heard.verb[:1] in ("4", "5") else " "
     text = between.join([" ".join(about), text] if about else [text])
-    if heard.verb in NOT_JOINED and len(heard.params) > 1:
-        give_up_doubts(talk, heard.params[1])
-    if heard.verb not in SAYING_FAILED:
-        return refused(talk, heard, text)
-    flying = (talk.core.outbox.waiting[id] for id in talk.core.outbox.flying)
-    target = fold(heard.params[1]) if len(heard.params) > 1 else ""
-    lost = next((one.id for one in flying if fold(one.where) == target), "")
+    lost = message_refused(talk, heard)
+    if heard.verb in NOT_JOINED and len(heard.params) > 1 and not lost:
+        cannot_be_there(talk, heard.params[1], text)
     refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
 
 
 @from_server("CAP", least=3)
 def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
-    subcommand, words = heard.params[1].upper(), heard.params[-1].split()
+    subcommand, words, server = heard.params[1].upper(), heard.params[-1].split(), talk.server
     if subcommand in ("LS", "NEW"):
-        if len(talk.offered) < TOKENS_KEPT:
-            talk.offered.update(word.partition("=")[::2] for word in words)
+        if len(server.offered) < TOKENS_KEPT:
+            server.offered.update(word.partition("=")[::2] for word in words)
+        talk.core.told_sts(server.offered.get("sts", ""))
+    if subcommand == "LS":
         talk.negotiating = True
         if heard.params[2] != "*":  # else there are more to come
             talk.introduce()
+    elif subcommand == "NEW":
+        wanted = [name for word in words if (name := word.partition("=")[0]) in WANTED]
+        if wanted and talk.ready:
+            talk.send("CAP", "REQ", " ".join(wanted))
     elif subcommand == "ACK":
         for word in words:
-            (talk.enabled.discard if word[0] == "-" else talk.enabled.add)(word.lstrip("-"))
+            (server.enabled.discard if word[0] == "-" else server.enabled.add)(word.lstrip("-"))
     elif subcommand == "DEL":
-        talk.enabled.difference_update(words)
+        server.enabled.difference_update(words)
+        for word in words:
+            server.offered.pop(word, None)
 
 
 @from_server("421", "451", least=2)
 def no_capabilities(talk: IrcTalk, heard: Heard) -> None:
     """A server that knows no CAP."""
-    if talk.introduced:
+    if talk.introduced or talk.ready:
         return tell_rest(talk, heard)
     talk.introduce()
 
@@ -9687,7 +10210,7 @@ def renew_login(core: "ClientCore") -> None:
 
 
 def forget_login(core: "ClientCore") -> None:
-    """Nobody has that account, or not with that password."""
+    """There is no such account, or not with that password."""
     core.me.proposed, core.me.login = None, None
     if core.me.generated:
         core.me.generated = False
@@ -9703,22 +10226,23 @@ def answer_log_in(talk: IrcTalk, said: Any) -> None:
     except StopIteration:
         return
     except Refused:
-        return talk.send("AUTHENTICATE", "*")
+        return talk.send_at_once("AUTHENTICATE", "*")
     if callable(answer):
         talk.exchange = None  # nothing can be said to us meanwhile
         return talk.core.later(answer, functools.partial(answer_log_in, talk))
     talk.exchange = Exchange(talk.login)
-    talk.proven = talk.mechanism_used == "PLAIN" or answer == b""
+    talk.proven = talk.mechanism_used in ("PLAIN", "EXTERNAL") or answer == b""
     for chunk in Exchange.chunks(answer):
-        talk.send("AUTHENTICATE", chunk)
+        talk.send_at_once("AUTHENTICATE", chunk)
 
 
 @from_server("AUTHENTICATE", least=1)
 def asked_to_log_in(talk: IrcTalk, heard: Heard) -> None:
+    talk.taken_up = True
     try:
         said = talk.exchange.feed(heard.params[0]) if talk.exchange else None
     except Refused:
-        return talk.send("AUTHENTICATE", "*")
+        return talk.send_at_once("AUTHENTICATE", "*")
     if said is not None:
         answer_log_in(talk, said)
 
@@ -9740,17 +10264,24 @@ def logged_in(talk: IrcTalk, heard: Heard) -> None:
     if talk.login is None:  # no log-in is under way: nothing of ours has succeeded
         return tell_rest(talk, heard)
     if not talk.proven:
-        core.over = "the server said that we are logged in, and could not prove that it is right"
-        return talk.bye()
+        core.give_up("the server said that we are logged in, and could not prove that it is right")
+        return talk.bye("")
     core.me.account = core.me.login.account if core.me.login else ""
     renew_login(core)
     end_log_in(talk)
 
 
 def come_another_time(talk: IrcTalk, why: str) -> None:
-    """Not as somebody else, who would say everything once more."""
-    talk.core.refusal, talk.core.patient = why, True
-    talk.bye()
+    """Not as another user, who would say everything once more."""
+    talk.core.refuse(why, TEMPORARY)
+    talk.bye("")
+
+
+@from_server("908", least=2)
+def mechanisms_told(talk: IrcTalk, heard: Heard) -> None:
+    """What may be tried instead of a mechanism that the server does not have."""
+    known = heard.params[1].split(",")
+    talk.mechanisms_left = [name for name in talk.mechanisms_left if name in known]
 
 
 @from_server("902", "904", "905", "906", "907", least=1)
@@ -9758,6 +10289,8 @@ def not_logged_in(talk: IrcTalk, heard: Heard) -> None:
     core, why = talk.core, f"not logged in: {heard.params[-1]}"
     if talk.login is None:
         return tell_rest(talk, heard)
+    if heard.verb == "904" and not talk.taken_up and (name := talk.next_mechanism()):
+        return talk.begin_log_in(name)  # it was the mechanism, not the password
     core.show(View(NOTE, why))
     if core.me.proposed and not talk.ready:  # the /register before the break was not heard
         core.me.login = None
@@ -9768,26 +10301,39 @@ def not_logged_in(talk: IrcTalk, heard: Heard) -> None:
 
 
 def try_name(talk: IrcTalk, heard: Heard, most: int, candidate: Callable[[int], str]) -> None:
-    """Another one, until a server takes it; after so many we give up."""
+    """Try another name, until the server takes one; after so many give up."""
     if talk.ready:
         return tell_rest(talk, heard)
+    if "chat.py/session" in talk.server.offered and not talk.server.enabled:
+        return  # about the name that was given before the secret, which decides
     talk.tries += 1
     if talk.tries > most:
-        talk.core.refusal = heard.params[-1]
-        return talk.bye()
+        talk.core.refuse(heard.params[-1], NEEDS_USER)
+        return talk.bye("")
     talk.core.name = candidate(talk.tries)
+    talk.core.regain = True
     talk.send("NICK", talk.core.name)
 
 
 @from_server("433", "436", "437", least=2)
 def name_is_taken(talk: IrcTalk, heard: Heard) -> None:
-    name = clean_name(talk.core.wanted_name)
-    try_name(talk, heard, NAMES_COUNTED, functools.partial(numbered_name, name))
+    """The server shows how much of a name it keeps."""
+    name, shown = clean_name(talk.core.wanted_name), heard.params[1]
+    if len(shown) < len(talk.core.name) and talk.core.name.startswith(shown):
+        talk.nick_bytes = len(shown)
+
+    def candidate(number: int) -> str:
+        full = numbered_name(name, number)
+        if not talk.nick_bytes or len(full) <= talk.nick_bytes:
+            return full
+        return numbered_name(name[: talk.nick_bytes - len(str(number))], number)
+
+    try_name(talk, heard, NAMES_COUNTED if talk.server.ours else NAMES_TRIED, candidate)
 
 
 @from_server("432", least=1)
 def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
-    """Here: other servers want less in a name than we do."""
+    """Here: other servers allow less in a name than ours."""
     letters, guest = re.sub(r"[^A-Za-z]", "", talk.core.name), f"guest{random.randrange(1000)}"
     try_name(talk, heard, NAMES_TRIED, lambda n: letters[: SHORT_NAME - n] or guest)
 
@@ -9795,42 +10341,99 @@ def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
 @from_server("001", least=1)
 def welcomed(talk: IrcTalk, heard: Heard) -> None:
     core, talk.ready = talk.core, True
-    core.sure = True
-    core.name = heard.params[0]
+    core.sure, core.name = True, heard.params[0]
+    pace = NO_PACE if talk.server.ours else (PACE_BURST, PACE_RATE)
+    talk.budget = Budget(*pace, core.ticks())
+    core.regain_at = core.ticks() + REGAIN_SECONDS
     core.began = core.began or heard.time or 0
     if core.tidy or core.name != core.wanted_name:
-        core.show(View(TOLD, f"you are {core.name}"))
+        why = f" ({core.wanted_name} is taken)" if core.regain else ""
+        core.show(View(TOLD, f"you are {core.name}{why if core.name != core.wanted_name else ''}"))
+    if core.away:
+        talk.send("AWAY", core.away)
     for room in core.rooms.values():
         if room.is_channel and room.wanted and not (talk.resumed and room.entered):
             talk.enter(room)
     if talk.pages and talk.since:
-        now = tag_time(LAST_MOMENT)
-        talk.asked.append(Asked("", "targets", 0))
-        since = f"timestamp={tag_time(talk.since)}"
-        talk.send("CHATHISTORY", "TARGETS", since, f"timestamp={now}", str(TARGETS_ASKED))
+        talk.behind[""] = "targets"
     else:
         talk.release_talks()
     core.show(View(PEOPLE))
 
 
+@from_server("004", least=3)
+def version_told(talk: IrcTalk, heard: Heard) -> None:
+    talk.server.ours = heard.params[2].startswith("chat.py")
+    talk.core.rekey()
+
+
 @from_server("005", least=2)
 def support_told(talk: IrcTalk, heard: Heard) -> None:
-    if len(talk.support) < TOKENS_KEPT:
-        talk.support.update(word.partition("=")[::2] for word in heard.params[1:-1])
+    tokens = talk.server.tokens
+    for word in heard.params[1:-1]:
+        name, _, value = word.partition("=")
+        if name[:1] == "-":
+            tokens.pop(name[1:], None)
+        elif len(tokens) < TOKENS_KEPT:
+            tokens[name] = value.replace("\\x20", " ")
+    talk.core.rekey()
+    pace = [positive_number(one) for one in tokens.get("chat.py/FLOOD", "").split(",")]
+    if len(pace) == 2 and all(pace):
+        talk.budget = Budget(*pace, talk.core.ticks())
+    elif talk.server.ours:  # and announces no limit
+        talk.budget = Budget(*NO_PACE, talk.core.ticks())
+
+
+@from_server("396", least=2)
+def own_host_told(talk: IrcTalk, heard: Heard) -> None:
+    """Our host as others see it: it counts in the length of a line."""
+    before = talk.mask.partition("@")[0] or talk.longest_mask().partition("@")[0]
+    host = heard.params[1]
+    talk.mask = host if "@" in host and "!" in host else f"{before}@{host.rpartition('@')[2]}"
+
+
+@from_server("CHGHOST", least=2)
+def host_changed(talk: IrcTalk, heard: Heard) -> None:
+    if talk.core.is_me(heard.name):
+        talk.mask = f"{heard.name}!{heard.params[0]}@{heard.params[1]}"
+
+
+NEEDS_USER_WORDS = re.compile(
+    r"\bbann|\b[kgdzq][- :]?lined?\b|password|not (?:allowed|authori[sz]ed|permitted)|unauthori"
+    r"|access denied|certificate",
+    re.IGNORECASE,
+)
 
 
 @from_server("ERROR", least=1)
 def error_told(talk: IrcTalk, heard: Heard) -> None:
-    if not talk.core.quitting:
-        talk.core.refusal = talk.core.refusal or heard.params[0]
+    """Why the server closes: throttled, full or going down is for the moment."""
+    talk.core.dismissed = True
+    if not talk.core.quitting and not talk.core.refusal:
+        needs_user = bool(NEEDS_USER_WORDS.search(heard.params[0]))
+        talk.core.refuse(heard.params[0], NEEDS_USER if needs_user else TEMPORARY)
 
 
 @from_server("464", "465", "466", least=1)
 def not_let_in(talk: IrcTalk, heard: Heard) -> None:
     tell_rest(talk, heard)
     if not talk.ready:
-        talk.core.refusal = heard.params[-1]
-        talk.core.password = ""
+        advice = "; /pass PASSWORD gives it" if heard.verb == "464" and talk.core.tidy else ""
+        talk.core.refuse(heard.params[-1] + advice, NEEDS_USER)
+
+
+@from_server("470", least=3)
+def sent_elsewhere(talk: IrcTalk, heard: Heard) -> None:
+    """The server puts us in another channel than the one that we wanted."""
+    core, (_, old, new, *_) = talk.core, heard.params
+    tell_rest(talk, heard)
+    if (room := core.find(old)) and not room.inside:
+        if core.find(new):
+            room.wanted = False
+        else:
+            core.rename(room, new)
+    if (password := talk.going.pop(core.fold(old), None)) is not None:
+        talk.going[core.fold(new)] = password
 
 
 # What a server says: whether we are there, and whether what we said is
@@ -9838,55 +10441,63 @@ def not_let_in(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("PING", least=1)
 def pinged(talk: IrcTalk, heard: Heard) -> None:
-    talk.send("PONG", *heard.params)
+    talk.send_at_once("PONG", *heard.params)
 
 
 def confirm(talk: IrcTalk, own_id: str) -> None:
-    if one := talk.core.outbox.arrived(own_id):
-        talk.core.shown.discard(own_id)
-        talk.core.show(View(ARRIVED, where=one.where, own_id=own_id))
+    talk.core.acknowledge(View(ARRIVED, own_id=own_id))
 
 
-@from_server("PONG", least=1)
+@from_server("PONG")
 def ponged(talk: IrcTalk, heard: Heard) -> None:
-    """Whatever was sent before our PING has been dealt with."""
-    id = heard.params[-1].removeprefix(UNCONFIRMED)
+    """What was sent before our PING has been dealt with. Some servers do not repeat the token:
+    answers come in order."""
+    token = heard.params[-1] if heard.params else ""
+    if token not in talk.pings:
+        token = talk.pings[0] if talk.pings else ""
+    while talk.pings and talk.pings.popleft() != token:
+        pass
+    id = token.removeprefix(UNCONFIRMED)
     while talk.unconfirmed and id in talk.unconfirmed:
         confirm(talk, talk.unconfirmed.pop(0))
+
+
+@from_server("ACK")
+def labelled_answer_ended(talk: IrcTalk, heard: Heard) -> None:
+    """A labelled message was accepted, where nothing is echoed."""
+    if "echo-message" not in talk.server.enabled:
+        confirm(talk, heard.tags.get("label", ""))
 
 
 @from_server("TAGMSG", least=1)
 def tags_told(talk: IrcTalk, heard: Heard) -> None:
     """With our id it stands for a message of ours that is not there any more."""
-    if fold(heard.name) == fold(talk.core.name):
+    if talk.core.is_me(heard.name):
         confirm(talk, heard.tags.get(OWN_ID, ""))
 
 
 UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as servers say it
 
 
-def begin_with_the_last(talk: IrcTalk, code: str) -> bool:
-    """If the server does not know the last message that is held (a backup was restored), ask
-    for its newest ones; return whether that was so."""
-    if not talk.asked or talk.asked[0].how not in ("gap", "missed") or code not in UNKNOWN_MARK:
-        return False
-    room = talk.core.rooms.get(fold(talk.asked[0].where))
-    if room is None or not room.mark.startswith("msgid="):
-        return False
-    talk.asked.popleft()
+def no_page(talk: IrcTalk, code: str, label: str, about: list[str]) -> None:
+    """History that was asked for does not come. If the server does not know the last message
+    that is held (a backup was restored), ask for its newest ones."""
+    named = next((one for one in about if talk.core.find(one)), "")
+    asked = talk.answered(label, named)
+    if asked is None:
+        return
+    if asked.how == "targets":
+        return talk.release_talks()
+    room = talk.core.find(asked.where)
+    if room is None or asked.how not in PAGES:
+        return talk.show_past([], f"history of {asked.where}")
+    unknown = asked.how in ("gap", "missed") and code in UNKNOWN_MARK
+    if not (unknown and room.mark.startswith("msgid=")):
+        return PAGES[asked.how](talk, room, [], asked.limit)
     room.mark = ""
     text = "the server does not have the last message from here: something may be missing"
     talk.core.show(View(NOTE, text, where=room.name))
-    return talk.ask_history(room, "last")
-
-
-def end_page(talk: IrcTalk) -> None:
-    """There is none."""
-    if talk.asked and talk.asked[0].how == "targets":
-        talk.asked.popleft()
-        talk.release_talks()
-    else:
-        talk.take_page([])
+    talk.ask_history(room, "last")
 
 
 def tell_nothing(talk: IrcTalk, heard: Heard) -> None:
@@ -9894,29 +10505,52 @@ def tell_nothing(talk: IrcTalk, heard: Heard) -> None:
 
 
 for quiet in (
-    *("002", "003", "004", "221", "250", "251", "252", "253", "254", "255", "265", "266", "315"),
-    *("318", "321", "323", "329", "333", "369", "372", "375", "376", "396", "422", "705", "706"),
-    *("731", "AWAY", "ACCOUNT", "CHGHOST", "SETNAME", "908"),
+    *("002", "003", "221", "250", "251", "252", "253", "254", "255", "265", "266", "315"),
+    *("318", "321", "323", "329", "333", "369", "705", "706", "ACCOUNT", "SETNAME"),
 ):
     IRC_HEARD[quiet] = (tell_nothing, 0)
+
+
+@from_server("375", "372", "376", "422", least=2)
+def motd_told(talk: IrcTalk, heard: Heard) -> None:
+    """The message of the day, if the user asked for it."""
+    if talk.core.wants_motd:
+        talk.core.show(View(TOLD, heard.params[-1]))
+        talk.core.wants_motd = heard.verb not in ("376", "422")
+
+
+@from_server("303", least=2)
+def present_told(talk: IrcTalk, heard: Heard) -> None:
+    """Which of the names that were asked for are taken."""
+    wanted = clean_name(talk.core.wanted_name)
+    if talk.core.fold(wanted) not in map(talk.core.fold, heard.params[1].split()):
+        talk.name_is_free(wanted)
+
+
+@from_server("731", least=2)
+def offline_told(talk: IrcTalk, heard: Heard) -> None:
+    for name in heard.params[1].split(","):
+        talk.name_is_free(name.partition("!")[0])
 
 
 @from_server("FAIL", least=3)
 def failed(talk: IrcTalk, heard: Heard) -> None:
     verb, code, *about, text = heard.params
+    label = heard.tags.get("label", "")
     if (verb, code) == ("SESSION", "REPLACED"):
-        talk.core.over = "another client of yours has taken this place"
+        talk.core.give_up("another client of yours has taken this place")
     elif (verb, code) == ("SESSION", "ACCOUNT_REQUIRED"):
         come_another_time(talk, text)
     elif verb == "CHATHISTORY":
-        begin_with_the_last(talk, code) or end_page(talk)
+        no_page(talk, code, label, about)
     elif verb == "REGISTER":
         forget_login(talk.core)
         refused(talk, heard, text)
     elif code == "NOT_KEPT" and len(about) > 1:
         talk.core.lost(about[1], text)
     else:
-        refused(talk, heard, text)
+        lost = message_refused(talk, heard._replace(verb="400")) if verb != "JOIN" else ""
+        refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
 
 
 # What a server says: people and their words
@@ -9930,27 +10564,52 @@ def noted(talk: IrcTalk, heard: Heard) -> None:
         talk.core.show(View(TOLD, heard.params[-1]))
 
 
+def answer_ctcp(talk: IrcTalk, heard: Heard) -> None:
+    """Answer the questions of other clients' programs, a few a minute; show their answers."""
+    core = talk.core
+    verb, _, rest = heard.params[1].strip("\x01").partition(" ")
+    verb = verb.upper()
+    if core.is_me(heard.name) or core.is_ignored(heard):
+        return
+    if heard.verb == "NOTICE":
+        return core.show(View(TOLD, f"{heard.name} answers {verb}: {rest}"))
+    answers = {
+        "VERSION": f"chat.py {VERSION}",
+        "PING": rest,
+        "TIME": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        "CLIENTINFO": "ACTION CLIENTINFO PING TIME VERSION",
+    }
+    core.ctcp_budget.refill(core.ticks())
+    to_me = core.is_me(heard.params[0])
+    if verb in answers and to_me and core.ctcp_budget.tokens >= 1:
+        core.ctcp_budget.tokens -= 1
+        talk.send("NOTICE", heard.name, f"\x01{verb} {answers[verb]}\x01")
+
+
 @from_server("PRIVMSG", "NOTICE", least=2)
-def somebody_spoke(talk: IrcTalk, heard: Heard) -> None:
+def message_came(talk: IrcTalk, heard: Heard) -> None:
     text = heard.params[1]
+    if is_ctcp(text):
+        return answer_ctcp(talk, heard)
     view = spoken_view(talk, heard, text)
-    if text.startswith("\x01") and not text.startswith("\x01ACTION ") and not view.mine:
-        return  # CTCP: between programs, and ours has nothing to say to it
-    if view.kind == SAID:
-        return talk.core.said(view)
+    if view.kind in (SAID, NOTICED):
+        if view.kind == NOTICED and not (view.mine or talk.core.find(view.where)):
+            view = view._replace(where="")  # no conversation is opened by a notice
+        return talk.core.said(view, heard)
     if fold(view.name) == SERVICE_KEY and text == PASSWORD_CHANGED:
         renew_login(talk.core)
     elif fold(view.name) == SERVICE_KEY and text == ACCOUNT_GONE:
         forget_login(talk.core)
     who = f"{view.name}: " if "!" in heard.source else ""
-    talk.core.show(View(TOLD, who + view.text, time=view.time))
+    where = view.where if talk.core.find(view.where) and talk.server.is_channel(view.where) else ""
+    talk.core.show(View(TOLD, who + view.text, time=view.time, where=where))
 
 
 @from_server("CHATHISTORY", least=3)
 def missed_in_a_talk(talk: IrcTalk, heard: Heard) -> None:
     """One of the places where something was said meanwhile."""
     name = heard.params[1]
-    if is_channel(name):
+    if talk.server.is_channel(name):
         return
     room = talk.core.room_for(name)
     room.held = room.held or []
@@ -9961,37 +10620,40 @@ def missed_in_a_talk(talk: IrcTalk, heard: Heard) -> None:
 def we_joined(talk: IrcTalk, heard: Heard) -> None:
     core, talk.mask = talk.core, heard.source
     room = core.room_for(heard.params[0])
-    room.name, room.inside = heard.params[0], True
+    room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
-    room.password = talk.going.get(fold(room.name), room.password)
+    room.password = talk.going.get(core.fold(room.name), room.password) or ""
+    core.kept_room(room)
     if not core.tidy and not room.mark:  # whatever is said from now on
         if "msgid" in heard.tags:
             room.mark = f"msgid={heard.tags['msgid']}"
         elif core.began:  # we came in before, and the line broke before we heard of it
             room.mark = f"timestamp={tag_time(max(core.began, talk.since))}"
     core.newest = max(core.newest, heard.time or 0)
-    if talk.going.pop(fold(room.name), None) is not None:
+    if talk.going.pop(core.fold(room.name), None) is not None:
         core.go(room)
+    if "no-implicit-names" in talk.server.enabled:
+        talk.send("NAMES", room.name)
     talk.catch_up(room)
 
 
 @from_server("JOIN", least=1)
-def somebody_joined(talk: IrcTalk, heard: Heard) -> None:
+def user_joined(talk: IrcTalk, heard: Heard) -> None:
     core, name = talk.core, heard.params[0]
-    if fold(heard.name) == fold(core.name):
+    if core.is_me(heard.name):
         return we_joined(talk, heard)
-    if room := core.rooms.get(fold(name)):
+    if room := core.find(name):
         room.came(heard.name)
         address = heard.source.partition("@")[2]
         core.happened(room, View(CAME, name=heard.name, where=room.name, address=address))
         core.show(View(PEOPLE, where=room.name))
 
 
-def somebody_went(talk: IrcTalk, room: Room, heard: Heard, name: str, why: str = "") -> None:
+def user_went(talk: IrcTalk, room: Room, heard: Heard, name: str, why: str = "") -> None:
     """Out of one room; perhaps it was us."""
     core = talk.core
     room.people.pop(name, None)
-    if fold(name) == fold(core.name):
+    if core.is_me(name):
         room.inside = room.wanted = False
         return
     address = heard.source.partition("@")[2]
@@ -10000,66 +10662,84 @@ def somebody_went(talk: IrcTalk, room: Room, heard: Heard, name: str, why: str =
 
 
 @from_server("PART", least=1)
-def somebody_parted(talk: IrcTalk, heard: Heard) -> None:
-    room = talk.core.rooms.get(fold(heard.params[0]))
+def user_parted(talk: IrcTalk, heard: Heard) -> None:
+    core = talk.core
+    room = core.find(heard.params[0])
     if room is None:
         return
-    somebody_went(talk, room, heard, heard.name, *heard.params[1:2])
-    if fold(heard.name) == fold(talk.core.name):
-        talk.core.close(room)
+    user_went(talk, room, heard, heard.name, *heard.params[1:2])
+    if core.is_me(heard.name):
+        core.kept_room(room)
+        core.close(room)
 
 
 @from_server("QUIT")
-def somebody_quit(talk: IrcTalk, heard: Heard) -> None:
-    for room in list(talk.core.rooms.values()):
+def user_quit(talk: IrcTalk, heard: Heard) -> None:
+    core = talk.core
+    for room in list(core.rooms.values()):
         if heard.name in room.people:
-            somebody_went(talk, room, heard, heard.name, *heard.params[:1])
+            user_went(talk, room, heard, heard.name, *heard.params[:1])
+    if (room := core.find(heard.name)) and not room.is_channel:
+        why = f": {heard.params[0]}" if heard.params and heard.params[0] else ""
+        core.happened(room, View(TOLD, f"{heard.name} has left{why}", where=room.name))
+    talk.name_is_free(heard.name)
 
 
 @from_server("KICK", least=2)
-def somebody_kicked(talk: IrcTalk, heard: Heard) -> None:
+def user_kicked(talk: IrcTalk, heard: Heard) -> None:
     core, (where, name, *why) = talk.core, heard.params
-    if room := core.rooms.get(fold(where)):
+    if room := core.find(where):
         reason = f": {why[0]}" if why else ""
         text = f"{heard.name} kicked {name} from {where}{reason}"
-        core.happened(room, View(TOLD, text, where=room.name))
+        core.happened(room, View(TOLD, text, where=room.name, called=core.is_me(name)))
         room.people.pop(name, None)
-        if fold(name) == fold(core.name):
+        if core.is_me(name):
             room.inside = room.wanted = False
+            room.people.clear()
+            core.kept_room(room)
         core.show(View(PEOPLE, where=room.name))
 
 
 @from_server("NICK", least=1)
-def somebody_renamed(talk: IrcTalk, heard: Heard) -> None:
+def user_renamed(talk: IrcTalk, heard: Heard) -> None:
     core, old, new = talk.core, heard.name, heard.params[0]
-    if fold(old) == fold(core.name):
-        core.name = core.wanted_name = new
+    mine = core.is_me(old)
+    if mine:
+        if core.fold(new) == core.fold(clean_name(core.wanted_name)) or not core.regain:
+            core.wanted_name, core.regain = new, False
+        core.name = new
+        talk.mask = f"{new}!{talk.mask.partition('!')[2]}" if "!" in talk.mask else ""
         core.show(View(TOLD, f"you are {new}"))
     for room in list(core.rooms.values()):
-        if room.renamed(old, new) and fold(new) != fold(core.name):
+        if room.renamed(old, new) and not mine:
             core.happened(room, View(TOLD, f"{old} is now called {new}", where=room.name))
-    if fold(old) in core.rooms and fold(new) not in core.rooms:  # a private talk goes on
-        core.rename(core.rooms[fold(old)], new)
+    if core.find(old) and not core.find(new) and not mine:  # a private conversation goes on
+        core.rename(core.find(old), new)
     core.show(View(PEOPLE))
+    if not mine:
+        talk.name_is_free(old)
 
 
 @from_server("RENAME", least=2)
 def channel_renamed(talk: IrcTalk, heard: Heard) -> None:
     core, (old, new, *_) = talk.core, heard.params
-    if room := core.rooms.get(fold(old)):
+    if room := core.find(old):
         core.rename(room, new)
         core.happened(room, View(TOLD, f"{heard.name} renamed {old} to {new}", where=new))
 
 
 @from_server("TOPIC", least=2)
 def topic_set(talk: IrcTalk, heard: Heard) -> None:
-    if room := talk.core.rooms.get(fold(heard.params[0])):
+    if room := talk.core.find(heard.params[0]):
         room.topic = heard.params[1]
-        text = f"{heard.name} set the topic of {room.name}: " + room.topic
+        text = f"{heard.name} set the topic of {room.name}: {room.topic}"
+        if not room.topic:
+            text = f"{heard.name} removed the topic of {room.name}"
         talk.core.happened(room, View(TOLD, text, where=room.name, time=heard.time))
 
 
 WHOIS = {  # numeric -> how it is told; {2} is its second parameter behind the name
+    "301": "{1} is away: {last}",
     "311": "{1} is {2}@{3}: {last}",
     "312": "{1} uses {2}",
     "313": "{1} {last}",
@@ -10075,66 +10755,99 @@ WHOIS = {  # numeric -> how it is told; {2} is its second parameter behind the n
 def person_told(talk: IrcTalk, heard: Heard) -> None:
     missing = [""] * 3
     text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
-    talk.core.show(View(TOLD, text))
+    room = talk.core.find(heard.params[1])
+    talk.core.show(View(TOLD, text, where=room.name if room and heard.verb == "301" else ""))
 
 
-@from_server("332", least=3)
+@from_server("352", least=8)
+def who_told(talk: IrcTalk, heard: Heard) -> None:
+    """<channel> <user> <host> <server> <nick> <flags> :<hops> <real name>"""
+    _, where, user, host, _, name, flags, last = heard.params[:8]
+    away = ", away" if flags[:1] == "G" else ""
+    operator = ", operator of the server" if "*" in flags else ""
+    real = last.partition(" ")[2]
+    talk.core.show(View(TOLD, f"{name} ({user}@{host}) in {where}: {real}{away}{operator}"))
+
+
+@from_server("AWAY")
+def away_changed(talk: IrcTalk, heard: Heard) -> None:
+    """A user whom the client shares a conversation with went away or is back."""
+    if (room := talk.core.find(heard.name)) and not room.is_channel:
+        state = f"is away: {heard.params[0]}" if heard.params and heard.params[0] else "is back"
+        talk.core.happened(room, View(TOLD, f"{heard.name} {state}", where=room.name))
+
+
+@from_server("305", "306", least=2)
+def own_away_told(talk: IrcTalk, heard: Heard) -> None:
+    if heard.verb == "305":
+        talk.core.away = ""
+    talk.core.show(View(TOLD, heard.params[-1]))
+
+
+@from_server("332", "331", least=3)
 def topic_told(talk: IrcTalk, heard: Heard) -> None:
     _, where, topic = heard.params[:3]
-    room = talk.core.rooms.get(fold(where))
+    room = talk.core.find(where)
     if room:
-        room.topic = topic
-    text = f"the topic of {where}: {topic}"
+        room.topic = topic if heard.verb == "332" else ""
+    text = f"the topic of {where}: {topic}" if heard.verb == "332" else f"{where} has no topic"
     talk.core.show(View(TOLD, text, where=room.name if room else ""))
 
 
 @from_server("MODE", least=2)
 def modes_set(talk: IrcTalk, heard: Heard) -> None:
-    where, letters = heard.params[:2]
-    room = talk.core.rooms.get(fold(where))
+    """Follow the ranks. A rank that was taken may have hidden another one: one NAMES tells."""
+    where, letters, *values = heard.params
+    room, server = talk.core.find(where), talk.server
     if room is None:
         return
     text = f"{heard.name} set {' '.join(heard.params[1:])} in {room.name}"
     talk.core.happened(room, View(TOLD, text, where=room.name))
-    ranks = talk.support.get("PREFIX", "(ov)@+").partition(")")[0]
-    if set(letters) & set(ranks) - set("("):
-        talk.send("NAMES", room.name)
+    ranks = dict(zip(*server.ranks, strict=False))
+    for sign, letter, value in server.mode_changes(letters, values):
+        if letter in ranks:
+            room.rank(value, ranks[letter], sign == "+", server.ranks[1])
+            if sign == "-" and "multi-prefix" not in server.enabled:
+                talk.stale_names.add(room.name)
+    talk.core.show(View(PEOPLE, where=room.name))
 
 
 @from_server("INVITE", least=2)
 def invited(talk: IrcTalk, heard: Heard) -> None:
     where = heard.params[1]
+    if talk.core.is_ignored(heard):
+        return
     text = f"{heard.name} invites you to {where}; /join {where}"
     talk.core.show(View(TOLD, text, called=True))
 
 
 @from_server("REDACT", least=2)
 def taken_back(talk: IrcTalk, heard: Heard) -> None:
-    where, id = heard.params[:2]
-    if room := talk.core.rooms.get(fold(where)):
-        kept = [view for view in room.views if view.id != id]
-        room.views.clear()
-        room.views.extend(kept)
+    """Also what is still on its way: in a page, or held behind one."""
+    core, (where, id) = talk.core, heard.params[:2]
+    core.remove(id)
+    name = where if talk.server.is_channel(where) or core.is_me(heard.name) else heard.name
+    if room := core.find(name):
         text = f"{heard.name} took back a message"
-        talk.core.happened(room, View(TOLD, text, where=room.name))
+        core.happened(room, View(TOLD, text, where=room.name))
 
 
 @from_server("353", least=4)
 def names_told(talk: IrcTalk, heard: Heard) -> None:
-    key = fold(heard.params[2])
+    key = talk.core.fold(heard.params[2])
     if key not in talk.core.rooms and key not in talk.shown_names:
         return
     coming = talk.names.setdefault(key, {})
     for word in heard.params[3].split()[: PEOPLE_LISTED - len(coming)]:
-        name = word.lstrip(talk.ranks)
-        coming[name] = word.removesuffix(name)
+        name = word.lstrip(talk.server.ranks[1])
+        coming[name.partition("!")[0]] = word.removesuffix(name)
 
 
 @from_server("366", least=2)
 def names_ended(talk: IrcTalk, heard: Heard) -> None:
-    key = fold(heard.params[1])
+    key = talk.core.fold(heard.params[1])
     people, room = talk.names.pop(key, {}), talk.core.rooms.get(key)
-    text = ", ".join(ranks + name for name, ranks in people.items()) or "nobody"
+    text = ", ".join(ranks + name for name, ranks in people.items()) or "there is no user"
     if room:
         known = {name: people.pop(name) for name in room.people if name in people}
         room.people = people | known  # in the order of who spoke last
@@ -10153,7 +10866,7 @@ def channel_listed(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("REGISTER", "VERIFY", least=2)
 def registered(talk: IrcTalk, heard: Heard) -> None:
-    """What became of it; who has an account now comes back to it."""
+    """What became of it; a client that has an account now comes back to it."""
     core = talk.core
     core.show(View(TOLD, heard.params[-1]))
     if heard.params[0] == "SUCCESS":
@@ -10174,33 +10887,29 @@ def check_message(where: str, text: str, kind: str) -> None:
         raise Refused("BAD_NAME", f"a name has at most {NAME_BYTES} bytes")
 
 
-class Login(NamedTuple):
-    """What a client knows of its account."""
-
-    account: str
-    password: str
-
-
 class Rooms(dict[str, Room]):
     """The conversations there are, by key, in the order in which they were opened."""
 
-    def rename(self, room: Room, name: str) -> None:
-        room.name = name
-        rooms = {fold(one.name): one for one in self.values()}
+    def rekey(self, fold: Callable[[str], str]) -> None:
+        """Take the keys that a server's rule for names gives; of two with one, keep the first."""
+        rooms = list(self.values())
         self.clear()
-        self.update(rooms)
+        for room in rooms:
+            self.setdefault(fold(room.name), room)
 
-    def least(self) -> Room:
-        """The one that is missed least: the oldest private talk."""
-        private = (room for room in self.values() if not room.is_channel)
-        return next(private, next(iter(self.values())))
+    def least(self, besides: Collection[Room]) -> Room | None:
+        """Return the one that is missed least: the oldest private conversation."""
+        private = (room for room in self.values() if not room.is_channel and room not in besides)
+        return next(private, None)
 
 
 def wanted_rooms(join: Iterable[str]) -> Rooms:
-    """Each is a channel, and perhaps its password behind a blank."""
+    """Each is a channel, and perhaps its password behind a blank; # may be left out."""
     names = [words.split() for words in join if words.split()] or [[LOBBY]]
-    rooms = Rooms((fold(words[0]), Room(*words[:2])) for words in names)
-    for room in rooms.values():
+    rooms = Rooms()
+    for name, *password in names:
+        name = name if is_channel(name) else f"#{name}"
+        room = rooms[fold(name)] = Room(name, *password[:1], channel=True)
         room.wanted = True
     return rooms
 
@@ -10214,13 +10923,21 @@ class Credentials:
         self.account = ""  # that we were logged in to
         self.generated = False  # the password is no person's, and is kept on disk by ...
         self.keep: Callable[[Login | None], None] | None = None  # ... this; it raises Unusable
+        self.mechanisms: tuple[str, ...] = ("SCRAM-SHA-256", "EXTERNAL", "PLAIN")  # best first
+        self.plain_allowed = False  # also without TLS: the user named it
+        self.certificate = False  # TLS shows one of ours
 
 
 def first_words(core: "ClientCore", line: str) -> bool:
-    """Who speaks before us tells by that what he is; whether that is all he said by it."""
+    """A server that speaks first shows by that what it is; return whether that is all that
+    the line says."""
     if line.startswith("* "):  # we are being turned away, and told why
-        core.refusal = line.removeprefix("* ")
+        core.refuse(line.removeprefix("* "), TEMPORARY)
         core.show(View(TOLD, core.refusal))
+        return True
+    if other := other_protocol(line):
+        core.listening = False
+        core.give_up(f"this is no chat server: it speaks {other}")
         return True
     if line.startswith(":chat.py/"):
         core.kind = CHAT
@@ -10230,13 +10947,45 @@ def first_words(core: "ClientCore", line: str) -> bool:
     return core.kind == CHAT
 
 
+def nearest_command(verb: str) -> str:
+    """Return which command was meant perhaps, as a question."""
+    import difflib
+
+    known = [*client_command, *CLIENT_ALIASES]
+    near = difflib.get_close_matches(verb, known, 1, 0.6)
+    return f" (/{near[0]}?)" if near else ""
+
+
+def message_pieces(text: str) -> Iterator[str]:
+    """Yield a text as messages that a server takes: between lines, if that can be."""
+    lines: list[str] = []
+    size = 0
+    for line in text.split("\n"):
+        for piece in split_text(line, LINE_BYTES):
+            length = len(piece.encode()) + 1
+            if lines and (size + length > LINE_BYTES or len(lines) == MESSAGE_LINES):
+                yield "\n".join(lines)
+                lines, size = [], 0
+            lines.append(piece)
+            size += length
+    yield "\n".join(lines)
+
+
+def remember(ids: dict[str, None], id: str) -> None:
+    """Add an id to those that are known, of which the oldest are forgotten."""
+    ids[id] = None
+    if len(ids) > IDS_KEPT:
+        del ids[next(iter(ids))]
+
+
 class ClientCore:
     """A client's side of the talk.
 
     Call connected() for each new connection, then feed() with what comes, silence() if
     nothing does and disconnected() at its end; send what take_output() gives. typed() takes
-    what the person wrote, also while there is no connection: then it waits. `tidy` is for
-    a person's eyes: it asks what was said last. `later` runs a job off the loop.
+    what the user wrote, also while there is no connection: then it waits. `tidy` is for
+    a person's eyes: it asks what was said last. `later` runs a job off the loop; `clock` is
+    wall time, `ticks` monotonic time, in seconds.
     """
 
     def __init__(
@@ -10250,33 +10999,51 @@ class ClientCore:
         outbox: Outbox | None = None,
         clock: Callable[[], float] = lambda: 0.0,
         later: Callable[[Callable, Callable], None] = lambda job, then: then(job()),
+        ticks: Callable[[], float] = lambda: 0.0,
     ):
         self.wanted_name = self.name = name
         self.tidy, self.kind, self.password = tidy, kind, password
         self.me = Credentials(login)
         self.outbox = outbox or Outbox()
-        self.clock, self.later = clock, later
+        self.clock, self.later, self.ticks = clock, later, ticks
+        self.server = ServerProfile()
         self.talk: Any = None  # while connected, once it is known what is spoken
-        self.secure = False  # what is said now, nobody reads on its way
+        self.tls = self.secure = False  # encrypted; or on this machine, where nobody listens
         self.listening = False  # for whether the server speaks first
-        self.refusal = ""  # why the server will not have us
-        self.over = ""  # why there is no point in coming back
+        self.refusal = ""  # why the server will not have us ...
+        self.cause = TEMPORARY  # ... and what that means for another attempt
+        self.dismissed = False  # it said ERROR, and will hang up
         self.redial = False  # come back at once: it speaks something else ...
-        self.insists = False  # ... unless a person said what it speaks
+        self.insists = False  # ... unless the user said what it speaks
         self.sure = False  # the server has said something that only its kind says
+        self.sts: tuple[int, int] | None = None  # port, and seconds: it wants TLS (IRCv3 sts)
         self.quitting = False
-        self.ignored: set[str] = set()  # keys
+        self.regain = False  # the wanted name was taken: have it when it is free ...
+        self.regain_at = 0.0  # ... and ask for that at this time
+        self.away = ""
+        self.wants_motd = False
+        self.ctcp_budget = Budget(CTCP_BURST, CTCP_RATE, ticks())
+        self.ignored: set[str] = set()  # masks
         self.seen: dict[str, None] = {}  # ids
-        self.shown: set[str] = set()  # own ids of what the person has seen himself say
+        self.removed: dict[str, None] = {}  # ids of redacted messages
+        self.shown: set[str] = set()  # own ids of what the user has seen as waiting
+        self.known_own: dict[str, None] = {}  # own ids of what was shown, and has arrived
         self.failures = 0  # messages that did not arrive, or were not kept
+        self.progress = 0  # how often a message was acknowledged or a missing page came
+        self.acknowledged = False  # something was, over this connection
+        self.page_lines = PAGE_LINES  # of missed messages at once: less after a break
         self.newest = 0  # time of the newest thing heard of, in milliseconds ...
-        self.began = 0  # ... and of the first welcome
-        self.patient = False  # the refusal is for the moment
+        self.newest_id = ""  # ... and the id of the newest message
+        self.began = 0  # time of the first welcome
         self.rooms = wanted_rooms(join)
-        self.here = next(iter(self.rooms.values())).name
+        self.current: Room | None = next(iter(self.rooms.values()))  # that the user looks at
         self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
         self.views: list[View] = []
         self.output: list[str] = []
+        self.doubted = ""  # text that is sent if the user enters it once more
+        self.wants_connection = False  # now: the user said so
+        self.kept_room: Callable[[Room], None] = lambda room: None  # remembers rooms ...
+        self.kept_ignored: Callable[[set[str]], None] = lambda masks: None  # ... and these
 
     @property
     def ready(self) -> bool:
@@ -10289,17 +11056,56 @@ class ClientCore:
         return self
 
     @property
+    def here(self) -> str:
+        """The name of the conversation that is looked at; "" if there is none."""
+        return self.current.name if self.current else ""
+
+    @property
     def room(self) -> Room | None:
-        """That is looked at."""
-        return self.rooms.get(fold(self.here))
+        return self.current
+
+    @property
+    def idle(self) -> bool:
+        """There is nothing left to be sent, but what the user has to decide about."""
+        talk, outbox = self.talk, self.outbox
+        waits = isinstance(talk, IrcTalk) and (talk.queue or talk.pieces)
+        return not waits and outbox.waiting.keys() <= outbox.parked.keys()
+
+    # Names, as this server compares them
+
+    def fold(self, name: str) -> str:
+        return self.server.fold(name)
+
+    def is_me(self, name: str) -> bool:
+        return self.fold(name) == self.fold(self.name)
+
+    def find(self, name: str) -> Room | None:
+        return self.rooms.get(self.fold(name))
+
+    def rekey(self) -> None:
+        """The server has told how it compares names, and what a channel is."""
+        self.rooms.rekey(self.fold)
+        for room in self.rooms.values():
+            room.is_channel = room.is_channel or self.server.is_channel(room.name)
+
+    def is_ignored(self, heard: Heard) -> bool:
+        """Whether the user ignores the source of this line: by nick, or by a mask."""
+        return any(self.ignores(mask, heard.source) for mask in self.ignored)
+
+    def ignores(self, mask: str, source: str) -> bool:
+        name = source.partition("!")[0]
+        if set(mask) & set("!@*?"):
+            full = mask if "!" in mask else f"*!{mask}" if "@" in mask else f"{mask}!*@*"
+            return bool(mask_pattern(self.fold(full)).fullmatch(self.fold(source)))
+        return self.fold(mask) == self.fold(name)
 
     # The connection
 
     def connected(self) -> list[View]:
         self.inbox = LineBuffer(self.inbox.limit)
         self.output.clear()
-        self.refusal, self.redial, self.talk = "", False, None
-        self.patient = False
+        self.refusal, self.cause, self.redial, self.talk = "", TEMPORARY, False, None
+        self.acknowledged = self.dismissed = False
         self.listening = not self.kind
         if not self.listening:
             self.introduce()
@@ -10308,12 +11114,14 @@ class ClientCore:
     def disconnected(self) -> list[View]:
         """What was on its way is sent again where that makes no second one of it."""
         talk, self.talk, self.listening = self.talk, None, False
-        flown = self.outbox.grounded()
+        flown = self.outbox.connection_lost()
         for one in flown if talk and talk.doubts else ():
-            if talk.pages:
-                self.outbox.doubtful.add(one.id)
+            if talk.pages and talk.server.keeps_own_tags:
+                self.outbox.unconfirmed.add(one.id)
             else:
                 self.lost(one.id, "the line broke: it may have arrived or not")
+        if talk and any(asked.how in ("missed", "gap") for asked in getattr(talk, "asked", ())):
+            self.page_lines = max(1, self.page_lines // 4)  # it was too much for that line
         for room in self.rooms.values():
             room.held, room.inside = [], False
         return self.take_views()
@@ -10367,21 +11175,58 @@ class ClientCore:
         """As something else than what we took the server for."""
         self.kind, self.redial = kind, True
 
-    def leave(self) -> None:
+    def refuse(self, why: str, cause: str) -> None:
+        """Note why the server will not have us."""
+        self.refusal, self.cause = why, cause
+
+    def give_up(self, why: str) -> None:
+        """Note that there is no point in coming back."""
+        self.refuse(why, FATAL)
+        self.redial = False
+
+    def told_sts(self, value: str) -> None:
+        """Note that the server wants TLS, at which port and for how long (IRCv3 sts)."""
+        tokens = parse_tags(value.replace(",", ";"))
+        port, seconds = (whole_number(tokens.get(one, "")) for one in ("port", "duration"))
+        if value:
+            self.sts = port or 0, seconds or 0
+            if port and not self.tls and self.cause != FATAL:
+                self.redial = True
+
+    def tick(self) -> list[View]:
+        """Once a second: time has passed."""
+        if self.talk:
+            self.talk.tick()
+        self.flush()
+        return self.take_views()
+
+    def leave(self, reason: str = "") -> None:
         self.quitting = True
         if self.talk:
-            self.talk.bye()
+            self.talk.bye(reason)
 
-    # What the person writes
+    # What the user writes
 
     def typed(self, text: str) -> list[View]:
         """A line or several, as one message, or a command."""
         if text[:1] == "/" and text[:2] != "//":
             self._command(text)
+        elif (doubt := self._doubtful(text)) and self.doubted != text:
+            self.doubted = text
+            self.show(View(BACK, text), View(NOTE, doubt))
         else:
             self._speak(text[1:] if text[:2] == "//" else text)
         self.flush()
         return self.take_views()
+
+    def _doubtful(self, text: str) -> str:
+        """Return why the user may not want everybody to read this; "" if it is a message."""
+        first = text.split()[:1]
+        if text[:1] == " " and first and first[0][:1] == "/" and first[0][1:] in client_command:
+            return f"nothing was sent: is {first[0]} a command? Enter again sends it as text"
+        if len(text.split()) == 1 and self.server.is_channel(text) and "\n" not in text:
+            return f"nothing was sent: /join {text} opens it; Enter again sends that as text"
+        return ""
 
     def say(self, text: str) -> list[View]:
         """Text, whatever it begins with: what a pipe sends."""
@@ -10391,81 +11236,139 @@ class ClientCore:
 
     def _command(self, text: str) -> None:
         verb, _, rest = text[1:].partition(" ")
-        known = client_command.get(verb.lower())
+        verb = CLIENT_ALIASES.get(verb.lower(), verb.lower())
+        known = client_command.get(verb)
+        local = known and known.nameless
+        near = "" if known else nearest_command(verb)
         why = (
-            "this server knows no commands" * (self.kind == PLAIN)
+            f"there is no /{verb}{near}; /help lists the commands" * (known is None)
+            or "this server knows no commands" * (self.kind == PLAIN and not local)
             or "a command is one line" * ("\n" in text)
-            or "not connected" * (not (self.ready or (known and known.nameless)))
+            or "not connected" * (not (self.ready or local))
         )
         if why:
             return self.show(View(BACK, text), View(NOTE, f"{why}; nothing was sent"))
         try:
-            client_command.run(self, verb.lower(), rest)
+            client_command.run(self, verb, rest)
         except ChatError as refusal:
             self.show(View(BACK, text), View(NOTE, str(refusal)))
 
     def _speak(self, text: str) -> None:
-        if self.room is None:
+        self.doubted = ""
+        if self.current is None:
             return self.show(View(BACK, text), View(NOTE, "nowhere to say that; /join #CHANNEL"))
         self.send(self.here, text)
 
     def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
-        """Accept a message; shown at once, and sent when that can be."""
-        try:
-            check_message(where, text, kind)
-            one = self.outbox.add(self.clock(), where, text if text.strip("\n") else "", kind)
-        except ChatError as error:
-            return self.show(View(BACK, text), View(NOTE, f"{error}; nothing was sent"))
+        """Accept a message; shown at once, and sent when that can be. What is too long for
+        one message is several."""
+        pieces = list(message_pieces(text)) if kind == MESSAGE else [text]
+        for n, piece in enumerate(pieces):
+            try:
+                check_message(where, piece, kind)
+                kept = piece if piece.strip("\n") else ""
+                one = self.outbox.add(self.clock(), where, kept, kind)
+            except ChatError as error:
+                rest = "\n".join(pieces[n:])
+                return self.show(View(BACK, rest), View(NOTE, f"{error}; nothing was sent"))
+            self._accepted(one, piece)
+        if len(pieces) > 1:
+            self.show(View(NOTE, f"too long for one message: sent as {len(pieces)}"))
+
+    def _accepted(self, one: Waiting, text: str) -> None:
         self.shown.add(one.id)
-        shown = f"*{text}*" if kind == ACTION else text
-        view = self.timed(View(SAID, shown, self.name, where, mine=True, own_id=one.id))
-        self.room_for(where).views.append(view)
+        shown = f"*{text}*" if one.kind == ACTION else text
+        view = self.timed(View(SAID, shown, self.name, one.where, mine=True, own_id=one.id))
+        room = self.room_for(one.where)
+        room.views.append(view)
         self.show(view)
+        if room.is_channel and self.ready and not (room.inside or room.wanted):
+            self.park(one.id, f"you are not in {room.name}")
 
     def flush(self) -> None:
         """Send what may be sent."""
-        while self.ready and not self.redial and (one := self.outbox.next(self.talk.carries)):
-            self.talk.transmit(one)
+        if self.talk and self.talk.ready and not self.redial and self.cause != FATAL:
+            self.talk.pump()
 
     # What there is to show
 
     def show(self, *views: View) -> None:
         self.views += views
 
+    def show_results(self, title: str, views: list[View]) -> None:
+        """Show what was asked for, with a heading and an end."""
+        if not views:
+            return self.show(View(NOTE, f"{title}: nothing found"))
+        found = (view._replace(kind=FOUND, past=True) for view in views)
+        self.show(View(NOTE, f"{title}: {counted(len(views), 'message')}"), *found)
+        self.show(View(NOTE, f"end of {title}"))
+
     def room_for(self, name: str) -> Room:
-        """A new one takes the place of the oldest private talk, where there are too many."""
-        if fold(name) not in self.rooms and len(self.rooms) >= ROOMS_KEPT:
-            self.close(self.rooms.least())
-        return self.rooms.setdefault(fold(name), Room(name))
+        """Return a conversation, a new one if need be. It takes the place of the oldest
+        private one where there are too many; never of one that the user is in."""
+        if self.find(name) is None and len(self.rooms) >= ROOMS_KEPT:
+            needed = {self.find(one.where) for one in self.outbox.waiting.values()}
+            if least := self.rooms.least({self.current, *needed}):
+                self.close(least)
+        key = self.fold(name)
+        if key not in self.rooms:
+            self.rooms[key] = Room(name, channel=self.server.is_channel(name))
+        return self.rooms[key]
 
     def go(self, room: Room) -> None:
         """Look at another room."""
         self.show(View(PLACE, str(room.unread or ""), where=room.name))
-        self.here, room.unread, room.called = room.name, 0, 0
+        self.current, room.unread, room.called = room, 0, 0
 
     def rename(self, room: Room, name: str) -> None:
         """It is called otherwise, and is in its place."""
-        looked_at = self.here == room.name
-        self.outbox.readdress(room.name, name)
-        self.rooms.rename(room, name)
-        if looked_at:
+        old = self.fold(room.name)
+        self.outbox.readdress(lambda where: self.fold(where) == old, name)
+        room.name = name
+        self.rooms.rekey(self.fold)
+        self.kept_room(room)
+        if self.current is room:
             self.go(room)
 
     def close(self, room: Room) -> None:
         """Look at it no more."""
-        self.rooms.pop(fold(room.name), None)
-        if self.here == room.name:
-            self.here = ""
+        self.rooms.pop(self.fold(room.name), None)
+        if self.current is room:
+            self.current = None
             for other in list(self.rooms.values())[-1:]:
                 self.go(other)
 
-    def said(self, view: View) -> None:
-        """A live message: behind the pages that are on their way."""
+    def said(self, view: View, heard: Heard | None = None) -> None:
+        """A live message: behind the pages that are on their way. An echo of ours has arrived
+        all the same."""
+        if heard is not None and not view.mine and self.is_ignored(heard):
+            return
+        if view.own_id:
+            self.acknowledge(view)
+        if view.own_id == PIECE:
+            return
+        if not view.where:
+            return self.show(self.timed(view))
         room = self.room_for(view.where)
         if room.held is None:
             self.deliver(room, view)
         else:
             room.hold(view)
+
+    def acknowledge(self, view: View) -> None:
+        """The server has a message of ours."""
+        one = self.outbox.arrived(view.own_id)
+        if one is not None:
+            self.made_progress()
+            self.acknowledged = True
+        if view.own_id in self.shown:
+            self.shown.discard(view.own_id)
+            remember(self.known_own, view.own_id)
+            where = one.where if one else view.where
+            self.show(view._replace(kind=ARRIVED, where=where))
+
+    def made_progress(self) -> None:
+        self.progress += 1
 
     def timed(self, view: View) -> View:
         """So that it is known later, too, when that was."""
@@ -10484,9 +11387,7 @@ class ClientCore:
         """Whether that message has come already; from now on it has."""
         known = id in self.seen
         if id:
-            self.seen[id] = None
-        if len(self.seen) > IDS_KEPT:
-            del self.seen[next(iter(self.seen))]
+            remember(self.seen, id)
         return known
 
     def deliver(self, room: Room, view: View) -> None:
@@ -10495,29 +11396,46 @@ class ClientCore:
         known = self.knows(view.id)
         if view.id and not known:
             room.mark = f"msgid={view.id}"
+            self.newest_id = view.id
         if view.own_id:
-            arrived = self.outbox.arrived(view.own_id)
-            if view.own_id in self.shown:
-                self.shown.discard(view.own_id)
-                return self.show(view._replace(kind=ARRIVED))
-            known = known and arrived is None
-        if known or view.kind != SAID or (fold(view.name) in self.ignored and not view.mine):
+            arrived = view.own_id in self.outbox.waiting
+            seen_waiting = view.own_id in self.shown
+            self.acknowledge(view)
+            if seen_waiting or view.own_id in self.known_own:
+                return
+            known = known and not arrived
+        if known or view.kind not in (SAID, NOTICED) or view.id in self.removed:
+            return
+        source = f"{view.name}!{view.address}"
+        if not view.mine and any(self.ignores(mask, source) for mask in self.ignored):
             return
         room.spoke(view.name)
         view = self.timed(view)
         room.views.append(view)
-        if room.name != self.here and not (view.mine or view.past):
+        if room is not self.current and not (view.mine or view.past):
             room.unread += 1
             room.called += view.called
         self.show(view)
+
+    def remove(self, id: str) -> None:
+        """Forget the words of a message that was taken back, and of one still on its way."""
+        remember(self.removed, id)
+        for room in self.rooms.values():
+            if any(view.id == id for view in room.views):
+                kept = [view for view in room.views if view.id != id]
+                room.views.clear()
+                room.views.extend(kept)
+                self.show(View(REMOVED, where=room.name, id=id))
 
     def release(self, room: Room) -> None:
         """All that came before is here: now what has waited for it."""
         held, room.held = room.held or [], None
         for view in held:  # also what the pages had: it may be the answer to one of ours
-            (self.deliver if view.kind == SAID else self.happened)(room, view)
-        self.outbox.doubtful -= {
-            one.id for one in self.outbox.waiting.values() if fold(one.where) == fold(room.name)
+            (self.deliver if view.kind in (SAID, NOTICED) else self.happened)(room, view)
+        self.outbox.unconfirmed -= {
+            one.id
+            for one in self.outbox.waiting.values()
+            if self.fold(one.where) == self.fold(room.name)
         }
 
     def lost(self, own_id: str, reason: str) -> None:
@@ -10526,56 +11444,119 @@ class ClientCore:
         if one is not None:
             self.shown.discard(own_id)
             self.failures += 1
-            text = f"{reason}: {cut(one.text, SHOWN_FAILED)}"
+            text = f"{reason}: {one.text}"
             self.show(View(FAILED, text, where=one.where, own_id=own_id))
 
+    def park(self, own_id: str, reason: str) -> None:
+        """A message of ours cannot be sent now: the user decides what becomes of it."""
+        self.outbox.park(own_id, reason)
+        one = self.outbox.waiting[own_id]
+        advice = "; /retry sends it, /cancel drops it" if self.tidy else ""
+        text = f"not sent ({reason}): {one.text}{advice}"
+        self.show(View(FAILED, text, where=one.where, own_id=own_id))
 
-# What a person wants: commands, over IRC
+
+# What the user wants: commands, over IRC
 
 
 def asked_room(core: ClientCore, name: str = "") -> Room:
-    """The one that is meant: by name, or that is looked at. Raises Refused."""
-    room = core.rooms.get(fold(name)) if name else core.room
+    """Return the one that is meant: by name, or that is looked at. Raises Refused."""
+    room = core.find(name) if name else core.room
     if room is None:
         raise Refused("NO_ROOM", f"{name or 'nothing'} is not open; /join #CHANNEL opens one")
     return room
 
 
+def asked_channel(core: ClientCore) -> str:
+    """Return the channel that is looked at. Raises Refused."""
+    room = asked_room(core)
+    if not room.is_channel:
+        raise Refused("NO_CHANNEL", f"{room.name} is no channel")
+    return room.name
+
+
 def channel_first(core: ClientCore, words: str) -> tuple[str, str]:
     """A channel, if one is named before the rest, else the one that is looked at; the rest."""
     first, _, rest = words.partition(" ")
-    return (first, rest.strip()) if is_channel(first) else (asked_room(core).name, words)
+    if core.server.is_channel(first):
+        return first, rest.strip()
+    return asked_room(core).name, words
+
+
+def optional(*words: str) -> list[str]:
+    return [word for word in words if word]
+
+
+HELP_TOPICS = {
+    "talk": ("msg", "me", "notice", "ctcp", "go", "close", "clear", "retry", "cancel"),
+    "channels": ("join", "part", "topic", "names", "who", "list", "invite", "kick", "ban", "unban"),
+    "ranks": ("mode", "op", "deop", "voice", "devoice"),
+    "history": ("history", "search", "lastlog"),
+    "people": ("whois", "away", "back", "ignore", "unignore"),
+    "account": ("nick", "register", "verify", "login", "passwd", "drop", "disown", "oper", "pass"),
+    "connection": ("reconnect", "raw", "quit", "help", "set"),
+}
 
 
 @client_command("help", most=1, nameless=True)
 def do_help(core: ClientCore, verb: str = "") -> None:
-    """/help [COMMAND] -- what can be typed here"""
-    wanted = client_command.get(verb.lstrip("/").lower())
-    shown = [wanted] if wanted else client_command.values()
+    """/help [COMMAND|TOPIC] -- what can be typed here"""
+    word = verb.lstrip("/").lower()
+    wanted = client_command.get(CLIENT_ALIASES.get(word, word))
+    verbs = HELP_TOPICS.get(word, client_command if not word else ())
+    shown = [wanted] if wanted else [client_command[one] for one in verbs]
+    if not shown:
+        topics = ", ".join(HELP_TOPICS)
+        near = nearest_command(word)
+        raise Refused("NO_HELP", f"no help about {verb}{near}; commands: /help; topics: {topics}")
     column = max(len(one.syntax) for one in shown)
     core.show(*(View(TOLD, f"{one.syntax:{column}}  {one.summary}") for one in shown))
+    if not word:
+        core.show(View(TOLD, f"topics: {', '.join(HELP_TOPICS)} (/help TOPIC)"))
 
 
 @client_command("join", 1, 2)
 def do_join(core: ClientCore, name: str, password: str = "") -> None:
     """/join #CHANNEL [PASSWORD] -- enter a channel, or look at it again"""
-    room = core.rooms.get(fold(name))
-    if room and room.inside:
-        return core.go(room)
-    core.talk.going[fold(name)] = password
-    core.talk.enter(Room(name, password))
-    if not core.tidy:  # what a pipe says next is meant for there
-        core.go(core.room_for(name))
+    for one in name.split(","):
+        one = core.server.as_channel(one)
+        room = core.find(one)
+        if room and room.inside:
+            core.go(room)
+            continue
+        core.talk.going[core.fold(one)] = password
+        core.talk.command("JOIN", one, *optional(password))
+        if room:
+            room.wanted = True
+        if not core.tidy:  # what a pipe says next is meant for there
+            there = core.room_for(one)
+            there.wanted, there.is_channel = True, True
+            core.go(there)
 
 
 @client_command("part", most=2)
-def do_part(core: ClientCore, name: str = "", reason: str = "") -> None:
-    """/part [#CHANNEL] [REASON] -- leave a channel, or close a private talk"""
-    room = asked_room(core, name)
+def do_part(core: ClientCore, *words: str) -> None:
+    """/part [#CHANNEL] [REASON] -- leave a channel, or close a private conversation"""
+    named = bool(words) and (core.find(words[0]) is not None or core.server.is_channel(words[0]))
+    room = asked_room(core, words[0] if named else "")
+    reason = " ".join(words[named:])
     if room.inside:
-        core.talk.send("PART", room.name, *[reason] * bool(reason))
+        core.talk.command("PART", room.name, *optional(reason))
     else:
+        room.wanted = False
+        core.kept_room(room)
         core.close(room)
+
+
+@client_command("close", most=1, nameless=True)
+def do_close(core: ClientCore, name: str = "") -> None:
+    """/close [#CHANNEL|NAME] -- the same, also without a connection"""
+    room = asked_room(core, name)
+    if room.inside and core.ready:
+        return do_part(core, room.name)
+    room.wanted = False
+    core.kept_room(room)
+    core.close(room)
 
 
 @client_command("go", 1, nameless=True)
@@ -10584,53 +11565,66 @@ def do_go(core: ClientCore, name: str) -> None:
     number = whole_number(name)
     if number and number <= len(core.rooms):
         return core.go(list(core.rooms.values())[number - 1])
-    found = core.rooms.get(fold(name)) or core.rooms.get(fold(f"#{name}"))
+    found = core.find(name) or core.find(f"#{name}")
     core.go(found or asked_room(core, name))
 
 
-@client_command("tell", 1, 2)
-def do_tell(core: ClientCore, name: str, text: str = "") -> None:
-    """/tell NAME [TEXT] -- say something to one person only, or begin a private talk"""
+@client_command("msg", 1, 2)
+def do_msg(core: ClientCore, name: str, text: str = "") -> None:
+    """/msg NAME [TEXT] -- say something to one person only, or open a private conversation"""
     for one in name.split(",") if text else ():
         if fold(one) in SERVICES:  # which keep nothing, and shall not be told twice
-            core.talk.send("PRIVMSG", one, text)
+            core.talk.command("PRIVMSG", one, text)
         else:
             core.send(one, text)
-    if not text or is_channel(name):
+    if not text or core.server.is_channel(name):
         core.go(core.room_for(name))
 
 
-@client_command("me", 1)
+@client_command("me", 1, nameless=True)
 def do_me(core: ClientCore, text: str) -> None:
     """/me TEXT -- say what you do"""
     core.send(asked_room(core).name, text, ACTION)
+
+
+@client_command("notice", 2)
+def do_notice(core: ClientCore, name: str, text: str) -> None:
+    """/notice NAME|#CHANNEL TEXT -- send a notice, which no program answers"""
+    core.talk.command("NOTICE", name, text)
+    if "echo-message" not in core.server.enabled:
+        core.show(View(NOTICED, text, core.name, name, mine=True))
+
+
+@client_command("ctcp", 2)
+def do_ctcp(core: ClientCore, name: str, request: str) -> None:
+    """/ctcp NAME VERSION|PING|TIME -- ask the program of a user something"""
+    verb, _, rest = request.partition(" ")
+    rest = rest or (f"{core.ticks():.3f}" if verb.upper() == "PING" else "")
+    core.talk.command("PRIVMSG", name, f"\x01{' '.join(optional(verb.upper(), rest))}\x01")
 
 
 @client_command("names", most=1)
 def do_names(core: ClientCore, name: str = "") -> None:
     """/names [#CHANNEL] -- who is here"""
     where = name or asked_room(core).name
-    core.talk.shown_names.add(fold(where))
-    core.talk.send("NAMES", where)
-
-
-@client_command("list", most=1)
-def do_list(core: ClientCore, mask: str = "") -> None:
-    """/list [MASK] -- which channels there are"""
-    core.talk.send("LIST", *[mask] * bool(mask))
+    core.talk.shown_names.add(core.fold(where))
+    core.talk.command("NAMES", where)
 
 
 @client_command("topic", most=1)
 def do_topic(core: ClientCore, words: str = "") -> None:
-    """/topic [#CHANNEL] [TEXT] -- read or set what a channel is about"""
+    """/topic [#CHANNEL] [TEXT|-delete] -- read, set or remove what a channel is about"""
     where, text = channel_first(core, words)
-    core.talk.send("TOPIC", where, *[text] * bool(text))
+    if text == "-delete":
+        return core.talk.command("TOPIC", where, "")
+    core.talk.command("TOPIC", where, *optional(text))
 
 
-@client_command("nick", 1)
+@client_command("nick", 1, 1)
 def do_nick(core: ClientCore, name: str) -> None:
     """/nick NAME -- be called otherwise"""
-    core.talk.send("NICK", name)
+    core.regain = False
+    core.talk.command("NICK", name)
 
 
 @client_command("history", most=2)
@@ -10639,132 +11633,257 @@ def do_history(core: ClientCore, *words: str) -> None:
     count = whole_number(words[-1]) if words else None
     name = words[0] if words and (len(words) > 1 or not count) else asked_room(core).name
     if not core.talk.pages:
-        raise Refused("NO_HISTORY", "this server keeps no history")
-    core.talk.asked.append(Asked(name, "asked", 0))
+        raise Refused("NO_HISTORY", "this server keeps no history; /lastlog looks in your own")
     limit = min(count or HISTORY_LINES, HISTORY_LINES_MOST)
-    core.talk.send("CHATHISTORY", "LATEST", name, "*", str(limit))
+    core.talk.ask(Asked(name, "asked", 0), "LATEST", name, "*", str(limit))
 
 
 @client_command("search", 1)
 def do_search(core: ClientCore, words: str) -> None:
     """/search WORDS -- what was said with these words in it, here"""
-    if "soju.im/search" not in core.talk.enabled:
-        raise Refused("NO_SEARCH", "this server cannot search")
+    if "soju.im/search" not in core.talk.server.enabled:
+        raise Refused("NO_SEARCH", "this server cannot search; /lastlog looks in what is here")
     where, text = channel_first(core, words)
-    core.talk.send("SEARCH", f"in={escaped_tag(where)};text={escaped_tag(text)}")
+    core.talk.command("SEARCH", f"in={escaped_tag(where)};text={escaped_tag(text)}")
+
+
+@client_command("lastlog", 1, nameless=True)
+def do_lastlog(core: ClientCore, words: str) -> None:
+    """/lastlog WORDS -- what was said with these words in it, in what this client holds"""
+    wanted = fold(words)
+    views = asked_room(core).views
+    found = [one for one in views if one.kind in (SAID, NOTICED) and wanted in fold(one.text)]
+    core.show_results(f"lastlog of {core.here}", found[-LASTLOG_MOST:])
 
 
 @client_command("away", most=1)
 def do_away(core: ClientCore, reason: str = "") -> None:
     """/away [REASON] -- say that you are not here, or that you are back"""
-    core.talk.send("AWAY", *[reason] * bool(reason))
+    core.away = reason
+    core.talk.command("AWAY", *optional(reason))
+
+
+@client_command("back")
+def do_back(core: ClientCore) -> None:
+    """/back -- say that you are here again"""
+    do_away(core)
 
 
 @client_command("ignore", most=1, nameless=True)
-def do_ignore(core: ClientCore, name: str = "") -> None:
-    """/ignore [NAME] -- do not show what somebody says, or show it again; who is ignored"""
-    if name:
-        core.ignored ^= {fold(name)}
-    text = ", ".join(sorted(core.ignored)) or "nobody"
+def do_ignore(core: ClientCore, mask: str = "") -> None:
+    """/ignore [NAME|MASK] -- do not show what a user says; who is ignored"""
+    if mask:
+        core.ignored.add(mask)
+        core.kept_ignored(core.ignored)
+    text = ", ".join(sorted(core.ignored)) or "no user"
     core.show(View(NOTE, f"ignored: {text}"))
+
+
+@client_command("unignore", 1, nameless=True)
+def do_unignore(core: ClientCore, mask: str) -> None:
+    """/unignore NAME|MASK -- show again what a user says"""
+    known = {core.fold(one): one for one in core.ignored}
+    if core.fold(mask) not in known:
+        raise Refused("NOT_IGNORED", f"{mask} is not ignored; /ignore lists who is")
+    core.ignored.discard(known[core.fold(mask)])
+    core.kept_ignored(core.ignored)
+    do_ignore(core)
 
 
 @client_command("invite", 1, 2)
 def do_invite(core: ClientCore, name: str, where: str = "") -> None:
-    """/invite NAME [#CHANNEL] -- ask somebody to come in"""
-    core.talk.send("INVITE", name, where or asked_room(core).name)
+    """/invite NAME [#CHANNEL] -- ask a user to come in"""
+    core.talk.command("INVITE", name, where or asked_channel(core))
 
 
 @client_command("kick", 1, 2)
 def do_kick(core: ClientCore, name: str, reason: str = "") -> None:
-    """/kick NAME [REASON] -- put somebody out of this channel"""
-    core.talk.send("KICK", asked_room(core).name, name, *[reason] * bool(reason))
+    """/kick NAME [REASON] -- put a user out of this channel"""
+    core.talk.command("KICK", asked_channel(core), name, *optional(reason))
+
+
+def ban_of(name: str) -> str:
+    """Return the mask that is meant: a name alone bans whoever has it."""
+    return name if set(name) & set("!@*:$") else f"{name}!*@*"
+
+
+@client_command("ban", most=1)
+def do_ban(core: ClientCore, mask: str = "") -> None:
+    """/ban [NAME|MASK] -- keep a user out of this channel; which bans there are"""
+    core.talk.command("MODE", asked_channel(core), "+b", *optional(mask and ban_of(mask)))
+
+
+@client_command("unban", 1, 1)
+def do_unban(core: ClientCore, mask: str) -> None:
+    """/unban NAME|MASK -- end a ban"""
+    core.talk.command("MODE", asked_channel(core), "-b", ban_of(mask))
 
 
 @client_command("mode", most=1)
 def do_mode(core: ClientCore, words: str = "") -> None:
-    """/mode [#CHANNEL] [+-LETTERS] [VALUE ...] -- read or set what a channel is like"""
+    """/mode [#CHANNEL|NAME] [+-LETTERS] [VALUE ...] -- read or set what a channel is like"""
     where, rest = channel_first(core, words)
-    core.talk.send("MODE", where, *rest.split())
+    if words and core.is_me(words.split()[0]):
+        where, _, rest = words.partition(" ")
+    core.talk.command("MODE", where, *rest.split())
 
 
-@client_command("whois", 1)
-def do_whois(core: ClientCore, name: str) -> None:
-    """/whois NAME -- what is known of somebody"""
-    core.talk.send("WHOIS", name)
+def command_for_ranks(verb: str, mode: str, summary: str) -> None:
+    """Define a command that gives or takes a rank of several users."""
+
+    def change(core: ClientCore, names: str) -> None:
+        most = core.server.limit("MODES", 3)
+        words = names.split()
+        for n in range(0, len(words), most):
+            some = words[n : n + most]
+            letters = mode[0] + mode[1] * len(some)
+            core.talk.command("MODE", asked_channel(core), letters, *some)
+
+    change.__doc__ = f"/{verb} NAME ... -- {summary}"
+    client_command(verb, 1)(change)
 
 
-@client_command("oper", 2)
-def do_oper(core: ClientCore, name: str, password: str) -> None:
-    """/oper NAME PASSWORD -- operate the server"""
-    core.talk.send("OPER", name, password)
+command_for_ranks("op", "+o", "make users operators of this channel")
+command_for_ranks("deop", "-o", "make them operators no longer")
+command_for_ranks("voice", "+v", "let users speak in a moderated channel")
+command_for_ranks("devoice", "-v", "let them no longer")
 
 
-@client_command("register", most=2)
+def command_that_is_sent(verb: str, syntax: str, summary: str, least: int, secret: bool) -> None:
+    """Define a command that is the server's own, with its words as they are."""
+
+    def pass_on(core: ClientCore, *words: str) -> None:
+        core.talk.command(verb.upper(), *words)
+
+    pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
+    client_command(verb, least, least or 1, exact=secret)(pass_on)
+
+
+for sent_on in (
+    ("list", "[MASK]", "which channels there are", 0, False),
+    ("who", "#CHANNEL|MASK", "who is there, with addresses", 1, False),
+    ("whois", "NAME", "what is known of a user", 1, False),
+    ("oper", "NAME PASSWORD", "operate the server", 2, True),
+):
+    command_that_is_sent(*sent_on)
+
+
+@client_command("register", most=2, exact=True)
 def do_register(core: ClientCore, *words: str) -> None:
     """/register [EMAIL] [PASSWORD] -- make your name yours; without a password this computer
     makes one, keeps it, and logs in with it from then on"""
-    by_mail = "email-required" in core.talk.offered.get("draft/account-registration", "")
+    by_mail = "email-required" in core.server.offered.get("draft/account-registration", "")
     email = words[0] if len(words) > 1 or (words and by_mail) else "*"
     password = words[-1] if words and words[-1] != email else ""
     if not password and core.me.keep is None:
         raise Refused("NO_STATE", "nothing is kept on disk; /register with a password of yours")
     core.me.generated = not password
     core.me.proposed = Login(core.name, password or secrets.token_urlsafe(SECRET_DIGITS))
-    if core.me.generated:  # before anybody knows it: the answer may be lost
+    if core.me.generated:  # before the server knows it: the answer may be lost
         core.me.login = core.me.proposed
         core.me.keep(core.me.login)
-    core.talk.send("REGISTER", "*", email, core.me.proposed.password)
+    core.talk.command("REGISTER", "*", email, core.me.proposed.password)
 
 
 @client_command("verify", 1)
 def do_verify(core: ClientCore, code: str) -> None:
     """/verify CODE -- the one that came by mail, to end a /register"""
-    core.talk.send("VERIFY", core.name, code)
+    core.talk.command("VERIFY", core.name, code)
 
 
-@client_command("login", 1, 2)
+def service_words(words: Iterable[str]) -> str:
+    """Return words for a service, those with blanks in quotes."""
+    return " ".join(f'"{word}"' if " " in word else word for word in words)
+
+
+@client_command("login", 1, 2, exact=True)
 def do_login(core: ClientCore, *words: str) -> None:
-    """/login [ACCOUNT] PASSWORD -- be who you are; also when the line has to be built up anew"""
+    """/login [ACCOUNT] PASSWORD -- be who you are; also after a reconnection"""
     core.me.login = Login(words[0] if len(words) > 1 else core.name, words[-1])
-    mechanism = core.talk.mechanism(asked=True) if "sasl" in core.talk.enabled else ""
+    enabled = "sasl" in core.server.enabled
+    mechanism = core.talk.mechanism(asked=True) if enabled else ""
     if not mechanism:
-        return core.talk.send("PRIVMSG", SERVICE, f"IDENTIFY {' '.join(core.me.login)}")
+        return core.talk.command("PRIVMSG", SERVICE, f"IDENTIFY {service_words(core.me.login)}")
     core.talk.begin_log_in(mechanism)
 
 
-@client_command("passwd", 1, 2)
+@client_command("passwd", 1, 2, exact=True)
 def do_passwd(core: ClientCore, *words: str) -> None:
     """/passwd [OLD] NEW -- another password for your account"""
     if len(words) == 1 and core.me.login is None:
         raise Refused("NOT_LOGGED_IN", "which one is the old one? /passwd OLD NEW")
     old = words[0] if len(words) > 1 else core.me.login.password
     core.me.proposed = Login(core.me.login.account if core.me.login else core.name, words[-1])
-    core.talk.send("PRIVMSG", SERVICE, f"PASSWD {old} {words[-1]}")
+    core.talk.command("PRIVMSG", SERVICE, f"PASSWD {service_words((old, words[-1]))}")
 
 
-@client_command("drop", 1)
+@client_command("drop", 1, 1, exact=True)
 def do_drop(core: ClientCore, password: str) -> None:
     """/drop PASSWORD -- give up your account"""
-    core.talk.send("PRIVMSG", SERVICE, f"DROP {password}")
+    core.talk.command("PRIVMSG", SERVICE, f"DROP {service_words([password])}")
 
 
 @client_command("disown", 1)
 def do_disown(core: ClientCore, name: str) -> None:
     """/disown #CHANNEL -- let a channel that you founded end with its last member"""
-    core.talk.send("PRIVMSG", SERVICE, f"DISOWN {name}")
+    core.talk.command("PRIVMSG", SERVICE, f"DISOWN {name}")
+
+
+@client_command("pass", 1, 1, nameless=True, exact=True)
+def do_pass(core: ClientCore, password: str) -> None:
+    """/pass PASSWORD -- the server's password, for the next attempt to connect"""
+    core.password, core.wants_connection = password, True
+
+
+@client_command("reconnect", nameless=True)
+def do_reconnect(core: ClientCore) -> None:
+    """/reconnect -- connect again, now"""
+    core.wants_connection = True
+
+
+@client_command("retry", nameless=True)
+def do_retry(core: ClientCore) -> None:
+    """/retry -- send again what could not be sent"""
+    if not core.outbox.parked:
+        raise Refused("NOTHING_WAITS", "there is nothing that could not be sent")
+    for id in list(core.outbox.parked):
+        core.outbox.retry(id)
+        room = core.room_for(core.outbox.waiting[id].where)
+        if room.is_channel and not room.inside and core.ready:
+            room.wanted = True
+            core.talk.enter(room)
+
+
+@client_command("cancel", most=1, nameless=True)
+def do_cancel(core: ClientCore, which: str = "") -> None:
+    """/cancel [all] -- drop what could not be sent; all: also what still waits to be sent"""
+    outbox = core.outbox
+    ids = [*outbox.parked] if which != "all" else [*outbox.waiting.keys() - outbox.in_flight]
+    for id in ids:
+        outbox.arrived(id)
+        core.shown.discard(id)
+    if core.talk and which == "all":
+        core.talk.pieces.clear()
+    core.show(View(NOTE, f"{counted(len(ids), 'message')} dropped"))
+
+
+@client_command("clear", nameless=True)
+def do_clear(core: ClientCore) -> None:
+    """/clear -- begin with an empty page; Page Up still shows what was there"""
+    core.show(View(CLEARED))
 
 
 @client_command("raw", 1)
 def do_raw(core: ClientCore, line: str) -> None:
-    """/raw LINE -- say a line of IRC to the server"""
-    core.output.append(line)
+    """/raw LINE -- send a line of IRC to the server"""
+    core.wants_motd = core.wants_motd or line.upper().startswith("MOTD")
+    core.talk.raw(line)
 
 
-@client_command("quit", most=1)
+@client_command("quit", most=1, nameless=True)
 def do_quit(core: ClientCore, reason: str = "") -> None:
-    """/quit -- leave"""
-    core.leave()
+    """/quit [REASON] -- leave"""
+    core.leave(reason)
 
 
 # ======================================================================================
@@ -10931,6 +12050,7 @@ class Connection:
             return self.drop(f"{TLS_TROUBLE}{failure}")
         self.loop.dirty.add(self)  # the handshake may have something to say
         if self.tls.ready and not was_ready:
+            self.flush()  # our half of the handshake, also if its certificate is refused
             self.secured()
         if self.state == CLOSED:  # we do not like who it is
             return
@@ -12392,11 +13512,14 @@ class Trust(NamedTuple):
     ca: str | None = None  # a file of certificates, instead of the system's
     pin: str | None = None  # SHA-256 of the one certificate to believe, in hex
     insecure: bool = False
+    own: str | None = None  # a file with a certificate of ours and its key
 
     def context(self) -> Any:
         import ssl
 
         context = ssl.create_default_context(cafile=self.ca)
+        if self.own:
+            context.load_cert_chain(self.own)
         if self.insecure or self.pin:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
@@ -12454,10 +13577,21 @@ class KnownServers(Memory):
         return self._known(target).get("kind", "")
 
     def pin(self, target: Target) -> str | None:
-        return self._known(target).get("pin")
+        return self._known(target).get("pin") or None
 
     def remember(self, target: Target, **what: str) -> None:
         self.write(**{str(target): self._known(target) | what})
+
+    def policy(self, host: str) -> tuple[int, float]:
+        """Return the port at which a host wants TLS, and until when (IRCv3 sts)."""
+        known = self.read().get(f"sts:{host}")
+        try:
+            return int(known[0]), float(known[1])
+        except (TypeError, ValueError, IndexError):
+            return 0, 0.0
+
+    def remember_policy(self, host: str, port: int, until: float) -> None:
+        self.write(**{f"sts:{host}": [port, until]})
 
 
 def locked(path: pathlib.Path) -> int:
@@ -12546,7 +13680,9 @@ def free_journal(folder: pathlib.Path, stem: str) -> Journal:
             with contextlib.suppress(BlockingIOError):
                 free.append(Journal(path))
     except OSError as error:
-        raise Unusable(f"cannot keep an outbox in {folder}: {reason_of(error)}") from error
+        advice = "; use --data DIR, or --no-state to keep nothing"
+        text = f"cannot keep an outbox in {folder}: {reason_of(error)}"
+        raise Unusable(f"{text}{advice}") from error
     chosen = next((journal for journal in free if journal.waiting), free[0])
     for journal in free:
         if journal is not chosen:
@@ -12677,12 +13813,41 @@ class ServerConnection(Connection):
         self.link.make_room()
 
 
+# The phases of a connection. One field holds the present one.
+RESOLVING, CONNECTING, SECURING = "resolving", "connecting", "TLS"
+DETECTING, REGISTERING, LOGGING_IN = "detecting", "registering", "logging in"
+SYNCING, ONLINE, WAITING, ENDED = "syncing", "online", "waiting", "ended"
+STARTING = (RESOLVING, CONNECTING, SECURING)  # there is no talk yet
+TALKING = (DETECTING, REGISTERING, LOGGING_IN, SYNCING, ONLINE)
+
+# What may follow on each phase; a connection may be lost in all but the last two.
+FOLLOWING = {
+    RESOLVING: (CONNECTING, WAITING, ENDED),
+    CONNECTING: (SECURING, *TALKING, WAITING, ENDED, RESOLVING),
+    SECURING: (*TALKING, WAITING, ENDED, RESOLVING),
+    **dict.fromkeys(TALKING, (*TALKING, WAITING, ENDED, RESOLVING)),
+    WAITING: (RESOLVING, ENDED),
+    ENDED: (),
+}
+WANTED_END, AGAIN = "wanted", "again"  # causes besides TEMPORARY, NEEDS_USER and FATAL
+
+
+def why_not_trusted(reason: str) -> str:
+    """Return what is wrong with a certificate, of OpenSSL's words."""
+    text = reason.partition(f"{NOT_SIGNED}: ")[2].partition(" (_ssl")[0]
+    if "expired" in text:
+        return "has expired"
+    if "mismatch" in text or "not valid for" in text:
+        return "is for another host"
+    return f"is not signed by an authority that this computer trusts ({text or reason})"
+
+
 class Link:
     """One client core, connected to its server whenever that can be.
 
     `show(views)` gets what there is to show, `over(reason)` is called once at the end:
     with "" after leave(), else with the reason why there is no going on. It gives up after
-    `patience` seconds without a server. `asks`: a person is there to answer what nobody else
+    `patience` seconds without a server. `asks`: a user is there to answer what no program
     can. `drained()` may be replaced by who wants to know when has_room() has become true.
     """
 
@@ -12703,29 +13868,49 @@ class Link:
         self.patience, self.asks = patience, asks
         self.known = known or KnownServers(None)
         self.helpers = Helpers(loop)
+        self.phase = WAITING
         self.conn: ServerConnection | None = None
         self.race: Race | None = None
         self.backoff = BACKOFF_FIRST
+        self.progress = 0  # of the core, when the back-off was reset last
         self.began = loop.now  # when connecting did, then when it was done
-        self.standing = False  # we are where we want to be ...
-        self.stood = loop.now  # ... and were so last, or began to want it, at this time
+        self.stood = loop.now  # when we were where we want to be last, or began to want it
         self.pin: str | None = None  # the certificate that the server is to have
         self.timer: Timer | None = None  # the one wait that is going on ...
         self.again: Timer | None = None  # ... if that is for the next attempt to connect
-        self.doubted = ""  # the fingerprint of a certificate that a person has to judge
-        self.looking = False  # at a certificate, and no more
-        self.leaving = self.ended = False
+        self.pace: Timer | None = None  # until more may be sent
+        self.dismissal: Timer | None = None  # until a server that said ERROR has to be gone
+        self.doubted = ""  # the fingerprint of a certificate that the user has to judge
+        self.distrust = ""  # why it is not trusted, and is only looked at
+        # Another certificate than the remembered one: try whether it is signed
+        self.unpinned = ""
+        self.leaving = False
+        self.watched = loop.now  # when the connection was looked at last
         self.drained: Callable = do_nothing
-        core.later, core.clock = self.later, time.time
+        core.later, core.clock, core.ticks = self.later, time.time, lambda: self.loop.now
+        core.me.certificate = bool(trust.own)
         self.known_kind = self.known.kind(target)
         core.kind, core.insists = target.kind or self.known_kind, bool(target.kind)
         self._watch()
 
+    @property
+    def ended(self) -> bool:
+        return self.phase == ENDED
+
+    def _enter(self, phase: str) -> None:
+        if phase != self.phase:
+            if phase not in FOLLOWING[self.phase]:
+                raise ValueError(f"{phase} cannot follow {self.phase}")
+            self.phase = phase
+
     def start(self) -> None:
+        self._enter(RESOLVING)
+        self._apply_policy()
         self.status(f"connecting to {self.target}")
         self.core.redial, self.again = False, None
-        self.pin = self.trust.pin or self.known.pin(self.target)
-        trust = self.trust._replace(pin=self.pin, insecure=self.trust.insecure or self.looking)
+        self.pin = self.trust.pin or (None if self.unpinned else self.known.pin(self.target))
+        looking = self.trust.insecure or bool(self.distrust)
+        trust = self.trust._replace(pin=self.pin, insecure=looking)
 
         def look_up() -> tuple[Any, list]:
             """Also what TLS needs, since reading certificates takes a while."""
@@ -12734,6 +13919,16 @@ class Link:
             return context, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
         self.helpers.submit(self, look_up, self._found)
+
+    def _apply_policy(self) -> None:
+        """Use TLS where the server asked for that, for as long as it said (IRCv3 sts)."""
+        if self.target.tls:
+            return
+        port, until = self.known.policy(self.target.host)
+        if self.core.sts and self.core.sts[0]:
+            port, until = self.core.sts[0], math.inf
+        if port and until > time.time():
+            self.target = self.target._replace(port=port, tls=True)
 
     def status(self, text: str) -> None:
         self.show([View(STATUS, text)])
@@ -12749,10 +13944,25 @@ class Link:
         self.helpers.submit(self, job, done)
 
     def typed(self, text: str) -> None:
-        """What the person wrote."""
+        """What the user wrote."""
         if self.doubted and text.strip() == "/trust":
             return self._trust()
         self._carry_on(self.core.typed(text))
+        if self.core.wants_connection:
+            self.core.wants_connection = False
+            self.reconnect()
+
+    def reconnect(self) -> None:
+        """Connect now, whatever was waited for."""
+        self.backoff = BACKOFF_FIRST
+        if self.conn is not None:
+            self.core.redial = True
+            self.conn.drop("connecting again")
+        elif self.phase == WAITING:
+            if self.timer:
+                self.timer.cancel()
+            self.doubted = ""
+            self.start()
 
     def say(self, line: str) -> None:
         """What a pipe wrote."""
@@ -12766,6 +13976,7 @@ class Link:
         under_way = any((one.where, one.how) == (room.name, "older") for one in talk.asked)
         if not under_way:
             talk.ask_history(room, "older")
+            self.core.flush()
             self._carry_on([])
         return True
 
@@ -12792,17 +14003,24 @@ class Link:
     # Connecting
 
     def _found(self, result: Any) -> None:
+        if self.ended:
+            return None
         if isinstance(result, OSError):
             reason = reason_of(result)
             if not isinstance(result, socket.gaierror) and self.target.tls:
-                return self._end(f"cannot use the certificates {self.trust.ca}: {reason}")
+                return self._end(f"cannot use the certificates {self._files()}: {reason}")
             return self.lost(reason)
         if isinstance(result, Exception):  # UnicodeError: no name of a host looks like that
             return self.lost("no name of a host")
         context, found = result
         self.began = self.loop.now
+        self._enter(CONNECTING)
         addresses = [(family, address) for family, *_, address in found]
         self.race = Race(self.loop, addresses, functools.partial(self._tried, context))
+        return None
+
+    def _files(self) -> str:
+        return " or ".join(filter(None, (self.trust.ca, self.trust.own)))
 
     def _tried(self, context: Any, sock: socket.socket | None, reason: str) -> None:
         self.race = None
@@ -12811,6 +14029,7 @@ class Link:
         self.conn = ServerConnection(self, sock)
         if context is None:
             return self._connected()
+        self._enter(SECURING)
         self.conn.encrypt(TlsFilter(context, self.target.host))
         self.timer = self.loop.call_later(CONNECT_SECONDS, self._no_handshake)
 
@@ -12820,21 +14039,40 @@ class Link:
     def secured(self) -> None:
         self.timer.cancel()
         fingerprint = self.conn.tls.fingerprint()
-        if self.looking:
+        if self.distrust:
             return self._doubt(fingerprint)
         if not Trust(pin=self.pin).accepts(fingerprint):
-            return self._fail(
-                f"ANOTHER CERTIFICATE: {self.target} does not have the one that it had. "
-                f"Somebody may be between you and the server. It shows {fingerprint}, and is "
-                f"known by {self.pin}; if that is right, --pin {fingerprint}"
-            )
+            return self._other_certificate(fingerprint)
+        if self.unpinned:  # it is signed: the one that the user trusted is not needed any more
+            self.unpinned = ""
+            self.known.remember(self.target, pin="")
+            text = f"{self.target} has a new certificate, signed by a trusted authority"
+            self.show([View(NOTE, text)])
         self._connected()
+
+    def _other_certificate(self, fingerprint: str) -> None:
+        """It is not the pinned one. If that was only remembered, a signed one will do."""
+        if self.trust.pin:
+            text = f"--pin {self.pin} is not the certificate of {self.target}: it shows "
+            return self._fail(f"{text}{fingerprint}")
+        self.unpinned = fingerprint
+        self.conn.drop("another certificate")
+
+    def _refuse_certificate(self, why: str) -> None:
+        self._fail(
+            f"ANOTHER CERTIFICATE: {self.target} does not have the one that it had, and the new "
+            f"one {why}. Another machine may be between you and the server. It was known by "
+            f"{self.known.pin(self.target)}; if you know that the new one is right, --pin "
+            f"{self.unpinned}"
+        )
 
     def _connected(self) -> None:
         took = self.loop.now - self.began
         self.began = self.loop.now
         self.show([View(UP, f"connected to {self.target}")])
+        self.core.tls = self.target.tls
         self.core.secure = self.target.tls or is_loopback(self.conn.sock.getpeername()[0])
+        self._enter(DETECTING)
         views = self.core.connected()
         if self.core.listening:
             patience = max(LISTEN_SECONDS, LISTEN_CONNECT_TIMES * took)
@@ -12850,41 +14088,78 @@ class Link:
     def _carry_on(self, views: list[View]) -> None:
         """After anything that may have moved the core on."""
         self.show(views + self.core.take_views())
-        if self.conn is None:
+        if self.conn is None or self.phase not in TALKING:
             return
+        self._enter(self._phase_of_talk())
         if data := self.core.take_output():
             self.conn.write(data)
         if self.conn.unsent > UNSENT_MOST:
             return self.conn.drop("it asks, and does not hear our answers")
         if self.core.kind in (CHAT, IRC):  # which are worth looking for when they are lost
             self.patience = max(self.patience, RETRY_SECONDS)
+        if self.core.cause == FATAL and not self.core.quitting:
+            return self._fail(self.core.refusal)
+        self._keep_policy()
         if self.core.redial:
             return self.conn.drop("it speaks something else")
+        if self.core.dismissed and self.dismissal is None:  # the server should hang up itself
+            drop = functools.partial(self.conn.drop, self.core.refusal)
+            self.dismissal = self.loop.call_later(DISMISSED_SECONDS, drop)
         if self.core.ready:
             self._stand()
+        self._keep_pace()
+
+    def _keep_policy(self) -> None:
+        """Remember for how long this server wants TLS, as it says over TLS (IRCv3 sts)."""
+        if self.core.sts and self.target.tls and self.core.sts[1]:
+            until = time.time() + self.core.sts[1]
+            self.known.remember_policy(self.target.host, self.target.port, until)
+            self.core.sts = None
+
+    def _phase_of_talk(self) -> str:
+        core = self.core
+        if core.talk is None:
+            return DETECTING
+        if not core.ready:
+            return LOGGING_IN if core.talk.login else REGISTERING
+        syncing = any(room.held is not None and room.inside for room in core.rooms.values())
+        return SYNCING if syncing else ONLINE
+
+    def _keep_pace(self) -> None:
+        """Send more when the server allows it."""
+        wait = self.core.talk.wait if isinstance(self.core.talk, IrcTalk) else None
+        if wait is not None and self.pace is None:
+            self.pace = self.loop.call_later(max(wait, 0.01), self._send_more)
+
+    def _send_more(self) -> None:
+        self.pace = None
+        self.core.flush()
+        self._carry_on([])
 
     def _stand(self) -> None:
         """We are where we want to be."""
-        self.standing, self.backoff = True, BACKOFF_FIRST
+        if self.core.progress != self.progress:
+            self.progress, self.backoff = self.core.progress, BACKOFF_FIRST
         if self.core.sure and self.core.kind != self.known_kind and not self.target.kind:
             self.known_kind = self.core.kind
             self.known.remember(self.target, kind=self.core.kind)
         self.make_room()
-        if self.leaving and not self.core.outbox.waiting:
+        if self.leaving and self.core.idle:
             self._say_goodbye()
 
     def _say_goodbye(self) -> None:
         if not self.core.quitting:
             self.core.leave()
+        if self.conn and self.phase in TALKING:
             self.conn.write(self.core.take_output())
             self.conn.close()
 
-    # A certificate that nobody has signed
+    # A certificate that is not trusted
 
     def _doubt(self, fingerprint: str) -> None:
-        """Ask the person who sits here; who is not there would not know either."""
-        self.looking, self.doubted = False, fingerprint
-        text = f"the certificate of {self.target} is signed by nobody whom this computer knows"
+        """Ask the user; a program would not know either."""
+        why, self.distrust, self.doubted = self.distrust, "", fingerprint
+        text = f"the certificate of {self.target} {why}"
         if not self.asks:
             advice = f"--pin {fingerprint} if you know that it is the right one"
             return self._fail(f"{text}; {advice}")
@@ -12892,7 +14167,7 @@ class Link:
             [
                 View(NOTE, f"{text}. Its SHA-256 is"),
                 View(NOTE, fingerprint),
-                View(NOTE, "/trust if whoever runs the server tells you the same; else /quit"),
+                View(NOTE, "/trust if the operator of the server tells you the same; else /quit"),
             ]
         )
         self.conn.drop("not trusted")
@@ -12907,69 +14182,118 @@ class Link:
     # Ending
 
     def _watch(self) -> None:
-        """Now and then: is the server there? TCP alone would notice in a quarter of an hour."""
+        """Once a second: is the server there? TCP alone would notice in a quarter of an hour.
+        A time in which this program did not run (stopped, suspended) is not the server's."""
         if self.ended:
             return
+        gap = self.loop.now - self.watched
+        self.watched = self.loop.now
         self.loop.call_later(WATCH_SECONDS, self._watch)
+        if self.phase not in TALKING or self.conn is None:
+            return
+        if gap > 3 * WATCH_SECONDS:
+            self.conn.heard = min(self.loop.now, self.conn.heard + gap)
+        self._carry_on(self.core.tick())
         if self.conn is None or self.core.kind == PLAIN or self.core.listening:
             return
         silent = self.loop.now - self.conn.heard
-        patience = WAITING_SECONDS if self.core.outbox.flying else SILENT_SECONDS
+        patience = WAITING_SECONDS if self.core.outbox.in_flight else SILENT_SECONDS
         if silent > patience:
             self.conn.drop(f"no answer for {silent:.0f} s")
         elif silent > patience / 2 and self.core.ready:
             self.core.talk.ping()
             self._carry_on([])
+        if self.phase == ONLINE and self.loop.now - self.began > ONLINE_SECONDS:
+            self.backoff = BACKOFF_FIRST
 
     def lost(self, reason: str) -> None:
-        """The line is broken, or could not be had."""
+        """The line is broken, or could not be had: what follows depends on the cause."""
         self.conn = None
-        refused = bool(self.core.refusal) and not self.core.ready and not self.core.patient
-        if self.timer:
-            self.timer.cancel()
+        stood = self.phase in (SYNCING, ONLINE)
+        for timer in filter(None, (self.timer, self.pace, self.dismissal)):
+            timer.cancel()
+        self.pace = self.dismissal = None
         if self.core.talk or self.core.listening:
             self.show(self.core.finish())
+        cause = self._cause(reason)
         self.show(self.core.disconnected())
-        why = f"{self.target}: {self.core.refusal or reason}"
-        if self.standing:
-            self.standing, self.stood = False, self.loop.now
-        waited = self.loop.now - self.stood > self.patience
-        if self.ended or self.doubted:
-            return
-        if reason.startswith(TLS_TROUBLE) and NOT_SIGNED in reason and not self.looking:
-            self.looking = True
-            self.start()
-        elif reason.startswith(TLS_TROUBLE):
+        if stood:
+            self.stood = self.loop.now
+        if not (self.ended or self.doubted):
+            self.REACTIONS[cause](self, reason)
+        elif self.doubted:
+            self._enter(WAITING)
+
+    def _cause(self, reason: str) -> str:
+        core = self.core
+        if self.unpinned and reason.startswith(TLS_TROUBLE):
+            return FATAL
+        if reason.startswith(TLS_TROUBLE) or self.unpinned:
+            untrusted = NOT_SIGNED in reason and not (core.sts or self.trust.pin)
+            return AGAIN if self.unpinned or untrusted else FATAL
+        if core.cause == FATAL:
+            return FATAL
+        if core.redial:
+            return AGAIN
+        if core.quitting and not core.refusal:
+            return WANTED_END if reason == HUNG_UP or core.kind != PLAIN else TEMPORARY
+        return core.cause if core.refusal and not core.ready else TEMPORARY
+
+    def _dial_again(self, reason: str) -> None:
+        if reason.startswith(TLS_TROUBLE):
+            self.distrust = why_not_trusted(reason)
+        self.core.quitting = False
+        self._enter(WAITING)
+        self.start()
+
+    def _give_up(self, reason: str) -> None:
+        if self.unpinned:
+            return self._refuse_certificate(why_not_trusted(reason))
+        if reason.startswith(TLS_TROUBLE):
+            what = f"the certificate {why_not_trusted(reason)}" if NOT_SIGNED in reason else reason
             advice = "--ca, --pin or --insecure if you know better"
-            self._end(f"{self.target} is not to be trusted: {reason}; {advice}")
-        elif self.core.over:
-            self._end(self.core.over)
-        elif self.core.redial:
-            self.core.quitting = False
-            self.start()
-        elif self.core.quitting and (reason == HUNG_UP or self.core.kind != PLAIN):
-            self._end("")
-        elif self.patience == 0 or waited or (refused and not self.asks):
-            self._end(why)
-        else:
-            self._come_back(reason)
+            return self._end(f"{self.target} is not to be trusted: {what}; {advice}")
+        self._end(self.core.refusal or reason)
+
+    def _ask_user(self, reason: str) -> None:
+        """Nothing will change by itself."""
+        why = f"{self.target}: {self.core.refusal or reason}"
+        if not self.asks:
+            return self._end(why)
+        self.core.quitting = False
+        self._enter(WAITING)
+        self.show([View(NOTE, f"{why}; /reconnect tries again, /quit leaves")])
+        self.status(why)
 
     def _come_back(self, reason: str) -> None:
+        why = self.core.refusal or reason
+        waited = self.loop.now - self.stood > self.patience
+        if self.patience == 0 or waited:
+            return self._end(f"{self.target}: {why}")
         wait = self.backoff * random.uniform(0.75, 1.25)  # so that not all come back at once
         self.backoff = min(BACKOFF_MOST, self.backoff * 2)
         self.core.quitting = False
-        why = self.core.refusal or reason
+        self._enter(WAITING)
         self.timer = self.again = self.loop.call_later(wait, self.start)
         self.status(f"{self.target}: {why}; trying again in {wait:.1f} s")
+
+    REACTIONS = {
+        WANTED_END: lambda self, reason: self._end(""),
+        FATAL: _give_up,
+        AGAIN: _dial_again,
+        NEEDS_USER: _ask_user,
+        TEMPORARY: _come_back,
+    }
 
     def _fail(self, reason: str) -> None:
         """There is no point in trying again."""
         self._end(reason)
-        self.conn.drop(reason)
+        if self.conn:
+            self.conn.drop(reason)
 
     def _end(self, reason: str) -> None:
         if not self.ended:
-            self.ended = True
+            self.phase = ENDED
             if self.race:
                 self.race.cancel()
             self.over(reason)
@@ -13476,6 +14800,21 @@ def said_lines(view: View, look: Look) -> list[str]:
     return [f"{head}: {first}", *(indent + line for line in others)]
 
 
+def noticed_lines(view: View, look: Look) -> list[str]:
+    """A NOTICE: as messages are shown, with - around the name."""
+    head = look.palette.dim(f"{moment_of(view):%H:%M} {where_of(view, look)}")
+    first, *others = view.text.split("\n")
+    return [f"{head}-{look.palette.name(view.name)}- {first}", *(f"    {line}" for line in others)]
+
+
+def found_lines(view: View, look: Look) -> list[str]:
+    """A message of the past that was asked for: it looks like no live one."""
+    when = f"{moment_of(view):%Y-%m-%d %H:%M}"
+    first, *others = (look.palette.dim(line) for line in view.text.split("\n"))
+    head = look.palette.dim(f"\u2502 {when} {where_of(view, look)}") + look.palette.name(view.name)
+    return [f"{head}{look.palette.dim(':')} {first}", *(f"\u2502   {line}" for line in others)]
+
+
 def moved_lines(view: View, look: Look) -> list[str]:
     verb = "joined" if view.kind == CAME else "left"
     why = "" if view.text in ("", "Quit") else f" ({view.text})"
@@ -13507,6 +14846,8 @@ def people_lines(view: View, look: Look) -> list[str]:
 
 LINES = {  # how each kind of view looks
     SAID: said_lines,
+    NOTICED: noticed_lines,
+    FOUND: found_lines,
     CAME: moved_lines,
     WENT: moved_lines,
     TOLD: told_lines,
@@ -13789,7 +15130,8 @@ class Display:
         self.painter = Painter(columns, rows)
         self.nowhere = Room("")  # what is told while no conversation is looked at
         self.reader = self._read()
-        self.whole = False  # the screen has to be drawn anew
+        self.whole = False  # the screen has to be drawn anew ...
+        self.cleared = False  # ... or emptied: what was said is above
         self.bell = False
         self.fetching = False  # what is older than all that is here
         self.paged = False  # the other buffer is shown ...
@@ -13814,15 +15156,24 @@ class Display:
 
     def keep(self, view: View, room: Room | None = None) -> None:
         """In a conversation, unless the core has put it there."""
-        room = room or self.core.rooms.get(fold(view.where)) or self.room
+        room = room or self.core.find(view.where) or self.room
         if not view.where or not any(one is view for one in reversed(room.views)):
             room.views.append(self.core.timed(view))
 
     def _take_said(self, view: View) -> None:
-        """What is new is kept by the core; what somebody asked for is shown where he is."""
-        room = self.core.rooms.get(fold(view.where))
-        if view.past and not (room and any(one is view for one in reversed(room.views))):
-            self.keep(view._replace(id=""), self.room)
+        """What is new is kept by the core; what belongs nowhere is shown where the user is."""
+        if not view.where:
+            self.keep(view, self.room)
+
+    def _take_found(self, view: View) -> None:
+        self.keep(view, self.room)
+
+    def _take_removed(self, view: View) -> None:
+        self.whole |= self.reader.room is self.core.find(view.where)
+
+    def _take_cleared(self, view: View) -> None:
+        self.reader.shown = self.reader.total
+        self.cleared = True
 
     def _take_failed(self, view: View) -> None:
         """There, and here."""
@@ -13834,7 +15185,7 @@ class Display:
             self.keep(view, self.room)
 
     def _take_older(self, view: View) -> None:
-        if fold(view.where) == fold(self.reader.room.name):
+        if self.core.find(view.where) is self.reader.room:
             self.fetching = False
             if whole_number(view.text):
                 self.reader.came_older()
@@ -13845,6 +15196,10 @@ class Display:
 
     TAKEN = {
         SAID: _take_said,
+        NOTICED: _take_said,
+        FOUND: _take_found,
+        REMOVED: _take_removed,
+        CLEARED: _take_cleared,
         CAME: keep,
         WENT: keep,
         TOLD: keep,
@@ -13866,7 +15221,7 @@ class Display:
             self.whole, self.seen = True, None
 
     def prompt(self) -> str:
-        where = "" if self.core.here == LOBBY else f"{self.core.here} "
+        where = "" if self.core.here == LOBBY else f"{self.core.here} ".lstrip()
         name = self.core.name if self.painter.columns >= BESIDE_COLUMNS or not where else ""
         return f"{where}{name}".rstrip() + "> "
 
@@ -13913,7 +15268,10 @@ class Display:
         painter, back, self.paged = self.painter, "\x1b[?1049l" * self.paged, False
         if back:
             painter.drawn = self.was_drawn
-        if self.whole:
+        if self.cleared:
+            self.whole = self.cleared = False
+            lines, text = [], painter.clear()
+        elif self.whole:
             self.whole = False
             lines = place_lines(self.room, self.reader.look)
             height = sum(len(rows_of(line, painter.columns)) for line in lines)
@@ -14058,6 +15416,7 @@ class ClientOptions(NamedTuple):
     commands: bool = False  # piped lines may be commands
     login: Login | None = None
     config: pathlib.Path | None = None  # folder for the passwords that we made
+    mechanisms: tuple[str, ...] = ()  # of SASL, the best one first; () as usual
 
 
 class Client:
@@ -14081,6 +15440,9 @@ class Client:
             login=options.login or (Login(*made) if made else None),
             outbox=open_outbox(state / "outbox" if state else None, target, options.name),
         )
+        if options.mechanisms:
+            self.core.me.mechanisms = options.mechanisms
+            self.core.me.plain_allowed = "PLAIN" in options.mechanisms
         self.core.me.generated = bool(made) and options.login is None
         self.core.me.keep = functools.partial(logins.keep, whose) if options.config else None
         self.link = Link(
@@ -14115,7 +15477,9 @@ def filter_lines(view: View) -> list[str]:
     if view.line:
         return [view.line]
     where = "" if view.where == LOBBY else f"[{view.where}] "
-    if view.kind == SAID and (view.past or not view.mine):
+    if view.kind == NOTICED and not view.mine:
+        return [f"{where}-{view.name}- {line}" for line in view.text.split("\n")]
+    if view.kind == FOUND or (view.kind == SAID and (view.past or not view.mine)):
         before = where if is_channel(view.where) else "(private) "
         return [f"{before}{view.name}: {line}" for line in view.text.split("\n")]
     if view.kind in (CAME, WENT):
@@ -14667,22 +16031,32 @@ def bench_table(result: dict[str, Any]) -> str:
 # standard error and an exit status: 1 for what did not work, 2 for a wrong command line.
 
 
+def home_folder() -> pathlib.Path:
+    """Raises Unusable where there is none."""
+    try:
+        home = pathlib.Path.home()
+    except RuntimeError:
+        home = pathlib.Path()
+    if home == pathlib.Path():
+        raise Unusable("there is no home folder (HOME); use --data DIR, or a client's --no-state")
+    return home
+
+
 def data_folder() -> pathlib.Path:
-    """Where this user's programs keep their data, in the system's own way."""
-    home = pathlib.Path.home()
+    """Return where this user's programs keep their data, in the system's own way."""
     if os.name == "nt":
-        return pathlib.Path(os.environ.get("APPDATA") or home) / "chat.py"
+        return pathlib.Path(os.environ.get("APPDATA") or home_folder()) / "chat.py"
     if sys.platform == "darwin":
-        return home / "Library" / "Application Support" / "chat.py"
-    return pathlib.Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share") / "chat.py"
+        return home_folder() / "Library" / "Application Support" / "chat.py"
+    folder = os.environ.get("XDG_DATA_HOME") or home_folder() / ".local" / "share"
+    return pathlib.Path(folder) / "chat.py"
 
 
 def config_folder() -> pathlib.Path:
-    """Likewise, what they were told to be like."""
+    """Return the folder for what they were told to be like."""
     if os.name == "nt" or sys.platform == "darwin":
         return data_folder()
-    home = os.environ.get("XDG_CONFIG_HOME") or pathlib.Path.home() / ".config"
-    return pathlib.Path(home) / "chat.py"
+    return pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config") / "chat.py"
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -14723,7 +16097,17 @@ def message_rate(text: str) -> float:
 
 
 def data_option(text: str) -> pathlib.Path | None:
-    return None if text == "none" else pathlib.Path(text)
+    return None if text == "none" else pathlib.Path(text) if text else data_folder()
+
+
+SASL_HELP = "of SCRAM-SHA-256, EXTERNAL and PLAIN, the best one first"
+
+
+def sasl_option(text: str) -> tuple[str, ...]:
+    names = tuple(name.upper() for name in text.split(",") if name)
+    if not names or not set(names) <= {*LOGINS, "EXTERNAL"}:
+        raise argparse.ArgumentTypeError(f"{text}: write one or more {SASL_HELP}")
+    return names
 
 
 def positive(text: str) -> int:
@@ -14924,18 +16308,17 @@ def run_client(args: argparse.Namespace) -> int:
         raise Unusable(f"{args.name!r} cannot be a name")
     if len(args.name.encode()) > NAME_BYTES:
         raise Unusable(f"a name has at most {NAME_BYTES} bytes")
-    if not args.server.tls and (args.ca or args.pin or args.insecure):
-        raise Unusable("--ca, --pin and --insecure are of no use without TLS: write ircs://...")
     options = ClientOptions(
         " ".join(args.name.split()),
         args.server._replace(kind=PLAIN if args.plain else args.server.kind),
-        Trust(args.ca, args.pin, args.insecure),
-        None if args.no_state else data_folder() / "client",
+        Trust(args.ca, args.pin, args.insecure, args.client_cert),
+        None if args.no_state else args.data or data_folder() / "client",
         args.password or "",
         tuple(filter(None, args.join.split(","))),
         args.commands,
         login_option(args),
-        None if args.no_state else config_folder(),
+        None if args.no_state else args.data or config_folder(),
+        args.sasl,
     )
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     reason = (TerminalClient if terminal else Filter)(options).run()
@@ -14971,7 +16354,7 @@ def add_server(commands: Any) -> None:
     add("--tls-cert", metavar="PEM", help="certificate chain: TLS on the same port")
     add("--tls-key", metavar="PEM", help="its key, unless it is in the same file")
     add("--tls-client-ca", metavar="PEM", help="whose client certificates can log in")
-    add("--data", type=data_option, default=data_folder(), metavar="DIR", help="or none")
+    add("--data", type=data_option, default="", metavar="DIR", help="or none")
     add("--keep", type=positive, metavar="N", help="events kept of each channel")
     add("--password", type=secret_option, nargs="?", const="", metavar="PW", help="or @FILE")
     add("--flood", type=flood_limits, default=(FLOOD_BURST, FLOOD_RATE), metavar="BURST,RATE|off")
@@ -14999,18 +16382,25 @@ def add_server(commands: Any) -> None:
     server.set_defaults(run=run_server)
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="chat.py", description="A chat in one file.")
-    parser.add_argument("--version", action="version", version=f"chat.py {VERSION}")
-    commands = parser.add_subparsers(dest="command", required=True)
+CLIENT_EPILOG = """\
+examples:
+  chat.py client alice --server 192.168.1.5:7000
+  chat.py client alice --server ircs://irc.libera.chat --join '#python'
+  chat.py client alice --login alice:@password.txt
+  printf 'hello\\n' | chat.py client bot --join '#builds'
 
-    add_server(commands)
+exit status:
+  0  you left, or all lines of the pipe have arrived
+  1  there is a reason, on the last line
+  2  the command line is wrong
 
-    client = commands.add_parser("client", help="talk")
-    add = client.add_argument
-    add("name", metavar="NAME")
-    add("--server", type=server_target, default=server_target(""), metavar="HOST:PORT|URL")
-    add("--join", default="", metavar="#A,#B", help="channels to enter at once")
+environment: NO_COLOR (not empty) for no colours; TERM=dumb for a client without a screen;
+HOME, XDG_DATA_HOME and XDG_CONFIG_HOME say where the client keeps its state, unless --data does.
+"""
+
+
+def add_client_options(add: Callable) -> None:
+    """Add what the terminal client and the window have in common."""
     add("--plain", action="store_true", help="a workshop server: the line protocol, no commands")
     add(
         "--login",
@@ -15019,18 +16409,52 @@ def command_line() -> argparse.ArgumentParser:
         metavar="ACCOUNT[:@FILE]",
         help="asks for the password, or reads it from FILE",
     )
-    add("--commands", action="store_true", help="lines of a pipe may be commands")
+    add("--sasl", type=sasl_option, default=(), metavar="MECHANISM,...", help=SASL_HELP)
+    add("--client-cert", metavar="PEM", help="your certificate and its key, for SASL EXTERNAL")
+    add("--data", type=data_option, metavar="DIR", help="where the client keeps its state")
     add("--no-state", action="store_true", help="remember nothing")
     add("--password", type=secret_option, nargs="?", const="", metavar="PW", help="or @FILE")
     add("--ca", metavar="PEM", help="believe these certificates instead of the system's")
     add("--pin", type=certificate_pin, metavar="SHA256", help="believe this one certificate")
     add("--insecure", action="store_true", help="believe any certificate")
+
+
+def add_client(commands: Any) -> None:
+    client = commands.add_parser(
+        "client",
+        help="talk",
+        description="Talk: on a terminal, or as a filter in a pipe.",
+        epilog=CLIENT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = client.add_argument
+    add("name", metavar="NAME", help="your nick")
+    add(
+        "--server",
+        type=server_target,
+        default=server_target(""),
+        metavar="HOST:PORT|URL",
+        help="irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT",
+    )
+    add("--join", default="", metavar="#A,#B", help="channels to enter at once")
+    add("--commands", action="store_true", help="lines of a pipe may be commands")
+    add_client_options(add)
     client.set_defaults(run=run_client)
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="chat.py", description="A chat in one file.")
+    parser.add_argument("--version", action="version", version=f"chat.py {VERSION}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    add_server(commands)
+
+    add_client(commands)
 
     passwd = commands.add_parser("passwd", help="another password for an account")
     add = passwd.add_argument
     add("name", metavar="NAME")
-    add("--data", type=pathlib.Path, default=data_folder(), metavar="DIR")
+    add("--data", type=data_option, default="", metavar="DIR")
     add("--password", type=secret_option, metavar="PW", help="or @FILE; asked for without it")
     passwd.set_defaults(run=run_passwd)
 

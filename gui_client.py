@@ -141,6 +141,10 @@ def told_row(view: chat.View, clock: str) -> list:
         text = f"\u2192 {view.name} joined{where}"
     elif view.kind == chat.WENT:
         text = f"\u2190 {view.name} left{where}"
+    elif view.kind == chat.NOTICED:
+        text = f"-{view.name}- {view.text}"
+    elif view.kind == chat.FOUND:
+        text = f"{view.name}: {view.text}"
     else:
         text = f"in {view.where}: {view.text}" if view.kind == chat.PEOPLE else view.text
     tags = ("row", "dim", "table") if "  " in text else ("row", "dim")
@@ -318,7 +322,7 @@ class Engine(chat.Client):
                 self.news = True
 
     def _worth_showing(self, view: chat.View) -> bool:
-        if view.kind in (chat.ARRIVED, chat.OLDER, chat.PLACE):
+        if view.kind in (chat.ARRIVED, chat.OLDER, chat.PLACE, chat.REMOVED, chat.CLEARED):
             return False
         if view.kind in (chat.STATUS, chat.UP):
             # The status line has it all; the transcript tells when we came and were cut off.
@@ -1301,12 +1305,7 @@ def command_line() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("name", metavar="NAME", nargs="?", default="", help="without it, the window asks")
     add("--server", default="", metavar="HOST:PORT|URL")
-    add("--plain", action="store_true", help="a workshop server: the line protocol, no commands")
-    add("--no-state", action="store_true", help="remember nothing")
-    add("--password", type=chat.secret_option, nargs="?", const="", metavar="PW", help="or @FILE")
-    add("--ca", metavar="PEM", help="believe these certificates instead of the system's")
-    add("--pin", type=chat.certificate_pin, metavar="SHA256", help="believe this one certificate")
-    add("--insecure", action="store_true", help="believe any certificate")
+    chat.add_client_options(add)
     return parser
 
 
@@ -1333,8 +1332,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(message)s")
     sharpen()
-    trust = chat.Trust(args.ca, args.pin, args.insecure)
-    state = None if args.no_state else chat.data_folder() / "client"
+    trust = chat.Trust(args.ca, args.pin, args.insecure, args.client_cert)
+    try:
+        state = None if args.no_state else args.data or chat.data_folder() / "client"
+        config = None if args.no_state else args.data or chat.config_folder()
+    except chat.ChatError as error:
+        print(f"gui_client.py: {error}", file=sys.stderr)
+        return 1
     options = WindowOptions(
         whole(args.name),
         whole(args.server),
@@ -1342,7 +1346,7 @@ def main(arguments: list[str] | None = None) -> int:
         args.password or "",
         trust,
         state,
-        None if args.no_state else chat.config_folder(),
+        config,
     )
     try:
         window = Window(options)
