@@ -89,6 +89,7 @@ import queue
 import random
 import re
 import secrets
+import select
 import selectors
 import shlex
 import signal
@@ -261,11 +262,12 @@ PAGE_LINES = 100  # that our clients ask for at once
 PAGE_SECONDS = 15.0  # that a page may take, before what waits for it is shown
 SENT_AHEAD = 32  # messages of ours under way: what is sent again after a break, at most
 PACE_BURST, PACE_RATE = 5, 0.5  # lines to other servers at once, and a second: RFC 1459 section
-PACE_BYTES = 512  # 8.10, which InspIRCd, ngIRCd and ircd 2.11 allow; so many bytes count as a line
+PACE_BYTES = 200  # 8.10, which InspIRCd, ngIRCd and ircd 2.11 allow; more bytes cost more, there
 CAP_SECONDS = 10.0  # without an answer to CAP: then the server knows none
 REGAIN_SECONDS = 60.0  # between two looks whether the wanted name is free
 CTCP_BURST, CTCP_RATE = 3, 0.1  # answers to CTCP at once, and a second
 ECHOES_KEPT = 500  # lines of ours that a server is to send back, to know them again
+TYPED_MOST = 256 * 1024  # characters that the line editor takes: a long paste
 LASTLOG_MOST = 100  # messages that /lastlog shows
 VIEWS_KEPT = 2000  # of a conversation, by our clients; more is in the server's history
 IDS_KEPT = 10_000  # of messages, to tell a repeat
@@ -301,6 +303,7 @@ RETRY_SECONDS = 60.0  # that a filter looks for a server it has lost
 WATCH_SECONDS = 1.0  # between two looks whether the server is still there ...
 SILENT_SECONDS = 25.0  # ... which is given up after so long: half of it, then a PING ...
 WAITING_SECONDS = 10.0  # ... and sooner while a message waits to be acknowledged
+OTHER_SECONDS = 60.0  # the same for other servers: they answer late a client that says much
 OUTBOX_FULL = 256  # messages: then a pipe is read later
 UNDERSTOOD_KEPT = 10_000  # said to a server that may turn out to speak IRC, to be said again
 
@@ -312,7 +315,11 @@ MARK_COLUMNS = 20  # of a conversation's name in the status row
 LEAST_COLUMNS, LEAST_ROWS = 10, 4  # of a terminal that we draw on
 BENCH_PAYLOAD = LINE_BYTES - 256  # beside the time, and the name of who said it
 BENCH_QUIET_SECONDS = 0.3  # without news: everybody has joined
-ESCAPE_SECONDS = 0.04  # a lone ESC is a key, not the beginning of one, after this
+ESCAPE_SECONDS = 0.15  # a lone ESC is a key, not the beginning of one, after this ...
+ESCAPE_LATE_SECONDS = 0.5  # ... unless what makes it one comes by then, over a slow line
+PASTE_SECONDS = 3.0  # without more of a paste: its end was lost
+LEAVE_SECONDS = 5.0  # in which another Ctrl-C leaves; sooner than the next it only clears:
+CLEAR_SECONDS = 1.0
 TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
 
 # ======================================================================================
@@ -8980,8 +8987,8 @@ class View(NamedTuple):
     # if the user asked who they are; ARRIVED, FAILED: what became of a message of ours; BACK: a
     # text that was not accepted, to be edited; OLDER: a room has so many views more before the
     # others; PLACE: another room is looked at, of which so many messages are new; REMOVED: the
-    # message with this id was taken back; CLEARED: begin with an empty page; FOUND: a message of the
-    # past that was asked for
+    # message with this id was taken back; CLEARED: begin with an empty page; FOUND: a message of
+    # the past that was asked for
     kind: str
     text: str = ""
     name: str = ""
@@ -9317,6 +9324,7 @@ class Room:
         self.held: list[View] | None = None  # what waits for the pages that come before it ...
         self.spilled = False  # ... and was more than could be held: there will be pages of it
 
+        self.draft = ""  # typed here, and not entered yet
         self.views = Transcript(maxlen=VIEWS_KEPT)
         self.whole = False  # there is nothing older than the first of these
         self.unread = self.called = 0
@@ -9366,6 +9374,7 @@ PLAIN_LINES = {
 IRC_SPEAKS = re.compile(r":|NOTICE |ERROR |PING ")  # how a line of an IRC server begins
 # A server that answers a name with this is no workshop server
 WANTS_IRC = re.compile(r":chat\.py/|:\S+ (?:421|451) |ERROR :")
+TLS_RECORDS = (b"\x15\x03", b"\x16\x03")  # how TLS begins an alert, or a handshake
 OTHER_PROTOCOLS = (  # how the first line of a server begins that is not for chats
     ("SSH", re.compile(r"SSH-\d")),
     ("HTTP", re.compile(r"HTTP/\d|<!DOCTYPE |<html", re.IGNORECASE)),
@@ -9763,6 +9772,9 @@ class IrcTalk:
         elif self.queue and not self._is_behind(self.queue[0][1]):
             line = self.queue.popleft()[0]
         elif one := outbox.next(self.carries):
+            if one.sent and one.id not in self.core.sent_before and self.doubts:
+                self.core.leave_to_user(one.id)  # an earlier run of this program sent it
+                return True
             outbox.send(one)
             self.transmit(one)
             return True
@@ -9771,7 +9783,7 @@ class IrcTalk:
             line = self.ping_line(f"{UNCONFIRMED}{self.unconfirmed[-1]}")
         else:
             return False
-        self.budget.tokens -= 1 + len(line) / PACE_BYTES
+        self.budget.tokens -= max(1.0, 0.5 + len(line) / PACE_BYTES)
         self.core.output.append(line)
         return True
 
@@ -10103,6 +10115,9 @@ class IrcTalk:
 # What a server says: whatever has no function of its own, and before there is a welcome
 
 
+NICK_LENGTHS = (30, 15, 9)  # of InspIRCd, ircd 2.11, and RFC 2812
+
+
 NOT_JOINED = (
     *("403", "405", "437", "448", "471", "473", "474", "475", "476", "477", "479", "489", "520"),
 )
@@ -10311,7 +10326,7 @@ def try_name(talk: IrcTalk, heard: Heard, most: int, candidate: Callable[[int], 
         talk.core.refuse(heard.params[-1], NEEDS_USER)
         return talk.bye("")
     talk.core.name = candidate(talk.tries)
-    talk.core.regain = True
+    talk.core.regain = heard.verb != "432"
     talk.send("NICK", talk.core.name)
 
 
@@ -10334,8 +10349,13 @@ def name_is_taken(talk: IrcTalk, heard: Heard) -> None:
 @from_server("432", least=1)
 def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
     """Here: other servers allow less in a name than ours."""
-    letters, guest = re.sub(r"[^A-Za-z]", "", talk.core.name), f"guest{random.randrange(1000)}"
-    try_name(talk, heard, NAMES_TRIED, lambda n: letters[: SHORT_NAME - n] or guest)
+    name, guest = clean_name(talk.core.wanted_name), f"guest{random.randrange(1000)}"
+    plain = re.sub(r"[^A-Za-z0-9_-]", "", name).lstrip("0123456789-")
+    letters = re.sub(r"[^A-Za-z]", "", name)
+    shorter = [plain[:length] for length in NICK_LENGTHS if plain[:length] != talk.core.name]
+    candidates = [*dict.fromkeys(filter(None, shorter)), letters[: SHORT_NAME - 2], guest]
+    tried = itertools.islice(filter(None, candidates), talk.tries - 1, None)
+    try_name(talk, heard, NAMES_TRIED, lambda _: next(tried, guest))
 
 
 @from_server("001", least=1)
@@ -10347,10 +10367,14 @@ def welcomed(talk: IrcTalk, heard: Heard) -> None:
     core.regain_at = core.ticks() + REGAIN_SECONDS
     core.began = core.began or heard.time or 0
     if core.tidy or core.name != core.wanted_name:
-        why = f" ({core.wanted_name} is taken)" if core.regain else ""
-        core.show(View(TOLD, f"you are {core.name}{why if core.name != core.wanted_name else ''}"))
+        why = "is taken" if core.regain else "is no nick that this server takes"
+        why = f" ({core.wanted_name} {why})" if core.name != core.wanted_name else ""
+        core.show(View(TOLD, f"you are {core.name}{why}"))
     if core.away:
         talk.send("AWAY", core.away)
+    for one in core.outbox.waiting.values():  # it was accepted: so we have to be there
+        if talk.server.is_channel(one.where) and one.id not in core.outbox.parked:
+            core.room_for(one.where).wanted = True
     for room in core.rooms.values():
         if room.is_channel and room.wanted and not (talk.resumed and room.entered):
             talk.enter(room)
@@ -10418,6 +10442,7 @@ def error_told(talk: IrcTalk, heard: Heard) -> None:
 def not_let_in(talk: IrcTalk, heard: Heard) -> None:
     tell_rest(talk, heard)
     if not talk.ready:
+        talk.core.dismissed = True  # some servers leave it to us to hang up
         advice = "; /pass PASSWORD gives it" if heard.verb == "464" and talk.core.tidy else ""
         talk.core.refuse(heard.params[-1] + advice, NEEDS_USER)
 
@@ -10505,7 +10530,7 @@ def tell_nothing(talk: IrcTalk, heard: Heard) -> None:
 
 
 for quiet in (
-    *("002", "003", "221", "250", "251", "252", "253", "254", "255", "265", "266", "315"),
+    *("002", "003", "020", "042", "221", "250", "251", "252", "253", "254", "255", "265", "266"),
     *("318", "321", "323", "329", "333", "369", "705", "706", "ACCOUNT", "SETNAME"),
 ):
     IRC_HEARD[quiet] = (tell_nothing, 0)
@@ -10762,11 +10787,18 @@ def person_told(talk: IrcTalk, heard: Heard) -> None:
 @from_server("352", least=8)
 def who_told(talk: IrcTalk, heard: Heard) -> None:
     """<channel> <user> <host> <server> <nick> <flags> :<hops> <real name>"""
+    if not talk.core.wants_who:  # ZNC asks, too
+        return
     _, where, user, host, _, name, flags, last = heard.params[:8]
     away = ", away" if flags[:1] == "G" else ""
     operator = ", operator of the server" if "*" in flags else ""
     real = last.partition(" ")[2]
     talk.core.show(View(TOLD, f"{name} ({user}@{host}) in {where}: {real}{away}{operator}"))
+
+
+@from_server("315")
+def who_ended(talk: IrcTalk, heard: Heard) -> None:
+    talk.core.wants_who = False
 
 
 @from_server("AWAY")
@@ -11021,12 +11053,13 @@ class ClientCore:
         self.regain = False  # the wanted name was taken: have it when it is free ...
         self.regain_at = 0.0  # ... and ask for that at this time
         self.away = ""
-        self.wants_motd = False
+        self.wants_motd = self.wants_who = False  # the user asked for it
         self.ctcp_budget = Budget(CTCP_BURST, CTCP_RATE, ticks())
         self.ignored: set[str] = set()  # masks
         self.seen: dict[str, None] = {}  # ids
         self.removed: dict[str, None] = {}  # ids of redacted messages
         self.shown: set[str] = set()  # own ids of what the user has seen as waiting
+        self.sent_before: set[str] = set()  # own ids of what the user wants sent once more
         self.known_own: dict[str, None] = {}  # own ids of what was shown, and has arrived
         self.failures = 0  # messages that did not arrive, or were not kept
         self.progress = 0  # how often a message was acknowledged or a missing page came
@@ -11119,7 +11152,7 @@ class ClientCore:
             if talk.pages and talk.server.keeps_own_tags:
                 self.outbox.unconfirmed.add(one.id)
             else:
-                self.lost(one.id, "the line broke: it may have arrived or not")
+                self.leave_to_user(one.id)
         if talk and any(asked.how in ("missed", "gap") for asked in getattr(talk, "asked", ())):
             self.page_lines = max(1, self.page_lines // 4)  # it was too much for that line
         for room in self.rooms.values():
@@ -11134,6 +11167,9 @@ class ClientCore:
         return self.take_views()
 
     def feed(self, data: bytes) -> list[View]:
+        if not self.sure and data.startswith(TLS_RECORDS):
+            self.give_up("this port wants TLS: write ircs://HOST:PORT")
+            return self.take_views()
         self.inbox.feed(data)
         while (raw := self.inbox.take()) is not None:
             if raw == TOO_LONG:
@@ -11447,12 +11483,20 @@ class ClientCore:
             text = f"{reason}: {one.text}"
             self.show(View(FAILED, text, where=one.where, own_id=own_id))
 
+    def leave_to_user(self, own_id: str) -> None:
+        """A message was sent and not confirmed, to a server that would say it twice."""
+        reason = "the line broke: it may have arrived or not"
+        if self.tidy:
+            self.park(own_id, reason)
+        else:
+            self.lost(own_id, reason)
+
     def park(self, own_id: str, reason: str) -> None:
         """A message of ours cannot be sent now: the user decides what becomes of it."""
         self.outbox.park(own_id, reason)
         one = self.outbox.waiting[own_id]
         advice = "; /retry sends it, /cancel drops it" if self.tidy else ""
-        text = f"not sent ({reason}): {one.text}{advice}"
+        text = f"{reason}: {one.text}{advice}"
         self.show(View(FAILED, text, where=one.where, own_id=own_id))
 
 
@@ -11753,6 +11797,7 @@ def command_that_is_sent(verb: str, syntax: str, summary: str, least: int, secre
     """Define a command that is the server's own, with its words as they are."""
 
     def pass_on(core: ClientCore, *words: str) -> None:
+        core.wants_who = core.wants_who or verb == "who"
         core.talk.command(verb.upper(), *words)
 
     pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
@@ -11848,6 +11893,7 @@ def do_retry(core: ClientCore) -> None:
         raise Refused("NOTHING_WAITS", "there is nothing that could not be sent")
     for id in list(core.outbox.parked):
         core.outbox.retry(id)
+        core.sent_before.add(id)
         room = core.room_for(core.outbox.waiting[id].where)
         if room.is_channel and not room.inside and core.ready:
             room.wanted = True
@@ -13884,7 +13930,7 @@ class Link:
         self.distrust = ""  # why it is not trusted, and is only looked at
         # Another certificate than the remembered one: try whether it is signed
         self.unpinned = ""
-        self.leaving = False
+        self.leaving, self.reason = False, ""
         self.watched = loop.now  # when the connection was looked at last
         self.drained: Callable = do_nothing
         core.later, core.clock, core.ticks = self.later, time.time, lambda: self.loop.now
@@ -13980,10 +14026,10 @@ class Link:
             self._carry_on([])
         return True
 
-    def leave(self, at_once: bool = False) -> None:
+    def leave(self, at_once: bool = False, reason: str = "") -> None:
         """Say what is left to be said, hear the server out, and end; or leave that for
-        another time."""
-        self.leaving = True
+        another time. The server tells others the reason."""
+        self.leaving, self.reason = True, reason
         if at_once and not self.core.ready:
             self._end("")
         elif at_once and self.core.ready:
@@ -14149,8 +14195,8 @@ class Link:
 
     def _say_goodbye(self) -> None:
         if not self.core.quitting:
-            self.core.leave()
-        if self.conn and self.phase in TALKING:
+            self.core.leave(self.reason)
+        if self.conn and self.conn.state == OPEN:
             self.conn.write(self.core.take_output())
             self.conn.close()
 
@@ -14198,6 +14244,8 @@ class Link:
             return
         silent = self.loop.now - self.conn.heard
         patience = WAITING_SECONDS if self.core.outbox.in_flight else SILENT_SECONDS
+        if not (self.core.ready and self.core.server.ours):
+            patience = OTHER_SECONDS
         if silent > patience:
             self.conn.drop(f"no answer for {silent:.0f} s")
         elif silent > patience / 2 and self.core.ready:
@@ -14219,16 +14267,18 @@ class Link:
         self.show(self.core.disconnected())
         if stood:
             self.stood = self.loop.now
-        if not (self.ended or self.doubted):
-            self.REACTIONS[cause](self, reason)
-        elif self.doubted:
-            self._enter(WAITING)
+        if self.ended:
+            return
+        if self.doubted:
+            return self._enter(WAITING)
+        self.REACTIONS[cause](self, reason)
 
     def _cause(self, reason: str) -> str:
         core = self.core
-        if self.unpinned and reason.startswith(TLS_TROUBLE):
+        refused = self.phase == SECURING and reason.startswith(TLS_TROUBLE)
+        if self.unpinned and refused:
             return FATAL
-        if reason.startswith(TLS_TROUBLE) or self.unpinned:
+        if refused or (self.unpinned and self.phase == SECURING):
             untrusted = NOT_SIGNED in reason and not (core.sts or self.trust.pin)
             return AGAIN if self.unpinned or untrusted else FATAL
         if core.cause == FATAL:
@@ -14337,6 +14387,8 @@ KEY_NAMES = {
     "\x15": "erase-to-start",
     "\x0b": "erase-to-end",
     "\x19": "yank",
+    "\x12": "search",
+    "\x1f": "undo",
     "\x0c": "redraw",
     "\t": "tab",
     "\x1b[Z": "back-tab",
@@ -14352,8 +14404,12 @@ KEY_NAMES = {
 SEQUENCE = re.compile(
     r"\x1b\[[0-9;?<=>]*[ -/]*[@-~]"  # CSI, parameters, intermediates, final byte (ECMA-48 5.4)
     r"|\x1bO[ -~]"  # SS3
-    r"|\x1b[^\[O\x1b]"  # Alt and a key
+    r"|\x1b[\]P_^X][^\x07\x1b]*(?:\x07|\x1b\\)"  # OSC, DCS, APC ...: answers of a terminal
+    r"|\x1b[^\[O\]P_^X\x1b]"  # Alt and a key
+    r"|\x1b(?=\x1b\x1b|\x1b[^\[O])"  # ESC, and then another one
 )
+STRING_BEGINS = ("\x1b]", "\x1bP", "\x1b_", "\x1b^", "\x1bX")  # of such answers
+STRING_MOST = 4096  # characters of one: what is longer is none
 PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
 
 
@@ -14362,7 +14418,8 @@ ZWNJ, ZWJ = "\u200c", "\u200d"  # zero width (non-)joiners: Persian; one emoji o
 
 def is_typed(c: str) -> bool:
     """Whether a character is text, and no key."""
-    return c.isprintable() or c in (ZWNJ, ZWJ)
+    new_emoji = "\U0001f000" <= c <= "\U0001faff"  # perhaps newer than Python's tables
+    return c.isprintable() or c in (ZWNJ, ZWJ) or new_emoji or unicodedata.category(c) == "Zs"
 
 
 class KeyDecoder:
@@ -14372,20 +14429,40 @@ class KeyDecoder:
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.rest = ""
         self.pasted: str | None = None  # what of a paste has come so far
+        self.escaped = -math.inf  # when a lone ESC was taken for a key
 
-    def feed(self, data: bytes) -> list[Key]:
-        self.rest += self.decode(data)
+    def feed(self, data: bytes, now: float = 0.0) -> list[Key]:
+        """Take bytes that came at this time, in seconds."""
+        text = self.decode(data)
+        late = now - self.escaped < ESCAPE_LATE_SECONDS and re.match(
+            r"\[[0-9;]*[A-Za-z~]|O[A-Z]", text
+        )
+        self.escaped = -math.inf
+        self.rest += f"\x1b{text}" if late else text
         keys = []
         while self.rest and (key := self._next()):
             keys.append(key)
         return [key for key in keys if key.name]
 
-    def flush(self) -> list[Key]:
+    def flush(self, now: float = 0.0) -> list[Key]:
         """No more is coming: what looked like the beginning of a sequence was none."""
         if self.pasted is not None:
             return []  # slow, but its end is still to come
+        if self.rest.startswith(STRING_BEGINS) and len(self.rest) < STRING_MOST:
+            return []  # the answer of a terminal, likewise
         text, self.rest = self.rest, ""
+        if text == "\x1b":
+            self.escaped = now
         return [Key(KEY_NAMES.get(text, ""))] if text in KEY_NAMES else []
+
+    def end_paste(self) -> list[Key]:
+        """The end of a paste, or of a terminal's answer, does not come: take what has come."""
+        if self.pasted is None:
+            self.rest = ""
+            return []
+        text, self.rest = PASTE_ENDS, ""
+        self.rest = text
+        return [key for key in [self._paste()] if key]
 
     def _next(self) -> Key | None:
         """One key off `rest`, with an empty name if it means nothing; None if incomplete."""
@@ -14425,8 +14502,23 @@ def is_regional(c: str) -> bool:
     return "\U0001f1e6" <= c <= "\U0001f1ff"  # two of them are a flag
 
 
+SOFT_HYPHEN = "\xad"
+
+
+def is_inner_jamo(c: str) -> bool:
+    """Whether it is a vowel or final of conjoining Hangul, which stand with their initial."""
+    return "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7fb"
+
+
+def is_emoji(c: str) -> bool:
+    """Whether it is an emoji, perhaps newer than Python's tables (unassigned there)."""
+    return "\U0001f300" <= c <= "\U0001faff" and unicodedata.category(c) == "Cn"
+
+
 def joins(cluster: str, c: str) -> bool:
     """Whether `c` goes on with the character before it."""
+    if is_inner_jamo(c):
+        return "\u1100" <= cluster[0] <= "\u11ff"
     if cluster[-1] == ZWJ or c == ZWJ or unicodedata.category(c) in ("Mn", "Me", "Mc"):
         return cluster != "\n"
     if is_regional(c):
@@ -14460,9 +14552,12 @@ def cluster_width(cluster: str) -> int:
     first = cluster[0]
     if EMOJI_STYLE in cluster or ZWJ in cluster[1:-1] or is_regional(first):
         return 2
-    if unicodedata.category(first) in ("Mn", "Me", "Cf", "Cc"):
-        return 0
-    return 2 if unicodedata.east_asian_width(first) in "WF" else 1
+    if first == SOFT_HYPHEN:
+        return 1
+    marks = sum(unicodedata.category(c) == "Mc" for c in cluster[1:])  # Hindi, Tamil: each has one
+    if unicodedata.category(first) in ("Mn", "Me", "Cf", "Cc") or is_inner_jamo(first):
+        return marks
+    return marks + (2 if unicodedata.east_asian_width(first) in "WF" or is_emoji(first) else 1)
 
 
 def width(text: str) -> int:
@@ -14509,11 +14604,14 @@ class LineEditor:
         self.before = self.after = ""
         self.complete = complete
         self.killed = ""  # for yank
+        self.undone: collections.deque[tuple[str, str]] = collections.deque(maxlen=TYPED_KEPT)
+        self.sought = ""  # what Ctrl-R looks for in earlier lines
         self.typed: collections.deque[str] = collections.deque(maxlen=TYPED_KEPT)
         self.recalled = 0  # how many lines back we are; 0 is the line being typed
         self.draft = ""  # which is kept here meanwhile
         self.offers: list[str] = []  # of a completion under way, the next one first
         self.left = False  # end of input was pressed on an empty line
+        self.refused = ""  # why something was not taken, until it is told
 
     @property
     def text(self) -> str:
@@ -14523,12 +14621,19 @@ class LineEditor:
         self.before, self.after = text, ""
 
     def insert(self, text: str) -> None:
-        room = LINE_BYTES - len(self.text.encode())
-        self.before += cut(text, max(0, room))
+        """What is too long is not taken, and none of it: see refused."""
+        if len(text) + len(self.text) > TYPED_MOST:
+            self.refused = f"that is too long to be typed: more than {TYPED_MOST:,} characters"
+            return
+        self.before += text
 
     def press(self, key: Key) -> str | None:
         if key.name not in ("tab", "back-tab"):
             self.offers = []
+        if key.name != "search":
+            self.sought = ""
+        if key.name not in ("undo", "enter", "left", "right", "home", "end"):
+            self.undone.append((self.before, self.after))
         if key.name == "enter":
             return self._enter()
         if key.name in ("text", "paste"):
@@ -14544,6 +14649,13 @@ class LineEditor:
         self.recalled = 0
         self.set("")
         return text
+
+    def forget(self) -> None:
+        """Empty the line; Up brings it back."""
+        if not is_secret(self.text):
+            self.remember(self.text)
+        self.recalled = 0
+        self.set("")
 
     def remember(self, text: str) -> None:
         if text != (self.typed[-1] if self.typed else ""):
@@ -14623,6 +14735,22 @@ class LineEditor:
         self.recalled = back
         self.set(self.typed[-back] if back else self.draft)
 
+    def _search(self) -> None:
+        """The last line that has what is typed in it; again: the one before that."""
+        if not self.sought:
+            self.sought, self.draft, self.recalled = self.text, self.text, 0
+        for back in range(self.recalled + 1, len(self.typed) + 1):
+            if fold(self.sought) in fold(self.typed[-back]):
+                self.recalled = back
+                return self.set(self.typed[-back])
+
+    def _undo(self) -> None:
+        while self.undone:
+            before, after = self.undone.pop()
+            if before + after != self.text:
+                self.before, self.after = before, after
+                return
+
     # Completion
 
     def _tab(self) -> None:
@@ -14661,6 +14789,8 @@ class LineEditor:
         "newline": _newline,
         "up": _up,
         "down": _down,
+        "search": _search,
+        "undo": _undo,
         "tab": _tab,
         "back-tab": _back_tab,
     }
@@ -15302,6 +15432,15 @@ class Display:
         return self._live(("", ""), 0.0, True) + self.painter.erase()
 
 
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of it, also where another program left the file non-blocking."""
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:
+            select.select([], [fd], [])
+
+
 class RawTerminal:
     """The terminal while we have it: keys as they come, everything put back at the end."""
 
@@ -15336,9 +15475,7 @@ class RawTerminal:
                 self.termios.tcsetattr(self.keys, self.termios.TCSADRAIN, self.before)
 
     def write(self, text: str) -> None:
-        data = text.encode(errors="replace")
-        while data:
-            data = data[os.write(self.screen, data) :]
+        write_all(self.screen, text.encode(errors="replace"))
 
     def size(self) -> tuple[int, int]:
         """Columns and rows; no fewer than there can be something to see on."""
@@ -15394,6 +15531,8 @@ class Input:
             return
         try:
             data = os.read(self.fd, READ_BYTES)
+        except BlockingIOError:  # another program left it so
+            return
         except OSError:  # a terminal that has gone
             data = b""
         if not data:
@@ -15510,7 +15649,6 @@ class Filter(Client):
         self.commands = options.commands
         self.lines = LineBuffer(LINE_BYTES)
         self.failure = ""  # of something, although the rest went well
-        sys.stdout.reconfigure(errors="replace")
         self.speak = self.link.typed if options.commands else self.link.say
         self.input = Input(self.loop, 0, self.take)
         self.input.pause()  # until there is somebody to tell it to
@@ -15525,6 +15663,7 @@ class Filter(Client):
             if line == TOO_LONG:
                 self.failure = f"a line has at most {LINE_BYTES:,} bytes: it was not sent"
             elif self.commands and is_quit(line.decode(errors="replace")):
+                self.link.reason = line.decode(errors="replace")[len("/quit") :].strip()
                 data = b""  # the end, for which all that was said before is waited for
                 break
             else:
@@ -15532,7 +15671,7 @@ class Filter(Client):
         if not data:
             self.input.pause()
             self.link.drained = do_nothing
-            self.link.leave()
+            self.link.leave(reason=self.link.reason)
         elif not self.link.has_room():
             self.input.pause()
 
@@ -15547,8 +15686,7 @@ class Filter(Client):
             self.refused += view.kind == BACK
             lines += [f"> {line}\n" for line in filter_lines(view)]
         try:
-            sys.stdout.write("".join(lines))
-            sys.stdout.flush()
+            write_all(1, "".join(lines).encode(sys.stdout.encoding or "utf-8", "replace"))
         except OSError as error:
             trouble = output_trouble(error)
             if not (isinstance(error, BrokenPipeError) and self.link.leaving):
@@ -15584,8 +15722,10 @@ CLIENT_KEYS = (  # what /help tells of them
     "Tab:  complete a name, a channel or a command; again: the next that fits",
     "Up, Down:  what you typed before",
     "Alt-Enter:  a new line in a message",
-    "Ctrl-L:  draw the screen anew",
-    "Ctrl-C:  forget the line; leave, if there is none",
+    "Ctrl-R:  the last line that you typed with these words; again: one before that",
+    "Ctrl-_:  undo",
+    "Ctrl-L:  draw the screen again",
+    "Ctrl-C:  forget the line; without one, twice: leave",
 )
 
 
@@ -15595,7 +15735,7 @@ class TerminalClient(Client):
     def __init__(self, options: ClientOptions):
         super().__init__(options)
         self.terminal = RawTerminal()
-        palette = Palette("NO_COLOR" not in os.environ)
+        palette = Palette(not os.environ.get("NO_COLOR"))
         self.display = Display(self.core, palette, *self.terminal.size())
         self.decoder = KeyDecoder()
         self.editor = LineEditor(self.complete)
@@ -15604,6 +15744,8 @@ class TerminalClient(Client):
         self.painting: Timer | None = None  # what came too early for that
         self.was_ready = self.told_why = False
         self.late: set[str] = set()  # own ids of what has been waiting for a while
+        self.cleared = self.asked = -math.inf  # when Ctrl-C cleared the line, or asked
+        self.writing_in: Room | None = self.core.current  # whom the line is for
         self.escape: Timer | None = None
         self.input = Input(self.loop, 0, self.take)
         self.loop.turn_ends = self.paint
@@ -15615,6 +15757,8 @@ class TerminalClient(Client):
             ("SIGHUP", functools.partial(self.over, "")),
             ("SIGWINCH", self.resize),
             ("SIGTSTP", self.suspend),
+            ("SIGCONT", self.resume),
+            ("SIGQUIT", functools.partial(self.over, "")),
         ):
             on_signal(self.loop, number, handler)
         atexit.register(self.give_back)
@@ -15643,20 +15787,29 @@ class TerminalClient(Client):
             return self.over("")
         if self.escape:
             self.escape.cancel()
-        self.press(self.decoder.feed(data))
-        if self.decoder.rest.startswith("\x1b"):
+        self.press(self.decoder.feed(data, self.loop.now))
+        if self.decoder.pasted is not None or self.decoder.rest.startswith(STRING_BEGINS):
+            self.escape = self.loop.call_later(PASTE_SECONDS, self.end_paste)
+        elif self.decoder.rest.startswith("\x1b"):
             self.escape = self.loop.call_later(ESCAPE_SECONDS, self.flush_escape)
 
     def flush_escape(self) -> None:
-        self.press(self.decoder.flush())
+        self.press(self.decoder.flush(self.loop.now))
+
+    def end_paste(self) -> None:
+        self.press(self.decoder.end_paste())
 
     def press(self, keys: list[Key]) -> None:
+        self.cleared = -math.inf
         for key in keys:
             reading = self.READING.get(key.name) if self.display.reader.back else None
             if act := reading or self.KEYS.get(key.name):
                 act(self)
             elif (text := self.editor.press(key)) is not None:
                 self.enter(text)
+            if self.editor.refused:
+                self.show([View(NOTE, self.editor.refused)])
+                self.editor.refused = ""
         if self.editor.left:
             self.leave()
         self.pressed = True
@@ -15666,7 +15819,7 @@ class TerminalClient(Client):
         self.present()
         command = text.rstrip().lower() if text[:1] == "/" else ""
         if is_quit(text):
-            self.leave()
+            self.leave(text[len("/quit") :].strip())
         elif command == "/go":
             self.list_rooms()
         elif text:
@@ -15682,17 +15835,25 @@ class TerminalClient(Client):
         ]
         self.show([View(NOTE, ", ".join(rooms) or "there is none; /join #CHANNEL")])
 
-    def leave(self) -> None:
+    def leave(self, reason: str = "") -> None:
         """The server hears us out, for as long as that is bearable."""
         self.loop.call_later(STOP_SECONDS, lambda: self.over(""))
-        self.link.leave(at_once=True)
+        self.link.leave(at_once=True, reason=reason)
 
     def interrupt(self) -> None:
-        """Ctrl-C: forget the line; without one, leave."""
-        if not self.editor.text:
+        """Ctrl-C: forget the line, which Up brings back; without one ask, and then leave. One
+        that follows quickly is meant for the line, too."""
+        now = self.loop.now
+        if self.editor.text:
+            self.editor.forget()
+            self.cleared = now
+        elif now - self.asked < LEAVE_SECONDS:
             return self.leave()
-        self.editor.set("")
+        elif now - self.cleared > CLEAR_SECONDS:
+            self.asked = now
+            self.show([View(NOTE, "Ctrl-C again leaves; so does /quit")])
         self.pressed = True
+        return None
 
     def complete(self, word: str, first: bool) -> list[str]:
         return complete_line(self.core, self.editor.before, word)
@@ -15766,6 +15927,8 @@ class TerminalClient(Client):
             self.display.keep(View(NOTE, f"connected to {self.link.target}"))
         self.was_ready = self.core.ready
         self.display.take(views)
+        if self.writing_in is not self.core.current:
+            self.change_drafts()
         for view in views:
             if view.kind == BACK:
                 self.give_text_back(view.text)
@@ -15774,9 +15937,23 @@ class TerminalClient(Client):
                 self.display.keep(View(NOTE, view.text))
         self.news = True
 
+    def change_drafts(self) -> None:
+        """Another conversation is looked at: what is being typed stays where it was begun."""
+        before, self.writing_in = self.writing_in, self.core.current
+        if before and before in self.core.rooms.values():
+            before.draft = self.editor.text
+        elif self.editor.text:
+            self.editor.forget()
+            self.display.keep(View(NOTE, "what you typed there is kept: Up brings it back"))
+        after = self.writing_in
+        self.editor.set(after.draft if after else "")
+        if after:
+            after.draft = ""
+
     def give_text_back(self, text: str) -> None:
-        """It was not accepted: to be typed on; or to be recalled, if something else is typed."""
-        if not self.editor.text:
+        """It was not accepted: to be typed on; or to be recalled, if it is a command, or
+        something else is being typed."""
+        if not (self.editor.text or text[:1] == "/"):
             self.editor.set(text)
         elif not is_secret(text):
             self.editor.remember(text)
@@ -15833,8 +16010,13 @@ class TerminalClient(Client):
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTSTP)
         on_signal(self.loop, "SIGTSTP", self.suspend)
+        self.resume()
+
+    def resume(self) -> None:
+        """We were stopped, perhaps by SIGSTOP, and the shell had the terminal meanwhile."""
         self.terminal.enter()
         self.display.resize(*self.terminal.size())
+        self.redraw()
         self.pressed = self.news = True
 
 

@@ -6822,12 +6822,18 @@ def test_without_receipts_what_is_in_doubt_is_told_and_not_said_again():
     core.take_output()
     core.feed(b":x PONG x :sent-" + next(iter(core.outbox.waiting)).encode() + b"\r\n")
     views = core.disconnected()
-    assert shown(views) == [("failed", "", "the line broke: it may have arrived or not: two")]
+    (view,) = views
+    assert view.kind == chat.FAILED
+    assert view.text.startswith("the line broke: it may have arrived or not: two; /retry")
     core.typed("three")
     core.connected()
     core.feed(b":x 001 alice :Welcome\r\n")
     output = core.take_output()
     assert b"three" in output and b"two" not in output
+    assert [one.text for one in core.outbox.waiting.values()] == ["two", "three"]
+    core.typed("/retry")
+    core.feed(b":x PONG x :sent-" + list(core.outbox.waiting)[1].encode() + b"\r\n")
+    assert b"two" in core.take_output()
 
 
 def test_with_history_what_is_in_doubt_is_looked_for_there():
@@ -13607,8 +13613,21 @@ LINES_SAID = 1000 if RUNS else 100
 class Proxy:
     """Carries bytes both ways; breaks, delays and swallows them as it is told."""
 
-    def __init__(self, server, seeded=None, least=0, most=0, latency=0.0, rate=math.inf):
+    def __init__(
+        self,
+        server,
+        seeded=None,
+        least=0,
+        most=0,
+        latency=0.0,
+        rate=math.inf,
+        after=b"",
+        piece=1024,
+        nagle=True,
+    ):
         self.server, self.seeded = server, seeded
+        self.after = after  # bytes of the server from which on a connection may be reset
+        self.piece, self.nagle = piece, nagle
         self.least, self.most = least, most  # bytes until a connection is reset; 0: never
         self.latency, self.rate = latency, rate  # seconds, bytes a second
         self.deaf = threading.Event()  # what comes is taken, and goes nowhere
@@ -13628,10 +13647,15 @@ class Proxy:
                 continue
             except OSError:
                 return
-            budget = [self.seeded.randrange(self.least, self.most) if self.most else math.inf]
+            for sock in (near, far):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, not self.nagle)
+            budget = [math.inf if self.after else self.lifetime()]
             for one, other in ((near, far), (far, near)):
                 pump = functools.partial(self.pump, one, other, budget, self.deaf)
                 threading.Thread(target=pump, daemon=True).start()
+
+    def lifetime(self):
+        return self.seeded.randrange(self.least, self.most) if self.most else math.inf
 
     def swallow(self):
         """The connections that there are stay open, and nothing comes through."""
@@ -13646,7 +13670,9 @@ class Proxy:
 
     def pump(self, source, sink, budget, deaf):
         with contextlib.suppress(OSError):
-            while budget[0] > 0 and (data := source.recv(1024)):
+            while budget[0] > 0 and (data := source.recv(self.piece)):
+                if self.after and budget[0] == math.inf and self.after in data:
+                    budget[0] = self.lifetime()
                 if not deaf.is_set():
                     self.carry(data, sink, budget)
             if budget[0] <= 0:
@@ -13744,6 +13770,18 @@ def test_connections_that_are_reset_at_random_lose_and_double_nothing(running, s
     with Proxy(server.address, seeded, 2_000, 20_000) as proxy:
         exactly_once(server.address, proxy.where)
         assert proxy.resets > LINES_SAID / 30
+
+
+@pytest.mark.parametrize("piece, nagle", [(64, True), (1024, False), (65536, True)])
+def test_a_client_makes_progress_over_connections_that_carry_only_a_few_kilobytes(
+    running, seeded, piece, nagle
+):
+    """Counted from the welcome on, because registration costs two of them already."""
+    server = running()
+    options = {"after": b" 001 ", "piece": piece, "nagle": nagle}
+    with Proxy(server.address, seeded, 2_000, 20_000, **options) as proxy:
+        exactly_once(server.address, proxy.where)
+        assert proxy.resets > LINES_SAID / 50
 
 
 @pytest.mark.parametrize("run", FAULTS)
@@ -13937,8 +13975,10 @@ def test_pasting_several_lines_sends_nothing_until_enter_and_then_one_message():
 
 def test_the_line_being_typed_has_a_limit():
     editor = chat.LineEditor()
-    editor.press(chat.Key("paste", "é" * 20_000))
-    assert len(editor.text.encode()) == chat.LINE_BYTES
+    editor.press(chat.Key("paste", "é" * chat.TYPED_MOST))
+    assert len(editor.text) == chat.TYPED_MOST and editor.refused == ""
+    editor.press(chat.Key("paste", "none of this"))
+    assert len(editor.text) == chat.TYPED_MOST and "too long to be typed" in editor.refused
 
 
 @pytest.mark.parametrize(
@@ -14576,7 +14616,7 @@ def test_a_conversation_at_a_terminal(running, terminal):
     assert alice.restored()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_the_terminal_is_given_back_whatever_ends_the_client(running, terminal, number):
     alice = terminal(running().address, "alice")
     assert alice.sees("alice> ")
@@ -14597,6 +14637,10 @@ def test_ctrl_c_forgets_the_line_before_it_leaves(running, terminal):
     assert alice.sees("alice> ")
     alice.type("fine\r")
     assert bob.until("alice:") and alice.process.poll() is None
+    alice.process.send_signal(signal.SIGINT)
+    assert alice.sees("Ctrl-C again leaves")
+    alice.process.send_signal(signal.SIGINT)
+    assert alice.process.wait(PATIENCE) == 0 and alice.restored()
 
 
 def test_a_client_comes_back_when_its_server_does(terminal, folder):
@@ -14707,7 +14751,7 @@ def test_a_cut_line_is_told_once_counted_down_and_nothing_typed_is_lost(terminal
         assert alice.shows("reconnecting in")
         seconds = int(re.search("reconnecting in ([0-9])", "\n".join(alice.screen.lines))[1])
         alice.type("said meanwhile\r/names\r")
-        assert alice.shows("alice: said meanwhile", "1 waiting", "alice> /names")
+        assert alice.shows("alice: said meanwhile", "1 waiting", "not connected; nothing was sent")
         assert alice.shows(f"reconnecting in {seconds - 1} s")
         assert sum("trying again" in line for line in alice.screen.lines) == 1
     alice.type("\x15/quit\r")
