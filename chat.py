@@ -19,6 +19,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     LINE DIALECT    the workshop's protocol and its slash commands
     FIRST LINE      which dialect a connection speaks
     CLIENT CORE     a conversation as lines in and views out
+    CLIENT STORE    what a client has seen, in SQLite
     --- waterline   below: sockets, clocks, threads, terminals
     LOOP            selector, timers, connections, helper threads, the log
     SERVER          listeners, the five beats of the tick, limits, shutdown
@@ -261,6 +262,14 @@ HISTORY_LINES_MOST = 500
 PAGE_LINES = 100  # that our clients ask for at once
 PAGE_SECONDS = 15.0  # that a page may take, before what waits for it is shown
 SENT_AHEAD = 32  # messages of ours under way: what is sent again after a break, at most
+STORED_LINES = 200  # of a conversation, that a client shows at its start
+CLIENT_ROWS_WAITING = 10_000  # to be written to a store that is locked
+CLIENT_INDEX_SLICE = 300  # messages indexed a second, while nothing else is to be done
+CLIENT_HITS_MOST = 2000  # that one search looks at
+MOVES_SECONDS = 10.0  # that joins and quits are collected for, to be one row
+HANGING = 6  # columns that the later rows of a line are indented: the width of the time
+MOVES_NAMED = 10  # users named in one
+MOVES_KEPT = 300  # such rows of a conversation: messages are what is read back for
 PACE_BURST, PACE_RATE = 5, 0.5  # lines to other servers at once, and a second: RFC 1459 section
 PACE_BYTES = 200  # 8.10, which InspIRCd, ngIRCd and ircd 2.11 allow; more bytes cost more, there
 CAP_SECONDS = 10.0  # without an answer to CAP: then the server knows none
@@ -8972,7 +8981,7 @@ CHAT, IRC, PLAIN = "chat.py", "irc", "plain"  # the kinds of server this client 
 SAID, CAME, WENT, TOLD = "said", "came", "went", "told"
 NOTE, STATUS, UP, PEOPLE, NOTICED = "note", "status", "up", "people", "noticed"
 ARRIVED, FAILED, BACK, OLDER, PLACE = "arrived", "failed", "back", "older", "place"
-REMOVED, CLEARED, FOUND = "removed", "cleared", "found"
+REMOVED, CLEARED, FOUND, MOVED = "removed", "cleared", "found", "moved"
 
 
 # Why a connection ended, or was not let in; see Link
@@ -8988,7 +8997,7 @@ class View(NamedTuple):
     # text that was not accepted, to be edited; OLDER: a room has so many views more before the
     # others; PLACE: another room is looked at, of which so many messages are new; REMOVED: the
     # message with this id was taken back; CLEARED: begin with an empty page; FOUND: a message of
-    # the past that was asked for
+    # the past that was asked for; MOVED: several came and went
     kind: str
     text: str = ""
     name: str = ""
@@ -9203,6 +9212,23 @@ class ServerProfile:
 # What is said, until it has arrived
 
 
+class Setting(NamedTuple):
+    """Something that the user may want otherwise."""
+
+    usual: str
+    values: tuple[str, ...]  # that it may have; () is any
+    summary: str
+
+
+SETTINGS = {
+    "bell": Setting("on", ("on", "off"), "ring when you are called"),
+    "fold": Setting("on", ("on", "off"), "show the joins and quits of many in one row"),
+    "highlight": Setting("", (), "words besides your nick that call you"),
+    "notify": Setting("off", ("off", "9", "777"), "tell the terminal when you are called, by OSC"),
+    "time": Setting("%H:%M", (), "how times are shown, as strftime has it"),
+}
+
+
 class Waiting(NamedTuple):
     """A message that has not arrived for certain."""
 
@@ -9300,13 +9326,50 @@ class Outbox:
 
 
 class Transcript(collections.deque):
-    """What there is to show of a room, the oldest first; and how much ever was put behind it."""
+    """What there is to show of a room, the oldest first; and how much ever was put behind it.
+    The oldest rows go when there are many, but not while the user reads back."""
 
     total = 0
+    reading = False
+    dropped = False  # some have gone: there is more before the first of these
 
     def append(self, view: View) -> None:
         self.total += 1
         super().append(view)
+        if len(self) > VIEWS_KEPT and not self.reading:
+            self.trim()
+
+    def trim(self) -> None:
+        while len(self) > VIEWS_KEPT:
+            self.popleft()
+            self.dropped = True
+
+
+def moved_text(moves: Iterable[View]) -> str:
+    """Return in one line who came and went: a user who did both is told once."""
+    last: dict[str, list[str]] = {}
+    for view in moves:
+        last.setdefault(view.name, []).append(view.kind)
+    groups: dict[str, list[str]] = {}
+    for name, kinds in last.items():
+        both = f"{'joined' if kinds[0] == CAME else 'left'} and " if kinds[0] != kinds[-1] else ""
+        if both:
+            what = both + ("left" if kinds[-1] == WENT else "came back")
+        else:
+            what = "joined" if kinds[-1] == CAME else "left"
+        groups.setdefault(what, []).append(name)
+    told = []
+    for what, names in groups.items():
+        more = f" and {len(names) - MOVES_NAMED:,} more" if len(names) > MOVES_NAMED else ""
+        told.append(f"{', '.join(names[:MOVES_NAMED])}{more} {what}")
+    return "; ".join(told)
+
+
+def remember(ids: dict[str, None], id: str) -> None:
+    """Add an id to those that are known, of which the oldest are forgotten."""
+    ids[id] = None
+    if len(ids) > IDS_KEPT:
+        del ids[next(iter(ids))]
 
 
 class Room:
@@ -9325,8 +9388,10 @@ class Room:
         self.spilled = False  # ... and was more than could be held: there will be pages of it
 
         self.draft = ""  # typed here, and not entered yet
-        self.views = Transcript(maxlen=VIEWS_KEPT)
-        self.whole = False  # there is nothing older than the first of these
+        self.views = Transcript()
+        self.whole = False  # the server has nothing older than the first of these
+        self.spoken: dict[str, None] = {}  # names of those who said something here
+        self.moves: list[View] = []  # joins and quits that are to be one row
         self.unread = self.called = 0
 
     @property
@@ -9346,6 +9411,7 @@ class Room:
             self.people[name] = ranks
 
     def spoke(self, name: str) -> None:
+        remember(self.spoken, name)
         if name in self.people:
             self.people[name] = self.people.pop(name)
 
@@ -9354,6 +9420,14 @@ class Room:
             return False
         self.people[new] = self.people.pop(name)
         return True
+
+    def show_moves(self) -> None:
+        """Put the joins and quits that were collected in one row."""
+        moves, self.moves = self.moves, []
+        if len(moves) == 1:
+            self.views.append(moves[0])
+        elif moves:
+            self.views.append(View(MOVED, moved_text(moves), where=self.name, time=moves[-1].time))
 
     def rank(self, name: str, symbol: str, on: bool, symbols: str) -> None:
         """Give or take a rank of a member."""
@@ -9575,7 +9649,7 @@ def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
     if text.startswith("\x01ACTION "):
         text = f"*{text[8:].removesuffix(chr(1))}*"
     text = text.replace("\x01", "")
-    called = not mine and (not server.is_channel(where) or calls(text, core.name))
+    called = not mine and (not server.is_channel(where) or core.is_called(text))
     person = mine or is_person(heard)
     kind = (NOTICED if heard.verb == "NOTICE" else SAID) if person else TOLD
     return View(
@@ -9632,7 +9706,8 @@ def page_older(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> No
     """In front of what is there."""
     shown = {view.id for view in room.views}
     views = [view._replace(past=True) for view in views if view.id not in shown]
-    views = views[len(views) - (VIEWS_KEPT - len(room.views)) :] if room.views else views
+    for view in views:
+        talk.core.keep(view)
     room.views.extendleft(reversed(views))
     room.whole = not views
     talk.core.show(View(OLDER, str(len(views)), where=room.name))
@@ -10389,6 +10464,7 @@ def welcomed(talk: IrcTalk, heard: Heard) -> None:
 def version_told(talk: IrcTalk, heard: Heard) -> None:
     talk.server.ours = heard.params[2].startswith("chat.py")
     talk.core.rekey()
+    talk.core.keep_facts()
 
 
 @from_server("005", least=2)
@@ -10401,6 +10477,7 @@ def support_told(talk: IrcTalk, heard: Heard) -> None:
         elif len(tokens) < TOKENS_KEPT:
             tokens[name] = value.replace("\\x20", " ")
     talk.core.rekey()
+    talk.core.keep_facts()
     pace = [positive_number(one) for one in tokens.get("chat.py/FLOOD", "").split(",")]
     if len(pace) == 2 and all(pace):
         talk.budget = Budget(*pace, talk.core.ticks())
@@ -10648,7 +10725,7 @@ def we_joined(talk: IrcTalk, heard: Heard) -> None:
     room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
     room.password = talk.going.get(core.fold(room.name), room.password) or ""
-    core.kept_room(room)
+    core.keep_room(room)
     if not core.tidy and not room.mark:  # whatever is said from now on
         if "msgid" in heard.tags:
             room.mark = f"msgid={heard.tags['msgid']}"
@@ -10694,7 +10771,7 @@ def user_parted(talk: IrcTalk, heard: Heard) -> None:
         return
     user_went(talk, room, heard, heard.name, *heard.params[1:2])
     if core.is_me(heard.name):
-        core.kept_room(room)
+        core.keep_room(room)
         core.close(room)
 
 
@@ -10721,7 +10798,7 @@ def user_kicked(talk: IrcTalk, heard: Heard) -> None:
         if core.is_me(name):
             room.inside = room.wanted = False
             room.people.clear()
-            core.kept_room(room)
+            core.keep_room(room)
         core.show(View(PEOPLE, where=room.name))
 
 
@@ -11003,13 +11080,6 @@ def message_pieces(text: str) -> Iterator[str]:
     yield "\n".join(lines)
 
 
-def remember(ids: dict[str, None], id: str) -> None:
-    """Add an id to those that are known, of which the oldest are forgotten."""
-    ids[id] = None
-    if len(ids) > IDS_KEPT:
-        del ids[next(iter(ids))]
-
-
 class ClientCore:
     """A client's side of the talk.
 
@@ -11032,7 +11102,9 @@ class ClientCore:
         clock: Callable[[], float] = lambda: 0.0,
         later: Callable[[Callable, Callable], None] = lambda job, then: then(job()),
         ticks: Callable[[], float] = lambda: 0.0,
+        store: Any = None,
     ):
+        self.store = store  # a ClientStore, or None
         self.wanted_name = self.name = name
         self.tidy, self.kind, self.password = tidy, kind, password
         self.me = Credentials(login)
@@ -11055,7 +11127,8 @@ class ClientCore:
         self.away = ""
         self.wants_motd = self.wants_who = False  # the user asked for it
         self.ctcp_budget = Budget(CTCP_BURST, CTCP_RATE, ticks())
-        self.ignored: set[str] = set()  # masks
+        self.ignored: set[str] = store.ignored() if store else set()  # masks
+        self.settings: dict[str, str] = store.settings() if store else {}  # that were changed
         self.seen: dict[str, None] = {}  # ids
         self.removed: dict[str, None] = {}  # ids of redacted messages
         self.shown: set[str] = set()  # own ids of what the user has seen as waiting
@@ -11069,14 +11142,78 @@ class ClientCore:
         self.newest_id = ""  # ... and the id of the newest message
         self.began = 0  # time of the first welcome
         self.rooms = wanted_rooms(join)
+        if store:
+            self._load(bool([*join]))
         self.current: Room | None = next(iter(self.rooms.values()))  # that the user looks at
         self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
         self.views: list[View] = []
         self.output: list[str] = []
         self.doubted = ""  # text that is sent if the user enters it once more
         self.wants_connection = False  # now: the user said so
-        self.kept_room: Callable[[Room], None] = lambda room: None  # remembers rooms ...
-        self.kept_ignored: Callable[[set[str]], None] = lambda masks: None  # ... and these
+
+    # What outlives the program
+
+    def _load(self, named: bool) -> None:
+        """Take what the store has: open conversations, and what was said there last."""
+        self.server.ours = self.store.fact("ours") != "no"
+        if mapping := self.store.fact("CASEMAPPING"):
+            self.server.tokens["CASEMAPPING"] = mapping
+        stored = self.store.rooms()
+        if stored and not named:
+            self.rooms.clear()
+        for room in (*self.rooms.values(), *stored):
+            room = self.rooms.setdefault(self.fold(room.name), room)
+            if not room.views:
+                self._load_room(room)
+        if newest := self.store.newest():
+            self.newest, self.newest_id = newest.time or 0, newest.id
+
+    def _load_room(self, room: Room) -> None:
+        for view in self.store.page(self.fold(room.name), STORED_LINES):
+            room.views.append(view)
+            if view.id:
+                remember(self.seen, view.id)
+                room.mark = f"msgid={view.id}"
+        room.views.dropped = len(room.views) == STORED_LINES
+
+    def keep(self, view: View) -> None:
+        """Keep a message."""
+        if self.store:
+            self.store.add(self.fold(view.where), view)
+
+    def keep_room(self, room: Room) -> None:
+        """Remember, or forget, that a conversation is open, and whether to join it again."""
+        if self.store and self.fold(room.name) in self.rooms:
+            self.store.keep_room(self.fold(room.name), room)
+        elif self.store:
+            self.store.forget_room(self.fold(room.name))
+
+    def older_from_store(self, room: Room) -> bool:
+        """Put what the store has before the first message of a room; return whether it has."""
+        if not self.store:
+            return False
+        first = next((view for view in room.views if view.kind in (SAID, NOTICED)), None)
+        views = self.store.page(self.fold(room.name), PAGE_LINES, first)
+        shown = {view.id for view in room.views if view.id}
+        views = [view for view in views if view.id not in shown]
+        room.views.extendleft(reversed(views))
+        room.views.dropped = len(views) == PAGE_LINES
+        if views:
+            self.show(View(OLDER, str(len(views)), where=room.name))
+        return bool(views)
+
+    def keep_facts(self) -> None:
+        """Remember how the server compares names: the keys of conversations follow from that."""
+        if self.store:
+            self.store.keep_fact("ours", "yes" if self.server.ours else "no")
+            self.store.keep_fact("CASEMAPPING", self.server.tokens.get("CASEMAPPING", ""))
+
+    def keep_ignored(self) -> None:
+        if self.store:
+            self.store.keep_ignored(self.ignored)
+
+    def setting(self, name: str) -> str:
+        return self.settings.get(name, SETTINGS[name].usual)
 
     @property
     def ready(self) -> bool:
@@ -11131,6 +11268,11 @@ class ClientCore:
             full = mask if "!" in mask else f"*!{mask}" if "@" in mask else f"{mask}!*@*"
             return bool(mask_pattern(self.fold(full)).fullmatch(self.fold(source)))
         return self.fold(mask) == self.fold(name)
+
+    def is_called(self, text: str) -> bool:
+        """Whether our name, or another word that the user wants to be told of, is in it."""
+        words = [self.name, *self.setting("highlight").split()]
+        return any(calls(text, word) for word in words)
 
     # The connection
 
@@ -11233,6 +11375,12 @@ class ClientCore:
         """Once a second: time has passed."""
         if self.talk:
             self.talk.tick()
+        for room in self.rooms.values():
+            if room.moves and self.clock() - (room.moves[0].time or 0) / 1000 > MOVES_SECONDS:
+                room.show_moves()
+        if self.store:
+            self.store.flush()
+            self.store.index()
         self.flush()
         return self.take_views()
 
@@ -11316,6 +11464,7 @@ class ClientCore:
         shown = f"*{text}*" if one.kind == ACTION else text
         view = self.timed(View(SAID, shown, self.name, one.where, mine=True, own_id=one.id))
         room = self.room_for(one.where)
+        room.show_moves()
         room.views.append(view)
         self.show(view)
         if room.is_channel and self.ready and not (room.inside or room.wanted):
@@ -11348,7 +11497,10 @@ class ClientCore:
                 self.close(least)
         key = self.fold(name)
         if key not in self.rooms:
-            self.rooms[key] = Room(name, channel=self.server.is_channel(name))
+            room = self.rooms[key] = Room(name, channel=self.server.is_channel(name))
+            if self.store:
+                self._load_room(room)
+                self.keep_room(room)
         return self.rooms[key]
 
     def go(self, room: Room) -> None:
@@ -11360,15 +11512,18 @@ class ClientCore:
         """It is called otherwise, and is in its place."""
         old = self.fold(room.name)
         self.outbox.readdress(lambda where: self.fold(where) == old, name)
+        if self.store:
+            self.store.rename(old, self.fold(name))
         room.name = name
         self.rooms.rekey(self.fold)
-        self.kept_room(room)
+        self.keep_room(room)
         if self.current is room:
             self.go(room)
 
     def close(self, room: Room) -> None:
         """Look at it no more."""
         self.rooms.pop(self.fold(room.name), None)
+        self.keep_room(room)
         if self.current is room:
             self.current = None
             for other in list(self.rooms.values())[-1:]:
@@ -11397,6 +11552,9 @@ class ClientCore:
         if one is not None:
             self.made_progress()
             self.acknowledged = True
+            text = f"*{one.text}*" if one.kind == ACTION else one.text
+            said = View(SAID, text, self.name, one.where, view.time, mine=True, id=view.id)
+            self.keep(self.timed(said._replace(own_id=one.id)))
         if view.own_id in self.shown:
             self.shown.discard(view.own_id)
             remember(self.known_own, view.own_id)
@@ -11413,11 +11571,15 @@ class ClientCore:
     def happened(self, room: Room, view: View) -> None:
         """Something else than a message, likewise."""
         view = self.timed(view)
-        if room.held is None:
-            room.views.append(view)
-            self.show(view)
+        if room.held is not None:
+            return room.hold(view)
+        known = view.name in room.spoken or self.setting("fold") == "off"
+        if view.kind in (CAME, WENT) and not known:
+            room.moves.append(view)
         else:
-            room.hold(view)
+            room.show_moves()
+            room.views.append(view)
+        self.show(view)
 
     def knows(self, id: str) -> bool:
         """Whether that message has come already; from now on it has."""
@@ -11447,6 +11609,8 @@ class ClientCore:
             return
         room.spoke(view.name)
         view = self.timed(view)
+        self.keep(view)
+        room.show_moves()
         room.views.append(view)
         if room is not self.current and not (view.mine or view.past):
             room.unread += 1
@@ -11456,6 +11620,8 @@ class ClientCore:
     def remove(self, id: str) -> None:
         """Forget the words of a message that was taken back, and of one still on its way."""
         remember(self.removed, id)
+        if self.store:
+            self.store.remove(id)
         for room in self.rooms.values():
             if any(view.id == id for view in room.views):
                 kept = [view for view in room.views if view.id != id]
@@ -11588,7 +11754,7 @@ def do_part(core: ClientCore, *words: str) -> None:
         core.talk.command("PART", room.name, *optional(reason))
     else:
         room.wanted = False
-        core.kept_room(room)
+        core.keep_room(room)
         core.close(room)
 
 
@@ -11599,7 +11765,7 @@ def do_close(core: ClientCore, name: str = "") -> None:
     if room.inside and core.ready:
         return do_part(core, room.name)
     room.wanted = False
-    core.kept_room(room)
+    core.keep_room(room)
     core.close(room)
 
 
@@ -11682,22 +11848,26 @@ def do_history(core: ClientCore, *words: str) -> None:
     core.talk.ask(Asked(name, "asked", 0), "LATEST", name, "*", str(limit))
 
 
-@client_command("search", 1)
-def do_search(core: ClientCore, words: str) -> None:
-    """/search WORDS -- what was said with these words in it, here"""
-    if "soju.im/search" not in core.talk.server.enabled:
-        raise Refused("NO_SEARCH", "this server cannot search; /lastlog looks in what is here")
-    where, text = channel_first(core, words)
-    core.talk.command("SEARCH", f"in={escaped_tag(where)};text={escaped_tag(text)}")
-
-
 @client_command("lastlog", 1, nameless=True)
 def do_lastlog(core: ClientCore, words: str) -> None:
-    """/lastlog WORDS -- what was said with these words in it, in what this client holds"""
-    wanted = fold(words)
-    views = asked_room(core).views
-    found = [one for one in views if one.kind in (SAID, NOTICED) and wanted in fold(one.text)]
-    core.show_results(f"lastlog of {core.here}", found[-LASTLOG_MOST:])
+    """/lastlog WORDS -- what was said here with these words in it, as this client has kept it"""
+    room = asked_room(core)
+    if core.store:
+        found = core.store.find(words, LASTLOG_MOST, core.fold(room.name))
+    else:
+        wanted = fold(words)
+        spoken = (one for one in room.views if one.kind in (SAID, NOTICED))
+        found = [one for one in spoken if wanted in fold(one.text)][-LASTLOG_MOST:]
+    core.show_results(f"lastlog of {core.here}", found)
+
+
+@client_command("search", 1, nameless=True)
+def do_search(core: ClientCore, words: str) -> None:
+    """/search WORDS -- what was said with these words in it, here; by the server if it can"""
+    if not core.ready or "soju.im/search" not in core.server.enabled:
+        return do_lastlog(core, words)
+    where, text = channel_first(core, words)
+    core.talk.command("SEARCH", f"in={escaped_tag(where)};text={escaped_tag(text)}")
 
 
 @client_command("away", most=1)
@@ -11718,7 +11888,7 @@ def do_ignore(core: ClientCore, mask: str = "") -> None:
     """/ignore [NAME|MASK] -- do not show what a user says; who is ignored"""
     if mask:
         core.ignored.add(mask)
-        core.kept_ignored(core.ignored)
+        core.keep_ignored()
     text = ", ".join(sorted(core.ignored)) or "no user"
     core.show(View(NOTE, f"ignored: {text}"))
 
@@ -11730,7 +11900,7 @@ def do_unignore(core: ClientCore, mask: str) -> None:
     if core.fold(mask) not in known:
         raise Refused("NOT_IGNORED", f"{mask} is not ignored; /ignore lists who is")
     core.ignored.discard(known[core.fold(mask)])
-    core.kept_ignored(core.ignored)
+    core.keep_ignored()
     do_ignore(core)
 
 
@@ -11926,10 +12096,284 @@ def do_raw(core: ClientCore, line: str) -> None:
     core.talk.raw(line)
 
 
+@client_command("set", most=2, nameless=True)
+def do_set(core: ClientCore, name: str = "", value: str = "") -> None:
+    """/set [NAME [VALUE|default]] -- settings: what they are, and to change one"""
+    if name and name not in SETTINGS:
+        raise Refused("NO_SETTING", f"there is no setting {name}; /set lists them")
+    if value == "default":
+        core.settings.pop(name, None)
+    elif value:
+        allowed = SETTINGS[name].values
+        if allowed and value not in allowed:
+            raise Refused("BAD_SETTING", f"{name} is one of: {', '.join(allowed)}")
+        core.settings[name] = value
+    if value and core.store:
+        core.store.set(name, core.settings.get(name))
+    for one in [name] if name else SETTINGS:
+        setting = SETTINGS[one]
+        now = core.setting(one) or "nothing"
+        usual = "" if now == (setting.usual or "nothing") else f" (usually {setting.usual})"
+        core.show(View(TOLD, f"{one}:  {now}{usual}; {setting.summary}"))
+
+
 @client_command("quit", most=1, nameless=True)
 def do_quit(core: ClientCore, reason: str = "") -> None:
     """/quit [REASON] -- leave"""
     core.leave(reason)
+
+
+# ======================================================================================
+# CLIENT STORE
+# ======================================================================================
+# What a client keeps in one SQLite file, client.db: the messages it has seen, which
+# conversations are open, whom the user ignores, and settings. Two clients may share it: a
+# transaction takes milliseconds, nothing waits for a lock, and what finds the file locked
+# is written a turn later. Words are indexed in slices, while nothing else is to be done.
+
+CLIENT_TABLES = """
+CREATE TABLE owners (               -- whose rows they are: a user as a server knows one
+    owner INTEGER PRIMARY KEY,
+    server TEXT NOT NULL,           -- as it was given
+    name TEXT NOT NULL,             -- an account, or a nick, folded
+    UNIQUE (server, name)
+);
+CREATE TABLE messages (
+    number INTEGER PRIMARY KEY,     -- as they came
+    owner INTEGER NOT NULL,
+    room TEXT NOT NULL,             -- key of the conversation
+    time INTEGER NOT NULL,          -- milliseconds since 1970
+    id TEXT NOT NULL,               -- the server's, or ''
+    own_id TEXT NOT NULL,           -- ours, of a message of ours
+    kind TEXT NOT NULL,
+    name TEXT NOT NULL,
+    text TEXT NOT NULL,
+    place TEXT NOT NULL,            -- name of the conversation then
+    mine INTEGER NOT NULL,
+    called INTEGER NOT NULL
+);
+CREATE INDEX messages_time ON messages (owner, room, time, number);
+CREATE UNIQUE INDEX messages_id ON messages (owner, id) WHERE id <> '';
+CREATE TABLE rooms (
+    owner INTEGER NOT NULL,
+    key TEXT NOT NULL,
+    name TEXT NOT NULL,
+    password TEXT NOT NULL,
+    channel INTEGER NOT NULL,
+    wanted INTEGER NOT NULL,        -- to be joined at the next start
+    draft TEXT NOT NULL,
+    PRIMARY KEY (owner, key)
+) WITHOUT ROWID;
+CREATE TABLE ignored (owner INTEGER NOT NULL, mask TEXT NOT NULL, PRIMARY KEY (owner, mask));
+CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE facts (                -- that a server has told
+    owner INTEGER NOT NULL,
+    name TEXT NOT NULL,
+    value TEXT NOT NULL,
+    PRIMARY KEY (owner, name)
+) WITHOUT ROWID;
+CREATE TABLE indexed (number INTEGER NOT NULL);     -- the last message that is
+INSERT INTO indexed VALUES (0);
+PRAGMA user_version = 1;
+"""
+CLIENT_WORDS = """
+CREATE VIRTUAL TABLE IF NOT EXISTS words
+USING fts5 (text, content='messages', content_rowid='number', detail=none)
+"""
+MESSAGE_COLUMNS = "number, kind, text, name, place, time, mine, called, id, own_id"
+
+
+def open_client_database(path: str) -> sqlite3.Connection:
+    """Open client.db, or one in memory, and make its tables. Raises sqlite3.Error."""
+    db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    with contextlib.suppress(sqlite3.Error):  # a network home may refuse it: then a journal
+        db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = NORMAL")
+    if db.execute("PRAGMA user_version").fetchone()[0] == 0:
+        db.executescript(f"BEGIN IMMEDIATE; {CLIENT_TABLES} COMMIT;")
+    with contextlib.suppress(sqlite3.Error):  # not every Python has FTS5: search is slower then
+        db.execute(CLIENT_WORDS)
+    return db
+
+
+class ClientStore:
+    """What one client keeps, as one user of one server."""
+
+    def __init__(self, db: sqlite3.Connection, server: str = "", name: str = "", sole: bool = True):
+        self.db = db
+        self.sole = sole  # the first of the clients of this user: it keeps what has no id
+        self.waiting: list[tuple[str, tuple]] = []  # statements, while the file is locked
+        db.execute("INSERT OR IGNORE INTO owners (server, name) VALUES (?, ?)", [server, name])
+        query = "SELECT owner FROM owners WHERE server = ? AND name = ?"
+        self.owner = db.execute(query, [server, name]).fetchone()[0]
+        query = "SELECT count(*) FROM sqlite_schema WHERE name = 'words'"
+        self.has_words = bool(db.execute(query).fetchone()[0])
+
+    # Writing
+
+    def write(self, statement: str, *values: Any) -> None:
+        """Write soon: see flush()."""
+        self.waiting.append((statement, values))
+        del self.waiting[:-CLIENT_ROWS_WAITING]
+
+    def flush(self) -> None:
+        """Write what waits, if the file is free."""
+        if not self.waiting:
+            return
+        try:
+            self.db.execute("BEGIN IMMEDIATE")
+            for statement, values in self.waiting:
+                self.db.execute(statement, values)
+            self.db.execute("COMMIT")
+        except sqlite3.Error:
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+            return
+        self.waiting.clear()
+
+    def add(self, key: str, view: View) -> None:
+        """Keep a message, once."""
+        if not (view.id or self.sole):
+            return
+        values = (self.owner, key, view.time or 0, view.id, view.own_id, view.kind, view.name)
+        values += (view.text, view.where, view.mine, view.called)
+        columns = "owner, room, time, id, own_id, kind, name, text, place, mine, called"
+        marks = ", ".join("?" * len(values))
+        self.write(f"INSERT OR IGNORE INTO messages ({columns}) VALUES ({marks})", *values)
+
+    def remove(self, id: str) -> None:
+        """Forget the words of a message, also in the index."""
+        self.flush()
+        query = "SELECT number, text FROM messages WHERE owner = ? AND id = ?"
+        for number, text in self.db.execute(query, [self.owner, id]).fetchall():
+            forget = "INSERT INTO words (words, rowid, text) SELECT 'delete', ?, ?"
+            known = "WHERE ? <= (SELECT number FROM indexed)"
+            if self.has_words:
+                self.write(f"{forget} {known}", number, words_of(text), number)
+            self.write("DELETE FROM messages WHERE number = ?", number)
+
+    def rename(self, old: str, new: str) -> None:
+        change = "UPDATE OR REPLACE {} SET {} = ? WHERE owner = ? AND {} = ?"
+        self.write(change.format("messages", "room", "room"), new, self.owner, old)
+        self.write(change.format("rooms", "key", "key"), new, self.owner, old)
+
+    def index(self) -> None:
+        """Index some of the messages that are not indexed yet."""
+        if not self.has_words:
+            return
+        query = "SELECT number, text FROM messages WHERE number > ? ORDER BY number LIMIT ?"
+        with contextlib.suppress(sqlite3.Error):  # locked: another time
+            done = self.db.execute("SELECT number FROM indexed").fetchone()[0]
+            rows = self.db.execute(query, [done, CLIENT_INDEX_SLICE]).fetchall()
+            if rows:
+                rows = [(number, words_of(text)) for number, text in rows]
+                self.db.execute("BEGIN IMMEDIATE")
+                self.db.executemany("INSERT INTO words (rowid, text) VALUES (?, ?)", rows)
+                self.db.execute("UPDATE indexed SET number = ?", [rows[-1][0]])
+                self.db.execute("COMMIT")
+        if self.db.in_transaction:
+            self.db.execute("ROLLBACK")
+
+    # Reading
+
+    @staticmethod
+    def _view(row: tuple) -> View:
+        _, kind, text, name, place, when, mine, called, id, own_id = row
+        return View(
+            *(kind, text, name, place, when, bool(mine), bool(called)),
+            past=True,
+            id=id,
+            own_id=own_id,
+        )
+
+    def page(self, key: str, count: int, before: View | None = None) -> list[View]:
+        """Return the last messages of a conversation, or those before a view, in order."""
+        self.flush()
+        when, number = LAST_MOMENT, 0
+        if before is not None:
+            when = before.time or 0
+            query = "SELECT max(number) FROM messages WHERE owner = ? AND id = ? AND id <> ''"
+            number = self.db.execute(query, [self.owner, before.id]).fetchone()[0] or 0
+        query = f"""
+            SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? AND room = ?
+            AND (time < ? OR (time = ? AND number < ?)) ORDER BY time DESC, number DESC LIMIT ?"""
+        rows = self.db.execute(query, [self.owner, key, when, when, number, count]).fetchall()
+        return [self._view(row) for row in reversed(rows)]
+
+    def find(self, words: str, count: int, key: str | None = None) -> list[View]:
+        """Return the last messages with all of these words, of one conversation or of all."""
+        self.flush()
+        quoted = " ".join('"{}"*'.format(w.replace('"', "")) for w in words_of(words).split())
+        if not quoted.strip('"* '):
+            return []
+        place, values = ("AND room = ?", [key]) if key is not None else ("", [])
+        indexed = f"""
+            SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? {place} AND number IN
+            (SELECT rowid FROM words WHERE words MATCH ? ORDER BY rowid DESC LIMIT ?)"""
+        rows = self.db.execute(indexed, [self.owner, *values, quoted, CLIENT_HITS_MOST]).fetchall()
+        recent = f"""
+            SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? {place}
+            AND number > (SELECT number FROM indexed)"""
+        wanted = fold(words).split()
+        for row in self.db.execute(recent, [self.owner, *values]):
+            if all(word in fold(row[2]) for word in wanted):
+                rows.append(row)
+        rows.sort(key=lambda row: (row[5], row[0]))
+        return [self._view(row) for row in rows[-count:]]
+
+    def newest(self) -> View | None:
+        """Return the message that was kept last and has an id."""
+        query = f"""
+            SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? AND id <> ''
+            ORDER BY number DESC LIMIT 1"""
+        row = self.db.execute(query, [self.owner]).fetchone()
+        return self._view(row) if row else None
+
+    # Conversations, ignored users, facts, settings
+
+    def keep_room(self, key: str, room: Room) -> None:
+        values = (key, room.name, room.password, room.is_channel, room.wanted, room.draft)
+        self.write("REPLACE INTO rooms VALUES (?, ?, ?, ?, ?, ?, ?)", self.owner, *values)
+
+    def forget_room(self, key: str) -> None:
+        self.write("DELETE FROM rooms WHERE owner = ? AND key = ?", self.owner, key)
+
+    def rooms(self) -> list[Room]:
+        """Return the conversations that were open."""
+        query = "SELECT name, password, channel, wanted, draft FROM rooms WHERE owner = ?"
+        rooms = []
+        for name, password, channel, wanted, draft in self.db.execute(query, [self.owner]):
+            room = Room(name, password, bool(channel))
+            room.wanted, room.draft = bool(wanted), draft
+            rooms.append(room)
+        return rooms
+
+    def keep_ignored(self, masks: Iterable[str]) -> None:
+        self.write("DELETE FROM ignored WHERE owner = ?", self.owner)
+        for mask in masks:
+            self.write("INSERT INTO ignored VALUES (?, ?)", self.owner, mask)
+
+    def ignored(self) -> set[str]:
+        query = "SELECT mask FROM ignored WHERE owner = ?"
+        return {row[0] for row in self.db.execute(query, [self.owner])}
+
+    def keep_fact(self, name: str, value: str) -> None:
+        self.write("REPLACE INTO facts VALUES (?, ?, ?)", self.owner, name, value)
+
+    def fact(self, name: str) -> str:
+        query = "SELECT value FROM facts WHERE owner = ? AND name = ?"
+        row = self.db.execute(query, [self.owner, name]).fetchone()
+        return row[0] if row else ""
+
+    def set(self, name: str, value: str | None) -> None:
+        """Keep a setting; None is as it was delivered."""
+        if value is None:
+            self.write("DELETE FROM settings WHERE name = ?", name)
+        else:
+            self.write("REPLACE INTO settings VALUES (?, ?)", name, value)
+
+    def settings(self) -> dict[str, str]:
+        return dict(self.db.execute("SELECT name, value FROM settings").fetchall())
 
 
 # ======================================================================================
@@ -14017,6 +14461,9 @@ class Link:
     def ask_older(self, room: Room) -> bool:
         """What was said before all that is known of a room; whether it is on its way."""
         talk = self.core.talk
+        if self.core.older_from_store(room):
+            self.show(self.core.take_views())
+            return False
         if room.whole or not (self.core.ready and talk.pages):
             return False
         under_way = any((one.where, one.how) == (room.name, "older") for one in talk.asked)
@@ -14498,11 +14945,12 @@ EMOJI_STYLE = "\ufe0f"  # the character before it is to be shown as an emoji
 CLUSTER_CHARACTERS = 64  # none is longer, or nobody cares how it is cut
 
 
-def is_regional(c: str) -> bool:
-    return "\U0001f1e6" <= c <= "\U0001f1ff"  # two of them are a flag
-
-
 SOFT_HYPHEN = "\xad"
+
+
+def is_emoji(c: str) -> bool:
+    """Whether it is an emoji, perhaps newer than Python's tables (unassigned there)."""
+    return "\U0001f300" <= c <= "\U0001faff" and unicodedata.category(c) == "Cn"
 
 
 def is_inner_jamo(c: str) -> bool:
@@ -14510,9 +14958,8 @@ def is_inner_jamo(c: str) -> bool:
     return "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7fb"
 
 
-def is_emoji(c: str) -> bool:
-    """Whether it is an emoji, perhaps newer than Python's tables (unassigned there)."""
-    return "\U0001f300" <= c <= "\U0001faff" and unicodedata.category(c) == "Cn"
+def is_regional(c: str) -> bool:
+    return "\U0001f1e6" <= c <= "\U0001f1ff"  # two of them are a flag
 
 
 def joins(cluster: str, c: str) -> bool:
@@ -14849,6 +15296,28 @@ def rows_of(line: str, columns: int) -> list[str]:
     return [*rows, row]
 
 
+def wrapped_rows(line: str, columns: int, hang: int) -> list[str]:
+    """Return a line as rows that end between words, the later ones indented. A word that is
+    longer than a row (a link) is left whole, for the terminal to wrap: so it can be copied."""
+    if width(COLOUR.sub("", line)) <= columns:
+        return [line]
+    rows, row, used, colour = [], "", 0, ""
+    for n, part in enumerate(COLOUR.split(line)):
+        if n % 2:
+            colour = "" if part == RESET else colour + part
+            row += part
+            continue
+        for word in re.findall(r"\s*\S+|\s+", part):
+            size = width(word)
+            if used + size > columns and used > hang and word[:1].isspace():
+                rows.append(row + RESET * bool(colour))
+                word = word.lstrip()
+                row, used, size = " " * hang + colour, hang, width(word)
+            row += word
+            used += size
+    return [*rows, row]
+
+
 def in_columns(words: list[str], columns: int) -> list[str]:
     """Words in columns, to be read downwards, in as few rows as fit."""
     across = max(map(width, words), default=0) + 2
@@ -14902,6 +15371,7 @@ class Look(NamedTuple):
     palette: Palette
     columns: int = 80
     here: str = ""  # the conversation that it is shown in
+    clock: str = "%H:%M"  # how times are shown
 
 
 def moment_of(view: View) -> datetime.datetime:
@@ -14910,6 +15380,10 @@ def moment_of(view: View) -> datetime.datetime:
         return datetime.datetime.fromtimestamp(view.time / 1000)
     except (TypeError, ValueError, OverflowError, OSError):  # no calendar has such a time
         return datetime.datetime.now()
+
+
+def clock_of(view: View, look: Look) -> str:
+    return inert(moment_of(view).strftime(look.clock))
 
 
 def where_of(view: View, look: Look) -> str:
@@ -14921,7 +15395,7 @@ def where_of(view: View, look: Look) -> str:
 
 def said_lines(view: View, look: Look) -> list[str]:
     """What somebody said: lines after the first stand under it, as far as there is room."""
-    palette, clock, where = look.palette, f"{moment_of(view):%H:%M} ", where_of(view, look)
+    palette, clock, where = look.palette, f"{clock_of(view, look)} ", where_of(view, look)
     loud = view.called and is_channel(view.where)  # in a private talk everything is for us
     mark = "! " * loud
     first, *others = (palette.paint(line, *[1] * loud) for line in view.text.split("\n"))
@@ -14932,7 +15406,7 @@ def said_lines(view: View, look: Look) -> list[str]:
 
 def noticed_lines(view: View, look: Look) -> list[str]:
     """A NOTICE: as messages are shown, with - around the name."""
-    head = look.palette.dim(f"{moment_of(view):%H:%M} {where_of(view, look)}")
+    head = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}")
     first, *others = view.text.split("\n")
     return [f"{head}-{look.palette.name(view.name)}- {first}", *(f"    {line}" for line in others)]
 
@@ -14949,7 +15423,12 @@ def moved_lines(view: View, look: Look) -> list[str]:
     verb = "joined" if view.kind == CAME else "left"
     why = "" if view.text in ("", "Quit") else f" ({view.text})"
     where = "" if fold(view.where) in ("", fold(look.here)) else f" {view.where}"
-    return [look.palette.dim(f"{moment_of(view):%H:%M} {view.name} {verb}{where}{why}")]
+    return [look.palette.dim(f"{clock_of(view, look)} {view.name} {verb}{where}{why}")]
+
+
+def several_moved_lines(view: View, look: Look) -> list[str]:
+    where = "" if fold(view.where) in ("", fold(look.here)) else f"{view.where}: "
+    return [look.palette.dim(f"{clock_of(view, look)} {where}{view.text}")]
 
 
 EXPLAINED = re.compile(r"(/\S.*?|\S.*?:) {2,}(\S.*)")  # a command or a key, and what it does
@@ -14958,11 +15437,11 @@ EXPLAINED = re.compile(r"(/\S.*?|\S.*?:) {2,}(\S.*)")  # a command or a key, and
 def told_lines(view: View, look: Look) -> list[str]:
     if match := EXPLAINED.fullmatch(view.text):
         return beside(*match.groups(), look.columns)
-    return [look.palette.dim(f"{moment_of(view):%H:%M} {where_of(view, look)}{view.text}")]
+    return [look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}{view.text}")]
 
 
 def failed_lines(view: View, look: Look) -> list[str]:
-    clock = look.palette.dim(f"{moment_of(view):%H:%M} {where_of(view, look)}")
+    clock = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}")
     return [clock + look.palette.loud(f"FAILED: {view.text}")]
 
 
@@ -14970,7 +15449,7 @@ def people_lines(view: View, look: Look) -> list[str]:
     """Who is there, on demand: those with a rank first."""
     names = view.text.split(", ")
     names.sort(key=lambda name: (name[:1] not in SYMBOLS.values(), fold(name)))
-    head = look.palette.dim(f"{moment_of(view):%H:%M} {len(names):,} in {view.where}")
+    head = look.palette.dim(f"{clock_of(view, look)} {len(names):,} in {view.where}")
     return [head, *(f"  {row}" for row in in_columns(names, look.columns - 3))]
 
 
@@ -14980,6 +15459,7 @@ LINES = {  # how each kind of view looks
     FOUND: found_lines,
     CAME: moved_lines,
     WENT: moved_lines,
+    MOVED: several_moved_lines,
     TOLD: told_lines,
     NOTE: told_lines,
     FAILED: failed_lines,
@@ -15124,7 +15604,9 @@ class Reader:
         before = self.room.views[place - 1] if place else None
         lines = dated_lines(before, self.room.views[place], self.look)
         new = [self.look.palette.paint("\u2500\u2500 new", 36)] if number == self.mark else []
-        return new + lines
+        columns = self.look.columns
+        hang = min(HANGING, columns // 3)
+        return new + [row for line in lines for row in wrapped_rows(line, columns, hang)]
 
     def mark_unread(self, count: int) -> None:
         """The last so many messages are new to the person."""
@@ -15182,6 +15664,7 @@ class Reader:
         """Towards the past. Who is at its beginning goes on when there is more: came_older()."""
         if not self.back:
             self.back, self.end, self.cut = True, self.total, 0
+            self.room.views.reading = True
         before = self.end, self.cut
         self.cut += rows
         while self.end > self.first + 1 and self.cut >= (tall := len(self.rows(self.end))):
@@ -15196,6 +15679,7 @@ class Reader:
         self.at_top, self.owed = False, 0
         self._down(rows)
         self.back = self.end < self.total or self.cut > 0
+        self.room.views.reading = self.back
 
     def came_older(self) -> None:
         self.at_top = False
@@ -15247,6 +15731,12 @@ def complete_line(core: ClientCore, before: str, word: str) -> list[str]:
     return completions(word, first, (name for name in names if not is_channel(name)), rooms)
 
 
+def notification(how: str, view: View) -> str:
+    """Return what tells a terminal's desktop of a message: OSC 9 (iTerm2), 777 (urxvt)."""
+    text = visible(cut(f"{view.name}: {view.text}", FITS_ALWAYS)).replace(";", ",")
+    return {"9": f"\x1b]9;{text}\a", "777": f"\x1b]777;notify;chat.py;{text}\a"}.get(how, "")
+
+
 class Display:
     """What the screen shows of a client core, as text to be written.
 
@@ -15263,6 +15753,7 @@ class Display:
         self.whole = False  # the screen has to be drawn anew ...
         self.cleared = False  # ... or emptied: what was said is above
         self.bell = False
+        self.notice = ""  # for the desktop, as an escape sequence
         self.fetching = False  # what is older than all that is here
         self.paged = False  # the other buffer is shown ...
         self.was_drawn = False  # ... and whether the two rows are there on the first
@@ -15273,14 +15764,16 @@ class Display:
         return self.core.room or self.nowhere
 
     def _read(self) -> Reader:
-        look = Look(self.palette, self.painter.columns)
+        look = Look(self.palette, self.painter.columns, clock=self.core.setting("time"))
         return Reader(self.room, look, self.painter.rows - 2)
 
     # What there is to show
 
     def take(self, views: Iterable[View]) -> None:
         for view in views:
-            self.bell |= view.called and not (view.past or view.mine)
+            if view.called and not (view.past or view.mine):
+                self.bell |= self.core.setting("bell") == "on"
+                self.notice = notification(self.core.setting("notify"), view)
             if handler := self.TAKEN.get(view.kind):
                 handler(self, view)
 
@@ -15382,7 +15875,7 @@ class Display:
             return f"back at {reader.moment():%a %d %b %H:%M}"
         if self.fetching and self.core.ready:
             return "older ones are coming"
-        whole = reader.room.whole and len(views) < VIEWS_KEPT
+        whole = reader.room.whole and not views.dropped
         return "this is the beginning" if whole else "nothing older is here"
 
     def frame(self, row: str, parts: list, now: float, due: bool = True) -> str:
@@ -15390,7 +15883,7 @@ class Display:
         if self.reader.room is not self.room:
             self._take_place(View(PLACE))
         bottom = status_row(parts, self.painter.columns, self.palette), row
-        bell, self.bell = "\a" * self.bell, False
+        bell, self.bell, self.notice = "\a" * self.bell + self.notice, False, ""
         draw = self._page if self.reader.back else self._live
         return bell + draw(bottom, now, due)
 
@@ -15558,6 +16051,25 @@ class ClientOptions(NamedTuple):
     mechanisms: tuple[str, ...] = ()  # of SASL, the best one first; () as usual
 
 
+def open_client_store(options: ClientOptions) -> ClientStore:
+    """Open client.db in the folder of the client's state, or one in memory. Raises Unusable."""
+    path = options.state / "client.db" if options.state else None
+    whose = options.login.account if options.login else options.name
+    try:
+        if path:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        db = open_client_database(str(path) if path else ":memory:")
+        return ClientStore(db, str(options.target), fold(whose))
+    except OSError as error:
+        advice = "use --data DIR, or --no-state to keep nothing"
+        raise Unusable(f"cannot write {path}: {reason_of(error)}; {advice}") from error
+    except sqlite3.OperationalError as error:
+        raise Unusable(f"cannot use {path}: {error}; --no-state does without") from error
+    except sqlite3.DatabaseError as error:
+        raise Unusable(f"{path} is damaged ({error}); move it away") from error
+
+
 class Client:
     """What both clients share: a loop, a link, and an end with a reason."""
 
@@ -15574,6 +16086,7 @@ class Client:
         self.core = ClientCore(
             options.name,
             self.tidy,
+            store=self.open_store(options),
             password=options.password,
             join=options.join,
             login=options.login or (Login(*made) if made else None),
@@ -15597,6 +16110,10 @@ class Client:
         )
         self.reason = ""
 
+    def open_store(self, options: ClientOptions) -> ClientStore | None:
+        """Return what keeps what is said; None for a pipe, which shows it once."""
+        return open_client_store(options) if self.tidy else None
+
     def show(self, views: list[View]) -> None:
         raise NotImplementedError
 
@@ -15608,6 +16125,8 @@ class Client:
         """Until the end; says why it was one, or ""."""
         self.link.start()
         self.loop.run()
+        if self.core.store:
+            self.core.store.flush()
         return self.reason
 
 
@@ -15896,7 +16415,9 @@ class TerminalClient(Client):
             self.display.fetching = self.link.ask_older(reader.room)
 
     def present(self) -> None:
-        self.display.reader.back = False
+        reader = self.display.reader
+        reader.back = reader.room.views.reading = False
+        reader.room.views.trim()
 
     def redraw(self) -> None:
         self.terminal.write("\x1b[2J")
@@ -15914,7 +16435,7 @@ class TerminalClient(Client):
     READING = {  # what these mean meanwhile; a mouse wheel sends the arrows
         "up": lambda self: self.up(1),
         "down": lambda self: self.display.reader.down(1),
-        "home": lambda self: self.up(VIEWS_KEPT * self.display.reader.height),
+        "home": lambda self: self.up(10 * VIEWS_KEPT),
         "end": present,
         "escape": present,
     }

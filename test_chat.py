@@ -14464,14 +14464,19 @@ def test_a_page_of_older_messages_goes_on_where_one_was():
     assert desk.tell(came)[0] == "08:30 bob: older 12"
 
 
-def test_the_oldest_may_go_while_one_reads_it():
+def test_the_oldest_stay_while_the_user_reads_them_and_go_then():
     desk = Desk()
     desk.hear(*(f"{n}" for n in range(100)))
     desk.paint()
     desk.display.reader.up(90)
-    desk.paint()
+    before = desk.paint()
     desk.hear(*(f"{n}" for n in range(chat.VIEWS_KEPT)))
-    assert desk.paint()[:2] == [DAY, "08:30 bob: 0"]  # the first that is left
+    assert desk.paint()[:8] == before[:8]
+    assert len(desk.core.room.views) == chat.VIEWS_KEPT + 100
+    desk.display.reader.down(10**6)
+    desk.hear("and one more")
+    assert len(desk.core.room.views) == chat.VIEWS_KEPT and desk.core.room.views.dropped
+    desk.display.reader.up(5)
     desk.core.room.views.clear()
     assert len(desk.paint()) == 10
 
