@@ -9096,7 +9096,7 @@ class ServerProfile:
     has not said is as RFC 1459 has it; `before` is what it said over an earlier connection."""
 
     def __init__(self, ours: bool = True, before: "ServerProfile | None" = None):
-        self.ours = before.ours if before else ours  # a chat.py
+        self.ours = ours  # a chat.py
         self.offered: dict[str, str] = {}  # capabilities and their values
         self.enabled: set[str] = set()
         self.tokens: dict[str, str] = dict(before.tokens) if before else {}  # of 005
@@ -9746,7 +9746,8 @@ class IrcTalk:
 
     def __init__(self, core: "ClientCore"):
         self.core = core
-        self.server = core.server = ServerProfile(core.kind == CHAT, core.server)
+        ours = core.kind == CHAT or (core.sure and core.server.ours)
+        self.server = core.server = ServerProfile(ours, core.server)
         self.ready = False
         self.batches: dict[str, Batch] = {}
         self.asked: collections.deque[Asked] = collections.deque()  # in the order of answers
@@ -10244,9 +10245,10 @@ def tell_rest(talk: IrcTalk, heard: Heard) -> None:
     *about, text = heard.params[1:] or heard.params
     between = ": " if heard.verb[:1] in ("4", "5") else " "
     text = between.join([" ".join(about), text] if about else [text])
-    lost = message_refused(talk, heard)
-    if heard.verb in NOT_JOINED and len(heard.params) > 1 and not lost:
+    room = talk.core.find(heard.params[1]) if len(heard.params) > 1 else None
+    if heard.verb in NOT_JOINED and room and room.is_channel and not room.inside:
         cannot_be_there(talk, heard.params[1], text)
+    lost = message_refused(talk, heard)
     refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
 
 
@@ -10257,6 +10259,8 @@ def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
         if len(server.offered) < TOKENS_KEPT:
             server.offered.update(word.partition("=")[::2] for word in words)
         talk.core.told_sts(server.offered.get("sts", ""))
+    if talk.core.redial:  # by TLS: nothing more is said here
+        return
     if subcommand == "LS":
         talk.negotiating = True
         if heard.params[2] != "*":  # else there are more to come
@@ -10463,6 +10467,8 @@ def welcomed(talk: IrcTalk, heard: Heard) -> None:
 @from_server("004", least=3)
 def version_told(talk: IrcTalk, heard: Heard) -> None:
     talk.server.ours = heard.params[2].startswith("chat.py")
+    if not talk.server.ours:
+        talk.budget = Budget(PACE_BURST, PACE_RATE, talk.core.ticks())
     talk.core.rekey()
     talk.core.keep_facts()
 
@@ -10561,7 +10567,9 @@ def ponged(talk: IrcTalk, heard: Heard) -> None:
         pass
     id = token.removeprefix(UNCONFIRMED)
     while talk.unconfirmed and id in talk.unconfirmed:
-        confirm(talk, talk.unconfirmed.pop(0))
+        own_id = talk.unconfirmed.pop(0)
+        if own_id in talk.core.outbox.in_flight:  # else it was refused meanwhile
+            confirm(talk, own_id)
 
 
 @from_server("ACK")
@@ -10696,6 +10704,7 @@ def message_came(talk: IrcTalk, heard: Heard) -> None:
     view = spoken_view(talk, heard, text)
     if view.kind in (SAID, NOTICED):
         if view.kind == NOTICED and not (view.mine or talk.core.find(view.where)):
+            talk.core.keep(talk.core.timed(view))
             view = view._replace(where="")  # no conversation is opened by a notice
         return talk.core.said(view, heard)
     if fold(view.name) == SERVICE_KEY and text == PASSWORD_CHANGED:
@@ -12139,7 +12148,7 @@ CREATE TABLE owners (               -- whose rows they are: a user as a server k
     UNIQUE (server, name)
 );
 CREATE TABLE messages (
-    number INTEGER PRIMARY KEY,     -- as they came
+    number INTEGER PRIMARY KEY AUTOINCREMENT,   -- as they came; never used twice
     owner INTEGER NOT NULL,
     room TEXT NOT NULL,             -- key of the conversation
     time INTEGER NOT NULL,          -- milliseconds since 1970
@@ -14857,6 +14866,7 @@ SEQUENCE = re.compile(
 )
 STRING_BEGINS = ("\x1b]", "\x1bP", "\x1b_", "\x1b^", "\x1bX")  # of such answers
 STRING_MOST = 4096  # characters of one: what is longer is none
+LATE_SEQUENCE = r"\[[0-9;]*[A-Za-z~]|O[A-Z]|[\]P_^X]."  # what an ESC may still belong to
 PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
 
 
@@ -14881,9 +14891,7 @@ class KeyDecoder:
     def feed(self, data: bytes, now: float = 0.0) -> list[Key]:
         """Take bytes that came at this time, in seconds."""
         text = self.decode(data)
-        late = now - self.escaped < ESCAPE_LATE_SECONDS and re.match(
-            r"\[[0-9;]*[A-Za-z~]|O[A-Z]", text
-        )
+        late = now - self.escaped < ESCAPE_LATE_SECONDS and re.match(LATE_SEQUENCE, text)
         self.escaped = -math.inf
         self.rest += f"\x1b{text}" if late else text
         keys = []
@@ -16737,7 +16745,7 @@ def bench_table(result: dict[str, Any]) -> str:
 def home_folder() -> pathlib.Path:
     """Raises Unusable where there is none."""
     try:
-        home = pathlib.Path.home()
+        home = pathlib.Path.home() if os.environ.get("HOME") != "" else pathlib.Path()
     except RuntimeError:
         home = pathlib.Path()
     if home == pathlib.Path():

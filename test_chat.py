@@ -7090,6 +7090,1087 @@ def test_what_a_full_disk_does_not_take_is_given_back(folder, monkeypatch):
 
 
 # ======================================================================================
+# OTHER SERVERS
+# ======================================================================================
+# The client in memory, and a server of which only the lines are there that matter.
+
+
+class Elsewhere:
+    """A client on a server that is no chat.py, and a clock that is wound by hand."""
+
+    def __init__(self, *tokens, caps="", tidy=True, **options):
+        self.now = 0.0
+        options = {"kind": chat.IRC, **options}
+        self.core = chat.ClientCore("alice", tidy, ticks=lambda: self.now, **options)
+        self.out, self.views = [], []
+        self.connect(*tokens, caps=caps)
+
+    def connect(self, *tokens, caps=""):
+        self.views += self.core.connected()
+        if caps:
+            self.hears(f"CAP * LS :{caps}", f"CAP * ACK :{re.sub('=[^ ]*', '', caps)}")
+        self.hears("001 alice :Welcome", "004 alice x ircd-1 a b")
+        if tokens:
+            self.hears(f"005 alice {' '.join(tokens)} :are supported by this server")
+        for room in list(self.core.rooms.values()):
+            self.hears(f":alice!u@h JOIN {room.name}")
+        self.sent()
+
+    def hears(self, *lines):
+        for line in lines:
+            line = line if line[:1] in ":@" else f":irc.example {line}"
+            self.views += self.core.feed(f"{line}\r\n".encode())
+        return self
+
+    def types(self, *texts):
+        for text in texts:
+            self.views += self.core.typed(text)
+        return self
+
+    def sent(self, seconds=0.0):
+        """What the client has sent since the last time, after so many seconds more."""
+        self.out += self.core.take_output().decode().splitlines()
+        for _ in range(int(seconds)):
+            self.now += 1
+            self.views += self.core.tick()
+            self.out += self.core.take_output().decode().splitlines()
+        out, self.out = self.out, []
+        return out
+
+    def said(self):
+        """What was shown of messages, the client's own with *."""
+        shown = [v for v in self.views if v.kind in ("said", "noticed")]
+        self.views = [v for v in self.views if v not in shown]
+        return [f"{v.where} {'*' if v.mine else ''}{v.name}: {v.text}" for v in shown]
+
+    def kinds(self, kind):
+        return [view.text for view in self.views if view.kind == kind]
+
+
+SAME_NAMES = [  # CASEMAPPING, two names, whether they are one
+    ("ascii", "Bob", "bOB", True),
+    ("ascii", "a[b", "a{b", False),
+    ("ascii", "#Ä", "#ä", False),
+    ("rfc1459", "A[]\\~", "a{}|^", True),
+    ("rfc1459", "#Ä", "#ä", False),
+    ("rfc1459-strict", "a~", "a^", False),
+    ("rfc1459-strict", "a[", "a{", True),
+    ("strict-rfc1459", "a\\", "a|", True),
+    ("rfc7613", "#Ä", "#ä", True),
+    ("unheard-of", "a[", "a{", False),
+    (None, "a[", "a{", True),  # RFC 1459 has it so
+    ("ascii", "\uff42ob", "bob", False),  # a letter of full width
+]
+
+
+@pytest.mark.parametrize("mapping, one, other, same", SAME_NAMES)
+def test_names_are_compared_as_the_server_compares_them(mapping, one, other, same):
+    alice = Elsewhere(*[f"CASEMAPPING={mapping}"] if mapping else [])
+    assert (alice.core.fold(one) == alice.core.fold(other)) == same
+    room = alice.core.room_for(one)
+    assert (alice.core.room_for(other) is room) == same
+
+
+def test_a_user_whose_nick_only_looks_like_ours_is_another():
+    alice = Elsewhere("CASEMAPPING=ascii", "CHANTYPES=#")
+    alice.hears(":\uff41lice!u@h PRIVMSG #lobby :hi", ":op!u@h KICK #lobby \uff41lice :out")
+    assert alice.said() == ["#lobby \uff41lice: hi"]
+    assert alice.core.room.inside
+    alice.hears(":op!u@h KICK #lobby ALICE :out")
+    assert not alice.core.room.inside and not alice.core.room.people
+
+
+CHANNELS = [  # tokens, target, the conversation that it is in, whether that is a channel
+    (["CHANTYPES=#&+!"], "+free", "+free", True),
+    (["CHANTYPES=#&+!"], "&local", "&local", True),
+    (["CHANTYPES=#&+!"], "!12345safe", "!12345safe", True),
+    (["CHANTYPES=#"], "&local", "bob", False),
+    (["CHANTYPES=#", "STATUSMSG=@+"], "@#lobby", "#lobby", True),
+    (["CHANTYPES=#", "STATUSMSG=~&@%+"], "%#lobby", "#lobby", True),
+    (["CHANTYPES=#&+!"], "alice", "bob", False),
+    ([], "#x", "#x", True),
+]
+
+
+@pytest.mark.parametrize("tokens, target, where, channel", CHANNELS)
+def test_what_a_channel_is_is_for_the_server_to_say(tokens, target, where, channel):
+    alice = Elsewhere(*tokens)
+    alice.hears(f":bob!u@h PRIVMSG {target} :hi")
+    assert alice.said() == [f"{where} bob: hi"]
+    assert alice.core.find(where).is_channel == channel
+
+
+OWN_ECHOES = [  # capabilities, tokens, what the server makes of tags and text of `hi there`
+    ("echo-message", [], "", "hi there"),
+    ("echo-message message-tags", ["CLIENTTAGDENY=*"], "@msgid=1", "hi there"),
+    ("echo-message message-tags batch labeled-response", [], "@label={id};msgid=1", "hi there"),
+    (
+        "echo-message message-tags batch labeled-response",
+        ["CLIENTTAGDENY=*"],
+        "@label={id}",
+        "hi there",
+    ),
+    ("echo-message message-tags", [], "@+chat.py/id={id};msgid=1", "hi there"),
+    ("echo-message message-tags", ["CLIENTTAGDENY=*,-chat.py/id"], "@+chat.py/id={id}", "hi there"),
+    ("echo-message", [], "", "hi there"),
+]
+
+
+@pytest.mark.parametrize("caps, tokens, tags, text", OWN_ECHOES)
+def test_our_own_message_is_shown_once_however_it_comes_back(caps, tokens, tags, text):
+    alice = Elsewhere(*tokens, caps=caps)
+    alice.types("hi there")
+    (id,) = alice.core.outbox.waiting
+    alice.hears(f"{tags.format(id=id)} :alice!u@h PRIVMSG #lobby :{text}".lstrip())
+    for line in alice.sent(5):
+        if line.startswith("PING"):
+            alice.hears(line.replace("PING", "PONG irc.example"))
+    assert alice.said() == ["#lobby *alice: hi there"]
+    assert alice.core.outbox.waiting == {}
+    alice.hears(":alice!u@h PRIVMSG #lobby :from another client of mine")
+    assert alice.said() == ["#lobby *alice: from another client of mine"]
+
+
+def test_a_message_of_several_lines_comes_back_as_several_and_is_shown_once():
+    alice = Elsewhere(caps="echo-message")
+    alice.types("one\ntwo\nthree")
+    assert [line for line in alice.sent(30) if "PRIVMSG" in line] == [
+        "PRIVMSG #lobby one",
+        "PRIVMSG #lobby two",
+        "PRIVMSG #lobby three",
+    ]
+    for text in ("one", "two", "three"):
+        alice.hears(f":alice!u@h PRIVMSG #lobby :{text}")
+    assert alice.said() == ["#lobby *alice: one\ntwo\nthree"]
+
+
+def answer(server, lines, *, labels=False):
+    """Confirm what a client sent, as a server with labels does, or by PONG."""
+    for line in lines:
+        if labels and (label := re.match(r"@\S*label=([^ ;]+)", line)) and "PRIVMSG" in line:
+            server.hears(f"@label={label[1]} :alice!u@h {line.partition(' ')[2]}")
+        elif line.startswith("PING"):
+            server.hears(line.replace("PING", "PONG irc.example"))
+
+
+@pytest.mark.parametrize("caps", ["echo-message message-tags batch labeled-response", ""])
+def test_forty_lines_arrive_where_tags_of_clients_are_denied(caps):
+    alice = Elsewhere("CLIENTTAGDENY=*", caps=caps, tidy=False)
+    for n in range(40):
+        alice.views += alice.core.say(f"line {n}")
+    sent = []
+    for _ in range(200):
+        lines = alice.sent(1)
+        sent += [line.rpartition(":")[2] for line in lines if "PRIVMSG" in line]
+        answer(alice, lines, labels=bool(caps))
+    assert sent == [f"line {n}" for n in range(40)]
+    assert alice.core.outbox.waiting == {}
+
+
+def test_a_long_paste_goes_out_in_the_pace_that_servers_allow_and_can_be_cancelled():
+    alice = Elsewhere()
+    alice.types("\n".join(f"line {n} {'x' * 60}" for n in range(150)))
+    first = alice.sent()
+    assert 3 <= len(first) <= chat.PACE_BURST + 1
+    lines = alice.sent(60)
+    assert 25 <= len(lines) <= 31  # one every two seconds
+    alice.types("/cancel all")
+    alice.hears("PING x")
+    assert alice.sent()[-1] == "PONG x"  # which waits for nothing
+    assert [line for line in alice.sent(60) if "PRIVMSG" in line] == []
+
+
+def test_a_server_that_announces_its_pace_is_believed():
+    alice = Elsewhere("chat.py/FLOOD=20,10")
+    alice.types("\n".join(f"line {n}" for n in range(100)))
+    assert 15 <= len(alice.sent()) <= 20
+    assert len(alice.sent(5)) >= 40
+
+
+REFUSED_MESSAGES = [
+    "401 alice bob :No such nick",
+    "404 alice bob :Cannot send to nick/channel",
+    "408 alice bob :You cannot use colors",
+    "439 alice bob :Target change too fast",
+    "486 alice bob :You must be registered",
+    "492 alice bob :Cannot send CTCP",
+    "531 alice bob :You are not permitted to send to this user",
+    "716 alice bob :is in +g mode",
+    "415 alice bob :Cannot send message",
+    "FAIL PRIVMSG NO_SUCH_THING bob :not now",
+]
+
+
+@pytest.mark.parametrize("line", REFUSED_MESSAGES)
+def test_an_error_about_a_target_is_of_the_message_to_it(line):
+    alice = Elsewhere(tidy=False)
+    alice.types("/msg bob hello", "/msg carol hi")
+    alice.sent(10)
+    alice.hears(line)
+    assert [text for text in alice.kinds("failed") if text.endswith(": hello")]
+    assert [one.where for one in alice.core.outbox.waiting.values()] == ["carol"]
+    assert alice.core.failures == 1
+
+
+def test_every_name_of_a_nick_that_is_cut_is_another_and_there_are_few():
+    core = chat.ClientCore("a" * 20, kind=chat.IRC)
+    core.connected()
+    tried = []
+    for _ in range(600):
+        lines = core.take_output().decode().splitlines()
+        nicks = [line.split()[1] for line in lines if line.startswith("NICK")]
+        if not nicks:
+            break
+        tried += nicks
+        core.feed(f":x 433 * {nicks[-1][:9]} :Nickname is already in use\r\n".encode())
+    assert len(tried) == len(set(tried)) <= chat.NAMES_TRIED
+    assert all(len(name) <= 9 for name in tried[1:]) and core.cause == chat.NEEDS_USER
+
+
+def test_a_nick_that_is_too_long_is_cut_to_what_servers_take_and_the_user_is_told_why():
+    core = chat.ClientCore("a" * 20, kind=chat.IRC)
+    core.connected()
+    core.take_output()
+    core.feed(b":x 432 * aaaaaaaaaaaaaaaaaaaa :Erroneous nickname\r\n")
+    assert core.take_output() == b"NICK aaaaaaaaaaaaaaa\r\n"
+    views = core.feed(b":x 001 aaaaaaaaaaaaaaa :Welcome\r\n")
+    assert "is no nick that this server takes" in views[0].text
+    assert not core.regain
+
+
+def test_a_channel_that_we_are_sent_to_instead_takes_the_place_of_the_other():
+    alice = Elsewhere(join=["#full"])
+    alice.core.room.inside = False
+    alice.hears("470 alice #full ##overflow :Forwarding", ":alice!u@h JOIN ##overflow")
+    assert list(alice.core.rooms) == ["##overflow"] and alice.core.here == "##overflow"
+    alice.types("/join #Tea")
+    alice.hears(":alice!u@h JOIN #tea")
+    assert alice.core.here == "#tea" and len(alice.core.rooms) == 2
+    alice.types("hello")
+    assert "PRIVMSG #tea hello" in alice.sent(9)
+
+
+SOURCES = [  # source, verb, how it is shown
+    ("bob", "PRIVMSG", ("said", "bob", "hi")),
+    ("bob!u@h", "NOTICE", ("noticed", "bob", "hi")),
+    ("irc.example", "NOTICE", ("told", "", "hi")),
+    ("NickServ!s@h", "NOTICE", ("told", "", "NickServ: hi")),
+]
+
+
+@pytest.mark.parametrize("source, verb, shown", SOURCES)
+def test_who_says_something_is_shown_whether_it_has_an_address_or_not(source, verb, shown):
+    alice = Elsewhere()
+    alice.hears(f":{source} {verb} alice :hi")
+    view = next(view for view in alice.views if view.text.endswith("hi"))
+    assert (view.kind, view.name, view.text) == shown
+
+
+@pytest.mark.parametrize("caps, asked", [("", 1), ("multi-prefix", 0)])
+def test_forty_changes_of_ranks_are_followed_with_one_names_at_most(caps, asked):
+    alice = Elsewhere("PREFIX=(qov)~@+", "CHANMODES=b,k,l,imnst", caps=caps)
+    alice.hears(":bob!u@h JOIN #lobby", ":carol!u@h JOIN #lobby")
+    alice.hears(*[f":op!u@h MODE #lobby {'-+'[n % 2]}b+o m{n} bob" for n in range(40)])
+    alice.hears(":op!u@h MODE #lobby +k-l+v-o key carol bob")
+    people = alice.core.room.people
+    assert people == {"bob": "", "carol": "+"}
+    assert len([line for line in alice.sent(9) if line == "NAMES #lobby"]) == asked
+
+
+PAGES_OF = "batch message-tags server-time draft/chathistory"
+
+
+def test_history_that_does_not_come_hides_nothing():
+    alice = Elsewhere(caps=PAGES_OF)
+    alice.hears("@msgid=2 :bob!u@h PRIVMSG #lobby :live")
+    assert alice.said() == []
+    alice.sent(chat.PAGE_SECONDS + 2)
+    assert alice.said() == ["#lobby bob: live"]
+    assert "does not send what was said meanwhile" in alice.kinds("note")[0]
+    alice.hears("BATCH +1 chathistory #lobby", "@batch=1;msgid=1 :bob!u@h PRIVMSG #lobby :late")
+    alice.hears("BATCH -1")
+    assert alice.said() == ["#lobby bob: late"]
+
+
+def test_a_pong_without_our_token_confirms_the_oldest_ping():
+    alice = Elsewhere()
+    alice.types("one")
+    alice.sent(9)
+    alice.hears("PONG irc.example")
+    assert alice.core.outbox.waiting == {}
+    alice.hears("PONG", "PONG x y")  # that nobody asked for
+
+
+@pytest.mark.parametrize(
+    "tokens, lines",
+    [
+        (["MONITOR=100"], ["731 alice2 alice!*@*"]),
+        ([], ["303 alice2 :"]),
+        ([], [":alice!u@h QUIT :ghost"]),
+        ([], [":alice!u@h NICK somebody"]),
+    ],
+)
+def test_a_name_that_a_ghost_had_is_taken_back_when_it_is_free(tokens, lines):
+    core = chat.ClientCore("alice", kind=chat.IRC)
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.core, alice.now, alice.out, alice.views = core, 0.0, [], []
+    core.ticks = lambda: alice.now
+    core.connected()
+    alice.hears("433 * alice :in use", "001 alice2 :Welcome", f"005 alice2 {' '.join(tokens)} A :x")
+    asked = alice.sent(chat.REGAIN_SECONDS + 9)
+    assert ("MONITOR + alice" if tokens else "ISON alice") in asked
+    alice.hears(*lines)
+    assert "NICK alice" in alice.sent(9)
+    alice.hears(":alice2!u@h NICK alice")
+    assert core.name == "alice" and not core.regain
+
+
+CLOSING_WORDS = [
+    ("Closing Link: Throttled: Reconnecting too fast", chat.TEMPORARY),
+    ("Closing Link: (No more connections allowed from your host)", chat.TEMPORARY),
+    ("Server is full", chat.TEMPORARY),
+    ("Server going down", chat.TEMPORARY),
+    ("Closing Link: (Ping timeout: 240 seconds)", chat.TEMPORARY),
+    ("Closing link: K-lined: spam", chat.NEEDS_USER),
+    ("Closing Link: (You are banned from this server)", chat.NEEDS_USER),
+    ("Closing link: Bad Password", chat.NEEDS_USER),
+    ("Closing Link: (Unauthorised connection)", chat.NEEDS_USER),
+]
+
+
+@pytest.mark.parametrize("words, cause", CLOSING_WORDS)
+def test_why_a_server_closes_decides_whether_to_come_back(words, cause):
+    core = chat.ClientCore("alice", kind=chat.IRC)
+    core.connected()
+    core.feed(f"ERROR :{words}\r\n".encode())
+    assert (core.refusal, core.cause, core.dismissed) == (words, cause, True)
+
+
+@pytest.mark.parametrize(
+    "caps, secure, refusals, mechanisms",
+    [
+        ("sasl", True, ["908 * PLAIN :are available", "904 * :no"], ["SCRAM-SHA-256", "PLAIN"]),
+        ("sasl", True, ["904 * :no"], ["SCRAM-SHA-256", "PLAIN"]),
+        ("sasl", False, ["904 * :no"], ["SCRAM-SHA-256"]),
+        ("sasl=PLAIN", True, [], ["PLAIN"]),
+        ("sasl=PLAIN,SCRAM-SHA-256", True, [], ["SCRAM-SHA-256"]),
+        ("sasl=EXTERNAL", True, [], []),
+    ],
+)
+def test_the_log_in_falls_back_to_a_mechanism_that_the_server_has(
+    caps, secure, refusals, mechanisms
+):
+    core = chat.ClientCore("alice", kind=chat.IRC, login=chat.Login("alice", "sesame"))
+    core.connected()
+    core.secure = secure
+    core.feed(f":x CAP * LS :{caps}\r\n".encode())
+    core.feed("".join(f":x {line}\r\n" for line in refusals).encode())
+    found = re.findall(r"AUTHENTICATE (\S+)", core.take_output().decode())
+    assert found == mechanisms
+
+
+def test_external_is_tried_with_a_certificate_and_a_wrong_password_is_not_told_in_the_clear():
+    core = chat.ClientCore("alice", kind=chat.IRC)
+    core.me.certificate = True
+    core.connected()
+    core.feed(b":x CAP * LS :sasl=EXTERNAL,PLAIN\r\n")
+    core.feed(b"AUTHENTICATE +\r\n:x 903 alice :yes\r\n")
+    output = core.take_output().decode().splitlines()
+    assert output[-3:] == ["AUTHENTICATE EXTERNAL", "AUTHENTICATE +", "CAP END"]
+    core = chat.ClientCore("alice", kind=chat.IRC, login=chat.Login("alice", "wrong"))
+    core.secure = True
+    core.connected()
+    core.feed(b":x CAP * LS :sasl\r\nAUTHENTICATE +\r\n:x 904 * :wrong password\r\n")
+    assert b"PLAIN" not in core.take_output()
+
+
+def test_a_server_that_wants_tls_is_left_at_once_and_nothing_is_told_it():
+    core = chat.ClientCore("alice", kind=chat.IRC, login=chat.Login("alice", "sesame"))
+    core.connected()
+    core.take_output()
+    core.feed(b":x CAP * LS :sts=port=6697,duration=100 sasl\r\n")
+    assert core.redial and core.sts == (6697, 100)
+    assert b"AUTHENTICATE" not in core.take_output()
+    core = chat.ClientCore("alice", kind=chat.IRC)
+    core.connected()
+    core.tls = True
+    core.feed(b":x CAP * LS :sts=port=1,duration=100\r\n")
+    assert not core.redial
+
+
+CTCPS = [
+    ("VERSION", f"VERSION chat.py {chat.VERSION}"),
+    ("PING 123 456", "PING 123 456"),
+    ("CLIENTINFO", "CLIENTINFO ACTION CLIENTINFO PING TIME VERSION"),
+    ("version", f"VERSION chat.py {chat.VERSION}"),
+]
+
+
+@pytest.mark.parametrize("question, reply", CTCPS)
+def test_questions_of_programs_are_answered(question, reply):
+    alice = Elsewhere()
+    alice.hears(f":bob!u@h PRIVMSG alice :\x01{question}\x01")
+    assert alice.sent(9) == [f"NOTICE bob :\x01{reply}\x01"]
+    assert "bob" not in alice.core.rooms
+
+
+def test_programs_that_ask_too_much_or_a_channel_are_not_answered_and_answers_are_shown():
+    alice = Elsewhere()
+    alice.hears(*[":bob!u@h PRIVMSG alice :\x01TIME\x01"] * 50)
+    assert len(alice.sent(9)) == chat.CTCP_BURST
+    alice.hears(":bob!u@h PRIVMSG #lobby :\x01VERSION\x01", ":bob!u@h NOTICE alice :\x01X y\x01")
+    assert alice.sent(9) == [] and "bob answers X: y" in alice.kinds("told")
+    alice.types("/ctcp bob version")
+    assert alice.sent(9) == ["PRIVMSG bob \x01VERSION\x01"]
+
+
+def test_a_ctcp_in_history_is_no_message_and_what_was_taken_back_meanwhile_is_not_shown():
+    alice = Elsewhere(caps=f"{PAGES_OF} draft/message-redaction")
+    alice.hears("BATCH +1 chathistory #lobby")
+    alice.hears("@batch=1;msgid=1 :bob!u@h PRIVMSG #lobby :\x01VERSION\x01")
+    alice.hears("@batch=1;msgid=2 :bob!u@h PRIVMSG #lobby :secret")
+    alice.hears("@batch=1;msgid=3 :bob!u@h PRIVMSG #lobby :fine")
+    alice.hears(":bob!u@h REDACT #lobby 2 :oops", "BATCH -1")
+    assert alice.said() == ["#lobby bob: fine"]
+
+
+@pytest.mark.parametrize("mask", ["bob", "BOB", "bob!*@*", "*!*@spam.example", "b?b"])
+def test_an_ignored_user_opens_nothing_and_rings_nothing(mask):
+    alice = Elsewhere()
+    alice.types(f"/ignore {mask}")
+    alice.views.clear()
+    alice.hears(":bob!u@spam.example PRIVMSG alice :psst", ":bob!u@spam.example INVITE alice #x")
+    alice.hears(":bob!u@spam.example NOTICE alice :psst", ":bob!u@spam.example PRIVMSG #lobby :x")
+    assert alice.said() == [] and "bob" not in alice.core.rooms
+    assert not any(view.called for view in alice.views)
+    alice.types(f"/unignore {mask}")
+    alice.hears(":bob!u@spam.example PRIVMSG alice :psst")
+    assert alice.said() == ["bob bob: psst"]
+
+
+@pytest.mark.parametrize(
+    "line, mask",
+    [
+        (":alice!u@h NICK a" + "b" * 28, "a" + "b" * 28 + "!u@h"),
+        ("396 alice cloak.example :is now your displayed host", "alice!u@cloak.example"),
+        ("396 alice user@cloak.example :is now your host", "alice!u@cloak.example"),
+        (":alice!u@h CHGHOST ~x other.example", "alice!~x@other.example"),
+    ],
+)
+def test_a_line_is_as_long_as_others_can_get_it_with_our_address_of_now(line, mask):
+    alice = Elsewhere()
+    alice.hears(line)
+    assert alice.core.talk.mask == mask
+    alice.types(" ".join(["word"] * 300))
+    for text in alice.sent(60):
+        assert len(f":{mask} {text}\r\n") <= 512
+
+
+def test_a_message_over_the_limits_of_a_server_is_several_and_loses_no_word():
+    caps = "batch message-tags echo-message draft/multiline=max-bytes=200,max-lines=3"
+    alice = Elsewhere(caps=caps)
+    text = "\n".join(" ".join(f"w{n}" for n in range(40 * k, 40 * k + 40)) for k in range(5))
+    alice.types(text)
+    lines = alice.sent(200)
+    batches = "\n".join(lines).split("BATCH -m")
+    said = []
+    for batch in batches[:-1]:
+        pieces = re.findall(r"PRIVMSG #lobby :?(.*)", batch)
+        assert len(pieces) <= 3 and sum(map(len, pieces)) <= 200 or len(pieces) == 1
+        said += pieces
+    assert " ".join(said).split() == text.split()
+    assert sum("+chat.py/id=" in line for line in lines) == 1  # on the last of them
+
+
+def test_words_for_a_channel_that_we_cannot_enter_are_kept_for_the_user_to_decide():
+    alice = Elsewhere()
+    alice.core.disconnected()
+    alice.types("/join #x")
+    alice.core.room_for("#tea").wanted = True
+    alice.core.go(alice.core.find("#tea"))
+    alice.types("for tea")
+    alice.views.clear()
+    alice.core.connected()
+    alice.hears("001 alice :Welcome", "474 alice #tea :Cannot join channel (+b)")
+    (one,) = alice.core.outbox.waiting.values()
+    assert one.text == "for tea" and one.id in alice.core.outbox.parked
+    assert "for tea; /retry sends it, /cancel drops it" in alice.kinds("failed")[0]
+    alice.sent(20)
+    alice.types("/retry")
+    assert "JOIN #tea" in alice.sent(9)
+    alice.hears(":alice!u@h JOIN #tea")
+    assert "PRIVMSG #tea :for tea" in alice.sent(20)
+
+
+def test_what_waits_for_a_channel_is_a_reason_to_join_it_at_the_next_start():
+    outbox = chat.Outbox(waiting=[chat.Waiting("1", "#tea", "hello", chat.MESSAGE)])
+    core = chat.ClientCore("alice", kind=chat.IRC, outbox=outbox)
+    core.connected()
+    core.feed(b":x 001 alice :Welcome\r\n:alice!u@h JOIN #lobby\r\n:alice!u@h JOIN #tea\r\n")
+    output = core.take_output().decode().splitlines()
+    assert "JOIN #tea" in output and "PRIVMSG #tea hello" in output
+
+
+@pytest.mark.parametrize("tidy, parked, failures", [(True, 1, 0), (False, 0, 1)])
+def test_what_an_earlier_run_sent_is_not_said_twice_where_that_would_be_seen(
+    tidy, parked, failures
+):
+    outbox = chat.Outbox(waiting=[chat.Waiting("1", "#lobby", "hello", chat.MESSAGE, True)])
+    alice = Elsewhere(tidy=tidy, outbox=outbox)
+    assert not [line for line in alice.sent(30) if "hello" in line]
+    assert len(outbox.parked) == parked and alice.core.failures == failures
+
+
+def test_two_hundred_strangers_do_not_close_the_conversation_that_is_looked_at():
+    alice = Elsewhere()
+    alice.types("/query friend")
+    for n in range(chat.ROOMS_KEPT + 50):
+        alice.hears(f":s{n}!u@h PRIVMSG alice :spam")
+    alice.types("for my friend")
+    assert alice.core.here == "friend" and len(alice.core.rooms) <= chat.ROOMS_KEPT + 1
+    assert "PRIVMSG friend :for my friend" in alice.sent(9)
+
+
+OTHER_SERVERS = [
+    (b"SSH-2.0-OpenSSH_9.2\r\n", "SSH"),
+    (b"HTTP/1.1 400 Bad Request\r\n\r\n", "HTTP"),
+    (b"220 mail.example ESMTP\r\n", "SMTP"),
+    (b"+OK POP3 ready\r\n", "POP3"),
+    (b"RFB 003.008\n", "VNC"),
+    (b"\x15\x03\x03\x00\x02\x02\x46", "TLS"),
+]
+
+
+@pytest.mark.parametrize("kind", ["", chat.PLAIN])
+@pytest.mark.parametrize("data, what", OTHER_SERVERS)
+def test_a_server_that_is_no_chat_is_left_for_good(data, what, kind):
+    core = chat.ClientCore("alice", kind=kind)
+    core.connected()
+    core.feed(data)
+    assert core.cause == chat.FATAL and what in core.refusal
+
+
+def test_names_without_their_first_character_are_channels_and_no_people():
+    rooms = chat.wanted_rooms(["tea", "#milk key", "&local"])
+    assert [(room.name, room.password, room.is_channel) for room in rooms.values()] == [
+        ("#tea", "", True),
+        ("#milk", "key", True),
+        ("&local", "", True),
+    ]
+    alice = Elsewhere("CHANTYPES=#&")
+    alice.types("/join tea")
+    assert alice.sent(3) == ["JOIN #tea"]
+
+
+def test_text_that_may_be_meant_as_a_command_is_asked_about_once():
+    alice = Elsewhere()
+    for text in (" /login secret", "#tea"):
+        alice.views.clear()
+        alice.types(text)
+        assert alice.sent(5) == [] and alice.kinds("back") == [text]
+        alice.types(text)
+        lines = alice.sent(9)
+        assert [line for line in lines if text.strip() in line]
+        answer(alice, lines)
+
+
+def test_a_wrong_command_names_the_nearest_one_and_sends_nothing():
+    alice = Elsewhere()
+    alice.types("/jion #x")
+    assert alice.kinds("note") == [
+        "there is no /jion (/join?); /help lists the commands; nothing was sent"
+    ]
+    assert alice.sent(5) == []
+
+
+COMMANDS_SENT = """
+/msg bob hi                 PRIVMSG bob hi
+/query bob                  -
+/j #x                       JOIN #x
+/part #lobby so long        PART #lobby :so long
+/me waves                   PRIVMSG #lobby :\x01ACTION waves\x01
+/notice bob hi there        NOTICE bob :hi there
+/topic -delete              TOPIC #lobby :
+/topic                      TOPIC #lobby
+/who #lobby                 WHO #lobby
+/whois bob                  WHOIS bob
+/list                       LIST
+/away for tea               AWAY :for tea
+/back                       AWAY
+/invite bob                 INVITE bob #lobby
+/kick bob go now            KICK #lobby bob :go now
+/ban bob                    MODE #lobby +b bob!*@*
+/ban *!*@h                  MODE #lobby +b *!*@h
+/ban                        MODE #lobby +b
+/unban bob                  MODE #lobby -b bob!*@*
+/mode +m                    MODE #lobby +m
+/op bob carol               MODE #lobby +oo bob carol
+/deop bob                   MODE #lobby -o bob
+/voice bob                  MODE #lobby +v bob
+/nick al                    NICK al
+/raw MOTD                   MOTD
+/quote TIME                 TIME
+/names                      NAMES #lobby
+"""
+
+
+@pytest.mark.parametrize("line", COMMANDS_SENT.strip().split("\n"))
+def test_each_command_sends_what_users_of_irc_expect(line):
+    typed, sent = line[:28].rstrip(), line[28:]
+    alice = Elsewhere("MODES=4")
+    alice.types(typed)
+    lines = [one for one in alice.sent(9) if not one.startswith("PING")]
+    assert lines == ([] if sent == "-" else [sent])
+
+
+def test_quit_gives_its_reason_and_a_motd_that_was_asked_for_is_shown():
+    alice = Elsewhere()
+    alice.hears("372 alice :- not asked for")
+    alice.types("/raw MOTD")
+    alice.hears("375 alice :- begin", "372 alice :- hello", "376 alice :End")
+    assert alice.kinds("told")[-3:] == ["- begin", "- hello", "End"]
+    alice.sent(9)
+    alice.types("/quit so long")
+    assert alice.sent() == ["QUIT :so long"]
+
+
+def test_a_command_waits_for_the_messages_that_were_typed_before_it():
+    house = house_of("bob")
+    alice = Pair(house, "alice")
+    for n in range(5):
+        alice.views += alice.core.typed(f"line {n}")
+    alice.views += alice.core.typed("/part #lobby bye")
+    alice.exchange(20)
+    assert [line for line in house.heard("bob") if "line" in line] == [
+        f"alice: line {n}" for n in range(5)
+    ]
+
+
+def test_a_password_that_the_server_wants_is_asked_for_and_can_be_given():
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.core = chat.ClientCore("alice", kind=chat.IRC)
+    alice.views, alice.out, alice.now = alice.core.connected(), [], 0.0
+    alice.hears("464 alice :Password incorrect")
+    assert alice.core.cause == chat.NEEDS_USER and "/pass PASSWORD" in alice.core.refusal
+    alice.core.disconnected()
+    alice.types('/pass "open sesame"')
+    assert alice.core.password == "open sesame" and alice.core.wants_connection
+    alice.core.connected()
+    assert b"PASS :open sesame\r\n" in alice.core.take_output()
+
+
+# What a connection costs, and how much is sent ahead
+
+
+def test_a_connection_costs_little_before_the_first_acknowledgement():
+    house = house_of("bob")
+    alice = Pair(house, "alice", tidy=False)
+    for n in range(50):
+        alice.views += alice.core.say(f"line {n}")
+    alice.drop()
+    alice.dial()
+    carried = 0
+    while alice.core.outbox.waiting and not alice.core.acknowledged:
+        data = alice.core.take_output()
+        house.say(alice.label, *data.split(b"\r\n")[:-1])
+        house.turn()
+        carried += len(data) + len(alice.conn.out)
+        data, alice.conn.out = alice.conn.out, b""
+        alice.core.feed(data)
+    assert alice.core.acknowledged and carried <= 3_500 + 1_000  # 1,000 for what the client says
+
+
+def test_what_is_in_flight_grows_from_one_and_is_one_again_after_a_break():
+    house = house_of("bob")
+    alice = Pair(house, "alice", tidy=False)
+    for n in range(100):
+        alice.views += alice.core.say(f"line {n}")
+    seen = []
+    for _ in range(4):
+        seen.append(len(alice.core.outbox.in_flight))
+        alice.step(math.inf, math.inf)
+    assert seen == [1, 2, 4, 8]
+    alice.drop()
+    assert alice.core.outbox.window == 1
+
+
+def test_an_echo_counts_although_the_page_before_it_is_still_on_its_way():
+    alice = Elsewhere(caps=f"{PAGES_OF} echo-message labeled-response")
+    assert alice.core.room.held is not None
+    alice.types("hello")
+    (id,) = alice.core.outbox.waiting
+    alice.hears(f"@label={id};msgid=9 :alice!u@h PRIVMSG #lobby :hello")
+    assert alice.core.outbox.waiting == {} and alice.kinds("arrived") == ["hello"]
+    label = next(one.label for one in alice.core.talk.asked)
+    alice.hears(f"@label={label} :x BATCH +1 chathistory #lobby")
+    alice.hears(f"@batch=1;msgid=9;+chat.py/id={id} :alice!u@h PRIVMSG #lobby :hello", "BATCH -1")
+    assert alice.said() == ["#lobby *alice: hello"]
+
+
+def test_a_page_that_was_too_much_for_a_line_is_asked_for_in_parts():
+    house = house_of("bob")
+    alice = Pair(house, "alice", tidy=False)
+    alice.drop()
+    house.say("bob", *(f"line {n} {'x' * 100}" for n in range(300)))
+    sizes = []
+    for _ in range(3):
+        alice.dial()
+        alice.exchange(6)
+        sizes.append(alice.core.page_lines)
+        alice.core.talk.asked.append(chat.Asked("#lobby", "missed", 1))
+        alice.drop()
+    assert alice.core.page_lines < chat.PAGE_LINES
+    alice.connect()
+    alice.exchange(200)
+    assert alice.texts("bob") == [f"line {n} {'x' * 100}" for n in range(300)]
+
+
+# What a client keeps
+
+
+def kept_client(house, db, name="alice", **options):
+    store = chat.ClientStore(db, "here", name)
+    return Pair(house, name, store=store, **options)
+
+
+def test_a_client_that_starts_again_shows_what_it_had_and_fills_the_gap():
+    house, db = house_of("bob"), chat.open_client_database(":memory:")
+    alice = kept_client(house, db)
+    alice.typed("hello")
+    house.say("bob", "hi", "/tell alice psst")
+    alice.exchange()
+    alice.typed("/set time %H.%M")
+    alice.typed("/ignore spammer")
+    alice.core.tick()
+    alice.drop()
+    house.say("bob", "while you were away")
+    again = chat.ClientCore("alice", store=chat.ClientStore(db, "here", "alice"), kind=chat.CHAT)
+    assert sorted(again.rooms) == ["#lobby", "bob"]  # also without a connection
+    lobby = again.rooms["#lobby"]
+    assert [(view.name, view.text) for view in lobby.views] == [("alice", "hello"), ("bob", "hi")]
+    assert [view.text for view in again.rooms["bob"].views] == ["psst"]
+    assert again.setting("time") == "%H.%M" and again.ignored == {"spammer"}
+    alice.core, alice.views = again, []
+    alice.connect()
+    assert [view.text for view in alice.core.rooms["#lobby"].views if view.kind == "said"] == [
+        "hello",
+        "hi",
+        "while you were away",
+    ]
+
+
+def test_a_client_reads_back_and_searches_in_all_that_it_has_kept():
+    db = chat.open_client_database(":memory:")
+    store = chat.ClientStore(db, "here", "alice")
+    for n in range(1000):
+        text = f"number {n} {'needle' if n % 100 == 0 else 'hay'}"
+        store.add("#a", chat.View(chat.SAID, text, "bob", "#a", n * 1000, id=f"m{n}"))
+        store.add("#b", chat.View(chat.SAID, text, "bob", "#b", n * 1000, id=f"n{n}"))
+    for _ in range(3):
+        store.flush()
+        store.index()
+    core = chat.ClientCore("alice", store=store, join=["#a"])
+    room = core.room
+    assert len(room.views) == chat.STORED_LINES
+    while core.older_from_store(room):
+        pass
+    assert [view.id for view in room.views] == [f"m{n}" for n in range(1000)]
+    assert [view.text.split()[1] for view in store.find("needle", 100, "#a")] == [
+        str(n) for n in range(0, 1000, 100)
+    ]
+    assert len(store.find("needle number", 100)) == 20
+    assert store.find("", 100) == store.find('"', 100) == store.find("absent", 100) == []
+    assert len(store.find("need", 100, "#b")) == 10  # what a word begins with
+
+
+def test_words_that_were_taken_back_are_not_in_the_store_any_more(tmp_path):
+    db = chat.open_client_database(str(tmp_path / "client.db"))
+    store = chat.ClientStore(db, "here", "alice")
+    for n, indexed in enumerate((True, False)):
+        view = chat.View(chat.SAID, "verysecret", "bob", "#a", 1, id=f"m{n}")
+        store.add("#a", view)
+        store.flush()
+        if indexed:
+            store.index()
+        assert len(store.find("verysecret", 9)) == 1
+        store.remove(f"m{n}")
+        assert store.find("verysecret", 9) == [] and store.page("#a", 9) == []
+
+
+def test_what_is_kept_is_one_users_and_one_servers():
+    db = chat.open_client_database(":memory:")
+    alice, bob = chat.ClientStore(db, "here", "alice"), chat.ClientStore(db, "here", "bob")
+    there = chat.ClientStore(db, "there", "alice")
+    alice.add("#a", chat.View(chat.SAID, "hi", "x", "#a", 1, id="m"))
+    bob.add("#a", chat.View(chat.SAID, "hi", "x", "#a", 1, id="m"))
+    alice.flush()
+    bob.flush()
+    assert (len(alice.page("#a", 9)), len(bob.page("#a", 9)), len(there.page("#a", 9))) == (1, 1, 0)
+    alice.rename("#a", "#b")
+    assert (len(alice.page("#b", 9)), len(bob.page("#a", 9))) == (1, 1)
+
+
+def test_a_store_that_another_client_writes_to_is_written_a_turn_later(tmp_path):
+    path = str(tmp_path / "client.db")
+    one, other = chat.open_client_database(path), chat.open_client_database(path)
+    store = chat.ClientStore(one, "here", "alice")
+    other.execute("BEGIN IMMEDIATE")
+    store.add("#a", chat.View(chat.SAID, "hi", "x", "#a", 1, id="m"))
+    store.flush()
+    store.index()
+    assert store.waiting
+    other.execute("COMMIT")
+    store.flush()
+    assert not store.waiting and len(store.page("#a", 9)) == 1
+
+
+# Phases and causes
+
+
+class Hanging(chat.Link):
+    """A link of which nothing but the phases is there."""
+
+    def __init__(self, asks, patience):
+        self.log = []
+        loop = FakeLoop(0.0)
+        loop.call_later = lambda seconds, callback: chat.Timer(seconds, callback)
+        core = chat.ClientCore("alice")
+        super().__init__(
+            loop,
+            chat.Target("127.0.0.1", 1),
+            core,
+            self.log.extend,
+            self.log.append,
+            patience=patience,
+            asks=asks,
+        )
+        self.helpers = FakeHelpers()
+        self.helpers.submit = lambda *_: None
+
+
+CAUSES = ["reset", "refused", "banned", "fatal", "redial", "quit", "untrusted", "no TLS"]
+
+
+def cause(link, what):
+    core = link.core
+    core.refusal, core.cause, core.redial, core.quitting = "", chat.TEMPORARY, False, False
+    if what in ("refused", "banned", "fatal"):
+        causes = {"refused": chat.TEMPORARY, "banned": chat.NEEDS_USER, "fatal": chat.FATAL}
+        core.refuse(what, causes[what])
+    core.redial, core.quitting = what == "redial", what == "quit"
+    words = {"untrusted": f"{chat.NOT_SIGNED}: self-signed certificate", "no TLS": "no answer"}
+    link.lost(chat.TLS_TROUBLE + words[what] if what in words else chat.HUNG_UP)
+
+
+@pytest.mark.parametrize("patience", [0.0, 60.0])
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize("what", CAUSES)
+@pytest.mark.parametrize("phase", [p for p in chat.FOLLOWING if p not in ("waiting", "ended")])
+def test_each_cause_in_each_phase_has_one_way_on(phase, what, asks, patience):
+    link = Hanging(asks, patience)
+    link.phase = phase
+    cause(link, what)
+    assert link.phase in (chat.WAITING, chat.RESOLVING, chat.ENDED)
+    if link.phase == chat.WAITING:  # there is a way out: a timer, or the user
+        assert link.again or asks
+        link.core.wants_connection = True
+        link.typed("/reconnect")
+        assert link.phase == chat.RESOLVING
+
+
+def test_any_causes_in_any_order_break_no_link(seeded):
+    for _ in range(200):
+        link = Hanging(seeded.random() < 0.5, seeded.choice([0.0, 60.0]))
+        link.start()
+        for _ in range(20):
+            if link.ended:
+                break
+            if link.phase == chat.WAITING:
+                link.reconnect()
+            link.phase = seeded.choice([p for p in chat.FOLLOWING if p not in ("waiting", "ended")])
+            cause(link, seeded.choice(CAUSES))
+
+
+def test_the_back_off_grows_until_there_is_progress_and_a_welcome_alone_is_none():
+    link = Hanging(True, 60.0)
+    link.phase = chat.ONLINE
+    for _ in range(10):
+        link.lost("reset")
+        link.phase = chat.ONLINE
+        link._stand()
+    assert link.backoff == chat.BACKOFF_MOST
+    link.core.made_progress()
+    link._stand()
+    assert link.backoff == chat.BACKOFF_FIRST
+
+
+def test_a_client_that_was_stopped_does_not_take_the_server_for_dead():
+    link = Hanging(True, 60.0)
+    dropped = []
+    link.conn = types.SimpleNamespace(heard=0.0, drop=dropped.append, unsent=0, write=bool)
+    link.phase, link.core.kind = chat.ONLINE, chat.IRC
+    link.core.connected()
+    link.core.feed(b":x 001 alice :hi\r\n")
+    for now in (1.0, 2.0, 1000.0, 1001.0):  # it was stopped for a quarter of an hour
+        link.loop.now = now
+        link._watch()
+    assert dropped == []
+    for now in range(1002, 1100):
+        link.loop.now = float(now)
+        link._watch()
+    assert dropped and dropped[0].startswith("no answer for")
+
+
+def test_a_policy_for_tls_is_kept_as_long_as_the_server_said(tmp_path):
+    known = chat.KnownServers(tmp_path / "servers.json")
+    known.remember_policy("irc.example", 6697, time.time() + 60)
+    link = Hanging(True, 60.0)
+    link.known, link.target = known, chat.parse_target("irc://irc.example")
+    link._apply_policy()
+    assert (link.target.tls, link.target.port) == (True, 6697)
+    known.remember_policy("irc.example", 6697, time.time() - 1)
+    link.target = chat.parse_target("irc://irc.example")
+    link._apply_policy()
+    assert not link.target.tls
+
+
+# The terminal
+
+
+WIDTHS = [  # as tmux shows them
+    ("नमस्ते", 5),  # न म स् ते: two letters with marks of their own
+    ("தமிழ்", 4),
+    ("\u1112\u1161\u11ab", 2),  # Hangul of three conjoining parts
+    ("a\xadb", 3),
+    ("\U0001fae8", 2),
+    ("한글", 4),
+]
+
+
+@pytest.mark.parametrize(
+    "keys", [b"\x1b]11;rgb:0/0/0\x07x", b"\x1bP1+r\x1b\\x", b"\x1b_Gi=1\x1b\\x"]
+)
+def test_answers_of_a_terminal_are_no_keys(keys):
+    for n in range(2, len(keys)):  # after a lone ESC the rest is told by its time, see below
+        decoder = chat.KeyDecoder()
+        found = decoder.feed(keys[:n]) + decoder.flush() + decoder.feed(keys[n:])
+        assert found == [chat.Key("text", "x")], n
+
+
+def test_an_escape_sequence_that_is_slow_is_still_one_key():
+    decoder = chat.KeyDecoder()
+    assert decoder.feed(b"\x1b", 0.0) == []
+    assert decoder.flush(0.2) == [chat.Key("escape")]
+    assert decoder.feed(b"[A", 0.4) == [chat.Key("up")]
+    decoder.feed(b"\x1b", 1.0)
+    decoder.flush(1.2)
+    assert decoder.feed(b"[A", 2.0) == [chat.Key("text", "[A")]
+
+
+def test_a_paste_whose_end_is_lost_is_taken_after_a_while():
+    decoder = chat.KeyDecoder()
+    assert decoder.feed(b"\x1b[200~hello") == []
+    assert decoder.end_paste() == [chat.Key("paste", "hello")]
+    assert decoder.feed(b"x") == [chat.Key("text", "x")]
+
+
+def test_spaces_of_all_kinds_and_new_emoji_can_be_typed():
+    decoder = chat.KeyDecoder()
+    text = "a\u3000b\xa0c\U0001fae9\U0001fac8"
+    assert decoder.feed(text.encode()) == [chat.Key("text", text)]
+
+
+def test_earlier_lines_are_found_and_changes_undone():
+    editor = chat.LineEditor()
+    for line in ("make tea", "make coffee", "drink"):
+        editor.press(chat.Key("text", line))
+        editor.press(chat.Key("enter"))
+    editor.press(chat.Key("text", "make"))
+    editor.press(chat.Key("search"))
+    assert editor.text == "make coffee"
+    editor.press(chat.Key("search"))
+    assert editor.text == "make tea"
+    editor.press(chat.Key("erase-to-start"))
+    assert editor.text == ""
+    editor.press(chat.Key("undo"))
+    assert editor.text == "make tea"
+
+
+def test_lines_wrap_between_words_and_long_words_stay_whole():
+    line = "08:30 bob: " + " ".join(f"word{n}" for n in range(20))
+    rows = chat.wrapped_rows(line, 40, 6)
+    assert all(len(row) <= 40 for row in rows) and rows[1].startswith("      word")
+    assert " ".join(rows).split() == line.split()
+    link = "https://example.org/" + "x" * 100
+    assert any(link in row for row in chat.wrapped_rows(f"08:30 bob: see {link} now", 40, 6))
+    coloured = chat.wrapped_rows(f"\x1b[31m{'red ' * 20}\x1b[0mend", 20, 2)
+    assert all(row.count("\x1b[31m") == 1 for row in coloured[:-1])
+
+
+def test_the_coming_and_going_of_many_is_one_row_and_of_those_who_spoke_each_their_own():
+    alice = Elsewhere()
+    for n in range(30):
+        alice.hears(f":u{n}!u@h JOIN #lobby")
+    alice.hears(":u3!u@h QUIT :bye", ":u4!u@h PART #lobby", ":u5!u@h PRIVMSG #lobby :hi")
+    alice.hears(":u5!u@h QUIT :bye")
+    rows = [view for view in alice.core.room.views if view.kind not in ("told", "note")]
+    assert [view.kind for view in rows] == ["moved", "said", "went"]
+    assert rows[0].text == (
+        "u0, u1, u2, u5, u6, u7, u8, u9, u10, u11 and 18 more joined; u3, u4 joined and left"
+    )
+    assert len([view for view in alice.views if view.kind in ("came", "went")]) == 33
+
+
+def test_settings_are_listed_checked_and_kept():
+    alice = Elsewhere()
+    alice.types("/set")
+    assert len(alice.kinds("told")) >= len(chat.SETTINGS)
+    alice.types("/set bell off", "/set highlight tea")
+    assert alice.core.setting("bell") == "off"
+    alice.hears(":bob!u@h PRIVMSG #lobby :who wants tea?")
+    assert [view.called for view in alice.views if view.kind == "said"] == [True]
+    alice.types("/set bell perhaps", "/set nothing x", "/set bell default")
+    assert len(alice.kinds("note")) == 2 and alice.core.setting("bell") == "on"
+
+
+def test_standard_output_that_does_not_block_loses_nothing(running):
+    """As a program before us may have left a pipe."""
+    server = running()
+    where = chat.address_text(*server.address)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with program("client", "bot", "--server", where, "--no-state", stdout=writer) as client:
+        os.close(writer)
+        bob = server.guest("bob")
+        bob.until("bot")
+        for n in range(2000):
+            bob.send(f"{n} {'x' * 100}\n")
+        bob.send("the end\n")
+        with os.fdopen(reader, "rb") as output:
+            lines = []
+            for line in output:
+                lines.append(line.decode().rstrip())
+                if line.endswith(b"the end\n"):
+                    break
+        client.stdin.close()
+    said = [line.split(": ", 1)[1] for line in lines if ": " in line]
+    assert said == [*(f"{n} {'x' * 100}" for n in range(2000)), "the end"]
+
+
+@pytest.mark.parametrize("home", ["", "/proc/none"])
+def test_without_a_home_there_is_one_line_that_names_the_way_out(home):
+    environment = {"PATH": os.environ["PATH"], "HOME": home}
+    with program("client", "alice", "--server", "127.0.0.1:1", env=environment) as client:
+        _, errors = client.communicate(b"", PATIENCE)
+    assert client.returncode == 1 and errors.count(b"\n") == 1
+    assert b"--no-state" in errors and b"--data DIR" in errors
+    for flags in (["--version"], ["--help"], ["client", "--help"]):
+        with program(*flags, env=environment) as other:
+            output, errors = other.communicate(b"", PATIENCE)
+            assert (other.returncode, errors) == (0, b"") and output
+
+
+# ======================================================================================
 # LOOP AND CONNECTION
 # ======================================================================================
 
