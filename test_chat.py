@@ -7597,9 +7597,8 @@ def test_words_for_a_channel_that_we_cannot_enter_are_kept_for_the_user_to_decid
     assert "for tea; /retry sends it, /cancel drops it" in alice.kinds("failed")[0]
     alice.sent(20)
     alice.types("/retry")
-    assert "JOIN #tea" in alice.sent(9)
-    alice.hears(":alice!u@h JOIN #tea")
-    assert "PRIVMSG #tea :for tea" in alice.sent(20)
+    lines = [line for line in alice.sent(9) if not line.startswith("PING")]
+    assert lines == ["JOIN #tea", "PRIVMSG #tea :for tea"]
 
 
 def test_what_waits_for_a_channel_is_a_reason_to_join_it_at_the_next_start():
