@@ -267,6 +267,7 @@ CLIENT_ROWS_WAITING = 10_000  # to be written to a store that is locked
 CLIENT_INDEX_SLICE = 300  # messages indexed a second, while nothing else is to be done
 CLIENT_HITS_MOST = 2000  # that one search looks at
 MOVES_SECONDS = 10.0  # that joins and quits are collected for, to be one row
+TOPIC_MARGIN = 50  # columns of the status row that are not for the topic
 HANGING = 6  # columns that the later rows of a line are indented: the width of the time
 MOVES_NAMED = 10  # users named in one
 MOVES_KEPT = 300  # such rows of a conversation: messages are what is read back for
@@ -8981,7 +8982,7 @@ CHAT, IRC, PLAIN = "chat.py", "irc", "plain"  # the kinds of server this client 
 SAID, CAME, WENT, TOLD = "said", "came", "went", "told"
 NOTE, STATUS, UP, PEOPLE, NOTICED = "note", "status", "up", "people", "noticed"
 ARRIVED, FAILED, BACK, OLDER, PLACE = "arrived", "failed", "back", "older", "place"
-REMOVED, CLEARED, FOUND, MOVED = "removed", "cleared", "found", "moved"
+REMOVED, CLEARED, FOUND, MOVED, PAGE = "removed", "cleared", "found", "moved", "page"
 
 
 # Why a connection ended, or was not let in; see Link
@@ -8997,7 +8998,8 @@ class View(NamedTuple):
     # text that was not accepted, to be edited; OLDER: a room has so many views more before the
     # others; PLACE: another room is looked at, of which so many messages are new; REMOVED: the
     # message with this id was taken back; CLEARED: begin with an empty page; FOUND: a message of
-    # the past that was asked for; MOVED: several came and went
+    # the past that was asked for; MOVED: several came and went; PAGE: a text to be read apart
+    # from what is said, with a name
     kind: str
     text: str = ""
     name: str = ""
@@ -9388,6 +9390,7 @@ class Room:
         self.spilled = False  # ... and was more than could be held: there will be pages of it
 
         self.draft = ""  # typed here, and not entered yet
+        self.gone: bool | None = None  # the other user of a private conversation, if known
         self.views = Transcript()
         self.whole = False  # the server has nothing older than the first of these
         self.spoken: dict[str, None] = {}  # names of those who said something here
@@ -9994,6 +9997,12 @@ class IrcTalk:
         else:
             self.send("ISON", wanted)
 
+    def watch(self, names: Iterable[str]) -> None:
+        """Be told whether the users of private conversations are there, if the server can."""
+        names = [name for name in names if name and " " not in name and "," not in name]
+        if self.core.tidy and "MONITOR" in self.server.tokens and names:
+            self.send("MONITOR", "+", ",".join(names[:WATCHED]))
+
     def name_is_free(self, name: str) -> None:
         """Take the wanted name, if it is that one."""
         core = self.core
@@ -10484,6 +10493,8 @@ def support_told(talk: IrcTalk, heard: Heard) -> None:
             tokens[name] = value.replace("\\x20", " ")
     talk.core.rekey()
     talk.core.keep_facts()
+    if "MONITOR" in {word.partition("=")[0] for word in heard.params[1:-1]}:
+        talk.watch(room.name for room in talk.core.rooms.values() if not room.is_channel)
     pace = [positive_number(one) for one in tokens.get("chat.py/FLOOD", "").split(",")]
     if len(pace) == 2 and all(pace):
         talk.budget = Budget(*pace, talk.core.ticks())
@@ -10637,10 +10648,19 @@ def present_told(talk: IrcTalk, heard: Heard) -> None:
         talk.name_is_free(wanted)
 
 
-@from_server("731", least=2)
-def offline_told(talk: IrcTalk, heard: Heard) -> None:
-    for name in heard.params[1].split(","):
-        talk.name_is_free(name.partition("!")[0])
+@from_server("730", "731", least=2)
+def presence_told(talk: IrcTalk, heard: Heard) -> None:
+    """Who of those that are asked about by MONITOR is there, or is not."""
+    core, gone = talk.core, heard.verb == "731"
+    for name in (one.partition("!")[0] for one in heard.params[1].split(",")):
+        if gone:
+            talk.name_is_free(name)
+        room = core.find(name)
+        if room and not room.is_channel and room.gone != gone:
+            text = f"{name} {'is not here' if gone else 'is here'}"
+            if gone or room.gone is not None:  # that one is there is no news at first
+                core.happened(room, View(TOLD, text, where=room.name))
+            room.gone = gone
 
 
 @from_server("FAIL", least=3)
@@ -11065,6 +11085,9 @@ def first_words(core: "ClientCore", line: str) -> bool:
     return core.kind == CHAT
 
 
+PASSWORD_WORDS = ("login", "identify", "register", "passwd", "oper", "pass", "password")
+
+
 def nearest_command(verb: str) -> str:
     """Return which command was meant perhaps, as a question."""
     import difflib
@@ -11216,6 +11239,13 @@ class ClientCore:
         if self.store:
             self.store.keep_fact("ours", "yes" if self.server.ours else "no")
             self.store.keep_fact("CASEMAPPING", self.server.tokens.get("CASEMAPPING", ""))
+
+    def close_store(self) -> None:
+        """Keep what is open and half typed, at the end."""
+        if self.store:
+            for room in self.rooms.values():
+                self.keep_room(room)
+            self.store.flush()
 
     def keep_ignored(self) -> None:
         if self.store:
@@ -11417,6 +11447,9 @@ class ClientCore:
         first = text.split()[:1]
         if text[:1] == " " and first and first[0][:1] == "/" and first[0][1:] in client_command:
             return f"nothing was sent: is {first[0]} a command? Enter again sends it as text"
+        words = text.lower().split()
+        if len(words) > 1 and words[0] in PASSWORD_WORDS:
+            return f"nothing was sent: is that /{words[0]}? Enter again sends it as text"
         if len(text.split()) == 1 and self.server.is_channel(text) and "\n" not in text:
             return f"nothing was sent: /join {text} opens it; Enter again sends that as text"
         return ""
@@ -11507,6 +11540,8 @@ class ClientCore:
         key = self.fold(name)
         if key not in self.rooms:
             room = self.rooms[key] = Room(name, channel=self.server.is_channel(name))
+            if self.ready and not room.is_channel and isinstance(self.talk, IrcTalk):
+                self.talk.watch([name])
             if self.store:
                 self._load_room(room)
                 self.keep_room(room)
@@ -11729,9 +11764,9 @@ def do_help(core: ClientCore, verb: str = "") -> None:
         near = nearest_command(word)
         raise Refused("NO_HELP", f"no help about {verb}{near}; commands: /help; topics: {topics}")
     column = max(len(one.syntax) for one in shown)
-    core.show(*(View(TOLD, f"{one.syntax:{column}}  {one.summary}") for one in shown))
-    if not word:
-        core.show(View(TOLD, f"topics: {', '.join(HELP_TOPICS)} (/help TOPIC)"))
+    lines = [f"{one.syntax:{column}}  {one.summary}" for one in shown]
+    lines += [f"topics:  {', '.join(HELP_TOPICS)} (/help TOPIC)"] * (not word)
+    core.show(View(PAGE, "\n".join(lines), f"help {word}".rstrip()))
 
 
 @client_command("join", 1, 2)
@@ -15282,8 +15317,8 @@ def fitting(parts: Iterable[str], room: int) -> tuple[list[str], int]:
 
 def cut_to(text: str, columns: int) -> str:
     """The beginning of it, with a mark if that is not all."""
-    if width(text) <= columns:
-        return text
+    if width(text) <= columns or columns <= 0:
+        return text * (columns > 0)
     return "".join(fitting(clusters(text), columns - 1)[0]) + "\u2026"
 
 
@@ -15448,6 +15483,11 @@ def told_lines(view: View, look: Look) -> list[str]:
     return [look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}{view.text}")]
 
 
+def page_lines(view: View, look: Look) -> list[str]:
+    match = EXPLAINED.fullmatch(view.text)
+    return beside(*match.groups(), look.columns) if match else [view.text]
+
+
 def failed_lines(view: View, look: Look) -> list[str]:
     clock = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}")
     return [clock + look.palette.loud(f"FAILED: {view.text}")]
@@ -15472,6 +15512,7 @@ LINES = {  # how each kind of view looks
     NOTE: told_lines,
     FAILED: failed_lines,
     PEOPLE: people_lines,
+    PAGE: page_lines,
 }
 
 
@@ -15813,7 +15854,18 @@ class Display:
 
     def _take_people(self, view: View) -> None:
         if view.text:
-            self.keep(view, self.room)
+            rows = "\n".join(people_lines(view, Look(Palette(False), self.painter.columns)))
+            self._take_page(View(PAGE, rows, f"{view.where} members"))
+
+    def _take_page(self, view: View) -> None:
+        """A text to be read on the other buffer, from its beginning."""
+        room = Room(view.name, channel=False)
+        for line in view.text.split("\n"):
+            room.views.append(View(PAGE, line, time=view.time))
+        look = Look(self.palette, self.painter.columns)
+        self.reader = Reader(room, look, self.painter.rows - 2)
+        self.reader.shown = self.reader.total
+        self.reader.up(len(room.views) * self.painter.rows)
 
     def _take_older(self, view: View) -> None:
         if self.core.find(view.where) is self.reader.room:
@@ -15837,6 +15889,7 @@ class Display:
         NOTE: keep,
         FAILED: _take_failed,
         PEOPLE: _take_people,
+        PAGE: _take_page,
         OLDER: _take_older,
         PLACE: _take_place,
     }
@@ -15858,15 +15911,18 @@ class Display:
 
     def parts(self, trouble: str, waiting: int) -> list[tuple[str, tuple[int, ...]]]:
         """Of the status row, the most important one first."""
-        room = self.room
+        room, core = self.room, self.core
         people = f" {len(room.people):,}" if room.is_channel and room.people else ""
+        rank = room.people.get(core.name, "")
         parts = [
             (trouble, (1, 33)),
+            ("away" * bool(core.away), (33,)),
             (f"{waiting:,} waiting" if waiting else "", (33,)),
             *self._reading(),
-            (visible(room.name) + people, (1,)),
+            (visible(room.name) + people + f" ({rank})" * bool(rank), (1,)),
             *room_marks(self.core.rooms.values(), self.core.here),
             ("connected" if not trouble else "", (2,)),
+            (cut_to(visible(room.topic), max(0, self.painter.columns - TOPIC_MARGIN)), (2,)),
         ]
         return [(text, colours) for text, colours in parts if text]
 
@@ -15879,6 +15935,8 @@ class Display:
 
     def _at(self) -> str:
         reader, views = self.reader, self.reader.room.views
+        if reader.room is not self.room:
+            return f"{visible(reader.room.name)}: Page Down goes on, Escape leads back"
         if not reader.at_top:
             return f"back at {reader.moment():%a %d %b %H:%M}"
         if self.fetching and self.core.ready:
@@ -15888,7 +15946,7 @@ class Display:
 
     def frame(self, row: str, parts: list, now: float, due: bool = True) -> str:
         """What brings the screen up to date; what was said is looked at only when that is due."""
-        if self.reader.room is not self.room:
+        if self.reader.room is not self.room and not self.reader.back:
             self._take_place(View(PLACE))
         bottom = status_row(parts, self.painter.columns, self.palette), row
         bell, self.bell, self.notice = "\a" * self.bell + self.notice, False, ""
@@ -16129,12 +16187,15 @@ class Client:
         self.reason = self.reason or reason
         self.loop.stop()
 
+    def ending(self) -> None:
+        """What a subclass has to put in order before the end."""
+
     def run(self) -> str:
         """Until the end; says why it was one, or ""."""
         self.link.start()
         self.loop.run()
-        if self.core.store:
-            self.core.store.flush()
+        self.ending()
+        self.core.close_store()
         return self.reason
 
 
@@ -16151,8 +16212,8 @@ def filter_lines(view: View) -> list[str]:
     if view.kind in (CAME, WENT):
         verb = "joined" if view.kind == CAME else "left"
         return [f"{where}{view.name} ({view.address}) {verb} the chat!"]
-    if view.kind == TOLD or (view.kind == PEOPLE and view.text):
-        return [f"* {view.text}"]
+    if view.kind in (TOLD, PAGE) or (view.kind == PEOPLE and view.text):
+        return [f"* {line}" for line in view.text.split("\n")]
     return []
 
 
@@ -16256,6 +16317,13 @@ CLIENT_KEYS = (  # what /help tells of them
 )
 
 
+def with_keys(view: View) -> View:
+    """Add what keys do to the help on everything."""
+    if (view.kind, view.name) != (PAGE, "help"):
+        return view
+    return view._replace(text="\n".join([view.text, "", *CLIENT_KEYS]))
+
+
 class TerminalClient(Client):
     """A terminal and a link: keys to the one, views to the other."""
 
@@ -16291,6 +16359,7 @@ class TerminalClient(Client):
         atexit.register(self.give_back)
         self.terminal.enter()
         self.tick()
+        self.editor.set(self.writing_in.draft if self.writing_in else "")
         try:
             reason = super().run()
         finally:
@@ -16300,6 +16369,10 @@ class TerminalClient(Client):
             fate = "waiting, to be sent the next time" if kept else "not sent"
             print(f"{counted(waiting, 'message')} {fate}")
         return reason
+
+    def ending(self) -> None:
+        if self.writing_in and not is_secret(self.editor.text):
+            self.writing_in.draft = self.editor.text
 
     def tick(self) -> None:
         """Once a second: the status may say another number now."""
@@ -16351,8 +16424,6 @@ class TerminalClient(Client):
             self.list_rooms()
         elif text:
             self.link.typed(text.rstrip() if command else text)
-        if command == "/help" and self.core.kind != PLAIN:
-            self.show([View(NOTE, keys) for keys in CLIENT_KEYS])
 
     def list_rooms(self) -> None:
         """With the numbers that they have for Alt and /go."""
@@ -16419,7 +16490,8 @@ class TerminalClient(Client):
         """More of the past is asked for before one is at the end of what is here."""
         reader = self.display.reader
         reader.up(rows)
-        if reader.end - reader.first < 2 * reader.height:
+        known = reader.room in self.core.rooms.values()  # else it is a page of its own
+        if known and reader.end - reader.first < 2 * reader.height:
             self.display.fetching = self.link.ask_older(reader.room)
 
     def present(self) -> None:
@@ -16455,7 +16527,7 @@ class TerminalClient(Client):
             self.told_why = False
             self.display.keep(View(NOTE, f"connected to {self.link.target}"))
         self.was_ready = self.core.ready
-        self.display.take(views)
+        self.display.take(map(with_keys, views))
         if self.writing_in is not self.core.current:
             self.change_drafts()
         for view in views:
