@@ -12347,17 +12347,22 @@ class ClientStore:
     def find(self, words: str, count: int, key: str | None = None) -> list[View]:
         """Return the last messages with all of these words, of one conversation or of all."""
         self.flush()
-        quoted = " ".join('"{}"*'.format(w.replace('"', "")) for w in words_of(words).split())
-        if not quoted.strip('"* '):
+        quoted = " ".join('"{}"'.format(w.replace('"', "")) for w in words_of(words).split())
+        if not quoted.strip('" '):
             return []
         place, values = ("AND room = ?", [key]) if key is not None else ("", [])
+        # The planner would rather look at all messages of the room
         indexed = f"""
-            SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? {place} AND number IN
-            (SELECT rowid FROM words WHERE words MATCH ? ORDER BY rowid DESC LIMIT ?)"""
-        rows = self.db.execute(indexed, [self.owner, *values, quoted, CLIENT_HITS_MOST]).fetchall()
+            SELECT {MESSAGE_COLUMNS} FROM
+            (SELECT rowid AS hit FROM words WHERE words MATCH ? ORDER BY rowid DESC LIMIT ?)
+            CROSS JOIN messages WHERE number = hit AND owner = ? {place}"""
         recent = f"""
-            SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? {place}
-            AND number > (SELECT number FROM indexed)"""
+            SELECT {MESSAGE_COLUMNS} FROM messages NOT INDEXED
+            WHERE number > (SELECT number FROM indexed) AND owner = ? {place}"""
+        rows: list[tuple] = []
+        if self.has_words:
+            found = [quoted, CLIENT_HITS_MOST, self.owner, *values]
+            rows = self.db.execute(indexed, found).fetchall()
         wanted = fold(words).split()
         for row in self.db.execute(recent, [self.owner, *values]):
             if all(word in fold(row[2]) for word in wanted):
@@ -12368,7 +12373,7 @@ class ClientStore:
     def newest(self) -> View | None:
         """Return the message that was kept last and has an id."""
         query = f"""
-            SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? AND id <> ''
+            SELECT {MESSAGE_COLUMNS} FROM messages NOT INDEXED WHERE owner = ? AND id <> ''
             ORDER BY number DESC LIMIT 1"""
         row = self.db.execute(query, [self.owner]).fetchone()
         return self._view(row) if row else None
