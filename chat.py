@@ -9048,8 +9048,16 @@ def parse_heard(line: str) -> Heard:
 
 client_command = Commands("/")
 CLIENT_ALIASES = {
-    **{"j": "join", "query": "msg", "tell": "msg", "leave": "part", "n": "names", "w": "whois"},
-    **{"quote": "raw", "exit": "quit", "bye": "quit", "topics": "topic", "hop": "reconnect"},
+    "j": "join",
+    "n": "names",
+    "w": "whois",
+    "query": "msg",
+    "tell": "msg",
+    "leave": "part",
+    "quote": "raw",
+    "exit": "quit",
+    "bye": "quit",
+    "hop": "reconnect",
 }
 
 
@@ -11177,6 +11185,7 @@ class ClientCore:
         if store:
             self._load(bool([*join]))
         self.current: Room | None = next(iter(self.rooms.values()))  # that the user looks at
+        self.looked_at = True  # else the user looks at another server
         self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
         self.views: list[View] = []
         self.output: list[str] = []
@@ -11656,7 +11665,8 @@ class ClientCore:
         self.keep(view)
         room.show_moves()
         room.views.append(view)
-        if room is not self.current and not (view.mine or view.past):
+        elsewhere = room is not self.current or not self.looked_at
+        if elsewhere and not (view.mine or view.past):
             room.unread += 1
             room.called += view.called
         self.show(view)
@@ -11748,7 +11758,7 @@ HELP_TOPICS = {
     "history": ("history", "search", "lastlog"),
     "people": ("whois", "away", "back", "ignore", "unignore"),
     "account": ("nick", "register", "verify", "login", "passwd", "drop", "disown", "oper", "pass"),
-    "connection": ("reconnect", "raw", "quit", "help", "set"),
+    "connection": ("connect", "reconnect", "raw", "quit", "help", "set"),
 }
 
 
@@ -12092,6 +12102,12 @@ def do_disown(core: ClientCore, name: str) -> None:
 def do_pass(core: ClientCore, password: str) -> None:
     """/pass PASSWORD -- the server's password, for the next attempt to connect"""
     core.password, core.wants_connection = password, True
+
+
+@client_command("connect", most=1, nameless=True)
+def do_connect(core: ClientCore, url: str = "") -> None:
+    """/connect [URL] -- talk on another server, too; on which this client does"""
+    raise Refused("ONE_SERVER", "only the terminal client talks to several servers")
 
 
 @client_command("reconnect", nameless=True)
@@ -14034,6 +14050,13 @@ SCHEMES = {  # kind of server, TLS, port
 PORTS = {6667: "irc", 6697: "ircs"}  # without a scheme these mean one
 
 
+def url_of(target: Target) -> str:
+    """Return the URL that parse_target() makes the same of."""
+    schemes = {(kind, tls): name for name, (kind, tls, _) in SCHEMES.items() if name}
+    name = schemes.get((target.kind, target.tls))
+    return f"{name}://{target}" if name else str(target)
+
+
 def parse_target(text: str) -> Target:
     """HOST, HOST:PORT, [IPV6]:PORT or a URL (chat://, irc://; with TLS chats://, ircs://)."""
     match = TARGET.fullmatch(text.strip())
@@ -15538,16 +15561,17 @@ def dated_lines(before: View | None, view: View, look: Look) -> list[str]:
     return lines
 
 
-def place_lines(room: Room, look: Look) -> list[str]:
+def place_lines(room: Room, look: Look, server: str = "") -> list[str]:
     """Where one is, at the top of a screen that was drawn anew."""
     topic = visible(f": {room.topic}" if room.topic else "")
     title = visible(room.name) if room.is_channel else f"with {visible(room.name)}"
+    title += f" on {visible(server)}" if server else ""
     return [look.palette.paint(f"\u2500\u2500 {title}", 1) + topic] if room.name else []
 
 
-def room_marks(rooms: Iterable[Room], here: str) -> list[tuple[str, tuple[int, ...]]]:
+def room_marks(rooms: Iterable[Room], here: Room) -> list[tuple[str, tuple[int, ...]]]:
     """The other conversations in which there is something new; what is for us comes first."""
-    new = [room for room in rooms if room.unread and room.name != here]
+    new = [room for room in rooms if room.unread and room is not here]
     new.sort(key=lambda room: not room.called)
     return [
         (f"{cut_to(visible(room.name), MARK_COLUMNS)}:{room.unread}{'!' * bool(room.called)}",
@@ -15808,6 +15832,8 @@ class Display:
         self.cleared = False  # ... or emptied: what was said is above
         self.bell = False
         self.notice = ""  # for the desktop, as an escape sequence
+        self.server = ""  # which it is, if there are several
+        self.elsewhere: Callable[[], Iterable[Room]] = list  # conversations on the other servers
         self.fetching = False  # what is older than all that is here
         self.paged = False  # the other buffer is shown ...
         self.was_drawn = False  # ... and whether the two rows are there on the first
@@ -15925,7 +15951,8 @@ class Display:
             (f"{waiting:,} waiting" if waiting else "", (33,)),
             *self._reading(),
             (visible(room.name) + people + f" ({rank})" * bool(rank), (1,)),
-            *room_marks(self.core.rooms.values(), self.core.here),
+            *room_marks([*self.core.rooms.values(), *self.elsewhere()], room),
+            (self.server, (2,)),
             ("connected" if not trouble else "", (2,)),
             (cut_to(visible(room.topic), max(0, self.painter.columns - TOPIC_MARGIN)), (2,)),
         ]
@@ -15967,7 +15994,7 @@ class Display:
             lines, text = [], painter.clear()
         elif self.whole:
             self.whole = False
-            lines = place_lines(self.room, self.reader.look)
+            lines = place_lines(self.room, self.reader.look, self.server)
             height = sum(len(rows_of(line, painter.columns)) for line in lines)
             lines += self.reader.screenful(taken=height)[0]
             self.reader.shown = self.reader.total
@@ -16148,13 +16175,17 @@ class Client:
     tidy = asks = True
 
     def __init__(self, options: ClientOptions):
-        self.loop = Loop()
+        self.loop, self.options, self.reason = Loop(), options, ""
+        self.core, self.link = self.dial(options, self.show, self.over)
+
+    def dial(self, options: ClientOptions, show: Callable, over: Callable) -> tuple:
+        """Return the core and the link for one server; the link is not started yet."""
         state, target = options.state, options.target
         known = KnownServers(state / "servers.json" if state else None)
         logins = Memory(options.config / "logins.json" if options.config else None)
         whose = f"{target} {fold(options.name)}"
         made = logins.read().get(whose)
-        self.core = ClientCore(
+        core = ClientCore(
             options.name,
             self.tidy,
             store=self.open_store(options),
@@ -16164,22 +16195,12 @@ class Client:
             outbox=open_outbox(state / "outbox" if state else None, target, options.name),
         )
         if options.mechanisms:
-            self.core.me.mechanisms = options.mechanisms
-            self.core.me.plain_allowed = "PLAIN" in options.mechanisms
-        self.core.me.generated = bool(made) and options.login is None
-        self.core.me.keep = functools.partial(logins.keep, whose) if options.config else None
-        self.link = Link(
-            self.loop,
-            target,
-            self.core,
-            self.show,
-            self.over,
-            options.trust,
-            known,
-            self.patience,
-            self.asks,
-        )
-        self.reason = ""
+            core.me.mechanisms = options.mechanisms
+            core.me.plain_allowed = "PLAIN" in options.mechanisms
+        core.me.generated = bool(made) and options.login is None
+        core.me.keep = functools.partial(logins.keep, whose) if options.config else None
+        trust, patience = options.trust, self.patience
+        return core, Link(self.loop, target, core, show, over, trust, known, patience, self.asks)
 
     def open_store(self, options: ClientOptions) -> ClientStore | None:
         """Return what keeps what is said; None for a pipe, which shows it once."""
@@ -16189,6 +16210,7 @@ class Client:
         raise NotImplementedError
 
     def over(self, reason: str) -> None:
+        """The end of the link, and of the client."""
         self.reason = self.reason or reason
         self.loop.stop()
 
@@ -16329,14 +16351,28 @@ def with_keys(view: View) -> View:
     return view._replace(text="\n".join([view.text, "", *CLIENT_KEYS]))
 
 
+class Seat(NamedTuple):
+    """What a terminal client has for each of its servers."""
+
+    core: ClientCore
+    link: Link
+    display: Display
+
+
 class TerminalClient(Client):
-    """A terminal and a link: keys to the one, views to the other."""
+    """A terminal and links: keys to the ones, views to the other. One server is looked at;
+    core, link and display are those of that one."""
 
     def __init__(self, options: ClientOptions):
         super().__init__(options)
         self.terminal = RawTerminal()
-        palette = Palette(not os.environ.get("NO_COLOR"))
-        self.display = Display(self.core, palette, *self.terminal.size())
+        self.palette = Palette(not os.environ.get("NO_COLOR"))
+        self.seats: list[Seat] = []
+        self._take_seat(self.core, self.link)
+        first = list(self.seats)
+        self.link.show = functools.partial(self.show_of, first)
+        self.link.over = functools.partial(self.seat_over, first)
+        self.display = first[0].display
         self.decoder = KeyDecoder()
         self.editor = LineEditor(self.complete)
         self.pressed = self.news = True  # there is something to paint: at once, or soon
@@ -16364,6 +16400,9 @@ class TerminalClient(Client):
         atexit.register(self.give_back)
         self.terminal.enter()
         self.tick()
+        for url in json.loads(self.core.store.fact("servers") or "[]"):
+            self.connect(url)
+            self.look_at(self.seats[0])
         self.editor.set(self.writing_in.draft if self.writing_in else "")
         try:
             reason = super().run()
@@ -16378,10 +16417,98 @@ class TerminalClient(Client):
     def ending(self) -> None:
         if self.writing_in and not is_secret(self.editor.text):
             self.writing_in.draft = self.editor.text
+        for seat in self.seats:
+            seat.core.close_store()
+
+    # Servers
+
+    def _take_seat(self, core: ClientCore, link: Link) -> None:
+        display = Display(core, self.palette, *self.terminal.size())
+        self.seats.append(Seat(core, link, display))
+        for seat in self.seats:
+            several = len(self.seats) > 1
+            seat.display.server = str(seat.link.target) if several else ""
+            seat.display.elsewhere = functools.partial(self.rooms_besides, seat)
+
+    def rooms_besides(self, here: Seat) -> list[Room]:
+        """Return the conversations on the other servers."""
+        return [
+            room for seat in self.seats if seat is not here for room in seat.core.rooms.values()
+        ]
+
+    @property
+    def seat(self) -> Seat:
+        return next(seat for seat in self.seats if seat.core is self.core)
+
+    def connect(self, text: str) -> None:
+        """/connect [URL]: another server, beside those that there are; or which there are."""
+        if not text:
+            targets = ", ".join(str(seat.link.target) for seat in self.seats)
+            return self.show([View(NOTE, f"connected to: {targets}; /connect URL adds one")])
+        try:
+            target = parse_target(text)
+            if any(str(seat.link.target) == str(target) for seat in self.seats):
+                raise Unusable(f"{target} is one of this client's servers already")
+            options = self.options._replace(target=target, join=(), password="", login=None)
+            room: list[Seat] = []  # the seat, once there is one
+            core, link = self.dial(
+                options,
+                lambda views: self.show_of(room, views),
+                lambda reason: self.seat_over(room, reason),
+            )
+        except ChatError as error:
+            return self.show([View(NOTE, str(error))])
+        self._take_seat(core, link)
+        room.append(self.seats[-1])
+        link.start()
+        self.keep_servers()
+        return self.look_at(self.seats[-1])
+
+    def keep_servers(self) -> None:
+        """Remember which servers to connect to at the next start."""
+        urls = [url_of(seat.link.target) for seat in self.seats[1:]]
+        self.seats[0].core.store.keep_fact("servers", json.dumps(urls))
+
+    def look_at(self, seat: Seat) -> None:
+        """Look at the conversations on another server."""
+        if seat.core is self.core:
+            return
+        before, self.core.looked_at = self.display, False
+        self.core, self.link, self.display = seat
+        self.core.looked_at = True
+        if self.core.current:
+            self.core.current.unread = self.core.current.called = 0
+        self.display.whole, self.display.seen, self.display.paged = True, None, before.paged
+        self.display.painter.drawn = before.painter.drawn
+        self.was_ready, self.told_why = self.core.ready, False
+        self.change_drafts()
+        self.pressed = self.news = True
+
+    def show_of(self, room: list[Seat], views: list[View]) -> None:
+        """What happens on a server that is perhaps not looked at."""
+        if not room or room[0].core is self.core:
+            return self.show(views)
+        (seat,) = room
+        seat.display.take(views)
+        self.display.bell |= seat.display.bell
+        self.display.notice += seat.display.notice
+        seat.display.bell, seat.display.notice = False, ""
+        self.news = True
+
+    def seat_over(self, room: list[Seat], reason: str) -> None:
+        """The end of one server; of the last one, the end."""
+        (seat,) = room
+        if len(self.seats) == 1:
+            return self.over(reason)
+        seat.core.close_store()
+        if seat.core is self.core:
+            self.look_at(next(one for one in self.seats if one is not seat))
+        self.seats.remove(seat)
+        self.show([View(NOTE, f"{seat.link.target}: {reason or 'left'}")])
 
     def tick(self) -> None:
         """Once a second: the status may say another number now."""
-        self.late = set(self.core.outbox.waiting)
+        self.late = set(self.core.outbox.waiting)  # of the server that is looked at
         self.news = True
         self.loop.call_later(1.0, self.tick)
 
@@ -16427,21 +16554,32 @@ class TerminalClient(Client):
             self.leave(text[len("/quit") :].strip())
         elif command == "/go":
             self.list_rooms()
+        elif text.split(None, 1)[:1] == ["/connect"]:
+            self.connect(text[len("/connect") :].strip())
+        elif command[:4] == "/go " and (number := whole_number(command[4:].strip())):
+            self.go_number(number)
         elif text:
             self.link.typed(text.rstrip() if command else text)
 
+    def places(self) -> list[tuple[Seat, Room]]:
+        """Return all conversations, server by server: their numbers are those of Alt and /go."""
+        return [(seat, room) for seat in self.seats for room in seat.core.rooms.values()]
+
     def list_rooms(self) -> None:
-        """With the numbers that they have for Alt and /go."""
-        rooms = [
-            f"{n} {room.name}" + f" ({room.unread} new)" * bool(room.unread)
-            for n, room in enumerate(self.core.rooms.values(), 1)
-        ]
-        self.show([View(NOTE, ", ".join(rooms) or "there is none; /join #CHANNEL")])
+        """With their numbers."""
+        server, listed = None, []
+        for n, (seat, room) in enumerate(self.places(), 1):
+            new = f" ({room.unread} new)" * bool(room.unread)
+            head = f"{seat.link.target}: " if len(self.seats) > 1 and seat is not server else ""
+            server = seat
+            listed.append(f"{head}{n} {room.name}{new}")
+        self.show([View(NOTE, ", ".join(listed) or "there is none; /join #CHANNEL")])
 
     def leave(self, reason: str = "") -> None:
         """The server hears us out, for as long as that is bearable."""
         self.loop.call_later(STOP_SECONDS, lambda: self.over(""))
-        self.link.leave(at_once=True, reason=reason)
+        for seat in list(self.seats):
+            seat.link.leave(at_once=True, reason=reason)
 
     def interrupt(self) -> None:
         """Ctrl-C: forget the line, which Up brings back; without one ask, and then leave. One
@@ -16463,25 +16601,28 @@ class TerminalClient(Client):
 
     # Where one is
 
-    def go(self, room: Room) -> None:
+    def go(self, place: tuple[Seat, Room]) -> None:
+        seat, room = place
+        self.look_at(seat)
         self.core.go(room)
         self.show(self.core.take_views())
 
     def go_number(self, number: int) -> None:
-        for room in list(self.core.rooms.values())[number - 1 : number]:
-            self.go(room)
+        for place in self.places()[number - 1 : number]:
+            self.go(place)
 
     def go_next(self, step: int = 1) -> None:
-        rooms = list(self.core.rooms.values())
-        if rooms:
-            here = rooms.index(self.core.room) if self.core.room else -1
-            self.go(rooms[(here + step) % len(rooms)])
+        places = self.places()
+        rooms = [room for _, room in places]
+        if places:
+            here = rooms.index(self.core.room) if self.core.room in rooms else -1
+            self.go(places[(here + step) % len(places)])
 
     def go_unread(self) -> None:
         """Where we are called; else where something is new."""
-        rooms = sorted(self.core.rooms.values(), key=lambda room: not room.called)
-        for room in [room for room in rooms if room.unread][:1]:
-            self.go(room)
+        places = sorted(self.places(), key=lambda place: not place[1].called)
+        for place in [place for place in places if place[1].unread][:1]:
+            self.go(place)
 
     # Reading back
 

@@ -7649,6 +7649,22 @@ def test_a_server_that_is_no_chat_is_left_for_good(data, what, kind):
     assert core.cause == chat.FATAL and what in core.refusal
 
 
+def test_what_is_typed_stays_in_the_conversation_where_it_was_begun(running, terminal):
+    server = running()
+    bob, alice = server.guest("bob"), terminal(server.address, "alice")
+    assert alice.shows("#lobby 2 connected", "alice>")
+    alice.type("/query bob\r")
+    assert alice.shows("bob alice>")
+    alice.type("for bob only")
+    alice.type("\x1b1")  # Alt-1
+    assert alice.shows("\u2500\u2500 #lobby 2")
+    assert "for bob only" not in "".join(alice.screen.lines)
+    alice.type("for everybody\r")
+    assert bob.until("for everybody")[-1] == "alice: for everybody"
+    alice.type("\x1b2\r")
+    assert bob.until("for bob only")[-1] == "(private) alice: for bob only"
+
+
 def test_names_without_their_first_character_are_channels_and_no_people():
     rooms = chat.wanted_rooms(["tea", "#milk key", "&local"])
     assert [(room.name, room.password, room.is_channel) for room in rooms.values()] == [
@@ -14895,13 +14911,13 @@ def test_a_server_that_is_killed_five_times_loses_and_doubles_nothing(folder, se
 def test_a_network_that_swallows_everything_is_noticed_and_left(running):
     server = running()
     with Proxy(server.address) as proxy:
-        exactly_once(server.address, proxy.where, 200, proxy.swallow, silent=0.6)
+        exactly_once(server.address, proxy.where, 2 * LINES_SAID, proxy.swallow, silent=0.6)
 
 
 def test_a_slow_line_with_a_long_delay_carries_everything(running):
     server = running()
     with Proxy(server.address, latency=0.05, rate=20_000) as proxy:
-        exactly_once(server.address, proxy.where, 10)
+        exactly_once(server.address, proxy.where, 1000 if RUNS else 10)
 
 
 def test_what_waits_when_a_client_is_killed_is_said_by_the_next_one(running, folder):
@@ -14913,10 +14929,10 @@ def test_what_waits_when_a_client_is_killed_is_said_by_the_next_one(running, fol
             alice.stdin.flush()
             witness.until(":before")
             proxy.swallow()
-            alice.stdin.write("".join(f"{line}\n" for line in numbered(100)).encode())
+            alice.stdin.write("".join(f"{line}\n" for line in numbered(LINES_SAID)).encode())
             alice.stdin.flush()
             (path,) = (folder / "chat.py" / "client" / "outbox").iterdir()
-            while "line 99" not in path.read_text():
+            while f"line {LINES_SAID - 1}" not in path.read_text():
                 assert alice.poll() is None
             alice.kill()
             alice.wait(PATIENCE)
@@ -14924,8 +14940,8 @@ def test_what_waits_when_a_client_is_killed_is_said_by_the_next_one(running, fol
             again.stdin.close()
             assert again.wait(PATIENCE) == 0
     assert "line" not in path.read_text()
-    said, _ = witness.heard("line 99")
-    assert said == numbered(100)
+    said, _ = witness.heard(f"line {LINES_SAID - 1}")
+    assert said == numbered(LINES_SAID)
     witness.close()
 
 
@@ -15340,7 +15356,7 @@ def test_other_conversations_are_told_of_if_there_is_something_new_who_calls_us_
     rooms = [chat.Room(name) for name in ("#here", "#quiet", "#rust", "bob", "#" + "x" * 60)]
     for room, unread, called in zip(rooms, (5, 0, 3, 1, 2), (1, 0, 0, 1, 0), strict=True):
         room.unread, room.called = unread, called
-    texts = [text for text, _ in chat.room_marks(rooms, "#here")]
+    texts = [text for text, _ in chat.room_marks(rooms, rooms[0])]
     assert texts == ["bob:1!", "#rust:3", "#" + "x" * 18 + "\u2026:2"]
 
 
@@ -15849,6 +15865,31 @@ def test_a_cut_line_is_told_once_counted_down_and_nothing_typed_is_lost(terminal
         assert bob.until("alice: said meanwhile") and again.shows("alice: said meanwhile")
         bob.close()
         p.kill()
+
+
+def test_one_terminal_talks_on_two_servers_and_does_so_again_at_the_next_start(
+    running, terminal, folder
+):
+    here, there = running(), running()
+    bob, carol = here.guest("bob"), there.guest("carol")
+    alice = terminal(here.address, "alice", state=folder)
+    assert alice.shows("you are alice", "alice>")
+    alice.type(f"/connect irc://{chat.address_text(*there.address)}\r")
+    assert alice.shows("#lobby on", "you are alice")
+    alice.type("hello there\r")
+    assert carol.until("alice: hello there")
+    bob.send("alice: and here?\n")
+    assert alice.shows("#lobby:1!")
+    alice.type("/go 1\r")
+    assert alice.shows("bob: alice: and here?")
+    alice.type("yes\r/go\r")
+    assert bob.until("alice: yes") and alice.shows("1 #lobby, ", ": 2 #lobby")
+    alice.type("/quit\r")
+    assert alice.process.wait(PATIENCE) == 0
+    again = terminal(here.address, "alice", state=folder)
+    assert carol.until("alice") and again.shows("alice: yes")
+    carol.send("welcome back\n")
+    assert again.shows("#lobby:1")
 
 
 def test_a_stopped_client_gives_the_terminal_back_until_it_goes_on(running, terminal):
