@@ -11178,8 +11178,7 @@ class ClientCore:
         self.progress = 0  # how often a message was acknowledged or a missing page came
         self.acknowledged = False  # something was, over this connection
         self.page_lines = PAGE_LINES  # of missed messages at once: less after a break
-        self.newest = 0  # time of the newest thing heard of, in milliseconds ...
-        self.newest_id = ""  # ... and the id of the newest message
+        self.newest, self.newest_id = 0, ""  # time (ms) and id of the newest that was heard of
         self.began = 0  # time of the first welcome
         self.rooms = wanted_rooms(join)
         if store:
@@ -14925,7 +14924,7 @@ SEQUENCE = re.compile(
     r"|\x1bO[ -~]"  # SS3
     r"|\x1b[\]P_^X][^\x07\x1b]*(?:\x07|\x1b\\)"  # OSC, DCS, APC ...: answers of a terminal
     r"|\x1b[^\[O\]P_^X\x1b]"  # Alt and a key
-    r"|\x1b(?=\x1b\x1b|\x1b[^\[O])"  # ESC, and then another one
+    r"|\x1b(?=\x1b.)"  # ESC, and then a sequence of its own
 )
 STRING_BEGINS = ("\x1b]", "\x1bP", "\x1b_", "\x1b^", "\x1bX")  # of such answers
 STRING_MOST = 4096  # characters of one: what is longer is none
@@ -14969,8 +14968,8 @@ class KeyDecoder:
         if self.rest.startswith(STRING_BEGINS) and len(self.rest) < STRING_MOST:
             return []  # the answer of a terminal, likewise
         text, self.rest = self.rest, ""
-        if text == "\x1b":
-            self.escaped = now
+        if text and not text.strip("\x1b"):  # ESC, or ESC ESC
+            text, self.escaped = "\x1b", now
         return [Key(KEY_NAMES.get(text, ""))] if text in KEY_NAMES else []
 
     def end_paste(self) -> list[Key]:

@@ -8035,6 +8035,32 @@ def test_a_client_that_was_stopped_does_not_take_the_server_for_dead():
     assert dropped and dropped[0].startswith("no answer for")
 
 
+WRONG_CERTIFICATES = [
+    ("self-signed certificate (_ssl.c:1006)", "is not signed by an authority"),
+    ("unable to get local issuer certificate (_ssl.c:1006)", "is not signed by an authority"),
+    ("certificate has expired (_ssl.c:1006)", "has expired"),
+    ("Hostname mismatch, certificate is not valid for 'x'. (_ssl.c:1006)", "is for another host"),
+    ("IP address mismatch, certificate is not valid for '127.0.0.1'.", "is for another host"),
+]
+
+
+@pytest.mark.parametrize("words, why", WRONG_CERTIFICATES)
+def test_what_is_wrong_with_a_certificate_is_said(words, why):
+    assert chat.why_not_trusted(f"[SSL] {chat.NOT_SIGNED}: {words}").startswith(why)
+
+
+def test_a_pinned_certificate_may_be_replaced_by_one_that_is_signed(running, certificate, folder):
+    server = running(tls_cert=certificate)
+    target = chat.parse_target(f"ircs://localhost:{server.address[1]}")
+    known = chat.KnownServers(folder / "servers.json")
+    known.remember(target, pin="00" * 32)
+    alice = Linked(target, known, trust=chat.Trust(ca=certificate))
+    alice.until(lambda: alice.core.ready)
+    assert alice.noted("has a new certificate, signed by a trusted authority")
+    assert known.pin(target) is None
+    alice.close()
+
+
 def test_a_policy_for_tls_is_kept_as_long_as_the_server_said(tmp_path):
     known = chat.KnownServers(tmp_path / "servers.json")
     known.remember_policy("irc.example", 6697, time.time() + 60)
@@ -8051,14 +8077,21 @@ def test_a_policy_for_tls_is_kept_as_long_as_the_server_said(tmp_path):
 # The terminal
 
 
-WIDTHS = [  # as tmux shows them
-    ("नमस्ते", 5),  # न म स् ते: two letters with marks of their own
+WIDTHS_IN_TMUX = [  # as tmux 3.3 with glibc 2.36 has it
+    ("नमस्ते", 4),
     ("தமிழ்", 4),
+    ("क्षि", 3),
+    ("কি", 2),
+    ("မြန်မာ", 5),
     ("\u1112\u1161\u11ab", 2),  # Hangul of three conjoining parts
     ("a\xadb", 3),
-    ("\U0001fae8", 2),
     ("한글", 4),
 ]
+
+
+@pytest.mark.parametrize("text, columns", WIDTHS_IN_TMUX)
+def test_text_is_as_wide_as_terminals_show_it(text, columns):
+    assert chat.width(text) == columns
 
 
 @pytest.mark.parametrize(
@@ -8079,6 +8112,20 @@ def test_an_escape_sequence_that_is_slow_is_still_one_key():
     decoder.feed(b"\x1b", 1.0)
     decoder.flush(1.2)
     assert decoder.feed(b"[A", 2.0) == [chat.Key("text", "[A")]
+
+
+@pytest.mark.parametrize(
+    "data, keys",
+    [
+        (b"\x1b\x1b", ["escape"]),
+        (b"\x1b\x1b[A", ["escape", "up"]),
+        (b"\x1b\x1bn", ["escape", "room-next"]),
+    ],
+)
+def test_an_escape_before_a_sequence_is_a_key_of_its_own(data, keys):
+    decoder = chat.KeyDecoder()
+    found = decoder.feed(data) + decoder.flush()
+    assert [key.name for key in found] == keys
 
 
 def test_a_paste_whose_end_is_lost_is_taken_after_a_while():
