@@ -11360,7 +11360,7 @@ class ClientCore:
             self.give_up("this port wants TLS: write ircs://HOST:PORT")
             return self.take_views()
         self.inbox.feed(data)
-        while (raw := self.inbox.take()) is not None:
+        while self.cause != FATAL and (raw := self.inbox.take()) is not None:
             if raw == TOO_LONG:
                 self.show(View(NOTE, "the server sent a line too long to be shown"))
                 continue
