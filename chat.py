@@ -261,6 +261,7 @@ HISTORY_LINES = 20  # /history without a number: a screen
 HISTORY_LINES_MOST = 500
 PAGE_LINES = 100  # that our clients ask for at once
 PAGE_SECONDS = 15.0  # that a page may take, before what waits for it is shown
+DOUBTED_AHEAD = 8  # the same where a break leaves it open whether they arrived
 SENT_AHEAD = 32  # messages of ours under way: what is sent again after a break, at most
 STORED_LINES = 200  # of a conversation, that a client shows at its start
 CLIENT_ROWS_WAITING = 10_000  # to be written to a store that is locked
@@ -9258,7 +9259,8 @@ class Outbox:
         self.secret = secret or secrets.token_hex(SECRET_DIGITS // 2)
         self.waiting = {one.id: one for one in waiting}
         self.in_flight: dict[str, None] = {}  # sent over the present connection
-        self.window = 1  # how many may be: doubled with each round trip, one after a break
+        self.window = 1  # how many may be: doubled with each round trip, one after a break ...
+        self.most = SENT_AHEAD  # ... and at most so many
         self.unconfirmed: set[str] = set()  # sent over an earlier one; history will tell
         self.parked: dict[str, str] = {}  # for the user to decide: /retry, /cancel; and why
 
@@ -9291,7 +9293,7 @@ class Outbox:
         """Take out a message that arrived, or is not to be sent again."""
         if id in self.in_flight:
             del self.in_flight[id]
-            self.window = min(SENT_AHEAD, self.window + 1)
+            self.window = min(self.most, self.window + 1)
         self.unconfirmed.discard(id)
         self.parked.pop(id, None)
         one = self.waiting.pop(id, None)
@@ -10458,6 +10460,7 @@ def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
 def welcomed(talk: IrcTalk, heard: Heard) -> None:
     core, talk.ready = talk.core, True
     core.sure, core.name = True, heard.params[0]
+    core.outbox.most = SENT_AHEAD if talk.server.echoes else DOUBTED_AHEAD
     pace = NO_PACE if talk.server.ours else (PACE_BURST, PACE_RATE)
     talk.budget = Budget(*pace, core.ticks())
     core.regain_at = core.ticks() + REGAIN_SECONDS

@@ -289,8 +289,14 @@ class Engine(chat.Client):
 
     # In the engine's own thread
 
+    def show_kept(self) -> None:
+        """Show what the store has of earlier runs: one transcript for all conversations."""
+        kept = [view for room in self.core.rooms.values() for view in room.views]
+        self.show(sorted(kept, key=lambda view: view.time or 0))
+
     def _work(self) -> None:
         try:
+            self.show_kept()
             self.run()
         except Exception as error:
             log.exception("a bug, please report it")

@@ -7897,6 +7897,19 @@ def test_a_client_reads_back_and_searches_in_all_that_it_has_kept():
     assert store.find("", 100) == store.find('"', 100) == store.find("absent", 100) == []
 
 
+def test_the_window_begins_with_what_was_kept(folder):
+    options = chat.ClientOptions("alice", chat.parse_target("127.0.0.1:1"), state=folder)
+    store = chat.open_client_store(options)
+    store.keep_room("#a", chat.Room("#a"))
+    for n in range(3):
+        store.add("#a", chat.View(chat.SAID, f"{n}", "bob", "#a", n, id=f"m{n}"))
+    store.flush()
+    engine = gui_client.Engine(options, lambda: None)
+    engine.show_kept()
+    assert [engine.views.get_nowait().text for _ in range(3)] == ["0", "1", "2"]
+    engine.loop.close()
+
+
 def test_words_that_were_taken_back_are_not_in_the_store_any_more(tmp_path):
     db = chat.open_client_database(str(tmp_path / "client.db"))
     store = chat.ClientStore(db, "here", "alice")
