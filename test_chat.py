@@ -8220,15 +8220,12 @@ def test_standard_output_that_does_not_block_loses_nothing(running):
         for n in range(2000):
             bob.send(f"{n} {'x' * 100}\n")
         bob.send("the end\n")
-        with os.fdopen(reader, "rb") as output:
-            lines = []
-            for line in output:
-                lines.append(line.decode().rstrip())
-                if line.endswith(b"the end\n"):
-                    break
+        output = os.fdopen(reader, "rb")
+        lines = [line.decode().rstrip() for line in iter(output.readline, b"> bob: the end\n")]
         client.stdin.close()
+    output.close()
     said = [line.split(": ", 1)[1] for line in lines if ": " in line]
-    assert said == [*(f"{n} {'x' * 100}" for n in range(2000)), "the end"]
+    assert said == [f"{n} {'x' * 100}" for n in range(2000)]
 
 
 @pytest.mark.parametrize("home", ["", "/proc/none"])
@@ -13687,23 +13684,22 @@ def a_full_device():
 def test_a_log_that_cannot_be_written_does_not_stop_the_server(open_log):
     reading, writing = open_log()
     options = ("--data", "none", "--log", "debug", "--flood", "off")
-    try:
-        with serving(*options, stderr=writing) as (process, address):
-            guest = Visitor(address)
-            guest.enter_irc("alice")
-            guest.sock.settimeout(3)
-            for n in range(200):
-                other = Visitor(address)
-                other.send("GET / HTTP/1.1\r\n\r\n")
-                other.rest()
-                other.close()
-                if n % 20 == 0:
-                    guest.ask()
-            guest.ask()
-            terminate(process)
-    finally:
+    with contextlib.ExitStack() as stack:
         for fd in filter(None, (reading, writing)):
-            os.close(fd)
+            stack.callback(os.close, fd)
+        process, address = stack.enter_context(serving(*options, stderr=writing))
+        guest = Visitor(address)
+        guest.enter_irc("alice")
+        guest.sock.settimeout(3)
+        for n in range(200):
+            other = Visitor(address)
+            other.send("GET / HTTP/1.1\r\n\r\n")
+            other.rest()
+            other.close()
+            if n % 20 == 0:
+                guest.ask()
+        guest.ask()
+        terminate(process)
 
 
 # Also: count what is dropped: what is logged and what is said to be dropped is
@@ -13730,11 +13726,11 @@ def test_lines_that_the_log_had_to_drop_are_counted():
         process, address = stack.enter_context(serving("--data", "none", stderr=writing))
         os.close(writing)
         for _ in range(1500):
-            with socket.create_connection(address, 3) as other:
-                ports.add(str(other.getsockname()[1]))
-                other.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")  # TLS: one line
-                with contextlib.suppress(ConnectionResetError):
-                    assert other.recv(1000) == b""
+            other = Visitor(address)
+            ports.add(str(other.sock.getsockname()[1]))
+            other.sock.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")  # TLS: one line
+            assert other.rest() == b""
+            other.close()
         os.set_blocking(reading, False)
         assert eventually(accounted_for, 3), found[-300:]
         terminate(process)
