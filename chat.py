@@ -113,7 +113,7 @@ from typing import Any, NamedTuple
 # ======================================================================================
 # LIMITS
 # ======================================================================================
-# Every number that somebody may want to change, with its unit and the reason for it.
+# Every number that you may want to change, with its unit and the reason for it.
 # A refusal always names the limit it enforces and says what to do.
 
 VERSION = "0.3"
@@ -130,7 +130,7 @@ NAME_BYTES = 64  # ... and as the wire does; room for 16 characters outside the 
 NAMES_COUNTED = 100  # alice2 to alice99; after that any number will do
 CHANNEL_BYTES = 64  # as for names
 TOPIC_BYTES = 300  # fits an IRC line beside the longest mask and channel ...
-REASON_BYTES = 200  # ... and this, why somebody is away, kicked or gone, beside two names more
+REASON_BYTES = 200  # ... and this, why a user is away, kicked or gone, beside two names more
 USERNAME_BYTES = 20
 REALNAME_BYTES = 128
 CHANNEL_PASSWORD_BYTES = 32
@@ -146,7 +146,7 @@ DEDUP_IN_MEMORY = 100_000  # ... for so many: 20 MB
 NOT_STORED_MS = 3600 * 1000  # that the id of a message is known which could not be stored
 DEDUP_SWEPT = 500  # looked through at a time ...
 SWEEP_SECONDS = 3600.0  # ... and from when to when
-MASKS_A_LIST = 60  # bans of one channel: each is looked at when somebody joins or speaks
+MASKS_A_LIST = 60  # bans of one channel: each is looked at when a user joins or speaks
 MASK_BYTES = 200
 MODES_BYTES = 300  # of one change of modes: as for topics
 MODES_AT_ONCE = 100  # signs and letters of one command; the rest is not looked at ...
@@ -204,7 +204,7 @@ ABSENT_MOST = 1000  # ... but not more of them (of one address: PER_ADDRESS): th
 
 LINES_SPLIT = 2048  # bytes made into lines at a time: well below any limit of a line
 READ_BYTES = 64 * 1024  # taken from one connection in one turn
-LINES_A_TURN = 256  # acted on for one connection in one turn, so that nobody waits for a flood
+LINES_A_TURN = 256  # acted on for one connection in one turn, so that no user waits for a flood
 BACKLOG = 1024  # connections the kernel keeps for us meanwhile
 ACCEPTS_A_TURN = 128  # connections taken in one turn, likewise
 SEND_BYTES = 64 * 1024  # small chunks are joined up to this for one send
@@ -282,7 +282,7 @@ TYPED_MOST = 256 * 1024  # characters that the line editor takes: a long paste
 LASTLOG_MOST = 100  # messages that /lastlog shows
 VIEWS_KEPT = 2000  # of a conversation, by our clients; more is in the server's history
 IDS_KEPT = 10_000  # of messages, to tell a repeat
-ROOMS_KEPT = 200  # conversations; a private one that nobody looks at gives way to the next
+ROOMS_KEPT = 200  # conversations; a private one that is not looked at gives way to the next
 TOKENS_KEPT = 500  # capabilities, and tokens of 005, that a server may have
 BATCH_LINES = 2000  # of what a server says at once ...
 BATCHES = 20  # ... and so many that it has not ended
@@ -308,7 +308,7 @@ CONNECT_SECONDS = 10.0  # to one address, and as much again for the TLS handshak
 BACKOFF_FIRST = 0.5  # seconds before the first attempt to reconnect
 BACKOFF_MOST = 30.0
 DISMISSED_SECONDS = 2.0  # that a server has to hang up in after it said ERROR
-ONLINE_SECONDS = 30.0  # after which a connection is one: the next back-off begins anew
+ONLINE_SECONDS = 30.0  # after which a connection is one: the next back-off begins from the first
 NEXT_ADDRESS_SECONDS = 0.25  # until the next address is tried, too (RFC 8305 section 5)
 RETRY_SECONDS = 60.0  # that a filter looks for a server it has lost
 WATCH_SECONDS = 1.0  # between two looks whether the server is still there ...
@@ -353,8 +353,8 @@ KICK, MODE, PASSWORD = "kick", "mode", "password"  # PASSWORD: the mode k
 RENAME = "rename"  # of a channel: about is the name it had
 INVITE, INVITED, AWAY, WALLOPS = "invite", "invited", "away", "wallops"
 REALNAME, ACCOUNT = "realname", "account"
-HOST = "host"  # somebody is connected from elsewhere: about is the username
-TAGS = "tags"  # a message that has nothing but tags: somebody is typing, or likes another
+HOST = "host"  # a user is connected from elsewhere: about is the username
+TAGS = "tags"  # a message that has nothing but tags: a user is typing, or likes another
 REDACT = "redact"  # a message is taken back: the text is its msgid, and " :reason"
 USER_MODE, METADATA = "user mode", "metadata"  # METADATA: about is the key
 ENTERED = "entered"  # another session of the user joined a channel
@@ -362,7 +362,7 @@ RENAMED = "renamed"  # a channel has another name, and about is the old one
 READ_ON = "read"  # another session of the user read on
 ONLINE, OFFLINE = "online", "offline"  # of a user whom the session monitors
 KILLED, REPLACED = "killed", "replaced"  # the session ends with that
-SOFT_BREAK = "\0"  # in a text: a client sent its line in two pieces here; nobody can type it
+SOFT_BREAK = "\0"  # in a text: a client sent its line in two pieces here; it cannot be typed
 SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
 # Kinds that each session renders for itself, see Session.hear()
 PERSONAL = frozenset((ENTERED, RENAMED, READ_ON, ONLINE, OFFLINE, METADATA, KILLED, REPLACED))
@@ -376,7 +376,7 @@ REPLAYABLE = (*SPOKEN, TAGS, JOIN, PART, QUIT, KICK, NICK, MODE, TOPIC)  # and t
 
 
 class Source(NamedTuple):
-    """Who did something, as they were called at that moment."""
+    """A user or server that did something, under its name of that moment."""
 
     name: str
     address: str  # HOST:PORT; an IPv6 host in brackets
@@ -447,11 +447,11 @@ class MessageIds:
 
 
 class ChatError(Exception):
-    """What this program raises on purpose. The text is a sentence for a person."""
+    """The errors that this program raises on purpose. The text is a sentence for a user."""
 
 
 class Refused(ChatError):
-    """A peer asked for what cannot be done; the gate tells that peer, nobody else notices."""
+    """A peer asked for what cannot be done; the gate tells that peer and no other."""
 
     def __init__(self, code: str, text: str, *about: str):
         super().__init__(text)
@@ -545,7 +545,7 @@ class LineBuffer:
 
     @property
     def pending(self) -> bool:
-        """Whether take() would return a line."""
+        """Return whether take() would return a line."""
         rest = len(self.buffer) - self.start
         if self.lines or (rest and self.buffer.find(b"\n", self.searched) >= 0):
             return True
@@ -590,7 +590,7 @@ BLANKS = frozenset("\u2800\ufffc\U00016fe4\U00013441\U00013442\U0001d159")
 
 
 def is_solid(c: str) -> bool:
-    """Whether a character shows something: no control, format, unassigned or ignorable one,
+    """Return whether a character shows something: no control, format, unassigned or ignorable one,
     no separator and no blank."""
     if c.isascii():
         return "!" <= c <= "~"
@@ -628,7 +628,7 @@ LOOKALIKES = (
 
 
 def skeleton(name: str) -> str:
-    """What `name` looks like: names with the same skeleton can be taken for each other.
+    """Return what `name` looks like: names with one skeleton can be taken for each other.
 
     Compare names as shown, not folded ones. Marks count (bob is not bób), except that a dot
     above i or j adds nothing to see. Distinct ASCII names differ here unless only in case.
@@ -643,12 +643,12 @@ def skeleton(name: str) -> str:
 
 
 def is_visible(text: str) -> bool:
-    """Whether there is more to see than marks on nothing."""
+    """Return whether there is more to see than marks on nothing."""
     return any(is_solid(c) and unicodedata.category(c)[0] != "M" for c in text)
 
 
 def is_word(text: str, limit: int) -> bool:
-    """Whether `text` can stand between others in a line of IRC, and has at most `limit` bytes."""
+    """Return whether `text` is one word of a line of IRC, of at most `limit` bytes."""
     solid = text and text[0] != ":" and all(map(is_solid, text))
     return bool(solid) and len(text.encode()) <= limit
 
@@ -758,7 +758,7 @@ def wrapped(words: Iterable[str], room: int, between: str = " ") -> Iterator[str
 
 @functools.lru_cache(1000)
 def mask_pattern(mask: str) -> re.Pattern:
-    """What fullmatch()es the folded texts that `mask` means: * is anything, ? is any one.
+    """Return the pattern of the folded texts that `mask` means: * is anything, ? any one.
 
     An atomic group, (?>...), never gives back what it took. So each piece between two stars
     is found once, where it comes first, and no number of stars makes this slow: the time is
@@ -835,7 +835,7 @@ def counted(number: int, noun: str) -> str:
 
 
 class SendQueue:
-    """What waits to be sent to one receiver, in order."""
+    """The bytes that wait to be sent to one receiver, in order."""
 
     __slots__ = ("chunks", "offset", "size")
 
@@ -849,7 +849,7 @@ class SendQueue:
         self.size += len(data)
 
     def head(self) -> bytes | memoryview:
-        """What the next send may take: one large chunk, or small ones joined."""
+        """Return what the next send may take: one large chunk, or small ones joined."""
         first = self.chunks[0]
         if self.offset:
             return memoryview(first)[self.offset :]
@@ -972,7 +972,7 @@ class Budget:
 
 
 class Command(NamedTuple):
-    """What the gate has to know of a command before it may run."""
+    """A command, and what the gate has to know of it before it may run."""
 
     verb: str
     handler: Callable
@@ -1045,7 +1045,7 @@ class Commands(dict[str, Command]):
 # ======================================================================================
 # ACCOUNTS
 # ======================================================================================
-# Secrets, and how somebody proves to know one (SASL, RFC 4422). A mechanism is a generator
+# Secrets, and how a client proves to know one (SASL, RFC 4422). A mechanism is a generator
 # of what the server says; what the client answers is sent into it. What takes long is
 # yielded as a function to be called off the loop. It returns the account's name at the
 # end, or raises Refused.
@@ -1069,7 +1069,7 @@ def scram_keys(password: str, salt: bytes, rounds: int) -> tuple[bytes, bytes]:
 
 
 class Verifier(NamedTuple):
-    """What is kept of a password (RFC 5802 section 3): it can be checked and not read back."""
+    """A stored password (RFC 5802 section 3): it can be checked and not read back."""
 
     salt: bytes
     rounds: int
@@ -1083,7 +1083,7 @@ class Verifier(NamedTuple):
 
 
 def make_verifier(password: str, rounds: int = ACCOUNT_ROUNDS) -> Verifier:
-    """Of a new password, with a salt of its own. Takes as long as the rounds do."""
+    """Make one for a new password, with a salt of its own. Takes as long as the rounds do."""
     salt = secrets.token_bytes(16)
     return Verifier(salt, rounds, *scram_keys(password, salt, rounds))
 
@@ -1228,7 +1228,7 @@ class Exchange:
         self.received = ""
 
     def feed(self, chunk: str) -> bytes | None:
-        """What the client said, once it is whole: a chunk of 400 bytes is not the last one."""
+        """Return what the client said, once it is whole: a chunk of 400 bytes is not the last."""
         self.received += "" if chunk == "+" else chunk
         if len(self.received) > SASL_BYTES:
             raise wrong_login()
@@ -1242,7 +1242,7 @@ class Exchange:
 
     @staticmethod
     def chunks(data: bytes) -> list[str]:
-        """What the server says, in as many lines as it takes."""
+        """Yield what the server says, in as many lines as it takes."""
         text = base64.b64encode(data).decode()
         pieces = [text[n : n + SASL_CHUNK] for n in range(0, len(text), SASL_CHUNK)]
         return pieces if len(text) % SASL_CHUNK else [*pieces, "+"]
@@ -1341,7 +1341,7 @@ class Throttle:
 
 
 class Connected(typing.Protocol):
-    """What a session may ask of its connection."""
+    """The part of a connection that its session may use."""
 
     address: str  # HOST:PORT
     limit_key: str  # the address as limits count it, see address_key()
@@ -1385,7 +1385,7 @@ class ActStore(typing.Protocol):
 
 
 class ServerCalls(typing.Protocol):
-    """What a session may ask of the server that runs it."""
+    """The part of the server that its sessions may use."""
 
     motd: list[str]
     tls_port: int
@@ -1400,7 +1400,7 @@ class ServerCalls(typing.Protocol):
 
 
 class Site:
-    """What all sessions of one server share."""
+    """The things that all sessions of one server share."""
 
     def __init__(
         self,
@@ -1547,12 +1547,12 @@ class User:
 
     @property
     def is_operator(self) -> bool:
-        """Whether a session of this user operates the server."""
+        """Return whether a session of this user operates the server."""
         return any(session.operator for session in self.live)
 
     @property
     def may_return(self) -> bool:
-        """Whether this user could prove to be the same after a break."""
+        """Return whether this user could prove to be the same after a break."""
         return bool(self.login or self.tokens)
 
     def state(self) -> dict[str, Any]:
@@ -1582,7 +1582,7 @@ class User:
 
 
 class FormerUser(NamedTuple):
-    """What WHOWAS knows of a user."""
+    """A user who has left, as WHOWAS tells it."""
 
     source: Source
     realname: str
@@ -1716,8 +1716,8 @@ class ServerBan(NamedTuple):
 
 
 class ChannelPassword(NamedTuple):
-    """What IRC calls the key. The store has a salted hash of it: one round, because all its
-    members know and tell each other such a word; it protects no account."""
+    """The password of a channel, which IRC calls the key. The store has a salted hash of it: one
+    round, because all members know and tell each other such a word; it protects no account."""
 
     salt: str
     digest: str
@@ -1917,7 +1917,7 @@ class Channel:
         raise Refused("CANNOT_SEND", text, self.name)
 
     def banned(self, user: User, speaking: bool = False) -> bool:
-        """Whether a user may not join; with `speaking`, also whether a mute applies."""
+        """Return whether a user may not join; with `speaking`, also whether a mute applies."""
 
         def listed(letter: str) -> bool:
             masks = self.lists[letter].values()
@@ -1949,7 +1949,7 @@ class Channel:
         return sum(map(len, self.lists.values()))
 
     def visible_to(self, user: User) -> bool:
-        """Whether LIST shows it; a channel without members is not one to join."""
+        """Return whether LIST shows it; a channel without members is not one to join."""
         return bool(self.members) and "s" not in self.flags or user in self.members
 
     def uninvite(self, user: User) -> None:
@@ -2231,7 +2231,7 @@ class LocalSession(Session):
         return self.wire.own(event, line)
 
     def turn_over(self) -> None:
-        """What was said in this turn has been sent."""
+        """Forget the replies of this turn: they have been sent."""
         self.replies, self.replied = [], 0
 
     # The end
@@ -2263,7 +2263,7 @@ def attempt_line(encode: Callable[[], bytes], report: Callable) -> bytes:
 
 
 class Group:
-    """What one audience was told in a turn: encoded once a wire, joined once."""
+    """The events of one audience in a turn: encoded once a wire, joined once."""
 
     def __init__(self, audience: Audience):
         self.audience = audience
@@ -2606,7 +2606,7 @@ class Accounts(dict[str, Account]):
         return [mark for mark, key in self.certificates.items() if key == fold(name)]
 
     def is_foreign(self, name: str, account: str) -> bool:
-        """Whether a name belongs to another account or to a service, or looks as if."""
+        """Return whether a name belongs to another account or to a service, or looks as if."""
         key = fold(name)
         if key in SERVICES or (key in self and key != fold(account)):
             return True
@@ -2627,12 +2627,12 @@ class Accounts(dict[str, Account]):
         return (account.name, account.verifier) if account else (name, decoy_verifier(name))
 
     def identity(self, name: str) -> str:
-        """Of an account; "" if there is none."""
+        """Return the identity of an account; "" if there is none."""
         account = self.get(fold(name))
         return account.identity if account else ""
 
     def is_proof(self, name: str, proof: str) -> bool:
-        """Whether that still logs in: the revision of the password, or a certificate."""
+        """Return whether that still logs in: the revision of the password, or a certificate."""
         account = self.get(fold(name))
         if account is None:
             return False
@@ -2694,7 +2694,7 @@ ACTS: dict[str, Callable] = {}
 
 
 class Hub:
-    """Who is here. Acts change it; what others can see of that passes through emit()."""
+    """All users, channels and accounts. Acts change it; what others can see goes through emit()."""
 
     def __init__(self, last_id: int = 0, ids: MessageIds | None = None, name: str = SERVER_NAME):
         self.ids = ids or MessageIds()
@@ -2817,7 +2817,7 @@ class Hub:
     def find_user(self, name: str) -> User:
         user = self.users.get(fold(name))
         if user is None:
-            raise Refused("NO_SUCH_NAME", f"nobody here is called {harmless(name)}", name)
+            raise Refused("NO_SUCH_NAME", f"no user here is called {harmless(name)}", name)
         return user
 
     def find_channel(self, name: str) -> Channel:
@@ -2891,7 +2891,7 @@ class Hub:
         return any(one.name == "redact" and one.values[-1] == id for one in self.turn.records)
 
     def has_history(self, key: str) -> bool:
-        """Whether anything can be read under a channel's key once this turn is stored."""
+        """Return whether anything can be read under a channel's key once this turn is stored."""
         foundings, records = self.store.foundings(key), iter(self.turn.records)
         record = next(records, None)
         for n, event in enumerate([*self.turn.events, None]):
@@ -3039,7 +3039,7 @@ def rename_user(hub: Hub, who: Session, wanted: str, exact: bool, dice: int) -> 
 
 
 class Entered(NamedTuple):
-    """What became of a registration."""
+    """The result of a registration."""
 
     attached: bool  # to a user who was here
     resumed: bool  # by the session's token
@@ -3726,7 +3726,7 @@ def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -
 
 
 class Sent(NamedTuple):
-    """What became of a message."""
+    """The result of sending a message."""
 
     repeat: int | None = None  # the id of the event that the same message was before
     away: User | None = None  # its receiver, who is away
@@ -4074,7 +4074,7 @@ SERVER_PASSWORD, OPERATOR_PASSWORD = "*pass", "*oper"  # subjects of the throttl
 
 
 def check_server_password(session: LocalSession, given: str) -> bool:
-    """Whether the server's password is right, or none is needed. Raises Refused where too
+    """Return whether the server's password is right, or none is needed. Raises Refused where too
     many wrong ones came from this address."""
     site = session.site
     if site.password is None:
@@ -4333,7 +4333,7 @@ MIGRATIONS = (
     ALTER TABLE accounts ADD COLUMN number INTEGER NOT NULL DEFAULT 0;
     CREATE INDEX targets_one ON targets (one);
     CREATE INDEX targets_other ON targets (other);
-    CREATE TABLE markers (          -- how far somebody has read
+    CREATE TABLE markers (          -- how far a user has read
         owner TEXT NOT NULL,        -- User.identity
         target TEXT NOT NULL,       -- a channel's key, or that of a name
         time INTEGER NOT NULL,
@@ -4547,7 +4547,7 @@ EVENT_TYPES = [int, int, *[str] * 8]
 
 
 def is_sound(row: tuple) -> bool:
-    """Whether a row has the types that event_of() takes: SQLite would store anything."""
+    """Return whether a row has the types that event_of() takes: SQLite would store anything."""
     return list(map(type, row)) == EVENT_TYPES
 
 
@@ -4586,7 +4586,7 @@ class Span(NamedTuple):
 
     @property
     def by_time(self) -> bool:
-        """Whether a mark is a time: then the nearest messages are those nearest in time."""
+        """Return whether a mark is a time: then the nearest messages are those nearest in time."""
         return any(mark and mark.id is None for mark in (self.after, self.before))
 
     def where(self) -> tuple[str, list]:
@@ -5133,7 +5133,7 @@ class Store:
         return []
 
     def _seal(self, key: str, founding: int) -> list[int]:
-        """What was said there is not to be read any more; the next start deletes it."""
+        """Close the history of this founding: the next start deletes it."""
         update = "UPDATE targets SET key = '~' || id WHERE key = ? AND founding = ?"
         self.db.execute(update, [key, founding])
         self.targets.pop((key, founding), None)
@@ -5198,7 +5198,7 @@ class Store:
     # Reading at the start
 
     def changed_elsewhere(self) -> bool:
-        """Whether another process has written to the database since this was asked last."""
+        """Return whether another process has written to the database since this was asked last."""
         version = self.db.execute("PRAGMA data_version").fetchone()[0]
         before, self.version = self.version, version
         return version != before
@@ -5502,7 +5502,7 @@ RPL_NOTOPIC = "331 {} :No topic is set"
 RPL_TOPIC = "332 {} :{}"
 RPL_TOPICWHOTIME = "333 {} {} {}"
 RPL_WHOISBOT = "335 {} :is a bot"
-RPL_INVITELIST = "336 {}"  # the invitations that somebody has; 346 is a channel's +I
+RPL_INVITELIST = "336 {}"  # the invitations that a user has; 346 is a channel's +I
 RPL_ENDOFINVITELIST = "337 :End of invitations"
 RPL_WHOISACTUALLY = "338 {} {} :is connecting from here"
 RPL_INVITING = "341 {} {}"
@@ -5903,7 +5903,7 @@ OWN_ID = "+chat.py/id"  # what a client calls its message: under one id it is sa
 
 
 def client_id(session: "IrcSession", target: str) -> str:
-    """What the client calls the message that it sends; one to several people has no such
+    """Return the id that the client gives its message; one to several targets has no such
     name, which would have to mean each of them."""
     own = session.message.tags.get(OWN_ID, "")
     usable = own and session.wire.format.tagged and is_word(own, OWN_ID_BYTES)
@@ -5938,10 +5938,10 @@ class Collected:
         self.lines += not goes_on
         self.size += len(text.encode()) + (between == "\n")
         if self.size > LINE_BYTES:
-            text = "the message is too long; nobody got it"
+            text = "the message is too long and was not delivered"
             raise Refused("MULTILINE_MAX_BYTES", text, str(LINE_BYTES))
         if self.lines > MESSAGE_LINES:
-            text = "the message has too many lines; nobody got it"
+            text = "the message has too many lines and was not delivered"
             raise Refused("MULTILINE_MAX_LINES", text, str(MESSAGE_LINES))
 
     @property
@@ -5998,7 +5998,7 @@ def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
 
 
 def owner_name(owner: "User | Channel | IrcSession") -> str:
-    """Who has no name yet is called so."""
+    """Return the name, or * before there is one."""
     return owner.name if isinstance(owner, (User, Channel)) else "*"
 
 
@@ -6225,7 +6225,7 @@ class IrcSession(LocalSession):
             self.message = broken._replace(verb=as_param(broken.verb))
             if "labeled-response" in self.capabilities and "batch" not in broken.tags:
                 self.begin_answer(broken.tags.get("label", ""))
-            text = "that line is not UTF-8 text; nobody got it"
+            text = "that line is not UTF-8 text and was not delivered"
             raise Refused("INVALID_UTF8", text) from None
 
     # What was asked with a label is answered with it (IRCv3 labeled-response)
@@ -6665,7 +6665,7 @@ def irc_user(session: IrcSession, username: str, mode: str, unused: str, realnam
     if not realname:
         raise Refused("NEED_MORE_PARAMS", "a real name, please", "USER")
     plain = "".join(c for c in username if is_solid(c) and c not in "!@*?~:,")
-    # ~ as elsewhere: nobody has verified it (there is no ident)
+    # ~ as elsewhere: it is not verified (there is no ident)
     session.username = "~" + (cut(plain, USERNAME_BYTES - 1) or "user")
     realname = plain_realname(realname)
     session.realname = cut(realname, REALNAME_BYTES) if is_visible(realname) else plain
@@ -7005,7 +7005,7 @@ def service_disown(session: IrcSession, name: str) -> None:
 
 
 def ask_service(session: IrcSession, text: str) -> None:
-    """What is said to NickServ reaches neither users nor the history, nor any log."""
+    """Do what NickServ is asked: the text reaches neither users nor the history, nor any log."""
     verb, _, rest = text.partition(" ")
     session.from_service = True
     try:
@@ -7126,7 +7126,9 @@ def to_each_target(
     if "," not in targets:
         return send(targets)
     if targets.count(",") >= TARGETS:
-        raise Refused("TOO_MANY_TARGETS", f"{TARGETS} targets at most; nobody got it", targets)
+        raise Refused(
+            "TOO_MANY_TARGETS", f"{TARGETS} targets at most; the message was not delivered", targets
+        )
     return each_in_pieces(session, targets, send)
 
 
@@ -7275,7 +7277,7 @@ LIST_BOUND = re.compile(r"([CT]?)([<>])(\d{1,9})")
 
 
 def within(channel: Channel, what: str, sign: str, number: str, now: int) -> bool:
-    """Whether a channel is on that side of a bound: users, or the minutes since it was
+    """Return whether a channel is on that side of a bound: users, or the minutes since it was
     created (C), or since its topic was set (T)."""
     if not what:
         value = float(len(channel.members))
@@ -7333,7 +7335,7 @@ def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Ite
 
 @irc_command("INVITE", most=2)
 def irc_invite(session: IrcSession, name: str = "", where: str = "") -> None:
-    """INVITE [<nickname> <channel>] -- ask somebody in; alone, who asked you"""
+    """INVITE [<nickname> <channel>] -- invite a user; alone, who invited you"""
     if not name:
         for channel in session.user.invitations:
             session.reply(RPL_INVITELIST, channel.name)
@@ -7723,7 +7725,7 @@ def target_bound(session: IrcSession, text: str) -> Mark:
 
 
 def is_large(events: list[Event]) -> bool:
-    """Whether the store may have left some out, see Store.page()."""
+    """Return whether the store may have left some out, see Store.page()."""
     return sum(len(e.text.encode()) + len(e.tags.encode()) for e in events) > PAGE_BYTES // 2
 
 
@@ -7960,7 +7962,7 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
 
 @irc_command("WHOIS", most=2)
 def irc_whois(session: IrcSession, server: str = "", name: str = "") -> None:
-    """WHOIS [<server>] <nickname> -- all about somebody"""
+    """WHOIS [<server>] <nickname> -- all about a user"""
     if not name:
         server, name = "", server
     if not name:
@@ -7986,7 +7988,7 @@ def irc_whowas(session: IrcSession, name: str, count: str = "", server: str = ""
         session.reply(RPL_WHOWASUSER, source.name, source.username, source.host, one.realname)
         session.reply(RPL_WHOISSERVER, source.name, session.site.name, time_text(one.time))
     if not found:
-        text = f"nobody was called {name} lately"
+        text = f"no user was called {name} lately"
         session.refuse(Refused("WAS_NO_SUCH_NAME", text, name))
     session.reply(RPL_ENDOFWHOWAS, as_param(name))
 
@@ -8144,7 +8146,7 @@ def irc_time(session: IrcSession, server: str = "") -> None:
 def irc_admin(session: IrcSession, server: str = "") -> None:
     """ADMIN [<server>] -- whom to ask: see the message of the day"""
     check_server(session, server)
-    text = "the message of the day says whom to ask, or nobody does"
+    text = "the message of the day says whom to ask, if anything does"
     raise Refused("NO_ADMIN", text, session.site.name)
 
 
@@ -8341,7 +8343,7 @@ LINE_CTCP = (True, "* {name} sends a CTCP that only programs understand: {text}"
 
 
 def line_prefix(audience: Any) -> str:
-    """What tells a line of the lobby from one said elsewhere."""
+    """Return what stands before a line that was not said in the lobby."""
     if isinstance(audience, Conversation):
         return "(private) "
     return f"[{audience.name}] " if audience.name not in ("", LOBBY) else ""
@@ -8462,11 +8464,13 @@ class LineSession(LocalSession):
 
     def decode(self, line: bytes) -> str:
         if line == TOO_LONG:
-            raise Refused("TOO_LONG", f"a line has at most {LINE_BYTES} bytes; nobody got it")
+            raise Refused(
+                "TOO_LONG", f"a line has at most {LINE_BYTES} bytes; it was not delivered"
+            )
         try:
             return line.decode().replace(SOFT_BREAK, "")
         except UnicodeDecodeError:
-            raise Refused("NOT_UTF8", "that line is not UTF-8 text; nobody got it") from None
+            raise Refused("NOT_UTF8", "that line is not UTF-8 text and was not delivered") from None
 
     def own(self, event: Event, line: bytes) -> bytes:
         return self.wire.own(event, line) if event.origin is self else b""
@@ -8530,7 +8534,7 @@ class LineSession(LocalSession):
         some, others = names[:NAMES_GREETED], len(names) - NAMES_GREETED
         more = f" and {others} more" if others > 0 else ""
         if not names:
-            return "; nobody else is here yet"
+            return "; no other user is here yet"
         topic = f"; the topic is: {plain_text(lobby.topic)}" if lobby.topic else ""
         return f"; here: {', '.join(some)}{more}{topic}"
 
@@ -8538,7 +8542,9 @@ class LineSession(LocalSession):
         """Add a line to a message begun with /lines."""
         message = "\n".join([*self.collected, text])
         if len(message.encode()) > LINE_BYTES:
-            raise Refused("TOO_LONG", f"a message has at most {LINE_BYTES} bytes; nobody got it")
+            raise Refused(
+                "TOO_LONG", f"a message has at most {LINE_BYTES} bytes; it was not delivered"
+            )
         self.collected.append(text)
         if len(self.collected) == self.wanted_lines:
             self.wanted_lines, self.collected = 0, []
@@ -8565,7 +8571,7 @@ def named_channel(session: LineSession, name: str) -> Channel:
 
 
 def ban_mask(user: User) -> str:
-    """What keeps this person out: their address, unless everybody here may have the same."""
+    """Return the mask that bans a user: the address, unless all users here may share it."""
     host = user.source.host
     shared = host.startswith("127.") or host == "0::1"
     return f"{user.name}!*@*" if shared else f"*!*@{host}"
@@ -8723,7 +8729,7 @@ def line_away(session: LineSession, reason: str = "") -> None:
 
 @line_command("invite", 1, 2)
 def line_invite(session: LineSession, name: str, where: str = "") -> None:
-    """/invite NAME [#CHANNEL] -- ask somebody in; that of an operator is past any limit or ban"""
+    """/invite NAME [#CHANNEL] -- invite a user; an operator may do so past any limit or ban"""
 
     def done(result: tuple[User, Channel]) -> None:
         user, channel = result
@@ -8734,7 +8740,7 @@ def line_invite(session: LineSession, name: str, where: str = "") -> None:
 
 @line_command("kick", 1, 2)
 def line_kick(session: LineSession, name: str, reason: str = "") -> None:
-    """/kick NAME [REASON] -- put somebody out of the channel you speak in"""
+    """/kick NAME [REASON] -- put a user out of the channel you speak in"""
     kick_aloud(session, session.place(), name, reason)
 
 
@@ -8752,11 +8758,11 @@ def line_mode(session: LineSession, text: str = "") -> None:
 
 @line_command("ban", most=1)
 def line_ban(session: LineSession, whom: str = "") -> Iterator[None] | None:
-    """/ban [NAME|MASK] -- keep somebody out of the channel you speak in, and put them out"""
+    """/ban [NAME|MASK] -- keep a user out of the channel you speak in, and put them out"""
     channel, user = session.place(), session.site.hub.users.get(fold(whom))
     if not whom:
         masks = ", ".join(mask.text for mask in channel.lists["b"].values())
-        return session.tell(f"banned from {channel.name}: {masks or 'nobody'}")
+        return session.tell(f"banned from {channel.name}: {masks or 'no user'}")
     mask = ban_mask(user) if user else full_mask(whom)
     banned: list[bool] = []
     change = [ModeChange(True, "b", mask)]
@@ -8784,7 +8790,7 @@ def logged_in_line(session: LineSession, account: str, proof: str) -> None:
 
 @line_command("register", 1, 2, exact=True)
 def line_register(session: LineSession, password: str, email: str = "") -> None:
-    """/register PASSWORD [EMAIL] -- make your name an account, which nobody else can have"""
+    """/register PASSWORD [EMAIL] -- make your name an account, which no other user can have"""
 
     def done(name: str, proof: str) -> None:
         if not proof:
@@ -8935,8 +8941,8 @@ def line_quit(session: LineSession, reason: str = "") -> None:
 # ======================================================================================
 # FIRST LINE
 # ======================================================================================
-# One port for every dialect: the first line decides. Whoever knows a protocol speaks
-# first; to whoever is silent the server says a line that every IRC client ignores and
+# One port for every dialect: the first line decides. A client that knows a protocol speaks
+# first; to a silent one the server says a line that every IRC client ignores and
 # every person understands.
 
 GREETING = (
@@ -9007,7 +9013,7 @@ class View(NamedTuple):
     where: str = ""  # a channel, or whom a private talk is with; "" is nowhere in particular
     time: int | None = None  # milliseconds since 1970; None is now
     mine: bool = False
-    called: bool = False  # it is for us: our name is in it, or nobody else hears it
+    called: bool = False  # it is for us: our name is in it, or no other user hears it
     past: bool = False  # from history: no news
     id: str = ""  # the server's, of a message
     own_id: str = ""  # ours, of a message of ours
@@ -9036,7 +9042,7 @@ class Heard(NamedTuple):
 
 
 def shown_line(raw: bytes) -> str:
-    """What a server sent, without whatever could steer a terminal. What marks a CTCP stays."""
+    """Return a line of a server without what could steer a terminal. The mark of CTCP stays."""
     parts = raw.decode(errors="replace").split("\x01")
     return "\x01".join(harmless(COLOURS.sub("", part)) for part in parts).translate(BIDI_CONTROLS)
 
@@ -9063,7 +9069,7 @@ CLIENT_ALIASES = {
 
 
 def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[str]) -> list[str]:
-    """What a word may become: a command or an address at the start of a line, a channel, a
+    """Return completions of a word: a command or an address at the start of a line, a channel, a
     name. Names are offered in the order given."""
     if word[:1] == "/" and first:
         verbs = (*client_command, *CLIENT_ALIASES)
@@ -9075,7 +9081,7 @@ def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[st
 
 
 def calls(text: str, name: str) -> bool:
-    """Whether `text` has this name in it, as a word of its own."""
+    """Return whether `text` has this name in it, as a word of its own."""
     key, folded = fold(name), fold(text)
     return key in folded and bool(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", folded))
 
@@ -9086,7 +9092,7 @@ def is_quit(text: str) -> bool:
 
 
 def is_channel(name: str) -> bool:
-    """Whether it looks like a channel's name, where no server is at hand to ask."""
+    """Return whether it looks like a channel's name, where no server is at hand to ask."""
     return name[:1] in ("#", "&", "+", "!")
 
 
@@ -9103,8 +9109,8 @@ PARAMETER_MODES = "beIqaohvkl"  # that carry a parameter, where 005 has no CHANM
 
 
 class ServerProfile:
-    """What a server can do and how it compares names, as CAP, 004 and 005 say it. What it
-    has not said is as RFC 1459 has it; `before` is what it said over an earlier connection."""
+    """The abilities of a server and its rule for names, as CAP, 004 and 005 tell them. RFC 1459
+    applies to what it has not told; `before` is its profile of an earlier connection."""
 
     def __init__(self, ours: bool = True, before: "ServerProfile | None" = None):
         self.ours = ours  # a chat.py
@@ -9151,7 +9157,7 @@ class ServerProfile:
         return letters, symbols
 
     def takes_parameter(self, letter: str, sign: str) -> bool:
-        """Whether a channel mode is followed by a parameter (Modern IRC, CHANMODES)."""
+        """Return whether a channel mode is followed by a parameter (Modern IRC, CHANMODES)."""
         if letter in self.ranks[0]:
             return True
         lists, always, on_set, *_ = (*self.tokens.get("CHANMODES", "").split(","), "", "", "")
@@ -9190,7 +9196,7 @@ class ServerProfile:
 
     @property
     def keeps_own_tags(self) -> bool:
-        """Whether a tag of a client reaches other clients, and this one."""
+        """Return whether a tag of a client reaches other clients, and this one."""
         denied = self.tokens.get("CLIENTTAGDENY", "").split(",")
         name = OWN_ID.removeprefix("+")
         allowed = f"-{name}" in denied or not ({"*", name} & set(denied))
@@ -9338,7 +9344,7 @@ class Outbox:
 
 
 class Transcript(collections.deque):
-    """What there is to show of a room, the oldest first; and how much ever was put behind it.
+    """The views of a room, the oldest first; and how many ever were put behind them.
     The oldest rows go when there are many, but not while the user reads back."""
 
     total = 0
@@ -9516,7 +9522,7 @@ class PlainTalk:
         core.show(View(PEOPLE, where=LOBBY))
 
     def carries(self, one: Waiting) -> bool:
-        """What was meant for another conversation is not for everybody."""
+        """Send only what is for the lobby: there is no other conversation here."""
         return self.core.fold(one.where) == self.core.fold(LOBBY)
 
     def pump(self) -> None:
@@ -9622,7 +9628,7 @@ def in_batches(
 
 
 def same_words(sent: str, heard: str) -> bool:
-    """Whether a server made `heard` of what was sent: some cut a line or take its colours."""
+    """Return whether a server made `heard` of what was sent: some cut it or take its colours."""
     plain = plain_text(sent)
     return heard in (sent, plain) or (len(heard) > 100 and (sent + plain).startswith(heard))
 
@@ -9646,7 +9652,7 @@ def echo_id(talk: "IrcTalk", heard: Heard, target: str, text: str) -> str:
 
 
 def is_person(heard: Heard) -> bool:
-    """Whether a user says this, and neither a server nor one of its services."""
+    """Return whether a user says this, and neither a server nor one of its services."""
     if fold(heard.name) in SERVICES:
         return False
     return "!" in heard.source or bool(heard.source and "." not in heard.source)
@@ -9674,7 +9680,7 @@ def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
 
 
 def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
-    """What was said before we came."""
+    """Take the messages from before we joined."""
     for view in views:
         talk.core.deliver(room, view._replace(past=True))
     room.whole = not views  # a short page may be one of long messages
@@ -9742,14 +9748,14 @@ def ask_targets(talk: "IrcTalk") -> None:
 
 
 class Login(NamedTuple):
-    """What a client knows of its account."""
+    """The name and password of an account."""
 
     account: str
     password: str
 
 
 def is_ctcp(text: str) -> bool:
-    """Whether a message is for a program: a CTCP that is no ACTION."""
+    """Return whether a message is for a program: a CTCP that is no ACTION."""
     return text.startswith("\x01") and not text.startswith("\x01ACTION ")
 
 
@@ -9877,12 +9883,13 @@ class IrcTalk:
         return True
 
     def _is_behind(self, id: str) -> bool:
-        """Whether the message with this id is still to be sent."""
+        """Return whether the message with this id is still to be sent."""
         outbox = self.core.outbox
         return id in outbox.waiting and id not in outbox.in_flight and id not in outbox.parked
 
     def _may_catch_up(self) -> bool:
-        """What waits goes first: pages can be as large as all that a bad line carries."""
+        """Return whether pages may be asked for: waiting messages go first, because a page can be
+        as large as all that a bad line carries."""
         outbox = self.core.outbox
         return self.core.acknowledged or not (outbox.in_flight or outbox.next(self.carries))
 
@@ -10069,7 +10076,7 @@ class IrcTalk:
         self.pieces.append("BATCH -m")
 
     def carries(self, one: Waiting) -> bool:
-        """What is for a channel waits until we are in it."""
+        """Return whether a message can be sent: one for a channel waits until we are in it."""
         room = self.core.find(one.where)
         return room is None or not room.is_channel or room.inside or room.wanted
 
@@ -10392,7 +10399,7 @@ def come_another_time(talk: IrcTalk, why: str) -> None:
 
 @from_server("908", least=2)
 def mechanisms_told(talk: IrcTalk, heard: Heard) -> None:
-    """What may be tried instead of a mechanism that the server does not have."""
+    """Keep the mechanisms that the server has, after it refused one."""
     known = heard.params[1].split(",")
     talk.mechanisms_left = [name for name in talk.mechanisms_left if name in known]
 
@@ -10580,7 +10587,7 @@ def confirm(talk: IrcTalk, own_id: str) -> None:
 
 @from_server("PONG")
 def ponged(talk: IrcTalk, heard: Heard) -> None:
-    """What was sent before our PING has been dealt with. Some servers do not repeat the token:
+    """Confirm the messages sent before our PING. Some servers do not repeat the token:
     answers come in order."""
     token = heard.params[-1] if heard.params else ""
     if token not in talk.pings:
@@ -10633,7 +10640,7 @@ def no_page(talk: IrcTalk, code: str, label: str, about: list[str]) -> None:
 
 
 def tell_nothing(talk: IrcTalk, heard: Heard) -> None:
-    """What only programs need to know, or what is told in other words."""
+    """Ignore what only programs need to know, or what is told in other words."""
 
 
 for quiet in (
@@ -10661,7 +10668,7 @@ def present_told(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("730", "731", least=2)
 def presence_told(talk: IrcTalk, heard: Heard) -> None:
-    """Who of those that are asked about by MONITOR is there, or is not."""
+    """Note which users that MONITOR watches are online."""
     core, gone = talk.core, heard.verb == "731"
     for name in (one.partition("!")[0] for one in heard.params[1].split(",")):
         if gone:
@@ -11015,7 +11022,7 @@ def channel_listed(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("REGISTER", "VERIFY", least=2)
 def registered(talk: IrcTalk, heard: Heard) -> None:
-    """What became of it; a client that has an account now comes back to it."""
+    """Show the result; a client that has an account now logs in to it from now on."""
     core = talk.core
     core.show(View(TOLD, heard.params[-1]))
     if heard.params[0] == "SUCCESS":
@@ -11064,7 +11071,7 @@ def wanted_rooms(join: Iterable[str]) -> Rooms:
 
 
 class Credentials:
-    """Who a client is to its server, and how it proves that."""
+    """The account of a client, and its means to prove it."""
 
     def __init__(self, login: Login | None):
         self.login = login
@@ -11155,7 +11162,7 @@ class ClientCore:
         self.clock, self.later, self.ticks = clock, later, ticks
         self.server = ServerProfile()
         self.talk: Any = None  # while connected, once it is known what is spoken
-        self.tls = self.secure = False  # encrypted; or on this machine, where nobody listens
+        self.tls = self.secure = False  # encrypted; or on this machine, where no one listens
         self.listening = False  # for whether the server speaks first
         self.refusal = ""  # why the server will not have us ...
         self.cause = TEMPORARY  # ... and what that means for another attempt
@@ -11272,7 +11279,7 @@ class ClientCore:
 
     @property
     def user(self) -> "ClientCore":
-        """For the gate before a command: whoever types here has a name."""
+        """For the gate before a command: the user of a client has a name."""
         return self
 
     @property
@@ -11309,7 +11316,7 @@ class ClientCore:
             room.is_channel = room.is_channel or self.server.is_channel(room.name)
 
     def is_ignored(self, heard: Heard) -> bool:
-        """Whether the user ignores the source of this line: by nick, or by a mask."""
+        """Return whether the user ignores the source of this line: by nick, or by a mask."""
         return any(self.ignores(mask, heard.source) for mask in self.ignored)
 
     def ignores(self, mask: str, source: str) -> bool:
@@ -11320,7 +11327,7 @@ class ClientCore:
         return self.fold(mask) == self.fold(name)
 
     def is_called(self, text: str) -> bool:
-        """Whether our name, or another word that the user wants to be told of, is in it."""
+        """Return whether our name, or another word that the user wants to be told of, is in it."""
         words = [self.name, *self.setting("highlight").split()]
         return any(calls(text, word) for word in words)
 
@@ -11337,7 +11344,8 @@ class ClientCore:
         return self.take_views()
 
     def disconnected(self) -> list[View]:
-        """What was on its way is sent again where that makes no second one of it."""
+        """The connection has ended. Messages in flight are sent again where that cannot double
+        them."""
         talk, self.talk, self.listening = self.talk, None, False
         flown = self.outbox.connection_lost()
         for one in flown if talk and talk.doubts else ():
@@ -11637,7 +11645,7 @@ class ClientCore:
         self.show(view)
 
     def knows(self, id: str) -> bool:
-        """Whether that message has come already; from now on it has."""
+        """Return whether that message has come already; from now on it has."""
         known = id in self.seen
         if id:
             remember(self.seen, id)
@@ -11973,7 +11981,7 @@ def do_kick(core: ClientCore, name: str, reason: str = "") -> None:
 
 
 def ban_of(name: str) -> str:
-    """Return the mask that is meant: a name alone bans whoever has it."""
+    """Return the mask that is meant: a name alone bans the user who has it."""
     return name if set(name) & set("!@*:$") else f"{name}!*@*"
 
 
@@ -12259,7 +12267,7 @@ def open_client_database(path: str) -> sqlite3.Connection:
 
 
 class ClientStore:
-    """What one client keeps, as one user of one server."""
+    """The stored state of one client, as one user of one server."""
 
     def __init__(self, db: sqlite3.Connection, server: str = "", name: str = "", sole: bool = True):
         self.db = db
@@ -12465,7 +12473,7 @@ HUNG_UP = "the connection was closed"  # in order, by both sides
 
 
 def do_nothing(*_: Any) -> None:
-    """For hooks that nobody uses, and for timers that only want there to be another turn."""
+    """For hooks that are not used, and for timers that only want another turn."""
 
 
 class Timer:
@@ -12519,7 +12527,7 @@ class Delay:
 
 
 def reason_of(error: OSError) -> str:
-    """What went wrong, in the operating system's words without its numbers."""
+    """Return an error in the operating system's words, without its numbers."""
     if error.errno == errno.ENOTCONN:  # how a reset shows when we hang up
         return "connection reset by peer"
     return (error.strerror or str(error)).lower()
@@ -12530,7 +12538,7 @@ class Connection:
 
     received(data)    plaintext has come
     ended()           the other side will send no more (once)
-    lost(reason)      it is closed, whoever closed it (once)
+    lost(reason)      it is closed, by either side (once)
     secured()         the TLS handshake is done
     wants_read()      whether to listen to the other side just now
     lagging()         some of what was written could not be sent, or now has been
@@ -12662,7 +12670,7 @@ class Connection:
             self._flushed()
 
     def _flushed(self) -> None:
-        """What is not the common case: something is left, or was, or it is the end."""
+        """Handle the less common cases: something is left, or was, or it is the end."""
         self.lagging()
         if self.state == CLOSING and not self.unsent:
             self._hang_up()
@@ -12854,7 +12862,7 @@ class Loop:
             self.waker.send(b"\0")
 
     def ready(self, mask: int) -> None:
-        """Somebody has woken us, which is all there is to it."""
+        """Take the wake-up, which is all there is to it."""
         with contextlib.suppress(BlockingIOError):
             self.woken.recv(READ_BYTES)
 
@@ -12865,7 +12873,7 @@ class Loop:
 
 
 def attempt(job: Callable[[], Any]) -> Any:
-    """What job() gives; an exception is a result, too."""
+    """Return the result of job(), or the exception that it raised."""
     try:
         return job()
     except Exception as error:
@@ -12874,7 +12882,7 @@ def attempt(job: Callable[[], Any]) -> Any:
 
 class Lane:
     """Jobs of one kind, and the threads that do them. A free thread takes the next owner's
-    oldest job: whoever asks most waits most."""
+    oldest job: the owner that asks most waits most."""
 
     def __init__(self, threads: int):
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
@@ -12984,7 +12992,7 @@ class LogWriter(logging.Handler):
         try:
             while line:
                 line = line[os.write(self.fd, line) :]
-        except OSError:  # nobody reads it any more, or the disk is full
+        except OSError:  # it is not read any more, or the disk is full
             self.dropped += 1
 
     def flush(self) -> None:
@@ -13011,14 +13019,14 @@ def report_bug() -> None:
 # ======================================================================================
 # Listeners, peers, and the five beats: the loop polls and reads, act() turns lines into
 # Hub calls, end_turn() commits and writes. Whatever a peer does wrong is answered or
-# logged here in one line, and nobody else notices.
+# logged here in one line, and no other peer notices.
 
 
 TLS_FIRST_BYTES = b"\x16\x03"  # a handshake record, and a version (RFC 8446 section 5.1)
 
 
 class ServerOptions(NamedTuple):
-    """What the command line says; the defaults are what it says when it says nothing."""
+    """The options of the command line, with their defaults."""
 
     listen: tuple[tuple[str, int], ...] = ((DEFAULT_HOST, DEFAULT_PORT),)
     data: pathlib.Path | None = None  # None: in memory
@@ -13044,7 +13052,7 @@ def address_text(host: str, port: int) -> str:
 
 
 class Address:
-    """What one address has used of its budget, and the connections that it has."""
+    """An address, the budget that it has left, and its connections."""
 
     __slots__ = ("budget", "key", "peers")
 
@@ -13184,7 +13192,7 @@ class Peer(Connection):
 
     @property
     def busy(self) -> bool:
-        """Whether there is something of this peer's to act on."""
+        """Return whether there is something of this peer's to act on."""
         more = self.session is not None and self.session.has_more
         return more or bool(self.inbox and self.inbox.pending)
 
@@ -13402,7 +13410,7 @@ def server_tls_context(options: ServerOptions) -> Any:
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # An encrypted key is refused: nobody may be there who could be asked.
+        # An encrypted key is refused: there may be no user to ask.
         context.load_cert_chain(options.tls_cert, options.tls_key, password="")
     except OSError as error:
         what = f"the certificate {options.tls_cert}"
@@ -13789,7 +13797,7 @@ class Server:
             peer.update()
 
     def _take_lines(self, peer: Peer, end: float) -> None:
-        self.hub.take_work()  # of what was done meanwhile, for nobody's line
+        self.hub.take_work()  # of what was done meanwhile, for no peer's line
         for n in range(LINES_A_TURN):
             session = peer.session
             replied = session.replied if session else 0
@@ -14035,7 +14043,7 @@ class Target(NamedTuple):
     host: str
     port: int
     tls: bool = False
-    kind: str = ""  # CHAT, IRC or PLAIN if somebody says so: then there is nothing to find out
+    kind: str = ""  # CHAT, IRC or PLAIN if the user says so: then there is nothing to find out
 
     def __str__(self) -> str:
         return address_text(self.host, self.port)
@@ -14131,7 +14139,7 @@ class Memory:
 
 
 class KnownServers(Memory):
-    """What kind of server answered at an address, and which certificate it is to have."""
+    """The kind of server at each address, and the certificate that it is to have."""
 
     def _known(self, target: Target) -> dict[str, str]:
         known = self.read().get(str(target), {})
@@ -14508,7 +14516,7 @@ class Link:
         self.helpers.submit(self, job, done)
 
     def typed(self, text: str) -> None:
-        """What the user wrote."""
+        """Take a line that the user entered."""
         if self.doubted and text.strip() == "/trust":
             return self._trust()
         self._carry_on(self.core.typed(text))
@@ -14529,11 +14537,11 @@ class Link:
             self.start()
 
     def say(self, line: str) -> None:
-        """What a pipe wrote."""
+        """Take a line of a pipe: always text."""
         self._carry_on(self.core.say(line))
 
     def ask_older(self, room: Room) -> bool:
-        """What was said before all that is known of a room; whether it is on its way."""
+        """Fetch what was said before the first view of a room; return whether it is on its way."""
         talk = self.core.talk
         if self.core.older_from_store(room):
             self.show(self.core.take_views())
@@ -14559,7 +14567,7 @@ class Link:
             self._carry_on([])
 
     def has_room(self) -> bool:
-        """Whether what is said now goes out soon; if not, drained() is called when it does."""
+        """Return whether messages go out soon; if not, drained() is called when they do."""
         sent = self.conn is not None and self.core.ready and self.conn.unsent <= UNSENT_NO_READ
         return sent and len(self.core.outbox.waiting) < OUTBOX_FULL
 
@@ -14939,7 +14947,7 @@ ZWNJ, ZWJ = "\u200c", "\u200d"  # zero width (non-)joiners: Persian; one emoji o
 
 
 def is_typed(c: str) -> bool:
-    """Whether a character is text, and no key."""
+    """Return whether a character is text, and no key."""
     new_emoji = "\U0001f000" <= c <= "\U0001faff"  # perhaps newer than Python's tables
     return c.isprintable() or c in (ZWNJ, ZWJ) or new_emoji or unicodedata.category(c) == "Zs"
 
@@ -15015,19 +15023,19 @@ class KeyDecoder:
 
 
 EMOJI_STYLE = "\ufe0f"  # the character before it is to be shown as an emoji
-CLUSTER_CHARACTERS = 64  # none is longer, or nobody cares how it is cut
+CLUSTER_CHARACTERS = 64  # none is longer, or it does not matter how it is cut
 
 
 SOFT_HYPHEN = "\xad"
 
 
 def is_emoji(c: str) -> bool:
-    """Whether it is an emoji, perhaps newer than Python's tables (unassigned there)."""
+    """Return whether it is an emoji, perhaps newer than Python's tables (unassigned there)."""
     return "\U0001f300" <= c <= "\U0001faff" and unicodedata.category(c) == "Cn"
 
 
 def is_inner_jamo(c: str) -> bool:
-    """Whether it is a vowel or final of conjoining Hangul, which stand with their initial."""
+    """Return whether it is a vowel or final of conjoining Hangul: they join their initial."""
     return "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7fb"
 
 
@@ -15036,7 +15044,7 @@ def is_regional(c: str) -> bool:
 
 
 def joins(cluster: str, c: str) -> bool:
-    """Whether `c` goes on with the character before it."""
+    """Return whether `c` goes on with the character before it."""
     if is_inner_jamo(c):
         return "\u1100" <= cluster[0] <= "\u11ff"
     if cluster[-1] == ZWJ or c == ZWJ or unicodedata.category(c) in ("Mn", "Me", "Mc"):
@@ -15047,7 +15055,7 @@ def joins(cluster: str, c: str) -> bool:
 
 
 def clusters(text: str) -> list[str]:
-    """What a person would call the characters of `text`: letters with their accents, emoji
+    """Split `text` into what a reader calls characters: letters with their accents, emoji
     with their modifiers, flags. A subset of UAX 29 that needs no tables."""
     if text.isascii():
         return list(text)
@@ -15096,7 +15104,7 @@ SECRETS = (
     "/login ",
     "/passwd ",
     "/drop ",
-)  # commands whose parameters are nobody's business
+)  # commands whose parameters are secret
 
 
 def first_word(text: str) -> str:
@@ -15141,7 +15149,7 @@ class LineEditor:
         self.before, self.after = text, ""
 
     def insert(self, text: str) -> None:
-        """What is too long is not taken, and none of it: see refused."""
+        """Insert a text, or none of it if that is too long: see `refused`."""
         if len(text) + len(self.text) > TYPED_MOST:
             self.refused = f"that is too long to be typed: more than {TYPED_MOST:,} characters"
             return
@@ -15401,7 +15409,7 @@ def in_columns(words: list[str], columns: int) -> list[str]:
 
 
 def beside(left: str, right: str, columns: int) -> list[str]:
-    """What something is called, and what it is: in two columns, or one below the other."""
+    """Return a term and its explanation: in two columns, or one below the other."""
     wide = columns >= BESIDE_COLUMNS
     indent = " " * (columns // 3 if wide else 4)
     rows = textwrap.wrap(right, columns - 1, initial_indent=indent, subsequent_indent=indent)
@@ -15439,7 +15447,7 @@ class Palette:
 
 
 class Look(NamedTuple):
-    """What the look of a line depends on."""
+    """The settings that the look of a line depends on."""
 
     palette: Palette
     columns: int = 80
@@ -15467,7 +15475,7 @@ def where_of(view: View, look: Look) -> str:
 
 
 def said_lines(view: View, look: Look) -> list[str]:
-    """What somebody said: lines after the first stand under it, as far as there is room."""
+    """Return a message: lines after the first stand under it, as far as there is room."""
     palette, clock, where = look.palette, f"{clock_of(view, look)} ", where_of(view, look)
     loud = view.called and is_channel(view.where)  # in a private talk everything is for us
     mark = "! " * loud
@@ -15524,7 +15532,7 @@ def failed_lines(view: View, look: Look) -> list[str]:
 
 
 def people_lines(view: View, look: Look) -> list[str]:
-    """Who is there, on demand: those with a rank first."""
+    """Return the members of a channel, on demand: those with a rank first."""
     names = view.text.split(", ")
     names.sort(key=lambda name: (name[:1] not in SYMBOLS.values(), fold(name)))
     head = look.palette.dim(f"{clock_of(view, look)} {len(names):,} in {view.where}")
@@ -15564,7 +15572,7 @@ def dated_lines(before: View | None, view: View, look: Look) -> list[str]:
 
 
 def place_lines(room: Room, look: Look, server: str = "") -> list[str]:
-    """Where one is, at the top of a screen that was drawn anew."""
+    """Return the name of the conversation, for the top of a screen that was redrawn."""
     topic = visible(f": {room.topic}" if room.topic else "")
     title = visible(room.name) if room.is_channel else f"with {visible(room.name)}"
     title += f" on {visible(server)}" if server else ""
@@ -15698,7 +15706,7 @@ class Reader:
                 return
 
     def moment(self) -> datetime.datetime:
-        """Of the last view on the page."""
+        """Return the time of the last view on the page."""
         views = self.room.views
         return moment_of(views[self.end - self.first - 1] if views else View(NOTE))
 
@@ -15726,8 +15734,8 @@ class Reader:
         return lines, oldest
 
     def news(self, now: float) -> list[str]:
-        """What has come since the last time; if that is more than can be shown, the last
-        screenful of it, and how much is missing before."""
+        """Return the lines that came since the last time; if they are more than can be shown, the
+        last screenful of them, and how many are missing before."""
         since, new, self.shown = self.shown, self.below, self.total
         self.budget.refill(now)
         if new > max(self.height, self.budget.tokens):
@@ -15767,7 +15775,7 @@ class Reader:
             self.up(self.owed)
 
     def page(self) -> list[tuple[str, bool]]:
-        """What is to be seen, as rows()."""
+        """Return the rows to be seen, as rows() has them."""
         self.end = max(self.end, min(self.total, self.first + 1))  # the oldest may be gone
         rows: list[tuple[str, bool]] = []
         for number in range(self.end, self.first, -1):
@@ -15797,8 +15805,8 @@ GO_COMMANDS = ("/go", "/part", "/names", "/history")  # are followed by a conver
 
 
 def complete_line(core: ClientCore, before: str, word: str) -> list[str]:
-    """What the last word of a line may become. Who spoke last comes first; a command may be
-    about somebody who is elsewhere."""
+    """Return completions of the last word of a line: who spoke last comes first, and a command
+    may be about a user of another conversation."""
     rooms = [room.name for room in core.rooms.values()]
     command, first = before.split(" ")[0].lower(), word == before
     if command in GO_COMMANDS and not first:
@@ -15818,7 +15826,7 @@ def notification(how: str, view: View) -> str:
 
 
 class Display:
-    """What the screen shows of a client core, as text to be written.
+    """The screen of a client core, as text to be written.
 
     Live, a conversation scrolls by on the terminal's own screen, with two rows below it.
     A person who reads back does so on the terminal's other buffer, so that what can be
@@ -15830,7 +15838,7 @@ class Display:
         self.painter = Painter(columns, rows)
         self.nowhere = Room("")  # what is told while no conversation is looked at
         self.reader = self._read()
-        self.whole = False  # the screen has to be drawn anew ...
+        self.whole = False  # the screen has to be redrawn ...
         self.cleared = False  # ... or emptied: what was said is above
         self.bell = False
         self.notice = ""  # for the desktop, as an escape sequence
@@ -15866,7 +15874,7 @@ class Display:
             room.views.append(self.core.timed(view))
 
     def _take_said(self, view: View) -> None:
-        """What is new is kept by the core; what belongs nowhere is shown where the user is."""
+        """Show what belongs to no conversation where the user is: the core keeps the rest."""
         if not view.where:
             self.keep(view, self.room)
 
@@ -15930,7 +15938,7 @@ class Display:
     # What it looks like
 
     def resize(self, columns: int, rows: int) -> None:
-        """What terminals do to rows that have become too long, nobody knows: all is drawn anew."""
+        """Redraw all: terminals differ in what they do to rows that have become too long."""
         if (columns, rows) != (self.painter.columns, self.painter.rows):
             self.painter.columns, self.painter.rows = columns, rows
             self.reader.look = self.reader.look._replace(columns=columns)
@@ -15943,7 +15951,7 @@ class Display:
         return f"{where}{name}".rstrip() + "> "
 
     def parts(self, trouble: str, waiting: int) -> list[tuple[str, tuple[int, ...]]]:
-        """Of the status row, the most important one first."""
+        """Return the parts of the status row, the most important one first."""
         room, core = self.room, self.core
         people = f" {len(room.people):,}" if room.is_channel and room.people else ""
         rank = room.people.get(core.name, "")
@@ -15979,7 +15987,7 @@ class Display:
         return "this is the beginning" if whole else "nothing older is here"
 
     def frame(self, row: str, parts: list, now: float, due: bool = True) -> str:
-        """What brings the screen up to date; what was said is looked at only when that is due."""
+        """Return the text that brings the screen up to date; messages are looked at if `due`."""
         if self.reader.room is not self.room and not self.reader.back:
             self._take_place(View(PLACE))
         bottom = status_row(parts, self.painter.columns, self.palette), row
@@ -16137,7 +16145,7 @@ class Input:
 
 
 class ClientOptions(NamedTuple):
-    """What the command line says of a client."""
+    """The options of a client."""
 
     name: str
     target: Target
@@ -16171,7 +16179,7 @@ def open_client_store(options: ClientOptions) -> ClientStore:
 
 
 class Client:
-    """What both clients share: a loop, a link, and an end with a reason."""
+    """The base of both clients: a loop, a link, and an end with a reason."""
 
     patience = math.inf
     tidy = asks = True
@@ -16217,7 +16225,7 @@ class Client:
         self.loop.stop()
 
     def ending(self) -> None:
-        """What a subclass has to put in order before the end."""
+        """Put a subclass in order before the end."""
 
     def run(self) -> str:
         """Until the end; says why it was one, or ""."""
@@ -16229,7 +16237,7 @@ class Client:
 
 
 def filter_lines(view: View) -> list[str]:
-    """What the workshop's client prints. What we said ourselves we know."""
+    """Return the lines that the workshop's client prints. Our own words are not among them."""
     if view.line:
         return [view.line]
     where = "" if view.where == LOBBY else f"[{view.where}] "
@@ -16247,7 +16255,7 @@ def filter_lines(view: View) -> list[str]:
 
 
 def output_trouble(error: OSError) -> str:
-    """What is wrong with standard output, which Python would flush again at its end."""
+    """Return why standard output failed, and close it: Python would flush it again at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return f"standard output: {reason_of(error)}"
 
@@ -16268,7 +16276,7 @@ class Filter(Client):
         self.failure = ""  # of something, although the rest went well
         self.speak = self.link.typed if options.commands else self.link.say
         self.input = Input(self.loop, 0, self.take)
-        self.input.pause()  # until there is somebody to tell it to
+        self.input.pause()  # until there is a server to tell it to
         self.link.drained = self.input.resume
 
     def take(self, data: bytes) -> None:
@@ -16325,7 +16333,7 @@ class Filter(Client):
 
 def on_signal(loop: Loop, name: str, callback: Callable[[], Any]) -> None:
     """Call back on the loop when the signal of that name comes; not every system has each,
-    and what whoever started us (nohup) wants ignored is."""
+    and a signal that was ignored when we were started (nohup) stays so."""
     number = getattr(signal, name, None)
     if number and signal.getsignal(number) != signal.SIG_IGN:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(callback))
@@ -16354,7 +16362,7 @@ def with_keys(view: View) -> View:
 
 
 class Seat(NamedTuple):
-    """What a terminal client has for each of its servers."""
+    """A server of a terminal client: its core, its link and its display."""
 
     core: ClientCore
     link: Link
@@ -16487,7 +16495,7 @@ class TerminalClient(Client):
         self.pressed = self.news = True
 
     def show_of(self, room: list[Seat], views: list[View]) -> None:
-        """What happens on a server that is perhaps not looked at."""
+        """Take the views of a server that is perhaps not looked at."""
         if not room or room[0].core is self.core:
             return self.show(views)
         (seat,) = room
@@ -16708,7 +16716,7 @@ class TerminalClient(Client):
             self.editor.remember(text)
 
     def trouble(self) -> str:
-        """What is the matter with the connection; "" if nothing is."""
+        """Return what is wrong with the connection; "" if nothing is."""
         link = self.link
         if link.doubted:
             return "/trust or /quit"
@@ -16777,7 +16785,7 @@ class TerminalClient(Client):
 
 
 class BenchOptions(NamedTuple):
-    """What a run of the benchmark is made of."""
+    """The options of a run of the benchmark."""
 
     target: Target
     clients: int = 100  # who only listen
@@ -16887,7 +16895,7 @@ class Bench:
         self.loop.close()
 
     def _send(self, done: int, elapsed: float) -> None:
-        """What may go now: due by the clock, or inside the window."""
+        """Return how many messages may go now: due by the clock, or inside the window."""
         options = self.options
         due = int(elapsed * options.rate) + 1 if options.rate else done + options.window
         count = min(due, options.messages) - self.sent
@@ -17095,7 +17103,7 @@ def ask_for_password() -> str:
         try:
             return getpass.getpass("password: ")
         except (getpass.GetPassWarning, EOFError):
-            raise Unusable("nobody typed the password; it can be given as @FILE") from None
+            raise Unusable("no password was typed; it can be given as @FILE") from None
 
 
 def secret_option(text: str) -> str:
@@ -17201,7 +17209,7 @@ def run_server(args: argparse.Namespace) -> int:
 
 
 def run_passwd(args: argparse.Namespace) -> int:
-    """Another password for an account, whoever asks: he has the files. The server may run."""
+    """Set the password of an account: who may read the files may do so. The server may run."""
     path = args.data / "chat.db"
     if not path.exists():
         raise Unusable(f"there is no database in {args.data}; --data says where it is")
@@ -17227,7 +17235,7 @@ def run_passwd(args: argparse.Namespace) -> int:
 
 
 def login_option(args: argparse.Namespace) -> Login | None:
-    """Who wants to log in is asked for the password, unless it came by --login ACCOUNT:@FILE."""
+    """Return the log-in. The password is asked for, unless it came by --login ACCOUNT:@FILE."""
     if args.login is None:
         return None
     account, _, password = args.login.partition(":")

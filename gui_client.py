@@ -117,7 +117,7 @@ def linked(text: str, *tags: str) -> list:
 
 
 def said_row(view: chat.View, clock: str) -> list:
-    """What somebody said: the time, who and where, the text; more lines stand below it."""
+    """Return a message: the time, name and place, the text; more lines stand below it."""
     private = is_private(view)
     over = ("private",) if private else ("mention",) if view.called else ()
     elsewhere = f"(to {view.where}) " if view.mine else "(private) "
@@ -135,7 +135,7 @@ def said_row(view: chat.View, clock: str) -> list:
 
 
 def told_row(view: chat.View, clock: str) -> list:
-    """What is no message: who comes and goes, what the server or we have to tell."""
+    """Return a row that is no message: joins, quits, texts of the server and of the client."""
     where = "" if view.where in HOME else f" {view.where}"
     if view.kind == chat.CAME:
         text = f"\u2192 {view.name} joined{where}"
@@ -218,7 +218,7 @@ class Conversation:
         return excess
 
     def candidates(self, snapshot: Snapshot, word: str, first: bool) -> list[str]:
-        """What a word may be completed to: those who spoke last come first."""
+        """Return completions of a word: the users who spoke last come first."""
         recent = [name for name in reversed(self.speakers) if name in snapshot.people]
         names = dict.fromkeys((*recent, *snapshot.people))
         names.pop(snapshot.name, None)
@@ -264,7 +264,7 @@ class Engine(chat.Client):
         self.was_up = False  # when we last said how the connection is
         self.asked = False  # who is here: otherwise the list beside the transcript tells
         self.news = False
-        self.moved = False  # somebody came or went
+        self.moved = False  # users came or went
         self.lock = threading.Lock()  # guards `alive`: nothing is handed to a closed loop
         self.alive = True
         self.loop.turn_ends = self.publish
@@ -378,7 +378,7 @@ class Engine(chat.Client):
 
 
 class Remembered(chat.Memory):
-    """The name and the server of the last time, in a file that is nobody else's business."""
+    """The name and the server of the last time, in a private file."""
 
     def load(self) -> tuple[str, str]:
         """Name and server, "" each if not known."""
@@ -423,8 +423,8 @@ SAFE_XFT = 20305  # libXft 2.3.5 draws coloured glyphs; before, one ended the wh
 
 
 def draws_emoji(root: tk.Tk) -> bool:
-    """Whether emoji may be drawn. Where not, a message with one would close the window, with
-    an X error that nobody can catch."""
+    """Return whether emoji may be drawn. Where not, a message with one would close the window, with
+    an X error that cannot be caught."""
     if root.tk.call("tk", "windowingsystem") != "x11":
         return True
     try:
@@ -526,7 +526,7 @@ class Look:
                 style.map(name, **{option: [("disabled", ground), ("active", c.dim)]})
 
     def text_options(self) -> dict[str, Any]:
-        """What every Text of ours is made with."""
+        """Return the options that every Text widget is made with."""
         c = self.colours
         return {
             "font": self.font,
@@ -744,7 +744,7 @@ def open_link(url: str) -> None:
 
 
 class Transcript(ttk.Frame):
-    """What was said. Stays at the end while the end is in sight, else says what is new."""
+    """The transcript. It stays at the end while the end is in sight, else it tells what is new."""
 
     def __init__(self, parent: tk.Misc, look: Look, typed: Callable[[str], None]):
         super().__init__(parent, style="Card.TFrame")
@@ -823,7 +823,7 @@ class Transcript(ttk.Frame):
             self.reached_bottom()
 
     def _key(self, event: Any) -> str | None:
-        """Whoever types here means the field below."""
+        """Send what is typed here to the field below."""
         text = whole(event.char)
         if event.state & COMMAND_KEYS or not text or not text.isprintable():
             return None
@@ -851,7 +851,7 @@ class Transcript(ttk.Frame):
 
 
 class People(ttk.Frame):
-    """Who is here, by name. Only what changed is changed."""
+    """The list of members, by name. Only what changed is drawn."""
 
     def __init__(self, parent: tk.Misc, look: Look, chosen: Callable[[str], None]):
         super().__init__(parent)
@@ -978,7 +978,7 @@ class Bell:
             self._poll()
 
     def ring(self) -> None:
-        with contextlib.suppress(OSError):  # full: it rings already; closed: nobody is there
+        with contextlib.suppress(OSError):  # full: it rings already; closed: it is gone
             self.writer.send(b"\0")
 
     def _rung(self, *_: Any) -> None:
@@ -1017,7 +1017,7 @@ class Bell:
 
 
 class WindowOptions(NamedTuple):
-    """What the command line says."""
+    """The options of the command line."""
 
     name: str = ""
     server: str = ""
@@ -1029,7 +1029,7 @@ class WindowOptions(NamedTuple):
 
 
 class Window:
-    """The window, and whoever it is connected to."""
+    """The window, and the server that it is connected to."""
 
     def __init__(self, options: WindowOptions):
         self.options = options
@@ -1159,7 +1159,7 @@ class Window:
         )
 
     def _is_given(self, target: chat.Target) -> bool:
-        """Whether it is the server of the command line, and no less secure."""
+        """Return whether it is the server of the command line, and no less secure."""
         with contextlib.suppress(chat.Unusable):
             given = chat.parse_target(self.options.server)
             return (given.host, given.port, given.tls) == (target.host, target.port, target.tls)
@@ -1175,7 +1175,7 @@ class Window:
             self.timer = self.root.after(max(0, int(wait * 1000)), self.drain)
 
     def drain(self) -> None:
-        """Show what waits, for as long as nobody notices; the rest a moment later."""
+        """Show what waits, for as long as that is not noticed; the rest a moment later."""
         self.timer = ""
         engine = self.engine
         if engine is None or self.closing:
@@ -1243,7 +1243,7 @@ class Window:
     # What the person does
 
     def send(self, text: str) -> bool:
-        """Whether it is on its way. While the line is broken it waits in the core."""
+        """Return whether it is on its way. While the line is broken it waits in the core."""
         if chat.is_quit(text):
             self.close()
         elif self.engine is None:

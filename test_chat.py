@@ -126,7 +126,7 @@ def check_grammar(data):
 
 
 class FakeConn:
-    """What a session knows of its connection, remembering what it was told."""
+    """A connection as a session knows it, which remembers what it was told."""
 
     secure = gone = certifiable = leaving = False
     fingerprint = ""
@@ -699,11 +699,11 @@ SCRIPTS = {
     ],
     "a line that is not UTF-8 is not broadcast": [
         ("alice", b"\xff\xfe"),
-        {"alice": ["* that line is not UTF-8 text; nobody got it"]},
+        {"alice": ["* that line is not UTF-8 text and was not delivered"]},
     ],
     "a line over the limit is refused with its number": [
         ("alice", chat.TOO_LONG),
-        {"alice": ["* a line has at most 16384 bytes; nobody got it"]},
+        {"alice": ["* a line has at most 16384 bytes; it was not delivered"]},
     ],
     "a private message reaches one person": [
         ("alice", "/tell bob psst"),
@@ -713,7 +713,7 @@ SCRIPTS = {
         ("alice", "/tell BOB psst"),
         {"alice": ["* told BOB: psst"], "bob": ["(private) alice: psst"]},
     ],
-    "nobody of that name": [("alice", "/tell zoe hi"), {"alice": ["* nobody here is called zoe"]}],
+    "nobody of that name": [("alice", "/tell zoe hi"), {"alice": ["* no user here is called zoe"]}],
     "an action reads as one": [
         ("alice", "/me waves"),
         {"bob": ["alice: *waves*"], "carol": ["alice: *waves*"]},
@@ -875,7 +875,7 @@ SCRIPTS = {
     "a message of several lines with a bad one is none, and neither is the rest of it": [
         ("alice", "/lines 3", "one", b"\xff", "/quit", "hello"),
         {
-            "alice": ["* that line is not UTF-8 text; nobody got it"],
+            "alice": ["* that line is not UTF-8 text and was not delivered"],
             "bob": ["alice: hello"],
             "carol": ["alice: hello"],
         },
@@ -892,7 +892,7 @@ SCRIPTS = {
     ],
     "a message of several lines over the limit": [
         ("alice", "/lines 2", "x" * 10000, "x" * 10000),
-        {"alice": ["* a message has at most 16384 bytes; nobody got it"]},
+        {"alice": ["* a message has at most 16384 bytes; it was not delivered"]},
     ],
     "what was said is history": [
         ("alice", "one", "/me two"),
@@ -983,7 +983,7 @@ def test_who_was_greeted_is_a_person_and_is_told_who_is_here():
     house.say("bob", "bob")
     house.turn()
     assert house.heard("alice") == [
-        "* you are alice; nobody else is here yet; /help",
+        "* you are alice; no other user is here yet; /help",
         f"{B} joined the chat!",
     ]
     assert house.heard("bob") == ["* you are bob; here: alice; /help"]
@@ -999,7 +999,7 @@ FIRST_LINES = [
     ),
     (["BOB"], ["* you are BOB2: BOB is taken"]),
     (["", "  ", "carol"], ["* a name needs at least one visible character; try again"] * 2),
-    ([b"\xff", "carol"], ["* that line is not UTF-8 text; nobody got it"]),
+    ([b"\xff", "carol"], ["* that line is not UTF-8 text and was not delivered"]),
     (["/names", "carol"], ["* a name first, please; then commands"]),
     (
         ["/pass anything", "carol", "/pass x"],
@@ -1255,7 +1255,7 @@ alice> PRIVMSG bob,carol :hello both
 bob< :alice PRIVMSG bob :hello both
 carol< :alice PRIVMSG carol :hello both
 alice> PRIVMSG bob,bob,nobody,#none :each once
-alice< 401 alice nobody :nobody here is called nobody
+alice< 401 alice nobody :no user here is called nobody
 alice< 403 alice #none :there is no channel #none now
 bob< :alice PRIVMSG bob :each once
 alice> PRIVMSG alice :myself
@@ -1270,11 +1270,11 @@ alice< 412 alice :there is nothing to say
 alice> PRIVMSG bob :
 alice< 412 alice :there is nothing to say
 alice> PRIVMSG nobody :x
-alice< 401 alice nobody :nobody here is called nobody
+alice< 401 alice nobody :no user here is called nobody
 alice> PRIVMSG #none :x
 alice< 403 alice #none :there is no channel #none now
 alice> PRIVMSG b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q,r,s,t,u,v :x
-alice< 407 alice b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q,r,s,t,u,v :20 targets at most; nobody got it
+alice< 407 alice b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q,r,s,t,u,v :20 targets at most; the message was not delivered
 === PRIVMSG: colons and blanks in the text are kept
 +#a alice bob
 alice> PRIVMSG #a ::-) :-(
@@ -1572,7 +1572,7 @@ bob< 473 bob #a :cannot join #a: one has to be invited (+i)
 === INVITE: what is wrong is said
 +#a alice bob
 alice> INVITE nobody #a
-alice< 401 alice nobody :nobody here is called nobody
+alice< 401 alice nobody :no user here is called nobody
 alice> INVITE bob #a
 alice< 443 alice bob #a :bob is in #a already
 alice> INVITE carol #none
@@ -1597,7 +1597,7 @@ bob< :alice KICK #a bob :bye now
 carol< :alice KICK #a bob :bye now
 alice> KICK #a carol,nobody,dora
 alice< :alice KICK #a carol :alice
-alice< 401 alice nobody :nobody here is called nobody
+alice< 401 alice nobody :no user here is called nobody
 alice< 441 alice dora #a :dora is not in #a
 carol< :alice KICK #a carol :alice
 bob> KICK #a alice
@@ -1658,7 +1658,7 @@ bob< 482 bob #a :only operators of #a can do that
 alice> MODE #a +o carol
 alice< 441 alice carol #a :carol is not in #a
 alice> MODE #a +o nobody
-alice< 401 alice nobody :nobody here is called nobody
+alice< 401 alice nobody :no user here is called nobody
 alice> MODE #a +q alice
 alice< 482 alice #a :only operators of #a can do that
 bob> MODE #a -h bob
@@ -1837,7 +1837,7 @@ alice< 501 alice :there are only the user modes BRiow
 alice> MODE bob
 alice< 502 alice :only your own modes are yours to see and change
 alice> MODE nobody
-alice< 401 alice nobody :nobody here is called nobody
+alice< 401 alice nobody :no user here is called nobody
 alice> MODE alice +R
 alice< :alice MODE alice +R
 bob> PRIVMSG alice :no account
@@ -1928,7 +1928,7 @@ alice< 312 alice dora chat.py :chat.py
 alice< 317 alice dora 7 WHEN :seconds idle, signon time
 alice< 318 alice DORA :End of WHOIS
 alice> WHOIS nobody
-alice< 401 alice nobody :nobody here is called nobody
+alice< 401 alice nobody :no user here is called nobody
 alice< 318 alice nobody :End of WHOIS
 alice> WHOIS other.server alice
 alice< 402 alice other.server :there is no such server; this one stands alone
@@ -1952,7 +1952,7 @@ alice< 314 alice bob ~u 127.0.0.1 * :Real Name
 alice< 312 alice bob chat.py :WHEN
 alice< 369 alice BOB :End of WHOWAS
 alice> WHOWAS nobody
-alice< 406 alice nobody :nobody was called nobody lately
+alice< 406 alice nobody :no user was called nobody lately
 alice< 369 alice nobody :End of WHOWAS
 alice> WHOWAS
 alice< 461 alice WHOWAS :it goes like this: WHOWAS <nickname> [<count>]
@@ -2022,7 +2022,7 @@ alice< 266 alice 4 4 :Current global users 4, max 4
 alice> TIME chat.*
 alice< 391 alice chat.py :WHEN
 alice> ADMIN
-alice< 423 alice chat.py :the message of the day says whom to ask, or nobody does
+alice< 423 alice chat.py :the message of the day says whom to ask, if anything does
 alice> INFO
 alice< 371 alice :chat.py 0.3: a chat in one file of plain Python,
 alice< 371 alice :for IRC clients, netcat, and terminals and windows of its own
@@ -2200,7 +2200,7 @@ bob< ERROR :Closing link: Killed (alice (spam))
 dora< bob (127.0.0.1:50001) left the chat!
 bob> PRIVMSG alice :still here?
 alice> KILL nobody
-alice< 401 alice nobody :nobody here is called nobody
+alice< 401 alice nobody :no user here is called nobody
 alice> KILL
 alice< 461 alice KILL :it goes like this: KILL <nickname> [<reason>]
 === DIE and RESTART
@@ -2320,7 +2320,7 @@ dora< * there is no channel mode X; the modes are beI, k, l, qaohv, CRimnst
 alice> PRIVMSG #a :may I?
 alice< 404 alice #a :#a is moderated; only who has a voice may speak
 dora> /kick nobody
-dora< * nobody here is called nobody
+dora< * no user here is called nobody
 bob> JOIN #b
 bob< :bob JOIN #b
 bob< 353 bob = #b :@bob
@@ -2464,7 +2464,7 @@ dora< * the modes of #k: +knt word (C no CTCP but actions; R only who is logged 
 dora> /mode +b
 dora< * only operators of #k can do that
 dora> /history @#k
-dora< * nobody here is called @#k
+dora< * no user here is called @#k
 dora> /part #k thanks all
 alice< :dora PART #k :thanks all
 dora< * you left #k
@@ -2507,8 +2507,8 @@ alice> @label=4 FOO
 alice< @label=4 :chat.py 421 alice FOO :there is no FOO; help lists what there is
 alice> @label=5 PRIVMSG nobody,noone :x
 alice< @label=5 :chat.py BATCH +ID labeled-response
-alice< @batch=ID :chat.py 401 alice nobody :nobody here is called nobody
-alice< @batch=ID :chat.py 401 alice noone :nobody here is called noone
+alice< @batch=ID :chat.py 401 alice nobody :no user here is called nobody
+alice< @batch=ID :chat.py 401 alice noone :no user here is called noone
 alice< BATCH -ID
 alice> @label=6 WHO #a
 alice< @label=6 :chat.py BATCH +ID labeled-response
@@ -2951,7 +2951,7 @@ alice> BATCH -4
 alice> BATCH +5 draft/multiline nobody
 alice> @batch=5 PRIVMSG nobody :x
 alice> BATCH -5
-alice< 401 alice nobody :nobody here is called nobody
+alice< 401 alice nobody :no user here is called nobody
 alice> BATCH
 alice< 461 alice BATCH :it goes like this: BATCH +<reference> draft/multiline <target> | -<reference>
 === METADATA: what programs know of people and channels
@@ -3107,7 +3107,7 @@ bob< 315 bob bob :End of WHO
 bob> NICK NickServ
 bob< 433 bob NickServ :NickServ belongs to an account; log in first
 dora> /tell NickServ register x
-dora< * nobody here is called NickServ
+dora< * no user here is called NickServ
 === VERIFY: a code that nobody sent
 alice> VERIFY alice 12345678
 alice< FAIL VERIFY INVALID_CODE alice :that is not the code that was sent
@@ -3214,7 +3214,7 @@ def transcripts(text):
 
 
 def irc_heard(house, label):
-    """What somebody heard, without what is the same in every line."""
+    """Return what a guest heard, without what is the same in every line."""
     lines = [line.removeprefix(":chat.py ") for line in house.heard(label)]
     text = "\n".join(lines).replace("!~u@127.0.0.1", "").replace("!line@127.0.0.1", "")
     text = re.sub(r"\b10000\d\d\b", "WHEN", text)
@@ -3432,8 +3432,8 @@ def test_history_is_for_members_also_where_they_may_not_speak_and_for_nobody_els
     assert house.heard("dora")[-2:] == ["* WHEN [#a] alice: hello", "* that was 1 message"]
     assert [line for line in house.heard("eve") if line.startswith("* ")] == [
         "* you are not in #a; /join #a first",
-        "* nobody here is called @#a",
-        "* nobody here is called nobody",
+        "* no user here is called @#a",
+        "* no user here is called nobody",
     ]
 
 
@@ -3732,7 +3732,7 @@ def test_a_wrong_or_missing_server_password_is_an_error_and_the_end():
 
 
 def answer_with(label, lines):
-    """What stands in the one line with that label, or in the batch that begins with it: the
+    """Return the one line with that label, or the batch that begins with it: the
     lines, and a list for each batch among them. What is in no batch is not in it."""
     batches, answers = {}, []
     for message in (chat.parse_message(line.removesuffix("\r")) for line in lines):
@@ -3904,7 +3904,7 @@ def test_a_session_of_irc_gets_no_line_twice_and_none_of_before_it_came(seeded):
 
 
 def proven(mechanism, *answers):
-    """What a mechanism says to these answers; the last one is the account, or None."""
+    """Return what a mechanism says to these answers; the last one is the account, or None."""
     said = [next(mechanism)]
     try:
         for answer in answers:
@@ -4957,7 +4957,7 @@ def test_times_are_unique_in_a_channel_and_fall_with_the_clock():
 
 
 class NaiveRoom:
-    """What everybody should hear, worked out the slow way: each line to each member at
+    """Return what all should hear, worked out the slow way: each line to each member at
     the moment it is said."""
 
     def __init__(self):
@@ -5878,7 +5878,7 @@ def live_at_random(seeded, house, steps):
 
 
 def picture(value, inside=False):
-    """What a piece of the Hub holds, as plain data that can be compared."""
+    """Return a piece of the Hub as plain data that can be compared."""
     if isinstance(value, chat.Session):
         return ("session", value.id)
     if isinstance(value, chat.User) and inside:
@@ -5949,7 +5949,7 @@ def test_the_same_acts_on_a_new_hub_give_the_same_state_and_the_same_events(seed
 
 
 def lasting(hub):
-    """What of a Hub outlives its server."""
+    """Return the part of a Hub that outlives its server."""
     users = {user.resume_id: user.state() for user in hub.users.values() if user.may_return}
     channels = {
         key: (channel.state(), {user.resume_id for user in channel.members} & users.keys())
@@ -6453,7 +6453,7 @@ class Pair:
         return [view.text for view in self.views if (view.kind, view.name) == ("said", name)]
 
     def found(self):
-        """What was asked for, of the past."""
+        """Return the messages of the past that were asked for."""
         found = [view.text for view in self.views if view.kind == "found"]
         self.views.clear()
         return found
@@ -6598,7 +6598,7 @@ def test_what_is_refused_is_said_with_the_message_that_was_lost():
     alice = Pair(house, "alice")
     alice.typed("/tell nobody hello")
     (failed,) = [view for view in alice.views if view.kind == chat.FAILED]
-    assert failed.text == "nobody: nobody here is called nobody: hello"
+    assert failed.text == "nobody: no user here is called nobody: hello"
     assert alice.core.outbox.waiting == {} and alice.core.failures == 1
 
 
@@ -7128,7 +7128,7 @@ class Elsewhere:
         return self
 
     def sent(self, seconds=0.0):
-        """What the client has sent since the last time, after so many seconds more."""
+        """Return what the client sent since the last time, after so many seconds more."""
         self.out += self.core.take_output().decode().splitlines()
         for _ in range(int(seconds)):
             self.now += 1
@@ -7138,7 +7138,7 @@ class Elsewhere:
         return out
 
     def said(self):
-        """What was shown of messages, the client's own with *."""
+        """Return the messages that were shown, the client's own with *."""
         shown = [v for v in self.views if v.kind in ("said", "noticed")]
         self.views = [v for v in self.views if v not in shown]
         return [f"{v.where} {'*' if v.mine else ''}{v.name}: {v.text}" for v in shown]
@@ -8577,7 +8577,7 @@ class Visitor(Guest):
         super().close()
 
     def ask(self, *lines):
-        """What comes until the answer to a PING behind these lines."""
+        """Return what comes until the answer to a PING behind these lines."""
         self.send("".join(f"{line}\r\n" for line in (*lines, "PING asked")))
         return self.until("PONG chat.py :asked")[:-1]
 
@@ -8637,7 +8637,7 @@ def test_the_conversation_is_byte_for_byte_that_of_the_workshop(running):
     bob.sock.shutdown(socket.SHUT_WR)
     expected = f"bob: three\nbob: last without newline\nbob ({where}) left the chat!\n".encode()
     assert alice.file.read(len(expected)) == expected
-    assert bob.rest() == b"* that line is not UTF-8 text; nobody got it\n"
+    assert bob.rest() == b"* that line is not UTF-8 text and was not delivered\n"
     carol = Guest(server.address)
     carol.send(b"carol\n")
     assert alice.line() == f"carol ({carol.here()}) joined the chat!"
@@ -8670,7 +8670,7 @@ def test_whoever_is_silent_is_greeted(running):
     guest = running().guest()
     assert guest.file.readline() == chat.GREETING
     guest.send("alice\n")
-    assert guest.line() == "* you are alice; nobody else is here yet; /help"
+    assert guest.line() == "* you are alice; no other user is here yet; /help"
 
 
 def test_other_dialects_are_closed_politely_and_never_taken_for_a_name(running):
@@ -8752,7 +8752,7 @@ def test_a_policy_of_tls_says_where_and_for_how_long(running, certificate):
 
 @pytest.fixture
 def showing(certificate, tmp_path):
-    """What a client has to have to show a certificate: alice's, mallory's, the server's own."""
+    """Make the certificates of alice, of mallory and of the server."""
 
     def context(name):
         made = ssl.create_default_context(cafile=certificate)
@@ -9325,7 +9325,7 @@ WRONG_COMMAND_LINES = [  # the status, and what is said
     (["client", "alice", "--sasl", "OAUTH"], 2, "SCRAM-SHA-256, EXTERNAL and PLAIN"),
     (["client", "a" * 65], 1, "a name has at most 64 bytes"),
     (["server", "--oper", "boss:@/dev/null"], 1, "the password in /dev/null is empty"),
-    (["client", "alice", "--login"], 1, "nobody typed the password; it can be given as @FILE"),
+    (["client", "alice", "--login"], 1, "no password was typed; it can be given as @FILE"),
     (["dance"], 2, "invalid choice"),
 ]
 
@@ -9454,7 +9454,7 @@ def history(house, who, target, query="LATEST {} * 100"):
 
 
 def refused(lines, *codes):
-    """Whether one of these lines is one of these numerics or FAIL codes."""
+    """Return whether one of these lines is one of these numerics or FAIL codes."""
     found = [re.sub(r"^@\S+ ", "", line).split() for line in lines]
     return any(words[1] in codes or (words[1] == "FAIL" and words[3] in codes) for words in found)
 
@@ -11351,7 +11351,7 @@ def tokens(lines):
 
 
 def drafts_and_values(house, who):
-    """What CAP LS 302 offers: capability -> value. Several lines."""
+    """Return the offer of CAP LS 302: capability -> value. Several lines."""
     lines = of(asked(house, who, "CAP LS 302"), "CAP")
     return dict(word.partition("=")[::2] for line in lines for word in line.params[-1].split())
 
@@ -13160,7 +13160,7 @@ def say_one_by_one(guest, texts):
 
 
 def texts_kept(data):
-    """What a later server has of #a."""
+    """Return the state of #a on a later server."""
     with serving("--data", data, "--flood", "off") as (_, address):
         guest = Visitor(address)
         guest.enter_irc("reader", "CAP REQ :batch draft/chathistory message-tags", "JOIN #a")
@@ -13452,7 +13452,7 @@ def root_pages(path):
 
 
 def start_damages(path):
-    """What is damaged, and a function that damages the copy."""
+    """Yield what is damaged, and a function that damages the copy."""
     for table in tables_of(path):
         if table not in ("parts", "covered"):  # the search index may be made once more
             yield f"no {table}", lambda copy, t=table: change(copy, f'DROP TABLE "{t}"')
@@ -14080,7 +14080,7 @@ PASSWORDS = {  # said before, the guess, said after it, and what shows that it w
 
 
 def tries(address, source, way, *words):
-    """What a connection hears that tries these words, one after the other, at once."""
+    """Return what a connection hears that tries these passwords one after the other, at once."""
     before, guess, after, _ = PASSWORDS[way]
     guesses = [guess(word) if callable(guess) else guess.format(word) for word in words]
     guest = Visitor(address, source)
@@ -14878,7 +14878,7 @@ class Witness(Guest):
 
 
 def receives(process, last):
-    """What a piped client prints, until it prints that; it is not waited for without end."""
+    """Return what a piped client prints, until it prints that or time is over."""
     lines = []
     alarm = threading.Timer(6 * PATIENCE, process.kill)
     alarm.daemon = True
@@ -15058,7 +15058,7 @@ def test_junk_from_a_terminal_never_breaks_the_decoder(seeded):
 
 
 def edited(*keys, **options):
-    """What stands before and after the cursor once these keys were pressed."""
+    """Return the text before and after the cursor once these keys were pressed."""
     editor = chat.LineEditor(**options)
     for key in keys:
         editor.press(chat.Key(key[1:]) if key.startswith("^") else chat.Key("text", key))
@@ -15261,7 +15261,7 @@ class Screen:
 
     @property
     def lines(self):
-        """What is to be seen, without what is empty below."""
+        """Return the rows to be seen, without the empty ones below."""
         found = [self.text(cells) for cells in self.cells]
         while found and not found[-1]:
             found.pop()
@@ -15464,7 +15464,7 @@ class Desk:
 
     @property
     def said(self):
-        """What of it all bob said, from the top of what can be scrolled to."""
+        """Return what bob said, from the top of what can be scrolled to."""
         lines = self.screen.history + self.screen.lines
         return [line.removeprefix("08:30 bob: ") for line in lines if "bob: " in line]
 
