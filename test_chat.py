@@ -271,7 +271,7 @@ class House(chat.Server):
         return conn.session
 
     def enter(self, *names):
-        """People come in, each in a turn of their own, and nobody has heard anything yet."""
+        """Guests come in, each in a turn of their own; what they heard is forgotten."""
         for name in names:
             self.connect(name).receive(name.encode())
             self.turn()
@@ -713,7 +713,10 @@ SCRIPTS = {
         ("alice", "/tell BOB psst"),
         {"alice": ["* told BOB: psst"], "bob": ["(private) alice: psst"]},
     ],
-    "nobody of that name": [("alice", "/tell zoe hi"), {"alice": ["* no user here is called zoe"]}],
+    "no user of that name": [
+        ("alice", "/tell zoe hi"),
+        {"alice": ["* no user here is called zoe"]},
+    ],
     "an action reads as one": [
         ("alice", "/me waves"),
         {"bob": ["alice: *waves*"], "carol": ["alice: *waves*"]},
@@ -1801,7 +1804,7 @@ alice< :alice MODE #a +v bob
 bob< :alice MODE #a +v bob
 bob> PRIVMSG #a :heard
 alice< :bob PRIVMSG #a :heard
-=== MODE +n: nobody speaks from outside
+=== MODE +n: no message from outside
 +#a alice
 bob> PRIVMSG #a :x
 bob< 404 bob #a :you are not in #a; /join #a first
@@ -1899,7 +1902,7 @@ alice< 315 alice #a :End of WHO
 alice> WHO dora %na
 alice< 354 alice dora 0
 alice< 315 alice dora :End of WHO
-=== WHOIS: all about somebody, and nothing that is secret
+=== WHOIS: all about a user, and nothing that is secret
 +#a alice
 +#s alice
 alice> MODE #s +s
@@ -2185,7 +2188,7 @@ carol< :alice KICK #a bob :alice
 alice> MODE #lobby +t
 alice< :alice MODE #lobby +t
 dora< * alice set +t in #lobby
-=== KILL: closes somebody's connection
+=== KILL: closes the connection of a user
 alice> OPER boss secret
 alice< 381 alice :You are now an operator of this server
 alice< :alice MODE alice +o
@@ -2587,7 +2590,7 @@ alice< @batch=ID :alice PRIVMSG #a :two
 alice< @batch=ID :alice PRIVMSG #a :lines
 alice< @batch=ID :alice BATCH -ID
 alice< BATCH -ID
-=== invite-notify: who could have invited is told that somebody did
+=== invite-notify: members who could have invited are told of an invitation
 +#a alice bob carol
 bob> CAP REQ invite-notify
 bob< CAP bob ACK :invite-notify
@@ -2867,7 +2870,7 @@ carol> CHATHISTORY FOO nobody * 2
 carol< FAIL CHATHISTORY INVALID_PARAMS FOO :see HELP CHATHISTORY
 carol> CHATHISTORY LATEST
 carol< 461 carol CHATHISTORY :it goes like this: CHATHISTORY <how> <target> <selector> [<selector>] <limit>
-=== MARKREAD: how far somebody has read
+=== MARKREAD: how far a user has read
 alice> CAP REQ draft/read-marker
 alice< CAP alice ACK :draft/read-marker
 alice> JOIN #a
@@ -3108,7 +3111,7 @@ bob> NICK NickServ
 bob< 433 bob NickServ :NickServ belongs to an account; log in first
 dora> /tell NickServ register x
 dora< * no user here is called NickServ
-=== VERIFY: a code that nobody sent
+=== VERIFY: a code that was never sent
 alice> VERIFY alice 12345678
 alice< FAIL VERIFY INVALID_CODE alice :that is not the code that was sent
 alice> VERIFY alice
@@ -3869,7 +3872,7 @@ def test_a_name_is_one_in_both_dialects():
 
 
 def irc_step(seeded, house, text):
-    """Somebody does something; what was said with it, where, and who is to hear it."""
+    """A user does something; what was said with it, where, and who is to hear it."""
     who = seeded.choice(("alice", "bob", "carol"))
     verb = seeded.choice(("JOIN #a", "JOIN #b", "PART #a", "PART #b", "T #a", "T #b"))
     if verb[0] != "T":
@@ -4040,7 +4043,7 @@ def test_who_fails_too_often_waits_and_the_owner_elsewhere_does_not():
     for n in range(3 * chat.LOGIN_FAILURES_KEPT):
         throttle.failed(f"host{n}", "alice", now)
     assert len(throttle.failures) <= chat.LOGIN_FAILURES_KEPT
-    with pytest.raises(chat.Refused):  # whoever fills the table is not forgotten by that
+    with pytest.raises(chat.Refused):  # an address that fills the table is not forgotten by that
         throttle.check("10.0.0.1", "alice", now)
 
 
@@ -4103,7 +4106,7 @@ def test_an_account_outlives_the_server_and_its_password_is_not_in_the_files(fol
 
 
 def logged_in(house, label, name, password="password"):
-    """One more device of somebody, with his account."""
+    """One more device of a user, with the account."""
     house.connect_irc(label)
     blob = base64.b64encode(f"\0{name}\0{password}".encode()).decode()
     house.say(label, "CAP REQ :sasl", f"NICK {name}", "USER u 0 * :r", "AUTHENTICATE PLAIN")
@@ -4569,7 +4572,7 @@ def test_a_secret_channel_is_closed_also_after_a_crash(folder):
     house.enter_irc("alice")
     house.say("alice", "JOIN #s,#open", "MODE #s +s", "PRIVMSG #s :secret talk", "PRIVMSG #open :x")
     house.turn()
-    house.store.close()  # nobody left
+    house.store.close()  # no user left
     again = House(store=chat.Store(folder / "chat.db"))
     again.enter_irc("mallory")
     again.say(
@@ -4742,7 +4745,7 @@ def test_nobody_wipes_the_history_of_an_empty_channel_by_renaming_another_onto_i
         assert house.heard("mallory")[0].startswith(
             f":chat.py FAIL RENAME CHANNEL_NAME_IN_USE #c {name} :"
         )
-    house.say("mallory", "RENAME #c #s")  # nobody can read that any more
+    house.say("mallory", "RENAME #c #s")  # no user can read that any more
     house.turn()
     assert "JOIN #s" in str(house.heard("mallory"))
     assert texts(house.store, "#a") == ["for all to read"]
@@ -4997,7 +5000,7 @@ def test_everybody_hears_what_a_naive_server_would_have_told_them_in_the_same_or
 
 
 def random_step(seeded, house, naive, present, step):
-    """One thing that somebody does, in the house and in the model."""
+    """One thing that a user does, in the house and in the model."""
     who, channel = seeded.choice(present), seeded.choice((chat.LOBBY, "#a", "#b"))
     room, name = naive.members[channel], naive.names[who]
     prefix = "" if channel == chat.LOBBY else f"[{channel}] "
@@ -5267,7 +5270,7 @@ def test_a_log_that_has_grown_large_is_begun_anew(folder, monkeypatch):
     monkeypatch.setattr(chat, "WAL_RESTART_BYTES", 100_000)
     house = House(store=chat.Store(folder / "chat.db"))
     house.enter("alice")
-    house.store.checkpoint()  # the first one begins the log anew, whatever its size
+    house.store.checkpoint()  # the first one begins a new log, whatever its size
     sizes = []
     for _ in range(4):
         house.say("alice", *["x" * 100] * 2000)
@@ -5360,7 +5363,7 @@ ECHOES = "CAP REQ :message-tags echo-message chat.py/session"
 
 
 def restarted(house, path):
-    """The next server on the same data: nobody said goodbye."""
+    """The next server on the same data: no user said goodbye."""
     house.turn()
     house.store.close()
     again = House(store=chat.Store(path))
@@ -6127,7 +6130,7 @@ def test_who_was_taken_for_a_workshop_server_and_is_none_is_called_again(line, k
     core.feed(b":x 001 alice :Welcome\r\n")
     assert b" hello\r\n" in core.take_output()
     core = plain_core()
-    core.insists = True  # somebody said --plain
+    core.insists = True  # the user said --plain
     core.feed(line)
     assert (core.kind, core.redial) == (chat.PLAIN, False)
 
@@ -6800,7 +6803,7 @@ def test_nothing_is_lost_or_doubled_wherever_the_line_breaks(seeded):
     heard = [line.split(" :", 1)[1] for line in house.heard("witness")]
     assert [line for line in heard if line[:5] == "alice"] == [
         f"alice {n + 1}" for n in range(said["alice"])
-    ], "somebody else heard a join, a quit, or something twice"
+    ], "another user heard a join, a quit, or something twice"
 
 
 def test_what_another_client_has_the_place_of_is_not_fought_for():
@@ -6837,7 +6840,7 @@ def test_without_receipts_what_is_in_doubt_is_told_and_not_said_again():
 
 
 def test_with_history_what_is_in_doubt_is_looked_for_there():
-    """As on Ergo: ids come back in history, but nobody keeps us from saying a thing twice."""
+    """As on Ergo: ids come back in history, but nothing keeps us from saying a thing twice."""
     chat_caps = {"chat.py/session": chat.CAPABILITIES.pop("chat.py/session")}
     try:
         house = house_of("bob")
@@ -7398,7 +7401,7 @@ def test_a_pong_without_our_token_confirms_the_oldest_ping():
     alice.sent(9)
     alice.hears("PONG irc.example")
     assert alice.core.outbox.waiting == {}
-    alice.hears("PONG", "PONG x y")  # that nobody asked for
+    alice.hears("PONG", "PONG x y")  # that was not asked for
 
 
 @pytest.mark.parametrize(
@@ -8641,10 +8644,10 @@ def test_the_conversation_is_byte_for_byte_that_of_the_workshop(running):
     carol = Guest(server.address)
     carol.send(b"carol\n")
     assert alice.line() == f"carol ({carol.here()}) joined the chat!"
-    nobody = Guest(server.address)
-    nobody.send(b"no newline, no name")
-    nobody.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    nobody.close()  # a reset: nobody hears of it
+    silent = Guest(server.address)
+    silent.send(b"no newline, no name")
+    silent.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    silent.close()  # a reset: no user hears of it
     where = carol.here()
     carol.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     carol.close()
@@ -8657,11 +8660,11 @@ def test_a_client_that_closes_before_sending_a_name_is_not_heard_of(running):
     server = running()
     alice = server.guest("alice")
     for data in (b"", b"\r"):
-        nobody = Guest(server.address)
-        nobody.send(data)
-        nobody.sock.shutdown(socket.SHUT_WR)
-        assert nobody.rest() == b""
-        nobody.close()
+        silent = Guest(server.address)
+        silent.send(data)
+        silent.sock.shutdown(socket.SHUT_WR)
+        assert silent.rest() == b""
+        silent.close()
     alice.send("/list\n")
     assert alice.line() == "* #lobby (1)"
 
@@ -8786,7 +8789,7 @@ def test_a_certificate_of_an_account_logs_in_and_another_does_not(
     server = Running(**options)
     alice = server.guest(context=showing("alice"))
     alice.enter_irc("alice", "REGISTER * * password")
-    assert external(alice) == ["904"]  # nobody's yet
+    assert external(alice) == ["904"]  # not an account's yet
     alice.send("NS CERT ADD\r\nNS CERT LIST\r\nWHOIS alice\r\n")
     print_of_alice = fingerprint_of(CLIENT_CERTIFICATES["alice"])
     told = str(alice.until(" 318 "))
@@ -8826,7 +8829,7 @@ def test_external_is_offered_to_a_client_that_shows_a_certificate(running, certi
     with pytest.raises(ssl.SSLError, match="UNKNOWN_CA"):
         server.guest(context=showing("mallory")).line()
     alice = server.guest(context=showing(""))
-    assert "001" in alice.enter_irc("alice")[0]  # and nobody else noticed
+    assert "001" in alice.enter_irc("alice")[0]  # and no other user noticed
 
 
 def test_a_certificate_goes_with_its_account_and_is_of_no_other():
@@ -14864,7 +14867,7 @@ def piped(name, where, folder=None, silent=2.0, **options):
 
 
 class Witness(Guest):
-    """Somebody on a good line, who hears everything."""
+    """A user on a good line, who hears everything."""
 
     def __init__(self, address):
         super().__init__(address)
@@ -14911,7 +14914,7 @@ def exactly_once(address, through, count=LINES_SAID, meanwhile=lambda: None, **o
         assert alice.wait(60) == 0
         said, others = witness.heard(f"line {count - 1}")
         assert said == numbered(count)
-        assert others == [], "somebody saw the line break"
+        assert others == [], "a user saw the line break"
     witness.close()
 
 
