@@ -17286,20 +17286,61 @@ def run_bench(args: argparse.Namespace) -> int:
     return 0
 
 
+FIRST_HELP = """\
+chat.py: a chat in one file. What you can do:
+
+  python3 chat.py server                            start a server, for this machine
+  python3 chat.py server --listen 0.0.0.0:7000      for everyone on the network
+  python3 chat.py client NAME                       talk, in this terminal
+  python3 chat.py client NAME --server HOST:7000    on the server of another machine
+  python3 gui_client.py NAME                        talk, in a window
+  printf 'hi\\n' | python3 chat.py client NAME      send lines from a program
+  python3 chat.py passwd NAME | bench               set a password, measure a server
+  python3 chat.py COMMAND --help                    all options of a command
+"""
+
+SERVER_EPILOG = """\
+examples:
+  chat.py server                                    this machine only
+  chat.py server --listen 0.0.0.0:7000 --tls-cert chain.pem --tls-key key.pem
+  chat.py server --data /srv/chat --oper boss:@boss.txt --motd welcome.txt
+
+exit status: 0 after SIGTERM or Ctrl-C, 1 with a reason, 2 for a wrong command line
+signals: SIGTERM ends the server; SIGHUP reads certificate, passwords and MOTD again
+environment: HOME or XDG_DATA_HOME say where the data folder is, unless --data does
+"""
+
+
+def parser_of(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
+    """Add a subcommand whose help tells the defaults, and ends with `epilog` as it is."""
+    return commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[:1].upper()}{text[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def add_server(commands: Any) -> None:
-    server = commands.add_parser("server", help="let others talk")
+    server = parser_of(commands, "server", "let others talk", SERVER_EPILOG)
     add = server.add_argument
-    add("--listen", type=listen_address, action="append", metavar="HOST:PORT")
+    listen = "may be repeated; default 127.0.0.1:7000"
+    add("--listen", type=listen_address, action="append", metavar="HOST:PORT", help=listen)
     add("--tls-cert", metavar="PEM", help="certificate chain: TLS on the same port")
     add("--tls-key", metavar="PEM", help="its key, unless it is in the same file")
     add("--tls-client-ca", metavar="PEM", help="whose client certificates can log in")
     add("--data", type=data_option, default="", metavar="DIR", help="or none")
-    add("--keep", type=positive, metavar="N", help="events kept of each channel")
+    keep = f"events kept of each channel; default {KEEP_EVENTS:,}"
+    add("--keep", type=positive, metavar="N", help=keep)
     add("--password", type=secret_option, nargs="?", const="", metavar="PW", help="or @FILE")
-    add("--flood", type=flood_limits, default=(FLOOD_BURST, FLOOD_RATE), metavar="BURST,RATE|off")
+    usual = (FLOOD_BURST, FLOOD_RATE)
+    flood = "lines at once, and a second; default {}, {:g}".format(*usual)
+    add("--flood", type=flood_limits, default=usual, metavar="BURST,RATE|off", help=flood)
     add("--name", type=host_name, default=SERVER_NAME, metavar="HOST", help="of this server")
-    add("--network", type=host_name, default=SERVER_NAME, metavar="NAME")
-    add("--oper", type=operator_option, action="append", default=[], metavar="NAME:PASSWORD")
+    add("--network", type=host_name, default=SERVER_NAME, metavar="NAME", help="as IRC shows it")
+    oper = "who may operate the server; may be repeated; NAME:@FILE"
+    add("--oper", type=operator_option, action="append", default=[], metavar="NAME:PW", help=oper)
     add("--motd", type=pathlib.Path, metavar="FILE", help="message of the day, for IRC")
     add(
         "--register",
@@ -17315,8 +17356,10 @@ def add_server(commands: Any) -> None:
         metavar="COMMAND",
         help="takes a message, like: sendmail -t",
     )
-    add("--max-clients", type=positive, metavar="N")
-    add("--max-per-address", type=positive, default=PER_ADDRESS, metavar="N")
+    clients = "connections in all; default: what the system allows"
+    add("--max-clients", type=positive, metavar="N", help=clients)
+    address = f"connections of one address; default {PER_ADDRESS}"
+    add("--max-per-address", type=positive, default=PER_ADDRESS, metavar="N", help=address)
     add("--log", default="info", choices=("debug", "info", "warning", "error"))
     server.set_defaults(run=run_server)
 
@@ -17359,13 +17402,7 @@ def add_client_options(add: Callable) -> None:
 
 
 def add_client(commands: Any) -> None:
-    client = commands.add_parser(
-        "client",
-        help="talk",
-        description="Talk: on a terminal, or as a filter in a pipe.",
-        epilog=CLIENT_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    client = parser_of(commands, "client", "talk: on a terminal, or in a pipe", CLIENT_EPILOG)
     add = client.add_argument
     add("name", metavar="NAME", help="your nick")
     add(
@@ -17390,14 +17427,24 @@ def command_line() -> argparse.ArgumentParser:
 
     add_client(commands)
 
-    passwd = commands.add_parser("passwd", help="another password for an account")
+    epilog = """\
+example: chat.py passwd alice --password @new.txt
+exit status: 0 when it is set, 1 with a reason, 2 for a wrong command line. The server may run.
+"""
+    passwd = parser_of(commands, "passwd", "set the password of an account", epilog)
     add = passwd.add_argument
     add("name", metavar="NAME")
     add("--data", type=data_option, default="", metavar="DIR")
     add("--password", type=secret_option, metavar="PW", help="or @FILE; asked for without it")
     passwd.set_defaults(run=run_passwd)
 
-    bench = commands.add_parser("bench", help="measure a server; one of its own without --server")
+    epilog = """\
+examples: chat.py bench        chat.py bench --server 127.0.0.1:7000 --rate 200 --json
+exit status: 0 with the figures, 1 with a reason, 2 for a wrong command line
+"""
+    bench = parser_of(
+        commands, "bench", "measure a server; one of its own without --server", epilog
+    )
     add = bench.add_argument
     add("--server", type=server_target, metavar="HOST:PORT")
     for name, value in BenchOptions._field_defaults.items():
@@ -17425,8 +17472,12 @@ def main(arguments: list[str] | None = None) -> int:
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     try:
-        require_text(sys.argv[1:] if arguments is None else arguments)
-        args = command_line().parse_args(arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        require_text(given)
+        if not given:
+            print(FIRST_HELP, end="")
+            return 0
+        args = command_line().parse_args(given)
         return args.run(args)
     except ChatError as error:
         print(f"chat.py: {escaped(str(error))}", file=sys.stderr)
