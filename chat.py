@@ -314,6 +314,11 @@ RETRY_SECONDS = 60.0  # that a filter looks for a server it has lost
 WATCH_SECONDS = 1.0  # between two looks whether the server is still there ...
 SILENT_SECONDS = 25.0  # ... which is given up after so long: half of it, then a PING ...
 WAITING_SECONDS = 10.0  # ... and sooner while a message waits to be acknowledged
+BATCH_SECONDS = 60.0  # that a batch of lines may take
+ECHO_SECONDS = 20.0  # without the echo of a message: then another server is asked
+LOGIN_SECONDS = 30.0  # that a log-in may take ...
+REGISTRATION_SECONDS = 90.0  # ... and a whole registration
+LINE_ROOM = 100  # bytes of text in a line, at least, however long our address is
 OTHER_SECONDS = 60.0  # the same for other servers: they answer late a client that says much
 OUTBOX_FULL = 256  # messages: then a pipe is read later
 UNDERSTOOD_KEPT = 10_000  # said to a server that may turn out to speak IRC, to be said again
@@ -757,19 +762,24 @@ def wrapped(words: Iterable[str], room: int, between: str = " ") -> Iterator[str
 
 
 @functools.lru_cache(1000)
-def mask_pattern(mask: str) -> re.Pattern:
-    """Return the pattern of the folded texts that `mask` means: * is anything, ? any one.
+def pattern_of(mask: str) -> re.Pattern:
+    """Return the pattern of the texts that a folded mask means: * is anything, ? any one.
 
     An atomic group, (?>...), never gives back what it took. So each piece between two stars
     is found once, where it comes first, and no number of stars makes this slow: the time is
     at most the product of both lengths, where nested .* would double with every star.
     """
-    pieces = re.split(r"\*+", fold(mask))
+    pieces = re.split(r"\*+", mask)
     first, *others = (re.escape(piece).replace(r"\?", ".") for piece in pieces)
     if others:
         *middle, last = others
         first += "".join(f"(?>.*?{piece})" for piece in middle) + f".*{last}"
     return re.compile(first, re.DOTALL)
+
+
+def mask_pattern(mask: str) -> re.Pattern:
+    """Return the pattern of the folded texts that `mask` means: see pattern_of()."""
+    return pattern_of(fold(mask))
 
 
 CONTROLS = {n: None for n in (*range(0x20), *range(0x7F, 0xA0)) if chr(n) not in "\t\n"}
@@ -9019,6 +9029,7 @@ class View(NamedTuple):
     own_id: str = ""  # ours, of a message of ours
     address: str = ""  # of who came or went
     line: str = ""  # as a server of the line protocol had it
+    number: int = 0  # of the row in the store, if it comes from there
 
 
 class Heard(NamedTuple):
@@ -9058,7 +9069,6 @@ CLIENT_ALIASES = {
     "j": "join",
     "n": "names",
     "w": "whois",
-    "query": "msg",
     "tell": "msg",
     "leave": "part",
     "quote": "raw",
@@ -9116,7 +9126,11 @@ class ServerProfile:
         self.ours = ours  # a chat.py
         self.offered: dict[str, str] = {}  # capabilities and their values
         self.enabled: set[str] = set()
-        self.tokens: dict[str, str] = dict(before.tokens) if before else {}  # of 005
+        self.told = False  # 004 has come, and 005 if there is one
+        kept = ("CASEMAPPING", "CHANTYPES") if before else ()
+        self.tokens = {
+            name: before.tokens[name] for name in kept if name in before.tokens
+        }  # of 005
 
     # Names
 
@@ -9124,7 +9138,7 @@ class ServerProfile:
         """Return the key of a name: two names with one key are the same to this server."""
         if self.ours:
             return fold(name)
-        mapping = self.tokens.get("CASEMAPPING", "rfc1459").lower()
+        mapping = self.tokens.get("CASEMAPPING", "rfc1459" if self.told else "ascii").lower()
         if mapping in UNICODE_MAPPINGS:
             return fold(name)
         return name.translate(CASE_MAPPINGS.get(mapping, CASE_MAPPINGS["ascii"]))
@@ -9329,6 +9343,8 @@ class Outbox:
         for id, one in self.waiting.items():
             if is_old(one.where) and id not in self.in_flight:
                 self.waiting[id] = one._replace(where=new)
+                self._note({"say": self.waiting[id]})
+                self._note({"sent": id} if one.sent else {})
 
     def take_back(self, sent: Iterable[Waiting]) -> None:
         """Keep messages that have not arrived after all. Raises Unusable if it cannot."""
@@ -9401,7 +9417,8 @@ class Room:
         self.inside = False
         self.wanted = False  # to be entered again after a break ...
         self.entered = False  # ... unless our place is given back, which includes it
-        self.mark = ""  # up to here (msgid=... or timestamp=...) everything is held
+        self.mark = ""  # up to here (msgid=... or timestamp=...) everything is held ...
+        self.mark_time: int | None = None  # ... and what time that was
         self.held: list[View] | None = None  # what waits for the pages that come before it ...
         self.spilled = False  # ... and was more than could be held: there will be pages of it
 
@@ -9439,6 +9456,13 @@ class Room:
             return False
         self.people[new] = self.people.pop(name)
         return True
+
+    def name_view(self, own_id: str, id: str) -> None:
+        """Note the server's id of a message of ours: it may be taken back by that."""
+        for n in range(len(self.views) - 1, -1, -1):
+            if self.views[n].own_id == own_id:
+                self.views[n] = self.views[n]._replace(id=id)
+                return
 
     def show_moves(self) -> None:
         """Put the joins and quits that were collected in one row."""
@@ -9556,6 +9580,12 @@ WANTED = (  # capabilities that this client can use
 )
 
 
+COMMAND_LIMITS = {  # command -> token of 005 for its last parameter, and what is usual
+    "TOPIC": ("TOPICLEN", IRC_BYTES),
+    "AWAY": ("AWAYLEN", IRC_BYTES),
+    "NICK": ("NICKLEN", NAME_BYTES),
+    "KICK": ("KICKLEN", IRC_BYTES),
+}
 NO_PACE = (1e9, 1e9)  # lines at once, and a second
 
 
@@ -9566,10 +9596,14 @@ class Batch:
         self.kind = heard.params[1]
         self.opening, self.outer = heard, outer
         self.items: "list[Heard | Batch]" = []
+        self.at = 0.0  # when it was begun
 
     @property
     def target(self) -> str:
         return self.opening.params[2] if len(self.opening.params) > 2 else ""
+
+
+UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time at which history was asked for
 
 
 class Asked(NamedTuple):
@@ -9581,7 +9615,7 @@ class Asked(NamedTuple):
     how: str
     limit: int
     label: str = ""
-    at: float = 0.0  # monotonic, in seconds
+    at: float = UNSENT  # monotonic, in seconds
 
 
 class Echoed(NamedTuple):
@@ -9629,7 +9663,7 @@ def in_batches(
 
 def same_words(sent: str, heard: str) -> bool:
     """Return whether a server made `heard` of what was sent: some cut it or take its colours."""
-    plain = plain_text(sent)
+    plain = shown_line(sent.encode(errors="replace"))
     return heard in (sent, plain) or (len(heard) > 100 and (sent + plain).startswith(heard))
 
 
@@ -9641,7 +9675,11 @@ def echo_id(talk: "IrcTalk", heard: Heard, target: str, text: str) -> str:
     among those that this server echoes without either."""
     waiting = talk.core.outbox.waiting
     for name in (heard.tags.get("label", ""), heard.tags.get(OWN_ID, "")):
+        stem, dot, _ = name.partition(".")
+        if dot and (stem in waiting or stem in talk.core.known_own):
+            return PIECE
         if name in waiting or (name and name == heard.tags.get(OWN_ID)):
+            talk.echoed = [one for one in talk.echoed if one.id != name]
             return name
     key = talk.core.fold(target)
     for n, sent in enumerate(talk.echoed):
@@ -9665,7 +9703,7 @@ def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
     mine = core.is_me(heard.name)
     where = target if mine or server.is_channel(target) else heard.name
     own_id = echo_id(talk, heard, heard.params[0], text) if mine else ""
-    if text.startswith("\x01ACTION "):
+    if re.match("\x01ACTION[ \x01]", text, re.IGNORECASE):
         text = f"*{text[8:].removesuffix(chr(1))}*"
     text = text.replace("\x01", "")
     called = not mine and (not server.is_channel(where) or core.is_called(text))
@@ -9689,7 +9727,7 @@ def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> Non
 
 def page_missed(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
     """Page by page, until there is nothing new: one may be short because of its size."""
-    new = any(view.id not in talk.core.seen for view in views)
+    new = any(view.id and view.id not in talk.core.seen for view in views)
     for view in views:
         talk.core.deliver(room, view)
     if new or room.spilled:
@@ -9723,8 +9761,9 @@ def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None
 
 def page_older(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
     """In front of what is there."""
-    shown = {view.id for view in room.views}
-    views = [view._replace(past=True) for view in views if view.id not in shown]
+    core, shown = talk.core, {view.id for view in room.views}
+    views = [view for view in views if view.id not in shown and not core.hides(view)]
+    views = [view._replace(past=True) for view in views]
     for view in views:
         talk.core.keep(view)
     room.views.extendleft(reversed(views))
@@ -9756,7 +9795,7 @@ class Login(NamedTuple):
 
 def is_ctcp(text: str) -> bool:
     """Return whether a message is for a program: a CTCP that is no ACTION."""
-    return text.startswith("\x01") and not text.startswith("\x01ACTION ")
+    return text.startswith("\x01") and not re.match("\x01ACTION[ \x01]", text, re.IGNORECASE)
 
 
 class IrcTalk:
@@ -9794,9 +9833,13 @@ class IrcTalk:
         # Commands, each behind the message with that id
         self.queue: collections.deque[tuple[str, str]] = collections.deque()
         self.pieces: collections.deque[str] = collections.deque()  # lines of one message
+        self.sending = ""  # the message whose lines these are
         self.echoed: list[Echoed] = []  # lines of ours that come back without a name
-        self.unconfirmed: list[str] = []  # own ids that a PONG is to confirm
-        self.unasked = False  # the PING for the last of them is not sent yet
+        self.entering: set[str] = set()  # keys of channels that a JOIN was sent for
+        self.unconfirmed: list[str] = []  # own ids that no PING was sent for yet
+        self.doubted: dict[str, list[str]] = {}  # those that should have come back before it
+        self.acks: dict[str, list[str]] = {}  # those that a PONG is to confirm, by its token
+        self.last_ack = core.ticks()  # when the server confirmed something, last
         # What came later than this, we may not have seen: times are unique within one target
         self.since = max(0, core.newest - 2 * TIMES_AHEAD)
         core.output.append("CAP LS 302")
@@ -9835,8 +9878,18 @@ class IrcTalk:
         self.core.output.append(self.line(verb, *params))
 
     def command(self, verb: str, *params: str) -> None:
-        """Send what the user wants done, behind the messages accepted before it."""
-        self.raw(self.line(verb, *params))
+        """Send what the user wants done, behind the messages accepted before it. Raises Refused
+        for what the server would cut."""
+        token, usual = COMMAND_LIMITS.get(verb, ("", IRC_BYTES))
+        most, text = self.server.limit(token, usual), params[-1] if params else ""
+        size = len(text) if self.server.ours else len(text.encode())
+        if size > most:
+            raise Refused("TOO_LONG", f"this server takes {most} bytes there, and not {size}")
+        line = self.line(verb, *params)
+        source = f":{self.mask or self.longest_mask()} "
+        if len(f"{source}{line}\r\n".encode()) > IRC_BYTES and not self.server.ours:
+            raise Refused("TOO_LONG", f"a line has at most {IRC_BYTES} bytes with your address")
+        self.raw(line)
 
     def raw(self, line: str) -> None:
         outbox = self.core.outbox
@@ -9846,8 +9899,6 @@ class IrcTalk:
 
     def pump(self) -> None:
         """Send what may be sent now: what waits, in the pace that this server allows."""
-        while self.stale_names:  # one NAMES for many changes of modes
-            self.send("NAMES", self.stale_names.pop())
         self.budget.refill(self.core.ticks())
         while self.ready and self.budget.tokens >= 1 and self._send_next():
             pass
@@ -9873,19 +9924,24 @@ class IrcTalk:
             outbox.send(one)
             self.transmit(one)
             return True
-        elif self.unasked:
-            self.unasked = False
-            line = self.ping_line(f"{UNCONFIRMED}{self.unconfirmed[-1]}")
+        elif self.stale_names:  # one NAMES for many changes of modes
+            line = self.line("NAMES", self.stale_names.pop())
+        elif self.unconfirmed:
+            line = self.ping_line(f"{UNCONFIRMED}{self.unconfirmed[-1]}-{next(self.labels)}")
+            self.acks[self.pings[-1]], self.unconfirmed = self.unconfirmed, []
         else:
             return False
+        self._date(line)
         self.budget.tokens -= max(1.0, 0.5 + len(line) / PACE_BYTES)
         self.core.output.append(line)
         return True
 
     def _is_behind(self, id: str) -> bool:
-        """Return whether the message with this id is still to be sent."""
+        """Return whether the message with this id is still to be sent, and can be."""
         outbox = self.core.outbox
-        return id in outbox.waiting and id not in outbox.in_flight and id not in outbox.parked
+        one = outbox.waiting.get(id)
+        done = one is None or id in outbox.in_flight or id in outbox.parked
+        return not done and self.carries(one)
 
     def _may_catch_up(self) -> bool:
         """Return whether pages may be asked for: waiting messages go first, because a page can be
@@ -9896,7 +9952,7 @@ class IrcTalk:
     @property
     def wait(self) -> float | None:
         """The seconds until more may be sent; None if nothing waits."""
-        more = self.queue or self.pieces or self.unasked
+        more = self.queue or self.pieces or self.unconfirmed or self.stale_names
         if not self.ready or not (more or self.core.outbox.next(self.carries)):
             return None
         self.budget.refill(self.core.ticks())
@@ -9918,23 +9974,69 @@ class IrcTalk:
         now = self.core.ticks()
         if not self.introduced and now - self.began > CAP_SECONDS:
             self.introduce()
-        if self.asked and now - self.asked[0].at > PAGE_SECONDS:
-            self.page_missing()
+        for asked in [one for one in self.asked if 0 <= one.at < now - PAGE_SECONDS]:
+            self.page_missing(asked)
+        for reference, batch in list(self.batches.items()):
+            if now - batch.at > BATCH_SECONDS:  # its end was lost
+                self.end_batch(self.batches.pop(reference))
         if self.ready:
             self.regain_name(now)
+            self.doubt_echoes(now)
+        else:
+            self.hurry(now)
 
-    def page_missing(self) -> None:
+    def hurry(self, now: float) -> None:
+        """End a registration that the server does not end."""
+        if self.login is not None and now - self.began > LOGIN_SECONDS:
+            self.core.show(View(NOTE, "not logged in: the server does not answer"))
+            self.end_log_in()
+        if now - self.began > REGISTRATION_SECONDS:
+            self.core.refuse("the server does not let us in", TEMPORARY)
+            self.core.dismissed = True
+
+    def doubt_echoes(self, now: float) -> None:
+        """Ask for what should have come back long ago: some servers drop messages silently."""
+        late = now - self.last_ack > ECHO_SECONDS and not self.server.ours
+        asked = {*self.unconfirmed, *itertools.chain(*self.acks.values())}
+        alone = [id for id in self.core.outbox.in_flight if id not in asked]
+        if late and alone and not self.pieces and not self.doubted:
+            self.core.output.append(self.ping_line(f"echo-{next(self.labels)}"))
+            self.doubted[self.pings[-1]] = alone
+
+    def page_missing(self, asked: Asked) -> None:
         """History does not come: show what waited for it. If it comes yet, it is not lost."""
-        asked = self.asked[0]._replace(at=math.inf)
-        self.asked[0] = asked
+        self.asked[self.asked.index(asked)] = asked._replace(at=GIVEN_UP)
         room = self.core.find(asked.where)
         if asked.how == "targets":
-            self.asked.popleft()
+            self.answered(asked.label, "")
             self.release_talks()
         elif room is not None and room.held is not None:
             text = "the server does not send what was said meanwhile"
             self.core.show(View(NOTE, text, where=room.name))
             self.core.release(room)
+
+    def _date(self, line: str) -> None:
+        """Note when a request for history was sent: it may have waited for its turn."""
+        if "CHATHISTORY " not in line:
+            return
+        for n, asked in enumerate(self.asked):
+            if asked.at == UNSENT:
+                self.asked[n] = asked._replace(at=self.core.ticks())
+                return
+
+    def forget(self, own_id: str) -> None:
+        """Confirm a message no more: it is the user's to decide about."""
+        for ids in (self.unconfirmed, *self.acks.values(), *self.doubted.values()):
+            if own_id in ids:
+                ids.remove(own_id)
+
+    def renamed(self, old: str, new: str) -> None:
+        """A conversation has another name: also in what is asked about it."""
+        for n, asked in enumerate(self.asked):
+            if self.core.fold(asked.where) == self.core.fold(old):
+                self.asked[n] = asked._replace(where=new)
+        for name in [name for name in self.behind if self.core.fold(name) == self.core.fold(old)]:
+            self.behind[new] = self.behind.pop(name)
 
     # Coming in
 
@@ -10001,6 +10103,11 @@ class IrcTalk:
         self.exchange = Exchange(self.login)
         self.send("AUTHENTICATE", mechanism)
 
+    def end_log_in(self) -> None:
+        self.login = self.exchange = None
+        if not self.ready:
+            self.send("CAP", "END")
+
     def regain_name(self, now: float) -> None:
         """Ask now and then whether the wanted name is free, where the server does not tell."""
         core = self.core
@@ -10033,6 +10140,7 @@ class IrcTalk:
         return next((room.name for room in rooms if room), "")
 
     def enter(self, room: Room) -> None:
+        self.entering.add(self.core.fold(room.name))
         self.send("JOIN", room.name, *[room.password] * bool(room.password))
 
     # Messages
@@ -10043,27 +10151,37 @@ class IrcTalk:
             lines = [(f"\x01ACTION {one.text}\x01", False)]
         else:
             head = f":{self.mask or self.longest_mask()} PRIVMSG {one.where} :"
-            most = min(self.server.limit("LINELEN", IRC_BYTES), LINE_BYTES)
-            lines = list(sendable_lines(one.text, most - 2 - len(head.encode())))
-        server = self.server
-        tags = [f"{OWN_ID}={one.id}"] * server.keeps_own_tags + [f"label={one.id}"] * server.labels
-        head = f"@{';'.join(tags)} " if tags else ""
+            most = min(max(IRC_BYTES, self.server.limit("LINELEN", 0)), LINE_BYTES)
+            lines = list(sendable_lines(one.text, max(LINE_ROOM, most - 2 - len(head.encode()))))
+        server, head = self.server, self.own_tags(one.id)
         if len(lines) > 1 and server.multiline:
             *first, last = in_batches(lines, *server.multiline_limits)
-            for group in first:
-                self.add_batch(one, group, "")
+            for n, group in enumerate(first):
+                self.add_batch(one, group, self.own_tags(f"{one.id}.{n}"))
             self.add_batch(one, last, head)
         else:
             for text, _ in lines[:-1]:
                 self.add_line(one, text, "", "")
             self.add_line(one, lines[-1][0], head, one.id)
+        self.last_ack = max(self.last_ack, self.core.ticks() - ECHO_SECONDS / 2)
+        self.sending = one.id
         if not server.echoes:
             self.unconfirmed.append(one.id)
-            self.unasked = True
+
+    @property
+    def batching(self) -> bool:
+        """Whether a BATCH has been begun that has to be ended."""
+        return "BATCH -m" in self.pieces
+
+    def own_tags(self, id: str) -> str:
+        """Return what stands before a message of ours, so that its echo is known."""
+        tags = [f"{OWN_ID}={id}"] * self.server.keeps_own_tags
+        tags += [f"label={id}"] * self.server.labels
+        return f"@{';'.join(tags)} " if tags else ""
 
     def add_line(self, one: Waiting, text: str, head: str, id: str) -> None:
         text = text or " "
-        if "echo-message" in self.server.enabled and not head:
+        if "echo-message" in self.server.enabled:
             self.echoed.append(Echoed(self.core.fold(one.where), text, id))
             del self.echoed[:-ECHOES_KEPT]
         self.pieces.append(head + self.line("PRIVMSG", one.where, text))
@@ -10078,7 +10196,10 @@ class IrcTalk:
     def carries(self, one: Waiting) -> bool:
         """Return whether a message can be sent: one for a channel waits until we are in it."""
         room = self.core.find(one.where)
-        return room is None or not room.is_channel or room.inside or room.wanted
+        if room is None or not room.is_channel:
+            return not self.server.is_channel(one.where)
+        entering = self.server.ours and self.core.fold(one.where) in self.entering
+        return room.inside or entering  # other servers may take their time to let us in
 
     def longest_mask(self) -> str:
         return f"{self.core.name}!{'u' * USERNAME_BYTES}@{'h' * HOST_BYTES}"
@@ -10092,20 +10213,29 @@ class IrcTalk:
         limit = {"last": HISTORY_LINES, "older": self.server.page_size}.get(
             how, min(self.core.page_lines, self.server.page_size)
         )
+        oldest = next((view for view in room.views if view.id and view.kind != FOUND), None)
         words = {
             "last": ("LATEST", "*"),
-            "gap": ("LATEST", room.mark),
-            "missed": ("AFTER", room.mark),
-            "older": ("BEFORE", f"msgid={room.oldest}" if room.oldest else "*"),
+            "gap": ("LATEST", self.selector(room.mark, room.mark_time)),
+            "missed": ("AFTER", self.selector(room.mark, room.mark_time)),
+            "older": (
+                "BEFORE",
+                self.selector(f"msgid={oldest.id}", oldest.time) if oldest else "*",
+            ),
         }
         subcommand, selector = words[how]
         self.ask(Asked(room.name, how, limit), subcommand, room.name, selector, str(limit))
         return True
 
+    def selector(self, mark: str, when: int | None) -> str:
+        """Return a mark as this server takes it: by id, or some only by time (MSGREFTYPES)."""
+        takes_ids = "msgid" in self.server.tokens.get("MSGREFTYPES", "msgid").split(",")
+        return mark if takes_ids or not when else f"timestamp={tag_time(when)}"
+
     def ask(self, asked: Asked, *params: str) -> None:
         """Send a CHATHISTORY whose answer is known by its label, else by its target."""
         label = f"h{next(self.labels)}" if self.server.labels else ""
-        self.asked.append(asked._replace(label=label, at=self.core.ticks()))
+        self.asked.append(asked._replace(label=label))
         head = [f"@label={label}"] if label else []
         self.send(*head, "CHATHISTORY", *params)
 
@@ -10149,12 +10279,13 @@ class IrcTalk:
     def take_batch(self, heard: Heard) -> None:
         reference = heard.params[0] if heard.params else ""
         if reference[:1] == "+" and len(heard.params) > 1 and len(self.batches) < BATCHES:
-            self.batches[reference[1:]] = Batch(heard, heard.tags.get("batch", ""))
+            batch = self.batches[reference[1:]] = Batch(heard, heard.tags.get("batch", ""))
+            batch.at = self.core.ticks()
         batch = self.batches.pop(reference[1:], None) if reference[:1] == "-" else None
         if batch is None:
             return
         if outer := self.batches.get(batch.outer):
-            outer.items.append(batch)
+            outer.items += [batch] * (len(outer.items) < BATCH_LINES)
         else:
             self.end_batch(batch)
 
@@ -10164,7 +10295,7 @@ class IrcTalk:
             self.take_page(label, batch.target, self.views_of(batch))
         elif batch.kind == "draft/multiline":
             if view := self.view_of(batch):
-                self.core.said(view)
+                self.core.said(view, batch.opening)
         elif batch.kind == "soju.im/search":
             self.show_past(self.views_of(batch), "search")
         else:  # its lines are what they would be without it
@@ -10233,9 +10364,8 @@ def cannot_be_there(talk: IrcTalk, name: str, why: str) -> None:
         return
     room.wanted = False
     talk.going.pop(core.fold(name), None)
-    for one in list(core.outbox.waiting.values()):
-        if core.fold(one.where) == core.fold(name) and one.id not in core.outbox.parked:
-            core.park(one.id, "it may have arrived or not" if one.sent else why)
+    talk.entering.discard(core.fold(name))
+    core.park_all(room, why)
 
 
 def refused(talk: IrcTalk, heard: Heard, text: str) -> None:
@@ -10298,6 +10428,9 @@ def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
     elif subcommand == "ACK":
         for word in words:
             (server.enabled.discard if word[0] == "-" else server.enabled.add)(word.lstrip("-"))
+    elif subcommand == "NAK" and len(words) > 1:  # one of them it does not grant: which?
+        for word in words:
+            talk.send_at_once("CAP", "REQ", word)
     elif subcommand == "DEL":
         server.enabled.difference_update(words)
         for word in words:
@@ -10307,9 +10440,12 @@ def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
 @from_server("421", "451", least=2)
 def no_capabilities(talk: IrcTalk, heard: Heard) -> None:
     """A server that knows no CAP."""
+    if heard.params[1] == "AUTHENTICATE" and talk.login is not None:
+        talk.core.show(View(NOTE, "not logged in: this server knows no SASL"))
+        return talk.end_log_in()
     if talk.introduced or talk.ready:
         return tell_rest(talk, heard)
-    talk.introduce()
+    return talk.introduce()
 
 
 def keep_login(core: "ClientCore") -> None:
@@ -10372,12 +10508,6 @@ def told_to_be_logged_in(talk: IrcTalk, heard: Heard) -> None:
     talk.core.show(View(TOLD, heard.params[-1]))
 
 
-def end_log_in(talk: IrcTalk) -> None:
-    talk.login = talk.exchange = None
-    if not talk.ready:
-        talk.send("CAP", "END")
-
-
 @from_server("903", least=1)
 def logged_in(talk: IrcTalk, heard: Heard) -> None:
     core = talk.core
@@ -10388,7 +10518,7 @@ def logged_in(talk: IrcTalk, heard: Heard) -> None:
         return talk.bye("")
     core.me.account = core.me.login.account if core.me.login else ""
     renew_login(core)
-    end_log_in(talk)
+    talk.end_log_in()
 
 
 def come_another_time(talk: IrcTalk, why: str) -> None:
@@ -10417,7 +10547,7 @@ def not_logged_in(talk: IrcTalk, heard: Heard) -> None:
         forget_login(core)
     elif core.me.account and not talk.ready:
         return come_another_time(talk, why)
-    end_log_in(talk)
+    talk.end_log_in()
 
 
 def try_name(talk: IrcTalk, heard: Heard, most: int, candidate: Callable[[int], str]) -> None:
@@ -10478,6 +10608,9 @@ def welcomed(talk: IrcTalk, heard: Heard) -> None:
         core.show(View(TOLD, f"you are {core.name}{why}"))
     if core.away:
         talk.send("AWAY", core.away)
+    for id in [*core.outbox.unconfirmed]:  # history cannot tell where there is no room
+        if core.find(core.outbox.waiting[id].where) is None:
+            core.leave_to_user(id)
     for one in core.outbox.waiting.values():  # it was accepted: so we have to be there
         if talk.server.is_channel(one.where) and one.id not in core.outbox.parked:
             core.room_for(one.where).wanted = True
@@ -10493,11 +10626,17 @@ def welcomed(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("004", least=3)
 def version_told(talk: IrcTalk, heard: Heard) -> None:
-    talk.server.ours = heard.params[2].startswith("chat.py")
+    talk.server.ours, talk.server.told = heard.params[2].startswith("chat.py"), True
+    talk.server.tokens.clear()  # of an earlier connection
     if not talk.server.ours:
         talk.budget = Budget(PACE_BURST, PACE_RATE, talk.core.ticks())
     talk.core.rekey()
     talk.core.keep_facts()
+    if talk.server.ours and not talk.core.rooms:  # where all others are
+        room = talk.core.room_for(LOBBY)
+        room.wanted = True
+        talk.enter(room)
+        talk.core.go(room)
 
 
 @from_server("005", least=2)
@@ -10592,20 +10731,28 @@ def ponged(talk: IrcTalk, heard: Heard) -> None:
     token = heard.params[-1] if heard.params else ""
     if token not in talk.pings:
         token = talk.pings[0] if talk.pings else ""
-    while talk.pings and talk.pings.popleft() != token:
-        pass
-    id = token.removeprefix(UNCONFIRMED)
-    while talk.unconfirmed and id in talk.unconfirmed:
-        own_id = talk.unconfirmed.pop(0)
-        if own_id in talk.core.outbox.in_flight:  # else it was refused meanwhile
-            confirm(talk, own_id)
+    while talk.pings:
+        answered = talk.pings.popleft()
+        for own_id in talk.acks.pop(answered, ()):
+            if own_id in talk.core.outbox.in_flight:  # else it was refused meanwhile
+                confirm(talk, own_id)
+        for own_id in talk.doubted.pop(answered, ()):
+            if "echo-message" not in talk.server.enabled:  # any more
+                confirm(talk, own_id)
+            elif own_id in talk.core.outbox.in_flight:
+                talk.core.lost(own_id, "the server took it and did not send it back")
+        if answered == token:
+            break
 
 
 @from_server("ACK")
 def labelled_answer_ended(talk: IrcTalk, heard: Heard) -> None:
-    """A labelled message was accepted, where nothing is echoed."""
+    """A labelled message was accepted where nothing is echoed; else it was swallowed."""
+    label = heard.tags.get("label", "")
     if "echo-message" not in talk.server.enabled:
-        confirm(talk, heard.tags.get("label", ""))
+        confirm(talk, label)
+    else:
+        talk.core.lost(label, "the server took it and did not send it back")
 
 
 @from_server("TAGMSG", least=1)
@@ -10758,7 +10905,8 @@ def message_came(talk: IrcTalk, heard: Heard) -> None:
 def missed_in_a_talk(talk: IrcTalk, heard: Heard) -> None:
     """One of the places where something was said meanwhile."""
     name = heard.params[1]
-    if talk.server.is_channel(name):
+    asked = any(one.how == "targets" for one in talk.asked)
+    if talk.server.is_channel(name) or not asked or len(talk.asked) > TARGETS_ASKED:
         return
     room = talk.core.room_for(name)
     room.held = room.held or []
@@ -10768,6 +10916,13 @@ def missed_in_a_talk(talk: IrcTalk, heard: Heard) -> None:
 
 def we_joined(talk: IrcTalk, heard: Heard) -> None:
     core, talk.mask = talk.core, heard.source
+    if core.find(heard.params[0]) is None and len(core.rooms) >= 2 * ROOMS_KEPT:
+        return  # no user has so many
+    for key in [key for key in talk.going if key[:1] == "!"]:  # the server adds an id of five
+        if core.fold(heard.params[0])[6:] == key[1:]:
+            talk.going[core.fold(heard.params[0])] = talk.going.pop(key)
+            if there := core.find(key):
+                core.rename(there, heard.params[0])
     room = core.room_for(heard.params[0])
     room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
@@ -10784,9 +10939,25 @@ def we_joined(talk: IrcTalk, heard: Heard) -> None:
     if "no-implicit-names" in talk.server.enabled:
         talk.send("NAMES", room.name)
     talk.catch_up(room)
+    waiting = (core.outbox.waiting[id].where for id in core.outbox.parked)
+    if count := sum(core.fold(where) == core.fold(room.name) for where in waiting):
+        text = f"{counted(count, 'message')} could not be sent before; /retry sends, /cancel drops"
+        core.show(View(NOTE, text, where=room.name))
+
+
+def one_by_one(handler: Callable) -> Callable:
+    """Decorator: old servers name several channels in one line."""
+
+    @functools.wraps(handler)
+    def for_each(talk: IrcTalk, heard: Heard) -> None:
+        for name in heard.params[0].split(","):
+            handler(talk, heard._replace(params=[name, *heard.params[1:]]))
+
+    return for_each
 
 
 @from_server("JOIN", least=1)
+@one_by_one
 def user_joined(talk: IrcTalk, heard: Heard) -> None:
     core, name = talk.core, heard.params[0]
     if core.is_me(heard.name):
@@ -10811,6 +10982,7 @@ def user_went(talk: IrcTalk, room: Room, heard: Heard, name: str, why: str = "")
 
 
 @from_server("PART", least=1)
+@one_by_one
 def user_parted(talk: IrcTalk, heard: Heard) -> None:
     core = talk.core
     room = core.find(heard.params[0])
@@ -10845,6 +11017,8 @@ def user_kicked(talk: IrcTalk, heard: Heard) -> None:
         if core.is_me(name):
             room.inside = room.wanted = False
             room.people.clear()
+            talk.entering.discard(core.fold(where))
+            core.park_all(room, f"you were kicked from {where}")
             core.keep_room(room)
         core.show(View(PEOPLE, where=room.name))
 
@@ -11032,15 +11206,15 @@ def registered(talk: IrcTalk, heard: Heard) -> None:
 # The core
 
 
-def check_message(where: str, text: str, kind: str) -> None:
+def check_message(where: str, text: str, kind: str, name_bytes: int) -> None:
     """Raise Refused if no server would take it."""
     if text.count("\n") >= MESSAGE_LINES or len(text.encode()) > LINE_BYTES:
         limit = f"a message has at most {MESSAGE_LINES} lines and {LINE_BYTES:,} bytes"
         raise Refused("TOO_LONG", limit)
     if kind == ACTION and len(text.encode()) > FITS_ALWAYS:
         raise Refused("TOO_LONG", f"what one does has at most {FITS_ALWAYS} bytes")
-    if len(where.encode()) > NAME_BYTES:
-        raise Refused("BAD_NAME", f"a name has at most {NAME_BYTES} bytes")
+    if len(where.encode()) > name_bytes:
+        raise Refused("BAD_NAME", f"a name has at most {name_bytes} bytes")
 
 
 class Rooms(dict[str, Room]):
@@ -11059,9 +11233,9 @@ class Rooms(dict[str, Room]):
         return next(private, None)
 
 
-def wanted_rooms(join: Iterable[str]) -> Rooms:
+def wanted_rooms(join: Iterable[str], fold: Callable[[str], str] = fold) -> Rooms:
     """Each is a channel, and perhaps its password behind a blank; # may be left out."""
-    names = [words.split() for words in join if words.split()] or [[LOBBY]]
+    names = [words.split() for words in join if words.split()]
     rooms = Rooms()
     for name, *password in names:
         name = name if is_channel(name) else f"#{name}"
@@ -11140,13 +11314,16 @@ class ClientCore:
     wall time, `ticks` monotonic time, in seconds.
     """
 
+    told_trouble = ""  # what was told of the store last
+    looked_at = True  # else the user looks at another server
+
     def __init__(
         self,
         name: str,
         tidy: bool = True,
         kind: str = "",
         password: str = "",
-        join: Iterable[str] = (),
+        join: Iterable[str] = (LOBBY,),
         login: Login | None = None,
         outbox: Outbox | None = None,
         clock: Callable[[], float] = lambda: 0.0,
@@ -11160,7 +11337,7 @@ class ClientCore:
         self.me = Credentials(login)
         self.outbox = outbox or Outbox()
         self.clock, self.later, self.ticks = clock, later, ticks
-        self.server = ServerProfile()
+        self.server = ServerProfile(kind in (CHAT, PLAIN))
         self.talk: Any = None  # while connected, once it is known what is spoken
         self.tls = self.secure = False  # encrypted; or on this machine, where no one listens
         self.listening = False  # for whether the server speaks first
@@ -11190,11 +11367,11 @@ class ClientCore:
         self.page_lines = PAGE_LINES  # of missed messages at once: less after a break
         self.newest, self.newest_id = 0, ""  # time (ms) and id of the newest that was heard of
         self.began = 0  # time of the first welcome
-        self.rooms = wanted_rooms(join)
+        self.rooms = wanted_rooms(join, self.fold)
         if store:
-            self._load(bool([*join]))
-        self.current: Room | None = next(iter(self.rooms.values()))  # that the user looks at
-        self.looked_at = True  # else the user looks at another server
+            self._load([*join] not in ([], [LOBBY]))
+        # The conversation that the user looks at
+        self.current: Room | None = next(iter(self.rooms.values()), None)
         self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
         self.views: list[View] = []
         self.output: list[str] = []
@@ -11223,7 +11400,7 @@ class ClientCore:
             room.views.append(view)
             if view.id:
                 remember(self.seen, view.id)
-                room.mark = f"msgid={view.id}"
+                room.mark, room.mark_time = f"msgid={view.id}", view.time
         room.views.dropped = len(room.views) == STORED_LINES
 
     def keep(self, view: View) -> None:
@@ -11244,8 +11421,8 @@ class ClientCore:
             return False
         first = next((view for view in room.views if view.kind in (SAID, NOTICED)), None)
         views = self.store.page(self.fold(room.name), PAGE_LINES, first)
-        shown = {view.id for view in room.views if view.id}
-        views = [view for view in views if view.id not in shown]
+        shown = {(view.id, view.time, view.name, view.text) for view in room.views}
+        views = [v for v in views if (v.id, v.time, v.name, v.text) not in shown]
         room.views.extendleft(reversed(views))
         room.views.dropped = len(views) == PAGE_LINES
         if views:
@@ -11264,6 +11441,14 @@ class ClientCore:
             for room in self.rooms.values():
                 self.keep_room(room)
             self.store.flush()
+
+    def tell_trouble(self) -> None:
+        """Tell once that the store cannot be used."""
+        trouble, self.store.trouble = self.store.trouble, ""
+        if trouble and trouble != self.told_trouble:
+            text = f"client.db: {trouble}; what is said is not kept, or cannot be read"
+            self.show(View(NOTE, text))
+        self.told_trouble = trouble or self.told_trouble
 
     def keep_ignored(self) -> None:
         if self.store:
@@ -11323,7 +11508,7 @@ class ClientCore:
         name = source.partition("!")[0]
         if set(mask) & set("!@*?"):
             full = mask if "!" in mask else f"*!{mask}" if "@" in mask else f"{mask}!*@*"
-            return bool(mask_pattern(self.fold(full)).fullmatch(self.fold(source)))
+            return bool(pattern_of(self.fold(full)).fullmatch(self.fold(source)))
         return self.fold(mask) == self.fold(name)
 
     def is_called(self, text: str) -> bool:
@@ -11355,6 +11540,9 @@ class ClientCore:
                 self.leave_to_user(one.id)
         if talk and any(asked.how in ("missed", "gap") for asked in getattr(talk, "asked", ())):
             self.page_lines = max(1, self.page_lines // 4)  # it was too much for that line
+        for key, password in getattr(talk, "going", {}).items():  # the answer to JOIN is lost
+            room = self.room_for(key)
+            room.wanted, room.password = True, password
         for room in self.rooms.values():
             room.held, room.inside = [], False
         return self.take_views()
@@ -11371,6 +11559,11 @@ class ClientCore:
             self.give_up("this port wants TLS: write ircs://HOST:PORT")
             return self.take_views()
         self.inbox.feed(data)
+        self._take_lines()
+        self.flush()
+        return self.take_views()
+
+    def _take_lines(self) -> None:
         while self.cause != FATAL and (raw := self.inbox.take()) is not None:
             if raw == TOO_LONG:
                 self.show(View(NOTE, "the server sent a line too long to be shown"))
@@ -11380,15 +11573,14 @@ class ClientCore:
                 continue
             if self.talk:
                 self.talk.take(line)
-        self.flush()
-        return self.take_views()
 
     def finish(self) -> list[View]:
         """The server has closed: what came after the last newline is a line too, but in IRC,
         where it may be half of one."""
         if self.kind == PLAIN:
             self.inbox.finish()
-        return self.feed(b"")
+        self._take_lines()
+        return self.take_views()
 
     def take_output(self) -> bytes:
         end = "\n" if self.kind == PLAIN else "\r\n"
@@ -11439,6 +11631,7 @@ class ClientCore:
         if self.store:
             self.store.flush()
             self.store.index()
+            self.tell_trouble()
         self.flush()
         return self.take_views()
 
@@ -11463,13 +11656,15 @@ class ClientCore:
 
     def _doubtful(self, text: str) -> str:
         """Return why the user may not want everybody to read this; "" if it is a message."""
+        if not self.tidy:  # a program means what it says
+            return ""
         first = text.split()[:1]
         if text[:1] == " " and first and first[0][:1] == "/" and first[0][1:] in client_command:
             return f"nothing was sent: is {first[0]} a command? Enter again sends it as text"
         words = text.lower().split()
         if len(words) > 1 and words[0] in PASSWORD_WORDS:
             return f"nothing was sent: is that /{words[0]}? Enter again sends it as text"
-        if len(text.split()) == 1 and self.server.is_channel(text) and "\n" not in text:
+        if len(words) == 1 and text[:1] in ("#", "&") and self.server.is_channel(text):
             return f"nothing was sent: /join {text} opens it; Enter again sends that as text"
         return ""
 
@@ -11510,7 +11705,8 @@ class ClientCore:
         pieces = list(message_pieces(text)) if kind == MESSAGE else [text]
         for n, piece in enumerate(pieces):
             try:
-                check_message(where, piece, kind)
+                lengths = (self.server.limit(f"{one}LEN", 0) for one in ("CHANNEL", "NICK"))
+                check_message(where, piece, kind, max(NAME_BYTES, *lengths))
                 kept = piece if piece.strip("\n") else ""
                 one = self.outbox.add(self.clock(), where, kept, kind)
             except ChatError as error:
@@ -11543,6 +11739,7 @@ class ClientCore:
 
     def show_results(self, title: str, views: list[View]) -> None:
         """Show what was asked for, with a heading and an end."""
+        views = [view for view in views if not self.hides(view)]
         if not views:
             return self.show(View(NOTE, f"{title}: nothing found"))
         found = (view._replace(kind=FOUND, past=True) for view in views)
@@ -11573,7 +11770,12 @@ class ClientCore:
 
     def rename(self, room: Room, name: str) -> None:
         """It is called otherwise, and is in its place."""
-        old = self.fold(room.name)
+        old, other = self.fold(room.name), self.find(name)
+        if other is not None and other is not room:  # a conversation that has ended
+            self.rooms.pop(self.fold(name))
+            self.current = room if self.current is other else self.current
+        if self.talk and isinstance(self.talk, IrcTalk):
+            self.talk.renamed(room.name, name)
         self.outbox.readdress(lambda where: self.fold(where) == old, name)
         if self.store:
             self.store.rename(old, self.fold(name))
@@ -11587,9 +11789,12 @@ class ClientCore:
         """Look at it no more."""
         self.rooms.pop(self.fold(room.name), None)
         self.keep_room(room)
+        for one in [*self.outbox.unconfirmed]:
+            if self.fold(self.outbox.waiting[one].where) == self.fold(room.name):
+                self.leave_to_user(one)
         if self.current is room:
             self.current = None
-            for other in list(self.rooms.values())[-1:]:
+            for other in list(self.rooms.values())[-1:] if self.tidy else ():
                 self.go(other)
 
     def said(self, view: View, heard: Heard | None = None) -> None:
@@ -11615,6 +11820,8 @@ class ClientCore:
         if one is not None:
             self.made_progress()
             self.acknowledged = True
+            if isinstance(self.talk, IrcTalk):
+                self.talk.last_ack = self.ticks()
             text = f"*{one.text}*" if one.kind == ACTION else one.text
             said = View(SAID, text, self.name, one.where, view.time, mine=True, id=view.id)
             self.keep(self.timed(said._replace(own_id=one.id)))
@@ -11622,6 +11829,8 @@ class ClientCore:
             self.shown.discard(view.own_id)
             remember(self.known_own, view.own_id)
             where = one.where if one else view.where
+            if (room := self.find(where)) and view.id:
+                room.name_view(view.own_id, view.id)
             self.show(view._replace(kind=ARRIVED, where=where))
 
     def made_progress(self) -> None:
@@ -11656,7 +11865,7 @@ class ClientCore:
         self.newest = max(self.newest, view.time or 0)
         known = self.knows(view.id)
         if view.id and not known:
-            room.mark = f"msgid={view.id}"
+            room.mark, room.mark_time = f"msgid={view.id}", view.time
             self.newest_id = view.id
         if view.own_id:
             arrived = view.own_id in self.outbox.waiting
@@ -11665,10 +11874,7 @@ class ClientCore:
             if seen_waiting or view.own_id in self.known_own:
                 return
             known = known and not arrived
-        if known or view.kind not in (SAID, NOTICED) or view.id in self.removed:
-            return
-        source = f"{view.name}!{view.address}"
-        if not view.mine and any(self.ignores(mask, source) for mask in self.ignored):
+        if known or self.hides(view):
             return
         room.spoke(view.name)
         view = self.timed(view)
@@ -11681,8 +11887,15 @@ class ClientCore:
             room.called += view.called
         self.show(view)
 
+    def hides(self, view: View) -> bool:
+        """Return whether a message is not to be seen: taken back, of an ignored user, or none."""
+        if view.kind not in (SAID, NOTICED) or view.id in self.removed:
+            return True
+        source = f"{view.name}!{view.address}"
+        return not view.mine and any(self.ignores(mask, source) for mask in self.ignored)
+
     def remove(self, id: str) -> None:
-        """Forget the words of a message that was taken back, and of one still on its way."""
+        """Forget the words was taken back, and of one still on its way."""
         remember(self.removed, id)
         if self.store:
             self.store.remove(id)
@@ -11713,6 +11926,12 @@ class ClientCore:
             text = f"{reason}: {one.text}"
             self.show(View(FAILED, text, where=one.where, own_id=own_id))
 
+    def park_all(self, room: Room, why: str) -> None:
+        """We are not in a channel: leave what is for it to the user."""
+        for one in list(self.outbox.waiting.values()):
+            if self.fold(one.where) == self.fold(room.name) and one.id not in self.outbox.parked:
+                self.park(one.id, "it may have arrived or not" if one.sent else why)
+
     def leave_to_user(self, own_id: str) -> None:
         """A message was sent and not confirmed, to a server that would say it twice."""
         reason = "the line broke: it may have arrived or not"
@@ -11724,6 +11943,8 @@ class ClientCore:
     def park(self, own_id: str, reason: str) -> None:
         """A message of ours cannot be sent now: the user decides what becomes of it."""
         self.outbox.park(own_id, reason)
+        if isinstance(self.talk, IrcTalk):
+            self.talk.forget(own_id)
         one = self.outbox.waiting[own_id]
         advice = "; /retry sends it, /cancel drops it" if self.tidy else ""
         text = f"{reason}: {one.text}{advice}"
@@ -11741,6 +11962,10 @@ def asked_room(core: ClientCore, name: str = "") -> Room:
     return room
 
 
+def optional(*words: str) -> list[str]:
+    return [word for word in words if word]
+
+
 def asked_channel(core: ClientCore) -> str:
     """Return the channel that is looked at. Raises Refused."""
     room = asked_room(core)
@@ -11749,26 +11974,30 @@ def asked_channel(core: ClientCore) -> str:
     return room.name
 
 
+def channel_and(core: ClientCore, words: Iterable[str]) -> tuple[str, list[str]]:
+    """Return the channel that stands first, or else is looked at, and the other words."""
+    first, *rest = [*words, ""]
+    if core.find(first) and core.find(first).is_channel:
+        return first, optional(*rest)
+    return asked_channel(core), optional(first, *rest)
+
+
 def channel_first(core: ClientCore, words: str) -> tuple[str, str]:
     """A channel, if one is named before the rest, else the one that is looked at; the rest."""
     first, _, rest = words.partition(" ")
-    if core.server.is_channel(first):
+    if core.find(first) or (core.server.is_channel(first) and first[:1] in "#&"):
         return first, rest.strip()
     return asked_room(core).name, words
 
 
-def optional(*words: str) -> list[str]:
-    return [word for word in words if word]
-
-
 HELP_TOPICS = {
-    "talk": ("msg", "me", "notice", "ctcp", "go", "close", "clear", "retry", "cancel"),
+    "talk": ("msg", "query", "me", "notice", "ctcp", "go", "close", "clear", "retry", "cancel"),
     "channels": ("join", "part", "topic", "names", "who", "list", "invite", "kick", "ban", "unban"),
     "ranks": ("mode", "op", "deop", "voice", "devoice"),
     "history": ("history", "search", "lastlog"),
     "people": ("whois", "away", "back", "ignore", "unignore"),
     "account": ("nick", "register", "verify", "login", "passwd", "drop", "disown", "oper", "pass"),
-    "connection": ("connect", "reconnect", "raw", "quit", "help", "set"),
+    "connection": ("connect", "disconnect", "reconnect", "raw", "quit", "help", "set"),
 }
 
 
@@ -11792,7 +12021,8 @@ def do_help(core: ClientCore, verb: str = "") -> None:
 @client_command("join", 1, 2)
 def do_join(core: ClientCore, name: str, password: str = "") -> None:
     """/join #CHANNEL [PASSWORD] -- enter a channel, or look at it again"""
-    for one in name.split(","):
+    names, keys = name.split(","), password.split(",")
+    for one, password in itertools.zip_longest(names, keys[: len(names)], fillvalue=""):
         one = core.server.as_channel(one)
         room = core.find(one)
         if room and room.inside:
@@ -11800,6 +12030,7 @@ def do_join(core: ClientCore, name: str, password: str = "") -> None:
             continue
         core.talk.going[core.fold(one)] = password
         core.talk.command("JOIN", one, *optional(password))
+        core.talk.entering.add(core.fold(one))
         if room:
             room.wanted = True
         if not core.tidy:  # what a pipe says next is meant for there
@@ -11847,12 +12078,21 @@ def do_go(core: ClientCore, name: str) -> None:
 def do_msg(core: ClientCore, name: str, text: str = "") -> None:
     """/msg NAME [TEXT] -- say something to one person only, or open a private conversation"""
     for one in name.split(",") if text else ():
-        if fold(one) in SERVICES:  # which keep nothing, and shall not be told twice
+        group = core.server.without_status(one) != one  # a part of a channel
+        if group or fold(one) in SERVICES:  # which keep nothing, and shall not be told twice
             core.talk.command("PRIVMSG", one, text)
         else:
             core.send(one, text)
     if not text or core.server.is_channel(name):
         core.go(core.room_for(name))
+
+
+@client_command("query", 1, 2)
+def do_query(core: ClientCore, name: str, text: str = "") -> None:
+    """/query NAME [TEXT] -- open a private conversation, and say something there"""
+    core.go(core.room_for(name))
+    if text:
+        core.send(name, text)
 
 
 @client_command("me", 1, nameless=True)
@@ -11864,7 +12104,8 @@ def do_me(core: ClientCore, text: str) -> None:
 @client_command("notice", 2)
 def do_notice(core: ClientCore, name: str, text: str) -> None:
     """/notice NAME|#CHANNEL TEXT -- send a notice, which no program answers"""
-    core.talk.command("NOTICE", name, text)
+    for line, _ in sendable_lines(text, FITS_ALWAYS):
+        core.talk.command("NOTICE", name, line)
     if "echo-message" not in core.server.enabled:
         core.show(View(NOTICED, text, core.name, name, mine=True))
 
@@ -11974,10 +12215,11 @@ def do_invite(core: ClientCore, name: str, where: str = "") -> None:
     core.talk.command("INVITE", name, where or asked_channel(core))
 
 
-@client_command("kick", 1, 2)
-def do_kick(core: ClientCore, name: str, reason: str = "") -> None:
-    """/kick NAME [REASON] -- put a user out of this channel"""
-    core.talk.command("KICK", asked_channel(core), name, *optional(reason))
+@client_command("kick", 1, 3)
+def do_kick(core: ClientCore, *words: str) -> None:
+    """/kick [#CHANNEL] NAME [REASON] -- put a user out of this channel"""
+    where, (name, *reason) = channel_and(core, words)
+    core.talk.command("KICK", where, name, *optional(" ".join(reason)))
 
 
 def ban_of(name: str) -> str:
@@ -11985,16 +12227,18 @@ def ban_of(name: str) -> str:
     return name if set(name) & set("!@*:$") else f"{name}!*@*"
 
 
-@client_command("ban", most=1)
-def do_ban(core: ClientCore, mask: str = "") -> None:
-    """/ban [NAME|MASK] -- keep a user out of this channel; which bans there are"""
-    core.talk.command("MODE", asked_channel(core), "+b", *optional(mask and ban_of(mask)))
+@client_command("ban", most=2)
+def do_ban(core: ClientCore, *words: str) -> None:
+    """/ban [#CHANNEL] [NAME|MASK] -- keep a user out of this channel; which bans there are"""
+    where, masks = channel_and(core, words)
+    core.talk.command("MODE", where, "+b", *map(ban_of, masks[:1]))
 
 
-@client_command("unban", 1, 1)
-def do_unban(core: ClientCore, mask: str) -> None:
-    """/unban NAME|MASK -- end a ban"""
-    core.talk.command("MODE", asked_channel(core), "-b", ban_of(mask))
+@client_command("unban", 1, 2)
+def do_unban(core: ClientCore, *words: str) -> None:
+    """/unban [#CHANNEL] NAME|MASK -- end a ban"""
+    where, masks = channel_and(core, words)
+    core.talk.command("MODE", where, "-b", *map(ban_of, masks[:1]))
 
 
 @client_command("mode", most=1)
@@ -12011,13 +12255,13 @@ def command_for_ranks(verb: str, mode: str, summary: str) -> None:
 
     def change(core: ClientCore, names: str) -> None:
         most = core.server.limit("MODES", 3)
-        words = names.split()
+        where, words = channel_and(core, names.split())
         for n in range(0, len(words), most):
             some = words[n : n + most]
             letters = mode[0] + mode[1] * len(some)
-            core.talk.command("MODE", asked_channel(core), letters, *some)
+            core.talk.command("MODE", where, letters, *some)
 
-    change.__doc__ = f"/{verb} NAME ... -- {summary}"
+    change.__doc__ = f"/{verb} [#CHANNEL] NAME ... -- {summary}"
     client_command(verb, 1)(change)
 
 
@@ -12120,6 +12364,12 @@ def do_connect(core: ClientCore, url: str = "") -> None:
     raise Refused("ONE_SERVER", "only the terminal client talks to several servers")
 
 
+@client_command("disconnect", nameless=True)
+def do_disconnect(core: ClientCore) -> None:
+    """/disconnect -- leave this server, and stay on the others"""
+    raise Refused("ONE_SERVER", "only the terminal client talks to several servers; /quit leaves")
+
+
 @client_command("reconnect", nameless=True)
 def do_reconnect(core: ClientCore) -> None:
     """/reconnect -- connect again, now"""
@@ -12148,8 +12398,10 @@ def do_cancel(core: ClientCore, which: str = "") -> None:
     for id in ids:
         outbox.arrived(id)
         core.shown.discard(id)
-    if core.talk and which == "all":
-        core.talk.pieces.clear()
+    talk = core.talk
+    if which == "all" and isinstance(talk, IrcTalk) and talk.pieces and not talk.batching:
+        talk.pieces.clear()
+        core.lost(talk.sending, "cancelled, with some of its lines sent")
     core.show(View(NOTE, f"{counted(len(ids), 'message')} dropped"))
 
 
@@ -12248,21 +12500,56 @@ PRAGMA user_version = 1;
 """
 CLIENT_WORDS = """
 CREATE VIRTUAL TABLE IF NOT EXISTS words
-USING fts5 (text, content='messages', content_rowid='number', detail=none)
+USING fts5 (text, content='messages', content_rowid='number', detail=none,
+    tokenize="unicode61 categories 'L* N* Co So'");
+CREATE TRIGGER IF NOT EXISTS words_gone AFTER DELETE ON messages
+WHEN old.number <= (SELECT number FROM indexed)
+BEGIN INSERT INTO words (words, rowid, text) VALUES ('delete', old.number, words_of(old.text)); END;
 """
+BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # another client writes
+LAST_NUMBER = 2**62  # above that of every row
 MESSAGE_COLUMNS = "number, kind, text, name, place, time, mine, called, id, own_id"
+
+
+def index_words(text: str) -> list[str]:
+    """Return the words of a text as the index has them."""
+    kinds = ("L", "N", "Co", "So")
+    solid = (c if unicodedata.category(c).startswith(kinds) else " " for c in words_of(text))
+    return "".join(solid).split()
+
+
+def or_nothing(read: Callable) -> Callable:
+    """Decorator: a read finds nothing while the database is locked or damaged."""
+
+    @functools.wraps(read)
+    def attempt_to(self: "ClientStore", *values: Any, **more: Any) -> Any:
+        try:
+            return read(self, *values, **more)
+        except sqlite3.Error as error:
+            self.trouble = str(error)
+            return []
+
+    return attempt_to
 
 
 def open_client_database(path: str) -> sqlite3.Connection:
     """Open client.db, or one in memory, and make its tables. Raises sqlite3.Error."""
-    db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=2, isolation_level=None, check_same_thread=False)
+    db.create_function("words_of", 1, words_of, deterministic=True)
     with contextlib.suppress(sqlite3.Error):  # a network home may refuse it: then a journal
         db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
-    if db.execute("PRAGMA user_version").fetchone()[0] == 0:
-        db.executescript(f"BEGIN IMMEDIATE; {CLIENT_TABLES} COMMIT;")
+    version = "PRAGMA user_version"
+    if db.execute(version).fetchone()[0] == 0:
+        try:
+            db.executescript(f"BEGIN IMMEDIATE; {CLIENT_TABLES} COMMIT;")
+        except sqlite3.OperationalError:  # another client made them at the same time
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            if db.execute(version).fetchone()[0] == 0:
+                raise
     with contextlib.suppress(sqlite3.Error):  # not every Python has FTS5: search is slower then
-        db.execute(CLIENT_WORDS)
+        db.executescript(CLIENT_WORDS)
     return db
 
 
@@ -12273,11 +12560,13 @@ class ClientStore:
         self.db = db
         self.sole = sole  # the first of the clients of this user: it keeps what has no id
         self.waiting: list[tuple[str, tuple]] = []  # statements, while the file is locked
+        self.trouble = ""  # why something could not be read
         db.execute("INSERT OR IGNORE INTO owners (server, name) VALUES (?, ?)", [server, name])
         query = "SELECT owner FROM owners WHERE server = ? AND name = ?"
         self.owner = db.execute(query, [server, name]).fetchone()[0]
         query = "SELECT count(*) FROM sqlite_schema WHERE name = 'words'"
         self.has_words = bool(db.execute(query).fetchone()[0])
+        db.execute("PRAGMA busy_timeout = 0")  # from here on nothing waits
 
     # Writing
 
@@ -12295,9 +12584,11 @@ class ClientStore:
             for statement, values in self.waiting:
                 self.db.execute(statement, values)
             self.db.execute("COMMIT")
-        except sqlite3.Error:
+        except sqlite3.Error as error:
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
+            if (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF not in BUSY_CODES:
+                self.trouble = str(error)
             return
         self.waiting.clear()
 
@@ -12312,15 +12603,8 @@ class ClientStore:
         self.write(f"INSERT OR IGNORE INTO messages ({columns}) VALUES ({marks})", *values)
 
     def remove(self, id: str) -> None:
-        """Forget the words of a message, also in the index."""
-        self.flush()
-        query = "SELECT number, text FROM messages WHERE owner = ? AND id = ?"
-        for number, text in self.db.execute(query, [self.owner, id]).fetchall():
-            forget = "INSERT INTO words (words, rowid, text) SELECT 'delete', ?, ?"
-            known = "WHERE ? <= (SELECT number FROM indexed)"
-            if self.has_words:
-                self.write(f"{forget} {known}", number, words_of(text), number)
-            self.write("DELETE FROM messages WHERE number = ?", number)
+        """Forget the words of a message; a trigger removes them from the index."""
+        self.write("DELETE FROM messages WHERE owner = ? AND id = ?", self.owner, id)
 
     def rename(self, old: str, new: str) -> None:
         change = "UPDATE OR REPLACE {} SET {} = ? WHERE owner = ? AND {} = ?"
@@ -12348,14 +12632,16 @@ class ClientStore:
 
     @staticmethod
     def _view(row: tuple) -> View:
-        _, kind, text, name, place, when, mine, called, id, own_id = row
+        number, kind, text, name, place, when, mine, called, id, own_id = row
         return View(
             *(kind, text, name, place, when, bool(mine), bool(called)),
             past=True,
             id=id,
             own_id=own_id,
+            number=number,
         )
 
+    @or_nothing
     def page(self, key: str, count: int, before: View | None = None) -> list[View]:
         """Return the last messages of a conversation, or those before a view, in order."""
         self.flush()
@@ -12363,18 +12649,20 @@ class ClientStore:
         if before is not None:
             when = before.time or 0
             query = "SELECT max(number) FROM messages WHERE owner = ? AND id = ? AND id <> ''"
-            number = self.db.execute(query, [self.owner, before.id]).fetchone()[0] or 0
+            known = self.db.execute(query, [self.owner, before.id]).fetchone()[0]
+            number = before.number or known or LAST_NUMBER
         query = f"""
             SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? AND room = ?
             AND (time < ? OR (time = ? AND number < ?)) ORDER BY time DESC, number DESC LIMIT ?"""
         rows = self.db.execute(query, [self.owner, key, when, when, number, count]).fetchall()
         return [self._view(row) for row in reversed(rows)]
 
+    @or_nothing
     def find(self, words: str, count: int, key: str | None = None) -> list[View]:
         """Return the last messages with all of these words, of one conversation or of all."""
         self.flush()
-        quoted = " ".join('"{}"'.format(w.replace('"', "")) for w in words_of(words).split())
-        if not quoted.strip('" '):
+        quoted = " ".join(f'"{word}"' for word in index_words(words))
+        if not quoted:
             return []
         place, values = ("AND room = ?", [key]) if key is not None else ("", [])
         # The planner would rather look at all messages of the room
@@ -14180,7 +14468,9 @@ def locked(path: pathlib.Path) -> int:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(fd)
-        raise BlockingIOError(str(error)) from error
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise BlockingIOError(str(error)) from error
+        raise  # this file system cannot lock
     return fd
 
 
@@ -14190,6 +14480,7 @@ class Journal:
 
     def __init__(self, path: pathlib.Path):
         self.fd = locked(path)
+        self.first = path.suffix == ".1"  # of the clients of this user
         self.waiting: dict[str, Waiting] = {}
         self.secret = ""
         os.lseek(self.fd, 0, os.SEEK_SET)
@@ -14201,10 +14492,16 @@ class Journal:
                 self._take(json.loads(line))
 
     def _take(self, record: dict[str, Any]) -> None:
-        self.secret = record.get("secret", self.secret)
+        if isinstance(secret := record.get("secret"), str):
+            self.secret = secret
         if "say" in record:
-            one = Waiting(*record["say"])
+            one = Waiting(*record["say"][:4])
+            if not all(isinstance(value, str) and value.isprintable() for value in one[:2]):
+                return
+            one.text.encode()  # raises ValueError for half a character
             self.waiting[one.id] = one
+        if record.get("sent") in self.waiting:
+            self.waiting[record["sent"]] = self.waiting[record["sent"]]._replace(sent=True)
         self.waiting.pop(record.get("done"), None)
 
     def begin(self, secret: str) -> None:
@@ -14457,7 +14754,8 @@ class Link:
         # Another certificate than the remembered one: try whether it is signed
         self.unpinned = ""
         self.leaving, self.reason = False, ""
-        self.watched = loop.now  # when the connection was looked at last
+        self.watched = loop.now  # when the connection was looked at last ...
+        self.pinged = -math.inf  # ... and when the server was asked whether it is there
         self.drained: Callable = do_nothing
         core.later, core.clock, core.ticks = self.later, time.time, lambda: self.loop.now
         core.me.certificate = bool(trust.own)
@@ -14569,7 +14867,8 @@ class Link:
     def has_room(self) -> bool:
         """Return whether messages go out soon; if not, drained() is called when they do."""
         sent = self.conn is not None and self.core.ready and self.conn.unsent <= UNSENT_NO_READ
-        return sent and len(self.core.outbox.waiting) < OUTBOX_FULL
+        outbox = self.core.outbox
+        return sent and len(outbox.waiting) - len(outbox.parked) < OUTBOX_FULL
 
     def make_room(self) -> None:
         if self.has_room():
@@ -14686,7 +14985,7 @@ class Link:
 
     def _keep_policy(self) -> None:
         """Remember for how long this server wants TLS, as it says over TLS (IRCv3 sts)."""
-        if self.core.sts and self.target.tls and self.core.sts[1]:
+        if self.core.sts and self.target.tls:  # no seconds end a policy
             until = time.time() + self.core.sts[1]
             self.known.remember_policy(self.target.host, self.target.port, until)
             self.core.sts = None
@@ -14777,7 +15076,8 @@ class Link:
             patience = OTHER_SECONDS
         if silent > patience:
             self.conn.drop(f"no answer for {silent:.0f} s")
-        elif silent > patience / 2 and self.core.ready:
+        elif silent > patience / 2 and self.core.ready and self.pinged < self.conn.heard:
+            self.pinged = self.loop.now
             self.core.talk.ping()
             self._carry_on([])
         if self.phase == ONLINE and self.loop.now - self.began > ONLINE_SECONDS:
@@ -14873,6 +15173,8 @@ class Link:
     def _end(self, reason: str) -> None:
         if not self.ended:
             self.phase = ENDED
+            for timer in filter(None, (self.timer, self.again, self.pace, self.dismissal)):
+                timer.cancel()
             if self.race:
                 self.race.cancel()
             self.over(reason)
@@ -14939,7 +15241,9 @@ SEQUENCE = re.compile(
 )
 STRING_BEGINS = ("\x1b]", "\x1bP", "\x1b_", "\x1b^", "\x1bX")  # of such answers
 STRING_MOST = 4096  # characters of one: what is longer is none
-LATE_SEQUENCE = r"\[[0-9;]*[A-Za-z~]|O[A-Z]|[\]P_^X]."  # what an ESC may still belong to
+LATE_SEQUENCE = (
+    r"\[[0-9;]*[A-Za-z~]|O[A-Z]\Z|\][0-9]|P[0-9>+$]|_G"  # what an ESC may still belong to
+)
 PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
 
 
@@ -15176,6 +15480,7 @@ class LineEditor:
             self.remember(text)
         self.recalled = 0
         self.set("")
+        self.undone.clear()  # it may have been a password
         return text
 
     def forget(self) -> None:
@@ -15870,6 +16175,8 @@ class Display:
     def keep(self, view: View, room: Room | None = None) -> None:
         """In a conversation, unless the core has put it there."""
         room = room or self.core.find(view.where) or self.room
+        if any(one is view for one in room.moves):  # they will be one row
+            return
         if not view.where or not any(one is view for one in reversed(room.views)):
             room.views.append(self.core.timed(view))
 
@@ -15891,7 +16198,8 @@ class Display:
     def _take_failed(self, view: View) -> None:
         """There, and here."""
         self.keep(view)
-        self.keep(view, self.room)
+        if self.core.find(view.where) not in (None, self.room):
+            self.keep(view, self.room)
 
     def _take_people(self, view: View) -> None:
         if view.text:
@@ -15915,6 +16223,8 @@ class Display:
                 self.reader.came_older()
 
     def _take_place(self, view: View) -> None:
+        self.reader.room.views.reading = False
+        self.reader.room.views.trim()
         self.reader, self.whole = self._read(), True
         self.reader.mark_unread(whole_number(view.text) or 0)
 
@@ -16157,6 +16467,7 @@ class ClientOptions(NamedTuple):
     login: Login | None = None
     config: pathlib.Path | None = None  # folder for the passwords that we made
     mechanisms: tuple[str, ...] = ()  # of SASL, the best one first; () as usual
+    lobby: bool = True  # enter it, if there is nothing else to enter
 
 
 def open_client_store(options: ClientOptions) -> ClientStore:
@@ -16195,15 +16506,25 @@ class Client:
         logins = Memory(options.config / "logins.json" if options.config else None)
         whose = f"{target} {fold(options.name)}"
         made = logins.read().get(whose)
-        core = ClientCore(
-            options.name,
-            self.tidy,
-            store=self.open_store(options),
-            password=options.password,
-            join=options.join,
-            login=options.login or (Login(*made) if made else None),
-            outbox=open_outbox(state / "outbox" if state else None, target, options.name),
-        )
+        made = Login(*made) if isinstance(made, list) and len(made) == 2 else None
+        outbox = open_outbox(state / "outbox" if state else None, target, options.name)
+        store = self.open_store(options)
+        if store and outbox.journal:
+            store.sole = outbox.journal.first
+        try:
+            core = ClientCore(
+                options.name,
+                self.tidy,
+                target.kind or known.kind(target),
+                store=store,
+                password=options.password,
+                join=options.join or ((LOBBY,) if options.lobby else ()),
+                login=options.login or made,
+                outbox=outbox,
+            )
+        except sqlite3.Error as error:
+            text = f"the file client.db in {state} is damaged ({error}); move it away"
+            raise Unusable(text) from error
         if options.mechanisms:
             core.me.mechanisms = options.mechanisms
             core.me.plain_allowed = "PLAIN" in options.mechanisms
@@ -16242,6 +16563,7 @@ def filter_lines(view: View) -> list[str]:
         return [view.line]
     where = "" if view.where == LOBBY else f"[{view.where}] "
     if view.kind == NOTICED and not view.mine:
+        where = where if view.where else ""
         return [f"{where}-{view.name}- {line}" for line in view.text.split("\n")]
     if view.kind == FOUND or (view.kind == SAID and (view.past or not view.mine)):
         before = where if is_channel(view.where) else "(private) "
@@ -16378,6 +16700,7 @@ class TerminalClient(Client):
         self.terminal = RawTerminal()
         self.palette = Palette(not os.environ.get("NO_COLOR"))
         self.seats: list[Seat] = []
+        self.store = self.core.store  # has the list of the other servers
         self._take_seat(self.core, self.link)
         first = list(self.seats)
         self.link.show = functools.partial(self.show_of, first)
@@ -16459,7 +16782,10 @@ class TerminalClient(Client):
             target = parse_target(text)
             if any(str(seat.link.target) == str(target) for seat in self.seats):
                 raise Unusable(f"{target} is one of this client's servers already")
-            options = self.options._replace(target=target, join=(), password="", login=None)
+            trust = Trust(self.options.trust.ca)
+            options = self.options._replace(
+                target=target, join=(), password="", login=None, trust=trust, lobby=False
+            )
             room: list[Seat] = []  # the seat, once there is one
             core, link = self.dial(
                 options,
@@ -16474,10 +16800,17 @@ class TerminalClient(Client):
         self.keep_servers()
         return self.look_at(self.seats[-1])
 
+    def disconnect(self) -> None:
+        """/disconnect: leave the server that is looked at."""
+        if len(self.seats) == 1:
+            return self.show([View(NOTE, "this is the only server; /quit leaves")])
+        return self.seat.link.leave(at_once=True)
+
     def keep_servers(self) -> None:
         """Remember which servers to connect to at the next start."""
-        urls = [url_of(seat.link.target) for seat in self.seats[1:]]
-        self.seats[0].core.store.keep_fact("servers", json.dumps(urls))
+        others = (seat.link.target for seat in self.seats if seat.core.store is not self.store)
+        self.store.keep_fact("servers", json.dumps([url_of(target) for target in others]))
+        self.store.flush()
 
     def look_at(self, seat: Seat) -> None:
         """Look at the conversations on another server."""
@@ -16511,9 +16844,13 @@ class TerminalClient(Client):
         if len(self.seats) == 1:
             return self.over(reason)
         seat.core.close_store()
+        if seat.core.outbox.journal:
+            seat.core.outbox.journal.close()
         if seat.core is self.core:
             self.look_at(next(one for one in self.seats if one is not seat))
         self.seats.remove(seat)
+        if not self.link.leaving:
+            self.keep_servers()
         self.show([View(NOTE, f"{seat.link.target}: {reason or 'left'}")])
 
     def tick(self) -> None:
@@ -16564,6 +16901,8 @@ class TerminalClient(Client):
             self.leave(text[len("/quit") :].strip())
         elif command == "/go":
             self.list_rooms()
+        elif command == "/disconnect":
+            self.disconnect()
         elif text.split(None, 1)[:1] == ["/connect"]:
             self.connect(text[len("/connect") :].strip())
         elif command[:4] == "/go " and (number := whole_number(command[4:].strip())):
@@ -16697,8 +17036,9 @@ class TerminalClient(Client):
     def change_drafts(self) -> None:
         """Another conversation is looked at: what is being typed stays where it was begun."""
         before, self.writing_in = self.writing_in, self.core.current
-        if before and before in self.core.rooms.values():
-            before.draft = self.editor.text
+        text = "" if is_secret(self.editor.text) else self.editor.text
+        if before and any(before is room for _, room in self.places()):
+            before.draft = text
         elif self.editor.text:
             self.editor.forget()
             self.display.keep(View(NOTE, "what you typed there is kept: Up brings it back"))

@@ -6127,7 +6127,7 @@ def test_who_was_taken_for_a_workshop_server_and_is_none_is_called_again(line, k
     assert (core.kind, core.redial) == (kind, True)
     core.disconnected()
     core.connected()
-    core.feed(b":x 001 alice :Welcome\r\n")
+    core.feed(b":x 001 alice :Welcome\r\n:alice!u@h JOIN #lobby\r\n")
     assert b" hello\r\n" in core.take_output()
     core = plain_core()
     core.insists = True  # the user said --plain
@@ -6819,7 +6819,7 @@ def test_what_another_client_has_the_place_of_is_not_fought_for():
 def test_without_receipts_what_is_in_doubt_is_told_and_not_said_again():
     core = chat.ClientCore("alice", kind=chat.IRC)
     core.connected()
-    core.feed(b":x 001 alice :Welcome\r\n")
+    core.feed(b":x 001 alice :Welcome\r\n:alice!u@h JOIN #lobby\r\n")
     core.typed("one")
     core.typed("two")
     core.take_output()
@@ -6830,7 +6830,7 @@ def test_without_receipts_what_is_in_doubt_is_told_and_not_said_again():
     assert view.text.startswith("the line broke: it may have arrived or not: two; /retry")
     core.typed("three")
     core.connected()
-    core.feed(b":x 001 alice :Welcome\r\n")
+    core.feed(b":x 001 alice :Welcome\r\n:alice!u@h JOIN #lobby\r\n")
     output = core.take_output()
     assert b"three" in output and b"two" not in output
     assert [one.text for one in core.outbox.waiting.values()] == ["two", "three"]
@@ -7036,7 +7036,7 @@ def test_over_the_line_protocol_nothing_private_is_told_to_everybody():
 def test_a_carriage_return_in_a_message_begins_no_command():
     core = chat.ClientCore("alice", kind=chat.IRC)
     core.connected()
-    core.feed(b":x 001 alice :Welcome\r\n")
+    core.feed(b":x 001 alice :Welcome\r\n:alice!u@h JOIN #lobby\r\n")
     core.take_output()
     core.say("hello\rNICK hijacked\0")
     assert core.take_output().startswith(b"PRIVMSG #lobby :hello NICK hijacked\r\n")
@@ -7582,7 +7582,9 @@ def test_a_message_over_the_limits_of_a_server_is_several_and_loses_no_word():
         assert len(pieces) <= 3 and sum(map(len, pieces)) <= 200 or len(pieces) == 1
         said += pieces
     assert " ".join(said).split() == text.split()
-    assert sum("+chat.py/id=" in line for line in lines) == 1  # on the last of them
+    ids = re.findall(r"\+chat\.py/id=(\S+)", "\n".join(lines))
+    assert len(ids) == len(set(ids)) == len(batches) - 1  # the last one has that of the message
+    assert ids[-1] in alice.core.outbox.waiting
 
 
 def test_words_for_a_channel_that_we_cannot_enter_are_kept_for_the_user_to_decide():
@@ -7600,8 +7602,9 @@ def test_words_for_a_channel_that_we_cannot_enter_are_kept_for_the_user_to_decid
     assert "for tea; /retry sends it, /cancel drops it" in alice.kinds("failed")[0]
     alice.sent(20)
     alice.types("/retry")
-    lines = [line for line in alice.sent(9) if not line.startswith("PING")]
-    assert lines == ["JOIN #tea", "PRIVMSG #tea :for tea"]
+    assert alice.sent(9) == ["JOIN #tea"]
+    alice.hears(":alice!u@h JOIN #tea")
+    assert "PRIVMSG #tea :for tea" in alice.sent(9)
 
 
 def test_what_waits_for_a_channel_is_a_reason_to_join_it_at_the_next_start():
@@ -7775,6 +7778,247 @@ def test_a_password_that_the_server_wants_is_asked_for_and_can_be_given():
     assert alice.core.password == "open sesame" and alice.core.wants_connection
     alice.core.connected()
     assert b"PASS :open sesame\r\n" in alice.core.take_output()
+
+
+# Found by reading
+
+
+def test_what_was_sent_is_known_to_be_so_by_the_next_run(folder):
+    target = chat.parse_target("irc://here")
+    alice = Elsewhere(outbox=chat.open_outbox(folder, target, "alice"))
+    alice.types("hello")
+    assert "PRIVMSG #lobby hello" in alice.sent(5)
+    alice.core.outbox.journal.close()
+    (one,) = chat.open_outbox(folder, target, "alice").waiting.values()
+    assert one.sent
+
+
+def test_a_kick_leaves_what_waits_to_the_user_and_hinders_no_command():
+    alice = Elsewhere()
+    alice.types("\n".join("abcdefgh"), "two", "three")
+    alice.hears(":op!u@h KICK #lobby alice :out")
+    alice.types("/nick foo")
+    assert "NICK foo" in alice.sent(30)
+    assert len(alice.core.outbox.parked) == 3
+    alice.types("/join #lobby")
+    assert [line for line in alice.sent(9) if "PRIVMSG" in line and "two" in line] == []
+
+
+def test_a_pipe_that_is_put_out_of_its_channel_speaks_to_no_other_conversation():
+    alice = Elsewhere(tidy=False, join=["#a"])
+    alice.hears(":bob!u@h PRIVMSG alice :psst", ":alice!u@h PART #a")
+    alice.views += alice.core.say("secret line")
+    assert alice.core.outbox.waiting == {} and alice.kinds("back") == ["secret line"]
+
+
+def test_what_was_not_sent_when_the_line_broke_is_not_in_doubt():
+    alice = Elsewhere(tidy=False)
+    for n in range(30):
+        alice.views += alice.core.say(f"line {n}")
+    alice.sent(3)
+    sent = len(alice.core.outbox.in_flight)
+    alice.core.finish()
+    alice.views += alice.core.disconnected()
+    assert len(alice.kinds("failed")) == sent
+
+
+@pytest.mark.parametrize("how", ["REDACT", "/ignore bob"])
+def test_an_older_page_shows_nothing_that_is_not_to_be_seen(how):
+    alice = Elsewhere(caps=f"{PAGES_OF} draft/message-redaction")
+    room = alice.core.room
+    alice.core.talk.ask_history(room, "older")
+    if how == "REDACT":
+        alice.hears(":bob!u@h REDACT #lobby m1")
+    else:
+        alice.types(how)
+    alice.hears("BATCH +1 chathistory #lobby", "@batch=1;msgid=m1 :bob!u@h PRIVMSG #lobby :x")
+    alice.hears("BATCH -1", "BATCH +2 chathistory #lobby")
+    alice.hears("@batch=2;msgid=m1 :bob!u@h PRIVMSG #lobby :x", "BATCH -2")
+    assert [view.text for view in room.views if view.kind == "said"] == []
+
+
+def test_our_own_message_can_be_taken_back_by_the_servers_id():
+    alice = Elsewhere(caps="echo-message message-tags draft/message-redaction")
+    alice.types("oops")
+    (id,) = alice.core.outbox.waiting
+    alice.hears(f"@+chat.py/id={id};msgid=m9 :alice!u@h PRIVMSG #lobby :oops")
+    alice.hears(":alice!u@h REDACT #lobby m9")
+    assert [view.text for view in alice.core.room.views if view.kind == "said"] == []
+
+
+def test_a_channel_that_takes_the_name_of_one_that_we_left_is_the_one_we_are_in():
+    alice = Elsewhere(join=["#a", "#new"])
+    alice.hears(":op!u@h KICK #new alice", ":op!u@h RENAME #a #new :moved")
+    assert list(alice.core.rooms) == ["#new"] and alice.core.find("#new").inside
+    assert alice.core.current is alice.core.find("#new")
+    alice.types("hi")
+    assert "PRIVMSG #new hi" in alice.sent(9)
+
+
+def test_a_rename_is_kept_with_what_waits_for_the_conversation(folder):
+    target = chat.parse_target("irc://here")
+    alice = Elsewhere(outbox=chat.open_outbox(folder, target, "alice"))
+    alice.types("/query bob")
+    alice.core.outbox.window = 0
+    alice.types("late words")
+    alice.hears(":bob!u@h NICK robert")
+    alice.core.outbox.journal.close()
+    waiting = chat.open_outbox(folder, target, "alice").waiting
+    assert [one.where for one in waiting.values()] == ["robert"]
+
+
+def test_channels_that_this_server_tells_apart_are_two_from_the_start():
+    core = chat.ClientCore("alice", kind=chat.IRC, join=["#\xc4", "#\xe4"])
+    assert len(core.rooms) == 2
+    alice = Elsewhere("CASEMAPPING=ascii")
+    alice.types("/ignore \xc4rger!*@*")
+    alice.hears(":\xc4rger!u@h PRIVMSG #lobby :no", ":\xe4rger!u@h PRIVMSG #lobby :yes")
+    assert alice.said() == ["#lobby \xe4rger: yes"]
+
+
+def test_no_conversation_is_hidden_by_history_that_does_not_come_or_by_a_new_name():
+    alice = Elsewhere(caps=PAGES_OF, join=["#a", "#b"])
+    alice.sent(30)
+    alice.hears("@msgid=1 :bob!u@h PRIVMSG #b :live")
+    assert alice.said() == ["#b bob: live"]
+    alice = Elsewhere(caps=f"{PAGES_OF} draft/channel-rename")
+    alice.hears(":op!u@h RENAME #lobby #new :x", "@msgid=2 :bob!u@h PRIVMSG #new :live")
+    alice.hears("BATCH +1 chathistory #new", "BATCH -1")
+    assert alice.said() == ["#new bob: live"]
+
+
+def test_a_message_that_a_server_swallows_is_told_and_holds_up_no_other():
+    caps = "echo-message message-tags batch labeled-response"
+    alice = Elsewhere(caps=caps)
+    alice.types("spam")
+    (id,) = alice.core.outbox.waiting
+    alice.hears(f"@label={id} ACK")
+    assert alice.kinds("failed")[0].endswith(": spam")
+    alice.types("more spam")
+    lines = alice.sent(60)
+    assert any(line.startswith("PING echo-") for line in lines)
+    answer(alice, [line for line in lines if "PING" in line])
+    assert alice.kinds("failed")[1].endswith(": more spam")
+    alice.types("after")
+    assert any("after" in line for line in alice.sent(9))
+
+
+@pytest.mark.parametrize("caps", ["echo-message message-tags", ""])
+def test_after_a_paste_was_cancelled_messages_go_on(caps):
+    alice = Elsewhere(caps=caps)
+    alice.types("\n".join(f"line {n}" for n in range(30)))
+    alice.sent(5)
+    alice.types("/cancel all", "after")
+    assert any("after" in line for line in alice.sent(30))
+    assert "cancelled" in alice.kinds("failed")[0] and alice.kinds("arrived") == []
+
+
+def test_an_address_without_end_leaves_room_for_words():
+    alice = Elsewhere()
+    alice.hears(f"396 alice {'h' * 900}")
+    alice.types("still here")
+    assert [line for line in alice.sent(9) if "PRIVMSG" in line]
+
+
+def test_a_registration_that_the_server_does_not_end_is_ended():
+    core = chat.ClientCore("alice", kind=chat.IRC, login=chat.Login("alice", "sesame"))
+    now = 0.0
+    core.ticks = lambda: now
+    core.connected()
+    core.secure = True
+    core.feed(b":x CAP * LS :sasl\r\n")
+    core.take_output()
+    now = chat.LOGIN_SECONDS + 1
+    core.tick()
+    assert b"CAP END" in core.take_output()
+    now = chat.REGISTRATION_SECONDS + 1
+    core.tick()
+    assert core.dismissed and core.cause == chat.TEMPORARY
+
+
+@pytest.mark.parametrize("words", ["don't", "foo-bar", "x.y", "a_b", "\U0001f389", "#tea!"])
+def test_any_words_can_be_searched_for(words):
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    store.add("#a", chat.View(chat.SAID, f"well {words} indeed", "bob", "#a", 1, id="m"))
+    for _ in range(2):
+        assert len(store.find(words, 9)) == 1
+        store.index()
+    assert store.find("absent", 9) == [] and store.trouble == ""
+
+
+def test_a_store_that_is_locked_for_long_loses_nothing_and_breaks_nothing(tmp_path):
+    path = str(tmp_path / "client.db")
+    one = chat.open_client_database(path)
+    one.execute("PRAGMA journal_mode = DELETE")  # as on a network home
+    other = sqlite3.connect(path, timeout=0, isolation_level=None)
+    store = chat.ClientStore(one, "here", "alice")
+    alice = Elsewhere(store=store)
+    other.execute("BEGIN EXCLUSIVE")
+    alice.hears("@msgid=1 :bob!u@h PRIVMSG alice :psst", "@msgid=2 :bob!u@h PRIVMSG #lobby :x")
+    alice.hears(":bob!u@h REDACT #lobby 2")
+    alice.types("/lastlog psst")
+    assert alice.said() == ["bob bob: psst", "#lobby bob: x"]
+    other.execute("COMMIT")
+    store.flush()
+    assert [view.text for view in store.page("bob", 9)] == ["psst"] and store.page(
+        "#lobby", 9
+    ) == []
+
+
+def test_a_retried_message_is_not_confirmed_by_the_answer_to_an_older_ping():
+    alice = Elsewhere(join=["#k"])
+    alice.types("hello")
+    (id,) = alice.core.outbox.waiting
+    ping = next(line for line in alice.sent(9) if "PING" in line)
+    alice.hears(":op!u@h KICK #k alice :out", ":alice!u@h JOIN #k")
+    alice.types("/retry")
+    alice.hears(ping.replace("PING", "PONG x"))
+    assert id in alice.core.outbox.waiting
+
+
+def test_what_an_earlier_server_at_an_address_said_does_not_bind_the_next_one():
+    alice = Elsewhere("CASEMAPPING=ascii", "LINELEN=9000", "MONITOR=100")
+    alice.core.disconnected()
+    alice.connect("CHANTYPES=#")
+    assert alice.core.server.tokens == {"CHANTYPES": "#"}
+
+
+def test_what_a_server_makes_up_has_limits():
+    alice = Elsewhere(caps=PAGES_OF)
+    alice.hears(*[f":x CHATHISTORY TARGETS n{n} 2026-01-01T00:00:00.000Z" for n in range(3000)])
+    alice.hears(*[f":alice!u@h JOIN #n{n}" for n in range(3000)])
+    assert len(alice.core.talk.asked) <= 2 * chat.ROOMS_KEPT + 10
+    assert len(alice.core.rooms) <= 2 * chat.ROOMS_KEPT
+    alice.hears(":x BATCH +out x")
+    alice.hears(*[f"@batch=out :x BATCH {sign}i{n} y" for n in range(3000) for sign in "+-"])
+    assert len(alice.core.talk.batches["out"].items) <= chat.BATCH_LINES
+
+
+def test_history_is_asked_for_by_time_where_a_server_knows_no_ids():
+    alice = Elsewhere("MSGREFTYPES=timestamp", caps=PAGES_OF)
+    alice.hears("BATCH +1 chathistory #lobby")
+    alice.hears("@batch=1;msgid=m;time=2026-01-01T00:00:00.000Z :b!u@h PRIVMSG #lobby :x")
+    alice.hears("BATCH -1")
+    alice.core.talk.ask_history(alice.core.room, "older")
+    assert "BEFORE #lobby timestamp=2026-01-01T00:00:00.000Z" in "".join(alice.sent(9))
+
+
+def test_an_echo_without_what_steers_terminals_is_still_ours():
+    alice = Elsewhere(caps="echo-message")
+    alice.types("file\u202egpj.exe")
+    alice.sent(5)
+    alice.hears(":alice!u@h PRIVMSG #lobby :file\u202egpj.exe")
+    assert len(alice.said()) == 1
+
+
+def test_many_rooms_are_asked_about_in_their_turn_and_none_is_given_up_too_early():
+    alice = Elsewhere(caps=PAGES_OF, join=[f"#c{n}" for n in range(15)])
+    for _ in range(120):
+        for line in alice.sent(1):
+            if "CHATHISTORY" in line:
+                where = line.split()[2]
+                alice.hears(f"BATCH +1 chathistory {where}", "BATCH -1")
+    assert not [text for text in alice.kinds("note") if "does not send" in text]
 
 
 # What a connection costs, and how much is sent ahead
@@ -8128,6 +8372,9 @@ def test_an_escape_sequence_that_is_slow_is_still_one_key():
     decoder.feed(b"\x1b", 1.0)
     decoder.flush(1.2)
     assert decoder.feed(b"[A", 2.0) == [chat.Key("text", "[A")]
+    decoder.feed(b"\x1b", 3.0)
+    decoder.flush(3.2)
+    assert decoder.feed(b"Perhaps", 3.3) == [chat.Key("text", "Perhaps")]
 
 
 @pytest.mark.parametrize(
