@@ -14494,7 +14494,7 @@ class Journal:
     def _take(self, record: dict[str, Any]) -> None:
         if isinstance(secret := record.get("secret"), str):
             self.secret = secret
-        if "say" in record:
+        if isinstance(record.get("say"), list):
             one = Waiting(*record["say"][:4])
             if not all(isinstance(value, str) and value.isprintable() for value in one[:2]):
                 return

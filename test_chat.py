@@ -8021,6 +8021,263 @@ def test_many_rooms_are_asked_about_in_their_turn_and_none_is_given_up_too_early
     assert not [text for text in alice.kinds("note") if "does not send" in text]
 
 
+# Found by use
+
+
+@pytest.mark.parametrize("token", ["LINELEN=16", "LINELEN=5", "LINELEN=nonsense"])
+def test_a_length_of_lines_that_no_server_has_is_not_believed(token):
+    alice = Elsewhere(token)
+    alice.types("word " * 100)
+    assert " ".join(line.partition(" :")[2] for line in alice.sent(60)).split() == ["word"] * 100
+
+
+@pytest.mark.parametrize(
+    "caps, tags",
+    [
+        ("echo-message message-tags", "@msgid=1"),  # drops our tag without a word
+        ("echo-message message-tags batch labeled-response", "@msgid=1"),  # and our label
+    ],
+)
+def test_an_echo_that_comes_back_without_tag_and_label_is_known_by_its_order(caps, tags):
+    alice = Elsewhere(caps=caps, tidy=False)
+    for n in range(3):
+        alice.views += alice.core.say(f"line {n}")
+    sent = []
+    for _ in range(30):
+        for line in alice.sent(1):
+            if "PRIVMSG" in line:
+                sent.append(line.split()[-1])
+                alice.hears(f"{tags} :alice!u@h {line.partition(' ')[2]}")
+    assert sent == ["0", "1", "2"] and alice.core.outbox.waiting == {}
+    assert alice.said() == [f"#lobby *alice: line {n}" for n in range(3)]
+
+
+def test_when_echoes_end_the_message_in_flight_is_confirmed_by_a_ping():
+    alice = Elsewhere(caps="echo-message message-tags")
+    alice.types("hello")
+    alice.sent(2)
+    alice.hears("CAP alice DEL :echo-message")
+    answer(alice, alice.sent(60))
+    assert alice.core.outbox.waiting == {} and alice.core.failures == 0
+
+
+TOO_LONG = [
+    (["TOPICLEN=100"], "/topic " + "x" * 101),
+    (["AWAYLEN=50"], "/away " + "x" * 51),
+    (["NICKLEN=9"], "/nick abcdefghij"),
+    (["KICKLEN=20"], "/kick bob " + "x" * 21),
+    ([], "/topic " + "x" * 500),
+    ([], "/msg NickServ " + "x" * 500),
+]
+
+
+@pytest.mark.parametrize("tokens, typed", TOO_LONG)
+def test_what_a_server_would_cut_is_refused_with_its_limit(tokens, typed):
+    alice = Elsewhere(*tokens)
+    alice.types(typed)
+    assert alice.sent(5) == [] and alice.kinds("back") == [typed]
+    assert re.search(r"at most \d+ bytes|takes \d+ bytes", alice.kinds("note")[0])
+
+
+def test_a_long_notice_is_several():
+    alice = Elsewhere()
+    alice.types("/notice bob " + " ".join(["word"] * 150))
+    lines = alice.sent(30)
+    assert len(lines) > 1 and all(len(line) < 450 for line in lines)
+    assert " ".join(line.partition(" :")[2] for line in lines).split() == ["word"] * 150
+
+
+def test_page_up_reaches_all_messages_of_one_millisecond_also_without_ids():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    for n in range(1000):
+        store.add("#a", chat.View(chat.SAID, f"{n}", "bob", "#a", 1000 + n // 40))
+    core = chat.ClientCore("alice", store=store, join=["#a"])
+    while core.older_from_store(core.room):
+        pass
+    assert [view.text for view in core.room.views] == [str(n) for n in range(1000)]
+
+
+def test_of_two_clients_of_one_user_one_keeps_what_has_no_id(folder):
+    options = chat.ClientOptions("alice", chat.parse_target("irc://here"), state=folder)
+    one, other = chat.Client.__new__(chat.Client), chat.Client.__new__(chat.Client)
+    for client in (one, other):
+        client.loop, client.options, client.reason = chat.Loop(), options, ""
+        client.core, client.link = client.dial(options, bool, bool)
+        client.loop.close()
+    assert (one.core.store.sole, other.core.store.sole) == (True, False)
+
+
+def test_many_clients_can_begin_at_once_in_a_new_folder(tmp_path):
+    path, failed = str(tmp_path / "client.db"), []
+
+    def begin(n):
+        try:
+            chat.ClientStore(chat.open_client_database(path), "here", f"user{n}")
+        except sqlite3.Error as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=begin, args=[n]) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+
+
+def test_a_damaged_file_of_messages_is_one_clear_line(folder):
+    options = chat.ClientOptions("alice", chat.parse_target("irc://here"), state=folder)
+    store = chat.open_client_store(options)
+    for n in range(500):
+        store.add("#a", chat.View(chat.SAID, "x" * 50, "bob", "#a", n, id=f"{n}"))
+    store.flush()
+    store.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    store.db.close()
+    path = folder / "client.db"
+    data = bytearray(path.read_bytes())
+    for page in range(1, len(data) // 4096):
+        path.write_bytes(data[: page * 4096] + b"\xa5" * 4096 + data[(page + 1) * 4096 :])
+        for wal in folder.glob("client.db-*"):
+            wal.unlink()
+        client = chat.Client.__new__(chat.Client)
+        client.loop, client.options = chat.Loop(), options
+        with contextlib.suppress(chat.Unusable):  # and nothing else
+            core, link = client.dial(options, bool, bool)
+            core.outbox.journal.close()
+        client.loop.close()
+
+
+def test_a_store_that_cannot_be_written_is_told_of_once():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    alice = Elsewhere(store=store)
+    store.db.execute("PRAGMA query_only = 1")
+    for n in range(3):
+        alice.hears(f"@msgid={n} :bob!u@h PRIVMSG #lobby :x")
+        alice.sent(2)
+    assert len([text for text in alice.kinds("note") if "client.db" in text]) == 1
+
+
+def test_modes_and_topics_that_look_like_channels_are_none():
+    alice = Elsewhere("CHANTYPES=#&!+")
+    alice.types("/mode +m", "/topic +1 for tea", "+1", "!help")
+    lines = [line for line in alice.sent(60) if "PING" not in line]
+    assert lines[:2] == ["MODE #lobby +m", "TOPIC #lobby :+1 for tea"]
+    assert "PRIVMSG #lobby +1" in lines
+
+
+def test_a_safe_channel_is_the_one_that_was_asked_for_under_a_short_name():
+    alice = Elsewhere("CHANTYPES=#&!+")
+    alice.types("/join !tea")
+    alice.hears(":alice!u@h JOIN !ABCDEtea")
+    assert alice.core.here == "!ABCDEtea"
+
+
+@pytest.mark.parametrize("line", ["421 * AUTHENTICATE :Unknown command", "CAP * NAK :sasl"])
+def test_a_server_that_takes_no_log_in_after_all_lets_us_in(line):
+    core = chat.ClientCore("alice", kind=chat.IRC, login=chat.Login("alice", "sesame"))
+    core.secure = True
+    core.connected()
+    core.secure = True
+    core.feed(b":x CAP * LS :sasl\r\n")
+    core.feed(f":x {line}\r\n".encode())
+    if "NAK" in line:
+        core.ticks = lambda: chat.LOGIN_SECONDS + 1
+        core.tick()
+    assert b"CAP END" in core.take_output()
+
+
+def test_a_channel_of_any_name_that_a_server_has_can_be_spoken_in():
+    name = "#" + "x" * 150
+    alice = Elsewhere("CHANNELLEN=200", join=[name])
+    alice.types("hello")
+    assert f"PRIVMSG {name} hello" in alice.sent(9)
+
+
+def test_on_other_servers_words_wait_until_a_join_is_answered():
+    core = chat.ClientCore("alice", False, chat.IRC, join=["#a"])
+    core.connected()
+    core.say("hello")
+    core.feed(b":x 001 alice :Welcome\r\n:x 004 alice x y\r\n")
+    assert b"PRIVMSG" not in core.take_output()
+    core.feed(b":alice!u@h JOIN #a\r\n")
+    assert b"PRIVMSG #a hello" in core.take_output()
+
+
+def test_a_batch_whose_end_is_lost_is_shown_after_a_while():
+    alice = Elsewhere(caps="batch message-tags")
+    alice.hears("BATCH +1 netsplit a b", "@batch=1 :bob!u@h PRIVMSG #lobby :hi")
+    assert alice.said() == []
+    alice.sent(chat.BATCH_SECONDS + 2)
+    assert alice.said() == ["#lobby bob: hi"]
+
+
+def test_several_channels_in_one_line_are_several():
+    alice = Elsewhere()
+    alice.hears(":alice!u@h JOIN #m1,#m2", ":bob!u@h JOIN #m1,#m2")
+    assert set(alice.core.rooms) == {"#lobby", "#m1", "#m2"}
+    alice.hears(":bob!u@h PART #m1,#m2")
+    assert "bob" not in alice.core.find("#m2").people
+
+
+@pytest.mark.parametrize(
+    "text", ["\x01ACTION waves\x01", "\x01action waves\x01", "\x01ACTION waves"]
+)
+def test_an_action_is_one_in_any_case(text):
+    alice = Elsewhere()
+    alice.hears(f":bob!u@h PRIVMSG #lobby :{text}")
+    assert alice.said() == ["#lobby bob: *waves*"]
+
+
+CHANNEL_FIRST = [
+    ("/join #a,#b k1,k2", ["JOIN #a k1", "JOIN #b k2"]),
+    ("/kick #lobby bob so what", ["KICK #lobby bob :so what"]),
+    ("/op #lobby bob carol", ["MODE #lobby +oo bob carol"]),
+    ("/ban #lobby bob", ["MODE #lobby +b bob!*@*"]),
+    ("/unban #lobby bob", ["MODE #lobby -b bob!*@*"]),
+    ("/query bob hello", ["PRIVMSG bob hello"]),
+    ("/msg @#lobby hello", ["PRIVMSG @#lobby hello"]),
+]
+
+
+@pytest.mark.parametrize("typed, lines", CHANNEL_FIRST)
+def test_commands_take_what_users_of_other_clients_type(typed, lines):
+    alice = Elsewhere("STATUSMSG=@+", "MODES=4")
+    alice.types(typed)
+    assert [line for line in alice.sent(9) if "PING" not in line] == lines
+    assert "@#lobby" not in alice.core.rooms
+
+
+def test_a_program_means_what_it_says():
+    alice = Elsewhere(tidy=False)
+    for text in ("pass the salt", "#tea", " /me waves"):
+        alice.views += alice.core.typed(text)
+    assert alice.kinds("back") == [] and len(alice.core.outbox.waiting) == 3
+
+
+def test_an_ignored_user_opens_nothing_with_a_message_of_several_lines():
+    alice = Elsewhere(caps="batch message-tags draft/multiline")
+    alice.types("/ignore bob")
+    alice.hears(":bob!u@h BATCH +1 draft/multiline alice", "@batch=1 :bob!u@h PRIVMSG alice :x")
+    alice.hears("@batch=1 :bob!u@h PRIVMSG alice :y", ":bob!u@h BATCH -1")
+    assert "bob" not in alice.core.rooms
+
+
+@pytest.mark.parametrize(
+    "record", ['{"secret": 5}', '{"say": [5, 6, 7, 8]}', '{"say": ["a", 5, "x", "y"]}', "[]", "5",
+               '{"say": ["a", "#b", "\\ud800", "message"]}', '{"say": "abcd"}', '{"sent": []}'],
+)  # fmt: skip
+def test_a_damaged_outbox_gives_up_what_is_damaged_alone(folder, record):
+    target = chat.parse_target("irc://here")
+    outbox = chat.open_outbox(folder, target, "alice")
+    outbox.add(0.0, "#a", "kept", chat.MESSAGE)
+    outbox.journal.close()
+    (path,) = folder.iterdir()
+    with path.open("a") as file:
+        file.write(f"{record}\n")
+    again = chat.open_outbox(folder, target, "alice")
+    assert [one.text for one in again.waiting.values()] == ["kept"]
+    assert again.secret == outbox.secret
+
+
 # What a connection costs, and how much is sent ahead
 
 
