@@ -16925,6 +16925,30 @@ def deepest(node, depth=0):
     return found
 
 
+README = pathlib.Path(chat.__file__).with_name("README.md")
+
+
+def test_the_readme_is_short_where_newcomers_read_and_names_all_that_there_is():
+    text = README.read_text(encoding="utf-8")
+    first, _, reference = text.partition("\n# Reference\n")
+    assert len(first) <= 9_000
+    anchors = {re.sub(r"[^a-z -]", "", line.lower()).strip().replace(" ", "-")
+               for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}  # fmt: skip
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if link.startswith("#"):
+            assert link[1:] in anchors, link
+        elif not link.startswith("http"):
+            assert (README.parent / link).exists(), link
+    parser = chat.command_line()
+    commands = next(a for a in parser._actions if a.dest == "command").choices
+    for name in ("server", "client"):
+        for action in commands[name]._actions:
+            flag = action.option_strings[-1] if action.option_strings else "NAME"
+            assert flag in text or flag == "--help", flag
+    for verb in chat.client_command:
+        assert f"`/{verb}" in reference, verb
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_functions_are_short_and_shallow(path):
     for node in nodes_of(path):
