@@ -31,6 +31,7 @@ import contextlib
 import ctypes
 import datetime
 import functools
+import gc
 import itertools
 import logging
 import os
@@ -1016,6 +1017,10 @@ class Bell:
         self.writer.close()
 
 
+COLLECT_MS = 2000  # between two collections of young garbage ...
+COLLECTIONS = 15  # ... and each of so many is one of all of it, which takes 20 ms
+
+
 class WindowOptions(NamedTuple):
     """The options of the command line."""
 
@@ -1041,13 +1046,17 @@ class Window:
         self.server = ""  # the same in short
         self.focused = False
         self.closing = self.interrupted = self.gone = False
-        self.timer = ""  # of the next look at the queue
+        self.timer = ""  # of the next look at the queue ...
+        self.collecting = ""  # ... and of the next collection of garbage
+        self.collections = 0
         self.looked = 0.0
+        gc.disable()  # see _collect()
         self.root = tk.Tk(className="chat")
         self.root.report_callback_exception = self._log_bug
         self.look = Look(self.root)
         self._build()
         self.bell = Bell(self.root, self.rung)
+        self._collect()
         self._bind_all()
         self.refresh_labels()
 
@@ -1291,8 +1300,16 @@ class Window:
         else:
             self.destroy()
 
+    def _collect(self) -> None:
+        """Collect garbage on Tk's thread, and on no other: Tk aborts the program when one of
+        its objects is freed elsewhere, and the loop's thread makes garbage, too."""
+        self.collections += 1
+        gc.collect(2 if self.collections % COLLECTIONS == 0 else 1)
+        self.collecting = self.root.after(COLLECT_MS, self._collect)
+
     def destroy(self) -> None:
         self.gone = True
+        self.root.after_cancel(self.collecting)
         if self.timer:
             self.root.after_cancel(self.timer)
         self.bell.close()

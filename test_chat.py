@@ -43,6 +43,7 @@ import tempfile
 import threading
 import time
 import types
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -16641,6 +16642,7 @@ def window(display):
         pump(one, lambda one=one: one.gone)
     opened.clear()
     gc.collect()  # on this thread: Tk aborts when its objects are freed on another
+    gc.enable()
 
 
 def pump(window, condition):
@@ -16651,6 +16653,32 @@ def pump(window, condition):
         timer = window.root.after(5, chat.do_nothing)  # something to look again after
         window.root.tk.dooneevent(0)
         window.root.tk.call("after", "cancel", timer)
+
+
+def test_garbage_with_widgets_in_it_is_freed_on_the_windows_own_thread(
+    running, window, monkeypatch
+):
+    monkeypatch.setattr(gui_client, "COLLECT_MS", 50)
+    monkeypatch.setattr(gui_client, "COLLECTIONS", 1)
+    alice, freed = window(running().address), []
+    pump(alice, lambda: alice.snapshot.ready)
+    picture = gui_client.tk.PhotoImage(master=alice.root, width=1, height=1)
+    picture.itself = picture  # so that only the collector frees it
+    weakref.finalize(picture, lambda: freed.append(threading.current_thread()))
+    del picture
+    done = threading.Event()
+
+    def litter():
+        for _ in range(100):
+            cycles = [[] for _ in range(2000)]
+            for one in cycles:
+                one.append(one)
+        done.set()
+
+    alice.engine.submit(litter)
+    assert done.wait(PATIENCE) and freed == []
+    pump(alice, lambda: freed)
+    assert freed == [threading.main_thread()]
 
 
 def transcript(window):
