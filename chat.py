@@ -267,7 +267,7 @@ STORED_LINES = 200  # of a conversation, that a client shows at its start
 CLIENT_ROWS_WAITING = 10_000  # to be written to a store that is locked
 CLIENT_INDEX_SLICE = 300  # messages indexed a second, while nothing else is to be done
 CLIENT_HITS_MOST = 2000  # that one search looks at
-MOVES_SECONDS = 10.0  # that joins and quits are collected for, to be one row
+MOVES_MS = 60_000  # in which there is one row of joins and quits, besides the first
 TOPIC_MARGIN = 50  # columns of the status row that are not for the topic
 HANGING = 6  # columns that the later rows of a line are indented: the width of the time
 MOVES_NAMED = 10  # users named in one
@@ -9427,7 +9427,8 @@ class Room:
         self.views = Transcript()
         self.whole = False  # the server has nothing older than the first of these
         self.spoken: dict[str, None] = {}  # names of those who said something here
-        self.moves: list[View] = []  # joins and quits that are to be one row
+        self.moves: list[View] = []  # joins and quits that are to be one row ...
+        self.moved_at = -MOVES_MS  # ... and when the last such row was shown
         self.unread = self.called = 0
 
     @property
@@ -9464,13 +9465,13 @@ class Room:
                 self.views[n] = self.views[n]._replace(id=id)
                 return
 
-    def show_moves(self) -> None:
-        """Put the joins and quits that were collected in one row."""
+    def show_moves(self) -> View:
+        """Put the joins and quits that were collected in one row; return it."""
         moves, self.moves = self.moves, []
-        if len(moves) == 1:
-            self.views.append(moves[0])
-        elif moves:
-            self.views.append(View(MOVED, moved_text(moves), where=self.name, time=moves[-1].time))
+        row = View(MOVED, moved_text(moves), where=self.name, time=moves[-1].time)
+        self.views.append(moves[0] if len(moves) == 1 else row)
+        self.moved_at = row.time or 0
+        return row
 
     def rank(self, name: str, symbol: str, on: bool, symbols: str) -> None:
         """Give or take a rank of a member."""
@@ -11626,8 +11627,8 @@ class ClientCore:
         if self.talk:
             self.talk.tick()
         for room in self.rooms.values():
-            if room.moves and self.clock() - (room.moves[0].time or 0) / 1000 > MOVES_SECONDS:
-                room.show_moves()
+            if room.moves and self.clock() * 1000 - room.moved_at > MOVES_MS:
+                self.show(room.show_moves())
         if self.store:
             self.store.flush()
             self.store.index()
@@ -11721,7 +11722,6 @@ class ClientCore:
         shown = f"*{text}*" if one.kind == ACTION else text
         view = self.timed(View(SAID, shown, self.name, one.where, mine=True, own_id=one.id))
         room = self.room_for(one.where)
-        room.show_moves()
         room.views.append(view)
         self.show(view)
         if room.is_channel and self.ready and not (room.inside or room.wanted):
@@ -11846,11 +11846,12 @@ class ClientCore:
         if room.held is not None:
             return room.hold(view)
         known = view.name in room.spoken or self.setting("fold") == "off"
-        if view.kind in (CAME, WENT) and not known:
+        moved, when = view.kind in (CAME, WENT) and not known, view.time or 0
+        if moved and when - room.moved_at < MOVES_MS:
             room.moves.append(view)
         else:
-            room.show_moves()
             room.views.append(view)
+            room.moved_at = when if moved else room.moved_at
         self.show(view)
 
     def knows(self, id: str) -> bool:
@@ -11879,7 +11880,6 @@ class ClientCore:
         room.spoke(view.name)
         view = self.timed(view)
         self.keep(view)
-        room.show_moves()
         room.views.append(view)
         elsewhere = room is not self.current or not self.looked_at
         if elsewhere and not (view.mine or view.past):

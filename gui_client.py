@@ -43,14 +43,18 @@ import socket
 import sys
 import threading
 import time
-import tkinter as tk
 import unicodedata
 import webbrowser
 import zlib
 from collections.abc import Callable, Iterable
-from tkinter import font as tkfont
-from tkinter import ttk
 from typing import Any, NamedTuple
+
+try:
+    import tkinter as tk
+    from tkinter import font as tkfont
+    from tkinter import ttk
+except ImportError:  # Debian and others have it in a package of its own
+    sys.exit("gui_client.py: this Python has no Tkinter; on Debian, apt install python3-tk")
 
 import chat
 
@@ -65,11 +69,10 @@ log = logging.getLogger("chat.window")
 
 LINES_KEPT = 5000  # of the transcript; older ones are in the server's history
 TRIM_LINES = 500  # dropped at a time: one deletion costs the same for one line
-SHOWN = 4000  # characters of one message: a line of 100 kB takes Tk half a second to lay out
+LINE_SHOWN = 1000  # characters of one line: a line of 100 kB takes Tk half a second to lay out
 NAME_SHOWN = 80  # characters of a name
 SPEAKERS_KEPT = 50  # offered first when a name is completed
 NAME_TAGS = 12
-HOME = ("", chat.LOBBY)  # what was said there says so by not saying where
 
 LINK = re.compile(r"https?://[^\s<>\"]*[^\s<>\".,;:!?)\]}']")
 
@@ -81,6 +84,7 @@ class Snapshot(NamedTuple):
     here: str = chat.LOBBY
     people: tuple[str, ...] = ()  # here
     rooms: tuple[str, ...] = (chat.LOBBY,)
+    inside: bool = True  # of the channel that is looked at
     ready: bool = False  # the server has our name
     status: str = "not connected"
     reason: str | None = None  # why it is over; "" because we left; None while it is not
@@ -117,12 +121,25 @@ def linked(text: str, *tags: str) -> list:
     return [*pieces, text[end:], tags]
 
 
-def said_row(view: chat.View, clock: str) -> list:
+def place_of(view: chat.View, here: str) -> str:
+    """Return the conversation of a view; "" if it is the one that is looked at."""
+    return "" if key_of(view.where) in ("", key_of(here)) else view.where
+
+
+def id_tags(view: chat.View) -> tuple[str, ...]:
+    """Return the tags by which a message is found again, to be removed."""
+    ids = (f"id-{view.id}" * bool(view.id), f"own-{view.own_id}" * bool(view.own_id))
+    return tuple(filter(None, ids))
+
+
+def said_row(view: chat.View, clock: str, here: str = chat.LOBBY) -> list:
     """Return a message: the time, name and place, the text; more lines stand below it."""
     private = is_private(view)
     over = ("private",) if private else ("mention",) if view.called else ()
+    over += id_tags(view)
     elsewhere = f"(to {view.where}) " if view.mine else "(private) "
-    where = elsewhere if private else "" if view.where in HOME else f"[{view.where}] "
+    place = place_of(view, here)
+    where = elsewhere if private else f"[{place}] " if place else ""
     speaker = "" if private and view.mine else f"{view.name}: "
     first, *others = view.text.split("\n")
     return [
@@ -135,9 +152,9 @@ def said_row(view: chat.View, clock: str) -> list:
     ]
 
 
-def told_row(view: chat.View, clock: str) -> list:
+def told_row(view: chat.View, clock: str, here: str = chat.LOBBY) -> list:
     """Return a row that is no message: joins, quits, texts of the server and of the client."""
-    where = "" if view.where in HOME else f" {view.where}"
+    where = f" {place_of(view, here)}".rstrip()
     if view.kind == chat.CAME:
         text = f"\u2192 {view.name} joined{where}"
     elif view.kind == chat.WENT:
@@ -162,14 +179,28 @@ def moment_of(view: chat.View) -> datetime.datetime:
         return datetime.datetime.now()
 
 
+def broken(text: str) -> str:
+    """Return `text` with its longest lines broken: Tk lays out lines, one at a time."""
+    if len(text) <= LINE_SHOWN:
+        return text
+    parts = (
+        line[n : n + LINE_SHOWN]
+        for line in text.split("\n")
+        for n in range(0, max(1, len(line)), LINE_SHOWN)
+    )
+    return "\n".join(parts)
+
+
 def shorter(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]}\u2026"
 
 
 def shortened(view: chat.View) -> chat.View:
-    """No longer than a window shows; a plain server's names can be as long as its lines."""
+    """Names no longer than a window shows: a plain server's can be as long as its lines. A
+    text is whole, and one that is given back is as it was."""
     name, where = shorter(view.name, NAME_SHOWN), shorter(view.where, NAME_SHOWN)
-    return view._replace(text=shorter(view.text, SHOWN), name=name, where=where, line="")
+    text = view.text if view.kind == chat.BACK else broken(view.text)
+    return view._replace(text=text, name=name, where=where, line="")
 
 
 class Conversation:
@@ -182,6 +213,8 @@ class Conversation:
         self.alert = False  # one of them was for us; the window takes this back
         self.day = datetime.date.today()
         self.speakers: collections.deque[str] = collections.deque(maxlen=SPEAKERS_KEPT)
+        self.here = chat.LOBBY  # the conversation that is looked at
+        self.own: dict[str, str] = {}  # our ids of our messages, by the server's
 
     def add(self, view: chat.View, focused: bool, at_bottom: bool) -> list:
         """The pieces that show a view."""
@@ -190,9 +223,9 @@ class Conversation:
         clock = f"{moment:%H:%M}"
         if view.kind == chat.SAID:
             self._count(view, focused, at_bottom)
-            pieces += said_row(view, clock)
+            pieces += said_row(view, clock, self.here)
         else:
-            pieces += told_row(view, clock)
+            pieces += told_row(view, clock, self.here)
         self.lines += sum(text.count("\n") for text in pieces[::2])
         return pieces
 
@@ -211,9 +244,16 @@ class Conversation:
         self.unread += not focused
         self.alert |= not focused and view.called
 
-    def excess(self) -> int:
-        """How many of the oldest lines are to go now; they count as gone."""
-        if self.lines < LINES_KEPT + TRIM_LINES:
+    def tags_of(self, id: str) -> tuple[str, ...]:
+        """Return the tags of a message that was taken back."""
+        own = self.own.pop(id, "")
+        return (f"id-{id}", *([f"own-{own}"] if own else []))
+
+    def excess(self, at_bottom: bool = True) -> int:
+        """How many of the oldest lines are to go now; they count as gone. While the user reads
+        back, more are kept."""
+        kept = LINES_KEPT if at_bottom else 4 * LINES_KEPT
+        if self.lines < kept + TRIM_LINES:
             return 0
         excess, self.lines = self.lines - LINES_KEPT, LINES_KEPT
         return excess
@@ -249,6 +289,7 @@ def placeholder_text(snapshot: Snapshot) -> str:
 # waits in a queue that holds no more than the window would keep anyway; how things stand
 # is one immutable tuple, replaced as a whole: only the newest ever matters.
 
+MOVES_EACH = 10  # joins and quits of a minute that have rows of their own
 LEAVE_SECONDS = 0.8  # to hear the server out; the window is gone within a second
 
 
@@ -263,6 +304,8 @@ class Engine(chat.Client):
         self.snapshot = Snapshot(options.name, status=self.status)
         self.ended: str | None = None
         self.was_up = False  # when we last said how the connection is
+        self.told_why = False  # there is no connection
+        self.crowded: dict[str, bool] = {}  # conversations where joins and quits are one row
         self.asked = False  # who is here: otherwise the list beside the transcript tells
         self.news = False
         self.moved = False  # users came or went
@@ -329,13 +372,22 @@ class Engine(chat.Client):
                 self.news = True
 
     def _worth_showing(self, view: chat.View) -> bool:
-        if view.kind in (chat.ARRIVED, chat.OLDER, chat.PLACE, chat.REMOVED, chat.CLEARED):
+        if view.kind in (chat.OLDER, chat.PLACE, chat.CLEARED):
             return False
+        if view.kind in (chat.CAME, chat.WENT):  # many of them will be one row
+            room = self.core.find(view.where)
+            folded = room is not None and any(one is view for one in room.moves)
+            self.crowded[view.where] = folded and len(room.moves) > MOVES_EACH
+            return not self.crowded[view.where]
+        if view.kind == chat.MOVED:
+            return self.crowded.pop(view.where, False)
         if view.kind in (chat.STATUS, chat.UP):
             # The status line has it all; the transcript tells when we came and were cut off.
             self.status = view.text
             was_up, self.was_up = self.was_up, self.link.conn is not None
-            return self.was_up != was_up
+            first = not self.told_why and self.link.again is not None
+            self.told_why = self.told_why or first
+            return self.was_up != was_up or first
         if view.kind == chat.PEOPLE:
             self.moved = True
             asked, self.asked = self.asked and bool(view.text), self.asked and not view.text
@@ -365,6 +417,7 @@ class Engine(chat.Client):
             core.here,
             people if core.ready else (),
             tuple(room.name for room in core.rooms.values()),
+            not core.room or not core.room.is_channel or core.room.inside,
             core.ready,
             self.status,
             self.ended,
@@ -562,11 +615,15 @@ def offer_menu(widget: tk.Text, *actions: str) -> None:
             widget.bind(button, lambda event: menu.tk_popup(event.x_root, event.y_root))
 
 
+PASTED_MOST = 64 * 1024  # characters: four of the longest messages
+
+
 class Field(tk.Text):
     """One line of text. Return enters, Tab goes on to the next field."""
 
     def __init__(self, parent: tk.Misc, look: Look, enter: Callable[[], None], **options: Any):
         self.enter = enter
+        self.refused: Callable[[str], None] = chat.do_nothing  # told why a paste is not taken
         self.drawable = look.drawable
         one_line = {"height": 1, "width": 34, "undo": True, "highlightthickness": 1}
         super().__init__(
@@ -615,6 +672,9 @@ class Field(tk.Text):
             text = self.selection_get(selection=selection)
         except tk.TclError:  # nothing there
             return "break"
+        if len(text) + len(self.content) > PASTED_MOST:
+            self.refused(f"that is too long to be pasted: more than {PASTED_MOST:,} characters")
+            return "break"
         if self.tag_ranges("sel") and selection == "CLIPBOARD":
             self.delete("sel.first", "sel.last")
         self.insert("insert", self.pasted(whole(text)))
@@ -652,8 +712,8 @@ class Compose(Field):
             ("<Shift-Return>", self._newline),
             ("<Tab>", lambda _: self._complete("tab")),
             ("<<PrevWindow>>", lambda _: self._complete("back-tab")),
-            ("<Up>", lambda _: self._recall("up", "1.0", "insert")),
-            ("<Down>", lambda _: self._recall("down", "insert", "end-1c")),
+            ("<Up>", lambda _: self._recall("up", "linestart", "1.0")),
+            ("<Down>", lambda _: self._recall("down", "lineend", "end-1c")),
             ("<Key>", self._forget_offers),
             ("<<Modified>>", self._modified),
             ("<Configure>", lambda _: self.fit()),
@@ -668,6 +728,13 @@ class Compose(Field):
         super().set(text)
         self.mark_set("insert", "end-1c")
         self.see("insert")
+
+    def give_back(self, text: str) -> None:
+        """Take back a text that was not accepted; Up brings it while another is being written."""
+        if self.content.strip() or text[:1] == "/":
+            self.editor.remember(text)
+        else:
+            self.set(text)
 
     def begin(self, text: str) -> None:
         """Put this before whatever is being written."""
@@ -688,12 +755,20 @@ class Compose(Field):
         self.see("insert")
         return "break"
 
-    def _rows(self, start: str, end: str) -> int:
-        return int(self.tk.call(self, "count", "-displaylines", start, end) or 0)
+    def _rows(self) -> int:
+        """Return the rows of the text, up to the most that are shown. Tk's own count of all of
+        them takes a second for a line of 20 kB."""
+        at, rows = "1.0", 1
+        while rows < self.MOST_LINES:
+            below = self.index(f"{at} + 1 display lines")
+            if self.compare(f"{below} display linestart", "<=", at):
+                break
+            at, rows = self.index(f"{below} display linestart"), rows + 1
+        return rows
 
-    def _recall(self, key: str, start: str, end: str) -> str | None:
+    def _recall(self, key: str, edge: str, end: str) -> str | None:
         """Beyond the first or the last row, the arrows go through what was sent."""
-        if self._rows(start, end):
+        if self.compare(f"insert display {edge}", "!=", end):
             return None
         self.editor.set(self.content)
         self.editor.press(chat.Key(key))
@@ -726,7 +801,7 @@ class Compose(Field):
         else:
             self.hint.place_forget()
         if self.winfo_width() > 1:
-            self.configure(height=min(self.MOST_LINES, self._rows("1.0", "end-1c") + 1))
+            self.configure(height=self._rows())
 
 
 # ======================================================================================
@@ -752,6 +827,7 @@ class Transcript(ttk.Frame):
         self.drawable = look.drawable
         self.typed = typed  # gets what is typed here by mistake
         self.at_bottom = True
+        self.height = 1  # of the text, in pixels, when it was looked at last
         self.reached_bottom: Callable[[], None] = chat.do_nothing
         options = {"state": "disabled", "cursor": "arrow", "highlightthickness": 0}
         options |= {"padx": 14, "pady": 8, "width": 20, "height": 5, "spacing3": 3}
@@ -805,6 +881,19 @@ class Transcript(ttk.Frame):
         if at_bottom:
             self.text.see("end")
 
+    def remove(self, tags: Iterable[str]) -> int:
+        """Remove the rows with these tags; return how many lines they had."""
+        lines = 0
+        self.text.configure(state="normal")
+        for tag in tags:
+            if ranges := self.text.tag_ranges(tag):
+                first, last = self.text.index(f"{ranges[0]} linestart"), ranges[-1]
+                lines += self.text.get(first, last).count("\n")
+                self.text.delete(first, last)
+            self.text.tag_delete(tag)
+        self.text.configure(state="disabled")
+        return lines
+
     def to_bottom(self) -> None:
         self.at_bottom = True
         self.text.see("end")
@@ -819,6 +908,12 @@ class Transcript(ttk.Frame):
 
     def _scrolled(self, first: str, last: str) -> None:
         self.bar.set(first, last)
+        height = self.text.winfo_height()
+        if height != self.height:  # Tk's layout, and no scrolling of the user
+            self.height = height
+            if self.at_bottom:
+                self.text.after_idle(self.text.see, "end")
+            return
         was, self.at_bottom = self.at_bottom, float(last) > 0.99999
         if self.at_bottom and not was:
             self.reached_bottom()
@@ -900,15 +995,28 @@ class People(ttk.Frame):
         return "break"
 
 
+ACCOUNT_LABEL = "Password of your account, if you have one"
+PASSWORD_LABEL = "Password of the server, if it asks for one"
+
+
+def secret_field(parent: tk.Misc, enter: Callable[[], None]) -> ttk.Entry:
+    """Return a field that shows dots. It takes no emoji: they corrupt the memory of an Entry."""
+    small = (parent.register(lambda text: all(ord(c) <= 0xFFFF for c in text)), "%P")
+    field = ttk.Entry(parent, show="\u2022", validate="key", validatecommand=small)
+    field.bind("<Return>", lambda _: enter())
+    return field
+
+
 class ConnectCard(ttk.Frame):
     """Asks for a name and a server, on top of the conversation."""
 
-    def __init__(self, parent: tk.Misc, look: Look, connect: Callable[[str, str], None]):
+    def __init__(self, parent: tk.Misc, look: Look, connect: Callable[..., None]):
         super().__init__(parent, style="Raised.Card.TFrame", padding=28)
         self.connect = connect
         self.closed: Callable[[], None] = chat.do_nothing
         self.name = Field(self, look, self.enter)
         self.server = Field(self, look, self.enter)
+        self.password, self.secret = secret_field(self, self.enter), secret_field(self, self.enter)
         self.error = ttk.Label(self, style="Bad.Card.TLabel", wraplength=320)
         self.cancel = ttk.Button(self, text="Cancel", command=self.hide)
         self.go = ttk.Button(self, text="Connect", style="Accent.TButton", command=self.enter)
@@ -916,14 +1024,17 @@ class ConnectCard(ttk.Frame):
             ttk.Label(self, text="Join the conversation", style="Large.Card.TLabel"),
             *(ttk.Label(self, text="Your name", style="Card.TLabel"), self.name),
             *(ttk.Label(self, text="Server", style="Card.TLabel"), self.server),
+            *(ttk.Label(self, text=ACCOUNT_LABEL, style="Card.TLabel"), self.secret),
+            *(ttk.Label(self, text=PASSWORD_LABEL, style="Card.TLabel"), self.password),
             self.error,
         )
-        for row, (widget, gap) in enumerate(zip(rows, (12, 4, 14, 4, 12, 0), strict=True)):
+        gaps = (12, *(4, 14) * 4, 0)
+        for row, (widget, gap) in enumerate(zip(rows, gaps, strict=True)):
             widget.grid(row=row, column=0, columnspan=2, sticky="we", pady=(0, gap))
         self.cancel.grid(row=len(rows), column=0, sticky="e", padx=(0, 8), pady=(10, 0))
         self.go.grid(row=len(rows), column=1, sticky="e", pady=(10, 0))
         self.columnconfigure(0, weight=1)
-        for field in (self.name, self.server):
+        for field in (self.name, self.server, self.password, self.secret):
             field.bind("<Escape>", lambda _: self.hide())
 
     @property
@@ -944,7 +1055,10 @@ class ConnectCard(ttk.Frame):
         self.closed()
 
     def enter(self) -> None:
-        self.connect(self.name.content.strip(), self.server.content.strip())
+        secrets = self.password.get(), self.secret.get()
+        for field in (self.password, self.secret):
+            field.delete(0, "end")
+        self.connect(self.name.content.strip(), self.server.content.strip(), *secrets)
 
 
 # ======================================================================================
@@ -1080,6 +1194,7 @@ class Window:
         self.compose.pack(side="left", fill="x", expand=True)
         foot.grid(row=2, column=0, columnspan=2, sticky="we")
         self._build_status().grid(row=3, column=0, columnspan=2, sticky="we")
+        self.compose.refused = self.tell
         self.card = ConnectCard(root, look, self.connect)
         self.card.closed = self.compose.focus_set
 
@@ -1135,17 +1250,22 @@ class Window:
         server = self.address or self.options.server or server
         self.card.show(name, server or DEFAULT_SERVER, error)
 
-    def connect(self, name: str, server: str) -> None:
-        """Leave where we are and go there, or say why that cannot be."""
+    def connect(self, name: str, server: str, password: str = "", secret: str = "") -> None:
+        """Leave where we are and go there, or say why that cannot be. `password` is the
+        server's, `secret` that of the account with this name."""
         try:
             options = self._client_options(name, server)
-        except chat.Unusable as error:
+            if password:
+                options = options._replace(password=password)
+            if secret:
+                options = options._replace(login=chat.Login(name, secret))
+            engine = Engine(options, self.bell.ring)
+        except chat.ChatError as error:
             return self.card.show(name, server or DEFAULT_SERVER, str(error))
         self.remembered.save(name, server)
         if self.engine:
             self.engine.leave()
-        self.address, self.server = server, str(options.target)
-        self.engine = Engine(options, self.bell.ring)
+        self.address, self.server, self.engine = server, str(options.target), engine
         self.take_snapshot(self.engine.snapshot)
         self.engine.start()
         self.card.hide()
@@ -1192,7 +1312,7 @@ class Window:
         snapshot = engine.snapshot
         pieces = self._take_views(engine)
         if pieces:
-            self.transcript.show(pieces, self.model.excess())
+            self.transcript.show(pieces, self.model.excess(self.transcript.at_bottom))
             self.transcript.tell_below(self.model.below)
         if snapshot != self.snapshot:
             self.take_snapshot(snapshot)
@@ -1214,13 +1334,21 @@ class Window:
             while time.perf_counter() < until:
                 view = engine.views.get_nowait()
                 if view.kind == chat.BACK:
-                    self.compose.begin(view.text)
+                    self.compose.give_back(view.text)
+                elif view.kind == chat.ARRIVED:
+                    self.model.own[view.id] = view.own_id
+                elif view.kind == chat.REMOVED:
+                    if pieces:
+                        self.transcript.show(pieces, 0)
+                    pieces = []
+                    self.model.lines -= self.transcript.remove(self.model.tags_of(view.id))
                 else:
                     pieces += self.model.add(view, self.focused, self.transcript.at_bottom)
         return pieces
 
     def take_snapshot(self, snapshot: Snapshot) -> None:
         last, self.snapshot = self.snapshot, snapshot
+        self.model.here = snapshot.here
         if (snapshot.people, snapshot.name) != (last.people, last.name):
             self.people.show(snapshot.people, snapshot.name)
         self.refresh_labels()
@@ -1238,7 +1366,9 @@ class Window:
         self.dot.configure(foreground=colour if self.server else colours.dim)
         drawable = self.look.drawable
         self.status.configure(text=drawable(status_text(snapshot, self.server)))
-        self.place_label.configure(text=drawable(snapshot.here if self.server else "Chat"))
+        outside = " (you are not in it)" if snapshot.ready and not snapshot.inside else ""
+        place = (snapshot.here or "nowhere") + outside
+        self.place_label.configure(text=drawable(place if self.server else "Chat"))
         self.compose.hint.configure(text=drawable(placeholder_text(snapshot)))
         self.refresh_title()
 
@@ -1248,6 +1378,12 @@ class Window:
     def read_below(self) -> None:
         self.model.below = 0
         self.transcript.tell_below(0)
+
+    def tell(self, text: str) -> None:
+        """Show a text of the window's own."""
+        at_bottom = self.transcript.at_bottom
+        pieces = self.model.add(chat.View(chat.NOTE, text), self.focused, at_bottom)
+        self.transcript.show(pieces, self.model.excess(at_bottom))
 
     # What the person does
 

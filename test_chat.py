@@ -8689,18 +8689,20 @@ def test_lines_wrap_between_words_and_long_words_stay_whole():
     assert all(row.count("\x1b[31m") == 1 for row in coloured[:-1])
 
 
-def test_the_coming_and_going_of_many_is_one_row_and_of_those_who_spoke_each_their_own():
-    alice = Elsewhere()
+def test_who_comes_and_goes_in_a_minute_is_one_row_but_for_those_who_spoke():
+    alice = Elsewhere(clock=lambda: alice.now)
     for n in range(30):
         alice.hears(f":u{n}!u@h JOIN #lobby")
     alice.hears(":u3!u@h QUIT :bye", ":u4!u@h PART #lobby", ":u5!u@h PRIVMSG #lobby :hi")
     alice.hears(":u5!u@h QUIT :bye")
+    alice.sent(62)
     rows = [view for view in alice.core.room.views if view.kind not in ("told", "note")]
-    assert [view.kind for view in rows] == ["moved", "said", "went"]
-    assert rows[0].text == (
-        "u0, u1, u2, u5, u6, u7, u8, u9, u10, u11 and 18 more joined; u3, u4 joined and left"
+    assert [view.kind for view in rows] == ["came", "said", "went", "moved"]
+    assert rows[-1].text == (
+        "u1, u2, u5, u6, u7, u8, u9, u10, u11, u12 and 17 more joined; u3, u4 joined and left"
     )
     assert len([view for view in alice.views if view.kind in ("came", "went")]) == 33
+    assert len([view for view in alice.views if view.kind == "moved"]) == 1
 
 
 def test_settings_are_listed_checked_and_kept():
@@ -16679,6 +16681,99 @@ def test_garbage_with_widgets_in_it_is_freed_on_the_windows_own_thread(
     assert done.wait(PATIENCE) and freed == []
     pump(alice, lambda: freed)
     assert freed == [threading.main_thread()]
+
+
+def test_a_long_line_in_the_field_is_laid_out_in_no_time_and_a_longer_paste_refused(
+    running, window, monkeypatch
+):
+    alice = window(running().address)
+    pump(alice, lambda: alice.snapshot.ready)
+    field = alice.compose
+    monkeypatch.setattr(field, "selection_get", lambda selection: "word " * 8_000)
+    began = time.process_time()
+    field._paste("CLIPBOARD")
+    for _ in range(10):
+        field.insert("insert", "x")
+        field.fit()
+        field._recall("up", "linestart", "1.0")
+    assert time.process_time() - began < 2.0
+    assert int(field.cget("height")) == field.MOST_LINES
+    monkeypatch.setattr(field, "selection_get", lambda selection: "x" * gui_client.PASTED_MOST)
+    before = field.content
+    field._paste("CLIPBOARD")
+    assert field.content == before
+    see(alice, "that is too long to be pasted")
+
+
+def test_a_message_that_was_taken_back_is_not_in_the_window_any_more(running, window):
+    server = running()
+    guest = Guest(server.address)
+    guest.send("CAP REQ :message-tags echo-message draft/message-redaction\r\nCAP END\r\n")
+    guest.enter_irc("bob", "JOIN #lobby")
+    alice = window(server.address)
+    pump(alice, lambda: here(alice) == ["alice", "bob"])
+    guest.send("PRIVMSG #lobby :first\r\nPRIVMSG #lobby :a secret\r\nPRIVMSG #lobby :last\r\n")
+    line = guest.until("a secret")[-1]
+    see(alice, "bob: last\n")
+    guest.send(f"REDACT #lobby {re.search('msgid=([^; ]+)', line)[1]}\r\n")
+    see(alice, "bob took back a message")
+    assert "secret" not in transcript(alice) and "bob: first\n" in transcript(alice)
+    assert alice.model.lines == transcript(alice).count("\n") - 1
+
+
+def test_a_text_of_any_length_can_be_read_whole_and_comes_back_whole():
+    text = "x" * 5000 + "\n" + "y" * 10
+    view = gui_client.shortened(chat.View(chat.SAID, text, "bob", "#a"))
+    assert view.text.replace("\n", "") == text.replace("\n", "")
+    assert max(map(len, view.text.split("\n"))) <= gui_client.LINE_SHOWN
+    back = chat.View(chat.BACK, text)
+    assert gui_client.shortened(back).text == text
+
+
+def test_a_refused_text_disturbs_none_that_is_being_written(running, window):
+    alice = window(running().address)
+    pump(alice, lambda: alice.snapshot.ready)
+    alice.compose.set("half a thought")
+    alice.compose.give_back("refused words")
+    assert alice.compose.content == "half a thought"
+    alice.compose.set("")
+    alice.compose.give_back("refused words")
+    assert alice.compose.content == "refused words"
+
+
+def test_a_window_says_why_it_cannot_connect_and_where_it_is_not(running, window, folder):
+    alice = window("127.0.0.1:1")
+    see(alice, "trying again in")
+    blocked = folder / "file"
+    blocked.write_text("")
+    other = window(running().address, state=blocked / "state", config=blocked)
+    assert other.card.shown and "--no-state" in other.card.error.cget("text")
+    server = running()
+    third = window(server.address, name="third")
+    pump(third, lambda: third.snapshot.ready)
+    boss = Guest(server.address)
+    boss.enter_irc("boss", "JOIN #t")
+    enter(third, "/join #t")
+    pump(third, lambda: third.snapshot.here == "#t")
+    boss.until("third")
+    boss.send("KICK #t third :out\r\n")
+    pump(third, lambda: third.place_label.cget("text") == "#t (you are not in it)")
+
+
+def test_a_line_of_another_conversation_says_where_it_was_said():
+    model = gui_client.Conversation()
+    view = chat.View(chat.SAID, "hi", "carol", chat.LOBBY, 0)
+    assert "[#lobby] " not in model.add(view, True, True)
+    model.here = "bob"
+    assert "[#lobby] " in model.add(view, True, True)
+
+
+def test_without_tk_there_is_one_line_that_says_what_to_do(folder):
+    (folder / "tkinter.py").write_text("raise ImportError('none here')\n")
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    command = [sys.executable, gui_client.__file__, "alice"]
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 1 and b"python3-tk" in done.stderr
 
 
 def transcript(window):
