@@ -1333,17 +1333,22 @@ class Window:
         with contextlib.suppress(queue.Empty):
             while time.perf_counter() < until:
                 view = engine.views.get_nowait()
-                if view.kind == chat.BACK:
-                    self.compose.give_back(view.text)
-                elif view.kind == chat.ARRIVED:
-                    self.model.own[view.id] = view.own_id
-                elif view.kind == chat.REMOVED:
-                    if pieces:
-                        self.transcript.show(pieces, 0)
-                    pieces = []
-                    self.model.lines -= self.transcript.remove(self.model.tags_of(view.id))
-                else:
-                    pieces += self.model.add(view, self.focused, self.transcript.at_bottom)
+                pieces = self._take_view(view, pieces)
+        return pieces
+
+    def _take_view(self, view: chat.View, pieces: list) -> list:
+        """Return the pieces to be shown, after one view more."""
+        if view.kind == chat.BACK:
+            self.compose.give_back(view.text)
+        elif view.kind == chat.ARRIVED:
+            self.model.own[view.id] = view.own_id
+        elif view.kind == chat.REMOVED:
+            if pieces:  # it may be among them
+                self.transcript.show(pieces, 0)
+            self.model.lines -= self.transcript.remove(self.model.tags_of(view.id))
+            return []
+        else:
+            pieces += self.model.add(view, self.focused, self.transcript.at_bottom)
         return pieces
 
     def take_snapshot(self, snapshot: Snapshot) -> None:
