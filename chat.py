@@ -152,7 +152,6 @@ MODES_BYTES = 300  # of one change of modes: as for topics
 MODES_AT_ONCE = 100  # signs and letters of one command; the rest is not looked at ...
 USER_MODES_AT_ONCE = 20  # ... as with one's own, which are five
 MODES_WITH_VALUE = 13  # of one command: an IRC line has 15 parameters (005 MODES)
-PATTERN_ITEMS = 4  # a letter of a mask costs as much as looking at so many users
 INVITATIONS = 50  # of one user, not yet used
 WATCHED = 100  # names that one session monitors
 FORMER_USERS = 1000  # remembered for WHOWAS
@@ -271,7 +270,6 @@ MOVES_MS = 60_000  # in which there is one row of joins and quits, besides the f
 TOPIC_MARGIN = 50  # columns of the status row that are not for the topic
 HANGING = 6  # columns that the later rows of a line are indented: the width of the time
 MOVES_NAMED = 10  # users named in one
-MOVES_KEPT = 300  # such rows of a conversation: messages are what is read back for
 PACE_BURST, PACE_RATE = 5, 0.5  # lines to other servers at once, and a second: RFC 1459 section
 PACE_BYTES = 200  # 8.10, which InspIRCd, ngIRCd and ircd 2.11 allow; more bytes cost more, there
 CAP_SECONDS = 10.0  # without an answer to CAP: then the server knows none
@@ -287,7 +285,6 @@ TOKENS_KEPT = 500  # capabilities, and tokens of 005, that a server may have
 BATCH_LINES = 2000  # of what a server says at once ...
 BATCHES = 20  # ... and so many that it has not ended
 TARGETS_ASKED = 500  # places with something new, after a break
-SHOWN_FAILED = 100  # bytes of a message that did not arrive
 SHORT_NAME = 9  # letters that every server takes (RFC 2812 section 1.2.1) ...
 NAMES_TRIED = 4  # ... and names, before we give up
 SCRAM_ROUNDS = range(4096, 2_000_001)  # that a server may ask of us (RFC 7677 section 4)
@@ -1614,7 +1611,6 @@ FLAGS = {
     "s": "secret: not listed",
     "t": "only operators set the topic",
 }
-ENTRY_FLAGS = "Ri"  # they keep users out
 
 
 class ModeChange(NamedTuple):
@@ -6360,12 +6356,6 @@ def hear_replaced(session: IrcSession, event: Event) -> None:
 
 def hear_entered(session: IrcSession, event: Event) -> None:
     tell_channel(session, session.site.hub.channels[fold(event.audience.name)])
-
-
-def tell_channel_later(session: IrcSession, channel: Channel) -> Iterator[None]:
-    if session.user in channel.members:
-        tell_channel(session, channel)
-        yield
 
 
 def tell_names_later(session: IrcSession, channel: Channel) -> Iterator[None]:
@@ -14686,7 +14676,6 @@ class ServerConnection(Connection):
 RESOLVING, CONNECTING, SECURING = "resolving", "connecting", "TLS"
 DETECTING, REGISTERING, LOGGING_IN = "detecting", "registering", "logging in"
 SYNCING, ONLINE, WAITING, ENDED = "syncing", "online", "waiting", "ended"
-STARTING = (RESOLVING, CONNECTING, SECURING)  # there is no talk yet
 TALKING = (DETECTING, REGISTERING, LOGGING_IN, SYNCING, ONLINE)
 
 # What may follow on each phase; a connection may be lost in all but the last two.
