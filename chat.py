@@ -55,13 +55,16 @@ Glossary:
     audience  whom an event is for: channels, users or sessions
     wire      one way to turn events into bytes; sessions of one wire share those bytes
     work      what a line makes the server do, for budgets; a token of a budget is so much
-    view      what a client shows
+    view      one thing that a client shows; the stream of them is all that a screen gets
     key       a name folded for comparison; two names with one key are the same name
     dedup key the sender's own id of a message: under one id there is one message
     room      a channel or private conversation as a client knows it
     talk      what a client speaks over one connection: IRC, or the workshop's protocol
     outbox    what a client has accepted and no server has acknowledged; its file is a journal
-    link      a client core and its connection, kept up
+    parked    a message in it that waits for the user: /retry or /cancel
+    profile   what a server can do, and how it compares names (CAP, 004, 005)
+    link      a client core and its connection, kept up; the connection has one phase
+    seat      what the terminal has for each of its servers: core, link and display
 """
 
 from __future__ import annotations
