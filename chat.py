@@ -267,6 +267,7 @@ DOUBTED_AHEAD = 8  # the same where a break leaves it open whether they arrived
 SENT_AHEAD = 32  # messages of ours under way: what is sent again after a break, at most
 STORED_LINES = 200  # of a conversation, that a client shows at its start
 CLIENT_ROWS_WAITING = 10_000  # to be written to a store that is locked
+CLIENT_ROWS_AT_ONCE = 500  # that are written in one transaction, at least once a second
 CLIENT_INDEX_SLICE = 300  # messages indexed a second, while nothing else is to be done
 CLIENT_HITS_MOST = 2000  # that one search looks at
 MOVES_MS = 60_000  # in which there is one row of joins and quits, besides the first
@@ -12114,7 +12115,7 @@ def do_ctcp(core: ClientCore, name: str, request: str) -> None:
 @client_command("names", most=1)
 def do_names(core: ClientCore, name: str = "") -> None:
     """/names [#CHANNEL] -- who is here"""
-    where = name or asked_room(core).name
+    where = name or asked_channel(core)
     core.talk.shown_names.add(core.fold(where))
     core.talk.command("NAMES", where)
 
@@ -12566,7 +12567,11 @@ class ClientStore:
     def write(self, statement: str, *values: Any) -> None:
         """Write soon: see flush()."""
         self.waiting.append((statement, values))
-        del self.waiting[:-CLIENT_ROWS_WAITING]
+        if len(self.waiting) % CLIENT_ROWS_AT_ONCE == 0:
+            self.flush()
+        if len(self.waiting) > CLIENT_ROWS_WAITING:
+            self.trouble = "another program has it locked for too long"
+            del self.waiting[: len(self.waiting) - CLIENT_ROWS_WAITING]
 
     def flush(self) -> None:
         """Write what waits, if the file is free."""
@@ -14330,7 +14335,7 @@ class Target(NamedTuple):
         return address_text(self.host, self.port)
 
 
-TARGET = re.compile(r"(?:(\w+)://)?(\[[^\]]+\]|[^:/\[\]]+)?(?::(\d+))?/?")
+TARGET = re.compile(r"(?:(\w+)://)?(\[[^\]\s]+\]|[^:/\[\]\s]+)?(?::(\d+))?/?")
 SCHEMES = {  # kind of server, TLS, port
     None: ("", False, DEFAULT_PORT),
     "chat": (PLAIN, False, DEFAULT_PORT),
@@ -15302,6 +15307,8 @@ class KeyDecoder:
         return Key("text", text)
 
     def _named(self, sequence: str) -> Key:
+        if len(sequence) == 2 and sequence not in KEY_NAMES and is_typed(sequence[1]):
+            sequence = "\x1b"  # ESC, and then a character, typed quickly
         self.rest = self.rest[len(sequence) :]
         return Key(KEY_NAMES.get(sequence, ""))
 
@@ -15429,7 +15436,7 @@ class LineEditor:
         self.complete = complete
         self.killed = ""  # for yank
         self.undone: collections.deque[tuple[str, str]] = collections.deque(maxlen=TYPED_KEPT)
-        self.sought = ""  # what Ctrl-R looks for in earlier lines
+        self.sought: str | None = None  # what Ctrl-R looks for in earlier lines
         self.typed: collections.deque[str] = collections.deque(maxlen=TYPED_KEPT)
         self.recalled = 0  # how many lines back we are; 0 is the line being typed
         self.draft = ""  # which is kept here meanwhile
@@ -15454,8 +15461,12 @@ class LineEditor:
     def press(self, key: Key) -> str | None:
         if key.name not in ("tab", "back-tab"):
             self.offers = []
+        if key.name == "text" and self.sought is not None and not self.draft:
+            self.sought += key.text  # Ctrl-R on an empty line: what is typed now is looked for
+            self.recalled = 0
+            return self._search()
         if key.name != "search":
-            self.sought = ""
+            self.sought = None
         if key.name not in ("undo", "enter", "left", "right", "home", "end"):
             self.undone.append((self.before, self.after))
         if key.name == "enter":
@@ -15473,6 +15484,15 @@ class LineEditor:
         self.recalled = 0
         self.set("")
         self.undone.clear()  # it may have been a password
+        return text
+
+    def take(self) -> str:
+        """Take out what is being typed, to type something else: a line that was recalled is
+        not it."""
+        text = self.draft if self.recalled else self.text
+        self.recalled, self.draft, self.sought, self.offers = 0, "", None, []
+        self.undone.clear()
+        self.set("")
         return text
 
     def forget(self) -> None:
@@ -15562,12 +15582,15 @@ class LineEditor:
 
     def _search(self) -> None:
         """The last line that has what is typed in it; again: the one before that."""
-        if not self.sought:
+        if self.sought is None:
             self.sought, self.draft, self.recalled = self.text, self.text, 0
+            if not self.text:
+                return None
         for back in range(self.recalled + 1, len(self.typed) + 1):
             if fold(self.sought) in fold(self.typed[-back]):
                 self.recalled = back
                 return self.set(self.typed[-back])
+        return None
 
     def _undo(self) -> None:
         while self.undone:
@@ -16167,8 +16190,8 @@ class Display:
     def keep(self, view: View, room: Room | None = None) -> None:
         """In a conversation, unless the core has put it there."""
         room = room or self.core.find(view.where) or self.room
-        if any(one is view for one in room.moves):  # they will be one row
-            return
+        if view.kind in (CAME, WENT) and any(one is view for one in reversed(room.moves)):
+            return  # they will be one row
         if not view.where or not any(one is view for one in reversed(room.views)):
             room.views.append(self.core.timed(view))
 
@@ -16692,6 +16715,8 @@ class TerminalClient(Client):
         self.terminal = RawTerminal()
         self.palette = Palette(not os.environ.get("NO_COLOR"))
         self.seats: list[Seat] = []
+        self.cores: list[ClientCore] = []  # of all servers that there were
+        self.quitting = False  # all of them
         self.store = self.core.store  # has the list of the other servers
         self._take_seat(self.core, self.link)
         first = list(self.seats)
@@ -16727,13 +16752,13 @@ class TerminalClient(Client):
         self.tick()
         for url in json.loads(self.core.store.fact("servers") or "[]"):
             self.connect(url)
-            self.look_at(self.seats[0])
+        self.look_at(self.seats[0])
         self.editor.set(self.writing_in.draft if self.writing_in else "")
         try:
             reason = super().run()
         finally:
             self.give_back()
-        if waiting := len(self.core.outbox.waiting):
+        if waiting := sum(len(core.outbox.waiting) for core in self.cores):
             kept = self.core.outbox.journal  # else there was nowhere to keep them
             fate = "waiting, to be sent the next time" if kept else "not sent"
             print(f"{counted(waiting, 'message')} {fate}")
@@ -16750,6 +16775,7 @@ class TerminalClient(Client):
     def _take_seat(self, core: ClientCore, link: Link) -> None:
         display = Display(core, self.palette, *self.terminal.size())
         self.seats.append(Seat(core, link, display))
+        self.cores.append(core)
         for seat in self.seats:
             several = len(self.seats) > 1
             seat.display.server = str(seat.link.target) if several else ""
@@ -16772,8 +16798,9 @@ class TerminalClient(Client):
             return self.show([View(NOTE, f"connected to: {targets}; /connect URL adds one")])
         try:
             target = parse_target(text)
-            if any(str(seat.link.target) == str(target) for seat in self.seats):
-                raise Unusable(f"{target} is one of this client's servers already")
+            known = (seat for seat in self.seats if str(seat.link.target) == str(target))
+            if (seat := next(known, None)) is not None:
+                return self.look_at(seat)
             trust = Trust(self.options.trust.ca)
             options = self.options._replace(
                 target=target, join=(), password="", login=None, trust=trust, lobby=False
@@ -16815,6 +16842,7 @@ class TerminalClient(Client):
             self.core.current.unread = self.core.current.called = 0
         self.display.whole, self.display.seen, self.display.paged = True, None, before.paged
         self.display.painter.drawn = before.painter.drawn
+        self.display.resize(*self.terminal.size())
         self.was_ready, self.told_why = self.core.ready, False
         self.change_drafts()
         self.pressed = self.news = True
@@ -16841,9 +16869,12 @@ class TerminalClient(Client):
         if seat.core is self.core:
             self.look_at(next(one for one in self.seats if one is not seat))
         self.seats.remove(seat)
-        if not self.link.leaving:
-            self.keep_servers()
-        self.show([View(NOTE, f"{seat.link.target}: {reason or 'left'}")])
+        if self.quitting:
+            return None
+        self.keep_servers()
+        if waiting := len(seat.core.outbox.waiting):
+            reason += f"; {counted(waiting, 'message')} waiting, to be sent the next time"
+        return self.show([View(NOTE, f"{seat.link.target}: {reason.removeprefix('; ') or 'left'}")])
 
     def tick(self) -> None:
         """Once a second: the status may say another number now."""
@@ -16895,16 +16926,21 @@ class TerminalClient(Client):
             self.list_rooms()
         elif command == "/disconnect":
             self.disconnect()
-        elif text.split(None, 1)[:1] == ["/connect"]:
+        elif command.split(None, 1)[:1] == ["/connect"]:
             self.connect(text[len("/connect") :].strip())
-        elif command[:4] == "/go " and (number := whole_number(command[4:].strip())):
-            self.go_number(number)
+        elif command[:4] == "/go " and (place := self.place_of(text[4:].strip())):
+            self.go(place)
         elif text:
             self.link.typed(text.rstrip() if command else text)
 
     def places(self) -> list[tuple[Seat, Room]]:
-        """Return all conversations, server by server: their numbers are those of Alt and /go."""
-        return [(seat, room) for seat in self.seats for room in seat.core.rooms.values()]
+        """Return all conversations, server by server: their numbers are those of Alt and /go.
+        A server without one has a place, too."""
+        return [
+            (seat, room)
+            for seat in self.seats
+            for room in seat.core.rooms.values() or [seat.display.nowhere]
+        ]
 
     def list_rooms(self) -> None:
         """With their numbers."""
@@ -16913,12 +16949,13 @@ class TerminalClient(Client):
             new = f" ({room.unread} new)" * bool(room.unread)
             head = f"{seat.link.target}: " if len(self.seats) > 1 and seat is not server else ""
             server = seat
-            listed.append(f"{head}{n} {room.name}{new}")
+            listed.append(f"{head}{n} {room.name or '(no conversation)'}{new}")
         self.show([View(NOTE, ", ".join(listed) or "there is none; /join #CHANNEL")])
 
     def leave(self, reason: str = "") -> None:
         """The server hears us out, for as long as that is bearable."""
         self.loop.call_later(STOP_SECONDS, lambda: self.over(""))
+        self.quitting = True
         for seat in list(self.seats):
             seat.link.leave(at_once=True, reason=reason)
 
@@ -16945,8 +16982,22 @@ class TerminalClient(Client):
     def go(self, place: tuple[Seat, Room]) -> None:
         seat, room = place
         self.look_at(seat)
-        self.core.go(room)
+        if room.name:
+            self.core.go(room)
         self.show(self.core.take_views())
+
+    def place_of(self, name: str) -> tuple[Seat, Room] | None:
+        """Return the conversation with this number or name, on the server that is looked at if
+        there is one; None if there is none."""
+        places = self.places()
+        if (number := whole_number(name)) and number <= len(places):
+            return places[number - 1]
+        here = [place for place in places if place[0].core is self.core]
+        for seat, room in [*here, *places]:
+            keys = map(seat.core.fold, (name, f"#{name}", str(seat.link.target)))
+            if seat.core.fold(room.name or str(seat.link.target)) in keys:
+                return seat, room
+        return None
 
     def go_number(self, number: int) -> None:
         for place in self.places()[number - 1 : number]:
@@ -16956,7 +17007,8 @@ class TerminalClient(Client):
         places = self.places()
         rooms = [room for _, room in places]
         if places:
-            here = rooms.index(self.core.room) if self.core.room in rooms else -1
+            room = self.core.room or self.display.nowhere
+            here = rooms.index(room) if room in rooms else -1
             self.go(places[(here + step) % len(places)])
 
     def go_unread(self) -> None:
@@ -17028,11 +17080,12 @@ class TerminalClient(Client):
     def change_drafts(self) -> None:
         """Another conversation is looked at: what is being typed stays where it was begun."""
         before, self.writing_in = self.writing_in, self.core.current
-        text = "" if is_secret(self.editor.text) else self.editor.text
+        text = self.editor.take()
+        text = "" if is_secret(text) else text
         if before and any(before is room for _, room in self.places()):
             before.draft = text
-        elif self.editor.text:
-            self.editor.forget()
+        elif text:
+            self.editor.remember(text)
             self.display.keep(View(NOTE, "what you typed there is kept: Up brings it back"))
         after = self.writing_in
         self.editor.set(after.draft if after else "")

@@ -328,8 +328,8 @@ class Engine(chat.Client):
     def say(self, text: str) -> None:
         self.submit(functools.partial(self._typed, text))
 
-    def leave(self) -> None:
-        self.submit(self._leave)
+    def leave(self, reason: str = "") -> None:
+        self.submit(functools.partial(self._leave, reason))
 
     # In the engine's own thread
 
@@ -357,9 +357,9 @@ class Engine(chat.Client):
         self.asked = text.startswith("/names")
         self.link.typed(text)
 
-    def _leave(self) -> None:
+    def _leave(self, reason: str) -> None:
         self.loop.call_later(LEAVE_SECONDS, lambda: self.over(""))
-        self.link.leave(at_once=True)
+        self.link.leave(at_once=True, reason=reason)
 
     def over(self, reason: str) -> None:
         self.ended = reason
@@ -376,7 +376,7 @@ class Engine(chat.Client):
             return False
         if view.kind in (chat.CAME, chat.WENT):  # many of them will be one row
             room = self.core.find(view.where)
-            folded = room is not None and any(one is view for one in room.moves)
+            folded = room is not None and any(one is view for one in reversed(room.moves))
             self.crowded[view.where] = folded and len(room.moves) > MOVES_EACH
             return not self.crowded[view.where]
         if view.kind == chat.MOVED:
@@ -1395,7 +1395,7 @@ class Window:
     def send(self, text: str) -> bool:
         """Return whether it is on its way. While the line is broken it waits in the core."""
         if chat.is_quit(text):
-            self.close()
+            self.close(text[len("/quit") :].strip())
         elif self.engine is None:
             self.ask("not connected: connect first, your text is kept")
             return False
@@ -1424,14 +1424,14 @@ class Window:
         self.interrupted = True
         self.bell.ring()
 
-    def close(self) -> None:
+    def close(self, reason: str = "") -> None:
         """Hidden at once; then the server is told, but not waited for for long."""
         if self.closing:
             return
         self.closing = True
         self.root.withdraw()
         if self.engine:
-            self.engine.leave()
+            self.engine.leave(reason)
         self._wait_for_engine(time.monotonic() + CLOSE_SECONDS)
 
     def _wait_for_engine(self, until: float) -> None:

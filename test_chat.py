@@ -8662,6 +8662,65 @@ def test_spaces_of_all_kinds_and_new_emoji_can_be_typed():
     assert decoder.feed(text.encode()) == [chat.Key("text", text)]
 
 
+def test_escape_and_then_a_command_typed_quickly_is_that_command():
+    decoder = chat.KeyDecoder()
+    keys = decoder.feed(b"\x1b/msg carol secret\r")
+    assert keys == [chat.Key("escape"), chat.Key("text", "/msg carol secret"), chat.Key("enter")]
+    assert [key.name for key in decoder.feed(b"\x1ba\x1b1")] == ["room-unread", "room-1"]
+
+
+def test_what_is_taken_out_of_the_line_is_what_was_typed_and_nothing_of_it_comes_back():
+    editor = chat.LineEditor()
+    editor.press(chat.Key("text", "earlier"))
+    editor.press(chat.Key("enter"))
+    editor.press(chat.Key("text", "secret for tea"))
+    editor.press(chat.Key("up"))
+    assert editor.text == "earlier" and editor.take() == "secret for tea"
+    for name in ("down", "undo", "down"):
+        editor.press(chat.Key(name))
+        assert editor.text == ""
+
+
+def test_ctrl_r_on_an_empty_line_looks_for_what_is_typed_then():
+    editor = chat.LineEditor()
+    for line in ("alpha one", "beta", "alpha two"):
+        editor.press(chat.Key("text", line))
+        editor.press(chat.Key("enter"))
+    editor.press(chat.Key("search"))
+    editor.press(chat.Key("text", "al"))
+    assert editor.text == "alpha two"
+    editor.press(chat.Key("search"))
+    assert editor.text == "alpha one"
+    editor.press(chat.Key("text", "pha t"))
+    assert editor.text == "alpha two"
+    editor.press(chat.Key("backspace"))
+    assert editor.text == "alpha tw"
+
+
+def test_many_joins_cost_no_more_each_than_a_few():
+    desk = Desk()
+    for one in desk.core.rooms.values():
+        one.moved_at = 10**15
+    took = []
+    for count in (2_000, 8_000):
+        views = [chat.View(chat.CAME, name=f"u{n}", where="#lobby") for n in range(count)]
+        for view in views:
+            desk.core.happened(desk.core.room, view)
+        began = time.process_time()
+        desk.display.take(desk.core.take_views())
+        took.append((time.process_time() - began) / count)
+    assert took[1] < 20 * took[0] + 0.0001
+
+
+def test_a_burst_of_any_size_is_kept_whole():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    for n in range(2 * chat.CLIENT_ROWS_WAITING + 7):
+        store.add("#a", chat.View(chat.SAID, f"{n}", "bob", "#a", n, id=f"m{n}"))
+    store.flush()
+    count = store.db.execute("SELECT count(*) FROM messages").fetchone()[0]
+    assert count == 2 * chat.CLIENT_ROWS_WAITING + 7
+
+
 def test_earlier_lines_are_found_and_changes_undone():
     editor = chat.LineEditor()
     for line in ("make tea", "make coffee", "drink"):
@@ -16456,6 +16515,33 @@ def test_one_terminal_talks_on_two_servers_and_does_so_again_at_the_next_start(
     assert carol.until("alice") and again.shows("alice: yes")
     carol.send("welcome back\n")
     assert again.shows("#lobby:1")
+
+
+def test_a_server_that_is_down_is_not_forgotten_with_what_waits_for_it(running, terminal, folder):
+    here = running()
+    with serving("--data", "none") as (process, address):
+        alice = terminal(here.address, "alice", state=folder)
+        assert alice.shows("#lobby 1 connected")
+        alice.type(f"/connect irc://{chat.address_text(*address)}\r")
+        assert alice.shows("#lobby on", "you are alice")
+        process.kill()
+        assert alice.shows("reconnecting")
+        alice.type("waits here\r")
+        assert alice.shows("1 waiting")
+        alice.type("/go 1\r")
+        assert alice.shows("#lobby 1")
+        alice.type("/quit\r")
+        assert alice.shows("1 message waiting, to be sent the next time")
+        assert alice.process.wait(PATIENCE) == 0
+    again = terminal(here.address, "alice", state=folder)
+    assert again.shows("#lobby 1")
+    again.type("/go\r")
+    assert again.shows(f"{chat.address_text(*address)}: 2 #lobby")
+    again.type("/go 2\r")
+    assert again.shows("alice: waits here")
+    again.resize(60, 15)
+    again.type("/disconnect\r")
+    assert again.shows("1 message waiting")
 
 
 def test_a_stopped_client_gives_the_terminal_back_until_it_goes_on(running, terminal):
