@@ -11365,11 +11365,11 @@ class ClientCore:
         self.rooms = wanted_rooms(join, self.fold)
         if store:
             self._load([*join] not in ([], [LOBBY]))
-        # The conversation that the user looks at
-        self.current: Room | None = next(iter(self.rooms.values()), None)
+        self.current: Room | None = next(iter(self.rooms.values()), None)  # is looked at
         self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
         self.views: list[View] = []
         self.output: list[str] = []
+        self._show_waiting()
         self.doubted = ""  # text that is sent if the user enters it once more
         self.wants_connection = False  # now: the user said so
 
@@ -11397,6 +11397,12 @@ class ClientCore:
                 remember(self.seen, view.id)
                 room.mark, room.mark_time = f"msgid={view.id}", view.time
         room.views.dropped = len(room.views) == STORED_LINES
+
+    def _show_waiting(self) -> None:
+        """Show what an earlier run accepted and no server has acknowledged yet."""
+        for one in self.outbox.waiting.values() if self.tidy else ():
+            self._show_own(one, one.text)
+        self.views.clear()  # they are in their conversations
 
     def keep(self, view: View) -> None:
         """Keep a message."""
@@ -11711,13 +11717,18 @@ class ClientCore:
         if len(pieces) > 1:
             self.show(View(NOTE, f"too long for one message: sent as {len(pieces)}"))
 
-    def _accepted(self, one: Waiting, text: str) -> None:
+    def _show_own(self, one: Waiting, text: str) -> Room:
+        """Show a message of ours in its conversation, which is returned."""
         self.shown.add(one.id)
         shown = f"*{text}*" if one.kind == ACTION else text
         view = self.timed(View(SAID, shown, self.name, one.where, mine=True, own_id=one.id))
         room = self.room_for(one.where)
         room.views.append(view)
         self.show(view)
+        return room
+
+    def _accepted(self, one: Waiting, text: str) -> None:
+        room = self._show_own(one, text)
         if room.is_channel and self.ready and not (room.inside or room.wanted):
             self.park(one.id, f"you are not in {room.name}")
 
