@@ -315,6 +315,7 @@ RETRY_SECONDS = 60.0  # that a filter looks for a server it has lost
 WATCH_SECONDS = 1.0  # between two looks whether the server is still there ...
 SILENT_SECONDS = 25.0  # ... which is given up after so long: half of it, then a PING ...
 WAITING_SECONDS = 10.0  # ... and sooner while a message waits to be acknowledged
+JOIN_SECONDS = 60.0  # that a JOIN may take
 BATCH_SECONDS = 60.0  # that a batch of lines may take
 ECHO_SECONDS = 20.0  # without the echo of a message: then another server is asked
 LOGIN_SECONDS = 30.0  # that a log-in may take ...
@@ -9254,6 +9255,11 @@ SETTINGS = {
 }
 
 
+def identity_of(view: View) -> Any:
+    """Return what tells a message from others: its id, or else all of it."""
+    return view.id or (view.time, view.name, view.text)
+
+
 class Waiting(NamedTuple):
     """A message that has not arrived for certain."""
 
@@ -9286,15 +9292,20 @@ class Outbox:
         self.waiting[one.id] = one
         return one
 
-    def next(self, carries: Callable[[Waiting], bool]) -> Waiting | None:
+    def next(
+        self, carries: Callable[[Waiting], bool], waits: Callable[[Waiting], bool] | None = None
+    ) -> Waiting | None:
         """Return what is to be sent now, of what the talk `carries`. No message overtakes
-        one that was accepted before it, except those that wait for the user."""
+        one that was accepted before it, except those that wait for the user, and without
+        waits() those that cannot be carried yet."""
         if len(self.in_flight) >= self.window:
             return None
         later = self.in_flight.keys() | self.parked.keys()
         there = (one for id, one in self.waiting.items() if id not in later)
-        one = next(filter(carries, there), None)
-        return None if one is None or one.id in self.unconfirmed else one
+        one = next((one for one in there if carries(one) or (waits and waits(one))), None)
+        if one is None or one.id in self.unconfirmed or not carries(one):
+            return None
+        return one
 
     def send(self, one: Waiting) -> None:
         """Note that a message is being sent."""
@@ -9413,6 +9424,8 @@ class Room:
         self.entered = False  # ... unless our place is given back, which includes it
         self.mark = ""  # up to here (msgid=... or timestamp=...) everything is held ...
         self.mark_time: int | None = None  # ... and what time that was
+        self.hole = ""  # id of the first message behind some that are missing
+        self.paged: View | None = None  # the oldest of a page of which nothing can be seen
         self.held: list[View] | None = None  # what waits for the pages that come before it ...
         self.spilled = False  # ... and was more than could be held: there will be pages of it
 
@@ -9695,7 +9708,7 @@ def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
     """Return PRIVMSG or NOTICE as it is shown."""
     core, server = talk.core, talk.server
     target = server.without_status(heard.params[0])
-    mine = core.is_me(heard.name)
+    mine = core.is_me(heard.name) or talk.was_me(heard.source)
     where = target if mine or server.is_channel(target) else heard.name
     own_id = echo_id(talk, heard, heard.params[0], text) if mine else ""
     if re.match("\x01ACTION[ \x01]", text, re.IGNORECASE):
@@ -9714,8 +9727,10 @@ def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
 
 def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
     """Take the messages from before we joined."""
+    shown = {identity_of(view) for view in room.views}
     for view in views:
-        talk.core.deliver(room, view._replace(past=True))
+        if view.id or identity_of(view) not in shown:
+            talk.core.deliver(room, view._replace(past=True))
     room.whole = not views  # a short page may be one of long messages
     talk.core.release(room)
 
@@ -9740,6 +9755,7 @@ def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None
     if len(views) >= limit or size > PAGE_BYTES // 2:
         room.views.clear()
         room.whole = False
+        talk.core.note_hole(room, views[0].id)
         text = "more was said meanwhile; page up, or /history, shows it"
         talk.core.show(View(NOTE, text, where=room.name))
     for view in views:
@@ -9755,15 +9771,26 @@ def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None
 
 
 def page_older(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
-    """In front of what is there."""
-    core, shown = talk.core, {view.id for view in room.views}
-    views = [view for view in views if view.id not in shown and not core.hides(view)]
-    views = [view._replace(past=True) for view in views]
+    """In front of what is there. A page of which nothing can be seen is not the end."""
+    core, shown = talk.core, {identity_of(view) for view in room.views}
+    before = room.paged.id if room.paged else room.oldest
+    room.whole = not views or (bool(views[0].id) and views[0].id == before)
+    known = any(view.id and core.store and core.store.has(view.id) for view in views)
+    if room.hole and (known or room.whole):
+        core.note_hole(room, "")
+    elif room.hole:
+        core.note_hole(room, views[0].id)
+    seen = []
     for view in views:
-        talk.core.keep(view)
-    room.views.extendleft(reversed(views))
-    room.whole = not views
-    talk.core.show(View(OLDER, str(len(views)), where=room.name))
+        if identity_of(view) not in shown and not core.hides(view):
+            shown.add(identity_of(view))
+            seen.append(view._replace(past=True))
+            core.keep(view)
+    room.paged = views[0] if views and not seen else None
+    room.views.extendleft(reversed(seen))
+    if room.paged and not room.whole:
+        talk.ask_history(room, "older")
+    core.show(View(OLDER, str(len(seen)), where=room.name))
 
 
 PAGES = {"last": page_last, "missed": page_missed, "gap": page_gap, "older": page_older}
@@ -9830,7 +9857,9 @@ class IrcTalk:
         self.pieces: collections.deque[str] = collections.deque()  # lines of one message
         self.sending = ""  # the message whose lines these are
         self.echoed: list[Echoed] = []  # lines of ours that come back without a name
-        self.entering: set[str] = set()  # keys of channels that a JOIN was sent for
+        # Keys of channels that JOINs were sent for: how many are not answered, and since when
+        self.entering: dict[str, tuple[int, float]] = {}
+        self.said: collections.deque[tuple[str, str]] = collections.deque(maxlen=ECHOES_KEPT)
         self.unconfirmed: list[str] = []  # own ids that no PING was sent for yet
         self.doubted: dict[str, list[str]] = {}  # those that should have come back before it
         self.acks: dict[str, list[str]] = {}  # those that a PONG is to confirm, by its token
@@ -9840,6 +9869,11 @@ class IrcTalk:
         core.output.append("CAP LS 302")
         if core.kind != CHAT:  # servers of before 2004 never answer CAP
             self.give_names()
+
+    @property
+    def order(self) -> Callable[[Waiting], bool] | None:
+        """A pipe's lines keep their order also where a JOIN is slow."""
+        return None if self.core.tidy else self.waits
 
     @property
     def pages(self) -> bool:
@@ -9912,7 +9946,7 @@ class IrcTalk:
             line = self.pieces.popleft()
         elif self.queue and not self._is_behind(self.queue[0][1]):
             line = self.queue.popleft()[0]
-        elif one := outbox.next(self.carries):
+        elif one := outbox.next(self.carries, self.order):
             if one.sent and one.id not in self.core.sent_before and self.doubts:
                 self.core.leave_to_user(one.id)  # an earlier run of this program sent it
                 return True
@@ -9927,6 +9961,8 @@ class IrcTalk:
         else:
             return False
         self._date(line)
+        if line.startswith("NOTICE "):
+            self.said.append((self.core.fold(line.split(" ")[1]), ""))
         self.budget.tokens -= max(1.0, 0.5 + len(line) / PACE_BYTES)
         self.core.output.append(line)
         return True
@@ -9936,19 +9972,21 @@ class IrcTalk:
         outbox = self.core.outbox
         one = outbox.waiting.get(id)
         done = one is None or id in outbox.in_flight or id in outbox.parked
-        return not done and self.carries(one)
+        return not done and (self.carries(one) or self.waits(one))
 
     def _may_catch_up(self) -> bool:
         """Return whether pages may be asked for: waiting messages go first, because a page can be
         as large as all that a bad line carries."""
         outbox = self.core.outbox
-        return self.core.acknowledged or not (outbox.in_flight or outbox.next(self.carries))
+        return self.core.acknowledged or not (
+            outbox.in_flight or outbox.next(self.carries, self.order)
+        )
 
     @property
     def wait(self) -> float | None:
         """The seconds until more may be sent; None if nothing waits."""
         more = self.queue or self.pieces or self.unconfirmed or self.stale_names
-        if not self.ready or not (more or self.core.outbox.next(self.carries)):
+        if not self.ready or not (more or self.core.outbox.next(self.carries, self.order)):
             return None
         self.budget.refill(self.core.ticks())
         return self.budget.wait()
@@ -9971,6 +10009,10 @@ class IrcTalk:
             self.introduce()
         for asked in [one for one in self.asked if 0 <= one.at < now - PAGE_SECONDS]:
             self.page_missing(asked)
+        for key, (_, since) in list(self.entering.items()):
+            if now - since > JOIN_SECONDS:
+                self.entering[key] = 1, since
+                self.cannot_enter(key, "the server does not answer to JOIN")
         for reference, batch in list(self.batches.items()):
             if now - batch.at > BATCH_SECONDS:  # its end was lost
                 self.end_batch(self.batches.pop(reference))
@@ -10018,6 +10060,19 @@ class IrcTalk:
             if asked.at == UNSENT:
                 self.asked[n] = asked._replace(at=self.core.ticks())
                 return
+
+    def was_me(self, source: str) -> bool:
+        """Return whether this source is ours, under an earlier nick."""
+        name, _, address = source.partition("!")
+        former = self.core.fold(name) in self.core.former_names
+        return former and bool(address) and address == self.mask.partition("!")[2]
+
+    def acknowledged(self, own_id: str) -> None:
+        """The server has a message, and has refused nothing that was sent before it."""
+        self.last_ack = self.core.ticks()
+        if any(id == own_id for _, id in self.said):
+            while self.said.popleft()[1] != own_id:
+                pass
 
     def forget(self, own_id: str) -> None:
         """Confirm a message no more: it is the user's to decide about."""
@@ -10129,13 +10184,42 @@ class IrcTalk:
         if core.regain and core.fold(name) == core.fold(wanted) and not core.is_me(name):
             self.send("NICK", wanted)
 
+    def note_join(self, name: str) -> None:
+        """A JOIN is on its way."""
+        count, _ = self.entering.get(self.core.fold(name), (0, 0.0))
+        self.entering[self.core.fold(name)] = count + 1, self.core.ticks()
+
+    def join_failed(self, name: str) -> bool:
+        """One of the JOINs of a channel failed; return whether no other is on its way."""
+        count, since = self.entering.pop(self.core.fold(name), (0, 0.0))
+        if count > 1:
+            self.entering[self.core.fold(name)] = count - 1, since
+        return count <= 1
+
+    def cannot_enter(self, name: str, why: str) -> None:
+        """Leave the messages for a channel that we cannot enter to the user."""
+        room = self.core.find(name)
+        if room is None or room.inside:
+            return
+        if not self.join_failed(name):  # another one, with another password perhaps
+            return
+        room.wanted = False
+        self.going.pop(self.core.fold(name), None)
+        self.core.park_all(room, why)
+
+    def waits(self, one: Waiting) -> bool:
+        """Return whether a message waits for the answer to a JOIN: later ones of a pipe, and
+        commands, wait with it."""
+        room, key = self.core.find(one.where), self.core.fold(one.where)
+        return room is not None and room.is_channel and not room.inside and key in self.entering
+
     def where_of(self, heard: Heard) -> str:
         """Return the open conversation that a numeric is about; "" if it names none."""
         rooms = (self.core.find(param) for param in heard.params[1:-1])
         return next((room.name for room in rooms if room), "")
 
     def enter(self, room: Room) -> None:
-        self.entering.add(self.core.fold(room.name))
+        self.note_join(room.name)
         self.send("JOIN", room.name, *[room.password] * bool(room.password))
 
     # Messages
@@ -10160,6 +10244,7 @@ class IrcTalk:
             self.add_line(one, lines[-1][0], head, one.id)
         self.last_ack = max(self.last_ack, self.core.ticks() - ECHO_SECONDS / 2)
         self.sending = one.id
+        self.said.append((self.core.fold(self.server.without_status(one.where)), one.id))
         if not server.echoes:
             self.unconfirmed.append(one.id)
 
@@ -10208,24 +10293,28 @@ class IrcTalk:
         limit = {"last": HISTORY_LINES, "older": self.server.page_size}.get(
             how, min(self.core.page_lines, self.server.page_size)
         )
-        oldest = next((view for view in room.views if view.id and view.kind != FOUND), None)
+        spoken = (view for view in room.views if view.kind in (SAID, NOTICED) and view.time)
+        oldest = room.paged or next(spoken, None)
         words = {
             "last": ("LATEST", "*"),
             "gap": ("LATEST", self.selector(room.mark, room.mark_time)),
             "missed": ("AFTER", self.selector(room.mark, room.mark_time)),
-            "older": (
-                "BEFORE",
-                self.selector(f"msgid={oldest.id}", oldest.time) if oldest else "*",
-            ),
+            "older": ("BEFORE", self.selector_of(oldest)),
         }
         subcommand, selector = words[how]
         self.ask(Asked(room.name, how, limit), subcommand, room.name, selector, str(limit))
         return True
 
+    def selector_of(self, view: View | None) -> str:
+        if view is None:
+            return "*"
+        return self.selector(f"msgid={view.id}" if view.id else "", view.time)
+
     def selector(self, mark: str, when: int | None) -> str:
         """Return a mark as this server takes it: by id, or some only by time (MSGREFTYPES)."""
         takes_ids = "msgid" in self.server.tokens.get("MSGREFTYPES", "msgid").split(",")
-        return mark if takes_ids or not when else f"timestamp={tag_time(when)}"
+        by_id = mark and (takes_ids or not when)
+        return mark if by_id else f"timestamp={tag_time(when)}" if when else "*"
 
     def ask(self, asked: Asked, *params: str) -> None:
         """Send a CHATHISTORY whose answer is known by its label, else by its target."""
@@ -10351,18 +10440,6 @@ NOT_JOINED = (
 )
 
 
-def cannot_be_there(talk: IrcTalk, name: str, why: str) -> None:
-    """Leave the messages for a channel that we cannot enter to the user."""
-    core = talk.core
-    room = core.find(name)
-    if room is None or room.inside:
-        return
-    room.wanted = False
-    talk.going.pop(core.fold(name), None)
-    talk.entering.discard(core.fold(name))
-    core.park_all(room, why)
-
-
 def refused(talk: IrcTalk, heard: Heard, text: str) -> None:
     """Tell of something that the server refused: a message of ours, if it has our label."""
     label = heard.tags.get("label", "")
@@ -10372,7 +10449,12 @@ def refused(talk: IrcTalk, heard: Heard, text: str) -> None:
         talk.core.show(View(TOLD, text, where=talk.where_of(heard)))
 
 
-NO_FAILURE = ("401", "406", "433", "441", "443", "461", "472", "482", "502")  # of a message
+NO_FAILURE = (  # of a message: what other commands are refused with
+    *("401", "405", "406", "423", "424", "431", "432", "433", "436", "437", "438", "441", "443"),
+    *("451", "461", "462", "464", "467", "468", "471", "472", "473", "474", "475", "476", "478"),
+    *("479", "480", "481", "482", "483", "484", "485", "491", "495", "501", "502", "510", "515"),
+    *("518", "520", "524", "525"),
+)
 SAYING_FAILED = ("401", "716")  # these are for a message where one is in flight
 
 
@@ -10386,8 +10468,11 @@ def message_refused(talk: IrcTalk, heard: Heard) -> str:
     if number in NO_FAILURE and number not in SAYING_FAILED:
         return ""
     targets = {core.fold(talk.server.without_status(param)) for param in heard.params[1:-1]}
-    flying = (core.outbox.waiting[id] for id in core.outbox.in_flight)
-    return next((one.id for one in flying if core.fold(one.where) in targets), "")
+    for n, (target, id) in enumerate(talk.said):
+        if target in targets and (not id or id in core.outbox.in_flight):
+            del talk.said[n]  # a notice, or a message: the oldest of those that were sent
+            return id
+    return ""
 
 
 @from_server("", least=1)
@@ -10398,7 +10483,7 @@ def tell_rest(talk: IrcTalk, heard: Heard) -> None:
     text = between.join([" ".join(about), text] if about else [text])
     room = talk.core.find(heard.params[1]) if len(heard.params) > 1 else None
     if heard.verb in NOT_JOINED and room and room.is_channel and not room.inside:
-        cannot_be_there(talk, heard.params[1], text)
+        talk.cannot_enter(heard.params[1], text)
     lost = message_refused(talk, heard)
     refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
 
@@ -10839,7 +10924,8 @@ def failed(talk: IrcTalk, heard: Heard) -> None:
     elif code == "NOT_KEPT" and len(about) > 1:
         talk.core.lost(about[1], text)
     else:
-        lost = message_refused(talk, heard._replace(verb="400")) if verb != "JOIN" else ""
+        about_it = verb in ("PRIVMSG", "NOTICE", "TAGMSG", "BATCH", "MULTILINE", "*")
+        lost = message_refused(talk, heard._replace(verb="400")) if about_it else ""
         refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
 
 
@@ -10921,6 +11007,7 @@ def we_joined(talk: IrcTalk, heard: Heard) -> None:
     room = core.room_for(heard.params[0])
     room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
+    talk.entering.pop(core.fold(room.name), None)
     room.password = talk.going.get(core.fold(room.name), room.password) or ""
     core.keep_room(room)
     if not core.tidy and not room.mark:  # whatever is said from now on
@@ -11012,7 +11099,7 @@ def user_kicked(talk: IrcTalk, heard: Heard) -> None:
         if core.is_me(name):
             room.inside = room.wanted = False
             room.people.clear()
-            talk.entering.discard(core.fold(where))
+            talk.entering.pop(core.fold(where), None)
             core.park_all(room, f"you were kicked from {where}")
             core.keep_room(room)
         core.show(View(PEOPLE, where=room.name))
@@ -11025,6 +11112,8 @@ def user_renamed(talk: IrcTalk, heard: Heard) -> None:
     if mine:
         if core.fold(new) == core.fold(clean_name(core.wanted_name)) or not core.regain:
             core.wanted_name, core.regain = new, False
+        remember(core.former_names, core.fold(old))
+        core.former_names.pop(core.fold(new), None)
         core.name = new
         talk.mask = f"{new}!{talk.mask.partition('!')[2]}" if "!" in talk.mask else ""
         core.show(View(TOLD, f"you are {new}"))
@@ -11346,7 +11435,7 @@ class ClientCore:
         self.quitting = False
         self.regain = False  # the wanted name was taken: have it when it is free ...
         self.regain_at = 0.0  # ... and ask for that at this time
-        self.away = ""
+        self.away, self.former_names = "", {}  # keys of nicks that we had
         self.wants_motd = self.wants_who = False  # the user asked for it
         self.ctcp_budget = Budget(CTCP_BURST, CTCP_RATE, ticks())
         self.ignored: set[str] = store.ignored() if store else set()  # masks
@@ -11391,11 +11480,14 @@ class ClientCore:
             self.newest, self.newest_id = newest.time or 0, newest.id
 
     def _load_room(self, room: Room) -> None:
-        for view in self.store.page(self.fold(room.name), STORED_LINES):
+        room.hole = self.store.fact(f"hole {self.fold(room.name)}")
+        for view in self.behind_hole(room, self.store.page(self.fold(room.name), STORED_LINES)):
             room.views.append(view)
             if view.id:
                 remember(self.seen, view.id)
                 room.mark, room.mark_time = f"msgid={view.id}", view.time
+            elif view.time:
+                room.mark, room.mark_time = f"timestamp={tag_time(view.time)}", view.time
         room.views.dropped = len(room.views) == STORED_LINES
 
     def _show_waiting(self) -> None:
@@ -11416,14 +11508,35 @@ class ClientCore:
         elif self.store:
             self.store.forget_room(self.fold(room.name))
 
+    def note_hole(self, room: Room, id: str) -> None:
+        """Messages before this one are missing in the store; "" is none."""
+        if self.store and (id or room.hole):
+            self.store.keep_fact(f"hole {self.fold(room.name)}", id)
+        room.hole = id if self.store else ""
+
+    @staticmethod
+    def behind_hole(room: Room, views: list[View]) -> list[View]:
+        """Return the messages that follow on the ones that are missing, or all."""
+        ids = [view.id for view in views]
+        return views[ids.index(room.hole) :] if room.hole and room.hole in ids else views
+
     def older_from_store(self, room: Room) -> bool:
-        """Put what the store has before the first message of a room; return whether it has."""
+        """Put what the store has before the first message of a room; return whether it has.
+        What lies before missing ones is shown when the server cannot be asked for those."""
         if not self.store:
+            return False
+        at_hole = bool(room.hole) and room.hole == room.oldest
+        if at_hole and self.ready and self.talk.pages:
             return False
         first = next((view for view in room.views if view.kind in (SAID, NOTICED)), None)
         views = self.store.page(self.fold(room.name), PAGE_LINES, first)
         shown = {(view.id, view.time, view.name, view.text) for view in room.views}
         views = [v for v in views if (v.id, v.time, v.name, v.text) not in shown]
+        if at_hole and views:
+            views.append(View(NOTE, "messages are missing here", where=room.name))
+            self.note_hole(room, "")
+        else:
+            views = self.behind_hole(room, views)
         room.views.extendleft(reversed(views))
         room.views.dropped = len(views) == PAGE_LINES
         if views:
@@ -11703,7 +11816,8 @@ class ClientCore:
     def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
         """Accept a message; shown at once, and sent when that can be. What is too long for
         one message is several."""
-        pieces = list(message_pieces(text)) if kind == MESSAGE else [text]
+        split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
+        pieces = list(split)
         for n, piece in enumerate(pieces):
             try:
                 lengths = (self.server.limit(f"{one}LEN", 0) for one in ("CHANNEL", "NICK"))
@@ -11826,7 +11940,7 @@ class ClientCore:
             self.made_progress()
             self.acknowledged = True
             if isinstance(self.talk, IrcTalk):
-                self.talk.last_ack = self.ticks()
+                self.talk.acknowledged(one.id)
             text = f"*{one.text}*" if one.kind == ACTION else one.text
             said = View(SAID, text, self.name, one.where, view.time, mine=True, id=view.id)
             self.keep(self.timed(said._replace(own_id=one.id)))
@@ -12035,7 +12149,7 @@ def do_join(core: ClientCore, name: str, password: str = "") -> None:
             continue
         core.talk.going[core.fold(one)] = password
         core.talk.command("JOIN", one, *optional(password))
-        core.talk.entering.add(core.fold(one))
+        core.talk.note_join(one)
         if room:
             room.wanted = True
         if not core.tidy:  # what a pipe says next is meant for there
@@ -12050,7 +12164,7 @@ def do_part(core: ClientCore, *words: str) -> None:
     named = bool(words) and (core.find(words[0]) is not None or core.server.is_channel(words[0]))
     room = asked_room(core, words[0] if named else "")
     reason = " ".join(words[named:])
-    if room.inside:
+    if room.inside or core.fold(room.name) in core.talk.entering:
         core.talk.command("PART", room.name, *optional(reason))
     else:
         room.wanted = False
@@ -12693,6 +12807,13 @@ class ClientStore:
         rows.sort(key=lambda row: (row[5], row[0]))
         return [self._view(row) for row in rows[-count:]]
 
+    @or_nothing
+    def has(self, id: str) -> bool:
+        """Return whether the message with this id is kept."""
+        self.flush()
+        query = "SELECT 1 FROM messages WHERE owner = ? AND id = ?"
+        return self.db.execute(query, [self.owner, id]).fetchone() is not None
+
     def newest(self) -> View | None:
         """Return the message that was kept last and has an id."""
         query = f"""
@@ -12734,7 +12855,10 @@ class ClientStore:
 
     def fact(self, name: str) -> str:
         query = "SELECT value FROM facts WHERE owner = ? AND name = ?"
-        row = self.db.execute(query, [self.owner, name]).fetchone()
+        try:
+            row = self.db.execute(query, [self.owner, name]).fetchone()
+        except sqlite3.OperationalError:  # locked
+            row = None
         return row[0] if row else ""
 
     def set(self, name: str, value: str | None) -> None:
@@ -16625,28 +16749,47 @@ class Filter(Client):
         self.speak = self.link.typed if options.commands else self.link.say
         self.input = Input(self.loop, 0, self.take)
         self.input.pause()  # until there is a server to tell it to
-        self.link.drained = self.input.resume
+        self.link.drained = self.go_on
+        self.over_with = self.saying = False  # the input has ended; its lines are being said
 
     def take(self, data: bytes) -> None:
         if data:
             self.lines.feed(data)
         else:
             self.lines.finish()
-        while (line := self.lines.take()) is not None:
-            if line == TOO_LONG:
-                self.failure = f"a line has at most {LINE_BYTES:,} bytes: it was not sent"
-            elif self.commands and is_quit(line.decode(errors="replace")):
-                self.link.reason = line.decode(errors="replace")[len("/quit") :].strip()
-                data = b""  # the end, for which all that was said before is waited for
+            self.over_with = True
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Say what has come; commands wait for a connection. Then read on, or leave."""
+        if self.saying:  # which may make room, and call this
+            return
+        self.saying = True
+        while (self.core.ready or not self.commands) and not self.link.leaving:
+            if (line := self.lines.take()) is None:
                 break
-            else:
-                self.speak(line.decode(errors="replace"))
-        if not data:
-            self.input.pause()
+            self._say(line)
+        self.saying = False
+        if self.link.leaving:
+            return
+        if self.over_with and not self.lines.pending:
             self.link.drained = do_nothing
-            self.link.leave(reason=self.link.reason)
-        elif not self.link.has_room():
             self.input.pause()
+            self.link.leave(reason=self.link.reason)
+        elif self.link.has_room() and not self.over_with:
+            self.input.resume()
+        else:
+            self.input.pause()
+
+    def _say(self, line: bytes) -> None:
+        if line == TOO_LONG:
+            self.failure = f"a line has at most {LINE_BYTES:,} bytes: it was not sent"
+        elif self.commands and is_quit(line.decode(errors="replace")):
+            self.link.reason = line.decode(errors="replace")[len("/quit") :].strip()
+            self.over_with = True  # for which all that was said before is waited for
+            self.lines.clear()
+        else:
+            self.speak(line.decode(errors="replace"))
 
     def show(self, views: list[View]) -> None:
         lines = []

@@ -6965,7 +6965,6 @@ def test_a_channel_that_was_renamed_meanwhile_is_not_founded_again():
 @pytest.mark.parametrize(
     "typed, why",
     [
-        ("/me " + "x" * 400, "at most 300 bytes"),
         (f"/tell {'n' * 500} hi", "at most 64 bytes"),
         ("/part", "nowhere"),
     ],
