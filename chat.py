@@ -9725,12 +9725,16 @@ def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
     )
 
 
+def not_shown(room: Room, views: list[View]) -> list[View]:
+    """Return the messages of a page without those that have no id and are there already."""
+    shown = {identity_of(view) for view in room.views if not view.id}
+    return [view for view in views if view.id or identity_of(view) not in shown]
+
+
 def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
     """Take the messages from before we joined."""
-    shown = {identity_of(view) for view in room.views}
-    for view in views:
-        if view.id or identity_of(view) not in shown:
-            talk.core.deliver(room, view._replace(past=True))
+    for view in not_shown(room, views):
+        talk.core.deliver(room, view._replace(past=True))
     room.whole = not views  # a short page may be one of long messages
     talk.core.release(room)
 
@@ -9738,7 +9742,7 @@ def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> Non
 def page_missed(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
     """Page by page, until there is nothing new: one may be short because of its size."""
     new = any(view.id and view.id not in talk.core.seen for view in views)
-    for view in views:
+    for view in not_shown(room, views):
         talk.core.deliver(room, view)
     if new or room.spilled:
         talk.core.made_progress()
@@ -9758,7 +9762,7 @@ def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None
         talk.core.note_hole(room, views[0].id)
         text = "more was said meanwhile; page up, or /history, shows it"
         talk.core.show(View(NOTE, text, where=room.name))
-    for view in views:
+    for view in not_shown(room, views):
         talk.core.deliver(room, view)
     if views:
         talk.core.made_progress()

@@ -8301,6 +8301,196 @@ def test_a_damaged_outbox_gives_up_what_is_damaged_alone(folder, record):
     assert again.secret == outbox.secret
 
 
+# Found by use, once more
+
+
+def page_up(pair, room):
+    """Read back to the beginning, as Page Up does."""
+    while pair.core.older_from_store(room) or not room.whole:
+        before = len(room.views)
+        if not pair.core.older_from_store(room):
+            pair.core.talk.ask_history(room, "older")
+            pair.core.flush()
+            pair.exchange(3)
+        if len(room.views) == before:
+            break
+
+
+@pytest.mark.parametrize("starts", [1, 2])
+def test_what_was_missed_while_away_is_reached_by_reading_back_also_after_another_start(starts):
+    house, db = house_of("bob"), chat.open_client_database(":memory:")
+    house.say("bob", *(f"old {n}" for n in range(40)))
+    kept_client(house, db).drop()
+    house.say("bob", *(f"new {n}" for n in range(300)))
+    for _ in range(starts):
+        alice = kept_client(house, db)
+        alice.core.tick()
+        if starts > 1:
+            alice.drop()
+    if starts > 1:
+        alice = kept_client(house, db)
+    room = alice.core.find("#lobby")
+    page_up(alice, room)
+    said = [view.text for view in room.views if view.kind == "said"]
+    wanted = [f"old {n}" for n in range(40)] + [f"new {n}" for n in range(300)]
+    assert said[-300:] == wanted[-300:] and said == wanted[-len(said) :]
+
+
+def test_a_page_of_which_nothing_can_be_seen_is_not_the_beginning():
+    house = house_of("bob")
+    house.say("bob", *(f"first {n}" for n in range(5)))
+    house.connect("troll").receive(b"troll")
+    house.turn()
+    for n in range(250):
+        house.say("troll", f"spam {n}")
+    house.say("bob", "last")
+    house.turn()
+    alice = Pair(house, "alice")
+    alice.typed("/ignore troll")
+    room = alice.core.find("#lobby")
+    alice.core.talk.ask_history(room, "older")
+    alice.core.flush()
+    alice.exchange(30)
+    texts = [view.text for view in room.views if view.kind == "said"]
+    assert texts[:5] == [f"first {n}" for n in range(5)]
+
+
+def test_a_pipe_keeps_its_order_while_a_join_is_slow():
+    alice = Elsewhere(tidy=False, join=["#x"])
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("001 alice :Welcome", "004 alice x ircd a b")
+    for text in ("first", "/msg bob second", "/topic #x third"):
+        alice.views += alice.core.typed(text)
+    assert alice.sent(5) == ["CAP LS 302", "NICK alice", "USER alice 0 * :alice", "JOIN #x"]
+    alice.hears(":alice!u@h JOIN #x")
+    lines = []
+    for _ in range(20):
+        sent = alice.sent(1)
+        answer(alice, sent)
+        lines += [line for line in sent if not line.startswith("PING")]
+    assert lines == ["PRIVMSG #x first", "PRIVMSG bob second", "TOPIC #x third"]
+
+
+def test_a_join_that_is_not_answered_holds_nothing_up_for_ever():
+    alice = Elsewhere(tidy=False, join=["#x"])
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("001 alice :Welcome")
+    alice.views += alice.core.say("hello")
+    alice.sent(chat.JOIN_SECONDS + 5)
+    assert len(alice.core.outbox.parked) == 1 and alice.core.idle
+
+
+def test_a_channel_can_be_left_before_we_are_in_it():
+    alice = Elsewhere(tidy=False)
+    for text in ("/join #b", "/part #b bye"):
+        alice.views += alice.core.typed(text)
+    assert alice.sent(9) == ["JOIN #b", "PART #b bye"]
+
+
+NO_MESSAGE_IS_REFUSED = [
+    "518 alice #lobby :Cannot invite",
+    "467 alice #lobby :Channel key already set",
+    "478 alice #lobby b :Channel list is full",
+    "482 alice #lobby :You're not channel operator",
+    "FAIL MARKREAD INTERNAL_ERROR #lobby :no",
+    "FAIL METADATA KEY_NO_PERMISSION #lobby key :no",
+]
+
+
+@pytest.mark.parametrize("line", NO_MESSAGE_IS_REFUSED)
+def test_an_error_about_something_else_is_of_no_message(line):
+    alice = Elsewhere(tidy=False)
+    alice.types("hello")
+    alice.sent(9)
+    alice.hears(line)
+    assert alice.kinds("failed") == [] and len(alice.core.outbox.waiting) == 1
+
+
+def test_a_refused_notice_is_no_refused_message():
+    alice = Elsewhere(tidy=False)
+    alice.types("/notice #lobby psst", "hello")
+    alice.sent(9)
+    alice.hears("404 alice #lobby :Cannot send to channel")
+    assert alice.kinds("failed") == []
+    alice.hears("404 alice #lobby :Cannot send to channel")
+    assert alice.kinds("failed")[0].endswith("hello")
+
+
+def test_our_words_are_ours_under_the_nick_that_we_had_then():
+    house = house_of("bob")
+    alice = Pair(house, "alice")
+    alice.typed("before")
+    alice.typed("/nick anna")
+    alice.drop()
+    alice.connect()
+    alice.typed("after")
+    house.say("bob", "hi")
+    alice.exchange()
+    core = alice.core
+    source = next(iter(core.former_names))
+    assert source == "alice"
+    view = chat.spoken_view(
+        core.talk, chat.parse_heard(":alice!~alice@127.0.0.1 PRIVMSG #lobby x"), "x"
+    )
+    other = chat.spoken_view(
+        core.talk, chat.parse_heard(":alice!evil@elsewhere PRIVMSG #lobby x"), "x"
+    )
+    assert (view.mine, other.mine) == (core.talk.mask.endswith("!~alice@127.0.0.1"), False)
+
+
+def test_history_without_ids_is_shown_once_over_restarts():
+    db = chat.open_client_database(":memory:")
+
+    def start():
+        store = chat.ClientStore(db, "here", "alice")
+        alice = Elsewhere(caps=PAGES_OF, store=store)
+        for line in alice.sent(9):
+            if "CHATHISTORY" in line:
+                alice.hears("BATCH +1 chathistory #lobby")
+                for n in range(3):
+                    when = f"2026-01-01T00:00:0{n}.000Z"
+                    alice.hears(f"@batch=1;time={when} :bob!u@h PRIVMSG #lobby :line {n}")
+                alice.hears("BATCH -1")
+        store.flush()
+        return [view.text for view in alice.core.room.views if view.kind == "said"]
+
+    assert start() == ["line 0", "line 1", "line 2"]
+    assert start() == ["line 0", "line 1", "line 2"]
+
+
+def test_a_second_join_with_the_right_password_lets_waiting_words_go():
+    alice = Elsewhere(tidy=False)
+    for text in ("/join #k", "/join #k sesame", "hello"):
+        alice.views += alice.core.typed(text)
+    alice.sent(9)
+    alice.hears("475 alice #k :Cannot join channel (+k)", ":alice!u@h JOIN #k")
+    assert alice.core.outbox.parked == {} and "PRIVMSG #k hello" in alice.sent(9)
+
+
+def test_commands_of_a_pipe_wait_for_a_connection(folder):
+    with serving("--data", folder / "srv") as (process, address):
+        where = chat.address_text(*address)
+        command = ("client", "bot", "--server", f"irc://{where}", "--commands", "--no-state")
+        with program(*command, limits={"BACKOFF_FIRST": 0.1}) as client:
+            assert client.stdout.readline().startswith(b"connected")
+            process.kill()
+            process.wait(PATIENCE)
+            client.stdin.write(b"/msg #lobby one\n/msg #lobby two\n/me waves\n")
+            client.stdin.close()
+            options = ("--listen", where, "--data", folder / "srv")
+            with program("server", *options) as again:
+                again.stdout.readline()
+                bob = Guest(address, "bob")
+                assert client.wait(6 * PATIENCE) == 0
+                bob.send("/history\n")
+                texts = " ".join(bob.until("that was"))
+                assert "one" in texts and "two" in texts and "*waves*" in texts
+                bob.close()
+                again.kill()
+
+
 # What a connection costs, and how much is sent ahead
 
 
