@@ -9424,7 +9424,7 @@ class Room:
         self.entered = False  # ... unless our place is given back, which includes it
         self.mark = ""  # up to here (msgid=... or timestamp=...) everything is held ...
         self.mark_time: int | None = None  # ... and what time that was
-        self.hole = ""  # id of the first message behind some that are missing
+        self.holes: list[str] = []  # ids of messages before which some are missing, newest last
         self.paged: View | None = None  # the oldest of a page of which nothing can be seen
         self.held: list[View] | None = None  # what waits for the pages that come before it ...
         self.spilled = False  # ... and was more than could be held: there will be pages of it
@@ -9437,6 +9437,11 @@ class Room:
         self.moves: list[View] = []  # joins and quits that are to be one row ...
         self.moved_at = -MOVES_MS  # ... and when the last such row was shown
         self.unread = self.called = 0
+
+    @property
+    def hole(self) -> str:
+        """The id of the message before which some are missing, the newest such; or ""."""
+        return self.holes[-1] if self.holes else ""
 
     @property
     def oldest(self) -> str:
@@ -9519,7 +9524,11 @@ class PlainTalk:
     """The workshop's protocol: a name, then lines. Nothing is ever acknowledged."""
 
     ready = True
-    doubts = pages = False
+    doubts = pages = batching = False
+    wait = None  # no pace
+    asked = queue = pieces = ()  # no history, and nothing waits
+    going: dict[str, str] = {}  # no channels
+    sending = ""
 
     def __init__(self, core: "ClientCore"):
         self.core = core
@@ -9568,14 +9577,10 @@ class PlainTalk:
             self.core.shown.discard(one.id)
             outbox.arrived(one.id)  # or never will: such a server does not tell
 
-    def tick(self) -> None:
-        pass
+    def do_without(self, *values: Any) -> None:
+        """There is nothing of that in this protocol."""
 
-    def bye(self, reason: str) -> None:
-        pass
-
-    def ping(self) -> None:
-        pass
+    tick = bye = ping = forget = acknowledged = renamed = watch = do_without
 
 
 # Talking IRC
@@ -9759,7 +9764,7 @@ def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None
     if len(views) >= limit or size > PAGE_BYTES // 2:
         room.views.clear()
         room.whole = False
-        talk.core.note_hole(room, views[0].id)
+        talk.core.note_holes(room, *room.holes, views[0].id)
         text = "more was said meanwhile; page up, or /history, shows it"
         talk.core.show(View(NOTE, text, where=room.name))
     for view in not_shown(room, views):
@@ -9781,9 +9786,9 @@ def page_older(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> No
     room.whole = not views or (bool(views[0].id) and views[0].id == before)
     known = any(view.id and core.store and core.store.has(view.id) for view in views)
     if room.hole and (known or room.whole):
-        core.note_hole(room, "")
+        core.note_holes(room, *room.holes[:-1])
     elif room.hole:
-        core.note_hole(room, views[0].id)
+        core.note_holes(room, *room.holes[:-1], views[0].id)
     seen = []
     for view in views:
         if identity_of(view) not in shown and not core.hides(view):
@@ -9863,6 +9868,7 @@ class IrcTalk:
         self.echoed: list[Echoed] = []  # lines of ours that come back without a name
         # Keys of channels that JOINs were sent for: how many are not answered, and since when
         self.entering: dict[str, tuple[int, float]] = {}
+        # Targets of messages and notices, as sent, with our id; "" of a notice: for refusals
         self.said: collections.deque[tuple[str, str]] = collections.deque(maxlen=ECHOES_KEPT)
         self.unconfirmed: list[str] = []  # own ids that no PING was sent for yet
         self.doubted: dict[str, list[str]] = {}  # those that should have come back before it
@@ -10254,7 +10260,7 @@ class IrcTalk:
 
     @property
     def batching(self) -> bool:
-        """Whether a BATCH has been begun that has to be ended."""
+        """Return whether a BATCH has been begun that has to be ended."""
         return "BATCH -m" in self.pieces
 
     def own_tags(self, id: str) -> str:
@@ -11470,9 +11476,10 @@ class ClientCore:
 
     def _load(self, named: bool) -> None:
         """Take what the store has: open conversations, and what was said there last."""
-        self.server.ours = self.store.fact("ours") != "no"
+        self.server.ours = self.server.ours or self.store.fact("ours") == "yes"
         if mapping := self.store.fact("CASEMAPPING"):
             self.server.tokens["CASEMAPPING"] = mapping
+        self.rooms.rekey(self.fold)
         stored = self.store.rooms()
         if stored and not named:
             self.rooms.clear()
@@ -11484,7 +11491,7 @@ class ClientCore:
             self.newest, self.newest_id = newest.time or 0, newest.id
 
     def _load_room(self, room: Room) -> None:
-        room.hole = self.store.fact(f"hole {self.fold(room.name)}")
+        room.holes = self.store.fact(f"holes {self.fold(room.name)}").split()
         for view in self.behind_hole(room, self.store.page(self.fold(room.name), STORED_LINES)):
             room.views.append(view)
             if view.id:
@@ -11512,11 +11519,11 @@ class ClientCore:
         elif self.store:
             self.store.forget_room(self.fold(room.name))
 
-    def note_hole(self, room: Room, id: str) -> None:
-        """Messages before this one are missing in the store; "" is none."""
-        if self.store and (id or room.hole):
-            self.store.keep_fact(f"hole {self.fold(room.name)}", id)
-        room.hole = id if self.store else ""
+    def note_holes(self, room: Room, *ids: str) -> None:
+        """Note before which messages some are missing in the store."""
+        if self.store and (ids or room.holes):
+            room.holes = list(ids)
+            self.store.keep_fact(f"holes {self.fold(room.name)}", " ".join(ids))
 
     @staticmethod
     def behind_hole(room: Room, views: list[View]) -> list[View]:
@@ -11534,11 +11541,11 @@ class ClientCore:
             return False
         first = next((view for view in room.views if view.kind in (SAID, NOTICED)), None)
         views = self.store.page(self.fold(room.name), PAGE_LINES, first)
-        shown = {(view.id, view.time, view.name, view.text) for view in room.views}
-        views = [v for v in views if (v.id, v.time, v.name, v.text) not in shown]
+        shown = {identity_of(view) for view in room.views}
+        views = [view for view in views if identity_of(view) not in shown]
         if at_hole and views:
             views.append(View(NOTE, "messages are missing here", where=room.name))
-            self.note_hole(room, "")
+            room.holes = room.holes[:-1]  # for this run: the next one can fill it
         else:
             views = self.behind_hole(room, views)
         room.views.extendleft(reversed(views))
@@ -11598,7 +11605,7 @@ class ClientCore:
     def idle(self) -> bool:
         """There is nothing left to be sent, but what the user has to decide about."""
         talk, outbox = self.talk, self.outbox
-        waits = isinstance(talk, IrcTalk) and (talk.queue or talk.pieces)
+        waits = talk and (talk.queue or talk.pieces)
         return not waits and outbox.waiting.keys() <= outbox.parked.keys()
 
     # Names, as this server compares them
@@ -11656,9 +11663,9 @@ class ClientCore:
                 self.outbox.unconfirmed.add(one.id)
             else:
                 self.leave_to_user(one.id)
-        if talk and any(asked.how in ("missed", "gap") for asked in getattr(talk, "asked", ())):
+        if talk and any(asked.how in ("missed", "gap") for asked in talk.asked):
             self.page_lines = max(1, self.page_lines // 4)  # it was too much for that line
-        for key, password in getattr(talk, "going", {}).items():  # the answer to JOIN is lost
+        for key, password in talk.going.items() if talk else ():  # the answer to JOIN is lost
             room = self.room_for(key)
             room.wanted, room.password = True, password
         for room in self.rooms.values():
@@ -11879,7 +11886,7 @@ class ClientCore:
         key = self.fold(name)
         if key not in self.rooms:
             room = self.rooms[key] = Room(name, channel=self.server.is_channel(name))
-            if self.ready and not room.is_channel and isinstance(self.talk, IrcTalk):
+            if self.ready and not room.is_channel:
                 self.talk.watch([name])
             if self.store:
                 self._load_room(room)
@@ -11897,7 +11904,7 @@ class ClientCore:
         if other is not None and other is not room:  # a conversation that has ended
             self.rooms.pop(self.fold(name))
             self.current = room if self.current is other else self.current
-        if self.talk and isinstance(self.talk, IrcTalk):
+        if self.talk:
             self.talk.renamed(room.name, name)
         self.outbox.readdress(lambda where: self.fold(where) == old, name)
         if self.store:
@@ -11943,7 +11950,7 @@ class ClientCore:
         if one is not None:
             self.made_progress()
             self.acknowledged = True
-            if isinstance(self.talk, IrcTalk):
+            if self.talk:
                 self.talk.acknowledged(one.id)
             text = f"*{one.text}*" if one.kind == ACTION else one.text
             said = View(SAID, text, self.name, one.where, view.time, mine=True, id=view.id)
@@ -12066,7 +12073,7 @@ class ClientCore:
     def park(self, own_id: str, reason: str) -> None:
         """A message of ours cannot be sent now: the user decides what becomes of it."""
         self.outbox.park(own_id, reason)
-        if isinstance(self.talk, IrcTalk):
+        if self.talk:
             self.talk.forget(own_id)
         one = self.outbox.waiting[own_id]
         advice = "; /retry sends it, /cancel drops it" if self.tidy else ""
@@ -12522,7 +12529,7 @@ def do_cancel(core: ClientCore, which: str = "") -> None:
         outbox.arrived(id)
         core.shown.discard(id)
     talk = core.talk
-    if which == "all" and isinstance(talk, IrcTalk) and talk.pieces and not talk.batching:
+    if which == "all" and talk and talk.pieces and not talk.batching:
         talk.pieces.clear()
         core.lost(talk.sending, "cancelled, with some of its lines sent")
     core.show(View(NOTE, f"{counted(len(ids), 'message')} dropped"))
@@ -15137,7 +15144,7 @@ class Link:
 
     def _keep_pace(self) -> None:
         """Send more when the server allows it."""
-        wait = self.core.talk.wait if isinstance(self.core.talk, IrcTalk) else None
+        wait = self.core.talk.wait if self.core.talk else None
         if wait is not None and self.pace is None:
             self.pace = self.loop.call_later(max(wait, 0.01), self._send_more)
 
@@ -15819,15 +15826,22 @@ def cut_to(text: str, columns: int) -> str:
     return "".join(fitting(clusters(text), columns - 1)[0]) + "\u2026"
 
 
-def rows_of(line: str, columns: int) -> list[str]:
-    """A line as a terminal wraps it. A row that begins inside a colour begins with it."""
-    rows, row, used, colour = [], "", 0, ""
+def coloured(line: str) -> Iterator[tuple[str, str, str]]:
+    """Yield the texts of a line: the escape before each, the text, and the colour it is in."""
+    colour = escape = ""
     for n, part in enumerate(COLOUR.split(line)):
         if n % 2:
-            colour = "" if part == RESET else colour + part
-            row += part
-            continue
-        for cluster in clusters(part):
+            escape, colour = part, "" if part == RESET else colour + part
+        else:
+            yield escape, part, colour
+
+
+def rows_of(line: str, columns: int) -> list[str]:
+    """A line as a terminal wraps it. A row that begins inside a colour begins with it."""
+    rows, row, used = [], "", 0
+    for escape, text, colour in coloured(line):
+        row += escape
+        for cluster in clusters(text):
             if used + cluster_width(cluster) > columns:
                 rows.append(row + RESET * bool(colour))
                 row, used = colour, 0
@@ -15841,13 +15855,10 @@ def wrapped_rows(line: str, columns: int, hang: int) -> list[str]:
     longer than a row (a link) is left whole, for the terminal to wrap: so it can be copied."""
     if width(COLOUR.sub("", line)) <= columns:
         return [line]
-    rows, row, used, colour = [], "", 0, ""
-    for n, part in enumerate(COLOUR.split(line)):
-        if n % 2:
-            colour = "" if part == RESET else colour + part
-            row += part
-            continue
-        for word in re.findall(r"\s*\S+|\s+", part):
+    rows, row, used = [], "", 0
+    for escape, text, colour in coloured(line):
+        row += escape
+        for word in re.findall(r"\s*\S+|\s+", text):
             size = width(word)
             if used + size > columns and used > hang and word[:1].isspace():
                 rows.append(row + RESET * bool(colour))
