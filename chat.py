@@ -6529,7 +6529,8 @@ def welcome(session: IrcSession) -> None:
     tell_isupport(session)
     if "draft/whoami" in session.capabilities:
         session.say(f":{session.user.source.mask} SETNAME :{session.user.realname}")
-    tell_lusers(session)
+    if not session.client:  # one with a SESSION comes back over bad lines: each byte counts
+        tell_lusers(session)
     tell_motd(session)
     session.reply(RPL_UMODEIS, user_modes_text(session))
 
