@@ -294,6 +294,14 @@ NAMES_TRIED = 4  # ... and names, before we give up
 SCRAM_ROUNDS = range(4096, 2_000_001)  # that a server may ask of us (RFC 7677 section 4)
 PAGE_BYTES = 128 * 1024  # of history at once: well below what closes a slow reader
 PEOPLE_LISTED = 10_000  # of a channel, by our clients
+PEOPLE_ASKED = 500  # members of a channel about whom our clients ask who is away
+REACTIONS_SHOWN = 200  # to one message
+REACTED_BYTES = 60  # that are shown of the message
+REACTION_CHARACTERS = 32  # a family of joined emoji has up to 11
+TYPING_SECONDS = 3.0  # between two notices of ours that we type (IRCv3 typing)
+TYPING_LASTS = {"active": 6.0, "paused": 30.0}  # seconds, of what others told (the same)
+TYPING_SPARE = 3  # lines that may still be sent at once, else none of this is
+TYPING_MOST = 20  # users who type in one conversation
 NAMES_GREETED = 20  # who is here, told to a newcomer in one line
 NAMES_A_LINE = 100  # at 64 bytes each still well below LINE_BYTES
 
@@ -8996,6 +9004,7 @@ SAID, CAME, WENT, TOLD = "said", "came", "went", "told"
 NOTE, STATUS, UP, PEOPLE, NOTICED = "note", "status", "up", "people", "noticed"
 ARRIVED, FAILED, BACK, OLDER, PLACE = "arrived", "failed", "back", "older", "place"
 REMOVED, CLEARED, FOUND, MOVED, PAGE = "removed", "cleared", "found", "moved", "page"
+REACTED, TYPING, ROOM, READ, RESET = "reacted", "typing", "room", "read", "reset"
 
 
 # Why a connection ended, or was not let in; see Link
@@ -9012,7 +9021,10 @@ class View(NamedTuple):
     # others; PLACE: another room is looked at, of which so many messages are new; REMOVED: the
     # message with this id was taken back; CLEARED: begin with an empty page; FOUND: a message of
     # the past that was asked for; MOVED: several came and went; PAGE: a text to be read apart
-    # from what is said, with a name
+    # from what is said, with a name; REACTED: a user reacted to the message with this id, or took
+    # that back (number -1); TYPING: a user is typing, paused or done; ROOM: something else about
+    # a conversation changed; READ: it was read on another device;
+    # RESET: its rows begin with what follows
     kind: str
     text: str = ""
     name: str = ""
@@ -9026,6 +9038,8 @@ class View(NamedTuple):
     address: str = ""  # of who came or went
     line: str = ""  # as a server of the line protocol had it
     number: int = 0  # of the row in the store, if it comes from there
+    room: int = 0  # id of the conversation; 0 is none in particular
+    reply: str = ""  # the server's id of the message that this one answers
 
 
 class Heard(NamedTuple):
@@ -9204,13 +9218,16 @@ class ServerProfile:
 
     # What our messages come back with
 
-    @property
-    def keeps_own_tags(self) -> bool:
+    def takes(self, tag: str) -> bool:
         """Return whether a tag of a client reaches other clients, and this one."""
         denied = self.tokens.get("CLIENTTAGDENY", "").split(",")
-        name = OWN_ID.removeprefix("+")
+        name = tag.removeprefix("+")
         allowed = f"-{name}" in denied or not ({"*", name} & set(denied))
         return "message-tags" in self.enabled and allowed
+
+    @property
+    def keeps_own_tags(self) -> bool:
+        return self.takes(OWN_ID)
 
     @property
     def labels(self) -> bool:
@@ -9251,9 +9268,15 @@ SETTINGS = {
     "bell": Setting("on", ("on", "off"), "ring when you are called"),
     "fold": Setting("on", ("on", "off"), "show the joins and quits of many in one row"),
     "highlight": Setting("", (), "words besides your nick that call you"),
+    "typing": Setting("on", ("on", "off"), "tell others that you are typing"),
     "notify": Setting("off", ("off", "9", "777"), "tell the terminal when you are called, by OSC"),
     "time": Setting("%H:%M", (), "how times are shown, as strftime has it"),
 }
+
+
+def is_news(view: View) -> bool:
+    """Return whether a view is a message of another user."""
+    return view.kind in (SAID, NOTICED) and not view.mine
 
 
 def identity_of(view: View) -> Any:
@@ -9269,6 +9292,7 @@ class Waiting(NamedTuple):
     text: str
     kind: str  # MESSAGE or ACTION
     sent: bool = False  # at least once, perhaps by an earlier run of this program
+    reply: str = ""  # the server's id of the message that it answers
 
 
 class Outbox:
@@ -9285,9 +9309,10 @@ class Outbox:
         self.unconfirmed: set[str] = set()  # sent over an earlier one; history will tell
         self.parked: dict[str, str] = {}  # for the user to decide: /retry, /cancel; and why
 
-    def add(self, now: float, where: str, text: str, kind: str) -> Waiting:
+    def add(self, now: float, where: str, text: str, kind: str, reply: str = "") -> Waiting:
         """Accept a message, at wall time `now`. Raises Unusable if it cannot be kept."""
-        one = Waiting(f"{int(now * 1000):x}-{secrets.token_hex(8)}", where, text, kind)
+        id = f"{int(now * 1000):x}-{secrets.token_hex(8)}"
+        one = Waiting(id, where, text, kind, reply=reply)
         if self.journal:
             self.journal.append({"say": one})
         self.waiting[one.id] = one
@@ -9412,10 +9437,14 @@ def remember(ids: dict[str, None], id: str) -> None:
         del ids[next(iter(ids))]
 
 
+ROOM_IDS = itertools.count(1)
+
+
 class Room:
     """A channel, or a private conversation, as this client knows it."""
 
     def __init__(self, name: str, password: str = "", channel: bool | None = None):
+        self.id = next(ROOM_IDS)  # which stays when the name changes
         self.name, self.password = name, password
         self.is_channel = is_channel(name) if channel is None else channel
         self.people: dict[str, str] = {}  # ranks by name; who spoke last is last
@@ -9438,6 +9467,11 @@ class Room:
         self.moves: list[View] = []  # joins and quits that are to be one row ...
         self.moved_at = -MOVES_MS  # ... and when the last such row was shown
         self.unread = self.called = 0
+        self.muted = False  # its messages call no one
+        self.read_time = 0  # ms; what was said up to then has been read, on some device ...
+        self.told_time = 0  # ... as the server knows
+        self.typing: dict[str, float] = {}  # names of those who type, until that time (ticks)
+        self.asked_people = False  # over this connection: who is away
 
     @property
     def hole(self) -> str:
@@ -9478,6 +9512,15 @@ class Room:
                 self.views[n] = self.views[n]._replace(id=id)
                 return
 
+    def drop(self, unwanted: Callable[[View], bool]) -> bool:
+        """Remove views; return whether there were such."""
+        kept = [view for view in self.views if not unwanted(view)]
+        dropped = len(kept) < len(self.views)
+        if dropped:
+            self.views.clear()
+            self.views.extend(kept)
+        return dropped
+
     def show_moves(self) -> View:
         """Put the joins and quits that were collected in one row; return it."""
         moves, self.moves = self.moves, []
@@ -9485,6 +9528,16 @@ class Room:
         self.views.append(moves[0] if len(moves) == 1 else row)
         self.moved_at = row.time or 0
         return row
+
+    def read(self, when: int) -> bool:
+        """Note that what was said up to a time (ms) has been read; return whether that is news."""
+        if when <= self.read_time:
+            return False
+        self.read_time = when
+        later = [view for view in self.views if is_news(view) and (view.time or 0) > when]
+        self.unread = len(later)
+        self.called = 0 if self.muted else sum(view.called for view in later)
+        return True
 
     def rank(self, name: str, symbol: str, on: bool, symbols: str) -> None:
         """Give or take a rank of a member."""
@@ -9592,6 +9645,7 @@ WANTED = (  # capabilities that this client can use
     *("draft/message-redaction", "standard-replies", "soju.im/search", "chat.py/session", "sasl"),
     *("chghost", "no-implicit-names", "cap-notify"),
 )
+WANTED_BY_SCREENS = ("away-notify", "account-notify", "draft/read-marker")  # and by no pipe
 
 
 COMMAND_LIMITS = {  # command -> token of 005 for its last parameter, and what is usual
@@ -9710,6 +9764,10 @@ def is_person(heard: Heard) -> bool:
     return "!" in heard.source or bool(heard.source and "." not in heard.source)
 
 
+# Tags of clients (ircv3.net/specs/client-tags)
+REPLY, REACT, UNREACT, TYPES = "+draft/reply", "+draft/react", "+draft/unreact", "+typing"
+
+
 def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
     """Return PRIVMSG or NOTICE as it is shown."""
     core, server = talk.core, talk.server
@@ -9728,6 +9786,7 @@ def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
         id=heard.tags.get("msgid", ""),
         own_id=own_id,
         address=heard.source.partition("!")[2],
+        reply=heard.tags.get(REPLY, "") or heard.tags.get("+reply", ""),
     )
 
 
@@ -9764,6 +9823,7 @@ def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None
     size = sum(len(view.text.encode()) for view in views)
     if len(views) >= limit or size > PAGE_BYTES // 2:
         room.views.clear()
+        talk.core.show(View(RESET, where=room.name))
         room.whole = False
         talk.core.note_holes(room, *room.holes, views[0].id)
         text = "more was said meanwhile; page up, or /history, shows it"
@@ -10118,7 +10178,7 @@ class IrcTalk:
             return
         self.introduced = True
         offered = self.server.offered
-        wanted = [name for name in WANTED if name in offered]
+        wanted = [name for name in self.core.capabilities if name in offered]
         if wanted:
             self.send("CAP", "REQ", " ".join(wanted))
         if "chat.py/session" in wanted:
@@ -10243,11 +10303,11 @@ class IrcTalk:
             head = f":{self.mask or self.longest_mask()} PRIVMSG {one.where} :"
             most = min(max(IRC_BYTES, self.server.limit("LINELEN", 0)), LINE_BYTES)
             lines = list(sendable_lines(one.text, max(LINE_ROOM, most - 2 - len(head.encode()))))
-        server, head = self.server, self.own_tags(one.id)
+        server, head = self.server, self.own_tags(one.id, one.reply)
         if len(lines) > 1 and server.multiline:
             *first, last = in_batches(lines, *server.multiline_limits)
             for n, group in enumerate(first):
-                self.add_batch(one, group, self.own_tags(f"{one.id}.{n}"))
+                self.add_batch(one, group, self.own_tags(f"{one.id}.{n}", one.reply))
             self.add_batch(one, last, head)
         else:
             for text, _ in lines[:-1]:
@@ -10264,9 +10324,10 @@ class IrcTalk:
         """Return whether a BATCH has been begun that has to be ended."""
         return "BATCH -m" in self.pieces
 
-    def own_tags(self, id: str) -> str:
+    def own_tags(self, id: str, reply: str = "") -> str:
         """Return what stands before a message of ours, so that its echo is known."""
         tags = [f"{OWN_ID}={id}"] * self.server.keeps_own_tags
+        tags += [f"{REPLY}={escaped_tag(reply)}"] * bool(reply and self.server.takes(REPLY))
         tags += [f"label={id}"] * self.server.labels
         return f"@{';'.join(tags)} " if tags else ""
 
@@ -10513,7 +10574,8 @@ def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
         if heard.params[2] != "*":  # else there are more to come
             talk.introduce()
     elif subcommand == "NEW":
-        wanted = [name for word in words if (name := word.partition("=")[0]) in WANTED]
+        names = (word.partition("=")[0] for word in words)
+        wanted = [name for name in names if name in talk.core.capabilities]
         if wanted and talk.ready:
             talk.send("CAP", "REQ", " ".join(wanted))
     elif subcommand == "ACK":
@@ -10848,9 +10910,30 @@ def labelled_answer_ended(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("TAGMSG", least=1)
 def tags_told(talk: IrcTalk, heard: Heard) -> None:
-    """With our id it stands for a message of ours that is not there any more."""
-    if talk.core.is_me(heard.name):
-        confirm(talk, heard.tags.get(OWN_ID, ""))
+    """Reactions and typing. With our id it stands for a message of ours that is not there any
+    more."""
+    core, tags = talk.core, heard.tags
+    mine = core.is_me(heard.name)
+    if mine:
+        confirm(talk, tags.get(OWN_ID, ""))
+    where = talk.server.without_status(heard.params[0])
+    room = core.find(where if mine or talk.server.is_channel(where) else heard.name)
+    if room is None or core.is_ignored(heard):
+        return
+    if TYPES in tags and not mine:
+        core.types(room, heard.name, tags[TYPES])
+    for tag, on in ((REACT, True), (UNREACT, False)):
+        if (emoji := tags.get(tag, "")[:REACTION_CHARACTERS]) and REPLY in tags:
+            core.reacted(room, tags[REPLY], emoji, heard.name, on)
+
+
+@from_server("MARKREAD", least=2)
+def marker_told(talk: IrcTalk, heard: Heard) -> None:
+    """MARKREAD <target> timestamp=<time> -- read so far, on another device perhaps"""
+    room, value = talk.core.find(heard.params[0]), heard.params[1].removeprefix("timestamp=")
+    if room and value != "*":
+        with contextlib.suppress(Refused):
+            talk.core.told_read(room, parse_time(value))
 
 
 UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as servers say it
@@ -10883,7 +10966,7 @@ def tell_nothing(talk: IrcTalk, heard: Heard) -> None:
 
 for quiet in (
     *("002", "003", "020", "042", "221", "250", "251", "252", "253", "254", "255", "265", "266"),
-    *("318", "321", "323", "329", "333", "369", "705", "706", "ACCOUNT", "SETNAME"),
+    *("318", "321", "323", "329", "333", "369", "705", "706", "SETNAME"),
 ):
     IRC_HEARD[quiet] = (tell_nothing, 0)
 
@@ -10917,6 +11000,7 @@ def presence_told(talk: IrcTalk, heard: Heard) -> None:
             if gone or room.gone is not None:  # that one is there is no news at first
                 core.happened(room, View(TOLD, text, where=room.name))
             room.gone = gone
+            core.changed(room)
 
 
 @from_server("FAIL", least=3)
@@ -11021,6 +11105,7 @@ def we_joined(talk: IrcTalk, heard: Heard) -> None:
     talk.entering.pop(core.fold(room.name), None)
     room.password = talk.going.get(core.fold(room.name), room.password) or ""
     core.keep_room(room)
+    core.changed(room)
     if not core.tidy and not room.mark:  # whatever is said from now on
         if "msgid" in heard.tags:
             room.mark = f"msgid={heard.tags['msgid']}"
@@ -11068,7 +11153,7 @@ def user_went(talk: IrcTalk, room: Room, heard: Heard, name: str, why: str = "")
     room.people.pop(name, None)
     if core.is_me(name):
         room.inside = room.wanted = False
-        return
+        return core.changed(room)
     address = heard.source.partition("@")[2]
     core.happened(room, View(WENT, why, name, room.name, address=address))
     core.show(View(PEOPLE, where=room.name))
@@ -11096,6 +11181,7 @@ def user_quit(talk: IrcTalk, heard: Heard) -> None:
     if (room := core.find(heard.name)) and not room.is_channel:
         why = f": {heard.params[0]}" if heard.params and heard.params[0] else ""
         core.happened(room, View(TOLD, f"{heard.name} has left{why}", where=room.name))
+    core.forget_person(heard.name)
     talk.name_is_free(heard.name)
 
 
@@ -11113,6 +11199,7 @@ def user_kicked(talk: IrcTalk, heard: Heard) -> None:
             talk.entering.pop(core.fold(where), None)
             core.park_all(room, f"you were kicked from {where}")
             core.keep_room(room)
+            core.changed(room)
         core.show(View(PEOPLE, where=room.name))
 
 
@@ -11131,6 +11218,7 @@ def user_renamed(talk: IrcTalk, heard: Heard) -> None:
     for room in list(core.rooms.values()):
         if room.renamed(old, new) and not mine:
             core.happened(room, View(TOLD, f"{old} is now called {new}", where=room.name))
+    core.forget_person(old, new)
     if core.find(old) and not core.find(new) and not mine:  # a private conversation goes on
         core.rename(core.find(old), new)
     core.show(View(PEOPLE))
@@ -11153,6 +11241,7 @@ def topic_set(talk: IrcTalk, heard: Heard) -> None:
         text = f"{heard.name} set the topic of {room.name}: {room.topic}"
         if not room.topic:
             text = f"{heard.name} removed the topic of {room.name}"
+        talk.core.changed(room)
         talk.core.happened(room, View(TOLD, text, where=room.name, time=heard.time))
 
 
@@ -11180,9 +11269,12 @@ def person_told(talk: IrcTalk, heard: Heard) -> None:
 @from_server("352", least=8)
 def who_told(talk: IrcTalk, heard: Heard) -> None:
     """<channel> <user> <host> <server> <nick> <flags> :<hops> <real name>"""
-    if not talk.core.wants_who:  # ZNC asks, too
-        return
+    core = talk.core
     _, where, user, host, _, name, flags, last = heard.params[:8]
+    bot = talk.server.tokens.get("BOT", "") or " "
+    core.note_person(name, away=flags[:1] == "G", bot=bot in flags[1:])
+    if core.fold(where) in core.quiet_who or not core.wants_who:  # ZNC asks, too
+        return
     away = ", away" if flags[:1] == "G" else ""
     operator = ", operator of the server" if "*" in flags else ""
     real = last.partition(" ")[2]
@@ -11191,15 +11283,27 @@ def who_told(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("315")
 def who_ended(talk: IrcTalk, heard: Heard) -> None:
-    talk.core.wants_who = False
+    core, where = talk.core, heard.params[1] if len(heard.params) > 1 else ""
+    if core.fold(where) in core.quiet_who:
+        core.quiet_who.discard(core.fold(where))
+        core.show(View(PEOPLE, where=where))
+    else:
+        core.wants_who = False
 
 
 @from_server("AWAY")
 def away_changed(talk: IrcTalk, heard: Heard) -> None:
     """A user whom the client shares a conversation with went away or is back."""
+    talk.core.note_person(heard.name, away=bool(heard.params and heard.params[0]))
+    talk.core.show(View(PEOPLE))
     if (room := talk.core.find(heard.name)) and not room.is_channel:
         state = f"is away: {heard.params[0]}" if heard.params and heard.params[0] else "is back"
         talk.core.happened(room, View(TOLD, f"{heard.name} {state}", where=room.name))
+
+
+@from_server("ACCOUNT", least=1)
+def account_changed(talk: IrcTalk, heard: Heard) -> None:
+    talk.core.note_person(heard.name, account=heard.params[0].replace("*", ""))
 
 
 @from_server("305", "306", least=2)
@@ -11215,6 +11319,7 @@ def topic_told(talk: IrcTalk, heard: Heard) -> None:
     room = talk.core.find(where)
     if room:
         room.topic = topic if heard.verb == "332" else ""
+        talk.core.changed(room)
     text = f"the topic of {where}: {topic}" if heard.verb == "332" else f"{where} has no topic"
     talk.core.show(View(TOLD, text, where=room.name if room else ""))
 
@@ -11399,7 +11504,241 @@ def message_pieces(text: str) -> Iterator[str]:
     yield "\n".join(lines)
 
 
-class ClientCore:
+class Person(NamedTuple):
+    """A member of a channel."""
+
+    name: str
+    rank: str = ""  # symbols as NAMES has them, the highest first
+    away: bool = False
+    account: str = ""
+    bot: bool = False
+
+
+class ForScreens:
+    """The calls of a screen on a client core, besides the lines that the user types."""
+
+    server: ServerProfile
+    outbox: Outbox
+    rooms: Rooms
+    talk: Any
+    store: Any
+    fold: Callable[[str], str]
+    find: Callable[[str], Room | None]
+    show: Callable[..., None]
+    name = ""
+
+    def __init__(self) -> None:
+        self.typed_at: dict[int, tuple[float, str]] = {}  # when others were told that we type
+        self.away_keys: set[str] = set()  # keys of users who are away ...
+        self.bots: set[str] = set()  # ... and of bots
+        self.accounts: dict[str, str] = {}  # by key of their nicks
+        self.quiet_who: set[str] = set()  # keys of channels that a screen asks about
+
+    # Messages that did not go out
+
+    def retry(self, own_id: str) -> None:
+        """Send a message that was left to the user; enter its channel first if need be."""
+        if own_id not in self.outbox.parked:
+            return
+        self.outbox.retry(own_id)
+        self.sent_before.add(own_id)
+        room = self.room_for(self.outbox.waiting[own_id].where)
+        if room.is_channel and not room.inside and self.ready:
+            room.wanted = True
+            self.talk.enter(room)
+
+    def cancel(self, own_id: str) -> None:
+        """Drop a message that is not under way."""
+        if own_id in self.outbox.in_flight or own_id not in self.outbox.waiting:
+            return
+        where = self.outbox.waiting[own_id].where
+        self.outbox.arrived(own_id)
+        self.shown.discard(own_id)
+        if room := self.find(where):
+            room.drop(lambda view: view.own_id == own_id)
+            self.show(View(REMOVED, where=where, own_id=own_id))
+
+    # Messages that are there
+
+    def can(self, what: str) -> bool:
+        """Return whether this server takes a "reply", "react", "redact" or "typing"."""
+        if what == "redact":
+            return self.ready and "draft/message-redaction" in self.server.enabled
+        tag = {"reply": REPLY, "react": REACT, "typing": TYPES}[what]
+        return self.ready and self.server.takes(tag)
+
+    def need(self, what: str) -> None:
+        """Raise Refused if this server takes no such thing."""
+        if not self.can(what):
+            raise Refused("CANNOT", f"this server takes no {what}")
+
+    def redact(self, room: Room, id: str) -> None:
+        """Take back a message of ours, or as an operator another's. Raises Refused."""
+        self.need("redact")
+        self.talk.command("REDACT", room.name, id)
+
+    def react(self, room: Room, id: str, emoji: str, on: bool = True) -> None:
+        """React to a message, or take that back. Raises Refused."""
+        self.need("react")
+        tags = f"{REACT if on else UNREACT}={escaped_tag(emoji)};{REPLY}={escaped_tag(id)}"
+        self.talk.raw(f"@{tags} TAGMSG {room.name}")
+        self.reacted(room, id, emoji, self.name, on)
+
+    def reacted(self, room: Room, id: str, emoji: str, name: str, on: bool) -> None:
+        """Note the reaction of a user."""
+        known = name in self.reactions_of(id).get(emoji, ())
+        if self.store and known != on:
+            self.store.react(id, emoji, name, on)
+            view = View(REACTED, emoji, name, room.name, id=id, number=1 if on else -1)
+            self.show(view._replace(mine=self.is_me(name)))
+
+    def answered_words(self, view: View) -> str:
+        """Return whom a message answers, and the beginning of what was said; "" if none."""
+        room = self.find(view.where)
+        if not view.reply or room is None:
+            return ""
+        known = next((one for one in reversed(room.views) if one.id == view.reply), None)
+        known = known or (self.store.message(view.reply) if self.store else None)
+        return f"{known.name}: {known.text}" if known else "an earlier message"
+
+    def reactions_of(self, id: str) -> dict[str, list[str]]:
+        """Return who reacted to a message: nicks by emoji."""
+        found: dict[str, list[str]] = {}
+        for emoji, name in self.store.reactions(id) if self.store and id else ():
+            found.setdefault(emoji, []).append(name)
+        return found
+
+    # Typing
+
+    def typing(self, room: Room, state: str) -> None:
+        """Tell the others in a conversation that the user types: "active", now and then;
+        "paused", or "done" for a text that is not sent after all."""
+        now = self.ticks()
+        ready = self.can("typing") and self.setting("typing") == "on"
+        ready = ready and (room.inside or not room.is_channel) and not self.outbox.waiting
+        ready = ready and self.talk.budget.tokens > TYPING_SPARE
+        since, told = self.typed_at.get(room.id, (-math.inf, "done"))
+        due = state != told or (state == "active" and now - since > TYPING_SECONDS)
+        if ready and due and not (told == "done" and state == "paused"):
+            self.typed_at[room.id] = now, state
+            self.talk.send(f"@{TYPES}={state}", "TAGMSG", room.name)
+
+    def types(self, room: Room, name: str, state: str) -> None:
+        """Note that another user types."""
+        room.typing.pop(name, None)
+        if state in ("active", "paused") and len(room.typing) < TYPING_MOST:
+            seconds = TYPING_LASTS[state]
+            room.typing[name] = self.ticks() + seconds
+        self.show(View(TYPING, state, name, room.name))
+
+    def end_typing(self) -> None:
+        """Forget those who have not gone on typing."""
+        for room in self.rooms.values():
+            for name in [one for one, until in room.typing.items() if until < self.ticks()]:
+                self.types(room, name, "done")
+
+    # What was read
+
+    def mark_read(self, room: Room) -> None:
+        """The user has seen everything in a conversation."""
+        newest = max((view.time or 0 for view in room.views if is_news(view)), default=0)
+        if room.unread or room.called:
+            self.changed(room)
+        room.unread = room.called = 0
+        if newest > room.read_time:
+            room.read_time = newest
+            self.keep_room(room)
+
+    def tell_read(self) -> None:
+        """Tell the server how far was read, for the user's other devices."""
+        if not self.ready or "draft/read-marker" not in self.server.enabled:
+            return
+        for room in self.rooms.values():
+            if room.read_time > room.told_time and (room.inside or not room.is_channel):
+                room.told_time = room.read_time
+                self.talk.send("MARKREAD", room.name, f"timestamp={tag_time(room.read_time)}")
+
+    def told_read(self, room: Room, when: int) -> None:
+        """Note what was read on another device of the user."""
+        room.told_time = max(room.told_time, when)
+        if room.read(when):
+            self.keep_room(room)
+            self.show(View(READ, where=room.name))
+
+    def mute(self, room: Room, on: bool) -> None:
+        """Let a conversation call the user no more, or again."""
+        room.muted, room.called = on, 0
+        self.keep_room(room)
+        self.changed(room)
+
+    # Members
+
+    def people(self, room: Room) -> list[Person]:
+        """Return the members of a channel; who spoke last is last."""
+        people = []
+        for name, rank in room.people.items():
+            key = self.fold(name)
+            about = (key in self.away_keys, self.accounts.get(key, ""), key in self.bots)
+            people.append(Person(name, rank, *about))
+        return people
+
+    def ask_people(self, room: Room) -> None:
+        """Ask once over a connection who of a channel is away."""
+        asks = self.ready and room.inside and not room.asked_people
+        if asks and len(room.people) <= PEOPLE_ASKED:
+            room.asked_people = True
+            self.quiet_who.add(self.fold(room.name))
+            self.talk.send("WHO", room.name)
+
+    def note_person(self, name: str, away: bool | None = None, **about: Any) -> None:
+        """Note what the server tells of a user: away, account, bot."""
+        key = self.fold(name)
+        for keys, on in ((self.away_keys, away), (self.bots, about.get("bot"))):
+            if on and len(keys) < PEOPLE_LISTED:
+                keys.add(key)
+            elif on is not None:
+                keys.discard(key)
+        account = about.get("account")
+        if account and len(self.accounts) < PEOPLE_LISTED:
+            self.accounts[key] = account
+        elif account is not None:
+            self.accounts.pop(key, None)
+
+    def forget_person(self, name: str, new: str = "") -> None:
+        """Forget a user who left, or note the new name."""
+        key = self.fold(name)
+        about = (key in self.away_keys, self.accounts.get(key, ""), key in self.bots)
+        self.note_person(name, away=False, account="", bot=False)
+        if new:
+            self.note_person(new, away=about[0], account=about[1], bot=about[2])
+
+    # What was said once
+
+    def find_kept(self, words: str, room: Room | None = None, count: int = 200) -> list[View]:
+        """Return the last messages with these words that this client has kept, in order."""
+        if not self.store:
+            return []
+        found = self.store.find(words, count, self.fold(room.name) if room else None)
+        return [self._in_room(view) for view in found if not self.hides(view)]
+
+    def kept_before(self, room: Room, view: View, count: int) -> list[View]:
+        """Return the kept messages before one, in order."""
+        found = self.store.page(self.fold(room.name), count, view) if self.store else []
+        return [one for one in found if not self.hides(one)]
+
+    def kept_after(self, room: Room, view: View, count: int) -> list[View]:
+        """Return the kept messages after one, in order."""
+        found = self.store.page_after(self.fold(room.name), count, view) if self.store else []
+        return [one for one in found if not self.hides(one)]
+
+    def around(self, room: Room, view: View, count: int) -> list[View]:
+        """Return the kept messages around one, and that one, in order."""
+        half = count // 2
+        before, after = self.kept_before(room, view, half), self.kept_after(room, view, half)
+        return [*before, view, *after]
+
+
+class ClientCore(ForScreens):
     """A client's side of the talk.
 
     Call connected() for each new connection, then feed() with what comes, silence() if
@@ -11410,7 +11749,11 @@ class ClientCore:
     """
 
     told_trouble = ""  # what was told of the store last
+    doubted = ""  # text that is sent if the user enters it once more
+    replying = ""  # the id of the message that is answered now
     looked_at = True  # else the user looks at another server
+    reads_at_once = True  # what is shown there; else mark_read() tells what was read
+    results: Callable[[str, list[View]], None] | None = None  # takes what a search found
 
     def __init__(
         self,
@@ -11426,6 +11769,7 @@ class ClientCore:
         ticks: Callable[[], float] = lambda: 0.0,
         store: Any = None,
     ):
+        super().__init__()
         self.store = store  # a ClientStore, or None
         self.wanted_name = self.name = name
         self.tidy, self.kind, self.password = tidy, kind, password
@@ -11470,7 +11814,6 @@ class ClientCore:
         self.views: list[View] = []
         self.output: list[str] = []
         self._show_waiting()
-        self.doubted = ""  # text that is sent if the user enters it once more
         self.wants_connection = False  # now: the user said so
 
     # What outlives the program
@@ -11501,6 +11844,8 @@ class ClientCore:
             elif view.time:
                 room.mark, room.mark_time = f"timestamp={tag_time(view.time)}", view.time
         room.views.dropped = len(room.views) == STORED_LINES
+        later = [view for view in room.views if is_news(view) and (view.time or 0) > room.read_time]
+        room.unread = len(later) if room.read_time else 0
 
     def _show_waiting(self) -> None:
         """Show what an earlier run accepted and no server has acknowledged yet."""
@@ -11584,6 +11929,11 @@ class ClientCore:
         return self.settings.get(name, SETTINGS[name].usual)
 
     @property
+    def capabilities(self) -> tuple[str, ...]:
+        """Those of IRCv3 that this client can use."""
+        return (*WANTED, *WANTED_BY_SCREENS) if self.tidy else WANTED
+
+    @property
     def ready(self) -> bool:
         """The server has our name."""
         return self.talk is not None and self.talk.ready
@@ -11619,6 +11969,9 @@ class ClientCore:
 
     def find(self, name: str) -> Room | None:
         return self.rooms.get(self.fold(name))
+
+    def by_id(self, id: int) -> Room | None:
+        return next((room for room in self.rooms.values() if room.id == id), None)
 
     def rekey(self) -> None:
         """The server has told how it compares names, and what a channel is."""
@@ -11670,7 +12023,10 @@ class ClientCore:
             room = self.room_for(key)
             room.wanted, room.password = True, password
         for room in self.rooms.values():
-            room.held, room.inside = [], False
+            room.held, room.inside, room.asked_people = [], False, False
+            room.typing.clear()
+            self.changed(room)
+        self.quiet_who.clear()
         return self.take_views()
 
     def silence(self) -> list[View]:
@@ -11753,7 +12109,12 @@ class ClientCore:
             self.talk.tick()
         for room in self.rooms.values():
             if room.moves and self.clock() * 1000 - room.moved_at > MOVES_MS:
-                self.show(room.show_moves())
+                self.show(self._in_room(room.show_moves()))
+        here = self.current if self.reads_at_once and self.looked_at else None
+        if here and not here.views.reading:
+            self.mark_read(here)
+        self.tell_read()
+        self.end_typing()
         if self.store:
             self.store.flush()
             self.store.index()
@@ -11768,8 +12129,19 @@ class ClientCore:
 
     # What the user writes
 
-    def typed(self, text: str) -> list[View]:
-        """A line or several, as one message, or a command."""
+    def typed(self, text: str, room: Room | None = None, reply: str = "") -> list[View]:
+        """Take a line or several, as one message, or a command: typed in `room`, also where
+        another one is looked at meanwhile. `reply` is the id of the message that it answers."""
+        looked_at, self.replying = self.current, reply
+        self.current = room or looked_at
+        self._typed(text)
+        if self.current is room and looked_at and self.find(looked_at.name) is looked_at:
+            self.current = looked_at
+        self.replying = ""
+        self.flush()
+        return self.take_views()
+
+    def _typed(self, text: str) -> None:
         if text[:1] == "/" and text[:2] != "//":
             self._command(text)
         elif (doubt := self._doubtful(text)) and self.doubted != text:
@@ -11777,8 +12149,6 @@ class ClientCore:
             self.show(View(BACK, text), View(NOTE, doubt))
         else:
             self._speak(text[1:] if text[:2] == "//" else text)
-        self.flush()
-        return self.take_views()
 
     def _doubtful(self, text: str) -> str:
         """Return why the user may not want everybody to read this; "" if it is a message."""
@@ -11835,7 +12205,7 @@ class ClientCore:
                 lengths = (self.server.limit(f"{one}LEN", 0) for one in ("CHANNEL", "NICK"))
                 check_message(where, piece, kind, max(NAME_BYTES, *lengths))
                 kept = piece if piece.strip("\n") else ""
-                one = self.outbox.add(self.clock(), where, kept, kind)
+                one = self.outbox.add(self.clock(), where, kept, kind, self.replying)
             except ChatError as error:
                 rest = "\n".join(pieces[n:])
                 return self.show(View(BACK, rest), View(NOTE, f"{error}; nothing was sent"))
@@ -11847,14 +12217,16 @@ class ClientCore:
         """Show a message of ours in its conversation, which is returned."""
         self.shown.add(one.id)
         shown = f"*{text}*" if one.kind == ACTION else text
-        view = self.timed(View(SAID, shown, self.name, one.where, mine=True, own_id=one.id))
         room = self.room_for(one.where)
+        view = View(SAID, shown, self.name, one.where, mine=True, own_id=one.id, reply=one.reply)
+        view = self.timed(view, room)
         room.views.append(view)
         self.show(view)
         return room
 
     def _accepted(self, one: Waiting, text: str) -> None:
         room = self._show_own(one, text)
+        self.typed_at.pop(room.id, None)  # a message says that typing is done
         if room.is_channel and self.ready and not (room.inside or room.wanted):
             self.park(one.id, f"you are not in {room.name}")
 
@@ -11866,11 +12238,18 @@ class ClientCore:
     # What there is to show
 
     def show(self, *views: View) -> None:
-        self.views += views
+        self.views += map(self._in_room, views)
+
+    def _in_room(self, view: View) -> View:
+        """Return a view with the id of its conversation."""
+        room = self.find(view.where) if view.where and not view.room else None
+        return view._replace(room=room.id) if room else view
 
     def show_results(self, title: str, views: list[View]) -> None:
         """Show what was asked for, with a heading and an end."""
         views = [view for view in views if not self.hides(view)]
+        if self.results:
+            return self.results(title, views)
         if not views:
             return self.show(View(NOTE, f"{title}: nothing found"))
         found = (view._replace(kind=FOUND, past=True) for view in views)
@@ -11892,12 +12271,16 @@ class ClientCore:
             if self.store:
                 self._load_room(room)
                 self.keep_room(room)
+            self.changed(room)
         return self.rooms[key]
 
     def go(self, room: Room) -> None:
         """Look at another room."""
         self.show(View(PLACE, str(room.unread or ""), where=room.name))
-        self.current, room.unread, room.called = room, 0, 0
+        self.current = room
+        if self.reads_at_once:
+            room.unread = room.called = 0
+            self.mark_read(room)
 
     def rename(self, room: Room, name: str) -> None:
         """It is called otherwise, and is in its place."""
@@ -11913,6 +12296,7 @@ class ClientCore:
         room.name = name
         self.rooms.rekey(self.fold)
         self.keep_room(room)
+        self.changed(room)
         if self.current is room:
             self.go(room)
 
@@ -11920,6 +12304,7 @@ class ClientCore:
         """Look at it no more."""
         self.rooms.pop(self.fold(room.name), None)
         self.keep_room(room)
+        self.changed(room)
         for one in [*self.outbox.unconfirmed]:
             if self.fold(self.outbox.waiting[one].where) == self.fold(room.name):
                 self.leave_to_user(one)
@@ -11955,7 +12340,7 @@ class ClientCore:
                 self.talk.acknowledged(one.id)
             text = f"*{one.text}*" if one.kind == ACTION else one.text
             said = View(SAID, text, self.name, one.where, view.time, mine=True, id=view.id)
-            self.keep(self.timed(said._replace(own_id=one.id)))
+            self.keep(self.timed(said._replace(own_id=one.id, reply=one.reply)))
         if view.own_id in self.shown:
             self.shown.discard(view.own_id)
             remember(self.known_own, view.own_id)
@@ -11967,13 +12352,18 @@ class ClientCore:
     def made_progress(self) -> None:
         self.progress += 1
 
-    def timed(self, view: View) -> View:
-        """So that it is known later, too, when that was."""
-        return view if view.time is not None else view._replace(time=int(self.clock() * 1000))
+    def timed(self, view: View, room: Room | None = None) -> View:
+        """So that it is known later, too, when that was, and where."""
+        when = int(self.clock() * 1000) if view.time is None else view.time
+        return view._replace(time=when, room=room.id if room else view.room)
+
+    def changed(self, room: Room) -> None:
+        """Something of a conversation is to be shown otherwise."""
+        self.show(View(ROOM, where=room.name, room=room.id))
 
     def happened(self, room: Room, view: View) -> None:
         """Something else than a message, likewise."""
-        view = self.timed(view)
+        view = self.timed(view, room)
         if room.held is not None:
             return room.hold(view)
         known = view.name in room.spoken or self.setting("fold") == "off"
@@ -12009,13 +12399,14 @@ class ClientCore:
         if known or self.hides(view):
             return
         room.spoke(view.name)
-        view = self.timed(view)
+        room.typing.pop(view.name, None)
+        view = self.timed(view, room)
         self.keep(view)
         room.views.append(view)
-        elsewhere = room is not self.current or not self.looked_at
-        if elsewhere and not (view.mine or view.past):
+        elsewhere = room is not self.current or not self.looked_at or not self.reads_at_once
+        if elsewhere and not (view.mine or view.past) and view.time > room.read_time:
             room.unread += 1
-            room.called += view.called
+            room.called += view.called and not room.muted
         self.show(view)
 
     def hides(self, view: View) -> bool:
@@ -12031,10 +12422,7 @@ class ClientCore:
         if self.store:
             self.store.remove(id)
         for room in self.rooms.values():
-            if any(view.id == id for view in room.views):
-                kept = [view for view in room.views if view.id != id]
-                room.views.clear()
-                room.views.extend(kept)
+            if room.drop(lambda view: view.id == id):
                 self.show(View(REMOVED, where=room.name, id=id))
 
     def release(self, room: Room) -> None:
@@ -12122,7 +12510,10 @@ def channel_first(core: ClientCore, words: str) -> tuple[str, str]:
 
 
 HELP_TOPICS = {
-    "talk": ("msg", "query", "me", "notice", "ctcp", "go", "close", "clear", "retry", "cancel"),
+    "talk": (
+        *("msg", "query", "me", "notice", "ctcp", "reply", "react", "unreact", "redact"),
+        *("go", "close", "clear", "mute", "unmute", "retry", "cancel"),
+    ),
     "channels": ("join", "part", "topic", "names", "who", "list", "invite", "kick", "ban", "unban"),
     "ranks": ("mode", "op", "deop", "voice", "devoice"),
     "history": ("history", "search", "lastlog"),
@@ -12513,12 +12904,7 @@ def do_retry(core: ClientCore) -> None:
     if not core.outbox.parked:
         raise Refused("NOTHING_WAITS", "there is nothing that could not be sent")
     for id in list(core.outbox.parked):
-        core.outbox.retry(id)
-        core.sent_before.add(id)
-        room = core.room_for(core.outbox.waiting[id].where)
-        if room.is_channel and not room.inside and core.ready:
-            room.wanted = True
-            core.talk.enter(room)
+        core.retry(id)
 
 
 @client_command("cancel", most=1, nameless=True)
@@ -12527,13 +12913,73 @@ def do_cancel(core: ClientCore, which: str = "") -> None:
     outbox = core.outbox
     ids = [*outbox.parked] if which != "all" else [*outbox.waiting.keys() - outbox.in_flight]
     for id in ids:
-        outbox.arrived(id)
-        core.shown.discard(id)
+        core.cancel(id)
     talk = core.talk
     if which == "all" and talk and talk.pieces and not talk.batching:
         talk.pieces.clear()
         core.lost(talk.sending, "cancelled, with some of its lines sent")
     core.show(View(NOTE, f"{counted(len(ids), 'message')} dropped"))
+
+
+def numbered_view(core: ClientCore, words: Iterable[str], mine: bool) -> tuple[Room, View, str]:
+    """Return the conversation that is looked at, the message in it that is meant, and the other
+    words. [N] stands first: 1 is the last message (of ours, or of others), 2 the one before."""
+    first, *rest = [*words, ""]
+    number = whole_number(first) or 0
+    room = asked_room(core)
+    spoken = [one for one in room.views if one.id and one.kind in (SAID, NOTICED)]
+    spoken = [one for one in spoken if one.mine == mine]
+    if len(spoken) < max(1, number):
+        raise Refused("NO_MESSAGE", "there is no such message here")
+    return room, spoken[-max(1, number)], " ".join(optional(*rest) if number else words)
+
+
+@client_command("reply", 1)
+def do_reply(core: ClientCore, words: str) -> None:
+    """/reply [N] TEXT -- answer the last message of another user, or the Nth before the end"""
+    room, view, text = numbered_view(core, words.split(" "), mine=False)
+    if not text:
+        raise Refused("NO_TEXT", "what is the answer? /reply [N] TEXT")
+    core.need("reply")
+    core.replying = view.id
+    core.send(room.name, text)
+
+
+@client_command("react", 1, 2)
+def do_react(core: ClientCore, *words: str) -> None:
+    """/react [N] EMOJI -- react to the last message of another user, or the Nth before the end"""
+    room, view, emoji = numbered_view(core, words, mine=False)
+    core.react(room, view.id, emoji)
+
+
+@client_command("unreact", 1, 2)
+def do_unreact(core: ClientCore, *words: str) -> None:
+    """/unreact [N] EMOJI -- take that back"""
+    room, view, emoji = numbered_view(core, words, mine=False)
+    core.react(room, view.id, emoji, on=False)
+
+
+@client_command("redact", most=1)
+def do_redact(core: ClientCore, number: str = "") -> None:
+    """/redact [N] -- take back the last message of yours here, or the Nth before the end"""
+    room, view, _ = numbered_view(core, optional(number), mine=True)
+    core.redact(room, view.id)
+
+
+@client_command("mute", most=1, nameless=True)
+def do_mute(core: ClientCore, name: str = "") -> None:
+    """/mute [#CHANNEL|NAME] -- be called no more from a conversation"""
+    room = asked_room(core, name)
+    core.mute(room, True)
+    core.show(View(NOTE, f"{room.name} is muted; /unmute ends that"))
+
+
+@client_command("unmute", most=1, nameless=True)
+def do_unmute(core: ClientCore, name: str = "") -> None:
+    """/unmute [#CHANNEL|NAME] -- be called from it again"""
+    room = asked_room(core, name)
+    core.mute(room, False)
+    core.show(View(NOTE, f"{room.name} is not muted"))
 
 
 @client_command("clear", nameless=True)
@@ -12603,7 +13049,8 @@ CREATE TABLE messages (
     text TEXT NOT NULL,
     place TEXT NOT NULL,            -- name of the conversation then
     mine INTEGER NOT NULL,
-    called INTEGER NOT NULL
+    called INTEGER NOT NULL,
+    reply TEXT NOT NULL DEFAULT ''  -- the server's id of the message that it answers
 );
 CREATE INDEX messages_time ON messages (owner, room, time, number);
 CREATE UNIQUE INDEX messages_id ON messages (owner, id) WHERE id <> '';
@@ -12615,7 +13062,16 @@ CREATE TABLE rooms (
     channel INTEGER NOT NULL,
     wanted INTEGER NOT NULL,        -- to be joined at the next start
     draft TEXT NOT NULL,
+    muted INTEGER NOT NULL DEFAULT 0,
+    read_time INTEGER NOT NULL DEFAULT 0,       -- milliseconds: what is older has been read
     PRIMARY KEY (owner, key)
+) WITHOUT ROWID;
+CREATE TABLE reactions (
+    owner INTEGER NOT NULL,
+    id TEXT NOT NULL,               -- of the message
+    emoji TEXT NOT NULL,
+    name TEXT NOT NULL,
+    PRIMARY KEY (owner, id, emoji, name)
 ) WITHOUT ROWID;
 CREATE TABLE ignored (owner INTEGER NOT NULL, mask TEXT NOT NULL, PRIMARY KEY (owner, mask));
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -12627,7 +13083,15 @@ CREATE TABLE facts (                -- that a server has told
 ) WITHOUT ROWID;
 CREATE TABLE indexed (number INTEGER NOT NULL);     -- the last message that is
 INSERT INTO indexed VALUES (0);
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
+"""
+CLIENT_UPGRADE = """
+ALTER TABLE messages ADD COLUMN reply TEXT NOT NULL DEFAULT '';
+ALTER TABLE rooms ADD COLUMN muted INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE rooms ADD COLUMN read_time INTEGER NOT NULL DEFAULT 0;
+CREATE TABLE reactions (owner INTEGER NOT NULL, id TEXT NOT NULL, emoji TEXT NOT NULL,
+    name TEXT NOT NULL, PRIMARY KEY (owner, id, emoji, name)) WITHOUT ROWID;
+PRAGMA user_version = 2;
 """
 CLIENT_WORDS = """
 CREATE VIRTUAL TABLE IF NOT EXISTS words
@@ -12639,7 +13103,7 @@ BEGIN INSERT INTO words (words, rowid, text) VALUES ('delete', old.number, words
 """
 BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # another client writes
 LAST_NUMBER = 2**62  # above that of every row
-MESSAGE_COLUMNS = "number, kind, text, name, place, time, mine, called, id, own_id"
+MESSAGE_COLUMNS = "number, kind, text, name, place, time, mine, called, id, own_id, reply"
 
 
 def index_words(text: str) -> list[str]:
@@ -12670,14 +13134,15 @@ def open_client_database(path: str) -> sqlite3.Connection:
     with contextlib.suppress(sqlite3.Error):  # a network home may refuse it: then a journal
         db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
-    version = "PRAGMA user_version"
-    if db.execute(version).fetchone()[0] == 0:
+    scripts = {0: CLIENT_TABLES, 1: CLIENT_UPGRADE}
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version in scripts:
         try:
-            db.executescript(f"BEGIN IMMEDIATE; {CLIENT_TABLES} COMMIT;")
-        except sqlite3.OperationalError:  # another client made them at the same time
+            db.executescript(f"BEGIN IMMEDIATE; {scripts[version]} COMMIT;")
+        except sqlite3.OperationalError:  # another client did it at the same time
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            if db.execute(version).fetchone()[0] == 0:
+            if db.execute("PRAGMA user_version").fetchone()[0] == version:
                 raise
     with contextlib.suppress(sqlite3.Error):  # not every Python has FTS5: search is slower then
         db.executescript(CLIENT_WORDS)
@@ -12732,14 +13197,29 @@ class ClientStore:
         if not (view.id or self.sole):
             return
         values = (self.owner, key, view.time or 0, view.id, view.own_id, view.kind, view.name)
-        values += (view.text, view.where, view.mine, view.called)
-        columns = "owner, room, time, id, own_id, kind, name, text, place, mine, called"
+        values += (view.text, view.where, view.mine, view.called, view.reply)
+        columns = "owner, room, time, id, own_id, kind, name, text, place, mine, called, reply"
         marks = ", ".join("?" * len(values))
         self.write(f"INSERT OR IGNORE INTO messages ({columns}) VALUES ({marks})", *values)
 
     def remove(self, id: str) -> None:
         """Forget the words of a message; a trigger removes them from the index."""
         self.write("DELETE FROM messages WHERE owner = ? AND id = ?", self.owner, id)
+        self.write("DELETE FROM reactions WHERE owner = ? AND id = ?", self.owner, id)
+
+    def react(self, id: str, emoji: str, name: str, on: bool) -> None:
+        """Keep, or forget, that a user reacted to a message."""
+        verb = "INSERT OR IGNORE INTO reactions VALUES (?, ?, ?, ?)"
+        if not on:
+            verb = "DELETE FROM reactions WHERE owner = ? AND id = ? AND emoji = ? AND name = ?"
+        self.write(verb, self.owner, id, emoji, name)
+
+    @or_nothing
+    def reactions(self, id: str) -> list[tuple[str, str]]:
+        """Return emoji and nick of each reaction to a message."""
+        self.flush()
+        query = "SELECT emoji, name FROM reactions WHERE owner = ? AND id = ? LIMIT ?"
+        return self.db.execute(query, [self.owner, id, REACTIONS_SHOWN]).fetchall()
 
     def rename(self, old: str, new: str) -> None:
         change = "UPDATE OR REPLACE {} SET {} = ? WHERE owner = ? AND {} = ?"
@@ -12767,30 +13247,43 @@ class ClientStore:
 
     @staticmethod
     def _view(row: tuple) -> View:
-        number, kind, text, name, place, when, mine, called, id, own_id = row
+        number, kind, text, name, place, when, mine, called, id, own_id, reply = row
         return View(
             *(kind, text, name, place, when, bool(mine), bool(called)),
             past=True,
             id=id,
             own_id=own_id,
             number=number,
+            reply=reply,
         )
+
+    def _position(self, view: View) -> tuple[int, int]:
+        """Return time and number of a message, which say where it stands among others."""
+        query = "SELECT max(number) FROM messages WHERE owner = ? AND id = ? AND id <> ''"
+        known = self.db.execute(query, [self.owner, view.id]).fetchone()[0]
+        return view.time or 0, view.number or known or LAST_NUMBER
 
     @or_nothing
     def page(self, key: str, count: int, before: View | None = None) -> list[View]:
         """Return the last messages of a conversation, or those before a view, in order."""
         self.flush()
-        when, number = LAST_MOMENT, 0
-        if before is not None:
-            when = before.time or 0
-            query = "SELECT max(number) FROM messages WHERE owner = ? AND id = ? AND id <> ''"
-            known = self.db.execute(query, [self.owner, before.id]).fetchone()[0]
-            number = before.number or known or LAST_NUMBER
+        when, number = self._position(before) if before else (LAST_MOMENT, 0)
         query = f"""
             SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? AND room = ?
             AND (time < ? OR (time = ? AND number < ?)) ORDER BY time DESC, number DESC LIMIT ?"""
         rows = self.db.execute(query, [self.owner, key, when, when, number, count]).fetchall()
         return [self._view(row) for row in reversed(rows)]
+
+    @or_nothing
+    def page_after(self, key: str, count: int, after: View) -> list[View]:
+        """Return the messages of a conversation that follow on a view, in order."""
+        self.flush()
+        when, number = self._position(after)
+        query = f"""
+            SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? AND room = ?
+            AND (time > ? OR (time = ? AND number > ?)) ORDER BY time, number LIMIT ?"""
+        rows = self.db.execute(query, [self.owner, key, when, when, number, count]).fetchall()
+        return [self._view(row) for row in rows]
 
     @or_nothing
     def find(self, words: str, count: int, key: str | None = None) -> list[View]:
@@ -12819,6 +13312,15 @@ class ClientStore:
         rows.sort(key=lambda row: (row[5], row[0]))
         return [self._view(row) for row in rows[-count:]]
 
+    def message(self, id: str) -> View | None:
+        """Return the message with this id, if it is kept."""
+        query = f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? AND id = ?"
+        try:
+            row = self.db.execute(query, [self.owner, id]).fetchone()
+        except sqlite3.OperationalError:  # locked
+            row = None
+        return self._view(row) if row else None
+
     @or_nothing
     def has(self, id: str) -> bool:
         """Return whether the message with this id is kept."""
@@ -12838,18 +13340,22 @@ class ClientStore:
 
     def keep_room(self, key: str, room: Room) -> None:
         values = (key, room.name, room.password, room.is_channel, room.wanted, room.draft)
-        self.write("REPLACE INTO rooms VALUES (?, ?, ?, ?, ?, ?, ?)", self.owner, *values)
+        values += (room.muted, room.read_time)
+        marks = ", ".join("?" * (len(values) + 1))
+        self.write(f"REPLACE INTO rooms VALUES ({marks})", self.owner, *values)
 
     def forget_room(self, key: str) -> None:
         self.write("DELETE FROM rooms WHERE owner = ? AND key = ?", self.owner, key)
 
     def rooms(self) -> list[Room]:
         """Return the conversations that were open."""
-        query = "SELECT name, password, channel, wanted, draft FROM rooms WHERE owner = ?"
+        columns = "name, password, channel, wanted, draft, muted, read_time"
+        query = f"SELECT {columns} FROM rooms WHERE owner = ?"
         rooms = []
-        for name, password, channel, wanted, draft in self.db.execute(query, [self.owner]):
+        for name, password, channel, *rest in self.db.execute(query, [self.owner]):
             room = Room(name, password, bool(channel))
-            room.wanted, room.draft = bool(wanted), draft
+            room.wanted, room.draft, room.muted, room.read_time = rest
+            room.wanted, room.muted = bool(room.wanted), bool(room.muted)
             rooms.append(room)
         return rooms
 
@@ -14640,7 +15146,8 @@ class Journal:
         if isinstance(secret := record.get("secret"), str):
             self.secret = secret
         if isinstance(record.get("say"), list):
-            one = Waiting(*record["say"][:4])
+            reply = "".join(map(str, record["say"][5:6]))
+            one = Waiting(*record["say"][:4], reply=reply if reply.isprintable() else "")
             if not all(isinstance(value, str) and value.isprintable() for value in one[:2]):
                 return
             one.text.encode()  # raises ValueError for half a character
@@ -14957,14 +15464,27 @@ class Link:
 
         self.helpers.submit(self, job, done)
 
-    def typed(self, text: str) -> None:
-        """Take a line that the user entered."""
+    def typed(self, text: str, room: Room | None = None, reply: str = "") -> None:
+        """Take a line that the user entered: see ClientCore.typed()."""
         if self.doubted and text.strip() == "/trust":
             return self._trust()
-        self._carry_on(self.core.typed(text))
+        self._carry_on(self.core.typed(text, room, reply))
         if self.core.wants_connection:
             self.core.wants_connection = False
             self.reconnect()
+
+    def typing(self, room: Room | None, text: str) -> None:
+        """Tell the others in a conversation that the user has typed so far; a command, or
+        nothing, is not told."""
+        if room is not None:
+            tells = text.strip() and not text.startswith("/")
+            self.core.typing(room, "active" if tells else "done")
+            self.poke()
+
+    def poke(self) -> None:
+        """Send what a call of a screen on the core has brought about."""
+        self.core.flush()
+        self._carry_on([])
 
     def reconnect(self) -> None:
         """Connect now, whatever was waited for."""
@@ -15924,6 +16444,7 @@ class Look(NamedTuple):
     columns: int = 80
     here: str = ""  # the conversation that it is shown in
     clock: str = "%H:%M"  # how times are shown
+    answered: Callable[[View], str] = lambda view: ""  # what a message answers, in words
 
 
 def moment_of(view: View) -> datetime.datetime:
@@ -15953,7 +16474,11 @@ def said_lines(view: View, look: Look) -> list[str]:
     first, *others = (palette.paint(line, *[1] * loud) for line in view.text.split("\n"))
     head = palette.dim(clock + where) + palette.loud(mark) + palette.name(view.name)
     indent = " " * min(width(f"{clock}{where}{mark}{view.name}: "), look.columns // 3)
-    return [f"{head}: {first}", *(indent + line for line in others)]
+    lines = [f"{head}: {first}", *(indent + line for line in others)]
+    if view.reply and (words := visible(look.answered(view))):
+        told = cut_to(f"answers {words}", look.columns - width(clock) - 1)
+        lines.insert(0, palette.dim(" " * width(clock) + told))
+    return lines
 
 
 def noticed_lines(view: View, look: Look) -> list[str]:
@@ -16290,6 +16815,17 @@ def complete_line(core: ClientCore, before: str, word: str) -> list[str]:
     return completions(word, first, (name for name in names if not is_channel(name)), rooms)
 
 
+def typing_text(names: Iterable[str]) -> str:
+    """Return in words who is typing; "" if no other user is."""
+    first, *rest = [*names, ""]
+    others = optional(*rest)
+    if not first:
+        return ""
+    if not others:
+        return f"{first} is typing"
+    return f"{first} and {others[0] if len(others) == 1 else f'{len(others)} others'} are typing"
+
+
 def notification(how: str, view: View) -> str:
     """Return what tells a terminal's desktop of a message: OSC 9 (iTerm2), 777 (urxvt)."""
     text = visible(cut(f"{view.name}: {view.text}", FITS_ALWAYS)).replace(";", ",")
@@ -16326,17 +16862,22 @@ class Display:
 
     def _read(self) -> Reader:
         look = Look(self.palette, self.painter.columns, clock=self.core.setting("time"))
+        look = look._replace(answered=self.core.answered_words)
         return Reader(self.room, look, self.painter.rows - 2)
 
     # What there is to show
 
     def take(self, views: Iterable[View]) -> None:
         for view in views:
-            if view.called and not (view.past or view.mine):
+            if view.called and not (view.past or view.mine or self._is_muted(view)):
                 self.bell |= self.core.setting("bell") == "on"
                 self.notice = notification(self.core.setting("notify"), view)
             if handler := self.TAKEN.get(view.kind):
                 handler(self, view)
+
+    def _is_muted(self, view: View) -> bool:
+        room = self.core.find(view.where)
+        return room is not None and room.muted
 
     def keep(self, view: View, room: Room | None = None) -> None:
         """In a conversation, unless the core has put it there."""
@@ -16360,6 +16901,13 @@ class Display:
     def _take_cleared(self, view: View) -> None:
         self.reader.shown = self.reader.total
         self.cleared = True
+
+    def _take_reacted(self, view: View) -> None:
+        """A reaction, in words."""
+        known = self.core.answered_words(view._replace(reply=view.id))
+        verb = "reacted" if view.number > 0 else "takes back"
+        text = f"{view.name} {verb} {view.text} to {cut(known, REACTED_BYTES)}"
+        self.keep(View(TOLD, text, where=view.where))
 
     def _take_failed(self, view: View) -> None:
         """There, and here."""
@@ -16399,6 +16947,7 @@ class Display:
         NOTICED: _take_said,
         FOUND: _take_found,
         REMOVED: _take_removed,
+        REACTED: _take_reacted,
         CLEARED: _take_cleared,
         CAME: keep,
         WENT: keep,
@@ -16436,6 +16985,7 @@ class Display:
             ("away" * bool(core.away), (33,)),
             (f"{waiting:,} waiting" if waiting else "", (33,)),
             *self._reading(),
+            (typing_text(map(visible, room.typing)), (36,)),
             (visible(room.name) + people + f" ({rank})" * bool(rank), (1,)),
             *room_marks([*self.core.rooms.values(), *self.elsewhere()], room),
             (self.server, (2,)),
@@ -16723,6 +17273,141 @@ class Client:
         return self.reason
 
 
+class Seat:
+    """A server of a client that talks to several: its core, its link, and its screen."""
+
+    core: ClientCore
+    link: Link
+    screen: Any = None
+
+
+class ManyServers(Client):
+    """The base of the clients with a screen. One server is looked at: `seat`, whose core and
+    link are also this client's."""
+
+    def __init__(self, options: ClientOptions):
+        super().__init__(options)
+        self.store = self.core.store  # has the list of the other servers
+        self.seats: list[Seat] = []
+        self.cores: list[ClientCore] = []  # of all servers that there were
+        self.quitting = False  # all of them
+        self.seat = Seat()
+        self.seat.core, self.seat.link = self.core, self.link
+        self._take_seat(self.seat)
+        self.link.show = functools.partial(self.show_of, self.seat)
+        self.link.over = functools.partial(self.seat_over, self.seat)
+
+    # For the subclass
+
+    def screen_for(self, seat: Seat) -> Any:
+        """Return what this client keeps for the screen of a server."""
+
+    def show_of(self, seat: Seat, views: list[View]) -> None:
+        """Show the views of a server, which is perhaps not looked at."""
+        raise NotImplementedError
+
+    def seats_changed(self) -> None:
+        """A server was added, removed, or is looked at now."""
+
+    # Servers
+
+    def _take_seat(self, seat: Seat) -> None:
+        self.seats.append(seat)
+        self.cores.append(seat.core)
+        seat.screen = self.screen_for(seat)
+        self.seats_changed()
+
+    def open_others(self) -> None:
+        """Connect to the other servers of the last time."""
+        first = self.seat
+        for url in json.loads(self.store.fact("servers") or "[]"):
+            self.connect(url)
+        self.look_at(first)
+
+    def connect(self, words: str, **more: Any) -> None:
+        """/connect [URL [NICK]]: another server, beside those that there are; or which there
+        are. More options are those of ClientOptions."""
+        url, _, name = words.strip().partition(" ")
+        if not url:
+            targets = ", ".join(str(seat.link.target) for seat in self.seats)
+            return self.show([View(NOTE, f"connected to: {targets}; /connect URL adds one")])
+        try:
+            target = parse_target(url)
+            known = (seat for seat in self.seats if str(seat.link.target) == str(target))
+            if (seat := next(known, None)) is not None:
+                return self.look_at(seat)
+            seat = self._dial_other(target, name.strip(), more)
+        except ChatError as error:
+            return self.show([View(NOTE, str(error))])
+        self._take_seat(seat)
+        seat.link.start()
+        self.keep_servers()
+        return self.look_at(seat)
+
+    def _dial_other(self, target: Target, name: str, more: dict[str, Any]) -> Seat:
+        """Return a seat of another server. The secrets of the first one are not for this one."""
+        usual = {"join": (), "password": "", "login": None, "lobby": False}
+        usual |= {"trust": Trust(self.options.trust.ca), "name": name or self.options.name}
+        options = self.options._replace(target=target, **usual | more)
+        seat = Seat()
+        show, over = (functools.partial(act, seat) for act in (self.show_of, self.seat_over))
+        seat.core, seat.link = self.dial(options, show, over)
+        return seat
+
+    def disconnect(self) -> None:
+        """/disconnect: leave the server that is looked at."""
+        if len(self.seats) == 1:
+            return self.show([View(NOTE, "this is the only server; /quit leaves")])
+        return self.seat.link.leave(at_once=True)
+
+    def keep_servers(self) -> None:
+        """Remember which servers to connect to at the next start, and with which nick."""
+        others = (seat for seat in self.seats if seat.core.store is not self.store)
+        urls = [f"{url_of(seat.link.target)} {seat.core.wanted_name}" for seat in others]
+        self.store.keep_fact("servers", json.dumps(urls))
+        self.store.flush()
+
+    def look_at(self, seat: Seat) -> None:
+        """Look at the conversations on another server."""
+        if seat is self.seat:
+            return
+        self.core.looked_at = False
+        self.seat, self.core, self.link = seat, seat.core, seat.link
+        self.core.looked_at = True
+        if self.core.current and self.core.reads_at_once:
+            self.core.mark_read(self.core.current)
+        self.seats_changed()
+
+    def seat_over(self, seat: Seat, reason: str) -> None:
+        """The end of one server; of the last one, the end."""
+        if len(self.seats) == 1:
+            return self.over(reason)
+        seat.core.close_store()
+        if seat.core.outbox.journal:
+            seat.core.outbox.journal.close()
+        if seat is self.seat:
+            self.look_at(next(one for one in self.seats if one is not seat))
+        self.seats.remove(seat)
+        if self.quitting:
+            return None
+        self.keep_servers()
+        self.seats_changed()
+        if waiting := len(seat.core.outbox.waiting):
+            reason += f"; {counted(waiting, 'message')} waiting, to be sent the next time"
+        return self.show([View(NOTE, f"{seat.link.target}: {reason.removeprefix('; ') or 'left'}")])
+
+    def leave(self, reason: str = "") -> None:
+        """The servers hear us out, for as long as that is bearable."""
+        self.loop.call_later(STOP_SECONDS, lambda: self.over(""))
+        self.quitting = True
+        for seat in list(self.seats):
+            seat.link.leave(at_once=True, reason=reason)
+
+    def ending(self) -> None:
+        for seat in self.seats:
+            seat.core.close_store()
+
+
 def filter_lines(view: View) -> list[str]:
     """Return the lines that the workshop's client prints. Our own words are not among them."""
     if view.line:
@@ -16868,31 +17553,15 @@ def with_keys(view: View) -> View:
     return view._replace(text="\n".join([view.text, "", *CLIENT_KEYS]))
 
 
-class Seat(NamedTuple):
-    """A server of a terminal client: its core, its link and its display."""
-
-    core: ClientCore
-    link: Link
-    display: Display
-
-
-class TerminalClient(Client):
-    """A terminal and links: keys to the ones, views to the other. One server is looked at;
-    core, link and display are those of that one."""
+class TerminalClient(ManyServers):
+    """A terminal and links: keys to the ones, views to the other. The screen of a server is a
+    Display; `display` is that of the one that is looked at."""
 
     def __init__(self, options: ClientOptions):
-        super().__init__(options)
         self.terminal = RawTerminal()
         self.palette = Palette(not os.environ.get("NO_COLOR"))
-        self.seats: list[Seat] = []
-        self.cores: list[ClientCore] = []  # of all servers that there were
-        self.quitting = False  # all of them
-        self.store = self.core.store  # has the list of the other servers
-        self._take_seat(self.core, self.link)
-        first = list(self.seats)
-        self.link.show = functools.partial(self.show_of, first)
-        self.link.over = functools.partial(self.seat_over, first)
-        self.display = first[0].display
+        super().__init__(options)
+        self.display: Display = self.seat.screen
         self.decoder = KeyDecoder()
         self.editor = LineEditor(self.complete)
         self.pressed = self.news = True  # there is something to paint: at once, or soon
@@ -16920,9 +17589,7 @@ class TerminalClient(Client):
         atexit.register(self.give_back)
         self.terminal.enter()
         self.tick()
-        for url in json.loads(self.core.store.fact("servers") or "[]"):
-            self.connect(url)
-        self.look_at(self.seats[0])
+        self.open_others()
         self.editor.set(self.writing_in.draft if self.writing_in else "")
         try:
             reason = super().run()
@@ -16937,19 +17604,18 @@ class TerminalClient(Client):
     def ending(self) -> None:
         if self.writing_in and not is_secret(self.editor.text):
             self.writing_in.draft = self.editor.text
-        for seat in self.seats:
-            seat.core.close_store()
+        super().ending()
 
     # Servers
 
-    def _take_seat(self, core: ClientCore, link: Link) -> None:
-        display = Display(core, self.palette, *self.terminal.size())
-        self.seats.append(Seat(core, link, display))
-        self.cores.append(core)
+    def screen_for(self, seat: Seat) -> Display:
+        return Display(seat.core, self.palette, *self.terminal.size())
+
+    def seats_changed(self) -> None:
+        several = len(self.seats) > 1
         for seat in self.seats:
-            several = len(self.seats) > 1
-            seat.display.server = str(seat.link.target) if several else ""
-            seat.display.elsewhere = functools.partial(self.rooms_besides, seat)
+            seat.screen.server = str(seat.link.target) if several else ""
+            seat.screen.elsewhere = functools.partial(self.rooms_besides, seat)
 
     def rooms_besides(self, here: Seat) -> list[Room]:
         """Return the conversations on the other servers."""
@@ -16957,59 +17623,12 @@ class TerminalClient(Client):
             room for seat in self.seats if seat is not here for room in seat.core.rooms.values()
         ]
 
-    @property
-    def seat(self) -> Seat:
-        return next(seat for seat in self.seats if seat.core is self.core)
-
-    def connect(self, text: str) -> None:
-        """/connect [URL]: another server, beside those that there are; or which there are."""
-        if not text:
-            targets = ", ".join(str(seat.link.target) for seat in self.seats)
-            return self.show([View(NOTE, f"connected to: {targets}; /connect URL adds one")])
-        try:
-            target = parse_target(text)
-            known = (seat for seat in self.seats if str(seat.link.target) == str(target))
-            if (seat := next(known, None)) is not None:
-                return self.look_at(seat)
-            trust = Trust(self.options.trust.ca)
-            options = self.options._replace(
-                target=target, join=(), password="", login=None, trust=trust, lobby=False
-            )
-            room: list[Seat] = []  # the seat, once there is one
-            core, link = self.dial(
-                options,
-                lambda views: self.show_of(room, views),
-                lambda reason: self.seat_over(room, reason),
-            )
-        except ChatError as error:
-            return self.show([View(NOTE, str(error))])
-        self._take_seat(core, link)
-        room.append(self.seats[-1])
-        link.start()
-        self.keep_servers()
-        return self.look_at(self.seats[-1])
-
-    def disconnect(self) -> None:
-        """/disconnect: leave the server that is looked at."""
-        if len(self.seats) == 1:
-            return self.show([View(NOTE, "this is the only server; /quit leaves")])
-        return self.seat.link.leave(at_once=True)
-
-    def keep_servers(self) -> None:
-        """Remember which servers to connect to at the next start."""
-        others = (seat.link.target for seat in self.seats if seat.core.store is not self.store)
-        self.store.keep_fact("servers", json.dumps([url_of(target) for target in others]))
-        self.store.flush()
-
     def look_at(self, seat: Seat) -> None:
-        """Look at the conversations on another server."""
-        if seat.core is self.core:
+        before = self.display
+        super().look_at(seat)
+        if seat.screen is before:
             return
-        before, self.core.looked_at = self.display, False
-        self.core, self.link, self.display = seat
-        self.core.looked_at = True
-        if self.core.current:
-            self.core.current.unread = self.core.current.called = 0
+        self.display = seat.screen
         self.display.whole, self.display.seen, self.display.paged = True, None, before.paged
         self.display.painter.drawn = before.painter.drawn
         self.display.resize(*self.terminal.size())
@@ -17017,34 +17636,14 @@ class TerminalClient(Client):
         self.change_drafts()
         self.pressed = self.news = True
 
-    def show_of(self, room: list[Seat], views: list[View]) -> None:
-        """Take the views of a server that is perhaps not looked at."""
-        if not room or room[0].core is self.core:
+    def show_of(self, seat: Seat, views: list[View]) -> None:
+        if seat is self.seat:
             return self.show(views)
-        (seat,) = room
-        seat.display.take(views)
-        self.display.bell |= seat.display.bell
-        self.display.notice += seat.display.notice
-        seat.display.bell, seat.display.notice = False, ""
+        seat.screen.take(views)
+        self.display.bell |= seat.screen.bell
+        self.display.notice += seat.screen.notice
+        seat.screen.bell, seat.screen.notice = False, ""
         self.news = True
-
-    def seat_over(self, room: list[Seat], reason: str) -> None:
-        """The end of one server; of the last one, the end."""
-        (seat,) = room
-        if len(self.seats) == 1:
-            return self.over(reason)
-        seat.core.close_store()
-        if seat.core.outbox.journal:
-            seat.core.outbox.journal.close()
-        if seat.core is self.core:
-            self.look_at(next(one for one in self.seats if one is not seat))
-        self.seats.remove(seat)
-        if self.quitting:
-            return None
-        self.keep_servers()
-        if waiting := len(seat.core.outbox.waiting):
-            reason += f"; {counted(waiting, 'message')} waiting, to be sent the next time"
-        return self.show([View(NOTE, f"{seat.link.target}: {reason.removeprefix('; ') or 'left'}")])
 
     def tick(self) -> None:
         """Once a second: the status may say another number now."""
@@ -17084,6 +17683,7 @@ class TerminalClient(Client):
                 self.editor.refused = ""
         if self.editor.left:
             self.leave()
+        self.link.typing(self.core.current, self.editor.text)
         self.pressed = True
 
     def enter(self, text: str) -> None:
@@ -17109,7 +17709,7 @@ class TerminalClient(Client):
         return [
             (seat, room)
             for seat in self.seats
-            for room in seat.core.rooms.values() or [seat.display.nowhere]
+            for room in seat.core.rooms.values() or [seat.screen.nowhere]
         ]
 
     def list_rooms(self) -> None:
@@ -17121,13 +17721,6 @@ class TerminalClient(Client):
             server = seat
             listed.append(f"{head}{n} {room.name or '(no conversation)'}{new}")
         self.show([View(NOTE, ", ".join(listed) or "there is none; /join #CHANNEL")])
-
-    def leave(self, reason: str = "") -> None:
-        """The server hears us out, for as long as that is bearable."""
-        self.loop.call_later(STOP_SECONDS, lambda: self.over(""))
-        self.quitting = True
-        for seat in list(self.seats):
-            seat.link.leave(at_once=True, reason=reason)
 
     def interrupt(self) -> None:
         """Ctrl-C: forget the line, which Up brings back; without one ask, and then leave. One
