@@ -9095,7 +9095,7 @@ def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[st
         verbs = (*client_command, *CLIENT_ALIASES)
         return sorted(f"/{verb} " for verb in verbs if len(verb) > 1 and verb.startswith(word[1:]))
     if word[:1] == "#":
-        return [f"{room} " for room in rooms if room.startswith(word)]
+        return [f"{room} " for room in rooms if fold(room).startswith(fold(word))]
     end = ": " if first else " "
     return [name + end for name in names if fold(name).startswith(fold(word))]
 
@@ -9245,7 +9245,7 @@ class ServerProfile:
 
     @property
     def pages(self) -> bool:
-        """It can tell what was said, and has ids for it."""
+        """The server has CHATHISTORY, with ids of messages."""
         return {"draft/chathistory", "batch", "message-tags", "server-time"} <= self.enabled
 
     @property
@@ -9484,7 +9484,7 @@ class Room:
         return next((view.id for view in self.views if view.id and view.kind != FOUND), "")
 
     def hold(self, view: View) -> None:
-        """Keep what comes until what was said before it is there."""
+        """Hold a view until older messages have come."""
         self.held.append(view)
         if len(self.held) > VIEWS_KEPT:
             self.held, self.spilled = [], True
@@ -9632,7 +9632,7 @@ class PlainTalk:
             outbox.arrived(one.id)  # or never will: such a server does not tell
 
     def do_without(self, *values: Any) -> None:
-        """There is nothing of that in this protocol."""
+        """Do nothing: the line protocol has no such thing."""
 
     tick = bye = ping = forget = acknowledged = renamed = watch = do_without
 
@@ -9675,7 +9675,7 @@ UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time at which history was asked
 
 
 class Asked(NamedTuple):
-    """History that is on its way."""
+    """A request for history whose answer is still to come."""
 
     where: str
     # "last": what was said before we came. "missed": behind the mark, page by page. "gap":
@@ -9819,7 +9819,7 @@ def page_missed(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> N
 
 
 def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
-    """The newest first: if there was more, what is shown begins with this page."""
+    """Take the newest page of missed messages. If there were more, the rows begin with it."""
     size = sum(len(view.text.encode()) for view in views)
     if len(views) >= limit or size > PAGE_BYTES // 2:
         room.views.clear()
@@ -9841,7 +9841,7 @@ def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None
 
 
 def page_older(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
-    """In front of what is there. A page of which nothing can be seen is not the end."""
+    """Put older messages before the first row. A page of nothing visible is not the end."""
     core, shown = talk.core, {identity_of(view) for view in room.views}
     before = room.paged.id if room.paged else room.oldest
     room.whole = not views or (bool(views[0].id) and views[0].id == before)
@@ -9943,7 +9943,8 @@ class IrcTalk:
 
     @property
     def order(self) -> Callable[[Waiting], bool] | None:
-        """A pipe's lines keep their order also where a JOIN is slow."""
+        """Return which messages hold up later ones: a pipe keeps its order also where a JOIN is
+        slow; a person does not wait."""
         return None if self.core.tidy else self.waits
 
     @property
@@ -9952,7 +9953,7 @@ class IrcTalk:
 
     @property
     def doubts(self) -> bool:
-        """It may say twice what is sent to it twice."""
+        """The server may say a message twice that is sent to it twice."""
         return not self.server.repeatable
 
     # Out
@@ -10074,7 +10075,7 @@ class IrcTalk:
         self.core.output.append(self.ping_line(f"{next(self.labels)}"))
 
     def tick(self) -> None:
-        """Once a second: what has been waited for too long."""
+        """Once a second: wait no longer for answers that do not come."""
         now = self.core.ticks()
         if not self.introduced and now - self.began > CAP_SECONDS:
             self.introduce()
@@ -10249,7 +10250,7 @@ class IrcTalk:
             self.send("MONITOR", "+", ",".join(names[:WATCHED]))
 
     def name_is_free(self, name: str) -> None:
-        """Take the wanted name, if it is that one."""
+        """Take this name if it is the wanted one."""
         core = self.core
         wanted = clean_name(core.wanted_name)
         if core.regain and core.fold(name) == core.fold(wanted) and not core.is_me(name):
@@ -10610,7 +10611,7 @@ def keep_login(core: "ClientCore") -> None:
 
 
 def renew_login(core: "ClientCore") -> None:
-    """The one that was proposed is valid now."""
+    """Use the proposed password from now on: the server accepted it."""
     if core.me.proposed:
         core.me.login, core.me.proposed = core.me.proposed, None
         core.me.account = core.me.login.account
@@ -10619,7 +10620,7 @@ def renew_login(core: "ClientCore") -> None:
 
 
 def forget_login(core: "ClientCore") -> None:
-    """There is no such account, or not with that password."""
+    """Drop the log-in: there is no such account, or not with that password."""
     core.me.proposed, core.me.login = None, None
     if core.me.generated:
         core.me.generated = False
@@ -10675,7 +10676,7 @@ def logged_in(talk: IrcTalk, heard: Heard) -> None:
 
 
 def come_another_time(talk: IrcTalk, why: str) -> None:
-    """Not as another user, who would say everything once more."""
+    """Hang up and try again later: as another user we would send everything again."""
     talk.core.refuse(why, TEMPORARY)
     talk.bye("")
 
@@ -10720,7 +10721,7 @@ def try_name(talk: IrcTalk, heard: Heard, most: int, candidate: Callable[[int], 
 
 @from_server("433", "436", "437", least=2)
 def name_is_taken(talk: IrcTalk, heard: Heard) -> None:
-    """The server shows how much of a name it keeps."""
+    """Try NAME2, NAME3 and so on. A name that comes back cut shows how long one may be."""
     name, shown = clean_name(talk.core.wanted_name), heard.params[1]
     if len(shown) < len(talk.core.name) and talk.core.name.startswith(shown):
         talk.nick_bytes = len(shown)
@@ -10736,7 +10737,8 @@ def name_is_taken(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("432", least=1)
 def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
-    """Here: other servers allow less in a name than ours."""
+    """Try the name with only letters and digits, shorter ones, then a guest name: other servers
+    allow less in a name than ours."""
     name, guest = clean_name(talk.core.wanted_name), f"guest{random.randrange(1000)}"
     plain = re.sub(r"[^A-Za-z0-9_-]", "", name).lstrip("0123456789-")
     letters = re.sub(r"[^A-Za-z]", "", name)
@@ -10844,8 +10846,9 @@ def error_told(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("464", "465", "466", least=1)
 def not_let_in(talk: IrcTalk, heard: Heard) -> None:
-    tell_rest(talk, heard)
-    if not talk.ready:
+    if talk.ready:
+        tell_rest(talk, heard)
+    else:
         talk.core.dismissed = True  # some servers leave it to us to hang up
         advice = "; /pass PASSWORD gives it" if heard.verb == "464" and talk.core.tidy else ""
         talk.core.refuse(heard.params[-1] + advice, NEEDS_USER)
@@ -10981,7 +10984,7 @@ def motd_told(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("303", least=2)
 def present_told(talk: IrcTalk, heard: Heard) -> None:
-    """Which of the names that were asked for are taken."""
+    """ISON: take the wanted name if it is free."""
     wanted = clean_name(talk.core.wanted_name)
     if talk.core.fold(wanted) not in map(talk.core.fold, heard.params[1].split()):
         talk.name_is_free(wanted)
@@ -11079,7 +11082,7 @@ def message_came(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("CHATHISTORY", least=3)
 def missed_in_a_talk(talk: IrcTalk, heard: Heard) -> None:
-    """One of the places where something was said meanwhile."""
+    """TARGETS names a private conversation with messages that we missed: ask for them."""
     name = heard.params[1]
     asked = any(one.how == "targets" for one in talk.asked)
     if talk.server.is_channel(name) or not asked or len(talk.asked) > TARGETS_ASKED:
@@ -11148,7 +11151,7 @@ def user_joined(talk: IrcTalk, heard: Heard) -> None:
 
 
 def user_went(talk: IrcTalk, room: Room, heard: Heard, name: str, why: str = "") -> None:
-    """Out of one room; perhaps it was us."""
+    """Take a user, perhaps us, out of one conversation."""
     core = talk.core
     room.people.pop(name, None)
     if core.is_me(name):
@@ -11181,6 +11184,7 @@ def user_quit(talk: IrcTalk, heard: Heard) -> None:
     if (room := core.find(heard.name)) and not room.is_channel:
         why = f": {heard.params[0]}" if heard.params and heard.params[0] else ""
         core.happened(room, View(TOLD, f"{heard.name} has left{why}", where=room.name))
+        room.gone = True  # MONITOR tells it, too
     core.forget_person(heard.name)
     talk.name_is_free(heard.name)
 
@@ -11353,7 +11357,7 @@ def invited(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("REDACT", least=2)
 def taken_back(talk: IrcTalk, heard: Heard) -> None:
-    """Also what is still on its way: in a page, or held behind one."""
+    """Remove a message that was taken back, also one that is still to come in a page."""
     core, (where, id) = talk.core, heard.params[:2]
     core.remove(id)
     name = where if talk.server.is_channel(where) or core.is_me(heard.name) else heard.name
@@ -11434,7 +11438,7 @@ class Rooms(dict[str, Room]):
 
 
 def wanted_rooms(join: Iterable[str], fold: Callable[[str], str] = fold) -> Rooms:
-    """Each is a channel, and perhaps its password behind a blank; # may be left out."""
+    """Return the conversations of --join: "#a", or "#a PASSWORD"; the # may be left out."""
     names = [words.split() for words in join if words.split()]
     rooms = Rooms()
     for name, *password in names:
@@ -11671,6 +11675,16 @@ class ForScreens:
         self.keep_room(room)
         self.changed(room)
 
+    def move(self, room: Room, place: int) -> None:
+        """Put a conversation at another place in their order, from 0."""
+        rooms = [one for one in self.rooms.values() if one is not room]
+        rooms.insert(place, room)
+        self.rooms.clear()
+        self.rooms.update((self.fold(one.name), one) for one in rooms)
+        for one in rooms:
+            self.keep_room(one)
+        self.changed(room)
+
     # Members
 
     def people(self, room: Room) -> list[Person]:
@@ -11861,7 +11875,8 @@ class ClientCore(ForScreens):
     def keep_room(self, room: Room) -> None:
         """Remember, or forget, that a conversation is open, and whether to join it again."""
         if self.store and self.fold(room.name) in self.rooms:
-            self.store.keep_room(self.fold(room.name), room)
+            place = list(self.rooms).index(self.fold(room.name))
+            self.store.keep_room(self.fold(room.name), room, place)
         elif self.store:
             self.store.forget_room(self.fold(room.name))
 
@@ -11935,7 +11950,7 @@ class ClientCore(ForScreens):
 
     @property
     def ready(self) -> bool:
-        """The server has our name."""
+        """The server has welcomed us."""
         return self.talk is not None and self.talk.ready
 
     @property
@@ -12082,7 +12097,7 @@ class ClientCore(ForScreens):
         self.flush()
 
     def come_back(self, kind: str) -> None:
-        """As something else than what we took the server for."""
+        """Connect again, and speak another protocol."""
         self.kind, self.redial = kind, True
 
     def refuse(self, why: str, cause: str) -> None:
@@ -12283,7 +12298,7 @@ class ClientCore(ForScreens):
             self.mark_read(room)
 
     def rename(self, room: Room, name: str) -> None:
-        """It is called otherwise, and is in its place."""
+        """Rename a conversation. One that has this name already has ended, and goes."""
         old, other = self.fold(room.name), self.find(name)
         if other is not None and other is not room:  # a conversation that has ended
             self.rooms.pop(self.fold(name))
@@ -12353,7 +12368,7 @@ class ClientCore(ForScreens):
         self.progress += 1
 
     def timed(self, view: View, room: Room | None = None) -> View:
-        """So that it is known later, too, when that was, and where."""
+        """Return a view with its time and the id of its conversation."""
         when = int(self.clock() * 1000) if view.time is None else view.time
         return view._replace(time=when, room=room.id if room else view.room)
 
@@ -12362,18 +12377,26 @@ class ClientCore(ForScreens):
         self.show(View(ROOM, where=room.name, room=room.id))
 
     def happened(self, room: Room, view: View) -> None:
-        """Something else than a message, likewise."""
+        """Show what is no message, a join or a topic, or hold it behind pages."""
         view = self.timed(view, room)
         if room.held is not None:
             return room.hold(view)
         known = view.name in room.spoken or self.setting("fold") == "off"
         moved, when = view.kind in (CAME, WENT) and not known, view.time or 0
+        if not moved:
+            self.unfold(room, view.name)
         if moved and when - room.moved_at < MOVES_MS:
             room.moves.append(view)
         else:
             room.views.append(view)
             room.moved_at = when if moved else room.moved_at
         self.show(view)
+
+    def unfold(self, room: Room, name: str) -> None:
+        """Show the joins that wait to be one row, if this user is among them: else the row
+        would come behind what the user said, or behind a quit."""
+        if any(move.name == name for move in room.moves):
+            self.show(self._in_room(room.show_moves()))
 
     def knows(self, id: str) -> bool:
         """Return whether that message has come already; from now on it has."""
@@ -12400,6 +12423,7 @@ class ClientCore(ForScreens):
             return
         room.spoke(view.name)
         room.typing.pop(view.name, None)
+        self.unfold(room, view.name)
         view = self.timed(view, room)
         self.keep(view)
         room.views.append(view)
@@ -12417,7 +12441,7 @@ class ClientCore(ForScreens):
         return not view.mine and any(self.ignores(mask, source) for mask in self.ignored)
 
     def remove(self, id: str) -> None:
-        """Forget the words was taken back, and of one still on its way."""
+        """Remove a message that was taken back, also from the store, and one that is still to come."""
         remember(self.removed, id)
         if self.store:
             self.store.remove(id)
@@ -12426,7 +12450,7 @@ class ClientCore(ForScreens):
                 self.show(View(REMOVED, where=room.name, id=id))
 
     def release(self, room: Room) -> None:
-        """All that came before is here: now what has waited for it."""
+        """Show what was held while older messages were fetched."""
         held, room.held = room.held or [], None
         for view in held:  # also what the pages had: it may be the answer to one of ours
             (self.deliver if view.kind in (SAID, NOTICED) else self.happened)(room, view)
@@ -12446,7 +12470,7 @@ class ClientCore(ForScreens):
             self.show(View(FAILED, text, where=one.where, own_id=own_id))
 
     def park_all(self, room: Room, why: str) -> None:
-        """We are not in a channel: leave what is for it to the user."""
+        """Leave all messages for a channel that we are not in to the user."""
         for one in list(self.outbox.waiting.values()):
             if self.fold(one.where) == self.fold(room.name) and one.id not in self.outbox.parked:
                 self.park(one.id, "it may have arrived or not" if one.sent else why)
@@ -13064,6 +13088,7 @@ CREATE TABLE rooms (
     draft TEXT NOT NULL,
     muted INTEGER NOT NULL DEFAULT 0,
     read_time INTEGER NOT NULL DEFAULT 0,       -- milliseconds: what is older has been read
+    place INTEGER NOT NULL DEFAULT 0,           -- among the conversations, from 0
     PRIMARY KEY (owner, key)
 ) WITHOUT ROWID;
 CREATE TABLE reactions (
@@ -13089,6 +13114,7 @@ CLIENT_UPGRADE = """
 ALTER TABLE messages ADD COLUMN reply TEXT NOT NULL DEFAULT '';
 ALTER TABLE rooms ADD COLUMN muted INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE rooms ADD COLUMN read_time INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE rooms ADD COLUMN place INTEGER NOT NULL DEFAULT 0;
 CREATE TABLE reactions (owner INTEGER NOT NULL, id TEXT NOT NULL, emoji TEXT NOT NULL,
     name TEXT NOT NULL, PRIMARY KEY (owner, id, emoji, name)) WITHOUT ROWID;
 PRAGMA user_version = 2;
@@ -13338,9 +13364,9 @@ class ClientStore:
 
     # Conversations, ignored users, facts, settings
 
-    def keep_room(self, key: str, room: Room) -> None:
+    def keep_room(self, key: str, room: Room, place: int = 0) -> None:
         values = (key, room.name, room.password, room.is_channel, room.wanted, room.draft)
-        values += (room.muted, room.read_time)
+        values += (room.muted, room.read_time, place)
         marks = ", ".join("?" * (len(values) + 1))
         self.write(f"REPLACE INTO rooms VALUES ({marks})", self.owner, *values)
 
@@ -13350,7 +13376,7 @@ class ClientStore:
     def rooms(self) -> list[Room]:
         """Return the conversations that were open."""
         columns = "name, password, channel, wanted, draft, muted, read_time"
-        query = f"SELECT {columns} FROM rooms WHERE owner = ?"
+        query = f"SELECT {columns} FROM rooms WHERE owner = ? ORDER BY place"
         rooms = []
         for name, password, channel, *rest in self.db.execute(query, [self.owner]):
             room = Room(name, password, bool(channel))
@@ -15045,7 +15071,7 @@ NOT_SIGNED = "certificate verify failed"  # as OpenSSL says it
 
 
 class Memory:
-    """A small private file of JSON, by some name; None remembers nothing."""
+    """A private file of JSON; without a path nothing is kept."""
 
     def __init__(self, path: pathlib.Path | None):
         self.path = path
@@ -15069,7 +15095,8 @@ class Memory:
             written.replace(self.path)
 
     def keep(self, name: str, value: Any) -> None:
-        """The same for what must not be lost; None forgets it. Raises Unusable."""
+        """Write what must not be lost, and check that it is there; None removes it. Raises
+        Unusable."""
         if self.path.exists() and not self.read():
             raise Unusable(f"{self.path} is damaged; move it away")
         self.write(**{name: value})
@@ -15434,7 +15461,7 @@ class Link:
         trust = self.trust._replace(pin=self.pin, insecure=looking)
 
         def look_up() -> tuple[Any, list]:
-            """Also what TLS needs, since reading certificates takes a while."""
+            """Look up the addresses, and read certificates for TLS: both may take a while."""
             host, port = self.target.host, self.target.port
             context = trust.context() if self.target.tls else None
             return context, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -15455,7 +15482,7 @@ class Link:
         self.show([View(STATUS, text)])
 
     def later(self, job: Callable, then: Callable) -> None:
-        """For the core: a job off the loop."""
+        """Run a job of the core off the loop, then then(result) on it."""
 
         def done(result: Any) -> None:
             if not isinstance(result, Exception):
@@ -15675,7 +15702,8 @@ class Link:
         self._carry_on([])
 
     def _stand(self) -> None:
-        """We are where we want to be."""
+        """After each step of a session that stands: reset the back-off on progress, remember the
+        kind of server, send what waits, and leave if that is what the user wants."""
         if self.core.progress != self.progress:
             self.progress, self.backoff = self.core.progress, BACKOFF_FIRST
         if self.core.sure and self.core.kind != self.known_kind and not self.target.kind:
@@ -15695,7 +15723,7 @@ class Link:
     # A certificate that is not trusted
 
     def _doubt(self, fingerprint: str) -> None:
-        """Ask the user; a program would not know either."""
+        """Ask the user about a certificate that is not trusted; a pipe ends."""
         why, self.distrust, self.doubted = self.distrust, "", fingerprint
         text = f"the certificate of {self.target} {why}"
         if not self.asks:
@@ -15799,7 +15827,7 @@ class Link:
         self._end(self.core.refusal or reason)
 
     def _ask_user(self, reason: str) -> None:
-        """Nothing will change by itself."""
+        """Try no more, and tell the user what can be done."""
         why = f"{self.target}: {self.core.refusal or reason}"
         if not self.asks:
             return self._end(why)
@@ -15829,7 +15857,7 @@ class Link:
     }
 
     def _fail(self, reason: str) -> None:
-        """There is no point in trying again."""
+        """End the link for good."""
         self._end(reason)
         if self.conn:
             self.conn.drop(reason)
@@ -15956,8 +15984,7 @@ class KeyDecoder:
         if self.pasted is None:
             self.rest = ""
             return []
-        text, self.rest = PASTE_ENDS, ""
-        self.rest = text
+        self.rest = PASTE_ENDS
         return [key for key in [self._paste()] if key]
 
     def _next(self) -> Key | None:
@@ -16448,7 +16475,7 @@ class Look(NamedTuple):
 
 
 def moment_of(view: View) -> datetime.datetime:
-    """When it was, by the clock on this person's wall, as that was set then."""
+    """Return the local time of a view."""
     try:
         return datetime.datetime.fromtimestamp(view.time / 1000)
     except (TypeError, ValueError, OverflowError, OSError):  # no calendar has such a time
@@ -16880,7 +16907,7 @@ class Display:
         return room is not None and room.muted
 
     def keep(self, view: View, room: Room | None = None) -> None:
-        """In a conversation, unless the core has put it there."""
+        """Add a view to its conversation, unless the core has."""
         room = room or self.core.find(view.where) or self.room
         if view.kind in (CAME, WENT) and any(one is view for one in reversed(room.moves)):
             return  # they will be one row
@@ -16888,9 +16915,13 @@ class Display:
             room.views.append(self.core.timed(view))
 
     def _take_said(self, view: View) -> None:
-        """Show what belongs to no conversation where the user is: the core keeps the rest."""
+        """Show what belongs to no conversation where the user is: the core keeps the rest. What
+        the user says elsewhere is told here."""
+        room = self.core.find(view.where)
         if not view.where:
             self.keep(view, self.room)
+        elif view.mine and view.own_id and not view.id and room is not self.room:
+            self.keep(View(TOLD, f"you to {view.where}: {view.text}"), self.room)
 
     def _take_found(self, view: View) -> None:
         self.keep(view, self.room)
@@ -16910,7 +16941,7 @@ class Display:
         self.keep(View(TOLD, text, where=view.where))
 
     def _take_failed(self, view: View) -> None:
-        """There, and here."""
+        """Show a failure in its conversation, and in the one that is looked at."""
         self.keep(view)
         if self.core.find(view.where) not in (None, self.room):
             self.keep(view, self.room)
@@ -16995,7 +17026,7 @@ class Display:
         return [(text, colours) for text, colours in parts if text]
 
     def _reading(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Where in the past the person is."""
+        """Return the parts about scrollback, while the user reads back."""
         reader = self.reader
         if not reader.back:
             return []
@@ -17870,6 +17901,8 @@ class TerminalClient(ManyServers):
             return "/trust or /quit"
         if link.again:
             return f"reconnecting in {max(0, math.ceil(link.again.when - self.loop.now))} s"
+        if link.phase == WAITING:
+            return "not connected: /reconnect or /quit"
         return "" if self.core.ready else "connecting"
 
     def paint(self, last: bool = False) -> None:
@@ -18304,7 +18337,7 @@ def how_to_join(server: Server) -> str:
     for listener in server.listeners:
         host, port = listener.address
         where = address_text(host, port)
-        near = "this machine only; --listen 0.0.0.0:7000 for the network"
+        near = f"this machine only; --listen 0.0.0.0:{port} for the network"
         who = near if is_loopback(host) else "everybody who can reach this machine"
         lines.append(f"chat.py {VERSION} listens on {where} ({who})")
     host, port = server.listeners[0].address
@@ -18312,6 +18345,8 @@ def how_to_join(server: Server) -> str:
     elsewhere = "HOST" if host in ("0.0.0.0", "::") else host
     option = "" if default else f" --server {address_text(elsewhere, port)}"
     kept = server.store.path.parent if server.store.path else "memory only: gone when it ends"
+    if server.options.password:
+        lines.append("a password is needed: --password of the clients, /pass from netcat")
     lines += [
         f"history: {kept}",
         f"terminal: python3 chat.py client NAME{option}",

@@ -8947,7 +8947,7 @@ def test_a_store_of_the_version_before_is_taken_over(tmp_path):
     old = chat.CLIENT_TABLES.replace("user_version = 2", "user_version = 1")
     old = re.sub(r"CREATE TABLE reactions .*?;\n", "", old, flags=re.DOTALL)
     old = re.sub(r",\n    reply TEXT[^\n]*\n", "\n", old)
-    old = re.sub(r"    (muted|read_time) INTEGER[^\n]*\n", "", old)
+    old = re.sub(r"    (muted|read_time|place) INTEGER[^\n]*\n", "", old)
     db.executescript(old)
     db.execute("INSERT INTO owners VALUES (1, 'here', 'alice')")
     db.execute("INSERT INTO rooms VALUES (1, '#tea', '#tea', '', 1, 1, 'half')")
@@ -8975,6 +8975,67 @@ def test_other_servers_are_asked_for_nothing_that_they_do_not_take():
     assert not any(map(there.core.can, ("reply", "react", "typing", "redact")))
     there.core.typed("I answer", room, reply="1")  # still a message
     assert [line.rpartition(":")[2] for line in there.sent()][0] == "I answer"
+
+
+def test_joins_in_one_row_never_come_behind_what_their_users_did():
+    clock = [0.0]
+    there = Elsewhere(join=["#a"], clock=lambda: clock[0])
+    room = there.core.rooms["#a"]
+    there.hears(":eve!u@h JOIN #a", ":bot!u@h JOIN #a", ":bot!u@h PRIVMSG #a :done")
+    there.hears(":joe!u@h JOIN #a", ":bot!u@h PART #a", ":joe!u@h PART #a")
+    clock[0] = 61.0
+    there.sent(1)
+    rows = [view.text or f"{view.name} {view.kind}" for view in room.views]
+    assert rows == ["eve came", "bot came", "done", "bot went", "joe joined and left"]
+
+
+def test_a_message_to_another_conversation_is_told_where_the_user_looks():
+    desk = Desk()
+    desk.core.rooms["#lobby"].inside = True
+    desk.core.talk = types.SimpleNamespace(ready=True, pages=False, pump=chat.do_nothing)
+    desk.core.send("#rust", "shall we have tea?")
+    desk.tell(*desk.core.take_views())
+    assert "you to #rust: shall we have" in "\n".join(desk.screen.lines)
+    assert [view.text for view in desk.core.rooms["#rust"].views] == ["shall we have tea?"]
+    desk.core.send("#lobby", "no more than once")
+    desk.tell(*desk.core.take_views())
+    assert not any("you to #lobby" in line for line in desk.screen.lines)
+
+
+def test_conversations_keep_their_order_over_a_restart_also_one_that_the_user_gave_them():
+    alice, bob = two_screens()
+    alice.typed("/msg zoe hello")
+    alice.typed("/join #tea")
+    alice.typed("/join #a")
+    alice.core.close_store()
+    again = chat.ClientCore("alice", store=alice.core.store)
+    assert list(again.rooms) == ["#lobby", "zoe", "#tea", "#a"]
+    again.move(again.rooms["#a"], 1)
+    again.move(again.rooms["#lobby"], 3)
+    again.close_store()
+    third = chat.ClientCore("alice", store=alice.core.store)
+    assert list(third.rooms) == ["#a", "zoe", "#tea", "#lobby"]
+
+
+def test_a_user_who_leaves_is_told_once_where_the_server_has_monitor():
+    there = Elsewhere("MONITOR=100")
+    there.hears(":bob!u@h PRIVMSG alice :hi", ":bob!u@h QUIT :bye", "731 alice :bob")
+    assert there.kinds("told")[-1] == "bob has left: bye"
+    there.hears("730 alice :bob!u@h")
+    assert there.kinds("told")[-1] == "bob is here"
+
+
+def test_channels_are_completed_whatever_the_case():
+    assert chat.completions("#te", False, [], ["#TEa", "#rust"]) == ["#TEa "]
+
+
+def test_a_missing_password_is_told_once_with_the_way_out():
+    there = Elsewhere()
+    there.core.talk.ready = False
+    there.hears("464 alice :Password incorrect")
+    assert there.kinds("told") == ["you are alice"]
+    assert there.core.refusal == "Password incorrect; /pass PASSWORD gives it"
+    assert there.core.cause == chat.NEEDS_USER
 
 
 # Phases and causes
@@ -9277,8 +9338,8 @@ def test_who_comes_and_goes_in_a_minute_is_one_row_but_for_those_who_spoke():
     alice.hears(":u5!u@h QUIT :bye")
     alice.sent(62)
     rows = [view for view in alice.core.room.views if view.kind not in ("told", "note")]
-    assert [view.kind for view in rows] == ["came", "said", "went", "moved"]
-    assert rows[-1].text == (
+    assert [view.kind for view in rows] == ["came", "moved", "said", "went"]
+    assert rows[1].text == (
         "u1, u2, u5, u6, u7, u8, u9, u10, u11, u12 and 17 more joined; u3, u4 joined and left"
     )
     assert len([view for view in alice.views if view.kind in ("came", "went")]) == 33
