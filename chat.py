@@ -17,6 +17,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     STORE           accounts, states, history and its index in SQLite
     IRC DIALECT     every command of RFC 1459 and 2812, and IRCv3
     LINE DIALECT    the workshop's protocol and its slash commands
+    WEB DIALECT     HTTP and WebSocket: framers, answers, the handshake
     FIRST LINE      which dialect a connection speaks
     CLIENT CORE     a conversation as lines in and views out
     CLIENT STORE    what a client has seen, in SQLite
@@ -27,6 +28,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     TERMINAL        keys, line editor, what a screen shows
     CLI CLIENT      the terminal and the connection on one loop
     BENCH           a load generator on the same loop
+    PAGE            what a browser shows at the server's address
     MAIN            arguments and subcommands
 
 A dialect parses a line into an act; an act checks, changes the Hub and emits events; the turn
@@ -64,7 +66,8 @@ Glossary:
     parked    a message in it that waits for the user: /retry or /cancel
     profile   what a server can do, and how it compares names (CAP, 004, 005)
     link      a client core and its connection, kept up; the connection has one phase
-    seat      what the terminal has for each of its servers: core, link and display
+    seat      a server of a client with a screen: core, link and what its screen keeps
+    framer    takes lines, requests or frames out of the bytes of a connection
 """
 
 from __future__ import annotations
@@ -305,6 +308,16 @@ TYPING_MOST = 20  # users who type in one conversation
 NAMES_GREETED = 20  # who is here, told to a newcomer in one line
 NAMES_A_LINE = 100  # at 64 bytes each still well below LINE_BYTES
 
+HEAD_BYTES = 16 * 1024  # of a request of HTTP
+HEADERS_MOST = 100
+CHUNK_LINE_BYTES = 256  # the size of a chunk, and extensions that nothing is done with
+TRAILER_BYTES = 4 * 1024
+DISCARDED_BYTES = 64 * 1024  # of a body that is not wanted: else the connection is closed
+WEB_HEAD_SECONDS = 10.0  # from the first byte of a request to the end of its head
+WEB_IDLE_SECONDS = 15.0  # between requests, between pieces of a body, and without progress
+WEB_PER_ADDRESS = 256  # connections from one address that speak HTTP
+FRAMES_AT_ONCE = 64  # of a WebSocket that are looked at for one line
+FRAGMENTS_MOST = 1024  # frames of one message
 HELPER_THREADS = {"pages": 2, "passwords": 2, "mail": 1, "disk": 1}  # of each lane
 LOG_LINES = 1000  # that wait for standard error to be read ...
 LOG_FLUSH_SECONDS = 0.5  # ... and how long the end of the program waits for that
@@ -482,6 +495,10 @@ class TlsFailed(ChatError):
     """The other side does not speak TLS as we do, or is not who it should be."""
 
 
+def do_nothing(*_: Any) -> None:
+    """For hooks that are not used, and for timers that only want another turn."""
+
+
 # ======================================================================================
 # FRAMING
 # ======================================================================================
@@ -499,12 +516,14 @@ class LineBuffer:
     comes out as TOO_LONG once and is skipped.
     """
 
-    __slots__ = ("buffer", "ended", "limit", "lines", "searched", "skipping", "start")
+    __slots__ = ("buffer", "ended", "first", "limit", "lines", "searched", "skipping", "start")
+    out, closed, in_body = b"", False, False  # what other framers have
 
     def __init__(self, limit: int):
         self.limit = limit
         self.clear()
         self.ended = False
+        self.first = True  # nothing was taken: what follows may be no lines
 
     def clear(self) -> None:
         """Forget what has come and was not taken."""
@@ -529,6 +548,10 @@ class LineBuffer:
         """Return the oldest complete line; None when there is none."""
         if self.lines:
             return self.lines.pop()
+        if self.first:
+            line = self._take_long()
+            self.first = line is None
+            return line
         end = self.buffer.rfind(b"\n", self.start, self.start + min(self.limit, LINES_SPLIT))
         if end < 0:
             return self._take_long()
@@ -566,6 +589,10 @@ class LineBuffer:
             return True
         last = self.ended and self.buffer[self.start :] not in (b"", b"\r")
         return rest > self.limit + 1 or last
+
+    def rest(self) -> bytes:
+        """Return the bytes behind the first line."""
+        return self.buffer[self.start :]
 
     def finish(self) -> None:
         """The peer will send no more: what came after the last newline is a line too."""
@@ -1372,6 +1399,7 @@ class Connected(typing.Protocol):
 
     def named(self) -> None: ...  # registration is complete
     def charge(self, items: float) -> None: ...  # so much work, see WORK_PER_TOKEN
+    def upgrade(self, head: bytes, opcode: int) -> None: ...  # to a WebSocket, see WEB DIALECT
     def close(self) -> None: ...  # after what is queued
 
 
@@ -1417,6 +1445,8 @@ class ServerCalls(typing.Protocol):
     def restart(self, session: "LocalSession") -> None: ...
     def stop(self) -> None: ...
     def mail(self, address: str, name: str, code: str) -> None: ...  # off the loop
+    def trouble(self) -> str: ...  # what is wrong, "" if nothing is
+    def metrics(self) -> dict[str, tuple[str, str, float]]: ...  # kind, text and value by name
 
 
 class Site:
@@ -1436,8 +1466,10 @@ class Site:
         registration: frozenset[str] = frozenset(),
         sts: int = 0,
         flood: tuple[float, float] | None = (FLOOD_BURST, FLOOD_RATE),
+        web: Any = None,
     ):
         self.hub, self.store, self.server = hub, store, server
+        self.web = web  # settings of the web dialect
         # later(session, lane, job, then): job() off the loop, then(its result) on it; a job of
         # the lane PAGE_LANE reads the store
         self.later = later
@@ -2138,6 +2170,7 @@ class LocalSession(Session):
         *("site", "tries", "unfinished"),
     )
     accepts_partial_last_line = False  # of IRC, half a line is none
+    takes_lines = True  # and not requests
     probed = False  # whether the server asks its client now and then if it is there: probe()
 
     def __init__(self, site: Site, conn: Connected):
@@ -8953,6 +8986,692 @@ def line_quit(session: LineSession, reason: str = "") -> None:
 
 
 # ======================================================================================
+# WEB DIALECT
+# ======================================================================================
+# HTTP/1.1 (RFC 9110 and 9112) and WebSocket (RFC 6455), on the port of all others. A framer
+# makes requests, or frames, of bytes; a WebSession answers requests in their order. One that
+# asks for a WebSocket becomes a session of IRC with another framer: see Peer.upgrade().
+
+TOKEN_CHARACTERS = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
+REQUEST_LINE = re.compile(rf"({TOKEN_CHARACTERS}) ([!-~]+) HTTP/1\.(\d)")
+HEADER_LINE = re.compile(rf"({TOKEN_CHARACTERS}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
+
+
+class Request(NamedTuple):
+    """The head of a request."""
+
+    method: str
+    target: str  # as it was sent
+    minor: int  # of the version: HTTP/1.minor
+    headers: dict[str, list[str]]  # by name in small letters
+    length: int | None = 0  # bytes of the body; None: it comes in chunks
+
+    def header(self, name: str) -> str:
+        """Return the values of a header as one, as RFC 9110 section 5.3 joins them."""
+        return ", ".join(self.headers.get(name, ()))
+
+    def tokens(self, name: str) -> list[str]:
+        """Return the words of a header that is a list of words, in small letters."""
+        words = (word.strip().lower() for word in self.header(name).split(","))
+        return [word for word in words if word]
+
+    @property
+    def path(self) -> str:
+        """The path, decoded; "" if it is none. A proxy may be sent a whole URL."""
+        import urllib.parse
+
+        with contextlib.suppress(ValueError):
+            parts = urllib.parse.urlsplit(self.target)
+            if self.target.startswith("/") or parts.scheme in ("http", "https"):
+                path = self.target.partition("?")[0] if self.target[0] == "/" else parts.path
+                return urllib.parse.unquote(path or "/", errors="replace")
+        return ""
+
+    @property
+    def keeps_alive(self) -> bool:
+        options = self.tokens("connection")
+        return "close" not in options and (self.minor >= 1 or "keep-alive" in options)
+
+
+class BadRequest(Exception):
+    """A request that cannot be framed: nothing that follows it can be understood."""
+
+    def __init__(self, status: int, why: str):
+        super().__init__(why)
+        self.status = status
+
+
+END_OF_BODY = b""
+
+
+def parse_head(lines: list[bytes]) -> Request:
+    """Make a request of its first line and its headers. Raises BadRequest: what two readers
+    could understand in two ways is refused (RFC 9112 section 11.2, request smuggling)."""
+    texts = [line.decode("latin-1") for line in lines]
+    match = REQUEST_LINE.fullmatch(texts[0])
+    if match is None:
+        raise BadRequest(400, "the first line is no request")
+    headers: dict[str, list[str]] = {}
+    for text in texts[1:]:
+        header = HEADER_LINE.fullmatch(text)
+        if header is None:
+            raise BadRequest(400, "a line of the head is no header")
+        headers.setdefault(header[1].lower(), []).append(header[2])
+    request = Request(match[1], match[2], int(match[3]), headers)
+    if len(headers.get("host", ())) > 1 or (request.minor and "host" not in headers):
+        raise BadRequest(400, "a request has one Host")
+    return request._replace(length=body_length(request))
+
+
+def body_length(request: Request) -> int | None:
+    """Return the length of the body; None for chunks. Raises BadRequest."""
+    lengths, codings = request.headers.get("content-length", []), request.tokens(
+        "transfer-encoding"
+    )
+    if "transfer-encoding" in request.headers:
+        if lengths or request.minor == 0:
+            raise BadRequest(400, "Transfer-Encoding stands alone, and not in HTTP/1.0")
+        if codings != ["chunked"]:
+            raise BadRequest(501, "the only transfer coding is chunked")
+        return None
+    if not lengths:
+        return 0
+    if len(lengths) > 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
+        raise BadRequest(400, "a request has one Content-Length, in digits")
+    return int(lengths[0])
+
+
+class HttpReader:
+    """Bytes in, requests out: take() returns a Request, then the pieces of its body if it has
+    one, then END_OF_BODY; or a BadRequest, and after that nothing more."""
+
+    out, closed = b"", False  # of framers that have something to answer
+
+    def __init__(self, data: bytes = b""):
+        self.limit = HEAD_BYTES
+        self.buffer = bytearray(data)
+        self.left = 0  # bytes of the body, or of the chunk, that are still to come
+        self.step: Callable[[], Any] = self._head
+        self.ended = False
+
+    @property
+    def in_body(self) -> bool:
+        return self.step != self._head
+
+    @property
+    def pending(self) -> bool:
+        """Return whether take() may have something to return."""
+        if self.step in (self._body, self._end):
+            return bool(self.buffer) or self.step == self._end
+        line = b"\n" in self.buffer
+        if self.step == self._head:
+            blank = b"\n\r\n" in self.buffer or b"\n\n" in self.buffer
+            return blank or len(self.buffer) > self.limit or self.buffer[:1] in (b"\r", b"\n")
+        return line or len(self.buffer) > TRAILER_BYTES
+
+    def feed(self, data: bytes) -> None:
+        self.buffer += data
+
+    def clear(self) -> None:
+        self.buffer.clear()
+
+    def finish(self) -> None:
+        """The client sends no more: half a request is none."""
+        self.ended = True
+
+    def take(self) -> Request | BadRequest | bytes | None:
+        try:
+            return self.step()
+        except BadRequest as error:
+            self.clear()
+            return error
+
+    def _line(self, most: int, status: int = 400) -> bytes | None:
+        """Take a line of at most so many bytes. Raises BadRequest."""
+        end = self.buffer.find(b"\n", 0, most + 2)
+        if end < 0:
+            if len(self.buffer) > most + 1:
+                raise BadRequest(status, f"a line or a head has at most {most:,} bytes")
+            return None
+        line = bytes(self.buffer[:end]).removesuffix(b"\r")
+        del self.buffer[: end + 1]
+        if b"\r" in line:
+            raise BadRequest(400, "a CR stands before a LF only")
+        return line
+
+    def _head(self) -> Request | None:
+        while self.buffer[:1] in (b"\r", b"\n"):  # RFC 9112 section 2.2: some clients add one
+            del self.buffer[: 2 if self.buffer[:2] == b"\r\n" else 1]
+        match = re.search(rb"\r?\n\r?\n", self.buffer[: self.limit + 4])
+        if match is None:
+            if len(self.buffer) > self.limit:
+                first = self.buffer.find(b"\n", 0, self.limit) < 0
+                raise BadRequest(414 if first else 431, f"a head has at most {self.limit:,} bytes")
+            return None
+        head = bytes(self.buffer[: match.start()])
+        del self.buffer[: match.end()]
+        lines = [line.removesuffix(b"\r") for line in head.split(b"\n")]
+        if len(lines) > HEADERS_MOST:
+            raise BadRequest(431, f"a request has at most {HEADERS_MOST} headers")
+        request = parse_head(lines)
+        if request.length is None:
+            self.step = self._size
+        elif request.length:
+            self.left, self.step = request.length, self._body
+        return request
+
+    def _body(self) -> bytes | None:
+        """A body of known length, or a chunk of one."""
+        piece = bytes(self.buffer[: self.left])
+        if not piece:
+            return None
+        del self.buffer[: len(piece)]
+        self.left -= len(piece)
+        if not self.left:
+            self.step = self._end_of_chunk if self.chunked else self._end
+        return piece
+
+    chunked = False
+
+    def _end(self) -> bytes:
+        self.step, self.chunked = self._head, False
+        return END_OF_BODY
+
+    def _size(self) -> bytes | None:
+        line = self._line(CHUNK_LINE_BYTES)
+        if line is None:
+            return None
+        match = CHUNK_LINE.fullmatch(line)
+        if match is None:
+            raise BadRequest(400, "this is no size of a chunk")
+        self.left, self.chunked = int(match[1], 16), True
+        self.step = self._body if self.left else self._trailers
+        return self.step()
+
+    def _end_of_chunk(self) -> bytes | None:
+        line = self._line(2)
+        if line is None:
+            return None
+        if line:
+            raise BadRequest(400, "a chunk is longer than its size")
+        self.step = self._size
+        return self._size()
+
+    def _trailers(self) -> bytes | None:
+        """Nothing is done with them."""
+        while (line := self._line(TRAILER_BYTES)) is not None:
+            if not line:
+                return self._end()
+        return None
+
+
+# Answers
+
+STATUS_TEXTS = {
+    100: "Continue",
+    101: "Switching Protocols",
+    200: "OK",
+    201: "Created",
+    204: "No Content",
+    206: "Partial Content",
+    304: "Not Modified",
+    400: "Bad Request",
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    409: "Conflict",
+    411: "Length Required",
+    412: "Precondition Failed",
+    413: "Content Too Large",
+    414: "URI Too Long",
+    415: "Unsupported Media Type",
+    416: "Range Not Satisfiable",
+    417: "Expectation Failed",
+    421: "Misdirected Request",
+    426: "Upgrade Required",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    501: "Not Implemented",
+    503: "Service Unavailable",
+    505: "HTTP Version Not Supported",
+    507: "Insufficient Storage",
+}
+WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+def http_date(when: float) -> str:
+    """Return a time (seconds since 1970) as headers have it, in any locale (RFC 9110 5.6.7)."""
+    day = datetime.datetime.fromtimestamp(when, datetime.UTC)
+    month, weekday = MONTHS[day.month - 1], WEEKDAYS[day.weekday()]
+    return f"{weekday}, {day:%d} {month} {day:%Y %H:%M:%S} GMT"
+
+
+SAFE_HEADERS = (  # of all answers
+    "X-Content-Type-Options: nosniff",
+    "Referrer-Policy: no-referrer",
+    "Cross-Origin-Resource-Policy: cross-origin",
+)
+NOTHING_ALLOWED = "Content-Security-Policy: default-src 'none'; frame-ancestors 'none'"
+STYLE_ALLOWED = (
+    "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+)
+TEXT_TYPE = "Content-Type: text/plain; charset=utf-8"
+
+
+# WebSocket
+
+WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
+CONTINUATION, TEXT_FRAME, BINARY_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME = 0, 1, 2, 8, 9, 10
+CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1012), *range(3000, 5000)))
+SUBPROTOCOLS = {"text.ircv3.net": TEXT_FRAME, "binary.ircv3.net": BINARY_FRAME}
+
+
+def websocket_accept(key: str) -> str:
+    """Return the answer to Sec-WebSocket-Key (RFC 6455 section 4.2.2)."""
+    digest = hashlib.sha1(f"{key}{WEBSOCKET_GUID}".encode(), usedforsecurity=False).digest()
+    return base64.b64encode(digest).decode()
+
+
+def frame(opcode: int, payload: bytes) -> bytes:
+    """Return a frame of a server, which masks nothing."""
+    size = len(payload)
+    if size < 126:
+        return bytes((0x80 | opcode, size)) + payload
+    if size < 1 << 16:
+        return bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big") + payload
+    return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + payload
+
+
+def close_frame(code: int, why: str = "") -> bytes:
+    return frame(CLOSE_FRAME, code.to_bytes(2, "big") + why.encode())
+
+
+def masked(data: bytes, mask: bytes) -> bytes:
+    """Return bytes with a mask of four put on, or taken off (RFC 6455 section 5.3)."""
+    key = (mask * (len(data) // 4 + 1))[: len(data)]
+    number = int.from_bytes(data, "little") ^ int.from_bytes(key, "little")
+    return number.to_bytes(len(data), "little")
+
+
+class Frame(NamedTuple):
+    """A frame of a client."""
+
+    last: bool  # of its message
+    opcode: int
+    payload: bytes
+    size: int  # with its head
+
+
+class FrameReader:
+    """Frames of a WebSocket in, lines out: each message is one. `out` is what there is to
+    answer, as frames; it is `closed` after a close, or what no client may send."""
+
+    in_body = False
+
+    def __init__(self, limit: int, data: bytes = b""):
+        self.limit = limit
+        self.buffer = bytearray(data)
+        self.lines: collections.deque[bytes] = collections.deque()  # of one message
+        self.parts: list[bytes] = []  # of a message that has not ended ...
+        self.opcode = 0  # ... and its kind; 0 if there is none
+        self.decoder: Any = None  # of its text
+        self.out = b""
+        self.closed = self.ended = False
+
+    @property
+    def pending(self) -> bool:
+        """Return whether take() may have something to return, or to answer."""
+        return bool(self.lines) or (not self.closed and self._complete())
+
+    def feed(self, data: bytes) -> None:
+        if not self.closed:
+            self.buffer += data
+
+    def clear(self) -> None:
+        self.buffer.clear()
+        self.lines.clear()
+
+    def finish(self) -> None:
+        self.ended = True
+
+    def take(self) -> bytes | None:
+        """Return the next line; None if there is none yet. A few frames at a time are looked
+        at: endless empty ones hold up no other client."""
+        for _ in range(FRAMES_AT_ONCE):
+            if self.lines:
+                return self.lines.popleft()
+            try:
+                one = None if self.closed else self._frame()
+                if one is None:
+                    return None
+                del self.buffer[: one.size]
+                self._take(one)
+            except BadFrame as error:
+                self._close(error.code, str(error))
+        return None
+
+    def _complete(self) -> bool:
+        try:
+            return self._frame(look=True) is not None
+        except BadFrame:
+            return True
+
+    def _frame(self, look: bool = False) -> Frame | None:
+        """Return the first frame that is there. Raises BadFrame."""
+        if len(self.buffer) < 2:
+            return None
+        first, second = self.buffer[:2]
+        opcode, size, start = first & 0x0F, second & 0x7F, 2
+        if first & 0x70 or opcode not in (0, 1, 2, 8, 9, 10):
+            raise BadFrame(1002, "reserved bits or an unknown opcode")
+        if not second & 0x80:
+            raise BadFrame(1002, "frames of a client are masked")
+        if opcode >= CLOSE_FRAME and (size > 125 or not first & 0x80):
+            raise BadFrame(1002, "a control frame is short and whole")
+        if size >= 126:
+            start += 2 if size == 126 else 8
+            if len(self.buffer) < start:
+                return None
+            size = int.from_bytes(self.buffer[2:start], "big")
+        if opcode < CLOSE_FRAME and size + sum(map(len, self.parts)) > self.limit:
+            raise BadFrame(1009, f"a message has at most {self.limit:,} bytes")
+        end = start + 4 + size
+        if len(self.buffer) < end:
+            return None
+        if look:
+            return Frame(True, opcode, b"", end)
+        payload = masked(bytes(self.buffer[start + 4 : end]), bytes(self.buffer[start : start + 4]))
+        return Frame(bool(first & 0x80), opcode, payload, end)
+
+    def _take(self, one: Frame) -> None:
+        if one.opcode == PING_FRAME:
+            self.out = frame(PONG_FRAME, one.payload)  # the newest of several is enough
+        elif one.opcode == CLOSE_FRAME:
+            self._closed_by_client(one.payload)
+        elif one.opcode != PONG_FRAME:
+            self._take_part(one)
+
+    def _take_part(self, one: Frame) -> None:
+        """A message, or a part of one."""
+        if (one.opcode == CONTINUATION) != bool(self.opcode):
+            raise BadFrame(1002, "a message begins before the last one has ended, or in its middle")
+        if one.opcode:
+            self.opcode, self.decoder = one.opcode, codecs.getincrementaldecoder("utf-8")()
+        if self.opcode == TEXT_FRAME:
+            try:
+                self.decoder.decode(one.payload, one.last)
+            except UnicodeDecodeError:
+                raise BadFrame(1007, "text is UTF-8") from None
+        self.parts.append(one.payload)
+        if len(self.parts) > FRAGMENTS_MOST:
+            raise BadFrame(1008, f"a message has at most {FRAGMENTS_MOST} frames")
+        if one.last:
+            message, self.parts, self.opcode = b"".join(self.parts), [], 0
+            lines = message.removesuffix(b"\n").removesuffix(b"\r").split(b"\n")
+            self.lines.extend(line.removesuffix(b"\r") for line in lines)
+
+    def _closed_by_client(self, payload: bytes) -> None:
+        code = int.from_bytes(payload[:2], "big") if payload else 1000
+        try:
+            payload[2:].decode()
+        except UnicodeDecodeError:
+            raise BadFrame(1007, "text is UTF-8") from None
+        if len(payload) == 1 or code not in CLOSE_CODES:
+            raise BadFrame(1002, "this is no code of a close")
+        self._close(code if payload else 1000)
+
+    def _close(self, code: int, why: str = "") -> None:
+        self.out += close_frame(code, why)
+        self.closed = True
+        self.buffer.clear()
+
+
+class BadFrame(Exception):
+    """A frame that no client may send, and the code of a close for that."""
+
+    def __init__(self, code: int, why: str):
+        super().__init__(why)
+        self.code = code
+
+
+class Framing:
+    """Lines of IRC as frames, one each. The bytes that all members of a channel get are framed
+    once."""
+
+    def __init__(self, opcode: int):
+        self.opcode = opcode
+        self.last = self.framed = b""
+
+    def __call__(self, data: bytes) -> bytes:
+        if data is not self.last:
+            self.last, lines = data, data.removesuffix(b"\r\n").split(b"\r\n")
+            self.framed = b"".join(frame(self.opcode, self._payload(line)) for line in lines)
+        return self.framed
+
+    def _payload(self, line: bytes) -> bytes:
+        if self.opcode == BINARY_FRAME or line.isascii():
+            return line
+        return line.decode(errors="replace").encode()
+
+
+# Answering requests
+
+
+class Web(NamedTuple):
+    """The settings of the web dialect."""
+
+    hosts: frozenset[str] = frozenset(("localhost",))  # names that Host may have; IPs always may
+    ports: frozenset[int] = frozenset()  # of this server
+    origins: frozenset[str] = frozenset()  # whose pages may open a WebSocket, besides our own
+    open_metrics: bool = False  # to all, and not to this machine only
+    page: Callable[["Request", Site, bool], str] = lambda request, site, secure: site.name
+
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+def split_host(text: str) -> tuple[str, int | None]:
+    """Split HOST, HOST:PORT or [IPV6]:PORT. The port is None if there is none, and the host is
+    "" if it is no host."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::([0-9]{1,5}))?", text)
+    if match is None:
+        return "", None
+    return (match[1] or match[2]).lower().rstrip("."), int(match[3]) if match[3] else None
+
+
+def is_ip(host: str) -> bool:
+    return ":" in host or bool(re.fullmatch(r"[0-9]+(\.[0-9]+){3}", host))
+
+
+def host_allowed(web: Web, host: str) -> bool:
+    """Return whether a request for this host is for this server: else a name that was made to
+    lead here could let another site's page read ours (DNS rebinding)."""
+    return bool(host) and (is_ip(host) or host in web.hosts)
+
+
+def origin_allowed(web: Web, origin: str) -> bool:
+    """Return whether a page of this origin may open a WebSocket; "" is no browser."""
+    if not origin or origin in web.origins:
+        return True
+    scheme, _, authority = origin.partition("://")
+    host, port = split_host(authority)
+    if scheme not in ("http", "https") or not host:
+        return False
+    port = port or (443 if scheme == "https" else 80)
+    return host in LOOPBACK_NAMES or (host_allowed(web, host) and port in web.ports)
+
+
+WEB_ROUTES: dict[str, dict[str, Callable]] = {}  # path -> method -> handler
+
+
+def on_request(method: str, *paths: str) -> Callable:
+    """Decorator: this function answers requests of a method for these paths."""
+
+    def register(handler: Callable) -> Callable:
+        for path in paths:
+            WEB_ROUTES.setdefault(path, {})[method] = handler
+        return handler
+
+    return register
+
+
+class WebSession(LocalSession):
+    """Requests of one connection, answered in their order."""
+
+    __slots__ = ("closing", "request", "take_body")
+    takes_lines = False
+
+    def __init__(self, site: Site, conn: Connected):
+        super().__init__(site, conn)
+        self.request: Request | None = None  # that is being answered
+        self.closing = False  # behind the answer
+        self.take_body: Callable[[bytes], None] = do_nothing  # takes pieces of its body
+
+    def receive(self, item: Request | BadRequest | bytes) -> None:
+        if isinstance(item, Request):
+            self._begin(item)
+        elif isinstance(item, BadRequest):
+            self.request, self.closing = None, True
+            self.answer(item.status, str(item))
+        else:
+            self.take_body(item)
+
+    def _begin(self, request: Request) -> None:
+        self.request, self.take_body = request, do_nothing
+        self.closing = not request.keeps_alive
+        host = split_host(request.header("host"))[0]
+        expected = request.header("expect").lower()
+        if request.minor and not host_allowed(self.site.web, host):
+            return self.answer(421, "this server has another name; --web-origin adds one")
+        if expected not in ("", "100-continue"):
+            return self.answer(417, "Expect is 100-continue, or nothing")
+        methods = self._methods(request.path)
+        handler = methods.get("GET" if request.method == "HEAD" else request.method)
+        if handler:
+            return handler(self, request)
+        if not methods:
+            return self.answer(404, "there is no such page")
+        allowed = "Allow: " + ", ".join(sorted({*methods, "OPTIONS", "HEAD"}))
+        if request.method == "OPTIONS":
+            return self.answer(204, "", allowed)
+        return self.answer(405, f"{request.method} is not for this page", allowed)
+
+    def _methods(self, path: str) -> dict[str, Callable]:
+        return WEB_ROUTES.get(path, {})
+
+    def answer(self, status: int, body: str | bytes = "", *headers: str) -> None:
+        """Send a whole answer. A body that was not asked for and is long is not waited for."""
+        request = self.request
+        if request and request.length != 0 and self.take_body is do_nothing:
+            unsent = "expect" in request.headers or request.length is None
+            self.closing = self.closing or unsent or request.length > DISCARDED_BYTES
+        data = body.encode() if isinstance(body, str) else body
+        if isinstance(body, str) and not any(h.startswith("Content-Type") for h in headers):
+            headers = (*headers, TEXT_TYPE, NOTHING_ALLOWED)
+            data = data and data.removesuffix(b"\n") + b"\n"
+        if status != 204:
+            headers = (*headers, f"Content-Length: {len(data)}")
+        self.send_head(status, *headers)
+        if data and not (request and request.method == "HEAD"):
+            self.send(data)
+        self.end_answer()
+
+    def send_head(self, status: int, *headers: str) -> None:
+        lines = [f"HTTP/1.1 {status} {STATUS_TEXTS[status]}", *headers, *SAFE_HEADERS]
+        lines.append(f"Date: {http_date(self.site.hub.now / 1000)}")
+        if self.closing:
+            lines.append("Connection: close")
+        elif self.request and self.request.minor == 0:
+            lines.append("Connection: keep-alive")
+        self.send("\r\n".join([*lines, "", ""]).encode())
+
+    def end_answer(self) -> None:
+        """The answer is complete."""
+        if self.closing:
+            self.conn.close()
+
+    def for_operators(self) -> bool:
+        """Return whether the request comes from this machine itself, through no proxy."""
+        near = is_loopback(host_of(self.address))
+        names = self.request.headers
+        passed_on = any(name.startswith(("x-forwarded", "forwarded")) for name in names)
+        return self.site.web.open_metrics or (near and not passed_on)
+
+    # What chat wants of a session
+
+    def notice(self, text: str) -> None:
+        """Nothing is said to a web client but answers."""
+
+    def refuse(self, refusal: Refused) -> None:
+        self.answer(503, str(refusal))
+
+    def not_kept(self, events: list[Event], reason: str) -> None:
+        """A web client says nothing that could be kept."""
+
+
+def wants_websocket(request: Request) -> bool:
+    return "websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection")
+
+
+@on_request("GET", "/", "/irc")
+def web_root(session: WebSession, request: Request) -> None:
+    """GET / -- how to join; or a WebSocket that speaks IRC, also at /irc"""
+    if wants_websocket(request):
+        return open_websocket(session, request)
+    if request.path == "/irc":
+        return session.answer(426, "this is a WebSocket that speaks IRC", "Upgrade: websocket")
+    page = session.site.web.page(request, session.site, session.conn.secure)
+    return session.answer(200, page, "Content-Type: text/html; charset=utf-8", STYLE_ALLOWED)
+
+
+def open_websocket(session: WebSession, request: Request) -> None:
+    """Answer a handshake (RFC 6455 section 4.2). The session of IRC takes over from here."""
+    key = request.header("sec-websocket-key")
+    if request.header("sec-websocket-version") != "13":
+        return session.answer(426, "the version is 13", "Sec-WebSocket-Version: 13")
+    if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key) or request.method != "GET":
+        return session.answer(400, "a handshake is a GET with a key of 16 bytes")
+    if not request.minor or request.length != 0:
+        return session.answer(400, "a handshake is one of HTTP/1.1, without a body")
+    if len(request.headers.get("origin", ())) > 1:
+        return session.answer(400, "a request has one Origin")
+    if not origin_allowed(session.site.web, request.header("origin")):
+        return session.answer(403, "pages of that origin may not join; --web-origin allows them")
+    offered = [word for word in request.tokens("sec-websocket-protocol") if word in SUBPROTOCOLS]
+    lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
+    lines.append(f"Sec-WebSocket-Accept: {websocket_accept(key)}")
+    lines += [f"Sec-WebSocket-Protocol: {name}" for name in offered[:1]]
+    opcode = SUBPROTOCOLS[offered[0]] if offered else TEXT_FRAME
+    return session.conn.upgrade("\r\n".join([*lines, "", ""]).encode(), opcode)
+
+
+@on_request("GET", "/health")
+def web_health(session: WebSession, request: Request) -> None:
+    """GET /health -- for monitors on this machine: 200, or 503 while history is not kept"""
+    if not session.for_operators():
+        return session.answer(404, "there is no such page")
+    trouble = session.site.server.trouble()
+    return session.answer(503 if trouble else 200, trouble or "ok")
+
+
+@on_request("GET", "/metrics")
+def web_metrics(session: WebSession, request: Request) -> None:
+    """GET /metrics -- figures in Prometheus' text format, for this machine"""
+    if not session.for_operators():
+        return session.answer(404, "there is no such page")
+    lines = []
+    for name, (kind, text, value) in session.site.server.metrics().items():
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name} {value}"]
+    kind = "Content-Type: text/plain; version=0.0.4; charset=utf-8"
+    return session.answer(200, "\n".join([*lines, ""]), kind)
+
+
+# ======================================================================================
 # FIRST LINE
 # ======================================================================================
 # One port for every dialect: the first line decides. A client that knows a protocol speaks
@@ -8966,17 +9685,15 @@ IRC_FIRST = re.compile(rb"(?:@\S* +)?(?:CAP|NICK|USER|PASS|AUTHENTICATE|PING|QUI
 HTTP_FIRST = re.compile(rb".* HTTP/(\d+(?:\.\d+)?)$")
 BOM = b"\xef\xbb\xbf"
 
-GOODBYES = {  # for the dialects that are not spoken here: never taken for a name
-    "http": b"HTTP/1.1 501 Not Implemented\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
-    b"This is a chat server without web pages; connect with netcat and type a name.\n",
-    "other http": b"HTTP/1.1 505 HTTP Version Not Supported\r\nContent-Type: text/plain\r\n"
-    b"Connection: close\r\n\r\nThis is a chat server; connect with netcat and type a name.\n",
-}
+NOT_HTTP_1 = (
+    b"HTTP/1.1 505 HTTP Version Not Supported\r\nContent-Type: text/plain\r\n"
+    b"Connection: close\r\n\r\nThis server speaks HTTP/1.1.\n"
+)
 
 
 def dialect_of(first_line: bytes) -> str:
-    """Return what a connection speaks whose first line this is: "irc", "line", or a key of
-    GOODBYES. A BOM before a command of IRC does no harm."""
+    """Return what a connection speaks whose first line this is: "irc", "line", "http", or
+    "other http". A BOM before a command of IRC does no harm."""
     if IRC_FIRST.match(first_line.removeprefix(BOM)):
         return "irc"
     http = HTTP_FIRST.match(first_line)
@@ -12441,7 +13158,7 @@ class ClientCore(ForScreens):
         return not view.mine and any(self.ignores(mask, source) for mask in self.ignored)
 
     def remove(self, id: str) -> None:
-        """Remove a message that was taken back, also from the store, and one that is still to come."""
+        """Remove a message that was taken back, also one that is still to come."""
         remember(self.removed, id)
         if self.store:
             self.store.remove(id)
@@ -13437,10 +14154,6 @@ TLS_TROUBLE = "TLS: "  # how a reason begins that is not the network's fault
 HUNG_UP = "the connection was closed"  # in order, by both sides
 
 
-def do_nothing(*_: Any) -> None:
-    """For hooks that are not used, and for timers that only want another turn."""
-
-
 class Timer:
     """Something to be done later; cancel() and it will not be."""
 
@@ -13512,7 +14225,9 @@ class Connection:
     end of the turn, in one piece; broadcast() sends at once.
     """
 
-    __slots__ = ("direct", "eof", "loop", "mask", "queue", "sealed", "sock", "state", "tls")
+    __slots__ = (
+        *("direct", "eof", "loop", "mask", "queue", "sealed", "shared", "sock", "state", "tls"),
+    )
     hears_out = False  # after close(): take what still comes, for as long as it comes
 
     def __init__(self, loop: "Loop", sock: socket.socket):
@@ -13521,7 +14236,8 @@ class Connection:
         self.queue = SendQueue()
         self.tls: TlsFilter | None = None
         self.sealed = b""  # encrypted, not yet sent
-        self.direct = True  # no TLS, nothing queued, open: broadcast() may use the socket
+        self.shared = True  # bytes go out as they are: no TLS, no frames
+        self.direct = True  # the same, nothing queued, open: broadcast() may use the socket
         self.eof = False
         self.state = OPEN
         self.mask = READ
@@ -13630,7 +14346,7 @@ class Connection:
             return self._bury(reason_of(error))
         except TlsFailed as failure:
             return self.drop(f"{TLS_TROUBLE}{failure}")
-        self.direct = self.tls is None and not self.queue.size and self.state == OPEN
+        self.direct = self.shared and not self.queue.size and self.state == OPEN
         if self.unsent or self.mask != READ or self.state != OPEN:
             self._flushed()
 
@@ -13644,7 +14360,7 @@ class Connection:
     def encrypt(self, tls: TlsFilter) -> None:
         """From here on everything goes through this, the handshake first."""
         self.tls = tls
-        self.direct = False
+        self.shared = self.direct = False
         self.loop.dirty.add(self)
 
     def _flush_tls(self) -> None:
@@ -14009,6 +14725,7 @@ class ServerOptions(NamedTuple):
     register: frozenset[str] = frozenset()  # how accounts are made, see Site
     sts: int | None = None
     sendmail: str | None = None  # a command that takes a message, like sendmail -t
+    web: Web = Web()
     motd: pathlib.Path | None = None
 
 
@@ -14079,8 +14796,8 @@ class Peer(Connection):
     """A connection as the server sees it; what a session knows as its conn."""
 
     __slots__ = (
-        *("address", "asked", "budget", "greeted", "heard", "held", "home", "host", "inbox"),
-        *("leaving", "limit_key", "server", "session", "waits_for_budget"),
+        *("address", "asked", "budget", "framing", "greeted", "heard", "held", "home", "host"),
+        *("inbox", "leaving", "limit_key", "server", "session", "waits_for_budget", "web"),
     )
 
     def __init__(self, server: "Server", sock: socket.socket, host: str, port: int):
@@ -14091,7 +14808,9 @@ class Peer(Connection):
         own = sock.getsockname()[0] if ":" in host else ""
         self.limit_key = address_key(host, own)
         self.home = server.addresses.enter(self.limit_key, server.loop.now)
-        self.inbox: LineBuffer | None = None  # until something comes: many never speak
+        self.inbox: Any = None  # a framer, once something comes: many never speak
+        self.framing: Framing | None = None  # makes frames of lines, for a WebSocket
+        self.web = False  # it speaks HTTP
         self.session: LocalSession | None = None
         self.budget: Budget | None = None
         self.heard = server.loop.now  # when, last ...
@@ -14153,6 +14872,63 @@ class Peer(Connection):
                 self.session.ended()
             self.server.leaving.append(self)
 
+    # HTTP and WebSocket
+
+    def speak_http(self, first_line: bytes) -> None:
+        """Take requests from here on; the first line was one of them."""
+        server = self.server
+        if refusal := server.limits.speaks_http(self.limit_key, True):
+            log.info("%s turned away: %s", self.address, refusal)
+            return self.close()
+        self.web = True
+        self.inbox = HttpReader(first_line + b"\r\n" + self.inbox.rest())
+        self.session = WebSession(server.site, self)
+        server.unnamed.discard(self)
+        server.web_heads.add(self)
+        return None
+
+    def upgrade(self, head: bytes, opcode: int) -> None:
+        """Answer a handshake, and take frames with lines of IRC from here on."""
+        server = self.server
+        if refusal := server.limits.speaks_http(self.limit_key, False):
+            return self.session.answer(503, refusal)
+        self.session.ended()
+        super().write(head)
+        self.web, self.framing, self.shared = False, server.framings[opcode], False
+        self.inbox = FrameReader(LINE_BYTES, bytes(self.inbox.buffer))
+        self.session = IrcSession(server.site, self)
+        server.web_heads.discard(self)
+        server.web_idle.discard(self)
+        server.unnamed.add(self)
+        return None
+
+    def write(self, data: bytes) -> None:
+        super().write(self.framing(data) if self.framing else data)
+
+    def end_frames(self) -> None:
+        """Say that a WebSocket is closed, and answer what its framer had to answer."""
+        if self.framing and not self.inbox.closed:
+            super().write(close_frame(1000))
+
+    def answer_frames(self) -> None:
+        out, self.inbox.out = self.inbox.out, b""
+        super().write(out)
+        self.eof = self.eof or self.inbox.closed
+
+    def heard_request(self) -> None:
+        """Look after the time that requests may take; called with whatever comes."""
+        self.server.web_idle.discard(self)
+        if self.inbox.in_body:
+            self.server.web_idle.add(self)
+        else:
+            self.server.web_heads.add(self)
+
+    def was_stalled(self) -> bool:
+        """Return whether nothing was sent since the last look, or there is nothing to send."""
+        stalled = not (self.held or self.unsent) or self.unsent == self.asked
+        self.asked = float(self.unsent)
+        return stalled
+
     # What the network does to it
 
     @property
@@ -14181,6 +14957,8 @@ class Peer(Connection):
                 self.budget = Budget(*flood, self.loop.now)
                 self.budget.tokens = min(flood[0], self.home.budget.tokens)
         self.inbox.feed(data)
+        if self.web:
+            self.heard_request()
         self.server.acting[self] = None
 
     def start_tls(self, data: bytes) -> None:
@@ -14404,6 +15182,7 @@ class ConnectionLimits:
         self.most_per_address = options.max_per_address
         self.inside = 0
         self.per_address: collections.Counter[str] = collections.Counter()
+        self.web: collections.Counter[str] = collections.Counter()  # those that speak HTTP
         self.spare = spare_descriptor()
 
     def enter(self, key: str) -> str:
@@ -14417,11 +15196,25 @@ class ConnectionLimits:
         self.per_address[key] += 1
         return ""
 
-    def leave(self, key: str) -> None:
+    def leave(self, key: str, web: bool = False) -> None:
         self.inside -= 1
-        self.per_address[key] -= 1
-        if not self.per_address[key]:
-            del self.per_address[key]
+        counter = self.web if web else self.per_address
+        counter[key] -= 1
+        if not counter[key]:
+            del counter[key]
+
+    def speaks_http(self, key: str, on: bool) -> str:
+        """Count a connection among those that speak HTTP, or a WebSocket not any more; or say
+        why not."""
+        before, after = (self.per_address, self.web) if on else (self.web, self.per_address)
+        most = WEB_PER_ADDRESS if on else self.most_per_address
+        if after[key] >= most and not is_loopback(key):
+            return f"too many connections from {key}: {most} at most"
+        after[key] += 1
+        before[key] -= 1
+        if not before[key]:
+            del before[key]
+        return ""
 
     def turn_away(self, sock: socket.socket, host: str, text: str) -> None:
         log.warning("%s turned away: %s", host, text)
@@ -14575,7 +15368,15 @@ def site_of(server: "Server") -> Site:
         options.register,
         options.sts or 0,
         options.flood,
+        options.web,
     )
+
+
+def web_of(options: ServerOptions, ports: Iterable[int]) -> Web:
+    """Return the settings of the web dialect, with the names and ports of this machine."""
+    own = socket.gethostname().lower()
+    names = {*options.web.hosts, options.name.lower(), own, f"{own}.local"}
+    return options.web._replace(hosts=frozenset(names), ports=frozenset(ports) | options.web.ports)
 
 
 class Server:
@@ -14607,6 +15408,9 @@ class Server:
         self.unnamed = Delay(loop, NAMING_SECONDS, self.evict)
         self.slow = Delay(loop, SLOW_SECONDS, self.drop_slow)
         self.probed = Delay(loop, PONG_SECONDS, self.probe)
+        self.web_heads = Delay(loop, WEB_HEAD_SECONDS, self.end_request)
+        self.web_idle = Delay(loop, WEB_IDLE_SECONDS, self.end_idle)
+        self.framings = {opcode: Framing(opcode) for opcode in SUBPROTOCOLS.values()}
         self.idle_addresses = Delay(loop, ADDRESS_SECONDS, self.forget_address)
         self.grace_timer: Timer | None = None
         self.acting: dict[Peer, None] = {}  # have something to act on
@@ -14614,8 +15418,10 @@ class Server:
         self.jobs: list[tuple] = []  # for helpers, after the commit
         self.committer = Committer(loop, self.hub, self.store, self.helpers)
         self.stopping = self.restarting = False
+        self.began = loop.now
         self.listeners = [Listener(self, *address) for address in options.listen]
         self.tls_port = self.listeners[0].address[1] if self.listeners else 0  # as for plain text
+        self.site.web = web_of(options, [listener.address[1] for listener in self.listeners])
         self.clock_offset = self.clock() - loop.now
         loop.turn_begins = self.begin_turn
         loop.turn_ends = self.end_turn
@@ -14645,6 +15451,18 @@ class Server:
             peer.write(f"* {text}\n".encode())
         peer.close()
 
+    def end_request(self, peer: Peer) -> None:
+        """The head of a request does not come."""
+        if peer.state == OPEN and not peer.leaving:
+            peer.session.receive(BadRequest(408, "the request does not come"))
+
+    def end_idle(self, peer: Peer) -> None:
+        """A connection of HTTP is not used, or what is sent is not read."""
+        if peer.was_stalled():
+            peer.drop("idle")
+        else:
+            self.web_idle.add(peer)
+
     def probe(self, peer: Peer) -> None:
         """Now and then: has anything been heard of this one? TCP tells us only of those
         who said goodbye."""
@@ -14666,6 +15484,24 @@ class Server:
 
     def nameless(self) -> int:
         return len(self.unnamed.waiting)
+
+    def trouble(self) -> str:
+        return f"history is not being kept: {self.store.trouble}" if self.committer.losing else ""
+
+    def metrics(self) -> dict[str, tuple[str, str, float]]:
+        """Return kind, text and value of each figure, by name."""
+        hub, losing = self.hub, bool(self.trouble())
+        return {
+            "chat_connections": ("gauge", "connections of all dialects", len(self.peers)),
+            "chat_users": ("gauge", "users, absent ones included", len(hub.users)),
+            "chat_absent": ("gauge", "users within the grace period", len(hub.absent)),
+            "chat_channels": ("gauge", "channels", len(hub.channels)),
+            "chat_accounts": ("gauge", "accounts", len(hub.accounts)),
+            "chat_last_event": ("counter", "id of the newest event", hub.last_id),
+            "chat_unsent_bytes": ("gauge", "bytes that wait", sum(p.unsent for p in self.peers)),
+            "chat_history_lost": ("gauge", "1 while history is not kept", int(losing)),
+            "chat_seconds": ("counter", "seconds of running", self.loop.now - self.began),
+        }
 
     def refresh(self) -> None:
         """`chat.py passwd` may have changed an account meanwhile."""
@@ -14780,21 +15616,35 @@ class Server:
         """Act on one line; return whether there was one, and budget for it."""
         if peer.inbox is None:
             return False
-        if peer.budget and peer.inbox.pending and (seconds := peer.wait()):
+        free = peer.inbox.in_body
+        if peer.budget and not free and peer.inbox.pending and (seconds := peer.wait()):
             return self._wait_for_budget(peer, seconds)
+        costs = 0 if free else WORK_PER_TOKEN
         line = peer.inbox.take()
+        if peer.inbox.out:
+            peer.answer_frames()
         if line is None:
             return False
         session = peer.session
-        if session is None or session.user is None:
+        if session is None or (session.user is None and session.takes_lines):
             line = line.removeprefix(BOM)
             session = session or self.open_session(peer, line)
         if session is not None:
             replied = session.replied
             session.receive(line)
             if peer.budget:
-                self._charge(peer, replied, WORK_PER_TOKEN)
+                self._charge(peer, replied, costs)
+        if peer.web:
+            self._watch_web(peer)
         return True
+
+    def _watch_web(self, peer: Peer) -> None:
+        """After a request, or a piece of a body: the next one has its time."""
+        self.web_heads.discard(peer)
+        if peer.inbox.buffer and not peer.inbox.in_body:
+            self.web_heads.add(peer)
+        else:
+            self.web_idle.add(peer)
 
     def _charge(self, peer: Peer, replied: int, least: float = 0) -> None:
         """Take what was done for a peer from its budgets: a line costs at least one token."""
@@ -14823,9 +15673,11 @@ class Server:
             self.silent.add(peer)
             return None
         dialect = dialect_of(first_line)
-        if dialect in GOODBYES:
-            log.info("%s speaks HTTP, which is not spoken here yet", peer.address)
-            peer.write(GOODBYES[dialect])
+        if dialect == "http":
+            peer.speak_http(first_line)
+            return None
+        if dialect == "other http":
+            peer.write(NOT_HTTP_1)
             peer.close()
         elif dialect == "irc":
             peer.session = IrcSession(self.site, peer)
@@ -14899,6 +15751,7 @@ class Server:
             if peer.gone:
                 self.forget(peer)
             else:
+                peer.end_frames()
                 Connection.close(peer)
         jobs, self.jobs = self.jobs, []
         for peer, lane, job, done in jobs:
@@ -14931,6 +15784,8 @@ class Server:
         )
         for delay in (self.silent, self.unnamed, self.slow, self.probed):
             delay.discard(peer)
+        self.web_heads.discard(peer)
+        self.web_idle.discard(peer)
         if peer.session and not peer.session.parting:
             peer.session.parting = reason
         peer.eof, peer.waits_for_budget = True, False
@@ -14957,7 +15812,7 @@ class Server:
             return
         self.peers.discard(peer)
         self.acting.pop(peer, None)
-        self.limits.leave(peer.limit_key)
+        self.limits.leave(peer.limit_key, peer.web)
         self.addresses.leave(peer.home, self.loop.now)
         if self.addresses.get(peer.limit_key) is peer.home and not peer.home.peers:
             self.idle_addresses.add(peer.home)
@@ -18145,6 +19000,59 @@ def bench_table(result: dict[str, Any]) -> str:
 
 
 # ======================================================================================
+# PAGE
+# ======================================================================================
+# The page for a user who typed the server's address into a browser. It needs nothing else:
+# no script, no picture, no other host.
+
+WEB_PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Chat on {host}</title>
+<style>
+  :root {{ color-scheme: light dark; }}
+  body {{ max-width: 40rem; margin: 3rem auto; padding: 0 1rem; }}
+  body {{ font: 1rem/1.5 system-ui, sans-serif; }}
+  pre {{ overflow: auto; padding: .6rem .8rem; border-radius: .4rem; background: #8882; }}
+  dt {{ margin-top: 1rem; font-weight: 600; }} dd {{ margin: 0; }}
+</style>
+<h1>Chat on {host}</h1>
+<p>This is a chat server, <b>{network}</b>. {users} here now. All of these meet in one room:</p>
+<dl>
+  <dt>A phone, or any IRC program</dt>
+  <dd>server <b>{host}</b>, port <b>{port}</b>, {tls}channel <b>#lobby</b></dd>
+  <dt>A terminal with Python</dt><dd><pre>python3 chat.py client NAME --server {url}</pre></dd>
+  <dt>A window</dt><dd><pre>python3 gui_client.py NAME --server {url}</pre></dd>
+  <dt>Netcat</dt><dd><pre>{netcat}</pre></dd>
+  <dt>A program in a browser</dt>
+  <dd>a WebSocket at <b>{socket}</b> that speaks IRC (text.ircv3.net)</dd>
+</dl>
+"""
+
+
+def web_page(request: Request, site: Site, secure: bool) -> str:
+    """Return the page with the address that the browser was given."""
+    import html
+
+    host, port = split_host(request.header("host"))
+    host, port = host or site.name, port or (443 if secure else 80)
+    where = address_text(host, port)
+    words = {
+        "host": host,
+        "port": port,
+        "network": site.network,
+        "users": counted(len(site.hub.users), "user"),
+        "tls": "with TLS, " * secure,
+        "url": f"ircs://{where}" if secure else where,
+        "netcat": f"openssl s_client -quiet -connect {where}" if secure else f"nc {host} {port}",
+        "socket": f"{'wss' if secure else 'ws'}://{where}/irc",
+    }
+    return WEB_PAGE.format(**{name: html.escape(str(word)) for name, word in words.items()})
+
+
+# ======================================================================================
 # MAIN
 # ======================================================================================
 # The command line. Everything works without any flag; whatever goes wrong is one line on
@@ -18371,10 +19279,17 @@ def run_server(args: argparse.Namespace) -> int:
     logging.basicConfig(level=args.log.upper(), handlers=[writer])
     os.umask(0o077)
     lock = lock_folder(args.data) if args.data else None
-    names = set(ServerOptions._fields) - {"listen"}
+    names = set(ServerOptions._fields) - {"listen", "web"}
     listen = tuple(args.listen or ServerOptions().listen)
+    web = Web(
+        origins=frozenset(args.web_origin),
+        hosts=frozenset(split_host(one.partition("://")[2])[0] for one in args.web_origin),
+        open_metrics=args.metrics == "open",
+        page=web_page,
+    )
     loop = Loop()
-    server = Server(loop, ServerOptions(listen, **{name: getattr(args, name) for name in names}))
+    given = {name: getattr(args, name) for name in names}
+    server = Server(loop, ServerOptions(listen, web=web, **given))
     if args.data:
         server.store.guard(args.data / "lock")
     for name in ("SIGINT", "SIGTERM"):
@@ -18494,6 +19409,14 @@ environment: HOME or XDG_DATA_HOME say where the data folder is, unless --data d
 """
 
 
+def web_origin(text: str) -> str:
+    """Check an origin, as browsers send it: https://HOST or http://HOST:PORT."""
+    scheme, _, authority = text.lower().rstrip("/").partition("://")
+    if scheme not in ("http", "https") or not split_host(authority)[0]:
+        raise argparse.ArgumentTypeError(f"{text} is no origin; write https://HOST")
+    return f"{scheme}://{authority}"
+
+
 def parser_of(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
     """Add a subcommand whose help tells the defaults, and ends with `epilog` as it is."""
     return commands.add_parser(
@@ -18539,6 +19462,11 @@ def add_server(commands: Any) -> None:
         metavar="COMMAND",
         help="takes a message, like: sendmail -t",
     )
+    origin = "whose pages may open a WebSocket here, or under whose name it is reached"
+    usual = {"type": web_origin, "action": "append", "default": []}
+    add("--web-origin", metavar="URL", help=origin, **usual)
+    figures = "who may read /health and /metrics; default: this machine"
+    add("--metrics", choices=("local", "open"), default="local", help=figures)
     clients = "connections in all; default: what the system allows"
     add("--max-clients", type=positive, metavar="N", help=clients)
     address = f"connections of one address; default {PER_ADDRESS}"

@@ -5346,6 +5346,521 @@ def test_a_database_that_is_not_sound_and_ours_is_refused_in_one_line_and_not_to
 
 
 # ======================================================================================
+# WEB DIALECT
+# ======================================================================================
+
+
+class WebConn(FakeConn):
+    """A connection that speaks HTTP, and a WebSocket after an upgrade."""
+
+    framing = None
+
+    def write(self, data):
+        if self.framing:
+            check_grammar(data)
+        self.out += self.framing(data) if self.framing else data
+
+    def upgrade(self, head, opcode):
+        self.out += head
+        self.framing = chat.Framing(opcode)
+        self.reader = chat.FrameReader(chat.LINE_BYTES, bytes(self.reader.buffer))
+        self.session.ended()
+        self.session = chat.IrcSession(self.house.site, self)
+        self.house.guests[self.label] = self.session
+
+
+class Browser:
+    """A client of the web dialect, without a socket."""
+
+    def __init__(self, house, label="web", host="127.0.0.1"):
+        self.house = house
+        self.conn = WebConn(house, f"{host}:{50000 + len(house.guests)}")
+        self.conn.label, self.conn.reader = label, chat.HttpReader()
+        self.conn.session = house.guests[label] = chat.WebSession(house.site, self.conn)
+
+    def sends(self, data, pieces=None):
+        """Return the answer to these bytes, which come in pieces of a size."""
+        size = pieces or max(1, len(data))
+        for n in range(0, len(data), size):
+            self.conn.reader.feed(data[n : n + size])
+            while (item := self.conn.reader.take()) is not None:
+                self.conn.session.receive(item)
+                while self.conn.session.has_more:
+                    self.conn.session.go_on()
+                self.house.turn()
+            self.conn.out, self.conn.reader.out = self.conn.out + self.conn.reader.out, b""
+        self.house.turn()
+        out, self.conn.out = self.conn.out, b""
+        return out
+
+    def asks(self, head, body=b""):
+        """Return status, headers and body of the answer to one request."""
+        data = head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body
+        return parsed_answers(self.sends(data))[0]
+
+
+def parsed_answers(data, heads=()):
+    """Split answers; those to HEAD have no body. Each is (status, headers, body)."""
+    answers = []
+    while data:
+        head, _, data = data.partition(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in lines)
+        size = int(headers.get("content-length", 0)) if len(answers) not in heads else 0
+        answers.append((int(first.split()[1]), headers, data[:size]))
+        data = data[size:]
+    return answers
+
+
+HEADS = [  # a request, and the status of its answer
+    ("GET / HTTP/1.1\nHost: localhost", 200),
+    ("GET / HTTP/1.0", 200),
+    ("GET http://localhost/ HTTP/1.1\nHost: localhost", 200),
+    ("HEAD / HTTP/1.1\nHost: localhost", 200),
+    ("GET /?a=b HTTP/1.1\nHost: localhost", 200),
+    ("GET /%68ealth HTTP/1.1\nHost: localhost", 200),
+    ("OPTIONS / HTTP/1.1\nHost: localhost", 204),
+    ("GET /nothing HTTP/1.1\nHost: localhost", 404),
+    ("GET /irc HTTP/1.1\nHost: localhost", 426),
+    ("DELETE / HTTP/1.1\nHost: localhost", 405),
+    ("BREW / HTTP/1.1\nHost: localhost", 405),
+    ("GET / HTTP/1.1", 400),  # no Host
+    ("GET / HTTP/1.1\nHost: localhost\nHost: localhost", 400),
+    ("GET / HTTP/1.1\nHost: evil.example", 421),
+    ("GET / HTTP/1.1\nHost: ", 421),
+    ("GET / HTTP/1.1\nHost: 192.168.1.5:7000", 200),
+    ("GET / HTTP/1.1\nHost: [::1]:7000", 200),
+    ("GET  / HTTP/1.1\nHost: localhost", 400),
+    ("GET / x HTTP/1.1\nHost: localhost", 400),
+    ("GET / HTTP/1.1\nHost : localhost", 400),  # a blank before the colon
+    ("GET / HTTP/1.1\nHost: localhost\n folded: line", 400),
+    ("GET / HTTP/1.1\nHost: localhost\nNoColon", 400),
+    ("GET / HTTP/1.1\nHost: localhost\nA: b\x00c", 400),
+    ("GET / HTTP/1.1\nHost: localhost\nA: b\rc", 400),
+    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 1\nContent-Length: 1", 400),
+    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 1, 1", 400),
+    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: +1", 400),
+    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: -1", 400),
+    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 1_0", 400),
+    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 0x1", 400),
+    ("POST / HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked\nContent-Length: 1", 400),
+    ("POST / HTTP/1.0\nHost: localhost\nTransfer-Encoding: chunked", 400),
+    ("POST / HTTP/1.1\nHost: localhost\nTransfer-Encoding: gzip, chunked", 501),
+    ("POST / HTTP/1.1\nHost: localhost\nTransfer-Encoding: xchunked", 501),
+    ("POST / HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked\nTransfer-Encoding: x", 501),
+    ("GET / HTTP/1.1\nHost: localhost\nExpect: the-unexpected", 417),
+    ("GET / HTTP/1.1\nHost: localhost\n" + "\n".join(f"A{n}: b" for n in range(100)), 431),
+    ("GET / HTTP/1.1\nHost: localhost\nA: " + "b" * 16_400, 431),
+    ("GET /" + "a" * 16_400 + " HTTP/1.1\nHost: localhost", 414),
+]
+
+
+@pytest.mark.parametrize(("head", "status"), HEADS)
+def test_a_request_has_the_right_status(head, status):
+    answer = Browser(House()).asks(head)
+    assert answer[0] == status
+    assert "nosniff" in answer[1]["x-content-type-options"] and "date" in answer[1]
+
+
+CLOSED_BEHIND = [  # a request, and whether the connection is closed behind its answer
+    ("GET / HTTP/1.1\nHost: localhost", False),
+    ("GET / HTTP/1.1\nHost: localhost\nConnection: close", True),
+    ("GET / HTTP/1.1\nHost: localhost\nConnection: Keep-Alive, CLOSE", True),
+    ("GET / HTTP/1.0", True),
+    ("GET / HTTP/1.0\nConnection: keep-alive", False),
+    ("GET /nothing HTTP/1.1\nHost: localhost", False),
+    ("GET / HTTP/1.1", True),  # a bad one
+    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 100000000", True),
+    ("POST / HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked", True),
+]
+
+
+@pytest.mark.parametrize(("head", "closed"), CLOSED_BEHIND)
+def test_a_connection_is_kept_as_the_client_and_the_request_allow(head, closed):
+    browser = Browser(House())
+    _, headers, _ = browser.asks(head)
+    assert browser.conn.closed is closed
+    assert (headers.get("connection") == "close") is closed
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_pipelined_requests_are_answered_in_order_however_they_are_cut(size):
+    request = b"%s %s HTTP/1.1\r\nHost: localhost\r\n%s\r\n"
+    data = b"\r\n".join(
+        (
+            request % (b"GET", b"/health", b""),  # and an empty line behind it
+            request % (b"HEAD", b"/", b""),
+            request % (b"POST", b"/health", b"Content-Length: 5\r\n") + b"GET /",
+            request % (b"GET", b"/nothing", b""),
+        )
+    )
+    answers = parsed_answers(Browser(House()).sends(data, size), heads=(1,))
+    assert [status for status, *_ in answers] == [200, 200, 405, 404]
+    assert answers[0][2] == b"ok\n" and int(answers[1][1]["content-length"]) > 3
+
+
+BODIES = [  # chunks as they are sent, and the body or the status that they make
+    (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
+    (b"5;a=b\r\nhello\r\n1 \r\n!\r\n0\r\nTrailer: x\r\n\r\n", b"hello!"),
+    (b"5\nhello\n0\n\n", b"hello"),
+    (b"0\r\n\r\n", b""),
+    (b"g\r\n", 400),
+    (b"\r\n", 400),
+    (b"-1\r\n", 400),
+    (b"5\r\nhello!\r\n", 400),
+    (b"5\r\nhelloXX0\r\n\r\n", 400),
+    (b"1" * 20 + b"\r\n", 400),
+    (b"5;" + b"a" * 300 + b"\r\n", 400),
+    (b"0\r\n" + b"a" * 5000, 400),
+]
+
+
+@pytest.mark.parametrize(("chunks", "wanted"), BODIES)
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_chunks_make_a_body_however_they_are_cut(chunks, wanted, size):
+    reader = chat.HttpReader()
+    data = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
+    items = []
+    for n in range(0, len(data), size):
+        reader.feed(data[n : n + size])
+        while (item := reader.take()) is not None:
+            items.append(item)
+    head, *pieces = items
+    if isinstance(wanted, int):
+        assert pieces[-1].status == wanted
+    else:
+        assert head.length is None and pieces[-1] == chat.END_OF_BODY
+        assert b"".join(pieces) == wanted and not reader.in_body
+
+
+def test_a_framer_says_that_something_is_pending_if_and_only_if_there_is(seeded):
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n0123456789"
+    chunked = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunked += b"3\r\nabc\r\n0\r\n\r\n"
+    for _ in range(50):
+        reader, items = chat.HttpReader(), []
+        data = head + chunked + head
+        while data:
+            cut = seeded.randrange(1, 30)
+            reader.feed(data[:cut])
+            data = data[cut:]
+            while reader.pending:
+                item = reader.take()
+                if item is None:
+                    break
+                items.append(item)
+        ends = [item for item in items if item == chat.END_OF_BODY]
+        heads = [item for item in items if isinstance(item, chat.Request)]
+        assert len(ends) == len(heads) == 3 and not reader.pending and reader.take() is None
+
+
+NEAR = [  # address, header, whether it reads /health
+    ("127.0.0.1", "", True),
+    ("::1", "", True),
+    ("127.0.0.1", "X-Forwarded-For: 1.2.3.4", False),
+    ("127.0.0.1", "Forwarded: for=1.2.3.4", False),
+    ("192.168.1.5", "", False),
+]
+
+
+@pytest.mark.parametrize(("host", "header", "allowed"), NEAR)
+@pytest.mark.parametrize("path", ["/health", "/metrics"])
+def test_figures_are_for_this_machine_unless_the_operator_opens_them(host, header, allowed, path):
+    house = House()
+    address = f"[{host}]" if ":" in host else host
+    head = f"GET {path} HTTP/1.1\nHost: localhost\n{header}".rstrip()
+    assert Browser(house, host=address).asks(head)[0] == (200 if allowed else 404)
+    house.site.web = house.site.web._replace(open_metrics=True)
+    assert Browser(house, "open", host=address).asks(head)[0] == 200
+
+
+def test_metrics_are_in_the_usual_text_format():
+    house = house_of("alice", "bob")
+    status, headers, body = Browser(house).asks("GET /metrics HTTP/1.1\nHost: localhost")
+    lines = body.decode().splitlines()
+    assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert "chat_users 2" in lines and "# TYPE chat_users gauge" in lines
+    line = re.compile(r"# (HELP|TYPE) chat_\w+ .*|chat_\w+ \d+(\.\d+)?")
+    assert all(map(line.fullmatch, lines))
+
+
+def test_the_page_says_how_to_join_under_the_address_that_was_typed():
+    house = House()
+    house.site.web = house.site.web._replace(page=chat.web_page)
+    _, headers, body = Browser(house).asks("GET / HTTP/1.1\nHost: 192.168.1.5:7001")
+    text = body.decode()
+    assert "--server 192.168.1.5:7001" in text and "ws://192.168.1.5:7001/irc" in text
+    assert headers["content-type"].startswith("text/html") and "default-src 'none'" in str(headers)
+    assert "set-cookie" not in headers and "<script" not in text
+    _, _, body = Browser(house, "v6").asks("GET / HTTP/1.1\nHost: [::1]:7001")
+    assert "nc ::1 7001" in body.decode() and "ws://[::1]:7001/irc" in body.decode()
+
+
+HANDSHAKE = """\
+GET /irc HTTP/1.1
+Host: localhost:7000
+Upgrade: websocket
+Connection: keep-alive, Upgrade
+Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==
+Sec-WebSocket-Version: 13"""
+
+
+def test_a_handshake_is_answered_as_the_rfc_has_it():
+    status, headers, _ = Browser(House()).asks(HANDSHAKE)
+    assert (status, headers["upgrade"]) == (101, "websocket")
+    assert headers["sec-websocket-accept"] == "s3pplmbitxaq9kygzzhzrbk+xoo="  # small letters
+    assert "sec-websocket-protocol" not in headers
+    protocols = "\nSec-WebSocket-Protocol: other, binary.ircv3.net, text.ircv3.net"
+    _, headers, _ = Browser(House()).asks(HANDSHAKE + protocols)
+    assert headers["sec-websocket-protocol"] == "binary.ircv3.net"
+
+
+BAD_HANDSHAKES = [  # what is changed, and the status
+    ("Sec-WebSocket-Version: 13", "Sec-WebSocket-Version: 8", 426),
+    ("Sec-WebSocket-Version: 13", "X: y", 426),
+    ("dGhlIHNhbXBsZSBub25jZQ==", "short", 400),
+    ("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\n", "", 400),
+    ("HTTP/1.1", "HTTP/1.0", 400),
+    ("GET", "HEAD", 400),
+    ("Connection: keep-alive, Upgrade\n", "", 426),
+    ("/irc", "/other", 404),
+    ("Host: localhost:7000", "Host: localhost:7000\nContent-Length: 3", 400),
+    ("Host: localhost:7000", "Host: localhost:7000\nOrigin: null", 403),
+    ("Host: localhost:7000", "Host: localhost:7000\nOrigin: http://evil.example", 403),
+    ("Host: localhost:7000", "Host: localhost:7000\nOrigin: http://a\nOrigin: http://b", 400),
+    ("Host: localhost:7000", "Host: evil.example", 421),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "status"), BAD_HANDSHAKES)
+def test_half_a_handshake_is_none(old, new, status):
+    assert old in HANDSHAKE
+    assert Browser(House()).asks(HANDSHAKE.replace(old, new))[0] == status
+
+
+ORIGINS = [  # as a browser sends it, and whether its pages may join
+    ("", True),
+    ("null", False),
+    ("http://localhost:3000", True),  # a page that is being made on this machine
+    ("http://127.0.0.1", True),
+    ("http://[::1]:8080", True),
+    ("http://chat.example:7000", True),  # our own
+    ("https://chat.example", False),  # another port
+    ("http://192.168.1.5:7000", True),
+    ("http://192.168.1.5:7001", False),
+    ("https://front.example", True),  # by --web-origin
+    ("https://front.example:444", False),
+    ("http://front.example", False),
+    ("https://evil.example", False),
+    ("http://localhost.evil.example", False),
+    ("file://", False),
+    ("http://", False),
+]
+
+
+@pytest.mark.parametrize(("origin", "allowed"), ORIGINS)
+def test_pages_of_other_sites_may_not_join(origin, allowed):
+    web = chat.Web(
+        frozenset(("localhost", "chat.example")), frozenset((7000,)), frozenset(("https://front.example",))
+    )
+    assert chat.origin_allowed(web, origin) is allowed
+
+
+def client_frame(opcode, payload=b"", last=True, mask=b"\x01\x02\x03\x04", bits=0):
+    size = len(payload)
+    head = bytes(((0x80 if last else 0) | bits | opcode,))
+    if size < 126:
+        head += bytes((0x80 | size,))
+    elif size < 1 << 16:
+        head += bytes((0x80 | 126,)) + size.to_bytes(2, "big")
+    else:
+        head += bytes((0x80 | 127,)) + size.to_bytes(8, "big")
+    return head + mask + chat.masked(payload, mask)
+
+
+def frames_of(data):
+    """Return opcode and payload of each frame of the server."""
+    frames = []
+    while data:
+        size, start = data[1], 2
+        if size >= 126:
+            start = 4 if size == 126 else 10
+            size = int.from_bytes(data[2:start], "big")
+        frames.append((data[0], data[start : start + size]))
+        data = data[start + size :]
+    return frames
+
+
+TEXTS = [  # frames, and the lines that they make
+    ([client_frame(1, b"hello")], [b"hello"]),
+    ([client_frame(2, b"caf\xe9")], [b"caf\xe9"]),
+    ([client_frame(1, b"hel", last=False), client_frame(0, b"lo")], [b"hello"]),
+    ([client_frame(1, b"a", False), client_frame(9, b"x"), client_frame(0, b"b")], [b"ab"]),
+    ([client_frame(1, "é".encode()[:1], False), client_frame(0, "é".encode()[1:])], ["é".encode()]),
+    ([client_frame(1, b"one\r\ntwo\r\n")], [b"one", b"two"]),
+    ([client_frame(1, b""), client_frame(1, b"x" * 300)], [b"", b"x" * 300]),
+    ([client_frame(1, b"y" * 16_384)], [b"y" * 16_384]),
+    ([client_frame(10, b"unasked")], []),
+]
+
+
+@pytest.mark.parametrize(("frames", "lines"), TEXTS)
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+def test_frames_make_lines_however_they_are_cut(frames, lines, size):
+    reader, found, data = chat.FrameReader(chat.LINE_BYTES), [], b"".join(frames)
+    for n in range(0, len(data), size):
+        reader.feed(data[n : n + size])
+        while reader.pending:
+            line = reader.take()
+            found += [line] * (line is not None)
+    assert found == lines and not reader.closed
+
+
+BAD_FRAMES = [  # frames, and the code that they are closed with
+    ([chat.frame(1, b"unmasked")], 1002),
+    ([client_frame(1, b"x", bits=0x40)], 1002),
+    ([client_frame(3, b"x")], 1002),
+    ([client_frame(11, b"x")], 1002),
+    ([client_frame(9, b"x" * 126)], 1002),
+    ([client_frame(9, b"x", last=False)], 1002),
+    ([client_frame(0, b"x")], 1002),
+    ([client_frame(1, b"x", False), client_frame(1, b"y")], 1002),
+    ([client_frame(1, b"\xff")], 1007),
+    ([client_frame(1, b"\xc3", False), client_frame(0, b"(")], 1007),
+    ([client_frame(1, b"\xc3")], 1007),
+    ([client_frame(1, b"x" * 16_385)], 1009),
+    ([client_frame(1, b"x" * 16_000, False), client_frame(0, b"x" * 400)], 1009),
+    ([bytes((0x81, 0xFF)) + b"\xff" * 8], 1009),
+    ([client_frame(1, b"", False), *[client_frame(0, b"", False)] * 1024], 1008),
+    ([client_frame(8, b"\x03")], 1002),
+    ([client_frame(8, (1005).to_bytes(2, "big"))], 1002),
+    ([client_frame(8, (999).to_bytes(2, "big"))], 1002),
+    ([client_frame(8, (1000).to_bytes(2, "big") + b"\xff")], 1007),
+    ([client_frame(8)], 1000),
+    ([client_frame(8, (1001).to_bytes(2, "big") + b"bye")], 1001),
+]
+
+
+@pytest.mark.parametrize(("frames", "code"), BAD_FRAMES)
+def test_what_no_client_may_send_ends_the_websocket_with_the_right_code(frames, code):
+    reader = chat.FrameReader(chat.LINE_BYTES)
+    reader.feed(b"".join(frames) + client_frame(1, b"more"))
+    while reader.pending:
+        assert reader.take() in (None,)
+    ((opcode, payload),) = frames_of(reader.out)
+    assert opcode == 0x88 and int.from_bytes(payload[:2], "big") == code
+    assert reader.closed and not reader.buffer
+    reader.feed(client_frame(1, b"nothing is read any more"))
+    assert reader.take() is None and not reader.buffer
+
+
+def test_of_many_pings_the_newest_is_answered():
+    reader = chat.FrameReader(chat.LINE_BYTES)
+    reader.feed(b"".join(client_frame(9, b"%d" % n) for n in range(100)))
+    turns = 0
+    while reader.pending:
+        assert reader.take() is None
+        turns += 1
+    assert frames_of(reader.out) == [(0x8A, b"99")] and turns == 2  # FRAMES_AT_ONCE each
+
+
+def test_a_page_and_netcat_talk_with_each_other():
+    house = house_of("bob")
+    page = Browser(house)
+    text = "\nSec-WebSocket-Protocol: text.ircv3.net"
+    page.asks(HANDSHAKE + text)
+    said = [b"NICK eve", b"USER u 0 * :Eve", b"JOIN #lobby", "PRIVMSG #lobby :h\u00e9llo".encode()]
+    heard = b""
+    for line in said:
+        heard += page.sends(client_frame(1, line))
+    lines = [payload for opcode, payload in frames_of(heard)]
+    assert all(opcode == 0x81 for opcode, _ in frames_of(heard))
+    assert lines[0].startswith(b":chat.py 001 eve") and not any(b"\n" in line for line in lines)
+    assert house.heard("bob")[-1] == "eve: h\u00e9llo"
+    house.say("bob", "welcome \U0001f375")
+    ((_, line),) = frames_of(page.sends(b""))
+    assert line.decode().endswith("PRIVMSG #lobby :welcome \U0001f375")
+
+
+def test_what_all_members_get_is_framed_once():
+    framing = chat.Framing(chat.TEXT_FRAME)
+    data = b":a PRIVMSG #a :x\r\n:a PRIVMSG #a :y\r\n"
+    framed = framing(data)
+    assert framing(data) is framed
+    assert frames_of(framed) == [(0x81, b":a PRIVMSG #a :x"), (0x81, b":a PRIVMSG #a :y")]
+    assert frames_of(framing(b"x\xff\r\n")) == [(0x81, b"x\xef\xbf\xbd")]  # text is UTF-8
+    assert frames_of(chat.Framing(chat.BINARY_FRAME)(b"x\xff\r\n")) == [(0x82, b"x\xff")]
+
+
+def test_the_port_of_a_chat_is_also_one_of_the_web(running):
+    server = running()
+    with socket.create_connection(server.address) as web:
+        web.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2)
+        answers = b""
+        while answers.count(b"ok\n") < 2:
+            answers += web.recv(65536)
+        assert answers.startswith(b"HTTP/1.1 200 OK\r\n")
+        web.sendall(HANDSHAKE.replace("\n", "\r\n").encode() + b"\r\n\r\n")
+        web.sendall(client_frame(1, b"NICK eve") + client_frame(1, b"USER u 0 * :Eve"))
+        data = b""
+        while b" 376 eve" not in data and b" 422 eve" not in data:
+            data += web.recv(65536)
+        assert data.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
+        web.sendall(client_frame(9, b"there?") + client_frame(8, b"\x03\xe8"))
+        data = b""
+        while chunk := web.recv(65536):
+            data += chunk
+        assert data.endswith(chat.frame(10, b"there?") + chat.close_frame(1000))
+
+
+def test_a_websocket_that_the_server_ends_is_closed_with_a_code(running):
+    server = running()
+    with socket.create_connection(server.address) as web:
+        web.sendall(HANDSHAKE.replace("\n", "\r\n").encode() + b"\r\n\r\n")
+        web.sendall(client_frame(1, b"QUIT"))
+        data = b""
+        while chunk := web.recv(65536):
+            data += chunk
+        assert frames_of(data.partition(b"\r\n\r\n")[2])[-1] == (0x88, b"\x03\xe8")
+
+
+def test_half_a_request_and_an_idle_connection_are_ended(running, monkeypatch):
+    monkeypatch.setattr(chat, "WEB_HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(chat, "WEB_IDLE_SECONDS", 0.2)
+    server = running()
+    with socket.create_connection(server.address) as slow:
+        slow.sendall(b"GET / HTTP/1.1\r\n")
+        data = b""
+        while chunk := slow.recv(65536):
+            data += chunk
+        assert data.startswith(b"HTTP/1.1 408 ")
+    with socket.create_connection(server.address) as idle:
+        idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        data = b""
+        while chunk := idle.recv(65536):
+            data += chunk
+        assert data.endswith(b"ok\n")
+    with socket.create_connection(server.address) as stopped:  # a body that stops
+        stopped.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nab")
+        while stopped.recv(65536):
+            pass
+
+
+def test_connections_that_speak_http_have_a_count_of_their_own():
+    limits = chat.ConnectionLimits(chat.ServerOptions(max_per_address=2))
+    key = "192.168.1.5"
+    assert [limits.enter(key) for _ in range(2)] == ["", ""]
+    assert limits.enter(key).startswith("too many connections")
+    assert limits.speaks_http(key, True) == "" and limits.enter(key) == ""
+    assert limits.speaks_http(key, False).startswith("too many connections")  # a WebSocket is chat
+    limits.leave(key, web=True)
+    limits.leave(key)
+    limits.leave(key)
+    assert not limits.web and not limits.per_address and limits.inside == 0
+    limits.close()
+
+
+# ======================================================================================
 # FIRST LINE
 # ======================================================================================
 
@@ -9828,8 +10343,8 @@ def test_other_dialects_are_closed_politely_and_never_taken_for_a_name(running):
     server = running()
     alice = server.guest("alice")
     browser = server.guest()
-    browser.send("GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert browser.rest().startswith(b"HTTP/1.1 501 ")
+    browser.send("PRI * HTTP/2.0\r\n\r\n")
+    assert browser.rest().startswith(b"HTTP/1.1 505 ")
     alice.send("/names\n")
     assert alice.line() == "* #lobby 1-1 of 1: alice"
 
