@@ -9298,6 +9298,14 @@ def masked(data: bytes, mask: bytes) -> bytes:
     return number.to_bytes(len(data), "little")
 
 
+class BadFrame(Exception):
+    """A frame that no client may send, and the code of a close for that."""
+
+    def __init__(self, code: int, why: str):
+        super().__init__(why)
+        self.code = code
+
+
 class Frame(NamedTuple):
     """A frame of a client."""
 
@@ -9429,14 +9437,6 @@ class FrameReader:
         self.out += close_frame(code, why)
         self.closed = True
         self.buffer.clear()
-
-
-class BadFrame(Exception):
-    """A frame that no client may send, and the code of a close for that."""
-
-    def __init__(self, code: int, why: str):
-        super().__init__(why)
-        self.code = code
 
 
 class Framing:
