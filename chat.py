@@ -9618,17 +9618,6 @@ def wants_websocket(request: Request) -> bool:
     return "websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection")
 
 
-@on_request("GET", "/", "/irc")
-def web_root(session: WebSession, request: Request) -> None:
-    """GET / -- how to join; or a WebSocket that speaks IRC, also at /irc"""
-    if wants_websocket(request):
-        return open_websocket(session, request)
-    if request.path == "/irc":
-        return session.answer(426, "this is a WebSocket that speaks IRC", "Upgrade: websocket")
-    page = session.site.web.page(request, session.site, session.conn.secure)
-    return session.answer(200, page, "Content-Type: text/html; charset=utf-8", STYLE_ALLOWED)
-
-
 def open_websocket(session: WebSession, request: Request) -> None:
     """Answer a handshake (RFC 6455 section 4.2). The session of IRC takes over from here."""
     key = request.header("sec-websocket-key")
@@ -9648,6 +9637,17 @@ def open_websocket(session: WebSession, request: Request) -> None:
     lines += [f"Sec-WebSocket-Protocol: {name}" for name in offered[:1]]
     opcode = SUBPROTOCOLS[offered[0]] if offered else TEXT_FRAME
     return session.conn.upgrade("\r\n".join([*lines, "", ""]).encode(), opcode)
+
+
+@on_request("GET", "/", "/irc")
+def web_root(session: WebSession, request: Request) -> None:
+    """GET / -- how to join; or a WebSocket that speaks IRC, also at /irc"""
+    if wants_websocket(request):
+        return open_websocket(session, request)
+    if request.path == "/irc":
+        return session.answer(426, "this is a WebSocket that speaks IRC", "Upgrade: websocket")
+    page = session.site.web.page(request, session.site, session.conn.secure)
+    return session.answer(200, page, "Content-Type: text/html; charset=utf-8", STYLE_ALLOWED)
 
 
 @on_request("GET", "/health")
