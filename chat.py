@@ -9045,6 +9045,24 @@ class BadRequest(Exception):
 END_OF_BODY = b""
 
 
+def body_length(request: Request) -> int | None:
+    """Return the length of the body; None for chunks. Raises BadRequest."""
+    lengths, codings = request.headers.get("content-length", []), request.tokens(
+        "transfer-encoding"
+    )
+    if "transfer-encoding" in request.headers:
+        if lengths or request.minor == 0:
+            raise BadRequest(400, "Transfer-Encoding stands alone, and not in HTTP/1.0")
+        if codings != ["chunked"]:
+            raise BadRequest(501, "the only transfer coding is chunked")
+        return None
+    if not lengths:
+        return 0
+    if len(lengths) > 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
+        raise BadRequest(400, "a request has one Content-Length, in digits")
+    return int(lengths[0])
+
+
 def parse_head(lines: list[bytes]) -> Request:
     """Make a request of its first line and its headers. Raises BadRequest: what two readers
     could understand in two ways is refused (RFC 9112 section 11.2, request smuggling)."""
@@ -9062,24 +9080,6 @@ def parse_head(lines: list[bytes]) -> Request:
     if len(headers.get("host", ())) > 1 or (request.minor and "host" not in headers):
         raise BadRequest(400, "a request has one Host")
     return request._replace(length=body_length(request))
-
-
-def body_length(request: Request) -> int | None:
-    """Return the length of the body; None for chunks. Raises BadRequest."""
-    lengths, codings = request.headers.get("content-length", []), request.tokens(
-        "transfer-encoding"
-    )
-    if "transfer-encoding" in request.headers:
-        if lengths or request.minor == 0:
-            raise BadRequest(400, "Transfer-Encoding stands alone, and not in HTTP/1.0")
-        if codings != ["chunked"]:
-            raise BadRequest(501, "the only transfer coding is chunked")
-        return None
-    if not lengths:
-        return 0
-    if len(lengths) > 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
-        raise BadRequest(400, "a request has one Content-Length, in digits")
-    return int(lengths[0])
 
 
 class HttpReader:
