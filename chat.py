@@ -104,6 +104,7 @@ import socket
 import sqlite3
 import stat
 import string
+import struct
 import subprocess
 import sys
 import textwrap
@@ -318,7 +319,27 @@ WEB_IDLE_SECONDS = 15.0  # between requests, between pieces of a body, and witho
 WEB_PER_ADDRESS = 256  # connections from one address that speak HTTP
 FRAMES_AT_ONCE = 64  # of a WebSocket that are looked at for one line
 FRAGMENTS_MOST = 1024  # frames of one message
-HELPER_THREADS = {"pages": 2, "passwords": 2, "mail": 1, "disk": 1}  # of each lane
+HELPER_THREADS = {  # of each lane; files are written by one: what follows on each other stays so
+    "pages": 2,
+    "passwords": 2,
+    "mail": 1,
+    "disk": 1,
+    "files": 1,
+    "reads": 2,
+}
+FILE_BYTES = 256 * 1024 * 1024  # of one file that a user uploads
+FILES_BYTES = 4 * 1024**3  # of all; a user, or an address, has a quarter
+FILES_COUNT = 10_000  # all are known by heart
+FILES_DAYS = 90  # until a file is removed
+UPLOAD_SECONDS = 24 * 3600  # until an upload that was begun and not ended is
+FILE_NAME_BYTES = 200
+FILE_MESSAGES = 50  # of the owner, that carry the link of one file
+FILE_PIECE_BYTES = 256 * 1024  # read from disk at once
+PICTURE_HEAD_BYTES = 256 * 1024  # in which the size of a picture is looked for
+TEXT_HEAD_BYTES = 4096  # in which there is nothing but text, if it is a text
+TOKEN_SECONDS = 600  # an upload token that is not used
+TOKENS_A_USER = 8
+FILES_SWEEP_SECONDS = 600.0
 LOG_LINES = 1000  # that wait for standard error to be read ...
 LOG_FLUSH_SECONDS = 0.5  # ... and how long the end of the program waits for that
 CLOCK_JUMP_SECONDS = 2.0  # a clock that moves by more beside the monotonic one was set
@@ -1393,6 +1414,7 @@ class Connected(typing.Protocol):
     address: str  # HOST:PORT
     limit_key: str  # the address as limits count it, see address_key()
     secure: bool  # TLS
+    local: str  # HOST:PORT on our side
     certifiable: bool  # client certificates are looked at
     fingerprint: str  # SHA-256 of the client's certificate, "" without one
     gone: bool  # nothing can be sent any more
@@ -1445,8 +1467,134 @@ class ServerCalls(typing.Protocol):
     def restart(self, session: "LocalSession") -> None: ...
     def stop(self) -> None: ...
     def mail(self, address: str, name: str, code: str) -> None: ...  # off the loop
+    def background(self, lane: str, job: Callable[[], Any]) -> None: ...  # off the loop
     def trouble(self) -> str: ...  # what is wrong, "" if nothing is
     def metrics(self) -> dict[str, tuple[str, str, float]]: ...  # kind, text and value by name
+
+
+# Files
+
+
+FILE_TAG = "chat.py/file"  # path, type, bytes, width and height
+
+
+TAG_CHARACTERS = {"\\": "\\\\", ";": "\\:", " ": "\\s", "\r": "\\r", "\n": "\\n", "\0": ""}
+
+
+TAG_TRANSLATION = str.maketrans(TAG_CHARACTERS)
+
+
+def escaped_tag(value: str) -> str:
+    """Return a tag value as it is written on the wire; unescaped_tag() is the inverse."""
+    return value.translate(TAG_TRANSLATION)
+
+
+class StoredFile(NamedTuple):
+    """A file that a user has uploaded, or begun to upload."""
+
+    id: str  # 128 random bits in hex: the end of its link
+    name: str
+    type: str  # of the content, as in Content-Type
+    size: int  # bytes; as announced while it is not complete
+    owner: str  # an identity, see User.identity
+    address: str  # that it came from, as limits count it
+    made: int  # milliseconds since 1970
+    sha: str = ""  # SHA-256 of the content in hex; "" while it is not complete
+    width: int = 0  # of a picture, in pixels
+    height: int = 0
+    messages: tuple[int, ...] = ()  # ids of the owner's messages that carry the link
+
+    @property
+    def on_disk(self) -> str:
+        """The name of its content in the folder of files. Equal content is there once."""
+        return self.sha or f"{self.id}.part"
+
+    @property
+    def tag(self) -> str:
+        """What a message with its link tells clients about it."""
+        value = f"/files/{self.id},{self.type},{self.size},{self.width},{self.height}"
+        return f"{FILE_TAG}={escaped_tag(value)}"
+
+    def state(self) -> str:
+        return json.dumps(self)
+
+
+FILE_LINK = re.compile(r"/files/([0-9a-f]{32})(?![0-9a-f])")
+
+
+class Files(dict[str, StoredFile]):
+    """All files by id, and what may be removed from disk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = FILE_BYTES  # of one file
+        self.total = FILES_BYTES  # of all; one owner, or one address, may have a quarter
+        self.by_message: dict[int, str] = {}
+        self.unwanted: list[str] = []  # names on disk that no link needs any more
+        self.finishing = 0  # uploads whose content is on its way to its name on disk
+
+    def load(self, rows: Iterable[tuple[str, str]]) -> None:
+        for id, state in rows:
+            *values, messages = json.loads(state)
+            self[id] = StoredFile(*values, tuple(messages))
+            self.by_message.update(dict.fromkeys(messages, id))
+
+    def linked(self, text: str) -> StoredFile | None:
+        """Return the file whose link is in a text; the first one of several."""
+        found = (self.get(match[1]) for match in FILE_LINK.finditer(text))
+        return next((file for file in found if file and file.sha), None)
+
+    def check_room(self, size: int, owner: str, address: str) -> None:
+        """Raise Refused if there is no room for a file of this size."""
+        if size > self.most:
+            raise Refused("FILE_TOO_LARGE", f"a file has at most {self.most:,} bytes")
+        if len(self) >= FILES_COUNT:
+            raise Refused("NO_ROOM", f"this server keeps at most {FILES_COUNT:,} files")
+        all_files = list(self.values())
+        for limit, mine, what in (
+            (self.total, all_files, "all files together have"),
+            (self.total // 4, [one for one in all_files if one.owner == owner], "your files have"),
+            (self.total // 4, [f for f in all_files if f.address == address], "one address has"),
+        ):
+            if size + sum(file.size for file in mine) > limit:
+                raise Refused("NO_ROOM", f"{what} at most {limit:,} bytes")
+
+
+def hashed_token(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+class Grant(NamedTuple):
+    """The right to upload, of the user who asked for a token."""
+
+    user: "User"
+    until: int  # Hub.ticks
+
+
+class Grants(dict[str, Grant]):
+    """Upload tokens, by their hash. A token ends with its time, and with its user."""
+
+    def make(self, user: "User", ticks: int) -> str:
+        """Return a new token. The oldest of a user who has too many ends."""
+        for digest in [d for d, one in self.items() if one.until < ticks or not one.user.sessions]:
+            del self[digest]
+        mine = [digest for digest, one in self.items() if one.user is user]
+        for digest in mine[: max(0, len(mine) - TOKENS_A_USER + 1)]:
+            del self[digest]
+        token = secrets.token_hex(16)
+        self[hashed_token(token)] = Grant(user, ticks + TOKEN_SECONDS * 1000)
+        return token
+
+    def owner(self, token: str, ticks: int) -> str:
+        """Return the identity of the user with this token, which lasts while it is used; ""
+        if there is none."""
+        digest = hashed_token(token)
+        one = self.get(digest)
+        if one is None or one.until < ticks or not one.user.sessions:
+            self.pop(digest, None)
+            return ""
+        self[digest] = one._replace(until=ticks + TOKEN_SECONDS * 1000)
+        return one.user.identity
 
 
 class Site:
@@ -1470,6 +1618,9 @@ class Site:
     ):
         self.hub, self.store, self.server = hub, store, server
         self.web = web  # settings of the web dialect
+        self.folder: Any = None  # of files: jobs that read and write their content
+        self.grants = Grants()  # upload tokens
+        self.uploading: dict[str, Any] = {}  # by id of a file: the session that goes on with it
         # later(session, lane, job, then): job() off the loop, then(its result) on it; a job of
         # the lane PAGE_LANE reads the store
         self.later = later
@@ -1487,12 +1638,19 @@ class Site:
         return f"b{next(self.references):x}"
 
 
-PAGE_LANE, PASSWORD_LANE, MAIL_LANE, DISK_LANE = (
-    "pages",
-    "passwords",
-    "mail",
-    "disk",
-)  # lanes of helpers
+PAGE_LANE, PASSWORD_LANE, MAIL_LANE = "pages", "passwords", "mail"  # lanes of helpers
+DISK_LANE, FILE_LANE, READ_LANE = "disk", "files", "reads"
+
+
+def base_url(site: Site, secure: bool, authority: str) -> str:
+    """Return how the URLs of this server begin: as --web-url says, or with the address that
+    other machines reach, or with the one that a client used (HOST:PORT)."""
+    web = site.web
+    if web.url:
+        return web.url
+    port = authority.rpartition(":")[2] if not authority.endswith("]") else ""
+    reached = f"{web.address}:{port}" if web.address and port.isdecimal() else authority
+    return f"{'https' if secure else 'http'}://{reached}"
 
 
 def next_time(last: int, now: int) -> int:
@@ -2755,6 +2913,7 @@ class Hub:
         self.absent_per_host = PER_ADDRESS
         self.accounts = Accounts()
         self.markers = Markers()
+        self.files = Files()
         self.sessions: dict[int, Session] = {}  # by id; also those without a name
         self.users: dict[str, User] = {}  # by key
         self.users_by_id: dict[str, User] = {}  # by resume_id
@@ -3787,6 +3946,133 @@ class Sent(NamedTuple):
 SENT = Sent()
 
 
+# Files
+
+
+def keep_file(hub: Hub, file: StoredFile) -> None:
+    hub.files[file.id] = file
+    hub.turn.record("file", file.id, file.state())
+
+
+@act
+def begin_file(
+    hub: Hub, who: Session, id: str, name: str, type: str, size: int, owner: str, address: str
+) -> None:
+    """Make room for a file that comes now. Raises Refused."""
+    hub.files.check_room(size, owner, address)
+    keep_file(hub, StoredFile(id, name, type, size, owner, address, hub.now))
+
+
+EMOJI_STYLE = "\ufe0f"  # the character before it is to be shown as an emoji
+
+
+ZWNJ, ZWJ = "\u200c", "\u200d"  # zero width (non-)joiners: Persian; one emoji of several
+
+
+def is_regional(c: str) -> bool:
+    return "\U0001f1e6" <= c <= "\U0001f1ff"  # two of them are a flag
+
+
+SOFT_HYPHEN = "\xad"
+
+
+def is_inner_jamo(c: str) -> bool:
+    """Return whether it is a vowel or final of conjoining Hangul: they join their initial."""
+    return "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7fb"
+
+
+def is_emoji(c: str) -> bool:
+    """Return whether it is an emoji, perhaps newer than Python's tables (unassigned there)."""
+    return "\U0001f300" <= c <= "\U0001faff" and unicodedata.category(c) == "Cn"
+
+
+def cluster_width(cluster: str) -> int:
+    first = cluster[0]
+    if EMOJI_STYLE in cluster or ZWJ in cluster[1:-1] or is_regional(first):
+        return 2
+    if first == SOFT_HYPHEN:
+        return 1
+    marks = sum(unicodedata.category(c) == "Mc" for c in cluster[1:])  # Hindi, Tamil: each has one
+    if unicodedata.category(first) in ("Mn", "Me", "Cf", "Cc") or is_inner_jamo(first):
+        return marks
+    return marks + (2 if unicodedata.east_asian_width(first) in "WF" or is_emoji(first) else 1)
+
+
+def joins(cluster: str, c: str) -> bool:
+    """Return whether `c` goes on with the character before it."""
+    if is_inner_jamo(c):
+        return "\u1100" <= cluster[0] <= "\u11ff"
+    if cluster[-1] == ZWJ or c == ZWJ or unicodedata.category(c) in ("Mn", "Me", "Mc"):
+        return cluster != "\n"
+    if is_regional(c):
+        return len(cluster) == 1 and is_regional(cluster)
+    return "\U0001f3fb" <= c <= "\U0001f3ff"  # skin tones (UTS 51)
+
+
+def clusters(text: str) -> list[str]:
+    """Split `text` into what a reader calls characters: letters with their accents, emoji
+    with their modifiers, flags. A subset of UAX 29 that needs no tables."""
+    if text.isascii():
+        return list(text)
+    found: list[str] = []
+    for c in text:
+        if found and joins(found[-1], c):
+            found[-1] += c
+        else:
+            found.append(c)
+    return found
+
+
+def width(text: str) -> int:
+    """Columns that a terminal gives `text`: none for marks, two for wide characters (UAX 11)
+    and emoji. Terminals disagree about the newest emoji, so nothing may depend on it."""
+    if text.isascii() and text.isprintable():
+        return len(text)
+    return sum(map(cluster_width, clusters(text)))
+
+
+@act
+def finish_file(
+    hub: Hub, who: Session, id: str, sha: str, size: int, type: str, width: int, height: int
+) -> None:
+    """A file is complete: its link works from now on."""
+    if file := hub.files.get(id):
+        known = {"sha": sha, "size": size, "type": type, "width": width, "height": height}
+        keep_file(hub, file._replace(**known))
+
+
+@act
+def remove_file(hub: Hub, who: Session, id: str) -> None:
+    """Remove a file, complete or not. Its content goes with the last of its links."""
+    file = hub.files.pop(id, None)
+    if file is None:
+        return
+    for message in file.messages:
+        hub.files.by_message.pop(message, None)
+    hub.turn.record("file_gone", id)
+    if not any(file.on_disk == other.on_disk for other in hub.files.values()):
+        hub.files.unwanted.append(file.on_disk)
+
+
+def carry_file(hub: Hub, file: StoredFile, event: Event) -> None:
+    """Note a message of the owner with the link: the file goes with the last one of them."""
+    if hub.same_person(file.owner, event.source.identity) and len(file.messages) < FILE_MESSAGES:
+        hub.files.by_message[event.id] = file.id
+        keep_file(hub, file._replace(messages=(*file.messages, event.id)))
+
+
+def redact_file(hub: Hub, who: Session, message: int) -> None:
+    """A message was taken back, and perhaps a file with it."""
+    file = hub.files.get(hub.files.by_message.pop(message, ""))
+    if file is None:
+        return
+    left = tuple(one for one in file.messages if one != message)
+    if left:
+        keep_file(hub, file._replace(messages=left))
+    else:
+        remove_file(hub, who, file.id)
+
+
 @act
 def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_id: str) -> Sent:
     """Send a message to a channel or user. `own_id` is the sender's id of it: under one id
@@ -3814,7 +4100,12 @@ def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_
     if kind is not TAGS and not text.startswith("\x01"):  # answers of programs are no activity
         user.spoke = hub.ticks
     source = user.source._replace(operator=True) if who.operator else user.source
+    file = hub.files.linked(text) if "/files/" in text else None
+    if file:
+        tags = ";".join(filter(None, (tags, file.tag)))
     event = hub.emit(kind, source, audience, text, about, who, tags)
+    if file:
+        carry_file(hub, file, event)
     if partner is not None and partner is not user:
         for other in user.sessions:
             if other is not who:
@@ -3871,6 +4162,7 @@ def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> N
         check_may_redact(who, channel, founding, name, message_id)
     for key in keys:
         hub.turn.record("redact", key, hub.now, id)
+    redact_file(hub, who, id)
     text = hub.ids.text(id) + (f" :{reason}" if reason else "")
     hub.emit(REDACT, user.source, audience, text, other.name if other else "", who)
 
@@ -4462,6 +4754,12 @@ MIGRATIONS = (
     DROP TABLE IF EXISTS search;
     DROP TABLE IF EXISTS indexed;
     """,
+    """
+    CREATE TABLE files (            -- that users have uploaded
+        id TEXT PRIMARY KEY,
+        state TEXT NOT NULL         -- JSON, see StoredFile.state()
+    ) WITHOUT ROWID;
+    """,
 )
 
 KEPT, BUSY, LOST = "kept", "busy", "lost"  # what became of a turn's events
@@ -4479,6 +4777,8 @@ STATEMENTS = {
     "certificate_gone": ("certificates", 1, "DELETE FROM certificates WHERE fingerprint = ?"),
     "channel": ("channels", 1, "REPLACE INTO channels VALUES (?, ?)"),
     "channel_gone": ("channels", 1, "DELETE FROM channels WHERE key = ?"),
+    "file": ("files", 1, "REPLACE INTO files VALUES (?, ?)"),
+    "file_gone": ("files", 1, "DELETE FROM files WHERE id = ?"),
     "identity": ("identities", 1, "INSERT OR IGNORE INTO identities VALUES (?, ?)"),
     "identities_gone": ("identities of", 1, "DELETE FROM identities WHERE account = ?"),
     "marker": ("markers", 2, "REPLACE INTO markers VALUES (?, ?, ?, ?)"),
@@ -4495,6 +4795,7 @@ TABLES: dict[str, tuple[type, ...]] = {  # those that are read at the start, and
     "bans": (str, str, str, int, str),
     "certificates": (str, str),
     "channels": (str, str),
+    "files": (str, str),
     "identities": (str, str),
     "markers": (str, str, int, int),
     "starts": (int, int, str),
@@ -5495,6 +5796,7 @@ def load_hub(store: Store, now: float, ticks: float, name: str = SERVER_NAME) ->
         for guest, account in store.rows("identities"):
             hub.link(guest, account)
         hub.bans = {key: ServerBan(*ban) for key, *ban in store.rows("bans")}
+        hub.files.load(store.rows("files"))
         revive(hub, store.rows("channels"), store.rows("stays"))
         for owner in [one for one in hub.markers if one[0] == "~" and one not in hub.users_by_id]:
             hub.forget_markers(owner)  # a guest who has not come back, or never could
@@ -5755,15 +6057,6 @@ def tag_time(milliseconds: int) -> str:
     """2026-11-22T08:30:05.123Z (IRCv3 server-time)."""
     seconds, rest = divmod(milliseconds, 1000)
     return f"{second_text(seconds)}.{rest:03}Z"
-
-
-TAG_CHARACTERS = {"\\": "\\\\", ";": "\\:", " ": "\\s", "\r": "\\r", "\n": "\\n", "\0": ""}
-TAG_TRANSLATION = str.maketrans(TAG_CHARACTERS)
-
-
-def escaped_tag(value: str) -> str:
-    """Return a tag value as it is written on the wire; unescaped_tag() is the inverse."""
-    return value.translate(TAG_TRANSLATION)
 
 
 def add_tag(line: bytes, tag: str) -> bytes:
@@ -6496,8 +6789,17 @@ def wrapped_tokens(tokens: list[str]) -> Iterator[list[str]]:
         yield tokens[start : start + TOKENS_A_LINE]
 
 
+def file_tokens(session: IrcSession) -> list[str]:
+    """Return the tokens of 005 that say where files are uploaded to (draft/FILEHOST, and as
+    soju has it), and that there are tokens for that (draft/authtoken)."""
+    if session.site.folder is None:
+        return []
+    url = f"{base_url(session.site, session.conn.secure, session.conn.local)}/files"
+    return [f"soju.im/FILEHOST={url}", f"draft/FILEHOST={url}", "draft/AUTHTOKEN"]
+
+
 def isupport_lines(session: IrcSession) -> Iterator[bytes]:
-    for tokens in wrapped_tokens(isupport(session.site)):
+    for tokens in wrapped_tokens([*isupport(session.site), *file_tokens(session)]):
         yield session.shaped_line(RPL_ISUPPORT, " ".join(tokens))
 
 
@@ -7861,6 +8163,29 @@ def irc_markread(session: IrcSession, name: str = "", when: str = "") -> None:
     except Refused:
         return move(0)
     session.read(functools.partial(session.site.store.id_at, place, stamp), move)
+
+
+@irc_command("TOKEN", 1, 3)
+def irc_token(session: IrcSession, subcommand: str, service: str = "", scope: str = "") -> None:
+    """TOKEN SERVICELIST | GENERATE <service> -- a token with which you upload (draft/authtoken)"""
+    verb, known = subcommand.upper(), session.site.folder is not None
+    if verb == "SERVICELIST":
+        if not known:
+            return session.line("NOTE TOKEN NO_SERVICES :this server keeps no files")
+        url = f"{base_url(session.site, session.conn.secure, session.conn.local)}/files"
+        line = f":{session.site.name} TOKEN SERVICE FILEHOST {url} :files for the chat"
+        return in_batch(session, "draft/authtoken *", [irc_bytes(line)])
+    if verb == "VALIDATE":
+        text = "tokens are for this server's own files"
+        return session.fail("TOKEN", "NO_PERMISSIONS", text, service or "*")
+    if verb != "GENERATE":
+        text = f"there is no TOKEN {subcommand}"
+        return session.fail("TOKEN", "UNKNOWN_COMMAND", text, subcommand)
+    if service.upper() != "FILEHOST" or not known:
+        text = "there is no such service; TOKEN SERVICELIST lists them"
+        return session.fail("TOKEN", "UNKNOWN_SERVICE", text, service or "*")
+    token = session.site.grants.make(session.user, session.site.hub.ticks)
+    return session.line(f"TOKEN GENERATE FILEHOST :{token}")
 
 
 @irc_command("REDACT", 2, 3)
@@ -9469,6 +9794,8 @@ class Web(NamedTuple):
     ports: frozenset[int] = frozenset()  # of this server
     origins: frozenset[str] = frozenset()  # whose pages may open a WebSocket, besides our own
     open_metrics: bool = False  # to all, and not to this machine only
+    url: str = ""  # how links begin, where a proxy is in between
+    address: str = ""  # of this machine in the network, if the server listens there
     page: Callable[["Request", Site, bool], str] = lambda request, site, secure: site.name
 
 
@@ -9520,10 +9847,30 @@ def on_request(method: str, *paths: str) -> Callable:
     return register
 
 
+CORS = (
+    "Access-Control-Allow-Origin: *",
+    "Access-Control-Expose-Headers: Location, ETag, Content-Range, Content-Disposition, "
+    "Upload-Offset, Upload-Length, Upload-Expires, Tus-Resumable, Tus-Version, Tus-Extension, "
+    "Tus-Max-Size",
+)
+CHALLENGE = ('WWW-Authenticate: Basic realm="chat", charset="UTF-8"', "WWW-Authenticate: Bearer")
+REFUSAL_STATUSES = {  # Refused.code -> status
+    "SASL_FAILED": 401,
+    "TRY_LATER": 429,
+    "BAD_HEADER": 400,
+    "NO_FILE": 404,
+    "FILE_TOO_LARGE": 413,
+    "NO_ROOM": 507,
+}
+
+
 class WebSession(LocalSession):
     """Requests of one connection, answered in their order."""
 
-    __slots__ = ("closing", "request", "take_body")
+    __slots__ = (
+        *("at_end", "body_left", "closing", "credentials", "owner", "reading", "request"),
+        *("take_body", "upload"),
+    )
     takes_lines = False
 
     def __init__(self, site: Site, conn: Connected):
@@ -9531,6 +9878,11 @@ class WebSession(LocalSession):
         self.request: Request | None = None  # that is being answered
         self.closing = False  # behind the answer
         self.take_body: Callable[[bytes], None] = do_nothing  # takes pieces of its body
+        self.body_left = False  # there is more of it to come
+        self.credentials = self.owner = ""  # that were right, and whose they are
+        self.upload: Any = None  # that is under way
+        self.reading: Any = None  # a file that is being sent
+        self.at_end: Callable[[], None] = do_nothing  # before the end, or a refusal
 
     def receive(self, item: Request | BadRequest | bytes) -> None:
         if isinstance(item, Request):
@@ -9539,10 +9891,12 @@ class WebSession(LocalSession):
             self.request, self.closing = None, True
             self.answer(item.status, str(item))
         else:
+            self.body_left = item != END_OF_BODY
             self.take_body(item)
 
     def _begin(self, request: Request) -> None:
         self.request, self.take_body = request, do_nothing
+        self.body_left = request.length != 0
         self.closing = not request.keeps_alive
         host = split_host(request.header("host"))[0]
         expected = request.header("expect").lower()
@@ -9561,19 +9915,20 @@ class WebSession(LocalSession):
             return self.answer(204, "", allowed)
         return self.answer(405, f"{request.method} is not for this page", allowed)
 
-    def _methods(self, path: str) -> dict[str, Callable]:
-        return WEB_ROUTES.get(path, {})
+    @staticmethod
+    def _methods(path: str) -> dict[str, Callable]:
+        return WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
 
     def answer(self, status: int, body: str | bytes = "", *headers: str) -> None:
         """Send a whole answer. A body that was not asked for and is long is not waited for."""
         request = self.request
-        if request and request.length != 0 and self.take_body is do_nothing:
+        if request and self.body_left and self.take_body is do_nothing:
             unsent = "expect" in request.headers or request.length is None
             self.closing = self.closing or unsent or request.length > DISCARDED_BYTES
         data = body.encode() if isinstance(body, str) else body
-        if isinstance(body, str) and not any(h.startswith("Content-Type") for h in headers):
+        if data and not any(header.startswith("Content-Type") for header in headers):
             headers = (*headers, TEXT_TYPE, NOTHING_ALLOWED)
-            data = data and data.removesuffix(b"\n") + b"\n"
+            data = data.removesuffix(b"\n") + b"\n"
         if status != 204:
             headers = (*headers, f"Content-Length: {len(data)}")
         self.send_head(status, *headers)
@@ -9589,6 +9944,10 @@ class WebSession(LocalSession):
         elif self.request and self.request.minor == 0:
             lines.append("Connection: keep-alive")
         self.send("\r\n".join([*lines, "", ""]).encode())
+
+    def cors(self) -> tuple[str, ...]:
+        """Return the headers that let the pages of other sites read an answer about a file."""
+        return CORS if self.request and "origin" in self.request.headers else ()
 
     def end_answer(self) -> None:
         """The answer is complete."""
@@ -9608,10 +9967,19 @@ class WebSession(LocalSession):
         """Nothing is said to a web client but answers."""
 
     def refuse(self, refusal: Refused) -> None:
-        self.answer(503, str(refusal))
+        """Answer with the status of a refusal; what was under way is over."""
+        end, self.at_end = self.at_end, do_nothing
+        end()
+        status = REFUSAL_STATUSES.get(refusal.code, 503)
+        self.answer(status, str(refusal), *(CHALLENGE if status == 401 else ()), *self.cors())
 
     def not_kept(self, events: list[Event], reason: str) -> None:
         """A web client says nothing that could be kept."""
+
+    def ended(self) -> None:
+        end, self.at_end = self.at_end, do_nothing
+        end()
+        super().ended()
 
 
 def wants_websocket(request: Request) -> bool:
@@ -9669,6 +10037,541 @@ def web_metrics(session: WebSession, request: Request) -> None:
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name} {value}"]
     kind = "Content-Type: text/plain; version=0.0.4; charset=utf-8"
     return session.answer(200, "\n".join([*lines, ""]), kind)
+
+
+# Files: what they are
+
+
+PICTURE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
+SIGNATURES = (  # how content begins, and its type: what is not here is sent as an attachment
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), "image/png"),
+    (re.compile(rb"\xff\xd8\xff"), "image/jpeg"),
+    (re.compile(rb"GIF8[79]a"), "image/gif"),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), "image/webp"),
+    (re.compile(rb"....ftyp(?:isom|iso[2-6]|mp4[12]|avc1|M4V )", re.DOTALL), "video/mp4"),
+    (re.compile(rb"%PDF-"), "application/pdf"),
+)
+UNKNOWN_TYPE = "application/octet-stream"
+RUN_BY_BROWSERS = re.compile(r"\.(?:x?html?|svgz?|xml|m?js|css)$", re.IGNORECASE)
+NOT_IN_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+
+
+def content_type(head: bytes, name: str, whole: bool) -> str:
+    """Return the type of content by its first bytes, whatever the uploader says it is. `whole`:
+    there is no more of it. Text is plain text, but that which a browser would run is none."""
+    for pattern, kind in SIGNATURES:
+        if pattern.match(head):
+            return kind
+    if NOT_IN_TEXT.search(head) or RUN_BY_BROWSERS.search(name) or not head:
+        return UNKNOWN_TYPE
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head, whole)
+    except UnicodeDecodeError:
+        return UNKNOWN_TYPE
+    return "text/plain"
+
+
+JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers that have a size
+
+
+def jpeg_size(head: bytes) -> tuple[int, int]:
+    """Return width and height from the frame header of a JPEG (ITU T.81, B.2.2)."""
+    at = 2
+    while at + 9 <= len(head) and head[at] == 0xFF:
+        marker = head[at + 1]
+        if marker in JPEG_FRAMES:
+            height, width = struct.unpack_from(">HH", head, at + 5)
+            return width, height
+        if marker == 0xFF:  # one that fills
+            at += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # without a length
+            at += 2
+        else:
+            at += 2 + int.from_bytes(head[at + 2 : at + 4], "big")
+    return 0, 0
+
+
+def webp_size(head: bytes) -> tuple[int, int]:
+    """Return width and height of a WebP (RFC 9649)."""
+    kind, data = head[12:16], head[20:]
+    if kind == b"VP8X" and len(data) >= 10:
+        return int.from_bytes(data[4:7], "little") + 1, int.from_bytes(data[7:10], "little") + 1
+    if kind == b"VP8L" and len(data) >= 5:
+        bits = int.from_bytes(data[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 " and len(data) >= 10:
+        width, height = struct.unpack_from("<HH", data, 6)
+        return width & 0x3FFF, height & 0x3FFF
+    return 0, 0
+
+
+def picture_size(kind: str, head: bytes) -> tuple[int, int]:
+    """Return width and height of a picture, by its first bytes; 0 and 0 if they do not tell."""
+    if kind == "image/png" and head[12:16] == b"IHDR" and len(head) >= 24:
+        return struct.unpack_from(">II", head, 16)
+    if kind == "image/gif" and len(head) >= 10:
+        return struct.unpack_from("<HH", head, 6)
+    if kind == "image/jpeg":
+        return jpeg_size(head)
+    return webp_size(head) if kind == "image/webp" else (0, 0)
+
+
+NO_FILE_NAMES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
+
+
+def file_name(text: str) -> str:
+    """Return a name under which anybody can save a file: its last part only, without control
+    and format characters, and none that Windows keeps for devices."""
+    last = re.split(r"[/\\]", text)[-1]
+    clean = "".join(" " if c in '<>:"|?*' else c for c in last if is_solid(c) or c == " ")
+    clean = cut(" ".join(clean.split()).lstrip(".").rstrip(". "), FILE_NAME_BYTES)
+    return f"_{clean}" if NO_FILE_NAMES.fullmatch(clean) else clean or "file"
+
+
+def disposition_name(header: str) -> str:
+    """Return the name in a Content-Disposition (RFC 6266); "" if there is none."""
+    import email.message
+
+    message = email.message.Message()
+    message["Content-Disposition"] = header
+    with contextlib.suppress(ValueError, LookupError):
+        name = message.get_filename() or ""
+        with contextlib.suppress(UnicodeError):  # UTF-8 as it is, which curl sends
+            name = name.encode("latin-1").decode()
+        return name
+    return ""
+
+
+def disposition(file: StoredFile) -> str:
+    """Return the Content-Disposition of a file, with its name in ASCII and in UTF-8."""
+    import urllib.parse
+
+    kind = "attachment" if file.type == UNKNOWN_TYPE else "inline"
+    ascii_name = re.sub(r'[^ -~]|["\\%]', "_", file.name)
+    encoded = urllib.parse.quote(file.name, safe="")
+    return f"Content-Disposition: {kind}; filename=\"{ascii_name}\"; filename*=UTF-8''{encoded}"
+
+
+# Files: who may upload
+
+
+def authorize(session: WebSession, then: Callable[[str], None]) -> None:
+    """Call then(identity) for the credentials of a request: those of an account (Basic), or a
+    token (Bearer). They hold for this connection. Raises Refused."""
+    given = session.request.header("authorization")
+    if given and given == session.credentials:
+        return then(session.owner)
+    scheme, _, value = given.partition(" ")
+
+    def proved(owner: str) -> None:
+        session.credentials, session.owner = given, owner
+        then(owner)
+
+    if scheme.lower() == "bearer":
+        hub = session.site.hub
+        if owner := session.site.grants.owner(value.strip(), hub.ticks):
+            return then(owner)
+    elif scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            name, _, password = base64.b64decode(value, validate=True).decode().partition(":")
+            accounts = session.site.hub.accounts
+            return check_owner(
+                session, name, password, lambda account, _: proved(accounts[fold(account)].identity)
+            )
+    text = "log in with your account, or with a token of TOKEN GENERATE FILEHOST"
+    raise Refused("SASL_FAILED", text)
+
+
+# Files: up (https://tus.io/protocols/resumable-upload, 1.0.0)
+
+TUS = "Tus-Resumable: 1.0.0"
+CORS_ASKED = (
+    "Access-Control-Allow-Methods: GET, HEAD, POST, PATCH, DELETE, OPTIONS",
+    "Access-Control-Allow-Headers: Authorization, Content-Type, Content-Disposition, "
+    "Content-Length, Range, If-Range, Tus-Resumable, Upload-Length, Upload-Offset, Upload-Metadata",
+    "Access-Control-Max-Age: 86400",
+)
+PIECE_TYPE = "application/offset+octet-stream"
+NO_SUCH_FILE = "there is no such file, or not any more"
+
+
+def is_tus(request: Request) -> bool:
+    return "tus-resumable" in request.headers
+
+
+def answer_file(session: WebSession, status: int, body: str = "", *headers: str) -> None:
+    """Answer a request about a file: also to the pages of other sites, and to tus."""
+    tus = (TUS,) if is_tus(session.request) else ()
+    session.answer(status, body, *headers, *session.cors(), *tus)
+
+
+def on_files(method: str, path: str) -> Callable:
+    """Decorator: the same as on_request() for files, if this server keeps any."""
+
+    def register(handler: Callable) -> Callable:
+        @functools.wraps(handler)
+        def guarded(session: WebSession, request: Request) -> None:
+            if session.site.folder is None:
+                return session.answer(404, "this server keeps no files")
+            if request.headers.get("tus-resumable", ["1.0.0"]) != ["1.0.0"]:
+                return answer_file(session, 412, "this is tus 1.0.0", "Tus-Version: 1.0.0")
+            try:
+                return handler(session, request)
+            except Refused as refusal:
+                return session.refuse(refusal)
+
+        return on_request(method, path)(guarded)
+
+    return register
+
+
+@on_files("OPTIONS", "/files")
+@on_files("OPTIONS", "/files/*")
+def ask_files(session: WebSession, request: Request) -> None:
+    """OPTIONS /files -- what can be uploaded"""
+    extensions = "creation,creation-with-upload,termination,expiration"
+    tus = ("Tus-Version: 1.0.0", f"Tus-Extension: {extensions}")
+    most = f"Tus-Max-Size: {session.site.hub.files.most}"
+    allowed = "Allow: GET, HEAD, POST, PATCH, DELETE, OPTIONS"
+    answer_file(session, 204, "", allowed, "Accept-Post: */*", *tus, most, *CORS_ASKED)
+
+
+class Upload:
+    """A file on its way in over one connection."""
+
+    def __init__(self, id: str, total: int | None, resumable: bool):
+        self.id, self.total = id, total  # bytes; None: until the body ends
+        self.resumable = resumable  # what has come stays when the connection breaks
+        self.at = 0  # bytes that are on disk
+        self.handle: Any = None  # of the folder
+
+
+def tus_metadata(header: str) -> dict[str, str]:
+    """Return the values of Upload-Metadata, by name. Raises Refused."""
+    found = {}
+    for pair in header.split(",") if header else ():
+        name, _, value = pair.strip().partition(" ")
+        try:
+            found[name] = base64.b64decode(value, validate=True).decode()
+        except ValueError:
+            raise Refused("BAD_HEADER", "Upload-Metadata has values in base64 of UTF-8") from None
+    return found
+
+
+def drop_upload(session: WebSession, keep: bool) -> None:
+    """End an upload before the end of its file; `keep` what has come of it."""
+    upload, session.upload, session.take_body = session.upload, None, do_nothing
+    session.at_end = do_nothing
+    if upload.handle is not None:
+        session.site.server.background(FILE_LANE, upload.handle.close)
+    session.site.uploading.pop(upload.id, None)
+    if not keep:
+        session.site.hub.perform("remove_file", 0, upload.id)
+
+
+def link_of(session: WebSession, id: str) -> str:
+    """Return the link of a file: under the address that others reach, if that is known, else
+    under the one that the uploader used."""
+    base = base_url(session.site, session.conn.secure, session.request.header("host"))
+    return f"{base}/files/{id}"
+
+
+def tell_progress(session: WebSession, id: str, at: int) -> None:
+    """Answer with how much there is of a file, and its link."""
+    file = session.site.hub.files.get(id)
+    if file is None:
+        return answer_file(session, 404, NO_SUCH_FILE)
+    headers = [f"Upload-Offset: {at}"] if is_tus(session.request) else []
+    if not file.sha:
+        headers.append(f"Upload-Expires: {http_date(file.made / 1000 + UPLOAD_SECONDS)}")
+    if session.request.method == "PATCH":
+        return answer_file(session, 204, "", *headers)
+    return answer_file(session, 201, "", f"Location: {link_of(session, id)}", *headers)
+
+
+def attempt_file(job: Callable[[], Any]) -> Any:
+    """Return the result of job(), or the refusal that it raised."""
+    try:
+        return job()
+    except Refused as refusal:
+        return refusal
+
+
+def end_pieces(session: WebSession) -> None:
+    """All of a request is on disk: perhaps it is the end of the file."""
+    upload, files, folder = session.upload, session.site.hub.files, session.site.folder
+    if upload.total is not None and upload.at < upload.total:
+        id, at = upload.id, upload.at
+        drop_upload(session, keep=upload.resumable)
+        if not upload.resumable:
+            return answer_file(session, 400, "the body ended too early")
+        return tell_progress(session, id, at)
+    name = files[upload.id].name if upload.id in files else ""
+    files.finishing += 1
+
+    def finished(result: tuple) -> None:
+        files.finishing -= 1
+        session.upload, session.at_end = None, do_nothing
+        session.site.uploading.pop(upload.id, None)
+        if isinstance(result, Refused):
+            session.site.hub.perform("remove_file", 0, upload.id)
+            raise result
+        session.site.hub.perform("finish_file", 0, upload.id, *result)
+        tell_progress(session, upload.id, upload.at)
+
+    job = functools.partial(folder.finish, upload.handle, name)
+    session.later(FILE_LANE, lambda: attempt_file(job), finished)
+    return None
+
+
+def take_piece(session: WebSession, piece: bytes) -> None:
+    """A piece of the body goes to disk before the next one is read."""
+    upload, folder = session.upload, session.site.folder
+    if piece == END_OF_BODY:
+        session.take_body = do_nothing
+        return end_pieces(session)
+    most = session.site.hub.files.most if upload.total is None else upload.total
+    if upload.at + len(piece) > most:
+        drop_upload(session, keep=False)
+        session.closing = True
+        return answer_file(session, 413, f"the file has at most {most:,} bytes")
+    upload.at += len(piece)
+    session.later(FILE_LANE, functools.partial(folder.append, upload.handle, piece), do_nothing)
+    return None
+
+
+def take_pieces(session: WebSession) -> None:
+    """Take the body of a request as the next bytes of an upload."""
+    session.take_body = functools.partial(take_piece, session)
+    session.send(b"HTTP/1.1 100 Continue\r\n\r\n" if "expect" in session.request.headers else b"")
+
+
+def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> None:
+    """The client may upload: make room, and take the body."""
+    tus, id = is_tus(request), secrets.token_hex(16)
+    name = disposition_name(request.header("content-disposition"))
+    if tus:
+        known = tus_metadata(request.header("upload-metadata"))
+        name = known.get("filename", "") or known.get("name", "")
+    values = (file_name(name), UNKNOWN_TYPE, size, owner, session.conn.limit_key)
+    session.site.hub.perform("begin_file", 0, id, *values)
+    total = size if tus or request.length is not None else None
+    upload = session.upload = Upload(id, total, resumable=tus)
+    session.at_end = functools.partial(drop_upload, session, keep=tus)
+    has_body = request.length != 0
+    piece_type = request.header("content-type").partition(";")[0].strip().lower()
+    if tus and has_body and piece_type != PIECE_TYPE:
+        drop_upload(session, keep=False)
+        return answer_file(session, 415, f"the Content-Type of a piece is {PIECE_TYPE}")
+
+    def opened(handle: Any) -> None:
+        upload.handle = handle
+        if has_body:
+            return take_pieces(session)
+        return end_pieces(session)
+
+    session.later(FILE_LANE, functools.partial(session.site.folder.begin, id), opened)
+    return None
+
+
+@on_files("POST", "/files")
+def create_file(session: WebSession, request: Request) -> None:
+    """POST /files -- upload a file, or with Tus-Resumable begin to: 201 with its Location"""
+    if request.length is None and "expect" in request.headers and not request.minor:
+        return answer_file(session, 417, "HTTP/1.0 has no 100-continue")
+    length = request.header("upload-length") if is_tus(request) else str(request.length or "")
+    if is_tus(request) and not re.fullmatch(r"[0-9]{1,18}", length):
+        return answer_file(session, 400, "Upload-Length is the number of bytes")
+    most = session.site.hub.files.most
+    size = int(length) if length else (0 if request.length == 0 else most)
+    if size > most:
+        return answer_file(session, 413, f"a file has at most {most:,} bytes")
+    authorize(session, functools.partial(begin_upload, session, request, size))
+    return None
+
+
+def own_file(session: WebSession, request: Request, then: Callable[[StoredFile], None]) -> None:
+    """Call then(file) if the file of a request is that of the user who asks. Raises Refused."""
+
+    def check(owner: str) -> None:
+        file = session.site.hub.files.get(request.path.removeprefix("/files/"))
+        if file is None:
+            return answer_file(session, 404, NO_SUCH_FILE)
+        if not session.site.hub.same_person(file.owner, owner):
+            return answer_file(session, 403, "this is another user's file")
+        return then(file)
+
+    authorize(session, check)
+
+
+@on_files("PATCH", "/files/*")
+def continue_file(session: WebSession, request: Request) -> None:
+    """PATCH /files/ID -- the next bytes of an upload, from Upload-Offset on (tus)"""
+    if request.header("content-type").partition(";")[0].strip().lower() != PIECE_TYPE:
+        return answer_file(session, 415, f"the Content-Type of a piece is {PIECE_TYPE}")
+    if not re.fullmatch(r"[0-9]{1,18}", request.header("upload-offset")):
+        return answer_file(session, 400, "Upload-Offset is where the piece begins")
+    offset = int(request.header("upload-offset"))
+
+    def begin(file: StoredFile) -> None:
+        site = session.site
+        if file.sha:
+            return answer_file(session, 403, "this file is complete")
+        if (other := site.uploading.get(file.id)) and other is not session:
+            other.conn.close()  # a connection that broke, and whose end was not noticed
+        upload = session.upload = Upload(file.id, file.size, resumable=True)
+        session.at_end = functools.partial(drop_upload, session, keep=True)
+        site.uploading[file.id] = session
+        job = functools.partial(site.folder.reopen, file.id)
+        return session.later(FILE_LANE, job, functools.partial(opened, upload))
+
+    def opened(upload: Upload, found: tuple[Any, int]) -> None:
+        upload.handle, upload.at = found
+        if upload.at != offset:
+            at = upload.at
+            drop_upload(session, keep=True)
+            return answer_file(session, 409, f"the next byte is {at}", f"Upload-Offset: {at}")
+        if request.length == 0:
+            return end_pieces(session)
+        return take_pieces(session)
+
+    return own_file(session, request, begin)
+
+
+@on_files("DELETE", "/files/*")
+def delete_file(session: WebSession, request: Request) -> None:
+    """DELETE /files/ID -- remove a file of your own, complete or not"""
+
+    def remove(file: StoredFile) -> None:
+        if other := session.site.uploading.get(file.id):
+            other.conn.close()
+        session.site.hub.perform("remove_file", 0, file.id)
+        answer_file(session, 204)
+
+    own_file(session, request, remove)
+
+
+def tell_offset(session: WebSession, request: Request) -> None:
+    """HEAD with Tus-Resumable: how much of an upload there is."""
+
+    def look(file: StoredFile) -> None:
+        if file.sha:
+            return tell(file, file.size)
+        job = functools.partial(session.site.folder.size, file.id)
+        return session.later(FILE_LANE, job, functools.partial(tell, file))
+
+    def tell(file: StoredFile, at: int) -> None:
+        headers = [f"Upload-Offset: {at}", f"Upload-Length: {file.size}", "Cache-Control: no-store"]
+        if not file.sha:
+            headers.append(f"Upload-Expires: {http_date(file.made / 1000 + UPLOAD_SECONDS)}")
+        answer_file(session, 200, "", *headers)
+
+    own_file(session, request, look)
+
+
+# Files: down
+
+
+def wanted_range(header: str, size: int) -> tuple[int, int] | None:
+    """Return first byte and end of a Range (RFC 9110 section 14); None is all of it. Several
+    ranges, and what is no range, are all of it, too. Raises Refused if nothing of it is there."""
+    match = re.fullmatch(r"bytes=\s*(\d{0,18})-(\d{0,18})\s*", header)
+    if match is None or not (match[1] or match[2]):
+        return None
+    if not match[1]:
+        first, end = max(0, size - int(match[2])), size
+    else:
+        first, end = int(match[1]), min(size, int(match[2]) + 1) if match[2] else size
+        if match[2] and int(match[2]) < first:
+            return None
+    if first >= end:
+        raise Refused("NO_RANGE", f"the file has {size:,} bytes")
+    return first, end
+
+
+def etags(header: str) -> list[str]:
+    return re.findall(r'(?:W/)?"[^"]*"|\*', header)
+
+
+def not_needed(request: Request, etag: str) -> int:
+    """Return the status if a condition of a request means that no content is sent; else 0."""
+    matches, unless = etags(request.header("if-match")), etags(request.header("if-none-match"))
+    if matches and not {etag, "*"} & set(matches):
+        return 412
+    return 304 if {etag, f"W/{etag}", "*"} & set(unless) else 0
+
+
+def stop_sending(session: WebSession) -> None:
+    handle, session.reading, session.at_end = session.reading, None, do_nothing
+    session.site.server.background(READ_LANE, handle.close)
+    session.end_answer()
+
+
+def send_piece(session: WebSession, piece: bytes) -> None:
+    """A piece that cannot be read ends the connection: the length was promised."""
+    if piece:
+        session.send(piece)
+    else:
+        session.unfinished = None
+        session.closing = True
+        stop_sending(session)
+
+
+def pieces_of_file(session: WebSession, at: int, end: int) -> Iterator[None]:
+    """Send a file in pieces, each when the one before has nearly left."""
+    folder = session.site.folder
+    while at < end:
+        size = min(FILE_PIECE_BYTES, end - at)
+        read = functools.partial(folder.read, session.reading, at, size)
+        session.later(READ_LANE, read, functools.partial(send_piece, session))
+        yield
+        at += size
+    stop_sending(session)
+
+
+def begin_sending(
+    session: WebSession, status: int, headers: list[str], first: int, end: int, handle: Any
+) -> None:
+    if handle is None:
+        return answer_file(session, 404, NO_SUCH_FILE)
+    session.send_head(status, *headers)
+    session.reading = handle
+    session.at_end = functools.partial(session.site.server.background, READ_LANE, handle.close)
+    if session.request.method == "HEAD" or first == end:
+        return stop_sending(session)
+    session.unfinished = pieces_of_file(session, first, end)
+    return None
+
+
+@on_files("GET", "/files/*")
+def send_file(session: WebSession, request: Request) -> None:
+    """GET /files/ID -- a file, or a range of it"""
+    if request.method == "HEAD" and is_tus(request):
+        return tell_offset(session, request)
+    file = session.site.hub.files.get(request.path.removeprefix("/files/"))
+    if file is None or not file.sha:
+        return answer_file(session, 404, NO_SUCH_FILE)
+    etag = f'"{file.sha}"'
+    headers = [f"ETag: {etag}", "Cache-Control: private, no-cache"]
+    if status := not_needed(request, etag):
+        return answer_file(session, status, "", *headers)
+    asked = request.header("range")
+    if request.header("if-range") not in ("", etag) or request.method == "HEAD":
+        asked = ""
+    try:
+        part = wanted_range(asked, file.size)
+    except Refused as refusal:
+        return answer_file(session, 416, str(refusal), f"Content-Range: bytes */{file.size}")
+    first, end = part or (0, file.size)
+    if part:
+        headers.append(f"Content-Range: bytes {first}-{end - 1}/{file.size}")
+    charset = "; charset=utf-8" if file.type == "text/plain" else ""
+    headers += [f"Content-Type: {file.type}{charset}", disposition(file), "Accept-Ranges: bytes"]
+    headers += ["Content-Security-Policy: default-src 'none'; sandbox", *session.cors()]
+    headers += [f"Content-Length: {end - first}"]
+    job = functools.partial(session.site.folder.open, file.sha)
+    opened = functools.partial(begin_sending, session, 206 if part else 200, headers, first, end)
+    return session.later(READ_LANE, job, opened)
 
 
 # ======================================================================================
@@ -14726,6 +15629,10 @@ class ServerOptions(NamedTuple):
     sts: int | None = None
     sendmail: str | None = None  # a command that takes a message, like sendmail -t
     web: Web = Web()
+    files: bool = True
+    file_max: int = FILE_BYTES
+    files_max: int = FILES_BYTES
+    files_keep: float = FILES_DAYS
     motd: pathlib.Path | None = None
 
 
@@ -14846,6 +15753,13 @@ class Peer(Connection):
     @property
     def secure(self) -> bool:
         return self.tls is not None
+
+    @property
+    def local(self) -> str:
+        try:
+            return address_text(*self.sock.getsockname()[:2])
+        except OSError:  # it is gone
+            return ""
 
     @property
     def certifiable(self) -> bool:
@@ -15372,11 +16286,144 @@ def site_of(server: "Server") -> Site:
     )
 
 
+class OpenFile:
+    """A file that is being read or written. Its hash grows with it, if it is written at once."""
+
+    def __init__(self, path: pathlib.Path, new: bool | None = None):
+        """`new` is None for a file to be read."""
+        self.path = path
+        self.lock = threading.Lock()  # a connection may end while a job reads or writes
+        flags = os.O_RDONLY if new is None else os.O_RDWR | os.O_APPEND
+        flags |= (os.O_CREAT | os.O_EXCL) * bool(new)
+        self.fd = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        self.hash = hashlib.sha256() if new else None
+
+    def write(self, data: bytes) -> None:
+        with self.lock:
+            while data:
+                written = os.write(self.fd, data)
+                if self.hash:
+                    self.hash.update(data[:written])
+                data = data[written:]
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all content. One that goes on after a break is read again."""
+        if self.hash:
+            return self.hash.hexdigest()
+        with open(self.fd, "rb", closefd=False) as file:
+            file.seek(0)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def read(self, at: int, size: int) -> bytes:
+        with self.lock:
+            return os.pread(self.fd, size, at)
+
+    def close(self) -> None:
+        with self.lock:
+            fd, self.fd = self.fd, -1
+            if fd >= 0:
+                os.close(fd)
+
+
+class FileFolder:
+    """The content of files on disk. Its methods are jobs for helpers: a disk may be slow. Equal
+    content is there once, under its SHA-256; what is not complete is ID.part."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        path.mkdir(mode=0o700, exist_ok=True)
+
+    def begin(self, id: str) -> OpenFile:
+        """Raises Refused."""
+        return self._guarded(lambda: OpenFile(self._part(id), new=True))
+
+    def reopen(self, id: str) -> tuple[OpenFile, int]:
+        """Return a file that is to go on, and how many bytes there are. Raises Refused."""
+        file = self._guarded(lambda: OpenFile(self._part(id), new=False))
+        return file, os.fstat(file.fd).st_size
+
+    def size(self, id: str) -> int:
+        return self._guarded(lambda: self._part(id).stat().st_size)
+
+    def append(self, file: OpenFile, piece: bytes) -> None:
+        """Raises Refused."""
+        self._guarded(lambda: file.write(piece))
+
+    def finish(self, file: OpenFile, name: str) -> tuple[str, int, str, int, int]:
+        """Give content its name, when it is on disk for certain. Return SHA-256, size, type,
+        width and height. Raises Refused."""
+        return self._guarded(lambda: self._finish(file, name))
+
+    def _finish(self, file: OpenFile, name: str) -> tuple[str, int, str, int, int]:
+        with contextlib.closing(file):
+            os.fsync(file.fd)
+            size, sha = os.fstat(file.fd).st_size, file.digest()
+            head = os.pread(file.fd, PICTURE_HEAD_BYTES, 0)
+            kind = content_type(head[:TEXT_HEAD_BYTES], name, size <= TEXT_HEAD_BYTES)
+            file.path.replace(self.path / sha)
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        return sha, size, kind, *picture_size(kind, head)
+
+    def open(self, sha: str) -> OpenFile | None:
+        """Return the content with this hash; None if it is not there."""
+        try:
+            return OpenFile(self.path / sha)
+        except OSError as error:
+            log.error("the file %s cannot be read: %s", sha, reason_of(error))
+            return None
+
+    def read(self, file: OpenFile, at: int, size: int) -> bytes:
+        """Return all of these bytes, or none."""
+        try:
+            data = file.read(at, size)
+        except OSError as error:
+            log.error("the file %s cannot be read: %s", file.path.name, reason_of(error))
+            data = b""
+        return data if len(data) == size else b""
+
+    def remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+    def clean(self, wanted: Collection[str]) -> None:
+        """Remove what no link needs: a crash may leave such content."""
+        self.remove({path.name for path in self.path.iterdir()} - set(wanted))
+
+    def _part(self, id: str) -> pathlib.Path:
+        return self.path / f"{id}.part"
+
+    @staticmethod
+    def _guarded(work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except FileNotFoundError:
+            raise Refused("NO_FILE", NO_SUCH_FILE) from None
+        except OSError as error:
+            log.error("a file cannot be written: %s", reason_of(error))
+            raise Refused("NO_ROOM", f"the file cannot be written: {reason_of(error)}") from None
+
+
+def network_address() -> str:
+    """Return the address of this machine that its default route has; "" if there is none.
+    Connecting a UDP socket sends nothing."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("192.0.2.1", 9))  # an address for documentation (RFC 5737)
+        return sock.getsockname()[0]
+    return ""
+
+
 def web_of(options: ServerOptions, ports: Iterable[int]) -> Web:
     """Return the settings of the web dialect, with the names and ports of this machine."""
     own = socket.gethostname().lower()
-    names = {*options.web.hosts, options.name.lower(), own, f"{own}.local"}
-    return options.web._replace(hosts=frozenset(names), ports=frozenset(ports) | options.web.ports)
+    everywhere = any(host in ("0.0.0.0", "::") for host, _ in options.listen)
+    reached = network_address() if everywhere else ""
+    names = {*options.web.hosts, "localhost", options.name.lower(), own, f"{own}.local"}
+    ports = frozenset(ports) | options.web.ports
+    return options.web._replace(hosts=frozenset(names), ports=ports, address=reached)
 
 
 class Server:
@@ -15422,9 +16469,48 @@ class Server:
         self.listeners = [Listener(self, *address) for address in options.listen]
         self.tls_port = self.listeners[0].address[1] if self.listeners else 0  # as for plain text
         self.site.web = web_of(options, [listener.address[1] for listener in self.listeners])
+        if options.files and options.data:
+            self._open_files(options)
         self.clock_offset = self.clock() - loop.now
         loop.turn_begins = self.begin_turn
         loop.turn_ends = self.end_turn
+
+    def _open_files(self, options: ServerOptions) -> None:
+        files = self.hub.files
+        files.most, files.total = options.file_max, options.files_max
+        self.site.folder = FileFolder(options.data / "files")
+        names = {file.on_disk for file in files.values()}
+        self.background(FILE_LANE, functools.partial(self.site.folder.clean, names))
+        self.expire_files()
+
+    def expire_files(self) -> None:
+        """Remove files that are old, and uploads that do not go on."""
+        now = self.clock() * 1000
+        for file in list(self.hub.files.values()):
+            days = self.options.files_keep
+            seconds = days * 24 * 3600 if file.sha else UPLOAD_SECONDS
+            if now - file.made > seconds * 1000 and file.id not in self.site.uploading:
+                self.hub.perform("remove_file", 0, file.id)
+        self.loop.call_later(FILES_SWEEP_SECONDS, self.expire_files)
+
+    def remove_content(self) -> None:
+        """Remove from disk what no link needs any more; not while new content comes, which may
+        be the same."""
+        files = self.hub.files
+        if self.site.folder is None or files.finishing:
+            return
+        used = {file.on_disk for file in files.values()}
+        names, files.unwanted = set(files.unwanted) - used, []
+        self.background(FILE_LANE, functools.partial(self.site.folder.remove, names))
+
+    def background(self, lane: str, job: Callable[[], Any]) -> None:
+        """Run a job off the loop. Nothing waits for it; what goes wrong is logged."""
+
+        def done(result: Any) -> None:
+            if isinstance(result, Exception):
+                log.error("a job failed: %s", result)
+
+        self.helpers.submit(self, job, done, lane)
 
     # Coming
 
@@ -15497,6 +16583,7 @@ class Server:
             "chat_absent": ("gauge", "users within the grace period", len(hub.absent)),
             "chat_channels": ("gauge", "channels", len(hub.channels)),
             "chat_accounts": ("gauge", "accounts", len(hub.accounts)),
+            "chat_files": ("gauge", "files, and uploads that go on", len(hub.files)),
             "chat_last_event": ("counter", "id of the newest event", hub.last_id),
             "chat_unsent_bytes": ("gauge", "bytes that wait", sum(p.unsent for p in self.peers)),
             "chat_history_lost": ("gauge", "1 while history is not kept", int(losing)),
@@ -15740,6 +16827,8 @@ class Server:
             self.committer.prune(idle=not turn.events)
         if self.hub.absent:
             self._watch_absent()
+        if self.hub.files.unwanted:
+            self.remove_content()
 
     def deliver(self, turn: Turn) -> None:
         for data, sessions in turn.deliveries(report_bug):
@@ -16794,9 +17883,6 @@ LATE_SEQUENCE = (
 PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
 
 
-ZWNJ, ZWJ = "\u200c", "\u200d"  # zero width (non-)joiners: Persian; one emoji of several
-
-
 def is_typed(c: str) -> bool:
     """Return whether a character is text, and no key."""
     new_emoji = "\U0001f000" <= c <= "\U0001faff"  # perhaps newer than Python's tables
@@ -16874,50 +17960,7 @@ class KeyDecoder:
         return Key("paste", harmless(pasted.replace("\r\n", "\n").replace("\r", "\n")))
 
 
-EMOJI_STYLE = "\ufe0f"  # the character before it is to be shown as an emoji
 CLUSTER_CHARACTERS = 64  # none is longer, or it does not matter how it is cut
-
-
-SOFT_HYPHEN = "\xad"
-
-
-def is_emoji(c: str) -> bool:
-    """Return whether it is an emoji, perhaps newer than Python's tables (unassigned there)."""
-    return "\U0001f300" <= c <= "\U0001faff" and unicodedata.category(c) == "Cn"
-
-
-def is_inner_jamo(c: str) -> bool:
-    """Return whether it is a vowel or final of conjoining Hangul: they join their initial."""
-    return "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7fb"
-
-
-def is_regional(c: str) -> bool:
-    return "\U0001f1e6" <= c <= "\U0001f1ff"  # two of them are a flag
-
-
-def joins(cluster: str, c: str) -> bool:
-    """Return whether `c` goes on with the character before it."""
-    if is_inner_jamo(c):
-        return "\u1100" <= cluster[0] <= "\u11ff"
-    if cluster[-1] == ZWJ or c == ZWJ or unicodedata.category(c) in ("Mn", "Me", "Mc"):
-        return cluster != "\n"
-    if is_regional(c):
-        return len(cluster) == 1 and is_regional(cluster)
-    return "\U0001f3fb" <= c <= "\U0001f3ff"  # skin tones (UTS 51)
-
-
-def clusters(text: str) -> list[str]:
-    """Split `text` into what a reader calls characters: letters with their accents, emoji
-    with their modifiers, flags. A subset of UAX 29 that needs no tables."""
-    if text.isascii():
-        return list(text)
-    found: list[str] = []
-    for c in text:
-        if found and joins(found[-1], c):
-            found[-1] += c
-        else:
-            found.append(c)
-    return found
 
 
 def first_cluster(text: str) -> str:
@@ -16926,26 +17969,6 @@ def first_cluster(text: str) -> str:
 
 def last_cluster(text: str) -> str:
     return "".join(clusters(text[-CLUSTER_CHARACTERS:])[-1:])
-
-
-def cluster_width(cluster: str) -> int:
-    first = cluster[0]
-    if EMOJI_STYLE in cluster or ZWJ in cluster[1:-1] or is_regional(first):
-        return 2
-    if first == SOFT_HYPHEN:
-        return 1
-    marks = sum(unicodedata.category(c) == "Mc" for c in cluster[1:])  # Hindi, Tamil: each has one
-    if unicodedata.category(first) in ("Mn", "Me", "Cf", "Cc") or is_inner_jamo(first):
-        return marks
-    return marks + (2 if unicodedata.east_asian_width(first) in "WF" or is_emoji(first) else 1)
-
-
-def width(text: str) -> int:
-    """Columns that a terminal gives `text`: none for marks, two for wide characters (UAX 11)
-    and emoji. Terminals disagree about the newest emoji, so nothing may depend on it."""
-    if text.isascii() and text.isprintable():
-        return len(text)
-    return sum(map(cluster_width, clusters(text)))
 
 
 WORD = re.compile(r"\W*\w*")
@@ -19279,17 +20302,19 @@ def run_server(args: argparse.Namespace) -> int:
     logging.basicConfig(level=args.log.upper(), handlers=[writer])
     os.umask(0o077)
     lock = lock_folder(args.data) if args.data else None
-    names = set(ServerOptions._fields) - {"listen", "web"}
+    names = set(ServerOptions._fields) - {"listen", "web", "files"}
     listen = tuple(args.listen or ServerOptions().listen)
+    named = [*args.web_origin, *filter(None, [args.web_url])]
     web = Web(
         origins=frozenset(args.web_origin),
-        hosts=frozenset(split_host(one.partition("://")[2])[0] for one in args.web_origin),
+        hosts=frozenset(split_host(url.partition("://")[2])[0] for url in named),
         open_metrics=args.metrics == "open",
+        url=args.web_url or "",
         page=web_page,
     )
     loop = Loop()
     given = {name: getattr(args, name) for name in names}
-    server = Server(loop, ServerOptions(listen, web=web, **given))
+    server = Server(loop, ServerOptions(listen, web=web, files=args.files == "on", **given))
     if args.data:
         server.store.guard(args.data / "lock")
     for name in ("SIGINT", "SIGTERM"):
@@ -19409,6 +20434,20 @@ environment: HOME or XDG_DATA_HOME say where the data folder is, unless --data d
 """
 
 
+def byte_count(text: str) -> int:
+    """Return 500K, 20M or 4G in bytes."""
+    match = re.fullmatch(r"([0-9]{1,12})([KMGkmg]?)", text)
+    if match is None or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text} is no size; write 500K, 20M or 4G")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2].lower()]
+
+
+def positive_number_option(text: str) -> float:
+    if not (number := positive_number(text)):
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return number
+
+
 def web_origin(text: str) -> str:
     """Check an origin, as browsers send it: https://HOST or http://HOST:PORT."""
     scheme, _, authority = text.lower().rstrip("/").partition("://")
@@ -19465,6 +20504,13 @@ def add_server(commands: Any) -> None:
     origin = "whose pages may open a WebSocket here, or under whose name it is reached"
     usual = {"type": web_origin, "action": "append", "default": []}
     add("--web-origin", metavar="URL", help=origin, **usual)
+    add("--web-url", type=web_origin, metavar="URL", help="how links to files begin")
+    kept = f"of one file; default {FILE_BYTES >> 20}M; of all: {FILES_BYTES >> 30}G"
+    add("--files", choices=("on", "off"), default="on", help="users can send each other files")
+    add("--file-max", type=byte_count, default=FILE_BYTES, metavar="SIZE", help=kept)
+    add("--files-max", type=byte_count, default=FILES_BYTES, metavar="SIZE", help="of all files")
+    days = f"until a file is removed; default {FILES_DAYS}"
+    add("--files-keep", type=positive_number_option, default=FILES_DAYS, metavar="DAYS", help=days)
     figures = "who may read /health and /metrics; default: this machine"
     add("--metrics", choices=("local", "open"), default="local", help=figures)
     clients = "connections in all; default: what the system allows"

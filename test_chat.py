@@ -130,7 +130,7 @@ class FakeConn:
     """A connection as a session knows it, which remembers what it was told."""
 
     secure = gone = certifiable = leaving = False
-    fingerprint = ""
+    fingerprint, local = "", "127.0.0.1:7000"
     direct = False  # nothing is sent past write()
 
     def __init__(self, house, address):
@@ -2085,10 +2085,19 @@ alice< 005 alice ...
 alice< 005 alice ...
 alice> VERSION elsewhere
 alice< 402 alice elsewhere :there is no such server; this one stands alone
+=== TOKEN: for files, which a server in memory does not keep
+alice> TOKEN SERVICELIST
+alice< NOTE TOKEN NO_SERVICES :this server keeps no files
+alice> TOKEN GENERATE FILEHOST
+alice< FAIL TOKEN UNKNOWN_SERVICE FILEHOST :there is no such service; TOKEN SERVICELIST lists them
+alice> TOKEN VALIDATE FILEHOST :abc
+alice< FAIL TOKEN NO_PERMISSIONS FILEHOST :tokens are for this server's own files
+alice> TOKEN LOOK
+alice< FAIL TOKEN UNKNOWN_COMMAND LOOK :there is no TOKEN LOOK
 === HELP: is made from the handlers
 alice> HELP
 alice< 704 alice * :HELP <command> tells more about one of these:
-alice< 705 alice * :ADMIN AUTHENTICATE AWAY BATCH CAP CHATHISTORY CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON ISUPPORT JOIN KICK KILL KLINE LINKS LIST LUSERS MARKREAD METADATA MODE MONITOR MOTD NAMES NICK NOTICE NS OPER PART PASS PING PONG PRIVMSG QUIT REDACT REGISTER REHASH RENAME RESTART SEARCH SERVER SERVICE SERVLIST SESSION SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOPIC TRACE UNKLINE USER USERHOST USERS VERIFY VERSION WALLOPS WHO WHOIS WHOWAS
+alice< 705 alice * :ADMIN AUTHENTICATE AWAY BATCH CAP CHATHISTORY CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON ISUPPORT JOIN KICK KILL KLINE LINKS LIST LUSERS MARKREAD METADATA MODE MONITOR MOTD NAMES NICK NOTICE NS OPER PART PASS PING PONG PRIVMSG QUIT REDACT REGISTER REHASH RENAME RESTART SEARCH SERVER SERVICE SERVLIST SESSION SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOKEN TOPIC TRACE UNKLINE USER USERHOST USERS VERIFY VERSION WALLOPS WHO WHOIS WHOWAS
 alice< 706 alice * :End of help
 alice> HELP JOIN
 alice< 704 alice JOIN :JOIN <channel>{,<channel>} [<key>{,<key>}]
@@ -5385,9 +5394,10 @@ class Browser:
             self.conn.reader.feed(data[n : n + size])
             while (item := self.conn.reader.take()) is not None:
                 self.conn.session.receive(item)
+                self.house.turn()
                 while self.conn.session.has_more:
                     self.conn.session.go_on()
-                self.house.turn()
+                    self.house.turn()
             self.conn.out, self.conn.reader.out = self.conn.out + self.conn.reader.out, b""
         self.house.turn()
         out, self.conn.out = self.conn.out, b""
@@ -5790,6 +5800,512 @@ def test_what_all_members_get_is_framed_once():
     assert frames_of(framed) == [(0x81, b":a PRIVMSG #a :x"), (0x81, b":a PRIVMSG #a :y")]
     assert frames_of(framing(b"x\xff\r\n")) == [(0x81, b"x\xef\xbf\xbd")]  # text is UTF-8
     assert frames_of(chat.Framing(chat.BINARY_FRAME)(b"x\xff\r\n")) == [(0x82, b"x\xff")]
+
+
+# Files
+
+
+def says(house, label, *lines):
+    house.say(label, *lines)
+    house.turn()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A server that keeps files, with the accounts alice and bob."""
+    house = House()
+    house.site.folder = chat.FileFolder(tmp_path / "files")
+    for name in ("alice", "bob"):
+        house.enter_irc(name)
+        says(house, name, f"REGISTER * * secret-of-{name}", "JOIN #lobby")
+        house.heard(name)
+    return house
+
+
+def basic(name, password=None):
+    text = f"{name}:{password or f'secret-of-{name}'}"
+    return f"Authorization: Basic {base64.b64encode(text.encode()).decode()}"
+
+
+def posted(house, body=b"hello", *headers, name="alice", label="up"):
+    """Return the answer to an upload."""
+    head = ["POST /files HTTP/1.1", "Host: localhost:7000", basic(name), *headers]
+    return Browser(house, label).asks("\n".join([*head, f"Content-Length: {len(body)}"]), body)
+
+
+def path_of(answer):
+    return answer[1]["location"].removeprefix("http://localhost:7000")
+
+
+def got(house, path, *headers, method="GET"):
+    head = [f"{method} {path} HTTP/1.1", "Host: localhost", *headers]
+    return Browser(house, "down").asks("\n".join(head))
+
+
+def on_disk(house):
+    return sorted(path.name for path in house.site.folder.path.iterdir())
+
+
+PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + struct.pack(">II", 640, 480) + bytes(9)
+
+
+def test_a_file_goes_up_and_comes_down_as_it_was(files):
+    up = posted(files, PNG, 'Content-Disposition: attachment; filename="tea.png"')
+    assert up[0] == 201 and re.fullmatch(r"/files/[0-9a-f]{32}", path_of(up))
+    status, headers, body = got(files, path_of(up))
+    assert (status, body, headers["content-type"]) == (200, PNG, "image/png")
+    assert headers["content-disposition"].startswith('inline; filename="tea.png"')
+    assert headers["etag"] == f'"{hashlib.sha256(PNG).hexdigest()}"'
+    assert "sandbox" in headers["content-security-policy"] and "set-cookie" not in headers
+    status, headers, body = got(files, path_of(up), method="HEAD")
+    assert (status, headers["content-length"], body) == (200, str(len(PNG)), b"")
+    (file,) = files.hub.files.values()
+    assert (file.name, file.width, file.height) == ("tea.png", 640, 480)
+    again = posted(files, PNG, name="bob")  # equal content is there once
+    assert on_disk(files) == [hashlib.sha256(PNG).hexdigest()]
+    removed = got(files, path_of(up), basic("alice"), method="DELETE")
+    assert removed[0] == 204 and got(files, path_of(up))[0] == 404
+    assert got(files, path_of(again))[2] == PNG
+    got(files, path_of(again), basic("bob"), method="DELETE")
+    assert on_disk(files) == [] and files.hub.files == {}
+
+
+@pytest.mark.parametrize("body", [b"", b"x", bytes(300_000), os.urandom(1_000_000)])
+def test_files_of_all_sizes_arrive_whole(files, body):
+    up = posted(files, body)
+    assert got(files, path_of(up))[2] == body
+    pieces = [piece for piece in (body[:7], body[7:]) if piece]
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+    head = f"POST /files HTTP/1.1\nHost: localhost:7000\n{basic('alice')}"
+    up = Browser(files, "chunked").asks(f"{head}\nTransfer-Encoding: chunked", chunks)
+    assert got(files, path_of(up))[2] == body
+
+
+def test_a_client_that_asks_first_is_told_to_go_on(files):
+    browser = Browser(files)
+    head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}\nContent-Length: 5"
+    told = browser.sends(f"{head}\nExpect: 100-continue\n\n".replace("\n", "\r\n").encode())
+    assert told == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert browser.sends(b"hello").startswith(b"HTTP/1.1 201 ")
+    head = head.replace(basic("alice"), basic("alice", "wrong"))
+    told = browser.sends(f"{head}\nExpect: 100-continue\n\n".replace("\n", "\r\n").encode())
+    assert told.startswith(b"HTTP/1.1 401 ") and b"Connection: close" in told
+
+
+BAD_CREDENTIALS = [
+    "X: y",
+    basic("alice", "wrong"),
+    basic("mallory"),
+    "Authorization: Basic !!!",
+    "Authorization: Basic " + base64.b64encode(b"\xff:x").decode(),
+    "Authorization: Bearer 00000000000000000000000000000000",
+    "Authorization: Bearer",
+    "Authorization: Digest x",
+]
+
+
+@pytest.mark.parametrize("header", BAD_CREDENTIALS)
+def test_without_the_right_credentials_nothing_is_uploaded(files, header):
+    head = f"POST /files HTTP/1.1\nHost: localhost\n{header}\nContent-Length: 5"
+    status, headers, _ = Browser(files).asks(head, b"hello")
+    assert status == 401 and "www-authenticate" in headers
+    assert on_disk(files) == [] and files.hub.files == {}
+
+
+def token_of(house, name):
+    says(house, name, "TOKEN GENERATE FILEHOST")
+    return house.heard(name)[-1].rpartition(":")[2]
+
+
+def test_a_guest_uploads_with_a_token_until_it_ends(files):
+    files.enter_irc("guest")
+    token = token_of(files, "guest")
+    head = f"POST /files HTTP/1.1\nHost: localhost\nAuthorization: Bearer {token}"
+    head += "\nContent-Length: 2"
+    assert Browser(files).asks(head, b"hi")[0] == 201
+    files.now += chat.TOKEN_SECONDS - 10
+    files.begin_turn()
+    assert Browser(files).asks(head, b"hi")[0] == 201  # it lasts while it is used
+    files.now += chat.TOKEN_SECONDS - 10
+    files.begin_turn()
+    assert Browser(files).asks(head, b"hi")[0] == 201
+    files.now += chat.TOKEN_SECONDS + 10
+    files.begin_turn()
+    assert Browser(files).asks(head, b"hi")[0] == 401
+    head = head.replace(token, token_of(files, "guest"))
+    assert Browser(files).asks(head, b"hi")[0] == 201
+    files.leave("guest")  # and so does the token
+    files.turn()
+    assert Browser(files).asks(head, b"hi")[0] == 401
+    for _ in range(20):
+        token_of(files, "alice")
+    assert len(files.site.grants) <= chat.TOKENS_A_USER
+
+
+def tus(house, method, path, *headers, body=b"", name="alice", label="tus"):
+    head = [f"{method} {path} HTTP/1.1", "Host: localhost:7000", basic(name)]
+    head += ["Tus-Resumable: 1.0.0", *headers]
+    if method in ("POST", "PATCH"):
+        head.append(f"Content-Length: {len(body)}")
+    return Browser(house, label).asks("\n".join(head), body)
+
+
+PIECE = f"Content-Type: {chat.PIECE_TYPE}"
+
+
+def test_an_upload_goes_on_where_it_broke_off(files):
+    body, name = os.urandom(1000), base64.b64encode("täa.bin".encode()).decode()
+    made = tus(files, "POST", "/files", "Upload-Length: 1000", f"Upload-Metadata: filename {name}")
+    assert made[0] == 201 and "upload-expires" in made[1]
+    path = path_of(made)
+    assert got(files, path)[0] == 404  # until it is complete
+    first = tus(files, "PATCH", path, "Upload-Offset: 0", PIECE, body=body[:400])
+    assert (first[0], first[1]["upload-offset"]) == (204, "400")
+    wrong = tus(files, "PATCH", path, "Upload-Offset: 300", PIECE, body=body[300:])
+    assert (wrong[0], wrong[1]["upload-offset"]) == (409, "400")
+    browser = Browser(files, "cut")  # the connection breaks in the middle of a piece
+    head = f"PATCH {path} HTTP/1.1\nHost: x\n{basic('alice')}\nTus-Resumable: 1.0.0\n{PIECE}"
+    files.site.web = files.site.web._replace(hosts=frozenset(("x", "localhost")))
+    head += "\nUpload-Offset: 400\nContent-Length: 600\n\n"
+    browser.sends(head.replace("\n", "\r\n").encode() + body[400:700])
+    browser.conn.session.ended()
+    files.turn()
+    there = tus(files, "HEAD", path)
+    assert (there[0], there[1]["upload-offset"], there[1]["upload-length"]) == (200, "700", "1000")
+    last = tus(files, "PATCH", path, "Upload-Offset: 700", PIECE, body=body[700:])
+    assert (last[0], last[1]["upload-offset"]) == (204, "1000")
+    assert got(files, path)[2] == body and on_disk(files) == [hashlib.sha256(body).hexdigest()]
+    assert got(files, path)[1]["content-disposition"].endswith("t%c3%a4a.bin")
+    assert tus(files, "HEAD", path)[1]["upload-offset"] == "1000"
+
+
+def test_an_upload_goes_on_after_a_restart(files, tmp_path):
+    made = tus(files, "POST", "/files", "Upload-Length: 10", PIECE, body=b"hello")
+    assert made[1]["upload-offset"] == "5"  # creation-with-upload
+    rows = files.store.rows("files")
+    assert len(rows) == 1
+    again = chat.Files()
+    again.load(rows)
+    assert again == files.hub.files
+    for file in again.values():
+        assert file.on_disk in on_disk(files)
+    files.site.folder.clean({file.on_disk for file in again.values()})
+    (tmp_path / "files" / "orphan.part").write_bytes(b"x")
+    files.site.folder.clean({file.on_disk for file in again.values()})
+    assert len(on_disk(files)) == 1
+    last = tus(files, "PATCH", path_of(made), "Upload-Offset: 5", PIECE, body=b"world")
+    assert last[0] == 204 and got(files, path_of(made))[2] == b"helloworld"
+
+
+BAD_TUS = [  # method, what stands behind /files, headers, status
+    ("POST", "", ["Tus-Resumable: 0.2.2", "Upload-Length: 5"], 412),
+    ("POST", "", ["Upload-Length: -5"], 400),
+    ("POST", "", ["X: y"], 400),
+    ("POST", "", ["Upload-Defer-Length: 1"], 400),
+    ("POST", "", ["Upload-Length: 999999999999"], 413),
+    ("POST", "", ["Upload-Length: 5", "Upload-Metadata: filename !!!"], 400),
+    ("PATCH", "/" + "0" * 32, ["Upload-Offset: 0", PIECE], 404),
+    ("PATCH", "/OWN", ["Upload-Offset: 0"], 415),
+    ("PATCH", "/OWN", [PIECE], 400),
+    ("PATCH", "/OWN", ["Upload-Offset: x", PIECE], 400),
+    ("PATCH", "/OWN", ["Upload-Offset: 1", PIECE], 409),
+    ("PATCH", "/OTHERS", ["Upload-Offset: 0", PIECE], 403),
+    ("PATCH", "/DONE", ["Upload-Offset: 0", PIECE], 403),
+    ("HEAD", "/OTHERS", [], 403),
+    ("HEAD", "/" + "0" * 32, [], 404),
+    ("DELETE", "/OTHERS", [], 403),
+    ("DELETE", "/../etc/passwd", [], 404),
+    ("GET", "/%00", [], 404),
+    ("PUT", "/OWN", [], 405),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "headers", "status"), BAD_TUS)
+def test_what_tus_does_not_allow_has_the_right_status(files, method, path, headers, status):
+    own = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    others = path_of(tus(files, "POST", "/files", "Upload-Length: 5", name="bob"))
+    done = path_of(posted(files))
+    path = path.replace("/OWN", own[6:]).replace("/OTHERS", others[6:]).replace("/DONE", done[6:])
+    before = on_disk(files)
+    answer = tus(files, method, f"/files{path}", *headers)
+    if "Tus-Resumable: 0.2.2" in headers:
+        head = "POST /files HTTP/1.1\nHost: localhost\nTus-Resumable: 0.2.2\nContent-Length: 0"
+        answer = Browser(files).asks(head)
+        assert answer[1]["tus-version"] == "1.0.0"
+    assert answer[0] == status and on_disk(files) == before
+
+
+def test_what_can_be_uploaded_is_told_to_all_who_ask(files):
+    head = "OPTIONS /files HTTP/1.1\nHost: localhost\nOrigin: https://other.example"
+    status, headers, _ = Browser(files).asks(head)
+    assert status == 204 and headers["tus-version"] == "1.0.0"
+    assert headers["tus-extension"] == "creation,creation-with-upload,termination,expiration"
+    assert headers["tus-max-size"] == str(chat.FILE_BYTES) and headers["accept-post"] == "*/*"
+    assert headers["access-control-allow-origin"] == "*"
+    assert "access-control-allow-credentials" not in headers
+    assert Browser(House()).asks("GET /files/x HTTP/1.1\nHost: localhost")[0] == 404
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(files):
+    browser = Browser(files)
+    head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}\nContent-Length: 100\n\n"
+    browser.sends(head.replace("\n", "\r\n").encode() + b"half")
+    assert len(on_disk(files)) == len(files.hub.files) == 1
+    browser.conn.session.ended()
+    files.turn()
+    assert on_disk(files) == [] and files.hub.files == {}
+
+
+def test_a_newer_piece_ends_an_older_one(files):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 10"))
+    slow = Browser(files, "slow")
+    head = f"PATCH {path} HTTP/1.1\nHost: localhost\n{basic('alice')}\nTus-Resumable: 1.0.0"
+    head += f"\n{PIECE}\nUpload-Offset: 0\nContent-Length: 10\n\n"
+    slow.sends(head.replace("\n", "\r\n").encode() + b"hello")
+    last = tus(files, "PATCH", path, "Upload-Offset: 5", PIECE, body=b"world")
+    assert last[0] == 204 and slow.conn.closed
+    assert got(files, path)[2] == b"helloworld" and not files.site.uploading
+
+
+def test_limits_are_told_and_leave_nothing(files):
+    files.hub.files.most, files.hub.files.total = 100, 400
+    assert posted(files, bytes(101))[0] == 413
+    head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}\nTransfer-Encoding: chunked"
+    chunk = b"40\r\n" + bytes(64) + b"\r\n"
+    assert Browser(files).asks(head, chunk * 2 + b"0\r\n\r\n")[0] == 413
+    assert on_disk(files) == [] and files.hub.files == {}
+    assert posted(files, bytes(90))[0] == 201
+    full = posted(files, bytes(20), name="alice")  # a quarter for each user
+    assert full[0] == 507 and b"100 bytes" in full[2]
+    full = posted(files, bytes(20), name="bob")  # and for each address
+    assert full[0] == 507 and b"one address" in full[2]
+    assert tus(files, "POST", "/files", "Upload-Length: 101")[0] == 413
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(files, monkeypatch):
+    def full(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(chat.OpenFile, "write", full)
+    status, headers, body = posted(files, b"hello")
+    assert status == 507 and b"no space left" in body
+    assert on_disk(files) == [] and files.hub.files == {} and not files.hub.files.finishing
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "fsync", lambda fd: full(None, None))
+    assert posted(files, b"hello")[0] == 507 and files.hub.files == {}
+
+
+def test_content_that_is_gone_from_disk_is_not_found(files):
+    path = path_of(posted(files))
+    for name in on_disk(files):
+        (files.site.folder.path / name).unlink()
+    assert got(files, path)[0] == 404
+
+
+RANGES = [  # of a file of 10 bytes: header, status, content
+    ("bytes=0-3", 206, b"0123"),
+    ("bytes=4-", 206, b"456789"),
+    ("bytes=-3", 206, b"789"),
+    ("bytes=-99", 206, b"0123456789"),
+    ("bytes=9-9", 206, b"9"),
+    ("bytes=5-99", 206, b"56789"),
+    ("bytes=10-", 416, b""),
+    ("bytes=-0", 416, b""),
+    ("bytes=99-100", 416, b""),
+    ("bytes=0-1,3-4", 200, b"0123456789"),
+    ("bytes=5-4", 200, b"0123456789"),
+    ("bytes=", 200, b"0123456789"),
+    ("bytes=-", 200, b"0123456789"),
+    ("bytes=a-b", 200, b"0123456789"),
+    ("lines=0-1", 200, b"0123456789"),
+    ("bytes=" + "9" * 30 + "-", 200, b"0123456789"),
+]
+
+
+@pytest.mark.parametrize(("header", "status", "content"), RANGES)
+def test_ranges_are_as_the_rfc_has_them(files, header, status, content):
+    path = path_of(posted(files, b"0123456789"))
+    answer = got(files, path, f"Range: {header}")
+    assert answer[0] == status
+    if status != 416:
+        assert answer[2] == content and answer[1]["content-length"] == str(len(content))
+    assert (answer[1].get("content-range", "").endswith("/10")) is (status != 200)
+
+
+def test_conditions_are_heeded(files):
+    path = path_of(posted(files, b"0123456789"))
+    etag = got(files, path)[1]["etag"]
+    for header, status in (
+        (f"If-None-Match: {etag}", 304),
+        (f'If-None-Match: "x", W/{etag}', 304),
+        ("If-None-Match: *", 304),
+        ('If-None-Match: "x"', 200),
+        (f"If-Match: {etag}", 200),
+        ('If-Match: "x"', 412),
+        (f"Range: bytes=0-1\nIf-Range: {etag}", 206),
+        ('Range: bytes=0-1\nIf-Range: "x"', 200),
+        (f"Range: bytes=0-1\nIf-Range: W/{etag}", 200),  # a weak one is not strong
+    ):
+        assert got(files, path, header)[0] == status, header
+
+
+CONTENTS = [  # first bytes, name, type
+    (PNG, "a.png", "image/png"),
+    (b"\xff\xd8\xff\xe0", "a.jpg", "image/jpeg"),
+    (b"GIF89a....", "a.gif", "image/gif"),
+    (b"RIFF\0\0\0\0WEBPVP8 ", "a.webp", "image/webp"),
+    (b"\0\0\0\x20ftypisom", "a.mp4", "video/mp4"),
+    (b"%PDF-1.7", "a.pdf", "application/pdf"),
+    ("tea ☕\n".encode(), "a.txt", "text/plain"),
+    (b"<html><script>alert(1)</script>", "a.html", "application/octet-stream"),
+    (b"<svg onload='x'>", "a.SVG", "application/octet-stream"),
+    (b"<html>", "a.txt", "text/plain"),  # shown as it is, see nosniff
+    (b"MZ\0\0", "a.exe", "application/octet-stream"),
+    (b"\xff\xfe\0", "a.txt", "application/octet-stream"),
+    (b"", "a", "application/octet-stream"),
+]
+
+
+@pytest.mark.parametrize(("head", "name", "kind"), CONTENTS)
+def test_the_content_decides_what_it_is(head, name, kind):
+    assert chat.content_type(head, name, True) == kind
+
+
+def jpeg(width, height):
+    segment = b"\xff\xe0\x00\x10" + bytes(14) + b"\xff\xff\xdb\x00\x04ab"
+    frame = b"\xff\xc2\x00\x11\x08" + struct.pack(">HH", height, width) + bytes(9)
+    return b"\xff\xd8" + segment + frame
+
+
+PICTURES = [
+    ("image/png", PNG, (640, 480)),
+    ("image/png", PNG[:20], (0, 0)),
+    ("image/gif", b"GIF89a" + struct.pack("<HH", 3, 4), (3, 4)),
+    ("image/jpeg", jpeg(1200, 900), (1200, 900)),
+    ("image/jpeg", jpeg(1200, 900)[:30], (0, 0)),
+    ("image/jpeg", b"\xff\xd8\xff\xe0\x00\x00" * 9, (0, 0)),
+    ("image/webp", b"RIFF....WEBPVP8X....\0\0\0\0\x07\0\0\x0f\0\0", (8, 16)),
+    ("image/webp", b"RIFF....WEBPVP8L....\x2f" + (7 | 15 << 14).to_bytes(4, "little"), (8, 16)),
+    ("image/webp", b"RIFF....WEBPVP8 ....\0\0\0\x9d\x01\x2a" + struct.pack("<HH", 8, 16), (8, 16)),
+    ("image/webp", b"RIFF....WEBPVP8X", (0, 0)),
+    ("application/pdf", b"%PDF-", (0, 0)),
+]
+
+
+@pytest.mark.parametrize(("kind", "head", "size"), PICTURES)
+def test_pictures_tell_their_size_in_their_first_bytes(kind, head, size):
+    assert tuple(chat.picture_size(kind, head)) == size
+
+
+def test_junk_in_pictures_does_no_harm(seeded):
+    for kind, head, _ in PICTURES:
+        for _ in range(200):
+            junk = bytearray(head)
+            for _ in range(seeded.randrange(1, 4)):
+                if junk:
+                    junk[seeded.randrange(len(junk))] = seeded.randrange(256)
+            width, height = chat.picture_size(kind, bytes(junk[: seeded.randrange(len(junk) + 1)]))
+            assert 0 <= width < 2**32 and 0 <= height < 2**32
+
+
+FILE_NAMES = [
+    ("tea.png", "tea.png"),
+    ("../../etc/passwd", "passwd"),
+    ("C:\\dir\\tea.png", "tea.png"),
+    ("a\x00b\x1b[31m\u202ec.txt", "ab[31mc.txt"),
+    ("CON", "_CON"),
+    ("nul.txt", "_nul.txt"),
+    (".htaccess", "htaccess"),
+    ("...", "file"),
+    ("", "file"),
+    ("tea.", "tea"),
+    ('a"b<c>d|e?f*g:h', "a b c d e f g h"),
+    ("x" * 300, "x" * 200),
+    ("täa ☕.txt", "täa ☕.txt"),
+]
+
+
+@pytest.mark.parametrize(("given", "name"), FILE_NAMES)
+def test_names_of_files_are_safe_everywhere(given, name):
+    assert chat.file_name(given) == name
+
+
+def test_a_message_with_a_link_tells_what_it_leads_to_and_takes_the_file_with_it(files):
+    path = path_of(posted(files, PNG, 'Content-Disposition: attachment; filename="tea.png"'))
+    files.enter_irc("carol")
+    says(files, "carol", "CAP REQ :message-tags", "JOIN #lobby")
+    says(files, "alice", "CAP REQ :message-tags draft/message-redaction echo-message batch")
+    for name in ("alice", "bob", "carol"):
+        files.heard(name)
+    says(files, "alice", f"PRIVMSG #lobby :look http://localhost:7000{path}")
+    (plain,), (tagged,), (mine,) = map(files.heard, ("bob", "carol", "alice"))
+    assert f"chat.py/file={path},image/png,{len(PNG)},640,480" in tagged and "@" not in plain[:1]
+    first = re.search("msgid=([^; ]+)", mine)[1]
+    says(files, "alice", f"PRIVMSG bob :also {path}")
+    second = re.search("msgid=([^; ]+)", files.heard("alice")[-1])[1]
+    says(files, "bob", f"PRIVMSG #lobby :nice {path}")
+    says(files, "alice", f"REDACT #lobby {first}")
+    assert got(files, path)[0] == 200  # another message of hers still carries it
+    says(files, "alice", f"REDACT bob {second}")
+    assert got(files, path)[0] == 404 and on_disk(files) == []
+
+
+def test_files_end_with_their_time(files):
+    path = path_of(posted(files))
+    part = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    files.now += chat.UPLOAD_SECONDS + 1
+    files.expire_files()
+    files.turn()
+    assert got(files, path)[0] == 200 and tus(files, "HEAD", part)[0] == 404
+    files.now += chat.FILES_DAYS * 24 * 3600
+    files.expire_files()
+    files.turn()
+    assert got(files, path)[0] == 404 and on_disk(files) == []
+
+
+def answered(address, data):
+    """Return the whole answer to a request with Connection: close."""
+    with socket.create_connection(address) as web:
+        web.sendall(data)
+        answer = b""
+        while chunk := web.recv(1 << 16):
+            answer += chunk
+    return answer
+
+
+def test_an_upload_goes_on_after_the_server_was_killed_and_a_download_too(folder):
+    body = os.urandom(2_000_000)
+    with contextlib.ExitStack() as stack:
+        process, address = stack.enter_context(serving("--data", folder))
+        guest = Guest(address)
+        guest.send("NICK alice\r\nUSER u 0 * :r\r\nREGISTER * * secret-of-alice\r\nPING x\r\n")
+        while b"PONG" not in guest.line().encode():
+            pass
+        head = f"HTTP/1.1\r\nHost: localhost\r\n{basic('alice')}\r\nTus-Resumable: 1.0.0\r\n"
+        close = f"{head}Connection: close\r\n"
+        made = answered(address, f"POST /files {close}Upload-Length: {len(body)}\r\n\r\n".encode())
+        path = re.search(rb"Location: http://[^/]+(/files/\w+)", made)[1].decode()
+        start = f"PATCH {path} {head}{PIECE}\r\nUpload-Offset: 0\r\n"
+        start += f"Content-Length: {len(body)}\r\n"
+        with socket.create_connection(address) as web:
+            web.sendall(f"{start}\r\n".encode() + body[:1_200_000])
+            look = f"HEAD {path} {close}\r\n".encode()
+            while b"Upload-Offset: 1200000" not in answered(address, look):
+                time.sleep(0.01)
+            process.kill()
+            process.wait(PATIENCE)
+        listen = chat.address_text(*address)
+        process = stack.enter_context(program("server", "--listen", listen, "--data", folder))
+        assert process.stdout.readline()
+        assert b"Upload-Offset: 1200000" in answered(address, look)
+        rest = f"PATCH {path} {close}{PIECE}\r\nUpload-Offset: 1200000\r\n"
+        rest += "Content-Length: 800000\r\n\r\n"
+        last = answered(address, rest.encode() + body[1_200_000:])
+        assert last.startswith(b"HTTP/1.1 204 ")
+        get = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        whole = answered(address, f"{get}\r\n".encode()).partition(b"\r\n\r\n")[2]
+        part = answered(address, f"{get}Range: bytes=1500000-\r\n\r\n".encode())
+        assert whole == body and part.partition(b"\r\n\r\n")[2] == body[1_500_000:]
 
 
 def test_the_port_of_a_chat_is_also_one_of_the_web(running):
@@ -10849,7 +11365,7 @@ def test_a_terminated_server_says_goodbye_keeps_everything_and_exits_with_0(fold
     assert texts(store, chat.LOBBY) == ["remember me"]
     store.close()
     modes = {oct(path.stat().st_mode)[-3:] for path in folder.iterdir()}
-    assert modes == {"600"}
+    assert modes == {"600", "700"}  # of files, and of the folder for uploads
 
 
 def test_operators_end_and_restart_the_server(folder):
@@ -15182,7 +15698,7 @@ def test_a_folder_that_others_can_read_is_tightened_and_that_is_said(tmp_path, m
         Visitor(address).enter("alice")
         assert mode_of(data) == 0o700
         assert {path.name: oct(mode_of(path)) for path in data.iterdir()} == {
-            path.name: "0o600" for path in data.iterdir()
+            path.name: "0o700" if path.is_dir() else "0o600" for path in data.iterdir()
         }
         terminate(process)
     said = [line for line in log.read_text().splitlines() if str(data) in line]
