@@ -1023,13 +1023,13 @@ class Command(NamedTuple):
 
     verb: str
     handler: Callable
-    least: int  # parameters it needs
-    most: int  # parameters it takes; the rest is left alone, or belongs to the last one
-    nameless: bool  # may be used before there is a name
-    privileged: bool  # only for operators of the server
-    exact: bool  # more parameters than `most` are refused: one of them is a password
     syntax: str
     summary: str
+    least: int  # parameters it needs
+    most: int  # parameters it takes; the rest is left alone, or belongs to the last one
+    nameless: bool = False  # may be used before there is a name
+    privileged: bool = False  # only for operators of the server
+    exact: bool = False  # more parameters than `most` are refused: one of them is a password
 
 
 class Commands(dict[str, Command]):
@@ -1039,20 +1039,18 @@ class Commands(dict[str, Command]):
         super().__init__()
         self.mark = mark  # what stands before a verb on the wire
 
-    def __call__(self, verb: str, least: int = 0, most: int | None = None, **needs: bool):
-        """Decorator: this handler is the command `verb`. `needs` are the flags of Command."""
+    def __call__(
+        self, verb: str, least: int = 0, most: int | None = None, doc: str = "", **needs: bool
+    ):
+        """Decorator: this handler is the command `verb`. `needs` are the flags of Command; `doc`
+        takes the place of the handler's docstring where two dialects share a handler."""
 
         def register(handler: Callable) -> Callable:
             if verb in self:
                 raise ValueError(f"two handlers for {verb}")
-            syntax, summary = " ".join(handler.__doc__.split()).split(" -- ")
-            flags = {"nameless": False, "privileged": False, "exact": False} | needs
-            self[verb] = Command(
-                *(verb, handler, least, least if most is None else most),
-                **flags,
-                syntax=syntax,
-                summary=summary,
-            )
+            syntax, summary = " ".join((doc or handler.__doc__).split()).split(" -- ")
+            takes = least if most is None else most
+            self[verb] = Command(verb, handler, syntax, summary, least, takes, **needs)
             return handler
 
         return register
@@ -2204,6 +2202,10 @@ class LocalSession(Session):
     def refuse(self, refusal: Refused) -> None:
         """Send a refusal."""
         raise NotImplementedError
+
+    def answer(self, text: str) -> None:
+        """Tell what a command has done, where no numeric or event says it."""
+        self.notice(text)
 
     def farewell(self, text: str) -> None:
         """Send the last text: the connection is about to be closed."""
@@ -4176,29 +4178,40 @@ def revision_of(session: LocalSession, name: str, verifier: Verifier) -> str:
     return verifier.salt.hex()
 
 
-def check_owner(
-    session: LocalSession, name: str, password: str, done: Callable[[str, str], None]
-) -> None:
-    """Check an account's password off the loop; then done(registered name, proof)."""
+Steps = Iterator[tuple[str, Callable]]  # a lane and a job for it; the result is sent in
+
+
+def in_steps(function: Callable[..., Steps]) -> Callable[..., None]:
+    """Decorator: what this generator yields is done off the loop, and then it goes on."""
+
+    def go_on(session: LocalSession, steps: Steps, result: Any = None) -> None:
+        with contextlib.suppress(StopIteration):
+            lane, job = steps.send(result)
+            session.later(lane, job, functools.partial(go_on, session, steps))
+
+    return lambda session, *values: go_on(session, function(session, *values))
+
+
+def prove(session: LocalSession, name: str, password: str) -> Steps:
+    """Check an account's password; return the registered name and the proof. Raises Refused."""
     account, verifier = claimed_account(session, name)
-
-    def judge(fits: bool) -> None:
-        if not fits:
-            raise wrong_login()
-        done(account, revision_of(session, account, verifier))
-
-    session.later(PASSWORD_LANE, functools.partial(verifier.fits, password), judge)
+    if not (yield PASSWORD_LANE, functools.partial(verifier.fits, password)):
+        raise wrong_login()
+    return account, revision_of(session, account, verifier)
 
 
+@in_steps
 def identify(
-    session: LocalSession, name: str, password: str, takes_name: bool, done: Callable[[str], None]
-) -> None:
-    """Log the session's user in to an account if the password is right; then done(name)."""
+    session: LocalSession, name: str, password: str, takes_name: bool, then: Callable = lambda: None
+) -> Steps:
+    """Log the session's user in to an account if the password is right; then call then()."""
+    account, proof = yield from prove(session, name, password)
 
-    def proved(account: str, proof: str) -> None:
-        session.act("log_in", account, proof, takes_name, then=lambda _: done(account))
+    def done(_: None) -> None:
+        session.answer(f"you are logged in as {account}")
+        then()
 
-    check_owner(session, name, password, proved)
+    session.act("log_in", account, proof, takes_name, then=done)
 
 
 def check_password(password: str, name: str) -> None:
@@ -4211,30 +4224,22 @@ def check_password(password: str, name: str) -> None:
         raise Refused("UNACCEPTABLE_PASSWORD", text, name)
 
 
-def change_own_password(
-    session: LocalSession, old: str, new: str, done: Callable[[Any], None]
-) -> None:
+@in_steps
+def change_own_password(session: LocalSession, old: str, new: str) -> Steps:
     """Change the password of the account that the user is logged in to."""
     name = own_account(session.user)
     check_password(new, name)
-
-    def proved(account: str, proof: str) -> None:
-        def save(verifier: Verifier) -> None:
-            session.act("change_password", account, proof, tuple(verifier), then=done)
-
-        session.later(PASSWORD_LANE, functools.partial(make_verifier, new), save)
-
-    check_owner(session, name, old, proved)
+    account, proof = yield from prove(session, name, old)
+    verifier = yield PASSWORD_LANE, functools.partial(make_verifier, new)
+    values = account, proof, tuple(verifier)
+    session.act("change_password", *values, then=lambda _: session.answer(PASSWORD_CHANGED))
 
 
-def drop_own_account(session: LocalSession, password: str, done: Callable[[Any], None]) -> None:
+@in_steps
+def drop_own_account(session: LocalSession, password: str) -> Steps:
     """Delete the account that the user is logged in to."""
-    check_owner(
-        session,
-        own_account(session.user),
-        password,
-        lambda account, proof: session.act("drop_account", account, proof, then=done),
-    )
+    account, proof = yield from prove(session, own_account(session.user), password)
+    session.act("drop_account", account, proof, then=lambda _: session.answer(ACCOUNT_GONE))
 
 
 EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
@@ -4268,9 +4273,10 @@ def count_account(session: LocalSession, name: str) -> None:
 Registered = Callable[[str, str], None]  # done(account, proof; "" while a code is awaited)
 
 
+@in_steps
 def register_nick(
     session: LocalSession, nick: str, wanted: str, email: str, password: str, done: Registered
-) -> None:
+) -> Steps:
     """Make a nick an account; with email-required first send a code to the address."""
     name, site = check_registration(session, nick, wanted, email), session.site
     check_password(password, name)
@@ -4279,19 +4285,16 @@ def register_nick(
         site.hub.accounts.throttle.check(session.conn.limit_key, "*mail", site.hub.ticks)
         site.hub.accounts.throttle.failed(session.conn.limit_key, "*mail", site.hub.ticks)
     count_account(session, name)
-
-    def made(verifier: Verifier) -> None:
-        check_registration(session, nick, wanted, email)  # another user may have been quicker
-        if not by_mail:
-            return session.act(
-                *("register_account", nick, wanted, tuple(verifier), ""),
-                then=lambda account: done(account.name, account.revision),
-            )
+    verifier = yield PASSWORD_LANE, functools.partial(make_verifier, password)
+    check_registration(session, nick, wanted, email)  # another user may have been quicker
+    if by_mail:
         code = site.hub.accounts.await_code(Account(name, verifier, email))
-        send = functools.partial(site.server.mail, email, name, code)
-        session.later(MAIL_LANE, send, lambda _: done(name, ""))
-
-    session.later(PASSWORD_LANE, functools.partial(make_verifier, password), made)
+        yield MAIL_LANE, functools.partial(site.server.mail, email, name, code)
+        return done(name, "")
+    session.act(
+        *("register_account", nick, wanted, tuple(verifier), ""),
+        then=lambda account: done(account.name, account.revision),
+    )
 
 
 def verify(session: LocalSession, name: str, code: str, done: Registered) -> None:
@@ -4311,24 +4314,21 @@ def email_used(session: LocalSession, email: str) -> str:
     return f"; {email} was not needed and is not kept"
 
 
-def oper(session: LocalSession, name: str, password: str, done: Callable[[Any], None]) -> None:
-    """Check an operator's password off the loop. A name that does not exist takes as long as
-    one that does."""
+@in_steps
+def oper(session: LocalSession, name: str, password: str, done: Callable[[], None]) -> Steps:
+    """Check an operator's password. A name that does not exist takes as long as one that does."""
     hub, host = session.site.hub, session.conn.limit_key
     hub.accounts.throttle.check(host, OPERATOR_PASSWORD, hub.ticks)
     hub.accounts.throttle.failed(host, OPERATOR_PASSWORD, hub.ticks)
     verifier = session.site.operators.get(name) or decoy_verifier(name, OPERATOR_ROUNDS)
-
-    def judge(fits: bool) -> None:
-        who = f"{session.user.source.mask} as {name}"
-        session.site.server.note(f"OPER: {who}{'' if fits else ': wrong password'}")
-        if not fits:
-            return wrong_password(session)
-        hub.accounts.throttle.succeeded(host, OPERATOR_PASSWORD)
-        done(None)
-        session.act("become_operator", name)
-
-    session.later(PASSWORD_LANE, functools.partial(verifier.fits, password), judge)
+    fits = yield PASSWORD_LANE, functools.partial(verifier.fits, password)
+    who = f"{session.user.source.mask} as {name}"
+    session.site.server.note(f"OPER: {who}{'' if fits else ': wrong password'}")
+    if not fits:
+        return wrong_password(session)
+    hub.accounts.throttle.succeeded(host, OPERATOR_PASSWORD)
+    done()
+    session.act("become_operator", name)
 
 
 # ======================================================================================
@@ -6220,6 +6220,9 @@ class IrcSession(LocalSession):
     def service_says(self, text: str) -> None:
         self.say(f":{SERVICE}!{SERVICE}@{self.site.name} NOTICE {self.nick} :{text}")
 
+    def answer(self, text: str) -> None:
+        (self.service_says if self.from_service else self.notice)(text)
+
     def refuse(self, refusal: Refused) -> None:
         number, text = REFUSALS.get(refusal.code), harmless(str(refusal))
         if self.from_service and not self.deferred:
@@ -6986,23 +6989,15 @@ def service_verify(session: IrcSession, code: str) -> None:
 def service_identify(session: IrcSession, *words: str) -> None:
     """IDENTIFY [NAME] PASSWORD -- log in"""
     name, password = words if len(words) == 2 else (session.nick, *words)
-
-    def done(account: str) -> None:
-        session.service_says(f"you are logged in as {account}")
-
-    identify(session, name, password, False, done)
+    identify(session, name, password, False)
 
 
-@service_command("passwd", 2, exact=True)
-def service_passwd(session: IrcSession, old: str, new: str) -> None:
-    """PASSWD OLD NEW -- another password"""
-    change_own_password(session, old, new, lambda _: session.service_says(PASSWORD_CHANGED))
-
-
-@service_command("drop", 1, exact=True)
-def service_drop(session: IrcSession, password: str) -> None:
-    """DROP PASSWORD -- give up your account"""
-    drop_own_account(session, password, lambda _: session.service_says(ACCOUNT_GONE))
+service_command("passwd", 2, exact=True, doc="PASSWD OLD NEW -- another password")(
+    change_own_password
+)
+service_command("drop", 1, exact=True, doc="DROP PASSWORD -- give up your account")(
+    drop_own_account
+)
 
 
 def cert_add(session: IrcSession, _: str) -> None:
@@ -7044,10 +7039,11 @@ def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> None:
 
 
 @service_command("disown", 1)
-def service_disown(session: IrcSession, name: str) -> None:
+def disown_channel(session: LocalSession, name: str) -> None:
     """DISOWN #CHANNEL -- let a channel that you founded end with its last member"""
     session.act(
-        "disown", name, then=lambda name: session.service_says(f"{name} is no longer registered")
+        *("disown", name),
+        then=lambda name: session.answer(f"{name} is no longer registered"),
     )
 
 
@@ -8223,10 +8219,7 @@ def irc_help(session: IrcSession, subject: str = "") -> None:
     session.reply(RPL_ENDOFHELP, about)
 
 
-@irc_command("HELPOP", most=1)
-def irc_helpop(session: IrcSession, subject: str = "") -> None:
-    """HELPOP [<command>] -- the same as HELP"""
-    irc_help(session, subject)
+irc_command("HELPOP", most=1, doc="HELPOP [<command>] -- the same as HELP")(irc_help)
 
 
 @irc_command("TRACE", most=1)
@@ -8246,12 +8239,11 @@ def refusing(
     syntax: str, summary: str, code: str, text: str, least: int = 0, **needs: bool
 ) -> None:
     """Make a command of the RFCs that is always refused here."""
+    verb = syntax.split()[0]
 
+    @irc_command(verb, least, 3, doc=f"{syntax} -- {summary}", **needs)
     def handler(session: IrcSession, *params: str) -> None:
         raise Refused(code, text, *params[:least])
-
-    handler.__doc__ = f"{syntax} -- {summary}"
-    irc_command(syntax.split()[0], least, 3, **needs)(handler)
 
 
 ALONE = "this server stands alone"
@@ -8270,25 +8262,25 @@ refusing("SQUIT <server>", "unlink a server", "NO_SUCH_SERVER", ALONE, 1, privil
 @irc_command("OPER", 2, 2, exact=True)
 def irc_oper(session: IrcSession, name: str, password: str) -> None:
     """OPER <name> <password> -- become an operator of this server"""
-    oper(session, name, password, lambda _: session.reply(RPL_YOUREOPER))
-
-
-def kill_user(session: LocalSession, name: str, reason: str) -> None:
-    def killed(mask: str) -> None:
-        session.site.server.note(f"{mask} killed by {killer}: {reason or 'no reason given'}")
-
-    killer = session.user.name
-    session.act("kill", name, reason, then=killed)
+    oper(session, name, password, lambda: session.reply(RPL_YOUREOPER))
 
 
 @irc_command("KILL", 1, 2, privileged=True)
 def irc_kill(session: IrcSession, name: str, reason: str = "") -> None:
     """KILL <nickname> [<reason>] -- close all connections of a user"""
-    kill_user(session, name, reason)
+    killer = session.user.name
+
+    def killed(mask: str) -> None:
+        session.site.server.note(f"{mask} killed by {killer}: {reason or 'no reason given'}")
+
+    session.act("kill", name, reason, then=killed)
 
 
-def ban_from(session: LocalSession, mask: str, minutes: str, reason: str) -> None:
-    """The minutes may also come first, as on other servers."""
+@irc_command("KLINE", 1, 3, privileged=True)
+def ban_from(session: LocalSession, mask: str, minutes: str = "0", reason: str = "") -> None:
+    """KLINE <address, mask or a:account> [<minutes>] [<reason>] -- ban from this server, for ever
+    without minutes (which may come first), and close the connections of those it is for"""
+    # On other servers the minutes come first
     if mask.isdecimal() and not minutes.isdecimal():
         mask, minutes = minutes, mask
     elif not reason and not minutes.isdecimal() and " " in minutes:
@@ -8307,14 +8299,9 @@ def ban_from(session: LocalSession, mask: str, minutes: str, reason: str) -> Non
     session.act("ban_from_server", mask, number, reason, then=done)
 
 
-@irc_command("KLINE", 1, 3, privileged=True)
-def irc_kline(session: IrcSession, mask: str, minutes: str = "0", reason: str = "") -> None:
-    """KLINE <address, mask or a:account> [<minutes>] [<reason>] -- ban from this server, for ever
-    without minutes (which may come first), and close the connections of those it is for"""
-    ban_from(session, mask, minutes, reason)
-
-
+@irc_command("UNKLINE", 1, privileged=True)
 def unban_from(session: LocalSession, mask: str) -> None:
+    """UNKLINE <address, mask or a:account> -- end a ban from this server"""
     by = session.user.source.mask
 
     def done(full: str) -> None:
@@ -8322,12 +8309,6 @@ def unban_from(session: LocalSession, mask: str) -> None:
         session.notice(f"K-line removed: {full}")
 
     session.act("unban_from_server", mask, then=done)
-
-
-@irc_command("UNKLINE", 1, privileged=True)
-def irc_unkline(session: IrcSession, mask: str) -> None:
-    """UNKLINE <address, mask or a:account> -- end a ban from this server"""
-    unban_from(session, mask)
 
 
 @irc_command("WALLOPS", 1, privileged=True)
@@ -8478,8 +8459,7 @@ class LineSession(LocalSession):
         """Send a line of the server's own, to this session only."""
         self.send(f"* {harmless(text)}\n".replace("\n", " ")[:-1].encode() + b"\n")
 
-    def notice(self, text: str) -> None:
-        self.tell(text)
+    notice = tell
 
     def not_kept(self, events: list[Event], reason: str) -> None:
         text = f"* {counted(len(events), 'message')} delivered but not kept: {harmless(reason)}\n"
@@ -8859,54 +8839,44 @@ def line_verify(session: LineSession, code: str) -> None:
 def line_login(session: LineSession, *words: str) -> None:
     """/login [NAME] PASSWORD -- log in to an account; it gives you its name, or whom it is"""
     name, password = words if len(words) == 2 else (session.wanted_name, *words)
-    before = session.user
+    before, name_before = session.user, session.user.name
 
-    def done(account: str) -> None:
-        session.tell(f"you are logged in as {account}")
+    def came_in() -> None:
         if session.user.name != name_before:
             session.tell(f"you are {session.user.name}")
         if session.user is not before:
             session.move()
 
-    name_before = before.name
-    identify(session, name, password, True, done)
+    identify(session, name, password, True, came_in)
 
 
-@line_command("passwd", 2, exact=True)
-def line_passwd(session: LineSession, old: str, new: str) -> None:
-    """/passwd OLD NEW -- another password for your account"""
-    change_own_password(session, old, new, lambda _: session.tell(PASSWORD_CHANGED))
-
-
-@line_command("drop", 1, exact=True)
-def line_drop(session: LineSession, password: str) -> None:
-    """/drop PASSWORD -- give up your account"""
-    drop_own_account(session, password, lambda _: session.tell(ACCOUNT_GONE))
-
-
-@line_command("disown", 1)
-def line_disown(session: LineSession, name: str) -> None:
-    """/disown #CHANNEL -- let a channel that you founded end with its last member"""
-    session.act("disown", name, then=lambda name: session.tell(f"{name} is no longer registered"))
+line_command(
+    *("passwd", 2), exact=True, doc="/passwd OLD NEW -- another password for your account"
+)(change_own_password)
+line_command("drop", 1, exact=True, doc="/drop PASSWORD -- give up your account")(drop_own_account)
+line_command(
+    *("disown", 1),
+    doc="/disown #CHANNEL -- let a channel that you founded end with its last member",
+)(disown_channel)
 
 
 @line_command("oper", 2, exact=True)
 def line_oper(session: LineSession, name: str, password: str) -> None:
     """/oper NAME PASSWORD -- become an operator of this server"""
     text = "you are an operator of this server now: /kick, /ban and /topic work anywhere"
-    oper(session, name, password, lambda _: session.tell(text))
+    oper(session, name, password, lambda: session.tell(text))
 
 
-@line_command("kline", 1, 3, privileged=True)
-def line_kline(session: LineSession, mask: str, minutes: str = "0", reason: str = "") -> None:
-    """/kline ADDRESS|MASK|a:ACCOUNT [MINUTES [REASON]] -- ban from this server (operators only)"""
-    ban_from(session, mask, minutes, reason)
-
-
-@line_command("unkline", 1, privileged=True)
-def line_unkline(session: LineSession, mask: str) -> None:
-    """/unkline ADDRESS|MASK|a:ACCOUNT -- end a ban from this server (operators only)"""
-    unban_from(session, mask)
+line_command(
+    *("kline", 1, 3),
+    doc="/kline ADDRESS|MASK|a:ACCOUNT [MINUTES [REASON]] -- ban from this server (operators only)",
+    privileged=True,
+)(ban_from)
+line_command(
+    *("unkline", 1),
+    doc="/unkline ADDRESS|MASK|a:ACCOUNT -- end a ban from this server (operators only)",
+    privileged=True,
+)(unban_from)
 
 
 @line_command("stats", 1, privileged=True)
