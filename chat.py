@@ -1153,19 +1153,12 @@ def wrong_login() -> Refused:
     return Refused("SASL_FAILED", "name or password are wrong")
 
 
-def split_plain(response: bytes) -> list[str]:
-    try:
-        parts = response.decode().split("\0")
-    except UnicodeDecodeError:
-        raise wrong_login() from None
-    if len(parts) != 3:
-        raise wrong_login()
-    return parts
-
-
 def sasl_plain(find: Lookup) -> Mechanism:
     """RFC 4616."""
-    authzid, authcid, password = split_plain((yield b""))
+    try:
+        authzid, authcid, password = (yield b"").decode().split("\0")
+    except ValueError:  # not three parts; UnicodeDecodeError is a ValueError
+        raise wrong_login() from None
     if not authcid or not password or fold(authzid or authcid) != fold(authcid):
         raise wrong_login()
     name, verifier = find(authcid)
@@ -1353,20 +1346,16 @@ class Throttle:
             count = self.count(host, one, now) + 1
             self.failures[host, one and fold(one)] = count, now + self.milliseconds
         if len(self.failures) > LOGIN_FAILURES_KEPT:
-            self._evict(now)
+            self.sweep(now)
+        if len(self.failures) > LOGIN_FAILURES_KEPT:  # all of it still counts: forget a tenth, the
+            # fewest failures first, so that a client that fills the table is not forgotten by that
+            ranked = sorted(self.failures, key=lambda key: (self.failures[key], key[0]))
+            for key in ranked[: LOGIN_FAILURES_KEPT // 10]:
+                del self.failures[key]
 
     def sweep(self, now: int) -> None:
         """Forget what does not count any more."""
         self.failures = {key: one for key, one in self.failures.items() if now < one[1]}
-
-    def _evict(self, now: int) -> None:
-        """If all of it still counts, forget a tenth, the fewest failures first: a client that
-        fills the table is not forgotten by that."""
-        self.sweep(now)
-        if len(self.failures) > LOGIN_FAILURES_KEPT:
-            ranked = sorted(self.failures, key=lambda key: (self.failures[key], key[0]))
-            for key in ranked[: LOGIN_FAILURES_KEPT // 10]:
-                del self.failures[key]
 
     def succeeded(self, host: str, subject: str) -> None:
         """Take back the failure that an attempt counts as until it is proven."""
@@ -1485,12 +1474,8 @@ class Site:
         return f"b{next(self.references):x}"
 
 
-PAGE_LANE, PASSWORD_LANE, MAIL_LANE, DISK_LANE = (
-    "pages",
-    "passwords",
-    "mail",
-    "disk",
-)  # lanes of helpers
+PAGE_LANE, PASSWORD_LANE = "pages", "passwords"  # lanes of helpers
+MAIL_LANE, DISK_LANE = "mail", "disk"
 
 
 def next_time(last: int, now: int) -> int:
@@ -2932,7 +2917,7 @@ class Hub:
     def author_of(self, targets: Iterable[str], id: int) -> tuple[int, str] | None:
         """Return the founding and the author's identity of a message under these keys."""
         keys = list(targets)
-        if self._redacted(id):
+        if any(one.name == "redact" and one.values[-1] == id for one in self.turn.records):
             return None
         recent = (e for e in self.turn.events if e.id == id and e.kind in (*SPOKEN, TAGS))
         for event in recent:
@@ -2940,9 +2925,6 @@ class Hub:
             if foundings:
                 return foundings[0], event.source.identity
         return next(filter(None, (self.store.author_of(key, id) for key in keys)), None)
-
-    def _redacted(self, id: int) -> bool:
-        return any(one.name == "redact" and one.values[-1] == id for one in self.turn.records)
 
     def has_history(self, key: str) -> bool:
         """Return whether anything can be read under a channel's key once this turn is stored."""
@@ -2989,12 +2971,6 @@ def name_numbers(dice: int) -> Iterator[int]:
         yield many.randrange(10**6)
 
 
-def why_foreign(hub: Hub, name: str) -> str:
-    if known := hub.accounts.looks_like(name):
-        return f"{name} looks like {known} in other letters; choose another name"
-    return f"{name} belongs to an account; log in first"
-
-
 def free_name(
     hub: Hub, wanted: str, owner: User | None = None, account: str = "", dice: int = 0
 ) -> str:
@@ -3020,9 +2996,12 @@ def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = 
     holder = hub.users.get(fold(wanted))
     if holder not in (None, owner) and not (account and holder.account == account):
         raise Refused("NAME_TAKEN", f"{wanted} is taken", wanted)
-    looks = hub.accounts.looks_like(wanted)
-    if looks or (owner and hub.accounts.is_foreign(wanted, owner.account)):
-        raise Refused("NAME_TAKEN", why_foreign(hub, wanted), wanted)
+    if known := hub.accounts.looks_like(wanted):
+        text = f"{wanted} looks like {known} in other letters; choose another name"
+        raise Refused("NAME_TAKEN", text, wanted)
+    if owner and hub.accounts.is_foreign(wanted, owner.account):
+        text = f"{wanted} belongs to an account; log in first"
+        raise Refused("NAME_TAKEN", text, wanted)
 
 
 def server_ban(hub: Hub, user: User) -> ServerBan | None:
@@ -3149,16 +3128,6 @@ def emit_to_witnesses(
     hub.emit(kind, source, audience, text, about, origin)
 
 
-def move_host(hub: Hub, user: User, address: str) -> None:
-    """The user is connected from elsewhere; which is where bans are looked for."""
-    before = user.source
-    user.change_source(address=address)
-    hub.turn.changed.add(user)
-    for channel in user.channels:
-        channel.rosters.clear()
-    emit_to_witnesses(hub, HOST, before, user, user.source.host, before.username)
-
-
 def attach(hub: Hub, who: Session, user: User, address: str) -> None:
     """Add a session to a user. An older one with the same token is replaced."""
     replaced = [s for s in user.live if s.token and s.token == who.token]
@@ -3180,7 +3149,11 @@ def attach(hub: Hub, who: Session, user: User, address: str) -> None:
     for token in list(user.tokens)[:-TOKENS_A_USER]:
         forget_token(hub, user, token)
     if host_of(user.source.address) not in {host_of(s.address) for s in user.live}:
-        move_host(hub, user, address)
+        before = user.source
+        user.change_source(address=address)  # which is where bans are looked for
+        for channel in user.channels:
+            channel.rosters.clear()
+        emit_to_witnesses(hub, HOST, before, user, user.source.host, before.username)
 
 
 def inherit(hub: Hub, user: User, identity: str) -> None:
@@ -3524,16 +3497,6 @@ def remove_certificate(hub: Hub, who: Session, fingerprint: str) -> str:
 # Channels
 
 
-def found_channel(hub: Hub, user: User, channel: Channel) -> str:
-    """Return the ranks of a channel's first member; an account founds channels that last."""
-    if channel.key == LOBBY:
-        return ""
-    if user.login and hub.founded[user.login] < CHANNELS_FOUNDED:
-        channel.founder = user.login
-        hub.founded[user.login] += 1
-    return "o"
-
-
 def tell_metadata_of_newcomer(hub: Hub, who: Session, channel: Channel) -> None:
     """Tell the members of a channel what they subscribed to of a user who joined."""
     user = who.user
@@ -3563,7 +3526,10 @@ def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
         ranks = channel.ranks_by_account(user)
     else:
         channel = hub.channels[key] = Channel(name, hub.last_id + 1, hub.now)
-        ranks = found_channel(hub, user, channel)
+        ranks = "" if key == LOBBY else "o"
+        if ranks and user.login and hub.founded[user.login] < CHANNELS_FOUNDED:
+            channel.founder = user.login  # it lasts
+            hub.founded[user.login] += 1
     channel.uninvite(user)
     channel.members[user] = Membership(hub.last_id + 1, ranks)
     user.channels[channel] = None
@@ -3943,10 +3909,6 @@ def check_metadata_writable(who: Session, owner: User | Channel, target: str, ke
         raise Refused("KEY_NO_PERMISSION", "that is not yours to change", target, key)
 
 
-def owner_source(owner: User | Channel) -> Source:
-    return owner.source if isinstance(owner, User) else Source(owner.name, "")
-
-
 @act
 def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> None:
     """Set a value of a user or channel; "" removes it. Subscribers of the key are told."""
@@ -3963,25 +3925,25 @@ def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> N
     subscribed = hub.subscribers.get(key, set()) - {who}
     if not subscribed:
         return
-    audience = (
-        owner.audience
-        if isinstance(owner, Channel)
-        else neighbours(owner, hub.watchers.get(owner.key, ()), alone=True)
-    )
+    if isinstance(owner, Channel):
+        audience, source = owner.audience, Source(owner.name, "")
+    else:
+        watching = hub.watchers.get(owner.key, ())
+        audience, source = neighbours(owner, watching, alone=True), owner.source
     hub.charge(len(subscribed))
     channels = set(audience.channels)
     told = [
-        session
-        for session in subscribed
-        if session.user
+        s
+        for s in subscribed
+        if s.user
         and (
-            session in audience.sessions
-            or session.user in audience.users
-            or not channels.isdisjoint(session.user.channels)
+            s in audience.sessions
+            or s.user in audience.users
+            or not channels.isdisjoint(s.user.channels)
         )
     ]
     if told:
-        hub.emit(METADATA, owner_source(owner), Audience(owner.name, sessions=told), value, key)
+        hub.emit(METADATA, source, Audience(owner.name, sessions=told), value, key)
 
 
 @act
@@ -4024,12 +3986,6 @@ def kill(hub: Hub, who: Session, name: str, reason: str) -> str:
     return victim.source.mask
 
 
-def expire_bans(hub: Hub) -> None:
-    for key in [key for key, ban in hub.bans.items() if ban.until and ban.until <= hub.now]:
-        del hub.bans[key]
-        hub.turn.record("ban_gone", key)
-
-
 @act
 def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str) -> int:
     """Add a K-line, and disconnect those whom it matches; return how many users that were."""
@@ -4037,7 +3993,9 @@ def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str
     mask = server_mask(mask)
     if not is_word(mask, MASK_BYTES):
         raise Refused("BAD_MASK", f"a mask is one word of at most {MASK_BYTES} bytes", mask)
-    expire_bans(hub)
+    for key in [key for key, ban in hub.bans.items() if ban.until and ban.until <= hub.now]:
+        del hub.bans[key]
+        hub.turn.record("ban_gone", key)
     if fold(mask) not in hub.bans and len(hub.bans) >= SERVER_BANS:
         raise Refused("LIST_FULL", f"the list is full: {SERVER_BANS} bans at most", "*", mask)
     until = hub.now + minutes * 60_000 if minutes else 0
@@ -4046,10 +4004,8 @@ def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str
     hub.bans[fold(mask)] = ban
     hub.turn.record("ban", fold(mask), *ban)
     hub.charge(len(hub.users))
-    meant, pattern = [], Mask(mask)
-    for user in hub.users.values():
-        if pattern.matches(user) and user is not who.user:
-            meant.append(user)
+    pattern, me = Mask(mask), who.user
+    meant = [user for user in hub.users.values() if user is not me and pattern.matches(user)]
     for user in meant:
         disconnect(hub, who.user.source, user, f"K-lined: {reason}")
     return len(meant)
@@ -4575,19 +4531,9 @@ def open_database(path: pathlib.Path | None) -> sqlite3.Connection:
     return db
 
 
-def event_of(
-    id: int,
-    time_ms: int,
-    kind: str,
-    name: str,
-    address: str,
-    username: str,
-    about: str,
-    text: str,
-    author: str,
-    tags: str,
-) -> Event:
-    """Return a row of the store as an event."""
+def event_of(*row: Any) -> Event:
+    """Return a row of the store, its COLUMNS, as an event."""
+    id, time_ms, kind, name, address, username, about, text, author, tags = row
     account = author[1:].rpartition("/")[0]
     source = source_of(name, address, username, account)._replace(identity=author)
     # Version 0.2 stored client tags with CR and LF in their values
@@ -4769,11 +4715,6 @@ class SearchIndex:
     def redacted(self, ids: Iterable[int]) -> None:
         """These messages are gone, and their words have to go."""
         self.gone += [(id, id, PART_ROWS) for id in ids]
-
-    def pruned(self, last: int, count: int) -> None:
-        """So many messages up to this one are gone. A part that has lost half of what was in
-        it is made again."""
-        self.gone.append((0, last, count))
 
     def step(self, most: int | None = None) -> Callable[[], tuple]:
         """Return the next job, of so many ids: for a helper, or for the loop if all is in
@@ -5010,11 +4951,6 @@ class Backlog:
             del self.records[next(markers, next(iter(self.records)))]
 
 
-def random_letters() -> str:
-    """Four letters that no hexadecimal number has, for the message ids of one start."""
-    return "".join(secrets.choice("ghijklmnopqrstuvwxyz") for _ in range(4))
-
-
 class Store:
     """Events on disk, or in memory for `path` None. Raises Unusable when it cannot open."""
 
@@ -5063,7 +4999,9 @@ class Store:
         last = self.db.execute(query).fetchone()[0]
         reserved = self.db.execute("SELECT ifnull(max(reserved), 0) FROM starts").fetchone()[0]
         self.last_id = self.reserved = max(last, reserved)
-        self.first_id, self.letters = self.last_id + 1, random_letters()
+        self.first_id = self.last_id + 1
+        # For the message ids of this start: letters that no hexadecimal number has
+        self.letters = "".join(secrets.choice("ghijklmnopqrstuvwxyz") for _ in range(4))
         self.db.execute("UPDATE starts SET reserved = min(reserved, max(first - 1, ?))", [last])
         self.db.execute(*self._reservation())
         # A start of which no event is left needs no letters
@@ -5459,8 +5397,8 @@ class Store:
         update = "UPDATE targets SET events = max(0, events - ?) WHERE id = ?"
         self.db.execute(update, [len(ids), target])
         self.db.execute("COMMIT")
-        if ids:
-            self.words.pruned(last, len(ids))
+        if ids:  # a part of the index that has lost half of what was in it is made again
+            self.words.gone.append((0, last, len(ids)))
         return len(ids)
 
     def checkpoint(self) -> None:
@@ -6494,14 +6432,10 @@ def isupport(site: Site) -> list[str]:
     ]
 
 
-def wrapped_tokens(tokens: list[str]) -> Iterator[list[str]]:
-    for start in range(0, len(tokens), TOKENS_A_LINE):
-        yield tokens[start : start + TOKENS_A_LINE]
-
-
 def isupport_lines(session: IrcSession) -> Iterator[bytes]:
-    for tokens in wrapped_tokens(isupport(session.site)):
-        yield session.shaped_line(RPL_ISUPPORT, " ".join(tokens))
+    tokens = isupport(session.site)
+    for start in range(0, len(tokens), TOKENS_A_LINE):
+        yield session.shaped_line(RPL_ISUPPORT, " ".join(tokens[start : start + TOKENS_A_LINE]))
 
 
 def batch_in_pieces(
@@ -6667,12 +6601,6 @@ def each_in_pieces(session: IrcSession, names: str, act: Callable[[str], None]) 
         except Refused as refusal:
             session.refuse(refusal)
         yield
-
-
-def each(session: IrcSession, names: str, act: Callable[[str], None]) -> None:
-    """The same at once."""
-    for _ in each_in_pieces(session, names, act):
-        pass
 
 
 # Registration
@@ -7097,7 +7025,7 @@ class Past(NamedTuple):
     name: str
 
 
-def tell_repeat(session: IrcSession, name: str, own: str, first: int) -> None:
+def tell_repeat(session: IrcSession, name: str, own: str) -> None:
     """Answer a message that was sent before: the connection broke before the client could
     know. It gets the echo of then; of a message that is gone, its id."""
     hub = session.site.hub
@@ -7129,10 +7057,10 @@ def send_message(
     """Say it, and tell what became of it. Raises Refused."""
     hub = session.site.hub
     if own and hub.store.dedup.lost(hub.dedup_owners(session), own, hub.ticks):
-        return tell_repeat(session, name, own, 0)
+        return tell_repeat(session, name, own)
     result = hub.perform("say", session.id, name, text, kind, tags, own)
     if result.repeat is not None:
-        tell_repeat(session, name, own, result.repeat)
+        tell_repeat(session, name, own)
     elif result.away:
         tell_away(session, result.away)
 
@@ -7175,15 +7103,6 @@ def to_each_target(
     return each_in_pieces(session, targets, send)
 
 
-def notice_to(session: IrcSession, name: str, text: str) -> None:
-    """Send a notice; a refusal is no answer to that (RFC 2812 section 3.3.2)."""
-    own, tags = client_id(session, session.message.params[0]), client_tags(session)
-    with contextlib.suppress(Refused):
-        result = session.site.hub.perform("say", session.id, name, text, NOTICE, tags, own)
-        if result.repeat is not None:
-            tell_repeat(session, name, own, result.repeat)
-
-
 @irc_command("PRIVMSG", most=2)
 def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> Iterator[None] | None:
     """PRIVMSG <target>{,<target>} <text> -- say something to people and channels"""
@@ -7197,7 +7116,15 @@ def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> Iterat
     """NOTICE <target>{,<target>} <text> -- the same, but nothing answers it"""
     if not (targets and text) or targets.count(",") >= TARGETS:
         return None
-    return to_each_target(session, targets, lambda name: notice_to(session, name, text))
+    own, tags = client_id(session, targets), client_tags(session)
+
+    def send(name: str) -> None:  # a refusal is no answer to a notice (RFC 2812 section 3.3.2)
+        with contextlib.suppress(Refused):
+            result = session.site.hub.perform("say", session.id, name, text, NOTICE, tags, own)
+            if result.repeat is not None:
+                tell_repeat(session, name, own)
+
+    return to_each_target(session, targets, send)
 
 
 @irc_command("TAGMSG", most=1)
@@ -7767,11 +7694,6 @@ def target_bound(session: IrcSession, text: str) -> Mark:
     return Mark(time=parse_time(text.removeprefix("timestamp="), "TARGETS", text))
 
 
-def is_large(events: list[Event]) -> bool:
-    """Return whether the store may have left some out, see Store.page()."""
-    return sum(len(e.text.encode()) + len(e.tags.encode()) for e in events) > PAGE_BYTES // 2
-
-
 @irc_command("CHATHISTORY", 4, 5)
 def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> None:
     """CHATHISTORY <how> <target> <selector> [<selector>] <limit> -- what was said: BEFORE,
@@ -7793,8 +7715,9 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> N
         if readable(session, name, how) != place:  # the user was put out, or is another, meanwhile
             raise invalid_target(how, name)
         channel = session.site.hub.channels.get(fold(name))
-        # A page of the store ends early where it is large
-        whole = len(events) < count and how != "AROUND" and not is_large(events)
+        # A page of the store ends early where it is large, see Store.page()
+        size = sum(len(e.text.encode()) + len(e.tags.encode()) for e in events)
+        whole = len(events) < count and how != "AROUND" and size <= PAGE_BYTES // 2
         play(session, channel.name if channel else name, events, newest, whole)
 
     session.read(job, show)
@@ -7891,36 +7814,25 @@ def who_fits(pattern: re.Pattern, user: User) -> bool:
     return any(pattern.fullmatch(fold(text)) for text in texts)
 
 
-def members_in_who(
-    session: IrcSession, channel: Channel | None
-) -> Iterator[tuple[User, Channel | None] | None]:
-    me, hub = session.user, session.site.hub
-    shown = channel and channel.visible_to(me)
-    for user in in_slices(list(channel.members) if shown else ()):
-        hub.charge(2)
-        if user is None:
-            yield None
-        elif user in channel.members and can_see(me, user):
-            yield user, channel
-
-
 def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel | None] | None]:
     """Yield the users that a WHO means, with a channel that both are in, and None now and
     then: see in_slices()."""
     hub, me = session.site.hub, session.user
+    channel, exact = hub.channels.get(fold(mask)), hub.users.get(fold(mask))
+    pattern = mask_pattern("*" if mask == "0" else mask)
     if mask.startswith("#"):
-        return members_in_who(session, hub.channels.get(fold(mask)))
-    exact, pattern = hub.users.get(fold(mask)), mask_pattern("*" if mask == "0" else mask)
-
-    def matches() -> Iterator[tuple[User, Channel | None] | None]:
-        for user in in_slices([exact] if exact else list(hub.users.values())):
-            hub.charge(4)
-            if user is None:
-                yield None
-            elif user is exact or (can_see(me, user) and who_fits(pattern, user)):
-                yield user, next((c for c in user.channels if c in me.channels), None)
-
-    return matches()
+        known = channel.members if channel and channel.visible_to(me) else ()
+    else:
+        known = [exact] if exact else hub.users.values()
+    for user in in_slices(list(known)):
+        hub.charge(2 if channel else 4)
+        if user is None:
+            yield None
+        elif channel:
+            if user in channel.members and can_see(me, user):
+                yield user, channel
+        elif user is exact or (can_see(me, user) and who_fits(pattern, user)):
+            yield user, next((c for c in user.channels if c in me.channels), None)
 
 
 WHOX_FIELDS = "tcuihsnfdlaor"  # in the order of their answers (ircv3.net, WHOX)
@@ -15000,7 +14912,17 @@ class Listener:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:  # so that [::] and 0.0.0.0 can have the same port
             self.sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        self._set_options()
+        # Accepted sockets inherit these
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (
+            ("TCP_KEEPIDLE", KEEPALIVE_SECONDS),
+            ("TCP_KEEPALIVE", KEEPALIVE_SECONDS),  # macOS calls it so
+            ("TCP_KEEPINTVL", KEEPALIVE_EVERY),
+            ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+        ):
+            if hasattr(socket, option):
+                self.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         try:
             self.sock.bind((host, port))
         except OSError as error:
@@ -15013,19 +14935,6 @@ class Listener:
         self.sock.setblocking(False)
         self.address = self.sock.getsockname()[:2]
         server.loop.selector.register(self.sock, READ, self)
-
-    def _set_options(self) -> None:
-        """Set once here: accepted sockets inherit them."""
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (
-            ("TCP_KEEPIDLE", KEEPALIVE_SECONDS),
-            ("TCP_KEEPALIVE", KEEPALIVE_SECONDS),  # macOS calls it so
-            ("TCP_KEEPINTVL", KEEPALIVE_EVERY),
-            ("TCP_KEEPCNT", KEEPALIVE_PROBES),
-        ):
-            if hasattr(socket, option):
-                self.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
     def ready(self, mask: int) -> None:
         for _ in range(ACCEPTS_A_TURN):
@@ -15659,16 +15568,13 @@ class Server:
         """Run job() on a helper once this turn is committed, then then(its result) here; until
         then this session's next lines wait, so that answers come in order. A store in memory
         has but one connection, which no helper may use, and nothing to wait for."""
-        done = self._held(session, then)
+        session.conn.held = True
+        session.conn.update()
+        done = functools.partial(self.answer, session, then)
         if lane == PAGE_LANE and self.store.path is None:
             self.loop.call_soon(lambda: done(attempt(job)))
         else:
             self.jobs.append((session.conn, lane, job, done))
-
-    def _held(self, session: LocalSession, then: Callable) -> Callable:
-        session.conn.held = True
-        session.conn.update()
-        return functools.partial(self.answer, session, then)
 
     def answer(self, session: LocalSession, then: Callable, result: Any) -> None:
         peer = session.conn
@@ -15746,12 +15652,8 @@ class Server:
     def lost(self, peer: Peer, reason: str) -> None:
         """A connection is gone. What it said before is still taken, as far as its budget
         allows it now; the rest is dropped."""
-        log.log(
-            logging.INFO if reason.startswith(TLS_TROUBLE) else logging.DEBUG,
-            "%s: %s",
-            peer.address,
-            reason,
-        )
+        level = logging.INFO if reason.startswith(TLS_TROUBLE) else logging.DEBUG
+        log.log(level, "%s: %s", peer.address, reason)
         for delay in (self.silent, self.unnamed, self.slow, self.probed):
             delay.discard(peer)
         self.web_heads.discard(peer)
@@ -18940,7 +18842,6 @@ class Bench:
 @contextlib.contextmanager
 def server_for_bench() -> Iterator[Target]:
     """A server of our own, on any port, with its history in a temporary folder."""
-    import subprocess
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
