@@ -6030,14 +6030,16 @@ def tell_implicit_names(session: "IrcSession", channel: Channel) -> None:
         session.reply(RPL_ENDOFNAMES, channel.name)
 
 
+def tell_names_later(session: "IrcSession", channel: Channel) -> Iterator[None]:
+    if session.user in channel.members:
+        tell_implicit_names(session, channel)
+        yield
+
+
 def tell_channel(session: "IrcSession", channel: Channel) -> None:
     """Tell a client what it has to know of a channel that it joined."""
     tell_about_channel(session, channel)
     tell_implicit_names(session, channel)
-
-
-# Event kind -> what renders it for one session; filled below, see Session.hear()
-PERSONAL_LINES: "dict[str, Callable[[IrcSession, Event], None]]" = {}
 
 
 class IrcSession(LocalSession):
@@ -6173,7 +6175,35 @@ class IrcSession(LocalSession):
     # Events that each session renders for itself
 
     def hear(self, event: Event) -> None:
-        PERSONAL_LINES[event.kind](self, event)
+        name, source, capabilities = event.audience.name, event.source, self.capabilities
+        if event.kind == KILLED:
+            self.say(f":{source.mask} KILL {event.about} :{event.text}")
+            self.end(killed_text(source, event.text))
+        elif event.kind == REPLACED:
+            self.fail("SESSION", "REPLACED", "another connection of yours has this place now")
+            self.end("Another connection of yours took this place")
+        elif event.kind == ENTERED:
+            tell_channel(self, self.site.hub.channels[fold(name)])
+        elif event.kind == RENAMED and "draft/channel-rename" not in capabilities:
+            self.tell_renamed(event.about, name, event.text)
+        elif event.kind == READ_ON and "draft/read-marker" in capabilities:
+            self.tell_marker(name)
+        elif event.kind == METADATA:
+            self.tell_value(name, event.about, event.text)
+        elif event.kind == ONLINE:
+            self.reply(RPL_MONONLINE, source.mask)
+        elif event.kind == OFFLINE:
+            self.reply(RPL_MONOFFLINE, source.name)
+
+    def tell_renamed(self, old: str, name: str, reason: str) -> None:
+        """For clients without draft/channel-rename the channel is another one. Names follow when
+        the session has its turn: a renaming of a crowded channel must not stop the others."""
+        mask, channel = self.user.source.mask, self.site.hub.channels[fold(name)]
+        self.say(f":{mask} PART {old} :renamed to {name}{f': {reason}' if reason else ''}")
+        self.say(f":{mask} JOIN {name}")
+        tell_about_channel(self, channel)
+        self.postponed.append(tell_names_later(self, channel))
+        self.conn.resume_soon()
 
     def tell_value(self, name: str, key: str, value: str) -> None:
         if value:
@@ -6331,105 +6361,22 @@ class IrcSession(LocalSession):
         super().ended()
 
 
-def hear_killed(session: IrcSession, event: Event) -> None:
-    session.say(f":{event.source.mask} KILL {event.about} :{event.text}")
-    session.end(killed_text(event.source, event.text))
-
-
-def hear_replaced(session: IrcSession, event: Event) -> None:
-    session.fail("SESSION", "REPLACED", "another connection of yours has this place now")
-    session.end("Another connection of yours took this place")
-
-
-def hear_entered(session: IrcSession, event: Event) -> None:
-    tell_channel(session, session.site.hub.channels[fold(event.audience.name)])
-
-
-def tell_names_later(session: IrcSession, channel: Channel) -> Iterator[None]:
-    if session.user in channel.members:
-        tell_implicit_names(session, channel)
-        yield
-
-
-def hear_renamed(session: IrcSession, event: Event) -> None:
-    """For clients without draft/channel-rename the channel is another one. Names follow when
-    the session has its turn: a renaming of a crowded channel must not stop the others."""
-    if "draft/channel-rename" in session.capabilities:
-        return
-    mask, name = session.user.source.mask, event.audience.name
-    reason = f": {event.text}" if event.text else ""
-    session.say(f":{mask} PART {event.about} :renamed to {name}{reason}")
-    session.say(f":{mask} JOIN {name}")
-    channel = session.site.hub.channels[fold(name)]
-    tell_about_channel(session, channel)
-    session.postponed.append(tell_names_later(session, channel))
-    session.conn.resume_soon()
-
-
-def hear_read(session: IrcSession, event: Event) -> None:
-    if "draft/read-marker" in session.capabilities:
-        session.tell_marker(event.audience.name)
-
-
-def hear_metadata(session: IrcSession, event: Event) -> None:
-    session.tell_value(event.audience.name, event.about, event.text)
-
-
-PERSONAL_LINES.update(
-    {
-        KILLED: hear_killed,
-        REPLACED: hear_replaced,
-        ENTERED: hear_entered,
-        RENAMED: hear_renamed,
-        READ_ON: hear_read,
-        METADATA: hear_metadata,
-        ONLINE: lambda session, event: session.reply(RPL_MONONLINE, event.source.mask),
-        OFFLINE: lambda session, event: session.reply(RPL_MONOFFLINE, event.source.name),
-    }
-)
-
-
 def isupport(site: Site) -> list[str]:
     """Return the tokens of 005 (modern.ircdocs.horse, RPL_ISUPPORT parameters)."""
-    flags = "".join(sorted(FLAGS))
-    ranks, symbols = RANKS, "".join(SYMBOLS.values())
+    flags, symbols = "".join(sorted(FLAGS)), "".join(SYMBOLS.values())
     targets = f"JOIN:,KICK:,LIST:{LIST_TARGETS},MONITOR:{WATCHED},NAMES:,PART:,WHOIS:1"
     spoken = ",".join(f"{verb}:{TARGETS}" for verb in ("PRIVMSG", "NOTICE", "TAGMSG"))
-    return [
-        f"AWAYLEN={REASON_BYTES}",
-        "BOT=B",
-        f"CHATHISTORY={HISTORY_LINES_MOST}",
-        "MSGREFTYPES=msgid,timestamp",
-        "CASEMAPPING=ascii",
-        f"CHANLIMIT=#:{CHANNELS_A_USER}",
-        f"CHANMODES={MASK_LISTS},k,l,{flags}",
-        f"CHANNELLEN={CHANNEL_BYTES}",
-        "CHANTYPES=#",
-        "ELIST=CMNTU",
-        "EXCEPTS=e",
-        "EXTBAN=,am",
-        "ACCOUNTEXTBAN=a",
-        f"HOSTLEN={HOST_BYTES}",
-        "INVEX=I",
-        f"KEYLEN={CHANNEL_PASSWORD_BYTES}",
-        f"KICKLEN={REASON_BYTES}",
-        "MAXLIST=" + ",".join(f"{letter}:{MASKS_A_LIST}" for letter in MASK_LISTS),
-        f"MODES={MODES_WITH_VALUE}",
-        f"MONITOR={WATCHED}",
-        f"NAMELEN={REALNAME_BYTES}",
-        f"NETWORK={site.network}",
-        f"NICKLEN={NAME_CHARACTERS}",
-        f"PREFIX=({ranks}){symbols}",
-        "SAFELIST",
-        "SAFERATE",
-        f"STATUSMSG={symbols}",
-        f"TARGMAX={targets},{spoken}",
-        f"TOPICLEN={TOPIC_BYTES}",
-        f"USERLEN={USERNAME_BYTES}",
-        "UTF8ONLY",
-        "WHOX",
-        *([f"chat.py/FLOOD={site.flood[0]:g},{site.flood[1]:g}"] if site.flood else []),
-    ]
+    lists = ",".join(f"{letter}:{MASKS_A_LIST}" for letter in MASK_LISTS)
+    flood = f"chat.py/FLOOD={site.flood[0]:g},{site.flood[1]:g}" if site.flood else ""
+    return f"""
+        AWAYLEN={REASON_BYTES} BOT=B CHATHISTORY={HISTORY_LINES_MOST} MSGREFTYPES=msgid,timestamp
+        CASEMAPPING=ascii CHANLIMIT=#:{CHANNELS_A_USER} CHANMODES={MASK_LISTS},k,l,{flags}
+        CHANNELLEN={CHANNEL_BYTES} CHANTYPES=# ELIST=CMNTU EXCEPTS=e EXTBAN=,am ACCOUNTEXTBAN=a
+        HOSTLEN={HOST_BYTES} INVEX=I KEYLEN={CHANNEL_PASSWORD_BYTES} KICKLEN={REASON_BYTES}
+        MAXLIST={lists} MODES={MODES_WITH_VALUE} MONITOR={WATCHED} NAMELEN={REALNAME_BYTES}
+        NETWORK={site.network} NICKLEN={NAME_CHARACTERS} PREFIX=({RANKS}){symbols} SAFELIST
+        SAFERATE STATUSMSG={symbols} TARGMAX={targets},{spoken} TOPICLEN={TOPIC_BYTES}
+        USERLEN={USERNAME_BYTES} UTF8ONLY WHOX {flood}""".split()
 
 
 def isupport_lines(session: IrcSession) -> Iterator[bytes]:
@@ -6705,11 +6652,6 @@ def cap_ls(session: IrcSession, version: str) -> None:
     tell_capabilities(session, head, offers, len(CLASSIC_CAPABILITIES), " *")
 
 
-def cap_list(session: IrcSession, _: str) -> None:
-    more = " *" if "cap-notify" in session.capabilities else ""
-    tell_capabilities(session, f"CAP {session.nick} LIST", sorted(session.capabilities), 0, more)
-
-
 def cap_req(session: IrcSession, text: str) -> None:
     """All of them or none. An answer that does not fit in a line is several, without the
     star: for ACK there is no such thing."""
@@ -6727,22 +6669,23 @@ def cap_req(session: IrcSession, text: str) -> None:
     tell_capabilities(session, head, wanted)
 
 
-def cap_end(session: IrcSession, _: str) -> None:
-    session.negotiating = False
-    complete_registration(session)
-
-
-CAP_HANDLERS = {"LS": cap_ls, "LIST": cap_list, "REQ": cap_req, "END": cap_end}
-
-
 @irc_command("CAP", 1, 2, nameless=True)
 def irc_cap(session: IrcSession, subcommand: str, text: str = "") -> None:
     """CAP LS|LIST|REQ|END [<capabilities>] -- agree on extensions of the protocol"""
-    handler = CAP_HANDLERS.get(subcommand.upper())
-    if handler is None:
-        session.line(f"410 {session.nick} {as_param(subcommand)} :CAP has LS, LIST, REQ and END")
-    else:
-        handler(session, text)
+    match subcommand.upper():
+        case "LS":
+            cap_ls(session, text)
+        case "LIST":
+            more, head = "cap-notify" in session.capabilities, f"CAP {session.nick} LIST"
+            tell_capabilities(session, head, sorted(session.capabilities), 0, " *" if more else "")
+        case "REQ":
+            cap_req(session, text)
+        case "END":
+            session.negotiating = False
+            complete_registration(session)
+        case _:
+            about = f"{session.nick} {as_param(subcommand)}"
+            session.line(f"410 {about} :CAP has LS, LIST, REQ and END")
 
 
 def fail_sasl(session: IrcSession, refusal: Refused) -> None:
@@ -6928,42 +6871,25 @@ service_command("drop", 1, exact=True, doc="DROP PASSWORD -- give up your accoun
 )
 
 
-def cert_add(session: IrcSession, _: str) -> None:
-    mark = session.conn.fingerprint
-
-    def done(account: str) -> None:
-        session.service_says(f"{mark} logs in to {account} now (SASL EXTERNAL)")
-
-    session.act("add_certificate", mark, then=done)
-
-
-def cert_list(session: IrcSession, _: str) -> None:
-    account = own_account(session.user)
-    known = session.site.hub.accounts.certificates_of(account)
-    for fingerprint in known:
-        session.service_says(fingerprint)
-    session.service_says(f"{counted(len(known), 'certificate')} of {account}")
-
-
-def cert_remove(session: IrcSession, wanted: str) -> None:
-    mark = wanted.lower() or session.conn.fingerprint
-
-    def done(account: str) -> None:
-        session.service_says(f"{mark} does not log in to {account} any more")
-
-    session.act("remove_certificate", mark, then=done)
-
-
-CERT_HANDLERS = {"ADD": cert_add, "LIST": cert_list, "REMOVE": cert_remove}
-
-
 @service_command("cert", 1, 2)
 def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> None:
     """CERT ADD|LIST|REMOVE [FINGERPRINT] -- certificates that log in: add the one you show"""
-    handler = CERT_HANDLERS.get(how.upper())
-    if handler is None:
+    says, mark = session.service_says, session.conn.fingerprint
+    if how.upper() == "ADD":
+        text = f"{mark} logs in to {{}} now (SASL EXTERNAL)"
+        session.act("add_certificate", mark, then=lambda account: says(text.format(account)))
+    elif how.upper() == "LIST":
+        account = own_account(session.user)
+        known = session.site.hub.accounts.certificates_of(account)
+        for one in known:
+            says(one)
+        says(f"{counted(len(known), 'certificate')} of {account}")
+    elif how.upper() == "REMOVE":
+        mark = fingerprint.lower() or mark
+        text = f"{mark} does not log in to {{}} any more"
+        session.act("remove_certificate", mark, then=lambda account: says(text.format(account)))
+    else:
         raise Refused("INVALID_PARAMS", "CERT has ADD, LIST and REMOVE")
-    handler(session, fingerprint)
 
 
 @service_command("disown", 1)
@@ -7413,12 +7339,6 @@ def irc_rename(session: IrcSession, name: str, wanted: str, reason: str = "") ->
 # Metadata (draft/metadata-3)
 
 
-def check_key(key: str) -> str:
-    if not METADATA_KEY.fullmatch(key):
-        raise Refused("INVALID_KEY", NO_KEY, key)
-    return key
-
-
 def metadata_owner(session: IrcSession, target: str) -> Any:
     """Whose metadata that is. Raises Refused where they may not be seen."""
     hub = session.site.hub
@@ -7437,15 +7357,6 @@ def metadata_writable(session: IrcSession, target: str, key: str) -> Any:
     if owner is not session:
         check_metadata_writable(session, owner, target, key)
     return owner
-
-
-def metadata_get(session: IrcSession, target: str, *keys: str) -> None:
-    tell_metadata(session, metadata_owner(session, target), keys)
-
-
-def metadata_list(session: IrcSession, target: str) -> None:
-    owner = metadata_owner(session, target)
-    tell_metadata(session, owner, list(owner.metadata))
 
 
 def metadata_owners(session: IrcSession, target: str) -> list[Any]:
@@ -7471,7 +7382,9 @@ def metadata_sync(session: IrcSession, target: str) -> Iterator[None]:
 
 
 def metadata_set(session: IrcSession, target: str, key: str, value: str = "") -> None:
-    owner = metadata_writable(session, target, check_key(key))
+    if not METADATA_KEY.fullmatch(key):
+        raise Refused("INVALID_KEY", NO_KEY, key)
+    owner = metadata_writable(session, target, key)
     if len(value.encode()) > METADATA_BYTES:
         raise Refused("INVALID_VALUE", f"a value has at most {METADATA_BYTES} bytes", key)
     if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
@@ -7498,66 +7411,52 @@ def metadata_clear(session: IrcSession, target: str) -> Iterator[None]:
     tell_metadata(session, owner, keys)
 
 
-def each_key(session: IrcSession, keys: Iterable[str], act: Callable[[str], None]) -> list[str]:
-    """Do it for every key; return those for which it was done. Past a limit all is refused."""
+def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> None:
+    """Add keys, or remove them; past the limit all is refused."""
     done: list[str] = []
     for key in keys:
-        try:
-            act(check_key(key))
-            done.append(key)
-        except Refused as refusal:
-            session.refuse(refusal)
-            if refusal.code == "LIMIT_REACHED":
-                break
-    return done
-
-
-def metadata_sub(session: IrcSession, target: str, *keys: str) -> None:
-    def subscribe(key: str) -> None:
-        if len(session.subscribed) >= METADATA_SUBS and key not in session.subscribed:
+        known = key in session.subscribed
+        if not METADATA_KEY.fullmatch(key):
+            session.refuse(Refused("INVALID_KEY", NO_KEY, key))
+        elif on and not known and len(session.subscribed) >= METADATA_SUBS:
             text = f"{METADATA_SUBS} keys at most"
-            raise Refused("LIMIT_REACHED", text, key, str(METADATA_SUBS))
-        session.subscribed[key] = None
-        session.act("follow", "subscribers", key)
-
-    if done := each_key(session, keys, subscribe):
-        session.reply(RPL_METADATASUBOK, " ".join(done))
-
-
-def metadata_unsub(session: IrcSession, target: str, *keys: str) -> None:
-    def unsubscribe(key: str) -> None:
-        session.subscribed.pop(key, None)
-        session.act("unfollow", "subscribers", key)
-
-    if done := each_key(session, keys, unsubscribe):
-        session.reply(RPL_METADATAUNSUBOK, " ".join(done))
-
-
-def metadata_subs(session: IrcSession, target: str) -> None:
-    lines = [session.shaped_line(RPL_METADATASUBS, key) for key in session.subscribed]
-    in_batch(session, "metadata-subs", lines)
-
-
-METADATA_HANDLERS = {  # subcommand -> what does it, and the parameters that it needs and takes
-    "CLEAR": (metadata_clear, 0, 0),
-    "GET": (metadata_get, 1, 15),
-    "LIST": (metadata_list, 0, 0),
-    "SET": (metadata_set, 1, 2),
-    "SUB": (metadata_sub, 1, 15),
-    "SUBS": (metadata_subs, 0, 0),
-    "SYNC": (metadata_sync, 0, 0),
-    "UNSUB": (metadata_unsub, 1, 15),
-}
+            session.refuse(Refused("LIMIT_REACHED", text, key, str(METADATA_SUBS)))
+            break
+        else:
+            if on:
+                session.subscribed[key] = None
+            else:
+                session.subscribed.pop(key, None)
+            session.act("follow" if on else "unfollow", "subscribers", key)
+            done.append(key)
+    if done:
+        session.reply(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, " ".join(done))
 
 
 @irc_command("METADATA", 2, 15, nameless=True)
 def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> Iterator[None] | None:
     """METADATA <target or *> <subcommand> [<key>...] -- what programs know of people and channels:
     GET, LIST, SET, CLEAR, SUB, UNSUB, SUBS, SYNC"""
-    handler, least, most = METADATA_HANDLERS.get(how.upper(), (None, 0, 0))
-    if handler is None or len(params) < least:
-        raise Refused("INVALID_PARAMS", "see HELP METADATA", how)
-    return handler(session, target, *params[:most])
+    match how.upper():
+        case "CLEAR":
+            return metadata_clear(session, target)
+        case "GET" if params:
+            tell_metadata(session, metadata_owner(session, target), params)
+        case "LIST":
+            owner = metadata_owner(session, target)
+            tell_metadata(session, owner, list(owner.metadata))
+        case "SET" if params:
+            metadata_set(session, target, *params[:2])
+        case "SUB" | "UNSUB" as verb if params:
+            change_subscriptions(session, params, verb == "SUB")
+        case "SUBS":
+            lines = [session.shaped_line(RPL_METADATASUBS, key) for key in session.subscribed]
+            in_batch(session, "metadata-subs", lines)
+        case "SYNC":
+            return metadata_sync(session, target)
+        case _:
+            raise Refused("INVALID_PARAMS", "see HELP METADATA", how)
+    return None
 
 
 # History
@@ -7999,35 +7898,24 @@ def monitor_remove(session: IrcSession, names: list[str]) -> None:
             session.act("unfollow", "watchers", fold(name))
 
 
-def monitor_clear(session: IrcSession, _: list[str]) -> None:
-    monitor_remove(session, list(session.watched))
-
-
-def monitor_list(session: IrcSession, _: list[str]) -> None:
-    session.reply_list(RPL_MONLIST, session.watched.values(), between=",")
-    session.reply(RPL_ENDOFMONLIST)
-
-
-def monitor_status(session: IrcSession, _: list[str]) -> None:
-    tell_monitored(session, list(session.watched.values()))
-
-
-MONITOR_HANDLERS = {
-    "+": monitor_add,
-    "-": monitor_remove,
-    "C": monitor_clear,
-    "L": monitor_list,
-    "S": monitor_status,
-}
-
-
 @irc_command("MONITOR", 1, 2)
 def irc_monitor(session: IrcSession, sign: str, names: str = "") -> None:
     """MONITOR +|-|C|L|S [<nickname>{,<nickname>}] -- be told when people come and go"""
-    handler = MONITOR_HANDLERS.get(sign.upper())
-    if handler is None:
-        raise Refused("NEED_MORE_PARAMS", "MONITOR takes +, -, C, L or S", "MONITOR")
-    handler(session, [name for name in dict.fromkeys(names.split(",")) if name])
+    given = [name for name in dict.fromkeys(names.split(",")) if name]
+    match sign.upper():
+        case "+":
+            monitor_add(session, given)
+        case "-":
+            monitor_remove(session, given)
+        case "C":
+            monitor_remove(session, list(session.watched))
+        case "L":
+            session.reply_list(RPL_MONLIST, session.watched.values(), between=",")
+            session.reply(RPL_ENDOFMONLIST)
+        case "S":
+            tell_monitored(session, list(session.watched.values()))
+        case _:
+            raise Refused("NEED_MORE_PARAMS", "MONITOR takes +, -, C, L or S", "MONITOR")
 
 
 # The server
