@@ -6809,14 +6809,11 @@ def irc_ping(session: IrcSession, token: str) -> None:
     session.line(f"PONG {session.site.name} :{token}")
 
 
-@irc_command("PONG", most=2, nameless=True)
-def irc_pong(session: IrcSession, *tokens: str) -> None:
-    """PONG <token> -- yes; any line says that"""
-
-
-@irc_command("ERROR", most=1, nameless=True)
-def irc_error(session: IrcSession, text: str = "") -> None:
-    """ERROR <text> -- what servers say to each other; nothing happens"""
+for pong_or_error in (
+    "PONG <token> -- yes; any line says that",
+    "ERROR <text> -- what servers say to each other; nothing happens",
+):
+    irc_command(pong_or_error.split()[0], doc=pong_or_error, nameless=True)(lambda session: None)
 
 
 @irc_command("QUIT", most=1, nameless=True)
@@ -7921,18 +7918,37 @@ def irc_monitor(session: IrcSession, sign: str, names: str = "") -> None:
 # The server
 
 
-@irc_command("MOTD", most=1)
-def irc_motd(session: IrcSession, server: str = "") -> None:
-    """MOTD [<server>] -- the message of the day"""
-    check_server(session, server)
-    tell_motd(session)
+def server_query(
+    doc: str, answer: Callable[[IrcSession], None], server: int = 1, **needs: bool
+) -> None:
+    """Make a command that always has the same answer. `server` says which parameter may name the
+    server that is asked; 0: none."""
+
+    @irc_command(doc.split()[0], most=server, doc=doc, **needs)
+    def handler(session: IrcSession, *params: str) -> None:
+        check_server(session, params[-1] if params and len(params) == server else "")
+        answer(session)
 
 
-@irc_command("LUSERS", most=2)
-def irc_lusers(session: IrcSession, mask: str = "", server: str = "") -> None:
-    """LUSERS -- how many people and channels there are"""
-    check_server(session, server)
-    tell_lusers(session)
+server_query("MOTD [<server>] -- the message of the day", tell_motd)
+server_query("LUSERS -- how many people and channels there are", tell_lusers, server=2)
+server_query(
+    "LINKS -- which servers there are: this one", lambda s: s.reply(RPL_ENDOFLINKS, "*"), 0
+)
+server_query("SERVLIST -- which services there are: none", lambda s: s.reply(RPL_SERVLISTEND), 0)
+server_query(
+    "ISUPPORT -- the limits and features of this server, also before you come in",
+    *(tell_isupport, 0),
+    nameless=True,
+)
+server_query(
+    "TIME [<server>] -- what time it is here",
+    lambda s: s.reply(RPL_TIME, s.site.name, time_text(s.site.hub.now)),
+)
+server_query(
+    "TRACE [<server>] -- the way to a server: there is but this one",
+    lambda s: s.reply(RPL_TRACEEND, s.site.name, VERSION),
+)
 
 
 @irc_command("VERSION", most=1)
@@ -7940,12 +7956,6 @@ def irc_version(session: IrcSession, server: str = "") -> None:
     """VERSION [<server>] -- what this server is and can do"""
     check_server(session, server)
     session.reply(RPL_VERSION, VERSION, session.site.name, "a chat in one file of Python")
-    tell_isupport(session)
-
-
-@irc_command("ISUPPORT", nameless=True)
-def irc_isupport(session: IrcSession) -> None:
-    """ISUPPORT -- the limits and features of this server, also before you come in"""
     tell_isupport(session)
 
 
@@ -7970,19 +7980,6 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
         for ban in site.hub.present_bans():
             session.reply(RPL_STATSKLINE, ban.mask, ban.setter, ban_text(ban))
     session.reply(RPL_ENDOFSTATS, as_param(letter[:1]))
-
-
-@irc_command("LINKS", most=2)
-def irc_links(session: IrcSession, server: str = "", mask: str = "") -> None:
-    """LINKS -- which servers there are: this one"""
-    session.reply(RPL_ENDOFLINKS, "*")
-
-
-@irc_command("TIME", most=1)
-def irc_time(session: IrcSession, server: str = "") -> None:
-    """TIME [<server>] -- what time it is here"""
-    check_server(session, server)
-    session.reply(RPL_TIME, session.site.name, time_text(session.site.hub.now))
 
 
 @irc_command("ADMIN", most=1)
@@ -8020,19 +8017,6 @@ def irc_help(session: IrcSession, subject: str = "") -> None:
 
 
 irc_command("HELPOP", most=1, doc="HELPOP [<command>] -- the same as HELP")(irc_help)
-
-
-@irc_command("TRACE", most=1)
-def irc_trace(session: IrcSession, server: str = "") -> None:
-    """TRACE [<server>] -- the way to a server: there is but this one"""
-    check_server(session, server)
-    session.reply(RPL_TRACEEND, session.site.name, VERSION)
-
-
-@irc_command("SERVLIST", most=2)
-def irc_servlist(session: IrcSession, mask: str = "", kind: str = "") -> None:
-    """SERVLIST -- which services there are: none"""
-    session.reply(RPL_SERVLISTEND)
 
 
 def refusing(
