@@ -1133,6 +1133,10 @@ def make_verifier(password: str, rounds: int = ACCOUNT_ROUNDS) -> Verifier:
     return Verifier(salt, rounds, *scram_keys(password, salt, rounds))
 
 
+def operators_of(known: Iterable[tuple[str, str]]) -> dict[str, Verifier]:
+    return {name: make_verifier(word, OPERATOR_ROUNDS) for name, word in known}
+
+
 DECOY_KEY = secrets.token_bytes(16)
 
 
@@ -1434,39 +1438,23 @@ class ServerCalls(typing.Protocol):
     def mail(self, address: str, name: str, code: str) -> None: ...  # off the loop
     def trouble(self) -> str: ...  # what is wrong, "" if nothing is
     def metrics(self) -> dict[str, tuple[str, str, float]]: ...  # kind, text and value by name
+    # Run job() off the loop, then then(its result) on it; a job of PAGE_LANE reads the store
+    def later(self, session: "LocalSession", lane: str, job: Callable, then: Callable) -> None: ...
 
 
 class Site:
     """The things that all sessions of one server share."""
 
     def __init__(
-        self,
-        hub: "Hub",
-        store: Any,
-        later: Callable,
-        server: ServerCalls,
-        wires: Any,
-        password: str | None = None,
-        name: str = SERVER_NAME,
-        network: str = SERVER_NAME,
-        operators: dict[str, Verifier] | None = None,
-        registration: frozenset[str] = frozenset(),
-        sts: int = 0,
-        flood: tuple[float, float] | None = (FLOOD_BURST, FLOOD_RATE),
-        web: Any = None,
+        self, hub: "Hub", store: Any, server: ServerCalls, wires: Any, options: "ServerOptions"
     ):
         self.hub, self.store, self.server = hub, store, server
-        self.web = web  # settings of the web dialect
-        # later(session, lane, job, then): job() off the loop, then(its result) on it; a job of
-        # the lane PAGE_LANE reads the store
-        self.later = later
+        self.web = options.web  # settings of the web dialect
         self.wires = wires  # of IRC, by capabilities
-        self.password = password
-        self.name, self.network = name, network  # of this server, as a host
-        self.operators = operators or {}  # verifiers by name
-        self.registration = registration  # "before-connect", "email-required", or "off"
-        self.sts = sts  # seconds for which clients have to use TLS (IRCv3 sts); 0: no policy
-        self.flood = flood  # burst and rate of a connection's budget
+        self.password = options.password
+        self.name, self.network = options.name, options.network  # of this server, as a host
+        self.operators = operators_of(options.oper)  # verifiers by name
+        self.registration, self.sts, self.flood = options.register, options.sts, options.flood
         self.ids = itertools.count(1)  # of sessions
         self.references = itertools.count(1)  # of batches
 
@@ -2210,7 +2198,7 @@ class LocalSession(Session):
     def later(self, lane: str, job: Callable, then: Callable) -> None:
         """Run job() off the loop, then then(its result); only then comes the next line."""
         self.deferred = True
-        self.site.later(self, lane, job, then)
+        self.site.server.later(self, lane, job, then)
 
     def read(self, job: Callable, then: Callable) -> None:
         """The same for a job that reads the store."""
@@ -8801,8 +8789,9 @@ END_OF_BODY = b""
 
 def body_length(request: Request) -> int | None:
     """Return the length of the body; None for chunks. Raises BadRequest."""
-    lengths, codings = request.headers.get("content-length", []), request.tokens(
-        "transfer-encoding"
+    lengths, codings = (
+        request.headers.get("content-length", []),
+        request.tokens("transfer-encoding"),
     )
     if "transfer-encoding" in request.headers:
         if lengths or request.minor == 0:
@@ -14470,14 +14459,14 @@ class ServerOptions(NamedTuple):
     tls_cert: str | None = None
     tls_key: str | None = None
     tls_client_ca: str | None = None  # whose client certificates are looked at
-    flood: tuple[float, float] | None = (FLOOD_BURST, FLOOD_RATE)
+    flood: tuple[float, float] | None = (FLOOD_BURST, FLOOD_RATE)  # of a connection's budget
     max_clients: int | None = None  # None: what the descriptor limit allows
     max_per_address: int = PER_ADDRESS
     name: str = SERVER_NAME
     network: str = SERVER_NAME
     oper: tuple[tuple[str, str], ...] = ()  # names and passwords
-    register: frozenset[str] = frozenset()  # how accounts are made, see Site
-    sts: int | None = None
+    register: frozenset[str] = frozenset()  # "before-connect", "email-required", or "off"
+    sts: int | None = None  # seconds for which clients have to use TLS (IRCv3 sts)
     sendmail: str | None = None  # a command that takes a message, like sendmail -t
     web: Web = Web()
     motd: pathlib.Path | None = None
@@ -14554,13 +14543,12 @@ class Peer(Connection):
         *("inbox", "leaving", "limit_key", "server", "session", "waits_for_budget", "web"),
     )
 
-    def __init__(self, server: "Server", sock: socket.socket, host: str, port: int):
+    def __init__(self, server: "Server", sock: socket.socket, host: str, port: int, key: str):
         super().__init__(server.loop, sock)
         self.server = server
         self.host = host
         self.address = address_text(host, port)
-        own = sock.getsockname()[0] if ":" in host else ""
-        self.limit_key = address_key(host, own)
+        self.limit_key = key
         self.home = server.addresses.enter(self.limit_key, server.loop.now)
         self.inbox: Any = None  # a framer, once something comes: many never speak
         self.framing: Framing | None = None  # makes frames of lines, for a WebSocket
@@ -15011,10 +14999,6 @@ def mail_code(options: ServerOptions, address: str, name: str, code: str) -> Non
         raise Unusable("the mail could not be sent; try again later") from error
 
 
-def operators_of(known: Iterable[tuple[str, str]]) -> dict[str, Verifier]:
-    return {name: make_verifier(word, OPERATOR_ROUNDS) for name, word in known}
-
-
 class Committer:
     """The commit beat, and what the store needs besides: checkpoints, index and pruning."""
 
@@ -15103,26 +15087,6 @@ class Committer:
         self.helpers.submit(self, self.store.checkpoint, done)
 
 
-def site_of(server: "Server") -> Site:
-    """Return what the sessions of a server share, as the command line wants it."""
-    options = server.options
-    return Site(
-        server.hub,
-        server.store,
-        server.later,
-        server,
-        IrcWires(server.hub.ids),
-        options.password,
-        options.name,
-        options.network,
-        operators_of(options.oper),
-        options.register,
-        options.sts or 0,
-        options.flood,
-        options.web,
-    )
-
-
 def web_of(options: ServerOptions, ports: Iterable[int]) -> Web:
     """Return the settings of the web dialect, with the names and ports of this machine."""
     own = socket.gethostname().lower()
@@ -15147,7 +15111,7 @@ class Server:
         self.store = store or Store(path, options.keep)
         self.hub = load_hub(self.store, self.clock(), loop.now, options.name)
         self.hub.absent_per_host = options.max_per_address
-        self.site = site_of(self)
+        self.site = Site(self.hub, self.store, self, IrcWires(self.hub.ids), options)
         self.motd = read_motd(options.motd)
         self.mail = functools.partial(mail_code, options)
         self.note = functools.partial(log.warning, "%s")  # what operators do goes to the log
@@ -15185,7 +15149,7 @@ class Server:
         key = address_key(host, own)
         if refusal := self.limits.enter(key):
             return self.limits.turn_away(sock, host, refusal)
-        peer = Peer(self, sock, host, port)
+        peer = Peer(self, sock, host, port, key)
         self.peers.add(peer)
         self.silent.add(peer)
         self.unnamed.add(peer)
