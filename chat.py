@@ -18540,6 +18540,9 @@ class BenchOptions(NamedTuple):
     rate: float = 0.0  # messages a second instead of a window
 
 
+BENCH_DEFAULTS = BenchOptions._field_defaults
+
+
 class BenchConnection(Connection):
     """One client of the load: counts what comes, and perhaps times it."""
 
@@ -18794,12 +18797,49 @@ def config_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config") / "chat.py"
 
 
-def listen_address(text: str) -> tuple[str, int]:
-    try:
-        target = parse_target(text)
-    except Unusable:
-        raise argparse.ArgumentTypeError(f"{text}: write HOST:PORT") from None
-    return target.host, target.port
+def checked_option(parse: Callable, fits: Callable, advice: str) -> Callable[[str], Any]:
+    """Return a type for argparse: what parse() makes of a text, if fits() says so of that."""
+
+    def convert(text: str) -> Any:
+        with contextlib.suppress(ValueError, Unusable):
+            value = parse(text)
+            if fits(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text}: {advice}")
+
+    return convert
+
+
+SASL_HELP = "of SCRAM-SHA-256, EXTERNAL and PLAIN, the best one first"
+
+listen_address = checked_option(lambda text: parse_target(text)[:2], bool, "write HOST:PORT")
+positive = checked_option(whole_number, bool, "a whole number from 1 on")
+message_rate = checked_option(
+    float, lambda rate: 0 <= rate < math.inf, "messages a second, or 0 for a window"
+)
+payload_bytes = checked_option(
+    positive, BENCH_PAYLOAD.__ge__, f"a message has at most {BENCH_PAYLOAD:,} bytes"
+)
+sasl_option = checked_option(
+    lambda text: tuple(filter(None, text.upper().split(","))),
+    lambda names: names and {*LOGINS, "EXTERNAL"}.issuperset(names),
+    f"write one or more {SASL_HELP}",
+)
+certificate_pin = checked_option(
+    lambda text: text.replace(":", "").lower(),
+    re.compile("[0-9a-f]{64}").fullmatch,
+    "write the SHA-256 as 64 hexadecimal digits",
+)
+registration_rules = checked_option(  # "" is by who has come in
+    lambda text: frozenset(filter(None, text.split(","))),
+    {"off", "before-connect", "email-required"}.issuperset,
+    "write off, or before-connect,email-required",
+)
+host_name = checked_option(  # one word that can stand in a line of IRC
+    str,
+    re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}").fullmatch,
+    "letters, digits, dots and hyphens, please",
+)
 
 
 def server_target(text: str) -> Target:
@@ -18821,49 +18861,8 @@ def flood_limits(text: str) -> tuple[float, float] | None:
     return burst, rate
 
 
-def message_rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = math.nan
-    if not 0 <= rate < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: messages a second, or 0 for a window")
-    return rate
-
-
 def data_option(text: str) -> pathlib.Path | None:
     return None if text == "none" else pathlib.Path(text) if text else data_folder()
-
-
-SASL_HELP = "of SCRAM-SHA-256, EXTERNAL and PLAIN, the best one first"
-
-
-def sasl_option(text: str) -> tuple[str, ...]:
-    names = tuple(name.upper() for name in text.split(",") if name)
-    if not names or not set(names) <= {*LOGINS, "EXTERNAL"}:
-        raise argparse.ArgumentTypeError(f"{text}: write one or more {SASL_HELP}")
-    return names
-
-
-def positive(text: str) -> int:
-    number = whole_number(text)
-    if not number:
-        raise argparse.ArgumentTypeError(f"{text}: a whole number from 1 on")
-    return number
-
-
-def payload_bytes(text: str) -> int:
-    number = positive(text)
-    if number > BENCH_PAYLOAD:
-        raise argparse.ArgumentTypeError(f"{text}: a message has at most {BENCH_PAYLOAD:,} bytes")
-    return number
-
-
-def certificate_pin(text: str) -> str:
-    digits = text.replace(":", "").lower()
-    if not re.fullmatch("[0-9a-f]{64}", digits):
-        raise argparse.ArgumentTypeError(f"{text}: write the SHA-256 as 64 hexadecimal digits")
-    return digits
 
 
 def mail_command(text: str) -> str:
@@ -18871,21 +18870,6 @@ def mail_command(text: str) -> str:
         shlex.split(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
-    return text
-
-
-def registration_rules(text: str) -> frozenset[str]:
-    """How accounts are made: "" (by who has come in), before-connect too, or off."""
-    wanted = frozenset(filter(None, text.split(",")))
-    if not wanted <= {"off", "before-connect", "email-required"}:
-        raise argparse.ArgumentTypeError(f"{text}: write off, or before-connect,email-required")
-    return wanted
-
-
-def host_name(text: str) -> str:
-    """One word that can stand in a line of IRC."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", text):
-        raise argparse.ArgumentTypeError(f"{text}: letters, digits, dots and hyphens, please")
     return text
 
 
@@ -19080,12 +19064,9 @@ def run_bench(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order: a server may be ours
     own = contextlib.nullcontext(args.server) if args.server else server_for_bench()
     with own as target:
-        options = BenchOptions(
-            target, **{n: getattr(args, n) for n in BenchOptions._field_defaults}
-        )
-        with contextlib.closing(
-            Bench(options, show_progress if sys.stderr.isatty() else do_nothing)
-        ) as bench:
+        options = BenchOptions(target, **{n: getattr(args, n) for n in BENCH_DEFAULTS})
+        progress = show_progress if sys.stderr.isatty() else do_nothing
+        with contextlib.closing(Bench(options, progress)) as bench:
             result = bench.run()
     announce(json.dumps(result) if args.json else bench_table(result))
     return 0
@@ -19155,20 +19136,12 @@ def add_server(commands: Any) -> None:
     oper = "who may operate the server; may be repeated; NAME:@FILE"
     add("--oper", type=operator_option, action="append", default=[], metavar="NAME:PW", help=oper)
     add("--motd", type=pathlib.Path, metavar="FILE", help="message of the day, for IRC")
-    add(
-        "--register",
-        type=registration_rules,
-        default=frozenset(),
-        metavar="RULES",
-        help="off, or before-connect,email-required",
-    )
+    rules = "off, or before-connect,email-required"
+    default: frozenset[str] = frozenset()
+    add("--register", type=registration_rules, default=default, metavar="RULES", help=rules)
     add("--sts", type=positive, metavar="SECONDS", help="IRC clients come back by TLS only")
-    add(
-        "--sendmail",
-        type=mail_command,
-        metavar="COMMAND",
-        help="takes a message, like: sendmail -t",
-    )
+    mail = "takes a message, like: sendmail -t"
+    add("--sendmail", type=mail_command, metavar="COMMAND", help=mail)
     origin = "whose pages may open a WebSocket here, or under whose name it is reached"
     usual = {"type": web_origin, "action": "append", "default": []}
     add("--web-origin", metavar="URL", help=origin, **usual)
@@ -19202,13 +19175,8 @@ HOME, XDG_DATA_HOME and XDG_CONFIG_HOME say where the client keeps its state, un
 def add_client_options(add: Callable) -> None:
     """Add what the terminal client and the window have in common."""
     add("--plain", action="store_true", help="a workshop server: the line protocol, no commands")
-    add(
-        "--login",
-        nargs="?",
-        const="",
-        metavar="ACCOUNT[:@FILE]",
-        help="asks for the password, or reads it from FILE",
-    )
+    login = "asks for the password, or reads it from FILE"
+    add("--login", nargs="?", const="", metavar="ACCOUNT[:@FILE]", help=login)
     add("--sasl", type=sasl_option, default=(), metavar="MECHANISM,...", help=SASL_HELP)
     add("--client-cert", metavar="PEM", help="your certificate and its key, for SASL EXTERNAL")
     add("--data", type=data_option, metavar="DIR", help="where the client keeps its state")
@@ -19223,13 +19191,9 @@ def add_client(commands: Any) -> None:
     client = parser_of(commands, "client", "talk: on a terminal, or in a pipe", CLIENT_EPILOG)
     add = client.add_argument
     add("name", metavar="NAME", help="your nick")
-    add(
-        "--server",
-        type=server_target,
-        default=server_target(""),
-        metavar="HOST:PORT|URL",
-        help="irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT",
-    )
+    address = "irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT"
+    usual = server_target("")
+    add("--server", type=server_target, default=usual, metavar="HOST:PORT|URL", help=address)
     add("--join", default="", metavar="#A,#B", help="channels to enter at once")
     add("--commands", action="store_true", help="lines of a pipe may be commands")
     add_client_options(add)
@@ -19240,11 +19204,8 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="chat.py", description="A chat in one file.")
     parser.add_argument("--version", action="version", version=f"chat.py {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True)
-
     add_server(commands)
-
     add_client(commands)
-
     epilog = """\
 example: chat.py passwd alice --password @new.txt
 exit status: 0 when it is set, 1 with a reason, 2 for a wrong command line. The server may run.
@@ -19260,12 +19221,11 @@ exit status: 0 when it is set, 1 with a reason, 2 for a wrong command line. The 
 examples: chat.py bench        chat.py bench --server 127.0.0.1:7000 --rate 200 --json
 exit status: 0 with the figures, 1 with a reason, 2 for a wrong command line
 """
-    bench = parser_of(
-        commands, "bench", "measure a server; one of its own without --server", epilog
-    )
+    measure = "measure a server; one of its own without --server"
+    bench = parser_of(commands, "bench", measure, epilog)
     add = bench.add_argument
     add("--server", type=server_target, metavar="HOST:PORT")
-    for name, value in BenchOptions._field_defaults.items():
+    for name, value in BENCH_DEFAULTS.items():
         kind = {"rate": message_rate, "payload": payload_bytes}.get(name, positive)
         add(f"--{name}", type=kind, default=value, metavar="N")
     add("--json", action="store_true")
