@@ -721,11 +721,9 @@ def numbered_name(name: str, number: int) -> str:
 def check_channel_name(name: str) -> None:
     """Raise Refused unless `name` can name a channel (RFC 2812 section 1.3, in Unicode)."""
     if not name.startswith("#") or len(name) < 2:
-        text = "a channel's name begins with # and goes on, like #tea"
-        raise Refused("BAD_CHANNEL", text, name)
+        raise Refused("BAD_CHANNEL", "a channel's name begins with # and goes on, like #tea", name)
     if len(name.encode()) > CHANNEL_BYTES:
-        text = f"a channel's name has at most {CHANNEL_BYTES} bytes"
-        raise Refused("BAD_CHANNEL", text, name)
+        raise Refused("BAD_CHANNEL", f"a channel's name has at most {CHANNEL_BYTES} bytes", name)
     if set(",]") & set(fold(name)) or not all(map(is_solid, name)) or not is_visible(name[1:]):
         text = "a channel's name is visible, without spaces, commas or ]"
         raise Refused("BAD_CHANNEL", text, name)
@@ -806,8 +804,7 @@ def pattern_of(mask: str) -> re.Pattern:
     is found once, where it comes first, and no number of stars makes this slow: the time is
     at most the product of both lengths, where nested .* would double with every star.
     """
-    pieces = re.split(r"\*+", mask)
-    first, *others = (re.escape(piece).replace(r"\?", ".") for piece in pieces)
+    first, *others = (re.escape(piece).replace(r"\?", ".") for piece in re.split(r"\*+", mask))
     if others:
         *middle, last = others
         first += "".join(f"(?>.*?{piece})" for piece in middle) + f".*{last}"
@@ -1873,8 +1870,7 @@ class Channel:
     @classmethod
     def revived(cls, state: dict[str, Any]) -> "Channel":
         """Return the channel of a state(), without members."""
-        old = {"founding": 0, "stored_ranks": state.get("standing", {}), "former_key": ""}
-        state = old | state
+        state = {"founding": 0, "stored_ranks": state.get("standing", {}), "former_key": ""} | state
         channel = cls(state["name"], state["founding"], 0)
         for name in cls.STATE[1:]:
             setattr(channel, name, state[name])
@@ -1918,13 +1914,11 @@ class Channel:
     def require(self, who: Session, rank: str = "h") -> None:
         """Only members of that rank or a higher one, and operators of the server."""
         if not who.operator and self.member(who.user).level > RANKS.index(rank):
-            text = f"only operators of {self.name} can do that"
-            raise Refused("NOT_OPERATOR", text, self.name)
+            raise Refused("NOT_OPERATOR", f"only operators of {self.name} can do that", self.name)
 
     def check_can_send(self, user: User, text: str) -> None:
         if "C" in self.flags and "\n\x01" in f"\n{text}":
-            text = f"{self.name} takes no CTCP but actions (+C)"
-            raise Refused("CANNOT_SEND", text, self.name)
+            raise Refused("CANNOT_SEND", f"{self.name} takes no CTCP but actions (+C)", self.name)
         member = self.members.get(user)
         if member is not None and member.ranks:
             return
@@ -2013,8 +2007,7 @@ class Channel:
         values = []
         if self.password:
             letters.add("k")
-            told = who.user in self.members or who.operator
-            values.append(self.password.text if told else "*")
+            values.append(self.password.text if who.user in self.members or who.operator else "*")
         if self.limit is not None:
             letters.add("l")
             values.append(str(self.limit))
@@ -2899,8 +2892,7 @@ class Hub:
 
     def dedup_owners(self, who: Session) -> dict[str, None]:
         """Under which names a message id of this session may be known, the first for new ones."""
-        names = (who.client, who.user.identity, who.user.resume_id)
-        return dict.fromkeys(filter(None, names))
+        return dict.fromkeys(filter(None, (who.client, who.user.identity, who.user.resume_id)))
 
     def author_of(self, targets: Iterable[str], id: int) -> tuple[int, str] | None:
         """Return the founding and the author's identity of a message under these keys."""
@@ -2988,8 +2980,7 @@ def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = 
         text = f"{wanted} looks like {known} in other letters; choose another name"
         raise Refused("NAME_TAKEN", text, wanted)
     if owner and hub.accounts.is_foreign(wanted, owner.account):
-        text = f"{wanted} belongs to an account; log in first"
-        raise Refused("NAME_TAKEN", text, wanted)
+        raise Refused("NAME_TAKEN", f"{wanted} belongs to an account; log in first", wanted)
 
 
 def server_ban(hub: Hub, user: User) -> ServerBan | None:
@@ -3218,8 +3209,7 @@ def enter(
     name = user.name if user else wanted if owns else free_name(hub, wanted, None, account, dice)
     source = source_of(name, address, username, account)
     if ban := server_ban(hub, User(source, "", "", 0)):
-        text = f"you are banned from this server: {ban.reason}"
-        raise Refused("BANNED_FROM_SERVER", text)
+        raise Refused("BANNED_FROM_SERVER", f"you are banned from this server: {ban.reason}")
     who.client, who.token = token, "" if required else token
     if user:
         resumed = who.token in user.tokens
@@ -3368,10 +3358,8 @@ def check_new_account(hub: Hub, user: User | None, nick: str, wanted: str) -> st
     if not nick:
         raise Refused("NEED_NICK", "take a name first", "*")
     if name != nick:
-        text = f"an account is called as you are: {nick}"
-        raise Refused("ACCOUNT_NAME_MUST_BE_NICK", text, name)
-    holder = hub.users.get(fold(name))
-    if hub.accounts.is_foreign(name, "") or holder not in (None, user):
+        raise Refused("ACCOUNT_NAME_MUST_BE_NICK", f"an account is called as you are: {nick}", name)
+    if hub.accounts.is_foreign(name, "") or hub.users.get(fold(name)) not in (None, user):
         raise Refused("ACCOUNT_EXISTS", f"{name} is registered already", name)
     return name
 
@@ -3506,8 +3494,7 @@ def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
     if channel and channel in user.channels:
         return None
     if len(user.channels) >= CHANNELS_A_USER:
-        text = f"{CHANNELS_A_USER} channels at most; /part one"
-        raise Refused("TOO_MANY_CHANNELS", text, name)
+        raise Refused("TOO_MANY_CHANNELS", f"{CHANNELS_A_USER} channels at most; /part one", name)
     if channel:
         hub.charge(channel.masks)
         channel.check_entry(user, password)
@@ -3811,8 +3798,7 @@ def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> N
     channel = hub.channels.get(fold(name)) if name.startswith("#") else None
     other = None if name.startswith("#") else hub.users.get(fold(name))
     if not (other or (channel and user in channel.members)):
-        text = "there is nothing of it that you may read"
-        raise Refused("INVALID_TARGET", text, name)
+        raise Refused("INVALID_TARGET", "there is nothing of it that you may read", name)
     audience = channel.audience if channel else hub.conversation(user, other)
     keys = [channel.key] if channel else conversation_keys(hub, user.identity, other.identity)
     try:
@@ -3903,8 +3889,7 @@ def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> N
     owner = hub.find_channel(target) if target.startswith("#") else hub.find_user(target)
     check_metadata_writable(who, owner, target, key)
     if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
-        text = f"{METADATA_KEYS} keys at most"
-        raise Refused("LIMIT_REACHED", text, target, str(METADATA_KEYS))
+        raise Refused("LIMIT_REACHED", f"{METADATA_KEYS} keys at most", target, str(METADATA_KEYS))
     if value:
         owner.metadata[key] = value
     else:
@@ -4079,8 +4064,7 @@ def check_server_password(session: LocalSession, given: str) -> bool:
         return True
     throttle, host = site.hub.accounts.throttle, session.conn.limit_key
     if seconds := throttle.wait(host, SERVER_PASSWORD, site.hub.ticks):
-        text = f"too many failures; try again in {seconds} s"
-        raise Refused("WRONG_PASSWORD", text)
+        raise Refused("WRONG_PASSWORD", f"too many failures; try again in {seconds} s")
     throttle.failed(host, SERVER_PASSWORD, site.hub.ticks)
     if not hmac.compare_digest(given.encode(), site.password.encode()):
         return False
@@ -4161,8 +4145,7 @@ def identify(
 def check_password(password: str, name: str) -> None:
     """Raise Refused unless it can protect an account."""
     if len(password) < PASSWORD_LEAST:
-        text = f"a password has at least {PASSWORD_LEAST} characters"
-        raise Refused("WEAK_PASSWORD", text, name)
+        raise Refused("WEAK_PASSWORD", f"a password has at least {PASSWORD_LEAST} characters", name)
     if len(password) > PASSWORD_MOST:
         text = f"a password has at most {PASSWORD_MOST} characters"
         raise Refused("UNACCEPTABLE_PASSWORD", text, name)
@@ -4198,8 +4181,7 @@ def check_registration(session: LocalSession, nick: str, wanted: str, email: str
     if session.user is None and "before-connect" not in rules:
         raise Refused("COMPLETE_CONNECTION_REQUIRED", "come in first, then register", name)
     name = check_new_account(session.site.hub, session.user, nick, wanted)
-    wants_email = "email-required" in rules
-    if (wants_email or email not in ("", "*")) and not EMAIL.fullmatch(email):
+    if ("email-required" in rules or email not in ("", "*")) and not EMAIL.fullmatch(email):
         raise Refused("INVALID_EMAIL", "write one address, like alice@example.org", name)
     return name
 
@@ -4821,8 +4803,7 @@ class SearchIndex:
 
     def _ids(self, index: sqlite3.Connection, match: str) -> Iterator[int]:
         """Yield the ids that match, the newest first."""
-        parts = index.execute("SELECT part FROM parts ORDER BY part DESC").fetchall()
-        for (part,) in parts:
+        for (part,) in index.execute("SELECT part FROM parts ORDER BY part DESC").fetchall():
             name = f"search_{part}"
             query = f"SELECT rowid FROM {name} WHERE {name} MATCH ? ORDER BY rowid DESC"
             for row in index.execute(query, [match]):
@@ -5352,8 +5333,7 @@ class Store:
 
     def _delete_orphan(self, target: int, now: int) -> None:
         """A count may be wrong after a crash: the target goes when no row is found."""
-        deleted = self._delete(target, PRUNE_ROWS, now)
-        if not deleted:
+        if not self._delete(target, PRUNE_ROWS, now):
             self.db.execute("DELETE FROM targets WHERE id = ?", [target])
             self.targets = {key: known for key, known in self.targets.items() if known != target}
             self.orphans.discard(target)
@@ -5369,8 +5349,7 @@ class Store:
         if excess <= 0 or not oldest:
             self.excess.discard(key)
             return
-        deleted = self._delete(oldest, min(PRUNE_ROWS, excess), now)
-        if not deleted and events:  # the count was wrong
+        if not self._delete(oldest, min(PRUNE_ROWS, excess), now) and events:  # the count was wrong
             self.db.execute("UPDATE targets SET events = 0 WHERE id = ?", [oldest])
 
     def _delete(self, target: int, count: int, now: int) -> int:
@@ -5712,8 +5691,7 @@ def add_tag_to_all(lines: bytes, tag: str) -> bytes:
 
 def count_answers(lines: bytes) -> int:
     """So many there are; a batch is one."""
-    parts = lines.splitlines()
-    return sum(not (IN_BATCH.match(part) or ENDS_BATCH.match(part)) for part in parts)
+    return sum(not (IN_BATCH.match(part) or ENDS_BATCH.match(part)) for part in lines.splitlines())
 
 
 MESSAGE_ID = re.compile(r"msgid=[^; ]*;|;msgid=[^; ]*|@msgid=[^; ]* ")  # among tags
@@ -5957,8 +5935,7 @@ def collect(session: "IrcSession", message: Message) -> None:
 
 def tell_topic_irc(session: "IrcSession", channel: Channel) -> None:
     session.reply(RPL_TOPIC, channel.name, channel.topic)
-    when = channel.topic_time // 1000
-    session.reply(RPL_TOPICWHOTIME, channel.name, channel.topic_setter, when)
+    session.reply(RPL_TOPICWHOTIME, channel.name, channel.topic_setter, channel.topic_time // 1000)
 
 
 def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
@@ -5995,8 +5972,7 @@ def tell_metadata_of_channel(session: "IrcSession", channel: Channel) -> None:
     postponed synchronization)."""
     others = (channel, *(user for user in channel.members if user is not session.user))
     session.site.hub.charge(len(others))
-    known = subscribed_metadata(session, others)
-    some = list(itertools.islice(known, METADATA_AT_ONCE + 1))
+    some = list(itertools.islice(subscribed_metadata(session, others), METADATA_AT_ONCE + 1))
     if len(some) > METADATA_AT_ONCE:
         return session.reply(ERR_METADATASYNCLATER, channel.name)
     for one in some:
@@ -6498,8 +6474,7 @@ def complete_registration(session: IrcSession) -> None:
     wanted, session.wanted = session.wanted, ""  # another user may have taken it meanwhile
     _, account = user_of_token(session.site.hub, session.token, session.account)
     if account:
-        text = f"log in to {account} to have your place again"
-        session.fail("SESSION", "ACCOUNT_REQUIRED", text)
+        session.fail("SESSION", "ACCOUNT_REQUIRED", f"log in to {account} to have your place again")
         session.token = ""  # or it would be that of two users
     try:
         entered = session.site.hub.perform(
@@ -6595,8 +6570,7 @@ def set_capabilities(session: IrcSession, capabilities: Iterable[str]) -> None:
 
 def mechanisms(session: IrcSession) -> list[str]:
     """That this one may log in by."""
-    certifiable = session.conn.certifiable
-    return [name for name in MECHANISMS if name != "EXTERNAL" or certifiable]
+    return [name for name in MECHANISMS if name != "EXTERNAL" or session.conn.certifiable]
 
 
 def capability_values(session: IrcSession) -> dict[str, str]:
@@ -6719,8 +6693,7 @@ def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
 
 def begin_sasl(session: IrcSession, name: str) -> None:
     if session.user and len(session.user.live) > 1:
-        text = "your other devices are logged in, too"
-        return session.reply(ERR_SASLALREADY, text)
+        return session.reply(ERR_SASLALREADY, "your other devices are logged in, too")
     if name not in mechanisms(session):
         session.reply(RPL_SASLMECHS, ",".join(mechanisms(session)))
         return fail_sasl(session, wrong_login())
@@ -7058,12 +7031,10 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
         if not re.fullmatch("[A-Za-z0-9-]+", reference):
             raise Refused("INVALID_REFTAG", "a reference is made of letters and digits", reference)
         if kind != "draft/multiline" or not target:
-            text = "only messages of several lines come so"
-            raise Refused("UNKNOWN_TYPE", text, reference, kind)
+            raise Refused("UNKNOWN_TYPE", "only messages of several lines come so", reference, kind)
         label = session.message.tags.get("label", "")
         if session.collected:
-            text = "there is one already; end that first"
-            raise Refused("MULTILINE_INVALID", text, reference)
+            raise Refused("MULTILINE_INVALID", "there is one already; end that first", reference)
         tags = client_tags(session)
         session.collected = Collected(reference, target, label, tags, client_id(session, target))
         session.labelled = None  # the answer comes at its end
@@ -7241,8 +7212,7 @@ def irc_kick(session: IrcSession, names: str, victims: str, reason: str = "") ->
     if len(channels) == 1:
         channels *= len(people)
     if len(channels) != len(people):
-        text = "one channel, or as many as people"
-        raise Refused("NEED_MORE_PARAMS", text, "KICK")
+        raise Refused("NEED_MORE_PARAMS", "one channel, or as many as people", "KICK")
     for where, name in zip(channels, people, strict=True):
         session.act("kick", where, name, reason)
         yield
@@ -7270,8 +7240,7 @@ def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
 
 def user_mode(session: IrcSession, name: str, letters: str) -> None:
     """Read or change the user's own modes; those of others cannot be seen."""
-    user = session.site.hub.find_user(name)
-    if user is not session.user:
+    if session.site.hub.find_user(name) is not session.user:
         raise Refused("NOT_YOURSELF", "only your own modes are yours to see and change")
     if not letters:
         return session.reply(RPL_UMODEIS, user_modes_text(session))
@@ -7280,8 +7249,7 @@ def user_mode(session: IrcSession, name: str, letters: str) -> None:
     if known:
         session.act("set_user_modes", known)
     if len(known) < len(changes):
-        text = f"there are only the user modes {''.join(USER_MODES)}"
-        raise Refused("UNKNOWN_USER_MODE", text)
+        raise Refused("UNKNOWN_USER_MODE", f"there are only the user modes {''.join(USER_MODES)}")
 
 
 def change_modes(session: LocalSession, channel: Channel, changes: Iterable[ModeChange]) -> None:
@@ -7308,11 +7276,9 @@ def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) ->
         session.reply(RPL_CHANNELMODEIS, channel.name, channel.modes_text(session))
         return session.reply(RPL_CREATIONTIME, channel.name, channel.created // 1000)
     changes = parse_modes(letters, values)
-    queries = {c.letter: None for c in changes if c.letter in MASK_LISTS and not c.value}
-    for letter in queries:
+    for letter in {c.letter: None for c in changes if c.letter in MASK_LISTS and not c.value}:
         tell_masks(session, channel, letter)
-    changes = [c for c in changes if c.value or c.letter not in MASK_LISTS]
-    change_modes(session, channel, changes)
+    change_modes(session, channel, [c for c in changes if c.value or c.letter not in MASK_LISTS])
 
 
 @irc_command("RENAME", 2, 3)
@@ -7351,8 +7317,7 @@ def metadata_owners(session: IrcSession, target: str) -> list[Any]:
         people = (session.site.hub.users.get(key) for key in session.watched)
         channels = list(session.user.channels)
         members = itertools.chain(*(channel.members for channel in channels))
-        found = dict.fromkeys([session.user, *channels, *members, *filter(None, people)])
-        return list(found)
+        return list(dict.fromkeys([session.user, *channels, *members, *filter(None, people)]))
     owner = metadata_owner(session, target)
     return [owner, *owner.members] if isinstance(owner, Channel) else [owner]
 
@@ -7373,8 +7338,7 @@ def metadata_set(session: IrcSession, target: str, key: str, value: str = "") ->
     if len(value.encode()) > METADATA_BYTES:
         raise Refused("INVALID_VALUE", f"a value has at most {METADATA_BYTES} bytes", key)
     if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
-        text = f"{METADATA_KEYS} keys at most"
-        raise Refused("LIMIT_REACHED", text, target, str(METADATA_KEYS))
+        raise Refused("LIMIT_REACHED", f"{METADATA_KEYS} keys at most", target, str(METADATA_KEYS))
     name = target if owner is session else owner.name
     if owner is not session:
         then = functools.partial(lambda _: session.tell_value(name, key, value))
@@ -7448,8 +7412,7 @@ def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> It
 
 
 def invalid_target(subcommand: str, name: str) -> Refused:
-    text = "there is nothing of it that you may read"
-    return Refused("INVALID_TARGET", text, subcommand, name)
+    return Refused("INVALID_TARGET", "there is nothing of it that you may read", subcommand, name)
 
 
 def readable(session: IrcSession, name: str, about: str) -> Place:
@@ -7471,8 +7434,7 @@ def parse_time(text: str, *about: str) -> int:
     """Return milliseconds since 1970. Raises Refused, about that."""
     try:
         moment = datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ")
-        when = int(moment.replace(tzinfo=datetime.UTC).timestamp() * 1000 + 0.5)
-        return min(when, LAST_MOMENT)
+        return min(int(moment.replace(tzinfo=datetime.UTC).timestamp() * 1000 + 0.5), LAST_MOMENT)
     except (ValueError, OverflowError):
         example = "a time looks like 2026-11-22T08:30:05.123Z"
         raise Refused("INVALID_PARAMS", example, *about) from None
@@ -7827,8 +7789,7 @@ def irc_whowas(session: IrcSession, name: str, count: str = "", server: str = ""
         session.reply(RPL_WHOWASUSER, source.name, source.username, source.host, one.realname)
         session.reply(RPL_WHOISSERVER, source.name, session.site.name, time_text(one.time))
     if not found:
-        text = f"no user was called {name} lately"
-        session.refuse(Refused("WAS_NO_SUCH_NAME", text, name))
+        session.refuse(Refused("WAS_NO_SUCH_NAME", f"no user was called {name} lately", name))
     session.reply(RPL_ENDOFWHOWAS, as_param(name))
 
 
@@ -8372,8 +8333,7 @@ def named_channel(session: LineSession, name: str) -> Channel:
 def ban_mask(user: User) -> str:
     """Return the mask that bans a user: the address, unless all users here may share it."""
     host = user.source.host
-    shared = host.startswith("127.") or host == "0::1"
-    return f"{user.name}!*@*" if shared else f"*!*@{host}"
+    return f"{user.name}!*@*" if host.startswith("127.") or host == "0::1" else f"*!*@{host}"
 
 
 def kick_aloud(session: LineSession, channel: Channel, name: str, reason: str) -> None:
@@ -14885,8 +14845,7 @@ def reread_secret(secret: str) -> str:
 def server_tls_context(options: ServerOptions) -> Any:
     if not options.tls_cert:
         if options.tls_key or options.sts or options.tls_client_ca:
-            text = "--tls-key, --tls-client-ca and --sts are of no use without --tls-cert"
-            raise Unusable(text)
+            raise Unusable("--tls-key, --tls-client-ca and --sts are of no use without --tls-cert")
         return None
     import ssl
 
@@ -14905,8 +14864,7 @@ def server_tls_context(options: ServerOptions) -> Any:
             context.load_verify_locations(options.tls_client_ca)
         except OSError as error:
             why = "no PEM" if isinstance(error, ssl.SSLError) else reason_of(error)
-            text = f"cannot use the authorities {options.tls_client_ca}: {why}"
-            raise Unusable(text) from error
+            raise Unusable(f"cannot use the authorities {options.tls_client_ca}: {why}") from error
         context.verify_mode = ssl.CERT_OPTIONAL  # who shows none is welcome, too
     return context
 
@@ -15044,8 +15002,7 @@ class Committer:
     def index(self) -> None:
         """Index what was said lately: on a helper, or in memory on the loop, in slices; under
         unbroken load one slice now and then."""
-        words = self.store.words
-        job = words.step(INDEX_IDS_BUSY if self.busy else None)
+        job = self.store.words.step(INDEX_IDS_BUSY if self.busy else None)
         if self.store.path:
             self.helpers.submit(self, job, self.indexed)
         else:
@@ -15057,8 +15014,7 @@ class Committer:
             self.store.words.finish(left)
         self.index_due = self.store.words.has_work
         if self.index_due:
-            pause = INDEX_SECONDS if failed or self.busy else INDEX_PAUSE
-            self.loop.call_later(pause, self.index)
+            self.loop.call_later(INDEX_SECONDS if failed or self.busy else INDEX_PAUSE, self.index)
 
     @property
     def busy(self) -> bool:
@@ -15145,8 +15101,7 @@ class Server:
 
     def admit(self, sock: socket.socket, host: str, port: int) -> None:
         """A connection has been accepted: it becomes a peer, or is told why not."""
-        own = sock.getsockname()[0] if ":" in host else ""
-        key = address_key(host, own)
+        key = address_key(host, sock.getsockname()[0] if ":" in host else "")
         if refusal := self.limits.enter(key):
             return self.limits.turn_away(sock, host, refusal)
         peer = Peer(self, sock, host, port, key)
@@ -15421,8 +15376,7 @@ class Server:
         if isinstance(result, Exception) and not isinstance(result, ChatError):
             level = logging.DEBUG if self.committer.losing else logging.ERROR  # it was said once
             log.log(level, "a job for %s failed: %s", peer.address, result)
-            text = "that cannot be answered just now; try again later"
-            result = Refused("TRY_AGAIN", text)
+            result = Refused("TRY_AGAIN", "that cannot be answered just now; try again later")
         session.take_result(then, result)
 
     # The commit and the write beat
