@@ -2273,6 +2273,24 @@ class LocalSession(Session):
         self.user = None
 
 
+do = functools.partial  # a step: what is called with then= as its last argument
+Steps = Iterator[do]
+
+
+def in_steps(function: Callable[..., Steps]) -> Callable[..., None]:
+    """Decorator: what this generator yields is done, off the loop where it takes long, and its
+    result sent in. So a handler of several acts and jobs reads from top to bottom."""
+
+    def go_on(steps: Steps, result: Any = None) -> None:
+        try:
+            step = steps.send(result)
+        except StopIteration:
+            return
+        step(then=functools.partial(go_on, steps))
+
+    return functools.wraps(function)(lambda *values: go_on(function(*values)))
+
+
 def attempt_line(encode: Callable[[], bytes], report: Callable) -> bytes:
     """One catch per line: a bug while one event is encoded loses that event only."""
     try:
@@ -4106,40 +4124,19 @@ def revision_of(session: LocalSession, name: str, verifier: Verifier) -> str:
     return verifier.salt.hex()
 
 
-Steps = Iterator[tuple[str, Callable]]  # a lane and a job for it; the result is sent in
-
-
-def in_steps(function: Callable[..., Steps]) -> Callable[..., None]:
-    """Decorator: what this generator yields is done off the loop, and then it goes on."""
-
-    def go_on(session: LocalSession, steps: Steps, result: Any = None) -> None:
-        with contextlib.suppress(StopIteration):
-            lane, job = steps.send(result)
-            session.later(lane, job, functools.partial(go_on, session, steps))
-
-    return lambda session, *values: go_on(session, function(session, *values))
-
-
 def prove(session: LocalSession, name: str, password: str) -> Steps:
     """Check an account's password; return the registered name and the proof. Raises Refused."""
     account, verifier = claimed_account(session, name)
-    if not (yield PASSWORD_LANE, functools.partial(verifier.fits, password)):
+    if not (yield do(session.later, PASSWORD_LANE, functools.partial(verifier.fits, password))):
         raise wrong_login()
     return account, revision_of(session, account, verifier)
 
 
-@in_steps
-def identify(
-    session: LocalSession, name: str, password: str, takes_name: bool, then: Callable = lambda: None
-) -> Steps:
-    """Log the session's user in to an account if the password is right; then call then()."""
+def identify(session: LocalSession, name: str, password: str, takes_name: bool) -> Steps:
+    """Log the session's user in to an account if the password is right."""
     account, proof = yield from prove(session, name, password)
-
-    def done(_: None) -> None:
-        session.answer(f"you are logged in as {account}")
-        then()
-
-    session.act("log_in", account, proof, takes_name, then=done)
+    yield do(session.act, "log_in", account, proof, takes_name)
+    session.answer(f"you are logged in as {account}")
 
 
 def check_password(password: str, name: str) -> None:
@@ -4157,16 +4154,17 @@ def change_own_password(session: LocalSession, old: str, new: str) -> Steps:
     name = own_account(session.user)
     check_password(new, name)
     account, proof = yield from prove(session, name, old)
-    verifier = yield PASSWORD_LANE, functools.partial(make_verifier, new)
-    values = account, proof, tuple(verifier)
-    session.act("change_password", *values, then=lambda _: session.answer(PASSWORD_CHANGED))
+    verifier = yield do(session.later, PASSWORD_LANE, functools.partial(make_verifier, new))
+    yield do(session.act, "change_password", account, proof, tuple(verifier))
+    session.answer(PASSWORD_CHANGED)
 
 
 @in_steps
 def drop_own_account(session: LocalSession, password: str) -> Steps:
     """Delete the account that the user is logged in to."""
     account, proof = yield from prove(session, own_account(session.user), password)
-    session.act("drop_account", account, proof, then=lambda _: session.answer(ACCOUNT_GONE))
+    yield do(session.act, "drop_account", account, proof)
+    session.answer(ACCOUNT_GONE)
 
 
 EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
@@ -4196,14 +4194,11 @@ def count_account(session: LocalSession, name: str) -> None:
         hub.accounts.made.failed(host, "", hub.ticks)
 
 
-Registered = Callable[[str, str], None]  # done(account, proof; "" while a code is awaited)
-
-
-@in_steps
 def register_nick(
-    session: LocalSession, nick: str, wanted: str, email: str, password: str, done: Registered
+    session: LocalSession, nick: str, wanted: str, email: str, password: str
 ) -> Steps:
-    """Make a nick an account; with email-required first send a code to the address."""
+    """Make a nick an account; with email-required first send a code to the address. Return the
+    account and its proof; "" while the code is awaited."""
     name, site = check_registration(session, nick, wanted, email), session.site
     check_password(password, name)
     by_mail = "email-required" in site.registration
@@ -4211,26 +4206,24 @@ def register_nick(
         site.hub.accounts.throttle.check(session.conn.limit_key, "*mail", site.hub.ticks)
         site.hub.accounts.throttle.failed(session.conn.limit_key, "*mail", site.hub.ticks)
     count_account(session, name)
-    verifier = yield PASSWORD_LANE, functools.partial(make_verifier, password)
+    verifier = yield do(session.later, PASSWORD_LANE, functools.partial(make_verifier, password))
     check_registration(session, nick, wanted, email)  # another user may have been quicker
     if by_mail:
         code = site.hub.accounts.await_code(Account(name, verifier, email))
-        yield MAIL_LANE, functools.partial(site.server.mail, email, name, code)
-        return done(name, "")
-    session.act(
-        *("register_account", nick, wanted, tuple(verifier), ""),
-        then=lambda account: done(account.name, account.revision),
-    )
+        send = functools.partial(site.server.mail, email, name, code)
+        yield do(session.later, MAIL_LANE, send)
+        return name, ""
+    account = yield do(session.act, "register_account", nick, wanted, tuple(verifier), "")
+    return account.name, account.revision
 
 
-def verify(session: LocalSession, name: str, code: str, done: Registered) -> None:
-    """Take the code that was sent for a new account."""
+def verify(session: LocalSession, name: str, code: str) -> Steps:
+    """Take the code that was sent for a new account. Return the account and its proof."""
     hub = session.site.hub
-    account = hub.accounts.verified(name, code, session.conn.limit_key, hub.ticks)
-    session.act(
-        *("verify_account", account.name, tuple(account.verifier), account.email),
-        then=lambda account: done(account.name, account.revision),
-    )
+    known = hub.accounts.verified(name, code, session.conn.limit_key, hub.ticks)
+    values = known.name, tuple(known.verifier), known.email
+    account = yield do(session.act, "verify_account", *values)
+    return account.name, account.revision
 
 
 def email_used(session: LocalSession, email: str) -> str:
@@ -4247,7 +4240,7 @@ def oper(session: LocalSession, name: str, password: str, done: Callable[[], Non
     hub.accounts.throttle.check(host, OPERATOR_PASSWORD, hub.ticks)
     hub.accounts.throttle.failed(host, OPERATOR_PASSWORD, hub.ticks)
     verifier = session.site.operators.get(name) or decoy_verifier(name, OPERATOR_ROUNDS)
-    fits = yield PASSWORD_LANE, functools.partial(verifier.fits, password)
+    fits = yield do(session.later, PASSWORD_LANE, functools.partial(verifier.fits, password))
     who = f"{session.user.source.mask} as {name}"
     session.site.server.note(f"OPER: {who}{'' if fits else ': wrong password'}")
     if not fits:
@@ -6726,31 +6719,27 @@ def irc_authenticate(session: IrcSession, chunk: str) -> None:
 
 
 @irc_command("REGISTER", 3, 3, nameless=True, exact=True)
-def irc_register(session: IrcSession, account: str, email: str, password: str) -> None:
+@in_steps
+def irc_register(session: IrcSession, account: str, email: str, password: str) -> Steps:
     """REGISTER <account or *> <email or *> <password> -- make your name an account"""
     nick = session.user.name if session.user else session.asked
-
-    def done(name: str, proof: str) -> None:
-        if not proof:
-            text = f"a code was sent to {email}: VERIFY with it"
-            return session.line(f"REGISTER VERIFICATION_REQUIRED {name} :{text}")
-        text = f"{name} is yours; log in with your password{email_used(session, email)}"
-        session.line(f"REGISTER SUCCESS {name} :{text}")
-        tell_logged_in(session, name, proof)
-
-    register_nick(session, nick, account, email, password, done)
+    name, proof = yield from register_nick(session, nick, account, email, password)
+    if not proof:
+        text = f"a code was sent to {email}: VERIFY with it"
+        return session.line(f"REGISTER VERIFICATION_REQUIRED {name} :{text}")
+    text = f"{name} is yours; log in with your password{email_used(session, email)}"
+    session.line(f"REGISTER SUCCESS {name} :{text}")
+    tell_logged_in(session, name, proof)
 
 
 @irc_command("VERIFY", 2, 2, nameless=True, exact=True)
-def irc_verify(session: IrcSession, name: str, code: str) -> None:
+@in_steps
+def irc_verify(session: IrcSession, name: str, code: str) -> Steps:
     """VERIFY <account or *> <code> -- the code that was sent to the address of a new account"""
-
-    def done(account: str, proof: str) -> None:
-        session.line(f"VERIFY SUCCESS {account} :{account} is yours")
-        tell_logged_in(session, account, proof)
-
     nick = session.user.name if session.user else session.asked
-    verify(session, nick if name == "*" else name, code, done)
+    account, proof = yield from verify(session, nick if name == "*" else name, code)
+    session.line(f"VERIFY SUCCESS {account} :{account} is yours")
+    tell_logged_in(session, account, proof)
 
 
 @irc_command("SESSION", 1, nameless=True)
@@ -6796,16 +6785,14 @@ def service_help(session: IrcSession, verb: str = "") -> None:
 
 
 @service_command("register", 1, 2, exact=True)
-def service_register(session: IrcSession, password: str, email: str = "") -> None:
+@in_steps
+def service_register(session: IrcSession, password: str, email: str = "") -> Steps:
     """REGISTER PASSWORD [EMAIL] -- make your name an account"""
-
-    def done(name: str, proof: str) -> None:
-        if not proof:
-            return session.service_says(f"a code was sent to {email}: VERIFY CODE")
-        session.service_says(f"{name} is yours{email_used(session, email)}")
-        tell_logged_in(session, name, proof)
-
-    register_nick(session, session.nick, "*", email, password, done)
+    name, proof = yield from register_nick(session, session.nick, "*", email, password)
+    if not proof:
+        return session.service_says(f"a code was sent to {email}: VERIFY CODE")
+    session.service_says(f"{name} is yours{email_used(session, email)}")
+    tell_logged_in(session, name, proof)
 
 
 @service_command("verify", 1, exact=True)
@@ -6815,10 +6802,11 @@ def service_verify(session: IrcSession, code: str) -> None:
 
 
 @service_command("identify", 1, 2, exact=True)
-def service_identify(session: IrcSession, *words: str) -> None:
+@in_steps
+def service_identify(session: IrcSession, *words: str) -> Steps:
     """IDENTIFY [NAME] PASSWORD -- log in"""
     name, password = words if len(words) == 2 else (session.nick, *words)
-    identify(session, name, password, False)
+    return identify(session, name, password, False)
 
 
 service_command("passwd", 2, exact=True, doc="PASSWD OLD NEW -- another password")(
@@ -6830,33 +6818,32 @@ service_command("drop", 1, exact=True, doc="DROP PASSWORD -- give up your accoun
 
 
 @service_command("cert", 1, 2)
-def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> None:
+@in_steps
+def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> Steps:
     """CERT ADD|LIST|REMOVE [FINGERPRINT] -- certificates that log in: add the one you show"""
-    says, mark = session.service_says, session.conn.fingerprint
+    mark = session.conn.fingerprint
     if how.upper() == "ADD":
-        text = f"{mark} logs in to {{}} now (SASL EXTERNAL)"
-        session.act("add_certificate", mark, then=lambda account: says(text.format(account)))
+        account = yield do(session.act, "add_certificate", mark)
+        session.service_says(f"{mark} logs in to {account} now (SASL EXTERNAL)")
     elif how.upper() == "LIST":
         account = own_account(session.user)
         known = session.site.hub.accounts.certificates_of(account)
-        for one in known:
-            says(one)
-        says(f"{counted(len(known), 'certificate')} of {account}")
+        for one in (*known, f"{counted(len(known), 'certificate')} of {account}"):
+            session.service_says(one)
     elif how.upper() == "REMOVE":
         mark = fingerprint.lower() or mark
-        text = f"{mark} does not log in to {{}} any more"
-        session.act("remove_certificate", mark, then=lambda account: says(text.format(account)))
+        account = yield do(session.act, "remove_certificate", mark)
+        session.service_says(f"{mark} does not log in to {account} any more")
     else:
         raise Refused("INVALID_PARAMS", "CERT has ADD, LIST and REMOVE")
 
 
 @service_command("disown", 1)
-def disown_channel(session: LocalSession, name: str) -> None:
+@in_steps
+def disown_channel(session: LocalSession, name: str) -> Steps:
     """DISOWN #CHANNEL -- let a channel that you founded end with its last member"""
-    session.act(
-        *("disown", name),
-        then=lambda name: session.answer(f"{name} is no longer registered"),
-    )
+    name = yield do(session.act, "disown", name)
+    session.answer(f"{name} is no longer registered")
 
 
 def ask_service(session: IrcSession, text: str) -> None:
@@ -7186,7 +7173,8 @@ def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Ite
 
 
 @irc_command("INVITE", most=2)
-def irc_invite(session: IrcSession, name: str = "", where: str = "") -> None:
+@in_steps
+def irc_invite(session: IrcSession, name: str = "", where: str = "") -> Steps:
     """INVITE [<nickname> <channel>] -- invite a user; alone, who invited you"""
     if not name:
         for channel in session.user.invitations:
@@ -7196,13 +7184,9 @@ def irc_invite(session: IrcSession, name: str = "", where: str = "") -> None:
         raise Refused(
             "NEED_MORE_PARAMS", "it goes like this: INVITE <nickname> <channel>", "INVITE"
         )
-
-    def done(result: tuple[User, Channel]) -> None:
-        user, channel = result
-        session.reply(RPL_INVITING, user.name, channel.name)
-        tell_away(session, user)
-
-    session.act("invite", name, where, then=done)
+    user, channel = yield do(session.act, "invite", name, where)
+    session.reply(RPL_INVITING, user.name, channel.name)
+    tell_away(session, user)
 
 
 @irc_command("KICK", 2, 3)
@@ -7252,16 +7236,13 @@ def user_mode(session: IrcSession, name: str, letters: str) -> None:
         raise Refused("UNKNOWN_USER_MODE", f"there are only the user modes {''.join(USER_MODES)}")
 
 
-def change_modes(session: LocalSession, channel: Channel, changes: Iterable[ModeChange]) -> None:
+@in_steps
+def change_modes(session: LocalSession, channel: Channel, changes: Iterable[ModeChange]) -> Steps:
     """Change what can be changed, and tell why not of the rest."""
-
-    def done(refusals: list[Refused]) -> None:
-        for refusal in refusals:
+    if plain := tuple(map(tuple, changes)):
+        values = channel.name, plain, secrets.token_hex(16)
+        for refusal in (yield do(session.act, "set_modes", *values)):
             session.refuse(refusal)
-
-    plain = tuple(tuple(change) for change in changes)
-    if plain:
-        session.act("set_modes", channel.name, plain, secrets.token_hex(16), then=done)
 
 
 @irc_command("MODE", 1, 15)
@@ -7331,7 +7312,8 @@ def metadata_sync(session: IrcSession, target: str) -> Iterator[None]:
     yield from batch_in_pieces(session, f"metadata {name}", lines)
 
 
-def metadata_set(session: IrcSession, target: str, key: str, value: str = "") -> None:
+@in_steps
+def metadata_set(session: IrcSession, target: str, key: str, value: str = "") -> Steps:
     if not METADATA_KEY.fullmatch(key):
         raise Refused("INVALID_KEY", NO_KEY, key)
     owner = metadata_writable(session, target, key)
@@ -7341,10 +7323,10 @@ def metadata_set(session: IrcSession, target: str, key: str, value: str = "") ->
         raise Refused("LIMIT_REACHED", f"{METADATA_KEYS} keys at most", target, str(METADATA_KEYS))
     name = target if owner is session else owner.name
     if owner is not session:
-        then = functools.partial(lambda _: session.tell_value(name, key, value))
-        return session.act("set_metadata", name, key, value, then=then)
-    session.metadata.update({key: value})
-    session.metadata = {known: text for known, text in session.metadata.items() if text}
+        yield do(session.act, "set_metadata", name, key, value)
+    else:
+        session.metadata.update({key: value})
+        session.metadata = {known: text for known, text in session.metadata.items() if text}
     session.tell_value(name, key, value)
 
 
@@ -7459,42 +7441,35 @@ def last_page_tag(session: IrcSession, ended: bool) -> str:
     return "draft/chathistory-end" if ended and session.wire.format.tagged else ""
 
 
-def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> None:
+def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     """Tell where something was said last between two marks, the oldest of them first. A page
     does not end between two that have the same time: the next one begins behind it."""
     hub, user = session.site.hub, session.user
     first, last = sorted(bounds, key=lambda mark: (mark.id is None, mark.time))
     if first.id is None:
         first, last = sorted(bounds, key=lambda mark: mark.time)
-
-    def fits(event: Event) -> bool:
-        behind = event.id > first.id if first.id is not None else event.time > first.time
-        return behind and event.time < last.time
-
-    def tell(found: list[tuple[str, Event]]) -> None:
-        names = {channel.key: channel.name for channel in user.channels}
-        there = [
-            (e.time, names.get(key) or partner(e))
-            for key, e in found
-            if fits(e) and (not key or key in names)
-        ]
-        there.sort()
-        page = there[:count]
-        page += itertools.takewhile(lambda one: one[0] == page[-1][0], there[count:])
-        lines = (
-            irc_bytes(f":{session.site.name} CHATHISTORY TARGETS {name} {tag_time(when)}")
-            for when, name in page
-        )
-        ends = last_page_tag(session, len(page) == len(there))
-        in_batch(session, "draft/chathistory-targets", lines, ends)
-
-    def partner(event: Event) -> str:
-        mine = hub.same_person(event.source.identity, user.identity)
-        return event.about if mine else event.source.name
-
     keys = [channel.key for channel in user.channels]
-    identities = hub.identities(user.identity)
-    session.read(functools.partial(session.site.store.newest, keys, identities), tell)
+    newest = functools.partial(session.site.store.newest, keys, hub.identities(user.identity))
+    found = yield do(session.read, newest)
+    names = {channel.key: channel.name for channel in user.channels}
+    there = []
+    for key, event in found:
+        behind = event.id > first.id if first.id is not None else event.time > first.time
+        if behind and event.time < last.time and (not key or key in names):
+            mine = hub.same_person(event.source.identity, user.identity)
+            partner = event.about if mine else event.source.name
+            there.append((event.time, names.get(key) or partner))
+    there.sort()
+    page = there[:count]
+    page += itertools.takewhile(lambda one: one[0] == page[-1][0], there[count:])
+    lines = (
+        irc_bytes(f":{session.site.name} CHATHISTORY TARGETS {name} {tag_time(when)}")
+        for when, name in page
+    )
+    in_batch(
+        *(session, "draft/chathistory-targets", lines),
+        last_page_tag(session, len(page) == len(there)),
+    )
 
 
 def play(session: IrcSession, name: str, events: list[Event], newest: bool, whole: bool) -> None:
@@ -7541,7 +7516,8 @@ def target_bound(session: IrcSession, text: str) -> Mark:
 
 
 @irc_command("CHATHISTORY", 4, 5)
-def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> None:
+@in_steps
+def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> Steps:
     """CHATHISTORY <how> <target> <selector> [<selector>] <limit> -- what was said: BEFORE,
     AFTER, LATEST, AROUND, BETWEEN or TARGETS; selectors are *, timestamp=... and msgid=..."""
     how = how.upper()
@@ -7552,25 +7528,24 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> N
         raise Refused("INVALID_PARAMS", "see HELP CHATHISTORY", how)
     count = min(asked, HISTORY_LINES_MOST)
     if how == "TARGETS":
-        return tell_targets(session, [target_bound(session, t) for t in (name, marks[0])], count)
+        bounds = [target_bound(session, text) for text in (name, marks[0])]
+        return (yield from tell_targets(session, bounds, count))
     place = readable(session, name, how)
     kinds = REPLAYABLE if "draft/event-playback" in session.capabilities else SPOKEN
     job, newest = history_job(session, how, Span(place, kinds), name, marks, count)
-
-    def show(events: list[Event]) -> None:
-        if readable(session, name, how) != place:  # the user was put out, or is another, meanwhile
-            raise invalid_target(how, name)
-        channel = session.site.hub.channels.get(fold(name))
-        # A page of the store ends early where it is large, see Store.page()
-        size = sum(len(e.text.encode()) + len(e.tags.encode()) for e in events)
-        whole = len(events) < count and how != "AROUND" and size <= PAGE_BYTES // 2
-        play(session, channel.name if channel else name, events, newest, whole)
-
-    session.read(job, show)
+    events = yield do(session.read, job)
+    if readable(session, name, how) != place:  # the user was put out, or is another, meanwhile
+        raise invalid_target(how, name)
+    channel = session.site.hub.channels.get(fold(name))
+    # A page of the store ends early where it is large, see Store.page()
+    size = sum(len(e.text.encode()) + len(e.tags.encode()) for e in events)
+    whole = len(events) < count and how != "AROUND" and size <= PAGE_BYTES // 2
+    play(session, channel.name if channel else name, events, newest, whole)
 
 
 @irc_command("SEARCH", 1)
-def irc_search(session: IrcSession, attributes: str) -> None:
+@in_steps
+def irc_search(session: IrcSession, attributes: str) -> Steps:
     """SEARCH <attributes> -- what was said with some words: in=<target>;text=<words>;
     from=<nick>;after=<time>;before=<time>;limit=<n>"""
     wanted, user = parse_tags(attributes), session.user
@@ -7588,27 +7563,23 @@ def irc_search(session: IrcSession, attributes: str) -> None:
     else:
         places = [Place((channel.key,)) for channel in user.channels]
     span, author = Span(Place(()), SPOKEN, **bounds), fold(wanted.get("from", ""))
-
-    def show(found: list[tuple[Place, Event]]) -> None:
-        names = {channel.key: channel.name for channel in user.channels}  # now, not when asked
-        if name:
-            readable(session, name, "in")
-        where = [
-            (names.get(place.keys[0], "") if place.keys[0][:1] == "#" else None, event)
-            for place, event in found
-        ]
-        lines = (
-            session.wire.encode(Past(name or ""), [event])[0] for name, event in where if name != ""
-        )
-        in_batch(session, "soju.im/search", lines)
-
     words = session.site.store.words
     search = functools.partial(words.search, places, wanted["text"], span, count, author)
-    session.read(search, show)
+    found = yield do(session.read, search)
+    if name:
+        readable(session, name, "in")
+    names = {channel.key: channel.name for channel in user.channels}  # now, not when asked
+    lines = []
+    for place, event in found:
+        where = names.get(place.keys[0]) if place.keys[0][:1] == "#" else ""
+        if where is not None:
+            lines += session.wire.encode(Past(where), [event])
+    in_batch(session, "soju.im/search", lines)
 
 
 @irc_command("MARKREAD", most=2)
-def irc_markread(session: IrcSession, name: str = "", when: str = "") -> None:
+@in_steps
+def irc_markread(session: IrcSession, name: str = "", when: str = "") -> Steps:
     """MARKREAD <target> [timestamp=<time>] -- how far you have read it, on any device"""
     if not is_word(name, NAME_BYTES):
         return session.fail("MARKREAD", "NEED_MORE_PARAMS", "of what?")
@@ -7617,15 +7588,14 @@ def irc_markread(session: IrcSession, name: str = "", when: str = "") -> None:
     if not when.startswith("timestamp="):
         raise Refused("INVALID_PARAMS", "a marker is timestamp=...", name, when)
     stamp = parse_time(when.removeprefix("timestamp="), name, when)
-
-    def move(id: int) -> None:
-        session.act("mark_read", name, stamp, id, then=lambda _: session.tell_marker(name))
-
     try:
         place = readable(session, name, name)
     except Refused:
-        return move(0)
-    session.read(functools.partial(session.site.store.id_at, place, stamp), move)
+        id = 0
+    else:
+        id = yield do(session.read, functools.partial(session.site.store.id_at, place, stamp))
+    yield do(session.act, "mark_read", name, stamp, id)
+    session.tell_marker(name)
 
 
 @irc_command("REDACT", 2, 3)
@@ -7999,18 +7969,17 @@ def irc_oper(session: IrcSession, name: str, password: str) -> None:
 
 
 @irc_command("KILL", 1, 2, privileged=True)
-def irc_kill(session: IrcSession, name: str, reason: str = "") -> None:
+@in_steps
+def irc_kill(session: IrcSession, name: str, reason: str = "") -> Steps:
     """KILL <nickname> [<reason>] -- close all connections of a user"""
     killer = session.user.name
-
-    def killed(mask: str) -> None:
-        session.site.server.note(f"{mask} killed by {killer}: {reason or 'no reason given'}")
-
-    session.act("kill", name, reason, then=killed)
+    mask = yield do(session.act, "kill", name, reason)
+    session.site.server.note(f"{mask} killed by {killer}: {reason or 'no reason given'}")
 
 
 @irc_command("KLINE", 1, 3, privileged=True)
-def ban_from(session: LocalSession, mask: str, minutes: str = "0", reason: str = "") -> None:
+@in_steps
+def ban_from(session: LocalSession, mask: str, minutes: str = "0", reason: str = "") -> Steps:
     """KLINE <address, mask or a:account> [<minutes>] [<reason>] -- ban from this server, for ever
     without minutes (which may come first), and close the connections of those it is for"""
     # On other servers the minutes come first
@@ -8023,25 +7992,20 @@ def ban_from(session: LocalSession, mask: str, minutes: str = "0", reason: str =
         text = f"a time is 1 to {BAN_MINUTES} minutes, or 0: for ever"
         raise Refused("INVALID_PARAMS", text, minutes)
     by, full = session.user.source.mask, server_mask(mask)
-
-    def done(count: int) -> None:
-        span = f"for {counted(number, 'minute')}" if number else "for ever"
-        session.site.server.note(f"KLINE by {by}: {full} {span}: {reason}")
-        session.notice(f"K-line added: {full}; {counted(count, 'user')} disconnected")
-
-    session.act("ban_from_server", mask, number, reason, then=done)
+    count = yield do(session.act, "ban_from_server", mask, number, reason)
+    span = f"for {counted(number, 'minute')}" if number else "for ever"
+    session.site.server.note(f"KLINE by {by}: {full} {span}: {reason}")
+    session.notice(f"K-line added: {full}; {counted(count, 'user')} disconnected")
 
 
 @irc_command("UNKLINE", 1, privileged=True)
-def unban_from(session: LocalSession, mask: str) -> None:
+@in_steps
+def unban_from(session: LocalSession, mask: str) -> Steps:
     """UNKLINE <address, mask or a:account> -- end a ban from this server"""
     by = session.user.source.mask
-
-    def done(full: str) -> None:
-        session.site.server.note(f"UNKLINE by {by}: {full}")
-        session.notice(f"K-line removed: {full}")
-
-    session.act("unban_from_server", mask, then=done)
+    full = yield do(session.act, "unban_from_server", mask)
+    session.site.server.note(f"UNKLINE by {by}: {full}")
+    session.notice(f"K-line removed: {full}")
 
 
 @irc_command("WALLOPS", 1, privileged=True)
@@ -8273,11 +8237,7 @@ class LineSession(LocalSession):
             self.tell(f"you are {name}: {why_renamed(self.site.hub, wanted, name)}")
         elif self.greeted:
             self.tell(f"you are {name}{self.who_is_here()}; /help")
-
-        def entered(channel: Channel | None) -> None:
-            self.here = channel
-
-        self.act("join", LOBBY, "", then=entered)
+        self.act("join", LOBBY, "", then=functools.partial(setattr, self, "here"))
 
     def move(self) -> None:
         """Speak in a channel that the user is in, if need be: the lobby rather than another."""
@@ -8311,18 +8271,19 @@ class LineSession(LocalSession):
             self.say(message)
 
 
+@in_steps
 def change_modes_aloud(
-    session: LineSession, channel: Channel, changes: list[ModeChange], done: Callable[[], None]
-) -> None:
+    session: LineSession,
+    channel: Channel,
+    changes: Iterable[ModeChange],
+    done: Callable[[], None] = lambda: None,
+) -> Steps:
     """Change modes; then done(), unless something was refused."""
-
-    def changed(refusals: list[Refused]) -> None:
-        for refusal in refusals[:1]:
-            return session.refuse(refusal)
+    values = channel.name, tuple(map(tuple, changes)), secrets.token_hex(16)
+    if refusals := (yield do(session.act, "set_modes", *values)):
+        session.refuse(refusals[0])
+    else:
         done()
-
-    plain = tuple(tuple(change) for change in changes)
-    session.act("set_modes", channel.name, plain, secrets.token_hex(16), then=changed)
 
 
 def named_channel(session: LineSession, name: str) -> Channel:
@@ -8392,40 +8353,34 @@ def line_help(session: LineSession, verb: str = "") -> None:
 
 
 @line_command("tell", 2)
-def line_tell(session: LineSession, name: str, text: str) -> None:
+@in_steps
+def line_tell(session: LineSession, name: str, text: str) -> Steps:
     """/tell NAME TEXT -- to one person only, or into a #channel you are in"""
-
-    def sent(result: Sent) -> None:
-        session.tell(f"told {name}: {text}")
-        if result.away:
-            session.tell(f"{result.away.name} is away: {result.away.away}")
-
-    session.act("say", name, text, MESSAGE, "", "", then=sent)
+    sent = yield do(session.act, "say", name, text, MESSAGE, "", "")
+    session.tell(f"told {name}: {text}")
+    if sent.away:
+        session.tell(f"{sent.away.name} is away: {sent.away.away}")
 
 
 @line_command("join", 1, 2)
-def line_join(session: LineSession, name: str, password: str = "") -> None:
+@in_steps
+def line_join(session: LineSession, name: str, password: str = "") -> Steps:
     """/join #CHANNEL [PASSWORD] -- enter it, and speak there from now on"""
-
-    def entered(channel: Channel | None) -> None:
-        session.here = channel or session.site.hub.find_channel(name)
-        session.tell(f"you speak in {session.here.name} now")
-        tell_topic(session, session.here)
-        tell_names(session, session.here)
-
-    session.act("join", name, password, then=entered)
+    channel = yield do(session.act, "join", name, password)
+    session.here = channel or session.site.hub.find_channel(name)
+    session.tell(f"you speak in {session.here.name} now")
+    tell_topic(session, session.here)
+    tell_names(session, session.here)
 
 
 @line_command("part", most=2)
-def line_part(session: LineSession, name: str = "", reason: str = "") -> None:
+@in_steps
+def line_part(session: LineSession, name: str = "", reason: str = "") -> Steps:
     """/part [#CHANNEL [REASON]] -- leave it, or the one you speak in"""
-
-    def left(channel: Channel) -> None:
-        session.tell(f"you left {channel.name}")
-        if channel is session.here:
-            session.move()
-
-    session.act("part", named_channel(session, name).name, reason, then=left)
+    channel = yield do(session.act, "part", named_channel(session, name).name, reason)
+    session.tell(f"you left {channel.name}")
+    if channel is session.here:
+        session.move()
 
 
 @line_command("names", most=1)
@@ -8469,14 +8424,12 @@ def line_me(session: LineSession, text: str) -> None:
 
 
 @line_command("nick", 1)
-def line_nick(session: LineSession, wanted: str) -> None:
+@in_steps
+def line_nick(session: LineSession, wanted: str) -> Steps:
     """/nick NAME -- take another name"""
-
-    def renamed(name: str) -> None:
-        why = "" if name == wanted else f": {why_renamed(session.site.hub, wanted, name)}"
-        session.tell(f"you are {name}{why}")
-
-    session.act("rename_user", wanted, False, secrets.randbits(32), then=renamed)
+    name = yield do(session.act, "rename_user", wanted, False, secrets.randbits(32))
+    why = "" if name == wanted else f": {why_renamed(session.site.hub, wanted, name)}"
+    session.tell(f"you are {name}{why}")
 
 
 @line_command("away", most=1)
@@ -8487,14 +8440,11 @@ def line_away(session: LineSession, reason: str = "") -> None:
 
 
 @line_command("invite", 1, 2)
-def line_invite(session: LineSession, name: str, where: str = "") -> None:
+@in_steps
+def line_invite(session: LineSession, name: str, where: str = "") -> Steps:
     """/invite NAME [#CHANNEL] -- invite a user; an operator may do so past any limit or ban"""
-
-    def done(result: tuple[User, Channel]) -> None:
-        user, channel = result
-        session.tell(f"you invited {user.name} to {channel.name}")
-
-    session.act("invite", name, named_channel(session, where).name, then=done)
+    user, channel = yield do(session.act, "invite", name, named_channel(session, where).name)
+    session.tell(f"you invited {user.name} to {channel.name}")
 
 
 @line_command("kick", 1, 2)
@@ -8537,8 +8487,7 @@ def line_unban(session: LineSession, whom: str) -> None:
     found = [channel.lists["b"][key].text for key in keys & channel.lists["b"].keys()]
     if not found:
         raise Refused("NOT_BANNED", f"no ban of {channel.name} is {whom}; /ban lists them")
-    changes = [ModeChange(False, "b", mask) for mask in found]
-    change_modes_aloud(session, channel, changes, lambda: None)
+    change_modes_aloud(session, channel, [ModeChange(False, "b", mask) for mask in found])
 
 
 def logged_in_line(session: LineSession, account: str, proof: str) -> None:
@@ -8548,44 +8497,42 @@ def logged_in_line(session: LineSession, account: str, proof: str) -> None:
 
 
 @line_command("register", 1, 2, exact=True)
-def line_register(session: LineSession, password: str, email: str = "") -> None:
+@in_steps
+def line_register(session: LineSession, password: str, email: str = "") -> Steps:
     """/register PASSWORD [EMAIL] -- make your name an account, which no other user can have"""
-
-    def done(name: str, proof: str) -> None:
-        if not proof:
-            return session.tell(f"a code was sent to {email}: /verify CODE")
-        logged_in_line(session, name, proof)
-        if used := email_used(session, email):
-            session.tell(used.removeprefix("; "))
-
-    register_nick(session, session.user.name, "*", email, password, done)
+    name, proof = yield from register_nick(session, session.user.name, "*", email, password)
+    if not proof:
+        return session.tell(f"a code was sent to {email}: /verify CODE")
+    logged_in_line(session, name, proof)
+    if used := email_used(session, email):
+        session.tell(used.removeprefix("; "))
 
 
 @line_command("verify", 1, exact=True)
-def line_verify(session: LineSession, code: str) -> None:
+@in_steps
+def line_verify(session: LineSession, code: str) -> Steps:
     """/verify CODE -- the code that was sent to your address"""
-    verify(session, session.user.name, code, functools.partial(logged_in_line, session))
+    account, proof = yield from verify(session, session.user.name, code)
+    logged_in_line(session, account, proof)
 
 
 @line_command("login", 1, 2, exact=True)
-def line_login(session: LineSession, *words: str) -> None:
+@in_steps
+def line_login(session: LineSession, *words: str) -> Steps:
     """/login [NAME] PASSWORD -- log in to an account; it gives you its name, or whom it is"""
     name, password = words if len(words) == 2 else (session.wanted_name, *words)
     before, name_before = session.user, session.user.name
-
-    def came_in() -> None:
-        if session.user.name != name_before:
-            session.tell(f"you are {session.user.name}")
-        if session.user is not before:
-            session.move()
-
-    identify(session, name, password, True, came_in)
+    yield from identify(session, name, password, True)
+    if session.user.name != name_before:
+        session.tell(f"you are {session.user.name}")
+    if session.user is not before:
+        session.move()
 
 
-line_command(
-    *("passwd", 2), exact=True, doc="/passwd OLD NEW -- another password for your account"
-)(change_own_password)
-line_command("drop", 1, exact=True, doc="/drop PASSWORD -- give up your account")(drop_own_account)
+line_command("passwd", 2, doc="/passwd OLD NEW -- another password for your account", exact=True)(
+    change_own_password
+)
+line_command("drop", 1, doc="/drop PASSWORD -- give up your account", exact=True)(drop_own_account)
 line_command(
     *("disown", 1),
     doc="/disown #CHANNEL -- let a channel that you founded end with its last member",
@@ -8620,8 +8567,15 @@ def line_stats(session: LineSession, letter: str) -> None:
     session.tell(counted(len(bans), "K-line"))
 
 
+def tell_past(session: LineSession, events: Iterable[Event], prefix: str) -> None:
+    for event in events:
+        for text in line_texts(event, prefix):
+            session.tell(f"{time_text(event.time)} {text}")
+
+
 @line_command("history", most=2)
-def line_history(session: LineSession, *params: str) -> None:
+@in_steps
+def line_history(session: LineSession, *params: str) -> Steps:
     """/history [#CHANNEL|NAME] [N] -- the last N messages said there"""
     numbers = [whole_number(p) for p in params if p.isdecimal()]
     names = [p for p in params if not p.isdecimal()]
@@ -8635,38 +8589,25 @@ def line_history(session: LineSession, *params: str) -> None:
         channel = named_channel(session, names[0] if names else "")
         channel.member(session.user)
         audience = channel.audience
-    prefix = line_prefix(audience)
-
-    def show(events: list[Event]) -> None:
-        if channel:
-            channel.member(session.user)  # or not any more
-        for event in events:
-            when = time_text(event.time)
-            for text in line_texts(event, prefix):
-                session.tell(f"{when} {text}")
-        session.tell(f"that was {counted(len(events), 'message')}")
-
-    place = place_of(hub, session.user, audience)
-    session.read(functools.partial(session.site.store.page, Span(place), count), show)
+    span = Span(place_of(hub, session.user, audience))
+    events = yield do(session.read, functools.partial(session.site.store.page, span, count))
+    if channel:
+        channel.member(session.user)  # or not any more
+    tell_past(session, events, line_prefix(audience))
+    session.tell(f"that was {counted(len(events), 'message')}")
 
 
 @line_command("search", 1)
-def line_search(session: LineSession, words: str) -> None:
+@in_steps
+def line_search(session: LineSession, words: str) -> Steps:
     """/search WORDS -- what was said with them in the channel you speak in"""
     channel = session.place()
     place = place_of(session.site.hub, session.user, channel.audience)
-
-    def show(found: list[tuple[Place, Event]]) -> None:
-        channel.member(session.user)  # or not any more
-        for _, event in found:
-            for text in line_texts(event, line_prefix(channel)):
-                session.tell(f"{time_text(event.time)} {text}")
-        session.tell(f"found {counted(len(found), 'message')} with {words}")
-
-    job = functools.partial(
-        session.site.store.words.search, [place], words, Span(place), HISTORY_LINES
-    )
-    session.read(job, show)
+    search = functools.partial(session.site.store.words.search, [place], words, Span(place))
+    found = yield do(session.read, functools.partial(search, HISTORY_LINES))
+    channel.member(session.user)  # or not any more
+    tell_past(session, [event for _, event in found], line_prefix(channel))
+    session.tell(f"found {counted(len(found), 'message')} with {words}")
 
 
 @line_command("lines", 1)
