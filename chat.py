@@ -632,8 +632,7 @@ BLANKS = frozenset("\u2800\ufffc\U00016fe4\U00013441\U00013442\U0001d159")
 
 
 def is_solid(c: str) -> bool:
-    """Return whether a character shows something: no control, format, unassigned or ignorable one,
-    no separator and no blank."""
+    """Return whether a character shows something: it is no control, separator or blank."""
     if c.isascii():
         return "!" <= c <= "~"
     return (
@@ -770,8 +769,7 @@ def parse_message(line: str) -> Message:
 
 
 def split_text(text: str, room: int) -> Iterator[str]:
-    """Pieces of at most `room` bytes of UTF-8: between words where one is near, and never
-    inside a character."""
+    """Pieces of at most `room` bytes, cut between words where one is near, never in a character."""
     while len(text.encode()) > room:
         piece = cut(text, room)
         space = piece.rfind(" ") + 1
@@ -1039,8 +1037,7 @@ class Commands(dict[str, Command]):
     def __call__(
         self, verb: str, least: int = 0, most: int | None = None, doc: str = "", **needs: bool
     ):
-        """Decorator: this handler is the command `verb`. `needs` are the flags of Command; `doc`
-        takes the place of the handler's docstring where two dialects share a handler."""
+        """Decorator: this is the command `verb`. Dialects share a handler, each with its `doc`."""
 
         def register(handler: Callable) -> Callable:
             if verb in self:
@@ -2278,8 +2275,7 @@ Steps = Iterator[do]
 
 
 def in_steps(function: Callable[..., Steps]) -> Callable[..., None]:
-    """Decorator: what this generator yields is done, off the loop where it takes long, and its
-    result sent in. So a handler of several acts and jobs reads from top to bottom."""
+    """Decorator: each step that this generator yields is done, and its result sent in."""
 
     def go_on(steps: Steps, result: Any = None) -> None:
         try:
@@ -2373,8 +2369,7 @@ class Group:
         return found
 
     def seen(self, spans: Iterable[tuple[int, float]]) -> list[tuple[int, int]]:
-        """Return the index ranges of the events in these spans of ids, in order; spans of
-        several channels may overlap."""
+        """Return the index ranges of the events in these spans of ids, which may overlap."""
         ranges: list[tuple[int, int]] = []
         for first, last in sorted(spans):
             start, end = bisect.bisect_left(self.ids, first), bisect.bisect_right(self.ids, last)
@@ -2873,8 +2868,7 @@ class Hub:
         return talk
 
     def find_audience(self, user: User, name: str) -> "Audience | Channel":
-        """Return what `name` means to a user: a channel, its members from a rank up, or a
-        conversation."""
+        """Return what a name means: a channel, its members from a rank up, or a conversation."""
         if name.startswith("#"):
             return self.find_channel(name)
         if name[1:2] == "#" and name[0] in SYMBOLS.values():
@@ -2961,8 +2955,7 @@ def act(function: Callable) -> Callable:
 
 
 def name_numbers(dice: int) -> Iterator[int]:
-    """Yield what may stand behind a name that is taken: counting past a thousand guests would
-    take too long."""
+    """Yield numbers for a name that is taken: counting past a thousand guests takes too long."""
     yield from range(2, NAMES_COUNTED)
     many = random.Random(dice)
     while True:
@@ -2972,8 +2965,7 @@ def name_numbers(dice: int) -> Iterator[int]:
 def free_name(
     hub: Hub, wanted: str, owner: User | None = None, account: str = "", dice: int = 0
 ) -> str:
-    """Return `wanted` as the rule for names has it, with a number where it is not free.
-    Raises Refused if there is nothing left of it."""
+    """Return `wanted` as names have to be, with a number where it is not free. Raises Refused."""
     name = clean_name(wanted)
     if not name:
         raise Refused("NO_NAME", "a name needs at least one visible character; try again")
@@ -3018,8 +3010,7 @@ def check_not_bound(hub: Hub, user: User) -> None:
 
 @act
 def follow(hub: Hub, who: Session, registry: str, key: str) -> None:
-    """Tell this session of a name that it monitors ("watchers") or of a key of metadata
-    ("subscribers")."""
+    """Tell this session of a name (the registry "watchers") or key of metadata ("subscribers")."""
     getattr(hub, registry).add(who, key)
 
 
@@ -3117,8 +3108,7 @@ def emit_to_witnesses(
     about: str = "",
     origin: Session | None = None,
 ) -> None:
-    """Tell what a user did to itself: the user, all who share a channel, and those who
-    monitor the name and want to know more than on and off."""
+    """Tell the user, all who share a channel, and those with extended-monitor what the user did."""
     watching = (s for s in hub.watchers.get(user.key, ()) if s.extended_monitor)
     audience = neighbours(user, watching, alone=True)
     hub.charge(WORK_OF_A_RECEIVER * audience.cost)
@@ -3166,8 +3156,7 @@ def inherit(hub: Hub, user: User, identity: str) -> None:
 
 
 def change_login(hub: Hub, who: Session, account: str) -> None:
-    """The user is logged in to an account. The first one that a guest logs in to takes over
-    what the guest said, received and read."""
+    """Log a user in to an account. A guest's first account takes over what the guest has."""
     user, identity = who.user, hub.accounts.identity(account)
     inherit(hub, user, identity)
     user.set_login(account, identity)
@@ -3247,8 +3236,7 @@ def enter(
 
 
 def close_channel(hub: Hub, channel: Channel) -> None:
-    """The channel ends. What was said in it while it was private is sealed: the next founder
-    of this name was not meant to read it."""
+    """End a channel. What was said while it was private is sealed from the next founder."""
     del hub.channels[channel.key]
     for user in list(channel.invited):
         channel.uninvite(user)
@@ -3504,8 +3492,7 @@ def tell_metadata_of_newcomer(hub: Hub, who: Session, channel: Channel) -> None:
 
 @act
 def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
-    """Join a channel, which is founded if need be; its founder operates it. None if the user
-    is a member already."""
+    """Join a channel, or found it and operate it; None if the user is a member already."""
     check_channel_name(name)
     user, key = who.user, fold(name)
     channel = hub.channels.get(key)
@@ -3708,8 +3695,7 @@ def move_markers(hub: Hub, old: str, new: str) -> None:
 
 @act
 def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -> None:
-    """Give a channel another name, and with it the history of this founding. The old name is
-    free at once."""
+    """Rename a channel with the history of this founding. The old name is free at once."""
     user, channel = who.user, hub.find_channel(where)
     channel.require(who, "o")
     check_channel_name(name)
@@ -3750,8 +3736,7 @@ SENT = Sent()
 
 @act
 def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_id: str) -> Sent:
-    """Send a message to a channel or user. `own_id` is the sender's id of it: under one id
-    there is one message."""
+    """Send a message to a channel or user; under one `own_id` of the sender there is one."""
     user = who.user
     if own_id and (repeat := hub.find_repeat(who, own_id)) is not None:
         return Sent(repeat)
@@ -3787,8 +3772,7 @@ def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_
 
 
 def conversation_keys(hub: Hub, one: str, other: str) -> list[str]:
-    """Return under which keys the store may have a private conversation: those of an account
-    include what its owner said as a guest."""
+    """Return the keys of a private conversation: an account has those of its guests, too."""
     pairs = itertools.product(hub.identities(one), hub.identities(other))
     return list(dict.fromkeys(" ".join(sorted(pair)) for pair in pairs))
 
@@ -4062,8 +4046,7 @@ TOO_MANY_TRIES = "Too many wrong passwords"
 
 
 def wrong_password(session: LocalSession) -> None:
-    """Refuse a wrong password of the server or an operator, which has been counted by
-    address; a few close the connection."""
+    """Refuse a wrong password of the server or an operator; a few close the connection."""
     session.tries += 1
     text = f"that is not it (try {session.tries} of {PASSWORD_TRIES})"
     session.refuse(Refused("WRONG_PASSWORD", text))
@@ -4075,8 +4058,7 @@ SERVER_PASSWORD, OPERATOR_PASSWORD = "*pass", "*oper"  # subjects of the throttl
 
 
 def check_server_password(session: LocalSession, given: str) -> bool:
-    """Return whether the server's password is right, or none is needed. Raises Refused where too
-    many wrong ones came from this address."""
+    """Return whether the password is right, or none is needed. Raises Refused after too many."""
     site = session.site
     if site.password is None:
         return True
@@ -4091,8 +4073,7 @@ def check_server_password(session: LocalSession, given: str) -> bool:
 
 
 def claimed_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
-    """Return the account that a session claims, and its verifier. It counts as a failure
-    until proven. Raises Refused."""
+    """Return a claimed account and its verifier: a failure until proven. Raises Refused."""
     session.site.server.refresh()
     hub, host = session.site.hub, session.conn.limit_key
     hub.accounts.throttle.check(host, name, hub.ticks)
@@ -4101,8 +4082,7 @@ def claimed_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
 
 
 def certified_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
-    """Return the account of the connection's certificate; "" or that account may be asked
-    for. Raises Refused."""
+    """Return the account of the connection's certificate, which may be named. Raises Refused."""
     session.site.server.refresh()
     accounts, fingerprint = session.site.hub.accounts, session.conn.fingerprint
     if not fingerprint:
@@ -4115,8 +4095,7 @@ def certified_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
 
 
 def revision_of(session: LocalSession, name: str, verifier: Verifier) -> str:
-    """Return the proof that this password was right. Raises Refused if the account is gone
-    or has another password by now."""
+    """Return the proof that a password was right. Raises Refused if that changed meanwhile."""
     accounts = session.site.hub.accounts
     if accounts.find(name)[1] != verifier:
         raise wrong_login()
@@ -4680,8 +4659,7 @@ class SearchIndex:
         self.gone += [(id, id, PART_ROWS) for id in ids]
 
     def step(self, most: int | None = None) -> Callable[[], tuple]:
-        """Return the next job, of so many ids: for a helper, or for the loop if all is in
-        memory. Its result is for finish()."""
+        """Return the next job, for a helper or (in memory) the loop; finish() takes its result."""
         behind, self.behind = self.behind, set()
         gone = self.taken = self.gone
         self.gone = []
@@ -4776,8 +4754,7 @@ class SearchIndex:
     def search(
         self, places: Iterable[Place], words: str, span: Span, count: int, author: str = ""
     ) -> list[tuple[Place, Event]]:
-        """Return the newest messages with all these words, the oldest first; only those of
-        the author's nick if there is one."""
+        """Return the newest messages with these words (of the author's nick), oldest first."""
         texts = " ".join('"' + words_of(word).replace('"', '""') + '"' for word in words.split())
         name = f" AND place: n{author.encode().hex()}" if author else ""
         found: list[tuple[Place, Event]] = []
@@ -5137,8 +5114,7 @@ class Store:
             return None
 
     def foundings(self, key: str) -> set[int]:
-        """Return the foundings of a channel of which there is history. A database that cannot
-        tell just now has some."""
+        """Return the foundings of which there is history; a database that cannot tell has some."""
         query = """
             SELECT founding FROM targets WHERE key = ?
             AND EXISTS (SELECT 1 FROM events WHERE target = targets.id)"""
@@ -5212,8 +5188,7 @@ class Store:
 
     @staticmethod
     def _some(rows: Iterable[tuple]) -> list[tuple]:
-        """Return the first rows, as far as their texts and tags fit in PAGE_BYTES. What is no
-        event of ours is left out."""
+        """Return the first rows that are events of ours, as far as they fit in PAGE_BYTES."""
         some, size = [], 0
         for row in filter(is_sound, rows):
             size += len(row[7].encode()) + len(row[9].encode())
@@ -5961,8 +5936,7 @@ def subscribed_metadata(
 
 
 def tell_metadata_of_channel(session: "IrcSession", channel: Channel) -> None:
-    """Tell the values, or where they are many, that they can be asked for (draft/metadata,
-    postponed synchronization)."""
+    """Tell the values; of many, that they can be asked for (draft/metadata, postponed sync)."""
     others = (channel, *(user for user in channel.members if user is not session.user))
     session.site.hub.charge(len(others))
     some = list(itertools.islice(subscribed_metadata(session, others), METADATA_AT_ONCE + 1))
@@ -6582,8 +6556,7 @@ def capability_values(session: IrcSession) -> dict[str, str]:
 def tell_capabilities(
     session: IrcSession, head: str, words: list[str], last: int = 0, more: str = ""
 ) -> None:
-    """Send words in as many lines as it takes, the last ones together; `more` stands in all
-    lines but the last one."""
+    """Send words in lines, the `last` ones together; `more` stands in all lines but the last."""
     room = IRC_BYTES - 2 - len(f":{session.site.name} {head} * :".encode())
     split = len(words) - last
     lines = [*wrapped(words[:split], room), *wrapped(words[split:], room)] or [""]
@@ -7116,8 +7089,7 @@ LIST_BOUND = re.compile(r"([CT]?)([<>])(\d{1,9})")
 
 
 def within(channel: Channel, what: str, sign: str, number: str, now: int) -> bool:
-    """Return whether a channel is on that side of a bound: users, or the minutes since it was
-    created (C), or since its topic was set (T)."""
+    """Return whether a channel is in a bound: users, or minutes since created (C) or topic (T)."""
     if not what:
         value = float(len(channel.members))
     elif what == "T" and not channel.topic:
@@ -7292,8 +7264,7 @@ def metadata_writable(session: IrcSession, target: str, key: str) -> Any:
 
 
 def metadata_owners(session: IrcSession, target: str) -> list[Any]:
-    """Return a user; a channel with its members; or all that this session is told of. Raises
-    Refused."""
+    """Return the user, a channel with its members, or (*ALL) all it is told of. Raises Refused."""
     if target == "*ALL" and session.user:
         people = (session.site.hub.users.get(key) for key in session.watched)
         channels = list(session.user.channels)
@@ -7398,8 +7369,7 @@ def invalid_target(subcommand: str, name: str) -> Refused:
 
 
 def readable(session: IrcSession, name: str, about: str) -> Place:
-    """Return where that is kept, if this user may read it: a channel, or the conversation with
-    a user, with an account, or with those who had that nick. Raises Refused."""
+    """Return the place of a channel, user, account or nick, if it may be read. Raises Refused."""
     hub, user = session.site.hub, session.user
     if name.startswith("#"):
         channel = hub.channels.get(fold(name))
@@ -7489,8 +7459,7 @@ def play(session: IrcSession, name: str, events: list[Event], newest: bool, whol
 
 
 def history_job(session: IrcSession, how: str, span: Span, name: str, marks: list[str], count: int):
-    """Return what a helper has to do for CHATHISTORY, and whether it is the newest of that
-    part that is asked for. Raises Refused."""
+    """Return the job, and whether it asks for the newest of that part. Raises Refused."""
     hub, store = session.site.hub, session.site.store
     points = [parse_mark(hub, mark, how, name) for mark in marks if (how, mark) != ("LATEST", "*")]
     if how == "AROUND":
@@ -7631,8 +7600,7 @@ def who_fits(pattern: re.Pattern, user: User) -> bool:
 
 
 def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel | None] | None]:
-    """Yield the users that a WHO means, with a channel that both are in, and None now and
-    then: see in_slices()."""
+    """Yield users with a channel that both are in, and None now and then: see in_slices()."""
     hub, me = session.site.hub, session.user
     channel, exact = hub.channels.get(fold(mask)), hub.users.get(fold(mask))
     pattern = mask_pattern("*" if mask == "0" else mask)
@@ -7840,8 +7808,7 @@ def irc_monitor(session: IrcSession, sign: str, names: str = "") -> None:
 def server_query(
     doc: str, answer: Callable[[IrcSession], None], server: int = 1, **needs: bool
 ) -> None:
-    """Make a command that always has the same answer. `server` says which parameter may name the
-    server that is asked; 0: none."""
+    """Make a command with one answer. `server`: which parameter names the server asked, or 0."""
 
     @irc_command(doc.split()[0], most=server, doc=doc, **needs)
     def handler(session: IrcSession, *params: str) -> None:
@@ -9336,8 +9303,7 @@ NOT_HTTP_1 = (
 
 
 def dialect_of(first_line: bytes) -> str:
-    """Return what a connection speaks whose first line this is: "irc", "line", "http", or
-    "other http". A BOM before a command of IRC does no harm."""
+    """Return what a first line speaks: "irc" (a BOM does no harm), "line", "http" or other."""
     if IRC_FIRST.match(first_line.removeprefix(BOM)):
         return "irc"
     http = HTTP_FIRST.match(first_line)
@@ -14395,8 +14361,7 @@ class Address:
 
 
 class Addresses(dict[str, Address]):
-    """Budgets that outlive connections. One that is full again is no different from a new
-    one: it is forgotten."""
+    """Budgets that outlive connections. A full one is no different from a new one: forgotten."""
 
     def __init__(self, flood: tuple[float, float] | None):
         super().__init__()
@@ -14811,8 +14776,7 @@ def server_tls_context(options: ServerOptions) -> Any:
 
 
 class ConnectionLimits:
-    """How many connections there may be, in all and from one address. A client that is turned
-    away is told which limit it is, and so are all that wait when there are no descriptors left."""
+    """How many connections there may be, in all and of one address. Who is turned away is told."""
 
     def __init__(self, options: ServerOptions):
         room = max(descriptor_limit() - SPARE_DESCRIPTORS, SPARE_DESCRIPTORS)
@@ -15075,8 +15039,7 @@ class Server:
             self.web_idle.add(peer)
 
     def probe(self, peer: Peer) -> None:
-        """Now and then: has anything been heard of this one? TCP tells us only of those
-        who said goodbye."""
+        """Has anything been heard of this one? TCP tells only of those who said goodbye."""
         if peer.busy or peer.held:  # we are the ones who do not listen
             peer.heard = self.loop.now
         silent = self.loop.now - peer.heard
@@ -15143,8 +15106,7 @@ class Server:
         self.tls_context, self.motd, self.site.password, self.site.operators = files
 
     def rehash(self, session: LocalSession, then: Callable = do_nothing) -> None:
-        """Read the files again: if one of them cannot be read, all stays as it was, and then()
-        is not called."""
+        """Read the files again, then then(); if one cannot be read, all stays as it was."""
 
         def use(files: tuple) -> None:
             self.use_files(files)
@@ -15164,8 +15126,7 @@ class Server:
     # The act beat
 
     def act(self) -> None:
-        """Turn lines into acts, for as long as a turn may take: addresses that used little of
-        their budget come first, and the rest comes in the next turn."""
+        """Turn lines into acts: addresses that used little first, what is left next turn."""
         acting, self.acting = self.acting, {}
         if not acting:
             return
@@ -15381,8 +15342,7 @@ class Server:
     # Going
 
     def lost(self, peer: Peer, reason: str) -> None:
-        """A connection is gone. What it said before is still taken, as far as its budget
-        allows it now; the rest is dropped."""
+        """Take what a lost connection said, as far as its budget allows; the rest is dropped."""
         level = logging.INFO if reason.startswith(TLS_TROUBLE) else logging.DEBUG
         log.log(level, "%s: %s", peer.address, reason)
         for delay in (self.silent, self.unnamed, self.slow, self.probed):
@@ -18510,8 +18470,7 @@ class Bench:
         return self._result(time.perf_counter() - began)
 
     def _settle(self) -> None:
-        """Until everybody is in, as far as can be told from outside: there was something to
-        hear, and then nothing more for a while."""
+        """Wait until everybody is in: something was heard, and then nothing for a while."""
         for conn in self.receivers:
             conn.counted = True
         for sender in self.senders:
