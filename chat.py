@@ -394,11 +394,8 @@ SOFT_BREAK = "\0"  # in a text: a client sent its line in two pieces here; it ca
 SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
 # Kinds that each session renders for itself, see Session.hear()
 PERSONAL = frozenset((ENTERED, RENAMED, READ_ON, ONLINE, OFFLINE, METADATA, KILLED, REPLACED))
-EPHEMERAL = frozenset(  # kinds that history does not keep
-    (
-        *(INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, REDACT, RENAME),
-        *(USER_MODE, *PERSONAL),
-    )
+EPHEMERAL = PERSONAL | frozenset(  # kinds that history does not keep
+    (INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, REDACT, RENAME, USER_MODE)
 )
 REPLAYABLE = (*SPOKEN, TAGS, JOIN, PART, QUIT, KICK, NICK, MODE, TOPIC)  # and those it keeps
 
@@ -1378,7 +1375,6 @@ class Connected(typing.Protocol):
     address: str  # HOST:PORT
     limit_key: str  # the address as limits count it, see address_key()
     secure: bool  # TLS
-    certifiable: bool  # client certificates are looked at
     fingerprint: str  # SHA-256 of the client's certificate, "" without one
     gone: bool  # nothing can be sent any more
 
@@ -2163,7 +2159,6 @@ class LocalSession(Session):
         raise NotImplementedError
 
     def refuse(self, refusal: Refused) -> None:
-        """Send a refusal."""
         raise NotImplementedError
 
     def answer(self, text: str) -> None:
@@ -3016,7 +3011,6 @@ def follow(hub: Hub, who: Session, registry: str, key: str) -> None:
 
 @act
 def unfollow(hub: Hub, who: Session, registry: str, key: str) -> None:
-    """The opposite of follow."""
     getattr(hub, registry).remove(who, key)
 
 
@@ -3453,7 +3447,6 @@ def own_account(user: User) -> str:
 
 @act
 def add_certificate(hub: Hub, who: Session, fingerprint: str) -> str:
-    """Let a certificate log in to the user's account."""
     accounts, account = hub.accounts, own_account(who.user)
     if not fingerprint:
         raise Refused("NO_CERTIFICATE", "this connection shows no certificate")
@@ -3943,8 +3936,7 @@ def become_operator(hub: Hub, who: Session, name: str) -> None:
     who.operator = True
     hub.operators.add(who)
     user = who.user
-    mine = Audience(user.name, sessions={who})
-    hub.emit(USER_MODE, user.source, mine, "+o", user.name, who)
+    hub.emit(USER_MODE, user.source, Audience(user.name, sessions={who}), "+o", user.name, who)
 
 
 def require_operator(who: Session) -> None:
@@ -4140,7 +4132,6 @@ def change_own_password(session: LocalSession, old: str, new: str) -> Steps:
 
 @in_steps
 def drop_own_account(session: LocalSession, password: str) -> Steps:
-    """Delete the account that the user is logged in to."""
     account, proof = yield from prove(session, own_account(session.user), password)
     yield do(session.act, "drop_account", account, proof)
     session.answer(ACCOUNT_GONE)
@@ -4163,16 +4154,6 @@ def check_registration(session: LocalSession, nick: str, wanted: str, email: str
     return name
 
 
-def count_account(session: LocalSession, name: str) -> None:
-    """Count one more account made from this address. Raises Refused when there are too many."""
-    hub, host = session.site.hub, session.conn.limit_key
-    if seconds := hub.accounts.made.wait(host, "", hub.ticks):
-        text = f"{ACCOUNTS_MADE} accounts from one address at most; try again in {seconds} s"
-        raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
-    if not is_loopback(host):
-        hub.accounts.made.failed(host, "", hub.ticks)
-
-
 def register_nick(
     session: LocalSession, nick: str, wanted: str, email: str, password: str
 ) -> Steps:
@@ -4180,17 +4161,21 @@ def register_nick(
     account and its proof; "" while the code is awaited."""
     name, site = check_registration(session, nick, wanted, email), session.site
     check_password(password, name)
+    accounts, host, ticks = site.hub.accounts, session.conn.limit_key, site.hub.ticks
     by_mail = "email-required" in site.registration
     if by_mail:  # a stranger's mailbox is not to be filled from here
-        site.hub.accounts.throttle.check(session.conn.limit_key, "*mail", site.hub.ticks)
-        site.hub.accounts.throttle.failed(session.conn.limit_key, "*mail", site.hub.ticks)
-    count_account(session, name)
+        accounts.throttle.check(host, "*mail", ticks)
+        accounts.throttle.failed(host, "*mail", ticks)
+    if seconds := accounts.made.wait(host, "", ticks):
+        text = f"{ACCOUNTS_MADE} accounts from one address at most; try again in {seconds} s"
+        raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
+    if not is_loopback(host):
+        accounts.made.failed(host, "", ticks)
     verifier = yield do(session.later, PASSWORD_LANE, functools.partial(make_verifier, password))
     check_registration(session, nick, wanted, email)  # another user may have been quicker
     if by_mail:
-        code = site.hub.accounts.await_code(Account(name, verifier, email))
-        send = functools.partial(site.server.mail, email, name, code)
-        yield do(session.later, MAIL_LANE, send)
+        code = accounts.await_code(Account(name, verifier, email))
+        yield do(session.later, MAIL_LANE, functools.partial(site.server.mail, email, name, code))
         return name, ""
     account = yield do(session.act, "register_account", nick, wanted, tuple(verifier), "")
     return account.name, account.revision
@@ -4612,7 +4597,9 @@ class SearchIndex:
             self.reading = Readers(path, self.db)
             query = "SELECT ifnull(max(last), 0), ifnull(max(stale * 2 >= messages AND stale), 0)"
             self.indexed, self.unfit = self.db.execute(f"{query} FROM parts").fetchone()
-            self.behind = set(store.targets_behind(self.indexed))
+            newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
+            query = f"SELECT id FROM targets WHERE {newest} > ?"
+            self.behind = {row[0] for row in store.db.execute(query, [self.indexed])}
             self.known = store.last_id
             self.redacted(row[0] for row in store.db.execute("SELECT id FROM erased"))
 
@@ -5158,12 +5145,6 @@ class Store:
             found |= dict(db.execute(query, [place.owner, place.other_key] * 2).fetchall())
         return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
 
-    def targets_behind(self, id: int) -> list[int]:
-        """Return the targets with events behind this id."""
-        newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-        query = f"SELECT id FROM targets WHERE {newest} > ?"
-        return [row[0] for row in self.db.execute(query, [id])]
-
     def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
         """Return at most `count` things of that span, the newest or the oldest of them, in the
         order of their ids; fewer if they are more than PAGE_BYTES long."""
@@ -5215,11 +5196,6 @@ class Store:
             return mark.time, 0
         found = self.page(Span(span.place, REPLAYABLE, Mark(mark.id - 1)), 1, newest=False)
         return (found[0].time if found else LAST_MOMENT), mark.id
-
-    def id_at(self, place: Place, when: int) -> int:
-        """Return the last message with exactly this time; 0 if there is none."""
-        found = self.page(Span(place, SPOKEN, Mark(time=when - 1), Mark(time=when + 1)), 1)
-        return found[0].id if found else 0
 
     def newest(self, keys: Iterable[str], identities: Iterable[str]) -> list[tuple[str, Event]]:
         """Return the last thing said under each key, and in each private conversation of these
@@ -5556,31 +5532,20 @@ CLASSIC_CAPABILITIES = (  # for clients that know only one line of CAP LS, the b
     *("account-tag", "chghost", "invite-notify", "setname", "cap-notify"),
     *("extended-monitor", "standard-replies"),
 )
-METADATA_VALUE = (
-    f"before-connect,max-subs={METADATA_SUBS},max-keys={METADATA_KEYS}"
-    f",max-value-bytes={METADATA_BYTES}"
+METADATA_LIMITS = f"max-subs={METADATA_SUBS},max-keys={METADATA_KEYS}"
+METADATA_VALUE = f"before-connect,{METADATA_LIMITS},max-value-bytes={METADATA_BYTES}"
+DRAFT_CAPABILITIES = (
+    *("chat.py/session", "draft/account-registration", "draft/channel-rename"),
+    *("draft/chathistory", "draft/event-playback", "draft/extended-isupport"),
+    *("draft/message-redaction", "draft/metadata-2", "draft/metadata-3", "draft/multiline"),
+    *("draft/no-implicit-names", "draft/pre-away", "draft/read-marker", "draft/oper-tag"),
+    *("draft/whoami", "no-implicit-names", "soju.im/search", "znc.in/self-message"),
 )
-
-CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value; the classic ones come last
-    "chat.py/session": "",
-    "draft/account-registration": "",
-    "draft/channel-rename": "",
-    "draft/chathistory": "",
-    "draft/event-playback": "",
-    "draft/extended-isupport": "",
-    "draft/message-redaction": "",
+CAPABILITIES = dict.fromkeys((*DRAFT_CAPABILITIES, *CLASSIC_CAPABILITIES), "") | {
+    # what CAP offers (ircv3.net/specs), with its value
     "draft/metadata-2": METADATA_VALUE,
     "draft/metadata-3": METADATA_VALUE,
     "draft/multiline": f"max-bytes={LINE_BYTES},max-lines={MESSAGE_LINES}",
-    "draft/no-implicit-names": "",
-    "draft/pre-away": "",
-    "draft/read-marker": "",
-    "draft/oper-tag": "",
-    "draft/whoami": "",
-    "no-implicit-names": "",
-    "soju.im/search": "",
-    "znc.in/self-message": "",
-    **dict.fromkeys(CLASSIC_CAPABILITIES, ""),
 }
 NEEDS_CAPABILITY = {  # to be told of these events
     ACCOUNT: "account-notify",
@@ -5773,20 +5738,14 @@ class IrcWire:
         return b"" if event.kind in NOT_OWN else line
 
 
-# The capabilities that change the bytes of an event
+# The capabilities that change the bytes of a message, and of any event. Sessions that differ
+# only in others share a wire.
 FORMAT_CAPABILITIES = (
     *("server-time", "message-tags", "account-tag", "draft/multiline", "draft/oper-tag"),
 )
-
-
-# The capabilities that change the bytes of an event. Sessions that differ only in others
-# share a wire.
-WIRE_CAPABILITIES = frozenset(
-    (
-        *(*FORMAT_CAPABILITIES, "echo-message", "extended-join", "znc.in/self-message"),
-        *NEEDS_CAPABILITY.values(),
-    )
-)
+WIRE_CAPABILITIES = frozenset((*FORMAT_CAPABILITIES, *NEEDS_CAPABILITY.values())) | {
+    *("echo-message", "extended-join", "znc.in/self-message"),
+}
 
 
 class IrcWires:
@@ -6085,7 +6044,6 @@ class IrcSession(LocalSession):
         self.send(irc_bytes(f"ERROR :{text}"))
 
     def probe(self) -> None:
-        """Ask the client whether it is still there."""
         self.send(irc_bytes(f"PING :{self.site.name}"))
 
     def service_says(self, text: str) -> None:
@@ -6537,11 +6495,11 @@ def set_capabilities(session: IrcSession, capabilities: Iterable[str]) -> None:
 
 def mechanisms(session: IrcSession) -> list[str]:
     """That this one may log in by."""
-    return [name for name in MECHANISMS if name != "EXTERNAL" or session.conn.certifiable]
+    shown = session.conn.fingerprint
+    return [name for name in MECHANISMS if name != "EXTERNAL" or shown]
 
 
 def capability_values(session: IrcSession) -> dict[str, str]:
-    """Return what is offered to this session, and the values."""
     site, secure = session.site, session.conn.secure
     rules = [*sorted(site.registration)]
     rules += [f"min-password-length={PASSWORD_LEAST}", f"max-password-length={PASSWORD_MOST}"]
@@ -6941,9 +6899,8 @@ def to_each_target(
     if "," not in targets:
         return send(targets)
     if targets.count(",") >= TARGETS:
-        raise Refused(
-            "TOO_MANY_TARGETS", f"{TARGETS} targets at most; the message was not delivered", targets
-        )
+        text = f"{TARGETS} targets at most; the message was not delivered"
+        raise Refused("TOO_MANY_TARGETS", text, targets)
     return each_in_pieces(session, targets, send)
 
 
@@ -7153,9 +7110,8 @@ def irc_invite(session: IrcSession, name: str = "", where: str = "") -> Steps:
             session.reply(RPL_INVITELIST, channel.name)
         return session.reply(RPL_ENDOFINVITELIST)
     if not where:
-        raise Refused(
-            "NEED_MORE_PARAMS", "it goes like this: INVITE <nickname> <channel>", "INVITE"
-        )
+        text = "it goes like this: INVITE <nickname> <channel>"
+        raise Refused("NEED_MORE_PARAMS", text, "INVITE")
     user, channel = yield do(session.act, "invite", name, where)
     session.reply(RPL_INVITING, user.name, channel.name)
     tell_away(session, user)
@@ -7172,14 +7128,6 @@ def irc_kick(session: IrcSession, names: str, victims: str, reason: str = "") ->
     for where, name in zip(channels, people, strict=True):
         session.act("kick", where, name, reason)
         yield
-
-
-def tell_masks(session: IrcSession, channel: Channel, letter: str) -> None:
-    channel.require_inside(session)
-    line, end = LIST_REPLIES[letter]
-    for mask in channel.lists[letter].values():
-        session.reply(line, channel.name, mask.text, mask.setter, mask.when // 1000)
-    session.reply(end, channel.name)
 
 
 def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
@@ -7230,7 +7178,11 @@ def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) ->
         return session.reply(RPL_CREATIONTIME, channel.name, channel.created // 1000)
     changes = parse_modes(letters, values)
     for letter in {c.letter: None for c in changes if c.letter in MASK_LISTS and not c.value}:
-        tell_masks(session, channel, letter)
+        channel.require_inside(session)
+        line, end = LIST_REPLIES[letter]
+        for mask in channel.lists[letter].values():
+            session.reply(line, channel.name, mask.text, mask.setter, mask.when // 1000)
+        session.reply(end, channel.name)
     change_modes(session, channel, [c for c in changes if c.value or c.letter not in MASK_LISTS])
 
 
@@ -7263,24 +7215,21 @@ def metadata_writable(session: IrcSession, target: str, key: str) -> Any:
     return owner
 
 
-def metadata_owners(session: IrcSession, target: str) -> list[Any]:
-    """Return the user, a channel with its members, or (*ALL) all it is told of. Raises Refused."""
+def metadata_sync(session: IrcSession, target: str) -> Iterator[None]:
+    """Tell the values of a user, of a channel with its members, or of all (*ALL)."""
     if target == "*ALL" and session.user:
         people = (session.site.hub.users.get(key) for key in session.watched)
         channels = list(session.user.channels)
         members = itertools.chain(*(channel.members for channel in channels))
-        return list(dict.fromkeys([session.user, *channels, *members, *filter(None, people)]))
-    owner = metadata_owner(session, target)
-    return [owner, *owner.members] if isinstance(owner, Channel) else [owner]
-
-
-def metadata_sync(session: IrcSession, target: str) -> Iterator[None]:
-    owners = metadata_owners(session, target)
+        owners = dict.fromkeys([session.user, *channels, *members, *filter(None, people)])
+    else:
+        owner = metadata_owner(session, target)
+        owners = [owner, *owner.members] if isinstance(owner, Channel) else [owner]
+        target = owner_name(owner)
     session.site.hub.charge(len(owners))
     known = subscribed_metadata(session, owners)
     lines = (session.shaped_line(RPL_KEYVALUE, *one) for one in known)
-    name = target if target == "*ALL" else owner_name(owners[0])
-    yield from batch_in_pieces(session, f"metadata {name}", lines)
+    yield from batch_in_pieces(session, f"metadata {target}", lines)
 
 
 @in_steps
@@ -7562,7 +7511,9 @@ def irc_markread(session: IrcSession, name: str = "", when: str = "") -> Steps:
     except Refused:
         id = 0
     else:
-        id = yield do(session.read, functools.partial(session.site.store.id_at, place, stamp))
+        span = Span(place, SPOKEN, Mark(time=stamp - 1), Mark(time=stamp + 1))
+        found = yield do(session.read, functools.partial(session.site.store.page, span, 1))
+        id = found[0].id if found else 0
     yield do(session.act, "mark_read", name, stamp, id)
     session.tell_marker(name)
 
@@ -8041,17 +7992,15 @@ def line_prefix(audience: Any) -> str:
     return f"[{audience.name}] " if audience.name not in ("", LOBBY) else ""
 
 
-def line_shape(event: Event) -> tuple[bool, str]:
-    if event.kind in SPOKEN and event.text.startswith("\x01"):
-        return LINE_CTCP
-    return LINE_BACK if event.kind == AWAY and not event.text else LINE_SHAPES[event.kind]
-
-
 def line_texts(event: Event, prefix: str, where: str = "") -> list[str]:
     """Return the lines of one event, without their ends; a message of several lines is several."""
     if event.kind not in LINE_SHAPES:  # nothing that anybody sees
         return []
-    prefixed, shape = line_shape(event)
+    prefixed, shape = LINE_SHAPES[event.kind]
+    if event.kind in SPOKEN and event.text.startswith("\x01"):
+        prefixed, shape = LINE_CTCP
+    elif event.kind == AWAY and not event.text:
+        prefixed, shape = LINE_BACK
     known = {**event.source._asdict(), "where": where, "about": event.about}
     return [
         (prefix if prefixed else "") + shape.format(**known, text=text)
@@ -8155,9 +8104,8 @@ class LineSession(LocalSession):
 
     def decode(self, line: bytes) -> str:
         if line == TOO_LONG:
-            raise Refused(
-                "TOO_LONG", f"a line has at most {LINE_BYTES} bytes; it was not delivered"
-            )
+            text = f"a line has at most {LINE_BYTES} bytes; it was not delivered"
+            raise Refused("TOO_LONG", text)
         try:
             return line.decode().replace(SOFT_BREAK, "")
         except UnicodeDecodeError:
@@ -8229,9 +8177,8 @@ class LineSession(LocalSession):
         """Add a line to a message begun with /lines."""
         message = "\n".join([*self.collected, text])
         if len(message.encode()) > LINE_BYTES:
-            raise Refused(
-                "TOO_LONG", f"a message has at most {LINE_BYTES} bytes; it was not delivered"
-            )
+            text = f"a message has at most {LINE_BYTES} bytes; it was not delivered"
+            raise Refused("TOO_LONG", text)
         self.collected.append(text)
         if len(self.collected) == self.wanted_lines:
             self.wanted_lines, self.collected = 0, []
@@ -8378,8 +8325,7 @@ def line_topic(session: LineSession, text: str = "") -> None:
     """/topic [TEXT] -- read or set the topic of the channel you speak in"""
     channel = session.place()
     if text:
-        then = functools.partial(tell_topic, session)
-        session.act("set_topic", channel.name, text, then=then)
+        session.act("set_topic", channel.name, text, then=functools.partial(tell_topic, session))
     else:
         tell_topic(session, channel)
 
@@ -14456,10 +14402,6 @@ class Peer(Connection):
         return self.tls is not None
 
     @property
-    def certifiable(self) -> bool:
-        return bool(self.fingerprint)
-
-    @property
     def fingerprint(self) -> str:
         if self.tls is None or self.server.options.tls_client_ca is None:
             return ""
@@ -14653,10 +14595,8 @@ class Listener:
             self.sock.bind((host, port))
         except OSError as error:
             self.sock.close()
-            where = address_text(host, port)
-            raise Unusable(
-                f"cannot listen on {where}: {reason_of(error)}; try --listen HOST:0"
-            ) from error
+            text = f"cannot listen on {address_text(host, port)}: {reason_of(error)}"
+            raise Unusable(f"{text}; try --listen HOST:0") from error
         self.sock.listen(BACKLOG)
         self.sock.setblocking(False)
         self.address = self.sock.getsockname()[:2]
@@ -15162,12 +15102,11 @@ class Server:
             return peer.drop("internal error")
         if peer.held or peer.leaving or peer.waits_for_budget:
             return
-        if peer.busy:
-            self.postpone(peer)
-        elif peer.eof:
-            peer.close()
-        else:
-            peer.update()
+        if peer.eof and not peer.busy:
+            return peer.close()
+        if peer.queue.size <= UNSENT_NO_READ and peer.busy:  # else lagging() resumes it
+            self.acting[peer] = None
+        peer.update()
 
     def _take_lines(self, peer: Peer, end: float) -> None:
         self.hub.take_work()  # of what was done meanwhile, for no peer's line
@@ -15232,12 +15171,6 @@ class Server:
         self.loop.call_later(seconds, peer.resume_with_budget)
         peer.update()
         return False
-
-    def postpone(self, peer: Peer) -> None:
-        """There is more: for the next turn."""
-        if peer.queue.size <= UNSENT_NO_READ:  # else lagging() resumes it
-            self.acting[peer] = None
-        peer.update()
 
     def open_session(self, peer: Peer, first_line: bytes) -> LocalSession | None:
         """Return the session that the first line begins, if it begins one."""
@@ -15306,8 +15239,9 @@ class Server:
             self._after_writing()
         if self.store.excess or self.store.orphans:
             self.committer.prune(idle=not turn.events)
-        if self.hub.absent:
-            self._watch_absent()
+        if self.hub.absent and self.grace_timer is None:  # for the first user whose period ends
+            first = next(iter(self.hub.absent.values())) / 1000 + GRACE_SECONDS
+            self.grace_timer = self.loop.call_later(first - self.loop.now, self._end_grace)
 
     def deliver(self, turn: Turn) -> None:
         for data, sessions in turn.deliveries(report_bug):
@@ -15324,12 +15258,6 @@ class Server:
         jobs, self.jobs = self.jobs, []
         for peer, lane, job, done in jobs:
             self.helpers.submit(peer.limit_key, job, done, lane, peer.still_there)
-
-    def _watch_absent(self) -> None:
-        """Have a timer for the first user whose grace period ends."""
-        if self.grace_timer is None:
-            first = next(iter(self.hub.absent.values())) / 1000 + GRACE_SECONDS
-            self.grace_timer = self.loop.call_later(first - self.loop.now, self._end_grace)
 
     def _end_grace(self) -> None:
         self.grace_timer = None
@@ -18982,17 +18910,15 @@ def add_server(commands: Any) -> None:
     keep = f"events kept of each channel; default {KEEP_EVENTS:,}"
     add("--keep", type=positive, metavar="N", help=keep)
     add("--password", type=secret_option, nargs="?", const="", metavar="PW", help="or @FILE")
-    usual = (FLOOD_BURST, FLOOD_RATE)
-    flood = "lines at once, and a second; default {}, {:g}".format(*usual)
-    add("--flood", type=flood_limits, default=usual, metavar="BURST,RATE|off", help=flood)
+    flood = f"lines at once, and a second; default {FLOOD_BURST}, {FLOOD_RATE:g}"
+    add("--flood", type=flood_limits, metavar="BURST,RATE|off", help=flood)
     add("--name", type=host_name, default=SERVER_NAME, metavar="HOST", help="of this server")
     add("--network", type=host_name, default=SERVER_NAME, metavar="NAME", help="as IRC shows it")
     oper = "who may operate the server; may be repeated; NAME:@FILE"
     add("--oper", type=operator_option, action="append", default=[], metavar="NAME:PW", help=oper)
     add("--motd", type=pathlib.Path, metavar="FILE", help="message of the day, for IRC")
     rules = "off, or before-connect,email-required"
-    default: frozenset[str] = frozenset()
-    add("--register", type=registration_rules, default=default, metavar="RULES", help=rules)
+    add("--register", type=registration_rules, metavar="RULES", help=rules)
     add("--sts", type=positive, metavar="SECONDS", help="IRC clients come back by TLS only")
     mail = "takes a message, like: sendmail -t"
     add("--sendmail", type=mail_command, metavar="COMMAND", help=mail)
@@ -19006,7 +18932,7 @@ def add_server(commands: Any) -> None:
     address = f"connections of one address; default {PER_ADDRESS}"
     add("--max-per-address", type=positive, default=PER_ADDRESS, metavar="N", help=address)
     add("--log", default="info", choices=("debug", "info", "warning", "error"))
-    server.set_defaults(run=run_server)
+    server.set_defaults(run=run_server, flood=(FLOOD_BURST, FLOOD_RATE), register=frozenset())
 
 
 CLIENT_EPILOG = """\
@@ -19087,13 +19013,6 @@ exit status: 0 with the figures, 1 with a reason, 2 for a wrong command line
     return parser
 
 
-def require_text(arguments: list[str]) -> None:
-    """Names and passwords go into UTF-8; the bytes of a command line can be anything."""
-    for text in arguments:
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise Unusable(f"{text!r} on the command line is not UTF-8 text")
-
-
 def main(arguments: list[str] | None = None) -> int:
     for fd in (0, 1, 2):  # a closed one would come back as a socket, and be written to
         try:
@@ -19105,7 +19024,9 @@ def main(arguments: list[str] | None = None) -> int:
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     try:
         given = sys.argv[1:] if arguments is None else arguments
-        require_text(given)
+        for text in given:  # names and passwords go into UTF-8; these bytes can be anything
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise Unusable(f"{text!r} on the command line is not UTF-8 text")
         if not given:
             print(FIRST_HELP, end="")
             return 0
