@@ -1009,6 +1009,8 @@ class Budget:
 # text is made from that. What every command needs is checked in one place, run(). A
 # handler with a long answer is a generator: wherever it yields, it can be left for later.
 
+LongAnswer = Iterator[None] | None  # the rest of it, if there is one
+
 
 class Command(NamedTuple):
     """A command, and what the gate has to know of it before it may run."""
@@ -1031,9 +1033,7 @@ class Commands(dict[str, Command]):
         super().__init__()
         self.mark = mark  # what stands before a verb on the wire
 
-    def __call__(
-        self, verb: str, least: int = 0, most: int | None = None, doc: str = "", **needs: bool
-    ):
+    def __call__(self, verb: str, least: int = 0, most: int | None = None, doc: str = "", **needs):
         """Decorator: this is the command `verb`. Dialects share a handler, each with its `doc`."""
 
         def register(handler: Callable) -> Callable:
@@ -1046,9 +1046,7 @@ class Commands(dict[str, Command]):
 
         return register
 
-    def run(
-        self, session: "LocalSession", verb: str, given: list[str] | str
-    ) -> Iterator[None] | None:
+    def run(self, session: "LocalSession", verb: str, given: list[str] | str) -> "LongAnswer":
         """The one gate. `given` are the parameters, or the text that they are split from. Return
         the rest of a long answer, if there is one. Raises Refused."""
         command = self.get(verb)
@@ -3094,19 +3092,13 @@ def forget_token(hub: Hub, user: User, token: str) -> None:
 
 
 def emit_to_witnesses(
-    hub: Hub,
-    kind: str,
-    source: Source,
-    user: User,
-    text: str = "",
-    about: str = "",
-    origin: Session | None = None,
+    hub: Hub, kind: str, source: Source, user: User, *texts: str, origin: Session | None = None
 ) -> None:
     """Tell the user, all who share a channel, and those with extended-monitor what the user did."""
     watching = (s for s in hub.watchers.get(user.key, ()) if s.extended_monitor)
     audience = neighbours(user, watching, alone=True)
     hub.charge(WORK_OF_A_RECEIVER * audience.cost)
-    hub.emit(kind, source, audience, text, about, origin)
+    hub.emit(kind, source, audience, *texts, origin=origin)
 
 
 def attach(hub: Hub, who: Session, user: User, address: str) -> None:
@@ -3155,7 +3147,7 @@ def change_login(hub: Hub, who: Session, account: str) -> None:
     inherit(hub, user, identity)
     user.set_login(account, identity)
     hub.turn.changed.add(user)
-    emit_to_witnesses(hub, ACCOUNT, user.source, user, "", account, who)
+    emit_to_witnesses(hub, ACCOUNT, user.source, user, "", account, origin=who)
     server = Source(hub.name, "", mask=hub.name)
     for channel in user.channels:
         member, ranks = channel.members[user], channel.ranks_by_account(user)
@@ -3647,10 +3639,11 @@ def end_invitations(hub: Hub, channel: Channel, done: Iterable[ModeChange]) -> N
                 channel.uninvite(user)
 
 
+Changes = tuple[tuple[bool, str, str], ...]  # the fields of a ModeChange each
+
+
 @act
-def set_modes(
-    hub: Hub, who: Session, name: str, changes: tuple[tuple[bool, str, str], ...], salt: str
-) -> list[Refused]:
+def set_modes(hub: Hub, who: Session, name: str, changes: Changes, salt: str) -> list[Refused]:
     """Change a channel's modes, as far as that can be done; return why not of the rest."""
     user, channel = who.user, hub.find_channel(name)
     done: list[ModeChange] = []
@@ -5884,9 +5877,7 @@ def owner_name(owner: "User | Channel | IrcSession") -> str:
     return owner.name if isinstance(owner, (User, Channel)) else "*"
 
 
-def subscribed_metadata(
-    session: "IrcSession", owners: Iterable[Any]
-) -> Iterator[tuple[str, str, str]]:
+def subscribed_metadata(session: "IrcSession", owners: Iterable) -> Iterator[tuple[str, str, str]]:
     """Whose, which and what: all that this session wants to hear of."""
     for owner in owners:
         for key, value in list(owner.metadata.items()):
@@ -6853,9 +6844,7 @@ def tell_repeat(session: IrcSession, name: str, own: str) -> None:
         session.read(functools.partial(hub.store.dedup.event, owners, own), tell)
 
 
-def send_message(
-    session: IrcSession, name: str, text: str, kind: str, tags: str, own: str = ""
-) -> None:
+def send_message(session: IrcSession, name: str, text: str, kind: str, tags: str, own: str) -> None:
     """Say it, and tell what became of it. Raises Refused."""
     hub = session.site.hub
     if own and hub.store.dedup.lost(hub.dedup_owners(session), own, hub.ticks):
@@ -6890,9 +6879,7 @@ def say_in_irc(session: IrcSession, name: str, text: str, kind: str = MESSAGE) -
     send_message(session, name, text, kind, tags, own)
 
 
-def to_each_target(
-    session: IrcSession, targets: str, send: Callable[[str], None]
-) -> Iterator[None] | None:
+def to_each_target(session: IrcSession, targets: str, send: Callable[[str], None]) -> LongAnswer:
     """Send to one target, or to each of several in pieces. Raises Refused."""
     if not targets:
         raise Refused("NO_RECIPIENT", "to whom?")
@@ -6905,7 +6892,7 @@ def to_each_target(
 
 
 @irc_command("PRIVMSG", most=2)
-def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> Iterator[None] | None:
+def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> LongAnswer:
     """PRIVMSG <target>{,<target>} <text> -- say something to people and channels"""
     if not text and targets:
         raise Refused("NO_TEXT", "there is nothing to say")
@@ -6913,7 +6900,7 @@ def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> Itera
 
 
 @irc_command("NOTICE", most=2)
-def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> Iterator[None] | None:
+def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> LongAnswer:
     """NOTICE <target>{,<target>} <text> -- the same, but nothing answers it"""
     if not (targets and text) or targets.count(",") >= TARGETS:
         return None
@@ -6929,7 +6916,7 @@ def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> Iterat
 
 
 @irc_command("TAGMSG", most=1)
-def irc_tagmsg(session: IrcSession, targets: str = "") -> Iterator[None] | None:
+def irc_tagmsg(session: IrcSession, targets: str = "") -> LongAnswer:
     """TAGMSG <target>{,<target>} -- send nothing but the tags before it"""
     tags = client_tags(session)
 
@@ -7285,7 +7272,7 @@ def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> 
 
 
 @irc_command("METADATA", 2, 15, nameless=True)
-def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> Iterator[None] | None:
+def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> LongAnswer:
     """METADATA <target or *> <subcommand> [<key>...] -- what programs know of people and channels:
     GET, LIST, SET, CLEAR, SUB, UNSUB, SUBS, SYNC"""
     match how.upper():
@@ -7756,9 +7743,7 @@ def irc_monitor(session: IrcSession, sign: str, names: str = "") -> None:
 # The server
 
 
-def server_query(
-    doc: str, answer: Callable[[IrcSession], None], server: int = 1, **needs: bool
-) -> None:
+def server_query(doc: str, answer: Callable, server: int = 1, **needs: bool) -> None:
     """Make a command with one answer. `server`: which parameter names the server asked, or 0."""
 
     @irc_command(doc.split()[0], most=server, doc=doc, **needs)
@@ -7856,13 +7841,11 @@ def irc_help(session: IrcSession, subject: str = "") -> None:
 irc_command("HELPOP", most=1, doc="HELPOP [<command>] -- the same as HELP")(irc_help)
 
 
-def refusing(
-    syntax: str, summary: str, code: str, text: str, least: int = 0, **needs: bool
-) -> None:
+def refusing(syntax: str, does: str, code: str, text: str, least: int = 0, **needs: bool) -> None:
     """Make a command of the RFCs that is always refused here."""
     verb = syntax.split()[0]
 
-    @irc_command(verb, least, 3, doc=f"{syntax} -- {summary}", **needs)
+    @irc_command(verb, least, 3, doc=f"{syntax} -- {does}", **needs)
     def handler(session: IrcSession, *params: str) -> None:
         raise Refused(code, text, *params[:least])
 
@@ -8187,10 +8170,7 @@ class LineSession(LocalSession):
 
 @in_steps
 def change_modes_aloud(
-    session: LineSession,
-    channel: Channel,
-    changes: Iterable[ModeChange],
-    done: Callable[[], None] = lambda: None,
+    session: LineSession, channel: Channel, changes: list, done: Callable = lambda: None
 ) -> Steps:
     """Change modes; then done(), unless something was refused."""
     values = channel.name, tuple(map(tuple, changes)), secrets.token_hex(16)
@@ -8379,7 +8359,7 @@ def line_mode(session: LineSession, text: str = "") -> None:
 
 
 @line_command("ban", most=1)
-def line_ban(session: LineSession, whom: str = "") -> Iterator[None] | None:
+def line_ban(session: LineSession, whom: str = "") -> LongAnswer:
     """/ban [NAME|MASK] -- keep a user out of the channel you speak in, and put them out"""
     channel, user = session.place(), session.site.hub.users.get(fold(whom))
     if not whom:
