@@ -510,8 +510,7 @@ class LineBuffer:
 
     Bytes stay as they came until they are about to be taken, LINES_SPLIT of them at a time: a
     list of all short lines would be twenty times as large. A line longer than `limit` bytes
-    comes out as TOO_LONG once and is skipped.
-    """
+    comes out as TOO_LONG once and is skipped."""
 
     __slots__ = ("buffer", "ended", "first", "limit", "lines", "searched", "skipping", "start")
     out, closed, in_body = b"", False, False  # what other framers have
@@ -669,8 +668,7 @@ def skeleton(name: str) -> str:
     """Return what `name` looks like: names with one skeleton can be taken for each other.
 
     Compare names as shown, not folded ones. Marks count (bob is not bób), except that a dot
-    above i or j adds nothing to see. Distinct ASCII names differ here unless only in case.
-    """
+    above i or j adds nothing to see. Distinct ASCII names differ here unless only in case."""
     if name.isascii():
         return name.lower()
     # Decomposed, so that accented letters of any script become a lookalike and the same mark.
@@ -695,8 +693,7 @@ def clean_name(wanted: str) -> str:
     """Return the nearest name that every dialect can carry; "" if nothing is left.
 
     NFKC; characters that show nothing (Unicode C*, Z*, Default_Ignorable_Code_Point) and
-    NOT_IN_NAMES become "_", as does one of NOT_FIRST_IN_NAMES at the start.
-    """
+    NOT_IN_NAMES become "_", as does one of NOT_FIRST_IN_NAMES at the start."""
     name = wanted.strip()[: 4 * NAME_CHARACTERS]
     # NFKC would drop or replace some of those: then they would be in the name unseen
     name = "".join(c if is_solid(c) else "_" for c in name)
@@ -797,8 +794,7 @@ def pattern_of(mask: str) -> re.Pattern:
 
     An atomic group, (?>...), never gives back what it took. So each piece between two stars
     is found once, where it comes first, and no number of stars makes this slow: the time is
-    at most the product of both lengths, where nested .* would double with every star.
-    """
+    at most the product of both lengths, where nested .* would double with every star."""
     first, *others = (re.escape(piece).replace(r"\?", ".") for piece in re.split(r"\*+", mask))
     if others:
         *middle, last = others
@@ -923,8 +919,7 @@ class TlsFilter:
 
     feed() takes what came from the network and gives the plaintext in it; seal() takes
     plaintext; take() gives what has to go out, the handshake's own bytes included.
-    Raises TlsFailed.
-    """
+    Raises TlsFailed."""
 
     def __init__(self, context: Any, hostname: str | None = None):
         import ssl  # 15 ms, paid only by those who use TLS
@@ -1458,8 +1453,7 @@ def next_time(last: int, now: int) -> int:
     """Return the time of the event after one at `last`, in milliseconds.
 
     Times follow the wall clock. They are unique while it runs forward, at most TIMES_AHEAD
-    ahead of it; a `last` that is further ahead means that the clock was set back.
-    """
+    ahead of it; a `last` that is further ahead means that the clock was set back."""
     if now > last or last > now + TIMES_AHEAD:
         return now
     return min(last + 1, now + TIMES_AHEAD)
@@ -1678,8 +1672,7 @@ class Mask:
     """An entry of a channel's list, or a ban from the server.
 
     nick!user@host with * and ?, or extended: a:ACCOUNT means the users logged in to it, and
-    m:MASK those who may be in the channel but not speak.
-    """
+    m:MASK those who may be in the channel but not speak."""
 
     __slots__ = ("by_account", "mutes", "pattern", "setter", "text", "when")
 
@@ -1745,8 +1738,7 @@ def channel_password(word: str, salt: str) -> ChannelPassword:
 class Audience:
     """Whom an event is for. It names channels, users or sessions; who they are is resolved
     when the turn is written. Compared by identity: the events of one audience are encoded
-    and joined together.
-    """
+    and joined together."""
 
     __slots__ = ("channels", "name", "parties", "sessions", "targets", "users")
 
@@ -2190,6 +2182,7 @@ class LocalSession(Session):
     def take_result(self, then: Callable, result: Any) -> None:
         """Take what a job returned, or the ChatError that it raised."""
         self.deferred = False
+        self.resume_answer()
         try:
             if isinstance(result, Refused):
                 raise result
@@ -2198,8 +2191,7 @@ class LocalSession(Session):
             then(result)
         except Refused as refusal:
             self.refuse(refusal)
-        if not self.deferred and self.unfinished is None:
-            self.answered()
+        self.mark_answer(whole=not self.deferred and self.unfinished is None)
 
     # Long answers: generators that are resumed for as long as the client reads them
 
@@ -2213,6 +2205,7 @@ class LocalSession(Session):
             if next(self.postponed[0], self) is self:
                 del self.postponed[0]
             return
+        self.resume_answer()
         try:
             next(self.unfinished)
         except StopIteration:
@@ -2220,11 +2213,13 @@ class LocalSession(Session):
         except Refused as refusal:
             self.unfinished = None
             self.refuse(refusal)
-        if self.unfinished is None and not self.deferred:
-            self.answered()
+        self.mark_answer(whole=not self.deferred and self.unfinished is None)
 
-    def answered(self) -> None:
-        """All has been sent that answers the line received last."""
+    def resume_answer(self) -> None:
+        """Go on with an answer that took until another turn."""
+
+    def mark_answer(self, whole: bool) -> None:
+        """This has been sent of an answer, or the whole."""
 
     # Sending
 
@@ -2435,8 +2430,7 @@ class Turn:
 
     Most sessions belong to one audience and get its joined bytes, the same object for all.
     Those that are individually addressed (they spoke, came, went, or were answered) and
-    those that belong to several audiences get the same lines, cut for them, in the log's order.
-    """
+    those that belong to several audiences get the same lines, cut for them, in the log's order."""
 
     __slots__ = (
         *("changed", "conversations", "copies", "dedup", "events", "individually_addressed"),
@@ -3002,14 +2996,10 @@ def check_not_bound(hub: Hub, user: User) -> None:
 
 
 @act
-def follow(hub: Hub, who: Session, registry: str, key: str) -> None:
+def follow(hub: Hub, who: Session, registry: str, key: str, on: bool) -> None:
     """Tell this session of a name (the registry "watchers") or key of metadata ("subscribers")."""
-    getattr(hub, registry).add(who, key)
-
-
-@act
-def unfollow(hub: Hub, who: Session, registry: str, key: str) -> None:
-    getattr(hub, registry).remove(who, key)
+    known: Registry = getattr(hub, registry)
+    (known.add if on else known.remove)(who, key)
 
 
 def tell_watchers(hub: Hub, key: str, kind: str, source: Source) -> None:
@@ -4027,8 +4017,6 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
 # What a session does to prove something, in both dialects. The slow part runs off the loop
 # before the act; the act gets a proof: the revision of the password that was checked.
 
-TOO_MANY_TRIES = "Too many wrong passwords"
-
 
 def wrong_password(session: LocalSession) -> None:
     """Refuse a wrong password of the server or an operator; a few close the connection."""
@@ -4036,7 +4024,7 @@ def wrong_password(session: LocalSession) -> None:
     text = f"that is not it (try {session.tries} of {PASSWORD_TRIES})"
     session.refuse(Refused("WRONG_PASSWORD", text))
     if session.tries >= PASSWORD_TRIES:
-        session.end(TOO_MANY_TRIES)
+        session.end("Too many wrong passwords")
 
 
 SERVER_PASSWORD, OPERATOR_PASSWORD = "*pass", "*oper"  # subjects of the throttle
@@ -4378,9 +4366,6 @@ TABLES: dict[str, tuple[type, ...]] = {  # those that are read at the start, and
 }
 
 
-MORE_TABLES = ("dedup", "erased", "events", "targets")
-
-
 def connect(path: pathlib.Path | None, mode: str) -> sqlite3.Connection:
     """Return a connection that never waits and begins no transaction by itself."""
     address = f"{path.absolute().as_uri()}?mode={mode}" if path else ":memory:"
@@ -4401,7 +4386,8 @@ def inspect_database(path: pathlib.Path) -> None:
             verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0] if small else "ok"
             if version == len(MIGRATIONS) and application == APPLICATION_ID:
                 query = "SELECT name FROM sqlite_master WHERE type = 'table'"
-                missing = {*TABLES, *MORE_TABLES} - {row[0] for row in db.execute(query)}
+                wanted = {*TABLES, "dedup", "erased", "events", "targets"}
+                missing = wanted - {row[0] for row in db.execute(query)}
                 verdict = f"no table {min(missing)}" if missing and verdict == "ok" else verdict
         except sqlite3.OperationalError:
             raise  # locked by another program: that is no damage
@@ -4461,12 +4447,9 @@ def event_of(*row: Any) -> Event:
     return Event(id, time_ms, kind, source, None, text, about, None, tags)
 
 
-EVENT_TYPES = [int, int, *[str] * 8]
-
-
 def is_sound(row: tuple) -> bool:
     """Return whether a row has the types that event_of() takes: SQLite would store anything."""
-    return list(map(type, row)) == EVENT_TYPES
+    return list(map(type, row)) == [int, int, *[str] * 8]
 
 
 class Mark(NamedTuple):
@@ -4569,8 +4552,7 @@ class SearchIndex:
 
     It is made of parts, each for so many messages. Redaction makes a part again without what
     was redacted; FTS5 alone would keep the words until it merges them. Not every Python has
-    FTS5; then nothing is found.
-    """
+    FTS5; then nothing is found."""
 
     TOKENIZER = "unicode61 categories 'L* N* Co So'"
 
@@ -4603,7 +4585,7 @@ class SearchIndex:
                 return self._open_once(path)
             except sqlite3.DatabaseError as error:
                 if path is None or not attempts_left or "no such module" in str(error):
-                    return None
+                    break
                 for suffix in ("", "-wal", "-shm"):
                     path.with_name(path.name + suffix).unlink(missing_ok=True)
         return None
@@ -5588,8 +5570,9 @@ def tag_time(milliseconds: int) -> str:
     return f"{second_text(seconds)}.{rest:03}Z"
 
 
-TAG_CHARACTERS = {"\\": "\\\\", ";": "\\:", " ": "\\s", "\r": "\\r", "\n": "\\n", "\0": ""}
-TAG_TRANSLATION = str.maketrans(TAG_CHARACTERS)
+TAG_TRANSLATION = str.maketrans(
+    {"\\": "\\\\", ";": "\\:", " ": "\\s", "\r": "\\r", "\n": "\\n", "\0": ""}
+)
 
 
 def escaped_tag(value: str) -> str:
@@ -5747,8 +5730,7 @@ class IrcWires:
     def __init__(self, ids: MessageIds):
         self.ids = ids
         self.formats: dict[tuple[bool, ...], IrcFormat] = {}  # at most 32
-        self.wires: weakref.WeakValueDictionary[frozenset, IrcWire]
-        self.wires = weakref.WeakValueDictionary()
+        self.wires: Any = weakref.WeakValueDictionary()  # each IrcWire by its capabilities
 
     def get(self, capabilities: frozenset[str]) -> IrcWire:
         key = capabilities & WIRE_CAPABILITIES
@@ -6145,21 +6127,9 @@ class IrcSession(LocalSession):
         if self.labelled:
             self.begin_answer(unescaped_tag(self.labelled.label))
 
-    def go_on(self) -> None:
-        self.resume_answer()
-        super().go_on()
-        if self.unfinished or self.deferred:
-            self.mark_answer(whole=False)
-
     def take_result(self, then: Callable, result: Any) -> None:
-        self.resume_answer()
         super().take_result(then, result)
         self.from_service = self.from_service and self.deferred
-        if self.deferred or self.unfinished:
-            self.mark_answer(whole=False)
-
-    def answered(self) -> None:
-        self.mark_answer(whole=True)
 
     def mark_answer(self, whole: bool) -> None:
         """Label what has been sent since the answer was begun or resumed; or put it in a
@@ -6231,13 +6201,10 @@ class IrcSession(LocalSession):
         self.acks.clear()
 
     def ended(self) -> None:
-        hub = self.site.hub
-        for key in self.watched:
-            hub.perform("unfollow", self.id, "watchers", key)
-        for key in self.subscribed:
-            hub.perform("unfollow", self.id, "subscribers", key)
-        self.watched.clear()
-        self.subscribed.clear()
+        for registry, keys in (("watchers", self.watched), ("subscribers", self.subscribed)):
+            for key in keys:
+                self.site.hub.perform("follow", self.id, registry, key, False)
+            keys.clear()
         super().ended()
 
 
@@ -6801,47 +6768,36 @@ def tell_away(session: IrcSession, user: User) -> None:
         session.reply(RPL_AWAY, user.name, user.away)
 
 
-CLIENT_TAG = r"\+[\w./-]+"
-
-
 def client_tags(session: IrcSession) -> str:
     """Return what the client that is answered has to say to clients (IRCv3 message-tags)."""
     if not session.message.tags or not session.wire.format.tagged:
         return ""
-    tags = ((k, v) for k, v in session.message.tags.items() if re.fullmatch(CLIENT_TAG, k))
+    tags = ((k, v) for k, v in session.message.tags.items() if re.fullmatch(r"\+[\w./-]+", k))
     return ";".join(f"{key}={escaped_tag(value)}" if value else key for key, value in tags)
 
 
-class Past(NamedTuple):
-    """A channel or conversation, for what was said there."""
-
-    name: str
-
-
-def tell_repeat(session: IrcSession, name: str, own: str) -> None:
+@in_steps
+def tell_repeat(session: IrcSession, name: str, own: str) -> Steps:
     """Answer a message that was sent before: the connection broke before the client could
     know. It gets the echo of then; of a message that is gone, its id."""
     hub = session.site.hub
     owners = hub.dedup_owners(session)
     known = [event for owner in owners if (event := hub.turn.dedup.get((owner, own)))]
-
-    def tell(found: tuple[int, Event | None] | None) -> None:
-        if found is None:  # the turn in which it was said could not be stored
-            return session.tell_not_kept(own, "it could not be stored")
-        id, event = found
-        if event is None:
-            tags = f"@msgid={hub.ids.text(id)};{OWN_ID}={escaped_tag(own)}"
-            return session.send(irc_bytes(f"{tags} :{session.user.source.mask} TAGMSG {name}"))
-        past = Past(name if name.startswith("#") else "")
-        for line in session.wire.encode(past, [event]) if session.wire.echo else ():
-            session.send(line)
-
     if hub.store.dedup.lost(owners, own, hub.ticks):
-        session.tell_not_kept(own, "it was said before, and could not be kept")
-    elif known and session.site.store.path is None:  # which loses nothing, and is read too soon
-        tell((known[0].id, known[0]))
+        return session.tell_not_kept(own, "it was said before, and could not be kept")
+    if known and session.site.store.path is None:  # which loses nothing, and is read too soon
+        found = known[0].id, known[0]
     else:
-        session.read(functools.partial(hub.store.dedup.event, owners, own), tell)
+        found = yield do(session.read, functools.partial(hub.store.dedup.event, owners, own))
+    if found is None:  # the turn in which it was said could not be stored
+        return session.tell_not_kept(own, "it could not be stored")
+    id, event = found
+    if event is None:
+        tags = f"@msgid={hub.ids.text(id)};{OWN_ID}={escaped_tag(own)}"
+        return session.send(irc_bytes(f"{tags} :{session.user.source.mask} TAGMSG {name}"))
+    past = Audience(name if name.startswith("#") else "")
+    for line in session.wire.encode(past, [event]) if session.wire.echo else ():
+        session.send(line)
 
 
 def send_message(session: IrcSession, name: str, text: str, kind: str, tags: str, own: str) -> None:
@@ -7265,7 +7221,7 @@ def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> 
                 session.subscribed[key] = None
             else:
                 session.subscribed.pop(key, None)
-            session.act("follow" if on else "unfollow", "subscribers", key)
+            session.act("follow", "subscribers", key, on)
             done.append(key)
     if done:
         session.reply(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, " ".join(done))
@@ -7381,7 +7337,7 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
 def play(session: IrcSession, name: str, events: list[Event], newest: bool, whole: bool) -> None:
     """Send what was said, in a batch to those who know them; as much as is reasonable at once,
     counted as it is sent. `whole`: there is no more of it."""
-    past = Past(name if name.startswith("#") else "")
+    past = Audience(name if name.startswith("#") else "")
     lines, size = [], 0
     for event in reversed(events) if newest else events:
         (line,) = session.wire.encode(past, [event])
@@ -7413,11 +7369,11 @@ CHATHISTORY_MARKS = {"BEFORE": 1, "AFTER": 1, "LATEST": 1, "AROUND": 1, "BETWEEN
 
 def target_bound(session: IrcSession, text: str) -> Mark:
     """Return a bound of TARGETS: a time, and for our own clients also an id."""
-    if text.startswith("msgid=") and "chat.py/session" in session.capabilities:
+    if "chat.py/session" in session.capabilities and text.startswith("msgid="):
         return parse_mark(session.site.hub, text, "TARGETS", "*")
     if not text.startswith("timestamp="):
         raise Refused("INVALID_PARAMS", "a bound is timestamp=...", "TARGETS", text)
-    return Mark(time=parse_time(text.removeprefix("timestamp="), "TARGETS", text))
+    return parse_mark(session.site.hub, text, "TARGETS", "*")
 
 
 @irc_command("CHATHISTORY", 4, 5)
@@ -7478,7 +7434,7 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
     for place, event in found:
         where = names.get(place.keys[0]) if place.keys[0][:1] == "#" else ""
         if where is not None:
-            lines += session.wire.encode(Past(where), [event])
+            lines += session.wire.encode(Audience(where), [event])
     in_batch(session, "soju.im/search", lines)
 
 
@@ -7557,13 +7513,10 @@ def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel 
             yield user, next((c for c in user.channels if c in me.channels), None)
 
 
-WHOX_FIELDS = "tcuihsnfdlaor"  # in the order of their answers (ircv3.net, WHOX)
-
-
 def who_values(
     session: IrcSession, user: User, channel: Channel | None, flags: str, token: str
 ) -> dict[str, str]:
-    """Return what a WHO tells of a user, by the letters of WHOX."""
+    """Return what a WHO tells of a user, by the letters of WHOX, in the order of its answers."""
     source, hub = user.source, session.site.hub
     return {
         "t": as_param(token),
@@ -7588,7 +7541,6 @@ def irc_who(session: IrcSession, mask: str = "*", options: str = "") -> Iterator
     flags, extended, rest = options.partition("%")
     fields, _, token = rest.partition(",")
     multi = "multi-prefix" in session.capabilities
-    wanted = [field for field in WHOX_FIELDS if extended and field in fields]
     for match in who_matches(session, mask):
         if match is None or ("o" in flags and not match[0].is_operator):
             yield
@@ -7596,8 +7548,9 @@ def irc_who(session: IrcSession, mask: str = "*", options: str = "") -> Iterator
         user, channel = match
         member = channel.members.get(user) if channel else None
         values = who_values(session, user, channel, who_flags(user, member, multi), token)
+        wanted = [text for field, text in values.items() if extended and field in fields]
         if wanted:
-            session.reply(RPL_WHOSPCRPL, " ".join(values[field] for field in wanted))
+            session.reply(RPL_WHOSPCRPL, " ".join(wanted))
         else:
             session.reply(RPL_WHOREPLY, *(values[field] for field in "cuhsnf"), user.realname)
         yield
@@ -7709,7 +7662,7 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
             session.refuse(Refused("BAD_NAME", "names only, no masks", name))
         elif key not in session.watched:
             session.watched[key] = name
-            session.act("follow", "watchers", key)
+            session.act("follow", "watchers", key, True)
             added.append(name)
     tell_monitored(session, added)
 
@@ -7717,7 +7670,7 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
 def monitor_remove(session: IrcSession, names: list[str]) -> None:
     for name in names:
         if session.watched.pop(fold(name), None):
-            session.act("unfollow", "watchers", fold(name))
+            session.act("follow", "watchers", fold(name), False)
 
 
 @irc_command("MONITOR", 1, 2)
@@ -8018,7 +7971,6 @@ class LineWire:
         return f"* you set {harmless(event.text)} in {event.audience.name}\n".encode()
 
 
-LINE_WIRE = LineWire()
 line_command = Commands("/")
 
 
@@ -8038,7 +7990,7 @@ class LineSession(LocalSession):
     __slots__ = (
         *("collected", "dropping", "greeted", "here", "passed", "wanted_lines", "wanted_name"),
     )
-    wire = LINE_WIRE
+    wire = LineWire()
     accepts_partial_last_line = True
 
     def __init__(self, site: Site, conn: Any, greeted: bool = False):
