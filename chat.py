@@ -1050,25 +1050,20 @@ class Commands(dict[str, Command]):
             raise Refused("UNKNOWN_COMMAND", text, verb)
         if session.user is None and not command.nameless:
             raise Refused("NOT_NAMED", "a name first, please; then commands")
-        params = self._params(command, given)
+        if command.exact:  # a password is never cut, joined or guessed
+            params = split_words(given) if isinstance(given, str) else given
+            if params is None or len(params) > command.most:
+                text = f"it goes like this: {command.syntax}; quote a password that has blanks"
+                raise Refused("NEED_MORE_PARAMS", text, command.verb)
+        elif isinstance(given, str):
+            params = given.split(None, command.most - 1) if command.most else []
+        else:
+            params = given[: command.most]
         if len(params) < command.least:
             raise Refused("NEED_MORE_PARAMS", f"it goes like this: {command.syntax}", verb)
         if command.privileged and not session.operator:
             raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
         return command.handler(session, *params)
-
-    @staticmethod
-    def _params(command: Command, given: list[str] | str) -> list[str]:
-        """Split the parameters. A password is never cut, joined or guessed."""
-        if not command.exact:
-            if isinstance(given, str):
-                return given.split(None, command.most - 1) if command.most else []
-            return given[: command.most]
-        words = split_words(given) if isinstance(given, str) else given
-        if words is None or len(words) > command.most:
-            text = f"it goes like this: {command.syntax}; quote a password that has blanks"
-            raise Refused("NEED_MORE_PARAMS", text, command.verb)
-        return words
 
 
 # ======================================================================================
@@ -2432,11 +2427,6 @@ class Turn:
     Those that are individually addressed (they spoke, came, went, or were answered) and
     those that belong to several audiences get the same lines, cut for them, in the log's order."""
 
-    __slots__ = (
-        *("changed", "conversations", "copies", "dedup", "events", "individually_addressed"),
-        *("left", "moved", "moved_channels", "records", "since"),
-    )
-
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.records: list[Record] = []
@@ -2941,14 +2931,6 @@ def act(function: Callable) -> Callable:
 # Names
 
 
-def name_numbers(dice: int) -> Iterator[int]:
-    """Yield numbers for a name that is taken: counting past a thousand guests takes too long."""
-    yield from range(2, NAMES_COUNTED)
-    many = random.Random(dice)
-    while True:
-        yield many.randrange(10**6)
-
-
 def free_name(
     hub: Hub, wanted: str, owner: User | None = None, account: str = "", dice: int = 0
 ) -> str:
@@ -2956,7 +2938,10 @@ def free_name(
     name = clean_name(wanted)
     if not name:
         raise Refused("NO_NAME", "a name needs at least one visible character; try again")
-    candidates = itertools.chain([name], (numbered_name(name, n) for n in name_numbers(dice)))
+    # Counting past a thousand guests would take too long: after some, any number will do
+    many = random.Random(dice)
+    numbers = itertools.chain(range(2, NAMES_COUNTED), iter(lambda: many.randrange(10**6), None))
+    candidates = itertools.chain([name], (numbered_name(name, n) for n in numbers))
     account = owner.account if owner else account
     return next(
         c
@@ -3039,13 +3024,6 @@ def rename_user(hub: Hub, who: Session, wanted: str, exact: bool, dice: int) -> 
 
 
 # Coming and going
-
-
-class Entered(NamedTuple):
-    """The result of a registration."""
-
-    attached: bool  # to a user who was here
-    resumed: bool  # by the session's token
 
 
 def user_of_token(hub: Hub, token: str, account: str) -> tuple[User | None, str]:
@@ -3178,10 +3156,11 @@ def enter(
     dice: int,
     metadata: tuple[tuple[str, str], ...],
     away: str,
-) -> Entered:
+) -> tuple[bool, bool]:
     """Make a session a user, or one more session of a user who is here: the one whose token
-    it has, or (with `exact`) the one of the same account under that name. The token is no
-    log-in: it makes nothing more of a session than those logged in to that account may be."""
+    it has, or (with `exact`) the one of the same account under that name. Return whether it is
+    that, and whether by the token. The token is no log-in: it makes nothing more of a session
+    than those logged in to that account may be."""
     account = account if hub.accounts.is_proof(account, proof) else ""
     user, required = user_of_token(hub, token, account)
     holder, owns = hub.users.get(fold(wanted)), bool(account) and fold(wanted) == fold(account)
@@ -3199,7 +3178,7 @@ def enter(
         attach(hub, who, user, address)
         if account and user.account != account:
             change_login(hub, who, account)
-        return Entered(True, resumed)
+        return True, resumed
     if owns and holder:
         take_name(hub, holder, free_name(hub, wanted, dice=dice))
     user = User(source, realname or name, new_resume_id(hub, who.token), hub.now)
@@ -3208,7 +3187,7 @@ def enter(
     add_user(hub, user)
     attach(hub, who, user, address)
     tell_watchers(hub, user.key, ONLINE, user.source)
-    return Entered(False, False)
+    return False, False
 
 
 def close_channel(hub: Hub, channel: Channel) -> None:
@@ -3975,28 +3954,21 @@ def unban_from_server(hub: Hub, who: Session, mask: str) -> str:
 # The start of a server
 
 
-def revive_user(hub: Hub, resume_id: str, state: dict[str, Any]) -> User | None:
-    """Make a user of the last server absent, with a fresh grace period."""
-    user = User.revived(resume_id, state, hub.ticks)
-    if user.login and hub.accounts.identity(user.account) != user.login:  # it was dropped
-        user.set_login("", "")
-    if user.key in hub.users or not user.may_return:
-        return None
-    add_user(hub, user)
-    start_grace_period(hub, user)
-    return user
-
-
 def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[str, str]]) -> None:
     """Load what Hub.settle() recorded. A channel is there again if an account founded it, or
     one of its members may come back; else it ends like one whose last member has left."""
     wanted: dict[User, dict[str, str]] = {}
     for resume_id, text in users:
         state = json.loads(text)
-        if user := revive_user(hub, resume_id, state):
-            wanted[user] = state["channels"]
-        else:
+        user = User.revived(resume_id, state, hub.ticks)
+        if user.login and hub.accounts.identity(user.account) != user.login:  # it was dropped
+            user.set_login("", "")
+        if user.key in hub.users or not user.may_return:
             hub.turn.record("user_gone", resume_id)
+            continue
+        add_user(hub, user)
+        start_grace_period(hub, user)
+        wanted[user] = state["channels"]
     identities = {account.identity for account in hub.accounts.values()}
     for key, text in channels:
         hub.channels[key] = channel = Channel.revived(json.loads(text))
@@ -6360,7 +6332,7 @@ def complete_registration(session: IrcSession) -> None:
         session.fail("SESSION", "ACCOUNT_REQUIRED", f"log in to {account} to have your place again")
         session.token = ""  # or it would be that of two users
     try:
-        entered = session.site.hub.perform(
+        attached, resumed = session.site.hub.perform(
             *("enter", session.id, wanted, session.username, session.realname),
             *(session.conn.address, session.account, session.proof, session.token, True),
             *(secrets.randbits(32), tuple(session.metadata.items()), session.away),
@@ -6370,10 +6342,10 @@ def complete_registration(session: IrcSession) -> None:
         if refusal.code == "BANNED_FROM_SERVER":
             session.end(str(refusal), intended=False)
         return
-    if entered.resumed:
+    if resumed:
         session.line("NOTE SESSION RESUMED :you have your place again")
     session.conn.named()
-    greet_user(session, wanted, session.user.channels if entered.attached else ())
+    greet_user(session, wanted, session.user.channels if attached else ())
 
 
 def check_server(session: IrcSession, name: str) -> None:
@@ -6453,8 +6425,7 @@ def set_capabilities(session: IrcSession, capabilities: Iterable[str]) -> None:
 
 def mechanisms(session: IrcSession) -> list[str]:
     """That this one may log in by."""
-    shown = session.conn.fingerprint
-    return [name for name in MECHANISMS if name != "EXTERNAL" or shown]
+    return [name for name in MECHANISMS if name != "EXTERNAL" or session.conn.fingerprint]
 
 
 def capability_values(session: IrcSession) -> dict[str, str]:
@@ -6746,18 +6717,13 @@ def ask_service(session: IrcSession, text: str) -> None:
     session.from_service = session.deferred
 
 
-def parameters_text(line: bytes) -> str:
-    """Return the parameters of a line as they were typed: blanks in a password count."""
-    text = line.decode(errors="replace")
-    body = text.partition(" ")[2].lstrip(" ") if text[:1] == "@" else text
-    body = body.partition(" ")[2].lstrip(" ") if body[:1] == ":" else body
-    return body.partition(" ")[2].lstrip(" ").removeprefix(":")
-
-
 @irc_command("NS", 1, 15)
 def irc_ns(session: IrcSession, *words: str) -> None:
     """NS <command> -- the same as PRIVMSG NickServ"""
-    ask_service(session, parameters_text(session.raw))
+    text = session.raw.decode(errors="replace")  # as it was typed: blanks in a password count
+    body = text.partition(" ")[2].lstrip(" ") if text[:1] == "@" else text
+    body = body.partition(" ")[2].lstrip(" ") if body[:1] == ":" else body
+    ask_service(session, body.partition(" ")[2].lstrip(" ").removeprefix(":"))
 
 
 # Talking
@@ -6824,17 +6790,6 @@ def check_length(session: IrcSession, name: str, text: str, tags: str) -> None:
         raise Refused("LINE_TOO_LONG", f"a message to {name} has at most {room} bytes")
 
 
-def say_in_irc(session: IrcSession, name: str, text: str, kind: str = MESSAGE) -> None:
-    own, tags = client_id(session, session.message.params[0]), client_tags(session)
-    check_length(session, name, text, tags)
-    if kind is MESSAGE:
-        if text.startswith("\x01ACTION "):
-            kind, text = ACTION, text[8:].removesuffix("\x01")
-        elif fold(name) == SERVICE_KEY:
-            return ask_service(session, text)
-    send_message(session, name, text, kind, tags, own)
-
-
 def to_each_target(session: IrcSession, targets: str, send: Callable[[str], None]) -> LongAnswer:
     """Send to one target, or to each of several in pieces. Raises Refused."""
     if not targets:
@@ -6852,7 +6807,19 @@ def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> LongA
     """PRIVMSG <target>{,<target>} <text> -- say something to people and channels"""
     if not text and targets:
         raise Refused("NO_TEXT", "there is nothing to say")
-    return to_each_target(session, targets, lambda name: say_in_irc(session, name, text))
+    own, tags = client_id(session, targets), client_tags(session)
+
+    def send(name: str) -> None:
+        check_length(session, name, text, tags)
+        if text.startswith("\x01ACTION "):
+            action = text[8:].removesuffix("\x01")
+            send_message(session, name, action, ACTION, tags, own)
+        elif fold(name) == SERVICE_KEY:
+            ask_service(session, text)
+        else:
+            send_message(session, name, text, MESSAGE, tags, own)
+
+    return to_each_target(session, targets, send)
 
 
 @irc_command("NOTICE", most=2)
@@ -14797,10 +14764,6 @@ class Committer:
     def busy(self) -> bool:
         return self.loop.now - self.committed < INDEX_SECONDS / 10
 
-    def prune(self, idle: bool) -> None:
-        if self.store.prune(idle, self.hub.now) and idle:
-            self.loop.call_soon(do_nothing)  # and another slice in the next turn
-
     def sweep(self) -> None:
         for throttle in (self.hub.accounts.throttle, self.hub.accounts.made):
             throttle.sweep(self.hub.ticks)
@@ -15170,7 +15133,9 @@ class Server:
         if self.leaving or self.jobs:
             self._after_writing()
         if self.store.excess or self.store.orphans:
-            self.committer.prune(idle=not turn.events)
+            idle = not turn.events
+            if self.store.prune(idle, self.hub.now) and idle:
+                self.loop.call_soon(do_nothing)  # and another slice in the next turn
         if self.hub.absent and self.grace_timer is None:  # for the first user whose period ends
             first = next(iter(self.hub.absent.values())) / 1000 + GRACE_SECONDS
             self.grace_timer = self.loop.call_later(first - self.loop.now, self._end_grace)
@@ -18261,8 +18226,6 @@ BENCH_DEFAULTS = BenchOptions._field_defaults
 class BenchConnection(Connection):
     """One client of the load: counts what comes, and perhaps times it."""
 
-    __slots__ = ("counted", "failure", "inbox", "latencies", "said", "times")
-
     def __init__(self, loop: Loop, sock: socket.socket):
         super().__init__(loop, sock)
         self.failure = ""
@@ -18737,19 +18700,15 @@ def run_passwd(args: argparse.Namespace) -> int:
     return 0
 
 
-def login_option(args: argparse.Namespace) -> Login | None:
-    """Return the log-in. The password is asked for, unless it came by --login ACCOUNT:@FILE."""
-    if args.login is None:
-        return None
-    account, _, password = args.login.partition(":")
-    return Login(account or args.name, secret_option(password))
-
-
 def run_client(args: argparse.Namespace) -> int:
     if not clean_name(args.name) or args.name[0] == "/" or dialect_of(args.name.encode()) != "line":
         raise Unusable(f"{args.name!r} cannot be a name")
     if len(args.name.encode()) > NAME_BYTES:
         raise Unusable(f"a name has at most {NAME_BYTES} bytes")
+    login = None
+    if args.login is not None:  # the password is asked for, unless it came by ACCOUNT:@FILE
+        account, _, password = args.login.partition(":")
+        login = Login(account or args.name, secret_option(password))
     options = ClientOptions(
         " ".join(args.name.split()),
         args.server._replace(kind=PLAIN if args.plain else args.server.kind),
@@ -18758,7 +18717,7 @@ def run_client(args: argparse.Namespace) -> int:
         args.password or "",
         tuple(filter(None, args.join.split(","))),
         args.commands,
-        login_option(args),
+        login,
         None if args.no_state else args.data or config_folder(),
         args.sasl,
     )
