@@ -665,10 +665,9 @@ LOOKALIKES = (
 
 
 def skeleton(name: str) -> str:
-    """Return what `name` looks like: names with one skeleton can be taken for each other.
-
-    Compare names as shown, not folded ones. Marks count (bob is not bób), except that a dot
-    above i or j adds nothing to see. Distinct ASCII names differ here unless only in case."""
+    """Return what `name` looks like: names with one skeleton can be taken for each other. Compare
+    names as shown, not folded ones. Marks count (bob is not bób), except that a dot above i or j
+    adds nothing to see. Distinct ASCII names differ here unless only in case."""
     if name.isascii():
         return name.lower()
     # Decomposed, so that accented letters of any script become a lookalike and the same mark.
@@ -690,10 +689,9 @@ def is_word(text: str, limit: int) -> bool:
 
 
 def clean_name(wanted: str) -> str:
-    """Return the nearest name that every dialect can carry; "" if nothing is left.
-
-    NFKC; characters that show nothing (Unicode C*, Z*, Default_Ignorable_Code_Point) and
-    NOT_IN_NAMES become "_", as does one of NOT_FIRST_IN_NAMES at the start."""
+    """Return the nearest name that every dialect can carry, in NFKC; "" if nothing is left. What
+    shows nothing (Unicode C*, Z*, Default_Ignorable_Code_Point) and NOT_IN_NAMES become "_", as
+    does one of NOT_FIRST_IN_NAMES at the start."""
     name = wanted.strip()[: 4 * NAME_CHARACTERS]
     # NFKC would drop or replace some of those: then they would be in the name unseen
     name = "".join(c if is_solid(c) else "_" for c in name)
@@ -1274,9 +1272,8 @@ def is_loopback(host: str) -> bool:
 
 
 def address_key(host: str, own: str = "") -> str:
-    """Return an address as limits count it: an IPv6 address as its /64, which one user has.
-    A LAN shares one /64: addresses in that of `own`, ours, count as themselves, and so do
-    link-local ones."""
+    """Return an address as limits count it: IPv6 as its /64, which one user has. A LAN shares a
+    /64: addresses in that of `own`, ours, count as themselves, and so do link-local ones."""
     host = host.strip("[]").partition("%")[0]
     if ":" not in host:
         return host
@@ -1292,9 +1289,8 @@ def address_key(host: str, own: str = "") -> str:
 
 
 class Throttle:
-    """How often an attempt may fail, by (address, subject) and by address alone. A user
-    at another address cannot lock the owner of an account out by that. Times are of the
-    monotonic clock."""
+    """How often an attempt may fail, by (address, subject) and by address alone: so a user at
+    another address cannot lock the owner of an account out. Times are of the monotonic clock."""
 
     def __init__(
         self,
@@ -1445,10 +1441,9 @@ MAIL_LANE, DISK_LANE = "mail", "disk"
 
 
 def next_time(last: int, now: int) -> int:
-    """Return the time of the event after one at `last`, in milliseconds.
-
-    Times follow the wall clock. They are unique while it runs forward, at most TIMES_AHEAD
-    ahead of it; a `last` that is further ahead means that the clock was set back."""
+    """Return the time of the event after one at `last`, in milliseconds: that of the wall clock,
+    unique while it runs forward, and at most TIMES_AHEAD ahead. A `last` that is further ahead
+    means that the clock was set back."""
     if now > last or last > now + TIMES_AHEAD:
         return now
     return min(last + 1, now + TIMES_AHEAD)
@@ -1465,8 +1460,7 @@ SOURCE_FIELDS = ("name", "address", "username", "account", "bot")  # what source
 
 
 class Session:
-    """One connection of a user, as the acts know it. The dialects have subclasses; a bare
-    Session stands for one that this process has no connection of."""
+    """One connection of a user, as the acts know it; a bare one is none of this process."""
 
     __slots__ = ("address", "client", "id", "operator", "token", "user")
     wire: Any = None
@@ -1664,10 +1658,9 @@ class Membership:
 
 
 class Mask:
-    """An entry of a channel's list, or a ban from the server.
-
-    nick!user@host with * and ?, or extended: a:ACCOUNT means the users logged in to it, and
-    m:MASK those who may be in the channel but not speak."""
+    """An entry of a channel's list, or a ban from the server: nick!user@host with * and ?, or
+    extended: a:ACCOUNT means the users logged in to it, and m:MASK those who may be in the
+    channel but not speak."""
 
     __slots__ = ("by_account", "mutes", "pattern", "setter", "text", "when")
 
@@ -1731,9 +1724,8 @@ def channel_password(word: str, salt: str) -> ChannelPassword:
 
 
 class Audience:
-    """Whom an event is for. It names channels, users or sessions; who they are is resolved
-    when the turn is written. Compared by identity: the events of one audience are encoded
-    and joined together."""
+    """Whom an event is for: channels, users or sessions, resolved when the turn is written.
+    Compared by identity: the events of one audience are encoded and joined together."""
 
     __slots__ = ("channels", "name", "parties", "sessions", "targets", "users")
 
@@ -1791,8 +1783,7 @@ class Audience:
 
 
 class Channel:
-    """A channel. Without members it ceases to exist, unless an account founded it; its
-    history stays in the store."""
+    """A channel. It ends with its last member, unless an account founded it; its history stays."""
 
     __slots__ = (
         *("audience", "by_wire", "created", "flags", "former", "founder", "founding", "invited"),
@@ -1963,8 +1954,7 @@ class Channel:
         return [self.named(u, multi, masks) for u in self.members if inside or "i" not in u.modes]
 
     def roster(self, multi: bool, masks: bool) -> list[str]:
-        """Return what names() gives a member, in pieces of at most ROSTER_BYTES. A thousand
-        users who join at once get the same strings; only the last one grows."""
+        """Return names() for a member, in pieces: all who join get the same strings."""
         if (roster := self.rosters.get((multi, masks))) is None:
             words = (self.named(user, multi, masks) for user in self.members)
             roster = self.rosters[multi, masks] = list(wrapped(words, ROSTER_BYTES))
@@ -2421,11 +2411,10 @@ class Record(NamedTuple):
 
 
 class Turn:
-    """The log of one turn: events, replies (in the sessions), and records for the store.
-
-    Most sessions belong to one audience and get its joined bytes, the same object for all.
-    Those that are individually addressed (they spoke, came, went, or were answered) and
-    those that belong to several audiences get the same lines, cut for them, in the log's order."""
+    """The log of one turn: events, replies (in the sessions), and records for the store. Most
+    sessions belong to one audience and get its joined bytes, the same object for all. Those that
+    are individually addressed (they spoke, came, went, or were answered) and those that belong to
+    several audiences get the same lines, cut for them, in the log's order."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -2470,8 +2459,7 @@ class Turn:
         return targets[0] if len(targets) == 1 else None
 
     def deliveries(self, report: Callable = lambda: None) -> Iterator[tuple[bytes, Any]]:
-        """The write beat: yield bytes, and the sessions that get them; no session twice.
-        A bug while bytes are made goes to report()."""
+        """The write beat: yield bytes, and whom they are for, none twice. Bugs go to report()."""
         groups: dict[Audience, Group] = {}
         for event in self.events:
             group = groups.get(event.audience)
@@ -2770,8 +2758,7 @@ class Hub:
     # The one door in, and the one door out
 
     def perform(self, name: str, actor: int, *values: Any) -> Any:
-        """Do the act `name` as the session `actor` (0: the server); return its result. Raises
-        Refused, and then nothing has changed."""
+        """Do an act as the session `actor` (0: the server). Raises Refused: nothing has changed."""
         if self.journal is not None:
             self.journal.append((self.now, self.ticks, name, actor, values))
         self.work += WORK_OF_AN_ACT
@@ -5564,8 +5551,7 @@ ENDS_BATCH = re.compile(rb"(?:@[^ ]* )?:[^ ]* BATCH -")
 
 
 def add_tag_to_all(lines: bytes, tag: str) -> bytes:
-    """Tag every line but those of a batch among them: its beginning and its end stand for
-    them (IRCv3 batch, nested batches)."""
+    """Tag all lines but those in a batch, which its beginning and end stand for (IRCv3 batch)."""
     parts = lines.splitlines(keepends=True)
     return b"".join(part if IN_BATCH.match(part) else add_tag(part, tag) for part in parts)
 
@@ -5733,8 +5719,7 @@ OWN_ID = "+chat.py/id"  # what a client calls its message: under one id it is sa
 
 
 def client_id(session: "IrcSession", target: str) -> str:
-    """Return the id that the client gives its message; one to several targets has no such
-    name, which would have to mean each of them."""
+    """Return the id that the client gives its message: it cannot mean each of several targets."""
     own = session.message.tags.get(OWN_ID, "")
     usable = own and session.wire.format.tagged and is_word(own, OWN_ID_BYTES)
     return own if usable and "," not in target else ""
@@ -6452,8 +6437,7 @@ def tell_capabilities(
 
 
 def cap_ls(session: IrcSession, version: str) -> None:
-    """With values, and in several lines, for clients that know version 302. Others take one
-    line, in which the best of the classic capabilities stand."""
+    """Version 302 gets values, in several lines; others the best classic ones that fit in one."""
     session.negotiating = session.user is None
     head = f"CAP {session.nick} LS"
     if (whole_number(version) or 0) < 302:
@@ -6468,8 +6452,7 @@ def cap_ls(session: IrcSession, version: str) -> None:
 
 
 def cap_req(session: IrcSession, text: str) -> None:
-    """All of them or none. An answer that does not fit in a line is several, without the
-    star: for ACK there is no such thing."""
+    """All or none. A long answer is several lines, without the star: ACK has no such thing."""
     session.negotiating = session.user is None
     wanted = text.split()
     fits = all(cap.removeprefix("-") in CAPABILITIES for cap in wanted)
@@ -6779,10 +6762,9 @@ def send_message(session: IrcSession, name: str, text: str, kind: str, tags: str
 
 
 def check_length(session: IrcSession, name: str, text: str, tags: str) -> None:
-    """Refuse a line that is too long with its source before it and that is not to be split.
-
-    Some clients cannot know their source, so a channel gets such a line in pieces. Tags belong
-    to one line; and a user is sent one line or none, as the conformance suite expects."""
+    """Refuse a line that is too long with its source before it and that is not to be split. Some
+    clients cannot know their source, so a channel gets such a line in pieces. Tags belong to one
+    line; and a user is sent one line or none, as the conformance suite expects."""
     if len(text) <= FITS_ALWAYS // 4 or "#" in name[:2] and not tags:
         return
     room = IRC_BYTES - 2 - len(f":{session.user.source.mask} PRIVMSG {name} :".encode())
@@ -14744,8 +14726,7 @@ class Committer:
             self.loop.call_later(INDEX_SECONDS, self.index)
 
     def index(self) -> None:
-        """Index what was said lately: on a helper, or in memory on the loop, in slices; under
-        unbroken load one slice now and then."""
+        """Index what was said lately, on a helper, or in memory on the loop, in slices."""
         job = self.store.words.step(INDEX_IDS_BUSY if self.busy else None)
         if self.store.path:
             self.helpers.submit(self, job, self.indexed)
