@@ -1406,8 +1406,9 @@ class ServerCalls(typing.Protocol):
     def nameless(self) -> int: ...  # connections without a name
     def refresh(self) -> None: ...  # read accounts again if another process changed them
     def note(self, text: str) -> None: ...  # to the log
-    def rehash(self, session: "LocalSession") -> None: ...
-    def restart(self, session: "LocalSession") -> None: ...
+    def read_files(self) -> tuple: ...  # again, off the loop
+    def use_files(self, files: tuple) -> None: ...
+    def restart(self) -> None: ...
     def stop(self) -> None: ...
     def mail(self, address: str, name: str, code: str) -> None: ...  # off the loop
     def trouble(self) -> str: ...  # what is wrong, "" if nothing is
@@ -6712,11 +6713,6 @@ def irc_ns(session: IrcSession, *words: str) -> None:
 # Talking
 
 
-def tell_away(session: IrcSession, user: User) -> None:
-    if user.away:
-        session.reply(RPL_AWAY, user.name, user.away)
-
-
 def client_tags(session: IrcSession) -> str:
     """Return what the client that is answered has to say to clients (IRCv3 message-tags)."""
     if not session.message.tags or not session.wire.format.tagged:
@@ -6758,7 +6754,7 @@ def send_message(session: IrcSession, name: str, text: str, kind: str, tags: str
     if result.repeat is not None:
         tell_repeat(session, name, own)
     elif result.away:
-        tell_away(session, result.away)
+        session.reply(RPL_AWAY, result.away.name, result.away.away)
 
 
 def check_length(session: IrcSession, name: str, text: str, tags: str) -> None:
@@ -7006,7 +7002,8 @@ def irc_invite(session: IrcSession, name: str = "", where: str = "") -> Steps:
         raise Refused("NEED_MORE_PARAMS", text, "INVITE")
     user, channel = yield do(session.act, "invite", name, where)
     session.reply(RPL_INVITING, user.name, channel.name)
-    tell_away(session, user)
+    if user.away:
+        session.reply(RPL_AWAY, user.name, user.away)
 
 
 @irc_command("KICK", 2, 3)
@@ -7820,11 +7817,13 @@ def irc_wallops(session: IrcSession, text: str) -> None:
 
 
 @irc_command("REHASH", privileged=True)
-def irc_rehash(session: IrcSession) -> None:
+@in_steps
+def irc_rehash(session: IrcSession) -> Steps:
     """REHASH -- read the message of the day, the certificate and password files again"""
+    server = session.site.server
     session.reply(RPL_REHASHING, "chat.py")
-    session.site.server.note(f"REHASH by {session.user.source.mask}")
-    session.site.server.rehash(session)
+    server.note(f"REHASH by {session.user.source.mask}")
+    server.use_files((yield do(session.later, MAIL_LANE, server.read_files)))
 
 
 @irc_command("DIE", privileged=True)
@@ -7835,10 +7834,14 @@ def irc_die(session: IrcSession) -> None:
 
 
 @irc_command("RESTART", privileged=True)
-def irc_restart(session: IrcSession) -> None:
+@in_steps
+def irc_restart(session: IrcSession) -> Steps:
     """RESTART -- end the server and start it again"""
-    session.site.server.note(f"RESTART by {session.user.source.mask}")
-    session.site.server.restart(session)
+    server = session.site.server
+    server.note(f"RESTART by {session.user.source.mask}")
+    # Not with files that the new start could not read
+    server.use_files((yield do(session.later, MAIL_LANE, server.read_files)))
+    server.restart()
 
 
 # ======================================================================================
@@ -14382,7 +14385,13 @@ class Peer(Connection):
         if self.inbox is None:
             self.server.silent.discard(self)
             if self.tls is None and TLS_FIRST_BYTES.startswith(data[:2]):
-                return self.start_tls(data)
+                if self.server.tls_context is None:
+                    log.info(
+                        "%s speaks TLS, and there is no certificate (--tls-cert)", self.address
+                    )
+                    return self.drop("no TLS here")
+                self.encrypt(TlsFilter(self.server.tls_context))
+                return self.arrived(data)
             self.inbox = LineBuffer(LINE_BYTES)
             if flood := self.server.options.flood:
                 self.budget = Budget(*flood, self.loop.now)
@@ -14391,13 +14400,6 @@ class Peer(Connection):
         if self.web:
             self.heard_request()
         self.server.acting[self] = None
-
-    def start_tls(self, data: bytes) -> None:
-        if self.server.tls_context is None:
-            log.info("%s speaks TLS, and there is no certificate (--tls-cert)", self.address)
-            return self.drop("no TLS here")
-        self.encrypt(TlsFilter(self.server.tls_context))
-        self.arrived(data)
 
     def secured(self) -> None:
         self.server.silent.add(self)
@@ -14921,23 +14923,9 @@ class Server:
     def use_files(self, files: tuple) -> None:
         self.tls_context, self.motd, self.site.password, self.site.operators = files
 
-    def rehash(self, session: LocalSession, then: Callable = do_nothing) -> None:
-        """Read the files again, then then(); if one cannot be read, all stays as it was."""
-
-        def use(files: tuple) -> None:
-            self.use_files(files)
-            then()
-
-        session.later(MAIL_LANE, self.read_files, use)
-
-    def restart(self, session: LocalSession) -> None:
-        """Not with files that the new start could not read."""
-
-        def begin() -> None:
-            self.restarting = True
-            self.stop()
-
-        self.rehash(session, begin)
+    def restart(self) -> None:
+        self.restarting = True
+        self.stop()
 
     # The act beat
 
@@ -15005,7 +14993,14 @@ class Server:
             return False
         free = peer.inbox.in_body
         if peer.budget and not free and peer.inbox.pending and (seconds := peer.wait()):
-            return self._wait_for_budget(peer, seconds)
+            if peer.gone:  # after a reset: what the budget does not allow is not waited for
+                log.info("%s was reset with lines beyond its budget: dropped", peer.address)
+                peer.inbox.clear()
+                return False
+            peer.waits_for_budget = True
+            self.loop.call_later(seconds, peer.resume_with_budget)
+            peer.update()
+            return False
         costs = 0 if free else WORK_PER_TOKEN
         line = peer.inbox.take()
         if peer.inbox.out:
@@ -15037,16 +15032,6 @@ class Server:
         """Take what was done for a peer from its budgets: a line costs at least one token."""
         bytes_sent = peer.session.replied - replied
         peer.charge(max(self.hub.take_work() + bytes_sent * WORK_OF_A_BYTE, least))
-
-    def _wait_for_budget(self, peer: Peer, seconds: float) -> bool:
-        if peer.gone:  # after a reset: what the budget does not allow is not waited for
-            log.info("%s was reset with lines beyond its budget: dropped", peer.address)
-            peer.inbox.clear()
-            return False
-        peer.waits_for_budget = True
-        self.loop.call_later(seconds, peer.resume_with_budget)
-        peer.update()
-        return False
 
     def open_session(self, peer: Peer, first_line: bytes) -> LocalSession | None:
         """Return the session that the first line begins, if it begins one."""

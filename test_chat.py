@@ -262,8 +262,8 @@ class House(chat.Server):
         self.site.operators = {"boss": BOSS}
         self.note = self.asked_for.append
         self.mail = lambda *values: self.asked_for.append(values)
-        self.rehash = lambda session: self.asked_for.append("rehash")
-        self.restart = lambda session: self.asked_for.append("restart")
+        self.use_files = lambda files: self.asked_for.append("files")
+        self.restart = lambda: self.asked_for.append("restart")
         self.stop = lambda: self.asked_for.append("stop")
         self.begin_turn()
 
