@@ -1000,7 +1000,8 @@ class Budget:
 # A command is a function with a record on it. To add one, write the function and put
 # @table("verb", ...) above it; its docstring is "SYNTAX -- what it does", and the help
 # text is made from that. What every command needs is checked in one place, run(). A
-# handler with a long answer is a generator: wherever it yields, it can be left for later.
+# handler with a long answer is a generator: wherever it yields, it can be left for later. One
+# that waits for acts and jobs is a generator of these, under @in_steps.
 
 LongAnswer = Iterator[None] | None  # the rest of it, if there is one
 
@@ -2245,7 +2246,7 @@ class LocalSession(Session):
 
 
 do = functools.partial  # a step: what is called with then= as its last argument
-Steps = Iterator[do]
+Steps = Iterator[functools.partial]
 
 
 def in_steps(function: Callable[..., Steps]) -> Callable[..., None]:
@@ -7274,10 +7275,8 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
         irc_bytes(f":{session.site.name} CHATHISTORY TARGETS {name} {tag_time(when)}")
         for when, name in page
     )
-    in_batch(
-        *(session, "draft/chathistory-targets", lines),
-        last_page_tag(session, len(page) == len(there)),
-    )
+    ends = last_page_tag(session, len(page) == len(there))
+    in_batch(session, "draft/chathistory-targets", lines, ends)
 
 
 def play(session: IrcSession, name: str, events: list[Event], newest: bool, whole: bool) -> None:
