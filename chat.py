@@ -415,11 +415,8 @@ SOFT_BREAK = "\0"  # in a text: a client sent its line in two pieces here; it ca
 SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
 # Kinds that each session renders for itself, see Session.hear()
 PERSONAL = frozenset((ENTERED, RENAMED, READ_ON, ONLINE, OFFLINE, METADATA, KILLED, REPLACED))
-EPHEMERAL = frozenset(  # kinds that history does not keep
-    (
-        *(INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, REDACT, RENAME),
-        *(USER_MODE, *PERSONAL),
-    )
+EPHEMERAL = PERSONAL | frozenset(  # kinds that history does not keep
+    (INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, REDACT, RENAME, USER_MODE)
 )
 REPLAYABLE = (*SPOKEN, TAGS, JOIN, PART, QUIT, KICK, NICK, MODE, TOPIC)  # and those it keeps
 
@@ -534,8 +531,7 @@ class LineBuffer:
 
     Bytes stay as they came until they are about to be taken, LINES_SPLIT of them at a time: a
     list of all short lines would be twenty times as large. A line longer than `limit` bytes
-    comes out as TOO_LONG once and is skipped.
-    """
+    comes out as TOO_LONG once and is skipped."""
 
     __slots__ = ("buffer", "ended", "first", "limit", "lines", "searched", "skipping", "start")
     out, closed, in_body = b"", False, False  # what other framers have
@@ -653,8 +649,7 @@ BLANKS = frozenset("\u2800\ufffc\U00016fe4\U00013441\U00013442\U0001d159")
 
 
 def is_solid(c: str) -> bool:
-    """Return whether a character shows something: no control, format, unassigned or ignorable one,
-    no separator and no blank."""
+    """Return whether a character shows something: it is no control, separator or blank."""
     if c.isascii():
         return "!" <= c <= "~"
     return (
@@ -691,11 +686,9 @@ LOOKALIKES = (
 
 
 def skeleton(name: str) -> str:
-    """Return what `name` looks like: names with one skeleton can be taken for each other.
-
-    Compare names as shown, not folded ones. Marks count (bob is not bób), except that a dot
-    above i or j adds nothing to see. Distinct ASCII names differ here unless only in case.
-    """
+    """Return what `name` looks like: names with one skeleton can be taken for each other. Compare
+    names as shown, not folded ones. Marks count (bob is not bób), except that a dot above i or j
+    adds nothing to see. Distinct ASCII names differ here unless only in case."""
     if name.isascii():
         return name.lower()
     # Decomposed, so that accented letters of any script become a lookalike and the same mark.
@@ -717,11 +710,9 @@ def is_word(text: str, limit: int) -> bool:
 
 
 def clean_name(wanted: str) -> str:
-    """Return the nearest name that every dialect can carry; "" if nothing is left.
-
-    NFKC; characters that show nothing (Unicode C*, Z*, Default_Ignorable_Code_Point) and
-    NOT_IN_NAMES become "_", as does one of NOT_FIRST_IN_NAMES at the start.
-    """
+    """Return the nearest name that every dialect can carry, in NFKC; "" if nothing is left. What
+    shows nothing (Unicode C*, Z*, Default_Ignorable_Code_Point) and NOT_IN_NAMES become "_", as
+    does one of NOT_FIRST_IN_NAMES at the start."""
     name = wanted.strip()[: 4 * NAME_CHARACTERS]
     # NFKC would drop or replace some of those: then they would be in the name unseen
     name = "".join(c if is_solid(c) else "_" for c in name)
@@ -742,11 +733,9 @@ def numbered_name(name: str, number: int) -> str:
 def check_channel_name(name: str) -> None:
     """Raise Refused unless `name` can name a channel (RFC 2812 section 1.3, in Unicode)."""
     if not name.startswith("#") or len(name) < 2:
-        text = "a channel's name begins with # and goes on, like #tea"
-        raise Refused("BAD_CHANNEL", text, name)
+        raise Refused("BAD_CHANNEL", "a channel's name begins with # and goes on, like #tea", name)
     if len(name.encode()) > CHANNEL_BYTES:
-        text = f"a channel's name has at most {CHANNEL_BYTES} bytes"
-        raise Refused("BAD_CHANNEL", text, name)
+        raise Refused("BAD_CHANNEL", f"a channel's name has at most {CHANNEL_BYTES} bytes", name)
     if set(",]") & set(fold(name)) or not all(map(is_solid, name)) or not is_visible(name[1:]):
         text = "a channel's name is visible, without spaces, commas or ]"
         raise Refused("BAD_CHANNEL", text, name)
@@ -793,8 +782,7 @@ def parse_message(line: str) -> Message:
 
 
 def split_text(text: str, room: int) -> Iterator[str]:
-    """Pieces of at most `room` bytes of UTF-8: between words where one is near, and never
-    inside a character."""
+    """Pieces of at most `room` bytes, cut between words where one is near, never in a character."""
     while len(text.encode()) > room:
         piece = cut(text, room)
         space = piece.rfind(" ") + 1
@@ -825,10 +813,8 @@ def pattern_of(mask: str) -> re.Pattern:
 
     An atomic group, (?>...), never gives back what it took. So each piece between two stars
     is found once, where it comes first, and no number of stars makes this slow: the time is
-    at most the product of both lengths, where nested .* would double with every star.
-    """
-    pieces = re.split(r"\*+", mask)
-    first, *others = (re.escape(piece).replace(r"\?", ".") for piece in pieces)
+    at most the product of both lengths, where nested .* would double with every star."""
+    first, *others = (re.escape(piece).replace(r"\?", ".") for piece in re.split(r"\*+", mask))
     if others:
         *middle, last = others
         first += "".join(f"(?>.*?{piece})" for piece in middle) + f".*{last}"
@@ -952,8 +938,7 @@ class TlsFilter:
 
     feed() takes what came from the network and gives the plaintext in it; seal() takes
     plaintext; take() gives what has to go out, the handshake's own bytes included.
-    Raises TlsFailed.
-    """
+    Raises TlsFailed."""
 
     def __init__(self, context: Any, hostname: str | None = None):
         import ssl  # 15 ms, paid only by those who use TLS
@@ -1036,7 +1021,10 @@ class Budget:
 # A command is a function with a record on it. To add one, write the function and put
 # @table("verb", ...) above it; its docstring is "SYNTAX -- what it does", and the help
 # text is made from that. What every command needs is checked in one place, run(). A
-# handler with a long answer is a generator: wherever it yields, it can be left for later.
+# handler with a long answer is a generator: wherever it yields, it can be left for later. One
+# that waits for acts and jobs is a generator of these, under @in_steps.
+
+LongAnswer = Iterator[None] | None  # the rest of it, if there is one
 
 
 class Command(NamedTuple):
@@ -1044,13 +1032,13 @@ class Command(NamedTuple):
 
     verb: str
     handler: Callable
-    least: int  # parameters it needs
-    most: int  # parameters it takes; the rest is left alone, or belongs to the last one
-    nameless: bool  # may be used before there is a name
-    privileged: bool  # only for operators of the server
-    exact: bool  # more parameters than `most` are refused: one of them is a password
     syntax: str
     summary: str
+    least: int  # parameters it needs
+    most: int  # parameters it takes; the rest is left alone, or belongs to the last one
+    nameless: bool = False  # may be used before there is a name
+    privileged: bool = False  # only for operators of the server
+    exact: bool = False  # more parameters than `most` are refused: one of them is a password
 
 
 class Commands(dict[str, Command]):
@@ -1060,27 +1048,20 @@ class Commands(dict[str, Command]):
         super().__init__()
         self.mark = mark  # what stands before a verb on the wire
 
-    def __call__(self, verb: str, least: int = 0, most: int | None = None, **needs: bool):
-        """Decorator: this handler is the command `verb`. `needs` are the flags of Command."""
+    def __call__(self, verb: str, least: int = 0, most: int | None = None, doc: str = "", **needs):
+        """Decorator: this is the command `verb`. Dialects share a handler, each with its `doc`."""
 
         def register(handler: Callable) -> Callable:
             if verb in self:
                 raise ValueError(f"two handlers for {verb}")
-            syntax, summary = " ".join(handler.__doc__.split()).split(" -- ")
-            flags = {"nameless": False, "privileged": False, "exact": False} | needs
-            self[verb] = Command(
-                *(verb, handler, least, least if most is None else most),
-                **flags,
-                syntax=syntax,
-                summary=summary,
-            )
+            syntax, summary = " ".join((doc or handler.__doc__).split()).split(" -- ")
+            takes = least if most is None else most
+            self[verb] = Command(verb, handler, syntax, summary, least, takes, **needs)
             return handler
 
         return register
 
-    def run(
-        self, session: "LocalSession", verb: str, given: list[str] | str
-    ) -> Iterator[None] | None:
+    def run(self, session: "LocalSession", verb: str, given: list[str] | str) -> "LongAnswer":
         """The one gate. `given` are the parameters, or the text that they are split from. Return
         the rest of a long answer, if there is one. Raises Refused."""
         command = self.get(verb)
@@ -1089,25 +1070,20 @@ class Commands(dict[str, Command]):
             raise Refused("UNKNOWN_COMMAND", text, verb)
         if session.user is None and not command.nameless:
             raise Refused("NOT_NAMED", "a name first, please; then commands")
-        params = self._params(command, given)
+        if command.exact:  # a password is never cut, joined or guessed
+            params = split_words(given) if isinstance(given, str) else given
+            if params is None or len(params) > command.most:
+                text = f"it goes like this: {command.syntax}; quote a password that has blanks"
+                raise Refused("NEED_MORE_PARAMS", text, command.verb)
+        elif isinstance(given, str):
+            params = given.split(None, command.most - 1) if command.most else []
+        else:
+            params = given[: command.most]
         if len(params) < command.least:
             raise Refused("NEED_MORE_PARAMS", f"it goes like this: {command.syntax}", verb)
         if command.privileged and not session.operator:
             raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
         return command.handler(session, *params)
-
-    @staticmethod
-    def _params(command: Command, given: list[str] | str) -> list[str]:
-        """Split the parameters. A password is never cut, joined or guessed."""
-        if not command.exact:
-            if isinstance(given, str):
-                return given.split(None, command.most - 1) if command.most else []
-            return given[: command.most]
-        words = split_words(given) if isinstance(given, str) else given
-        if words is None or len(words) > command.most:
-            text = f"it goes like this: {command.syntax}; quote a password that has blanks"
-            raise Refused("NEED_MORE_PARAMS", text, command.verb)
-        return words
 
 
 # ======================================================================================
@@ -1156,6 +1132,10 @@ def make_verifier(password: str, rounds: int = ACCOUNT_ROUNDS) -> Verifier:
     return Verifier(salt, rounds, *scram_keys(password, salt, rounds))
 
 
+def operators_of(known: Iterable[tuple[str, str]]) -> dict[str, Verifier]:
+    return {name: make_verifier(word, OPERATOR_ROUNDS) for name, word in known}
+
+
 DECOY_KEY = secrets.token_bytes(16)
 
 
@@ -1176,19 +1156,12 @@ def wrong_login() -> Refused:
     return Refused("SASL_FAILED", "name or password are wrong")
 
 
-def split_plain(response: bytes) -> list[str]:
-    try:
-        parts = response.decode().split("\0")
-    except UnicodeDecodeError:
-        raise wrong_login() from None
-    if len(parts) != 3:
-        raise wrong_login()
-    return parts
-
-
 def sasl_plain(find: Lookup) -> Mechanism:
     """RFC 4616."""
-    authzid, authcid, password = split_plain((yield b""))
+    try:
+        authzid, authcid, password = (yield b"").decode().split("\0")
+    except ValueError:  # not three parts; UnicodeDecodeError is a ValueError
+        raise wrong_login() from None
     if not authcid or not password or fold(authzid or authcid) != fold(authcid):
         raise wrong_login()
     name, verifier = find(authcid)
@@ -1321,9 +1294,8 @@ def is_loopback(host: str) -> bool:
 
 
 def address_key(host: str, own: str = "") -> str:
-    """Return an address as limits count it: an IPv6 address as its /64, which one user has.
-    A LAN shares one /64: addresses in that of `own`, ours, count as themselves, and so do
-    link-local ones."""
+    """Return an address as limits count it: IPv6 as its /64, which one user has. A LAN shares a
+    /64: addresses in that of `own`, ours, count as themselves, and so do link-local ones."""
     host = host.strip("[]").partition("%")[0]
     if ":" not in host:
         return host
@@ -1339,9 +1311,8 @@ def address_key(host: str, own: str = "") -> str:
 
 
 class Throttle:
-    """How often an attempt may fail, by (address, subject) and by address alone. A user
-    at another address cannot lock the owner of an account out by that. Times are of the
-    monotonic clock."""
+    """How often an attempt may fail, by (address, subject) and by address alone: so a user at
+    another address cannot lock the owner of an account out. Times are of the monotonic clock."""
 
     def __init__(
         self,
@@ -1376,20 +1347,16 @@ class Throttle:
             count = self.count(host, one, now) + 1
             self.failures[host, one and fold(one)] = count, now + self.milliseconds
         if len(self.failures) > LOGIN_FAILURES_KEPT:
-            self._evict(now)
+            self.sweep(now)
+        if len(self.failures) > LOGIN_FAILURES_KEPT:  # all of it still counts: forget a tenth, the
+            # fewest failures first, so that a client that fills the table is not forgotten by that
+            ranked = sorted(self.failures, key=lambda key: (self.failures[key], key[0]))
+            for key in ranked[: LOGIN_FAILURES_KEPT // 10]:
+                del self.failures[key]
 
     def sweep(self, now: int) -> None:
         """Forget what does not count any more."""
         self.failures = {key: one for key, one in self.failures.items() if now < one[1]}
-
-    def _evict(self, now: int) -> None:
-        """If all of it still counts, forget a tenth, the fewest failures first: a client that
-        fills the table is not forgotten by that."""
-        self.sweep(now)
-        if len(self.failures) > LOGIN_FAILURES_KEPT:
-            ranked = sorted(self.failures, key=lambda key: (self.failures[key], key[0]))
-            for key in ranked[: LOGIN_FAILURES_KEPT // 10]:
-                del self.failures[key]
 
     def succeeded(self, host: str, subject: str) -> None:
         """Take back the failure that an attempt counts as until it is proven."""
@@ -1415,7 +1382,6 @@ class Connected(typing.Protocol):
     limit_key: str  # the address as limits count it, see address_key()
     secure: bool  # TLS
     local: str  # HOST:PORT on our side
-    certifiable: bool  # client certificates are looked at
     fingerprint: str  # SHA-256 of the client's certificate, "" without one
     gone: bool  # nothing can be sent any more
 
@@ -1463,13 +1429,16 @@ class ServerCalls(typing.Protocol):
     def nameless(self) -> int: ...  # connections without a name
     def refresh(self) -> None: ...  # read accounts again if another process changed them
     def note(self, text: str) -> None: ...  # to the log
-    def rehash(self, session: "LocalSession") -> None: ...
-    def restart(self, session: "LocalSession") -> None: ...
+    def read_files(self) -> tuple: ...  # again, off the loop
+    def use_files(self, files: tuple) -> None: ...
+    def restart(self) -> None: ...
     def stop(self) -> None: ...
     def mail(self, address: str, name: str, code: str) -> None: ...  # off the loop
     def background(self, lane: str, job: Callable[[], Any]) -> None: ...  # off the loop
     def trouble(self) -> str: ...  # what is wrong, "" if nothing is
     def metrics(self) -> dict[str, tuple[str, str, float]]: ...  # kind, text and value by name
+    # Run job() off the loop, then then(its result) on it; a job of PAGE_LANE reads the store
+    def later(self, session: "LocalSession", lane: str, job: Callable, then: Callable) -> None: ...
 
 
 # Files
@@ -1601,36 +1570,18 @@ class Site:
     """The things that all sessions of one server share."""
 
     def __init__(
-        self,
-        hub: "Hub",
-        store: Any,
-        later: Callable,
-        server: ServerCalls,
-        wires: Any,
-        password: str | None = None,
-        name: str = SERVER_NAME,
-        network: str = SERVER_NAME,
-        operators: dict[str, Verifier] | None = None,
-        registration: frozenset[str] = frozenset(),
-        sts: int = 0,
-        flood: tuple[float, float] | None = (FLOOD_BURST, FLOOD_RATE),
-        web: Any = None,
+        self, hub: "Hub", store: Any, server: ServerCalls, wires: Any, options: "ServerOptions"
     ):
         self.hub, self.store, self.server = hub, store, server
-        self.web = web  # settings of the web dialect
+        self.web = options.web  # settings of the web dialect
         self.folder: Any = None  # of files: jobs that read and write their content
         self.grants = Grants()  # upload tokens
         self.uploading: dict[str, Any] = {}  # by id of a file: the session that goes on with it
-        # later(session, lane, job, then): job() off the loop, then(its result) on it; a job of
-        # the lane PAGE_LANE reads the store
-        self.later = later
         self.wires = wires  # of IRC, by capabilities
-        self.password = password
-        self.name, self.network = name, network  # of this server, as a host
-        self.operators = operators or {}  # verifiers by name
-        self.registration = registration  # "before-connect", "email-required", or "off"
-        self.sts = sts  # seconds for which clients have to use TLS (IRCv3 sts); 0: no policy
-        self.flood = flood  # burst and rate of a connection's budget
+        self.password = options.password
+        self.name, self.network = options.name, options.network  # of this server, as a host
+        self.operators = operators_of(options.oper)  # verifiers by name
+        self.registration, self.sts, self.flood = options.register, options.sts, options.flood
         self.ids = itertools.count(1)  # of sessions
         self.references = itertools.count(1)  # of batches
 
@@ -1654,11 +1605,9 @@ def base_url(site: Site, secure: bool, authority: str) -> str:
 
 
 def next_time(last: int, now: int) -> int:
-    """Return the time of the event after one at `last`, in milliseconds.
-
-    Times follow the wall clock. They are unique while it runs forward, at most TIMES_AHEAD
-    ahead of it; a `last` that is further ahead means that the clock was set back.
-    """
+    """Return the time of the event after one at `last`, in milliseconds: that of the wall clock,
+    unique while it runs forward, and at most TIMES_AHEAD ahead. A `last` that is further ahead
+    means that the clock was set back."""
     if now > last or last > now + TIMES_AHEAD:
         return now
     return min(last + 1, now + TIMES_AHEAD)
@@ -1675,8 +1624,7 @@ SOURCE_FIELDS = ("name", "address", "username", "account", "bot")  # what source
 
 
 class Session:
-    """One connection of a user, as the acts know it. The dialects have subclasses; a bare
-    Session stands for one that this process has no connection of."""
+    """One connection of a user, as the acts know it; a bare one is none of this process."""
 
     __slots__ = ("address", "client", "id", "operator", "token", "user")
     wire: Any = None
@@ -1874,11 +1822,9 @@ class Membership:
 
 
 class Mask:
-    """An entry of a channel's list, or a ban from the server.
-
-    nick!user@host with * and ?, or extended: a:ACCOUNT means the users logged in to it, and
-    m:MASK those who may be in the channel but not speak.
-    """
+    """An entry of a channel's list, or a ban from the server: nick!user@host with * and ?, or
+    extended: a:ACCOUNT means the users logged in to it, and m:MASK those who may be in the
+    channel but not speak."""
 
     __slots__ = ("by_account", "mutes", "pattern", "setter", "text", "when")
 
@@ -1942,10 +1888,8 @@ def channel_password(word: str, salt: str) -> ChannelPassword:
 
 
 class Audience:
-    """Whom an event is for. It names channels, users or sessions; who they are is resolved
-    when the turn is written. Compared by identity: the events of one audience are encoded
-    and joined together.
-    """
+    """Whom an event is for: channels, users or sessions, resolved when the turn is written.
+    Compared by identity: the events of one audience are encoded and joined together."""
 
     __slots__ = ("channels", "name", "parties", "sessions", "targets", "users")
 
@@ -2003,8 +1947,7 @@ class Audience:
 
 
 class Channel:
-    """A channel. Without members it ceases to exist, unless an account founded it; its
-    history stays in the store."""
+    """A channel. It ends with its last member, unless an account founded it; its history stays."""
 
     __slots__ = (
         *("audience", "by_wire", "created", "flags", "former", "founder", "founding", "invited"),
@@ -2060,8 +2003,7 @@ class Channel:
     @classmethod
     def revived(cls, state: dict[str, Any]) -> "Channel":
         """Return the channel of a state(), without members."""
-        old = {"founding": 0, "stored_ranks": state.get("standing", {}), "former_key": ""}
-        state = old | state
+        state = {"founding": 0, "stored_ranks": state.get("standing", {}), "former_key": ""} | state
         channel = cls(state["name"], state["founding"], 0)
         for name in cls.STATE[1:]:
             setattr(channel, name, state[name])
@@ -2105,13 +2047,11 @@ class Channel:
     def require(self, who: Session, rank: str = "h") -> None:
         """Only members of that rank or a higher one, and operators of the server."""
         if not who.operator and self.member(who.user).level > RANKS.index(rank):
-            text = f"only operators of {self.name} can do that"
-            raise Refused("NOT_OPERATOR", text, self.name)
+            raise Refused("NOT_OPERATOR", f"only operators of {self.name} can do that", self.name)
 
     def check_can_send(self, user: User, text: str) -> None:
         if "C" in self.flags and "\n\x01" in f"\n{text}":
-            text = f"{self.name} takes no CTCP but actions (+C)"
-            raise Refused("CANNOT_SEND", text, self.name)
+            raise Refused("CANNOT_SEND", f"{self.name} takes no CTCP but actions (+C)", self.name)
         member = self.members.get(user)
         if member is not None and member.ranks:
             return
@@ -2178,8 +2118,7 @@ class Channel:
         return [self.named(u, multi, masks) for u in self.members if inside or "i" not in u.modes]
 
     def roster(self, multi: bool, masks: bool) -> list[str]:
-        """Return what names() gives a member, in pieces of at most ROSTER_BYTES. A thousand
-        users who join at once get the same strings; only the last one grows."""
+        """Return names() for a member, in pieces: all who join get the same strings."""
         if (roster := self.rosters.get((multi, masks))) is None:
             words = (self.named(user, multi, masks) for user in self.members)
             roster = self.rosters[multi, masks] = list(wrapped(words, ROSTER_BYTES))
@@ -2200,8 +2139,7 @@ class Channel:
         values = []
         if self.password:
             letters.add("k")
-            told = who.user in self.members or who.operator
-            values.append(self.password.text if told else "*")
+            values.append(self.password.text if who.user in self.members or who.operator else "*")
         if self.limit is not None:
             letters.add("l")
             values.append(str(self.limit))
@@ -2360,8 +2298,11 @@ class LocalSession(Session):
         raise NotImplementedError
 
     def refuse(self, refusal: Refused) -> None:
-        """Send a refusal."""
         raise NotImplementedError
+
+    def answer(self, text: str) -> None:
+        """Tell what a command has done, where no numeric or event says it."""
+        self.notice(text)
 
     def farewell(self, text: str) -> None:
         """Send the last text: the connection is about to be closed."""
@@ -2381,7 +2322,7 @@ class LocalSession(Session):
     def later(self, lane: str, job: Callable, then: Callable) -> None:
         """Run job() off the loop, then then(its result); only then comes the next line."""
         self.deferred = True
-        self.site.later(self, lane, job, then)
+        self.site.server.later(self, lane, job, then)
 
     def read(self, job: Callable, then: Callable) -> None:
         """The same for a job that reads the store."""
@@ -2390,6 +2331,7 @@ class LocalSession(Session):
     def take_result(self, then: Callable, result: Any) -> None:
         """Take what a job returned, or the ChatError that it raised."""
         self.deferred = False
+        self.resume_answer()
         try:
             if isinstance(result, Refused):
                 raise result
@@ -2398,8 +2340,7 @@ class LocalSession(Session):
             then(result)
         except Refused as refusal:
             self.refuse(refusal)
-        if not self.deferred and self.unfinished is None:
-            self.answered()
+        self.mark_answer(whole=not self.deferred and self.unfinished is None)
 
     # Long answers: generators that are resumed for as long as the client reads them
 
@@ -2413,6 +2354,7 @@ class LocalSession(Session):
             if next(self.postponed[0], self) is self:
                 del self.postponed[0]
             return
+        self.resume_answer()
         try:
             next(self.unfinished)
         except StopIteration:
@@ -2420,11 +2362,13 @@ class LocalSession(Session):
         except Refused as refusal:
             self.unfinished = None
             self.refuse(refusal)
-        if self.unfinished is None and not self.deferred:
-            self.answered()
+        self.mark_answer(whole=not self.deferred and self.unfinished is None)
 
-    def answered(self) -> None:
-        """All has been sent that answers the line received last."""
+    def resume_answer(self) -> None:
+        """Go on with an answer that took until another turn."""
+
+    def mark_answer(self, whole: bool) -> None:
+        """This has been sent of an answer, or the whole."""
 
     # Sending
 
@@ -2461,6 +2405,23 @@ class LocalSession(Session):
     def abandon(self) -> None:
         """The server goes down: no other user is told that this one left."""
         self.user = None
+
+
+do = functools.partial  # a step: what is called with then= as its last argument
+Steps = Iterator[functools.partial]
+
+
+def in_steps(function: Callable[..., Steps]) -> Callable[..., None]:
+    """Decorator: each step that this generator yields is done, and its result sent in."""
+
+    def go_on(steps: Steps, result: Any = None) -> None:
+        try:
+            step = steps.send(result)
+        except StopIteration:
+            return
+        step(then=functools.partial(go_on, steps))
+
+    return functools.wraps(function)(lambda *values: go_on(function(*values)))
 
 
 def attempt_line(encode: Callable[[], bytes], report: Callable) -> bytes:
@@ -2545,8 +2506,7 @@ class Group:
         return found
 
     def seen(self, spans: Iterable[tuple[int, float]]) -> list[tuple[int, int]]:
-        """Return the index ranges of the events in these spans of ids, in order; spans of
-        several channels may overlap."""
+        """Return the index ranges of the events in these spans of ids, which may overlap."""
         ranges: list[tuple[int, int]] = []
         for first, last in sorted(spans):
             start, end = bisect.bisect_left(self.ids, first), bisect.bisect_right(self.ids, last)
@@ -2615,17 +2575,10 @@ class Record(NamedTuple):
 
 
 class Turn:
-    """The log of one turn: events, replies (in the sessions), and records for the store.
-
-    Most sessions belong to one audience and get its joined bytes, the same object for all.
-    Those that are individually addressed (they spoke, came, went, or were answered) and
-    those that belong to several audiences get the same lines, cut for them, in the log's order.
-    """
-
-    __slots__ = (
-        *("changed", "conversations", "copies", "dedup", "events", "individually_addressed"),
-        *("left", "moved", "moved_channels", "records", "since"),
-    )
+    """The log of one turn: events, replies (in the sessions), and records for the store. Most
+    sessions belong to one audience and get its joined bytes, the same object for all. Those that
+    are individually addressed (they spoke, came, went, or were answered) and those that belong to
+    several audiences get the same lines, cut for them, in the log's order."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -2670,8 +2623,7 @@ class Turn:
         return targets[0] if len(targets) == 1 else None
 
     def deliveries(self, report: Callable = lambda: None) -> Iterator[tuple[bytes, Any]]:
-        """The write beat: yield bytes, and the sessions that get them; no session twice.
-        A bug while bytes are made goes to report()."""
+        """The write beat: yield bytes, and whom they are for, none twice. Bugs go to report()."""
         groups: dict[Audience, Group] = {}
         for event in self.events:
             group = groups.get(event.audience)
@@ -2971,8 +2923,7 @@ class Hub:
     # The one door in, and the one door out
 
     def perform(self, name: str, actor: int, *values: Any) -> Any:
-        """Do the act `name` as the session `actor` (0: the server); return its result. Raises
-        Refused, and then nothing has changed."""
+        """Do an act as the session `actor` (0: the server). Raises Refused: nothing has changed."""
         if self.journal is not None:
             self.journal.append((self.now, self.ticks, name, actor, values))
         self.work += WORK_OF_AN_ACT
@@ -3046,8 +2997,7 @@ class Hub:
         return talk
 
     def find_audience(self, user: User, name: str) -> "Audience | Channel":
-        """Return what `name` means to a user: a channel, its members from a rank up, or a
-        conversation."""
+        """Return what a name means: a channel, its members from a rank up, or a conversation."""
         if name.startswith("#"):
             return self.find_channel(name)
         if name[1:2] == "#" and name[0] in SYMBOLS.values():
@@ -3083,13 +3033,12 @@ class Hub:
 
     def dedup_owners(self, who: Session) -> dict[str, None]:
         """Under which names a message id of this session may be known, the first for new ones."""
-        names = (who.client, who.user.identity, who.user.resume_id)
-        return dict.fromkeys(filter(None, names))
+        return dict.fromkeys(filter(None, (who.client, who.user.identity, who.user.resume_id)))
 
     def author_of(self, targets: Iterable[str], id: int) -> tuple[int, str] | None:
         """Return the founding and the author's identity of a message under these keys."""
         keys = list(targets)
-        if self._redacted(id):
+        if any(one.name == "redact" and one.values[-1] == id for one in self.turn.records):
             return None
         recent = (e for e in self.turn.events if e.id == id and e.kind in (*SPOKEN, TAGS))
         for event in recent:
@@ -3097,9 +3046,6 @@ class Hub:
             if foundings:
                 return foundings[0], event.source.identity
         return next(filter(None, (self.store.author_of(key, id) for key in keys)), None)
-
-    def _redacted(self, id: int) -> bool:
-        return any(one.name == "redact" and one.values[-1] == id for one in self.turn.records)
 
     def has_history(self, key: str) -> bool:
         """Return whether anything can be read under a channel's key once this turn is stored."""
@@ -3137,30 +3083,17 @@ def act(function: Callable) -> Callable:
 # Names
 
 
-def name_numbers(dice: int) -> Iterator[int]:
-    """Yield what may stand behind a name that is taken: counting past a thousand guests would
-    take too long."""
-    yield from range(2, NAMES_COUNTED)
-    many = random.Random(dice)
-    while True:
-        yield many.randrange(10**6)
-
-
-def why_foreign(hub: Hub, name: str) -> str:
-    if known := hub.accounts.looks_like(name):
-        return f"{name} looks like {known} in other letters; choose another name"
-    return f"{name} belongs to an account; log in first"
-
-
 def free_name(
     hub: Hub, wanted: str, owner: User | None = None, account: str = "", dice: int = 0
 ) -> str:
-    """Return `wanted` as the rule for names has it, with a number where it is not free.
-    Raises Refused if there is nothing left of it."""
+    """Return `wanted` as names have to be, with a number where it is not free. Raises Refused."""
     name = clean_name(wanted)
     if not name:
         raise Refused("NO_NAME", "a name needs at least one visible character; try again")
-    candidates = itertools.chain([name], (numbered_name(name, n) for n in name_numbers(dice)))
+    # Counting past a thousand guests would take too long: after some, any number will do
+    many = random.Random(dice)
+    numbers = itertools.chain(range(2, NAMES_COUNTED), iter(lambda: many.randrange(10**6), None))
+    candidates = itertools.chain([name], (numbered_name(name, n) for n in numbers))
     account = owner.account if owner else account
     return next(
         c
@@ -3177,9 +3110,11 @@ def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = 
     holder = hub.users.get(fold(wanted))
     if holder not in (None, owner) and not (account and holder.account == account):
         raise Refused("NAME_TAKEN", f"{wanted} is taken", wanted)
-    looks = hub.accounts.looks_like(wanted)
-    if looks or (owner and hub.accounts.is_foreign(wanted, owner.account)):
-        raise Refused("NAME_TAKEN", why_foreign(hub, wanted), wanted)
+    if known := hub.accounts.looks_like(wanted):
+        text = f"{wanted} looks like {known} in other letters; choose another name"
+        raise Refused("NAME_TAKEN", text, wanted)
+    if owner and hub.accounts.is_foreign(wanted, owner.account):
+        raise Refused("NAME_TAKEN", f"{wanted} belongs to an account; log in first", wanted)
 
 
 def server_ban(hub: Hub, user: User) -> ServerBan | None:
@@ -3198,16 +3133,10 @@ def check_not_bound(hub: Hub, user: User) -> None:
 
 
 @act
-def follow(hub: Hub, who: Session, registry: str, key: str) -> None:
-    """Tell this session of a name that it monitors ("watchers") or of a key of metadata
-    ("subscribers")."""
-    getattr(hub, registry).add(who, key)
-
-
-@act
-def unfollow(hub: Hub, who: Session, registry: str, key: str) -> None:
-    """The opposite of follow."""
-    getattr(hub, registry).remove(who, key)
+def follow(hub: Hub, who: Session, registry: str, key: str, on: bool) -> None:
+    """Tell this session of a name (the registry "watchers") or key of metadata ("subscribers")."""
+    known: Registry = getattr(hub, registry)
+    (known.add if on else known.remove)(who, key)
 
 
 def tell_watchers(hub: Hub, key: str, kind: str, source: Source) -> None:
@@ -3249,13 +3178,6 @@ def rename_user(hub: Hub, who: Session, wanted: str, exact: bool, dice: int) -> 
 # Coming and going
 
 
-class Entered(NamedTuple):
-    """The result of a registration."""
-
-    attached: bool  # to a user who was here
-    resumed: bool  # by the session's token
-
-
 def user_of_token(hub: Hub, token: str, account: str) -> tuple[User | None, str]:
     """Return whom a token resumes; or the account that it takes a log-in to."""
     user = hub.users_by_token.get(token)
@@ -3290,30 +3212,13 @@ def forget_token(hub: Hub, user: User, token: str) -> None:
 
 
 def emit_to_witnesses(
-    hub: Hub,
-    kind: str,
-    source: Source,
-    user: User,
-    text: str = "",
-    about: str = "",
-    origin: Session | None = None,
+    hub: Hub, kind: str, source: Source, user: User, *texts: str, origin: Session | None = None
 ) -> None:
-    """Tell what a user did to itself: the user, all who share a channel, and those who
-    monitor the name and want to know more than on and off."""
+    """Tell the user, all who share a channel, and those with extended-monitor what the user did."""
     watching = (s for s in hub.watchers.get(user.key, ()) if s.extended_monitor)
     audience = neighbours(user, watching, alone=True)
     hub.charge(WORK_OF_A_RECEIVER * audience.cost)
-    hub.emit(kind, source, audience, text, about, origin)
-
-
-def move_host(hub: Hub, user: User, address: str) -> None:
-    """The user is connected from elsewhere; which is where bans are looked for."""
-    before = user.source
-    user.change_source(address=address)
-    hub.turn.changed.add(user)
-    for channel in user.channels:
-        channel.rosters.clear()
-    emit_to_witnesses(hub, HOST, before, user, user.source.host, before.username)
+    hub.emit(kind, source, audience, *texts, origin=origin)
 
 
 def attach(hub: Hub, who: Session, user: User, address: str) -> None:
@@ -3337,7 +3242,11 @@ def attach(hub: Hub, who: Session, user: User, address: str) -> None:
     for token in list(user.tokens)[:-TOKENS_A_USER]:
         forget_token(hub, user, token)
     if host_of(user.source.address) not in {host_of(s.address) for s in user.live}:
-        move_host(hub, user, address)
+        before = user.source
+        user.change_source(address=address)  # which is where bans are looked for
+        for channel in user.channels:
+            channel.rosters.clear()
+        emit_to_witnesses(hub, HOST, before, user, user.source.host, before.username)
 
 
 def inherit(hub: Hub, user: User, identity: str) -> None:
@@ -3353,13 +3262,12 @@ def inherit(hub: Hub, user: User, identity: str) -> None:
 
 
 def change_login(hub: Hub, who: Session, account: str) -> None:
-    """The user is logged in to an account. The first one that a guest logs in to takes over
-    what the guest said, received and read."""
+    """Log a user in to an account. A guest's first account takes over what the guest has."""
     user, identity = who.user, hub.accounts.identity(account)
     inherit(hub, user, identity)
     user.set_login(account, identity)
     hub.turn.changed.add(user)
-    emit_to_witnesses(hub, ACCOUNT, user.source, user, "", account, who)
+    emit_to_witnesses(hub, ACCOUNT, user.source, user, "", account, origin=who)
     server = Source(hub.name, "", mask=hub.name)
     for channel in user.channels:
         member, ranks = channel.members[user], channel.ranks_by_account(user)
@@ -3400,10 +3308,11 @@ def enter(
     dice: int,
     metadata: tuple[tuple[str, str], ...],
     away: str,
-) -> Entered:
+) -> tuple[bool, bool]:
     """Make a session a user, or one more session of a user who is here: the one whose token
-    it has, or (with `exact`) the one of the same account under that name. The token is no
-    log-in: it makes nothing more of a session than those logged in to that account may be."""
+    it has, or (with `exact`) the one of the same account under that name. Return whether it is
+    that, and whether by the token. The token is no log-in: it makes nothing more of a session
+    than those logged in to that account may be."""
     account = account if hub.accounts.is_proof(account, proof) else ""
     user, required = user_of_token(hub, token, account)
     holder, owns = hub.users.get(fold(wanted)), bool(account) and fold(wanted) == fold(account)
@@ -3414,15 +3323,14 @@ def enter(
     name = user.name if user else wanted if owns else free_name(hub, wanted, None, account, dice)
     source = source_of(name, address, username, account)
     if ban := server_ban(hub, User(source, "", "", 0)):
-        text = f"you are banned from this server: {ban.reason}"
-        raise Refused("BANNED_FROM_SERVER", text)
+        raise Refused("BANNED_FROM_SERVER", f"you are banned from this server: {ban.reason}")
     who.client, who.token = token, "" if required else token
     if user:
         resumed = who.token in user.tokens
         attach(hub, who, user, address)
         if account and user.account != account:
             change_login(hub, who, account)
-        return Entered(True, resumed)
+        return True, resumed
     if owns and holder:
         take_name(hub, holder, free_name(hub, wanted, dice=dice))
     user = User(source, realname or name, new_resume_id(hub, who.token), hub.now)
@@ -3431,12 +3339,11 @@ def enter(
     add_user(hub, user)
     attach(hub, who, user, address)
     tell_watchers(hub, user.key, ONLINE, user.source)
-    return Entered(False, False)
+    return False, False
 
 
 def close_channel(hub: Hub, channel: Channel) -> None:
-    """The channel ends. What was said in it while it was private is sealed: the next founder
-    of this name was not meant to read it."""
+    """End a channel. What was said while it was private is sealed from the next founder."""
     del hub.channels[channel.key]
     for user in list(channel.invited):
         channel.uninvite(user)
@@ -3564,10 +3471,8 @@ def check_new_account(hub: Hub, user: User | None, nick: str, wanted: str) -> st
     if not nick:
         raise Refused("NEED_NICK", "take a name first", "*")
     if name != nick:
-        text = f"an account is called as you are: {nick}"
-        raise Refused("ACCOUNT_NAME_MUST_BE_NICK", text, name)
-    holder = hub.users.get(fold(name))
-    if hub.accounts.is_foreign(name, "") or holder not in (None, user):
+        raise Refused("ACCOUNT_NAME_MUST_BE_NICK", f"an account is called as you are: {nick}", name)
+    if hub.accounts.is_foreign(name, "") or hub.users.get(fold(name)) not in (None, user):
         raise Refused("ACCOUNT_EXISTS", f"{name} is registered already", name)
     return name
 
@@ -3655,7 +3560,6 @@ def own_account(user: User) -> str:
 
 @act
 def add_certificate(hub: Hub, who: Session, fingerprint: str) -> str:
-    """Let a certificate log in to the user's account."""
     accounts, account = hub.accounts, own_account(who.user)
     if not fingerprint:
         raise Refused("NO_CERTIFICATE", "this connection shows no certificate")
@@ -3681,16 +3585,6 @@ def remove_certificate(hub: Hub, who: Session, fingerprint: str) -> str:
 # Channels
 
 
-def found_channel(hub: Hub, user: User, channel: Channel) -> str:
-    """Return the ranks of a channel's first member; an account founds channels that last."""
-    if channel.key == LOBBY:
-        return ""
-    if user.login and hub.founded[user.login] < CHANNELS_FOUNDED:
-        channel.founder = user.login
-        hub.founded[user.login] += 1
-    return "o"
-
-
 def tell_metadata_of_newcomer(hub: Hub, who: Session, channel: Channel) -> None:
     """Tell the members of a channel what they subscribed to of a user who joined."""
     user = who.user
@@ -3704,23 +3598,24 @@ def tell_metadata_of_newcomer(hub: Hub, who: Session, channel: Channel) -> None:
 
 @act
 def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
-    """Join a channel, which is founded if need be; its founder operates it. None if the user
-    is a member already."""
+    """Join a channel, or found it and operate it; None if the user is a member already."""
     check_channel_name(name)
     user, key = who.user, fold(name)
     channel = hub.channels.get(key)
     if channel and channel in user.channels:
         return None
     if len(user.channels) >= CHANNELS_A_USER:
-        text = f"{CHANNELS_A_USER} channels at most; /part one"
-        raise Refused("TOO_MANY_CHANNELS", text, name)
+        raise Refused("TOO_MANY_CHANNELS", f"{CHANNELS_A_USER} channels at most; /part one", name)
     if channel:
         hub.charge(channel.masks)
         channel.check_entry(user, password)
         ranks = channel.ranks_by_account(user)
     else:
         channel = hub.channels[key] = Channel(name, hub.last_id + 1, hub.now)
-        ranks = found_channel(hub, user, channel)
+        ranks = "" if key == LOBBY else "o"
+        if ranks and user.login and hub.founded[user.login] < CHANNELS_FOUNDED:
+            channel.founder = user.login  # it lasts
+            hub.founded[user.login] += 1
     channel.uninvite(user)
     channel.members[user] = Membership(hub.last_id + 1, ranks)
     user.channels[channel] = None
@@ -3865,10 +3760,11 @@ def end_invitations(hub: Hub, channel: Channel, done: Iterable[ModeChange]) -> N
                 channel.uninvite(user)
 
 
+Changes = tuple[tuple[bool, str, str], ...]  # the fields of a ModeChange each
+
+
 @act
-def set_modes(
-    hub: Hub, who: Session, name: str, changes: tuple[tuple[bool, str, str], ...], salt: str
-) -> list[Refused]:
+def set_modes(hub: Hub, who: Session, name: str, changes: Changes, salt: str) -> list[Refused]:
     """Change a channel's modes, as far as that can be done; return why not of the rest."""
     user, channel = who.user, hub.find_channel(name)
     done: list[ModeChange] = []
@@ -3906,8 +3802,7 @@ def move_markers(hub: Hub, old: str, new: str) -> None:
 
 @act
 def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -> None:
-    """Give a channel another name, and with it the history of this founding. The old name is
-    free at once."""
+    """Rename a channel with the history of this founding. The old name is free at once."""
     user, channel = who.user, hub.find_channel(where)
     channel.require(who, "o")
     check_channel_name(name)
@@ -4075,8 +3970,7 @@ def redact_file(hub: Hub, who: Session, message: int) -> None:
 
 @act
 def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_id: str) -> Sent:
-    """Send a message to a channel or user. `own_id` is the sender's id of it: under one id
-    there is one message."""
+    """Send a message to a channel or user; under one `own_id` of the sender there is one."""
     user = who.user
     if own_id and (repeat := hub.find_repeat(who, own_id)) is not None:
         return Sent(repeat)
@@ -4117,8 +4011,7 @@ def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_
 
 
 def conversation_keys(hub: Hub, one: str, other: str) -> list[str]:
-    """Return under which keys the store may have a private conversation: those of an account
-    include what its owner said as a guest."""
+    """Return the keys of a private conversation: an account has those of its guests, too."""
     pairs = itertools.product(hub.identities(one), hub.identities(other))
     return list(dict.fromkeys(" ".join(sorted(pair)) for pair in pairs))
 
@@ -4146,8 +4039,7 @@ def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> N
     channel = hub.channels.get(fold(name)) if name.startswith("#") else None
     other = None if name.startswith("#") else hub.users.get(fold(name))
     if not (other or (channel and user in channel.members)):
-        text = "there is nothing of it that you may read"
-        raise Refused("INVALID_TARGET", text, name)
+        raise Refused("INVALID_TARGET", "there is nothing of it that you may read", name)
     audience = channel.audience if channel else hub.conversation(user, other)
     keys = [channel.key] if channel else conversation_keys(hub, user.identity, other.identity)
     try:
@@ -4233,18 +4125,13 @@ def check_metadata_writable(who: Session, owner: User | Channel, target: str, ke
         raise Refused("KEY_NO_PERMISSION", "that is not yours to change", target, key)
 
 
-def owner_source(owner: User | Channel) -> Source:
-    return owner.source if isinstance(owner, User) else Source(owner.name, "")
-
-
 @act
 def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> None:
     """Set a value of a user or channel; "" removes it. Subscribers of the key are told."""
     owner = hub.find_channel(target) if target.startswith("#") else hub.find_user(target)
     check_metadata_writable(who, owner, target, key)
     if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
-        text = f"{METADATA_KEYS} keys at most"
-        raise Refused("LIMIT_REACHED", text, target, str(METADATA_KEYS))
+        raise Refused("LIMIT_REACHED", f"{METADATA_KEYS} keys at most", target, str(METADATA_KEYS))
     if value:
         owner.metadata[key] = value
     else:
@@ -4253,25 +4140,25 @@ def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> N
     subscribed = hub.subscribers.get(key, set()) - {who}
     if not subscribed:
         return
-    audience = (
-        owner.audience
-        if isinstance(owner, Channel)
-        else neighbours(owner, hub.watchers.get(owner.key, ()), alone=True)
-    )
+    if isinstance(owner, Channel):
+        audience, source = owner.audience, Source(owner.name, "")
+    else:
+        watching = hub.watchers.get(owner.key, ())
+        audience, source = neighbours(owner, watching, alone=True), owner.source
     hub.charge(len(subscribed))
     channels = set(audience.channels)
     told = [
-        session
-        for session in subscribed
-        if session.user
+        s
+        for s in subscribed
+        if s.user
         and (
-            session in audience.sessions
-            or session.user in audience.users
-            or not channels.isdisjoint(session.user.channels)
+            s in audience.sessions
+            or s.user in audience.users
+            or not channels.isdisjoint(s.user.channels)
         )
     ]
     if told:
-        hub.emit(METADATA, owner_source(owner), Audience(owner.name, sessions=told), value, key)
+        hub.emit(METADATA, source, Audience(owner.name, sessions=told), value, key)
 
 
 @act
@@ -4296,8 +4183,7 @@ def become_operator(hub: Hub, who: Session, name: str) -> None:
     who.operator = True
     hub.operators.add(who)
     user = who.user
-    mine = Audience(user.name, sessions={who})
-    hub.emit(USER_MODE, user.source, mine, "+o", user.name, who)
+    hub.emit(USER_MODE, user.source, Audience(user.name, sessions={who}), "+o", user.name, who)
 
 
 def require_operator(who: Session) -> None:
@@ -4314,12 +4200,6 @@ def kill(hub: Hub, who: Session, name: str, reason: str) -> str:
     return victim.source.mask
 
 
-def expire_bans(hub: Hub) -> None:
-    for key in [key for key, ban in hub.bans.items() if ban.until and ban.until <= hub.now]:
-        del hub.bans[key]
-        hub.turn.record("ban_gone", key)
-
-
 @act
 def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str) -> int:
     """Add a K-line, and disconnect those whom it matches; return how many users that were."""
@@ -4327,7 +4207,9 @@ def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str
     mask = server_mask(mask)
     if not is_word(mask, MASK_BYTES):
         raise Refused("BAD_MASK", f"a mask is one word of at most {MASK_BYTES} bytes", mask)
-    expire_bans(hub)
+    for key in [key for key, ban in hub.bans.items() if ban.until and ban.until <= hub.now]:
+        del hub.bans[key]
+        hub.turn.record("ban_gone", key)
     if fold(mask) not in hub.bans and len(hub.bans) >= SERVER_BANS:
         raise Refused("LIST_FULL", f"the list is full: {SERVER_BANS} bans at most", "*", mask)
     until = hub.now + minutes * 60_000 if minutes else 0
@@ -4336,10 +4218,8 @@ def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str
     hub.bans[fold(mask)] = ban
     hub.turn.record("ban", fold(mask), *ban)
     hub.charge(len(hub.users))
-    meant, pattern = [], Mask(mask)
-    for user in hub.users.values():
-        if pattern.matches(user) and user is not who.user:
-            meant.append(user)
+    pattern, me = Mask(mask), who.user
+    meant = [user for user in hub.users.values() if user is not me and pattern.matches(user)]
     for user in meant:
         disconnect(hub, who.user.source, user, f"K-lined: {reason}")
     return len(meant)
@@ -4359,28 +4239,21 @@ def unban_from_server(hub: Hub, who: Session, mask: str) -> str:
 # The start of a server
 
 
-def revive_user(hub: Hub, resume_id: str, state: dict[str, Any]) -> User | None:
-    """Make a user of the last server absent, with a fresh grace period."""
-    user = User.revived(resume_id, state, hub.ticks)
-    if user.login and hub.accounts.identity(user.account) != user.login:  # it was dropped
-        user.set_login("", "")
-    if user.key in hub.users or not user.may_return:
-        return None
-    add_user(hub, user)
-    start_grace_period(hub, user)
-    return user
-
-
 def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[str, str]]) -> None:
     """Load what Hub.settle() recorded. A channel is there again if an account founded it, or
     one of its members may come back; else it ends like one whose last member has left."""
     wanted: dict[User, dict[str, str]] = {}
     for resume_id, text in users:
         state = json.loads(text)
-        if user := revive_user(hub, resume_id, state):
-            wanted[user] = state["channels"]
-        else:
+        user = User.revived(resume_id, state, hub.ticks)
+        if user.login and hub.accounts.identity(user.account) != user.login:  # it was dropped
+            user.set_login("", "")
+        if user.key in hub.users or not user.may_return:
             hub.turn.record("user_gone", resume_id)
+            continue
+        add_user(hub, user)
+        start_grace_period(hub, user)
+        wanted[user] = state["channels"]
     identities = {account.identity for account in hub.accounts.values()}
     for key, text in channels:
         hub.channels[key] = channel = Channel.revived(json.loads(text))
@@ -4401,32 +4274,27 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
 # What a session does to prove something, in both dialects. The slow part runs off the loop
 # before the act; the act gets a proof: the revision of the password that was checked.
 
-TOO_MANY_TRIES = "Too many wrong passwords"
-
 
 def wrong_password(session: LocalSession) -> None:
-    """Refuse a wrong password of the server or an operator, which has been counted by
-    address; a few close the connection."""
+    """Refuse a wrong password of the server or an operator; a few close the connection."""
     session.tries += 1
     text = f"that is not it (try {session.tries} of {PASSWORD_TRIES})"
     session.refuse(Refused("WRONG_PASSWORD", text))
     if session.tries >= PASSWORD_TRIES:
-        session.end(TOO_MANY_TRIES)
+        session.end("Too many wrong passwords")
 
 
 SERVER_PASSWORD, OPERATOR_PASSWORD = "*pass", "*oper"  # subjects of the throttle
 
 
 def check_server_password(session: LocalSession, given: str) -> bool:
-    """Return whether the server's password is right, or none is needed. Raises Refused where too
-    many wrong ones came from this address."""
+    """Return whether the password is right, or none is needed. Raises Refused after too many."""
     site = session.site
     if site.password is None:
         return True
     throttle, host = site.hub.accounts.throttle, session.conn.limit_key
     if seconds := throttle.wait(host, SERVER_PASSWORD, site.hub.ticks):
-        text = f"too many failures; try again in {seconds} s"
-        raise Refused("WRONG_PASSWORD", text)
+        raise Refused("WRONG_PASSWORD", f"too many failures; try again in {seconds} s")
     throttle.failed(host, SERVER_PASSWORD, site.hub.ticks)
     if not hmac.compare_digest(given.encode(), site.password.encode()):
         return False
@@ -4435,8 +4303,7 @@ def check_server_password(session: LocalSession, given: str) -> bool:
 
 
 def claimed_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
-    """Return the account that a session claims, and its verifier. It counts as a failure
-    until proven. Raises Refused."""
+    """Return a claimed account and its verifier: a failure until proven. Raises Refused."""
     session.site.server.refresh()
     hub, host = session.site.hub, session.conn.limit_key
     hub.accounts.throttle.check(host, name, hub.ticks)
@@ -4445,8 +4312,7 @@ def claimed_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
 
 
 def certified_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
-    """Return the account of the connection's certificate; "" or that account may be asked
-    for. Raises Refused."""
+    """Return the account of the connection's certificate, which may be named. Raises Refused."""
     session.site.server.refresh()
     accounts, fingerprint = session.site.hub.accounts, session.conn.fingerprint
     if not fingerprint:
@@ -4459,8 +4325,7 @@ def certified_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
 
 
 def revision_of(session: LocalSession, name: str, verifier: Verifier) -> str:
-    """Return the proof that this password was right. Raises Refused if the account is gone
-    or has another password by now."""
+    """Return the proof that a password was right. Raises Refused if that changed meanwhile."""
     accounts = session.site.hub.accounts
     if accounts.find(name)[1] != verifier:
         raise wrong_login()
@@ -4468,65 +4333,46 @@ def revision_of(session: LocalSession, name: str, verifier: Verifier) -> str:
     return verifier.salt.hex()
 
 
-def check_owner(
-    session: LocalSession, name: str, password: str, done: Callable[[str, str], None]
-) -> None:
-    """Check an account's password off the loop; then done(registered name, proof)."""
+def prove(session: LocalSession, name: str, password: str) -> Steps:
+    """Check an account's password; return the registered name and the proof. Raises Refused."""
     account, verifier = claimed_account(session, name)
-
-    def judge(fits: bool) -> None:
-        if not fits:
-            raise wrong_login()
-        done(account, revision_of(session, account, verifier))
-
-    session.later(PASSWORD_LANE, functools.partial(verifier.fits, password), judge)
+    if not (yield do(session.later, PASSWORD_LANE, functools.partial(verifier.fits, password))):
+        raise wrong_login()
+    return account, revision_of(session, account, verifier)
 
 
-def identify(
-    session: LocalSession, name: str, password: str, takes_name: bool, done: Callable[[str], None]
-) -> None:
-    """Log the session's user in to an account if the password is right; then done(name)."""
-
-    def proved(account: str, proof: str) -> None:
-        session.act("log_in", account, proof, takes_name, then=lambda _: done(account))
-
-    check_owner(session, name, password, proved)
+def identify(session: LocalSession, name: str, password: str, takes_name: bool) -> Steps:
+    """Log the session's user in to an account if the password is right."""
+    account, proof = yield from prove(session, name, password)
+    yield do(session.act, "log_in", account, proof, takes_name)
+    session.answer(f"you are logged in as {account}")
 
 
 def check_password(password: str, name: str) -> None:
     """Raise Refused unless it can protect an account."""
     if len(password) < PASSWORD_LEAST:
-        text = f"a password has at least {PASSWORD_LEAST} characters"
-        raise Refused("WEAK_PASSWORD", text, name)
+        raise Refused("WEAK_PASSWORD", f"a password has at least {PASSWORD_LEAST} characters", name)
     if len(password) > PASSWORD_MOST:
         text = f"a password has at most {PASSWORD_MOST} characters"
         raise Refused("UNACCEPTABLE_PASSWORD", text, name)
 
 
-def change_own_password(
-    session: LocalSession, old: str, new: str, done: Callable[[Any], None]
-) -> None:
+@in_steps
+def change_own_password(session: LocalSession, old: str, new: str) -> Steps:
     """Change the password of the account that the user is logged in to."""
     name = own_account(session.user)
     check_password(new, name)
-
-    def proved(account: str, proof: str) -> None:
-        def save(verifier: Verifier) -> None:
-            session.act("change_password", account, proof, tuple(verifier), then=done)
-
-        session.later(PASSWORD_LANE, functools.partial(make_verifier, new), save)
-
-    check_owner(session, name, old, proved)
+    account, proof = yield from prove(session, name, old)
+    verifier = yield do(session.later, PASSWORD_LANE, functools.partial(make_verifier, new))
+    yield do(session.act, "change_password", account, proof, tuple(verifier))
+    session.answer(PASSWORD_CHANGED)
 
 
-def drop_own_account(session: LocalSession, password: str, done: Callable[[Any], None]) -> None:
-    """Delete the account that the user is logged in to."""
-    check_owner(
-        session,
-        own_account(session.user),
-        password,
-        lambda account, proof: session.act("drop_account", account, proof, then=done),
-    )
+@in_steps
+def drop_own_account(session: LocalSession, password: str) -> Steps:
+    account, proof = yield from prove(session, own_account(session.user), password)
+    yield do(session.act, "drop_account", account, proof)
+    session.answer(ACCOUNT_GONE)
 
 
 EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
@@ -4541,59 +4387,45 @@ def check_registration(session: LocalSession, nick: str, wanted: str, email: str
     if session.user is None and "before-connect" not in rules:
         raise Refused("COMPLETE_CONNECTION_REQUIRED", "come in first, then register", name)
     name = check_new_account(session.site.hub, session.user, nick, wanted)
-    wants_email = "email-required" in rules
-    if (wants_email or email not in ("", "*")) and not EMAIL.fullmatch(email):
+    if ("email-required" in rules or email not in ("", "*")) and not EMAIL.fullmatch(email):
         raise Refused("INVALID_EMAIL", "write one address, like alice@example.org", name)
     return name
 
 
-def count_account(session: LocalSession, name: str) -> None:
-    """Count one more account made from this address. Raises Refused when there are too many."""
-    hub, host = session.site.hub, session.conn.limit_key
-    if seconds := hub.accounts.made.wait(host, "", hub.ticks):
+def register_nick(
+    session: LocalSession, nick: str, wanted: str, email: str, password: str
+) -> Steps:
+    """Make a nick an account; with email-required first send a code to the address. Return the
+    account and its proof; "" while the code is awaited."""
+    name, site = check_registration(session, nick, wanted, email), session.site
+    check_password(password, name)
+    accounts, host, ticks = site.hub.accounts, session.conn.limit_key, site.hub.ticks
+    by_mail = "email-required" in site.registration
+    if by_mail:  # a stranger's mailbox is not to be filled from here
+        accounts.throttle.check(host, "*mail", ticks)
+        accounts.throttle.failed(host, "*mail", ticks)
+    if seconds := accounts.made.wait(host, "", ticks):
         text = f"{ACCOUNTS_MADE} accounts from one address at most; try again in {seconds} s"
         raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
     if not is_loopback(host):
-        hub.accounts.made.failed(host, "", hub.ticks)
+        accounts.made.failed(host, "", ticks)
+    verifier = yield do(session.later, PASSWORD_LANE, functools.partial(make_verifier, password))
+    check_registration(session, nick, wanted, email)  # another user may have been quicker
+    if by_mail:
+        code = accounts.await_code(Account(name, verifier, email))
+        yield do(session.later, MAIL_LANE, functools.partial(site.server.mail, email, name, code))
+        return name, ""
+    account = yield do(session.act, "register_account", nick, wanted, tuple(verifier), "")
+    return account.name, account.revision
 
 
-Registered = Callable[[str, str], None]  # done(account, proof; "" while a code is awaited)
-
-
-def register_nick(
-    session: LocalSession, nick: str, wanted: str, email: str, password: str, done: Registered
-) -> None:
-    """Make a nick an account; with email-required first send a code to the address."""
-    name, site = check_registration(session, nick, wanted, email), session.site
-    check_password(password, name)
-    by_mail = "email-required" in site.registration
-    if by_mail:  # a stranger's mailbox is not to be filled from here
-        site.hub.accounts.throttle.check(session.conn.limit_key, "*mail", site.hub.ticks)
-        site.hub.accounts.throttle.failed(session.conn.limit_key, "*mail", site.hub.ticks)
-    count_account(session, name)
-
-    def made(verifier: Verifier) -> None:
-        check_registration(session, nick, wanted, email)  # another user may have been quicker
-        if not by_mail:
-            return session.act(
-                *("register_account", nick, wanted, tuple(verifier), ""),
-                then=lambda account: done(account.name, account.revision),
-            )
-        code = site.hub.accounts.await_code(Account(name, verifier, email))
-        send = functools.partial(site.server.mail, email, name, code)
-        session.later(MAIL_LANE, send, lambda _: done(name, ""))
-
-    session.later(PASSWORD_LANE, functools.partial(make_verifier, password), made)
-
-
-def verify(session: LocalSession, name: str, code: str, done: Registered) -> None:
-    """Take the code that was sent for a new account."""
+def verify(session: LocalSession, name: str, code: str) -> Steps:
+    """Take the code that was sent for a new account. Return the account and its proof."""
     hub = session.site.hub
-    account = hub.accounts.verified(name, code, session.conn.limit_key, hub.ticks)
-    session.act(
-        *("verify_account", account.name, tuple(account.verifier), account.email),
-        then=lambda account: done(account.name, account.revision),
-    )
+    known = hub.accounts.verified(name, code, session.conn.limit_key, hub.ticks)
+    values = known.name, tuple(known.verifier), known.email
+    account = yield do(session.act, "verify_account", *values)
+    return account.name, account.revision
 
 
 def email_used(session: LocalSession, email: str) -> str:
@@ -4603,24 +4435,21 @@ def email_used(session: LocalSession, email: str) -> str:
     return f"; {email} was not needed and is not kept"
 
 
-def oper(session: LocalSession, name: str, password: str, done: Callable[[Any], None]) -> None:
-    """Check an operator's password off the loop. A name that does not exist takes as long as
-    one that does."""
+@in_steps
+def oper(session: LocalSession, name: str, password: str, done: Callable[[], None]) -> Steps:
+    """Check an operator's password. A name that does not exist takes as long as one that does."""
     hub, host = session.site.hub, session.conn.limit_key
     hub.accounts.throttle.check(host, OPERATOR_PASSWORD, hub.ticks)
     hub.accounts.throttle.failed(host, OPERATOR_PASSWORD, hub.ticks)
     verifier = session.site.operators.get(name) or decoy_verifier(name, OPERATOR_ROUNDS)
-
-    def judge(fits: bool) -> None:
-        who = f"{session.user.source.mask} as {name}"
-        session.site.server.note(f"OPER: {who}{'' if fits else ': wrong password'}")
-        if not fits:
-            return wrong_password(session)
-        hub.accounts.throttle.succeeded(host, OPERATOR_PASSWORD)
-        done(None)
-        session.act("become_operator", name)
-
-    session.later(PASSWORD_LANE, functools.partial(verifier.fits, password), judge)
+    fits = yield do(session.later, PASSWORD_LANE, functools.partial(verifier.fits, password))
+    who = f"{session.user.source.mask} as {name}"
+    session.site.server.note(f"OPER: {who}{'' if fits else ': wrong password'}")
+    if not fits:
+        return wrong_password(session)
+    hub.accounts.throttle.succeeded(host, OPERATOR_PASSWORD)
+    done()
+    session.act("become_operator", name)
 
 
 # ======================================================================================
@@ -4803,9 +4632,6 @@ TABLES: dict[str, tuple[type, ...]] = {  # those that are read at the start, and
 }
 
 
-MORE_TABLES = ("dedup", "erased", "events", "targets")
-
-
 def connect(path: pathlib.Path | None, mode: str) -> sqlite3.Connection:
     """Return a connection that never waits and begins no transaction by itself."""
     address = f"{path.absolute().as_uri()}?mode={mode}" if path else ":memory:"
@@ -4826,7 +4652,8 @@ def inspect_database(path: pathlib.Path) -> None:
             verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0] if small else "ok"
             if version == len(MIGRATIONS) and application == APPLICATION_ID:
                 query = "SELECT name FROM sqlite_master WHERE type = 'table'"
-                missing = {*TABLES, *MORE_TABLES} - {row[0] for row in db.execute(query)}
+                wanted = {*TABLES, "dedup", "erased", "events", "targets"}
+                missing = wanted - {row[0] for row in db.execute(query)}
                 verdict = f"no table {min(missing)}" if missing and verdict == "ok" else verdict
         except sqlite3.OperationalError:
             raise  # locked by another program: that is no damage
@@ -4876,19 +4703,9 @@ def open_database(path: pathlib.Path | None) -> sqlite3.Connection:
     return db
 
 
-def event_of(
-    id: int,
-    time_ms: int,
-    kind: str,
-    name: str,
-    address: str,
-    username: str,
-    about: str,
-    text: str,
-    author: str,
-    tags: str,
-) -> Event:
-    """Return a row of the store as an event."""
+def event_of(*row: Any) -> Event:
+    """Return a row of the store, its COLUMNS, as an event."""
+    id, time_ms, kind, name, address, username, about, text, author, tags = row
     account = author[1:].rpartition("/")[0]
     source = source_of(name, address, username, account)._replace(identity=author)
     # Version 0.2 stored client tags with CR and LF in their values
@@ -4896,12 +4713,9 @@ def event_of(
     return Event(id, time_ms, kind, source, None, text, about, None, tags)
 
 
-EVENT_TYPES = [int, int, *[str] * 8]
-
-
 def is_sound(row: tuple) -> bool:
     """Return whether a row has the types that event_of() takes: SQLite would store anything."""
-    return list(map(type, row)) == EVENT_TYPES
+    return list(map(type, row)) == [int, int, *[str] * 8]
 
 
 class Mark(NamedTuple):
@@ -5004,8 +4818,7 @@ class SearchIndex:
 
     It is made of parts, each for so many messages. Redaction makes a part again without what
     was redacted; FTS5 alone would keep the words until it merges them. Not every Python has
-    FTS5; then nothing is found.
-    """
+    FTS5; then nothing is found."""
 
     TOKENIZER = "unicode61 categories 'L* N* Co So'"
 
@@ -5025,7 +4838,9 @@ class SearchIndex:
             self.reading = Readers(path, self.db)
             query = "SELECT ifnull(max(last), 0), ifnull(max(stale * 2 >= messages AND stale), 0)"
             self.indexed, self.unfit = self.db.execute(f"{query} FROM parts").fetchone()
-            self.behind = set(store.targets_behind(self.indexed))
+            newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
+            query = f"SELECT id FROM targets WHERE {newest} > ?"
+            self.behind = {row[0] for row in store.db.execute(query, [self.indexed])}
             self.known = store.last_id
             self.redacted(row[0] for row in store.db.execute("SELECT id FROM erased"))
 
@@ -5036,7 +4851,7 @@ class SearchIndex:
                 return self._open_once(path)
             except sqlite3.DatabaseError as error:
                 if path is None or not attempts_left or "no such module" in str(error):
-                    return None
+                    break
                 for suffix in ("", "-wal", "-shm"):
                     path.with_name(path.name + suffix).unlink(missing_ok=True)
         return None
@@ -5071,14 +4886,8 @@ class SearchIndex:
         """These messages are gone, and their words have to go."""
         self.gone += [(id, id, PART_ROWS) for id in ids]
 
-    def pruned(self, last: int, count: int) -> None:
-        """So many messages up to this one are gone. A part that has lost half of what was in
-        it is made again."""
-        self.gone.append((0, last, count))
-
     def step(self, most: int | None = None) -> Callable[[], tuple]:
-        """Return the next job, of so many ids: for a helper, or for the loop if all is in
-        memory. Its result is for finish()."""
+        """Return the next job, for a helper or (in memory) the loop; finish() takes its result."""
         behind, self.behind = self.behind, set()
         gone = self.taken = self.gone
         self.gone = []
@@ -5173,8 +4982,7 @@ class SearchIndex:
     def search(
         self, places: Iterable[Place], words: str, span: Span, count: int, author: str = ""
     ) -> list[tuple[Place, Event]]:
-        """Return the newest messages with all these words, the oldest first; only those of
-        the author's nick if there is one."""
+        """Return the newest messages with these words (of the author's nick), oldest first."""
         texts = " ".join('"' + words_of(word).replace('"', '""') + '"' for word in words.split())
         name = f" AND place: n{author.encode().hex()}" if author else ""
         found: list[tuple[Place, Event]] = []
@@ -5193,8 +5001,7 @@ class SearchIndex:
 
     def _ids(self, index: sqlite3.Connection, match: str) -> Iterator[int]:
         """Yield the ids that match, the newest first."""
-        parts = index.execute("SELECT part FROM parts ORDER BY part DESC").fetchall()
-        for (part,) in parts:
+        for (part,) in index.execute("SELECT part FROM parts ORDER BY part DESC").fetchall():
             name = f"search_{part}"
             query = f"SELECT rowid FROM {name} WHERE {name} MATCH ? ORDER BY rowid DESC"
             for row in index.execute(query, [match]):
@@ -5311,11 +5118,6 @@ class Backlog:
             del self.records[next(markers, next(iter(self.records)))]
 
 
-def random_letters() -> str:
-    """Four letters that no hexadecimal number has, for the message ids of one start."""
-    return "".join(secrets.choice("ghijklmnopqrstuvwxyz") for _ in range(4))
-
-
 class Store:
     """Events on disk, or in memory for `path` None. Raises Unusable when it cannot open."""
 
@@ -5364,7 +5166,9 @@ class Store:
         last = self.db.execute(query).fetchone()[0]
         reserved = self.db.execute("SELECT ifnull(max(reserved), 0) FROM starts").fetchone()[0]
         self.last_id = self.reserved = max(last, reserved)
-        self.first_id, self.letters = self.last_id + 1, random_letters()
+        self.first_id = self.last_id + 1
+        # For the message ids of this start: letters that no hexadecimal number has
+        self.letters = "".join(secrets.choice("ghijklmnopqrstuvwxyz") for _ in range(4))
         self.db.execute("UPDATE starts SET reserved = min(reserved, max(first - 1, ?))", [last])
         self.db.execute(*self._reservation())
         # A start of which no event is left needs no letters
@@ -5538,8 +5342,7 @@ class Store:
             return None
 
     def foundings(self, key: str) -> set[int]:
-        """Return the foundings of a channel of which there is history. A database that cannot
-        tell just now has some."""
+        """Return the foundings of which there is history; a database that cannot tell has some."""
         query = """
             SELECT founding FROM targets WHERE key = ?
             AND EXISTS (SELECT 1 FROM events WHERE target = targets.id)"""
@@ -5583,12 +5386,6 @@ class Store:
             found |= dict(db.execute(query, [place.owner, place.other_key] * 2).fetchall())
         return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
 
-    def targets_behind(self, id: int) -> list[int]:
-        """Return the targets with events behind this id."""
-        newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
-        query = f"SELECT id FROM targets WHERE {newest} > ?"
-        return [row[0] for row in self.db.execute(query, [id])]
-
     def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
         """Return at most `count` things of that span, the newest or the oldest of them, in the
         order of their ids; fewer if they are more than PAGE_BYTES long."""
@@ -5613,8 +5410,7 @@ class Store:
 
     @staticmethod
     def _some(rows: Iterable[tuple]) -> list[tuple]:
-        """Return the first rows, as far as their texts and tags fit in PAGE_BYTES. What is no
-        event of ours is left out."""
+        """Return the first rows that are events of ours, as far as they fit in PAGE_BYTES."""
         some, size = [], 0
         for row in filter(is_sound, rows):
             size += len(row[7].encode()) + len(row[9].encode())
@@ -5641,11 +5437,6 @@ class Store:
             return mark.time, 0
         found = self.page(Span(span.place, REPLAYABLE, Mark(mark.id - 1)), 1, newest=False)
         return (found[0].time if found else LAST_MOMENT), mark.id
-
-    def id_at(self, place: Place, when: int) -> int:
-        """Return the last message with exactly this time; 0 if there is none."""
-        found = self.page(Span(place, SPOKEN, Mark(time=when - 1), Mark(time=when + 1)), 1)
-        return found[0].id if found else 0
 
     def newest(self, keys: Iterable[str], identities: Iterable[str]) -> list[tuple[str, Event]]:
         """Return the last thing said under each key, and in each private conversation of these
@@ -5727,8 +5518,7 @@ class Store:
 
     def _delete_orphan(self, target: int, now: int) -> None:
         """A count may be wrong after a crash: the target goes when no row is found."""
-        deleted = self._delete(target, PRUNE_ROWS, now)
-        if not deleted:
+        if not self._delete(target, PRUNE_ROWS, now):
             self.db.execute("DELETE FROM targets WHERE id = ?", [target])
             self.targets = {key: known for key, known in self.targets.items() if known != target}
             self.orphans.discard(target)
@@ -5744,8 +5534,7 @@ class Store:
         if excess <= 0 or not oldest:
             self.excess.discard(key)
             return
-        deleted = self._delete(oldest, min(PRUNE_ROWS, excess), now)
-        if not deleted and events:  # the count was wrong
+        if not self._delete(oldest, min(PRUNE_ROWS, excess), now) and events:  # the count was wrong
             self.db.execute("UPDATE targets SET events = 0 WHERE id = ?", [oldest])
 
     def _delete(self, target: int, count: int, now: int) -> int:
@@ -5760,8 +5549,8 @@ class Store:
         update = "UPDATE targets SET events = max(0, events - ?) WHERE id = ?"
         self.db.execute(update, [len(ids), target])
         self.db.execute("COMMIT")
-        if ids:
-            self.words.pruned(last, len(ids))
+        if ids:  # a part of the index that has lost half of what was in it is made again
+            self.words.gone.append((0, last, len(ids)))
         return len(ids)
 
     def checkpoint(self) -> None:
@@ -5985,31 +5774,20 @@ CLASSIC_CAPABILITIES = (  # for clients that know only one line of CAP LS, the b
     *("account-tag", "chghost", "invite-notify", "setname", "cap-notify"),
     *("extended-monitor", "standard-replies"),
 )
-METADATA_VALUE = (
-    f"before-connect,max-subs={METADATA_SUBS},max-keys={METADATA_KEYS}"
-    f",max-value-bytes={METADATA_BYTES}"
+METADATA_LIMITS = f"max-subs={METADATA_SUBS},max-keys={METADATA_KEYS}"
+METADATA_VALUE = f"before-connect,{METADATA_LIMITS},max-value-bytes={METADATA_BYTES}"
+DRAFT_CAPABILITIES = (
+    *("chat.py/session", "draft/account-registration", "draft/channel-rename"),
+    *("draft/chathistory", "draft/event-playback", "draft/extended-isupport"),
+    *("draft/message-redaction", "draft/metadata-2", "draft/metadata-3", "draft/multiline"),
+    *("draft/no-implicit-names", "draft/pre-away", "draft/read-marker", "draft/oper-tag"),
+    *("draft/whoami", "no-implicit-names", "soju.im/search", "znc.in/self-message"),
 )
-
-CAPABILITIES = {  # what CAP offers (ircv3.net/specs), with its value; the classic ones come last
-    "chat.py/session": "",
-    "draft/account-registration": "",
-    "draft/channel-rename": "",
-    "draft/chathistory": "",
-    "draft/event-playback": "",
-    "draft/extended-isupport": "",
-    "draft/message-redaction": "",
+CAPABILITIES = dict.fromkeys((*DRAFT_CAPABILITIES, *CLASSIC_CAPABILITIES), "") | {
+    # what CAP offers (ircv3.net/specs), with its value
     "draft/metadata-2": METADATA_VALUE,
     "draft/metadata-3": METADATA_VALUE,
     "draft/multiline": f"max-bytes={LINE_BYTES},max-lines={MESSAGE_LINES}",
-    "draft/no-implicit-names": "",
-    "draft/pre-away": "",
-    "draft/read-marker": "",
-    "draft/oper-tag": "",
-    "draft/whoami": "",
-    "no-implicit-names": "",
-    "soju.im/search": "",
-    "znc.in/self-message": "",
-    **dict.fromkeys(CLASSIC_CAPABILITIES, ""),
 }
 NEEDS_CAPABILITY = {  # to be told of these events
     ACCOUNT: "account-notify",
@@ -6071,16 +5849,14 @@ ENDS_BATCH = re.compile(rb"(?:@[^ ]* )?:[^ ]* BATCH -")
 
 
 def add_tag_to_all(lines: bytes, tag: str) -> bytes:
-    """Tag every line but those of a batch among them: its beginning and its end stand for
-    them (IRCv3 batch, nested batches)."""
+    """Tag all lines but those in a batch, which its beginning and end stand for (IRCv3 batch)."""
     parts = lines.splitlines(keepends=True)
     return b"".join(part if IN_BATCH.match(part) else add_tag(part, tag) for part in parts)
 
 
 def count_answers(lines: bytes) -> int:
     """So many there are; a batch is one."""
-    parts = lines.splitlines()
-    return sum(not (IN_BATCH.match(part) or ENDS_BATCH.match(part)) for part in parts)
+    return sum(not (IN_BATCH.match(part) or ENDS_BATCH.match(part)) for part in lines.splitlines())
 
 
 MESSAGE_ID = re.compile(r"msgid=[^; ]*;|;msgid=[^; ]*|@msgid=[^; ]* ")  # among tags
@@ -6194,20 +5970,14 @@ class IrcWire:
         return b"" if event.kind in NOT_OWN else line
 
 
-# The capabilities that change the bytes of an event
+# The capabilities that change the bytes of a message, and of any event. Sessions that differ
+# only in others share a wire.
 FORMAT_CAPABILITIES = (
     *("server-time", "message-tags", "account-tag", "draft/multiline", "draft/oper-tag"),
 )
-
-
-# The capabilities that change the bytes of an event. Sessions that differ only in others
-# share a wire.
-WIRE_CAPABILITIES = frozenset(
-    (
-        *(*FORMAT_CAPABILITIES, "echo-message", "extended-join", "znc.in/self-message"),
-        *NEEDS_CAPABILITY.values(),
-    )
-)
+WIRE_CAPABILITIES = frozenset((*FORMAT_CAPABILITIES, *NEEDS_CAPABILITY.values())) | {
+    *("echo-message", "extended-join", "znc.in/self-message"),
+}
 
 
 class IrcWires:
@@ -6216,8 +5986,7 @@ class IrcWires:
     def __init__(self, ids: MessageIds):
         self.ids = ids
         self.formats: dict[tuple[bool, ...], IrcFormat] = {}  # at most 32
-        self.wires: weakref.WeakValueDictionary[frozenset, IrcWire]
-        self.wires = weakref.WeakValueDictionary()
+        self.wires: Any = weakref.WeakValueDictionary()  # each IrcWire by its capabilities
 
     def get(self, capabilities: frozenset[str]) -> IrcWire:
         key = capabilities & WIRE_CAPABILITIES
@@ -6248,8 +6017,7 @@ OWN_ID = "+chat.py/id"  # what a client calls its message: under one id it is sa
 
 
 def client_id(session: "IrcSession", target: str) -> str:
-    """Return the id that the client gives its message; one to several targets has no such
-    name, which would have to mean each of them."""
+    """Return the id that the client gives its message: it cannot mean each of several targets."""
     own = session.message.tags.get(OWN_ID, "")
     usable = own and session.wire.format.tagged and is_word(own, OWN_ID_BYTES)
     return own if usable and "," not in target else ""
@@ -6324,8 +6092,7 @@ def collect(session: "IrcSession", message: Message) -> None:
 
 def tell_topic_irc(session: "IrcSession", channel: Channel) -> None:
     session.reply(RPL_TOPIC, channel.name, channel.topic)
-    when = channel.topic_time // 1000
-    session.reply(RPL_TOPICWHOTIME, channel.name, channel.topic_setter, when)
+    session.reply(RPL_TOPICWHOTIME, channel.name, channel.topic_setter, channel.topic_time // 1000)
 
 
 def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
@@ -6347,9 +6114,7 @@ def owner_name(owner: "User | Channel | IrcSession") -> str:
     return owner.name if isinstance(owner, (User, Channel)) else "*"
 
 
-def subscribed_metadata(
-    session: "IrcSession", owners: Iterable[Any]
-) -> Iterator[tuple[str, str, str]]:
+def subscribed_metadata(session: "IrcSession", owners: Iterable) -> Iterator[tuple[str, str, str]]:
     """Whose, which and what: all that this session wants to hear of."""
     for owner in owners:
         for key, value in list(owner.metadata.items()):
@@ -6358,12 +6123,10 @@ def subscribed_metadata(
 
 
 def tell_metadata_of_channel(session: "IrcSession", channel: Channel) -> None:
-    """Tell the values, or where they are many, that they can be asked for (draft/metadata,
-    postponed synchronization)."""
+    """Tell the values; of many, that they can be asked for (draft/metadata, postponed sync)."""
     others = (channel, *(user for user in channel.members if user is not session.user))
     session.site.hub.charge(len(others))
-    known = subscribed_metadata(session, others)
-    some = list(itertools.islice(known, METADATA_AT_ONCE + 1))
+    some = list(itertools.islice(subscribed_metadata(session, others), METADATA_AT_ONCE + 1))
     if len(some) > METADATA_AT_ONCE:
         return session.reply(ERR_METADATASYNCLATER, channel.name)
     for one in some:
@@ -6385,14 +6148,16 @@ def tell_implicit_names(session: "IrcSession", channel: Channel) -> None:
         session.reply(RPL_ENDOFNAMES, channel.name)
 
 
+def tell_names_later(session: "IrcSession", channel: Channel) -> Iterator[None]:
+    if session.user in channel.members:
+        tell_implicit_names(session, channel)
+        yield
+
+
 def tell_channel(session: "IrcSession", channel: Channel) -> None:
     """Tell a client what it has to know of a channel that it joined."""
     tell_about_channel(session, channel)
     tell_implicit_names(session, channel)
-
-
-# Event kind -> what renders it for one session; filled below, see Session.hear()
-PERSONAL_LINES: "dict[str, Callable[[IrcSession, Event], None]]" = {}
 
 
 class IrcSession(LocalSession):
@@ -6507,11 +6272,13 @@ class IrcSession(LocalSession):
         self.send(irc_bytes(f"ERROR :{text}"))
 
     def probe(self) -> None:
-        """Ask the client whether it is still there."""
         self.send(irc_bytes(f"PING :{self.site.name}"))
 
     def service_says(self, text: str) -> None:
         self.say(f":{SERVICE}!{SERVICE}@{self.site.name} NOTICE {self.nick} :{text}")
+
+    def answer(self, text: str) -> None:
+        (self.service_says if self.from_service else self.notice)(text)
 
     def refuse(self, refusal: Refused) -> None:
         number, text = REFUSALS.get(refusal.code), harmless(str(refusal))
@@ -6525,7 +6292,35 @@ class IrcSession(LocalSession):
     # Events that each session renders for itself
 
     def hear(self, event: Event) -> None:
-        PERSONAL_LINES[event.kind](self, event)
+        name, source, capabilities = event.audience.name, event.source, self.capabilities
+        if event.kind == KILLED:
+            self.say(f":{source.mask} KILL {event.about} :{event.text}")
+            self.end(killed_text(source, event.text))
+        elif event.kind == REPLACED:
+            self.fail("SESSION", "REPLACED", "another connection of yours has this place now")
+            self.end("Another connection of yours took this place")
+        elif event.kind == ENTERED:
+            tell_channel(self, self.site.hub.channels[fold(name)])
+        elif event.kind == RENAMED and "draft/channel-rename" not in capabilities:
+            self.tell_renamed(event.about, name, event.text)
+        elif event.kind == READ_ON and "draft/read-marker" in capabilities:
+            self.tell_marker(name)
+        elif event.kind == METADATA:
+            self.tell_value(name, event.about, event.text)
+        elif event.kind == ONLINE:
+            self.reply(RPL_MONONLINE, source.mask)
+        elif event.kind == OFFLINE:
+            self.reply(RPL_MONOFFLINE, source.name)
+
+    def tell_renamed(self, old: str, name: str, reason: str) -> None:
+        """For clients without draft/channel-rename the channel is another one. Names follow when
+        the session has its turn: a renaming of a crowded channel must not stop the others."""
+        mask, channel = self.user.source.mask, self.site.hub.channels[fold(name)]
+        self.say(f":{mask} PART {old} :renamed to {name}{f': {reason}' if reason else ''}")
+        self.say(f":{mask} JOIN {name}")
+        tell_about_channel(self, channel)
+        self.postponed.append(tell_names_later(self, channel))
+        self.conn.resume_soon()
 
     def tell_value(self, name: str, key: str, value: str) -> None:
         if value:
@@ -6587,21 +6382,9 @@ class IrcSession(LocalSession):
         if self.labelled:
             self.begin_answer(unescaped_tag(self.labelled.label))
 
-    def go_on(self) -> None:
-        self.resume_answer()
-        super().go_on()
-        if self.unfinished or self.deferred:
-            self.mark_answer(whole=False)
-
     def take_result(self, then: Callable, result: Any) -> None:
-        self.resume_answer()
         super().take_result(then, result)
         self.from_service = self.from_service and self.deferred
-        if self.deferred or self.unfinished:
-            self.mark_answer(whole=False)
-
-    def answered(self) -> None:
-        self.mark_answer(whole=True)
 
     def mark_answer(self, whole: bool) -> None:
         """Label what has been sent since the answer was begun or resumed; or put it in a
@@ -6673,120 +6456,29 @@ class IrcSession(LocalSession):
         self.acks.clear()
 
     def ended(self) -> None:
-        hub = self.site.hub
-        for key in self.watched:
-            hub.perform("unfollow", self.id, "watchers", key)
-        for key in self.subscribed:
-            hub.perform("unfollow", self.id, "subscribers", key)
-        self.watched.clear()
-        self.subscribed.clear()
+        for registry, keys in (("watchers", self.watched), ("subscribers", self.subscribed)):
+            for key in keys:
+                self.site.hub.perform("follow", self.id, registry, key, False)
+            keys.clear()
         super().ended()
-
-
-def hear_killed(session: IrcSession, event: Event) -> None:
-    session.say(f":{event.source.mask} KILL {event.about} :{event.text}")
-    session.end(killed_text(event.source, event.text))
-
-
-def hear_replaced(session: IrcSession, event: Event) -> None:
-    session.fail("SESSION", "REPLACED", "another connection of yours has this place now")
-    session.end("Another connection of yours took this place")
-
-
-def hear_entered(session: IrcSession, event: Event) -> None:
-    tell_channel(session, session.site.hub.channels[fold(event.audience.name)])
-
-
-def tell_names_later(session: IrcSession, channel: Channel) -> Iterator[None]:
-    if session.user in channel.members:
-        tell_implicit_names(session, channel)
-        yield
-
-
-def hear_renamed(session: IrcSession, event: Event) -> None:
-    """For clients without draft/channel-rename the channel is another one. Names follow when
-    the session has its turn: a renaming of a crowded channel must not stop the others."""
-    if "draft/channel-rename" in session.capabilities:
-        return
-    mask, name = session.user.source.mask, event.audience.name
-    reason = f": {event.text}" if event.text else ""
-    session.say(f":{mask} PART {event.about} :renamed to {name}{reason}")
-    session.say(f":{mask} JOIN {name}")
-    channel = session.site.hub.channels[fold(name)]
-    tell_about_channel(session, channel)
-    session.postponed.append(tell_names_later(session, channel))
-    session.conn.resume_soon()
-
-
-def hear_read(session: IrcSession, event: Event) -> None:
-    if "draft/read-marker" in session.capabilities:
-        session.tell_marker(event.audience.name)
-
-
-def hear_metadata(session: IrcSession, event: Event) -> None:
-    session.tell_value(event.audience.name, event.about, event.text)
-
-
-PERSONAL_LINES.update(
-    {
-        KILLED: hear_killed,
-        REPLACED: hear_replaced,
-        ENTERED: hear_entered,
-        RENAMED: hear_renamed,
-        READ_ON: hear_read,
-        METADATA: hear_metadata,
-        ONLINE: lambda session, event: session.reply(RPL_MONONLINE, event.source.mask),
-        OFFLINE: lambda session, event: session.reply(RPL_MONOFFLINE, event.source.name),
-    }
-)
 
 
 def isupport(site: Site) -> list[str]:
     """Return the tokens of 005 (modern.ircdocs.horse, RPL_ISUPPORT parameters)."""
-    flags = "".join(sorted(FLAGS))
-    ranks, symbols = RANKS, "".join(SYMBOLS.values())
+    flags, symbols = "".join(sorted(FLAGS)), "".join(SYMBOLS.values())
     targets = f"JOIN:,KICK:,LIST:{LIST_TARGETS},MONITOR:{WATCHED},NAMES:,PART:,WHOIS:1"
     spoken = ",".join(f"{verb}:{TARGETS}" for verb in ("PRIVMSG", "NOTICE", "TAGMSG"))
-    return [
-        f"AWAYLEN={REASON_BYTES}",
-        "BOT=B",
-        f"CHATHISTORY={HISTORY_LINES_MOST}",
-        "MSGREFTYPES=msgid,timestamp",
-        "CASEMAPPING=ascii",
-        f"CHANLIMIT=#:{CHANNELS_A_USER}",
-        f"CHANMODES={MASK_LISTS},k,l,{flags}",
-        f"CHANNELLEN={CHANNEL_BYTES}",
-        "CHANTYPES=#",
-        "ELIST=CMNTU",
-        "EXCEPTS=e",
-        "EXTBAN=,am",
-        "ACCOUNTEXTBAN=a",
-        f"HOSTLEN={HOST_BYTES}",
-        "INVEX=I",
-        f"KEYLEN={CHANNEL_PASSWORD_BYTES}",
-        f"KICKLEN={REASON_BYTES}",
-        "MAXLIST=" + ",".join(f"{letter}:{MASKS_A_LIST}" for letter in MASK_LISTS),
-        f"MODES={MODES_WITH_VALUE}",
-        f"MONITOR={WATCHED}",
-        f"NAMELEN={REALNAME_BYTES}",
-        f"NETWORK={site.network}",
-        f"NICKLEN={NAME_CHARACTERS}",
-        f"PREFIX=({ranks}){symbols}",
-        "SAFELIST",
-        "SAFERATE",
-        f"STATUSMSG={symbols}",
-        f"TARGMAX={targets},{spoken}",
-        f"TOPICLEN={TOPIC_BYTES}",
-        f"USERLEN={USERNAME_BYTES}",
-        "UTF8ONLY",
-        "WHOX",
-        *([f"chat.py/FLOOD={site.flood[0]:g},{site.flood[1]:g}"] if site.flood else []),
-    ]
-
-
-def wrapped_tokens(tokens: list[str]) -> Iterator[list[str]]:
-    for start in range(0, len(tokens), TOKENS_A_LINE):
-        yield tokens[start : start + TOKENS_A_LINE]
+    lists = ",".join(f"{letter}:{MASKS_A_LIST}" for letter in MASK_LISTS)
+    flood = f"chat.py/FLOOD={site.flood[0]:g},{site.flood[1]:g}" if site.flood else ""
+    return f"""
+        AWAYLEN={REASON_BYTES} BOT=B CHATHISTORY={HISTORY_LINES_MOST} MSGREFTYPES=msgid,timestamp
+        CASEMAPPING=ascii CHANLIMIT=#:{CHANNELS_A_USER} CHANMODES={MASK_LISTS},k,l,{flags}
+        CHANNELLEN={CHANNEL_BYTES} CHANTYPES=# ELIST=CMNTU EXCEPTS=e EXTBAN=,am ACCOUNTEXTBAN=a
+        HOSTLEN={HOST_BYTES} INVEX=I KEYLEN={CHANNEL_PASSWORD_BYTES} KICKLEN={REASON_BYTES}
+        MAXLIST={lists} MODES={MODES_WITH_VALUE} MONITOR={WATCHED} NAMELEN={REALNAME_BYTES}
+        NETWORK={site.network} NICKLEN={NAME_CHARACTERS} PREFIX=({RANKS}){symbols} SAFELIST
+        SAFERATE STATUSMSG={symbols} TARGMAX={targets},{spoken} TOPICLEN={TOPIC_BYTES}
+        USERLEN={USERNAME_BYTES} UTF8ONLY WHOX {flood}""".split()
 
 
 def file_tokens(session: IrcSession) -> list[str]:
@@ -6799,8 +6491,9 @@ def file_tokens(session: IrcSession) -> list[str]:
 
 
 def isupport_lines(session: IrcSession) -> Iterator[bytes]:
-    for tokens in wrapped_tokens([*isupport(session.site), *file_tokens(session)]):
-        yield session.shaped_line(RPL_ISUPPORT, " ".join(tokens))
+    tokens = [*isupport(session.site), *file_tokens(session)]
+    for start in range(0, len(tokens), TOKENS_A_LINE):
+        yield session.shaped_line(RPL_ISUPPORT, " ".join(tokens[start : start + TOKENS_A_LINE]))
 
 
 def batch_in_pieces(
@@ -6928,11 +6621,10 @@ def complete_registration(session: IrcSession) -> None:
     wanted, session.wanted = session.wanted, ""  # another user may have taken it meanwhile
     _, account = user_of_token(session.site.hub, session.token, session.account)
     if account:
-        text = f"log in to {account} to have your place again"
-        session.fail("SESSION", "ACCOUNT_REQUIRED", text)
+        session.fail("SESSION", "ACCOUNT_REQUIRED", f"log in to {account} to have your place again")
         session.token = ""  # or it would be that of two users
     try:
-        entered = session.site.hub.perform(
+        attached, resumed = session.site.hub.perform(
             *("enter", session.id, wanted, session.username, session.realname),
             *(session.conn.address, session.account, session.proof, session.token, True),
             *(secrets.randbits(32), tuple(session.metadata.items()), session.away),
@@ -6942,10 +6634,10 @@ def complete_registration(session: IrcSession) -> None:
         if refusal.code == "BANNED_FROM_SERVER":
             session.end(str(refusal), intended=False)
         return
-    if entered.resumed:
+    if resumed:
         session.line("NOTE SESSION RESUMED :you have your place again")
     session.conn.named()
-    greet_user(session, wanted, session.user.channels if entered.attached else ())
+    greet_user(session, wanted, session.user.channels if attached else ())
 
 
 def check_server(session: IrcSession, name: str) -> None:
@@ -6966,12 +6658,6 @@ def each_in_pieces(session: IrcSession, names: str, act: Callable[[str], None]) 
         except Refused as refusal:
             session.refuse(refusal)
         yield
-
-
-def each(session: IrcSession, names: str, act: Callable[[str], None]) -> None:
-    """The same at once."""
-    for _ in each_in_pieces(session, names, act):
-        pass
 
 
 # Registration
@@ -7031,12 +6717,10 @@ def set_capabilities(session: IrcSession, capabilities: Iterable[str]) -> None:
 
 def mechanisms(session: IrcSession) -> list[str]:
     """That this one may log in by."""
-    certifiable = session.conn.certifiable
-    return [name for name in MECHANISMS if name != "EXTERNAL" or certifiable]
+    return [name for name in MECHANISMS if name != "EXTERNAL" or session.conn.fingerprint]
 
 
 def capability_values(session: IrcSession) -> dict[str, str]:
-    """Return what is offered to this session, and the values."""
     site, secure = session.site, session.conn.secure
     rules = [*sorted(site.registration)]
     rules += [f"min-password-length={PASSWORD_LEAST}", f"max-password-length={PASSWORD_MOST}"]
@@ -7051,8 +6735,7 @@ def capability_values(session: IrcSession) -> dict[str, str]:
 def tell_capabilities(
     session: IrcSession, head: str, words: list[str], last: int = 0, more: str = ""
 ) -> None:
-    """Send words in as many lines as it takes, the last ones together; `more` stands in all
-    lines but the last one."""
+    """Send words in lines, the `last` ones together; `more` stands in all lines but the last."""
     room = IRC_BYTES - 2 - len(f":{session.site.name} {head} * :".encode())
     split = len(words) - last
     lines = [*wrapped(words[:split], room), *wrapped(words[split:], room)] or [""]
@@ -7061,8 +6744,7 @@ def tell_capabilities(
 
 
 def cap_ls(session: IrcSession, version: str) -> None:
-    """With values, and in several lines, for clients that know version 302. Others take one
-    line, in which the best of the classic capabilities stand."""
+    """Version 302 gets values, in several lines; others the best classic ones that fit in one."""
     session.negotiating = session.user is None
     head = f"CAP {session.nick} LS"
     if (whole_number(version) or 0) < 302:
@@ -7076,14 +6758,8 @@ def cap_ls(session: IrcSession, version: str) -> None:
     tell_capabilities(session, head, offers, len(CLASSIC_CAPABILITIES), " *")
 
 
-def cap_list(session: IrcSession, _: str) -> None:
-    more = " *" if "cap-notify" in session.capabilities else ""
-    tell_capabilities(session, f"CAP {session.nick} LIST", sorted(session.capabilities), 0, more)
-
-
 def cap_req(session: IrcSession, text: str) -> None:
-    """All of them or none. An answer that does not fit in a line is several, without the
-    star: for ACK there is no such thing."""
+    """All or none. A long answer is several lines, without the star: ACK has no such thing."""
     session.negotiating = session.user is None
     wanted = text.split()
     fits = all(cap.removeprefix("-") in CAPABILITIES for cap in wanted)
@@ -7098,22 +6774,23 @@ def cap_req(session: IrcSession, text: str) -> None:
     tell_capabilities(session, head, wanted)
 
 
-def cap_end(session: IrcSession, _: str) -> None:
-    session.negotiating = False
-    complete_registration(session)
-
-
-CAP_HANDLERS = {"LS": cap_ls, "LIST": cap_list, "REQ": cap_req, "END": cap_end}
-
-
 @irc_command("CAP", 1, 2, nameless=True)
 def irc_cap(session: IrcSession, subcommand: str, text: str = "") -> None:
     """CAP LS|LIST|REQ|END [<capabilities>] -- agree on extensions of the protocol"""
-    handler = CAP_HANDLERS.get(subcommand.upper())
-    if handler is None:
-        session.line(f"410 {session.nick} {as_param(subcommand)} :CAP has LS, LIST, REQ and END")
-    else:
-        handler(session, text)
+    match subcommand.upper():
+        case "LS":
+            cap_ls(session, text)
+        case "LIST":
+            more, head = "cap-notify" in session.capabilities, f"CAP {session.nick} LIST"
+            tell_capabilities(session, head, sorted(session.capabilities), 0, " *" if more else "")
+        case "REQ":
+            cap_req(session, text)
+        case "END":
+            session.negotiating = False
+            complete_registration(session)
+        case _:
+            about = f"{session.nick} {as_param(subcommand)}"
+            session.line(f"410 {about} :CAP has LS, LIST, REQ and END")
 
 
 def fail_sasl(session: IrcSession, refusal: Refused) -> None:
@@ -7159,8 +6836,7 @@ def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
 
 def begin_sasl(session: IrcSession, name: str) -> None:
     if session.user and len(session.user.live) > 1:
-        text = "your other devices are logged in, too"
-        return session.reply(ERR_SASLALREADY, text)
+        return session.reply(ERR_SASLALREADY, "your other devices are logged in, too")
     if name not in mechanisms(session):
         session.reply(RPL_SASLMECHS, ",".join(mechanisms(session)))
         return fail_sasl(session, wrong_login())
@@ -7193,31 +6869,27 @@ def irc_authenticate(session: IrcSession, chunk: str) -> None:
 
 
 @irc_command("REGISTER", 3, 3, nameless=True, exact=True)
-def irc_register(session: IrcSession, account: str, email: str, password: str) -> None:
+@in_steps
+def irc_register(session: IrcSession, account: str, email: str, password: str) -> Steps:
     """REGISTER <account or *> <email or *> <password> -- make your name an account"""
     nick = session.user.name if session.user else session.asked
-
-    def done(name: str, proof: str) -> None:
-        if not proof:
-            text = f"a code was sent to {email}: VERIFY with it"
-            return session.line(f"REGISTER VERIFICATION_REQUIRED {name} :{text}")
-        text = f"{name} is yours; log in with your password{email_used(session, email)}"
-        session.line(f"REGISTER SUCCESS {name} :{text}")
-        tell_logged_in(session, name, proof)
-
-    register_nick(session, nick, account, email, password, done)
+    name, proof = yield from register_nick(session, nick, account, email, password)
+    if not proof:
+        text = f"a code was sent to {email}: VERIFY with it"
+        return session.line(f"REGISTER VERIFICATION_REQUIRED {name} :{text}")
+    text = f"{name} is yours; log in with your password{email_used(session, email)}"
+    session.line(f"REGISTER SUCCESS {name} :{text}")
+    tell_logged_in(session, name, proof)
 
 
 @irc_command("VERIFY", 2, 2, nameless=True, exact=True)
-def irc_verify(session: IrcSession, name: str, code: str) -> None:
+@in_steps
+def irc_verify(session: IrcSession, name: str, code: str) -> Steps:
     """VERIFY <account or *> <code> -- the code that was sent to the address of a new account"""
-
-    def done(account: str, proof: str) -> None:
-        session.line(f"VERIFY SUCCESS {account} :{account} is yours")
-        tell_logged_in(session, account, proof)
-
     nick = session.user.name if session.user else session.asked
-    verify(session, nick if name == "*" else name, code, done)
+    account, proof = yield from verify(session, nick if name == "*" else name, code)
+    session.line(f"VERIFY SUCCESS {account} :{account} is yours")
+    tell_logged_in(session, account, proof)
 
 
 @irc_command("SESSION", 1, nameless=True)
@@ -7237,14 +6909,11 @@ def irc_ping(session: IrcSession, token: str) -> None:
     session.line(f"PONG {session.site.name} :{token}")
 
 
-@irc_command("PONG", most=2, nameless=True)
-def irc_pong(session: IrcSession, *tokens: str) -> None:
-    """PONG <token> -- yes; any line says that"""
-
-
-@irc_command("ERROR", most=1, nameless=True)
-def irc_error(session: IrcSession, text: str = "") -> None:
-    """ERROR <text> -- what servers say to each other; nothing happens"""
+for pong_or_error in (
+    "PONG <token> -- yes; any line says that",
+    "ERROR <text> -- what servers say to each other; nothing happens",
+):
+    irc_command(pong_or_error.split()[0], doc=pong_or_error, nameless=True)(lambda session: None)
 
 
 @irc_command("QUIT", most=1, nameless=True)
@@ -7266,16 +6935,14 @@ def service_help(session: IrcSession, verb: str = "") -> None:
 
 
 @service_command("register", 1, 2, exact=True)
-def service_register(session: IrcSession, password: str, email: str = "") -> None:
+@in_steps
+def service_register(session: IrcSession, password: str, email: str = "") -> Steps:
     """REGISTER PASSWORD [EMAIL] -- make your name an account"""
-
-    def done(name: str, proof: str) -> None:
-        if not proof:
-            return session.service_says(f"a code was sent to {email}: VERIFY CODE")
-        session.service_says(f"{name} is yours{email_used(session, email)}")
-        tell_logged_in(session, name, proof)
-
-    register_nick(session, session.nick, "*", email, password, done)
+    name, proof = yield from register_nick(session, session.nick, "*", email, password)
+    if not proof:
+        return session.service_says(f"a code was sent to {email}: VERIFY CODE")
+    session.service_says(f"{name} is yours{email_used(session, email)}")
+    tell_logged_in(session, name, proof)
 
 
 @service_command("verify", 1, exact=True)
@@ -7285,72 +6952,48 @@ def service_verify(session: IrcSession, code: str) -> None:
 
 
 @service_command("identify", 1, 2, exact=True)
-def service_identify(session: IrcSession, *words: str) -> None:
+@in_steps
+def service_identify(session: IrcSession, *words: str) -> Steps:
     """IDENTIFY [NAME] PASSWORD -- log in"""
     name, password = words if len(words) == 2 else (session.nick, *words)
-
-    def done(account: str) -> None:
-        session.service_says(f"you are logged in as {account}")
-
-    identify(session, name, password, False, done)
+    return identify(session, name, password, False)
 
 
-@service_command("passwd", 2, exact=True)
-def service_passwd(session: IrcSession, old: str, new: str) -> None:
-    """PASSWD OLD NEW -- another password"""
-    change_own_password(session, old, new, lambda _: session.service_says(PASSWORD_CHANGED))
-
-
-@service_command("drop", 1, exact=True)
-def service_drop(session: IrcSession, password: str) -> None:
-    """DROP PASSWORD -- give up your account"""
-    drop_own_account(session, password, lambda _: session.service_says(ACCOUNT_GONE))
-
-
-def cert_add(session: IrcSession, _: str) -> None:
-    mark = session.conn.fingerprint
-
-    def done(account: str) -> None:
-        session.service_says(f"{mark} logs in to {account} now (SASL EXTERNAL)")
-
-    session.act("add_certificate", mark, then=done)
-
-
-def cert_list(session: IrcSession, _: str) -> None:
-    account = own_account(session.user)
-    known = session.site.hub.accounts.certificates_of(account)
-    for fingerprint in known:
-        session.service_says(fingerprint)
-    session.service_says(f"{counted(len(known), 'certificate')} of {account}")
-
-
-def cert_remove(session: IrcSession, wanted: str) -> None:
-    mark = wanted.lower() or session.conn.fingerprint
-
-    def done(account: str) -> None:
-        session.service_says(f"{mark} does not log in to {account} any more")
-
-    session.act("remove_certificate", mark, then=done)
-
-
-CERT_HANDLERS = {"ADD": cert_add, "LIST": cert_list, "REMOVE": cert_remove}
+service_command("passwd", 2, exact=True, doc="PASSWD OLD NEW -- another password")(
+    change_own_password
+)
+service_command("drop", 1, exact=True, doc="DROP PASSWORD -- give up your account")(
+    drop_own_account
+)
 
 
 @service_command("cert", 1, 2)
-def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> None:
+@in_steps
+def service_cert(session: IrcSession, how: str, fingerprint: str = "") -> Steps:
     """CERT ADD|LIST|REMOVE [FINGERPRINT] -- certificates that log in: add the one you show"""
-    handler = CERT_HANDLERS.get(how.upper())
-    if handler is None:
+    mark = session.conn.fingerprint
+    if how.upper() == "ADD":
+        account = yield do(session.act, "add_certificate", mark)
+        session.service_says(f"{mark} logs in to {account} now (SASL EXTERNAL)")
+    elif how.upper() == "LIST":
+        account = own_account(session.user)
+        known = session.site.hub.accounts.certificates_of(account)
+        for one in (*known, f"{counted(len(known), 'certificate')} of {account}"):
+            session.service_says(one)
+    elif how.upper() == "REMOVE":
+        mark = fingerprint.lower() or mark
+        account = yield do(session.act, "remove_certificate", mark)
+        session.service_says(f"{mark} does not log in to {account} any more")
+    else:
         raise Refused("INVALID_PARAMS", "CERT has ADD, LIST and REMOVE")
-    handler(session, fingerprint)
 
 
 @service_command("disown", 1)
-def service_disown(session: IrcSession, name: str) -> None:
+@in_steps
+def disown_channel(session: LocalSession, name: str) -> Steps:
     """DISOWN #CHANNEL -- let a channel that you founded end with its last member"""
-    session.act(
-        "disown", name, then=lambda name: session.service_says(f"{name} is no longer registered")
-    )
+    name = yield do(session.act, "disown", name)
+    session.answer(f"{name} is no longer registered")
 
 
 def ask_service(session: IrcSession, text: str) -> None:
@@ -7364,90 +7007,66 @@ def ask_service(session: IrcSession, text: str) -> None:
     session.from_service = session.deferred
 
 
-def parameters_text(line: bytes) -> str:
-    """Return the parameters of a line as they were typed: blanks in a password count."""
-    text = line.decode(errors="replace")
-    body = text.partition(" ")[2].lstrip(" ") if text[:1] == "@" else text
-    body = body.partition(" ")[2].lstrip(" ") if body[:1] == ":" else body
-    return body.partition(" ")[2].lstrip(" ").removeprefix(":")
-
-
 @irc_command("NS", 1, 15)
 def irc_ns(session: IrcSession, *words: str) -> None:
     """NS <command> -- the same as PRIVMSG NickServ"""
-    ask_service(session, parameters_text(session.raw))
+    text = session.raw.decode(errors="replace")  # as it was typed: blanks in a password count
+    body = text.partition(" ")[2].lstrip(" ") if text[:1] == "@" else text
+    body = body.partition(" ")[2].lstrip(" ") if body[:1] == ":" else body
+    ask_service(session, body.partition(" ")[2].lstrip(" ").removeprefix(":"))
 
 
 # Talking
-
-
-def tell_away(session: IrcSession, user: User) -> None:
-    if user.away:
-        session.reply(RPL_AWAY, user.name, user.away)
-
-
-CLIENT_TAG = r"\+[\w./-]+"
 
 
 def client_tags(session: IrcSession) -> str:
     """Return what the client that is answered has to say to clients (IRCv3 message-tags)."""
     if not session.message.tags or not session.wire.format.tagged:
         return ""
-    tags = ((k, v) for k, v in session.message.tags.items() if re.fullmatch(CLIENT_TAG, k))
+    tags = ((k, v) for k, v in session.message.tags.items() if re.fullmatch(r"\+[\w./-]+", k))
     return ";".join(f"{key}={escaped_tag(value)}" if value else key for key, value in tags)
 
 
-class Past(NamedTuple):
-    """A channel or conversation, for what was said there."""
-
-    name: str
-
-
-def tell_repeat(session: IrcSession, name: str, own: str, first: int) -> None:
+@in_steps
+def tell_repeat(session: IrcSession, name: str, own: str) -> Steps:
     """Answer a message that was sent before: the connection broke before the client could
     know. It gets the echo of then; of a message that is gone, its id."""
     hub = session.site.hub
     owners = hub.dedup_owners(session)
     known = [event for owner in owners if (event := hub.turn.dedup.get((owner, own)))]
-
-    def tell(found: tuple[int, Event | None] | None) -> None:
-        if found is None:  # the turn in which it was said could not be stored
-            return session.tell_not_kept(own, "it could not be stored")
-        id, event = found
-        if event is None:
-            tags = f"@msgid={hub.ids.text(id)};{OWN_ID}={escaped_tag(own)}"
-            return session.send(irc_bytes(f"{tags} :{session.user.source.mask} TAGMSG {name}"))
-        past = Past(name if name.startswith("#") else "")
-        for line in session.wire.encode(past, [event]) if session.wire.echo else ():
-            session.send(line)
-
     if hub.store.dedup.lost(owners, own, hub.ticks):
-        session.tell_not_kept(own, "it was said before, and could not be kept")
-    elif known and session.site.store.path is None:  # which loses nothing, and is read too soon
-        tell((known[0].id, known[0]))
+        return session.tell_not_kept(own, "it was said before, and could not be kept")
+    if known and session.site.store.path is None:  # which loses nothing, and is read too soon
+        found = known[0].id, known[0]
     else:
-        session.read(functools.partial(hub.store.dedup.event, owners, own), tell)
+        found = yield do(session.read, functools.partial(hub.store.dedup.event, owners, own))
+    if found is None:  # the turn in which it was said could not be stored
+        return session.tell_not_kept(own, "it could not be stored")
+    id, event = found
+    if event is None:
+        tags = f"@msgid={hub.ids.text(id)};{OWN_ID}={escaped_tag(own)}"
+        return session.send(irc_bytes(f"{tags} :{session.user.source.mask} TAGMSG {name}"))
+    past = Audience(name if name.startswith("#") else "")
+    for line in session.wire.encode(past, [event]) if session.wire.echo else ():
+        session.send(line)
 
 
-def send_message(
-    session: IrcSession, name: str, text: str, kind: str, tags: str, own: str = ""
-) -> None:
+def send_message(session: IrcSession, name: str, text: str, kind: str, tags: str, own: str) -> None:
     """Say it, and tell what became of it. Raises Refused."""
     hub = session.site.hub
     if own and hub.store.dedup.lost(hub.dedup_owners(session), own, hub.ticks):
-        return tell_repeat(session, name, own, 0)
+        return tell_repeat(session, name, own)
     result = hub.perform("say", session.id, name, text, kind, tags, own)
     if result.repeat is not None:
-        tell_repeat(session, name, own, result.repeat)
+        tell_repeat(session, name, own)
     elif result.away:
-        tell_away(session, result.away)
+        session.reply(RPL_AWAY, result.away.name, result.away.away)
 
 
 def check_length(session: IrcSession, name: str, text: str, tags: str) -> None:
-    """Refuse a line that is too long with its source before it and that is not to be split.
-
-    Some clients cannot know their source, so a channel gets such a line in pieces. Tags belong
-    to one line; and a user is sent one line or none, as the conformance suite expects."""
+    """Refuse a line that is too long with its source before it and that is not to be split. Some
+    clients cannot know their source, so a channel gets such a line in pieces. Tags belong to one
+    line; and a user is sent one line or none, as the conformance suite expects."""
     if len(text) <= FITS_ALWAYS // 4 or "#" in name[:2] and not tags:
         return
     room = IRC_BYTES - 2 - len(f":{session.user.source.mask} PRIVMSG {name} :".encode())
@@ -7455,59 +7074,56 @@ def check_length(session: IrcSession, name: str, text: str, tags: str) -> None:
         raise Refused("LINE_TOO_LONG", f"a message to {name} has at most {room} bytes")
 
 
-def say_in_irc(session: IrcSession, name: str, text: str, kind: str = MESSAGE) -> None:
-    own, tags = client_id(session, session.message.params[0]), client_tags(session)
-    check_length(session, name, text, tags)
-    if kind is MESSAGE:
-        if text.startswith("\x01ACTION "):
-            kind, text = ACTION, text[8:].removesuffix("\x01")
-        elif fold(name) == SERVICE_KEY:
-            return ask_service(session, text)
-    send_message(session, name, text, kind, tags, own)
-
-
-def to_each_target(
-    session: IrcSession, targets: str, send: Callable[[str], None]
-) -> Iterator[None] | None:
+def to_each_target(session: IrcSession, targets: str, send: Callable[[str], None]) -> LongAnswer:
     """Send to one target, or to each of several in pieces. Raises Refused."""
     if not targets:
         raise Refused("NO_RECIPIENT", "to whom?")
     if "," not in targets:
         return send(targets)
     if targets.count(",") >= TARGETS:
-        raise Refused(
-            "TOO_MANY_TARGETS", f"{TARGETS} targets at most; the message was not delivered", targets
-        )
+        text = f"{TARGETS} targets at most; the message was not delivered"
+        raise Refused("TOO_MANY_TARGETS", text, targets)
     return each_in_pieces(session, targets, send)
 
 
-def notice_to(session: IrcSession, name: str, text: str) -> None:
-    """Send a notice; a refusal is no answer to that (RFC 2812 section 3.3.2)."""
-    own, tags = client_id(session, session.message.params[0]), client_tags(session)
-    with contextlib.suppress(Refused):
-        result = session.site.hub.perform("say", session.id, name, text, NOTICE, tags, own)
-        if result.repeat is not None:
-            tell_repeat(session, name, own, result.repeat)
-
-
 @irc_command("PRIVMSG", most=2)
-def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> Iterator[None] | None:
+def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> LongAnswer:
     """PRIVMSG <target>{,<target>} <text> -- say something to people and channels"""
     if not text and targets:
         raise Refused("NO_TEXT", "there is nothing to say")
-    return to_each_target(session, targets, lambda name: say_in_irc(session, name, text))
+    own, tags = client_id(session, targets), client_tags(session)
+
+    def send(name: str) -> None:
+        check_length(session, name, text, tags)
+        if text.startswith("\x01ACTION "):
+            action = text[8:].removesuffix("\x01")
+            send_message(session, name, action, ACTION, tags, own)
+        elif fold(name) == SERVICE_KEY:
+            ask_service(session, text)
+        else:
+            send_message(session, name, text, MESSAGE, tags, own)
+
+    return to_each_target(session, targets, send)
 
 
 @irc_command("NOTICE", most=2)
-def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> Iterator[None] | None:
+def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> LongAnswer:
     """NOTICE <target>{,<target>} <text> -- the same, but nothing answers it"""
     if not (targets and text) or targets.count(",") >= TARGETS:
         return None
-    return to_each_target(session, targets, lambda name: notice_to(session, name, text))
+    own, tags = client_id(session, targets), client_tags(session)
+
+    def send(name: str) -> None:  # a refusal is no answer to a notice (RFC 2812 section 3.3.2)
+        with contextlib.suppress(Refused):
+            result = session.site.hub.perform("say", session.id, name, text, NOTICE, tags, own)
+            if result.repeat is not None:
+                tell_repeat(session, name, own)
+
+    return to_each_target(session, targets, send)
 
 
 @irc_command("TAGMSG", most=1)
-def irc_tagmsg(session: IrcSession, targets: str = "") -> Iterator[None] | None:
+def irc_tagmsg(session: IrcSession, targets: str = "") -> LongAnswer:
     """TAGMSG <target>{,<target>} -- send nothing but the tags before it"""
     tags = client_tags(session)
 
@@ -7526,12 +7142,10 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
         if not re.fullmatch("[A-Za-z0-9-]+", reference):
             raise Refused("INVALID_REFTAG", "a reference is made of letters and digits", reference)
         if kind != "draft/multiline" or not target:
-            text = "only messages of several lines come so"
-            raise Refused("UNKNOWN_TYPE", text, reference, kind)
+            raise Refused("UNKNOWN_TYPE", "only messages of several lines come so", reference, kind)
         label = session.message.tags.get("label", "")
         if session.collected:
-            text = "there is one already; end that first"
-            raise Refused("MULTILINE_INVALID", text, reference)
+            raise Refused("MULTILINE_INVALID", "there is one already; end that first", reference)
         tags = client_tags(session)
         session.collected = Collected(reference, target, label, tags, client_id(session, target))
         session.labelled = None  # the answer comes at its end
@@ -7626,8 +7240,7 @@ LIST_BOUND = re.compile(r"([CT]?)([<>])(\d{1,9})")
 
 
 def within(channel: Channel, what: str, sign: str, number: str, now: int) -> bool:
-    """Return whether a channel is on that side of a bound: users, or the minutes since it was
-    created (C), or since its topic was set (T)."""
+    """Return whether a channel is in a bound: users, or minutes since created (C) or topic (T)."""
     if not what:
         value = float(len(channel.members))
     elif what == "T" and not channel.topic:
@@ -7683,23 +7296,20 @@ def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Ite
 
 
 @irc_command("INVITE", most=2)
-def irc_invite(session: IrcSession, name: str = "", where: str = "") -> None:
+@in_steps
+def irc_invite(session: IrcSession, name: str = "", where: str = "") -> Steps:
     """INVITE [<nickname> <channel>] -- invite a user; alone, who invited you"""
     if not name:
         for channel in session.user.invitations:
             session.reply(RPL_INVITELIST, channel.name)
         return session.reply(RPL_ENDOFINVITELIST)
     if not where:
-        raise Refused(
-            "NEED_MORE_PARAMS", "it goes like this: INVITE <nickname> <channel>", "INVITE"
-        )
-
-    def done(result: tuple[User, Channel]) -> None:
-        user, channel = result
-        session.reply(RPL_INVITING, user.name, channel.name)
-        tell_away(session, user)
-
-    session.act("invite", name, where, then=done)
+        text = "it goes like this: INVITE <nickname> <channel>"
+        raise Refused("NEED_MORE_PARAMS", text, "INVITE")
+    user, channel = yield do(session.act, "invite", name, where)
+    session.reply(RPL_INVITING, user.name, channel.name)
+    if user.away:
+        session.reply(RPL_AWAY, user.name, user.away)
 
 
 @irc_command("KICK", 2, 3)
@@ -7709,19 +7319,10 @@ def irc_kick(session: IrcSession, names: str, victims: str, reason: str = "") ->
     if len(channels) == 1:
         channels *= len(people)
     if len(channels) != len(people):
-        text = "one channel, or as many as people"
-        raise Refused("NEED_MORE_PARAMS", text, "KICK")
+        raise Refused("NEED_MORE_PARAMS", "one channel, or as many as people", "KICK")
     for where, name in zip(channels, people, strict=True):
         session.act("kick", where, name, reason)
         yield
-
-
-def tell_masks(session: IrcSession, channel: Channel, letter: str) -> None:
-    channel.require_inside(session)
-    line, end = LIST_REPLIES[letter]
-    for mask in channel.lists[letter].values():
-        session.reply(line, channel.name, mask.text, mask.setter, mask.when // 1000)
-    session.reply(end, channel.name)
 
 
 def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
@@ -7738,8 +7339,7 @@ def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
 
 def user_mode(session: IrcSession, name: str, letters: str) -> None:
     """Read or change the user's own modes; those of others cannot be seen."""
-    user = session.site.hub.find_user(name)
-    if user is not session.user:
+    if session.site.hub.find_user(name) is not session.user:
         raise Refused("NOT_YOURSELF", "only your own modes are yours to see and change")
     if not letters:
         return session.reply(RPL_UMODEIS, user_modes_text(session))
@@ -7748,20 +7348,16 @@ def user_mode(session: IrcSession, name: str, letters: str) -> None:
     if known:
         session.act("set_user_modes", known)
     if len(known) < len(changes):
-        text = f"there are only the user modes {''.join(USER_MODES)}"
-        raise Refused("UNKNOWN_USER_MODE", text)
+        raise Refused("UNKNOWN_USER_MODE", f"there are only the user modes {''.join(USER_MODES)}")
 
 
-def change_modes(session: LocalSession, channel: Channel, changes: Iterable[ModeChange]) -> None:
+@in_steps
+def change_modes(session: LocalSession, channel: Channel, changes: Iterable[ModeChange]) -> Steps:
     """Change what can be changed, and tell why not of the rest."""
-
-    def done(refusals: list[Refused]) -> None:
-        for refusal in refusals:
+    if plain := tuple(map(tuple, changes)):
+        values = channel.name, plain, secrets.token_hex(16)
+        for refusal in (yield do(session.act, "set_modes", *values)):
             session.refuse(refusal)
-
-    plain = tuple(tuple(change) for change in changes)
-    if plain:
-        session.act("set_modes", channel.name, plain, secrets.token_hex(16), then=done)
 
 
 @irc_command("MODE", 1, 15)
@@ -7776,11 +7372,13 @@ def irc_mode(session: IrcSession, name: str, letters: str = "", *values: str) ->
         session.reply(RPL_CHANNELMODEIS, channel.name, channel.modes_text(session))
         return session.reply(RPL_CREATIONTIME, channel.name, channel.created // 1000)
     changes = parse_modes(letters, values)
-    queries = {c.letter: None for c in changes if c.letter in MASK_LISTS and not c.value}
-    for letter in queries:
-        tell_masks(session, channel, letter)
-    changes = [c for c in changes if c.value or c.letter not in MASK_LISTS]
-    change_modes(session, channel, changes)
+    for letter in {c.letter: None for c in changes if c.letter in MASK_LISTS and not c.value}:
+        channel.require_inside(session)
+        line, end = LIST_REPLIES[letter]
+        for mask in channel.lists[letter].values():
+            session.reply(line, channel.name, mask.text, mask.setter, mask.when // 1000)
+        session.reply(end, channel.name)
+    change_modes(session, channel, [c for c in changes if c.value or c.letter not in MASK_LISTS])
 
 
 @irc_command("RENAME", 2, 3)
@@ -7790,12 +7388,6 @@ def irc_rename(session: IrcSession, name: str, wanted: str, reason: str = "") ->
 
 
 # Metadata (draft/metadata-3)
-
-
-def check_key(key: str) -> str:
-    if not METADATA_KEY.fullmatch(key):
-        raise Refused("INVALID_KEY", NO_KEY, key)
-    return key
 
 
 def metadata_owner(session: IrcSession, target: str) -> Any:
@@ -7818,50 +7410,38 @@ def metadata_writable(session: IrcSession, target: str, key: str) -> Any:
     return owner
 
 
-def metadata_get(session: IrcSession, target: str, *keys: str) -> None:
-    tell_metadata(session, metadata_owner(session, target), keys)
-
-
-def metadata_list(session: IrcSession, target: str) -> None:
-    owner = metadata_owner(session, target)
-    tell_metadata(session, owner, list(owner.metadata))
-
-
-def metadata_owners(session: IrcSession, target: str) -> list[Any]:
-    """Return a user; a channel with its members; or all that this session is told of. Raises
-    Refused."""
+def metadata_sync(session: IrcSession, target: str) -> Iterator[None]:
+    """Tell the values of a user, of a channel with its members, or of all (*ALL)."""
     if target == "*ALL" and session.user:
         people = (session.site.hub.users.get(key) for key in session.watched)
         channels = list(session.user.channels)
         members = itertools.chain(*(channel.members for channel in channels))
-        found = dict.fromkeys([session.user, *channels, *members, *filter(None, people)])
-        return list(found)
-    owner = metadata_owner(session, target)
-    return [owner, *owner.members] if isinstance(owner, Channel) else [owner]
-
-
-def metadata_sync(session: IrcSession, target: str) -> Iterator[None]:
-    owners = metadata_owners(session, target)
+        owners = dict.fromkeys([session.user, *channels, *members, *filter(None, people)])
+    else:
+        owner = metadata_owner(session, target)
+        owners = [owner, *owner.members] if isinstance(owner, Channel) else [owner]
+        target = owner_name(owner)
     session.site.hub.charge(len(owners))
     known = subscribed_metadata(session, owners)
     lines = (session.shaped_line(RPL_KEYVALUE, *one) for one in known)
-    name = target if target == "*ALL" else owner_name(owners[0])
-    yield from batch_in_pieces(session, f"metadata {name}", lines)
+    yield from batch_in_pieces(session, f"metadata {target}", lines)
 
 
-def metadata_set(session: IrcSession, target: str, key: str, value: str = "") -> None:
-    owner = metadata_writable(session, target, check_key(key))
+@in_steps
+def metadata_set(session: IrcSession, target: str, key: str, value: str = "") -> Steps:
+    if not METADATA_KEY.fullmatch(key):
+        raise Refused("INVALID_KEY", NO_KEY, key)
+    owner = metadata_writable(session, target, key)
     if len(value.encode()) > METADATA_BYTES:
         raise Refused("INVALID_VALUE", f"a value has at most {METADATA_BYTES} bytes", key)
     if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
-        text = f"{METADATA_KEYS} keys at most"
-        raise Refused("LIMIT_REACHED", text, target, str(METADATA_KEYS))
+        raise Refused("LIMIT_REACHED", f"{METADATA_KEYS} keys at most", target, str(METADATA_KEYS))
     name = target if owner is session else owner.name
     if owner is not session:
-        then = functools.partial(lambda _: session.tell_value(name, key, value))
-        return session.act("set_metadata", name, key, value, then=then)
-    session.metadata.update({key: value})
-    session.metadata = {known: text for known, text in session.metadata.items() if text}
+        yield do(session.act, "set_metadata", name, key, value)
+    else:
+        session.metadata.update({key: value})
+        session.metadata = {known: text for known, text in session.metadata.items() if text}
     session.tell_value(name, key, value)
 
 
@@ -7877,79 +7457,63 @@ def metadata_clear(session: IrcSession, target: str) -> Iterator[None]:
     tell_metadata(session, owner, keys)
 
 
-def each_key(session: IrcSession, keys: Iterable[str], act: Callable[[str], None]) -> list[str]:
-    """Do it for every key; return those for which it was done. Past a limit all is refused."""
+def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> None:
+    """Add keys, or remove them; past the limit all is refused."""
     done: list[str] = []
     for key in keys:
-        try:
-            act(check_key(key))
-            done.append(key)
-        except Refused as refusal:
-            session.refuse(refusal)
-            if refusal.code == "LIMIT_REACHED":
-                break
-    return done
-
-
-def metadata_sub(session: IrcSession, target: str, *keys: str) -> None:
-    def subscribe(key: str) -> None:
-        if len(session.subscribed) >= METADATA_SUBS and key not in session.subscribed:
+        known = key in session.subscribed
+        if not METADATA_KEY.fullmatch(key):
+            session.refuse(Refused("INVALID_KEY", NO_KEY, key))
+        elif on and not known and len(session.subscribed) >= METADATA_SUBS:
             text = f"{METADATA_SUBS} keys at most"
-            raise Refused("LIMIT_REACHED", text, key, str(METADATA_SUBS))
-        session.subscribed[key] = None
-        session.act("follow", "subscribers", key)
-
-    if done := each_key(session, keys, subscribe):
-        session.reply(RPL_METADATASUBOK, " ".join(done))
-
-
-def metadata_unsub(session: IrcSession, target: str, *keys: str) -> None:
-    def unsubscribe(key: str) -> None:
-        session.subscribed.pop(key, None)
-        session.act("unfollow", "subscribers", key)
-
-    if done := each_key(session, keys, unsubscribe):
-        session.reply(RPL_METADATAUNSUBOK, " ".join(done))
-
-
-def metadata_subs(session: IrcSession, target: str) -> None:
-    lines = [session.shaped_line(RPL_METADATASUBS, key) for key in session.subscribed]
-    in_batch(session, "metadata-subs", lines)
-
-
-METADATA_HANDLERS = {  # subcommand -> what does it, and the parameters that it needs and takes
-    "CLEAR": (metadata_clear, 0, 0),
-    "GET": (metadata_get, 1, 15),
-    "LIST": (metadata_list, 0, 0),
-    "SET": (metadata_set, 1, 2),
-    "SUB": (metadata_sub, 1, 15),
-    "SUBS": (metadata_subs, 0, 0),
-    "SYNC": (metadata_sync, 0, 0),
-    "UNSUB": (metadata_unsub, 1, 15),
-}
+            session.refuse(Refused("LIMIT_REACHED", text, key, str(METADATA_SUBS)))
+            break
+        else:
+            if on:
+                session.subscribed[key] = None
+            else:
+                session.subscribed.pop(key, None)
+            session.act("follow", "subscribers", key, on)
+            done.append(key)
+    if done:
+        session.reply(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, " ".join(done))
 
 
 @irc_command("METADATA", 2, 15, nameless=True)
-def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> Iterator[None] | None:
+def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> LongAnswer:
     """METADATA <target or *> <subcommand> [<key>...] -- what programs know of people and channels:
     GET, LIST, SET, CLEAR, SUB, UNSUB, SUBS, SYNC"""
-    handler, least, most = METADATA_HANDLERS.get(how.upper(), (None, 0, 0))
-    if handler is None or len(params) < least:
-        raise Refused("INVALID_PARAMS", "see HELP METADATA", how)
-    return handler(session, target, *params[:most])
+    match how.upper():
+        case "CLEAR":
+            return metadata_clear(session, target)
+        case "GET" if params:
+            tell_metadata(session, metadata_owner(session, target), params)
+        case "LIST":
+            owner = metadata_owner(session, target)
+            tell_metadata(session, owner, list(owner.metadata))
+        case "SET" if params:
+            metadata_set(session, target, *params[:2])
+        case "SUB" | "UNSUB" as verb if params:
+            change_subscriptions(session, params, verb == "SUB")
+        case "SUBS":
+            lines = [session.shaped_line(RPL_METADATASUBS, key) for key in session.subscribed]
+            in_batch(session, "metadata-subs", lines)
+        case "SYNC":
+            return metadata_sync(session, target)
+        case _:
+            raise Refused("INVALID_PARAMS", "see HELP METADATA", how)
+    return None
 
 
 # History
 
 
 def invalid_target(subcommand: str, name: str) -> Refused:
-    text = "there is nothing of it that you may read"
-    return Refused("INVALID_TARGET", text, subcommand, name)
+    return Refused("INVALID_TARGET", "there is nothing of it that you may read", subcommand, name)
 
 
 def readable(session: IrcSession, name: str, about: str) -> Place:
-    """Return where that is kept, if this user may read it: a channel, or the conversation with
-    a user, with an account, or with those who had that nick. Raises Refused."""
+    """Return the place of a channel, user, account or nick, if it may be read. Raises Refused."""
     hub, user = session.site.hub, session.user
     if name.startswith("#"):
         channel = hub.channels.get(fold(name))
@@ -7966,8 +7530,7 @@ def parse_time(text: str, *about: str) -> int:
     """Return milliseconds since 1970. Raises Refused, about that."""
     try:
         moment = datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ")
-        when = int(moment.replace(tzinfo=datetime.UTC).timestamp() * 1000 + 0.5)
-        return min(when, LAST_MOMENT)
+        return min(int(moment.replace(tzinfo=datetime.UTC).timestamp() * 1000 + 0.5), LAST_MOMENT)
     except (ValueError, OverflowError):
         example = "a time looks like 2026-11-22T08:30:05.123Z"
         raise Refused("INVALID_PARAMS", example, *about) from None
@@ -7992,48 +7555,39 @@ def last_page_tag(session: IrcSession, ended: bool) -> str:
     return "draft/chathistory-end" if ended and session.wire.format.tagged else ""
 
 
-def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> None:
+def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     """Tell where something was said last between two marks, the oldest of them first. A page
     does not end between two that have the same time: the next one begins behind it."""
     hub, user = session.site.hub, session.user
     first, last = sorted(bounds, key=lambda mark: (mark.id is None, mark.time))
     if first.id is None:
         first, last = sorted(bounds, key=lambda mark: mark.time)
-
-    def fits(event: Event) -> bool:
-        behind = event.id > first.id if first.id is not None else event.time > first.time
-        return behind and event.time < last.time
-
-    def tell(found: list[tuple[str, Event]]) -> None:
-        names = {channel.key: channel.name for channel in user.channels}
-        there = [
-            (e.time, names.get(key) or partner(e))
-            for key, e in found
-            if fits(e) and (not key or key in names)
-        ]
-        there.sort()
-        page = there[:count]
-        page += itertools.takewhile(lambda one: one[0] == page[-1][0], there[count:])
-        lines = (
-            irc_bytes(f":{session.site.name} CHATHISTORY TARGETS {name} {tag_time(when)}")
-            for when, name in page
-        )
-        ends = last_page_tag(session, len(page) == len(there))
-        in_batch(session, "draft/chathistory-targets", lines, ends)
-
-    def partner(event: Event) -> str:
-        mine = hub.same_person(event.source.identity, user.identity)
-        return event.about if mine else event.source.name
-
     keys = [channel.key for channel in user.channels]
-    identities = hub.identities(user.identity)
-    session.read(functools.partial(session.site.store.newest, keys, identities), tell)
+    newest = functools.partial(session.site.store.newest, keys, hub.identities(user.identity))
+    found = yield do(session.read, newest)
+    names = {channel.key: channel.name for channel in user.channels}
+    there = []
+    for key, event in found:
+        behind = event.id > first.id if first.id is not None else event.time > first.time
+        if behind and event.time < last.time and (not key or key in names):
+            mine = hub.same_person(event.source.identity, user.identity)
+            partner = event.about if mine else event.source.name
+            there.append((event.time, names.get(key) or partner))
+    there.sort()
+    page = there[:count]
+    page += itertools.takewhile(lambda one: one[0] == page[-1][0], there[count:])
+    lines = (
+        irc_bytes(f":{session.site.name} CHATHISTORY TARGETS {name} {tag_time(when)}")
+        for when, name in page
+    )
+    ends = last_page_tag(session, len(page) == len(there))
+    in_batch(session, "draft/chathistory-targets", lines, ends)
 
 
 def play(session: IrcSession, name: str, events: list[Event], newest: bool, whole: bool) -> None:
     """Send what was said, in a batch to those who know them; as much as is reasonable at once,
     counted as it is sent. `whole`: there is no more of it."""
-    past = Past(name if name.startswith("#") else "")
+    past = Audience(name if name.startswith("#") else "")
     lines, size = [], 0
     for event in reversed(events) if newest else events:
         (line,) = session.wire.encode(past, [event])
@@ -8047,8 +7601,7 @@ def play(session: IrcSession, name: str, events: list[Event], newest: bool, whol
 
 
 def history_job(session: IrcSession, how: str, span: Span, name: str, marks: list[str], count: int):
-    """Return what a helper has to do for CHATHISTORY, and whether it is the newest of that
-    part that is asked for. Raises Refused."""
+    """Return the job, and whether it asks for the newest of that part. Raises Refused."""
     hub, store = session.site.hub, session.site.store
     points = [parse_mark(hub, mark, how, name) for mark in marks if (how, mark) != ("LATEST", "*")]
     if how == "AROUND":
@@ -8066,20 +7619,16 @@ CHATHISTORY_MARKS = {"BEFORE": 1, "AFTER": 1, "LATEST": 1, "AROUND": 1, "BETWEEN
 
 def target_bound(session: IrcSession, text: str) -> Mark:
     """Return a bound of TARGETS: a time, and for our own clients also an id."""
-    if text.startswith("msgid=") and "chat.py/session" in session.capabilities:
+    if "chat.py/session" in session.capabilities and text.startswith("msgid="):
         return parse_mark(session.site.hub, text, "TARGETS", "*")
     if not text.startswith("timestamp="):
         raise Refused("INVALID_PARAMS", "a bound is timestamp=...", "TARGETS", text)
-    return Mark(time=parse_time(text.removeprefix("timestamp="), "TARGETS", text))
-
-
-def is_large(events: list[Event]) -> bool:
-    """Return whether the store may have left some out, see Store.page()."""
-    return sum(len(e.text.encode()) + len(e.tags.encode()) for e in events) > PAGE_BYTES // 2
+    return parse_mark(session.site.hub, text, "TARGETS", "*")
 
 
 @irc_command("CHATHISTORY", 4, 5)
-def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> None:
+@in_steps
+def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> Steps:
     """CHATHISTORY <how> <target> <selector> [<selector>] <limit> -- what was said: BEFORE,
     AFTER, LATEST, AROUND, BETWEEN or TARGETS; selectors are *, timestamp=... and msgid=..."""
     how = how.upper()
@@ -8090,24 +7639,24 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> N
         raise Refused("INVALID_PARAMS", "see HELP CHATHISTORY", how)
     count = min(asked, HISTORY_LINES_MOST)
     if how == "TARGETS":
-        return tell_targets(session, [target_bound(session, t) for t in (name, marks[0])], count)
+        bounds = [target_bound(session, text) for text in (name, marks[0])]
+        return (yield from tell_targets(session, bounds, count))
     place = readable(session, name, how)
     kinds = REPLAYABLE if "draft/event-playback" in session.capabilities else SPOKEN
     job, newest = history_job(session, how, Span(place, kinds), name, marks, count)
-
-    def show(events: list[Event]) -> None:
-        if readable(session, name, how) != place:  # the user was put out, or is another, meanwhile
-            raise invalid_target(how, name)
-        channel = session.site.hub.channels.get(fold(name))
-        # A page of the store ends early where it is large
-        whole = len(events) < count and how != "AROUND" and not is_large(events)
-        play(session, channel.name if channel else name, events, newest, whole)
-
-    session.read(job, show)
+    events = yield do(session.read, job)
+    if readable(session, name, how) != place:  # the user was put out, or is another, meanwhile
+        raise invalid_target(how, name)
+    channel = session.site.hub.channels.get(fold(name))
+    # A page of the store ends early where it is large, see Store.page()
+    size = sum(len(e.text.encode()) + len(e.tags.encode()) for e in events)
+    whole = len(events) < count and how != "AROUND" and size <= PAGE_BYTES // 2
+    play(session, channel.name if channel else name, events, newest, whole)
 
 
 @irc_command("SEARCH", 1)
-def irc_search(session: IrcSession, attributes: str) -> None:
+@in_steps
+def irc_search(session: IrcSession, attributes: str) -> Steps:
     """SEARCH <attributes> -- what was said with some words: in=<target>;text=<words>;
     from=<nick>;after=<time>;before=<time>;limit=<n>"""
     wanted, user = parse_tags(attributes), session.user
@@ -8125,27 +7674,23 @@ def irc_search(session: IrcSession, attributes: str) -> None:
     else:
         places = [Place((channel.key,)) for channel in user.channels]
     span, author = Span(Place(()), SPOKEN, **bounds), fold(wanted.get("from", ""))
-
-    def show(found: list[tuple[Place, Event]]) -> None:
-        names = {channel.key: channel.name for channel in user.channels}  # now, not when asked
-        if name:
-            readable(session, name, "in")
-        where = [
-            (names.get(place.keys[0], "") if place.keys[0][:1] == "#" else None, event)
-            for place, event in found
-        ]
-        lines = (
-            session.wire.encode(Past(name or ""), [event])[0] for name, event in where if name != ""
-        )
-        in_batch(session, "soju.im/search", lines)
-
     words = session.site.store.words
     search = functools.partial(words.search, places, wanted["text"], span, count, author)
-    session.read(search, show)
+    found = yield do(session.read, search)
+    if name:
+        readable(session, name, "in")
+    names = {channel.key: channel.name for channel in user.channels}  # now, not when asked
+    lines = []
+    for place, event in found:
+        where = names.get(place.keys[0]) if place.keys[0][:1] == "#" else ""
+        if where is not None:
+            lines += session.wire.encode(Audience(where), [event])
+    in_batch(session, "soju.im/search", lines)
 
 
 @irc_command("MARKREAD", most=2)
-def irc_markread(session: IrcSession, name: str = "", when: str = "") -> None:
+@in_steps
+def irc_markread(session: IrcSession, name: str = "", when: str = "") -> Steps:
     """MARKREAD <target> [timestamp=<time>] -- how far you have read it, on any device"""
     if not is_word(name, NAME_BYTES):
         return session.fail("MARKREAD", "NEED_MORE_PARAMS", "of what?")
@@ -8154,15 +7699,16 @@ def irc_markread(session: IrcSession, name: str = "", when: str = "") -> None:
     if not when.startswith("timestamp="):
         raise Refused("INVALID_PARAMS", "a marker is timestamp=...", name, when)
     stamp = parse_time(when.removeprefix("timestamp="), name, when)
-
-    def move(id: int) -> None:
-        session.act("mark_read", name, stamp, id, then=lambda _: session.tell_marker(name))
-
     try:
         place = readable(session, name, name)
     except Refused:
-        return move(0)
-    session.read(functools.partial(session.site.store.id_at, place, stamp), move)
+        id = 0
+    else:
+        span = Span(place, SPOKEN, Mark(time=stamp - 1), Mark(time=stamp + 1))
+        found = yield do(session.read, functools.partial(session.site.store.page, span, 1))
+        id = found[0].id if found else 0
+    yield do(session.act, "mark_read", name, stamp, id)
+    session.tell_marker(name)
 
 
 @irc_command("TOKEN", 1, 3)
@@ -8220,45 +7766,30 @@ def who_fits(pattern: re.Pattern, user: User) -> bool:
     return any(pattern.fullmatch(fold(text)) for text in texts)
 
 
-def members_in_who(
-    session: IrcSession, channel: Channel | None
-) -> Iterator[tuple[User, Channel | None] | None]:
-    me, hub = session.user, session.site.hub
-    shown = channel and channel.visible_to(me)
-    for user in in_slices(list(channel.members) if shown else ()):
-        hub.charge(2)
+def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel | None] | None]:
+    """Yield users with a channel that both are in, and None now and then: see in_slices()."""
+    hub, me = session.site.hub, session.user
+    channel, exact = hub.channels.get(fold(mask)), hub.users.get(fold(mask))
+    pattern = mask_pattern("*" if mask == "0" else mask)
+    if mask.startswith("#"):
+        known = channel.members if channel and channel.visible_to(me) else ()
+    else:
+        known = [exact] if exact else hub.users.values()
+    for user in in_slices(list(known)):
+        hub.charge(2 if channel else 4)
         if user is None:
             yield None
-        elif user in channel.members and can_see(me, user):
-            yield user, channel
-
-
-def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel | None] | None]:
-    """Yield the users that a WHO means, with a channel that both are in, and None now and
-    then: see in_slices()."""
-    hub, me = session.site.hub, session.user
-    if mask.startswith("#"):
-        return members_in_who(session, hub.channels.get(fold(mask)))
-    exact, pattern = hub.users.get(fold(mask)), mask_pattern("*" if mask == "0" else mask)
-
-    def matches() -> Iterator[tuple[User, Channel | None] | None]:
-        for user in in_slices([exact] if exact else list(hub.users.values())):
-            hub.charge(4)
-            if user is None:
-                yield None
-            elif user is exact or (can_see(me, user) and who_fits(pattern, user)):
-                yield user, next((c for c in user.channels if c in me.channels), None)
-
-    return matches()
-
-
-WHOX_FIELDS = "tcuihsnfdlaor"  # in the order of their answers (ircv3.net, WHOX)
+        elif channel:
+            if user in channel.members and can_see(me, user):
+                yield user, channel
+        elif user is exact or (can_see(me, user) and who_fits(pattern, user)):
+            yield user, next((c for c in user.channels if c in me.channels), None)
 
 
 def who_values(
     session: IrcSession, user: User, channel: Channel | None, flags: str, token: str
 ) -> dict[str, str]:
-    """Return what a WHO tells of a user, by the letters of WHOX."""
+    """Return what a WHO tells of a user, by the letters of WHOX, in the order of its answers."""
     source, hub = user.source, session.site.hub
     return {
         "t": as_param(token),
@@ -8283,7 +7814,6 @@ def irc_who(session: IrcSession, mask: str = "*", options: str = "") -> Iterator
     flags, extended, rest = options.partition("%")
     fields, _, token = rest.partition(",")
     multi = "multi-prefix" in session.capabilities
-    wanted = [field for field in WHOX_FIELDS if extended and field in fields]
     for match in who_matches(session, mask):
         if match is None or ("o" in flags and not match[0].is_operator):
             yield
@@ -8291,8 +7821,9 @@ def irc_who(session: IrcSession, mask: str = "*", options: str = "") -> Iterator
         user, channel = match
         member = channel.members.get(user) if channel else None
         values = who_values(session, user, channel, who_flags(user, member, multi), token)
+        wanted = [text for field, text in values.items() if extended and field in fields]
         if wanted:
-            session.reply(RPL_WHOSPCRPL, " ".join(values[field] for field in wanted))
+            session.reply(RPL_WHOSPCRPL, " ".join(wanted))
         else:
             session.reply(RPL_WHOREPLY, *(values[field] for field in "cuhsnf"), user.realname)
         yield
@@ -8360,8 +7891,7 @@ def irc_whowas(session: IrcSession, name: str, count: str = "", server: str = ""
         session.reply(RPL_WHOWASUSER, source.name, source.username, source.host, one.realname)
         session.reply(RPL_WHOISSERVER, source.name, session.site.name, time_text(one.time))
     if not found:
-        text = f"no user was called {name} lately"
-        session.refuse(Refused("WAS_NO_SUCH_NAME", text, name))
+        session.refuse(Refused("WAS_NO_SUCH_NAME", f"no user was called {name} lately", name))
     session.reply(RPL_ENDOFWHOWAS, as_param(name))
 
 
@@ -8405,7 +7935,7 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
             session.refuse(Refused("BAD_NAME", "names only, no masks", name))
         elif key not in session.watched:
             session.watched[key] = name
-            session.act("follow", "watchers", key)
+            session.act("follow", "watchers", key, True)
             added.append(name)
     tell_monitored(session, added)
 
@@ -8413,55 +7943,60 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
 def monitor_remove(session: IrcSession, names: list[str]) -> None:
     for name in names:
         if session.watched.pop(fold(name), None):
-            session.act("unfollow", "watchers", fold(name))
-
-
-def monitor_clear(session: IrcSession, _: list[str]) -> None:
-    monitor_remove(session, list(session.watched))
-
-
-def monitor_list(session: IrcSession, _: list[str]) -> None:
-    session.reply_list(RPL_MONLIST, session.watched.values(), between=",")
-    session.reply(RPL_ENDOFMONLIST)
-
-
-def monitor_status(session: IrcSession, _: list[str]) -> None:
-    tell_monitored(session, list(session.watched.values()))
-
-
-MONITOR_HANDLERS = {
-    "+": monitor_add,
-    "-": monitor_remove,
-    "C": monitor_clear,
-    "L": monitor_list,
-    "S": monitor_status,
-}
+            session.act("follow", "watchers", fold(name), False)
 
 
 @irc_command("MONITOR", 1, 2)
 def irc_monitor(session: IrcSession, sign: str, names: str = "") -> None:
     """MONITOR +|-|C|L|S [<nickname>{,<nickname>}] -- be told when people come and go"""
-    handler = MONITOR_HANDLERS.get(sign.upper())
-    if handler is None:
-        raise Refused("NEED_MORE_PARAMS", "MONITOR takes +, -, C, L or S", "MONITOR")
-    handler(session, [name for name in dict.fromkeys(names.split(",")) if name])
+    given = [name for name in dict.fromkeys(names.split(",")) if name]
+    match sign.upper():
+        case "+":
+            monitor_add(session, given)
+        case "-":
+            monitor_remove(session, given)
+        case "C":
+            monitor_remove(session, list(session.watched))
+        case "L":
+            session.reply_list(RPL_MONLIST, session.watched.values(), between=",")
+            session.reply(RPL_ENDOFMONLIST)
+        case "S":
+            tell_monitored(session, list(session.watched.values()))
+        case _:
+            raise Refused("NEED_MORE_PARAMS", "MONITOR takes +, -, C, L or S", "MONITOR")
 
 
 # The server
 
 
-@irc_command("MOTD", most=1)
-def irc_motd(session: IrcSession, server: str = "") -> None:
-    """MOTD [<server>] -- the message of the day"""
-    check_server(session, server)
-    tell_motd(session)
+def server_query(doc: str, answer: Callable, server: int = 1, **needs: bool) -> None:
+    """Make a command with one answer. `server`: which parameter names the server asked, or 0."""
+
+    @irc_command(doc.split()[0], most=server, doc=doc, **needs)
+    def handler(session: IrcSession, *params: str) -> None:
+        check_server(session, params[-1] if params and len(params) == server else "")
+        answer(session)
 
 
-@irc_command("LUSERS", most=2)
-def irc_lusers(session: IrcSession, mask: str = "", server: str = "") -> None:
-    """LUSERS -- how many people and channels there are"""
-    check_server(session, server)
-    tell_lusers(session)
+server_query("MOTD [<server>] -- the message of the day", tell_motd)
+server_query("LUSERS -- how many people and channels there are", tell_lusers, server=2)
+server_query(
+    "LINKS -- which servers there are: this one", lambda s: s.reply(RPL_ENDOFLINKS, "*"), 0
+)
+server_query("SERVLIST -- which services there are: none", lambda s: s.reply(RPL_SERVLISTEND), 0)
+server_query(
+    "ISUPPORT -- the limits and features of this server, also before you come in",
+    *(tell_isupport, 0),
+    nameless=True,
+)
+server_query(
+    "TIME [<server>] -- what time it is here",
+    lambda s: s.reply(RPL_TIME, s.site.name, time_text(s.site.hub.now)),
+)
+server_query(
+    "TRACE [<server>] -- the way to a server: there is but this one",
+    lambda s: s.reply(RPL_TRACEEND, s.site.name, VERSION),
+)
 
 
 @irc_command("VERSION", most=1)
@@ -8469,12 +8004,6 @@ def irc_version(session: IrcSession, server: str = "") -> None:
     """VERSION [<server>] -- what this server is and can do"""
     check_server(session, server)
     session.reply(RPL_VERSION, VERSION, session.site.name, "a chat in one file of Python")
-    tell_isupport(session)
-
-
-@irc_command("ISUPPORT", nameless=True)
-def irc_isupport(session: IrcSession) -> None:
-    """ISUPPORT -- the limits and features of this server, also before you come in"""
     tell_isupport(session)
 
 
@@ -8499,19 +8028,6 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
         for ban in site.hub.present_bans():
             session.reply(RPL_STATSKLINE, ban.mask, ban.setter, ban_text(ban))
     session.reply(RPL_ENDOFSTATS, as_param(letter[:1]))
-
-
-@irc_command("LINKS", most=2)
-def irc_links(session: IrcSession, server: str = "", mask: str = "") -> None:
-    """LINKS -- which servers there are: this one"""
-    session.reply(RPL_ENDOFLINKS, "*")
-
-
-@irc_command("TIME", most=1)
-def irc_time(session: IrcSession, server: str = "") -> None:
-    """TIME [<server>] -- what time it is here"""
-    check_server(session, server)
-    session.reply(RPL_TIME, session.site.name, time_text(session.site.hub.now))
 
 
 @irc_command("ADMIN", most=1)
@@ -8548,35 +8064,16 @@ def irc_help(session: IrcSession, subject: str = "") -> None:
     session.reply(RPL_ENDOFHELP, about)
 
 
-@irc_command("HELPOP", most=1)
-def irc_helpop(session: IrcSession, subject: str = "") -> None:
-    """HELPOP [<command>] -- the same as HELP"""
-    irc_help(session, subject)
+irc_command("HELPOP", most=1, doc="HELPOP [<command>] -- the same as HELP")(irc_help)
 
 
-@irc_command("TRACE", most=1)
-def irc_trace(session: IrcSession, server: str = "") -> None:
-    """TRACE [<server>] -- the way to a server: there is but this one"""
-    check_server(session, server)
-    session.reply(RPL_TRACEEND, session.site.name, VERSION)
-
-
-@irc_command("SERVLIST", most=2)
-def irc_servlist(session: IrcSession, mask: str = "", kind: str = "") -> None:
-    """SERVLIST -- which services there are: none"""
-    session.reply(RPL_SERVLISTEND)
-
-
-def refusing(
-    syntax: str, summary: str, code: str, text: str, least: int = 0, **needs: bool
-) -> None:
+def refusing(syntax: str, does: str, code: str, text: str, least: int = 0, **needs: bool) -> None:
     """Make a command of the RFCs that is always refused here."""
+    verb = syntax.split()[0]
 
+    @irc_command(verb, least, 3, doc=f"{syntax} -- {does}", **needs)
     def handler(session: IrcSession, *params: str) -> None:
         raise Refused(code, text, *params[:least])
-
-    handler.__doc__ = f"{syntax} -- {summary}"
-    irc_command(syntax.split()[0], least, 3, **needs)(handler)
 
 
 ALONE = "this server stands alone"
@@ -8595,25 +8092,24 @@ refusing("SQUIT <server>", "unlink a server", "NO_SUCH_SERVER", ALONE, 1, privil
 @irc_command("OPER", 2, 2, exact=True)
 def irc_oper(session: IrcSession, name: str, password: str) -> None:
     """OPER <name> <password> -- become an operator of this server"""
-    oper(session, name, password, lambda _: session.reply(RPL_YOUREOPER))
-
-
-def kill_user(session: LocalSession, name: str, reason: str) -> None:
-    def killed(mask: str) -> None:
-        session.site.server.note(f"{mask} killed by {killer}: {reason or 'no reason given'}")
-
-    killer = session.user.name
-    session.act("kill", name, reason, then=killed)
+    oper(session, name, password, lambda: session.reply(RPL_YOUREOPER))
 
 
 @irc_command("KILL", 1, 2, privileged=True)
-def irc_kill(session: IrcSession, name: str, reason: str = "") -> None:
+@in_steps
+def irc_kill(session: IrcSession, name: str, reason: str = "") -> Steps:
     """KILL <nickname> [<reason>] -- close all connections of a user"""
-    kill_user(session, name, reason)
+    killer = session.user.name
+    mask = yield do(session.act, "kill", name, reason)
+    session.site.server.note(f"{mask} killed by {killer}: {reason or 'no reason given'}")
 
 
-def ban_from(session: LocalSession, mask: str, minutes: str, reason: str) -> None:
-    """The minutes may also come first, as on other servers."""
+@irc_command("KLINE", 1, 3, privileged=True)
+@in_steps
+def ban_from(session: LocalSession, mask: str, minutes: str = "0", reason: str = "") -> Steps:
+    """KLINE <address, mask or a:account> [<minutes>] [<reason>] -- ban from this server, for ever
+    without minutes (which may come first), and close the connections of those it is for"""
+    # On other servers the minutes come first
     if mask.isdecimal() and not minutes.isdecimal():
         mask, minutes = minutes, mask
     elif not reason and not minutes.isdecimal() and " " in minutes:
@@ -8623,36 +8119,20 @@ def ban_from(session: LocalSession, mask: str, minutes: str, reason: str) -> Non
         text = f"a time is 1 to {BAN_MINUTES} minutes, or 0: for ever"
         raise Refused("INVALID_PARAMS", text, minutes)
     by, full = session.user.source.mask, server_mask(mask)
-
-    def done(count: int) -> None:
-        span = f"for {counted(number, 'minute')}" if number else "for ever"
-        session.site.server.note(f"KLINE by {by}: {full} {span}: {reason}")
-        session.notice(f"K-line added: {full}; {counted(count, 'user')} disconnected")
-
-    session.act("ban_from_server", mask, number, reason, then=done)
-
-
-@irc_command("KLINE", 1, 3, privileged=True)
-def irc_kline(session: IrcSession, mask: str, minutes: str = "0", reason: str = "") -> None:
-    """KLINE <address, mask or a:account> [<minutes>] [<reason>] -- ban from this server, for ever
-    without minutes (which may come first), and close the connections of those it is for"""
-    ban_from(session, mask, minutes, reason)
-
-
-def unban_from(session: LocalSession, mask: str) -> None:
-    by = session.user.source.mask
-
-    def done(full: str) -> None:
-        session.site.server.note(f"UNKLINE by {by}: {full}")
-        session.notice(f"K-line removed: {full}")
-
-    session.act("unban_from_server", mask, then=done)
+    count = yield do(session.act, "ban_from_server", mask, number, reason)
+    span = f"for {counted(number, 'minute')}" if number else "for ever"
+    session.site.server.note(f"KLINE by {by}: {full} {span}: {reason}")
+    session.notice(f"K-line added: {full}; {counted(count, 'user')} disconnected")
 
 
 @irc_command("UNKLINE", 1, privileged=True)
-def irc_unkline(session: IrcSession, mask: str) -> None:
+@in_steps
+def unban_from(session: LocalSession, mask: str) -> Steps:
     """UNKLINE <address, mask or a:account> -- end a ban from this server"""
-    unban_from(session, mask)
+    by = session.user.source.mask
+    full = yield do(session.act, "unban_from_server", mask)
+    session.site.server.note(f"UNKLINE by {by}: {full}")
+    session.notice(f"K-line removed: {full}")
 
 
 @irc_command("WALLOPS", 1, privileged=True)
@@ -8664,11 +8144,13 @@ def irc_wallops(session: IrcSession, text: str) -> None:
 
 
 @irc_command("REHASH", privileged=True)
-def irc_rehash(session: IrcSession) -> None:
+@in_steps
+def irc_rehash(session: IrcSession) -> Steps:
     """REHASH -- read the message of the day, the certificate and password files again"""
+    server = session.site.server
     session.reply(RPL_REHASHING, "chat.py")
-    session.site.server.note(f"REHASH by {session.user.source.mask}")
-    session.site.server.rehash(session)
+    server.note(f"REHASH by {session.user.source.mask}")
+    server.use_files((yield do(session.later, MAIL_LANE, server.read_files)))
 
 
 @irc_command("DIE", privileged=True)
@@ -8679,10 +8161,14 @@ def irc_die(session: IrcSession) -> None:
 
 
 @irc_command("RESTART", privileged=True)
-def irc_restart(session: IrcSession) -> None:
+@in_steps
+def irc_restart(session: IrcSession) -> Steps:
     """RESTART -- end the server and start it again"""
-    session.site.server.note(f"RESTART by {session.user.source.mask}")
-    session.site.server.restart(session)
+    server = session.site.server
+    server.note(f"RESTART by {session.user.source.mask}")
+    # Not with files that the new start could not read
+    server.use_files((yield do(session.later, MAIL_LANE, server.read_files)))
+    server.restart()
 
 
 # ======================================================================================
@@ -8721,17 +8207,15 @@ def line_prefix(audience: Any) -> str:
     return f"[{audience.name}] " if audience.name not in ("", LOBBY) else ""
 
 
-def line_shape(event: Event) -> tuple[bool, str]:
-    if event.kind in SPOKEN and event.text.startswith("\x01"):
-        return LINE_CTCP
-    return LINE_BACK if event.kind == AWAY and not event.text else LINE_SHAPES[event.kind]
-
-
 def line_texts(event: Event, prefix: str, where: str = "") -> list[str]:
     """Return the lines of one event, without their ends; a message of several lines is several."""
     if event.kind not in LINE_SHAPES:  # nothing that anybody sees
         return []
-    prefixed, shape = line_shape(event)
+    prefixed, shape = LINE_SHAPES[event.kind]
+    if event.kind in SPOKEN and event.text.startswith("\x01"):
+        prefixed, shape = LINE_CTCP
+    elif event.kind == AWAY and not event.text:
+        prefixed, shape = LINE_BACK
     known = {**event.source._asdict(), "where": where, "about": event.about}
     return [
         (prefix if prefixed else "") + shape.format(**known, text=text)
@@ -8766,7 +8250,6 @@ class LineWire:
         return f"* you set {harmless(event.text)} in {event.audience.name}\n".encode()
 
 
-LINE_WIRE = LineWire()
 line_command = Commands("/")
 
 
@@ -8786,7 +8269,7 @@ class LineSession(LocalSession):
     __slots__ = (
         *("collected", "dropping", "greeted", "here", "passed", "wanted_lines", "wanted_name"),
     )
-    wire = LINE_WIRE
+    wire = LineWire()
     accepts_partial_last_line = True
 
     def __init__(self, site: Site, conn: Any, greeted: bool = False):
@@ -8803,8 +8286,7 @@ class LineSession(LocalSession):
         """Send a line of the server's own, to this session only."""
         self.send(f"* {harmless(text)}\n".replace("\n", " ")[:-1].encode() + b"\n")
 
-    def notice(self, text: str) -> None:
-        self.tell(text)
+    notice = tell
 
     def not_kept(self, events: list[Event], reason: str) -> None:
         text = f"* {counted(len(events), 'message')} delivered but not kept: {harmless(reason)}\n"
@@ -8836,9 +8318,8 @@ class LineSession(LocalSession):
 
     def decode(self, line: bytes) -> str:
         if line == TOO_LONG:
-            raise Refused(
-                "TOO_LONG", f"a line has at most {LINE_BYTES} bytes; it was not delivered"
-            )
+            text = f"a line has at most {LINE_BYTES} bytes; it was not delivered"
+            raise Refused("TOO_LONG", text)
         try:
             return line.decode().replace(SOFT_BREAK, "")
         except UnicodeDecodeError:
@@ -8885,11 +8366,7 @@ class LineSession(LocalSession):
             self.tell(f"you are {name}: {why_renamed(self.site.hub, wanted, name)}")
         elif self.greeted:
             self.tell(f"you are {name}{self.who_is_here()}; /help")
-
-        def entered(channel: Channel | None) -> None:
-            self.here = channel
-
-        self.act("join", LOBBY, "", then=entered)
+        self.act("join", LOBBY, "", then=functools.partial(setattr, self, "here"))
 
     def move(self) -> None:
         """Speak in a channel that the user is in, if need be: the lobby rather than another."""
@@ -8914,27 +8391,24 @@ class LineSession(LocalSession):
         """Add a line to a message begun with /lines."""
         message = "\n".join([*self.collected, text])
         if len(message.encode()) > LINE_BYTES:
-            raise Refused(
-                "TOO_LONG", f"a message has at most {LINE_BYTES} bytes; it was not delivered"
-            )
+            text = f"a message has at most {LINE_BYTES} bytes; it was not delivered"
+            raise Refused("TOO_LONG", text)
         self.collected.append(text)
         if len(self.collected) == self.wanted_lines:
             self.wanted_lines, self.collected = 0, []
             self.say(message)
 
 
+@in_steps
 def change_modes_aloud(
-    session: LineSession, channel: Channel, changes: list[ModeChange], done: Callable[[], None]
-) -> None:
+    session: LineSession, channel: Channel, changes: list, done: Callable = lambda: None
+) -> Steps:
     """Change modes; then done(), unless something was refused."""
-
-    def changed(refusals: list[Refused]) -> None:
-        for refusal in refusals[:1]:
-            return session.refuse(refusal)
+    values = channel.name, tuple(map(tuple, changes)), secrets.token_hex(16)
+    if refusals := (yield do(session.act, "set_modes", *values)):
+        session.refuse(refusals[0])
+    else:
         done()
-
-    plain = tuple(tuple(change) for change in changes)
-    session.act("set_modes", channel.name, plain, secrets.token_hex(16), then=changed)
 
 
 def named_channel(session: LineSession, name: str) -> Channel:
@@ -8945,8 +8419,7 @@ def named_channel(session: LineSession, name: str) -> Channel:
 def ban_mask(user: User) -> str:
     """Return the mask that bans a user: the address, unless all users here may share it."""
     host = user.source.host
-    shared = host.startswith("127.") or host == "0::1"
-    return f"{user.name}!*@*" if shared else f"*!*@{host}"
+    return f"{user.name}!*@*" if host.startswith("127.") or host == "0::1" else f"*!*@{host}"
 
 
 def kick_aloud(session: LineSession, channel: Channel, name: str, reason: str) -> None:
@@ -9005,40 +8478,34 @@ def line_help(session: LineSession, verb: str = "") -> None:
 
 
 @line_command("tell", 2)
-def line_tell(session: LineSession, name: str, text: str) -> None:
+@in_steps
+def line_tell(session: LineSession, name: str, text: str) -> Steps:
     """/tell NAME TEXT -- to one person only, or into a #channel you are in"""
-
-    def sent(result: Sent) -> None:
-        session.tell(f"told {name}: {text}")
-        if result.away:
-            session.tell(f"{result.away.name} is away: {result.away.away}")
-
-    session.act("say", name, text, MESSAGE, "", "", then=sent)
+    sent = yield do(session.act, "say", name, text, MESSAGE, "", "")
+    session.tell(f"told {name}: {text}")
+    if sent.away:
+        session.tell(f"{sent.away.name} is away: {sent.away.away}")
 
 
 @line_command("join", 1, 2)
-def line_join(session: LineSession, name: str, password: str = "") -> None:
+@in_steps
+def line_join(session: LineSession, name: str, password: str = "") -> Steps:
     """/join #CHANNEL [PASSWORD] -- enter it, and speak there from now on"""
-
-    def entered(channel: Channel | None) -> None:
-        session.here = channel or session.site.hub.find_channel(name)
-        session.tell(f"you speak in {session.here.name} now")
-        tell_topic(session, session.here)
-        tell_names(session, session.here)
-
-    session.act("join", name, password, then=entered)
+    channel = yield do(session.act, "join", name, password)
+    session.here = channel or session.site.hub.find_channel(name)
+    session.tell(f"you speak in {session.here.name} now")
+    tell_topic(session, session.here)
+    tell_names(session, session.here)
 
 
 @line_command("part", most=2)
-def line_part(session: LineSession, name: str = "", reason: str = "") -> None:
+@in_steps
+def line_part(session: LineSession, name: str = "", reason: str = "") -> Steps:
     """/part [#CHANNEL [REASON]] -- leave it, or the one you speak in"""
-
-    def left(channel: Channel) -> None:
-        session.tell(f"you left {channel.name}")
-        if channel is session.here:
-            session.move()
-
-    session.act("part", named_channel(session, name).name, reason, then=left)
+    channel = yield do(session.act, "part", named_channel(session, name).name, reason)
+    session.tell(f"you left {channel.name}")
+    if channel is session.here:
+        session.move()
 
 
 @line_command("names", most=1)
@@ -9069,8 +8536,7 @@ def line_topic(session: LineSession, text: str = "") -> None:
     """/topic [TEXT] -- read or set the topic of the channel you speak in"""
     channel = session.place()
     if text:
-        then = functools.partial(tell_topic, session)
-        session.act("set_topic", channel.name, text, then=then)
+        session.act("set_topic", channel.name, text, then=functools.partial(tell_topic, session))
     else:
         tell_topic(session, channel)
 
@@ -9082,14 +8548,12 @@ def line_me(session: LineSession, text: str) -> None:
 
 
 @line_command("nick", 1)
-def line_nick(session: LineSession, wanted: str) -> None:
+@in_steps
+def line_nick(session: LineSession, wanted: str) -> Steps:
     """/nick NAME -- take another name"""
-
-    def renamed(name: str) -> None:
-        why = "" if name == wanted else f": {why_renamed(session.site.hub, wanted, name)}"
-        session.tell(f"you are {name}{why}")
-
-    session.act("rename_user", wanted, False, secrets.randbits(32), then=renamed)
+    name = yield do(session.act, "rename_user", wanted, False, secrets.randbits(32))
+    why = "" if name == wanted else f": {why_renamed(session.site.hub, wanted, name)}"
+    session.tell(f"you are {name}{why}")
 
 
 @line_command("away", most=1)
@@ -9100,14 +8564,11 @@ def line_away(session: LineSession, reason: str = "") -> None:
 
 
 @line_command("invite", 1, 2)
-def line_invite(session: LineSession, name: str, where: str = "") -> None:
+@in_steps
+def line_invite(session: LineSession, name: str, where: str = "") -> Steps:
     """/invite NAME [#CHANNEL] -- invite a user; an operator may do so past any limit or ban"""
-
-    def done(result: tuple[User, Channel]) -> None:
-        user, channel = result
-        session.tell(f"you invited {user.name} to {channel.name}")
-
-    session.act("invite", name, named_channel(session, where).name, then=done)
+    user, channel = yield do(session.act, "invite", name, named_channel(session, where).name)
+    session.tell(f"you invited {user.name} to {channel.name}")
 
 
 @line_command("kick", 1, 2)
@@ -9129,7 +8590,7 @@ def line_mode(session: LineSession, text: str = "") -> None:
 
 
 @line_command("ban", most=1)
-def line_ban(session: LineSession, whom: str = "") -> Iterator[None] | None:
+def line_ban(session: LineSession, whom: str = "") -> LongAnswer:
     """/ban [NAME|MASK] -- keep a user out of the channel you speak in, and put them out"""
     channel, user = session.place(), session.site.hub.users.get(fold(whom))
     if not whom:
@@ -9150,8 +8611,7 @@ def line_unban(session: LineSession, whom: str) -> None:
     found = [channel.lists["b"][key].text for key in keys & channel.lists["b"].keys()]
     if not found:
         raise Refused("NOT_BANNED", f"no ban of {channel.name} is {whom}; /ban lists them")
-    changes = [ModeChange(False, "b", mask) for mask in found]
-    change_modes_aloud(session, channel, changes, lambda: None)
+    change_modes_aloud(session, channel, [ModeChange(False, "b", mask) for mask in found])
 
 
 def logged_in_line(session: LineSession, account: str, proof: str) -> None:
@@ -9161,77 +8621,65 @@ def logged_in_line(session: LineSession, account: str, proof: str) -> None:
 
 
 @line_command("register", 1, 2, exact=True)
-def line_register(session: LineSession, password: str, email: str = "") -> None:
+@in_steps
+def line_register(session: LineSession, password: str, email: str = "") -> Steps:
     """/register PASSWORD [EMAIL] -- make your name an account, which no other user can have"""
-
-    def done(name: str, proof: str) -> None:
-        if not proof:
-            return session.tell(f"a code was sent to {email}: /verify CODE")
-        logged_in_line(session, name, proof)
-        if used := email_used(session, email):
-            session.tell(used.removeprefix("; "))
-
-    register_nick(session, session.user.name, "*", email, password, done)
+    name, proof = yield from register_nick(session, session.user.name, "*", email, password)
+    if not proof:
+        return session.tell(f"a code was sent to {email}: /verify CODE")
+    logged_in_line(session, name, proof)
+    if used := email_used(session, email):
+        session.tell(used.removeprefix("; "))
 
 
 @line_command("verify", 1, exact=True)
-def line_verify(session: LineSession, code: str) -> None:
+@in_steps
+def line_verify(session: LineSession, code: str) -> Steps:
     """/verify CODE -- the code that was sent to your address"""
-    verify(session, session.user.name, code, functools.partial(logged_in_line, session))
+    account, proof = yield from verify(session, session.user.name, code)
+    logged_in_line(session, account, proof)
 
 
 @line_command("login", 1, 2, exact=True)
-def line_login(session: LineSession, *words: str) -> None:
+@in_steps
+def line_login(session: LineSession, *words: str) -> Steps:
     """/login [NAME] PASSWORD -- log in to an account; it gives you its name, or whom it is"""
     name, password = words if len(words) == 2 else (session.wanted_name, *words)
-    before = session.user
-
-    def done(account: str) -> None:
-        session.tell(f"you are logged in as {account}")
-        if session.user.name != name_before:
-            session.tell(f"you are {session.user.name}")
-        if session.user is not before:
-            session.move()
-
-    name_before = before.name
-    identify(session, name, password, True, done)
+    before, name_before = session.user, session.user.name
+    yield from identify(session, name, password, True)
+    if session.user.name != name_before:
+        session.tell(f"you are {session.user.name}")
+    if session.user is not before:
+        session.move()
 
 
-@line_command("passwd", 2, exact=True)
-def line_passwd(session: LineSession, old: str, new: str) -> None:
-    """/passwd OLD NEW -- another password for your account"""
-    change_own_password(session, old, new, lambda _: session.tell(PASSWORD_CHANGED))
-
-
-@line_command("drop", 1, exact=True)
-def line_drop(session: LineSession, password: str) -> None:
-    """/drop PASSWORD -- give up your account"""
-    drop_own_account(session, password, lambda _: session.tell(ACCOUNT_GONE))
-
-
-@line_command("disown", 1)
-def line_disown(session: LineSession, name: str) -> None:
-    """/disown #CHANNEL -- let a channel that you founded end with its last member"""
-    session.act("disown", name, then=lambda name: session.tell(f"{name} is no longer registered"))
+line_command("passwd", 2, doc="/passwd OLD NEW -- another password for your account", exact=True)(
+    change_own_password
+)
+line_command("drop", 1, doc="/drop PASSWORD -- give up your account", exact=True)(drop_own_account)
+line_command(
+    *("disown", 1),
+    doc="/disown #CHANNEL -- let a channel that you founded end with its last member",
+)(disown_channel)
 
 
 @line_command("oper", 2, exact=True)
 def line_oper(session: LineSession, name: str, password: str) -> None:
     """/oper NAME PASSWORD -- become an operator of this server"""
     text = "you are an operator of this server now: /kick, /ban and /topic work anywhere"
-    oper(session, name, password, lambda _: session.tell(text))
+    oper(session, name, password, lambda: session.tell(text))
 
 
-@line_command("kline", 1, 3, privileged=True)
-def line_kline(session: LineSession, mask: str, minutes: str = "0", reason: str = "") -> None:
-    """/kline ADDRESS|MASK|a:ACCOUNT [MINUTES [REASON]] -- ban from this server (operators only)"""
-    ban_from(session, mask, minutes, reason)
-
-
-@line_command("unkline", 1, privileged=True)
-def line_unkline(session: LineSession, mask: str) -> None:
-    """/unkline ADDRESS|MASK|a:ACCOUNT -- end a ban from this server (operators only)"""
-    unban_from(session, mask)
+line_command(
+    *("kline", 1, 3),
+    doc="/kline ADDRESS|MASK|a:ACCOUNT [MINUTES [REASON]] -- ban from this server (operators only)",
+    privileged=True,
+)(ban_from)
+line_command(
+    *("unkline", 1),
+    doc="/unkline ADDRESS|MASK|a:ACCOUNT -- end a ban from this server (operators only)",
+    privileged=True,
+)(unban_from)
 
 
 @line_command("stats", 1, privileged=True)
@@ -9243,8 +8691,15 @@ def line_stats(session: LineSession, letter: str) -> None:
     session.tell(counted(len(bans), "K-line"))
 
 
+def tell_past(session: LineSession, events: Iterable[Event], prefix: str) -> None:
+    for event in events:
+        for text in line_texts(event, prefix):
+            session.tell(f"{time_text(event.time)} {text}")
+
+
 @line_command("history", most=2)
-def line_history(session: LineSession, *params: str) -> None:
+@in_steps
+def line_history(session: LineSession, *params: str) -> Steps:
     """/history [#CHANNEL|NAME] [N] -- the last N messages said there"""
     numbers = [whole_number(p) for p in params if p.isdecimal()]
     names = [p for p in params if not p.isdecimal()]
@@ -9258,38 +8713,25 @@ def line_history(session: LineSession, *params: str) -> None:
         channel = named_channel(session, names[0] if names else "")
         channel.member(session.user)
         audience = channel.audience
-    prefix = line_prefix(audience)
-
-    def show(events: list[Event]) -> None:
-        if channel:
-            channel.member(session.user)  # or not any more
-        for event in events:
-            when = time_text(event.time)
-            for text in line_texts(event, prefix):
-                session.tell(f"{when} {text}")
-        session.tell(f"that was {counted(len(events), 'message')}")
-
-    place = place_of(hub, session.user, audience)
-    session.read(functools.partial(session.site.store.page, Span(place), count), show)
+    span = Span(place_of(hub, session.user, audience))
+    events = yield do(session.read, functools.partial(session.site.store.page, span, count))
+    if channel:
+        channel.member(session.user)  # or not any more
+    tell_past(session, events, line_prefix(audience))
+    session.tell(f"that was {counted(len(events), 'message')}")
 
 
 @line_command("search", 1)
-def line_search(session: LineSession, words: str) -> None:
+@in_steps
+def line_search(session: LineSession, words: str) -> Steps:
     """/search WORDS -- what was said with them in the channel you speak in"""
     channel = session.place()
     place = place_of(session.site.hub, session.user, channel.audience)
-
-    def show(found: list[tuple[Place, Event]]) -> None:
-        channel.member(session.user)  # or not any more
-        for _, event in found:
-            for text in line_texts(event, line_prefix(channel)):
-                session.tell(f"{time_text(event.time)} {text}")
-        session.tell(f"found {counted(len(found), 'message')} with {words}")
-
-    job = functools.partial(
-        session.site.store.words.search, [place], words, Span(place), HISTORY_LINES
-    )
-    session.read(job, show)
+    search = functools.partial(session.site.store.words.search, [place], words, Span(place))
+    found = yield do(session.read, functools.partial(search, HISTORY_LINES))
+    channel.member(session.user)  # or not any more
+    tell_past(session, [event for _, event in found], line_prefix(channel))
+    session.tell(f"found {counted(len(found), 'message')} with {words}")
 
 
 @line_command("lines", 1)
@@ -9372,8 +8814,9 @@ END_OF_BODY = b""
 
 def body_length(request: Request) -> int | None:
     """Return the length of the body; None for chunks. Raises BadRequest."""
-    lengths, codings = request.headers.get("content-length", []), request.tokens(
-        "transfer-encoding"
+    lengths, codings = (
+        request.headers.get("content-length", []),
+        request.tokens("transfer-encoding"),
     )
     if "transfer-encoding" in request.headers:
         if lengths or request.minor == 0:
@@ -10155,6 +9598,13 @@ def disposition(file: StoredFile) -> str:
 # Files: who may upload
 
 
+@in_steps
+def prove_owner(session: WebSession, name: str, password: str, then: Callable) -> Steps:
+    """Call then(identity) of an account if the password is right. Raises Refused."""
+    account, _ = yield from prove(session, name, password)
+    then(session.site.hub.accounts[fold(account)].identity)
+
+
 def authorize(session: WebSession, then: Callable[[str], None]) -> None:
     """Call then(identity) for the credentials of a request: those of an account (Basic), or a
     token (Bearer). They hold for this connection. Raises Refused."""
@@ -10174,10 +9624,7 @@ def authorize(session: WebSession, then: Callable[[str], None]) -> None:
     elif scheme.lower() == "basic":
         with contextlib.suppress(ValueError):
             name, _, password = base64.b64decode(value, validate=True).decode().partition(":")
-            accounts = session.site.hub.accounts
-            return check_owner(
-                session, name, password, lambda account, _: proved(accounts[fold(account)].identity)
-            )
+            return prove_owner(session, name, password, proved)
     text = "log in with your account, or with a token of TOKEN GENERATE FILEHOST"
     raise Refused("SASL_FAILED", text)
 
@@ -10595,8 +10042,7 @@ NOT_HTTP_1 = (
 
 
 def dialect_of(first_line: bytes) -> str:
-    """Return what a connection speaks whose first line this is: "irc", "line", "http", or
-    "other http". A BOM before a command of IRC does no harm."""
+    """Return what a first line speaks: "irc" (a BOM does no harm), "line", "http" or other."""
     if IRC_FIRST.match(first_line.removeprefix(BOM)):
         return "irc"
     http = HTTP_FIRST.match(first_line)
@@ -15619,14 +15065,14 @@ class ServerOptions(NamedTuple):
     tls_cert: str | None = None
     tls_key: str | None = None
     tls_client_ca: str | None = None  # whose client certificates are looked at
-    flood: tuple[float, float] | None = (FLOOD_BURST, FLOOD_RATE)
+    flood: tuple[float, float] | None = (FLOOD_BURST, FLOOD_RATE)  # of a connection's budget
     max_clients: int | None = None  # None: what the descriptor limit allows
     max_per_address: int = PER_ADDRESS
     name: str = SERVER_NAME
     network: str = SERVER_NAME
     oper: tuple[tuple[str, str], ...] = ()  # names and passwords
-    register: frozenset[str] = frozenset()  # how accounts are made, see Site
-    sts: int | None = None
+    register: frozenset[str] = frozenset()  # "before-connect", "email-required", or "off"
+    sts: int | None = None  # seconds for which clients have to use TLS (IRCv3 sts)
     sendmail: str | None = None  # a command that takes a message, like sendmail -t
     web: Web = Web()
     files: bool = True
@@ -15658,8 +15104,7 @@ class Address:
 
 
 class Addresses(dict[str, Address]):
-    """Budgets that outlive connections. One that is full again is no different from a new
-    one: it is forgotten."""
+    """Budgets that outlive connections. A full one is no different from a new one: forgotten."""
 
     def __init__(self, flood: tuple[float, float] | None):
         super().__init__()
@@ -15707,13 +15152,12 @@ class Peer(Connection):
         *("inbox", "leaving", "limit_key", "server", "session", "waits_for_budget", "web"),
     )
 
-    def __init__(self, server: "Server", sock: socket.socket, host: str, port: int):
+    def __init__(self, server: "Server", sock: socket.socket, host: str, port: int, key: str):
         super().__init__(server.loop, sock)
         self.server = server
         self.host = host
         self.address = address_text(host, port)
-        own = sock.getsockname()[0] if ":" in host else ""
-        self.limit_key = address_key(host, own)
+        self.limit_key = key
         self.home = server.addresses.enter(self.limit_key, server.loop.now)
         self.inbox: Any = None  # a framer, once something comes: many never speak
         self.framing: Framing | None = None  # makes frames of lines, for a WebSocket
@@ -15760,10 +15204,6 @@ class Peer(Connection):
             return address_text(*self.sock.getsockname()[:2])
         except OSError:  # it is gone
             return ""
-
-    @property
-    def certifiable(self) -> bool:
-        return bool(self.fingerprint)
 
     @property
     def fingerprint(self) -> str:
@@ -15865,7 +15305,13 @@ class Peer(Connection):
         if self.inbox is None:
             self.server.silent.discard(self)
             if self.tls is None and TLS_FIRST_BYTES.startswith(data[:2]):
-                return self.start_tls(data)
+                if self.server.tls_context is None:
+                    log.info(
+                        "%s speaks TLS, and there is no certificate (--tls-cert)", self.address
+                    )
+                    return self.drop("no TLS here")
+                self.encrypt(TlsFilter(self.server.tls_context))
+                return self.arrived(data)
             self.inbox = LineBuffer(LINE_BYTES)
             if flood := self.server.options.flood:
                 self.budget = Budget(*flood, self.loop.now)
@@ -15874,13 +15320,6 @@ class Peer(Connection):
         if self.web:
             self.heard_request()
         self.server.acting[self] = None
-
-    def start_tls(self, data: bytes) -> None:
-        if self.server.tls_context is None:
-            log.info("%s speaks TLS, and there is no certificate (--tls-cert)", self.address)
-            return self.drop("no TLS here")
-        self.encrypt(TlsFilter(self.server.tls_context))
-        self.arrived(data)
 
     def secured(self) -> None:
         self.server.silent.add(self)
@@ -15944,22 +15383,7 @@ class Listener:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:  # so that [::] and 0.0.0.0 can have the same port
             self.sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        self._set_options()
-        try:
-            self.sock.bind((host, port))
-        except OSError as error:
-            self.sock.close()
-            where = address_text(host, port)
-            raise Unusable(
-                f"cannot listen on {where}: {reason_of(error)}; try --listen HOST:0"
-            ) from error
-        self.sock.listen(BACKLOG)
-        self.sock.setblocking(False)
-        self.address = self.sock.getsockname()[:2]
-        server.loop.selector.register(self.sock, READ, self)
-
-    def _set_options(self) -> None:
-        """Set once here: accepted sockets inherit them."""
+        # Accepted sockets inherit these
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in (
@@ -15970,6 +15394,16 @@ class Listener:
         ):
             if hasattr(socket, option):
                 self.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        try:
+            self.sock.bind((host, port))
+        except OSError as error:
+            self.sock.close()
+            text = f"cannot listen on {address_text(host, port)}: {reason_of(error)}"
+            raise Unusable(f"{text}; try --listen HOST:0") from error
+        self.sock.listen(BACKLOG)
+        self.sock.setblocking(False)
+        self.address = self.sock.getsockname()[:2]
+        server.loop.selector.register(self.sock, READ, self)
 
     def ready(self, mask: int) -> None:
         for _ in range(ACCEPTS_A_TURN):
@@ -16060,8 +15494,7 @@ def reread_secret(secret: str) -> str:
 def server_tls_context(options: ServerOptions) -> Any:
     if not options.tls_cert:
         if options.tls_key or options.sts or options.tls_client_ca:
-            text = "--tls-key, --tls-client-ca and --sts are of no use without --tls-cert"
-            raise Unusable(text)
+            raise Unusable("--tls-key, --tls-client-ca and --sts are of no use without --tls-cert")
         return None
     import ssl
 
@@ -16080,15 +15513,13 @@ def server_tls_context(options: ServerOptions) -> Any:
             context.load_verify_locations(options.tls_client_ca)
         except OSError as error:
             why = "no PEM" if isinstance(error, ssl.SSLError) else reason_of(error)
-            text = f"cannot use the authorities {options.tls_client_ca}: {why}"
-            raise Unusable(text) from error
+            raise Unusable(f"cannot use the authorities {options.tls_client_ca}: {why}") from error
         context.verify_mode = ssl.CERT_OPTIONAL  # who shows none is welcome, too
     return context
 
 
 class ConnectionLimits:
-    """How many connections there may be, in all and from one address. A client that is turned
-    away is told which limit it is, and so are all that wait when there are no descriptors left."""
+    """How many connections there may be, in all and of one address. Who is turned away is told."""
 
     def __init__(self, options: ServerOptions):
         room = max(descriptor_limit() - SPARE_DESCRIPTORS, SPARE_DESCRIPTORS)
@@ -16174,10 +15605,6 @@ def mail_code(options: ServerOptions, address: str, name: str, code: str) -> Non
         raise Unusable("the mail could not be sent; try again later") from error
 
 
-def operators_of(known: Iterable[tuple[str, str]]) -> dict[str, Verifier]:
-    return {name: make_verifier(word, OPERATOR_ROUNDS) for name, word in known}
-
-
 class Committer:
     """The commit beat, and what the store needs besides: checkpoints, index and pruning."""
 
@@ -16221,10 +15648,8 @@ class Committer:
             self.loop.call_later(INDEX_SECONDS, self.index)
 
     def index(self) -> None:
-        """Index what was said lately: on a helper, or in memory on the loop, in slices; under
-        unbroken load one slice now and then."""
-        words = self.store.words
-        job = words.step(INDEX_IDS_BUSY if self.busy else None)
+        """Index what was said lately, on a helper, or in memory on the loop, in slices."""
+        job = self.store.words.step(INDEX_IDS_BUSY if self.busy else None)
         if self.store.path:
             self.helpers.submit(self, job, self.indexed)
         else:
@@ -16236,16 +15661,11 @@ class Committer:
             self.store.words.finish(left)
         self.index_due = self.store.words.has_work
         if self.index_due:
-            pause = INDEX_SECONDS if failed or self.busy else INDEX_PAUSE
-            self.loop.call_later(pause, self.index)
+            self.loop.call_later(INDEX_SECONDS if failed or self.busy else INDEX_PAUSE, self.index)
 
     @property
     def busy(self) -> bool:
         return self.loop.now - self.committed < INDEX_SECONDS / 10
-
-    def prune(self, idle: bool) -> None:
-        if self.store.prune(idle, self.hub.now) and idle:
-            self.loop.call_soon(do_nothing)  # and another slice in the next turn
 
     def sweep(self) -> None:
         for throttle in (self.hub.accounts.throttle, self.hub.accounts.made):
@@ -16264,26 +15684,6 @@ class Committer:
                 self.look_after_store()
 
         self.helpers.submit(self, self.store.checkpoint, done)
-
-
-def site_of(server: "Server") -> Site:
-    """Return what the sessions of a server share, as the command line wants it."""
-    options = server.options
-    return Site(
-        server.hub,
-        server.store,
-        server.later,
-        server,
-        IrcWires(server.hub.ids),
-        options.password,
-        options.name,
-        options.network,
-        operators_of(options.oper),
-        options.register,
-        options.sts or 0,
-        options.flood,
-        options.web,
-    )
 
 
 class OpenFile:
@@ -16443,7 +15843,7 @@ class Server:
         self.store = store or Store(path, options.keep)
         self.hub = load_hub(self.store, self.clock(), loop.now, options.name)
         self.hub.absent_per_host = options.max_per_address
-        self.site = site_of(self)
+        self.site = Site(self.hub, self.store, self, IrcWires(self.hub.ids), options)
         self.motd = read_motd(options.motd)
         self.mail = functools.partial(mail_code, options)
         self.note = functools.partial(log.warning, "%s")  # what operators do goes to the log
@@ -16516,11 +15916,10 @@ class Server:
 
     def admit(self, sock: socket.socket, host: str, port: int) -> None:
         """A connection has been accepted: it becomes a peer, or is told why not."""
-        own = sock.getsockname()[0] if ":" in host else ""
-        key = address_key(host, own)
+        key = address_key(host, sock.getsockname()[0] if ":" in host else "")
         if refusal := self.limits.enter(key):
             return self.limits.turn_away(sock, host, refusal)
-        peer = Peer(self, sock, host, port)
+        peer = Peer(self, sock, host, port, key)
         self.peers.add(peer)
         self.silent.add(peer)
         self.unnamed.add(peer)
@@ -16550,8 +15949,7 @@ class Server:
             self.web_idle.add(peer)
 
     def probe(self, peer: Peer) -> None:
-        """Now and then: has anything been heard of this one? TCP tells us only of those
-        who said goodbye."""
+        """Has anything been heard of this one? TCP tells only of those who said goodbye."""
         if peer.busy or peer.held:  # we are the ones who do not listen
             peer.heard = self.loop.now
         silent = self.loop.now - peer.heard
@@ -16618,30 +16016,14 @@ class Server:
     def use_files(self, files: tuple) -> None:
         self.tls_context, self.motd, self.site.password, self.site.operators = files
 
-    def rehash(self, session: LocalSession, then: Callable = do_nothing) -> None:
-        """Read the files again: if one of them cannot be read, all stays as it was, and then()
-        is not called."""
-
-        def use(files: tuple) -> None:
-            self.use_files(files)
-            then()
-
-        session.later(MAIL_LANE, self.read_files, use)
-
-    def restart(self, session: LocalSession) -> None:
-        """Not with files that the new start could not read."""
-
-        def begin() -> None:
-            self.restarting = True
-            self.stop()
-
-        self.rehash(session, begin)
+    def restart(self) -> None:
+        self.restarting = True
+        self.stop()
 
     # The act beat
 
     def act(self) -> None:
-        """Turn lines into acts, for as long as a turn may take: addresses that used little of
-        their budget come first, and the rest comes in the next turn."""
+        """Turn lines into acts: addresses that used little first, what is left next turn."""
         acting, self.acting = self.acting, {}
         if not acting:
             return
@@ -16677,12 +16059,11 @@ class Server:
             return peer.drop("internal error")
         if peer.held or peer.leaving or peer.waits_for_budget:
             return
-        if peer.busy:
-            self.postpone(peer)
-        elif peer.eof:
-            peer.close()
-        else:
-            peer.update()
+        if peer.eof and not peer.busy:
+            return peer.close()
+        if peer.queue.size <= UNSENT_NO_READ and peer.busy:  # else lagging() resumes it
+            self.acting[peer] = None
+        peer.update()
 
     def _take_lines(self, peer: Peer, end: float) -> None:
         self.hub.take_work()  # of what was done meanwhile, for no peer's line
@@ -16705,7 +16086,14 @@ class Server:
             return False
         free = peer.inbox.in_body
         if peer.budget and not free and peer.inbox.pending and (seconds := peer.wait()):
-            return self._wait_for_budget(peer, seconds)
+            if peer.gone:  # after a reset: what the budget does not allow is not waited for
+                log.info("%s was reset with lines beyond its budget: dropped", peer.address)
+                peer.inbox.clear()
+                return False
+            peer.waits_for_budget = True
+            self.loop.call_later(seconds, peer.resume_with_budget)
+            peer.update()
+            return False
         costs = 0 if free else WORK_PER_TOKEN
         line = peer.inbox.take()
         if peer.inbox.out:
@@ -16738,22 +16126,6 @@ class Server:
         bytes_sent = peer.session.replied - replied
         peer.charge(max(self.hub.take_work() + bytes_sent * WORK_OF_A_BYTE, least))
 
-    def _wait_for_budget(self, peer: Peer, seconds: float) -> bool:
-        if peer.gone:  # after a reset: what the budget does not allow is not waited for
-            log.info("%s was reset with lines beyond its budget: dropped", peer.address)
-            peer.inbox.clear()
-            return False
-        peer.waits_for_budget = True
-        self.loop.call_later(seconds, peer.resume_with_budget)
-        peer.update()
-        return False
-
-    def postpone(self, peer: Peer) -> None:
-        """There is more: for the next turn."""
-        if peer.queue.size <= UNSENT_NO_READ:  # else lagging() resumes it
-            self.acting[peer] = None
-        peer.update()
-
     def open_session(self, peer: Peer, first_line: bytes) -> LocalSession | None:
         """Return the session that the first line begins, if it begins one."""
         if not first_line:  # it says nothing yet, in any dialect
@@ -16776,16 +16148,13 @@ class Server:
         """Run job() on a helper once this turn is committed, then then(its result) here; until
         then this session's next lines wait, so that answers come in order. A store in memory
         has but one connection, which no helper may use, and nothing to wait for."""
-        done = self._held(session, then)
+        session.conn.held = True
+        session.conn.update()
+        done = functools.partial(self.answer, session, then)
         if lane == PAGE_LANE and self.store.path is None:
             self.loop.call_soon(lambda: done(attempt(job)))
         else:
             self.jobs.append((session.conn, lane, job, done))
-
-    def _held(self, session: LocalSession, then: Callable) -> Callable:
-        session.conn.held = True
-        session.conn.update()
-        return functools.partial(self.answer, session, then)
 
     def answer(self, session: LocalSession, then: Callable, result: Any) -> None:
         peer = session.conn
@@ -16796,8 +16165,7 @@ class Server:
         if isinstance(result, Exception) and not isinstance(result, ChatError):
             level = logging.DEBUG if self.committer.losing else logging.ERROR  # it was said once
             log.log(level, "a job for %s failed: %s", peer.address, result)
-            text = "that cannot be answered just now; try again later"
-            result = Refused("TRY_AGAIN", text)
+            result = Refused("TRY_AGAIN", "that cannot be answered just now; try again later")
         session.take_result(then, result)
 
     # The commit and the write beat
@@ -16824,9 +16192,12 @@ class Server:
         if self.leaving or self.jobs:
             self._after_writing()
         if self.store.excess or self.store.orphans:
-            self.committer.prune(idle=not turn.events)
-        if self.hub.absent:
-            self._watch_absent()
+            idle = not turn.events
+            if self.store.prune(idle, self.hub.now) and idle:
+                self.loop.call_soon(do_nothing)  # and another slice in the next turn
+        if self.hub.absent and self.grace_timer is None:  # for the first user whose period ends
+            first = next(iter(self.hub.absent.values())) / 1000 + GRACE_SECONDS
+            self.grace_timer = self.loop.call_later(first - self.loop.now, self._end_grace)
         if self.hub.files.unwanted:
             self.remove_content()
 
@@ -16846,12 +16217,6 @@ class Server:
         for peer, lane, job, done in jobs:
             self.helpers.submit(peer.limit_key, job, done, lane, peer.still_there)
 
-    def _watch_absent(self) -> None:
-        """Have a timer for the first user whose grace period ends."""
-        if self.grace_timer is None:
-            first = next(iter(self.hub.absent.values())) / 1000 + GRACE_SECONDS
-            self.grace_timer = self.loop.call_later(first - self.loop.now, self._end_grace)
-
     def _end_grace(self) -> None:
         self.grace_timer = None
         over = self.hub.ticks - GRACE_SECONDS * 1000
@@ -16863,14 +16228,9 @@ class Server:
     # Going
 
     def lost(self, peer: Peer, reason: str) -> None:
-        """A connection is gone. What it said before is still taken, as far as its budget
-        allows it now; the rest is dropped."""
-        log.log(
-            logging.INFO if reason.startswith(TLS_TROUBLE) else logging.DEBUG,
-            "%s: %s",
-            peer.address,
-            reason,
-        )
+        """Take what a lost connection said, as far as its budget allows; the rest is dropped."""
+        level = logging.INFO if reason.startswith(TLS_TROUBLE) else logging.DEBUG
+        log.log(level, "%s: %s", peer.address, reason)
         for delay in (self.silent, self.unnamed, self.slow, self.probed):
             delay.discard(peer)
         self.web_heads.discard(peer)
@@ -19855,10 +19215,11 @@ class BenchOptions(NamedTuple):
     rate: float = 0.0  # messages a second instead of a window
 
 
+BENCH_DEFAULTS = BenchOptions._field_defaults
+
+
 class BenchConnection(Connection):
     """One client of the load: counts what comes, and perhaps times it."""
-
-    __slots__ = ("counted", "failure", "inbox", "latencies", "said", "times")
 
     def __init__(self, loop: Loop, sock: socket.socket):
         super().__init__(loop, sock)
@@ -19927,8 +19288,7 @@ class Bench:
         return self._result(time.perf_counter() - began)
 
     def _settle(self) -> None:
-        """Until everybody is in, as far as can be told from outside: there was something to
-        hear, and then nothing more for a while."""
+        """Wait until everybody is in: something was heard, and then nothing for a while."""
         for conn in self.receivers:
             conn.counted = True
         for sender in self.senders:
@@ -19993,7 +19353,6 @@ class Bench:
 @contextlib.contextmanager
 def server_for_bench() -> Iterator[Target]:
     """A server of our own, on any port, with its history in a temporary folder."""
-    import subprocess
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -20110,12 +19469,49 @@ def config_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config") / "chat.py"
 
 
-def listen_address(text: str) -> tuple[str, int]:
-    try:
-        target = parse_target(text)
-    except Unusable:
-        raise argparse.ArgumentTypeError(f"{text}: write HOST:PORT") from None
-    return target.host, target.port
+def checked_option(parse: Callable, fits: Callable, advice: str) -> Callable[[str], Any]:
+    """Return a type for argparse: what parse() makes of a text, if fits() says so of that."""
+
+    def convert(text: str) -> Any:
+        with contextlib.suppress(ValueError, Unusable):
+            value = parse(text)
+            if fits(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text}: {advice}")
+
+    return convert
+
+
+SASL_HELP = "of SCRAM-SHA-256, EXTERNAL and PLAIN, the best one first"
+
+listen_address = checked_option(lambda text: parse_target(text)[:2], bool, "write HOST:PORT")
+positive = checked_option(whole_number, bool, "a whole number from 1 on")
+message_rate = checked_option(
+    float, lambda rate: 0 <= rate < math.inf, "messages a second, or 0 for a window"
+)
+payload_bytes = checked_option(
+    positive, BENCH_PAYLOAD.__ge__, f"a message has at most {BENCH_PAYLOAD:,} bytes"
+)
+sasl_option = checked_option(
+    lambda text: tuple(filter(None, text.upper().split(","))),
+    lambda names: names and {*LOGINS, "EXTERNAL"}.issuperset(names),
+    f"write one or more {SASL_HELP}",
+)
+certificate_pin = checked_option(
+    lambda text: text.replace(":", "").lower(),
+    re.compile("[0-9a-f]{64}").fullmatch,
+    "write the SHA-256 as 64 hexadecimal digits",
+)
+registration_rules = checked_option(  # "" is by who has come in
+    lambda text: frozenset(filter(None, text.split(","))),
+    {"off", "before-connect", "email-required"}.issuperset,
+    "write off, or before-connect,email-required",
+)
+host_name = checked_option(  # one word that can stand in a line of IRC
+    str,
+    re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}").fullmatch,
+    "letters, digits, dots and hyphens, please",
+)
 
 
 def server_target(text: str) -> Target:
@@ -20137,49 +19533,8 @@ def flood_limits(text: str) -> tuple[float, float] | None:
     return burst, rate
 
 
-def message_rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = math.nan
-    if not 0 <= rate < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: messages a second, or 0 for a window")
-    return rate
-
-
 def data_option(text: str) -> pathlib.Path | None:
     return None if text == "none" else pathlib.Path(text) if text else data_folder()
-
-
-SASL_HELP = "of SCRAM-SHA-256, EXTERNAL and PLAIN, the best one first"
-
-
-def sasl_option(text: str) -> tuple[str, ...]:
-    names = tuple(name.upper() for name in text.split(",") if name)
-    if not names or not set(names) <= {*LOGINS, "EXTERNAL"}:
-        raise argparse.ArgumentTypeError(f"{text}: write one or more {SASL_HELP}")
-    return names
-
-
-def positive(text: str) -> int:
-    number = whole_number(text)
-    if not number:
-        raise argparse.ArgumentTypeError(f"{text}: a whole number from 1 on")
-    return number
-
-
-def payload_bytes(text: str) -> int:
-    number = positive(text)
-    if number > BENCH_PAYLOAD:
-        raise argparse.ArgumentTypeError(f"{text}: a message has at most {BENCH_PAYLOAD:,} bytes")
-    return number
-
-
-def certificate_pin(text: str) -> str:
-    digits = text.replace(":", "").lower()
-    if not re.fullmatch("[0-9a-f]{64}", digits):
-        raise argparse.ArgumentTypeError(f"{text}: write the SHA-256 as 64 hexadecimal digits")
-    return digits
 
 
 def mail_command(text: str) -> str:
@@ -20187,21 +19542,6 @@ def mail_command(text: str) -> str:
         shlex.split(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
-    return text
-
-
-def registration_rules(text: str) -> frozenset[str]:
-    """How accounts are made: "" (by who has come in), before-connect too, or off."""
-    wanted = frozenset(filter(None, text.split(",")))
-    if not wanted <= {"off", "before-connect", "email-required"}:
-        raise argparse.ArgumentTypeError(f"{text}: write off, or before-connect,email-required")
-    return wanted
-
-
-def host_name(text: str) -> str:
-    """One word that can stand in a line of IRC."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", text):
-        raise argparse.ArgumentTypeError(f"{text}: letters, digits, dots and hyphens, please")
     return text
 
 
@@ -20357,19 +19697,15 @@ def run_passwd(args: argparse.Namespace) -> int:
     return 0
 
 
-def login_option(args: argparse.Namespace) -> Login | None:
-    """Return the log-in. The password is asked for, unless it came by --login ACCOUNT:@FILE."""
-    if args.login is None:
-        return None
-    account, _, password = args.login.partition(":")
-    return Login(account or args.name, secret_option(password))
-
-
 def run_client(args: argparse.Namespace) -> int:
     if not clean_name(args.name) or args.name[0] == "/" or dialect_of(args.name.encode()) != "line":
         raise Unusable(f"{args.name!r} cannot be a name")
     if len(args.name.encode()) > NAME_BYTES:
         raise Unusable(f"a name has at most {NAME_BYTES} bytes")
+    login = None
+    if args.login is not None:  # the password is asked for, unless it came by ACCOUNT:@FILE
+        account, _, password = args.login.partition(":")
+        login = Login(account or args.name, secret_option(password))
     options = ClientOptions(
         " ".join(args.name.split()),
         args.server._replace(kind=PLAIN if args.plain else args.server.kind),
@@ -20378,7 +19714,7 @@ def run_client(args: argparse.Namespace) -> int:
         args.password or "",
         tuple(filter(None, args.join.split(","))),
         args.commands,
-        login_option(args),
+        login,
         None if args.no_state else args.data or config_folder(),
         args.sasl,
     )
@@ -20398,12 +19734,9 @@ def run_bench(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order: a server may be ours
     own = contextlib.nullcontext(args.server) if args.server else server_for_bench()
     with own as target:
-        options = BenchOptions(
-            target, **{n: getattr(args, n) for n in BenchOptions._field_defaults}
-        )
-        with contextlib.closing(
-            Bench(options, show_progress if sys.stderr.isatty() else do_nothing)
-        ) as bench:
+        options = BenchOptions(target, **{n: getattr(args, n) for n in BENCH_DEFAULTS})
+        progress = show_progress if sys.stderr.isatty() else do_nothing
+        with contextlib.closing(Bench(options, progress)) as bench:
             result = bench.run()
     announce(json.dumps(result) if args.json else bench_table(result))
     return 0
@@ -20479,28 +19812,18 @@ def add_server(commands: Any) -> None:
     keep = f"events kept of each channel; default {KEEP_EVENTS:,}"
     add("--keep", type=positive, metavar="N", help=keep)
     add("--password", type=secret_option, nargs="?", const="", metavar="PW", help="or @FILE")
-    usual = (FLOOD_BURST, FLOOD_RATE)
-    flood = "lines at once, and a second; default {}, {:g}".format(*usual)
-    add("--flood", type=flood_limits, default=usual, metavar="BURST,RATE|off", help=flood)
+    flood = f"lines at once, and a second; default {FLOOD_BURST}, {FLOOD_RATE:g}"
+    add("--flood", type=flood_limits, metavar="BURST,RATE|off", help=flood)
     add("--name", type=host_name, default=SERVER_NAME, metavar="HOST", help="of this server")
     add("--network", type=host_name, default=SERVER_NAME, metavar="NAME", help="as IRC shows it")
     oper = "who may operate the server; may be repeated; NAME:@FILE"
     add("--oper", type=operator_option, action="append", default=[], metavar="NAME:PW", help=oper)
     add("--motd", type=pathlib.Path, metavar="FILE", help="message of the day, for IRC")
-    add(
-        "--register",
-        type=registration_rules,
-        default=frozenset(),
-        metavar="RULES",
-        help="off, or before-connect,email-required",
-    )
+    rules = "off, or before-connect,email-required"
+    add("--register", type=registration_rules, metavar="RULES", help=rules)
     add("--sts", type=positive, metavar="SECONDS", help="IRC clients come back by TLS only")
-    add(
-        "--sendmail",
-        type=mail_command,
-        metavar="COMMAND",
-        help="takes a message, like: sendmail -t",
-    )
+    mail = "takes a message, like: sendmail -t"
+    add("--sendmail", type=mail_command, metavar="COMMAND", help=mail)
     origin = "whose pages may open a WebSocket here, or under whose name it is reached"
     usual = {"type": web_origin, "action": "append", "default": []}
     add("--web-origin", metavar="URL", help=origin, **usual)
@@ -20518,7 +19841,7 @@ def add_server(commands: Any) -> None:
     address = f"connections of one address; default {PER_ADDRESS}"
     add("--max-per-address", type=positive, default=PER_ADDRESS, metavar="N", help=address)
     add("--log", default="info", choices=("debug", "info", "warning", "error"))
-    server.set_defaults(run=run_server)
+    server.set_defaults(run=run_server, flood=(FLOOD_BURST, FLOOD_RATE), register=frozenset())
 
 
 CLIENT_EPILOG = """\
@@ -20541,13 +19864,8 @@ HOME, XDG_DATA_HOME and XDG_CONFIG_HOME say where the client keeps its state, un
 def add_client_options(add: Callable) -> None:
     """Add what the terminal client and the window have in common."""
     add("--plain", action="store_true", help="a workshop server: the line protocol, no commands")
-    add(
-        "--login",
-        nargs="?",
-        const="",
-        metavar="ACCOUNT[:@FILE]",
-        help="asks for the password, or reads it from FILE",
-    )
+    login = "asks for the password, or reads it from FILE"
+    add("--login", nargs="?", const="", metavar="ACCOUNT[:@FILE]", help=login)
     add("--sasl", type=sasl_option, default=(), metavar="MECHANISM,...", help=SASL_HELP)
     add("--client-cert", metavar="PEM", help="your certificate and its key, for SASL EXTERNAL")
     add("--data", type=data_option, metavar="DIR", help="where the client keeps its state")
@@ -20562,13 +19880,9 @@ def add_client(commands: Any) -> None:
     client = parser_of(commands, "client", "talk: on a terminal, or in a pipe", CLIENT_EPILOG)
     add = client.add_argument
     add("name", metavar="NAME", help="your nick")
-    add(
-        "--server",
-        type=server_target,
-        default=server_target(""),
-        metavar="HOST:PORT|URL",
-        help="irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT",
-    )
+    address = "irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT"
+    usual = server_target("")
+    add("--server", type=server_target, default=usual, metavar="HOST:PORT|URL", help=address)
     add("--join", default="", metavar="#A,#B", help="channels to enter at once")
     add("--commands", action="store_true", help="lines of a pipe may be commands")
     add_client_options(add)
@@ -20579,11 +19893,8 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="chat.py", description="A chat in one file.")
     parser.add_argument("--version", action="version", version=f"chat.py {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True)
-
     add_server(commands)
-
     add_client(commands)
-
     epilog = """\
 example: chat.py passwd alice --password @new.txt
 exit status: 0 when it is set, 1 with a reason, 2 for a wrong command line. The server may run.
@@ -20599,24 +19910,16 @@ exit status: 0 when it is set, 1 with a reason, 2 for a wrong command line. The 
 examples: chat.py bench        chat.py bench --server 127.0.0.1:7000 --rate 200 --json
 exit status: 0 with the figures, 1 with a reason, 2 for a wrong command line
 """
-    bench = parser_of(
-        commands, "bench", "measure a server; one of its own without --server", epilog
-    )
+    measure = "measure a server; one of its own without --server"
+    bench = parser_of(commands, "bench", measure, epilog)
     add = bench.add_argument
     add("--server", type=server_target, metavar="HOST:PORT")
-    for name, value in BenchOptions._field_defaults.items():
+    for name, value in BENCH_DEFAULTS.items():
         kind = {"rate": message_rate, "payload": payload_bytes}.get(name, positive)
         add(f"--{name}", type=kind, default=value, metavar="N")
     add("--json", action="store_true")
     bench.set_defaults(run=run_bench)
     return parser
-
-
-def require_text(arguments: list[str]) -> None:
-    """Names and passwords go into UTF-8; the bytes of a command line can be anything."""
-    for text in arguments:
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise Unusable(f"{text!r} on the command line is not UTF-8 text")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20630,7 +19933,9 @@ def main(arguments: list[str] | None = None) -> int:
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     try:
         given = sys.argv[1:] if arguments is None else arguments
-        require_text(given)
+        for text in given:  # names and passwords go into UTF-8; these bytes can be anything
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise Unusable(f"{text!r} on the command line is not UTF-8 text")
         if not given:
             print(FIRST_HELP, end="")
             return 0

@@ -262,8 +262,8 @@ class House(chat.Server):
         self.site.operators = {"boss": BOSS}
         self.note = self.asked_for.append
         self.mail = lambda *values: self.asked_for.append(values)
-        self.rehash = lambda session: self.asked_for.append("rehash")
-        self.restart = lambda session: self.asked_for.append("restart")
+        self.use_files = lambda files: self.asked_for.append("files")
+        self.restart = lambda: self.asked_for.append("restart")
         self.stop = lambda: self.asked_for.append("stop")
         self.begin_turn()
 
@@ -3703,7 +3703,7 @@ def test_a_client_tag_cannot_end_a_line_live_or_in_history(value):
 def test_a_tag_that_an_earlier_version_stored_cannot_end_a_line():
     event = chat.event_of(1, 1, chat.MESSAGE, "a", "h:1", "u", "", "hi", "~1", "+x=a\r\nERROR")
     wire = chat.IrcWires(chat.MessageIds()).get(frozenset({"message-tags"}))
-    (line,) = wire.encode(chat.Past("#a"), [event])
+    (line,) = wire.encode(chat.Audience("#a"), [event])
     check_grammar(line)
     assert chat.parse_message(line.decode()).tags["+x"] == "a\r\nERROR"
 
