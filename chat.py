@@ -334,7 +334,9 @@ FILES_DAYS = 90  # until a file is removed
 UPLOAD_SECONDS = 24 * 3600  # until an upload that was begun and not ended is
 FILE_NAME_BYTES = 200
 FILE_MESSAGES = 50  # of the owner, that carry the link of one file
-FILE_PIECE_BYTES = 256 * 1024  # read from disk at once
+FILE_PIECE_BYTES = 256 * 1024  # read from disk, or from the network, at once ...
+FILE_PIECE_MOST = 2 * 1024 * 1024  # ... and sent, while each piece leaves ...
+FAST_PIECE_MS = 50  # ... in less than this
 PICTURE_HEAD_BYTES = 256 * 1024  # in which the size of a picture is looked for
 TEXT_HEAD_BYTES = 4096  # in which there is nothing but text, if it is a text
 TOKEN_SECONDS = 600  # an upload token that is not used
@@ -5427,7 +5429,10 @@ class Store:
 
     def between(self, span: Span, one: Mark, other: Mark, count: int) -> list[Event]:
         """Return what is between two points, beginning at the first one, whichever is later."""
-        backwards = self._moment(span, one) > self._moment(span, other)
+        if one.id and other.id:  # the id alone defines the order
+            backwards = one.id > other.id
+        else:
+            backwards = self._moment(span, one) > self._moment(span, other)
         after, before = (other, one) if backwards else (one, other)
         return self.page(span._replace(after=after, before=before), count, backwards)
 
@@ -8858,7 +8863,7 @@ class HttpReader:
 
     def __init__(self, data: bytes = b""):
         self.limit = HEAD_BYTES
-        self.buffer = bytearray(data)
+        self.buffer = data
         self.left = 0  # bytes of the body, or of the chunk, that are still to come
         self.step: Callable[[], Any] = self._head
         self.ended = False
@@ -8879,10 +8884,10 @@ class HttpReader:
         return line or len(self.buffer) > TRAILER_BYTES
 
     def feed(self, data: bytes) -> None:
-        self.buffer += data
+        self.buffer = self.buffer + data if self.buffer else data
 
     def clear(self) -> None:
-        self.buffer.clear()
+        self.buffer = b""
 
     def finish(self) -> None:
         """The client sends no more: half a request is none."""
@@ -8902,23 +8907,22 @@ class HttpReader:
             if len(self.buffer) > most + 1:
                 raise BadRequest(status, f"a line or a head has at most {most:,} bytes")
             return None
-        line = bytes(self.buffer[:end]).removesuffix(b"\r")
-        del self.buffer[: end + 1]
+        line = self.buffer[:end].removesuffix(b"\r")
+        self.buffer = self.buffer[end + 1 :]
         if b"\r" in line:
             raise BadRequest(400, "a CR stands before a LF only")
         return line
 
     def _head(self) -> Request | None:
         while self.buffer[:1] in (b"\r", b"\n"):  # RFC 9112 section 2.2: some clients add one
-            del self.buffer[: 2 if self.buffer[:2] == b"\r\n" else 1]
+            self.buffer = self.buffer[2 if self.buffer[:2] == b"\r\n" else 1 :]
         match = re.search(rb"\r?\n\r?\n", self.buffer[: self.limit + 4])
         if match is None:
             if len(self.buffer) > self.limit:
                 first = self.buffer.find(b"\n", 0, self.limit) < 0
                 raise BadRequest(414 if first else 431, f"a head has at most {self.limit:,} bytes")
             return None
-        head = bytes(self.buffer[: match.start()])
-        del self.buffer[: match.end()]
+        head, self.buffer = self.buffer[: match.start()], self.buffer[match.end() :]
         lines = [line.removesuffix(b"\r") for line in head.split(b"\n")]
         if len(lines) > HEADERS_MOST:
             raise BadRequest(431, f"a request has at most {HEADERS_MOST} headers")
@@ -8931,10 +8935,9 @@ class HttpReader:
 
     def _body(self) -> bytes | None:
         """A body of known length, or a chunk of one."""
-        piece = bytes(self.buffer[: self.left])
+        piece, self.buffer = self.buffer[: self.left], self.buffer[self.left :]
         if not piece:
             return None
-        del self.buffer[: len(piece)]
         self.left -= len(piece)
         if not self.left:
             self.step = self._end_of_chunk if self.chunked else self._end
@@ -9966,13 +9969,15 @@ def send_piece(session: WebSession, piece: bytes) -> None:
 
 def pieces_of_file(session: WebSession, at: int, end: int) -> Iterator[None]:
     """Send a file in pieces, each when the one before has nearly left."""
-    folder = session.site.folder
+    hub, most = session.site.hub, FILE_PIECE_BYTES
     while at < end:
-        size = min(FILE_PIECE_BYTES, end - at)
-        read = functools.partial(folder.read, session.reading, at, size)
+        size, asked = min(most, end - at), hub.ticks
+        read = functools.partial(session.site.folder.read, session.reading, at, size)
         session.later(READ_LANE, read, functools.partial(send_piece, session))
         yield
         at += size
+        fast = hub.ticks - asked < FAST_PIECE_MS
+        most = min(most * 2, FILE_PIECE_MOST) if fast else FILE_PIECE_BYTES
     stop_sending(session)
 
 
@@ -14578,6 +14583,7 @@ class Connection:
         *("direct", "eof", "loop", "mask", "queue", "sealed", "shared", "sock", "state", "tls"),
     )
     hears_out = False  # after close(): take what still comes, for as long as it comes
+    appetite = READ_BYTES  # bytes that are taken at once
 
     def __init__(self, loop: "Loop", sock: socket.socket):
         sock.setblocking(False)
@@ -14622,7 +14628,7 @@ class Connection:
 
     def read(self) -> None:
         try:
-            data = self.sock.recv(READ_BYTES)
+            data = self.sock.recv(self.appetite)
         except BlockingIOError:
             return
         except OSError as error:
@@ -15193,6 +15199,10 @@ class Peer(Connection):
         self.budget.refill(self.loop.now)
         self.home.budget.refill(self.loop.now)
         return max(self.budget.wait(), self.home.budget.wait())
+
+    @property
+    def appetite(self) -> int:
+        return FILE_PIECE_BYTES if self.web else READ_BYTES
 
     @property
     def secure(self) -> bool:

@@ -697,6 +697,16 @@ def test_help_is_made_from_the_handlers_and_lists_every_command():
         assert any(line.startswith(f"* {command.syntax}") for line in lines)
 
 
+@pytest.mark.parametrize("dialect", ["irc", "service", "line", "client"])
+def test_each_command_takes_as_many_parameters_as_may_be_given_to_it(dialect):
+    import inspect
+
+    for verb, command in getattr(chat, f"{dialect}_command").items():
+        for count in (command.least, command.most):
+            given = (None, *[""] * count)
+            assert inspect.signature(command.handler).bind(*given), verb
+
+
 # ======================================================================================
 # THE LINE PROTOCOL: scripts of (who does what, who hears what)
 # ======================================================================================
@@ -3934,6 +3944,21 @@ def test_a_session_of_irc_gets_no_line_twice_and_none_of_before_it_came(seeded):
             assert got == [(text, room) for text, room, hear in said if who in hear]
 
 
+def test_the_welcome_names_each_mode_once_as_the_tokens_do():
+    house = House()
+    house.connect_irc("erin")
+    house.say("erin", "NICK erin", "USER erin 0 * :Erin")
+    house.turn()
+    lines = house.heard("erin")
+    (info,) = [line.split()[3:] for line in lines if " 004 " in line]
+    modes = re.search(r" CHANMODES=(\S+)", "".join(lines))[1].split(",")
+    ranks = re.search(r" PREFIX=\((\w+)\)", "".join(lines))[1]
+    with_value = sorted("".join(modes[:3]) + ranks)
+    assert info[:2] == ["chat.py", f"chat.py-{chat.VERSION}"]
+    assert info[3:] == ["".join(sorted([*with_value, *modes[3]])), "".join(with_value)]
+    assert sorted(chat.USER_MODES) == list(info[2])
+
+
 # ======================================================================================
 # ACCOUNTS
 # ======================================================================================
@@ -4946,6 +4971,31 @@ def test_a_page_of_a_million_messages_is_found_at_once(folder):
     store.close()
 
 
+@pytest.mark.parametrize(
+    "host, own, key",
+    [
+        ("[2001:db8:1:2::3]", "::1", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff::9%eth0", "10.0.0.1", "2001:db8:1:2::/64"),
+        ("[2001:db8:1:2::3]", "[2001:db8:1:2::1]", "2001:db8:1:2::3"),  # a LAN is one network
+        ("fe80::1%eth0", "", "fe80::1"),
+        ("[::1]", "", "::1"),
+        ("10.0.0.1", "", "10.0.0.1"),
+    ],
+)
+def test_an_ipv6_address_counts_as_its_network_unless_others_share_that(host, own, key):
+    assert chat.address_key(host, own) == key
+
+
+def test_the_passwords_of_the_server_and_its_operators_may_be_tried_more_often():
+    throttle, now = chat.Throttle(), 10**9
+    for subject, most in (("alice", chat.LOGIN_TRIES), ("*oper", chat.LOGIN_TRIES_SERVER)):
+        for _ in range(most):
+            throttle.check("10.0.0.1", subject, now)
+            throttle.failed("10.0.0.1", subject, now)
+        with pytest.raises(chat.Refused):
+            throttle.check("10.0.0.1", subject, now)
+
+
 # ======================================================================================
 # DOMAIN: the turn's log
 # ======================================================================================
@@ -5352,6 +5402,38 @@ def test_a_database_that_is_not_sound_and_ours_is_refused_in_one_line_and_not_to
     assert words in str(caught.value) and "nothing was changed" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == data
+
+
+def test_a_channel_whose_history_did_not_fit_in_memory_has_what_is_said_there_next(monkeypatch):
+    monkeypatch.setattr(chat, "MEMORY_BYTES", 500_000)
+    house = house_of("alice")
+    house.say("alice", *["x" * 1000] * 100)
+    house.turn()
+    others = itertools.count(1)
+    while texts(house.store, "#lobby"):
+        house.say("alice", f"/join #{next(others)}", *["x" * 1000] * 100, "/part")
+        house.turn()
+        while texts(house.store, "#lobby") and house.store.prune(idle=True, now=0):
+            pass
+    house.store.prune(idle=True, now=0)  # finds no more of it
+    house.say("alice", "/join #lobby", "again")
+    house.turn()
+    assert texts(house.store, "#lobby") == ["again"]
+
+
+def test_a_page_goes_from_one_founding_of_a_channel_to_the_next():
+    house = house_of("alice")
+    for words in ("one two three", "four five six", "seven eight nine"):
+        house.say("alice", "/join #a", *words.split())
+        house.turn()
+        house.say("alice", "/part")  # and it is gone
+        house.turn()
+    store, span = house.store, chat.Span(chat.Place((chat.fold("#a"),)))
+    assert len(store.targets_of(store.db, span.place)) == 3
+    newest = [event.text for event in store.page(span, 4)]
+    oldest = [event.text for event in store.page(span, 4, newest=False)]
+    assert newest == ["six", "seven", "eight", "nine"]
+    assert oldest == ["one", "two", "three", "four"]
 
 
 # ======================================================================================
@@ -8146,6 +8228,17 @@ def test_what_a_full_disk_does_not_take_is_given_back(folder, monkeypatch):
     outbox.journal.close()
 
 
+def test_the_password_of_an_account_that_was_refused_is_not_kept():
+    house = house_of("bob")
+    alice = Pair(house, "alice")
+    kept = []
+    alice.core.me.keep = kept.append
+    house.site.registration = frozenset({"off"})
+    alice.typed("/register")
+    assert kept[0].account == "alice" and kept[-1] is None
+    assert alice.core.me.login is alice.core.me.proposed is None
+
+
 # ======================================================================================
 # OTHER SERVERS
 # ======================================================================================
@@ -10423,6 +10516,58 @@ def test_without_a_home_there_is_one_line_that_names_the_way_out(home):
             assert (other.returncode, errors) == (0, b"") and output
 
 
+def test_what_is_typed_while_a_retried_channel_is_being_entered_waits_for_it():
+    alice = Elsewhere()
+    alice.core.room_for("#tea").is_channel = True
+    alice.core.go(alice.core.find("#tea"))
+    alice.types("for tea")
+    assert alice.core.outbox.parked
+    alice.types("/retry", "and milk")
+    assert not alice.core.outbox.parked
+    assert [line for line in alice.sent(9) if "JOIN" in line] == ["JOIN #tea"]
+    alice.hears(":alice!u@h JOIN #tea")
+    said = [line for line in alice.sent(9) if "PRIVMSG" in line]
+    assert said[0] == "PRIVMSG #tea :for tea"
+
+
+def test_a_private_message_that_is_tried_again_enters_no_channel():
+    alice = Elsewhere()
+    alice.types("/tell bob psst")
+    assert "PRIVMSG bob psst" in alice.sent(3)
+    alice.core.disconnected()
+    assert alice.core.outbox.parked  # it may have arrived
+    alice.connect()
+    alice.types("/retry")
+    sent = alice.sent(9)
+    assert "PRIVMSG bob psst" in sent
+    assert not [line for line in sent if line.startswith("JOIN")]
+
+
+def test_who_is_away_or_operates_the_server_is_told_by_who():
+    alice = Elsewhere()
+    alice.types("/who #lobby")
+    for name, flags in (("bob", "H"), ("carol", "G@"), ("dave", "H*"), ("eve", "G*+")):
+        alice.hears(f"352 alice #lobby u h.example x {name} {flags} :3 Real Name")
+    alice.hears("315 alice #lobby :End of WHO")
+    told = [
+        re.sub(r" \(u@h\.example\) in #lobby: Real Name", "", text) for text in alice.kinds("told")
+    ]
+    assert told[-4:] == [
+        "bob",
+        "carol, away",
+        "dave, operator of the server",
+        "eve, away, operator of the server",
+    ]
+
+
+def test_the_topic_that_was_asked_for_is_told_or_that_there_is_none():
+    alice = Elsewhere()
+    alice.types("/topic #lobby", "/topic #rust")
+    assert alice.sent(9) == ["TOPIC #lobby", "TOPIC #rust"]
+    alice.hears("332 alice #lobby :tea at five", "331 alice #rust :No topic is set")
+    assert alice.kinds("told")[-2:] == ["the topic of #lobby: tea at five", "#rust has no topic"]
+
+
 # ======================================================================================
 # LOOP AND CONNECTION
 # ======================================================================================
@@ -10638,6 +10783,28 @@ def test_helpers_take_jobs_fairly_and_hand_back_exceptions(loop):
     gate.set()
     spin(loop, lambda: len(done) == 22)
     assert done.index("modest") < 8 and ZeroDivisionError in done
+
+
+def test_a_loop_that_is_busy_keeps_nobody_waiting_who_hands_something_in(loop):
+    def hand_in():
+        for n in range(5000):  # more wake-ups than wait in a socket
+            loop.call_soon_threadsafe(lambda n=n: ran.append(n))
+
+    ran, thread = [], threading.Thread(target=hand_in, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    loop.run_once(0)
+    assert ran == [*range(5000)]
+
+
+def test_a_connection_that_is_dropped_again_is_lost_once(loop, pair):
+    conn, _ = pair
+    conn.drop("enough")
+    conn.drop("in the same turn")
+    loop.run_once(0)
+    conn.drop("later")
+    assert conn.events == ["enough"]
 
 
 # ======================================================================================
@@ -11675,6 +11842,17 @@ def account(house, *names, password="password"):
         assert "SUCCESS" in str(ask(house, maker, f"REGISTER * * :{password}"))
         house.say(maker, "QUIT")
         house.turn()
+
+
+@pytest.mark.parametrize("ends, between", [("bd", "c"), ("db", "c"), ("ac", "b"), ("ad", "b c")])
+def test_what_lies_between_two_ids_is_by_the_order_of_ids_when_the_clock_was_set_back(
+    folder, ends, between
+):
+    house, _, ids = house_with_a_clock_set_back(folder, restart=False)
+    one, other = (ids["#a", text] for text in ends)
+    found = history(house, "alice", "#a", f"BETWEEN {{}} msgid={one} msgid={other} 10")
+    assert found == [f"word {text}" for text in between.split()]
+    house.store.close()
 
 
 # ======================================================================================
@@ -13069,6 +13247,20 @@ def test_redacted_text_is_in_no_file_after_a_minute_of_idle_turns(folder):
     house.store.close()
 
 
+def test_text_that_was_redacted_right_before_a_stop_is_in_no_file_either(folder):
+    house = stored(folder)
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a", "PRIVMSG #a :keepsakeword")
+    message_id, _ = send(house, "alice", "#a", "quixotryzebra")
+    assert words_in_files(folder) == {b"keepsakeword", b"quixotryzebra"}
+    house.written.clear()
+    house.say("alice", f"REDACT #a {message_id}")
+    house.end_turn()
+    assert house.store.words.gone  # the index has still to forget it
+    house.store.close()
+    assert words_in_files(folder) == {b"keepsakeword"}
+
+
 # ======================================================================================
 # HISTORY AFTER A KICK
 # ======================================================================================
@@ -13126,6 +13318,15 @@ def test_a_page_asked_for_as_one_account_is_not_for_the_next():
     house.turn()
     assert "as zoe" not in str(house.heard("alice"))
     assert is_logged_in(house, "alice", "yan") and history(house, "alice", "bob") == []
+
+
+def test_around_a_message_is_half_of_what_is_asked_for_before_it():
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    ids = [send(house, "alice", "#a", f"{n}")[0] for n in range(10)]
+    found = {n: history(house, "alice", "#a", f"AROUND {{}} msgid={ids[5]} {n}") for n in (4, 5)}
+    assert found == {4: ["3", "4", "5", "6"], 5: ["3", "4", "5", "6", "7"]}
 
 
 # ======================================================================================
@@ -16609,6 +16810,17 @@ def test_connections_that_came_and_went_leave_no_descriptor(tmp_path):
         terminate(process)
 
 
+def test_a_private_message_is_charged_for_both_who_are_told():
+    house = house_of("alice", "bob")
+    work = []
+    for name in ("#lobby", "bob"):
+        house.hub.take_work()
+        house.guests["alice"].act("say", name, "hello", chat.MESSAGE, "", "")
+        work.append(house.hub.take_work())
+        house.turn()
+    assert work[1] - work[0] == 2 * chat.WORK_OF_A_RECEIVER
+
+
 # ======================================================================================
 # THE CLIENT AS A FILTER
 # ======================================================================================
@@ -16929,6 +17141,18 @@ def test_of_two_addresses_the_one_that_answers_is_taken(loop):
     assert sock.getpeername()[1] == port and (reason, others) == ("", [])
     sock.close()
     server.close()
+
+
+def test_a_line_of_a_pipe_that_could_not_be_said_is_counted_and_the_rest_said(running):
+    server = running()
+    bob = server.guest("bob")
+    where = "{}:{}".format(*server.address)
+    command = ("client", "bot", "--server", where, "--no-state", "--commands")
+    with program(*command) as client:
+        _, errors = client.communicate(b"/nothing\n/nowhere\nhi\n", PATIENCE)
+        assert client.returncode == 1
+        assert errors.endswith(b"chat.py: 2 messages did not arrive\n")
+    assert bob.until("bot: hi")
 
 
 # ======================================================================================
@@ -18184,6 +18408,78 @@ def test_typing_is_not_slowed_by_a_storm(running, terminal):
         delays.append(time.monotonic() - began)
     assert sorted(delays)[len(delays) // 3] < 0.25
     assert alice.shows("storm 499 of")
+
+
+@pytest.mark.parametrize("size, keys", [(-1, []), (0, [("text", "a")])])
+def test_an_answer_of_a_terminal_that_does_not_end_swallows_no_more_than_so_much(size, keys):
+    decoder = chat.KeyDecoder()
+    assert decoder.feed(b"\x1b]".ljust(chat.STRING_MOST + size, b"0")) == []
+    assert decoder.flush() == []
+    assert decoder.feed(b"a") == keys
+
+
+def test_a_client_that_is_stopped_unasked_takes_the_terminal_again_when_it_goes_on(
+    running, terminal
+):
+    alice = terminal(running().address, "alice")
+    assert alice.shows("connected", "alice>")
+    alice.process.send_signal(signal.SIGSTOP)
+    os.waitpid(alice.process.pid, os.WUNTRACED)
+    alice.termios.tcsetattr(alice.theirs, alice.termios.TCSANOW, alice.before)  # as a shell does
+    alice.seen = ""
+    alice.process.send_signal(signal.SIGCONT)
+    assert alice.sees("\x1b[?2004h") and alice.shows("connected", "alice>")
+    assert not alice.restored()
+
+
+def test_names_have_all_colours_but_black_and_white_each_its_own():
+    palette = chat.Palette(on=True)
+    painted = [palette.name(f"user{n}") for n in range(1000)]
+    codes = collections.Counter(int(re.match(r"\x1b\[(\d+)muser", name)[1]) for name in painted)
+    assert sorted(codes) == [*range(31, 37), *range(91, 97)]
+    assert max(codes.values()) < 1.5 * min(codes.values())
+    assert palette.name("Bob").replace("Bob", "bOB") == palette.name("bOB")
+
+
+@pytest.mark.parametrize(
+    "columns, cut",
+    [(4, "word"), (3, "wo\u2026"), (2, "w\u2026"), (1, "\u2026"), (0, ""), (-1, "")],
+)
+def test_what_is_cut_to_some_columns_has_a_mark_in_the_last_of_them(columns, cut):
+    assert chat.cut_to("word", columns) == cut
+
+
+def test_the_status_row_tells_when_the_last_message_on_the_page_was_said():
+    desk = Desk()
+    for minute in range(40):
+        said = at(**{**CLOCK, "minute": minute}, text="hello", name="bob", where="#lobby")
+        desk.core.deliver(desk.core.room, said)
+    desk.display.take(desk.core.take_views())
+    desk.paint()
+    status = []
+    for rows in (1, 1, 10, 20):
+        desk.display.reader.up(rows)
+        *page, row, _ = desk.paint()
+        assert f" back at Fri 21 Nov {page[-1][:5]} " in row
+        status.append(page[-1][:5])
+    assert status == ["08:38", "08:37", "08:27", "08:07"]
+
+
+@pytest.mark.parametrize(
+    "key, data",
+    [
+        ("up", b"\x1b[A\x1bOA\x10"),
+        ("down", b"\x1b[B\x1bOB\x0e"),
+        ("right", b"\x1b[C\x1bOC\x06"),
+        ("left", b"\x1b[D\x1bOD\x02"),
+        ("home", b"\x1b[H\x1bOH\x1b[1~\x1b[7~\x01"),
+        ("end", b"\x1b[F\x1bOF\x1b[4~\x1b[8~\x05"),
+    ],
+)
+def test_the_cursor_moves_by_the_keys_of_all_terminals_and_by_those_of_emacs(key, data):
+    decoder = chat.KeyDecoder()
+    found = [found.name for found in decoder.feed(data)]
+    assert found == [key] * len(re.findall(rb"\x1b|[\x01-\x10]", data))
 
 
 # ======================================================================================
