@@ -301,6 +301,8 @@ PEOPLE_LISTED = 10_000  # of a channel, by our clients
 PEOPLE_ASKED = 500  # members of a channel about whom our clients ask who is away
 REACTIONS_SHOWN = 200  # to one message
 REACTED_BYTES = 60  # that are shown of the message
+QUOTED_BYTES = 400  # that are shown of a message that could not be sent
+PROGRESS_LINES = 5  # a message of so many is told about while it goes out
 REACTION_CHARACTERS = 32  # a family of joined emoji has up to 11
 TYPING_SECONDS = 3.0  # between two notices of ours that we type (IRCv3 typing)
 TYPING_LASTS = {"active": 6.0, "paused": 30.0}  # seconds, of what others told (the same)
@@ -405,7 +407,8 @@ RENAME = "rename"  # of a channel: about is the name it had
 INVITE, INVITED, AWAY, WALLOPS = "invite", "invited", "away", "wallops"
 REALNAME, ACCOUNT = "realname", "account"
 HOST = "host"  # a user is connected from elsewhere: about is the username
-TAGS = "tags"  # a message that has nothing but tags: a user is typing, or likes another
+TAGS = "tags"  # a message that has nothing but tags: a user likes another, or unlikes it
+HINT = "hint"  # one that is over in a moment: a user is typing
 REDACT = "redact"  # a message is taken back: the text is its msgid, and " :reason"
 USER_MODE, METADATA = "user mode", "metadata"  # METADATA: about is the key
 ENTERED = "entered"  # another session of the user joined a channel
@@ -418,7 +421,8 @@ SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
 # Kinds that each session renders for itself, see Session.hear()
 PERSONAL = frozenset((ENTERED, RENAMED, READ_ON, ONLINE, OFFLINE, METADATA, KILLED, REPLACED))
 EPHEMERAL = PERSONAL | frozenset(  # kinds that history does not keep
-    (INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, REDACT, RENAME, USER_MODE)
+    (INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, REDACT, RENAME)
+    + (USER_MODE, HINT)
 )
 REPLAYABLE = (*SPOKEN, TAGS, JOIN, PART, QUIT, KICK, NICK, MODE, TOPIC)  # and those it keeps
 
@@ -3993,7 +3997,7 @@ def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_
         hub.find_channel(name[1:]).check_can_send(user, text)
         hub.work += WORK_OF_A_RECEIVER * len(audience.users)
     user.traces = True
-    if kind is not TAGS and not text.startswith("\x01"):  # answers of programs are no activity
+    if text and not text.startswith("\x01"):  # tags and answers of programs are no activity
         user.spoke = hub.ticks
     source = user.source._replace(operator=True) if who.operator else user.source
     file = hub.files.linked(text) if "/files/" in text else None
@@ -5751,6 +5755,7 @@ IRC_SPOKEN = {  # kind -> the verb, what stands before the text, and what behind
 }
 IRC_EVENTS = {  # kind -> the line behind its source; {tail} is " :TEXT" if there is a text
     TAGS: "TAGMSG {where}",
+    HINT: "TAGMSG {where}",
     REDACT: "REDACT {where} {text}",
     RENAME: "RENAME {about} {where} :{text}",
     ACCOUNT: "ACCOUNT {about}",
@@ -5772,7 +5777,7 @@ IRC_EVENTS = {  # kind -> the line behind its source; {tail} is " :TEXT" if ther
 }
 IRC_EXTENDED_JOIN = "JOIN {where} {about}{tail}"
 NOT_OWN = (INVITE, INVITED, AWAY, QUIT)  # who does these is told by other means
-ECHOED = (*SPOKEN, TAGS)  # or by an echo, if the session has asked for that
+ECHOED = (*SPOKEN, TAGS, HINT)  # or by an echo, if the session has asked for that
 CLASSIC_CAPABILITIES = (  # for clients that know only one line of CAP LS, the best first
     *("sasl", "multi-prefix", "away-notify", "account-notify", "extended-join", "server-time"),
     *("message-tags", "echo-message", "batch", "labeled-response", "userhost-in-names"),
@@ -5803,6 +5808,7 @@ NEEDS_CAPABILITY = {  # to be told of these events
     REDACT: "draft/message-redaction",
     RENAME: "draft/channel-rename",
     TAGS: "message-tags",
+    HINT: "message-tags",
 }
 
 USER_MODES = {  # letter -> what it is
@@ -7131,10 +7137,11 @@ def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> LongAn
 def irc_tagmsg(session: IrcSession, targets: str = "") -> LongAnswer:
     """TAGMSG <target>{,<target>} -- send nothing but the tags before it"""
     tags = client_tags(session)
+    kind = HINT if tags.partition("=")[0] == "+typing" and ";" not in tags else TAGS
 
     def send(name: str) -> None:
         if tags:
-            session.act("say", name, "", TAGS, tags, "")
+            session.act("say", name, "", kind, tags, "")
 
     return to_each_target(session, targets, send)
 
@@ -10177,6 +10184,12 @@ def calls(text: str, name: str) -> bool:
     return key in folded and bool(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", folded))
 
 
+def beginning(text: str) -> str:
+    """Return a text, or of a long one its first line, for what is said about it."""
+    first, newline, _ = text.partition("\n")
+    return f"{cut(first, QUOTED_BYTES)} \u2026" if newline or len(first) > QUOTED_BYTES else first
+
+
 def is_quit(text: str) -> bool:
     """/quit, which a client does by itself: it leaves, and does not come back."""
     return text.lower().split()[:1] == ["/quit"]
@@ -10364,6 +10377,14 @@ class Waiting(NamedTuple):
     kind: str  # MESSAGE or ACTION
     sent: bool = False  # at least once, perhaps by an earlier run of this program
     reply: str = ""  # the server's id of the message that it answers
+    at: int = 0  # characters of it that have arrived for certain: the rest is still to be sent
+
+
+def accepted_at(own_id: str) -> int | None:
+    """Return when a message was accepted, in milliseconds, by our id of it; None if that is of
+    another make."""
+    head = own_id.partition("-")[0]
+    return int(head, 16) if re.fullmatch(r"[0-9a-f]{1,12}", head) else None
 
 
 class Outbox:
@@ -10410,6 +10431,13 @@ class Outbox:
         if not one.sent:
             self.waiting[one.id] = one._replace(sent=True)
             self._note({"sent": one.id})
+
+    def arrived_to(self, id: str, at: int) -> None:
+        """Note that a message has arrived up to a character: some are sent in many lines."""
+        one = self.waiting.get(id)
+        if one and at > one.at:
+            self.waiting[id] = one._replace(at=at)
+            self._note({"at": [id, at]})
 
     def arrived(self, id: str) -> Waiting | None:
         """Take out a message that arrived, or is not to be sent again."""
@@ -10652,6 +10680,7 @@ class PlainTalk:
     doubts = pages = batching = False
     wait = None  # no pace
     asked = queue = pieces = ()  # no history, and nothing waits
+    lines_of_message = 0
     going: dict[str, str] = {}  # no channels
     sending = ""
 
@@ -10763,6 +10792,8 @@ class Echoed(NamedTuple):
     target: str  # folded
     text: str
     id: str  # of the message that ends with this line; "" if more follow
+    of: str = ""  # the message that this is a line of, and ...
+    end: int = 0  # ... how many of its characters end with it
 
 
 IRC_HEARD: dict[str, tuple[Callable, int]] = {}  # verb -> handler, and parameters it needs
@@ -10824,6 +10855,7 @@ def echo_id(talk: "IrcTalk", heard: Heard, target: str, text: str) -> str:
     for n, sent in enumerate(talk.echoed):
         if sent.target == key and same_words(sent.text, text):
             del talk.echoed[: n + 1]
+            talk.core.outbox.arrived_to(sent.of, sent.end)
             return sent.id or PIECE
     return ""
 
@@ -10949,6 +10981,9 @@ def ask_targets(talk: "IrcTalk") -> None:
     talk.ask(Asked("", "targets", 0), "TARGETS", since, now, str(TARGETS_ASKED))
 
 
+SAYING_FAILED = ("401", "716")  # these are for a message where one is in flight
+
+
 class Login(NamedTuple):
     """The name and password of an account."""
 
@@ -10996,7 +11031,8 @@ class IrcTalk:
         # Commands, each behind the message with that id
         self.queue: collections.deque[tuple[str, str]] = collections.deque()
         self.pieces: collections.deque[str] = collections.deque()  # lines of one message
-        self.sending = ""  # the message whose lines these are
+        self.sending = ""  # the message whose lines these are ...
+        self.lines_of_message = 0  # ... and how many it has in all
         self.echoed: list[Echoed] = []  # lines of ours that come back without a name
         # Keys of channels that JOINs were sent for: how many are not answered, and since when
         self.entering: dict[str, tuple[int, float]] = {}
@@ -11357,9 +11393,11 @@ class IrcTalk:
         return room is not None and room.is_channel and not room.inside and key in self.entering
 
     def where_of(self, heard: Heard) -> str:
-        """Return the open conversation that a numeric is about; "" if it names none."""
+        """Return the open conversation that a numeric is about; "" if it names none. One that
+        names a user is mostly the answer to a command: it is shown where the user looks."""
         rooms = (self.core.find(param) for param in heard.params[1:-1])
-        return next((room.name for room in rooms if room), "")
+        about_talks = heard.verb in SAYING_FAILED
+        return next((room.name for room in rooms if room and (room.is_channel or about_talks)), "")
 
     def enter(self, room: Room) -> None:
         self.note_join(room.name)
@@ -11369,12 +11407,13 @@ class IrcTalk:
 
     def transmit(self, one: Waiting) -> None:
         """Make a message the next lines to be sent, with our id on the last one, or on all."""
+        rest = one.text[one.at :].removeprefix("\n") if one.at else one.text
         if one.kind == ACTION:
             lines = [(f"\x01ACTION {one.text}\x01", False)]
         else:
             head = f":{self.mask or self.longest_mask()} PRIVMSG {one.where} :"
             most = min(max(IRC_BYTES, self.server.limit("LINELEN", 0)), LINE_BYTES)
-            lines = list(sendable_lines(one.text, max(LINE_ROOM, most - 2 - len(head.encode()))))
+            lines = list(sendable_lines(rest, max(LINE_ROOM, most - 2 - len(head.encode()))))
         server, head = self.server, self.own_tags(one.id, one.reply)
         if len(lines) > 1 and server.multiline:
             *first, last = in_batches(lines, *server.multiline_limits)
@@ -11382,9 +11421,12 @@ class IrcTalk:
                 self.add_batch(one, group, self.own_tags(f"{one.id}.{n}", one.reply))
             self.add_batch(one, last, head)
         else:
+            at = len(one.text) - len(rest)
             for text, _ in lines[:-1]:
-                self.add_line(one, text, "", "")
+                at = one.text.find(text, at) + len(text)
+                self.add_line(one, text, "", "", at)
             self.add_line(one, lines[-1][0], head, one.id)
+        self.lines_of_message = len(self.pieces)
         self.last_ack = max(self.last_ack, self.core.ticks() - ECHO_SECONDS / 2)
         self.sending = one.id
         self.said.append((self.core.fold(self.server.without_status(one.where)), one.id))
@@ -11403,10 +11445,10 @@ class IrcTalk:
         tags += [f"label={id}"] * self.server.labels
         return f"@{';'.join(tags)} " if tags else ""
 
-    def add_line(self, one: Waiting, text: str, head: str, id: str) -> None:
+    def add_line(self, one: Waiting, text: str, head: str, id: str, end: int = 0) -> None:
         text = text or " "
         if "echo-message" in self.server.enabled:
-            self.echoed.append(Echoed(self.core.fold(one.where), text, id))
+            self.echoed.append(Echoed(self.core.fold(one.where), text, id, one.id, end))
             del self.echoed[:-ECHOES_KEPT]
         self.pieces.append(head + self.line("PRIVMSG", one.where, text))
 
@@ -11599,7 +11641,6 @@ NO_FAILURE = (  # of a message: what other commands are refused with
     *("479", "480", "481", "482", "483", "484", "485", "491", "495", "501", "502", "510", "515"),
     *("518", "520", "524", "525"),
 )
-SAYING_FAILED = ("401", "716")  # these are for a message where one is in flight
 
 
 def message_refused(talk: IrcTalk, heard: Heard) -> str:
@@ -11982,6 +12023,20 @@ def labelled_answer_ended(talk: IrcTalk, heard: Heard) -> None:
         talk.core.lost(label, "the server took it and did not send it back")
 
 
+# Also the separators of lines and paragraphs: some terminals obey them.
+INERT = CONTROLS | BIDI_CONTROLS | {0x09: "    ", 0x2028: " ", 0x2029: " "}
+
+
+def inert(text: str) -> str:
+    """Text that can only be shown, whatever it was meant to do, of one line or several."""
+    return text if text.isprintable() else text.translate(INERT)
+
+
+def visible(text: str) -> str:
+    """A line with its newlines shown as symbols, so that it stays one row."""
+    return inert(text.replace("\n", "\u23ce").replace("\t", " "))
+
+
 @from_server("TAGMSG", least=1)
 def tags_told(talk: IrcTalk, heard: Heard) -> None:
     """Reactions and typing. With our id it stands for a message of ours that is not there any
@@ -11997,7 +12052,8 @@ def tags_told(talk: IrcTalk, heard: Heard) -> None:
     if TYPES in tags and not mine:
         core.types(room, heard.name, tags[TYPES])
     for tag, on in ((REACT, True), (UNREACT, False)):
-        if (emoji := tags.get(tag, "")[:REACTION_CHARACTERS]) and REPLY in tags:
+        emoji = visible(tags.get(tag, ""))[:REACTION_CHARACTERS]
+        if emoji.strip() and REPLY in tags:
             core.reacted(room, tags[REPLY], emoji, heard.name, on)
 
 
@@ -12117,6 +12173,8 @@ def answer_ctcp(talk: IrcTalk, heard: Heard) -> None:
     if core.is_me(heard.name) or core.is_ignored(heard):
         return
     if heard.verb == "NOTICE":
+        if verb == "PING" and (sent := positive_number(rest)) and sent <= core.ticks():
+            rest = f"after {core.ticks() - sent:.1f} s"
         return core.show(View(TOLD, f"{heard.name} answers {verb}: {rest}"))
     answers = {
         "VERSION": f"chat.py {VERSION}",
@@ -12134,6 +12192,8 @@ def answer_ctcp(talk: IrcTalk, heard: Heard) -> None:
 @from_server("PRIVMSG", "NOTICE", least=2)
 def message_came(talk: IrcTalk, heard: Heard) -> None:
     text = heard.params[1]
+    if not talk.ready and heard.source.startswith("chat.py/"):
+        return None  # for people at netcat, who were silent as long as a slow line is
     if is_ctcp(text):
         return answer_ctcp(talk, heard)
     view = spoken_view(talk, heard, text)
@@ -12176,6 +12236,7 @@ def we_joined(talk: IrcTalk, heard: Heard) -> None:
     room = core.room_for(heard.params[0])
     room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
+    room.topic = ""  # else it is told now
     talk.entering.pop(core.fold(room.name), None)
     room.password = talk.going.get(core.fold(room.name), room.password) or ""
     core.keep_room(room)
@@ -12339,6 +12400,19 @@ def person_told(talk: IrcTalk, heard: Heard) -> None:
     text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
     room = talk.core.find(heard.params[1])
     talk.core.show(View(TOLD, text, where=room.name if room and heard.verb == "301" else ""))
+
+
+@from_server("367", "348", "346", least=3)
+def mask_listed(talk: IrcTalk, heard: Heard) -> None:
+    """<channel> <mask> [<setter> <seconds>]: a ban, an exception, an invitation"""
+    _, where, mask, *more = heard.params
+    setter = f" by {more[0].partition('!')[0]}" if more else ""
+    seconds = int(more[1]) if len(more) > 1 and re.fullmatch(r"\d{9,11}", more[1]) else 0
+    date = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    when = f" on {date:%Y-%m-%d %H:%M} UTC" if seconds else ""
+    kind = {"367": "banned", "348": "excepted", "346": "invited"}[heard.verb]
+    room = talk.core.find(where)
+    talk.core.show(View(TOLD, f"{kind}: {mask}{setter}{when}", where=room.name if room else ""))
 
 
 @from_server("352", least=8)
@@ -12655,9 +12729,13 @@ class ForScreens:
     def react(self, room: Room, id: str, emoji: str, on: bool = True) -> None:
         """React to a message, or take that back. Raises Refused."""
         self.need("react")
+        if not emoji.strip() or len(emoji) > REACTION_CHARACTERS:
+            limit = f"a reaction has 1 to {REACTION_CHARACTERS} characters"
+            raise Refused("BAD_REACTION", limit)
         tags = f"{REACT if on else UNREACT}={escaped_tag(emoji)};{REPLY}={escaped_tag(id)}"
         self.talk.raw(f"@{tags} TAGMSG {room.name}")
-        self.reacted(room, id, emoji, self.name, on)
+        if "echo-message" not in self.server.enabled:  # else its echo says that it arrived
+            self.reacted(room, id, emoji, self.name, on)
 
     def reacted(self, room: Room, id: str, emoji: str, name: str, on: bool) -> None:
         """Note the reaction of a user."""
@@ -12690,7 +12768,8 @@ class ForScreens:
         "paused", or "done" for a text that is not sent after all."""
         now = self.ticks()
         ready = self.can("typing") and self.setting("typing") == "on"
-        ready = ready and (room.inside or not room.is_channel) and not self.outbox.waiting
+        idle = self.outbox.waiting.keys() <= self.outbox.parked.keys()
+        ready = ready and (room.inside or not room.is_channel) and idle
         ready = ready and self.talk.budget.tokens > TYPING_SPARE
         since, told = self.typed_at.get(room.id, (-math.inf, "done"))
         due = state != told or (state == "active" and now - since > TYPING_SECONDS)
@@ -12836,6 +12915,8 @@ class ClientCore(ForScreens):
     told_trouble = ""  # what was told of the store last
     doubted = ""  # text that is sent if the user enters it once more
     replying = ""  # the id of the message that is answered now
+    wants_motd = wants_who = False  # the user asked for it
+    views_seen: float = math.inf  # of the conversation that were there when it was typed
     looked_at = True  # else the user looks at another server
     reads_at_once = True  # what is shown there; else mark_read() tells what was read
     results: Callable[[str, list[View]], None] | None = None  # takes what a search found
@@ -12853,6 +12934,7 @@ class ClientCore(ForScreens):
         later: Callable[[Callable, Callable], None] = lambda job, then: then(job()),
         ticks: Callable[[], float] = lambda: 0.0,
         store: Any = None,
+        named: bool | None = None,
     ):
         super().__init__()
         self.store = store  # a ClientStore, or None
@@ -12876,7 +12958,6 @@ class ClientCore(ForScreens):
         self.regain = False  # the wanted name was taken: have it when it is free ...
         self.regain_at = 0.0  # ... and ask for that at this time
         self.away, self.former_names = "", {}  # keys of nicks that we had
-        self.wants_motd = self.wants_who = False  # the user asked for it
         self.ctcp_budget = Budget(CTCP_BURST, CTCP_RATE, ticks())
         self.ignored: set[str] = store.ignored() if store else set()  # masks
         self.settings: dict[str, str] = store.settings() if store else {}  # that were changed
@@ -12893,7 +12974,7 @@ class ClientCore(ForScreens):
         self.began = 0  # time of the first welcome
         self.rooms = wanted_rooms(join, self.fold)
         if store:
-            self._load([*join] not in ([], [LOBBY]))
+            self._load([*join] not in ([], [LOBBY]) if named is None else named)
         self.current: Room | None = next(iter(self.rooms.values()), None)  # is looked at
         self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
         self.views: list[View] = []
@@ -13023,6 +13104,12 @@ class ClientCore(ForScreens):
     def ready(self) -> bool:
         """The server has welcomed us."""
         return self.talk is not None and self.talk.ready
+
+    def online(self) -> Any:
+        """Return the talk. Raises Refused without a connection."""
+        if not self.ready:
+            raise Refused("OFFLINE", "not connected; nothing was sent")
+        return self.talk
 
     @property
     def user(self) -> "ClientCore":
@@ -13215,15 +13302,18 @@ class ClientCore(ForScreens):
 
     # What the user writes
 
-    def typed(self, text: str, room: Room | None = None, reply: str = "") -> list[View]:
+    def typed(
+        self, text: str, room: Room | None = None, reply: str = "", seen: float = math.inf
+    ) -> list[View]:
         """Take a line or several, as one message, or a command: typed in `room`, also where
-        another one is looked at meanwhile. `reply` is the id of the message that it answers."""
-        looked_at, self.replying = self.current, reply
+        another one is looked at meanwhile. `reply` is the id of the message that it answers;
+        `seen` is how many views there were when it was begun: "the last one" is of these."""
+        looked_at, self.replying, self.views_seen = self.current, reply, seen
         self.current = room or looked_at
         self._typed(text)
         if self.current is room and looked_at and self.find(looked_at.name) is looked_at:
             self.current = looked_at
-        self.replying = ""
+        self.replying, self.views_seen = "", math.inf
         self.flush()
         return self.take_views()
 
@@ -13305,7 +13395,7 @@ class ClientCore(ForScreens):
         shown = f"*{text}*" if one.kind == ACTION else text
         room = self.room_for(one.where)
         view = View(SAID, shown, self.name, one.where, mine=True, own_id=one.id, reply=one.reply)
-        view = self.timed(view, room)
+        view = self.timed(view._replace(time=accepted_at(one.id)), room)
         room.views.append(view)
         self.show(view)
         return room
@@ -13537,7 +13627,7 @@ class ClientCore(ForScreens):
         if one is not None:
             self.shown.discard(own_id)
             self.failures += 1
-            text = f"{reason}: {one.text}"
+            text = f"{reason}: {beginning(one.text)}"
             self.show(View(FAILED, text, where=one.where, own_id=own_id))
 
     def park_all(self, room: Room, why: str) -> None:
@@ -13560,8 +13650,13 @@ class ClientCore(ForScreens):
         if self.talk:
             self.talk.forget(own_id)
         one = self.outbox.waiting[own_id]
-        advice = "; /retry sends it, /cancel drops it" if self.tidy else ""
-        text = f"{reason}: {one.text}{advice}"
+        if one.at:
+            share = f"{one.text.count(chr(10), 0, one.at) + 1} of {one.text.count(chr(10)) + 1}"
+            reason, what = f"{reason}; {share} lines have arrived", "the rest"
+        else:
+            what = "it"
+        advice = f"; /retry sends {what}, /cancel drops it" if self.tidy else ""
+        text = f"{reason}: {beginning(one.text)}{advice}"
         self.show(View(FAILED, text, where=one.where, own_id=own_id))
 
 
@@ -13691,20 +13786,20 @@ def do_go(core: ClientCore, name: str) -> None:
     core.go(found or asked_room(core, name))
 
 
-@client_command("msg", 1, 2)
+@client_command("msg", 1, 2, nameless=True)
 def do_msg(core: ClientCore, name: str, text: str = "") -> None:
     """/msg NAME [TEXT] -- say something to one person only, or open a private conversation"""
     for one in name.split(",") if text else ():
         group = core.server.without_status(one) != one  # a part of a channel
         if group or fold(one) in SERVICES:  # which keep nothing, and shall not be told twice
-            core.talk.command("PRIVMSG", one, text)
+            core.online().command("PRIVMSG", one, text)
         else:
             core.send(one, text)
     if not text or core.server.is_channel(name):
         core.go(core.room_for(name))
 
 
-@client_command("query", 1, 2)
+@client_command("query", 1, 2, nameless=True)
 def do_query(core: ClientCore, name: str, text: str = "") -> None:
     """/query NAME [TEXT] -- open a private conversation, and say something there"""
     core.go(core.room_for(name))
@@ -13892,7 +13987,6 @@ def command_that_is_sent(verb: str, syntax: str, summary: str, least: int, secre
     """Define a command that is the server's own, with its words as they are."""
 
     def pass_on(core: ClientCore, *words: str) -> None:
-        core.wants_who = core.wants_who or verb == "who"
         core.talk.command(verb.upper(), *words)
 
     pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
@@ -13901,11 +13995,17 @@ def command_that_is_sent(verb: str, syntax: str, summary: str, least: int, secre
 
 for sent_on in (
     ("list", "[MASK]", "which channels there are", 0, False),
-    ("who", "#CHANNEL|MASK", "who is there, with addresses", 1, False),
     ("whois", "NAME", "what is known of a user", 1, False),
     ("oper", "NAME PASSWORD", "operate the server", 2, True),
 ):
     command_that_is_sent(*sent_on)
+
+
+@client_command("who", most=1)
+def do_who(core: ClientCore, mask: str = "") -> None:
+    """/who [#CHANNEL|MASK] -- who is there, with addresses"""
+    core.wants_who = True
+    core.talk.command("WHO", mask or asked_channel(core))
 
 
 @client_command("register", most=2, exact=True)
@@ -14005,58 +14105,75 @@ def do_retry(core: ClientCore) -> None:
 @client_command("cancel", most=1, nameless=True)
 def do_cancel(core: ClientCore, which: str = "") -> None:
     """/cancel [all] -- drop what could not be sent; all: also what still waits to be sent"""
-    outbox = core.outbox
+    outbox, talk = core.outbox, core.talk
     ids = [*outbox.parked] if which != "all" else [*outbox.waiting.keys() - outbox.in_flight]
+    if not ids and which != "all" and outbox.waiting:
+        count = counted(len(outbox.waiting), "message")
+        raise Refused("NOTHING_PARKED", f"{count} still to be sent; /cancel all drops what waits")
     for id in ids:
         core.cancel(id)
-    talk = core.talk
+    told = [f"{counted(len(ids), 'message')} dropped"] * bool(ids)
     if which == "all" and talk and talk.pieces and not talk.batching:
+        total = talk.lines_of_message
+        told.append(f"{total - len(talk.pieces)} of {total} lines sent, the rest dropped")
         talk.pieces.clear()
-        core.lost(talk.sending, "cancelled, with some of its lines sent")
-    core.show(View(NOTE, f"{counted(len(ids), 'message')} dropped"))
+        outbox.arrived(talk.sending)
+        core.shown.discard(talk.sending)
+    core.show(View(NOTE, "; ".join(told) or "there is nothing to drop"))
+
+
+NTH = re.compile(r"-([1-9]\d{0,3})")
 
 
 def numbered_view(core: ClientCore, words: Iterable[str], mine: bool) -> tuple[Room, View, str]:
     """Return the conversation that is looked at, the message in it that is meant, and the other
-    words. [N] stands first: 1 is the last message (of ours, or of others), 2 the one before."""
+    words. -N stands first, if anything: 1 is the last message (of ours, or of others) that was
+    there when the command was begun. Raises Refused."""
     first, *rest = [*words, ""]
-    number = whole_number(first) or 0
-    room = asked_room(core)
-    spoken = [one for one in room.views if one.id and one.kind in (SAID, NOTICED)]
-    spoken = [one for one in spoken if one.mine == mine]
-    if len(spoken) < max(1, number):
+    match, room = NTH.fullmatch(first), asked_room(core)
+    number = int(match[1]) if match else 1
+    seen = [*room.views][: len(room.views) - max(0, room.views.total - core.views_seen)]
+    spoken = [one for one in seen if one.kind in (SAID, NOTICED) and one.mine == mine]
+    if len(spoken) < number:
         raise Refused("NO_MESSAGE", "there is no such message here")
-    return room, spoken[-max(1, number)], " ".join(optional(*rest) if number else words)
+    if not spoken[-number].id:
+        raise Refused("NO_ID", "the server has not confirmed that message yet; try again")
+    return room, spoken[-number], " ".join(optional(*rest) if match else words)
 
 
 @client_command("reply", 1)
 def do_reply(core: ClientCore, words: str) -> None:
-    """/reply [N] TEXT -- answer the last message of another user, or the Nth before the end"""
+    """/reply [-N] TEXT -- answer the last message of another user, or the Nth from the end"""
+    core.need("reply")
     room, view, text = numbered_view(core, words.split(" "), mine=False)
     if not text:
-        raise Refused("NO_TEXT", "what is the answer? /reply [N] TEXT")
-    core.need("reply")
+        raise Refused("NO_TEXT", "what is the answer? /reply [-N] TEXT")
     core.replying = view.id
     core.send(room.name, text)
 
 
 @client_command("react", 1, 2)
 def do_react(core: ClientCore, *words: str) -> None:
-    """/react [N] EMOJI -- react to the last message of another user, or the Nth before the end"""
+    """/react [-N] EMOJI -- react to the last message of another user, or the Nth from the end"""
+    core.need("react")
     room, view, emoji = numbered_view(core, words, mine=False)
     core.react(room, view.id, emoji)
 
 
 @client_command("unreact", 1, 2)
 def do_unreact(core: ClientCore, *words: str) -> None:
-    """/unreact [N] EMOJI -- take that back"""
+    """/unreact [-N] EMOJI -- take that back"""
+    core.need("react")
     room, view, emoji = numbered_view(core, words, mine=False)
     core.react(room, view.id, emoji, on=False)
 
 
 @client_command("redact", most=1)
 def do_redact(core: ClientCore, number: str = "") -> None:
-    """/redact [N] -- take back the last message of yours here, or the Nth before the end"""
+    """/redact [-N] -- take back the last message of yours here, or the Nth from the end"""
+    if number and not NTH.fullmatch(number):
+        raise Refused("NO_NUMBER", "it goes like this: /redact, or /redact -2 for the one before")
+    core.need("redact")
     room, view, _ = numbered_view(core, optional(number), mine=True)
     core.redact(room, view.id)
 
@@ -14107,7 +14224,8 @@ def do_set(core: ClientCore, name: str = "", value: str = "") -> None:
     for one in [name] if name else SETTINGS:
         setting = SETTINGS[one]
         now = core.setting(one) or "nothing"
-        usual = "" if now == (setting.usual or "nothing") else f" (usually {setting.usual})"
+        default = setting.usual or "nothing"
+        usual = "" if now == default else f" (usually {default})"
         core.show(View(TOLD, f"{one}:  {now}{usual}; {setting.summary}"))
 
 
@@ -16495,6 +16613,9 @@ class Journal:
             self.waiting[one.id] = one
         if record.get("sent") in self.waiting:
             self.waiting[record["sent"]] = self.waiting[record["sent"]]._replace(sent=True)
+        match record.get("at"):
+            case [str(id), int(at)] if id in self.waiting:
+                self.waiting[id] = self.waiting[id]._replace(at=at)
         self.waiting.pop(record.get("done"), None)
 
     def begin(self, secret: str) -> None:
@@ -16746,6 +16867,7 @@ class Link:
         # Another certificate than the remembered one: try whether it is signed
         self.unpinned = ""
         self.leaving, self.reason = False, ""
+        self.stays = False  # whatever happens, until the user leaves: it stood once, say
         self.watched = loop.now  # when the connection was looked at last ...
         self.pinged = -math.inf  # ... and when the server was asked whether it is there
         self.drained: Callable = do_nothing
@@ -16805,11 +16927,11 @@ class Link:
 
         self.helpers.submit(self, job, done)
 
-    def typed(self, text: str, room: Room | None = None, reply: str = "") -> None:
+    def typed(self, text: str, *more: Any) -> None:
         """Take a line that the user entered: see ClientCore.typed()."""
         if self.doubted and text.strip() == "/trust":
             return self._trust()
-        self._carry_on(self.core.typed(text, room, reply))
+        self._carry_on(self.core.typed(text, *more))
         if self.core.wants_connection:
             self.core.wants_connection = False
             self.reconnect()
@@ -16937,8 +17059,8 @@ class Link:
         self.unpinned = fingerprint
         self.conn.drop("another certificate")
 
-    def _refuse_certificate(self, why: str) -> None:
-        self._fail(
+    def _other_certificate_text(self, why: str) -> str:
+        return (
             f"ANOTHER CERTIFICATE: {self.target} does not have the one that it had, and the new "
             f"one {why}. Another machine may be between you and the server. It was known by "
             f"{self.known.pin(self.target)}; if you know that the new one is right, --pin "
@@ -16977,7 +17099,7 @@ class Link:
         if self.core.kind in (CHAT, IRC):  # which are worth looking for when they are lost
             self.patience = max(self.patience, RETRY_SECONDS)
         if self.core.cause == FATAL and not self.core.quitting:
-            return self._fail(self.core.refusal)
+            return self.conn.drop(self.core.refusal)
         self._keep_policy()
         if self.core.redial:
             return self.conn.drop("it speaks something else")
@@ -17018,6 +17140,7 @@ class Link:
     def _stand(self) -> None:
         """After each step of a session that stands: reset the back-off on progress, remember the
         kind of server, send what waits, and leave if that is what the user wants."""
+        self.stays = True
         if self.core.progress != self.progress:
             self.progress, self.backoff = self.core.progress, BACKOFF_FIRST
         if self.core.sure and self.core.kind != self.known_kind and not self.target.kind:
@@ -17132,13 +17255,28 @@ class Link:
         self.start()
 
     def _give_up(self, reason: str) -> None:
+        """End; but a server that stood once, or one of several, stays for the user to decide:
+        what is typed meanwhile must not go elsewhere."""
+        text = self._why_given_up(reason)
+        if not (self.asks and self.stays):
+            return self._end(text)
+        advice = "/reconnect tries again, /quit leaves"
+        if self.unpinned and not self.trust.pin:
+            self.doubted = self.unpinned
+            advice = "/trust believes the new one from now on, /quit leaves"
+        self.unpinned, self.core.quitting = "", False
+        self._enter(WAITING)
+        self.show([View(NOTE, f"{text}; {advice}")])
+        return self.status(text)
+
+    def _why_given_up(self, reason: str) -> str:
         if self.unpinned:
-            return self._refuse_certificate(why_not_trusted(reason))
+            return self._other_certificate_text(why_not_trusted(reason))
         if reason.startswith(TLS_TROUBLE):
             what = f"the certificate {why_not_trusted(reason)}" if NOT_SIGNED in reason else reason
             advice = "--ca, --pin or --insecure if you know better"
-            return self._end(f"{self.target} is not to be trusted: {what}; {advice}")
-        self._end(self.core.refusal or reason)
+            return f"{self.target} is not to be trusted: {what}; {advice}"
+        return self.core.refusal or reason
 
     def _ask_user(self, reason: str) -> None:
         """Try no more, and tell the user what can be done."""
@@ -17441,7 +17579,7 @@ class LineEditor:
         """Empty the line; Up brings it back."""
         if not is_secret(self.text):
             self.remember(self.text)
-        self.recalled = 0
+        self.recalled, self.sought, self.draft = 0, None, ""
         self.set("")
 
     def remember(self, text: str) -> None:
@@ -17532,6 +17670,8 @@ class LineEditor:
             if fold(self.sought) in fold(self.typed[-back]):
                 self.recalled = back
                 return self.set(self.typed[-back])
+        if not self.recalled and not self.draft:
+            self.set("")  # Return must not send what was found for less
         return None
 
     def _undo(self) -> None:
@@ -17590,18 +17730,6 @@ class LineEditor:
 
 RESET = "\x1b[0m"
 COLOUR = re.compile(r"(\x1b\[[\d;]*m)")  # the only escape sequences in a line of ours
-# Also the separators of lines and paragraphs: some terminals obey them.
-INERT = CONTROLS | BIDI_CONTROLS | {0x09: "    ", 0x2028: " ", 0x2029: " "}
-
-
-def inert(text: str) -> str:
-    """Text that can only be shown, whatever it was meant to do, of one line or several."""
-    return text if text.isprintable() else text.translate(INERT)
-
-
-def visible(text: str) -> str:
-    """A line with its newlines shown as symbols, so that it stays one row."""
-    return inert(text.replace("\n", "\u23ce").replace("\t", " "))
 
 
 def fitting(parts: Iterable[str], room: int) -> tuple[list[str], int]:
@@ -17789,7 +17917,9 @@ EXPLAINED = re.compile(r"(/\S.*?|\S.*?:) {2,}(\S.*)")  # a command or a key, and
 def told_lines(view: View, look: Look) -> list[str]:
     if match := EXPLAINED.fullmatch(view.text):
         return beside(*match.groups(), look.columns)
-    return [look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}{view.text}")]
+    first, *others = view.text.split("\n")
+    head = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}{first}")
+    return [head, *(look.palette.dim(f"  {line}") for line in others)]
 
 
 def page_lines(view: View, look: Look) -> list[str]:
@@ -17799,7 +17929,8 @@ def page_lines(view: View, look: Look) -> list[str]:
 
 def failed_lines(view: View, look: Look) -> list[str]:
     clock = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}")
-    return [clock + look.palette.loud(f"FAILED: {view.text}")]
+    first, *others = view.text.split("\n")
+    return [clock + look.palette.loud(f"FAILED: {first}"), *(f"  {line}" for line in others)]
 
 
 def people_lines(view: View, look: Look) -> list[str]:
@@ -18072,6 +18203,10 @@ class Reader:
         self.cut = max(0, self.cut)
 
 
+TOPICS_COMPLETED = {
+    "/set": sorted(SETTINGS),
+    "/help": [*HELP_TOPICS, *sorted(client_command)],
+}
 GO_COMMANDS = ("/go", "/part", "/names", "/history")  # are followed by a conversation
 
 
@@ -18083,6 +18218,8 @@ def complete_line(core: ClientCore, before: str, word: str) -> list[str]:
     if command in GO_COMMANDS and not first:
         key = fold(word).lstrip("#")
         return [name for name in rooms if fold(name).lstrip("#").startswith(key)]
+    if command in TOPICS_COMPLETED and not first:
+        return [f"{one} " for one in TOPICS_COMPLETED[command] if one.startswith(word)]
     near = [core.room] if core.room else []
     near += core.rooms.values() if command[:1] == "/" else []
     names = dict.fromkeys(n for room in near for n in (*reversed(room.people), room.name))
@@ -18175,7 +18312,11 @@ class Display:
         self.keep(view, self.room)
 
     def _take_removed(self, view: View) -> None:
-        self.whole |= self.reader.room is self.core.find(view.where)
+        """Draw again without the message, and without what quotes it."""
+        room = self.core.find(view.where)
+        if room and view.id:
+            room.drop(lambda one: one.kind == TOLD and one.reply == view.id)
+        self.whole |= self.reader.room is room
 
     def _take_cleared(self, view: View) -> None:
         self.reader.shown = self.reader.total
@@ -18183,10 +18324,10 @@ class Display:
 
     def _take_reacted(self, view: View) -> None:
         """A reaction, in words."""
-        known = self.core.answered_words(view._replace(reply=view.id))
+        known = visible(self.core.answered_words(view._replace(reply=view.id)))
         verb = "reacted" if view.number > 0 else "takes back"
         text = f"{view.name} {verb} {view.text} to {cut(known, REACTED_BYTES)}"
-        self.keep(View(TOLD, text, where=view.where))
+        self.keep(View(TOLD, text, where=view.where, reply=view.id))
 
     def _take_failed(self, view: View) -> None:
         """Show a failure in its conversation, and in the one that is looked at."""
@@ -18247,9 +18388,14 @@ class Display:
             self.painter.columns, self.painter.rows = columns, rows
             self.reader.look = self.reader.look._replace(columns=columns)
             self.reader.height = rows - 2
+            if self.reader.back:
+                self.reader.up(0)  # as many rows as fit now
             self.whole, self.seen = True, None
 
-    def prompt(self) -> str:
+    def prompt(self, sought: str | None = None) -> str:
+        """Return what stands before the line: where it goes, or what Ctrl-R looks for."""
+        if sought:
+            return f"(search: {sought}) "
         where = "" if self.core.here == LOBBY else f"{self.core.here} ".lstrip()
         name = self.core.name if self.painter.columns >= BESIDE_COLUMNS or not where else ""
         return f"{where}{name}".rstrip() + "> "
@@ -18262,6 +18408,7 @@ class Display:
         parts = [
             (trouble, (1, 33)),
             ("away" * bool(core.away), (33,)),
+            (self._progress(), (33,)),
             (f"{waiting:,} waiting" if waiting else "", (33,)),
             *self._reading(),
             (typing_text(map(visible, room.typing)), (36,)),
@@ -18272,6 +18419,14 @@ class Display:
             (cut_to(visible(room.topic), max(0, self.painter.columns - TOPIC_MARGIN)), (2,)),
         ]
         return [(text, colours) for text, colours in parts if text]
+
+    def _progress(self) -> str:
+        """Return how much of a long message has gone out, while it does."""
+        talk = self.core.talk
+        if talk is None or not talk.pieces or talk.lines_of_message < PROGRESS_LINES:
+            return ""
+        total = talk.lines_of_message
+        return f"{total - len(talk.pieces):,} of {total:,} lines sent"
 
     def _reading(self) -> list[tuple[str, tuple[int, ...]]]:
         """Return the parts about scrollback, while the user reads back."""
@@ -18295,6 +18450,9 @@ class Display:
         """Return the text that brings the screen up to date; messages are looked at if `due`."""
         if self.reader.room is not self.room and not self.reader.back:
             self._take_place(View(PLACE))
+        if self.reader.look.clock != self.core.setting("time"):
+            self.reader.look = self.reader.look._replace(clock=self.core.setting("time"))
+            self.whole = True
         bottom = status_row(parts, self.painter.columns, self.palette), row
         bell, self.bell, self.notice = "\a" * self.bell + self.notice, False, ""
         draw = self._page if self.reader.back else self._live
@@ -18516,6 +18674,7 @@ class Client:
                 join=options.join or ((LOBBY,) if options.lobby else ()),
                 login=options.login or made,
                 outbox=outbox,
+                named=bool(options.join),
             )
         except sqlite3.Error as error:
             text = f"the file client.db in {state} is damaged ({error}); move it away"
@@ -18593,6 +18752,7 @@ class ManyServers(Client):
     def _take_seat(self, seat: Seat) -> None:
         self.seats.append(seat)
         self.cores.append(seat.core)
+        seat.core.settings = self.core.settings  # one set for all servers
         seat.screen = self.screen_for(seat)
         self.seats_changed()
 
@@ -18631,6 +18791,7 @@ class ManyServers(Client):
         seat = Seat()
         show, over = (functools.partial(act, seat) for act in (self.show_of, self.seat_over))
         seat.core, seat.link = self.dial(options, show, over)
+        seat.link.stays = True
         return seat
 
     def disconnect(self) -> None:
@@ -18848,6 +19009,7 @@ class TerminalClient(ManyServers):
         self.painting: Timer | None = None  # what came too early for that
         self.was_ready = self.told_why = False
         self.late: set[str] = set()  # own ids of what has been waiting for a while
+        self.begun: float = math.inf  # views that there were when a command was begun
         self.cleared = self.asked = -math.inf  # when Ctrl-C cleared the line, or asked
         self.writing_in: Room | None = self.core.current  # whom the line is for
         self.escape: Timer | None = None
@@ -18962,8 +19124,17 @@ class TerminalClient(ManyServers):
                 self.editor.refused = ""
         if self.editor.left:
             self.leave()
-        self.link.typing(self.core.current, self.editor.text)
+        self.note_typing()
         self.pressed = True
+
+    def note_typing(self) -> None:
+        """After each key: others are told, and a command begins with what is on the screen."""
+        text = self.editor.text
+        self.link.typing(self.core.current, text)
+        if text[:1] != "/":
+            self.begun = math.inf
+        elif self.begun == math.inf and self.core.current:
+            self.begun = self.core.current.views.total
 
     def enter(self, text: str) -> None:
         """A line was entered; an empty one is no message, as it is from netcat."""
@@ -18980,7 +19151,8 @@ class TerminalClient(ManyServers):
         elif command[:4] == "/go " and (place := self.place_of(text[4:].strip())):
             self.go(place)
         elif text:
-            self.link.typed(text.rstrip() if command else text)
+            self.link.typed(text.rstrip() if command else text, None, "", self.begun)
+            self.begun = math.inf
 
     def places(self) -> list[tuple[Seat, Room]]:
         """Return all conversations, server by server: their numbers are those of Alt and /go.
@@ -19007,6 +19179,7 @@ class TerminalClient(ManyServers):
         now = self.loop.now
         if self.editor.text:
             self.editor.forget()
+            self.note_typing()
             self.cleared = now
         elif now - self.asked < LEAVE_SECONDS:
             return self.leave()
@@ -19146,11 +19319,11 @@ class TerminalClient(ManyServers):
         """Return what is wrong with the connection; "" if nothing is."""
         link = self.link
         if link.doubted:
-            return "/trust or /quit"
+            return f"/trust or {'/disconnect' if self.seats[1:] else '/quit'}"
         if link.again:
             return f"reconnecting in {max(0, math.ceil(link.again.when - self.loop.now))} s"
         if link.phase == WAITING:
-            return "not connected: /reconnect or /quit"
+            return f"not connected: /reconnect or {'/disconnect' if self.seats[1:] else '/quit'}"
         return "" if self.core.ready else "connecting"
 
     def paint(self, last: bool = False) -> None:
@@ -19165,7 +19338,8 @@ class TerminalClient(ManyServers):
         waiting = self.core.outbox.waiting
         count = len(self.late & waiting.keys() if self.core.ready else waiting)
         display, editor = self.display, self.editor
-        row = display.painter.row(display.prompt(), editor.before, editor.after)
+        prompt = display.prompt(editor.sought)
+        row = display.painter.row(prompt, editor.before, editor.after)
         text = display.frame(row, display.parts(self.trouble(), count), self.loop.now, due)
         self.pressed = False
         if due:
@@ -19801,13 +19975,15 @@ def web_origin(text: str) -> str:
 
 def parser_of(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
     """Add a subcommand whose help tells the defaults, and ends with `epilog` as it is."""
-    return commands.add_parser(
+    parser = commands.add_parser(
         name,
         help=text,
         description=f"{text[:1].upper()}{text[1:]}.",
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"chat.py {VERSION}")
+    return parser
 
 
 def add_server(commands: Any) -> None:

@@ -9057,7 +9057,8 @@ def test_after_a_paste_was_cancelled_messages_go_on(caps):
     alice.sent(5)
     alice.types("/cancel all", "after")
     assert any("after" in line for line in alice.sent(30))
-    assert "cancelled" in alice.kinds("failed")[0] and alice.kinds("arrived") == []
+    assert "of 30 lines sent, the rest dropped" in alice.kinds("note")[-1]
+    assert alice.kinds("arrived") == []
 
 
 def test_an_address_without_end_leaves_room_for_words():
@@ -9871,9 +9872,9 @@ def test_an_answer_carries_the_id_of_what_it_answers():
     bob.typed("/reply thank you")  # to the last one of another user
     alice.exchange()
     assert alice.core.answered_words(last_of(alice)) == "alice: I have"
-    alice.typed("/reply 2 and milk?")
+    alice.typed("/reply -2 and milk?")
     assert last_of(alice).reply == asked.id
-    alice.typed("/reply 9 nothing")
+    alice.typed("/reply -9 nothing")
     assert any(view.kind == chat.BACK for view in alice.views)
     bob.core.store.flush()
     assert bob.core.store.page("#lobby", 9)[1].reply == asked.id
@@ -10116,7 +10117,9 @@ def test_joins_in_one_row_never_come_behind_what_their_users_did():
 def test_a_message_to_another_conversation_is_told_where_the_user_looks():
     desk = Desk()
     desk.core.rooms["#lobby"].inside = True
-    desk.core.talk = types.SimpleNamespace(ready=True, pages=False, pump=chat.do_nothing)
+    desk.core.talk = types.SimpleNamespace(
+        ready=True, pages=False, pieces=(), pump=chat.do_nothing
+    )
     desk.core.send("#rust", "shall we have tea?")
     desk.tell(*desk.core.take_views())
     assert "you to #rust: shall we have" in "\n".join(desk.screen.lines)
@@ -10160,6 +10163,275 @@ def test_a_missing_password_is_told_once_with_the_way_out():
     assert there.kinds("told") == ["you are alice"]
     assert there.core.refusal == "Password incorrect; /pass PASSWORD gives it"
     assert there.core.cause == chat.NEEDS_USER
+
+
+# Found by real use
+
+
+def test_a_server_that_stood_stays_when_it_cannot_be_trusted_any_more():
+    link = Hanging(True, 60.0)
+    link.phase, link.stays = chat.SECURING, True
+    link.known, link.unpinned = chat.KnownServers(None), "ab" * 32
+    link.lost(f"{chat.TLS_TROUBLE}{chat.NOT_SIGNED}: self-signed certificate")
+    assert link.phase == chat.WAITING and link.doubted == "ab" * 32
+    (note,) = [view.text for view in link.log if view.kind == "note"]
+    assert "ANOTHER CERTIFICATE" in note and "/trust believes the new one" in note
+    link.typed("/trust")
+    assert link.phase == chat.RESOLVING and link.pin == "ab" * 32
+    link = Hanging(True, 60.0)  # one that never stood: a wrong address, say
+    link.phase = chat.REGISTERING
+    cause(link, "fatal")
+    assert link.ended
+    link = Hanging(True, 60.0)
+    link.phase, link.stays = chat.ONLINE, True
+    cause(link, "fatal")
+    assert link.phase == chat.WAITING
+    link.reconnect()
+    assert link.phase == chat.RESOLVING
+
+
+def test_the_last_message_is_the_one_that_was_there_when_the_command_was_begun():
+    alice, bob = two_screens()
+    bob.typed("QUESTION")
+    alice.exchange()
+    begun = alice.core.room.views.total
+    bob.typed("something else")
+    alice.exchange()
+    alice.core.typed("/reply my answer", None, "", begun)
+    exchange_all(alice, bob)
+    assert bob.core.answered_words(last_of(bob)) == "bob: QUESTION"
+    alice.typed("/reply 3 beers please")  # a number is text
+    assert (last_of(alice).text, bob.core.answered_words(last_of(alice))) == (
+        "3 beers please",
+        "bob: something else",
+    )
+
+
+@pytest.mark.parametrize("text", ["/redact abc", "/redact 0", "/redact 2", "/redact -0"])
+def test_what_is_no_number_takes_nothing_back(text):
+    alice, _ = two_screens()
+    alice.typed("keep this")
+    alice.typed(text)
+    assert last_of(alice).text == "keep this"
+    assert [view.text for view in alice.views if view.kind == "back"] == [text]
+
+
+def test_a_message_that_is_not_confirmed_is_the_one_that_redact_means():
+    alice, _ = two_screens()
+    alice.typed("keep this")
+    alice.core.typed("a typo")
+    alice.views += alice.core.typed("/redact")
+    assert any("has not confirmed that message yet" in view.text for view in alice.views)
+    alice.exchange()
+    alice.typed("/redact")
+    assert [view.text for view in alice.core.room.views if view.kind == "said"] == ["keep this"]
+
+
+def test_a_channel_that_is_named_is_entered_beside_those_of_the_last_time():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    store.keep_room("#tea", chat.Room("#tea"))
+    store.flush()
+    core = chat.ClientCore("alice", join=["#lobby"], store=store, named=True)
+    assert [room.name for room in core.rooms.values()] == ["#lobby", "#tea"]
+    assert core.here == "#lobby" and core.room.wanted
+    core = chat.ClientCore("alice", store=store)
+    assert list(core.rooms) == ["#tea"]
+
+
+def test_a_long_paste_goes_on_where_it_broke_off():
+    alice = Elsewhere(caps="echo-message")
+    text = "\n".join(f"line {n}" for n in range(30))
+    alice.types(text)
+    sent = [line for line in alice.sent(12) if line.startswith("PRIVMSG")]
+    assert 5 < len(sent) < 30
+    for line in sent[:5]:
+        alice.hears(f":alice!u@h {line}")
+    alice.views += alice.core.disconnected()
+    assert "5 of 30 lines have arrived" in alice.kinds("failed")[-1]
+    alice.connect(caps="echo-message")
+    alice.types("/retry")
+    rest = [line for line in alice.sent(90) if line.startswith("PRIVMSG")]
+    assert [line.partition(" :")[2] for line in rest] == [f"line {n}" for n in range(5, 30)]
+
+
+def test_how_much_of_a_paste_arrived_outlives_the_program(tmp_path):
+    target = chat.Target("127.0.0.1", 7000)
+    outbox = chat.open_outbox(tmp_path, target, "alice")
+    one = outbox.add(1.0, "#lobby", "one\ntwo", chat.MESSAGE)
+    outbox.arrived_to(one.id, 3)
+    outbox.arrived_to("unknown", 3)
+    outbox.journal.close()
+    again = chat.open_outbox(tmp_path, target, "alice")
+    assert [one.at for one in again.waiting.values()] == [3]
+    again.journal.close()
+
+
+def test_a_long_paste_is_told_about_while_it_goes_out():
+    alice = Elsewhere()
+    alice.types("\n".join(f"line {n}" for n in range(30)))
+    display = chat.Display(alice.core, chat.Palette(False), 80, 20)
+    alice.sent(9)
+    talk = alice.core.talk
+    assert (f"{30 - len(talk.pieces)} of 30 lines sent", (33,)) in display.parts("", 1)
+    alice.types("/cancel")
+    assert "/cancel all drops what waits" in alice.kinds("note")[-1]
+    gone = 30 - len(talk.pieces)
+    alice.types("/cancel all")
+    assert alice.kinds("note")[-1] == f"{gone} of 30 lines sent, the rest dropped"
+    assert not alice.core.outbox.waiting and display.parts("", 0)[0][0] != "waiting"
+
+
+def test_a_search_that_was_left_does_not_send_an_old_line():
+    editor = chat.LineEditor()
+    for text in ("find this remark", "other"):
+        editor.set(text)
+        editor.press(chat.Key("enter"))
+    editor.press(chat.Key("search"))
+    editor.press(chat.Key("text", "find"))
+    assert editor.text == "find this remark" and editor.sought == "find"
+    editor.forget()
+    editor.press(chat.Key("search"))
+    editor.press(chat.Key("text", "hello world"))
+    assert editor.text == "" and editor.press(chat.Key("enter")) == ""
+    desk = Desk()
+    assert desk.display.prompt("find") == "(search: find) "
+
+
+def test_what_waits_over_a_restart_has_the_time_when_it_was_accepted():
+    outbox = chat.Outbox()
+    outbox.add(1_700_000_000.0, "#lobby", "waiting", chat.MESSAGE)
+    core = chat.ClientCore("alice", outbox=outbox)
+    (view,) = core.rooms["#lobby"].views
+    assert view.time == 1_700_000_000_000
+    assert chat.accepted_at("of-another-make") is None
+
+
+def test_a_reaction_cannot_forge_a_row():
+    alice, bob = two_screens()
+    alice.typed("one\ntwo")
+    bob.exchange()
+    desk = Desk(columns=70)
+    desk.display.core, id = bob.core, last_of(bob).id
+    bob.views.clear()
+    tags = f"@+draft/react=x\\n11:21\\sbob:\\sPIN;+draft/reply={id}"
+    views = bob.core.feed(f"{tags} :eve!u@h TAGMSG #lobby\r\n".encode())
+    (view,) = [one for one in views if one.kind == chat.REACTED]
+    assert "\n" not in view.text
+    desk.display.take([view])
+    (row,) = [one for one in bob.core.room.views if one.kind == "told"]
+    assert "\n" not in row.text and row.text.startswith("eve reacted x")
+    bob.core.remove(id)
+    desk.display.take(bob.core.take_views())
+    assert not [one for one in bob.core.room.views if "eve reacted" in one.text]
+
+
+def test_rows_of_several_lines_are_several_rows():
+    view = chat.View(chat.FAILED, "why: one\ntwo", time=0)
+    look = chat.Look(chat.Palette(False))
+    told = view._replace(kind=chat.TOLD)
+    assert len(chat.view_lines(view, look)) == len(chat.view_lines(told, look)) == 2
+    long = "\n".join(f"line {n}" for n in range(100))
+    assert chat.beginning(long) == "line 0 \u2026" and len(chat.beginning("x" * 9999)) < 500
+
+
+def test_an_error_about_a_user_is_shown_where_the_command_was_typed():
+    there = Elsewhere()
+    there.hears(":inga!u@h PRIVMSG alice :hi")
+    there.types("/nick inga")
+    there.hears("433 alice inga :Nickname is already in use")
+    (told,) = [view for view in there.views if "already in use" in view.text]
+    assert told.where == ""
+    there.hears("482 alice #lobby :You're not channel operator")
+    assert [view.where for view in there.views if "operator" in view.text] == ["#lobby"]
+
+
+def test_a_topic_that_is_gone_after_a_restart_is_gone_here():
+    there = Elsewhere()
+    there.hears("332 alice #lobby :old")
+    assert there.core.room.topic == "old"
+    there.hears(":alice!u@h JOIN #lobby", "331 alice #lobby :No topic is set")
+    assert there.core.room.topic == ""
+
+
+@pytest.mark.parametrize("text", ["/react -1", "/react " + "x" * 33])
+def test_a_reaction_without_an_emoji_or_with_a_book_is_refused(text):
+    alice, bob = two_screens()
+    bob.typed("hi")
+    alice.exchange()
+    alice.typed(text)
+    assert [view.text for view in alice.views if view.kind == "back"] == [text]
+    assert bob.core.reactions_of(last_of(bob).id) == {}
+
+
+def test_a_reaction_is_shown_when_the_server_has_taken_it():
+    alice, bob = two_screens()
+    bob.typed("hi")
+    alice.exchange()
+    alice.views += alice.core.typed("/react +1")
+    assert alice.core.reactions_of(last_of(alice).id) == {}
+    alice.exchange()
+    assert alice.core.reactions_of(last_of(alice).id) == {"+1": ["alice"]}
+
+
+def test_typing_is_told_although_a_message_is_left_to_the_user():
+    there = Elsewhere(caps="message-tags")
+    there.types("x")
+    there.sent(9)
+    (id,) = there.core.outbox.waiting
+    there.core.park(id, "for a test")
+    there.core.typing(there.core.room, "active")
+    there.core.flush()
+    assert there.sent() == ["@+typing=active TAGMSG #lobby"]
+
+
+def test_typing_is_passed_on_and_not_kept():
+    house = House()
+    house.enter_irc("alice", "bob")
+    for name in ("alice", "bob"):
+        caps = "message-tags batch draft/event-playback draft/chathistory"
+        says(house, name, f"CAP REQ :{caps}", "JOIN #a")
+    house.heard("bob")
+    says(house, "alice", "@+typing=active TAGMSG #a", "@+draft/react=x;+draft/reply=y TAGMSG #a")
+    heard = house.heard("bob")
+    assert ["+typing=active" in line for line in heard] == [True, False]
+    says(house, "bob", "CHATHISTORY LATEST #a * 10")
+    page = "\n".join(house.heard("bob"))
+    assert "+draft/react=x" in page and "+typing" not in page
+
+
+def test_the_hint_for_netcat_is_not_shown_by_a_client():
+    core = chat.ClientCore("alice", kind=chat.CHAT)
+    core.connected()
+    assert [view for view in core.feed(chat.GREETING) if view.text] == []
+
+
+def test_private_messages_wait_for_a_connection_like_others():
+    core = chat.ClientCore("alice")
+    core.typed("/msg bob one")
+    core.typed("/query bob two")
+    assert [(one.where, one.text) for one in core.outbox.waiting.values()] == [
+        ("bob", "one"),
+        ("bob", "two"),
+    ]
+    views = core.typed("/msg NickServ help")
+    assert [view.kind for view in views] == ["back", "note"]
+
+
+def test_answers_to_pings_and_lists_of_bans_are_told_in_words():
+    there = Elsewhere()
+    there.now = 100.0
+    there.hears(":bob!u@h NOTICE alice :\x01PING 97.5\x01")
+    assert there.kinds("told")[-1] == "bob answers PING: after 2.5 s"
+    there.hears("367 alice #lobby *!*@spam op!u@h 1795691458")
+    assert there.kinds("told")[-1] == "banned: *!*@spam by op on 2026-11-26 11:10 UTC"
+    there.types("/who")
+    assert there.sent() == ["WHO #lobby"]
+
+
+def test_names_of_settings_and_topics_are_completed():
+    core = chat.ClientCore("alice")
+    assert chat.complete_line(core, "/set b", "b") == ["bell "]
+    assert chat.complete_line(core, "/help re", "re")[0].startswith("re")
 
 
 # Phases and causes
@@ -18008,7 +18280,7 @@ def test_a_page_of_older_messages_goes_on_where_one_was():
     assert desk.paint()[0] == DAY and "nothing older is here" in desk.screen.lines[-2]
     room.whole = True
     assert "this is the beginning" in desk.paint()[-2]
-    desk.display.fetching, desk.core.talk = True, types.SimpleNamespace(ready=True)
+    desk.display.fetching, desk.core.talk = True, types.SimpleNamespace(ready=True, pieces=())
     assert "older ones are coming" in desk.paint()[-2]
     older = [at(**CLOCK, text=f"older {n}", name="bob", where="#lobby") for n in range(40)]
     came = chat.View(chat.OLDER, "20", where="#lobby")
