@@ -301,6 +301,7 @@ PEOPLE_LISTED = 10_000  # of a channel, by our clients
 PEOPLE_ASKED = 500  # members of a channel about whom our clients ask who is away
 REACTIONS_SHOWN = 200  # to one message
 REACTED_BYTES = 60  # that are shown of the message
+TRAFFIC_LINES = 500  # of the protocol, that a user can look at
 QUOTED_BYTES = 400  # that are shown of a message that could not be sent
 PROGRESS_LINES = 5  # a message of so many is told about while it goes out
 REACTION_CHARACTERS = 32  # a family of joined emoji has up to 11
@@ -10734,7 +10735,7 @@ class PlainTalk:
     def do_without(self, *values: Any) -> None:
         """Do nothing: the line protocol has no such thing."""
 
-    tick = bye = ping = forget = acknowledged = renamed = watch = do_without
+    tick = bye = ping = forget = acknowledged = renamed = watch = send = do_without
 
 
 # Talking IRC
@@ -12626,6 +12627,9 @@ def first_words(core: "ClientCore", line: str) -> bool:
     return core.kind == CHAT
 
 
+SECRET_LINE = re.compile(  # what follows is not for a log of the protocol
+    r"(?i)^(PASS|AUTHENTICATE|OPER \S+|SESSION|REGISTER \S+ \S+|PRIVMSG NickServ :?\w+|NS \w+) .*"
+)
 PASSWORD_WORDS = ("login", "identify", "register", "passwd", "oper", "pass", "password")
 
 
@@ -12682,6 +12686,9 @@ class ForScreens:
         self.bots: set[str] = set()  # ... and of bots
         self.accounts: dict[str, str] = {}  # by key of their nicks
         self.quiet_who: set[str] = set()  # keys of channels that a screen asks about
+        # The last lines of the protocol: time (ms), whether it is ours, and the line
+        self.traffic: collections.deque[tuple[int, bool, str]]
+        self.traffic = collections.deque(maxlen=TRAFFIC_LINES)
 
     # Messages that did not go out
 
@@ -12751,7 +12758,7 @@ class ForScreens:
         if not view.reply or room is None:
             return ""
         known = next((one for one in reversed(room.views) if one.id == view.reply), None)
-        known = known or (self.store.message(view.reply) if self.store else None)
+        known = known or self.kept(view.reply)
         return f"{known.name}: {known.text}" if known else "an earlier message"
 
     def reactions_of(self, id: str) -> dict[str, list[str]]:
@@ -12884,6 +12891,10 @@ class ForScreens:
             return []
         found = self.store.find(words, count, self.fold(room.name) if room else None)
         return [self._in_room(view) for view in found if not self.hides(view)]
+
+    def kept(self, id: str) -> View | None:
+        """Return the message with this id, if this client has kept it."""
+        return self.store.message(id) if self.store and id else None
 
     def kept_before(self, room: Room, view: View, count: int) -> list[View]:
         """Return the kept messages before one, in order."""
@@ -13224,6 +13235,7 @@ class ClientCore(ForScreens):
                 self.show(View(NOTE, "the server sent a line too long to be shown"))
                 continue
             line = shown_line(raw)
+            self.traffic.append((int(self.clock() * 1000), False, line))
             if self.listening and first_words(self, line):
                 continue
             if self.talk:
@@ -13240,7 +13252,9 @@ class ClientCore(ForScreens):
     def take_output(self) -> bytes:
         end = "\n" if self.kind == PLAIN else "\r\n"
         ends = {} if self.kind == PLAIN else NOT_IN_IRC
-        lines = (line.translate(ends) for line in self.output)
+        lines = [line.translate(ends) for line in self.output]
+        when = int(self.clock() * 1000)
+        self.traffic.extend((when, True, SECRET_LINE.sub("\\1 \u2026", line)) for line in lines)
         data = "".join(line + end for line in lines).encode(errors="replace")
         self.output.clear()
         return data
@@ -14200,11 +14214,14 @@ def do_clear(core: ClientCore) -> None:
     core.show(View(CLEARED))
 
 
-@client_command("raw", 1)
-def do_raw(core: ClientCore, line: str) -> None:
-    """/raw LINE -- send a line of IRC to the server"""
+@client_command("raw", most=1, nameless=True)
+def do_raw(core: ClientCore, line: str = "") -> None:
+    """/raw [LINE] -- send a line of IRC to the server; the last lines that went each way"""
+    if not line:
+        rows = (f"{'>' if ours else '<'} {text}" for _, ours, text in core.traffic)
+        return core.show(View(PAGE, "\n".join(rows), "lines of the protocol"))
     core.wants_motd = core.wants_motd or line.upper().startswith("MOTD")
-    core.talk.raw(line)
+    core.online().raw(line)
 
 
 @client_command("set", most=2, nameless=True)
@@ -16862,7 +16879,8 @@ class Link:
         self.again: Timer | None = None  # ... if that is for the next attempt to connect
         self.pace: Timer | None = None  # until more may be sent
         self.dismissal: Timer | None = None  # until a server that said ERROR has to be gone
-        self.doubted = ""  # the fingerprint of a certificate that the user has to judge
+        self.doubted = ""  # the fingerprint of a certificate that the user has to judge ...
+        self.doubt = ""  # ... and why it is not trusted
         self.distrust = ""  # why it is not trusted, and is only looked at
         # Another certificate than the remembered one: try whether it is signed
         self.unpinned = ""
@@ -17162,7 +17180,7 @@ class Link:
     def _doubt(self, fingerprint: str) -> None:
         """Ask the user about a certificate that is not trusted; a pipe ends."""
         why, self.distrust, self.doubted = self.distrust, "", fingerprint
-        text = f"the certificate of {self.target} {why}"
+        self.doubt = text = f"the certificate of {self.target} {why}"
         if not self.asks:
             advice = f"--pin {fingerprint} if you know that it is the right one"
             return self._fail(f"{text}; {advice}")
@@ -17262,7 +17280,7 @@ class Link:
             return self._end(text)
         advice = "/reconnect tries again, /quit leaves"
         if self.unpinned and not self.trust.pin:
-            self.doubted = self.unpinned
+            self.doubted, self.doubt = self.unpinned, text
             advice = "/trust believes the new one from now on, /quit leaves"
         self.unpinned, self.core.quitting = "", False
         self._enter(WAITING)
@@ -18775,23 +18793,23 @@ class ManyServers(Client):
             known = (seat for seat in self.seats if str(seat.link.target) == str(target))
             if (seat := next(known, None)) is not None:
                 return self.look_at(seat)
-            seat = self._dial_other(target, name.strip(), more)
+            # The secrets of the first server are not for this one
+            usual = {"join": (), "password": "", "login": None, "lobby": False}
+            usual |= {"trust": Trust(self.options.trust.ca)}
+            usual |= {"name": name.strip() or self.options.name}
+            return self.look_at(self.add(self.options._replace(target=target, **usual | more)))
         except ChatError as error:
             return self.show([View(NOTE, str(error))])
-        self._take_seat(seat)
-        seat.link.start()
-        self.keep_servers()
-        return self.look_at(seat)
 
-    def _dial_other(self, target: Target, name: str, more: dict[str, Any]) -> Seat:
-        """Return a seat of another server. The secrets of the first one are not for this one."""
-        usual = {"join": (), "password": "", "login": None, "lobby": False}
-        usual |= {"trust": Trust(self.options.trust.ca), "name": name or self.options.name}
-        options = self.options._replace(target=target, **usual | more)
+    def add(self, options: ClientOptions) -> Seat:
+        """Connect to one server more, and stay when that fails. Raises Unusable."""
         seat = Seat()
         show, over = (functools.partial(act, seat) for act in (self.show_of, self.seat_over))
         seat.core, seat.link = self.dial(options, show, over)
         seat.link.stays = True
+        self._take_seat(seat)
+        seat.link.start()
+        self.keep_servers()
         return seat
 
     def disconnect(self) -> None:

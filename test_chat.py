@@ -10434,6 +10434,29 @@ def test_names_of_settings_and_topics_are_completed():
     assert chat.complete_line(core, "/help re", "re")[0].startswith("re")
 
 
+def test_the_last_lines_of_the_protocol_can_be_looked_at_without_secrets():
+    there = Elsewhere(password="sesame")
+    there.types("/raw OPER boss swordfish", "/login alice openSesame", "/raw")
+    there.sent(9)
+    there.types("/raw")
+    page = [view.text for view in there.views if view.kind == chat.PAGE][-1]
+    assert "> PASS \u2026" in page and "> OPER boss \u2026" in page
+    assert "< :irc.example 001 alice" in page
+    assert not re.search("sesame|swordfish", page, re.IGNORECASE)
+
+
+def test_a_plain_server_is_asked_for_nothing_that_it_does_not_know():
+    core = chat.ClientCore("alice", kind=chat.PLAIN)
+    core.connected()
+    core.take_output()
+    room = core.rooms["#lobby"]
+    core.ask_people(room)
+    core.typing(room, "active")
+    core.mark_read(room)
+    core.tick()
+    assert core.take_output() == b"" and core.people(room) == []
+
+
 # Phases and causes
 
 
@@ -10727,7 +10750,8 @@ def test_lines_wrap_between_words_and_long_words_stay_whole():
 
 
 def test_who_comes_and_goes_in_a_minute_is_one_row_but_for_those_who_spoke():
-    alice = Elsewhere(clock=lambda: alice.now)
+    alice = Elsewhere()
+    alice.core.clock = lambda: alice.now
     for n in range(30):
         alice.hears(f":u{n}!u@h JOIN #lobby")
     alice.hears(":u3!u@h QUIT :bye", ":u4!u@h PART #lobby", ":u5!u@h PRIVMSG #lobby :hi")
