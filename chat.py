@@ -449,7 +449,7 @@ def host_of(address: str) -> str:
 def source_of(
     name: str, address: str, username: str, account: str = "", bot: bool = False
 ) -> Source:
-    """With its mask, which is asked for with every message."""
+    """Return a Source with its mask, which is needed for every message."""
     host = host_of(address).strip("[]")
     if host.startswith(":"):  # a word of IRC cannot begin with one
         host = f"0{host}"
@@ -457,7 +457,7 @@ def source_of(
 
 
 class Event(NamedTuple):
-    """One thing that others can see. A tuple, because a storm makes 50,000 of them a second."""
+    """One thing that others can see. A tuple, because a storm makes 50,000 events a second."""
 
     id: int  # grows with every event, over restarts too; the order of everything
     time: int  # milliseconds since 1970; falls when the clock is set back
@@ -471,8 +471,8 @@ class Event(NamedTuple):
 
 
 class MessageIds:
-    """Event ids as clients see them: hexadecimal, and behind it four letters of the start of
-    the server that made the id, so that a restored backup cannot repeat one."""
+    """Event ids as clients see them: hexadecimal digits, and then four letters for the start of the
+    server that made the id. The letters keep a restored backup from repeating an id."""
 
     PATTERN = re.compile("([0-9a-f]{1,15})([g-z]{4})?")  # SQLite's integers have a bit more
 
@@ -500,11 +500,11 @@ class MessageIds:
 
 
 class ChatError(Exception):
-    """The errors that this program raises on purpose. The text is a sentence for a user."""
+    """Base of the errors that this program raises on purpose; the text is a sentence for users."""
 
 
 class Refused(ChatError):
-    """A peer asked for what cannot be done; the gate tells that peer and no other."""
+    """A request of a peer that cannot be granted. The gate tells that peer and no other."""
 
     def __init__(self, code: str, text: str, *about: str):
         super().__init__(text)
@@ -513,15 +513,15 @@ class Refused(ChatError):
 
 
 class Unusable(ChatError):
-    """Something this program needs is not to be had; it says so in one line and ends."""
+    """The lack of a thing that this program needs. The program says so in one line and ends."""
 
 
 class TlsFailed(ChatError):
-    """The other side does not speak TLS as we do, or is not who it should be."""
+    """A failure of TLS: the other side speaks none that we accept, or shows a wrong certificate."""
 
 
 def do_nothing(*_: Any) -> None:
-    """For hooks that are not used, and for timers that only want another turn."""
+    """Do nothing: for unused hooks, and for timers whose only purpose is another turn."""
 
 
 # ======================================================================================
@@ -534,11 +534,11 @@ TOO_LONG = b"\n"  # stands for a line over the limit; no real line holds a newli
 
 
 class LineBuffer:
-    """Bytes in, lines out, as tokio's LinesCodec frames them: LF ends, one CR before it goes.
+    """Bytes in, lines out, as tokio's LinesCodec frames them: split at LF, less one CR before it.
 
-    Bytes stay as they came until they are about to be taken, LINES_SPLIT of them at a time: a
-    list of all short lines would be twenty times as large. A line longer than `limit` bytes
-    comes out as TOO_LONG once and is skipped."""
+    Bytes stay as they came until they are about to be taken, LINES_SPLIT lines at a time: a list of
+    all short lines would be twenty times as large. A line longer than `limit` bytes comes out as
+    TOO_LONG once and is skipped."""
 
     __slots__ = ("buffer", "ended", "first", "limit", "lines", "searched", "skipping", "start")
     out, closed, in_body = b"", False, False  # what other framers have
@@ -550,7 +550,7 @@ class LineBuffer:
         self.first = True  # nothing was taken: what follows may be no lines
 
     def clear(self) -> None:
-        """Forget what has come and was not taken."""
+        """Drop all bytes that were fed and not taken."""
         self.buffer = b""
         self.start = 0  # of what is not split
         self.searched = 0  # up to here there is no LF behind start
@@ -587,7 +587,7 @@ class LineBuffer:
         return self.lines.pop()
 
     def _take_long(self) -> bytes | None:
-        """Return a line that is long, or has not ended: too long already, or the last one."""
+        """Return a line that is not split off yet: a long one, or the last one after finish()."""
         end = self.buffer.find(b"\n", self.searched)
         if end >= 0:
             line = self.buffer[self.start : end].removesuffix(b"\r")
@@ -615,16 +615,16 @@ class LineBuffer:
         return rest > self.limit + 1 or last
 
     def rest(self) -> bytes:
-        """Return the bytes behind the first line."""
+        """Return the bytes after the first line."""
         return self.buffer[self.start :]
 
     def finish(self) -> None:
-        """The peer will send no more: what came after the last newline is a line too."""
+        """Note the end of input: bytes after the last newline count as a line, too."""
         self.ended = True
 
 
 def fold(name: str) -> str:
-    """The key of a name: full case folding, and what only looks different made the same."""
+    """Return the key of a name: NFKC and full case folding, so that forms of one name agree."""
     if name.isascii():  # nothing to normalize, and asked for with every message
         return name.lower()
     folded = unicodedata.normalize("NFKC", name).casefold()
@@ -632,7 +632,7 @@ def fold(name: str) -> str:
 
 
 def cut(text: str, limit: int) -> str:
-    """As much of `text` as fits in `limit` bytes of UTF-8, never half a character."""
+    """Return as much of `text` as fits in `limit` bytes of UTF-8, without splitting a character."""
     return text.encode()[:limit].decode(errors="ignore")
 
 
@@ -656,7 +656,7 @@ BLANKS = frozenset("\u2800\ufffc\U00016fe4\U00013441\U00013442\U0001d159")
 
 
 def is_solid(c: str) -> bool:
-    """Return whether a character shows something: it is no control, separator or blank."""
+    """Return whether a character shows ink: it is no control, separator or blank."""
     if c.isascii():
         return "!" <= c <= "~"
     return (
@@ -706,12 +706,12 @@ def skeleton(name: str) -> str:
 
 
 def is_visible(text: str) -> bool:
-    """Return whether there is more to see than marks on nothing."""
+    """Return whether a text shows more than combining marks without a letter."""
     return any(is_solid(c) and unicodedata.category(c)[0] != "M" for c in text)
 
 
 def is_word(text: str, limit: int) -> bool:
-    """Return whether `text` is one word of a line of IRC, of at most `limit` bytes."""
+    """Return whether `text` is one word of an IRC line, of at most `limit` bytes."""
     solid = text and text[0] != ":" and all(map(is_solid, text))
     return bool(solid) and len(text.encode()) <= limit
 
@@ -731,7 +731,7 @@ def clean_name(wanted: str) -> str:
 
 
 def numbered_name(name: str, number: int) -> str:
-    """alice, 2 -> alice2, shortened where the number would not fit."""
+    """Return a name with a number: alice, 2 -> alice2. The name is shortened to make room."""
     suffix = str(number)
     stem = name[: NAME_CHARACTERS - len(suffix)]
     return cut(stem, NAME_BYTES - len(suffix)) + suffix
@@ -764,13 +764,13 @@ def unescaped_tag(value: str) -> str:
 
 
 def parse_tags(text: str) -> dict[str, str]:
-    """a=b;c -> {"a": "b", "c": ""} (IRCv3 message-tags): nothing in there is an error."""
+    """Parse IRCv3 message tags: a=b;c -> {"a": "b", "c": ""}. Nothing in them is an error."""
     pairs = (tag.partition("=") for tag in text.split(";"))
     return {key: unescaped_tag(value) for key, _, value in pairs if key}
 
 
 def parse_message(line: str) -> Message:
-    """Lenient: spaces in a row count as one, a source is ignored, verbs have any case."""
+    """Parse a line of IRC. Spaces in a row count as one, a source is ignored, any case is right."""
     tags: dict[str, str] = {}
     if line.startswith("@"):
         head, _, line = line[1:].partition(" ")
@@ -789,7 +789,7 @@ def parse_message(line: str) -> Message:
 
 
 def split_text(text: str, room: int) -> Iterator[str]:
-    """Pieces of at most `room` bytes, cut between words where one is near, never in a character."""
+    """Yield pieces of at most `room` bytes, cut between words if possible, else characters."""
     while len(text.encode()) > room:
         piece = cut(text, room)
         space = piece.rfind(" ") + 1
@@ -816,11 +816,11 @@ def wrapped(words: Iterable[str], room: int, between: str = " ") -> Iterator[str
 
 @functools.lru_cache(1000)
 def pattern_of(mask: str) -> re.Pattern:
-    """Return the pattern of the texts that a folded mask means: * is anything, ? any one.
+    """Return the compiled pattern of a folded mask: * matches any text, ? any one character.
 
-    An atomic group, (?>...), never gives back what it took. So each piece between two stars
-    is found once, where it comes first, and no number of stars makes this slow: the time is
-    at most the product of both lengths, where nested .* would double with every star."""
+    An atomic group, (?>...), never gives back what it matched. So each piece between two stars is
+    found once, at its first occurrence, and no number of stars makes a match slow: the time is at
+    most the product of both lengths, where nested .* would double it with every star."""
     first, *others = (re.escape(piece).replace(r"\?", ".") for piece in re.split(r"\*+", mask))
     if others:
         *middle, last = others
@@ -829,7 +829,7 @@ def pattern_of(mask: str) -> re.Pattern:
 
 
 def mask_pattern(mask: str) -> re.Pattern:
-    """Return the pattern of the folded texts that `mask` means: see pattern_of()."""
+    """Return the compiled pattern of `mask` for folded texts: see pattern_of()."""
     return pattern_of(fold(mask))
 
 
@@ -840,7 +840,7 @@ CONTROLS |= {0x2028: " ", 0x2029: " "}  # some programs end a line there
 
 
 def harmless(text: str) -> str:
-    """`text` without control characters but TAB and newline: no terminal is steered by it."""
+    """Return `text` without control characters but TAB and newline, harmless on a terminal."""
     return text if text.isprintable() else text.translate(CONTROLS)
 
 
@@ -849,18 +849,18 @@ BIDI_CONTROLS = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)))
 
 
 def escaped(text: str) -> str:
-    """`text` with control characters made visible, for the log and error messages."""
+    """Return `text` with control characters made visible, for the log and error messages."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def plain_text(text: str) -> str:
-    """Return a text of IRC without control characters, and colours with their digits."""
+    """Return an IRC text without control characters and without colour codes and their digits."""
     return harmless(COLOURS.sub("", text))
 
 
 def split_words(text: str) -> list[str] | None:
-    """Split at blanks; a word in double quotes may contain blanks. A quote inside a word is
-    part of it. None if a quoted word does not end."""
+    """Split a text at blanks; a word in double quotes may contain blanks. A quote inside a word is
+    part of the word. Return None if a quoted word does not end."""
     words = re.findall(r'"[^"]*"(?=\s|$)|\S+', text)
     if any(len(word) > 1 and word[0] == '"' != word[-1] for word in words):
         return None
@@ -868,23 +868,23 @@ def split_words(text: str) -> list[str] | None:
 
 
 def positive_number(text: str) -> float:
-    """Return a decimal number; 0 if `text` is none, or not positive."""
+    """Return a decimal number; 0 if `text` is not a number, or is not positive."""
     return float(text) if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text) else 0.0
 
 
 def whole_number(text: str) -> int | None:
-    """The number that `text` is; None if it is none, or none that anybody means."""
+    """Return the whole number in `text`; None if it is none, or has 10 digits or more."""
     return int(text) if text.isdecimal() and len(text) < 10 else None
 
 
 def time_text(milliseconds: int) -> str:
-    """2026-11-22 08:30:05Z: UTC, because a server does not know where its readers live."""
+    """Return a time as 2026-11-22 08:30:05Z. UTC: a server knows no user's time zone."""
     moment = datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC)
     return moment.strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 def counted(number: int, noun: str) -> str:
-    """1, "message" -> "1 message"; 2 -> "2 messages"."""
+    """Return a number with its noun: 1, "message" -> "1 message"; 2 -> "2 messages"."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
@@ -921,7 +921,7 @@ class SendQueue:
         return b"".join(self.chunks[: max(count, 1)])
 
     def advance(self, sent: int) -> None:
-        """`sent` bytes of the head are gone."""
+        """Drop `sent` bytes from the head, after a send."""
         self.size -= sent
         if not self.size:  # nearly always: no walk along the chunks
             self.chunks.clear()
@@ -941,11 +941,10 @@ class SendQueue:
 
 
 class TlsFilter:
-    """TLS between two buffers of bytes: it has no socket and never waits.
+    """TLS between two buffers of bytes. The filter has no socket and never waits.
 
-    feed() takes what came from the network and gives the plaintext in it; seal() takes
-    plaintext; take() gives what has to go out, the handshake's own bytes included.
-    Raises TlsFailed."""
+    feed() takes bytes from the network and returns the plaintext in them. seal() takes plaintext.
+    take() returns the bytes to be sent, including those of the handshake. Raises TlsFailed."""
 
     def __init__(self, context: Any, hostname: str | None = None):
         import ssl  # 15 ms, paid only by those who use TLS
@@ -990,7 +989,7 @@ class TlsFilter:
         return self.outgoing.read()
 
     def finish(self) -> bool:
-        """Say that we will send no more (close_notify); whether that was news."""
+        """Send close_notify once, after the handshake; return whether it was sent now."""
         if self.finished or not self.ready:
             return False
         self.finished = True
@@ -999,13 +998,13 @@ class TlsFilter:
         return True
 
     def fingerprint(self) -> str:
-        """SHA-256 of the peer's certificate, in hex; "" if it shows none."""
+        """The SHA-256 of the peer's certificate, in hex; "" if the peer shows none."""
         certificate = self.session.getpeercert(binary_form=True)
         return hashlib.sha256(certificate).hexdigest() if certificate else ""
 
 
 class Budget:
-    """Lines a peer may say: `burst` at once, `rate` a second after that (a token bucket)."""
+    """A token bucket for the lines of a peer: `burst` at once, then `rate` a second."""
 
     __slots__ = ("burst", "rate", "stamp", "tokens")
 
@@ -1018,7 +1017,7 @@ class Budget:
         self.stamp = now
 
     def wait(self) -> float:
-        """Seconds until there is a whole line to spend again."""
+        """Return the seconds until there is a whole token to spend again."""
         return max(0.0, (1.0 - self.tokens) / self.rate)
 
 
@@ -1035,7 +1034,7 @@ LongAnswer = Iterator[None] | None  # the rest of it, if there is one
 
 
 class Command(NamedTuple):
-    """A command, and what the gate has to know of it before it may run."""
+    """A command, and the requirements that the gate checks before it runs."""
 
     verb: str
     handler: Callable
@@ -1056,7 +1055,7 @@ class Commands(dict[str, Command]):
         self.mark = mark  # what stands before a verb on the wire
 
     def __call__(self, verb: str, least: int = 0, most: int | None = None, doc: str = "", **needs):
-        """Decorator: this is the command `verb`. Dialects share a handler, each with its `doc`."""
+        """Decorator: register the command `verb`. Dialects share a handler, each with its `doc`."""
 
         def register(handler: Callable) -> Callable:
             if verb in self:
@@ -1069,8 +1068,8 @@ class Commands(dict[str, Command]):
         return register
 
     def run(self, session: "LocalSession", verb: str, given: list[str] | str) -> "LongAnswer":
-        """The one gate. `given` are the parameters, or the text that they are split from. Return
-        the rest of a long answer, if there is one. Raises Refused."""
+        """Check a command's needs and run it: the one gate. `given` are the parameters, or the text
+        to split into them. Return the rest of a long answer, if there is one. Raises Refused."""
         command = self.get(verb)
         if command is None:
             text = f"there is no {self.mark}{verb}; {self.mark}help lists what there is"
@@ -1107,20 +1106,20 @@ def sha256_hmac(key: bytes, text: bytes) -> bytes:
 
 
 def client_keys(password: str, salt: bytes, rounds: int) -> tuple[bytes, bytes]:
-    """ClientKey and ServerKey (RFC 5802 section 3)."""
+    """Return ClientKey and ServerKey (RFC 5802 section 3)."""
     prepared = unicodedata.normalize("NFKC", password).encode()
     salted = hashlib.pbkdf2_hmac("sha256", prepared, salt, rounds)
     return sha256_hmac(salted, b"Client Key"), sha256_hmac(salted, b"Server Key")
 
 
 def scram_keys(password: str, salt: bytes, rounds: int) -> tuple[bytes, bytes]:
-    """StoredKey and ServerKey."""
+    """Return StoredKey and ServerKey (RFC 5802 section 3)."""
     client_key, server_key = client_keys(password, salt, rounds)
     return hashlib.sha256(client_key).digest(), server_key
 
 
 class Verifier(NamedTuple):
-    """A stored password (RFC 5802 section 3): it can be checked and not read back."""
+    """A stored password (RFC 5802 section 3) that can be checked but not read back."""
 
     salt: bytes
     rounds: int
@@ -1128,13 +1127,13 @@ class Verifier(NamedTuple):
     server_key: bytes
 
     def fits(self, password: str) -> bool:
-        """Takes as long as the rounds do: off the loop, please."""
+        """Return whether a password is the stored one. The rounds take time: off the loop."""
         stored_key, _ = scram_keys(password, self.salt, self.rounds)
         return hmac.compare_digest(self.stored_key, stored_key)
 
 
 def make_verifier(password: str, rounds: int = ACCOUNT_ROUNDS) -> Verifier:
-    """Make one for a new password, with a salt of its own. Takes as long as the rounds do."""
+    """Make a verifier for a new password, with a new salt. The rounds take time: off the loop."""
     salt = secrets.token_bytes(16)
     return Verifier(salt, rounds, *scram_keys(password, salt, rounds))
 
@@ -1147,8 +1146,8 @@ DECOY_KEY = secrets.token_bytes(16)
 
 
 def decoy_verifier(name: str, rounds: int | None = None) -> Verifier:
-    """Return the verifier of a name that does not exist: the same salt for the same name, and
-    no password fits, so that asking for it tells nothing."""
+    """Return a verifier for a name that does not exist: no password fits, and one name always gets
+    the same salt. So an answer does not reveal whether the account exists."""
     salt = sha256_hmac(DECOY_KEY, fold(name).encode())[:16]
     return Verifier(salt, rounds or ACCOUNT_ROUNDS, b"", b"")
 
@@ -1158,13 +1157,13 @@ Mechanism = Iterator  # of bytes to the client, or functions for off the loop
 
 
 def wrong_login() -> Refused:
-    """A new one each time: an exception keeps the frames that it went through, and they
-    keep the password."""
+    """Return a new refusal each time: an exception keeps the frames that it passed through, and
+    these keep the password."""
     return Refused("SASL_FAILED", "name or password are wrong")
 
 
 def sasl_plain(find: Lookup) -> Mechanism:
-    """RFC 4616."""
+    """PLAIN, from the server's side (RFC 4616)."""
     try:
         authzid, authcid, password = (yield b"").decode().split("\0")
     except ValueError:  # not three parts; UnicodeDecodeError is a ValueError
@@ -1182,12 +1181,12 @@ def xor(one: bytes, other: bytes) -> bytes:
 
 
 def scram_fields(message: str) -> dict[str, str]:
-    """n=alice,r=abc -> {"n": "alice", "r": "abc"}"""
+    """Parse the fields of a SCRAM message: n=alice,r=abc -> {"n": "alice", "r": "abc"}"""
     return dict(field.partition("=")[::2] for field in message.split(","))
 
 
 def sasl_scram(find: Lookup) -> Mechanism:
-    """SCRAM-SHA-256 without channel binding (RFC 5802 section 3, RFC 7677)."""
+    """SCRAM-SHA-256 without channel binding, as the server (RFC 5802 section 3, RFC 7677)."""
     try:
         first = (yield b"").decode()
         binding, authzid, bare = first.split(",", 2)
@@ -1217,7 +1216,8 @@ def sasl_scram(find: Lookup) -> Mechanism:
 
 
 def sasl_external(find: Lookup) -> Mechanism:
-    """RFC 4422 appendix A: the proof was given before, to TLS; find() knows whose it is."""
+    """EXTERNAL, from the server's side (RFC 4422 appendix A). TLS has taken the proof before;
+    find() knows which account the certificate belongs to."""
     try:
         authzid = (yield b"").decode()
     except UnicodeDecodeError:
@@ -1229,13 +1229,13 @@ MECHANISMS = {"PLAIN": sasl_plain, "SCRAM-SHA-256": sasl_scram, "EXTERNAL": sasl
 
 
 def login_plain(account: str, password: str) -> Mechanism:
-    """sasl_plain() from the client's side: takes what the server says, gives the answers."""
+    """PLAIN, from the client's side: takes the server's messages and yields the answers."""
     yield b""
     yield f"{account}\0{account}\0{password}".encode()
 
 
 def login_scram(account: str, password: str) -> Mechanism:
-    """sasl_scram() from the client's side; the server has to know the password, too."""
+    """SCRAM-SHA-256, from the client's side. The server has to prove the password, too."""
     yield b""
     nonce, name = secrets.token_urlsafe(18), account.replace("=", "=3D").replace(",", "=2C")
     bare = f"n={name},r={nonce}"
@@ -1259,7 +1259,7 @@ def login_scram(account: str, password: str) -> Mechanism:
 
 
 def login_external() -> Mechanism:
-    """sasl_external() from the client's side: TLS has shown the certificate."""
+    """EXTERNAL, from the client's side: TLS has shown the certificate."""
     yield b""
     yield b""
 
@@ -1276,7 +1276,8 @@ class Exchange:
         self.received = ""
 
     def feed(self, chunk: str) -> bytes | None:
-        """Return what the client said, once it is whole: a chunk of 400 bytes is not the last."""
+        """Return the client's message once it is complete; a chunk of 400 bytes is not the last
+        one."""
         self.received += "" if chunk == "+" else chunk
         if len(self.received) > SASL_BYTES:
             raise wrong_login()
@@ -1290,7 +1291,7 @@ class Exchange:
 
     @staticmethod
     def chunks(data: bytes) -> list[str]:
-        """Yield what the server says, in as many lines as it takes."""
+        """Return a message of the server as lines of base64, at most SASL_CHUNK bytes each."""
         text = base64.b64encode(data).decode()
         pieces = [text[n : n + SASL_CHUNK] for n in range(0, len(text), SASL_CHUNK)]
         return pieces if len(text) % SASL_CHUNK else [*pieces, "+"]
@@ -1301,8 +1302,9 @@ def is_loopback(host: str) -> bool:
 
 
 def address_key(host: str, own: str = "") -> str:
-    """Return an address as limits count it: IPv6 as its /64, which one user has. A LAN shares a
-    /64: addresses in that of `own`, ours, count as themselves, and so do link-local ones."""
+    """Return an address as limits count it: an IPv6 address as its /64, since one user has a whole
+    /64. A LAN shares a /64: addresses in the /64 of `own` (our address) count as themselves, and so
+    do link-local ones."""
     host = host.strip("[]").partition("%")[0]
     if ":" not in host:
         return host
@@ -1318,8 +1320,8 @@ def address_key(host: str, own: str = "") -> str:
 
 
 class Throttle:
-    """How often an attempt may fail, by (address, subject) and by address alone: so a user at
-    another address cannot lock the owner of an account out. Times are of the monotonic clock."""
+    """A limit on failed attempts, by (address, subject) and by address alone. So a user at another
+    address cannot lock the owner of an account out. Times are of the monotonic clock."""
 
     def __init__(
         self,
@@ -1336,7 +1338,8 @@ class Throttle:
         return count if now < until else 0
 
     def wait(self, host: str, subject: str, now: int) -> int:
-        """Return the seconds until another try; `now` in milliseconds."""
+        """Return the seconds until the next allowed attempt; 0 if none is needed. `now` is in
+        ms."""
         own = LOGIN_TRIES_SERVER if subject[:1] == "*" else self.most
         for one, most in ((subject, own), (None, self.most_an_address)):
             if self.count(host, one, now) >= most:
@@ -1345,7 +1348,7 @@ class Throttle:
         return 0
 
     def check(self, host: str, subject: str, now: int) -> None:
-        """Raises Refused."""
+        """Raise Refused if there were too many failures lately."""
         if seconds := self.wait(host, subject, now):
             raise Refused("TRY_LATER", f"too many failures; try again in {seconds} s")
 
@@ -1362,11 +1365,12 @@ class Throttle:
                 del self.failures[key]
 
     def sweep(self, now: int) -> None:
-        """Forget what does not count any more."""
+        """Forget the failures that do not count any more."""
         self.failures = {key: one for key, one in self.failures.items() if now < one[1]}
 
     def succeeded(self, host: str, subject: str) -> None:
-        """Take back the failure that an attempt counts as until it is proven."""
+        """Forget the failures for a subject, and one failure of the address: every attempt counts
+        as a failure until it succeeds."""
         self.failures.pop((host, fold(subject)), None)
         count, until = self.failures.pop((host, None), (0, 0))
         if count > 1:
