@@ -1416,7 +1416,7 @@ class Format(typing.Protocol):
 
 
 class Dedup(typing.Protocol):
-    """Where the store looks for a message by the id that its sender gave it."""
+    """The lookup of a message by the id that its sender gave it."""
 
     def find(self, owners: Iterable[str], own_id: str) -> int | None: ...
     def lost(self, owners: Iterable[str], own_id: str, ticks: int) -> bool: ...
@@ -1470,7 +1470,7 @@ def escaped_tag(value: str) -> str:
 
 
 class StoredFile(NamedTuple):
-    """A file that a user has uploaded, or begun to upload."""
+    """A file that a user has uploaded, or has begun to upload."""
 
     id: str  # 128 random bits in hex: the end of its link
     name: str
@@ -1486,12 +1486,12 @@ class StoredFile(NamedTuple):
 
     @property
     def on_disk(self) -> str:
-        """The name of its content in the folder of files. Equal content is there once."""
+        """The name of the file's content in the folder of files. Equal content is stored once."""
         return self.sha or f"{self.id}.part"
 
     @property
     def tag(self) -> str:
-        """What a message with its link tells clients about it."""
+        """The message tag that tells clients about a linked file: path, type and sizes."""
         value = f"/files/{self.id},{self.type},{self.size},{self.width},{self.height}"
         return f"{FILE_TAG}={escaped_tag(value)}"
 
@@ -1503,7 +1503,7 @@ FILE_LINK = re.compile(r"/files/([0-9a-f]{32})(?![0-9a-f])")
 
 
 class Files(dict[str, StoredFile]):
-    """All files by id, and what may be removed from disk."""
+    """All files by id, and the names on disk that may be removed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1520,7 +1520,7 @@ class Files(dict[str, StoredFile]):
             self.by_message.update(dict.fromkeys(messages, id))
 
     def linked(self, text: str) -> StoredFile | None:
-        """Return the file whose link is in a text; the first one of several."""
+        """Return the complete file whose link is in a text; of several links, the first."""
         found = (self.get(match[1]) for match in FILE_LINK.finditer(text))
         return next((file for file in found if file and file.sha), None)
 
@@ -1552,10 +1552,10 @@ class Grant(NamedTuple):
 
 
 class Grants(dict[str, Grant]):
-    """Upload tokens, by their hash. A token ends with its time, and with its user."""
+    """Upload tokens, by their hash. A token ends with its time, or with its user's last session."""
 
     def make(self, user: "User", ticks: int) -> str:
-        """Return a new token. The oldest of a user who has too many ends."""
+        """Return a new token. If the user has too many tokens, the oldest ends."""
         for digest in [d for d, one in self.items() if one.until < ticks or not one.user.sessions]:
             del self[digest]
         mine = [digest for digest, one in self.items() if one.user is user]
@@ -1566,8 +1566,8 @@ class Grants(dict[str, Grant]):
         return token
 
     def owner(self, token: str, ticks: int) -> str:
-        """Return the identity of the user with this token, which lasts while it is used; ""
-        if there is none."""
+        """Return the identity of the user with this token; "" if there is none. Every use extends
+        the token's time."""
         digest = hashed_token(token)
         one = self.get(digest)
         if one is None or one.until < ticks or not one.user.sessions:
@@ -1578,7 +1578,7 @@ class Grants(dict[str, Grant]):
 
 
 class Site:
-    """The things that all sessions of one server share."""
+    """The objects and settings that all sessions of one server share."""
 
     def __init__(
         self, hub: "Hub", store: Any, server: ServerCalls, wires: Any, options: "ServerOptions"
@@ -1605,8 +1605,8 @@ DISK_LANE, FILE_LANE, READ_LANE = "disk", "files", "reads"
 
 
 def base_url(site: Site, secure: bool, authority: str) -> str:
-    """Return how the URLs of this server begin: as --web-url says, or with the address that
-    other machines reach, or with the one that a client used (HOST:PORT)."""
+    """Return how the URLs of this server begin: the value of --web-url, or else the address that
+    other machines reach, or else the one that the client used (HOST:PORT)."""
     web = site.web
     if web.url:
         return web.url
@@ -1616,9 +1616,9 @@ def base_url(site: Site, secure: bool, authority: str) -> str:
 
 
 def next_time(last: int, now: int) -> int:
-    """Return the time of the event after one at `last`, in milliseconds: that of the wall clock,
-    unique while it runs forward, and at most TIMES_AHEAD ahead. A `last` that is further ahead
-    means that the clock was set back."""
+    """Return the time of the event after one at `last`, in milliseconds: the wall clock's, but
+    unique while the clock runs forward, and at most TIMES_AHEAD ahead of it. A `last` that is
+    further ahead means that the clock was set back."""
     if now > last or last > now + TIMES_AHEAD:
         return now
     return min(last + 1, now + TIMES_AHEAD)
@@ -1635,7 +1635,7 @@ SOURCE_FIELDS = ("name", "address", "username", "account", "bot")  # what source
 
 
 class Session:
-    """One connection of a user, as the acts know it; a bare one is none of this process."""
+    """One connection of a user, as the acts know it. A bare one is not of this process."""
 
     __slots__ = ("address", "client", "id", "operator", "token", "user")
     wire: Any = None
@@ -1654,7 +1654,7 @@ class Session:
 
 
 class User:
-    """A user who is present, or absent within the grace period. Identity is the object."""
+    """A user who is present, or absent within the grace period. Users are compared by identity."""
 
     __slots__ = (
         *("account_key", "away", "channels", "invitations", "key", "last_time", "login"),
@@ -1682,8 +1682,8 @@ class User:
 
     @property
     def identity(self) -> str:
-        """The owner of messages, markers and private conversations: the account's identity,
-        else that of this stay. No channel's key begins so."""
+        """The owner of messages, markers and private conversations: the account's identity, or else
+        that of this stay. No channel's key begins like one."""
         return self.login or self.resume_id
 
     def set_source(self, source: Source) -> None:
@@ -1698,7 +1698,7 @@ class User:
         return [session for session in self.sessions if session.user is self]
 
     def change_source(self, **known: Any) -> None:
-        """Take another name, address or account, or become a bot."""
+        """Change the user's name, address, account or bot flag."""
         fields = {name: getattr(self.source, name) for name in SOURCE_FIELDS} | known
         self.set_source(source_of(**fields))
 
@@ -1716,16 +1716,16 @@ class User:
 
     @property
     def is_operator(self) -> bool:
-        """Return whether a session of this user operates the server."""
+        """True if a session of this user operates the server."""
         return any(session.operator for session in self.live)
 
     @property
     def may_return(self) -> bool:
-        """Return whether this user could prove to be the same after a break."""
+        """True if this user can prove to be the same after a break."""
         return bool(self.login or self.tokens)
 
     def state(self) -> dict[str, Any]:
-        """Return what outlives the server, for JSON. OPER does not."""
+        """Return the part of the user that outlives the server, for JSON. OPER does not."""
         return {
             "source": {name: getattr(self.source, name) for name in SOURCE_FIELDS},
             "login": self.login,
@@ -1740,7 +1740,7 @@ class User:
 
     @classmethod
     def revived(cls, resume_id: str, state: dict[str, Any], ticks: int) -> "User":
-        """Return the user of a state(), without the channels."""
+        """Return a user made of a state(), without the channels."""
         user = cls(source_of(**state["source"]), state["realname"], resume_id, state["since"])
         user.login, user.away = state["login"], state["away"]
         user.stored = user.traces = True
@@ -1751,7 +1751,7 @@ class User:
 
 
 class FormerUser(NamedTuple):
-    """A user who has left, as WHOWAS tells it."""
+    """A user who has left, for WHOWAS."""
 
     source: Source
     realname: str
@@ -1776,7 +1776,7 @@ FLAGS = {
 
 
 class ModeChange(NamedTuple):
-    """+o alice, or -t."""
+    """One change of a mode, like +o alice or -t."""
 
     on: bool
     letter: str
@@ -1784,7 +1784,7 @@ class ModeChange(NamedTuple):
 
 
 def format_modes(changes: Iterable[ModeChange]) -> str:
-    """+ov-t alice bob"""
+    """Return changes as one text, like +ov-t alice bob."""
     letters, values, sign = "", [], ""
     for change in changes:
         wanted = "+" if change.on else "-"
@@ -1796,7 +1796,7 @@ def format_modes(changes: Iterable[ModeChange]) -> str:
 
 
 def mode_lines(changes: Iterable[ModeChange]) -> Iterator[str]:
-    """Yield the same in as many texts as it takes for each to fit in a line of IRC."""
+    """Yield changes as texts like those of format_modes(), each short enough for a line of IRC."""
     some: list[ModeChange] = []
     for change in changes:
         if some and len(format_modes([*some, change]).encode()) > MODES_BYTES:
@@ -1833,9 +1833,9 @@ class Membership:
 
 
 class Mask:
-    """An entry of a channel's list, or a ban from the server: nick!user@host with * and ?, or
-    extended: a:ACCOUNT means the users logged in to it, and m:MASK those who may be in the
-    channel but not speak."""
+    """An entry of a channel's list, or a ban from the server: nick!user@host with * and ?, or an
+    extended mask. a:ACCOUNT means the users logged in to that account; m:MASK means users who may
+    be in the channel but not speak."""
 
     __slots__ = ("by_account", "mutes", "pattern", "setter", "text", "when")
 
@@ -1853,7 +1853,7 @@ class Mask:
 
 
 def full_mask(text: str) -> str:
-    """bob -> bob!*@*, b@c -> *!b@c; an extended mask keeps its letter."""
+    """Return a mask in full: bob -> bob!*@*, b@c -> *!b@c; an extended mask keeps its letter."""
     mute = "m:" if text.startswith("m:") else ""
     text = text.removeprefix("m:")
     if text.startswith("a:"):
@@ -1868,12 +1868,12 @@ def full_mask(text: str) -> str:
 
 
 def server_mask(text: str) -> str:
-    """192.0.2.1 -> *!*@192.0.2.1, for KLINE: there a bare word is an address, not a nick."""
+    """Return a mask of KLINE in full: 192.0.2.1 -> *!*@192.0.2.1; a bare word is an address."""
     return text if text.startswith("a:") or set("!@") & set(text) else f"*!*@{text}"
 
 
 class ServerBan(NamedTuple):
-    """A K-line: users whom this matches cannot register."""
+    """A K-line: users who match it cannot register."""
 
     mask: str
     setter: str
@@ -1882,8 +1882,8 @@ class ServerBan(NamedTuple):
 
 
 class ChannelPassword(NamedTuple):
-    """The password of a channel, which IRC calls the key. The store has a salted hash of it: one
-    round, because all members know and tell each other such a word; it protects no account."""
+    """The password of a channel, which IRC calls the key. The store has a salted hash of it with
+    one round only: all members know such a word and tell each other, and it protects no account."""
 
     salt: str
     digest: str
@@ -1899,8 +1899,8 @@ def channel_password(word: str, salt: str) -> ChannelPassword:
 
 
 class Audience:
-    """Whom an event is for: channels, users or sessions, resolved when the turn is written.
-    Compared by identity: the events of one audience are encoded and joined together."""
+    """The receivers of an event: channels, users or sessions, resolved when the turn is written.
+    Audiences are compared by identity: the events of one are encoded and joined together."""
 
     __slots__ = ("channels", "name", "parties", "sessions", "targets", "users")
 
@@ -1921,7 +1921,8 @@ class Audience:
         self.parties = parties  # of a private conversation: identity, key, identity, key
 
     def stamp(self, now: int) -> int:
-        """Return the time of the next event, unique for each of the channels or users."""
+        """Advance the clocks of the channels or users to the next event's time, in ms, and return
+        it."""
         clocks = self.channels or self.users
         if len(self.channels) == 1:  # nearly always
             (channel,) = clocks
@@ -1944,21 +1945,21 @@ class Audience:
         return sessions_by_wire(self.all_sessions())
 
     def membership_spans(self, session: Session, user: User) -> list[tuple[int, float]]:
-        """Return when this session belonged to it in this turn: first and last event id."""
+        """Return the spans in which this session belonged to the audience: first and last id."""
         if user in self.users or session in self.sessions:
             return [(0, math.inf)]
         return list(itertools.chain(*(c.membership_spans(user) for c in self.channels)))
 
     @property
     def cost(self) -> int:
-        """The receivers that have to be told one by one, for the budget of who causes it."""
+        """The number of receivers to be told one by one, for the budget of the cause."""
         shared = len(self.channels) == 1
         members = 0 if shared else sum(len(channel.members) for channel in self.channels)
         return members + len(self.users) + len(self.sessions)
 
 
 class Channel:
-    """A channel. It ends with its last member, unless an account founded it; its history stays."""
+    """A channel. Unless an account founded it, it ends with its last member; its history stays."""
 
     __slots__ = (
         *("audience", "by_wire", "created", "flags", "former", "founder", "founding", "invited"),
@@ -1995,14 +1996,14 @@ class Channel:
         self.last_time = 0
 
     def set_name(self, name: str) -> None:
-        """Take a name. Events already logged keep the audience with the name before."""
+        """Set the name. Events that are logged already keep their audience, under the old name."""
         self.name, self.key = name, fold(name)
         self.audience = Audience(name, (self,), targets=((self.key, self.founding),))
 
     # What outlives the server
 
     def state(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the part of the channel that outlives the server, for JSON."""
         lists = {
             letter: [(m.text, m.setter, m.when) for m in masks.values()]
             for letter, masks in self.lists.items()
@@ -2013,7 +2014,7 @@ class Channel:
 
     @classmethod
     def revived(cls, state: dict[str, Any]) -> "Channel":
-        """Return the channel of a state(), without members."""
+        """Return a channel made of a state(), without members."""
         state = {"founding": 0, "stored_ranks": state.get("standing", {}), "former_key": ""} | state
         channel = cls(state["name"], state["founding"], 0)
         for name in cls.STATE[1:]:
@@ -2032,7 +2033,7 @@ class Channel:
         return "q" + (known or "o").replace("q", "")
 
     def store_ranks(self, user: User) -> None:
-        """Keep a member's ranks for the next time, where the channel has a founder."""
+        """Store a member's ranks for the next join, if the channel has a founder."""
         if self.founder and user.login:
             self.stored_ranks.pop(user.login, None)
             if (ranks := self.members[user].ranks) and len(self.stored_ranks) < RANKS_STORED:
@@ -2051,12 +2052,12 @@ class Channel:
         return member
 
     def require_inside(self, who: Session) -> None:
-        """Only members and operators of the server."""
+        """Raise Refused unless the user is a member, or operates the server."""
         if not who.operator:
             self.member(who.user)
 
     def require(self, who: Session, rank: str = "h") -> None:
-        """Only members of that rank or a higher one, and operators of the server."""
+        """Raise Refused unless the user has this rank or a higher one, or operates the server."""
         if not who.operator and self.member(who.user).level > RANKS.index(rank):
             raise Refused("NOT_OPERATOR", f"only operators of {self.name} can do that", self.name)
 
@@ -2086,7 +2087,7 @@ class Channel:
         return listed("b") and not listed("e")
 
     def obstacles(self, user: User, password: str) -> Iterator[tuple[str, str]]:
-        """Yield why a user may not join: a code and words for each reason."""
+        """Yield a code and a text for each reason why a user may not join."""
         if self.banned(user):
             yield "BANNED", "you are banned from it"
         if "R" in self.flags and not user.account:
@@ -2109,7 +2110,7 @@ class Channel:
         return sum(map(len, self.lists.values()))
 
     def visible_to(self, user: User) -> bool:
-        """Return whether LIST shows it; a channel without members is not one to join."""
+        """Return whether LIST shows this channel to a user; never if it has no members."""
         return bool(self.members) and "s" not in self.flags or user in self.members
 
     def uninvite(self, user: User) -> None:
@@ -2119,24 +2120,24 @@ class Channel:
     # NAMES
 
     def named(self, user: User, multi: bool = False, masks: bool = False) -> str:
-        """Return a member's name behind the symbol of the highest rank, or of all ranks."""
+        """Return a member's name after the symbol of the highest rank, or of all ranks."""
         symbols = self.members[user].symbols
         return (symbols if multi else symbols[:1]) + (user.source.mask if masks else user.name)
 
     def names(self, viewer: User, multi: bool = False, masks: bool = False) -> list[str]:
-        """Return the members that the viewer may see."""
+        """Return the names of the members that the viewer may see."""
         inside = viewer in self.members
         return [self.named(u, multi, masks) for u in self.members if inside or "i" not in u.modes]
 
     def roster(self, multi: bool, masks: bool) -> list[str]:
-        """Return names() for a member, in pieces: all who join get the same strings."""
+        """Return names() for a member, in pieces: all users who join get the same strings."""
         if (roster := self.rosters.get((multi, masks))) is None:
             words = (self.named(user, multi, masks) for user in self.members)
             roster = self.rosters[multi, masks] = list(wrapped(words, ROSTER_BYTES))
         return roster
 
     def enrol(self, user: User) -> None:
-        """A member joined: keep the rosters true."""
+        """Add a new member to the cached rosters."""
         for (multi, masks), roster in self.rosters.items():
             word = self.named(user, multi, masks)
             if roster and len(roster[-1].encode()) + len(word.encode()) < ROSTER_BYTES:
@@ -2145,7 +2146,7 @@ class Channel:
                 roster.append(word)
 
     def modes_text(self, who: Session) -> str:
-        """+klnt WORD 12; the password is for members only."""
+        """Return the modes, like +klnt WORD 12. Only members and operators see the password."""
         letters = set(self.flags)
         values = []
         if self.password:
@@ -2209,7 +2210,7 @@ class Channel:
         return dict.fromkeys([*self.members, *self.former]) if self.former else self.members
 
     def sessions_by_wire(self) -> "dict[Any, set[Session]]":
-        """Kept from turn to turn: members come and go by Turn.move() alone."""
+        """Return the members' sessions by wire. The cache lasts: only Turn.move() clears it."""
         if self.by_wire is None:
             sessions = (user.sessions for user in self.listeners())
             self.by_wire = sessions_by_wire(itertools.chain(*sessions))
@@ -2222,23 +2223,24 @@ class Channel:
 
 
 def in_ranks(channel: Channel, symbol: str, speaker: User) -> Audience:
-    """The members whose rank has this symbol, or a higher one, as they are now; and the
-    speaker, who may have asked for an echo. Not kept: history does not know who may read it."""
+    """Return the audience of members with this rank symbol or a higher one, as they are now, and
+    the speaker, who may want an echo. Not kept: history cannot know who may read such events."""
     level = list(SYMBOLS.values()).index(symbol)
     users = {user for user, member in channel.members.items() if member.level <= level}
     return Audience(symbol + channel.name, users=users | {speaker})
 
 
 def with_outsider(channel: Channel, user: User) -> Audience:
-    """A channel, and a user who acts on it from outside, and sees that."""
+    """Return the audience of a channel, and of a user who acts on it from outside."""
     if user in channel.members:
         return channel.audience
     return Audience(channel.name, (channel,), {user}, targets=channel.audience.targets)
 
 
 def neighbours(user: User, sessions: Iterable[Session] = (), alone: bool = False) -> Audience:
-    """All who share a channel with a user, some sessions, and (with `alone`) the user. One
-    channel stands for itself: a hundred users who leave it are one audience."""
+    """Return the audience of all who share a channel with a user, of some sessions, and (with
+    `alone`) of the user. One channel's own audience is taken where possible, and so stays one
+    object."""
     channels = tuple(user.channels)
     sessions = frozenset(sessions)
     if len(channels) == 1 and not sessions and not alone:
@@ -2248,7 +2250,7 @@ def neighbours(user: User, sessions: Iterable[Session] = (), alone: bool = False
 
 
 class Conversation(Audience):
-    """Two users in private."""
+    """The audience of a private conversation: two users."""
 
     __slots__ = ("one", "other")
 
@@ -2262,7 +2264,7 @@ class Conversation(Audience):
         return self.one if user is self.other else self.other
 
     def check_can_send(self, user: User) -> None:
-        """A user may write to every other one, unless that one has set +R."""
+        """Raise Refused if the other user has set +R and this one has no account."""
         partner = self.partner(user)
         if "R" in partner.modes and not user.account:
             text = f"{partner.name} only hears who is logged in"
@@ -2270,7 +2272,7 @@ class Conversation(Audience):
 
 
 class LocalSession(Session):
-    """A session with a connection here. A dialect is a subclass with a wire of its own."""
+    """A session with a connection to this process. Each dialect is a subclass with its own wire."""
 
     __slots__ = (
         *("conn", "deferred", "parting", "postponed", "quit_intended", "replied", "replies"),
@@ -2301,18 +2303,18 @@ class LocalSession(Session):
         raise NotImplementedError
 
     def not_kept(self, events: list[Event], reason: str) -> None:
-        """Tell that these messages of this session are delivered but were not stored."""
+        """Tell the client that these messages of its own were delivered but not stored."""
         raise NotImplementedError
 
     def notice(self, text: str) -> None:
-        """Send a text of the server's own."""
+        """Send a text from the server."""
         raise NotImplementedError
 
     def refuse(self, refusal: Refused) -> None:
         raise NotImplementedError
 
     def answer(self, text: str) -> None:
-        """Tell what a command has done, where no numeric or event says it."""
+        """Tell the result of a command, if no numeric or event does."""
         self.notice(text)
 
     def farewell(self, text: str) -> None:
@@ -2322,7 +2324,7 @@ class LocalSession(Session):
     # Acts, and what they need from off the loop
 
     def act(self, name: str, *values: Any, then: Callable[[Any], None] | None = None) -> None:
-        """Do an act as this session; then(its result), or refuse()."""
+        """Do an act as this session; call then(its result), or refuse()."""
         try:
             result = self.site.hub.perform(name, self.id, *values)
         except Refused as refusal:
@@ -2331,16 +2333,16 @@ class LocalSession(Session):
             then(result)
 
     def later(self, lane: str, job: Callable, then: Callable) -> None:
-        """Run job() off the loop, then then(its result); only then comes the next line."""
+        """Run job() off the loop, then then(its result). The session's next line waits for that."""
         self.deferred = True
         self.site.server.later(self, lane, job, then)
 
     def read(self, job: Callable, then: Callable) -> None:
-        """The same for a job that reads the store."""
+        """Run a job that reads the store, then then(its result). The next line waits for that."""
         self.later(PAGE_LANE, job, then)
 
     def take_result(self, then: Callable, result: Any) -> None:
-        """Take what a job returned, or the ChatError that it raised."""
+        """Handle the result of a job: a value, or the ChatError that it raised."""
         self.deferred = False
         self.resume_answer()
         try:
@@ -2360,7 +2362,7 @@ class LocalSession(Session):
         return self.unfinished is not None or bool(self.postponed)
 
     def go_on(self) -> None:
-        """Send the next piece of a long answer; only then comes the next line."""
+        """Send the next piece of a long answer. The next line waits for the whole answer."""
         if self.unfinished is None:
             if next(self.postponed[0], self) is self:
                 del self.postponed[0]
@@ -2376,15 +2378,15 @@ class LocalSession(Session):
         self.mark_answer(whole=not self.deferred and self.unfinished is None)
 
     def resume_answer(self) -> None:
-        """Go on with an answer that took until another turn."""
+        """Prepare to send more of an answer in a later turn. For labels."""
 
     def mark_answer(self, whole: bool) -> None:
-        """This has been sent of an answer, or the whole."""
+        """Mark what has been sent of an answer; `whole` if that is all. For labels."""
 
     # Sending
 
     def send(self, data: bytes) -> None:
-        """For this session only, in its place among the events of the turn."""
+        """Queue bytes for this session only, in their place among the events of the turn."""
         hub = self.site.hub
         self.replies.append((hub.last_id, data))
         self.replied += len(data)
@@ -2392,29 +2394,29 @@ class LocalSession(Session):
         hub.turn.individually_addressed.add(self)
 
     def own(self, event: Event, line: bytes) -> bytes:
-        """Return what this session, the origin of the event, gets: `line` is for the others."""
+        """Return what this session, the event's origin, gets instead of `line`."""
         return self.wire.own(event, line)
 
     def turn_over(self) -> None:
-        """Forget the replies of this turn: they have been sent."""
+        """Forget the replies of this turn, which have been sent."""
         self.replies, self.replied = [], 0
 
     # The end
 
     def end(self, reason: str, intended: bool = True) -> None:
-        """Close the connection, and give the reason here and to those who shared a channel."""
+        """Close the connection; tell the reason to the client and to users in common channels."""
         self.parting, self.quit_intended = reason, intended
         self.farewell(f"Closing link: {reason}")
         self.conn.close()
 
     def ended(self) -> None:
-        """The peer is gone, or said that it will send no more. May be called twice."""
+        """Handle the end of the connection, or of the input. May be called twice."""
         if self.user:
             self.act("leave", self.parting, self.quit_intended)
         self.site.hub.sessions.pop(self.id, None)
 
     def abandon(self) -> None:
-        """The server goes down: no other user is told that this one left."""
+        """Detach the user without telling others: the server is going down."""
         self.user = None
 
 
@@ -2423,7 +2425,7 @@ Steps = Iterator[functools.partial]
 
 
 def in_steps(function: Callable[..., Steps]) -> Callable[..., None]:
-    """Decorator: each step that this generator yields is done, and its result sent in."""
+    """Decorator: do each step that this generator yields, and send its result in."""
 
     def go_on(steps: Steps, result: Any = None) -> None:
         try:
@@ -2436,7 +2438,7 @@ def in_steps(function: Callable[..., Steps]) -> Callable[..., None]:
 
 
 def attempt_line(encode: Callable[[], bytes], report: Callable) -> bytes:
-    """One catch per line: a bug while one event is encoded loses that event only."""
+    """Return encode(), or b"" if it raises: a bug in one event loses that event only."""
     try:
         return encode()
     except Exception:
@@ -2445,7 +2447,7 @@ def attempt_line(encode: Callable[[], bytes], report: Callable) -> bytes:
 
 
 class Group:
-    """The events of one audience in a turn: encoded once a wire, joined once."""
+    """The events of one audience in a turn: encoded once for each wire, and joined once."""
 
     def __init__(self, audience: Audience):
         self.audience = audience
@@ -2473,7 +2475,7 @@ class Group:
         return [event.id for event in self.events]
 
     def key(self, wire: Wire) -> Any:
-        """Wires with one format share the bytes of a group that has only messages."""
+        """Return the cache key: wires with one format share a group that has only messages."""
         return wire if self.special else wire.format
 
     def lines(self, wire: Wire, report: Callable) -> list[bytes]:
@@ -2491,7 +2493,7 @@ class Group:
         return lines
 
     def _spoken(self, wire: Wire, report: Callable) -> list[bytes]:
-        """Encode the messages. A bug in one of them costs its receivers that one alone."""
+        """Encode the messages. A bug in one message loses only that message."""
         if not self.special:
             with contextlib.suppress(Exception):  # one by one then, see below
                 return wire.format.encode(self.audience, self.events)
@@ -2508,7 +2510,7 @@ class Group:
         return lines
 
     def joined(self, wire: Wire, report: Callable) -> tuple[bytes, list[int]]:
-        """Return all lines as one bytes object, and where each begins, and the end."""
+        """Return all lines as one bytes object, and the offsets where they begin and end."""
         key = self.key(wire)
         if (found := self.joins.get(key)) is None:
             lines = self.lines(wire, report)
@@ -2529,7 +2531,7 @@ class Group:
     def own_lines(
         self, session: LocalSession, copies: Iterable[int], report: Callable
     ) -> list[tuple[int, bytes]]:
-        """Return what the session gets for the events of its own user: index and bytes."""
+        """Return the lines that a session gets for its own user's events: index and bytes."""
         lines = self.lines(session.wire, report)
         mine = self.origins.get(session, [])
         if copies:
@@ -2548,9 +2550,9 @@ class Group:
         copies: Iterable[int],
         report: Callable,
     ) -> bytes:
-        """Return the session's bytes when no other group concerns it. What lies between its
-        replies and its own events is cut from the shared bytes: a thousand users who join in
-        one turn cost a thousand slices, and not a million lines."""
+        """Return the bytes of a session that no other group concerns. The lines between its replies
+        and its own events are slices of the shared bytes: a thousand users who join in one turn
+        cost a thousand slices, and not a million lines."""
         count, mine = len(self.ids), self.origins.get(session, ())
         if ranges == [(0, count)] and 50 * len(mine) > count and not (copies or session.replies):
             with contextlib.suppress(Exception):  # one of a few who speak
@@ -2578,7 +2580,7 @@ class Group:
 
 
 class Record(NamedTuple):
-    """A change of stored state that is not an event; the names stand in STATEMENTS."""
+    """A change of stored state that is not an event. The names are those of STATEMENTS."""
 
     name: str
     values: tuple
@@ -2587,9 +2589,9 @@ class Record(NamedTuple):
 
 class Turn:
     """The log of one turn: events, replies (in the sessions), and records for the store. Most
-    sessions belong to one audience and get its joined bytes, the same object for all. Those that
-    are individually addressed (they spoke, came, went, or were answered) and those that belong to
-    several audiences get the same lines, cut for them, in the log's order."""
+    sessions belong to one audience and get its joined bytes, the same object for all. Sessions that
+    are individually addressed (they spoke, came, went, or were answered) or belong to several
+    audiences get the same lines, cut for them, in the log's order."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -2626,7 +2628,7 @@ class Turn:
 
     @property
     def lone_target(self) -> tuple[str, int] | None:
-        """Where the one event belongs that is all there is to store, if it is so."""
+        """Return the target of the turn's only event, if that is all to store; else None."""
         if len(self.events) != 1 or self.records or self.dedup:
             return None
         event = self.events[0]
@@ -2634,7 +2636,7 @@ class Turn:
         return targets[0] if len(targets) == 1 else None
 
     def deliveries(self, report: Callable = lambda: None) -> Iterator[tuple[bytes, Any]]:
-        """The write beat: yield bytes, and whom they are for, none twice. Bugs go to report()."""
+        """Yield bytes and their receivers, none twice: the write beat. Bugs go to report()."""
         groups: dict[Audience, Group] = {}
         for event in self.events:
             group = groups.get(event.audience)
@@ -2718,7 +2720,7 @@ class Turn:
 
 
 class Registry(dict[str, "set[Session]"]):
-    """Sessions by something that they want to be told of."""
+    """Sessions by the key of a name or of metadata that they want to be told of."""
 
     def add(self, session: Session, key: str) -> None:
         self.setdefault(key, set()).add(session)
@@ -2731,7 +2733,7 @@ class Registry(dict[str, "set[Session]"]):
 
 
 class Account(NamedTuple):
-    """A name that lasts, and the verifier of its password."""
+    """A registered name, and the verifier of its password."""
 
     name: str
     verifier: Verifier
@@ -2740,12 +2742,12 @@ class Account(NamedTuple):
 
     @property
     def identity(self) -> str:
-        """The owner of its private conversations, markers and channels. Names have no slash."""
+        """The owner of the account's conversations, markers and channels. Names have no slash."""
         return f"={self.name}/{self.number:x}"
 
     @property
     def revision(self) -> str:
-        """Changes with the password: a proof was for one revision."""
+        """The id of the present password. A proof is valid for one revision only."""
         return self.verifier.salt.hex()
 
 
@@ -2779,15 +2781,15 @@ class Accounts(dict[str, Account]):
         return [mark for mark, key in self.certificates.items() if key == fold(name)]
 
     def is_foreign(self, name: str, account: str) -> bool:
-        """Return whether a name belongs to another account or to a service, or looks as if."""
+        """Return whether a name belongs to, or looks like, another account or a service."""
         key = fold(name)
         if key in SERVICES or (key in self and key != fold(account)):
             return True
         return self.looks_like(name) not in ("", fold(account))
 
     def looks_like(self, name: str) -> str:
-        """Return the account or service that a name with other letters looks like, or "".
-        Names that use only ASCII never look like each other."""
+        """Return the account or service that looks like this name but is spelled otherwise; "" if
+        none does. Names in ASCII never look like each other."""
         if name.isascii():
             return ""
         shape = skeleton(name)
@@ -2795,7 +2797,7 @@ class Accounts(dict[str, Account]):
         return known if known != fold(name) else ""
 
     def find(self, name: str) -> tuple[str, Verifier]:
-        """Return the name as it is registered, and its verifier; or one that nothing fits."""
+        """Return an account's registered name and verifier; a decoy if there is no such account."""
         account = self.get(fold(name))
         return (account.name, account.verifier) if account else (name, decoy_verifier(name))
 
@@ -2805,14 +2807,14 @@ class Accounts(dict[str, Account]):
         return account.identity if account else ""
 
     def is_proof(self, name: str, proof: str) -> bool:
-        """Return whether that still logs in: the revision of the password, or a certificate."""
+        """Return whether a proof is still valid: the password's revision, or a certificate."""
         account = self.get(fold(name))
         if account is None:
             return False
         return proof == account.revision or self.certificates.get(proof) == fold(name)
 
     def await_code(self, account: Account) -> str:
-        """Return the code to be sent to the account's address; verified() takes it back."""
+        """Return a new code to be sent to the account's address; verified() checks it."""
         code = f"{secrets.randbelow(10**8):08}"
         self.pending[fold(account.name)] = account, code
         while len(self.pending) > PENDING_ACCOUNTS:
@@ -2833,7 +2835,7 @@ class Accounts(dict[str, Account]):
 
 
 class Marker(NamedTuple):
-    """How far something has been read: up to the message with this time and id (0: unknown)."""
+    """A read marker: everything up to the message with this time and id (0: unknown) was read."""
 
     time: int
     id: int = 0
@@ -2867,7 +2869,7 @@ ACTS: dict[str, Callable] = {}
 
 
 class Hub:
-    """All users, channels and accounts. Acts change it; what others can see goes through emit()."""
+    """All users, channels and accounts. Acts change them; emit() tells what others can see."""
 
     def __init__(self, last_id: int = 0, ids: MessageIds | None = None, name: str = SERVER_NAME):
         self.ids = ids or MessageIds()
@@ -2911,12 +2913,12 @@ class Hub:
             self.started, self.started_ticks = self.now, self.ticks
 
     def end(self) -> None:
-        """The turn has been written."""
+        """Replace the log of the turn, which has been written."""
         old, self.turn = self.turn, Turn()
         old.close()
 
     def settle(self) -> None:
-        """Make records of the states that changed in this turn."""
+        """Make records of the users and channels whose state changed in this turn."""
         for one in self.turn.changed:
             if isinstance(one, Channel):
                 if self.channels.get(one.key) is one:
@@ -2934,7 +2936,7 @@ class Hub:
     # The one door in, and the one door out
 
     def perform(self, name: str, actor: int, *values: Any) -> Any:
-        """Do an act as the session `actor` (0: the server). Raises Refused: nothing has changed."""
+        """Do an act as session `actor` (0: the server). After Refused, nothing has changed."""
         if self.journal is not None:
             self.journal.append((self.now, self.ticks, name, actor, values))
         self.work += WORK_OF_AN_ACT
@@ -2978,7 +2980,7 @@ class Hub:
         return marks
 
     def charge(self, items: float) -> None:
-        """The line that is acted on causes so much more work."""
+        """Add work to the line that is being acted on, for its sender's budget."""
         self.work += items
 
     def take_work(self) -> float:
@@ -3000,7 +3002,7 @@ class Hub:
         return channel
 
     def conversation(self, one: User, other: User) -> Conversation:
-        """The same object for both directions, for as long as the turn."""
+        """Return the audience of two users. Within a turn it is one object, in either order."""
         pair = (one, other) if one.resume_id <= other.resume_id else (other, one)
         talk = self.turn.conversations.get(pair)
         if talk is None or talk.targets[0][0] != " ".join(sorted((one.identity, other.identity))):
@@ -3008,7 +3010,7 @@ class Hub:
         return talk
 
     def find_audience(self, user: User, name: str) -> "Audience | Channel":
-        """Return what a name means: a channel, its members from a rank up, or a conversation."""
+        """Return the audience of a name: a channel, its members from a rank up, or two users."""
         if name.startswith("#"):
             return self.find_channel(name)
         if name[1:2] == "#" and name[0] in SYMBOLS.values():
@@ -3035,7 +3037,7 @@ class Hub:
     # What the store and this turn's log know together
 
     def find_repeat(self, who: Session, own_id: str) -> int | None:
-        """Return the event that this sender's message id already belongs to, if any."""
+        """Return the id of the event that has this message id of this sender; None if none has."""
         owners = self.dedup_owners(who)
         for owner in owners:
             if first := self.turn.dedup.get((owner, own_id)):
@@ -3043,11 +3045,11 @@ class Hub:
         return self.store.dedup.find(owners, own_id)
 
     def dedup_owners(self, who: Session) -> dict[str, None]:
-        """Under which names a message id of this session may be known, the first for new ones."""
+        """Return the owners of this session's message ids; the first is the one of new ids."""
         return dict.fromkeys(filter(None, (who.client, who.user.identity, who.user.resume_id)))
 
     def author_of(self, targets: Iterable[str], id: int) -> tuple[int, str] | None:
-        """Return the founding and the author's identity of a message under these keys."""
+        """Return the founding and the author's identity of a message under one of these keys."""
         keys = list(targets)
         if any(one.name == "redact" and one.values[-1] == id for one in self.turn.records):
             return None
@@ -3059,7 +3061,7 @@ class Hub:
         return next(filter(None, (self.store.author_of(key, id) for key in keys)), None)
 
     def has_history(self, key: str) -> bool:
-        """Return whether anything can be read under a channel's key once this turn is stored."""
+        """Return whether a channel's key has readable history once this turn is stored."""
         foundings, records = self.store.foundings(key), iter(self.turn.records)
         record = next(records, None)
         for n, event in enumerate([*self.turn.events, None]):
@@ -3086,7 +3088,7 @@ class Hub:
 
 
 def act(function: Callable) -> Callable:
-    """Decorator: Hub.perform() knows this act by the function's name."""
+    """Decorator: register the function as an act that Hub.perform() knows by its name."""
     ACTS[function.__name__] = function
     return function
 
@@ -3097,7 +3099,7 @@ def act(function: Callable) -> Callable:
 def free_name(
     hub: Hub, wanted: str, owner: User | None = None, account: str = "", dice: int = 0
 ) -> str:
-    """Return `wanted` as names have to be, with a number where it is not free. Raises Refused."""
+    """Return `wanted` as a valid name, with a number if it is not free. Raises Refused."""
     name = clean_name(wanted)
     if not name:
         raise Refused("NO_NAME", "a name needs at least one visible character; try again")
@@ -3114,7 +3116,7 @@ def free_name(
 
 
 def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = "") -> None:
-    """Raise Refused unless a user can have exactly this name."""
+    """Raise Refused unless a user may have exactly this name."""
     if clean_name(wanted) != wanted or not wanted:
         text = f"names have at most {NAME_CHARACTERS} characters, and none that IRC needs"
         raise Refused("BAD_NAME", text, wanted)
@@ -3135,7 +3137,7 @@ def server_ban(hub: Hub, user: User) -> ServerBan | None:
 
 
 def check_not_bound(hub: Hub, user: User) -> None:
-    """Raise Refused where another name would escape a ban or mute of the present one."""
+    """Raise Refused if another name would escape a ban or mute of the present one."""
     for channel in user.channels:
         hub.charge(channel.masks)
         if not channel.members[user].ranks and channel.banned(user, speaking=True):
@@ -3145,7 +3147,7 @@ def check_not_bound(hub: Hub, user: User) -> None:
 
 @act
 def follow(hub: Hub, who: Session, registry: str, key: str, on: bool) -> None:
-    """Tell this session of a name (the registry "watchers") or key of metadata ("subscribers")."""
+    """Begin or end to tell a session of a name ("watchers") or a metadata key ("subscribers")."""
     known: Registry = getattr(hub, registry)
     (known.add if on else known.remove)(who, key)
 
@@ -3175,7 +3177,7 @@ def take_name(hub: Hub, user: User, name: str, origin: Session | None = None) ->
 
 @act
 def rename_user(hub: Hub, who: Session, wanted: str, exact: bool, dice: int) -> str:
-    """Take another name: exactly this one, or the nearest one that is free. Return it."""
+    """Rename the session's user: exactly so, or to the nearest free name. Return the new name."""
     user = who.user
     if exact:
         check_name(hub, wanted, user)
@@ -3190,7 +3192,7 @@ def rename_user(hub: Hub, who: Session, wanted: str, exact: bool, dice: int) -> 
 
 
 def user_of_token(hub: Hub, token: str, account: str) -> tuple[User | None, str]:
-    """Return whom a token resumes; or the account that it takes a log-in to."""
+    """Return the user whom a token resumes; or None, and the account to be logged in to first."""
     user = hub.users_by_token.get(token)
     if user is None:
         return None, ""
@@ -3209,7 +3211,7 @@ def forget_absent(hub: Hub, user: User) -> None:
 
 
 def detach(hub: Hub, session: Session) -> None:
-    """The session ends with this turn; its user does not, as far as this goes."""
+    """Take a session, which ends with this turn, from its user. The user stays for now."""
     hub.turn.left[session] = session.user
     hub.turn.individually_addressed.add(session)
     session.user, session.operator = None, False
@@ -3225,7 +3227,8 @@ def forget_token(hub: Hub, user: User, token: str) -> None:
 def emit_to_witnesses(
     hub: Hub, kind: str, source: Source, user: User, *texts: str, origin: Session | None = None
 ) -> None:
-    """Tell the user, all who share a channel, and those with extended-monitor what the user did."""
+    """Tell the user's act to the user, to common channels, and to watchers with
+    extended-monitor."""
     watching = (s for s in hub.watchers.get(user.key, ()) if s.extended_monitor)
     audience = neighbours(user, watching, alone=True)
     hub.charge(WORK_OF_A_RECEIVER * audience.cost)
@@ -3233,7 +3236,7 @@ def emit_to_witnesses(
 
 
 def attach(hub: Hub, who: Session, user: User, address: str) -> None:
-    """Add a session to a user. An older one with the same token is replaced."""
+    """Add a session to a user. It replaces an older one with the same token."""
     replaced = [s for s in user.live if s.token and s.token == who.token]
     hub.absent.pop(user, None)
     forget_absent(hub, user)
@@ -3273,7 +3276,7 @@ def inherit(hub: Hub, user: User, identity: str) -> None:
 
 
 def change_login(hub: Hub, who: Session, account: str) -> None:
-    """Log a user in to an account. A guest's first account takes over what the guest has."""
+    """Log a user in to an account. A guest's first account inherits what the guest has."""
     user, identity = who.user, hub.accounts.identity(account)
     inherit(hub, user, identity)
     user.set_login(account, identity)
@@ -3289,8 +3292,9 @@ def change_login(hub: Hub, who: Session, account: str) -> None:
 
 
 def new_resume_id(hub: Hub, token: str) -> str:
-    """A guest who comes back with the token is still the owner of the private conversations
-    had before. A token that an account used since then makes a new identity."""
+    """Return the identity of a guest's stay. A guest who comes back with the token gets the same
+    one, with the private conversations. If an account has used the token since then, it is a new
+    one."""
     known = f"~{token[:SECRET_DIGITS]}"
     if token and known not in hub.accounts_of and known not in hub.users_by_id:
         return known
@@ -3320,10 +3324,10 @@ def enter(
     metadata: tuple[tuple[str, str], ...],
     away: str,
 ) -> tuple[bool, bool]:
-    """Make a session a user, or one more session of a user who is here: the one whose token
-    it has, or (with `exact`) the one of the same account under that name. Return whether it is
-    that, and whether by the token. The token is no log-in: it makes nothing more of a session
-    than those logged in to that account may be."""
+    """Make a session a new user, or one more session of a present user: the one whose token it has,
+    or (with `exact`) the one of the same account under that name. Return whether it joined a
+    present user, and whether by the token. A token is no log-in: it gives a session no more rights
+    than those of the account that the session proved."""
     account = account if hub.accounts.is_proof(account, proof) else ""
     user, required = user_of_token(hub, token, account)
     holder, owns = hub.users.get(fold(wanted)), bool(account) and fold(wanted) == fold(account)
@@ -3354,7 +3358,7 @@ def enter(
 
 
 def close_channel(hub: Hub, channel: Channel) -> None:
-    """End a channel. What was said while it was private is sealed from the next founder."""
+    """End a channel. If it was ever private, its history is sealed from the next founder."""
     del hub.channels[channel.key]
     for user in list(channel.invited):
         channel.uninvite(user)
@@ -3363,7 +3367,7 @@ def close_channel(hub: Hub, channel: Channel) -> None:
 
 
 def put_out(hub: Hub, user: User, channel: Channel) -> None:
-    """End a membership, after the event that says so."""
+    """End a membership, after the event that tells it."""
     hub.turn.move(user, channel)
     member = channel.members.pop(user)
     channel.rosters.clear()
@@ -3374,7 +3378,7 @@ def put_out(hub: Hub, user: User, channel: Channel) -> None:
 
 
 def remove_user(hub: Hub, user: User, reason: str, origin: Session | None = None) -> None:
-    """The user is gone. A QUIT always has a reason: some clients need one."""
+    """Remove a user, and tell the QUIT. A QUIT always has a reason: some clients need one."""
     hub.charge(WORK_OF_A_RECEIVER * neighbours(user).cost)
     hub.emit(QUIT, user.source, neighbours(user), reason or "Connection closed", origin=origin)
     for channel in list(user.channels):
@@ -3394,7 +3398,7 @@ def remove_user(hub: Hub, user: User, reason: str, origin: Session | None = None
 
 
 def start_grace_period(hub: Hub, user: User) -> None:
-    """Keep a user without a session. There are at most so many of them: the first one goes."""
+    """Keep a user without a session. If there are too many such users, the first of them goes."""
     hub.absent[user] = hub.ticks
     host = host_of(user.source.address)
     near = hub.absent_by_host.setdefault(host, {})
@@ -3407,8 +3411,8 @@ def start_grace_period(hub: Hub, user: User) -> None:
 
 @act
 def leave(hub: Hub, who: Session, reason: str, intended: bool) -> None:
-    """End a session. The user goes with the last one; or, if the connection broke and the
-    user can prove to be the same later, stays for the grace period."""
+    """End a session. With the last session the user goes too; but if the connection broke and the
+    user can prove to be the same later, the user stays for the grace period."""
     user, token = who.user, who.token
     detach(hub, who)
     if user.live:
@@ -3423,7 +3427,7 @@ def leave(hub: Hub, who: Session, reason: str, intended: bool) -> None:
 
 @act
 def grace_period_over(hub: Hub, who: Session, resume_id: str) -> None:
-    """A user did not come back in time."""
+    """Remove a user who did not come back within the grace period."""
     user = hub.users_by_id.get(resume_id)
     if user and not user.live:
         remove_user(hub, user, "Connection lost")
@@ -3437,7 +3441,7 @@ def killed_text(by: Source, reason: str) -> str:
 
 
 def disconnect(hub: Hub, by: Source, user: User, reason: str) -> None:
-    """Close all sessions of a user, who is gone at once."""
+    """Close all sessions of a user. The user has no grace period."""
     live = user.live
     for session in live:
         detach(hub, session)
@@ -3447,8 +3451,8 @@ def disconnect(hub: Hub, by: Source, user: User, reason: str) -> None:
 
 @act
 def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -> None:
-    """Log a user in to an account whose owner the session proved to be. With `takes_name`
-    the user also gets the account's name, or becomes one more session of who has it."""
+    """Log a user in to an account whose owner the session proved to be. With `takes_name` the user
+    also gets the account's name, or the session moves to the account's user of that name."""
     if not hub.accounts.is_proof(account, proof):
         raise wrong_login()  # it was dropped, or has another password by now
     user, holder = who.user, hub.users.get(fold(account))
@@ -3475,7 +3479,7 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
 
 
 def check_new_account(hub: Hub, user: User | None, nick: str, wanted: str) -> str:
-    """Return the account name that may be registered: the user's own. Raises Refused."""
+    """Return the account name to register, which must be the user's own. Raises Refused."""
     name = nick if fold(wanted) in ("*", fold(nick)) else wanted
     if user and user.account:
         raise Refused("ALREADY_AUTHENTICATED", "you are logged in already", name)
@@ -3501,14 +3505,14 @@ def save_account(hub: Hub, account: Account) -> Account:
 def register_account(
     hub: Hub, who: Session, nick: str, wanted: str, verifier: tuple, email: str
 ) -> Account:
-    """Make a name an account. The session is not logged in by that."""
+    """Register an account. The session is not logged in by that."""
     name = check_new_account(hub, who.user, nick, wanted)
     return save_account(hub, Account(name, Verifier(*verifier), email, hub.next_id()))
 
 
 @act
 def verify_account(hub: Hub, who: Session, name: str, verifier: tuple, email: str) -> Account:
-    """The same for one whose mail address was verified."""
+    """Register an account whose mail address was verified."""
     if fold(name) in hub.accounts:
         raise Refused("INVALID_CODE", f"{name} is registered already", name)
     return save_account(hub, Account(name, Verifier(*verifier), email, hub.next_id()))
@@ -3516,7 +3520,7 @@ def verify_account(hub: Hub, who: Session, name: str, verifier: tuple, email: st
 
 @act
 def change_password(hub: Hub, who: Session, account: str, proof: str, verifier: tuple) -> Account:
-    """Give an account another password; `proof` is of the one before."""
+    """Change an account's password; `proof` is of the old one."""
     known = hub.accounts.get(fold(account))
     if known is None or proof != known.revision:
         raise wrong_login()
@@ -3529,7 +3533,7 @@ def drop_certificate(hub: Hub, fingerprint: str) -> None:
 
 
 def give_up_channel(hub: Hub, channel: Channel) -> None:
-    """It ends with its last member, like any other."""
+    """Make a channel that an account founded end with its last member, like any other."""
     hub.founded -= collections.Counter([channel.founder])
     channel.founder = ""
     channel.stored_ranks.clear()
@@ -3540,7 +3544,7 @@ def give_up_channel(hub: Hub, channel: Channel) -> None:
 
 @act
 def drop_account(hub: Hub, who: Session, name: str, proof: str) -> None:
-    """Delete an account. Its users stay as guests, its channels end with their last member."""
+    """Delete an account. Its users stay as guests; its channels end with their last member."""
     account = hub.accounts.get(fold(name))
     if account is None or proof != account.revision:
         raise wrong_login()
@@ -3597,7 +3601,7 @@ def remove_certificate(hub: Hub, who: Session, fingerprint: str) -> str:
 
 
 def tell_metadata_of_newcomer(hub: Hub, who: Session, channel: Channel) -> None:
-    """Tell the members of a channel what they subscribed to of a user who joined."""
+    """Tell a channel's members the metadata of a user who joined, if they subscribed to it."""
     user = who.user
     for key, value in user.metadata.items():
         subscribed = hub.subscribers.get(key, ())
@@ -3652,7 +3656,7 @@ def part(hub: Hub, who: Session, name: str, reason: str) -> Channel:
 
 @act
 def disown(hub: Hub, who: Session, name: str) -> str:
-    """Give up a channel that the user's account founded; return its name."""
+    """Give up a channel that the user's account founded; return the channel's name."""
     channel = hub.find_channel(name)
     if not channel.founded_by(who.user):
         raise Refused("NOT_OPERATOR", f"{channel.name} is not yours", channel.name)
@@ -3677,7 +3681,7 @@ def set_topic(hub: Hub, who: Session, name: str, topic: str) -> Channel:
 
 @act
 def kick(hub: Hub, who: Session, where: str, name: str, reason: str) -> None:
-    """Put a member out; but not one of a higher rank, nor a half-operator another one."""
+    """Kick a member, but not one of a higher rank. Half-operators cannot kick each other."""
     user, channel = who.user, hub.find_channel(where)
     channel.require(who)  # before it is told who is here
     victim = hub.find_user(name)
@@ -3696,8 +3700,8 @@ def kick(hub: Hub, who: Session, where: str, name: str, reason: str) -> None:
 
 @act
 def invite(hub: Hub, who: Session, name: str, where: str) -> tuple[User, Channel]:
-    """Invite a user. Where something would keep the user out, only an operator may, and that
-    lets the user in; an invitation of any other member is no more than a message."""
+    """Invite a user. If something would keep the user out, only an operator may invite, and then
+    the user may join. An invitation by any other member is only a message."""
     user, channel = hub.find_user(name), hub.find_channel(where)
     channel.require_inside(who)
     if user in channel.members:
@@ -3721,7 +3725,7 @@ def invite(hub: Hub, who: Session, name: str, where: str) -> tuple[User, Channel
 
 
 def change_rank(hub: Hub, who: Session, channel: Channel, change: ModeChange) -> ModeChange | None:
-    """Every member may step down; else it takes a rank to give one."""
+    """Change a member's rank. Every member may step down; other changes need a rank."""
     if not change.value:
         sign = "+" if change.on else "-"
         text = f"to whom? MODE {channel.name} {sign}{change.letter} <nickname>"
@@ -3744,7 +3748,7 @@ def change_rank(hub: Hub, who: Session, channel: Channel, change: ModeChange) ->
 def change_mode(
     hub: Hub, who: Session, channel: Channel, change: ModeChange, salt: str
 ) -> ModeChange | None:
-    """Make one change; return what really changed, if anything did. Raises Refused."""
+    """Make one change; return the change that was really made, or None. Raises Refused."""
     letter = change.letter
     if letter in RANKS:
         return change_rank(hub, who, channel, change)
@@ -3762,7 +3766,7 @@ def change_mode(
 
 
 def end_invitations(hub: Hub, channel: Channel, done: Iterable[ModeChange]) -> None:
-    """A later ban or +i ends the invitations of those whom it keeps out."""
+    """End the invitations of users whom a new ban or +i keeps out."""
     for change in done:
         if change.on and change.letter in "bi" and channel.invited:
             hub.charge(len(channel.invited))
@@ -3776,7 +3780,7 @@ Changes = tuple[tuple[bool, str, str], ...]  # the fields of a ModeChange each
 
 @act
 def set_modes(hub: Hub, who: Session, name: str, changes: Changes, salt: str) -> list[Refused]:
-    """Change a channel's modes, as far as that can be done; return why not of the rest."""
+    """Change a channel's modes where that is possible; return the refusals of the rest."""
     user, channel = who.user, hub.find_channel(name)
     done: list[ModeChange] = []
     refusals: dict[Any, Refused] = {}  # one of a kind: a hundred letters are no flood
@@ -3799,7 +3803,7 @@ def set_modes(hub: Hub, who: Session, name: str, changes: Changes, salt: str) ->
 
 
 def move_markers(hub: Hub, old: str, new: str) -> None:
-    """Read markers go with the channel; one of the new name was of another channel."""
+    """Move the read markers of a renamed channel; those under the new name are out of date."""
     for owner, marks in list(hub.markers.items()):
         for key in marks.keys() & {old, new}:
             hub.turn.record("marker_gone", owner, key)
@@ -3813,7 +3817,7 @@ def move_markers(hub: Hub, old: str, new: str) -> None:
 
 @act
 def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -> None:
-    """Rename a channel with the history of this founding. The old name is free at once."""
+    """Rename a channel with the history of its founding. The old name is free at once."""
     user, channel = who.user, hub.find_channel(where)
     channel.require(who, "o")
     check_channel_name(name)
@@ -3864,7 +3868,7 @@ def keep_file(hub: Hub, file: StoredFile) -> None:
 def begin_file(
     hub: Hub, who: Session, id: str, name: str, type: str, size: int, owner: str, address: str
 ) -> None:
-    """Make room for a file that comes now. Raises Refused."""
+    """Register a new file whose upload begins now. Raises Refused if there is no room."""
     hub.files.check_room(size, owner, address)
     keep_file(hub, StoredFile(id, name, type, size, owner, address, hub.now))
 
@@ -3883,12 +3887,12 @@ SOFT_HYPHEN = "\xad"
 
 
 def is_inner_jamo(c: str) -> bool:
-    """Return whether it is a vowel or final of conjoining Hangul: they join their initial."""
+    """Return whether `c` is a vowel or final of conjoining Hangul, which joins its initial."""
     return "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7fb"
 
 
 def is_emoji(c: str) -> bool:
-    """Return whether it is an emoji, perhaps newer than Python's tables (unassigned there)."""
+    """Return whether `c` is an emoji newer than Python's tables, which have it unassigned."""
     return "\U0001f300" <= c <= "\U0001faff" and unicodedata.category(c) == "Cn"
 
 
@@ -3905,7 +3909,7 @@ def cluster_width(cluster: str) -> int:
 
 
 def joins(cluster: str, c: str) -> bool:
-    """Return whether `c` goes on with the character before it."""
+    """Return whether `c` continues the cluster before it."""
     if is_inner_jamo(c):
         return "\u1100" <= cluster[0] <= "\u11ff"
     if cluster[-1] == ZWJ or c == ZWJ or unicodedata.category(c) in ("Mn", "Me", "Mc"):
@@ -3930,8 +3934,8 @@ def clusters(text: str) -> list[str]:
 
 
 def width(text: str) -> int:
-    """Columns that a terminal gives `text`: none for marks, two for wide characters (UAX 11)
-    and emoji. Terminals disagree about the newest emoji, so nothing may depend on it."""
+    """Return the columns of `text` on a terminal: none for marks, two for wide characters (UAX 11)
+    and emoji. Terminals disagree about the newest emoji, so nothing may depend on the result."""
     if text.isascii() and text.isprintable():
         return len(text)
     return sum(map(cluster_width, clusters(text)))
@@ -3941,7 +3945,7 @@ def width(text: str) -> int:
 def finish_file(
     hub: Hub, who: Session, id: str, sha: str, size: int, type: str, width: int, height: int
 ) -> None:
-    """A file is complete: its link works from now on."""
+    """Complete a file, so that its link works from now on."""
     if file := hub.files.get(id):
         known = {"sha": sha, "size": size, "type": type, "width": width, "height": height}
         keep_file(hub, file._replace(**known))
@@ -3949,7 +3953,7 @@ def finish_file(
 
 @act
 def remove_file(hub: Hub, who: Session, id: str) -> None:
-    """Remove a file, complete or not. Its content goes with the last of its links."""
+    """Remove a file, complete or not. Content that no other file shares goes, too."""
     file = hub.files.pop(id, None)
     if file is None:
         return
@@ -3961,14 +3965,14 @@ def remove_file(hub: Hub, who: Session, id: str) -> None:
 
 
 def carry_file(hub: Hub, file: StoredFile, event: Event) -> None:
-    """Note a message of the owner with the link: the file goes with the last one of them."""
+    """Note a message of the owner with the file's link. The file goes with the last of these."""
     if hub.same_person(file.owner, event.source.identity) and len(file.messages) < FILE_MESSAGES:
         hub.files.by_message[event.id] = file.id
         keep_file(hub, file._replace(messages=(*file.messages, event.id)))
 
 
 def redact_file(hub: Hub, who: Session, message: int) -> None:
-    """A message was taken back, and perhaps a file with it."""
+    """Forget a redacted message. A file whose last message that was goes, too."""
     file = hub.files.get(hub.files.by_message.pop(message, ""))
     if file is None:
         return
@@ -3981,7 +3985,7 @@ def redact_file(hub: Hub, who: Session, message: int) -> None:
 
 @act
 def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_id: str) -> Sent:
-    """Send a message to a channel or user; under one `own_id` of the sender there is one."""
+    """Send a message to a channel or user, once only for each `own_id` of the sender."""
     user = who.user
     if own_id and (repeat := hub.find_repeat(who, own_id)) is not None:
         return Sent(repeat)
@@ -4022,7 +4026,7 @@ def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_
 
 
 def conversation_keys(hub: Hub, one: str, other: str) -> list[str]:
-    """Return the keys of a private conversation: an account has those of its guests, too."""
+    """Return the keys of a private conversation. An account also has those of its former guests."""
     pairs = itertools.product(hub.identities(one), hub.identities(other))
     return list(dict.fromkeys(" ".join(sorted(pair)) for pair in pairs))
 
@@ -4030,7 +4034,7 @@ def conversation_keys(hub: Hub, one: str, other: str) -> list[str]:
 def check_may_redact(
     who: Session, channel: Channel | None, founding: int, name: str, message_id: str
 ) -> None:
-    """Raise Refused unless `who` may take back the words of another user."""
+    """Raise Refused unless the session may redact another user's message."""
     text = "these are not your words"
     if channel:
         text = "these are words from before this channel was founded again"
@@ -4044,8 +4048,8 @@ def check_may_redact(
 
 @act
 def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> None:
-    """Take back a message: for its author, and for operators of the channel in this founding
-    of it. A message in private is the author's alone to take back."""
+    """Redact a message. The author may, and in a channel so may its operators, for messages of this
+    founding. In a private conversation only the author may."""
     user = who.user
     channel = hub.channels.get(fold(name)) if name.startswith("#") else None
     other = None if name.startswith("#") else hub.users.get(fold(name))
@@ -4083,7 +4087,7 @@ def wallops(hub: Hub, who: Session, text: str) -> None:
 
 @act
 def set_away(hub: Hub, who: Session, reason: str) -> None:
-    """Be away for a reason, or, without one, back."""
+    """Mark the user as away for a reason; without a reason, as back."""
     user, reason = who.user, cut(reason, REASON_BYTES)
     if reason != user.away:
         user.away = reason
@@ -4101,7 +4105,7 @@ def set_realname(hub: Hub, who: Session, realname: str) -> None:
 
 @act
 def set_user_modes(hub: Hub, who: Session, changes: tuple[tuple[bool, str, str], ...]) -> None:
-    """Change the user's own modes, on all devices. OPER alone gives o, and to one session."""
+    """Change the user's own modes, on all devices. Mode o is one session's; only OPER sets it."""
     user, done = who.user, []
     for change in itertools.starmap(ModeChange, changes):
         if change.letter == "o":
@@ -4126,7 +4130,7 @@ def set_user_modes(hub: Hub, who: Session, changes: tuple[tuple[bool, str, str],
 
 
 def check_metadata_writable(who: Session, owner: User | Channel, target: str, key: str) -> None:
-    """Raise Refused unless `who` may change the metadata of a user or channel."""
+    """Raise Refused unless the session may change the metadata of a user or channel."""
     if isinstance(owner, Channel):
         member = owner.members.get(who.user)
         allowed = who.operator or (member and member.level <= RANKS.index("o"))
@@ -4138,7 +4142,7 @@ def check_metadata_writable(who: Session, owner: User | Channel, target: str, ke
 
 @act
 def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> None:
-    """Set a value of a user or channel; "" removes it. Subscribers of the key are told."""
+    """Set a metadata value of a user or channel; "" removes it. Subscribers of the key are told."""
     owner = hub.find_channel(target) if target.startswith("#") else hub.find_user(target)
     check_metadata_writable(who, owner, target, key)
     if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
@@ -4174,8 +4178,8 @@ def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> N
 
 @act
 def mark_read(hub: Hub, who: Session, target: str, when: int, id: int) -> None:
-    """Move a read marker forward, and tell the user's other sessions. A time that is no
-    message's cannot lie in the future: nothing has been read there."""
+    """Move a read marker forward, and tell the user's other sessions. Without a message's id, its
+    time cannot lie in the future, where nothing has been read."""
     user, key = who.user, fold(target)
     mark = Marker(when if id else min(when, hub.now + TIMES_AHEAD), id)
     if not hub.markers.advance(user.identity, key, mark):
@@ -4190,7 +4194,7 @@ def mark_read(hub: Hub, who: Session, target: str, when: int, id: int) -> None:
 
 @act
 def become_operator(hub: Hub, who: Session, name: str) -> None:
-    """This session, not the user's others, operates the server; it proved a password."""
+    """Make this session operate the server, but not the user's others: it proved a password."""
     who.operator = True
     hub.operators.add(who)
     user = who.user
@@ -4213,7 +4217,7 @@ def kill(hub: Hub, who: Session, name: str, reason: str) -> str:
 
 @act
 def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str) -> int:
-    """Add a K-line, and disconnect those whom it matches; return how many users that were."""
+    """Add a K-line, and disconnect the users who match it; return their number."""
     require_operator(who)
     mask = server_mask(mask)
     if not is_word(mask, MASK_BYTES):
@@ -4251,8 +4255,8 @@ def unban_from_server(hub: Hub, who: Session, mask: str) -> str:
 
 
 def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[str, str]]) -> None:
-    """Load what Hub.settle() recorded. A channel is there again if an account founded it, or
-    one of its members may come back; else it ends like one whose last member has left."""
+    """Load the users and channels that Hub.settle() recorded. A channel is restored if an account
+    founded it, or if one of its members may come back; else it ends as without its last member."""
     wanted: dict[User, dict[str, str]] = {}
     for resume_id, text in users:
         state = json.loads(text)
@@ -4287,7 +4291,7 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
 
 
 def wrong_password(session: LocalSession) -> None:
-    """Refuse a wrong password of the server or an operator; a few close the connection."""
+    """Refuse a wrong password of the server or an operator; close the connection after a few."""
     session.tries += 1
     text = f"that is not it (try {session.tries} of {PASSWORD_TRIES})"
     session.refuse(Refused("WRONG_PASSWORD", text))
@@ -4299,7 +4303,7 @@ SERVER_PASSWORD, OPERATOR_PASSWORD = "*pass", "*oper"  # subjects of the throttl
 
 
 def check_server_password(session: LocalSession, given: str) -> bool:
-    """Return whether the password is right, or none is needed. Raises Refused after too many."""
+    """Return whether the password is right, or none is needed. Raises Refused after many."""
     site = session.site
     if site.password is None:
         return True
@@ -4314,7 +4318,7 @@ def check_server_password(session: LocalSession, given: str) -> bool:
 
 
 def claimed_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
-    """Return a claimed account and its verifier: a failure until proven. Raises Refused."""
+    """Return a claimed account and its verifier. A failure until proven. Raises Refused."""
     session.site.server.refresh()
     hub, host = session.site.hub, session.conn.limit_key
     hub.accounts.throttle.check(host, name, hub.ticks)
@@ -4323,7 +4327,7 @@ def claimed_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
 
 
 def certified_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
-    """Return the account of the connection's certificate, which may be named. Raises Refused."""
+    """Return the account (`name`, if given) of the connection's certificate. Raises Refused."""
     session.site.server.refresh()
     accounts, fingerprint = session.site.hub.accounts, session.conn.fingerprint
     if not fingerprint:
@@ -4336,7 +4340,7 @@ def certified_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
 
 
 def revision_of(session: LocalSession, name: str, verifier: Verifier) -> str:
-    """Return the proof that a password was right. Raises Refused if that changed meanwhile."""
+    """Return the proof of a right password. Raises Refused if the password changed meanwhile."""
     accounts = session.site.hub.accounts
     if accounts.find(name)[1] != verifier:
         raise wrong_login()
@@ -4353,14 +4357,14 @@ def prove(session: LocalSession, name: str, password: str) -> Steps:
 
 
 def identify(session: LocalSession, name: str, password: str, takes_name: bool) -> Steps:
-    """Log the session's user in to an account if the password is right."""
+    """Log the session's user in to an account if the password is right. Raises Refused."""
     account, proof = yield from prove(session, name, password)
     yield do(session.act, "log_in", account, proof, takes_name)
     session.answer(f"you are logged in as {account}")
 
 
 def check_password(password: str, name: str) -> None:
-    """Raise Refused unless it can protect an account."""
+    """Raise Refused unless a password is long enough, and not too long, for an account."""
     if len(password) < PASSWORD_LEAST:
         raise Refused("WEAK_PASSWORD", f"a password has at least {PASSWORD_LEAST} characters", name)
     if len(password) > PASSWORD_MOST:
@@ -4406,8 +4410,8 @@ def check_registration(session: LocalSession, nick: str, wanted: str, email: str
 def register_nick(
     session: LocalSession, nick: str, wanted: str, email: str, password: str
 ) -> Steps:
-    """Make a nick an account; with email-required first send a code to the address. Return the
-    account and its proof; "" while the code is awaited."""
+    """Register a nick as an account; with email-required first send a code to the address. Return
+    the account's name and proof; the proof is "" while the code is awaited. Raises Refused."""
     name, site = check_registration(session, nick, wanted, email), session.site
     check_password(password, name)
     accounts, host, ticks = site.hub.accounts, session.conn.limit_key, site.hub.ticks
@@ -4431,7 +4435,7 @@ def register_nick(
 
 
 def verify(session: LocalSession, name: str, code: str) -> Steps:
-    """Take the code that was sent for a new account. Return the account and its proof."""
+    """Take the code that was sent for a new account. Return the account's name and proof."""
     hub = session.site.hub
     known = hub.accounts.verified(name, code, session.conn.limit_key, hub.ticks)
     values = known.name, tuple(known.verifier), known.email
@@ -4440,7 +4444,7 @@ def verify(session: LocalSession, name: str, code: str) -> Steps:
 
 
 def email_used(session: LocalSession, email: str) -> str:
-    """Say what became of the e-mail address of a registration."""
+    """Return a note for the user if the address of a registration was not needed; else ""."""
     if email in ("", "*") or "email-required" in session.site.registration:
         return ""
     return f"; {email} was not needed and is not kept"
@@ -4448,7 +4452,7 @@ def email_used(session: LocalSession, email: str) -> str:
 
 @in_steps
 def oper(session: LocalSession, name: str, password: str, done: Callable[[], None]) -> Steps:
-    """Check an operator's password. A name that does not exist takes as long as one that does."""
+    """Make the session an operator if the password is right. Unknown names take the same time."""
     hub, host = session.site.hub, session.conn.limit_key
     hub.accounts.throttle.check(host, OPERATOR_PASSWORD, hub.ticks)
     hub.accounts.throttle.failed(host, OPERATOR_PASSWORD, hub.ticks)
