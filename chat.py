@@ -1921,8 +1921,7 @@ class Audience:
         self.parties = parties  # of a private conversation: identity, key, identity, key
 
     def stamp(self, now: int) -> int:
-        """Advance the clocks of the channels or users to the next event's time, in ms, and return
-        it."""
+        """Advance the channels' or users' clocks to the next event's time, in ms; return it."""
         clocks = self.channels or self.users
         if len(self.channels) == 1:  # nearly always
             (channel,) = clocks
@@ -4701,7 +4700,7 @@ def migrate(db: sqlite3.Connection) -> None:
 
 
 def open_database(path: pathlib.Path | None) -> sqlite3.Connection:
-    """Open or create it, and bring the schema up to date. Raises Unusable."""
+    """Open or create a database, and bring its schema up to date. Raises Unusable."""
     if path and path.is_symlink():
         raise Unusable(f"{path} is a symbolic link; put the database itself there")
     try:
@@ -4719,7 +4718,7 @@ def open_database(path: pathlib.Path | None) -> sqlite3.Connection:
 
 
 def event_of(*row: Any) -> Event:
-    """Return a row of the store, its COLUMNS, as an event."""
+    """Return an event made of a row of the store, its COLUMNS."""
     id, time_ms, kind, name, address, username, about, text, author, tags = row
     account = author[1:].rpartition("/")[0]
     source = source_of(name, address, username, account)._replace(identity=author)
@@ -4741,8 +4740,8 @@ class Mark(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where something was said: a channel's key, or the keys of a private conversation. The
-    owner of an account also reads what was said to guests who had the other's name."""
+    """The scope of a read: a channel's key, or the keys of a private conversation. The owner of an
+    account also reads what was said to guests who had the other user's name."""
 
     keys: tuple[str, ...]
     owner: str = ""
@@ -4750,7 +4749,7 @@ class Place(NamedTuple):
 
 
 def place_of(hub: Hub, user: User, audience: Audience) -> Place:
-    """Return where the store keeps what this user may read of it."""
+    """Return the Place that a user may read of an audience: a channel or a conversation."""
     if not isinstance(audience, Conversation):
         return Place((audience.targets[0][0],))
     partner = audience.partner(user)
@@ -4759,7 +4758,7 @@ def place_of(hub: Hub, user: User, audience: Audience) -> Place:
 
 
 class Span(NamedTuple):
-    """A part of some history: which kinds, and between which marks, both left out."""
+    """A part of the history of a Place: some kinds, strictly between two marks."""
 
     place: Place
     kinds: tuple[str, ...] = SPOKEN
@@ -4768,11 +4767,11 @@ class Span(NamedTuple):
 
     @property
     def by_time(self) -> bool:
-        """Return whether a mark is a time: then the nearest messages are those nearest in time."""
+        """True if a mark is a time: then the nearest messages are those nearest in time."""
         return any(mark and mark.id is None for mark in (self.after, self.before))
 
     def where(self) -> tuple[str, list]:
-        """As SQL, and its values."""
+        """Return the span as an SQL condition, and the condition's values."""
         texts, values = [f"kind IN ({', '.join('?' * len(self.kinds))})"], [*self.kinds]
         for sign, mark in ((">", self.after), ("<", self.before)):
             if mark is not None:
@@ -4791,13 +4790,13 @@ ONE_BY_ONE = re.compile(
 
 
 def words_of(text: str) -> str:
-    """Return a text as the index splits it at blanks."""
+    """Return a text for the index: a blank on each side of characters that are words."""
     return text if text.isascii() else ONE_BY_ONE.sub(r" \1 ", text)
 
 
 class Readers:
-    """Read-only connections, each for one job at a time; or the only one that there is, if
-    all is in memory. To open one takes longer than most pages do: it is kept for the next."""
+    """Read-only connections, each for one job at a time; in memory, the store's only connection.
+    Opening one takes longer than reading most pages does: so it is kept for the next job."""
 
     def __init__(self, path: pathlib.Path | None, only: sqlite3.Connection):
         self.path, self.only = path, only
@@ -4827,13 +4826,13 @@ class Readers:
 
 
 class SearchIndex:
-    """The words of all messages, in a database file of its own: SQLite's FTS5, without the
-    text. One helper at a time calls advance(), which reads chat.db and goes on from the id up
-    to which everything is indexed, also after a crash. Every hit is read again from chat.db.
+    """The words of all messages, in a database file of its own: SQLite's FTS5, without the text.
+    One helper at a time runs a step, which reads chat.db and goes on after the last indexed id,
+    also after a crash. Every hit is read again from chat.db.
 
-    It is made of parts, each for so many messages. Redaction makes a part again without what
-    was redacted; FTS5 alone would keep the words until it merges them. Not every Python has
-    FTS5; then nothing is found."""
+    The index consists of parts, each for a number of messages. A redaction makes a part again
+    without the redacted message; FTS5 alone would keep the words until it merges them. Not every
+    Python has FTS5; without it nothing is found."""
 
     TOKENIZER = "unicode61 categories 'L* N* Co So'"
 
@@ -4860,7 +4859,7 @@ class SearchIndex:
             self.redacted(row[0] for row in store.db.execute("SELECT id FROM erased"))
 
     def _open(self, path: pathlib.Path | None) -> sqlite3.Connection | None:
-        """A damaged index is begun again: all of it can be made from chat.db."""
+        """Open the index. A damaged one is deleted and made again from chat.db."""
         for attempts_left in (1, 0):
             try:
                 return self._open_once(path)
@@ -4893,12 +4892,12 @@ class SearchIndex:
         return self.db is not None and bool(self.behind or self.gone or self.unfit)
 
     def stored(self, targets: Iterable[int], id: int) -> None:
-        """Messages up to this id were committed."""
+        """Note that messages up to this id were committed, for these targets."""
         self.behind.update(targets)
         self.known = id
 
     def redacted(self, ids: Iterable[int]) -> None:
-        """These messages are gone, and their words have to go."""
+        """Note that these messages were redacted, so that their words are removed."""
         self.gone += [(id, id, PART_ROWS) for id in ids]
 
     def step(self, most: int | None = None) -> Callable[[], tuple]:
@@ -4909,7 +4908,7 @@ class SearchIndex:
         return functools.partial(self._step, behind, gone, self.known, most or INDEX_IDS)
 
     def finish(self, left: tuple[set[int], list]) -> None:
-        """Take back what the job left for the next one."""
+        """Take the result of a job: what it left for the next job."""
         behind, gone = left
         self.behind |= behind
         self.gone, self.taken = gone + self.gone, []
@@ -4938,7 +4937,7 @@ class SearchIndex:
         return (behind if indexed < known else set()), []
 
     def _add(self, targets: set[int], known: int, most: int) -> int:
-        """Index the messages of the next `most` ids; return the last one of these."""
+        """Index the messages of the next `most` ids; return the last of these ids."""
         query = "SELECT min(id) FROM events WHERE target = ? AND id > ?"
         with self.store.reading() as db:
             oldest = (db.execute(query, [t, self.indexed]).fetchone()[0] or known for t in targets)
@@ -4978,7 +4977,7 @@ class SearchIndex:
         self.db.executemany(insert, sorted(rows))
 
     def _rebuild(self, part: int) -> None:
-        """Make a part again of what is still there; an old one without any of it goes."""
+        """Make a part again from the messages that are left. An old part without any is deleted."""
         query = "SELECT first, last FROM parts WHERE part = ?"
         first, last = self.db.execute(query, [part]).fetchone()
         newest = self.db.execute("SELECT max(part) FROM parts").fetchone()[0]
@@ -4997,7 +4996,7 @@ class SearchIndex:
     def search(
         self, places: Iterable[Place], words: str, span: Span, count: int, author: str = ""
     ) -> list[tuple[Place, Event]]:
-        """Return the newest messages with these words (of the author's nick), oldest first."""
+        """Return the newest messages with these words (of the author's nick), the oldest first."""
         texts = " ".join('"' + words_of(word).replace('"', '""') + '"' for word in words.split())
         name = f" AND place: n{author.encode().hex()}" if author else ""
         found: list[tuple[Place, Event]] = []
@@ -5015,7 +5014,7 @@ class SearchIndex:
         return sorted(found, key=lambda one: one[1].id)[-count:]
 
     def _ids(self, index: sqlite3.Connection, match: str) -> Iterator[int]:
-        """Yield the ids that match, the newest first."""
+        """Yield the ids of matching messages, the newest first."""
         for (part,) in index.execute("SELECT part FROM parts ORDER BY part DESC").fetchall():
             name = f"search_{part}"
             query = f"SELECT rowid FROM {name} WHERE {name} MATCH ? ORDER BY rowid DESC"
@@ -5023,7 +5022,8 @@ class SearchIndex:
                 yield row[0]
 
     def close(self) -> None:
-        """Redacted words go at the latest now, also those of a job that was given up."""
+        """Remove the words of redacted messages, also those of a job that was given up; then
+        close."""
         if self.db is None:
             return
         if self.store.path:
@@ -5038,8 +5038,8 @@ class SearchIndex:
 
 
 class DedupKeys:
-    """Which event a sender's own message id belongs to, so that nothing is said twice. Keys
-    outlive their messages: who was away for weeks may not know that a message arrived."""
+    """The event of each message id that a sender gave, so that no message is said twice. Keys
+    outlive their messages: a client that was away for weeks may not know that a message arrived."""
 
     def __init__(self, store: "Store"):
         self.store = store
@@ -5049,7 +5049,7 @@ class DedupKeys:
         self.now = 0
 
     def write(self, keys: dict[tuple[str, str], Event]) -> None:
-        """In the transaction that the events are in."""
+        """Store keys, within the transaction that stores their events."""
         insert = """
             INSERT OR IGNORE INTO dedup
             SELECT ?, ?, ?, ifnull((SELECT id FROM targets WHERE key = ? AND founding = ?), 0), ?"""
@@ -5060,7 +5060,7 @@ class DedupKeys:
         self.store.db.executemany(insert, values)
 
     def lose(self, keys: Iterable[tuple[str, str]], ticks: int) -> None:
-        """These were delivered and are not in the store."""
+        """Remember the keys of messages that were delivered but could not be stored."""
         self.not_stored.update(dict.fromkeys(keys, ticks + NOT_STORED_MS))
         while len(self.not_stored) > TARGETS_CACHED:
             self.not_stored.popitem(last=False)
@@ -5077,8 +5077,8 @@ class DedupKeys:
         return db.execute(query, [own_id, *names]).fetchone()
 
     def find(self, owners: Iterable[str], own_id: str) -> int | None:
-        """Return the event of that id. A damaged database knows none: the message is
-        delivered, and its sender told that it was not kept."""
+        """Return the id of the event with this message id. A damaged database finds none: then the
+        message is delivered, and its sender is told that it was not kept."""
         try:
             found = self._look_up(self.store.db, owners, own_id)
         except sqlite3.Error:
@@ -5086,7 +5086,7 @@ class DedupKeys:
         return found and found[0]
 
     def event(self, owners: Iterable[str], own_id: str) -> tuple[int, Event | None] | None:
-        """Return the id of the event, and all of it if it is still there. On any thread."""
+        """Return the event's id, and the event if it is still stored. Works on any thread."""
         with self.store.reading() as db:
             found = self._look_up(db, owners, own_id)
             if found is None:
@@ -5097,7 +5097,7 @@ class DedupKeys:
         return id, event_of(*row) if row and is_sound(row) else None
 
     def sweep(self, now: int) -> bool:
-        """Forget what is old enough, one slice; return whether there is more to look through."""
+        """Forget one slice of old keys; return whether there is more to look through."""
         db = self.store.db
         query = f"""
             SELECT owner, own_id, time < ? AND NOT EXISTS (SELECT 1 FROM events
@@ -5114,8 +5114,8 @@ class DedupKeys:
 
 
 class Backlog:
-    """Records of turns that could not be stored, for when it can be done. One per table and
-    key: the last one. Events are not among them; their senders were told."""
+    """Records of turns that could not be stored, for a later attempt: the last one for each table
+    and key. Events are not among them; their senders were told."""
 
     def __init__(self) -> None:
         self.records: dict[tuple, Record] = {}
@@ -5134,7 +5134,7 @@ class Backlog:
 
 
 class Store:
-    """Events on disk, or in memory for `path` None. Raises Unusable when it cannot open."""
+    """Events on disk, or in memory for `path` None. Raises Unusable if that cannot be opened."""
 
     def __init__(self, path: pathlib.Path | None, keep: int | None = None):
         self.path = path
@@ -5167,15 +5167,15 @@ class Store:
             raise Unusable(f"the database {path} is damaged ({error}); move it away") from error
 
     def guard(self, path: pathlib.Path) -> None:
-        """Keep nothing any more if this file is moved or removed."""
+        """Watch a file: once it is moved or removed, nothing is stored any more."""
         with contextlib.suppress(OSError):
             self.guarded[path] = path.stat().st_ino
 
     # Ids: each start has blocks of its own, so that no id is ever used twice
 
     def reserve_ids(self) -> None:
-        """Begin a block of ids for this start. What earlier ones reserved and did not store
-        is nothing that a client may ask for."""
+        """Begin a block of ids for this start. Ids that earlier starts reserved and did not store
+        are not valid in requests."""
         newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
         query = f"SELECT ifnull(max({newest}), 0) FROM targets"
         last = self.db.execute(query).fetchone()[0]
@@ -5197,8 +5197,8 @@ class Store:
         return STATEMENTS["start"][2], [self.first_id, self.reserved, self.letters]
 
     def abandon(self, alive: Collection[str]) -> None:
-        """Give up what no user can read any more: what was sealed, and private conversations
-        between guests, which end with their stays; `alive` are the identities that go on."""
+        """Mark what no user can read any more: sealed history, and private conversations between
+        guests whose stays have ended. `alive` are the identities that go on."""
         rows = self.db.execute("SELECT id, key FROM targets WHERE key > '~'").fetchall()
         talks = {id: key.split() for id, key in rows}
         self.orphans = {id for id, who in talks.items() if not who[1:] or not alive & set(who)}
@@ -5206,8 +5206,8 @@ class Store:
     # The commit beat
 
     def commit(self, turn: Turn, now: float, ticks: int = 0) -> str:
-        """Store a turn's events and records in one transaction; `now` is monotonic, in
-        seconds. Return KEPT, BUSY (ask again) or LOST."""
+        """Store a turn's events and records in one transaction; `now` is monotonic, in seconds.
+        Return KEPT, BUSY (try again) or LOST."""
         if self.backlog.records and now < self.backlog.retry_at:
             return self._lose(turn, self.backlog.retry_at - BACKLOG_SECONDS, ticks)
         try:
@@ -5232,7 +5232,7 @@ class Store:
         return LOST
 
     def _check_folder(self) -> None:
-        """Raise OSError if a file that is written to is not the one with that name."""
+        """Raise OSError if a watched file has been moved, removed or replaced."""
         for path, number in self.guarded.items():
             try:
                 same = path.stat().st_ino == number
@@ -5289,7 +5289,7 @@ class Store:
         return rows
 
     def _apply(self, record: Record) -> list[int]:
-        """Do what a record says; return the ids of the messages that it erased."""
+        """Apply a record to the database; return the ids of the messages that it erased."""
         if record.name in STATEMENTS:
             self.db.execute(STATEMENTS[record.name][2], record.values)
             return []
@@ -5297,7 +5297,7 @@ class Store:
         return special[record.name](*record.values)
 
     def _rename(self, old: str, new: str, founding: int) -> list[int]:
-        """The history of this founding goes with the channel."""
+        """Move the history of a founding to the channel's new name."""
         update = "UPDATE OR REPLACE targets SET key = ? WHERE key = ? AND founding = ?"
         self.db.execute(update, [new, old, founding])
         if (target := self.targets.pop((old, founding), None)) is not None:
@@ -5305,7 +5305,7 @@ class Store:
         return []
 
     def _seal(self, key: str, founding: int) -> list[int]:
-        """Close the history of this founding: the next start deletes it."""
+        """Close the history of a founding: the next start deletes it."""
         update = "UPDATE targets SET key = '~' || id WHERE key = ? AND founding = ?"
         self.db.execute(update, [key, founding])
         self.targets.pop((key, founding), None)
@@ -5325,7 +5325,7 @@ class Store:
         return [id]
 
     def _target(self, target: tuple[str, int], audience: Audience) -> int:
-        """Return the row of what has not been written to lately."""
+        """Return the row id of a target that is not cached; add the row if there is none."""
         query = "SELECT id FROM targets WHERE key = ? AND founding = ?"
         row = self.db.execute(query, target).fetchone()
         if row is None:
@@ -5347,7 +5347,7 @@ class Store:
     # What acts ask
 
     def author_of(self, key: str, id: int) -> tuple[int, str] | None:
-        """Return the founding and author of a message under this key; None if there is none."""
+        """Return the founding and author of a message under this key; None if it is not there."""
         query = f"""
             SELECT t.founding, e.author FROM targets t JOIN events e ON e.target = t.id
             WHERE t.key = ? AND e.id = ? AND e.kind IN ({", ".join("?" * 4)})"""
@@ -5357,7 +5357,8 @@ class Store:
             return None
 
     def foundings(self, key: str) -> set[int]:
-        """Return the foundings of which there is history; a database that cannot tell has some."""
+        """Return the foundings with history under this key; if the database fails, some
+        founding."""
         query = """
             SELECT founding FROM targets WHERE key = ?
             AND EXISTS (SELECT 1 FROM events WHERE target = targets.id)"""
@@ -5369,7 +5370,7 @@ class Store:
     # Reading at the start
 
     def changed_elsewhere(self) -> bool:
-        """Return whether another process has written to the database since this was asked last."""
+        """Return whether another process has written to the database since the last call."""
         version = self.db.execute("PRAGMA data_version").fetchone()[0]
         before, self.version = self.version, version
         return version != before
@@ -5379,7 +5380,7 @@ class Store:
             yield Account(name, Verifier(*verifier), email, number)
 
     def rows(self, table: str) -> list[tuple]:
-        """Return a table that is kept in memory. Raises ValueError for wrong types of values."""
+        """Return a table that is kept in memory. Raises ValueError if values have wrong types."""
         rows, types = self.db.execute(f"SELECT * FROM {table}").fetchall(), TABLES[table]
         for row in rows:
             if tuple(map(type, row)) != types:
@@ -5402,8 +5403,8 @@ class Store:
         return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
 
     def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
-        """Return at most `count` things of that span, the newest or the oldest of them, in the
-        order of their ids; fewer if they are more than PAGE_BYTES long."""
+        """Return at most `count` events of a span, the newest or the oldest of them, in the order
+        of their ids. There are fewer if they exceed PAGE_BYTES."""
         where, values = span.where()
         order = "time {0}, id {0}" if span.by_time else "id {0}"
         order = order.format("DESC" if newest else "ASC")
@@ -5425,7 +5426,7 @@ class Store:
 
     @staticmethod
     def _some(rows: Iterable[tuple]) -> list[tuple]:
-        """Return the first rows that are events of ours, as far as they fit in PAGE_BYTES."""
+        """Return the first rows that are valid events, as far as they fit in PAGE_BYTES."""
         some, size = [], 0
         for row in filter(is_sound, rows):
             size += len(row[7].encode()) + len(row[9].encode())
@@ -5435,13 +5436,14 @@ class Store:
         return some
 
     def around(self, span: Span, centre: Mark, count: int) -> list[Event]:
-        """Return what is before that point, and as much from it on."""
+        """Return the events before a mark, and about as many from the mark on."""
         older = self.page(span._replace(before=centre), count // 2)
         inclusive = Mark(centre.id - 1) if centre.id is not None else Mark(time=centre.time - 1)
         return older + self.page(span._replace(after=inclusive), count - len(older), newest=False)
 
     def between(self, span: Span, one: Mark, other: Mark, count: int) -> list[Event]:
-        """Return what is between two points, beginning at the first one, whichever is later."""
+        """Return the events between two marks, beginning at the first one, which may be the
+        later."""
         if one.id and other.id:  # the id alone defines the order
             backwards = one.id > other.id
         else:
@@ -5450,15 +5452,15 @@ class Store:
         return self.page(span._replace(after=after, before=before), count, backwards)
 
     def _moment(self, span: Span, mark: Mark) -> tuple[int, int]:
-        """Return a time and an id, to compare marks of two kinds."""
+        """Return a mark's time and id, to compare marks of both kinds."""
         if mark.id is None:
             return mark.time, 0
         found = self.page(Span(span.place, REPLAYABLE, Mark(mark.id - 1)), 1, newest=False)
         return (found[0].time if found else LAST_MOMENT), mark.id
 
     def newest(self, keys: Iterable[str], identities: Iterable[str]) -> list[tuple[str, Event]]:
-        """Return the last thing said under each key, and in each private conversation of these
-        identities: with the key, or "" for a conversation."""
+        """Return the last message of each key and of each private conversation of these identities.
+        The text with each is its key, or "" for a conversation."""
         query = f"""
             SELECT {COLUMNS} FROM events WHERE target = ? AND kind IN (?, ?, ?)
             ORDER BY id DESC LIMIT 1"""
@@ -5482,7 +5484,7 @@ class Store:
     # Housekeeping
 
     def count(self) -> None:
-        """Add up what was stored lately, and see which channels have too many rows."""
+        """Add the rows stored lately to the counts, and note which channels have too many."""
         fresh, self.fresh = self.fresh, collections.Counter()
         update = "UPDATE targets SET events = events + ? WHERE id = ?"
         query = """
@@ -5504,7 +5506,7 @@ class Store:
             self._bound_memory()
 
     def _bound_memory(self) -> None:
-        """In memory, channels in which nothing was said for long give way to the others."""
+        """In memory, give up the history of the channels that have been silent longest."""
         pragmas = ("page_count", "freelist_count", "page_size")
         pages, free, size = (self.db.execute(f"PRAGMA {p}").fetchone()[0] for p in pragmas)
         used = (pages - free) * size
@@ -5523,7 +5525,7 @@ class Store:
             self.db.execute(query, [known - DEDUP_IN_MEMORY])
 
     def prune(self, idle: bool, now: int) -> bool:
-        """Delete one slice of what is over the limits; return whether there is more to do."""
+        """Delete one slice of what exceeds the limits; return whether there is more to delete."""
         try:
             if self.orphans and idle:
                 self._delete_orphan(next(iter(self.orphans)), now)
@@ -5535,14 +5537,14 @@ class Store:
         return bool(self.orphans or self.excess)
 
     def _delete_orphan(self, target: int, now: int) -> None:
-        """A count may be wrong after a crash: the target goes when no row is found."""
+        """Delete rows of a target, and the target itself after its last row."""
         if not self._delete(target, PRUNE_ROWS, now):
             self.db.execute("DELETE FROM targets WHERE id = ?", [target])
             self.targets = {key: known for key, known in self.targets.items() if known != target}
             self.orphans.discard(target)
 
     def _delete_oldest(self, key: str, idle: bool, now: int) -> None:
-        """Delete one slice of what a key has beyond `keep` rows."""
+        """Delete one slice of the rows that a key has beyond `keep`."""
         query = "SELECT id, events FROM targets WHERE key = ? ORDER BY founding"
         targets = self.db.execute(query, [key]).fetchall()
         excess = sum(events for _, events in targets) - self.keep
@@ -5572,7 +5574,7 @@ class Store:
         return len(ids)
 
     def checkpoint(self) -> None:
-        """Move the write-ahead log into the database: on a helper, it waits for the disk."""
+        """Move the write-ahead log into the database. On a helper: this waits for the disk."""
         erased, self.erased = self.erased, False
         with contextlib.closing(connect(self.path, "rw")) as db:
             _, frames, _ = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
@@ -5591,7 +5593,7 @@ class Store:
 
 
 def load_hub(store: Store, now: float, ticks: float, name: str = SERVER_NAME) -> Hub:
-    """Return the Hub where the last server stopped. Raises Unusable."""
+    """Return the Hub as the last server left it. Raises Unusable."""
     try:
         hub = Hub(store.last_id, MessageIds(store.starts), name)
         hub.store = store
