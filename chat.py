@@ -5834,7 +5834,7 @@ NOT_IN_IRC = {0: None, 10: " ", 13: " "}  # what would end a line
 
 
 def irc_bytes(text: str) -> bytes:
-    """One line, cut between characters where it has to be (RFC 2812 section 2.3)."""
+    """Return one line as bytes, cut between characters if it is too long (RFC 2812 section 2.3)."""
     if not text.isprintable():
         text = text.translate(NOT_IN_IRC)
     data = text.encode()
@@ -5844,7 +5844,7 @@ def irc_bytes(text: str) -> bytes:
 
 
 def as_param(text: str) -> str:
-    """`text` as a parameter that others may follow."""
+    """Return `text` as a parameter that others may follow."""
     return "*" if not text or " " in text or text[0] == ":" else cut(text, PARAM_BYTES)
 
 
@@ -5854,13 +5854,13 @@ def second_text(seconds: int) -> str:
 
 
 def tag_time(milliseconds: int) -> str:
-    """2026-11-22T08:30:05.123Z (IRCv3 server-time)."""
+    """Return a time as 2026-11-22T08:30:05.123Z (IRCv3 server-time)."""
     seconds, rest = divmod(milliseconds, 1000)
     return f"{second_text(seconds)}.{rest:03}Z"
 
 
 def add_tag(line: bytes, tag: str) -> bytes:
-    """To a line, or the first of several."""
+    """Add a tag to a line; to the first of several."""
     if line[:1] == b"@":
         return f"@{tag};".encode() + line[1:]
     return f"@{tag} ".encode() + line
@@ -5871,13 +5871,13 @@ ENDS_BATCH = re.compile(rb"(?:@[^ ]* )?:[^ ]* BATCH -")
 
 
 def add_tag_to_all(lines: bytes, tag: str) -> bytes:
-    """Tag all lines but those in a batch, which its beginning and end stand for (IRCv3 batch)."""
+    """Tag all lines but those inside a batch: its two BATCH lines stand for them (IRCv3 batch)."""
     parts = lines.splitlines(keepends=True)
     return b"".join(part if IN_BATCH.match(part) else add_tag(part, tag) for part in parts)
 
 
 def count_answers(lines: bytes) -> int:
-    """So many there are; a batch is one."""
+    """Return the number of lines, with each batch counted as one."""
     return sum(not (IN_BATCH.match(part) or ENDS_BATCH.match(part)) for part in lines.splitlines())
 
 
@@ -5885,8 +5885,8 @@ MESSAGE_ID = re.compile(r"msgid=[^; ]*;|;msgid=[^; ]*|@msgid=[^; ]* ")  # among 
 
 
 def spoken_lines(event: Event, where: str, blank: bool = False) -> Iterator[tuple[str, bool]]:
-    """Yield the lines of a message, which may be several or too long for one; and whether each
-    goes on with the one before it. Blank ones only if they are wanted."""
+    """Yield the lines of a message, which may have several or be too long for one; and whether each
+    continues the one before it. Blank lines only with `blank`."""
     verb, before, behind = IRC_SPOKEN[event.kind]
     head = f":{event.source.mask} {verb} {where or event.about} :{before}"
     room = IRC_BYTES - 2 - len(f"{head}{behind}".encode())
@@ -5908,7 +5908,7 @@ class IrcFormat:
         self.timed, self.tagged, self.accounts, self.multiline, self.operators = capabilities
 
     def encode(self, audience: Any, events: list[Event]) -> list[bytes]:
-        """One bytes object an event; a message too long for a line is several lines in it."""
+        """Return one bytes object for each message; a long message is several lines in it."""
         where, lines = audience.name, []
         for e in events:
             line, tags = None, self.tags(e)
@@ -5920,7 +5920,7 @@ class IrcFormat:
         return lines
 
     def parts(self, event: Event, where: str, tags: str) -> Iterator[bytes]:
-        """Yield the lines of one message; of several, the first has its id."""
+        """Yield the lines of one message; only the first line has the message's id."""
         lines = [line for line, _ in spoken_lines(event, where)]
         if self.multiline and len(lines) > 1:
             yield from self.multiline_batch(event, where, tags)
@@ -5930,7 +5930,7 @@ class IrcFormat:
             tags = re.sub(MESSAGE_ID, "", tags, count=1)
 
     def multiline_batch(self, event: Event, where: str, tags: str) -> Iterator[bytes]:
-        """Yield a message of several lines as one (draft/multiline)."""
+        """Yield a message of several lines as one batch (draft/multiline)."""
         source, name = f":{event.source.mask}", f"{event.id:x}"
         yield f"{tags}{source} BATCH +{name} draft/multiline {where or event.about}\r\n".encode()
         for line, goes_on in spoken_lines(event, where, blank=True):
@@ -5939,7 +5939,7 @@ class IrcFormat:
         yield f"{source} BATCH -{name}\r\n".encode()
 
     def tags(self, event: Event) -> str:
-        """Return what stands before the event's line, with the space behind."""
+        """Return the tags of an event with the space after them; "" if there are none."""
         tags = f";time={tag_time(event.time)}" if self.timed else ""
         if self.tagged:
             tags += f";msgid={self.ids.text(event.id)}"
@@ -5955,7 +5955,7 @@ class IrcFormat:
 
 
 class IrcWire:
-    """Events as lines of IRC, the same for all sessions whose capabilities change no byte."""
+    """Events as lines of IRC. Sessions whose capabilities give the same bytes share a wire."""
 
     def __init__(self, capabilities: frozenset[str], format: IrcFormat):
         self.format = format
@@ -5965,7 +5965,7 @@ class IrcWire:
         self.without = {k for k, cap in NEEDS_CAPABILITY.items() if cap not in capabilities}
 
     def encode(self, audience: Any, events: list[Event]) -> list[bytes]:
-        """Encode any events, one by one: a page of history."""
+        """Return one bytes object for each event, for a page of history."""
         return [
             self.format.encode(audience, [event])[0]
             if event.kind in SPOKEN
@@ -5974,7 +5974,7 @@ class IrcWire:
         ]
 
     def line(self, audience: Any, event: Event) -> bytes:
-        """Encode an event that is no message."""
+        """Return the line of an event that is no message."""
         if event.kind in self.without:
             return b""
         text, where = event.text, audience.name or event.about
@@ -5985,7 +5985,7 @@ class IrcWire:
         return self.format.tags(event).encode() + irc_bytes(f":{event.source.mask} {line}")
 
     def own(self, event: Event, line: bytes) -> bytes:
-        """Return what the origin of an event gets: it wrote to itself, or asked for echoes."""
+        """Return the line for the event's origin: messages only as an echo, or to itself."""
         if event.kind in ECHOED:
             to_self = event.about == event.source.name
             return line * (self.echo + to_self)
@@ -6026,7 +6026,7 @@ irc_command = Commands("")
 
 
 class Labelled(NamedTuple):
-    """A label, and where the answer that gets it began in this turn."""
+    """A label, and the positions where its answer began in this turn."""
 
     label: str  # escaped
     replies: int  # so many of the session's before it
@@ -6039,14 +6039,14 @@ OWN_ID = "+chat.py/id"  # what a client calls its message: under one id it is sa
 
 
 def client_id(session: "IrcSession", target: str) -> str:
-    """Return the id that the client gives its message: it cannot mean each of several targets."""
+    """Return the id that the client gave its message; "" if there are several targets for it."""
     own = session.message.tags.get(OWN_ID, "")
     usable = own and session.wire.format.tagged and is_word(own, OWN_ID_BYTES)
     return own if usable and "," not in target else ""
 
 
 class Collected:
-    """A message of several lines that has been begun (draft/multiline)."""
+    """A message of several lines whose batch is open (draft/multiline)."""
 
     def __init__(self, reference: str, target: str, label: str, tags: str, own_id: str):
         self.reference, self.target, self.label, self.tags = reference, target, label, tags
@@ -6081,8 +6081,8 @@ class Collected:
 
     @property
     def text(self) -> str:
-        """Return the message. It is forwarded as the sender split it, unless the pieces are
-        much smaller than they have to be: each costs every receiver a line."""
+        """Return the text, split as the sender split it. If the pieces are much smaller than they
+        have to be, they are joined: each piece costs every receiver a line."""
         text, needed = "".join(self.pieces), self.size // PIECE_BYTES + self.lines
         if len(self.pieces) > min(MESSAGE_LINES, MULTILINE_SLACK * needed):
             text = text.replace(SOFT_BREAK, "")
@@ -6090,7 +6090,7 @@ class Collected:
 
 
 def fail_collected(session: "IrcSession") -> None:
-    """One of its lines is bad: none of the message is sent. The refusal has its label."""
+    """Drop a message with a bad line. The refusal, sent once, gets the batch's label."""
     collected = session.collected
     if not collected.failed and "labeled-response" in session.capabilities:
         session.begin_answer(collected.label)
@@ -6099,7 +6099,7 @@ def fail_collected(session: "IrcSession") -> None:
 
 
 def collect(session: "IrcSession", message: Message) -> None:
-    """Take a line of a batch that the client has begun. A bad one ends the whole message."""
+    """Take a line of the client's open batch. A bad line ends the whole message. Raises Refused."""
     session.message = message._replace(verb="BATCH")  # what a refusal is about
     collected = session.collected
     if collected is None:
@@ -6132,12 +6132,12 @@ def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
 
 
 def owner_name(owner: "User | Channel | IrcSession") -> str:
-    """Return the name, or * before there is one."""
+    """Return the name of a user or channel; * for a session before registration."""
     return owner.name if isinstance(owner, (User, Channel)) else "*"
 
 
 def subscribed_metadata(session: "IrcSession", owners: Iterable) -> Iterator[tuple[str, str, str]]:
-    """Whose, which and what: all that this session wants to hear of."""
+    """Yield owner's name, key and value of all metadata that this session subscribed to."""
     for owner in owners:
         for key, value in list(owner.metadata.items()):
             if key in session.subscribed:
@@ -6145,7 +6145,8 @@ def subscribed_metadata(session: "IrcSession", owners: Iterable) -> Iterator[tup
 
 
 def tell_metadata_of_channel(session: "IrcSession", channel: Channel) -> None:
-    """Tell the values; of many, that they can be asked for (draft/metadata, postponed sync)."""
+    """Tell the values; if they are many, that the client may ask (draft/metadata, postponed
+    sync)."""
     others = (channel, *(user for user in channel.members if user is not session.user))
     session.site.hub.charge(len(others))
     some = list(itertools.islice(subscribed_metadata(session, others), METADATA_AT_ONCE + 1))
@@ -6177,7 +6178,7 @@ def tell_names_later(session: "IrcSession", channel: Channel) -> Iterator[None]:
 
 
 def tell_channel(session: "IrcSession", channel: Channel) -> None:
-    """Tell a client what it has to know of a channel that it joined."""
+    """Tell a client the facts about a channel that it joined."""
     tell_about_channel(session, channel)
     tell_implicit_names(session, channel)
 
@@ -6228,11 +6229,11 @@ class IrcSession(LocalSession):
     # Sending
 
     def line(self, text: str) -> None:
-        """Send a line of the server's own, without its source."""
+        """Send a line of the server, given without its source."""
         self.say(f":{self.site.name} {text}")
 
     def say(self, text: str) -> None:
-        """Send a whole line."""
+        """Send a line, given with its source."""
         self.send(self.timed(irc_bytes(text)))
 
     def timed(self, lines: bytes) -> bytes:
@@ -6242,7 +6243,7 @@ class IrcSession(LocalSession):
         return add_tag_to_all(lines, f"time={tag_time(self.site.hub.now)}")
 
     def shaped(self, shape: str, *values: Any) -> str:
-        """Return a numeric, without its source."""
+        """Return a numeric made of a shape and values, without its source."""
         number, rest = shape.split(" ", 1)
         return f"{number} {self.nick} {rest.format(*values)}"
 
@@ -6250,13 +6251,13 @@ class IrcSession(LocalSession):
         self.line(self.shaped(shape, *values))
 
     def shaped_line(self, shape: str, *values: Any) -> bytes:
-        """Return the whole line of a numeric, not yet sent."""
+        """Return the whole line of a numeric as bytes, without sending it."""
         return irc_bytes(f":{self.site.name} {self.shaped(shape, *values)}")
 
     def reply_list(
         self, shape: str, words: Iterable[str], *values: Any, between: str = " "
     ) -> None:
-        """Send as many replies as it takes for all the words, which stand behind the values."""
+        """Send all the words after the values, in as many replies as that takes."""
         head = f":{self.site.name} {shape} {self.nick} {' '.join(map(str, values))}"
         for line in wrapped(words, IRC_BYTES - 2 - len(head.encode()), between):
             self.reply(shape, *values, line)
@@ -6273,7 +6274,7 @@ class IrcSession(LocalSession):
         self.line(self.fail_line(verb, code, text, *about))
 
     def not_kept(self, events: list[Event], reason: str) -> None:
-        """An echo would say that they are stored: this comes in its place, with its label."""
+        """Send FAIL NOT_KEPT in place of an echo, which would mean "stored", with its label."""
         for event in events:
             own_id = parse_tags(event.tags).get(OWN_ID, "")
             ids = [self.site.hub.ids.text(event.id), *([own_id] if own_id else [])]
@@ -6287,7 +6288,7 @@ class IrcSession(LocalSession):
             self.withheld[event.id] = data
 
     def tell_not_kept(self, own_id: str, reason: str) -> None:
-        """The answer to a repeat of a message that was delivered and is not stored."""
+        """Answer the repeat of a message that was delivered and is not stored."""
         self.fail("PRIVMSG", "NOT_KEPT", f"delivered but not kept: {reason}", "*", own_id)
 
     def farewell(self, text: str) -> None:
@@ -6335,8 +6336,8 @@ class IrcSession(LocalSession):
             self.reply(RPL_MONOFFLINE, source.name)
 
     def tell_renamed(self, old: str, name: str, reason: str) -> None:
-        """For clients without draft/channel-rename the channel is another one. Names follow when
-        the session has its turn: a renaming of a crowded channel must not stop the others."""
+        """Tell a client without draft/channel-rename a PART and a JOIN. Names follow when the
+        session has its turn: a renaming of a crowded channel must not stop the others."""
         mask, channel = self.user.source.mask, self.site.hub.channels[fold(name)]
         self.say(f":{mask} PART {old} :renamed to {name}{f': {reason}' if reason else ''}")
         self.say(f":{mask} JOIN {name}")
@@ -6400,7 +6401,7 @@ class IrcSession(LocalSession):
             self.labelled = Labelled(escaped_tag(label), len(self.replies), events, last_id)
 
     def resume_answer(self) -> None:
-        """Go on from here: it took until another turn, or others have been heard meanwhile."""
+        """Start counting the answer's replies again: in a new turn, or after other lines."""
         if self.labelled:
             self.begin_answer(unescaped_tag(self.labelled.label))
 
@@ -6409,8 +6410,8 @@ class IrcSession(LocalSession):
         self.from_service = self.from_service and self.deferred
 
     def mark_answer(self, whole: bool) -> None:
-        """Label what has been sent since the answer was begun or resumed; or put it in a
-        batch, if it is several lines, or may be yet."""
+        """Label the replies since the answer was begun or resumed. Replies of several lines, or
+        with more to come, go into a labelled batch."""
         if self.labelled is None:
             return
         turn, (label, replies, events, _) = self.site.hub.turn, self.labelled
@@ -6431,7 +6432,7 @@ class IrcSession(LocalSession):
             self.labelled, self.batch = None, ""
 
     def put_in_batch(self, heard: Iterable[int]) -> None:
-        """Put there what has been sent of the answer, which may have been begun before."""
+        """Put the replies so far into the answer's batch; open the batch if need be."""
         begun = self.batch
         self.batch = begun or self.site.reference()
         self.tag_answer(heard, add_tag_to_all, f"batch={self.batch}")
@@ -6443,7 +6444,7 @@ class IrcSession(LocalSession):
     def tag_answer(
         self, heard: Iterable[int], mark: Callable, tag: str, last: int | None = None
     ) -> None:
-        """Mark its replies with the tag, and, when they are written, events of these ids."""
+        """Tag the answer's replies, and, once they are encoded, the events with these ids."""
         which = slice(self.labelled.replies, last)
         self.replies[which] = [(n, mark(data, tag)) for n, data in self.replies[which]]
         self.own_tags.update(dict.fromkeys(heard, (mark, tag)))
@@ -6452,7 +6453,7 @@ class IrcSession(LocalSession):
         return irc_bytes(f":{self.site.name} BATCH {text}")
 
     def hears(self, event: Event) -> int:
-        """Return how many lines or batches this session gets of an event of its own."""
+        """Return the number of lines or batches that this session gets of an event of its own."""
         if event.origin is not self or event.kind in PERSONAL:
             return 0
         (line,) = self.wire.encode(event.audience, [event])
@@ -6504,8 +6505,8 @@ def isupport(site: Site) -> list[str]:
 
 
 def file_tokens(session: IrcSession) -> list[str]:
-    """Return the tokens of 005 that say where files are uploaded to (draft/FILEHOST, and as
-    soju has it), and that there are tokens for that (draft/authtoken)."""
+    """Return the tokens of 005 with the address for uploads (draft/FILEHOST, and soju's name for
+    it), and the one that says that upload tokens can be asked for (draft/authtoken)."""
     if session.site.folder is None:
         return []
     url = f"{base_url(session.site, session.conn.secure, session.conn.local)}/files"
@@ -6521,7 +6522,7 @@ def isupport_lines(session: IrcSession) -> Iterator[bytes]:
 def batch_in_pieces(
     session: IrcSession, kind: str, lines: Iterable[bytes], tags: str = ""
 ) -> Iterator[None]:
-    """Send several lines as one, to those who know batches; the rest can be left for later."""
+    """Send lines, in a batch for clients that know batches. After each line, the rest can wait."""
     batched, reference = "batch" in session.capabilities, session.site.reference()
     if batched:
         opening = session.batch_line(f"+{reference} {kind}")
@@ -6534,7 +6535,7 @@ def batch_in_pieces(
 
 
 def in_batch(session: IrcSession, kind: str, lines: Iterable[bytes], tags: str = "") -> None:
-    """The same at once."""
+    """Send lines at once, as a batch if the client knows batches."""
     for _ in batch_in_pieces(session, kind, lines, tags):
         pass
 
@@ -6575,7 +6576,7 @@ def user_modes_text(session: IrcSession) -> str:
 
 
 def welcome(session: IrcSession) -> None:
-    """Tell a client what it has to know at the beginning, in the order that clients rely on."""
+    """Tell a client the server's facts after registration, in the order that clients rely on."""
     site = session.site
     session.reply(RPL_WELCOME, site.network, session.user.source.mask)
     session.reply(RPL_YOURHOST, site.name, VERSION)
@@ -6605,7 +6606,7 @@ NO_KEY = "a key is made of a-z, 0-9, _, ., / and -"
 
 
 def tell_metadata(session: IrcSession, owner: Any, keys: Iterable[str]) -> None:
-    """Tell values, or that there are none, or that a key is none, in a batch."""
+    """Tell the values of keys in a batch, and which keys are not set or not valid."""
     name = owner_name(owner)
 
     def line(key: str) -> bytes:
@@ -6632,7 +6633,7 @@ def greet_user(session: IrcSession, wanted: str, channels: Iterable[Channel]) ->
 
 
 def complete_registration(session: IrcSession) -> None:
-    """Once there is all that it takes: a nick, USER, and no negotiation going on."""
+    """Register the user, once the client has sent NICK and USER and ended the negotiation."""
     if session.user or session.negotiating or not (session.wanted and session.username):
         return
     if not session.passed:
@@ -6663,7 +6664,7 @@ def complete_registration(session: IrcSession) -> None:
 
 
 def check_server(session: IrcSession, name: str) -> None:
-    """Queries can name the server that is to answer; there is but this one."""
+    """Raise Refused if a query names another server than this one, the only one."""
     site, key = session.site, fold(name)
     if not name or key == fold(site.name) or key in site.hub.users:
         return
@@ -6673,7 +6674,7 @@ def check_server(session: IrcSession, name: str) -> None:
 
 
 def each_in_pieces(session: IrcSession, names: str, act: Callable[[str], None]) -> Iterator[None]:
-    """Do it for every name of a list, once; what is refused for one is done for the others."""
+    """Call act() once for every name of a list; a refusal for one name does not stop the others."""
     for name in {fold(name): name for name in names.split(",") if name}.values() or [""]:
         try:
             act(name)
@@ -6730,7 +6731,7 @@ def irc_user(session: IrcSession, username: str, mode: str, unused: str, realnam
 
 
 def set_capabilities(session: IrcSession, capabilities: Iterable[str]) -> None:
-    """The session may have another wire from now on."""
+    """Enable capabilities. The session may get another wire by that."""
     session.capabilities = frozenset(capabilities)
     session.wire = session.site.wires.get(session.capabilities)
     for channel in session.user.channels if session.user else ():
@@ -6738,7 +6739,7 @@ def set_capabilities(session: IrcSession, capabilities: Iterable[str]) -> None:
 
 
 def mechanisms(session: IrcSession) -> list[str]:
-    """That this one may log in by."""
+    """Return the SASL mechanisms that this session may use."""
     return [name for name in MECHANISMS if name != "EXTERNAL" or session.conn.fingerprint]
 
 
@@ -6757,7 +6758,7 @@ def capability_values(session: IrcSession) -> dict[str, str]:
 def tell_capabilities(
     session: IrcSession, head: str, words: list[str], last: int = 0, more: str = ""
 ) -> None:
-    """Send words in lines, the `last` ones together; `more` stands in all lines but the last."""
+    """Send words in lines, the `last` words together; all lines but the last one contain `more`."""
     room = IRC_BYTES - 2 - len(f":{session.site.name} {head} * :".encode())
     split = len(words) - last
     lines = [*wrapped(words[:split], room), *wrapped(words[split:], room)] or [""]
@@ -6766,7 +6767,7 @@ def tell_capabilities(
 
 
 def cap_ls(session: IrcSession, version: str) -> None:
-    """Version 302 gets values, in several lines; others the best classic ones that fit in one."""
+    """Answer CAP LS: values in several lines for version 302, else one line of classic names."""
     session.negotiating = session.user is None
     head = f"CAP {session.nick} LS"
     if (whole_number(version) or 0) < 302:
@@ -6781,7 +6782,7 @@ def cap_ls(session: IrcSession, version: str) -> None:
 
 
 def cap_req(session: IrcSession, text: str) -> None:
-    """All or none. A long answer is several lines, without the star: ACK has no such thing."""
+    """Answer CAP REQ: all or none. A long ACK is several lines, without the star: ACK has none."""
     session.negotiating = session.user is None
     wanted = text.split()
     fits = all(cap.removeprefix("-") in CAPABILITIES for cap in wanted)
@@ -6821,7 +6822,7 @@ def fail_sasl(session: IrcSession, refusal: Refused) -> None:
 
 
 def tell_logged_in(session: IrcSession, account: str, proof: str) -> None:
-    """The session proved to own an account."""
+    """Tell the client that it is logged in, and log its user in if there is one."""
     user, session.account, session.proof = session.user, account, proof
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
     session.reply(RPL_LOGGEDIN, source.mask, account, account)
@@ -6840,7 +6841,7 @@ def end_sasl(session: IrcSession, account: str) -> None:
 
 
 def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
-    """Take the mechanism's next word: for the client, or a job for off the loop."""
+    """Run the next step of a SASL mechanism: bytes for the client, or a job for off the loop."""
     exchange = session.exchange
     try:
         said = step(*values)
@@ -7019,7 +7020,7 @@ def disown_channel(session: LocalSession, name: str) -> Steps:
 
 
 def ask_service(session: IrcSession, text: str) -> None:
-    """Do what NickServ is asked: the text reaches neither users nor the history, nor any log."""
+    """Run a command for NickServ. The text reaches no user, no history and no log."""
     verb, _, rest = text.partition(" ")
     session.from_service = True
     try:
@@ -7042,7 +7043,7 @@ def irc_ns(session: IrcSession, *words: str) -> None:
 
 
 def client_tags(session: IrcSession) -> str:
-    """Return what the client that is answered has to say to clients (IRCv3 message-tags)."""
+    """Return the client-only tags of the message that is answered (IRCv3 message-tags)."""
     if not session.message.tags or not session.wire.format.tagged:
         return ""
     tags = ((k, v) for k, v in session.message.tags.items() if re.fullmatch(r"\+[\w./-]+", k))
@@ -7051,8 +7052,8 @@ def client_tags(session: IrcSession) -> str:
 
 @in_steps
 def tell_repeat(session: IrcSession, name: str, own: str) -> Steps:
-    """Answer a message that was sent before: the connection broke before the client could
-    know. It gets the echo of then; of a message that is gone, its id."""
+    """Answer a message that was sent before, when the connection broke before the client knew. The
+    client gets the first echo again; if the message is gone, its id."""
     hub = session.site.hub
     owners = hub.dedup_owners(session)
     known = [event for owner in owners if (event := hub.turn.dedup.get((owner, own)))]
@@ -7074,7 +7075,7 @@ def tell_repeat(session: IrcSession, name: str, own: str) -> Steps:
 
 
 def send_message(session: IrcSession, name: str, text: str, kind: str, tags: str, own: str) -> None:
-    """Say it, and tell what became of it. Raises Refused."""
+    """Send a message, and tell if it is a repeat, or if the receiver is away. Raises Refused."""
     hub = session.site.hub
     if own and hub.store.dedup.lost(hub.dedup_owners(session), own, hub.ticks):
         return tell_repeat(session, name, own)
@@ -7086,9 +7087,9 @@ def send_message(session: IrcSession, name: str, text: str, kind: str, tags: str
 
 
 def check_length(session: IrcSession, name: str, text: str, tags: str) -> None:
-    """Refuse a line that is too long with its source before it and that is not to be split. Some
-    clients cannot know their source, so a channel gets such a line in pieces. Tags belong to one
-    line; and a user is sent one line or none, as the conformance suite expects."""
+    """Raise Refused if a line with its source is too long and must not be split. A channel gets
+    such a line in pieces, as some clients cannot know their source. Lines with tags are not split;
+    nor are those to a user, who gets one line or none, as the conformance suite expects."""
     if len(text) <= FITS_ALWAYS // 4 or "#" in name[:2] and not tags:
         return
     room = IRC_BYTES - 2 - len(f":{session.user.source.mask} PRIVMSG {name} :".encode())
@@ -7097,7 +7098,7 @@ def check_length(session: IrcSession, name: str, text: str, tags: str) -> None:
 
 
 def to_each_target(session: IrcSession, targets: str, send: Callable[[str], None]) -> LongAnswer:
-    """Send to one target, or to each of several in pieces. Raises Refused."""
+    """Call send() for one target at once, or for each of several in pieces. Raises Refused."""
     if not targets:
         raise Refused("NO_RECIPIENT", "to whom?")
     if "," not in targets:
@@ -7274,7 +7275,7 @@ def within(channel: Channel, what: str, sign: str, number: str, now: int) -> boo
 
 
 def list_filter(conditions: str, now: int) -> Callable[[Channel], bool]:
-    """ELIST: every condition has to hold, and of the names and masks one."""
+    """Return a filter for LIST (ELIST): all conditions have to hold, and any one of the masks."""
     bounds = [b for c in conditions.split(",") if (b := LIST_BOUND.fullmatch(c))]
     texts = [c for c in conditions.split(",") if c and not LIST_BOUND.fullmatch(c)]
     masks = [mask_pattern(text) for text in texts if text[0] != "!"]
@@ -7291,7 +7292,7 @@ def list_filter(conditions: str, now: int) -> Callable[[Channel], bool]:
 
 
 def in_slices(items: Iterable[Any]) -> Iterator[Any]:
-    """Yield all of them, and None now and then: what looks through many leaves off there."""
+    """Yield all items, and None now and then: there a search through many items pauses."""
     for n, item in enumerate(items):
         if n % LOOKED_AT_ONCE == LOOKED_AT_ONCE - 1:
             yield None
@@ -7349,7 +7350,7 @@ def irc_kick(session: IrcSession, names: str, victims: str, reason: str = "") ->
 
 
 def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
-    """ "+o-l", ["bob"] -> what is to be changed. What lacks its value gets an empty one."""
+    """Parse "+o-l", ["bob"] into changes. A mode without its value gets an empty one."""
     on, changes, left = True, [], iter(list(values)[:MODES_WITH_VALUE])
     for letter in letters[:MODES_AT_ONCE]:
         if letter in "+-":
@@ -7361,7 +7362,7 @@ def parse_modes(letters: str, values: Iterable[str]) -> list[ModeChange]:
 
 
 def user_mode(session: IrcSession, name: str, letters: str) -> None:
-    """Read or change the user's own modes; those of others cannot be seen."""
+    """Read or change the user's own modes; those of others are not shown."""
     if session.site.hub.find_user(name) is not session.user:
         raise Refused("NOT_YOURSELF", "only your own modes are yours to see and change")
     if not letters:
@@ -7376,7 +7377,7 @@ def user_mode(session: IrcSession, name: str, letters: str) -> None:
 
 @in_steps
 def change_modes(session: LocalSession, channel: Channel, changes: Iterable[ModeChange]) -> Steps:
-    """Change what can be changed, and tell why not of the rest."""
+    """Change the modes that can be changed, and tell the refusals of the others."""
     if plain := tuple(map(tuple, changes)):
         values = channel.name, plain, secrets.token_hex(16)
         for refusal in (yield do(session.act, "set_modes", *values)):
@@ -7414,7 +7415,7 @@ def irc_rename(session: IrcSession, name: str, wanted: str, reason: str = "") ->
 
 
 def metadata_owner(session: IrcSession, target: str) -> Any:
-    """Whose metadata that is. Raises Refused where they may not be seen."""
+    """Return a user, channel or session by name. Raises Refused if its metadata may not be seen."""
     hub = session.site.hub
     if target == "*" or fold(target) == fold(session.nick):
         return session.user or session
@@ -7481,7 +7482,7 @@ def metadata_clear(session: IrcSession, target: str) -> Iterator[None]:
 
 
 def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> None:
-    """Add keys, or remove them; past the limit all is refused."""
+    """Add or remove keys; the first one past the limit is refused, and the rest ignored."""
     done: list[str] = []
     for key in keys:
         known = key in session.subscribed
@@ -7550,7 +7551,7 @@ def readable(session: IrcSession, name: str, about: str) -> Place:
 
 
 def parse_time(text: str, *about: str) -> int:
-    """Return milliseconds since 1970. Raises Refused, about that."""
+    """Return a time in milliseconds since 1970. Raises Refused, with `about`."""
     try:
         moment = datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ")
         return min(int(moment.replace(tzinfo=datetime.UTC).timestamp() * 1000 + 0.5), LAST_MOMENT)
@@ -7560,7 +7561,7 @@ def parse_time(text: str, *about: str) -> int:
 
 
 def parse_mark(hub: Hub, text: str, how: str, name: str) -> Mark:
-    """timestamp=2026-11-22T08:30:05.123Z, or msgid=ID. Raises Refused."""
+    """Parse timestamp=2026-11-22T08:30:05.123Z, or msgid=ID. Raises Refused."""
     kind, _, value = text.partition("=")
     if kind == "timestamp":
         return Mark(time=parse_time(value, how, text))
@@ -7574,13 +7575,13 @@ def parse_mark(hub: Hub, text: str, how: str, name: str) -> Mark:
 
 
 def last_page_tag(session: IrcSession, ended: bool) -> str:
-    """Return the tag of a page behind which there is no other (draft/chathistory-end)."""
+    """Return the tag of a page that has none after it (draft/chathistory-end)."""
     return "draft/chathistory-end" if ended and session.wire.format.tagged else ""
 
 
 def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
-    """Tell where something was said last between two marks, the oldest of them first. A page
-    does not end between two that have the same time: the next one begins behind it."""
+    """Tell the targets whose last message is between two marks, the oldest of these first. A page
+    does not end between two messages of the same time: the next page begins after that time."""
     hub, user = session.site.hub, session.user
     first, last = sorted(bounds, key=lambda mark: (mark.id is None, mark.time))
     if first.id is None:
@@ -7608,8 +7609,8 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
 
 
 def play(session: IrcSession, name: str, events: list[Event], newest: bool, whole: bool) -> None:
-    """Send what was said, in a batch to those who know them; as much as is reasonable at once,
-    counted as it is sent. `whole`: there is no more of it."""
+    """Send events of the past, in a batch for clients that know batches, up to PAGE_BYTES as
+    encoded. `whole`: no other event follows."""
     past = Audience(name if name.startswith("#") else "")
     lines, size = [], 0
     for event in reversed(events) if newest else events:
@@ -7624,7 +7625,7 @@ def play(session: IrcSession, name: str, events: list[Event], newest: bool, whol
 
 
 def history_job(session: IrcSession, how: str, span: Span, name: str, marks: list[str], count: int):
-    """Return the job, and whether it asks for the newest of that part. Raises Refused."""
+    """Return the job that reads a page, and whether it reads the span's newest. Raises Refused."""
     hub, store = session.site.hub, session.site.store
     points = [parse_mark(hub, mark, how, name) for mark in marks if (how, mark) != ("LATEST", "*")]
     if how == "AROUND":
@@ -7641,7 +7642,7 @@ CHATHISTORY_MARKS = {"BEFORE": 1, "AFTER": 1, "LATEST": 1, "AROUND": 1, "BETWEEN
 
 
 def target_bound(session: IrcSession, text: str) -> Mark:
-    """Return a bound of TARGETS: a time, and for our own clients also an id."""
+    """Return a bound of TARGETS: a time; our own clients may also give an id."""
     if "chat.py/session" in session.capabilities and text.startswith("msgid="):
         return parse_mark(session.site.hub, text, "TARGETS", "*")
     if not text.startswith("timestamp="):
@@ -7767,7 +7768,7 @@ def irc_redact(session: IrcSession, name: str, message_id: str, reason: str = ""
 
 
 def can_see(user: User, other: User) -> bool:
-    """In lists: who is +i is seen by those who share a channel."""
+    """Return whether lists show a user to another: a user with +i only in a common channel."""
     return (
         user is other
         or "i" not in other.modes
@@ -7776,7 +7777,7 @@ def can_see(user: User, other: User) -> bool:
 
 
 def who_flags(user: User, member: Membership | None, multi: bool) -> str:
-    """H or G (here or gone), * for operators, the ranks, and B for bots."""
+    """Return H or G (here or gone), * for operators, the ranks, and B for bots."""
     symbols = member.symbols if member else ""
     here = "G" if user.away else "H"
     star = "*" if user.is_operator else ""
@@ -7812,7 +7813,7 @@ def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel 
 def who_values(
     session: IrcSession, user: User, channel: Channel | None, flags: str, token: str
 ) -> dict[str, str]:
-    """Return what a WHO tells of a user, by the letters of WHOX, in the order of its answers."""
+    """Return a user's fields for WHO, by letters of WHOX, in the order of its answers."""
     source, hub = user.source, session.site.hub
     return {
         "t": as_param(token),
@@ -7854,7 +7855,7 @@ def irc_who(session: IrcSession, mask: str = "*", options: str = "") -> Iterator
 
 
 def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
-    """Yield the shapes and what goes into them behind the name."""
+    """Yield the shapes of a WHOIS answer, each with the values after the name."""
     me, source, hub = session.user, user.source, session.site.hub
     yield RPL_WHOISUSER, source.username, source.host, user.realname
     hub.charge(len(user.channels))
@@ -7993,7 +7994,7 @@ def irc_monitor(session: IrcSession, sign: str, names: str = "") -> None:
 
 
 def server_query(doc: str, answer: Callable, server: int = 1, **needs: bool) -> None:
-    """Make a command with one answer. `server`: which parameter names the server asked, or 0."""
+    """Make a command with a fixed answer. `server`: which parameter may name the server, or 0."""
 
     @irc_command(doc.split()[0], most=server, doc=doc, **needs)
     def handler(session: IrcSession, *params: str) -> None:
@@ -8031,7 +8032,7 @@ def irc_version(session: IrcSession, server: str = "") -> None:
 
 
 def ban_text(ban: ServerBan) -> str:
-    """until 2026-11-22 08:30:05Z: spam"""
+    """Return the end and reason of a ban: until 2026-11-22 08:30:05Z: spam"""
     return f"{f'until {time_text(ban.until)}' if ban.until else 'for ever'}: {ban.reason}"
 
 
@@ -8091,7 +8092,7 @@ irc_command("HELPOP", most=1, doc="HELPOP [<command>] -- the same as HELP")(irc_
 
 
 def refusing(syntax: str, does: str, code: str, text: str, least: int = 0, **needs: bool) -> None:
-    """Make a command of the RFCs that is always refused here."""
+    """Make a command of the RFCs that this server always refuses."""
     verb = syntax.split()[0]
 
     @irc_command(verb, least, 3, doc=f"{syntax} -- {does}", **needs)
