@@ -8225,14 +8225,14 @@ LINE_CTCP = (True, "* {name} sends a CTCP that only programs understand: {text}"
 
 
 def line_prefix(audience: Any) -> str:
-    """Return what stands before a line that was not said in the lobby."""
+    """Return the text before a line: the channel if it is not the lobby, or (private)."""
     if isinstance(audience, Conversation):
         return "(private) "
     return f"[{audience.name}] " if audience.name not in ("", LOBBY) else ""
 
 
 def line_texts(event: Event, prefix: str, where: str = "") -> list[str]:
-    """Return the lines of one event, without their ends; a message of several lines is several."""
+    """Return the lines of one event, without line ends; an event of several lines gives several."""
     if event.kind not in LINE_SHAPES:  # nothing that anybody sees
         return []
     prefixed, shape = LINE_SHAPES[event.kind]
@@ -8254,7 +8254,7 @@ class LineWire:
         self.format = self
 
     def encode(self, audience: Any, events: list[Event]) -> list[bytes]:
-        """One bytes object an event; all events have this audience."""
+        """Return one bytes object for each event; all events have this audience."""
         prefix = line_prefix(audience)
         return [
             f"{prefix}{e.source.name}: {e.text}\n".encode()
@@ -8268,7 +8268,7 @@ class LineWire:
         return "".join(f"{line}\n" for line in texts).encode()
 
     def own(self, event: Event, line: bytes) -> bytes:
-        """A speaker gets nothing of what was typed: netcat has it on the screen already."""
+        """Return what the origin gets: no echo, as netcat shows the typed line already."""
         if event.kind not in (MODE, PASSWORD):
             return b""
         return f"* you set {harmless(event.text)} in {event.audience.name}\n".encode()
@@ -8288,7 +8288,7 @@ def why_renamed(hub: Hub, wanted: str, name: str) -> str:
 
 
 class LineSession(LocalSession):
-    """A session that speaks the line protocol: netcat, or a workshop client."""
+    """A session that speaks the line protocol, with netcat or a workshop client."""
 
     __slots__ = (
         *("collected", "dropping", "greeted", "here", "passed", "wanted_lines", "wanted_name"),
@@ -8307,7 +8307,7 @@ class LineSession(LocalSession):
         self.dropping = 0  # lines that still belong to a message that was refused
 
     def tell(self, text: str) -> None:
-        """Send a line of the server's own, to this session only."""
+        """Send a line of the server to this session only."""
         self.send(f"* {harmless(text)}\n".replace("\n", " ")[:-1].encode() + b"\n")
 
     notice = tell
@@ -8363,7 +8363,7 @@ class LineSession(LocalSession):
         self.site.hub.perform("say", self.id, self.place().name, text, kind, "", "")
 
     def place(self) -> Channel:
-        """Return where plain lines go. A user who was put out of it has to choose another."""
+        """Return the channel where plain lines go. Raises Refused if the user is out of it."""
         if self.here is None:
             raise Refused("NOT_IN_CHANNEL", f"you are in no channel; /join {LOBBY}")
         if self.here not in self.user.channels:
@@ -8371,7 +8371,7 @@ class LineSession(LocalSession):
         return self.here
 
     def take_name(self, wanted: str) -> None:
-        """Take the first line, or another one after an empty one."""
+        """Take a line as the user's name: the first one, or one after a refusal."""
         if not self.passed:
             raise Refused("PASSWORD_NEEDED", "this server asks for a password: /pass WORD")
         self.wanted_name = clean_name(wanted)
@@ -8393,7 +8393,7 @@ class LineSession(LocalSession):
         self.act("join", LOBBY, "", then=functools.partial(setattr, self, "here"))
 
     def move(self) -> None:
-        """Speak in a channel that the user is in, if need be: the lobby rather than another."""
+        """If the user left the channel spoken in, speak in the lobby, else in another channel."""
         channels = self.user.channels
         if self.here and self.here not in channels:
             lobby = self.site.hub.channels.get(LOBBY)
@@ -8427,7 +8427,7 @@ class LineSession(LocalSession):
 def change_modes_aloud(
     session: LineSession, channel: Channel, changes: list, done: Callable = lambda: None
 ) -> Steps:
-    """Change modes; then done(), unless something was refused."""
+    """Change modes, and call done(); or tell the first refusal."""
     values = channel.name, tuple(map(tuple, changes)), secrets.token_hex(16)
     if refusals := (yield do(session.act, "set_modes", *values)):
         session.refuse(refusals[0])
@@ -8436,7 +8436,7 @@ def change_modes_aloud(
 
 
 def named_channel(session: LineSession, name: str) -> Channel:
-    """The channel of that name, or the one the session speaks in."""
+    """Return the channel of that name; without a name the one the session speaks in."""
     return session.site.hub.find_channel(name) if name else session.place()
 
 
@@ -8453,7 +8453,7 @@ def kick_aloud(session: LineSession, channel: Channel, name: str, reason: str) -
 
 
 def kick_banned(session: LineSession, channel: Channel, mask: Mask) -> Iterator[None]:
-    """Put out those whom a ban is for, but for the one who sets it."""
+    """Kick the members whom a ban matches, except the user who sets it."""
     for member in in_slices([] if mask.mutes else list(channel.members)):
         session.site.hub.charge(1)
         if member is None:
@@ -8469,7 +8469,7 @@ def tell_topic(session: LineSession, channel: Channel) -> None:
 
 
 def tell_names(session: LineSession, channel: Channel) -> None:
-    """`* #rust 1-3 of 3: @bob, carol, dave`; a crowded channel takes several lines."""
+    """Tell the members: `* #rust 1-3 of 3: @bob, carol, dave`; many take several lines."""
     session.site.hub.charge(len(channel.members))
     names = channel.names(session.user)
     for start in range(0, len(names), NAMES_A_LINE):
@@ -8639,7 +8639,7 @@ def line_unban(session: LineSession, whom: str) -> None:
 
 
 def logged_in_line(session: LineSession, account: str, proof: str) -> None:
-    """The session made an account: it is logged in to it."""
+    """Log the session in to the account that it registered, and tell that."""
     session.act("log_in", account, proof, False)
     session.tell(f"{account} is yours; /login PASSWORD next time")
 
@@ -8790,7 +8790,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 
 
 class Request(NamedTuple):
-    """The head of a request."""
+    """The request line and headers of an HTTP request."""
 
     method: str
     target: str  # as it was sent
@@ -8799,17 +8799,17 @@ class Request(NamedTuple):
     length: int | None = 0  # bytes of the body; None: it comes in chunks
 
     def header(self, name: str) -> str:
-        """Return the values of a header as one, as RFC 9110 section 5.3 joins them."""
+        """Return all values of a header joined to one (RFC 9110 section 5.3)."""
         return ", ".join(self.headers.get(name, ()))
 
     def tokens(self, name: str) -> list[str]:
-        """Return the words of a header that is a list of words, in small letters."""
+        """Return the words of a header with a list of words, in small letters."""
         words = (word.strip().lower() for word in self.header(name).split(","))
         return [word for word in words if word]
 
     @property
     def path(self) -> str:
-        """The path, decoded; "" if it is none. A proxy may be sent a whole URL."""
+        """The decoded path; "" if the target has none. Proxies may be sent a whole URL."""
         import urllib.parse
 
         with contextlib.suppress(ValueError):
@@ -8826,7 +8826,7 @@ class Request(NamedTuple):
 
 
 class BadRequest(Exception):
-    """A request that cannot be framed: nothing that follows it can be understood."""
+    """A request that cannot be framed, so that everything after it is unreadable."""
 
     def __init__(self, status: int, why: str):
         super().__init__(why)
@@ -8837,7 +8837,7 @@ END_OF_BODY = b""
 
 
 def body_length(request: Request) -> int | None:
-    """Return the length of the body; None for chunks. Raises BadRequest."""
+    """Return the length of the body; None if it comes in chunks. Raises BadRequest."""
     lengths, codings = (
         request.headers.get("content-length", []),
         request.tokens("transfer-encoding"),
@@ -8856,8 +8856,8 @@ def body_length(request: Request) -> int | None:
 
 
 def parse_head(lines: list[bytes]) -> Request:
-    """Make a request of its first line and its headers. Raises BadRequest: what two readers
-    could understand in two ways is refused (RFC 9112 section 11.2, request smuggling)."""
+    """Return a request made of its first line and its headers. Raises BadRequest, also if two
+    readers could understand the head in two ways (RFC 9112 section 11.2, request smuggling)."""
     texts = [line.decode("latin-1") for line in lines]
     match = REQUEST_LINE.fullmatch(texts[0])
     if match is None:
@@ -8875,8 +8875,8 @@ def parse_head(lines: list[bytes]) -> Request:
 
 
 class HttpReader:
-    """Bytes in, requests out: take() returns a Request, then the pieces of its body if it has
-    one, then END_OF_BODY; or a BadRequest, and after that nothing more."""
+    """Bytes in, requests out: take() returns a Request, then the pieces of its body if there is
+    one, then END_OF_BODY. After a BadRequest it returns nothing more."""
 
     out, closed = b"", False  # of framers that have something to answer
 
@@ -8909,7 +8909,7 @@ class HttpReader:
         self.buffer = b""
 
     def finish(self) -> None:
-        """The client sends no more: half a request is none."""
+        """Note the end of input: an incomplete request is dropped."""
         self.ended = True
 
     def take(self) -> Request | BadRequest | bytes | None:
@@ -8920,7 +8920,7 @@ class HttpReader:
             return error
 
     def _line(self, most: int, status: int = 400) -> bytes | None:
-        """Take a line of at most so many bytes. Raises BadRequest."""
+        """Take a line of at most `most` bytes; None if it is incomplete. Raises BadRequest."""
         end = self.buffer.find(b"\n", 0, most + 2)
         if end < 0:
             if len(self.buffer) > most + 1:
@@ -8953,7 +8953,7 @@ class HttpReader:
         return request
 
     def _body(self) -> bytes | None:
-        """A body of known length, or a chunk of one."""
+        """Take bytes of the body, or of its present chunk."""
         piece, self.buffer = self.buffer[: self.left], self.buffer[self.left :]
         if not piece:
             return None
@@ -8989,7 +8989,7 @@ class HttpReader:
         return self._size()
 
     def _trailers(self) -> bytes | None:
-        """Nothing is done with them."""
+        """Skip the trailers of a chunked body."""
         while (line := self._line(TRAILER_BYTES)) is not None:
             if not line:
                 return self._end()
@@ -9035,7 +9035,7 @@ MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", 
 
 
 def http_date(when: float) -> str:
-    """Return a time (seconds since 1970) as headers have it, in any locale (RFC 9110 5.6.7)."""
+    """Return a time (seconds since 1970) as in HTTP headers, in any locale (RFC 9110 5.6.7)."""
     day = datetime.datetime.fromtimestamp(when, datetime.UTC)
     month, weekday = MONTHS[day.month - 1], WEEKDAYS[day.weekday()]
     return f"{weekday}, {day:%d} {month} {day:%Y %H:%M:%S} GMT"
@@ -9062,13 +9062,13 @@ SUBPROTOCOLS = {"text.ircv3.net": TEXT_FRAME, "binary.ircv3.net": BINARY_FRAME}
 
 
 def websocket_accept(key: str) -> str:
-    """Return the answer to Sec-WebSocket-Key (RFC 6455 section 4.2.2)."""
+    """Return the Sec-WebSocket-Accept for a Sec-WebSocket-Key (RFC 6455 section 4.2.2)."""
     digest = hashlib.sha1(f"{key}{WEBSOCKET_GUID}".encode(), usedforsecurity=False).digest()
     return base64.b64encode(digest).decode()
 
 
 def frame(opcode: int, payload: bytes) -> bytes:
-    """Return a frame of a server, which masks nothing."""
+    """Return a frame from the server, which is not masked."""
     size = len(payload)
     if size < 126:
         return bytes((0x80 | opcode, size)) + payload
@@ -9082,14 +9082,14 @@ def close_frame(code: int, why: str = "") -> bytes:
 
 
 def masked(data: bytes, mask: bytes) -> bytes:
-    """Return bytes with a mask of four put on, or taken off (RFC 6455 section 5.3)."""
+    """Return bytes with a mask of four bytes put on, or taken off (RFC 6455 section 5.3)."""
     key = (mask * (len(data) // 4 + 1))[: len(data)]
     number = int.from_bytes(data, "little") ^ int.from_bytes(key, "little")
     return number.to_bytes(len(data), "little")
 
 
 class BadFrame(Exception):
-    """A frame that no client may send, and the code of a close for that."""
+    """A frame that no client may send, with the status code of the close that answers it."""
 
     def __init__(self, code: int, why: str):
         super().__init__(why)
@@ -9097,7 +9097,7 @@ class BadFrame(Exception):
 
 
 class Frame(NamedTuple):
-    """A frame of a client."""
+    """A frame from a client."""
 
     last: bool  # of its message
     opcode: int
@@ -9106,8 +9106,8 @@ class Frame(NamedTuple):
 
 
 class FrameReader:
-    """Frames of a WebSocket in, lines out: each message is one. `out` is what there is to
-    answer, as frames; it is `closed` after a close, or what no client may send."""
+    """WebSocket frames in, lines out: each message is one line. `out` holds the frames to answer
+    with; `closed` is set by a close, or by a frame that no client may send."""
 
     in_body = False
 
@@ -9123,7 +9123,7 @@ class FrameReader:
 
     @property
     def pending(self) -> bool:
-        """Return whether take() may have something to return, or to answer."""
+        """Return whether take() may have a line to return, or a frame to answer."""
         return bool(self.lines) or (not self.closed and self._complete())
 
     def feed(self, data: bytes) -> None:
@@ -9138,8 +9138,8 @@ class FrameReader:
         self.ended = True
 
     def take(self) -> bytes | None:
-        """Return the next line; None if there is none yet. A few frames at a time are looked
-        at: endless empty ones hold up no other client."""
+        """Return the next line; None if there is none yet. One call looks at a few frames only, so
+        that endless empty frames hold up no other client."""
         for _ in range(FRAMES_AT_ONCE):
             if self.lines:
                 return self.lines.popleft()
@@ -9160,7 +9160,8 @@ class FrameReader:
             return True
 
     def _frame(self, look: bool = False) -> Frame | None:
-        """Return the first frame that is there. Raises BadFrame."""
+        """Return the first frame, if it is complete; `look` leaves out the payload. Raises
+        BadFrame."""
         if len(self.buffer) < 2:
             return None
         first, second = self.buffer[:2]
@@ -9195,7 +9196,7 @@ class FrameReader:
             self._take_part(one)
 
     def _take_part(self, one: Frame) -> None:
-        """A message, or a part of one."""
+        """Take a frame of a message: all of it, or a part."""
         if (one.opcode == CONTINUATION) != bool(self.opcode):
             raise BadFrame(1002, "a message begins before the last one has ended, or in its middle")
         if one.opcode:
@@ -9230,8 +9231,8 @@ class FrameReader:
 
 
 class Framing:
-    """Lines of IRC as frames, one each. The bytes that all members of a channel get are framed
-    once."""
+    """Lines of IRC as frames, one frame for each line. Bytes for all members of a channel are
+    framed once."""
 
     def __init__(self, opcode: int):
         self.opcode = opcode
@@ -9268,8 +9269,8 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 def split_host(text: str) -> tuple[str, int | None]:
-    """Split HOST, HOST:PORT or [IPV6]:PORT. The port is None if there is none, and the host is
-    "" if it is no host."""
+    """Split HOST, HOST:PORT or [IPV6]:PORT. The port is None if there is none; the host is "" if it
+    is not valid."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::([0-9]{1,5}))?", text)
     if match is None:
         return "", None
@@ -9281,13 +9282,13 @@ def is_ip(host: str) -> bool:
 
 
 def host_allowed(web: Web, host: str) -> bool:
-    """Return whether a request for this host is for this server: else a name that was made to
-    lead here could let another site's page read ours (DNS rebinding)."""
+    """Return whether a request for this host is for this server. Without this check, a page of
+    another site could read ours through a name that leads here (DNS rebinding)."""
     return bool(host) and (is_ip(host) or host in web.hosts)
 
 
 def origin_allowed(web: Web, origin: str) -> bool:
-    """Return whether a page of this origin may open a WebSocket; "" is no browser."""
+    """Return whether a page of this origin may open a WebSocket. No browser sends "": allowed."""
     if not origin or origin in web.origins:
         return True
     scheme, _, authority = origin.partition("://")
@@ -9302,7 +9303,7 @@ WEB_ROUTES: dict[str, dict[str, Callable]] = {}  # path -> method -> handler
 
 
 def on_request(method: str, *paths: str) -> Callable:
-    """Decorator: this function answers requests of a method for these paths."""
+    """Decorator: register the function for requests with a method for these paths."""
 
     def register(handler: Callable) -> Callable:
         for path in paths:
@@ -9330,7 +9331,7 @@ REFUSAL_STATUSES = {  # Refused.code -> status
 
 
 class WebSession(LocalSession):
-    """Requests of one connection, answered in their order."""
+    """A session that answers the requests of one connection in their order."""
 
     __slots__ = (
         *("at_end", "body_left", "closing", "credentials", "owner", "reading", "request"),
@@ -9385,7 +9386,7 @@ class WebSession(LocalSession):
         return WEB_ROUTES.get("/files/*" if path.startswith("/files/") else path, {})
 
     def answer(self, status: int, body: str | bytes = "", *headers: str) -> None:
-        """Send a whole answer. A body that was not asked for and is long is not waited for."""
+        """Send a whole answer. Close the connection if a long body is still to come unread."""
         request = self.request
         if request and self.body_left and self.take_body is do_nothing:
             unsent = "expect" in request.headers or request.length is None
@@ -9411,16 +9412,16 @@ class WebSession(LocalSession):
         self.send("\r\n".join([*lines, "", ""]).encode())
 
     def cors(self) -> tuple[str, ...]:
-        """Return the headers that let the pages of other sites read an answer about a file."""
+        """Return headers that let the pages of other sites read an answer about a file."""
         return CORS if self.request and "origin" in self.request.headers else ()
 
     def end_answer(self) -> None:
-        """The answer is complete."""
+        """Close the connection after a complete answer, if that was decided."""
         if self.closing:
             self.conn.close()
 
     def for_operators(self) -> bool:
-        """Return whether the request comes from this machine itself, through no proxy."""
+        """True if the request comes from this machine itself, through no proxy."""
         near = is_loopback(host_of(self.address))
         names = self.request.headers
         passed_on = any(name.startswith(("x-forwarded", "forwarded")) for name in names)
@@ -9429,17 +9430,17 @@ class WebSession(LocalSession):
     # What chat wants of a session
 
     def notice(self, text: str) -> None:
-        """Nothing is said to a web client but answers."""
+        """Send nothing: a web client gets only answers."""
 
     def refuse(self, refusal: Refused) -> None:
-        """Answer with the status of a refusal; what was under way is over."""
+        """Answer with the status of a refusal, and end the upload or download that was going on."""
         end, self.at_end = self.at_end, do_nothing
         end()
         status = REFUSAL_STATUSES.get(refusal.code, 503)
         self.answer(status, str(refusal), *(CHALLENGE if status == 401 else ()), *self.cors())
 
     def not_kept(self, events: list[Event], reason: str) -> None:
-        """A web client says nothing that could be kept."""
+        """Do nothing: a web client sends no messages."""
 
     def ended(self) -> None:
         end, self.at_end = self.at_end, do_nothing
@@ -9452,7 +9453,7 @@ def wants_websocket(request: Request) -> bool:
 
 
 def open_websocket(session: WebSession, request: Request) -> None:
-    """Answer a handshake (RFC 6455 section 4.2). The session of IRC takes over from here."""
+    """Answer a WebSocket handshake (RFC 6455 section 4.2). An IRC session takes over then."""
     key = request.header("sec-websocket-key")
     if request.header("sec-websocket-version") != "13":
         return session.answer(426, "the version is 13", "Sec-WebSocket-Version: 13")
@@ -9522,8 +9523,8 @@ NOT_IN_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 
 
 def content_type(head: bytes, name: str, whole: bool) -> str:
-    """Return the type of content by its first bytes, whatever the uploader says it is. `whole`:
-    there is no more of it. Text is plain text, but that which a browser would run is none."""
+    """Return the type of content by its first bytes, whatever the uploader says. `whole`: these are
+    all its bytes. Text is text/plain, unless a browser would run it."""
     for pattern, kind in SIGNATURES:
         if pattern.match(head):
             return kind
@@ -9571,7 +9572,7 @@ def webp_size(head: bytes) -> tuple[int, int]:
 
 
 def picture_size(kind: str, head: bytes) -> tuple[int, int]:
-    """Return width and height of a picture, by its first bytes; 0 and 0 if they do not tell."""
+    """Return width and height of a picture by its first bytes; 0 and 0 if these do not tell."""
     if kind == "image/png" and head[12:16] == b"IHDR" and len(head) >= 24:
         return struct.unpack_from(">II", head, 16)
     if kind == "image/gif" and len(head) >= 10:
@@ -9585,8 +9586,8 @@ NO_FILE_NAMES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNOR
 
 
 def file_name(text: str) -> str:
-    """Return a name under which anybody can save a file: its last part only, without control
-    and format characters, and none that Windows keeps for devices."""
+    """Return a name under which any system can save a file: the last part only, without control and
+    format characters, and not a name of a device on Windows."""
     last = re.split(r"[/\\]", text)[-1]
     clean = "".join(" " if c in '<>:"|?*' else c for c in last if is_solid(c) or c == " ")
     clean = cut(" ".join(clean.split()).lstrip(".").rstrip(". "), FILE_NAME_BYTES)
@@ -9594,7 +9595,7 @@ def file_name(text: str) -> str:
 
 
 def disposition_name(header: str) -> str:
-    """Return the name in a Content-Disposition (RFC 6266); "" if there is none."""
+    """Return the file name in a Content-Disposition (RFC 6266); "" if there is none."""
     import email.message
 
     message = email.message.Message()
@@ -9622,14 +9623,14 @@ def disposition(file: StoredFile) -> str:
 
 @in_steps
 def prove_owner(session: WebSession, name: str, password: str, then: Callable) -> Steps:
-    """Call then(identity) of an account if the password is right. Raises Refused."""
+    """Call then(identity) with the account's identity if the password is right. Raises Refused."""
     account, _ = yield from prove(session, name, password)
     then(session.site.hub.accounts[fold(account)].identity)
 
 
 def authorize(session: WebSession, then: Callable[[str], None]) -> None:
-    """Call then(identity) for the credentials of a request: those of an account (Basic), or a
-    token (Bearer). They hold for this connection. Raises Refused."""
+    """Call then(identity) for the credentials of a request: an account's password (Basic) or a
+    token (Bearer). A right password is remembered for the connection. Raises Refused."""
     given = session.request.header("authorization")
     if given and given == session.credentials:
         return then(session.owner)
@@ -9669,13 +9670,13 @@ def is_tus(request: Request) -> bool:
 
 
 def answer_file(session: WebSession, status: int, body: str = "", *headers: str) -> None:
-    """Answer a request about a file: also to the pages of other sites, and to tus."""
+    """Answer a request about a file, with the headers for other sites' pages and for tus."""
     tus = (TUS,) if is_tus(session.request) else ()
     session.answer(status, body, *headers, *session.cors(), *tus)
 
 
 def on_files(method: str, path: str) -> Callable:
-    """Decorator: the same as on_request() for files, if this server keeps any."""
+    """Decorator: like on_request(); answers 404 if this server keeps no files."""
 
     def register(handler: Callable) -> Callable:
         @functools.wraps(handler)
@@ -9706,7 +9707,7 @@ def ask_files(session: WebSession, request: Request) -> None:
 
 
 class Upload:
-    """A file on its way in over one connection."""
+    """A file that one connection is uploading."""
 
     def __init__(self, id: str, total: int | None, resumable: bool):
         self.id, self.total = id, total  # bytes; None: until the body ends
@@ -9728,7 +9729,7 @@ def tus_metadata(header: str) -> dict[str, str]:
 
 
 def drop_upload(session: WebSession, keep: bool) -> None:
-    """End an upload before the end of its file; `keep` what has come of it."""
+    """End an upload before its file is complete; `keep` what has come of it."""
     upload, session.upload, session.take_body = session.upload, None, do_nothing
     session.at_end = do_nothing
     if upload.handle is not None:
@@ -9739,14 +9740,14 @@ def drop_upload(session: WebSession, keep: bool) -> None:
 
 
 def link_of(session: WebSession, id: str) -> str:
-    """Return the link of a file: under the address that others reach, if that is known, else
-    under the one that the uploader used."""
+    """Return the link of a file, with the address that others reach if that is known, else with the
+    one that the uploader used."""
     base = base_url(session.site, session.conn.secure, session.request.header("host"))
     return f"{base}/files/{id}"
 
 
 def tell_progress(session: WebSession, id: str, at: int) -> None:
-    """Answer with how much there is of a file, and its link."""
+    """Answer with the number of bytes that have come of a file, and its link."""
     file = session.site.hub.files.get(id)
     if file is None:
         return answer_file(session, 404, NO_SUCH_FILE)
@@ -9767,7 +9768,7 @@ def attempt_file(job: Callable[[], Any]) -> Any:
 
 
 def end_pieces(session: WebSession) -> None:
-    """All of a request is on disk: perhaps it is the end of the file."""
+    """Handle the end of a request's body: complete the file, or answer how much there is."""
     upload, files, folder = session.upload, session.site.hub.files, session.site.folder
     if upload.total is not None and upload.at < upload.total:
         id, at = upload.id, upload.at
@@ -9794,7 +9795,7 @@ def end_pieces(session: WebSession) -> None:
 
 
 def take_piece(session: WebSession, piece: bytes) -> None:
-    """A piece of the body goes to disk before the next one is read."""
+    """Write a piece of the body to disk. The next piece waits for that."""
     upload, folder = session.upload, session.site.folder
     if piece == END_OF_BODY:
         session.take_body = do_nothing
@@ -9816,7 +9817,7 @@ def take_pieces(session: WebSession) -> None:
 
 
 def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> None:
-    """The client may upload: make room, and take the body."""
+    """Register a new file for an authorized client, and take the body."""
     tus, id = is_tus(request), secrets.token_hex(16)
     name = disposition_name(request.header("content-disposition"))
     if tus:
@@ -9860,7 +9861,7 @@ def create_file(session: WebSession, request: Request) -> None:
 
 
 def own_file(session: WebSession, request: Request, then: Callable[[StoredFile], None]) -> None:
-    """Call then(file) if the file of a request is that of the user who asks. Raises Refused."""
+    """Call then(file) if the file of a request belongs to the user who asks. Raises Refused."""
 
     def check(owner: str) -> None:
         file = session.site.hub.files.get(request.path.removeprefix("/files/"))
@@ -9921,7 +9922,7 @@ def delete_file(session: WebSession, request: Request) -> None:
 
 
 def tell_offset(session: WebSession, request: Request) -> None:
-    """HEAD with Tus-Resumable: how much of an upload there is."""
+    """Answer HEAD with Tus-Resumable: how many bytes of an upload there are."""
 
     def look(file: StoredFile) -> None:
         if file.sha:
@@ -9942,8 +9943,8 @@ def tell_offset(session: WebSession, request: Request) -> None:
 
 
 def wanted_range(header: str, size: int) -> tuple[int, int] | None:
-    """Return first byte and end of a Range (RFC 9110 section 14); None is all of it. Several
-    ranges, and what is no range, are all of it, too. Raises Refused if nothing of it is there."""
+    """Return first byte and end of a Range (RFC 9110 section 14). None means all of the file, as
+    for several ranges and for invalid ones. Raises Refused if the range is outside the file."""
     match = re.fullmatch(r"bytes=\s*(\d{0,18})-(\d{0,18})\s*", header)
     if match is None or not (match[1] or match[2]):
         return None
@@ -9963,7 +9964,7 @@ def etags(header: str) -> list[str]:
 
 
 def not_needed(request: Request, etag: str) -> int:
-    """Return the status if a condition of a request means that no content is sent; else 0."""
+    """Return the status if the request's conditions ask for an answer without content; else 0."""
     matches, unless = etags(request.header("if-match")), etags(request.header("if-none-match"))
     if matches and not {etag, "*"} & set(matches):
         return 412
@@ -9977,7 +9978,7 @@ def stop_sending(session: WebSession) -> None:
 
 
 def send_piece(session: WebSession, piece: bytes) -> None:
-    """A piece that cannot be read ends the connection: the length was promised."""
+    """Send a piece of a file; without one close the connection: the length was promised."""
     if piece:
         session.send(piece)
     else:
@@ -9987,7 +9988,7 @@ def send_piece(session: WebSession, piece: bytes) -> None:
 
 
 def pieces_of_file(session: WebSession, at: int, end: int) -> Iterator[None]:
-    """Send a file in pieces, each when the one before has nearly left."""
+    """Send a file in pieces, each when the one before it is nearly sent."""
     hub, most = session.site.hub, FILE_PIECE_BYTES
     while at < end:
         size, asked = min(most, end - at), hub.ticks
@@ -10066,7 +10067,7 @@ NOT_HTTP_1 = (
 
 
 def dialect_of(first_line: bytes) -> str:
-    """Return what a first line speaks: "irc" (a BOM does no harm), "line", "http" or other."""
+    """Return the dialect of a first line: "irc" (a BOM does no harm), "line", "http" or another."""
     if IRC_FIRST.match(first_line.removeprefix(BOM)):
         return "irc"
     http = HTTP_FIRST.match(first_line)
