@@ -14656,7 +14656,7 @@ HUNG_UP = "the connection was closed"  # in order, by both sides
 
 
 class Timer:
-    """Something to be done later; cancel() and it will not be."""
+    """A callback at a later time, unless cancel() comes first."""
 
     __slots__ = ("callback", "when")
 
@@ -14671,8 +14671,8 @@ class Timer:
 
 
 class Delay:
-    """Many waits of one length: they end in the order they began, so an item costs a dict
-    entry and not a timer. `due` is called with each item whose time is up."""
+    """Many waits of one length. They end in the order they began, so an item costs a dict entry and
+    not a timer. `due` is called with each item whose wait is over."""
 
     def __init__(self, loop: "Loop", seconds: float, due: Callable[[Any], None]):
         self.loop, self.seconds, self.due = loop, seconds, due
@@ -14706,25 +14706,24 @@ class Delay:
 
 
 def reason_of(error: OSError) -> str:
-    """Return an error in the operating system's words, without its numbers."""
+    """Return the text of an error as the operating system has it, without its numbers."""
     if error.errno == errno.ENOTCONN:  # how a reset shows when we hang up
         return "connection reset by peer"
     return (error.strerror or str(error)).lower()
 
 
 class Connection:
-    """A socket and its buffers. Knows nothing of chat; a subclass says what to do with
+    """A socket and its buffers, without any knowledge of chat. A subclass defines
 
-    received(data)    plaintext has come
-    ended()           the other side will send no more (once)
-    lost(reason)      it is closed, by either side (once)
-    secured()         the TLS handshake is done
-    wants_read()      whether to listen to the other side just now
-    lagging()         some of what was written could not be sent, or now has been
+        received(data)    handle plaintext
+        ended()           handle the end of input (called once)
+        lost(reason)      handle the end of the connection, by either side (called once)
+        secured()         handle the end of the TLS handshake
+        wants_read()      return whether to read from the other side just now
+        lagging()         note that written bytes could not be sent, or now have been
 
-    close() sends what is queued first, drop() does not. What is written is sent at the
-    end of the turn, in one piece; broadcast() sends at once.
-    """
+    close() sends what is queued first, drop() does not. write() sends at the end of the turn, in
+    one piece; broadcast() sends at once."""
 
     __slots__ = (
         *("direct", "eof", "loop", "mask", "queue", "sealed", "shared", "sock", "state", "tls"),
@@ -14786,7 +14785,7 @@ class Connection:
             self.arrived(data)
 
     def arrived(self, data: bytes) -> None:
-        """Bytes from the network, sealed or not."""
+        """Take bytes from the network, encrypted or not."""
         if self.tls is None:
             return self.received(data)
         try:
@@ -14808,7 +14807,7 @@ class Connection:
             self._end()
 
     def _end(self) -> None:
-        """The other side will send no more."""
+        """Handle end of file from the other side."""
         if self.state == LINGERING:
             self._bury(HUNG_UP)
         elif not self.eof:
@@ -14820,21 +14819,21 @@ class Connection:
     # Writing
 
     def write(self, data: bytes) -> None:
-        """To be sent at the end of this turn."""
+        """Queue bytes to be sent at the end of this turn."""
         if self.state <= CLOSING:
             self.direct = False
             self.queue.append(data)
             self.loop.dirty.add(self)
 
     def cut_short(self, data: bytes, sent: int, error: OSError | None) -> None:
-        """Only so much of it went straight to the socket: keep the rest, or bury the dead."""
+        """Queue the rest of bytes that the socket took in part; after an error, close it."""
         if error and not isinstance(error, BlockingIOError):
             return self._bury(reason_of(error))
         self.write(data)
         self.queue.advance(sent)
 
     def flush(self) -> None:
-        """Send what the network takes of what is queued; then finish a close()."""
+        """Send as much of the queue as the network takes; then finish a close()."""
         if self.state >= LINGERING:
             return
         try:
@@ -14853,20 +14852,20 @@ class Connection:
             self._flushed()
 
     def _flushed(self) -> None:
-        """Handle the less common cases: something is left, or was, or it is the end."""
+        """Handle the less common cases: bytes are left or were left, or a close() goes on."""
         self.lagging()
         if self.state == CLOSING and not self.unsent:
             self._hang_up()
         self.update()
 
     def encrypt(self, tls: TlsFilter) -> None:
-        """From here on everything goes through this, the handshake first."""
+        """Start TLS: from here on all bytes go through this filter, the handshake first."""
         self.tls = tls
         self.shared = self.direct = False
         self.loop.dirty.add(self)
 
     def _flush_tls(self) -> None:
-        """Encrypt only what is about to be sent: the backlog stays shared plaintext."""
+        """Encrypt only the bytes that are about to be sent: the backlog stays shared plaintext."""
         if not self.sealed and self.queue.size and self.tls.ready:
             data = self.queue.head()[:SEND_BYTES]
             self.tls.seal(data)
@@ -14880,7 +14879,7 @@ class Connection:
         return self.queue.size + len(self.sealed)
 
     def update(self) -> None:
-        """The one place that decides what the selector watches."""
+        """Set the events that the selector watches; no other place decides that."""
         if self.state == CLOSED:
             return
         reads = (
@@ -14902,7 +14901,7 @@ class Connection:
     # Closing
 
     def close(self) -> None:
-        """Send what is queued, say that there is no more, wait for the other side."""
+        """Send what is queued, send the end, and wait for the other side's end."""
         if self.state == OPEN:
             self.state = CLOSING
             self.loop.dirty.add(self)
@@ -14910,8 +14909,8 @@ class Connection:
                 self.loop.linger.add(self)
 
     def _hang_up(self) -> None:
-        """Everything is sent. Closing at once would answer what the other side may still
-        send with a reset, and that would destroy our last words on their way."""
+        """Send our end, and linger. If the socket were closed at once, later bytes of the other
+        side would be answered with a reset, which would destroy our last words on their way."""
         if self.tls is not None and self.tls.finish():
             self.loop.dirty.add(self)  # that is one more thing to be sent
             return
@@ -14943,8 +14942,8 @@ class Connection:
 
 
 def broadcast(data: bytes, owners: Iterable[Any]) -> None:
-    """The same bytes to the conn of each, now. The inner loop of the server: a method of
-    Connection's called for each would cost 4 % of all it does, measured."""
+    """Send the same bytes to the conn of each owner, now. This is the inner loop of the server: a
+    call of a method for each would cost 4 % of all it does, measured."""
     size = len(data)
     for owner in owners:
         conn = owner.conn
@@ -14961,7 +14960,7 @@ def broadcast(data: bytes, owners: Iterable[Any]) -> None:
 
 
 class Loop:
-    """A selector, timers, and what other threads hand in."""
+    """A selector, timers, and the callbacks from other threads."""
 
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
@@ -14988,7 +14987,7 @@ class Loop:
         self.running = False
 
     def run_once(self, longest: float | None = None) -> None:
-        """One turn; waits at most `longest` seconds for something to happen."""
+        """Run one turn; wait at most `longest` seconds for an event."""
         ready = self.selector.select(self._timeout(longest))
         self.now = time.monotonic()
         self.turn_begins()
@@ -15003,7 +15002,7 @@ class Loop:
             self.graves.pop().close()
 
     def guarded(self, callback: Callable, *args: Any) -> None:
-        """The one catch: a bug costs the connection it happened on, and is logged."""
+        """Call back, in the one catch: a bug is logged, and costs only its connection."""
         try:
             callback(*args)
         except Exception:
@@ -15039,13 +15038,13 @@ class Loop:
         self.soon.append(callback)
 
     def call_soon_threadsafe(self, callback: Callable[[], Any]) -> None:
-        """The same from another thread or a signal handler: wakes the selector."""
+        """Call back soon, from another thread or a signal handler: wakes the selector."""
         self.soon.append(callback)
         with contextlib.suppress(BlockingIOError):  # full of wake-ups already: it will wake
             self.waker.send(b"\0")
 
     def ready(self, mask: int) -> None:
-        """Take the wake-up, which is all there is to it."""
+        """Empty the wake-up socket: the callbacks run anyway."""
         with contextlib.suppress(BlockingIOError):
             self.woken.recv(READ_BYTES)
 
@@ -15064,8 +15063,8 @@ def attempt(job: Callable[[], Any]) -> Any:
 
 
 class Lane:
-    """Jobs of one kind, and the threads that do them. A free thread takes the next owner's
-    oldest job: the owner that asks most waits most."""
+    """Jobs of one kind, and the threads that do them. A free thread takes the next owner's oldest
+    job, so the owner with the most jobs waits most."""
 
     def __init__(self, threads: int):
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
@@ -15086,8 +15085,8 @@ class Lane:
 
 
 class Helpers:
-    """A few threads for what would make the loop wait. Pages, passwords and mail have lanes
-    of their own: none of them holds up another."""
+    """A few threads for jobs that would make the loop wait. Pages, passwords and mail have lanes of
+    their own: no lane holds up another."""
 
     def __init__(self, loop: Loop):
         self.loop = loop
@@ -15101,8 +15100,8 @@ class Helpers:
         lane: str = DISK_LANE,
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Run job() on a thread, then then(result) on the loop; an exception is a result. A
-        job that is no longer `wanted` when its turn comes is not begun."""
+        """Run job() on a thread, then then(result) on the loop; an exception is a result, too. A
+        job that is not `wanted` any more when its turn comes is skipped."""
         if lane not in self.lanes:
             self.lanes[lane] = Lane(HELPER_THREADS[lane])
             for _ in range(HELPER_THREADS[lane]):
@@ -15136,8 +15135,8 @@ class Helpers:
 
 
 class LogWriter(logging.Handler):
-    """Writes the log from a thread of its own: standard error may be a pipe that is not read.
-    What does not fit in the queue is dropped and counted."""
+    """A handler that writes the log from its own thread: standard error may be a pipe that is not
+    read. Lines that do not fit in the queue are dropped and counted."""
 
     def __init__(self, fd: int):
         super().__init__()
@@ -15171,7 +15170,7 @@ class LogWriter(logging.Handler):
             self.idle.set()
 
     def _write(self, line: bytes) -> None:
-        """os.write: another thread's lock on sys.stderr would hang the end of the program."""
+        """Write with os.write: another thread's lock on sys.stderr would hang the program's end."""
         try:
             while line:
                 line = line[os.write(self.fd, line) :]
@@ -15183,7 +15182,7 @@ class LogWriter(logging.Handler):
 
 
 class LogFormat(logging.Formatter):
-    """The one place where the log's text is made: no client's text steers a terminal."""
+    """The one place where log text is made, without control characters that steer a terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = escaped(record.message)
@@ -15240,7 +15239,7 @@ def address_text(host: str, port: int) -> str:
 
 
 class Address:
-    """An address, the budget that it has left, and its connections."""
+    """A client address: its remaining budget, and its connections."""
 
     __slots__ = ("budget", "key", "peers")
 
@@ -15249,7 +15248,7 @@ class Address:
         self.peers = 0
 
     def used(self, now: float) -> float:
-        """Return the part of the budget that is used: 0 to 1, and more in debt."""
+        """Return the used part of the budget: 0 to 1, and more than 1 in debt."""
         if self.budget is None:
             return 0.0
         self.budget.refill(now)
@@ -15257,7 +15256,7 @@ class Address:
 
 
 class Addresses(dict[str, Address]):
-    """Budgets that outlive connections. A full one is no different from a new one: forgotten."""
+    """Budgets that outlive connections. A full one is forgotten: a new one is the same."""
 
     def __init__(self, flood: tuple[float, float] | None):
         super().__init__()
@@ -15287,7 +15286,7 @@ class Addresses(dict[str, Address]):
         return gone
 
     def sweep(self, now: float) -> None:
-        """Forget what is as good as new; if that is not enough, what is nearest to it."""
+        """Forget the full budgets; if that is not enough, the fullest ones without a connection."""
         for address in list(self.values()):
             self.forget_if_full(address, now)
         idle = sorted(
@@ -15298,7 +15297,7 @@ class Addresses(dict[str, Address]):
 
 
 class Peer(Connection):
-    """A connection as the server sees it; what a session knows as its conn."""
+    """A connection as the server sees it; its session knows it as `conn`."""
 
     __slots__ = (
         *("address", "asked", "budget", "framing", "greeted", "heard", "held", "home", "host"),
@@ -15327,7 +15326,7 @@ class Peer(Connection):
     # What a session may do with its conn
 
     def named(self) -> None:
-        """Registration is complete: no more hurry."""
+        """Stop the time limit for registration: it is complete."""
         self.server.unnamed.discard(self)
         if self.session.probed:
             self.server.probed.add(self)
@@ -15373,7 +15372,7 @@ class Peer(Connection):
         return self.state == CLOSED
 
     def close(self) -> None:
-        """Leave. The connection is closed behind the last thing that this turn gives it."""
+        """End the session. The connection is closed after the last bytes of this turn."""
         if not self.leaving:
             self.leaving = True
             self.server.unnamed.discard(self)
@@ -15386,7 +15385,7 @@ class Peer(Connection):
     # HTTP and WebSocket
 
     def speak_http(self, first_line: bytes) -> None:
-        """Take requests from here on; the first line was one of them."""
+        """Read HTTP requests from here on; `first_line` is the first line of the first one."""
         server = self.server
         if refusal := server.limits.speaks_http(self.limit_key, True):
             log.info("%s turned away: %s", self.address, refusal)
@@ -15399,7 +15398,7 @@ class Peer(Connection):
         return None
 
     def upgrade(self, head: bytes, opcode: int) -> None:
-        """Answer a handshake, and take frames with lines of IRC from here on."""
+        """Answer a WebSocket handshake; from here on read frames with lines of IRC."""
         server = self.server
         if refusal := server.limits.speaks_http(self.limit_key, False):
             return self.session.answer(503, refusal)
@@ -15417,7 +15416,7 @@ class Peer(Connection):
         super().write(self.framing(data) if self.framing else data)
 
     def end_frames(self) -> None:
-        """Say that a WebSocket is closed, and answer what its framer had to answer."""
+        """Send a close frame on a WebSocket that is still open."""
         if self.framing and not self.inbox.closed:
             super().write(close_frame(1000))
 
@@ -15427,7 +15426,7 @@ class Peer(Connection):
         self.eof = self.eof or self.inbox.closed
 
     def heard_request(self) -> None:
-        """Look after the time that requests may take; called with whatever comes."""
+        """Restart the time limits of requests, after input."""
         self.server.web_idle.discard(self)
         if self.inbox.in_body:
             self.server.web_idle.add(self)
@@ -15435,7 +15434,7 @@ class Peer(Connection):
             self.server.web_heads.add(self)
 
     def was_stalled(self) -> bool:
-        """Return whether nothing was sent since the last look, or there is nothing to send."""
+        """Return whether nothing was sent since the last call, or nothing is left to send."""
         stalled = not (self.held or self.unsent) or self.unsent == self.asked
         self.asked = float(self.unsent)
         return stalled
@@ -15444,7 +15443,7 @@ class Peer(Connection):
 
     @property
     def busy(self) -> bool:
-        """Return whether there is something of this peer's to act on."""
+        """True if there is input to act on."""
         more = self.session is not None and self.session.has_more
         return more or bool(self.inbox and self.inbox.pending)
 
@@ -15489,14 +15488,14 @@ class Peer(Connection):
         self.server.acting[self] = None
 
     def resume_soon(self) -> None:
-        """Act on what is left in the next turn."""
+        """Act on the rest of the input in the next turn."""
         if self not in self.server.acting:
             self.server.acting[self] = None
             self.loop.call_soon(do_nothing)
 
     def still_there(self) -> bool:
-        """Notice a reset also while nothing is read: else what came before it would be acted
-        on for as long as the budget makes it last."""
+        """Return whether the connection is open; notice a reset also while nothing is read.
+        Otherwise its input would be acted on for as long as the budget makes it last."""
         if self.state != CLOSED and (
             number := self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         ):
@@ -15530,7 +15529,7 @@ class Peer(Connection):
 
 
 class Listener:
-    """A socket that connections arrive at."""
+    """A socket that accepts connections."""
 
     def __init__(self, server: "Server", host: str, port: int):
         self.server = server
@@ -15573,8 +15572,9 @@ class Listener:
             self.server.admit(sock, host, port)
 
     def _back_off(self, error: OSError) -> None:
-        """No descriptors, or no memory. Who waits is told so on the descriptor we have
-        spare for that; where even this is not possible, asking again at once would spin."""
+        """Handle a lack of descriptors or memory. Tell waiting clients, on the descriptor kept
+        spare for that; if even this is not possible, wait, because trying again at once would
+        spin."""
         log.warning("cannot accept: %s; raise the limit (ulimit -n)", reason_of(error))
         if self.server.limits.turn_away_all(self.sock):
             return
@@ -15592,7 +15592,7 @@ class Listener:
 
 
 def spare_descriptor() -> int | None:
-    """One that can be closed when there are none left, to say so to a newcomer."""
+    """Return a descriptor to close when there are none left, so that one client can be told."""
     try:
         return os.open(os.devnull, os.O_RDONLY)
     except OSError:
@@ -15600,7 +15600,7 @@ def spare_descriptor() -> int | None:
 
 
 def descriptor_limit() -> int:
-    """How many files and sockets we may have open, after asking for as many as we may ask."""
+    """Return the number of files and sockets we may open, after raising it as far as allowed."""
     try:
         import resource
     except ImportError:
@@ -15613,7 +15613,7 @@ def descriptor_limit() -> int:
 
 
 def read_motd(path: pathlib.Path | None) -> list[str]:
-    """Its lines, as they can be shown. Raises Unusable."""
+    """Return the lines of the message of the day, safe to show. Raises Unusable."""
     try:
         return harmless(path.read_text("utf-8-sig")).expandtabs().splitlines() if path else []
     except UnicodeDecodeError:
@@ -15623,13 +15623,13 @@ def read_motd(path: pathlib.Path | None) -> list[str]:
 
 
 class Secret(str):
-    """A password, and the file that it was read from, if there is one."""
+    """A password, and the path of the file it was read from, if any."""
 
     path: pathlib.Path | None = None
 
 
 def read_secret(path: pathlib.Path) -> Secret:
-    """Raises Unusable."""
+    """Return the password in a file, without the blanks around it. Raises Unusable."""
     what = f"the password in {path}"
     try:
         secret = Secret(path.read_text("utf-8-sig").strip())
@@ -15676,7 +15676,7 @@ def server_tls_context(options: ServerOptions) -> Any:
 
 
 class ConnectionLimits:
-    """How many connections there may be, in all and of one address. Who is turned away is told."""
+    """Limits on connections, in all and from one address. Clients that are turned away are told."""
 
     def __init__(self, options: ServerOptions):
         room = max(descriptor_limit() - SPARE_DESCRIPTORS, SPARE_DESCRIPTORS)
@@ -15688,7 +15688,7 @@ class ConnectionLimits:
         self.spare = spare_descriptor()
 
     def enter(self, key: str) -> str:
-        """Count a connection in; or say why not."""
+        """Count a new connection and return ""; or return why it is not allowed."""
         if self.inside >= self.most:
             return f"this server is full: {self.most} clients"
         if self.per_address[key] >= self.most_per_address and not is_loopback(key):
@@ -15706,8 +15706,8 @@ class ConnectionLimits:
             del counter[key]
 
     def speaks_http(self, key: str, on: bool) -> str:
-        """Count a connection among those that speak HTTP, or a WebSocket not any more; or say
-        why not."""
+        """Count a connection as HTTP, or (not `on`) as IRC again for a WebSocket; return "", or why
+        that is not allowed."""
         before, after = (self.per_address, self.web) if on else (self.web, self.per_address)
         most = WEB_PER_ADDRESS if on else self.most_per_address
         if after[key] >= most and not is_loopback(key):
@@ -15726,7 +15726,7 @@ class ConnectionLimits:
         sock.close()
 
     def turn_away_all(self, listening: socket.socket) -> bool:
-        """Turn away all in the backlog, on the spare descriptor; return whether that worked."""
+        """Turn away the whole backlog, on the spare descriptor; return whether that worked."""
         if self.spare is None:
             return False
         os.close(self.spare)
@@ -15746,7 +15746,7 @@ class ConnectionLimits:
 
 
 def mail_code(options: ServerOptions, address: str, name: str, code: str) -> None:
-    """Send the code of a new account. For off the loop. Raises Unusable."""
+    """Mail the code of a new account. To be called off the loop. Raises Unusable."""
     from email.message import EmailMessage  # 20 ms, paid only by those who send mail
 
     if not options.sendmail:
@@ -15763,7 +15763,7 @@ def mail_code(options: ServerOptions, address: str, name: str, code: str) -> Non
 
 
 class Committer:
-    """The commit beat, and what the store needs besides: checkpoints, index and pruning."""
+    """The commit beat and the upkeep of the store: checkpoints, index and pruning."""
 
     def __init__(self, loop: Loop, hub: Hub, store: Store, helpers: Helpers):
         self.loop, self.hub, self.store, self.helpers = loop, hub, store, helpers
@@ -15774,7 +15774,7 @@ class Committer:
         self.sweep()
 
     def commit(self, hub: Hub) -> bool:
-        """Store the turn's events, or lose them with a word to their senders; False: not yet."""
+        """Store the turn's events, or tell their senders that they are lost. False: try later."""
         turn = hub.turn
         if turn.changed:
             hub.settle()
@@ -15805,7 +15805,7 @@ class Committer:
             self.loop.call_later(INDEX_SECONDS, self.index)
 
     def index(self) -> None:
-        """Index what was said lately, on a helper, or in memory on the loop, in slices."""
+        """Index new messages in slices: on a helper, or, in memory, on the loop."""
         job = self.store.words.step(INDEX_IDS_BUSY if self.busy else None)
         if self.store.path:
             self.helpers.submit(self, job, self.indexed)
@@ -15844,10 +15844,10 @@ class Committer:
 
 
 class OpenFile:
-    """A file that is being read or written. Its hash grows with it, if it is written at once."""
+    """A file that is being read or written. The hash of a new file is computed as it is written."""
 
     def __init__(self, path: pathlib.Path, new: bool | None = None):
-        """`new` is None for a file to be read."""
+        """Open a file: `new` is True to create it, False to append to it, None to read it."""
         self.path = path
         self.lock = threading.Lock()  # a connection may end while a job reads or writes
         flags = os.O_RDONLY if new is None else os.O_RDWR | os.O_APPEND
@@ -15864,7 +15864,7 @@ class OpenFile:
                 data = data[written:]
 
     def digest(self) -> str:
-        """Return the SHA-256 of all content. One that goes on after a break is read again."""
+        """Return the SHA-256 of all content; read it again if the upload had a break."""
         if self.hash:
             return self.hash.hexdigest()
         with open(self.fd, "rb", closefd=False) as file:
@@ -15884,18 +15884,18 @@ class OpenFile:
 
 class FileFolder:
     """The content of files on disk. Its methods are jobs for helpers: a disk may be slow. Equal
-    content is there once, under its SHA-256; what is not complete is ID.part."""
+    content is stored once, under its SHA-256; incomplete content is ID.part."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
         path.mkdir(mode=0o700, exist_ok=True)
 
     def begin(self, id: str) -> OpenFile:
-        """Raises Refused."""
+        """Create and return the file of a new upload. Raises Refused."""
         return self._guarded(lambda: OpenFile(self._part(id), new=True))
 
     def reopen(self, id: str) -> tuple[OpenFile, int]:
-        """Return a file that is to go on, and how many bytes there are. Raises Refused."""
+        """Return the file of an upload that goes on, and its size in bytes. Raises Refused."""
         file = self._guarded(lambda: OpenFile(self._part(id), new=False))
         return file, os.fstat(file.fd).st_size
 
@@ -15903,12 +15903,12 @@ class FileFolder:
         return self._guarded(lambda: self._part(id).stat().st_size)
 
     def append(self, file: OpenFile, piece: bytes) -> None:
-        """Raises Refused."""
+        """Write a piece at the end of a file. Raises Refused."""
         self._guarded(lambda: file.write(piece))
 
     def finish(self, file: OpenFile, name: str) -> tuple[str, int, str, int, int]:
-        """Give content its name, when it is on disk for certain. Return SHA-256, size, type,
-        width and height. Raises Refused."""
+        """Name content by its hash, once it is safely on disk. Return SHA-256, size, type, width
+        and height. Raises Refused."""
         return self._guarded(lambda: self._finish(file, name))
 
     def _finish(self, file: OpenFile, name: str) -> tuple[str, int, str, int, int]:
@@ -15926,7 +15926,7 @@ class FileFolder:
         return sha, size, kind, *picture_size(kind, head)
 
     def open(self, sha: str) -> OpenFile | None:
-        """Return the content with this hash; None if it is not there."""
+        """Return the content with this hash, opened; None if there is none."""
         try:
             return OpenFile(self.path / sha)
         except OSError as error:
@@ -15934,7 +15934,7 @@ class FileFolder:
             return None
 
     def read(self, file: OpenFile, at: int, size: int) -> bytes:
-        """Return all of these bytes, or none."""
+        """Return `size` bytes; b"" if not all of them can be read."""
         try:
             data = file.read(at, size)
         except OSError as error:
@@ -15947,7 +15947,7 @@ class FileFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def clean(self, wanted: Collection[str]) -> None:
-        """Remove what no link needs: a crash may leave such content."""
+        """Remove all content that no link needs: a crash may leave some."""
         self.remove({path.name for path in self.path.iterdir()} - set(wanted))
 
     def _part(self, id: str) -> pathlib.Path:
@@ -15965,8 +15965,8 @@ class FileFolder:
 
 
 def network_address() -> str:
-    """Return the address of this machine that its default route has; "" if there is none.
-    Connecting a UDP socket sends nothing."""
+    """Return this machine's address on its default route; "" if there is none. Connecting a UDP
+    socket sends nothing."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.connect(("192.0.2.1", 9))  # an address for documentation (RFC 5737)
         return sock.getsockname()[0]
@@ -15984,7 +15984,7 @@ def web_of(options: ServerOptions, ports: Iterable[int]) -> Web:
 
 
 class Server:
-    """Everything of one running server."""
+    """One running server with all its parts."""
 
     def __init__(
         self,
@@ -16041,7 +16041,7 @@ class Server:
         self.expire_files()
 
     def expire_files(self) -> None:
-        """Remove files that are old, and uploads that do not go on."""
+        """Remove old files, and uploads that do not go on."""
         now = self.clock() * 1000
         for file in list(self.hub.files.values()):
             days = self.options.files_keep
@@ -16051,8 +16051,8 @@ class Server:
         self.loop.call_later(FILES_SWEEP_SECONDS, self.expire_files)
 
     def remove_content(self) -> None:
-        """Remove from disk what no link needs any more; not while new content comes, which may
-        be the same."""
+        """Remove content from disk that no link needs any more. Wait while an upload is finishing,
+        since its content may be the same."""
         files = self.hub.files
         if self.site.folder is None or files.finishing:
             return
@@ -16061,7 +16061,7 @@ class Server:
         self.background(FILE_LANE, functools.partial(self.site.folder.remove, names))
 
     def background(self, lane: str, job: Callable[[], Any]) -> None:
-        """Run a job off the loop. Nothing waits for it; what goes wrong is logged."""
+        """Run a job off the loop. Its result is not awaited; errors are logged."""
 
         def done(result: Any) -> None:
             if isinstance(result, Exception):
@@ -16072,7 +16072,7 @@ class Server:
     # Coming
 
     def admit(self, sock: socket.socket, host: str, port: int) -> None:
-        """A connection has been accepted: it becomes a peer, or is told why not."""
+        """Make a peer of an accepted connection, or refuse it."""
         key = address_key(host, sock.getsockname()[0] if ":" in host else "")
         if refusal := self.limits.enter(key):
             return self.limits.turn_away(sock, host, refusal)
@@ -16094,19 +16094,19 @@ class Server:
         peer.close()
 
     def end_request(self, peer: Peer) -> None:
-        """The head of a request does not come."""
+        """Answer 408: the head of a request took too long."""
         if peer.state == OPEN and not peer.leaving:
             peer.session.receive(BadRequest(408, "the request does not come"))
 
     def end_idle(self, peer: Peer) -> None:
-        """A connection of HTTP is not used, or what is sent is not read."""
+        """Close an HTTP connection that is not used, or whose client does not read."""
         if peer.was_stalled():
             peer.drop("idle")
         else:
             self.web_idle.add(peer)
 
     def probe(self, peer: Peer) -> None:
-        """Has anything been heard of this one? TCP tells only of those who said goodbye."""
+        """Close a silent peer, or ask it for a sign of life: TCP reports only orderly ends."""
         if peer.busy or peer.held:  # we are the ones who do not listen
             peer.heard = self.loop.now
         silent = self.loop.now - peer.heard
@@ -16146,13 +16146,13 @@ class Server:
         }
 
     def refresh(self) -> None:
-        """`chat.py passwd` may have changed an account meanwhile."""
+        """Load the accounts again if another process (`chat.py passwd`) changed the database."""
         with contextlib.suppress(sqlite3.Error, ValueError):  # then they stay as they are
             if not self.hub.turn.records and self.store.changed_elsewhere():
                 self.hub.accounts.load(list(self.store.accounts()))
 
     def reload(self) -> None:
-        """SIGHUP: the same as REHASH."""
+        """Read the files again after SIGHUP, as REHASH does."""
 
         def done(result: Any) -> None:
             if isinstance(result, Exception):
@@ -16164,7 +16164,7 @@ class Server:
         self.helpers.submit(self, self.read_files, done)
 
     def read_files(self) -> tuple:
-        """Read again what may have changed. Off the loop. Raises Unusable."""
+        """Return the contents of the files that may have changed. Off the loop. Raises Unusable."""
         options = self.options
         password = options.password and reread_secret(options.password)
         operators = operators_of((name, reread_secret(word)) for name, word in options.oper)
@@ -16180,7 +16180,7 @@ class Server:
     # The act beat
 
     def act(self) -> None:
-        """Turn lines into acts: addresses that used little first, what is left next turn."""
+        """Turn lines into acts: first of addresses with light use; the rest waits a turn."""
         acting, self.acting = self.acting, {}
         if not acting:
             return
@@ -16200,7 +16200,7 @@ class Server:
             self.loop.call_soon(do_nothing)
 
     def _act_on(self, peers: list[Peer], end: float) -> bool:
-        """Act on the lines of these peers until that time; return whether all had their turn."""
+        """Act on the lines of these peers until `end`; return whether all had their turn."""
         for n, peer in enumerate(peers):
             if time.perf_counter() > end:
                 self.acting.update(dict.fromkeys(peers[n:]))
@@ -16238,7 +16238,7 @@ class Server:
                 return
 
     def act_on_a_line(self, peer: Peer) -> bool:
-        """Act on one line; return whether there was one, and budget for it."""
+        """Act on one line of a peer; return whether there was one, and budget for it."""
         if peer.inbox is None:
             return False
         free = peer.inbox.in_body
@@ -16271,7 +16271,7 @@ class Server:
         return True
 
     def _watch_web(self, peer: Peer) -> None:
-        """After a request, or a piece of a body: the next one has its time."""
+        """Start the time limit of the next request or piece, after the one before it."""
         self.web_heads.discard(peer)
         if peer.inbox.buffer and not peer.inbox.in_body:
             self.web_heads.add(peer)
@@ -16279,12 +16279,12 @@ class Server:
             self.web_idle.add(peer)
 
     def _charge(self, peer: Peer, replied: int, least: float = 0) -> None:
-        """Take what was done for a peer from its budgets: a line costs at least one token."""
+        """Take the work done for a peer from its budgets: a line costs at least one token."""
         bytes_sent = peer.session.replied - replied
         peer.charge(max(self.hub.take_work() + bytes_sent * WORK_OF_A_BYTE, least))
 
     def open_session(self, peer: Peer, first_line: bytes) -> LocalSession | None:
-        """Return the session that the first line begins, if it begins one."""
+        """Return the session that a first line begins; None if it begins none."""
         if not first_line:  # it says nothing yet, in any dialect
             self.silent.add(peer)
             return None
@@ -16302,9 +16302,9 @@ class Server:
         return peer.session
 
     def later(self, session: LocalSession, lane: str, job: Callable, then: Callable) -> None:
-        """Run job() on a helper once this turn is committed, then then(its result) here; until
-        then this session's next lines wait, so that answers come in order. A store in memory
-        has but one connection, which no helper may use, and nothing to wait for."""
+        """Run job() on a helper once this turn is committed, then then(its result) on the loop.
+        Until then this session's next lines wait, so that answers come in order. A store in memory
+        has only one connection, which no helper may use, and nothing to wait for."""
         session.conn.held = True
         session.conn.update()
         done = functools.partial(self.answer, session, then)
@@ -16385,7 +16385,7 @@ class Server:
     # Going
 
     def lost(self, peer: Peer, reason: str) -> None:
-        """Take what a lost connection said, as far as its budget allows; the rest is dropped."""
+        """Act on the input of a lost connection as far as its budget allows; drop the rest."""
         level = logging.INFO if reason.startswith(TLS_TROUBLE) else logging.DEBUG
         log.log(level, "%s: %s", peer.address, reason)
         for delay in (self.silent, self.unnamed, self.slow, self.probed):
@@ -16400,7 +16400,7 @@ class Server:
         self.forget(peer)
 
     def _act_on_the_last(self, peer: Peer) -> None:
-        """Act on the lines of a connection that was reset, in this turn."""
+        """Act on the last lines of a lost connection, in this turn."""
         peer.held = False
         if peer.session:
             peer.session.unfinished = None
@@ -16413,7 +16413,7 @@ class Server:
             peer.inbox.clear()
 
     def forget(self, peer: Peer) -> None:
-        """The end of a peer. One that is lost while it leaves comes here twice."""
+        """Remove a peer. One that is lost while it leaves is removed twice."""
         if peer not in self.peers:
             return
         self.peers.discard(peer)
@@ -16432,7 +16432,7 @@ class Server:
         peer.drop("reads too slowly")
 
     def stop(self) -> None:
-        """Tell everybody, let them have what is theirs, and end."""
+        """Tell all clients, give them time to read the rest, and end."""
         if self.stopping:
             return
         self.stopping = True
@@ -16448,7 +16448,7 @@ class Server:
             self.loop.stop()
 
     def close(self) -> None:
-        """After the loop has ended: what is left goes to the store."""
+        """Store what is left, after the loop has ended."""
         self.committer.commit(self.hub)
         if self.helpers.close():  # else a helper still reads: the operating system closes it
             self.store.close()
