@@ -16464,7 +16464,7 @@ class Server:
 
 
 class Target(NamedTuple):
-    """Where a client wants to go."""
+    """The server that a client wants to reach."""
 
     host: str
     port: int
@@ -16487,14 +16487,14 @@ PORTS = {6667: "irc", 6697: "ircs"}  # without a scheme these mean one
 
 
 def url_of(target: Target) -> str:
-    """Return the URL that parse_target() makes the same of."""
+    """Return the URL of a target, which parse_target() turns into the same target."""
     schemes = {(kind, tls): name for name, (kind, tls, _) in SCHEMES.items() if name}
     name = schemes.get((target.kind, target.tls))
     return f"{name}://{target}" if name else str(target)
 
 
 def parse_target(text: str) -> Target:
-    """HOST, HOST:PORT, [IPV6]:PORT or a URL (chat://, irc://; with TLS chats://, ircs://)."""
+    """Parse HOST, HOST:PORT, [IPV6]:PORT or a URL: chat://, irc://; with TLS chats://, ircs://."""
     match = TARGET.fullmatch(text.strip())
     scheme, host, port = match.groups() if match else ("?", "", "")
     scheme = scheme or PORTS.get(int(port or 0))
@@ -16505,7 +16505,7 @@ def parse_target(text: str) -> Target:
 
 
 class Trust(NamedTuple):
-    """Whose certificates a client believes."""
+    """The certificates that a client trusts, and its own one."""
 
     ca: str | None = None  # a file of certificates, instead of the system's
     pin: str | None = None  # SHA-256 of the one certificate to believe, in hex
@@ -16532,7 +16532,7 @@ NOT_SIGNED = "certificate verify failed"  # as OpenSSL says it
 
 
 class Memory:
-    """A private file of JSON; without a path nothing is kept."""
+    """A private file of JSON; without a path nothing is stored."""
 
     def __init__(self, path: pathlib.Path | None):
         self.path = path
@@ -16556,8 +16556,7 @@ class Memory:
             written.replace(self.path)
 
     def keep(self, name: str, value: Any) -> None:
-        """Write what must not be lost, and check that it is there; None removes it. Raises
-        Unusable."""
+        """Write a value that must not be lost, and check it; None removes it. Raises Unusable."""
         if self.path.exists() and not self.read():
             raise Unusable(f"{self.path} is damaged; move it away")
         self.write(**{name: value})
@@ -16566,7 +16565,7 @@ class Memory:
 
 
 class KnownServers(Memory):
-    """The kind of server at each address, and the certificate that it is to have."""
+    """The kind of each known server, by address, and the certificate it must have."""
 
     def _known(self, target: Target) -> dict[str, str]:
         known = self.read().get(str(target), {})
@@ -16582,7 +16581,7 @@ class KnownServers(Memory):
         self.write(**{str(target): self._known(target) | what})
 
     def policy(self, host: str) -> tuple[int, float]:
-        """Return the port at which a host wants TLS, and until when (IRCv3 sts)."""
+        """Return the port for TLS that a host demands, and the end of that policy (IRCv3 sts)."""
         known = self.read().get(f"sts:{host}")
         try:
             return int(known[0]), float(known[1])
@@ -16594,7 +16593,7 @@ class KnownServers(Memory):
 
 
 def locked(path: pathlib.Path) -> int:
-    """A file opened for this process alone. Raises BlockingIOError if another has it."""
+    """Return a file opened for this process alone. Raises BlockingIOError if another has it."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         if os.name == "nt":
@@ -16614,8 +16613,8 @@ def locked(path: pathlib.Path) -> int:
 
 
 class Journal:
-    """An outbox's file: its secret, then what was accepted and what has arrived, a line of
-    JSON each. What is half written when the program is killed was not accepted."""
+    """The file of an outbox: its secret, then accepted messages and arrivals, one line of JSON
+    each. A line that was half written when the program was killed was not accepted."""
 
     def __init__(self, path: pathlib.Path):
         self.fd = locked(path)
@@ -16665,7 +16664,7 @@ class Journal:
             raise Unusable(f"the outbox cannot be written: {reason_of(error)}") from error
 
     def clear(self) -> None:
-        """Everything has arrived; the secret stays."""
+        """Forget all messages, which have arrived; keep the secret."""
         os.ftruncate(self.fd, self.head)
 
     def close(self) -> None:
@@ -16673,13 +16672,13 @@ class Journal:
 
 
 def outbox_stem(target: Target, name: str) -> str:
-    """The name of the file, for people; and what tells it from others that look alike."""
+    """Return a readable file name for an outbox, with a checksum for names that look alike."""
     text = f"{target} {fold(name)}"
     return f"{re.sub(r'[^A-Za-z0-9.-]', '_', text)}-{zlib.crc32(text.encode()):08x}"
 
 
 def free_journal(folder: pathlib.Path, stem: str) -> Journal:
-    """One that no other client uses: where something waits, if there is such a one. Raises
+    """Return a journal that no other client uses; preferably one in which messages wait. Raises
     Unusable."""
     free: list[Journal] = []
     try:
@@ -16703,7 +16702,7 @@ def free_journal(folder: pathlib.Path, stem: str) -> Journal:
 
 
 def open_outbox(folder: pathlib.Path | None, target: Target, name: str) -> Outbox:
-    """As the last client of this name left it; in memory only without a folder."""
+    """Return the outbox as the last client of this name left it; without a folder, a new one."""
     if folder is None:
         return Outbox()
     journal = free_journal(folder, outbox_stem(target, name))
@@ -16716,7 +16715,7 @@ UNDER_WAY = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDB
 
 
 class Connecting:
-    """A socket on its way to being connected; then(self, "") or then(self, reason)."""
+    """A socket that is being connected; then(self, "") or then(self, reason) tells the outcome."""
 
     def __init__(self, loop: Loop, family: int, address: tuple, then: Callable):
         self.loop, self.then = loop, then
@@ -16733,7 +16732,7 @@ class Connecting:
         self._done(os.strerror(error).lower() if error else "")
 
     def _done(self, reason: str) -> None:
-        """Connected, or not for `reason`."""
+        """Finish the attempt: connected, or failed for `reason`."""
         if self.timer.callback is None:
             return
         self.timer.cancel()
@@ -16751,8 +16750,8 @@ class Connecting:
 
 
 class Race:
-    """All addresses of a server: IPv6 and IPv4 in turn, each a moment after the one before
-    (RFC 8305). Then then(sock, "") with the first that answers, or then(None, reason)."""
+    """A connection attempt to all addresses of a server: IPv6 and IPv4 in turn, each a moment after
+    the one before (RFC 8305). Calls then(sock, "") with the first socket, or then(None, reason)."""
 
     def __init__(self, loop: Loop, addresses: list[tuple[int, tuple]], then: Callable):
         self.loop, self.then = loop, then
@@ -16797,7 +16796,7 @@ class Race:
 
 
 class ServerConnection(Connection):
-    """The connection of a Link; reads to the server's end even after we said all."""
+    """The connection of a Link. It reads up to the server's end even after close()."""
 
     __slots__ = ("heard", "link")
     hears_out = True
@@ -16844,7 +16843,7 @@ WANTED_END, AGAIN = "wanted", "again"  # causes besides TEMPORARY, NEEDS_USER an
 
 
 def why_not_trusted(reason: str) -> str:
-    """Return what is wrong with a certificate, of OpenSSL's words."""
+    """Return a plain reason why a certificate is not trusted, for one of OpenSSL."""
     text = reason.partition(f"{NOT_SIGNED}: ")[2].partition(" (_ssl")[0]
     if "expired" in text:
         return "has expired"
@@ -16854,13 +16853,12 @@ def why_not_trusted(reason: str) -> str:
 
 
 class Link:
-    """One client core, connected to its server whenever that can be.
+    """A client core and its connection to a server, kept up for as long as possible.
 
-    `show(views)` gets what there is to show, `over(reason)` is called once at the end:
-    with "" after leave(), else with the reason why there is no going on. It gives up after
-    `patience` seconds without a server. `asks`: a user is there to answer what no program
-    can. `drained()` may be replaced by who wants to know when has_room() has become true.
-    """
+    `show(views)` gets the views to show. `over(reason)` is called once at the end: with "" after
+    leave(), else with the reason why the link cannot go on. The link gives up after `patience`
+    seconds without a server. `asks`: a user can answer questions that no program can. A caller may
+    replace `drained()` to learn that has_room() has become true."""
 
     def __init__(
         self,
@@ -16927,7 +16925,7 @@ class Link:
         trust = self.trust._replace(pin=self.pin, insecure=looking)
 
         def look_up() -> tuple[Any, list]:
-            """Look up the addresses, and read certificates for TLS: both may take a while."""
+            """Look up the addresses, and load certificates for TLS: both may take a while."""
             host, port = self.target.host, self.target.port
             context = trust.context() if self.target.tls else None
             return context, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -16935,7 +16933,7 @@ class Link:
         self.helpers.submit(self, look_up, self._found)
 
     def _apply_policy(self) -> None:
-        """Use TLS where the server asked for that, for as long as it said (IRCv3 sts)."""
+        """Use TLS if the server demanded it, until its policy ends (IRCv3 sts)."""
         if self.target.tls:
             return
         port, until = self.known.policy(self.target.host)
@@ -16948,7 +16946,7 @@ class Link:
         self.show([View(STATUS, text)])
 
     def later(self, job: Callable, then: Callable) -> None:
-        """Run a job of the core off the loop, then then(result) on it."""
+        """Run a job of the core off the loop, then then(result) on the loop."""
 
         def done(result: Any) -> None:
             if not isinstance(result, Exception):
@@ -16967,20 +16965,20 @@ class Link:
             self.reconnect()
 
     def typing(self, room: Room | None, text: str) -> None:
-        """Tell the others in a conversation that the user has typed so far; a command, or
-        nothing, is not told."""
+        """Tell the others in a conversation that the user is typing, or stopped. Commands do not
+        count."""
         if room is not None:
             tells = text.strip() and not text.startswith("/")
             self.core.typing(room, "active" if tells else "done")
             self.poke()
 
     def poke(self) -> None:
-        """Send what a call of a screen on the core has brought about."""
+        """Send the output of the core, after a screen has called the core."""
         self.core.flush()
         self._carry_on([])
 
     def reconnect(self) -> None:
-        """Connect now, whatever was waited for."""
+        """Connect now, without any more waiting."""
         self.backoff = BACKOFF_FIRST
         if self.conn is not None:
             self.core.redial = True
@@ -16992,11 +16990,11 @@ class Link:
             self.start()
 
     def say(self, line: str) -> None:
-        """Take a line of a pipe: always text."""
+        """Take a line from a pipe, which is always text."""
         self._carry_on(self.core.say(line))
 
     def ask_older(self, room: Room) -> bool:
-        """Fetch what was said before the first view of a room; return whether it is on its way."""
+        """Fetch messages before the first view of a room; return whether they are on their way."""
         talk = self.core.talk
         if self.core.older_from_store(room):
             self.show(self.core.take_views())
@@ -17011,8 +17009,8 @@ class Link:
         return True
 
     def leave(self, at_once: bool = False, reason: str = "") -> None:
-        """Say what is left to be said, hear the server out, and end; or leave that for
-        another time. The server tells others the reason."""
+        """End once all messages are sent and acknowledged, or `at_once`: then they stay for another
+        time. The server tells others the reason."""
         self.leaving, self.reason = True, reason
         if at_once and not self.core.ready:
             self._end("")
@@ -17022,7 +17020,7 @@ class Link:
             self._carry_on([])
 
     def has_room(self) -> bool:
-        """Return whether messages go out soon; if not, drained() is called when they do."""
+        """Return whether messages go out soon; if not, drained() is called when they do again."""
         sent = self.conn is not None and self.core.ready and self.conn.unsent <= UNSENT_NO_READ
         outbox = self.core.outbox
         return sent and len(outbox.waiting) - len(outbox.parked) < OUTBOX_FULL
@@ -17082,7 +17080,8 @@ class Link:
         self._connected()
 
     def _other_certificate(self, fingerprint: str) -> None:
-        """It is not the pinned one. If that was only remembered, a signed one will do."""
+        """Handle another certificate than the pinned one. Fail for --pin; else a signed one will
+        do."""
         if self.trust.pin:
             text = f"--pin {self.pin} is not the certificate of {self.target}: it shows "
             return self._fail(f"{text}{fingerprint}")
@@ -17117,7 +17116,7 @@ class Link:
         self._carry_on(self.core.feed(data))
 
     def _carry_on(self, views: list[View]) -> None:
-        """After anything that may have moved the core on."""
+        """Show, send and decide what is next, after anything that may have changed the core."""
         self.show(views + self.core.take_views())
         if self.conn is None or self.phase not in TALKING:
             return
@@ -17141,7 +17140,7 @@ class Link:
         self._keep_pace()
 
     def _keep_policy(self) -> None:
-        """Remember for how long this server wants TLS, as it says over TLS (IRCv3 sts)."""
+        """Remember how long this server demands TLS, if it says so over TLS (IRCv3 sts)."""
         if self.core.sts and self.target.tls:  # no seconds end a policy
             until = time.time() + self.core.sts[1]
             self.known.remember_policy(self.target.host, self.target.port, until)
@@ -17157,7 +17156,7 @@ class Link:
         return SYNCING if syncing else ONLINE
 
     def _keep_pace(self) -> None:
-        """Send more when the server allows it."""
+        """Send more once the server's rate limit allows it."""
         wait = self.core.talk.wait if self.core.talk else None
         if wait is not None and self.pace is None:
             self.pace = self.loop.call_later(max(wait, 0.01), self._send_more)
@@ -17168,8 +17167,8 @@ class Link:
         self._carry_on([])
 
     def _stand(self) -> None:
-        """After each step of a session that stands: reset the back-off on progress, remember the
-        kind of server, send what waits, and leave if that is what the user wants."""
+        """Handle a step of an established session: reset the back-off on progress, remember the
+        kind of server, send waiting messages, and leave if the user wants to."""
         self.stays = True
         if self.core.progress != self.progress:
             self.progress, self.backoff = self.core.progress, BACKOFF_FIRST
@@ -17190,7 +17189,7 @@ class Link:
     # A certificate that is not trusted
 
     def _doubt(self, fingerprint: str) -> None:
-        """Ask the user about a certificate that is not trusted; a pipe ends."""
+        """Ask the user about a certificate that is not trusted. Without a user, fail."""
         why, self.distrust, self.doubted = self.distrust, "", fingerprint
         self.doubt = text = f"the certificate of {self.target} {why}"
         if not self.asks:
@@ -17215,8 +17214,8 @@ class Link:
     # Ending
 
     def _watch(self) -> None:
-        """Once a second: is the server there? TCP alone would notice in a quarter of an hour.
-        A time in which this program did not run (stopped, suspended) is not the server's."""
+        """Check every second whether the server is there; TCP alone would take a quarter of an
+        hour. Time in which this program did not run (stopped, suspended) does not count."""
         if self.ended:
             return
         gap = self.loop.now - self.watched
@@ -17243,7 +17242,7 @@ class Link:
             self.backoff = BACKOFF_FIRST
 
     def lost(self, reason: str) -> None:
-        """The line is broken, or could not be had: what follows depends on the cause."""
+        """Handle a connection that broke, or that could not be made, depending on the cause."""
         self.conn = None
         stood = self.phase in (SYNCING, ONLINE)
         for timer in filter(None, (self.timer, self.pace, self.dismissal)):
@@ -17285,8 +17284,8 @@ class Link:
         self.start()
 
     def _give_up(self, reason: str) -> None:
-        """End; but a server that stood once, or one of several, stays for the user to decide:
-        what is typed meanwhile must not go elsewhere."""
+        """End the link. But if the server stood once, or is one of several, let the user decide:
+        text typed meanwhile must not go elsewhere."""
         text = self._why_given_up(reason)
         if not (self.asks and self.stays):
             return self._end(text)
@@ -17309,7 +17308,7 @@ class Link:
         return self.core.refusal or reason
 
     def _ask_user(self, reason: str) -> None:
-        """Try no more, and tell the user what can be done."""
+        """Stop trying, and tell the user the choices; without a user, end."""
         why = f"{self.target}: {self.core.refusal or reason}"
         if not self.asks:
             return self._end(why)
