@@ -17367,7 +17367,7 @@ class Link:
 
 
 class Key(NamedTuple):
-    """A key that was pressed: "text" and "paste" carry text, the others are names."""
+    """A pressed key. "text" and "paste" carry text; other keys have only a name."""
 
     name: str
     text: str = ""
@@ -17421,13 +17421,13 @@ PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
 
 
 def is_typed(c: str) -> bool:
-    """Return whether a character is text, and no key."""
+    """Return whether a character is text, and not a key."""
     new_emoji = "\U0001f000" <= c <= "\U0001faff"  # perhaps newer than Python's tables
     return c.isprintable() or c in (ZWNJ, ZWJ) or new_emoji or unicodedata.category(c) == "Zs"
 
 
 class KeyDecoder:
-    """Bytes from a terminal in, keys out. What is incomplete waits for more."""
+    """Bytes from a terminal in, keys out. An incomplete sequence waits for more bytes."""
 
     def __init__(self) -> None:
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
@@ -17436,7 +17436,7 @@ class KeyDecoder:
         self.escaped = -math.inf  # when a lone ESC was taken for a key
 
     def feed(self, data: bytes, now: float = 0.0) -> list[Key]:
-        """Take bytes that came at this time, in seconds."""
+        """Return the keys in these bytes, which came at time `now`, in seconds."""
         text = self.decode(data)
         late = now - self.escaped < ESCAPE_LATE_SECONDS and re.match(LATE_SEQUENCE, text)
         self.escaped = -math.inf
@@ -17447,7 +17447,7 @@ class KeyDecoder:
         return [key for key in keys if key.name]
 
     def flush(self, now: float = 0.0) -> list[Key]:
-        """No more is coming: what looked like the beginning of a sequence was none."""
+        """Return the keys that are left when no more bytes come: the rest was no sequence."""
         if self.pasted is not None:
             return []  # slow, but its end is still to come
         if self.rest.startswith(STRING_BEGINS) and len(self.rest) < STRING_MOST:
@@ -17458,7 +17458,7 @@ class KeyDecoder:
         return [Key(KEY_NAMES.get(text, ""))] if text in KEY_NAMES else []
 
     def end_paste(self) -> list[Key]:
-        """The end of a paste, or of a terminal's answer, does not come: take what has come."""
+        """Return a paste whose end was lost. The rest of a terminal's answer is dropped."""
         if self.pasted is None:
             self.rest = ""
             return []
@@ -17466,7 +17466,7 @@ class KeyDecoder:
         return [key for key in [self._paste()] if key]
 
     def _next(self) -> Key | None:
-        """One key off `rest`, with an empty name if it means nothing; None if incomplete."""
+        """Take one key off `rest`, with an empty name if it has no meaning; None if incomplete."""
         if self.pasted is not None or self.rest.startswith(PASTE_BEGINS):
             return self._paste()
         if self.rest[0] == "\x1b":
@@ -17520,12 +17520,12 @@ SECRETS = (
 
 
 def first_word(text: str) -> str:
-    """The first word, with what stands before it."""
+    """Return the first word, with the blanks before it."""
     return WORD.match(text).group()
 
 
 def last_word(text: str) -> str:
-    """The last word, with what stands behind it."""
+    """Return the last word, with the blanks after it."""
     return first_word(text[::-1])[::-1]
 
 
@@ -17534,11 +17534,10 @@ def is_secret(text: str) -> bool:
 
 
 class LineEditor:
-    """The line being typed: what stands before the cursor and what after it.
+    """The line being typed: the text before the cursor and the text after it.
 
-    press(key) changes it and returns what was entered, if that key entered it. `complete`
-    offers what a word may become: complete(word, at the start of the line) -> candidates.
-    """
+    press(key) changes the line; it returns the line if the key entered it. `complete` offers
+    completions: complete(word, at the start of the line) -> candidates."""
 
     def __init__(self, complete: Callable[[str, bool], list[str]] = lambda word, first: []):
         self.before = self.after = ""
@@ -17561,7 +17560,7 @@ class LineEditor:
         self.before, self.after = text, ""
 
     def insert(self, text: str) -> None:
-        """Insert a text, or none of it if that is too long: see `refused`."""
+        """Insert a text, or none of it if that would be too long: see `refused`."""
         if len(text) + len(self.text) > TYPED_MOST:
             self.refused = f"that is too long to be typed: more than {TYPED_MOST:,} characters"
             return
@@ -17596,8 +17595,7 @@ class LineEditor:
         return text
 
     def take(self) -> str:
-        """Take out what is being typed, to type something else: a line that was recalled is
-        not it."""
+        """Empty the line and return what was being typed, not a line recalled over it."""
         text = self.draft if self.recalled else self.text
         self.recalled, self.draft, self.sought, self.offers = 0, "", None, []
         self.undone.clear()
@@ -17605,7 +17603,7 @@ class LineEditor:
         return text
 
     def forget(self) -> None:
-        """Empty the line; Up brings it back."""
+        """Empty the line; Up brings the text back."""
         if not is_secret(self.text):
             self.remember(self.text)
         self.recalled, self.sought, self.draft = 0, None, ""
@@ -17690,7 +17688,7 @@ class LineEditor:
         self.set(self.typed[-back] if back else self.draft)
 
     def _search(self) -> None:
-        """The last line that has what is typed in it; again: the one before that."""
+        """Recall the last earlier line that contains the typed text; again: the one before that."""
         if self.sought is None:
             self.sought, self.draft, self.recalled = self.text, self.text, 0
             if not self.text:
@@ -17719,7 +17717,7 @@ class LineEditor:
         self._offer(-1)
 
     def _offer(self, step: int) -> None:
-        """Put the next candidate in the place of the one before, or of the word."""
+        """Replace the word, or the candidate in its place, by the next candidate."""
         word = self.before[self.before.rfind(" ") + 1 :]
         if self.offers:
             word = self.offers[0]
@@ -17762,7 +17760,7 @@ COLOUR = re.compile(r"(\x1b\[[\d;]*m)")  # the only escape sequences in a line o
 
 
 def fitting(parts: Iterable[str], room: int) -> tuple[list[str], int]:
-    """As many of these clusters as fit, and the columns they take."""
+    """Return as many of these clusters as fit, and the columns they take."""
     chosen, used = [], 0
     for part in parts:
         if used + cluster_width(part) > room:
@@ -17773,14 +17771,14 @@ def fitting(parts: Iterable[str], room: int) -> tuple[list[str], int]:
 
 
 def cut_to(text: str, columns: int) -> str:
-    """The beginning of it, with a mark if that is not all."""
+    """Return a text cut to so many columns, with a mark at the end if it was cut."""
     if width(text) <= columns or columns <= 0:
         return text * (columns > 0)
     return "".join(fitting(clusters(text), columns - 1)[0]) + "\u2026"
 
 
 def coloured(line: str) -> Iterator[tuple[str, str, str]]:
-    """Yield the texts of a line: the escape before each, the text, and the colour it is in."""
+    """Yield the pieces of a line: the escape sequence before each, the text, and its colour."""
     colour = escape = ""
     for n, part in enumerate(COLOUR.split(line)):
         if n % 2:
@@ -17790,7 +17788,7 @@ def coloured(line: str) -> Iterator[tuple[str, str, str]]:
 
 
 def rows_of(line: str, columns: int) -> list[str]:
-    """A line as a terminal wraps it. A row that begins inside a colour begins with it."""
+    """Return a line as a terminal wraps it. A row that begins inside a colour starts with it."""
     rows, row, used = [], "", 0
     for escape, text, colour in coloured(line):
         row += escape
@@ -17804,8 +17802,8 @@ def rows_of(line: str, columns: int) -> list[str]:
 
 
 def wrapped_rows(line: str, columns: int, hang: int) -> list[str]:
-    """Return a line as rows that end between words, the later ones indented. A word that is
-    longer than a row (a link) is left whole, for the terminal to wrap: so it can be copied."""
+    """Return a line as rows that end between words, the later ones indented. A word that is longer
+    than a row (a link) is left whole for the terminal to wrap, so that it can be copied."""
     if width(COLOUR.sub("", line)) <= columns:
         return [line]
     rows, row, used = [], "", 0
@@ -17823,7 +17821,7 @@ def wrapped_rows(line: str, columns: int, hang: int) -> list[str]:
 
 
 def in_columns(words: list[str], columns: int) -> list[str]:
-    """Words in columns, to be read downwards, in as few rows as fit."""
+    """Return words as rows of columns, to be read downwards, in as few rows as fit."""
     across = max(map(width, words), default=0) + 2
     count = max(1, (columns + 2) // across)
     height = math.ceil(len(words) / count)
@@ -17832,7 +17830,7 @@ def in_columns(words: list[str], columns: int) -> list[str]:
 
 
 def beside(left: str, right: str, columns: int) -> list[str]:
-    """Return a term and its explanation: in two columns, or one below the other."""
+    """Return a term and its explanation, side by side or one below the other."""
     wide = columns >= BESIDE_COLUMNS
     indent = " " * (columns // 3 if wide else 4)
     rows = textwrap.wrap(right, columns - 1, initial_indent=indent, subsequent_indent=indent)
@@ -17843,7 +17841,7 @@ def beside(left: str, right: str, columns: int) -> list[str]:
 
 
 class Palette:
-    """Colours as escape sequences, or nothing at all."""
+    """Colours as escape sequences; without colours, empty ones."""
 
     NAMES = (31, 32, 33, 34, 35, 36, 91, 92, 93, 94, 95, 96)  # legible on dark and on light
 
@@ -17856,7 +17854,7 @@ class Palette:
         return f"\x1b[{';'.join(map(str, codes))}m{text}{RESET}"
 
     def name(self, name: str) -> str:
-        """A person's name in that person's colour, the same on every screen."""
+        """Return a person's name in that person's colour, which is the same on every screen."""
         return self.paint(name, self.NAMES[zlib.crc32(fold(name).encode()) % len(self.NAMES)])
 
     def dim(self, text: str) -> str:
@@ -17870,7 +17868,7 @@ class Palette:
 
 
 class Look(NamedTuple):
-    """The settings that the look of a line depends on."""
+    """The settings that decide how a line looks."""
 
     palette: Palette
     columns: int = 80
@@ -17880,7 +17878,7 @@ class Look(NamedTuple):
 
 
 def moment_of(view: View) -> datetime.datetime:
-    """Return the local time of a view."""
+    """Return the local time of a view; now, if the view's time is in no calendar."""
     try:
         return datetime.datetime.fromtimestamp(view.time / 1000)
     except (TypeError, ValueError, OverflowError, OSError):  # no calendar has such a time
@@ -17892,14 +17890,14 @@ def clock_of(view: View, look: Look) -> str:
 
 
 def where_of(view: View, look: Look) -> str:
-    """The conversation it belongs to, if that is another one."""
+    """Return the view's conversation as a prefix; "" if it is the one that is looked at."""
     if fold(view.where) in ("", fold(look.here)):
         return ""
     return f"[{view.where}] " if is_channel(view.where) else f"({view.where}) "
 
 
 def said_lines(view: View, look: Look) -> list[str]:
-    """Return a message: lines after the first stand under it, as far as there is room."""
+    """Return the lines of a message. Lines after the first are indented below its text."""
     palette, clock, where = look.palette, f"{clock_of(view, look)} ", where_of(view, look)
     loud = view.called and is_channel(view.where)  # in a private talk everything is for us
     mark = "! " * loud
@@ -17914,14 +17912,14 @@ def said_lines(view: View, look: Look) -> list[str]:
 
 
 def noticed_lines(view: View, look: Look) -> list[str]:
-    """A NOTICE: as messages are shown, with - around the name."""
+    """Return the lines of a NOTICE: those of a message, with - around the name."""
     head = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}")
     first, *others = view.text.split("\n")
     return [f"{head}-{look.palette.name(view.name)}- {first}", *(f"    {line}" for line in others)]
 
 
 def found_lines(view: View, look: Look) -> list[str]:
-    """A message of the past that was asked for: it looks like no live one."""
+    """Return the lines of a message of the past that the user asked for; it does not look live."""
     when = f"{moment_of(view):%Y-%m-%d %H:%M}"
     first, *others = (look.palette.dim(line) for line in view.text.split("\n"))
     head = look.palette.dim(f"\u2502 {when} {where_of(view, look)}") + look.palette.name(view.name)
@@ -17963,7 +17961,7 @@ def failed_lines(view: View, look: Look) -> list[str]:
 
 
 def people_lines(view: View, look: Look) -> list[str]:
-    """Return the members of a channel, on demand: those with a rank first."""
+    """Return the list of a channel's members, those with a rank first."""
     names = view.text.split(", ")
     names.sort(key=lambda name: (name[:1] not in SYMBOLS.values(), fold(name)))
     head = look.palette.dim(f"{clock_of(view, look)} {len(names):,} in {view.where}")
@@ -17986,15 +17984,15 @@ LINES = {  # how each kind of view looks
 
 
 def view_lines(view: View, look: Look) -> list[str]:
-    """One view as lines for a terminal. Whatever came from elsewhere is made inert here, once
-    more: the only escape sequences in a line are those of our palette."""
+    """Return a view as lines for a terminal. Text from elsewhere is made inert here once more: the
+    only escape sequences in a line are those of our palette."""
     text, name, where = inert(view.text), visible(view.name), visible(view.where)
     view = view._replace(text=text, name=name, where=where)
     return LINES[view.kind](view, look)
 
 
 def dated_lines(before: View | None, view: View, look: Look) -> list[str]:
-    """A view as lines, and above them the day, if that is not the one of the view before."""
+    """Return a view as lines, below the day if the view before is of another day."""
     lines, day = view_lines(view, look), moment_of(view)
     known = moment_of(before) if before else datetime.datetime.now()
     if day.date() != known.date():
@@ -18003,7 +18001,7 @@ def dated_lines(before: View | None, view: View, look: Look) -> list[str]:
 
 
 def place_lines(room: Room, look: Look, server: str = "") -> list[str]:
-    """Return the name of the conversation, for the top of a screen that was redrawn."""
+    """Return the title of a conversation, for the top of a redrawn screen."""
     topic = visible(f": {room.topic}" if room.topic else "")
     title = visible(room.name) if room.is_channel else f"with {visible(room.name)}"
     title += f" on {visible(server)}" if server else ""
@@ -18011,7 +18009,7 @@ def place_lines(room: Room, look: Look, server: str = "") -> list[str]:
 
 
 def room_marks(rooms: Iterable[Room], here: Room) -> list[tuple[str, tuple[int, ...]]]:
-    """The other conversations in which there is something new; what is for us comes first."""
+    """Return marks of the other conversations with new messages, those for the user first."""
     new = [room for room in rooms if room.unread and room is not here]
     new.sort(key=lambda room: not room.called)
     return [
@@ -18022,8 +18020,8 @@ def room_marks(rooms: Iterable[Room], here: Room) -> list[tuple[str, tuple[int, 
 
 
 def status_row(parts: list[tuple[str, tuple[int, ...]]], columns: int, palette: Palette) -> str:
-    """The row between what is said and what is being typed: as many of the parts as fit, the
-    most important ones first, and a line to the margin."""
+    """Return the row between messages and input: as many of the parts as fit, the most important
+    ones first, and a line to the margin."""
     shown, used = "", 2
     for n, (text, colours) in enumerate(parts):
         left = columns - 1 - used - 2 * (n + 1 < len(parts))  # there has to be room for a mark
@@ -18039,19 +18037,19 @@ def status_row(parts: list[tuple[str, tuple[int, ...]]], columns: int, palette: 
 
 
 class Painter:
-    """Draws the two rows at the bottom, the status and as much of the line being typed as
-    there is room for, and takes them away for what is new. Everything is text to be written
-    at once. Nothing is cleared below the margin of the screen by one sequence, since some
-    terminals keep in their history what goes that way."""
+    """Draws the two rows at the bottom: the status, and as much of the typed line as fits. They are
+    erased before new text. Everything is text to be written at once. The rows are cleared one by
+    one, since some terminals move into their history what one sequence (ED) clears below the
+    cursor."""
 
     def __init__(self, columns: int = 80, rows: int = 24):
         self.columns, self.rows = columns, rows
         self.drawn = False  # the two rows are there
 
     def row(self, prompt: str, before: str, after: str) -> str:
-        """Everything from the left margin on; the cursor ends where it belongs. Its column
-        is set by number and not by counting back, so that a terminal which disagrees about
-        a width spoils the look and nothing else."""
+        """Return the row of the typed line, from the left margin on; the cursor ends in its place.
+        The cursor's column is set by number and not by counting back, so that a terminal which
+        disagrees about a width spoils the look and nothing else."""
         prompt = "".join(fitting(clusters(visible(prompt)), self.columns // 2)[0])
         room = max(4, self.columns - width(prompt) - 1)
         shown, used = fitting(reversed(clusters(visible(before[-room * 8 :]))), room)
@@ -18063,23 +18061,23 @@ class Painter:
         )
 
     def erase(self) -> str:
-        """From the row being typed on to where the two rows begin, with nothing left of them."""
+        """Return the text that clears the two rows at the bottom, from the typed line upwards."""
         up, self.drawn = "\x1b[A\r\x1b[K" if self.drawn else "", False
         return f"\r\x1b[K{up}"
 
     def bottom(self, status: str, row: str) -> str:
-        """The two rows, without wrapping: a terminal may think them wider than we do."""
+        """Return the two rows, with wrapping off: a terminal may think them wider than we do."""
         self.drawn = True
         return f"\x1b[?7l{status}\r\n{row}\x1b[?7h"
 
     def clear(self) -> str:
-        """An empty screen, the cursor at its top."""
+        """Return the text for an empty screen with the cursor at the top."""
         self.drawn = False
         return "\x1b[H" + "\x1b[K\n" * (self.rows - 1) + "\x1b[K\x1b[H"
 
     def page(self, rows: list[tuple[str, bool]]) -> str:
-        """A screen of rows, each with whether it goes on with the one above: then the terminal
-        wraps, and knows them for one line when it is copied."""
+        """Return a screen of rows, each given with whether it continues the one above. The terminal
+        wraps such rows itself, and so copies them as one line."""
         shown = (
             row if goes_on and n else f"\x1b[{n + 1}H{row}" for n, (row, goes_on) in enumerate(rows)
         )
@@ -18087,12 +18085,11 @@ class Painter:
 
 
 class Reader:
-    """How much of a conversation is on the screen.
+    """The part of a conversation that is on the screen.
 
-    Views are numbered from 1 on as they came. Live, everything up to number `shown` has been
-    printed. A person who reads back sees a page instead: the last view on it is number `end`,
-    and `cut` rows of that one are below the page.
-    """
+    Views are numbered from 1 in order of arrival. Live, all up to number `shown` have been printed.
+    A user who reads back sees a page instead: the last view on the page is number `end`, and `cut`
+    rows of that view are below the page."""
 
     def __init__(self, room: Room, look: Look, height: int, now: float = 0.0):
         self.room, self.look, self.height = room, look._replace(here=room.name), height
@@ -18110,12 +18107,12 @@ class Reader:
 
     @property
     def first(self) -> int:
-        """The number before the oldest view that is here."""
+        """The number before that of the oldest view kept."""
         return self.total - len(self.room.views)
 
     @property
     def below(self) -> int:
-        """Views that came while a page is read."""
+        """The number of views that came while a page is read."""
         return self.total - self.shown
 
     def lines(self, number: int) -> list[str]:
@@ -18128,7 +18125,7 @@ class Reader:
         return new + [row for line in lines for row in wrapped_rows(line, columns, hang)]
 
     def mark_unread(self, count: int) -> None:
-        """The last so many messages are new to the person."""
+        """Mark the last `count` messages as new to the user."""
         for number in range(self.total, self.first if count else self.total, -1):
             view = self.room.views[number - self.first - 1]
             count -= view.kind == SAID and not (view.mine or view.past)
@@ -18142,7 +18139,7 @@ class Reader:
         return moment_of(views[self.end - self.first - 1] if views else View(NOTE))
 
     def rows(self, number: int) -> list[tuple[str, bool]]:
-        """As they are wrapped, each with whether it goes on with the one above."""
+        """Return the rows of a view as wrapped, each with whether it continues the one above."""
         return [
             (row, n > 0)
             for line in self.lines(number)
@@ -18152,8 +18149,8 @@ class Reader:
     # Live
 
     def screenful(self, since: int = 0, taken: int = 1) -> tuple[list[str], int]:
-        """The last lines, at least one and as many as fit with `taken` rows above them, of the
-        views after number `since`; and the number of the first that is among them."""
+        """Return the last lines of the views after number `since`, and the number of the first such
+        view. They are as many as fit below `taken` rows, but at least one."""
         lines, left, oldest = [], self.height - taken, self.total + 1
         for number in range(self.total, max(since, self.first), -1):
             for line in reversed(self.lines(number)):
@@ -18165,8 +18162,8 @@ class Reader:
         return lines, oldest
 
     def news(self, now: float) -> list[str]:
-        """Return the lines that came since the last time; if they are more than can be shown, the
-        last screenful of them, and how many are missing before."""
+        """Return the lines since the last call. If there are too many to show, return the number of
+        missing ones and the last screenful."""
         since, new, self.shown = self.shown, self.below, self.total
         self.budget.refill(now)
         if new > max(self.height, self.budget.tokens):
@@ -18180,7 +18177,7 @@ class Reader:
     # Reading back
 
     def up(self, rows: int) -> None:
-        """Towards the past. Who is at its beginning goes on when there is more: came_older()."""
+        """Scroll towards the past; at the top the rest is owed until older messages come."""
         if not self.back:
             self.back, self.end, self.cut = True, self.total, 0
             self.room.views.reading = True
@@ -18194,7 +18191,7 @@ class Reader:
         self.owed = rows if (self.end, self.cut) == before else 0
 
     def down(self, rows: int) -> None:
-        """Towards the present, where it ends."""
+        """Scroll towards the present, where reading back ends."""
         self.at_top, self.owed = False, 0
         self._down(rows)
         self.back = self.end < self.total or self.cut > 0
@@ -18206,7 +18203,7 @@ class Reader:
             self.up(self.owed)
 
     def page(self) -> list[tuple[str, bool]]:
-        """Return the rows to be seen, as rows() has them."""
+        """Return the rows of the page, as rows() has them."""
         self.end = max(self.end, min(self.total, self.first + 1))  # the oldest may be gone
         rows: list[tuple[str, bool]] = []
         for number in range(self.end, self.first, -1):
@@ -18216,7 +18213,7 @@ class Reader:
         return rows[: len(rows) - self.cut][-self.height :]
 
     def _above(self) -> int:
-        """Rows from the bottom of the page upwards, but no more than fill it."""
+        """Return the number of rows from the page's bottom upwards, at most a page and a view."""
         found = -self.cut
         for number in range(self.end, self.first, -1):
             found += len(self.rows(number))
@@ -18240,8 +18237,8 @@ GO_COMMANDS = ("/go", "/part", "/names", "/history")  # are followed by a conver
 
 
 def complete_line(core: ClientCore, before: str, word: str) -> list[str]:
-    """Return completions of the last word of a line: who spoke last comes first, and a command
-    may be about a user of another conversation."""
+    """Return completions of the last word of a line. The users who spoke last come first; after a
+    command, users of other conversations follow."""
     rooms = [room.name for room in core.rooms.values()]
     command, first = before.split(" ")[0].lower(), word == before
     if command in GO_COMMANDS and not first:
@@ -18257,7 +18254,7 @@ def complete_line(core: ClientCore, before: str, word: str) -> list[str]:
 
 
 def typing_text(names: Iterable[str]) -> str:
-    """Return in words who is typing; "" if no other user is."""
+    """Return a sentence with the users who are typing; "" if no other user is."""
     first, *rest = [*names, ""]
     others = optional(*rest)
     if not first:
@@ -18268,7 +18265,7 @@ def typing_text(names: Iterable[str]) -> str:
 
 
 def notification(how: str, view: View) -> str:
-    """Return what tells a terminal's desktop of a message: OSC 9 (iTerm2), 777 (urxvt)."""
+    """Return the escape sequence of a desktop notification: OSC 9 (iTerm2), or 777 (urxvt)."""
     text = visible(cut(f"{view.name}: {view.text}", FITS_ALWAYS)).replace(";", ",")
     return {"9": f"\x1b]9;{text}\a", "777": f"\x1b]777;notify;chat.py;{text}\a"}.get(how, "")
 
@@ -18276,10 +18273,9 @@ def notification(how: str, view: View) -> str:
 class Display:
     """The screen of a client core, as text to be written.
 
-    Live, a conversation scrolls by on the terminal's own screen, with two rows below it.
-    A person who reads back does so on the terminal's other buffer, so that what can be
-    scrolled back to with the mouse stays a plain log.
-    """
+    Live, a conversation scrolls on the terminal's own screen, above two rows. Pages for reading
+    back are on the terminal's other buffer, so that the terminal's own scrollback stays a plain
+    log."""
 
     def __init__(self, core: ClientCore, palette: Palette, columns: int = 80, rows: int = 24):
         self.core, self.palette = core, palette
@@ -18321,7 +18317,7 @@ class Display:
         return room is not None and room.muted
 
     def keep(self, view: View, room: Room | None = None) -> None:
-        """Add a view to its conversation, unless the core has."""
+        """Add a view to its conversation, unless the core has added it."""
         room = room or self.core.find(view.where) or self.room
         if view.kind in (CAME, WENT) and any(one is view for one in reversed(room.moves)):
             return  # they will be one row
@@ -18329,8 +18325,8 @@ class Display:
             room.views.append(self.core.timed(view))
 
     def _take_said(self, view: View) -> None:
-        """Show what belongs to no conversation where the user is: the core keeps the rest. What
-        the user says elsewhere is told here."""
+        """Show here a message without a conversation, and tell here what the user says elsewhere.
+        The core keeps all other messages."""
         room = self.core.find(view.where)
         if not view.where:
             self.keep(view, self.room)
@@ -18341,7 +18337,7 @@ class Display:
         self.keep(view, self.room)
 
     def _take_removed(self, view: View) -> None:
-        """Draw again without the message, and without what quotes it."""
+        """Redraw without the message, and without lines that quote it."""
         room = self.core.find(view.where)
         if room and view.id:
             room.drop(lambda one: one.kind == TOLD and one.reply == view.id)
@@ -18352,7 +18348,7 @@ class Display:
         self.cleared = True
 
     def _take_reacted(self, view: View) -> None:
-        """A reaction, in words."""
+        """Show a reaction in words."""
         known = visible(self.core.answered_words(view._replace(reply=view.id)))
         verb = "reacted" if view.number > 0 else "takes back"
         text = f"{view.name} {verb} {view.text} to {cut(known, REACTED_BYTES)}"
@@ -18370,7 +18366,7 @@ class Display:
             self._take_page(View(PAGE, rows, f"{view.where} members"))
 
     def _take_page(self, view: View) -> None:
-        """A text to be read on the other buffer, from its beginning."""
+        """Show a text on the other buffer, from its beginning."""
         room = Room(view.name, channel=False)
         for line in view.text.split("\n"):
             room.views.append(View(PAGE, line, time=view.time))
@@ -18422,7 +18418,7 @@ class Display:
             self.whole, self.seen = True, None
 
     def prompt(self, sought: str | None = None) -> str:
-        """Return what stands before the line: where it goes, or what Ctrl-R looks for."""
+        """Return the text before the typed line: the conversation, or the text Ctrl-R looks for."""
         if sought:
             return f"(search: {sought}) "
         where = "" if self.core.here == LOBBY else f"{self.core.here} ".lstrip()
@@ -18450,7 +18446,7 @@ class Display:
         return [(text, colours) for text, colours in parts if text]
 
     def _progress(self) -> str:
-        """Return how much of a long message has gone out, while it does."""
+        """Return how many lines of a long message have been sent, while it is sent."""
         talk = self.core.talk
         if talk is None or not talk.pieces or talk.lines_of_message < PROGRESS_LINES:
             return ""
@@ -18458,7 +18454,7 @@ class Display:
         return f"{total - len(talk.pieces):,} of {total:,} lines sent"
 
     def _reading(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Return the parts about scrollback, while the user reads back."""
+        """Return the status parts for reading back; none when live."""
         reader = self.reader
         if not reader.back:
             return []
@@ -18476,7 +18472,7 @@ class Display:
         return "this is the beginning" if whole else "nothing older is here"
 
     def frame(self, row: str, parts: list, now: float, due: bool = True) -> str:
-        """Return the text that brings the screen up to date; messages are looked at if `due`."""
+        """Return the text that brings the screen up to date; new messages only if `due`."""
         if self.reader.room is not self.room and not self.reader.back:
             self._take_place(View(PLACE))
         if self.reader.look.clock != self.core.setting("time"):
@@ -18520,13 +18516,13 @@ class Display:
         return go + painter.page(rows) + painter.bottom(*bottom)
 
     def leave(self) -> str:
-        """Everything that was said, and nothing else, is left on the screen."""
+        """Return the text that leaves the messages on the screen and nothing else."""
         self.reader.back = self.whole = False
         return self._live(("", ""), 0.0, True) + self.painter.erase()
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write all of it, also where another program left the file non-blocking."""
+    """Write all of `data`, also if another program left the file non-blocking."""
     while data:
         try:
             data = data[os.write(fd, data) :]
@@ -18535,7 +18531,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 class RawTerminal:
-    """The terminal while we have it: keys as they come, everything put back at the end."""
+    """The terminal in raw mode: keys come one by one, and the end restores everything."""
 
     # Bracketed paste; then colours, wrapping and cursor as they were.
     ON, OFF = "\x1b[?2004h", "\x1b[?2004l\x1b[0m\x1b[?7h\x1b[?25h"
@@ -18551,8 +18547,8 @@ class RawTerminal:
         self.raw = False
 
     def enter(self) -> None:
-        """Signals stay on, so that Ctrl-C and Ctrl-Z mean what they always mean. DRAIN, not
-        FLUSH: what was typed ahead is not thrown away."""
+        """Switch to raw mode. Signals stay on, so Ctrl-C and Ctrl-Z keep their meaning. DRAIN, not
+        FLUSH: text that was typed ahead is not lost."""
         termios, mode = self.termios, [*self.before[:6], list(self.before[6])]
         mode[0] &= ~(termios.ICRNL | termios.IXON)
         mode[3] &= ~(termios.ICANON | termios.ECHO | termios.IEXTEN)
@@ -18571,7 +18567,7 @@ class RawTerminal:
         write_all(self.screen, text.encode(errors="replace"))
 
     def size(self) -> tuple[int, int]:
-        """Columns and rows; no fewer than there can be something to see on."""
+        """Return columns and rows; not fewer than we can draw on."""
         try:
             columns, rows = os.get_terminal_size(self.screen)
         except OSError:
