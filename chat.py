@@ -18038,9 +18038,8 @@ def status_row(parts: list[tuple[str, tuple[int, ...]]], columns: int, palette: 
 
 class Painter:
     """Draws the two rows at the bottom: the status, and as much of the typed line as fits. They are
-    erased before new text. Everything is text to be written at once. The rows are cleared one by
-    one, since some terminals move into their history what one sequence (ED) clears below the
-    cursor."""
+    erased before new text. Everything is text to be written at once. The rows are cleared singly,
+    as some terminals move into their history what one sequence (ED) clears below the cursor."""
 
     def __init__(self, columns: int = 80, rows: int = 24):
         self.columns, self.rows = columns, rows
@@ -18583,9 +18582,9 @@ class RawTerminal:
 
 
 class Input:
-    """Standard input on the loop, whatever it is: epoll refuses regular files, which are
-    read a piece a turn instead. Never set non-blocking: its terminal is also the screen's
-    and the shell's."""
+    """Standard input on the loop, of any kind: epoll refuses regular files, so these are read a
+    piece a turn. It is never set non-blocking, since the screen and the shell share its
+    terminal."""
 
     def __init__(self, loop: Loop, fd: int, take: Callable[[bytes], None]):
         self.loop, self.fd, self.take = loop, fd, take  # take(b"") at the end
@@ -18668,7 +18667,7 @@ def open_client_store(options: ClientOptions) -> ClientStore:
 
 
 class Client:
-    """The base of both clients: a loop, a link, and an end with a reason."""
+    """The base of all clients: a loop, a link, and an end with a reason."""
 
     patience = math.inf
     tidy = asks = True
@@ -18678,7 +18677,7 @@ class Client:
         self.core, self.link = self.dial(options, self.show, self.over)
 
     def dial(self, options: ClientOptions, show: Callable, over: Callable) -> tuple:
-        """Return the core and the link for one server; the link is not started yet."""
+        """Return the core and the link for one server. The link is not started yet."""
         state, target = options.state, options.target
         known = KnownServers(state / "servers.json" if state else None)
         logins = Memory(options.config / "logins.json" if options.config else None)
@@ -18713,22 +18712,22 @@ class Client:
         return core, Link(self.loop, target, core, show, over, trust, known, patience, self.asks)
 
     def open_store(self, options: ClientOptions) -> ClientStore | None:
-        """Return what keeps what is said; None for a pipe, which shows it once."""
+        """Return the store for messages; None for a pipe, which shows each message once."""
         return open_client_store(options) if self.tidy else None
 
     def show(self, views: list[View]) -> None:
         raise NotImplementedError
 
     def over(self, reason: str) -> None:
-        """The end of the link, and of the client."""
+        """End the client with its link."""
         self.reason = self.reason or reason
         self.loop.stop()
 
     def ending(self) -> None:
-        """Put a subclass in order before the end."""
+        """Prepare a subclass for the end."""
 
     def run(self) -> str:
-        """Until the end; says why it was one, or ""."""
+        """Run until the end; return the reason of a failure, or ""."""
         self.link.start()
         self.loop.run()
         self.ending()
@@ -18737,7 +18736,7 @@ class Client:
 
 
 class Seat:
-    """A server of a client that talks to several: its core, its link, and its screen."""
+    """One server of a client that talks to several: its core, its link, and its screen."""
 
     core: ClientCore
     link: Link
@@ -18745,8 +18744,8 @@ class Seat:
 
 
 class ManyServers(Client):
-    """The base of the clients with a screen. One server is looked at: `seat`, whose core and
-    link are also this client's."""
+    """The base of the clients with a screen. The user looks at one server: `seat`. Its core and
+    link are also those of this client."""
 
     def __init__(self, options: ClientOptions):
         super().__init__(options)
@@ -18763,14 +18762,14 @@ class ManyServers(Client):
     # For the subclass
 
     def screen_for(self, seat: Seat) -> Any:
-        """Return what this client keeps for the screen of a server."""
+        """Return the data that this client keeps for the screen of a server."""
 
     def show_of(self, seat: Seat, views: list[View]) -> None:
-        """Show the views of a server, which is perhaps not looked at."""
+        """Show the views of a server, even of one that is not looked at."""
         raise NotImplementedError
 
     def seats_changed(self) -> None:
-        """A server was added, removed, or is looked at now."""
+        """React to a server that was added, removed, or is looked at now."""
 
     # Servers
 
@@ -18782,15 +18781,15 @@ class ManyServers(Client):
         self.seats_changed()
 
     def open_others(self) -> None:
-        """Connect to the other servers of the last time."""
+        """Connect to the other servers that were open last time."""
         first = self.seat
         for url in json.loads(self.store.fact("servers") or "[]"):
             self.connect(url)
         self.look_at(first)
 
     def connect(self, words: str, **more: Any) -> None:
-        """/connect [URL [NICK]]: another server, beside those that there are; or which there
-        are. More options are those of ClientOptions."""
+        """Handle /connect [URL [NICK]]: add a server beside the others, or list them. `more` are
+        options of ClientOptions."""
         url, _, name = words.strip().partition(" ")
         if not url:
             targets = ", ".join(str(seat.link.target) for seat in self.seats)
@@ -18809,7 +18808,7 @@ class ManyServers(Client):
             return self.show([View(NOTE, str(error))])
 
     def add(self, options: ClientOptions) -> Seat:
-        """Connect to one server more, and stay when that fails. Raises Unusable."""
+        """Connect to one more server, and stay if that fails. Raises Unusable."""
         seat = Seat()
         show, over = (functools.partial(act, seat) for act in (self.show_of, self.seat_over))
         seat.core, seat.link = self.dial(options, show, over)
@@ -18820,20 +18819,20 @@ class ManyServers(Client):
         return seat
 
     def disconnect(self) -> None:
-        """/disconnect: leave the server that is looked at."""
+        """Handle /disconnect: leave the server that is looked at."""
         if len(self.seats) == 1:
             return self.show([View(NOTE, "this is the only server; /quit leaves")])
         return self.seat.link.leave(at_once=True)
 
     def keep_servers(self) -> None:
-        """Remember which servers to connect to at the next start, and with which nick."""
+        """Remember the servers to connect to at the next start, each with its nick."""
         others = (seat for seat in self.seats if seat.core.store is not self.store)
         urls = [f"{url_of(seat.link.target)} {seat.core.wanted_name}" for seat in others]
         self.store.keep_fact("servers", json.dumps(urls))
         self.store.flush()
 
     def look_at(self, seat: Seat) -> None:
-        """Look at the conversations on another server."""
+        """Show the conversations on another server."""
         if seat is self.seat:
             return
         self.core.looked_at = False
@@ -18844,7 +18843,7 @@ class ManyServers(Client):
         self.seats_changed()
 
     def seat_over(self, seat: Seat, reason: str) -> None:
-        """The end of one server; of the last one, the end."""
+        """Remove a server whose link has ended; with the last one, end the client."""
         if len(self.seats) == 1:
             return self.over(reason)
         seat.core.close_store()
@@ -18862,7 +18861,7 @@ class ManyServers(Client):
         return self.show([View(NOTE, f"{seat.link.target}: {reason.removeprefix('; ') or 'left'}")])
 
     def leave(self, reason: str = "") -> None:
-        """The servers hear us out, for as long as that is bearable."""
+        """Leave all servers; give them STOP_SECONDS to take the rest."""
         self.loop.call_later(STOP_SECONDS, lambda: self.over(""))
         self.quitting = True
         for seat in list(self.seats):
@@ -18874,7 +18873,7 @@ class ManyServers(Client):
 
 
 def filter_lines(view: View) -> list[str]:
-    """Return the lines that the workshop's client prints. Our own words are not among them."""
+    """Return the lines that the workshop's client prints; none for the user's own messages."""
     if view.line:
         return [view.line]
     where = "" if view.where == LOBBY else f"[{view.where}] "
@@ -18893,13 +18892,13 @@ def filter_lines(view: View) -> list[str]:
 
 
 def output_trouble(error: OSError) -> str:
-    """Return why standard output failed, and close it: Python would flush it again at its end."""
+    """Return why standard output failed, and close it: Python would flush it again at the end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return f"standard output: {reason_of(error)}"
 
 
 class Filter(Client):
-    """Lines in, lines out, for pipes: it ends when its input does, and the server has it all."""
+    """Lines in, lines out, for pipes. It ends after its input, once the server has all of it."""
 
     patience = 0.0  # until there is a connection
     tidy = asks = False
@@ -18927,7 +18926,7 @@ class Filter(Client):
         self.go_on()
 
     def go_on(self) -> None:
-        """Say what has come; commands wait for a connection. Then read on, or leave."""
+        """Say the lines that have come; commands wait for a connection. Then read on, or leave."""
         if self.saying:  # which may make room, and call this
             return
         self.saying = True
@@ -18989,8 +18988,8 @@ class Filter(Client):
 
 
 def on_signal(loop: Loop, name: str, callback: Callable[[], Any]) -> None:
-    """Call back on the loop when the signal of that name comes; not every system has each,
-    and a signal that was ignored when we were started (nohup) stays so."""
+    """Call back on the loop after a signal. Systems without that signal are left alone, and so is a
+    signal that was ignored when we were started (nohup)."""
     number = getattr(signal, name, None)
     if number and signal.getsignal(number) != signal.SIG_IGN:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(callback))
@@ -19012,15 +19011,15 @@ CLIENT_KEYS = (  # what /help tells of them
 
 
 def with_keys(view: View) -> View:
-    """Add what keys do to the help on everything."""
+    """Add the keys' meanings to the page of general help."""
     if (view.kind, view.name) != (PAGE, "help"):
         return view
     return view._replace(text="\n".join([view.text, "", *CLIENT_KEYS]))
 
 
 class TerminalClient(ManyServers):
-    """A terminal and links: keys to the ones, views to the other. The screen of a server is a
-    Display; `display` is that of the one that is looked at."""
+    """A terminal and links: keys go to the links, views to the terminal. The screen of each server
+    is a Display; `display` is that of the server that is looked at."""
 
     def __init__(self, options: ClientOptions):
         self.terminal = RawTerminal()
@@ -19084,7 +19083,7 @@ class TerminalClient(ManyServers):
             seat.screen.elsewhere = functools.partial(self.rooms_besides, seat)
 
     def rooms_besides(self, here: Seat) -> list[Room]:
-        """Return the conversations on the other servers."""
+        """Return the conversations on all other servers."""
         return [
             room for seat in self.seats if seat is not here for room in seat.core.rooms.values()
         ]
@@ -19112,7 +19111,7 @@ class TerminalClient(ManyServers):
         self.news = True
 
     def tick(self) -> None:
-        """Once a second: the status may say another number now."""
+        """Update the status once a second: its numbers may have changed."""
         self.late = set(self.core.outbox.waiting)  # of the server that is looked at
         self.news = True
         self.loop.call_later(1.0, self.tick)
@@ -19153,7 +19152,7 @@ class TerminalClient(ManyServers):
         self.pressed = True
 
     def note_typing(self) -> None:
-        """After each key: others are told, and a command begins with what is on the screen."""
+        """After each key, tell others about typing, and note which messages a command can mean."""
         text = self.editor.text
         self.link.typing(self.core.current, text)
         if text[:1] != "/":
@@ -19162,7 +19161,7 @@ class TerminalClient(ManyServers):
             self.begun = self.core.current.views.total
 
     def enter(self, text: str) -> None:
-        """A line was entered; an empty one is no message, as it is from netcat."""
+        """Handle an entered line. An empty one is no message, although it is one from netcat."""
         self.present()
         command = text.rstrip().lower() if text[:1] == "/" else ""
         if is_quit(text):
@@ -19180,8 +19179,8 @@ class TerminalClient(ManyServers):
             self.begun = math.inf
 
     def places(self) -> list[tuple[Seat, Room]]:
-        """Return all conversations, server by server: their numbers are those of Alt and /go.
-        A server without one has a place, too."""
+        """Return all conversations, server by server; their numbers are those of Alt and /go. A
+        server without conversations has one place, too."""
         return [
             (seat, room)
             for seat in self.seats
@@ -19189,7 +19188,7 @@ class TerminalClient(ManyServers):
         ]
 
     def list_rooms(self) -> None:
-        """With their numbers."""
+        """Show all conversations with their numbers."""
         server, listed = None, []
         for n, (seat, room) in enumerate(self.places(), 1):
             new = f" ({room.unread} new)" * bool(room.unread)
@@ -19199,8 +19198,8 @@ class TerminalClient(ManyServers):
         self.show([View(NOTE, ", ".join(listed) or "there is none; /join #CHANNEL")])
 
     def interrupt(self) -> None:
-        """Ctrl-C: forget the line, which Up brings back; without one ask, and then leave. One
-        that follows quickly is meant for the line, too."""
+        """Handle Ctrl-C: empty the line, which Up brings back; on an empty line ask, and the next
+        time leave. A second Ctrl-C that follows quickly counts for the line, too."""
         now = self.loop.now
         if self.editor.text:
             self.editor.forget()
@@ -19227,8 +19226,8 @@ class TerminalClient(ManyServers):
         self.show(self.core.take_views())
 
     def place_of(self, name: str) -> tuple[Seat, Room] | None:
-        """Return the conversation with this number or name, on the server that is looked at if
-        there is one; None if there is none."""
+        """Return the conversation with this number or name, preferably on the server that is looked
+        at; None if there is none."""
         places = self.places()
         if (number := whole_number(name)) and number <= len(places):
             return places[number - 1]
@@ -19252,7 +19251,7 @@ class TerminalClient(ManyServers):
             self.go(places[(here + step) % len(places)])
 
     def go_unread(self) -> None:
-        """Where we are called; else where something is new."""
+        """Go to a conversation where the user is called; else to one with new messages."""
         places = sorted(self.places(), key=lambda place: not place[1].called)
         for place in [place for place in places if place[1].unread][:1]:
             self.go(place)
@@ -19266,7 +19265,7 @@ class TerminalClient(ManyServers):
         self.display.reader.down(self.display.reader.height - 1)
 
     def up(self, rows: int) -> None:
-        """More of the past is asked for before one is at the end of what is here."""
+        """Scroll up, and ask for older messages before the user reaches the oldest ones here."""
         reader = self.display.reader
         reader.up(rows)
         known = reader.room in self.core.rooms.values()  # else it is a page of its own
@@ -19318,7 +19317,8 @@ class TerminalClient(ManyServers):
         self.news = True
 
     def change_drafts(self) -> None:
-        """Another conversation is looked at: what is being typed stays where it was begun."""
+        """After a change of conversation, keep what was typed with the old one; restore the
+        new's."""
         before, self.writing_in = self.writing_in, self.core.current
         text = self.editor.take()
         text = "" if is_secret(text) else text
@@ -19333,8 +19333,8 @@ class TerminalClient(ManyServers):
             after.draft = ""
 
     def give_text_back(self, text: str) -> None:
-        """It was not accepted: to be typed on; or to be recalled, if it is a command, or
-        something else is being typed."""
+        """Put text that was not accepted back on the line; if it is a command, or the line is not
+        empty, let Up recall it."""
         if not (self.editor.text or text[:1] == "/"):
             self.editor.set(text)
         elif not is_secret(text):
@@ -19352,8 +19352,8 @@ class TerminalClient(ManyServers):
         return "" if self.core.ready else "connecting"
 
     def paint(self, last: bool = False) -> None:
-        """All that is new, in one write: at once if a key was pressed, else not more often
-        than it can be seen."""
+        """Write all that is new at once: immediately after a key, else at most PAINTS_A_SECOND
+        times a second."""
         wait = self.painted + 1 / PAINTS_A_SECOND - self.loop.now
         if self.news and wait > 0 and not self.painting:
             self.painting = self.loop.call_later(wait, do_nothing)
@@ -19384,13 +19384,13 @@ class TerminalClient(ManyServers):
         self.news = True
 
     def give_back(self) -> None:
-        """The terminal as it was, with what was said left on it."""
+        """Restore the terminal, with the messages left on its screen."""
         if self.terminal.raw:
             self.write(self.display.leave())
             self.terminal.leave()
 
     def suspend(self) -> None:
-        """Ctrl-Z: give the terminal back, stop, and take it again when we are continued."""
+        """Handle Ctrl-Z: give the terminal back, stop, and take it again when continued."""
         self.give_back()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTSTP)
@@ -19398,7 +19398,7 @@ class TerminalClient(ManyServers):
         self.resume()
 
     def resume(self) -> None:
-        """We were stopped, perhaps by SIGSTOP, and the shell had the terminal meanwhile."""
+        """Take the terminal again after a stop, perhaps by SIGSTOP: the shell had it meanwhile."""
         self.terminal.enter()
         self.display.resize(*self.terminal.size())
         self.redraw()
@@ -19428,7 +19428,7 @@ BENCH_DEFAULTS = BenchOptions._field_defaults
 
 
 class BenchConnection(Connection):
-    """One client of the load: counts what comes, and perhaps times it."""
+    """One client of the load. It counts messages, and may measure their latency."""
 
     def __init__(self, loop: Loop, sock: socket.socket):
         super().__init__(loop, sock)
@@ -19456,7 +19456,7 @@ class BenchConnection(Connection):
 
 
 class Bench:
-    """One run: connect everybody, wait until it is quiet, send, count."""
+    """One run: connect all clients, wait until it is quiet, send, and count."""
 
     def __init__(self, options: BenchOptions, progress: Callable[[str], None]):
         self.options, self.progress = options, progress
@@ -19497,7 +19497,7 @@ class Bench:
         return self._result(time.perf_counter() - began)
 
     def _settle(self) -> None:
-        """Wait until everybody is in: something was heard, and then nothing for a while."""
+        """Wait until all clients have joined: messages came, and then none for a while."""
         for conn in self.receivers:
             conn.counted = True
         for sender in self.senders:
@@ -19517,13 +19517,13 @@ class Bench:
             raise Unusable(f"the server closed a connection of the load: {failure}")
 
     def close(self) -> None:
-        """Hang up: a server that is told to end waits for its clients."""
+        """Close all connections: a server that is told to end waits for its clients."""
         for conn in (*self.receivers, *self.senders):
             conn.sock.close()
         self.loop.close()
 
     def _send(self, done: int, elapsed: float) -> None:
-        """Return how many messages may go now: due by the clock, or inside the window."""
+        """Send the messages that may go now: those due by the clock, or those inside the window."""
         options = self.options
         due = int(elapsed * options.rate) + 1 if options.rate else done + options.window
         count = min(due, options.messages) - self.sent
@@ -19541,7 +19541,7 @@ class Bench:
         latencies = sorted(itertools.chain(*(conn.latencies for conn in self.receivers)))
 
         def at(share: float) -> float:
-            """The latency in milliseconds that this share of the messages stayed below."""
+            """Return the latency in milliseconds that this share of the messages stayed below."""
             return round(latencies[int(share * (len(latencies) - 1))] * 1000, 3)
 
         return {
@@ -19561,7 +19561,7 @@ class Bench:
 
 @contextlib.contextmanager
 def server_for_bench() -> Iterator[Target]:
-    """A server of our own, on any port, with its history in a temporary folder."""
+    """Run a server of our own on a free port, with its history in a temporary folder."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -19624,7 +19624,7 @@ WEB_PAGE = """\
 
 
 def web_page(request: Request, site: Site, secure: bool) -> str:
-    """Return the page with the address that the browser was given."""
+    """Return the page, with the address at which the browser reached this server."""
     import html
 
     host, port = split_host(request.header("host"))
@@ -19651,7 +19651,7 @@ def web_page(request: Request, site: Site, secure: bool) -> str:
 
 
 def home_folder() -> pathlib.Path:
-    """Raises Unusable where there is none."""
+    """Return the user's home folder. Raises Unusable if there is none."""
     try:
         home = pathlib.Path.home() if os.environ.get("HOME") != "" else pathlib.Path()
     except RuntimeError:
@@ -19662,7 +19662,7 @@ def home_folder() -> pathlib.Path:
 
 
 def data_folder() -> pathlib.Path:
-    """Return where this user's programs keep their data, in the system's own way."""
+    """Return the folder where this user's programs keep their data, as the system has it."""
     if os.name == "nt":
         return pathlib.Path(os.environ.get("APPDATA") or home_folder()) / "chat.py"
     if sys.platform == "darwin":
@@ -19672,14 +19672,14 @@ def data_folder() -> pathlib.Path:
 
 
 def config_folder() -> pathlib.Path:
-    """Return the folder for what they were told to be like."""
+    """Return the folder for this program's settings and passwords, as the system has it."""
     if os.name == "nt" or sys.platform == "darwin":
         return data_folder()
     return pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config") / "chat.py"
 
 
 def checked_option(parse: Callable, fits: Callable, advice: str) -> Callable[[str], Any]:
-    """Return a type for argparse: what parse() makes of a text, if fits() says so of that."""
+    """Return a type for argparse: it takes parse(text), if fits() accepts that value."""
 
     def convert(text: str) -> Any:
         with contextlib.suppress(ValueError, Unusable):
@@ -19755,7 +19755,7 @@ def mail_command(text: str) -> str:
 
 
 def ask_for_password() -> str:
-    """Ask at the terminal, whatever standard input is: a pipe's first line is no password."""
+    """Ask at the terminal, whatever standard input is: the first line of a pipe is no password."""
     import getpass
     import warnings
 
@@ -19768,7 +19768,7 @@ def ask_for_password() -> str:
 
 
 def secret_option(text: str) -> str:
-    """A password as it is, or @FILE that holds it, or "" to be asked for it. Raises Unusable."""
+    """Return a password: the text itself, or from @FILE, or asked for if "". Raises Unusable."""
     if text.startswith("@"):
         return read_secret(pathlib.Path(text[1:]))
     try:
@@ -19790,7 +19790,7 @@ def operator_option(text: str) -> tuple[str, str]:
 
 
 def lock_folder(folder: pathlib.Path) -> int:
-    """Make the data folder if need be, and keep it for this process alone. Raises Unusable."""
+    """Make the data folder if need be, and lock it for this process. Raises Unusable."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         mode = stat.S_IMODE(folder.stat().st_mode)
@@ -19812,7 +19812,7 @@ def lock_folder(folder: pathlib.Path) -> int:
 
 
 def how_to_join(server: Server) -> str:
-    """The start-up lines: where, who can get in, and how."""
+    """Return the start-up lines: the addresses, who can connect, and how."""
     lines = []
     for listener in server.listeners:
         host, port = listener.address
@@ -19838,7 +19838,7 @@ def how_to_join(server: Server) -> str:
 
 
 def announce(text: str) -> None:
-    """On standard output. Raises Unusable."""
+    """Print a line on standard output. Raises Unusable."""
     try:
         print(text, flush=True)
     except OSError as error:
@@ -19881,7 +19881,7 @@ def run_server(args: argparse.Namespace) -> int:
 
 
 def run_passwd(args: argparse.Namespace) -> int:
-    """Set the password of an account: who may read the files may do so. The server may run."""
+    """Set the password of an account, for any user who may write its files. The server may run."""
     path = args.data / "chat.db"
     if not path.exists():
         raise Unusable(f"there is no database in {args.data}; --data says where it is")
@@ -19935,7 +19935,7 @@ def run_client(args: argparse.Namespace) -> int:
 
 
 def show_progress(text: str) -> None:
-    """Over what stood there before, and to be written over."""
+    """Write a status line over the one before; the next one goes over it."""
     print(f"\r{text}\x1b[K\r", end="", file=sys.stderr)
 
 
@@ -19977,7 +19977,7 @@ environment: HOME or XDG_DATA_HOME say where the data folder is, unless --data d
 
 
 def byte_count(text: str) -> int:
-    """Return 500K, 20M or 4G in bytes."""
+    """Return a size like 500K, 20M or 4G in bytes."""
     match = re.fullmatch(r"([0-9]{1,12})([KMGkmg]?)", text)
     if match is None or not int(match[1]):
         raise argparse.ArgumentTypeError(f"{text} is no size; write 500K, 20M or 4G")
@@ -19991,7 +19991,7 @@ def positive_number_option(text: str) -> float:
 
 
 def web_origin(text: str) -> str:
-    """Check an origin, as browsers send it: https://HOST or http://HOST:PORT."""
+    """Return a valid origin, as browsers send it: https://HOST or http://HOST:PORT."""
     scheme, _, authority = text.lower().rstrip("/").partition("://")
     if scheme not in ("http", "https") or not split_host(authority)[0]:
         raise argparse.ArgumentTypeError(f"{text} is no origin; write https://HOST")
@@ -19999,7 +19999,7 @@ def web_origin(text: str) -> str:
 
 
 def parser_of(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
-    """Add a subcommand whose help tells the defaults, and ends with `epilog` as it is."""
+    """Add a subcommand, whose help ends with `epilog` as it is, and return its parser."""
     parser = commands.add_parser(
         name,
         help=text,
@@ -20073,7 +20073,7 @@ HOME, XDG_DATA_HOME and XDG_CONFIG_HOME say where the client keeps its state, un
 
 
 def add_client_options(add: Callable) -> None:
-    """Add what the terminal client and the window have in common."""
+    """Add the options that the terminal client and the window have in common."""
     add("--plain", action="store_true", help="a workshop server: the line protocol, no commands")
     login = "asks for the password, or reads it from FILE"
     add("--login", nargs="?", const="", metavar="ACCOUNT[:@FILE]", help=login)
