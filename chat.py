@@ -13,7 +13,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     ACCOUNTS        verifiers of passwords, SASL, limits on attempts
     DOMAIN          users, sessions, channels, audiences, the Hub, and the log of a turn
     ACTS            every change of shared state, by name
-    PASSWORDS       what a session does to prove something, in both dialects
+    PASSWORDS       how a session proves that it may do something, in both dialects
     STORE           accounts, states, history and its index in SQLite
     IRC DIALECT     every command of RFC 1459 and 2812, and IRCv3
     LINE DIALECT    the workshop's protocol and its slash commands
@@ -147,17 +147,17 @@ RANKS_STORED = 100  # accounts with a rank in a channel, for while they are abse
 TOKENS_A_USER = 10  # devices that may resume a user
 SECRET_DIGITS = 32  # hexadecimal: 128 bits
 OWN_ID_BYTES = 64  # of the id that a client gives its message
-DEDUP_MS = 30 * 24 * 3600 * 1000  # that such an id is known after its message is gone ...
+DEDUP_MS = 30 * 24 * 3600 * 1000  # how long such an id is known after its message is gone ...
 DEDUP_IN_MEMORY_MS = 24 * 3600 * 1000  # ... and with --data none, where there is room ...
 DEDUP_IN_MEMORY = 100_000  # ... for so many: 20 MB
-NOT_STORED_MS = 3600 * 1000  # that the id of a message is known which could not be stored
-DEDUP_SWEPT = 500  # looked through at a time ...
-SWEEP_SECONDS = 3600.0  # ... and from when to when
+NOT_STORED_MS = 3600 * 1000  # how long the id of a message that could not be stored is known
+DEDUP_SWEPT = 500  # old ids looked through at a time ...
+SWEEP_SECONDS = 3600.0  # ... and the time between two sweeps
 MASKS_A_LIST = 60  # bans of one channel: each is looked at when a user joins or speaks
 MASK_BYTES = 200
 MODES_BYTES = 300  # of one change of modes: as for topics
 MODES_AT_ONCE = 100  # signs and letters of one command; the rest is not looked at ...
-USER_MODES_AT_ONCE = 20  # ... as with one's own, which are five
+USER_MODES_AT_ONCE = 20  # ... of a command for the user's own modes, which are five
 MODES_WITH_VALUE = 13  # of one command: an IRC line has 15 parameters (005 MODES)
 INVITATIONS = 50  # of one user, not yet used
 WATCHED = 100  # names that one session monitors
@@ -167,26 +167,26 @@ LABEL_BYTES = 64  # of a label (IRCv3 labeled-response)
 METADATA_KEYS = 20  # that a user or a channel may have
 METADATA_SUBS = 50  # that one session may want to hear of
 METADATA_BYTES = 300  # of a value
-METADATA_AT_ONCE = 100  # values told to who joins a channel; more are there for the asking
+METADATA_AT_ONCE = 100  # values told to a user who joins a channel; the client asks for more
 METADATA_KEY_BYTES = 64
 MARKERS = 1000  # of one user: how far each channel and talk has been read
 TARGETS = 20  # of one PRIVMSG
 LIST_TARGETS = 10  # names, masks and conditions of one LIST
 WORK_PER_TOKEN = 100  # a mask matched or a member listed is 1: about half a microsecond
-WORK_OF_AN_ACT = 50  # beside what it looks through
-WORK_OF_A_RECEIVER = 5  # who has to be told one by one
+WORK_OF_AN_ACT = 50  # for each act, besides the items that it looks through
+WORK_OF_A_RECEIVER = 5  # for each receiver that has to be told one by one
 WORK_OF_A_LINE = 8  # of an answer, and as much again ...
 WORK_OF_A_BYTE = 0.02  # ... for 400 bytes of it
-LOOKED_AT_ONCE = 100  # users or channels, before others have their turn
+LOOKED_AT_ONCE = 100  # users or channels looked at before other sessions have their turn
 PIECE_BYTES = 300  # of a message of several pieces: what one line carries at least ...
 MULTILINE_SLACK = 4  # ... and a sender may use so many times as many
 LINES_DROPPED = 10_000  # that may follow a /lines with too large a number
 BAN_MINUTES = 5_256_000  # ten years
-RENAME_WORK = 20  # a member: some are told by PART and JOIN
+RENAME_WORK = 20  # for each member: some are told by PART and JOIN
 SERVER_BANS = 1000  # each is looked at when a user comes
 ROSTER_BYTES = 300  # names of a NAMES reply: they fit behind the longest server, nick and channel
 HOST_BYTES = 46  # an IPv6 address and a zero before it
-PARAM_BYTES = 100  # of what a client said, when it is said back: there have to be words, too
+PARAM_BYTES = 100  # of a client's parameter quoted in a reply: it needs room for the text
 TOKENS_A_LINE = 13  # of 005: a line has 15 parameters, the name and the last words included
 PASSWORD_TRIES = 3  # before a connection is closed
 PASSWORD_MOST = 300  # characters: it has to fit in a line of IRC
@@ -205,8 +205,8 @@ ACCOUNTS_MADE = 5  # from one address (loopback exempt) ...
 ACCOUNTS_MADE_SECONDS = 3600  # ... with no more than this between one and the next
 PENDING_ACCOUNTS = 1000  # that wait for a code sent by mail
 MAIL_SECONDS = 30  # for --sendmail to take one
-GRACE_SECONDS = 60.0  # who can prove to be the same and loses the line is here for so long ...
-ABSENT_MOST = 1000  # ... but not more of them (of one address: PER_ADDRESS): the first one goes
+GRACE_SECONDS = 60.0  # how long a user who can come back stays after a lost connection ...
+ABSENT_MOST = 1000  # ... but no more users (PER_ADDRESS for one address): the first goes
 
 LINES_SPLIT = 2048  # bytes made into lines at a time: well below any limit of a line
 READ_BYTES = 64 * 1024  # taken from one connection in one turn
@@ -214,7 +214,7 @@ LINES_A_TURN = 256  # acted on for one connection in one turn, so that no user w
 BACKLOG = 1024  # connections the kernel keeps for us meanwhile
 ACCEPTS_A_TURN = 128  # connections taken in one turn, likewise
 SEND_BYTES = 64 * 1024  # small chunks are joined up to this for one send
-UNSENT_NO_READ = 256 * 1024  # bytes: who does not read is not listened to either
+UNSENT_NO_READ = 256 * 1024  # bytes: a client that does not read is not read from either
 UNSENT_SLOW = 512 * 1024  # bytes: more than this for SLOW_SECONDS closes the receiver ...
 SLOW_SECONDS = 20.0
 UNSENT_MOST = 4 * 1024 * 1024  # ... and more than this at once
@@ -332,9 +332,9 @@ HELPER_THREADS = {  # of each lane; files are written by one: what follows on ea
 }
 FILE_BYTES = 256 * 1024 * 1024  # of one file that a user uploads
 FILES_BYTES = 4 * 1024**3  # of all; a user, or an address, has a quarter
-FILES_COUNT = 10_000  # all are known by heart
+FILES_COUNT = 10_000  # all of them are kept in memory
 FILES_DAYS = 90  # until a file is removed
-UPLOAD_SECONDS = 24 * 3600  # until an upload that was begun and not ended is
+UPLOAD_SECONDS = 24 * 3600  # until an unfinished upload is removed
 FILE_NAME_BYTES = 200
 FILE_MESSAGES = 50  # of the owner, that carry the link of one file
 FILE_PIECE_BYTES = 256 * 1024  # read from disk, or from the network, at once ...
@@ -356,7 +356,7 @@ CONNECT_SECONDS = 10.0  # to one address, and as much again for the TLS handshak
 BACKOFF_FIRST = 0.5  # seconds before the first attempt to reconnect
 BACKOFF_MOST = 30.0
 DISMISSED_SECONDS = 2.0  # that a server has to hang up in after it said ERROR
-ONLINE_SECONDS = 30.0  # after which a connection is one: the next back-off begins from the first
+ONLINE_SECONDS = 30.0  # a connection that lasts so long resets the back-off
 NEXT_ADDRESS_SECONDS = 0.25  # until the next address is tried, too (RFC 8305 section 5)
 RETRY_SECONDS = 60.0  # that a filter looks for a server it has lost
 WATCH_SECONDS = 1.0  # between two looks whether the server is still there ...
@@ -368,18 +368,18 @@ ECHO_SECONDS = 20.0  # without the echo of a message: then another server is ask
 LOGIN_SECONDS = 30.0  # that a log-in may take ...
 REGISTRATION_SECONDS = 90.0  # ... and a whole registration
 LINE_ROOM = 100  # bytes of text in a line, at least, however long our address is
-OTHER_SECONDS = 60.0  # the same for other servers: they answer late a client that says much
+OTHER_SECONDS = 60.0  # the same for other servers, which answer a busy client late
 OUTBOX_FULL = 256  # messages: then a pipe is read later
 UNDERSTOOD_KEPT = 10_000  # said to a server that may turn out to speak IRC, to be said again
 
 PAINTS_A_SECOND = 30  # of the terminal: more cannot be seen
 LINES_AT_ONCE = 200  # new in a conversation that a terminal shows: a page of history
 LINES_A_SECOND = 600  # ... and after that: more is left for those who read back
-BESIDE_COLUMNS = 60  # fewer, and what belongs together stands one below the other
+BESIDE_COLUMNS = 60  # with fewer, a term and its explanation stand one below the other
 MARK_COLUMNS = 20  # of a conversation's name in the status row
 LEAST_COLUMNS, LEAST_ROWS = 10, 4  # of a terminal that we draw on
 BENCH_PAYLOAD = LINE_BYTES - 256  # beside the time, and the name of who said it
-BENCH_QUIET_SECONDS = 0.3  # without news: everybody has joined
+BENCH_QUIET_SECONDS = 0.3  # without new lines: all clients have joined
 ESCAPE_SECONDS = 0.15  # a lone ESC is a key, not the beginning of one, after this ...
 ESCAPE_LATE_SECONDS = 0.5  # ... unless what makes it one comes by then, over a slow line
 PASTE_SECONDS = 3.0  # without more of a paste: its end was lost
@@ -390,11 +390,11 @@ TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
 # ======================================================================================
 # VOCABULARY
 # ======================================================================================
-# An Event is one record of something other people can see. It names its audience and
-# never its receivers: who that is, is worked out once, when the turn is written.
+# An Event is one record of something that other users can see. It names its audience and
+# never its receivers, which are worked out once, when the turn is written.
 
-LOBBY = "#lobby"  # where everybody without a channel of their own finds themselves
-SERVICE = "NickServ"  # who looks after accounts, for clients that know no better
+LOBBY = "#lobby"  # the channel of all users who do not choose another
+SERVICE = "NickServ"  # the service for accounts, for clients without commands for them
 SERVICE_KEY = SERVICE.lower()
 SERVICES = (SERVICE_KEY, "chanserv", "histserv")  # other servers have these, too
 PASSWORD_CHANGED = "your password is another now"  # as NickServ says it, and ...
@@ -409,7 +409,7 @@ INVITE, INVITED, AWAY, WALLOPS = "invite", "invited", "away", "wallops"
 REALNAME, ACCOUNT = "realname", "account"
 HOST = "host"  # a user is connected from elsewhere: about is the username
 TAGS = "tags"  # a message that has nothing but tags: a user likes another, or unlikes it
-HINT = "hint"  # one that is over in a moment: a user is typing
+HINT = "hint"  # a message that is soon out of date: a user is typing
 REDACT = "redact"  # a message is taken back: the text is its msgid, and " :reason"
 USER_MODE, METADATA = "user mode", "metadata"  # METADATA: about is the key
 ENTERED = "entered"  # another session of the user joined a channel
@@ -429,16 +429,16 @@ REPLAYABLE = (*SPOKEN, TAGS, JOIN, PART, QUIT, KICK, NICK, MODE, TOPIC)  # and t
 
 
 class Source(NamedTuple):
-    """A user or server that did something, under its name of that moment."""
+    """A user or server that did something, with its name of that moment."""
 
     name: str
     address: str  # HOST:PORT; an IPv6 host in brackets
-    username: str = ""  # what they call themselves, unverified ...
-    host: str = ""  # ... and where they are, as IRC writes it
+    username: str = ""  # as the client gave it, unverified ...
+    host: str = ""  # ... and the address, as IRC writes it
     mask: str = ""  # nick!user@host (RFC 2812 section 2.3.1), of which hostmasks are patterns
-    account: str = ""  # that they are logged in to
+    account: str = ""  # that the user is logged in to
     bot: bool = False
-    identity: str = ""  # whose private talks these are, see User
+    identity: str = ""  # the owner of private conversations, see User.identity
     operator: bool = False  # the session operated the server at that moment
 
 
@@ -467,7 +467,7 @@ class Event(NamedTuple):
     text: str = ""
     about: str = ""  # the one kicked, or the one that a private message is for
     origin: Any = None  # the Session that did it; None when read back from the store
-    tags: str = ""  # what a client had to say to clients, as on the wire: +a=b;+c
+    tags: str = ""  # client-only tags, as on the wire: +a=b;+c
 
 
 class MessageIds:
@@ -607,7 +607,7 @@ class LineBuffer:
 
     @property
     def pending(self) -> bool:
-        """Return whether take() would return a line."""
+        """True if take() would return a line."""
         rest = len(self.buffer) - self.start
         if self.lines or (rest and self.buffer.find(b"\n", self.searched) >= 0):
             return True
@@ -717,9 +717,9 @@ def is_word(text: str, limit: int) -> bool:
 
 
 def clean_name(wanted: str) -> str:
-    """Return the nearest name that every dialect can carry, in NFKC; "" if nothing is left. What
-    shows nothing (Unicode C*, Z*, Default_Ignorable_Code_Point) and NOT_IN_NAMES become "_", as
-    does one of NOT_FIRST_IN_NAMES at the start."""
+    """Return the nearest name that every dialect can carry, in NFKC; "" if nothing is left.
+    Invisible characters (Unicode C*, Z*, Default_Ignorable_Code_Point) and those of NOT_IN_NAMES
+    become "_", and so does one of NOT_FIRST_IN_NAMES at the start."""
     name = wanted.strip()[: 4 * NAME_CHARACTERS]
     # NFKC would drop or replace some of those: then they would be in the name unseen
     name = "".join(c if is_solid(c) else "_" for c in name)
@@ -1095,10 +1095,10 @@ class Commands(dict[str, Command]):
 # ======================================================================================
 # ACCOUNTS
 # ======================================================================================
-# Secrets, and how a client proves to know one (SASL, RFC 4422). A mechanism is a generator
-# of what the server says; what the client answers is sent into it. What takes long is
-# yielded as a function to be called off the loop. It returns the account's name at the
-# end, or raises Refused.
+# Secrets, and how a client proves to know one (SASL, RFC 4422). A mechanism is a generator:
+# it yields the server's messages, and the client's answers are sent into it. Slow work is
+# yielded as a function to be called off the loop. At the end the mechanism returns the
+# account's name, or raises Refused.
 
 
 def sha256_hmac(key: bytes, text: bytes) -> bytes:
@@ -1545,7 +1545,7 @@ def hashed_token(token: str) -> str:
 
 
 class Grant(NamedTuple):
-    """The right to upload, of the user who asked for a token."""
+    """The right to upload, held by the user who asked for a token."""
 
     user: "User"
     until: int  # Hub.ticks
@@ -1639,7 +1639,7 @@ class Session:
 
     __slots__ = ("address", "client", "id", "operator", "token", "user")
     wire: Any = None
-    extended_monitor = False  # whether it is told more of those it monitors than on and off
+    extended_monitor = False  # whether changes of monitored users are told, too
 
     def __init__(self, id: int):
         self.id = id
@@ -1916,7 +1916,7 @@ class Audience:
         self.name = name  # on the wire; "" for users
         self.channels = channels  # their members, each while being a member
         self.users = frozenset(users)  # and these, whatever they are members of
-        self.sessions = frozenset(sessions)  # and these alone of their users
+        self.sessions = frozenset(sessions)  # and these sessions, not their users' other ones
         self.targets = targets  # where the store keeps the event: key and founding
         self.parties = parties  # of a private conversation: identity, key, identity, key
 
@@ -2279,20 +2279,20 @@ class LocalSession(Session):
     )
     accepts_partial_last_line = False  # of IRC, half a line is none
     takes_lines = True  # and not requests
-    probed = False  # whether the server asks its client now and then if it is there: probe()
+    probed = False  # whether the server pings a silent client: probe()
 
     def __init__(self, site: Site, conn: Connected):
         super().__init__(next(site.ids))
         self.site, self.conn = site, conn
         self.address = conn.address
         site.hub.sessions[self.id] = self
-        self.parting = ""  # why it ends, for those who are still here
+        self.parting = ""  # the reason of the end, for the other users
         self.tries = 0  # wrong passwords of the server or an operator
         self.quit_intended = False  # else the connection broke
         self.unfinished: Iterator | None = None  # a long answer that has been begun
         self.postponed: list[Iterator] = []  # long answers that no command of its own asked for
         self.deferred = False  # an answer waits for a job
-        self.replies: list[tuple[int, bytes]] = []  # this turn's: after event id, bytes
+        self.replies: list[tuple[int, bytes]] = []  # of this turn: id of the event before, bytes
         self.replied = 0  # bytes of them
 
     # What a dialect provides
@@ -2627,7 +2627,7 @@ class Turn:
 
     @property
     def lone_target(self) -> tuple[str, int] | None:
-        """Return the target of the turn's only event, if that is all to store; else None."""
+        """The target of the turn's only event, if that is all to store; else None."""
         if len(self.events) != 1 or self.records or self.dedup:
             return None
         event = self.events[0]
@@ -2841,7 +2841,7 @@ class Marker(NamedTuple):
 
 
 class Markers(dict[str, dict[str, Marker]]):
-    """Read markers: by identity, by the key of a channel or nick."""
+    """Read markers, by identity and then by the key of a channel or nick."""
 
     def of(self, user: User, target: str) -> Marker | None:
         return self.get(user.identity, {}).get(target)
@@ -3157,7 +3157,7 @@ def tell_watchers(hub: Hub, key: str, kind: str, source: Source) -> None:
 
 
 def take_name(hub: Hub, user: User, name: str, origin: Session | None = None) -> None:
-    """Give a user a name that is free."""
+    """Give a user a free name, and tell the change."""
     if name == user.name:
         return
     hub.emit(NICK, user.source, neighbours(user, alone=True), name, origin=origin)
@@ -3256,7 +3256,7 @@ def attach(hub: Hub, who: Session, user: User, address: str) -> None:
         forget_token(hub, user, token)
     if host_of(user.source.address) not in {host_of(s.address) for s in user.live}:
         before = user.source
-        user.change_source(address=address)  # which is where bans are looked for
+        user.change_source(address=address)  # bans match the present address
         for channel in user.channels:
             channel.rosters.clear()
         emit_to_witnesses(hub, HOST, before, user, user.source.host, before.username)
@@ -3453,7 +3453,7 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
     """Log a user in to an account whose owner the session proved to be. With `takes_name` the user
     also gets the account's name, or the session moves to the account's user of that name."""
     if not hub.accounts.is_proof(account, proof):
-        raise wrong_login()  # it was dropped, or has another password by now
+        raise wrong_login()  # the account was dropped, or its password changed
     user, holder = who.user, hub.users.get(fold(account))
     source = source_of(user.name, user.source.address, user.source.username, account)
     if ban := server_ban(hub, User(source, "", "", 0)):
@@ -3474,7 +3474,7 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
         remove_user(hub, user, f"Logged in as {account}", who)
     who.user = None
     attach(hub, who, holder, who.address)
-    hub.turn.since.pop(who, None)  # it has heard all of this turn, too
+    hub.turn.since.pop(who, None)  # this session gets all of the turn's events, too
 
 
 def check_new_account(hub: Hub, user: User | None, nick: str, wanted: str) -> str:
@@ -3612,7 +3612,7 @@ def tell_metadata_of_newcomer(hub: Hub, who: Session, channel: Channel) -> None:
 
 @act
 def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
-    """Join a channel, or found it and operate it; None if the user is a member already."""
+    """Join a channel, or found it and operate it. Return None if the user is a member already."""
     check_channel_name(name)
     user, key = who.user, fold(name)
     channel = hub.channels.get(key)
@@ -3628,7 +3628,7 @@ def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
         channel = hub.channels[key] = Channel(name, hub.last_id + 1, hub.now)
         ranks = "" if key == LOBBY else "o"
         if ranks and user.login and hub.founded[user.login] < CHANNELS_FOUNDED:
-            channel.founder = user.login  # it lasts
+            channel.founder = user.login  # the channel lasts
             hub.founded[user.login] += 1
     channel.uninvite(user)
     channel.members[user] = Membership(hub.last_id + 1, ranks)
@@ -3682,7 +3682,7 @@ def set_topic(hub: Hub, who: Session, name: str, topic: str) -> Channel:
 def kick(hub: Hub, who: Session, where: str, name: str, reason: str) -> None:
     """Kick a member, but not one of a higher rank. Half-operators cannot kick each other."""
     user, channel = who.user, hub.find_channel(where)
-    channel.require(who)  # before it is told who is here
+    channel.require(who)  # before a refusal tells who is here
     victim = hub.find_user(name)
     if victim not in channel.members:
         text = f"{victim.name} is not in {channel.name}"
@@ -4075,13 +4075,13 @@ def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> N
 
 @act
 def wallops(hub: Hub, who: Session, text: str) -> None:
-    """Tell all users with mode w."""
+    """Send a text to all users with mode w."""
     hub.charge(len(hub.users))
     listening = [user for user in hub.users.values() if "w" in user.modes]
     hub.emit(WALLOPS, who.user.source, Audience(users=listening), text, origin=who)
 
 
-# What users say of themselves
+# A user's own state
 
 
 @act
@@ -4285,8 +4285,8 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
 # ======================================================================================
 # PASSWORDS
 # ======================================================================================
-# What a session does to prove something, in both dialects. The slow part runs off the loop
-# before the act; the act gets a proof: the revision of the password that was checked.
+# How a session proves that it may do something, in both dialects. The slow part runs off the loop
+# before the act. The act gets a proof: the revision of the password that was checked.
 
 
 def wrong_password(session: LocalSession) -> None:
@@ -4415,7 +4415,7 @@ def register_nick(
     check_password(password, name)
     accounts, host, ticks = site.hub.accounts, session.conn.limit_key, site.hub.ticks
     by_mail = "email-required" in site.registration
-    if by_mail:  # a stranger's mailbox is not to be filled from here
+    if by_mail:  # so that no client can fill a stranger's mailbox
         accounts.throttle.check(host, "*mail", ticks)
         accounts.throttle.failed(host, "*mail", ticks)
     if seconds := accounts.made.wait(host, "", ticks):
@@ -4685,7 +4685,7 @@ def inspect_database(path: pathlib.Path) -> None:
 
 
 def migrate(db: sqlite3.Connection) -> None:
-    """Run the steps that this database has not seen, all in one transaction."""
+    """Run the migrations that this database has not seen, all in one transaction."""
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if steps := MIGRATIONS[version:]:
         db.executescript(
@@ -5787,7 +5787,7 @@ IRC_EVENTS = {  # kind -> the line behind its source; {tail} is " :TEXT" if ther
     WALLOPS: "WALLOPS :{text}",
 }
 IRC_EXTENDED_JOIN = "JOIN {where} {about}{tail}"
-NOT_OWN = (INVITE, INVITED, AWAY, QUIT)  # who does these is told by other means
+NOT_OWN = (INVITE, INVITED, AWAY, QUIT)  # the origin is told by other means
 ECHOED = (*SPOKEN, TAGS, HINT)  # or by an echo, if the session has asked for that
 CLASSIC_CAPABILITIES = (  # for clients that know only one line of CAP LS, the best first
     *("sasl", "multi-prefix", "away-notify", "account-notify", "extended-join", "server-time"),
@@ -6035,7 +6035,7 @@ class Labelled(NamedTuple):
 
 
 CONCAT = "draft/multiline-concat"
-OWN_ID = "+chat.py/id"  # what a client calls its message: under one id it is said once
+OWN_ID = "+chat.py/id"  # a client's id of its message: one id is one message
 
 
 def client_id(session: "IrcSession", target: str) -> str:
@@ -6081,8 +6081,8 @@ class Collected:
 
     @property
     def text(self) -> str:
-        """Return the text, split as the sender split it. If the pieces are much smaller than they
-        have to be, they are joined: each piece costs every receiver a line."""
+        """The text, split as the sender split it. If the pieces are much smaller than they have to
+        be, they are joined: each piece costs every receiver a line."""
         text, needed = "".join(self.pieces), self.size // PIECE_BYTES + self.lines
         if len(self.pieces) > min(MESSAGE_LINES, MULTILINE_SLACK * needed):
             text = text.replace(SOFT_BREAK, "")
@@ -6201,8 +6201,8 @@ class IrcSession(LocalSession):
         self.passed = site.password is None  # the server's password was right
         self.negotiating = False  # capabilities; registration waits for CAP END
         self.watched: dict[str, str] = {}  # nicks by key, see MONITOR
-        self.raw = b""  # the line that is being answered ...
-        self.message = Message("", [], {})  # ... and what it is
+        self.raw = b""  # the line that is being acted on ...
+        self.message = Message("", [], {})  # ... and its parts
         self.labelled: Labelled | None = None  # where its answer began, if it has a label
         self.batch = ""  # that this answer is in, if it is more than a line
         self.subscribed: dict[str, None] = {}  # keys of metadata
@@ -6266,7 +6266,7 @@ class IrcSession(LocalSession):
         self.line(f"NOTICE {self.nick} :{text}")
 
     def fail_line(self, verb: str, code: str, text: str, *about: str) -> str:
-        """Return a standard reply (IRCv3), for what no numeric says, without its source."""
+        """Return a standard reply (IRCv3) without its source, for cases without a numeric."""
         params = "".join(f"{as_param(one)} " for one in about)
         return f"FAIL {verb} {code} {params}:{text}"
 
@@ -6588,7 +6588,7 @@ def welcome(session: IrcSession) -> None:
     tell_isupport(session)
     if "draft/whoami" in session.capabilities:
         session.say(f":{session.user.source.mask} SETNAME :{session.user.realname}")
-    if not session.client:  # one with a SESSION comes back over bad lines: each byte counts
+    if not session.client:  # with a SESSION it may be on a bad line: bytes count
         tell_lusers(session)
     tell_motd(session)
     session.reply(RPL_UMODEIS, user_modes_text(session))
@@ -6945,7 +6945,7 @@ def irc_quit(session: IrcSession, reason: str = "") -> None:
     session.end("Quit" + (f": {cut(reason, REASON_BYTES)}" if reason else ""))
 
 
-# NickServ, for clients that know no better
+# NickServ, for clients without commands for accounts
 
 service_command = Commands(f"/msg {SERVICE} ")
 
@@ -7059,7 +7059,7 @@ def tell_repeat(session: IrcSession, name: str, own: str) -> Steps:
     known = [event for owner in owners if (event := hub.turn.dedup.get((owner, own)))]
     if hub.store.dedup.lost(owners, own, hub.ticks):
         return session.tell_not_kept(own, "it was said before, and could not be kept")
-    if known and session.site.store.path is None:  # which loses nothing, and is read too soon
+    if known and session.site.store.path is None:  # in memory a read comes too soon
         found = known[0].id, known[0]
     else:
         found = yield do(session.read, functools.partial(hub.store.dedup.event, owners, own))
@@ -8190,7 +8190,7 @@ def irc_restart(session: IrcSession) -> Steps:
     """RESTART -- end the server and start it again"""
     server = session.site.server
     server.note(f"RESTART by {session.user.source.mask}")
-    # Not with files that the new start could not read
+    # Restart the server, if all its files can be read
     server.use_files((yield do(session.later, MAIL_LANE, server.read_files)))
     server.restart()
 
@@ -8199,7 +8199,7 @@ def irc_restart(session: IrcSession) -> Steps:
 # LINE DIALECT
 # ======================================================================================
 # The workshop's protocol: the first line is the name, every other line is said to the
-# others. What begins with "/" is a command; what only the server says to one person
+# others. A line that begins with "/" is a command. A line from the server to one user
 # begins with "* ". Every function under @line_command is one of those commands.
 
 LINE_SHAPES = {  # kind -> does the channel stand before it?, and the line itself
@@ -8233,7 +8233,7 @@ def line_prefix(audience: Any) -> str:
 
 def line_texts(event: Event, prefix: str, where: str = "") -> list[str]:
     """Return the lines of one event, without line ends; an event of several lines gives several."""
-    if event.kind not in LINE_SHAPES:  # nothing that anybody sees
+    if event.kind not in LINE_SHAPES:  # an event that this dialect does not show
         return []
     prefixed, shape = LINE_SHAPES[event.kind]
     if event.kind in SPOKEN and event.text.startswith("\x01"):
@@ -8763,7 +8763,7 @@ def line_lines(session: LineSession, count: str) -> None:
     """/lines N -- the next N lines are one message"""
     lines = whole_number(count)
     if not lines or lines > MESSAGE_LINES:
-        session.dropping = min(lines or 0, LINES_DROPPED)  # they were not meant for everybody
+        session.dropping = min(lines or 0, LINES_DROPPED)  # they are no messages
         raise Refused("BAD_COUNT", f"a message has 1 to {MESSAGE_LINES} lines")
     session.wanted_lines = lines
 
@@ -8893,7 +8893,7 @@ class HttpReader:
 
     @property
     def pending(self) -> bool:
-        """Return whether take() may have something to return."""
+        """True if take() may have something to return."""
         if self.step in (self._body, self._end):
             return bool(self.buffer) or self.step == self._end
         line = b"\n" in self.buffer
@@ -9123,7 +9123,7 @@ class FrameReader:
 
     @property
     def pending(self) -> bool:
-        """Return whether take() may have a line to return, or a frame to answer."""
+        """True if take() may have a line to return, or a frame to answer."""
         return bool(self.lines) or (not self.closed and self._complete())
 
     def feed(self, data: bytes) -> None:
@@ -9421,7 +9421,7 @@ class WebSession(LocalSession):
             self.conn.close()
 
     def for_operators(self) -> bool:
-        """True if the request comes from this machine itself, through no proxy."""
+        """Return whether the request comes from this machine itself, through no proxy."""
         near = is_loopback(host_of(self.address))
         names = self.request.headers
         passed_on = any(name.startswith(("x-forwarded", "forwarded")) for name in names)
@@ -14795,11 +14795,11 @@ class Connection:
             with contextlib.suppress(OSError):
                 self.sock.send(self.tls.take())  # an alert, which says what was wrong
             return self.drop(f"{TLS_TROUBLE}{failure}")
-        self.loop.dirty.add(self)  # the handshake may have something to say
+        self.loop.dirty.add(self)  # the handshake may have bytes to send
         if self.tls.ready and not was_ready:
-            self.flush()  # our half of the handshake, also if its certificate is refused
+            self.flush()  # send our half of the handshake, also if we refuse the certificate
             self.secured()
-        if self.state == CLOSED:  # we do not like who it is
+        if self.state == CLOSED:  # secured() has refused the certificate
             return
         if plain:
             self.received(plain)
@@ -15112,7 +15112,7 @@ class Helpers:
         self.lanes[lane].hand_out()
 
     def close(self) -> bool:
-        """End the threads; return whether none of those that read the store still works."""
+        """End the threads; return whether all threads that read the store have ended."""
         for lane in self.lanes.values():
             for _ in lane.threads:
                 lane.jobs.put(None)
@@ -15332,7 +15332,7 @@ class Peer(Connection):
             self.server.probed.add(self)
 
     def charge(self, items: float) -> None:
-        """Take so much work from the budgets of this connection and of its address."""
+        """Take this much work from the budgets of the connection and of its address."""
         if self.budget:
             tokens = items / WORK_PER_TOKEN
             self.budget.tokens -= tokens
@@ -15520,7 +15520,7 @@ class Peer(Connection):
 
     def drop(self, reason: str) -> None:
         if self.inbox:
-            self.inbox.clear()  # our decision: what it still wanted to say is void
+            self.inbox.clear()  # the server's decision: the unread lines are dropped
         super().drop(reason)
 
     def lost(self, reason: str) -> None:
@@ -15637,7 +15637,7 @@ def read_secret(path: pathlib.Path) -> Secret:
         raise Unusable(f"{what} is not UTF-8 text") from None
     except OSError as error:
         raise Unusable(f"cannot read {what}: {reason_of(error)}") from None
-    if not secret:  # it would let everybody in
+    if not secret:  # an empty password would let all in
         raise Unusable(f"{what} is empty")
     secret.path = path
     return secret
@@ -15671,7 +15671,7 @@ def server_tls_context(options: ServerOptions) -> Any:
         except OSError as error:
             why = "no PEM" if isinstance(error, ssl.SSLError) else reason_of(error)
             raise Unusable(f"cannot use the authorities {options.tls_client_ca}: {why}") from error
-        context.verify_mode = ssl.CERT_OPTIONAL  # who shows none is welcome, too
+        context.verify_mode = ssl.CERT_OPTIONAL  # clients without one are accepted, too
     return context
 
 
@@ -16107,7 +16107,7 @@ class Server:
 
     def probe(self, peer: Peer) -> None:
         """Close a silent peer, or ask it for a sign of life: TCP reports only orderly ends."""
-        if peer.busy or peer.held:  # we are the ones who do not listen
+        if peer.busy or peer.held:  # the server has not read from it
             peer.heard = self.loop.now
         silent = self.loop.now - peer.heard
         if silent >= PING_SECONDS and peer.asked > peer.heard:
@@ -16130,7 +16130,7 @@ class Server:
         return f"history is not being kept: {self.store.trouble}" if self.committer.losing else ""
 
     def metrics(self) -> dict[str, tuple[str, str, float]]:
-        """Return kind, text and value of each figure, by name."""
+        """Return the figures by name: kind, text and value of each."""
         hub, losing = self.hub, bool(self.trouble())
         return {
             "chat_connections": ("gauge", "connections of all dialects", len(self.peers)),
@@ -16459,8 +16459,8 @@ class Server:
 # LINK
 # ======================================================================================
 # A client's connection, kept up: look the server up, try its addresses, find out what it
-# speaks, introduce ourselves, and when the line breaks do it all again, ever less eagerly.
-# And what a client keeps on disk, for that it outlives the program.
+# speaks, log in, and when the connection breaks do it all again, at growing intervals.
+# The files here hold what a client keeps between two runs.
 
 
 class Target(NamedTuple):
@@ -16547,7 +16547,7 @@ class Memory:
         known = self.read()
         if self.path is None or known | news == known:
             return
-        with contextlib.suppress(OSError):  # keep() is for what one cannot live without
+        with contextlib.suppress(OSError):  # keep() is for values that must not be lost
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             written = self.path.with_suffix(".new")
             fd = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -16896,7 +16896,7 @@ class Link:
         self.unpinned = ""
         self.leaving, self.reason = False, ""
         self.stays = False  # whatever happens, until the user leaves: it stood once, say
-        self.watched = loop.now  # when the connection was looked at last ...
+        self.watched = loop.now  # when the connection was last looked at ...
         self.pinged = -math.inf  # ... and when the server was asked whether it is there
         self.drained: Callable = do_nothing
         core.later, core.clock, core.ticks = self.later, time.time, lambda: self.loop.now
@@ -17360,8 +17360,8 @@ class Link:
 # the end. To add a key, give its bytes a name in KEY_NAMES and the name a method in
 # LineEditor.KEYS. The sequences are those of xterm, which every terminal imitates.
 #
-# What is on the screen: one conversation, scrolling as terminals scroll, and under it two
-# rows: how things are, and the line being typed. New text is written over them, and they
+# On the screen is one conversation, which scrolls as terminals do, and below it are two
+# rows: the status, and the line being typed. New text is written over them, and they
 # are drawn again below it, in one write. Lines are left whole, for the terminal to wrap, so
 # that they can be copied.
 
@@ -17698,7 +17698,7 @@ class LineEditor:
                 self.recalled = back
                 return self.set(self.typed[-back])
         if not self.recalled and not self.draft:
-            self.set("")  # Return must not send what was found for less
+            self.set("")  # Return must not send the match of a shorter text
         return None
 
     def _undo(self) -> None:
@@ -19216,7 +19216,7 @@ class TerminalClient(ManyServers):
     def complete(self, word: str, first: bool) -> list[str]:
         return complete_line(self.core, self.editor.before, word)
 
-    # Where one is
+    # The conversation that is looked at
 
     def go(self, place: tuple[Seat, Room]) -> None:
         seat, room = place
@@ -19290,7 +19290,7 @@ class TerminalClient(ManyServers):
         "room-previous": lambda self: self.go_next(-1),
         **{f"room-{n}": lambda self, n=n: self.go_number(n) for n in range(1, 10)},
     }
-    READING = {  # what these mean meanwhile; a mouse wheel sends the arrows
+    READING = {  # the keys while the user reads back; a mouse wheel sends the arrows
         "up": lambda self: self.up(1),
         "down": lambda self: self.display.reader.down(1),
         "home": lambda self: self.up(10 * VIEWS_KEPT),
@@ -19416,7 +19416,7 @@ class BenchOptions(NamedTuple):
     """The options of a run of the benchmark."""
 
     target: Target
-    clients: int = 100  # who only listen
+    clients: int = 100  # that only listen
     senders: int = 10
     messages: int = 20000
     payload: int = 60  # bytes beside the time
@@ -19711,7 +19711,7 @@ certificate_pin = checked_option(
     re.compile("[0-9a-f]{64}").fullmatch,
     "write the SHA-256 as 64 hexadecimal digits",
 )
-registration_rules = checked_option(  # "" is by who has come in
+registration_rules = checked_option(  # "" allows it after registration with a nick
     lambda text: frozenset(filter(None, text.split(","))),
     {"off", "before-connect", "email-required"}.issuperset,
     "write off, or before-connect,email-required",
@@ -19777,7 +19777,7 @@ def secret_option(text: str) -> str:
         raise Unusable("the password is not UTF-8 text") from None
     except OSError as error:
         raise Unusable(f"cannot read the password: {reason_of(error)}") from None
-    if not secret:  # it would let everybody in
+    if not secret:  # an empty password would let all in
         raise Unusable("the password is empty")
     return Secret(secret)
 
