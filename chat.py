@@ -8,7 +8,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     LIMITS          every tunable, with its unit and its reason
     VOCABULARY      events, message ids, and the errors that are raised on purpose
     FRAMING         bytes to lines, names, cutting text where it may be cut
-    BUFFERS         what waits to be sent, TLS as a filter, input budgets
+    BUFFERS         queues of bytes to be sent, TLS as a filter, input budgets
     COMMANDS        the record of a command, and the one gate before it runs
     ACCOUNTS        verifiers of passwords, SASL, limits on attempts
     DOMAIN          users, sessions, channels, audiences, the Hub, and the log of a turn
@@ -20,15 +20,15 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     WEB DIALECT     HTTP and WebSocket: framers, answers, the handshake
     FIRST LINE      which dialect a connection speaks
     CLIENT CORE     a conversation as lines in and views out
-    CLIENT STORE    what a client has seen, in SQLite
+    CLIENT STORE    the messages that a client has seen, in SQLite
     --- waterline   below: sockets, clocks, threads, terminals
     LOOP            selector, timers, connections, helper threads, the log
     SERVER          listeners, the five beats of the tick, limits, shutdown
     LINK            a client's connection: find the server, come back to it
-    TERMINAL        keys, line editor, what a screen shows
+    TERMINAL        keys, line editor, the rows of a screen
     CLI CLIENT      the terminal and the connection on one loop
     BENCH           a load generator on the same loop
-    PAGE            what a browser shows at the server's address
+    PAGE            the page that a browser shows at the server's address
     MAIN            arguments and subcommands
 
 A dialect parses a line into an act; an act checks, changes the Hub and emits events; the turn
@@ -42,29 +42,29 @@ logs events; the store keeps them; wires render them. Once a turn:
 
 Glossary:
 
-    line      what stands between two newlines on the wire
+    line      the bytes between two newlines on the wire
     act       one change of shared state, by name and with plain data (ACTS)
-    event     what other sessions can see: a message, a join, a topic ... (class Event)
+    event     a change that other sessions can see: a message, a join, a topic ... (class Event)
     record    a change of stored state that is no event: an account, a marker (class Record)
     turn      one round of the loop, and the log of what happened in it (class Turn)
     conn      connection: a socket with its buffers; knows nothing of chat
     peer      a connection as the server sees it: with its lines, a budget, a session
     session   one connection's side of the chat, in one dialect
-    user      someone who is here now, under a nick; has one or more sessions
+    user      a person or program present under a nick; has one or more sessions
     identity  the owner of messages and markers: an account, else one stay of a user
     token     the hash of a session's secret: it resumes a user after a break
     channel   a named place where users talk; each founding of it has an id
-    audience  whom an event is for: channels, users or sessions
+    audience  the receivers of an event: channels, users or sessions
     wire      one way to turn events into bytes; sessions of one wire share those bytes
-    work      what a line makes the server do, for budgets; a token of a budget is so much
+    work      the cost of a line for the server; a budget is counted in tokens of work
     view      one thing that a client shows; the stream of them is all that a screen gets
     key       a name folded for comparison; two names with one key are the same name
     dedup key the sender's own id of a message: under one id there is one message
     room      a channel or private conversation as a client knows it
-    talk      what a client speaks over one connection: IRC, or the workshop's protocol
-    outbox    what a client has accepted and no server has acknowledged; its file is a journal
+    talk      a client's dialogue over one connection: in IRC, or the workshop's protocol
+    outbox    messages that a client accepted and no server acknowledged; its file is a journal
     parked    a message in it that waits for the user: /retry or /cancel
-    profile   what a server can do, and how it compares names (CAP, 004, 005)
+    profile   the features of a server, and how it compares names (CAP, 004, 005)
     link      a client core and its connection, kept up; the connection has one phase
     seat      a server of a client with a screen: core, link and what its screen keeps
     framer    takes lines, requests or frames out of the bytes of a connection
@@ -254,7 +254,7 @@ PART_ROWS = 50_000  # messages of one part of the index: it is made again in a s
 INDEX_SECONDS = 1.0  # until what was said can be searched
 COUNT_SECONDS = 1.0  # between adding up how much history there is
 BACKLOG_RECORDS = 10_000  # accounts, names, markers ... that wait for a database that is full ...
-BACKLOG_SECONDS = 1.0  # ... and are tried again so often
+BACKLOG_SECONDS = 1.0  # ... and the time between two attempts to store them
 TARGETS_CACHED = 10_000  # row ids of channels and private talks kept at hand
 PRUNE_OVERDUE = 1.1  # times the limit: from here on pruning does not wait for an idle turn
 BUSY_SECONDS = 1.0  # a database busy for longer gets no more of the turn's events
@@ -266,15 +266,15 @@ CHECKED_ON_START_BYTES = 16 * 1024 * 1024  # a larger database is not read whole
 HISTORY_LINES = 20  # /history without a number: a screen
 HISTORY_LINES_MOST = 500
 PAGE_LINES = 100  # that our clients ask for at once
-PAGE_SECONDS = 15.0  # that a page may take, before what waits for it is shown
-DOUBTED_AHEAD = 8  # the same where a break leaves it open whether they arrived
-SENT_AHEAD = 32  # messages of ours under way: what is sent again after a break, at most
+PAGE_SECONDS = 15.0  # that a page may take before messages that wait for it are shown
+DOUBTED_AHEAD = 8  # messages under way if the server echoes none: a break leaves them in doubt
+SENT_AHEAD = 32  # messages under way if it does: at most so many are sent again after a break
 STORED_LINES = 200  # of a conversation, that a client shows at its start
 CLIENT_ROWS_WAITING = 10_000  # to be written to a store that is locked
 CLIENT_ROWS_AT_ONCE = 500  # that are written in one transaction, at least once a second
 CLIENT_INDEX_SLICE = 300  # messages indexed a second, while nothing else is to be done
 CLIENT_HITS_MOST = 2000  # that one search looks at
-MOVES_MS = 60_000  # in which there is one row of joins and quits, besides the first
+MOVES_MS = 60_000  # joins and quits within this time after the first share one row
 TOPIC_MARGIN = 50  # columns of the status row that are not for the topic
 HANGING = 6  # columns that the later rows of a line are indented: the width of the time
 MOVES_NAMED = 10  # users named in one
@@ -303,11 +303,11 @@ REACTIONS_SHOWN = 200  # to one message
 REACTED_BYTES = 60  # that are shown of the message
 TRAFFIC_LINES = 500  # of the protocol, that a user can look at
 QUOTED_BYTES = 400  # that are shown of a message that could not be sent
-PROGRESS_LINES = 5  # a message of so many is told about while it goes out
+PROGRESS_LINES = 5  # from so many lines on, a message's progress is shown
 REACTION_CHARACTERS = 32  # a family of joined emoji has up to 11
 TYPING_SECONDS = 3.0  # between two notices of ours that we type (IRCv3 typing)
-TYPING_LASTS = {"active": 6.0, "paused": 30.0}  # seconds, of what others told (the same)
-TYPING_SPARE = 3  # lines that may still be sent at once, else none of this is
+TYPING_LASTS = {"active": 6.0, "paused": 30.0}  # seconds that others' notices last (IRCv3 typing)
+TYPING_SPARE = 3  # lines of budget that must be left to send a typing notice
 TYPING_MOST = 20  # users who type in one conversation
 NAMES_GREETED = 20  # who is here, told to a newcomer in one line
 NAMES_A_LINE = 100  # at 64 bytes each still well below LINE_BYTES
@@ -322,7 +322,7 @@ WEB_IDLE_SECONDS = 15.0  # between requests, between pieces of a body, and witho
 WEB_PER_ADDRESS = 256  # connections from one address that speak HTTP
 FRAMES_AT_ONCE = 64  # of a WebSocket that are looked at for one line
 FRAGMENTS_MOST = 1024  # frames of one message
-HELPER_THREADS = {  # of each lane; files are written by one: what follows on each other stays so
+HELPER_THREADS = {  # of each lane; only one writes files, so that pieces stay in order
     "pages": 2,
     "passwords": 2,
     "mail": 1,
@@ -342,7 +342,7 @@ FILE_PIECE_MOST = 2 * 1024 * 1024  # ... and sent, while each piece leaves ...
 FAST_PIECE_MS = 50  # ... in less than this
 PICTURE_HEAD_BYTES = 256 * 1024  # in which the size of a picture is looked for
 TEXT_HEAD_BYTES = 4096  # in which there is nothing but text, if it is a text
-TOKEN_SECONDS = 600  # an upload token that is not used
+TOKEN_SECONDS = 600  # until an unused upload token ends
 TOKENS_A_USER = 8
 FILES_SWEEP_SECONDS = 600.0
 LOG_LINES = 1000  # that wait for standard error to be read ...
@@ -355,7 +355,7 @@ LISTEN_CONNECT_TIMES = 4  # ... or this many times what connecting took, the lon
 CONNECT_SECONDS = 10.0  # to one address, and as much again for the TLS handshake
 BACKOFF_FIRST = 0.5  # seconds before the first attempt to reconnect
 BACKOFF_MOST = 30.0
-DISMISSED_SECONDS = 2.0  # that a server has to hang up in after it said ERROR
+DISMISSED_SECONDS = 2.0  # for a server to hang up after it said ERROR
 ONLINE_SECONDS = 30.0  # a connection that lasts so long resets the back-off
 NEXT_ADDRESS_SECONDS = 0.25  # until the next address is tried, too (RFC 8305 section 5)
 RETRY_SECONDS = 60.0  # that a filter looks for a server it has lost
@@ -364,12 +364,12 @@ SILENT_SECONDS = 25.0  # ... which is given up after so long: half of it, then a
 WAITING_SECONDS = 10.0  # ... and sooner while a message waits to be acknowledged
 JOIN_SECONDS = 60.0  # that a JOIN may take
 BATCH_SECONDS = 60.0  # that a batch of lines may take
-ECHO_SECONDS = 20.0  # without the echo of a message: then another server is asked
+ECHO_SECONDS = 20.0  # that other servers may take to echo a message before we ask
 LOGIN_SECONDS = 30.0  # that a log-in may take ...
 REGISTRATION_SECONDS = 90.0  # ... and a whole registration
 LINE_ROOM = 100  # bytes of text in a line, at least, however long our address is
 OTHER_SECONDS = 60.0  # the same for other servers, which answer a busy client late
-OUTBOX_FULL = 256  # messages: then a pipe is read later
+OUTBOX_FULL = 256  # messages waiting: with so many, a pipe is not read
 UNDERSTOOD_KEPT = 10_000  # said to a server that may turn out to speak IRC, to be said again
 
 PAINTS_A_SECOND = 30  # of the terminal: more cannot be seen
@@ -383,7 +383,7 @@ BENCH_QUIET_SECONDS = 0.3  # without new lines: all clients have joined
 ESCAPE_SECONDS = 0.15  # a lone ESC is a key, not the beginning of one, after this ...
 ESCAPE_LATE_SECONDS = 0.5  # ... unless what makes it one comes by then, over a slow line
 PASTE_SECONDS = 3.0  # without more of a paste: its end was lost
-LEAVE_SECONDS = 5.0  # in which another Ctrl-C leaves; sooner than the next it only clears:
+LEAVE_SECONDS = 5.0  # in which a second Ctrl-C leaves; within CLEAR_SECONDS it only clears
 CLEAR_SECONDS = 1.0
 TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
 
@@ -14651,8 +14651,8 @@ log = logging.getLogger("chat")
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 OPEN, CLOSING, LINGERING, CLOSED = range(4)  # the states of a connection
-TLS_TROUBLE = "TLS: "  # how a reason begins that is not the network's fault
-HUNG_UP = "the connection was closed"  # in order, by both sides
+TLS_TROUBLE = "TLS: "  # begins a reason that is the fault of TLS, not of the network
+HUNG_UP = "the connection was closed"  # in good order, by both sides
 
 
 class Timer:
@@ -14728,7 +14728,7 @@ class Connection:
     __slots__ = (
         *("direct", "eof", "loop", "mask", "queue", "sealed", "shared", "sock", "state", "tls"),
     )
-    hears_out = False  # after close(): take what still comes, for as long as it comes
+    hears_out = False  # after close(): read on until the other side ends
     appetite = READ_BYTES  # bytes that are taken at once
 
     def __init__(self, loop: "Loop", sock: socket.socket):
@@ -16223,7 +16223,7 @@ class Server:
         peer.update()
 
     def _take_lines(self, peer: Peer, end: float) -> None:
-        self.hub.take_work()  # of what was done meanwhile, for no peer's line
+        self.hub.take_work()  # drop the work done meanwhile: it is for no peer's line
         for n in range(LINES_A_TURN):
             session = peer.session
             replied = session.replied if session else 0
@@ -17125,7 +17125,7 @@ class Link:
             self.conn.write(data)
         if self.conn.unsent > UNSENT_MOST:
             return self.conn.drop("it asks, and does not hear our answers")
-        if self.core.kind in (CHAT, IRC):  # which are worth looking for when they are lost
+        if self.core.kind in (CHAT, IRC):  # such a server is worth looking for when it is lost
             self.patience = max(self.patience, RETRY_SECONDS)
         if self.core.cause == FATAL and not self.core.quitting:
             return self.conn.drop(self.core.refusal)
@@ -18951,7 +18951,7 @@ class Filter(Client):
             self.failure = f"a line has at most {LINE_BYTES:,} bytes: it was not sent"
         elif self.commands and is_quit(line.decode(errors="replace")):
             self.link.reason = line.decode(errors="replace")[len("/quit") :].strip()
-            self.over_with = True  # for which all that was said before is waited for
+            self.over_with = True  # and the client leaves once the lines before are acknowledged
             self.lines.clear()
         else:
             self.speak(line.decode(errors="replace"))
@@ -19433,7 +19433,7 @@ class BenchConnection(Connection):
     def __init__(self, loop: Loop, sock: socket.socket):
         super().__init__(loop, sock)
         self.failure = ""
-        self.counted = False  # from when on lines count
+        self.counted = False  # whether lines are counted now
         self.said = 0  # messages received
         self.times = False
         self.inbox = LineBuffer(LINE_BYTES)
