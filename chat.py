@@ -9288,7 +9288,7 @@ def host_allowed(web: Web, host: str) -> bool:
 
 
 def origin_allowed(web: Web, origin: str) -> bool:
-    """Return whether a page of this origin may open a WebSocket. No browser sends "": allowed."""
+    """Return whether a page of this origin may open a WebSocket; "" is no browser, and may."""
     if not origin or origin in web.origins:
         return True
     scheme, _, authority = origin.partition("://")
@@ -9978,7 +9978,7 @@ def stop_sending(session: WebSession) -> None:
 
 
 def send_piece(session: WebSession, piece: bytes) -> None:
-    """Send a piece of a file; without one close the connection: the length was promised."""
+    """Send a piece of a file; an empty one ends the connection: the length was promised."""
     if piece:
         session.send(piece)
     else:
