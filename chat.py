@@ -300,6 +300,7 @@ SCRAM_ROUNDS = range(4096, 2_000_001)  # that a server may ask of us (RFC 7677 s
 PAGE_BYTES = 128 * 1024  # of history at once: well below what closes a slow reader
 PEOPLE_LISTED = 10_000  # of a channel, by our clients
 PEOPLE_ASKED = 500  # members of a channel about whom our clients ask who is away
+REDACTIONS_A_PAGE = 100  # the newest since a mark, that come with the messages since then
 REACTIONS_SHOWN = 200  # to one message
 REACTED_BYTES = 60  # that are shown of the message
 TRAFFIC_LINES = 500  # of the protocol, that a user can look at
@@ -425,8 +426,7 @@ SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
 # Kinds that each session renders for itself, see Session.hear()
 PERSONAL = frozenset((ENTERED, RENAMED, READ_ON, ONLINE, OFFLINE, METADATA, KILLED, REPLACED))
 EPHEMERAL = PERSONAL | frozenset(  # kinds that history does not keep
-    (INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, REDACT, RENAME)
-    + (USER_MODE, HINT)
+    (INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, RENAME, USER_MODE, HINT)
 )
 REPLAYABLE = (*SPOKEN, TAGS, JOIN, PART, QUIT, KICK, NICK, MODE, TOPIC)  # and those it keeps
 
@@ -7661,12 +7661,20 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
     kinds = REPLAYABLE if "draft/event-playback" in session.capabilities else SPOKEN
     job, newest = history_job(session, how, Span(place, kinds), name, marks, count)
     events = yield do(session.read, job)
+    taken_back = []
+    if {"chat.py/session", "draft/message-redaction"} <= session.capabilities:
+        span, mark = Span(place, (REDACT,)), marks[0]
+        if how in ("AFTER", "LATEST") and mark != "*":
+            known = span._replace(after=parse_mark(session.site.hub, mark, how, name))
+            page = functools.partial(session.site.store.page, known, REDACTIONS_A_PAGE, True)
+            taken_back = yield do(session.read, page)
     if readable(session, name, how) != place:  # the user was put out, or is another, meanwhile
         raise invalid_target(how, name)
     channel = session.site.hub.channels.get(fold(name))
     # A page of the store ends early where it is large, see Store.page()
     size = sum(len(e.text.encode()) + len(e.tags.encode()) for e in events)
     whole = len(events) < count and how != "AROUND" and size <= PAGE_BYTES // 2
+    events = sorted([*events, *taken_back], key=lambda event: event.id)
     play(session, channel.name if channel else name, events, newest, whole)
 
 
@@ -11637,6 +11645,9 @@ class IrcTalk:
     def end_batch(self, batch: Batch, label: str = "") -> None:
         label = batch.opening.tags.get("label", label)
         if batch.kind == "chathistory":
+            for item in batch.items:  # what was taken back while we were away
+                if isinstance(item, Heard) and item.verb == "REDACT" and len(item.params) > 1:
+                    self.core.remove(item.params[1])
             self.take_page(label, batch.target, self.views_of(batch))
         elif batch.kind == "draft/multiline":
             if view := self.view_of(batch):

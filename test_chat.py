@@ -5636,10 +5636,7 @@ def test_a_framer_says_that_something_is_pending_if_and_only_if_there_is(seeded)
             cut = seeded.randrange(1, 30)
             reader.feed(data[:cut])
             data = data[cut:]
-            while reader.pending:
-                item = reader.take()
-                if item is None:
-                    break
+            while reader.pending and (item := reader.take()) is not None:
                 items.append(item)
         ends = [item for item in items if item == chat.END_OF_BODY]
         heads = [item for item in items if isinstance(item, chat.Request)]
@@ -6283,9 +6280,8 @@ def test_junk_in_pictures_does_no_harm(seeded):
     for kind, head, _ in PICTURES:
         for _ in range(200):
             junk = bytearray(head)
-            for _ in range(seeded.randrange(1, 4)):
-                if junk:
-                    junk[seeded.randrange(len(junk))] = seeded.randrange(256)
+            for at in seeded.choices(range(len(junk)), k=seeded.randrange(1, 4)):
+                junk[at] = seeded.randrange(256)
             width, height = chat.picture_size(kind, bytes(junk[: seeded.randrange(len(junk) + 1)]))
             assert 0 <= width < 2**32 and 0 <= height < 2**32
 
@@ -10456,6 +10452,30 @@ def test_a_plain_server_is_asked_for_nothing_that_it_does_not_know():
     core.mark_read(room)
     core.tick()
     assert core.take_output() == b"" and core.people(room) == []
+
+
+def test_what_was_taken_back_while_a_client_was_away_is_gone_there_too():
+    house = house_of()
+    db = chat.open_client_database(":memory:")
+    alice = kept_client(house, db)
+    bob = kept_client(house, chat.open_client_database(":memory:"), "bob")
+    bob.typed("I regret this")
+    bob.typed("and stand by that")
+    exchange_all(alice, bob)
+    alice.drop()
+    bob.typed("/redact -2")
+    bob.exchange()
+    alice.connect()
+    exchange_all(alice, bob)
+    said = [view.text for view in alice.core.rooms["#lobby"].views if view.kind == "said"]
+    assert said == ["and stand by that"]
+    alice.core.store.flush()
+    assert [view.text for view in alice.core.store.page("#lobby", 9)] == ["and stand by that"]
+    bob.typed("/redact")  # nothing is new but this
+    alice.drop()
+    alice.connect()
+    exchange_all(alice, bob)
+    assert [view for view in alice.core.rooms["#lobby"].views if view.kind == "said"] == []
 
 
 # Phases and causes
