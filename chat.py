@@ -17112,6 +17112,7 @@ class Link:
         self.dismissal: Timer | None = None  # until a server that said ERROR has to be gone
         self.doubted = ""  # the fingerprint of a certificate that the user has to judge ...
         self.doubt = ""  # ... and why it is not trusted
+        self.transfers: Any = None  # files on their way: Transfers, if this client has such
         self.distrust = ""  # why it is not trusted, and is only looked at
         # Another certificate than the remembered one: try whether it is signed
         self.unpinned = ""
@@ -17799,6 +17800,7 @@ class Transfers:
         self.again: dict[str, float] = {}  # when to try again, and ...
         self.failures: collections.Counter[str] = collections.Counter()  # ... how often it failed
         self.core.start_transfer, self.core.end_transfer = self.start, self.end
+        link.transfers = self
         self.watch()
 
     # Beginning and end
@@ -18055,6 +18057,25 @@ class Transfers:
         part.replace(one.path)
         self._over(one)
         self.link.show([View(NOTE, f"saved {one.path} ({size_text(one.size)})", where=one.room)])
+
+    def fetch(self, path: str, most: int, then: Callable[[bytes], None]) -> None:
+        """Call then(content) of a file of this server that has at most so many bytes; with b""
+        if that cannot be."""
+        one, pieces = Transfer(f"fetched {secrets.token_hex(8)}", False, "", ""), []
+
+        def piece(data: bytes) -> None:
+            pieces.append(data)
+            if sum(map(len, pieces)) > most:
+                self.calls[one.id].drop("it is longer than was said")
+
+        def done(response: Response | None, text: str) -> None:
+            self.calls.pop(one.id, None)
+            fine = response is not None and response.status == 200
+            then(b"".join(pieces) if fine else b"")
+
+        self.calls[one.id] = None
+        url = self.base._replace(path=path)
+        self._call(one, CallRequest("GET", url, {}, done, piece=piece))
 
     # What became of it
 

@@ -17816,6 +17816,12 @@ def send_and_save(server, where, folder, body):
     (posted,) = alice.posted()
     bob = Sender(where, folder, name="bob")
     bob.until(bob.posted)
+    fetched = []
+    path = chat.parse_file_tag(bob.posted()[0].file).path
+    for count, most in enumerate((len(body), len(body) - 1), 1):
+        bob.link.transfers.fetch(path, most, fetched.append)
+        bob.until(lambda count=count: len(fetched) == count)
+    assert fetched[1] == b"" and fetched[0] in (body, b"")  # a line that breaks gives nothing
     bob.typed("/save here.bin")
     bob.until(lambda: bob.noted("saved"))
     assert (folder / "here.bin").read_bytes() == body and not bob.core.transfers
