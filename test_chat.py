@@ -5750,7 +5750,9 @@ ORIGINS = [  # as a browser sends it, and whether its pages may join
 @pytest.mark.parametrize(("origin", "allowed"), ORIGINS)
 def test_pages_of_other_sites_may_not_join(origin, allowed):
     web = chat.Web(
-        frozenset(("localhost", "chat.example")), frozenset((7000,)), frozenset(("https://front.example",))
+        frozenset(("localhost", "chat.example")),
+        frozenset((7000,)),
+        frozenset(("https://front.example",)),
     )
     assert chat.origin_allowed(web, origin) is allowed
 
@@ -10114,9 +10116,7 @@ def test_joins_in_one_row_never_come_behind_what_their_users_did():
 def test_a_message_to_another_conversation_is_told_where_the_user_looks():
     desk = Desk()
     desk.core.rooms["#lobby"].inside = True
-    desk.core.talk = types.SimpleNamespace(
-        ready=True, pages=False, pieces=(), pump=chat.do_nothing
-    )
+    desk.core.talk = types.SimpleNamespace(ready=True, pages=False, pieces=(), pump=chat.do_nothing)
     desk.core.send("#rust", "shall we have tea?")
     desk.tell(*desk.core.take_views())
     assert "you to #rust: shall we have" in "\n".join(desk.screen.lines)
