@@ -7661,20 +7661,20 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
     kinds = REPLAYABLE if "draft/event-playback" in session.capabilities else SPOKEN
     job, newest = history_job(session, how, Span(place, kinds), name, marks, count)
     events = yield do(session.read, job)
-    taken_back = []
+    redactions = []
     if {"chat.py/session", "draft/message-redaction"} <= session.capabilities:
         span, mark = Span(place, (REDACT,)), marks[0]
         if how in ("AFTER", "LATEST") and mark != "*":
             known = span._replace(after=parse_mark(session.site.hub, mark, how, name))
             page = functools.partial(session.site.store.page, known, REDACTIONS_A_PAGE, True)
-            taken_back = yield do(session.read, page)
+            redactions = yield do(session.read, page)
     if readable(session, name, how) != place:  # the user was put out, or is another, meanwhile
         raise invalid_target(how, name)
     channel = session.site.hub.channels.get(fold(name))
     # A page of the store ends early where it is large, see Store.page()
     size = sum(len(e.text.encode()) + len(e.tags.encode()) for e in events)
     whole = len(events) < count and how != "AROUND" and size <= PAGE_BYTES // 2
-    events = sorted([*events, *taken_back], key=lambda event: event.id)
+    events = sorted([*events, *redactions], key=lambda event: event.id)
     play(session, channel.name if channel else name, events, newest, whole)
 
 
