@@ -25,6 +25,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     LOOP            selector, timers, connections, helper threads, the log
     SERVER          listeners, the five beats of the tick, limits, shutdown
     LINK            a client's connection: find the server, come back to it
+    TRANSFERS       files that a client sends and saves
     TERMINAL        keys, line editor, the rows of a screen
     CLI CLIENT      the terminal and the connection on one loop
     BENCH           a load generator on the same loop
@@ -299,9 +300,12 @@ SCRAM_ROUNDS = range(4096, 2_000_001)  # that a server may ask of us (RFC 7677 s
 PAGE_BYTES = 128 * 1024  # of history at once: well below what closes a slow reader
 PEOPLE_LISTED = 10_000  # of a channel, by our clients
 PEOPLE_ASKED = 500  # members of a channel about whom our clients ask who is away
+REDACTIONS_A_PAGE = 100  # the newest since a mark, that come with the messages since then
 REACTIONS_SHOWN = 200  # to one message
 REACTED_BYTES = 60  # that are shown of the message
 TRAFFIC_LINES = 500  # of the protocol, that a user can look at
+TRANSFERS_AT_ONCE = 2  # of one client with one server; others wait
+ANSWER_BYTES = 4096  # of an answer that is no file
 QUOTED_BYTES = 400  # that are shown of a message that could not be sent
 PROGRESS_LINES = 5  # from so many lines on, a message's progress is shown
 REACTION_CHARACTERS = 32  # a family of joined emoji has up to 11
@@ -422,8 +426,7 @@ SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
 # Kinds that each session renders for itself, see Session.hear()
 PERSONAL = frozenset((ENTERED, RENAMED, READ_ON, ONLINE, OFFLINE, METADATA, KILLED, REPLACED))
 EPHEMERAL = PERSONAL | frozenset(  # kinds that history does not keep
-    (INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, REDACT, RENAME)
-    + (USER_MODE, HINT)
+    (INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, RENAME, USER_MODE, HINT)
 )
 REPLAYABLE = (*SPOKEN, TAGS, JOIN, PART, QUIT, KICK, NICK, MODE, TOPIC)  # and those it keeps
 
@@ -7669,12 +7672,20 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
     kinds = REPLAYABLE if "draft/event-playback" in session.capabilities else SPOKEN
     job, newest = history_job(session, how, Span(place, kinds), name, marks, count)
     events = yield do(session.read, job)
+    redactions = []
+    if {"chat.py/session", "draft/message-redaction"} <= session.capabilities:
+        span, mark = Span(place, (REDACT,)), marks[0]
+        if how in ("AFTER", "LATEST") and mark != "*":
+            known = span._replace(after=parse_mark(session.site.hub, mark, how, name))
+            page = functools.partial(session.site.store.page, known, REDACTIONS_A_PAGE, True)
+            redactions = yield do(session.read, page)
     if readable(session, name, how) != place:  # the user was put out, or is another, meanwhile
         raise invalid_target(how, name)
     channel = session.site.hub.channels.get(fold(name))
     # A page of the store ends early where it is large, see Store.page()
     size = sum(len(e.text.encode()) + len(e.tags.encode()) for e in events)
     whole = len(events) < count and how != "AROUND" and size <= PAGE_BYTES // 2
+    events = sorted([*events, *redactions], key=lambda event: event.id)
     play(session, channel.name if channel else name, events, newest, whole)
 
 
@@ -10096,6 +10107,7 @@ NOTE, STATUS, UP, PEOPLE, NOTICED = "note", "status", "up", "people", "noticed"
 ARRIVED, FAILED, BACK, OLDER, PLACE = "arrived", "failed", "back", "older", "place"
 REMOVED, CLEARED, FOUND, MOVED, PAGE = "removed", "cleared", "found", "moved", "page"
 REACTED, TYPING, ROOM, READ, RESET = "reacted", "typing", "room", "read", "reset"
+TRANSFER = "transfer"
 
 
 # Why a connection ended, or was not let in; see Link
@@ -10115,7 +10127,7 @@ class View(NamedTuple):
     # from what is said, with a name; REACTED: a user reacted to the message with this id, or took
     # that back (number -1); TYPING: a user is typing, paused or done; ROOM: something else about
     # a conversation changed; READ: it was read on another device;
-    # RESET: its rows begin with what follows
+    # RESET: its rows begin with what follows; TRANSFER: a file is on its way, or not any more
     kind: str
     text: str = ""
     name: str = ""
@@ -10131,6 +10143,7 @@ class View(NamedTuple):
     number: int = 0  # of the row in the store, if it comes from there
     room: int = 0  # id of the conversation; 0 is none in particular
     reply: str = ""  # the server's id of the message that this one answers
+    file: str = ""  # of the link in it, as the server tells: see parse_file_tag()
 
 
 class Heard(NamedTuple):
@@ -10348,6 +10361,74 @@ class ServerProfile:
     @property
     def multiline(self) -> bool:
         return {"draft/multiline", "batch"} <= self.enabled
+
+
+def size_text(size: int) -> str:
+    """Return a number of bytes for people: 512 B, 1.5 KB, 20 MB."""
+    number = float(size)
+    for unit in ("B", "KB", "MB", "GB"):
+        if number < 1000 or unit == "GB":
+            break
+        number /= 1024
+    shown = f"{number:.1f}".removesuffix(".0") if number < 10 else f"{number:.0f}"
+    return f"{shown} {unit}"
+
+
+class FileTag(NamedTuple):
+    """What a server tells of a file whose link is in a message (chat.py/file)."""
+
+    path: str
+    type: str
+    size: int
+    width: int = 0
+    height: int = 0
+
+    def words(self) -> str:
+        """Return it for people: picture, 120 KB, 640x480."""
+        kind = "picture" if self.type in PICTURE_TYPES else self.type
+        pixels = f", {self.width:,}\u00d7{self.height:,}" * bool(self.width)
+        return f"{kind}, {size_text(self.size)}{pixels}"
+
+
+def parse_file_tag(value: str) -> FileTag | None:
+    """Return the file of a message; None if the server tells of none."""
+    path, *rest = value.split(",")
+    if not FILE_LINK.fullmatch(path) or len(rest) != 4:
+        return None
+    kind, *numbers = rest
+    if not re.fullmatch(rf"{TOKEN_CHARACTERS}/{TOKEN_CHARACTERS}", kind):
+        return None
+    if not all(re.fullmatch(r"[0-9]{1,15}", number) for number in numbers):
+        return None
+    return FileTag(path, kind, *map(int, numbers))
+
+
+class Transfer:
+    """A file on its way up or down, as the client store keeps it."""
+
+    KEPT = ("id", "up", "room", "path", "name", "size", "url", "type", "etag")
+
+    def __init__(self, id: str, up: bool, room: str, path: str, **known: Any):
+        self.id, self.up = id, up
+        self.room = room  # where the link is to be posted
+        self.path = path  # on this computer
+        self.name, self.size, self.type, self.etag = "", 0, "", ""
+        self.url = ""  # on the server; "" until it is known
+        for name, value in known.items():
+            setattr(self, name, value)
+        self.done = 0  # bytes that have arrived
+        self.state = "waiting"  # or "running", "failed"; one that is complete is gone
+        self.why = ""  # it waits, or failed
+
+    def kept(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.KEPT}
+
+    def words(self) -> str:
+        """Return how far it is, for people."""
+        verb = "sending" if self.up else "saving"
+        share = f" {100 * self.done // self.size} %" if self.size else ""
+        why = f" ({self.why})" if self.why and self.state != "running" else ""
+        return f"{verb} {self.name}{share}{why}"
 
 
 # What is said, until it has arrived
@@ -10617,11 +10698,11 @@ class Room:
         self.people[new] = self.people.pop(name)
         return True
 
-    def name_view(self, own_id: str, id: str) -> None:
-        """Note the server's id of a message of ours: it may be taken back by that."""
+    def name_view(self, own_id: str, id: str, file: str = "") -> None:
+        """Note what the server tells of a message of ours: its id, and the file it leads to."""
         for n in range(len(self.views) - 1, -1, -1):
             if self.views[n].own_id == own_id:
-                self.views[n] = self.views[n]._replace(id=id)
+                self.views[n] = self.views[n]._replace(id=id, file=file)
                 return
 
     def drop(self, unwanted: Callable[[View], bool]) -> bool:
@@ -10903,6 +10984,7 @@ def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
         own_id=own_id,
         address=heard.source.partition("!")[2],
         reply=heard.tags.get(REPLY, "") or heard.tags.get("+reply", ""),
+        file=heard.tags.get(FILE_TAG, ""),
     )
 
 
@@ -11575,6 +11657,9 @@ class IrcTalk:
     def end_batch(self, batch: Batch, label: str = "") -> None:
         label = batch.opening.tags.get("label", label)
         if batch.kind == "chathistory":
+            for item in batch.items:  # what was taken back while we were away
+                if isinstance(item, Heard) and item.verb == "REDACT" and len(item.params) > 1:
+                    self.core.remove(item.params[1])
             self.take_page(label, batch.target, self.views_of(batch))
         elif batch.kind == "draft/multiline":
             if view := self.view_of(batch):
@@ -12070,6 +12155,13 @@ def tags_told(talk: IrcTalk, heard: Heard) -> None:
             core.reacted(room, tags[REPLY], emoji, heard.name, on)
 
 
+@from_server("TOKEN", least=3)
+def token_told(talk: IrcTalk, heard: Heard) -> None:
+    """TOKEN GENERATE <service> :<token> (draft/authtoken)"""
+    if heard.params[0] == "GENERATE":
+        talk.core.took_token(heard.params[-1])
+
+
 @from_server("MARKREAD", least=2)
 def marker_told(talk: IrcTalk, heard: Heard) -> None:
     """MARKREAD <target> timestamp=<time> -- read so far, on another device perhaps"""
@@ -12156,6 +12248,8 @@ def failed(talk: IrcTalk, heard: Heard) -> None:
         come_another_time(talk, text)
     elif verb == "CHATHISTORY":
         no_page(talk, code, label, about)
+    elif verb == "TOKEN":
+        talk.core.took_token("")
     elif verb == "REGISTER":
         forget_login(talk.core)
         refused(talk, heard, text)
@@ -12679,6 +12773,10 @@ class Person(NamedTuple):
     bot: bool = False
 
 
+def optional(*words: str) -> list[str]:
+    return [word for word in words if word]
+
+
 class ForScreens:
     """The calls of a screen on a client core, besides the lines that the user types."""
 
@@ -12691,8 +12789,13 @@ class ForScreens:
     find: Callable[[str], Room | None]
     show: Callable[..., None]
     name = ""
+    start_transfer: Callable[[Transfer], None] | None = None  # those of Transfers
+    end_transfer: Callable[[Transfer], None] | None = None
 
     def __init__(self) -> None:
+        self.transfers: list[Transfer] = []  # files on their way
+        self.upload_token, self.token_at = "", -math.inf
+        self.wait_for_token: list[Callable[[str], None]] = []
         self.typed_at: dict[int, tuple[float, str]] = {}  # when others were told that we type
         self.away_keys: set[str] = set()  # keys of users who are away ...
         self.bots: set[str] = set()  # ... and of bots
@@ -12725,6 +12828,71 @@ class ForScreens:
         if room := self.find(where):
             room.drop(lambda view: view.own_id == own_id)
             self.show(View(REMOVED, where=where, own_id=own_id))
+
+    # Files
+
+    @property
+    def file_host(self) -> str:
+        """The URL that files are uploaded to. Raises Refused if the server tells of none."""
+        tokens, names = self.server.tokens, ("soju.im/FILEHOST", "draft/FILEHOST")
+        urls = [word for name in names for word in tokens.get(name, "").split()]
+        if not urls:
+            raise Refused("NO_FILEHOST", "this server takes no files")
+        return urls[0]
+
+    def with_token(self, then: Callable[[str], None]) -> None:
+        """Call then(token) with a token for uploads; "" if this server gives none."""
+        if "draft/AUTHTOKEN" not in self.server.tokens:
+            return then("")
+        if self.upload_token and self.ticks() - self.token_at < TOKEN_SECONDS / 2:
+            self.token_at = self.ticks()
+            return then(self.upload_token)
+        self.wait_for_token.append(then)
+        return self.talk.send_at_once("TOKEN", "GENERATE", "FILEHOST")
+
+    def took_token(self, token: str) -> None:
+        """The server gave a token, or "" because it does not."""
+        self.upload_token, self.token_at = token, self.ticks()
+        waiting, self.wait_for_token = self.wait_for_token, []
+        for then in waiting:
+            then(token)
+
+    def keep_transfer(self, one: Transfer) -> None:
+        if one not in self.transfers:
+            self.transfers.append(one)
+        if self.store:
+            self.store.keep_transfer(one)
+        self.show(View(TRANSFER, where=one.room, own_id=one.id))
+
+    def forget_transfer(self, one: Transfer) -> None:
+        if one in self.transfers:
+            self.transfers.remove(one)
+        if self.store:
+            self.store.forget_transfer(one)
+        self.show(View(TRANSFER, where=one.room, own_id=one.id))
+
+    def drop_transfer(self, one: Transfer) -> None:
+        """Drop a file that is on its way."""
+        self.forget_transfer(one)
+        if self.end_transfer:
+            self.end_transfer(one)
+
+    def post_file(self, one: Transfer) -> None:
+        """Say where a file is that was uploaded."""
+        import mimetypes
+
+        kind = mimetypes.guess_type(one.name)[0]
+        about = ", ".join(optional(kind or "", size_text(one.size)))
+        self.send(one.room, f"{one.name} ({about}): {one.url}")
+
+    def save_file(self, room: Room, view: View, path: str) -> None:
+        """Begin to save the file that a message leads to. Raises Refused."""
+        file = parse_file_tag(view.file)
+        named = re.match(r"(.+) \([^()]*\): \S+$", view.text)
+        ending = file.type.rpartition("/")[2].replace("plain", "txt").replace("jpeg", "jpg")
+        name = file_name(named[1]) if named else f"{file.path[-8:]}.{ending}"
+        known = {"name": name, "url": file.path, "size": file.size, "type": file.type}
+        self.start_transfer(Transfer(secrets.token_hex(8), False, room.name, path, **known))
 
     # Messages that are there
 
@@ -13020,6 +13188,7 @@ class ClientCore(ForScreens):
             room = self.rooms.setdefault(self.fold(room.name), room)
             if not room.views:
                 self._load_room(room)
+        self.transfers = self.store.transfers()
         if newest := self.store.newest():
             self.newest, self.newest_id = newest.time or 0, newest.id
 
@@ -13223,6 +13392,7 @@ class ClientCore(ForScreens):
             room.typing.clear()
             self.changed(room)
         self.quiet_who.clear()
+        self.took_token("")
         return self.take_views()
 
     def silence(self) -> list[View]:
@@ -13542,13 +13712,14 @@ class ClientCore(ForScreens):
                 self.talk.acknowledged(one.id)
             text = f"*{one.text}*" if one.kind == ACTION else one.text
             said = View(SAID, text, self.name, one.where, view.time, mine=True, id=view.id)
-            self.keep(self.timed(said._replace(own_id=one.id, reply=one.reply)))
+            known = {"own_id": one.id, "reply": one.reply, "file": view.file}
+            self.keep(self.timed(said._replace(**known)))
         if view.own_id in self.shown:
             self.shown.discard(view.own_id)
             remember(self.known_own, view.own_id)
             where = one.where if one else view.where
             if (room := self.find(where)) and view.id:
-                room.name_view(view.own_id, view.id)
+                room.name_view(view.own_id, view.id, view.file)
             self.show(view._replace(kind=ARRIVED, where=where))
 
     def made_progress(self) -> None:
@@ -13697,10 +13868,6 @@ def asked_room(core: ClientCore, name: str = "") -> Room:
     return room
 
 
-def optional(*words: str) -> list[str]:
-    return [word for word in words if word]
-
-
 def asked_channel(core: ClientCore) -> str:
     """Return the channel that is looked at. Raises Refused."""
     room = asked_room(core)
@@ -13726,6 +13893,7 @@ def channel_first(core: ClientCore, words: str) -> tuple[str, str]:
 
 
 HELP_TOPICS = {
+    "files": ("send", "save", "transfers"),
     "talk": (
         *("msg", "query", "me", "notice", "ctcp", "reply", "react", "unreact", "redact"),
         *("go", "close", "clear", "mute", "unmute", "retry", "cancel"),
@@ -14220,6 +14388,43 @@ def do_unmute(core: ClientCore, name: str = "") -> None:
     core.show(View(NOTE, f"{room.name} is not muted"))
 
 
+@client_command("send", 1, nameless=True)
+def do_send(core: ClientCore, path: str) -> None:
+    """/send FILE -- upload a file, and post its link here when it is there"""
+    room = asked_room(core)
+    if core.start_transfer is None:
+        raise Refused("NO_TRANSFERS", "only clients with a screen send files")
+    core.start_transfer(Transfer(secrets.token_hex(8), True, room.name, path))
+
+
+@client_command("save", most=2, nameless=True)
+def do_save(core: ClientCore, *words: str) -> None:
+    """/save [-N] [PATH] -- store the last file that a message here tells of, or the Nth"""
+    room, numbered = asked_room(core), bool(words) and NTH.fullmatch(words[0])
+    number = int(numbered[1]) if numbered else 1
+    told = [(one, parse_file_tag(one.file)) for one in room.views if one.file]
+    if len(told) < number or told[-number][1] is None:
+        raise Refused("NO_FILE", "no message here tells of such a file")
+    if core.start_transfer is None:
+        raise Refused("NO_TRANSFERS", "only clients with a screen save files")
+    path = " ".join(words[bool(numbered) :])
+    core.save_file(room, told[-number][0], path)
+
+
+@client_command("transfers", most=2, nameless=True)
+def do_transfers(core: ClientCore, what: str = "", which: str = "") -> None:
+    """/transfers [cancel N] -- files on their way; to drop one"""
+    number = whole_number(which) or 0
+    if what == "cancel" and 0 < number <= len(core.transfers):
+        one = core.transfers[number - 1]
+        core.drop_transfer(one)
+        return core.show(View(NOTE, f"{one.name or one.path} is dropped"))
+    if what:
+        raise Refused("NO_TRANSFER", "it goes like this: /transfers cancel 1")
+    rows = [f"{n}  {one.words()}" for n, one in enumerate(core.transfers, 1)]
+    return core.show(View(NOTE, "; ".join(rows) or "no file is on its way"))
+
+
 @client_command("clear", nameless=True)
 def do_clear(core: ClientCore) -> None:
     """/clear -- begin with an empty page; Page Up still shows what was there"""
@@ -14292,7 +14497,8 @@ CREATE TABLE messages (
     place TEXT NOT NULL,            -- name of the conversation then
     mine INTEGER NOT NULL,
     called INTEGER NOT NULL,
-    reply TEXT NOT NULL DEFAULT ''  -- the server's id of the message that it answers
+    reply TEXT NOT NULL DEFAULT '', -- the server's id of the message that it answers
+    file TEXT NOT NULL DEFAULT ''   -- of the link in it: path, type, bytes, width, height
 );
 CREATE INDEX messages_time ON messages (owner, room, time, number);
 CREATE UNIQUE INDEX messages_id ON messages (owner, id) WHERE id <> '';
@@ -14316,6 +14522,12 @@ CREATE TABLE reactions (
     name TEXT NOT NULL,
     PRIMARY KEY (owner, id, emoji, name)
 ) WITHOUT ROWID;
+CREATE TABLE transfers (            -- files on their way
+    owner INTEGER NOT NULL,
+    id TEXT NOT NULL,
+    state TEXT NOT NULL,            -- JSON, see Transfer.kept()
+    PRIMARY KEY (owner, id)
+) WITHOUT ROWID;
 CREATE TABLE ignored (owner INTEGER NOT NULL, mask TEXT NOT NULL, PRIMARY KEY (owner, mask));
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE facts (                -- that a server has told
@@ -14330,6 +14542,9 @@ PRAGMA user_version = 2;
 """
 CLIENT_UPGRADE = """
 ALTER TABLE messages ADD COLUMN reply TEXT NOT NULL DEFAULT '';
+ALTER TABLE messages ADD COLUMN file TEXT NOT NULL DEFAULT '';
+CREATE TABLE transfers (owner INTEGER NOT NULL, id TEXT NOT NULL, state TEXT NOT NULL,
+    PRIMARY KEY (owner, id)) WITHOUT ROWID;
 ALTER TABLE rooms ADD COLUMN muted INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE rooms ADD COLUMN read_time INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE rooms ADD COLUMN place INTEGER NOT NULL DEFAULT 0;
@@ -14347,7 +14562,7 @@ BEGIN INSERT INTO words (words, rowid, text) VALUES ('delete', old.number, words
 """
 BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # another client writes
 LAST_NUMBER = 2**62  # above that of every row
-MESSAGE_COLUMNS = "number, kind, text, name, place, time, mine, called, id, own_id, reply"
+MESSAGE_COLUMNS = "number, kind, text, name, place, time, mine, called, id, own_id, reply, file"
 
 
 def index_words(text: str) -> list[str]:
@@ -14441,8 +14656,9 @@ class ClientStore:
         if not (view.id or self.sole):
             return
         values = (self.owner, key, view.time or 0, view.id, view.own_id, view.kind, view.name)
-        values += (view.text, view.where, view.mine, view.called, view.reply)
-        columns = "owner, room, time, id, own_id, kind, name, text, place, mine, called, reply"
+        values += (view.text, view.where, view.mine, view.called, view.reply, view.file)
+        columns = "owner, room, time, id, own_id, kind, name, text, place, mine, called"
+        columns += ", reply, file"
         marks = ", ".join("?" * len(values))
         self.write(f"INSERT OR IGNORE INTO messages ({columns}) VALUES ({marks})", *values)
 
@@ -14491,14 +14707,15 @@ class ClientStore:
 
     @staticmethod
     def _view(row: tuple) -> View:
-        number, kind, text, name, place, when, mine, called, id, own_id, reply = row
+        number, kind, text, name, place, when, mine, called, id, own_id, *rest = row
         return View(
             *(kind, text, name, place, when, bool(mine), bool(called)),
             past=True,
             id=id,
             own_id=own_id,
             number=number,
-            reply=reply,
+            reply=rest[0],
+            file=rest[1],
         )
 
     def _position(self, view: View) -> tuple[int, int]:
@@ -14580,7 +14797,21 @@ class ClientStore:
         row = self.db.execute(query, [self.owner]).fetchone()
         return self._view(row) if row else None
 
-    # Conversations, ignored users, facts, settings
+    # Transfers, conversations, ignored users, facts, settings
+
+    def keep_transfer(self, one: Transfer) -> None:
+        state = json.dumps(one.kept())
+        self.write("REPLACE INTO transfers VALUES (?, ?, ?)", self.owner, one.id, state)
+        self.flush()
+
+    def forget_transfer(self, one: Transfer) -> None:
+        self.write("DELETE FROM transfers WHERE owner = ? AND id = ?", self.owner, one.id)
+        self.flush()
+
+    def transfers(self) -> list[Transfer]:
+        query = "SELECT state FROM transfers WHERE owner = ?"
+        rows = self.db.execute(query, [self.owner]).fetchall()
+        return [Transfer(**json.loads(state)) for (state,) in rows]
 
     def keep_room(self, key: str, room: Room, place: int = 0) -> None:
         values = (key, room.name, room.password, room.is_channel, room.wanted, room.draft)
@@ -16891,6 +17122,7 @@ class Link:
         self.dismissal: Timer | None = None  # until a server that said ERROR has to be gone
         self.doubted = ""  # the fingerprint of a certificate that the user has to judge ...
         self.doubt = ""  # ... and why it is not trusted
+        self.transfers: Any = None  # files on their way: Transfers, if this client has such
         self.distrust = ""  # why it is not trusted, and is only looked at
         # Another certificate than the remembered one: try whether it is signed
         self.unpinned = ""
@@ -17351,6 +17583,544 @@ class Link:
             if self.race:
                 self.race.cancel()
             self.over(reason)
+
+
+# ======================================================================================
+# TRANSFERS
+# ======================================================================================
+# Files that a client sends and saves, beside the chat: each has connections of its own, and
+# goes on from where a connection broke. Up by tus 1.0, down by ranges.
+
+
+class Response(NamedTuple):
+    """The head of an answer."""
+
+    status: int
+    headers: dict[str, list[str]]
+
+    def header(self, name: str) -> str:
+        return ", ".join(self.headers.get(name, ()))
+
+
+class ResponseReader(HttpReader):
+    """Bytes in, one answer out: a Response, pieces of its body, END_OF_BODY."""
+
+    def __init__(self, bodiless: bool):
+        super().__init__()
+        self.bodiless = bodiless  # the answer to HEAD
+        self.to_the_end = False  # of the connection
+
+    def _head(self) -> Response | None:
+        match = re.search(rb"\r?\n\r?\n", self.buffer[: self.limit + 4])
+        if match is None:
+            if len(self.buffer) > self.limit:
+                raise BadRequest(431, "the answer has no end")
+            return None
+        head, self.buffer = self.buffer[: match.start()], self.buffer[match.end() :]
+        first, *lines = [line.decode("latin-1").removesuffix("\r") for line in head.split(b"\n")]
+        status = re.fullmatch(r"HTTP/1\.\d ([1-5]\d\d)(?: .*)?", first)
+        headers: dict[str, list[str]] = {}
+        for line in lines:
+            name, colon, value = line.partition(":")
+            if not colon:
+                raise BadRequest(400, "this is no HTTP")
+            headers.setdefault(name.strip().lower(), []).append(value.strip())
+        if status is None:
+            raise BadRequest(400, "this is no HTTP")
+        if status[1] == "100":
+            return self._head()
+        self._expect_body(int(status[1]), headers)
+        return Response(int(status[1]), headers)
+
+    def _expect_body(self, status: int, headers: dict[str, list[str]]) -> None:
+        length = headers.get("content-length", [""])[0]
+        if self.bodiless or status in (204, 304) or length == "0":
+            self.step = self._end
+        elif "chunked" in headers.get("transfer-encoding", [""])[0].lower():
+            self.step = self._size
+        else:
+            self.left = int(length) if re.fullmatch(r"\d{1,18}", length) else sys.maxsize
+            self.to_the_end = self.left == sys.maxsize
+            self.step = self._body
+
+    def finish(self) -> None:
+        if self.to_the_end:
+            self.step = self._end
+        super().finish()
+
+
+class WebCall(Connection):
+    """One request of a client, and its answer.
+
+    `source(at)` gives the next piece of the body from a byte on, b"" at its end; it runs off
+    the loop. `piece(data)` takes pieces of the answer's body, or it is collected. At the end
+    done(response, body), or done(None, reason).
+    """
+
+    hears_out = True
+
+    def __init__(
+        self, helpers: Helpers, sock: socket.socket, tls: Any, request: "CallRequest", trust: Trust
+    ):
+        super().__init__(helpers.loop, sock)
+        self.helpers, self.request, self.trust = helpers, request, trust
+        self.reader = ResponseReader(request.method == "HEAD")
+        self.response: Response | None = None
+        self.body = b""
+        self.at = request.at  # of the body, to be read next
+        self.reading = self.ended_well = self.holds = False
+        self.heard = self.loop.now
+        if tls:
+            self.encrypt(tls)
+        self.write(request.head())
+        self.more()
+
+    def secured(self) -> None:
+        if not self.trust.accepts(self.tls.fingerprint()):
+            self.drop("another certificate than that of the chat")
+
+    def more(self) -> None:
+        """Send the next piece of the body, when the one before has nearly left."""
+        request = self.request
+        if request.source is None or self.reading or self.unsent > FILE_PIECE_BYTES:
+            return
+        self.reading = True
+        self.helpers.submit(self, functools.partial(request.source, self.at), self._read)
+
+    def _read(self, piece: Any) -> None:
+        self.reading = False
+        if self.state != OPEN:
+            return
+        if isinstance(piece, Exception):
+            return self.drop(str(piece))
+        self.heard = self.loop.now
+        if piece:
+            self.at += len(piece)
+            self.request.sent(self.at - self.unsent)
+            self.write(piece)
+            self.more()
+        else:
+            self.request = self.request._replace(source=None)
+
+    def lagging(self) -> None:
+        self.heard = self.loop.now
+        if self.state == OPEN:
+            self.more()
+
+    def wants_read(self) -> bool:
+        return not self.holds
+
+    def received(self, data: bytes) -> None:
+        self.heard = self.loop.now
+        self.reader.feed(data)
+        self._take()
+
+    def _take(self) -> None:
+        while not self.ended_well and (item := self.reader.take()) is not None:
+            if isinstance(item, BadRequest):
+                return self.drop(str(item))
+            if isinstance(item, Response):
+                self.response = item
+                self.request.began(item)
+            elif item == END_OF_BODY:
+                self.ended_well = True
+                self.drop("")
+            elif self.request.piece and self.response.status in (200, 206):
+                self.request.piece(item)
+            else:
+                self.body = (self.body + item)[:ANSWER_BYTES]
+
+    def ended(self) -> None:
+        self.reader.finish()
+        self._take()
+        if self.state == OPEN:
+            self.drop("the server closed the connection")
+
+    def lost(self, reason: str) -> None:
+        if self.ended_well:
+            return self.request.done(self.response, self.body.decode(errors="replace"))
+        return self.request.done(None, reason)
+
+
+class CallRequest(NamedTuple):
+    """What is asked, and what is done with the answer: see WebCall."""
+
+    method: str
+    url: "Url"
+    headers: dict[str, str]
+    done: Callable[[Response | None, str], None]
+    source: Callable[[int], bytes] | None = None
+    at: int = 0
+    piece: Callable[[bytes], None] | None = None
+    began: Callable[[Response], None] = do_nothing
+    sent: Callable[[int], None] = do_nothing
+
+    def head(self) -> bytes:
+        lines = [f"{self.method} {self.url.path} HTTP/1.1", f"Host: {self.url.authority}"]
+        lines += [f"{name}: {value}" for name, value in self.headers.items()]
+        return "\r\n".join([*lines, "Connection: close", "", ""]).encode()
+
+
+class Url(NamedTuple):
+    """The parts of an http or https URL."""
+
+    tls: bool
+    host: str
+    port: int
+    path: str
+
+    @property
+    def authority(self) -> str:
+        return address_text(self.host, self.port)
+
+
+def parse_url(text: str, base: Url) -> Url:
+    """Return a URL, or a path on the server of `base`. Raises Unusable."""
+    if text.startswith("/"):
+        return base._replace(path=text)
+    scheme, _, rest = text.partition("://")
+    authority, slash, path = rest.partition("/")
+    host, port = split_host(authority)
+    if scheme.lower() not in ("http", "https") or not host or not re.fullmatch(r"[!-~]*", path):
+        raise Unusable(f"{text} is no address of a file")
+    tls = scheme.lower() == "https"
+    return Url(tls, host, port or (443 if tls else 80), f"{slash or '/'}{path}")
+
+
+def free_path(path: pathlib.Path) -> pathlib.Path:
+    """Return this path, or one with a number, that no file has."""
+    for number in itertools.count(2):
+        if not path.exists() and not path.with_name(f"{path.name}.part").exists():
+            return path
+        stem = re.sub(r" \(\d+\)$", "", path.stem)
+        path = path.with_name(f"{stem} ({number}){path.suffix}")
+    raise Unusable("no name is free")  # never: the numbers have no end
+
+
+def whole_bytes(text: str) -> int:
+    """Return a number of bytes; 0 if it is none."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
+
+
+class Transfers:
+    """The files of one link that are on their way; a few at once, the others wait."""
+
+    def __init__(self, link: Link, folder: pathlib.Path):
+        self.link, self.core, self.loop, self.folder = link, link.core, link.loop, folder
+        self.calls: dict[str, WebCall | None] = {}  # by id of a transfer; None: not yet connected
+        self.again: dict[str, float] = {}  # when to try again, and ...
+        self.failures: collections.Counter[str] = collections.Counter()  # ... how often it failed
+        self.core.start_transfer, self.core.end_transfer = self.start, self.end
+        link.transfers = self
+        self.watch()
+
+    # Beginning and end
+
+    def start(self, one: Transfer) -> None:
+        """Begin with a transfer. Raises Refused if there is no such file."""
+        if one.up:
+            path = pathlib.Path(one.path).expanduser()
+            try:
+                if not path.is_file():
+                    raise Refused("NO_FILE", f"{path} is no file")
+                one.size = path.stat().st_size
+                os.close(os.open(path, os.O_RDONLY))
+            except OSError as error:
+                raise Refused("NO_FILE", f"cannot read {path}: {reason_of(error)}") from None
+            one.path, one.name = str(path.absolute()), one.name or file_name(path.name)
+        else:
+            path = pathlib.Path(one.path or one.name).expanduser()
+            path = self.folder / path
+            one.path = str(free_path(path / one.name if path.is_dir() else path))
+            one.name = pathlib.Path(one.path).name
+        self.core.keep_transfer(one)
+        self.wake()
+
+    def end(self, one: Transfer) -> None:
+        """Stop with a transfer: it is dropped."""
+        call = self.calls.pop(one.id, None)
+        if call:
+            call.drop("dropped")
+        if not one.up:
+            pathlib.Path(f"{one.path}.part").unlink(missing_ok=True)
+        self.wake()
+
+    def watch(self) -> None:
+        """Once a second: begin what waits, and notice what stands still."""
+        for call in [one for one in self.calls.values() if one]:
+            if self.loop.now - call.heard > WAITING_SECONDS and call.state != CLOSED:
+                call.drop("no answer")
+        self.wake()
+        self.loop.call_later(WATCH_SECONDS, self.watch)
+
+    def wake(self) -> None:
+        if not self.core.ready:
+            return
+        for one in self.core.transfers:
+            due = self.loop.now >= self.again.get(one.id, 0.0) and one.state == "waiting"
+            if due and one.id not in self.calls and len(self.calls) < TRANSFERS_AT_ONCE:
+                self.calls[one.id] = None
+                one.state, one.why = "running", ""
+                self.core.with_token(functools.partial(self._run, one))
+
+    def _run(self, one: Transfer, token: str) -> None:
+        """Go on with a transfer, now that there is a token for uploads, or none."""
+        if one.id not in self.calls:
+            return
+        try:
+            if not one.up:
+                self._download(one)
+            elif one.url:
+                self._look(one, token)
+            else:
+                self._create(one, token)
+        except (ChatError, OSError) as error:
+            self._failed(one, str(error))
+
+    # Talking to the server
+
+    @property
+    def base(self) -> Url:
+        target = self.link.target
+        return Url(target.tls, target.host, target.port, "/")
+
+    def _call(self, one: Transfer, request: CallRequest) -> None:
+        """Connect, and ask."""
+        url, link = request.url, self.link
+        here = (url.host, url.port) == (link.target.host, link.target.port) and link.conn
+        peer = link.conn.sock.getpeername()[:2] if here and link.conn.state == OPEN else None
+        trust = link.trust._replace(pin=link.pin)
+
+        def look_up() -> tuple[Any, list]:
+            context = trust.context() if url.tls else None
+            where = peer or (url.host, url.port)
+            return context, socket.getaddrinfo(*where, type=socket.SOCK_STREAM)
+
+        def found(result: Any) -> None:
+            if isinstance(result, Exception):
+                return request.done(None, str(result))
+            context, addresses = result
+            addresses = [(family, address) for family, *_, address in addresses]
+            tried = functools.partial(connected, context)
+            Race(self.loop, addresses, tried)
+            return None
+
+        def connected(context: Any, sock: socket.socket | None, reason: str) -> None:
+            if sock is None:
+                return request.done(None, reason)
+            if one.id not in self.calls:
+                return sock.close()
+            tls = TlsFilter(context, url.host) if context else None
+            self.calls[one.id] = WebCall(link.helpers, sock, tls, request, trust)
+            return None
+
+        link.helpers.submit(self, look_up, found)
+
+    def _headers(self, token: str, **more: Any) -> dict[str, str]:
+        headers = {name.replace("_", "-"): str(value) for name, value in more.items()}
+        login = self.core.me.login
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        elif login:
+            words = f"{login.account}:{login.password}".encode()
+            headers["Authorization"] = f"Basic {base64.b64encode(words).decode()}"
+        return headers
+
+    # Up
+
+    def _create(self, one: Transfer, token: str) -> None:
+        name = base64.b64encode(one.name.encode()).decode()
+        known = {"Upload_Length": one.size, "Upload_Metadata": f"filename {name}"}
+        headers = self._headers(token, Tus_Resumable="1.0.0", Content_Length=0, **known)
+        url = parse_url(self.core.file_host, self.base)
+
+        def created(response: Response | None, text: str) -> None:
+            if response is None or response.status >= 500:
+                return self._broke(one, text)
+            if response.status != 201:
+                return self._refused(one, response, text)
+            one.url = response.header("location")
+            self.core.keep_transfer(one)
+            return self._send_from(one, token, 0) if one.size else self._sent(one)
+
+        self._call(one, CallRequest("POST", url, headers, created))
+
+    def _look(self, one: Transfer, token: str) -> None:
+        """Ask how much of an upload the server has."""
+        headers = self._headers(token, Tus_Resumable="1.0.0")
+
+        def told(response: Response | None, text: str) -> None:
+            if response is None or response.status >= 500:
+                return self._broke(one, text)
+            if response.status in (403, 404):  # it took too long, or is that of an earlier guest
+                one.url = ""
+                return self._create(one, token)
+            if response.status != 200:
+                return self._refused(one, response, text)
+            return self._send_from(one, token, whole_bytes(response.header("upload-offset")))
+
+        url = self._own_url(one)
+        self._call(one, CallRequest("HEAD", url, headers, told))
+
+    def _own_url(self, one: Transfer) -> Url:
+        """Return the URL of a file: on this server, under the address that the client uses."""
+        url = parse_url(one.url, self.base)
+        ours = self.core.server.ours and FILE_LINK.fullmatch(url.path)
+        return self.base._replace(path=url.path) if ours else url
+
+    def _send_from(self, one: Transfer, token: str, at: int) -> None:
+        if at >= one.size:
+            return self._sent(one)
+        piece = {"Content_Type": PIECE_TYPE, "Content_Length": one.size - at}
+        headers = self._headers(token, Tus_Resumable="1.0.0", Upload_Offset=at, **piece)
+
+        def read(where: int) -> bytes:
+            with open(one.path, "rb") as file:
+                file.seek(where)
+                data = file.read(FILE_PIECE_BYTES)
+            if len(data) < min(FILE_PIECE_BYTES, one.size - where):
+                raise OSError(f"{one.path} is shorter than it was")
+            return data[: one.size - where]
+
+        def sent(done: int) -> None:
+            one.done = max(at, done)
+
+        def answered(response: Response | None, text: str) -> None:
+            if response is None or response.status >= 500 and response.status != 507:
+                return self._broke(one, text)
+            if response.status in (204, 409):
+                self.failures.pop(one.id, None)
+                return self._send_from(one, token, whole_bytes(response.header("upload-offset")))
+            return self._refused(one, response, text)
+
+        one.done = at
+        request = CallRequest("PATCH", self._own_url(one), headers, answered, read, at, sent=sent)
+        self._call(one, request)
+        return None
+
+    def _sent(self, one: Transfer) -> None:
+        """The file is there: post its link."""
+        self.core.post_file(one)
+        self._over(one)
+
+    # Down
+
+    def _download(self, one: Transfer) -> None:
+        part = pathlib.Path(f"{one.path}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        at = part.stat().st_size if part.exists() else 0
+        one.done = at
+        headers = {"Range": f"bytes={at}-", "If-Range": one.etag} if at and one.etag else {}
+        pieces: collections.deque[bytes] = collections.deque()
+        file = open(part, "ab")  # noqa: SIM115 -- closed by close()
+
+        def write() -> None:
+            while pieces:
+                file.write(pieces.popleft())
+
+        def began(response: Response) -> None:
+            if response.status == 200:  # all of it, from the beginning
+                file.truncate(0)
+                one.done = 0
+            whole = response.header("content-range").rpartition("/")[2]
+            one.size = whole_bytes(whole or response.header("content-length"))
+            one.etag = response.header("etag")
+            self.core.keep_transfer(one)
+
+        def piece(data: bytes) -> None:
+            pieces.append(data)
+            one.done += len(data)
+            call = self.calls.get(one.id)
+            if call:
+                call.holds = True
+                call.update()
+                self.link.helpers.submit(self, write, functools.partial(written, call))
+
+        def written(call: WebCall, result: Any) -> None:
+            call.holds = False
+            call.update()
+            if isinstance(result, Exception):
+                call.drop(str(result))
+                self._failed(one, str(result))
+
+        def done(response: Response | None, text: str) -> None:
+            self.link.helpers.submit(self, close, functools.partial(closed, response, text))
+
+        def close() -> None:
+            write()
+            file.close()
+
+        def closed(response: Response | None, text: str, result: Any) -> None:
+            if isinstance(result, Exception):
+                return self._failed(one, str(result))
+            if response and response.status == 416 and one.size == one.done:
+                return self._saved(one, part)
+            if response and response.status not in (200, 206):
+                return self._refused(one, response, text)
+            if response is None or one.done < one.size:
+                return self._broke(one, text or "the connection broke")
+            return self._saved(one, part)
+
+        url = self._own_url(one)
+        self._call(one, CallRequest("GET", url, headers, done, piece=piece, began=began))
+
+    def _saved(self, one: Transfer, part: pathlib.Path) -> None:
+        part.replace(one.path)
+        self._over(one)
+        self.link.show([View(NOTE, f"saved {one.path} ({size_text(one.size)})", where=one.room)])
+
+    def fetch(self, path: str, most: int, then: Callable[[bytes], None]) -> None:
+        """Call then(content) of a file of this server that has at most so many bytes; with b""
+        if that cannot be."""
+        one, pieces = Transfer(f"fetched {secrets.token_hex(8)}", False, "", ""), []
+
+        def piece(data: bytes) -> None:
+            pieces.append(data)
+            if sum(map(len, pieces)) > most:
+                self.calls[one.id].drop("it is longer than was said")
+
+        def done(response: Response | None, text: str) -> None:
+            self.calls.pop(one.id, None)
+            fine = response is not None and response.status == 200
+            then(b"".join(pieces) if fine else b"")
+
+        self.calls[one.id] = None
+        url = self.base._replace(path=path)
+        self._call(one, CallRequest("GET", url, {}, done, piece=piece))
+
+    # What became of it
+
+    def _over(self, one: Transfer) -> None:
+        self.calls.pop(one.id, None)
+        self.failures.pop(one.id, None)
+        self.core.forget_transfer(one)
+        self.link.poke()
+        self.wake()
+
+    def _broke(self, one: Transfer, why: str) -> None:
+        """Try again, ever less eagerly."""
+        if self.calls.pop(one.id, self) is self:
+            return
+        self.failures[one.id] += 1
+        wait = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** self.failures[one.id])
+        self.again[one.id] = self.loop.now + wait
+        one.state, one.why = "waiting", why
+        self.link.show([View(TRANSFER, where=one.room, own_id=one.id)])
+
+    def _refused(self, one: Transfer, response: Response, text: str) -> None:
+        if response.status == 401 and self.failures[one.id] < 2:  # the token has ended
+            self.core.upload_token = ""
+            return self._broke(one, text.strip())
+        return self._failed(one, text.strip() or f"the server says {response.status}")
+
+    def _failed(self, one: Transfer, why: str) -> None:
+        if self.calls.pop(one.id, self) is self:
+            return
+        one.state, one.why = "failed", why
+        self.core.forget_transfer(one)
+        verb = "sent" if one.up else "saved"
+        self.link.show([View(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])
+        self.wake()
 
 
 # ======================================================================================
@@ -17908,6 +18678,8 @@ def said_lines(view: View, look: Look) -> list[str]:
     if view.reply and (words := visible(look.answered(view))):
         told = cut_to(f"answers {words}", look.columns - width(clock) - 1)
         lines.insert(0, palette.dim(" " * width(clock) + told))
+    if file := parse_file_tag(view.file):
+        lines.append(palette.dim(f"{indent}[{file.words()}; /save stores it]"))
     return lines
 
 
@@ -18433,6 +19205,7 @@ class Display:
             (trouble, (1, 33)),
             ("away" * bool(core.away), (33,)),
             (self._progress(), (33,)),
+            ("; ".join(one.words() for one in core.transfers[:2]), (33,)),
             (f"{waiting:,} waiting" if waiting else "", (33,)),
             *self._reading(),
             (typing_text(map(visible, room.typing)), (36,)),
@@ -18709,7 +19482,10 @@ class Client:
         core.me.generated = bool(made) and options.login is None
         core.me.keep = functools.partial(logins.keep, whose) if options.config else None
         trust, patience = options.trust, self.patience
-        return core, Link(self.loop, target, core, show, over, trust, known, patience, self.asks)
+        link = Link(self.loop, target, core, show, over, trust, known, patience, self.asks)
+        if self.asks:
+            Transfers(link, pathlib.Path.cwd())
+        return core, link
 
     def open_store(self, options: ClientOptions) -> ClientStore | None:
         """Return the store for messages; None for a pipe, which shows each message once."""

@@ -4462,14 +4462,14 @@ def test_what_is_taken_back_is_neither_found_nor_counted(folder):
     house.say("alice", f"REDACT #a {ids[1]}")
     house.turn()
     assert indexed_words(house.store) == {"keep": 1, "this": 1, "me": 1}
-    assert counted_rows(house.store) == count - 1
+    assert counted_rows(house.store) == count  # the REDACT stands in its place
     house.say("alice", f"REDACT #a {ids[1]}", f"REDACT #a {ids[2]}", f"REDACT #a {ids[2]}")
     house.turn()
     assert indexed_words(house.store) == {"keep": 1, "this": 1}
     rows = house.store.db.execute("SELECT count(*) FROM events").fetchone()[0]
     house.store.close()
     with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
-        assert db.execute("SELECT events FROM targets").fetchall() == [(rows,)] == [(count - 2,)]
+        assert db.execute("SELECT events FROM targets").fetchall() == [(rows,)] == [(count,)]
     with contextlib.closing(sqlite3.connect(folder / "search.db")) as db:
         db.execute("INSERT INTO search_1 (search_1) VALUES ('integrity-check')")
 
@@ -5636,10 +5636,7 @@ def test_a_framer_says_that_something_is_pending_if_and_only_if_there_is(seeded)
             cut = seeded.randrange(1, 30)
             reader.feed(data[:cut])
             data = data[cut:]
-            while reader.pending:
-                item = reader.take()
-                if item is None:
-                    break
+            while reader.pending and (item := reader.take()) is not None:
                 items.append(item)
         ends = [item for item in items if item == chat.END_OF_BODY]
         heads = [item for item in items if isinstance(item, chat.Request)]
@@ -5753,7 +5750,9 @@ ORIGINS = [  # as a browser sends it, and whether its pages may join
 @pytest.mark.parametrize(("origin", "allowed"), ORIGINS)
 def test_pages_of_other_sites_may_not_join(origin, allowed):
     web = chat.Web(
-        frozenset(("localhost", "chat.example")), frozenset((7000,)), frozenset(("https://front.example",))
+        frozenset(("localhost", "chat.example")),
+        frozenset((7000,)),
+        frozenset(("https://front.example",)),
     )
     assert chat.origin_allowed(web, origin) is allowed
 
@@ -6283,9 +6282,8 @@ def test_junk_in_pictures_does_no_harm(seeded):
     for kind, head, _ in PICTURES:
         for _ in range(200):
             junk = bytearray(head)
-            for _ in range(seeded.randrange(1, 4)):
-                if junk:
-                    junk[seeded.randrange(len(junk))] = seeded.randrange(256)
+            for at in seeded.choices(range(len(junk)), k=seeded.randrange(1, 4)):
+                junk[at] = seeded.randrange(256)
             width, height = chat.picture_size(kind, bytes(junk[: seeded.randrange(len(junk) + 1)]))
             assert 0 <= width < 2**32 and 0 <= height < 2**32
 
@@ -10071,7 +10069,8 @@ def test_a_store_of_the_version_before_is_taken_over(tmp_path):
     db = sqlite3.connect(path)
     old = chat.CLIENT_TABLES.replace("user_version = 2", "user_version = 1")
     old = re.sub(r"CREATE TABLE reactions .*?;\n", "", old, flags=re.DOTALL)
-    old = re.sub(r",\n    reply TEXT[^\n]*\n", "\n", old)
+    old = re.sub(r",\n    reply TEXT[^\n]*\n    file TEXT[^\n]*\n", "\n", old)
+    old = re.sub(r"CREATE TABLE transfers .*?;\n", "", old, flags=re.DOTALL)
     old = re.sub(r"    (muted|read_time|place) INTEGER[^\n]*\n", "", old)
     db.executescript(old)
     db.execute("INSERT INTO owners VALUES (1, 'here', 'alice')")
@@ -10117,9 +10116,7 @@ def test_joins_in_one_row_never_come_behind_what_their_users_did():
 def test_a_message_to_another_conversation_is_told_where_the_user_looks():
     desk = Desk()
     desk.core.rooms["#lobby"].inside = True
-    desk.core.talk = types.SimpleNamespace(
-        ready=True, pages=False, pieces=(), pump=chat.do_nothing
-    )
+    desk.core.talk = types.SimpleNamespace(ready=True, pages=False, pieces=(), pump=chat.do_nothing)
     desk.core.send("#rust", "shall we have tea?")
     desk.tell(*desk.core.take_views())
     assert "you to #rust: shall we have" in "\n".join(desk.screen.lines)
@@ -10455,6 +10452,30 @@ def test_a_plain_server_is_asked_for_nothing_that_it_does_not_know():
     core.mark_read(room)
     core.tick()
     assert core.take_output() == b"" and core.people(room) == []
+
+
+def test_what_was_taken_back_while_a_client_was_away_is_gone_there_too():
+    house = house_of()
+    db = chat.open_client_database(":memory:")
+    alice = kept_client(house, db)
+    bob = kept_client(house, chat.open_client_database(":memory:"), "bob")
+    bob.typed("I regret this")
+    bob.typed("and stand by that")
+    exchange_all(alice, bob)
+    alice.drop()
+    bob.typed("/redact -2")
+    bob.exchange()
+    alice.connect()
+    exchange_all(alice, bob)
+    said = [view.text for view in alice.core.rooms["#lobby"].views if view.kind == "said"]
+    assert said == ["and stand by that"]
+    alice.core.store.flush()
+    assert [view.text for view in alice.core.store.page("#lobby", 9)] == ["and stand by that"]
+    bob.typed("/redact")  # nothing is new but this
+    alice.drop()
+    alice.connect()
+    exchange_all(alice, bob)
+    assert [view for view in alice.core.rooms["#lobby"].views if view.kind == "said"] == []
 
 
 # Phases and causes
@@ -17701,6 +17722,196 @@ def test_what_waits_when_a_client_is_killed_is_said_by_the_next_one(running, fol
     said, _ = witness.heard(f"line {LINES_SAID - 1}")
     assert said == numbered(LINES_SAID)
     witness.close()
+
+
+# Files, sent and saved
+
+
+SIZES = [(0, "0 B"), (999, "999 B"), (1024, "1 KB"), (1536, "1.5 KB"), (2_000_000, "1.9 MB")]
+
+
+@pytest.mark.parametrize(("size", "text"), SIZES)
+def test_sizes_are_told_as_people_tell_them(size, text):
+    assert chat.size_text(size) == text
+
+
+FILE_TAGS = [
+    (f"/files/{'a' * 32},image/png,2048,640,480", "picture, 2 KB, 640\u00d7480"),
+    (f"/files/{'a' * 32},application/pdf,10,0,0", "application/pdf, 10 B"),
+    (f"/files/{'a' * 31},image/png,2048,640,480", None),
+    (f"http://x/files/{'a' * 32},image/png,1,1,1", None),
+    (f"/files/{'a' * 32},image/png,2048,640", None),
+    (f"/files/{'a' * 32},image/png,-1,1,1", None),
+    (f"/files/{'a' * 32},\x1b[31m,1,1,1", None),
+    (f"/files/{'a' * 32},image/png,{'9' * 40},1,1", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("tag", "words"), FILE_TAGS)
+def test_files_in_messages_are_told_in_words_and_nonsense_is_not(tag, words):
+    file = chat.parse_file_tag(tag)
+    assert (file and file.words()) == words
+
+
+ANSWERS = [  # what a server sends, whether to HEAD, status and body
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", False, (200, b"hi")),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n", True, (200, b"")),
+    (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 X\r\n\r\n", False, (204, b"")),
+    (b"HTTP/1.1 200\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n", 0, (200, b"hi")),
+    (b"HTTP/1.0 200 OK\n\nto the end", False, (200, b"to the end")),
+    (b"SSH-2.0-x\r\n\r\n", False, None),
+    (b"HTTP/1.1 999 X\r\n\r\n", False, None),
+    (b"HTTP/1.1 200 OK\r\nnonsense\r\n\r\n", False, None),
+    (b"x" * 20_000, False, None),
+]
+
+
+@pytest.mark.parametrize(("data", "bodiless", "wanted"), ANSWERS)
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_answers_of_web_servers_are_read_however_they_are_cut(data, bodiless, wanted, size):
+    reader, items = chat.ResponseReader(bodiless), []
+    for n in range(0, len(data), size):
+        reader.feed(data[n : n + size])
+        while (item := reader.take()) is not None:
+            items.append(item)
+    reader.finish()
+    while (item := reader.take()) is not None:
+        items.append(item)
+    if wanted is None:
+        assert isinstance(items[-1], chat.BadRequest)
+    else:
+        head, *pieces, end = items
+        assert (head.status, b"".join(pieces), end) == (*wanted, chat.END_OF_BODY)
+
+
+class Sender(Linked):
+    """A client of a server that keeps files, with files of its own."""
+
+    def __init__(self, where, folder, store=None, name="alice"):
+        super().__init__(chat.parse_target(where))
+        self.close()
+        self.loop, self.views, self.ended = chat.Loop(), [], []
+        secret = hashlib.sha256(name.encode()).hexdigest()[:32]  # as its outbox's file keeps it
+        self.core = chat.ClientCore(name, store=store, outbox=chat.Outbox(secret=secret))
+        target = chat.parse_target(where)
+        self.link = chat.Link(self.loop, target, self.core, self.views.extend, self.ended.append)
+        self.transfers = chat.Transfers(self.link, folder)
+        self.link.start()
+        self.until(lambda: self.core.ready and self.core.room and self.core.room.inside)
+
+    def typed(self, text):
+        self.link.typed(text)
+
+    def posted(self):
+        return [view for view in self.core.room.views if "/files/" in view.text and view.id]
+
+
+def send_and_save(server, where, folder, body):
+    """Send a file from one client, and save it by another; return what was posted."""
+    (folder / "tea time.bin").write_bytes(body)
+    alice = Sender(where, folder)
+    alice.typed(f"/send {folder / 'tea time.bin'}")
+    alice.until(alice.posted)
+    (posted,) = alice.posted()
+    bob = Sender(where, folder, name="bob")
+    bob.until(bob.posted)
+    fetched = []
+    path = chat.parse_file_tag(bob.posted()[0].file).path
+    for count, most in enumerate((len(body), len(body) - 1), 1):
+        bob.link.transfers.fetch(path, most, fetched.append)
+        bob.until(lambda count=count: len(fetched) == count)
+    assert fetched[1] == b"" and fetched[0] in (body, b"")  # a line that breaks gives nothing
+    bob.typed("/save here.bin")
+    bob.until(lambda: bob.noted("saved"))
+    assert (folder / "here.bin").read_bytes() == body and not bob.core.transfers
+    assert not list(folder.glob("*.part")) and not alice.core.transfers
+    alice.close()
+    bob.close()
+    return posted
+
+
+def test_a_file_is_sent_from_one_client_and_saved_by_another(running, tmp_path):
+    (tmp_path / "srv").mkdir()
+    server = running(data=tmp_path / "srv")
+    body = os.urandom(700_000)
+    posted = send_and_save(server, chat.address_text(*server.address), tmp_path, body)
+    about = "tea time.bin (application/octet-stream, 684 KB)"
+    assert posted.text.startswith(f"{about}: http://127.0.0.1:")
+    file = chat.parse_file_tag(posted.file)
+    assert (file.type, file.size) == ("application/octet-stream", 700_000)
+
+
+def test_files_arrive_over_a_line_that_breaks_again_and_again(
+    running, seeded, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(chat, "BACKOFF_FIRST", 0.02)
+    monkeypatch.setattr(chat, "WATCH_SECONDS", 0.05)
+    (tmp_path / "srv").mkdir()
+    server = running(data=tmp_path / "srv")
+    with Proxy(server.address, seeded, 300_000, 1_200_000, piece=65_536) as proxy:
+        send_and_save(server, proxy.where, tmp_path, os.urandom(3_000_000))
+        assert proxy.resets >= 3
+
+
+def test_an_upload_goes_on_after_the_client_was_ended_and_is_posted_once(running, tmp_path):
+    (tmp_path / "srv").mkdir()
+    server = running(data=tmp_path / "srv")
+    where, db = chat.address_text(*server.address), str(tmp_path / "client.db")
+    body = os.urandom(5_000_000)
+    (tmp_path / "big").write_bytes(body)
+    store = chat.ClientStore(chat.open_client_database(db), where, "alice")
+    alice = Sender(where, tmp_path, store)
+    alice.typed(f"/send {tmp_path / 'big'}")
+    alice.until(lambda: alice.core.transfers and alice.core.transfers[0].done > 500_000)
+    alice.close()
+    store.db.close()
+    store = chat.ClientStore(chat.open_client_database(db), where, "alice")
+    again = Sender(where, tmp_path, store)
+    again.until(again.posted)
+    assert len(again.posted()) == 1 and again.core.store.transfers() == []
+    (file,) = server.server.hub.files.values()
+    assert file.sha == hashlib.sha256(body).hexdigest()
+    again.close()
+
+
+def test_what_cannot_be_sent_or_saved_is_told_with_the_reason(running, tmp_path):
+    (tmp_path / "srv").mkdir()
+    server = running(data=tmp_path / "srv", file_max=1000)
+    alice = Sender(chat.address_text(*server.address), tmp_path)
+    (tmp_path / "big").write_bytes(bytes(2000))
+    for text, words in (
+        (f"/send {tmp_path}", "is no file"),
+        (f"/send {tmp_path / 'none'}", "is no file"),
+        ("/save", "no message here tells of such a file"),
+        ("/transfers what", "it goes like this"),
+    ):
+        alice.typed(text)
+        assert alice.noted(words), alice.views
+    alice.typed(f"/send {tmp_path / 'big'}")
+    alice.until(lambda: alice.noted("big was not sent: a file has at most 1,000 bytes"))
+    assert not alice.core.transfers
+    alice.typed("/transfers")
+    assert alice.noted("no file is on its way")
+    alice.close()
+    plain = running()  # keeps no files
+    bob = Sender(chat.address_text(*plain.address), tmp_path, name="bob")
+    bob.typed(f"/send {tmp_path / 'big'}")
+    bob.until(lambda: bob.noted("this server takes no files"))
+    bob.close()
+
+
+def test_a_transfer_can_be_dropped(running, tmp_path):
+    (tmp_path / "srv").mkdir()
+    server = running(data=tmp_path / "srv")
+    (tmp_path / "big").write_bytes(bytes(3_000_000))
+    alice = Sender(chat.address_text(*server.address), tmp_path)
+    alice.typed(f"/send {tmp_path / 'big'}")
+    alice.typed("/transfers")
+    assert alice.noted("1  sending big")
+    alice.typed("/transfers cancel 1")
+    assert not alice.core.transfers and not alice.transfers.calls
+    alice.close()
 
 
 # ======================================================================================
