@@ -17122,7 +17122,7 @@ class Link:
         self.dismissal: Timer | None = None  # until a server that said ERROR has to be gone
         self.doubted = ""  # the fingerprint of a certificate that the user has to judge ...
         self.doubt = ""  # ... and why it is not trusted
-        self.transfers: Any = None  # files on their way: Transfers, if this client has such
+        self.transfers: Any = None  # files on their way: Transfers, in clients that have them
         self.distrust = ""  # why it is not trusted, and is only looked at
         # Another certificate than the remembered one: try whether it is signed
         self.unpinned = ""
@@ -17593,7 +17593,7 @@ class Link:
 
 
 class Response(NamedTuple):
-    """The head of an answer."""
+    """The status and headers of an answer to an HTTP request."""
 
     status: int
     headers: dict[str, list[str]]
@@ -17603,7 +17603,7 @@ class Response(NamedTuple):
 
 
 class ResponseReader(HttpReader):
-    """Bytes in, one answer out: a Response, pieces of its body, END_OF_BODY."""
+    """Bytes in, one HTTP answer out: a Response, pieces of its body, END_OF_BODY."""
 
     def __init__(self, bodiless: bool):
         super().__init__()
@@ -17650,12 +17650,11 @@ class ResponseReader(HttpReader):
 
 
 class WebCall(Connection):
-    """One request of a client, and its answer.
+    """One HTTP request of a client, and its answer.
 
-    `source(at)` gives the next piece of the body from a byte on, b"" at its end; it runs off
-    the loop. `piece(data)` takes pieces of the answer's body, or it is collected. At the end
-    done(response, body), or done(None, reason).
-    """
+    `source(at)` returns the next piece of the request's body from a byte on, b"" at the end; it
+    runs off the loop. `piece(data)` takes pieces of the answer's body; without it the body is
+    collected. The end is done(response, body), or done(None, reason)."""
 
     hears_out = True
 
@@ -17680,7 +17679,7 @@ class WebCall(Connection):
             self.drop("another certificate than that of the chat")
 
     def more(self) -> None:
-        """Send the next piece of the body, when the one before has nearly left."""
+        """Send the next piece of the body, when the one before it is nearly sent."""
         request = self.request
         if request.source is None or self.reading or self.unsent > FILE_PIECE_BYTES:
             return
@@ -17743,7 +17742,7 @@ class WebCall(Connection):
 
 
 class CallRequest(NamedTuple):
-    """What is asked, and what is done with the answer: see WebCall."""
+    """An HTTP request, and callbacks for its answer: see WebCall."""
 
     method: str
     url: "Url"
@@ -17775,7 +17774,7 @@ class Url(NamedTuple):
 
 
 def parse_url(text: str, base: Url) -> Url:
-    """Return a URL, or a path on the server of `base`. Raises Unusable."""
+    """Return the parts of a URL, or of a path on the server of `base`. Raises Unusable."""
     if text.startswith("/"):
         return base._replace(path=text)
     scheme, _, rest = text.partition("://")
@@ -17788,7 +17787,7 @@ def parse_url(text: str, base: Url) -> Url:
 
 
 def free_path(path: pathlib.Path) -> pathlib.Path:
-    """Return this path, or one with a number, that no file has."""
+    """Return this path, or one with a number, where no file is yet."""
     for number in itertools.count(2):
         if not path.exists() and not path.with_name(f"{path.name}.part").exists():
             return path
@@ -17798,12 +17797,12 @@ def free_path(path: pathlib.Path) -> pathlib.Path:
 
 
 def whole_bytes(text: str) -> int:
-    """Return a number of bytes; 0 if it is none."""
+    """Return the number of bytes in a text; 0 if there is none."""
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
 
 
 class Transfers:
-    """The files of one link that are on their way; a few at once, the others wait."""
+    """The files that one link sends and saves; a few at once, while the others wait."""
 
     def __init__(self, link: Link, folder: pathlib.Path):
         self.link, self.core, self.loop, self.folder = link, link.core, link.loop, folder
@@ -17817,7 +17816,7 @@ class Transfers:
     # Beginning and end
 
     def start(self, one: Transfer) -> None:
-        """Begin with a transfer. Raises Refused if there is no such file."""
+        """Add a transfer, which begins soon. Raises Refused if its file cannot be read."""
         if one.up:
             path = pathlib.Path(one.path).expanduser()
             try:
@@ -17837,7 +17836,7 @@ class Transfers:
         self.wake()
 
     def end(self, one: Transfer) -> None:
-        """Stop with a transfer: it is dropped."""
+        """Stop a transfer, and drop what has come of it."""
         call = self.calls.pop(one.id, None)
         if call:
             call.drop("dropped")
@@ -17846,7 +17845,7 @@ class Transfers:
         self.wake()
 
     def watch(self) -> None:
-        """Once a second: begin what waits, and notice what stands still."""
+        """Check every second: begin waiting transfers, and drop connections without progress."""
         for call in [one for one in self.calls.values() if one]:
             if self.loop.now - call.heard > WAITING_SECONDS and call.state != CLOSED:
                 call.drop("no answer")
@@ -17864,7 +17863,7 @@ class Transfers:
                 self.core.with_token(functools.partial(self._run, one))
 
     def _run(self, one: Transfer, token: str) -> None:
-        """Go on with a transfer, now that there is a token for uploads, or none."""
+        """Go on with a transfer; `token` is for uploads, or ""."""
         if one.id not in self.calls:
             return
         try:
@@ -17885,7 +17884,7 @@ class Transfers:
         return Url(target.tls, target.host, target.port, "/")
 
     def _call(self, one: Transfer, request: CallRequest) -> None:
-        """Connect, and ask."""
+        """Connect to the server of a request, and send the request."""
         url, link = request.url, self.link
         here = (url.host, url.port) == (link.target.host, link.target.port) and link.conn
         peer = link.conn.sock.getpeername()[:2] if here and link.conn.state == OPEN else None
@@ -17946,13 +17945,13 @@ class Transfers:
         self._call(one, CallRequest("POST", url, headers, created))
 
     def _look(self, one: Transfer, token: str) -> None:
-        """Ask how much of an upload the server has."""
+        """Ask the server how many bytes of an upload it has."""
         headers = self._headers(token, Tus_Resumable="1.0.0")
 
         def told(response: Response | None, text: str) -> None:
             if response is None or response.status >= 500:
                 return self._broke(one, text)
-            if response.status in (403, 404):  # it took too long, or is that of an earlier guest
+            if response.status in (403, 404):  # the upload expired, or is another guest's
                 one.url = ""
                 return self._create(one, token)
             if response.status != 200:
@@ -17999,7 +17998,7 @@ class Transfers:
         return None
 
     def _sent(self, one: Transfer) -> None:
-        """The file is there: post its link."""
+        """Post the link of a complete upload."""
         self.core.post_file(one)
         self._over(one)
 
@@ -18070,8 +18069,8 @@ class Transfers:
         self.link.show([View(NOTE, f"saved {one.path} ({size_text(one.size)})", where=one.room)])
 
     def fetch(self, path: str, most: int, then: Callable[[bytes], None]) -> None:
-        """Call then(content) of a file of this server that has at most so many bytes; with b""
-        if that cannot be."""
+        """Call then(content) of a file of this server with at most so many bytes; then(b"") if that
+        fails."""
         one, pieces = Transfer(f"fetched {secrets.token_hex(8)}", False, "", ""), []
 
         def piece(data: bytes) -> None:
@@ -18088,7 +18087,7 @@ class Transfers:
         url = self.base._replace(path=path)
         self._call(one, CallRequest("GET", url, {}, done, piece=piece))
 
-    # What became of it
+    # Results
 
     def _over(self, one: Transfer) -> None:
         self.calls.pop(one.id, None)
@@ -18098,7 +18097,7 @@ class Transfers:
         self.wake()
 
     def _broke(self, one: Transfer, why: str) -> None:
-        """Try again, ever less eagerly."""
+        """Wait before the next attempt, longer each time."""
         if self.calls.pop(one.id, self) is self:
             return
         self.failures[one.id] += 1
