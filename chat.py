@@ -321,6 +321,9 @@ HEADERS_MOST = 100
 CHUNK_LINE_BYTES = 256  # the size of a chunk, and extensions that nothing is done with
 TRAILER_BYTES = 4 * 1024
 DISCARDED_BYTES = 64 * 1024  # of a body that is not wanted: else the connection is closed
+WORK_OF_A_PIECE = 20  # of a body: chunks of a byte are work, too
+WEB_SEND_BUFFER = 512 * 1024  # of the kernel, for a connection that speaks HTTP
+STALLED_LOOKS = 4  # times WEB_IDLE_SECONDS without progress end a download
 WEB_HEAD_SECONDS = 10.0  # from the first byte of a request to the end of its head
 WEB_IDLE_SECONDS = 15.0  # between requests, between pieces of a body, and without progress
 WEB_PER_ADDRESS = 256  # connections from one address that speak HTTP
@@ -333,12 +336,15 @@ HELPER_THREADS = {  # of each lane; only one writes files, so that pieces stay i
     "disk": 1,
     "files": 1,
     "reads": 2,
+    "finishes": 2,
 }
 FILE_BYTES = 256 * 1024 * 1024  # of one file that a user uploads
 FILES_BYTES = 4 * 1024**3  # of all; a user, or an address, has a quarter
 FILES_COUNT = 10_000  # all of them are kept in memory
 FILES_DAYS = 90  # until a file is removed
 UPLOAD_SECONDS = 24 * 3600  # until an unfinished upload is removed
+UPLOADS_A_USER = 64  # that are not complete
+CHUNKS_RESERVED = 8 * 1024 * 1024  # bytes, for a file whose size is not announced; then double
 FILE_NAME_BYTES = 200
 FILE_MESSAGES = 50  # of the owner, that carry the link of one file
 FILE_PIECE_BYTES = 256 * 1024  # read from disk, or from the network, at once ...
@@ -577,7 +583,7 @@ class LineBuffer:
             return self.lines.pop()
         if self.first:
             line = self._take_long()
-            self.first = line is None
+            self.first = not line
             return line
         end = self.buffer.rfind(b"\n", self.start, self.start + min(self.limit, LINES_SPLIT))
         if end < 0:
@@ -1449,6 +1455,9 @@ class ServerCalls(typing.Protocol):
     def stop(self) -> None: ...
     def mail(self, address: str, name: str, code: str) -> None: ...  # off the loop
     def background(self, lane: str, job: Callable[[], Any]) -> None: ...  # off the loop
+    def settle(
+        self, session: "LocalSession", lane: str, job: Callable[[], Any], then: Callable
+    ) -> None: ...  # off the loop, whatever becomes of the session: then(result, it is there)
     def trouble(self) -> str: ...  # what is wrong, "" if nothing is
     def metrics(self) -> dict[str, tuple[str, str, float]]: ...  # kind, text and value by name
     # Run job() off the loop, then then(its result) on it; a job of PAGE_LANE reads the store
@@ -1514,7 +1523,7 @@ class Files(dict[str, StoredFile]):
         self.total = FILES_BYTES  # of all; one owner, or one address, may have a quarter
         self.by_message: dict[int, str] = {}
         self.unwanted: list[str] = []  # names on disk that no link needs any more
-        self.finishing = 0  # uploads whose content is on its way to its name on disk
+        self.finishing: set[str] = set()  # ids of uploads whose content gets its name on disk
 
     def load(self, rows: Iterable[tuple[str, str]]) -> None:
         for id, state in rows:
@@ -1534,6 +1543,11 @@ class Files(dict[str, StoredFile]):
         if len(self) >= FILES_COUNT:
             raise Refused("NO_ROOM", f"this server keeps at most {FILES_COUNT:,} files")
         all_files = list(self.values())
+        own = [one for one in all_files if one.owner == owner or one.address == address]
+        if len(own) >= FILES_COUNT // 4:
+            raise Refused("NO_ROOM", f"one user has at most {FILES_COUNT // 4:,} files")
+        if sum(not one.sha for one in own) >= UPLOADS_A_USER:
+            raise Refused("NO_ROOM", f"one user has at most {UPLOADS_A_USER} uploads at once")
         for limit, mine, what in (
             (self.total, all_files, "all files together have"),
             (self.total // 4, [one for one in all_files if one.owner == owner], "your files have"),
@@ -1604,7 +1618,7 @@ class Site:
 
 
 PAGE_LANE, PASSWORD_LANE, MAIL_LANE = "pages", "passwords", "mail"  # lanes of helpers
-DISK_LANE, FILE_LANE, READ_LANE = "disk", "files", "reads"
+DISK_LANE, FILE_LANE, READ_LANE, FINISH_LANE = "disk", "files", "reads", "finishes"
 
 
 def base_url(site: Site, secure: bool, authority: str) -> str:
@@ -3941,6 +3955,17 @@ def width(text: str) -> int:
     if text.isascii() and text.isprintable():
         return len(text)
     return sum(map(cluster_width, clusters(text)))
+
+
+@act
+def resize_file(hub: Hub, who: Session, id: str, size: int) -> None:
+    """Make room for more of a file whose size was not announced. Raises Refused."""
+    if file := hub.files.pop(id, None):
+        try:
+            hub.files.check_room(size, file.owner, file.address)
+        finally:
+            hub.files[id] = file
+        keep_file(hub, file._replace(size=size))
 
 
 @act
@@ -8796,7 +8821,8 @@ def line_quit(session: LineSession, reason: str = "") -> None:
 
 TOKEN_CHARACTERS = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
 REQUEST_LINE = re.compile(rf"({TOKEN_CHARACTERS}) ([!-~]+) HTTP/1\.(\d)")
-HEADER_LINE = re.compile(rf"({TOKEN_CHARACTERS}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+HEADER_NAME = re.compile(TOKEN_CHARACTERS)
+NOT_IN_HEADERS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 
 
@@ -8815,7 +8841,7 @@ class Request(NamedTuple):
 
     def tokens(self, name: str) -> list[str]:
         """Return the words of a header with a list of words, in small letters."""
-        words = (word.strip().lower() for word in self.header(name).split(","))
+        words = (word.strip(" \t").lower() for word in self.header(name).split(","))
         return [word for word in words if word]
 
     @property
@@ -8829,6 +8855,12 @@ class Request(NamedTuple):
                 path = self.target.partition("?")[0] if self.target[0] == "/" else parts.path
                 return urllib.parse.unquote(path or "/", errors="replace")
         return ""
+
+    @property
+    def host(self) -> str:
+        """The host and port that the client asks: those of a whole URL stand above Host."""
+        match = re.match(r"[a-z]+://([^/?#]*)", self.target, re.IGNORECASE)
+        return match[1] if match else self.header("host")
 
     @property
     def keeps_alive(self) -> bool:
@@ -8874,11 +8906,11 @@ def parse_head(lines: list[bytes]) -> Request:
     if match is None:
         raise BadRequest(400, "the first line is no request")
     headers: dict[str, list[str]] = {}
-    for text in texts[1:]:
-        header = HEADER_LINE.fullmatch(text)
-        if header is None:
+    for text in texts[1:]:  # no pattern for all of it: blanks on both sides cost their cube
+        name, colon, value = text.partition(":")
+        if not (colon and HEADER_NAME.fullmatch(name)) or NOT_IN_HEADERS.search(value):
             raise BadRequest(400, "a line of the head is no header")
-        headers.setdefault(header[1].lower(), []).append(header[2])
+        headers.setdefault(name.lower(), []).append(value.strip(" \t"))
     request = Request(match[1], match[2], int(match[3]), headers)
     if len(headers.get("host", ())) > 1 or (request.minor and "host" not in headers):
         raise BadRequest(400, "a request has one Host")
@@ -8893,10 +8925,18 @@ class HttpReader:
 
     def __init__(self, data: bytes = b""):
         self.limit = HEAD_BYTES
-        self.buffer = data
+        self.data, self.start = data, 0  # what has come, and where the rest of it begins
         self.left = 0  # bytes of the body, or of the chunk, that are still to come
+        self.chunked = False
+        self.trailers = TRAILER_BYTES  # that may still come
+        self.failed = False
         self.step: Callable[[], Any] = self._head
         self.ended = False
+
+    @property
+    def buffer(self) -> bytes:
+        """The bytes that have come and were not taken."""
+        return self.data[self.start :]
 
     @property
     def in_body(self) -> bool:
@@ -8905,19 +8945,23 @@ class HttpReader:
     @property
     def pending(self) -> bool:
         """True if take() may have something to return."""
+        rest = len(self.data) - self.start
         if self.step in (self._body, self._end):
-            return bool(self.buffer) or self.step == self._end
-        line = b"\n" in self.buffer
+            return rest > 0 or self.step == self._end
         if self.step == self._head:
-            blank = b"\n\r\n" in self.buffer or b"\n\n" in self.buffer
-            return blank or len(self.buffer) > self.limit or self.buffer[:1] in (b"\r", b"\n")
-        return line or len(self.buffer) > TRAILER_BYTES
+            blank = self.data.startswith((b"\r", b"\n"), self.start)
+            ends = (self.data.find(end, self.start) >= 0 for end in (b"\n\r\n", b"\n\n"))
+            return blank or rest > self.limit or any(ends)
+        return self.data.find(b"\n", self.start) >= 0 or rest > TRAILER_BYTES
 
     def feed(self, data: bytes) -> None:
-        self.buffer = self.buffer + data if self.buffer else data
+        if self.failed:
+            return
+        self.data = self.buffer + data if self.start < len(self.data) else data
+        self.start = 0
 
     def clear(self) -> None:
-        self.buffer = b""
+        self.data, self.start = b"", 0
 
     def finish(self) -> None:
         """Note the end of input: an incomplete request is dropped."""
@@ -8927,56 +8971,62 @@ class HttpReader:
         try:
             return self.step()
         except BadRequest as error:
+            self.failed = True  # what follows cannot be understood
             self.clear()
             return error
 
-    def _line(self, most: int, status: int = 400) -> bytes | None:
-        """Take a line of at most `most` bytes; None if it is incomplete. Raises BadRequest."""
-        end = self.buffer.find(b"\n", 0, most + 2)
+    def _line(self, most: int) -> bytes | None:
+        """Take a line of at most `most` bytes, which ends with CRLF; None if it is incomplete.
+        Raises BadRequest."""
+        end = self.data.find(b"\n", self.start, self.start + most + 2)
         if end < 0:
-            if len(self.buffer) > most + 1:
-                raise BadRequest(status, f"a line or a head has at most {most:,} bytes")
+            if len(self.data) - self.start > most + 1:
+                raise BadRequest(400, f"a line has at most {most:,} bytes")
             return None
-        line = self.buffer[:end].removesuffix(b"\r")
-        self.buffer = self.buffer[end + 1 :]
-        if b"\r" in line:
-            raise BadRequest(400, "a CR stands before a LF only")
-        return line
+        line, self.start = self.data[self.start : end], end + 1
+        if line.find(b"\r") != len(line) - 1:
+            raise BadRequest(400, "a line of a body in chunks ends with CR and LF")
+        return line[:-1]
 
     def _head(self) -> Request | None:
-        while self.buffer[:1] in (b"\r", b"\n"):  # RFC 9112 section 2.2: some clients add one
-            self.buffer = self.buffer[2 if self.buffer[:2] == b"\r\n" else 1 :]
-        match = re.search(rb"\r?\n\r?\n", self.buffer[: self.limit + 4])
-        if match is None:
-            if len(self.buffer) > self.limit:
-                first = self.buffer.find(b"\n", 0, self.limit) < 0
+        for end in (b"\r\n", b"\n"):  # RFC 9112 section 2.2: some clients add one
+            if self.data.startswith(end, self.start):
+                self.start += len(end)
+                break
+        ends = (self.data.find(end, self.start) for end in (b"\n\r\n", b"\n\n"))
+        end = min((end for end in ends if end >= 0), default=-1)
+        if end < 0 or end - self.start > self.limit:
+            if len(self.data) - self.start > self.limit:
+                first = self.data.find(b"\n", self.start, self.start + self.limit) < 0
                 raise BadRequest(414 if first else 431, f"a head has at most {self.limit:,} bytes")
             return None
-        head, self.buffer = self.buffer[: match.start()], self.buffer[match.end() :]
-        lines = [line.removesuffix(b"\r") for line in head.split(b"\n")]
-        if len(lines) > HEADERS_MOST:
-            raise BadRequest(431, f"a request has at most {HEADERS_MOST} headers")
-        request = parse_head(lines)
+        head = self.data[self.start : end]
+        self.start = end + (3 if self.data.startswith(b"\n\r", end) else 2)
+        request = self._parse([line.removesuffix(b"\r") for line in head.split(b"\n")])
         if request.length is None:
-            self.step = self._size
+            self.chunked, self.step = True, self._size
         elif request.length:
             self.left, self.step = request.length, self._body
         return request
 
+    def _parse(self, lines: list[bytes]) -> Request:
+        if len(lines) > HEADERS_MOST:
+            raise BadRequest(431, f"a request has at most {HEADERS_MOST} headers")
+        return parse_head(lines)
+
     def _body(self) -> bytes | None:
         """Take bytes of the body, or of its present chunk."""
-        piece, self.buffer = self.buffer[: self.left], self.buffer[self.left :]
+        piece = self.data[self.start : self.start + self.left]
         if not piece:
             return None
+        self.start += len(piece)
         self.left -= len(piece)
         if not self.left:
             self.step = self._end_of_chunk if self.chunked else self._end
         return piece
 
-    chunked = False
-
     def _end(self) -> bytes:
-        self.step, self.chunked = self._head, False
+        self.step, self.chunked, self.trailers = self._head, False, TRAILER_BYTES
         return END_OF_BODY
 
     def _size(self) -> bytes | None:
@@ -8986,7 +9036,7 @@ class HttpReader:
         match = CHUNK_LINE.fullmatch(line)
         if match is None:
             raise BadRequest(400, "this is no size of a chunk")
-        self.left, self.chunked = int(match[1], 16), True
+        self.left = int(match[1], 16)
         self.step = self._body if self.left else self._trailers
         return self.step()
 
@@ -9001,9 +9051,10 @@ class HttpReader:
 
     def _trailers(self) -> bytes | None:
         """Skip the trailers of a chunked body."""
-        while (line := self._line(TRAILER_BYTES)) is not None:
+        while (line := self._line(self.trailers)) is not None:
             if not line:
                 return self._end()
+            self.trailers = max(0, self.trailers - len(line) - 2)
         return None
 
 
@@ -9032,6 +9083,7 @@ STATUS_TEXTS = {
     416: "Range Not Satisfiable",
     417: "Expectation Failed",
     421: "Misdirected Request",
+    423: "Locked",
     426: "Upgrade Required",
     429: "Too Many Requests",
     431: "Request Header Fields Too Large",
@@ -9068,7 +9120,7 @@ TEXT_TYPE = "Content-Type: text/plain; charset=utf-8"
 
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
 CONTINUATION, TEXT_FRAME, BINARY_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME = 0, 1, 2, 8, 9, 10
-CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1012), *range(3000, 5000)))
+CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))
 SUBPROTOCOLS = {"text.ircv3.net": TEXT_FRAME, "binary.ircv3.net": BINARY_FRAME}
 
 
@@ -9298,16 +9350,19 @@ def host_allowed(web: Web, host: str) -> bool:
     return bool(host) and (is_ip(host) or host in web.hosts)
 
 
-def origin_allowed(web: Web, origin: str) -> bool:
-    """Return whether a page of this origin may open a WebSocket; "" is no browser, and may."""
+def origin_allowed(web: Web, origin: str, own: str = "") -> bool:
+    """Return whether a page of this origin may open a WebSocket: one of this server, under the
+    Host `own` of the request, one of this machine, or one of --web-origin. No origin ("") means
+    that the client is no browser."""
     if not origin or origin in web.origins:
         return True
     scheme, _, authority = origin.partition("://")
     host, port = split_host(authority)
     if scheme not in ("http", "https") or not host:
         return False
-    port = port or (443 if scheme == "https" else 80)
-    return host in LOOPBACK_NAMES or (host_allowed(web, host) and port in web.ports)
+    usual = 443 if scheme == "https" else 80
+    own_host, own_port = split_host(own)
+    return host in LOOPBACK_NAMES or (host, port or usual) == (own_host, own_port or usual)
 
 
 WEB_ROUTES: dict[str, dict[str, Callable]] = {}  # path -> method -> handler
@@ -9375,7 +9430,7 @@ class WebSession(LocalSession):
         self.request, self.take_body = request, do_nothing
         self.body_left = request.length != 0
         self.closing = not request.keeps_alive
-        host = split_host(request.header("host"))[0]
+        host = split_host(request.host)[0]
         expected = request.header("expect").lower()
         if request.minor and not host_allowed(self.site.web, host):
             return self.answer(421, "this server has another name; --web-origin adds one")
@@ -9474,7 +9529,7 @@ def open_websocket(session: WebSession, request: Request) -> None:
         return session.answer(400, "a handshake is one of HTTP/1.1, without a body")
     if len(request.headers.get("origin", ())) > 1:
         return session.answer(400, "a request has one Origin")
-    if not origin_allowed(session.site.web, request.header("origin")):
+    if not origin_allowed(session.site.web, request.header("origin"), request.header("host")):
         return session.answer(403, "pages of that origin may not join; --web-origin allows them")
     offered = [word for word in request.tokens("sec-websocket-protocol") if word in SUBPROTOCOLS]
     lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"]
@@ -9529,7 +9584,9 @@ SIGNATURES = (  # how content begins, and its type: what is not here is sent as 
     (re.compile(rb"%PDF-"), "application/pdf"),
 )
 UNKNOWN_TYPE = "application/octet-stream"
-RUN_BY_BROWSERS = re.compile(r"\.(?:x?html?|svgz?|xml|m?js|css)$", re.IGNORECASE)
+RUN_BY_BROWSERS = re.compile(
+    r"\.(?:[xs]?html?|xht|mht(?:ml)?|svgz?|xml|xslt?|m?js|css)$", re.IGNORECASE
+)
 NOT_IN_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 
 
@@ -9583,17 +9640,24 @@ def webp_size(head: bytes) -> tuple[int, int]:
 
 
 def picture_size(kind: str, head: bytes) -> tuple[int, int]:
-    """Return width and height of a picture by its first bytes; 0 and 0 if these do not tell."""
+    """Return width and height of a picture, by its first bytes; 0 and 0 if they do not tell, or
+    tell what no program could show."""
+    width = height = 0
     if kind == "image/png" and head[12:16] == b"IHDR" and len(head) >= 24:
-        return struct.unpack_from(">II", head, 16)
-    if kind == "image/gif" and len(head) >= 10:
-        return struct.unpack_from("<HH", head, 6)
-    if kind == "image/jpeg":
-        return jpeg_size(head)
-    return webp_size(head) if kind == "image/webp" else (0, 0)
+        width, height = struct.unpack_from(">II", head, 16)
+    elif kind == "image/gif" and len(head) >= 10:
+        width, height = struct.unpack_from("<HH", head, 6)
+    elif kind == "image/jpeg":
+        width, height = jpeg_size(head)
+    elif kind == "image/webp":
+        width, height = webp_size(head)
+    return (width, height) if 0 < width <= 65535 and 0 < height <= 65535 else (0, 0)
 
 
-NO_FILE_NAMES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
+NO_FILE_NAMES = re.compile(
+    r"(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[\d\u00b9\u00b2\u00b3])\s*(?:\..*)?",
+    re.IGNORECASE,
+)
 
 
 def file_name(text: str) -> str:
@@ -9611,7 +9675,7 @@ def disposition_name(header: str) -> str:
 
     message = email.message.Message()
     message["Content-Disposition"] = header
-    with contextlib.suppress(ValueError, LookupError):
+    with contextlib.suppress(ValueError, LookupError, TypeError):  # of headers that are broken
         name = message.get_filename() or ""
         with contextlib.suppress(UnicodeError):  # UTF-8 as it is, which curl sends
             name = name.encode("latin-1").decode()
@@ -9623,7 +9687,8 @@ def disposition(file: StoredFile) -> str:
     """Return the Content-Disposition of a file, with its name in ASCII and in UTF-8."""
     import urllib.parse
 
-    kind = "attachment" if file.type == UNKNOWN_TYPE else "inline"
+    outside = file.type in (UNKNOWN_TYPE, "application/pdf")  # no sandbox shows a PDF
+    kind = "attachment" if outside else "inline"
     ascii_name = re.sub(r'[^ -~]|["\\%]', "_", file.name)
     encoded = urllib.parse.quote(file.name, safe="")
     return f"Content-Disposition: {kind}; filename=\"{ascii_name}\"; filename*=UTF-8''{encoded}"
@@ -9753,7 +9818,8 @@ def drop_upload(session: WebSession, keep: bool) -> None:
 def link_of(session: WebSession, id: str) -> str:
     """Return the link of a file, with the address that others reach if that is known, else with the
     one that the uploader used."""
-    base = base_url(session.site, session.conn.secure, session.request.header("host"))
+    authority = session.request.host or session.conn.local
+    base = base_url(session.site, session.conn.secure, authority)
     return f"{base}/files/{id}"
 
 
@@ -9767,41 +9833,48 @@ def tell_progress(session: WebSession, id: str, at: int) -> None:
         headers.append(f"Upload-Expires: {http_date(file.made / 1000 + UPLOAD_SECONDS)}")
     if session.request.method == "PATCH":
         return answer_file(session, 204, "", *headers)
+    if session.request.method == "HEAD":
+        known = (f"Upload-Length: {file.size}", "Cache-Control: no-store")
+        return answer_file(session, 200, "", *headers, *known)
     return answer_file(session, 201, "", f"Location: {link_of(session, id)}", *headers)
 
 
-def attempt_file(job: Callable[[], Any]) -> Any:
-    """Return the result of job(), or the refusal that it raised."""
-    try:
-        return job()
-    except Refused as refusal:
-        return refusal
+def finish_upload(session: WebSession, upload: Upload) -> None:
+    """Complete a file whose bytes are all on disk: also if the connection ends meanwhile."""
+    site, files, id = session.site, session.site.hub.files, upload.id
+    name = files[id].name if id in files else ""
+    session.upload, session.at_end = None, do_nothing
+    site.uploading.pop(id, None)
+    files.finishing.add(id)
+
+    def finished(result: Any, is_there: bool) -> None:
+        files.finishing.discard(id)
+        if not isinstance(result, Exception):
+            site.hub.perform("finish_file", 0, id, *result)
+            return tell_progress(session, id, upload.at) if is_there else None
+        if not upload.resumable:
+            site.hub.perform("remove_file", 0, id)
+        if is_there:
+            session.refuse(
+                result if isinstance(result, Refused) else Refused("NO_ROOM", str(result))
+            )
+        return None
+
+    site.server.settle(
+        session, FINISH_LANE, functools.partial(site.folder.finish, upload.handle, name), finished
+    )
 
 
 def end_pieces(session: WebSession) -> None:
     """Handle the end of a request's body: complete the file, or answer how much there is."""
-    upload, files, folder = session.upload, session.site.hub.files, session.site.folder
+    upload = session.upload
     if upload.total is not None and upload.at < upload.total:
         id, at = upload.id, upload.at
         drop_upload(session, keep=upload.resumable)
         if not upload.resumable:
             return answer_file(session, 400, "the body ended too early")
         return tell_progress(session, id, at)
-    name = files[upload.id].name if upload.id in files else ""
-    files.finishing += 1
-
-    def finished(result: tuple) -> None:
-        files.finishing -= 1
-        session.upload, session.at_end = None, do_nothing
-        session.site.uploading.pop(upload.id, None)
-        if isinstance(result, Refused):
-            session.site.hub.perform("remove_file", 0, upload.id)
-            raise result
-        session.site.hub.perform("finish_file", 0, upload.id, *result)
-        tell_progress(session, upload.id, upload.at)
-
-    job = functools.partial(folder.finish, upload.handle, name)
-    session.later(FILE_LANE, lambda: attempt_file(job), finished)
+    finish_upload(session, upload)
     return None
 
 
@@ -9817,6 +9890,12 @@ def take_piece(session: WebSession, piece: bytes) -> None:
         session.closing = True
         return answer_file(session, 413, f"the file has at most {most:,} bytes")
     upload.at += len(piece)
+    hub, file = session.site.hub, session.site.hub.files.get(upload.id)
+    if upload.total is None and file and upload.at > file.size:
+        try:
+            hub.perform("resize_file", 0, upload.id, min(most, 2 * upload.at))
+        except Refused as refusal:
+            return session.refuse(refusal)
     session.later(FILE_LANE, functools.partial(folder.append, upload.handle, piece), do_nothing)
     return None
 
@@ -9824,7 +9903,9 @@ def take_piece(session: WebSession, piece: bytes) -> None:
 def take_pieces(session: WebSession) -> None:
     """Take the body of a request as the next bytes of an upload."""
     session.take_body = functools.partial(take_piece, session)
-    session.send(b"HTTP/1.1 100 Continue\r\n\r\n" if "expect" in session.request.headers else b"")
+    request = session.request
+    if request.minor and "expect" in request.headers:
+        session.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> None:
@@ -9858,13 +9939,12 @@ def begin_upload(session: WebSession, request: Request, size: int, owner: str) -
 @on_files("POST", "/files")
 def create_file(session: WebSession, request: Request) -> None:
     """POST /files -- upload a file, or with Tus-Resumable begin to: 201 with its Location"""
-    if request.length is None and "expect" in request.headers and not request.minor:
-        return answer_file(session, 417, "HTTP/1.0 has no 100-continue")
     length = request.header("upload-length") if is_tus(request) else str(request.length or "")
     if is_tus(request) and not re.fullmatch(r"[0-9]{1,18}", length):
         return answer_file(session, 400, "Upload-Length is the number of bytes")
     most = session.site.hub.files.most
-    size = int(length) if length else (0 if request.length == 0 else most)
+    unknown = min(most, CHUNKS_RESERVED)
+    size = int(length) if length else (0 if request.length == 0 else unknown)
     if size > most:
         return answer_file(session, 413, f"a file has at most {most:,} bytes")
     authorize(session, functools.partial(begin_upload, session, request, size))
@@ -9898,6 +9978,8 @@ def continue_file(session: WebSession, request: Request) -> None:
         site = session.site
         if file.sha:
             return answer_file(session, 403, "this file is complete")
+        if file.id in site.hub.files.finishing:
+            return answer_file(session, 423, "this file is just being completed")
         if (other := site.uploading.get(file.id)) and other is not session:
             other.conn.close()  # a connection that broke, and whose end was not noticed
         upload = session.upload = Upload(file.id, file.size, resumable=True)
@@ -9924,6 +10006,8 @@ def delete_file(session: WebSession, request: Request) -> None:
     """DELETE /files/ID -- remove a file of your own, complete or not"""
 
     def remove(file: StoredFile) -> None:
+        if file.id in session.site.hub.files.finishing:
+            return answer_file(session, 423, "this file is just being completed")
         if other := session.site.uploading.get(file.id):
             other.conn.close()
         session.site.hub.perform("remove_file", 0, file.id)
@@ -9936,16 +10020,21 @@ def tell_offset(session: WebSession, request: Request) -> None:
     """Answer HEAD with Tus-Resumable: how many bytes of an upload there are."""
 
     def look(file: StoredFile) -> None:
-        if file.sha:
-            return tell(file, file.size)
+        if file.sha or file.id in session.site.hub.files.finishing:
+            return tell_progress(session, file.id, file.size)
         job = functools.partial(session.site.folder.size, file.id)
         return session.later(FILE_LANE, job, functools.partial(tell, file))
 
     def tell(file: StoredFile, at: int) -> None:
-        headers = [f"Upload-Offset: {at}", f"Upload-Length: {file.size}", "Cache-Control: no-store"]
-        if not file.sha:
-            headers.append(f"Upload-Expires: {http_date(file.made / 1000 + UPLOAD_SECONDS)}")
-        answer_file(session, 200, "", *headers)
+        if at < file.size:
+            return tell_progress(session, file.id, at)
+        upload = Upload(file.id, file.size, resumable=True)  # the server ended before it was
+        job = functools.partial(session.site.folder.reopen, file.id)
+        return session.later(FILE_LANE, job, functools.partial(complete, upload))
+
+    def complete(upload: Upload, found: tuple[Any, int]) -> None:
+        upload.handle, upload.at = found
+        finish_upload(session, upload)
 
     own_file(session, request, look)
 
@@ -10050,7 +10139,9 @@ def send_file(session: WebSession, request: Request) -> None:
         headers.append(f"Content-Range: bytes {first}-{end - 1}/{file.size}")
     charset = "; charset=utf-8" if file.type == "text/plain" else ""
     headers += [f"Content-Type: {file.type}{charset}", disposition(file), "Accept-Ranges: bytes"]
-    headers += ["Content-Security-Policy: default-src 'none'; sandbox", *session.cors()]
+    allowed = "; media-src 'self'; style-src 'unsafe-inline'" * file.type.startswith("video/")
+    policy = f"Content-Security-Policy: default-src 'none'{allowed}; sandbox"
+    headers += [policy, *session.cors()]
     headers += [f"Content-Length: {end - first}"]
     job = functools.partial(session.site.folder.open, file.sha)
     opened = functools.partial(begin_sending, session, 206 if part else 200, headers, first, end)
@@ -10068,7 +10159,11 @@ GREETING = (
     f":chat.py/{VERSION} NOTICE * :type a name and press return (IRC clients: ignore this)\r\n"
 ).encode()
 IRC_FIRST = re.compile(rb"(?:@\S* +)?(?:CAP|NICK|USER|PASS|AUTHENTICATE|PING|QUIT|WEBIRC)(?: |$)")
-HTTP_FIRST = re.compile(rb".* HTTP/(\d+(?:\.\d+)?)$")
+HTTP_FIRST = re.compile(  # also of requests that are none: no web page may speak in a chat
+    rb"(?:GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS|TRACE|CONNECT)[ \t].*|.* HTTP/[\d.]+[ \t]*",
+    re.IGNORECASE,
+)
+HTTP_VERSION = re.compile(rb" HTTP/([\d.]+)[ \t]*$", re.IGNORECASE)
 BOM = b"\xef\xbb\xbf"
 
 NOT_HTTP_1 = (
@@ -10081,9 +10176,9 @@ def dialect_of(first_line: bytes) -> str:
     """Return the dialect of a first line: "irc" (a BOM does no harm), "line", "http" or another."""
     if IRC_FIRST.match(first_line.removeprefix(BOM)):
         return "irc"
-    http = HTTP_FIRST.match(first_line)
-    if http:
-        return "http" if http[1][:2] == b"1." else "other http"
+    if HTTP_FIRST.fullmatch(first_line):
+        version = HTTP_VERSION.search(first_line)
+        return "http" if version is None or version[1][:2] == b"1." else "other http"
     return "line"
 
 
@@ -14961,6 +15056,7 @@ class Connection:
     )
     hears_out = False  # after close(): read on until the other side ends
     appetite = READ_BYTES  # bytes that are taken at once
+    patient = False  # after close(): lets a slow reader have all, else a moment is enough
 
     def __init__(self, loop: "Loop", sock: socket.socket):
         sock.setblocking(False)
@@ -15136,7 +15232,7 @@ class Connection:
         if self.state == OPEN:
             self.state = CLOSING
             self.loop.dirty.add(self)
-            if not self.hears_out:
+            if not (self.hears_out or self.patient):
                 self.loop.linger.add(self)
 
     def _hang_up(self) -> None:
@@ -15152,6 +15248,8 @@ class Connection:
         if self.eof:
             return self._bury(HUNG_UP)
         self.state = LINGERING
+        if self.patient:
+            self.loop.linger.add(self)
 
     def drop(self, reason: str) -> None:
         """Close now, whatever is queued."""
@@ -15532,7 +15630,7 @@ class Peer(Connection):
 
     __slots__ = (
         *("address", "asked", "budget", "framing", "greeted", "heard", "held", "home", "host"),
-        *("inbox", "leaving", "limit_key", "server", "session", "waits_for_budget", "web"),
+        *("inbox", "leaving", "limit_key", "looks", "server", "session", "waits_for_budget", "web"),
     )
 
     def __init__(self, server: "Server", sock: socket.socket, host: str, port: int, key: str):
@@ -15545,6 +15643,7 @@ class Peer(Connection):
         self.inbox: Any = None  # a framer, once something comes: many never speak
         self.framing: Framing | None = None  # makes frames of lines, for a WebSocket
         self.web = False  # it speaks HTTP
+        self.looks = 0  # how often nothing had been sent since the look before
         self.session: LocalSession | None = None
         self.budget: Budget | None = None
         self.heard = server.loop.now  # when, last ...
@@ -15625,7 +15724,10 @@ class Peer(Connection):
         self.inbox = HttpReader(first_line + b"\r\n" + self.inbox.rest())
         self.session = WebSession(server.site, self)
         server.unnamed.discard(self)
+        server.silent.discard(self)
         server.web_heads.add(self)
+        with contextlib.suppress(OSError):  # what was sent and is not acknowledged is known then
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, WEB_SEND_BUFFER)
         return None
 
     def upgrade(self, head: bytes, opcode: int) -> None:
@@ -15636,7 +15738,7 @@ class Peer(Connection):
         self.session.ended()
         super().write(head)
         self.web, self.framing, self.shared = False, server.framings[opcode], False
-        self.inbox = FrameReader(LINE_BYTES, bytes(self.inbox.buffer))
+        self.inbox = FrameReader(LINE_BYTES, self.inbox.buffer)
         self.session = IrcSession(server.site, self)
         server.web_heads.discard(self)
         server.web_idle.discard(self)
@@ -15659,16 +15761,27 @@ class Peer(Connection):
     def heard_request(self) -> None:
         """Restart the time limits of requests, after input."""
         self.server.web_idle.discard(self)
-        if self.inbox.in_body:
+        if self.inbox.in_body or self.answers:
             self.server.web_idle.add(self)
         else:
             self.server.web_heads.add(self)
 
+    @property
+    def answers(self) -> bool:
+        """True while an answer is under way: the next request waits for that."""
+        return self.held or self.session.has_more or self.unsent > 0
+
     def was_stalled(self) -> bool:
-        """Return whether nothing was sent since the last call, or nothing is left to send."""
-        stalled = not (self.held or self.unsent) or self.unsent == self.asked
+        """Return whether nothing is under way, or nothing was sent in the last few looks."""
+        if self.held:
+            return False
+        self.looks = self.looks + 1 if self.unsent == self.asked else 0
         self.asked = float(self.unsent)
-        return stalled
+        return not self.unsent or self.looks >= STALLED_LOOKS
+
+    @property
+    def patient(self) -> bool:
+        return self.web
 
     # What the network does to it
 
@@ -15742,7 +15855,7 @@ class Peer(Connection):
     def lagging(self) -> None:
         if self.unsent > UNSENT_MOST:
             self.server.drop_slow(self)
-        elif self.unsent > UNSENT_SLOW:
+        elif self.unsent > UNSENT_SLOW and not self.web:  # which was_stalled() looks after
             self.server.slow.add(self)
         else:
             self.server.slow.discard(self)
@@ -16079,7 +16192,7 @@ class OpenFile:
 
     def __init__(self, path: pathlib.Path, new: bool | None = None):
         """Open a file: `new` is True to create it, False to append to it, None to read it."""
-        self.path = path
+        self.path, self.fd = path, -1
         self.lock = threading.Lock()  # a connection may end while a job reads or writes
         flags = os.O_RDONLY if new is None else os.O_RDWR | os.O_APPEND
         flags |= (os.O_CREAT | os.O_EXCL) * bool(new)
@@ -16093,6 +16206,10 @@ class OpenFile:
                 if self.hash:
                     self.hash.update(data[:written])
                 data = data[written:]
+
+    def __del__(self) -> None:
+        """Close a file that was opened for a connection that had ended."""
+        self.close()
 
     def digest(self) -> str:
         """Return the SHA-256 of all content; read it again if the upload had a break."""
@@ -16122,8 +16239,12 @@ class FileFolder:
         path.mkdir(mode=0o700, exist_ok=True)
 
     def begin(self, id: str) -> OpenFile:
-        """Create and return the file of a new upload. Raises Refused."""
-        return self._guarded(lambda: OpenFile(self._part(id), new=True))
+        """Return a new file for the content of an upload. Raises Refused."""
+        try:
+            return OpenFile(self._part(id), new=True)
+        except OSError as error:
+            log.error("a file cannot be written: %s", reason_of(error))
+            raise Refused("NO_ROOM", f"the file cannot be written: {reason_of(error)}") from None
 
     def reopen(self, id: str) -> tuple[OpenFile, int]:
         """Return the file of an upload that goes on, and its size in bytes. Raises Refused."""
@@ -16291,6 +16412,22 @@ class Server:
         names, files.unwanted = set(files.unwanted) - used, []
         self.background(FILE_LANE, functools.partial(self.site.folder.remove, names))
 
+    def settle(
+        self, session: LocalSession, lane: str, job: Callable[[], Any], then: Callable
+    ) -> None:
+        """Run job() off the loop, then then(its result, whether the session is there), also if
+        it is not. The session's next request waits."""
+        conn = session.conn
+        conn.held = True
+        conn.update()
+
+        def done(result: Any) -> None:
+            conn.held = False
+            conn.resume_soon()
+            then(result, not (conn.gone or conn.leaving))
+
+        self.helpers.submit(self, job, done, lane)
+
     def background(self, lane: str, job: Callable[[], Any]) -> None:
         """Run a job off the loop. Its result is not awaited; errors are logged."""
 
@@ -16325,8 +16462,12 @@ class Server:
         peer.close()
 
     def end_request(self, peer: Peer) -> None:
-        """Answer 408: the head of a request took too long."""
-        if peer.state == OPEN and not peer.leaving:
+        """End a request whose head does not come. An answer that is under way is not ended."""
+        if peer.state != OPEN or peer.leaving:
+            return
+        if peer.answers or peer.inbox.pending:
+            self.web_idle.add(peer)
+        else:
             peer.session.receive(BadRequest(408, "the request does not come"))
 
     def end_idle(self, peer: Peer) -> None:
@@ -16473,7 +16614,8 @@ class Server:
         if peer.inbox is None:
             return False
         free = peer.inbox.in_body
-        if peer.budget and not free and peer.inbox.pending and (seconds := peer.wait()):
+        spent = peer.budget and (not free or peer.budget.tokens < 0)
+        if spent and peer.inbox.pending and (seconds := peer.wait()):
             if peer.gone:  # after a reset: what the budget does not allow is not waited for
                 log.info("%s was reset with lines beyond its budget: dropped", peer.address)
                 peer.inbox.clear()
@@ -16482,11 +16624,13 @@ class Server:
             self.loop.call_later(seconds, peer.resume_with_budget)
             peer.update()
             return False
-        costs = 0 if free else WORK_PER_TOKEN
+        costs = WORK_OF_A_PIECE if free else WORK_PER_TOKEN
         line = peer.inbox.take()
         if peer.inbox.out:
             peer.answer_frames()
         if line is None:
+            if peer.web:
+                self._watch_web(peer)
             return False
         session = peer.session
         if session is None or (session.user is None and session.takes_lines):
@@ -16502,12 +16646,10 @@ class Server:
         return True
 
     def _watch_web(self, peer: Peer) -> None:
-        """Start the time limit of the next request or piece, after the one before it."""
+        """After a request, or a piece of a body, begin to wait for what comes next."""
         self.web_heads.discard(peer)
-        if peer.inbox.buffer and not peer.inbox.in_body:
-            self.web_heads.add(peer)
-        else:
-            self.web_idle.add(peer)
+        begun = peer.inbox.start < len(peer.inbox.data) and not peer.inbox.in_body
+        (self.web_heads if begun and not peer.answers else self.web_idle).add(peer)
 
     def _charge(self, peer: Peer, replied: int, least: float = 0) -> None:
         """Take the work done for a peer from its budgets: a line costs at least one token."""
@@ -16516,6 +16658,9 @@ class Server:
 
     def open_session(self, peer: Peer, first_line: bytes) -> LocalSession | None:
         """Return the session that a first line begins; None if it begins none."""
+        if first_line == TOO_LONG:  # no name, and perhaps the target of a request
+            peer.close()
+            return None
         if not first_line:  # it says nothing yet, in any dialect
             self.silent.add(peer)
             return None
@@ -16601,6 +16746,8 @@ class Server:
             else:
                 peer.end_frames()
                 Connection.close(peer)
+                if peer.web:
+                    self.web_idle.add(peer)
         jobs, self.jobs = self.jobs, []
         for peer, lane, job, done in jobs:
             self.helpers.submit(peer.limit_key, job, done, lane, peer.still_there)
@@ -17616,7 +17763,7 @@ class ResponseReader(HttpReader):
             if len(self.buffer) > self.limit:
                 raise BadRequest(431, "the answer has no end")
             return None
-        head, self.buffer = self.buffer[: match.start()], self.buffer[match.end() :]
+        head, self.start = self.buffer[: match.start()], self.start + match.end()
         first, *lines = [line.decode("latin-1").removesuffix("\r") for line in head.split(b"\n")]
         status = re.fullmatch(r"HTTP/1\.\d ([1-5]\d\d)(?: .*)?", first)
         headers: dict[str, list[str]] = {}
@@ -17637,7 +17784,7 @@ class ResponseReader(HttpReader):
         if self.bodiless or status in (204, 304) or length == "0":
             self.step = self._end
         elif "chunked" in headers.get("transfer-encoding", [""])[0].lower():
-            self.step = self._size
+            self.chunked, self.step = True, self._size
         else:
             self.left = int(length) if re.fullmatch(r"\d{1,18}", length) else sys.maxsize
             self.to_the_end = self.left == sys.maxsize

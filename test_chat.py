@@ -5594,7 +5594,8 @@ def test_pipelined_requests_are_answered_in_order_however_they_are_cut(size):
 BODIES = [  # chunks as they are sent, and the body or the status that they make
     (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
     (b"5;a=b\r\nhello\r\n1 \r\n!\r\n0\r\nTrailer: x\r\n\r\n", b"hello!"),
-    (b"5\nhello\n0\n\n", b"hello"),
+    (b"5\nhello\n0\n\n", 400),  # a LF alone ends no line of these
+    (b"5;\nhello\r\n0\r\n\r\n", 400),
     (b"0\r\n\r\n", b""),
     (b"g\r\n", 400),
     (b"\r\n", 400),
@@ -5733,10 +5734,10 @@ ORIGINS = [  # as a browser sends it, and whether its pages may join
     ("http://localhost:3000", True),  # a page that is being made on this machine
     ("http://127.0.0.1", True),
     ("http://[::1]:8080", True),
-    ("http://chat.example:7000", True),  # our own
+    ("http://chat.example:7000", True),  # the Host of the request
+    ("http://other.example:7000", False),
     ("https://chat.example", False),  # another port
-    ("http://192.168.1.5:7000", True),
-    ("http://192.168.1.5:7001", False),
+    ("http://192.168.1.5:7000", False),  # any address may have a web server at that port
     ("https://front.example", True),  # by --web-origin
     ("https://front.example:444", False),
     ("http://front.example", False),
@@ -5754,7 +5755,7 @@ def test_pages_of_other_sites_may_not_join(origin, allowed):
         frozenset((7000,)),
         frozenset(("https://front.example",)),
     )
-    assert chat.origin_allowed(web, origin) is allowed
+    assert chat.origin_allowed(web, origin, "chat.example:7000") is allowed
 
 
 def client_frame(opcode, payload=b"", last=True, mask=b"\x01\x02\x03\x04", bits=0):
@@ -6170,7 +6171,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(files, monkeypatch):
     monkeypatch.setattr(chat.OpenFile, "write", full)
     status, headers, body = posted(files, b"hello")
     assert status == 507 and b"no space left" in body
-    assert on_disk(files) == [] and files.hub.files == {} and not files.hub.files.finishing
+    assert on_disk(files) == [] and files.hub.files == {} and files.hub.files.finishing == set()
     monkeypatch.undo()
     monkeypatch.setattr(os, "fsync", lambda fd: full(None, None))
     assert posted(files, b"hello")[0] == 507 and files.hub.files == {}
@@ -6237,6 +6238,7 @@ CONTENTS = [  # first bytes, name, type
     (b"RIFF\0\0\0\0WEBPVP8 ", "a.webp", "image/webp"),
     (b"\0\0\0\x20ftypisom", "a.mp4", "video/mp4"),
     (b"%PDF-1.7", "a.pdf", "application/pdf"),
+    (b"<html>", "a.shtml", "application/octet-stream"),
     ("tea ☕\n".encode(), "a.txt", "text/plain"),
     (b"<html><script>alert(1)</script>", "a.html", "application/octet-stream"),
     (b"<svg onload='x'>", "a.SVG", "application/octet-stream"),
@@ -6261,6 +6263,8 @@ def jpeg(width, height):
 PICTURES = [
     ("image/png", PNG, (640, 480)),
     ("image/png", PNG[:20], (0, 0)),
+    ("image/png", PNG[:16] + b"\xff" * 8, (0, 0)),
+    ("image/png", PNG[:16] + struct.pack(">II", 0, 5), (0, 0)),
     ("image/gif", b"GIF89a" + struct.pack("<HH", 3, 4), (3, 4)),
     ("image/jpeg", jpeg(1200, 900), (1200, 900)),
     ("image/jpeg", jpeg(1200, 900)[:30], (0, 0)),
@@ -6295,6 +6299,9 @@ FILE_NAMES = [
     ("a\x00b\x1b[31m\u202ec.txt", "ab[31mc.txt"),
     ("CON", "_CON"),
     ("nul.txt", "_nul.txt"),
+    ("aux .txt", "_aux .txt"),
+    ("COM\u00b9.txt", "_COM\u00b9.txt"),
+    ("CONIN$", "_CONIN$"),
     (".htaccess", "htaccess"),
     ("...", "file"),
     ("", "file"),
@@ -6386,6 +6393,187 @@ def test_an_upload_goes_on_after_the_server_was_killed_and_a_download_too(folder
         whole = answered(address, f"{get}\r\n".encode()).partition(b"\r\n\r\n")[2]
         part = answered(address, f"{get}Range: bytes=1500000-\r\n\r\n".encode())
         assert whole == body and part.partition(b"\r\n\r\n")[2] == body[1_500_000:]
+
+
+# Found by other programs
+
+
+def test_a_head_costs_no_more_than_its_length():
+    for middle in (" " * 15_000 + "\x01", " " * 15_000 + "b", "\t a" * 5000):
+        reader = chat.HttpReader(f"GET / HTTP/1.1\r\nHost: x\r\nX: a{middle}\r\n\r\n".encode())
+        began = time.process_time()
+        reader.take()
+        assert time.process_time() - began < 0.1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" + b"\n" * 250_000,
+        b"GET / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+        + b"X: y\r\n" * 40_000,
+        b"GET / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 40_000,
+    ],
+)
+def test_much_of_little_costs_no_square_of_it(data):
+    reader = chat.HttpReader(data)
+    began = time.process_time()
+    for _ in range(100_000):
+        if reader.take() is None:
+            break
+    assert time.process_time() - began < 1
+
+
+NOT_CHAT = [  # how a web request may begin: its lines are never said in a chat
+    b"GET / HTTP/1.1 \r\nHost: x\r\n",
+    b"GET\t/\tHTTP/1.1\r\n",
+    b"GET / http/1.1\r\n",
+    b"GET /\r\n",
+    b"POST /" + b"a" * 17_000 + b" HTTP/1.1\r\nHost: x\r\n\r\nbuy now\r\n",
+    b"a" * 17_000 + b"\r\nbuy now\r\n",
+    b"\r\nPOST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nbuy now\r\n",
+]
+
+
+@pytest.mark.parametrize("data", NOT_CHAT)
+def test_no_web_page_can_speak_in_a_chat(running, data):
+    server = running()
+    alice = server.guest("alice")
+    with socket.create_connection(server.address) as page:
+        page.sendall(data)
+        page.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            while page.recv(65536):
+                pass
+    alice.send("/names\n")
+    assert alice.line() == "* #lobby 1-1 of 1: alice"
+
+
+def test_an_empty_line_before_a_request_does_no_harm(running):
+    server = running()
+    for before in (b"\r\n", b"\n"):
+        with socket.create_connection(server.address) as web:
+            web.sendall(
+                before + b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+            )
+            answer = b""
+            while chunk := web.recv(65536):
+                answer += chunk
+            assert answer.startswith(b"HTTP/1.1 200 OK") and answer.endswith(b"ok\n")
+
+
+AMBIGUOUS = [  # what two readers could understand in two ways
+    "POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\xa0\r\n\r\n",
+    "POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: \x85chunked\r\n\r\n",
+    "POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\r\n\r\n",
+    "GET http://evil.example/health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("head", AMBIGUOUS)
+def test_what_is_ambiguous_is_refused(head):
+    (answer,) = parsed_answers(Browser(House()).sends(head.encode("latin-1")))
+    assert answer[0] in (400, 421, 501)
+
+
+def test_a_slow_download_is_not_cut(running, tmp_path, monkeypatch):
+    """Neither by a pipelined request, nor by Connection: close, nor by the pace."""
+    for name, value in (("WEB_HEAD_SECONDS", 0.2), ("SLOW_SECONDS", 0.2), ("LINGER_SECONDS", 0.2)):
+        monkeypatch.setattr(chat, name, value)
+    (tmp_path / "srv").mkdir()
+    server, body = running(data=tmp_path / "srv"), os.urandom(4_000_000)
+    guest = Guest(server.address)
+    guest.send("NICK alice\r\nUSER u 0 * :r\r\nREGISTER * * secret-of-alice\r\nPING x\r\n")
+    while "PONG" not in guest.line():
+        pass
+    head = f"POST /files HTTP/1.1\r\nHost: localhost\r\n{basic('alice')}\r\nConnection: close\r\n"
+    made = answered(server.address, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    path = re.search(rb"Location: http://[^/]+(/files/\w+)", made)[1].decode()
+    for more in ("Connection: close\r\n\r\n", "\r\nGET /hea"):
+        with socket.socket() as web:
+            web.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
+            web.connect(server.address)
+            web.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{more}".encode())
+            got, began = b"", time.monotonic()
+            while len(got.partition(b"\r\n\r\n")[2]) < len(body):
+                chunk = web.recv(100_000)
+                assert chunk, "cut"
+                got += chunk
+                time.sleep(0.01 if time.monotonic() - began < 0.8 else 0)
+            assert got.partition(b"\r\n\r\n")[2] == body
+
+
+def test_a_connection_that_ends_while_a_file_is_completed_does_no_harm(files):
+    browser = Browser(files)
+    head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}\nContent-Length: 5\n\n"
+    browser.sends(head.replace("\n", "\r\n").encode())
+    browser.conn.reader.feed(b"hello")
+    session = browser.conn.session
+    session.receive(browser.conn.reader.take())
+    files.turn()
+    session.receive(chat.END_OF_BODY)
+    assert files.hub.files.finishing
+    session.ended()
+    browser.conn.gone = True
+    files.turn()
+    (file,) = files.hub.files.values()
+    assert file.sha and not files.hub.files.finishing and on_disk(files) == [file.sha]
+    got(files, f"/files/{file.id}", basic("alice"), method="DELETE")
+    assert on_disk(files) == []
+
+
+def test_an_upload_whose_bytes_are_all_there_is_completed_when_it_is_asked_for(files):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    (part,) = on_disk(files)
+    (files.site.folder.path / part).write_bytes(b"hello")  # and then the server was killed
+    there = tus(files, "HEAD", path)
+    assert (there[0], there[1]["upload-offset"]) == (200, "5") and got(files, path)[2] == b"hello"
+
+
+def test_nothing_is_done_to_a_file_that_is_just_being_completed(files):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    files.hub.files.finishing.add(path[7:])
+    assert tus(files, "PATCH", path, "Upload-Offset: 5", PIECE)[0] == 423
+    assert tus(files, "DELETE", path)[0] == 423
+    assert tus(files, "HEAD", path)[1]["upload-offset"] == "5"
+
+
+def test_one_user_cannot_fill_the_table_of_files(files, monkeypatch):
+    for _ in range(chat.UPLOADS_A_USER):
+        assert tus(files, "POST", "/files", "Upload-Length: 1")[0] == 201
+    assert tus(files, "POST", "/files", "Upload-Length: 1")[0] == 507
+    files.hub.files.clear()
+    monkeypatch.setattr(chat, "FILES_COUNT", 8)
+    for body in (b"a", b"b"):
+        assert posted(files, body)[0] == 201
+    assert posted(files, b"c")[0] == 507
+
+
+def test_a_file_of_unknown_size_has_room_made_as_it_grows(files, monkeypatch):
+    monkeypatch.setattr(chat, "CHUNKS_RESERVED", 100)
+    files.hub.files.most, files.hub.files.total = 1000, 2000
+    head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}\nTransfer-Encoding: chunked"
+    chunk = b"64\r\n" + bytes(100) + b"\r\n"
+    assert Browser(files).asks(head, chunk * 2 + b"0\r\n\r\n")[0] == 201
+    assert [file.size for file in files.hub.files.values()] == [200]
+    full = Browser(files, "more").asks(head, chunk * 9 + b"0\r\n\r\n")
+    assert full[0] == 507 and len(files.hub.files) == 1
+
+
+@pytest.mark.parametrize(
+    "value", ["attachment; filename*=x; filename*1*=b", "x" * 100, ";;;=", "a\xffb"]
+)
+def test_a_broken_name_is_no_name(value):
+    assert isinstance(chat.disposition_name(value), str)
+
+
+def test_a_file_that_was_opened_for_no_one_is_closed(files):
+    before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+    for n in range(20):
+        chat.OpenFile(files.site.folder.path / f"{n}.part", new=True)
+    gc.collect()
+    after = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+    assert after <= before + 1
 
 
 def test_the_port_of_a_chat_is_also_one_of_the_web(running):
