@@ -10115,7 +10115,7 @@ TEMPORARY, NEEDS_USER, FATAL = "temporary", "needs the user", "fatal"
 
 
 class View(NamedTuple):
-    """One thing to show."""
+    """A thing for a screen to show: a message, a notice or a change of state."""
 
     # SAID, NOTICED (a NOTICE of IRC), CAME, WENT; TOLD by the server; a NOTE of our own; the
     # STATUS of the connection, UP when it stands; PEOPLE when members have changed, with a text
@@ -10147,7 +10147,7 @@ class View(NamedTuple):
 
 
 class Heard(NamedTuple):
-    """A line of IRC as a server sends it: a Message, and who it is from."""
+    """A parsed line of IRC from a server, with its source."""
 
     source: str
     verb: str
@@ -10167,7 +10167,7 @@ class Heard(NamedTuple):
 
 
 def shown_line(raw: bytes) -> str:
-    """Return a line of a server without what could steer a terminal. The mark of CTCP stays."""
+    """Return a server's line as text that cannot steer a terminal. The CTCP mark (0x01) stays."""
     parts = raw.decode(errors="replace").split("\x01")
     return "\x01".join(harmless(COLOURS.sub("", part)) for part in parts).translate(BIDI_CONTROLS)
 
@@ -10193,8 +10193,8 @@ CLIENT_ALIASES = {
 
 
 def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[str]) -> list[str]:
-    """Return completions of a word: a command or an address at the start of a line, a channel, a
-    name. Names are offered in the order given."""
+    """Return the completions of a word: commands, channels or names. At the start of a line
+    (`first`), commands are completed, and a colon follows a name. Names keep the order given."""
     if word[:1] == "/" and first:
         verbs = (*client_command, *CLIENT_ALIASES)
         return sorted(f"/{verb} " for verb in verbs if len(verb) > 1 and verb.startswith(word[1:]))
@@ -10205,24 +10205,24 @@ def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[st
 
 
 def calls(text: str, name: str) -> bool:
-    """Return whether `text` has this name in it, as a word of its own."""
+    """Return whether `text` contains this name as a separate word, in any case."""
     key, folded = fold(name), fold(text)
     return key in folded and bool(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", folded))
 
 
 def beginning(text: str) -> str:
-    """Return a text, or of a long one its first line, for what is said about it."""
+    """Return a text to quote in a notice: all of it, or the cut first line of a long one."""
     first, newline, _ = text.partition("\n")
     return f"{cut(first, QUOTED_BYTES)} \u2026" if newline or len(first) > QUOTED_BYTES else first
 
 
 def is_quit(text: str) -> bool:
-    """/quit, which a client does by itself: it leaves, and does not come back."""
+    """Return whether a text is the command /quit, after which the client does not reconnect."""
     return text.lower().split()[:1] == ["/quit"]
 
 
 def is_channel(name: str) -> bool:
-    """Return whether it looks like a channel's name, where no server is at hand to ask."""
+    """Return whether a name looks like a channel's. This is for code that has no server to ask."""
     return name[:1] in ("#", "&", "+", "!")
 
 
@@ -10239,8 +10239,8 @@ PARAMETER_MODES = "beIqaohvkl"  # that carry a parameter, where 005 has no CHANM
 
 
 class ServerProfile:
-    """The abilities of a server and its rule for names, as CAP, 004 and 005 tell them. RFC 1459
-    applies to what it has not told; `before` is its profile of an earlier connection."""
+    """The abilities of a server and its rule for names, from CAP, 004 and 005. RFC 1459 applies
+    where the server says nothing. `before` is the profile of an earlier connection."""
 
     def __init__(self, ours: bool = True, before: "ServerProfile | None" = None):
         self.ours = ours  # a chat.py
@@ -10255,7 +10255,7 @@ class ServerProfile:
     # Names
 
     def fold(self, name: str) -> str:
-        """Return the key of a name: two names with one key are the same to this server."""
+        """Return the key of a name. Names with the same key are the same name to this server."""
         if self.ours:
             return fold(name)
         mapping = self.tokens.get("CASEMAPPING", "rfc1459" if self.told else "ascii").lower()
@@ -10271,12 +10271,12 @@ class ServerProfile:
         return bool(name) and name[0] in self.channel_types
 
     def as_channel(self, name: str) -> str:
-        """Return the name of a channel as a user may type it, without its first character."""
+        """Return the full name of a channel, which a user may type without its first character."""
         known = self.is_channel(name) or name[:1] in "#&!+"
         return name if known else f"{self.channel_types[:1] or '#'}{name}"
 
     def without_status(self, target: str) -> str:
-        """Return the channel of a target like @#channel, which is for its operators."""
+        """Return the channel of a target like @#channel (STATUSMSG); other targets unchanged."""
         bare = target[1:]
         return bare if target[:1] in self.status and self.is_channel(bare) else target
 
@@ -10286,12 +10286,12 @@ class ServerProfile:
 
     @property
     def ranks(self) -> tuple[str, str]:
-        """The letters of the modes that are ranks, and their symbols before names."""
+        """The letters of the modes that are ranks, and the symbols of these ranks before names."""
         letters, _, symbols = self.tokens.get("PREFIX", "(ov)@+").removeprefix("(").partition(")")
         return letters, symbols
 
     def takes_parameter(self, letter: str, sign: str) -> bool:
-        """Return whether a channel mode is followed by a parameter (Modern IRC, CHANMODES)."""
+        """Return whether a parameter follows a channel mode (Modern IRC, CHANMODES)."""
         if letter in self.ranks[0]:
             return True
         lists, always, on_set, *_ = (*self.tokens.get("CHANMODES", "").split(","), "", "", "")
@@ -10312,7 +10312,7 @@ class ServerProfile:
     # Limits
 
     def limit(self, name: str, usual: int) -> int:
-        """Return the number that a token of 005 has."""
+        """Return the number of a token of 005, or `usual` if the server has announced none."""
         return whole_number(self.tokens.get(name, "")) or usual
 
     @property
@@ -10321,7 +10321,7 @@ class ServerProfile:
 
     @property
     def multiline_limits(self) -> tuple[int, int]:
-        """Bytes and lines of one message (draft/multiline)."""
+        """The most bytes and lines of one message (draft/multiline)."""
         value = parse_tags(self.offered.get("draft/multiline", "").replace(",", ";"))
         size, lines = (whole_number(value.get(f"max-{one}", "")) for one in ("bytes", "lines"))
         return size or LINE_BYTES, lines or MESSAGE_LINES
@@ -10329,7 +10329,7 @@ class ServerProfile:
     # What our messages come back with
 
     def takes(self, tag: str) -> bool:
-        """Return whether a tag of a client reaches other clients, and this one."""
+        """Return whether the server passes on a client-only tag, also back to this client."""
         denied = self.tokens.get("CLIENTTAGDENY", "").split(",")
         name = tag.removeprefix("+")
         allowed = f"-{name}" in denied or not ({"*", name} & set(denied))
@@ -10345,17 +10345,17 @@ class ServerProfile:
 
     @property
     def echoes(self) -> bool:
-        """Our messages come back recognizably: that is how the client knows that they arrived."""
+        """True if messages come back recognizably, which tells the client that they arrived."""
         return "echo-message" in self.enabled and (self.labels or self.keeps_own_tags)
 
     @property
     def repeatable(self) -> bool:
-        """A message that is sent twice under one id is said once."""
+        """True if the server delivers a message only once that is sent twice with the same id."""
         return self.echoes and "chat.py/session" in self.enabled
 
     @property
     def pages(self) -> bool:
-        """The server has CHATHISTORY, with ids of messages."""
+        """True if the server has CHATHISTORY and message ids."""
         return {"draft/chathistory", "batch", "message-tags", "server-time"} <= self.enabled
 
     @property
@@ -10364,7 +10364,7 @@ class ServerProfile:
 
 
 def size_text(size: int) -> str:
-    """Return a number of bytes for people: 512 B, 1.5 KB, 20 MB."""
+    """Return a number of bytes as readable text: 512 B, 1.5 KB, 20 MB."""
     number = float(size)
     for unit in ("B", "KB", "MB", "GB"):
         if number < 1000 or unit == "GB":
@@ -10375,7 +10375,7 @@ def size_text(size: int) -> str:
 
 
 class FileTag(NamedTuple):
-    """What a server tells of a file whose link is in a message (chat.py/file)."""
+    """A file whose link is in a message, as the server describes it (chat.py/file)."""
 
     path: str
     type: str
@@ -10384,14 +10384,14 @@ class FileTag(NamedTuple):
     height: int = 0
 
     def words(self) -> str:
-        """Return it for people: picture, 120 KB, 640x480."""
+        """Return a readable description: picture, 120 KB, 640x480."""
         kind = "picture" if self.type in PICTURE_TYPES else self.type
         pixels = f", {self.width:,}\u00d7{self.height:,}" * bool(self.width)
         return f"{kind}, {size_text(self.size)}{pixels}"
 
 
 def parse_file_tag(value: str) -> FileTag | None:
-    """Return the file of a message; None if the server tells of none."""
+    """Return the file that a message's tag describes; None if the tag is empty or malformed."""
     path, *rest = value.split(",")
     if not FILE_LINK.fullmatch(path) or len(rest) != 4:
         return None
@@ -10404,7 +10404,7 @@ def parse_file_tag(value: str) -> FileTag | None:
 
 
 class Transfer:
-    """A file on its way up or down, as the client store keeps it."""
+    """A file being uploaded or downloaded, as the client store keeps it."""
 
     KEPT = ("id", "up", "room", "path", "name", "size", "url", "type", "etag")
 
@@ -10424,7 +10424,7 @@ class Transfer:
         return {name: getattr(self, name) for name in self.KEPT}
 
     def words(self) -> str:
-        """Return how far it is, for people."""
+        """Return the progress of the transfer as readable text."""
         verb = "sending" if self.up else "saving"
         share = f" {100 * self.done // self.size} %" if self.size else ""
         why = f" ({self.why})" if self.why and self.state != "running" else ""
@@ -10435,7 +10435,7 @@ class Transfer:
 
 
 class Setting(NamedTuple):
-    """Something that the user may want otherwise."""
+    """A setting that the user may change."""
 
     usual: str
     values: tuple[str, ...]  # that it may have; () is any
@@ -10458,12 +10458,12 @@ def is_news(view: View) -> bool:
 
 
 def identity_of(view: View) -> Any:
-    """Return what tells a message from others: its id, or else all of it."""
+    """Return a value that distinguishes a message: its id, or else its time, name and text."""
     return view.id or (view.time, view.name, view.text)
 
 
 class Waiting(NamedTuple):
-    """A message that has not arrived for certain."""
+    """A message that is not known to have arrived."""
 
     id: str
     where: str
@@ -10475,15 +10475,15 @@ class Waiting(NamedTuple):
 
 
 def accepted_at(own_id: str) -> int | None:
-    """Return when a message was accepted, in milliseconds, by our id of it; None if that is of
-    another make."""
+    """Return the time in milliseconds at which a message was accepted, from the id that the client
+    gave it; None for an id of another form."""
     head = own_id.partition("-")[0]
     return int(head, 16) if re.fullmatch(r"[0-9a-f]{1,12}", head) else None
 
 
 class Outbox:
-    """Messages that were accepted and have not arrived for certain, in order. A `journal`
-    outlives the program: append(record), which raises Unusable when it cannot, and clear()."""
+    """The accepted messages that are not known to have arrived, in order. A `journal` outlives the
+    program. It has append(record), which raises Unusable on failure, and clear()."""
 
     def __init__(self, journal: Any = None, secret: str = "", waiting: Iterable[Waiting] = ()):
         self.journal = journal
@@ -10496,7 +10496,7 @@ class Outbox:
         self.parked: dict[str, str] = {}  # for the user to decide: /retry, /cancel; and why
 
     def add(self, now: float, where: str, text: str, kind: str, reply: str = "") -> Waiting:
-        """Accept a message, at wall time `now`. Raises Unusable if it cannot be kept."""
+        """Accept a message at wall time `now` (s). Raises Unusable if it cannot be stored."""
         id = f"{int(now * 1000):x}-{secrets.token_hex(8)}"
         one = Waiting(id, where, text, kind, reply=reply)
         if self.journal:
@@ -10507,9 +10507,9 @@ class Outbox:
     def next(
         self, carries: Callable[[Waiting], bool], waits: Callable[[Waiting], bool] | None = None
     ) -> Waiting | None:
-        """Return what is to be sent now, of what the talk `carries`. No message overtakes
-        one that was accepted before it, except those that wait for the user, and without
-        waits() those that cannot be carried yet."""
+        """Return the message to send now, or None. The talk `carries` a message that it can send.
+        No message overtakes an earlier one, with two exceptions: a message left to the user, and
+        one that the talk cannot carry yet and for which waits() is missing or false."""
         if len(self.in_flight) >= self.window:
             return None
         later = self.in_flight.keys() | self.parked.keys()
@@ -10527,14 +10527,14 @@ class Outbox:
             self._note({"sent": one.id})
 
     def arrived_to(self, id: str, at: int) -> None:
-        """Note that a message has arrived up to a character: some are sent in many lines."""
+        """Note that a message has arrived up to character `at`: some are sent as many lines."""
         one = self.waiting.get(id)
         if one and at > one.at:
             self.waiting[id] = one._replace(at=at)
             self._note({"at": [id, at]})
 
     def arrived(self, id: str) -> Waiting | None:
-        """Take out a message that arrived, or is not to be sent again."""
+        """Remove and return a message that arrived, or that must not be sent again."""
         if id in self.in_flight:
             del self.in_flight[id]
             self.window = min(self.most, self.window + 1)
@@ -10553,17 +10553,18 @@ class Outbox:
                     self.journal.clear()
 
     def park(self, id: str, why: str) -> None:
-        """Leave a message to the user."""
+        """Keep a message from being sent until the user decides about it; `why` is the reason."""
         self.in_flight.pop(id, None)
         self.unconfirmed.discard(id)
         self.parked[id] = why
 
     def retry(self, id: str) -> None:
-        """Send a message that was left to the user."""
+        """Let a message that was left to the user be sent again."""
         self.parked.pop(id, None)
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
-        """Send to `new` what is still to be sent to a conversation that was renamed."""
+        """Send the remaining messages of a renamed conversation to `new`; is_old(name) tells
+        which."""
         for id, one in self.waiting.items():
             if is_old(one.where) and id not in self.in_flight:
                 self.waiting[id] = one._replace(where=new)
@@ -10571,21 +10572,21 @@ class Outbox:
                 self._note({"sent": id} if one.sent else {})
 
     def take_back(self, sent: Iterable[Waiting]) -> None:
-        """Keep messages that have not arrived after all. Raises Unusable if it cannot."""
+        """Put back messages that have not arrived. Raises Unusable if they cannot be stored."""
         self.waiting = {one.id: one for one in sent} | self.waiting
         for one in sent if self.journal else ():
             self.journal.append({"say": one})
 
     def connection_lost(self) -> list[Waiting]:
-        """Return what was in flight."""
+        """Return the messages in flight, and note that no message is in flight any more."""
         flown, self.in_flight = [self.waiting[id] for id in self.in_flight], {}
         self.window = 1
         return flown
 
 
 class Transcript(collections.deque):
-    """The views of a room, the oldest first; and how many ever were put behind them.
-    The oldest rows go when there are many, but not while the user reads back."""
+    """The views of a room, the oldest first, and the number of views ever appended. The oldest ones
+    go when there are too many, but not while the user scrolls back."""
 
     total = 0
     reading = False
@@ -10604,7 +10605,7 @@ class Transcript(collections.deque):
 
 
 def moved_text(moves: Iterable[View]) -> str:
-    """Return in one line who came and went: a user who did both is told once."""
+    """Return one line about the users who joined and left. A user who did both is named once."""
     last: dict[str, list[str]] = {}
     for view in moves:
         last.setdefault(view.name, []).append(view.kind)
@@ -10624,7 +10625,7 @@ def moved_text(moves: Iterable[View]) -> str:
 
 
 def remember(ids: dict[str, None], id: str) -> None:
-    """Add an id to those that are known, of which the oldest are forgotten."""
+    """Add an id to the known ids, and forget the oldest one if there are too many."""
     ids[id] = None
     if len(ids) > IDS_KEPT:
         del ids[next(iter(ids))]
@@ -10668,22 +10669,22 @@ class Room:
 
     @property
     def hole(self) -> str:
-        """The id of the message before which some are missing, the newest such; or ""."""
+        """The id of the newest message before which others are missing; "" if there is none."""
         return self.holes[-1] if self.holes else ""
 
     @property
     def oldest(self) -> str:
-        """The id of the first message here; "" if there is none."""
+        """The id of the first message in this room; "" if there is none."""
         return next((view.id for view in self.views if view.id and view.kind != FOUND), "")
 
     def hold(self, view: View) -> None:
-        """Hold a view until older messages have come."""
+        """Hold a view until older messages have come. Too many are dropped: pages bring them."""
         self.held.append(view)
         if len(self.held) > VIEWS_KEPT:
             self.held, self.spilled = [], True
 
     def came(self, name: str, ranks: str = "") -> None:
-        """Add a member. A server may make up as many as it likes."""
+        """Add a member, up to a limit: a server may invent any number."""
         if len(self.people) < PEOPLE_LISTED and len(name.encode()) <= NAME_BYTES:
             self.people[name] = ranks
 
@@ -10699,14 +10700,14 @@ class Room:
         return True
 
     def name_view(self, own_id: str, id: str, file: str = "") -> None:
-        """Note what the server tells of a message of ours: its id, and the file it leads to."""
+        """Add the server's id and file to the view of a message that this client sent."""
         for n in range(len(self.views) - 1, -1, -1):
             if self.views[n].own_id == own_id:
                 self.views[n] = self.views[n]._replace(id=id, file=file)
                 return
 
     def drop(self, unwanted: Callable[[View], bool]) -> bool:
-        """Remove views; return whether there were such."""
+        """Remove the unwanted views; return whether there were any."""
         kept = [view for view in self.views if not unwanted(view)]
         dropped = len(kept) < len(self.views)
         if dropped:
@@ -10715,7 +10716,7 @@ class Room:
         return dropped
 
     def show_moves(self) -> View:
-        """Put the joins and quits that were collected in one row; return it."""
+        """Append the collected joins and quits as one row; return the row."""
         moves, self.moves = self.moves, []
         row = View(MOVED, moved_text(moves), where=self.name, time=moves[-1].time)
         self.views.append(moves[0] if len(moves) == 1 else row)
@@ -10723,7 +10724,7 @@ class Room:
         return row
 
     def read(self, when: int) -> bool:
-        """Note that what was said up to a time (ms) has been read; return whether that is news."""
+        """Note that messages up to a time (ms) have been read; return whether that is new."""
         if when <= self.read_time:
             return False
         self.read_time = when
@@ -10733,7 +10734,7 @@ class Room:
         return True
 
     def rank(self, name: str, symbol: str, on: bool, symbols: str) -> None:
-        """Give or take a rank of a member."""
+        """Give a rank to a member, or remove it. `symbols` are all ranks, the highest first."""
         if name in self.people:
             before = self.people[name]
             self.people[name] = "".join(
@@ -10763,12 +10764,12 @@ OTHER_PROTOCOLS = (  # how the first line of a server begins that is not for cha
 
 
 def other_protocol(line: str) -> str:
-    """Return what a server speaks, by its first line, if that is a known protocol and no chat."""
+    """Return the protocol of a server's first line, if the protocol is known and no chat."""
     return next((name for name, pattern in OTHER_PROTOCOLS if pattern.match(line)), "")
 
 
 class PlainTalk:
-    """The workshop's protocol: a name, then lines. Nothing is ever acknowledged."""
+    """The client's side of the workshop's protocol: a name, then lines, all unacknowledged."""
 
     ready = True
     doubts = pages = batching = False
@@ -10811,11 +10812,11 @@ class PlainTalk:
         core.show(View(PEOPLE, where=LOBBY))
 
     def carries(self, one: Waiting) -> bool:
-        """Send only what is for the lobby: there is no other conversation here."""
+        """Return whether a message is for the lobby, the only conversation of this protocol."""
         return self.core.fold(one.where) == self.core.fold(LOBBY)
 
     def pump(self) -> None:
-        """Send what may be sent."""
+        """Send the messages that may be sent."""
         outbox = self.core.outbox
         while one := outbox.next(self.carries):
             text = f"*{one.text}*" if one.kind == ACTION else one.text
@@ -10826,7 +10827,7 @@ class PlainTalk:
             outbox.arrived(one.id)  # or never will: such a server does not tell
 
     def do_without(self, *values: Any) -> None:
-        """Do nothing: the line protocol has no such thing."""
+        """Do nothing, in place of a method for which the line protocol has no command."""
 
     tick = bye = ping = forget = acknowledged = renamed = watch = send = do_without
 
@@ -10852,7 +10853,7 @@ NO_PACE = (1e9, 1e9)  # lines at once, and a second
 
 
 class Batch:
-    """Lines that belong together, until all of them are there (IRCv3 batch)."""
+    """Lines that belong together, collected until the batch ends (IRCv3 batch)."""
 
     def __init__(self, heard: Heard, outer: str):
         self.kind = heard.params[1]
@@ -10869,7 +10870,7 @@ UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time at which history was asked
 
 
 class Asked(NamedTuple):
-    """A request for history whose answer is still to come."""
+    """A request for history that is not answered yet."""
 
     where: str
     # "last": what was said before we came. "missed": behind the mark, page by page. "gap":
@@ -10881,7 +10882,7 @@ class Asked(NamedTuple):
 
 
 class Echoed(NamedTuple):
-    """A line of ours that the server will echo without saying which one it is."""
+    """A sent line that the server will echo without saying which line it is."""
 
     target: str  # folded
     text: str
@@ -10894,7 +10895,7 @@ IRC_HEARD: dict[str, tuple[Callable, int]] = {}  # verb -> handler, and paramete
 
 
 def from_server(*verbs: str, least: int = 0) -> Callable:
-    """Decorator: this function is for these verbs and numerics."""
+    """Decorate the handler of these verbs and numerics; lines need at least `least` parameters."""
 
     def register(handler: Callable) -> Callable:
         IRC_HEARD.update(dict.fromkeys(verbs, (handler, least)))
@@ -10904,7 +10905,8 @@ def from_server(*verbs: str, least: int = 0) -> Callable:
 
 
 def sendable_lines(text: str, room: int) -> Iterator[tuple[str, bool]]:
-    """Yield a message as lines that fit; and whether each goes on with the one before."""
+    """Yield the lines of a message, in pieces of at most `room` bytes, and whether each piece
+    continues the one before."""
     for line in text.split("\n"):
         for n, piece in enumerate(split_text(line, room)):
             yield piece, n > 0
@@ -10913,7 +10915,7 @@ def sendable_lines(text: str, room: int) -> Iterator[tuple[str, bool]]:
 def in_batches(
     lines: list[tuple[str, bool]], size: int, count: int
 ) -> Iterator[list[tuple[str, bool]]]:
-    """Yield lines in groups that fit in one message of `size` bytes and `count` lines."""
+    """Yield groups of lines, each of which fits in a message of `size` bytes and `count` lines."""
     group, used = [], 0
     for text, goes_on in lines:
         length = len(text.encode()) + (0 if goes_on or not group else 1)
@@ -10926,7 +10928,7 @@ def in_batches(
 
 
 def same_words(sent: str, heard: str) -> bool:
-    """Return whether a server made `heard` of what was sent: some cut it or take its colours."""
+    """Return whether a server made `heard` from a sent line: some cut it or remove colours."""
     plain = shown_line(sent.encode(errors="replace"))
     return heard in (sent, plain) or (len(heard) > 100 and (sent + plain).startswith(heard))
 
@@ -10935,8 +10937,8 @@ PIECE = "piece"  # in place of an id: a line of ours within a message, which nee
 
 
 def echo_id(talk: "IrcTalk", heard: Heard, target: str, text: str) -> str:
-    """Return our id of a message of ours that comes back: by label, by tag, or by its order
-    among those that this server echoes without either."""
+    """Return the own id of a message that the server echoes; "" if unknown, PIECE for a part of
+    one. The id is found by label, by tag, or by order among the lines echoed without either."""
     waiting = talk.core.outbox.waiting
     for name in (heard.tags.get("label", ""), heard.tags.get(OWN_ID, "")):
         stem, dot, _ = name.partition(".")
@@ -10955,7 +10957,7 @@ def echo_id(talk: "IrcTalk", heard: Heard, target: str, text: str) -> str:
 
 
 def is_person(heard: Heard) -> bool:
-    """Return whether a user says this, and neither a server nor one of its services."""
+    """Return whether a line comes from a user, and not from a server or one of its services."""
     if fold(heard.name) in SERVICES:
         return False
     return "!" in heard.source or bool(heard.source and "." not in heard.source)
@@ -10966,7 +10968,7 @@ REPLY, REACT, UNREACT, TYPES = "+draft/reply", "+draft/react", "+draft/unreact",
 
 
 def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
-    """Return PRIVMSG or NOTICE as it is shown."""
+    """Return the view of a PRIVMSG or NOTICE."""
     core, server = talk.core, talk.server
     target = server.without_status(heard.params[0])
     mine = core.is_me(heard.name) or talk.was_me(heard.source)
@@ -10989,13 +10991,13 @@ def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
 
 
 def not_shown(room: Room, views: list[View]) -> list[View]:
-    """Return the messages of a page without those that have no id and are there already."""
+    """Return the messages of a page, without those that have no id and are shown already."""
     shown = {identity_of(view) for view in room.views if not view.id}
     return [view for view in views if view.id or identity_of(view) not in shown]
 
 
 def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
-    """Take the messages from before we joined."""
+    """Handle the page of messages from before the client joined."""
     for view in not_shown(room, views):
         talk.core.deliver(room, view._replace(past=True))
     room.whole = not views  # a short page may be one of long messages
@@ -11003,7 +11005,7 @@ def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> Non
 
 
 def page_missed(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
-    """Page by page, until there is nothing new: one may be short because of its size."""
+    """Handle a page of missed messages, and ask for more until one page brings nothing new."""
     new = any(view.id and view.id not in talk.core.seen for view in views)
     for view in not_shown(room, views):
         talk.core.deliver(room, view)
@@ -11017,7 +11019,7 @@ def page_missed(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> N
 
 
 def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
-    """Take the newest page of missed messages. If there were more, the rows begin with it."""
+    """Handle the newest page of missed messages. If there were more, the rows begin with it."""
     size = sum(len(view.text.encode()) for view in views)
     if len(views) >= limit or size > PAGE_BYTES // 2:
         room.views.clear()
@@ -11039,7 +11041,7 @@ def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None
 
 
 def page_older(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
-    """Put older messages before the first row. A page of nothing visible is not the end."""
+    """Put a page of older messages before the first row. If none is visible, ask for another."""
     core, shown = talk.core, {identity_of(view) for view in room.views}
     before = room.paged.id if room.paged else room.oldest
     room.whole = not views or (bool(views[0].id) and views[0].id == before)
@@ -11065,8 +11067,8 @@ PAGES = {"last": page_last, "missed": page_missed, "gap": page_gap, "older": pag
 
 
 def ask_targets(talk: "IrcTalk") -> None:
-    """Ask in which private conversations something was said meanwhile. A chat.py is asked by
-    the last id; other servers by a time, a day earlier: their clock may have been set."""
+    """Ask which private conversations have missed messages. A chat.py is asked by the last id.
+    Other servers are asked by time, a day earlier, because their clock may have been set."""
     core = talk.core
     if "chat.py/session" in talk.server.enabled and core.newest_id:
         since = f"msgid={core.newest_id}"
@@ -11087,13 +11089,13 @@ class Login(NamedTuple):
 
 
 def is_ctcp(text: str) -> bool:
-    """Return whether a message is for a program: a CTCP that is no ACTION."""
+    """Return whether a message is a CTCP for a program, which ACTION is not."""
     return text.startswith("\x01") and not re.match("\x01ACTION[ \x01]", text, re.IGNORECASE)
 
 
 class IrcTalk:
-    """IRC from the client's side, for one connection. What comes is handled by the functions
-    below; a line with too few parameters is no line."""
+    """IRC from the client's side, for one connection. The functions decorated by from_server()
+    handle the server's lines. A line with too few parameters is ignored."""
 
     def __init__(self, core: "ClientCore"):
         self.core = core
@@ -11145,8 +11147,8 @@ class IrcTalk:
 
     @property
     def order(self) -> Callable[[Waiting], bool] | None:
-        """Return which messages hold up later ones: a pipe keeps its order also where a JOIN is
-        slow; a person does not wait."""
+        """A function that tells which messages hold up later ones, or None. A pipe keeps its order
+        even if a JOIN is slow; on a screen, messages do not wait."""
         return None if self.core.tidy else self.waits
 
     @property
@@ -11155,14 +11157,15 @@ class IrcTalk:
 
     @property
     def doubts(self) -> bool:
-        """The server may say a message twice that is sent to it twice."""
+        """True if the server may deliver a message twice that is sent to it twice."""
         return not self.server.repeatable
 
     # Out
 
     @staticmethod
     def line(verb: str, *params: str) -> str:
-        """Return one line; the last parameter may be anything."""
+        """Return a line of IRC. The last parameter may be empty, have blanks or begin with a
+        colon."""
         middle = [verb, *params[:-1]]
         last = params[-1:]
         if last and (not last[0] or " " in last[0] or last[0].startswith(":")):
@@ -11170,19 +11173,19 @@ class IrcTalk:
         return " ".join([*middle, *last])
 
     def send(self, verb: str, *params: str) -> None:
-        """Send a line: at once before we are registered, in its turn after that."""
+        """Send a line: at once before registration, in its turn after that."""
         if self.ready:
             self.queue.append((self.line(verb, *params), ""))
         else:
             self.core.output.append(self.line(verb, *params))
 
     def send_at_once(self, verb: str, *params: str) -> None:
-        """Overtake what waits: an answer that the server waits for."""
+        """Send a line before all waiting ones, as an answer that the server waits for."""
         self.core.output.append(self.line(verb, *params))
 
     def command(self, verb: str, *params: str) -> None:
-        """Send what the user wants done, behind the messages accepted before it. Raises Refused
-        for what the server would cut."""
+        """Send a user's command after the messages accepted before it. Raises Refused if the server
+        would cut the line."""
         token, usual = COMMAND_LIMITS.get(verb, ("", IRC_BYTES))
         most, text = self.server.limit(token, usual), params[-1] if params else ""
         size = len(text) if self.server.ours else len(text.encode())
@@ -11201,7 +11204,7 @@ class IrcTalk:
         self.queue.append((line, last))
 
     def pump(self) -> None:
-        """Send what may be sent now: what waits, in the pace that this server allows."""
+        """Send the waiting lines and messages at the pace that this server allows."""
         self.budget.refill(self.core.ticks())
         while self.ready and self.budget.tokens >= 1 and self._send_next():
             pass
@@ -11214,7 +11217,7 @@ class IrcTalk:
                     self.ask_history(room, how) or self.core.release(room)
 
     def _send_next(self) -> bool:
-        """Send one line, if there is one."""
+        """Send one line or message; return False if none can be sent."""
         outbox = self.core.outbox
         if self.pieces:
             line = self.pieces.popleft()
@@ -11242,15 +11245,16 @@ class IrcTalk:
         return True
 
     def _is_behind(self, id: str) -> bool:
-        """Return whether the message with this id is still to be sent, and can be."""
+        """Return whether the message with this id, which a queued line follows, can still be
+        sent."""
         outbox = self.core.outbox
         one = outbox.waiting.get(id)
         done = one is None or id in outbox.in_flight or id in outbox.parked
         return not done and (self.carries(one) or self.waits(one))
 
     def _may_catch_up(self) -> bool:
-        """Return whether pages may be asked for: waiting messages go first, because a page can be
-        as large as all that a bad line carries."""
+        """Return whether pages may be requested. Waiting messages go first, because one page can
+        use all that a bad connection carries."""
         outbox = self.core.outbox
         return self.core.acknowledged or not (
             outbox.in_flight or outbox.next(self.carries, self.order)
@@ -11273,11 +11277,11 @@ class IrcTalk:
         return self.line("PING", token)
 
     def ping(self) -> None:
-        """Ask whether the server is still there."""
+        """Send a PING, to learn whether the server is still there."""
         self.core.output.append(self.ping_line(f"{next(self.labels)}"))
 
     def tick(self) -> None:
-        """Once a second: wait no longer for answers that do not come."""
+        """Stop waiting for overdue answers; called every second."""
         now = self.core.ticks()
         if not self.introduced and now - self.began > CAP_SECONDS:
             self.introduce()
@@ -11297,7 +11301,7 @@ class IrcTalk:
             self.hurry(now)
 
     def hurry(self, now: float) -> None:
-        """End a registration that the server does not end."""
+        """End a log-in or a registration that the server does not complete in time."""
         if self.login is not None and now - self.began > LOGIN_SECONDS:
             self.core.show(View(NOTE, "not logged in: the server does not answer"))
             self.end_log_in()
@@ -11306,7 +11310,7 @@ class IrcTalk:
             self.core.dismissed = True
 
     def doubt_echoes(self, now: float) -> None:
-        """Ask for what should have come back long ago: some servers drop messages silently."""
+        """Send a PING after messages whose echo is overdue: some servers drop messages silently."""
         late = now - self.last_ack > ECHO_SECONDS and not self.server.ours
         asked = {*self.unconfirmed, *itertools.chain(*self.acks.values())}
         alone = [id for id in self.core.outbox.in_flight if id not in asked]
@@ -11315,7 +11319,7 @@ class IrcTalk:
             self.doubted[self.pings[-1]] = alone
 
     def page_missing(self, asked: Asked) -> None:
-        """History does not come: show what waited for it. If it comes yet, it is not lost."""
+        """Stop waiting for a page, and show the views held for it. A late page is still used."""
         self.asked[self.asked.index(asked)] = asked._replace(at=GIVEN_UP)
         room = self.core.find(asked.where)
         if asked.how == "targets":
@@ -11327,7 +11331,7 @@ class IrcTalk:
             self.core.release(room)
 
     def _date(self, line: str) -> None:
-        """Note when a request for history was sent: it may have waited for its turn."""
+        """Note the time at which a request for history was sent: requests wait for their turn."""
         if "CHATHISTORY " not in line:
             return
         for n, asked in enumerate(self.asked):
@@ -11336,26 +11340,26 @@ class IrcTalk:
                 return
 
     def was_me(self, source: str) -> bool:
-        """Return whether this source is ours, under an earlier nick."""
+        """Return whether a source is this client under an earlier nick."""
         name, _, address = source.partition("!")
         former = self.core.fold(name) in self.core.former_names
         return former and bool(address) and address == self.mask.partition("!")[2]
 
     def acknowledged(self, own_id: str) -> None:
-        """The server has a message, and has refused nothing that was sent before it."""
+        """Note that the server has a message, and has refused none that was sent before it."""
         self.last_ack = self.core.ticks()
         if any(id == own_id for _, id in self.said):
             while self.said.popleft()[1] != own_id:
                 pass
 
     def forget(self, own_id: str) -> None:
-        """Confirm a message no more: it is the user's to decide about."""
+        """Stop confirming a message, because the user decides about it."""
         for ids in (self.unconfirmed, *self.acks.values(), *self.doubted.values()):
             if own_id in ids:
                 ids.remove(own_id)
 
     def renamed(self, old: str, new: str) -> None:
-        """A conversation has another name: also in what is asked about it."""
+        """Use the new name of a conversation in the pending requests for history."""
         for n, asked in enumerate(self.asked):
             if self.core.fold(asked.where) == self.core.fold(old):
                 self.asked[n] = asked._replace(where=new)
@@ -11365,7 +11369,7 @@ class IrcTalk:
     # Coming in
 
     def give_names(self) -> None:
-        """PASS, NICK and USER."""
+        """Send PASS, NICK and USER."""
         core, self.named = self.core, True
         if core.password:
             self.send("PASS", core.password)
@@ -11375,8 +11379,8 @@ class IrcTalk:
         core.output.append(f"USER {username} 0 * :{core.name}")
 
     def introduce(self) -> None:
-        """All in one go: slow lines pay for every answer that is waited for. What the server
-        offers it grants, so that what comes behind CAP REQ can rely on it."""
+        """Send CAP REQ, secret, names and log-in together, since each round trip of a slow line
+        costs time. A server grants what it offers, so the lines after CAP REQ can rely on that."""
         if self.introduced:
             return
         self.introduced = True
@@ -11397,8 +11401,8 @@ class IrcTalk:
             self.send("CAP", "END")
 
     def mechanism(self, asked: bool = False) -> str:
-        """Return the best way to log in that both know; "" if there is no need or none. A
-        password travels in the clear only when the user asked for that."""
+        """Return the best SASL mechanism that both sides know; "" if none is needed or possible. A
+        password is sent in the clear only if the user asked for that."""
         core = self.core
         offered = self.server.offered.get("sasl", "")
         known = [*filter(None, offered.split(","))] or [*LOGINS]
@@ -11433,7 +11437,7 @@ class IrcTalk:
             self.send("CAP", "END")
 
     def regain_name(self, now: float) -> None:
-        """Ask now and then whether the wanted name is free, where the server does not tell."""
+        """Ask whether the wanted nick is free: once by MONITOR, or now and then by ISON."""
         core = self.core
         wanted = clean_name(core.wanted_name)
         if core.is_me(wanted) or not core.regain or now < core.regain_at:
@@ -11446,32 +11450,32 @@ class IrcTalk:
             self.send("ISON", wanted)
 
     def watch(self, names: Iterable[str]) -> None:
-        """Be told whether the users of private conversations are there, if the server can."""
+        """Monitor the users of private conversations, for a screen, if the server has MONITOR."""
         names = [name for name in names if name and " " not in name and "," not in name]
         if self.core.tidy and "MONITOR" in self.server.tokens and names:
             self.send("MONITOR", "+", ",".join(names[:WATCHED]))
 
     def name_is_free(self, name: str) -> None:
-        """Take this name if it is the wanted one."""
+        """Take a nick that is free, if it is the wanted one."""
         core = self.core
         wanted = clean_name(core.wanted_name)
         if core.regain and core.fold(name) == core.fold(wanted) and not core.is_me(name):
             self.send("NICK", wanted)
 
     def note_join(self, name: str) -> None:
-        """A JOIN is on its way."""
+        """Note that a JOIN was sent."""
         count, _ = self.entering.get(self.core.fold(name), (0, 0.0))
         self.entering[self.core.fold(name)] = count + 1, self.core.ticks()
 
     def join_failed(self, name: str) -> bool:
-        """One of the JOINs of a channel failed; return whether no other is on its way."""
+        """Note that a JOIN of a channel failed; return whether no other one is unanswered."""
         count, since = self.entering.pop(self.core.fold(name), (0, 0.0))
         if count > 1:
             self.entering[self.core.fold(name)] = count - 1, since
         return count <= 1
 
     def cannot_enter(self, name: str, why: str) -> None:
-        """Leave the messages for a channel that we cannot enter to the user."""
+        """Let the user decide about the messages for a channel that the client cannot join."""
         room = self.core.find(name)
         if room is None or room.inside:
             return
@@ -11482,14 +11486,14 @@ class IrcTalk:
         self.core.park_all(room, why)
 
     def waits(self, one: Waiting) -> bool:
-        """Return whether a message waits for the answer to a JOIN: later ones of a pipe, and
-        commands, wait with it."""
+        """Return whether a message waits for the answer to a JOIN. The later messages of a pipe,
+        and commands, wait with it."""
         room, key = self.core.find(one.where), self.core.fold(one.where)
         return room is not None and room.is_channel and not room.inside and key in self.entering
 
     def where_of(self, heard: Heard) -> str:
-        """Return the open conversation that a numeric is about; "" if it names none. One that
-        names a user is mostly the answer to a command: it is shown where the user looks."""
+        """Return the open conversation that a numeric is about; "" for none. A numeric that names a
+        user is mostly the answer to a command, and is shown in the current conversation."""
         rooms = (self.core.find(param) for param in heard.params[1:-1])
         about_talks = heard.verb in SAYING_FAILED
         return next((room.name for room in rooms if room and (room.is_channel or about_talks)), "")
@@ -11501,7 +11505,7 @@ class IrcTalk:
     # Messages
 
     def transmit(self, one: Waiting) -> None:
-        """Make a message the next lines to be sent, with our id on the last one, or on all."""
+        """Make a message the next lines to be sent, with its own id on the last line or on all."""
         rest = one.text[one.at :].removeprefix("\n") if one.at else one.text
         if one.kind == ACTION:
             lines = [(f"\x01ACTION {one.text}\x01", False)]
@@ -11530,11 +11534,11 @@ class IrcTalk:
 
     @property
     def batching(self) -> bool:
-        """Return whether a BATCH has been begun that has to be ended."""
+        """True if a BATCH has been begun that has to be ended."""
         return "BATCH -m" in self.pieces
 
     def own_tags(self, id: str, reply: str = "") -> str:
-        """Return what stands before a message of ours, so that its echo is known."""
+        """Return the tags before a message that make its echo recognizable and name its reply."""
         tags = [f"{OWN_ID}={id}"] * self.server.keeps_own_tags
         tags += [f"{REPLY}={escaped_tag(reply)}"] * bool(reply and self.server.takes(REPLY))
         tags += [f"label={id}"] * self.server.labels
@@ -11555,7 +11559,8 @@ class IrcTalk:
         self.pieces.append("BATCH -m")
 
     def carries(self, one: Waiting) -> bool:
-        """Return whether a message can be sent: one for a channel waits until we are in it."""
+        """Return whether a message can be sent; one for a channel waits until the client is in
+        it."""
         room = self.core.find(one.where)
         if room is None or not room.is_channel:
             return not self.server.is_channel(one.where)
@@ -11568,7 +11573,7 @@ class IrcTalk:
     # History
 
     def ask_history(self, room: Room, how: str) -> bool:
-        """Ask for a page of it; return whether one comes."""
+        """Ask for a page of a room's history; return whether a page will come."""
         if not self.server.pages:
             return False
         limit = {"last": HISTORY_LINES, "older": self.server.page_size}.get(
@@ -11592,20 +11597,20 @@ class IrcTalk:
         return self.selector(f"msgid={view.id}" if view.id else "", view.time)
 
     def selector(self, mark: str, when: int | None) -> str:
-        """Return a mark as this server takes it: by id, or some only by time (MSGREFTYPES)."""
+        """Return a position in history as this server takes it: by id, or by time (MSGREFTYPES)."""
         takes_ids = "msgid" in self.server.tokens.get("MSGREFTYPES", "msgid").split(",")
         by_id = mark and (takes_ids or not when)
         return mark if by_id else f"timestamp={tag_time(when)}" if when else "*"
 
     def ask(self, asked: Asked, *params: str) -> None:
-        """Send a CHATHISTORY whose answer is known by its label, else by its target."""
+        """Send a CHATHISTORY. The answer is recognized by its label, else by its target."""
         label = f"h{next(self.labels)}" if self.server.labels else ""
         self.asked.append(asked._replace(label=label))
         head = [f"@label={label}"] if label else []
         self.send(*head, "CHATHISTORY", *params)
 
     def answered(self, label: str, target: str) -> Asked | None:
-        """Take out what is answered by this; None if nothing was asked."""
+        """Remove and return the request that an answer belongs to; None if there is no request."""
         key = self.core.fold(target)
         by_label = (one for one in self.asked if label and one.label == label)
         by_target = (one for one in self.asked if self.core.fold(one.where) == key)
@@ -11615,8 +11620,8 @@ class IrcTalk:
         return one
 
     def catch_up(self, room: Room) -> None:
-        """From where this room holds everything; a new one begins with the last things said,
-        if that is for a person, or with what comes from now on."""
+        """Fetch the messages after the last one of this room. A new room begins with the latest
+        messages on a screen, and with live messages in a pipe."""
         room.held = []
         how = "last" if not room.mark else "gap" if self.core.tidy else "missed"
         if (room.mark or self.core.tidy) and self.server.pages:
@@ -11679,7 +11684,7 @@ class IrcTalk:
         return [view for item in batch.items if (view := self.view_of(item))]
 
     def view_of(self, item: "Heard | Batch") -> View | None:
-        """Return a message, if it is one; of a batch, the message of several lines."""
+        """Return the message of a line, or of a batch of several lines; None for anything else."""
         if isinstance(item, Heard):
             spoken = item.verb in ("PRIVMSG", "NOTICE") and len(item.params) > 1
             if not spoken or is_ctcp(item.params[1]):
@@ -11694,7 +11699,7 @@ class IrcTalk:
         return spoken_view(self, first, text.removeprefix("\n"))
 
     def take_page(self, label: str, target: str, views: list[View]) -> None:
-        """Take history that was asked for."""
+        """Take a page of history that was requested."""
         asked = self.answered(label, target) or Asked("", "asked", 0)
         room = self.core.find(asked.where)
         if room is None or asked.how not in PAGES:
@@ -11702,11 +11707,11 @@ class IrcTalk:
         PAGES[asked.how](self, room, views, asked.limit)
 
     def show_past(self, views: list[View], title: str) -> None:
-        """Show what was asked for where the user is, apart from what is said now."""
+        """Show requested messages in the current conversation, apart from live messages."""
         self.core.show_results(title, [view for view in views if view.kind in (SAID, NOTICED)])
 
     def release_talks(self) -> None:
-        """Release the private conversations in which nothing was missed."""
+        """Show the held messages of private conversations for which no page was requested."""
         busy = {self.core.fold(asked.where) for asked in self.asked}
         for key, room in list(self.core.rooms.items()):
             if not room.is_channel and room.held is not None and key not in busy:
