@@ -11730,7 +11730,7 @@ NOT_JOINED = (
 
 
 def refused(talk: IrcTalk, heard: Heard, text: str) -> None:
-    """Tell of something that the server refused: a message of ours, if it has our label."""
+    """Show an error of the server; with the label of a message, report that message as lost."""
     label = heard.tags.get("label", "")
     if label in talk.core.outbox.waiting:
         talk.core.lost(label, text)
@@ -11747,8 +11747,8 @@ NO_FAILURE = (  # of a message: what other commands are refused with
 
 
 def message_refused(talk: IrcTalk, heard: Heard) -> str:
-    """Return the id of the message in flight that an error without a label is about: the
-    oldest one to the target that it names."""
+    """Return the id of the oldest message in flight to the target of an error without a label; ""
+    if the error is about a notice or about no message."""
     number, core = heard.verb, talk.core
     error = number.isdecimal() and (number[0] in "45" or number in SAYING_FAILED)
     if not error or len(heard.params) < 2 or "label" in heard.tags:
@@ -11765,7 +11765,7 @@ def message_refused(talk: IrcTalk, heard: Heard) -> str:
 
 @from_server("", least=1)
 def tell_rest(talk: IrcTalk, heard: Heard) -> None:
-    """A numeric, or another line of a server, that needs nothing but to be read."""
+    """Show a line that has no handler of its own; note what it refuses: a channel or a message."""
     *about, text = heard.params[1:] or heard.params
     between = ": " if heard.verb[:1] in ("4", "5") else " "
     text = between.join([" ".join(about), text] if about else [text])
@@ -11808,7 +11808,7 @@ def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("421", "451", least=2)
 def no_capabilities(talk: IrcTalk, heard: Heard) -> None:
-    """A server that knows no CAP."""
+    """Go on with a server that knows no CAP, or no AUTHENTICATE."""
     if heard.params[1] == "AUTHENTICATE" and talk.login is not None:
         talk.core.show(View(NOTE, "not logged in: this server knows no SASL"))
         return talk.end_log_in()
@@ -11826,7 +11826,7 @@ def keep_login(core: "ClientCore") -> None:
 
 
 def renew_login(core: "ClientCore") -> None:
-    """Use the proposed password from now on: the server accepted it."""
+    """Use the proposed password from now on, because the server accepted it."""
     if core.me.proposed:
         core.me.login, core.me.proposed = core.me.proposed, None
         core.me.account = core.me.login.account
@@ -11835,7 +11835,7 @@ def renew_login(core: "ClientCore") -> None:
 
 
 def forget_login(core: "ClientCore") -> None:
-    """Drop the log-in: there is no such account, or not with that password."""
+    """Drop the log-in: the account does not exist, or has another password."""
     core.me.proposed, core.me.login = None, None
     if core.me.generated:
         core.me.generated = False
@@ -11843,7 +11843,7 @@ def forget_login(core: "ClientCore") -> None:
 
 
 def answer_log_in(talk: IrcTalk, said: Any) -> None:
-    """`said` by the server, or by a job that the exchange asked for."""
+    """Answer a SASL message of the server, or go on with the result of a job of the exchange."""
     if talk is not talk.core.talk or talk.login is None:
         return
     try:
@@ -11891,14 +11891,14 @@ def logged_in(talk: IrcTalk, heard: Heard) -> None:
 
 
 def come_another_time(talk: IrcTalk, why: str) -> None:
-    """Hang up and try again later: as another user we would send everything again."""
+    """Disconnect and try again later: as another user the client would send all messages again."""
     talk.core.refuse(why, TEMPORARY)
     talk.bye("")
 
 
 @from_server("908", least=2)
 def mechanisms_told(talk: IrcTalk, heard: Heard) -> None:
-    """Keep the mechanisms that the server has, after it refused one."""
+    """Keep only the mechanisms that the server lists after it refused one."""
     known = heard.params[1].split(",")
     talk.mechanisms_left = [name for name in talk.mechanisms_left if name in known]
 
@@ -11920,7 +11920,7 @@ def not_logged_in(talk: IrcTalk, heard: Heard) -> None:
 
 
 def try_name(talk: IrcTalk, heard: Heard, most: int, candidate: Callable[[int], str]) -> None:
-    """Try another name, until the server takes one; after so many give up."""
+    """Try another nick until the server takes one; give up after `most` attempts."""
     if talk.ready:
         return tell_rest(talk, heard)
     if "chat.py/session" in talk.server.offered and not talk.server.enabled:
@@ -11936,7 +11936,7 @@ def try_name(talk: IrcTalk, heard: Heard, most: int, candidate: Callable[[int], 
 
 @from_server("433", "436", "437", least=2)
 def name_is_taken(talk: IrcTalk, heard: Heard) -> None:
-    """Try NAME2, NAME3 and so on. A name that comes back cut shows how long one may be."""
+    """Try NAME2, NAME3 and so on. A nick that the server cut shows how long one may be."""
     name, shown = clean_name(talk.core.wanted_name), heard.params[1]
     if len(shown) < len(talk.core.name) and talk.core.name.startswith(shown):
         talk.nick_bytes = len(shown)
@@ -11952,8 +11952,8 @@ def name_is_taken(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("432", least=1)
 def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
-    """Try the name with only letters and digits, shorter ones, then a guest name: other servers
-    allow less in a name than ours."""
+    """Try the nick with only letters and digits, then shorter ones, then a guest nick: other
+    servers allow fewer characters than a chat.py."""
     name, guest = clean_name(talk.core.wanted_name), f"guest{random.randrange(1000)}"
     plain = re.sub(r"[^A-Za-z0-9_-]", "", name).lstrip("0123456789-")
     letters = re.sub(r"[^A-Za-z]", "", name)
@@ -12031,7 +12031,7 @@ def support_told(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("396", least=2)
 def own_host_told(talk: IrcTalk, heard: Heard) -> None:
-    """Our host as others see it: it counts in the length of a line."""
+    """Note the client's host as others see it, which counts in the length of a line."""
     before = talk.mask.partition("@")[0] or talk.longest_mask().partition("@")[0]
     host = heard.params[1]
     talk.mask = host if "@" in host and "!" in host else f"{before}@{host.rpartition('@')[2]}"
@@ -12052,7 +12052,7 @@ NEEDS_USER_WORDS = re.compile(
 
 @from_server("ERROR", least=1)
 def error_told(talk: IrcTalk, heard: Heard) -> None:
-    """Why the server closes: throttled, full or going down is for the moment."""
+    """Note why the server closes. Throttled, full or going down are temporary reasons."""
     talk.core.dismissed = True
     if not talk.core.quitting and not talk.core.refusal:
         needs_user = bool(NEEDS_USER_WORDS.search(heard.params[0]))
@@ -12071,7 +12071,7 @@ def not_let_in(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("470", least=3)
 def sent_elsewhere(talk: IrcTalk, heard: Heard) -> None:
-    """The server puts us in another channel than the one that we wanted."""
+    """Follow the server, which redirects a JOIN to another channel."""
     core, (_, old, new, *_) = talk.core, heard.params
     tell_rest(talk, heard)
     if (room := core.find(old)) and not room.inside:
@@ -12097,8 +12097,8 @@ def confirm(talk: IrcTalk, own_id: str) -> None:
 
 @from_server("PONG")
 def ponged(talk: IrcTalk, heard: Heard) -> None:
-    """Confirm the messages sent before our PING. Some servers do not repeat the token:
-    answers come in order."""
+    """Confirm the messages sent before a PING. Some servers do not repeat its token: PONGs come in
+    the order of the PINGs."""
     token = heard.params[-1] if heard.params else ""
     if token not in talk.pings:
         token = talk.pings[0] if talk.pings else ""
@@ -12118,7 +12118,7 @@ def ponged(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("ACK")
 def labelled_answer_ended(talk: IrcTalk, heard: Heard) -> None:
-    """A labelled message was accepted where nothing is echoed; else it was swallowed."""
+    """Note that a labelled message was accepted, or, if the server echoes messages, dropped."""
     label = heard.tags.get("label", "")
     if "echo-message" not in talk.server.enabled:
         confirm(talk, label)
@@ -12131,19 +12131,19 @@ INERT = CONTROLS | BIDI_CONTROLS | {0x09: "    ", 0x2028: " ", 0x2029: " "}
 
 
 def inert(text: str) -> str:
-    """Text that can only be shown, whatever it was meant to do, of one line or several."""
+    """Return a text without characters that control a terminal; newlines stay."""
     return text if text.isprintable() else text.translate(INERT)
 
 
 def visible(text: str) -> str:
-    """A line with its newlines shown as symbols, so that it stays one row."""
+    """Return a text as one row: newlines become symbols, tabs become blanks."""
     return inert(text.replace("\n", "\u23ce").replace("\t", " "))
 
 
 @from_server("TAGMSG", least=1)
 def tags_told(talk: IrcTalk, heard: Heard) -> None:
-    """Reactions and typing. With our id it stands for a message of ours that is not there any
-    more."""
+    """Handle reactions and typing. A TAGMSG with an own id confirms a message that was sent again
+    and has been removed since."""
     core, tags = talk.core, heard.tags
     mine = core.is_me(heard.name)
     if mine:
@@ -12180,8 +12180,8 @@ UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as s
 
 
 def no_page(talk: IrcTalk, code: str, label: str, about: list[str]) -> None:
-    """History that was asked for does not come. If the server does not know the last message
-    that is held (a backup was restored), ask for its newest ones."""
+    """Handle a refused request for history. If the server does not know the last message of the
+    room (a backup was restored), ask for its newest messages."""
     named = next((one for one in about if talk.core.find(one)), "")
     asked = talk.answered(label, named)
     if asked is None:
@@ -12201,7 +12201,7 @@ def no_page(talk: IrcTalk, code: str, label: str, about: list[str]) -> None:
 
 
 def tell_nothing(talk: IrcTalk, heard: Heard) -> None:
-    """Ignore what only programs need to know, or what is told in other words."""
+    """Ignore a line that only programs need, or that the client tells in other words."""
 
 
 for quiet in (
@@ -12213,7 +12213,7 @@ for quiet in (
 
 @from_server("375", "372", "376", "422", least=2)
 def motd_told(talk: IrcTalk, heard: Heard) -> None:
-    """The message of the day, if the user asked for it."""
+    """Show the message of the day, if the user asked for it."""
     if talk.core.wants_motd:
         talk.core.show(View(TOLD, heard.params[-1]))
         talk.core.wants_motd = heard.verb not in ("376", "422")
@@ -12221,7 +12221,7 @@ def motd_told(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("303", least=2)
 def present_told(talk: IrcTalk, heard: Heard) -> None:
-    """ISON: take the wanted name if it is free."""
+    """Take the wanted nick if the answer to ISON does not list it."""
     wanted = clean_name(talk.core.wanted_name)
     if talk.core.fold(wanted) not in map(talk.core.fold, heard.params[1].split()):
         talk.name_is_free(wanted)
@@ -12229,7 +12229,7 @@ def present_told(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("730", "731", least=2)
 def presence_told(talk: IrcTalk, heard: Heard) -> None:
-    """Note which users that MONITOR watches are online."""
+    """Note which monitored users are online."""
     core, gone = talk.core, heard.verb == "731"
     for name in (one.partition("!")[0] for one in heard.params[1].split(",")):
         if gone:
@@ -12278,7 +12278,7 @@ def noted(talk: IrcTalk, heard: Heard) -> None:
 
 
 def answer_ctcp(talk: IrcTalk, heard: Heard) -> None:
-    """Answer the questions of other clients' programs, a few a minute; show their answers."""
+    """Answer the CTCP requests of other clients, a few a minute; show the answers of others."""
     core = talk.core
     verb, _, rest = heard.params[1].strip("\x01").partition(" ")
     verb = verb.upper()
@@ -12325,7 +12325,7 @@ def message_came(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("CHATHISTORY", least=3)
 def missed_in_a_talk(talk: IrcTalk, heard: Heard) -> None:
-    """TARGETS names a private conversation with messages that we missed: ask for them."""
+    """Ask for the missed messages of a private conversation that TARGETS names."""
     name = heard.params[1]
     asked = any(one.how == "targets" for one in talk.asked)
     if talk.server.is_channel(name) or not asked or len(talk.asked) > TARGETS_ASKED:
@@ -12371,7 +12371,7 @@ def we_joined(talk: IrcTalk, heard: Heard) -> None:
 
 
 def one_by_one(handler: Callable) -> Callable:
-    """Decorator: old servers name several channels in one line."""
+    """Decorate a handler to be called for each channel: old servers name several in one line."""
 
     @functools.wraps(handler)
     def for_each(talk: IrcTalk, heard: Heard) -> None:
@@ -12395,7 +12395,7 @@ def user_joined(talk: IrcTalk, heard: Heard) -> None:
 
 
 def user_went(talk: IrcTalk, room: Room, heard: Heard, name: str, why: str = "") -> None:
-    """Take a user, perhaps us, out of one conversation."""
+    """Remove a user, or this client, from one conversation."""
     core = talk.core
     room.people.pop(name, None)
     if core.is_me(name):
@@ -12554,7 +12554,7 @@ def who_ended(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("AWAY")
 def away_changed(talk: IrcTalk, heard: Heard) -> None:
-    """A user whom the client shares a conversation with went away or is back."""
+    """Note that a user in a conversation with this client went away or is back."""
     talk.core.note_person(heard.name, away=bool(heard.params and heard.params[0]))
     talk.core.show(View(PEOPLE))
     if (room := talk.core.find(heard.name)) and not room.is_channel:
@@ -12587,7 +12587,7 @@ def topic_told(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("MODE", least=2)
 def modes_set(talk: IrcTalk, heard: Heard) -> None:
-    """Follow the ranks. A rank that was taken may have hidden another one: one NAMES tells."""
+    """Follow the ranks of members. A removed rank may have hidden another: one NAMES tells."""
     where, letters, *values = heard.params
     room, server = talk.core.find(where), talk.server
     if room is None:
@@ -12614,7 +12614,7 @@ def invited(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("REDACT", least=2)
 def taken_back(talk: IrcTalk, heard: Heard) -> None:
-    """Remove a message that was taken back, also one that is still to come in a page."""
+    """Remove a redacted message, also one that is still to come in a page."""
     core, (where, id) = talk.core, heard.params[:2]
     core.remove(id)
     name = where if talk.server.is_channel(where) or core.is_me(heard.name) else heard.name
@@ -12657,7 +12657,7 @@ def channel_listed(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("REGISTER", "VERIFY", least=2)
 def registered(talk: IrcTalk, heard: Heard) -> None:
-    """Show the result; a client that has an account now logs in to it from now on."""
+    """Show the result of a registration; after a success, log in to the account from now on."""
     core = talk.core
     core.show(View(TOLD, heard.params[-1]))
     if heard.params[0] == "SUCCESS":
@@ -12668,7 +12668,7 @@ def registered(talk: IrcTalk, heard: Heard) -> None:
 
 
 def check_message(where: str, text: str, kind: str, name_bytes: int) -> None:
-    """Raise Refused if no server would take it."""
+    """Raise Refused if no server would take this message."""
     if text.count("\n") >= MESSAGE_LINES or len(text.encode()) > LINE_BYTES:
         limit = f"a message has at most {MESSAGE_LINES} lines and {LINE_BYTES:,} bytes"
         raise Refused("TOO_LONG", limit)
@@ -12679,23 +12679,23 @@ def check_message(where: str, text: str, kind: str, name_bytes: int) -> None:
 
 
 class Rooms(dict[str, Room]):
-    """The conversations there are, by key, in the order in which they were opened."""
+    """The conversations of a client, by key, in the order in which they were opened."""
 
     def rekey(self, fold: Callable[[str], str]) -> None:
-        """Take the keys that a server's rule for names gives; of two with one, keep the first."""
+        """Apply a server's rule for names to all keys. Keep the first of two rooms with one key."""
         rooms = list(self.values())
         self.clear()
         for room in rooms:
             self.setdefault(fold(room.name), room)
 
     def least(self, besides: Collection[Room]) -> Room | None:
-        """Return the one that is missed least: the oldest private conversation."""
+        """Return the oldest private conversation that is not in `besides`; None for none."""
         private = (room for room in self.values() if not room.is_channel and room not in besides)
         return next(private, None)
 
 
 def wanted_rooms(join: Iterable[str], fold: Callable[[str], str] = fold) -> Rooms:
-    """Return the conversations of --join: "#a", or "#a PASSWORD"; the # may be left out."""
+    """Return the conversations that --join names: "#a", or "#a PASSWORD"; the # may be left out."""
     names = [words.split() for words in join if words.split()]
     rooms = Rooms()
     for name, *password in names:
@@ -12706,7 +12706,7 @@ def wanted_rooms(join: Iterable[str], fold: Callable[[str], str] = fold) -> Room
 
 
 class Credentials:
-    """The account of a client, and its means to prove it."""
+    """The account of a client, and the means to prove that the client owns it."""
 
     def __init__(self, login: Login | None):
         self.login = login
@@ -12720,8 +12720,8 @@ class Credentials:
 
 
 def first_words(core: "ClientCore", line: str) -> bool:
-    """A server that speaks first shows by that what it is; return whether that is all that
-    the line says."""
+    """Detect the kind of a server by the line that it sends first. Return True if that line needs
+    no other handling."""
     if line.startswith("* "):  # we are being turned away, and told why
         core.refuse(line.removeprefix("* "), TEMPORARY)
         core.show(View(TOLD, core.refusal))
@@ -12745,7 +12745,7 @@ PASSWORD_WORDS = ("login", "identify", "register", "passwd", "oper", "pass", "pa
 
 
 def nearest_command(verb: str) -> str:
-    """Return which command was meant perhaps, as a question."""
+    """Return a question that names the command that the user may have meant; "" for none."""
     import difflib
 
     known = [*client_command, *CLIENT_ALIASES]
@@ -12754,7 +12754,7 @@ def nearest_command(verb: str) -> str:
 
 
 def message_pieces(text: str) -> Iterator[str]:
-    """Yield a text as messages that a server takes: between lines, if that can be."""
+    """Yield a text as messages that a server takes, divided between lines if possible."""
     lines: list[str] = []
     size = 0
     for line in text.split("\n"):
@@ -12783,7 +12783,7 @@ def optional(*words: str) -> list[str]:
 
 
 class ForScreens:
-    """The calls of a screen on a client core, besides the lines that the user types."""
+    """The methods of a client core for screens, besides typed(), which takes the user's text."""
 
     server: ServerProfile
     outbox: Outbox
@@ -12813,7 +12813,7 @@ class ForScreens:
     # Messages that did not go out
 
     def retry(self, own_id: str) -> None:
-        """Send a message that was left to the user; enter its channel first if need be."""
+        """Send a message that was left to the user; join its channel first if needed."""
         if own_id not in self.outbox.parked:
             return
         self.outbox.retry(own_id)
@@ -12824,7 +12824,7 @@ class ForScreens:
             self.talk.enter(room)
 
     def cancel(self, own_id: str) -> None:
-        """Drop a message that is not under way."""
+        """Drop a message that is not in flight."""
         if own_id in self.outbox.in_flight or own_id not in self.outbox.waiting:
             return
         where = self.outbox.waiting[own_id].where
@@ -12838,7 +12838,7 @@ class ForScreens:
 
     @property
     def file_host(self) -> str:
-        """The URL that files are uploaded to. Raises Refused if the server tells of none."""
+        """The URL for uploads. Raises Refused if the server announces none."""
         tokens, names = self.server.tokens, ("soju.im/FILEHOST", "draft/FILEHOST")
         urls = [word for name in names for word in tokens.get(name, "").split()]
         if not urls:
@@ -12856,7 +12856,7 @@ class ForScreens:
         return self.talk.send_at_once("TOKEN", "GENERATE", "FILEHOST")
 
     def took_token(self, token: str) -> None:
-        """The server gave a token, or "" because it does not."""
+        """Give a token of the server to the uploads that wait for one; "" if there will be none."""
         self.upload_token, self.token_at = token, self.ticks()
         waiting, self.wait_for_token = self.wait_for_token, []
         for then in waiting:
@@ -12877,13 +12877,13 @@ class ForScreens:
         self.show(View(TRANSFER, where=one.room, own_id=one.id))
 
     def drop_transfer(self, one: Transfer) -> None:
-        """Drop a file that is on its way."""
+        """Stop the transfer of a file, and forget it."""
         self.forget_transfer(one)
         if self.end_transfer:
             self.end_transfer(one)
 
     def post_file(self, one: Transfer) -> None:
-        """Say where a file is that was uploaded."""
+        """Send the link of an uploaded file to its conversation."""
         import mimetypes
 
         kind = mimetypes.guess_type(one.name)[0]
@@ -12891,7 +12891,7 @@ class ForScreens:
         self.send(one.room, f"{one.name} ({about}): {one.url}")
 
     def save_file(self, room: Room, view: View, path: str) -> None:
-        """Begin to save the file that a message leads to. Raises Refused."""
+        """Begin to save the file that a message links to. Raises Refused."""
         file = parse_file_tag(view.file)
         named = re.match(r"(.+) \([^()]*\): \S+$", view.text)
         ending = file.type.rpartition("/")[2].replace("plain", "txt").replace("jpeg", "jpg")
@@ -12902,24 +12902,24 @@ class ForScreens:
     # Messages that are there
 
     def can(self, what: str) -> bool:
-        """Return whether this server takes a "reply", "react", "redact" or "typing"."""
+        """Return whether this server allows a "reply", "react", "redact" or "typing"."""
         if what == "redact":
             return self.ready and "draft/message-redaction" in self.server.enabled
         tag = {"reply": REPLY, "react": REACT, "typing": TYPES}[what]
         return self.ready and self.server.takes(tag)
 
     def need(self, what: str) -> None:
-        """Raise Refused if this server takes no such thing."""
+        """Raise Refused if this server does not allow a "reply", "react", "redact" or "typing"."""
         if not self.can(what):
             raise Refused("CANNOT", f"this server takes no {what}")
 
     def redact(self, room: Room, id: str) -> None:
-        """Take back a message of ours, or as an operator another's. Raises Refused."""
+        """Redact a message of the user, or as an operator one of another user. Raises Refused."""
         self.need("redact")
         self.talk.command("REDACT", room.name, id)
 
     def react(self, room: Room, id: str, emoji: str, on: bool = True) -> None:
-        """React to a message, or take that back. Raises Refused."""
+        """React to a message, or remove the reaction. Raises Refused."""
         self.need("react")
         if not emoji.strip() or len(emoji) > REACTION_CHARACTERS:
             limit = f"a reaction has 1 to {REACTION_CHARACTERS} characters"
@@ -12930,7 +12930,7 @@ class ForScreens:
             self.reacted(room, id, emoji, self.name, on)
 
     def reacted(self, room: Room, id: str, emoji: str, name: str, on: bool) -> None:
-        """Note the reaction of a user."""
+        """Store and show the reaction of a user, or the end of it."""
         known = name in self.reactions_of(id).get(emoji, ())
         if self.store and known != on:
             self.store.react(id, emoji, name, on)
@@ -12938,7 +12938,7 @@ class ForScreens:
             self.show(view._replace(mine=self.is_me(name)))
 
     def answered_words(self, view: View) -> str:
-        """Return whom a message answers, and the beginning of what was said; "" if none."""
+        """Return the author and the text of the message that a view answers; "" for no answer."""
         room = self.find(view.where)
         if not view.reply or room is None:
             return ""
@@ -12947,7 +12947,7 @@ class ForScreens:
         return f"{known.name}: {known.text}" if known else "an earlier message"
 
     def reactions_of(self, id: str) -> dict[str, list[str]]:
-        """Return who reacted to a message: nicks by emoji."""
+        """Return the reactions to a message: lists of nicks, by emoji."""
         found: dict[str, list[str]] = {}
         for emoji, name in self.store.reactions(id) if self.store and id else ():
             found.setdefault(emoji, []).append(name)
@@ -12956,8 +12956,8 @@ class ForScreens:
     # Typing
 
     def typing(self, room: Room, state: str) -> None:
-        """Tell the others in a conversation that the user types: "active", now and then;
-        "paused", or "done" for a text that is not sent after all."""
+        """Tell the others in a conversation that the user is typing: "active" is repeated, "paused"
+        is for a break, "done" for a text that is not sent after all."""
         now = self.ticks()
         ready = self.can("typing") and self.setting("typing") == "on"
         idle = self.outbox.waiting.keys() <= self.outbox.parked.keys()
@@ -12970,7 +12970,7 @@ class ForScreens:
             self.talk.send(f"@{TYPES}={state}", "TAGMSG", room.name)
 
     def types(self, room: Room, name: str, state: str) -> None:
-        """Note that another user types."""
+        """Note that another user is typing, or has paused or stopped."""
         room.typing.pop(name, None)
         if state in ("active", "paused") and len(room.typing) < TYPING_MOST:
             seconds = TYPING_LASTS[state]
@@ -12978,7 +12978,7 @@ class ForScreens:
         self.show(View(TYPING, state, name, room.name))
 
     def end_typing(self) -> None:
-        """Forget those who have not gone on typing."""
+        """Forget the users who have not continued to type."""
         for room in self.rooms.values():
             for name in [one for one, until in room.typing.items() if until < self.ticks()]:
                 self.types(room, name, "done")
@@ -12986,7 +12986,7 @@ class ForScreens:
     # What was read
 
     def mark_read(self, room: Room) -> None:
-        """The user has seen everything in a conversation."""
+        """Note that the user has read everything in a conversation."""
         newest = max((view.time or 0 for view in room.views if is_news(view)), default=0)
         if room.unread or room.called:
             self.changed(room)
@@ -12996,7 +12996,7 @@ class ForScreens:
             self.keep_room(room)
 
     def tell_read(self) -> None:
-        """Tell the server how far was read, for the user's other devices."""
+        """Send read markers to the server, for the user's other devices."""
         if not self.ready or "draft/read-marker" not in self.server.enabled:
             return
         for room in self.rooms.values():
@@ -13005,20 +13005,20 @@ class ForScreens:
                 self.talk.send("MARKREAD", room.name, f"timestamp={tag_time(room.read_time)}")
 
     def told_read(self, room: Room, when: int) -> None:
-        """Note what was read on another device of the user."""
+        """Note up to which time (ms) the user has read a conversation on another device."""
         room.told_time = max(room.told_time, when)
         if room.read(when):
             self.keep_room(room)
             self.show(View(READ, where=room.name))
 
     def mute(self, room: Room, on: bool) -> None:
-        """Let a conversation call the user no more, or again."""
+        """Mute a conversation, so that its messages do not call the user, or unmute it."""
         room.muted, room.called = on, 0
         self.keep_room(room)
         self.changed(room)
 
     def move(self, room: Room, place: int) -> None:
-        """Put a conversation at another place in their order, from 0."""
+        """Move a conversation to another place in the list, counted from 0."""
         rooms = [one for one in self.rooms.values() if one is not room]
         rooms.insert(place, room)
         self.rooms.clear()
@@ -13030,7 +13030,7 @@ class ForScreens:
     # Members
 
     def people(self, room: Room) -> list[Person]:
-        """Return the members of a channel; who spoke last is last."""
+        """Return the members of a channel; the last speaker is last."""
         people = []
         for name, rank in room.people.items():
             key = self.fold(name)
@@ -13039,7 +13039,7 @@ class ForScreens:
         return people
 
     def ask_people(self, room: Room) -> None:
-        """Ask once over a connection who of a channel is away."""
+        """Ask once in a connection which members of a channel are away."""
         asks = self.ready and room.inside and not room.asked_people
         if asks and len(room.people) <= PEOPLE_ASKED:
             room.asked_people = True
@@ -13047,7 +13047,7 @@ class ForScreens:
             self.talk.send("WHO", room.name)
 
     def note_person(self, name: str, away: bool | None = None, **about: Any) -> None:
-        """Note what the server tells of a user: away, account, bot."""
+        """Note facts about a user that the server tells: away, account, bot."""
         key = self.fold(name)
         for keys, on in ((self.away_keys, away), (self.bots, about.get("bot"))):
             if on and len(keys) < PEOPLE_LISTED:
@@ -13061,7 +13061,7 @@ class ForScreens:
             self.accounts.pop(key, None)
 
     def forget_person(self, name: str, new: str = "") -> None:
-        """Forget a user who left, or note the new name."""
+        """Forget the facts about a user who left, or move them to the new nick."""
         key = self.fold(name)
         about = (key in self.away_keys, self.accounts.get(key, ""), key in self.bots)
         self.note_person(name, away=False, account="", bot=False)
@@ -13071,42 +13071,41 @@ class ForScreens:
     # What was said once
 
     def find_kept(self, words: str, room: Room | None = None, count: int = 200) -> list[View]:
-        """Return the last messages with these words that this client has kept, in order."""
+        """Return the last stored messages that contain these words, in order."""
         if not self.store:
             return []
         found = self.store.find(words, count, self.fold(room.name) if room else None)
         return [self._in_room(view) for view in found if not self.hides(view)]
 
     def kept(self, id: str) -> View | None:
-        """Return the message with this id, if this client has kept it."""
+        """Return the stored message with this id; None if there is none."""
         return self.store.message(id) if self.store and id else None
 
     def kept_before(self, room: Room, view: View, count: int) -> list[View]:
-        """Return the kept messages before one, in order."""
+        """Return the stored messages before one, in order."""
         found = self.store.page(self.fold(room.name), count, view) if self.store else []
         return [one for one in found if not self.hides(one)]
 
     def kept_after(self, room: Room, view: View, count: int) -> list[View]:
-        """Return the kept messages after one, in order."""
+        """Return the stored messages after one, in order."""
         found = self.store.page_after(self.fold(room.name), count, view) if self.store else []
         return [one for one in found if not self.hides(one)]
 
     def around(self, room: Room, view: View, count: int) -> list[View]:
-        """Return the kept messages around one, and that one, in order."""
+        """Return a message and the stored messages around it, in order."""
         half = count // 2
         before, after = self.kept_before(room, view, half), self.kept_after(room, view, half)
         return [*before, view, *after]
 
 
 class ClientCore(ForScreens):
-    """A client's side of the talk.
+    """The client's side of a conversation with one server.
 
-    Call connected() for each new connection, then feed() with what comes, silence() if
-    nothing does and disconnected() at its end; send what take_output() gives. typed() takes
-    what the user wrote, also while there is no connection: then it waits. `tidy` is for
-    a person's eyes: it asks what was said last. `later` runs a job off the loop; `clock` is
-    wall time, `ticks` monotonic time, in seconds.
-    """
+    Call connected() for each new connection, feed() with the bytes received, silence() if the
+    server sends nothing, and disconnected() at the end. Send the bytes that take_output() returns.
+    typed() takes the user's text; without a connection the text waits. `tidy` is for a screen: the
+    core then asks for the latest messages. `later` runs a job off the loop. `clock` is wall time
+    and `ticks` monotonic time, in seconds."""
 
     told_trouble = ""  # what was told of the store last
     doubted = ""  # text that is sent if the user enters it once more
@@ -13181,7 +13180,7 @@ class ClientCore(ForScreens):
     # What outlives the program
 
     def _load(self, named: bool) -> None:
-        """Take what the store has: open conversations, and what was said there last."""
+        """Load the open conversations and their last messages from the store."""
         self.server.ours = self.server.ours or self.store.fact("ours") == "yes"
         if mapping := self.store.fact("CASEMAPPING"):
             self.server.tokens["CASEMAPPING"] = mapping
@@ -13211,18 +13210,18 @@ class ClientCore(ForScreens):
         room.unread = len(later) if room.read_time else 0
 
     def _show_waiting(self) -> None:
-        """Show what an earlier run accepted and no server has acknowledged yet."""
+        """Show the messages that an earlier run accepted and no server has acknowledged."""
         for one in self.outbox.waiting.values() if self.tidy else ():
             self._show_own(one, one.text)
         self.views.clear()  # they are in their conversations
 
     def keep(self, view: View) -> None:
-        """Keep a message."""
+        """Store a message."""
         if self.store:
             self.store.add(self.fold(view.where), view)
 
     def keep_room(self, room: Room) -> None:
-        """Remember, or forget, that a conversation is open, and whether to join it again."""
+        """Store that a conversation is open, and whether to join it again; delete a closed one."""
         if self.store and self.fold(room.name) in self.rooms:
             place = list(self.rooms).index(self.fold(room.name))
             self.store.keep_room(self.fold(room.name), room, place)
@@ -13230,20 +13229,20 @@ class ClientCore(ForScreens):
             self.store.forget_room(self.fold(room.name))
 
     def note_holes(self, room: Room, *ids: str) -> None:
-        """Note before which messages some are missing in the store."""
+        """Store the ids of the messages of a room before which others are missing."""
         if self.store and (ids or room.holes):
             room.holes = list(ids)
             self.store.keep_fact(f"holes {self.fold(room.name)}", " ".join(ids))
 
     @staticmethod
     def behind_hole(room: Room, views: list[View]) -> list[View]:
-        """Return the messages that follow on the ones that are missing, or all."""
+        """Return the messages after the newest gap of a room; all of them if they have no gap."""
         ids = [view.id for view in views]
         return views[ids.index(room.hole) :] if room.hole and room.hole in ids else views
 
     def older_from_store(self, room: Room) -> bool:
-        """Put what the store has before the first message of a room; return whether it has.
-        What lies before missing ones is shown when the server cannot be asked for those."""
+        """Put stored messages before the first one of a room; return whether there are any.
+        Messages before a gap are shown only if the server cannot be asked to fill that gap."""
         if not self.store:
             return False
         at_hole = bool(room.hole) and room.hole == room.oldest
@@ -13265,20 +13264,20 @@ class ClientCore(ForScreens):
         return bool(views)
 
     def keep_facts(self) -> None:
-        """Remember how the server compares names: the keys of conversations follow from that."""
+        """Store how the server compares names, since the keys of conversations depend on that."""
         if self.store:
             self.store.keep_fact("ours", "yes" if self.server.ours else "no")
             self.store.keep_fact("CASEMAPPING", self.server.tokens.get("CASEMAPPING", ""))
 
     def close_store(self) -> None:
-        """Keep what is open and half typed, at the end."""
+        """Store the open conversations and their drafts, at the end of the program."""
         if self.store:
             for room in self.rooms.values():
                 self.keep_room(room)
             self.store.flush()
 
     def tell_trouble(self) -> None:
-        """Tell once that the store cannot be used."""
+        """Tell the user once that the store cannot be used."""
         trouble, self.store.trouble = self.store.trouble, ""
         if trouble and trouble != self.told_trouble:
             text = f"client.db: {trouble}; what is said is not kept, or cannot be read"
@@ -13294,28 +13293,28 @@ class ClientCore(ForScreens):
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """Those of IRCv3 that this client can use."""
+        """The capabilities of IRCv3 that this client can use."""
         return (*WANTED, *WANTED_BY_SCREENS) if self.tidy else WANTED
 
     @property
     def ready(self) -> bool:
-        """The server has welcomed us."""
+        """True if the server has welcomed the client."""
         return self.talk is not None and self.talk.ready
 
     def online(self) -> Any:
-        """Return the talk. Raises Refused without a connection."""
+        """Return the present talk. Raises Refused without a connection."""
         if not self.ready:
             raise Refused("OFFLINE", "not connected; nothing was sent")
         return self.talk
 
     @property
     def user(self) -> "ClientCore":
-        """For the gate before a command: the user of a client has a name."""
+        """The named user that the check before a command asks for: the core itself."""
         return self
 
     @property
     def here(self) -> str:
-        """The name of the conversation that is looked at; "" if there is none."""
+        """The name of the current conversation; "" if there is none."""
         return self.current.name if self.current else ""
 
     @property
@@ -13324,7 +13323,7 @@ class ClientCore(ForScreens):
 
     @property
     def idle(self) -> bool:
-        """There is nothing left to be sent, but what the user has to decide about."""
+        """True if nothing is left to be sent, except messages that the user must decide about."""
         talk, outbox = self.talk, self.outbox
         waits = talk and (talk.queue or talk.pieces)
         return not waits and outbox.waiting.keys() <= outbox.parked.keys()
@@ -13344,13 +13343,13 @@ class ClientCore(ForScreens):
         return next((room for room in self.rooms.values() if room.id == id), None)
 
     def rekey(self) -> None:
-        """The server has told how it compares names, and what a channel is."""
+        """Apply what the server has told about the comparison of names and about channel names."""
         self.rooms.rekey(self.fold)
         for room in self.rooms.values():
             room.is_channel = room.is_channel or self.server.is_channel(room.name)
 
     def is_ignored(self, heard: Heard) -> bool:
-        """Return whether the user ignores the source of this line: by nick, or by a mask."""
+        """Return whether the user ignores the source of a line, by nick or by mask."""
         return any(self.ignores(mask, heard.source) for mask in self.ignored)
 
     def ignores(self, mask: str, source: str) -> bool:
@@ -13361,7 +13360,7 @@ class ClientCore(ForScreens):
         return self.fold(mask) == self.fold(name)
 
     def is_called(self, text: str) -> bool:
-        """Return whether our name, or another word that the user wants to be told of, is in it."""
+        """Return whether a text contains the user's nick or a word of the setting highlight."""
         words = [self.name, *self.setting("highlight").split()]
         return any(calls(text, word) for word in words)
 
@@ -13378,8 +13377,8 @@ class ClientCore(ForScreens):
         return self.take_views()
 
     def disconnected(self) -> list[View]:
-        """The connection has ended. Messages in flight are sent again where that cannot double
-        them."""
+        """Handle the end of a connection. Messages in flight are sent again if the server cannot
+        deliver them twice."""
         talk, self.talk, self.listening = self.talk, None, False
         flown = self.outbox.connection_lost()
         for one in flown if talk and talk.doubts else ():
@@ -13401,7 +13400,7 @@ class ClientCore(ForScreens):
         return self.take_views()
 
     def silence(self) -> list[View]:
-        """The server let us wait: a workshop server, which wants the name first."""
+        """Handle a server that sends nothing at first: a workshop server waits for the name."""
         if self.listening:
             self.kind = PLAIN
             self.introduce()
@@ -13429,7 +13428,7 @@ class ClientCore(ForScreens):
                 self.talk.take(line)
 
     def finish(self) -> list[View]:
-        """The server has closed: what came after the last newline is a line too, but in IRC,
+        """Handle the end of the server's output. An unfinished last line counts, but not in IRC,
         where it may be half of one."""
         if self.kind == PLAIN:
             self.inbox.finish()
@@ -13456,20 +13455,20 @@ class ClientCore(ForScreens):
         self.flush()
 
     def come_back(self, kind: str) -> None:
-        """Connect again, and speak another protocol."""
+        """Connect again, with another protocol."""
         self.kind, self.redial = kind, True
 
     def refuse(self, why: str, cause: str) -> None:
-        """Note why the server will not have us."""
+        """Note why the server refuses this client, and what the cause means for a new attempt."""
         self.refusal, self.cause = why, cause
 
     def give_up(self, why: str) -> None:
-        """Note that there is no point in coming back."""
+        """Note why connecting again cannot help."""
         self.refuse(why, FATAL)
         self.redial = False
 
     def told_sts(self, value: str) -> None:
-        """Note that the server wants TLS, at which port and for how long (IRCv3 sts)."""
+        """Note the port and the duration for which the server demands TLS (IRCv3 sts)."""
         tokens = parse_tags(value.replace(",", ";"))
         port, seconds = (whole_number(tokens.get(one, "")) for one in ("port", "duration"))
         if value:
@@ -13478,7 +13477,7 @@ class ClientCore(ForScreens):
                 self.redial = True
 
     def tick(self) -> list[View]:
-        """Once a second: time has passed."""
+        """Do the work of every second: overdue answers, joins in one row, read markers, store."""
         if self.talk:
             self.talk.tick()
         for room in self.rooms.values():
@@ -13506,9 +13505,9 @@ class ClientCore(ForScreens):
     def typed(
         self, text: str, room: Room | None = None, reply: str = "", seen: float = math.inf
     ) -> list[View]:
-        """Take a line or several, as one message, or a command: typed in `room`, also where
-        another one is looked at meanwhile. `reply` is the id of the message that it answers;
-        `seen` is how many views there were when it was begun: "the last one" is of these."""
+        """Take a command, or a message of one or several lines. `room` is the conversation in which
+        the text was typed, perhaps not the current one. `reply` is the id of the message that the
+        text answers. `seen` is the number of views then: "the last message" is one of these."""
         looked_at, self.replying, self.views_seen = self.current, reply, seen
         self.current = room or looked_at
         self._typed(text)
@@ -13528,7 +13527,7 @@ class ClientCore(ForScreens):
             self._speak(text[1:] if text[:2] == "//" else text)
 
     def _doubtful(self, text: str) -> str:
-        """Return why the user may not want everybody to read this; "" if it is a message."""
+        """Return why a text may not be meant as a message to all; "" if there is no doubt."""
         if not self.tidy:  # a program means what it says
             return ""
         first = text.split()[:1]
@@ -13542,7 +13541,7 @@ class ClientCore(ForScreens):
         return ""
 
     def say(self, text: str) -> list[View]:
-        """Text, whatever it begins with: what a pipe sends."""
+        """Send a text from a pipe as a message, whatever its first character is."""
         self._speak(text)
         self.flush()
         return self.take_views()
@@ -13573,8 +13572,8 @@ class ClientCore(ForScreens):
         self.send(self.here, text)
 
     def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
-        """Accept a message; shown at once, and sent when that can be. What is too long for
-        one message is several."""
+        """Accept a message: show it at once, and send it when possible. A text that is too long for
+        one message becomes several."""
         split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
         pieces = list(split)
         for n, piece in enumerate(pieces):
@@ -13591,7 +13590,7 @@ class ClientCore(ForScreens):
             self.show(View(NOTE, f"too long for one message: sent as {len(pieces)}"))
 
     def _show_own(self, one: Waiting, text: str) -> Room:
-        """Show a message of ours in its conversation, which is returned."""
+        """Show a message of this client in its conversation; return the conversation."""
         self.shown.add(one.id)
         shown = f"*{text}*" if one.kind == ACTION else text
         room = self.room_for(one.where)
@@ -13608,7 +13607,7 @@ class ClientCore(ForScreens):
             self.park(one.id, f"you are not in {room.name}")
 
     def flush(self) -> None:
-        """Send what may be sent."""
+        """Send the messages and lines that may be sent now."""
         if self.talk and self.talk.ready and not self.redial and self.cause != FATAL:
             self.talk.pump()
 
@@ -13623,7 +13622,7 @@ class ClientCore(ForScreens):
         return view._replace(room=room.id) if room else view
 
     def show_results(self, title: str, views: list[View]) -> None:
-        """Show what was asked for, with a heading and an end."""
+        """Show the messages that a search or a request for history found, between two notes."""
         views = [view for view in views if not self.hides(view)]
         if self.results:
             return self.results(title, views)
@@ -13634,8 +13633,8 @@ class ClientCore(ForScreens):
         self.show(View(NOTE, f"end of {title}"))
 
     def room_for(self, name: str) -> Room:
-        """Return a conversation, a new one if need be. It takes the place of the oldest
-        private one where there are too many; never of one that the user is in."""
+        """Return a conversation; open it if needed. If there are too many, the oldest private one
+        is closed, unless it is the current one or has waiting messages."""
         if self.find(name) is None and len(self.rooms) >= ROOMS_KEPT:
             needed = {self.find(one.where) for one in self.outbox.waiting.values()}
             if least := self.rooms.least({self.current, *needed}):
@@ -13652,7 +13651,7 @@ class ClientCore(ForScreens):
         return self.rooms[key]
 
     def go(self, room: Room) -> None:
-        """Look at another room."""
+        """Make a conversation the current one."""
         self.show(View(PLACE, str(room.unread or ""), where=room.name))
         self.current = room
         if self.reads_at_once:
@@ -13660,7 +13659,7 @@ class ClientCore(ForScreens):
             self.mark_read(room)
 
     def rename(self, room: Room, name: str) -> None:
-        """Rename a conversation. One that has this name already has ended, and goes."""
+        """Rename a conversation. Another one with the new name has ended, and is dropped."""
         old, other = self.fold(room.name), self.find(name)
         if other is not None and other is not room:  # a conversation that has ended
             self.rooms.pop(self.fold(name))
@@ -13678,7 +13677,7 @@ class ClientCore(ForScreens):
             self.go(room)
 
     def close(self, room: Room) -> None:
-        """Look at it no more."""
+        """Close a conversation, and on a screen go to the last one that is open."""
         self.rooms.pop(self.fold(room.name), None)
         self.keep_room(room)
         self.changed(room)
@@ -13691,8 +13690,8 @@ class ClientCore(ForScreens):
                 self.go(other)
 
     def said(self, view: View, heard: Heard | None = None) -> None:
-        """A live message: behind the pages that are on their way. An echo of ours has arrived
-        all the same."""
+        """Handle a live message, which waits behind requested pages. An echo is acknowledged at
+        once."""
         if heard is not None and not view.mine and self.is_ignored(heard):
             return
         if view.own_id:
@@ -13708,7 +13707,7 @@ class ClientCore(ForScreens):
             room.hold(view)
 
     def acknowledge(self, view: View) -> None:
-        """The server has a message of ours."""
+        """Note that the server has a message of this client; store it and show its arrival."""
         one = self.outbox.arrived(view.own_id)
         if one is not None:
             self.made_progress()
@@ -13736,11 +13735,11 @@ class ClientCore(ForScreens):
         return view._replace(time=when, room=room.id if room else view.room)
 
     def changed(self, room: Room) -> None:
-        """Something of a conversation is to be shown otherwise."""
+        """Tell the screens to draw the state of a conversation again."""
         self.show(View(ROOM, where=room.name, room=room.id))
 
     def happened(self, room: Room, view: View) -> None:
-        """Show what is no message, a join or a topic, or hold it behind pages."""
+        """Show an event that is no message, like a join or a topic, or hold it behind pages."""
         view = self.timed(view, room)
         if room.held is not None:
             return room.hold(view)
@@ -13756,20 +13755,20 @@ class ClientCore(ForScreens):
         self.show(view)
 
     def unfold(self, room: Room, name: str) -> None:
-        """Show the joins that wait to be one row, if this user is among them: else the row
-        would come behind what the user said, or behind a quit."""
+        """Show the collected joins if this user is among them: else their row would follow the
+        user's message or quit."""
         if any(move.name == name for move in room.moves):
             self.show(self._in_room(room.show_moves()))
 
     def knows(self, id: str) -> bool:
-        """Return whether that message has come already; from now on it has."""
+        """Return whether the message with this id has come before; note that it has come now."""
         known = id in self.seen
         if id:
             remember(self.seen, id)
         return known
 
     def deliver(self, room: Room, view: View) -> None:
-        """The next message of a room, in its order."""
+        """Store and show the next message of a room."""
         self.newest = max(self.newest, view.time or 0)
         known = self.knows(view.id)
         if view.id and not known:
@@ -13797,14 +13796,14 @@ class ClientCore(ForScreens):
         self.show(view)
 
     def hides(self, view: View) -> bool:
-        """Return whether a message is not to be seen: taken back, of an ignored user, or none."""
+        """Return whether a view is not to be shown: no message, redacted, or of an ignored user."""
         if view.kind not in (SAID, NOTICED) or view.id in self.removed:
             return True
         source = f"{view.name}!{view.address}"
         return not view.mine and any(self.ignores(mask, source) for mask in self.ignored)
 
     def remove(self, id: str) -> None:
-        """Remove a message that was taken back, also one that is still to come."""
+        """Remove a redacted message, also one that is still to come."""
         remember(self.removed, id)
         if self.store:
             self.store.remove(id)
@@ -13813,7 +13812,7 @@ class ClientCore(ForScreens):
                 self.show(View(REMOVED, where=room.name, id=id))
 
     def release(self, room: Room) -> None:
-        """Show what was held while older messages were fetched."""
+        """Show the views that were held while older messages were fetched."""
         held, room.held = room.held or [], None
         for view in held:  # also what the pages had: it may be the answer to one of ours
             (self.deliver if view.kind in (SAID, NOTICED) else self.happened)(room, view)
@@ -13824,7 +13823,7 @@ class ClientCore(ForScreens):
         }
 
     def lost(self, own_id: str, reason: str) -> None:
-        """A message of ours has not arrived, and is not sent again."""
+        """Report that a message has not arrived, and do not send it again."""
         one = self.outbox.arrived(own_id)
         if one is not None:
             self.shown.discard(own_id)
@@ -13833,13 +13832,13 @@ class ClientCore(ForScreens):
             self.show(View(FAILED, text, where=one.where, own_id=own_id))
 
     def park_all(self, room: Room, why: str) -> None:
-        """Leave all messages for a channel that we are not in to the user."""
+        """Let the user decide about all messages for a channel that the client is not in."""
         for one in list(self.outbox.waiting.values()):
             if self.fold(one.where) == self.fold(room.name) and one.id not in self.outbox.parked:
                 self.park(one.id, "it may have arrived or not" if one.sent else why)
 
     def leave_to_user(self, own_id: str) -> None:
-        """A message was sent and not confirmed, to a server that would say it twice."""
+        """Handle a message that may have arrived: the user of a screen decides; a pipe loses it."""
         reason = "the line broke: it may have arrived or not"
         if self.tidy:
             self.park(own_id, reason)
@@ -13847,7 +13846,7 @@ class ClientCore(ForScreens):
             self.lost(own_id, reason)
 
     def park(self, own_id: str, reason: str) -> None:
-        """A message of ours cannot be sent now: the user decides what becomes of it."""
+        """Report that a message cannot be sent now, and let the user decide about it."""
         self.outbox.park(own_id, reason)
         if self.talk:
             self.talk.forget(own_id)
@@ -13866,7 +13865,7 @@ class ClientCore(ForScreens):
 
 
 def asked_room(core: ClientCore, name: str = "") -> Room:
-    """Return the one that is meant: by name, or that is looked at. Raises Refused."""
+    """Return the conversation with this name; without a name the current one. Raises Refused."""
     room = core.find(name) if name else core.room
     if room is None:
         raise Refused("NO_ROOM", f"{name or 'nothing'} is not open; /join #CHANNEL opens one")
@@ -13874,7 +13873,7 @@ def asked_room(core: ClientCore, name: str = "") -> Room:
 
 
 def asked_channel(core: ClientCore) -> str:
-    """Return the channel that is looked at. Raises Refused."""
+    """Return the name of the current channel. Raises Refused in any other conversation."""
     room = asked_room(core)
     if not room.is_channel:
         raise Refused("NO_CHANNEL", f"{room.name} is no channel")
@@ -13882,7 +13881,7 @@ def asked_channel(core: ClientCore) -> str:
 
 
 def channel_and(core: ClientCore, words: Iterable[str]) -> tuple[str, list[str]]:
-    """Return the channel that stands first, or else is looked at, and the other words."""
+    """Return a channel, which the first word names or which is the current one, and other words."""
     first, *rest = [*words, ""]
     if core.find(first) and core.find(first).is_channel:
         return first, optional(*rest)
@@ -13890,7 +13889,7 @@ def channel_and(core: ClientCore, words: Iterable[str]) -> tuple[str, list[str]]
 
 
 def channel_first(core: ClientCore, words: str) -> tuple[str, str]:
-    """A channel, if one is named before the rest, else the one that is looked at; the rest."""
+    """Return the conversation that the first word names, or else the current one; and the rest."""
     first, _, rest = words.partition(" ")
     if core.find(first) or (core.server.is_channel(first) and first[:1] in "#&"):
         return first, rest.strip()
@@ -14134,7 +14133,7 @@ def do_kick(core: ClientCore, *words: str) -> None:
 
 
 def ban_of(name: str) -> str:
-    """Return the mask that is meant: a name alone bans the user who has it."""
+    """Return the mask for a ban; a nick becomes the mask of the user who has it."""
     return name if set(name) & set("!@*:$") else f"{name}!*@*"
 
 
@@ -14162,7 +14161,7 @@ def do_mode(core: ClientCore, words: str = "") -> None:
 
 
 def command_for_ranks(verb: str, mode: str, summary: str) -> None:
-    """Define a command that gives or takes a rank of several users."""
+    """Define a command that gives a rank to several users, or removes it."""
 
     def change(core: ClientCore, names: str) -> None:
         most = core.server.limit("MODES", 3)
@@ -14183,7 +14182,7 @@ command_for_ranks("devoice", "-v", "let them no longer")
 
 
 def command_that_is_sent(verb: str, syntax: str, summary: str, least: int, secret: bool) -> None:
-    """Define a command that is the server's own, with its words as they are."""
+    """Define a command that passes its words to the server's command of the same name."""
 
     def pass_on(core: ClientCore, *words: str) -> None:
         core.talk.command(verb.upper(), *words)
@@ -14231,7 +14230,7 @@ def do_verify(core: ClientCore, code: str) -> None:
 
 
 def service_words(words: Iterable[str]) -> str:
-    """Return words for a service, those with blanks in quotes."""
+    """Return words for a service, with quotes around those that contain blanks."""
     return " ".join(f'"{word}"' if " " in word else word for word in words)
 
 
@@ -14325,9 +14324,9 @@ NTH = re.compile(r"-([1-9]\d{0,3})")
 
 
 def numbered_view(core: ClientCore, words: Iterable[str], mine: bool) -> tuple[Room, View, str]:
-    """Return the conversation that is looked at, the message in it that is meant, and the other
-    words. -N stands first, if anything: 1 is the last message (of ours, or of others) that was
-    there when the command was begun. Raises Refused."""
+    """Return the current conversation, the chosen message in it, and the other words. The first
+    word may be -N: -1 is the last message (of the user, or of others) that was there when the
+    command was begun. Raises Refused."""
     first, *rest = [*words, ""]
     match, room = NTH.fullmatch(first), asked_room(core)
     number = int(match[1]) if match else 1
@@ -14571,14 +14570,14 @@ MESSAGE_COLUMNS = "number, kind, text, name, place, time, mine, called, id, own_
 
 
 def index_words(text: str) -> list[str]:
-    """Return the words of a text as the index has them."""
+    """Return the words of a text in the form of the search index."""
     kinds = ("L", "N", "Co", "So")
     solid = (c if unicodedata.category(c).startswith(kinds) else " " for c in words_of(text))
     return "".join(solid).split()
 
 
 def or_nothing(read: Callable) -> Callable:
-    """Decorator: a read finds nothing while the database is locked or damaged."""
+    """Decorate a read to return an empty list while the database is locked or damaged."""
 
     @functools.wraps(read)
     def attempt_to(self: "ClientStore", *values: Any, **more: Any) -> Any:
@@ -14592,7 +14591,7 @@ def or_nothing(read: Callable) -> Callable:
 
 
 def open_client_database(path: str) -> sqlite3.Connection:
-    """Open client.db, or one in memory, and make its tables. Raises sqlite3.Error."""
+    """Open client.db, or a database in memory, and create its tables. Raises sqlite3.Error."""
     db = sqlite3.connect(path, timeout=2, isolation_level=None, check_same_thread=False)
     db.create_function("words_of", 1, words_of, deterministic=True)
     with contextlib.suppress(sqlite3.Error):  # a network home may refuse it: then a journal
@@ -14631,7 +14630,7 @@ class ClientStore:
     # Writing
 
     def write(self, statement: str, *values: Any) -> None:
-        """Write soon: see flush()."""
+        """Queue a statement; flush() executes it soon."""
         self.waiting.append((statement, values))
         if len(self.waiting) % CLIENT_ROWS_AT_ONCE == 0:
             self.flush()
@@ -14640,7 +14639,7 @@ class ClientStore:
             del self.waiting[: len(self.waiting) - CLIENT_ROWS_WAITING]
 
     def flush(self) -> None:
-        """Write what waits, if the file is free."""
+        """Execute the queued statements, if the file is not locked."""
         if not self.waiting:
             return
         try:
@@ -14657,7 +14656,7 @@ class ClientStore:
         self.waiting.clear()
 
     def add(self, key: str, view: View) -> None:
-        """Keep a message, once."""
+        """Store a message once. Only the first client of a user stores messages without an id."""
         if not (view.id or self.sole):
             return
         values = (self.owner, key, view.time or 0, view.id, view.own_id, view.kind, view.name)
@@ -14668,12 +14667,12 @@ class ClientStore:
         self.write(f"INSERT OR IGNORE INTO messages ({columns}) VALUES ({marks})", *values)
 
     def remove(self, id: str) -> None:
-        """Forget the words of a message; a trigger removes them from the index."""
+        """Delete a message and its reactions; a trigger removes the words from the index."""
         self.write("DELETE FROM messages WHERE owner = ? AND id = ?", self.owner, id)
         self.write("DELETE FROM reactions WHERE owner = ? AND id = ?", self.owner, id)
 
     def react(self, id: str, emoji: str, name: str, on: bool) -> None:
-        """Keep, or forget, that a user reacted to a message."""
+        """Store, or delete, the reaction of a user to a message."""
         verb = "INSERT OR IGNORE INTO reactions VALUES (?, ?, ?, ?)"
         if not on:
             verb = "DELETE FROM reactions WHERE owner = ? AND id = ? AND emoji = ? AND name = ?"
@@ -14681,7 +14680,7 @@ class ClientStore:
 
     @or_nothing
     def reactions(self, id: str) -> list[tuple[str, str]]:
-        """Return emoji and nick of each reaction to a message."""
+        """Return the emoji and the nick of each reaction to a message."""
         self.flush()
         query = "SELECT emoji, name FROM reactions WHERE owner = ? AND id = ? LIMIT ?"
         return self.db.execute(query, [self.owner, id, REACTIONS_SHOWN]).fetchall()
@@ -14692,7 +14691,7 @@ class ClientStore:
         self.write(change.format("rooms", "key", "key"), new, self.owner, old)
 
     def index(self) -> None:
-        """Index some of the messages that are not indexed yet."""
+        """Index a slice of the messages that are not indexed yet."""
         if not self.has_words:
             return
         query = "SELECT number, text FROM messages WHERE number > ? ORDER BY number LIMIT ?"
@@ -14724,7 +14723,7 @@ class ClientStore:
         )
 
     def _position(self, view: View) -> tuple[int, int]:
-        """Return time and number of a message, which say where it stands among others."""
+        """Return the time and the number of a message, which determine its place in the order."""
         query = "SELECT max(number) FROM messages WHERE owner = ? AND id = ? AND id <> ''"
         known = self.db.execute(query, [self.owner, view.id]).fetchone()[0]
         return view.time or 0, view.number or known or LAST_NUMBER
@@ -14742,7 +14741,7 @@ class ClientStore:
 
     @or_nothing
     def page_after(self, key: str, count: int, after: View) -> list[View]:
-        """Return the messages of a conversation that follow on a view, in order."""
+        """Return the messages of a conversation after a view, in order."""
         self.flush()
         when, number = self._position(after)
         query = f"""
@@ -14753,7 +14752,7 @@ class ClientStore:
 
     @or_nothing
     def find(self, words: str, count: int, key: str | None = None) -> list[View]:
-        """Return the last messages with all of these words, of one conversation or of all."""
+        """Return the last messages that contain all words, of one conversation or of all."""
         self.flush()
         quoted = " ".join(f'"{word}"' for word in index_words(words))
         if not quoted:
@@ -14779,7 +14778,7 @@ class ClientStore:
         return [self._view(row) for row in rows[-count:]]
 
     def message(self, id: str) -> View | None:
-        """Return the message with this id, if it is kept."""
+        """Return the stored message with this id; None if there is none or the file is locked."""
         query = f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? AND id = ?"
         try:
             row = self.db.execute(query, [self.owner, id]).fetchone()
@@ -14789,13 +14788,13 @@ class ClientStore:
 
     @or_nothing
     def has(self, id: str) -> bool:
-        """Return whether the message with this id is kept."""
+        """Return whether the message with this id is stored."""
         self.flush()
         query = "SELECT 1 FROM messages WHERE owner = ? AND id = ?"
         return self.db.execute(query, [self.owner, id]).fetchone() is not None
 
     def newest(self) -> View | None:
-        """Return the message that was kept last and has an id."""
+        """Return the message with an id that was stored last; None if there is none."""
         query = f"""
             SELECT {MESSAGE_COLUMNS} FROM messages NOT INDEXED WHERE owner = ? AND id <> ''
             ORDER BY number DESC LIMIT 1"""
@@ -14828,7 +14827,7 @@ class ClientStore:
         self.write("DELETE FROM rooms WHERE owner = ? AND key = ?", self.owner, key)
 
     def rooms(self) -> list[Room]:
-        """Return the conversations that were open."""
+        """Return the conversations that were open at the last end, in order."""
         columns = "name, password, channel, wanted, draft, muted, read_time"
         query = f"SELECT {columns} FROM rooms WHERE owner = ? ORDER BY place"
         rooms = []
@@ -14860,7 +14859,7 @@ class ClientStore:
         return row[0] if row else ""
 
     def set(self, name: str, value: str | None) -> None:
-        """Keep a setting; None is as it was delivered."""
+        """Store a setting; None restores the default."""
         if value is None:
             self.write("DELETE FROM settings WHERE name = ?", name)
         else:
