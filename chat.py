@@ -10090,15 +10090,15 @@ def dialect_of(first_line: bytes) -> str:
 # ======================================================================================
 # CLIENT CORE
 # ======================================================================================
-# A client's conversation without a screen or a socket: bytes and typed text in, views and
-# bytes out. The terminal and the window drive the same object. It first finds out whom it
-# talks to; then a talk (IrcTalk, PlainTalk) speaks for as long as the connection lasts.
-# What lasts longer, rooms and outbox, is the core's.
+# A client's conversation without a screen or a socket: bytes and typed text in, views and bytes
+# out. The terminal and the window drive the same object. The core first finds out the kind of the
+# server. Then a talk (IrcTalk, PlainTalk) handles the protocol until the connection ends. Rooms and
+# outbox belong to the core, because they outlast a connection.
 #
-# Nothing is lost and nothing comes twice: a message is in the outbox until the server has
-# said that it has it, and is sent again under the same id. A room knows up to which message
-# it holds everything; after a break it asks for what came behind that, and live messages
-# wait until that is there.
+# No message is lost or doubled. A message stays in the outbox until the server has acknowledged it,
+# and is sent again under the same id. A room knows the last message up to which it holds
+# everything. After a break the room asks for the messages after that one, and live messages wait
+# until those have come.
 
 CHAT, IRC, PLAIN = "chat.py", "irc", "plain"  # the kinds of server this client can talk to
 
@@ -10110,40 +10110,40 @@ REACTED, TYPING, ROOM, READ, RESET = "reacted", "typing", "room", "read", "reset
 TRANSFER = "transfer"
 
 
-# Why a connection ended, or was not let in; see Link
+# Causes: why a connection ended, or why the server refused it; see Link
 TEMPORARY, NEEDS_USER, FATAL = "temporary", "needs the user", "fatal"
 
 
 class View(NamedTuple):
     """A thing for a screen to show: a message, a notice or a change of state."""
 
-    # SAID, NOTICED (a NOTICE of IRC), CAME, WENT; TOLD by the server; a NOTE of our own; the
-    # STATUS of the connection, UP when it stands; PEOPLE when members have changed, with a text
-    # if the user asked who they are; ARRIVED, FAILED: what became of a message of ours; BACK: a
-    # text that was not accepted, to be edited; OLDER: a room has so many views more before the
-    # others; PLACE: another room is looked at, of which so many messages are new; REMOVED: the
-    # message with this id was taken back; CLEARED: begin with an empty page; FOUND: a message of
-    # the past that was asked for; MOVED: several came and went; PAGE: a text to be read apart
-    # from what is said, with a name; REACTED: a user reacted to the message with this id, or took
-    # that back (number -1); TYPING: a user is typing, paused or done; ROOM: something else about
-    # a conversation changed; READ: it was read on another device;
-    # RESET: its rows begin with what follows; TRANSFER: a file is on its way, or not any more
+    # SAID: a message; NOTICED: a NOTICE of IRC; CAME, WENT: a user joined or left; TOLD: a text of
+    # the server; NOTE: a text of this client; STATUS of the connection, UP when it stands; PEOPLE:
+    # the members changed, with a text if the user asked for them; ARRIVED, FAILED: the outcome of a
+    # message of the user; BACK: a text that was not accepted, to be edited; OLDER: so many views
+    # were put before the others of a room; PLACE: the user goes to another room, which has so many
+    # new messages; REMOVED: the message with this id was redacted; CLEARED: begin with an empty
+    # page; FOUND: an old message that was asked for; MOVED: several joins and quits in one row;
+    # PAGE: a text with a name, to be read apart from the messages; REACTED: a user reacted to the
+    # message with this id, or removed the reaction (number -1); TYPING: a user is typing, paused or
+    # done; ROOM: another property of a conversation changed; READ: the user read it elsewhere;
+    # RESET: its rows begin with the next view; TRANSFER: a file transfer began, moved on or ended
     kind: str
     text: str = ""
     name: str = ""
-    where: str = ""  # a channel, or whom a private talk is with; "" is nowhere in particular
+    where: str = ""  # a channel, or the user in a private conversation; "" for neither
     time: int | None = None  # milliseconds since 1970; None is now
     mine: bool = False
-    called: bool = False  # it is for us: our name is in it, or no other user hears it
-    past: bool = False  # from history: no news
-    id: str = ""  # the server's, of a message
-    own_id: str = ""  # ours, of a message of ours
-    address: str = ""  # of who came or went
-    line: str = ""  # as a server of the line protocol had it
-    number: int = 0  # of the row in the store, if it comes from there
-    room: int = 0  # id of the conversation; 0 is none in particular
+    called: bool = False  # meant for the user: the nick is in it, or no other user hears it
+    past: bool = False  # from history, so no news
+    id: str = ""  # the server's id of a message
+    own_id: str = ""  # this client's id of its own message
+    address: str = ""  # of the user who joined or left
+    line: str = ""  # as a server of the line protocol wrote it
+    number: int = 0  # of the row in the client store, if the view comes from there
+    room: int = 0  # id of the conversation; 0 for none
     reply: str = ""  # the server's id of the message that this one answers
-    file: str = ""  # of the link in it, as the server tells: see parse_file_tag()
+    file: str = ""  # about the file linked in it, as the server tells: see parse_file_tag()
 
 
 class Heard(NamedTuple):
@@ -10234,8 +10234,8 @@ CASE_MAPPINGS = {  # names of 005's CASEMAPPING -> capitals and their small lett
     ),
 }
 CASE_MAPPINGS["strict-rfc1459"] = CASE_MAPPINGS["rfc1459-strict"]
-UNICODE_MAPPINGS = ("rfc7613", "rfc8265", "precis")  # of servers that take all of Unicode
-PARAMETER_MODES = "beIqaohvkl"  # that carry a parameter, where 005 has no CHANMODES
+UNICODE_MAPPINGS = ("rfc7613", "rfc8265", "precis")  # of servers that allow all of Unicode
+PARAMETER_MODES = "beIqaohvkl"  # modes with a parameter, where 005 has no CHANMODES
 
 
 class ServerProfile:
@@ -10243,7 +10243,7 @@ class ServerProfile:
     where the server says nothing. `before` is the profile of an earlier connection."""
 
     def __init__(self, ours: bool = True, before: "ServerProfile | None" = None):
-        self.ours = ours  # a chat.py
+        self.ours = ours  # the server is a chat.py
         self.offered: dict[str, str] = {}  # capabilities and their values
         self.enabled: set[str] = set()
         self.told = False  # 004 has come, and 005 if there is one
@@ -10326,7 +10326,7 @@ class ServerProfile:
         size, lines = (whole_number(value.get(f"max-{one}", "")) for one in ("bytes", "lines"))
         return size or LINE_BYTES, lines or MESSAGE_LINES
 
-    # What our messages come back with
+    # Echoes and message tags
 
     def takes(self, tag: str) -> bool:
         """Return whether the server passes on a client-only tag, also back to this client."""
@@ -10410,15 +10410,15 @@ class Transfer:
 
     def __init__(self, id: str, up: bool, room: str, path: str, **known: Any):
         self.id, self.up = id, up
-        self.room = room  # where the link is to be posted
+        self.room = room  # conversation for the link
         self.path = path  # on this computer
         self.name, self.size, self.type, self.etag = "", 0, "", ""
-        self.url = ""  # on the server; "" until it is known
+        self.url = ""  # on the server; "" while unknown
         for name, value in known.items():
             setattr(self, name, value)
         self.done = 0  # bytes that have arrived
-        self.state = "waiting"  # or "running", "failed"; one that is complete is gone
-        self.why = ""  # it waits, or failed
+        self.state = "waiting"  # or "running", "failed"; complete transfers are removed
+        self.why = ""  # the reason for waiting or for the failure
 
     def kept(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.KEPT}
@@ -10431,14 +10431,14 @@ class Transfer:
         return f"{verb} {self.name}{share}{why}"
 
 
-# What is said, until it has arrived
+# Messages that have not arrived
 
 
 class Setting(NamedTuple):
     """A setting that the user may change."""
 
     usual: str
-    values: tuple[str, ...]  # that it may have; () is any
+    values: tuple[str, ...]  # allowed values; () is any
     summary: str
 
 
@@ -10469,9 +10469,9 @@ class Waiting(NamedTuple):
     where: str
     text: str
     kind: str  # MESSAGE or ACTION
-    sent: bool = False  # at least once, perhaps by an earlier run of this program
+    sent: bool = False  # at least once, perhaps by an earlier run
     reply: str = ""  # the server's id of the message that it answers
-    at: int = 0  # characters of it that have arrived for certain: the rest is still to be sent
+    at: int = 0  # characters of the text that have arrived; the rest is still to be sent
 
 
 def accepted_at(own_id: str) -> int | None:
@@ -10489,11 +10489,11 @@ class Outbox:
         self.journal = journal
         self.secret = secret or secrets.token_hex(SECRET_DIGITS // 2)
         self.waiting = {one.id: one for one in waiting}
-        self.in_flight: dict[str, None] = {}  # sent over the present connection
-        self.window = 1  # how many may be: doubled with each round trip, one after a break ...
+        self.in_flight: dict[str, None] = {}  # sent over this connection
+        self.window = 1  # how many may be in flight: doubled each round trip, 1 after a break ...
         self.most = SENT_AHEAD  # ... and at most so many
-        self.unconfirmed: set[str] = set()  # sent over an earlier one; history will tell
-        self.parked: dict[str, str] = {}  # for the user to decide: /retry, /cancel; and why
+        self.unconfirmed: set[str] = set()  # sent over a lost connection; history will tell
+        self.parked: dict[str, str] = {}  # left to the user (/retry, /cancel), and why
 
     def add(self, now: float, where: str, text: str, kind: str, reply: str = "") -> Waiting:
         """Accept a message at wall time `now` (s). Raises Unusable if it cannot be stored."""
@@ -10547,7 +10547,7 @@ class Outbox:
 
     def _note(self, record: dict[str, Any]) -> None:
         if self.journal:
-            with contextlib.suppress(Unusable):  # then it is sent again, and known as a repeat
+            with contextlib.suppress(Unusable):  # then the message is sent again, known as a repeat
                 self.journal.append(record)
                 if not self.waiting:
                     self.journal.clear()
@@ -10590,7 +10590,7 @@ class Transcript(collections.deque):
 
     total = 0
     reading = False
-    dropped = False  # some have gone: there is more before the first of these
+    dropped = False  # older views were dropped: there is more before the first one
 
     def append(self, view: View) -> None:
         self.total += 1
@@ -10638,33 +10638,33 @@ class Room:
     """A channel, or a private conversation, as this client knows it."""
 
     def __init__(self, name: str, password: str = "", channel: bool | None = None):
-        self.id = next(ROOM_IDS)  # which stays when the name changes
+        self.id = next(ROOM_IDS)  # stays when the name changes
         self.name, self.password = name, password
         self.is_channel = is_channel(name) if channel is None else channel
-        self.people: dict[str, str] = {}  # ranks by name; who spoke last is last
+        self.people: dict[str, str] = {}  # ranks by name; the last speaker is last
         self.topic = ""
         self.inside = False
-        self.wanted = False  # to be entered again after a break ...
-        self.entered = False  # ... unless our place is given back, which includes it
-        self.mark = ""  # up to here (msgid=... or timestamp=...) everything is held ...
-        self.mark_time: int | None = None  # ... and what time that was
-        self.holes: list[str] = []  # ids of messages before which some are missing, newest last
-        self.paged: View | None = None  # the oldest of a page of which nothing can be seen
-        self.held: list[View] | None = None  # what waits for the pages that come before it ...
-        self.spilled = False  # ... and was more than could be held: there will be pages of it
+        self.wanted = False  # to be joined again after a break ...
+        self.entered = False  # ... unless the session is resumed, which includes it
+        self.mark = ""  # everything up to here (msgid=... or timestamp=...) is held ...
+        self.mark_time: int | None = None  # ... and the time of that message
+        self.holes: list[str] = []  # ids of messages before which others are missing, newest last
+        self.paged: View | None = None  # the oldest of a page without visible messages
+        self.held: list[View] | None = None  # views that wait for earlier pages ...
+        self.spilled = False  # ... and were too many to be held: pages will bring them
 
-        self.draft = ""  # typed here, and not entered yet
-        self.gone: bool | None = None  # the other user of a private conversation, if known
+        self.draft = ""  # text typed here and not sent yet
+        self.gone: bool | None = None  # the user of a private conversation has left, if known
         self.views = Transcript()
         self.whole = False  # the server has nothing older than the first of these
-        self.spoken: dict[str, None] = {}  # names of those who said something here
-        self.moves: list[View] = []  # joins and quits that are to be one row ...
+        self.spoken: dict[str, None] = {}  # names of users who wrote a message here
+        self.moves: list[View] = []  # joins and quits collected for one row ...
         self.moved_at = -MOVES_MS  # ... and when the last such row was shown
         self.unread = self.called = 0
-        self.muted = False  # its messages call no one
-        self.read_time = 0  # ms; what was said up to then has been read, on some device ...
-        self.told_time = 0  # ... as the server knows
-        self.typing: dict[str, float] = {}  # names of those who type, until that time (ticks)
+        self.muted = False  # messages here do not call the user
+        self.read_time = 0  # ms; messages up to then were read, on some device ...
+        self.told_time = 0  # ... and the time that the server knows
+        self.typing: dict[str, float] = {}  # names of typing users, and until when (ticks)
         self.asked_people = False  # over this connection: who is away
 
     @property
@@ -10742,18 +10742,18 @@ class Room:
             )
 
 
-# Talking to a workshop server
+# The workshop's protocol
 
 PLAIN_LINES = {
     CAME: re.compile(r"([^:]*) \((\S+)\) joined the chat!"),
     WENT: re.compile(r"([^:]*) \((\S+)\) left the chat!"),
     SAID: re.compile(r"([^:*][^:]*): (.*)"),
 }
-IRC_SPEAKS = re.compile(r":|NOTICE |ERROR |PING ")  # how a line of an IRC server begins
-# A server that answers a name with this is no workshop server
+IRC_SPEAKS = re.compile(r":|NOTICE |ERROR |PING ")  # beginning of a line of an IRC server
+# A server that answers a nick with such a line is no workshop server
 WANTS_IRC = re.compile(r":chat\.py/|:\S+ (?:421|451) |ERROR :")
-TLS_RECORDS = (b"\x15\x03", b"\x16\x03")  # how TLS begins an alert, or a handshake
-OTHER_PROTOCOLS = (  # how the first line of a server begins that is not for chats
+TLS_RECORDS = (b"\x15\x03", b"\x16\x03")  # beginning of an alert, or of a handshake
+OTHER_PROTOCOLS = (  # beginning of the first line of a server that is not for chat
     ("SSH", re.compile(r"SSH-\d")),
     ("HTTP", re.compile(r"HTTP/\d|<!DOCTYPE |<html", re.IGNORECASE)),
     ("SMTP or FTP", re.compile(r"220[ -]")),
@@ -10773,8 +10773,8 @@ class PlainTalk:
 
     ready = True
     doubts = pages = batching = False
-    wait = None  # no pace
-    asked = queue = pieces = ()  # no history, and nothing waits
+    wait = None  # no rate limit
+    asked = queue = pieces = ()  # no history and no queue
     lines_of_message = 0
     going: dict[str, str] = {}  # no channels
     sending = ""
@@ -10791,7 +10791,7 @@ class PlainTalk:
         if not core.sure and (other := other_protocol(line)):
             return core.give_up(f"this is no chat server: it speaks {other}")
         if WANTS_IRC.match(line) and not core.insists:
-            core.outbox.take_back(self.sent)  # the server has understood none of it
+            core.outbox.take_back(self.sent)  # the server has understood none of these
             return core.come_back(CHAT if line.startswith(":chat.py/") else IRC)
         matches = ((kind, pattern.fullmatch(line)) for kind, pattern in PLAIN_LINES.items())
         kind, match = next((pair for pair in matches if pair[1]), (TOLD, None))
@@ -10802,7 +10802,7 @@ class PlainTalk:
         if kind == WENT:
             room.people.pop(name, None)
         else:
-            room.came(name)  # such a server does not tell who was here before
+            room.came(name)  # such a server does not list its members
         if kind == SAID:
             called = calls(rest, core.name)
             core.deliver(room, View(SAID, rest, name, LOBBY, called=called, line=line))
@@ -10824,7 +10824,7 @@ class PlainTalk:
             if not self.core.sure:
                 self.sent.append(one)
             self.core.shown.discard(one.id)
-            outbox.arrived(one.id)  # or never will: such a server does not tell
+            outbox.arrived(one.id)  # or never will: such a server does not acknowledge
 
     def do_without(self, *values: Any) -> None:
         """Do nothing, in place of a method for which the line protocol has no command."""
@@ -10832,7 +10832,7 @@ class PlainTalk:
     tick = bye = ping = forget = acknowledged = renamed = watch = send = do_without
 
 
-# Talking IRC
+# IRC
 
 WANTED = (  # capabilities that this client can use
     *("message-tags", "server-time", "batch", "echo-message", "labeled-response"),
@@ -10840,16 +10840,16 @@ WANTED = (  # capabilities that this client can use
     *("draft/message-redaction", "standard-replies", "soju.im/search", "chat.py/session", "sasl"),
     *("chghost", "no-implicit-names", "cap-notify"),
 )
-WANTED_BY_SCREENS = ("away-notify", "account-notify", "draft/read-marker")  # and by no pipe
+WANTED_BY_SCREENS = ("away-notify", "account-notify", "draft/read-marker")  # but not by pipes
 
 
-COMMAND_LIMITS = {  # command -> token of 005 for its last parameter, and what is usual
+COMMAND_LIMITS = {  # command -> token of 005 for its last parameter, and the usual limit
     "TOPIC": ("TOPICLEN", IRC_BYTES),
     "AWAY": ("AWAYLEN", IRC_BYTES),
     "NICK": ("NICKLEN", NAME_BYTES),
     "KICK": ("KICKLEN", IRC_BYTES),
 }
-NO_PACE = (1e9, 1e9)  # lines at once, and a second
+NO_PACE = (1e9, 1e9)  # lines at once, and lines a second
 
 
 class Batch:
@@ -10859,22 +10859,22 @@ class Batch:
         self.kind = heard.params[1]
         self.opening, self.outer = heard, outer
         self.items: "list[Heard | Batch]" = []
-        self.at = 0.0  # when it was begun
+        self.at = 0.0  # when the batch began
 
     @property
     def target(self) -> str:
         return self.opening.params[2] if len(self.opening.params) > 2 else ""
 
 
-UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time at which history was asked for
+UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time of a request for history
 
 
 class Asked(NamedTuple):
     """A request for history that is not answered yet."""
 
     where: str
-    # "last": what was said before we came. "missed": behind the mark, page by page. "gap":
-    # the newest of that, for a person. "older": before what is shown. "asked": just to see
+    # "last": the messages before the client joined. "missed": those after the mark, page by page.
+    # "gap": the newest of these, for a screen. "older": before the first row. "asked": by a command
     how: str
     limit: int
     label: str = ""
@@ -10886,12 +10886,12 @@ class Echoed(NamedTuple):
 
     target: str  # folded
     text: str
-    id: str  # of the message that ends with this line; "" if more follow
-    of: str = ""  # the message that this is a line of, and ...
-    end: int = 0  # ... how many of its characters end with it
+    id: str  # of the message that this line ends; "" if more lines follow
+    of: str = ""  # the message that this line belongs to, and ...
+    end: int = 0  # ... the number of its characters up to the end of this line
 
 
-IRC_HEARD: dict[str, tuple[Callable, int]] = {}  # verb -> handler, and parameters it needs
+IRC_HEARD: dict[str, tuple[Callable, int]] = {}  # verb -> handler, and number of parameters needed
 
 
 def from_server(*verbs: str, least: int = 0) -> Callable:
@@ -10933,7 +10933,7 @@ def same_words(sent: str, heard: str) -> bool:
     return heard in (sent, plain) or (len(heard) > 100 and (sent + plain).startswith(heard))
 
 
-PIECE = "piece"  # in place of an id: a line of ours within a message, which needs no showing
+PIECE = "piece"  # in place of an id: a line within a message of this client, not shown alone
 
 
 def echo_id(talk: "IrcTalk", heard: Heard, target: str, text: str) -> str:
@@ -10963,7 +10963,7 @@ def is_person(heard: Heard) -> bool:
     return "!" in heard.source or bool(heard.source and "." not in heard.source)
 
 
-# Tags of clients (ircv3.net/specs/client-tags)
+# Client-only tags (ircv3.net/specs/client-tags)
 REPLY, REACT, UNREACT, TYPES = "+draft/reply", "+draft/react", "+draft/unreact", "+typing"
 
 
@@ -11000,7 +11000,7 @@ def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> Non
     """Handle the page of messages from before the client joined."""
     for view in not_shown(room, views):
         talk.core.deliver(room, view._replace(past=True))
-    room.whole = not views  # a short page may be one of long messages
+    room.whole = not views  # a short page may consist of long messages
     talk.core.release(room)
 
 
@@ -11078,7 +11078,7 @@ def ask_targets(talk: "IrcTalk") -> None:
     talk.ask(Asked("", "targets", 0), "TARGETS", since, now, str(TARGETS_ASKED))
 
 
-SAYING_FAILED = ("401", "716")  # these are for a message where one is in flight
+SAYING_FAILED = ("401", "716")  # these are about a message, if one is in flight
 
 
 class Login(NamedTuple):
@@ -11104,45 +11104,45 @@ class IrcTalk:
         self.ready = False
         self.batches: dict[str, Batch] = {}
         self.asked: collections.deque[Asked] = collections.deque()  # in the order of answers
-        self.labels = itertools.count(1)  # of what is asked
-        self.names: dict[str, dict[str, str]] = {}  # by key of a channel, as they come
-        self.shown_names: set[str] = set()  # keys of channels that the user wants to see them of
-        self.stale_names: set[str] = set()  # channels whose ranks are to be asked for again
-        self.going: dict[str, str] = {}  # channels to be looked at once we are there: passwords
-        self.behind: dict[str, str] = {}  # channels whose history is to be asked for: how
+        self.labels = itertools.count(1)  # of requests for history, and PING tokens
+        self.names: dict[str, dict[str, str]] = {}  # members by key of a channel, until 366 comes
+        self.shown_names: set[str] = set()  # keys of channels whose members the user asked for
+        self.stale_names: set[str] = set()  # channels for NAMES, since ranks may have changed
+        self.going: dict[str, str] = {}  # channels to look at once they are joined: their passwords
+        self.behind: dict[str, str] = {}  # conversations whose history is to be requested: how
         self.named = self.introduced = self.negotiating = False
-        self.resumed = False  # we have our place again: the server says where we are
-        self.tries = 1  # at names
-        self.nick_bytes = 0  # that this server allows, as it showed
-        self.login: Iterator | None = None  # an exchange of SASL, from the client's side ...
-        self.exchange: Exchange | None = None  # ... and what is received of it
+        self.resumed = False  # the session was resumed: the server says where the client is
+        self.tries = 1  # attempts to get a nick
+        self.nick_bytes = 0  # the server's limit for a nick, as its replies showed
+        self.login: Iterator | None = None  # the client's side of a SASL exchange ...
+        self.exchange: Exchange | None = None  # ... and its incoming messages
         self.mechanism_used = ""
-        self.taken_up = False  # the server knows that mechanism
-        self.mechanisms_left: list[str] = []  # that may be tried when that one is refused
-        self.proven = False  # the server has shown that it knows the password, too
-        self.mask = ""  # ours, as others see it
-        self.pings: collections.deque[str] = collections.deque()  # that are not answered
+        self.taken_up = False  # the server supports that mechanism
+        self.mechanisms_left: list[str] = []  # to be tried if the server refuses that one
+        self.proven = False  # the server has proved that it knows the password, too
+        self.mask = ""  # of this client, as others see it
+        self.pings: collections.deque[str] = collections.deque()  # unanswered tokens
         self.began = core.ticks()
-        # Out
+        # Output
         self.budget = Budget(PACE_BURST, PACE_RATE, core.ticks())
-        # Commands, each behind the message with that id
+        # Commands, each to be sent after the message with that id
         self.queue: collections.deque[tuple[str, str]] = collections.deque()
-        self.pieces: collections.deque[str] = collections.deque()  # lines of one message
-        self.sending = ""  # the message whose lines these are ...
-        self.lines_of_message = 0  # ... and how many it has in all
-        self.echoed: list[Echoed] = []  # lines of ours that come back without a name
-        # Keys of channels that JOINs were sent for: how many are not answered, and since when
+        self.pieces: collections.deque[str] = collections.deque()  # unsent lines of one message
+        self.sending = ""  # the message of these lines ...
+        self.lines_of_message = 0  # ... and the number of all its lines
+        self.echoed: list[Echoed] = []  # lines that the server echoes without an id
+        # Keys of channels with unanswered JOINs: how many, and since when
         self.entering: dict[str, tuple[int, float]] = {}
-        # Targets of messages and notices, as sent, with our id; "" of a notice: for refusals
+        # Targets of sent messages and notices, with own ids ("" for a notice), to match errors
         self.said: collections.deque[tuple[str, str]] = collections.deque(maxlen=ECHOES_KEPT)
-        self.unconfirmed: list[str] = []  # own ids that no PING was sent for yet
-        self.doubted: dict[str, list[str]] = {}  # those that should have come back before it
-        self.acks: dict[str, list[str]] = {}  # those that a PONG is to confirm, by its token
-        self.last_ack = core.ticks()  # when the server confirmed something, last
-        # What came later than this, we may not have seen: times are unique within one target
+        self.unconfirmed: list[str] = []  # own ids not covered by a PING yet
+        self.doubted: dict[str, list[str]] = {}  # own ids by the token of a PING sent after them
+        self.acks: dict[str, list[str]] = {}  # by PING token: own ids that the PONG confirms
+        self.last_ack = core.ticks()  # time of the last confirmation by the server
+        # Later messages may have been missed: times are unique within one target
         self.since = max(0, core.newest - 2 * TIMES_AHEAD)
         core.output.append("CAP LS 302")
-        if core.kind != CHAT:  # servers of before 2004 never answer CAP
+        if core.kind != CHAT:  # servers from before 2004 never answer CAP
             self.give_names()
 
     @property
@@ -11160,7 +11160,7 @@ class IrcTalk:
         """True if the server may deliver a message twice that is sent to it twice."""
         return not self.server.repeatable
 
-    # Out
+    # Output
 
     @staticmethod
     def line(verb: str, *params: str) -> str:
@@ -11225,12 +11225,12 @@ class IrcTalk:
             line = self.queue.popleft()[0]
         elif one := outbox.next(self.carries, self.order):
             if one.sent and one.id not in self.core.sent_before and self.doubts:
-                self.core.leave_to_user(one.id)  # an earlier run of this program sent it
+                self.core.leave_to_user(one.id)  # sent by an earlier run of this program
                 return True
             outbox.send(one)
             self.transmit(one)
             return True
-        elif self.stale_names:  # one NAMES for many changes of modes
+        elif self.stale_names:  # one NAMES for many mode changes
             line = self.line("NAMES", self.stale_names.pop())
         elif self.unconfirmed:
             line = self.ping_line(f"{UNCONFIRMED}{self.unconfirmed[-1]}-{next(self.labels)}")
@@ -11292,7 +11292,7 @@ class IrcTalk:
                 self.entering[key] = 1, since
                 self.cannot_enter(key, "the server does not answer to JOIN")
         for reference, batch in list(self.batches.items()):
-            if now - batch.at > BATCH_SECONDS:  # its end was lost
+            if now - batch.at > BATCH_SECONDS:  # the end of the batch was lost
                 self.end_batch(self.batches.pop(reference))
         if self.ready:
             self.regain_name(now)
@@ -11366,7 +11366,7 @@ class IrcTalk:
         for name in [name for name in self.behind if self.core.fold(name) == self.core.fold(old)]:
             self.behind[new] = self.behind.pop(name)
 
-    # Coming in
+    # Registration and joining
 
     def give_names(self) -> None:
         """Send PASS, NICK and USER."""
@@ -11390,7 +11390,7 @@ class IrcTalk:
             self.send("CAP", "REQ", " ".join(wanted))
         if "chat.py/session" in wanted:
             self.send("SESSION", self.core.outbox.secret)
-            if self.named:  # with the secret, the name of the user to resume is no other's
+            if self.named:  # with the secret, the nick of the user to resume is not taken
                 self.send("NICK", self.core.name)
         if not self.named:
             self.give_names()
@@ -11427,7 +11427,7 @@ class IrcTalk:
         self.mechanism_used, self.proven, self.taken_up = mechanism, False, False
         known = self.core.me.login or Login("", "")
         self.login = login_external() if mechanism == "EXTERNAL" else LOGINS[mechanism](*known)
-        next(self.login)  # the server speaks first, if only to say nothing
+        next(self.login)  # the server speaks first, even if it says nothing
         self.exchange = Exchange(self.login)
         self.send("AUTHENTICATE", mechanism)
 
@@ -11479,7 +11479,7 @@ class IrcTalk:
         room = self.core.find(name)
         if room is None or room.inside:
             return
-        if not self.join_failed(name):  # another one, with another password perhaps
+        if not self.join_failed(name):  # a JOIN with another password may be on its way
             return
         room.wanted = False
         self.going.pop(self.core.fold(name), None)
@@ -11565,7 +11565,7 @@ class IrcTalk:
         if room is None or not room.is_channel:
             return not self.server.is_channel(one.where)
         entering = self.server.ours and self.core.fold(one.where) in self.entering
-        return room.inside or entering  # other servers may take their time to let us in
+        return room.inside or entering  # other servers may join the client later
 
     def longest_mask(self) -> str:
         return f"{self.core.name}!{'u' * USERNAME_BYTES}@{'h' * HOST_BYTES}"
@@ -11629,7 +11629,7 @@ class IrcTalk:
         else:
             self.core.release(room)
 
-    # In
+    # Input
 
     def take(self, line: str) -> None:
         heard = parse_heard(line)
@@ -11662,7 +11662,7 @@ class IrcTalk:
     def end_batch(self, batch: Batch, label: str = "") -> None:
         label = batch.opening.tags.get("label", label)
         if batch.kind == "chathistory":
-            for item in batch.items:  # what was taken back while we were away
+            for item in batch.items:  # messages redacted in the client's absence
                 if isinstance(item, Heard) and item.verb == "REDACT" and len(item.params) > 1:
                     self.core.remove(item.params[1])
             self.take_page(label, batch.target, self.views_of(batch))
@@ -11671,7 +11671,7 @@ class IrcTalk:
                 self.core.said(view, batch.opening)
         elif batch.kind == "soju.im/search":
             self.show_past(self.views_of(batch), "search")
-        else:  # its lines are what they would be without it
+        else:  # its lines mean the same as without the batch
             for item in batch.items:
                 if isinstance(item, Batch):
                     self.end_batch(item, label)
@@ -11718,7 +11718,7 @@ class IrcTalk:
                 self.core.release(room)
 
 
-# What a server says: whatever has no function of its own, and before there is a welcome
+# Lines of a server: registration, log-in, and lines without a handler of their own
 
 
 NICK_LENGTHS = (30, 15, 9)  # of InspIRCd, ircd 2.11, and RFC 2812
@@ -11738,7 +11738,7 @@ def refused(talk: IrcTalk, heard: Heard, text: str) -> None:
         talk.core.show(View(TOLD, text, where=talk.where_of(heard)))
 
 
-NO_FAILURE = (  # of a message: what other commands are refused with
+NO_FAILURE = (  # numerics that refuse other commands, not messages
     *("401", "405", "406", "423", "424", "431", "432", "433", "436", "437", "438", "441", "443"),
     *("451", "461", "462", "464", "467", "468", "471", "472", "473", "474", "475", "476", "478"),
     *("479", "480", "481", "482", "483", "484", "485", "491", "495", "501", "502", "510", "515"),
@@ -11758,7 +11758,7 @@ def message_refused(talk: IrcTalk, heard: Heard) -> str:
     targets = {core.fold(talk.server.without_status(param)) for param in heard.params[1:-1]}
     for n, (target, id) in enumerate(talk.said):
         if target in targets and (not id or id in core.outbox.in_flight):
-            del talk.said[n]  # a notice, or a message: the oldest of those that were sent
+            del talk.said[n]  # the oldest notice or message sent to that target
             return id
     return ""
 
@@ -11783,11 +11783,11 @@ def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
         if len(server.offered) < TOKENS_KEPT:
             server.offered.update(word.partition("=")[::2] for word in words)
         talk.core.told_sts(server.offered.get("sts", ""))
-    if talk.core.redial:  # by TLS: nothing more is said here
+    if talk.core.redial:  # over TLS: nothing more is sent over this connection
         return
     if subcommand == "LS":
         talk.negotiating = True
-        if heard.params[2] != "*":  # else there are more to come
+        if heard.params[2] != "*":  # else more lines follow
             talk.introduce()
     elif subcommand == "NEW":
         names = (word.partition("=")[0] for word in words)
@@ -11797,7 +11797,7 @@ def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
     elif subcommand == "ACK":
         for word in words:
             (server.enabled.discard if word[0] == "-" else server.enabled.add)(word.lstrip("-"))
-    elif subcommand == "NAK" and len(words) > 1:  # one of them it does not grant: which?
+    elif subcommand == "NAK" and len(words) > 1:  # the server refuses one of these: find out which
         for word in words:
             talk.send_at_once("CAP", "REQ", word)
     elif subcommand == "DEL":
@@ -11853,7 +11853,7 @@ def answer_log_in(talk: IrcTalk, said: Any) -> None:
     except Refused:
         return talk.send_at_once("AUTHENTICATE", "*")
     if callable(answer):
-        talk.exchange = None  # nothing can be said to us meanwhile
+        talk.exchange = None  # the server must not send anything meanwhile
         return talk.core.later(answer, functools.partial(answer_log_in, talk))
     talk.exchange = Exchange(talk.login)
     talk.proven = talk.mechanism_used in ("PLAIN", "EXTERNAL") or answer == b""
@@ -11880,7 +11880,7 @@ def told_to_be_logged_in(talk: IrcTalk, heard: Heard) -> None:
 @from_server("903", least=1)
 def logged_in(talk: IrcTalk, heard: Heard) -> None:
     core = talk.core
-    if talk.login is None:  # no log-in is under way: nothing of ours has succeeded
+    if talk.login is None:  # no log-in is running: this is not about one
         return tell_rest(talk, heard)
     if not talk.proven:
         core.give_up("the server said that we are logged in, and could not prove that it is right")
@@ -11909,9 +11909,9 @@ def not_logged_in(talk: IrcTalk, heard: Heard) -> None:
     if talk.login is None:
         return tell_rest(talk, heard)
     if heard.verb == "904" and not talk.taken_up and (name := talk.next_mechanism()):
-        return talk.begin_log_in(name)  # it was the mechanism, not the password
+        return talk.begin_log_in(name)  # the mechanism was refused, not the password
     core.show(View(NOTE, why))
-    if core.me.proposed and not talk.ready:  # the /register before the break was not heard
+    if core.me.proposed and not talk.ready:  # the /register before the break was lost
         core.me.login = None
         forget_login(core)
     elif core.me.account and not talk.ready:
@@ -11924,7 +11924,7 @@ def try_name(talk: IrcTalk, heard: Heard, most: int, candidate: Callable[[int], 
     if talk.ready:
         return tell_rest(talk, heard)
     if "chat.py/session" in talk.server.offered and not talk.server.enabled:
-        return  # about the name that was given before the secret, which decides
+        return  # about the nick sent before the secret, which decides
     talk.tries += 1
     if talk.tries > most:
         talk.core.refuse(heard.params[-1], NEEDS_USER)
@@ -11978,10 +11978,10 @@ def welcomed(talk: IrcTalk, heard: Heard) -> None:
         core.show(View(TOLD, f"you are {core.name}{why}"))
     if core.away:
         talk.send("AWAY", core.away)
-    for id in [*core.outbox.unconfirmed]:  # history cannot tell where there is no room
+    for id in [*core.outbox.unconfirmed]:  # without a room there is no history to tell
         if core.find(core.outbox.waiting[id].where) is None:
             core.leave_to_user(id)
-    for one in core.outbox.waiting.values():  # it was accepted: so we have to be there
+    for one in core.outbox.waiting.values():  # accepted messages need the channel
         if talk.server.is_channel(one.where) and one.id not in core.outbox.parked:
             core.room_for(one.where).wanted = True
     for room in core.rooms.values():
@@ -12002,7 +12002,7 @@ def version_told(talk: IrcTalk, heard: Heard) -> None:
         talk.budget = Budget(PACE_BURST, PACE_RATE, talk.core.ticks())
     talk.core.rekey()
     talk.core.keep_facts()
-    if talk.server.ours and not talk.core.rooms:  # where all others are
+    if talk.server.ours and not talk.core.rooms:  # join the channel of all users
         room = talk.core.room_for(LOBBY)
         room.wanted = True
         talk.enter(room)
@@ -12025,7 +12025,7 @@ def support_told(talk: IrcTalk, heard: Heard) -> None:
     pace = [positive_number(one) for one in tokens.get("chat.py/FLOOD", "").split(",")]
     if len(pace) == 2 and all(pace):
         talk.budget = Budget(*pace, talk.core.ticks())
-    elif talk.server.ours:  # and announces no limit
+    elif talk.server.ours:  # and announces no rate limit
         talk.budget = Budget(*NO_PACE, talk.core.ticks())
 
 
@@ -12064,7 +12064,7 @@ def not_let_in(talk: IrcTalk, heard: Heard) -> None:
     if talk.ready:
         tell_rest(talk, heard)
     else:
-        talk.core.dismissed = True  # some servers leave it to us to hang up
+        talk.core.dismissed = True  # some servers leave hanging up to the client
         advice = "; /pass PASSWORD gives it" if heard.verb == "464" and talk.core.tidy else ""
         talk.core.refuse(heard.params[-1] + advice, NEEDS_USER)
 
@@ -12083,7 +12083,7 @@ def sent_elsewhere(talk: IrcTalk, heard: Heard) -> None:
         talk.going[core.fold(new)] = password
 
 
-# What a server says: whether we are there, and whether what we said is
+# Lines of a server: pings, confirmations, history and presence
 
 
 @from_server("PING", least=1)
@@ -12105,10 +12105,10 @@ def ponged(talk: IrcTalk, heard: Heard) -> None:
     while talk.pings:
         answered = talk.pings.popleft()
         for own_id in talk.acks.pop(answered, ()):
-            if own_id in talk.core.outbox.in_flight:  # else it was refused meanwhile
+            if own_id in talk.core.outbox.in_flight:  # else the message was refused meanwhile
                 confirm(talk, own_id)
         for own_id in talk.doubted.pop(answered, ()):
-            if "echo-message" not in talk.server.enabled:  # any more
+            if "echo-message" not in talk.server.enabled:  # disabled since
                 confirm(talk, own_id)
             elif own_id in talk.core.outbox.in_flight:
                 talk.core.lost(own_id, "the server took it and did not send it back")
@@ -12126,7 +12126,7 @@ def labelled_answer_ended(talk: IrcTalk, heard: Heard) -> None:
         talk.core.lost(label, "the server took it and did not send it back")
 
 
-# Also the separators of lines and paragraphs: some terminals obey them.
+# Includes the separators of lines and paragraphs, which some terminals obey.
 INERT = CONTROLS | BIDI_CONTROLS | {0x09: "    ", 0x2028: " ", 0x2029: " "}
 
 
@@ -12176,7 +12176,7 @@ def marker_told(talk: IrcTalk, heard: Heard) -> None:
             talk.core.told_read(room, parse_time(value))
 
 
-UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as servers say it
+UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as servers write it
 
 
 def no_page(talk: IrcTalk, code: str, label: str, about: list[str]) -> None:
@@ -12237,7 +12237,7 @@ def presence_told(talk: IrcTalk, heard: Heard) -> None:
         room = core.find(name)
         if room and not room.is_channel and room.gone != gone:
             text = f"{name} {'is not here' if gone else 'is here'}"
-            if gone or room.gone is not None:  # that one is there is no news at first
+            if gone or room.gone is not None:  # at first, being online is no news
                 core.happened(room, View(TOLD, text, where=room.name))
             room.gone = gone
             core.changed(room)
@@ -12266,7 +12266,7 @@ def failed(talk: IrcTalk, heard: Heard) -> None:
         refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
 
 
-# What a server says: people and their words
+# Lines of a server: users, channels and messages
 
 
 @from_server("NOTE", "WARN", least=3)
@@ -12305,14 +12305,14 @@ def answer_ctcp(talk: IrcTalk, heard: Heard) -> None:
 def message_came(talk: IrcTalk, heard: Heard) -> None:
     text = heard.params[1]
     if not talk.ready and heard.source.startswith("chat.py/"):
-        return None  # for people at netcat, who were silent as long as a slow line is
+        return None  # for users of netcat, after a silence that a slow line causes too
     if is_ctcp(text):
         return answer_ctcp(talk, heard)
     view = spoken_view(talk, heard, text)
     if view.kind in (SAID, NOTICED):
         if view.kind == NOTICED and not (view.mine or talk.core.find(view.where)):
             talk.core.keep(talk.core.timed(view))
-            view = view._replace(where="")  # no conversation is opened by a notice
+            view = view._replace(where="")  # a notice opens no conversation
         return talk.core.said(view, heard)
     if fold(view.name) == SERVICE_KEY and text == PASSWORD_CHANGED:
         renew_login(talk.core)
@@ -12339,8 +12339,8 @@ def missed_in_a_talk(talk: IrcTalk, heard: Heard) -> None:
 def we_joined(talk: IrcTalk, heard: Heard) -> None:
     core, talk.mask = talk.core, heard.source
     if core.find(heard.params[0]) is None and len(core.rooms) >= 2 * ROOMS_KEPT:
-        return  # no user has so many
-    for key in [key for key in talk.going if key[:1] == "!"]:  # the server adds an id of five
+        return  # no user has so many channels
+    for key in [key for key in talk.going if key[:1] == "!"]:  # the server added five characters
         if core.fold(heard.params[0])[6:] == key[1:]:
             talk.going[core.fold(heard.params[0])] = talk.going.pop(key)
             if there := core.find(key):
@@ -12348,15 +12348,15 @@ def we_joined(talk: IrcTalk, heard: Heard) -> None:
     room = core.room_for(heard.params[0])
     room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
-    room.topic = ""  # else it is told now
+    room.topic = ""  # else 332 follows
     talk.entering.pop(core.fold(room.name), None)
     room.password = talk.going.get(core.fold(room.name), room.password) or ""
     core.keep_room(room)
     core.changed(room)
-    if not core.tidy and not room.mark:  # whatever is said from now on
+    if not core.tidy and not room.mark:  # a pipe takes messages from now on
         if "msgid" in heard.tags:
             room.mark = f"msgid={heard.tags['msgid']}"
-        elif core.began:  # we came in before, and the line broke before we heard of it
+        elif core.began:  # joined earlier, before the connection broke
             room.mark = f"timestamp={tag_time(max(core.began, talk.since))}"
     core.newest = max(core.newest, heard.time or 0)
     if talk.going.pop(core.fold(room.name), None) is not None:
@@ -12428,7 +12428,7 @@ def user_quit(talk: IrcTalk, heard: Heard) -> None:
     if (room := core.find(heard.name)) and not room.is_channel:
         why = f": {heard.params[0]}" if heard.params and heard.params[0] else ""
         core.happened(room, View(TOLD, f"{heard.name} has left{why}", where=room.name))
-        room.gone = True  # MONITOR tells it, too
+        room.gone = True  # as MONITOR tells, too
     core.forget_person(heard.name)
     talk.name_is_free(heard.name)
 
@@ -12467,7 +12467,7 @@ def user_renamed(talk: IrcTalk, heard: Heard) -> None:
         if room.renamed(old, new) and not mine:
             core.happened(room, View(TOLD, f"{old} is now called {new}", where=room.name))
     core.forget_person(old, new)
-    if core.find(old) and not core.find(new) and not mine:  # a private conversation goes on
+    if core.find(old) and not core.find(new) and not mine:  # continue the private conversation
         core.rename(core.find(old), new)
     core.show(View(PEOPLE))
     if not mine:
@@ -12493,7 +12493,7 @@ def topic_set(talk: IrcTalk, heard: Heard) -> None:
         talk.core.happened(room, View(TOLD, text, where=room.name, time=heard.time))
 
 
-WHOIS = {  # numeric -> how it is told; {2} is its second parameter behind the name
+WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
     "301": "{1} is away: {last}",
     "311": "{1} is {2}@{3}: {last}",
     "312": "{1} uses {2}",
@@ -12534,7 +12534,7 @@ def who_told(talk: IrcTalk, heard: Heard) -> None:
     _, where, user, host, _, name, flags, last = heard.params[:8]
     bot = talk.server.tokens.get("BOT", "") or " "
     core.note_person(name, away=flags[:1] == "G", bot=bot in flags[1:])
-    if core.fold(where) in core.quiet_who or not core.wants_who:  # ZNC asks, too
+    if core.fold(where) in core.quiet_who or not core.wants_who:  # ZNC sends WHO, too
         return
     away = ", away" if flags[:1] == "G" else ""
     operator = ", operator of the server" if "*" in flags else ""
@@ -12641,7 +12641,7 @@ def names_ended(talk: IrcTalk, heard: Heard) -> None:
     text = ", ".join(ranks + name for name, ranks in people.items()) or "there is no user"
     if room:
         known = {name: people.pop(name) for name in room.people if name in people}
-        room.people = people | known  # in the order of who spoke last
+        room.people = people | known  # the last speaker is last
     asked = key in talk.shown_names
     talk.shown_names.discard(key)
     where = room.name if room else heard.params[1]
@@ -12710,19 +12710,19 @@ class Credentials:
 
     def __init__(self, login: Login | None):
         self.login = login
-        self.proposed: Login | None = None  # that a /register or /passwd is to make valid
-        self.account = ""  # that we were logged in to
-        self.generated = False  # the password is no person's, and is kept on disk by ...
-        self.keep: Callable[[Login | None], None] | None = None  # ... this; it raises Unusable
+        self.proposed: Login | None = None  # by a /register or /passwd that is not confirmed yet
+        self.account = ""  # that the client was logged in to
+        self.generated = False  # the client made the password, and stores it on disk with ...
+        self.keep: Callable[[Login | None], None] | None = None  # ... this; raises Unusable
         self.mechanisms: tuple[str, ...] = ("SCRAM-SHA-256", "EXTERNAL", "PLAIN")  # best first
-        self.plain_allowed = False  # also without TLS: the user named it
-        self.certificate = False  # TLS shows one of ours
+        self.plain_allowed = False  # even without TLS, since the user named it
+        self.certificate = False  # the client has a certificate for TLS
 
 
 def first_words(core: "ClientCore", line: str) -> bool:
     """Detect the kind of a server by the line that it sends first. Return True if that line needs
     no other handling."""
-    if line.startswith("* "):  # we are being turned away, and told why
+    if line.startswith("* "):  # the server refuses the client, with a reason
         core.refuse(line.removeprefix("* "), TEMPORARY)
         core.show(View(TOLD, core.refusal))
         return True
@@ -12738,7 +12738,7 @@ def first_words(core: "ClientCore", line: str) -> bool:
     return core.kind == CHAT
 
 
-SECRET_LINE = re.compile(  # what follows is not for a log of the protocol
+SECRET_LINE = re.compile(  # the text after these words must not be logged
     r"(?i)^(PASS|AUTHENTICATE|OPER \S+|SESSION|REGISTER \S+ \S+|PRIVMSG NickServ :?\w+|NS \w+) .*"
 )
 PASSWORD_WORDS = ("login", "identify", "register", "passwd", "oper", "pass", "password")
@@ -12772,7 +12772,7 @@ class Person(NamedTuple):
     """A member of a channel."""
 
     name: str
-    rank: str = ""  # symbols as NAMES has them, the highest first
+    rank: str = ""  # symbols as in NAMES, the highest first
     away: bool = False
     account: str = ""
     bot: bool = False
@@ -12794,23 +12794,23 @@ class ForScreens:
     find: Callable[[str], Room | None]
     show: Callable[..., None]
     name = ""
-    start_transfer: Callable[[Transfer], None] | None = None  # those of Transfers
+    start_transfer: Callable[[Transfer], None] | None = None  # both set by Transfers
     end_transfer: Callable[[Transfer], None] | None = None
 
     def __init__(self) -> None:
-        self.transfers: list[Transfer] = []  # files on their way
+        self.transfers: list[Transfer] = []  # uploads and downloads
         self.upload_token, self.token_at = "", -math.inf
         self.wait_for_token: list[Callable[[str], None]] = []
-        self.typed_at: dict[int, tuple[float, str]] = {}  # when others were told that we type
+        self.typed_at: dict[int, tuple[float, str]] = {}  # when the user's typing was told, and how
         self.away_keys: set[str] = set()  # keys of users who are away ...
         self.bots: set[str] = set()  # ... and of bots
         self.accounts: dict[str, str] = {}  # by key of their nicks
-        self.quiet_who: set[str] = set()  # keys of channels that a screen asks about
-        # The last lines of the protocol: time (ms), whether it is ours, and the line
+        self.quiet_who: set[str] = set()  # keys of channels with a WHO of a screen
+        # The last lines of the protocol: time (ms), True if sent, and the line
         self.traffic: collections.deque[tuple[int, bool, str]]
         self.traffic = collections.deque(maxlen=TRAFFIC_LINES)
 
-    # Messages that did not go out
+    # Messages that were not sent
 
     def retry(self, own_id: str) -> None:
         """Send a message that was left to the user; join its channel first if needed."""
@@ -12899,7 +12899,7 @@ class ForScreens:
         known = {"name": name, "url": file.path, "size": file.size, "type": file.type}
         self.start_transfer(Transfer(secrets.token_hex(8), False, room.name, path, **known))
 
-    # Messages that are there
+    # Changes of messages: replies, reactions, redactions
 
     def can(self, what: str) -> bool:
         """Return whether this server allows a "reply", "react", "redact" or "typing"."""
@@ -12926,7 +12926,7 @@ class ForScreens:
             raise Refused("BAD_REACTION", limit)
         tags = f"{REACT if on else UNREACT}={escaped_tag(emoji)};{REPLY}={escaped_tag(id)}"
         self.talk.raw(f"@{tags} TAGMSG {room.name}")
-        if "echo-message" not in self.server.enabled:  # else its echo says that it arrived
+        if "echo-message" not in self.server.enabled:  # else the echo shows it
             self.reacted(room, id, emoji, self.name, on)
 
     def reacted(self, room: Room, id: str, emoji: str, name: str, on: bool) -> None:
@@ -12983,7 +12983,7 @@ class ForScreens:
             for name in [one for one, until in room.typing.items() if until < self.ticks()]:
                 self.types(room, name, "done")
 
-    # What was read
+    # Read markers
 
     def mark_read(self, room: Room) -> None:
         """Note that the user has read everything in a conversation."""
@@ -13068,7 +13068,7 @@ class ForScreens:
         if new:
             self.note_person(new, away=about[0], account=about[1], bot=about[2])
 
-    # What was said once
+    # Stored messages
 
     def find_kept(self, words: str, room: Room | None = None, count: int = 200) -> list[View]:
         """Return the last stored messages that contain these words, in order."""
@@ -13107,14 +13107,14 @@ class ClientCore(ForScreens):
     core then asks for the latest messages. `later` runs a job off the loop. `clock` is wall time
     and `ticks` monotonic time, in seconds."""
 
-    told_trouble = ""  # what was told of the store last
-    doubted = ""  # text that is sent if the user enters it once more
-    replying = ""  # the id of the message that is answered now
-    wants_motd = wants_who = False  # the user asked for it
-    views_seen: float = math.inf  # of the conversation that were there when it was typed
-    looked_at = True  # else the user looks at another server
-    reads_at_once = True  # what is shown there; else mark_read() tells what was read
-    results: Callable[[str, list[View]], None] | None = None  # takes what a search found
+    told_trouble = ""  # the last reported trouble of the store
+    doubted = ""  # text that is sent if the user enters it again
+    replying = ""  # the id of the message that the typed text answers
+    wants_motd = wants_who = False  # on the user's request
+    views_seen: float = math.inf  # number of views in the conversation when the text was begun
+    looked_at = True  # False: the user looks at another server
+    reads_at_once = True  # the current conversation; if False, mark_read() tells what was read
+    results: Callable[[str, list[View]], None] | None = None  # takes the result of a search
 
     def __init__(
         self,
@@ -13139,45 +13139,45 @@ class ClientCore(ForScreens):
         self.outbox = outbox or Outbox()
         self.clock, self.later, self.ticks = clock, later, ticks
         self.server = ServerProfile(kind in (CHAT, PLAIN))
-        self.talk: Any = None  # while connected, once it is known what is spoken
-        self.tls = self.secure = False  # encrypted; or on this machine, where no one listens
-        self.listening = False  # for whether the server speaks first
-        self.refusal = ""  # why the server will not have us ...
-        self.cause = TEMPORARY  # ... and what that means for another attempt
-        self.dismissed = False  # it said ERROR, and will hang up
-        self.redial = False  # come back at once: it speaks something else ...
-        self.insists = False  # ... unless the user said what it speaks
-        self.sure = False  # the server has said something that only its kind says
-        self.sts: tuple[int, int] | None = None  # port, and seconds: it wants TLS (IRCv3 sts)
+        self.talk: Any = None  # while connected, once the protocol is known
+        self.tls = self.secure = False  # encrypted; `secure` also without TLS on this machine
+        self.listening = False  # waiting to see if the server speaks first
+        self.refusal = ""  # the reason for which the server refuses the client ...
+        self.cause = TEMPORARY  # ... and what that means for a new attempt
+        self.dismissed = False  # the server sent ERROR, and will hang up
+        self.redial = False  # connect again at once, with another protocol or TLS ...
+        self.insists = False  # ... but not if the user set the protocol
+        self.sure = False  # a line has proved the kind of the server
+        self.sts: tuple[int, int] | None = None  # port and seconds of required TLS (IRCv3 sts)
         self.quitting = False
-        self.regain = False  # the wanted name was taken: have it when it is free ...
-        self.regain_at = 0.0  # ... and ask for that at this time
-        self.away, self.former_names = "", {}  # keys of nicks that we had
+        self.regain = False  # the wanted nick was taken: get it once it is free ...
+        self.regain_at = 0.0  # ... and ask for it at this time
+        self.away, self.former_names = "", {}  # keys of this client's earlier nicks
         self.ctcp_budget = Budget(CTCP_BURST, CTCP_RATE, ticks())
         self.ignored: set[str] = store.ignored() if store else set()  # masks
-        self.settings: dict[str, str] = store.settings() if store else {}  # that were changed
-        self.seen: dict[str, None] = {}  # ids
+        self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
+        self.seen: dict[str, None] = {}  # ids of known messages
         self.removed: dict[str, None] = {}  # ids of redacted messages
-        self.shown: set[str] = set()  # own ids of what the user has seen as waiting
-        self.sent_before: set[str] = set()  # own ids of what the user wants sent once more
-        self.known_own: dict[str, None] = {}  # own ids of what was shown, and has arrived
-        self.failures = 0  # messages that did not arrive, or were not kept
-        self.progress = 0  # how often a message was acknowledged or a missing page came
-        self.acknowledged = False  # something was, over this connection
-        self.page_lines = PAGE_LINES  # of missed messages at once: less after a break
-        self.newest, self.newest_id = 0, ""  # time (ms) and id of the newest that was heard of
+        self.shown: set[str] = set()  # own ids of messages shown as waiting
+        self.sent_before: set[str] = set()  # own ids of messages that the user sends again
+        self.known_own: dict[str, None] = {}  # own ids of messages that were shown and have arrived
+        self.failures = 0  # messages that did not arrive, or that were not kept
+        self.progress = 0  # number of acknowledged messages and of missing pages that came
+        self.acknowledged = False  # some message was, over this connection
+        self.page_lines = PAGE_LINES  # of missed messages in one page; fewer after a break
+        self.newest, self.newest_id = 0, ""  # time (ms) and id of the newest known message
         self.began = 0  # time of the first welcome
         self.rooms = wanted_rooms(join, self.fold)
         if store:
             self._load([*join] not in ([], [LOBBY]) if named is None else named)
-        self.current: Room | None = next(iter(self.rooms.values()), None)  # is looked at
+        self.current: Room | None = next(iter(self.rooms.values()), None)  # looked at
         self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
         self.views: list[View] = []
         self.output: list[str] = []
         self._show_waiting()
-        self.wants_connection = False  # now: the user said so
+        self.wants_connection = False  # connect now, at the user's request
 
-    # What outlives the program
+    # State that outlives the program
 
     def _load(self, named: bool) -> None:
         """Load the open conversations and their last messages from the store."""
@@ -13213,7 +13213,7 @@ class ClientCore(ForScreens):
         """Show the messages that an earlier run accepted and no server has acknowledged."""
         for one in self.outbox.waiting.values() if self.tidy else ():
             self._show_own(one, one.text)
-        self.views.clear()  # they are in their conversations
+        self.views.clear()  # each is in its conversation already
 
     def keep(self, view: View) -> None:
         """Store a message."""
@@ -13254,7 +13254,7 @@ class ClientCore(ForScreens):
         views = [view for view in views if identity_of(view) not in shown]
         if at_hole and views:
             views.append(View(NOTE, "messages are missing here", where=room.name))
-            room.holes = room.holes[:-1]  # for this run: the next one can fill it
+            room.holes = room.holes[:-1]  # in this run only: the next run may fill the gap
         else:
             views = self.behind_hole(room, views)
         room.views.extendleft(reversed(views))
@@ -13328,7 +13328,7 @@ class ClientCore(ForScreens):
         waits = talk and (talk.queue or talk.pieces)
         return not waits and outbox.waiting.keys() <= outbox.parked.keys()
 
-    # Names, as this server compares them
+    # Names, by this server's rule
 
     def fold(self, name: str) -> str:
         return self.server.fold(name)
@@ -13387,7 +13387,7 @@ class ClientCore(ForScreens):
             else:
                 self.leave_to_user(one.id)
         if talk and any(asked.how in ("missed", "gap") for asked in talk.asked):
-            self.page_lines = max(1, self.page_lines // 4)  # it was too much for that line
+            self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
         for key, password in talk.going.items() if talk else ():  # the answer to JOIN is lost
             room = self.room_for(key)
             room.wanted, room.password = True, password
@@ -13500,7 +13500,7 @@ class ClientCore(ForScreens):
         if self.talk:
             self.talk.bye(reason)
 
-    # What the user writes
+    # Typed text
 
     def typed(
         self, text: str, room: Room | None = None, reply: str = "", seen: float = math.inf
@@ -13528,7 +13528,7 @@ class ClientCore(ForScreens):
 
     def _doubtful(self, text: str) -> str:
         """Return why a text may not be meant as a message to all; "" if there is no doubt."""
-        if not self.tidy:  # a program means what it says
+        if not self.tidy:  # a program knows what it sends
             return ""
         first = text.split()[:1]
         if text[:1] == " " and first and first[0][:1] == "/" and first[0][1:] in client_command:
@@ -13602,7 +13602,7 @@ class ClientCore(ForScreens):
 
     def _accepted(self, one: Waiting, text: str) -> None:
         room = self._show_own(one, text)
-        self.typed_at.pop(room.id, None)  # a message says that typing is done
+        self.typed_at.pop(room.id, None)  # a message implies that typing is done
         if room.is_channel and self.ready and not (room.inside or room.wanted):
             self.park(one.id, f"you are not in {room.name}")
 
@@ -13611,7 +13611,7 @@ class ClientCore(ForScreens):
         if self.talk and self.talk.ready and not self.redial and self.cause != FATAL:
             self.talk.pump()
 
-    # What there is to show
+    # Views, conversations and the outcome of messages
 
     def show(self, *views: View) -> None:
         self.views += map(self._in_room, views)
@@ -13814,7 +13814,7 @@ class ClientCore(ForScreens):
     def release(self, room: Room) -> None:
         """Show the views that were held while older messages were fetched."""
         held, room.held = room.held or [], None
-        for view in held:  # also what the pages had: it may be the answer to one of ours
+        for view in held:  # messages known from pages, too: one may be an echo
             (self.deliver if view.kind in (SAID, NOTICED) else self.happened)(room, view)
         self.outbox.unconfirmed -= {
             one.id
@@ -13861,7 +13861,7 @@ class ClientCore(ForScreens):
         self.show(View(FAILED, text, where=one.where, own_id=own_id))
 
 
-# What the user wants: commands, over IRC
+# The commands of a user, over IRC
 
 
 def asked_room(core: ClientCore, name: str = "") -> Room:
@@ -13943,7 +13943,7 @@ def do_join(core: ClientCore, name: str, password: str = "") -> None:
         core.talk.note_join(one)
         if room:
             room.wanted = True
-        if not core.tidy:  # what a pipe says next is meant for there
+        if not core.tidy:  # the next text of a pipe is meant for this channel
             there = core.room_for(one)
             there.wanted, there.is_channel = True, True
             core.go(there)
@@ -13988,8 +13988,8 @@ def do_go(core: ClientCore, name: str) -> None:
 def do_msg(core: ClientCore, name: str, text: str = "") -> None:
     """/msg NAME [TEXT] -- say something to one person only, or open a private conversation"""
     for one in name.split(",") if text else ():
-        group = core.server.without_status(one) != one  # a part of a channel
-        if group or fold(one) in SERVICES:  # which keep nothing, and shall not be told twice
+        group = core.server.without_status(one) != one  # some members of a channel
+        if group or fold(one) in SERVICES:  # these store nothing, and must not get it twice
             core.online().command("PRIVMSG", one, text)
         else:
             core.send(one, text)
@@ -14217,7 +14217,7 @@ def do_register(core: ClientCore, *words: str) -> None:
         raise Refused("NO_STATE", "nothing is kept on disk; /register with a password of yours")
     core.me.generated = not password
     core.me.proposed = Login(core.name, password or secrets.token_urlsafe(SECRET_DIGITS))
-    if core.me.generated:  # before the server knows it: the answer may be lost
+    if core.me.generated:  # before the server confirms: its answer may be lost
         core.me.login = core.me.proposed
         core.me.keep(core.me.login)
     core.talk.command("REGISTER", "*", email, core.me.proposed.password)
@@ -14476,10 +14476,10 @@ def do_quit(core: ClientCore, reason: str = "") -> None:
 # ======================================================================================
 # CLIENT STORE
 # ======================================================================================
-# What a client keeps in one SQLite file, client.db: the messages it has seen, which
-# conversations are open, whom the user ignores, and settings. Two clients may share it: a
-# transaction takes milliseconds, nothing waits for a lock, and what finds the file locked
-# is written a turn later. Words are indexed in slices, while nothing else is to be done.
+# What a client stores in one SQLite file, client.db: the messages it has seen, the open
+# conversations, the ignored users, and settings. Two clients may share the file: a transaction
+# takes milliseconds, and no statement waits for a lock. A write that finds the file locked is done
+# a turn later. Words are indexed in slices, while the client has nothing else to do.
 
 CLIENT_TABLES = """
 CREATE TABLE owners (               -- whose rows they are: a user as a server knows one
@@ -14564,8 +14564,8 @@ CREATE TRIGGER IF NOT EXISTS words_gone AFTER DELETE ON messages
 WHEN old.number <= (SELECT number FROM indexed)
 BEGIN INSERT INTO words (words, rowid, text) VALUES ('delete', old.number, words_of(old.text)); END;
 """
-BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # another client writes
-LAST_NUMBER = 2**62  # above that of every row
+BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # another client is writing
+LAST_NUMBER = 2**62  # above the number of every row
 MESSAGE_COLUMNS = "number, kind, text, name, place, time, mine, called, id, own_id, reply, file"
 
 
@@ -14594,7 +14594,7 @@ def open_client_database(path: str) -> sqlite3.Connection:
     """Open client.db, or a database in memory, and create its tables. Raises sqlite3.Error."""
     db = sqlite3.connect(path, timeout=2, isolation_level=None, check_same_thread=False)
     db.create_function("words_of", 1, words_of, deterministic=True)
-    with contextlib.suppress(sqlite3.Error):  # a network home may refuse it: then a journal
+    with contextlib.suppress(sqlite3.Error):  # a network home may refuse WAL: then a journal
         db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
     scripts = {0: CLIENT_TABLES, 1: CLIENT_UPGRADE}
@@ -14602,12 +14602,12 @@ def open_client_database(path: str) -> sqlite3.Connection:
     if version in scripts:
         try:
             db.executescript(f"BEGIN IMMEDIATE; {scripts[version]} COMMIT;")
-        except sqlite3.OperationalError:  # another client did it at the same time
+        except sqlite3.OperationalError:  # another client created them at the same time
             if db.in_transaction:
                 db.execute("ROLLBACK")
             if db.execute("PRAGMA user_version").fetchone()[0] == version:
                 raise
-    with contextlib.suppress(sqlite3.Error):  # not every Python has FTS5: search is slower then
+    with contextlib.suppress(sqlite3.Error):  # without FTS5 in this Python, search is slower
         db.executescript(CLIENT_WORDS)
     return db
 
@@ -14617,15 +14617,15 @@ class ClientStore:
 
     def __init__(self, db: sqlite3.Connection, server: str = "", name: str = "", sole: bool = True):
         self.db = db
-        self.sole = sole  # the first of the clients of this user: it keeps what has no id
-        self.waiting: list[tuple[str, tuple]] = []  # statements, while the file is locked
-        self.trouble = ""  # why something could not be read
+        self.sole = sole  # the first client of this user stores messages without an id
+        self.waiting: list[tuple[str, tuple]] = []  # statements that are not executed yet
+        self.trouble = ""  # why the file could not be read or written
         db.execute("INSERT OR IGNORE INTO owners (server, name) VALUES (?, ?)", [server, name])
         query = "SELECT owner FROM owners WHERE server = ? AND name = ?"
         self.owner = db.execute(query, [server, name]).fetchone()[0]
         query = "SELECT count(*) FROM sqlite_schema WHERE name = 'words'"
         self.has_words = bool(db.execute(query).fetchone()[0])
-        db.execute("PRAGMA busy_timeout = 0")  # from here on nothing waits
+        db.execute("PRAGMA busy_timeout = 0")  # from here on no statement waits for a lock
 
     # Writing
 
@@ -14695,7 +14695,7 @@ class ClientStore:
         if not self.has_words:
             return
         query = "SELECT number, text FROM messages WHERE number > ? ORDER BY number LIMIT ?"
-        with contextlib.suppress(sqlite3.Error):  # locked: another time
+        with contextlib.suppress(sqlite3.Error):  # locked: the next call tries again
             done = self.db.execute("SELECT number FROM indexed").fetchone()[0]
             rows = self.db.execute(query, [done, CLIENT_INDEX_SLICE]).fetchall()
             if rows:
@@ -14758,7 +14758,7 @@ class ClientStore:
         if not quoted:
             return []
         place, values = ("AND room = ?", [key]) if key is not None else ("", [])
-        # The planner would rather look at all messages of the room
+        # Without CROSS JOIN the planner would read all messages of the room
         indexed = f"""
             SELECT {MESSAGE_COLUMNS} FROM
             (SELECT rowid AS hit FROM words WHERE words MATCH ? ORDER BY rowid DESC LIMIT ?)
