@@ -10222,7 +10222,7 @@ def is_quit(text: str) -> bool:
 
 
 def is_channel(name: str) -> bool:
-    """Return whether a name looks like a channel's. This is for code that has no server to ask."""
+    """Return whether a name looks like a channel's, for code that has no server to ask."""
     return name[:1] in ("#", "&", "+", "!")
 
 
@@ -10350,7 +10350,7 @@ class ServerProfile:
 
     @property
     def repeatable(self) -> bool:
-        """True if the server delivers a message only once that is sent twice with the same id."""
+        """True if a message that is sent twice with the same id is delivered only once."""
         return self.echoes and "chat.py/session" in self.enabled
 
     @property
@@ -10483,7 +10483,7 @@ def accepted_at(own_id: str) -> int | None:
 
 class Outbox:
     """The accepted messages that are not known to have arrived, in order. A `journal` outlives the
-    program. It has append(record), which raises Unusable on failure, and clear()."""
+    program: append(record) raises Unusable on failure, and clear() empties the journal."""
 
     def __init__(self, journal: Any = None, secret: str = "", waiting: Iterable[Waiting] = ()):
         self.journal = journal
@@ -10507,9 +10507,9 @@ class Outbox:
     def next(
         self, carries: Callable[[Waiting], bool], waits: Callable[[Waiting], bool] | None = None
     ) -> Waiting | None:
-        """Return the message to send now, or None. The talk `carries` a message that it can send.
-        No message overtakes an earlier one, with two exceptions: a message left to the user, and
-        one that the talk cannot carry yet and for which waits() is missing or false."""
+        """Return the message to send now, or None. carries(message) tells if the talk can send it
+        yet, else waits(message) tells if later messages wait for it. No message overtakes an
+        earlier one, except if both are false, or if the earlier one was left to the user."""
         if len(self.in_flight) >= self.window:
             return None
         later = self.in_flight.keys() | self.parked.keys()
@@ -10605,7 +10605,7 @@ class Transcript(collections.deque):
 
 
 def moved_text(moves: Iterable[View]) -> str:
-    """Return one line about the users who joined and left. A user who did both is named once."""
+    """Return one line about the users who joined and left; name a user who did both once."""
     last: dict[str, list[str]] = {}
     for view in moves:
         last.setdefault(view.name, []).append(view.kind)
@@ -10764,7 +10764,7 @@ OTHER_PROTOCOLS = (  # beginning of the first line of a server that is not for c
 
 
 def other_protocol(line: str) -> str:
-    """Return the protocol of a server's first line, if the protocol is known and no chat."""
+    """Return the known protocol, other than chat, of a server's first line; "" for none."""
     return next((name for name, pattern in OTHER_PROTOCOLS if pattern.match(line)), "")
 
 
@@ -11005,7 +11005,8 @@ def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> Non
 
 
 def page_missed(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
-    """Handle a page of missed messages, and ask for more until one page brings nothing new."""
+    """Handle a page of missed messages, and ask for more until one page brings nothing new: a page
+    may be short because of its size."""
     new = any(view.id and view.id not in talk.core.seen for view in views)
     for view in not_shown(room, views):
         talk.core.deliver(room, view)
@@ -11019,7 +11020,7 @@ def page_missed(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> N
 
 
 def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
-    """Handle the newest page of missed messages. If there were more, the rows begin with it."""
+    """Handle the newest page of missed messages. If more were missed, the rows begin here."""
     size = sum(len(view.text.encode()) for view in views)
     if len(views) >= limit or size > PAGE_BYTES // 2:
         room.views.clear()
@@ -11089,7 +11090,7 @@ class Login(NamedTuple):
 
 
 def is_ctcp(text: str) -> bool:
-    """Return whether a message is a CTCP for a program, which ACTION is not."""
+    """Return whether a message is a CTCP for a program, that is, other than ACTION."""
     return text.startswith("\x01") and not re.match("\x01ACTION[ \x01]", text, re.IGNORECASE)
 
 
@@ -11157,7 +11158,7 @@ class IrcTalk:
 
     @property
     def doubts(self) -> bool:
-        """True if the server may deliver a message twice that is sent to it twice."""
+        """True if a message that is sent twice may also be delivered twice."""
         return not self.server.repeatable
 
     # Output
@@ -11346,7 +11347,7 @@ class IrcTalk:
         return former and bool(address) and address == self.mask.partition("!")[2]
 
     def acknowledged(self, own_id: str) -> None:
-        """Note that the server has a message, and has refused none that was sent before it."""
+        """Note that the server has a message, and has refused none of the earlier ones."""
         self.last_ack = self.core.ticks()
         if any(id == own_id for _, id in self.said):
             while self.said.popleft()[1] != own_id:
@@ -11379,8 +11380,9 @@ class IrcTalk:
         core.output.append(f"USER {username} 0 * :{core.name}")
 
     def introduce(self) -> None:
-        """Send CAP REQ, secret, names and log-in together, since each round trip of a slow line
-        costs time. A server grants what it offers, so the lines after CAP REQ can rely on that."""
+        """Send CAP REQ, secret, names and log-in together: each round trip of a slow line costs
+        time. A server grants the capabilities it offers, so the lines after CAP REQ rely on
+        them."""
         if self.introduced:
             return
         self.introduced = True
@@ -11538,7 +11540,7 @@ class IrcTalk:
         return "BATCH -m" in self.pieces
 
     def own_tags(self, id: str, reply: str = "") -> str:
-        """Return the tags before a message that make its echo recognizable and name its reply."""
+        """Return the tags before a message: its own id, to know the echo, and the id it answers."""
         tags = [f"{OWN_ID}={id}"] * self.server.keeps_own_tags
         tags += [f"{REPLY}={escaped_tag(reply)}"] * bool(reply and self.server.takes(REPLY))
         tags += [f"label={id}"] * self.server.labels
@@ -11699,7 +11701,7 @@ class IrcTalk:
         return spoken_view(self, first, text.removeprefix("\n"))
 
     def take_page(self, label: str, target: str, views: list[View]) -> None:
-        """Take a page of history that was requested."""
+        """Handle a page of history that was requested."""
         asked = self.answered(label, target) or Asked("", "asked", 0)
         room = self.core.find(asked.where)
         if room is None or asked.how not in PAGES:
@@ -11748,7 +11750,7 @@ NO_FAILURE = (  # numerics that refuse other commands, not messages
 
 def message_refused(talk: IrcTalk, heard: Heard) -> str:
     """Return the id of the oldest message in flight to the target of an error without a label; ""
-    if the error is about a notice or about no message."""
+    if the error is about a notice, or about no message."""
     number, core = heard.verb, talk.core
     error = number.isdecimal() and (number[0] in "45" or number in SAYING_FAILED)
     if not error or len(heard.params) < 2 or "label" in heard.tags:
@@ -11765,7 +11767,7 @@ def message_refused(talk: IrcTalk, heard: Heard) -> str:
 
 @from_server("", least=1)
 def tell_rest(talk: IrcTalk, heard: Heard) -> None:
-    """Show a line that has no handler of its own; note what it refuses: a channel or a message."""
+    """Show a line without a handler of its own; note the channel or message that is refused."""
     *about, text = heard.params[1:] or heard.params
     between = ": " if heard.verb[:1] in ("4", "5") else " "
     text = between.join([" ".join(about), text] if about else [text])
@@ -12097,8 +12099,8 @@ def confirm(talk: IrcTalk, own_id: str) -> None:
 
 @from_server("PONG")
 def ponged(talk: IrcTalk, heard: Heard) -> None:
-    """Confirm the messages sent before a PING. Some servers do not repeat its token: PONGs come in
-    the order of the PINGs."""
+    """Confirm the messages sent before a PING. Some servers do not repeat the token, but PONGs come
+    in the order of the PINGs."""
     token = heard.params[-1] if heard.params else ""
     if token not in talk.pings:
         token = talk.pings[0] if talk.pings else ""
@@ -12181,7 +12183,7 @@ UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as s
 
 def no_page(talk: IrcTalk, code: str, label: str, about: list[str]) -> None:
     """Handle a refused request for history. If the server does not know the last message of the
-    room (a backup was restored), ask for its newest messages."""
+    room (a backup was restored), ask for the newest messages."""
     named = next((one for one in about if talk.core.find(one)), "")
     asked = talk.answered(label, named)
     if asked is None:
@@ -13343,7 +13345,7 @@ class ClientCore(ForScreens):
         return next((room for room in self.rooms.values() if room.id == id), None)
 
     def rekey(self) -> None:
-        """Apply what the server has told about the comparison of names and about channel names."""
+        """Apply the rules of the server for comparing names and for the names of channels."""
         self.rooms.rekey(self.fold)
         for room in self.rooms.values():
             room.is_channel = room.is_channel or self.server.is_channel(room.name)
@@ -13505,9 +13507,9 @@ class ClientCore(ForScreens):
     def typed(
         self, text: str, room: Room | None = None, reply: str = "", seen: float = math.inf
     ) -> list[View]:
-        """Take a command, or a message of one or several lines. `room` is the conversation in which
-        the text was typed, perhaps not the current one. `reply` is the id of the message that the
-        text answers. `seen` is the number of views then: "the last message" is one of these."""
+        """Take a command, or a message of one or several lines. `room` is the conversation of the
+        text, perhaps not the current one. `reply` is the id of the message that the text answers.
+        `seen` views were there when the text was begun: "the last message" is one of these."""
         looked_at, self.replying, self.views_seen = self.current, reply, seen
         self.current = room or looked_at
         self._typed(text)
@@ -13838,7 +13840,7 @@ class ClientCore(ForScreens):
                 self.park(one.id, "it may have arrived or not" if one.sent else why)
 
     def leave_to_user(self, own_id: str) -> None:
-        """Handle a message that may have arrived: the user of a screen decides; a pipe loses it."""
+        """Give up a message that may have arrived, or, with a screen, let the user decide."""
         reason = "the line broke: it may have arrived or not"
         if self.tidy:
             self.park(own_id, reason)
@@ -13873,7 +13875,7 @@ def asked_room(core: ClientCore, name: str = "") -> Room:
 
 
 def asked_channel(core: ClientCore) -> str:
-    """Return the name of the current channel. Raises Refused in any other conversation."""
+    """Return the name of the current channel. Raises Refused if no channel is the current room."""
     room = asked_room(core)
     if not room.is_channel:
         raise Refused("NO_CHANNEL", f"{room.name} is no channel")
@@ -14827,7 +14829,7 @@ class ClientStore:
         self.write("DELETE FROM rooms WHERE owner = ? AND key = ?", self.owner, key)
 
     def rooms(self) -> list[Room]:
-        """Return the conversations that were open at the last end, in order."""
+        """Return the conversations that were open at the end of the last run, in order."""
         columns = "name, password, channel, wanted, draft, muted, read_time"
         query = f"SELECT {columns} FROM rooms WHERE owner = ? ORDER BY place"
         rooms = []
