@@ -10185,15 +10185,15 @@ def dialect_of(first_line: bytes) -> str:
 # ======================================================================================
 # CLIENT CORE
 # ======================================================================================
-# A client's conversation without a screen or a socket: bytes and typed text in, views and
-# bytes out. The terminal and the window drive the same object. It first finds out whom it
-# talks to; then a talk (IrcTalk, PlainTalk) speaks for as long as the connection lasts.
-# What lasts longer, rooms and outbox, is the core's.
+# A client's conversation without a screen or a socket: bytes and typed text in, views and bytes
+# out. The terminal and the window drive the same object. The core first finds out the kind of the
+# server. Then a talk (IrcTalk, PlainTalk) handles the protocol until the connection ends. Rooms and
+# outbox belong to the core, because they outlast a connection.
 #
-# Nothing is lost and nothing comes twice: a message is in the outbox until the server has
-# said that it has it, and is sent again under the same id. A room knows up to which message
-# it holds everything; after a break it asks for what came behind that, and live messages
-# wait until that is there.
+# No message is lost or doubled. A message stays in the outbox until the server has acknowledged it,
+# and is sent again under the same id. A room knows the last message up to which it holds
+# everything. After a break the room asks for the messages after that one, and live messages wait
+# until those have come.
 
 CHAT, IRC, PLAIN = "chat.py", "irc", "plain"  # the kinds of server this client can talk to
 
@@ -10205,44 +10205,44 @@ REACTED, TYPING, ROOM, READ, RESET = "reacted", "typing", "room", "read", "reset
 TRANSFER = "transfer"
 
 
-# Why a connection ended, or was not let in; see Link
+# Causes: why a connection ended, or why the server refused it; see Link
 TEMPORARY, NEEDS_USER, FATAL = "temporary", "needs the user", "fatal"
 
 
 class View(NamedTuple):
-    """One thing to show."""
+    """A thing for a screen to show: a message, a notice or a change of state."""
 
-    # SAID, NOTICED (a NOTICE of IRC), CAME, WENT; TOLD by the server; a NOTE of our own; the
-    # STATUS of the connection, UP when it stands; PEOPLE when members have changed, with a text
-    # if the user asked who they are; ARRIVED, FAILED: what became of a message of ours; BACK: a
-    # text that was not accepted, to be edited; OLDER: a room has so many views more before the
-    # others; PLACE: another room is looked at, of which so many messages are new; REMOVED: the
-    # message with this id was taken back; CLEARED: begin with an empty page; FOUND: a message of
-    # the past that was asked for; MOVED: several came and went; PAGE: a text to be read apart
-    # from what is said, with a name; REACTED: a user reacted to the message with this id, or took
-    # that back (number -1); TYPING: a user is typing, paused or done; ROOM: something else about
-    # a conversation changed; READ: it was read on another device;
-    # RESET: its rows begin with what follows; TRANSFER: a file is on its way, or not any more
+    # SAID: a message; NOTICED: a NOTICE of IRC; CAME, WENT: a user joined or left; TOLD: a text of
+    # the server; NOTE: a text of this client; STATUS of the connection, UP when it stands; PEOPLE:
+    # the members changed, with a text if the user asked for them; ARRIVED, FAILED: the outcome of a
+    # message of the user; BACK: a text that was not accepted, to be edited; OLDER: so many views
+    # were put before the others of a room; PLACE: the user goes to another room, which has so many
+    # new messages; REMOVED: the message with this id was redacted; CLEARED: begin with an empty
+    # page; FOUND: an old message that was asked for; MOVED: several joins and quits in one row;
+    # PAGE: a text with a name, to be read apart from the messages; REACTED: a user reacted to the
+    # message with this id, or removed the reaction (number -1); TYPING: a user is typing, paused or
+    # done; ROOM: another property of a conversation changed; READ: the user read it elsewhere;
+    # RESET: its rows begin with the next view; TRANSFER: a file transfer began, moved on or ended
     kind: str
     text: str = ""
     name: str = ""
-    where: str = ""  # a channel, or whom a private talk is with; "" is nowhere in particular
+    where: str = ""  # a channel, or the user in a private conversation; "" for neither
     time: int | None = None  # milliseconds since 1970; None is now
     mine: bool = False
-    called: bool = False  # it is for us: our name is in it, or no other user hears it
-    past: bool = False  # from history: no news
-    id: str = ""  # the server's, of a message
-    own_id: str = ""  # ours, of a message of ours
-    address: str = ""  # of who came or went
-    line: str = ""  # as a server of the line protocol had it
-    number: int = 0  # of the row in the store, if it comes from there
-    room: int = 0  # id of the conversation; 0 is none in particular
+    called: bool = False  # meant for the user: the nick is in it, or no other user hears it
+    past: bool = False  # from history, so no news
+    id: str = ""  # the server's id of a message
+    own_id: str = ""  # this client's id of its own message
+    address: str = ""  # of the user who joined or left
+    line: str = ""  # as a server of the line protocol wrote it
+    number: int = 0  # of the row in the client store, if the view comes from there
+    room: int = 0  # id of the conversation; 0 for none
     reply: str = ""  # the server's id of the message that this one answers
-    file: str = ""  # of the link in it, as the server tells: see parse_file_tag()
+    file: str = ""  # about the file linked in it, as the server tells: see parse_file_tag()
 
 
 class Heard(NamedTuple):
-    """A line of IRC as a server sends it: a Message, and who it is from."""
+    """A parsed line of IRC from a server, with its source."""
 
     source: str
     verb: str
@@ -10262,7 +10262,7 @@ class Heard(NamedTuple):
 
 
 def shown_line(raw: bytes) -> str:
-    """Return a line of a server without what could steer a terminal. The mark of CTCP stays."""
+    """Return a server's line as text that cannot steer a terminal. The CTCP mark (0x01) stays."""
     parts = raw.decode(errors="replace").split("\x01")
     return "\x01".join(harmless(COLOURS.sub("", part)) for part in parts).translate(BIDI_CONTROLS)
 
@@ -10288,8 +10288,8 @@ CLIENT_ALIASES = {
 
 
 def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[str]) -> list[str]:
-    """Return completions of a word: a command or an address at the start of a line, a channel, a
-    name. Names are offered in the order given."""
+    """Return the completions of a word: commands, channels or names. At the start of a line
+    (`first`), commands are completed, and a colon follows a name. Names keep the order given."""
     if word[:1] == "/" and first:
         verbs = (*client_command, *CLIENT_ALIASES)
         return sorted(f"/{verb} " for verb in verbs if len(verb) > 1 and verb.startswith(word[1:]))
@@ -10300,24 +10300,24 @@ def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[st
 
 
 def calls(text: str, name: str) -> bool:
-    """Return whether `text` has this name in it, as a word of its own."""
+    """Return whether `text` contains this name as a separate word, in any case."""
     key, folded = fold(name), fold(text)
     return key in folded and bool(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", folded))
 
 
 def beginning(text: str) -> str:
-    """Return a text, or of a long one its first line, for what is said about it."""
+    """Return a text to quote in a notice: all of it, or the cut first line of a long one."""
     first, newline, _ = text.partition("\n")
     return f"{cut(first, QUOTED_BYTES)} \u2026" if newline or len(first) > QUOTED_BYTES else first
 
 
 def is_quit(text: str) -> bool:
-    """/quit, which a client does by itself: it leaves, and does not come back."""
+    """Return whether a text is the command /quit, after which the client does not reconnect."""
     return text.lower().split()[:1] == ["/quit"]
 
 
 def is_channel(name: str) -> bool:
-    """Return whether it looks like a channel's name, where no server is at hand to ask."""
+    """Return whether a name looks like a channel's, for code that has no server to ask."""
     return name[:1] in ("#", "&", "+", "!")
 
 
@@ -10329,16 +10329,16 @@ CASE_MAPPINGS = {  # names of 005's CASEMAPPING -> capitals and their small lett
     ),
 }
 CASE_MAPPINGS["strict-rfc1459"] = CASE_MAPPINGS["rfc1459-strict"]
-UNICODE_MAPPINGS = ("rfc7613", "rfc8265", "precis")  # of servers that take all of Unicode
-PARAMETER_MODES = "beIqaohvkl"  # that carry a parameter, where 005 has no CHANMODES
+UNICODE_MAPPINGS = ("rfc7613", "rfc8265", "precis")  # of servers that allow all of Unicode
+PARAMETER_MODES = "beIqaohvkl"  # modes with a parameter, where 005 has no CHANMODES
 
 
 class ServerProfile:
-    """The abilities of a server and its rule for names, as CAP, 004 and 005 tell them. RFC 1459
-    applies to what it has not told; `before` is its profile of an earlier connection."""
+    """The abilities of a server and its rule for names, from CAP, 004 and 005. RFC 1459 applies
+    where the server says nothing. `before` is the profile of an earlier connection."""
 
     def __init__(self, ours: bool = True, before: "ServerProfile | None" = None):
-        self.ours = ours  # a chat.py
+        self.ours = ours  # the server is a chat.py
         self.offered: dict[str, str] = {}  # capabilities and their values
         self.enabled: set[str] = set()
         self.told = False  # 004 has come, and 005 if there is one
@@ -10350,7 +10350,7 @@ class ServerProfile:
     # Names
 
     def fold(self, name: str) -> str:
-        """Return the key of a name: two names with one key are the same to this server."""
+        """Return the key of a name. Names with the same key are the same name to this server."""
         if self.ours:
             return fold(name)
         mapping = self.tokens.get("CASEMAPPING", "rfc1459" if self.told else "ascii").lower()
@@ -10366,12 +10366,12 @@ class ServerProfile:
         return bool(name) and name[0] in self.channel_types
 
     def as_channel(self, name: str) -> str:
-        """Return the name of a channel as a user may type it, without its first character."""
+        """Return the full name of a channel, which a user may type without its first character."""
         known = self.is_channel(name) or name[:1] in "#&!+"
         return name if known else f"{self.channel_types[:1] or '#'}{name}"
 
     def without_status(self, target: str) -> str:
-        """Return the channel of a target like @#channel, which is for its operators."""
+        """Return the channel of a target like @#channel (STATUSMSG); other targets unchanged."""
         bare = target[1:]
         return bare if target[:1] in self.status and self.is_channel(bare) else target
 
@@ -10381,12 +10381,12 @@ class ServerProfile:
 
     @property
     def ranks(self) -> tuple[str, str]:
-        """The letters of the modes that are ranks, and their symbols before names."""
+        """The letters of the modes that are ranks, and the symbols of these ranks before names."""
         letters, _, symbols = self.tokens.get("PREFIX", "(ov)@+").removeprefix("(").partition(")")
         return letters, symbols
 
     def takes_parameter(self, letter: str, sign: str) -> bool:
-        """Return whether a channel mode is followed by a parameter (Modern IRC, CHANMODES)."""
+        """Return whether a parameter follows a channel mode (Modern IRC, CHANMODES)."""
         if letter in self.ranks[0]:
             return True
         lists, always, on_set, *_ = (*self.tokens.get("CHANMODES", "").split(","), "", "", "")
@@ -10407,7 +10407,7 @@ class ServerProfile:
     # Limits
 
     def limit(self, name: str, usual: int) -> int:
-        """Return the number that a token of 005 has."""
+        """Return the number of a token of 005, or `usual` if the server has announced none."""
         return whole_number(self.tokens.get(name, "")) or usual
 
     @property
@@ -10416,15 +10416,15 @@ class ServerProfile:
 
     @property
     def multiline_limits(self) -> tuple[int, int]:
-        """Bytes and lines of one message (draft/multiline)."""
+        """The most bytes and lines of one message (draft/multiline)."""
         value = parse_tags(self.offered.get("draft/multiline", "").replace(",", ";"))
         size, lines = (whole_number(value.get(f"max-{one}", "")) for one in ("bytes", "lines"))
         return size or LINE_BYTES, lines or MESSAGE_LINES
 
-    # What our messages come back with
+    # Echoes and message tags
 
     def takes(self, tag: str) -> bool:
-        """Return whether a tag of a client reaches other clients, and this one."""
+        """Return whether the server passes on a client-only tag, also back to this client."""
         denied = self.tokens.get("CLIENTTAGDENY", "").split(",")
         name = tag.removeprefix("+")
         allowed = f"-{name}" in denied or not ({"*", name} & set(denied))
@@ -10440,17 +10440,17 @@ class ServerProfile:
 
     @property
     def echoes(self) -> bool:
-        """Our messages come back recognizably: that is how the client knows that they arrived."""
+        """True if messages come back recognizably, which tells the client that they arrived."""
         return "echo-message" in self.enabled and (self.labels or self.keeps_own_tags)
 
     @property
     def repeatable(self) -> bool:
-        """A message that is sent twice under one id is said once."""
+        """True if a message that is sent twice with the same id is delivered only once."""
         return self.echoes and "chat.py/session" in self.enabled
 
     @property
     def pages(self) -> bool:
-        """The server has CHATHISTORY, with ids of messages."""
+        """True if the server has CHATHISTORY and message ids."""
         return {"draft/chathistory", "batch", "message-tags", "server-time"} <= self.enabled
 
     @property
@@ -10459,7 +10459,7 @@ class ServerProfile:
 
 
 def size_text(size: int) -> str:
-    """Return a number of bytes for people: 512 B, 1.5 KB, 20 MB."""
+    """Return a number of bytes as readable text: 512 B, 1.5 KB, 20 MB."""
     number = float(size)
     for unit in ("B", "KB", "MB", "GB"):
         if number < 1000 or unit == "GB":
@@ -10470,7 +10470,7 @@ def size_text(size: int) -> str:
 
 
 class FileTag(NamedTuple):
-    """What a server tells of a file whose link is in a message (chat.py/file)."""
+    """A file whose link is in a message, as the server describes it (chat.py/file)."""
 
     path: str
     type: str
@@ -10479,14 +10479,14 @@ class FileTag(NamedTuple):
     height: int = 0
 
     def words(self) -> str:
-        """Return it for people: picture, 120 KB, 640x480."""
+        """Return a readable description: picture, 120 KB, 640x480."""
         kind = "picture" if self.type in PICTURE_TYPES else self.type
         pixels = f", {self.width:,}\u00d7{self.height:,}" * bool(self.width)
         return f"{kind}, {size_text(self.size)}{pixels}"
 
 
 def parse_file_tag(value: str) -> FileTag | None:
-    """Return the file of a message; None if the server tells of none."""
+    """Return the file that a message's tag describes; None if the tag is empty or malformed."""
     path, *rest = value.split(",")
     if not FILE_LINK.fullmatch(path) or len(rest) != 4:
         return None
@@ -10499,41 +10499,41 @@ def parse_file_tag(value: str) -> FileTag | None:
 
 
 class Transfer:
-    """A file on its way up or down, as the client store keeps it."""
+    """A file being uploaded or downloaded, as the client store keeps it."""
 
     KEPT = ("id", "up", "room", "path", "name", "size", "url", "type", "etag")
 
     def __init__(self, id: str, up: bool, room: str, path: str, **known: Any):
         self.id, self.up = id, up
-        self.room = room  # where the link is to be posted
+        self.room = room  # conversation for the link
         self.path = path  # on this computer
         self.name, self.size, self.type, self.etag = "", 0, "", ""
-        self.url = ""  # on the server; "" until it is known
+        self.url = ""  # on the server; "" while unknown
         for name, value in known.items():
             setattr(self, name, value)
         self.done = 0  # bytes that have arrived
-        self.state = "waiting"  # or "running", "failed"; one that is complete is gone
-        self.why = ""  # it waits, or failed
+        self.state = "waiting"  # or "running", "failed"; complete transfers are removed
+        self.why = ""  # the reason for waiting or for the failure
 
     def kept(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.KEPT}
 
     def words(self) -> str:
-        """Return how far it is, for people."""
+        """Return the progress of the transfer as readable text."""
         verb = "sending" if self.up else "saving"
         share = f" {100 * self.done // self.size} %" if self.size else ""
         why = f" ({self.why})" if self.why and self.state != "running" else ""
         return f"{verb} {self.name}{share}{why}"
 
 
-# What is said, until it has arrived
+# Messages that have not arrived
 
 
 class Setting(NamedTuple):
-    """Something that the user may want otherwise."""
+    """A setting that the user may change."""
 
     usual: str
-    values: tuple[str, ...]  # that it may have; () is any
+    values: tuple[str, ...]  # allowed values; () is any
     summary: str
 
 
@@ -10553,45 +10553,45 @@ def is_news(view: View) -> bool:
 
 
 def identity_of(view: View) -> Any:
-    """Return what tells a message from others: its id, or else all of it."""
+    """Return a value that distinguishes a message: its id, or else its time, name and text."""
     return view.id or (view.time, view.name, view.text)
 
 
 class Waiting(NamedTuple):
-    """A message that has not arrived for certain."""
+    """A message that is not known to have arrived."""
 
     id: str
     where: str
     text: str
     kind: str  # MESSAGE or ACTION
-    sent: bool = False  # at least once, perhaps by an earlier run of this program
+    sent: bool = False  # at least once, perhaps by an earlier run
     reply: str = ""  # the server's id of the message that it answers
-    at: int = 0  # characters of it that have arrived for certain: the rest is still to be sent
+    at: int = 0  # characters of the text that have arrived; the rest is still to be sent
 
 
 def accepted_at(own_id: str) -> int | None:
-    """Return when a message was accepted, in milliseconds, by our id of it; None if that is of
-    another make."""
+    """Return the time in milliseconds at which a message was accepted, from the id that the client
+    gave it; None for an id of another form."""
     head = own_id.partition("-")[0]
     return int(head, 16) if re.fullmatch(r"[0-9a-f]{1,12}", head) else None
 
 
 class Outbox:
-    """Messages that were accepted and have not arrived for certain, in order. A `journal`
-    outlives the program: append(record), which raises Unusable when it cannot, and clear()."""
+    """The accepted messages that are not known to have arrived, in order. A `journal` outlives the
+    program: append(record) raises Unusable on failure, and clear() empties the journal."""
 
     def __init__(self, journal: Any = None, secret: str = "", waiting: Iterable[Waiting] = ()):
         self.journal = journal
         self.secret = secret or secrets.token_hex(SECRET_DIGITS // 2)
         self.waiting = {one.id: one for one in waiting}
-        self.in_flight: dict[str, None] = {}  # sent over the present connection
-        self.window = 1  # how many may be: doubled with each round trip, one after a break ...
+        self.in_flight: dict[str, None] = {}  # sent over this connection
+        self.window = 1  # how many may be in flight: doubled each round trip, 1 after a break ...
         self.most = SENT_AHEAD  # ... and at most so many
-        self.unconfirmed: set[str] = set()  # sent over an earlier one; history will tell
-        self.parked: dict[str, str] = {}  # for the user to decide: /retry, /cancel; and why
+        self.unconfirmed: set[str] = set()  # sent over a lost connection; history will tell
+        self.parked: dict[str, str] = {}  # left to the user (/retry, /cancel), and why
 
     def add(self, now: float, where: str, text: str, kind: str, reply: str = "") -> Waiting:
-        """Accept a message, at wall time `now`. Raises Unusable if it cannot be kept."""
+        """Accept a message at wall time `now` (s). Raises Unusable if it cannot be stored."""
         id = f"{int(now * 1000):x}-{secrets.token_hex(8)}"
         one = Waiting(id, where, text, kind, reply=reply)
         if self.journal:
@@ -10602,9 +10602,9 @@ class Outbox:
     def next(
         self, carries: Callable[[Waiting], bool], waits: Callable[[Waiting], bool] | None = None
     ) -> Waiting | None:
-        """Return what is to be sent now, of what the talk `carries`. No message overtakes
-        one that was accepted before it, except those that wait for the user, and without
-        waits() those that cannot be carried yet."""
+        """Return the message to send now, or None. carries(message) tells if the talk can send it
+        yet, else waits(message) tells if later messages wait for it. No message overtakes an
+        earlier one, except if both are false, or if the earlier one was left to the user."""
         if len(self.in_flight) >= self.window:
             return None
         later = self.in_flight.keys() | self.parked.keys()
@@ -10622,14 +10622,14 @@ class Outbox:
             self._note({"sent": one.id})
 
     def arrived_to(self, id: str, at: int) -> None:
-        """Note that a message has arrived up to a character: some are sent in many lines."""
+        """Note that a message has arrived up to character `at`: some are sent as many lines."""
         one = self.waiting.get(id)
         if one and at > one.at:
             self.waiting[id] = one._replace(at=at)
             self._note({"at": [id, at]})
 
     def arrived(self, id: str) -> Waiting | None:
-        """Take out a message that arrived, or is not to be sent again."""
+        """Remove and return a message that arrived, or that must not be sent again."""
         if id in self.in_flight:
             del self.in_flight[id]
             self.window = min(self.most, self.window + 1)
@@ -10642,23 +10642,24 @@ class Outbox:
 
     def _note(self, record: dict[str, Any]) -> None:
         if self.journal:
-            with contextlib.suppress(Unusable):  # then it is sent again, and known as a repeat
+            with contextlib.suppress(Unusable):  # then the message is sent again, known as a repeat
                 self.journal.append(record)
                 if not self.waiting:
                     self.journal.clear()
 
     def park(self, id: str, why: str) -> None:
-        """Leave a message to the user."""
+        """Keep a message from being sent until the user decides about it; `why` is the reason."""
         self.in_flight.pop(id, None)
         self.unconfirmed.discard(id)
         self.parked[id] = why
 
     def retry(self, id: str) -> None:
-        """Send a message that was left to the user."""
+        """Let a message that was left to the user be sent again."""
         self.parked.pop(id, None)
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
-        """Send to `new` what is still to be sent to a conversation that was renamed."""
+        """Send the remaining messages of a renamed conversation to `new`; is_old(name) tells
+        which."""
         for id, one in self.waiting.items():
             if is_old(one.where) and id not in self.in_flight:
                 self.waiting[id] = one._replace(where=new)
@@ -10666,25 +10667,25 @@ class Outbox:
                 self._note({"sent": id} if one.sent else {})
 
     def take_back(self, sent: Iterable[Waiting]) -> None:
-        """Keep messages that have not arrived after all. Raises Unusable if it cannot."""
+        """Put back messages that have not arrived. Raises Unusable if they cannot be stored."""
         self.waiting = {one.id: one for one in sent} | self.waiting
         for one in sent if self.journal else ():
             self.journal.append({"say": one})
 
     def connection_lost(self) -> list[Waiting]:
-        """Return what was in flight."""
+        """Return the messages in flight, and note that no message is in flight any more."""
         flown, self.in_flight = [self.waiting[id] for id in self.in_flight], {}
         self.window = 1
         return flown
 
 
 class Transcript(collections.deque):
-    """The views of a room, the oldest first; and how many ever were put behind them.
-    The oldest rows go when there are many, but not while the user reads back."""
+    """The views of a room, the oldest first, and the number of views ever appended. The oldest ones
+    go when there are too many, but not while the user scrolls back."""
 
     total = 0
     reading = False
-    dropped = False  # some have gone: there is more before the first of these
+    dropped = False  # older views were dropped: there is more before the first one
 
     def append(self, view: View) -> None:
         self.total += 1
@@ -10699,7 +10700,7 @@ class Transcript(collections.deque):
 
 
 def moved_text(moves: Iterable[View]) -> str:
-    """Return in one line who came and went: a user who did both is told once."""
+    """Return one line about the users who joined and left; name a user who did both once."""
     last: dict[str, list[str]] = {}
     for view in moves:
         last.setdefault(view.name, []).append(view.kind)
@@ -10719,7 +10720,7 @@ def moved_text(moves: Iterable[View]) -> str:
 
 
 def remember(ids: dict[str, None], id: str) -> None:
-    """Add an id to those that are known, of which the oldest are forgotten."""
+    """Add an id to the known ids, and forget the oldest one if there are too many."""
     ids[id] = None
     if len(ids) > IDS_KEPT:
         del ids[next(iter(ids))]
@@ -10732,53 +10733,53 @@ class Room:
     """A channel, or a private conversation, as this client knows it."""
 
     def __init__(self, name: str, password: str = "", channel: bool | None = None):
-        self.id = next(ROOM_IDS)  # which stays when the name changes
+        self.id = next(ROOM_IDS)  # stays when the name changes
         self.name, self.password = name, password
         self.is_channel = is_channel(name) if channel is None else channel
-        self.people: dict[str, str] = {}  # ranks by name; who spoke last is last
+        self.people: dict[str, str] = {}  # ranks by name; the last speaker is last
         self.topic = ""
         self.inside = False
-        self.wanted = False  # to be entered again after a break ...
-        self.entered = False  # ... unless our place is given back, which includes it
-        self.mark = ""  # up to here (msgid=... or timestamp=...) everything is held ...
-        self.mark_time: int | None = None  # ... and what time that was
-        self.holes: list[str] = []  # ids of messages before which some are missing, newest last
-        self.paged: View | None = None  # the oldest of a page of which nothing can be seen
-        self.held: list[View] | None = None  # what waits for the pages that come before it ...
-        self.spilled = False  # ... and was more than could be held: there will be pages of it
+        self.wanted = False  # to be joined again after a break ...
+        self.entered = False  # ... unless the session is resumed, which includes it
+        self.mark = ""  # everything up to here (msgid=... or timestamp=...) is held ...
+        self.mark_time: int | None = None  # ... and the time of that message
+        self.holes: list[str] = []  # ids of messages before which others are missing, newest last
+        self.paged: View | None = None  # the oldest of a page without visible messages
+        self.held: list[View] | None = None  # views that wait for earlier pages ...
+        self.spilled = False  # ... and were too many to be held: pages will bring them
 
-        self.draft = ""  # typed here, and not entered yet
-        self.gone: bool | None = None  # the other user of a private conversation, if known
+        self.draft = ""  # text typed here and not sent yet
+        self.gone: bool | None = None  # the user of a private conversation has left, if known
         self.views = Transcript()
         self.whole = False  # the server has nothing older than the first of these
-        self.spoken: dict[str, None] = {}  # names of those who said something here
-        self.moves: list[View] = []  # joins and quits that are to be one row ...
+        self.spoken: dict[str, None] = {}  # names of users who wrote a message here
+        self.moves: list[View] = []  # joins and quits collected for one row ...
         self.moved_at = -MOVES_MS  # ... and when the last such row was shown
         self.unread = self.called = 0
-        self.muted = False  # its messages call no one
-        self.read_time = 0  # ms; what was said up to then has been read, on some device ...
-        self.told_time = 0  # ... as the server knows
-        self.typing: dict[str, float] = {}  # names of those who type, until that time (ticks)
+        self.muted = False  # messages here do not call the user
+        self.read_time = 0  # ms; messages up to then were read, on some device ...
+        self.told_time = 0  # ... and the time that the server knows
+        self.typing: dict[str, float] = {}  # names of typing users, and until when (ticks)
         self.asked_people = False  # over this connection: who is away
 
     @property
     def hole(self) -> str:
-        """The id of the message before which some are missing, the newest such; or ""."""
+        """The id of the newest message before which others are missing; "" if there is none."""
         return self.holes[-1] if self.holes else ""
 
     @property
     def oldest(self) -> str:
-        """The id of the first message here; "" if there is none."""
+        """The id of the first message in this room; "" if there is none."""
         return next((view.id for view in self.views if view.id and view.kind != FOUND), "")
 
     def hold(self, view: View) -> None:
-        """Hold a view until older messages have come."""
+        """Hold a view until older messages have come. Too many are dropped: pages bring them."""
         self.held.append(view)
         if len(self.held) > VIEWS_KEPT:
             self.held, self.spilled = [], True
 
     def came(self, name: str, ranks: str = "") -> None:
-        """Add a member. A server may make up as many as it likes."""
+        """Add a member, up to a limit: a server may invent any number."""
         if len(self.people) < PEOPLE_LISTED and len(name.encode()) <= NAME_BYTES:
             self.people[name] = ranks
 
@@ -10794,14 +10795,14 @@ class Room:
         return True
 
     def name_view(self, own_id: str, id: str, file: str = "") -> None:
-        """Note what the server tells of a message of ours: its id, and the file it leads to."""
+        """Add the server's id and file to the view of a message that this client sent."""
         for n in range(len(self.views) - 1, -1, -1):
             if self.views[n].own_id == own_id:
                 self.views[n] = self.views[n]._replace(id=id, file=file)
                 return
 
     def drop(self, unwanted: Callable[[View], bool]) -> bool:
-        """Remove views; return whether there were such."""
+        """Remove the unwanted views; return whether there were any."""
         kept = [view for view in self.views if not unwanted(view)]
         dropped = len(kept) < len(self.views)
         if dropped:
@@ -10810,7 +10811,7 @@ class Room:
         return dropped
 
     def show_moves(self) -> View:
-        """Put the joins and quits that were collected in one row; return it."""
+        """Append the collected joins and quits as one row; return the row."""
         moves, self.moves = self.moves, []
         row = View(MOVED, moved_text(moves), where=self.name, time=moves[-1].time)
         self.views.append(moves[0] if len(moves) == 1 else row)
@@ -10818,7 +10819,7 @@ class Room:
         return row
 
     def read(self, when: int) -> bool:
-        """Note that what was said up to a time (ms) has been read; return whether that is news."""
+        """Note that messages up to a time (ms) have been read; return whether that is new."""
         if when <= self.read_time:
             return False
         self.read_time = when
@@ -10828,7 +10829,7 @@ class Room:
         return True
 
     def rank(self, name: str, symbol: str, on: bool, symbols: str) -> None:
-        """Give or take a rank of a member."""
+        """Give a rank to a member, or remove it. `symbols` are all ranks, the highest first."""
         if name in self.people:
             before = self.people[name]
             self.people[name] = "".join(
@@ -10836,18 +10837,18 @@ class Room:
             )
 
 
-# Talking to a workshop server
+# The workshop's protocol
 
 PLAIN_LINES = {
     CAME: re.compile(r"([^:]*) \((\S+)\) joined the chat!"),
     WENT: re.compile(r"([^:]*) \((\S+)\) left the chat!"),
     SAID: re.compile(r"([^:*][^:]*): (.*)"),
 }
-IRC_SPEAKS = re.compile(r":|NOTICE |ERROR |PING ")  # how a line of an IRC server begins
-# A server that answers a name with this is no workshop server
+IRC_SPEAKS = re.compile(r":|NOTICE |ERROR |PING ")  # beginning of a line of an IRC server
+# A server that answers a nick with such a line is no workshop server
 WANTS_IRC = re.compile(r":chat\.py/|:\S+ (?:421|451) |ERROR :")
-TLS_RECORDS = (b"\x15\x03", b"\x16\x03")  # how TLS begins an alert, or a handshake
-OTHER_PROTOCOLS = (  # how the first line of a server begins that is not for chats
+TLS_RECORDS = (b"\x15\x03", b"\x16\x03")  # beginning of an alert, or of a handshake
+OTHER_PROTOCOLS = (  # beginning of the first line of a server that is not for chat
     ("SSH", re.compile(r"SSH-\d")),
     ("HTTP", re.compile(r"HTTP/\d|<!DOCTYPE |<html", re.IGNORECASE)),
     ("SMTP or FTP", re.compile(r"220[ -]")),
@@ -10858,17 +10859,17 @@ OTHER_PROTOCOLS = (  # how the first line of a server begins that is not for cha
 
 
 def other_protocol(line: str) -> str:
-    """Return what a server speaks, by its first line, if that is a known protocol and no chat."""
+    """Return the known protocol, other than chat, of a server's first line; "" for none."""
     return next((name for name, pattern in OTHER_PROTOCOLS if pattern.match(line)), "")
 
 
 class PlainTalk:
-    """The workshop's protocol: a name, then lines. Nothing is ever acknowledged."""
+    """The client's side of the workshop's protocol: a name, then lines, all unacknowledged."""
 
     ready = True
     doubts = pages = batching = False
-    wait = None  # no pace
-    asked = queue = pieces = ()  # no history, and nothing waits
+    wait = None  # no rate limit
+    asked = queue = pieces = ()  # no history and no queue
     lines_of_message = 0
     going: dict[str, str] = {}  # no channels
     sending = ""
@@ -10885,7 +10886,7 @@ class PlainTalk:
         if not core.sure and (other := other_protocol(line)):
             return core.give_up(f"this is no chat server: it speaks {other}")
         if WANTS_IRC.match(line) and not core.insists:
-            core.outbox.take_back(self.sent)  # the server has understood none of it
+            core.outbox.take_back(self.sent)  # the server has understood none of these
             return core.come_back(CHAT if line.startswith(":chat.py/") else IRC)
         matches = ((kind, pattern.fullmatch(line)) for kind, pattern in PLAIN_LINES.items())
         kind, match = next((pair for pair in matches if pair[1]), (TOLD, None))
@@ -10896,7 +10897,7 @@ class PlainTalk:
         if kind == WENT:
             room.people.pop(name, None)
         else:
-            room.came(name)  # such a server does not tell who was here before
+            room.came(name)  # such a server does not list its members
         if kind == SAID:
             called = calls(rest, core.name)
             core.deliver(room, View(SAID, rest, name, LOBBY, called=called, line=line))
@@ -10906,11 +10907,11 @@ class PlainTalk:
         core.show(View(PEOPLE, where=LOBBY))
 
     def carries(self, one: Waiting) -> bool:
-        """Send only what is for the lobby: there is no other conversation here."""
+        """Return whether a message is for the lobby, the only conversation of this protocol."""
         return self.core.fold(one.where) == self.core.fold(LOBBY)
 
     def pump(self) -> None:
-        """Send what may be sent."""
+        """Send the messages that may be sent."""
         outbox = self.core.outbox
         while one := outbox.next(self.carries):
             text = f"*{one.text}*" if one.kind == ACTION else one.text
@@ -10918,15 +10919,15 @@ class PlainTalk:
             if not self.core.sure:
                 self.sent.append(one)
             self.core.shown.discard(one.id)
-            outbox.arrived(one.id)  # or never will: such a server does not tell
+            outbox.arrived(one.id)  # or never will: such a server does not acknowledge
 
     def do_without(self, *values: Any) -> None:
-        """Do nothing: the line protocol has no such thing."""
+        """Do nothing, in place of a method for which the line protocol has no command."""
 
     tick = bye = ping = forget = acknowledged = renamed = watch = send = do_without
 
 
-# Talking IRC
+# IRC
 
 WANTED = (  # capabilities that this client can use
     *("message-tags", "server-time", "batch", "echo-message", "labeled-response"),
@@ -10934,41 +10935,41 @@ WANTED = (  # capabilities that this client can use
     *("draft/message-redaction", "standard-replies", "soju.im/search", "chat.py/session", "sasl"),
     *("chghost", "no-implicit-names", "cap-notify"),
 )
-WANTED_BY_SCREENS = ("away-notify", "account-notify", "draft/read-marker")  # and by no pipe
+WANTED_BY_SCREENS = ("away-notify", "account-notify", "draft/read-marker")  # but not by pipes
 
 
-COMMAND_LIMITS = {  # command -> token of 005 for its last parameter, and what is usual
+COMMAND_LIMITS = {  # command -> token of 005 for its last parameter, and the usual limit
     "TOPIC": ("TOPICLEN", IRC_BYTES),
     "AWAY": ("AWAYLEN", IRC_BYTES),
     "NICK": ("NICKLEN", NAME_BYTES),
     "KICK": ("KICKLEN", IRC_BYTES),
 }
-NO_PACE = (1e9, 1e9)  # lines at once, and a second
+NO_PACE = (1e9, 1e9)  # lines at once, and lines a second
 
 
 class Batch:
-    """Lines that belong together, until all of them are there (IRCv3 batch)."""
+    """Lines that belong together, collected until the batch ends (IRCv3 batch)."""
 
     def __init__(self, heard: Heard, outer: str):
         self.kind = heard.params[1]
         self.opening, self.outer = heard, outer
         self.items: "list[Heard | Batch]" = []
-        self.at = 0.0  # when it was begun
+        self.at = 0.0  # when the batch began
 
     @property
     def target(self) -> str:
         return self.opening.params[2] if len(self.opening.params) > 2 else ""
 
 
-UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time at which history was asked for
+UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time of a request for history
 
 
 class Asked(NamedTuple):
-    """A request for history whose answer is still to come."""
+    """A request for history that is not answered yet."""
 
     where: str
-    # "last": what was said before we came. "missed": behind the mark, page by page. "gap":
-    # the newest of that, for a person. "older": before what is shown. "asked": just to see
+    # "last": the messages before the client joined. "missed": those after the mark, page by page.
+    # "gap": the newest of these, for a screen. "older": before the first row. "asked": by a command
     how: str
     limit: int
     label: str = ""
@@ -10976,20 +10977,20 @@ class Asked(NamedTuple):
 
 
 class Echoed(NamedTuple):
-    """A line of ours that the server will echo without saying which one it is."""
+    """A sent line that the server will echo without saying which line it is."""
 
     target: str  # folded
     text: str
-    id: str  # of the message that ends with this line; "" if more follow
-    of: str = ""  # the message that this is a line of, and ...
-    end: int = 0  # ... how many of its characters end with it
+    id: str  # of the message that this line ends; "" if more lines follow
+    of: str = ""  # the message that this line belongs to, and ...
+    end: int = 0  # ... the number of its characters up to the end of this line
 
 
-IRC_HEARD: dict[str, tuple[Callable, int]] = {}  # verb -> handler, and parameters it needs
+IRC_HEARD: dict[str, tuple[Callable, int]] = {}  # verb -> handler, and number of parameters needed
 
 
 def from_server(*verbs: str, least: int = 0) -> Callable:
-    """Decorator: this function is for these verbs and numerics."""
+    """Decorate the handler of these verbs and numerics; lines need at least `least` parameters."""
 
     def register(handler: Callable) -> Callable:
         IRC_HEARD.update(dict.fromkeys(verbs, (handler, least)))
@@ -10999,7 +11000,8 @@ def from_server(*verbs: str, least: int = 0) -> Callable:
 
 
 def sendable_lines(text: str, room: int) -> Iterator[tuple[str, bool]]:
-    """Yield a message as lines that fit; and whether each goes on with the one before."""
+    """Yield the lines of a message, in pieces of at most `room` bytes, and whether each piece
+    continues the one before."""
     for line in text.split("\n"):
         for n, piece in enumerate(split_text(line, room)):
             yield piece, n > 0
@@ -11008,7 +11010,7 @@ def sendable_lines(text: str, room: int) -> Iterator[tuple[str, bool]]:
 def in_batches(
     lines: list[tuple[str, bool]], size: int, count: int
 ) -> Iterator[list[tuple[str, bool]]]:
-    """Yield lines in groups that fit in one message of `size` bytes and `count` lines."""
+    """Yield groups of lines, each of which fits in a message of `size` bytes and `count` lines."""
     group, used = [], 0
     for text, goes_on in lines:
         length = len(text.encode()) + (0 if goes_on or not group else 1)
@@ -11021,17 +11023,17 @@ def in_batches(
 
 
 def same_words(sent: str, heard: str) -> bool:
-    """Return whether a server made `heard` of what was sent: some cut it or take its colours."""
+    """Return whether a server made `heard` from a sent line: some cut it or remove colours."""
     plain = shown_line(sent.encode(errors="replace"))
     return heard in (sent, plain) or (len(heard) > 100 and (sent + plain).startswith(heard))
 
 
-PIECE = "piece"  # in place of an id: a line of ours within a message, which needs no showing
+PIECE = "piece"  # in place of an id: a line within a message of this client, not shown alone
 
 
 def echo_id(talk: "IrcTalk", heard: Heard, target: str, text: str) -> str:
-    """Return our id of a message of ours that comes back: by label, by tag, or by its order
-    among those that this server echoes without either."""
+    """Return the own id of a message that the server echoes; "" if unknown, PIECE for a part of
+    one. The id is found by label, by tag, or by order among the lines echoed without either."""
     waiting = talk.core.outbox.waiting
     for name in (heard.tags.get("label", ""), heard.tags.get(OWN_ID, "")):
         stem, dot, _ = name.partition(".")
@@ -11050,18 +11052,18 @@ def echo_id(talk: "IrcTalk", heard: Heard, target: str, text: str) -> str:
 
 
 def is_person(heard: Heard) -> bool:
-    """Return whether a user says this, and neither a server nor one of its services."""
+    """Return whether a line comes from a user, and not from a server or one of its services."""
     if fold(heard.name) in SERVICES:
         return False
     return "!" in heard.source or bool(heard.source and "." not in heard.source)
 
 
-# Tags of clients (ircv3.net/specs/client-tags)
+# Client-only tags (ircv3.net/specs/client-tags)
 REPLY, REACT, UNREACT, TYPES = "+draft/reply", "+draft/react", "+draft/unreact", "+typing"
 
 
 def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
-    """Return PRIVMSG or NOTICE as it is shown."""
+    """Return the view of a PRIVMSG or NOTICE."""
     core, server = talk.core, talk.server
     target = server.without_status(heard.params[0])
     mine = core.is_me(heard.name) or talk.was_me(heard.source)
@@ -11084,21 +11086,22 @@ def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
 
 
 def not_shown(room: Room, views: list[View]) -> list[View]:
-    """Return the messages of a page without those that have no id and are there already."""
+    """Return the messages of a page, without those that have no id and are shown already."""
     shown = {identity_of(view) for view in room.views if not view.id}
     return [view for view in views if view.id or identity_of(view) not in shown]
 
 
 def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
-    """Take the messages from before we joined."""
+    """Handle the page of messages from before the client joined."""
     for view in not_shown(room, views):
         talk.core.deliver(room, view._replace(past=True))
-    room.whole = not views  # a short page may be one of long messages
+    room.whole = not views  # a short page may consist of long messages
     talk.core.release(room)
 
 
 def page_missed(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
-    """Page by page, until there is nothing new: one may be short because of its size."""
+    """Handle a page of missed messages, and ask for more until one page brings nothing new: a page
+    may be short because of its size."""
     new = any(view.id and view.id not in talk.core.seen for view in views)
     for view in not_shown(room, views):
         talk.core.deliver(room, view)
@@ -11112,7 +11115,7 @@ def page_missed(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> N
 
 
 def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
-    """Take the newest page of missed messages. If there were more, the rows begin with it."""
+    """Handle the newest page of missed messages. If more were missed, the rows begin here."""
     size = sum(len(view.text.encode()) for view in views)
     if len(views) >= limit or size > PAGE_BYTES // 2:
         room.views.clear()
@@ -11134,7 +11137,7 @@ def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None
 
 
 def page_older(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
-    """Put older messages before the first row. A page of nothing visible is not the end."""
+    """Put a page of older messages before the first row. If none is visible, ask for another."""
     core, shown = talk.core, {identity_of(view) for view in room.views}
     before = room.paged.id if room.paged else room.oldest
     room.whole = not views or (bool(views[0].id) and views[0].id == before)
@@ -11160,8 +11163,8 @@ PAGES = {"last": page_last, "missed": page_missed, "gap": page_gap, "older": pag
 
 
 def ask_targets(talk: "IrcTalk") -> None:
-    """Ask in which private conversations something was said meanwhile. A chat.py is asked by
-    the last id; other servers by a time, a day earlier: their clock may have been set."""
+    """Ask which private conversations have missed messages. A chat.py is asked by the last id.
+    Other servers are asked by time, a day earlier, because their clock may have been set."""
     core = talk.core
     if "chat.py/session" in talk.server.enabled and core.newest_id:
         since = f"msgid={core.newest_id}"
@@ -11171,7 +11174,7 @@ def ask_targets(talk: "IrcTalk") -> None:
     talk.ask(Asked("", "targets", 0), "TARGETS", since, now, str(TARGETS_ASKED))
 
 
-SAYING_FAILED = ("401", "716")  # these are for a message where one is in flight
+SAYING_FAILED = ("401", "716")  # these are about a message, if one is in flight
 
 
 class Login(NamedTuple):
@@ -11182,13 +11185,13 @@ class Login(NamedTuple):
 
 
 def is_ctcp(text: str) -> bool:
-    """Return whether a message is for a program: a CTCP that is no ACTION."""
+    """Return whether a message is a CTCP for a program, that is, other than ACTION."""
     return text.startswith("\x01") and not re.match("\x01ACTION[ \x01]", text, re.IGNORECASE)
 
 
 class IrcTalk:
-    """IRC from the client's side, for one connection. What comes is handled by the functions
-    below; a line with too few parameters is no line."""
+    """IRC from the client's side, for one connection. The functions decorated by from_server()
+    handle the server's lines. A line with too few parameters is ignored."""
 
     def __init__(self, core: "ClientCore"):
         self.core = core
@@ -11197,51 +11200,51 @@ class IrcTalk:
         self.ready = False
         self.batches: dict[str, Batch] = {}
         self.asked: collections.deque[Asked] = collections.deque()  # in the order of answers
-        self.labels = itertools.count(1)  # of what is asked
-        self.names: dict[str, dict[str, str]] = {}  # by key of a channel, as they come
-        self.shown_names: set[str] = set()  # keys of channels that the user wants to see them of
-        self.stale_names: set[str] = set()  # channels whose ranks are to be asked for again
-        self.going: dict[str, str] = {}  # channels to be looked at once we are there: passwords
-        self.behind: dict[str, str] = {}  # channels whose history is to be asked for: how
+        self.labels = itertools.count(1)  # of requests for history, and PING tokens
+        self.names: dict[str, dict[str, str]] = {}  # members by key of a channel, until 366 comes
+        self.shown_names: set[str] = set()  # keys of channels whose members the user asked for
+        self.stale_names: set[str] = set()  # channels for NAMES, since ranks may have changed
+        self.going: dict[str, str] = {}  # channels to look at once they are joined: their passwords
+        self.behind: dict[str, str] = {}  # conversations whose history is to be requested: how
         self.named = self.introduced = self.negotiating = False
-        self.resumed = False  # we have our place again: the server says where we are
-        self.tries = 1  # at names
-        self.nick_bytes = 0  # that this server allows, as it showed
-        self.login: Iterator | None = None  # an exchange of SASL, from the client's side ...
-        self.exchange: Exchange | None = None  # ... and what is received of it
+        self.resumed = False  # the session was resumed: the server says where the client is
+        self.tries = 1  # attempts to get a nick
+        self.nick_bytes = 0  # the server's limit for a nick, as its replies showed
+        self.login: Iterator | None = None  # the client's side of a SASL exchange ...
+        self.exchange: Exchange | None = None  # ... and its incoming messages
         self.mechanism_used = ""
-        self.taken_up = False  # the server knows that mechanism
-        self.mechanisms_left: list[str] = []  # that may be tried when that one is refused
-        self.proven = False  # the server has shown that it knows the password, too
-        self.mask = ""  # ours, as others see it
-        self.pings: collections.deque[str] = collections.deque()  # that are not answered
+        self.taken_up = False  # the server supports that mechanism
+        self.mechanisms_left: list[str] = []  # to be tried if the server refuses that one
+        self.proven = False  # the server has proved that it knows the password, too
+        self.mask = ""  # of this client, as others see it
+        self.pings: collections.deque[str] = collections.deque()  # unanswered tokens
         self.began = core.ticks()
-        # Out
+        # Output
         self.budget = Budget(PACE_BURST, PACE_RATE, core.ticks())
-        # Commands, each behind the message with that id
+        # Commands, each to be sent after the message with that id
         self.queue: collections.deque[tuple[str, str]] = collections.deque()
-        self.pieces: collections.deque[str] = collections.deque()  # lines of one message
-        self.sending = ""  # the message whose lines these are ...
-        self.lines_of_message = 0  # ... and how many it has in all
-        self.echoed: list[Echoed] = []  # lines of ours that come back without a name
-        # Keys of channels that JOINs were sent for: how many are not answered, and since when
+        self.pieces: collections.deque[str] = collections.deque()  # unsent lines of one message
+        self.sending = ""  # the message of these lines ...
+        self.lines_of_message = 0  # ... and the number of all its lines
+        self.echoed: list[Echoed] = []  # lines that the server echoes without an id
+        # Keys of channels with unanswered JOINs: how many, and since when
         self.entering: dict[str, tuple[int, float]] = {}
-        # Targets of messages and notices, as sent, with our id; "" of a notice: for refusals
+        # Targets of sent messages and notices, with own ids ("" for a notice), to match errors
         self.said: collections.deque[tuple[str, str]] = collections.deque(maxlen=ECHOES_KEPT)
-        self.unconfirmed: list[str] = []  # own ids that no PING was sent for yet
-        self.doubted: dict[str, list[str]] = {}  # those that should have come back before it
-        self.acks: dict[str, list[str]] = {}  # those that a PONG is to confirm, by its token
-        self.last_ack = core.ticks()  # when the server confirmed something, last
-        # What came later than this, we may not have seen: times are unique within one target
+        self.unconfirmed: list[str] = []  # own ids not covered by a PING yet
+        self.doubted: dict[str, list[str]] = {}  # own ids by the token of a PING sent after them
+        self.acks: dict[str, list[str]] = {}  # by PING token: own ids that the PONG confirms
+        self.last_ack = core.ticks()  # time of the last confirmation by the server
+        # Later messages may have been missed: times are unique within one target
         self.since = max(0, core.newest - 2 * TIMES_AHEAD)
         core.output.append("CAP LS 302")
-        if core.kind != CHAT:  # servers of before 2004 never answer CAP
+        if core.kind != CHAT:  # servers from before 2004 never answer CAP
             self.give_names()
 
     @property
     def order(self) -> Callable[[Waiting], bool] | None:
-        """Return which messages hold up later ones: a pipe keeps its order also where a JOIN is
-        slow; a person does not wait."""
+        """A function that tells which messages hold up later ones, or None. A pipe keeps its order
+        even if a JOIN is slow; on a screen, messages do not wait."""
         return None if self.core.tidy else self.waits
 
     @property
@@ -11250,14 +11253,15 @@ class IrcTalk:
 
     @property
     def doubts(self) -> bool:
-        """The server may say a message twice that is sent to it twice."""
+        """True if a message that is sent twice may also be delivered twice."""
         return not self.server.repeatable
 
-    # Out
+    # Output
 
     @staticmethod
     def line(verb: str, *params: str) -> str:
-        """Return one line; the last parameter may be anything."""
+        """Return a line of IRC. The last parameter may be empty, have blanks or begin with a
+        colon."""
         middle = [verb, *params[:-1]]
         last = params[-1:]
         if last and (not last[0] or " " in last[0] or last[0].startswith(":")):
@@ -11265,19 +11269,19 @@ class IrcTalk:
         return " ".join([*middle, *last])
 
     def send(self, verb: str, *params: str) -> None:
-        """Send a line: at once before we are registered, in its turn after that."""
+        """Send a line: at once before registration, in its turn after that."""
         if self.ready:
             self.queue.append((self.line(verb, *params), ""))
         else:
             self.core.output.append(self.line(verb, *params))
 
     def send_at_once(self, verb: str, *params: str) -> None:
-        """Overtake what waits: an answer that the server waits for."""
+        """Send a line before all waiting ones, as an answer that the server waits for."""
         self.core.output.append(self.line(verb, *params))
 
     def command(self, verb: str, *params: str) -> None:
-        """Send what the user wants done, behind the messages accepted before it. Raises Refused
-        for what the server would cut."""
+        """Send a user's command after the messages accepted before it. Raises Refused if the server
+        would cut the line."""
         token, usual = COMMAND_LIMITS.get(verb, ("", IRC_BYTES))
         most, text = self.server.limit(token, usual), params[-1] if params else ""
         size = len(text) if self.server.ours else len(text.encode())
@@ -11296,7 +11300,7 @@ class IrcTalk:
         self.queue.append((line, last))
 
     def pump(self) -> None:
-        """Send what may be sent now: what waits, in the pace that this server allows."""
+        """Send the waiting lines and messages at the pace that this server allows."""
         self.budget.refill(self.core.ticks())
         while self.ready and self.budget.tokens >= 1 and self._send_next():
             pass
@@ -11309,7 +11313,7 @@ class IrcTalk:
                     self.ask_history(room, how) or self.core.release(room)
 
     def _send_next(self) -> bool:
-        """Send one line, if there is one."""
+        """Send one line or message; return False if none can be sent."""
         outbox = self.core.outbox
         if self.pieces:
             line = self.pieces.popleft()
@@ -11317,12 +11321,12 @@ class IrcTalk:
             line = self.queue.popleft()[0]
         elif one := outbox.next(self.carries, self.order):
             if one.sent and one.id not in self.core.sent_before and self.doubts:
-                self.core.leave_to_user(one.id)  # an earlier run of this program sent it
+                self.core.leave_to_user(one.id)  # sent by an earlier run of this program
                 return True
             outbox.send(one)
             self.transmit(one)
             return True
-        elif self.stale_names:  # one NAMES for many changes of modes
+        elif self.stale_names:  # one NAMES for many mode changes
             line = self.line("NAMES", self.stale_names.pop())
         elif self.unconfirmed:
             line = self.ping_line(f"{UNCONFIRMED}{self.unconfirmed[-1]}-{next(self.labels)}")
@@ -11337,15 +11341,16 @@ class IrcTalk:
         return True
 
     def _is_behind(self, id: str) -> bool:
-        """Return whether the message with this id is still to be sent, and can be."""
+        """Return whether the message with this id, which a queued line follows, can still be
+        sent."""
         outbox = self.core.outbox
         one = outbox.waiting.get(id)
         done = one is None or id in outbox.in_flight or id in outbox.parked
         return not done and (self.carries(one) or self.waits(one))
 
     def _may_catch_up(self) -> bool:
-        """Return whether pages may be asked for: waiting messages go first, because a page can be
-        as large as all that a bad line carries."""
+        """Return whether pages may be requested. Waiting messages go first, because one page can
+        use all that a bad connection carries."""
         outbox = self.core.outbox
         return self.core.acknowledged or not (
             outbox.in_flight or outbox.next(self.carries, self.order)
@@ -11368,11 +11373,11 @@ class IrcTalk:
         return self.line("PING", token)
 
     def ping(self) -> None:
-        """Ask whether the server is still there."""
+        """Send a PING, to learn whether the server is still there."""
         self.core.output.append(self.ping_line(f"{next(self.labels)}"))
 
     def tick(self) -> None:
-        """Once a second: wait no longer for answers that do not come."""
+        """Stop waiting for overdue answers; called every second."""
         now = self.core.ticks()
         if not self.introduced and now - self.began > CAP_SECONDS:
             self.introduce()
@@ -11383,7 +11388,7 @@ class IrcTalk:
                 self.entering[key] = 1, since
                 self.cannot_enter(key, "the server does not answer to JOIN")
         for reference, batch in list(self.batches.items()):
-            if now - batch.at > BATCH_SECONDS:  # its end was lost
+            if now - batch.at > BATCH_SECONDS:  # the end of the batch was lost
                 self.end_batch(self.batches.pop(reference))
         if self.ready:
             self.regain_name(now)
@@ -11392,7 +11397,7 @@ class IrcTalk:
             self.hurry(now)
 
     def hurry(self, now: float) -> None:
-        """End a registration that the server does not end."""
+        """End a log-in or a registration that the server does not complete in time."""
         if self.login is not None and now - self.began > LOGIN_SECONDS:
             self.core.show(View(NOTE, "not logged in: the server does not answer"))
             self.end_log_in()
@@ -11401,7 +11406,7 @@ class IrcTalk:
             self.core.dismissed = True
 
     def doubt_echoes(self, now: float) -> None:
-        """Ask for what should have come back long ago: some servers drop messages silently."""
+        """Send a PING after messages whose echo is overdue: some servers drop messages silently."""
         late = now - self.last_ack > ECHO_SECONDS and not self.server.ours
         asked = {*self.unconfirmed, *itertools.chain(*self.acks.values())}
         alone = [id for id in self.core.outbox.in_flight if id not in asked]
@@ -11410,7 +11415,7 @@ class IrcTalk:
             self.doubted[self.pings[-1]] = alone
 
     def page_missing(self, asked: Asked) -> None:
-        """History does not come: show what waited for it. If it comes yet, it is not lost."""
+        """Stop waiting for a page, and show the views held for it. A late page is still used."""
         self.asked[self.asked.index(asked)] = asked._replace(at=GIVEN_UP)
         room = self.core.find(asked.where)
         if asked.how == "targets":
@@ -11422,7 +11427,7 @@ class IrcTalk:
             self.core.release(room)
 
     def _date(self, line: str) -> None:
-        """Note when a request for history was sent: it may have waited for its turn."""
+        """Note the time at which a request for history was sent: requests wait for their turn."""
         if "CHATHISTORY " not in line:
             return
         for n, asked in enumerate(self.asked):
@@ -11431,36 +11436,36 @@ class IrcTalk:
                 return
 
     def was_me(self, source: str) -> bool:
-        """Return whether this source is ours, under an earlier nick."""
+        """Return whether a source is this client under an earlier nick."""
         name, _, address = source.partition("!")
         former = self.core.fold(name) in self.core.former_names
         return former and bool(address) and address == self.mask.partition("!")[2]
 
     def acknowledged(self, own_id: str) -> None:
-        """The server has a message, and has refused nothing that was sent before it."""
+        """Note that the server has a message, and has refused none of the earlier ones."""
         self.last_ack = self.core.ticks()
         if any(id == own_id for _, id in self.said):
             while self.said.popleft()[1] != own_id:
                 pass
 
     def forget(self, own_id: str) -> None:
-        """Confirm a message no more: it is the user's to decide about."""
+        """Stop confirming a message, because the user decides about it."""
         for ids in (self.unconfirmed, *self.acks.values(), *self.doubted.values()):
             if own_id in ids:
                 ids.remove(own_id)
 
     def renamed(self, old: str, new: str) -> None:
-        """A conversation has another name: also in what is asked about it."""
+        """Use the new name of a conversation in the pending requests for history."""
         for n, asked in enumerate(self.asked):
             if self.core.fold(asked.where) == self.core.fold(old):
                 self.asked[n] = asked._replace(where=new)
         for name in [name for name in self.behind if self.core.fold(name) == self.core.fold(old)]:
             self.behind[new] = self.behind.pop(name)
 
-    # Coming in
+    # Registration and joining
 
     def give_names(self) -> None:
-        """PASS, NICK and USER."""
+        """Send PASS, NICK and USER."""
         core, self.named = self.core, True
         if core.password:
             self.send("PASS", core.password)
@@ -11470,8 +11475,9 @@ class IrcTalk:
         core.output.append(f"USER {username} 0 * :{core.name}")
 
     def introduce(self) -> None:
-        """All in one go: slow lines pay for every answer that is waited for. What the server
-        offers it grants, so that what comes behind CAP REQ can rely on it."""
+        """Send CAP REQ, secret, names and log-in together: each round trip of a slow line costs
+        time. A server grants the capabilities it offers, so the lines after CAP REQ rely on
+        them."""
         if self.introduced:
             return
         self.introduced = True
@@ -11481,7 +11487,7 @@ class IrcTalk:
             self.send("CAP", "REQ", " ".join(wanted))
         if "chat.py/session" in wanted:
             self.send("SESSION", self.core.outbox.secret)
-            if self.named:  # with the secret, the name of the user to resume is no other's
+            if self.named:  # with the secret, the nick of the user to resume is not taken
                 self.send("NICK", self.core.name)
         if not self.named:
             self.give_names()
@@ -11492,8 +11498,8 @@ class IrcTalk:
             self.send("CAP", "END")
 
     def mechanism(self, asked: bool = False) -> str:
-        """Return the best way to log in that both know; "" if there is no need or none. A
-        password travels in the clear only when the user asked for that."""
+        """Return the best SASL mechanism that both sides know; "" if none is needed or possible. A
+        password is sent in the clear only if the user asked for that."""
         core = self.core
         offered = self.server.offered.get("sasl", "")
         known = [*filter(None, offered.split(","))] or [*LOGINS]
@@ -11518,7 +11524,7 @@ class IrcTalk:
         self.mechanism_used, self.proven, self.taken_up = mechanism, False, False
         known = self.core.me.login or Login("", "")
         self.login = login_external() if mechanism == "EXTERNAL" else LOGINS[mechanism](*known)
-        next(self.login)  # the server speaks first, if only to say nothing
+        next(self.login)  # the server speaks first, even if it says nothing
         self.exchange = Exchange(self.login)
         self.send("AUTHENTICATE", mechanism)
 
@@ -11528,7 +11534,7 @@ class IrcTalk:
             self.send("CAP", "END")
 
     def regain_name(self, now: float) -> None:
-        """Ask now and then whether the wanted name is free, where the server does not tell."""
+        """Ask whether the wanted nick is free: once by MONITOR, or now and then by ISON."""
         core = self.core
         wanted = clean_name(core.wanted_name)
         if core.is_me(wanted) or not core.regain or now < core.regain_at:
@@ -11541,50 +11547,50 @@ class IrcTalk:
             self.send("ISON", wanted)
 
     def watch(self, names: Iterable[str]) -> None:
-        """Be told whether the users of private conversations are there, if the server can."""
+        """Monitor the users of private conversations, for a screen, if the server has MONITOR."""
         names = [name for name in names if name and " " not in name and "," not in name]
         if self.core.tidy and "MONITOR" in self.server.tokens and names:
             self.send("MONITOR", "+", ",".join(names[:WATCHED]))
 
     def name_is_free(self, name: str) -> None:
-        """Take this name if it is the wanted one."""
+        """Take a nick that is free, if it is the wanted one."""
         core = self.core
         wanted = clean_name(core.wanted_name)
         if core.regain and core.fold(name) == core.fold(wanted) and not core.is_me(name):
             self.send("NICK", wanted)
 
     def note_join(self, name: str) -> None:
-        """A JOIN is on its way."""
+        """Note that a JOIN was sent."""
         count, _ = self.entering.get(self.core.fold(name), (0, 0.0))
         self.entering[self.core.fold(name)] = count + 1, self.core.ticks()
 
     def join_failed(self, name: str) -> bool:
-        """One of the JOINs of a channel failed; return whether no other is on its way."""
+        """Note that a JOIN of a channel failed; return whether no other one is unanswered."""
         count, since = self.entering.pop(self.core.fold(name), (0, 0.0))
         if count > 1:
             self.entering[self.core.fold(name)] = count - 1, since
         return count <= 1
 
     def cannot_enter(self, name: str, why: str) -> None:
-        """Leave the messages for a channel that we cannot enter to the user."""
+        """Let the user decide about the messages for a channel that the client cannot join."""
         room = self.core.find(name)
         if room is None or room.inside:
             return
-        if not self.join_failed(name):  # another one, with another password perhaps
+        if not self.join_failed(name):  # a JOIN with another password may be on its way
             return
         room.wanted = False
         self.going.pop(self.core.fold(name), None)
         self.core.park_all(room, why)
 
     def waits(self, one: Waiting) -> bool:
-        """Return whether a message waits for the answer to a JOIN: later ones of a pipe, and
-        commands, wait with it."""
+        """Return whether a message waits for the answer to a JOIN. The later messages of a pipe,
+        and commands, wait with it."""
         room, key = self.core.find(one.where), self.core.fold(one.where)
         return room is not None and room.is_channel and not room.inside and key in self.entering
 
     def where_of(self, heard: Heard) -> str:
-        """Return the open conversation that a numeric is about; "" if it names none. One that
-        names a user is mostly the answer to a command: it is shown where the user looks."""
+        """Return the open conversation that a numeric is about; "" for none. A numeric that names a
+        user is mostly the answer to a command, and is shown in the current conversation."""
         rooms = (self.core.find(param) for param in heard.params[1:-1])
         about_talks = heard.verb in SAYING_FAILED
         return next((room.name for room in rooms if room and (room.is_channel or about_talks)), "")
@@ -11596,7 +11602,7 @@ class IrcTalk:
     # Messages
 
     def transmit(self, one: Waiting) -> None:
-        """Make a message the next lines to be sent, with our id on the last one, or on all."""
+        """Make a message the next lines to be sent, with its own id on the last line or on all."""
         rest = one.text[one.at :].removeprefix("\n") if one.at else one.text
         if one.kind == ACTION:
             lines = [(f"\x01ACTION {one.text}\x01", False)]
@@ -11625,11 +11631,11 @@ class IrcTalk:
 
     @property
     def batching(self) -> bool:
-        """Return whether a BATCH has been begun that has to be ended."""
+        """True if a BATCH has been begun that has to be ended."""
         return "BATCH -m" in self.pieces
 
     def own_tags(self, id: str, reply: str = "") -> str:
-        """Return what stands before a message of ours, so that its echo is known."""
+        """Return the tags before a message: its own id, to know the echo, and the id it answers."""
         tags = [f"{OWN_ID}={id}"] * self.server.keeps_own_tags
         tags += [f"{REPLY}={escaped_tag(reply)}"] * bool(reply and self.server.takes(REPLY))
         tags += [f"label={id}"] * self.server.labels
@@ -11650,12 +11656,13 @@ class IrcTalk:
         self.pieces.append("BATCH -m")
 
     def carries(self, one: Waiting) -> bool:
-        """Return whether a message can be sent: one for a channel waits until we are in it."""
+        """Return whether a message can be sent; one for a channel waits until the client is in
+        it."""
         room = self.core.find(one.where)
         if room is None or not room.is_channel:
             return not self.server.is_channel(one.where)
         entering = self.server.ours and self.core.fold(one.where) in self.entering
-        return room.inside or entering  # other servers may take their time to let us in
+        return room.inside or entering  # other servers may join the client later
 
     def longest_mask(self) -> str:
         return f"{self.core.name}!{'u' * USERNAME_BYTES}@{'h' * HOST_BYTES}"
@@ -11663,7 +11670,7 @@ class IrcTalk:
     # History
 
     def ask_history(self, room: Room, how: str) -> bool:
-        """Ask for a page of it; return whether one comes."""
+        """Ask for a page of a room's history; return whether a page will come."""
         if not self.server.pages:
             return False
         limit = {"last": HISTORY_LINES, "older": self.server.page_size}.get(
@@ -11687,20 +11694,20 @@ class IrcTalk:
         return self.selector(f"msgid={view.id}" if view.id else "", view.time)
 
     def selector(self, mark: str, when: int | None) -> str:
-        """Return a mark as this server takes it: by id, or some only by time (MSGREFTYPES)."""
+        """Return a position in history as this server takes it: by id, or by time (MSGREFTYPES)."""
         takes_ids = "msgid" in self.server.tokens.get("MSGREFTYPES", "msgid").split(",")
         by_id = mark and (takes_ids or not when)
         return mark if by_id else f"timestamp={tag_time(when)}" if when else "*"
 
     def ask(self, asked: Asked, *params: str) -> None:
-        """Send a CHATHISTORY whose answer is known by its label, else by its target."""
+        """Send a CHATHISTORY. The answer is recognized by its label, else by its target."""
         label = f"h{next(self.labels)}" if self.server.labels else ""
         self.asked.append(asked._replace(label=label))
         head = [f"@label={label}"] if label else []
         self.send(*head, "CHATHISTORY", *params)
 
     def answered(self, label: str, target: str) -> Asked | None:
-        """Take out what is answered by this; None if nothing was asked."""
+        """Remove and return the request that an answer belongs to; None if there is no request."""
         key = self.core.fold(target)
         by_label = (one for one in self.asked if label and one.label == label)
         by_target = (one for one in self.asked if self.core.fold(one.where) == key)
@@ -11710,8 +11717,8 @@ class IrcTalk:
         return one
 
     def catch_up(self, room: Room) -> None:
-        """From where this room holds everything; a new one begins with the last things said,
-        if that is for a person, or with what comes from now on."""
+        """Fetch the messages after the last one of this room. A new room begins with the latest
+        messages on a screen, and with live messages in a pipe."""
         room.held = []
         how = "last" if not room.mark else "gap" if self.core.tidy else "missed"
         if (room.mark or self.core.tidy) and self.server.pages:
@@ -11719,7 +11726,7 @@ class IrcTalk:
         else:
             self.core.release(room)
 
-    # In
+    # Input
 
     def take(self, line: str) -> None:
         heard = parse_heard(line)
@@ -11752,7 +11759,7 @@ class IrcTalk:
     def end_batch(self, batch: Batch, label: str = "") -> None:
         label = batch.opening.tags.get("label", label)
         if batch.kind == "chathistory":
-            for item in batch.items:  # what was taken back while we were away
+            for item in batch.items:  # messages redacted in the client's absence
                 if isinstance(item, Heard) and item.verb == "REDACT" and len(item.params) > 1:
                     self.core.remove(item.params[1])
             self.take_page(label, batch.target, self.views_of(batch))
@@ -11761,7 +11768,7 @@ class IrcTalk:
                 self.core.said(view, batch.opening)
         elif batch.kind == "soju.im/search":
             self.show_past(self.views_of(batch), "search")
-        else:  # its lines are what they would be without it
+        else:  # its lines mean the same as without the batch
             for item in batch.items:
                 if isinstance(item, Batch):
                     self.end_batch(item, label)
@@ -11774,7 +11781,7 @@ class IrcTalk:
         return [view for item in batch.items if (view := self.view_of(item))]
 
     def view_of(self, item: "Heard | Batch") -> View | None:
-        """Return a message, if it is one; of a batch, the message of several lines."""
+        """Return the message of a line, or of a batch of several lines; None for anything else."""
         if isinstance(item, Heard):
             spoken = item.verb in ("PRIVMSG", "NOTICE") and len(item.params) > 1
             if not spoken or is_ctcp(item.params[1]):
@@ -11789,7 +11796,7 @@ class IrcTalk:
         return spoken_view(self, first, text.removeprefix("\n"))
 
     def take_page(self, label: str, target: str, views: list[View]) -> None:
-        """Take history that was asked for."""
+        """Handle a page of history that was requested."""
         asked = self.answered(label, target) or Asked("", "asked", 0)
         room = self.core.find(asked.where)
         if room is None or asked.how not in PAGES:
@@ -11797,18 +11804,18 @@ class IrcTalk:
         PAGES[asked.how](self, room, views, asked.limit)
 
     def show_past(self, views: list[View], title: str) -> None:
-        """Show what was asked for where the user is, apart from what is said now."""
+        """Show requested messages in the current conversation, apart from live messages."""
         self.core.show_results(title, [view for view in views if view.kind in (SAID, NOTICED)])
 
     def release_talks(self) -> None:
-        """Release the private conversations in which nothing was missed."""
+        """Show the held messages of private conversations for which no page was requested."""
         busy = {self.core.fold(asked.where) for asked in self.asked}
         for key, room in list(self.core.rooms.items()):
             if not room.is_channel and room.held is not None and key not in busy:
                 self.core.release(room)
 
 
-# What a server says: whatever has no function of its own, and before there is a welcome
+# Lines of a server: registration, log-in, and lines without a handler of their own
 
 
 NICK_LENGTHS = (30, 15, 9)  # of InspIRCd, ircd 2.11, and RFC 2812
@@ -11820,7 +11827,7 @@ NOT_JOINED = (
 
 
 def refused(talk: IrcTalk, heard: Heard, text: str) -> None:
-    """Tell of something that the server refused: a message of ours, if it has our label."""
+    """Show an error of the server; with the label of a message, report that message as lost."""
     label = heard.tags.get("label", "")
     if label in talk.core.outbox.waiting:
         talk.core.lost(label, text)
@@ -11828,7 +11835,7 @@ def refused(talk: IrcTalk, heard: Heard, text: str) -> None:
         talk.core.show(View(TOLD, text, where=talk.where_of(heard)))
 
 
-NO_FAILURE = (  # of a message: what other commands are refused with
+NO_FAILURE = (  # numerics that refuse other commands, not messages
     *("401", "405", "406", "423", "424", "431", "432", "433", "436", "437", "438", "441", "443"),
     *("451", "461", "462", "464", "467", "468", "471", "472", "473", "474", "475", "476", "478"),
     *("479", "480", "481", "482", "483", "484", "485", "491", "495", "501", "502", "510", "515"),
@@ -11837,8 +11844,8 @@ NO_FAILURE = (  # of a message: what other commands are refused with
 
 
 def message_refused(talk: IrcTalk, heard: Heard) -> str:
-    """Return the id of the message in flight that an error without a label is about: the
-    oldest one to the target that it names."""
+    """Return the id of the oldest message in flight to the target of an error without a label; ""
+    if the error is about a notice, or about no message."""
     number, core = heard.verb, talk.core
     error = number.isdecimal() and (number[0] in "45" or number in SAYING_FAILED)
     if not error or len(heard.params) < 2 or "label" in heard.tags:
@@ -11848,14 +11855,14 @@ def message_refused(talk: IrcTalk, heard: Heard) -> str:
     targets = {core.fold(talk.server.without_status(param)) for param in heard.params[1:-1]}
     for n, (target, id) in enumerate(talk.said):
         if target in targets and (not id or id in core.outbox.in_flight):
-            del talk.said[n]  # a notice, or a message: the oldest of those that were sent
+            del talk.said[n]  # the oldest notice or message sent to that target
             return id
     return ""
 
 
 @from_server("", least=1)
 def tell_rest(talk: IrcTalk, heard: Heard) -> None:
-    """A numeric, or another line of a server, that needs nothing but to be read."""
+    """Show a line without a handler of its own; note the channel or message that is refused."""
     *about, text = heard.params[1:] or heard.params
     between = ": " if heard.verb[:1] in ("4", "5") else " "
     text = between.join([" ".join(about), text] if about else [text])
@@ -11873,11 +11880,11 @@ def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
         if len(server.offered) < TOKENS_KEPT:
             server.offered.update(word.partition("=")[::2] for word in words)
         talk.core.told_sts(server.offered.get("sts", ""))
-    if talk.core.redial:  # by TLS: nothing more is said here
+    if talk.core.redial:  # over TLS: nothing more is sent over this connection
         return
     if subcommand == "LS":
         talk.negotiating = True
-        if heard.params[2] != "*":  # else there are more to come
+        if heard.params[2] != "*":  # else more lines follow
             talk.introduce()
     elif subcommand == "NEW":
         names = (word.partition("=")[0] for word in words)
@@ -11887,7 +11894,7 @@ def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
     elif subcommand == "ACK":
         for word in words:
             (server.enabled.discard if word[0] == "-" else server.enabled.add)(word.lstrip("-"))
-    elif subcommand == "NAK" and len(words) > 1:  # one of them it does not grant: which?
+    elif subcommand == "NAK" and len(words) > 1:  # the server refuses one of these: find out which
         for word in words:
             talk.send_at_once("CAP", "REQ", word)
     elif subcommand == "DEL":
@@ -11898,7 +11905,7 @@ def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("421", "451", least=2)
 def no_capabilities(talk: IrcTalk, heard: Heard) -> None:
-    """A server that knows no CAP."""
+    """Go on with a server that knows no CAP, or no AUTHENTICATE."""
     if heard.params[1] == "AUTHENTICATE" and talk.login is not None:
         talk.core.show(View(NOTE, "not logged in: this server knows no SASL"))
         return talk.end_log_in()
@@ -11916,7 +11923,7 @@ def keep_login(core: "ClientCore") -> None:
 
 
 def renew_login(core: "ClientCore") -> None:
-    """Use the proposed password from now on: the server accepted it."""
+    """Use the proposed password from now on, because the server accepted it."""
     if core.me.proposed:
         core.me.login, core.me.proposed = core.me.proposed, None
         core.me.account = core.me.login.account
@@ -11925,7 +11932,7 @@ def renew_login(core: "ClientCore") -> None:
 
 
 def forget_login(core: "ClientCore") -> None:
-    """Drop the log-in: there is no such account, or not with that password."""
+    """Drop the log-in: the account does not exist, or has another password."""
     core.me.proposed, core.me.login = None, None
     if core.me.generated:
         core.me.generated = False
@@ -11933,7 +11940,7 @@ def forget_login(core: "ClientCore") -> None:
 
 
 def answer_log_in(talk: IrcTalk, said: Any) -> None:
-    """`said` by the server, or by a job that the exchange asked for."""
+    """Answer a SASL message of the server, or go on with the result of a job of the exchange."""
     if talk is not talk.core.talk or talk.login is None:
         return
     try:
@@ -11943,7 +11950,7 @@ def answer_log_in(talk: IrcTalk, said: Any) -> None:
     except Refused:
         return talk.send_at_once("AUTHENTICATE", "*")
     if callable(answer):
-        talk.exchange = None  # nothing can be said to us meanwhile
+        talk.exchange = None  # the server must not send anything meanwhile
         return talk.core.later(answer, functools.partial(answer_log_in, talk))
     talk.exchange = Exchange(talk.login)
     talk.proven = talk.mechanism_used in ("PLAIN", "EXTERNAL") or answer == b""
@@ -11970,7 +11977,7 @@ def told_to_be_logged_in(talk: IrcTalk, heard: Heard) -> None:
 @from_server("903", least=1)
 def logged_in(talk: IrcTalk, heard: Heard) -> None:
     core = talk.core
-    if talk.login is None:  # no log-in is under way: nothing of ours has succeeded
+    if talk.login is None:  # no log-in is running: this is not about one
         return tell_rest(talk, heard)
     if not talk.proven:
         core.give_up("the server said that we are logged in, and could not prove that it is right")
@@ -11981,14 +11988,14 @@ def logged_in(talk: IrcTalk, heard: Heard) -> None:
 
 
 def come_another_time(talk: IrcTalk, why: str) -> None:
-    """Hang up and try again later: as another user we would send everything again."""
+    """Disconnect and try again later: as another user the client would send all messages again."""
     talk.core.refuse(why, TEMPORARY)
     talk.bye("")
 
 
 @from_server("908", least=2)
 def mechanisms_told(talk: IrcTalk, heard: Heard) -> None:
-    """Keep the mechanisms that the server has, after it refused one."""
+    """Keep only the mechanisms that the server lists after it refused one."""
     known = heard.params[1].split(",")
     talk.mechanisms_left = [name for name in talk.mechanisms_left if name in known]
 
@@ -11999,9 +12006,9 @@ def not_logged_in(talk: IrcTalk, heard: Heard) -> None:
     if talk.login is None:
         return tell_rest(talk, heard)
     if heard.verb == "904" and not talk.taken_up and (name := talk.next_mechanism()):
-        return talk.begin_log_in(name)  # it was the mechanism, not the password
+        return talk.begin_log_in(name)  # the mechanism was refused, not the password
     core.show(View(NOTE, why))
-    if core.me.proposed and not talk.ready:  # the /register before the break was not heard
+    if core.me.proposed and not talk.ready:  # the /register before the break was lost
         core.me.login = None
         forget_login(core)
     elif core.me.account and not talk.ready:
@@ -12010,11 +12017,11 @@ def not_logged_in(talk: IrcTalk, heard: Heard) -> None:
 
 
 def try_name(talk: IrcTalk, heard: Heard, most: int, candidate: Callable[[int], str]) -> None:
-    """Try another name, until the server takes one; after so many give up."""
+    """Try another nick until the server takes one; give up after `most` attempts."""
     if talk.ready:
         return tell_rest(talk, heard)
     if "chat.py/session" in talk.server.offered and not talk.server.enabled:
-        return  # about the name that was given before the secret, which decides
+        return  # about the nick sent before the secret, which decides
     talk.tries += 1
     if talk.tries > most:
         talk.core.refuse(heard.params[-1], NEEDS_USER)
@@ -12026,7 +12033,7 @@ def try_name(talk: IrcTalk, heard: Heard, most: int, candidate: Callable[[int], 
 
 @from_server("433", "436", "437", least=2)
 def name_is_taken(talk: IrcTalk, heard: Heard) -> None:
-    """Try NAME2, NAME3 and so on. A name that comes back cut shows how long one may be."""
+    """Try NAME2, NAME3 and so on. A nick that the server cut shows how long one may be."""
     name, shown = clean_name(talk.core.wanted_name), heard.params[1]
     if len(shown) < len(talk.core.name) and talk.core.name.startswith(shown):
         talk.nick_bytes = len(shown)
@@ -12042,8 +12049,8 @@ def name_is_taken(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("432", least=1)
 def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
-    """Try the name with only letters and digits, shorter ones, then a guest name: other servers
-    allow less in a name than ours."""
+    """Try the nick with only letters and digits, then shorter ones, then a guest nick: other
+    servers allow fewer characters than a chat.py."""
     name, guest = clean_name(talk.core.wanted_name), f"guest{random.randrange(1000)}"
     plain = re.sub(r"[^A-Za-z0-9_-]", "", name).lstrip("0123456789-")
     letters = re.sub(r"[^A-Za-z]", "", name)
@@ -12068,10 +12075,10 @@ def welcomed(talk: IrcTalk, heard: Heard) -> None:
         core.show(View(TOLD, f"you are {core.name}{why}"))
     if core.away:
         talk.send("AWAY", core.away)
-    for id in [*core.outbox.unconfirmed]:  # history cannot tell where there is no room
+    for id in [*core.outbox.unconfirmed]:  # without a room there is no history to tell
         if core.find(core.outbox.waiting[id].where) is None:
             core.leave_to_user(id)
-    for one in core.outbox.waiting.values():  # it was accepted: so we have to be there
+    for one in core.outbox.waiting.values():  # accepted messages need the channel
         if talk.server.is_channel(one.where) and one.id not in core.outbox.parked:
             core.room_for(one.where).wanted = True
     for room in core.rooms.values():
@@ -12092,7 +12099,7 @@ def version_told(talk: IrcTalk, heard: Heard) -> None:
         talk.budget = Budget(PACE_BURST, PACE_RATE, talk.core.ticks())
     talk.core.rekey()
     talk.core.keep_facts()
-    if talk.server.ours and not talk.core.rooms:  # where all others are
+    if talk.server.ours and not talk.core.rooms:  # join the channel of all users
         room = talk.core.room_for(LOBBY)
         room.wanted = True
         talk.enter(room)
@@ -12115,13 +12122,13 @@ def support_told(talk: IrcTalk, heard: Heard) -> None:
     pace = [positive_number(one) for one in tokens.get("chat.py/FLOOD", "").split(",")]
     if len(pace) == 2 and all(pace):
         talk.budget = Budget(*pace, talk.core.ticks())
-    elif talk.server.ours:  # and announces no limit
+    elif talk.server.ours:  # and announces no rate limit
         talk.budget = Budget(*NO_PACE, talk.core.ticks())
 
 
 @from_server("396", least=2)
 def own_host_told(talk: IrcTalk, heard: Heard) -> None:
-    """Our host as others see it: it counts in the length of a line."""
+    """Note the client's host as others see it, which counts in the length of a line."""
     before = talk.mask.partition("@")[0] or talk.longest_mask().partition("@")[0]
     host = heard.params[1]
     talk.mask = host if "@" in host and "!" in host else f"{before}@{host.rpartition('@')[2]}"
@@ -12142,7 +12149,7 @@ NEEDS_USER_WORDS = re.compile(
 
 @from_server("ERROR", least=1)
 def error_told(talk: IrcTalk, heard: Heard) -> None:
-    """Why the server closes: throttled, full or going down is for the moment."""
+    """Note why the server closes. Throttled, full or going down are temporary reasons."""
     talk.core.dismissed = True
     if not talk.core.quitting and not talk.core.refusal:
         needs_user = bool(NEEDS_USER_WORDS.search(heard.params[0]))
@@ -12154,14 +12161,14 @@ def not_let_in(talk: IrcTalk, heard: Heard) -> None:
     if talk.ready:
         tell_rest(talk, heard)
     else:
-        talk.core.dismissed = True  # some servers leave it to us to hang up
+        talk.core.dismissed = True  # some servers leave hanging up to the client
         advice = "; /pass PASSWORD gives it" if heard.verb == "464" and talk.core.tidy else ""
         talk.core.refuse(heard.params[-1] + advice, NEEDS_USER)
 
 
 @from_server("470", least=3)
 def sent_elsewhere(talk: IrcTalk, heard: Heard) -> None:
-    """The server puts us in another channel than the one that we wanted."""
+    """Follow the server, which redirects a JOIN to another channel."""
     core, (_, old, new, *_) = talk.core, heard.params
     tell_rest(talk, heard)
     if (room := core.find(old)) and not room.inside:
@@ -12173,7 +12180,7 @@ def sent_elsewhere(talk: IrcTalk, heard: Heard) -> None:
         talk.going[core.fold(new)] = password
 
 
-# What a server says: whether we are there, and whether what we said is
+# Lines of a server: pings, confirmations, history and presence
 
 
 @from_server("PING", least=1)
@@ -12187,18 +12194,18 @@ def confirm(talk: IrcTalk, own_id: str) -> None:
 
 @from_server("PONG")
 def ponged(talk: IrcTalk, heard: Heard) -> None:
-    """Confirm the messages sent before our PING. Some servers do not repeat the token:
-    answers come in order."""
+    """Confirm the messages sent before a PING. Some servers do not repeat the token, but PONGs come
+    in the order of the PINGs."""
     token = heard.params[-1] if heard.params else ""
     if token not in talk.pings:
         token = talk.pings[0] if talk.pings else ""
     while talk.pings:
         answered = talk.pings.popleft()
         for own_id in talk.acks.pop(answered, ()):
-            if own_id in talk.core.outbox.in_flight:  # else it was refused meanwhile
+            if own_id in talk.core.outbox.in_flight:  # else the message was refused meanwhile
                 confirm(talk, own_id)
         for own_id in talk.doubted.pop(answered, ()):
-            if "echo-message" not in talk.server.enabled:  # any more
+            if "echo-message" not in talk.server.enabled:  # disabled since
                 confirm(talk, own_id)
             elif own_id in talk.core.outbox.in_flight:
                 talk.core.lost(own_id, "the server took it and did not send it back")
@@ -12208,7 +12215,7 @@ def ponged(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("ACK")
 def labelled_answer_ended(talk: IrcTalk, heard: Heard) -> None:
-    """A labelled message was accepted where nothing is echoed; else it was swallowed."""
+    """Note that a labelled message was accepted, or, if the server echoes messages, dropped."""
     label = heard.tags.get("label", "")
     if "echo-message" not in talk.server.enabled:
         confirm(talk, label)
@@ -12216,24 +12223,24 @@ def labelled_answer_ended(talk: IrcTalk, heard: Heard) -> None:
         talk.core.lost(label, "the server took it and did not send it back")
 
 
-# Also the separators of lines and paragraphs: some terminals obey them.
+# Includes the separators of lines and paragraphs, which some terminals obey.
 INERT = CONTROLS | BIDI_CONTROLS | {0x09: "    ", 0x2028: " ", 0x2029: " "}
 
 
 def inert(text: str) -> str:
-    """Text that can only be shown, whatever it was meant to do, of one line or several."""
+    """Return a text without characters that control a terminal; newlines stay."""
     return text if text.isprintable() else text.translate(INERT)
 
 
 def visible(text: str) -> str:
-    """A line with its newlines shown as symbols, so that it stays one row."""
+    """Return a text as one row: newlines become symbols, tabs become blanks."""
     return inert(text.replace("\n", "\u23ce").replace("\t", " "))
 
 
 @from_server("TAGMSG", least=1)
 def tags_told(talk: IrcTalk, heard: Heard) -> None:
-    """Reactions and typing. With our id it stands for a message of ours that is not there any
-    more."""
+    """Handle reactions and typing. A TAGMSG with an own id confirms a message that was sent again
+    and has been removed since."""
     core, tags = talk.core, heard.tags
     mine = core.is_me(heard.name)
     if mine:
@@ -12266,12 +12273,12 @@ def marker_told(talk: IrcTalk, heard: Heard) -> None:
             talk.core.told_read(room, parse_time(value))
 
 
-UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as servers say it
+UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as servers write it
 
 
 def no_page(talk: IrcTalk, code: str, label: str, about: list[str]) -> None:
-    """History that was asked for does not come. If the server does not know the last message
-    that is held (a backup was restored), ask for its newest ones."""
+    """Handle a refused request for history. If the server does not know the last message of the
+    room (a backup was restored), ask for the newest messages."""
     named = next((one for one in about if talk.core.find(one)), "")
     asked = talk.answered(label, named)
     if asked is None:
@@ -12291,7 +12298,7 @@ def no_page(talk: IrcTalk, code: str, label: str, about: list[str]) -> None:
 
 
 def tell_nothing(talk: IrcTalk, heard: Heard) -> None:
-    """Ignore what only programs need to know, or what is told in other words."""
+    """Ignore a line that only programs need, or that the client tells in other words."""
 
 
 for quiet in (
@@ -12303,7 +12310,7 @@ for quiet in (
 
 @from_server("375", "372", "376", "422", least=2)
 def motd_told(talk: IrcTalk, heard: Heard) -> None:
-    """The message of the day, if the user asked for it."""
+    """Show the message of the day, if the user asked for it."""
     if talk.core.wants_motd:
         talk.core.show(View(TOLD, heard.params[-1]))
         talk.core.wants_motd = heard.verb not in ("376", "422")
@@ -12311,7 +12318,7 @@ def motd_told(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("303", least=2)
 def present_told(talk: IrcTalk, heard: Heard) -> None:
-    """ISON: take the wanted name if it is free."""
+    """Take the wanted nick if the answer to ISON does not list it."""
     wanted = clean_name(talk.core.wanted_name)
     if talk.core.fold(wanted) not in map(talk.core.fold, heard.params[1].split()):
         talk.name_is_free(wanted)
@@ -12319,7 +12326,7 @@ def present_told(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("730", "731", least=2)
 def presence_told(talk: IrcTalk, heard: Heard) -> None:
-    """Note which users that MONITOR watches are online."""
+    """Note which monitored users are online."""
     core, gone = talk.core, heard.verb == "731"
     for name in (one.partition("!")[0] for one in heard.params[1].split(",")):
         if gone:
@@ -12327,7 +12334,7 @@ def presence_told(talk: IrcTalk, heard: Heard) -> None:
         room = core.find(name)
         if room and not room.is_channel and room.gone != gone:
             text = f"{name} {'is not here' if gone else 'is here'}"
-            if gone or room.gone is not None:  # that one is there is no news at first
+            if gone or room.gone is not None:  # at first, being online is no news
                 core.happened(room, View(TOLD, text, where=room.name))
             room.gone = gone
             core.changed(room)
@@ -12356,7 +12363,7 @@ def failed(talk: IrcTalk, heard: Heard) -> None:
         refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
 
 
-# What a server says: people and their words
+# Lines of a server: users, channels and messages
 
 
 @from_server("NOTE", "WARN", least=3)
@@ -12368,7 +12375,7 @@ def noted(talk: IrcTalk, heard: Heard) -> None:
 
 
 def answer_ctcp(talk: IrcTalk, heard: Heard) -> None:
-    """Answer the questions of other clients' programs, a few a minute; show their answers."""
+    """Answer the CTCP requests of other clients, a few a minute; show the answers of others."""
     core = talk.core
     verb, _, rest = heard.params[1].strip("\x01").partition(" ")
     verb = verb.upper()
@@ -12395,14 +12402,14 @@ def answer_ctcp(talk: IrcTalk, heard: Heard) -> None:
 def message_came(talk: IrcTalk, heard: Heard) -> None:
     text = heard.params[1]
     if not talk.ready and heard.source.startswith("chat.py/"):
-        return None  # for people at netcat, who were silent as long as a slow line is
+        return None  # for users of netcat, after a silence that a slow line causes too
     if is_ctcp(text):
         return answer_ctcp(talk, heard)
     view = spoken_view(talk, heard, text)
     if view.kind in (SAID, NOTICED):
         if view.kind == NOTICED and not (view.mine or talk.core.find(view.where)):
             talk.core.keep(talk.core.timed(view))
-            view = view._replace(where="")  # no conversation is opened by a notice
+            view = view._replace(where="")  # a notice opens no conversation
         return talk.core.said(view, heard)
     if fold(view.name) == SERVICE_KEY and text == PASSWORD_CHANGED:
         renew_login(talk.core)
@@ -12415,7 +12422,7 @@ def message_came(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("CHATHISTORY", least=3)
 def missed_in_a_talk(talk: IrcTalk, heard: Heard) -> None:
-    """TARGETS names a private conversation with messages that we missed: ask for them."""
+    """Ask for the missed messages of a private conversation that TARGETS names."""
     name = heard.params[1]
     asked = any(one.how == "targets" for one in talk.asked)
     if talk.server.is_channel(name) or not asked or len(talk.asked) > TARGETS_ASKED:
@@ -12429,8 +12436,8 @@ def missed_in_a_talk(talk: IrcTalk, heard: Heard) -> None:
 def we_joined(talk: IrcTalk, heard: Heard) -> None:
     core, talk.mask = talk.core, heard.source
     if core.find(heard.params[0]) is None and len(core.rooms) >= 2 * ROOMS_KEPT:
-        return  # no user has so many
-    for key in [key for key in talk.going if key[:1] == "!"]:  # the server adds an id of five
+        return  # no user has so many channels
+    for key in [key for key in talk.going if key[:1] == "!"]:  # the server added five characters
         if core.fold(heard.params[0])[6:] == key[1:]:
             talk.going[core.fold(heard.params[0])] = talk.going.pop(key)
             if there := core.find(key):
@@ -12438,15 +12445,15 @@ def we_joined(talk: IrcTalk, heard: Heard) -> None:
     room = core.room_for(heard.params[0])
     room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
-    room.topic = ""  # else it is told now
+    room.topic = ""  # else 332 follows
     talk.entering.pop(core.fold(room.name), None)
     room.password = talk.going.get(core.fold(room.name), room.password) or ""
     core.keep_room(room)
     core.changed(room)
-    if not core.tidy and not room.mark:  # whatever is said from now on
+    if not core.tidy and not room.mark:  # a pipe takes messages from now on
         if "msgid" in heard.tags:
             room.mark = f"msgid={heard.tags['msgid']}"
-        elif core.began:  # we came in before, and the line broke before we heard of it
+        elif core.began:  # joined earlier, before the connection broke
             room.mark = f"timestamp={tag_time(max(core.began, talk.since))}"
     core.newest = max(core.newest, heard.time or 0)
     if talk.going.pop(core.fold(room.name), None) is not None:
@@ -12461,7 +12468,7 @@ def we_joined(talk: IrcTalk, heard: Heard) -> None:
 
 
 def one_by_one(handler: Callable) -> Callable:
-    """Decorator: old servers name several channels in one line."""
+    """Decorate a handler to be called for each channel: old servers name several in one line."""
 
     @functools.wraps(handler)
     def for_each(talk: IrcTalk, heard: Heard) -> None:
@@ -12485,7 +12492,7 @@ def user_joined(talk: IrcTalk, heard: Heard) -> None:
 
 
 def user_went(talk: IrcTalk, room: Room, heard: Heard, name: str, why: str = "") -> None:
-    """Take a user, perhaps us, out of one conversation."""
+    """Remove a user, or this client, from one conversation."""
     core = talk.core
     room.people.pop(name, None)
     if core.is_me(name):
@@ -12518,7 +12525,7 @@ def user_quit(talk: IrcTalk, heard: Heard) -> None:
     if (room := core.find(heard.name)) and not room.is_channel:
         why = f": {heard.params[0]}" if heard.params and heard.params[0] else ""
         core.happened(room, View(TOLD, f"{heard.name} has left{why}", where=room.name))
-        room.gone = True  # MONITOR tells it, too
+        room.gone = True  # as MONITOR tells, too
     core.forget_person(heard.name)
     talk.name_is_free(heard.name)
 
@@ -12557,7 +12564,7 @@ def user_renamed(talk: IrcTalk, heard: Heard) -> None:
         if room.renamed(old, new) and not mine:
             core.happened(room, View(TOLD, f"{old} is now called {new}", where=room.name))
     core.forget_person(old, new)
-    if core.find(old) and not core.find(new) and not mine:  # a private conversation goes on
+    if core.find(old) and not core.find(new) and not mine:  # continue the private conversation
         core.rename(core.find(old), new)
     core.show(View(PEOPLE))
     if not mine:
@@ -12583,7 +12590,7 @@ def topic_set(talk: IrcTalk, heard: Heard) -> None:
         talk.core.happened(room, View(TOLD, text, where=room.name, time=heard.time))
 
 
-WHOIS = {  # numeric -> how it is told; {2} is its second parameter behind the name
+WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
     "301": "{1} is away: {last}",
     "311": "{1} is {2}@{3}: {last}",
     "312": "{1} uses {2}",
@@ -12624,7 +12631,7 @@ def who_told(talk: IrcTalk, heard: Heard) -> None:
     _, where, user, host, _, name, flags, last = heard.params[:8]
     bot = talk.server.tokens.get("BOT", "") or " "
     core.note_person(name, away=flags[:1] == "G", bot=bot in flags[1:])
-    if core.fold(where) in core.quiet_who or not core.wants_who:  # ZNC asks, too
+    if core.fold(where) in core.quiet_who or not core.wants_who:  # ZNC sends WHO, too
         return
     away = ", away" if flags[:1] == "G" else ""
     operator = ", operator of the server" if "*" in flags else ""
@@ -12644,7 +12651,7 @@ def who_ended(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("AWAY")
 def away_changed(talk: IrcTalk, heard: Heard) -> None:
-    """A user whom the client shares a conversation with went away or is back."""
+    """Note that a user in a conversation with this client went away or is back."""
     talk.core.note_person(heard.name, away=bool(heard.params and heard.params[0]))
     talk.core.show(View(PEOPLE))
     if (room := talk.core.find(heard.name)) and not room.is_channel:
@@ -12677,7 +12684,7 @@ def topic_told(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("MODE", least=2)
 def modes_set(talk: IrcTalk, heard: Heard) -> None:
-    """Follow the ranks. A rank that was taken may have hidden another one: one NAMES tells."""
+    """Follow the ranks of members. A removed rank may have hidden another: one NAMES tells."""
     where, letters, *values = heard.params
     room, server = talk.core.find(where), talk.server
     if room is None:
@@ -12704,7 +12711,7 @@ def invited(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("REDACT", least=2)
 def taken_back(talk: IrcTalk, heard: Heard) -> None:
-    """Remove a message that was taken back, also one that is still to come in a page."""
+    """Remove a redacted message, also one that is still to come in a page."""
     core, (where, id) = talk.core, heard.params[:2]
     core.remove(id)
     name = where if talk.server.is_channel(where) or core.is_me(heard.name) else heard.name
@@ -12731,7 +12738,7 @@ def names_ended(talk: IrcTalk, heard: Heard) -> None:
     text = ", ".join(ranks + name for name, ranks in people.items()) or "there is no user"
     if room:
         known = {name: people.pop(name) for name in room.people if name in people}
-        room.people = people | known  # in the order of who spoke last
+        room.people = people | known  # the last speaker is last
     asked = key in talk.shown_names
     talk.shown_names.discard(key)
     where = room.name if room else heard.params[1]
@@ -12747,7 +12754,7 @@ def channel_listed(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("REGISTER", "VERIFY", least=2)
 def registered(talk: IrcTalk, heard: Heard) -> None:
-    """Show the result; a client that has an account now logs in to it from now on."""
+    """Show the result of a registration; after a success, log in to the account from now on."""
     core = talk.core
     core.show(View(TOLD, heard.params[-1]))
     if heard.params[0] == "SUCCESS":
@@ -12758,7 +12765,7 @@ def registered(talk: IrcTalk, heard: Heard) -> None:
 
 
 def check_message(where: str, text: str, kind: str, name_bytes: int) -> None:
-    """Raise Refused if no server would take it."""
+    """Raise Refused if no server would take this message."""
     if text.count("\n") >= MESSAGE_LINES or len(text.encode()) > LINE_BYTES:
         limit = f"a message has at most {MESSAGE_LINES} lines and {LINE_BYTES:,} bytes"
         raise Refused("TOO_LONG", limit)
@@ -12769,23 +12776,23 @@ def check_message(where: str, text: str, kind: str, name_bytes: int) -> None:
 
 
 class Rooms(dict[str, Room]):
-    """The conversations there are, by key, in the order in which they were opened."""
+    """The conversations of a client, by key, in the order in which they were opened."""
 
     def rekey(self, fold: Callable[[str], str]) -> None:
-        """Take the keys that a server's rule for names gives; of two with one, keep the first."""
+        """Apply a server's rule for names to all keys. Keep the first of two rooms with one key."""
         rooms = list(self.values())
         self.clear()
         for room in rooms:
             self.setdefault(fold(room.name), room)
 
     def least(self, besides: Collection[Room]) -> Room | None:
-        """Return the one that is missed least: the oldest private conversation."""
+        """Return the oldest private conversation that is not in `besides`; None for none."""
         private = (room for room in self.values() if not room.is_channel and room not in besides)
         return next(private, None)
 
 
 def wanted_rooms(join: Iterable[str], fold: Callable[[str], str] = fold) -> Rooms:
-    """Return the conversations of --join: "#a", or "#a PASSWORD"; the # may be left out."""
+    """Return the conversations that --join names: "#a", or "#a PASSWORD"; the # may be left out."""
     names = [words.split() for words in join if words.split()]
     rooms = Rooms()
     for name, *password in names:
@@ -12796,23 +12803,23 @@ def wanted_rooms(join: Iterable[str], fold: Callable[[str], str] = fold) -> Room
 
 
 class Credentials:
-    """The account of a client, and its means to prove it."""
+    """The account of a client, and the means to prove that the client owns it."""
 
     def __init__(self, login: Login | None):
         self.login = login
-        self.proposed: Login | None = None  # that a /register or /passwd is to make valid
-        self.account = ""  # that we were logged in to
-        self.generated = False  # the password is no person's, and is kept on disk by ...
-        self.keep: Callable[[Login | None], None] | None = None  # ... this; it raises Unusable
+        self.proposed: Login | None = None  # by a /register or /passwd that is not confirmed yet
+        self.account = ""  # that the client was logged in to
+        self.generated = False  # the client made the password, and stores it on disk with ...
+        self.keep: Callable[[Login | None], None] | None = None  # ... this; raises Unusable
         self.mechanisms: tuple[str, ...] = ("SCRAM-SHA-256", "EXTERNAL", "PLAIN")  # best first
-        self.plain_allowed = False  # also without TLS: the user named it
-        self.certificate = False  # TLS shows one of ours
+        self.plain_allowed = False  # even without TLS, since the user named it
+        self.certificate = False  # the client has a certificate for TLS
 
 
 def first_words(core: "ClientCore", line: str) -> bool:
-    """A server that speaks first shows by that what it is; return whether that is all that
-    the line says."""
-    if line.startswith("* "):  # we are being turned away, and told why
+    """Detect the kind of a server by the line that it sends first. Return True if that line needs
+    no other handling."""
+    if line.startswith("* "):  # the server refuses the client, with a reason
         core.refuse(line.removeprefix("* "), TEMPORARY)
         core.show(View(TOLD, core.refusal))
         return True
@@ -12828,14 +12835,14 @@ def first_words(core: "ClientCore", line: str) -> bool:
     return core.kind == CHAT
 
 
-SECRET_LINE = re.compile(  # what follows is not for a log of the protocol
+SECRET_LINE = re.compile(  # the text after these words must not be logged
     r"(?i)^(PASS|AUTHENTICATE|OPER \S+|SESSION|REGISTER \S+ \S+|PRIVMSG NickServ :?\w+|NS \w+) .*"
 )
 PASSWORD_WORDS = ("login", "identify", "register", "passwd", "oper", "pass", "password")
 
 
 def nearest_command(verb: str) -> str:
-    """Return which command was meant perhaps, as a question."""
+    """Return a question that names the command that the user may have meant; "" for none."""
     import difflib
 
     known = [*client_command, *CLIENT_ALIASES]
@@ -12844,7 +12851,7 @@ def nearest_command(verb: str) -> str:
 
 
 def message_pieces(text: str) -> Iterator[str]:
-    """Yield a text as messages that a server takes: between lines, if that can be."""
+    """Yield a text as messages that a server takes, divided between lines if possible."""
     lines: list[str] = []
     size = 0
     for line in text.split("\n"):
@@ -12862,7 +12869,7 @@ class Person(NamedTuple):
     """A member of a channel."""
 
     name: str
-    rank: str = ""  # symbols as NAMES has them, the highest first
+    rank: str = ""  # symbols as in NAMES, the highest first
     away: bool = False
     account: str = ""
     bot: bool = False
@@ -12873,7 +12880,7 @@ def optional(*words: str) -> list[str]:
 
 
 class ForScreens:
-    """The calls of a screen on a client core, besides the lines that the user types."""
+    """The methods of a client core for screens, besides typed(), which takes the user's text."""
 
     server: ServerProfile
     outbox: Outbox
@@ -12884,26 +12891,26 @@ class ForScreens:
     find: Callable[[str], Room | None]
     show: Callable[..., None]
     name = ""
-    start_transfer: Callable[[Transfer], None] | None = None  # those of Transfers
+    start_transfer: Callable[[Transfer], None] | None = None  # both set by Transfers
     end_transfer: Callable[[Transfer], None] | None = None
 
     def __init__(self) -> None:
-        self.transfers: list[Transfer] = []  # files on their way
+        self.transfers: list[Transfer] = []  # uploads and downloads
         self.upload_token, self.token_at = "", -math.inf
         self.wait_for_token: list[Callable[[str], None]] = []
-        self.typed_at: dict[int, tuple[float, str]] = {}  # when others were told that we type
+        self.typed_at: dict[int, tuple[float, str]] = {}  # when the user's typing was told, and how
         self.away_keys: set[str] = set()  # keys of users who are away ...
         self.bots: set[str] = set()  # ... and of bots
         self.accounts: dict[str, str] = {}  # by key of their nicks
-        self.quiet_who: set[str] = set()  # keys of channels that a screen asks about
-        # The last lines of the protocol: time (ms), whether it is ours, and the line
+        self.quiet_who: set[str] = set()  # keys of channels with a WHO of a screen
+        # The last lines of the protocol: time (ms), True if sent, and the line
         self.traffic: collections.deque[tuple[int, bool, str]]
         self.traffic = collections.deque(maxlen=TRAFFIC_LINES)
 
-    # Messages that did not go out
+    # Messages that were not sent
 
     def retry(self, own_id: str) -> None:
-        """Send a message that was left to the user; enter its channel first if need be."""
+        """Send a message that was left to the user; join its channel first if needed."""
         if own_id not in self.outbox.parked:
             return
         self.outbox.retry(own_id)
@@ -12914,7 +12921,7 @@ class ForScreens:
             self.talk.enter(room)
 
     def cancel(self, own_id: str) -> None:
-        """Drop a message that is not under way."""
+        """Drop a message that is not in flight."""
         if own_id in self.outbox.in_flight or own_id not in self.outbox.waiting:
             return
         where = self.outbox.waiting[own_id].where
@@ -12928,7 +12935,7 @@ class ForScreens:
 
     @property
     def file_host(self) -> str:
-        """The URL that files are uploaded to. Raises Refused if the server tells of none."""
+        """The URL for uploads. Raises Refused if the server announces none."""
         tokens, names = self.server.tokens, ("soju.im/FILEHOST", "draft/FILEHOST")
         urls = [word for name in names for word in tokens.get(name, "").split()]
         if not urls:
@@ -12946,7 +12953,7 @@ class ForScreens:
         return self.talk.send_at_once("TOKEN", "GENERATE", "FILEHOST")
 
     def took_token(self, token: str) -> None:
-        """The server gave a token, or "" because it does not."""
+        """Give a token of the server to the uploads that wait for one; "" if there will be none."""
         self.upload_token, self.token_at = token, self.ticks()
         waiting, self.wait_for_token = self.wait_for_token, []
         for then in waiting:
@@ -12967,13 +12974,13 @@ class ForScreens:
         self.show(View(TRANSFER, where=one.room, own_id=one.id))
 
     def drop_transfer(self, one: Transfer) -> None:
-        """Drop a file that is on its way."""
+        """Stop the transfer of a file, and forget it."""
         self.forget_transfer(one)
         if self.end_transfer:
             self.end_transfer(one)
 
     def post_file(self, one: Transfer) -> None:
-        """Say where a file is that was uploaded."""
+        """Send the link of an uploaded file to its conversation."""
         import mimetypes
 
         kind = mimetypes.guess_type(one.name)[0]
@@ -12981,7 +12988,7 @@ class ForScreens:
         self.send(one.room, f"{one.name} ({about}): {one.url}")
 
     def save_file(self, room: Room, view: View, path: str) -> None:
-        """Begin to save the file that a message leads to. Raises Refused."""
+        """Begin to save the file that a message links to. Raises Refused."""
         file = parse_file_tag(view.file)
         named = re.match(r"(.+) \([^()]*\): \S+$", view.text)
         ending = file.type.rpartition("/")[2].replace("plain", "txt").replace("jpeg", "jpg")
@@ -12989,38 +12996,38 @@ class ForScreens:
         known = {"name": name, "url": file.path, "size": file.size, "type": file.type}
         self.start_transfer(Transfer(secrets.token_hex(8), False, room.name, path, **known))
 
-    # Messages that are there
+    # Changes of messages: replies, reactions, redactions
 
     def can(self, what: str) -> bool:
-        """Return whether this server takes a "reply", "react", "redact" or "typing"."""
+        """Return whether this server allows a "reply", "react", "redact" or "typing"."""
         if what == "redact":
             return self.ready and "draft/message-redaction" in self.server.enabled
         tag = {"reply": REPLY, "react": REACT, "typing": TYPES}[what]
         return self.ready and self.server.takes(tag)
 
     def need(self, what: str) -> None:
-        """Raise Refused if this server takes no such thing."""
+        """Raise Refused if this server does not allow a "reply", "react", "redact" or "typing"."""
         if not self.can(what):
             raise Refused("CANNOT", f"this server takes no {what}")
 
     def redact(self, room: Room, id: str) -> None:
-        """Take back a message of ours, or as an operator another's. Raises Refused."""
+        """Redact a message of the user, or as an operator one of another user. Raises Refused."""
         self.need("redact")
         self.talk.command("REDACT", room.name, id)
 
     def react(self, room: Room, id: str, emoji: str, on: bool = True) -> None:
-        """React to a message, or take that back. Raises Refused."""
+        """React to a message, or remove the reaction. Raises Refused."""
         self.need("react")
         if not emoji.strip() or len(emoji) > REACTION_CHARACTERS:
             limit = f"a reaction has 1 to {REACTION_CHARACTERS} characters"
             raise Refused("BAD_REACTION", limit)
         tags = f"{REACT if on else UNREACT}={escaped_tag(emoji)};{REPLY}={escaped_tag(id)}"
         self.talk.raw(f"@{tags} TAGMSG {room.name}")
-        if "echo-message" not in self.server.enabled:  # else its echo says that it arrived
+        if "echo-message" not in self.server.enabled:  # else the echo shows it
             self.reacted(room, id, emoji, self.name, on)
 
     def reacted(self, room: Room, id: str, emoji: str, name: str, on: bool) -> None:
-        """Note the reaction of a user."""
+        """Store and show the reaction of a user, or the end of it."""
         known = name in self.reactions_of(id).get(emoji, ())
         if self.store and known != on:
             self.store.react(id, emoji, name, on)
@@ -13028,7 +13035,7 @@ class ForScreens:
             self.show(view._replace(mine=self.is_me(name)))
 
     def answered_words(self, view: View) -> str:
-        """Return whom a message answers, and the beginning of what was said; "" if none."""
+        """Return the author and the text of the message that a view answers; "" for no answer."""
         room = self.find(view.where)
         if not view.reply or room is None:
             return ""
@@ -13037,7 +13044,7 @@ class ForScreens:
         return f"{known.name}: {known.text}" if known else "an earlier message"
 
     def reactions_of(self, id: str) -> dict[str, list[str]]:
-        """Return who reacted to a message: nicks by emoji."""
+        """Return the reactions to a message: lists of nicks, by emoji."""
         found: dict[str, list[str]] = {}
         for emoji, name in self.store.reactions(id) if self.store and id else ():
             found.setdefault(emoji, []).append(name)
@@ -13046,8 +13053,8 @@ class ForScreens:
     # Typing
 
     def typing(self, room: Room, state: str) -> None:
-        """Tell the others in a conversation that the user types: "active", now and then;
-        "paused", or "done" for a text that is not sent after all."""
+        """Tell the others in a conversation that the user is typing: "active" is repeated, "paused"
+        is for a break, "done" for a text that is not sent after all."""
         now = self.ticks()
         ready = self.can("typing") and self.setting("typing") == "on"
         idle = self.outbox.waiting.keys() <= self.outbox.parked.keys()
@@ -13060,7 +13067,7 @@ class ForScreens:
             self.talk.send(f"@{TYPES}={state}", "TAGMSG", room.name)
 
     def types(self, room: Room, name: str, state: str) -> None:
-        """Note that another user types."""
+        """Note that another user is typing, or has paused or stopped."""
         room.typing.pop(name, None)
         if state in ("active", "paused") and len(room.typing) < TYPING_MOST:
             seconds = TYPING_LASTS[state]
@@ -13068,15 +13075,15 @@ class ForScreens:
         self.show(View(TYPING, state, name, room.name))
 
     def end_typing(self) -> None:
-        """Forget those who have not gone on typing."""
+        """Forget the users who have not continued to type."""
         for room in self.rooms.values():
             for name in [one for one, until in room.typing.items() if until < self.ticks()]:
                 self.types(room, name, "done")
 
-    # What was read
+    # Read markers
 
     def mark_read(self, room: Room) -> None:
-        """The user has seen everything in a conversation."""
+        """Note that the user has read everything in a conversation."""
         newest = max((view.time or 0 for view in room.views if is_news(view)), default=0)
         if room.unread or room.called:
             self.changed(room)
@@ -13086,7 +13093,7 @@ class ForScreens:
             self.keep_room(room)
 
     def tell_read(self) -> None:
-        """Tell the server how far was read, for the user's other devices."""
+        """Send read markers to the server, for the user's other devices."""
         if not self.ready or "draft/read-marker" not in self.server.enabled:
             return
         for room in self.rooms.values():
@@ -13095,20 +13102,20 @@ class ForScreens:
                 self.talk.send("MARKREAD", room.name, f"timestamp={tag_time(room.read_time)}")
 
     def told_read(self, room: Room, when: int) -> None:
-        """Note what was read on another device of the user."""
+        """Note up to which time (ms) the user has read a conversation on another device."""
         room.told_time = max(room.told_time, when)
         if room.read(when):
             self.keep_room(room)
             self.show(View(READ, where=room.name))
 
     def mute(self, room: Room, on: bool) -> None:
-        """Let a conversation call the user no more, or again."""
+        """Mute a conversation, so that its messages do not call the user, or unmute it."""
         room.muted, room.called = on, 0
         self.keep_room(room)
         self.changed(room)
 
     def move(self, room: Room, place: int) -> None:
-        """Put a conversation at another place in their order, from 0."""
+        """Move a conversation to another place in the list, counted from 0."""
         rooms = [one for one in self.rooms.values() if one is not room]
         rooms.insert(place, room)
         self.rooms.clear()
@@ -13120,7 +13127,7 @@ class ForScreens:
     # Members
 
     def people(self, room: Room) -> list[Person]:
-        """Return the members of a channel; who spoke last is last."""
+        """Return the members of a channel; the last speaker is last."""
         people = []
         for name, rank in room.people.items():
             key = self.fold(name)
@@ -13129,7 +13136,7 @@ class ForScreens:
         return people
 
     def ask_people(self, room: Room) -> None:
-        """Ask once over a connection who of a channel is away."""
+        """Ask once in a connection which members of a channel are away."""
         asks = self.ready and room.inside and not room.asked_people
         if asks and len(room.people) <= PEOPLE_ASKED:
             room.asked_people = True
@@ -13137,7 +13144,7 @@ class ForScreens:
             self.talk.send("WHO", room.name)
 
     def note_person(self, name: str, away: bool | None = None, **about: Any) -> None:
-        """Note what the server tells of a user: away, account, bot."""
+        """Note facts about a user that the server tells: away, account, bot."""
         key = self.fold(name)
         for keys, on in ((self.away_keys, away), (self.bots, about.get("bot"))):
             if on and len(keys) < PEOPLE_LISTED:
@@ -13151,61 +13158,60 @@ class ForScreens:
             self.accounts.pop(key, None)
 
     def forget_person(self, name: str, new: str = "") -> None:
-        """Forget a user who left, or note the new name."""
+        """Forget the facts about a user who left, or move them to the new nick."""
         key = self.fold(name)
         about = (key in self.away_keys, self.accounts.get(key, ""), key in self.bots)
         self.note_person(name, away=False, account="", bot=False)
         if new:
             self.note_person(new, away=about[0], account=about[1], bot=about[2])
 
-    # What was said once
+    # Stored messages
 
     def find_kept(self, words: str, room: Room | None = None, count: int = 200) -> list[View]:
-        """Return the last messages with these words that this client has kept, in order."""
+        """Return the last stored messages that contain these words, in order."""
         if not self.store:
             return []
         found = self.store.find(words, count, self.fold(room.name) if room else None)
         return [self._in_room(view) for view in found if not self.hides(view)]
 
     def kept(self, id: str) -> View | None:
-        """Return the message with this id, if this client has kept it."""
+        """Return the stored message with this id; None if there is none."""
         return self.store.message(id) if self.store and id else None
 
     def kept_before(self, room: Room, view: View, count: int) -> list[View]:
-        """Return the kept messages before one, in order."""
+        """Return the stored messages before one, in order."""
         found = self.store.page(self.fold(room.name), count, view) if self.store else []
         return [one for one in found if not self.hides(one)]
 
     def kept_after(self, room: Room, view: View, count: int) -> list[View]:
-        """Return the kept messages after one, in order."""
+        """Return the stored messages after one, in order."""
         found = self.store.page_after(self.fold(room.name), count, view) if self.store else []
         return [one for one in found if not self.hides(one)]
 
     def around(self, room: Room, view: View, count: int) -> list[View]:
-        """Return the kept messages around one, and that one, in order."""
+        """Return a message and the stored messages around it, in order."""
         half = count // 2
         before, after = self.kept_before(room, view, half), self.kept_after(room, view, half)
         return [*before, view, *after]
 
 
 class ClientCore(ForScreens):
-    """A client's side of the talk.
+    """The client's side of a conversation with one server.
 
-    Call connected() for each new connection, then feed() with what comes, silence() if
-    nothing does and disconnected() at its end; send what take_output() gives. typed() takes
-    what the user wrote, also while there is no connection: then it waits. `tidy` is for
-    a person's eyes: it asks what was said last. `later` runs a job off the loop; `clock` is
-    wall time, `ticks` monotonic time, in seconds.
-    """
+    Call connected() for each new connection, feed() with the bytes received, silence() if the
+    server sends nothing, and disconnected() at the end. Send the bytes that take_output() returns.
+    typed() takes the user's text; without a connection the text waits. `tidy` is for a screen: the
+    core then asks for the latest messages. `later` runs a job off the loop. `clock` is wall time
+    and `ticks` monotonic time, in seconds."""
 
-    told_trouble = ""  # what was told of the store last
-    doubted = ""  # text that is sent if the user enters it once more
-    replying = ""  # the id of the message that is answered now
-    wants_motd = wants_who = False  # the user asked for it
-    views_seen: float = math.inf  # of the conversation that were there when it was typed
-    looked_at = True  # else the user looks at another server
-    reads_at_once = True  # what is shown there; else mark_read() tells what was read
-    results: Callable[[str, list[View]], None] | None = None  # takes what a search found
+    told_trouble = ""  # the last reported trouble of the store
+    doubted = ""  # text that is sent if the user enters it again
+    replying = ""  # the id of the message that the typed text answers
+    wants_motd = wants_who = False  # on the user's request
+    views_seen: float = math.inf  # number of views in the conversation when the text was begun
+    looked_at = True  # False: the user looks at another server
+    reads_at_once = True  # the current conversation; if False, mark_read() tells what was read
+    results: Callable[[str, list[View]], None] | None = None  # takes the result of a search
 
     def __init__(
         self,
@@ -13230,48 +13236,48 @@ class ClientCore(ForScreens):
         self.outbox = outbox or Outbox()
         self.clock, self.later, self.ticks = clock, later, ticks
         self.server = ServerProfile(kind in (CHAT, PLAIN))
-        self.talk: Any = None  # while connected, once it is known what is spoken
-        self.tls = self.secure = False  # encrypted; or on this machine, where no one listens
-        self.listening = False  # for whether the server speaks first
-        self.refusal = ""  # why the server will not have us ...
-        self.cause = TEMPORARY  # ... and what that means for another attempt
-        self.dismissed = False  # it said ERROR, and will hang up
-        self.redial = False  # come back at once: it speaks something else ...
-        self.insists = False  # ... unless the user said what it speaks
-        self.sure = False  # the server has said something that only its kind says
-        self.sts: tuple[int, int] | None = None  # port, and seconds: it wants TLS (IRCv3 sts)
+        self.talk: Any = None  # while connected, once the protocol is known
+        self.tls = self.secure = False  # encrypted; `secure` also without TLS on this machine
+        self.listening = False  # waiting to see if the server speaks first
+        self.refusal = ""  # the reason for which the server refuses the client ...
+        self.cause = TEMPORARY  # ... and what that means for a new attempt
+        self.dismissed = False  # the server sent ERROR, and will hang up
+        self.redial = False  # connect again at once, with another protocol or TLS ...
+        self.insists = False  # ... but not if the user set the protocol
+        self.sure = False  # a line has proved the kind of the server
+        self.sts: tuple[int, int] | None = None  # port and seconds of required TLS (IRCv3 sts)
         self.quitting = False
-        self.regain = False  # the wanted name was taken: have it when it is free ...
-        self.regain_at = 0.0  # ... and ask for that at this time
-        self.away, self.former_names = "", {}  # keys of nicks that we had
+        self.regain = False  # the wanted nick was taken: get it once it is free ...
+        self.regain_at = 0.0  # ... and ask for it at this time
+        self.away, self.former_names = "", {}  # keys of this client's earlier nicks
         self.ctcp_budget = Budget(CTCP_BURST, CTCP_RATE, ticks())
         self.ignored: set[str] = store.ignored() if store else set()  # masks
-        self.settings: dict[str, str] = store.settings() if store else {}  # that were changed
-        self.seen: dict[str, None] = {}  # ids
+        self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
+        self.seen: dict[str, None] = {}  # ids of known messages
         self.removed: dict[str, None] = {}  # ids of redacted messages
-        self.shown: set[str] = set()  # own ids of what the user has seen as waiting
-        self.sent_before: set[str] = set()  # own ids of what the user wants sent once more
-        self.known_own: dict[str, None] = {}  # own ids of what was shown, and has arrived
-        self.failures = 0  # messages that did not arrive, or were not kept
-        self.progress = 0  # how often a message was acknowledged or a missing page came
-        self.acknowledged = False  # something was, over this connection
-        self.page_lines = PAGE_LINES  # of missed messages at once: less after a break
-        self.newest, self.newest_id = 0, ""  # time (ms) and id of the newest that was heard of
+        self.shown: set[str] = set()  # own ids of messages shown as waiting
+        self.sent_before: set[str] = set()  # own ids of messages that the user sends again
+        self.known_own: dict[str, None] = {}  # own ids of messages that were shown and have arrived
+        self.failures = 0  # messages that did not arrive, or that were not kept
+        self.progress = 0  # number of acknowledged messages and of missing pages that came
+        self.acknowledged = False  # some message was, over this connection
+        self.page_lines = PAGE_LINES  # of missed messages in one page; fewer after a break
+        self.newest, self.newest_id = 0, ""  # time (ms) and id of the newest known message
         self.began = 0  # time of the first welcome
         self.rooms = wanted_rooms(join, self.fold)
         if store:
             self._load([*join] not in ([], [LOBBY]) if named is None else named)
-        self.current: Room | None = next(iter(self.rooms.values()), None)  # is looked at
+        self.current: Room | None = next(iter(self.rooms.values()), None)  # looked at
         self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
         self.views: list[View] = []
         self.output: list[str] = []
         self._show_waiting()
-        self.wants_connection = False  # now: the user said so
+        self.wants_connection = False  # connect now, at the user's request
 
-    # What outlives the program
+    # State that outlives the program
 
     def _load(self, named: bool) -> None:
-        """Take what the store has: open conversations, and what was said there last."""
+        """Load the open conversations and their last messages from the store."""
         self.server.ours = self.server.ours or self.store.fact("ours") == "yes"
         if mapping := self.store.fact("CASEMAPPING"):
             self.server.tokens["CASEMAPPING"] = mapping
@@ -13301,18 +13307,18 @@ class ClientCore(ForScreens):
         room.unread = len(later) if room.read_time else 0
 
     def _show_waiting(self) -> None:
-        """Show what an earlier run accepted and no server has acknowledged yet."""
+        """Show the messages that an earlier run accepted and no server has acknowledged."""
         for one in self.outbox.waiting.values() if self.tidy else ():
             self._show_own(one, one.text)
-        self.views.clear()  # they are in their conversations
+        self.views.clear()  # each is in its conversation already
 
     def keep(self, view: View) -> None:
-        """Keep a message."""
+        """Store a message."""
         if self.store:
             self.store.add(self.fold(view.where), view)
 
     def keep_room(self, room: Room) -> None:
-        """Remember, or forget, that a conversation is open, and whether to join it again."""
+        """Store that a conversation is open, and whether to join it again; delete a closed one."""
         if self.store and self.fold(room.name) in self.rooms:
             place = list(self.rooms).index(self.fold(room.name))
             self.store.keep_room(self.fold(room.name), room, place)
@@ -13320,20 +13326,20 @@ class ClientCore(ForScreens):
             self.store.forget_room(self.fold(room.name))
 
     def note_holes(self, room: Room, *ids: str) -> None:
-        """Note before which messages some are missing in the store."""
+        """Store the ids of the messages of a room before which others are missing."""
         if self.store and (ids or room.holes):
             room.holes = list(ids)
             self.store.keep_fact(f"holes {self.fold(room.name)}", " ".join(ids))
 
     @staticmethod
     def behind_hole(room: Room, views: list[View]) -> list[View]:
-        """Return the messages that follow on the ones that are missing, or all."""
+        """Return the messages after the newest gap of a room; all of them if they have no gap."""
         ids = [view.id for view in views]
         return views[ids.index(room.hole) :] if room.hole and room.hole in ids else views
 
     def older_from_store(self, room: Room) -> bool:
-        """Put what the store has before the first message of a room; return whether it has.
-        What lies before missing ones is shown when the server cannot be asked for those."""
+        """Put stored messages before the first one of a room; return whether there are any.
+        Messages before a gap are shown only if the server cannot be asked to fill that gap."""
         if not self.store:
             return False
         at_hole = bool(room.hole) and room.hole == room.oldest
@@ -13345,7 +13351,7 @@ class ClientCore(ForScreens):
         views = [view for view in views if identity_of(view) not in shown]
         if at_hole and views:
             views.append(View(NOTE, "messages are missing here", where=room.name))
-            room.holes = room.holes[:-1]  # for this run: the next one can fill it
+            room.holes = room.holes[:-1]  # in this run only: the next run may fill the gap
         else:
             views = self.behind_hole(room, views)
         room.views.extendleft(reversed(views))
@@ -13355,20 +13361,20 @@ class ClientCore(ForScreens):
         return bool(views)
 
     def keep_facts(self) -> None:
-        """Remember how the server compares names: the keys of conversations follow from that."""
+        """Store how the server compares names, since the keys of conversations depend on that."""
         if self.store:
             self.store.keep_fact("ours", "yes" if self.server.ours else "no")
             self.store.keep_fact("CASEMAPPING", self.server.tokens.get("CASEMAPPING", ""))
 
     def close_store(self) -> None:
-        """Keep what is open and half typed, at the end."""
+        """Store the open conversations and their drafts, at the end of the program."""
         if self.store:
             for room in self.rooms.values():
                 self.keep_room(room)
             self.store.flush()
 
     def tell_trouble(self) -> None:
-        """Tell once that the store cannot be used."""
+        """Tell the user once that the store cannot be used."""
         trouble, self.store.trouble = self.store.trouble, ""
         if trouble and trouble != self.told_trouble:
             text = f"client.db: {trouble}; what is said is not kept, or cannot be read"
@@ -13384,28 +13390,28 @@ class ClientCore(ForScreens):
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """Those of IRCv3 that this client can use."""
+        """The capabilities of IRCv3 that this client can use."""
         return (*WANTED, *WANTED_BY_SCREENS) if self.tidy else WANTED
 
     @property
     def ready(self) -> bool:
-        """The server has welcomed us."""
+        """True if the server has welcomed the client."""
         return self.talk is not None and self.talk.ready
 
     def online(self) -> Any:
-        """Return the talk. Raises Refused without a connection."""
+        """Return the present talk. Raises Refused without a connection."""
         if not self.ready:
             raise Refused("OFFLINE", "not connected; nothing was sent")
         return self.talk
 
     @property
     def user(self) -> "ClientCore":
-        """For the gate before a command: the user of a client has a name."""
+        """The named user that the check before a command asks for: the core itself."""
         return self
 
     @property
     def here(self) -> str:
-        """The name of the conversation that is looked at; "" if there is none."""
+        """The name of the current conversation; "" if there is none."""
         return self.current.name if self.current else ""
 
     @property
@@ -13414,12 +13420,12 @@ class ClientCore(ForScreens):
 
     @property
     def idle(self) -> bool:
-        """There is nothing left to be sent, but what the user has to decide about."""
+        """True if nothing is left to be sent, except messages that the user must decide about."""
         talk, outbox = self.talk, self.outbox
         waits = talk and (talk.queue or talk.pieces)
         return not waits and outbox.waiting.keys() <= outbox.parked.keys()
 
-    # Names, as this server compares them
+    # Names, by this server's rule
 
     def fold(self, name: str) -> str:
         return self.server.fold(name)
@@ -13434,13 +13440,13 @@ class ClientCore(ForScreens):
         return next((room for room in self.rooms.values() if room.id == id), None)
 
     def rekey(self) -> None:
-        """The server has told how it compares names, and what a channel is."""
+        """Apply the rules of the server for comparing names and for the names of channels."""
         self.rooms.rekey(self.fold)
         for room in self.rooms.values():
             room.is_channel = room.is_channel or self.server.is_channel(room.name)
 
     def is_ignored(self, heard: Heard) -> bool:
-        """Return whether the user ignores the source of this line: by nick, or by a mask."""
+        """Return whether the user ignores the source of a line, by nick or by mask."""
         return any(self.ignores(mask, heard.source) for mask in self.ignored)
 
     def ignores(self, mask: str, source: str) -> bool:
@@ -13451,7 +13457,7 @@ class ClientCore(ForScreens):
         return self.fold(mask) == self.fold(name)
 
     def is_called(self, text: str) -> bool:
-        """Return whether our name, or another word that the user wants to be told of, is in it."""
+        """Return whether a text contains the user's nick or a word of the setting highlight."""
         words = [self.name, *self.setting("highlight").split()]
         return any(calls(text, word) for word in words)
 
@@ -13468,8 +13474,8 @@ class ClientCore(ForScreens):
         return self.take_views()
 
     def disconnected(self) -> list[View]:
-        """The connection has ended. Messages in flight are sent again where that cannot double
-        them."""
+        """Handle the end of a connection. Messages in flight are sent again if the server cannot
+        deliver them twice."""
         talk, self.talk, self.listening = self.talk, None, False
         flown = self.outbox.connection_lost()
         for one in flown if talk and talk.doubts else ():
@@ -13478,7 +13484,7 @@ class ClientCore(ForScreens):
             else:
                 self.leave_to_user(one.id)
         if talk and any(asked.how in ("missed", "gap") for asked in talk.asked):
-            self.page_lines = max(1, self.page_lines // 4)  # it was too much for that line
+            self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
         for key, password in talk.going.items() if talk else ():  # the answer to JOIN is lost
             room = self.room_for(key)
             room.wanted, room.password = True, password
@@ -13491,7 +13497,7 @@ class ClientCore(ForScreens):
         return self.take_views()
 
     def silence(self) -> list[View]:
-        """The server let us wait: a workshop server, which wants the name first."""
+        """Handle a server that sends nothing at first: a workshop server waits for the name."""
         if self.listening:
             self.kind = PLAIN
             self.introduce()
@@ -13519,7 +13525,7 @@ class ClientCore(ForScreens):
                 self.talk.take(line)
 
     def finish(self) -> list[View]:
-        """The server has closed: what came after the last newline is a line too, but in IRC,
+        """Handle the end of the server's output. An unfinished last line counts, but not in IRC,
         where it may be half of one."""
         if self.kind == PLAIN:
             self.inbox.finish()
@@ -13546,20 +13552,20 @@ class ClientCore(ForScreens):
         self.flush()
 
     def come_back(self, kind: str) -> None:
-        """Connect again, and speak another protocol."""
+        """Connect again, with another protocol."""
         self.kind, self.redial = kind, True
 
     def refuse(self, why: str, cause: str) -> None:
-        """Note why the server will not have us."""
+        """Note why the server refuses this client, and what the cause means for a new attempt."""
         self.refusal, self.cause = why, cause
 
     def give_up(self, why: str) -> None:
-        """Note that there is no point in coming back."""
+        """Note why connecting again cannot help."""
         self.refuse(why, FATAL)
         self.redial = False
 
     def told_sts(self, value: str) -> None:
-        """Note that the server wants TLS, at which port and for how long (IRCv3 sts)."""
+        """Note the port and the duration for which the server demands TLS (IRCv3 sts)."""
         tokens = parse_tags(value.replace(",", ";"))
         port, seconds = (whole_number(tokens.get(one, "")) for one in ("port", "duration"))
         if value:
@@ -13568,7 +13574,7 @@ class ClientCore(ForScreens):
                 self.redial = True
 
     def tick(self) -> list[View]:
-        """Once a second: time has passed."""
+        """Do the work of every second: overdue answers, joins in one row, read markers, store."""
         if self.talk:
             self.talk.tick()
         for room in self.rooms.values():
@@ -13591,14 +13597,14 @@ class ClientCore(ForScreens):
         if self.talk:
             self.talk.bye(reason)
 
-    # What the user writes
+    # Typed text
 
     def typed(
         self, text: str, room: Room | None = None, reply: str = "", seen: float = math.inf
     ) -> list[View]:
-        """Take a line or several, as one message, or a command: typed in `room`, also where
-        another one is looked at meanwhile. `reply` is the id of the message that it answers;
-        `seen` is how many views there were when it was begun: "the last one" is of these."""
+        """Take a command, or a message of one or several lines. `room` is the conversation of the
+        text, perhaps not the current one. `reply` is the id of the message that the text answers.
+        `seen` views were there when the text was begun: "the last message" is one of these."""
         looked_at, self.replying, self.views_seen = self.current, reply, seen
         self.current = room or looked_at
         self._typed(text)
@@ -13618,8 +13624,8 @@ class ClientCore(ForScreens):
             self._speak(text[1:] if text[:2] == "//" else text)
 
     def _doubtful(self, text: str) -> str:
-        """Return why the user may not want everybody to read this; "" if it is a message."""
-        if not self.tidy:  # a program means what it says
+        """Return why a text may not be meant as a message to all; "" if there is no doubt."""
+        if not self.tidy:  # a program knows what it sends
             return ""
         first = text.split()[:1]
         if text[:1] == " " and first and first[0][:1] == "/" and first[0][1:] in client_command:
@@ -13632,7 +13638,7 @@ class ClientCore(ForScreens):
         return ""
 
     def say(self, text: str) -> list[View]:
-        """Text, whatever it begins with: what a pipe sends."""
+        """Send a text from a pipe as a message, whatever its first character is."""
         self._speak(text)
         self.flush()
         return self.take_views()
@@ -13663,8 +13669,8 @@ class ClientCore(ForScreens):
         self.send(self.here, text)
 
     def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
-        """Accept a message; shown at once, and sent when that can be. What is too long for
-        one message is several."""
+        """Accept a message: show it at once, and send it when possible. A text that is too long for
+        one message becomes several."""
         split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
         pieces = list(split)
         for n, piece in enumerate(pieces):
@@ -13681,7 +13687,7 @@ class ClientCore(ForScreens):
             self.show(View(NOTE, f"too long for one message: sent as {len(pieces)}"))
 
     def _show_own(self, one: Waiting, text: str) -> Room:
-        """Show a message of ours in its conversation, which is returned."""
+        """Show a message of this client in its conversation; return the conversation."""
         self.shown.add(one.id)
         shown = f"*{text}*" if one.kind == ACTION else text
         room = self.room_for(one.where)
@@ -13693,16 +13699,16 @@ class ClientCore(ForScreens):
 
     def _accepted(self, one: Waiting, text: str) -> None:
         room = self._show_own(one, text)
-        self.typed_at.pop(room.id, None)  # a message says that typing is done
+        self.typed_at.pop(room.id, None)  # a message implies that typing is done
         if room.is_channel and self.ready and not (room.inside or room.wanted):
             self.park(one.id, f"you are not in {room.name}")
 
     def flush(self) -> None:
-        """Send what may be sent."""
+        """Send the messages and lines that may be sent now."""
         if self.talk and self.talk.ready and not self.redial and self.cause != FATAL:
             self.talk.pump()
 
-    # What there is to show
+    # Views, conversations and the outcome of messages
 
     def show(self, *views: View) -> None:
         self.views += map(self._in_room, views)
@@ -13713,7 +13719,7 @@ class ClientCore(ForScreens):
         return view._replace(room=room.id) if room else view
 
     def show_results(self, title: str, views: list[View]) -> None:
-        """Show what was asked for, with a heading and an end."""
+        """Show the messages that a search or a request for history found, between two notes."""
         views = [view for view in views if not self.hides(view)]
         if self.results:
             return self.results(title, views)
@@ -13724,8 +13730,8 @@ class ClientCore(ForScreens):
         self.show(View(NOTE, f"end of {title}"))
 
     def room_for(self, name: str) -> Room:
-        """Return a conversation, a new one if need be. It takes the place of the oldest
-        private one where there are too many; never of one that the user is in."""
+        """Return a conversation; open it if needed. If there are too many, the oldest private one
+        is closed, unless it is the current one or has waiting messages."""
         if self.find(name) is None and len(self.rooms) >= ROOMS_KEPT:
             needed = {self.find(one.where) for one in self.outbox.waiting.values()}
             if least := self.rooms.least({self.current, *needed}):
@@ -13742,7 +13748,7 @@ class ClientCore(ForScreens):
         return self.rooms[key]
 
     def go(self, room: Room) -> None:
-        """Look at another room."""
+        """Make a conversation the current one."""
         self.show(View(PLACE, str(room.unread or ""), where=room.name))
         self.current = room
         if self.reads_at_once:
@@ -13750,7 +13756,7 @@ class ClientCore(ForScreens):
             self.mark_read(room)
 
     def rename(self, room: Room, name: str) -> None:
-        """Rename a conversation. One that has this name already has ended, and goes."""
+        """Rename a conversation. Another one with the new name has ended, and is dropped."""
         old, other = self.fold(room.name), self.find(name)
         if other is not None and other is not room:  # a conversation that has ended
             self.rooms.pop(self.fold(name))
@@ -13768,7 +13774,7 @@ class ClientCore(ForScreens):
             self.go(room)
 
     def close(self, room: Room) -> None:
-        """Look at it no more."""
+        """Close a conversation, and on a screen go to the last one that is open."""
         self.rooms.pop(self.fold(room.name), None)
         self.keep_room(room)
         self.changed(room)
@@ -13781,8 +13787,8 @@ class ClientCore(ForScreens):
                 self.go(other)
 
     def said(self, view: View, heard: Heard | None = None) -> None:
-        """A live message: behind the pages that are on their way. An echo of ours has arrived
-        all the same."""
+        """Handle a live message, which waits behind requested pages. An echo is acknowledged at
+        once."""
         if heard is not None and not view.mine and self.is_ignored(heard):
             return
         if view.own_id:
@@ -13798,7 +13804,7 @@ class ClientCore(ForScreens):
             room.hold(view)
 
     def acknowledge(self, view: View) -> None:
-        """The server has a message of ours."""
+        """Note that the server has a message of this client; store it and show its arrival."""
         one = self.outbox.arrived(view.own_id)
         if one is not None:
             self.made_progress()
@@ -13826,11 +13832,11 @@ class ClientCore(ForScreens):
         return view._replace(time=when, room=room.id if room else view.room)
 
     def changed(self, room: Room) -> None:
-        """Something of a conversation is to be shown otherwise."""
+        """Tell the screens to draw the state of a conversation again."""
         self.show(View(ROOM, where=room.name, room=room.id))
 
     def happened(self, room: Room, view: View) -> None:
-        """Show what is no message, a join or a topic, or hold it behind pages."""
+        """Show an event that is no message, like a join or a topic, or hold it behind pages."""
         view = self.timed(view, room)
         if room.held is not None:
             return room.hold(view)
@@ -13846,20 +13852,20 @@ class ClientCore(ForScreens):
         self.show(view)
 
     def unfold(self, room: Room, name: str) -> None:
-        """Show the joins that wait to be one row, if this user is among them: else the row
-        would come behind what the user said, or behind a quit."""
+        """Show the collected joins if this user is among them: else their row would follow the
+        user's message or quit."""
         if any(move.name == name for move in room.moves):
             self.show(self._in_room(room.show_moves()))
 
     def knows(self, id: str) -> bool:
-        """Return whether that message has come already; from now on it has."""
+        """Return whether the message with this id has come before; note that it has come now."""
         known = id in self.seen
         if id:
             remember(self.seen, id)
         return known
 
     def deliver(self, room: Room, view: View) -> None:
-        """The next message of a room, in its order."""
+        """Store and show the next message of a room."""
         self.newest = max(self.newest, view.time or 0)
         known = self.knows(view.id)
         if view.id and not known:
@@ -13887,14 +13893,14 @@ class ClientCore(ForScreens):
         self.show(view)
 
     def hides(self, view: View) -> bool:
-        """Return whether a message is not to be seen: taken back, of an ignored user, or none."""
+        """Return whether a view is not to be shown: no message, redacted, or of an ignored user."""
         if view.kind not in (SAID, NOTICED) or view.id in self.removed:
             return True
         source = f"{view.name}!{view.address}"
         return not view.mine and any(self.ignores(mask, source) for mask in self.ignored)
 
     def remove(self, id: str) -> None:
-        """Remove a message that was taken back, also one that is still to come."""
+        """Remove a redacted message, also one that is still to come."""
         remember(self.removed, id)
         if self.store:
             self.store.remove(id)
@@ -13903,9 +13909,9 @@ class ClientCore(ForScreens):
                 self.show(View(REMOVED, where=room.name, id=id))
 
     def release(self, room: Room) -> None:
-        """Show what was held while older messages were fetched."""
+        """Show the views that were held while older messages were fetched."""
         held, room.held = room.held or [], None
-        for view in held:  # also what the pages had: it may be the answer to one of ours
+        for view in held:  # messages known from pages, too: one may be an echo
             (self.deliver if view.kind in (SAID, NOTICED) else self.happened)(room, view)
         self.outbox.unconfirmed -= {
             one.id
@@ -13914,7 +13920,7 @@ class ClientCore(ForScreens):
         }
 
     def lost(self, own_id: str, reason: str) -> None:
-        """A message of ours has not arrived, and is not sent again."""
+        """Report that a message has not arrived, and do not send it again."""
         one = self.outbox.arrived(own_id)
         if one is not None:
             self.shown.discard(own_id)
@@ -13923,13 +13929,13 @@ class ClientCore(ForScreens):
             self.show(View(FAILED, text, where=one.where, own_id=own_id))
 
     def park_all(self, room: Room, why: str) -> None:
-        """Leave all messages for a channel that we are not in to the user."""
+        """Let the user decide about all messages for a channel that the client is not in."""
         for one in list(self.outbox.waiting.values()):
             if self.fold(one.where) == self.fold(room.name) and one.id not in self.outbox.parked:
                 self.park(one.id, "it may have arrived or not" if one.sent else why)
 
     def leave_to_user(self, own_id: str) -> None:
-        """A message was sent and not confirmed, to a server that would say it twice."""
+        """Give up a message that may have arrived, or, with a screen, let the user decide."""
         reason = "the line broke: it may have arrived or not"
         if self.tidy:
             self.park(own_id, reason)
@@ -13937,7 +13943,7 @@ class ClientCore(ForScreens):
             self.lost(own_id, reason)
 
     def park(self, own_id: str, reason: str) -> None:
-        """A message of ours cannot be sent now: the user decides what becomes of it."""
+        """Report that a message cannot be sent now, and let the user decide about it."""
         self.outbox.park(own_id, reason)
         if self.talk:
             self.talk.forget(own_id)
@@ -13952,11 +13958,11 @@ class ClientCore(ForScreens):
         self.show(View(FAILED, text, where=one.where, own_id=own_id))
 
 
-# What the user wants: commands, over IRC
+# The commands of a user, over IRC
 
 
 def asked_room(core: ClientCore, name: str = "") -> Room:
-    """Return the one that is meant: by name, or that is looked at. Raises Refused."""
+    """Return the conversation with this name; without a name the current one. Raises Refused."""
     room = core.find(name) if name else core.room
     if room is None:
         raise Refused("NO_ROOM", f"{name or 'nothing'} is not open; /join #CHANNEL opens one")
@@ -13964,7 +13970,7 @@ def asked_room(core: ClientCore, name: str = "") -> Room:
 
 
 def asked_channel(core: ClientCore) -> str:
-    """Return the channel that is looked at. Raises Refused."""
+    """Return the name of the current channel. Raises Refused if no channel is the current room."""
     room = asked_room(core)
     if not room.is_channel:
         raise Refused("NO_CHANNEL", f"{room.name} is no channel")
@@ -13972,7 +13978,7 @@ def asked_channel(core: ClientCore) -> str:
 
 
 def channel_and(core: ClientCore, words: Iterable[str]) -> tuple[str, list[str]]:
-    """Return the channel that stands first, or else is looked at, and the other words."""
+    """Return a channel, which the first word names or which is the current one, and other words."""
     first, *rest = [*words, ""]
     if core.find(first) and core.find(first).is_channel:
         return first, optional(*rest)
@@ -13980,7 +13986,7 @@ def channel_and(core: ClientCore, words: Iterable[str]) -> tuple[str, list[str]]
 
 
 def channel_first(core: ClientCore, words: str) -> tuple[str, str]:
-    """A channel, if one is named before the rest, else the one that is looked at; the rest."""
+    """Return the conversation that the first word names, or else the current one; and the rest."""
     first, _, rest = words.partition(" ")
     if core.find(first) or (core.server.is_channel(first) and first[:1] in "#&"):
         return first, rest.strip()
@@ -14034,7 +14040,7 @@ def do_join(core: ClientCore, name: str, password: str = "") -> None:
         core.talk.note_join(one)
         if room:
             room.wanted = True
-        if not core.tidy:  # what a pipe says next is meant for there
+        if not core.tidy:  # the next text of a pipe is meant for this channel
             there = core.room_for(one)
             there.wanted, there.is_channel = True, True
             core.go(there)
@@ -14079,8 +14085,8 @@ def do_go(core: ClientCore, name: str) -> None:
 def do_msg(core: ClientCore, name: str, text: str = "") -> None:
     """/msg NAME [TEXT] -- say something to one person only, or open a private conversation"""
     for one in name.split(",") if text else ():
-        group = core.server.without_status(one) != one  # a part of a channel
-        if group or fold(one) in SERVICES:  # which keep nothing, and shall not be told twice
+        group = core.server.without_status(one) != one  # some members of a channel
+        if group or fold(one) in SERVICES:  # these store nothing, and must not get it twice
             core.online().command("PRIVMSG", one, text)
         else:
             core.send(one, text)
@@ -14224,7 +14230,7 @@ def do_kick(core: ClientCore, *words: str) -> None:
 
 
 def ban_of(name: str) -> str:
-    """Return the mask that is meant: a name alone bans the user who has it."""
+    """Return the mask for a ban; a nick becomes the mask of the user who has it."""
     return name if set(name) & set("!@*:$") else f"{name}!*@*"
 
 
@@ -14252,7 +14258,7 @@ def do_mode(core: ClientCore, words: str = "") -> None:
 
 
 def command_for_ranks(verb: str, mode: str, summary: str) -> None:
-    """Define a command that gives or takes a rank of several users."""
+    """Define a command that gives a rank to several users, or removes it."""
 
     def change(core: ClientCore, names: str) -> None:
         most = core.server.limit("MODES", 3)
@@ -14273,7 +14279,7 @@ command_for_ranks("devoice", "-v", "let them no longer")
 
 
 def command_that_is_sent(verb: str, syntax: str, summary: str, least: int, secret: bool) -> None:
-    """Define a command that is the server's own, with its words as they are."""
+    """Define a command that passes its words to the server's command of the same name."""
 
     def pass_on(core: ClientCore, *words: str) -> None:
         core.talk.command(verb.upper(), *words)
@@ -14308,7 +14314,7 @@ def do_register(core: ClientCore, *words: str) -> None:
         raise Refused("NO_STATE", "nothing is kept on disk; /register with a password of yours")
     core.me.generated = not password
     core.me.proposed = Login(core.name, password or secrets.token_urlsafe(SECRET_DIGITS))
-    if core.me.generated:  # before the server knows it: the answer may be lost
+    if core.me.generated:  # before the server confirms: its answer may be lost
         core.me.login = core.me.proposed
         core.me.keep(core.me.login)
     core.talk.command("REGISTER", "*", email, core.me.proposed.password)
@@ -14321,7 +14327,7 @@ def do_verify(core: ClientCore, code: str) -> None:
 
 
 def service_words(words: Iterable[str]) -> str:
-    """Return words for a service, those with blanks in quotes."""
+    """Return words for a service, with quotes around those that contain blanks."""
     return " ".join(f'"{word}"' if " " in word else word for word in words)
 
 
@@ -14415,9 +14421,9 @@ NTH = re.compile(r"-([1-9]\d{0,3})")
 
 
 def numbered_view(core: ClientCore, words: Iterable[str], mine: bool) -> tuple[Room, View, str]:
-    """Return the conversation that is looked at, the message in it that is meant, and the other
-    words. -N stands first, if anything: 1 is the last message (of ours, or of others) that was
-    there when the command was begun. Raises Refused."""
+    """Return the current conversation, the chosen message in it, and the other words. The first
+    word may be -N: -1 is the last message (of the user, or of others) that was there when the
+    command was begun. Raises Refused."""
     first, *rest = [*words, ""]
     match, room = NTH.fullmatch(first), asked_room(core)
     number = int(match[1]) if match else 1
@@ -14567,10 +14573,10 @@ def do_quit(core: ClientCore, reason: str = "") -> None:
 # ======================================================================================
 # CLIENT STORE
 # ======================================================================================
-# What a client keeps in one SQLite file, client.db: the messages it has seen, which
-# conversations are open, whom the user ignores, and settings. Two clients may share it: a
-# transaction takes milliseconds, nothing waits for a lock, and what finds the file locked
-# is written a turn later. Words are indexed in slices, while nothing else is to be done.
+# What a client stores in one SQLite file, client.db: the messages it has seen, the open
+# conversations, the ignored users, and settings. Two clients may share the file: a transaction
+# takes milliseconds, and no statement waits for a lock. A write that finds the file locked is done
+# a turn later. Words are indexed in slices, while the client has nothing else to do.
 
 CLIENT_TABLES = """
 CREATE TABLE owners (               -- whose rows they are: a user as a server knows one
@@ -14655,20 +14661,20 @@ CREATE TRIGGER IF NOT EXISTS words_gone AFTER DELETE ON messages
 WHEN old.number <= (SELECT number FROM indexed)
 BEGIN INSERT INTO words (words, rowid, text) VALUES ('delete', old.number, words_of(old.text)); END;
 """
-BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # another client writes
-LAST_NUMBER = 2**62  # above that of every row
+BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # another client is writing
+LAST_NUMBER = 2**62  # above the number of every row
 MESSAGE_COLUMNS = "number, kind, text, name, place, time, mine, called, id, own_id, reply, file"
 
 
 def index_words(text: str) -> list[str]:
-    """Return the words of a text as the index has them."""
+    """Return the words of a text in the form of the search index."""
     kinds = ("L", "N", "Co", "So")
     solid = (c if unicodedata.category(c).startswith(kinds) else " " for c in words_of(text))
     return "".join(solid).split()
 
 
 def or_nothing(read: Callable) -> Callable:
-    """Decorator: a read finds nothing while the database is locked or damaged."""
+    """Decorate a read to return an empty list while the database is locked or damaged."""
 
     @functools.wraps(read)
     def attempt_to(self: "ClientStore", *values: Any, **more: Any) -> Any:
@@ -14682,10 +14688,10 @@ def or_nothing(read: Callable) -> Callable:
 
 
 def open_client_database(path: str) -> sqlite3.Connection:
-    """Open client.db, or one in memory, and make its tables. Raises sqlite3.Error."""
+    """Open client.db, or a database in memory, and create its tables. Raises sqlite3.Error."""
     db = sqlite3.connect(path, timeout=2, isolation_level=None, check_same_thread=False)
     db.create_function("words_of", 1, words_of, deterministic=True)
-    with contextlib.suppress(sqlite3.Error):  # a network home may refuse it: then a journal
+    with contextlib.suppress(sqlite3.Error):  # a network home may refuse WAL: then a journal
         db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
     scripts = {0: CLIENT_TABLES, 1: CLIENT_UPGRADE}
@@ -14693,12 +14699,12 @@ def open_client_database(path: str) -> sqlite3.Connection:
     if version in scripts:
         try:
             db.executescript(f"BEGIN IMMEDIATE; {scripts[version]} COMMIT;")
-        except sqlite3.OperationalError:  # another client did it at the same time
+        except sqlite3.OperationalError:  # another client created them at the same time
             if db.in_transaction:
                 db.execute("ROLLBACK")
             if db.execute("PRAGMA user_version").fetchone()[0] == version:
                 raise
-    with contextlib.suppress(sqlite3.Error):  # not every Python has FTS5: search is slower then
+    with contextlib.suppress(sqlite3.Error):  # without FTS5 in this Python, search is slower
         db.executescript(CLIENT_WORDS)
     return db
 
@@ -14708,20 +14714,20 @@ class ClientStore:
 
     def __init__(self, db: sqlite3.Connection, server: str = "", name: str = "", sole: bool = True):
         self.db = db
-        self.sole = sole  # the first of the clients of this user: it keeps what has no id
-        self.waiting: list[tuple[str, tuple]] = []  # statements, while the file is locked
-        self.trouble = ""  # why something could not be read
+        self.sole = sole  # the first client of this user stores messages without an id
+        self.waiting: list[tuple[str, tuple]] = []  # statements that are not executed yet
+        self.trouble = ""  # why the file could not be read or written
         db.execute("INSERT OR IGNORE INTO owners (server, name) VALUES (?, ?)", [server, name])
         query = "SELECT owner FROM owners WHERE server = ? AND name = ?"
         self.owner = db.execute(query, [server, name]).fetchone()[0]
         query = "SELECT count(*) FROM sqlite_schema WHERE name = 'words'"
         self.has_words = bool(db.execute(query).fetchone()[0])
-        db.execute("PRAGMA busy_timeout = 0")  # from here on nothing waits
+        db.execute("PRAGMA busy_timeout = 0")  # from here on no statement waits for a lock
 
     # Writing
 
     def write(self, statement: str, *values: Any) -> None:
-        """Write soon: see flush()."""
+        """Queue a statement; flush() executes it soon."""
         self.waiting.append((statement, values))
         if len(self.waiting) % CLIENT_ROWS_AT_ONCE == 0:
             self.flush()
@@ -14730,7 +14736,7 @@ class ClientStore:
             del self.waiting[: len(self.waiting) - CLIENT_ROWS_WAITING]
 
     def flush(self) -> None:
-        """Write what waits, if the file is free."""
+        """Execute the queued statements, if the file is not locked."""
         if not self.waiting:
             return
         try:
@@ -14747,7 +14753,7 @@ class ClientStore:
         self.waiting.clear()
 
     def add(self, key: str, view: View) -> None:
-        """Keep a message, once."""
+        """Store a message once. Only the first client of a user stores messages without an id."""
         if not (view.id or self.sole):
             return
         values = (self.owner, key, view.time or 0, view.id, view.own_id, view.kind, view.name)
@@ -14758,12 +14764,12 @@ class ClientStore:
         self.write(f"INSERT OR IGNORE INTO messages ({columns}) VALUES ({marks})", *values)
 
     def remove(self, id: str) -> None:
-        """Forget the words of a message; a trigger removes them from the index."""
+        """Delete a message and its reactions; a trigger removes the words from the index."""
         self.write("DELETE FROM messages WHERE owner = ? AND id = ?", self.owner, id)
         self.write("DELETE FROM reactions WHERE owner = ? AND id = ?", self.owner, id)
 
     def react(self, id: str, emoji: str, name: str, on: bool) -> None:
-        """Keep, or forget, that a user reacted to a message."""
+        """Store, or delete, the reaction of a user to a message."""
         verb = "INSERT OR IGNORE INTO reactions VALUES (?, ?, ?, ?)"
         if not on:
             verb = "DELETE FROM reactions WHERE owner = ? AND id = ? AND emoji = ? AND name = ?"
@@ -14771,7 +14777,7 @@ class ClientStore:
 
     @or_nothing
     def reactions(self, id: str) -> list[tuple[str, str]]:
-        """Return emoji and nick of each reaction to a message."""
+        """Return the emoji and the nick of each reaction to a message."""
         self.flush()
         query = "SELECT emoji, name FROM reactions WHERE owner = ? AND id = ? LIMIT ?"
         return self.db.execute(query, [self.owner, id, REACTIONS_SHOWN]).fetchall()
@@ -14782,11 +14788,11 @@ class ClientStore:
         self.write(change.format("rooms", "key", "key"), new, self.owner, old)
 
     def index(self) -> None:
-        """Index some of the messages that are not indexed yet."""
+        """Index a slice of the messages that are not indexed yet."""
         if not self.has_words:
             return
         query = "SELECT number, text FROM messages WHERE number > ? ORDER BY number LIMIT ?"
-        with contextlib.suppress(sqlite3.Error):  # locked: another time
+        with contextlib.suppress(sqlite3.Error):  # locked: the next call tries again
             done = self.db.execute("SELECT number FROM indexed").fetchone()[0]
             rows = self.db.execute(query, [done, CLIENT_INDEX_SLICE]).fetchall()
             if rows:
@@ -14814,7 +14820,7 @@ class ClientStore:
         )
 
     def _position(self, view: View) -> tuple[int, int]:
-        """Return time and number of a message, which say where it stands among others."""
+        """Return the time and the number of a message, which determine its place in the order."""
         query = "SELECT max(number) FROM messages WHERE owner = ? AND id = ? AND id <> ''"
         known = self.db.execute(query, [self.owner, view.id]).fetchone()[0]
         return view.time or 0, view.number or known or LAST_NUMBER
@@ -14832,7 +14838,7 @@ class ClientStore:
 
     @or_nothing
     def page_after(self, key: str, count: int, after: View) -> list[View]:
-        """Return the messages of a conversation that follow on a view, in order."""
+        """Return the messages of a conversation after a view, in order."""
         self.flush()
         when, number = self._position(after)
         query = f"""
@@ -14843,13 +14849,13 @@ class ClientStore:
 
     @or_nothing
     def find(self, words: str, count: int, key: str | None = None) -> list[View]:
-        """Return the last messages with all of these words, of one conversation or of all."""
+        """Return the last messages that contain all words, of one conversation or of all."""
         self.flush()
         quoted = " ".join(f'"{word}"' for word in index_words(words))
         if not quoted:
             return []
         place, values = ("AND room = ?", [key]) if key is not None else ("", [])
-        # The planner would rather look at all messages of the room
+        # Without CROSS JOIN the planner would read all messages of the room
         indexed = f"""
             SELECT {MESSAGE_COLUMNS} FROM
             (SELECT rowid AS hit FROM words WHERE words MATCH ? ORDER BY rowid DESC LIMIT ?)
@@ -14869,7 +14875,7 @@ class ClientStore:
         return [self._view(row) for row in rows[-count:]]
 
     def message(self, id: str) -> View | None:
-        """Return the message with this id, if it is kept."""
+        """Return the stored message with this id; None if there is none or the file is locked."""
         query = f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? AND id = ?"
         try:
             row = self.db.execute(query, [self.owner, id]).fetchone()
@@ -14879,13 +14885,13 @@ class ClientStore:
 
     @or_nothing
     def has(self, id: str) -> bool:
-        """Return whether the message with this id is kept."""
+        """Return whether the message with this id is stored."""
         self.flush()
         query = "SELECT 1 FROM messages WHERE owner = ? AND id = ?"
         return self.db.execute(query, [self.owner, id]).fetchone() is not None
 
     def newest(self) -> View | None:
-        """Return the message that was kept last and has an id."""
+        """Return the message with an id that was stored last; None if there is none."""
         query = f"""
             SELECT {MESSAGE_COLUMNS} FROM messages NOT INDEXED WHERE owner = ? AND id <> ''
             ORDER BY number DESC LIMIT 1"""
@@ -14918,7 +14924,7 @@ class ClientStore:
         self.write("DELETE FROM rooms WHERE owner = ? AND key = ?", self.owner, key)
 
     def rooms(self) -> list[Room]:
-        """Return the conversations that were open."""
+        """Return the conversations that were open at the end of the last run, in order."""
         columns = "name, password, channel, wanted, draft, muted, read_time"
         query = f"SELECT {columns} FROM rooms WHERE owner = ? ORDER BY place"
         rooms = []
@@ -14950,7 +14956,7 @@ class ClientStore:
         return row[0] if row else ""
 
     def set(self, name: str, value: str | None) -> None:
-        """Keep a setting; None is as it was delivered."""
+        """Store a setting; None restores the default."""
         if value is None:
             self.write("DELETE FROM settings WHERE name = ?", name)
         else:
