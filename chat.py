@@ -11686,7 +11686,7 @@ class IrcTalk:
             "last": ("LATEST", "*"),
             "gap": ("LATEST", self.selector(room.mark, room.mark_time)),
             "missed": ("AFTER", self.selector(room.mark, room.mark_time)),
-            "older": ("BEFORE", self.selector_of(oldest)),
+            "older": ("BEFORE" if oldest else "LATEST", self.selector_of(oldest)),
         }
         subcommand, selector = words[how]
         self.ask(Asked(room.name, how, limit), subcommand, room.name, selector, str(limit))

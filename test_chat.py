@@ -10621,6 +10621,15 @@ def test_names_of_settings_and_topics_are_completed():
     assert chat.complete_line(core, "/help re", "re")[0].startswith("re")
 
 
+def test_older_messages_of_an_empty_conversation_are_its_last_ones():
+    caps = "draft/chathistory batch message-tags server-time"
+    there = Elsewhere("CHATHISTORY=100", caps=caps)
+    room = there.core.rooms["#lobby"]
+    there.core.talk.ask_history(room, "older")
+    there.core.flush()
+    assert any("CHATHISTORY LATEST #lobby *" in line for line in there.sent(9))
+
+
 def test_the_last_lines_of_the_protocol_can_be_looked_at_without_secrets():
     there = Elsewhere(password="sesame")
     there.types("/raw OPER boss swordfish", "/login alice openSesame", "/raw")
