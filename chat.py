@@ -10539,10 +10539,14 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "bell": Setting("on", ("on", "off"), "ring when you are called"),
+    "desktop": Setting("on", ("on", "off"), "tell the desktop when you are called: the window"),
     "fold": Setting("on", ("on", "off"), "show the joins and quits of many in one row"),
+    "font": Setting("", (), "the font's family: the window"),
     "highlight": Setting("", (), "words besides your nick that call you"),
     "typing": Setting("on", ("on", "off"), "tell others that you are typing"),
     "notify": Setting("off", ("off", "9", "777"), "tell the terminal when you are called, by OSC"),
+    "size": Setting("", (), "the font's size in points: the window"),
+    "theme": Setting("auto", ("auto", "light", "dark"), "colours: the window"),
     "time": Setting("%H:%M", (), "how times are shown, as strftime has it"),
 }
 
@@ -14542,20 +14546,26 @@ def do_raw(core: ClientCore, line: str = "") -> None:
     core.online().raw(line)
 
 
+def change_setting(core: ClientCore, name: str, value: str) -> None:
+    """Change a setting and keep it; "default" is as it was delivered. Raises Refused."""
+    allowed = SETTINGS[name].values
+    if value == "default":
+        core.settings.pop(name, None)
+    elif allowed and value not in allowed:
+        raise Refused("BAD_SETTING", f"{name} is one of: {', '.join(allowed)}")
+    else:
+        core.settings[name] = value
+    if core.store:
+        core.store.set(name, core.settings.get(name))
+
+
 @client_command("set", most=2, nameless=True)
 def do_set(core: ClientCore, name: str = "", value: str = "") -> None:
     """/set [NAME [VALUE|default]] -- settings: what they are, and to change one"""
     if name and name not in SETTINGS:
         raise Refused("NO_SETTING", f"there is no setting {name}; /set lists them")
-    if value == "default":
-        core.settings.pop(name, None)
-    elif value:
-        allowed = SETTINGS[name].values
-        if allowed and value not in allowed:
-            raise Refused("BAD_SETTING", f"{name} is one of: {', '.join(allowed)}")
-        core.settings[name] = value
-    if value and core.store:
-        core.store.set(name, core.settings.get(name))
+    if value:
+        change_setting(core, name, value)
     for one in [name] if name else SETTINGS:
         setting = SETTINGS[one]
         now = core.setting(one) or "nothing"
