@@ -6,27 +6,36 @@
 
 Sections, in reading order; each uses only what stands above it:
 
-    WHAT IS SHOWN   views as coloured text, and what is counted: no widgets here
-    ENGINE          the core, its connection and its loop, in a thread of their own
-    REMEMBERED      the last name and server, in a small private file
-    LOOK            fonts and colours
+    EVENTS          what the two threads tell each other: immutable tuples
+    WHAT IS SHOWN   rows as coloured text, and the sheet that counts them: no widgets here
+    EMOJI           names of emoji, for typing them
+    ENGINE          the cores, their connections and their loop, in a thread of their own
+    REMEMBERED      recent servers, geometry and look, in a small private file
+    LOOK            palettes, fonts and styles
     FIELDS          where text is typed
-    PARTS           the transcript, the people, the card that asks whom to connect to
+    TRANSCRIPT      the conversation that is looked at
+    LISTS           the sidebar and the members
+    PANEL           results of a search, and texts to be read
+    CARDS           dialogs, on top of the window
+    NOTICES         what the desktop is told
     WINDOW          everything together, opening and closing
+    DEMO            the pictures of the README
     MAIN            the command line
 
 Two threads, and what goes between them:
 
     Tk -> engine    Engine.submit(): a call that the loop makes in its next turn
-    engine -> Tk    a queue of views, the newest Snapshot, and one byte that wakes Tk
+    engine -> Tk    batches of events, one at a time, and one byte that wakes Tk
 
-The engine's thread never touches Tk, and Tk never reads what belongs to the engine.
+The engine's thread never touches Tk, and Tk never reads what belongs to the engine. The
+engine makes the next batch when Tk has taken the last one: a flood waits in the rooms of
+the core, which are bounded, and not in a queue.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
+import bisect
 import contextlib
 import ctypes
 import datetime
@@ -38,15 +47,17 @@ import os
 import pathlib
 import queue
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import unicodedata
 import webbrowser
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 try:
@@ -61,40 +72,193 @@ import chat
 log = logging.getLogger("chat.window")
 
 # ======================================================================================
+# EVENTS
+# ======================================================================================
+# What the engine tells Tk. All of it is copied and cannot change: Tk sees nothing else of
+# the core. A conversation is known by its number, which never changes; names do.
+
+PENDING, FAILED = "pending", "failed"  # states of a message of ours
+
+
+class Row(NamedTuple):
+    """One row of a transcript: a view, and what became of it."""
+
+    view: chat.View
+    state: str = ""  # PENDING or FAILED; "" has arrived
+    reason: str = ""  # why it failed
+    parked: bool = False  # it can be sent again, or dropped
+    reactions: tuple[tuple[str, tuple[str, ...]], ...] = ()  # emoji, and whose they are
+    answers: tuple[str, str] = ("", "")  # whose message it answers, and how that begins
+
+    @property
+    def key(self) -> Any:
+        """Return what tells this row from others, when it is drawn again."""
+        view = self.view
+        return view.own_id or view.id or (view.kind, view.time, view.name, view.text)
+
+
+class Server(NamedTuple):
+    """How things stand with one server."""
+
+    number: int
+    address: str  # as a user would write it
+    nick: str
+    phase: str = chat.WAITING
+    ready: bool = False
+    status: str = ""
+    retry_at: float = 0.0  # monotonic time of the next attempt; 0: none is planned
+    waiting: int = 0  # messages that have not arrived
+    parked: int = 0  # of these, messages that could not be sent
+    doubted: str = ""  # fingerprint of a certificate that the user has to judge ...
+    doubt: str = ""  # ... and why
+    away: str = ""
+    can: frozenset[str] = frozenset()  # redact, react, typing, reply
+    rooms: tuple[int, ...] = ()
+
+
+class RoomInfo(NamedTuple):
+    """How things stand in one conversation."""
+
+    number: int
+    server: int
+    name: str
+    channel: bool = True
+    topic: str = ""
+    inside: bool = True
+    unread: int = 0
+    called: int = 0
+    muted: bool = False
+    draft: str = ""
+    gone: bool | None = None
+    typing: tuple[str, ...] = ()  # who is typing
+
+
+class Servers(NamedTuple):
+    servers: tuple[Server, ...]
+    ended: str | None = None  # why everything is over; "" because we left
+
+
+class Rooms(NamedTuple):
+    changed: tuple[RoomInfo, ...]
+    gone: tuple[int, ...] = ()
+
+
+class Looked(NamedTuple):
+    """Another conversation is looked at; 0: none. Its rows come next."""
+
+    room: int
+    server: int
+
+
+class Rows(NamedTuple):
+    """Rows of the conversation looked at: all (RESET), at an end, or of its PAST."""
+
+    room: int
+    at: str
+    rows: tuple[Row, ...]
+    read_time: int = 0  # of RESET: up to here everything was read
+    mark: int = -1  # of PAST: the row that was looked for
+
+
+RESET, END, START, PAST, AFTER = "reset", "end", "start", "past", "after"
+
+
+class Trimmed(NamedTuple):
+    """So many of the oldest rows are gone."""
+
+    room: int
+    count: int
+
+
+class Changed(NamedTuple):
+    room: int
+    row: Row
+
+
+class Read(NamedTuple):
+    """Another device has read up to here."""
+
+    room: int
+    time: int
+
+
+class Fetching(NamedTuple):
+    """Whether older rows are on their way; if not, whether there are none at all."""
+
+    room: int
+    under_way: bool
+    whole: bool = False
+
+
+class Members(NamedTuple):
+    """Members of the conversation looked at: who came, or is another one, and who went."""
+
+    room: int
+    came: tuple[chat.Person, ...]
+    went: tuple[str, ...] = ()
+    reset: bool = False
+
+
+class Back(NamedTuple):
+    """A text that was not accepted."""
+
+    room: int
+    text: str
+
+
+class Page(NamedTuple):
+    """A text to be read apart from what is said."""
+
+    title: str
+    text: str
+
+
+class Results(NamedTuple):
+    """Messages that were looked for, in one conversation or (0) in all."""
+
+    title: str
+    rows: tuple[tuple[int, str, chat.View], ...]  # room, its name, message
+
+
+class Called(NamedTuple):
+    """A message for the user."""
+
+    room: int
+    name: str
+    text: str
+    where: str
+    bell: bool
+    desktop: bool
+
+
+class Settings(NamedTuple):
+    values: tuple[tuple[str, str], ...]
+
+
+# ======================================================================================
 # WHAT IS SHOWN
 # ======================================================================================
-# Views come in, pieces go out: text and its tags in turn, as a Text widget takes them in
-# one call. Everything is counted here, in lines and messages, never in widget indices:
-# those count an emoji as two.
+# Rows come in, pieces go out: text and its tags in turn, as a Text widget takes them in
+# one call. Everything is counted here, in rows and lines, never in widget indices: those
+# count an emoji as two.
 
-LINES_KEPT = 5000  # of the transcript; older ones are in the server's history
-TRIM_LINES = 500  # dropped at a time: one deletion costs the same for one line
+ROWS_DRAWN = 200  # of a conversation when it is opened; more when the user scrolls up
+ROWS_MORE = 100  # drawn at a time then
+ROWS_MOST = 2500  # drawn at most while the end is in sight
 LINE_SHOWN = 1000  # characters of one line: a line of 100 kB takes Tk half a second to lay out
+TEXT_SHOWN = 2000  # characters of a message, before a click shows the rest ...
+LINES_SHOWN = 24  # ... and lines
+EXCERPT = 80  # characters of a message that another one answers
 NAME_SHOWN = 80  # characters of a name
-SPEAKERS_KEPT = 50  # offered first when a name is completed
 NAME_TAGS = 12
+GROUP_SECONDS = 300  # messages of one speaker within this stand under one name
 
-LINK = re.compile(r"https?://[^\s<>\"]*[^\s<>\".,;:!?)\]}']")
-
-
-class Snapshot(NamedTuple):
-    """How things stand, copied in the engine's thread: Tk sees nothing else of the core."""
-
-    name: str = ""
-    here: str = chat.LOBBY
-    people: tuple[str, ...] = ()  # here
-    rooms: tuple[str, ...] = (chat.LOBBY,)
-    inside: bool = True  # of the channel that is looked at
-    ready: bool = False  # the server has our name
-    status: str = "not connected"
-    reason: str | None = None  # why it is over; "" because we left; None while it is not
-
-
-NOT_CONNECTED = Snapshot()
+LINK = re.compile(r"(?:https?://|www\.(?=[\w-]+\.))[^\s<>\"]*[^\s<>\".,;:!?)\]}']", re.IGNORECASE)
+MESSAGES = (chat.SAID, chat.NOTICED)
 
 
 def whole(text: str) -> str:
-    """`text` with surrogate pairs joined and lone ones dropped: no encoder takes those."""
+    """Return `text` with surrogate pairs joined and lone ones dropped: no encoder takes those."""
     if text.isascii():
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
@@ -104,16 +268,17 @@ key_of = functools.lru_cache(maxsize=16 * 1024)(chat.fold)  # names come again a
 
 
 def name_tag(name: str) -> str:
-    """The tag with a person's colour: the same person has the same one everywhere."""
+    """Return the tag with the colour of a name, which is the same everywhere."""
     return f"name{zlib.crc32(key_of(name).encode()) % NAME_TAGS}"
 
 
-def is_private(view: chat.View) -> bool:
-    return bool(view.where) and not chat.is_channel(view.where)
+def link_of(text: str) -> str:
+    """Return the address of a link as it stands in a text."""
+    return text if "://" in text else f"https://{text}"
 
 
 def linked(text: str, *tags: str) -> list:
-    """`text` as pieces, with the links in it tagged."""
+    """Return `text` as pieces, with the links in it tagged."""
     pieces, end = [], 0
     for match in LINK.finditer(text):
         pieces += [text[end : match.start()], tags, match.group(), (*tags, "link")]
@@ -121,62 +286,18 @@ def linked(text: str, *tags: str) -> list:
     return [*pieces, text[end:], tags]
 
 
-def place_of(view: chat.View, here: str) -> str:
-    """Return the conversation of a view; "" if it is the one that is looked at."""
-    return "" if key_of(view.where) in ("", key_of(here)) else view.where
-
-
-def id_tags(view: chat.View) -> tuple[str, ...]:
-    """Return the tags by which a message is found again, to be removed."""
-    ids = (f"id-{view.id}" * bool(view.id), f"own-{view.own_id}" * bool(view.own_id))
-    return tuple(filter(None, ids))
-
-
-def said_row(view: chat.View, clock: str, here: str = chat.LOBBY) -> list:
-    """Return a message: the time, name and place, the text; more lines stand below it."""
-    private = is_private(view)
-    over = ("private",) if private else ("mention",) if view.called else ()
-    over += id_tags(view)
-    elsewhere = f"(to {view.where}) " if view.mine else "(private) "
-    place = place_of(view, here)
-    where = elsewhere if private else f"[{place}] " if place else ""
-    speaker = "" if private and view.mine else f"{view.name}: "
-    first, *others = view.text.split("\n")
-    return [
-        *(f"{clock}\t", ("row", "dim", *over)),
-        *(where, ("row", "where", *over)),
-        *(speaker, ("row", *over, name_tag(view.name), "name")),
-        *linked(first, "row", *over),
-        *itertools.chain(*(linked(f"\n{line}", "row", "more", *over) for line in others)),
-        *("\n", ("row", *over)),
-    ]
-
-
-def told_row(view: chat.View, clock: str, here: str = chat.LOBBY) -> list:
-    """Return a row that is no message: joins, quits, texts of the server and of the client."""
-    where = f" {place_of(view, here)}".rstrip()
-    if view.kind == chat.CAME:
-        text = f"\u2192 {view.name} joined{where}"
-    elif view.kind == chat.WENT:
-        text = f"\u2190 {view.name} left{where}"
-    elif view.kind == chat.NOTICED:
-        text = f"-{view.name}- {view.text}"
-    elif view.kind == chat.FOUND:
-        text = f"{view.name}: {view.text}"
-    else:
-        text = f"in {view.where}: {view.text}" if view.kind == chat.PEOPLE else view.text
-    tags = ("row", "dim", "table") if "  " in text else ("row", "dim")
-    return [f"{clock}\t", ("row", "dim"), *linked(text, *tags), "\n", ("row",)]
-
-
 def moment_of(view: chat.View) -> datetime.datetime:
-    """When it was, by the clock on this person's wall."""
+    """Return when it was, by the clock on the user's wall."""
     try:
         return datetime.datetime.fromtimestamp(
             time.time() if view.time is None else view.time / 1000
         )
     except (ValueError, OverflowError, OSError):  # no calendar has this: the server made it up
         return datetime.datetime.now()
+
+
+def day_text(day: datetime.date) -> str:
+    return f"{day:%A}, {day.day} {day:%B %Y}"
 
 
 def broken(text: str) -> str:
@@ -195,122 +316,488 @@ def shorter(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]}\u2026"
 
 
-def shortened(view: chat.View) -> chat.View:
-    """Names no longer than a window shows: a plain server's can be as long as its lines. A
-    text is whole, and one that is given back is as it was."""
-    name, where = shorter(view.name, NAME_SHOWN), shorter(view.where, NAME_SHOWN)
-    text = view.text if view.kind == chat.BACK else broken(view.text)
-    return view._replace(text=text, name=name, where=where, line="")
+def excerpt(text: str) -> str:
+    return shorter(" ".join(text[: 4 * EXCERPT].split()), EXCERPT)
 
 
-class Conversation:
-    """Forms what is shown and counts it."""
+def beginning(text: str) -> str:
+    """Return as much of a long text as is shown before a click."""
+    lines = text.split("\n", LINES_SHOWN)
+    return "\n".join(lines[:LINES_SHOWN])[:TEXT_SHOWN]
 
-    def __init__(self) -> None:
-        self.lines = 0  # in the transcript
-        self.below = 0  # messages that came below the part being read
-        self.unread = 0  # messages that came while the window was not looked at
-        self.alert = False  # one of them was for us; the window takes this back
-        self.day = datetime.date.today()
-        self.speakers: collections.deque[str] = collections.deque(maxlen=SPEAKERS_KEPT)
-        self.here = chat.LOBBY  # the conversation that is looked at
-        self.own: dict[str, str] = {}  # our ids of our messages, by the server's
 
-    def add(self, view: chat.View, focused: bool, at_bottom: bool) -> list:
-        """The pieces that show a view."""
-        moment = moment_of(view)
-        pieces = self._new_day(moment.date())
-        clock = f"{moment:%H:%M}"
-        if view.kind == chat.SAID:
-            self._count(view, focused, at_bottom)
-            pieces += said_row(view, clock, self.here)
+def is_past_line(row: Row, read_time: int) -> bool:
+    """Return whether a row is a message of another user that was not read yet."""
+    view = row.view
+    return view.kind in MESSAGES and not view.mine and (view.time or 0) > read_time
+
+
+class Style(NamedTuple):
+    """What the rows are drawn for."""
+
+    clock: str = "%H:%M"
+    drawable: Callable[[str], str] = str  # leaves out what this display cannot draw
+
+
+def head_pieces(row: Row, style: Style) -> list:
+    """Return the name and the time above the messages of one speaker."""
+    view, tags = row.view, ("head",)
+    name = f"-{view.name}-" if view.kind == chat.NOTICED else view.name
+    clock = moment_of(view).strftime(style.clock)
+    named = (*tags, name_tag(view.name), "name")
+    return [shorter(name, NAME_SHOWN), named, f"  {clock}\n", (*tags, "clock")]
+
+
+def reply_pieces(row: Row) -> list:
+    name, text = row.answers
+    if not name:
+        return []
+    return [f"\u21b3 {shorter(name, NAME_SHOWN)}: {excerpt(text)}\n", ("said", "answers")]
+
+
+def reaction_pieces(row: Row, me: str) -> list:
+    pieces: list = []
+    for emoji, names in row.reactions:
+        tags = ("said", "reaction", *(("own-reaction",) if me in names else ()))
+        pieces += [f" {emoji} {len(names)} ", tags, " ", ("said",)]
+    return [*pieces, "\n", ("said",)] if pieces else []
+
+
+def state_pieces(row: Row) -> list:
+    """Return the line under a message that did not arrive."""
+    if row.state != FAILED:
+        return []
+    pieces = [f"not sent: {row.reason}", ("said", "trouble")]
+    if row.parked:
+        pieces += ["   ", ("said", "trouble"), "Retry", ("said", "trouble", "retry")]
+        pieces += ["   ", ("said", "trouble"), "Cancel", ("said", "trouble", "cancel")]
+    return [*pieces, "\n", ("said", "trouble")]
+
+
+def text_pieces(row: Row, expanded: bool) -> list:
+    """Return the words of a message."""
+    view = row.view
+    over = ("mention",) if view.called else ()
+    over += (row.state,) if row.state else ()
+    over += ("notice",) if view.kind == chat.NOTICED else ()
+    text = view.text if expanded else beginning(view.text)
+    pieces = [*linked(broken(text), "said", *over), "\n", ("said", *over)]
+    if len(text) < len(view.text):
+        more = f"show all of it: {len(view.text):,} characters\n"
+        pieces += [more, ("said", "expand")]
+    return pieces
+
+
+def said_pieces(row: Row, style: Style, headed: bool, expanded: bool, me: str) -> list:
+    """Return a message, with a head if the one before it is of another speaker."""
+    return [
+        *(head_pieces(row, style) if headed else ()),
+        *reply_pieces(row),
+        *text_pieces(row, expanded),
+        *reaction_pieces(row, me),
+        *state_pieces(row),
+    ]
+
+
+def told_text(view: chat.View) -> str:
+    """Return the text of a row that is no message."""
+    why = f" ({view.text})" if view.text not in ("", "Quit") else ""
+    if view.kind == chat.CAME:
+        return f"\u2192 {view.name} joined"
+    if view.kind == chat.WENT:
+        return f"\u2190 {view.name} left{why}"
+    if view.kind == chat.MOVED:
+        return f"\u21c4 {view.text}"
+    if view.kind == chat.FAILED:
+        return f"not sent: {view.text}"
+    return f"{view.name}: {view.text}" if view.kind == chat.FOUND else view.text
+
+
+def told_pieces(row: Row, style: Style) -> list:
+    """Return a row that is no message: joins, quits, texts of the server and of the client."""
+    clock = moment_of(row.view).strftime(style.clock)
+    text = broken(told_text(row.view))
+    tags = ("told", "table") if "  " in text else ("told",)
+    return [f"{clock}\t", ("told", "clock"), *linked(text, *tags), "\n", ("told",)]
+
+
+class Sheet:
+    """The rows of the conversation looked at, which of them are drawn, and in how many lines."""
+
+    def __init__(self, style: Style = Style()):  # noqa: B008 - it cannot change
+        self.style = style
+        self.room = 0
+        self.me = ""
+        self.rows: list[Row] = []
+        self.sizes: list[int] = []  # lines of each row that is drawn, from `first` on
+        self.first = 0  # of the rows that are drawn
+        self.marked: Any = None  # key of the row above which the "new" line stands ...
+        self.unseen = False  # ... and whether what stands below it has not been seen
+        self.read_time = 0
+        self.expanded: set[Any] = set()
+        self.whole = False  # there is nothing older anywhere
+        self.past = False  # rows of the past are shown, and the newest ones are not
+
+    # Rows
+
+    def reset(self, room: int, rows: Iterable[Row], read_time: int, past: bool = False) -> None:
+        """Take the rows of a conversation; none of them is drawn yet."""
+        if room != self.room:
+            self.expanded.clear()
+        self.room, self.rows, self.read_time = room, list(rows), read_time
+        self.first, self.sizes = len(self.rows), []
+        self.whole, self.past = False, past
+        self.mark_new()
+
+    def mark_new(self) -> None:
+        """Put the "new" line above the first message that was not read."""
+        unread = (row for row in self.rows if is_past_line(row, self.read_time))
+        row = next(unread, None) if self.read_time else None
+        self.marked = row.key if row else None
+        self.unseen = row is not None
+
+    def append(self, rows: Iterable[Row], seen: bool) -> int | None:
+        """Add rows at the end. Return the row that loses its "new" line, if one does."""
+        lost = None
+        for row in rows:
+            self.rows.append(row)
+            if seen or self.unseen or not is_past_line(row, self.read_time) or row.view.past:
+                continue
+            lost = self.find(self.marked)
+            self.marked, self.unseen = row.key, True
+        return lost
+
+    def seen(self, when: int) -> None:
+        """Note that everything was seen: the next unseen message gets the "new" line."""
+        self.unseen = False
+        self.read_time = max(self.read_time, when)
+
+    def trim(self, count: int) -> int:
+        """Drop the oldest rows; return how many lines are to be deleted."""
+        drawn = max(0, count - self.first)
+        lines = sum(self.sizes[:drawn])
+        del self.rows[:count], self.sizes[:drawn]
+        self.first = max(0, self.first - count)
+        return lines
+
+    def find(self, key: Any) -> int | None:
+        """Return the number of the row with this key; the newest are looked at first."""
+        if key is None:
+            return None
+        numbers = range(len(self.rows) - 1, -1, -1)
+        return next((n for n in numbers if self.rows[n].key == key), None)
+
+    def find_id(self, id: str) -> int | None:
+        """Return the number of the row of a message, by the server's id."""
+        numbers = range(len(self.rows) - 1, -1, -1)
+        return next((n for n in numbers if id and self.rows[n].view.id == id), None)
+
+    def find_row(self, row: Row) -> int | None:
+        """Return the number of an earlier form of this row."""
+        number = self.find(row.key)
+        return self.find_id(row.view.id) if number is None else number
+
+    # Lines
+
+    def line_of(self, number: int) -> int:
+        """Return the line of the widget at which a row that is drawn begins."""
+        return 1 + sum(self.sizes[: number - self.first])
+
+    def row_at(self, line: int) -> int | None:
+        """Return the row of a line of the widget."""
+        if not 1 <= line <= sum(self.sizes):
+            return None
+        ends = list(itertools.accumulate(self.sizes))
+        return self.first + bisect.bisect_right(ends, line - 1)
+
+    def is_drawn(self, number: int | None) -> bool:
+        return number is not None and self.first <= number < self.first + len(self.sizes)
+
+    # Drawing
+
+    def draw(self, number: int) -> list:
+        """Return the pieces of one row."""
+        row = self.rows[number]
+        before = self.rows[number - 1] if number > self.first else None
+        pieces = self._above(row, before)
+        headed = bool(pieces) or not self._follows(row, before)
+        if row.view.kind in MESSAGES:
+            expanded = row.key in self.expanded
+            pieces += said_pieces(row, self.style, headed, expanded, self.me)
         else:
-            pieces += told_row(view, clock, self.here)
-        self.lines += sum(text.count("\n") for text in pieces[::2])
+            pieces += told_pieces(row, self.style)
         return pieces
 
-    def _new_day(self, day: datetime.date) -> list:
-        if day == self.day:
-            return []
-        self.day = day
-        return [f"{day:%A}, {day.day} {day:%B %Y}\n", ("row", "day")]
+    def _above(self, row: Row, before: Row | None) -> list:
+        """Return the lines above a row: another day, and what is new."""
+        day = moment_of(row.view).date()
+        known = moment_of(before.view).date() if before else None
+        pieces = [f"{day_text(day)}\n", ("day",)] if day != known else []
+        if self.marked is not None and row.key == self.marked:
+            pieces += ["\n", ("rule",), "new\n", ("new",)]
+        return pieces
 
-    def _count(self, view: chat.View, focused: bool, at_bottom: bool) -> None:
-        if view.mine or view.past:  # our own words, and history, are not news
-            return
-        if not self.speakers or self.speakers[-1] != view.name:
-            self.speakers.append(view.name)
-        self.below += not at_bottom
-        self.unread += not focused
-        self.alert |= not focused and view.called
+    @staticmethod
+    def _follows(row: Row, before: Row | None) -> bool:
+        """Return whether a message goes on with what its speaker said before."""
+        if before is None or row.answers[0]:
+            return False
+        one, other = row.view, before.view
+        same = (one.kind, one.name) == (other.kind, other.name)
+        return same and 0 <= (one.time or 0) - (other.time or 0) < GROUP_SECONDS * 1000
 
-    def tags_of(self, id: str) -> tuple[str, ...]:
-        """Return the tags of a message that was taken back."""
-        own = self.own.pop(id, "")
-        return (f"id-{id}", *([f"own-{own}"] if own else []))
+    def draw_from(self, number: int) -> list:
+        """Draw the rows from this one on, which are the last; return their pieces."""
+        pieces: list = []
+        for n in range(number, len(self.rows)):
+            drawn = self.draw(n)
+            self.sizes.append(lines_of(drawn))
+            pieces += drawn
+        return pieces
 
-    def excess(self, at_bottom: bool = True) -> int:
-        """How many of the oldest lines are to go now; they count as gone. While the user reads
-        back, more are kept."""
-        kept = LINES_KEPT if at_bottom else 4 * LINES_KEPT
-        if self.lines < kept + TRIM_LINES:
-            return 0
-        excess, self.lines = self.lines - LINES_KEPT, LINES_KEPT
-        return excess
+    def draw_before(self, count: int) -> list:
+        """Draw so many more rows before the first that is drawn; return their pieces."""
+        last, self.first = self.first, max(0, self.first - count)
+        drawn = [self.draw(n) for n in range(self.first, last)]
+        self.sizes[:0] = map(lines_of, drawn)
+        return [piece for pieces in drawn for piece in pieces]
 
-    def candidates(self, snapshot: Snapshot, word: str, first: bool) -> list[str]:
-        """Return completions of a word: the users who spoke last come first."""
-        recent = [name for name in reversed(self.speakers) if name in snapshot.people]
-        names = dict.fromkeys((*recent, *snapshot.people))
-        names.pop(snapshot.name, None)
-        return chat.completions(word, first, names, snapshot.rooms)
+    def redraw(self, number: int) -> tuple[int, int, list]:
+        """Draw a row again; return where it was, how many lines it had, and its pieces."""
+        line, pieces = self.line_of(number), self.draw(number)
+        before = self.sizes[number - self.first]
+        self.sizes[number - self.first] = lines_of(pieces)
+        return line, before, pieces
 
-
-def title_text(snapshot: Snapshot, server: str, unread: int) -> str:
-    """(3) alice - 127.0.0.1:7000: what a task bar has room for comes first."""
-    parts = [part for part in (snapshot.name, server) if part]
-    return (f"({unread}) " if unread else "") + " \u2013 ".join([*parts, "chat"])
-
-
-def status_text(snapshot: Snapshot, server: str) -> str:
-    if snapshot.reason is not None:
-        return snapshot.reason or "not connected"
-    return f"connected to {server} as {snapshot.name}" if snapshot.ready else snapshot.status
+    def speakers(self) -> list[str]:
+        """Return who spoke here, the last one first."""
+        spoken = (row.view for row in reversed(self.rows) if row.view.kind == chat.SAID)
+        return list(dict.fromkeys(view.name for view in spoken if not view.mine))
 
 
-def placeholder_text(snapshot: Snapshot) -> str:
-    return f"Message {snapshot.here}" if snapshot.ready else "Message, sent once we are connected"
+def lines_of(pieces: list) -> int:
+    return sum(text.count("\n") for text in pieces[::2])
+
+
+def drawable_pieces(pieces: list, drawable: Callable[[str], str]) -> list:
+    if drawable is not str:
+        pieces[::2] = map(drawable, pieces[::2])
+    return pieces
+
+
+def title_text(server: Server | None, room: RoomInfo | None, unread: int) -> str:
+    """(3) #tea - alice - 127.0.0.1:7000: first what a task bar has room for."""
+    parts = [room.name] if room else []
+    parts += [server.nick, server.address] if server else []
+    return (f"({unread}) " if unread else "") + " \u2013 ".join([*filter(None, parts), "chat"])
+
+
+def status_text(server: Server | None, now: float) -> str:
+    """Return how the connection is, in words."""
+    if server is None:
+        return "not connected"
+    if server.ready:
+        away = f", away: {server.away}" if server.away else ""
+        return f"connected to {server.address} as {server.nick}{away}"
+    if server.doubted:
+        return f"{server.address} has a certificate that is not trusted"
+    if server.retry_at:
+        seconds = max(0, round(server.retry_at - now))
+        why = server.status.partition("; trying again")[0]
+        return f"{why}; trying again in {seconds} s"
+    return server.status or f"{server.phase} {server.address}"
+
+
+def waiting_text(server: Server | None) -> str:
+    """Return what has not arrived yet."""
+    if server is None or not server.waiting:
+        return ""
+    parked = f", {server.parked} not sent" if server.parked else ""
+    return f"{chat.counted(server.waiting, 'message')} waiting{parked}"
+
+
+def placeholder_text(server: Server | None, room: RoomInfo | None) -> str:
+    if room is None:
+        return "Join a channel to write: /join #lobby"
+    where = room.name if room.channel else f"to {room.name}"
+    if server is None or not server.ready:
+        return f"Message {where}, sent once we are connected"
+    return f"Message {where}"
+
+
+def typing_text(names: tuple[str, ...]) -> str:
+    if not names:
+        return ""
+    if len(names) > 3:
+        return "several users are typing\u2026"
+    verb = "is" if len(names) == 1 else "are"
+    return f"{', '.join(shorter(name, 24) for name in names)} {verb} typing\u2026"
+
+
+def member_order(person: chat.Person) -> tuple:
+    """Return the place of a member in the list: the highest rank first, then by name."""
+    symbols = "~&@%+"
+    rank = symbols.find(person.rank[:1]) if person.rank else len(symbols)
+    return rank if rank >= 0 else len(symbols), key_of(person.name), person.name
+
+
+def member_text(person: chat.Person, me: str) -> str:
+    bot = " (bot)" if person.bot else ""
+    away = " (away)" if person.away else ""
+    you = " (you)" if person.name == me else ""
+    return f"{person.rank[:1]}{shorter(person.name, NAME_SHOWN)}{you}{bot}{away}"
+
+
+def sidebar_text(room: RoomInfo) -> str:
+    draft = "\u270e " if room.draft else ""
+    muted = " (muted)" if room.muted else ""
+    return f"{draft}{shorter(room.name, NAME_SHOWN)}{muted}"
+
+
+def count_text(room: RoomInfo) -> str:
+    """Return how many messages are new, with a mark if one of them is for the user."""
+    if not room.unread:
+        return ""
+    number = "999+" if room.unread > 999 else str(room.unread)
+    return f"@{number}" if room.called and not room.muted else number
+
+
+# ======================================================================================
+# EMOJI
+# ======================================================================================
+# Emoji are typed by name, as :tea and Tab. The names are Unicode's, and a few that people
+# know from elsewhere.
+
+EMOJI_BLOCKS = ((0x1F300, 0x1F64F), (0x1F680, 0x1F6FF), (0x1F900, 0x1FAFF), (0x2600, 0x27BF))
+EMOJI_KNOWN = {
+    "+1": "\U0001f44d",
+    "-1": "\U0001f44e",
+    "thumbsup": "\U0001f44d",
+    "thumbsdown": "\U0001f44e",
+    "heart": "\u2764\ufe0f",
+    "tada": "\U0001f389",
+    "joy": "\U0001f602",
+    "smile": "\U0001f642",
+    "grin": "\U0001f600",
+    "wink": "\U0001f609",
+    "cry": "\U0001f622",
+    "sob": "\U0001f62d",
+    "think": "\U0001f914",
+    "shrug": "\U0001f937",
+    "tea": "\U0001f375",
+    "coffee": "\u2615",
+    "beer": "\U0001f37a",
+    "cake": "\U0001f370",
+    "check": "\u2705",
+    "cross": "\u274c",
+    "eyes": "\U0001f440",
+    "fire": "\U0001f525",
+    "rocket": "\U0001f680",
+    "ok": "\U0001f44c",
+    "pray": "\U0001f64f",
+    "clap": "\U0001f44f",
+    "wave": "\U0001f44b",
+    "sun": "\u2600\ufe0f",
+    "star": "\u2b50",
+    "bug": "\U0001f41b",
+    "warning": "\u26a0\ufe0f",
+    "100": "\U0001f4af",
+}
+EMOJI_OFFERED = 8
+EMOJI_WORD = re.compile(r"(?:^|(?<=\s)):([a-z0-9_+-]{2,})$", re.IGNORECASE)
+REACTIONS = ("\U0001f44d", "\u2764\ufe0f", "\U0001f602", "\U0001f389", "\U0001f440", "\U0001f622")
+
+
+@functools.cache
+def emoji_names() -> dict[str, str]:
+    """Return all names of emoji, and the emoji."""
+    names = dict(EMOJI_KNOWN)
+    for first, last in EMOJI_BLOCKS:
+        for code in range(first, last + 1):
+            if name := unicodedata.name(chr(code), ""):
+                names.setdefault(name.lower().replace(" ", "_"), chr(code))
+    return names
+
+
+def emoji_for(word: str) -> list[tuple[str, str]]:
+    """Return emoji with this in their name, and the names: the best ones first."""
+    word = word.lower()
+    names = emoji_names()
+    hits = [name for name in names if word in name]
+    hits.sort(key=lambda name: (name != word, not name.startswith(word), len(name), name))
+    chosen: dict[str, str] = {}
+    for name in hits:
+        chosen.setdefault(names[name], name)
+    return list(chosen.items())[:EMOJI_OFFERED]
+
+
+def with_emoji(text: str) -> str:
+    """Return a text with :name: replaced by the emoji of that name."""
+    names = emoji_names()
+    return re.sub(r":([a-z0-9_+-]{2,}):", lambda m: names.get(m[1], m[0]), text)
 
 
 # ======================================================================================
 # ENGINE
 # ======================================================================================
-# The same client that runs in a terminal, in a thread of its own. What it has to show
-# waits in a queue that holds no more than the window would keep anyway; how things stand
-# is one immutable tuple, replaced as a whole: only the newest ever matters.
+# The same client that runs in a terminal, in a thread of its own. At the end of a turn it
+# makes one batch of what has changed since the last one. The next batch is made when Tk has
+# taken that: what comes meanwhile is in the rooms, and nothing is sent twice.
 
-MOVES_EACH = 10  # joins and quits of a minute that have rows of their own
+ROWS_AT_ONCE = 300  # in one batch: inserted in a few milliseconds
+ROWS_KEPT = 2000  # of the conversation looked at, while the end is in sight ...
+ROWS_TRIMMED = 500  # ... and so many more before the oldest go, all at once
+ROWS_READING = 20_000  # at most, while the user reads back
+MEMBERS_SECONDS = 0.3  # between two looks at the members of a large channel ...
+MEMBERS_LARGE = 300  # ... with so many
+CONTEXT_ROWS = 60  # around a message that was looked for
+FOUND_MOST = 200
 LEAVE_SECONDS = 0.8  # to hear the server out; the window is gone within a second
+SERVER_NUMBERS = itertools.count(1)
+WHY_AGAIN = "; trying again"
 
 
-class Engine(chat.Client):
-    """A client whose screen is a queue. `wake` is called when there is something new."""
+class SeatScreen:
+    """The state of the window about one server, in the engine's thread."""
+
+    def __init__(self) -> None:
+        self.number = next(SERVER_NUMBERS)
+        self.status = ""
+        self.nowhere = chat.Room("")  # for texts, while no conversation is open
+        self.failed: dict[str, str] = {}  # own ids of messages that are given up, and why
+        self.was_ready = self.told_why = False
+        self.secret = ""  # of an account that is to be registered
+
+
+def looks_same(view: chat.View, other: chat.View) -> bool:
+    return view is other or (bool(view.id) and view.id == other.id)
+
+
+class Engine(chat.ManyServers):
+    """The client; its screen is a queue of batches. `wake` is called when there is one."""
 
     def __init__(self, options: chat.ClientOptions, wake: Callable[[], None]):
-        super().__init__(options)
         self.wake = wake
-        self.views: queue.SimpleQueue[chat.View] = queue.SimpleQueue()
-        self.status = f"connecting to {options.target}"
-        self.snapshot = Snapshot(options.name, status=self.status)
+        self.batches: queue.SimpleQueue[tuple] = queue.SimpleQueue()
+        self.out: list[Any] = []  # events that are to go, in order
+        self.under_way = False  # a batch is, to Tk
+        self.known: dict[int, RoomInfo] = {}  # as Tk knows them
+        self.servers: tuple[Server, ...] = ()  # likewise
+        self.values: tuple[tuple[str, str], ...] = ()  # likewise, of settings
+        self.touched: set[int] = set()  # numbers of conversations that may have changed
+        self.all_touched = True
+        self.watched: chat.Room | None = None  # its rows are in the window ...
+        self.count = 0  # ... so many of them, from the first on
+        self.back = False  # the user reads back
+        self.past: list[chat.View] = []  # shown instead of the rows
+        self.people: dict[str, chat.Person] = {}  # as Tk knows the members
+        self.people_due = 0.0  # on the loop's clock
+        self.people_changed = self.again = False
+        self.focused = True
         self.ended: str | None = None
-        self.was_up = False  # when we last said how the connection is
-        self.told_why = False  # there is no connection
-        self.crowded: dict[str, bool] = {}  # conversations where joins and quits are one row
-        self.asked = False  # who is here: otherwise the list beside the transcript tells
-        self.news = False
-        self.moved = False  # users came or went
         self.lock = threading.Lock()  # guards `alive`: nothing is handed to a closed loop
         self.alive = True
+        super().__init__(options)
         self.loop.turn_ends = self.publish
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
@@ -319,28 +806,30 @@ class Engine(chat.Client):
     def start(self) -> None:
         self.thread.start()
 
-    def submit(self, callback: Callable[[], Any]) -> None:
-        """Have the engine's thread call back, if it is still there."""
+    def submit(self, act: Callable[..., Any], *values: Any) -> None:
+        """Have the engine's thread call this, if it is still there."""
         with self.lock:
             if self.alive:
-                self.loop.call_soon_threadsafe(callback)
+                self.loop.call_soon_threadsafe(functools.partial(self._call, act, *values))
 
-    def say(self, text: str) -> None:
-        self.submit(functools.partial(self._typed, text))
+    def do(self, name: str, *values: Any) -> None:
+        """Have the engine's thread call one of the methods below."""
+        self.submit(getattr(self, f"do_{name}"), *values)
 
-    def leave(self, reason: str = "") -> None:
-        self.submit(functools.partial(self._leave, reason))
+    # The thread
 
-    # In the engine's own thread
-
-    def show_kept(self) -> None:
-        """Show what the store has of earlier runs: one transcript for all conversations."""
-        kept = [view for room in self.core.rooms.values() for view in room.views]
-        self.show(sorted(kept, key=lambda view: view.time or 0))
+    def _call(self, act: Callable[..., Any], *values: Any) -> None:
+        """Call what Tk wants; a refusal is told, and a bug does not end the engine."""
+        try:
+            act(*values)
+        except chat.ChatError as refusal:
+            self.show([chat.View(chat.NOTE, str(refusal))])
+        except Exception:
+            log.exception("a bug, please report it")
 
     def _work(self) -> None:
         try:
-            self.show_kept()
+            self.open_others()
             self.run()
         except Exception as error:
             log.exception("a bug, please report it")
@@ -348,105 +837,609 @@ class Engine(chat.Client):
         finally:
             with self.lock:
                 self.alive = False
+            self.under_way = False
             self.publish()
-            if self.link.conn:
-                self.link.conn.sock.close()
+            for seat in self.seats:
+                if seat.link.conn:
+                    seat.link.conn.sock.close()
             self.loop.close()
-
-    def _typed(self, text: str) -> None:
-        self.asked = text.startswith("/names")
-        self.link.typed(text)
-
-    def _leave(self, reason: str) -> None:
-        self.loop.call_later(LEAVE_SECONDS, lambda: self.over(""))
-        self.link.leave(at_once=True, reason=reason)
 
     def over(self, reason: str) -> None:
         self.ended = reason
         super().over(reason)
 
-    def show(self, views: list[chat.View]) -> None:
-        for view in views:
-            if self._worth_showing(view):
-                self.views.put(shortened(view))
-                self.news = True
+    def screen_for(self, seat: chat.Seat) -> SeatScreen:
+        seat.core.reads_at_once = False  # the window says what has been read
+        seat.core.results = functools.partial(self._results, seat)
+        return SeatScreen()
 
-    def _worth_showing(self, view: chat.View) -> bool:
-        if view.kind in (chat.OLDER, chat.PLACE, chat.CLEARED):
-            return False
-        if view.kind in (chat.CAME, chat.WENT):  # many of them will be one row
-            room = self.core.find(view.where)
-            folded = room is not None and any(one is view for one in reversed(room.moves))
-            self.crowded[view.where] = folded and len(room.moves) > MOVES_EACH
-            return not self.crowded[view.where]
-        if view.kind == chat.MOVED:
-            return self.crowded.pop(view.where, False)
-        if view.kind in (chat.STATUS, chat.UP):
-            # The status line has it all; the transcript tells when we came and were cut off.
-            self.status = view.text
-            was_up, self.was_up = self.was_up, self.link.conn is not None
-            first = not self.told_why and self.link.again is not None
-            self.told_why = self.told_why or first
-            return self.was_up != was_up or first
-        if view.kind == chat.PEOPLE:
-            self.moved = True
-            asked, self.asked = self.asked and bool(view.text), self.asked and not view.text
-            return asked
-        return True
+    # What the cores have to show
+
+    def show(self, views: list[chat.View]) -> None:
+        self.show_of(self.seat, views)
+
+    def show_of(self, seat: chat.Seat, views: list[chat.View]) -> None:
+        self._note_ready(seat)
+        for view in views:
+            if handler := self.TAKEN.get(view.kind):
+                handler(self, seat, view)
+            if view.room:
+                self.touched.add(view.room)
+
+    def _note_ready(self, seat: chat.Seat) -> None:
+        screen, ready = seat.screen, seat.core.ready
+        if ready and not screen.was_ready:
+            screen.told_why = False
+            self._keep(seat, chat.View(chat.NOTE, f"connected to {seat.link.target}"))
+            self.again = self.again or seat is self.seat  # ask who is away
+        screen.was_ready = ready
+        if ready and screen.secret:
+            secret, screen.secret = screen.secret, ""
+            self.loop.call_soon(functools.partial(seat.link.typed, f"/register {secret}"))
+
+    def room_of(self, seat: chat.Seat, view: chat.View) -> chat.Room:
+        """Return the conversation of a view, or the one that is looked at."""
+        core = seat.core
+        room = core.by_id(view.room) if view.room else None
+        room = room or (core.find(view.where) if view.where else None)
+        return room or core.current or seat.screen.nowhere
+
+    def _keep(self, seat: chat.Seat, view: chat.View) -> None:
+        """Make a row of a view, unless the core has done so."""
+        room = self.room_of(seat, view)
+        if view.kind in (chat.CAME, chat.WENT):  # many of them are to be one row
+            self.people_changed = True
+            if any(one is view for one in reversed(room.moves)):
+                return
+        if not view.where or not any(one is view for one in reversed(room.views)):
+            room.views.append(seat.core.timed(view, room))
+
+    def _said(self, seat: chat.Seat, view: chat.View) -> None:
+        if not view.where:
+            self._keep(seat, view)
+        room = self.room_of(seat, view)
+        if view.called and not (view.past or view.mine or room.muted):
+            on = (seat.core.setting(name) == "on" for name in ("bell", "desktop"))
+            self.out.append(Called(room.id, view.name, view.text, room.name, *on))
+
+    def _status(self, seat: chat.Seat, view: chat.View) -> None:
+        seat.screen.status = view.text
+        if seat.link.again and not seat.screen.told_why:
+            seat.screen.told_why = True
+            self._keep(seat, chat.View(chat.NOTE, view.text.partition(WHY_AGAIN)[0]))
+
+    def _failed(self, seat: chat.Seat, view: chat.View) -> None:
+        room = self.room_of(seat, view)
+        said = self._find(room, lambda one: one.own_id == view.own_id)
+        if said is None:
+            return self._keep(seat, view._replace(kind=chat.NOTE))
+        why = view.text.partition(f": {said.text.strip('*')}")[0]
+        seat.screen.failed[view.own_id] = seat.core.outbox.parked.get(view.own_id) or why
+        return self._change(seat, room, said)
+
+    def _arrived(self, seat: chat.Seat, view: chat.View) -> None:
+        room = self.room_of(seat, view)
+        said = self._find(room, lambda one: one.own_id == view.own_id)
+        if said is not None:
+            self._change(seat, room, said)
+
+    def _reacted(self, seat: chat.Seat, view: chat.View) -> None:
+        room = self.room_of(seat, view)
+        if said := self._find(room, lambda one: one.id == view.id):
+            self._change(seat, room, said)
+
+    @staticmethod
+    def _find(room: chat.Room, wanted: Callable[[chat.View], bool]) -> chat.View | None:
+        return next((view for view in reversed(room.views) if wanted(view)), None)
+
+    def _change(self, seat: chat.Seat, room: chat.Room, view: chat.View) -> None:
+        """Have a row drawn again, if it is in the window."""
+        if room is self.watched:
+            self.out.append(Changed(room.id, self.row_of(seat, room, view)))
+
+    def _reset(self, seat: chat.Seat, view: chat.View) -> None:
+        """Send all rows again: some are gone."""
+        if self.room_of(seat, view) is self.watched:
+            self.again = True
+
+    def _older(self, seat: chat.Seat, view: chat.View) -> None:
+        room, count = self.room_of(seat, view), chat.whole_number(view.text) or 0
+        if room is not self.watched or self.past:
+            return
+        views = list(itertools.islice(room.views, count))
+        self.count += len(views)
+        self._send_rows(seat, room, START, views)
+        self.out.append(Fetching(room.id, False, room.whole and not room.views.dropped))
+
+    def _people(self, seat: chat.Seat, view: chat.View) -> None:
+        self.people_changed = True
+        if view.text:
+            names = sorted(view.text.split(", "), key=key_of)
+            self.out.append(Page(f"Members of {view.where}", "\n".join(names)))
+
+    def _page(self, seat: chat.Seat, view: chat.View) -> None:
+        self.out.append(Page(view.name, view.text))
+
+    def _back(self, seat: chat.Seat, view: chat.View) -> None:
+        self.out.append(Back(self.room_of(seat, view).id, view.text))
+
+    def _read_elsewhere(self, seat: chat.Seat, view: chat.View) -> None:
+        room = self.room_of(seat, view)
+        self.out.append(Read(room.id, room.read_time))
+
+    def _results(self, seat: chat.Seat, title: str, views: list[chat.View]) -> None:
+        rows = []
+        for view in views:
+            room = seat.core.find(view.where)
+            rows.append((room.id if room else 0, view.where, view))
+        self.out.append(Results(title, tuple(rows)))
+
+    TAKEN = {
+        chat.SAID: _said,
+        chat.NOTICED: _said,
+        **dict.fromkeys((chat.CAME, chat.WENT, chat.TOLD, chat.NOTE, chat.FOUND), _keep),
+        chat.STATUS: _status,
+        chat.FAILED: _failed,
+        chat.ARRIVED: _arrived,
+        chat.REACTED: _reacted,
+        chat.REMOVED: _reset,
+        chat.RESET: _reset,
+        chat.CLEARED: _reset,
+        chat.OLDER: _older,
+        chat.PEOPLE: _people,
+        chat.PAGE: _page,
+        chat.BACK: _back,
+        chat.READ: _read_elsewhere,
+    }
+
+    # Batches
 
     def publish(self) -> None:
-        """At the end of a turn: let Tk know, once, whatever the turn brought."""
-        core = self.core
-        state = (core.name, core.here, core.ready, self.status, self.ended)
-        last = self.snapshot
-        if self.moved or state != (last.name, last.here, last.ready, last.status, last.reason):
-            self.snapshot = self._snapshot()
-            self.moved, self.news = False, True
-        with contextlib.suppress(queue.Empty):  # Tk was faster, and took it
-            while self.views.qsize() > LINES_KEPT:
-                self.views.get_nowait()
-        if self.news:
-            self.news = False
+        """At the end of a turn: make a batch, if Tk has taken the last one."""
+        if self.under_way:
+            return
+        events = [*self._server_events(), *self._room_events(), *self._watched_events()]
+        values = tuple((name, self.core.setting(name)) for name in chat.SETTINGS)
+        if values != self.values:
+            self.values = values
+            events.insert(0, Settings(values))
+        if events:
+            self.under_way = True
+            self.batches.put(tuple(events))
             self.wake()
 
-    def _snapshot(self) -> Snapshot:
-        core = self.core
-        people = tuple(dict.fromkeys((core.name, *(core.room.people if core.room else ()))))
-        return Snapshot(
+    def do_took(self) -> None:
+        """Tk has taken the batch."""
+        self.under_way = False
+
+    def _server_events(self) -> list:
+        servers = tuple(self._server(seat) for seat in self.seats)
+        if servers == self.servers and self.ended is None:
+            return []
+        if [one.rooms for one in servers] != [one.rooms for one in self.servers]:
+            self.all_touched = True
+        self.servers = servers
+        return [Servers(servers, self.ended)]
+
+    def _server(self, seat: chat.Seat) -> Server:
+        core, link, outbox = seat.core, seat.link, seat.core.outbox
+        left = link.again.when - self.loop.now if link.again else 0
+        known = next((one for one in self.servers if one.number == seat.screen.number), None)
+        retry_at = time.monotonic() + left if link.again else 0.0
+        if known and abs(known.retry_at - retry_at) < 0.5:
+            retry_at = known.retry_at
+        return Server(
+            seat.screen.number,
+            str(link.target),
             core.name,
-            core.here,
-            people if core.ready else (),
-            tuple(room.name for room in core.rooms.values()),
-            not core.room or not core.room.is_channel or core.room.inside,
+            link.phase,
             core.ready,
-            self.status,
-            self.ended,
+            seat.screen.status,
+            retry_at,
+            len(outbox.waiting),
+            len(outbox.parked),
+            link.doubted,
+            getattr(link, "doubt", ""),
+            core.away,
+            frozenset(what for what in ("redact", "react", "typing", "reply") if core.can(what)),
+            tuple(room.id for room in core.rooms.values()),
         )
+
+    def _room_events(self) -> list:
+        if not (self.touched or self.all_touched):
+            return []
+        places = {room.id: (seat, room) for seat, room in self.places()}
+        gone = tuple(self.known.keys() - places.keys()) if self.all_touched else ()
+        wanted = places if self.all_touched else self.touched & places.keys()
+        changed = []
+        for number in wanted:
+            info = self._room_info(*places[number])
+            if info != self.known.get(number):
+                self.known[number] = info
+                changed.append(info)
+        for number in gone:
+            del self.known[number]
+        self.touched.clear()
+        self.all_touched = False
+        return [Rooms(tuple(changed), gone)] if changed or gone else []
+
+    def places(self) -> Iterator[tuple[chat.Seat, chat.Room]]:
+        """Yield all conversations, and for each server the place without one."""
+        for seat in self.seats:
+            yield seat, seat.screen.nowhere
+            for room in seat.core.rooms.values():
+                yield seat, room
+
+    @staticmethod
+    def _room_info(seat: chat.Seat, room: chat.Room) -> RoomInfo:
+        return RoomInfo(
+            room.id,
+            seat.screen.number,
+            room.name,
+            room.is_channel and bool(room.name),
+            room.topic,
+            room.inside or not room.is_channel or not seat.core.ready,
+            room.unread,
+            room.called,
+            room.muted,
+            room.draft,
+            room.gone,
+            tuple(room.typing),
+        )
+
+    def _watched_events(self) -> list:
+        """Return what is new in the conversation that is looked at."""
+        room = self.core.current or self.seat.screen.nowhere
+        again, self.again = self.again, False
+        if room is not self.watched:
+            self._watch(room)
+        elif again and not self.past:
+            self._send_all()
+        self._send_new(room)
+        self._send_people(room)
+        events, self.out = self.out, []
+        return events
+
+    def _watch(self, room: chat.Room) -> None:
+        """Send a conversation that is looked at from now on."""
+        if self.watched is not None:
+            self.watched.views.reading = False
+            self.watched.views.trim()
+        self.watched, self.back, self.past = room, False, []
+        self.out.append(Looked(room.id, self.seat.screen.number))
+        self.people, self.people_changed, self.people_due = {}, True, 0.0
+        self._send_all()
+        self.core.ask_people(room)
+        self.loop.call_soon(self.seat.link.poke)
+
+    def _send_all(self) -> None:
+        room = self.watched
+        room.views.reading = True  # from here on, rows go when the window is told so
+        views = list(room.views)
+        self.count = len(views)
+        self._send_rows(self.seat, room, RESET, views)
+
+    def _send_rows(self, seat: chat.Seat, room: chat.Room, at: str, views: list) -> None:
+        by_id = {view.id: view for view in views if view.id}
+        rows = tuple(self.row_of(seat, room, view, by_id) for view in views)
+        if rows or at == RESET:
+            self.out.append(Rows(room.id, at, rows, room.read_time))
+
+    def _send_new(self, room: chat.Room) -> None:
+        """Send what is behind the rows that the window has."""
+        if self.past:
+            return
+        new = len(room.views) - self.count
+        if new > ROWS_KEPT // 2:
+            self._trim(room)
+            return self._send_all()
+        if new > 0:
+            start = self.count
+            views = list(itertools.islice(room.views, start, start + ROWS_AT_ONCE))
+            self.count += len(views)
+            self._send_rows(self.seat, room, END, views)
+        before = len(room.views)
+        if self._trim(room):
+            count = before - len(room.views)
+            self.count -= count
+            self.out.append(Trimmed(room.id, count))
+
+    def _trim(self, room: chat.Room) -> bool:
+        """Let the oldest rows go; return whether there were too many."""
+        most = ROWS_READING if self.back else ROWS_KEPT + ROWS_TRIMMED
+        if len(room.views) <= most or self.count < len(room.views) - ROWS_KEPT:
+            return False
+        while len(room.views) > ROWS_KEPT:
+            room.views.popleft()
+        room.views.dropped = True
+        return True
+
+    def row_of(
+        self, seat: chat.Seat, room: chat.Room, view: chat.View, by_id: dict | None = None
+    ) -> Row:
+        """Return a view as a row, with what became of it."""
+        core = seat.core
+        view = view._replace(line="")
+        state = reason = ""
+        parked = False
+        if view.mine and view.own_id:
+            parked = view.own_id in core.outbox.parked
+            reason = core.outbox.parked.get(view.own_id) or ""
+            reason = reason or seat.screen.failed.get(view.own_id, "")
+            waits = view.own_id in core.outbox.waiting
+            state = FAILED if parked or (reason and not waits) else PENDING if waits else ""
+        reactions = core.reactions_of(view.id) if self._has_reactions(core, view) else {}
+        told = tuple((emoji, tuple(names)) for emoji, names in reactions.items())
+        return Row(view, state, reason, parked, told, self._answered(core, room, view, by_id))
+
+    @staticmethod
+    def _has_reactions(core: chat.ClientCore, view: chat.View) -> bool:
+        reacted = getattr(core, "reacted_to", None)
+        return bool(view.id) and (reacted is None or view.id in reacted)
+
+    def _answered(
+        self, core: chat.ClientCore, room: chat.Room, view: chat.View, by_id: dict | None
+    ) -> tuple[str, str]:
+        """Return whose message this one answers, and how that begins."""
+        if not view.reply:
+            return "", ""
+        said = (by_id or {}).get(view.reply) or self._find(room, lambda one: one.id == view.reply)
+        return (said.name, said.text[: 4 * EXCERPT]) if said else ("reply", "an earlier message")
+
+    def _send_people(self, room: chat.Room) -> None:
+        """Send which members have changed; of a large channel not after each join."""
+        if not self.people_changed:
+            return
+        if self.loop.now < self.people_due:
+            return
+        self.people_changed = False
+        now = {one.name: one for one in self.core.people(room)} if room.is_channel else {}
+        if not self.core.ready:
+            now = {}
+        if len(now) > MEMBERS_LARGE:
+            self.people_due = self.loop.now + MEMBERS_SECONDS
+            self.loop.call_later(MEMBERS_SECONDS, chat.do_nothing)
+        before, self.people = self.people, now
+        came = tuple(one for name, one in now.items() if before.get(name) != one)
+        went = tuple(before.keys() - now.keys())
+        if came or went or not before:
+            self.out.append(Members(room.id, came, went, not before))
+
+    # What the user does
+
+    def place_of(self, number: int) -> tuple[chat.Seat, chat.Room] | None:
+        """Return a conversation and its server by its number."""
+        return next((place for place in self.places() if place[1].id == number), None)
+
+    def do_say(self, number: int, text: str, reply: str = "") -> None:
+        """Take a text or a command, for the conversation in which it was entered."""
+        place = self.place_of(number)
+        if place is None:
+            self.out.append(Back(number, text))
+            return self.show([chat.View(chat.NOTE, "that conversation is closed")])
+        seat, room = place
+        verb, _, rest = text.partition(" ")
+        if verb.lower() == "/connect":
+            return self.connect(rest.strip())
+        if verb.lower() == "/disconnect":
+            self.look_at(seat)
+            return self.disconnect()
+        room.draft = ""
+        inside = room if room is not seat.screen.nowhere else None
+        seat.link.typed(text.rstrip() if text[:1] == "/" else text, inside, reply)
+        if inside and inside in seat.core.rooms.values():
+            seat.core.keep_room(inside)
+        return None
+
+    def do_look(self, number: int) -> None:
+        """Look at a conversation."""
+        if place := self.place_of(number):
+            seat, room = place
+            self.look_at(seat)
+            if room.name:
+                seat.core.go(room)
+            self.show(seat.core.take_views())
+
+    def do_close(self, number: int) -> None:
+        if place := self.place_of(number):
+            seat, room = place
+            seat.link.typed(f"/close {room.name}", room)
+
+    def do_draft(self, number: int, text: str) -> None:
+        """Keep what is half typed: it outlives the program."""
+        if (place := self.place_of(number)) and place[1].name:
+            seat, room = place
+            room.draft = "" if chat.is_secret(text) else text
+            seat.core.keep_room(room)
+            if seat.core.store:
+                seat.core.store.flush()
+            self.touched.add(number)
+
+    def do_read(self, number: int) -> None:
+        """The user has seen everything in a conversation."""
+        if place := self.place_of(number):
+            seat, room = place
+            seat.core.mark_read(room)
+            seat.link.poke()
+            self.touched.add(number)
+
+    def do_focus(self, focused: bool) -> None:
+        self.focused = self.core.looked_at = focused
+
+    def do_back(self, back: bool) -> None:
+        """The user reads back, or the end is in sight again."""
+        self.back = back
+
+    def do_older(self, number: int) -> None:
+        """Fetch what is before the first row."""
+        room = self.watched
+        if room is None or room.id != number:
+            return
+        if self.past:
+            return self._more_past(room)
+        under_way = bool(room.name) and self.seat.link.ask_older(room)
+        whole = not under_way and room.whole and not room.views.dropped
+        self.out.append(Fetching(room.id, under_way, whole))
+        return None
+
+    def _more_past(self, room: chat.Room) -> None:
+        views = self.core.kept_before(room, self.past[0], ROWS_MORE)
+        self.past[:0] = views
+        self._send_rows(self.seat, room, START, views)
+        self.out.append(Fetching(room.id, False, not views))
+
+    def do_newer(self, number: int) -> None:
+        """Fetch what follows on rows of the past."""
+        room = self.watched
+        if self.past and room and room.id == number:
+            views = self.core.kept_after(room, self.past[-1], ROWS_MORE)
+            self.past += views
+            self._send_rows(self.seat, room, AFTER, views)
+
+    def do_present(self, number: int) -> None:
+        """Show the newest rows again."""
+        if self.past and self.watched and self.watched.id == number:
+            self.past, self.back = [], False
+            self.again = True
+
+    def do_jump(self, number: int, view: chat.View) -> None:
+        """Show a message among those around it."""
+        self.do_look(number)
+        place = self.place_of(number)
+        if place is None:
+            return
+        seat, room = place
+        if room is not self.watched:
+            self._watch(room)
+        near = list(room.views)
+        if not any(looks_same(view, one) for one in near):
+            near = seat.core.around(room, view, CONTEXT_ROWS)
+            self.past = near
+        mark = next((n for n, one in enumerate(near) if looks_same(view, one)), -1)
+        rows = tuple(self.row_of(seat, room, one) for one in near)
+        if not self.past:
+            self.count = len(near)
+        self.out.append(Rows(room.id, PAST if self.past else RESET, rows, room.read_time, mark))
+
+    def do_search(self, words: str, number: int = 0) -> None:
+        """Look for words in what this client has kept, of one conversation or of all."""
+        rows: list[tuple[int, str, chat.View]] = []
+        for seat in self.seats:
+            room = seat.core.by_id(number) if number else None
+            if number and room is None:
+                continue
+            for view in seat.core.find_kept(words, room, FOUND_MOST):
+                there = seat.core.find(view.where)
+                rows.append((there.id if there else 0, view.where, view))
+        rows.sort(key=lambda row: row[2].time or 0)
+        self.out.append(Results(words, tuple(rows[-FOUND_MOST:])))
+
+    def _act(self, number: int, act: Callable[[Any, chat.Room], None]) -> None:
+        """Do something to a conversation, and send it."""
+        if place := self.place_of(number):
+            seat, room = place
+            act(seat.core, room)
+            seat.link.poke()
+            self.touched.add(number)
+
+    def do_retry(self, number: int, own_id: str) -> None:
+        self._act(number, lambda core, room: core.retry(own_id))
+
+    def do_cancel(self, number: int, own_id: str) -> None:
+        self._act(number, lambda core, room: core.cancel(own_id))
+
+    def do_redact(self, number: int, id: str) -> None:
+        self._act(number, lambda core, room: core.redact(room, id))
+
+    def do_react(self, number: int, id: str, emoji: str, on: bool) -> None:
+        self._act(number, lambda core, room: core.react(room, id, emoji, on))
+
+    def do_typing(self, number: int, text: str) -> None:
+        if (place := self.place_of(number)) and place[1].name:
+            seat, room = place
+            seat.link.typing(room, text)
+
+    def do_mute(self, number: int, on: bool) -> None:
+        self._act(number, lambda core, room: core.mute(room, on))
+
+    def do_set(self, name: str, value: str) -> None:
+        """Change a setting, on all servers: the same as /set."""
+        chat.change_setting(self.core, name, value)
+        for seat in self.seats:
+            seat.core.settings = dict(self.core.settings)
+
+    def do_trust(self, server: int, trusted: bool) -> None:
+        """Answer the question whether a certificate is the right one."""
+        for seat in [one for one in self.seats if one.screen.number == server]:
+            if trusted:
+                seat.link.typed("/trust")
+            else:
+                seat.link.leave(at_once=True)
+
+    def do_server(self, server: int, verb: str) -> None:
+        """/reconnect or /disconnect one server."""
+        for seat in [one for one in self.seats if one.screen.number == server]:
+            self.look_at(seat)
+            self.do_say(seat.screen.nowhere.id, verb)
+
+    def do_register(self, address: str, secret: str) -> None:
+        """Register the name as an account, once the server has it."""
+        for seat in [one for one in self.seats if str(one.link.target) == address]:
+            seat.screen.secret = secret
+            self._note_ready(seat)
+
+    def do_connect(self, address: str, options: dict[str, Any]) -> None:
+        """Talk on another server, too."""
+        self.connect(address, **options)
+
+    def do_leave(self, reason: str, drafts: dict[int, str]) -> None:
+        for number, text in drafts.items():
+            self.do_draft(number, text)
+        self.quitting = True
+        self.loop.call_later(LEAVE_SECONDS, lambda: self.over(""))
+        for seat in list(self.seats):
+            seat.link.leave(at_once=True, reason=reason)
 
 
 # ======================================================================================
 # REMEMBERED
 # ======================================================================================
-# A person who comes back finds the fields filled in. Written as a whole or not at all, and
-# readable by that person alone.
+# A user who comes back finds the window as it was, and the servers that were used. Written
+# as a whole or not at all, and readable by that user alone.
+
+RECENT_SERVERS = 8
 
 
 class Remembered(chat.Memory):
-    """The name and the server of the last time, in a private file."""
+    """Recent names and servers, and the look of the window, in a private file."""
 
     def load(self) -> tuple[str, str]:
-        """Name and server, "" each if not known."""
+        """Return the name and the server of the last time, "" each if not known."""
         kept = self.read()
         return str(kept.get("name", "")), str(kept.get("server", ""))
 
     def save(self, name: str, server: str) -> None:
-        self.write(name=name, server=server)
+        recent = [[name, server], *(one for one in self.recent() if one[1] != server)]
+        self.write(name=name, server=server, recent=recent[:RECENT_SERVERS])
+
+    def recent(self) -> list[list[str]]:
+        """Return names and servers that were used, the last ones first."""
+        kept = self.read().get("recent")
+        pairs = [one for one in kept if isinstance(one, list)] if isinstance(kept, list) else []
+        return [[str(word) for word in one] for one in pairs if len(one) == 2]
+
+    def words(self, name: str) -> dict[str, Any]:
+        """Return a part of what is remembered, {} if there is none."""
+        kept = self.read().get(name)
+        return kept if isinstance(kept, dict) else {}
 
 
 # ======================================================================================
 # LOOK
 # ======================================================================================
-# ttk's styles do not reach Text widgets, so both are given their colours from here.
+# ttk's styles do not reach Text widgets and menus, so all are given their colours from one
+# palette. Every distance is a multiple of the font's height: a screen of 192 dots an inch
+# is the same picture as one of 96.
 
 
 class Colours(NamedTuple):
@@ -455,25 +1448,55 @@ class Colours(NamedTuple):
     ground: str = "#f3f4f7"
     paper: str = "#ffffff"
     ink: str = "#1f2430"
-    dim: str = "#6b7280"
+    dim: str = "#626977"
+    pale: str = "#8b92a0"
     edge: str = "#dde1e8"
     thumb: str = "#c3c9d4"
     accent: str = "#2563d9"
     accent_over: str = "#1d4fb0"
+    on_accent: str = "#ffffff"
     selected: str = "#cfe0fb"
-    good: str = "#2e9e5b"
-    waiting: str = "#d98e04"
+    chosen: str = "#eef3fc"
+    good: str = "#23804a"
+    waiting: str = "#a66a00"
     bad: str = "#c5303a"
-    private: str = "#6d28a8"
-    private_ground: str = "#f5effb"
-    mention_ground: str = "#fff3cd"
+    mention: str = "#fff3cd"
+    chip: str = "#e9edf4"
+    found: str = "#ffe08a"
     names: tuple[str, ...] = (
         *("#c0392b", "#a84c08", "#806600", "#47740e", "#157a3b", "#0f766e"),
         *("#0b6e8a", "#1d4ed8", "#4f46e5", "#7e22ce", "#a21caf", "#be185d"),
     )
 
 
+LIGHT = Colours()
+DARK = Colours(
+    ground="#1b1e25",
+    paper="#22262f",
+    ink="#e4e7ee",
+    dim="#9aa3b4",
+    pale="#7d8698",
+    edge="#363c49",
+    thumb="#4b5262",
+    accent="#7aaefc",
+    accent_over="#a3c7fd",
+    on_accent="#10141c",
+    selected="#34486d",
+    chosen="#2a303c",
+    good="#5fd38d",
+    waiting="#e8b04a",
+    bad="#ff8a85",
+    mention="#453a1c",
+    chip="#323846",
+    found="#6b5518",
+    names=(
+        *("#ff8f85", "#f5a468", "#d8bb55", "#a3cb6c", "#66d494", "#55cfc2"),
+        *("#5cc6e6", "#86b4ff", "#aab0ff", "#c9a2ff", "#e593ef", "#ff93bf"),
+    ),
+)
 SAFE_XFT = 20305  # libXft 2.3.5 draws coloured glyphs; before, one ended the whole program
+SMALLEST, LARGEST = 6, 40  # points of a font
+PROBE_SECONDS = 2
 
 
 def draws_emoji(root: tk.Tk) -> bool:
@@ -488,7 +1511,7 @@ def draws_emoji(root: tk.Tk) -> bool:
 
 
 def spelled(text: str) -> str:
-    """`text` with the names of emoji in place of their pictures."""
+    """Return `text` with the names of emoji in place of their pictures."""
     return "".join(
         f"[{unicodedata.name(c, 'a sign').lower()}]"
         if ord(c) > 0xFFFF or unicodedata.category(c) == "So"
@@ -497,87 +1520,240 @@ def spelled(text: str) -> str:
     )
 
 
+def output_of(*command: str) -> str:
+    """Return what a program of the system prints; "" if there is no such program."""
+    if not shutil.which(command[0]):
+        return ""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, timeout=PROBE_SECONDS, check=False, text=True
+        )
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return ""
+    return done.stdout
+
+
+def windows_is_dark() -> bool:
+    import winreg
+
+    path = r"Software\Microsoft\Windows\CurrentVersion\Themes\Personalize"
+    try:
+        with winreg.OpenKey(winreg.HKEY_CURRENT_USER, path) as key:  # type: ignore[attr-defined]
+            return winreg.QueryValueEx(key, "AppsUseLightTheme")[0] == 0  # type: ignore[attr-defined]
+    except OSError:
+        return False
+
+
+def system_is_dark() -> bool:
+    """Return whether the desktop is dark, as far as that can be told. May take a second."""
+    if os.name == "nt":
+        return windows_is_dark()
+    if sys.platform == "darwin":
+        return "Dark" in output_of("defaults", "read", "-g", "AppleInterfaceStyle")
+    if theme := os.environ.get("GTK_THEME", ""):
+        return theme.lower().endswith(("dark", ":dark"))
+    schema = "org.gnome.desktop.interface"
+    scheme = output_of("gsettings", "get", schema, "color-scheme")
+    return "dark" in (scheme or output_of("gsettings", "get", schema, "gtk-theme")).lower()
+
+
 class Look:
     """The fonts and colours of one window."""
 
-    def __init__(self, root: tk.Tk):
-        self.colours = Colours()
+    def __init__(self, root: tk.Tk, theme: str = "light", family: str = "", size: str = ""):
+        self.root = root
+        self.colours = LIGHT
         self.drawable: Callable[[str], str] = str if draws_emoji(root) else spelled
-        self.font = tkfont.nametofont("TkDefaultFont", root)
-        self.bold = self.font.copy()
-        self.bold.configure(weight="bold")
-        self.large = self.bold.copy()
-        self.large.configure(size=round(self.font.actual("size") * 1.3))
-        self.small = self.font.copy()
-        self.small.configure(size=max(8, self.font.actual("size") - 1))
-        self.fixed = tkfont.nametofont("TkFixedFont", root).copy()
-        self.fixed.configure(size=self.small.actual("size"))
-        root.configure(background=self.colours.ground)
+        self.usual = tkfont.nametofont("TkDefaultFont", root).actual()
+        self.font, self.bold, self.large, self.small, self.tiny, self.italic, self.fixed = (
+            tkfont.nametofont(name, root).copy()
+            for name in ("TkDefaultFont",) * 6 + ("TkFixedFont",)
+        )
+        self.followers: list[Callable[[], None]] = []
         self.style = ttk.Style(root)
         self.style.theme_use("clam")
-        self._style_all()
-        self._style_menus(root)
+        self.dark_system = False
+        self.theme, self.family, self.size = theme, family, self.points(size)
+        self.apply()
 
-    def _style_menus(self, root: tk.Tk) -> None:
-        c = self.colours
-        for option, value in (
-            ("background", c.paper),
-            ("foreground", c.ink),
-            ("activeBackground", c.selected),
-            ("activeForeground", c.ink),
-            ("activeBorderWidth", 4),
-            ("borderWidth", 1),
-            ("relief", "solid"),
-            ("font", self.font),
+    # What is wanted
+
+    def points(self, size: str) -> int:
+        """Return a size in points; the system's where none is named."""
+        usual = abs(int(self.usual["size"])) or 10
+        return max(SMALLEST, min(LARGEST, chat.whole_number(size) or usual))
+
+    def want(self, theme: str, family: str, size: str) -> bool:
+        """Take what the settings say; return whether that changes something."""
+        wanted = (theme, family, self.points(size))
+        if wanted == (self.theme, self.family, self.size):
+            return False
+        self.theme, self.family, self.size = wanted
+        self.apply()
+        return True
+
+    def system(self, dark: bool) -> None:
+        """Note what the desktop looks like."""
+        if dark != self.dark_system:
+            self.dark_system = dark
+            self.apply()
+
+    @property
+    def em(self) -> int:
+        """The height of a line: the unit of all distances."""
+        return self.font.metrics("linespace")
+
+    def part(self, share: float) -> int:
+        """Return a distance, as a share of the height of a line."""
+        return max(1, round(share * self.em))
+
+    def follow(self, callback: Callable[[], None]) -> None:
+        """Call back now, and whenever fonts or colours change."""
+        self.followers.append(callback)
+        callback()
+
+    def apply(self) -> None:
+        dark = self.theme == "dark" or (self.theme == "auto" and self.dark_system)
+        self.colours = DARK if dark else LIGHT
+        self._size_fonts()
+        self._style_all()
+        for callback in self.followers:
+            callback()
+
+    def _size_fonts(self) -> None:
+        family = self.family or self.usual["family"]
+        for font, share in (
+            (self.font, 1.0),
+            (self.bold, 1.0),
+            (self.italic, 1.0),
+            (self.large, 1.3),
+            (self.small, 0.9),
         ):
-            root.option_add(f"*Menu.{option}", value)
+            font.configure(family=family, size=max(SMALLEST, round(self.size * share)))
+        self.bold.configure(weight="bold")
+        self.large.configure(weight="bold")
+        self.italic.configure(slant="italic")
+        self.fixed.configure(size=max(SMALLEST, round(self.size * 0.9)))
+        self.tiny.configure(size=1)
+
+    # Styles
 
     def _style_all(self) -> None:
-        c, style = self.colours, self.style
+        c, style, root = self.colours, self.style, self.root
+        root.configure(background=c.ground)
         style.configure(".", background=c.ground, foreground=c.ink, font=self.font)
+        style.configure(".", troughcolor=c.ground, focuscolor=c.accent, bordercolor=c.edge)
         style.configure("Card.TFrame", background=c.paper)
         edge = {"bordercolor": c.thumb, "lightcolor": c.paper, "darkcolor": c.paper}
         style.configure("Raised.Card.TFrame", relief="raised", borderwidth=2, **edge)
-        style.configure("Card.TLabel", background=c.paper)
+        style.configure("TPanedwindow", background=c.edge)
+        style.configure("Sash", sashthickness=self.part(0.3), gripcount=0, background=c.edge)
+        style.configure("Sash", bordercolor=c.edge, lightcolor=c.edge, darkcolor=c.edge)
+        self._style_labels()
+        self._style_buttons()
+        self._style_fields()
+        self._style_lists()
+
+    def _style_labels(self) -> None:
+        c, style = self.colours, self.style
+        style.configure("TLabel", background=c.ground, foreground=c.ink)
+        style.configure("Card.TLabel", background=c.paper, foreground=c.ink)
         style.configure("Bad.Card.TLabel", foreground=c.bad)
+        style.configure("Dim.Card.TLabel", foreground=c.dim, font=self.small)
         style.configure("Large.TLabel", font=self.large)
         style.configure("Large.Card.TLabel", font=self.large)
         style.configure("Dim.TLabel", foreground=c.dim, font=self.small)
-        self._style_buttons()
-        self._style_list()
+        style.configure("Banner.TLabel", background=c.chip, foreground=c.ink, font=self.small)
+        style.configure("Banner.TFrame", background=c.chip)
 
     def _style_buttons(self) -> None:
         c, style = self.colours, self.style
-        flat = {"relief": "flat", "borderwidth": 1, "padding": (12, 6), "focuscolor": c.accent}
+        room = (self.part(0.7), self.part(0.3))
+        flat = {
+            "relief": "flat",
+            "borderwidth": 1,
+            "padding": room,
+            "focuscolor": c.accent,
+            "width": 0,
+        }
         for name, ground, ink, over in (
             ("TButton", c.paper, c.ink, c.selected),
-            ("Accent.TButton", c.accent, c.paper, c.accent_over),
+            ("Accent.TButton", c.accent, c.on_accent, c.accent_over),
+            ("Plain.TButton", c.ground, c.ink, c.selected),
+            ("Banner.TButton", c.chip, c.ink, c.selected),
+            ("TMenubutton", c.ground, c.ink, c.selected),
         ):
             edge = c.edge if name == "TButton" else ground
             style.configure(name, background=ground, foreground=ink, **flat)
             style.configure(name, bordercolor=edge, lightcolor=ground, darkcolor=ground)
-            changed = [("pressed", over), ("active", over)]
+            changed = [("pressed", over), ("active", over), ("focus", over)]
             style.map(name, background=changed, lightcolor=changed, darkcolor=changed)
-        style.configure("Accent.TButton", focuscolor=c.paper)
+            style.map(name, foreground=[("disabled", c.pale)])
+            style.map(name, bordercolor=[("focus", c.accent)])
+        style.configure("Accent.TButton", focuscolor=c.on_accent)
+        small = (self.part(0.35), self.part(0.15))
+        style.configure("Plain.TButton", padding=small)
+        style.configure("Banner.TButton", padding=small, font=self.small)
+        style.configure("TMenubutton", padding=small, arrowsize=0)
+        style.layout("TMenubutton", style.layout("TButton"))
 
-    def _style_list(self) -> None:
+    def _style_fields(self) -> None:
         c, style = self.colours, self.style
-        height = self.font.metrics("linespace") + 8
-        plain = {"background": c.ground, "fieldbackground": c.ground, "borderwidth": 0}
-        style.configure("People.Treeview", rowheight=height, **plain)
-        style.map("People.Treeview", background=[("selected", c.selected)], foreground=[])
-        style.layout("People.Treeview", [("Treeview.treearea", {"sticky": "nswe"})])
+        for name in ("TEntry", "TCombobox"):
+            style.configure(name, fieldbackground=c.paper, foreground=c.ink, padding=self.part(0.3))
+            style.configure(name, bordercolor=c.edge, lightcolor=c.paper, darkcolor=c.paper)
+            style.configure(name, insertcolor=c.ink, selectbackground=c.selected)
+            style.configure(name, selectforeground=c.ink, arrowcolor=c.ink, background=c.paper)
+            style.map(name, bordercolor=[("focus", c.accent)], lightcolor=[("focus", c.accent)])
+            style.map(name, fieldbackground=[("readonly", c.paper)], background=[])
+            style.map(name, foreground=[("readonly", c.ink)], arrowcolor=[])
+        style.configure("TCombobox", arrowsize=self.part(0.7))
+        style.configure("TCheckbutton", background=c.paper, foreground=c.ink)
+        style.map("TCheckbutton", background=[("active", c.paper)])
+        style.configure(
+            "TCheckbutton", indicatorsize=self.part(0.8), indicatormargin=self.part(0.2)
+        )
+        style.configure("TCheckbutton", indicatorbackground=c.paper, indicatorforeground=c.accent)
+        style.map("TCheckbutton", indicatorbackground=[("selected", c.paper)])
+
+    def _style_lists(self) -> None:
+        c, style = self.colours, self.style
+        for name, ground in (("Side.Treeview", c.ground), ("Card.Treeview", c.paper)):
+            plain = {"background": ground, "fieldbackground": ground, "borderwidth": 0}
+            style.configure(name, rowheight=self.part(1.45), indent=self.part(0.6), **plain)
+            style.configure(name, foreground=c.ink, font=self.font)
+            style.map(name, background=[("selected", c.selected)], foreground=[])
+            style.layout(name, [("Treeview.treearea", {"sticky": "nswe"})])
         thumb = ("Vertical.Scrollbar.thumb", {"expand": True, "sticky": "nswe"})
         trough = ("Vertical.Scrollbar.trough", {"sticky": "ns", "children": [thumb]})
         for name, ground in (
             ("Vertical.TScrollbar", c.paper),
-            ("People.Vertical.TScrollbar", c.ground),
+            ("Side.Vertical.TScrollbar", c.ground),
         ):
             style.layout(name, [trough])
-            style.configure(name, troughcolor=ground, bordercolor=ground, arrowsize=10, gripcount=0)
+            size = self.part(0.55)
+            style.configure(name, troughcolor=ground, bordercolor=ground, gripcount=0)
+            style.configure(name, arrowsize=size, width=size)
             for option in ("background", "lightcolor", "darkcolor"):
                 style.configure(name, **{option: c.thumb})
                 style.map(name, **{option: [("disabled", ground), ("active", c.dim)]})
+
+    def menu(self, parent: tk.Misc) -> tk.Menu:
+        """Return an empty menu in the present colours."""
+        c = self.colours
+        return tk.Menu(
+            parent,
+            tearoff=False,
+            background=c.paper,
+            foreground=c.ink,
+            activebackground=c.selected,
+            activeforeground=c.ink,
+            disabledforeground=c.pale,
+            activeborderwidth=self.part(0.2),
+            borderwidth=1,
+            relief="solid",
+            font=self.font,
+        )
 
     def text_options(self) -> dict[str, Any]:
         """Return the options that every Text widget is made with."""
@@ -587,6 +1763,7 @@ class Look:
             "background": c.paper,
             "foreground": c.ink,
             "insertbackground": c.ink,
+            "insertwidth": max(2, self.part(0.1)),
             "selectbackground": c.selected,
             "selectforeground": c.ink,
             "inactiveselectbackground": c.selected,
@@ -604,15 +1781,46 @@ class Look:
 # Every field is a Text, also those of one line: emoji typed into an Entry corrupt its
 # memory, and what it then returns would be sent (Tk 8.6, seen with CPython 3.11 to 3.13).
 
+COMMAND_KEYS = 0x4 | (0x20000 if os.name == "nt" else 0x8)  # Control, Alt: no letters
+MENU_KEYS = ("<Menu>", "<App>", "<Shift-F10>")  # as far as this system knows them
 
-def offer_menu(widget: tk.Text, *actions: str) -> None:
-    """Cut, Copy, Paste where people look for them when they do not know the keys."""
-    menu = tk.Menu(widget, tearoff=False)
-    for action in actions:
-        menu.add_command(label=action, command=lambda a=action: widget.event_generate(f"<<{a}>>"))
-    for button in ("<Button-3>", "<Control-Button-1>"):
-        if widget.tk.call("tk", "windowingsystem") == "aqua" or button == "<Button-3>":
-            widget.bind(button, lambda event: menu.tk_popup(event.x_root, event.y_root))
+
+def bind_menu(widget: tk.Misc, popup: Callable[[Any], Any]) -> None:
+    """Call back when the user asks for a menu, by mouse or by keys."""
+    sequences = ["<Button-3>", *MENU_KEYS]
+    if widget.tk.call("tk", "windowingsystem") == "aqua":
+        sequences += ["<Button-2>", "<Control-Button-1>"]
+    for sequence in sequences:
+        with contextlib.suppress(tk.TclError):  # not every system has each key
+            widget.bind(sequence, popup)
+
+
+def popup_menu(menu: tk.Menu, event: Any, widget: tk.Misc) -> str:
+    """Show a menu at the pointer, or in the widget if a key asked for it."""
+    pointed = event.type == tk.EventType.ButtonPress
+    x = event.x_root if pointed else widget.winfo_rootx() + 20
+    y = event.y_root if pointed else widget.winfo_rooty() + 20
+    menu.tk_popup(x, y)
+    menu.bind("<Unmap>", lambda _: menu.after_idle(destroy_quietly, menu))
+    return "break"
+
+
+def destroy_quietly(widget: tk.Misc) -> None:
+    with contextlib.suppress(tk.TclError):  # it is gone already
+        widget.destroy()
+
+
+def offer_menu(widget: tk.Text, look: Look, *actions: str) -> None:
+    """Offer Cut, Copy, Paste where users look for them when they do not know the keys."""
+
+    def popup(event: Any) -> str:
+        menu = look.menu(widget)
+        for action in actions:
+            sequence = f"<<{action.replace(' ', '')}>>"
+            menu.add_command(label=action, command=lambda s=sequence: widget.event_generate(s))
+        return popup_menu(menu, event, widget)
+
+    bind_menu(widget, popup)
 
 
 PASTED_MOST = 64 * 1024  # characters: four of the longest messages
@@ -621,14 +1829,15 @@ PASTED_MOST = 64 * 1024  # characters: four of the longest messages
 class Field(tk.Text):
     """One line of text. Return enters, Tab goes on to the next field."""
 
-    def __init__(self, parent: tk.Misc, look: Look, enter: Callable[[], None], **options: Any):
+    def __init__(
+        self, parent: tk.Misc, look: Look, enter: Callable[[], None], name: str = "", **options: Any
+    ):
         self.enter = enter
         self.refused: Callable[[str], None] = chat.do_nothing  # told why a paste is not taken
-        self.drawable = look.drawable
-        one_line = {"height": 1, "width": 34, "undo": True, "highlightthickness": 1}
-        super().__init__(
-            parent, **look.text_options() | one_line | {"padx": 8, "pady": 6} | options
-        )
+        self.look = look
+        self.one_line = {"height": 1, "width": 34, "undo": True, "highlightthickness": 1} | options
+        super().__init__(parent, **({"name": name} if name else {}))
+        look.follow(self.recolour)
         for sequence, handler in (
             ("<Return>", self._return),
             ("<KP_Enter>", self._return),
@@ -639,7 +1848,12 @@ class Field(tk.Text):
             ("<Control-a>", self._select_all),
         ):
             self.bind(sequence, handler)
-        offer_menu(self, "Cut", "Copy", "Paste")
+        offer_menu(self, look, "Cut", "Copy", "Paste", "Undo", "Redo", "Select All")
+
+    def recolour(self) -> None:
+        look = self.look
+        room = {"padx": look.part(0.5), "pady": look.part(0.35)}
+        self.configure(**look.text_options() | room | self.one_line)
 
     @property
     def content(self) -> str:
@@ -647,7 +1861,7 @@ class Field(tk.Text):
 
     def set(self, text: str) -> None:
         self.delete("1.0", "end")
-        self.insert("1.0", self.drawable(whole(text)))
+        self.insert("1.0", self.look.drawable(whole(text)))
 
     def _return(self, event: Any) -> str:
         self.enter()
@@ -673,16 +1887,87 @@ class Field(tk.Text):
         except tk.TclError:  # nothing there
             return "break"
         if len(text) + len(self.content) > PASTED_MOST:
-            self.refused(f"that is too long to be pasted: more than {PASTED_MOST:,} characters")
+            self.too_long(whole(text))
             return "break"
         if self.tag_ranges("sel") and selection == "CLIPBOARD":
             self.delete("sel.first", "sel.last")
-        self.insert("insert", self.pasted(whole(text)))
-        self.see("insert")
+        self.take_paste(self.pasted(whole(text)))
         return "break"
 
+    def take_paste(self, text: str) -> None:
+        self.insert("insert", text)
+        self.see("insert")
+
+    def too_long(self, text: str) -> None:
+        self.refused(f"that is too long to be pasted: more than {PASTED_MOST:,} characters")
+
     def pasted(self, text: str) -> str:
-        return self.drawable(chat.harmless(" ".join(text.split("\n")).strip()))
+        return self.look.drawable(chat.harmless(" ".join(text.split("\n")).strip()))
+
+
+class Offers(ttk.Frame):
+    """A list of what the word being typed may become, above the field."""
+
+    ROWS = 8
+
+    def __init__(self, parent: tk.Misc, look: Look, chosen: Callable[[str], None]):
+        super().__init__(parent, style="Raised.Card.TFrame", padding=2)
+        self.look, self.chosen = look, chosen
+        self.words: list[str] = []  # what each row stands for
+        self.by_key = False  # the user has moved in the list
+        self.tree = ttk.Treeview(
+            self, style="Card.Treeview", show="tree", columns=("what",), selectmode="browse"
+        )
+        self.tree.configure(takefocus=False)
+        self.tree.pack(fill="both", expand=True)
+        self.tree.bind("<ButtonRelease-1>", self._click)
+
+    @property
+    def shown(self) -> bool:
+        return bool(self.place_info())
+
+    def show(self, rows: list[tuple[str, str, str]]) -> None:
+        """Show rows of what to insert, how that reads, and what it is."""
+        if [row[0] for row in rows] == self.words and self.shown:
+            return
+        self.tree.delete(*self.tree.get_children())
+        self.words, self.by_key = [row[0] for row in rows], False
+        if not rows:
+            return self.hide()
+        font, em = self.look.font, self.look.em
+        for n, (_, text, what) in enumerate(rows):
+            self.tree.insert("", "end", str(n), text=text, values=(what,))
+        width = max(font.measure(text) for _, text, _ in rows) + 2 * em
+        more = max(font.measure(what) for _, _, what in rows) + em
+        self.tree.column("#0", width=width, stretch=False)
+        self.tree.column("what", width=more)
+        self.tree.configure(height=min(self.ROWS, len(rows)))
+        self.place(relx=0.01, rely=1.0, y=-self.look.part(0.2), anchor="sw", relwidth=0.98)
+        self.lift()
+        return None
+
+    def hide(self) -> None:
+        self.words, self.by_key = [], False
+        self.place_forget()
+
+    def move(self, step: int) -> None:
+        """Choose the next row, or the one before."""
+        count, selected = len(self.words), self.tree.selection()
+        now = int(selected[0]) if selected else (-1 if step > 0 else 0)
+        self.by_key = True
+        row = str((now + step) % count)
+        self.tree.selection_set(row)
+        self.tree.see(row)
+
+    @property
+    def choice(self) -> str:
+        """The chosen word; the first one if none was chosen."""
+        selected = self.tree.selection()
+        return self.words[int(selected[0])] if selected else self.words[0]
+
+    def _click(self, event: Any) -> None:
+        if row := self.tree.identify_row(event.y):
+            self.chosen(self.words[int(row)])
 
 
 class Compose(Field):
@@ -702,32 +1987,60 @@ class Compose(Field):
         send: Callable[[str], bool],
         complete: Callable[[str, bool], list[str]],
     ):
-        super().__init__(parent, look, self.submit, padx=10, pady=9, width=20, maxundo=500)
+        self.hint = None
+        super().__init__(parent, look, self.submit, width=20, maxundo=500)
         self.send = send  # whether it could be: otherwise the text stays
         self.editor = chat.LineEditor(complete)
-        self.hint = tk.Label(self, font=look.font, padx=0, pady=0, cursor="xterm")
-        self.hint.configure(background=look.colours.paper, foreground=look.colours.dim)
+        self.offers: Offers | None = None
+        self.edited: Callable[[], None] = chat.do_nothing  # the user changed the text
+        self.too_much: Callable[[str], None] = chat.do_nothing  # a paste over the limit
+        self.several: Callable[[str], None] = chat.do_nothing  # a paste of several lines
+        self.placed = ""  # the text that was set last: it was not typed
+        self.hint = tk.Label(self, padx=0, pady=0, cursor="xterm", anchor="w")
         self.hint.bind("<Button-1>", lambda _: self.focus_set())
         for sequence, handler in (
             ("<Shift-Return>", self._newline),
             ("<Tab>", lambda _: self._complete("tab")),
             ("<<PrevWindow>>", lambda _: self._complete("back-tab")),
-            ("<Up>", lambda _: self._recall("up", "linestart", "1.0")),
-            ("<Down>", lambda _: self._recall("down", "lineend", "end-1c")),
+            ("<Up>", lambda _: self._arrow("up", "linestart", "1.0")),
+            ("<Down>", lambda _: self._arrow("down", "lineend", "end-1c")),
             ("<Key>", self._forget_offers),
             ("<<Modified>>", self._modified),
             ("<Configure>", lambda _: self.fit()),
         ):
             self.bind(sequence, handler)
+        self.recolour()
         self._modified()
 
+    def recolour(self) -> None:
+        super().recolour()
+        if self.hint:
+            c = self.look.colours
+            self.hint.configure(font=self.look.font, background=c.paper, foreground=c.dim)
+            self.fit()
+
     def pasted(self, text: str) -> str:
-        return self.drawable(chat.harmless(text.replace("\r\n", "\n")))
+        return self.look.drawable(chat.harmless(text.replace("\r\n", "\n")))
+
+    def take_paste(self, text: str) -> None:
+        super().take_paste(text)
+        if text.rstrip("\n").count("\n"):
+            self.several(self.content)
+
+    def too_long(self, text: str) -> None:
+        self.too_much(chat.harmless(text.replace("\r\n", "\n")))
 
     def set(self, text: str) -> None:
         super().set(text)
+        self.placed = self.content
         self.mark_set("insert", "end-1c")
         self.see("insert")
+        self.edit_reset()
+
+    def open(self, text: str) -> None:
+        """Go on with the draft of another conversation."""
+        self.editor.take()
+        self.set(text)
 
     def give_back(self, text: str) -> None:
         """Take back a text that was not accepted; Up brings it while another is being written."""
@@ -737,18 +2050,21 @@ class Compose(Field):
             self.set(text)
 
     def begin(self, text: str) -> None:
-        """Put this before whatever is being written."""
+        """Put this before the text that is being written."""
         self.set(text + self.content)
         self.focus_set()
 
     def submit(self) -> None:
+        if self.offers and self.offers.shown and self.offers.by_key:
+            return self.take_offer(self.offers.choice)
         text = self.content.rstrip("\n")
         if not text.strip() or not self.send(text):
-            return
+            return None
         self.editor.set(text)
         self.editor.press(chat.Key("enter"))
+        self.editor.take()
         self.set("")
-        self.edit_reset()
+        return None
 
     def _newline(self, event: Any) -> str:
         self.insert("insert", "\n")
@@ -761,10 +2077,17 @@ class Compose(Field):
         at, rows = "1.0", 1
         while rows < self.MOST_LINES:
             below = self.index(f"{at} + 1 display lines")
-            if self.compare(f"{below} display linestart", "<=", at):
+            past = self.compare(below, ">", "end-1c")  # the line that every Text has at its end
+            if past or self.compare(f"{below} display linestart", "<=", at):
                 break
             at, rows = self.index(f"{below} display linestart"), rows + 1
         return rows
+
+    def _arrow(self, key: str, edge: str, end: str) -> str | None:
+        if self.offers and self.offers.shown:
+            self.offers.move(-1 if key == "up" else 1)
+            return "break"
+        return self._recall(key, edge, end)
 
     def _recall(self, key: str, edge: str, end: str) -> str | None:
         """Beyond the first or the last row, the arrows go through what was sent."""
@@ -776,7 +2099,12 @@ class Compose(Field):
             self.set(self.editor.text)
         return "break"
 
+    # Completion
+
     def _complete(self, key: str) -> str:
+        if self.offers and self.offers.shown:
+            self.take_offer(self.offers.choice)
+            return "break"
         before = whole(self.get("insert linestart", "insert"))
         self.editor.before, self.editor.after = before, ""
         self.editor.press(chat.Key(key))
@@ -785,17 +2113,51 @@ class Compose(Field):
             self.insert("insert", self.editor.before)
         return "break"
 
+    def take_offer(self, word: str) -> None:
+        """Put an offered word in the place of the one before the cursor."""
+        before = whole(self.get("insert linestart", "insert"))
+        begun = before[before.rfind(" ") + 1 :]
+        self.delete("insert linestart", "insert")
+        self.insert("insert", before.removesuffix(begun) + self.look.drawable(word))
+        if self.offers:
+            self.offers.hide()
+        self.focus_set()
+
     def _forget_offers(self, event: Any) -> None:
         if event.keysym not in self.LEAVES_OFFERS:
             self.editor.offers = []
+
+    def _update_offers(self) -> None:
+        """Offer commands after "/", and emoji after ":" and two letters."""
+        if self.offers is None:
+            return
+        before = whole(self.get("insert linestart", "insert"))
+        rows: list[tuple[str, str, str]] = []
+        if before[:1] == "/" and " " not in before and self.index("insert").startswith("1."):
+            rows = command_offers(before[1:])
+        elif match := EMOJI_WORD.search(before[-40:]):
+            rows = [
+                (f"{emoji} ", self.look.drawable(emoji), name)
+                for emoji, name in emoji_for(match[1])
+            ]
+        if rows:
+            self.offers.show(rows)
+        elif self.offers.shown:
+            self.offers.hide()
 
     def _modified(self, event: Any = None) -> None:
         if self.edit_modified() or event is None:
             self.edit_modified(False)
             self.fit()
+            if event is not None and self.content != self.placed:
+                self.placed = ""
+                self._update_offers()
+                self.edited()
+            elif self.offers:
+                self.offers.hide()
 
     def fit(self) -> None:
-        """As high as its text, within reason; the hint shows while there is none."""
+        """Make it as high as its text, within reason; the hint shows while there is none."""
         if self.get("1.0", "2.0") == "\n" and self.index("end-1c") == "1.0":
             self.hint.place(x=1, y=0)  # from where text begins: a Text's padding counts
         else:
@@ -804,107 +2166,325 @@ class Compose(Field):
             self.configure(height=self._rows())
 
 
-# ======================================================================================
-# PARTS
-# ======================================================================================
-# What the window is put together from. Each part knows its widgets and what it is told,
-# and tells others by calling what it was given.
+def command_offers(word: str) -> list[tuple[str, str, str]]:
+    """Return the commands that begin so, with their words and summaries."""
+    records = [chat.client_command[verb] for verb in chat.client_command]
+    found = [one for one in records if one.syntax[1:].split()[0].startswith(word.lower())]
+    found.sort(key=lambda one: one.syntax)
+    return [(f"{one.syntax.split()[0]} ", one.syntax, one.summary) for one in found]
 
 
-COMMAND_KEYS = 0x4 | (0x20000 if os.name == "nt" else 0x8)  # Control, Alt: no letters
+# ======================================================================================
+# TRANSCRIPT
+# ======================================================================================
+# One Text widget shows the conversation that is looked at. Rows are found by their line:
+# a tag for each message would make every insertion slower.
+
+BOTTOM = 0.99999  # of yview: the end is in sight
+NEAR_TOP = 0.02  # of yview: older rows are wanted
+HOVER_MS = 120
 
 
 def open_link(url: str) -> None:
-    """In a thread: some browsers let their starter wait."""
+    """Open a link in a thread: some browsers let their starter wait."""
     threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
 class Transcript(ttk.Frame):
-    """The transcript. It stays at the end while the end is in sight, else it tells what is new."""
+    """The conversation. It stays at the end while the end is in sight."""
 
     def __init__(self, parent: tk.Misc, look: Look, typed: Callable[[str], None]):
         super().__init__(parent, style="Card.TFrame")
-        self.drawable = look.drawable
+        self.look = look
+        self.sheet = Sheet(Style(drawable=look.drawable))
         self.typed = typed  # gets what is typed here by mistake
         self.at_bottom = True
-        self.height = 1  # of the text, in pixels, when it was looked at last
+        self.settling = False  # Tk scrolls, and not the user
+        self.chosen: Any = None  # key of the row that the keys are for
+        self.hovered: int | None = None
         self.reached_bottom: Callable[[], None] = chat.do_nothing
-        options = {"state": "disabled", "cursor": "arrow", "highlightthickness": 0}
-        options |= {"padx": 14, "pady": 8, "width": 20, "height": 5, "spacing3": 3}
-        self.text = tk.Text(self, **look.text_options() | options)
+        self.left_bottom: Callable[[], None] = chat.do_nothing
+        self.wants_older: Callable[[], None] = chat.do_nothing
+        self.wants_newer: Callable[[], None] = chat.do_nothing
+        self.menu_for: Callable[[Row, Any], Any] = lambda row, event: None
+        self.acted: Callable[[str, Row], None] = lambda what, row: None
+        self.told: Callable[[str], None] = chat.do_nothing  # about the row under the pointer
+        self.waiting_older = False
+        self.height = 1  # of the text, in pixels, when it was looked at last
+        self.moved_down = False  # the last scrolling was towards the newest
+        self.text = tk.Text(self, state="disabled", cursor="arrow", width=20, height=5)
         self.bar = ttk.Scrollbar(self, command=self.text.yview)
         self.text.configure(yscrollcommand=self._scrolled)
         self.bar.pack(side="right", fill="y")
         self.text.pack(side="left", fill="both", expand=True)
         self.below = ttk.Button(self, style="Accent.TButton", command=self.to_bottom)
-        self._make_tags(look)
+        self.below.configure(takefocus=False)
+        self.top = ttk.Label(self, style="Dim.Card.TLabel")
+        look.follow(self.recolour)
         self._bind_all()
 
-    def _make_tags(self, look: Look) -> None:
-        c, tag = look.colours, self.text.tag_configure
-        column = look.font.measure("00:00") + 14
-        tag("row", tabs=(column,), lmargin2=column)
-        tag("more", lmargin1=column)
-        tag("mention", background=c.mention_ground, lmargincolor=c.mention_ground)
-        tag("private", background=c.private_ground, lmargincolor=c.private_ground)
-        tag("private", foreground=c.private)
-        tag("dim", foreground=c.dim)
-        tag("where", foreground=c.dim)
+    def recolour(self) -> None:
+        look, c = self.look, self.look.colours
+        room = {"padx": look.part(0.9), "pady": look.part(0.5), "highlightthickness": 1}
+        self.text.configure(**look.text_options() | room, spacing3=look.part(0.12))
+        self.text.configure(highlightbackground=c.paper)
+        self._configure_tags()
+
+    def _configure_tags(self) -> None:
+        look, c, tag = self.look, self.look.colours, self.text.tag_configure
+        column = look.small.measure("00:00:00" if "%S" in self.sheet.style.clock else "00:00")
+        column += look.part(0.6)
+        tag("head", spacing1=look.part(0.5))
+        tag("clock", foreground=c.dim, font=look.small)
+        tag("said", lmargin1=0, lmargin2=0)
+        tag("told", foreground=c.dim, font=look.small, tabs=(column,), lmargin2=column)
+        tag("told", spacing1=look.part(0.15))
+        tag("chosen", background=c.chosen)
+        tag("mention", background=c.mention, lmargincolor=c.mention)
+        tag("found", background=c.found)
         tag("table", font=look.fixed)  # the server aligns what it lists with spaces
         tag("name", font=look.bold)
         for number, colour in enumerate(c.names):
             tag(f"name{number}", foreground=colour)
-        tag("link", foreground=c.accent, underline=True)
-        tag("day", foreground=c.dim, justify="center", font=look.small, spacing1=8, spacing3=8)
+        tag(PENDING, foreground=c.pale)
+        tag(FAILED, foreground=c.bad)
+        tag("notice", font=look.italic)
+        tag("trouble", foreground=c.bad, font=look.small)
+        tag("answers", foreground=c.dim, font=look.small, spacing1=look.part(0.2))
+        tag("reaction", background=c.chip, font=look.small)
+        tag("own-reaction", background=c.selected)
+        for name in ("link", "expand", "retry", "cancel"):
+            tag(name, foreground=c.accent, underline=True)
+        tag("expand", font=look.small)
+        tag("day", foreground=c.dim, justify="center", font=look.small)
+        tag("day", spacing1=look.part(0.6), spacing3=look.part(0.3))
+        tag("rule", background=c.bad, font=look.tiny, spacing1=0, spacing3=0)
+        tag("new", foreground=c.bad, justify="right", font=look.small, spacing3=0)
         self.text.tag_raise("sel")
 
     def _bind_all(self) -> None:
         text = self.text
-        text.bind("<Button-1>", lambda _: text.focus_set(), add=True)  # so that Copy works
+        text.bind("<Button-1>", self._press, add=True)
+        text.bind("<ButtonRelease-1>", self._click)
         text.bind("<Key>", self._key)
         text.bind("<<Paste>>", self._paste)
-        text.bind("<Configure>", lambda _: self.at_bottom and text.see("end"))
-        offer_menu(text, "Copy")
-        text.tag_bind("link", "<ButtonRelease-1>", self._click)
-        text.tag_bind("link", "<Enter>", lambda _: text.configure(cursor="hand2"))
-        text.tag_bind("link", "<Leave>", lambda _: text.configure(cursor="arrow"))
+        text.bind("<Configure>", lambda _: self.at_bottom and self.see_end())
+        text.bind("<Motion>", self._hover)
+        text.bind("<Leave>", lambda _: self.told(""))
+        for key, step in (("<Up>", -1), ("<Down>", 1)):
+            text.bind(key, functools.partial(self._choose_next, step))
+        text.bind("<Return>", lambda event: self._menu(event))
+        text.bind("<Home>", lambda _: self._scroll_to("1.0"))
+        text.bind("<End>", lambda _: self.to_bottom() or "break")
+        bind_menu(text, self._menu)
+        for tag in ("link", "expand", "retry", "cancel", "answers", "reaction"):
+            text.tag_bind(tag, "<Enter>", lambda _: text.configure(cursor="hand2"))
+            text.tag_bind(tag, "<Leave>", lambda _: text.configure(cursor="arrow"))
 
-    def show(self, pieces: list, excess: int) -> None:
-        """Add these pieces in one go, and let the oldest lines go."""
-        at_bottom = self.at_bottom  # from before: afterwards it never is
-        pieces[::2] = map(self.drawable, pieces[::2])
-        self.text.configure(state="normal")
-        self.text.insert("end", *pieces)
-        if excess:
-            self.text.delete("1.0", f"{excess + 1}.0")
-        self.text.configure(state="disabled")
-        if at_bottom:
-            self.text.see("end")
+    # Rows
 
-    def remove(self, tags: Iterable[str]) -> int:
-        """Remove the rows with these tags; return how many lines they had."""
-        lines = 0
+    @contextlib.contextmanager
+    def _editing(self) -> Iterator[tk.Text]:
         self.text.configure(state="normal")
-        for tag in tags:
-            if ranges := self.text.tag_ranges(tag):
-                first, last = self.text.index(f"{ranges[0]} linestart"), ranges[-1]
-                lines += self.text.get(first, last).count("\n")
-                self.text.delete(first, last)
-            self.text.tag_delete(tag)
+        yield self.text
         self.text.configure(state="disabled")
-        return lines
+
+    def _insert(self, index: str, pieces: list) -> None:
+        if pieces:
+            drawable_pieces(pieces, self.look.drawable)
+            self.text.insert(index, *pieces)
+
+    def reset(
+        self, room: int, rows: Iterable[Row], read_time: int, mark: int = -1, past: bool = False
+    ) -> None:
+        """Show a conversation: its end, or around one row, or where the user was reading."""
+        same = room == self.sheet.room and not past and not self.sheet.past
+        spot = self.spot() if same and not self.at_bottom else None
+        drawn = max(ROWS_DRAWN, len(self.sheet.sizes) if same else 0)
+        marked, unseen = self.sheet.marked, self.sheet.unseen
+        self.sheet.reset(room, rows, read_time, past)
+        if same:
+            self.sheet.marked, self.sheet.unseen = marked, unseen
+        if mark >= 0:
+            drawn = max(drawn, len(self.sheet.rows) - mark + ROWS_MORE)
+        with self._editing() as text:
+            text.delete("1.0", "end")
+            self._insert("1.0", self.sheet.draw_before(drawn))
+        self.waiting_older = False
+        if mark >= 0:
+            self.show_row(mark)
+        elif spot is None or not self.return_to(spot):
+            self.at_bottom = not past
+            self.see_end()
+        self._paint_chosen()
+
+    def append(self, rows: tuple[Row, ...], seen: bool) -> None:
+        """Add rows at the end, in one go."""
+        number = len(self.sheet.rows)
+        lost = self.sheet.append(rows, seen)
+        with self._editing():
+            if self.sheet.is_drawn(lost):
+                self._redraw(lost)
+            self._insert("end", self.sheet.draw_from(number))
+        if self.at_bottom:
+            self._fold_up()
+            self.see_end()
+
+    def _fold_up(self) -> None:
+        """Draw fewer of the oldest rows, while the end is in sight: they come back."""
+        excess = len(self.sheet.sizes) - ROWS_MOST
+        if excess > 0:
+            lines = sum(self.sheet.sizes[:excess])
+            del self.sheet.sizes[:excess]
+            self.sheet.first += excess
+            with self._editing() as text:
+                text.delete("1.0", f"{lines + 1}.0")
+
+    def prepend(self, rows: tuple[Row, ...]) -> None:
+        """Add older rows, and draw some; what is in sight stays where it is."""
+        self.sheet.rows[:0] = rows
+        self.sheet.first += len(rows)
+        self.waiting_older = False
+        if rows:
+            self.draw_older()
+
+    def draw_older(self) -> bool:
+        """Draw older rows that are here; return whether there were such."""
+        sheet = self.sheet
+        if sheet.first == 0:
+            return False
+        spot, head = self.spot(), sheet.first
+        with self._editing():
+            pieces = sheet.draw_before(ROWS_MORE)
+            self._insert("1.0", pieces)
+            if sheet.is_drawn(head):
+                self._redraw(head)  # it may go on with what is above it now
+        if spot is not None and not self.at_bottom:
+            self.return_to(spot)
+        return True
+
+    def trim(self, count: int) -> None:
+        lines = self.sheet.trim(count)
+        if lines:
+            with self._editing() as text:
+                text.delete("1.0", f"{lines + 1}.0")
+
+    def change(self, row: Row) -> None:
+        """Draw a row again."""
+        number = self.sheet.find_row(row)
+        if number is None:
+            return
+        if self.sheet.rows[number].key == self.sheet.marked:
+            self.sheet.marked = row.key
+        self.sheet.rows[number] = row
+        self.redraw(number)
+
+    def redraw(self, number: int | None) -> None:
+        if self.sheet.is_drawn(number):
+            with self._editing():
+                self._redraw(number)
+            if self.at_bottom:
+                self.see_end()
+            self._paint_chosen()
+
+    def _redraw(self, number: int) -> None:
+        line, lines, pieces = self.sheet.redraw(number)
+        self.text.delete(f"{line}.0", f"{line + lines}.0")
+        self._insert(f"{line}.0", pieces)
+
+    def redraw_all(self) -> None:
+        """Draw everything again: times are shown otherwise, say."""
+        sheet = self.sheet
+        self.reset(sheet.room, sheet.rows, sheet.read_time)
+
+    def read_to(self, when: int) -> None:
+        """Take away the "new" line: all was read, here or on another device."""
+        number = self.sheet.find(self.sheet.marked)
+        if number is not None and (self.sheet.rows[number].view.time or 0) <= when:
+            self.sheet.marked = None
+            self.redraw(number)
+        self.sheet.seen(when)
+
+    # Scrolling
+
+    def spot(self) -> tuple[Any, int] | None:
+        """Return what is at the top: the key of a row, and how far it is scrolled, in pixels."""
+        line = int(self.text.index("@0,0").split(".")[0])
+        number = self.sheet.row_at(line)
+        if number is None:
+            return None
+        first = f"{self.sheet.line_of(number)}.0"
+        pixels = self.text.count(first, "@0,0", "ypixels")
+        box = self.text.dlineinfo("@0,0")
+        offset = (pixels[0] if pixels else 0) - (box[1] - self._padding if box else 0)
+        return self.sheet.rows[number].key, offset
+
+    @property
+    def _padding(self) -> int:
+        return int(str(self.text.cget("pady"))) + int(str(self.text.cget("highlightthickness")))
+
+    def return_to(self, spot: tuple[Any, int]) -> bool:
+        """Scroll so that a row is where it was; return whether it is here."""
+        key, offset = spot
+        number = self.sheet.find(key)
+        if not self.sheet.is_drawn(number):
+            return False
+        self.text.yview(f"{self.sheet.line_of(number)}.0")
+        if offset:
+            self.text.yview_scroll(offset, "pixels")
+        return True
+
+    def see_end(self) -> None:
+        self.text.see("end")
 
     def to_bottom(self) -> None:
+        if self.sheet.past:
+            return self.wants_newer()
         self.at_bottom = True
-        self.text.see("end")
+        self.see_end()
         self.reached_bottom()
+        return None
+
+    def _scroll_to(self, index: str) -> str:
+        self.text.see(index)
+        return "break"
+
+    def show_row(self, number: int) -> None:
+        """Scroll to a row, and mark it for a while."""
+        while not self.sheet.is_drawn(number):
+            if not self.draw_older():
+                return
+        self.at_bottom = False
+        line = self.sheet.line_of(number)
+        self.text.yview(f"{max(1, line - 4)}.0")
+        self.text.see(f"{line}.0")
+        last = line + self.sheet.sizes[number - self.sheet.first]
+        self.text.tag_remove("found", "1.0", "end")
+        self.text.tag_add("found", f"{line}.0", f"{last}.0")
+        self.chosen = self.sheet.rows[number].key
+        self.left_bottom()
 
     def tell_below(self, count: int) -> None:
-        if count:
-            self.below.configure(text=f"{count:,} new below \u2193")
-            self.below.place(relx=0.5, rely=1.0, y=-12, anchor="s")
+        """Show the button that leads to the newest message."""
+        if self.sheet.past:
+            text = "Back to the present \u2193"
+        elif count:
+            text = f"{count:,} new below \u2193"
         else:
-            self.below.place_forget()
+            text = "To the newest \u2193"
+        if self.at_bottom:
+            return self.below.place_forget()
+        self.below.configure(text=text)
+        self.below.place(relx=0.5, rely=1.0, y=-self.look.part(0.6), anchor="s")
+        return None
+
+    def tell_older(self, text: str) -> None:
+        """Show at the top how it stands with older rows."""
+        if text:
+            self.top.configure(text=text)
+            self.top.place(relx=0.5, y=self.look.part(0.2), anchor="n")
+        else:
+            self.top.place_forget()
 
     def _scrolled(self, first: str, last: str) -> None:
         self.bar.set(first, last)
@@ -912,11 +2492,87 @@ class Transcript(ttk.Frame):
         if height != self.height:  # Tk's layout, and no scrolling of the user
             self.height = height
             if self.at_bottom:
-                self.text.after_idle(self.text.see, "end")
+                self.text.after_idle(self.see_end)
             return
-        was, self.at_bottom = self.at_bottom, float(last) > 0.99999
+        was, self.at_bottom = self.at_bottom, float(last) > BOTTOM and not self.sheet.past
         if self.at_bottom and not was:
             self.reached_bottom()
+        elif was and not self.at_bottom:
+            self.left_bottom()
+        if float(first) > 0:
+            self.tell_older("")
+        if float(first) < NEAR_TOP and not self.at_bottom:
+            self.text.after_idle(self._fetch_older)
+
+    def _fetch_older(self) -> None:
+        if self.waiting_older or float(self.text.yview()[0]) >= NEAR_TOP:
+            return
+        if not self.draw_older() and not self.sheet.whole:
+            self.waiting_older = True
+            self.wants_older()
+
+    # Keys and the pointer
+
+    def row_at(self, index: str) -> int | None:
+        return self.sheet.row_at(int(self.text.index(index).split(".")[0]))
+
+    @property
+    def chosen_row(self) -> Row | None:
+        """The row that keys are for: the chosen one, or the last message."""
+        number = self.sheet.find(self.chosen)
+        if number is not None:
+            return self.sheet.rows[number]
+        messages = (row for row in reversed(self.sheet.rows) if row.view.kind in MESSAGES)
+        return next(messages, None)
+
+    def choose(self, number: int | None) -> None:
+        """Choose a row; None chooses none."""
+        self.chosen = None if number is None else self.sheet.rows[number].key
+        self._paint_chosen()
+
+    def _paint_chosen(self) -> None:
+        self.text.tag_remove("chosen", "1.0", "end")
+        number = self.sheet.find(self.chosen)
+        if self.sheet.is_drawn(number):
+            line = self.sheet.line_of(number)
+            last = line + self.sheet.sizes[number - self.sheet.first]
+            self.text.tag_add("chosen", f"{line}.0", f"{last}.0")
+
+    def _choose_next(self, step: int, event: Any) -> str:
+        """Choose the next row, or the one before; the first key chooses the last in sight."""
+        sheet = self.sheet
+        number = sheet.find(self.chosen)
+        if number is None:
+            number = self.row_at(f"@0,{self.text.winfo_height()}")
+            number = len(sheet.rows) - 1 if number is None else number
+        else:
+            number += step
+        if 0 <= number < len(sheet.rows) and (sheet.is_drawn(number) or self.draw_older()):
+            self.choose(number)
+            self.text.see(f"{sheet.line_of(number)}.0")
+            self.told(self.about(number))
+        return "break"
+
+    def about(self, number: int) -> str:
+        """Return when a row was, and who reacted to it."""
+        row = self.sheet.rows[number]
+        moment = moment_of(row.view)
+        told = [f"{day_text(moment.date())} {moment:%H:%M:%S}"]
+        told += [f"{emoji} {', '.join(names[:5])}" for emoji, names in row.reactions[:4]]
+        return self.look.drawable("   ".join(told))
+
+    def _hover(self, event: Any) -> None:
+        number = self.row_at(f"@{event.x},{event.y}")
+        if number != self.hovered:
+            self.hovered = number
+            self.told("" if number is None else self.about(number))
+
+    def _menu(self, event: Any) -> str:
+        if event.type == tk.EventType.ButtonPress:
+            self.choose(self.row_at(f"@{event.x},{event.y}"))
+        if row := self.chosen_row:
+            self.menu_for(row, event)
+        return "break"
 
     def _key(self, event: Any) -> str | None:
         """Send what is typed here to the field below."""
@@ -931,69 +2587,537 @@ class Transcript(ttk.Frame):
             self.typed(whole(self.selection_get(selection="CLIPBOARD")))
         return "break"
 
+    def _press(self, event: Any) -> None:
+        self.text.focus_set()  # so that Copy works
+        self.choose(None)
+
     def _click(self, event: Any) -> None:
-        if url := self.link_at(f"@{event.x},{event.y}"):
-            open_link(url)
+        index = f"@{event.x},{event.y}"
+        number = self.row_at(index)
+        if number is None or self.text.tag_ranges("sel"):  # the end of a selection
+            return
+        if url := self.link_at(index):
+            return open_link(url)
+        tags, row = self.text.tag_names(index), self.sheet.rows[number]
+        for tag in ("expand", "retry", "cancel", "answers", "reaction"):
+            if tag in tags:
+                self.act(tag, row, index)
+        return None
+
+    def act(self, what: str, row: Row, index: str = "") -> None:
+        """Do what a click on a part of a row means."""
+        if what == "expand":
+            self.sheet.expanded ^= {row.key}
+            self.redraw(self.sheet.find(row.key))
+        elif what == "reaction":
+            found = self.text.tag_prevrange("reaction", f"{index} + 1 indices")
+            emoji = self.text.get(*found).split()[0] if found else ""
+            self.acted(f"react {emoji}", row)
+        else:
+            self.acted(what, row)
 
     def link_at(self, index: str) -> str:
-        """The link there, or "". One tag serves all of them: what was clicked tells which."""
+        """Return the link there, or "". One tag serves all of them."""
         if self.text.tag_ranges("sel"):  # the end of a selection, not a click
             return ""
         found = self.text.tag_prevrange("link", f"{index} + 1 indices")
         if not found or self.text.compare(found[1], "<=", index):
             return ""
         match = LINK.match(self.text.get(*found))
-        return match.group() if match else ""
+        return link_of(match.group()) if match else ""
+
+
+# ======================================================================================
+# LISTS
+# ======================================================================================
+# The sidebar and the members are Treeviews: 5,000 rows are inserted in 50 ms, and only what
+# has changed is touched afterwards.
+
+DRAG_PIXELS = 6
+
+
+def scrolled_tree(parent: tk.Misc, *columns: str) -> ttk.Treeview:
+    """Return a list with a scroll bar."""
+    tree = ttk.Treeview(
+        parent, show="tree", style="Side.Treeview", selectmode="browse", columns=columns
+    )
+    bar = ttk.Scrollbar(parent, command=tree.yview, style="Side.Vertical.TScrollbar")
+    tree.configure(yscrollcommand=bar.set)
+    bar.pack(side="right", fill="y")
+    tree.pack(side="left", fill="both", expand=True)
+    return tree
+
+
+class Sidebar(ttk.Frame):
+    """Servers, and below them channels and private conversations."""
+
+    def __init__(self, parent: tk.Misc, look: Look, chosen: Callable[[int], None]):
+        super().__init__(parent)
+        self.look, self.chosen = look, chosen
+        self.rooms: dict[int, RoomInfo] = {}
+        self.servers: tuple[Server, ...] = ()
+        self.here = 0
+        self.order: dict[str, list[str]] = {}  # names of conversations by server, as dragged
+        self.drafts: set[int] = set()  # conversations in which something is half typed
+        self.dragged = ""
+        self.pressed_at = 0
+        self.menu_for: Callable[[int, Any], Any] = lambda number, event: None
+        self.reordered: Callable[[], None] = chat.do_nothing
+        self.tree = scrolled_tree(self, "count")
+        self.tree.column("count", anchor="e", stretch=False)
+        look.follow(self.recolour)
+        self._bind_all()
+
+    def recolour(self) -> None:
+        look, c, tag = self.look, self.look.colours, self.tree.tag_configure
+        self.tree.column("#0", width=9 * look.em, minwidth=3 * look.em)
+        self.tree.column("count", width=look.font.measure("@999+") + look.part(0.6))
+        tag("server", foreground=c.dim, font=look.small)
+        tag("unread", font=look.bold, foreground=c.ink)
+        tag("called", font=look.bold, foreground=c.bad)
+        tag("muted", foreground=c.pale, font=look.font)
+        tag("outside", foreground=c.dim, font=look.italic)
+
+    def _bind_all(self) -> None:
+        tree = self.tree
+        tree.bind("<<TreeviewSelect>>", self._selected)
+        tree.bind("<Button-1>", self._press, add=True)
+        tree.bind("<B1-Motion>", self._drag)
+        tree.bind("<ButtonRelease-1>", self._drop)
+        bind_menu(tree, self._menu)
+
+    # What there is
+
+    def show_servers(self, servers: tuple[Server, ...]) -> None:
+        """Show servers, and their conversations in order."""
+        self.servers = servers
+        wanted = [f"s{server.number}" for server in servers]
+        for row in set(self.tree.get_children()) - set(wanted):
+            self.tree.delete(row)
+        for server, row in zip(servers, wanted, strict=True):
+            mark = "" if server.ready else "\u2026 " if server.phase != chat.ENDED else "\u2715 "
+            text = self.look.drawable(f"{mark}{server.address}")
+            if self.tree.exists(row):
+                self.tree.item(row, text=text)
+            else:
+                self.tree.insert("", "end", row, text=text, open=True, tags=("server",))
+        self.arrange()
+
+    def show_rooms(self, changed: tuple[RoomInfo, ...], gone: tuple[int, ...]) -> None:
+        for number in gone:
+            self.rooms.pop(number, None)
+            if self.tree.exists(f"r{number}"):
+                self.tree.delete(f"r{number}")
+        for room in changed:
+            self.rooms[room.number] = room
+            if self.tree.exists(f"r{room.number}"):
+                self.refresh(room.number)
+        self.arrange()
+
+    def arrange(self) -> None:
+        """Insert what is missing, and put all in order."""
+        for server in self.servers:
+            parent = f"s{server.number}"
+            wanted = [f"r{number}" for number in self.ordered(server)]
+            known = self.tree.get_children(parent)
+            if list(known) == wanted:
+                continue
+            for position, row in enumerate(wanted):
+                if not self.tree.exists(row):
+                    self.tree.insert(parent, position, row)
+                    self.refresh(int(row[1:]))
+                elif self.tree.index(row) != position or self.tree.parent(row) != parent:
+                    self.tree.move(row, parent, position)
+        self.select(self.here)
+
+    def ordered(self, server: Server) -> list[int]:
+        """Return the conversations of a server: as the user dragged them, else channels first."""
+        names = {name: n for n, name in enumerate(self.order.get(server.address, []))}
+        rooms = [self.rooms[number] for number in server.rooms if number in self.rooms]
+        last = len(names)
+        rooms.sort(key=lambda room: (names.get(room.name, last), not room.channel))
+        return [room.number for room in rooms]
+
+    def all_rooms(self) -> list[int]:
+        """Return all conversations from top to bottom: their numbers are those of Alt."""
+        return [number for server in self.servers for number in self.ordered(server)]
+
+    def refresh(self, number: int) -> None:
+        room = self.rooms[number]
+        if number in self.drafts:
+            room = room._replace(draft="...")
+        elif number == self.here:
+            room = room._replace(draft="")
+        tag = "called" if room.called and not room.muted else "unread" if room.unread else "read"
+        tag = "muted" if room.muted else "outside" if not room.inside and tag == "read" else tag
+        text = self.look.drawable(sidebar_text(room))
+        self.tree.item(f"r{number}", text=text, values=(count_text(room),), tags=(tag,))
+
+    def set_draft(self, number: int, on: bool) -> None:
+        """Note whether something is half typed in a conversation."""
+        if on != (number in self.drafts):
+            self.drafts ^= {number}
+            if self.tree.exists(f"r{number}"):
+                self.refresh(number)
+
+    def select(self, number: int) -> None:
+        """Select the conversation that is looked at."""
+        before, self.here = self.here, number
+        for one in {before, number}:
+            if self.tree.exists(f"r{one}"):
+                self.refresh(one)
+        row = f"r{number}"
+        room = self.rooms.get(number)
+        if not self.tree.exists(row) and room:
+            row = f"s{room.server}"
+        if self.tree.exists(row) and self.tree.selection() != (row,):
+            self.tree.selection_set(row)
+            self.tree.focus(row)
+            self.tree.see(row)
+
+    def number_of(self, row: str) -> int:
+        """Return the conversation of a row; of a server's, the place without one."""
+        if row[:1] == "r":
+            return int(row[1:])
+        server = int(row[1:] or 0)
+        empty = (room for room in self.rooms.values() if room.server == server and not room.name)
+        return next((room.number for room in empty), 0)
+
+    def _selected(self, event: Any) -> None:
+        selected = self.tree.selection()
+        if not selected or selected[0][:1] == "s" or self.dragged:
+            return
+        number = self.number_of(selected[0])
+        if number and number != self.here:
+            self.chosen(number)
+
+    def _menu(self, event: Any) -> str:
+        if event.type == tk.EventType.ButtonPress:
+            row = self.tree.identify_row(event.y)
+        else:
+            row = self.tree.focus() or f"r{self.here}"
+        if row:
+            self.menu_for(self.number_of(row), event)
+        return "break"
+
+    # Another order
+
+    def _press(self, event: Any) -> None:
+        self.pressed_at = event.y
+        self.dragged = ""
+
+    def _drag(self, event: Any) -> str:
+        """Move a conversation below the pointer to another place."""
+        row = self.dragged or self.tree.identify_row(self.pressed_at)
+        if row[:1] != "r" or abs(event.y - self.pressed_at) < DRAG_PIXELS:
+            return "break"
+        self.dragged = row
+        target = self.tree.identify_row(event.y)
+        if (
+            target[:1] == "r"
+            and self.tree.parent(target) == self.tree.parent(row)
+            and target != row
+        ):
+            self.tree.move(row, self.tree.parent(row), self.tree.index(target))
+        return "break"
+
+    def _drop(self, event: Any) -> None:
+        if self.dragged:
+            self._keep_order(self.tree.parent(self.dragged))
+            self.dragged = ""
+
+    def shift(self, step: int) -> None:
+        """Move the conversation that is looked at up or down."""
+        row = f"r{self.here}"
+        if self.tree.exists(row):
+            parent = self.tree.parent(row)
+            self.tree.move(row, parent, max(0, self.tree.index(row) + step))
+            self._keep_order(parent)
+
+    def _keep_order(self, parent: str) -> None:
+        rows = [self.rooms[int(row[1:])] for row in self.tree.get_children(parent)]
+        address = next(one.address for one in self.servers if f"s{one.number}" == parent)
+        self.order[address] = [room.name for room in rows]
+        self.reordered()
 
 
 class People(ttk.Frame):
-    """The list of members, by name. Only what changed is drawn."""
+    """The members of a channel: operators first. Only what changed is drawn."""
 
     def __init__(self, parent: tk.Misc, look: Look, chosen: Callable[[str], None]):
         super().__init__(parent)
-        self.chosen = chosen
-        self.drawable = look.drawable
-        self.rows: dict[str, str] = {}  # name to row
+        self.look, self.chosen = look, chosen
+        self.rows: dict[str, chat.Person] = {}
+        self.order: list[tuple] = []  # places in the list, sorted
         self.mine = ""
-        self.count = ttk.Label(self, style="Dim.TLabel", padding=(10, 10, 0, 6))
-        self.tree = ttk.Treeview(self, show="tree", style="People.Treeview", selectmode="browse")
-        self.bar = ttk.Scrollbar(self, command=self.tree.yview, style="People.Vertical.TScrollbar")
-        self.tree.configure(yscrollcommand=self.bar.set)
-        self.tree.column("#0", width=160, minwidth=80)
-        for number, colour in enumerate(look.colours.names):
-            self.tree.tag_configure(f"name{number}", foreground=colour)
+        self.menu_for: Callable[[str, Any], Any] = lambda name, event: None
+        self.count = ttk.Label(self, style="Dim.TLabel")
         self.count.pack(fill="x")
-        self.bar.pack(side="right", fill="y")
-        self.tree.pack(side="left", fill="both", expand=True)
+        self.tree = scrolled_tree(self)
+        look.follow(self.recolour)
         self.tree.bind("<Double-Button-1>", self._choose)
         self.tree.bind("<Return>", self._choose)
-        self.show((), "")
+        bind_menu(self.tree, self._menu)
 
-    def show(self, people: tuple[str, ...], mine: str) -> None:
-        order = sorted(people, key=lambda name: (key_of(name), name))
-        if mine != self.mine:  # the row of who we were, and of who we are, read differently
-            self._remove({self.mine, mine})
-        self.mine = mine
-        self._remove(self.rows.keys() - set(order))
-        for position, name in enumerate(order):
-            if name not in self.rows:
-                text = self.drawable(shorter(name, NAME_SHOWN) + " (you)" * (name == mine))
-                where = position if position < len(self.rows) else "end"  # which needs no search
-                self.rows[name] = self.tree.insert("", where, text=text, tags=name_tag(name))
-        self.count.configure(text=f"PEOPLE HERE \u2013 {len(order):,}")
+    def recolour(self) -> None:
+        look, c = self.look, self.look.colours
+        self.count.configure(padding=(look.part(0.6), look.part(0.6), 0, look.part(0.3)))
+        self.tree.column("#0", width=8 * look.em, minwidth=3 * look.em)
+        for number, colour in enumerate(c.names):
+            self.tree.tag_configure(f"name{number}", foreground=colour)
+        self.tree.tag_configure("away", foreground=c.pale, font=look.italic)
+
+    def change(self, came: Iterable[chat.Person], went: Iterable[str], reset: bool) -> None:
+        """Take members that came or are others now, and those who went."""
+        if reset:
+            self.rows.clear()
+            self.order.clear()
+            self.tree.delete(*self.tree.get_children())
+        self._remove(went)
+        came = list(came)
+        self._remove(one.name for one in came if one.name in self.rows)
+        if not self.rows:
+            came.sort(key=member_order)
+        for person in came:
+            self._insert(person)
+        self.count.configure(text=f"MEMBERS \u2013 {len(self.rows):,}" if self.rows else "")
+
+    def _insert(self, person: chat.Person) -> None:
+        place = member_order(person)
+        position = bisect.bisect(self.order, place)
+        self.order.insert(position, place)
+        self.rows[person.name] = person
+        tags = ("away",) if person.away else (name_tag(person.name),)
+        text = self.look.drawable(member_text(person, self.mine))
+        where = position if position < len(self.rows) - 1 else "end"  # which needs no search
+        self.tree.insert("", where, f"m{person.name}", text=text, tags=tags)
 
     def _remove(self, names: Iterable[str]) -> None:
-        rows = [self.rows.pop(name) for name in names if name in self.rows]
+        rows = []
+        for name in names:
+            if person := self.rows.pop(name, None):
+                del self.order[bisect.bisect_left(self.order, member_order(person))]
+                rows.append(f"m{name}")
         if rows:
             self.tree.delete(*rows)
 
-    def _choose(self, event: Any) -> str:
+    def rename_me(self, name: str) -> None:
+        """Mark another row as that of this user."""
+        before, self.mine = self.mine, name
+        people = [self.rows[one] for one in (before, name) if one in self.rows]
+        if before != name and people:
+            self.change(people, (), False)
+
+    def _selected(self) -> str:
         selected = self.tree.selection()
-        names = [name for name, row in self.rows.items() if row in selected]
-        if names and names[0] != self.mine:
-            self.chosen(names[0])
+        return selected[0][1:] if selected else ""
+
+    def _choose(self, event: Any) -> str:
+        name = self._selected()
+        if name and name != self.mine:
+            self.chosen(name)
         return "break"
 
+    def _menu(self, event: Any) -> str:
+        if event.type == tk.EventType.ButtonPress:
+            row = self.tree.identify_row(event.y)
+            self.tree.selection_set(row)
+        if name := self._selected():
+            self.menu_for(name, event)
+        return "break"
+
+
+# ======================================================================================
+# PANEL
+# ======================================================================================
+# Texts that are no part of a conversation stand beside it: what a search found, help,
+# members that were asked for. A click on a message that was found leads to where it was said.
+
+RESULT_SHOWN = 300  # characters of a message that was found
+WINDOW_KEYS = (
+    ("Return", "send; Shift+Return: a new line"),
+    ("Tab", "complete a name, a channel, a command, an emoji (:tea)"),
+    ("Up, Down", "earlier lines; in an empty field or at its edge"),
+    ("Page Up, Page Down", "read back and forth"),
+    ("Ctrl+K", "go to any conversation"),
+    ("Alt+1 \u2026 Alt+9", "go to that conversation"),
+    ("Alt+Up, Alt+Down", "the conversation above or below; with Shift: move it"),
+    ("Alt+A", "the next one with something new, first where you are called"),
+    ("Ctrl+F", "search; Return searches, Down goes to what was found"),
+    ("F6", "the next part of the window; Shift+F6: the one before"),
+    ("Up, Down in the messages", "choose one; Return or the menu key: what can be done with it"),
+    ("Alt+R, Alt+E", "answer, or react to, the chosen message or the last one"),
+    ("F8, F9", "hide or show the conversations, the members"),
+    ("Ctrl+Plus, Ctrl+Minus, Ctrl+0", "larger, smaller, as usual"),
+    ("Ctrl+Comma", "settings"),
+    ("Ctrl+W", "close the conversation"),
+    ("F1", "help"),
+    ("Escape", "out of whatever is open, and to the newest message"),
+)
+
+
+def keys_text() -> str:
+    width = max(len(key) for key, _ in WINDOW_KEYS)
+    return "\n".join(f"{key:{width}}  {what}" for key, what in WINDOW_KEYS)
+
+
+class Panel(ttk.Frame):
+    """A pane for results and pages, with a field to search in."""
+
+    def __init__(self, parent: tk.Misc, look: Look, search: Callable[[str, bool], None]):
+        super().__init__(parent, style="Card.TFrame")
+        self.look, self.search = look, search
+        self.jump: Callable[[int, chat.View], None] = lambda number, view: None
+        self.closed: Callable[[], None] = chat.do_nothing
+        self.rows: list[tuple[int, str, chat.View]] = []
+        self.everywhere = False
+        head = ttk.Frame(self, style="Card.TFrame")
+        self.title = ttk.Label(head, style="Card.TLabel")
+        self.title.pack(side="left", fill="x", expand=True)
+        close = ttk.Button(head, text="\u2715", style="Plain.TButton", command=self.close)
+        close.pack(side="right")
+        head.pack(fill="x")
+        self.field = Field(self, look, self.enter, width=20)
+        self.scope = ttk.Button(self, style="Plain.TButton", command=self._change_scope)
+        self.text = tk.Text(self, state="disabled", cursor="arrow", width=30, height=4)
+        bar = ttk.Scrollbar(self, command=self.text.yview)
+        self.text.configure(yscrollcommand=bar.set)
+        self.field.pack(fill="x")
+        self.scope.pack(anchor="w")
+        bar.pack(side="right", fill="y")
+        self.text.pack(side="left", fill="both", expand=True)
+        self._name_scope()
+        look.follow(self.recolour)
+        self._bind_all()
+
+    def recolour(self) -> None:
+        look, c, tag = self.look, self.look.colours, self.text.tag_configure
+        self.configure(padding=(look.part(0.5), look.part(0.3), 0, 0))
+        room = {"padx": look.part(0.3), "pady": look.part(0.4), "highlightthickness": 1}
+        self.text.configure(**look.text_options() | room)
+        self.text.configure(highlightbackground=c.paper)
+        self.title.configure(font=look.bold)
+        tag("head", foreground=c.dim, font=look.small, spacing1=look.part(0.5))
+        tag("chosen", background=c.selected)
+        tag("page", font=look.fixed, wrap="word")
+        tag("link", foreground=c.accent, underline=True)
+        self.text.tag_raise("sel")
+
+    def _bind_all(self) -> None:
+        text = self.text
+        text.bind("<ButtonRelease-1>", self._click)
+        text.bind("<Return>", lambda _: self._open())
+        for key, step in (("<Up>", -1), ("<Down>", 1)):
+            text.bind(key, functools.partial(self._choose, step))
+        self.field.bind("<Down>", functools.partial(self._choose, 1))
+        offer_menu(text, self.look, "Copy")
+
+    # The field
+
+    def ask(self, words: str = "") -> None:
+        """Let the user search."""
+        self._show_field(True)
+        if words:
+            self.field.set(words)
+        self.field.tag_add("sel", "1.0", "end-1c")
+        self.field.focus_set()
+        self.title.configure(text="Search")
+
+    def enter(self) -> None:
+        if words := self.field.content.strip():
+            self.search(words, self.everywhere)
+
+    def _change_scope(self) -> None:
+        self.everywhere = not self.everywhere
+        self._name_scope()
+        self.enter()
+
+    def _name_scope(self) -> None:
+        where = "in all conversations" if self.everywhere else "in this conversation"
+        self.scope.configure(text=f"{where} (change)")
+
+    def _show_field(self, on: bool) -> None:
+        if on:
+            self.field.pack(fill="x", before=self.text)
+            self.scope.pack(anchor="w", before=self.text)
+        else:
+            self.field.pack_forget()
+            self.scope.pack_forget()
+
+    # What is shown
+
+    def _fill(self, pieces: list) -> None:
+        self.text.configure(state="normal")
+        self.text.delete("1.0", "end")
+        if pieces:
+            self.text.insert("1.0", *drawable_pieces(pieces, self.look.drawable))
+        self.text.configure(state="disabled")
+        self.text.yview_moveto(0)
+
+    def show_page(self, title: str, text: str) -> None:
+        """Show a text from its beginning."""
+        self.rows = []
+        self._show_field(False)
+        self.title.configure(text=self.look.drawable(title[:1].upper() + title[1:]))
+        self._fill([broken(text), ("page",)])
+        self.text.focus_set()
+
+    def show_results(self, title: str, rows: tuple) -> None:
+        """Show messages that were found, the newest first."""
+        self.rows = list(reversed(rows))
+        self._show_field(True)
+        count = chat.counted(len(rows), "message")
+        self.title.configure(text=self.look.drawable(shorter(f"{count}: {title}", NAME_SHOWN)))
+        pieces: list = []
+        for n, (_, where, view) in enumerate(self.rows):
+            when = f"{moment_of(view):%Y-%m-%d %H:%M}"
+            tag = f"row{n}"
+            pieces += [shorter(view.name, NAME_SHOWN), ("head", name_tag(view.name), tag)]
+            pieces += [f"  {where}  {when}\n", ("head", tag)]
+            pieces += [f"{shorter(view.text, RESULT_SHOWN)}\n", ("found", tag)]
+        for tag in self.text.tag_names():
+            if tag.startswith("row"):
+                self.text.tag_delete(tag)
+        self._fill(pieces)
+
+    def _choose(self, step: int, event: Any) -> str | None:
+        """Choose the next message that was found."""
+        if not self.rows:
+            return None
+        chosen = [tag for tag in self.text.tag_names("insert") if tag.startswith("row")]
+        number = int(chosen[0][3:]) + step if chosen and event.widget is self.text else 0
+        number = max(0, min(len(self.rows) - 1, number))
+        first, last = self.text.tag_ranges(f"row{number}")[:2]
+        self.text.tag_remove("chosen", "1.0", "end")
+        self.text.tag_add("chosen", first, last)
+        self.text.mark_set("insert", first)
+        self.text.see(last)
+        self.text.see(first)
+        self.text.focus_set()
+        return "break"
+
+    def _click(self, event: Any) -> None:
+        self.text.mark_set("insert", f"@{event.x},{event.y}")
+        if not self.text.tag_ranges("sel"):
+            self._open()
+
+    def _open(self) -> str:
+        """Show the message at the cursor among those around it."""
+        for tag in self.text.tag_names("insert"):
+            if tag.startswith("row"):
+                number, _, view = self.rows[int(tag[3:])]
+                self.jump(number, view)
+        return "break"
+
+    def close(self) -> None:
+        self.closed()
+
+
+# ======================================================================================
+# CARDS
+# ======================================================================================
+# Dialogs are frames on top of the window: nothing waits for them, and they follow the look
+# and the keys of everything else. Escape closes one.
 
 ACCOUNT_LABEL = "Password of your account, if you have one"
 PASSWORD_LABEL = "Password of the server, if it asks for one"
@@ -1007,58 +3131,414 @@ def secret_field(parent: tk.Misc, enter: Callable[[], None]) -> ttk.Entry:
     return field
 
 
-class ConnectCard(ttk.Frame):
-    """Asks for a name and a server, on top of the conversation."""
+class Card(ttk.Frame):
+    """The base of the dialogs."""
 
-    def __init__(self, parent: tk.Misc, look: Look, connect: Callable[..., None]):
-        super().__init__(parent, style="Raised.Card.TFrame", padding=28)
-        self.connect = connect
+    def __init__(self, parent: tk.Misc, look: Look, title: str):
+        super().__init__(parent, style="Raised.Card.TFrame")
+        self.look = look
         self.closed: Callable[[], None] = chat.do_nothing
-        self.name = Field(self, look, self.enter)
-        self.server = Field(self, look, self.enter)
-        self.password, self.secret = secret_field(self, self.enter), secret_field(self, self.enter)
-        self.error = ttk.Label(self, style="Bad.Card.TLabel", wraplength=320)
-        self.cancel = ttk.Button(self, text="Cancel", command=self.hide)
-        self.go = ttk.Button(self, text="Connect", style="Accent.TButton", command=self.enter)
-        rows = (
-            ttk.Label(self, text="Join the conversation", style="Large.Card.TLabel"),
-            *(ttk.Label(self, text="Your name", style="Card.TLabel"), self.name),
-            *(ttk.Label(self, text="Server", style="Card.TLabel"), self.server),
-            *(ttk.Label(self, text=ACCOUNT_LABEL, style="Card.TLabel"), self.secret),
-            *(ttk.Label(self, text=PASSWORD_LABEL, style="Card.TLabel"), self.password),
-            self.error,
-        )
-        gaps = (12, *(4, 14) * 4, 0)
-        for row, (widget, gap) in enumerate(zip(rows, gaps, strict=True)):
-            widget.grid(row=row, column=0, columnspan=2, sticky="we", pady=(0, gap))
-        self.cancel.grid(row=len(rows), column=0, sticky="e", padx=(0, 8), pady=(10, 0))
-        self.go.grid(row=len(rows), column=1, sticky="e", pady=(10, 0))
-        self.columnconfigure(0, weight=1)
-        for field in (self.name, self.server, self.password, self.secret):
-            field.bind("<Escape>", lambda _: self.hide())
+        self.head = ttk.Label(self, text=title, style="Large.Card.TLabel")
+        self.body = ttk.Frame(self, style="Card.TFrame")
+        self.buttons = ttk.Frame(self, style="Card.TFrame")
+        self.head.pack(fill="x", anchor="w")
+        self.body.pack(fill="both", expand=True)
+        self.buttons.pack(fill="x")
+        look.follow(self.recolour)
+
+    def recolour(self) -> None:
+        self.configure(padding=self.look.part(1.3))
+        self.body.configure(padding=(0, self.look.part(0.6)))
+
+    def add_button(self, text: str, command: Callable[[], Any], main: bool = False) -> ttk.Button:
+        style = "Accent.TButton" if main else "TButton"
+        button = ttk.Button(self.buttons, text=text, style=style, command=command)
+        button.bind("<Return>", lambda _: button.invoke() and "break" or "break")
+        button.pack(side="right", padx=(self.look.part(0.4), 0))
+        return button
 
     @property
     def shown(self) -> bool:
         return bool(self.place_info())
 
-    def show(self, name: str, server: str, error: str = "") -> None:
-        self.name.set(name)
-        self.server.set(server)
-        self.error.configure(text=error)
-        self.place(relx=0.5, rely=0.45, anchor="center")
+    def open(self, focus: tk.Misc) -> None:
+        self.place(relx=0.5, rely=0.48, anchor="center")
         self.lift()
-        self.name.tag_add("sel", "1.0", "end-1c")
-        self.name.focus_set()
+        for widget in descendants(self):
+            widget.bind("<Escape>", lambda _: self.hide() or "break")
+        self.first = focus
+        focus.focus_set()
 
     def hide(self) -> None:
         self.place_forget()
         self.closed()
 
+    def keep_focus(self, widget: Any) -> None:
+        """While it is open, the keys are its own."""
+        if self.shown and not str(widget).startswith(str(self)):
+            self.first.focus_set()
+
+
+def descendants(widget: tk.Misc) -> Iterator[tk.Misc]:
+    for child in widget.winfo_children():
+        yield child
+        yield from descendants(child)
+
+
+class ConnectCard(Card):
+    """Asks for a name and a server."""
+
+    def __init__(self, parent: tk.Misc, look: Look, connect: Callable[..., None]):
+        super().__init__(parent, look, "Join the conversation")
+        self.connect = connect
+        self.recent: Callable[[], list[list[str]]] = list
+        body = self.body
+        self.name = Field(body, look, self.enter)
+        self.server = Field(body, look, self.enter)
+        self.password, self.secret = secret_field(body, self.enter), secret_field(body, self.enter)
+        self.tls = tk.BooleanVar(body)
+        self.register = tk.BooleanVar(body)
+        self.error = ttk.Label(body, style="Bad.Card.TLabel")
+        self.found = ttk.Label(body, style="Dim.Card.TLabel")
+        self.known = ttk.Button(body, text="Recent servers \u25be", command=self._show_recent)
+        for row in (
+            (ttk.Label(body, text="Your name", style="Card.TLabel"), self.name),
+            (ttk.Label(body, text="Server", style="Card.TLabel"), self.server, self.found),
+            (self.known, self._check("Encrypt the connection (TLS)", self.tls)),
+            (ttk.Label(body, text=ACCOUNT_LABEL, style="Card.TLabel"), self.secret),
+            (self._check("This is a new account: register it", self.register),),
+            (ttk.Label(body, text=PASSWORD_LABEL, style="Card.TLabel"), self.password),
+            (self.error,),
+        ):
+            self._add_row(row)
+        self.go = self.add_button("Connect", self.enter, main=True)
+        self.cancel = self.add_button("Cancel", self.hide)
+
+    def _check(self, text: str, variable: tk.BooleanVar) -> ttk.Checkbutton:
+        return ttk.Checkbutton(self.body, text=text, variable=variable)
+
+    def _add_row(self, widgets: tuple) -> None:
+        for widget in widgets:
+            fill = "none" if isinstance(widget, (ttk.Button, ttk.Checkbutton)) else "x"
+            widget.pack(fill=fill, anchor="w", pady=(0, self.look.part(0.15)))
+        widgets[-1].pack_configure(pady=(0, self.look.part(0.4)))
+
+    def recolour(self) -> None:
+        super().recolour()
+        for label in (getattr(self, "error", None), getattr(self, "found", None)):
+            if label:
+                label.configure(wraplength=20 * self.look.em)
+
+    def show(self, name: str, server: str, error: str = "") -> None:
+        self.name.set(name)
+        self.server.set(server)
+        self.tls.set(server.startswith(("ircs://", "chats://")))
+        self.register.set(False)
+        self.error.configure(text=self.look.drawable(error))
+        self.error.configure(wraplength=20 * self.look.em)
+        self.known.configure(state="normal" if self.recent() else "disabled")
+        self.name.tag_add("sel", "1.0", "end-1c")
+        self.open(self.name)
+
+    def tell_found(self, server: str) -> None:
+        """Tell that a server was found on this machine."""
+        self.found.configure(text=f"A server answers on this machine: {server}")
+
+    def _show_recent(self) -> None:
+        menu = self.look.menu(self)
+        for name, server in self.recent():
+            label = self.look.drawable(f"{server}  as {name}")
+            menu.add_command(label=label, command=functools.partial(self._take, name, server))
+        x, y = self.known.winfo_rootx(), self.known.winfo_rooty() + self.known.winfo_height()
+        menu.tk_popup(x, y)
+
+    def _take(self, name: str, server: str) -> None:
+        self.name.set(name)
+        self.server.set(server)
+        self.tls.set(server.startswith(("ircs://", "chats://")))
+
     def enter(self) -> None:
         secrets = self.password.get(), self.secret.get()
         for field in (self.password, self.secret):
             field.delete(0, "end")
-        self.connect(self.name.content.strip(), self.server.content.strip(), *secrets)
+        server = self.server.content.strip()
+        if self.tls.get() and "://" not in server:
+            server = f"ircs://{server}"
+        self.connect(self.name.content.strip(), server, *secrets, bool(self.register.get()))
+
+
+class CertificateCard(Card):
+    """Asks whether a certificate is the right one."""
+
+    def __init__(self, parent: tk.Misc, look: Look, answered: Callable[[int, bool], None]):
+        super().__init__(parent, look, "Is this the right server?")
+        self.answered = answered
+        self.server = 0
+        self.why = ttk.Label(self.body, style="Card.TLabel")
+        self.print = ttk.Label(self.body, style="Card.TLabel")
+        self.advice = ttk.Label(self.body, style="Dim.Card.TLabel")
+        for label in (self.why, self.print, self.advice):
+            label.pack(anchor="w", pady=(0, look.part(0.4)))
+        self.leave = self.add_button("Leave", lambda: self.answer(False), main=True)
+        self.trust = self.add_button("Trust it", lambda: self.answer(True))
+
+    def show(self, server: Server) -> None:
+        self.server = server.number
+        digits = server.doubted
+        lines = [" ".join(re.findall("..", digits[n : n + 32])) for n in range(0, len(digits), 32)]
+        why = server.doubt or "is not signed by an authority that this computer trusts"
+        self.why.configure(text=f"The certificate of {server.address} {why}.")
+        self.print.configure(text="\n".join(["Its SHA-256 is", *lines]), font=self.look.fixed)
+        self.advice.configure(
+            text="Trust it if the operator of the server tells you the same number. If you do not "
+            "know it, another machine may be between you and the server."
+        )
+        for label in (self.why, self.advice):
+            label.configure(wraplength=26 * self.look.em)
+        self.open(self.leave)
+
+    def answer(self, trusted: bool) -> None:
+        self.hide()
+        self.answered(self.server, trusted)
+
+
+class AskCard(Card):
+    """Asks for one line."""
+
+    def __init__(self, parent: tk.Misc, look: Look):
+        super().__init__(parent, look, "")
+        self.taken: Callable[[str], None] = chat.do_nothing
+        self.field = Field(self.body, look, self.enter)
+        self.note = ttk.Label(self.body, style="Dim.Card.TLabel")
+        self.field.pack(fill="x")
+        self.note.pack(anchor="w", pady=(look.part(0.3), 0))
+        self.add_button("OK", self.enter, main=True)
+        self.add_button("Cancel", self.hide)
+
+    def show(
+        self, title: str, taken: Callable[[str], None], text: str = "", note: str = ""
+    ) -> None:
+        self.taken = taken
+        self.head.configure(text=self.look.drawable(title))
+        self.note.configure(text=self.look.drawable(note), wraplength=22 * self.look.em)
+        self.field.set(text)
+        self.field.tag_add("sel", "1.0", "end-1c")
+        self.open(self.field)
+
+    def enter(self) -> None:
+        if text := self.field.content.strip():
+            self.hide()
+            self.taken(text)
+
+
+class Switcher(Card):
+    """Goes to a conversation, or does something, by a part of its name."""
+
+    ROWS = 10
+
+    def __init__(self, parent: tk.Misc, look: Look):
+        super().__init__(parent, look, "Go to")
+        self.choices: list[tuple[str, Callable[[], None]]] = []
+        self.matching: list[Callable[[], None]] = []
+        self.field = Field(self.body, look, self.enter)
+        self.field.pack(fill="x")
+        self.tree = ttk.Treeview(self.body, show="tree", style="Card.Treeview", height=self.ROWS)
+        self.tree.configure(selectmode="browse", takefocus=False)
+        self.tree.pack(fill="both", expand=True, pady=(look.part(0.4), 0))
+        self.tree.column("#0", width=20 * look.em)
+        self.field.bind("<<Modified>>", self._modified)
+        self.field.bind("<Up>", lambda _: self._move(-1))
+        self.field.bind("<Down>", lambda _: self._move(1))
+        self.tree.bind("<ButtonRelease-1>", self._click)
+
+    def show(self, choices: list[tuple[str, Callable[[], None]]]) -> None:
+        self.choices = choices
+        self.field.set("")
+        self._filter()
+        self.open(self.field)
+
+    def _modified(self, event: Any) -> None:
+        if self.field.edit_modified():
+            self.field.edit_modified(False)
+            self._filter()
+
+    def _filter(self) -> None:
+        words = key_of(self.field.content.strip()).split()
+        found = [one for one in self.choices if all(word in key_of(one[0]) for word in words)]
+        if words:
+            found.sort(key=lambda one: not key_of(one[0]).lstrip("#").startswith(words[0]))
+        found = found[: 5 * self.ROWS]
+        self.matching = [act for _, act in found]
+        self.tree.delete(*self.tree.get_children())
+        for n, (text, _) in enumerate(found):
+            self.tree.insert("", "end", str(n), text=self.look.drawable(shorter(text, NAME_SHOWN)))
+        if found:
+            self.tree.selection_set("0")
+
+    def _move(self, step: int) -> str:
+        selected = self.tree.selection()
+        if self.matching:
+            row = str(((int(selected[0]) if selected else -1) + step) % len(self.matching))
+            self.tree.selection_set(row)
+            self.tree.see(row)
+        return "break"
+
+    def enter(self) -> None:
+        if selected := self.tree.selection():
+            act = self.matching[int(selected[0])]
+            self.hide()
+            act()
+
+    def _click(self, event: Any) -> None:
+        if row := self.tree.identify_row(event.y):
+            self.tree.selection_set(row)
+            self.enter()
+
+
+class SettingsCard(Card):
+    """All settings, with the values that they have: the same as /set."""
+
+    def __init__(self, parent: tk.Misc, look: Look, change: Callable[[str, str], None]):
+        super().__init__(parent, look, "Settings")
+        self.change = change
+        self.fields: dict[str, Any] = {}
+        for row, (name, setting) in enumerate(sorted(chat.SETTINGS.items())):
+            self._add_row(row, name, setting)
+        self.body.columnconfigure(2, weight=1)
+        self.note = ttk.Label(self, style="Dim.Card.TLabel")
+        self.note.configure(text="The same as /set NAME VALUE; kept for the next start.")
+        self.note.pack(anchor="w", before=self.buttons)
+        self.add_button("Done", self.done, main=True)
+
+    def _add_row(self, row: int, name: str, setting: chat.Setting) -> None:
+        pad = {"pady": self.look.part(0.12), "sticky": "w"}
+        ttk.Label(self.body, text=name, style="Card.TLabel").grid(row=row, column=0, **pad)
+        if setting.values:
+            field: Any = ttk.Combobox(self.body, values=setting.values, state="readonly", width=12)
+            field.bind("<<ComboboxSelected>>", lambda _: self.change(name, field.get()))
+        else:
+            field = Field(self.body, self.look, lambda: self._enter(name), width=16)
+            field.bind("<FocusOut>", lambda _: self._enter(name))
+        field.grid(
+            row=row, column=1, padx=self.look.part(0.6), pady=self.look.part(0.12), sticky="we"
+        )
+        about = ttk.Label(self.body, text=setting.summary, style="Dim.Card.TLabel")
+        about.grid(row=row, column=2, **pad)
+        self.fields[name] = field
+
+    def show(self, values: dict[str, str]) -> None:
+        for name, field in self.fields.items():
+            field.set(values.get(name, chat.SETTINGS[name].usual))
+        self.values = dict(values)
+        first = next(iter(self.fields.values()))
+        self.open(first)
+
+    def _enter(self, name: str) -> None:
+        text = self.fields[name].content.strip()
+        if self.shown and text != self.values.get(name, chat.SETTINGS[name].usual):
+            self.values[name] = text
+            self.change(name, text or "default")
+
+    def done(self) -> None:
+        for name, setting in chat.SETTINGS.items():
+            if not setting.values:
+                self._enter(name)
+        self.hide()
+
+
+class Banner(ttk.Frame):
+    """A line above the field about the text being written, with buttons."""
+
+    def __init__(self, parent: tk.Misc, look: Look):
+        super().__init__(parent, style="Banner.TFrame")
+        self.look = look
+        self.dropped: Callable[[], None] = chat.do_nothing
+        self.label = ttk.Label(self, style="Banner.TLabel")
+        self.buttons = ttk.Frame(self, style="Banner.TFrame")
+        self.buttons.pack(side="right")
+        self.label.pack(side="left", fill="x", expand=True)
+
+    @property
+    def shown(self) -> bool:
+        return bool(self.winfo_manager())
+
+    def show(self, text: str, *buttons: tuple[str, Callable[[], None]]) -> None:
+        for child in self.buttons.winfo_children():
+            child.destroy()
+        self.configure(padding=(self.look.part(0.5), self.look.part(0.1)))
+        self.label.configure(text=self.look.drawable(text))
+        for name, act in (*buttons, ("\u2715", self.hide)):
+            button = ttk.Button(self.buttons, text=name, style="Banner.TButton", command=act)
+            button.pack(side="left")
+        self.grid()
+
+    def hide(self) -> None:
+        self.grid_remove()
+        dropped, self.dropped = self.dropped, chat.do_nothing
+        dropped()
+
+
+# ======================================================================================
+# NOTICES
+# ======================================================================================
+# The desktop is told of messages for the user while the window is not looked at. Words of
+# other users are arguments of a program or values of its environment, and never a part of a
+# command line.
+
+NOTICE_SECONDS = 2.0  # between two notices
+NOTICE_CHARACTERS = 200
+APPLE_SCRIPT = (
+    *("-e", "on run argv"),
+    *("-e", "display notification (item 2 of argv) with title (item 1 of argv)"),
+    *("-e", "end run"),
+)
+POWER_SHELL = (
+    "Add-Type -AssemblyName System.Windows.Forms, System.Drawing;"
+    "$n = New-Object System.Windows.Forms.NotifyIcon;"
+    "$n.Icon = [System.Drawing.SystemIcons]::Information; $n.Visible = $true;"
+    "$n.ShowBalloonTip(5000, $env:CHAT_TITLE, $env:CHAT_TEXT, 'Info');"
+    "Start-Sleep 6; $n.Dispose()"
+)
+
+
+def notice_command(title: str, text: str, system: str) -> tuple[list[str], dict[str, str]]:
+    """Return a command that tells the desktop, and what to add to its environment."""
+    if system == "darwin":
+        return ["osascript", *APPLE_SCRIPT, title, text], {}
+    if system == "win32":
+        shell = ["powershell", "-NoProfile", "-WindowStyle", "Hidden", "-Command", POWER_SHELL]
+        return shell, {"CHAT_TITLE": title, "CHAT_TEXT": text}
+    safe = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return ["notify-send", "--app-name=chat", "--", title, safe], {}
+
+
+class Notices:
+    """Notices of the desktop, not too many of them. It never waits for one."""
+
+    def __init__(self) -> None:
+        self.running: list[subprocess.Popen] = []
+        self.told = -NOTICE_SECONDS
+
+    def tell(self, title: str, text: str) -> None:
+        now = time.monotonic()
+        self.running = [one for one in self.running if one.poll() is None]
+        if now - self.told < NOTICE_SECONDS or len(self.running) > 4:
+            return
+        self.told = now
+        title, text = shorter(title, NAME_SHOWN), shorter(" ".join(text.split()), NOTICE_CHARACTERS)
+        command, more = notice_command(title, text, sys.platform)
+        if not shutil.which(command[0]):
+            return
+        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        with contextlib.suppress(OSError, ValueError):  # a NUL in the text, no memory
+            self.running.append(subprocess.Popen(command, env={**os.environ, **more}, **quiet))
+
+
+def flash(root: tk.Tk) -> None:
+    """Ask for attention in the task bar, where Tk cannot."""
+    if os.name == "nt":
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            ctypes.windll.user32.FlashWindow(int(root.frame(), 16), True)  # type: ignore[attr-defined]
 
 
 # ======================================================================================
@@ -1068,16 +3548,22 @@ class ConnectCard(ttk.Frame):
 # waits for anything, and none of them runs Tk's loop inside itself.
 
 DEFAULT_SERVER = chat.address_text(chat.DEFAULT_HOST, chat.DEFAULT_PORT)
-DRAIN_SECONDS = 0.008  # of forming text before Tk gets to look after the person again
-REST_MS = 8  # which it then has: as much again, or nothing of this would be drawn
-FRAME_SECONDS = 0.016  # between two looks at the queue: more is not seen
+FRAME_SECONDS = 0.016  # between two batches: more is not seen
 POLL_MS = 30  # where Tk cannot watch a socket, between two looks for a wake-up
 CLOSE_SECONDS = 0.9  # from hidden to gone, whatever the server does
 CLOSE_POLL_MS = 10
+DRAFT_MS = 1000  # from the last key until what is half typed is kept
+SEEN_MS = 200  # from in sight to read
+TICK_MS = 1000
+SASH_MS = 20  # between two looks whether the window is on the screen
+TYPING_MS = 3000  # between two notices that the user types
+FOUND_SECONDS = 0.5  # to look for a server on this machine
+SIDEBAR_EMS, MEMBERS_EMS, PANEL_EMS = 11, 10, 18  # widths of panes at first
 
 
 class Bell:
-    """How another thread, or a signal, gets Tk's attention: one byte on a pair of sockets."""
+    """A way for another thread, or a signal, to get Tk's attention: one byte on a pair of
+    sockets."""
 
     def __init__(self, root: tk.Tk, answer: Callable[[], None]):
         self.root, self.answer = root, answer
@@ -1147,82 +3633,214 @@ class WindowOptions(NamedTuple):
     config: pathlib.Path | None = None  # likewise, for the passwords that we made
 
 
+def fitting_geometry(text: str, width: int, height: int) -> str:
+    """Return a geometry that is on a screen of this size; "" if that is none."""
+    match = re.fullmatch(r"(\d+)x(\d+)([+-]-?\d+)([+-]-?\d+)", text)
+    if not match:
+        return ""
+    wide, high = min(int(match[1]), width), min(int(match[2]), height)
+    left, top = (int(one.replace("+-", "-")) for one in match.groups()[2:])
+    left, top = max(0, min(left, width - wide)), max(0, min(top, height - high))
+    return f"{wide}x{high}+{left}+{top}"
+
+
 class Window:
-    """The window, and the server that it is connected to."""
+    """The window, and the servers that it is connected to."""
 
     def __init__(self, options: WindowOptions):
         self.options = options
         self.remembered = Remembered(options.state / "window.json" if options.state else None)
-        self.model = Conversation()
         self.engine: Engine | None = None
-        self.snapshot = NOT_CONNECTED
-        self.address = ""  # of the server, as it was typed
-        self.server = ""  # the same in short
+        self.servers: tuple[Server, ...] = ()
+        self.address = ""  # of the last server, as it was typed
+        self.here = 0  # the conversation that is looked at ...
+        self.server_here = 0  # ... and its server
+        self.drafts: dict[int, str] = {}  # of the other conversations
+        self.kept_draft = ""  # as the engine knows it
+        self.reply: Row | None = None  # the message that is answered
+        self.below = 0  # messages that came below the part being read
+        self.values: dict[str, str] = {}  # settings
+        self.notices = Notices()
+        self.from_threads: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.asked_about: set[str] = set()  # fingerprints
         self.focused = False
+        self.typed_at = 0.0  # when others were told that the user types; 0: they were not
         self.closing = self.interrupted = self.gone = False
-        self.timer = ""  # of the next look at the queue ...
-        self.collecting = ""  # ... and of the next collection of garbage
+        self.timers: dict[str, str] = {}  # by what they are for
         self.collections = 0
         self.looked = 0.0
         gc.disable()  # see _collect()
         self.root = tk.Tk(className="chat")
+        self.root.withdraw()
         self.root.report_callback_exception = self._log_bug
-        self.look = Look(self.root)
+        kept = self.remembered.words("look")
+        words = (str(kept.get(name, "")) for name in ("theme", "font", "size"))
+        self.look = Look(self.root, *words)
         self._build()
         self.bell = Bell(self.root, self.rung)
         self._collect()
         self._bind_all()
-        self.refresh_labels()
+        self._restore()
+        self.refresh()
+        self.root.deiconify()
+        self._tick()
+        self.in_thread(system_is_dark, self.look.system)
+
+    # Building
 
     def _build(self) -> None:
         root, look = self.root, self.look
-        root.geometry("900x600")
-        root.minsize(460, 320)
         root.columnconfigure(0, weight=1)
-        root.rowconfigure(1, weight=1)
-        self._build_header().grid(row=0, column=0, columnspan=2, sticky="we")
-        self.transcript = Transcript(root, look, self.type_on)
-        self.transcript.reached_bottom = self.read_below
+        root.rowconfigure(0, weight=1)
+        self.panes = ttk.PanedWindow(root, orient="horizontal")
+        self.panes.grid(row=0, column=0, sticky="nswe")
+        self.sidebar = Sidebar(self.panes, look, self.look_at)
+        self.sidebar.menu_for = self.room_menu
+        self.sidebar.reordered = self._keep_order
+        self.center = self._build_center()
+        self.panel = Panel(self.panes, look, self.search)
+        self.panel.jump, self.panel.closed = self.jump, self.close_panel
+        self.people = People(self.panes, look, self.open_private)
+        self.people.menu_for = self.member_menu
+        self.panes.add(self.sidebar, weight=0)
+        self.panes.add(self.center, weight=1)
+        self.panes.add(self.people, weight=0)
+        self._build_status().grid(row=1, column=0, sticky="we")
+        self._build_cards()
+
+    def _build_center(self) -> ttk.Frame:
+        look = self.look
+        center = ttk.Frame(self.panes)
+        center.columnconfigure(0, weight=1)
+        center.rowconfigure(1, weight=1)
+        self._build_header(center).grid(row=0, column=0, sticky="we")
+        self.transcript = Transcript(center, look, self.type_on)
         self.transcript.grid(row=1, column=0, sticky="nswe")
-        self.people = People(root, look, lambda name: self.compose.begin(f"/tell {name} "))
-        self.people.grid(row=1, column=1, sticky="ns", padx=(6, 0))
-        foot = ttk.Frame(root, padding=(10, 10, 10, 0))
+        self._join_transcript()
+        self.typing_label = ttk.Label(self.transcript, style="Dim.Card.TLabel")
+        self.banner = Banner(center, look)
+        self.banner.grid(row=3, column=0, sticky="we")
+        self.banner.hide()
+        self._build_foot(center).grid(row=4, column=0, sticky="we")
+        return center
+
+    def _join_transcript(self) -> None:
+        transcript = self.transcript
+        transcript.reached_bottom = self.read_below
+        transcript.left_bottom = self._left_bottom
+        transcript.wants_older = lambda: self.do("older", self.here)
+        transcript.wants_newer = lambda: self.do("present", self.here)
+        transcript.menu_for = self.message_menu
+        transcript.acted = self.act_on
+        transcript.told = self.tell_about
+
+    def _build_foot(self, parent: ttk.Frame) -> ttk.Frame:
+        look = self.look
+        foot = ttk.Frame(parent)
+        look.follow(lambda: foot.configure(padding=(look.part(0.5), look.part(0.35))))
         self.compose = Compose(foot, look, self.send, self.complete)
+        self.compose.offers = Offers(self.transcript, look, self.compose.take_offer)
+        self.compose.edited = self._edited
+        self.compose.several = self._show_paste
+        self.compose.too_much = self._offer_paste
+        self.compose.refused = self.tell
         send = ttk.Button(foot, text="Send", style="Accent.TButton", command=self.compose.submit)
         send.configure(takefocus=False)
-        send.pack(side="right", anchor="s", padx=(8, 0), ipady=2)
+        send.pack(side="right", anchor="s", padx=(look.part(0.4), 0))
         self.compose.pack(side="left", fill="x", expand=True)
-        foot.grid(row=2, column=0, columnspan=2, sticky="we")
-        self._build_status().grid(row=3, column=0, columnspan=2, sticky="we")
-        self.compose.refused = self.tell
-        self.card = ConnectCard(root, look, self.connect)
-        self.card.closed = self.compose.focus_set
+        return foot
 
-    def _build_header(self) -> ttk.Frame:
-        header = ttk.Frame(self.root, padding=(14, 10, 10, 10))
+    def _build_header(self, parent: ttk.Frame) -> ttk.Frame:
+        look = self.look
+        header = ttk.Frame(parent)
+        look.follow(lambda: header.configure(padding=(look.part(0.9), look.part(0.35))))
         self.place_label = ttk.Label(header, style="Large.TLabel")
         self.place_label.pack(side="left")
-        button = ttk.Button(header, text="Connect\u2026", command=self.ask, takefocus=False)
-        button.pack(side="right")
+        menu = ttk.Button(header, text="Menu", style="Plain.TButton", command=self._main_menu)
+        search = ttk.Button(header, text="Search", style="Plain.TButton", command=self.ask_search)
+        for button in (menu, search):
+            button.pack(side="right")
+        self.menu_button = menu
+        self.topic_label = ttk.Label(header, style="Dim.TLabel", width=1, anchor="w")
+        self.topic_label.pack(side="left", fill="x", expand=True, padx=look.part(0.8))
+        self.topic_label.bind("<Button-1>", lambda _: self._show_topic())
         return header
 
     def _build_status(self) -> ttk.Frame:
-        line = ttk.Frame(self.root, padding=(12, 6, 12, 8))
+        look = self.look
+        line = ttk.Frame(self.root)
+        look.follow(lambda: line.configure(padding=(look.part(0.7), look.part(0.2))))
         self.dot = ttk.Label(line, text="\u25cf", style="Dim.TLabel")
         self.dot.pack(side="left")
         self.status = ttk.Label(line, style="Dim.TLabel")
-        self.status.pack(side="left", padx=(6, 0))
-        hint = "Return sends \u00b7 Shift+Return: new line \u00b7 Tab completes \u00b7 /help"
-        ttk.Label(line, text=hint, style="Dim.TLabel").pack(side="right")
+        self.status.pack(side="left", padx=(look.part(0.4), 0))
+        self.waiting = ttk.Label(line, style="Dim.TLabel")
+        self.waiting.pack(side="left", padx=(look.part(0.8), 0))
+        self.about = ttk.Label(line, style="Dim.TLabel", anchor="e", width=1)
+        self.about.pack(side="right", fill="x", expand=True)
         return line
 
+    def _build_cards(self) -> None:
+        root, look = self.root, self.look
+        self.card = ConnectCard(root, look, self.connect)
+        self.card.recent = self.remembered.recent
+        self.certificate = CertificateCard(root, look, lambda *answer: self.do("trust", *answer))
+        self.ask_card = AskCard(root, look)
+        self.switcher = Switcher(root, look)
+        self.settings = SettingsCard(root, look, lambda *change: self.do("set", *change))
+        self.cards = (self.card, self.certificate, self.ask_card, self.switcher, self.settings)
+        for card in self.cards:
+            card.closed = self.compose.focus_set
+
+    # Keys
+
     def _bind_all(self) -> None:
-        self.root.protocol("WM_DELETE_WINDOW", self.close)
-        self.root.bind("<FocusIn>", lambda _: self._focus(True))
-        self.root.bind("<FocusOut>", lambda _: self._focus(False))
-        for sequence in ("<Prior>", "<Next>"):
-            page = -1 if sequence == "<Prior>" else 1
-            self.compose.bind(sequence, functools.partial(self._page, page))
+        root = self.root
+        root.protocol("WM_DELETE_WINDOW", self.close)
+        root.bind("<FocusIn>", self._focus_in)
+        root.bind("<FocusOut>", lambda _: self._focus(False))
+        self.compose.bind("<Prior>", functools.partial(self._page, -1))
+        self.compose.bind("<Next>", functools.partial(self._page, 1))
+        for sequence, act in self._keys():
+            with contextlib.suppress(tk.TclError):  # a keyboard without that key
+                root.bind_class("WindowKeys", sequence, functools.partial(self._press, act))
+        for widget in descendants(root):
+            if not any(str(widget).startswith(str(card)) for card in self.cards):
+                widget.bindtags(("WindowKeys", *widget.bindtags()))
+
+    def _keys(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        yield from (
+            ("<Control-k>", self.open_switcher),
+            ("<Control-f>", self.ask_search),
+            ("<Control-plus>", lambda: self.zoom(1)),
+            ("<Control-equal>", lambda: self.zoom(1)),
+            ("<Control-KP_Add>", lambda: self.zoom(1)),
+            ("<Control-minus>", lambda: self.zoom(-1)),
+            ("<Control-KP_Subtract>", lambda: self.zoom(-1)),
+            ("<Control-Key-0>", lambda: self.zoom(0)),
+            ("<Control-comma>", self.open_settings),
+            ("<Control-w>", lambda: self.do("close", self.here)),
+            ("<Control-q>", self.close),
+            ("<Alt-Up>", lambda: self.go_next(-1)),
+            ("<Alt-Down>", lambda: self.go_next(1)),
+            ("<Alt-Shift-Up>", lambda: self.sidebar.shift(-1)),
+            ("<Alt-Shift-Down>", lambda: self.sidebar.shift(1)),
+            ("<Alt-a>", self.go_unread),
+            ("<Alt-r>", lambda: self._act_on_chosen("reply")),
+            ("<Alt-e>", lambda: self._act_on_chosen("react")),
+            ("<F1>", self.show_help),
+            ("<F6>", lambda: self.cycle_focus(1)),
+            ("<Shift-F6>", lambda: self.cycle_focus(-1)),
+            ("<F8>", lambda: self.toggle(self.sidebar)),
+            ("<F9>", lambda: self.toggle(self.people)),
+            ("<Escape>", self.escape),
+        )
+        for number in range(1, 10):
+            yield f"<Alt-Key-{number}>", functools.partial(self.go_number, number)
+
+    def _press(self, act: Callable[[], Any], event: Any) -> str:
+        act()
+        return "break"
 
     def _page(self, page: int, event: Any) -> str:
         """Page Up and Page Down read back without leaving the field."""
@@ -1235,6 +3853,91 @@ class Window:
     def run(self) -> None:
         self.root.mainloop()
 
+    # Timers, and other threads
+
+    def later(self, what: str, milliseconds: int, act: Callable[[], Any]) -> None:
+        """Call back later; a call for the same purpose is put off."""
+        self.cancel(what)
+
+        def due() -> None:
+            self.timers.pop(what, None)
+            act()
+
+        self.timers[what] = self.root.after(milliseconds, due)
+
+    def cancel(self, what: str) -> None:
+        if timer := self.timers.pop(what, ""):
+            self.root.after_cancel(timer)
+
+    def in_thread(self, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Do what may take a while in a thread, and then the rest on Tk's."""
+
+        def work() -> None:
+            with contextlib.suppress(Exception):  # a look at the system, best effort
+                result = job()
+                self.from_threads.put(functools.partial(then, result))
+                self.bell.ring()
+
+        threading.Thread(target=work, daemon=True).start()
+
+    def _tick(self) -> None:
+        """Once a second: a countdown shows another number."""
+        self.refresh_status()
+        self.later("tick", TICK_MS, self._tick)
+
+    # What is remembered
+
+    def _restore(self) -> None:
+        root, look = self.root, self.look
+        kept = self.remembered.words("look")
+        screen = root.winfo_screenwidth(), root.winfo_screenheight()
+        usual = f"{56 * look.em}x{36 * look.em}+{2 * look.em}+{2 * look.em}"
+        geometry = str(kept.get("geometry") or usual)
+        root.minsize(min(screen[0], 22 * look.em), min(screen[1], 14 * look.em))
+        root.geometry(fitting_geometry(geometry, *screen) or fitting_geometry(usual, *screen))
+        self.sidebar.order = {
+            str(server): [str(name) for name in names]
+            for server, names in self.remembered.words("order").items()
+            if isinstance(names, list)
+        }
+        for name, pane in (("sidebar", self.sidebar), ("members", self.people)):
+            if kept.get(name) is False:
+                self.toggle(pane)
+        self.later("sashes", 1, functools.partial(self._place_sashes, kept))
+
+    def _place_sashes(self, kept: dict[str, Any]) -> None:
+        """Give the panes the widths that they had."""
+        look, width = self.look, self.panes.winfo_width()
+        panes = [str(pane) for pane in self.panes.panes()]
+        if width <= 1:  # it is not on the screen yet
+            return self.later("sashes", SASH_MS, functools.partial(self._place_sashes, kept))
+        left = chat.whole_number(str(kept.get("left", ""))) or SIDEBAR_EMS * look.em
+        right = chat.whole_number(str(kept.get("right", ""))) or MEMBERS_EMS * look.em
+        if str(self.sidebar) in panes:
+            self.panes.sashpos(0, min(left, width // 3))
+        if str(self.people) in panes:
+            self.panes.sashpos(len(panes) - 2, width - min(right, width // 3))
+        return None
+
+    def _remember(self) -> None:
+        """Keep what the window looks like, for the next start."""
+        panes = [str(pane) for pane in self.panes.panes()]
+        look: dict[str, Any] = {
+            name: self.values.get(name, "") for name in ("theme", "font", "size")
+        }
+        if not self.values:
+            look = {**self.remembered.words("look")}
+        look["geometry"] = self.root.geometry()
+        look["sidebar"], look["members"] = str(self.sidebar) in panes, str(self.people) in panes
+        if look["sidebar"]:
+            look["left"] = self.panes.sashpos(0)
+        if look["members"]:
+            look["right"] = self.root.winfo_width() - self.panes.sashpos(len(panes) - 2)
+        self.remembered.write(look={**self.remembered.words("look"), **look})
+
+    def _keep_order(self) -> None:
+        self.remembered.write(order=self.sidebar.order)
+
     # Connecting
 
     def begin(self) -> None:
@@ -1246,29 +3949,41 @@ class Window:
 
     def ask(self, error: str = "") -> None:
         name, server = self.remembered.load()
-        name = self.snapshot.name or self.options.name or name
+        name = (self.server.nick if self.server else "") or self.options.name or name
         server = self.address or self.options.server or server
         self.card.show(name, server or DEFAULT_SERVER, error)
+        self.in_thread(server_on_this_machine, lambda found: found and self.card.tell_found(found))
 
-    def connect(self, name: str, server: str, password: str = "", secret: str = "") -> None:
-        """Leave where we are and go there, or say why that cannot be. `password` is the
-        server's, `secret` that of the account with this name."""
+    def connect(
+        self, name: str, server: str, password: str = "", secret: str = "", register: bool = False
+    ) -> None:
+        """Go to a server, too, or say why that cannot be. `password` is the server's, `secret`
+        that of the account with this name."""
         try:
             options = self._client_options(name, server)
             if password:
                 options = options._replace(password=password)
-            if secret:
+            if secret and not register:
                 options = options._replace(login=chat.Login(name, secret))
-            engine = Engine(options, self.bell.ring)
+            if self.engine is None:
+                self.engine = Engine(options, self.bell.ring)
+                self.engine.start()
+            else:
+                self._connect_too(options)
         except chat.ChatError as error:
             return self.card.show(name, server or DEFAULT_SERVER, str(error))
+        if register and secret:
+            self.do("register", str(options.target), secret)
         self.remembered.save(name, server)
-        if self.engine:
-            self.engine.leave()
-        self.address, self.server, self.engine = server, str(options.target), engine
-        self.take_snapshot(self.engine.snapshot)
-        self.engine.start()
+        self.address = server
         self.card.hide()
+        return self.refresh()
+
+    def _connect_too(self, options: chat.ClientOptions) -> None:
+        """Add a server to those that there are."""
+        fields = ("name", "password", "login", "trust", "lobby")
+        more = {field: getattr(options, field) for field in fields}
+        self.do("connect", chat.url_of(options.target), more)
 
     def _client_options(self, name: str, server: str) -> chat.ClientOptions:
         if not chat.clean_name(name):
@@ -1296,101 +4011,303 @@ class Window:
 
     # What the engine has to tell
 
+    def do(self, name: str, *values: Any) -> None:
+        """Have the engine do something, if there is one."""
+        if self.engine:
+            self.engine.do(name, *values)
+
     def rung(self) -> None:
         if self.interrupted:
             return self.close()
-        if not self.timer and not self.gone:
+        with contextlib.suppress(queue.Empty):
+            while not self.gone:
+                self.from_threads.get_nowait()()
+        if "drain" not in self.timers and not self.gone:
             wait = self.looked + FRAME_SECONDS - time.monotonic()
-            self.timer = self.root.after(max(0, int(wait * 1000)), self.drain)
+            self.later("drain", max(0, int(wait * 1000)), self.drain)
+        return None
 
     def drain(self) -> None:
-        """Show what waits, for as long as that is not noticed; the rest a moment later."""
-        self.timer = ""
+        """Take the batch that waits, and ask for the next one."""
         engine = self.engine
         if engine is None or self.closing:
             return
-        snapshot = engine.snapshot
-        pieces = self._take_views(engine)
-        if pieces:
-            self.transcript.show(pieces, self.model.excess(self.transcript.at_bottom))
-            self.transcript.tell_below(self.model.below)
-        if snapshot != self.snapshot:
-            self.take_snapshot(snapshot)
-        elif pieces:
-            self.refresh_title()
-        if self.model.alert:
-            self.model.alert = False
-            self.root.bell()
+        try:
+            batch = engine.batches.get_nowait()
+        except queue.Empty:
+            return
+        for event in batch:
+            self.TAKEN[type(event)](self, event)
+        self.refresh()
         self.looked = time.monotonic()
-        if not engine.views.empty():
-            self.timer = self.root.after(REST_MS, self.drain)
-        elif snapshot.reason is not None:
-            self.ended(snapshot.reason)
+        engine.do("took")
+        if not engine.batches.empty():
+            self.rung()
 
-    def _take_views(self, engine: Engine) -> list:
-        until = time.perf_counter() + DRAIN_SECONDS
-        pieces: list = []
-        with contextlib.suppress(queue.Empty):
-            while time.perf_counter() < until:
-                view = engine.views.get_nowait()
-                pieces = self._take_view(view, pieces)
-        return pieces
+    @property
+    def server(self) -> Server | None:
+        """The server that is looked at."""
+        return next((one for one in self.servers if one.number == self.server_here), None)
 
-    def _take_view(self, view: chat.View, pieces: list) -> list:
-        """Return the pieces to be shown, after one view more."""
-        if view.kind == chat.BACK:
-            self.compose.give_back(view.text)
-        elif view.kind == chat.ARRIVED:
-            self.model.own[view.id] = view.own_id
-        elif view.kind == chat.REMOVED:
-            if pieces:  # it may be among them
-                self.transcript.show(pieces, 0)
-            self.model.lines -= self.transcript.remove(self.model.tags_of(view.id))
-            return []
+    @property
+    def room(self) -> RoomInfo | None:
+        """The conversation that is looked at, if one is."""
+        room = self.sidebar.rooms.get(self.here)
+        return room if room and room.name else None
+
+    def _take_servers(self, event: Servers) -> None:
+        self.servers = event.servers
+        self.sidebar.show_servers(event.servers)
+        if self.server:
+            self.transcript.sheet.me = self.server.nick
+            self.people.rename_me(self.server.nick)
+        for server in event.servers:
+            if server.doubted and server.doubted not in self.asked_about:
+                self.asked_about.add(server.doubted)
+                self.certificate.show(server)
+        if event.ended is not None:
+            self.ended(event.ended)
+
+    def _take_rooms(self, event: Rooms) -> None:
+        self.sidebar.show_rooms(event.changed, event.gone)
+        for number in event.gone:
+            if self.drafts.pop(number, ""):
+                self.sidebar.set_draft(number, False)
+
+    def _take_looked(self, event: Looked) -> None:
+        """Another conversation is looked at: what is being typed stays where it was begun."""
+        if self.here:
+            self._leave_room()
+        self.here, self.server_here = event.room, event.server
+        room = self.sidebar.rooms.get(event.room)
+        draft = self.drafts.pop(event.room, room.draft if room else "")
+        self.compose.open(draft)
+        self.kept_draft = draft
+        self.sidebar.set_draft(event.room, False)
+        self.sidebar.select(event.room)
+        self.below = 0
+        if self.server:
+            self.transcript.sheet.me = self.server.nick
+            self.people.mine = self.server.nick
+        self.transcript.tell_older("")
+
+    def _leave_room(self) -> None:
+        text = self.compose.content
+        self.drafts[self.here] = text
+        self.sidebar.set_draft(self.here, bool(text.strip()))
+        self._keep_draft(text)
+        self.stop_reply()
+        if self.typed_at:
+            self._tell_typing("")
+        if self.transcript.at_bottom and self.focused:
+            self.do("read", self.here)
+
+    def _take_rows(self, event: Rows) -> None:
+        if event.room != self.here:
+            return
+        if event.at in (RESET, PAST):
+            past = event.at == PAST
+            self.transcript.reset(event.room, event.rows, event.read_time, event.mark, past)
+            if self.transcript.at_bottom:
+                self.below = 0
+        elif event.at == START:
+            self.transcript.prepend(event.rows)
         else:
-            pieces += self.model.add(view, self.focused, self.transcript.at_bottom)
-        return pieces
+            seen = self.present or event.at == AFTER
+            self.transcript.append(event.rows, seen)
+            if not self.transcript.at_bottom and event.at == END:
+                rows = (row.view for row in event.rows)
+                self.below += sum(view.kind == chat.SAID and not view.mine for view in rows)
+        self.transcript.tell_below(self.below)
+        self._see()
 
-    def take_snapshot(self, snapshot: Snapshot) -> None:
-        last, self.snapshot = self.snapshot, snapshot
-        self.model.here = snapshot.here
-        if (snapshot.people, snapshot.name) != (last.people, last.name):
-            self.people.show(snapshot.people, snapshot.name)
-        self.refresh_labels()
+    def _take_trimmed(self, event: Trimmed) -> None:
+        if event.room == self.here:
+            self.transcript.trim(event.count)
+
+    def _take_changed(self, event: Changed) -> None:
+        if event.room == self.here:
+            self.transcript.change(event.row)
+
+    def _take_read(self, event: Read) -> None:
+        if event.room == self.here:
+            self.transcript.read_to(event.time)
+
+    def _take_fetching(self, event: Fetching) -> None:
+        if event.room != self.here:
+            return
+        transcript = self.transcript
+        transcript.waiting_older = event.under_way
+        transcript.sheet.whole = event.whole
+        at_top = float(transcript.text.yview()[0]) <= 0
+        text = "older ones are coming \u2026" if event.under_way else ""
+        text = "this is the beginning" if event.whole and at_top else text
+        transcript.tell_older(text if not transcript.at_bottom else "")
+
+    def _take_members(self, event: Members) -> None:
+        if event.room == self.here:
+            self.people.change(event.came, event.went, event.reset)
+
+    def _take_back(self, event: Back) -> None:
+        """Give a text back to the field from which it came."""
+        if event.room == self.here:
+            self.compose.give_back(event.text)
+        elif not self.drafts.get(event.room, "").strip() and event.text[:1] != "/":
+            self.drafts[event.room] = event.text
+            self.sidebar.set_draft(event.room, True)
+            self.do("draft", event.room, event.text)
+        else:
+            self.compose.editor.remember(event.text)
+
+    def _take_page(self, event: Page) -> None:
+        text = event.text
+        if event.title == "help":
+            text = f"{text}\n\nKeys\n\n{keys_text()}"
+        self.open_panel()
+        self.panel.show_page(event.title, text)
+
+    def _take_results(self, event: Results) -> None:
+        self.open_panel()
+        self.panel.show_results(event.title, event.rows)
+
+    def _take_called(self, event: Called) -> None:
+        """Ring, and tell the desktop, unless the user is reading that conversation."""
+        if self.focused and event.room == self.here:
+            return
+        if event.bell:
+            self.root.bell()
+        if event.desktop and not self.focused:
+            where = "" if event.where == event.name else f" in {event.where}"
+            self.notices.tell(f"{event.name}{where}", event.text)
+        flash(self.root)
+
+    def _take_settings(self, event: Settings) -> None:
+        self.values = dict(event.values)
+        value = self.values.get
+        self.look.want(value("theme", "auto"), value("font", ""), value("size", ""))
+        clock = value("time", "%H:%M")
+        if clock != self.transcript.sheet.style.clock:
+            self.transcript.sheet.style = self.transcript.sheet.style._replace(clock=clock)
+            self.transcript.recolour()
+            self.transcript.redraw_all()
+
+    TAKEN: dict[type, Callable[[Any, Any], None]] = {
+        Servers: _take_servers,
+        Rooms: _take_rooms,
+        Looked: _take_looked,
+        Rows: _take_rows,
+        Trimmed: _take_trimmed,
+        Changed: _take_changed,
+        Read: _take_read,
+        Fetching: _take_fetching,
+        Members: _take_members,
+        Back: _take_back,
+        Page: _take_page,
+        Results: _take_results,
+        Called: _take_called,
+        Settings: _take_settings,
+    }
 
     def ended(self, reason: str) -> None:
-        """The engine has stopped for good; the person can connect again, or elsewhere."""
+        """The engine has stopped for good; the user can connect again, or elsewhere."""
         self.engine = None
+        self.servers = tuple(
+            server._replace(ready=False, phase=chat.ENDED, status=reason or "not connected")
+            for server in self.servers
+        )
         if reason:
             self.ask(reason)
 
-    def refresh_labels(self) -> None:
-        snapshot, colours = self.snapshot, self.look.colours
-        over = snapshot.reason is not None
-        colour = colours.good if snapshot.ready else colours.bad if over else colours.waiting
-        self.dot.configure(foreground=colour if self.server else colours.dim)
-        drawable = self.look.drawable
-        self.status.configure(text=drawable(status_text(snapshot, self.server)))
-        outside = " (you are not in it)" if snapshot.ready and not snapshot.inside else ""
-        place = (snapshot.here or "nowhere") + outside
-        self.place_label.configure(text=drawable(place if self.server else "Chat"))
-        self.compose.hint.configure(text=drawable(placeholder_text(snapshot)))
+    # Labels
+
+    def refresh(self) -> None:
+        """Bring labels up to date."""
+        room, drawable = self.room, self.look.drawable
+        outside = " (you are not in it)" if room and not room.inside else ""
+        place = (room.name if room else "nowhere") + outside
+        shown = shorter(place, NAME_SHOWN) if self.servers else "Chat"
+        set_text(self.place_label, drawable(shown))
+        set_text(self.topic_label, drawable(" ".join(room.topic.split()) if room else ""))
+        set_text(self.compose.hint, drawable(placeholder_text(self.server, room)))
+        self._show_typing(drawable(typing_text(room.typing) if room else ""))
+        self.refresh_status()
         self.refresh_title()
 
-    def refresh_title(self) -> None:
-        self.root.title(title_text(self.snapshot, self.server, self.model.unread))
+    def _show_typing(self, text: str) -> None:
+        """Show who types, over the empty line below the last message."""
+        if text != str(self.typing_label.cget("text")):
+            self.typing_label.configure(text=text)
+            if text:
+                x, y = self.look.part(0.9), -self.look.part(0.15)
+                self.typing_label.place(x=x, rely=1.0, y=y, anchor="sw")
+            else:
+                self.typing_label.place_forget()
 
-    def read_below(self) -> None:
-        self.model.below = 0
-        self.transcript.tell_below(0)
+    def refresh_status(self) -> None:
+        server, colours, drawable = self.server, self.look.colours, self.look.drawable
+        over = server is not None and server.phase == chat.ENDED
+        good = server is not None and server.ready
+        colour = colours.good if good else colours.bad if over else colours.waiting
+        self.dot.configure(foreground=colour if server else colours.dim)
+        set_text(self.status, drawable(status_text(server, time.monotonic())))
+        set_text(self.waiting, waiting_text(server))
+
+    def refresh_title(self) -> None:
+        rooms = self.sidebar.rooms.values()
+        unread = sum(room.unread for room in rooms if not room.muted)
+        title = title_text(self.server, self.room, unread)
+        if title != self.root.title():
+            self.root.title(title)
+
+    def tell_about(self, text: str) -> None:
+        set_text(self.about, text)
 
     def tell(self, text: str) -> None:
-        """Show a text of the window's own."""
-        at_bottom = self.transcript.at_bottom
-        pieces = self.model.add(chat.View(chat.NOTE, text), self.focused, at_bottom)
-        self.transcript.show(pieces, self.model.excess(at_bottom))
+        """Show a text of the window's own, for a while."""
+        self.tell_about(self.look.drawable(text))
 
-    # What the person does
+    # What was seen
+
+    @property
+    def present(self) -> bool:
+        """The user sees the newest messages."""
+        return self.focused and self.transcript.at_bottom and not self.transcript.sheet.past
+
+    def _see(self) -> None:
+        """Soon note that what is in sight was read."""
+        room = self.room
+        if self.present and room and (room.unread or self.transcript.sheet.unseen):
+            self.later("seen", SEEN_MS, self._saw)
+
+    def _saw(self) -> None:
+        if self.present:
+            rows = self.transcript.sheet.rows
+            times = (row.view.time or 0 for row in rows[-50:])
+            self.transcript.sheet.seen(max(times, default=0))
+            self.do("read", self.here)
+
+    def read_below(self) -> None:
+        self.below = 0
+        self.do("back", False)
+        self.transcript.tell_below(0)
+        self._see()
+
+    def _left_bottom(self) -> None:
+        self.do("back", True)
+        self.transcript.tell_below(self.below)
+
+    def _focus_in(self, event: Any) -> None:
+        for card in self.cards:
+            card.keep_focus(event.widget)
+        self._focus(True)
+
+    def _focus(self, focused: bool) -> None:
+        if focused != self.focused:
+            self.focused = focused
+            self.do("focus", focused)
+            self._see()
+
+    # What the user writes
 
     def send(self, text: str) -> bool:
         """Return whether it is on its way. While the line is broken it waits in the core."""
@@ -1400,22 +4317,483 @@ class Window:
             self.ask("not connected: connect first, your text is kept")
             return False
         else:
-            self.transcript.to_bottom()
-            self.engine.say(text)
+            reply = self.reply.view.id if self.reply and text[:1] != "/" else ""
+            self.typed_at = 0.0
+            self.cancel("draft")
+            self.kept_draft = ""
+            self.do("say", self.here, text, reply)
+            if reply:
+                self.stop_reply()
+            if not self.transcript.at_bottom:
+                self.transcript.to_bottom()
         return True
 
     def complete(self, word: str, first: bool) -> list[str]:
-        return self.model.candidates(self.snapshot, word, first)
+        """Return completions of a word: the users who spoke last come first."""
+        if match := EMOJI_WORD.fullmatch(word):
+            return [f"{emoji} " for emoji, _ in emoji_for(match[1])]
+        members = list(self.people.rows)
+        recent = [name for name in self.transcript.sheet.speakers() if name in self.people.rows]
+        rooms = [room.name for room in self.sidebar.rooms.values() if room.name]
+        here = [self.room.name] if self.room and not self.room.channel else []
+        names = dict.fromkeys((*recent, *here, *sorted(members, key=key_of)))
+        names.pop(self.server.nick if self.server else "", None)
+        command = self.compose.editor.before.split(" ")[0]
+        if command[:1] == "/" and not first:
+            names.update(dict.fromkeys(name for name in rooms if not chat.is_channel(name)))
+            return command_arguments(command, word) or chat.completions(word, first, names, rooms)
+        return chat.completions(word, first, names, [one for one in rooms if chat.is_channel(one)])
 
     def type_on(self, text: str) -> None:
+        """Take what was typed or pasted elsewhere into the field."""
         self.compose.focus_set()
-        self.compose.insert("insert", self.compose.pasted(text))
+        text = self.compose.pasted(text)
+        if len(text) + len(self.compose.content) > PASTED_MOST:
+            return self.compose.too_much(text)
+        return self.compose.take_paste(text)
 
-    def _focus(self, focused: bool) -> None:
-        self.focused = focused
-        if focused and self.model.unread:
-            self.model.unread = 0
-            self.refresh_title()
+    def _edited(self) -> None:
+        """The user has changed the text: keep it soon, and tell the others."""
+        text = self.compose.content
+        self.later("draft", DRAFT_MS, lambda: self._keep_draft(self.compose.content))
+        now = time.monotonic()
+        tells = bool(text.strip()) and text[:1] != "/"
+        if tells and (now - self.typed_at) * 1000 > TYPING_MS:
+            self._tell_typing(text)
+        elif not text and self.typed_at:
+            self._tell_typing("")
+
+    def _tell_typing(self, text: str) -> None:
+        self.typed_at = time.monotonic() if text else 0.0
+        self.do("typing", self.here, text)
+
+    def _keep_draft(self, text: str) -> None:
+        self.cancel("draft")
+        if text != self.kept_draft and self.here:
+            self.kept_draft = text
+            self.do("draft", self.here, text)
+
+    # Pastes
+
+    def _show_paste(self, text: str) -> None:
+        """Say what will be sent, of a paste of several lines."""
+        pieces = list(chat.message_pieces(text))
+        lines = text.rstrip("\n").count("\n") + 1
+        about = f"{lines:,} lines: sent as {chat.counted(len(pieces), 'message')}"
+
+        def as_one_line() -> None:
+            self.compose.set(" ".join(self.compose.content.split()))
+            self.banner.hide()
+
+        def preview() -> None:
+            self.open_panel()
+            shown = "\n\n".join(f"[{n}]\n{piece}" for n, piece in enumerate(pieces, 1))
+            self.panel.show_page("What will be sent", shown)
+
+        buttons = (("Show", preview), ("Make it one line", as_one_line))
+        self._show_banner(about, *buttons)
+
+    def _offer_paste(self, text: str) -> None:
+        """Offer to send a paste that is too long for the field as several messages."""
+        pieces = list(chat.message_pieces(text))
+        room = self.here
+
+        def send_all() -> None:
+            self.banner.hide()
+            for piece in pieces:
+                self.do("say", room, f"/{piece}" if piece[:1] == "/" else piece, "")
+
+        count = chat.counted(len(pieces), "message")
+        about = f"that is too long to be pasted: {len(text):,} characters; your text is as it was"
+        self._show_banner(about, (f"Send it as {count}", send_all))
+
+    def _show_banner(self, text: str, *buttons: tuple[str, Callable[[], None]]) -> None:
+        if self.banner.shown:
+            self.banner.hide()
+        self.banner.show(text, *buttons)
+
+    # Messages
+
+    def message_menu(self, row: Row, event: Any) -> None:
+        """Offer what can be done with a message."""
+        server, view = self.server, row.view
+        can = server.can if server and view.id else frozenset()
+        menu = self.look.menu(self.transcript)
+        add = functools.partial(self._add_act, menu, row)
+        message = view.kind in MESSAGES
+        if row.state == FAILED and row.parked:
+            add("Send again", "retry", True)
+            add("Drop it", "cancel", True)
+            menu.add_separator()
+        if message:
+            add("Reply", "reply", "reply" in can, "Alt+R")
+            menu.add_cascade(
+                label="React", menu=self._reaction_menu(menu, row), state=enabled("react" in can)
+            )
+            add("Take it back", "redact", "redact" in can)
+            menu.add_separator()
+        add("Copy text", "copy", True)
+        for url in list(dict.fromkeys(link_of(one) for one in LINK.findall(view.text)))[:5]:
+            opened = functools.partial(open_link, url)
+            menu.add_command(label=f"Open {shorter(url, 60)}", command=opened)
+        if message and not view.mine:
+            menu.add_separator()
+            add(f"Write to {shorter(view.name, 30)}", "private", True)
+            add(f"Ignore {shorter(view.name, 30)}", "ignore", True)
+        popup_menu(menu, event, self.transcript)
+
+    def _add_act(
+        self, menu: tk.Menu, row: Row, label: str, what: str, on: bool, key: str = ""
+    ) -> None:
+        menu.add_command(
+            label=self.look.drawable(label),
+            command=functools.partial(self.act_on, what, row),
+            state=enabled(on),
+            accelerator=key,
+        )
+
+    def _reaction_menu(self, menu: tk.Menu, row: Row) -> tk.Menu:
+        choices = self.look.menu(menu)
+        for emoji in REACTIONS:
+            act = functools.partial(self.act_on, f"react {emoji}", row)
+            choices.add_command(label=self.look.drawable(emoji), command=act)
+        choices.add_command(label="Another \u2026", command=lambda: self.act_on("react", row))
+        return choices
+
+    def act_on(self, what: str, row: Row) -> None:
+        """Do something with a message."""
+        what, _, emoji = what.partition(" ")
+        view = row.view
+        if what == "react" and emoji:
+            self._react(row, emoji)
+        elif what in ("retry", "cancel"):
+            self.do(what, self.here, view.own_id)
+        elif what == "redact":
+            self.do("redact", self.here, view.id)
+        elif what in ("private", "ignore"):
+            verb = "/query" if what == "private" else "/ignore"
+            self.do("say", self.here, f"{verb} {view.name}")
+        elif act := self.ACTS.get(what):
+            act(self, row)
+
+    def _act_on_chosen(self, what: str) -> None:
+        if row := self.transcript.chosen_row:
+            self.act_on(what, row)
+
+    def _start_reply(self, row: Row) -> None:
+        """Let the next message answer this one."""
+        if not row.view.id or not self.server or "reply" not in self.server.can:
+            return self.tell("this message cannot be answered here")
+        text = f"Reply to {shorter(row.view.name, 30)}: {excerpt(row.view.text)}"
+        self._show_banner(text)
+        self.reply = row
+        self.banner.dropped = self._forget_reply
+        return self.compose.focus_set()
+
+    def _forget_reply(self) -> None:
+        self.reply = None
+        self.compose.focus_set()
+
+    def stop_reply(self) -> None:
+        if self.reply:
+            self.banner.hide()
+
+    def _ask_reaction(self, row: Row) -> None:
+        """Ask for an emoji, by name or as it is."""
+
+        def taken(text: str) -> None:
+            found = emoji_for(text.strip(":"))
+            emoji = found[0][0] if found and text.strip(":").isascii() else text
+            self._react(row, emoji[: chat.REACTION_CHARACTERS])
+
+        self.ask_card.show("React with", taken, "", "an emoji, or its name: tea, heart, tada")
+
+    def _react(self, row: Row, emoji: str) -> None:
+        me = self.server.nick if self.server else ""
+        mine = any(one == emoji and me in names for one, names in row.reactions)
+        self.do("react", self.here, row.view.id, emoji, not mine)
+
+    def _copy(self, row: Row) -> None:
+        self.root.clipboard_clear()
+        self.root.clipboard_append(row.view.text)
+
+    def _show_answered(self, row: Row) -> None:
+        """Scroll to the message that this one answers."""
+        number = self.transcript.sheet.find_id(row.view.reply)
+        if number is not None:
+            self.transcript.show_row(number)
+
+    ACTS: dict[str, Callable[[Any, Row], None]] = {
+        "reply": _start_reply,
+        "react": _ask_reaction,
+        "copy": _copy,
+        "answers": _show_answered,
+    }
+
+    # Conversations
+
+    def look_at(self, number: int) -> None:
+        self.do("look", number)
+
+    def go_next(self, step: int) -> None:
+        """Look at the conversation below this one, or above."""
+        rooms = self.sidebar.all_rooms()
+        if rooms:
+            now = rooms.index(self.here) if self.here in rooms else -1
+            self.look_at(rooms[(now + step) % len(rooms)])
+
+    def go_number(self, number: int) -> None:
+        for room in self.sidebar.all_rooms()[number - 1 : number]:
+            self.look_at(room)
+
+    def go_unread(self) -> None:
+        """Look where the user is called; else where something is new."""
+        rooms = [self.sidebar.rooms[number] for number in self.sidebar.all_rooms()]
+        rooms = [room for room in rooms if room.unread and room.number != self.here]
+        rooms.sort(key=lambda room: (not room.called, room.muted))
+        for room in rooms[:1]:
+            self.look_at(room.number)
+
+    def open_private(self, name: str) -> None:
+        self.do("say", self.here, f"/query {name}")
+        self.compose.focus_set()
+
+    def room_menu(self, number: int, event: Any) -> None:
+        """Offer what can be done with a conversation, or a server."""
+        room = self.sidebar.rooms.get(number)
+        if room is None:
+            return
+        menu = self.look.menu(self.sidebar)
+        if not room.name:
+            self._add_server_acts(menu, room.server)
+        else:
+            self._add_room_acts(menu, room)
+        popup_menu(menu, event, self.sidebar)
+
+    def _add_room_acts(self, menu: tk.Menu, room: RoomInfo) -> None:
+        number = room.number
+        add = menu.add_command
+        add(label="Go there", command=lambda: self.look_at(number))
+        add(label="Mark as read", command=lambda: self.do("read", number))
+        text = "Call me again" if room.muted else "Mute"
+        add(label=text, command=lambda: self.do("mute", number, not room.muted))
+        if room.channel:
+            add(label="Topic \u2026", command=lambda: self._ask_topic(room))
+            if not room.inside:
+                add(label="Join", command=lambda: self.do("say", number, f"/join {room.name}"))
+        menu.add_separator()
+        text = "Leave and close" if room.channel and room.inside else "Close"
+        add(label=text, command=lambda: self.do("close", number))
+
+    def _add_server_acts(self, menu: tk.Menu, server: int) -> None:
+        add = menu.add_command
+        add(label="Connect again", command=lambda: self.do("server", server, "/reconnect"))
+        add(label="Which channels there are", command=lambda: self.do("server", server, "/list"))
+        add(label="Join a channel \u2026", command=self._ask_channel)
+        menu.add_separator()
+        add(label="Leave this server", command=lambda: self.do("server", server, "/disconnect"))
+
+    def member_menu(self, name: str, event: Any) -> None:
+        """Offer what can be done with a member."""
+        menu = self.look.menu(self.people)
+        say = functools.partial(self.do, "say", self.here)
+        for label, verb in (
+            ("Write to", "/query {}"),
+            ("Who is", "/whois {}"),
+            ("Ignore", "/ignore {}"),
+            ("Make an operator:", "/op {}"),
+            ("Put out:", "/kick {}"),
+        ):
+            text = self.look.drawable(f"{label} {shorter(name, 30)}")
+            menu.add_command(label=text, command=functools.partial(say, verb.format(name)))
+        mention = functools.partial(self.compose.begin, f"{name}: ")
+        menu.add_command(label="Mention in the field", command=mention)
+        popup_menu(menu, event, self.people)
+
+    def _ask_topic(self, room: RoomInfo) -> None:
+        taken = lambda text: self.do("say", room.number, f"/topic {room.name} {text}")  # noqa: E731
+        self.ask_card.show(f"Topic of {room.name}", taken, room.topic)
+
+    def _show_topic(self) -> None:
+        if self.room and self.room.topic:
+            self.open_panel()
+            self.panel.show_page(f"Topic of {self.room.name}", self.room.topic)
+
+    def _ask_channel(self) -> None:
+        note = "its name, and its password behind a blank if it has one"
+        join = lambda text: self.do("say", self.here, f"/join {text}")  # noqa: E731
+        self.ask_card.show("Join a channel", join, "#", note)
+
+    def _ask_private(self) -> None:
+        self.ask_card.show("Write to", lambda text: self.open_private(text.split()[0]))
+
+    def _ask_name(self) -> None:
+        nick = self.server.nick if self.server else ""
+        self.ask_card.show(
+            "Your name", lambda text: self.do("say", self.here, f"/nick {text}"), nick
+        )
+
+    # The parts of the window
+
+    def _main_menu(self) -> None:
+        menu, room = self.look.menu(self.root), self.room
+        muted = bool(room and room.muted)
+        for entry in (
+            ("Go to \u2026", self.open_switcher, "Ctrl+K"),
+            ("Next with something new", self.go_unread, "Alt+A"),
+            ("Join a channel \u2026", self._ask_channel, ""),
+            ("Write to a user \u2026", self._ask_private, ""),
+            ("Call me here again" if muted else "Mute this conversation", self._toggle_mute, ""),
+            ("Close this conversation", lambda: self.do("close", self.here), "Ctrl+W"),
+            None,
+            ("Search \u2026", self.ask_search, "Ctrl+F"),
+            ("Show or hide conversations", lambda: self.toggle(self.sidebar), "F8"),
+            ("Show or hide members", lambda: self.toggle(self.people), "F9"),
+            None,
+            ("Connect \u2026", self.ask, ""),
+            ("Your name \u2026", self._ask_name, ""),
+            ("Settings \u2026", self.open_settings, "Ctrl+,"),
+            ("Help", self.show_help, "F1"),
+            ("Quit", self.close, "Ctrl+Q"),
+        ):
+            if entry is None:
+                menu.add_separator()
+            else:
+                menu.add_command(label=entry[0], command=entry[1], accelerator=entry[2])
+        button = self.menu_button
+        x, y = button.winfo_rootx(), button.winfo_rooty() + button.winfo_height()
+        menu.tk_popup(x, y)
+        menu.bind("<Unmap>", lambda _: menu.after_idle(destroy_quietly, menu))
+
+    def _toggle_mute(self) -> None:
+        if self.room:
+            self.do("mute", self.here, not self.room.muted)
+
+    def toggle(self, pane: tk.Misc) -> None:
+        """Show or hide a pane at a side."""
+        shown = [str(one) for one in self.panes.panes()]
+        if str(pane) in shown:
+            self.panes.forget(pane)
+            self.compose.focus_set()
+        elif pane is self.sidebar:
+            self.panes.insert(0, pane, weight=0)
+            self.later("sashes", 1, functools.partial(self._place_sashes, self._widths()))
+        else:
+            self.panes.add(pane, weight=0)
+            self.later("sashes", 1, functools.partial(self._place_sashes, self._widths()))
+
+    def _widths(self) -> dict[str, Any]:
+        return self.remembered.words("look")
+
+    def open_panel(self) -> None:
+        """Show the panel beside the conversation."""
+        shown = [str(one) for one in self.panes.panes()]
+        if str(self.panel) in shown:
+            return
+        position = shown.index(str(self.center)) + 1
+        self.panes.insert(position if position < len(shown) else "end", self.panel, weight=0)
+        self.later("panel", 1, self._place_panel)
+
+    def _place_panel(self) -> None:
+        shown = [str(one) for one in self.panes.panes()]
+        if str(self.panel) not in shown:
+            return
+        position = shown.index(str(self.panel))
+        last = position == len(shown) - 1
+        right = self.root.winfo_width() if last else self.panes.sashpos(position)
+        left = self.panes.sashpos(position - 2) if position > 1 else 0
+        width = min(PANEL_EMS * self.look.em, (right - left) // 2)
+        self.panes.sashpos(position - 1, right - width)
+
+    def close_panel(self) -> None:
+        if str(self.panel) in [str(one) for one in self.panes.panes()]:
+            self.panes.forget(self.panel)
+        self.transcript.text.tag_remove("found", "1.0", "end")
+        self.compose.focus_set()
+
+    @property
+    def panel_shown(self) -> bool:
+        return str(self.panel) in [str(one) for one in self.panes.panes()]
+
+    def ask_search(self) -> None:
+        self.open_panel()
+        self.panel.ask()
+
+    def search(self, words: str, everywhere: bool) -> None:
+        self.do("search", words, 0 if everywhere else self.here)
+
+    def jump(self, number: int, view: chat.View) -> None:
+        """Show a message that was found, among those around it."""
+        self.do("jump", number or self.here, view)
+
+    def show_help(self) -> None:
+        if self.engine:
+            self.do("say", self.here, "/help")
+        else:
+            self.open_panel()
+            self.panel.show_page("Keys", keys_text())
+
+    def open_settings(self) -> None:
+        if self.engine is None:
+            return self.ask("connect first: settings are kept with what was said")
+        return self.settings.show(self.values)
+
+    def open_switcher(self) -> None:
+        """Offer all conversations, and what the menu has."""
+        several = len(self.servers) > 1
+        choices: list[tuple[str, Callable[[], None]]] = []
+        for number in self.sidebar.all_rooms():
+            room = self.sidebar.rooms[number]
+            server = next(one for one in self.servers if one.number == room.server)
+            text = f"{room.name}  {count_text(room)}".rstrip()
+            text += f"  ({server.address})" if several else ""
+            choices.append((text, functools.partial(self.look_at, number)))
+        choices += [
+            ("Join a channel \u2026", self._ask_channel),
+            ("Connect \u2026", self.ask),
+            ("Settings \u2026", self.open_settings),
+            ("Search \u2026", self.ask_search),
+            ("Help", self.show_help),
+        ]
+        self.switcher.show(choices)
+
+    def zoom(self, step: int) -> None:
+        """Make all larger or smaller; 0 is as usual."""
+        size = "default" if step == 0 else str(self.look.size + step)
+        if self.engine:
+            self.do("set", "size", size)
+        else:
+            self.look.want(self.look.theme, self.look.family, "" if step == 0 else size)
+
+    def cycle_focus(self, step: int) -> None:
+        """Give the keys to the next part of the window."""
+        shown = [str(pane) for pane in self.panes.panes()]
+        parts: list[tk.Misc] = [self.compose]
+        parts += [self.sidebar.tree] if str(self.sidebar) in shown else []
+        parts += [self.transcript.text]
+        parts += [self.panel.text] if str(self.panel) in shown else []
+        parts += [self.people.tree] if str(self.people) in shown else []
+        focus = self.root.focus_get()
+        now = parts.index(focus) if focus in parts else 0
+        part = parts[(now + step) % len(parts)]
+        part.focus_set()
+        if isinstance(part, ttk.Treeview) and not part.selection() and part.get_children():
+            part.selection_set(part.get_children()[0])
+            part.focus(part.get_children()[0])
+
+    def escape(self) -> None:
+        """Leave whatever is open; then go to the newest message."""
+        if self.compose.offers and self.compose.offers.shown:
+            self.compose.offers.hide()
+        elif self.banner.shown:
+            self.banner.hide()
+        elif self.panel_shown:
+            self.close_panel()
+        elif not self.transcript.at_bottom:
+            self.transcript.to_bottom()
+        elif self.transcript.sheet.marked is not None:
+            self.transcript.read_to(int(time.time() * 1000))
+        self.compose.focus_set()
 
     # Closing
 
@@ -1425,13 +4803,15 @@ class Window:
         self.bell.ring()
 
     def close(self, reason: str = "") -> None:
-        """Hidden at once; then the server is told, but not waited for for long."""
+        """Hide at once; then the server is told, but not waited for for long."""
         if self.closing:
             return
         self.closing = True
+        self._remember()
         self.root.withdraw()
         if self.engine:
-            self.engine.leave(reason)
+            drafts = {**self.drafts, self.here: self.compose.content}
+            self.engine.do("leave", reason, drafts)
         self._wait_for_engine(time.monotonic() + CLOSE_SECONDS)
 
     def _wait_for_engine(self, until: float) -> None:
@@ -1446,15 +4826,44 @@ class Window:
         its objects is freed elsewhere, and the loop's thread makes garbage, too."""
         self.collections += 1
         gc.collect(2 if self.collections % COLLECTIONS == 0 else 1)
-        self.collecting = self.root.after(COLLECT_MS, self._collect)
+        self.later("collect", COLLECT_MS, self._collect)
 
     def destroy(self) -> None:
         self.gone = True
-        self.root.after_cancel(self.collecting)
-        if self.timer:
-            self.root.after_cancel(self.timer)
+        for what in list(self.timers):
+            self.cancel(what)
         self.bell.close()
         self.root.destroy()
+
+
+def set_text(label: Any, text: str) -> None:
+    """Change the text of a label, if it is another one: Tk lays out all around it again."""
+    if str(label.cget("text")) != text:
+        label.configure(text=text)
+
+
+def enabled(on: bool) -> str:
+    return "normal" if on else "disabled"
+
+
+def command_arguments(command: str, word: str) -> list[str]:
+    """Return completions of the first argument of a command that takes known words."""
+    known: Iterable[str] = ()
+    if command == "/set":
+        known = chat.SETTINGS
+    elif command == "/help":
+        known = (*chat.HELP_TOPICS, *chat.client_command)
+    return sorted(f"{one} " for one in known if one.startswith(word)) if word else []
+
+
+def server_on_this_machine() -> str:
+    """Return the address of a server of ours on this machine, if one answers."""
+    address = (chat.DEFAULT_HOST, chat.DEFAULT_PORT)
+    try:
+        socket.create_connection(address, FOUND_SECONDS).close()
+    except OSError:
+        return ""
+    return DEFAULT_SERVER
 
 
 # ======================================================================================
@@ -1474,7 +4883,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def heed_signals(window: Window) -> None:
-    """Ctrl-C in the terminal that started us closes the window."""
+    """Let Ctrl-C in the terminal that started us close the window."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if number := getattr(signal, name, None):
             signal.signal(number, window.interrupt)
