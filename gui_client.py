@@ -156,7 +156,8 @@ class Rows(NamedTuple):
     room: int
     at: str
     rows: tuple[Row, ...]
-    read_time: int = 0  # of RESET: up to here everything was read
+    read_time: int = 0  # of RESET: up to here everything was read ...
+    unread: int = 0  # ... and so many messages were not
     mark: int = -1  # of PAST: the row that was looked for
 
 
@@ -183,11 +184,12 @@ class Read(NamedTuple):
 
 
 class Fetching(NamedTuple):
-    """Whether older rows are on their way; if not, whether there are none at all."""
+    """How it stands with older rows, in words; and whether it is worth asking again."""
 
     room: int
-    under_way: bool
-    whole: bool = False
+    text: str = ""
+    under_way: bool = False
+    more: bool = True
 
 
 class Members(NamedTuple):
@@ -326,7 +328,7 @@ def beginning(text: str) -> str:
     return "\n".join(lines[:LINES_SHOWN])[:TEXT_SHOWN]
 
 
-def is_past_line(row: Row, read_time: int) -> bool:
+def is_unread(row: Row, read_time: int) -> bool:
     """Return whether a row is a message of another user that was not read yet."""
     view = row.view
     return view.kind in MESSAGES and not view.mine and (view.time or 0) > read_time
@@ -421,6 +423,16 @@ def told_pieces(row: Row, style: Style) -> list:
     return [f"{clock}\t", ("told", "clock"), *linked(text, *tags), "\n", ("told",)]
 
 
+def lines_of(pieces: list) -> int:
+    return sum(text.count("\n") for text in pieces[::2])
+
+
+def drawable_pieces(pieces: list, drawable: Callable[[str], str]) -> list:
+    if drawable is not str:
+        pieces[::2] = map(drawable, pieces[::2])
+    return pieces
+
+
 class Sheet:
     """The rows of the conversation looked at, which of them are drawn, and in how many lines."""
 
@@ -440,19 +452,23 @@ class Sheet:
 
     # Rows
 
-    def reset(self, room: int, rows: Iterable[Row], read_time: int, past: bool = False) -> None:
+    def reset(
+        self, room: int, rows: Iterable[Row], read_time: int, past: bool = False, unread: int = 0
+    ) -> None:
         """Take the rows of a conversation; none of them is drawn yet."""
         if room != self.room:
             self.expanded.clear()
         self.room, self.rows, self.read_time = room, list(rows), read_time
         self.first, self.sizes = len(self.rows), []
         self.whole, self.past = False, past
-        self.mark_new()
+        self.mark_new(unread)
 
-    def mark_new(self) -> None:
+    def mark_new(self, unread: int) -> None:
         """Put the "new" line above the first message that was not read."""
-        unread = (row for row in self.rows if is_past_line(row, self.read_time))
-        row = next(unread, None) if self.read_time else None
+        news = [row for row in self.rows if is_unread(row, self.read_time)]
+        if not self.read_time:  # nothing was ever read here
+            news = news[len(news) - unread :] if unread else []
+        row = news[0] if news else None
         self.marked = row.key if row else None
         self.unseen = row is not None
 
@@ -461,7 +477,7 @@ class Sheet:
         lost = None
         for row in rows:
             self.rows.append(row)
-            if seen or self.unseen or not is_past_line(row, self.read_time) or row.view.past:
+            if seen or self.unseen or not is_unread(row, self.read_time) or row.view.past:
                 continue
             lost = self.find(self.marked)
             self.marked, self.unseen = row.key, True
@@ -573,16 +589,6 @@ class Sheet:
         """Return who spoke here, the last one first."""
         spoken = (row.view for row in reversed(self.rows) if row.view.kind == chat.SAID)
         return list(dict.fromkeys(view.name for view in spoken if not view.mine))
-
-
-def lines_of(pieces: list) -> int:
-    return sum(text.count("\n") for text in pieces[::2])
-
-
-def drawable_pieces(pieces: list, drawable: Callable[[str], str]) -> list:
-    if drawable is not str:
-        pieces[::2] = map(drawable, pieces[::2])
-    return pieces
 
 
 def title_text(server: Server | None, room: RoomInfo | None, unread: int) -> str:
@@ -867,14 +873,22 @@ class Engine(chat.ManyServers):
                 self.touched.add(view.room)
 
     def _note_ready(self, seat: chat.Seat) -> None:
+        """Note that a connection stands, or stands no more."""
         screen, ready = seat.screen, seat.core.ready
-        if ready and not screen.was_ready:
+        if ready == screen.was_ready:
+            return
+        screen.was_ready = ready
+        self.people_changed = True
+        if ready and screen.told_why:
             screen.told_why = False
             self._keep(seat, chat.View(chat.NOTE, f"connected to {seat.link.target}"))
-            self.again = self.again or seat is self.seat  # ask who is away
-        screen.was_ready = ready
-        if ready and screen.secret:
-            secret, screen.secret = screen.secret, ""
+        self._register(seat)
+
+    def _register(self, seat: chat.Seat) -> None:
+        """Register the account that the user wants, once the server has the name."""
+        secret = seat.screen.secret
+        if secret and seat.core.ready:
+            seat.screen.secret = ""
             self.loop.call_soon(functools.partial(seat.link.typed, f"/register {secret}"))
 
     def room_of(self, seat: chat.Seat, view: chat.View) -> chat.Room:
@@ -919,6 +933,7 @@ class Engine(chat.ManyServers):
 
     def _arrived(self, seat: chat.Seat, view: chat.View) -> None:
         room = self.room_of(seat, view)
+        seat.screen.failed.pop(view.own_id, None)
         said = self._find(room, lambda one: one.own_id == view.own_id)
         if said is not None:
             self._change(seat, room, said)
@@ -949,7 +964,14 @@ class Engine(chat.ManyServers):
         views = list(itertools.islice(room.views, count))
         self.count += len(views)
         self._send_rows(seat, room, START, views)
-        self.out.append(Fetching(room.id, False, room.whole and not room.views.dropped))
+        self.out.append(self._fetched(room, bool(views)))
+
+    @staticmethod
+    def _fetched(room: chat.Room, came: bool) -> Fetching:
+        """Return how it stands after older rows came, or none."""
+        if room.whole and not room.views.dropped:
+            return Fetching(room.id, "this is the beginning", more=False)
+        return Fetching(room.id) if came else Fetching(room.id, "nothing older is here", more=False)
 
     def _people(self, seat: chat.Seat, view: chat.View) -> None:
         self.people_changed = True
@@ -1109,8 +1131,6 @@ class Engine(chat.ManyServers):
         self.out.append(Looked(room.id, self.seat.screen.number))
         self.people, self.people_changed, self.people_due = {}, True, 0.0
         self._send_all()
-        self.core.ask_people(room)
-        self.loop.call_soon(self.seat.link.poke)
 
     def _send_all(self) -> None:
         room = self.watched
@@ -1123,7 +1143,7 @@ class Engine(chat.ManyServers):
         by_id = {view.id: view for view in views if view.id}
         rows = tuple(self.row_of(seat, room, view, by_id) for view in views)
         if rows or at == RESET:
-            self.out.append(Rows(room.id, at, rows, room.read_time))
+            self.out.append(Rows(room.id, at, rows, room.read_time, room.unread))
 
     def _send_new(self, room: chat.Room) -> None:
         """Send what is behind the rows that the window has."""
@@ -1193,6 +1213,11 @@ class Engine(chat.ManyServers):
         if self.loop.now < self.people_due:
             return
         self.people_changed = False
+        asked = room.asked_people
+        if self.core.kind != chat.PLAIN:
+            self.core.ask_people(room)  # who is away
+        if room.asked_people != asked:
+            self.loop.call_soon(self.seat.link.poke)
         now = {one.name: one for one in self.core.people(room)} if room.is_channel else {}
         if not self.core.ready:
             now = {}
@@ -1277,16 +1302,18 @@ class Engine(chat.ManyServers):
             return
         if self.past:
             return self._more_past(room)
-        under_way = bool(room.name) and self.seat.link.ask_older(room)
-        whole = not under_way and room.whole and not room.views.dropped
-        self.out.append(Fetching(room.id, under_way, whole))
+        before = self.count
+        if room.name and self.seat.link.ask_older(room):
+            self.out.append(Fetching(room.id, "older ones are coming \u2026", under_way=True))
+        elif self.count == before:
+            self.out.append(self._fetched(room, came=False))
         return None
 
     def _more_past(self, room: chat.Room) -> None:
         views = self.core.kept_before(room, self.past[0], ROWS_MORE)
         self.past[:0] = views
         self._send_rows(self.seat, room, START, views)
-        self.out.append(Fetching(room.id, False, not views))
+        self.out.append(Fetching(room.id, more=bool(views)))
 
     def do_newer(self, number: int) -> None:
         """Fetch what follows on rows of the past."""
@@ -1319,7 +1346,8 @@ class Engine(chat.ManyServers):
         rows = tuple(self.row_of(seat, room, one) for one in near)
         if not self.past:
             self.count = len(near)
-        self.out.append(Rows(room.id, PAST if self.past else RESET, rows, room.read_time, mark))
+        at = PAST if self.past else RESET
+        self.out.append(Rows(room.id, at, rows, room.read_time, room.unread, mark))
 
     def do_search(self, words: str, number: int = 0) -> None:
         """Look for words in what this client has kept, of one conversation or of all."""
@@ -1343,7 +1371,12 @@ class Engine(chat.ManyServers):
             self.touched.add(number)
 
     def do_retry(self, number: int, own_id: str) -> None:
-        self._act(number, lambda core, room: core.retry(own_id))
+        if place := self.place_of(number):
+            seat, _ = place
+            seat.screen.failed.pop(own_id, None)
+            seat.core.retry(own_id)
+            self._arrived(seat, chat.View(chat.ARRIVED, room=number, own_id=own_id))
+            seat.link.poke()
 
     def do_cancel(self, number: int, own_id: str) -> None:
         self._act(number, lambda core, room: core.cancel(own_id))
@@ -1386,7 +1419,7 @@ class Engine(chat.ManyServers):
         """Register the name as an account, once the server has it."""
         for seat in [one for one in self.seats if str(one.link.target) == address]:
             seat.screen.secret = secret
-            self._note_ready(seat)
+            self._register(seat)
 
     def do_connect(self, address: str, options: dict[str, Any]) -> None:
         """Talk on another server, too."""
@@ -1538,8 +1571,8 @@ def windows_is_dark() -> bool:
 
     path = r"Software\Microsoft\Windows\CurrentVersion\Themes\Personalize"
     try:
-        with winreg.OpenKey(winreg.HKEY_CURRENT_USER, path) as key:  # type: ignore[attr-defined]
-            return winreg.QueryValueEx(key, "AppsUseLightTheme")[0] == 0  # type: ignore[attr-defined]
+        with winreg.OpenKey(winreg.HKEY_CURRENT_USER, path) as key:
+            return winreg.QueryValueEx(key, "AppsUseLightTheme")[0] == 0
     except OSError:
         return False
 
@@ -1795,6 +1828,11 @@ def bind_menu(widget: tk.Misc, popup: Callable[[Any], Any]) -> None:
             widget.bind(sequence, popup)
 
 
+def destroy_quietly(widget: tk.Misc) -> None:
+    with contextlib.suppress(tk.TclError):  # it is gone already
+        widget.destroy()
+
+
 def popup_menu(menu: tk.Menu, event: Any, widget: tk.Misc) -> str:
     """Show a menu at the pointer, or in the widget if a key asked for it."""
     pointed = event.type == tk.EventType.ButtonPress
@@ -1803,11 +1841,6 @@ def popup_menu(menu: tk.Menu, event: Any, widget: tk.Misc) -> str:
     menu.tk_popup(x, y)
     menu.bind("<Unmap>", lambda _: menu.after_idle(destroy_quietly, menu))
     return "break"
-
-
-def destroy_quietly(widget: tk.Misc) -> None:
-    with contextlib.suppress(tk.TclError):  # it is gone already
-        widget.destroy()
 
 
 def offer_menu(widget: tk.Text, look: Look, *actions: str) -> None:
@@ -1968,6 +2001,14 @@ class Offers(ttk.Frame):
     def _click(self, event: Any) -> None:
         if row := self.tree.identify_row(event.y):
             self.chosen(self.words[int(row)])
+
+
+def command_offers(word: str) -> list[tuple[str, str, str]]:
+    """Return the commands that begin so, with their words and summaries."""
+    records = [chat.client_command[verb] for verb in chat.client_command]
+    found = [one for one in records if one.syntax[1:].split()[0].startswith(word.lower())]
+    found.sort(key=lambda one: one.syntax)
+    return [(f"{one.syntax.split()[0]} ", one.syntax, one.summary) for one in found]
 
 
 class Compose(Field):
@@ -2166,14 +2207,6 @@ class Compose(Field):
             self.configure(height=self._rows())
 
 
-def command_offers(word: str) -> list[tuple[str, str, str]]:
-    """Return the commands that begin so, with their words and summaries."""
-    records = [chat.client_command[verb] for verb in chat.client_command]
-    found = [one for one in records if one.syntax[1:].split()[0].startswith(word.lower())]
-    found.sort(key=lambda one: one.syntax)
-    return [(f"{one.syntax.split()[0]} ", one.syntax, one.summary) for one in found]
-
-
 # ======================================================================================
 # TRANSCRIPT
 # ======================================================================================
@@ -2182,7 +2215,7 @@ def command_offers(word: str) -> list[tuple[str, str, str]]:
 
 BOTTOM = 0.99999  # of yview: the end is in sight
 NEAR_TOP = 0.02  # of yview: older rows are wanted
-HOVER_MS = 120
+FEW_ROWS = 60  # below that there is perhaps room for older ones
 
 
 def open_link(url: str) -> None:
@@ -2295,14 +2328,20 @@ class Transcript(ttk.Frame):
             self.text.insert(index, *pieces)
 
     def reset(
-        self, room: int, rows: Iterable[Row], read_time: int, mark: int = -1, past: bool = False
+        self,
+        room: int,
+        rows: Iterable[Row],
+        read_time: int,
+        mark: int = -1,
+        past: bool = False,
+        unread: int = 0,
     ) -> None:
         """Show a conversation: its end, or around one row, or where the user was reading."""
         same = room == self.sheet.room and not past and not self.sheet.past
         spot = self.spot() if same and not self.at_bottom else None
         drawn = max(ROWS_DRAWN, len(self.sheet.sizes) if same else 0)
         marked, unseen = self.sheet.marked, self.sheet.unseen
-        self.sheet.reset(room, rows, read_time, past)
+        self.sheet.reset(room, rows, read_time, past, unread)
         if same:
             self.sheet.marked, self.sheet.unseen = marked, unseen
         if mark >= 0:
@@ -2317,6 +2356,7 @@ class Transcript(ttk.Frame):
             self.at_bottom = not past
             self.see_end()
         self._paint_chosen()
+        self._want_older()
 
     def append(self, rows: tuple[Row, ...], seen: bool) -> None:
         """Add rows at the end, in one go."""
@@ -2329,6 +2369,9 @@ class Transcript(ttk.Frame):
         if self.at_bottom:
             self._fold_up()
             self.see_end()
+        if number < FEW_ROWS:  # there was nothing older when there was no connection, say
+            self.sheet.whole = False
+            self._want_older()
 
     def _fold_up(self) -> None:
         """Draw fewer of the oldest rows, while the end is in sight: they come back."""
@@ -2347,6 +2390,7 @@ class Transcript(ttk.Frame):
         self.waiting_older = False
         if rows:
             self.draw_older()
+            self._want_older()
 
     def draw_older(self) -> bool:
         """Draw older rows that are here; return whether there were such."""
@@ -2501,11 +2545,17 @@ class Transcript(ttk.Frame):
             self.left_bottom()
         if float(first) > 0:
             self.tell_older("")
-        if float(first) < NEAR_TOP and not self.at_bottom:
-            self.text.after_idle(self._fetch_older)
+        self._want_older()
+
+    def _want_older(self) -> None:
+        """Look soon whether older rows are wanted."""
+        self.text.after_idle(self._fetch_older)
 
     def _fetch_older(self) -> None:
-        if self.waiting_older or float(self.text.yview()[0]) >= NEAR_TOP:
+        """Draw or fetch older rows: at the top, or where there is room for them."""
+        first, last = self.text.yview()
+        wanted = first < NEAR_TOP and (not self.at_bottom or last - first > BOTTOM)
+        if self.waiting_older or not wanted or self.text.winfo_height() <= 1:
             return
         if not self.draw_older() and not self.sheet.whole:
             self.waiting_older = True
@@ -3131,6 +3181,12 @@ def secret_field(parent: tk.Misc, enter: Callable[[], None]) -> ttk.Entry:
     return field
 
 
+def descendants(widget: tk.Misc) -> Iterator[tk.Misc]:
+    for child in widget.winfo_children():
+        yield child
+        yield from descendants(child)
+
+
 class Card(ttk.Frame):
     """The base of the dialogs."""
 
@@ -3150,8 +3206,8 @@ class Card(ttk.Frame):
         self.configure(padding=self.look.part(1.3))
         self.body.configure(padding=(0, self.look.part(0.6)))
 
-    def add_button(self, text: str, command: Callable[[], Any], main: bool = False) -> ttk.Button:
-        style = "Accent.TButton" if main else "TButton"
+    def add_button(self, text: str, command: Callable[[], Any], first: bool = False) -> ttk.Button:
+        style = "Accent.TButton" if first else "TButton"
         button = ttk.Button(self.buttons, text=text, style=style, command=command)
         button.bind("<Return>", lambda _: button.invoke() and "break" or "break")
         button.pack(side="right", padx=(self.look.part(0.4), 0))
@@ -3177,12 +3233,6 @@ class Card(ttk.Frame):
         """While it is open, the keys are its own."""
         if self.shown and not str(widget).startswith(str(self)):
             self.first.focus_set()
-
-
-def descendants(widget: tk.Misc) -> Iterator[tk.Misc]:
-    for child in widget.winfo_children():
-        yield child
-        yield from descendants(child)
 
 
 class ConnectCard(Card):
@@ -3211,7 +3261,7 @@ class ConnectCard(Card):
             (self.error,),
         ):
             self._add_row(row)
-        self.go = self.add_button("Connect", self.enter, main=True)
+        self.go = self.add_button("Connect", self.enter, first=True)
         self.cancel = self.add_button("Cancel", self.hide)
 
     def _check(self, text: str, variable: tk.BooleanVar) -> ttk.Checkbutton:
@@ -3279,7 +3329,7 @@ class CertificateCard(Card):
         self.advice = ttk.Label(self.body, style="Dim.Card.TLabel")
         for label in (self.why, self.print, self.advice):
             label.pack(anchor="w", pady=(0, look.part(0.4)))
-        self.leave = self.add_button("Leave", lambda: self.answer(False), main=True)
+        self.leave = self.add_button("Leave", lambda: self.answer(False), first=True)
         self.trust = self.add_button("Trust it", lambda: self.answer(True))
 
     def show(self, server: Server) -> None:
@@ -3312,7 +3362,7 @@ class AskCard(Card):
         self.note = ttk.Label(self.body, style="Dim.Card.TLabel")
         self.field.pack(fill="x")
         self.note.pack(anchor="w", pady=(look.part(0.3), 0))
-        self.add_button("OK", self.enter, main=True)
+        self.add_button("OK", self.enter, first=True)
         self.add_button("Cancel", self.hide)
 
     def show(
@@ -3408,7 +3458,7 @@ class SettingsCard(Card):
         self.note = ttk.Label(self, style="Dim.Card.TLabel")
         self.note.configure(text="The same as /set NAME VALUE; kept for the next start.")
         self.note.pack(anchor="w", before=self.buttons)
-        self.add_button("Done", self.done, main=True)
+        self.add_button("Done", self.done, first=True)
 
     def _add_row(self, row: int, name: str, setting: chat.Setting) -> None:
         pad = {"pady": self.look.part(0.12), "sticky": "w"}
@@ -3538,7 +3588,7 @@ def flash(root: tk.Tk) -> None:
     """Ask for attention in the task bar, where Tk cannot."""
     if os.name == "nt":
         with contextlib.suppress(AttributeError, OSError, ValueError):
-            ctypes.windll.user32.FlashWindow(int(root.frame(), 16), True)  # type: ignore[attr-defined]
+            ctypes.windll.user32.FlashWindow(int(root.frame(), 16), True)
 
 
 # ======================================================================================
@@ -3642,6 +3692,36 @@ def fitting_geometry(text: str, width: int, height: int) -> str:
     left, top = (int(one.replace("+-", "-")) for one in match.groups()[2:])
     left, top = max(0, min(left, width - wide)), max(0, min(top, height - high))
     return f"{wide}x{high}+{left}+{top}"
+
+
+def server_on_this_machine() -> str:
+    """Return the address of a server of ours on this machine, if one answers."""
+    address = (chat.DEFAULT_HOST, chat.DEFAULT_PORT)
+    try:
+        socket.create_connection(address, FOUND_SECONDS).close()
+    except OSError:
+        return ""
+    return DEFAULT_SERVER
+
+
+def set_text(label: Any, text: str) -> None:
+    """Change the text of a label, if it is another one: Tk lays out all around it again."""
+    if str(label.cget("text")) != text:
+        label.configure(text=text)
+
+
+def enabled(on: bool) -> str:
+    return "normal" if on else "disabled"
+
+
+def command_arguments(command: str, word: str) -> list[str]:
+    """Return completions of the first argument of a command that takes known words."""
+    known: Iterable[str] = ()
+    if command == "/set":
+        known = chat.SETTINGS
+    elif command == "/help":
+        known = (*chat.HELP_TOPICS, *chat.client_command)
+    return sorted(f"{one} " for one in known if one.startswith(word)) if word else []
 
 
 class Window:
@@ -4107,7 +4187,8 @@ class Window:
             return
         if event.at in (RESET, PAST):
             past = event.at == PAST
-            self.transcript.reset(event.room, event.rows, event.read_time, event.mark, past)
+            times = (event.read_time, event.mark, past, event.unread)
+            self.transcript.reset(event.room, event.rows, *times)
             if self.transcript.at_bottom:
                 self.below = 0
         elif event.at == START:
@@ -4138,11 +4219,9 @@ class Window:
             return
         transcript = self.transcript
         transcript.waiting_older = event.under_way
-        transcript.sheet.whole = event.whole
-        at_top = float(transcript.text.yview()[0]) <= 0
-        text = "older ones are coming \u2026" if event.under_way else ""
-        text = "this is the beginning" if event.whole and at_top else text
-        transcript.tell_older(text if not transcript.at_bottom else "")
+        transcript.sheet.whole = not event.more
+        at_top = float(transcript.text.yview()[0]) <= 0 and not transcript.at_bottom
+        transcript.tell_older(event.text if at_top else "")
 
     def _take_members(self, event: Members) -> None:
         if event.room == self.here:
@@ -4834,36 +4913,6 @@ class Window:
             self.cancel(what)
         self.bell.close()
         self.root.destroy()
-
-
-def set_text(label: Any, text: str) -> None:
-    """Change the text of a label, if it is another one: Tk lays out all around it again."""
-    if str(label.cget("text")) != text:
-        label.configure(text=text)
-
-
-def enabled(on: bool) -> str:
-    return "normal" if on else "disabled"
-
-
-def command_arguments(command: str, word: str) -> list[str]:
-    """Return completions of the first argument of a command that takes known words."""
-    known: Iterable[str] = ()
-    if command == "/set":
-        known = chat.SETTINGS
-    elif command == "/help":
-        known = (*chat.HELP_TOPICS, *chat.client_command)
-    return sorted(f"{one} " for one in known if one.startswith(word)) if word else []
-
-
-def server_on_this_machine() -> str:
-    """Return the address of a server of ours on this machine, if one answers."""
-    address = (chat.DEFAULT_HOST, chat.DEFAULT_PORT)
-    try:
-        socket.create_connection(address, FOUND_SECONDS).close()
-    except OSError:
-        return ""
-    return DEFAULT_SERVER
 
 
 # ======================================================================================
