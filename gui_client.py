@@ -2232,7 +2232,6 @@ class Transcript(ttk.Frame):
         self.sheet = Sheet(Style(drawable=look.drawable))
         self.typed = typed  # gets what is typed here by mistake
         self.at_bottom = True
-        self.settling = False  # Tk scrolls, and not the user
         self.chosen: Any = None  # key of the row that the keys are for
         self.hovered: int | None = None
         self.reached_bottom: Callable[[], None] = chat.do_nothing
@@ -2243,10 +2242,10 @@ class Transcript(ttk.Frame):
         self.acted: Callable[[str, Row], None] = lambda what, row: None
         self.told: Callable[[str], None] = chat.do_nothing  # about the row under the pointer
         self.waiting_older = False
-        self.height = 1  # of the text, in pixels, when it was looked at last
-        self.moved_down = False  # the last scrolling was towards the newest
         self.text = tk.Text(self, state="disabled", cursor="arrow", width=20, height=5)
         self.bar = ttk.Scrollbar(self, command=self.text.yview)
+        self.text.mark_set("top", "1.0")  # of what is in sight; it moves with its text
+        self.text.mark_gravity("top", "left")
         self.text.configure(yscrollcommand=self._scrolled)
         self.bar.pack(side="right", fill="y")
         self.text.pack(side="left", fill="both", expand=True)
@@ -2481,6 +2480,10 @@ class Transcript(ttk.Frame):
     def see_end(self) -> None:
         self.text.see("end")
 
+    def _stay(self) -> None:
+        if self.at_bottom:
+            self.see_end()
+
     def to_bottom(self) -> None:
         if self.sheet.past:
             return self.wants_newer()
@@ -2532,17 +2535,17 @@ class Transcript(ttk.Frame):
 
     def _scrolled(self, first: str, last: str) -> None:
         self.bar.set(first, last)
-        height = self.text.winfo_height()
-        if height != self.height:  # Tk's layout, and no scrolling of the user
-            self.height = height
-            if self.at_bottom:
-                self.text.after_idle(self.see_end)
-            return
-        was, self.at_bottom = self.at_bottom, float(last) > BOTTOM and not self.sheet.past
-        if self.at_bottom and not was:
+        at_end = float(last) > BOTTOM and not self.sheet.past
+        went_up = self.text.compare("@0,0", "<", "top")
+        self.text.mark_set("top", "@0,0")
+        if at_end and not self.at_bottom:
+            self.at_bottom = True
             self.reached_bottom()
-        elif was and not self.at_bottom:
+        elif self.at_bottom and not at_end and went_up:
+            self.at_bottom = False
             self.left_bottom()
+        elif self.at_bottom and not at_end:  # Tk's layout, and no scrolling of the user
+            self.text.after_idle(self._stay)
         if float(first) > 0:
             self.tell_older("")
         self._want_older()
@@ -2684,6 +2687,74 @@ class Transcript(ttk.Frame):
 # has changed is touched afterwards.
 
 DRAG_PIXELS = 6
+SASH_MS = 20  # between two looks whether the window is on the screen
+
+
+MIDDLE_SHARE = 0.4  # of the window that the conversation has at least ...
+MIDDLE_EMS = 16  # ... and so many heights of a line
+
+
+class Panes(ttk.PanedWindow):
+    """The conversation, and panes beside it whose widths are kept while they are hidden."""
+
+    def __init__(self, parent: tk.Misc, look: Look):
+        super().__init__(parent, orient="horizontal")
+        self.look = look
+        self.order: list[tk.Misc] = []  # from left to right
+        self.middle: tk.Misc = self
+        self.wide: dict[str, int] = {}  # widths of the panes at the sides, by name
+        self.names: dict[str, tk.Misc] = {}
+        self.bind("<ButtonRelease-1>", lambda _: self._measure(), add=True)
+        self.bind("<Configure>", lambda _: self.after_idle(self.arrange))
+
+    def compose(self, order: dict[str, tk.Misc], middle: tk.Misc, ems: dict[str, int]) -> None:
+        """Take all panes there are, from left to right, and their widths at first."""
+        self.names, self.middle = order, middle
+        self.order = list(order.values())
+        self.wide = {name: wide * self.look.em for name, wide in ems.items()}
+
+    def is_shown(self, name: str) -> bool:
+        return str(self.names[name]) in map(str, self.panes())
+
+    def show(self, name: str, on: bool) -> None:
+        """Show or hide a pane."""
+        pane = self.names[name]
+        if on and not self.is_shown(name):
+            shown = [one for one in self.order if str(one) in map(str, self.panes()) or one is pane]
+            place = shown.index(pane)
+            weight = 1 if pane is self.middle else 0
+            self.insert(place if place < len(shown) - 1 else "end", pane, weight=weight)
+        elif not on and self.is_shown(name):
+            self.forget(pane)
+        self.after_idle(self.arrange)
+
+    def arrange(self) -> None:
+        """Give the panes at the sides their widths; the middle has the rest."""
+        full = self.winfo_width()
+        if full <= 1:  # it is not on the screen yet
+            self.after(SASH_MS, self.arrange)
+            return
+        shown = [name for name in self.names if self.is_shown(name)]
+        sizes = self._sizes(shown, full)
+        middle = next(n for n, name in enumerate(shown) if self.names[name] is self.middle)
+        for _ in range(2):  # a sash does not pass the next one
+            for n in range(len(shown) - 1):
+                left = sum(sizes[: n + 1]) if n < middle else full - sum(sizes[n + 1 :])
+                self.sashpos(n, left)
+
+    def _sizes(self, shown: list[str], full: int) -> list[int]:
+        """Return the widths of panes: in a narrow window the conversation needs most of it."""
+        sizes = [self.wide.get(name, 0) for name in shown]
+        room = full - max(MIDDLE_EMS * self.look.em, round(MIDDLE_SHARE * full))
+        share = min(1.0, max(0, room) / max(1, sum(sizes)))
+        sizes = [round(share * size) for size in sizes]
+        return [size if size > 3 * self.look.em else 0 for size in sizes]
+
+    def _measure(self) -> None:
+        """Note the widths to which the user has dragged the sashes."""
+        for name in self.wide:
+            if self.is_shown(name) and self.names[name].winfo_width() > 1:
+                self.wide[name] = self.names[name].winfo_width()
 
 
 def scrolled_tree(parent: tk.Misc, *columns: str) -> ttk.Treeview:
@@ -3011,6 +3082,20 @@ def keys_text() -> str:
     return "\n".join(f"{key:{width}}  {what}" for key, what in WINDOW_KEYS)
 
 
+EXPLAINED = re.compile(r"(\S.*?) {2,}(\S.*)")  # a command or a key, and what it does
+
+
+def page_pieces(text: str) -> list:
+    """Return a text to be read; where words are explained, those stand above."""
+    pieces: list = []
+    for line in broken(text).split("\n"):
+        if match := EXPLAINED.fullmatch(line):
+            pieces += [f"{match[1]}\n", ("term",), f"{match[2]}\n", ("explained",)]
+        else:
+            pieces += [*linked(line, "page"), "\n", ("page",)]
+    return pieces
+
+
 class Panel(ttk.Frame):
     """A pane for results and pages, with a field to search in."""
 
@@ -3049,7 +3134,12 @@ class Panel(ttk.Frame):
         self.title.configure(font=look.bold)
         tag("head", foreground=c.dim, font=look.small, spacing1=look.part(0.5))
         tag("chosen", background=c.selected)
-        tag("page", font=look.fixed, wrap="word")
+        tag("page", spacing1=look.part(0.2))
+        tag("term", font=look.fixed, spacing1=look.part(0.3))
+        for number, colour in enumerate(c.names):
+            tag(f"name{number}", foreground=colour)
+        indent = look.part(1.2)
+        tag("explained", foreground=c.dim, font=look.small, lmargin1=indent, lmargin2=indent)
         tag("link", foreground=c.accent, underline=True)
         self.text.tag_raise("sel")
 
@@ -3109,7 +3199,7 @@ class Panel(ttk.Frame):
         self.rows = []
         self._show_field(False)
         self.title.configure(text=self.look.drawable(title[:1].upper() + title[1:]))
-        self._fill([broken(text), ("page",)])
+        self._fill(page_pieces(text))
         self.text.focus_set()
 
     def show_results(self, title: str, rows: tuple) -> None:
@@ -3218,12 +3308,22 @@ class Card(ttk.Frame):
         return bool(self.place_info())
 
     def open(self, focus: tk.Misc) -> None:
-        self.place(relx=0.5, rely=0.48, anchor="center")
+        self.place(relx=0.5, rely=0.5, anchor="center")
         self.lift()
+        self._make_room()
         for widget in descendants(self):
             widget.bind("<Escape>", lambda _: self.hide() or "break")
         self.first = focus
         focus.focus_set()
+
+    def _make_room(self) -> None:
+        """Make the window larger, if the card is larger than it."""
+        self.update_idletasks()
+        window = self.winfo_toplevel()
+        now = (window.winfo_width(), window.winfo_height())
+        wide, high = max(now[0], self.winfo_reqwidth()), max(now[1], self.winfo_reqheight())
+        if (wide, high) != now and now[0] > 1:
+            window.geometry(f"{wide}x{high}")
 
     def hide(self) -> None:
         self.place_forget()
@@ -3253,7 +3353,7 @@ class ConnectCard(Card):
         self.known = ttk.Button(body, text="Recent servers \u25be", command=self._show_recent)
         for row in (
             (ttk.Label(body, text="Your name", style="Card.TLabel"), self.name),
-            (ttk.Label(body, text="Server", style="Card.TLabel"), self.server, self.found),
+            (ttk.Label(body, text="Server", style="Card.TLabel"), self.server),
             (self.known, self._check("Encrypt the connection (TLS)", self.tls)),
             (ttk.Label(body, text=ACCOUNT_LABEL, style="Card.TLabel"), self.secret),
             (self._check("This is a new account: register it", self.register),),
@@ -3293,6 +3393,7 @@ class ConnectCard(Card):
     def tell_found(self, server: str) -> None:
         """Tell that a server was found on this machine."""
         self.found.configure(text=f"A server answers on this machine: {server}")
+        self.found.pack(anchor="w", after=self.server, pady=(0, self.look.part(0.4)))
 
     def _show_recent(self) -> None:
         menu = self.look.menu(self)
@@ -3605,10 +3706,9 @@ CLOSE_POLL_MS = 10
 DRAFT_MS = 1000  # from the last key until what is half typed is kept
 SEEN_MS = 200  # from in sight to read
 TICK_MS = 1000
-SASH_MS = 20  # between two looks whether the window is on the screen
 TYPING_MS = 3000  # between two notices that the user types
 FOUND_SECONDS = 0.5  # to look for a server on this machine
-SIDEBAR_EMS, MEMBERS_EMS, PANEL_EMS = 11, 10, 18  # widths of panes at first
+WIDTHS = {"sidebar": 11, "panel": 21, "members": 9}  # of panes at first, in heights of a line
 
 
 class Bell:
@@ -3772,7 +3872,7 @@ class Window:
         root, look = self.root, self.look
         root.columnconfigure(0, weight=1)
         root.rowconfigure(0, weight=1)
-        self.panes = ttk.PanedWindow(root, orient="horizontal")
+        self.panes = Panes(root, look)
         self.panes.grid(row=0, column=0, sticky="nswe")
         self.sidebar = Sidebar(self.panes, look, self.look_at)
         self.sidebar.menu_for = self.room_menu
@@ -3782,9 +3882,10 @@ class Window:
         self.panel.jump, self.panel.closed = self.jump, self.close_panel
         self.people = People(self.panes, look, self.open_private)
         self.people.menu_for = self.member_menu
-        self.panes.add(self.sidebar, weight=0)
-        self.panes.add(self.center, weight=1)
-        self.panes.add(self.people, weight=0)
+        parts = {"sidebar": self.sidebar, "center": self.center, "panel": self.panel}
+        self.panes.compose(parts | {"members": self.people}, self.center, WIDTHS)
+        for name in ("center", "sidebar", "members"):
+            self.panes.show(name, True)
         self._build_status().grid(row=1, column=0, sticky="we")
         self._build_cards()
 
@@ -3911,8 +4012,8 @@ class Window:
             ("<F1>", self.show_help),
             ("<F6>", lambda: self.cycle_focus(1)),
             ("<Shift-F6>", lambda: self.cycle_focus(-1)),
-            ("<F8>", lambda: self.toggle(self.sidebar)),
-            ("<F9>", lambda: self.toggle(self.people)),
+            ("<F8>", lambda: self.toggle("sidebar")),
+            ("<F9>", lambda: self.toggle("members")),
             ("<Escape>", self.escape),
         )
         for number in range(1, 10):
@@ -3980,39 +4081,23 @@ class Window:
             for server, names in self.remembered.words("order").items()
             if isinstance(names, list)
         }
-        for name, pane in (("sidebar", self.sidebar), ("members", self.people)):
-            if kept.get(name) is False:
-                self.toggle(pane)
-        self.later("sashes", 1, functools.partial(self._place_sashes, kept))
-
-    def _place_sashes(self, kept: dict[str, Any]) -> None:
-        """Give the panes the widths that they had."""
-        look, width = self.look, self.panes.winfo_width()
-        panes = [str(pane) for pane in self.panes.panes()]
-        if width <= 1:  # it is not on the screen yet
-            return self.later("sashes", SASH_MS, functools.partial(self._place_sashes, kept))
-        left = chat.whole_number(str(kept.get("left", ""))) or SIDEBAR_EMS * look.em
-        right = chat.whole_number(str(kept.get("right", ""))) or MEMBERS_EMS * look.em
-        if str(self.sidebar) in panes:
-            self.panes.sashpos(0, min(left, width // 3))
-        if str(self.people) in panes:
-            self.panes.sashpos(len(panes) - 2, width - min(right, width // 3))
-        return None
+        for name in ("sidebar", "members"):
+            self.panes.show(name, kept.get(name) is not False)
+        wide = kept.get("wide")
+        for name, pixels in wide.items() if isinstance(wide, dict) else ():
+            if name in WIDTHS and isinstance(pixels, int) and pixels > 0:
+                self.panes.wide[name] = pixels
 
     def _remember(self) -> None:
         """Keep what the window looks like, for the next start."""
-        panes = [str(pane) for pane in self.panes.panes()]
         look: dict[str, Any] = {
             name: self.values.get(name, "") for name in ("theme", "font", "size")
         }
         if not self.values:
             look = {**self.remembered.words("look")}
-        look["geometry"] = self.root.geometry()
-        look["sidebar"], look["members"] = str(self.sidebar) in panes, str(self.people) in panes
-        if look["sidebar"]:
-            look["left"] = self.panes.sashpos(0)
-        if look["members"]:
-            look["right"] = self.root.winfo_width() - self.panes.sashpos(len(panes) - 2)
+        look["geometry"], look["wide"] = self.root.geometry(), self.panes.wide
+        for name in ("sidebar", "members"):
+            look[name] = self.panes.is_shown(name)
         self.remembered.write(look={**self.remembered.words("look"), **look})
 
     def _keep_order(self) -> None:
@@ -4726,8 +4811,8 @@ class Window:
             ("Close this conversation", lambda: self.do("close", self.here), "Ctrl+W"),
             None,
             ("Search \u2026", self.ask_search, "Ctrl+F"),
-            ("Show or hide conversations", lambda: self.toggle(self.sidebar), "F8"),
-            ("Show or hide members", lambda: self.toggle(self.people), "F9"),
+            ("Show or hide conversations", lambda: self.toggle("sidebar"), "F8"),
+            ("Show or hide members", lambda: self.toggle("members"), "F9"),
             None,
             ("Connect \u2026", self.ask, ""),
             ("Your name \u2026", self._ask_name, ""),
@@ -4748,51 +4833,19 @@ class Window:
         if self.room:
             self.do("mute", self.here, not self.room.muted)
 
-    def toggle(self, pane: tk.Misc) -> None:
+    def toggle(self, name: str) -> None:
         """Show or hide a pane at a side."""
-        shown = [str(one) for one in self.panes.panes()]
-        if str(pane) in shown:
-            self.panes.forget(pane)
-            self.compose.focus_set()
-        elif pane is self.sidebar:
-            self.panes.insert(0, pane, weight=0)
-            self.later("sashes", 1, functools.partial(self._place_sashes, self._widths()))
-        else:
-            self.panes.add(pane, weight=0)
-            self.later("sashes", 1, functools.partial(self._place_sashes, self._widths()))
-
-    def _widths(self) -> dict[str, Any]:
-        return self.remembered.words("look")
+        self.panes.show(name, not self.panes.is_shown(name))
+        self.compose.focus_set()
 
     def open_panel(self) -> None:
         """Show the panel beside the conversation."""
-        shown = [str(one) for one in self.panes.panes()]
-        if str(self.panel) in shown:
-            return
-        position = shown.index(str(self.center)) + 1
-        self.panes.insert(position if position < len(shown) else "end", self.panel, weight=0)
-        self.later("panel", 1, self._place_panel)
-
-    def _place_panel(self) -> None:
-        shown = [str(one) for one in self.panes.panes()]
-        if str(self.panel) not in shown:
-            return
-        position = shown.index(str(self.panel))
-        last = position == len(shown) - 1
-        right = self.root.winfo_width() if last else self.panes.sashpos(position)
-        left = self.panes.sashpos(position - 2) if position > 1 else 0
-        width = min(PANEL_EMS * self.look.em, (right - left) // 2)
-        self.panes.sashpos(position - 1, right - width)
+        self.panes.show("panel", True)
 
     def close_panel(self) -> None:
-        if str(self.panel) in [str(one) for one in self.panes.panes()]:
-            self.panes.forget(self.panel)
+        self.panes.show("panel", False)
         self.transcript.text.tag_remove("found", "1.0", "end")
         self.compose.focus_set()
-
-    @property
-    def panel_shown(self) -> bool:
-        return str(self.panel) in [str(one) for one in self.panes.panes()]
 
     def ask_search(self) -> None:
         self.open_panel()
@@ -4846,12 +4899,12 @@ class Window:
 
     def cycle_focus(self, step: int) -> None:
         """Give the keys to the next part of the window."""
-        shown = [str(pane) for pane in self.panes.panes()]
+        shown = self.panes.is_shown
         parts: list[tk.Misc] = [self.compose]
-        parts += [self.sidebar.tree] if str(self.sidebar) in shown else []
+        parts += [self.sidebar.tree] if shown("sidebar") else []
         parts += [self.transcript.text]
-        parts += [self.panel.text] if str(self.panel) in shown else []
-        parts += [self.people.tree] if str(self.people) in shown else []
+        parts += [self.panel.text] if shown("panel") else []
+        parts += [self.people.tree] if shown("members") else []
         focus = self.root.focus_get()
         now = parts.index(focus) if focus in parts else 0
         part = parts[(now + step) % len(parts)]
@@ -4866,7 +4919,7 @@ class Window:
             self.compose.offers.hide()
         elif self.banner.shown:
             self.banner.hide()
-        elif self.panel_shown:
+        elif self.panes.is_shown("panel"):
             self.close_panel()
         elif not self.transcript.at_bottom:
             self.transcript.to_bottom()
