@@ -758,6 +758,9 @@ MEMBERS_SECONDS = 0.3  # between two looks at the members of a large channel ...
 MEMBERS_LARGE = 300  # ... with so many
 CONTEXT_ROWS = 60  # around a message that was looked for
 FOUND_MOST = 200
+LOOKED_AT = 5000  # messages with the words, or the last ones, of which those from a user are shown
+LAST = 2**53  # a time after all others
+SEARCH_PART = re.compile(r"(?:from|in|has):\S+")
 LEAVE_SECONDS = 0.8  # to hear the server out; the window is gone within a second
 SERVER_NUMBERS = itertools.count(1)
 WHY_AGAIN = "; trying again"
@@ -773,6 +776,23 @@ class SeatScreen:
         self.failed: dict[str, str] = {}  # own ids of messages that are given up, and why
         self.was_ready = self.told_why = False
         self.secret = ""  # of an account that is to be registered
+
+
+def search_words(text: str) -> tuple[str, dict[str, str]]:
+    """Return the words to look for, and what else is wanted: from:NICK, in:#CHANNEL, has:link."""
+    parts = text.split()
+    wanted = dict(part.split(":", 1) for part in parts if SEARCH_PART.fullmatch(part))
+    return " ".join(part for part in parts if not SEARCH_PART.fullmatch(part)), wanted
+
+
+def is_wanted(core: chat.ClientCore, view: chat.View, wanted: dict[str, str]) -> bool:
+    """Return whether a message is what a search wants besides its words."""
+    name, where = wanted.get("from"), wanted.get("in")
+    return (
+        (name is None or core.fold(view.name) == core.fold(name))
+        and (where is None or core.fold(view.where) == core.fold(where))
+        and ("has" not in wanted or bool(LINK.search(view.text)))
+    )
 
 
 def looks_same(view: chat.View, other: chat.View) -> bool:
@@ -1141,7 +1161,7 @@ class Engine(chat.ManyServers):
 
     def _send_rows(self, seat: chat.Seat, room: chat.Room, at: str, views: list) -> None:
         by_id = {view.id: view for view in views if view.id}
-        rows = tuple(self.row_of(seat, room, view, by_id) for view in views)
+        rows = tuple(self.row_of(seat, room, view, by_id, at == END) for view in views)
         if rows or at == RESET:
             self.out.append(Rows(room.id, at, rows, room.read_time, room.unread))
 
@@ -1175,9 +1195,14 @@ class Engine(chat.ManyServers):
         return True
 
     def row_of(
-        self, seat: chat.Seat, room: chat.Room, view: chat.View, by_id: dict | None = None
+        self,
+        seat: chat.Seat,
+        room: chat.Room,
+        view: chat.View,
+        by_id: dict | None = None,
+        fresh: bool = False,
     ) -> Row:
-        """Return a view as a row, with what became of it."""
+        """Return a view as a row, with what became of it. A fresh one has no reactions yet."""
         core = seat.core
         view = view._replace(line="")
         state = reason = ""
@@ -1188,14 +1213,10 @@ class Engine(chat.ManyServers):
             reason = reason or seat.screen.failed.get(view.own_id, "")
             waits = view.own_id in core.outbox.waiting
             state = FAILED if parked or (reason and not waits) else PENDING if waits else ""
-        reactions = core.reactions_of(view.id) if self._has_reactions(core, view) else {}
+        looked_up = view.id and (view.past or not fresh)
+        reactions = core.reactions_of(view.id) if looked_up else {}
         told = tuple((emoji, tuple(names)) for emoji, names in reactions.items())
         return Row(view, state, reason, parked, told, self._answered(core, room, view, by_id))
-
-    @staticmethod
-    def _has_reactions(core: chat.ClientCore, view: chat.View) -> bool:
-        reacted = getattr(core, "reacted_to", None)
-        return bool(view.id) and (reacted is None or view.id in reacted)
 
     def _answered(
         self, core: chat.ClientCore, room: chat.Room, view: chat.View, by_id: dict | None
@@ -1349,18 +1370,34 @@ class Engine(chat.ManyServers):
         at = PAST if self.past else RESET
         self.out.append(Rows(room.id, at, rows, room.read_time, room.unread, mark))
 
-    def do_search(self, words: str, number: int = 0) -> None:
+    def do_search(self, text: str, number: int = 0) -> None:
         """Look for words in what this client has kept, of one conversation or of all."""
+        words, wanted = search_words(text)
         rows: list[tuple[int, str, chat.View]] = []
         for seat in self.seats:
-            room = seat.core.by_id(number) if number else None
-            if number and room is None:
+            room = seat.core.by_id(number) if number and "in" not in wanted else None
+            if number and seat is not self.seat and seat.core.by_id(number) is None:
                 continue
-            for view in seat.core.find_kept(words, room, FOUND_MOST):
+            for view in self._kept(seat, room, words, wanted):
                 there = seat.core.find(view.where)
                 rows.append((there.id if there else 0, view.where, view))
         rows.sort(key=lambda row: row[2].time or 0)
-        self.out.append(Results(words, tuple(rows[-FOUND_MOST:])))
+        self.out.append(Results(text, tuple(rows[-FOUND_MOST:])))
+
+    @staticmethod
+    def _kept(
+        seat: chat.Seat, room: chat.Room | None, words: str, wanted: dict[str, str]
+    ) -> list[chat.View]:
+        """Return messages with these words, from a user, in a conversation, with a link."""
+        core = seat.core
+        room = core.find(wanted["in"]) if "in" in wanted else room
+        if words:
+            found = core.find_kept(words, room, FOUND_MOST if not wanted else LOOKED_AT)
+        else:
+            found = (
+                core.kept_before(room, chat.View(chat.NOTE, time=LAST), LOOKED_AT) if room else []
+            )
+        return [view for view in found if is_wanted(core, view, wanted)]
 
     def _act(self, number: int, act: Callable[[Any, chat.Room], None]) -> None:
         """Do something to a conversation, and send it."""
@@ -1833,11 +1870,12 @@ def destroy_quietly(widget: tk.Misc) -> None:
         widget.destroy()
 
 
-def popup_menu(menu: tk.Menu, event: Any, widget: tk.Misc) -> str:
-    """Show a menu at the pointer, or in the widget if a key asked for it."""
+def popup_menu(menu: tk.Menu, event: Any, widget: tk.Misc, box: Any = None) -> str:
+    """Show a menu at the pointer, or in the widget, below a box of it, if a key asked for it."""
+    left, top, _, high = box or (20, 0, 0, 20)
     pointed = event.type == tk.EventType.ButtonPress
-    x = event.x_root if pointed else widget.winfo_rootx() + 20
-    y = event.y_root if pointed else widget.winfo_rooty() + 20
+    x = event.x_root if pointed else widget.winfo_rootx() + left
+    y = event.y_root if pointed else widget.winfo_rooty() + top + high
     menu.tk_popup(x, y)
     menu.bind("<Unmap>", lambda _: menu.after_idle(destroy_quietly, menu))
     return "break"
@@ -2223,6 +2261,14 @@ def open_link(url: str) -> None:
     threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
+class Spot(NamedTuple):
+    """The place in a conversation at which the user reads."""
+
+    key: Any  # of the row at the top ...
+    offset: int  # ... which begins so many pixels above
+    drawn: int  # rows
+
+
 class Transcript(ttk.Frame):
     """The conversation. It stays at the end while the end is in sight."""
 
@@ -2334,11 +2380,13 @@ class Transcript(ttk.Frame):
         mark: int = -1,
         past: bool = False,
         unread: int = 0,
+        spot: Spot | None = None,
     ) -> None:
         """Show a conversation: its end, or around one row, or where the user was reading."""
         same = room == self.sheet.room and not past and not self.sheet.past
-        spot = self.spot() if same and not self.at_bottom else None
-        drawn = max(ROWS_DRAWN, len(self.sheet.sizes) if same else 0)
+        if same:
+            spot = self.spot() if not self.at_bottom else None
+        drawn = max(ROWS_DRAWN, spot.drawn if spot else 0)
         marked, unseen = self.sheet.marked, self.sheet.unseen
         self.sheet.reset(room, rows, read_time, past, unread)
         if same:
@@ -2351,7 +2399,9 @@ class Transcript(ttk.Frame):
         self.waiting_older = False
         if mark >= 0:
             self.show_row(mark)
-        elif spot is None or not self.return_to(spot):
+        elif spot is not None and self.return_to(spot):
+            self.at_bottom = False
+        else:
             self.at_bottom = not past
             self.see_end()
         self._paint_chosen()
@@ -2450,8 +2500,8 @@ class Transcript(ttk.Frame):
 
     # Scrolling
 
-    def spot(self) -> tuple[Any, int] | None:
-        """Return what is at the top: the key of a row, and how far it is scrolled, in pixels."""
+    def spot(self) -> Spot | None:
+        """Return what is at the top."""
         line = int(self.text.index("@0,0").split(".")[0])
         number = self.sheet.row_at(line)
         if number is None:
@@ -2460,21 +2510,20 @@ class Transcript(ttk.Frame):
         pixels = self.text.count(first, "@0,0", "ypixels")
         box = self.text.dlineinfo("@0,0")
         offset = (pixels[0] if pixels else 0) - (box[1] - self._padding if box else 0)
-        return self.sheet.rows[number].key, offset
+        return Spot(self.sheet.rows[number].key, offset, len(self.sheet.sizes))
 
     @property
     def _padding(self) -> int:
         return int(str(self.text.cget("pady"))) + int(str(self.text.cget("highlightthickness")))
 
-    def return_to(self, spot: tuple[Any, int]) -> bool:
+    def return_to(self, spot: Spot) -> bool:
         """Scroll so that a row is where it was; return whether it is here."""
-        key, offset = spot
-        number = self.sheet.find(key)
+        number = self.sheet.find(spot.key)
         if not self.sheet.is_drawn(number):
             return False
         self.text.yview(f"{self.sheet.line_of(number)}.0")
-        if offset:
-            self.text.yview_scroll(offset, "pixels")
+        if spot.offset:
+            self.text.yview_scroll(spot.offset, "pixels")
         return True
 
     def see_end(self) -> None:
@@ -2605,6 +2654,14 @@ class Transcript(ttk.Frame):
             self.text.see(f"{sheet.line_of(number)}.0")
             self.told(self.about(number))
         return "break"
+
+    def box_of(self, row: Row) -> tuple | None:
+        """Return where the last line of a row is, in pixels, if it is in sight."""
+        number = self.sheet.find(row.key)
+        if not self.sheet.is_drawn(number):
+            return None
+        line = self.sheet.line_of(number) + self.sheet.sizes[number - self.sheet.first] - 1
+        return self.text.bbox(f"{line}.0")
 
     def about(self, number: int) -> str:
         """Return when a row was, and who reacted to it."""
@@ -2757,16 +2814,33 @@ class Panes(ttk.PanedWindow):
                 self.wide[name] = self.names[name].winfo_width()
 
 
-def scrolled_tree(parent: tk.Misc, *columns: str) -> ttk.Treeview:
-    """Return a list with a scroll bar."""
+def scrolled_tree(parent: tk.Misc, look: Look, *columns: str) -> ttk.Treeview:
+    """Return a list with a scroll bar, in a frame that shows whether it has the keys."""
+    edge = tk.Frame(parent, highlightthickness=1)
     tree = ttk.Treeview(
-        parent, show="tree", style="Side.Treeview", selectmode="browse", columns=columns
+        edge, show="tree", style="Side.Treeview", selectmode="browse", columns=columns
     )
-    bar = ttk.Scrollbar(parent, command=tree.yview, style="Side.Vertical.TScrollbar")
+    bar = ttk.Scrollbar(edge, command=tree.yview, style="Side.Vertical.TScrollbar")
+
+    def recolour(focused: bool = False) -> None:
+        c = look.colours
+        edge.configure(background=c.ground, highlightbackground=c.accent if focused else c.ground)
+
+    look.follow(recolour)
+    tree.bind("<FocusIn>", lambda _: recolour(True))
+    tree.bind("<FocusOut>", lambda _: recolour(False))
+    edge.pack(fill="both", expand=True)
     tree.configure(yscrollcommand=bar.set)
     bar.pack(side="right", fill="y")
     tree.pack(side="left", fill="both", expand=True)
     return tree
+
+
+def box_of_choice(tree: ttk.Treeview) -> tuple | None:
+    """Return where the chosen row of a list is, in pixels."""
+    selected = tree.selection() or (tree.focus(),)
+    box = tree.bbox(selected[0]) if selected[0] else ""
+    return tuple(box) if box else None
 
 
 class Sidebar(ttk.Frame):
@@ -2784,7 +2858,7 @@ class Sidebar(ttk.Frame):
         self.pressed_at = 0
         self.menu_for: Callable[[int, Any], Any] = lambda number, event: None
         self.reordered: Callable[[], None] = chat.do_nothing
-        self.tree = scrolled_tree(self, "count")
+        self.tree = scrolled_tree(self, look, "count")
         self.tree.column("count", anchor="e", stretch=False)
         look.follow(self.recolour)
         self._bind_all()
@@ -2974,7 +3048,7 @@ class People(ttk.Frame):
         self.menu_for: Callable[[str, Any], Any] = lambda name, event: None
         self.count = ttk.Label(self, style="Dim.TLabel")
         self.count.pack(fill="x")
-        self.tree = scrolled_tree(self)
+        self.tree = scrolled_tree(self, look)
         look.follow(self.recolour)
         self.tree.bind("<Double-Button-1>", self._choose)
         self.tree.bind("<Return>", self._choose)
@@ -3171,6 +3245,7 @@ class Panel(ttk.Frame):
         self.everywhere = not self.everywhere
         self._name_scope()
         self.enter()
+        self.field.focus_set()
 
     def _name_scope(self) -> None:
         where = "in all conversations" if self.everywhere else "in this conversation"
@@ -3837,6 +3912,7 @@ class Window:
         self.server_here = 0  # ... and its server
         self.drafts: dict[int, str] = {}  # of the other conversations
         self.kept_draft = ""  # as the engine knows it
+        self.spots: dict[int, Spot] = {}  # where the user reads back in other conversations
         self.reply: Row | None = None  # the message that is answered
         self.below = 0  # messages that came below the part being read
         self.values: dict[str, str] = {}  # settings
@@ -4262,6 +4338,9 @@ class Window:
         self.sidebar.set_draft(self.here, bool(text.strip()))
         self._keep_draft(text)
         self.stop_reply()
+        spot = None if self.transcript.at_bottom else self.transcript.spot()
+        if spot and not self.transcript.sheet.past:
+            self.spots[self.here] = spot
         if self.typed_at:
             self._tell_typing("")
         if self.transcript.at_bottom and self.focused:
@@ -4272,10 +4351,18 @@ class Window:
             return
         if event.at in (RESET, PAST):
             past = event.at == PAST
-            times = (event.read_time, event.mark, past, event.unread)
-            self.transcript.reset(event.room, event.rows, *times)
+            more = (
+                event.read_time,
+                event.mark,
+                past,
+                event.unread,
+                self.spots.pop(self.here, None),
+            )
+            self.transcript.reset(event.room, event.rows, *more)
             if self.transcript.at_bottom:
                 self.below = 0
+            elif not past:
+                self.do("back", True)
         elif event.at == START:
             self.transcript.prepend(event.rows)
         else:
@@ -4604,7 +4691,7 @@ class Window:
             menu.add_separator()
             add(f"Write to {shorter(view.name, 30)}", "private", True)
             add(f"Ignore {shorter(view.name, 30)}", "ignore", True)
-        popup_menu(menu, event, self.transcript)
+        popup_menu(menu, event, self.transcript, self.transcript.box_of(row))
 
     def _add_act(
         self, menu: tk.Menu, row: Row, label: str, what: str, on: bool, key: str = ""
@@ -4732,7 +4819,7 @@ class Window:
             self._add_server_acts(menu, room.server)
         else:
             self._add_room_acts(menu, room)
-        popup_menu(menu, event, self.sidebar)
+        popup_menu(menu, event, self.sidebar, box_of_choice(self.sidebar.tree))
 
     def _add_room_acts(self, menu: tk.Menu, room: RoomInfo) -> None:
         number = room.number
@@ -4772,7 +4859,7 @@ class Window:
             menu.add_command(label=text, command=functools.partial(say, verb.format(name)))
         mention = functools.partial(self.compose.begin, f"{name}: ")
         menu.add_command(label="Mention in the field", command=mention)
-        popup_menu(menu, event, self.people)
+        popup_menu(menu, event, self.people, box_of_choice(self.people.tree))
 
     def _ask_topic(self, room: RoomInfo) -> None:
         taken = lambda text: self.do("say", room.number, f"/topic {room.name} {text}")  # noqa: E731
