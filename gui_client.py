@@ -89,6 +89,7 @@ class Row(NamedTuple):
     parked: bool = False  # it can be sent again, or dropped
     reactions: tuple[tuple[str, tuple[str, ...]], ...] = ()  # emoji, and whose they are
     answers: tuple[str, str] = ("", "")  # whose message it answers, and how that begins
+    missed: bool = False  # it was said while we were away
 
     @property
     def key(self) -> Any:
@@ -477,7 +478,9 @@ class Sheet:
         lost = None
         for row in rows:
             self.rows.append(row)
-            if seen or self.unseen or not is_unread(row, self.read_time) or row.view.past:
+            # What was said before we came is new although the user sees it come
+            known = self.read_time > 0 if row.missed else not seen
+            if not known or self.unseen or not is_unread(row, self.read_time):
                 continue
             lost = self.find(self.marked)
             self.marked, self.unseen = row.key, True
@@ -776,6 +779,7 @@ class SeatScreen:
         self.failed: dict[str, str] = {}  # own ids of messages that are given up, and why
         self.was_ready = self.told_why = False
         self.secret = ""  # of an account that is to be registered
+        self.missed: dict[str, None] = {}  # ids of what was said while we were away
 
 
 def search_words(text: str) -> tuple[str, dict[str, str]]:
@@ -931,6 +935,8 @@ class Engine(chat.ManyServers):
     def _said(self, seat: chat.Seat, view: chat.View) -> None:
         if not view.where:
             self._keep(seat, view)
+        if seat.link.phase != chat.ONLINE or view.past:
+            chat.remember(seat.screen.missed, view.id)
         room = self.room_of(seat, view)
         if view.called and not (view.past or view.mine or room.muted):
             on = (seat.core.setting(name) == "on" for name in ("bell", "desktop"))
@@ -1216,7 +1222,9 @@ class Engine(chat.ManyServers):
         looked_up = view.id and (view.past or not fresh)
         reactions = core.reactions_of(view.id) if looked_up else {}
         told = tuple((emoji, tuple(names)) for emoji, names in reactions.items())
-        return Row(view, state, reason, parked, told, self._answered(core, room, view, by_id))
+        answered = self._answered(core, room, view, by_id)
+        missed = bool(view.id) and view.id in seat.screen.missed
+        return Row(view, state, reason, parked, told, answered, missed)
 
     def _answered(
         self, core: chat.ClientCore, room: chat.Room, view: chat.View, by_id: dict | None
@@ -1394,9 +1402,9 @@ class Engine(chat.ManyServers):
         if words:
             found = core.find_kept(words, room, FOUND_MOST if not wanted else LOOKED_AT)
         else:
-            found = (
-                core.kept_before(room, chat.View(chat.NOTE, time=LAST), LOOKED_AT) if room else []
-            )
+            rooms = [room] if room else core.rooms.values()
+            last = chat.View(chat.NOTE, time=LAST)
+            found = [view for one in rooms for view in core.kept_before(one, last, LOOKED_AT)]
         return [view for view in found if is_wanted(core, view, wanted)]
 
     def _act(self, number: int, act: Callable[[Any, chat.Room], None]) -> None:

@@ -20174,6 +20174,324 @@ def test_a_certificate_that_is_not_trusted_is_a_question(running, window, certif
     assert not alice.certificate.shown
 
 
+def test_conversations_are_put_in_another_order_with_the_mouse(running, window, folder):
+    state = {"state": folder, "config": folder}
+    server = running()
+    alice = at_home(window(server.address, **state))
+    for name in ("#one", "#two"):
+        join(alice, name)
+    tree = alice.sidebar.tree
+    alice.root.update()
+    boxes = [tree.bbox(f"r{number}") for number in alice.sidebar.all_rooms()]
+    (x, top, _, high), (_, bottom, *_) = boxes[0], boxes[2]
+    tree.event_generate("<Button-1>", x=x + 5, y=bottom + high // 2)
+    for y in range(bottom, top, -high // 2):
+        tree.event_generate("<B1-Motion>", x=x + 5, y=y)
+    tree.event_generate("<B1-Motion>", x=x + 5, y=top + high // 2)
+    tree.event_generate("<ButtonRelease-1>", x=x + 5, y=top + high // 2)
+    assert sidebar(alice) == ["#two", "#lobby", "#one"]
+    alice.close()
+    pump(alice, lambda: alice.gone)
+    again = at_home(window(server.address, **state))
+    pump(again, lambda: sidebar(again) == ["#two", "#lobby", "#one"])
+
+
+def test_what_was_not_read_is_marked_also_after_a_restart(running, window, folder):
+    server = running()
+    bob = server.guest("bob")
+    state = {"state": folder, "config": folder}
+    alice = at_home(window(server.address, **state))
+    alice._focus(True)
+    bob.send("this was read\n")
+    see(alice, "this was read")
+    pump(alice, lambda: alice.room.unread == 0 and not alice.transcript.sheet.unseen)
+    alice.close()
+    pump(alice, lambda: alice.gone)
+    bob.send("this was not\n")
+    again = at_home(window(server.address, **state))
+    see(again, "this was not")
+    pump(again, lambda: "new\n" in transcript(again))
+    assert transcript(again).index("this was read") < transcript(again).index("new\n")
+    assert transcript(again).index("new\n") < transcript(again).index("this was not")
+
+
+def test_each_conversation_keeps_the_place_where_the_user_reads(running, window):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+    join(alice, "#tea")
+    go(alice, "#lobby")
+    bob.send("".join(f"message {n}\n" for n in range(200)))
+    see(alice, "message 199\n")
+    text = alice.transcript.text
+    alice.root.update()
+    text.yview("100.0")
+    alice.root.update()
+    top = text.get("@0,0", "@0,0 lineend")
+    go(alice, "#tea")
+    bob.send("meanwhile\n")
+    go(alice, "#lobby")
+    see(alice, "meanwhile\n")
+    alice.root.update()
+    assert text.get("@0,0", "@0,0 lineend") == top and not alice.transcript.at_bottom
+
+
+def test_searches_are_narrowed_to_a_user_a_conversation_and_links(running, window, folder):
+    server = running()
+    alice = at_home(window(server.address, state=folder, config=folder))
+    for name in ("bob", "carol"):
+        server.guest(name).send("tea is ready\nhttps://tea.example/\n")
+    pump(alice, lambda: transcript(alice).count("tea.example") == 2)
+    for words, count in (
+        ("tea", 4),
+        ("tea from:bob", 2),
+        ("from:carol", 2),
+        ("tea has:link", 2),
+        ("ready in:#lobby from:BOB", 1),
+        ("ready in:#nowhere", 0),
+    ):
+        alice.panel.title.configure(text="")
+        alice.search(words, True)
+        pump(alice, lambda: alice.panel.title.cget("text"))
+        assert len(alice.panel.rows) == count, words
+
+
+def test_a_messages_menu_is_reached_by_the_keyboard(running, window):
+    server = running()
+    bob = tagger(server, "bob", "JOIN #lobby")
+    alice = at_home(window(server.address))
+    pump(alice, lambda: here(alice) == ["alice", "bob"])
+    bob.send("PRIVMSG #lobby :see www.example.org\r\nPRIVMSG #lobby :and this\r\n")
+    see(alice, "and this\n")
+    text = alice.transcript.text
+    for _ in range(2):
+        press(alice, "Up", text)
+    assert alice.transcript.chosen_row.view.text == "see www.example.org"
+    press(alice, "Shift-F10", text)
+    menu = next(one for one in alice.transcript.winfo_children() if one.winfo_class() == "Menu")
+    labels = [
+        menu.entrycget(n, "label")
+        for n in range(menu.index("end") + 1)
+        if menu.type(n) != "separator"
+    ]
+    assert labels == [
+        *("Reply", "React", "Take it back", "Copy text", "Open https://www.example.org"),
+        *("Write to bob", "Ignore bob"),
+    ]
+    menu.invoke(labels.index("Reply"))
+    menu.unpost()
+    assert alice.banner.label.cget("text") == "Reply to bob: see www.example.org"
+    press(alice, "Escape")
+    assert alice.reply is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_server_that_sends_nonsense_does_not_stop_the_window(window, caplog, seed):
+    """Lines of all kinds with parameters of any other; then the connection breaks."""
+    chance = random.Random(seed)
+    names = ("alice", "bob", "\u6f22" * 32, "#lobby", "#", "", "*", ":", "a b", "\u202e", "@+bob")
+    verbs = (
+        *("PRIVMSG", "NOTICE", "JOIN", "PART", "QUIT", "NICK", "TOPIC", "KICK", "MODE", "TAGMSG"),
+        *("REDACT", "BATCH", "MARKREAD", "AWAY", "ACCOUNT", "CAP", "FAIL", "NOTE", "ERRO", "PONG"),
+        *("001", "005", "332", "353", "366", "352", "315", "433", "401", "473", "900", "999"),
+    )
+    tags = ("", "@time=9999-99-99 ", "@msgid=1;+typing=active ", "@batch=x ", "@+draft/react=\xff ")
+    words = ("hi", "x" * 4000, "\x01ACTION\x01", "\x00\x07\x1b[2J", "\U0001f600" * 200, "=", "+o")
+
+    def nonsense():
+        source = f"{chance.choice(names)}!u@h"
+        middle = [chance.choice(names + words[:1]) or "x" for _ in range(chance.randint(0, 4))]
+        line = " ".join((chance.choice(verbs), *middle, f":{chance.choice(words)}"))
+        return f"{chance.choice(tags)}:{source} {line}\r\n"
+
+    def serve(listener):
+        for stops in (True, False):
+            with contextlib.suppress(OSError):
+                peer, _ = listener.accept()
+                with peer:
+                    peer.sendall(b":s NOTICE * :hello\r\n")
+                    if not stops:  # the first time it hangs up during the log-in
+                        peer.sendall(b":s 001 alice :hi\r\n:alice!a@h JOIN #lobby\r\n")
+                        for _ in range(40):
+                            peer.sendall("".join(nonsense() for _ in range(10)).encode())
+                        peer.sendall(b":bob!b@h PRIVMSG #lobby :the last word\r\n")
+                        ended.wait(PATIENCE)
+
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        alice = window(listener.getsockname())
+        pump(alice, lambda: "trying again" in alice.status.cget("text"))
+        enter(alice, "/reconnect")
+        kept = alice.sidebar.rooms
+        pump(alice, lambda: any(room.name == "#lobby" for room in kept.values()))
+        for number in alice.sidebar.all_rooms():
+            alice.look_at(number)
+            pump(alice, lambda n=number: alice.here == n or n not in kept)
+        ended.set()
+        thread.join(PATIENCE)
+    alice.root.update()
+    assert alice.engine is None or alice.engine.thread.is_alive()
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_names_and_words_of_any_kind_are_shown_inert(running, window):
+    server = running()
+    bob = Guest(server.address)
+    bob.enter_irc("\u6f22" * 10, "JOIN #lobby")
+    alice = at_home(window(server.address))
+    pump(alice, lambda: len(here(alice)) == 2)
+    for text in (
+        "\u05e9\u05dc\u05d5\u05dd",
+        "a\tb\x07c\x1b[31md",
+        "\U0001f468\u200d\U0001f469",
+        "\u202eabc",
+    ):
+        bob.send(f"PRIVMSG #lobby :{text}\r\n")
+    bob.send("PRIVMSG #lobby :done\r\n")
+    see(alice, "done\n")
+    shown = transcript(alice)
+    assert "\u05e9\u05dc\u05d5\u05dd" in shown
+    assert not set(shown) & {"\x07", "\x1b", "\u202e"}
+
+
+def test_two_windows_with_one_name_are_told_apart_and_told_why(running, window):
+    server = running()
+    first = at_home(window(server.address))
+    second = at_home(window(server.address))
+    pump(second, lambda: second.server.nick != "alice")
+    see(second, "alice")
+    enter(second, f"I am {second.server.nick}")
+    see(first, f"I am {second.server.nick}")
+
+
+WINDOW_PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import gui_client
+from tkinter import READABLE
+window = gui_client.Window(gui_client.WindowOptions("alice", sys.argv[2], state=sys.argv[3]))
+def told(*_):
+    act, _, text = sys.stdin.readline().rstrip("\\n").partition(" ")
+    if act == "type":
+        window.compose.insert("end", text)
+    elif act == "enter":
+        window.compose.set(text)
+        window.compose.submit()
+    print("ok", flush=True)
+def look():
+    if window.room and window.server.ready:
+        print("ready", flush=True)
+        window.root.createfilehandler(sys.stdin, READABLE, told)
+    else:
+        window.root.after(10, look)
+window.begin()
+look()
+window.run()
+"""
+
+
+class WindowProgram:
+    """A window in a process of its own, which types what it is told."""
+
+    def __init__(self, address, state):
+        program = WINDOW_PROGRAM.replace("state=sys.argv[3]", "state=pathlib.Path(sys.argv[3])")
+        program = f"import pathlib{program}"
+        where = chat.address_text(*address)
+        command = [sys.executable, "-c", program, str(HERE), where, str(state)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.process = subprocess.Popen(command, text=True, **pipes)
+
+    def wait(self, answer):
+        assert self.process.stdout.readline() == f"{answer}\n", self.process.stderr.read()
+
+    def tell(self, act, text):
+        self.process.stdin.write(f"{act} {text}\n")
+        self.process.stdin.flush()
+        self.wait("ok")
+
+    def kill(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+def drafts_in(folder):
+    with contextlib.closing(sqlite3.connect(folder / "client.db")) as db:
+        return [draft for (draft,) in db.execute("SELECT draft FROM rooms")]
+
+
+def waiting_in(folder):
+    """What the outboxes of a client hold."""
+    journals = [chat.Journal(path) for path in (folder / "outbox").iterdir()]
+    texts = [one.text for journal in journals for one in journal.waiting.values()]
+    for journal in journals:
+        journal.close()
+    return texts
+
+
+@pytest.mark.parametrize("seed", range(5 if THOROUGH else 1))
+def test_nothing_that_was_typed_is_lost_whoever_is_killed(display, folder, seed):
+    """Kill the window and stop the server at random moments: each text is said once, or waits
+    in the outbox, or is a draft."""
+    chance, typed = random.Random(seed), []
+    data = folder / "server"
+    data.mkdir(mode=0o700)
+    server = Running(data=data)
+    address = server.address
+    try:
+        for n in range(3):
+            program = WindowProgram(address, folder / "client")
+            program.wait("ready")
+            for m in range(chance.randint(1, 4)):
+                if chance.random() < 0.3 and server:
+                    server.stop()
+                    server = None
+                program.tell("enter", f"text {n}.{m} entered")
+                typed.append(f"text {n}.{m} entered")
+            program.tell("type", f"draft {n} of more")
+            until = time.monotonic() + PATIENCE
+            while not any(f"draft {n}" in one for one in drafts_in(folder / "client")):
+                assert time.monotonic() < until
+            program.kill()
+            server = server or Running(data=data, listen=(address,))
+        last = WindowProgram(address, folder / "client")
+        last.wait("ready")
+        until = time.monotonic() + PATIENCE
+        reader = server.guest("reader")
+        reader.send("/history #lobby 100\n/names\n")
+        said = reader.until("* #lobby 1-")
+        last.kill()
+        waiting = waiting_in(folder / "client")
+        for text in typed:
+            times = sum(line.endswith(text) for line in said) + waiting.count(text)
+            assert times == 1, (text, said, waiting)
+        assert any(one.endswith("draft 2 of more") for one in drafts_in(folder / "client"))
+    finally:
+        if server:
+            server.stop()
+
+
+def test_a_window_whose_display_goes_ends_and_keeps_what_was_typed(running, folder):
+    if not shutil.which("Xvfb"):
+        pytest.skip("Xvfb is not installed")
+    ours, theirs = os.pipe()
+    command = ["Xvfb", "-displayfd", str(theirs), "-screen", "0", "800x600x24"]
+    with subprocess.Popen(command, pass_fds=[theirs], stderr=subprocess.DEVNULL) as screen:
+        os.close(theirs)
+        with os.fdopen(ours) as reader, pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DISPLAY", f":{reader.readline().strip()}")
+            program = WindowProgram(running().address, folder)
+            program.wait("ready")
+        program.tell("type", "half a thought")
+        until = time.monotonic() + PATIENCE
+        while "half a thought" not in drafts_in(folder):
+            assert time.monotonic() < until
+        screen.terminate()
+        _, errors = program.process.communicate(timeout=PATIENCE)
+    assert program.process.returncode != 0 and "Traceback" not in errors
+
+
 def test_five_thousand_members_and_a_flood_of_joins_leave_the_messages_in_place(window):
     """The engine is given views as a core makes them: a server would take a minute."""
     options = chat.ClientOptions("alice", chat.parse_target("127.0.0.1:1"))
