@@ -52,6 +52,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -667,7 +668,7 @@ def count_text(room: RoomInfo) -> str:
     """Return how many messages are new, with a mark if one of them is for the user."""
     if not room.unread:
         return ""
-    number = "999+" if room.unread > 999 else str(room.unread)
+    number = "99+" if room.unread > 99 else str(room.unread)
     return f"@{number}" if room.called and not room.muted else number
 
 
@@ -2874,7 +2875,7 @@ class Sidebar(ttk.Frame):
     def recolour(self) -> None:
         look, c, tag = self.look, self.look.colours, self.tree.tag_configure
         self.tree.column("#0", width=9 * look.em, minwidth=3 * look.em)
-        self.tree.column("count", width=look.font.measure("@999+") + look.part(0.6))
+        self.tree.column("count", width=look.bold.measure("@99+") + look.part(0.6))
         tag("server", foreground=c.dim, font=look.small)
         tag("unread", font=look.bold, foreground=c.ink)
         tag("called", font=look.bold, foreground=c.bad)
@@ -5064,6 +5065,167 @@ class Window:
 
 
 # ======================================================================================
+# DEMO
+# ======================================================================================
+# The pictures of the README: --demo DIR makes them, on a virtual screen (Xvfb) with
+# ImageMagick's import, of a window that talks with a real server.
+
+DEMO_SIZE = (1000, 560)
+DEMO_SECONDS = 20  # until a step has to be done
+DEMO_REST_MS = 600  # from the last step to the picture
+DEMO_NAMES = ("bob", "carol", "dave", "erin", "robot")
+DEMO_CHANNELS = ("#lobby", "#tea", "#releases")
+DEMO_TALK = (  # name, channel or "" for a private message, text
+    ("carol", "#releases", "0.4 is tagged, the notes are in the wiki"),
+    ("bob", "#releases", "alice: can you write the paragraph about the window?"),
+    ("erin", "#tea", "the kettle is on"),
+    ("dave", "#lobby", "good morning, everyone"),
+    ("bob", "#lobby", "good morning! the build is green: https://example.org/build/42"),
+    ("bob", "#lobby", "only the pictures of the README are missing"),
+    ("carol", "#lobby", "alice: shall we look at them together at ten?"),
+    ("erin", "", "psst, there is cake at four"),
+)
+DEMO_ANSWER = "gladly, I bring the tea \u2615"
+
+
+class DemoPeer:
+    """A peer over IRC that says what it is told."""
+
+    def __init__(self, name: str, address: tuple[str, int]):
+        self.sock = socket.create_connection(address, DEMO_SECONDS)
+        self.file = self.sock.makefile("r", encoding="utf-8", errors="replace")
+        self.ids: list[str] = []  # of the messages that it has read
+        self.send("CAP REQ :message-tags server-time", "CAP END")
+        self.send(f"NICK {name}", f"USER {name} 0 * :{name}")
+        self.send(*(f"JOIN {channel}" for channel in DEMO_CHANNELS), "PING in")
+        while "PONG" not in self.line():
+            pass
+
+    def send(self, *lines: str) -> None:
+        self.sock.sendall("".join(f"{line}\r\n" for line in lines).encode())
+
+    def line(self) -> str:
+        line = self.file.readline()
+        if line.startswith("PING"):
+            self.send(f"PONG{line[4:].rstrip()}")
+        return line or "PONG, closed"
+
+    def id_of(self, text: str) -> str:
+        """Wait for a message; return the server's id of it."""
+        while text not in (line := self.line()):
+            if line == "PONG, closed":
+                raise chat.Unusable("the server of the demo has gone")
+        return re.search("msgid=([^; ]+)", line)[1]
+
+
+@contextlib.contextmanager
+def demo_screen() -> Iterator[None]:
+    """A virtual screen of the size of the pictures."""
+    ours, theirs = os.pipe()
+    size = "x".join(map(str, DEMO_SIZE))
+    command = ["Xvfb", "-displayfd", str(theirs), "-screen", "0", f"{size}x24"]
+    with subprocess.Popen(command, pass_fds=[theirs], stderr=subprocess.DEVNULL) as screen:
+        os.close(theirs)
+        with open(ours, encoding="ascii") as reader:
+            os.environ["DISPLAY"] = f":{reader.readline().strip()}"
+        try:
+            yield
+        finally:
+            screen.terminate()
+
+
+@contextlib.contextmanager
+def demo_server(folder: pathlib.Path) -> Iterator[tuple[str, int]]:
+    """A server of its own for the demo; its address."""
+    program = str(pathlib.Path(chat.__file__))
+    command = [sys.executable, program, "server", "--listen", "127.0.0.1:0"]
+    command += ["--data", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            line = server.stdout.readline()
+            host, port = re.search(r"listens on (\S+):(\d+)", line).groups()
+            yield host, int(port)
+        finally:
+            server.terminate()
+
+
+def wait_for(window: Window, condition: Callable[[], Any]) -> None:
+    """Let Tk work until the condition holds. Raises Unusable if it never does."""
+    until = time.monotonic() + DEMO_SECONDS
+    while not condition():
+        if time.monotonic() > until:
+            raise chat.Unusable("a step of the demo did not end")
+        timer = window.root.after(CLOSE_POLL_MS, chat.do_nothing)
+        window.root.tk.dooneevent(0)
+        window.root.tk.call("after", "cancel", timer)
+
+
+def play_demo(window: Window, peers: dict[str, DemoPeer]) -> None:
+    """Let some users talk, and this one with them."""
+
+    def shows(text: str) -> bool:
+        return text in window.transcript.text.get("1.0", "end")
+
+    wait_for(window, lambda: window.server and window.server.ready and window.room)
+    for channel in DEMO_CHANNELS[1:]:
+        window.do("say", window.here, f"/join {channel}")
+        wait_for(window, lambda c=channel: window.room and window.room.name == c)
+    window.go_number(1)
+    wait_for(window, lambda: window.room.name == DEMO_CHANNELS[0])
+    peers["bob"].send("TOPIC #lobby :Release 0.4 on Friday \u2013 https://example.org/notes")
+    for name, channel, text in DEMO_TALK:
+        peers[name].send(f"PRIVMSG {channel or 'alice'} :{text}")
+        if channel == DEMO_CHANNELS[0]:
+            wait_for(window, lambda t=text: shows(t))
+    question = peers["dave"].id_of(DEMO_TALK[-2][2])
+    for name in ("dave", "erin"):
+        peers[name].send(f"@+draft/react=\u2764;+draft/reply={question} TAGMSG #lobby")
+    window.act_on("reply", window.transcript.sheet.rows[-1])
+    window.compose.set(DEMO_ANSWER)
+    window.compose.submit()
+    peers["dave"].send("@+typing=active TAGMSG #lobby")
+    peers["erin"].send("AWAY :lunch")
+    wait_for(window, lambda: shows(DEMO_ANSWER) and shows("\u2764 2"))
+    wait_for(window, lambda: window.typing_label.cget("text"))
+    window.compose.focus_force()
+
+
+def make_picture(path: pathlib.Path, theme: str, state: pathlib.Path) -> None:
+    """Make one picture, in light or dark."""
+    state.mkdir(mode=0o700)
+    look = {"theme": theme, "geometry": "{}x{}+0+0".format(*DEMO_SIZE)}
+    Remembered(state / "window.json").write(look=look)
+    with demo_server(state) as address:
+        peers = {name: DemoPeer(name, address) for name in DEMO_NAMES}
+        where = chat.address_text(*address)
+        window = Window(WindowOptions("alice", where, state=state, config=state))
+        window.begin()
+        window.do("set", "theme", theme)
+        play_demo(window, peers)
+        rested: list[bool] = []
+        window.later("demo", DEMO_REST_MS, lambda: rested.append(True))
+        wait_for(window, lambda: rested)
+        subprocess.run(["import", "-window", "root", str(path)], check=True)
+        window.close()
+        wait_for(window, lambda: window.gone)
+
+
+def make_pictures(folder: pathlib.Path) -> int:
+    """Make the pictures of the README in a folder."""
+    for program in ("Xvfb", "import"):
+        if not shutil.which(program):
+            print(f"gui_client.py: --demo needs {program}", file=sys.stderr)
+            return 1
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as state, demo_screen():
+        for theme in ("light", "dark"):
+            path = folder / f"window-{theme}.png"
+            make_picture(path, theme, pathlib.Path(state) / theme)
+            print(path)
+    return 0
+
+
+# ======================================================================================
 # MAIN
 # ======================================================================================
 # The command line is that of the terminal client, but that the window asks for what is
@@ -5075,6 +5237,7 @@ def command_line() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("name", metavar="NAME", nargs="?", default="", help="without it, the window asks")
     add("--server", default="", metavar="HOST:PORT|URL")
+    add("--demo", type=pathlib.Path, metavar="DIR", help=argparse.SUPPRESS)  # see DEMO
     chat.add_client_options(add)
     return parser
 
@@ -5101,6 +5264,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gui_client.py: {error}", file=sys.stderr)
         return 1
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(message)s")
+    if args.demo:
+        return make_pictures(args.demo)
     sharpen()
     trust = chat.Trust(args.ca, args.pin, args.insecure, args.client_cert)
     try:
