@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import collections
 import contextlib
 import ctypes
 import datetime
@@ -523,6 +524,13 @@ class Sheet:
         """Return the line of the widget at which a row that is drawn begins."""
         return 1 + sum(self.sizes[: number - self.first])
 
+    def body_of(self, number: int) -> tuple[str, str]:
+        """Return where a row that is drawn begins and ends, without what stands above it."""
+        before = self.rows[number - 1] if number > self.first else None
+        line = self.line_of(number)
+        above = lines_of(self._above(self.rows[number], before))
+        return f"{line + above}.0", f"{line + self.sizes[number - self.first]}.0"
+
     def row_at(self, line: int) -> int | None:
         """Return the row of a line of the widget."""
         if not 1 <= line <= sum(self.sizes):
@@ -770,6 +778,23 @@ SERVER_NUMBERS = itertools.count(1)
 WHY_AGAIN = "; trying again"
 
 
+TRAFFIC = 200  # pieces of what a server sent, and of what it was sent, to be looked at
+SECRET_LINE = re.compile(
+    r"((?:@\S+ )?(?:PASS|AUTHENTICATE|REGISTER|OPER|VERIFY|SESSION|PRIVMSG \S*serv)\b) .*", re.I
+)
+
+
+def traffic_text(traffic: Iterable[tuple[float, str, bytes]]) -> str:
+    """Return lines of the protocol as they went, but for passwords."""
+    lines = []
+    for when, mark, data in traffic:
+        clock = f"{datetime.datetime.fromtimestamp(when):%H:%M:%S}"
+        for line in data.decode(errors="replace").splitlines():
+            shown = SECRET_LINE.sub(r"\1 (hidden)", line) if mark == ">" else line
+            lines.append(f"{clock} {mark} {chat.harmless(shown)}")
+    return "\n".join(lines)
+
+
 class SeatScreen:
     """The state of the window about one server, in the engine's thread."""
 
@@ -781,6 +806,9 @@ class SeatScreen:
         self.was_ready = self.told_why = False
         self.secret = ""  # of an account that is to be registered
         self.missed: dict[str, None] = {}  # ids of what was said while we were away
+        self.traffic: collections.deque[tuple[float, str, bytes]] = collections.deque(
+            maxlen=TRAFFIC
+        )
 
 
 def search_words(text: str) -> tuple[str, dict[str, str]]:
@@ -882,7 +910,26 @@ class Engine(chat.ManyServers):
     def screen_for(self, seat: chat.Seat) -> SeatScreen:
         seat.core.reads_at_once = False  # the window says what has been read
         seat.core.results = functools.partial(self._results, seat)
-        return SeatScreen()
+        screen = SeatScreen()
+        self._tap(seat, screen)
+        return screen
+
+    @staticmethod
+    def _tap(seat: chat.Seat, screen: SeatScreen) -> None:
+        """Keep what goes over the connection last, for users who want to see the protocol."""
+        received, take_output = seat.link.received, seat.core.take_output
+
+        def hear(data: bytes) -> None:
+            screen.traffic.append((time.time(), "<", data))
+            received(data)
+
+        def say() -> bytes:
+            data = take_output()
+            if data:
+                screen.traffic.append((time.time(), ">", data))
+            return data
+
+        seat.link.received, seat.core.take_output = hear, say
 
     # What the cores have to show
 
@@ -1273,6 +1320,7 @@ class Engine(chat.ManyServers):
             self.out.append(Back(number, text))
             return self.show([chat.View(chat.NOTE, "that conversation is closed")])
         seat, room = place
+        self.touched.add(number)
         verb, _, rest = text.partition(" ")
         if verb.lower() == "/connect":
             return self.connect(rest.strip())
@@ -1454,6 +1502,12 @@ class Engine(chat.ManyServers):
                 seat.link.typed("/trust")
             else:
                 seat.link.leave(at_once=True)
+
+    def do_traffic(self, server: int) -> None:
+        """Show the lines of the protocol that went last."""
+        for seat in [one for one in self.seats if one.screen.number == server]:
+            text = traffic_text(seat.screen.traffic)
+            self.out.append(Page(f"Lines of {seat.link.target}", text or "none yet"))
 
     def do_server(self, server: int, verb: str) -> None:
         """/reconnect or /disconnect one server."""
@@ -2132,10 +2186,10 @@ class Compose(Field):
 
     def give_back(self, text: str) -> None:
         """Take back a text that was not accepted; Up brings it while another is being written."""
-        if self.content.strip() or text[:1] == "/":
-            self.editor.remember(text)
-        else:
+        if not (self.content.strip() or text[:1] == "/"):
             self.set(text)
+        elif not chat.is_secret(text):
+            self.editor.remember(text)
 
     def begin(self, text: str) -> None:
         """Put this before the text that is being written."""
@@ -2560,12 +2614,11 @@ class Transcript(ttk.Frame):
             if not self.draw_older():
                 return
         self.at_bottom = False
-        line = self.sheet.line_of(number)
-        self.text.yview(f"{max(1, line - 4)}.0")
-        self.text.see(f"{line}.0")
-        last = line + self.sheet.sizes[number - self.sheet.first]
+        first, last = self.sheet.body_of(number)
+        self.text.yview(f"{first} - 4 lines")
+        self.text.see(first)
         self.text.tag_remove("found", "1.0", "end")
-        self.text.tag_add("found", f"{line}.0", f"{last}.0")
+        self.text.tag_add("found", first, last)
         self.chosen = self.sheet.rows[number].key
         self.left_bottom()
 
@@ -2645,9 +2698,7 @@ class Transcript(ttk.Frame):
         self.text.tag_remove("chosen", "1.0", "end")
         number = self.sheet.find(self.chosen)
         if self.sheet.is_drawn(number):
-            line = self.sheet.line_of(number)
-            last = line + self.sheet.sizes[number - self.sheet.first]
-            self.text.tag_add("chosen", f"{line}.0", f"{last}.0")
+            self.text.tag_add("chosen", *self.sheet.body_of(number))
 
     def _choose_next(self, step: int, event: Any) -> str:
         """Choose the next row, or the one before; the first key chooses the last in sight."""
@@ -2753,7 +2804,7 @@ class Transcript(ttk.Frame):
 # has changed is touched afterwards.
 
 DRAG_PIXELS = 6
-SASH_MS = 20  # between two looks whether the window is on the screen
+SASH_MS = 10  # from a change of the panes until they get their widths
 
 
 MIDDLE_SHARE = 0.4  # of the window that the conversation has at least ...
@@ -2770,8 +2821,10 @@ class Panes(ttk.PanedWindow):
         self.middle: tk.Misc = self
         self.wide: dict[str, int] = {}  # widths of the panes at the sides, by name
         self.names: dict[str, tk.Misc] = {}
+        self.timer = ""  # until they are arranged
         self.bind("<ButtonRelease-1>", lambda _: self._measure(), add=True)
-        self.bind("<Configure>", lambda _: self.after_idle(self.arrange))
+        self.bind("<Configure>", lambda _: self.arrange_soon())
+        self.bind("<Destroy>", lambda _: self._stop())
 
     def compose(self, order: dict[str, tk.Misc], middle: tk.Misc, ems: dict[str, int]) -> None:
         """Take all panes there are, from left to right, and their widths at first."""
@@ -2792,14 +2845,20 @@ class Panes(ttk.PanedWindow):
             self.insert(place if place < len(shown) - 1 else "end", pane, weight=weight)
         elif not on and self.is_shown(name):
             self.forget(pane)
-        self.after_idle(self.arrange)
+        self.arrange_soon()
+
+    def arrange_soon(self) -> None:
+        self.timer = self.timer or self.after(SASH_MS, self.arrange)
+
+    def _stop(self) -> None:
+        if self.timer:
+            self.after_cancel(self.timer)
 
     def arrange(self) -> None:
         """Give the panes at the sides their widths; the middle has the rest."""
-        full = self.winfo_width()
+        self.timer, full = "", self.winfo_width()
         if full <= 1:  # it is not on the screen yet
-            self.after(SASH_MS, self.arrange)
-            return
+            return self.arrange_soon()
         shown = [name for name in self.names if self.is_shown(name)]
         sizes = self._sizes(shown, full)
         middle = next(n for n, name in enumerate(shown) if self.names[name] is self.middle)
@@ -2807,6 +2866,7 @@ class Panes(ttk.PanedWindow):
             for n in range(len(shown) - 1):
                 left = sum(sizes[: n + 1]) if n < middle else full - sum(sizes[n + 1 :])
                 self.sashpos(n, left)
+        return None
 
     def _sizes(self, shown: list[str], full: int) -> list[int]:
         """Return the widths of panes: in a narrow window the conversation needs most of it."""
@@ -2866,6 +2926,7 @@ class Sidebar(ttk.Frame):
         self.dragged = ""
         self.pressed_at = 0
         self.menu_for: Callable[[int, Any], Any] = lambda number, event: None
+        self.reading: Callable[[], bool] = bool  # the user sees what comes in the one looked at
         self.reordered: Callable[[], None] = chat.do_nothing
         self.tree = scrolled_tree(self, look, "count")
         self.tree.column("count", anchor="e", stretch=False)
@@ -2891,6 +2952,12 @@ class Sidebar(ttk.Frame):
         bind_menu(tree, self._menu)
 
     # What there is
+
+    def clear(self) -> None:
+        self.tree.delete(*self.tree.get_children())
+        self.rooms.clear()
+        self.drafts.clear()
+        self.servers, self.here = (), 0
 
     def show_servers(self, servers: tuple[Server, ...]) -> None:
         """Show servers, and their conversations in order."""
@@ -2952,8 +3019,11 @@ class Sidebar(ttk.Frame):
             room = room._replace(draft="...")
         elif number == self.here:
             room = room._replace(draft="")
+        if number == self.here and self.reading():
+            room = room._replace(unread=0, called=0)
         tag = "called" if room.called and not room.muted else "unread" if room.unread else "read"
-        tag = "muted" if room.muted else "outside" if not room.inside and tag == "read" else tag
+        away = not room.inside or bool(room.gone)
+        tag = "muted" if room.muted else "outside" if away and tag == "read" else tag
         text = self.look.drawable(sidebar_text(room))
         self.tree.item(f"r{number}", text=text, values=(count_text(room),), tags=(tag,))
 
@@ -3790,6 +3860,7 @@ CLOSE_POLL_MS = 10
 DRAFT_MS = 1000  # from the last key until what is half typed is kept
 SEEN_MS = 200  # from in sight to read
 TICK_MS = 1000
+FOCUS_MS = 20  # from a loss of the focus until it has moved to where it goes
 TYPING_MS = 3000  # between two notices that the user types
 FOUND_SECONDS = 0.5  # to look for a server on this machine
 WIDTHS = {"sidebar": 11, "panel": 21, "members": 9}  # of panes at first, in heights of a line
@@ -3962,6 +4033,7 @@ class Window:
         self.sidebar = Sidebar(self.panes, look, self.look_at)
         self.sidebar.menu_for = self.room_menu
         self.sidebar.reordered = self._keep_order
+        self.sidebar.reading = lambda: self.present
         self.center = self._build_center()
         self.panel = Panel(self.panes, look, self.search)
         self.panel.jump, self.panel.closed = self.jump, self.close_panel
@@ -4020,13 +4092,13 @@ class Window:
         look = self.look
         header = ttk.Frame(parent)
         look.follow(lambda: header.configure(padding=(look.part(0.9), look.part(0.35))))
-        self.place_label = ttk.Label(header, style="Large.TLabel")
-        self.place_label.pack(side="left")
         menu = ttk.Button(header, text="Menu", style="Plain.TButton", command=self._main_menu)
         search = ttk.Button(header, text="Search", style="Plain.TButton", command=self.ask_search)
-        for button in (menu, search):
+        for button in (menu, search):  # before the name, which may need all the room there is
             button.pack(side="right")
         self.menu_button = menu
+        self.place_label = ttk.Label(header, style="Large.TLabel")
+        self.place_label.pack(side="left")
         self.topic_label = ttk.Label(header, style="Dim.TLabel", width=1, anchor="w")
         self.topic_label.pack(side="left", fill="x", expand=True, padx=look.part(0.8))
         self.topic_label.bind("<Button-1>", lambda _: self._show_topic())
@@ -4064,7 +4136,7 @@ class Window:
         root = self.root
         root.protocol("WM_DELETE_WINDOW", self.close)
         root.bind("<FocusIn>", self._focus_in)
-        root.bind("<FocusOut>", lambda _: self._focus(False))
+        root.bind("<FocusOut>", lambda _: self.later("focus", FOCUS_MS, self._look_for_focus))
         self.compose.bind("<Prior>", functools.partial(self._page, -1))
         self.compose.bind("<Next>", functools.partial(self._page, 1))
         for sequence, act in self._keys():
@@ -4217,6 +4289,7 @@ class Window:
                 options = options._replace(login=chat.Login(name, secret))
             if self.engine is None:
                 self.engine = Engine(options, self.bell.ring)
+                self._forget()
                 self.engine.start()
             else:
                 self._connect_too(options)
@@ -4228,6 +4301,13 @@ class Window:
         self.address = server
         self.card.hide()
         return self.refresh()
+
+    def _forget(self) -> None:
+        """Forget the conversations of an engine that has ended: the next one has its own."""
+        self.here, self.servers = 0, ()
+        self.sidebar.clear()
+        self.drafts.clear()
+        self.spots.clear()
 
     def _connect_too(self, options: chat.ClientOptions) -> None:
         """Add a server to those that there are."""
@@ -4286,11 +4366,13 @@ class Window:
             batch = engine.batches.get_nowait()
         except queue.Empty:
             return
-        for event in batch:
-            self.TAKEN[type(event)](self, event)
-        self.refresh()
-        self.looked = time.monotonic()
-        engine.do("took")
+        try:
+            for event in batch:
+                self.TAKEN[type(event)](self, event)
+            self.refresh()
+        finally:  # a bug in one of them does not stop the others
+            self.looked = time.monotonic()
+            engine.do("took")
         if not engine.batches.empty():
             self.rung()
 
@@ -4328,9 +4410,13 @@ class Window:
         """Another conversation is looked at: what is being typed stays where it was begun."""
         if self.here:
             self._leave_room()
-        self.here, self.server_here = event.room, event.server
         room = self.sidebar.rooms.get(event.room)
         draft = self.drafts.pop(event.room, room.draft if room else "")
+        text = "" if self.here else self.compose.content  # typed before there was a place for it
+        if text.strip() and text != draft:
+            self.compose.editor.remember(draft)
+            draft = text
+        self.here, self.server_here = event.room, event.server
         self.compose.open(draft)
         self.kept_draft = draft
         self.sidebar.set_draft(event.room, False)
@@ -4475,7 +4561,7 @@ class Window:
             server._replace(ready=False, phase=chat.ENDED, status=reason or "not connected")
             for server in self.servers
         )
-        if reason:
+        if not self.closing:
             self.ask(reason)
 
     # Labels
@@ -4513,8 +4599,9 @@ class Window:
         set_text(self.waiting, waiting_text(server))
 
     def refresh_title(self) -> None:
-        rooms = self.sidebar.rooms.values()
-        unread = sum(room.unread for room in rooms if not room.muted)
+        rooms = [room for room in self.sidebar.rooms.values() if not room.muted]
+        seen = self.here if self.present else 0
+        unread = sum(room.unread for room in rooms if room.number != seen)
         title = title_text(self.server, self.room, unread)
         if title != self.root.title():
             self.root.title(title)
@@ -4561,7 +4648,12 @@ class Window:
             card.keep_focus(event.widget)
         self._focus(True)
 
+    def _look_for_focus(self) -> None:
+        """The focus may only have moved to another part of the window."""
+        self._focus(bool(self.root.tk.call("focus", "-displayof", self.root)))
+
     def _focus(self, focused: bool) -> None:
+        """Note whether the window has the keys."""
         if focused != self.focused:
             self.focused = focused
             self.do("focus", focused)
@@ -4690,7 +4782,8 @@ class Window:
             menu.add_cascade(
                 label="React", menu=self._reaction_menu(menu, row), state=enabled("react" in can)
             )
-            add("Take it back", "redact", "redact" in can)
+            if view.mine or self._is_operator():
+                add("Take it back", "redact", "redact" in can)
             menu.add_separator()
         add("Copy text", "copy", True)
         for url in list(dict.fromkeys(link_of(one) for one in LINK.findall(view.text)))[:5]:
@@ -4701,6 +4794,11 @@ class Window:
             add(f"Write to {shorter(view.name, 30)}", "private", True)
             add(f"Ignore {shorter(view.name, 30)}", "ignore", True)
         popup_menu(menu, event, self.transcript, self.transcript.box_of(row))
+
+    def _is_operator(self) -> bool:
+        """Return whether this user may remove messages of others here."""
+        me = self.people.rows.get(self.server.nick if self.server else "")
+        return me is not None and me.rank[:1] in ("~", "&", "@", "%")
 
     def _add_act(
         self, menu: tk.Menu, row: Row, label: str, what: str, on: bool, key: str = ""
@@ -4850,6 +4948,7 @@ class Window:
         add(label="Connect again", command=lambda: self.do("server", server, "/reconnect"))
         add(label="Which channels there are", command=lambda: self.do("server", server, "/list"))
         add(label="Join a channel \u2026", command=self._ask_channel)
+        add(label="Lines of the protocol", command=lambda: self.do("traffic", server))
         menu.add_separator()
         add(label="Leave this server", command=lambda: self.do("server", server, "/disconnect"))
 
@@ -5021,6 +5120,7 @@ class Window:
             self.transcript.to_bottom()
         elif self.transcript.sheet.marked is not None:
             self.transcript.read_to(int(time.time() * 1000))
+        self.transcript.choose(None)
         self.compose.focus_set()
 
     # Closing

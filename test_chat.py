@@ -20275,7 +20275,7 @@ def test_a_messages_menu_is_reached_by_the_keyboard(running, window):
         if menu.type(n) != "separator"
     ]
     assert labels == [
-        *("Reply", "React", "Take it back", "Copy text", "Open https://www.example.org"),
+        *("Reply", "React", "Copy text", "Open https://www.example.org"),
         *("Write to bob", "Ignore bob"),
     ]
     menu.invoke(labels.index("Reply"))
@@ -20490,6 +20490,39 @@ def test_a_window_whose_display_goes_ends_and_keeps_what_was_typed(running, fold
         screen.terminate()
         _, errors = program.process.communicate(timeout=PATIENCE)
     assert program.process.returncode != 0 and "Traceback" not in errors
+
+
+def test_the_lines_of_the_protocol_are_shown_without_passwords(running, window):
+    alice = at_home(window(running().address))
+    enter(alice, "/register * verysecret")
+    see(alice, "logged in as alice")
+    alice.do("traffic", alice.server.number)
+    pump(alice, lambda: "Lines of" in alice.panel.title.cget("text"))
+    shown = alice.panel.text.get("1.0", "end")
+    assert " > NICK alice" in shown and " < " in shown and " > REGISTER (hidden)" in shown
+    assert "verysecret" not in shown
+
+
+def test_a_text_that_was_typed_before_there_was_a_connection_stays(running, window):
+    alice = window(name="")
+    alice.card.hide()
+    alice.compose.set("typed early")
+    alice.compose.submit()
+    assert alice.card.shown and "your text is kept" in alice.card.error.cget("text")
+    alice.connect("alice", chat.address_text(*running().address))
+    at_home(alice)
+    assert alice.compose.content == "typed early"
+
+
+def test_what_the_user_sees_is_not_counted_as_new(running, window):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+    alice._focus(True)
+    for n in range(20):
+        bob.send(f"message {n}\n")
+        see(alice, f"message {n}\n")
+        assert sidebar(alice) == ["#lobby"] and not alice.root.title().startswith("(")
 
 
 def test_five_thousand_members_and_a_flood_of_joins_leave_the_messages_in_place(window):
