@@ -7,6 +7,7 @@
 Sections, in reading order; each uses only what stands above it:
 
     EVENTS          what the two threads tell each other: immutable tuples
+    RIGHT TO LEFT   Hebrew and Arabic, where Tk leaves their order to us
     WHAT IS SHOWN   rows as coloured text, and the sheet that counts them: no widgets here
     EMOJI           names of emoji, for typing them
     ENGINE          the cores, their connections and their loop, in a thread of their own
@@ -241,6 +242,127 @@ class Settings(NamedTuple):
 
 
 # ======================================================================================
+# RIGHT TO LEFT
+# ======================================================================================
+# Tk on X11 draws all characters from left to right and joins no letters. So lines with
+# Hebrew or Arabic are broken here, their characters put in the order in which they are seen
+# (Unicode's UAX 9, without explicit embeddings, which are removed before), and Arabic
+# letters get their joined forms. Other systems do this themselves.
+
+RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]")
+MIRRORED = str.maketrans("()[]{}<>\u00ab\u00bb", ")(][}{><\u00bb\u00ab")
+FORMS = ("isolated", "final", "initial", "medial")  # neither joined, to the one before, ...
+
+
+@functools.cache
+def arabic_forms() -> dict[str, dict[str, str]]:
+    """Return the joined forms of letters, and of lam with alef (Arabic Presentation Forms)."""
+    forms: dict[str, dict[str, str]] = {}
+    for code in (*range(0xFB50, 0xFBC2), *range(0xFE80, 0xFEFD)):
+        form, *letters = unicodedata.decomposition(chr(code)).split() or [""]
+        if form.strip("<>") in FORMS:
+            known = forms.setdefault("".join(chr(int(one, 16)) for one in letters), {})
+            known.setdefault(form.strip("<>"), chr(code))
+    return forms
+
+
+def joined(text: str) -> str:
+    """Return `text` with Arabic letters in the forms that they have beside each other."""
+    forms, letters, n = arabic_forms(), [], 0
+    while n < len(text):
+        pair = text[n : n + 2]
+        letters.append(pair if len(pair) == 2 and pair in forms else text[n])
+        n += len(letters[-1])
+    shaped = []
+    solid = [k for k, one in enumerate(letters) if unicodedata.bidirectional(one[0]) != "NSM"]
+    place = {k: p for p, k in enumerate(solid)}
+    for k, one in enumerate(letters):
+        known = forms.get(one)
+        if known is None:
+            shaped.append(one)
+            continue
+        before, after = place[k] - 1, place[k] + 1
+        left = forms.get(letters[solid[before]], {}) if before >= 0 else {}
+        right = forms.get(letters[solid[after]], {}) if after < len(solid) else {}
+        to_before = "initial" in left and "final" in known
+        to_after = "final" in right and "initial" in known
+        form = FORMS[to_before + 2 * to_after]
+        shaped.append(known.get(form) or known.get("isolated") or one)
+    return "".join(shaped)
+
+
+def is_rtl(text: str) -> bool:
+    """Return whether a line begins at the right: its first letter says so."""
+    kinds = (unicodedata.bidirectional(c) for c in text)
+    return next((kind != "L" for kind in kinds if kind in ("L", "R", "AL")), False)
+
+
+def levels_of(clusters: list[str], base: int) -> list[int]:
+    """Return the embedding level of each character: odd ones are seen from right to left."""
+    levels: list[int | None] = []
+    strong = "R" if base else "L"
+    for one in clusters:
+        kind = unicodedata.bidirectional(one[0])
+        if kind in ("L", "R", "AL"):
+            strong = "L" if kind == "L" else "R"
+            levels.append(1 if strong == "R" else 2 * base)
+        elif kind in ("EN", "AN"):
+            levels.append(2 if strong == "R" or base else 0)
+        else:
+            levels.append(None)
+    known = [base if level is None else level for level in levels]
+    for n, level in enumerate(levels):
+        if level is None:  # between two of one direction it goes with them
+            before = next((one for one in reversed(levels[:n]) if one is not None), base)
+            after = next((one for one in levels[n:] if one is not None), base)
+            known[n] = before if before == after else 1 if before and after else base
+    return known
+
+
+def seen_line(line: str, base: int) -> str:
+    """Return the characters of a line in the order in which they are seen."""
+    clusters: list[str] = []
+    for c in joined(line):
+        if clusters and unicodedata.bidirectional(c) == "NSM":
+            clusters[-1] += c
+        else:
+            clusters.append(c)
+    levels = levels_of(clusters, base)
+    parts = [
+        one.translate(MIRRORED) if level % 2 else one
+        for one, level in zip(clusters, levels, strict=True)
+    ]
+    for lowest in range(max(levels, default=0), 0, -1):
+        n = 0
+        while n < len(parts):
+            end = n
+            while end < len(parts) and levels[end] >= lowest:
+                end += 1
+            parts[n:end] = parts[n:end][::-1]
+            levels[n:end] = levels[n:end][::-1]
+            n = end + 1
+    return "".join(parts)
+
+
+def broken_to_fit(line: str, fits: Callable[[str], bool]) -> Iterator[str]:
+    """Yield a line in parts that fit, broken between words."""
+    part = ""
+    for word in re.findall(r"\S+\s*|\s+", line):
+        if part and not fits((part + word).rstrip()):
+            yield part.rstrip()
+            part = ""
+        part += word
+    yield part
+
+
+def seen_lines(line: str, fits: Callable[[str], bool]) -> Iterator[str]:
+    """Yield a line as it is to be drawn from left to right, broken to fit."""
+    base = int(is_rtl(line))
+    for part in broken_to_fit(line, fits):
+        yield seen_line(part, base)
+
+
+# ======================================================================================
 # WHAT IS SHOWN
 # ======================================================================================
 # Rows come in, pieces go out: text and its tags in turn, as a Text widget takes them in
@@ -341,7 +463,9 @@ class Style(NamedTuple):
     """What the rows are drawn for."""
 
     clock: str = "%H:%M"
-    drawable: Callable[[str], str] = str  # leaves out what this display cannot draw
+    # Return whether a part of a line fits into one row; None: Tk orders and breaks lines itself
+    fits: Callable[[str], bool] | None = None
+    name: Callable[[str], str] = str  # as a name is drawn
 
 
 def head_pieces(row: Row, style: Style) -> list:
@@ -350,7 +474,7 @@ def head_pieces(row: Row, style: Style) -> list:
     name = f"-{view.name}-" if view.kind == chat.NOTICED else view.name
     clock = moment_of(view).strftime(style.clock)
     named = (*tags, name_tag(view.name), "name")
-    return [shorter(name, NAME_SHOWN), named, f"  {clock}\n", (*tags, "clock")]
+    return [style.name(shorter(name, NAME_SHOWN)), named, f"  {clock}\n", (*tags, "clock")]
 
 
 def reply_pieces(row: Row) -> list:
@@ -379,14 +503,26 @@ def state_pieces(row: Row) -> list:
     return [*pieces, "\n", ("said", "trouble")]
 
 
-def text_pieces(row: Row, expanded: bool) -> list:
+def line_pieces(text: str, style: Style, *tags: str) -> list:
+    """Return lines of text, in the order in which their characters are seen."""
+    if style.fits is None or not RIGHT_TO_LEFT.search(text):
+        return [*linked(text, *tags), "\n", tags]
+    pieces: list = []
+    for line in text.split("\n"):
+        over = (*tags, "rtl") if is_rtl(line) else tags
+        for part in seen_lines(line, style.fits):
+            pieces += [*linked(part, *over), "\n", over]
+    return pieces
+
+
+def text_pieces(row: Row, style: Style, expanded: bool) -> list:
     """Return the words of a message."""
     view = row.view
     over = ("mention",) if view.called else ()
     over += (row.state,) if row.state else ()
     over += ("notice",) if view.kind == chat.NOTICED else ()
     text = view.text if expanded else beginning(view.text)
-    pieces = [*linked(broken(text), "said", *over), "\n", ("said", *over)]
+    pieces = line_pieces(broken(text), style, "said", *over)
     if len(text) < len(view.text):
         more = f"show all of it: {len(view.text):,} characters\n"
         pieces += [more, ("said", "expand")]
@@ -398,7 +534,7 @@ def said_pieces(row: Row, style: Style, headed: bool, expanded: bool, me: str) -
     return [
         *(head_pieces(row, style) if headed else ()),
         *reply_pieces(row),
-        *text_pieces(row, expanded),
+        *text_pieces(row, style, expanded),
         *reaction_pieces(row, me),
         *state_pieces(row),
     ]
@@ -421,7 +557,7 @@ def told_text(view: chat.View) -> str:
 def told_pieces(row: Row, style: Style) -> list:
     """Return a row that is no message: joins, quits, texts of the server and of the client."""
     clock = moment_of(row.view).strftime(style.clock)
-    text = broken(told_text(row.view))
+    text = broken(style.name(told_text(row.view)))
     tags = ("told", "table") if "  " in text else ("told",)
     return [f"{clock}\t", ("told", "clock"), *linked(text, *tags), "\n", ("told",)]
 
@@ -779,8 +915,9 @@ WHY_AGAIN = "; trying again"
 
 
 TRAFFIC = 200  # pieces of what a server sent, and of what it was sent, to be looked at
+SECRET_VERBS = "PASS|AUTHENTICATE|REGISTER|OPER|VERIFY|SESSION"
 SECRET_LINE = re.compile(
-    r"((?:@\S+ )?(?:PASS|AUTHENTICATE|REGISTER|OPER|VERIFY|SESSION|PRIVMSG \S*serv)\b) .*", re.I
+    rf"((?:@\S+ )?(?::\S+ )?(?:{SECRET_VERBS}|PRIVMSG \S*serv)\b) .*", re.IGNORECASE
 )
 
 
@@ -790,7 +927,7 @@ def traffic_text(traffic: Iterable[tuple[float, str, bytes]]) -> str:
     for when, mark, data in traffic:
         clock = f"{datetime.datetime.fromtimestamp(when):%H:%M:%S}"
         for line in data.decode(errors="replace").splitlines():
-            shown = SECRET_LINE.sub(r"\1 (hidden)", line) if mark == ">" else line
+            shown = SECRET_LINE.sub(r"\1 (hidden)", line)
             lines.append(f"{clock} {mark} {chat.harmless(shown)}")
     return "\n".join(lines)
 
@@ -1697,6 +1834,7 @@ class Look:
         self.root = root
         self.colours = LIGHT
         self.drawable: Callable[[str], str] = str if draws_emoji(root) else spelled
+        self.reorders = root.tk.call("tk", "windowingsystem") == "x11"  # see RIGHT TO LEFT
         self.usual = tkfont.nametofont("TkDefaultFont", root).actual()
         self.font, self.bold, self.large, self.small, self.tiny, self.italic, self.fixed = (
             tkfont.nametofont(name, root).copy()
@@ -1730,6 +1868,13 @@ class Look:
         if dark != self.dark_system:
             self.dark_system = dark
             self.apply()
+
+    def seen(self, text: str) -> str:
+        """Return a text of one line as it is drawn."""
+        text = self.drawable(text)
+        if self.reorders and RIGHT_TO_LEFT.search(text):
+            return seen_line(text, int(is_rtl(text)))
+        return text
 
     @property
     def em(self) -> int:
@@ -2338,7 +2483,8 @@ class Transcript(ttk.Frame):
     def __init__(self, parent: tk.Misc, look: Look, typed: Callable[[str], None]):
         super().__init__(parent, style="Card.TFrame")
         self.look = look
-        self.sheet = Sheet(Style(drawable=look.drawable))
+        fits = self._fits if look.reorders else None
+        self.sheet = Sheet(Style(fits=fits, name=look.seen))
         self.typed = typed  # gets what is typed here by mistake
         self.at_bottom = True
         self.chosen: Any = None  # key of the row that the keys are for
@@ -2351,6 +2497,7 @@ class Transcript(ttk.Frame):
         self.acted: Callable[[str, Row], None] = lambda what, row: None
         self.told: Callable[[str], None] = chat.do_nothing  # about the row under the pointer
         self.waiting_older = False
+        self.width = 0  # of the text, in pixels
         self.text = tk.Text(self, state="disabled", cursor="arrow", width=20, height=5)
         self.bar = ttk.Scrollbar(self, command=self.text.yview)
         self.text.mark_set("top", "1.0")  # of what is in sight; it moves with its text
@@ -2371,6 +2518,20 @@ class Transcript(ttk.Frame):
         self.text.configure(highlightbackground=c.paper)
         self._configure_tags()
 
+    def _fits(self, part: str) -> bool:
+        """Return whether a part of a line is no wider than a row."""
+        width = self.text.winfo_width() - 2 * self._padding - 2 * self.look.part(0.9)
+        return self.look.font.measure(part) <= max(width, 4 * self.look.em)
+
+    def _resized(self, event: Any) -> None:
+        """Stay at the end; break lines from right to left again."""
+        if self.at_bottom:
+            self.see_end()
+        width, self.width = self.width, event.width
+        turned = (RIGHT_TO_LEFT.search(row.view.text) for row in self.sheet.rows)
+        if self.look.reorders and width != event.width and any(turned):
+            self.redraw_all()
+
     def _configure_tags(self) -> None:
         look, c, tag = self.look, self.look.colours, self.text.tag_configure
         column = look.small.measure("00:00:00" if "%S" in self.sheet.style.clock else "00:00")
@@ -2378,6 +2539,7 @@ class Transcript(ttk.Frame):
         tag("head", spacing1=look.part(0.5))
         tag("clock", foreground=c.dim, font=look.small)
         tag("said", lmargin1=0, lmargin2=0)
+        tag("rtl", justify="right")
         tag("told", foreground=c.dim, font=look.small, tabs=(column,), lmargin2=column)
         tag("told", spacing1=look.part(0.15))
         tag("chosen", background=c.chosen)
@@ -2409,7 +2571,7 @@ class Transcript(ttk.Frame):
         text.bind("<ButtonRelease-1>", self._click)
         text.bind("<Key>", self._key)
         text.bind("<<Paste>>", self._paste)
-        text.bind("<Configure>", lambda _: self.at_bottom and self.see_end())
+        text.bind("<Configure>", self._resized)
         text.bind("<Motion>", self._hover)
         text.bind("<Leave>", lambda _: self.told(""))
         for key, step in (("<Up>", -1), ("<Down>", 1)):
@@ -2967,7 +3129,7 @@ class Sidebar(ttk.Frame):
             self.tree.delete(row)
         for server, row in zip(servers, wanted, strict=True):
             mark = "" if server.ready else "\u2026 " if server.phase != chat.ENDED else "\u2715 "
-            text = self.look.drawable(f"{mark}{server.address}")
+            text = self.look.seen(f"{mark}{server.address}")
             if self.tree.exists(row):
                 self.tree.item(row, text=text)
             else:
@@ -3024,7 +3186,7 @@ class Sidebar(ttk.Frame):
         tag = "called" if room.called and not room.muted else "unread" if room.unread else "read"
         away = not room.inside or bool(room.gone)
         tag = "muted" if room.muted else "outside" if away and tag == "read" else tag
-        text = self.look.drawable(sidebar_text(room))
+        text = self.look.seen(sidebar_text(room))
         self.tree.item(f"r{number}", text=text, values=(count_text(room),), tags=(tag,))
 
     def set_draft(self, number: int, on: bool) -> None:
@@ -3162,7 +3324,7 @@ class People(ttk.Frame):
         self.order.insert(position, place)
         self.rows[person.name] = person
         tags = ("away",) if person.away else (name_tag(person.name),)
-        text = self.look.drawable(member_text(person, self.mine))
+        text = self.look.seen(member_text(person, self.mine))
         where = position if position < len(self.rows) - 1 else "end"  # which needs no search
         self.tree.insert("", where, f"m{person.name}", text=text, tags=tags)
 
@@ -3352,7 +3514,7 @@ class Panel(ttk.Frame):
         """Show a text from its beginning."""
         self.rows = []
         self._show_field(False)
-        self.title.configure(text=self.look.drawable(title[:1].upper() + title[1:]))
+        self.title.configure(text=self.look.seen(title[:1].upper() + title[1:]))
         self._fill(page_pieces(text))
         self.text.focus_set()
 
@@ -3361,14 +3523,15 @@ class Panel(ttk.Frame):
         self.rows = list(reversed(rows))
         self._show_field(True)
         count = chat.counted(len(rows), "message")
-        self.title.configure(text=self.look.drawable(shorter(f"{count}: {title}", NAME_SHOWN)))
+        self.title.configure(text=self.look.seen(shorter(f"{count}: {title}", NAME_SHOWN)))
         pieces: list = []
         for n, (_, where, view) in enumerate(self.rows):
             when = f"{moment_of(view):%Y-%m-%d %H:%M}"
             tag = f"row{n}"
             pieces += [shorter(view.name, NAME_SHOWN), ("head", name_tag(view.name), tag)]
             pieces += [f"  {where}  {when}\n", ("head", tag)]
-            pieces += [f"{shorter(view.text, RESULT_SHOWN)}\n", ("found", tag)]
+            text = self.look.seen(" ".join(shorter(view.text, RESULT_SHOWN).split()))
+            pieces += [f"{text}\n", ("found", tag)]
         for tag in self.text.tag_names():
             if tag.startswith("row"):
                 self.text.tag_delete(tag)
@@ -3538,7 +3701,7 @@ class ConnectCard(Card):
         self.server.set(server)
         self.tls.set(server.startswith(("ircs://", "chats://")))
         self.register.set(False)
-        self.error.configure(text=self.look.drawable(error))
+        self.error.configure(text=self.look.seen(error))
         self.error.configure(wraplength=20 * self.look.em)
         self.known.configure(state="normal" if self.recent() else "disabled")
         self.name.tag_add("sel", "1.0", "end-1c")
@@ -3552,7 +3715,7 @@ class ConnectCard(Card):
     def _show_recent(self) -> None:
         menu = self.look.menu(self)
         for name, server in self.recent():
-            label = self.look.drawable(f"{server}  as {name}")
+            label = self.look.seen(f"{server}  as {name}")
             menu.add_command(label=label, command=functools.partial(self._take, name, server))
         x, y = self.known.winfo_rootx(), self.known.winfo_rooty() + self.known.winfo_height()
         menu.tk_popup(x, y)
@@ -3624,8 +3787,8 @@ class AskCard(Card):
         self, title: str, taken: Callable[[str], None], text: str = "", note: str = ""
     ) -> None:
         self.taken = taken
-        self.head.configure(text=self.look.drawable(title))
-        self.note.configure(text=self.look.drawable(note), wraplength=22 * self.look.em)
+        self.head.configure(text=self.look.seen(title))
+        self.note.configure(text=self.look.seen(note), wraplength=22 * self.look.em)
         self.field.set(text)
         self.field.tag_add("sel", "1.0", "end-1c")
         self.open(self.field)
@@ -3676,7 +3839,7 @@ class Switcher(Card):
         self.matching = [act for _, act in found]
         self.tree.delete(*self.tree.get_children())
         for n, (text, _) in enumerate(found):
-            self.tree.insert("", "end", str(n), text=self.look.drawable(shorter(text, NAME_SHOWN)))
+            self.tree.insert("", "end", str(n), text=self.look.seen(shorter(text, NAME_SHOWN)))
         if found:
             self.tree.selection_set("0")
 
@@ -3771,7 +3934,7 @@ class Banner(ttk.Frame):
         for child in self.buttons.winfo_children():
             child.destroy()
         self.configure(padding=(self.look.part(0.5), self.look.part(0.1)))
-        self.label.configure(text=self.look.drawable(text))
+        self.label.configure(text=self.look.seen(text))
         for name, act in (*buttons, ("\u2715", self.hide)):
             button = ttk.Button(self.buttons, text=name, style="Banner.TButton", command=act)
             button.pack(side="left")
@@ -3861,6 +4024,7 @@ DRAFT_MS = 1000  # from the last key until what is half typed is kept
 SEEN_MS = 200  # from in sight to read
 TICK_MS = 1000
 FOCUS_MS = 20  # from a loss of the focus until it has moved to where it goes
+SEEN_TYPED = 60  # last characters of a text from right to left, shown as they will be seen
 TYPING_MS = 3000  # between two notices that the user types
 FOUND_SECONDS = 0.5  # to look for a server on this machine
 WIDTHS = {"sidebar": 11, "panel": 21, "members": 9}  # of panes at first, in heights of a line
@@ -4568,12 +4732,12 @@ class Window:
 
     def refresh(self) -> None:
         """Bring labels up to date."""
-        room, drawable = self.room, self.look.drawable
+        room, drawable = self.room, self.look.seen
         outside = " (you are not in it)" if room and not room.inside else ""
         place = (room.name if room else "nowhere") + outside
         shown = shorter(place, NAME_SHOWN) if self.servers else "Chat"
-        set_text(self.place_label, drawable(shown))
-        set_text(self.topic_label, drawable(" ".join(room.topic.split()) if room else ""))
+        set_text(self.place_label, self.look.seen(shown))
+        set_text(self.topic_label, self.look.seen(" ".join(room.topic.split()) if room else ""))
         set_text(self.compose.hint, drawable(placeholder_text(self.server, room)))
         self._show_typing(drawable(typing_text(room.typing) if room else ""))
         self.refresh_status()
@@ -4590,7 +4754,7 @@ class Window:
                 self.typing_label.place_forget()
 
     def refresh_status(self) -> None:
-        server, colours, drawable = self.server, self.look.colours, self.look.drawable
+        server, colours, drawable = self.server, self.look.colours, self.look.seen
         over = server is not None and server.phase == chat.ENDED
         good = server is not None and server.ready
         colour = colours.good if good else colours.bad if over else colours.waiting
@@ -4611,7 +4775,7 @@ class Window:
 
     def tell(self, text: str) -> None:
         """Show a text of the window's own, for a while."""
-        self.tell_about(self.look.drawable(text))
+        self.tell_about(self.look.seen(text))
 
     # What was seen
 
@@ -4707,6 +4871,8 @@ class Window:
     def _edited(self) -> None:
         """The user has changed the text: keep it soon, and tell the others."""
         text = self.compose.content
+        if self.look.reorders and RIGHT_TO_LEFT.search(text[-SEEN_TYPED:]):
+            self.tell_about(self.look.seen(text[-SEEN_TYPED:].split("\n")[-1]))
         self.later("draft", DRAFT_MS, lambda: self._keep_draft(self.compose.content))
         now = time.monotonic()
         tells = bool(text.strip()) and text[:1] != "/"
@@ -4804,7 +4970,7 @@ class Window:
         self, menu: tk.Menu, row: Row, label: str, what: str, on: bool, key: str = ""
     ) -> None:
         menu.add_command(
-            label=self.look.drawable(label),
+            label=self.look.seen(label),
             command=functools.partial(self.act_on, what, row),
             state=enabled(on),
             accelerator=key,
@@ -4963,7 +5129,7 @@ class Window:
             ("Make an operator:", "/op {}"),
             ("Put out:", "/kick {}"),
         ):
-            text = self.look.drawable(f"{label} {shorter(name, 30)}")
+            text = self.look.seen(f"{label} {shorter(name, 30)}")
             menu.add_command(label=text, command=functools.partial(say, verb.format(name)))
         mention = functools.partial(self.compose.begin, f"{name}: ")
         menu.add_command(label="Mention in the field", command=mention)

@@ -19434,6 +19434,34 @@ def test_a_window_is_put_where_the_screen_is():
     assert fit("nonsense", 1000, 700) == fit("", 1000, 700) == ""
 
 
+@pytest.mark.parametrize(
+    "text, seen",
+    [
+        ("שלום", "םולש"),
+        ("שלום alice, 42 (תה)", "(הת) alice, 42 םולש"),
+        ("hello שלום world", "hello םולש world"),
+        ("a (שלום) b", "a (םולש) b"),
+        ("מחיר: 42.50 ₪", "₪ 42.50 :ריחמ"),
+        ("בְּ א", "א בְּ"),  # marks stay with their letter
+        ("مرحبا", "\ufe8e\ufe92\ufea3\ufeae\ufee3"),  # letters are joined
+        ("لا", "\ufefb"),  # one sign for lam with alef
+        ("plain (text)", "plain (text)"),
+    ],
+)
+def test_text_from_right_to_left_is_drawn_in_the_order_in_which_it_is_seen(text, seen):
+    assert gui_client.seen_line(text, int(gui_client.is_rtl(text))) == seen
+
+
+def test_a_line_from_right_to_left_is_broken_before_it_is_turned():
+    style = gui_client.Style(fits=lambda part: len(part) <= 9)
+    pieces = gui_client.line_pieces("אבג דהו זחט\nend", style, "said")
+    assert texts_of(pieces) == "והד גבא\nטחז\nend\n"
+    assert [("rtl" in tags) for tags in pieces[1::4]] == [True, True, False]
+    sheet, _ = sheet_of(said("אבג דהו זחט", time=EIGHT))
+    sheet.style = style
+    assert texts_of(sheet.draw(0)).count("\n") == 4
+
+
 def test_emoji_have_names():
     assert gui_client.emoji_for("tea")[0][0] == "\U0001f375"
     assert ("\U0001f44d", "thumbsup") in gui_client.emoji_for("thumbsu")
@@ -20352,7 +20380,7 @@ def test_names_and_words_of_any_kind_are_shown_inert(running, window):
     bob.send("PRIVMSG #lobby :done\r\n")
     see(alice, "done\n")
     shown = transcript(alice)
-    assert "\u05e9\u05dc\u05d5\u05dd" in shown
+    assert gui_client.seen_line("\u05e9\u05dc\u05d5\u05dd", 1) in shown
     assert not set(shown) & {"\x07", "\x1b", "\u202e"}
 
 
