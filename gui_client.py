@@ -460,7 +460,7 @@ def is_unread(row: Row, read_time: int) -> bool:
 
 
 class Style(NamedTuple):
-    """What the rows are drawn for."""
+    """The display for which rows are drawn."""
 
     clock: str = "%H:%M"
     # Return whether a part of a line fits into one row; None: Tk orders and breaks lines itself
@@ -521,11 +521,12 @@ def text_pieces(row: Row, style: Style, expanded: bool) -> list:
     over = ("mention",) if view.called else ()
     over += (row.state,) if row.state else ()
     over += ("notice",) if view.kind == chat.NOTICED else ()
-    text = view.text if expanded else beginning(view.text)
+    short = beginning(view.text)
+    text = view.text if expanded else short
     pieces = line_pieces(broken(text), style, "said", *over)
-    if len(text) < len(view.text):
-        more = f"show all of it: {len(view.text):,} characters\n"
-        pieces += [more, ("said", "expand")]
+    if len(short) < len(view.text):
+        more = "show less" if expanded else f"show all of it: {len(view.text):,} characters"
+        pieces += [f"{more}\n", ("said", "expand")]
     return pieces
 
 
@@ -2507,6 +2508,8 @@ class Transcript(ttk.Frame):
         self.text.pack(side="left", fill="both", expand=True)
         self.below = ttk.Button(self, style="Accent.TButton", command=self.to_bottom)
         self.below.configure(takefocus=False)
+        self.above = ttk.Button(self, text="new above \u2191", command=self.show_new)
+        self.above.configure(takefocus=False)
         self.top = ttk.Label(self, style="Dim.Card.TLabel")
         look.follow(self.recolour)
         self._bind_all()
@@ -2798,6 +2801,21 @@ class Transcript(ttk.Frame):
         self.below.place(relx=0.5, rely=1.0, y=-self.look.part(0.6), anchor="s")
         return None
 
+    def show_new(self) -> None:
+        """Scroll to the first message that was not read."""
+        number = self.sheet.find(self.sheet.marked)
+        if number is not None:
+            self.show_row(number)
+
+    def _tell_above(self) -> None:
+        """Show the button that leads to the "new" line, while that is above what is in sight."""
+        number = self.sheet.find(self.sheet.marked)
+        top = int(self.text.index("@0,0").split(".")[0])
+        if self.sheet.is_drawn(number) and self.sheet.line_of(number) < top:
+            self.above.place(relx=0.5, y=self.look.part(0.5), anchor="n")
+        else:
+            self.above.place_forget()
+
     def tell_older(self, text: str) -> None:
         """Show at the top how it stands with older rows."""
         if text:
@@ -2819,6 +2837,8 @@ class Transcript(ttk.Frame):
             self.left_bottom()
         elif self.at_bottom and not at_end:  # Tk's layout, and no scrolling of the user
             self.text.after_idle(self._stay)
+        if self.sheet.marked is not None or self.above.place_info():
+            self._tell_above()
         if float(first) > 0:
             self.tell_older("")
         self._want_older()
@@ -3379,6 +3399,7 @@ WINDOW_KEYS = (
     ("Alt+1 \u2026 Alt+9", "go to that conversation"),
     ("Alt+Up, Alt+Down", "the conversation above or below; with Shift: move it"),
     ("Alt+A", "the next one with something new, first where you are called"),
+    ("Alt+N", "the first message here that was not read"),
     ("Ctrl+F", "search; Return searches, Down goes to what was found"),
     ("F6", "the next part of the window; Shift+F6: the one before"),
     ("Up, Down in the messages", "choose one; Return or the menu key: what can be done with it"),
@@ -4030,6 +4051,11 @@ FOUND_SECONDS = 0.5  # to look for a server on this machine
 WIDTHS = {"sidebar": 11, "panel": 21, "members": 9}  # of panes at first, in heights of a line
 
 
+def ring(writer: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # full: it rings already; closed: it is gone
+        writer.send(b"\0")
+
+
 class Bell:
     """A way for another thread, or a signal, to get Tk's attention: one byte on a pair of
     sockets."""
@@ -4047,9 +4073,10 @@ class Bell:
         else:
             self._poll()
 
-    def ring(self) -> None:
-        with contextlib.suppress(OSError):  # full: it rings already; closed: it is gone
-            self.writer.send(b"\0")
+    @property
+    def rope(self) -> Callable[[], None]:
+        """Return a call by which another thread rings it: nothing of Tk hangs on that."""
+        return functools.partial(ring, self.writer)
 
     def _rung(self, *_: Any) -> None:
         """Catches everything: an exception in a file handler would end the main loop."""
@@ -4161,7 +4188,9 @@ class Window:
         self.below = 0  # messages that came below the part being read
         self.values: dict[str, str] = {}  # settings
         self.notices = Notices()
-        self.from_threads: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()  # of threads ...
+        self.waiting_jobs: dict[int, Callable[[Any], None]] = {}  # ... and what they are for
+        self.jobs = itertools.count()
         self.asked_about: set[str] = set()  # fingerprints
         self.focused = False
         self.typed_at = 0.0  # when others were told that the user types; 0: they were not
@@ -4328,6 +4357,7 @@ class Window:
             ("<Alt-Shift-Up>", lambda: self.sidebar.shift(-1)),
             ("<Alt-Shift-Down>", lambda: self.sidebar.shift(1)),
             ("<Alt-a>", self.go_unread),
+            ("<Alt-n>", self.transcript.show_new),
             ("<Alt-r>", lambda: self._act_on_chosen("reply")),
             ("<Alt-e>", lambda: self._act_on_chosen("react")),
             ("<F1>", self.show_help),
@@ -4372,15 +4402,23 @@ class Window:
             self.root.after_cancel(timer)
 
     def in_thread(self, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Do what may take a while in a thread, and then the rest on Tk's."""
+        """Do what may take a while in a thread, and then the rest on Tk's. Nothing of Tk goes to
+        that thread: it could be the last to let go of it."""
+        number, answers, rope = next(self.jobs), self.answers, self.bell.rope
+        self.waiting_jobs[number] = then
 
         def work() -> None:
             with contextlib.suppress(Exception):  # a look at the system, best effort
-                result = job()
-                self.from_threads.put(functools.partial(then, result))
-                self.bell.ring()
+                answers.put((number, job()))
+                rope()
 
         threading.Thread(target=work, daemon=True).start()
+
+    def _take_answers(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while not self.gone:
+                number, answer = self.answers.get_nowait()
+                self.waiting_jobs.pop(number)(answer)
 
     def _tick(self) -> None:
         """Once a second: a countdown shows another number."""
@@ -4452,7 +4490,7 @@ class Window:
             if secret and not register:
                 options = options._replace(login=chat.Login(name, secret))
             if self.engine is None:
-                self.engine = Engine(options, self.bell.ring)
+                self.engine = Engine(options, self.bell.rope)
                 self._forget()
                 self.engine.start()
             else:
@@ -4513,9 +4551,7 @@ class Window:
     def rung(self) -> None:
         if self.interrupted:
             return self.close()
-        with contextlib.suppress(queue.Empty):
-            while not self.gone:
-                self.from_threads.get_nowait()()
+        self._take_answers()
         if "drain" not in self.timers and not self.gone:
             wait = self.looked + FRAME_SECONDS - time.monotonic()
             self.later("drain", max(0, int(wait * 1000)), self.drain)
@@ -4952,6 +4988,8 @@ class Window:
                 add("Take it back", "redact", "redact" in can)
             menu.add_separator()
         add("Copy text", "copy", True)
+        if message and len(beginning(view.text)) < len(view.text):
+            add("Show all of it, or less", "expand", True)
         for url in list(dict.fromkeys(link_of(one) for one in LINK.findall(view.text)))[:5]:
             opened = functools.partial(open_link, url)
             menu.add_command(label=f"Open {shorter(url, 60)}", command=opened)
@@ -4997,6 +5035,8 @@ class Window:
         elif what in ("private", "ignore"):
             verb = "/query" if what == "private" else "/ignore"
             self.do("say", self.here, f"{verb} {view.name}")
+        elif what == "expand":
+            self.transcript.act(what, row)
         elif act := self.ACTS.get(what):
             act(self, row)
 
@@ -5294,7 +5334,7 @@ class Window:
     def interrupt(self, *_: Any) -> None:
         """For signals, which come at any moment: closing is left to the bell."""
         self.interrupted = True
-        self.bell.ring()
+        ring(self.bell.writer)
 
     def close(self, reason: str = "") -> None:
         """Hide at once; then the server is told, but not waited for for long."""
