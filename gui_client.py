@@ -180,6 +180,12 @@ class Changed(NamedTuple):
     row: Row
 
 
+class Cleared(NamedTuple):
+    """The user wants an empty page; scrolling up shows what was there."""
+
+    room: int
+
+
 class Read(NamedTuple):
     """Another device has read up to here."""
 
@@ -376,7 +382,8 @@ LINE_SHOWN = 1000  # characters of one line: a line of 100 kB takes Tk half a se
 TEXT_SHOWN = 2000  # characters of a message, before a click shows the rest ...
 LINES_SHOWN = 24  # ... and lines
 EXCERPT = 80  # characters of a message that another one answers
-NAME_SHOWN = 80  # characters of a name
+NAME_SHOWN = 80  # characters of a name ...
+LABEL_SHOWN = 300  # ... and of a label
 NAME_TAGS = 12
 GROUP_SECONDS = 300  # messages of one speaker within this stand under one name
 
@@ -441,6 +448,11 @@ def broken(text: str) -> str:
 
 def shorter(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]}\u2026"
+
+
+def label_text(text: str) -> str:
+    """Return a text as a label can show it: Tk lays out all of a label, however long it is."""
+    return " ".join(text[: 2 * LABEL_SHOWN].split())[:LABEL_SHOWN]
 
 
 def excerpt(text: str) -> str:
@@ -588,6 +600,7 @@ class Sheet:
         self.read_time = 0
         self.expanded: set[Any] = set()
         self.whole = False  # there is nothing older anywhere
+        self.cleared = False  # nothing older is to be shown by itself
         self.past = False  # rows of the past are shown, and the newest ones are not
 
     # Rows
@@ -600,7 +613,7 @@ class Sheet:
             self.expanded.clear()
         self.room, self.rows, self.read_time = room, list(rows), read_time
         self.first, self.sizes = len(self.rows), []
-        self.whole, self.past = False, past
+        self.whole, self.past, self.cleared = False, past, False
         self.mark_new(unread)
 
     def mark_new(self, unread: int) -> None:
@@ -734,6 +747,12 @@ class Sheet:
         self.sizes[number - self.first] = lines_of(pieces)
         return line, before, pieces
 
+    @property
+    def newest(self) -> int:
+        """The time of the newest message, by the server's clock."""
+        last = (row.view for row in self.rows[-ROWS_DRAWN:])
+        return max((view.time or 0 for view in last if view.kind in MESSAGES), default=0)
+
     def speakers(self) -> list[str]:
         """Return who spoke here, the last one first."""
         spoken = (row.view for row in reversed(self.rows) if row.view.kind == chat.SAID)
@@ -742,7 +761,7 @@ class Sheet:
 
 def title_text(server: Server | None, room: RoomInfo | None, unread: int) -> str:
     """(3) #tea - alice - 127.0.0.1:7000: first what a task bar has room for."""
-    parts = [room.name] if room else []
+    parts = [shorter(room.name, NAME_SHOWN)] if room else []
     parts += [server.nick, server.address] if server else []
     return (f"({unread}) " if unread else "") + " \u2013 ".join([*filter(None, parts), "chat"])
 
@@ -774,7 +793,8 @@ def waiting_text(server: Server | None) -> str:
 def placeholder_text(server: Server | None, room: RoomInfo | None) -> str:
     if room is None:
         return "Join a channel to write: /join #lobby"
-    where = room.name if room.channel else f"to {room.name}"
+    name = shorter(room.name, NAME_SHOWN)
+    where = name if room.channel else f"to {name}"
     if server is None or not server.ready:
         return f"Message {where}, sent once we are connected"
     return f"Message {where}"
@@ -1037,9 +1057,17 @@ class Engine(chat.ManyServers):
             self.under_way = False
             self.publish()
             for seat in self.seats:
-                if seat.link.conn:
-                    seat.link.conn.sock.close()
+                self._let_go(seat)
             self.loop.close()
+
+    @staticmethod
+    def _let_go(seat: chat.Seat) -> None:
+        """Close what a seat holds: another engine may want the same outbox."""
+        if seat.link.conn:
+            seat.link.conn.sock.close()
+        if seat.core.outbox.journal:
+            seat.core.outbox.journal.close()
+            seat.core.outbox.journal = None
 
     def over(self, reason: str) -> None:
         self.ended = reason
@@ -1169,6 +1197,9 @@ class Engine(chat.ManyServers):
         if self.room_of(seat, view) is self.watched:
             self.again = True
 
+    def _cleared(self, seat: chat.Seat, view: chat.View) -> None:
+        self.out.append(Cleared(self.room_of(seat, view).id))
+
     def _older(self, seat: chat.Seat, view: chat.View) -> None:
         room, count = self.room_of(seat, view), chat.whole_number(view.text) or 0
         if room is not self.watched or self.past:
@@ -1218,7 +1249,7 @@ class Engine(chat.ManyServers):
         chat.REACTED: _reacted,
         chat.REMOVED: _reset,
         chat.RESET: _reset,
-        chat.CLEARED: _reset,
+        chat.CLEARED: _cleared,
         chat.OLDER: _older,
         chat.PEOPLE: _people,
         chat.PAGE: _page,
@@ -2575,6 +2606,9 @@ class Transcript(ttk.Frame):
         text.bind("<Key>", self._key)
         text.bind("<<Paste>>", self._paste)
         text.bind("<Configure>", self._resized)
+        text.bind("<Button-4>", self._go_up, add=True)
+        text.bind("<MouseWheel>", lambda event: event.delta > 0 and self._go_up(), add=True)
+        text.bind("<Prior>", self._go_up, add=True)
         text.bind("<Motion>", self._hover)
         text.bind("<Leave>", lambda _: self.told(""))
         for key, step in (("<Up>", -1), ("<Down>", 1)):
@@ -2683,6 +2717,13 @@ class Transcript(ttk.Frame):
         if spot is not None and not self.at_bottom:
             self.return_to(spot)
         return True
+
+    def clear(self) -> None:
+        """Begin with an empty page."""
+        self.sheet.first, self.sheet.sizes, self.sheet.cleared = len(self.sheet.rows), [], True
+        with self._editing() as text:
+            text.delete("1.0", "end")
+        self.at_bottom = True
 
     def trim(self, count: int) -> None:
         lines = self.sheet.trim(count)
@@ -2843,6 +2884,18 @@ class Transcript(ttk.Frame):
             self.tell_older("")
         self._want_older()
 
+    def scroll(self, pages: int) -> None:
+        """Page up or down; up at the top asks for what is older."""
+        if pages < 0:
+            self._go_up()
+        self.text.yview_scroll(pages, "pages")
+
+    def _go_up(self, event: Any = None) -> None:
+        """The user wants to see older rows, whatever was said of them before."""
+        if self.text.yview()[0] <= 0:
+            self.sheet.whole = self.sheet.cleared = False
+            self._want_older()
+
     def _want_older(self) -> None:
         """Look soon whether older rows are wanted."""
         self.text.after_idle(self._fetch_older)
@@ -2851,7 +2904,8 @@ class Transcript(ttk.Frame):
         """Draw or fetch older rows: at the top, or where there is room for them."""
         first, last = self.text.yview()
         wanted = first < NEAR_TOP and (not self.at_bottom or last - first > BOTTOM)
-        if self.waiting_older or not wanted or self.text.winfo_height() <= 1:
+        waits = self.waiting_older or self.sheet.cleared
+        if waits or not wanted or self.text.winfo_height() <= 1:
             return
         if not self.draw_older() and not self.sheet.whole:
             self.waiting_older = True
@@ -3241,9 +3295,12 @@ class Sidebar(ttk.Frame):
 
     def _selected(self, event: Any) -> None:
         selected = self.tree.selection()
-        if not selected or selected[0][:1] == "s" or self.dragged:
+        if not selected or self.dragged:
             return
         number = self.number_of(selected[0])
+        room, here = self.rooms.get(number), self.rooms.get(self.here)
+        if room and here and not room.name and room.server == here.server:
+            return
         if number and number != self.here:
             self.chosen(number)
 
@@ -3622,6 +3679,7 @@ class Card(ttk.Frame):
         super().__init__(parent, style="Raised.Card.TFrame")
         self.look = look
         self.closed: Callable[[], None] = chat.do_nothing
+        self.others: tuple[Card, ...] = ()  # of which none is open beside this one
         self.head = ttk.Label(self, text=title, style="Large.Card.TLabel")
         self.body = ttk.Frame(self, style="Card.TFrame")
         self.buttons = ttk.Frame(self, style="Card.TFrame")
@@ -3646,6 +3704,9 @@ class Card(ttk.Frame):
         return bool(self.place_info())
 
     def open(self, focus: tk.Misc) -> None:
+        """Show it, in place of others; the keys go to this part of it."""
+        for other in self.others:
+            other.place_forget()
         self.place(relx=0.5, rely=0.5, anchor="center")
         self.lift()
         self._make_room()
@@ -3722,7 +3783,7 @@ class ConnectCard(Card):
         self.server.set(server)
         self.tls.set(server.startswith(("ircs://", "chats://")))
         self.register.set(False)
-        self.error.configure(text=self.look.seen(error))
+        self.error.configure(text=self.look.seen(label_text(error)))
         self.error.configure(wraplength=20 * self.look.em)
         self.known.configure(state="normal" if self.recent() else "disabled")
         self.name.tag_add("sel", "1.0", "end-1c")
@@ -4322,6 +4383,7 @@ class Window:
         self.cards = (self.card, self.certificate, self.ask_card, self.switcher, self.settings)
         for card in self.cards:
             card.closed = self.compose.focus_set
+            card.others = tuple(other for other in self.cards if other is not card)
 
     # Keys
 
@@ -4376,7 +4438,7 @@ class Window:
 
     def _page(self, page: int, event: Any) -> str:
         """Page Up and Page Down read back without leaving the field."""
-        self.transcript.text.yview_scroll(page, "pages")
+        self.transcript.scroll(page)
         return "break"
 
     def _log_bug(self, *error: Any) -> None:
@@ -4677,6 +4739,10 @@ class Window:
         if event.room == self.here:
             self.transcript.change(event.row)
 
+    def _take_cleared(self, event: Cleared) -> None:
+        if event.room == self.here:
+            self.transcript.clear()
+
     def _take_read(self, event: Read) -> None:
         if event.room == self.here:
             self.transcript.read_to(event.time)
@@ -4744,6 +4810,7 @@ class Window:
         Rows: _take_rows,
         Trimmed: _take_trimmed,
         Changed: _take_changed,
+        Cleared: _take_cleared,
         Read: _take_read,
         Fetching: _take_fetching,
         Members: _take_members,
@@ -4773,7 +4840,7 @@ class Window:
         place = (room.name if room else "nowhere") + outside
         shown = shorter(place, NAME_SHOWN) if self.servers else "Chat"
         set_text(self.place_label, self.look.seen(shown))
-        set_text(self.topic_label, self.look.seen(" ".join(room.topic.split()) if room else ""))
+        set_text(self.topic_label, self.look.seen(label_text(room.topic) if room else ""))
         set_text(self.compose.hint, drawable(placeholder_text(self.server, room)))
         self._show_typing(drawable(typing_text(room.typing) if room else ""))
         self.refresh_status()
@@ -4795,7 +4862,7 @@ class Window:
         good = server is not None and server.ready
         colour = colours.good if good else colours.bad if over else colours.waiting
         self.dot.configure(foreground=colour if server else colours.dim)
-        set_text(self.status, drawable(status_text(server, time.monotonic())))
+        set_text(self.status, drawable(label_text(status_text(server, time.monotonic()))))
         set_text(self.waiting, waiting_text(server))
 
     def refresh_title(self) -> None:
@@ -4828,9 +4895,7 @@ class Window:
 
     def _saw(self) -> None:
         if self.present:
-            rows = self.transcript.sheet.rows
-            times = (row.view.time or 0 for row in rows[-50:])
-            self.transcript.sheet.seen(max(times, default=0))
+            self.transcript.sheet.seen(self.transcript.sheet.newest)
             self.do("read", self.here)
 
     def read_below(self) -> None:
@@ -5325,7 +5390,7 @@ class Window:
         elif not self.transcript.at_bottom:
             self.transcript.to_bottom()
         elif self.transcript.sheet.marked is not None:
-            self.transcript.read_to(int(time.time() * 1000))
+            self.transcript.read_to(self.transcript.sheet.newest)
         self.transcript.choose(None)
         self.compose.focus_set()
 

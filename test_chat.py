@@ -20620,6 +20620,59 @@ def test_the_desktop_is_told_of_calls_while_the_window_has_not_the_keys(
     assert len(told) == 1
 
 
+def test_a_page_is_cleared_and_comes_back_by_scrolling_up(running, window):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+    bob.send("before\n")
+    see(alice, "before\n")
+    enter(alice, "/clear")
+    pump(alice, lambda: "before" not in transcript(alice))
+    bob.send("after\n")
+    see(alice, "after\n")
+    assert "before" not in transcript(alice)
+    press(alice, "Prior")
+    see(alice, "before\n")
+
+
+def test_three_hundred_new_senders_leave_the_window_usable(window):
+    def serve(listener):
+        peer, _ = listener.accept()
+        with peer, contextlib.suppress(OSError):
+            peer.sendall(b":s NOTICE * :hello\r\n:s 001 alice :hi\r\n:alice!a@h JOIN #lobby\r\n")
+            lines = [f":n{n}!u@h PRIVMSG alice :buy {n}\r\n" for n in range(300)]
+            peer.sendall("".join(lines).encode())
+            ended.wait(PATIENCE)
+
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        alice = window(listener.getsockname())
+        pump(alice, lambda: any("n299 " in row for row in sidebar(alice)))
+        assert len(sidebar(alice)) <= chat.ROOMS_KEPT
+        assert alice.room.name == "#lobby"
+        go(alice, "n299")
+        see(alice, "buy 299\n")
+        ended.set()
+
+
+def test_what_waits_is_sent_by_the_next_engine_after_one_that_ended(running, window, folder):
+    server = running()
+    bob = server.guest("bob")
+    state = {"state": folder, "config": folder}
+    alice = at_home(window(server.address, **state))
+    first, ids = alice.engine, []
+    alice.engine.submit(
+        lambda: ids.append(first.core.outbox.add(time.time(), "#lobby", "kept", ""))
+    )
+    alice.engine.submit(first.over, "a reason that needs the user")
+    pump(alice, lambda: alice.card.shown and alice.engine is None)
+    assert alice.card.error.cget("text") == "a reason that needs the user"
+    alice.card.enter()
+    assert bob.until("kept")[-1] == "alice: kept"
+    at_home(alice)
+
+
 def test_five_thousand_members_and_a_flood_of_joins_leave_the_messages_in_place(window):
     """The engine is given views as a core makes them: a server would take a minute."""
     options = chat.ClientOptions("alice", chat.parse_target("127.0.0.1:1"))
