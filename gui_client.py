@@ -537,7 +537,9 @@ def text_pieces(row: Row, style: Style, expanded: bool) -> list:
     text = view.text if expanded else short
     pieces = line_pieces(broken(text), style, "said", *over)
     if len(short) < len(view.text):
-        more = "show less" if expanded else f"show all of it: {len(view.text):,} characters"
+        lines, size = view.text.count("\n") + 1, len(view.text)
+        all_of_it = f"show all of it: {chat.counted(lines, 'line')}, {size:,} characters"
+        more = "show less" if expanded else all_of_it
         pieces += [f"{more}\n", ("said", "expand")]
     return pieces
 
@@ -935,6 +937,7 @@ SERVER_NUMBERS = itertools.count(1)
 WHY_AGAIN = "; trying again"
 
 
+TRAFFIC_BYTES = 8192  # of a piece
 TRAFFIC = 200  # pieces of what a server sent, and of what it was sent, to be looked at
 SECRET_VERBS = "PASS|AUTHENTICATE|REGISTER|OPER|VERIFY|SESSION"
 SECRET_LINE = re.compile(
@@ -1086,13 +1089,13 @@ class Engine(chat.ManyServers):
         received, take_output = seat.link.received, seat.core.take_output
 
         def hear(data: bytes) -> None:
-            screen.traffic.append((time.time(), "<", data))
+            screen.traffic.append((time.time(), "<", data[:TRAFFIC_BYTES]))
             received(data)
 
         def say() -> bytes:
             data = take_output()
             if data:
-                screen.traffic.append((time.time(), ">", data))
+                screen.traffic.append((time.time(), ">", data[:TRAFFIC_BYTES]))
             return data
 
         seat.link.received, seat.core.take_output = hear, say
@@ -1778,7 +1781,7 @@ DARK = Colours(
     ink="#e4e7ee",
     dim="#9aa3b4",
     pale="#7d8698",
-    edge="#363c49",
+    edge="#454c5b",
     thumb="#4b5262",
     accent="#7aaefc",
     accent_over="#a3c7fd",
@@ -2032,6 +2035,7 @@ class Look:
             plain = {"background": ground, "fieldbackground": ground, "borderwidth": 0}
             style.configure(name, rowheight=self.part(1.45), indent=self.part(0.6), **plain)
             style.configure(name, foreground=c.ink, font=self.font)
+            style.configure(name, indicatorsize=self.part(0.55))
             style.map(name, background=[("selected", c.selected)], foreground=[])
             style.layout(name, [("Treeview.treearea", {"sticky": "nswe"})])
         thumb = ("Vertical.Scrollbar.thumb", {"expand": True, "sticky": "nswe"})

@@ -19383,7 +19383,7 @@ def test_reactions_stand_below_a_message_with_their_numbers():
 def test_a_text_of_any_length_can_be_read_whole_and_no_line_is_too_long_for_tk():
     text = "x" * 5000 + "\n" + "y\n" * 30
     sheet, pieces = sheet_of(said(text, time=EIGHT))
-    assert "show all of it: 5,061 characters" in texts_of(pieces)
+    assert "show all of it: 32 lines, 5,061 characters" in texts_of(pieces)
     assert len(texts_of(pieces)) < gui_client.TEXT_SHOWN + 200
     sheet.expanded.add(sheet.rows[0].key)
     shown = texts_of(sheet.draw(0)).removeprefix(f"{SUNDAY}bob  08:05\n")
@@ -20671,6 +20671,57 @@ def test_what_waits_is_sent_by_the_next_engine_after_one_that_ended(running, win
     alice.card.enter()
     assert bob.until("kept")[-1] == "alice: kept"
     at_home(alice)
+
+
+@pytest.mark.parametrize("seed", range(10 if THOROUGH else 2))
+def test_the_window_shows_what_the_core_has_after_whatever_happened(
+    running, window, seed, monkeypatch
+):
+    for name, value in (("ROWS_KEPT", 60), ("ROWS_TRIMMED", 20), ("ROWS_MOST", 50)):
+        monkeypatch.setattr(gui_client, name, value)
+    monkeypatch.setattr(gui_client, "ROWS_DRAWN", 30)
+    chance, server = random.Random(seed), running()
+    bob = tagger(server, "bob", "JOIN #lobby", "JOIN #tea")
+    alice = at_home(window(server.address))
+    join(alice, "#tea")
+    text, ids = alice.transcript.text, []
+    for n in range(40):
+        act = chance.choice(("say", "say", "burst", "redact", "react", "switch", "scroll", "enter"))
+        where = chance.choice(("#lobby", "#tea"))
+        if act == "say":
+            bob.send(f"PRIVMSG {where} :words {n}\r\n")
+            ids.append((where, id_in(bob.until(f"words {n}")[-1])))
+        elif act == "burst":
+            lines = [f"PRIVMSG {where} :burst {n}.{m}\r\n" for m in range(chance.randint(5, 50))]
+            bob.send("".join(lines))
+        elif act == "redact" and ids:
+            bob.send("REDACT {} {}\r\n".format(*ids.pop(chance.randrange(len(ids)))))
+        elif act == "react" and ids:
+            there, id = chance.choice(ids)
+            bob.send(f"@+draft/react=x;+draft/reply={id} TAGMSG {there}\r\n")
+        elif act == "switch":
+            alice.go_next(1)
+        elif act == "scroll":
+            text.yview_moveto(chance.choice((0, 0.5, 1)))
+        elif act == "enter":
+            enter(alice, f"mine {n}")
+        alice.root.update()
+    bob.send("PRIVMSG #lobby :the end\r\nPRIVMSG #tea :the end\r\n")
+    for name in ("#lobby", "#tea"):
+        go(alice, name)
+        press(alice, "Escape")
+        see(alice, "the end\n")
+        pump(alice, lambda: alice.server.waiting == 0)
+        sheet, room = alice.transcript.sheet, alice.engine.core.find(name)
+        pump(alice, lambda s=sheet, r=room: [row.view.text for row in s.rows] == [
+            view.text for view in r.views
+        ])  # fmt: skip
+        shown = text.get("1.0", "end-1c").split("\n")
+        drawn = [texts_of(sheet.draw(n)) for n in range(sheet.first, len(sheet.rows))]
+        fresh = "".join(drawn).split("\n")
+        # The first one was drawn below others, which went, and has no head then.
+        assert shown[sheet.sizes[0] :] == fresh[drawn[0].count("\n") :]
+        assert sum(sheet.sizes) == len(shown) - 1
 
 
 def test_five_thousand_members_and_a_flood_of_joins_leave_the_messages_in_place(window):
