@@ -19514,7 +19514,13 @@ def display():
 
 
 @pytest.fixture
-def window(display):
+def quick(monkeypatch):
+    """Servers greet a silent client at once: a window listens first."""
+    monkeypatch.setattr(chat, "GREETING_SECONDS", 0.02)
+
+
+@pytest.fixture
+def window(display, quick):
     """Open windows; they are closed at the end."""
     opened = []
 
@@ -20460,7 +20466,7 @@ def waiting_in(folder):
 
 
 @pytest.mark.parametrize("seed", range(5 if THOROUGH else 1))
-def test_nothing_that_was_typed_is_lost_whoever_is_killed(display, folder, seed):
+def test_nothing_that_was_typed_is_lost_whoever_is_killed(display, quick, folder, seed):
     """Kill the window and stop the server at random moments: each text is said once, or waits
     in the outbox, or is a draft."""
     chance, typed = random.Random(seed), []
@@ -20501,7 +20507,7 @@ def test_nothing_that_was_typed_is_lost_whoever_is_killed(display, folder, seed)
             server.stop()
 
 
-def test_a_window_whose_display_goes_ends_and_keeps_what_was_typed(running, folder):
+def test_a_window_whose_display_goes_ends_and_keeps_what_was_typed(running, quick, folder):
     if not shutil.which("Xvfb"):
         pytest.skip("Xvfb is not installed")
     ours, theirs = os.pipe()
