@@ -1015,6 +1015,7 @@ class Engine(chat.ManyServers):
         self.people_changed = self.again = False
         self.focused = True
         self.ended: str | None = None
+        self.calls: collections.deque[tuple[Callable, tuple]] = collections.deque()  # of Tk
         self.lock = threading.Lock()  # guards `alive`: nothing is handed to a closed loop
         self.alive = True
         super().__init__(options)
@@ -1026,20 +1027,23 @@ class Engine(chat.ManyServers):
     def start(self) -> None:
         self.thread.start()
 
-    def submit(self, act: Callable[..., Any], *values: Any) -> None:
-        """Have the engine's thread call this, if it is still there."""
+    def submit(self, act: Callable[..., Any], *values: Any) -> bool:
+        """Have the engine's thread call this; return whether it is still there."""
         with self.lock:
             if self.alive:
-                self.loop.call_soon_threadsafe(functools.partial(self._call, act, *values))
+                self.calls.append((act, values))
+                self.loop.call_soon_threadsafe(self._take_call)
+            return self.alive
 
-    def do(self, name: str, *values: Any) -> None:
+    def do(self, name: str, *values: Any) -> bool:
         """Have the engine's thread call one of the methods below."""
-        self.submit(getattr(self, f"do_{name}"), *values)
+        return self.submit(getattr(self, f"do_{name}"), *values)
 
     # The thread
 
-    def _call(self, act: Callable[..., Any], *values: Any) -> None:
+    def _take_call(self) -> None:
         """Call what Tk wants; a refusal is told, and a bug does not end the engine."""
+        act, values = self.calls.popleft()
         try:
             act(*values)
         except chat.ChatError as refusal:
@@ -1057,6 +1061,9 @@ class Engine(chat.ManyServers):
         finally:
             with self.lock:
                 self.alive = False
+            for act, values in self.calls:  # texts that came too late are not lost
+                if act == self.do_say:
+                    self.out.append(Back(*values[:2]))
             self.under_way = False
             self.publish()
             for seat in self.seats:
@@ -1130,7 +1137,12 @@ class Engine(chat.ManyServers):
         secret = seat.screen.secret
         if secret and seat.core.ready:
             seat.screen.secret = ""
-            self.loop.call_soon(functools.partial(seat.link.typed, f"/register {secret}"))
+            self.submit(self._register_now, seat, secret)
+
+    @staticmethod
+    def _register_now(seat: chat.Seat, secret: str) -> None:
+        chat.do_register(seat.core, secret)
+        seat.link.poke()
 
     def room_of(self, seat: chat.Seat, view: chat.View) -> chat.Room:
         """Return the conversation of a view, or the one that is looked at."""
@@ -1486,8 +1498,10 @@ class Engine(chat.ManyServers):
         return next((place for place in self.places() if place[1].id == number), None)
 
     def do_say(self, number: int, text: str, reply: str = "") -> None:
-        """Take a text or a command, for the conversation in which it was entered."""
-        place = self.place_of(number)
+        """Take a text or a command, for the conversation in which it was entered; 0: before
+        there was one."""
+        here = self.core.current or self.seat.screen.nowhere
+        place = self.place_of(number) if number else (self.seat, here)
         if place is None:
             self.out.append(Back(number, text))
             return self.show([chat.View(chat.NOTE, "that conversation is closed")])
@@ -1516,7 +1530,7 @@ class Engine(chat.ManyServers):
             self.show(seat.core.take_views())
 
     def do_close(self, number: int) -> None:
-        if place := self.place_of(number):
+        if (place := self.place_of(number)) and place[1].name:
             seat, room = place
             seat.link.typed(f"/close {room.name}", room)
 
@@ -4609,10 +4623,9 @@ class Window:
 
     # What the engine has to tell
 
-    def do(self, name: str, *values: Any) -> None:
-        """Have the engine do something, if there is one."""
-        if self.engine:
-            self.engine.do(name, *values)
+    def do(self, name: str, *values: Any) -> bool:
+        """Have the engine do something; return whether there is one."""
+        return self.engine is not None and self.engine.do(name, *values)
 
     def rung(self) -> None:
         if self.interrupted:
@@ -4669,8 +4682,15 @@ class Window:
     def _take_rooms(self, event: Rooms) -> None:
         self.sidebar.show_rooms(event.changed, event.gone)
         for number in event.gone:
-            if self.drafts.pop(number, ""):
-                self.sidebar.set_draft(number, False)
+            self._keep_text(self.drafts.pop(number, ""))
+            self.sidebar.drafts.discard(number)
+            self.spots.pop(number, None)
+
+    def _keep_text(self, text: str) -> None:
+        """Keep what was half typed in a conversation that is gone."""
+        if text.strip() and not chat.is_secret(text):
+            self.compose.editor.remember(text)
+            self.tell("what you typed there is kept: Up brings it back")
 
     def _take_looked(self, event: Looked) -> None:
         """Another conversation is looked at: what is being typed stays where it was begun."""
@@ -4695,6 +4715,8 @@ class Window:
 
     def _leave_room(self) -> None:
         text = self.compose.content
+        if self.here not in self.sidebar.rooms:
+            return self._keep_text(text)
         self.drafts[self.here] = text
         self.sidebar.set_draft(self.here, bool(text.strip()))
         self._keep_draft(text)
@@ -4706,6 +4728,7 @@ class Window:
             self._tell_typing("")
         if self.transcript.at_bottom and self.focused:
             self.do("read", self.here)
+        return None
 
     def _take_rows(self, event: Rows) -> None:
         if event.room != self.here:
@@ -4766,7 +4789,7 @@ class Window:
 
     def _take_back(self, event: Back) -> None:
         """Give a text back to the field from which it came."""
-        if event.room == self.here:
+        if event.room == self.here or event.room not in self.sidebar.rooms:
             self.compose.give_back(event.text)
         elif not self.drafts.get(event.room, "").strip() and event.text[:1] != "/":
             self.drafts[event.room] = event.text
@@ -4934,15 +4957,14 @@ class Window:
         """Return whether it is on its way. While the line is broken it waits in the core."""
         if chat.is_quit(text):
             self.close(text[len("/quit") :].strip())
-        elif self.engine is None:
-            self.ask("not connected: connect first, your text is kept")
-            return False
         else:
             reply = self.reply.view.id if self.reply and text[:1] != "/" else ""
+            if not self.do("say", self.here, text, reply):
+                self.ask("not connected: connect first, your text is kept")
+                return False
             self.typed_at = 0.0
             self.cancel("draft")
             self.kept_draft = ""
-            self.do("say", self.here, text, reply)
             if reply:
                 self.stop_reply()
             if not self.transcript.at_bottom:

@@ -20207,6 +20207,57 @@ def test_a_certificate_that_is_not_trusted_is_a_question(running, window, certif
     alice.certificate.trust.invoke()
     pump(alice, lambda: is_ready(alice))
     assert not alice.certificate.shown
+    other = window(f"chats://{where}", name="other")
+    pump(other, lambda: other.certificate.shown)
+    other.certificate.leave.invoke()
+    pump(other, lambda: other.card.shown and other.engine is None)
+
+
+def test_an_account_is_registered_and_logged_in_to_and_a_server_given_its_password(running, window):
+    server = running(password="sesame")
+    alice = window(server.address, name="")
+    where = chat.address_text(*server.address)
+
+    def fill(password, secret, register):
+        alice.card.name.set("alice")
+        alice.card.server.set(where)
+        alice.card.password.insert(0, password)
+        alice.card.secret.insert(0, secret)
+        alice.card.register.set(register)
+        alice.card.go.invoke()
+
+    fill("sesame", "a good secret", True)
+    see(alice, "You are now logged in as alice")
+    assert alice.card.password.get() == alice.card.secret.get() == ""
+    alice.close()
+    pump(alice, lambda: alice.gone)
+    alice = window(server.address, name="")
+    fill("sesame", "a good secret", False)
+    see(alice, "logged in as alice")
+
+
+def test_no_text_is_lost_when_a_conversation_or_the_engine_goes(running, window):
+    server = running()
+    alice = at_home(window(server.address))
+    join(alice, "#tea")
+    alice.compose.insert("end", "half a thought")
+    alice.do("close", alice.here)
+    pump(alice, lambda: alice.room.name == "#lobby")
+    press(alice, "Up")
+    assert alice.compose.content == "half a thought"
+    alice.compose.set("")
+    engine = alice.engine
+    engine.submit(engine.over, "it has ended")
+    until = time.monotonic() + PATIENCE
+    while engine.alive:  # Tk does not know yet
+        enter(alice, "too late?")
+        assert time.monotonic() < until
+    pump(alice, lambda: alice.engine is None)
+    held = [alice.compose.content, *alice.compose.editor.typed]
+    assert "too late?" in held
+    assert "your text is kept" in alice.card.error.cget("text") or "ended" in (
+        alice.card.error.cget("text")
+    )
 
 
 def test_conversations_are_put_in_another_order_with_the_mouse(running, window, folder):
