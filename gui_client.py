@@ -1086,6 +1086,7 @@ class Engine(chat.ManyServers):
     def screen_for(self, seat: chat.Seat) -> SeatScreen:
         seat.core.reads_at_once = False  # the window says what has been read
         seat.core.results = functools.partial(self._results, seat)
+        seat.core.settings = self.seats[0].core.settings  # one set of them for all
         screen = SeatScreen()
         self._tap(seat, screen)
         return screen
@@ -1127,6 +1128,8 @@ class Engine(chat.ManyServers):
             return
         screen.was_ready = ready
         self.people_changed = True
+        if self.watched:
+            self.out.append(Fetching(self.watched.id))  # it is worth asking again
         if ready and screen.told_why:
             screen.told_why = False
             self._keep(seat, chat.View(chat.NOTE, f"connected to {seat.link.target}"))
@@ -1183,7 +1186,11 @@ class Engine(chat.ManyServers):
         if said is None:
             return self._keep(seat, view._replace(kind=chat.NOTE))
         why = view.text.partition(f": {said.text.strip('*')}")[0]
-        seat.screen.failed[view.own_id] = seat.core.outbox.parked.get(view.own_id) or why
+        why = seat.core.outbox.parked.get(view.own_id) or why
+        seat.screen.failed[view.own_id] = why
+        if room is not self.watched:  # there, and where the user looks
+            text = f"not sent to {room.name}: {excerpt(said.text)} ({why})"
+            self._keep(seat, chat.View(chat.NOTE, text))
         return self._change(seat, room, said)
 
     def _arrived(self, seat: chat.Seat, view: chat.View) -> None:
@@ -1406,7 +1413,9 @@ class Engine(chat.ManyServers):
     def _send_new(self, room: chat.Room) -> None:
         """Send what is behind the rows that the window has."""
         if self.past:
-            return
+            while len(room.views) > ROWS_READING:
+                room.views.popleft()
+            return None
         new = len(room.views) - self.count
         if new > ROWS_KEPT // 2:
             self._trim(room)
@@ -1421,6 +1430,7 @@ class Engine(chat.ManyServers):
             count = before - len(room.views)
             self.count -= count
             self.out.append(Trimmed(room.id, count))
+        return None
 
     def _trim(self, room: chat.Room) -> bool:
         """Let the oldest rows go; return whether there were too many."""
@@ -1584,8 +1594,11 @@ class Engine(chat.ManyServers):
         room = self.watched
         if self.past and room and room.id == number:
             views = self.core.kept_after(room, self.past[-1], ROWS_MORE)
+            if not views:
+                return self.do_present(number)
             self.past += views
             self._send_rows(self.seat, room, AFTER, views)
+        return None
 
     def do_present(self, number: int) -> None:
         """Show the newest rows again."""
@@ -1595,6 +1608,8 @@ class Engine(chat.ManyServers):
 
     def do_jump(self, number: int, view: chat.View) -> None:
         """Show a message among those around it."""
+        if not number:  # it was closed since
+            number = self.core.room_for(view.where).id
         self.do_look(number)
         place = self.place_of(number)
         if place is None:
@@ -1602,10 +1617,9 @@ class Engine(chat.ManyServers):
         seat, room = place
         if room is not self.watched:
             self._watch(room)
-        near = list(room.views)
+        near, self.past = list(room.views), []
         if not any(looks_same(view, one) for one in near):
-            near = seat.core.around(room, view, CONTEXT_ROWS)
-            self.past = near
+            near = self.past = seat.core.around(room, view, CONTEXT_ROWS)
         mark = next((n for n, one in enumerate(near) if looks_same(view, one)), -1)
         rows = tuple(self.row_of(seat, room, one) for one in near)
         if not self.past:
@@ -1676,10 +1690,8 @@ class Engine(chat.ManyServers):
         self._act(number, lambda core, room: core.mute(room, on))
 
     def do_set(self, name: str, value: str) -> None:
-        """Change a setting, on all servers: the same as /set."""
+        """Change a setting: the same as /set."""
         chat.change_setting(self.core, name, value)
-        for seat in self.seats:
-            seat.core.settings = dict(self.core.settings)
 
     def do_trust(self, server: int, trusted: bool) -> None:
         """Answer the question whether a certificate is the right one."""
@@ -2542,11 +2554,12 @@ class Transcript(ttk.Frame):
         self.reached_bottom: Callable[[], None] = chat.do_nothing
         self.left_bottom: Callable[[], None] = chat.do_nothing
         self.wants_older: Callable[[], None] = chat.do_nothing
-        self.wants_newer: Callable[[], None] = chat.do_nothing
+        self.wants_newer: Callable[[], None] = chat.do_nothing  # the newest
+        self.wants_after: Callable[[], None] = chat.do_nothing  # the next ones, of the past
         self.menu_for: Callable[[Row, Any], Any] = lambda row, event: None
         self.acted: Callable[[str, Row], None] = lambda what, row: None
         self.told: Callable[[str], None] = chat.do_nothing  # about the row under the pointer
-        self.waiting_older = False
+        self.waiting_older = self.waiting_after = False
         self.width = 0  # of the text, in pixels
         self.text = tk.Text(self, state="disabled", cursor="arrow", width=20, height=5)
         self.bar = ttk.Scrollbar(self, command=self.text.yview)
@@ -2676,7 +2689,7 @@ class Transcript(ttk.Frame):
         with self._editing() as text:
             text.delete("1.0", "end")
             self._insert("1.0", self.sheet.draw_before(drawn))
-        self.waiting_older = False
+        self.waiting_older = self.waiting_after = False
         if mark >= 0:
             self.show_row(mark)
         elif spot is not None and self.return_to(spot):
@@ -2689,6 +2702,7 @@ class Transcript(ttk.Frame):
 
     def append(self, rows: tuple[Row, ...], seen: bool) -> None:
         """Add rows at the end, in one go."""
+        self.waiting_after = False
         number = len(self.sheet.rows)
         lost = self.sheet.append(rows, seen)
         with self._editing():
@@ -2900,6 +2914,9 @@ class Transcript(ttk.Frame):
             self._tell_above()
         if float(first) > 0:
             self.tell_older("")
+        if self.sheet.past and float(last) > BOTTOM and not self.waiting_after:
+            self.waiting_after = True
+            self.text.after_idle(self.wants_after)
         self._want_older()
 
     def scroll(self, pages: int) -> None:
@@ -2911,7 +2928,7 @@ class Transcript(ttk.Frame):
     def _go_up(self, event: Any = None) -> None:
         """The user wants to see older rows, whatever was said of them before."""
         if self.text.yview()[0] <= 0:
-            self.sheet.whole = self.sheet.cleared = False
+            self.sheet.whole = self.sheet.cleared = self.waiting_older = False
             self._want_older()
 
     def _want_older(self) -> None:
@@ -4123,6 +4140,7 @@ CLOSE_POLL_MS = 10
 DRAFT_MS = 1000  # from the last key until what is half typed is kept
 SEEN_MS = 200  # from in sight to read
 TICK_MS = 1000
+BELL_SECONDS = 0.5  # between two sounds of the bell
 FOCUS_MS = 20  # from a loss of the focus until it has moved to where it goes
 SEEN_TYPED = 60  # last characters of a text from right to left, shown as they will be seen
 TYPING_MS = 3000  # between two notices that the user types
@@ -4272,6 +4290,7 @@ class Window:
         self.jobs = itertools.count()
         self.asked_about: set[str] = set()  # fingerprints
         self.focused = False
+        self.rang = -BELL_SECONDS  # when the bell did, last
         self.typed_at = 0.0  # when others were told that the user types; 0: they were not
         self.closing = self.interrupted = self.gone = False
         self.timers: dict[str, str] = {}  # by what they are for
@@ -4340,6 +4359,7 @@ class Window:
         transcript.left_bottom = self._left_bottom
         transcript.wants_older = lambda: self.do("older", self.here)
         transcript.wants_newer = lambda: self.do("present", self.here)
+        transcript.wants_after = lambda: self.do("newer", self.here)
         transcript.menu_for = self.message_menu
         transcript.acted = self.act_on
         transcript.told = self.tell_about
@@ -4813,7 +4833,8 @@ class Window:
         """Ring, and tell the desktop, unless the user is reading that conversation."""
         if self.focused and event.room == self.here:
             return
-        if event.bell:
+        if event.bell and time.monotonic() - self.rang > BELL_SECONDS:
+            self.rang = time.monotonic()
             self.root.bell()
         if event.desktop and not self.focused:
             where = "" if event.where == event.name else f" in {event.where}"
@@ -5348,7 +5369,7 @@ class Window:
 
     def jump(self, number: int, view: chat.View) -> None:
         """Show a message that was found, among those around it."""
-        self.do("jump", number or self.here, view)
+        self.do("jump", number, view)
 
     def show_help(self) -> None:
         if self.engine:

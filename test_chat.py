@@ -20131,6 +20131,12 @@ def test_what_was_said_is_found_and_shown_among_what_was_said_around_it(running,
     text = alice.transcript.text
     found = text.get(*text.tag_ranges("found")[:2])
     assert found.endswith("message 20 needle\n") and "message 19\n" in transcript(alice)
+    for _ in range(30):  # down to the present, by the rows between
+        press(alice, "Next")
+        alice.root.update()
+        pump(alice, lambda: not alice.transcript.waiting_after)
+    see(alice, "message 399\n")
+    assert not alice.transcript.sheet.past
     press(alice, "Escape")
     press(alice, "Escape")
     pump(alice, lambda: alice.transcript.at_bottom)
@@ -20767,6 +20773,7 @@ def test_the_window_shows_what_the_core_has_after_whatever_happened(
     for name in ("#lobby", "#tea"):
         go(alice, name)
         press(alice, "Escape")
+        assert not alice.transcript.sheet.past
         see(alice, "the end\n")
         pump(alice, lambda: alice.server.waiting == 0)
         sheet, room = alice.transcript.sheet, alice.engine.core.find(name)
