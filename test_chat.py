@@ -20145,6 +20145,42 @@ def test_what_was_said_is_found_and_shown_among_what_was_said_around_it(running,
     assert "/topic" not in transcript(alice)
 
 
+def test_a_message_of_long_ago_is_read_among_its_neighbours_up_and_down(running, window, folder):
+    state = {"state": folder, "config": folder}
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address, **state))
+    bob.send("".join(f"message {n}{' needle' * (n == 300)}\n" for n in range(700)))
+    see(alice, "message 699\n")
+    alice.close()
+    pump(alice, lambda: alice.gone)
+    alice = at_home(window(server.address, **state))
+    see(alice, "message 699\n")
+    transcript_, sheet = alice.transcript, alice.transcript.sheet
+    alice.search("needle", False)
+    pump(alice, lambda: alice.panel.rows)
+    alice.panel.jump(*alice.panel.rows[0][::2])
+    pump(alice, lambda: sheet.past)
+    see(alice, "message 300 needle\n")
+    bob.send("meanwhile\n")
+    assert transcript_.below.cget("text").startswith("Back to the present")
+    for key, last in (("Prior", "message 150\n"), ("Next", "meanwhile\n")):
+        for _ in range(200):
+            if last in transcript(alice):
+                break
+            press(alice, key)
+            alice.root.update()
+            pump(alice, lambda: not (transcript_.waiting_older or transcript_.waiting_after))
+        see(alice, last)
+        said = [row.view.text for row in sheet.rows if row.view.text.startswith("message")]
+        first = int(said[0].split()[1])
+        assert [text.split()[1] for text in said] == [str(first + n) for n in range(len(said))]
+    while sheet.past:
+        press(alice, "Next")
+        pump(alice, lambda: not transcript_.waiting_after)
+    assert transcript_.at_bottom
+
+
 def test_the_window_is_used_with_the_keyboard_alone(running, window):
     server = running()
     bob = server.guest("bob")
