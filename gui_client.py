@@ -827,8 +827,8 @@ def member_text(person: chat.Person, me: str) -> str:
 
 def sidebar_text(room: RoomInfo) -> str:
     draft = "\u270e " if room.draft else ""
-    muted = " (muted)" if room.muted else ""
-    return f"{draft}{shorter(room.name, NAME_SHOWN)}{muted}"
+    muted = "\u2298 " if room.muted else ""
+    return f"{draft}{muted}{shorter(room.name, NAME_SHOWN)}"
 
 
 def count_text(room: RoomInfo) -> str:
@@ -4433,8 +4433,11 @@ class Window:
         self.compose.bind("<Prior>", functools.partial(self._page, -1))
         self.compose.bind("<Next>", functools.partial(self._page, 1))
         for sequence, act in self._keys():
-            with contextlib.suppress(tk.TclError):  # a keyboard without that key
-                root.bind_class("WindowKeys", sequence, functools.partial(self._press, act))
+            pressed = functools.partial(self._press, act)
+            capital = re.sub("-([a-z])>", lambda match: f"-{match[1].upper()}>", sequence)
+            for one in {sequence, capital}:  # Caps Lock may be on
+                with contextlib.suppress(tk.TclError):  # a keyboard without that key
+                    root.bind_class("WindowKeys", one, pressed)
         for widget in descendants(root):
             if not any(str(widget).startswith(str(card)) for card in self.cards):
                 widget.bindtags(("WindowKeys", *widget.bindtags()))

@@ -20559,7 +20559,7 @@ def waiting_in(folder):
 
 
 @pytest.mark.parametrize("seed", range(5 if THOROUGH else 1))
-def test_nothing_that_was_typed_is_lost_whoever_is_killed(display, quick, folder, seed):
+def test_nothing_that_was_typed_is_lost_whatever_is_killed(display, quick, folder, seed):
     """Kill the window and stop the server at random moments: each text is said once, or waits
     in the outbox, or is a draft."""
     chance, typed = random.Random(seed), []
