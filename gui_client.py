@@ -937,25 +937,6 @@ SERVER_NUMBERS = itertools.count(1)
 WHY_AGAIN = "; trying again"
 
 
-TRAFFIC_BYTES = 8192  # of a piece
-TRAFFIC = 200  # pieces of what a server sent, and of what it was sent, to be looked at
-SECRET_VERBS = "PASS|AUTHENTICATE|REGISTER|OPER|VERIFY|SESSION"
-SECRET_LINE = re.compile(
-    rf"((?:@\S+ )?(?::\S+ )?(?:{SECRET_VERBS}|PRIVMSG \S*serv)\b) .*", re.IGNORECASE
-)
-
-
-def traffic_text(traffic: Iterable[tuple[float, str, bytes]]) -> str:
-    """Return lines of the protocol as they went, but for passwords."""
-    lines = []
-    for when, mark, data in traffic:
-        clock = f"{datetime.datetime.fromtimestamp(when):%H:%M:%S}"
-        for line in data.decode(errors="replace").splitlines():
-            shown = SECRET_LINE.sub(r"\1 (hidden)", line)
-            lines.append(f"{clock} {mark} {chat.harmless(shown)}")
-    return "\n".join(lines)
-
-
 class SeatScreen:
     """The state of the window about one server, in the engine's thread."""
 
@@ -967,9 +948,6 @@ class SeatScreen:
         self.was_ready = self.told_why = False
         self.secret = ""  # of an account that is to be registered
         self.missed: dict[str, None] = {}  # ids of what was said while we were away
-        self.traffic: collections.deque[tuple[float, str, bytes]] = collections.deque(
-            maxlen=TRAFFIC
-        )
 
 
 def search_words(text: str) -> tuple[str, dict[str, str]]:
@@ -1087,26 +1065,7 @@ class Engine(chat.ManyServers):
         seat.core.reads_at_once = False  # the window says what has been read
         seat.core.results = functools.partial(self._results, seat)
         seat.core.settings = self.seats[0].core.settings  # one set of them for all
-        screen = SeatScreen()
-        self._tap(seat, screen)
-        return screen
-
-    @staticmethod
-    def _tap(seat: chat.Seat, screen: SeatScreen) -> None:
-        """Keep what goes over the connection last, for users who want to see the protocol."""
-        received, take_output = seat.link.received, seat.core.take_output
-
-        def hear(data: bytes) -> None:
-            screen.traffic.append((time.time(), "<", data[:TRAFFIC_BYTES]))
-            received(data)
-
-        def say() -> bytes:
-            data = take_output()
-            if data:
-                screen.traffic.append((time.time(), ">", data[:TRAFFIC_BYTES]))
-            return data
-
-        seat.link.received, seat.core.take_output = hear, say
+        return SeatScreen()
 
     # What the cores have to show
 
@@ -1326,7 +1285,7 @@ class Engine(chat.ManyServers):
             len(outbox.waiting),
             len(outbox.parked),
             link.doubted,
-            getattr(link, "doubt", ""),
+            link.doubt,
             core.away,
             frozenset(what for what in ("redact", "react", "typing", "reply") if core.can(what)),
             tuple(room.id for room in core.rooms.values()),
@@ -1475,6 +1434,7 @@ class Engine(chat.ManyServers):
         if not view.reply:
             return "", ""
         said = (by_id or {}).get(view.reply) or self._find(room, lambda one: one.id == view.reply)
+        said = said or core.kept(view.reply)
         return (said.name, said.text[: 4 * EXCERPT]) if said else ("reply", "an earlier message")
 
     def _send_people(self, room: chat.Room) -> None:
@@ -1485,8 +1445,7 @@ class Engine(chat.ManyServers):
             return
         self.people_changed = False
         asked = room.asked_people
-        if self.core.kind != chat.PLAIN:
-            self.core.ask_people(room)  # who is away
+        self.core.ask_people(room)  # who is away
         if room.asked_people != asked:
             self.loop.call_soon(self.seat.link.poke)
         now = {one.name: one for one in self.core.people(room)} if room.is_channel else {}
@@ -1701,12 +1660,6 @@ class Engine(chat.ManyServers):
             else:
                 seat.link.leave(at_once=True)
 
-    def do_traffic(self, server: int) -> None:
-        """Show the lines of the protocol that went last."""
-        for seat in [one for one in self.seats if one.screen.number == server]:
-            text = traffic_text(seat.screen.traffic)
-            self.out.append(Page(f"Lines of {seat.link.target}", text or "none yet"))
-
     def do_server(self, server: int, verb: str) -> None:
         """/reconnect or /disconnect one server."""
         for seat in [one for one in self.seats if one.screen.number == server]:
@@ -1719,9 +1672,10 @@ class Engine(chat.ManyServers):
             seat.screen.secret = secret
             self._register(seat)
 
-    def do_connect(self, address: str, options: dict[str, Any]) -> None:
+    def do_connect(self, options: chat.ClientOptions) -> None:
         """Talk on another server, too."""
-        self.connect(address, **options)
+        known = (seat for seat in self.seats if str(seat.link.target) == str(options.target))
+        self.look_at(next(known, None) or self.add(options))
 
     def do_leave(self, reason: str, drafts: dict[int, str]) -> None:
         for number, text in drafts.items():
@@ -3871,8 +3825,7 @@ class CertificateCard(Card):
         self.server = server.number
         digits = server.doubted
         lines = [" ".join(re.findall("..", digits[n : n + 32])) for n in range(0, len(digits), 32)]
-        why = server.doubt or "is not signed by an authority that this computer trusts"
-        self.why.configure(text=f"The certificate of {server.address} {why}.")
+        self.why.configure(text=f"{server.doubt[:1].upper()}{server.doubt[1:]}.")
         self.print.configure(text="\n".join(["Its SHA-256 is", *lines]), font=self.look.fixed)
         self.advice.configure(
             text="Trust it if the operator of the server tells you the same number. If you do not "
@@ -4597,7 +4550,7 @@ class Window:
                 self._forget()
                 self.engine.start()
             else:
-                self._connect_too(options)
+                self.do("connect", options)
         except chat.ChatError as error:
             return self.card.show(name, server or DEFAULT_SERVER, str(error))
         if register and secret:
@@ -4613,12 +4566,6 @@ class Window:
         self.sidebar.clear()
         self.drafts.clear()
         self.spots.clear()
-
-    def _connect_too(self, options: chat.ClientOptions) -> None:
-        """Add a server to those that there are."""
-        fields = ("name", "password", "login", "trust", "lobby")
-        more = {field: getattr(options, field) for field in fields}
-        self.do("connect", chat.url_of(options.target), more)
 
     def _client_options(self, name: str, server: str) -> chat.ClientOptions:
         if not chat.clean_name(name):
@@ -5269,7 +5216,7 @@ class Window:
         add(label="Connect again", command=lambda: self.do("server", server, "/reconnect"))
         add(label="Which channels there are", command=lambda: self.do("server", server, "/list"))
         add(label="Join a channel \u2026", command=self._ask_channel)
-        add(label="Lines of the protocol", command=lambda: self.do("traffic", server))
+        add(label="Lines of the protocol", command=lambda: self.do("server", server, "/raw"))
         menu.add_separator()
         add(label="Leave this server", command=lambda: self.do("server", server, "/disconnect"))
 
