@@ -430,6 +430,14 @@ def moment_of(view: chat.View) -> datetime.datetime:
         return datetime.datetime.now()
 
 
+def clock_text(moment: datetime.datetime, style: str) -> str:
+    """Return a time as the user wants it, or as usual if nothing can be made of that."""
+    try:
+        return " ".join(moment.strftime(style).split()) or "\u2013"
+    except ValueError:
+        return f"{moment:%H:%M}"
+
+
 def day_text(day: datetime.date) -> str:
     return f"{day:%A}, {day.day} {day:%B %Y}"
 
@@ -484,7 +492,7 @@ def head_pieces(row: Row, style: Style) -> list:
     """Return the name and the time above the messages of one speaker."""
     view, tags = row.view, ("head",)
     name = f"-{view.name}-" if view.kind == chat.NOTICED else view.name
-    clock = moment_of(view).strftime(style.clock)
+    clock = clock_text(moment_of(view), style.clock)
     named = (*tags, name_tag(view.name), "name")
     return [style.name(shorter(name, NAME_SHOWN)), named, f"  {clock}\n", (*tags, "clock")]
 
@@ -571,7 +579,7 @@ def told_text(view: chat.View) -> str:
 
 def told_pieces(row: Row, style: Style) -> list:
     """Return a row that is no message: joins, quits, texts of the server and of the client."""
-    clock = moment_of(row.view).strftime(style.clock)
+    clock = clock_text(moment_of(row.view), style.clock)
     text = broken(style.name(told_text(row.view)))
     tags = ("told", "table") if "  " in text else ("told",)
     return [f"{clock}\t", ("told", "clock"), *linked(text, *tags), "\n", ("told",)]
@@ -2553,16 +2561,16 @@ class Transcript(ttk.Frame):
 
     def _configure_tags(self) -> None:
         look, c, tag = self.look, self.look.colours, self.text.tag_configure
-        column = look.small.measure("00:00:00" if "%S" in self.sheet.style.clock else "00:00")
-        column += look.part(0.6)
+        sample = clock_text(datetime.datetime(2000, 12, 30, 20, 0), self.sheet.style.clock)
+        column = look.small.measure(sample) + look.part(0.6)
         tag("head", spacing1=look.part(0.5))
         tag("clock", foreground=c.dim, font=look.small)
         tag("said", lmargin1=0, lmargin2=0)
         tag("rtl", justify="right")
         tag("told", foreground=c.dim, font=look.small, tabs=(column,), lmargin2=column)
         tag("told", spacing1=look.part(0.15))
-        tag("chosen", background=c.chosen)
         tag("mention", background=c.mention, lmargincolor=c.mention)
+        tag("chosen", background=c.chosen)
         tag("found", background=c.found)
         tag("table", font=look.fixed)  # the server aligns what it lists with spaces
         tag("name", font=look.bold)

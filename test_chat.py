@@ -19427,6 +19427,15 @@ def test_the_last_names_and_servers_are_remembered_in_a_private_file(tmp_path):
     gui_client.Remembered(None).save("alice", "here:1")
 
 
+@pytest.mark.parametrize(
+    "style, text",
+    [("%H:%M", "08:05"), ("", "\u2013"), ("%H\n%M", "08 05"), ("\0", "\u2013"), ("%", "%")],
+)
+def test_times_are_shown_as_the_user_wants_them_whatever_that_is(style, text):
+    moment = datetime.datetime(2026, 11, 22, 8, 5)
+    assert gui_client.clock_text(moment, style) in (text, "08:05")
+
+
 def test_a_window_is_put_where_the_screen_is():
     fit = gui_client.fitting_geometry
     assert fit("800x600+10+20", 1000, 700) == "800x600+10+20"
