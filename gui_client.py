@@ -1682,8 +1682,14 @@ class Engine(chat.ManyServers):
 
     def do_connect(self, options: chat.ClientOptions) -> None:
         """Talk on another server, too."""
-        known = (seat for seat in self.seats if str(seat.link.target) == str(options.target))
-        self.look_at(next(known, None) or self.add(options))
+        same = (seat for seat in self.seats if str(seat.link.target) == str(options.target))
+        known = next(same, None)
+        self.look_at(known or self.add(options))
+        if known and known.link.phase == chat.WAITING:
+            known.link.reconnect()
+        elif known:
+            text = f"you are connected to {options.target} as {known.core.name}; /nick changes that"
+            self.show([chat.View(chat.NOTE, text)])
 
     def do_leave(self, reason: str, drafts: dict[int, str]) -> None:
         for number, text in drafts.items():
@@ -4106,6 +4112,7 @@ FOCUS_MS = 20  # from a loss of the focus until it has moved to where it goes
 SEEN_TYPED = 60  # last characters of a text from right to left, shown as they will be seen
 TYPING_MS = 3000  # between two notices that the user types
 FOUND_SECONDS = 0.5  # to look for a server on this machine
+HINT = "F1: help and keys \u00b7 Ctrl+K: go anywhere \u00b7 Shift+Return: a new line"
 WIDTHS = {"sidebar": 11, "panel": 21, "members": 9}  # of panes at first, in heights of a line
 
 
@@ -4269,6 +4276,7 @@ class Window:
         self._collect()
         self._bind_all()
         self._restore()
+        self.tell_about("")
         self.refresh()
         self.root.deiconify()
         self._tick()
@@ -4880,7 +4888,7 @@ class Window:
             self.root.title(title)
 
     def tell_about(self, text: str) -> None:
-        set_text(self.about, text)
+        set_text(self.about, text or HINT)
 
     def tell(self, text: str) -> None:
         """Show a text of the window's own, for a while."""
