@@ -1521,11 +1521,16 @@ class Engine(chat.ManyServers):
                 seat.core.store.flush()
             self.touched.add(number)
 
-    def do_read(self, number: int) -> None:
-        """The user has seen everything in a conversation."""
+    def do_read(self, number: int, when: int = 0) -> None:
+        """The user has seen everything in a conversation, or what was said up to a time: more
+        may have come since."""
         if place := self.place_of(number):
             seat, room = place
-            seat.core.mark_read(room)
+            times = (view.time or 0 for view in room.views if view.kind in MESSAGES)
+            if not when or max(times, default=0) <= when:
+                seat.core.mark_read(room)
+            elif room.read(when):
+                seat.core.keep_room(room)
             seat.link.poke()
             self.touched.add(number)
 
@@ -4712,8 +4717,8 @@ class Window:
             self.spots[self.here] = spot
         if self.typed_at:
             self._tell_typing("")
-        if self.transcript.at_bottom and self.focused:
-            self.do("read", self.here)
+        if self.present:
+            self.do("read", self.here, self.transcript.sheet.newest)
         return None
 
     def _take_rows(self, event: Rows) -> None:
@@ -4909,8 +4914,9 @@ class Window:
 
     def _saw(self) -> None:
         if self.present:
-            self.transcript.sheet.seen(self.transcript.sheet.newest)
-            self.do("read", self.here)
+            newest = self.transcript.sheet.newest
+            self.transcript.sheet.seen(newest)
+            self.do("read", self.here, newest)
 
     def read_below(self) -> None:
         self.below = 0

@@ -19604,6 +19604,12 @@ def press(window, key, widget=None):
     window.root.update_idletasks()
 
 
+def focus(window, on):
+    """Have the window believe that it has the keys, or not, whatever the screen says."""
+    gui_client.Window._focus(window, on)
+    window._focus = chat.do_nothing
+
+
 def sidebar(window):
     """Texts of the sidebar's rows, with their counts."""
     tree = window.sidebar.tree
@@ -19801,17 +19807,17 @@ def test_a_private_message_is_a_conversation_of_its_own_and_rings(running, windo
     assert bob.until("(private)")[-1] == "(private) alice: are you there?"
     go(alice, "#lobby")
     assert alice.compose.content == "half a thought"
-    alice.focused = False
+    focus(alice, False)
     bob.send("/tell alice I am\n")
     pump(alice, lambda: "bob @1" in sidebar(alice) and rung)
     assert alice.root.title().startswith("(1) #lobby")
     go(alice, "bob")
     see(alice, "new\nbob")
-    alice._focus(True)
+    focus(alice, True)
     pump(alice, lambda: alice.root.title().startswith("bob"))
     alice.do("mute", alice.here, True)
     pump(alice, lambda: alice.room.muted)
-    alice._focus(False)
+    focus(alice, False)
     rung.clear()
     bob.send("/tell alice once more\n")
     pump(alice, lambda: alice.room.unread == 1)
@@ -19824,6 +19830,7 @@ def test_the_field_keeps_drafts_completes_and_survives_emoji(running, window):
     for text in ("first 🙂", "second\nof two"):
         enter(alice, text)
     field.focus_force()
+    alice.root.update()
     field.insert("insert", "a draft 🎂")
     seen = []
     for key in ("Up", "Up", "Up", "Up", "Down", "Down", "Down", "Down"):
@@ -20338,7 +20345,7 @@ def test_what_was_not_read_is_marked_also_after_a_restart(running, window, folde
     bob = server.guest("bob")
     state = {"state": folder, "config": folder}
     alice = at_home(window(server.address, **state))
-    alice._focus(True)
+    focus(alice, True)
     bob.send("this was read\n")
     see(alice, "this was read")
     pump(alice, lambda: alice.room.unread == 0 and not alice.transcript.sheet.unseen)
@@ -20655,7 +20662,7 @@ def test_what_the_user_sees_is_not_counted_as_new(running, window):
     server = running()
     bob = server.guest("bob")
     alice = at_home(window(server.address))
-    alice._focus(True)
+    focus(alice, True)
     for n in range(20):
         bob.send(f"message {n}\n")
         see(alice, f"message {n}\n")
@@ -20717,7 +20724,7 @@ def test_the_desktop_is_told_of_calls_while_the_window_has_not_the_keys(
     alice = at_home(window(server.address))
     told = []
     monkeypatch.setattr(alice.notices, "tell", lambda *words: told.append(words))
-    alice._focus(False)
+    focus(alice, False)
     bob.send("alice: look $(here)\n")
     pump(alice, lambda: told)
     assert told == [("bob in #lobby", "alice: look $(here)")]
