@@ -2173,6 +2173,12 @@ class Field(tk.Text):
     def content(self) -> str:
         return whole(self.get("1.0", "end-1c"))
 
+    def show_cursor(self) -> None:
+        """Scroll to the cursor. Before a field is on the screen it is one pixel wide, and the
+        layout of a long line takes seconds."""
+        if self.winfo_width() > 1:
+            self.see("insert")
+
     def set(self, text: str) -> None:
         self.delete("1.0", "end")
         self.insert("1.0", self.look.drawable(whole(text)))
@@ -2210,7 +2216,7 @@ class Field(tk.Text):
 
     def take_paste(self, text: str) -> None:
         self.insert("insert", text)
-        self.see("insert")
+        self.show_cursor()
 
     def too_long(self, text: str) -> None:
         self.refused(f"that is too long to be pasted: more than {PASTED_MOST:,} characters")
@@ -2328,7 +2334,7 @@ class Compose(Field):
             ("<Down>", lambda _: self._arrow("down", "lineend", "end-1c")),
             ("<Key>", self._forget_offers),
             ("<<Modified>>", self._modified),
-            ("<Configure>", lambda _: self.fit()),
+            ("<Configure>", lambda _: self.show_cursor() or self.fit()),
         ):
             self.bind(sequence, handler)
         self.recolour()
@@ -2356,7 +2362,7 @@ class Compose(Field):
         super().set(text)
         self.placed = self.content
         self.mark_set("insert", "end-1c")
-        self.see("insert")
+        self.show_cursor()
         self.edit_reset()
 
     def open(self, text: str) -> None:
@@ -2390,7 +2396,7 @@ class Compose(Field):
 
     def _newline(self, event: Any) -> str:
         self.insert("insert", "\n")
-        self.see("insert")
+        self.show_cursor()
         return "break"
 
     def _rows(self) -> int:

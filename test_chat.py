@@ -19572,8 +19572,9 @@ def is_ready(window):
 
 
 def at_home(window):
-    """Connected, and looking at a conversation."""
+    """Connected, on the screen, and looking at a conversation."""
     pump(window, lambda: is_ready(window) and window.room is not None and here(window))
+    pump(window, lambda: window.compose.winfo_width() > 1)
     return window
 
 
@@ -19690,6 +19691,14 @@ def test_a_long_line_in_the_field_is_laid_out_in_no_time_and_a_longer_paste_is_o
     pump(alice, lambda: alice.server.waiting == 0 and alice.transcript.sheet.rows[-1].state == "")
     assert bob.until(lines[-1])[-len(lines) :] == [f"alice: {line}" for line in lines]
     assert field.content == before and not alice.banner.shown
+
+
+def test_a_long_draft_does_not_delay_the_start(window):
+    alice = window(name="")
+    began = time.process_time()
+    alice.compose.open("word " * 8_000)
+    alice.root.update()
+    assert time.process_time() - began < 2.0
 
 
 def test_a_paste_of_several_lines_shows_what_will_be_sent(running, window):
