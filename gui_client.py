@@ -3479,7 +3479,7 @@ WINDOW_KEYS = (
     ("Ctrl+Plus, Ctrl+Minus, Ctrl+0", "larger, smaller, as usual"),
     ("Ctrl+Comma", "settings"),
     ("Ctrl+W", "close the conversation"),
-    ("F1", "help"),
+    ("F1, F10", "help, the menu"),
     ("Escape", "out of whatever is open, and to the newest message"),
 )
 
@@ -3784,6 +3784,7 @@ class ConnectCard(Card):
         for widget in widgets:
             fill = "none" if isinstance(widget, (ttk.Button, ttk.Checkbutton)) else "x"
             widget.pack(fill=fill, anchor="w", pady=(0, self.look.part(0.15)))
+            widget.lift()  # Tab goes through widgets in this order
         widgets[-1].pack_configure(pady=(0, self.look.part(0.4)))
 
     def recolour(self) -> None:
@@ -4444,6 +4445,7 @@ class Window:
             ("<Alt-r>", lambda: self._act_on_chosen("reply")),
             ("<Alt-e>", lambda: self._act_on_chosen("react")),
             ("<F1>", self.show_help),
+            ("<F10>", self._main_menu),
             ("<F6>", lambda: self.cycle_focus(1)),
             ("<Shift-F6>", lambda: self.cycle_focus(-1)),
             ("<F8>", lambda: self.toggle("sidebar")),
@@ -4669,6 +4671,7 @@ class Window:
         if self.server:
             self.transcript.sheet.me = self.server.nick
             self.people.rename_me(self.server.nick)
+        self.asked_about &= {server.doubted for server in event.servers}
         for server in event.servers:
             if server.doubted and server.doubted not in self.asked_about:
                 self.asked_about.add(server.doubted)
@@ -5241,6 +5244,9 @@ class Window:
 
     def _add_server_acts(self, menu: tk.Menu, server: int) -> None:
         add = menu.add_command
+        for doubtful in [one for one in self.servers if one.number == server and one.doubted]:
+            ask = functools.partial(self.certificate.show, doubtful)
+            add(label="Is its certificate right? \u2026", command=ask)
         add(label="Connect again", command=lambda: self.do("server", server, "/reconnect"))
         add(label="Which channels there are", command=lambda: self.do("server", server, "/list"))
         add(label="Join a channel \u2026", command=self._ask_channel)
@@ -5392,6 +5398,7 @@ class Window:
         """Give the keys to the next part of the window."""
         shown = self.panes.is_shown
         parts: list[tk.Misc] = [self.compose]
+        parts += self.banner.buttons.winfo_children()[:1] if self.banner.shown else []
         parts += [self.sidebar.tree] if shown("sidebar") else []
         parts += [self.transcript.text]
         parts += [self.panel.text] if shown("panel") else []

@@ -20280,6 +20280,19 @@ def test_a_certificate_that_is_not_trusted_is_a_question(running, window, certif
     pump(other, lambda: other.card.shown and other.engine is None)
 
 
+def test_tab_goes_through_the_card_from_top_to_bottom(window):
+    alice = window(name="")
+    card, tops = alice.card, []
+    alice.root.update()
+    widget = card.name
+    while widget.winfo_rooty() not in tops and len(tops) < 20:
+        tops.append(widget.winfo_rooty())
+        widget = widget.tk_focusNext()
+        if widget.master not in (card.body, card.buttons):
+            break
+    assert len(tops) >= 7 and tops == sorted(tops)
+
+
 def test_an_account_is_registered_and_logged_in_to_and_a_server_given_its_password(running, window):
     server = running(password="sesame")
     alice = window(server.address, name="")
