@@ -4419,6 +4419,8 @@ class Window:
             for one in {sequence, capital}:  # Caps Lock may be on
                 with contextlib.suppress(tk.TclError):  # a keyboard without that key
                     root.bind_class("WindowKeys", one, pressed)
+        # It is F10, too, but means another menu
+        root.bind_class("WindowKeys", "<Shift-F10>", chat.do_nothing)
         for widget in descendants(root):
             if not any(str(widget).startswith(str(card)) for card in self.cards):
                 widget.bindtags(("WindowKeys", *widget.bindtags()))
