@@ -598,8 +598,8 @@ def drawable_pieces(pieces: list, drawable: Callable[[str], str]) -> list:
 class Sheet:
     """The rows of the conversation looked at, which of them are drawn, and in how many lines."""
 
-    def __init__(self, style: Style = Style()):  # noqa: B008 - it cannot change
-        self.style = style
+    def __init__(self, style: Style | None = None):
+        self.style = style or Style()
         self.room = 0
         self.me = ""
         self.rows: list[Row] = []
