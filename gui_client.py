@@ -3120,16 +3120,19 @@ class Panes(ttk.PanedWindow):
 
     def _sizes(self, shown: list[str], full: int) -> list[int]:
         """Return the widths of panes: in a narrow window the conversation needs most of it."""
-        sizes = [self.wide.get(name, 0) for name in shown]
-        room = full - max(MIDDLE_EMS * self.look.em, round(MIDDLE_SHARE * full))
-        share = min(1.0, max(0, room) / max(1, sum(sizes)))
-        sizes = [round(share * size) for size in sizes]
-        return [size if size > 3 * self.look.em else 0 for size in sizes]
+        sizes = {name: self.wide.get(name, 0) for name in shown}
+        room = max(0, full - max(MIDDLE_EMS * self.look.em, round(MIDDLE_SHARE * full)))
+        for name in ("members", "sidebar"):  # which give way to what the user opened
+            if "panel" in sizes and name in sizes and sum(sizes.values()) > room:
+                sizes[name] = 0
+        share = min(1.0, room / max(1, sum(sizes.values())))
+        scaled = [round(share * size) for size in sizes.values()]
+        return [size if size > 3 * self.look.em else 0 for size in scaled]
 
     def _measure(self) -> None:
         """Note the widths to which the user has dragged the sashes."""
         for name in self.wide:
-            if self.is_shown(name) and self.names[name].winfo_width() > 1:
+            if self.is_shown(name) and self.names[name].winfo_width() > 2 * self.look.em:
                 self.wide[name] = self.names[name].winfo_width()
 
 
@@ -3514,19 +3517,19 @@ class Panel(ttk.Frame):
         self.rows: list[tuple[int, str, chat.View]] = []
         self.everywhere = False
         head = ttk.Frame(self, style="Card.TFrame")
-        self.title = ttk.Label(head, style="Card.TLabel")
-        self.title.pack(side="left", fill="x", expand=True)
         close = ttk.Button(head, text="\u2715", style="Plain.TButton", command=self.close)
         close.pack(side="right")
+        self.title = ttk.Label(head, style="Card.TLabel")
+        self.title.pack(side="left", fill="x", expand=True)
         head.pack(fill="x")
         self.field = Field(self, look, self.enter, width=20)
         self.scope = ttk.Button(self, style="Plain.TButton", command=self._change_scope)
         self.text = tk.Text(self, state="disabled", cursor="arrow", width=30, height=4)
-        bar = ttk.Scrollbar(self, command=self.text.yview)
-        self.text.configure(yscrollcommand=bar.set)
+        self.bar = ttk.Scrollbar(self, command=self.text.yview)
+        self.text.configure(yscrollcommand=self.bar.set)
         self.field.pack(fill="x")
         self.scope.pack(anchor="w")
-        bar.pack(side="right", fill="y")
+        self.bar.pack(side="right", fill="y")
         self.text.pack(side="left", fill="both", expand=True)
         self._name_scope()
         look.follow(self.recolour)
@@ -3564,6 +3567,8 @@ class Panel(ttk.Frame):
     def ask(self, words: str = "") -> None:
         """Let the user search."""
         self._show_field(True)
+        if not self.rows:  # a page, which is not what is looked for
+            self._fill([])
         if words:
             self.field.set(words)
         self.field.tag_add("sel", "1.0", "end-1c")
@@ -3586,8 +3591,8 @@ class Panel(ttk.Frame):
 
     def _show_field(self, on: bool) -> None:
         if on:
-            self.field.pack(fill="x", before=self.text)
-            self.scope.pack(anchor="w", before=self.text)
+            self.field.pack(fill="x", before=self.bar)
+            self.scope.pack(anchor="w", before=self.bar)
         else:
             self.field.pack_forget()
             self.scope.pack_forget()
