@@ -1203,7 +1203,7 @@ class Engine(chat.ManyServers):
         """Return how it stands after older rows came, or none."""
         if room.whole and not room.views.dropped:
             return Fetching(room.id, "this is the beginning", more=False)
-        return Fetching(room.id) if came else Fetching(room.id, "nothing older is here", more=False)
+        return Fetching(room.id, "" if came else "nothing older is here")
 
     def _people(self, seat: chat.Seat, view: chat.View) -> None:
         self.people_changed = True
@@ -1549,7 +1549,10 @@ class Engine(chat.ManyServers):
         if self.past:
             return self._more_past(room)
         before = self.count
-        if room.name and self.seat.link.ask_older(room):
+        # Before there is a message, nothing is older: the first page is still to come
+        if not any(view.kind in MESSAGES for view in room.views):
+            self.out.append(Fetching(room.id))
+        elif self.seat.link.ask_older(room):
             self.out.append(Fetching(room.id, "older ones are coming \u2026", under_way=True))
         elif self.count == before:
             self.out.append(self._fetched(room, came=False))
@@ -2787,9 +2790,10 @@ class Transcript(ttk.Frame):
         if number is None:
             return None
         first = f"{self.sheet.line_of(number)}.0"
-        pixels = self.text.count(first, "@0,0", "ypixels")
+        counted = self.text.count(first, "@0,0", "ypixels") or 0  # a tuple before Python 3.13
+        pixels = counted[0] if isinstance(counted, tuple) else counted
         box = self.text.dlineinfo("@0,0")
-        offset = (pixels[0] if pixels else 0) - (box[1] - self._padding if box else 0)
+        offset = pixels - (box[1] - self._padding if box else 0)
         return Spot(self.sheet.rows[number].key, offset, len(self.sheet.sizes))
 
     @property
