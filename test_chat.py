@@ -2,7 +2,20 @@
 
 In memory, a House is a server without a network: sessions are joined back to back, a turn
 ends when the test says so, and the clock is a number. The tests on real sockets wait for
-replies and never for time to pass. Seeded tests print their seed when they fail.
+replies and never for time to pass. Seeded tests print their seed when they fail. The sections
+are those of chat.py, in its order. Helpers that many tests use:
+
+    House           the server in memory: say(), turn(), heard(); asked() and of() for one answer
+    transcripts()   who says what and what each hears, as text: IRC and the line protocol
+    Browser         a client of the web dialect, joined to a House
+    Pair            a client core joined to a House; two_screens() makes two that keep messages
+    Elsewhere       a client core on a server that is no chat.py, of which there are only lines
+    Desk            a terminal's display, and the screen that it draws
+    Running         a server on a real port in a thread (the fixture `running`); Guest, Visitor
+    program()       chat.py in a process; serving() is a server, piped() a client
+    Proxy           a network that resets, delays and swallows
+    Linked, Sender  a link with a loop of its own, and one that sends files
+    windows         the window on a virtual screen (a fixture)
 """
 
 from __future__ import annotations
@@ -83,9 +96,8 @@ def seeded(request):
 
 
 # ======================================================================================
-# A HOUSE: sessions joined back to back, without sockets
+# HELPERS: a server without sockets, and clients of it
 # ======================================================================================
-
 
 IRC_LINE = re.compile(
     r"(?:@[^ \r\n\0;=]+(?:=[^ \r\n\0;]*)?(?:;[^ \r\n\0;=]+(?:=[^ \r\n\0;]*)?)* )?"  # tags
@@ -371,6 +383,228 @@ def house_of(*names):
     house = House()
     house.enter(*names)
     return house
+
+
+CAPS = (
+    "message-tags server-time echo-message draft/message-redaction draft/read-marker "
+    "draft/channel-rename draft/multiline chat.py/session"
+)
+DAY_SECONDS, YEAR = 86_400, 365 * 86_400
+
+
+def come(house, *names, caps=CAPS, secret=""):
+    """Let guests with IRC clients come in, with capabilities; nothing has been heard yet."""
+    for name in names:
+        house.connect_irc(name)
+        house.say(name, f"CAP REQ :{caps}", *([f"SESSION {secret}"] if secret else []))
+        house.say(name, f"NICK {name}", "USER u 0 * :Real Name", "CAP END")
+        house.turn()
+    for name in house.guests:
+        house.heard(name)
+
+
+def ask(house, who, *lines):
+    """Send lines, end the turn; return what this client received for them."""
+    house.heard(who)
+    house.say(who, *lines)
+    house.turn()
+    return house.heard(who)
+
+
+def set_clock(house, when):
+    """Let the wall clock be `when` in the turn that begins now."""
+    house.now = when - 1.0
+    house.turn()
+
+
+def stored(path):
+    return House(store=chat.Store(path / "chat.db"))
+
+
+def spoken(lines):
+    """Return the texts of the messages among these lines."""
+    return [
+        line.partition(" PRIVMSG ")[2].partition(" :")[2] for line in lines if " PRIVMSG " in line
+    ]
+
+
+def tag(line, name):
+    return re.search(rf"[@;]{name}=([^; ]*)", line)[1]
+
+
+def send(house, who, target, text, tags=""):
+    """Send a message; return its (msgid, time tag), as the echo carries them."""
+    lines = ask(house, who, f"{tags}PRIVMSG {target} :{text}")
+    echo = next(line for line in lines if f" PRIVMSG {target} :" in line and "msgid=" in line)
+    return tag(echo, "msgid"), tag(echo, "time")
+
+
+def seconds(stamp):
+    return datetime.datetime.fromisoformat(stamp).timestamp()
+
+
+def iso(when):
+    moment = datetime.datetime.fromtimestamp(when, datetime.UTC)
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03}Z"
+
+
+def history(house, who, target, query="LATEST {} * 100"):
+    return spoken(ask(house, who, "CHATHISTORY " + query.format(target)))
+
+
+def refused(lines, *codes):
+    """Return whether one of these lines is one of these numerics or FAIL codes."""
+    found = [re.sub(r"^@\S+ ", "", line).split() for line in lines]
+    return any(words[1] in codes or (words[1] == "FAIL" and words[3] in codes) for words in found)
+
+
+def plain(name, password):
+    return base64.b64encode(f"\0{name}\0{password}".encode()).decode()
+
+
+def sasl(house, who, name, password="password"):
+    """Log in by SASL PLAIN; return whether it worked (903)."""
+    lines = ask(house, who, "AUTHENTICATE PLAIN", f"AUTHENTICATE {plain(name, password)}")
+    lines += house.heard(who)
+    return refused(lines, "903")
+
+
+def is_logged_in(house, who, name):
+    return any(line.endswith(f" 354 {who} {name}") for line in ask(house, who, f"WHO {who} %a"))
+
+
+def device(house, label, name, password="password", caps=CAPS):
+    """Connect another IRC client that logs in to the account before it has come in."""
+    house.connect_irc(label)
+    house.say(label, f"CAP REQ :sasl {caps}", f"NICK {name}", "USER u 0 * :r", "AUTHENTICATE PLAIN")
+    house.say(label, f"AUTHENTICATE {plain(name, password)}")
+    house.turn()
+    return ask(house, label, "CAP END")
+
+
+def account(house, *names, password="password"):
+    """Let accounts exist whose owners are not here."""
+    for name in names:
+        house.connect_irc(f"maker of {name}")
+        maker = f"maker of {name}"
+        house.say(maker, f"NICK {name}", "USER u 0 * :r")
+        house.turn()
+        assert "SUCCESS" in str(ask(house, maker, f"REGISTER * * :{password}"))
+        house.say(maker, "QUIT")
+        house.turn()
+
+
+@pytest.mark.parametrize("ends, between", [("bd", "c"), ("db", "c"), ("ac", "b"), ("ad", "b c")])
+def test_what_lies_between_two_ids_is_by_the_order_of_ids_when_the_clock_was_set_back(
+    folder, ends, between
+):
+    house, _, ids = house_with_a_clock_set_back(folder, restart=False)
+    one, other = (ids["#a", text] for text in ends)
+    found = history(house, "alice", "#a", f"BETWEEN {{}} msgid={one} msgid={other} 10")
+    assert found == [f"word {text}" for text in between.split()]
+    house.store.close()
+
+
+STOPS_WITHIN = 2.0  # seconds from SIGTERM to the end of the process
+FREEZE = 0.15  # seconds of the loop's processor time that another user may wait; decided: 5 ms
+ON_LINUX = pytest.mark.skipif(not pathlib.Path("/proc/self/schedstat").exists(), reason="/proc")
+
+
+def quietly(guest, data):
+    """Send as much as the other side takes."""
+    guest.sock.setblocking(False)
+    with contextlib.suppress(OSError):
+        guest.sock.sendall(data.encode())
+    guest.sock.settimeout(PATIENCE)
+
+
+def eventually(condition, seconds=PATIENCE):
+    """Poll until the condition holds, and return it; the last answer if it never does."""
+    deadline = time.monotonic() + seconds
+    while not (answer := condition()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return answer
+
+
+def loop_seconds(process):
+    """Processor time of the main thread of a server process: of its loop."""
+    text = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/schedstat").read_text()
+    return int(text.split()[0]) / 1e9
+
+
+def process_seconds(process):
+    """The same of all its threads."""
+    return time.clock_gettime((~process.pid << 3) | 2)  # CPUCLOCK_SCHED
+
+
+@contextlib.contextmanager
+def logging_to(path, *arguments, **options):
+    """A server process; what it logs is copied to a file (by us: its own may be limited)."""
+    path.touch()
+    with serving(*arguments, stderr=subprocess.PIPE, **options) as (process, address):
+
+        def copy():
+            with path.open("ab", buffering=0) as file:
+                while data := os.read(process.stderr.fileno(), 65536):
+                    file.write(data)
+
+        copier = threading.Thread(target=copy)
+        copier.start()
+        try:
+            yield process, address
+        finally:
+            process.kill()
+            copier.join(PATIENCE)
+
+
+def troubles(text):
+    """Lines of the log above INFO."""
+    return [line for line in text.splitlines() if re.search(r"\b(WARNING|ERROR|CRITICAL)\b", line)]
+
+
+def check_log(text):
+    assert "Traceback" not in text and "a bug" not in text, text
+
+
+def terminate(process, close=True):
+    """SIGTERM ends it with status 0, in time."""
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    for guest in list(Visitor.open) if close else ():
+        guest.close()
+    assert process.wait(STOPS_WITHIN + 1) == 0
+    assert time.monotonic() - began < STOPS_WITHIN
+
+
+def limit_files(process, size):
+    """Let no file of the process grow beyond `size` bytes: a full disk, to SQLite."""
+    _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+
+ECHOING = "CAP REQ :echo-message message-tags batch draft/chathistory draft/read-marker"
+ACKNOWLEDGED = re.compile(r"(?:@\S+ )?:alice!\S+ PRIVMSG #a :(\S+)\r?$|^.*FAIL PRIVMSG NOT_KEPT ")
+
+
+def say_one_by_one(guest, texts):
+    """Say each in #a under an id of its own, in a turn of its own; whether it was echoed.
+    That a NOT_KEPT has its place in the order of replies is tested elsewhere (section 4)."""
+    echoed = {}
+    for text in texts:
+        lines = guest.ask(f"@+chat.py/id=id-{text} PRIVMSG #a :{text}") + guest.ask()
+        (line,) = [line for line in lines if ACKNOWLEDGED.match(line)]
+        echoed[text] = "NOT_KEPT" not in line
+    return echoed
+
+
+def texts_kept(data):
+    """Return the state of #a on a later server."""
+    with serving("--data", data, "--flood", "off") as (_, address):
+        guest = Visitor(address)
+        guest.enter_irc("reader", "CAP REQ :batch draft/chathistory message-tags", "JOIN #a")
+        lines = guest.ask("CHATHISTORY LATEST #a * 200")
+        guest.close()
+    return {line.rstrip("\r").rpartition(" :")[2] for line in lines if " PRIVMSG #a " in line}
 
 
 # ======================================================================================
@@ -708,395 +942,3915 @@ def test_each_command_takes_as_many_parameters_as_may_be_given_to_it(dialect):
 
 
 # ======================================================================================
-# THE LINE PROTOCOL: scripts of (who does what, who hears what)
+# ACCOUNTS
 # ======================================================================================
 
-A, B = "alice (127.0.0.1:50000)", "bob (127.0.0.1:50001)"
 
-SCRIPTS = {
-    "a message goes to everybody but the speaker": [
-        ("alice", "hello"),
-        {"bob": ["alice: hello"], "carol": ["alice: hello"]},
-    ],
-    "an empty line is a message": [("alice", ""), {"bob": ["alice: "], "carol": ["alice: "]}],
-    "spaces are kept": [
-        ("alice", "  a  b "),
-        {"bob": ["alice:   a  b "], "carol": ["alice:   a  b "]},
-    ],
-    "two slashes say one": [
-        ("alice", "//usr/bin"),
-        {"bob": ["alice: /usr/bin"], "carol": ["alice: /usr/bin"]},
-    ],
-    "control characters do not reach netcat": [
-        ("alice", "\x1b[31mred\x07\ttab"),
-        {"bob": ["alice: [31mred\ttab"], "carol": ["alice: [31mred\ttab"]},
-    ],
-    "a line that is not UTF-8 is not broadcast": [
-        ("alice", b"\xff\xfe"),
-        {"alice": ["* that line is not UTF-8 text and was not delivered"]},
-    ],
-    "a line over the limit is refused with its number": [
-        ("alice", chat.TOO_LONG),
-        {"alice": ["* a line has at most 16384 bytes; it was not delivered"]},
-    ],
-    "a private message reaches one person": [
-        ("alice", "/tell bob psst"),
-        {"alice": ["* told bob: psst"], "bob": ["(private) alice: psst"]},
-    ],
-    "a private message finds its person in any case": [
-        ("alice", "/tell BOB psst"),
-        {"alice": ["* told BOB: psst"], "bob": ["(private) alice: psst"]},
-    ],
-    "no user of that name": [
-        ("alice", "/tell zoe hi"),
-        {"alice": ["* no user here is called zoe"]},
-    ],
-    "an action reads as one": [
-        ("alice", "/me waves"),
-        {"bob": ["alice: *waves*"], "carol": ["alice: *waves*"]},
-    ],
-    "a new name is told to those who share a channel": [
-        ("alice", "/nick anna"),
-        {
-            "alice": ["* you are anna"],
-            "bob": ["* alice is now called anna"],
-            "carol": ["* alice is now called anna"],
-        },
-        ("alice", "hi"),
-        {"bob": ["anna: hi"], "carol": ["anna: hi"]},
-    ],
-    "a taken name gets a number": [
-        ("alice", "/nick bob"),
-        {
-            "alice": ["* you are bob2: bob is taken"],
-            "bob": ["* alice is now called bob2"],
-            "carol": ["* alice is now called bob2"],
-        },
-    ],
-    "one's own name in another case is free": [
-        ("alice", "/nick Alice"),
-        {
-            "alice": ["* you are Alice"],
-            "bob": ["* alice is now called Alice"],
-            "carol": ["* alice is now called Alice"],
-        },
-    ],
-    "the name one has already is no news": [
-        ("alice", "/nick alice"),
-        {"alice": ["* you are alice"]},
-    ],
-    "a channel of one's own": [
-        ("alice", "/join #rust"),
-        {
-            "alice": [
-                "* you speak in #rust now",
-                "* the topic of #rust is not set",
-                "* #rust 1-1 of 1: @alice",
-            ]
-        },
-        ("bob", "/join #RUST"),
-        {
-            "alice": [f"[#rust] {B} joined the chat!"],
-            "bob": [
-                "* you speak in #rust now",
-                "* the topic of #rust is not set",
-                "* #rust 1-2 of 2: @alice, bob",
-            ],
-        },
-        ("bob", "hi"),
-        {"alice": ["[#rust] bob: hi"]},
-        ("alice", "/tell #lobby hello all"),
-        {
-            "alice": ["* told #lobby: hello all"],
-            "bob": ["alice: hello all"],
-            "carol": ["alice: hello all"],
-        },
-        ("bob", "/part"),
-        {
-            "alice": [f"[#rust] {B} left the chat!"],
-            "bob": ["* you left #rust", "* you speak in #lobby now"],
-        },
-        ("alice", "/list"),
-        {"alice": ["* #lobby (3)", "* #rust (1)"]},
-    ],
-    "joining twice only moves where one speaks": [
-        ("alice", "/join #lobby"),
-        {
-            "alice": [
-                "* you speak in #lobby now",
-                "* the topic of #lobby is not set",
-                "* #lobby 1-3 of 3: alice, bob, carol",
-            ]
-        },
-    ],
-    "a topic is set by operators": [
-        ("alice", "/join #a"),
-        ("bob", "/join #a"),
-        {"alice": ..., "bob": ...},
-        ("bob", "/topic mine"),
-        {"bob": ["* only operators of #a can do that"]},
-        ("alice", "/topic tea at five"),
-        {
-            "alice": ["* the topic of #a is: tea at five"],
-            "bob": ["* alice set the topic of #a: tea at five"],
-        },
-        ("bob", "/topic"),
-        {"bob": ["* the topic of #a is: tea at five"]},
-        ("alice", "/topic " + "x" * 391),
-        {"alice": ["* a topic has at most 300 bytes"]},
-    ],
-    "anybody sets the topic of the lobby, which has no operators": [
-        ("bob", "/topic lunch"),
-        {
-            "alice": ["* bob set the topic of #lobby: lunch"],
-            "bob": ["* the topic of #lobby is: lunch"],
-            "carol": ["* bob set the topic of #lobby: lunch"],
-        },
-    ],
-    "who is in no channel is told where to go": [
-        ("alice", "/part"),
-        {
-            "alice": ["* you left #lobby", "* you are in no channel"],
-            "bob": [f"{A} left the chat!"],
-            "carol": [f"{A} left the chat!"],
-        },
-        ("alice", "hello?"),
-        {"alice": ["* you are in no channel; /join #lobby"]},
-        ("alice", "/topic"),
-        {"alice": ["* you are in no channel; /join #lobby"]},
-    ],
-    "a channel one is not in": [
-        ("bob", "/join #a"),
-        {"bob": ...},
-        ("alice", "/tell #a hi"),
-        {"alice": ["* you are not in #a; /join #a first"]},
-        ("alice", "/history #a"),
-        {"alice": ["* you are not in #a; /join #a first"]},
-        ("alice", "/part #a"),
-        {"alice": ["* you are not in #a; /join #a first"]},
-        ("alice", "/names #a"),
-        {"alice": ["* #a 1-1 of 1: @bob"]},
-        ("alice", "/names #nowhere"),
-        {"alice": ["* there is no channel #nowhere now"]},
-    ],
-    "channel names that are none": [
-        ("alice", "/join rust"),
-        {"alice": ["* a channel's name begins with # and goes on, like #tea"]},
-        ("alice", "/join #"),
-        {"alice": ["* a channel's name begins with # and goes on, like #tea"]},
-        (
-            "alice",
-            "/join #a,b",
-            "/join #a]",
-            "/join #\uff0c",
-            "/join #\u0301",
-            "/join #\u3164",
-        ),
-        {"alice": ["* a channel's name is visible, without spaces, commas or ]"] * 5},
-        ("alice", "/join #" + "x" * 64),
-        {"alice": ["* a channel's name has at most 64 bytes"]},
-    ],
-    "several lines as one message": [
-        ("alice", "/lines 3", "one", "/two", ""),
-        {
-            "bob": ["alice: one", "alice: /two", "alice: "],
-            "carol": ["alice: one", "alice: /two", "alice: "],
-        },
-        ("alice", "after"),
-        {"bob": ["alice: after"], "carol": ["alice: after"]},
-    ],
-    "a count of lines that is none": [
-        ("alice", "/lines many", "/lines 0", "/lines " + "9" * 5000, "/lines 201", "/quit"),
-        {"alice": ["* a message has 1 to 200 lines"] * 4},
-    ],
-    "a message of several lines with a bad one is none, and neither is the rest of it": [
-        ("alice", "/lines 3", "one", b"\xff", "/quit", "hello"),
-        {
-            "alice": ["* that line is not UTF-8 text and was not delivered"],
-            "bob": ["alice: hello"],
-            "carol": ["alice: hello"],
-        },
-    ],
-    "white space around parameters means nothing": [
-        ("alice", "/join  #lobby ", "/names #lobby  "),
-        {
-            "alice": [
-                "* you speak in #lobby now",
-                "* the topic of #lobby is not set",
-                *["* #lobby 1-3 of 3: alice, bob, carol"] * 2,
-            ]
-        },
-    ],
-    "a message of several lines over the limit": [
-        ("alice", "/lines 2", "x" * 10000, "x" * 10000),
-        {"alice": ["* a message has at most 16384 bytes; it was not delivered"]},
-    ],
-    "what was said is history": [
-        ("alice", "one", "/me two"),
-        ("bob", "/lines 2", "three", "four"),
-        {"alice": ..., "bob": ..., "carol": ...},
-        ("carol", "/history"),
-        {
-            "carol": [
-                "* WHEN alice: one",
-                "* WHEN alice: *two*",
-                "* WHEN bob: three",
-                "* WHEN bob: four",
-                "* that was 3 messages",
-            ]
-        },
-        ("carol", "/history 1"),
-        {
-            "carol": [
-                "* WHEN bob: three",
-                "* WHEN bob: four",
-                "* that was 1 message",
-            ]
-        },
-        ("carol", "/history #lobby 501", "/history 9999999999", "/history 0"),
-        {"carol": ["* history comes in 1 to 500 messages"] * 3},
-    ],
-    "a private talk is history for its two": [
-        ("alice", "/tell bob psst"),
-        {"alice": ..., "bob": ...},
-        ("bob", "/history alice"),
-        {"bob": ["* WHEN (private) alice: psst", "* that was 1 message"]},
-        ("carol", "/history alice"),
-        {"carol": ["* that was 0 messages"]},
-        ("carol", "/history"),
-        {"carol": ["* that was 0 messages"]},
-    ],
-    "commands that are none, or lack something": [
-        ("alice", "/dance"),
-        {"alice": ["* there is no /dance; /help lists what there is"]},
-        ("alice", "/"),
-        {"alice": ["* there is no /; /help lists what there is"]},
-        ("alice", "/tell bob"),
-        {"alice": ["* it goes like this: /tell NAME TEXT"]},
-        ("alice", "/help tell"),
-        {"alice": [f"* {chat.line_command['tell'].syntax}  {chat.line_command['tell'].summary}"]},
-        ("alice", "/help dance"),
-        {"alice": ["* there is no /dance; /help lists what there is"]},
-    ],
-    "leaving is told once to everybody near": [
-        ("alice", "/join #a"),
-        ("bob", "/join #a"),
-        {"alice": ..., "bob": ...},
-        ("alice", None),
-        {"bob": [f"{A} left the chat!"], "carol": [f"{A} left the chat!"]},
-    ],
-}
+def proven(mechanism, *answers):
+    """Return what a mechanism says to these answers; the last one is the account, or None."""
+    said = [next(mechanism)]
+    try:
+        for answer in answers:
+            said.append(mechanism.send(answer))
+            while callable(said[-1]):
+                said[-1] = mechanism.send(said[-1]())
+    except StopIteration as end:
+        return [*said, end.value]
+    except chat.Refused:
+        return [*said, None]
+    return said
 
 
-@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS.keys())
-def test_the_line_protocol(script):
-    house = house_of("alice", "bob", "carol")
-    for step in script:
-        if isinstance(step, tuple):
-            who, *lines = step
-            house.leave(who) if lines == [None] else house.say(who, *lines)
-            continue
-        house.turn()
-        for who in house.guests:
-            heard, expected = house.heard(who), step.get(who, [])
-            assert expected is ... or heard == expected, who
+ALICE = chat.make_verifier("sesame", 1000)
 
 
-def test_a_newcomer_is_announced_to_the_others_and_told_nothing():
-    house = House()
-    for name in ("alice", "bob"):
-        house.connect(name)
-        house.say(name, name)
-        house.turn()
-    assert house.heard("alice") == [f"{B} joined the chat!"]
-    assert house.heard("bob") == []
+def find_alice(name):
+    return ("Alice", ALICE) if name.lower() == "alice" else (name, chat.decoy_verifier(name))
 
 
-def test_who_was_greeted_is_a_person_and_is_told_who_is_here():
-    house = House()
-    house.connect("alice", greeted=True)
-    house.say("alice", "alice")
-    house.connect("bob", greeted=True)
-    house.say("bob", "bob")
-    house.turn()
-    assert house.heard("alice") == [
-        "* you are alice; no other user is here yet; /help",
-        f"{B} joined the chat!",
-    ]
-    assert house.heard("bob") == ["* you are bob; here: alice; /help"]
-
-
-FIRST_LINES = [
-    (
-        ["alice smith"],
-        [
-            "* you are alice_smith: names have no spaces or controls, "
-            "none of !$*,./:?@ and at the start none of #%&(+-[~"
-        ],
-    ),
-    (["BOB"], ["* you are BOB2: BOB is taken"]),
-    (["", "  ", "carol"], ["* a name needs at least one visible character; try again"] * 2),
-    ([b"\xff", "carol"], ["* that line is not UTF-8 text and was not delivered"]),
-    (["/names", "carol"], ["* a name first, please; then commands"]),
-    (
-        ["/pass anything", "carol", "/pass x"],
-        ["* thank you; now your name", "* you are in already"],
-    ),
+PLAIN_LOGINS = [
+    (b"\0alice\0sesame", "Alice"),
+    (b"ALICE\0alice\0sesame", "Alice"),
+    (b"\0alice\0Sesame", None),
+    (b"\0bob\0sesame", None),
+    (b"bob\0alice\0sesame", None),
+    (b"\0alice\0", None),
+    (b"\0\0sesame", None),
+    (b"alice\0sesame", None),
+    (b"\0alice\0sesame\0", None),
+    (b"\xff\0alice\0sesame", None),
+    (b"", None),
 ]
 
 
-@pytest.mark.parametrize("lines, heard", FIRST_LINES)
-def test_a_first_line_that_cannot_be_the_name_is_answered(lines, heard):
-    house = house_of("bob")
-    house.connect("x")
-    house.say("x", *lines)
-    house.turn()
-    assert house.heard("x") == heard
-    assert house.guests["x"].user
+@pytest.mark.parametrize("answer, account", PLAIN_LOGINS)
+def test_plain_is_right_or_wrong(answer, account):
+    assert proven(chat.sasl_plain(find_alice), answer)[-1] == account
 
 
-def test_a_password_comes_before_the_name_and_three_wrong_ones_end_it():
-    house = House(password="open sesame")
-    house.connect("a")
-    house.say("a", "alice", "/pass wrong", '/pass "open sesame"', "alice")
+class ScramClient:
+    """The other side of SCRAM-SHA-256, as RFC 5802 has it, written from the RFC."""
+
+    def __init__(self, name, password, binding="n,,"):
+        self.password, self.binding = password, binding
+        self.bare = f"n={name},r=clientnonce"
+
+    def first(self):
+        return (self.binding + self.bare).encode()
+
+    def final(self, challenge):
+        fields = dict(part.split("=", 1) for part in challenge.decode().split(","))
+        salt, rounds = base64.b64decode(fields["s"]), int(fields["i"])
+        salted = hashlib.pbkdf2_hmac("sha256", self.password.encode(), salt, rounds)
+        channel = base64.b64encode(self.binding.encode()).decode()
+        without = f"c={channel},r={fields['r']}"
+        message = f"{self.bare},{challenge.decode()},{without}".encode()
+        key = hmac.digest(salted, b"Client Key", "sha256")
+        signature = hmac.digest(hashlib.sha256(key).digest(), message, "sha256")
+        proof = bytes(a ^ b for a, b in zip(key, signature, strict=True))
+        server_key = hmac.digest(salted, b"Server Key", "sha256")
+        self.expected = b"v=" + base64.b64encode(hmac.digest(server_key, message, "sha256"))
+        return f"{without},p={base64.b64encode(proof).decode()}".encode()
+
+
+@pytest.mark.parametrize(
+    "name, password, binding, account",
+    [
+        ("alice", "sesame", "n,,", "Alice"),
+        ("alice", "sesame", "y,,", "Alice"),
+        ("alice", "sesame", "n,a=alice,", "Alice"),
+        ("alice", "sesame", "n,a=bob,", None),
+        ("alice", "sesame", "p=tls-unique,,", None),
+        ("alice", "wrong", "n,,", None),
+        ("nobody", "sesame", "n,,", None),
+    ],
+)
+def test_scram_proves_the_password_without_telling_it_and_the_server_proves_itself(
+    name, password, binding, account
+):
+    client, mechanism = ScramClient(name, password, binding), chat.sasl_scram(find_alice)
+    next(mechanism)
+    try:
+        challenge = mechanism.send(client.first())
+        answer = mechanism.send(client.final(challenge))
+        assert answer == client.expected
+        mechanism.send(b"")
+        raise AssertionError("a mechanism ends")
+    except StopIteration as end:
+        assert end.value == account
+    except chat.Refused:
+        assert account is None
+
+
+def test_junk_in_place_of_scram_is_refused(seeded):
+    for _ in range(500):
+        mechanism = chat.sasl_scram(find_alice)
+        parts = ["n,,", "n=alice,r=x", "c=biws", "p=", "\xff", ",", "=", "r=", "n="]
+        junk = "".join(seeded.choices(parts, k=4)).encode("latin-1")
+        assert (
+            proven(mechanism, junk, junk)[-1] is None
+            or len(proven(chat.sasl_scram(find_alice), junk)) == 2
+        )
+
+
+def test_an_exchange_puts_chunks_of_400_bytes_together():
+    exchange = chat.Exchange(iter(()))
+    for size in (0, 1, 299, 300, 301, 600, 900):
+        data = bytes(range(256)) * 4
+        text = base64.b64encode(data[:size]).decode()
+        pieces = [text[n : n + 400] for n in range(0, len(text), 400)]
+        if len(text) % 400 == 0:
+            pieces.append("+")
+        assert chat.Exchange.chunks(data[:size]) == pieces
+        *some, last = pieces
+        assert [exchange.feed(piece) for piece in some] == [None] * len(some)
+        assert exchange.feed(last) == data[:size]
+    with pytest.raises(chat.Refused):
+        for _ in range(5):
+            exchange.feed("A" * 400)
+
+
+def test_who_fails_too_often_waits_and_the_owner_elsewhere_does_not():
+    throttle, now = chat.Throttle(), 10**9
+    for _ in range(chat.LOGIN_TRIES):
+        throttle.check("10.0.0.1", "alice", now)
+        throttle.failed("10.0.0.1", "Alice", now)
+    with pytest.raises(chat.Refused, match="try again in 60 s|try again in 61 s"):
+        throttle.check("10.0.0.1", "ALICE", now)
+    throttle.check("10.0.0.2", "alice", now)
+    throttle.check("10.0.0.1", "bob", now)
+    throttle.check("10.0.0.1", "alice", now + 61_000)
+    for n in range(3 * chat.LOGIN_FAILURES_KEPT):
+        throttle.failed(f"host{n}", "alice", now)
+    assert len(throttle.failures) <= chat.LOGIN_FAILURES_KEPT
+    with pytest.raises(chat.Refused):  # an address that fills the table is not forgotten by that
+        throttle.check("10.0.0.1", "alice", now)
+
+
+def test_an_address_can_have_so_many_accounts_made_and_this_machine_any_number():
+    house = House()
+    house.enter("dora")
+    for name, address in (("eve", "10.0.0.7:1"), ("ipv6", "[::1]:1"), ("far", "10.0.0.8:1")):
+        house.connect_irc(name).conn.address = address
+    house.guests["dora"].conn.address = "10.0.0.7:2"
+
+    def register(name, *lines):
+        house.say(name, f"NICK {name}{house.now:.0f}", "USER u 0 * :r", *lines)
+        house.turn()
+        house.say(name, "REGISTER * * password")
+        house.turn()
+        answer = next(line for line in house.heard(name) if " REGISTER " in line)
+        if " SUCCESS " in answer:
+            house.say(name, "NS DROP password")
+            house.turn()
+        return answer
+
+    for _ in range(chat.ACCOUNTS_MADE):
+        assert "SUCCESS" in register("eve") and "SUCCESS" in register("ipv6")
+    answer = register("eve")
+    assert "FAIL REGISTER TEMPORARILY_UNAVAILABLE" in answer
+    assert ":5 accounts from one address at most; try again in 35" in answer
+    house.heard("dora")
+    house.say("dora", "/register password")
     house.turn()
-    assert house.heard("a") == [
-        "* this server asks for a password: /pass WORD",
-        "* that is not it (try 1 of 3)",
-        "* thank you; now your name",
+    (answer,) = house.heard("dora")
+    assert answer.startswith("* 5 accounts from one address at most; try again in 35")
+    assert "SUCCESS" in register("ipv6") and "SUCCESS" in register("far")
+    house.now += chat.ACCOUNTS_MADE_SECONDS
+    house.turn()
+    assert "SUCCESS" in register("eve")
+
+
+def test_passwords_of_any_script_and_length_are_told_apart():
+    for password in ("x" * 300, "x" * 299 + "y", "p\u00e4ssw\u00f6rd", "\u4f60\u597d"):
+        verifier = chat.make_verifier(password, 10)
+        assert verifier.fits(password) and not verifier.fits(password + " ")
+        assert not verifier.fits("x" * 298)
+
+
+def test_an_account_outlives_the_server_and_its_password_is_not_in_the_files(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice")
+    house.enter("dora")
+    house.say("alice", "REGISTER * * hunter2hunter2", "PRIVMSG NickServ :IDENTIFY hunter2hunter2")
+    house.turn()
+    house.say("dora", "/register swordfish99", "/login swordfish99")
+    house.turn()
+    house.store.close()
+    files = b"".join(path.read_bytes() for path in folder.iterdir())
+    assert b"hunter2" not in files and b"swordfish" not in files
+    again = chat.Store(folder / "chat.db")
+    known = {account.name: account.verifier for account in again.accounts()}
+    assert known["alice"].fits("hunter2hunter2") and known["dora"].fits("swordfish99")
+    again.close()
+
+
+def logged_in(house, label, name, password="password"):
+    """One more device of a user, with the account."""
+    house.connect_irc(label)
+    blob = base64.b64encode(f"\0{name}\0{password}".encode()).decode()
+    house.say(label, "CAP REQ :sasl", f"NICK {name}", "USER u 0 * :r", "AUTHENTICATE PLAIN")
+    house.say(label, f"AUTHENTICATE {blob}")
+    house.turn()
+    house.say(label, "CAP END")
+    house.turn()
+    return house.heard(label)
+
+
+def test_whose_line_breaks_is_still_here_for_a_while_and_comes_back_to_his_channels():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "REGISTER * * password")
+    house.turn()
+    house.say("alice", "JOIN #a")
+    house.say("bob", "JOIN #a")
+    house.turn()
+    user = house.guests["alice"].user
+    house.heard("bob")
+    house.leave("alice")
+    house.turn()
+    assert house.missed == [user] and house.heard("bob") == []
+    house.say("bob", "PRIVMSG alice :are you there?", "NAMES #a")
+    house.turn()
+    assert "@alice bob" in str(house.heard("bob"))
+    lines = logged_in(house, "again", "alice")
+    assert ":alice!~u@127.0.0.1 JOIN #a" in lines and house.heard("bob") == []
+    assert house.guests["again"].user is user
+    house.grace_over()  # the time is over, but he is back
+    house.turn()
+    assert house.heard("bob") == []
+    house.leave("again")
+    house.turn()
+    house.grace_over()
+    house.turn()
+    assert house.heard("bob") == [":alice!~u@127.0.0.1 QUIT :Connection lost"]
+
+
+def crowd_with_metadata(house, channel, count):
+    """So many members, with a color and a status each."""
+    for n in range(count):
+        house.connect_irc(f"m{n}")
+        house.say(f"m{n}", f"NICK m{n}", "USER u 0 * :r", f"JOIN {channel}")
+        house.say(f"m{n}", f"METADATA * SET color :{n}", f"METADATA * SET status :{n}")
+    house.turn()
+
+
+@pytest.mark.parametrize("count, told", [(50, ["761"] * 99), (51, ["774"])])
+def test_who_joins_a_crowd_is_told_what_is_known_of_it_or_where_to_ask(count, told):
+    house = House()
+    crowd_with_metadata(house, "#a", count)
+    house.say("m0", "TOPIC #a :tea", "METADATA * SET color")
+    house.turn()
+    house.enter_irc("alice")
+    house.say("alice", "CAP REQ :draft/metadata-3 draft/read-marker batch")
+    house.say("alice", "METADATA * SUB color status", "METADATA * SET color :mine")
+    house.turn()
+    house.heard("alice")
+    house.say("alice", "JOIN #a")
+    house.turn()
+    lines = [chat.parse_message(line) for line in house.heard("alice")]
+    verbs = [line.verb for line in lines if line.verb != "353"]
+    assert verbs == ["JOIN", "332", "333", "MARKREAD", *told, "366"]
+    if told == ["774"]:
+        assert lines[4].params[:3] == ["alice", "#a", "0"]
+    for target, extra in (("#a", 1), ("*ALL", 1), ("m1", 0), ("alice", 1)):
+        house.say("alice", f"METADATA {target} SYNC")
+        house.turn()
+        begin, *known, end = [chat.parse_message(line) for line in house.heard("alice")]
+        assert begin.params[1:] == ["metadata", target] and end.verb == "BATCH"
+        crowd = 2 * count - 1 if target in ("#a", "*ALL") else 2 * (target == "m1")
+        assert [line.verb for line in known] == ["761"] * (crowd + extra)
+        assert len({tuple(line.params) for line in known}) == crowd + extra
+
+
+def test_a_long_synchronization_waits_for_its_reader_and_is_whole(running, monkeypatch):
+    monkeypatch.setattr(chat, "LINES_A_TURN", 5)
+    monkeypatch.setattr(chat, "UNSENT_NO_READ", 2000)
+    server = running()
+    alice, bob = server.guest(), server.guest()
+    lines = [f"METADATA * SET key{n} :{'x' * 300}" for n in range(chat.METADATA_KEYS)]
+    bob.enter_irc("bob", "JOIN #a", *lines)
+    alice.enter_irc("alice", "CAP REQ :batch labeled-response", "JOIN #a,#b,#c")
+    for n in range(chat.METADATA_KEYS):
+        alice.send(f"METADATA * SUB key{n}\r\n")
+    alice.send("@label=1 METADATA #a SYNC\r\nPING end\r\n")
+    *lines, _ = itertools.dropwhile(lambda line: "label=1" not in line, alice.until("PONG"))
+    (known,) = answer_with("1", lines)
+    assert [line[0] for line in known] == ["761"] * chat.METADATA_KEYS
+
+
+def test_what_one_device_joins_the_others_learn_all_about():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "REGISTER * * password")
+    house.say("bob", "JOIN #a,#b", "TOPIC #a :tea")
+    house.turn()
+    logged_in(house, "phone", "alice")
+    logged_in(house, "tablet", "alice")
+    house.say("phone", "CAP REQ draft/read-marker")
+    house.say("tablet", "CAP REQ draft/no-implicit-names")
+    house.turn()
+    for who in house.guests:
+        house.heard(who)
+    house.say("alice", "JOIN #a")
+    house.turn()
+    joined, topic, set_by, *names = irc_heard(house, "alice")
+    assert joined == ":alice JOIN #a" and topic == "332 alice #a :tea"
+    assert [line[:4] for line in names] == ["353 ", "366 "]
+    assert irc_heard(house, "phone") == [joined, topic, set_by, "MARKREAD #a *", *names]
+    assert irc_heard(house, "tablet") == [joined, topic, set_by]
+    assert irc_heard(house, "bob") == [joined]
+    house.say("phone", "JOIN #A")
+    house.turn()
+    assert irc_heard(house, "phone") == irc_heard(house, "alice") == []
+
+
+def house_with_two_devices():
+    """bob, and alice at two terminals; the second one came as alice2."""
+    house = house_of("alice", "bob")
+    house.say("alice", "/register password", "/join #a", "/join #lobby")
+    house.turn()
+    house.connect("laptop")
+    house.say("laptop", "alice")
+    house.turn()
+    house.say("laptop", "/join #b", "/login password")
+    house.turn()
+    return house
+
+
+def test_a_login_at_the_line_protocol_joins_the_user_who_is_here():
+    house = house_with_two_devices()
+    assert [line for line in house.heard("bob") if "alice2" in line] == [
+        "alice2 (127.0.0.1:50002) joined the chat!",
+        "alice2 (127.0.0.1:50002) left the chat!",
     ]
-    assert house.guests["a"].user.name == "alice"
-    house.connect("b")
-    house.say("b", *["/pass wrong"] * 3)
-    assert house.guests["b"].conn.closed
-
-
-def test_someone_who_never_gave_a_name_leaves_without_a_word():
-    house = house_of("alice")
-    house.connect("x")
-    house.leave("x")
+    told = house.heard("laptop")
+    assert (
+        told[0] == "* you are alice2: alice belongs to an account; if it is yours: /login PASSWORD"
+    )
+    assert told[-3:] == [
+        "* you are logged in as alice",
+        "* you are alice",
+        "* you speak in #lobby now",
+    ]
+    assert list(house.hub.channels) == ["#lobby", "#a"]
+    house.heard("alice")
+    house.say("laptop", "from the laptop", "/tell bob in private")
+    house.say("alice", "from the desk")
+    house.say("bob", "both hear this", "/tell alice both hear that")
     house.turn()
-    assert house.heard("alice") == []
-
-
-def test_a_crowded_channel_is_listed_in_several_lines():
-    house = house_of(*(f"n{n}" for n in range(230)))
-    house.say("n0", "/names")
-    house.turn()
-    lines = house.heard("n0")
-    assert [line.split(":")[0] for line in lines] == [
-        "* #lobby 1-100 of 230",
-        "* #lobby 101-200 of 230",
-        "* #lobby 201-230 of 230",
+    both = ["bob: both hear this", "(private) bob: both hear that"]
+    assert house.heard("alice") == ["alice: from the laptop", *both]
+    assert house.heard("laptop") == ["* told bob: in private", "alice: from the desk", *both]
+    assert [line for line in house.heard("bob") if "alice" in line] == [
+        "alice: from the laptop",
+        "(private) alice: in private",
+        "alice: from the desk",
+        "* told alice: both hear that",
     ]
 
 
-def test_one_user_cannot_fill_the_table_of_channels():
-    house = house_of("alice")
-    house.say("alice", *(f"/join #{n}" for n in range(chat.CHANNELS_A_USER)))
+def test_a_device_that_leaves_leaves_the_other_here_and_the_last_one_is_missed():
+    house = house_with_two_devices()
+    user = house.guests["laptop"].user
+    house.heard("bob")
+    house.say("alice", "/quit")
     house.turn()
-    assert house.heard("alice")[-1] == "* 50 channels at most; /part one"
-    assert len(house.hub.channels) == chat.CHANNELS_A_USER
+    house.say("laptop", "still here")
+    house.turn()
+    assert house.heard("bob") == ["alice: still here"] and user.live == [house.guests["laptop"]]
+    house.leave("laptop")
+    house.turn()
+    assert house.missed == [user]
+    house.connect("again")
+    house.say("again", "alice")
+    house.turn()
+    house.say("again", "/login password")
+    house.turn()
+    assert house.guests["again"].user is user and len(house.hub.users) == 2
+    assert sum("joined" in line for line in house.heard("bob")) == 1  # alice2, for a moment
+
+
+def test_a_login_elsewhere_moves_one_device_only_and_costs_nobody_a_line():
+    house = house_of("alice", "bob", "carol")
+    for who in ("alice", "bob"):
+        house.say(who, "/register password")
+        house.turn()
+    house.connect("second")
+    house.say("second", "bob")
+    house.turn()
+    house.say("second", "/login password")
+    house.turn()
+    house.say("second", "/login alice password")
+    house.turn()
+    for who in ("alice", "bob", "second"):
+        house.heard(who)
+    house.say("carol", "one", "two")
+    house.turn()
+    assert all(
+        house.heard(who) == ["carol: one", "carol: two"] for who in ("bob", "second", "alice")
+    )
+    alice, bob = (house.guests[who].user for who in ("alice", "bob"))
+    assert (len(alice.sessions), len(bob.sessions)) == (2, 1)
+
+
+def test_private_talks_are_for_their_two_identities_only():
+    house = House()
+    house.enter_irc("alice", "bob", "carol")
+    house.say("alice", "REGISTER * * password")
+    house.turn()
+    house.say("bob", "PRIVMSG alice :my secret")
+    house.turn()
+    house.say("bob", "QUIT")
+    house.turn()
+    house.say("carol", "NICK bob", "CHATHISTORY LATEST alice * 10", "CHATHISTORY LATEST bob * 10")
+    house.turn()
+    assert "my secret" not in str(house.heard("carol"))
+    house.heard("alice")
+    house.say("alice", "CHATHISTORY LATEST bob * 10")
+    house.turn()
+    assert house.heard("alice") == [":bob!~u@127.0.0.1 PRIVMSG alice :my secret"]
+    house.say("alice", "QUIT")
+    house.turn()
+    house.connect_irc("thief")
+    house.say("thief", "NICK alice", "USER u 0 * :r", "CHATHISTORY LATEST bob * 10")
+    house.turn()
+    assert "my secret" not in str(house.heard("thief"))
+    logged_in(house, "home", "alice")
+    house.say("home", "CHATHISTORY LATEST bob * 10")
+    house.turn()
+    assert "my secret" in str(house.heard("home"))
+
+
+def test_a_message_is_taken_back_by_its_author_or_an_operator_and_by_nobody_else():
+    house = House()
+    house.enter_irc("alice", "bob", "carol")
+    for who in house.guests:
+        house.say(who, "CAP REQ :message-tags draft/message-redaction echo-message", "JOIN #a")
+    house.turn()
+    ids = {}
+    for who in ("alice", "bob"):
+        house.heard(who)
+        house.say(who, f"PRIVMSG #a :from {who}")
+        house.turn()
+        ids[who] = re.search("msgid=([0-9a-z]+)", house.heard(who)[-1])[1]
+    for who in house.guests:
+        house.heard(who)
+    house.say("bob", f"REDACT #a {ids['alice']}")
+    house.turn()
+    assert "FAIL REDACT REDACT_FORBIDDEN #a" in house.heard("bob")[0]
+    house.say("carol", f"REDACT #a {ids['bob']}")
+    house.turn()
+    assert "REDACT_FORBIDDEN" in house.heard("carol")[0]
+    house.say("alice", f"REDACT #a {ids['bob']} :rude")
+    house.turn()
+    assert house.heard("carol")[0].endswith(f" REDACT #a {ids['bob']} :rude")
+    assert texts(house.store, "#a") == ["from alice"]
+
+
+def said_with_id(house, who, target, text):
+    """Say it; the id that it got."""
+    house.heard(who)
+    house.say(who, f"PRIVMSG {target} :{text}")
+    house.turn()
+    return re.search("msgid=([0-9a-z]+)", house.heard(who)[-1])[1]
+
+
+def indexed_words(store):
+    """How often each word stands in the index, by the word."""
+    index, counts = store.words.db, collections.Counter()
+    for (part,) in index.execute("SELECT part FROM parts").fetchall():
+        name = f"search_{part}"
+        index.execute(f"CREATE VIRTUAL TABLE temp.v USING fts5vocab(main, {name}, 'col')")
+        query = "SELECT term, cnt FROM temp.v WHERE col = 'text'"
+        counts.update(dict(index.execute(query).fetchall()))
+        index.execute("DROP TABLE temp.v")
+    return counts
+
+
+def counted_rows(store):
+    store.count()
+    return store.db.execute("SELECT sum(events) FROM targets").fetchone()[0]
+
+
+def test_what_is_taken_back_is_neither_found_nor_counted(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice")
+    house.say("alice", "CAP REQ :message-tags draft/message-redaction echo-message", "JOIN #a")
+    house.turn()
+    ids = [said_with_id(house, "alice", "#a", text) for text in ("keep this", "hide this", "me")]
+    assert indexed_words(house.store) == {"keep": 1, "hide": 1, "this": 2, "me": 1}
+    count = counted_rows(house.store)
+    house.say("alice", f"REDACT #a {ids[1]}")
+    house.turn()
+    assert indexed_words(house.store) == {"keep": 1, "this": 1, "me": 1}
+    assert counted_rows(house.store) == count  # the REDACT stands in its place
+    house.say("alice", f"REDACT #a {ids[1]}", f"REDACT #a {ids[2]}", f"REDACT #a {ids[2]}")
+    house.turn()
+    assert indexed_words(house.store) == {"keep": 1, "this": 1}
+    rows = house.store.db.execute("SELECT count(*) FROM events").fetchone()[0]
+    house.store.close()
+    with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
+        assert db.execute("SELECT events FROM targets").fetchall() == [(rows,)] == [(count,)]
+    with contextlib.closing(sqlite3.connect(folder / "search.db")) as db:
+        db.execute("INSERT INTO search_1 (search_1) VALUES ('integrity-check')")
+
+
+def test_what_is_taken_back_before_it_can_be_searched_is_never_found():
+    house = House()
+    house.enter_irc("alice")
+    house.say("alice", "CAP REQ :message-tags draft/message-redaction echo-message", "JOIN #a")
+    house.turn()
+    first = said_with_id(house, "alice", "#a", "first")
+    behind, house.store.words.behind = house.store.words.behind, set()  # it has no time just now
+    late = said_with_id(house, "alice", "#a", "late")
+    house.say("alice", f"REDACT #a {late}")
+    house.turn()
+    house.store.words.behind |= behind
+    said_with_id(house, "alice", "#a", "last")
+    assert indexed_words(house.store) == {"first": 1, "last": 1}
+    house.say("alice", f"REDACT #a {first}", "RENAME #a #b")  # in the same turn
+    house.turn()
+    assert texts(house.store, "#b") == ["last"] and found(house.store, "#b", "first") == []
+
+
+def test_the_end_of_the_grace_period_is_told_at_once_and_nothing_is_written_twice(
+    running, folder, monkeypatch
+):
+    monkeypatch.setattr(chat, "GRACE_SECONDS", 0.1)
+    server = running(data=folder)
+    alice, bob = server.guest(), server.guest()
+    alice.enter_irc("alice", "REGISTER * * password", "JOIN #a")
+    bob.enter_irc("bob", "JOIN #a")
+    alice.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    alice.close()
+    assert bob.line() == ":alice!~u@127.0.0.1 QUIT :Connection lost\r"
+    bob.send("REGISTER * * password\r\nPRIVMSG #a :kept\r\nPING 1\r\n")
+    assert not any("NOT_KEPT" in line for line in bob.until("PONG"))
+    with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
+        names = [row[0] for row in db.execute("SELECT name FROM accounts ORDER BY name")]
+    assert names == ["alice", "bob"]
+
+
+def test_the_next_owner_of_a_dropped_name_inherits_nothing():
+    house = House()
+    house.enter_irc("alice", "bob")
+    for who in ("alice", "bob"):
+        house.say(who, "REGISTER * * password")
+        house.turn()
+    house.say("alice", "PRIVMSG bob :the old secret")
+    house.turn()
+    waiting = house.connect_irc("waiting")
+    blob = base64.b64encode(b"\0alice\0password").decode()
+    house.say("waiting", "CAP REQ sasl", "AUTHENTICATE PLAIN", f"AUTHENTICATE {blob}")
+    house.turn()
+    house.say("alice", "NS DROP password")
+    house.turn()
+    house.say("alice", "QUIT")
+    house.turn()
+    house.enter_irc("stranger")
+    house.say("stranger", "NICK alice", "REGISTER * * other")
+    house.turn()
+    house.say("stranger", "CAP REQ batch", "CHATHISTORY LATEST bob * 10")
+    house.turn()
+    assert "secret" not in str(house.heard("stranger"))
+    house.say("waiting", "NICK alice", "USER w 0 * :w", "CAP END")
+    house.turn()
+    assert waiting.user is None or waiting.user.name == "alice2"
+    assert house.guests["stranger"].user.live == [house.guests["stranger"]]
+
+
+def test_proving_a_password_again_is_no_news_to_others():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "REGISTER * * password", "JOIN #a")
+    house.say("bob", "CAP REQ account-notify", "JOIN #a")
+    house.turn()
+    house.heard("bob")
+    house.say("alice", "NS PASSWD password other-password")
+    house.turn()
+    assert house.heard("bob") == [] and "another now" in house.heard("alice")[-1]
+    house.say("alice", "NS DROP other-password")
+    house.turn()
+    assert house.heard("bob") == [":alice!~u@127.0.0.1 ACCOUNT *"]
+
+
+def test_a_login_under_way_when_its_account_is_given_up_fails():
+    house = House()
+    house.enter_irc("alice")
+    house.say("alice", "REGISTER * * password")
+    house.turn()
+    blob = base64.b64encode(b"\0alice\0password").decode()
+    house.connect_irc("late")
+    house.say("late", "CAP REQ sasl", "AUTHENTICATE PLAIN", f"AUTHENTICATE {blob}")
+    revision = house.hub.accounts["alice"].revision
+    house.hub.perform("drop_account", house.guests["alice"].id, "alice", revision)
+    house.turn()
+    assert house.heard("late")[-1] == ":chat.py 904 * :name or password are wrong"
+    assert house.guests["late"].account == ""
+
+
+def test_failures_count_together_whichever_way_they_came():
+    house = House()
+    house.enter_irc("alice", "mallory")
+    house.say("alice", "REGISTER * * password")
+    house.turn()
+    blob = base64.b64encode(b"\0alice\0wrong").decode()
+    for _ in range(chat.LOGIN_TRIES - 1):
+        house.say("mallory", "NS IDENTIFY alice wrong")
+        house.turn()
+    house.say("mallory", "AUTHENTICATE PLAIN", f"AUTHENTICATE {blob}")
+    house.turn()
+    house.heard("mallory")
+    house.say("mallory", "NS IDENTIFY alice password")
+    house.turn()
+    assert "too many failures" in house.heard("mallory")[-1]
+
+
+def test_a_name_that_another_device_has_is_taken():
+    house = House()
+    house.enter_irc("alice")
+    house.say("alice", "REGISTER * * password")
+    house.turn()
+    logged_in(house, "other", "alice")
+    house.say("other", "QUIT")
+    house.turn()
+    house.connect_irc("third")
+    blob = base64.b64encode(b"\0alice\0password").decode()
+    house.say("third", "CAP REQ sasl", "NICK al2", "USER u 0 * :r", "AUTHENTICATE PLAIN")
+    house.say("third", f"AUTHENTICATE {blob}")
+    house.turn()
+    house.say("third", "CAP END", "NICK alice")
+    house.turn()
+    assert ":chat.py 433 al2 alice :alice is taken" in house.heard("third")
+    for who in ("alice", "third"):
+        house.say(who, "QUIT")
+    house.turn()
+    assert house.hub.users == {}
+
+
+def test_an_owner_gets_his_name_back_from_whoever_has_it():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "REGISTER * * password")
+    house.turn()
+    house.say("bob", "JOIN #a")
+    account = house.hub.accounts.pop("alice")  # as if bob had come before there was an account
+    house.say("alice", "QUIT")
+    house.turn()
+    house.say("bob", "NICK alice")
+    house.turn()
+    house.hub.accounts["alice"] = account
+    house.heard("bob")
+    logged_in(house, "home", "alice")
+    assert house.heard("bob") == [":alice!~u@127.0.0.1 NICK :alice2"]
+    assert house.guests["home"].user.name == "alice"
+
+
+def test_a_secret_channel_is_closed_also_after_a_crash(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice")
+    house.say("alice", "JOIN #s,#open", "MODE #s +s", "PRIVMSG #s :secret talk", "PRIVMSG #open :x")
+    house.turn()
+    house.store.close()  # no user left
+    again = House(store=chat.Store(folder / "chat.db"))
+    again.enter_irc("mallory")
+    again.say(
+        "mallory", "JOIN #s,#open", "CHATHISTORY LATEST #s * 9", "CHATHISTORY LATEST #open * 9"
+    )
+    again.turn()
+    said = [line for line in again.heard("mallory") if "PRIVMSG" in line]
+    assert said == [":alice!~u@127.0.0.1 PRIVMSG #open :x"]
+    again.store.close()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["HELP a b c", "IDENTIFY a b c", "PASSWD a b c", "DROP a b", "REGISTER a b c", "VERIFY a b"],
+)
+def test_a_word_too_many_for_nickserv_breaks_nothing(line):
+    house = House()
+    house.enter_irc("alice")
+    house.say("alice", f"NS {line}", f"PRIVMSG NickServ :{line}")
+    house.turn()
+    assert all(" NOTICE alice :" in one or " 900 " in one for one in house.heard("alice"))
+
+
+def test_what_one_device_does_in_the_turn_in_which_another_leaves_is_done():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "REGISTER * * password", "JOIN #a", "CAP REQ draft/read-marker")
+    house.say("bob", "JOIN #a")
+    house.turn()
+    logged_in(house, "phone", "alice")
+    house.say("phone", "CAP REQ draft/read-marker", "QUIT")
+    house.say("alice", "MARKREAD #a timestamp=1970-01-02T00:00:00.000Z", "METADATA * SET a :b")
+    house.say("alice", "RENAME #a #b")
+    house.turn()
+    assert ":chat.py MARKREAD #a timestamp=1970-01-02T00:00:00.000Z" in house.heard("alice")
+
+
+def test_what_was_said_before_a_channel_was_renamed_has_its_old_name():
+    house = House()
+    house.enter_irc("alice", "bob")
+    for who in ("alice", "bob"):
+        house.say(who, "CAP REQ draft/channel-rename", "JOIN #a")
+    house.turn()
+    house.heard("bob")
+    house.say("alice", "PRIVMSG #a :before", "RENAME #a #b", "PRIVMSG #b :after")
+    house.turn()
+    mask = ":alice!~u@127.0.0.1"
+    assert house.heard("bob") == [
+        f"{mask} PRIVMSG #a :before",
+        f"{mask} RENAME #a #b :",
+        f"{mask} PRIVMSG #b :after",
+    ]
+    assert texts(house.store, "#b") == ["before", "after"] and texts(house.store, "#a") == []
+
+
+def found(store, key, words, count=1000):
+    """The texts that a search there gives, in their order."""
+    place = chat.Place((key,))
+    events = store.words.search([place], words, chat.Span(place), count)
+    return [event.text for _, event in events]
+
+
+def test_who_reads_the_store_takes_a_connection_again_unless_its_job_failed(folder, monkeypatch):
+    house, opened, connect = House(store=chat.Store(folder / "chat.db")), [], chat.connect
+    monkeypatch.setattr(chat, "connect", lambda *how: opened.append(how) or connect(*how))
+    house.enter_irc("alice")
+    house.say("alice", "JOIN #a")
+    for n in range(5):
+        house.say("alice", f"PRIVMSG #a :{n}")
+        house.turn()
+        assert texts(house.store, "#a")[-1] == found(house.store, "#a", f"{n}")[-1] == f"{n}"
+    assert len(opened) == 2  # one for each file
+    with pytest.raises(sqlite3.Error), house.store.reading() as db:
+        db.execute("SELECT nothing")
+    assert texts(house.store, "#a")[-1] == "4" and len(opened) == 3
+    with house.store.reading(), house.store.reading() as db:  # two helpers at once
+        assert db.execute("SELECT count(*) FROM targets").fetchone() == (1,)
+    assert len(opened) == 4
+    house.store.close()
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """An index in parts of 50 messages, of which 10 ids are taken at a time."""
+    monkeypatch.setattr(chat, "PART_ROWS", 50)
+    monkeypatch.setattr(chat, "INDEX_IDS", 10)
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_search_goes_through_as_many_parts_of_the_index_as_it_takes(folder, small_parts, on_disk):
+    house = House(store=chat.Store(folder / "chat.db" if on_disk else None))
+    house.enter_irc("alice", "bob")
+    house.say("alice", "JOIN #busy,#quiet", "AWAY")
+    for n in range(400):
+        house.say("alice", f"PRIVMSG #busy :number {n} {'odd' if n % 2 else 'even'}")
+        if n % 100 == 0:
+            house.say("alice", f"PRIVMSG #quiet :number {n}")
+            house.turn()
+    house.turn()
+    for again in (False, True) if on_disk else (False,):
+        store = chat.Store(folder / "chat.db") if again else house.store
+        numbers = [f"number {n} {'odd' if n % 2 else 'even'}" for n in range(400)]
+        assert found(store, "#busy", "number") == numbers
+        assert found(store, "#busy", "EVEN number", 70) == numbers[::2][-70:]
+        assert found(store, "#busy", "number 7") == [numbers[7]]
+        assert found(store, "#quiet", "number") == [f"number {n}" for n in (0, 100, 200, 300)]
+        assert found(store, "#busy", "nothing") == found(store, "#none", "number") == []
+        assert store.words.db.execute("SELECT sum(messages) FROM parts").fetchone() == (404,)
+        assert store.words.db.execute("SELECT count(*) FROM parts").fetchone()[0] >= 9
+        store.close()
+
+
+def test_parts_of_the_index_go_with_the_messages_that_they_were_of(folder, small_parts):
+    store = chat.Store(folder / "chat.db", keep=100)
+    house = House(store=store)
+    house.enter_irc("alice")
+    house.say("alice", "JOIN #busy,#quiet", "PRIVMSG #quiet :stays")
+    for n in range(400):
+        house.say("alice", f"PRIVMSG #busy :number {n}")
+    for _ in range(3):  # turns enough for the counts to be looked at
+        house.turn()
+    while store.prune(idle=True, now=0):
+        pass
+    index_all(store)
+    assert found(store, "#busy", "number") == [f"number {n}" for n in range(300, 400)]
+    assert found(store, "#quiet", "stays") == ["stays"]
+    index = store.words.db
+    tables = {row[0] for row in index.execute("SELECT name FROM sqlite_master")}
+    parts = {f"search_{row[0]}" for row in index.execute("SELECT part FROM parts")}
+    assert len(parts) <= 4 and parts <= tables
+    assert len([name for name in tables if re.fullmatch(r"search_\d+", name)]) == len(parts)
+    house.say("alice", "PRIVMSG #busy :number 400")
+    house.turn()
+    assert found(store, "#busy", "number", 2) == ["number 399", "number 400"]
+    store.close()
+
+
+@pytest.mark.parametrize("how", ["gone", "junk", "behind"])
+def test_the_index_is_made_from_the_messages_whenever_it_is_needed(folder, how):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice")
+    house.say("alice", "JOIN #a", "PRIVMSG #a :said before")
+    house.turn()
+    index = (folder / "search.db").read_bytes()
+    house.say("alice", "PRIVMSG #a :said later")
+    house.turn()
+    house.store.close()
+    path = folder / "search.db"
+    path.unlink()
+    if how != "gone":
+        path.write_bytes(index if how == "behind" else b"junk" * 5000)
+    store = chat.Store(folder / "chat.db")
+    index_all(store)
+    assert found(store, "#a", "said") == ["said before", "said later"]
+    store.close()
+
+
+def test_nobody_wipes_the_history_of_an_empty_channel_by_renaming_another_onto_it():
+    house = House()
+    house.enter_irc("alice", "mallory")
+    house.say("alice", "JOIN #a", "PRIVMSG #a :for all to read", "JOIN #b,#s", "MODE #s +s")
+    house.turn()
+    house.say("alice", "PART #a,#b,#s")
+    house.say("mallory", "JOIN #c")
+    house.turn()
+    for name in ("#a", "#A", "#b"):
+        house.heard("mallory")
+        house.say("mallory", f"RENAME #c {name}")
+        house.turn()
+        assert house.heard("mallory")[0].startswith(
+            f":chat.py FAIL RENAME CHANNEL_NAME_IN_USE #c {name} :"
+        )
+    house.say("mallory", "RENAME #c #s")  # no user can read that any more
+    house.turn()
+    assert "JOIN #s" in str(house.heard("mallory"))
+    assert texts(house.store, "#a") == ["for all to read"]
+
+
+def test_a_channel_can_have_its_old_name_back_and_others_can_have_it_meanwhile():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "CAP REQ draft/channel-rename", "JOIN #a", "PRIVMSG #a :one")
+    house.say("bob", "CAP REQ draft/channel-rename", "JOIN #other", "PRIVMSG #other :two")
+    house.turn()
+    house.say("alice", "RENAME #a #b")
+    house.say("bob", "RENAME #other #a")  # in the same turn: nothing is left there
+    house.turn()
+    assert (texts(house.store, "#a"), texts(house.store, "#b")) == (["two"], ["one"])
+    house.say("bob", "RENAME #a #elsewhere")
+    house.say("alice", "RENAME #b #A", "RENAME #A #b", "RENAME #b #B", "RENAME #B #a")
+    house.turn()
+    assert "FAIL" not in str(house.heard("alice") + house.heard("bob"))
+    assert texts(house.store, "#a") == ["one"] and texts(house.store, "#b") == []
+
+
+def markers_told(house, who, *names):
+    house.heard(who)
+    house.say(who, *(f"MARKREAD {name}" for name in names))
+    house.turn()
+    return [line.split()[-1] for line in house.heard(who)]
+
+
+def test_how_far_a_channel_has_been_read_goes_with_its_new_name(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice", "bob", "carol")
+    for who in ("alice", "carol"):
+        house.say(who, "REGISTER * * password")
+        house.turn()
+    early, late = (f"timestamp=1970-01-0{day}T00:00:00.000Z" for day in (2, 3))
+    house.say("alice", "JOIN #a", f"MARKREAD #a {late}", f"MARKREAD #b {early}")
+    house.say("bob", f"MARKREAD #a {early}")
+    house.say("carol", f"MARKREAD #b {late}")
+    house.turn()
+    house.say("alice", "RENAME #a #b", "RENAME #b #B")
+    house.turn()
+    for who, told in (("alice", late), ("bob", early), ("carol", "*")):
+        assert markers_told(house, who, "#a", "#b") == ["*", told]
+    house.store.close()
+    again = chat.Store(folder / "chat.db")
+    hub = chat.load_hub(again, house.now, house.now)
+    kept = [marks for owner, marks in hub.markers.items() if marks]
+    assert kept == [{"#b": (2 * 24 * 3600 * 1000, 0)}]
+    again.close()
+
+
+def test_failed_logins_keep_no_password_in_memory():
+    house = House()
+    house.enter_irc("alice")
+    blob = base64.b64encode(b"\0alice\0hunter2").decode()
+    one, other = chat.wrong_login(), chat.wrong_login()
+    assert one is not other
+    house.say("alice", "AUTHENTICATE PLAIN", f"AUTHENTICATE {blob}")
+    house.turn()
+    assert " 904 " in house.heard("alice")[-1]
+
+
+def test_private_talk_with_somebody_who_is_not_here_is_found_by_his_account():
+    house = House()
+    house.enter_irc("alice", "bob")
+    for who in ("alice", "bob"):
+        house.say(who, "REGISTER * * password")
+        house.turn()
+    house.say("alice", "PRIVMSG bob :see you")
+    house.say("bob", "QUIT")
+    house.turn()
+    house.heard("alice")
+    house.say("alice", "CHATHISTORY LATEST bob * 10")
+    house.turn()
+    assert house.heard("alice") == [":alice!~u@127.0.0.1 PRIVMSG bob :see you"]
+
+
+def test_what_is_not_kept_is_not_echoed_and_its_speaker_told_which_it_was():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "CAP REQ :echo-message message-tags labeled-response", "JOIN #a")
+    house.say("bob", "JOIN #a")
+    house.turn()
+    house.heard("alice")
+    house.heard("bob")
+    house.say("alice", "@label=1 PRIVMSG #a :lost")
+    message_id = house.hub.ids.text(house.hub.last_id)
+    house.hub.turn.not_kept("disk full")
+    house.turn()
+    text = "delivered but not kept: disk full"
+    assert house.heard("alice") == [f"@label=1 :chat.py FAIL PRIVMSG NOT_KEPT {message_id} :{text}"]
+    assert house.heard("bob") == [":alice!~u@127.0.0.1 PRIVMSG #a :lost"]
+
+
+def test_who_is_missed_can_be_killed():
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "REGISTER * * password", "JOIN #a")
+    house.say("bob", "JOIN #a", "OPER boss secret")
+    house.turn()
+    house.leave("alice")
+    house.turn()
+    house.heard("bob")
+    house.say("bob", "KILL alice :gone")
+    house.turn()
+    assert house.heard("bob") == [":alice!~u@127.0.0.1 QUIT :Killed (bob (gone))"]
+    assert "alice" not in house.hub.users
+
+
+def test_history_is_found_by_time_and_by_id_in_the_middle_of_much(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice")
+    house.say("alice", "JOIN #a")
+    for n in range(300):
+        house.say("alice", f"PRIVMSG #a :{n}")
+        house.turn()
+    span = chat.Span(chat.Place(("#a",)))
+    events = house.store.page(span, 500)
+    assert [event.text for event in events] == [str(n) for n in range(300)]
+    for n in (0, 1, 150, 299):
+        for mark in (chat.Mark(events[n].id), chat.Mark(time=events[n].time)):
+            before = house.store.page(span._replace(before=mark), 5)
+            after = house.store.page(span._replace(after=mark), 5, newest=False)
+            around = house.store.around(span, mark, 5)
+            assert [e.text for e in before] == [str(k) for k in range(max(0, n - 5), n)]
+            assert [e.text for e in after] == [str(k) for k in range(n + 1, min(300, n + 6))]
+            assert str(n) in [e.text for e in around]
+    house.store.close()
+
+
+def test_a_page_of_a_million_messages_is_found_at_once(folder):
+    store = chat.Store(folder / "chat.db")
+    store.db.execute("INSERT INTO targets (key, events) VALUES ('#a', 1000000)")
+    base = 1_700_000_000_000
+    rows = (
+        (
+            1,
+            n + 1,
+            base + n,
+            "message",
+            "a",
+            "h:1",
+            str(n),
+            "u",
+            "",
+            "",
+            "",
+        )
+        for n in range(100_000)  # a tenth, to be quick here; the depth of the tree is the same
+    )
+    store.db.execute("BEGIN")
+    store.db.executemany(chat.INSERT_EVENT, rows)
+    store.db.execute("COMMIT")
+    span, middle = chat.Span(chat.Place(("#a",))), chat.Mark(time=base + 50_000)
+    for job in (
+        lambda: store.page(span, 100),
+        lambda: store.page(span._replace(before=middle), 100),
+        lambda: store.page(span._replace(after=middle), 100, newest=False),
+        lambda: store.around(span, middle, 100),
+    ):
+        began = time.perf_counter()
+        assert len(job()) == 100
+        assert time.perf_counter() - began < 0.1  # milliseconds, but machines are shared
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "host, own, key",
+    [
+        ("[2001:db8:1:2::3]", "::1", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff::9%eth0", "10.0.0.1", "2001:db8:1:2::/64"),
+        ("[2001:db8:1:2::3]", "[2001:db8:1:2::1]", "2001:db8:1:2::3"),  # a LAN is one network
+        ("fe80::1%eth0", "", "fe80::1"),
+        ("[::1]", "", "::1"),
+        ("10.0.0.1", "", "10.0.0.1"),
+    ],
+)
+def test_an_ipv6_address_counts_as_its_network_unless_others_share_that(host, own, key):
+    assert chat.address_key(host, own) == key
+
+
+def test_the_passwords_of_the_server_and_its_operators_may_be_tried_more_often():
+    throttle, now = chat.Throttle(), 10**9
+    for subject, most in (("alice", chat.LOGIN_TRIES), ("*oper", chat.LOGIN_TRIES_SERVER)):
+        for _ in range(most):
+            throttle.check("10.0.0.1", subject, now)
+            throttle.failed("10.0.0.1", subject, now)
+        with pytest.raises(chat.Refused):
+            throttle.check("10.0.0.1", subject, now)
+
+
+# ======================================================================================
+# DOMAIN
+# ======================================================================================
+
+
+def test_a_channel_without_members_is_gone_and_its_next_founder_operates_it():
+    house = house_of("alice", "bob")
+    house.say("alice", "/join #a", "/topic x", "/part")
+    house.turn()
+    assert list(house.hub.channels) == [chat.LOBBY]
+    house.say("bob", "/join #a", "/topic")
+    house.turn()
+    assert house.heard("bob")[-2:] == ["* #a 1-1 of 1: @bob", "* the topic of #a is not set"]
+
+
+def test_who_comes_in_the_middle_of_a_turn_hears_only_what_follows():
+    house = house_of("alice", "bob")
+    house.say("alice", "/join #a", "before")
+    house.say("bob", "/join #a")
+    house.say("alice", "after")
+    house.say("bob", "/part #a")
+    house.say("alice", "too late")
+    house.say("bob", "/join #a")
+    house.say("alice", "again")
+    house.turn()
+    assert [line for line in house.heard("bob") if "alice:" in line] == [
+        "[#a] alice: after",
+        "[#a] alice: again",
+    ]
+
+
+def test_times_are_unique_in_a_channel_and_fall_with_the_clock():
+    house = house_of("alice", "bob")
+    for now in (house.now, house.now, house.now - 50, house.now + 0.001):
+        house.hub.begin(now)
+        house.say("alice", *["x"] * 1500)
+        events = house.hub.turn.events[-1500:]
+        times = [event.time for event in events]
+        assert times == sorted(times) and times[-1] <= now * 1000 + 1000
+        assert len(set(times[:1000])) == 1000 or now == house.now or now > house.now
+    events = house.hub.turn.events
+    assert events[3000].time == (house.now - 50) * 1000
+    ids = [event.id for event in events]
+    assert ids == sorted(set(ids))
+
+
+class NaiveRoom:
+    """Return what all should hear, worked out the slow way: each line to each member at
+    the moment it is said."""
+
+    def __init__(self):
+        self.members = collections.defaultdict(list)  # of a channel
+        self.heard = collections.defaultdict(list)
+        self.names = {}
+
+    def tell(self, audience, line, but):
+        for who in audience:
+            if who != but:
+                self.heard[who].append(line)
+
+    def near(self, who):
+        rooms = (room for room in self.members.values() if who in room)
+        return dict.fromkeys(itertools.chain(*rooms))
+
+
+def test_everybody_hears_what_a_naive_server_would_have_told_them_in_the_same_order(seeded):
+    for _ in range(60):
+        people = ["ann", "ben", "cat", "dan", "eve"]
+        house, naive = house_of(*people), NaiveRoom()
+        naive.members[chat.LOBBY] = list(people)
+        naive.names = {who: who for who in people}
+        present = list(people)
+        for step in range(40):
+            if seeded.random() < 0.25:
+                house.turn()
+            if not present:
+                break
+            random_step(seeded, house, naive, present, step)
+        house.turn()
+        for who in people:
+            told = [
+                line for line in house.heard(who) if not line.startswith(("* you", "* the", "* #"))
+            ]
+            assert told == naive.heard[who], who
+
+
+def random_step(seeded, house, naive, present, step):
+    """One thing that a user does, in the house and in the model."""
+    who, channel = seeded.choice(present), seeded.choice((chat.LOBBY, "#a", "#b"))
+    room, name = naive.members[channel], naive.names[who]
+    prefix = "" if channel == chat.LOBBY else f"[{channel}] "
+    address = house.guests[who].conn.address
+    action = seeded.choices(("say", "join", "part", "nick", "tell", "quit"), (9, 3, 2, 1, 2, 0.3))[
+        0
+    ]
+    if action == "say" and who in room:
+        house.say(who, f"/tell {channel} {step}")
+        naive.heard[who].append(f"* told {channel}: {step}")
+        naive.tell(room, f"{prefix}{name}: {step}", who)
+    elif action == "join" and who not in room:
+        naive.tell(room, f"{prefix}{name} ({address}) joined the chat!", who)
+        room.append(who)
+        house.say(who, f"/join {channel}")
+    elif action == "part" and who in room:
+        house.say(who, f"/part {channel}")
+        naive.tell(room, f"{prefix}{name} ({address}) left the chat!", who)
+        room.remove(who)
+    elif action == "nick":
+        house.say(who, f"/nick {who}{step}")
+        naive.tell(naive.near(who), f"* {name} is now called {who}{step}", who)
+        naive.names[who] = f"{who}{step}"
+    elif action == "tell":
+        other = seeded.choice(present)
+        house.say(who, f"/tell {naive.names[other]} {step}")
+        naive.tell([other], f"(private) {name}: {step}", who)
+        naive.heard[who].append(f"* told {naive.names[other]}: {step}")
+    elif action == "quit":
+        house.leave(who)
+        naive.tell(naive.near(who), f"{name} ({address}) left the chat!", who)
+        present.remove(who)
+        for room in naive.members.values():
+            if who in room:
+                room.remove(who)
+
+
+def test_a_crowd_that_leaves_at_once_costs_no_more_than_what_is_heard_of_it(monkeypatch):
+    house = house_of(*(f"n{n}" for n in range(300)), "watcher")
+    looked, spans = [], chat.Channel.membership_spans
+    count = lambda *given: looked.append(given) or spans(*given)  # noqa: E731
+    monkeypatch.setattr(chat.Channel, "membership_spans", count)
+    for n in range(300):
+        house.guests[f"n{n}"].conn.gone = n % 2 == 0  # half of them can still be written to
+        house.leave(f"n{n}")
+    house.turn()
+    assert len(house.heard("watcher")) == 300
+    assert len(looked) <= 150
+    assert house.heard("n0") == [] and len(house.heard("n299")) == 299
+
+
+def test_a_storm_is_encoded_once_and_shared():
+    house = house_of(*(f"n{n}" for n in range(50)))
+    house.say("n0", *["x"] * 100)
+    deliveries = list(house.hub.turn.deliveries())
+    shared = [(data, sessions) for data, sessions in deliveries if len(sessions) > 1]
+    assert len(shared) == 1
+    assert len(shared[0][1]) == 49
+    assert shared[0][0] == b"n0: x\n" * 100
+
+
+# NAMES
+
+# All of Default_Ignorable_Code_Point, by a member of each range (Unicode 15, DerivedCoreProperties)
+IGNORABLE = [
+    *(
+        0x00AD,
+        0x034F,
+        0x061C,
+        0x115F,
+        0x1160,
+        0x17B4,
+        0x17B5,
+        0x180B,
+        0x180C,
+        0x180D,
+        0x180E,
+        0x180F,
+    ),
+    *(0x200B, 0x200C, 0x200D, 0x200E, 0x200F, 0x202A, 0x202E, 0x2060, 0x2065, 0x206F, 0x3164),
+    *(0xFE00, 0xFE0E, 0xFE0F, 0xFEFF, 0xFFA0, 0xFFF0, 0xFFF8, 0x1BCA0, 0x1BCA3, 0x1D173, 0x1D17A),
+    *(0xE0000, 0xE0001, 0xE0020, 0xE007F, 0xE0100, 0xE01EF, 0xE01F0, 0xE0FFF),
+]
+PLACES_OF_IT = {"start": "{}bob", "middle": "b{}ob", "end": "bob{}"}
+INVISIBLE = in_turn(IGNORABLE if THOROUGH else IGNORABLE[::3], PLACES_OF_IT, [False, True])
+
+
+def as_id(value):
+    return f"{value:04X}" if isinstance(value, int) and value > 1 else str(value)
+
+
+# Refused with 432 in IRC, at any position. Also: the first NICK and a later one.
+@pytest.mark.parametrize("code, place, later", INVISIBLE, ids=as_id)
+def test_a_nick_with_an_invisible_character_is_refused(code, place, later):
+    house = House()
+    account(house, "bob")
+    name = PLACES_OF_IT[place].format(chr(code))
+    if later:
+        come(house, "alice")
+    else:
+        house.connect_irc("alice")
+    lines = ask(house, "alice", f"NICK {name}")
+    assert refused(lines, "432") and not refused(lines, "NICK")
+    lines = ask(house, "alice", *([] if later else ["USER u 0 * :r", "NICK fine"]), "PING x")
+    assert refused(lines, "PONG") and name not in str(lines)
+
+
+# Replaced in the line protocol. Also: the first line and /nick.
+@pytest.mark.parametrize("code, place, later", INVISIBLE, ids=as_id)
+def test_an_invisible_character_in_a_line_protocol_name_becomes_an_underscore(code, place, later):
+    house = House()
+    account(house, "bob")
+    come(house, "alice")
+    name = PLACES_OF_IT[place].format(chr(code))
+    if later:
+        house.enter("dora")
+        house.say("dora", f"/nick {name}")
+    else:
+        house.connect("dora")
+        house.say("dora", name)
+    house.turn()
+    house.heard("alice")
+    house.say("dora", "/tell alice hello")
+    house.turn()
+    (line,) = house.heard("alice")
+    sender = re.search(r" :([^! ]+)!", line)[1]
+    expected = {name.replace(chr(code), "_")}
+    if (code, place, later) == (0xFEFF, "start", False):
+        expected.add("bob2")  # a BOM before a first line may be dropped
+    assert sender in expected and chr(code) not in line
+
+
+# The names of services. SASL, NICK and NOTICE with them are the victim's view of them.
+@pytest.mark.parametrize(
+    "code, service",
+    in_turn([0x034F, 0xFE0F, 0x17B4, 0x180B, 0xE0100], ["NickServ", "ChanServ", "HistServ"]),
+)
+def test_a_copy_of_a_service_cannot_send_a_notice(service, code):
+    house = House()
+    come(house, "alice", "eve")
+    house.enter("dora")
+    name = service + chr(code)
+    assert refused(ask(house, "eve", f"NICK {name}"), "432")
+    house.say("dora", f"/nick {name}")
+    house.turn()
+    house.heard("alice")
+    house.say("eve", "NOTICE alice :your password, please")
+    house.say("dora", "/tell alice your password, please")
+    house.turn()
+    heard = house.heard("alice")
+    assert len(heard) == 2 and chr(code) not in str(heard)
+    assert not any(f":{service}!" in line for line in heard)
+
+
+# Channels have the same fault. Also: JOIN, RENAME, line protocol.
+@pytest.mark.parametrize("code, place, _", INVISIBLE, ids=as_id)
+def test_a_channel_with_an_invisible_character_in_its_name_cannot_be(code, place, _):
+    house = House()
+    come(house, "alice")
+    house.enter("dora")
+    ask(house, "alice", "JOIN #bob,#mine")
+    name = "#" + PLACES_OF_IT[place].format(chr(code))
+    assert refused(ask(house, "alice", f"JOIN {name}"), "476", "479", "403")
+    assert refused(ask(house, "alice", f"RENAME #mine {name}"), "476", "479", "CANNOT_RENAME")
+    house.say("dora", f"/join {name}", "/list")
+    house.turn()
+    assert chr(code) not in str(ask(house, "alice", "LIST", "PRIVMSG #mine :still #mine"))
+    assert " PRIVMSG #mine " in str(ask(house, "alice", "PRIVMSG #mine :still"))
+
+
+# A name given by REGISTER.
+@pytest.mark.parametrize("code", [0x034F, 0xFE0F, 0xE0100], ids=as_id)
+def test_an_account_with_an_invisible_character_cannot_be_made(code):
+    house = House()
+    come(house, "alice")
+    lines = ask(house, "alice", f"REGISTER alice{chr(code)} * password")
+    assert " FAIL REGISTER " in str(lines) and "SUCCESS" not in str(lines)
+
+
+# What people say keeps its emoji sequences; only names are restricted.
+@pytest.mark.parametrize("text", ["\u2764\ufe0f", "\U0001f468\u200d\U0001f469\u200d\U0001f467"])
+def test_a_message_keeps_its_joiners_and_variation_selectors(text):
+    house = House()
+    come(house, "alice", "bob")
+    house.say("alice", f"PRIVMSG bob :{text}")
+    house.turn()
+    assert spoken(house.heard("bob")) == [text]
+
+
+SEPARATORS = ["\u2028", "\u2029", "\x85"]
+REACHING_NETCAT = {  # what an IRC user does with | (a separator) inside, for dora in #a to read
+    "message": "PRIVMSG #a :left|right",
+    "notice": "NOTICE #a :left|right",
+    "private": "PRIVMSG dora :left|right",
+    "action": "PRIVMSG #a :\x01ACTION left|right\x01",
+    "ctcp": "PRIVMSG dora :\x01PING left|right\x01",
+    "topic": "TOPIC #a :left|right",
+    "kick": "KICK #a bob :left|right",
+    "part": "PART #a :left|right",
+    "quit": "QUIT :left|right",
+    "rename": "RENAME #a #b :left|right",
+    "password": "MODE #a +k left|right",
+    "mask": "MODE #a +b left|right!*@*",
+    "wallops": "WALLOPS :left|right",
+    "realname": "SETNAME :left|right",
+    "metadata": "METADATA #a SET color :left|right",
+}
+
+
+# U+2028/2029 must never reach netcat (and U+0085, which some terminals take for a line end).
+@pytest.mark.parametrize("act, separator", in_turn(REACHING_NETCAT, SEPARATORS), ids=ascii)
+def test_a_unicode_line_separator_does_not_reach_netcat(act, separator):
+    house = House()
+    come(house, "alice", "bob")
+    house.enter("dora")
+    for who in ("alice", "bob"):
+        ask(house, who, "JOIN #a")
+    ask(house, "alice", "OPER boss secret")
+    house.say("dora", "/join #a")
+    house.turn()
+    house.say("alice", REACHING_NETCAT[act].replace("|", separator))
+    house.turn()
+    house.say("dora", "/topic", "/ban", "/mode", "/names", "/list", "/history", "/search left")
+    house.turn()
+    heard = house.guests["dora"].conn.out.decode()
+    assert not set(heard) & {"\u2028", "\u2029", "\x85"}
+    if act in ("message", "notice", "private", "action", "topic"):
+        assert "left" in heard and "right" in heard
+
+
+# What the netcat user typed and is told again, and what another netcat user typed.
+TYPED = (
+    *("x{}y", "/search x{}y", "/tell bob x{}y", "/topic x{}y", "/away x{}y", "/join #x{}y"),
+    *("/nick x{}y", "/me x{}y", "/foo{}y", "/mode +k x{}y", "/lines x{}y", "/help x{}y"),
+)
+
+
+@pytest.mark.parametrize("line, separator", in_turn(TYPED, SEPARATORS), ids=ascii)
+def test_a_unicode_line_separator_is_not_told_to_the_user_who_typed_it(line, separator):
+    house = House()
+    house.enter("dora", "bob")
+    house.say("dora", "/join #a")
+    house.say("bob", "/join #a", "/away")
+    house.turn()
+    house.say("dora", line.format(separator))
+    house.turn()
+    house.say("bob", "/tell dora x", "/history", "/names")
+    house.turn()
+    for who in ("dora", "bob"):
+        heard = house.guests[who].conn.out.decode()
+        assert not set(heard) & {"\u2028", "\u2029", "\x85"}
+
+
+LOOKALIKES = [  # the account or service, and names in other letters that look like it
+    ("alice", "\u0430lice"),  # Cyrillic a
+    ("alice", "ali\u0441e"),  # Cyrillic es
+    ("alice", "\u03b1lice"),  # Greek alpha
+    ("alice", "\u0251lice"),  # Latin alpha
+    ("alice", "al\u0456c\u0435"),  # Cyrillic i, ie
+    ("alice", "\u0410L\u0406\u0421\u0415"),  # capitals
+    ("boss", "b\u03bfss"),  # Greek omicron
+    ("boss", "b\u043e\u0455\u0455"),  # Cyrillic o, dze
+    ("cop", "\u0441\u043e\u0440"),  # whole script: Cyrillic es o er
+    ("nickserv", "N\u0456ckServ"),
+    ("nickserv", "NickSer\u03bd"),
+    ("chanserv", "\u0421hanServ"),
+    ("histserv", "HistS\u0435rv"),
+]
+
+
+# Refused with the reason (432 or 433). Also: first NICK, later
+# NICK, and SASL is no way round.
+@pytest.mark.parametrize("original, copy, later", in_turn(LOOKALIKES, [False, True]))
+def test_a_look_alike_of_a_service_or_account_is_refused(original, copy, later):
+    house = House()
+    account(house, "alice", "boss", "cop")
+    come(house, "zoe") if later else house.connect_irc("zoe")
+    lines = ask(house, "zoe", f"NICK {copy}")
+    assert refused(lines, "432", "433")
+    if not later:
+        assert " 001 zoe2 " in str(ask(house, "zoe", "NICK zoe2", "USER u 0 * :r"))
+
+
+# The line protocol gives another name and says why.
+@pytest.mark.parametrize("original, copy, later", in_turn(LOOKALIKES, [False, True]))
+def test_a_look_alike_in_the_line_protocol_is_another_name(original, copy, later):
+    house = House()
+    account(house, "alice", "boss", "cop")
+    come(house, "zoe")
+    house.enter("dora") if later else house.connect("dora")
+    house.say("dora", f"/nick {copy}" if later else copy)
+    house.turn()
+    told = house.heard("dora")
+    assert any(line.startswith("* ") for line in told)
+    house.heard("zoe")
+    house.say("dora", "/tell zoe hello")
+    house.turn()
+    (line,) = house.heard("zoe")
+    assert f":{copy}!" not in line
+
+
+ACCEPTED = [  # with the account alice and the services there are
+    "a1ice", "aIice", "A11CE", "rnary", "b0ss", "N1ckServ", "vvilly",  # ASCII
+    "\u0410\u043b\u0438\u0441\u0430", "\u041f\u0451\u0442\u0440", "\u738b\u5c0f\u660e",
+    "\u0395\u03bb\u03ad\u03bd\u03b7", "\u039d\u03af\u03ba\u03bf\u03c2", "\u05d3\u05d5\u05d3",
+    "\u0645\u0631\u064a\u0645", "\u0e2a\u0e21\u0e0a\u0e32\u0e22", "alic\u00e9", "\u00e1lice",
+    "\u0441\u043e\u0440",  # looks like "cop", which is no account here
+    "\U0001f600",
+]  # fmt: skip
+
+
+# Names that use only ASCII never collide; other scripts stay welcome.
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_a_name_that_looks_like_no_service_or_account_is_accepted(name):
+    house = House()
+    account(house, "alice", "mary", "willy", "boss")
+    come(house, "zoe", "bob")
+    lines = ask(house, "zoe", f"NICK {name}")
+    assert any(line.endswith(f" NICK :{name}") for line in lines)
+    house.say("zoe", "PRIVMSG bob :hello")
+    house.turn()
+    assert f":{name}!" in house.heard("bob")[-1]
+
+
+# REGISTER under a name taken before there was the account that it looks like.
+def test_a_look_alike_of_an_account_cannot_be_registered():
+    house = House()
+    come(house, "zoe")
+    ask(house, "zoe", "NICK \u0430lice")  # there is no account alice yet
+    account(house, "alice")
+    for line in ("REGISTER * * password", "NS REGISTER password"):
+        lines = ask(house, "zoe", line)
+        assert "SUCCESS" not in str(lines) and not refused(lines, "900")
+    assert not sasl(house, "zoe", "\u0430lice")
+
+
+# After a restart, and free again when the account is given up.
+def test_a_look_alike_is_refused_after_a_restart_and_until_the_account_is_dropped(folder):
+    house = stored(folder)
+    account(house, "alice")
+    house = restarted(house, folder / "chat.db")
+    come(house, "zoe")
+    device(house, "alice", "alice")
+    assert refused(ask(house, "zoe", "NICK \u0430lice"), "432", "433")
+    ask(house, "alice", "NS DROP password")
+    assert " NICK :\u0430lice" in str(ask(house, "zoe", "NICK \u0430lice"))
+    house.store.close()
+
+
+# Existing accounts remain: an account in other letters keeps its name, also after a restart.
+def test_an_account_in_other_letters_keeps_its_name(folder):
+    house = stored(folder)
+    account(house, "\u0441\u043e\u0440")  # Cyrillic, looks like "cop"
+    house = restarted(house, folder / "chat.db")
+    assert " 001 \u0441\u043e\u0440 " in str(device(house, "owner", "\u0441\u043e\u0440"))
+    house.store.close()
+
+
+BANS_OF_BOB = {"ban": "bob!*@*", "mute": "m:bob", "mask": "b?b*!*@*"}
+
+
+# A nick change does not escape a ban or mute by nick (437).
+@pytest.mark.parametrize("ban", BANS_OF_BOB)
+@pytest.mark.parametrize("dialect", ["irc", "line"])
+def test_a_nick_change_does_not_escape_a_ban_or_mute(ban, dialect):
+    house = House()
+    come(house, "alice")
+    come(house, "bob") if dialect == "irc" else house.enter("bob")
+    nick, join = ("NICK {}", "JOIN #a") if dialect == "irc" else ("/nick {}", "/join #a")
+    ask(house, "alice", "JOIN #a")
+    ask(house, "bob", join)
+    ask(house, "alice", f"MODE #a +b {BANS_OF_BOB[ban]}")
+    lines = ask(house, "bob", nick.format("robert"))
+    if dialect == "irc":
+        assert refused(lines, "437")
+    else:
+        assert lines[0].startswith("* ") and "robert" not in str(house.heard("alice"))
+    assert "robert" not in str(ask(house, "alice", "NAMES #a"))
+    house.heard("bob")
+    ask(house, "alice", f"MODE #a -b {BANS_OF_BOB[ban]}")
+    ask(house, "bob", nick.format("robert"))
+    assert "robert" in str(ask(house, "alice", "NAMES #a"))
+
+
+# Other users of the channel, and a user who is exempt or elsewhere, change as they like.
+@pytest.mark.parametrize("why", ["not banned", "exempt", "not in the channel"])
+def test_a_nick_change_of_a_user_whom_no_ban_concerns_is_free(why):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a")
+    if why != "not in the channel":
+        ask(house, "bob", "JOIN #a")
+    mask = "carol!*@*" if why == "not banned" else "bob!*@*"
+    ask(house, "alice", f"MODE #a +b {mask}")
+    if why == "exempt":
+        ask(house, "alice", "MODE #a +e bob!*@*")
+    assert " NICK :robert" in str(ask(house, "bob", "NICK robert"))
+
+
+NOT_SPEAKING = {
+    "CTCP reply": "NOTICE bob :\x01VERSION some client\x01",
+    "CTCP reply to a channel": "NOTICE #a :\x01PING 1\x01",
+    "typing": "@+typing=active TAGMSG bob",
+    "typing in a channel": "@+typing=paused TAGMSG #a",
+}
+
+
+# CTCP replies and typing do not reset idle times; what a user says does.
+@pytest.mark.parametrize("act", NOT_SPEAKING)
+def test_a_ctcp_reply_or_typing_leaves_the_idle_time(act):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a", "PRIVMSG bob :hello")
+    for _ in range(100):  # seconds on whichever clock
+        house.turn()
+    ask(house, "alice", NOT_SPEAKING[act])
+
+    def idle():
+        (line,) = [x for x in ask(house, "bob", "WHOIS alice") if " 317 " in x]
+        return int(line.split(" 317 bob alice ")[1].split()[0])
+
+    assert idle() >= 100
+    ask(house, "alice", "PRIVMSG bob :here")
+    assert idle() < 50
+
+
+TOO_LONG_WITH_SOURCE = {
+    "channel": ("#a", "PRIVMSG #a :"),
+    "notice": ("bob", "NOTICE bob :"),
+    "action": ("#a", "PRIVMSG #a :\x01ACTION "),
+}
+
+
+# A line that is too long only with its source prefix is split for the receivers.
+@pytest.mark.parametrize("letter", ["x", "\u00e9", "\u738b"])
+@pytest.mark.parametrize("kind", TOO_LONG_WITH_SOURCE)
+def test_a_line_that_is_too_long_with_its_source_is_split_and_not_refused(kind, letter):
+    house = House()
+    come(house, "alice", "bob", caps="server-time")
+    for who in ("alice", "bob"):
+        ask(house, who, "JOIN #a")
+    _, start = TOO_LONG_WITH_SOURCE[kind]
+    end = "\x01" if "\x01" in start else ""
+    text = letter * ((510 - len(start) - len(end)) // len(letter.encode()))
+    house.heard("bob")
+    assert ask(house, "alice", start + text + end) == []
+    lines = house.heard("bob")
+    texts_said = [chat.parse_message(line).params[-1] for line in lines]
+    said = [text.removeprefix("\x01ACTION ").rstrip("\x01") for text in texts_said]
+    assert "".join(said) == text and len(lines) == 2
+
+
+# TIME
+
+
+# Also: the channel of the future message, another channel, one founded afterwards, a
+# private conversation; the same server or the next one.
+@pytest.mark.parametrize("restart", [False, True], ids=["same server", "restarted"])
+@pytest.mark.parametrize("where", ["#old", "#other", "#founded-later", "bob"])
+def test_times_follow_the_clock_again_after_it_was_a_year_ahead(folder, where, restart):
+    house = stored(folder)
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #old,#other")
+    now = house.now
+    set_clock(house, now + YEAR)
+    for target in ("#old", "bob"):
+        _, when = send(house, "alice", target, "from next year")
+        assert abs(seconds(when) - now - YEAR) < 60
+    set_clock(house, now + 60)
+    if restart:
+        house = restarted(house, folder / "chat.db")
+        come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #old,#other,#founded-later")
+    clock = house.now
+    lines = ask(house, "alice", *[f"PRIVMSG {where} :{n}" for n in range(3)])
+    times = [seconds(tag(line, "time")) for line in lines if " PRIVMSG " in line]
+    assert len(set(times)) == 3 and all(clock <= t <= clock + 1 for t in times)
+    house.store.close()
+
+
+# The same in the line protocol's history.
+def test_the_line_protocol_shows_times_of_the_corrected_clock():
+    house = House()
+    house.enter("dora")
+    now = house.now
+    set_clock(house, now + YEAR)
+    house.say("dora", "from next year")
+    set_clock(house, now + DAY_SECONDS)
+    house.say("dora", "corrected")
+    house.turn()
+    house.say("dora", "/history")
+    house.turn()
+    text = house.guests["dora"].conn.out.decode()
+    (line,) = [line for line in text.splitlines() if line.endswith(" dora: corrected")]
+    assert line[2:12] == iso(now + DAY_SECONDS)[:10]
+
+
+# Times fall when the clock is set back, by a second as by a day.
+@pytest.mark.parametrize("back", [1.5, 60, DAY_SECONDS])
+def test_times_fall_with_the_clock_that_is_set_back(back):
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    clock = house.now
+    send(house, "alice", "#a", "before")
+    set_clock(house, clock - back)
+    _, when = send(house, "alice", "#a", "after")
+    assert clock - back <= seconds(when) < clock - back + 1
+    assert history(house, "alice", "#a") == ["before", "after"]  # the id alone defines the order
+
+
+# Unique per channel while the clock runs forward. Another channel may have the same time.
+def test_times_of_one_turn_differ_in_a_channel_and_begin_at_the_clock_in_each():
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a,#b")
+    clock = house.now
+    lines = ask(house, "alice", *["PRIVMSG #a :x", "PRIVMSG #b :x"] * 20)
+    for channel in ("#a", "#b"):
+        times = [seconds(tag(x, "time")) for x in lines if f"PRIVMSG {channel}" in x]
+        assert len(set(times)) == 20 and clock <= times[0] <= times[-1] <= clock + 1
+
+
+SAID_AT = {"a": 100, "b": 200, "c": 150, "d": 160}  # in this order; the clock was set back after b
+SELECTORS = [  # a query with seconds in {}, and what it returns, in id order
+    ("BEFORE {t} timestamp={170} 10", "a c d"),
+    ("BEFORE {t} timestamp={170} 2", "c d"),
+    ("BEFORE {t} timestamp={155} 10", "a c"),
+    ("BEFORE {t} timestamp={150} 10", "a"),
+    ("BEFORE {t} timestamp={300} 1", "b"),  # the nearest by time, not the newest by id
+    ("BEFORE {t} timestamp={300} 10", "a b c d"),
+    ("AFTER {t} timestamp={155} 10", "b d"),
+    ("AFTER {t} timestamp={155} 1", "d"),
+    ("AFTER {t} timestamp={120} 2", "c d"),
+    ("AFTER {t} timestamp={200} 10", ""),
+    ("BETWEEN {t} timestamp={120} timestamp={170} 10", "c d"),
+    ("BETWEEN {t} timestamp={90} timestamp={165} 2", "a c"),
+    ("BETWEEN {t} timestamp={165} timestamp={90} 2", "c d"),
+    ("BETWEEN {t} timestamp={155} timestamp={300} 10", "b d"),
+    ("LATEST {t} timestamp={155} 10", "b d"),
+    ("LATEST {t} * 2", "c d"),
+    ("AROUND {t} timestamp={150} 3", "a c d"),
+]
+
+
+def house_with_a_clock_set_back(folder, restart):
+    house = stored(folder)
+    account(house, "alice", "bob")  # whose private conversations outlive the server
+    device(house, "alice", "alice")
+    device(house, "bob", "bob")
+    base, ids = house.now + 1000, {}
+    ask(house, "alice", "JOIN #a")
+    for text, after in SAID_AT.items():
+        for target in ("#a", "bob"):
+            set_clock(house, base + after)
+            ids[target, text], _ = send(house, "alice", target, f"word {text}")
+    if restart:
+        house.say("alice", "QUIT")
+        house = restarted(house, folder / "chat.db")
+        device(house, "alice", "alice")
+        device(house, "bob", "bob")
+        ask(house, "alice", "JOIN #a")
+    return house, base, ids
+
+
+# Also: every selector, channel and private conversation, before and after a restart.
+@pytest.mark.parametrize("restart", [False, True], ids=["same server", "restarted"])
+@pytest.mark.parametrize("target", ["#a", "bob"])
+def test_a_page_by_time_misses_nothing_when_the_clock_was_set_back(folder, target, restart):
+    house, base, _ = house_with_a_clock_set_back(folder, restart)
+    wrong = {}
+    for query, expected in SELECTORS:
+        asked = re.sub(r"\{(\d+)\}", lambda match: iso(base + int(match[1])), query)
+        found = history(house, "alice", target, asked.replace("{t}", "{}"))
+        if found != [f"word {text}" for text in expected.split()]:
+            wrong[query] = found
+    assert wrong == {}
+    house.store.close()
+
+
+# Pages by msgid are by the id alone.
+@pytest.mark.parametrize("target", ["#a", "bob"])
+def test_a_page_by_msgid_is_by_the_order_of_ids_when_the_clock_was_set_back(folder, target):
+    house, _, ids = house_with_a_clock_set_back(folder, restart=False)
+    before = history(house, "alice", target, f"BEFORE {{}} msgid={ids[target, 'c']} 10")
+    after = history(house, "alice", target, f"AFTER {{}} msgid={ids[target, 'b']} 10")
+    assert (before, after) == (["word a", "word b"], ["word c", "word d"])
+    house.store.close()
+
+
+# Also: SEARCH has time selectors, too.
+@pytest.mark.parametrize(
+    "bound, expected", [("before={170}", "a c d"), ("after={155}", "b d"), ("before={155}", "a c")]
+)
+def test_a_search_by_time_misses_nothing_when_the_clock_was_set_back(folder, bound, expected):
+    house, base, _ = house_with_a_clock_set_back(folder, restart=False)
+    asked = re.sub(r"\{(\d+)\}", lambda match: iso(base + int(match[1])), bound)
+    found = spoken(ask(house, "alice", f"SEARCH in=#a;text=word;{asked}"))
+    assert sorted(found) == [f"word {text}" for text in expected.split()]
+    house.store.close()
+
+
+# Also: TARGETS; after a message from next year the channel's newest message is the
+# corrected one, and a client that comes back asks for the time since it left.
+def test_targets_lists_a_channel_whose_newest_message_came_after_the_clock_was_corrected():
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    now = house.now
+    set_clock(house, now + YEAR)
+    send(house, "alice", "#a", "from next year")
+    set_clock(house, now + 100)
+    send(house, "alice", "#a", "corrected")
+    query = f"CHATHISTORY TARGETS timestamp={iso(now + 50)} timestamp={iso(now + 500)} 10"
+    assert [x.split()[-2] for x in ask(house, "alice", query) if " TARGETS " in x] == ["#a"]
+
+
+# A page of TARGETS never ends between equal times.
+def test_a_page_of_targets_holds_all_that_have_the_time_of_its_last_one():
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a,#b,#c,#d")
+    since = iso(house.now - 1)
+    for channels in (["#a"], ["#b", "#c"], ["#d"]):
+        lines = ask(house, "alice", *[f"PRIVMSG {channel} :x" for channel in channels])
+        assert len({tag(x, "time") for x in lines if " PRIVMSG " in x}) == 1
+    query = f"CHATHISTORY TARGETS timestamp={since} timestamp={iso(house.now + DAY_SECONDS)} {{}}"
+    pages = {
+        count: {x.split()[-2] for x in ask(house, "alice", query.format(count)) if " TARGETS " in x}
+        for count in (1, 2, 3)
+    }
+    assert pages == {1: {"#a"}, 2: {"#a", "#b", "#c"}, 3: {"#a", "#b", "#c"}}
+
+
+# The first bound of TARGETS may be an id, for clients with chat.py/session only.
+@pytest.mark.parametrize("capable", [True, False])
+def test_targets_since_an_id_are_for_clients_with_the_session_capability(capable):
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a,#b")
+    send(house, "alice", "#a", "held by the client")
+    last, _ = send(house, "alice", "#a", "the last one it holds")
+    set_clock(house, house.now - DAY_SECONDS)  # the id alone defines what is later
+    send(house, "alice", "#b", "missing")
+    if not capable:
+        ask(house, "alice", "CAP REQ :-chat.py/session")
+    until = iso(house.now + YEAR)
+    lines = ask(house, "alice", f"CHATHISTORY TARGETS msgid={last} timestamp={until} 10")
+    listed = [x.split()[-2] for x in lines if " CHATHISTORY TARGETS " in x and "FAIL" not in x]
+    assert listed == (["#b"] if capable else [])
+    assert capable or " FAIL CHATHISTORY " in str(lines)
+
+
+def marker(house, who, target, when=""):
+    lines = ask(house, who, f"MARKREAD {target}" + (f" timestamp={when}" if when else ""))
+    (line,) = [x for x in lines if " MARKREAD " in x]
+    return line.split()[-1].removeprefix("timestamp=")
+
+
+# Also: guest and account, channel and private conversation.
+@pytest.mark.parametrize("target", ["#a", "bob"])
+@pytest.mark.parametrize("logged_in", [False, True], ids=["guest", "account"])
+def test_a_read_marker_goes_back_to_a_later_message_with_a_lower_time(target, logged_in):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a", *(["REGISTER * * password"] if logged_in else []))
+    _, first = send(house, "alice", target, "first")
+    now = house.now
+    set_clock(house, now + YEAR)
+    _, ahead = send(house, "alice", target, "from next year")
+    assert marker(house, "alice", target, ahead) == ahead
+    set_clock(house, now + 10)
+    _, second = send(house, "alice", target, "second")
+    _, third = send(house, "alice", target, "third")
+    assert abs(seconds(second) - now) < 60
+    assert marker(house, "alice", target, iso(seconds(second) - 5)) == ahead  # of no message
+    assert marker(house, "alice", target, first) == ahead  # of a message with a lower id
+    assert marker(house, "alice", target, second) == second
+    assert marker(house, "alice", target, third) == third
+    assert marker(house, "alice", target, second) == third  # never back
+    assert marker(house, "alice", target) == third
+
+
+# MARKREAD cannot reach it: a marker can reach a message that bears a time of the future
+def test_a_read_marker_reaches_a_message_from_the_future():
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    now = house.now
+    set_clock(house, now + YEAR)
+    _, ahead = send(house, "alice", "#a", "from next year")
+    set_clock(house, now + 10)
+    assert marker(house, "alice", "#a", ahead) == ahead
+    _, later = send(house, "alice", "#a", "later")
+    assert marker(house, "alice", "#a", later) == later
+    assert seconds(marker(house, "alice", "#a", "9999-01-01T00:00:00.000Z")) < now + DAY_SECONDS
+
+
+# Also: after a restart, and on the user's other device.
+def test_a_read_marker_of_next_year_does_not_outlive_the_restart_with_a_corrected_clock(folder):
+    house = stored(folder)
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a", "REGISTER * * password")
+    now = house.now
+    set_clock(house, now + YEAR)
+    _, ahead = send(house, "alice", "#a", "from next year")
+    assert marker(house, "alice", "#a", ahead) == ahead
+    set_clock(house, now + 10)
+    house.say("alice", "QUIT")
+    house = restarted(house, folder / "chat.db")
+    device(house, "alice", "alice")
+    device(house, "phone", "alice")
+    ask(house, "alice", "JOIN #a")
+    _, corrected = send(house, "alice", "#a", "corrected")
+    house.heard("phone")
+    assert marker(house, "alice", "#a", corrected) == corrected
+    assert f"MARKREAD #a timestamp={corrected}" in str(house.heard("phone"))
+    assert marker(house, "phone", "#a") == corrected
+    house.store.close()
+
+
+# A restored backup, or a server that keeps nothing, gives no msgid a second time, even with the
+# same clock.
+@pytest.mark.parametrize("how", ["restored backup", "in memory"])
+def test_no_msgid_is_given_twice(folder, how):
+    ids = set()
+    for n in range(3):
+        path = folder / str(n)
+        if how == "restored backup" and n:
+            shutil.copytree(folder / "backup", path)
+        path.mkdir(exist_ok=True)
+        house = House() if how == "in memory" else stored(path)
+        if how == "restored backup" and not n:
+            house.turn()
+            house.store.close()
+            shutil.copytree(path, folder / "backup")
+            house = stored(path)
+        come(house, "alice")
+        ask(house, "alice", "JOIN #a")
+        ids |= {send(house, "alice", "#a", f"{k}")[0] for k in range(5)}
+        house.store.close()
+    assert len(ids) == 15
+
+
+# An id of a message that was delivered and then lost (kill -9 before the commit; here: the
+# files are those of before the message) is not used again, with the clock set back, too.
+@pytest.mark.parametrize("back", [0, YEAR])
+def test_the_msgid_of_a_message_that_was_not_stored_is_not_given_to_another(folder, back):
+    house = stored(folder)
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    send(house, "alice", "#a", "stored")
+    shutil.copytree(folder, folder / "at the kill")
+    now = house.now
+    lost, _ = send(house, "alice", "#a", "delivered and not stored")
+    house.store.close()
+    again = stored(folder / "at the kill")
+    set_clock(again, now - back)
+    come(again, "alice")
+    ask(again, "alice", "JOIN #a")
+    ids = [send(again, "alice", "#a", f"{n}")[0] for n in range(5)]
+    assert lost not in ids and len(set(ids)) == 5
+    lines = ask(again, "alice", f"CHATHISTORY AFTER #a msgid={lost} 10")
+    assert " FAIL CHATHISTORY " in str(lines) and spoken(lines) == []
+    again.store.close()
+
+
+# A msgid stays what it is in the next server, for pages and for REDACT.
+def test_a_msgid_is_the_same_after_a_restart(folder):
+    house = stored(folder)
+    come(house, "alice")
+    ask(house, "alice", "REGISTER * * password", "JOIN #a")
+    first, _ = send(house, "alice", "#a", "first")
+    second, _ = send(house, "alice", "#a", "second")
+    house.say("alice", "QUIT")
+    house = restarted(house, folder / "chat.db")
+    device(house, "alice", "alice")
+    ask(house, "alice", "JOIN #a")
+    lines = ask(house, "alice", f"CHATHISTORY AFTER #a msgid={first} 10")
+    assert [tag(x, "msgid") for x in lines if " PRIVMSG " in x] == [second]
+    assert f" REDACT #a {second}" in str(ask(house, "alice", f"REDACT #a {second}"))
+    assert history(house, "alice", "#a") == ["first"]
+    house.store.close()
+
+
+# AFTER an unknown msgid is answered FAIL. Also: the other selectors, channel and private.
+@pytest.mark.parametrize("target", ["#a", "bob"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "AFTER {} msgid={id} 10",
+        "BEFORE {} msgid={id} 10",
+        "AROUND {} msgid={id} 10",
+        "LATEST {} msgid={id} 10",
+        "BETWEEN {} msgid={id} msgid={known} 10",
+        "BETWEEN {} msgid={known} msgid={id} 10",
+    ],
+)
+def test_a_page_relative_to_an_unknown_msgid_fails(query, target):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a")
+    known, _ = send(house, "alice", target, "x")
+    other = House()
+    set_clock(other, other.now + 77)
+    come(other, "alice")
+    ask(other, "alice", "JOIN #a")
+    unknown, _ = send(other, "alice", "#a", "an id of another server")
+    asked = query.replace("{id}", unknown).replace("{known}", known)
+    lines = ask(house, "alice", "CHATHISTORY " + asked.replace("{}", target))
+    assert " FAIL CHATHISTORY " in str(lines) and spoken(lines) == []
+    held = asked.replace("{}", target).replace(unknown, known)
+    assert " FAIL " not in str(ask(house, "alice", f"CHATHISTORY {held}"))
+
+
+# A clock jump writes one log line, whichever way, however many turns follow.
+@pytest.mark.parametrize("jump", [DAY_SECONDS, -DAY_SECONDS])
+def test_a_jump_of_the_clock_is_one_line_in_the_log(running, monkeypatch, caplog, jump):
+    guest = running().guest()
+    guest.enter_irc("alice")
+    real, before = time.time, len(caplog.records)
+    monkeypatch.setattr(time, "time", lambda: real() + jump)
+    for n in range(5):
+        guest.send(f"PING {n}\r\n")
+        guest.until(f"PONG chat.py :{n}")
+    assert len(caplog.records) == before + 1
+
+
+# Keys of messages do not expire by a wrong clock as long as the message is there.
+@pytest.mark.parametrize("jump", [YEAR, -YEAR / 400])
+def test_a_message_is_said_once_whatever_the_clock_did_meanwhile(jump):
+    house = House()
+    come(house, "alice", "bob")
+    for who in ("alice", "bob"):
+        ask(house, who, "JOIN #a")
+    now = house.now
+    send(house, "alice", "#a", "once", "@+chat.py/id=k1 ")
+    set_clock(house, now + jump)
+    send(house, "alice", "#a", "other", "@+chat.py/id=k2 ")
+    set_clock(house, now + 60)
+    house.heard("bob")
+    house.say("alice", "@+chat.py/id=k1 PRIVMSG #a :once", "@+chat.py/id=k2 PRIVMSG #a :other")
+    house.turn()
+    assert house.heard("bob") == []
+    assert history(house, "alice", "#a") == ["once", "other"]
+
+
+# Identity
+
+
+WAYS_TO_LOG_IN = {
+    "REGISTER": ("alice", ["REGISTER * * password"]),
+    "NS REGISTER": ("alice", ["NS REGISTER password"]),
+    "NS IDENTIFY": ("zoe", ["NS IDENTIFY zoe password"]),
+    "SASL": ("zoe", ["AUTHENTICATE PLAIN", f"AUTHENTICATE {plain('zoe', 'password')}"]),
+}
+
+
+def guest_with_a_past(house):
+    """alice, a guest, has talked in bob's #a and with bob; return the ids and times of that."""
+    account(house, "zoe", "yan")
+    come(house, "alice", "bob")
+    for who in ("bob", "alice"):  # so that she may redact as the author and not as an operator
+        ask(house, who, "JOIN #a")
+    said = {
+        "#a": send(house, "alice", "#a", "in the channel"),
+        "bob": send(house, "alice", "bob", "in private"),
+    }
+    send(house, "bob", "alice", "answered")
+    for target, (_, when) in said.items():
+        assert marker(house, "alice", target, when) == when
+    return said
+
+
+def can_redact(house, who, target, message_id):
+    lines = ask(house, who, f"REDACT {target} {message_id}")
+    return any(f" REDACT {target} {message_id}" in x and " FAIL " not in x for x in lines)
+
+
+CHECKS = {  # what must hold after the log-in
+    "redact in a channel": lambda house, said: can_redact(house, "alice", "#a", said["#a"][0]),
+    "redact in private": lambda house, said: can_redact(house, "alice", "bob", said["bob"][0]),
+    "private history": lambda house, said: (
+        history(house, "alice", "bob") == ["in private", "answered"]
+    ),
+    "private history goes on": lambda house, said: (
+        send(house, "alice", "bob", "more") and send(house, "bob", "alice", "and more")
+        and history(house, "alice", "bob") == ["in private", "answered", "more", "and more"]
+    ),
+    "private search": lambda house, said: (
+        spoken(ask(house, "alice", "SEARCH in=bob;text=private")) == ["in private"]
+    ),
+    "targets": lambda house, said: (
+        " TARGETS bob " in str(ask(house, "alice", f"CHATHISTORY TARGETS timestamp={iso(0)} "
+                                   f"timestamp={iso(house.now + DAY_SECONDS)} 10"))
+    ),
+    "marker of a channel": lambda house, said: marker(house, "alice", "#a") == said["#a"][1],
+    "marker of a private conversation": lambda house, said: (
+        marker(house, "alice", "bob") == said["bob"][1]
+    ),
+    "the peer's history": lambda house, said: (
+        send(house, "alice", "bob", "more")
+        and history(house, "bob", "alice") == ["in private", "answered", "more"]
+    ),
+    "the peer's search": lambda house, said: (
+        spoken(ask(house, "bob", "SEARCH in=alice;text=private")) == ["in private"]
+    ),
+}  # fmt: skip
+
+
+# Also: each way to log in, each thing that belongs to an identity.
+@pytest.mark.parametrize("check, way", in_turn(CHECKS, WAYS_TO_LOG_IN))
+def test_a_guest_who_logs_in_keeps_the_past(way, check):
+    house = House()
+    said = guest_with_a_past(house)
+    name, lines = WAYS_TO_LOG_IN[way]
+    ask(house, "alice", *lines)
+    assert is_logged_in(house, "alice", name)
+    assert CHECKS[check](house, said)
+
+
+# A dedup key is found under the account and the identity of the session, after the log-in and in
+# the next connection of the account.
+@pytest.mark.parametrize("where", ["same session", "next connection"])
+@pytest.mark.parametrize("way", WAYS_TO_LOG_IN)
+def test_a_message_sent_before_the_log_in_is_not_said_again_after_it(way, where):
+    house = House()
+    guest_with_a_past(house)
+    name, lines = WAYS_TO_LOG_IN[way]
+    send(house, "alice", "#a", "once", "@+chat.py/id=own ")
+    ask(house, "alice", *lines)
+    if where == "next connection":
+        house.leave("alice")
+        house.turn()
+        device(house, "alice", name)
+    house.heard("bob")
+    ask(house, "alice", "@+chat.py/id=own PRIVMSG #a :once")
+    assert spoken(house.heard("bob")) == []
+    assert history(house, "bob", "#a").count("once") == 1
+
+
+# Queries cover all identities of the account, on its other devices, too.
+def test_another_device_of_the_account_has_the_past_of_the_guest():
+    house = House()
+    said = guest_with_a_past(house)
+    ask(house, "alice", "REGISTER * * password")
+    device(house, "phone", "alice")
+    assert history(house, "phone", "bob") == ["in private", "answered"]
+    assert marker(house, "phone", "bob") == said["bob"][1]
+    assert can_redact(house, "phone", "#a", said["#a"][0])
+
+
+# After a restart (bob has an account, so that the conversation has two who come back).
+@pytest.mark.parametrize("way", ["REGISTER", "NS IDENTIFY"])
+def test_the_past_of_a_guest_is_still_the_account_s_after_a_restart(folder, way):
+    house = stored(folder)
+    said = guest_with_a_past(house)
+    name, lines = WAYS_TO_LOG_IN[way]
+    ask(house, "bob", "REGISTER * * password")
+    ask(house, "alice", *lines)
+    for who in ("alice", "bob"):
+        house.say(who, "QUIT")
+    house = restarted(house, folder / "chat.db")
+    device(house, "alice", name)
+    ask(house, "alice", "JOIN #a")
+    assert history(house, "alice", "bob") == ["in private", "answered"]
+    assert marker(house, "alice", "bob") == said["bob"][1]
+    assert can_redact(house, "alice", "#a", said["#a"][0])
+    house.store.close()
+
+
+# The first account takes over; a later account gets only data from after that log-in.
+def test_a_second_account_of_a_session_has_nothing_of_the_first_one_s_past():
+    house = House()
+    said = guest_with_a_past(house)
+    ask(house, "alice", "NS IDENTIFY zoe password")
+    as_zoe, _ = send(house, "alice", "bob", "as zoe")
+    ask(house, "alice", "NS IDENTIFY yan password")
+    assert is_logged_in(house, "alice", "yan")
+    send(house, "alice", "bob", "as yan")
+    assert history(house, "alice", "bob") == ["as yan"]
+    assert marker(house, "alice", "bob") == "*"
+    assert not can_redact(house, "alice", "#a", said["#a"][0])
+    assert not can_redact(house, "alice", "bob", as_zoe)
+    device(house, "home", "zoe")
+    assert history(house, "home", "bob") == ["in private", "answered", "as zoe"]
+
+
+# An identity is set once: what the account did before is not given to the guest's other account.
+def test_a_guest_who_logs_in_gets_the_account_s_own_past_merged_by_id():
+    house = House()
+    account(house, "zoe")
+    come(house, "bob")
+    device(house, "zoe", "zoe")
+    send(house, "zoe", "bob", "first, as zoe")
+    house.say("zoe", "QUIT")
+    house.turn()
+    come(house, "alice")
+    send(house, "alice", "bob", "second, as a guest")
+    send(house, "bob", "alice", "third")
+    ask(house, "alice", "NS IDENTIFY zoe password")
+    merged = ["first, as zoe", "second, as a guest", "third"]
+    assert history(house, "alice", "bob") == merged
+
+
+# The session secret of an account's device is no log-in: a guest who comes back with it is new.
+def test_a_guest_with_the_secret_of_an_account_s_device_has_a_new_identity():
+    house = House()
+    come(house, "bob")
+    come(house, "alice", secret=SECRET)
+    ask(house, "alice", "JOIN #a")
+    ask(house, "bob", "JOIN #a")
+    first, _ = send(house, "alice", "#a", "as a guest")
+    send(house, "alice", "bob", "in private")
+    ask(house, "alice", "REGISTER * * password")
+    second, _ = send(house, "alice", "bob", "as alice")
+    house.say("alice", "QUIT")
+    house.turn()
+    come(house, "alicia", secret=SECRET)
+    ask(house, "alicia", "JOIN #a")
+    assert history(house, "alicia", "bob") == []
+    assert not can_redact(house, "alicia", "#a", first)
+    assert not can_redact(house, "alicia", "bob", second)
+
+
+# The line protocol.
+@pytest.mark.parametrize("line", ["/register password", "/login zoe password"])
+def test_a_netcat_user_who_logs_in_keeps_the_private_conversation(line):
+    house = House()
+    account(house, "zoe")
+    house.enter("dora")
+    come(house, "bob")
+    house.say("dora", "/tell bob hello")
+    house.turn()
+    ask(house, "bob", "PRIVMSG dora :hello, too")
+    house.say("dora", line)
+    house.turn()
+    house.heard("dora")
+    house.say("dora", "/history bob")
+    house.turn()
+    lines = house.heard("dora")
+    assert [x.partition(": ")[2] for x in lines if ": " in x] == ["hello", "hello, too"]
+
+
+# A second device is no operator; 3.7 the time of oper
+
+
+PRIVILEGED = ["KILL bob :x", "WALLOPS :x", "REHASH", "DIE", "RESTART"]
+
+
+# Also: came before or after OPER, after the operator's connection broke or left.
+WHEN = ("before OPER", "after OPER", "after a break", "operator quit")
+
+
+@pytest.mark.parametrize("line, when", in_turn(PRIVILEGED, WHEN))
+def test_a_second_device_is_no_operator_of_the_server_without_oper(line, when):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "REGISTER * * password")
+    if when == "before OPER":
+        device(house, "phone", "alice")
+    assert refused(ask(house, "alice", "OPER boss secret") + house.heard("alice"), "381")
+    if when == "after a break":
+        house.leave("alice")
+        house.turn()
+    if when != "before OPER":
+        device(house, "phone", "alice")
+    if when == "operator quit":
+        house.say("alice", "QUIT")
+        house.turn()
+    asked = list(house.asked_for)
+    assert refused(ask(house, "phone", line), "481")
+    assert house.asked_for == asked and not house.guests["bob"].conn.closed
+    if when in ("before OPER", "after OPER"):  # the first device still is
+        assert not refused(ask(house, "alice", "WALLOPS :x"), "481")
+
+
+# Powers of an operator in channels of others; an IRC and a netcat device.
+@pytest.mark.parametrize("dialect", ["irc", "line"])
+def test_a_second_device_has_no_power_in_channels_of_others_without_oper(dialect):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "REGISTER * * password", "OPER boss secret")
+    ask(house, "bob", "JOIN #b", "TOPIC #b :of bob")
+    ask(house, "alice", "JOIN #b")
+    if dialect == "irc":
+        device(house, "phone", "alice")
+        lines = ["TOPIC #b :taken", "MODE #b +m", "KICK #b bob", "RENAME #b #c"]
+    else:
+        house.connect("phone")
+        house.say("phone", "phone")
+        house.turn()
+        house.say("phone", "/login alice password")
+        house.turn()
+        lines = ["/join #b", "/topic taken", "/mode +m", "/kick bob", "/ban bob"]
+    ask(house, "phone", *lines)
+    heard = ask(house, "bob", "TOPIC #b", "MODE #b", "NAMES #b")
+    assert any(" 332 bob #b :of bob" in x for x in heard)
+    assert any(" 324 bob #b +nt" in x for x in heard)
+    assert "bob" in str([x for x in heard if " 353 " in x])
+    ask(house, "alice", "TOPIC #b :by an operator")  # the device that said OPER still has it
+    assert any(":by an operator" in x for x in ask(house, "bob", "TOPIC #b"))
+
+
+# An unknown name costs the same hashing as a known one. Also: the line protocol, log-ins.
+@pytest.mark.parametrize(
+    "known, unknown, answer",
+    [
+        ("OPER boss guess", "OPER other guess", "464"),
+        ("OPER boss guess", "OPER BOSS guess", "464"),
+        ("NS IDENTIFY zoe guess", "NS IDENTIFY other guess", "NOTICE"),
+    ],
+)
+def test_an_unknown_name_costs_as_much_hashing_as_a_known_one(
+    running, monkeypatch, known, unknown, answer
+):
+    server = running(oper=(("boss", "secret"), ("admin", "secret2")))
+    zoe = server.guest()
+    zoe.enter_irc("zoe", "REGISTER * * password")
+    done, real = [], hashlib.pbkdf2_hmac
+
+    def count(name, password, salt, rounds, *more):
+        done.append(rounds)
+        return real(name, password, salt, rounds, *more)
+
+    monkeypatch.setattr(hashlib, "pbkdf2_hmac", count)
+    costs = []
+    for line in (known, unknown):
+        guest = server.guest()
+        guest.enter_irc("eve")
+        done.clear()
+        guest.send(f"{line}\r\n")
+        guest.until(f" {answer} ")
+        costs.append(list(done))
+        guest.send("QUIT\r\n")
+        guest.rest()
+    assert costs[0] == costs[1] and costs[0]
+
+
+# A channel that was empty
+
+
+def emptied_channel(house):
+    """alice and bob have talked in #a and left; mallory has founded it again."""
+    come(house, "alice", "bob", "mallory", "carol")
+    ids = {}
+    for who in ("alice", "bob"):
+        ask(house, who, "JOIN #a")
+    for who in ("alice", "bob"):
+        ids[who], _ = send(house, who, "#a", f"by {who}")
+    for who in ("alice", "bob"):
+        ask(house, who, "PART #a")
+    assert "@mallory" in str(ask(house, "mallory", "JOIN #a", "NAMES #a"))
+    return ids
+
+
+# REDACT by rank is for events of this founding; the author may still.
+def test_the_next_founder_of_a_channel_cannot_redact_what_was_said_before():
+    house = House()
+    ids = emptied_channel(house)
+    for who in ("alice", "bob"):
+        lines = ask(house, "mallory", f"REDACT #a {ids[who]}")
+        assert refused(lines, "REDACT_FORBIDDEN")
+    ask(house, "bob", "JOIN #a")
+    later, _ = send(house, "bob", "#a", "under mallory")
+    assert can_redact(house, "mallory", "#a", later)  # of this founding
+    assert can_redact(house, "bob", "#a", ids["bob"])  # by its author
+    assert history(house, "mallory", "#a") == ["by alice"]  # members read as today
+
+
+# Also: after a restart; the founding that a session's place keeps alive is the same one.
+def test_a_founding_is_the_same_after_a_restart_with_members_who_come_back(folder):
+    house = stored(folder)
+    come(house, "alice", secret=SECRET)
+    come(house, "bob")
+    ask(house, "alice", "JOIN #a,#empty")
+    ask(house, "bob", "JOIN #a,#empty")
+    kept, _ = send(house, "bob", "#a", "of this founding")
+    left, _ = send(house, "bob", "#empty", "of a founding that ends")
+    ask(house, "alice", "PART #empty")
+    house.say("bob", "QUIT")
+    house = restarted(house, folder / "chat.db")
+    come(house, "alice", secret=SECRET)
+    ask(house, "alice", "JOIN #empty")
+    assert can_redact(house, "alice", "#a", kept)
+    assert refused(ask(house, "alice", f"REDACT #empty {left}"), "REDACT_FORBIDDEN")
+    house.store.close()
+
+
+# A channel of an account does not end; its founder may redact what was said while it was empty.
+def test_the_founding_of_a_registered_channel_outlives_its_members():
+    house = House()
+    come(house, "bob")
+    come(house, "alice")
+    ask(house, "alice", "REGISTER * * password", "JOIN #a")
+    ask(house, "bob", "JOIN #a")
+    message_id, _ = send(house, "bob", "#a", "rude")
+    for who in ("bob", "alice"):
+        ask(house, who, "PART #a")
+    ask(house, "alice", "JOIN #a")
+    assert can_redact(house, "alice", "#a", message_id)
+
+
+# RENAME applies only to events of this founding; earlier ones stay under the old name,
+# readable by every user who may enter that channel.
+@pytest.mark.parametrize("restart", [False, True], ids=["same server", "restarted"])
+def test_a_rename_takes_along_only_what_was_said_since_the_channel_was_founded(folder, restart):
+    house = stored(folder)
+    emptied_channel(house)
+    send(house, "mallory", "#a", "by mallory")
+    ask(house, "mallory", "RENAME #a #b")
+    if restart:
+        for who in ("mallory", "alice", "bob", "carol"):
+            house.say(who, "QUIT")
+        house = restarted(house, folder / "chat.db")
+        come(house, "carol")
+    assert " JOIN #a" in str(ask(house, "carol", "JOIN #a"))
+    ask(house, "carol", "JOIN #b")
+    assert history(house, "carol", "#a") == ["by alice", "by bob"]
+    assert history(house, "carol", "#b") == ["by mallory"]
+    assert sorted(spoken(ask(house, "carol", "SEARCH in=#a;text=by"))) == ["by alice", "by bob"]
+    assert spoken(ask(house, "carol", "SEARCH in=#b;text=by")) == ["by mallory"]
+    house.store.close()
+
+
+# A rename to and fro, a second one, and one in the turn of the message.
+@pytest.mark.parametrize("names", [["#b", "#a"], ["#b", "#c"], ["#A"]])
+def test_renames_in_one_turn_keep_each_founding_s_events_together(names):
+    house = House()
+    emptied_channel(house)
+    lines, name = ["PRIVMSG #a :by mallory"], "#a"
+    for wanted in names:
+        lines.append(f"RENAME {name} {wanted}")
+        name = wanted
+    ask(house, "mallory", *lines)
+    ask(house, "carol", "JOIN #a", "JOIN #b", "JOIN #c")
+    together = name.lower() == "#a"
+    assert history(house, "carol", "#a") == ["by alice", "by bob"] + ["by mallory"] * together
+    if not together:
+        assert history(house, "carol", name) == ["by mallory"]
+
+
+# A rename does not let the founder redact what stays behind.
+def test_a_founder_cannot_redact_earlier_events_by_way_of_a_rename():
+    house = House()
+    ids = emptied_channel(house)
+    ask(house, "mallory", "RENAME #a #b", "JOIN #a")
+    for where in ("#a", "#b"):
+        lines = ask(house, "mallory", f"REDACT {where} {ids['bob']}")
+        assert refused(lines, "REDACT_FORBIDDEN", "UNKNOWN_MSGID")
+    ask(house, "carol", "JOIN #a")
+    assert history(house, "carol", "#a") == ["by alice", "by bob"]
+
+
+# Invitations
+
+
+OBSTACLES = {  # a mode that keeps carol out, the numerics of a refused JOIN
+    "+k word": ("475",),
+    "+l 2": ("471",),
+    "+b carol!*@*": ("474",),
+    "+R": ("477", "473"),
+    "+i": ("473",),
+    "+b *!*@*": ("474",),
+}
+
+
+def channel_with_a_plain_member(house, dialect="irc"):
+    """alice operates #a, bob has no rank, carol is outside."""
+    come(house, "alice", "carol")
+    come(house, "bob") if dialect == "irc" else house.enter("bob")
+    ask(house, "alice", "JOIN #a")
+    ask(house, "bob", "JOIN #a" if dialect == "irc" else "/join #a")
+
+
+def entered(house, who="carol", line="JOIN #a"):
+    return any(x.endswith(" JOIN #a") for x in ask(house, who, line))
+
+
+# It takes an operator to invite past what keeps users out. Also: a voice is none; netcat.
+@pytest.mark.parametrize("mode, dialect", in_turn(OBSTACLES, ["irc", "line", "voiced"]))
+def test_a_member_without_rank_cannot_invite_where_something_keeps_users_out(mode, dialect):
+    house = House()
+    channel_with_a_plain_member(house, "line" if dialect == "line" else "irc")
+    if dialect == "voiced":
+        ask(house, "alice", "MODE #a +v bob")
+    ask(house, "alice", f"MODE #a {mode}")
+    house.heard("carol")
+    lines = ask(house, "bob", "/invite carol #a" if dialect == "line" else "INVITE carol #a")
+    if dialect == "line":
+        assert lines[0].startswith("* ") and len(lines) == 1
+    else:
+        assert refused(lines, "482") and not refused(lines, "341")
+    assert " INVITE " not in str(house.heard("carol"))
+    lines = ask(house, "carol", "JOIN #a")
+    assert refused(lines, *OBSTACLES[mode]) and not refused(lines, "JOIN")
+
+
+# An operator's invitation goes past each of them, as README says (past any limit or ban).
+@pytest.mark.parametrize("mode", OBSTACLES)
+def test_an_operator_invites_past_whatever_keeps_users_out(mode):
+    house = House()
+    channel_with_a_plain_member(house)
+    ask(house, "alice", f"MODE #a {mode}")
+    assert refused(ask(house, "alice", "INVITE carol #a"), "341")
+    assert entered(house)
+
+
+# Where nothing keeps users out, every member may invite.
+@pytest.mark.parametrize("mode", ["", "+m", "+s", "+b dave!*@*", "+b m:carol", "+l 9"])
+def test_a_member_without_rank_invites_where_nothing_keeps_the_guest_out(mode):
+    house = House()
+    channel_with_a_plain_member(house)
+    if mode:
+        ask(house, "alice", f"MODE #a {mode}")
+    house.heard("carol")
+    assert refused(ask(house, "bob", "INVITE carol #a"), "341")
+    assert " INVITE carol " in str(house.heard("carol"))
+    assert entered(house)
+
+
+# A later ban or +i must end it; by kind +k, +l and +R, which a member without rank could not
+# have invited past, either. Who may be invited past them is for the operator to say again.
+@pytest.mark.parametrize("mode", OBSTACLES)
+def test_an_invitation_by_a_member_without_rank_ends_with_a_later_obstacle(mode):
+    house = House()
+    channel_with_a_plain_member(house)
+    assert refused(ask(house, "bob", "INVITE carol #a"), "341")
+    ask(house, "alice", f"MODE #a {mode}")
+    lines = ask(house, "carol", "JOIN #a")
+    assert refused(lines, *OBSTACLES[mode]) and not refused(lines, "JOIN")
+    ask(house, "alice", "INVITE carol #a")
+    assert entered(house)
+
+
+# A later ban or +i ends an operator's invitation, too; the list of invitations (336) knows it.
+# Also: /ban of the line protocol, which sets the same mode.
+@pytest.mark.parametrize("mode", ["+b carol!*@*", "+b *!*@127.0.0.1", "+i"])
+def test_an_operator_s_invitation_ends_with_a_later_ban_or_invite_only_mode(mode):
+    house = House()
+    channel_with_a_plain_member(house)
+    ask(house, "alice", "INVITE carol #a")
+    assert refused(ask(house, "carol", "INVITE"), "336")
+    ask(house, "alice", f"MODE #a {mode}")
+    assert not refused(ask(house, "carol", "INVITE"), "336")
+    lines = ask(house, "carol", "JOIN #a")
+    assert refused(lines, "473", "474") and not refused(lines, "JOIN")
+
+
+# A ban of another user ends nothing.
+def test_an_invitation_outlives_the_ban_of_another_user():
+    house = House()
+    channel_with_a_plain_member(house)
+    ask(house, "alice", "MODE #a +i", "INVITE carol #a", "MODE #a +b dave!*@*")
+    assert entered(house)
+
+
+# An invitation of a founding that ended is none: by an id, not by a name).
+def test_an_invitation_does_not_hold_for_the_next_channel_of_the_name():
+    house = House()
+    channel_with_a_plain_member(house)
+    ask(house, "alice", "INVITE carol #a")
+    ask(house, "bob", "PART #a")
+    ask(house, "alice", "PART #a", "JOIN #a", "MODE #a +i")
+    assert not refused(ask(house, "carol", "INVITE"), "336")
+    assert refused(ask(house, "carol", "JOIN #a"), "473")
+
+
+# BANS AND IDLE TIMES
+
+
+# The same in a second channel, and by the line protocol
+def test_a_ban_in_any_channel_refuses_the_nick_change():
+    house = irc_house("#a,#b", alice="", bob="")
+    asked(house, "alice", "MODE #b +b bob!*@*")
+    forget(house)
+    (line,) = asked(house, "bob", "NICK robert")
+    assert line.verb == "437" and "#b" in line.params
+    assert [line.verb for line in asked(house, "bob", "PART #b", "NICK robert")] == ["PART", "NICK"]
+
+
+@pytest.mark.parametrize("mask", ["dora!*@*", "m:dora!*@*"])
+def test_netcat_does_not_escape_a_ban_by_another_name(mask):
+    house = irc_house("#a", alice="")
+    house.enter("dora")
+    house.say("dora", "/join #a")
+    house.turn()
+    asked(house, "alice", f"MODE #a +b {mask}")
+    forget(house)
+    house.say("dora", "/nick other", "hello")
+    house.turn()
+    assert heard(house, "alice") == []
+    assert len(house.heard("dora")) == 2  # two refusals
+    assert of(asked(house, "alice", "WHOIS dora"), "311")
+
+
+def idle(house, who):
+    lines = asked(house, "watcher", f"WHOIS {who} {who}")
+    return int(of(lines, "317")[0].params[2])
+
+
+# CTCP replies and typing must not reset the idle time
+@pytest.mark.parametrize(
+    "line, resets",
+    [
+        ("NOTICE watcher :\x01VERSION client 1.0\x01", False),
+        ("NOTICE #a :\x01PING 12345\x01", False),
+        ("NOTICE watcher :\x01CLIENTINFO", False),
+        ("@+typing=active TAGMSG #a", False),
+        ("@+typing=paused TAGMSG watcher", False),
+        ("@+typing=done TAGMSG #a", False),
+        ("PING x", False),
+        ("MARKREAD #a timestamp=1970-01-01T00:00:01.000Z", False),
+        ("PRIVMSG #a :hello", True),
+        ("PRIVMSG watcher :hello", True),
+        ("PRIVMSG #a :\x01ACTION waves\x01", True),
+    ],
+)
+def test_only_what_a_user_says_resets_the_idle_time(line, resets):
+    house = irc_house("#a", alice="message-tags", watcher="")
+    asked(house, "alice", "PRIVMSG #a :before")
+    house.now += 500
+    house.turn()
+    assert idle(house, "alice") >= 499
+    asked(house, "alice", line)
+    assert (idle(house, "alice") < 100) == resets
+
+
+# ======================================================================================
+# ACTS
+# ======================================================================================
+
+TALKERS = ("alice", "bob", "carol", "dan", "zoe")  # who talks in IRC, and in lines
+PLACES = ("#a", "#b", "#c", "#lobby")
+IRC_SAYS = """
+    JOIN {place}|JOIN {place},{other}|JOIN {place} key|PART {place} :bye|PRIVMSG {place} :{text}
+    PRIVMSG {name} :{text}|PRIVMSG {name},{place} :{text}|NOTICE {place} :{text}
+    @+draft/react=x TAGMSG {place}|PRIVMSG {place} :\x01ACTION {text}\x01
+    TOPIC {place} :{text}|MODE {place} +o {name}|MODE {place} -o+v {name} {name}
+    MODE {place} {flag}|MODE {place} +kl key 9|MODE {place} -k *|MODE {place} +b {name}!*@*
+    MODE {place} -b {name}!*@*|MODE {place} +e *!*@127.*|KICK {place} {name} :out
+    INVITE {name} {place}|NICK {nick}|AWAY :{text}|AWAY|SETNAME :{text}|MODE {nick} +iB
+    MODE {nick} -i|MONITOR + {name}|MONITOR - {name}|METADATA {place} SET key :{text}
+    METADATA * SET key :{text}|METADATA * SUB key|RENAME {place} {other} :moved
+    REDACT {place} {id}|MARKREAD {place} timestamp=1970-01-12T13:50:00.000Z
+    NS REGISTER password|NS IDENTIFY {name} password|NS LOGOUT|CS REGISTER {place}|OPER boss secret
+    KLINE 60 *!*@10.* :no|UNKLINE *!*@10.*|KILL {name} :go|WALLOPS :{text}
+    CHATHISTORY LATEST {place} * 5
+    NAMES {place}|WHO {place}|WHOIS {name}|LIST|SAJOIN {name} {place}
+"""
+LINES_SAY = """
+    {text}|/tell {name} {text}|/tell {place} {text}|/join {place}|/part {place}|/nick {nick}
+    /me {text}|/topic {place} {text}|/away {text}|/back|/kick {name} {place}|/invite {name} {place}
+    /register password|/login {name} password|/logout|/history {place}|/names {place}
+"""
+IRC_SAYS, LINES_SAY = (
+    [line.strip() for line in text.replace("\n", "|").split("|") if line.strip()]
+    for text in (IRC_SAYS, LINES_SAY)
+)
+
+
+def act_at_random(seeded, house, n):
+    """A client comes, goes, breaks off, or says a line that may be anything."""
+    label = seeded.choice(TALKERS)
+    in_irc, session = label < "d", house.guests.get(label)
+    if session is None or session.conn.closed:
+        connect = house.connect_irc if in_irc else house.connect
+        connect(label, host=f"127.0.0.{1 + TALKERS.index(label)}")
+        start = [
+            f"SESSION {SECRET[:-5]}{label:_<5}",
+            f"NICK {label}",
+            "CAP REQ :message-tags batch",
+            f"USER {label} 0 * :{label}",
+            "CAP END",
+        ]
+        house.say(label, *(start if in_irc else [label]))
+    elif seeded.random() < 0.02:
+        session.conn.close()
+    else:
+        ids = [event.id for event in house.logged if isinstance(event, chat.Event)][-20:]
+        words = {
+            "place": seeded.choice(PLACES),
+            "other": seeded.choice(PLACES),
+            "name": seeded.choice(TALKERS),
+            "nick": label + seeded.choice(("", "", "_", "2")),
+            "text": f"text {n}",
+            "flag": seeded.choice("+-") + seeded.choice("imnstRC"),
+            "id": house.hub.ids.text(seeded.choice(ids or [1])),
+        }
+        house.say(label, seeded.choice(IRC_SAYS if in_irc else LINES_SAY).format(**words))
+
+
+def live_at_random(seeded, house, steps):
+    """Let clients do something; what they did is in hub.journal, what came of it in logged."""
+    hub, end = house.hub, house.hub.end
+    house.logged = []
+    hub.journal = []
+
+    def note_end():
+        house.logged += hub.turn.events
+        hub.journal.append(None)
+        end()
+
+    hub.end = note_end
+    for n in range(steps):
+        act_at_random(seeded, house, n)
+        if seeded.random() < 0.3:
+            house.turn()
+        if seeded.random() < 0.01:
+            house.grace_over()
+    house.turn()
+
+
+def picture(value, inside=False):
+    """Return a piece of the Hub as plain data that can be compared."""
+    if isinstance(value, chat.Session):
+        return ("session", value.id)
+    if isinstance(value, chat.User) and inside:
+        return ("user", value.resume_id)
+    if isinstance(value, chat.Channel) and inside:
+        return ("channel", value.key, value.founding)
+    if isinstance(value, chat.Audience):
+        parts = (value.name, value.targets, value.channels, value.users, value.parties)
+        return ("audience", *picture(parts, inside=True))
+    if isinstance(value, dict):
+        return {repr(picture(k, True)): picture(v, True) for k, v in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(repr(picture(one, True)) for one in value)
+    if isinstance(value, (list, tuple, collections.deque)):
+        return [picture(one, True) for one in value]
+    if hasattr(type(value), "__slots__") and not isinstance(value, (str, int, float)):
+        names = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+        passing = ("by_wire", "rosters", "former", "audience", "since")  # of this turn, or made
+        return {name: picture(getattr(value, name), True) for name in names if name not in passing}
+    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+
+
+STATE = (
+    *("users", "users_by_id", "users_by_token", "absent", "absent_by_host", "channels", "founded"),
+    *("accounts_of", "guests_of", "bans", "former", "invisible", "operators", "watchers"),
+    *("subscribers", "most_users", "last_id", "accounts", "markers"),
+)
+
+
+def picture_of(hub):
+    """All the state of a Hub."""
+    whole = {name: picture(getattr(hub, name)) for name in STATE}
+    whole["each user"] = {key: picture(user) for key, user in hub.users.items()}
+    whole["each channel"] = {key: picture(channel) for key, channel in hub.channels.items()}
+    whole["sessions"] = {
+        id: (one.token, one.client, one.operator, picture(one.user, True))
+        for id, one in hub.sessions.items()
+        if one.user
+    }
+    return whole
+
+
+@pytest.mark.parametrize("run", some(range(20), 2))
+def test_the_same_acts_on_a_new_hub_give_the_same_state_and_the_same_events(seeded, run):
+    house = House()
+    start = house.now
+    live_at_random(seeded, house, 400)
+    journal, logged = house.hub.journal, house.logged
+    assert len({entry[2] for entry in journal if entry}) > 15  # acts of so many kinds
+    hub = chat.Hub(0, house.hub.ids, house.hub.name)
+    hub.store = store = chat.Store(None)
+    hub.absent_per_host = house.hub.absent_per_host
+    hub.begin(start, start)
+    again = []
+    for entry in journal:
+        if entry is None:
+            again += hub.turn.events
+            hub.settle()
+            assert store.commit(hub.turn, hub.now / 1000, hub.ticks) == chat.KEPT
+            hub.end()
+            continue
+        now, ticks, name, actor, values = entry
+        hub.begin(now / 1000, ticks / 1000)
+        with contextlib.suppress(chat.Refused):
+            hub.perform(name, actor, *values)
+    assert [picture(event) for event in again] == [picture(event) for event in logged]
+    assert picture_of(hub) == picture_of(house.hub)
+
+
+def lasting(hub):
+    """Return the part of a Hub that outlives its server."""
+    users = {user.resume_id: user.state() for user in hub.users.values() if user.may_return}
+    channels = {
+        key: (channel.state(), {user.resume_id for user in channel.members} & users.keys())
+        for key, channel in hub.channels.items()
+    }
+    return {
+        "users": users,
+        "channels": {key: one for key, one in channels.items() if one[0]["founder"] or one[1]},
+        "certificates": hub.accounts.certificates,
+        "markers": {
+            owner: marks
+            for owner, marks in hub.markers.items()
+            if owner[0] == "=" or owner in users
+        },
+        **{
+            name: picture(getattr(hub, name))
+            for name in ("accounts", "accounts_of", "bans", "founded")
+        },
+        "guests": {owner: sorted(guests) for owner, guests in hub.guests_of.items()},
+    }
+
+
+@pytest.mark.parametrize("run", some(range(20), 2))
+def test_what_is_stored_is_loaded_as_it_was(seeded, run, tmp_path):
+    house = House(store=chat.Store(tmp_path / "chat.db"))
+    live_at_random(seeded, house, 300)
+    was = lasting(house.hub)
+    assert was["users"] and was["channels"] and was["accounts"]
+    said = [event.id for event in house.logged if event.kind == "message"]
+    house.store.close()
+    store = chat.Store(tmp_path / "chat.db")
+    hub = chat.load_hub(store, house.now, house.now)
+    assert lasting(hub) == was
+    kept = [row[0] for row in store.db.execute("SELECT id FROM events WHERE kind = 'message'")]
+    assert set(kept) <= set(said) and kept
+    store.close()
+
+
+JUNK_LINES = """
+    NICK {word}|USER {word} 0 * :{word}|CAP LS 302|CAP REQ :{word}|CAP REQ :message-tags {word}
+    CAP END
+    PASS {word}|AUTHENTICATE PLAIN|AUTHENTICATE {word}|JOIN {place}|PART {place}|PRIVMSG {place} :x
+    PRIVMSG {word} :x|METADATA * SET {word} :x|METADATA * SUB {word}|MONITOR + {word}|WHOIS {word}
+    MODE {place} +b {word}!*@*|INVITE {word} {place}|TOPIC {place} :{word}|MARKREAD {place}
+    NS IDENTIFY {word} {word}|OPER {word} {word}|SESSION {word}{word}{word}|SETNAME {word}
+    AWAY {word}
+    CHATHISTORY LATEST {place} * 10|SEARCH text={word}|RENAME {place} {place}|KNOCK {place}|{word}
+    BATCH +{word} draft/multiline {place}|@batch={word} PRIVMSG {place} :x|BATCH -{word}
+    @label={word} PING {word}|@+{word}={word} TAGMSG {place}|/join {word}|/tell {word} x
+    /lines {word}
+    /login {word} {word}|/nick {word}|/topic {word}|/search {word}|/history {place}|hello {word}
+"""
+JUNK_LINES = [line.strip() for line in JUNK_LINES.replace("\n", "|").split("|") if line.strip()]
+
+
+def sizes(root):
+    """How much every table holds that can be reached from an object, by the way to it."""
+    found, seen, waiting = {}, set(), [("", root)]
+    while waiting:
+        path, value = waiting.pop()
+        if id(value) in seen or isinstance(value, (str, bytes, int, float, type, type(None))):
+            continue
+        seen.add(id(value))
+        if isinstance(value, (dict, set, list, tuple, collections.deque, bytearray)):
+            if getattr(value, "maxlen", None) is not None:
+                continue
+            found[path] = found.get(path, 0) + len(value)
+            inside = value.values() if isinstance(value, dict) else value
+            waiting += [(f"{path}[]", one) for one in inside if not isinstance(value, bytearray)]
+        if type(value).__module__ in ("chat", "test_chat"):
+            slots = [s for kind in type(value).__mro__ for s in getattr(kind, "__slots__", ())]
+            names = [*getattr(value, "__dict__", ()), *slots]
+            waiting += [(f"{path}.{name}", getattr(value, name, None)) for name in names]
+    return found
+
+
+def be_junk(seeded, house, number):
+    """Clients from many addresses say anything and leave."""
+    for n in range(number):
+        connect = house.connect_irc if n % 2 else house.connect
+        connect("junk", host=f"10.{n % 3}.{n % 250}.{seeded.randrange(250)}")
+        name = f"n{seeded.randrange(10**9)}"
+        house.say("junk", *([f"NICK {name}", "USER u 0 * :r"] if n % 2 else [name]))
+        for _ in range(seeded.randrange(40)):
+            word, place = f"w{seeded.randrange(10**9)}", f"#w{seeded.randrange(5)}"
+            house.say("junk", seeded.choice(JUNK_LINES).format(word=word, place=place))
+            if seeded.random() < 0.2:
+                house.turn()
+        house.guests["junk"].conn.close()
+        house.turn()
+    del house.guests["junk"]
+    house.grace_over()
+    house.now += 10 * 86400
+    house.idle(3)
+    house.asked_for.clear()
+    house.store.targets.clear()  # a cache, which has a bound
+
+
+def test_after_connections_full_of_junk_no_table_holds_more_than_before(seeded):
+    house = House()
+    be_junk(seeded, house, 60)
+    before = sizes(house)
+    be_junk(seeded, house, 90)
+    after = sizes(house)
+    assert {path: n for path, n in after.items() if n > before.get(path, 0)} == {}
+
+
+# One segment
+
+
+CLOSED = ["+s", "+i", "+k word"]
+LEAVINGS = {  # how the last member goes and the channel is founded again, in one turn
+    "part and join": [("alice", "PART #s", "JOIN #s", "PRIVMSG #s :new")],
+    "join 0": [("alice", "JOIN 0", "JOIN #s", "PRIVMSG #s :new")],
+    "kick oneself": [("alice", "KICK #s alice", "JOIN #s", "PRIVMSG #s :new")],
+    "another user": [("alice", "PART #s"), ("bob", "JOIN #s", "PRIVMSG #s :new")],
+    "quit": [("alice", "QUIT"), ("bob", "JOIN #s", "PRIVMSG #s :new")],
+    "twice": [("alice", *["PART #s", "JOIN #s"] * 2, "PRIVMSG #s :new")],
+    "said before, too": [("alice", "PRIVMSG #s :old", "PART #s", "JOIN #s", "PRIVMSG #s :new")],
+    "renamed away": [("alice", "RENAME #s #t"), ("bob", "JOIN #s", "PRIVMSG #s :new")],
+}
+
+
+# Also: modes that close a channel's past, ways to leave, the same user or another, a restart.
+@pytest.mark.parametrize("how, mode", in_turn(LEAVINGS, CLOSED))
+def test_a_message_in_the_turn_in_which_a_closed_channel_is_founded_again_is_kept(
+    folder, mode, how
+):
+    house = stored(folder)
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #s", f"MODE #s {mode}", "PRIVMSG #s :private past")
+    for who, *lines in LEAVINGS[how]:
+        house.say(who, *lines)
+    house.turn()
+    reader = LEAVINGS[how][-1][0]
+    assert history(house, reader, "#s") == ["new"]
+    assert spoken(ask(house, reader, "SEARCH in=#s;text=new")) == ["new"]
+    assert spoken(ask(house, reader, "SEARCH in=#s;text=past")) == []
+    house = restarted(house, folder / "chat.db")
+    come(house, "carol")
+    ask(house, "carol", "JOIN #s")
+    assert history(house, "carol", "#s") == ["new"]
+    house.store.close()
+
+
+# What a channel was is not what its next founding in the same turn is.
+@pytest.mark.parametrize("restart", [False, True], ids=["same server", "restarted"])
+def test_a_channel_founded_again_in_one_turn_has_nothing_of_the_one_before(folder, restart):
+    house = stored(folder)
+    come(house, "alice", secret=SECRET)
+    lines = ["TOPIC #s :old topic", "MODE #s +imb evil!*@*", "METADATA #s SET color :red"]
+    ask(house, "alice", "JOIN #s", *lines)
+    ask(house, "alice", "PART #s", "JOIN #s")
+    if restart:
+        house = restarted(house, folder / "chat.db")
+        come(house, "alice", secret=SECRET)
+    heard = ask(house, "alice", "TOPIC #s", "MODE #s", "MODE #s +b", "METADATA #s LIST")
+    assert any(" 331 " in x for x in heard) and any(" 324 alice #s +nt" in x for x in heard)
+    assert "evil" not in str(heard) and ":red" not in str(heard)
+    house.store.close()
+
+
+# A name that another user takes in the turn in which its owner leaves or renames.
+@pytest.mark.parametrize("going", ["QUIT", "NICK other"])
+def test_a_private_message_under_a_name_that_is_new_in_this_turn_is_kept(going):
+    house = House()
+    come(house, "alice", "bob", "carol")
+    send(house, "alice", "bob", "from the first alice")
+    house.say("alice", going)
+    house.say("carol", "NICK alice", "PRIVMSG bob :from the second alice")
+    house.turn()
+    assert "from the second alice" in spoken(house.heard("bob"))
+    assert history(house, "bob", "alice")[-1] == "from the second alice"
+    assert history(house, "carol", "bob") == ["from the second alice"]
+
+
+# A redaction in the turn in which the channel ends or is renamed.
+@pytest.mark.parametrize(
+    "after, where", [(["PART #a", "JOIN #a"], "#a"), (["RENAME #a #b"], "#b"), (["PART #a"], "")]
+)
+def test_a_redaction_in_the_turn_in_which_the_channel_ends_is_done(after, where):
+    house = House()
+    come(house, "alice", "bob", "carol")
+    ask(house, "alice", "JOIN #a")
+    if where == "#b":
+        ask(house, "carol", "JOIN #a")
+        ask(house, "alice", "MODE #a +o carol")
+    message_id, _ = send(house, "alice", "#a", "hidden")
+    send(house, "alice", "#a", "shown")
+    house.say("alice", f"REDACT #a {message_id}")
+    house.say("carol" if where == "#b" else "alice", *after)
+    house.turn()
+    house.turn()
+    ask(house, "bob", f"JOIN {where or '#a'}")
+    # without the PART of the last member the redaction is done; a user who is gone may be refused
+    expected = [["shown"]] if where == "#b" else [["shown"], ["hidden", "shown"]]
+    assert history(house, "bob", where or "#a") in expected
+
+
+# Dedup keys
+
+
+def ids_said(house, channel="#a"):
+    return texts(house.store, channel)
+
+
+def test_a_message_under_a_known_id_is_said_once_and_answered_as_the_first_time():
+    house = House()
+    come_again(house, "alice", "alice")
+    house.enter_irc("bob")
+    house.say("alice", "JOIN #a")
+    house.say("bob", "JOIN #a")
+    house.turn()
+    house.heard("alice"), house.heard("bob")
+    line = "@+chat.py/id=18f-1 PRIVMSG #a :hello"
+    house.say("alice", line)
+    house.turn()
+    (first,) = house.heard("alice")
+    assert "+chat.py/id=18f-1" in first and first.endswith("PRIVMSG #a :hello")
+    for _ in range(2):
+        house.say("alice", line, "PING x")
+        house.turn()
+        assert [x for x in house.heard("alice") if "PONG" not in x] == [first]
+        come_again(house, "alice", "alice")
+    house.say("alice", line, line.replace("hello", "other words"))
+    house.turn()
+    assert house.heard("alice") == [first, first]
+    assert len(house.heard("bob")) == 1 and ids_said(house) == ["hello"]
+
+
+def test_a_repeat_in_the_same_turn_is_a_repeat():
+    house = House()
+    come_again(house, "alice", "alice")
+    house.say("alice", "JOIN #a")
+    house.turn()
+    house.heard("alice")
+    house.say("alice", *["@+chat.py/id=1;label=x PRIVMSG #a :hello"] * 3)
+    house.turn()
+    assert len(set(house.heard("alice"))) == 1 and ids_said(house) == ["hello"]
+
+
+def test_one_may_not_use_up_the_ids_of_another():
+    house = House()
+    come_again(house, "alice", "alice")
+    come_again(house, "bob", "bob", "b" * 32)
+    for who in ("alice", "bob"):
+        house.say(who, "JOIN #a", f"@+chat.py/id=1 PRIVMSG #a :{who}")
+    house.turn()
+    assert ids_said(house) == ["alice", "bob"]
+
+
+def test_a_receipt_outlives_redaction_pruning_and_the_server(folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    come_again(house, "alice", "alice")
+    house.say("alice", "JOIN #a", "@+chat.py/id=1 PRIVMSG #a :hello")
+    house.turn()
+    (id,) = house.store.db.execute("SELECT id FROM events WHERE text = 'hello'").fetchone()
+    known = house.hub.ids.text(id)
+    house.say("alice", f"REDACT #a {known}")
+    again = restarted(house, path)
+    come_again(again, "alice", "alice")
+    again.say("alice", "@+chat.py/id=1 PRIVMSG #a :hello")
+    again.turn()
+    assert again.heard("alice") == [f"@msgid={known};+chat.py/id=1 :alice!~u@127.0.0.1 TAGMSG #a"]
+    assert ids_said(again) == []
+    again.store.close()
+
+
+def test_a_message_of_several_lines_is_said_once_under_its_id():
+    house = House()
+    come_again(house, "alice", "alice")
+    house.say("alice", "CAP REQ :batch draft/multiline", "JOIN #a")
+    house.turn()
+    house.heard("alice")
+    lines = [
+        "@+chat.py/id=1 BATCH +r draft/multiline #a",
+        "@batch=r PRIVMSG #a :one",
+        "@batch=r PRIVMSG #a :two",
+        "BATCH -r",
+    ]
+    heard = []
+    for _ in range(2):
+        house.say("alice", *lines)
+        house.turn()
+        heard.append(house.heard("alice"))
+    assert heard[0] == heard[1] and len(heard[0]) == 4 and ids_said(house) == ["one\ntwo"]
+
+
+def test_receipts_are_forgotten_a_month_after_their_message(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    come_again(house, "alice", "alice")
+    house.say("alice", "JOIN #a")
+    for n in range(5):
+        house.say("alice", f"@+chat.py/id={n} PRIVMSG #a :{n}")
+        house.turn()
+
+    def known():
+        while house.store.dedup.sweep(now):
+            pass
+        return [own for (own,) in house.store.db.execute("SELECT own_id FROM dedup")]
+
+    now = int(house.now * 1000) + 2 * chat.DEDUP_MS
+    assert known() == ["0", "1", "2", "3", "4"]  # their messages are there
+    house.now, house.store.keep = now / 1000, 1
+    house.begin_turn()
+    house.say("alice", "PRIVMSG #a :6")
+    house.turn()
+    while house.store.prune(idle=True, now=now):
+        pass
+    now += chat.DEDUP_MS - 1
+    assert known() == ["0", "1", "2", "3", "4"]
+    now += 2
+    assert known() == []
+    house.store.close()
+
+
+def test_what_could_not_be_kept_is_not_said_to_be(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    come_again(house, "alice", "alice")
+    house.say("alice", "JOIN #a")
+    house.turn()
+    house.heard("alice")
+    house.say("alice", "@+chat.py/id=1 PRIVMSG #a :hello")
+    house.store.dedup.lose(house.hub.turn.dedup, house.hub.ticks)
+    house.hub.turn.not_kept("the disk is full")
+    house.hub.end()
+    house.say("alice", "@+chat.py/id=1 PRIVMSG #a :hello")
+    house.turn()
+    (line,) = house.heard("alice")
+    assert line.startswith(":chat.py FAIL PRIVMSG NOT_KEPT * 1 :")
+    assert ids_said(house) == []
+    house.store.close()
+
+
+# ======================================================================================
+# PASSWORDS
+# ======================================================================================
+
+BLANKS = "correct horse battery"
+
+
+def account_state(house, name, *passwords):
+    """Return which of these passwords a new client can log in with by SASL PLAIN."""
+    right = []
+    for n, password in enumerate(passwords):
+        label = f"probe {n} of {len(house.guests)}"
+        house.connect_irc(label)
+        house.guests[label].conn.address = f"192.0.2.{len(house.guests) % 250}:1"  # own throttle
+        if sasl(house, label, name, password):
+            right.append(password)
+        house.say(label, "QUIT")
+        house.turn()
+    return right
+
+
+def typist(house, dialect, name="dora"):
+    """Let a user of this dialect come in; return how a line for the account service is sent."""
+    if dialect == "line":
+        house.enter(name)
+    else:
+        come(house, name)
+    ways = {
+        "line": lambda verb, words: f"/{verb} {words}",
+        "PRIVMSG": lambda verb, words: f"PRIVMSG NickServ :{verb.upper()} {words}",
+        "NS": lambda verb, words: f"NS {verb.upper()} {words}",
+        "NS :": lambda verb, words: f"NS :{verb.upper()} {words}",
+    }
+
+    def write(verb, words):
+        verb = {"login": "identify"}.get(verb, verb) if dialect != "line" else verb
+        house.heard(name)
+        house.say(name, ways[dialect](verb, words))
+        house.turn()
+        house.turn()
+        return house.heard(name)
+
+    return write
+
+
+DIALECTS = ["line", "PRIVMSG", "NS", "NS :"]
+dialects = pytest.mark.parametrize("dialect", DIALECTS)
+
+
+# A word in double quotes may contain blanks. Also: register, login, passwd, drop.
+@dialects
+def test_a_quoted_password_with_blanks_is_what_was_typed(dialect):
+    house = House()
+    write = typist(house, dialect)
+    write("register", f'"{BLANKS}"')
+    tried = (BLANKS, f'"{BLANKS}"', "correct", '"correct')
+    assert account_state(house, "dora", *tried) == [BLANKS]
+    write("passwd", f'"{BLANKS}" "new with blanks"')
+    assert account_state(house, "dora", "new with blanks", BLANKS, "new") == ["new with blanks"]
+    account(house, "zoe", password="her own words")
+    write("login", 'zoe "her own words"')
+    assert "zoe" in str(ask(house, "dora", "WHO dora %a" if dialect != "line" else "/nick zoe"))
+    write("passwd", '"her own words" simple')
+    assert account_state(house, "zoe", "simple") == ["simple"]
+
+
+# Two blanks stay two where the transport keeps them (NS joins its parameters by one).
+@pytest.mark.parametrize("dialect", ["line", "PRIVMSG", "NS :"])
+def test_blanks_inside_quotes_are_kept_as_typed(dialect):
+    house = House()
+    typist(house, dialect)("register", '"two  blanks, and  more"')
+    assert account_state(house, "dora", "two  blanks, and  more") == ["two  blanks, and  more"]
+
+
+TOO_MANY_WORDS = [  # the verb, what is typed, and words of its syntax that the error must have
+    ("register", BLANKS, "PASSWORD [EMAIL]"),
+    ("register", "correct horse@example.org battery", "PASSWORD [EMAIL]"),
+    ("register", '"correct horse" battery staple', "PASSWORD [EMAIL]"),
+    ("login", BLANKS, "[NAME] PASSWORD"),
+    ("login", "zoe password more", "[NAME] PASSWORD"),
+    ("login", 'zoe "pass word" more', "[NAME] PASSWORD"),
+    ("passwd", BLANKS, "OLD NEW"),
+    ("passwd", "password correct horse", "OLD NEW"),
+    ("passwd", '"pass word" new one', "OLD NEW"),
+    ("drop", "password more", "PASSWORD"),
+    ("drop", BLANKS, "PASSWORD"),
+    ("verify", "12345678 more", "CODE"),
+]
+
+
+# A line with more words than its syntax has is refused with the syntax; nothing is done.
+@pytest.mark.parametrize("verb, words, syntax, dialect", in_turn(TOO_MANY_WORDS, DIALECTS))
+def test_a_line_with_too_many_words_is_refused_with_its_syntax(verb, words, syntax, dialect):
+    house = House()
+    account(house, "zoe")
+    write = typist(house, dialect)
+    if verb in ("passwd", "drop"):
+        write("register", "password")
+    told = write(verb, words)
+    assert syntax in str(told)
+    assert "quote" in str(told) or verb == "verify"  # `quote a password that has blanks`
+    assert not any(refused([x], "900") for x in told if x.startswith(":"))
+    passwords = ("password", "correct", "horse", BLANKS, "correct horse", "horse battery")
+    expected = ["password"] if verb in ("passwd", "drop") else []
+    assert account_state(house, "dora", *passwords) == expected
+    assert account_state(house, "zoe", "password") == ["password"]
+
+
+# The second word of REGISTER must be one e-mail address.
+@pytest.mark.parametrize(
+    "words, dialect",
+    in_turn(["correct horse", "correct @", "correct a@b@c", '"correct x" y'], DIALECTS),
+)
+def test_a_second_word_that_is_no_address_makes_no_account(words, dialect):
+    house = House()
+    write = typist(house, dialect)
+    write("register", words)
+    tried = ("correct", "correct x", words, "horse")
+    assert account_state(house, "dora", *tried) == []
+
+
+# The reply says how the server used the second word.
+@dialects
+def test_an_address_after_the_password_is_in_the_reply(dialect):
+    house = House()
+    told = typist(house, dialect)("register", "correct horse@example.org")
+    assert "horse@example.org" in str(told)
+    assert account_state(house, "dora", "correct") == ["correct"]
+
+
+# Only a word that begins with a quote is a quoted one; every other character is the user's own.
+@pytest.mark.parametrize(
+    "password, dialect",
+    in_turn(['pa"ss', "it's", "back\\slash", "a;b#c", "$HOME", "p'a'ss"], DIALECTS),
+)
+def test_a_password_without_blanks_is_taken_literally(password, dialect):
+    house = House()
+    typist(house, dialect)("register", password)
+    assert account_state(house, "dora", password) == [password]
+
+
+# Drop nothing silently: with a quote that is never closed the server refuses or takes the word
+# literally; it must not set a password that was not typed.
+@pytest.mark.parametrize(
+    "words, dialect", in_turn(['"correct', '"correct horse', '"correct"horse'], DIALECTS)
+)
+def test_a_lone_quote_is_not_dropped_from_a_password(words, dialect):
+    house = House()
+    typist(house, dialect)("register", words)
+    others = ("correct", "correct horse", "correcthorse", "horse", "correct horse ")
+    assert account_state(house, "dora", *others) == []
+
+
+# IRC's own REGISTER keeps blanks, because the password is the last parameter; all three
+# dialects can then log in with it.
+@pytest.mark.parametrize("before", ["* *", "alice *", "* a@example.org"])
+def test_the_register_command_of_irc_keeps_blanks_and_quotes(before):
+    house = House()
+    come(house, "alice")
+    assert "SUCCESS" in str(ask(house, "alice", f'REGISTER {before} :two words "quoted"'))
+    assert account_state(house, "alice", 'two words "quoted"', "two") == ['two words "quoted"']
+
+
+# Without the colon it has too many parameters; none may be dropped.
+def test_the_register_command_of_irc_with_too_many_words_makes_no_account():
+    house = House()
+    come(house, "alice")
+    lines = ask(house, "alice", "REGISTER * * correct horse battery")
+    assert "SUCCESS" not in str(lines) and not refused(lines, "900")
+    assert refused(lines, "461") or " FAIL REGISTER " in str(lines)
+    assert "REGISTER" in str(lines) and "password" in str(lines).lower()
+    assert account_state(house, "alice", "correct", BLANKS, "battery") == []
+
+
+# One account, set by IRC with blanks, logged in to from every dialect.
+@dialects
+def test_a_password_with_blanks_logs_in_from_every_dialect(dialect):
+    house = House()
+    account(house, "zoe", password=BLANKS)
+    write = typist(house, dialect)
+    write("login", f'zoe "{BLANKS}"')
+    write("passwd", f'"{BLANKS}" changed')
+    assert account_state(house, "zoe", "changed") == ["changed"]
+
+
+# ======================================================================================
+# STORE
+# ======================================================================================
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path
+
+
+def texts(store, key, count=100):
+    return [event.text for event in store.page(chat.Span(chat.Place((key,))), count)]
+
+
+def test_history_outlives_the_server_and_ids_go_on(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter("alice")
+    house.say("alice", "one", "/lines 2", "two", "three", "gr\u00fc\u00df \U0001f600")
+    last_id = house.hub.last_id
+    house.turn()
+    house.store.close()
+    again = chat.Store(folder / "chat.db")
+    assert texts(again, chat.LOBBY) == ["one", "two\nthree", "gr\u00fc\u00df \U0001f600"]
+    hub = chat.load_hub(again, 0.0, 0.0)  # the clock was set back meanwhile
+    assert hub.last_id > last_id
+    again.close()
+
+
+def test_a_page_is_the_newest_of_one_channel_in_order(folder):
+    store = chat.Store(folder / "chat.db")
+    house = House(store=store)
+    house.enter("alice")
+    house.say("alice", *(str(n) for n in range(50)), "/join #a", "elsewhere")
+    house.turn()
+    assert texts(store, chat.LOBBY, 3) == ["47", "48", "49"]
+    assert texts(store, "#a") == ["elsewhere"]
+    assert texts(store, "#never") == []
+
+
+def test_a_busy_database_delays_the_turn_and_then_loses_it_with_a_word_to_the_speakers(folder):
+    store = chat.Store(folder / "chat.db")
+    house = House(store=store)
+    house.enter("alice", "bob")
+    house.say("alice", "one", "two")
+    events = house.hub.turn
+    other = sqlite3.connect(folder / "chat.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    assert store.commit(events, 100.0) == chat.BUSY
+    assert store.commit(events, 100.9) == chat.BUSY
+    assert store.commit(events, 101.1) == chat.LOST
+    house.hub.turn.not_kept(store.trouble)
+    for data, sessions in house.hub.turn.deliveries():
+        for session in sessions:
+            session.conn.out += data
+    assert house.heard("bob") == ["alice: one", "alice: two"]
+    assert house.heard("alice") == ["* 2 messages delivered but not kept: database is locked"]
+    assert store.commit(events, 101.2) == chat.LOST  # no second of waiting for each turn
+    other.execute("COMMIT")
+    assert store.commit(events, 101.3) == chat.KEPT
+    assert texts(store, chat.LOBBY) == ["one", "two"]
+
+
+def test_a_full_disk_loses_history_but_no_message(folder):
+    store = chat.Store(folder / "chat.db")
+    house = House(store=store)
+    house.enter("alice")
+    pages = store.db.execute("PRAGMA page_count").fetchone()[0]
+    store.db.execute(f"PRAGMA max_page_count = {pages}")
+    house.say("alice", *["x" * 10000] * 5)
+    assert store.commit(house.hub.turn, 100.0) == chat.LOST
+    assert "full" in store.trouble
+    store.db.execute("PRAGMA max_page_count = 100000")
+    assert store.commit(house.hub.turn, 100.1) == chat.KEPT
+    assert len(texts(store, chat.LOBBY)) == 5
+
+
+def test_after_a_crash_private_talks_are_deleted_to_the_last_row_and_never_seen_again(folder):
+    store = chat.Store(folder / "chat.db")
+    store.tally_due = float("inf")  # killed before the counts were written down
+    house = House(store=store)
+    house.enter("alice", "bob")
+    house.say("alice", *(f"/tell bob {n}" for n in range(1200)))
+    house.turn()
+    store.db.close()
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter("eve")
+    while house.store.prune(idle=True, now=0):
+        house.say("eve", "/join #new", "/part")
+        house.turn()
+    assert texts(house.store, "#new") == []
+    assert house.store.db.execute(
+        "SELECT count(*) FROM events WHERE kind = 'message'"
+    ).fetchone() == (0,)
+
+
+def test_counts_do_not_drift_while_history_is_pruned_under_load(folder):
+    store = chat.Store(folder / "chat.db", keep=1000)
+    house = House(store=store)
+    house.enter("alice")
+    for _ in range(100):
+        house.say("alice", *["x"] * 90)
+        house.turn()
+        store.prune(idle=False, now=0)
+    rows = store.db.execute("SELECT count(*) FROM events").fetchone()[0]
+    assert counted_rows(store) == rows and rows < 1300
+
+
+def test_memory_holds_only_so_much_history(monkeypatch):
+    monkeypatch.setattr(chat, "MEMORY_BYTES", 500_000)
+    house = house_of("alice")
+    for n in range(20):
+        house.say("alice", f"/join #{n}", *["x" * 1000] * 100, "/part")
+        house.turn()
+        while house.store.prune(idle=True, now=0):
+            pass
+    assert len(texts(house.store, "#19", 1000)) == 100
+    assert texts(house.store, "#0") == []
+
+
+def test_a_database_that_somebody_else_has_locked_is_not_called_damaged(folder):
+    path = folder / "chat.db"
+    chat.Store(path).close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(chat.Unusable, match="locked") as caught:
+            chat.Store(path)
+        assert "damaged" not in str(caught.value)
+
+
+def test_history_is_pruned_by_count_in_slices(folder):
+    store = chat.Store(folder / "chat.db", keep=100)
+    house = House(store=store)
+    house.enter("alice")
+    house.say("alice", *(str(n) for n in range(2000)))
+    house.turn()
+    store.commit(chat.Turn(), house.now + 10)
+    slices = 0
+    while store.prune(idle=True, now=0):
+        slices += 1
+    assert slices >= 2
+    assert texts(store, chat.LOBBY, 1000) == [str(n) for n in range(1900, 2000)]
+    assert store.db.execute("SELECT events FROM targets").fetchone() == (100,)
+
+
+def test_a_database_of_the_first_version_is_brought_up_to_date_and_keeps_all(folder):
+    with contextlib.closing(sqlite3.connect(folder / "chat.db", isolation_level=None)) as db:
+        db.executescript(
+            f"{chat.MIGRATIONS[0]}; PRAGMA user_version = 1;"
+            f"PRAGMA application_id = {chat.APPLICATION_ID};"
+            "INSERT INTO targets (key, events) VALUES ('#lobby', 1);"
+            "INSERT INTO events VALUES (1, 5, 6, 'message', 'al', '127.0.0.1:7', 'from long ago');"
+        )
+    store = chat.Store(folder / "chat.db")
+    (event,) = store.page(chat.Span(chat.Place((chat.LOBBY,))), 10)
+    assert (event.id, event.time, event.text) == (5, 6, "from long ago")
+    assert event.source.mask == "al!@127.0.0.1"
+    index_all(store)
+    found = store.words.search([chat.Place((chat.LOBBY,))], "long", chat.Span(chat.Place(())), 5)
+    assert [found_event.id for _, found_event in found] == [5]
+    store.close()
+
+
+def test_pruning_waits_for_an_idle_turn_unless_it_is_overdue(folder):
+    store = chat.Store(folder / "chat.db", keep=1000)
+    house = House(store=store)
+    house.enter("alice")
+    house.say("alice", *["x"] * 1050)
+    house.turn()
+    store.commit(chat.Turn(), house.now + 10)
+    store.prune(idle=False, now=0)
+    assert len(texts(store, chat.LOBBY, 2000)) == 1050
+    house.say("alice", *["x"] * 100)
+    house.turn()
+    store.commit(chat.Turn(), house.now + 20)
+    store.prune(idle=False, now=0)
+    assert len(texts(store, chat.LOBBY, 2000)) == 1000
+
+
+def test_private_talks_end_with_the_server(folder):
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter("alice", "bob")
+    house.say("alice", "/tell bob psst", "hello")
+    house.turn()
+    house.store.close()
+    store = chat.Store(folder / "chat.db")
+    House(store=store)
+    while store.prune(idle=True, now=0):
+        pass
+    assert store.db.execute("SELECT key FROM targets").fetchall() == [(chat.LOBBY,)]
+    assert store.db.execute("SELECT count(*) FROM events WHERE text = 'psst'").fetchone() == (0,)
+
+
+def test_checkpoints_move_the_log_into_the_database(folder):
+    store = chat.Store(folder / "chat.db")
+    house = House(store=store)
+    house.enter("alice")
+    house.say("alice", *["x" * 100] * 1000)
+    house.turn()
+    before = (folder / "chat.db").stat().st_size
+    store.checkpoint()
+    assert (folder / "chat.db").stat().st_size > before + 100_000
+
+
+def test_a_log_that_has_grown_large_is_begun_anew(folder, monkeypatch):
+    monkeypatch.setattr(chat, "WAL_RESTART_BYTES", 100_000)
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter("alice")
+    house.store.checkpoint()  # the first one begins a new log, whatever its size
+    sizes = []
+    for _ in range(4):
+        house.say("alice", *["x" * 100] * 2000)
+        house.turn()
+        house.store.checkpoint()
+        sizes.append((folder / "chat.db-wal").stat().st_size)
+    assert sizes[-1] < 2 * sizes[0]
+
+
+def spoiled(path, how):
+    """A database with something wrong, as bytes."""
+    if how == "junk":
+        return b"this is no database at all, but long enough to be one" * 100
+    if how == "foreign":
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("CREATE TABLE recipes (name)")
+            db.commit()
+        return path.read_bytes()
+    chat.Store(path).close()
+    if how == "newer":
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA user_version = 99")
+        return path.read_bytes()
+    data = path.read_bytes()
+    return data[: len(data) // 2] if how == "half" else data[:4096] + b"\xff" * 300 + data[4396:]
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("junk", "is damaged"),
+        ("half", "is damaged"),
+        ("holes", "is damaged"),
+        ("foreign", "is not a database of chat.py"),
+        ("newer", "is from a newer chat.py (schema 99"),
+    ],
+)
+def test_a_database_that_is_not_sound_and_ours_is_refused_in_one_line_and_not_touched(
+    folder, how, words
+):
+    path = folder / "chat.db"
+    data = spoiled(path, how)
+    path.write_bytes(data)
+    with pytest.raises(chat.Unusable) as caught:
+        chat.Store(path)
+    assert words in str(caught.value) and "nothing was changed" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == data
+
+
+def test_a_channel_whose_history_did_not_fit_in_memory_has_what_is_said_there_next(monkeypatch):
+    monkeypatch.setattr(chat, "MEMORY_BYTES", 500_000)
+    house = house_of("alice")
+    house.say("alice", *["x" * 1000] * 100)
+    house.turn()
+    others = itertools.count(1)
+    while texts(house.store, "#lobby"):
+        house.say("alice", f"/join #{next(others)}", *["x" * 1000] * 100, "/part")
+        house.turn()
+        while texts(house.store, "#lobby") and house.store.prune(idle=True, now=0):
+            pass
+    house.store.prune(idle=True, now=0)  # finds no more of it
+    house.say("alice", "/join #lobby", "again")
+    house.turn()
+    assert texts(house.store, "#lobby") == ["again"]
+
+
+def test_a_page_goes_from_one_founding_of_a_channel_to_the_next():
+    house = house_of("alice")
+    for words in ("one two three", "four five six", "seven eight nine"):
+        house.say("alice", "/join #a", *words.split())
+        house.turn()
+        house.say("alice", "/part")  # and it is gone
+        house.turn()
+    store, span = house.store, chat.Span(chat.Place((chat.fold("#a"),)))
+    assert len(store.targets_of(store.db, span.place)) == 3
+    newest = [event.text for event in store.page(span, 4)]
+    oldest = [event.text for event in store.page(span, 4, newest=False)]
+    assert newest == ["six", "seven", "eight", "nine"]
+    assert oldest == ["one", "two", "three", "four"]
+
+
+# What outlives the server
+
+
+SECRET = "0123456789abcdef" * 2
+ECHOES = "CAP REQ :message-tags echo-message chat.py/session"
+
+
+def restarted(house, path):
+    """The next server on the same data: no user said goodbye."""
+    house.turn()
+    house.store.close()
+    again = House(store=chat.Store(path))
+    again.now = house.now
+    again.hub.begin(again.now)
+    return again
+
+
+def come_again(house, label, name, secret=SECRET, account=""):
+    """A client with a secret; what it hears until it is there."""
+    session = house.connect_irc(label)
+    if account:
+        session.account, session.proof = account, house.hub.accounts[chat.fold(account)].revision
+    house.say(label, ECHOES, f"SESSION {secret}", f"NICK {name}", "USER u 0 * :R", "CAP END")
+    house.turn()
+    return house.heard(label)
+
+
+def make_account(house, name):
+    chat.save_account(house.hub, chat.Account(name, BOSS, "", len(name)))
+
+
+def names_in(house, channel):
+    return sorted(house.hub.channels[channel].names(None)) if channel in house.hub.channels else []
+
+
+def test_a_channel_founded_by_an_account_survives_the_server_with_all_that_was_set(folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    make_account(house, "alice")
+    make_account(house, "bob")
+    come_again(house, "alice", "alice", account="alice")
+    come_again(house, "bob", "bob", "b" * 32, account="bob")
+    house.say("alice", "JOIN #ship", "TOPIC #ship :ahoy", "MODE #ship +klb hunter2 7 *!*@evil")
+    house.say("bob", "JOIN #ship hunter2")
+    house.say("alice", "MODE #ship +v bob", "METADATA #ship SET colour :blue")
+    house.say("alice", "QUIT")
+    house.say("bob", "QUIT")
+    state = house.hub.channels["#ship"].state()
+    again = restarted(house, path)
+    assert again.hub.users == {}
+    assert json.dumps(again.hub.channels["#ship"].state()) == json.dumps(state)
+    assert "hunter2" not in json.dumps(again.store.rows("channels"))
+    again.enter_irc("carol")
+    again.say("carol", "JOIN #ship", "LIST")
+    again.turn()
+    assert "475 carol #ship" in "".join(again.heard("carol"))
+    come_again(again, "bob", "bob", "c" * 32, account="bob")
+    again.say("bob", "JOIN #ship hunter2")
+    come_again(again, "alice", "alice", "d" * 32, account="alice")
+    again.say("alice", "JOIN #ship")
+    again.turn()
+    assert names_in(again, "#ship") == ["+bob", "~alice"]
+    assert ":chat.py 332 bob #ship ahoy" in [x.replace(":ahoy", "ahoy") for x in again.heard("bob")]
+    again.store.close()
+
+
+def test_who_has_a_secret_or_an_account_is_there_after_a_restart_absent_with_his_ranks(folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    come_again(house, "alice", "alice")
+    house.enter_irc("bob")
+    house.say("alice", "JOIN #s,#t", "MODE #s +i", "PRIVMSG #s :secret", "AWAY :tea")
+    house.say("bob", "JOIN #other")
+    again = restarted(house, path)
+    (user,) = again.hub.users.values()
+    assert (user.name, user.away, user.sessions) == ("alice", "tea", [])
+    assert [c.name for c in user.channels] == ["#s", "#t"]
+    assert "#other" not in again.hub.channels
+    heard = come_again(again, "alice", "alice")
+    assert [x for x in heard if " JOIN " in x] == [
+        ":alice!~u@127.0.0.1 JOIN #s",
+        ":alice!~u@127.0.0.1 JOIN #t",
+    ]
+    again.say("alice", "CHATHISTORY LATEST #s * 9", "MODE #s")
+    again.turn()
+    heard = again.heard("alice")
+    assert any("secret" in line for line in heard) and any("+int" in line for line in heard)
+    assert names_in(again, "#s") == ["@alice"]
+    again.say("alice", "QUIT")
+    third = restarted(again, path)
+    assert third.hub.users == {} and third.hub.channels == {}
+    assert third.store.rows("stays") == [] and third.store.rows("channels") == []
+    third.store.close()
+
+
+def test_a_private_talk_goes_on_after_a_restart_with_who_comes_back(folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    come_again(house, "alice", "alice")
+    come_again(house, "bob", "bob", "b" * 32)
+    house.say("alice", "PRIVMSG bob :psst")
+    again = restarted(house, path)
+    assert again.store.orphans == set()
+    come_again(again, "bob", "bob", "b" * 32)
+    again.say("bob", "CHATHISTORY LATEST alice * 9")
+    again.turn()
+    assert any(line.endswith("PRIVMSG bob :psst") for line in again.heard("bob"))
+    again.say("bob", "QUIT")
+    again.grace_over()
+    third = restarted(again, path)
+    assert len(third.store.orphans) == 1
+    third.store.close()
+
+
+def test_who_comes_with_the_same_secret_takes_his_own_place_and_nobody_notices():
+    house = House()
+    come_again(house, "old", "alice")
+    house.enter_irc("bob")
+    house.say("old", "JOIN #a", "PRIVMSG #a :x")
+    house.say("bob", "JOIN #a")
+    house.turn()
+    house.heard("old"), house.heard("bob")
+    heard = come_again(house, "new", "alice")
+    assert house.heard("old") == [
+        ":chat.py FAIL SESSION REPLACED :another connection of yours has this place now",
+        "ERROR :Closing link: Another connection of yours took this place",
+    ]
+    assert house.heard("bob") == []
+    assert ":alice!~u@127.0.0.1 JOIN #a" in heard
+    assert len(house.hub.users["alice"].live) == 1
+
+
+def test_a_secret_is_no_log_in():
+    house = House()
+    make_account(house, "alice")
+    come_again(house, "owner", "alice", account="alice")
+    heard = come_again(house, "thief", "alice")
+    assert ":chat.py FAIL SESSION ACCOUNT_REQUIRED :log in to alice to have your place again" in (
+        "".join(heard)
+    )
+    assert not any(" 001 " in line for line in heard)
+    house.say("thief", "NICK mallory")
+    house.turn()
+    assert house.hub.users["mallory"].account == ""
+
+
+def test_a_line_that_breaks_leaves_the_place_for_a_while_and_a_quit_does_not():
+    house = House()
+    for how, missed in (
+        (lambda: house.leave("alice"), ["alice"]),
+        (lambda: house.say("alice", "QUIT"), []),
+    ):
+        come_again(house, "alice", "alice")
+        house.say("alice", "JOIN #a")
+        house.turn()
+        how()
+        house.turn()
+        gone = "alice" not in house.hub.users
+        assert [user.name for user in house.missed] == missed
+    assert gone and house.hub.users_by_token == {} and house.hub.channels == {}
+
+
+def test_who_comes_back_from_elsewhere_is_seen_to_be_there():
+    house = House()
+    come_again(house, "alice", "alice")
+    house.enter_irc("bob")
+    house.say("bob", "CAP REQ chghost", "JOIN #a")
+    house.say("alice", "JOIN #a")
+    house.turn()
+    house.heard("bob")
+    house.leave("alice")
+    house.turn()
+    session = house.connect_irc("alice")
+    session.conn.address = "192.0.2.7:1"
+    house.say("alice", ECHOES, f"SESSION {SECRET}", "NICK alice", "USER u 0 * :R", "CAP END")
+    house.turn()
+    assert house.heard("bob") == [":alice!~u@127.0.0.1 CHGHOST ~u 192.0.2.7"]
+    assert house.hub.users["alice"].source.mask == "alice!~u@192.0.2.7"
+
+
+SECRETS = ["", "x", "0" * 31, "0" * 33, "G" * 32, "0" * 31 + "\u00e9"]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_what_is_no_secret_is_refused(secret):
+    house = House()
+    house.connect_irc("alice")
+    house.say("alice", f"SESSION {secret}")
+    house.turn()
+    (line,) = house.heard("alice")
+    assert "461" in line if not secret else "FAIL SESSION BAD_SECRET" in line
+
+
+def test_a_given_up_account_founds_nothing_any_more(folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    make_account(house, "alice")
+    come_again(house, "alice", "alice", account="alice")
+    house.enter_irc("bob")
+    house.say("alice", "JOIN #empty,#used", "PART #empty")
+    house.say("bob", "JOIN #used")
+    assert "#empty" in house.hub.channels
+    house.say("alice", "MARKREAD #used timestamp=1970-01-02T00:00:00.000Z")
+    house.turn()
+    assert house.store.rows("markers") != []
+    house.say("alice", "NS DROP secret")
+    house.turn()
+    assert house.store.rows("markers") == []
+    assert "#empty" not in house.hub.channels and "#used" in house.hub.channels
+    again = restarted(house, path)
+    assert [*again.hub.channels] == ["#used"]  # alice has a secret still
+    assert again.hub.channels["#used"].founder == "" and again.hub.users["alice"].account == ""
+    again.store.close()
+
+
+def test_a_founder_can_give_a_channel_up_and_nobody_else_can():
+    house = House()
+    make_account(house, "alice")
+    come_again(house, "alice", "alice", account="alice")
+    house.enter_irc("bob")
+    house.say("alice", "JOIN #a,#b", "MODE #a +o alice")
+    house.say("bob", "JOIN #a", "NS DISOWN #a")
+    house.turn()
+    assert house.heard("bob")[-1].endswith(":#a is not yours")
+    house.heard("alice")
+    house.say("alice", "PART #b", "NS DISOWN #b", "NS DISOWN #a", "PART #a")
+    house.say("bob", "PART #a")
+    house.turn()
+    assert house.hub.channels == {} and not +house.hub.founded
+    assert any(line.endswith(":#b is no longer registered") for line in house.heard("alice"))
+
+
+def test_who_logs_in_where_he_is_already_gets_his_ranks_there():
+    house = House()
+    make_account(house, "alice")
+    come_again(house, "alice", "alice", account="alice")
+    house.say("alice", "JOIN #a", "QUIT")
+    house.enter_irc("guest", "bob")
+    house.say("bob", "JOIN #a")
+    house.say("guest", "JOIN #a", "NS IDENTIFY alice secret")
+    house.turn()
+    assert house.heard("bob")[-1] == ":chat.py MODE #a +qo guest guest"
+    assert names_in(house, "#a") == ["bob", "~guest"]
+
+
+def test_an_account_founds_only_so_many_channels(monkeypatch):
+    monkeypatch.setattr(chat, "CHANNELS_FOUNDED", 2)
+    house = House()
+    make_account(house, "alice")
+    come_again(house, "alice", "alice", account="alice")
+    house.say("alice", "JOIN #a,#b,#c", "PART #a,#b,#c")
+    assert sorted(house.hub.channels) == ["#a", "#b"]
+
+
+def test_a_founder_comes_into_his_channel_whatever_others_made_of_it():
+    house = House()
+    make_account(house, "alice")
+    come_again(house, "alice", "alice", account="alice")
+    house.say("alice", "JOIN #a")
+    house.enter_irc("bob")
+    house.say("bob", "JOIN #a")
+    house.say("alice", "MODE #a +o bob")
+    house.say("bob", "MODE #a -o alice", "MODE #a +ikb word alice!*@*", "KICK #a alice")
+    house.say("alice", "JOIN #a")
+    assert names_in(house, "#a") == ["@bob", "~alice"]
+
+
+def test_a_turn_that_was_not_stored_brings_no_former_name_of_a_channel_back(folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    make_account(house, "alice")
+    come_again(house, "alice", "alice", account="alice")
+    house.say("alice", "JOIN #old")
+    house.hub.settle()
+    house.store.backlog.add(house.hub.turn.records, 0)  # the disk was full
+    house.hub.end()
+    house.say("alice", "RENAME #old #new :x")
+    house.turn()
+    assert [key for key, _ in house.store.rows("channels")] == ["#new"]
+    house.store.close()
+
+
+@pytest.mark.parametrize("limit", ["in all", "from one address"])
+def test_only_so_many_are_missed_at_a_time(running, monkeypatch, limit):
+    if limit == "in all":
+        monkeypatch.setattr(chat, "ABSENT_MOST", 2)
+        server = running()
+    else:
+        monkeypatch.setattr(chat, "is_loopback", lambda host: False)
+        server = running(max_per_address=2)
+        monkeypatch.setattr(server.server.limits, "most_per_address", 4)
+    witness = server.guest()
+    witness.enter_irc("witness", "JOIN #a")
+    for n in range(3):
+        guest = server.guest()
+        guest.send(f"CAP REQ chat.py/session\r\nSESSION {n:032x}\r\nCAP END\r\n")
+        guest.enter_irc(f"guest{n}", "JOIN #a")
+        guest.sock.shutdown(socket.SHUT_RDWR)
+    assert ":guest0!" in witness.until(" QUIT ")[-1]
+    assert {"guest1", "guest2"} <= server.server.hub.users.keys()
+
+
+# Redacted text is gone
+
+
+GONE = {  # how it was said, each with a word of its own
+    "channel": "PRIVMSG #a :quixotryzebra one",
+    "notice": "NOTICE #a :jackdawsphinx two",
+    "tagged": "@+x=vexillumtag PRIVMSG #a :waltzbadnymph three",
+    "rename": "PRIVMSG #old :fjordquackword four",
+    "private": "PRIVMSG bob :glyphsvowbrick five",
+    "two": "PRIVMSG #a :sphinxquartzjudge my vow",
+}
+GONE_WORDS = (
+    b"quixotryzebra", b"jackdawsphinx", b"waltzbadnymph", b"fjordquackword", b"glyphsvowbrick",
+    b"sphinxquartzjudge", b"vexillumtag",
+)  # fmt: skip
+
+
+def words_in_files(path):
+    data = b"".join(file.read_bytes() for file in path.rglob("*") if file.is_file()).lower()
+    return {word for word in (*GONE_WORDS, b"keepsakeword") if word in data}
+
+
+def redacting(folder):
+    """A server on which everything in GONE was said, indexed and redacted."""
+    house = stored(folder)
+    come(house, "alice", "bob")
+    ask(house, "bob", "REGISTER * * password")
+    ask(house, "alice", "REGISTER * * password", "JOIN #a,#old", "PRIVMSG #a :keepsakeword")
+    said = []
+    for text in GONE.values():
+        target = text.partition(" :")[0].split()[-1]
+        (echo,) = [line for line in ask(house, "alice", text) if f" {target} :" in line]
+        said.append((target.replace("#old", "#new"), tag(echo, "msgid")))
+    assert words_in_files(folder) == {*GONE_WORDS, b"keepsakeword"}
+    ask(house, "alice", "RENAME #old #new")
+    for target, message_id in said:
+        assert f" REDACT {target} {message_id}" in str(
+            ask(house, "alice", f"REDACT {target} {message_id}")
+        )
+    return house
+
+
+# Gone from every file after a stop; what was not redacted is still there.
+def test_redacted_text_is_in_no_file_after_a_stop(folder):
+    redacting(folder).store.close()
+    assert words_in_files(folder) == {b"keepsakeword"}
+
+
+# The files as they are while it runs are those that kill -9 leaves.
+def test_redacted_text_is_in_no_file_after_a_crash_and_the_next_start(folder, tmp_path):
+    house = redacting(folder)
+    shutil.copytree(folder, tmp_path / "crashed")
+    again = stored(tmp_path / "crashed")
+    again.store.close()
+    assert words_in_files(tmp_path / "crashed") == {b"keepsakeword"}
+    house.store.close()
+
+
+# Within 60 s of idle turns, without a stop. The House must drive the idle work of its turns
+# (house.md section 5: the tests' House drives the server's own end of turn).
+def test_redacted_text_is_in_no_file_after_a_minute_of_idle_turns(folder):
+    house = stored(folder)
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    send(house, "alice", "#a", "keepsakeword")
+    message_id, _ = send(house, "alice", "#a", "quixotryzebra")
+    assert words_in_files(folder) >= {b"keepsakeword", b"quixotryzebra"}
+    assert can_redact(house, "alice", "#a", message_id)
+    house.idle(61)
+    assert words_in_files(folder) == {b"keepsakeword"}
+    assert spoken(ask(house, "alice", "SEARCH in=#a;text=keepsakeword")) == ["keepsakeword"]
+    house.store.close()
+
+
+def test_text_that_was_redacted_right_before_a_stop_is_in_no_file_either(folder):
+    house = stored(folder)
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a", "PRIVMSG #a :keepsakeword")
+    message_id, _ = send(house, "alice", "#a", "quixotryzebra")
+    assert words_in_files(folder) == {b"keepsakeword", b"quixotryzebra"}
+    house.written.clear()
+    house.say("alice", f"REDACT #a {message_id}")
+    house.end_turn()
+    assert house.store.words.gone  # the index has still to forget it
+    house.store.close()
+    assert words_in_files(folder) == {b"keepsakeword"}
 
 
 # ======================================================================================
@@ -3959,1481 +7713,1963 @@ def test_the_welcome_names_each_mode_once_as_the_tokens_do():
     assert sorted(chat.USER_MODES) == list(info[2])
 
 
-# ======================================================================================
-# ACCOUNTS
-# ======================================================================================
+# CAP
 
 
-def proven(mechanism, *answers):
-    """Return what a mechanism says to these answers; the last one is the account, or None."""
-    said = [next(mechanism)]
-    try:
-        for answer in answers:
-            said.append(mechanism.send(answer))
-            while callable(said[-1]):
-                said[-1] = mechanism.send(said[-1]())
-    except StopIteration as end:
-        return [*said, end.value]
-    except chat.Refused:
-        return [*said, None]
-    return said
+# Below 302 one line, only classic capabilities, sasl first, none cut
+@pytest.mark.parametrize("version", ["", " 301", " 1", " abc"])
+@pytest.mark.parametrize("registered", [False, True])
+def test_cap_ls_below_302_is_one_line_of_classic_capabilities_with_sasl_first(version, registered):
+    house = House()
+    house.connect_irc("x")
+    house.connect_irc("other")
+    offered = drafts_and_values(house, "other")
+    house.say("x", f"NICK {WIDE}", *(["USER u 0 * :r"] if registered else []))
+    house.turn()
+    house.heard("x")
+    (line,) = of(asked(house, "x", f"CAP LS{version}"), "CAP")
+    assert line.params[:2] == [WIDE, "LS"] and len(line.params) == 3
+    names = line.params[2].split()
+    assert names[0] == "sasl"
+    assert set(names) <= set(offered)  # whole names, and no values
+    assert not [name for name in names if name.startswith("draft/")]
+    assert len(names) == len(set(names)) and len(names) > 10
 
 
-ALICE = chat.make_verifier("sesame", 1000)
+WIDE = "\u00fc" * 32  # a name of 64 bytes, the longest that there is
 
 
-def find_alice(name):
-    return ("Alice", ALICE) if name.lower() == "alice" else (name, chat.decoy_verifier(name))
+# With 302 drafts come in the first lines, all classic ones in the last (pydle
+# reads only that)
+@pytest.mark.parametrize("nick", ["x", WIDE])
+def test_cap_ls_302_has_drafts_in_the_first_lines_and_classic_capabilities_in_the_last(nick):
+    house = House()
+    house.connect_irc("x")
+    house.say("x", f"NICK {nick}")
+    *first, last = of(asked(house, "x", "CAP LS 302"), "CAP")
+    assert first and all(line.params[1:3] == ["LS", "*"] for line in first)
+    assert last.params[1] == "LS" and len(last.params) == 3
+    names = [
+        {word.partition("=")[0] for word in line.params[-1].split()} for line in (*first, last)
+    ]
+    assert names[-1] >= CLASSIC
+    assert not [name for name in names[-1] if name.startswith("draft/")]
+    assert sum(map(len, names)) == len(set().union(*names))
+    words = last.params[-1].split()
+    assert any(word.startswith("sasl=") for word in words)
 
 
-PLAIN_LOGINS = [
-    (b"\0alice\0sesame", "Alice"),
-    (b"ALICE\0alice\0sesame", "Alice"),
-    (b"\0alice\0Sesame", None),
-    (b"\0bob\0sesame", None),
-    (b"bob\0alice\0sesame", None),
-    (b"\0alice\0", None),
-    (b"\0\0sesame", None),
-    (b"alice\0sesame", None),
-    (b"\0alice\0sesame\0", None),
-    (b"\xff\0alice\0sesame", None),
-    (b"", None),
+# Several lines of ACK have no continuation mark, and no name is cut
+@pytest.mark.parametrize("sign, answer", [("", "ACK"), ("-", "ACK"), ("x", "NAK")])
+def test_an_answer_to_cap_req_that_does_not_fit_is_several_lines_of_whole_names(sign, answer):
+    house = House()
+    house.connect_irc("x")
+    house.say("x", f"NICK {WIDE}")
+    house.turn()
+    offered = [name for name in drafts_and_values(house, "x") if name != "cap-notify"]
+    wanted = room_for("CAP REQ :", [f"{sign}{name}" for name in offered])
+    assert len(" ".join(wanted)) > 400
+    lines = of(asked(house, "x", "CAP REQ :" + " ".join(wanted)), "CAP")
+    assert {tuple(line.params[:2]) for line in lines} == {(WIDE, answer)}
+    assert {len(line.params) for line in lines} == {
+        3
+    }  # no * among them: clients take it for a name
+    assert " ".join(line.params[2] for line in lines).split() == wanted
+
+
+# CAP LIST in several lines, marked like those of LS for version 302
+@pytest.mark.parametrize("version, marks", [(" 302", True), ("", False)])
+def test_cap_list_is_several_lines_of_whole_names(version, marks):
+    house = House()
+    for who in ("x", "other"):
+        house.connect_irc(who)
+    offered = list(drafts_and_values(house, "other"))
+    house.say("x", f"NICK {WIDE}", f"CAP LS{version}")
+    half = len(offered) // 2
+    house.say("x", "CAP REQ :" + " ".join(offered[:half]), "CAP REQ :" + " ".join(offered[half:]))
+    house.turn()
+    house.heard("x")
+    lines = of(asked(house, "x", "CAP LIST"), "CAP")
+    assert len(lines) > 1 and {line.params[1] for line in lines} == {"LIST"}
+    assert sorted(" ".join(line.params[-1] for line in lines).split()) == sorted(offered)
+    if marks:
+        assert [line.params[2] == "*" for line in lines] == [True] * (len(lines) - 1) + [False]
+
+
+# The same with the long name of a server (ZNC, KVIrc and pydle lost sasl)
+def test_a_long_server_name_cuts_no_capability(running):
+    guest = running(name=LONG_SERVER).guest()
+    lines = socket_lines(guest, "CAP LS", "NICK abcdefghijklmnopqrst", "CAP LS 302")
+    old, *recent = of(lines, "CAP")
+    names = [word.partition("=")[0] for line in recent for word in line.params[-1].split()]
+    assert len(old.params) == 3 and old.params[-1].split()[0] == "sasl"
+    assert set(old.params[-1].split()) <= set(names)
+    assert {word.partition("=")[0] for word in recent[-1].params[-1].split()} >= CLASSIC
+    wanted = room_for("CAP REQ :", [name for name in names if name != "sts"])
+    lines = of(socket_lines(guest, "CAP REQ :" + " ".join(wanted), "CAP LIST"), "CAP")
+    for subcommand in ("ACK", "LIST"):
+        told = [line.params[-1] for line in lines if line.params[1] == subcommand]
+        assert set(wanted) <= set(" ".join(told).split()) <= set(names)
+
+
+# EXTERNAL only to a client that shows a certificate; also in 908
+@pytest.mark.parametrize("shown, offered", [("alice", True), ("", False), (None, False)])
+def test_external_is_offered_only_to_a_client_that_shows_a_certificate(
+    running, certificate, showing, shown, offered
+):
+    server = running(tls_cert=certificate, tls_client_ca=certificate)
+    guest = server.guest(context=None if shown is None else showing(shown))
+    lines = socket_lines(guest, "CAP LS 302", "CAP REQ sasl", "AUTHENTICATE NONE")
+    values = [w for line in of(lines, "CAP") for w in line.params[-1].split() if w[:5] == "sasl="]
+    assert ["EXTERNAL" in value for value in values] == [offered]
+    for line in of(lines, "908"):
+        assert ("EXTERNAL" in line.params[1].split(",")) == offered
+    assert of(lines, "908", "904")
+    if not offered:
+        lines = socket_lines(guest, "AUTHENTICATE EXTERNAL", "AUTHENTICATE +")
+        assert of(lines, "904") and not of(lines, "900", "903")
+
+
+# MODES AND RANKS
+
+
+# MODES=13 must be announced and true: 15 parameters, the channel and the letters
+# among them
+def test_thirteen_modes_with_a_parameter_are_announced_and_done():
+    house = irc_house("#a", alice="")
+    known = tokens(asked(house, "alice", "VERSION"))
+    assert known["MODES"] == "13"
+    masks = [f"n{n}!*@*" for n in range(int(known["MODES"]))]
+    changed = asked(house, "alice", f"MODE #a +{'b' * len(masks)} {' '.join(masks)}")
+    assert [mask for line in of(changed, "MODE") for mask in line.params[2:]] == masks
+    listed = of(asked(house, "alice", "MODE #a +b"), "367")
+    assert [line.params[2] for line in listed] == masks
+
+
+# The error must name the letter that the client asked for; other members: each letter
+# that takes a value, either sign, and a value that is missing behind thirteen others. In
+# wording (461) the letter stands with its sign; 696 has it as a parameter.
+@pytest.mark.parametrize("change", ["+v", "-v", "+h", "-h", "+a", "+q", "+o", "-o", "+l", "+k"])
+def test_a_mode_without_its_value_is_refused_by_its_letter(change):
+    house = irc_house("#a", alice="")
+    (line,) = asked(house, "alice", f"MODE #a {change}")
+    assert line.verb in ("461", "696")
+    sign, letter = change
+    if line.verb == "696":
+        assert line.params[1:3] == ["#a", letter]
+    else:
+        assert f"{sign}{letter}" in line.params[-1]
+        assert not [x for x in re.findall(r"[+-]([a-zA-Z])\b", line.params[-1]) if x != letter]
+
+
+def test_each_mode_of_one_line_that_cannot_be_done_is_named():
+    house = irc_house("#a", alice="")
+    lines = asked(house, "alice", "MODE #a +vhZY")
+    assert [line.params[1] for line in of(lines, "472")] == ["Z", "Y"]
+    told = " ".join(
+        line.params[-1] if line.verb == "461" else f"+{line.params[2]}" for line in lines
+    )
+    assert "+v" in told and "+h" in told
+
+
+def founded_twice(house, who):
+    for _ in range(3):
+        house.say(who, "PART #a", "JOIN #a")
+        house.turn()
+
+
+def logged_out_and_in(house, who):
+    house.say(who, "PART #a")
+    house.turn()
+    for _ in range(2):
+        house.say(who, "JOIN #a", f"NS IDENTIFY {who} password")
+        house.turn()
+
+
+def given_again(house, who):
+    for letter in "vo":  # a change of ranks after which they are stored
+        house.say(who, "PART #a", "JOIN #a", f"MODE #a +{letter} {who}", f"MODE #a -{letter} {who}")
+        house.say(who, "PART #a", "JOIN #a")
+        house.turn()
+
+
+# Founders must be shown as ~alice, not ~~alice: wherever ranks are shown, however the
+# founder came to them
+@pytest.mark.parametrize("way", [founded_twice, logged_out_and_in, given_again])
+@pytest.mark.parametrize("capability", ["", "multi-prefix"])
+def test_a_founder_has_each_symbol_once(way, capability):
+    house = irc_house("", alice="", bob=capability)
+    asked(house, "alice", "REGISTER * * password")
+    house.say("alice", "JOIN #a")
+    house.say("bob", "JOIN #a")
+    house.turn()
+    way(house, "alice")
+    forget(house)
+    lines = asked(house, "bob", "NAMES #a", "WHO #a", "WHOIS alice", "WHO #a %nf")
+    names = [w for line in of(lines, "353") for w in line.params[-1].split() if w.endswith("alice")]
+    flags = [line.params[6] for line in of(lines, "352") if line.params[5] == "alice"]
+    flags += [line.params[-1] for line in of(lines, "354") if "alice" in line.params]
+    places = [w for line in of(lines, "319") for w in line.params[-1].split()]
+    assert len(names) == 1 and len(flags) == 2 and len(places) == 1
+    for shown in (*names, *flags, *places):
+        symbols = [c for c in shown if c in "~&@%+"]
+        assert symbols[:1] == ["~"] and len(symbols) == len(set(symbols)), shown
+        assert capability or symbols == ["~"], shown
+
+
+def test_a_founder_has_each_symbol_once_after_a_restart(folder):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    house.enter_irc("alice")
+    asked(house, "alice", "REGISTER * * password")
+    asked(house, "alice", "JOIN #a", "PART #a", "JOIN #a", "MODE #a +v alice")
+    asked(house, "alice", "PART #a", "JOIN #a", "QUIT")
+    house = restarted(house, path)
+    for _ in range(2):
+        logged_in(house, "alice", "alice")
+        lines = asked(house, "alice", "CAP REQ multi-prefix", "JOIN #a", "NAMES #a")
+        for line in of(lines, "353"):
+            (shown,) = line.params[-1].split()
+            symbols = shown.removesuffix("alice")
+            assert symbols[0] == "~" and len(symbols) == len(set(symbols)), shown
+        asked(house, "alice", "QUIT")
+    house.store.close()
+
+
+# User modes
+
+
+def with_account(house, who, first):
+    if first:
+        house.enter_irc(who)
+        return asked(house, who, "REGISTER * * password")
+    return [parsed(line) for line in logged_in(house, who, who)]
+
+
+def with_secret(house, who, first):
+    house.connect_irc(who)
+    house.say(who, "CAP REQ chat.py/session", f"SESSION {SECRET}", f"NICK {who}")
+    return asked(house, who, "USER u 0 * :r", "CAP END")
+
+
+# User modes must survive a restart: of an account, and of a guest with a secret; what
+# was unset stays unset; no one operates the server by that
+@pytest.mark.parametrize("come", [with_account, with_secret])
+@pytest.mark.parametrize(
+    "lines, kept",
+    [
+        (["MODE alice +i"], "i"),
+        (["MODE alice +iBw", "MODE alice -i"], "Bw"),
+        (["MODE alice +R"], "R"),
+        (["MODE alice +w", "OPER boss secret"], "w"),
+    ],
+)
+def test_user_modes_survive_a_restart(folder, come, lines, kept):
+    path = folder / "chat.db"
+    house = House(store=chat.Store(path))
+    come(house, "alice", True)
+    house.say("alice", "JOIN #a")
+    house.turn()
+    for line in lines:  # in turns of their own: nothing else is stored with them
+        asked(house, "alice", line)
+    house = restarted(house, path)
+    welcome = come(house, "alice", False)
+    modes = [line.params[1].strip("+") for line in of(welcome, "221")]
+    modes += [line.params[1].strip("+") for line in of(asked(house, "alice", "MODE alice"), "221")]
+    assert [set(found) for found in modes] == [set(kept)] * 2
+    house.store.close()
+
+
+# The user's other devices must be told of them
+@pytest.mark.parametrize("change", ["+i", "+B", "+wR", "-i+w"])
+def test_other_devices_are_told_of_a_user_mode(change):
+    house = irc_house("", alice="", bob="")
+    asked(house, "alice", "REGISTER * * password", "MODE alice +i")
+    if change == "+i":
+        asked(house, "alice", "MODE alice -i")
+    for label in ("phone", "tablet"):
+        logged_in(house, label, "alice")
+    forget(house)
+    (told,) = asked(house, "alice", f"MODE alice {change}")
+    assert told.verb == "MODE" and told.params[0] == "alice"
+    for label in ("phone", "tablet"):
+        assert heard(house, label) == [told]
+        (known,) = asked(house, label, "MODE alice")
+        assert known.verb == "221"
+    assert heard(house, "bob") == []
+    assert asked(house, "phone", f"MODE alice {change}") == []  # no news, nothing is said
+    assert heard(house, "alice") == []
+
+
+# History
+
+
+NOW = "timestamp=2026-11-22T08:30:05.123Z"
+CHATHISTORY_REFUSED = [  # the command, the code, the context before the words
+    ("LATEST #nowhere * 10", "INVALID_TARGET", ["LATEST", "#nowhere"]),
+    (f"BEFORE #nowhere {NOW} 10", "INVALID_TARGET", ["BEFORE", "#nowhere"]),
+    ("FOO #a * 10", "INVALID_PARAMS", ["FOO"]),
+    ("LATEST #a * 0", "INVALID_PARAMS", ["LATEST"]),
+    ("LATEST #a * -1", "INVALID_PARAMS", ["LATEST"]),
+    ("LATEST #a * ten", "INVALID_PARAMS", ["LATEST"]),
+    (f"BETWEEN #a {NOW} 10", "INVALID_PARAMS", ["BETWEEN"]),
+    ("BEFORE #a timestamp=xx 10", "INVALID_PARAMS", ["BEFORE", "timestamp=xx"]),
+    ("AFTER #a timestamp= 10", "INVALID_PARAMS", ["AFTER", "timestamp="]),
+    ("AROUND #a timestamp=2026-13-40T00:00:00.000Z 10", "INVALID_PARAMS", None),
+    (f"BETWEEN #a {NOW} timestamp=xx 10", "INVALID_PARAMS", ["BETWEEN", "timestamp=xx"]),
+    ("LATEST #a timestamp=xx 10", "INVALID_PARAMS", ["LATEST", "timestamp=xx"]),
+    (f"TARGETS timestamp=xx {NOW} 10", "INVALID_PARAMS", ["TARGETS", "timestamp=xx"]),
+    (f"TARGETS {NOW} timestamp=xx 10", "INVALID_PARAMS", ["TARGETS", "timestamp=xx"]),
+    ("BEFORE #a foo=1 10", "INVALID_MSGREFTYPE", ["BEFORE", "#a"]),
+    ("LATEST #a foo 10", "INVALID_MSGREFTYPE", ["LATEST", "#a"]),
+    (f"BETWEEN #a {NOW} foo=1 10", "INVALID_MSGREFTYPE", ["BETWEEN", "#a"]),
+    ("BETWEEN #a foo=1 foo=2 10", "INVALID_MSGREFTYPE", ["BETWEEN", "#a"]),
+    ("BEFORE #a msgid=not-an-id! 10", None, None),  # the codes are ours to choose ...
+    ("AFTER #a msgid= 10", None, None),  # ... where the specification has none
+    (f"AFTER #a msgid={'f' * 40} 10", None, None),
 ]
 
 
-@pytest.mark.parametrize("answer, account", PLAIN_LOGINS)
-def test_plain_is_right_or_wrong(answer, account):
-    assert proven(chat.sasl_plain(find_alice), answer)[-1] == account
+# FAIL CHATHISTORY must carry its context. A bad time is repeated as it
+# was given; a kind of selector that there is not has the target behind the subcommand.
+@pytest.mark.parametrize("line, code, context", CHATHISTORY_REFUSED)
+def test_a_refusal_of_chathistory_says_what_it_is_about(line, code, context):
+    house = irc_house("#a", alice="batch message-tags draft/chathistory")
+    (refusal,) = fails(asked(house, "alice", f"CHATHISTORY {line}"))
+    assert refusal[0] == "CHATHISTORY"
+    assert code in (None, refusal[1])
+    assert refusal[2][:1] == [line.split()[0]]
+    if context is not None:
+        assert refusal[2][: len(context)] == context
+    assert house.heard("alice") == []
 
 
-class ScramClient:
-    """The other side of SCRAM-SHA-256, as RFC 5802 has it, written from the RFC."""
-
-    def __init__(self, name, password, binding="n,,"):
-        self.password, self.binding = password, binding
-        self.bare = f"n={name},r=clientnonce"
-
-    def first(self):
-        return (self.binding + self.bare).encode()
-
-    def final(self, challenge):
-        fields = dict(part.split("=", 1) for part in challenge.decode().split(","))
-        salt, rounds = base64.b64decode(fields["s"]), int(fields["i"])
-        salted = hashlib.pbkdf2_hmac("sha256", self.password.encode(), salt, rounds)
-        channel = base64.b64encode(self.binding.encode()).decode()
-        without = f"c={channel},r={fields['r']}"
-        message = f"{self.bare},{challenge.decode()},{without}".encode()
-        key = hmac.digest(salted, b"Client Key", "sha256")
-        signature = hmac.digest(hashlib.sha256(key).digest(), message, "sha256")
-        proof = bytes(a ^ b for a, b in zip(key, signature, strict=True))
-        server_key = hmac.digest(salted, b"Server Key", "sha256")
-        self.expected = b"v=" + base64.b64encode(hmac.digest(server_key, message, "sha256"))
-        return f"{without},p={base64.b64encode(proof).decode()}".encode()
-
-
+# Also: other refusals whose context the specifications demand, 2.11)
 @pytest.mark.parametrize(
-    "name, password, binding, account",
+    "line, expected",
     [
-        ("alice", "sesame", "n,,", "Alice"),
-        ("alice", "sesame", "y,,", "Alice"),
-        ("alice", "sesame", "n,a=alice,", "Alice"),
-        ("alice", "sesame", "n,a=bob,", None),
-        ("alice", "sesame", "p=tls-unique,,", None),
-        ("alice", "wrong", "n,,", None),
-        ("nobody", "sesame", "n,,", None),
+        ("BATCH +abc unknown/type #a", ("BATCH", "UNKNOWN_TYPE", ["abc", "unknown/type"])),
+        ("BATCH -abc", ("BATCH", "INVALID_REFTAG", ["abc"])),
+        ("REDACT #a zzz", ("REDACT", "UNKNOWN_MSGID", ["#a", "zzz"])),
+        ("REDACT #none 1", ("REDACT", "INVALID_TARGET", ["#none"])),
+        ("METADATA #none GET x", ("METADATA", "INVALID_TARGET", ["#none"])),
+        ("METADATA * FOO", ("METADATA", "INVALID_PARAMS", ["FOO"])),
     ],
 )
-def test_scram_proves_the_password_without_telling_it_and_the_server_proves_itself(
-    name, password, binding, account
-):
-    client, mechanism = ScramClient(name, password, binding), chat.sasl_scram(find_alice)
-    next(mechanism)
-    try:
-        challenge = mechanism.send(client.first())
-        answer = mechanism.send(client.final(challenge))
-        assert answer == client.expected
-        mechanism.send(b"")
-        raise AssertionError("a mechanism ends")
-    except StopIteration as end:
-        assert end.value == account
-    except chat.Refused:
-        assert account is None
-
-
-def test_junk_in_place_of_scram_is_refused(seeded):
-    for _ in range(500):
-        mechanism = chat.sasl_scram(find_alice)
-        parts = ["n,,", "n=alice,r=x", "c=biws", "p=", "\xff", ",", "=", "r=", "n="]
-        junk = "".join(seeded.choices(parts, k=4)).encode("latin-1")
-        assert (
-            proven(mechanism, junk, junk)[-1] is None
-            or len(proven(chat.sasl_scram(find_alice), junk)) == 2
-        )
-
-
-def test_an_exchange_puts_chunks_of_400_bytes_together():
-    exchange = chat.Exchange(iter(()))
-    for size in (0, 1, 299, 300, 301, 600, 900):
-        data = bytes(range(256)) * 4
-        text = base64.b64encode(data[:size]).decode()
-        pieces = [text[n : n + 400] for n in range(0, len(text), 400)]
-        if len(text) % 400 == 0:
-            pieces.append("+")
-        assert chat.Exchange.chunks(data[:size]) == pieces
-        *some, last = pieces
-        assert [exchange.feed(piece) for piece in some] == [None] * len(some)
-        assert exchange.feed(last) == data[:size]
-    with pytest.raises(chat.Refused):
-        for _ in range(5):
-            exchange.feed("A" * 400)
-
-
-def test_who_fails_too_often_waits_and_the_owner_elsewhere_does_not():
-    throttle, now = chat.Throttle(), 10**9
-    for _ in range(chat.LOGIN_TRIES):
-        throttle.check("10.0.0.1", "alice", now)
-        throttle.failed("10.0.0.1", "Alice", now)
-    with pytest.raises(chat.Refused, match="try again in 60 s|try again in 61 s"):
-        throttle.check("10.0.0.1", "ALICE", now)
-    throttle.check("10.0.0.2", "alice", now)
-    throttle.check("10.0.0.1", "bob", now)
-    throttle.check("10.0.0.1", "alice", now + 61_000)
-    for n in range(3 * chat.LOGIN_FAILURES_KEPT):
-        throttle.failed(f"host{n}", "alice", now)
-    assert len(throttle.failures) <= chat.LOGIN_FAILURES_KEPT
-    with pytest.raises(chat.Refused):  # an address that fills the table is not forgotten by that
-        throttle.check("10.0.0.1", "alice", now)
-
-
-def test_an_address_can_have_so_many_accounts_made_and_this_machine_any_number():
-    house = House()
-    house.enter("dora")
-    for name, address in (("eve", "10.0.0.7:1"), ("ipv6", "[::1]:1"), ("far", "10.0.0.8:1")):
-        house.connect_irc(name).conn.address = address
-    house.guests["dora"].conn.address = "10.0.0.7:2"
-
-    def register(name, *lines):
-        house.say(name, f"NICK {name}{house.now:.0f}", "USER u 0 * :r", *lines)
-        house.turn()
-        house.say(name, "REGISTER * * password")
-        house.turn()
-        answer = next(line for line in house.heard(name) if " REGISTER " in line)
-        if " SUCCESS " in answer:
-            house.say(name, "NS DROP password")
-            house.turn()
-        return answer
-
-    for _ in range(chat.ACCOUNTS_MADE):
-        assert "SUCCESS" in register("eve") and "SUCCESS" in register("ipv6")
-    answer = register("eve")
-    assert "FAIL REGISTER TEMPORARILY_UNAVAILABLE" in answer
-    assert ":5 accounts from one address at most; try again in 35" in answer
-    house.heard("dora")
-    house.say("dora", "/register password")
-    house.turn()
-    (answer,) = house.heard("dora")
-    assert answer.startswith("* 5 accounts from one address at most; try again in 35")
-    assert "SUCCESS" in register("ipv6") and "SUCCESS" in register("far")
-    house.now += chat.ACCOUNTS_MADE_SECONDS
-    house.turn()
-    assert "SUCCESS" in register("eve")
-
-
-def test_passwords_of_any_script_and_length_are_told_apart():
-    for password in ("x" * 300, "x" * 299 + "y", "p\u00e4ssw\u00f6rd", "\u4f60\u597d"):
-        verifier = chat.make_verifier(password, 10)
-        assert verifier.fits(password) and not verifier.fits(password + " ")
-        assert not verifier.fits("x" * 298)
-
-
-def test_an_account_outlives_the_server_and_its_password_is_not_in_the_files(folder):
-    house = House(store=chat.Store(folder / "chat.db"))
-    house.enter_irc("alice")
-    house.enter("dora")
-    house.say("alice", "REGISTER * * hunter2hunter2", "PRIVMSG NickServ :IDENTIFY hunter2hunter2")
-    house.turn()
-    house.say("dora", "/register swordfish99", "/login swordfish99")
-    house.turn()
-    house.store.close()
-    files = b"".join(path.read_bytes() for path in folder.iterdir())
-    assert b"hunter2" not in files and b"swordfish" not in files
-    again = chat.Store(folder / "chat.db")
-    known = {account.name: account.verifier for account in again.accounts()}
-    assert known["alice"].fits("hunter2hunter2") and known["dora"].fits("swordfish99")
-    again.close()
-
-
-def logged_in(house, label, name, password="password"):
-    """One more device of a user, with the account."""
-    house.connect_irc(label)
-    blob = base64.b64encode(f"\0{name}\0{password}".encode()).decode()
-    house.say(label, "CAP REQ :sasl", f"NICK {name}", "USER u 0 * :r", "AUTHENTICATE PLAIN")
-    house.say(label, f"AUTHENTICATE {blob}")
-    house.turn()
-    house.say(label, "CAP END")
-    house.turn()
-    return house.heard(label)
-
-
-def test_whose_line_breaks_is_still_here_for_a_while_and_comes_back_to_his_channels():
-    house = House()
-    house.enter_irc("alice", "bob")
-    house.say("alice", "REGISTER * * password")
-    house.turn()
-    house.say("alice", "JOIN #a")
-    house.say("bob", "JOIN #a")
-    house.turn()
-    user = house.guests["alice"].user
-    house.heard("bob")
-    house.leave("alice")
-    house.turn()
-    assert house.missed == [user] and house.heard("bob") == []
-    house.say("bob", "PRIVMSG alice :are you there?", "NAMES #a")
-    house.turn()
-    assert "@alice bob" in str(house.heard("bob"))
-    lines = logged_in(house, "again", "alice")
-    assert ":alice!~u@127.0.0.1 JOIN #a" in lines and house.heard("bob") == []
-    assert house.guests["again"].user is user
-    house.grace_over()  # the time is over, but he is back
-    house.turn()
-    assert house.heard("bob") == []
-    house.leave("again")
-    house.turn()
-    house.grace_over()
-    house.turn()
-    assert house.heard("bob") == [":alice!~u@127.0.0.1 QUIT :Connection lost"]
-
-
-def crowd_with_metadata(house, channel, count):
-    """So many members, with a color and a status each."""
-    for n in range(count):
-        house.connect_irc(f"m{n}")
-        house.say(f"m{n}", f"NICK m{n}", "USER u 0 * :r", f"JOIN {channel}")
-        house.say(f"m{n}", f"METADATA * SET color :{n}", f"METADATA * SET status :{n}")
-    house.turn()
-
-
-@pytest.mark.parametrize("count, told", [(50, ["761"] * 99), (51, ["774"])])
-def test_who_joins_a_crowd_is_told_what_is_known_of_it_or_where_to_ask(count, told):
-    house = House()
-    crowd_with_metadata(house, "#a", count)
-    house.say("m0", "TOPIC #a :tea", "METADATA * SET color")
-    house.turn()
-    house.enter_irc("alice")
-    house.say("alice", "CAP REQ :draft/metadata-3 draft/read-marker batch")
-    house.say("alice", "METADATA * SUB color status", "METADATA * SET color :mine")
-    house.turn()
-    house.heard("alice")
-    house.say("alice", "JOIN #a")
-    house.turn()
-    lines = [chat.parse_message(line) for line in house.heard("alice")]
-    verbs = [line.verb for line in lines if line.verb != "353"]
-    assert verbs == ["JOIN", "332", "333", "MARKREAD", *told, "366"]
-    if told == ["774"]:
-        assert lines[4].params[:3] == ["alice", "#a", "0"]
-    for target, extra in (("#a", 1), ("*ALL", 1), ("m1", 0), ("alice", 1)):
-        house.say("alice", f"METADATA {target} SYNC")
-        house.turn()
-        begin, *known, end = [chat.parse_message(line) for line in house.heard("alice")]
-        assert begin.params[1:] == ["metadata", target] and end.verb == "BATCH"
-        crowd = 2 * count - 1 if target in ("#a", "*ALL") else 2 * (target == "m1")
-        assert [line.verb for line in known] == ["761"] * (crowd + extra)
-        assert len({tuple(line.params) for line in known}) == crowd + extra
-
-
-def test_a_long_synchronization_waits_for_its_reader_and_is_whole(running, monkeypatch):
-    monkeypatch.setattr(chat, "LINES_A_TURN", 5)
-    monkeypatch.setattr(chat, "UNSENT_NO_READ", 2000)
-    server = running()
-    alice, bob = server.guest(), server.guest()
-    lines = [f"METADATA * SET key{n} :{'x' * 300}" for n in range(chat.METADATA_KEYS)]
-    bob.enter_irc("bob", "JOIN #a", *lines)
-    alice.enter_irc("alice", "CAP REQ :batch labeled-response", "JOIN #a,#b,#c")
-    for n in range(chat.METADATA_KEYS):
-        alice.send(f"METADATA * SUB key{n}\r\n")
-    alice.send("@label=1 METADATA #a SYNC\r\nPING end\r\n")
-    *lines, _ = itertools.dropwhile(lambda line: "label=1" not in line, alice.until("PONG"))
-    (known,) = answer_with("1", lines)
-    assert [line[0] for line in known] == ["761"] * chat.METADATA_KEYS
-
-
-def test_what_one_device_joins_the_others_learn_all_about():
-    house = House()
-    house.enter_irc("alice", "bob")
-    house.say("alice", "REGISTER * * password")
-    house.say("bob", "JOIN #a,#b", "TOPIC #a :tea")
-    house.turn()
-    logged_in(house, "phone", "alice")
-    logged_in(house, "tablet", "alice")
-    house.say("phone", "CAP REQ draft/read-marker")
-    house.say("tablet", "CAP REQ draft/no-implicit-names")
-    house.turn()
-    for who in house.guests:
-        house.heard(who)
-    house.say("alice", "JOIN #a")
-    house.turn()
-    joined, topic, set_by, *names = irc_heard(house, "alice")
-    assert joined == ":alice JOIN #a" and topic == "332 alice #a :tea"
-    assert [line[:4] for line in names] == ["353 ", "366 "]
-    assert irc_heard(house, "phone") == [joined, topic, set_by, "MARKREAD #a *", *names]
-    assert irc_heard(house, "tablet") == [joined, topic, set_by]
-    assert irc_heard(house, "bob") == [joined]
-    house.say("phone", "JOIN #A")
-    house.turn()
-    assert irc_heard(house, "phone") == irc_heard(house, "alice") == []
-
-
-def house_with_two_devices():
-    """bob, and alice at two terminals; the second one came as alice2."""
-    house = house_of("alice", "bob")
-    house.say("alice", "/register password", "/join #a", "/join #lobby")
-    house.turn()
-    house.connect("laptop")
-    house.say("laptop", "alice")
-    house.turn()
-    house.say("laptop", "/join #b", "/login password")
-    house.turn()
-    return house
-
-
-def test_a_login_at_the_line_protocol_joins_the_user_who_is_here():
-    house = house_with_two_devices()
-    assert [line for line in house.heard("bob") if "alice2" in line] == [
-        "alice2 (127.0.0.1:50002) joined the chat!",
-        "alice2 (127.0.0.1:50002) left the chat!",
-    ]
-    told = house.heard("laptop")
-    assert (
-        told[0] == "* you are alice2: alice belongs to an account; if it is yours: /login PASSWORD"
-    )
-    assert told[-3:] == [
-        "* you are logged in as alice",
-        "* you are alice",
-        "* you speak in #lobby now",
-    ]
-    assert list(house.hub.channels) == ["#lobby", "#a"]
-    house.heard("alice")
-    house.say("laptop", "from the laptop", "/tell bob in private")
-    house.say("alice", "from the desk")
-    house.say("bob", "both hear this", "/tell alice both hear that")
-    house.turn()
-    both = ["bob: both hear this", "(private) bob: both hear that"]
-    assert house.heard("alice") == ["alice: from the laptop", *both]
-    assert house.heard("laptop") == ["* told bob: in private", "alice: from the desk", *both]
-    assert [line for line in house.heard("bob") if "alice" in line] == [
-        "alice: from the laptop",
-        "(private) alice: in private",
-        "alice: from the desk",
-        "* told alice: both hear that",
-    ]
-
-
-def test_a_device_that_leaves_leaves_the_other_here_and_the_last_one_is_missed():
-    house = house_with_two_devices()
-    user = house.guests["laptop"].user
-    house.heard("bob")
-    house.say("alice", "/quit")
-    house.turn()
-    house.say("laptop", "still here")
-    house.turn()
-    assert house.heard("bob") == ["alice: still here"] and user.live == [house.guests["laptop"]]
-    house.leave("laptop")
-    house.turn()
-    assert house.missed == [user]
-    house.connect("again")
-    house.say("again", "alice")
-    house.turn()
-    house.say("again", "/login password")
-    house.turn()
-    assert house.guests["again"].user is user and len(house.hub.users) == 2
-    assert sum("joined" in line for line in house.heard("bob")) == 1  # alice2, for a moment
-
-
-def test_a_login_elsewhere_moves_one_device_only_and_costs_nobody_a_line():
-    house = house_of("alice", "bob", "carol")
-    for who in ("alice", "bob"):
-        house.say(who, "/register password")
-        house.turn()
-    house.connect("second")
-    house.say("second", "bob")
-    house.turn()
-    house.say("second", "/login password")
-    house.turn()
-    house.say("second", "/login alice password")
-    house.turn()
-    for who in ("alice", "bob", "second"):
-        house.heard(who)
-    house.say("carol", "one", "two")
-    house.turn()
-    assert all(
-        house.heard(who) == ["carol: one", "carol: two"] for who in ("bob", "second", "alice")
-    )
-    alice, bob = (house.guests[who].user for who in ("alice", "bob"))
-    assert (len(alice.sessions), len(bob.sessions)) == (2, 1)
-
-
-def test_private_talks_are_for_their_two_identities_only():
-    house = House()
-    house.enter_irc("alice", "bob", "carol")
-    house.say("alice", "REGISTER * * password")
-    house.turn()
-    house.say("bob", "PRIVMSG alice :my secret")
-    house.turn()
-    house.say("bob", "QUIT")
-    house.turn()
-    house.say("carol", "NICK bob", "CHATHISTORY LATEST alice * 10", "CHATHISTORY LATEST bob * 10")
-    house.turn()
-    assert "my secret" not in str(house.heard("carol"))
-    house.heard("alice")
-    house.say("alice", "CHATHISTORY LATEST bob * 10")
-    house.turn()
-    assert house.heard("alice") == [":bob!~u@127.0.0.1 PRIVMSG alice :my secret"]
-    house.say("alice", "QUIT")
-    house.turn()
-    house.connect_irc("thief")
-    house.say("thief", "NICK alice", "USER u 0 * :r", "CHATHISTORY LATEST bob * 10")
-    house.turn()
-    assert "my secret" not in str(house.heard("thief"))
-    logged_in(house, "home", "alice")
-    house.say("home", "CHATHISTORY LATEST bob * 10")
-    house.turn()
-    assert "my secret" in str(house.heard("home"))
-
-
-def test_a_message_is_taken_back_by_its_author_or_an_operator_and_by_nobody_else():
-    house = House()
-    house.enter_irc("alice", "bob", "carol")
-    for who in house.guests:
-        house.say(who, "CAP REQ :message-tags draft/message-redaction echo-message", "JOIN #a")
-    house.turn()
-    ids = {}
-    for who in ("alice", "bob"):
-        house.heard(who)
-        house.say(who, f"PRIVMSG #a :from {who}")
-        house.turn()
-        ids[who] = re.search("msgid=([0-9a-z]+)", house.heard(who)[-1])[1]
-    for who in house.guests:
-        house.heard(who)
-    house.say("bob", f"REDACT #a {ids['alice']}")
-    house.turn()
-    assert "FAIL REDACT REDACT_FORBIDDEN #a" in house.heard("bob")[0]
-    house.say("carol", f"REDACT #a {ids['bob']}")
-    house.turn()
-    assert "REDACT_FORBIDDEN" in house.heard("carol")[0]
-    house.say("alice", f"REDACT #a {ids['bob']} :rude")
-    house.turn()
-    assert house.heard("carol")[0].endswith(f" REDACT #a {ids['bob']} :rude")
-    assert texts(house.store, "#a") == ["from alice"]
-
-
-def said_with_id(house, who, target, text):
-    """Say it; the id that it got."""
-    house.heard(who)
-    house.say(who, f"PRIVMSG {target} :{text}")
-    house.turn()
-    return re.search("msgid=([0-9a-z]+)", house.heard(who)[-1])[1]
-
-
-def indexed_words(store):
-    """How often each word stands in the index, by the word."""
-    index, counts = store.words.db, collections.Counter()
-    for (part,) in index.execute("SELECT part FROM parts").fetchall():
-        name = f"search_{part}"
-        index.execute(f"CREATE VIRTUAL TABLE temp.v USING fts5vocab(main, {name}, 'col')")
-        query = "SELECT term, cnt FROM temp.v WHERE col = 'text'"
-        counts.update(dict(index.execute(query).fetchall()))
-        index.execute("DROP TABLE temp.v")
-    return counts
-
-
-def counted_rows(store):
-    store.count()
-    return store.db.execute("SELECT sum(events) FROM targets").fetchone()[0]
-
-
-def test_what_is_taken_back_is_neither_found_nor_counted(folder):
-    house = House(store=chat.Store(folder / "chat.db"))
-    house.enter_irc("alice")
-    house.say("alice", "CAP REQ :message-tags draft/message-redaction echo-message", "JOIN #a")
-    house.turn()
-    ids = [said_with_id(house, "alice", "#a", text) for text in ("keep this", "hide this", "me")]
-    assert indexed_words(house.store) == {"keep": 1, "hide": 1, "this": 2, "me": 1}
-    count = counted_rows(house.store)
-    house.say("alice", f"REDACT #a {ids[1]}")
-    house.turn()
-    assert indexed_words(house.store) == {"keep": 1, "this": 1, "me": 1}
-    assert counted_rows(house.store) == count  # the REDACT stands in its place
-    house.say("alice", f"REDACT #a {ids[1]}", f"REDACT #a {ids[2]}", f"REDACT #a {ids[2]}")
-    house.turn()
-    assert indexed_words(house.store) == {"keep": 1, "this": 1}
-    rows = house.store.db.execute("SELECT count(*) FROM events").fetchone()[0]
-    house.store.close()
-    with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
-        assert db.execute("SELECT events FROM targets").fetchall() == [(rows,)] == [(count,)]
-    with contextlib.closing(sqlite3.connect(folder / "search.db")) as db:
-        db.execute("INSERT INTO search_1 (search_1) VALUES ('integrity-check')")
-
-
-def test_what_is_taken_back_before_it_can_be_searched_is_never_found():
-    house = House()
-    house.enter_irc("alice")
-    house.say("alice", "CAP REQ :message-tags draft/message-redaction echo-message", "JOIN #a")
-    house.turn()
-    first = said_with_id(house, "alice", "#a", "first")
-    behind, house.store.words.behind = house.store.words.behind, set()  # it has no time just now
-    late = said_with_id(house, "alice", "#a", "late")
-    house.say("alice", f"REDACT #a {late}")
-    house.turn()
-    house.store.words.behind |= behind
-    said_with_id(house, "alice", "#a", "last")
-    assert indexed_words(house.store) == {"first": 1, "last": 1}
-    house.say("alice", f"REDACT #a {first}", "RENAME #a #b")  # in the same turn
-    house.turn()
-    assert texts(house.store, "#b") == ["last"] and found(house.store, "#b", "first") == []
-
-
-def test_the_end_of_the_grace_period_is_told_at_once_and_nothing_is_written_twice(
-    running, folder, monkeypatch
-):
-    monkeypatch.setattr(chat, "GRACE_SECONDS", 0.1)
-    server = running(data=folder)
-    alice, bob = server.guest(), server.guest()
-    alice.enter_irc("alice", "REGISTER * * password", "JOIN #a")
-    bob.enter_irc("bob", "JOIN #a")
-    alice.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    alice.close()
-    assert bob.line() == ":alice!~u@127.0.0.1 QUIT :Connection lost\r"
-    bob.send("REGISTER * * password\r\nPRIVMSG #a :kept\r\nPING 1\r\n")
-    assert not any("NOT_KEPT" in line for line in bob.until("PONG"))
-    with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
-        names = [row[0] for row in db.execute("SELECT name FROM accounts ORDER BY name")]
-    assert names == ["alice", "bob"]
-
-
-def test_the_next_owner_of_a_dropped_name_inherits_nothing():
-    house = House()
-    house.enter_irc("alice", "bob")
-    for who in ("alice", "bob"):
-        house.say(who, "REGISTER * * password")
-        house.turn()
-    house.say("alice", "PRIVMSG bob :the old secret")
-    house.turn()
-    waiting = house.connect_irc("waiting")
-    blob = base64.b64encode(b"\0alice\0password").decode()
-    house.say("waiting", "CAP REQ sasl", "AUTHENTICATE PLAIN", f"AUTHENTICATE {blob}")
-    house.turn()
-    house.say("alice", "NS DROP password")
-    house.turn()
-    house.say("alice", "QUIT")
-    house.turn()
-    house.enter_irc("stranger")
-    house.say("stranger", "NICK alice", "REGISTER * * other")
-    house.turn()
-    house.say("stranger", "CAP REQ batch", "CHATHISTORY LATEST bob * 10")
-    house.turn()
-    assert "secret" not in str(house.heard("stranger"))
-    house.say("waiting", "NICK alice", "USER w 0 * :w", "CAP END")
-    house.turn()
-    assert waiting.user is None or waiting.user.name == "alice2"
-    assert house.guests["stranger"].user.live == [house.guests["stranger"]]
-
-
-def test_proving_a_password_again_is_no_news_to_others():
-    house = House()
-    house.enter_irc("alice", "bob")
-    house.say("alice", "REGISTER * * password", "JOIN #a")
-    house.say("bob", "CAP REQ account-notify", "JOIN #a")
-    house.turn()
-    house.heard("bob")
-    house.say("alice", "NS PASSWD password other-password")
-    house.turn()
-    assert house.heard("bob") == [] and "another now" in house.heard("alice")[-1]
-    house.say("alice", "NS DROP other-password")
-    house.turn()
-    assert house.heard("bob") == [":alice!~u@127.0.0.1 ACCOUNT *"]
-
-
-def test_a_login_under_way_when_its_account_is_given_up_fails():
-    house = House()
-    house.enter_irc("alice")
-    house.say("alice", "REGISTER * * password")
-    house.turn()
-    blob = base64.b64encode(b"\0alice\0password").decode()
-    house.connect_irc("late")
-    house.say("late", "CAP REQ sasl", "AUTHENTICATE PLAIN", f"AUTHENTICATE {blob}")
-    revision = house.hub.accounts["alice"].revision
-    house.hub.perform("drop_account", house.guests["alice"].id, "alice", revision)
-    house.turn()
-    assert house.heard("late")[-1] == ":chat.py 904 * :name or password are wrong"
-    assert house.guests["late"].account == ""
-
-
-def test_failures_count_together_whichever_way_they_came():
-    house = House()
-    house.enter_irc("alice", "mallory")
-    house.say("alice", "REGISTER * * password")
-    house.turn()
-    blob = base64.b64encode(b"\0alice\0wrong").decode()
-    for _ in range(chat.LOGIN_TRIES - 1):
-        house.say("mallory", "NS IDENTIFY alice wrong")
-        house.turn()
-    house.say("mallory", "AUTHENTICATE PLAIN", f"AUTHENTICATE {blob}")
-    house.turn()
-    house.heard("mallory")
-    house.say("mallory", "NS IDENTIFY alice password")
-    house.turn()
-    assert "too many failures" in house.heard("mallory")[-1]
-
-
-def test_a_name_that_another_device_has_is_taken():
-    house = House()
-    house.enter_irc("alice")
-    house.say("alice", "REGISTER * * password")
-    house.turn()
-    logged_in(house, "other", "alice")
-    house.say("other", "QUIT")
-    house.turn()
-    house.connect_irc("third")
-    blob = base64.b64encode(b"\0alice\0password").decode()
-    house.say("third", "CAP REQ sasl", "NICK al2", "USER u 0 * :r", "AUTHENTICATE PLAIN")
-    house.say("third", f"AUTHENTICATE {blob}")
-    house.turn()
-    house.say("third", "CAP END", "NICK alice")
-    house.turn()
-    assert ":chat.py 433 al2 alice :alice is taken" in house.heard("third")
-    for who in ("alice", "third"):
-        house.say(who, "QUIT")
-    house.turn()
-    assert house.hub.users == {}
-
-
-def test_an_owner_gets_his_name_back_from_whoever_has_it():
-    house = House()
-    house.enter_irc("alice", "bob")
-    house.say("alice", "REGISTER * * password")
-    house.turn()
-    house.say("bob", "JOIN #a")
-    account = house.hub.accounts.pop("alice")  # as if bob had come before there was an account
-    house.say("alice", "QUIT")
-    house.turn()
-    house.say("bob", "NICK alice")
-    house.turn()
-    house.hub.accounts["alice"] = account
-    house.heard("bob")
-    logged_in(house, "home", "alice")
-    assert house.heard("bob") == [":alice!~u@127.0.0.1 NICK :alice2"]
-    assert house.guests["home"].user.name == "alice"
-
-
-def test_a_secret_channel_is_closed_also_after_a_crash(folder):
-    house = House(store=chat.Store(folder / "chat.db"))
-    house.enter_irc("alice")
-    house.say("alice", "JOIN #s,#open", "MODE #s +s", "PRIVMSG #s :secret talk", "PRIVMSG #open :x")
-    house.turn()
-    house.store.close()  # no user left
-    again = House(store=chat.Store(folder / "chat.db"))
-    again.enter_irc("mallory")
-    again.say(
-        "mallory", "JOIN #s,#open", "CHATHISTORY LATEST #s * 9", "CHATHISTORY LATEST #open * 9"
-    )
-    again.turn()
-    said = [line for line in again.heard("mallory") if "PRIVMSG" in line]
-    assert said == [":alice!~u@127.0.0.1 PRIVMSG #open :x"]
-    again.store.close()
+def test_a_refusal_carries_the_context_that_its_specification_demands(line, expected):
+    house = irc_house("#a", alice="batch message-tags draft/multiline draft/message-redaction")
+    assert fails(asked(house, "alice", line)) == [expected]
 
 
 @pytest.mark.parametrize(
     "line",
-    ["HELP a b c", "IDENTIFY a b c", "PASSWD a b c", "DROP a b", "REGISTER a b c", "VERIFY a b"],
-)
-def test_a_word_too_many_for_nickserv_breaks_nothing(line):
-    house = House()
-    house.enter_irc("alice")
-    house.say("alice", f"NS {line}", f"PRIVMSG NickServ :{line}")
-    house.turn()
-    assert all(" NOTICE alice :" in one or " 900 " in one for one in house.heard("alice"))
-
-
-def test_what_one_device_does_in_the_turn_in_which_another_leaves_is_done():
-    house = House()
-    house.enter_irc("alice", "bob")
-    house.say("alice", "REGISTER * * password", "JOIN #a", "CAP REQ draft/read-marker")
-    house.say("bob", "JOIN #a")
-    house.turn()
-    logged_in(house, "phone", "alice")
-    house.say("phone", "CAP REQ draft/read-marker", "QUIT")
-    house.say("alice", "MARKREAD #a timestamp=1970-01-02T00:00:00.000Z", "METADATA * SET a :b")
-    house.say("alice", "RENAME #a #b")
-    house.turn()
-    assert ":chat.py MARKREAD #a timestamp=1970-01-02T00:00:00.000Z" in house.heard("alice")
-
-
-def test_what_was_said_before_a_channel_was_renamed_has_its_old_name():
-    house = House()
-    house.enter_irc("alice", "bob")
-    for who in ("alice", "bob"):
-        house.say(who, "CAP REQ draft/channel-rename", "JOIN #a")
-    house.turn()
-    house.heard("bob")
-    house.say("alice", "PRIVMSG #a :before", "RENAME #a #b", "PRIVMSG #b :after")
-    house.turn()
-    mask = ":alice!~u@127.0.0.1"
-    assert house.heard("bob") == [
-        f"{mask} PRIVMSG #a :before",
-        f"{mask} RENAME #a #b :",
-        f"{mask} PRIVMSG #b :after",
-    ]
-    assert texts(house.store, "#b") == ["before", "after"] and texts(house.store, "#a") == []
-
-
-def found(store, key, words, count=1000):
-    """The texts that a search there gives, in their order."""
-    place = chat.Place((key,))
-    events = store.words.search([place], words, chat.Span(place), count)
-    return [event.text for _, event in events]
-
-
-def test_who_reads_the_store_takes_a_connection_again_unless_its_job_failed(folder, monkeypatch):
-    house, opened, connect = House(store=chat.Store(folder / "chat.db")), [], chat.connect
-    monkeypatch.setattr(chat, "connect", lambda *how: opened.append(how) or connect(*how))
-    house.enter_irc("alice")
-    house.say("alice", "JOIN #a")
-    for n in range(5):
-        house.say("alice", f"PRIVMSG #a :{n}")
-        house.turn()
-        assert texts(house.store, "#a")[-1] == found(house.store, "#a", f"{n}")[-1] == f"{n}"
-    assert len(opened) == 2  # one for each file
-    with pytest.raises(sqlite3.Error), house.store.reading() as db:
-        db.execute("SELECT nothing")
-    assert texts(house.store, "#a")[-1] == "4" and len(opened) == 3
-    with house.store.reading(), house.store.reading() as db:  # two helpers at once
-        assert db.execute("SELECT count(*) FROM targets").fetchone() == (1,)
-    assert len(opened) == 4
-    house.store.close()
-
-
-@pytest.fixture
-def small_parts(monkeypatch):
-    """An index in parts of 50 messages, of which 10 ids are taken at a time."""
-    monkeypatch.setattr(chat, "PART_ROWS", 50)
-    monkeypatch.setattr(chat, "INDEX_IDS", 10)
-
-
-@pytest.mark.parametrize("on_disk", [True, False])
-def test_a_search_goes_through_as_many_parts_of_the_index_as_it_takes(folder, small_parts, on_disk):
-    house = House(store=chat.Store(folder / "chat.db" if on_disk else None))
-    house.enter_irc("alice", "bob")
-    house.say("alice", "JOIN #busy,#quiet", "AWAY")
-    for n in range(400):
-        house.say("alice", f"PRIVMSG #busy :number {n} {'odd' if n % 2 else 'even'}")
-        if n % 100 == 0:
-            house.say("alice", f"PRIVMSG #quiet :number {n}")
-            house.turn()
-    house.turn()
-    for again in (False, True) if on_disk else (False,):
-        store = chat.Store(folder / "chat.db") if again else house.store
-        numbers = [f"number {n} {'odd' if n % 2 else 'even'}" for n in range(400)]
-        assert found(store, "#busy", "number") == numbers
-        assert found(store, "#busy", "EVEN number", 70) == numbers[::2][-70:]
-        assert found(store, "#busy", "number 7") == [numbers[7]]
-        assert found(store, "#quiet", "number") == [f"number {n}" for n in (0, 100, 200, 300)]
-        assert found(store, "#busy", "nothing") == found(store, "#none", "number") == []
-        assert store.words.db.execute("SELECT sum(messages) FROM parts").fetchone() == (404,)
-        assert store.words.db.execute("SELECT count(*) FROM parts").fetchone()[0] >= 9
-        store.close()
-
-
-def test_parts_of_the_index_go_with_the_messages_that_they_were_of(folder, small_parts):
-    store = chat.Store(folder / "chat.db", keep=100)
-    house = House(store=store)
-    house.enter_irc("alice")
-    house.say("alice", "JOIN #busy,#quiet", "PRIVMSG #quiet :stays")
-    for n in range(400):
-        house.say("alice", f"PRIVMSG #busy :number {n}")
-    for _ in range(3):  # turns enough for the counts to be looked at
-        house.turn()
-    while store.prune(idle=True, now=0):
-        pass
-    index_all(store)
-    assert found(store, "#busy", "number") == [f"number {n}" for n in range(300, 400)]
-    assert found(store, "#quiet", "stays") == ["stays"]
-    index = store.words.db
-    tables = {row[0] for row in index.execute("SELECT name FROM sqlite_master")}
-    parts = {f"search_{row[0]}" for row in index.execute("SELECT part FROM parts")}
-    assert len(parts) <= 4 and parts <= tables
-    assert len([name for name in tables if re.fullmatch(r"search_\d+", name)]) == len(parts)
-    house.say("alice", "PRIVMSG #busy :number 400")
-    house.turn()
-    assert found(store, "#busy", "number", 2) == ["number 399", "number 400"]
-    store.close()
-
-
-@pytest.mark.parametrize("how", ["gone", "junk", "behind"])
-def test_the_index_is_made_from_the_messages_whenever_it_is_needed(folder, how):
-    house = House(store=chat.Store(folder / "chat.db"))
-    house.enter_irc("alice")
-    house.say("alice", "JOIN #a", "PRIVMSG #a :said before")
-    house.turn()
-    index = (folder / "search.db").read_bytes()
-    house.say("alice", "PRIVMSG #a :said later")
-    house.turn()
-    house.store.close()
-    path = folder / "search.db"
-    path.unlink()
-    if how != "gone":
-        path.write_bytes(index if how == "behind" else b"junk" * 5000)
-    store = chat.Store(folder / "chat.db")
-    index_all(store)
-    assert found(store, "#a", "said") == ["said before", "said later"]
-    store.close()
-
-
-def test_nobody_wipes_the_history_of_an_empty_channel_by_renaming_another_onto_it():
-    house = House()
-    house.enter_irc("alice", "mallory")
-    house.say("alice", "JOIN #a", "PRIVMSG #a :for all to read", "JOIN #b,#s", "MODE #s +s")
-    house.turn()
-    house.say("alice", "PART #a,#b,#s")
-    house.say("mallory", "JOIN #c")
-    house.turn()
-    for name in ("#a", "#A", "#b"):
-        house.heard("mallory")
-        house.say("mallory", f"RENAME #c {name}")
-        house.turn()
-        assert house.heard("mallory")[0].startswith(
-            f":chat.py FAIL RENAME CHANNEL_NAME_IN_USE #c {name} :"
-        )
-    house.say("mallory", "RENAME #c #s")  # no user can read that any more
-    house.turn()
-    assert "JOIN #s" in str(house.heard("mallory"))
-    assert texts(house.store, "#a") == ["for all to read"]
-
-
-def test_a_channel_can_have_its_old_name_back_and_others_can_have_it_meanwhile():
-    house = House()
-    house.enter_irc("alice", "bob")
-    house.say("alice", "CAP REQ draft/channel-rename", "JOIN #a", "PRIVMSG #a :one")
-    house.say("bob", "CAP REQ draft/channel-rename", "JOIN #other", "PRIVMSG #other :two")
-    house.turn()
-    house.say("alice", "RENAME #a #b")
-    house.say("bob", "RENAME #other #a")  # in the same turn: nothing is left there
-    house.turn()
-    assert (texts(house.store, "#a"), texts(house.store, "#b")) == (["two"], ["one"])
-    house.say("bob", "RENAME #a #elsewhere")
-    house.say("alice", "RENAME #b #A", "RENAME #A #b", "RENAME #b #B", "RENAME #B #a")
-    house.turn()
-    assert "FAIL" not in str(house.heard("alice") + house.heard("bob"))
-    assert texts(house.store, "#a") == ["one"] and texts(house.store, "#b") == []
-
-
-def markers_told(house, who, *names):
-    house.heard(who)
-    house.say(who, *(f"MARKREAD {name}" for name in names))
-    house.turn()
-    return [line.split()[-1] for line in house.heard(who)]
-
-
-def test_how_far_a_channel_has_been_read_goes_with_its_new_name(folder):
-    house = House(store=chat.Store(folder / "chat.db"))
-    house.enter_irc("alice", "bob", "carol")
-    for who in ("alice", "carol"):
-        house.say(who, "REGISTER * * password")
-        house.turn()
-    early, late = (f"timestamp=1970-01-0{day}T00:00:00.000Z" for day in (2, 3))
-    house.say("alice", "JOIN #a", f"MARKREAD #a {late}", f"MARKREAD #b {early}")
-    house.say("bob", f"MARKREAD #a {early}")
-    house.say("carol", f"MARKREAD #b {late}")
-    house.turn()
-    house.say("alice", "RENAME #a #b", "RENAME #b #B")
-    house.turn()
-    for who, told in (("alice", late), ("bob", early), ("carol", "*")):
-        assert markers_told(house, who, "#a", "#b") == ["*", told]
-    house.store.close()
-    again = chat.Store(folder / "chat.db")
-    hub = chat.load_hub(again, house.now, house.now)
-    kept = [marks for owner, marks in hub.markers.items() if marks]
-    assert kept == [{"#b": (2 * 24 * 3600 * 1000, 0)}]
-    again.close()
-
-
-def test_failed_logins_keep_no_password_in_memory():
-    house = House()
-    house.enter_irc("alice")
-    blob = base64.b64encode(b"\0alice\0hunter2").decode()
-    one, other = chat.wrong_login(), chat.wrong_login()
-    assert one is not other
-    house.say("alice", "AUTHENTICATE PLAIN", f"AUTHENTICATE {blob}")
-    house.turn()
-    assert " 904 " in house.heard("alice")[-1]
-
-
-def test_private_talk_with_somebody_who_is_not_here_is_found_by_his_account():
-    house = House()
-    house.enter_irc("alice", "bob")
-    for who in ("alice", "bob"):
-        house.say(who, "REGISTER * * password")
-        house.turn()
-    house.say("alice", "PRIVMSG bob :see you")
-    house.say("bob", "QUIT")
-    house.turn()
-    house.heard("alice")
-    house.say("alice", "CHATHISTORY LATEST bob * 10")
-    house.turn()
-    assert house.heard("alice") == [":alice!~u@127.0.0.1 PRIVMSG bob :see you"]
-
-
-def test_what_is_not_kept_is_not_echoed_and_its_speaker_told_which_it_was():
-    house = House()
-    house.enter_irc("alice", "bob")
-    house.say("alice", "CAP REQ :echo-message message-tags labeled-response", "JOIN #a")
-    house.say("bob", "JOIN #a")
-    house.turn()
-    house.heard("alice")
-    house.heard("bob")
-    house.say("alice", "@label=1 PRIVMSG #a :lost")
-    message_id = house.hub.ids.text(house.hub.last_id)
-    house.hub.turn.not_kept("disk full")
-    house.turn()
-    text = "delivered but not kept: disk full"
-    assert house.heard("alice") == [f"@label=1 :chat.py FAIL PRIVMSG NOT_KEPT {message_id} :{text}"]
-    assert house.heard("bob") == [":alice!~u@127.0.0.1 PRIVMSG #a :lost"]
-
-
-def test_who_is_missed_can_be_killed():
-    house = House()
-    house.enter_irc("alice", "bob")
-    house.say("alice", "REGISTER * * password", "JOIN #a")
-    house.say("bob", "JOIN #a", "OPER boss secret")
-    house.turn()
-    house.leave("alice")
-    house.turn()
-    house.heard("bob")
-    house.say("bob", "KILL alice :gone")
-    house.turn()
-    assert house.heard("bob") == [":alice!~u@127.0.0.1 QUIT :Killed (bob (gone))"]
-    assert "alice" not in house.hub.users
-
-
-def test_history_is_found_by_time_and_by_id_in_the_middle_of_much(folder):
-    house = House(store=chat.Store(folder / "chat.db"))
-    house.enter_irc("alice")
-    house.say("alice", "JOIN #a")
-    for n in range(300):
-        house.say("alice", f"PRIVMSG #a :{n}")
-        house.turn()
-    span = chat.Span(chat.Place(("#a",)))
-    events = house.store.page(span, 500)
-    assert [event.text for event in events] == [str(n) for n in range(300)]
-    for n in (0, 1, 150, 299):
-        for mark in (chat.Mark(events[n].id), chat.Mark(time=events[n].time)):
-            before = house.store.page(span._replace(before=mark), 5)
-            after = house.store.page(span._replace(after=mark), 5, newest=False)
-            around = house.store.around(span, mark, 5)
-            assert [e.text for e in before] == [str(k) for k in range(max(0, n - 5), n)]
-            assert [e.text for e in after] == [str(k) for k in range(n + 1, min(300, n + 6))]
-            assert str(n) in [e.text for e in around]
-    house.store.close()
-
-
-def test_a_page_of_a_million_messages_is_found_at_once(folder):
-    store = chat.Store(folder / "chat.db")
-    store.db.execute("INSERT INTO targets (key, events) VALUES ('#a', 1000000)")
-    base = 1_700_000_000_000
-    rows = (
-        (
-            1,
-            n + 1,
-            base + n,
-            "message",
-            "a",
-            "h:1",
-            str(n),
-            "u",
-            "",
-            "",
-            "",
-        )
-        for n in range(100_000)  # a tenth, to be quick here; the depth of the tree is the same
-    )
-    store.db.execute("BEGIN")
-    store.db.executemany(chat.INSERT_EVENT, rows)
-    store.db.execute("COMMIT")
-    span, middle = chat.Span(chat.Place(("#a",))), chat.Mark(time=base + 50_000)
-    for job in (
-        lambda: store.page(span, 100),
-        lambda: store.page(span._replace(before=middle), 100),
-        lambda: store.page(span._replace(after=middle), 100, newest=False),
-        lambda: store.around(span, middle, 100),
-    ):
-        began = time.perf_counter()
-        assert len(job()) == 100
-        assert time.perf_counter() - began < 0.1  # milliseconds, but machines are shared
-    store.close()
-
-
-@pytest.mark.parametrize(
-    "host, own, key",
     [
-        ("[2001:db8:1:2::3]", "::1", "2001:db8:1:2::/64"),
-        ("2001:db8:1:2:ffff::9%eth0", "10.0.0.1", "2001:db8:1:2::/64"),
-        ("[2001:db8:1:2::3]", "[2001:db8:1:2::1]", "2001:db8:1:2::3"),  # a LAN is one network
-        ("fe80::1%eth0", "", "fe80::1"),
-        ("[::1]", "", "::1"),
-        ("10.0.0.1", "", "10.0.0.1"),
+        *("MARKREAD #a timestamp=xx", "MARKREAD #a foo", "MARKREAD #a *"),
+        *("SEARCH text=x;after=yy", "SEARCH text=", "SEARCH in=#none;text=x"),
     ],
 )
-def test_an_ipv6_address_counts_as_its_network_unless_others_share_that(host, own, key):
-    assert chat.address_key(host, own) == key
+def test_no_refusal_of_these_commands_is_without_context(line):
+    house = irc_house("#a", alice="batch message-tags soju.im/search draft/read-marker")
+    ((verb, _, context),) = fails(asked(house, "alice", line))
+    assert verb == line.split()[0] and context
 
 
-def test_the_passwords_of_the_server_and_its_operators_may_be_tried_more_often():
-    throttle, now = chat.Throttle(), 10**9
-    for subject, most in (("alice", chat.LOGIN_TRIES), ("*oper", chat.LOGIN_TRIES_SERVER)):
-        for _ in range(most):
-            throttle.check("10.0.0.1", subject, now)
-            throttle.failed("10.0.0.1", subject, now)
-        with pytest.raises(chat.Refused):
-            throttle.check("10.0.0.1", subject, now)
+HISTORY = "batch message-tags server-time draft/chathistory labeled-response"
 
 
-# ======================================================================================
-# DOMAIN: the turn's log
-# ======================================================================================
+def opening(lines):
+    return next(line for line in of(lines, "BATCH") if line.params[0][0] == "+")
 
 
-def test_a_channel_without_members_is_gone_and_its_next_founder_operates_it():
-    house = house_of("alice", "bob")
-    house.say("alice", "/join #a", "/topic x", "/part")
-    house.turn()
-    assert list(house.hub.channels) == [chat.LOBBY]
-    house.say("bob", "/join #a", "/topic")
-    house.turn()
-    assert house.heard("bob")[-2:] == ["* #a 1-1 of 1: @bob", "* the topic of #a is not set"]
+# The tag stands on the opening line when the next page would be empty
+@pytest.mark.parametrize(
+    "how, ends",
+    [
+        ("LATEST #a * 5", True),
+        ("LATEST #a * 2", False),
+        ("BEFORE #a {late} 5", True),
+        ("BEFORE #a {late} 2", False),
+        ("AFTER #a {early} 5", True),
+        ("AFTER #a {early} 2", False),
+        ("BETWEEN #a {early} {late} 5", True),
+        ("BETWEEN #a {early} {late} 2", False),
+        ("LATEST bob * 5", True),  # an empty page is the end
+        ("TARGETS {early} {late} 5", True),
+    ],
+)
+@pytest.mark.parametrize("label", ["", "@label=x "])
+def test_the_last_page_of_history_is_marked_on_its_opening_line(how, ends, label):
+    house = irc_house("#a", alice=HISTORY, bob="")
+    asked(house, "bob", "JOIN #b")
+    asked(house, "alice", "JOIN #b")
+    for n in range(3):
+        asked(house, "bob", f"PRIVMSG #a :{n}", f"PRIVMSG #b :{n}")
+    forget(house)
+    how = how.format(early="timestamp=1970-01-01T00:00:00.000Z", late=NOW)
+    lines = asked(house, "alice", f"{label}CHATHISTORY {how}")
+    marked = [line for line in lines if "draft/chathistory-end" in line.tags]
+    assert marked == ([opening(lines)] if ends else [])
+    assert all(line.tags["draft/chathistory-end"] == "" for line in marked)
+    assert ("label" in opening(lines).tags) == bool(label)
 
 
-def test_who_comes_in_the_middle_of_a_turn_hears_only_what_follows():
-    house = house_of("alice", "bob")
-    house.say("alice", "/join #a", "before")
-    house.say("bob", "/join #a")
-    house.say("alice", "after")
-    house.say("bob", "/part #a")
-    house.say("alice", "too late")
-    house.say("bob", "/join #a")
-    house.say("alice", "again")
-    house.turn()
-    assert [line for line in house.heard("bob") if "alice:" in line] == [
-        "[#a] alice: after",
-        "[#a] alice: again",
-    ]
-
-
-def test_times_are_unique_in_a_channel_and_fall_with_the_clock():
-    house = house_of("alice", "bob")
-    for now in (house.now, house.now, house.now - 50, house.now + 0.001):
-        house.hub.begin(now)
-        house.say("alice", *["x"] * 1500)
-        events = house.hub.turn.events[-1500:]
-        times = [event.time for event in events]
-        assert times == sorted(times) and times[-1] <= now * 1000 + 1000
-        assert len(set(times[:1000])) == 1000 or now == house.now or now > house.now
-    events = house.hub.turn.events
-    assert events[3000].time == (house.now - 50) * 1000
-    ids = [event.id for event in events]
-    assert ids == sorted(set(ids))
-
-
-class NaiveRoom:
-    """Return what all should hear, worked out the slow way: each line to each member at
-    the moment it is said."""
-
-    def __init__(self):
-        self.members = collections.defaultdict(list)  # of a channel
-        self.heard = collections.defaultdict(list)
-        self.names = {}
-
-    def tell(self, audience, line, but):
-        for who in audience:
-            if who != but:
-                self.heard[who].append(line)
-
-    def near(self, who):
-        rooms = (room for room in self.members.values() if who in room)
-        return dict.fromkeys(itertools.chain(*rooms))
-
-
-def test_everybody_hears_what_a_naive_server_would_have_told_them_in_the_same_order(seeded):
-    for _ in range(60):
-        people = ["ann", "ben", "cat", "dan", "eve"]
-        house, naive = house_of(*people), NaiveRoom()
-        naive.members[chat.LOBBY] = list(people)
-        naive.names = {who: who for who in people}
-        present = list(people)
-        for step in range(40):
-            if seeded.random() < 0.25:
-                house.turn()
-            if not present:
-                break
-            random_step(seeded, house, naive, present, step)
+# A false positive is harmful: a page that is short because of its bytes is no end
+def test_a_page_that_is_cut_by_its_size_is_not_marked_as_the_last():
+    house = irc_house("#a", alice=HISTORY, bob="")
+    for _ in range(4):
+        house.say("bob", *(f"PRIVMSG #a :{'x' * 400}" for _ in range(100)))
         house.turn()
-        for who in people:
-            told = [
-                line for line in house.heard(who) if not line.startswith(("* you", "* the", "* #"))
-            ]
-            assert told == naive.heard[who], who
+    forget(house)
+    lines = asked(house, "alice", "CHATHISTORY LATEST #a * 500")
+    page = of(lines, "PRIVMSG")
+    assert page
+    assert ("draft/chathistory-end" in opening(lines).tags) == (len(page) == 400)
 
 
-def random_step(seeded, house, naive, present, step):
-    """One thing that a user does, in the house and in the model."""
-    who, channel = seeded.choice(present), seeded.choice((chat.LOBBY, "#a", "#b"))
-    room, name = naive.members[channel], naive.names[who]
-    prefix = "" if channel == chat.LOBBY else f"[{channel}] "
-    address = house.guests[who].conn.address
-    action = seeded.choices(("say", "join", "part", "nick", "tell", "quit"), (9, 3, 2, 1, 2, 0.3))[
-        0
+# Tags only for clients that can take them
+def test_a_client_without_message_tags_gets_no_mark_of_the_last_page():
+    house = irc_house("#a", alice="batch draft/chathistory")
+    assert opening(asked(house, "alice", "CHATHISTORY LATEST #a * 5")).tags == {}
+
+
+def equal_times(capabilities, *rooms):
+    """All rooms have their last message in the same millisecond, and #late a second later."""
+    house = irc_house("", alice=capabilities, bob="")
+    for who in ("bob", "alice"):
+        asked(house, who, *(f"JOIN {room}" for room in (*rooms, "#late")))
+    house.say("bob", *(f"PRIVMSG {room} :x" for room in rooms))
+    house.turn()
+    asked(house, "bob", "PRIVMSG #late :x")
+    forget(house)
+    return house
+
+
+EARLY = "timestamp=1970-01-01T00:00:00.000Z"
+
+
+# TARGETS pages must never end between equal times
+@pytest.mark.parametrize("limit, count", [(1, 3), (2, 3), (3, 3), (4, 4), (9, 4)])
+def test_a_page_of_targets_does_not_end_between_equal_times(limit, count):
+    house = equal_times(HISTORY, "#a", "#b", "#c")
+    lines = asked(house, "alice", f"CHATHISTORY TARGETS {EARLY} {NOW} {limit}")
+    found = [line.params[1:] for line in of(lines, "CHATHISTORY")]
+    assert len({when for _, when in found[:3]}) == 1  # else this tests nothing
+    assert len(found) == count
+    assert sorted(name for name, _ in found)[:3] == ["#a", "#b", "#c"]
+
+
+# Paging by the last time that was told reaches each target once, whatever the limit
+@pytest.mark.parametrize("limit", [1, 2, 3, 5])
+def test_pages_of_targets_by_time_reach_each_one_once(limit):
+    house = equal_times(HISTORY, "#a", "#b", "#c", "#d")
+    found, after = [], EARLY
+    for _ in range(9):
+        lines = asked(house, "alice", f"CHATHISTORY TARGETS {after} {NOW} {limit}")
+        page = [line.params[1:] for line in of(lines, "CHATHISTORY")]
+        if not page:
+            break
+        found += [name for name, _ in page]
+        after = f"timestamp={page[-1][1].removeprefix('timestamp=')}"
+    assert sorted(found) == ["#a", "#b", "#c", "#d", "#late"]
+
+
+# The first bound may be a msgid for clients with chat.py/session; for others it is refused
+def test_the_first_bound_of_targets_may_be_a_message_id_for_our_own_clients():
+    house = irc_house("#a,#b", alice=f"{HISTORY} chat.py/session", bob="", carol=HISTORY)
+    (first,) = of((asked(house, "bob", "PRIVMSG #a :1"), heard(house, "alice"))[1], "PRIVMSG")
+    asked(house, "bob", "PRIVMSG #b :2")
+    forget(house)
+    line = f"CHATHISTORY TARGETS msgid={first.tags['msgid']} {NOW} 10"
+    assert [line.params[1] for line in of(asked(house, "alice", line), "CHATHISTORY")] == ["#b"]
+    ((_, code, context),) = fails(asked(house, "carol", line))
+    assert code == "INVALID_PARAMS" and context[0] == "TARGETS"
+
+
+# History after a kick
+
+
+READS = {  # what a member asks for; the answer comes from a helper
+    "SEARCH in": "SEARCH in=#a;text=confidential",
+    "SEARCH": "SEARCH text=confidential",
+    "LATEST": "CHATHISTORY LATEST #a * 10",
+    "BEFORE": f"CHATHISTORY BEFORE #a timestamp={iso(10**9)} 10",
+    "AROUND": f"CHATHISTORY AROUND #a timestamp={iso(10**6)} 10",
+    "TARGETS": f"CHATHISTORY TARGETS timestamp={iso(0)} timestamp={iso(10**9)} 10",
+    "/history": "/history #a",
+    "/history here": "/history",
+    "/search": "/search confidential",
+}
+PUT_OUT = {
+    "kick": ("alice", "KICK #a {}"),
+    "kick and lock": ("alice", "KICK #a {}", "MODE #a +i"),
+    "renamed and kicked": ("alice", "RENAME #a #b", "KICK #b {}"),
+}
+
+
+# Also: each request that a helper answers, each way to lose access meanwhile.
+@pytest.mark.parametrize("read, how", in_turn(READS, PUT_OUT))
+def test_a_member_who_was_put_out_gets_no_page_that_comes_later(read, how):
+    house = House()
+    come(house, "alice")
+    line = READS[read].startswith("/")
+    house.enter("eve") if line else come(house, "eve")
+    ask(house, "alice", "JOIN #a")
+    ask(house, "eve", "/join #a" if line else "JOIN #a")
+    send(house, "alice", "#a", "confidential plans")
+    assert "#a" in str(ask(house, "eve", READS[read]))  # a member reads it
+    house.heard("eve")
+    house.say("eve", READS[read])
+    who, *lines = PUT_OUT[how]
+    by_line = line and who == "{}"
+    house.say(who.format("eve"), *(x.format("eve") for x in (["/part #a"] if by_line else lines)))
+    house.turn()
+    house.turn()
+    heard = str(house.heard("eve"))
+    assert "confidential plans" not in heard and "TARGETS #a" not in heard
+
+
+# A page asked for as one account is not delivered to another (stricter than the
+# text; on real sockets later lines wait for a helper's answer, so that only a House shows it).
+def test_a_page_asked_for_as_one_account_is_not_for_the_next():
+    house = House()
+    account(house, "zoe", "yan")
+    come(house, "bob", "alice")
+    ask(house, "alice", "NS IDENTIFY zoe password")
+    send(house, "alice", "bob", "as zoe")
+    house.say("alice", "NS IDENTIFY yan password", "CHATHISTORY LATEST bob * 10")
+    house.turn()
+    house.turn()
+    assert "as zoe" not in str(house.heard("alice"))
+    assert is_logged_in(house, "alice", "yan") and history(house, "alice", "bob") == []
+
+
+def test_around_a_message_is_half_of_what_is_asked_for_before_it():
+    house = House()
+    come(house, "alice")
+    ask(house, "alice", "JOIN #a")
+    ids = [send(house, "alice", "#a", f"{n}")[0] for n in range(10)]
+    found = {n: history(house, "alice", "#a", f"AROUND {{}} msgid={ids[5]} {n}") for n in (4, 5)}
+    assert found == {4: ["3", "4", "5", "6"], 5: ["3", "4", "5", "6", "7"]}
+
+
+# SEARCH
+
+
+# SEARCH must apply from= before the limit; with its other bounds, too
+@pytest.mark.parametrize(
+    "attributes, count",
+    [
+        ("in=#a;from=bob;text=word;limit=2", 2),
+        ("from=bob;text=word;limit=2", 2),
+        ("from=BOB;text=word;limit=3", 3),
+        (f"from=bob;text=word;limit=1;before={NOW.removeprefix('timestamp=')}", 1),
+        ("from=carol;text=word;limit=2", 0),
+    ],
+)
+def test_a_search_by_author_is_limited_after_the_others_are_left_out(attributes, count):
+    house = irc_house("#a", alice="batch message-tags soju.im/search", bob="")
+    for n in range(3):
+        asked(house, "bob", f"PRIVMSG #a :word {n}")
+    for n in range(30):
+        asked(house, "alice", f"PRIVMSG #a :word {n}")
+    forget(house)
+    found = messages_in(asked(house, "alice", f"SEARCH {attributes}"))
+    assert found == [("bob", "#a", f"word {n}") for n in range(3 - count, 3)]
+
+
+WITHOUT_SPACES = [  # what was said, words in it, words that are not
+    (
+        "\u6211\u4eec\u53bb\u516c\u56ed\u73a9",
+        ["\u516c\u56ed", "\u6211\u4eec", "\u73a9"],
+        ["\u56ed\u516c", "\u516c\u73a9"],
+    ),
+    (
+        "\u6771\u4eac\u30bf\u30ef\u30fc\u3078\u884c\u304f",
+        ["\u30bf\u30ef\u30fc", "\u6771\u4eac", "\u3078\u884c\u304f"],
+        ["\u4eac\u6771"],
+    ),
+    (
+        "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35\u0e04\u0e23\u0e31\u0e1a",
+        ["\u0e04\u0e23\u0e31\u0e1a", "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35"],
+        ["\u0e04\u0e23\u0e31\u0e2a\u0e27"],
+    ),
+    ("\u0eaa\u0eb0\u0e9a\u0eb2\u0e8d\u0e94\u0eb5", ["\u0e9a\u0eb2\u0e8d"], ["\u0e94\u0eb5\u0eaa"]),
+    ("\u179f\u17bd\u179f\u17d2\u178f\u17b8\u1794\u1784", ["\u1794\u1784"], ["\u1784\u1794"]),
+    (
+        "\u1019\u1004\u103a\u1039\u1002\u101c\u102c\u1015\u102b",
+        ["\u1019\u1004\u103a\u1039\u1002\u101c\u102c"],
+        ["\u1015\u102b\u1019"],
+    ),
+    ("party\U0001f389time", ["\U0001f389"], ["\U0001f388"]),
+    ("well done \U0001f44d\U0001f3fd", ["\U0001f44d", "done"], ["\U0001f44e"]),
+    ("iPhone\u624b\u673a very good", ["\u624b\u673a", "good"], ["\u673a\u624b"]),
+]
+
+
+# Find words inside Chinese, Japanese and Thai text, and emoji; both dialects
+@pytest.mark.parametrize("text, found, missing", WITHOUT_SPACES)
+def test_words_of_scripts_without_spaces_and_emoji_are_found(text, found, missing):
+    house = irc_house("#lobby", alice="batch message-tags soju.im/search")
+    house.enter("dora")
+    asked(house, "alice", f"PRIVMSG #lobby :{text}", "PRIVMSG #lobby :something else")
+    forget(house)
+    for words, expected in [*((w, [text]) for w in found), *((w, []) for w in missing)]:
+        lines = messages_in(asked(house, "alice", f"SEARCH in=#lobby;text={words}"))
+        assert [said for *_, said in lines] == expected, words
+        house.say("dora", f"/search {words}")
+        house.turn()
+        lines = house.heard("dora")[:-1]  # the last line counts them
+        assert [line.partition("alice: ")[2] for line in lines] == expected, words
+
+
+# ORDER AND LABELS
+
+
+# TOPIC and RENAME in one turn must keep their order; the other events of a channel,
+# members with and without the capability, and the one who does it
+@pytest.mark.parametrize(
+    "before",
+    [
+        "TOPIC {} :tea",
+        "MODE {} +i",
+        "MODE {} +k word",
+        "PRIVMSG {} :hello",
+        "NOTICE {} :hello",
+        "KICK {} carol :out",
+        "PRIVMSG @{} :hello",
+    ],
+)
+def test_events_and_a_rename_of_one_turn_keep_their_order(before):
+    echo = "echo-message draft/channel-rename draft/no-implicit-names"
+    house = irc_house("#a", alice=echo, bob=echo, carol=echo)
+    asked(house, "alice", "MODE #a +o bob")
+    forget(house)
+    verb = before.split()[0]
+    house.say("alice", before.format("#a"), "RENAME #a #b", before.replace("+", "-").format("#b"))
+    house.say("alice", "PRIVMSG #b :last")
+    house.turn()
+    for who in ("alice", "bob"):
+        lines = of(heard(house, who), "TOPIC", "MODE", "PRIVMSG", "NOTICE", "KICK", "RENAME")
+        told = [(line.verb, line.params[0].lstrip("@")) for line in lines]
+        after = [] if verb == "KICK" else [(verb, "#b")]
+        assert told == [(verb, "#a"), ("RENAME", "#a"), *after, ("PRIVMSG", "#b")], who
+
+
+def test_a_client_without_the_capability_sees_a_rename_in_its_place():
+    house = irc_house("#a", alice="draft/channel-rename", bob="")
+    house.say("alice", "TOPIC #a :one", "RENAME #a #b", "TOPIC #b :two", "RENAME #b #c")
+    house.say("alice", "PRIVMSG #c :last")
+    house.turn()
+    lines = of(heard(house, "bob"), "TOPIC", "PART", "JOIN", "332", "PRIVMSG")
+    told = [(x.verb, x.params[0], x.params[-1] if x.verb == "TOPIC" else "") for x in lines]
+    told = [one for one in told if one[0] != "332"]
+    assert told == [
+        ("TOPIC", "#a", "one"),
+        ("PART", "#a", ""),
+        ("JOIN", "#b", ""),
+        ("TOPIC", "#b", "two"),
+        ("PART", "#b", ""),
+        ("JOIN", "#c", ""),
+        ("PRIVMSG", "#c", ""),
     ]
-    if action == "say" and who in room:
-        house.say(who, f"/tell {channel} {step}")
-        naive.heard[who].append(f"* told {channel}: {step}")
-        naive.tell(room, f"{prefix}{name}: {step}", who)
-    elif action == "join" and who not in room:
-        naive.tell(room, f"{prefix}{name} ({address}) joined the chat!", who)
-        room.append(who)
-        house.say(who, f"/join {channel}")
-    elif action == "part" and who in room:
-        house.say(who, f"/part {channel}")
-        naive.tell(room, f"{prefix}{name} ({address}) left the chat!", who)
-        room.remove(who)
-    elif action == "nick":
-        house.say(who, f"/nick {who}{step}")
-        naive.tell(naive.near(who), f"* {name} is now called {who}{step}", who)
-        naive.names[who] = f"{who}{step}"
-    elif action == "tell":
-        other = seeded.choice(present)
-        house.say(who, f"/tell {naive.names[other]} {step}")
-        naive.tell([other], f"(private) {name}: {step}", who)
-        naive.heard[who].append(f"* told {naive.names[other]}: {step}")
-    elif action == "quit":
-        house.leave(who)
-        naive.tell(naive.near(who), f"{name} ({address}) left the chat!", who)
-        present.remove(who)
-        for room in naive.members.values():
-            if who in room:
-                room.remove(who)
+    topics = [line.params[-1] for line in lines if line.verb == "332"]
+    assert topics == ["one", "two"]  # what it was at that moment
 
 
-def test_a_crowd_that_leaves_at_once_costs_no_more_than_what_is_heard_of_it(monkeypatch):
-    house = house_of(*(f"n{n}" for n in range(300)), "watcher")
-    looked, spans = [], chat.Channel.membership_spans
-    count = lambda *given: looked.append(given) or spans(*given)  # noqa: E731
-    monkeypatch.setattr(chat.Channel, "membership_spans", count)
-    for n in range(300):
-        house.guests[f"n{n}"].conn.gone = n % 2 == 0  # half of them can still be written to
-        house.leave(f"n{n}")
+def test_a_topic_set_from_outside_keeps_its_order_with_a_rename():
+    house = irc_house("#a", alice="draft/channel-rename", bob="draft/channel-rename")
+    house.enter_irc("root")
+    asked(house, "root", "OPER boss secret", "CAP REQ draft/channel-rename")
+    forget(house)
+    house.say("root", "TOPIC #a :one")
+    house.say("alice", "RENAME #a #b")
+    house.say("root", "TOPIC #b :two")
     house.turn()
-    assert len(house.heard("watcher")) == 300
-    assert len(looked) <= 150
-    assert house.heard("n0") == [] and len(house.heard("n299")) == 299
+    told = [(line.verb, line.params[0]) for line in of(heard(house, "bob"), "TOPIC", "RENAME")]
+    assert told == [("TOPIC", "#a"), ("RENAME", "#a"), ("TOPIC", "#b")]
 
 
-def test_a_storm_is_encoded_once_and_shared():
-    house = house_of(*(f"n{n}" for n in range(50)))
-    house.say("n0", *["x"] * 100)
-    deliveries = list(house.hub.turn.deliveries())
-    shared = [(data, sessions) for data, sessions in deliveries if len(sessions) > 1]
-    assert len(shared) == 1
-    assert len(shared[0][1]) == 49
-    assert shared[0][0] == b"n0: x\n" * 100
+NOT_KEPT = [  # one message as lines, and the capabilities of its sender
+    (["{}PRIVMSG #a :lost"], "echo-message"),
+    (["{}PRIVMSG #a :lost"], ""),
+    (["{}PRIVMSG bob :lost"], "echo-message"),
+    (["{}PRIVMSG bob :lost"], ""),
+    (["{}PRIVMSG #a :\x01ACTION is lost\x01"], "echo-message"),
+    (["{}NOTICE #a :lost"], "echo-message"),
+    (
+        ["{}BATCH +1 draft/multiline #a", "@batch=1 PRIVMSG #a :x", "@batch=1 PRIVMSG #a :y"]
+        + ["BATCH -1"],
+        "echo-message",
+    ),
+]
 
 
-# ======================================================================================
-# STORE
-# ======================================================================================
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path
-
-
-def texts(store, key, count=100):
-    return [event.text for event in store.page(chat.Span(chat.Place((key,))), count)]
-
-
-def test_history_outlives_the_server_and_ids_go_on(folder):
-    house = House(store=chat.Store(folder / "chat.db"))
-    house.enter("alice")
-    house.say("alice", "one", "/lines 2", "two", "three", "gr\u00fc\u00df \U0001f600")
-    last_id = house.hub.last_id
-    house.turn()
-    house.store.close()
-    again = chat.Store(folder / "chat.db")
-    assert texts(again, chat.LOBBY) == ["one", "two\nthree", "gr\u00fc\u00df \U0001f600"]
-    hub = chat.load_hub(again, 0.0, 0.0)  # the clock was set back meanwhile
-    assert hub.last_id > last_id
-    again.close()
-
-
-def test_a_page_is_the_newest_of_one_channel_in_order(folder):
-    store = chat.Store(folder / "chat.db")
-    house = House(store=store)
-    house.enter("alice")
-    house.say("alice", *(str(n) for n in range(50)), "/join #a", "elsewhere")
-    house.turn()
-    assert texts(store, chat.LOBBY, 3) == ["47", "48", "49"]
-    assert texts(store, "#a") == ["elsewhere"]
-    assert texts(store, "#never") == []
-
-
-def test_a_busy_database_delays_the_turn_and_then_loses_it_with_a_word_to_the_speakers(folder):
-    store = chat.Store(folder / "chat.db")
-    house = House(store=store)
-    house.enter("alice", "bob")
-    house.say("alice", "one", "two")
-    events = house.hub.turn
+# NOT_KEPT must carry its label and appear in its place in the order of replies. The
+# database is locked from outside for longer than a turn waits.
+@pytest.mark.parametrize("lines, capabilities, label", in_turn(NOT_KEPT, ["", "@label=m "]))
+def test_a_message_that_was_not_kept_is_answered_in_its_place_and_with_its_label(
+    running, folder, monkeypatch, label, lines, capabilities
+):
+    monkeypatch.setattr(chat, "BUSY_SECONDS", 0.02, raising=False)
+    server = running(data=folder)
+    bob, alice = server.guest(), server.guest()
+    bob.enter_irc("bob", "JOIN #a")
+    tags = "labeled-response batch message-tags draft/multiline"
+    alice.enter_irc("alice", f"CAP REQ :{tags} {capabilities}", "JOIN #a")
     other = sqlite3.connect(folder / "chat.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    assert store.commit(events, 100.0) == chat.BUSY
-    assert store.commit(events, 100.9) == chat.BUSY
-    assert store.commit(events, 101.1) == chat.LOST
-    house.hub.turn.not_kept(store.trouble)
-    for data, sessions in house.hub.turn.deliveries():
-        for session in sessions:
-            session.conn.out += data
-    assert house.heard("bob") == ["alice: one", "alice: two"]
-    assert house.heard("alice") == ["* 2 messages delivered but not kept: database is locked"]
-    assert store.commit(events, 101.2) == chat.LOST  # no second of waiting for each turn
-    other.execute("COMMIT")
-    assert store.commit(events, 101.3) == chat.KEPT
-    assert texts(store, chat.LOBBY) == ["one", "two"]
+    try:
+        sent = [line.format(label) for line in lines]
+        told = socket_lines(alice, "@label=1 PING one", *sent, "@label=2 PING two", "PING three")
+    finally:
+        other.execute("ROLLBACK")
+        other.close()
+    assert [line.verb for line in told] == ["PONG", "FAIL", "PONG", "PONG"]
+    ((verb, code, context),) = fails(told)
+    assert code == "NOT_KEPT" and verb in ("PRIVMSG", "NOTICE", "BATCH") and len(context) == 1
+    assert [line.tags.get("label") for line in told] == ["1", "m" if label else None, "2", None]
+    said = [parsed(line) for line in bob.until("lost" if len(lines) == 1 else ":y")]
+    assert of(said, "PRIVMSG", "NOTICE")  # delivered all the same
 
 
-def test_a_full_disk_loses_history_but_no_message(folder):
-    store = chat.Store(folder / "chat.db")
-    house = House(store=store)
-    house.enter("alice")
-    pages = store.db.execute("PRAGMA page_count").fetchone()[0]
-    store.db.execute(f"PRAGMA max_page_count = {pages}")
-    house.say("alice", *["x" * 10000] * 5)
-    assert store.commit(house.hub.turn, 100.0) == chat.LOST
-    assert "full" in store.trouble
-    store.db.execute("PRAGMA max_page_count = 100000")
-    assert store.commit(house.hub.turn, 100.1) == chat.KEPT
-    assert len(texts(store, chat.LOBBY)) == 5
+# The same with several messages and other answers among them
+def test_several_messages_that_were_not_kept_are_each_answered_in_their_place(
+    running, folder, monkeypatch
+):
+    monkeypatch.setattr(chat, "BUSY_SECONDS", 0.02, raising=False)
+    server = running(data=folder)
+    alice = server.guest()
+    tags = "labeled-response batch message-tags echo-message"
+    alice.enter_irc("alice", f"CAP REQ :{tags}", "JOIN #a")
+    other = sqlite3.connect(folder / "chat.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    sent = [
+        x
+        for n in range(4)
+        for x in (f"@label=m{n};+chat.py/id=own{n} PRIVMSG #a :{n}", f"@label=p{n} PING {n}")
+    ]
+    told = socket_lines(alice, *sent)
+    other.close()
+    labels = [line.tags.get("label") for line in told if line.verb != "BATCH"]
+    assert labels == [f"{kind}{n}" for n in range(4) for kind in "mp"]
+    assert [context[-1] for _, _, context in fails(told)] == [f"own{n}" for n in range(4)]
 
 
-def test_after_a_crash_private_talks_are_deleted_to_the_last_row_and_never_seen_again(folder):
-    store = chat.Store(folder / "chat.db")
-    store.tally_due = float("inf")  # killed before the counts were written down
-    house = House(store=store)
+# Messages of several lines
+
+
+LIMIT = chat.LINE_BYTES
+REFUSED_LINES = [  # a message of the line protocol that is refused at some line, all its lines
+    ["/lines 4", "one", b"\xff", "/topic oops", "four"],
+    ["/lines 3", b"\xff\xfe", "/me oops", "/part"],
+    ["/lines 4", "x" * (LIMIT // 2), "y" * (LIMIT // 2), "/topic oops", "four"],
+    ["/lines 3", "x" * 10, chat.TOO_LONG, "/topic oops"],
+    ["/lines 3", b"\xff", b"\xff", b"\xff"],
+    # The whole message is refused at its first line: what follows is that message, too
+    ["/lines 201", *(["/topic oops", "oops"] * 100), "201"],
+]
+
+
+# /lines: the server must drop the rest of a refused message, not send or execute it
+@pytest.mark.parametrize("lines", REFUSED_LINES)
+def test_the_rest_of_a_refused_message_is_neither_sent_nor_executed(lines):
+    house = House()
     house.enter("alice", "bob")
-    house.say("alice", *(f"/tell bob {n}" for n in range(1200)))
+    house.say("alice", *lines)
     house.turn()
-    store.db.close()
-    house = House(store=chat.Store(folder / "chat.db"))
-    house.enter("eve")
-    while house.store.prune(idle=True, now=0):
-        house.say("eve", "/join #new", "/part")
+    assert house.heard("bob") == []
+    told = house.heard("alice")
+    assert len(told) == 1 and told[0].startswith("* ")  # said once
+    house.say("alice", "after it", "/lines 2", "two", "lines")
+    house.turn()
+    assert house.heard("bob") == ["alice: after it", "alice: two", "alice: lines"]
+
+
+# The same kind in IRC: a piece of a batch that is refused before it is looked at as a piece
+@pytest.mark.parametrize(
+    "piece",
+    [
+        b"@batch=1 PRIVMSG #a :\xff",
+        b"@batch=1 PRIVMSG #a :" + b"x" * 600,
+        b"@batch=1 PRIVMSG #b :elsewhere",
+        b"@batch=1 JOIN #b",
+        b"@batch=1;draft/multiline-concat PRIVMSG #a :",
+        b"@batch=1 PRIVMSG",
+    ],
+)
+def test_a_batch_with_a_refused_piece_is_not_sent_without_it(piece):
+    tags = "batch message-tags draft/multiline"
+    house = irc_house("#a", alice=tags, bob=tags)
+    house.say("alice", "BATCH +1 draft/multiline #a", "@batch=1 PRIVMSG #a :one", piece)
+    house.say("alice", "@batch=1 PRIVMSG #a :three", "BATCH -1")
+    house.turn()
+    assert heard(house, "bob") == []
+    # too long a line has a numeric of its own
+    told = [line for line in heard(house, "alice") if line.verb in ("FAIL", "417")]
+    assert len(told) == 1
+    asked(house, "alice", "PRIVMSG #a :after it")
+    assert messages_in(heard(house, "bob")) == [("alice", "#a", "after it")]
+
+
+# A reference is made of ASCII letters, digits and hyphens
+@pytest.mark.parametrize("reference", ["a;b", "a_b", "\u00e4", "a=b", "", "a/b", "a.b", "#a"])
+def test_a_batch_reference_that_is_none_is_refused(reference):
+    tags = "batch message-tags draft/multiline"
+    house = irc_house("#a", alice=tags, bob=tags)
+    lines = asked(house, "alice", f"BATCH +{reference} draft/multiline #a")
+    assert fails(lines) == [("BATCH", "INVALID_REFTAG", [reference or "*"])]
+    for good in ("a-1", "Z", "-"):  # and nothing has been begun
+        house.say("alice", f"BATCH +{good} draft/multiline #a")
+        house.say("alice", f"@batch={good} PRIVMSG #a :{good}", f"BATCH -{good}")
         house.turn()
-    assert texts(house.store, "#new") == []
-    assert house.store.db.execute(
-        "SELECT count(*) FROM events WHERE kind = 'message'"
-    ).fetchone() == (0,)
+        assert messages_in(heard(house, "bob")) == [("alice", "#a", good)]
+    assert fails(heard(house, "alice")) == []
 
 
-def test_counts_do_not_drift_while_history_is_pruned_under_load(folder):
-    store = chat.Store(folder / "chat.db", keep=1000)
-    house = House(store=store)
-    house.enter("alice")
-    for _ in range(100):
-        house.say("alice", *["x"] * 90)
-        house.turn()
-        store.prune(idle=False, now=0)
-    rows = store.db.execute("SELECT count(*) FROM events").fetchone()[0]
-    assert counted_rows(store) == rows and rows < 1300
+MULTILINE = "batch message-tags draft/multiline"
 
 
-def test_memory_holds_only_so_much_history(monkeypatch):
-    monkeypatch.setattr(chat, "MEMORY_BYTES", 500_000)
-    house = house_of("alice")
-    for n in range(20):
-        house.say("alice", f"/join #{n}", *["x" * 1000] * 100, "/part")
-        house.turn()
-        while house.store.prune(idle=True, now=0):
-            pass
-    assert len(texts(house.store, "#19", 1000)) == 100
-    assert texts(house.store, "#0") == []
+def batch_of(*pieces, target="#a"):
+    """The lines of one message: pieces that begin with + go on with the line before them."""
+    yield f"BATCH +1 draft/multiline {target}"
+    for piece in pieces:
+        concat = ";draft/multiline-concat" * piece.startswith("+")
+        yield f"@batch=1{concat} PRIVMSG {target} :{piece.removeprefix('+')}"
+    yield "BATCH -1"
 
 
-def test_a_database_that_somebody_else_has_locked_is_not_called_damaged(folder):
-    path = folder / "chat.db"
-    chat.Store(path).close()
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("PRAGMA locking_mode = EXCLUSIVE")
-        other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(chat.Unusable, match="locked") as caught:
-            chat.Store(path)
-        assert "damaged" not in str(caught.value)
+def pieces_of(lines):
+    """The pieces of messages as a client with draft/multiline received them."""
+    return [
+        "+" * ("draft/multiline-concat" in line.tags) + line.params[-1]
+        for line in of(lines, "PRIVMSG", "NOTICE")
+    ]
 
 
-def test_history_is_pruned_by_count_in_slices(folder):
-    store = chat.Store(folder / "chat.db", keep=100)
-    house = House(store=store)
-    house.enter("alice")
-    house.say("alice", *(str(n) for n in range(2000)))
-    house.turn()
-    store.commit(chat.Turn(), house.now + 10)
-    slices = 0
-    while store.prune(idle=True, now=0):
-        slices += 1
-    assert slices >= 2
-    assert texts(store, chat.LOBBY, 1000) == [str(n) for n in range(1900, 2000)]
-    assert store.db.execute("SELECT events FROM targets").fetchone() == (100,)
+def joined(pieces):
+    return "".join(p[1:] if p.startswith("+") else f"\n{p}" for p in pieces)[1:]
 
 
-def test_a_database_of_the_first_version_is_brought_up_to_date_and_keeps_all(folder):
-    with contextlib.closing(sqlite3.connect(folder / "chat.db", isolation_level=None)) as db:
-        db.executescript(
-            f"{chat.MIGRATIONS[0]}; PRAGMA user_version = 1;"
-            f"PRAGMA application_id = {chat.APPLICATION_ID};"
-            "INSERT INTO targets (key, events) VALUES ('#lobby', 1);"
-            "INSERT INTO events VALUES (1, 5, 6, 'message', 'al', '127.0.0.1:7', 'from long ago');"
-        )
-    store = chat.Store(folder / "chat.db")
-    (event,) = store.page(chat.Span(chat.Place((chat.LOBBY,))), 10)
-    assert (event.id, event.time, event.text) == (5, 6, "from long ago")
-    assert event.source.mask == "al!@127.0.0.1"
-    index_all(store)
-    found = store.words.search([chat.Place((chat.LOBBY,))], "long", chat.Span(chat.Place(())), 5)
-    assert [found_event.id for _, found_event in found] == [5]
-    store.close()
+HEADS = [  # a request, and the status of its answer
+    ("GET / HTTP/1.1\nHost: localhost", 200),
+    ("GET / HTTP/1.0", 200),
+    ("GET http://localhost/ HTTP/1.1\nHost: localhost", 200),
+    ("HEAD / HTTP/1.1\nHost: localhost", 200),
+    ("GET /?a=b HTTP/1.1\nHost: localhost", 200),
+    ("GET /%68ealth HTTP/1.1\nHost: localhost", 200),
+    ("OPTIONS / HTTP/1.1\nHost: localhost", 204),
+    ("GET /nothing HTTP/1.1\nHost: localhost", 404),
+    ("GET /irc HTTP/1.1\nHost: localhost", 426),
+    ("DELETE / HTTP/1.1\nHost: localhost", 405),
+    ("BREW / HTTP/1.1\nHost: localhost", 405),
+    ("GET / HTTP/1.1", 400),  # no Host
+    ("GET / HTTP/1.1\nHost: localhost\nHost: localhost", 400),
+    ("GET / HTTP/1.1\nHost: evil.example", 421),
+    ("GET / HTTP/1.1\nHost: ", 421),
+    ("GET / HTTP/1.1\nHost: 192.168.1.5:7000", 200),
+    ("GET / HTTP/1.1\nHost: [::1]:7000", 200),
+    ("GET  / HTTP/1.1\nHost: localhost", 400),
+    ("GET / x HTTP/1.1\nHost: localhost", 400),
+    ("GET / HTTP/1.1\nHost : localhost", 400),  # a blank before the colon
+    ("GET / HTTP/1.1\nHost: localhost\n folded: line", 400),
+    ("GET / HTTP/1.1\nHost: localhost\nNoColon", 400),
+    ("GET / HTTP/1.1\nHost: localhost\nA: b\x00c", 400),
+    ("GET / HTTP/1.1\nHost: localhost\nA: b\rc", 400),
+    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 1\nContent-Length: 1", 400),
+    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 1, 1", 400),
+    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: +1", 400),
+    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: -1", 400),
+    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 1_0", 400),
+    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 0x1", 400),
+    ("POST / HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked\nContent-Length: 1", 400),
+    ("POST / HTTP/1.0\nHost: localhost\nTransfer-Encoding: chunked", 400),
+    ("POST / HTTP/1.1\nHost: localhost\nTransfer-Encoding: gzip, chunked", 501),
+    ("POST / HTTP/1.1\nHost: localhost\nTransfer-Encoding: xchunked", 501),
+    ("POST / HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked\nTransfer-Encoding: x", 501),
+    ("GET / HTTP/1.1\nHost: localhost\nExpect: the-unexpected", 417),
+    ("GET / HTTP/1.1\nHost: localhost\n" + "\n".join(f"A{n}: b" for n in range(100)), 431),
+    ("GET / HTTP/1.1\nHost: localhost\nA: " + "b" * 16_400, 431),
+    ("GET /" + "a" * 16_400 + " HTTP/1.1\nHost: localhost", 414),
+]
 
 
-def test_pruning_waits_for_an_idle_turn_unless_it_is_overdue(folder):
-    store = chat.Store(folder / "chat.db", keep=1000)
-    house = House(store=store)
-    house.enter("alice")
-    house.say("alice", *["x"] * 1050)
-    house.turn()
-    store.commit(chat.Turn(), house.now + 10)
-    store.prune(idle=False, now=0)
-    assert len(texts(store, chat.LOBBY, 2000)) == 1050
-    house.say("alice", *["x"] * 100)
-    house.turn()
-    store.commit(chat.Turn(), house.now + 20)
-    store.prune(idle=False, now=0)
-    assert len(texts(store, chat.LOBBY, 2000)) == 1000
+# As the sender split it, with at most 200 pieces and four times as many as needed
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["one", "two"],
+        ["one", "+ more", "two"],
+        ["a", "+b", "+c", "+d"],
+        ["x" * 400, "+" + "y" * 400, "+" + "z" * 10],
+        ["1", "", "3"],
+        [str(n) for n in range(200)],
+    ],
+)
+def test_a_message_of_few_pieces_is_forwarded_as_its_sender_split_it(pieces):
+    house = irc_house("#a", alice=MULTILINE, bob=MULTILINE)
+    asked(house, "alice", *batch_of(*pieces))
+    assert pieces_of(heard(house, "bob")) == pieces
 
 
-def test_private_talks_end_with_the_server(folder):
-    house = House(store=chat.Store(folder / "chat.db"))
-    house.enter("alice", "bob")
-    house.say("alice", "/tell bob psst", "hello")
-    house.turn()
-    house.store.close()
-    store = chat.Store(folder / "chat.db")
-    House(store=store)
-    while store.prune(idle=True, now=0):
-        pass
-    assert store.db.execute("SELECT key FROM targets").fetchall() == [(chat.LOBBY,)]
-    assert store.db.execute("SELECT count(*) FROM events WHERE text = 'psst'").fetchone() == (0,)
+# Any other message is joined and split again; its text is the same
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["a"] + ["+b"] * 199,
+        ["a"] + ["+b"] * 1000,
+        ["one"] + ["+" + "x" * 10] * 500,
+        ["one", "two"] + ["+ x"] * 300 + ["", "last"],
+    ],
+)
+def test_a_message_of_many_small_pieces_is_joined_and_split_again(pieces):
+    house = irc_house("#a", alice=MULTILINE, bob=MULTILINE, carol="")
+    asked(house, "alice", *batch_of(*pieces))
+    got = pieces_of(heard(house, "bob"))
+    assert joined(got) == joined(pieces)
+    needed = sum(-(-max(1, len(text)) // 400) for text in joined(pieces).split("\n"))
+    assert len(got) <= 4 * needed
+    plain = [text for *_, text in messages_in(heard(house, "carol"))]
+    assert "".join(plain) == joined(pieces).replace("\n", "") and len(plain) <= 4 * needed
 
 
-def test_checkpoints_move_the_log_into_the_database(folder):
-    store = chat.Store(folder / "chat.db")
-    house = House(store=store)
-    house.enter("alice")
-    house.say("alice", *["x" * 100] * 1000)
-    house.turn()
-    before = (folder / "chat.db").stat().st_size
-    store.checkpoint()
-    assert (folder / "chat.db").stat().st_size > before + 100_000
-
-
-def test_a_log_that_has_grown_large_is_begun_anew(folder, monkeypatch):
-    monkeypatch.setattr(chat, "WAL_RESTART_BYTES", 100_000)
-    house = House(store=chat.Store(folder / "chat.db"))
-    house.enter("alice")
-    house.store.checkpoint()  # the first one begins a new log, whatever its size
-    sizes = []
-    for _ in range(4):
-        house.say("alice", *["x" * 100] * 2000)
-        house.turn()
-        house.store.checkpoint()
-        sizes.append((folder / "chat.db-wal").stat().st_size)
-    assert sizes[-1] < 2 * sizes[0]
-
-
-def spoiled(path, how):
-    """A database with something wrong, as bytes."""
-    if how == "junk":
-        return b"this is no database at all, but long enough to be one" * 100
-    if how == "foreign":
-        with contextlib.closing(sqlite3.connect(path)) as db:
-            db.execute("CREATE TABLE recipes (name)")
-            db.commit()
-        return path.read_bytes()
-    chat.Store(path).close()
-    if how == "newer":
-        with contextlib.closing(sqlite3.connect(path)) as db:
-            db.execute("PRAGMA user_version = 99")
-        return path.read_bytes()
-    data = path.read_bytes()
-    return data[: len(data) // 2] if how == "half" else data[:4096] + b"\xff" * 300 + data[4396:]
+# A multiline fallback must contain no empty PRIVMSG: live, echoed, in private, in
+# history, and of the line protocol
+@pytest.mark.parametrize(
+    "pieces, expected",
+    [
+        (["", "two"], ["two"]),
+        (["one", "", "three", ""], ["one", "three"]),
+        (["", "+x"], ["x"]),
+        (["", "", "+x", ""], ["x"]),
+        (["one", "", "+two"], ["one", "two"]),
+        (["one", "+two", "", ""], ["onetwo"]),
+    ],
+)
+@pytest.mark.parametrize("target", ["#a", "bob"])
+def test_the_fallback_of_a_message_has_no_empty_line(pieces, expected, target):
+    house = irc_house("#a", alice=MULTILINE, bob="")
+    asked(house, "alice", *batch_of(*pieces, target=target))
+    got = [text for *_, text in messages_in(heard(house, "bob"))]
+    assert "" not in got and all(text.strip() for text in got)
+    # a piece that goes on with the one before it may come joined to it, or by itself
+    assert "".join(got) == "".join(expected)
+    talk = "#a" if target == "#a" else "alice"
+    again = messages_in(asked(house, "bob", f"CHATHISTORY LATEST {talk} * 10"))
+    assert [text for *_, text in again] == got
 
 
 @pytest.mark.parametrize(
-    "how, words",
+    "lines",
     [
-        ("junk", "is damaged"),
-        ("half", "is damaged"),
-        ("holes", "is damaged"),
-        ("foreign", "is not a database of chat.py"),
-        ("newer", "is from a newer chat.py (schema 99"),
+        ["/lines 2", "one", ""],
+        ["/lines 3", "", "", "three"],
+        ["/lines 2", "\x02", "two"],
+        ["/lines 2", "\r\r", "two"],
+        ["\r"],
+        [""],
+        ["/lines 2", "", ""],
     ],
 )
-def test_a_database_that_is_not_sound_and_ours_is_refused_in_one_line_and_not_touched(
-    folder, how, words
+def test_what_netcat_says_is_no_empty_privmsg(lines):
+    house = irc_house("#lobby", alice="", bob=MULTILINE)
+    house.enter("dora")
+    forget(house)
+    house.say("dora", *lines)
+    house.turn()
+    assert all(text for *_, text in messages_in(heard(house, "alice")))
+
+
+# Long text
+
+
+LONG_TEXTS = [
+    "x" * 600,
+    "word " * 120,
+    "\u00fc" * 300,
+    "\u516c\u56ed" * 100,
+    "\U0001f600" * 130,
+]
+
+
+def fitted(verb, target, text):
+    """The text as far as its line is legal for a client: 510 bytes without a source."""
+    room = 510 - len(f"{verb} {target} :".encode())
+    return text.encode()[:room].decode(errors="ignore")
+
+
+# Text that is too long for 512 bytes, from clients that cannot know: the line was
+# legal, with its source it is too long: the receivers get it split, nothing is refused
+SPLIT = [("PRIVMSG", "#a"), ("PRIVMSG", "@#a"), ("NOTICE", "#a"), ("NOTICE", "bob")]
+
+
+@pytest.mark.parametrize("text, way", in_turn(LONG_TEXTS, SPLIT))
+def test_text_that_is_too_long_with_its_source_is_split_and_not_refused(text, way):
+    verb, target = way
+    house = irc_house("#a", alice="echo-message message-tags labeled-response batch", bob="")
+    asked(house, "alice", "MODE #a +o bob", f"NICK {WIDE}")
+    forget(house)
+    said = fitted(verb, target, text)
+    echo = asked(house, "alice", f"@label=1 {verb} {target} :{said}")
+    assert not of(echo, "417", "FAIL")
+    lines = heard(house, "bob")
+    assert len(lines) > 1 and {(x.verb, x.params[0]) for x in lines} == {(verb, target)}
+    assert "".join(line.params[1] for line in lines) == said
+    assert "".join(line.params[1] for line in of(echo, verb)) == said
+    assert sum("label" in line.tags for line in echo) == 1
+
+
+# Tags belong to one line, and a message to a user is one line: there the sender is told the limit
+@pytest.mark.parametrize("start", ["PRIVMSG bob :", "@+draft/reply=x PRIVMSG #a :"])
+def test_text_that_is_too_long_and_cannot_be_split_is_refused_with_the_limit(start):
+    house = irc_house("#a", alice="message-tags", bob="message-tags")
+    asked(house, "alice", f"NICK {WIDE}")
+    forget(house)
+    target = start.split()[-2]
+    room = 510 - len(f":{WIDE}!~u@127.0.0.1 PRIVMSG {target} :".encode())
+    assert asked(house, "alice", start + "x" * room) == []
+    (answer,) = asked(house, "alice", start + "x" * (room + 1))
+    assert answer.verb == "417" and str(room) in answer.params[-1]
+    assert [len(line.params[1]) for line in heard(house, "bob")] == [room]
+
+
+def test_a_long_action_is_split_into_actions():
+    house = irc_house("#a", alice="", bob="")
+    asked(house, "alice", f"NICK {WIDE}")
+    forget(house)
+    said = fitted("PRIVMSG", "#a", "\x01ACTION " + "x" * 500)[:-1]
+    assert asked(house, "alice", f"PRIVMSG #a :{said}\x01") == []
+    texts = [text for *_, text in messages_in(heard(house, "bob"))]
+    assert len(texts) > 1
+    assert all(text.startswith("\x01ACTION ") and text.endswith("\x01") for text in texts)
+    assert sum(text.count("x") for text in texts) == said.count("x")
+
+
+def test_long_text_is_one_message_for_clients_with_multiline_and_in_history():
+    house = irc_house("#a", alice="", bob=f"{MULTILINE} draft/chathistory")
+    asked(house, "alice", f"NICK {WIDE}")
+    forget(house)
+    said = fitted("PRIVMSG", "#a", "x" * 600)
+    asked(house, "alice", f"PRIVMSG #a :{said}")
+    live = heard(house, "bob")
+    assert len(of(live, "BATCH")) == 2 and joined(pieces_of(live)) == said
+    page = asked(house, "bob", "CHATHISTORY LATEST #a * 1")
+    assert joined(pieces_of(page)) == said
+
+
+# Other devices
+
+
+SENT = [  # what the desk sends in private, and the verb of what others receive
+    (["PRIVMSG bob :x"], "PRIVMSG"),
+    (["NOTICE bob :x"], "NOTICE"),
+    (["PRIVMSG bob :\x01ACTION x\x01"], "PRIVMSG"),
+    (["@+typing=active TAGMSG bob"], "TAGMSG"),
+    ([*batch_of("one", "two", target="bob")], "PRIVMSG"),
+]
+
+
+def four_devices():
+    """alice with four devices: without, with echo-message, with znc.in/self-message, with both."""
+    house = irc_house("", alice="message-tags batch draft/multiline", bob="message-tags")
+    asked(house, "alice", "REGISTER * * password", "JOIN #a")
+    for label, caps in (
+        ("bare", ""),
+        ("echo", " echo-message"),
+        ("znc", " znc.in/self-message"),
+        ("both", " echo-message znc.in/self-message"),
+    ):
+        logged_in(house, label, "alice")
+        asked(house, label, f"CAP REQ :message-tags{caps}")
+    asked(house, "bob", "JOIN #a")
+    forget(house)
+    return house
+
+
+# One's own private messages from another device go only to sessions with
+# echo-message or znc.in/self-message; these have the receiver as their target
+@pytest.mark.parametrize("lines, verb", SENT)
+def test_private_messages_from_another_device_are_for_those_who_asked(lines, verb):
+    house = four_devices()
+    assert of(asked(house, "alice", *lines), verb) == []  # no echo was asked for
+    received = heard(house, "bob")
+    assert received and all(line.source == "alice" for line in received)
+    assert heard(house, "bare") == []
+    for label in ("echo", "znc", "both"):
+        lines = of(heard(house, label), verb)
+        assert [(x.source, *x.params) for x in lines] == [
+            (x.source, *x.params) for x in of(received, verb)
+        ], label
+
+
+# In channels every device gets them
+def test_messages_to_a_channel_from_another_device_are_for_all_devices():
+    house = four_devices()
+    assert asked(house, "alice", "PRIVMSG #a :x") == []
+    for label in ("bare", "echo", "znc", "both"):
+        assert messages_in(heard(house, label)) == [("alice", "#a", "x")]
+
+
+# Znc.in/self-message is no echo for the session that sends; echo-message is
+@pytest.mark.parametrize("label, count", [("bare", 0), ("znc", 0), ("echo", 1), ("both", 1)])
+def test_self_message_is_no_echo_to_the_sending_session(label, count):
+    house = four_devices()
+    assert len(of(asked(house, label, "PRIVMSG bob :x"), "PRIVMSG")) == count
+
+
+# What one sends to oneself is received by every device, as its receiver
+def test_a_message_to_oneself_reaches_every_device():
+    house = four_devices()
+    asked(house, "alice", "PRIVMSG alice :note")
+    for label in ("bare", "echo", "znc", "both"):
+        assert ("alice", "alice", "note") in messages_in(heard(house, label))
+
+
+# Colours
+
+
+COLOURED = [
+    ("\x0304,12Red\x0f Baron", "Red Baron"),
+    ("\x034Red\x03 Baron", "Red Baron"),
+    ("\x0304Red 5 Baron", "Red 5 Baron"),
+    ("\x04ff8800Red\x04 Baron", "Red Baron"),
+    ("\x02Red\x02 \x1fBaron", "Red Baron"),
+    ("Red\x0399,99 Baron", "Red Baron"),
+    ("\x03\x0304\x03Red Baron", "Red Baron"),
+]
+
+
+# Colours must be dropped from a realname together with their digits
+@pytest.mark.parametrize("coloured, plain", COLOURED)
+@pytest.mark.parametrize("later", [False, True])
+def test_colours_go_from_a_realname_with_their_digits(coloured, plain, later):
+    house = irc_house("", bob="extended-join setname")
+    asked(house, "bob", "JOIN #a")
+    house.connect_irc("alice")
+    house.say("alice", "NICK alice", f"USER u 0 * :{'r' if later else coloured}", "JOIN #a")
+    house.say("alice", *([f"SETNAME :{coloured}"] if later else []))
+    house.turn()
+    told = heard(house, "bob")
+    shown = [line.params[-1] for line in of(told, "SETNAME" if later else "JOIN")]
+    lines = asked(house, "bob", "WHOIS alice", "WHO alice", "WHO alice %r")
+    shown += [line.params[-1] for line in of(lines, "311", "354")]
+    shown += [line.params[-1].partition(" ")[2] for line in of(lines, "352")]
+    assert shown == [plain] * 4
+
+
+# Also: other text of users that is shown in the line protocol
+@pytest.mark.parametrize("coloured, plain", COLOURED)
+def test_colours_go_with_their_digits_from_what_netcat_is_shown(coloured, plain):
+    house = irc_house("#lobby", alice="")
+    asked(house, "alice", f"TOPIC #lobby :{coloured}")
+    house.enter("dora")
+    house.say("dora", "/topic")
+    house.turn()
+    assert house.heard("dora")[-1].endswith(f" {plain}")
+    house.connect("fred", greeted=True)
+    house.say("fred", "fred")
+    house.turn()
+    assert house.heard("fred")[0].split("; /help")[0].endswith(f" {plain}")
+    asked(house, "alice", f"PRIVMSG #lobby :{coloured}", f"AWAY :{coloured}")
+    assert [line.endswith(f" {plain}") for line in house.heard("dora")[-2:]] == [True, True]
+    house.say("dora", "/history 1")
+    house.turn()
+    assert house.heard("dora")[0].endswith(f" {plain}")
+
+
+# NEW AND RATIFIED CAPABILITIES
+
+
+# The ratified name beside the draft, alike
+@pytest.mark.parametrize("name", ["no-implicit-names", "draft/no-implicit-names"])
+def test_no_implicit_names_is_known_by_both_names(name):
+    house = irc_house("", alice=f"{name} draft/read-marker", bob="")
+    assert name in drafts_and_values(house, "bob")
+    asked(house, "bob", "JOIN #a", "TOPIC #a :tea")
+    lines = asked(house, "alice", "JOIN #a")
+    assert [line.verb for line in lines] == ["JOIN", "332", "333", "MARKREAD"]
+    assert [line.verb for line in asked(house, "alice", "NAMES #a")] == ["353", "366"]
+    forget(house)
+    asked(house, "bob", "RENAME #a #b")
+    assert not of(heard(house, "alice"), "353", "366")
+    assert [x.verb for x in asked(house, "alice", f"CAP REQ -{name}", "JOIN #c")][-2:] == [
+        *("353", "366")
+    ]
+
+
+def registration(guest):
+    lines = of(socket_lines(guest, "CAP LS 302"), "CAP")
+    words = [word for line in lines for word in line.params[-1].split()]
+    (value,) = [w.partition("=")[2] for w in words if w.startswith("draft/account-registration")]
+    return dict(one.partition("=")[::2] for one in value.split(",") if one)
+
+
+# The newest values of draft/account-registration
+@pytest.mark.parametrize("rules", [[], ["before-connect"], ["email-required"]])
+def test_account_registration_tells_how_long_a_password_may_be(running, rules):
+    server = running(register=frozenset(rules))
+    values = registration(server.guest())
+    assert set(values) == {*rules, "min-password-length", "max-password-length"}
+    least, most = int(values["min-password-length"]), int(values["max-password-length"])
+    assert 0 < least < most
+    if not rules:
+        for name, length, accepted in (("a", least - 1, False), ("b", least, True)):
+            guest = server.guest()
+            guest.enter_irc(name)
+            lines = socket_lines(guest, f"REGISTER * * {'x' * length}" if length else "PING")
+            assert bool(of(lines, "REGISTER")) == accepted
+        if most < 450:
+            guest = server.guest()
+            guest.enter_irc("c")
+            lines = socket_lines(guest, f"REGISTER * * {'x' * (most + 1)}")
+            assert fails(lines) and not of(lines, "REGISTER")
+        guest = server.guest()
+        guest.enter_irc("d")
+        lines = socket_lines(guest, f"REGISTER * * {'x' * min(most, 450)}")
+        assert of(lines, "REGISTER")
+
+
+# The parameters of FAIL REGISTER
+@pytest.mark.parametrize("account", ["*", "foo"])
+def test_register_without_a_nick_names_no_account(running, account):
+    guest = running(register=frozenset({"before-connect"})).guest()
+    guest.send("CAP LS 302\r\n")
+    lines = socket_lines(guest, f"REGISTER {account} * password")
+    assert fails(lines) == [("REGISTER", "NEED_NICK", ["*"])]
+
+
+@pytest.mark.parametrize(
+    "line, code",
+    [
+        ("REGISTER * * x", "WEAK_PASSWORD"),
+        ("REGISTER other * password", "ACCOUNT_NAME_MUST_BE_NICK"),
+        ("VERIFY alice 123", "INVALID_CODE"),
+        ("VERIFY * 123", "INVALID_CODE"),  # * is one's own name
+    ],
+)
+def test_a_refusal_of_register_or_verify_names_the_account(line, code):
+    house = irc_house("", alice="")
+    account = line.split()[1].replace("*", "alice")
+    assert fails(asked(house, "alice", line)) == [(line.split()[0], code, [account])]
+
+
+# VERIFY * is one's own name
+def test_verify_with_a_star_verifies_ones_own_name(running, tmp_path):
+    mail = tmp_path / "mail"
+    server = running(register=frozenset({"email-required"}), sendmail=f"dd of={mail}")
+    guest = server.guest()
+    guest.enter_irc("alice")
+    lines = socket_lines(guest, "REGISTER * a@b.example password")
+    assert of(lines, "REGISTER")[0].params[:2] == ["VERIFICATION_REQUIRED", "alice"]
+    text = mail.read_text().replace("=\n", "")
+    code = re.search(r" is (\S+?)\.?\s*$", text)[1]
+    lines = socket_lines(guest, f"VERIFY * {code}")
+    assert of(lines, "VERIFY")[0].params[:2] == ["SUCCESS", "alice"] and of(lines, "900")
+
+
+# The token is only for servers that let in no one without an account; this is none
+def test_no_account_is_required_by_default():
+    house = irc_house("", alice="")
+    known = tokens(asked(house, "alice", "VERSION"))
+    assert known and "draft/ACCOUNTREQUIRED" not in known
+
+
+def test_the_server_announces_its_limits():
+    house = irc_house("", alice="")
+    known = tokens(asked(house, "alice", "VERSION"))
+    assert known["SAFERATE"] == ""
+    targets = dict(one.split(":") for one in known["TARGMAX"].split(","))
+    assert targets["TAGMSG"] == targets["PRIVMSG"] == targets["NOTICE"]
+
+
+# TAGMSG has the target limit of PRIVMSG; that it announces
+def test_tagmsg_has_the_target_limit_that_it_announces():
+    house = irc_house("#a", alice="message-tags echo-message", bob="message-tags")
+    known = tokens(asked(house, "alice", "VERSION"))
+    targets = dict(one.split(":") for one in known["TARGMAX"].split(","))
+    most = int(targets["TAGMSG"])
+    names = ",".join(["#a", *(f"none{n}" for n in range(most))])
+    lines = asked(house, "alice", f"@+x=y TAGMSG {names}")
+    assert [line.verb for line in lines] == ["407"] and heard(house, "bob") == []
+    lines = asked(house, "alice", f"@+x=y TAGMSG {names.rpartition(',')[0]}")
+    assert of(lines, "TAGMSG") and len(of(heard(house, "bob"), "TAGMSG")) == 1
+
+
+# BURST,RATE as they are; without a limit there is nothing to announce
+@pytest.mark.parametrize("flood", [(1000, 100), (300, 20), None])
+def test_the_server_announces_how_fast_a_client_may_send(running, flood):
+    guest = running(flood=flood).guest()
+    value = tokens([parsed(line) for line in guest.enter_irc("alice")]).get("chat.py/FLOOD")
+    assert (value and tuple(map(float, value.split(",")))) == flood
+
+
+# Between the last 005 and 251, from the client's own source
+@pytest.mark.parametrize(
+    "capabilities", ["draft/whoami chghost setname", "draft/whoami chghost", ""]
+)
+def test_whoami_tells_a_client_its_own_realname_in_the_welcome(capabilities):
+    house = irc_house("", bob="")
+    assert drafts_and_values(house, "bob").get("draft/whoami") == ""
+    house.connect_irc("x")
+    house.say("x", "CAP LS 302", f"CAP REQ :{capabilities}", "NICK alice", "USER u 0 * :Real Name")
+    house.say("x", "CAP END")
+    house.turn()
+    raw = house.heard("x")
+    verbs = [parsed(line).verb for line in raw]
+    if not capabilities:
+        assert "SETNAME" not in verbs
+        return
+    place = verbs.index("SETNAME")
+    assert verbs[place - 1] == "005" and verbs[place + 1] == "251" and verbs.count("SETNAME") == 1
+    assert raw[place] == ":alice!~u@127.0.0.1 SETNAME :Real Name"
+
+
+def isupport_batch(lines):
+    """The lines of 005 are all in one batch; their batch lines are left out."""
+    begin = opening([line for line in of(lines, "BATCH") if "draft/isupport" in str(line.params)])
+    reference = begin.params[0][1:]
+    assert begin.params[1:] == ["draft/isupport"]
+    inside = of(lines, "005")
+    assert inside and all(line.tags.get("batch") == reference for line in inside)
+    assert [x.params for x in of(lines, "BATCH")][-1] == [f"-{reference}"]
+    return inside
+
+
+# The command, before and after the welcome, and the batch
+def test_extended_isupport_tells_the_tokens_before_and_after_the_welcome():
+    house = irc_house("", bob="")
+    assert drafts_and_values(house, "bob").get("draft/extended-isupport") == ""
+    house.connect_irc("x")
+    lines = asked(house, "x", "CAP LS 302", "CAP REQ draft/extended-isupport", "ISUPPORT")
+    assert not of(lines, "BATCH", "421", "451") and {x.params[0] for x in of(lines, "005")} == {"*"}
+    early = tokens(lines)
+    assert early == tokens(asked(house, "bob", "VERSION"))
+    lines = asked(house, "x", "CAP REQ batch", "ISUPPORT")
+    assert tokens(isupport_batch(lines)) == early
+    lines = asked(house, "x", "NICK x", "USER u 0 * :r", "CAP END")
+    assert of(lines, "001")
+    if of(lines, "005"):  # the welcome may leave out what has been told
+        isupport_batch(lines)
+    lines = asked(house, "x", "ISUPPORT")
+    assert tokens(isupport_batch(lines)) == early and {x.params[0] for x in of(lines, "005")} == {
+        "x"
+    }
+
+
+def test_the_welcome_has_its_tokens_in_a_batch_for_clients_with_extended_isupport():
+    house = House()
+    house.connect_irc("x")
+    house.say("x", "CAP REQ :draft/extended-isupport batch", "NICK x", "USER u 0 * :r")
+    lines = asked(house, "x", "CAP END")
+    isupport_batch(lines)
+    verbs = [line.verb for line in lines]
+    assert verbs.index("004") < verbs.index("BATCH") < verbs.index("005") < verbs.index("251")
+
+
+# A tag on the messages of server operators, for those who asked for it
+def test_messages_of_operators_have_a_tag_for_those_who_asked():
+    house = irc_house("#a", alice="", bob="draft/oper-tag message-tags", carol="message-tags")
+    asked(house, "alice", "PRIVMSG #a :before", "OPER boss secret")
+    asked(house, "alice", "PRIVMSG #a :as one", "NOTICE bob :in private", "MODE alice -o")
+    asked(house, "alice", "PRIVMSG #a :after")
+    lines = of(heard(house, "bob"), "PRIVMSG", "NOTICE")
+    told = {line.params[-1]: "draft/oper" in line.tags for line in lines}
+    assert told == {"before": False, "as one": True, "in private": True, "after": False}
+    assert not [x for x in heard(house, "carol") if "draft/oper" in x.tags]
+
+
+# Metadata
+
+
+METADATA = "draft/metadata-3 batch message-tags"
+
+
+# Keys that were taken are told in 770, also before a refusal
+@pytest.mark.parametrize("command, numeric", [("SUB", "770"), ("UNSUB", "771")])
+@pytest.mark.parametrize(
+    "keys, good, bad",
+    [
+        ("a B$ c", ["a", "c"], ["B$"]),
+        ("B$ a", ["a"], ["B$"]),
+        ("a c B$", ["a", "c"], ["B$"]),
+        ("B$", [], ["B$"]),
+        ("a b", ["a", "b"], []),
+    ],
+)
+def test_keys_that_were_taken_are_told_beside_those_that_were_not(
+    command, numeric, keys, good, bad
 ):
-    path = folder / "chat.db"
-    data = spoiled(path, how)
-    path.write_bytes(data)
-    with pytest.raises(chat.Unusable) as caught:
-        chat.Store(path)
-    assert words in str(caught.value) and "nothing was changed" in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert path.read_bytes() == data
+    house = irc_house("", alice=METADATA)
+    if command == "UNSUB":
+        asked(house, "alice", "METADATA * SUB a b c")
+    lines = asked(house, "alice", f"METADATA * {command} {keys}")
+    assert [key for line in of(lines, numeric) for key in line.params[1:]] == good
+    assert fails(lines) == [("METADATA", "INVALID_KEY", [key]) for key in bad]
+    listed = of(asked(house, "alice", "METADATA * SUBS"), "772")
+    subscribed = {key for line in listed for key in line.params[1:]}
+    assert subscribed == ({"a", "b", "c"} - set(good) if command == "UNSUB" else set(good))
 
 
-def test_a_channel_whose_history_did_not_fit_in_memory_has_what_is_said_there_next(monkeypatch):
-    monkeypatch.setattr(chat, "MEMORY_BYTES", 500_000)
-    house = house_of("alice")
-    house.say("alice", *["x" * 1000] * 100)
+def offered_limit(house, who, key):
+    values = drafts_and_values(house, who)["draft/metadata-3"].split(",")
+    return int(dict(one.partition("=")[::2] for one in values)[key])
+
+
+# At the limit, what fitted is told, and the refusal has the key and the limit
+def test_the_limit_of_subscriptions_is_told_with_what_fitted():
+    house = irc_house("", alice=METADATA)
+    most = offered_limit(house, "alice", "max-subs")
+    for n in range(most - 1):
+        asked(house, "alice", f"METADATA * SUB k{n}")
+    lines = asked(house, "alice", "METADATA * SUB k0 last over again")
+    told = [key for line in of(lines, "770") for key in line.params[1:]]
+    assert set(told) <= {"k0", "last"} and "last" in told
+    # the newest text of PR 613 may have the subcommand too; key and limit stand in this order
+    ((verb, code, context),) = fails(lines)
+    assert (verb, code) == ("METADATA", "LIMIT_REACHED")
+    assert [one for one in context if one != "SUB"] == ["over", str(most)]
+
+
+# LIMIT_REACHED of SET has the target and the limit
+@pytest.mark.parametrize("target", ["*", "alice", "#a"])
+def test_the_limit_of_keys_is_told_with_its_number(target):
+    house = irc_house("#a", alice=METADATA)
+    most = offered_limit(house, "alice", "max-keys")
+    asked(house, "alice", *(f"METADATA {target} SET k{n} :v" for n in range(most)))
+    ((_, code, context),) = fails(asked(house, "alice", f"METADATA {target} SET over :v"))
+    assert code == "LIMIT_REACHED"
+    assert [one for one in context if one != "SET"] == [target, str(most)]
+    assert of(asked(house, "alice", f"METADATA {target} SET k0 :w"), "761")  # no new key
+
+
+# An invalid key in GET is INVALID_KEY, inside the batch and in its place
+def test_a_key_that_is_none_is_refused_by_get_in_its_place():
+    house = irc_house("", alice=METADATA)
+    asked(house, "alice", "METADATA * SET a :1")
+    lines = asked(house, "alice", "METADATA * GET a B$ c")
+    begin, *inside, end = lines
+    reference = begin.params[0][1:]
+    assert begin.verb == end.verb == "BATCH" and begin.params[1] == "metadata"
+    assert [line.verb for line in inside] == ["761", "FAIL", "766"]
+    assert fails(inside) == [("METADATA", "INVALID_KEY", ["B$"])]
+    assert {line.tags.get("batch") for line in inside} == {reference}
+
+
+# The name that Halloy asks for, with the same value and the same effect
+def test_metadata_2_is_another_name_of_metadata_3():
+    house = irc_house("", bob="")
+    values = drafts_and_values(house, "bob")
+    assert values["draft/metadata-2"] == values["draft/metadata-3"] != ""
+    house.connect_irc("x")
+    house.say("x", "CAP REQ :draft/metadata-2 batch", "NICK x", "USER u 0 * :r")
+    lines = asked(house, "x", "CAP END")
+    assert [x.params[1:] for x in of(lines, "BATCH")][:1] == [["metadata", "x"]]
+    asked(house, "x", "METADATA * SUB color", "JOIN #a")
+    asked(house, "bob", "JOIN #a", "METADATA * SET color :red")
+    assert [line.params[1:3] for line in of(heard(house, "x"), "761")] == [["bob", "color"]]
+
+
+# Those who MONITOR a user hear of the metadata also without extended-monitor
+@pytest.mark.parametrize("more", ["", " extended-monitor"])
+def test_a_watched_user_s_metadata_is_told_without_a_common_channel(more):
+    house = irc_house("", alice=METADATA + more, bob="")
+    asked(house, "alice", "METADATA * SUB color", "MONITOR + bob")
+    asked(house, "bob", "METADATA * SET color :red", "METADATA * SET other :x")
+    told = [line.params[1:] for line in of(heard(house, "alice"), "761")]
+    assert told == [["bob", "color", "*", "red"]]
+
+
+# ISSUES OF OTHER SERVERS: what their users reported
+
+
+class Line(NamedTuple):
+    """One line of IRC that a client received."""
+
+    tags: dict[str, str]
+    source: str
+    verb: str
+    params: list[str]
+
+
+def parsed(text):
+    tags, text = text.rstrip("\r"), text.rstrip("\r")
+    words, text = text.split(" ", 1) if text.startswith("@") else ("", text)
+    tags = dict(word.partition("=")[::2] for word in words[1:].split(";") if word)
+    source, text = text[1:].split(" ", 1) if text.startswith(":") else ("", text)
+    head, colon, last = text.partition(" :")
+    verb, *params = head.split()
+    return Line(tags, source.partition("!")[0], verb, params + [last] * bool(colon))
+
+
+def heard(house, who):
+    """The lines of IRC that a client received since the last call."""
+    return [parsed(line) for line in house.heard(who)]
+
+
+def asked(house, who, *lines):
+    """Send lines, end the turn, and return what this client received."""
+    house.say(who, *lines)
     house.turn()
-    others = itertools.count(1)
-    while texts(house.store, "#lobby"):
-        house.say("alice", f"/join #{next(others)}", *["x" * 1000] * 100, "/part")
+    return heard(house, who)
+
+
+def forget(house):
+    for who in house.guests:
+        house.heard(who)
+
+
+def irc_house(room, **capabilities):
+    """IRC clients, by name with the capabilities that each asks for; all join the room."""
+    house = House()
+    house.enter_irc(*capabilities)
+    for who, wanted in capabilities.items():
+        house.say(who, *([f"CAP REQ :{wanted}"] if wanted else []))
+        house.say(who, *([f"JOIN {room}"] if room else []))
         house.turn()
-        while texts(house.store, "#lobby") and house.store.prune(idle=True, now=0):
-            pass
-    house.store.prune(idle=True, now=0)  # finds no more of it
-    house.say("alice", "/join #lobby", "again")
+    forget(house)
+    return house
+
+
+def of(lines, *verbs):
+    return [line for line in lines if line.verb in verbs]
+
+
+def fails(lines):
+    """The standard replies: verb, code, context (the words at the end are left out)."""
+    return [(line.params[0], line.params[1], line.params[2:-1]) for line in of(lines, "FAIL")]
+
+
+def messages_in(lines):
+    """Sender, target and text of each message."""
+    return [(line.source, *line.params) for line in of(lines, "PRIVMSG", "NOTICE")]
+
+
+def socket_lines(guest, *lines):
+    """Send lines over a socket; what was received up to the answer to a PING behind them."""
+    guest.send("".join(f"{line}\r\n" for line in lines) + "PING behind\r\n")
+    return [parsed(line) for line in guest.until(":behind")[:-1]]
+
+
+def tokens(lines):
+    """The tokens of all lines of 005."""
+    words = [word for line in of(lines, "005") for word in line.params[1:-1]]
+    return dict(word.partition("=")[::2] for word in words)
+
+
+def drafts_and_values(house, who):
+    """Return the offer of CAP LS 302: capability -> value. Several lines."""
+    lines = of(asked(house, who, "CAP LS 302"), "CAP")
+    return dict(word.partition("=")[::2] for line in lines for word in line.params[-1].split())
+
+
+def room_for(prefix, words, room=510):
+    """As many words as fit in one line behind a prefix."""
+    taken = []
+    for word in words:
+        if len(f"{prefix}{' '.join([*taken, word])}".encode()) > room:
+            break
+        taken.append(word)
+    return taken
+
+
+LONG_SERVER = "a-server.with-a-name.of-forty.letters.org"
+CLASSIC = {  # capabilities that were there before version 302, or are ratified without a value
+    *("account-notify", "account-tag", "away-notify", "batch", "cap-notify", "chghost"),
+    *("echo-message", "extended-join", "invite-notify", "labeled-response", "message-tags"),
+    *("multi-prefix", "sasl", "server-time", "setname", "standard-replies"),
+    *("userhost-in-names", "extended-monitor"),
+}
+
+
+# ======================================================================================
+# LINE DIALECT
+# ======================================================================================
+
+A, B = "alice (127.0.0.1:50000)", "bob (127.0.0.1:50001)"
+
+SCRIPTS = {
+    "a message goes to everybody but the speaker": [
+        ("alice", "hello"),
+        {"bob": ["alice: hello"], "carol": ["alice: hello"]},
+    ],
+    "an empty line is a message": [("alice", ""), {"bob": ["alice: "], "carol": ["alice: "]}],
+    "spaces are kept": [
+        ("alice", "  a  b "),
+        {"bob": ["alice:   a  b "], "carol": ["alice:   a  b "]},
+    ],
+    "two slashes say one": [
+        ("alice", "//usr/bin"),
+        {"bob": ["alice: /usr/bin"], "carol": ["alice: /usr/bin"]},
+    ],
+    "control characters do not reach netcat": [
+        ("alice", "\x1b[31mred\x07\ttab"),
+        {"bob": ["alice: [31mred\ttab"], "carol": ["alice: [31mred\ttab"]},
+    ],
+    "a line that is not UTF-8 is not broadcast": [
+        ("alice", b"\xff\xfe"),
+        {"alice": ["* that line is not UTF-8 text and was not delivered"]},
+    ],
+    "a line over the limit is refused with its number": [
+        ("alice", chat.TOO_LONG),
+        {"alice": ["* a line has at most 16384 bytes; it was not delivered"]},
+    ],
+    "a private message reaches one person": [
+        ("alice", "/tell bob psst"),
+        {"alice": ["* told bob: psst"], "bob": ["(private) alice: psst"]},
+    ],
+    "a private message finds its person in any case": [
+        ("alice", "/tell BOB psst"),
+        {"alice": ["* told BOB: psst"], "bob": ["(private) alice: psst"]},
+    ],
+    "no user of that name": [
+        ("alice", "/tell zoe hi"),
+        {"alice": ["* no user here is called zoe"]},
+    ],
+    "an action reads as one": [
+        ("alice", "/me waves"),
+        {"bob": ["alice: *waves*"], "carol": ["alice: *waves*"]},
+    ],
+    "a new name is told to those who share a channel": [
+        ("alice", "/nick anna"),
+        {
+            "alice": ["* you are anna"],
+            "bob": ["* alice is now called anna"],
+            "carol": ["* alice is now called anna"],
+        },
+        ("alice", "hi"),
+        {"bob": ["anna: hi"], "carol": ["anna: hi"]},
+    ],
+    "a taken name gets a number": [
+        ("alice", "/nick bob"),
+        {
+            "alice": ["* you are bob2: bob is taken"],
+            "bob": ["* alice is now called bob2"],
+            "carol": ["* alice is now called bob2"],
+        },
+    ],
+    "one's own name in another case is free": [
+        ("alice", "/nick Alice"),
+        {
+            "alice": ["* you are Alice"],
+            "bob": ["* alice is now called Alice"],
+            "carol": ["* alice is now called Alice"],
+        },
+    ],
+    "the name one has already is no news": [
+        ("alice", "/nick alice"),
+        {"alice": ["* you are alice"]},
+    ],
+    "a channel of one's own": [
+        ("alice", "/join #rust"),
+        {
+            "alice": [
+                "* you speak in #rust now",
+                "* the topic of #rust is not set",
+                "* #rust 1-1 of 1: @alice",
+            ]
+        },
+        ("bob", "/join #RUST"),
+        {
+            "alice": [f"[#rust] {B} joined the chat!"],
+            "bob": [
+                "* you speak in #rust now",
+                "* the topic of #rust is not set",
+                "* #rust 1-2 of 2: @alice, bob",
+            ],
+        },
+        ("bob", "hi"),
+        {"alice": ["[#rust] bob: hi"]},
+        ("alice", "/tell #lobby hello all"),
+        {
+            "alice": ["* told #lobby: hello all"],
+            "bob": ["alice: hello all"],
+            "carol": ["alice: hello all"],
+        },
+        ("bob", "/part"),
+        {
+            "alice": [f"[#rust] {B} left the chat!"],
+            "bob": ["* you left #rust", "* you speak in #lobby now"],
+        },
+        ("alice", "/list"),
+        {"alice": ["* #lobby (3)", "* #rust (1)"]},
+    ],
+    "joining twice only moves where one speaks": [
+        ("alice", "/join #lobby"),
+        {
+            "alice": [
+                "* you speak in #lobby now",
+                "* the topic of #lobby is not set",
+                "* #lobby 1-3 of 3: alice, bob, carol",
+            ]
+        },
+    ],
+    "a topic is set by operators": [
+        ("alice", "/join #a"),
+        ("bob", "/join #a"),
+        {"alice": ..., "bob": ...},
+        ("bob", "/topic mine"),
+        {"bob": ["* only operators of #a can do that"]},
+        ("alice", "/topic tea at five"),
+        {
+            "alice": ["* the topic of #a is: tea at five"],
+            "bob": ["* alice set the topic of #a: tea at five"],
+        },
+        ("bob", "/topic"),
+        {"bob": ["* the topic of #a is: tea at five"]},
+        ("alice", "/topic " + "x" * 391),
+        {"alice": ["* a topic has at most 300 bytes"]},
+    ],
+    "anybody sets the topic of the lobby, which has no operators": [
+        ("bob", "/topic lunch"),
+        {
+            "alice": ["* bob set the topic of #lobby: lunch"],
+            "bob": ["* the topic of #lobby is: lunch"],
+            "carol": ["* bob set the topic of #lobby: lunch"],
+        },
+    ],
+    "who is in no channel is told where to go": [
+        ("alice", "/part"),
+        {
+            "alice": ["* you left #lobby", "* you are in no channel"],
+            "bob": [f"{A} left the chat!"],
+            "carol": [f"{A} left the chat!"],
+        },
+        ("alice", "hello?"),
+        {"alice": ["* you are in no channel; /join #lobby"]},
+        ("alice", "/topic"),
+        {"alice": ["* you are in no channel; /join #lobby"]},
+    ],
+    "a channel one is not in": [
+        ("bob", "/join #a"),
+        {"bob": ...},
+        ("alice", "/tell #a hi"),
+        {"alice": ["* you are not in #a; /join #a first"]},
+        ("alice", "/history #a"),
+        {"alice": ["* you are not in #a; /join #a first"]},
+        ("alice", "/part #a"),
+        {"alice": ["* you are not in #a; /join #a first"]},
+        ("alice", "/names #a"),
+        {"alice": ["* #a 1-1 of 1: @bob"]},
+        ("alice", "/names #nowhere"),
+        {"alice": ["* there is no channel #nowhere now"]},
+    ],
+    "channel names that are none": [
+        ("alice", "/join rust"),
+        {"alice": ["* a channel's name begins with # and goes on, like #tea"]},
+        ("alice", "/join #"),
+        {"alice": ["* a channel's name begins with # and goes on, like #tea"]},
+        (
+            "alice",
+            "/join #a,b",
+            "/join #a]",
+            "/join #\uff0c",
+            "/join #\u0301",
+            "/join #\u3164",
+        ),
+        {"alice": ["* a channel's name is visible, without spaces, commas or ]"] * 5},
+        ("alice", "/join #" + "x" * 64),
+        {"alice": ["* a channel's name has at most 64 bytes"]},
+    ],
+    "several lines as one message": [
+        ("alice", "/lines 3", "one", "/two", ""),
+        {
+            "bob": ["alice: one", "alice: /two", "alice: "],
+            "carol": ["alice: one", "alice: /two", "alice: "],
+        },
+        ("alice", "after"),
+        {"bob": ["alice: after"], "carol": ["alice: after"]},
+    ],
+    "a count of lines that is none": [
+        ("alice", "/lines many", "/lines 0", "/lines " + "9" * 5000, "/lines 201", "/quit"),
+        {"alice": ["* a message has 1 to 200 lines"] * 4},
+    ],
+    "a message of several lines with a bad one is none, and neither is the rest of it": [
+        ("alice", "/lines 3", "one", b"\xff", "/quit", "hello"),
+        {
+            "alice": ["* that line is not UTF-8 text and was not delivered"],
+            "bob": ["alice: hello"],
+            "carol": ["alice: hello"],
+        },
+    ],
+    "white space around parameters means nothing": [
+        ("alice", "/join  #lobby ", "/names #lobby  "),
+        {
+            "alice": [
+                "* you speak in #lobby now",
+                "* the topic of #lobby is not set",
+                *["* #lobby 1-3 of 3: alice, bob, carol"] * 2,
+            ]
+        },
+    ],
+    "a message of several lines over the limit": [
+        ("alice", "/lines 2", "x" * 10000, "x" * 10000),
+        {"alice": ["* a message has at most 16384 bytes; it was not delivered"]},
+    ],
+    "what was said is history": [
+        ("alice", "one", "/me two"),
+        ("bob", "/lines 2", "three", "four"),
+        {"alice": ..., "bob": ..., "carol": ...},
+        ("carol", "/history"),
+        {
+            "carol": [
+                "* WHEN alice: one",
+                "* WHEN alice: *two*",
+                "* WHEN bob: three",
+                "* WHEN bob: four",
+                "* that was 3 messages",
+            ]
+        },
+        ("carol", "/history 1"),
+        {
+            "carol": [
+                "* WHEN bob: three",
+                "* WHEN bob: four",
+                "* that was 1 message",
+            ]
+        },
+        ("carol", "/history #lobby 501", "/history 9999999999", "/history 0"),
+        {"carol": ["* history comes in 1 to 500 messages"] * 3},
+    ],
+    "a private talk is history for its two": [
+        ("alice", "/tell bob psst"),
+        {"alice": ..., "bob": ...},
+        ("bob", "/history alice"),
+        {"bob": ["* WHEN (private) alice: psst", "* that was 1 message"]},
+        ("carol", "/history alice"),
+        {"carol": ["* that was 0 messages"]},
+        ("carol", "/history"),
+        {"carol": ["* that was 0 messages"]},
+    ],
+    "commands that are none, or lack something": [
+        ("alice", "/dance"),
+        {"alice": ["* there is no /dance; /help lists what there is"]},
+        ("alice", "/"),
+        {"alice": ["* there is no /; /help lists what there is"]},
+        ("alice", "/tell bob"),
+        {"alice": ["* it goes like this: /tell NAME TEXT"]},
+        ("alice", "/help tell"),
+        {"alice": [f"* {chat.line_command['tell'].syntax}  {chat.line_command['tell'].summary}"]},
+        ("alice", "/help dance"),
+        {"alice": ["* there is no /dance; /help lists what there is"]},
+    ],
+    "leaving is told once to everybody near": [
+        ("alice", "/join #a"),
+        ("bob", "/join #a"),
+        {"alice": ..., "bob": ...},
+        ("alice", None),
+        {"bob": [f"{A} left the chat!"], "carol": [f"{A} left the chat!"]},
+    ],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS.keys())
+def test_the_line_protocol(script):
+    house = house_of("alice", "bob", "carol")
+    for step in script:
+        if isinstance(step, tuple):
+            who, *lines = step
+            house.leave(who) if lines == [None] else house.say(who, *lines)
+            continue
+        house.turn()
+        for who in house.guests:
+            heard, expected = house.heard(who), step.get(who, [])
+            assert expected is ... or heard == expected, who
+
+
+def test_a_newcomer_is_announced_to_the_others_and_told_nothing():
+    house = House()
+    for name in ("alice", "bob"):
+        house.connect(name)
+        house.say(name, name)
+        house.turn()
+    assert house.heard("alice") == [f"{B} joined the chat!"]
+    assert house.heard("bob") == []
+
+
+def test_who_was_greeted_is_a_person_and_is_told_who_is_here():
+    house = House()
+    house.connect("alice", greeted=True)
+    house.say("alice", "alice")
+    house.connect("bob", greeted=True)
+    house.say("bob", "bob")
     house.turn()
-    assert texts(house.store, "#lobby") == ["again"]
+    assert house.heard("alice") == [
+        "* you are alice; no other user is here yet; /help",
+        f"{B} joined the chat!",
+    ]
+    assert house.heard("bob") == ["* you are bob; here: alice; /help"]
 
 
-def test_a_page_goes_from_one_founding_of_a_channel_to_the_next():
+FIRST_LINES = [
+    (
+        ["alice smith"],
+        [
+            "* you are alice_smith: names have no spaces or controls, "
+            "none of !$*,./:?@ and at the start none of #%&(+-[~"
+        ],
+    ),
+    (["BOB"], ["* you are BOB2: BOB is taken"]),
+    (["", "  ", "carol"], ["* a name needs at least one visible character; try again"] * 2),
+    ([b"\xff", "carol"], ["* that line is not UTF-8 text and was not delivered"]),
+    (["/names", "carol"], ["* a name first, please; then commands"]),
+    (
+        ["/pass anything", "carol", "/pass x"],
+        ["* thank you; now your name", "* you are in already"],
+    ),
+]
+
+
+@pytest.mark.parametrize("lines, heard", FIRST_LINES)
+def test_a_first_line_that_cannot_be_the_name_is_answered(lines, heard):
+    house = house_of("bob")
+    house.connect("x")
+    house.say("x", *lines)
+    house.turn()
+    assert house.heard("x") == heard
+    assert house.guests["x"].user
+
+
+def test_a_password_comes_before_the_name_and_three_wrong_ones_end_it():
+    house = House(password="open sesame")
+    house.connect("a")
+    house.say("a", "alice", "/pass wrong", '/pass "open sesame"', "alice")
+    house.turn()
+    assert house.heard("a") == [
+        "* this server asks for a password: /pass WORD",
+        "* that is not it (try 1 of 3)",
+        "* thank you; now your name",
+    ]
+    assert house.guests["a"].user.name == "alice"
+    house.connect("b")
+    house.say("b", *["/pass wrong"] * 3)
+    assert house.guests["b"].conn.closed
+
+
+def test_someone_who_never_gave_a_name_leaves_without_a_word():
     house = house_of("alice")
-    for words in ("one two three", "four five six", "seven eight nine"):
-        house.say("alice", "/join #a", *words.split())
-        house.turn()
-        house.say("alice", "/part")  # and it is gone
-        house.turn()
-    store, span = house.store, chat.Span(chat.Place((chat.fold("#a"),)))
-    assert len(store.targets_of(store.db, span.place)) == 3
-    newest = [event.text for event in store.page(span, 4)]
-    oldest = [event.text for event in store.page(span, 4, newest=False)]
-    assert newest == ["six", "seven", "eight", "nine"]
-    assert oldest == ["one", "two", "three", "four"]
+    house.connect("x")
+    house.leave("x")
+    house.turn()
+    assert house.heard("alice") == []
+
+
+def test_a_crowded_channel_is_listed_in_several_lines():
+    house = house_of(*(f"n{n}" for n in range(230)))
+    house.say("n0", "/names")
+    house.turn()
+    lines = house.heard("n0")
+    assert [line.split(":")[0] for line in lines] == [
+        "* #lobby 1-100 of 230",
+        "* #lobby 101-200 of 230",
+        "* #lobby 201-230 of 230",
+    ]
+
+
+def test_one_user_cannot_fill_the_table_of_channels():
+    house = house_of("alice")
+    house.say("alice", *(f"/join #{n}" for n in range(chat.CHANNELS_A_USER)))
+    house.turn()
+    assert house.heard("alice")[-1] == "* 50 channels at most; /part one"
+    assert len(house.hub.channels) == chat.CHANNELS_A_USER
 
 
 # ======================================================================================
@@ -5502,49 +9738,6 @@ def parsed_answers(data, heads=()):
         answers.append((int(first.split()[1]), headers, data[:size]))
         data = data[size:]
     return answers
-
-
-HEADS = [  # a request, and the status of its answer
-    ("GET / HTTP/1.1\nHost: localhost", 200),
-    ("GET / HTTP/1.0", 200),
-    ("GET http://localhost/ HTTP/1.1\nHost: localhost", 200),
-    ("HEAD / HTTP/1.1\nHost: localhost", 200),
-    ("GET /?a=b HTTP/1.1\nHost: localhost", 200),
-    ("GET /%68ealth HTTP/1.1\nHost: localhost", 200),
-    ("OPTIONS / HTTP/1.1\nHost: localhost", 204),
-    ("GET /nothing HTTP/1.1\nHost: localhost", 404),
-    ("GET /irc HTTP/1.1\nHost: localhost", 426),
-    ("DELETE / HTTP/1.1\nHost: localhost", 405),
-    ("BREW / HTTP/1.1\nHost: localhost", 405),
-    ("GET / HTTP/1.1", 400),  # no Host
-    ("GET / HTTP/1.1\nHost: localhost\nHost: localhost", 400),
-    ("GET / HTTP/1.1\nHost: evil.example", 421),
-    ("GET / HTTP/1.1\nHost: ", 421),
-    ("GET / HTTP/1.1\nHost: 192.168.1.5:7000", 200),
-    ("GET / HTTP/1.1\nHost: [::1]:7000", 200),
-    ("GET  / HTTP/1.1\nHost: localhost", 400),
-    ("GET / x HTTP/1.1\nHost: localhost", 400),
-    ("GET / HTTP/1.1\nHost : localhost", 400),  # a blank before the colon
-    ("GET / HTTP/1.1\nHost: localhost\n folded: line", 400),
-    ("GET / HTTP/1.1\nHost: localhost\nNoColon", 400),
-    ("GET / HTTP/1.1\nHost: localhost\nA: b\x00c", 400),
-    ("GET / HTTP/1.1\nHost: localhost\nA: b\rc", 400),
-    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 1\nContent-Length: 1", 400),
-    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 1, 1", 400),
-    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: +1", 400),
-    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: -1", 400),
-    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 1_0", 400),
-    ("POST / HTTP/1.1\nHost: localhost\nContent-Length: 0x1", 400),
-    ("POST / HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked\nContent-Length: 1", 400),
-    ("POST / HTTP/1.0\nHost: localhost\nTransfer-Encoding: chunked", 400),
-    ("POST / HTTP/1.1\nHost: localhost\nTransfer-Encoding: gzip, chunked", 501),
-    ("POST / HTTP/1.1\nHost: localhost\nTransfer-Encoding: xchunked", 501),
-    ("POST / HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked\nTransfer-Encoding: x", 501),
-    ("GET / HTTP/1.1\nHost: localhost\nExpect: the-unexpected", 417),
-    ("GET / HTTP/1.1\nHost: localhost\n" + "\n".join(f"A{n}: b" for n in range(100)), 431),
-    ("GET / HTTP/1.1\nHost: localhost\nA: " + "b" * 16_400, 431),
-    ("GET /" + "a" * 16_400 + " HTTP/1.1\nHost: localhost", 414),
-]
 
 
 @pytest.mark.parametrize(("head", "status"), HEADS)
@@ -6677,710 +10870,82 @@ def test_the_first_line_decides_the_dialect(line, dialect):
     assert chat.dialect_of(line) == dialect
 
 
-# ======================================================================================
-# WHAT OUTLIVES THE SERVER
-# ======================================================================================
+# First line and greeting
 
-SECRET = "0123456789abcdef" * 2
-ECHOES = "CAP REQ :message-tags echo-message chat.py/session"
 
+HELLO = b"NICK erin\r\nUSER u 0 * :r\r\n"
 
-def restarted(house, path):
-    """The next server on the same data: no user said goodbye."""
-    house.turn()
-    house.store.close()
-    again = House(store=chat.Store(path))
-    again.now = house.now
-    again.hub.begin(again.now)
-    return again
 
-
-def come_again(house, label, name, secret=SECRET, account=""):
-    """A client with a secret; what it hears until it is there."""
-    session = house.connect_irc(label)
-    if account:
-        session.account, session.proof = account, house.hub.accounts[chat.fold(account)].revision
-    house.say(label, ECHOES, f"SESSION {secret}", f"NICK {name}", "USER u 0 * :R", "CAP END")
-    house.turn()
-    return house.heard(label)
-
-
-def make_account(house, name):
-    chat.save_account(house.hub, chat.Account(name, BOSS, "", len(name)))
-
-
-def names_in(house, channel):
-    return sorted(house.hub.channels[channel].names(None)) if channel in house.hub.channels else []
-
-
-def test_a_channel_founded_by_an_account_survives_the_server_with_all_that_was_set(folder):
-    path = folder / "chat.db"
-    house = House(store=chat.Store(path))
-    make_account(house, "alice")
-    make_account(house, "bob")
-    come_again(house, "alice", "alice", account="alice")
-    come_again(house, "bob", "bob", "b" * 32, account="bob")
-    house.say("alice", "JOIN #ship", "TOPIC #ship :ahoy", "MODE #ship +klb hunter2 7 *!*@evil")
-    house.say("bob", "JOIN #ship hunter2")
-    house.say("alice", "MODE #ship +v bob", "METADATA #ship SET colour :blue")
-    house.say("alice", "QUIT")
-    house.say("bob", "QUIT")
-    state = house.hub.channels["#ship"].state()
-    again = restarted(house, path)
-    assert again.hub.users == {}
-    assert json.dumps(again.hub.channels["#ship"].state()) == json.dumps(state)
-    assert "hunter2" not in json.dumps(again.store.rows("channels"))
-    again.enter_irc("carol")
-    again.say("carol", "JOIN #ship", "LIST")
-    again.turn()
-    assert "475 carol #ship" in "".join(again.heard("carol"))
-    come_again(again, "bob", "bob", "c" * 32, account="bob")
-    again.say("bob", "JOIN #ship hunter2")
-    come_again(again, "alice", "alice", "d" * 32, account="alice")
-    again.say("alice", "JOIN #ship")
-    again.turn()
-    assert names_in(again, "#ship") == ["+bob", "~alice"]
-    assert ":chat.py 332 bob #ship ahoy" in [x.replace(":ahoy", "ahoy") for x in again.heard("bob")]
-    again.store.close()
-
-
-def test_who_has_a_secret_or_an_account_is_there_after_a_restart_absent_with_his_ranks(folder):
-    path = folder / "chat.db"
-    house = House(store=chat.Store(path))
-    come_again(house, "alice", "alice")
-    house.enter_irc("bob")
-    house.say("alice", "JOIN #s,#t", "MODE #s +i", "PRIVMSG #s :secret", "AWAY :tea")
-    house.say("bob", "JOIN #other")
-    again = restarted(house, path)
-    (user,) = again.hub.users.values()
-    assert (user.name, user.away, user.sessions) == ("alice", "tea", [])
-    assert [c.name for c in user.channels] == ["#s", "#t"]
-    assert "#other" not in again.hub.channels
-    heard = come_again(again, "alice", "alice")
-    assert [x for x in heard if " JOIN " in x] == [
-        ":alice!~u@127.0.0.1 JOIN #s",
-        ":alice!~u@127.0.0.1 JOIN #t",
-    ]
-    again.say("alice", "CHATHISTORY LATEST #s * 9", "MODE #s")
-    again.turn()
-    heard = again.heard("alice")
-    assert any("secret" in line for line in heard) and any("+int" in line for line in heard)
-    assert names_in(again, "#s") == ["@alice"]
-    again.say("alice", "QUIT")
-    third = restarted(again, path)
-    assert third.hub.users == {} and third.hub.channels == {}
-    assert third.store.rows("stays") == [] and third.store.rows("channels") == []
-    third.store.close()
-
-
-def test_a_private_talk_goes_on_after_a_restart_with_who_comes_back(folder):
-    path = folder / "chat.db"
-    house = House(store=chat.Store(path))
-    come_again(house, "alice", "alice")
-    come_again(house, "bob", "bob", "b" * 32)
-    house.say("alice", "PRIVMSG bob :psst")
-    again = restarted(house, path)
-    assert again.store.orphans == set()
-    come_again(again, "bob", "bob", "b" * 32)
-    again.say("bob", "CHATHISTORY LATEST alice * 9")
-    again.turn()
-    assert any(line.endswith("PRIVMSG bob :psst") for line in again.heard("bob"))
-    again.say("bob", "QUIT")
-    again.grace_over()
-    third = restarted(again, path)
-    assert len(third.store.orphans) == 1
-    third.store.close()
-
-
-def test_who_comes_with_the_same_secret_takes_his_own_place_and_nobody_notices():
-    house = House()
-    come_again(house, "old", "alice")
-    house.enter_irc("bob")
-    house.say("old", "JOIN #a", "PRIVMSG #a :x")
-    house.say("bob", "JOIN #a")
-    house.turn()
-    house.heard("old"), house.heard("bob")
-    heard = come_again(house, "new", "alice")
-    assert house.heard("old") == [
-        ":chat.py FAIL SESSION REPLACED :another connection of yours has this place now",
-        "ERROR :Closing link: Another connection of yours took this place",
-    ]
-    assert house.heard("bob") == []
-    assert ":alice!~u@127.0.0.1 JOIN #a" in heard
-    assert len(house.hub.users["alice"].live) == 1
-
-
-def test_a_secret_is_no_log_in():
-    house = House()
-    make_account(house, "alice")
-    come_again(house, "owner", "alice", account="alice")
-    heard = come_again(house, "thief", "alice")
-    assert ":chat.py FAIL SESSION ACCOUNT_REQUIRED :log in to alice to have your place again" in (
-        "".join(heard)
-    )
-    assert not any(" 001 " in line for line in heard)
-    house.say("thief", "NICK mallory")
-    house.turn()
-    assert house.hub.users["mallory"].account == ""
-
-
-def test_a_line_that_breaks_leaves_the_place_for_a_while_and_a_quit_does_not():
-    house = House()
-    for how, missed in (
-        (lambda: house.leave("alice"), ["alice"]),
-        (lambda: house.say("alice", "QUIT"), []),
-    ):
-        come_again(house, "alice", "alice")
-        house.say("alice", "JOIN #a")
-        house.turn()
-        how()
-        house.turn()
-        gone = "alice" not in house.hub.users
-        assert [user.name for user in house.missed] == missed
-    assert gone and house.hub.users_by_token == {} and house.hub.channels == {}
-
-
-def test_who_comes_back_from_elsewhere_is_seen_to_be_there():
-    house = House()
-    come_again(house, "alice", "alice")
-    house.enter_irc("bob")
-    house.say("bob", "CAP REQ chghost", "JOIN #a")
-    house.say("alice", "JOIN #a")
-    house.turn()
-    house.heard("bob")
-    house.leave("alice")
-    house.turn()
-    session = house.connect_irc("alice")
-    session.conn.address = "192.0.2.7:1"
-    house.say("alice", ECHOES, f"SESSION {SECRET}", "NICK alice", "USER u 0 * :R", "CAP END")
-    house.turn()
-    assert house.heard("bob") == [":alice!~u@127.0.0.1 CHGHOST ~u 192.0.2.7"]
-    assert house.hub.users["alice"].source.mask == "alice!~u@192.0.2.7"
-
-
-SECRETS = ["", "x", "0" * 31, "0" * 33, "G" * 32, "0" * 31 + "\u00e9"]
-
-
-@pytest.mark.parametrize("secret", SECRETS)
-def test_what_is_no_secret_is_refused(secret):
-    house = House()
-    house.connect_irc("alice")
-    house.say("alice", f"SESSION {secret}")
-    house.turn()
-    (line,) = house.heard("alice")
-    assert "461" in line if not secret else "FAIL SESSION BAD_SECRET" in line
-
-
-def test_a_given_up_account_founds_nothing_any_more(folder):
-    path = folder / "chat.db"
-    house = House(store=chat.Store(path))
-    make_account(house, "alice")
-    come_again(house, "alice", "alice", account="alice")
-    house.enter_irc("bob")
-    house.say("alice", "JOIN #empty,#used", "PART #empty")
-    house.say("bob", "JOIN #used")
-    assert "#empty" in house.hub.channels
-    house.say("alice", "MARKREAD #used timestamp=1970-01-02T00:00:00.000Z")
-    house.turn()
-    assert house.store.rows("markers") != []
-    house.say("alice", "NS DROP secret")
-    house.turn()
-    assert house.store.rows("markers") == []
-    assert "#empty" not in house.hub.channels and "#used" in house.hub.channels
-    again = restarted(house, path)
-    assert [*again.hub.channels] == ["#used"]  # alice has a secret still
-    assert again.hub.channels["#used"].founder == "" and again.hub.users["alice"].account == ""
-    again.store.close()
-
-
-def test_a_founder_can_give_a_channel_up_and_nobody_else_can():
-    house = House()
-    make_account(house, "alice")
-    come_again(house, "alice", "alice", account="alice")
-    house.enter_irc("bob")
-    house.say("alice", "JOIN #a,#b", "MODE #a +o alice")
-    house.say("bob", "JOIN #a", "NS DISOWN #a")
-    house.turn()
-    assert house.heard("bob")[-1].endswith(":#a is not yours")
-    house.heard("alice")
-    house.say("alice", "PART #b", "NS DISOWN #b", "NS DISOWN #a", "PART #a")
-    house.say("bob", "PART #a")
-    house.turn()
-    assert house.hub.channels == {} and not +house.hub.founded
-    assert any(line.endswith(":#b is no longer registered") for line in house.heard("alice"))
-
-
-def test_who_logs_in_where_he_is_already_gets_his_ranks_there():
-    house = House()
-    make_account(house, "alice")
-    come_again(house, "alice", "alice", account="alice")
-    house.say("alice", "JOIN #a", "QUIT")
-    house.enter_irc("guest", "bob")
-    house.say("bob", "JOIN #a")
-    house.say("guest", "JOIN #a", "NS IDENTIFY alice secret")
-    house.turn()
-    assert house.heard("bob")[-1] == ":chat.py MODE #a +qo guest guest"
-    assert names_in(house, "#a") == ["bob", "~guest"]
-
-
-def test_an_account_founds_only_so_many_channels(monkeypatch):
-    monkeypatch.setattr(chat, "CHANNELS_FOUNDED", 2)
-    house = House()
-    make_account(house, "alice")
-    come_again(house, "alice", "alice", account="alice")
-    house.say("alice", "JOIN #a,#b,#c", "PART #a,#b,#c")
-    assert sorted(house.hub.channels) == ["#a", "#b"]
-
-
-def test_a_founder_comes_into_his_channel_whatever_others_made_of_it():
-    house = House()
-    make_account(house, "alice")
-    come_again(house, "alice", "alice", account="alice")
-    house.say("alice", "JOIN #a")
-    house.enter_irc("bob")
-    house.say("bob", "JOIN #a")
-    house.say("alice", "MODE #a +o bob")
-    house.say("bob", "MODE #a -o alice", "MODE #a +ikb word alice!*@*", "KICK #a alice")
-    house.say("alice", "JOIN #a")
-    assert names_in(house, "#a") == ["@bob", "~alice"]
-
-
-def test_a_turn_that_was_not_stored_brings_no_former_name_of_a_channel_back(folder):
-    path = folder / "chat.db"
-    house = House(store=chat.Store(path))
-    make_account(house, "alice")
-    come_again(house, "alice", "alice", account="alice")
-    house.say("alice", "JOIN #old")
-    house.hub.settle()
-    house.store.backlog.add(house.hub.turn.records, 0)  # the disk was full
-    house.hub.end()
-    house.say("alice", "RENAME #old #new :x")
-    house.turn()
-    assert [key for key, _ in house.store.rows("channels")] == ["#new"]
-    house.store.close()
-
-
-@pytest.mark.parametrize("limit", ["in all", "from one address"])
-def test_only_so_many_are_missed_at_a_time(running, monkeypatch, limit):
-    if limit == "in all":
-        monkeypatch.setattr(chat, "ABSENT_MOST", 2)
-        server = running()
-    else:
-        monkeypatch.setattr(chat, "is_loopback", lambda host: False)
-        server = running(max_per_address=2)
-        monkeypatch.setattr(server.server.limits, "most_per_address", 4)
-    witness = server.guest()
-    witness.enter_irc("witness", "JOIN #a")
-    for n in range(3):
-        guest = server.guest()
-        guest.send(f"CAP REQ chat.py/session\r\nSESSION {n:032x}\r\nCAP END\r\n")
-        guest.enter_irc(f"guest{n}", "JOIN #a")
-        guest.sock.shutdown(socket.SHUT_RDWR)
-    assert ":guest0!" in witness.until(" QUIT ")[-1]
-    assert {"guest1", "guest2"} <= server.server.hub.users.keys()
-
-
-# ======================================================================================
-# DEDUP KEYS
-# ======================================================================================
-
-
-def ids_said(house, channel="#a"):
-    return texts(house.store, channel)
-
-
-def test_a_message_under_a_known_id_is_said_once_and_answered_as_the_first_time():
-    house = House()
-    come_again(house, "alice", "alice")
-    house.enter_irc("bob")
-    house.say("alice", "JOIN #a")
-    house.say("bob", "JOIN #a")
-    house.turn()
-    house.heard("alice"), house.heard("bob")
-    line = "@+chat.py/id=18f-1 PRIVMSG #a :hello"
-    house.say("alice", line)
-    house.turn()
-    (first,) = house.heard("alice")
-    assert "+chat.py/id=18f-1" in first and first.endswith("PRIVMSG #a :hello")
-    for _ in range(2):
-        house.say("alice", line, "PING x")
-        house.turn()
-        assert [x for x in house.heard("alice") if "PONG" not in x] == [first]
-        come_again(house, "alice", "alice")
-    house.say("alice", line, line.replace("hello", "other words"))
-    house.turn()
-    assert house.heard("alice") == [first, first]
-    assert len(house.heard("bob")) == 1 and ids_said(house) == ["hello"]
-
-
-def test_a_repeat_in_the_same_turn_is_a_repeat():
-    house = House()
-    come_again(house, "alice", "alice")
-    house.say("alice", "JOIN #a")
-    house.turn()
-    house.heard("alice")
-    house.say("alice", *["@+chat.py/id=1;label=x PRIVMSG #a :hello"] * 3)
-    house.turn()
-    assert len(set(house.heard("alice"))) == 1 and ids_said(house) == ["hello"]
-
-
-def test_one_may_not_use_up_the_ids_of_another():
-    house = House()
-    come_again(house, "alice", "alice")
-    come_again(house, "bob", "bob", "b" * 32)
-    for who in ("alice", "bob"):
-        house.say(who, "JOIN #a", f"@+chat.py/id=1 PRIVMSG #a :{who}")
-    house.turn()
-    assert ids_said(house) == ["alice", "bob"]
-
-
-def test_a_receipt_outlives_redaction_pruning_and_the_server(folder):
-    path = folder / "chat.db"
-    house = House(store=chat.Store(path))
-    come_again(house, "alice", "alice")
-    house.say("alice", "JOIN #a", "@+chat.py/id=1 PRIVMSG #a :hello")
-    house.turn()
-    (id,) = house.store.db.execute("SELECT id FROM events WHERE text = 'hello'").fetchone()
-    known = house.hub.ids.text(id)
-    house.say("alice", f"REDACT #a {known}")
-    again = restarted(house, path)
-    come_again(again, "alice", "alice")
-    again.say("alice", "@+chat.py/id=1 PRIVMSG #a :hello")
-    again.turn()
-    assert again.heard("alice") == [f"@msgid={known};+chat.py/id=1 :alice!~u@127.0.0.1 TAGMSG #a"]
-    assert ids_said(again) == []
-    again.store.close()
-
-
-def test_a_message_of_several_lines_is_said_once_under_its_id():
-    house = House()
-    come_again(house, "alice", "alice")
-    house.say("alice", "CAP REQ :batch draft/multiline", "JOIN #a")
-    house.turn()
-    house.heard("alice")
-    lines = [
-        "@+chat.py/id=1 BATCH +r draft/multiline #a",
-        "@batch=r PRIVMSG #a :one",
-        "@batch=r PRIVMSG #a :two",
-        "BATCH -r",
-    ]
-    heard = []
-    for _ in range(2):
-        house.say("alice", *lines)
-        house.turn()
-        heard.append(house.heard("alice"))
-    assert heard[0] == heard[1] and len(heard[0]) == 4 and ids_said(house) == ["one\ntwo"]
-
-
-def test_receipts_are_forgotten_a_month_after_their_message(folder):
-    house = House(store=chat.Store(folder / "chat.db"))
-    come_again(house, "alice", "alice")
-    house.say("alice", "JOIN #a")
-    for n in range(5):
-        house.say("alice", f"@+chat.py/id={n} PRIVMSG #a :{n}")
-        house.turn()
-
-    def known():
-        while house.store.dedup.sweep(now):
-            pass
-        return [own for (own,) in house.store.db.execute("SELECT own_id FROM dedup")]
-
-    now = int(house.now * 1000) + 2 * chat.DEDUP_MS
-    assert known() == ["0", "1", "2", "3", "4"]  # their messages are there
-    house.now, house.store.keep = now / 1000, 1
-    house.begin_turn()
-    house.say("alice", "PRIVMSG #a :6")
-    house.turn()
-    while house.store.prune(idle=True, now=now):
-        pass
-    now += chat.DEDUP_MS - 1
-    assert known() == ["0", "1", "2", "3", "4"]
-    now += 2
-    assert known() == []
-    house.store.close()
-
-
-def test_what_could_not_be_kept_is_not_said_to_be(folder):
-    house = House(store=chat.Store(folder / "chat.db"))
-    come_again(house, "alice", "alice")
-    house.say("alice", "JOIN #a")
-    house.turn()
-    house.heard("alice")
-    house.say("alice", "@+chat.py/id=1 PRIVMSG #a :hello")
-    house.store.dedup.lose(house.hub.turn.dedup, house.hub.ticks)
-    house.hub.turn.not_kept("the disk is full")
-    house.hub.end()
-    house.say("alice", "@+chat.py/id=1 PRIVMSG #a :hello")
-    house.turn()
-    (line,) = house.heard("alice")
-    assert line.startswith(":chat.py FAIL PRIVMSG NOT_KEPT * 1 :")
-    assert ids_said(house) == []
-    house.store.close()
-
-
-# ======================================================================================
-# EVERY ACT, AGAIN
-# ======================================================================================
-
-TALKERS = ("alice", "bob", "carol", "dan", "zoe")  # who talks in IRC, and in lines
-PLACES = ("#a", "#b", "#c", "#lobby")
-IRC_SAYS = """
-    JOIN {place}|JOIN {place},{other}|JOIN {place} key|PART {place} :bye|PRIVMSG {place} :{text}
-    PRIVMSG {name} :{text}|PRIVMSG {name},{place} :{text}|NOTICE {place} :{text}
-    @+draft/react=x TAGMSG {place}|PRIVMSG {place} :\x01ACTION {text}\x01
-    TOPIC {place} :{text}|MODE {place} +o {name}|MODE {place} -o+v {name} {name}
-    MODE {place} {flag}|MODE {place} +kl key 9|MODE {place} -k *|MODE {place} +b {name}!*@*
-    MODE {place} -b {name}!*@*|MODE {place} +e *!*@127.*|KICK {place} {name} :out
-    INVITE {name} {place}|NICK {nick}|AWAY :{text}|AWAY|SETNAME :{text}|MODE {nick} +iB
-    MODE {nick} -i|MONITOR + {name}|MONITOR - {name}|METADATA {place} SET key :{text}
-    METADATA * SET key :{text}|METADATA * SUB key|RENAME {place} {other} :moved
-    REDACT {place} {id}|MARKREAD {place} timestamp=1970-01-12T13:50:00.000Z
-    NS REGISTER password|NS IDENTIFY {name} password|NS LOGOUT|CS REGISTER {place}|OPER boss secret
-    KLINE 60 *!*@10.* :no|UNKLINE *!*@10.*|KILL {name} :go|WALLOPS :{text}
-    CHATHISTORY LATEST {place} * 5
-    NAMES {place}|WHO {place}|WHOIS {name}|LIST|SAJOIN {name} {place}
-"""
-LINES_SAY = """
-    {text}|/tell {name} {text}|/tell {place} {text}|/join {place}|/part {place}|/nick {nick}
-    /me {text}|/topic {place} {text}|/away {text}|/back|/kick {name} {place}|/invite {name} {place}
-    /register password|/login {name} password|/logout|/history {place}|/names {place}
-"""
-IRC_SAYS, LINES_SAY = (
-    [line.strip() for line in text.replace("\n", "|").split("|") if line.strip()]
-    for text in (IRC_SAYS, LINES_SAY)
+# An empty first line or a BOM before an IRC command
+@pytest.mark.parametrize(
+    "before",
+    [b"\r\n", b"\n", b"\r\n\r\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n", b"\r\n\xef\xbb\xbf"],
 )
+@pytest.mark.parametrize("first", [b"", b"CAP LS 302\r\nCAP END\r\n", b"@label=1 PING x\r\n"])
+def test_an_empty_line_or_a_bom_before_a_command_of_irc_is_irc(running, before, first):
+    guest = running().guest()
+    guest.send(before + first + HELLO + b"PING end\r\n")
+    lines = [parsed(line) for line in guest.until("PONG chat.py :end")]
+    assert of(lines, "001")[0].params[0] == "erin"
+    assert not of(lines, "421", "NOTICE", "FAIL")
 
 
-def act_at_random(seeded, house, n):
-    """A client comes, goes, breaks off, or says a line that may be anything."""
-    label = seeded.choice(TALKERS)
-    in_irc, session = label < "d", house.guests.get(label)
-    if session is None or session.conn.closed:
-        connect = house.connect_irc if in_irc else house.connect
-        connect(label, host=f"127.0.0.{1 + TALKERS.index(label)}")
-        start = [
-            f"SESSION {SECRET[:-5]}{label:_<5}",
-            f"NICK {label}",
-            "CAP REQ :message-tags batch",
-            f"USER {label} 0 * :{label}",
-            "CAP END",
-        ]
-        house.say(label, *(start if in_irc else [label]))
-    elif seeded.random() < 0.02:
-        session.conn.close()
-    else:
-        ids = [event.id for event in house.logged if isinstance(event, chat.Event)][-20:]
-        words = {
-            "place": seeded.choice(PLACES),
-            "other": seeded.choice(PLACES),
-            "name": seeded.choice(TALKERS),
-            "nick": label + seeded.choice(("", "", "_", "2")),
-            "text": f"text {n}",
-            "flag": seeded.choice("+-") + seeded.choice("imnstRC"),
-            "id": house.hub.ids.text(seeded.choice(ids or [1])),
-        }
-        house.say(label, seeded.choice(IRC_SAYS if in_irc else LINES_SAY).format(**words))
+@pytest.mark.parametrize("pieces", [[b"\r\n", HELLO], [b"\xef", b"\xbb\xbf", HELLO]])
+def test_a_command_of_irc_may_come_after_what_stands_before_it(running, pieces):
+    guest = running().guest()
+    for piece in pieces:
+        guest.send(piece)
+    guest.send(b"PING end\r\n")
+    assert of([parsed(x) for x in guest.until("PONG chat.py :end")], "001")[0].params[0] == "erin"
 
 
-def live_at_random(seeded, house, steps):
-    """Let clients do something; what they did is in hub.journal, what came of it in logged."""
-    hub, end = house.hub, house.hub.end
-    house.logged = []
-    hub.journal = []
-
-    def note_end():
-        house.logged += hub.turn.events
-        hub.journal.append(None)
-        end()
-
-    hub.end = note_end
-    for n in range(steps):
-        act_at_random(seeded, house, n)
-        if seeded.random() < 0.3:
-            house.turn()
-        if seeded.random() < 0.01:
-            house.grace_over()
-    house.turn()
+# Leaves the line protocol as it is: after an empty first line a name is a name
+def test_a_name_after_an_empty_first_line_is_still_a_name(running):
+    server = running()
+    bob = server.guest("bob")
+    dora = server.guest()
+    dora.send(b"\ndora\n/names\n")
+    assert any(line.endswith("bob, dora") for line in dora.until("1-2 of 2"))
+    assert bob.line().startswith("dora (")
 
 
-def picture(value, inside=False):
-    """Return a piece of the Hub as plain data that can be compared."""
-    if isinstance(value, chat.Session):
-        return ("session", value.id)
-    if isinstance(value, chat.User) and inside:
-        return ("user", value.resume_id)
-    if isinstance(value, chat.Channel) and inside:
-        return ("channel", value.key, value.founding)
-    if isinstance(value, chat.Audience):
-        parts = (value.name, value.targets, value.channels, value.users, value.parties)
-        return ("audience", *picture(parts, inside=True))
-    if isinstance(value, dict):
-        return {repr(picture(k, True)): picture(v, True) for k, v in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(repr(picture(one, True)) for one in value)
-    if isinstance(value, (list, tuple, collections.deque)):
-        return [picture(one, True) for one in value]
-    if hasattr(type(value), "__slots__") and not isinstance(value, (str, int, float)):
-        names = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-        passing = ("by_wire", "rosters", "former", "audience", "since")  # of this turn, or made
-        return {name: picture(getattr(value, name), True) for name in names if name not in passing}
-    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
-
-
-STATE = (
-    *("users", "users_by_id", "users_by_token", "absent", "absent_by_host", "channels", "founded"),
-    *("accounts_of", "guests_of", "bans", "former", "invisible", "operators", "watchers"),
-    *("subscribers", "most_users", "last_id", "accounts", "markers"),
+# A first line that ends in HTTP/ and a version is HTTP; not 1.x is 505, and closed
+@pytest.mark.parametrize(
+    "line, status",
+    [
+        (b"GET / HTTP/1.1", None),
+        (b"GET / HTTP/1.0", None),
+        (b"GET / HTTP/2.0", b"505"),
+        (b"PRI * HTTP/2.0", b"505"),
+        (b"GET / HTTP/3", b"505"),
+        (b"GET / HTTP/0.9", b"505"),
+        (b"POST /files HTTP/9.9", b"505"),
+    ],
 )
+def test_a_first_line_of_another_version_of_http_is_refused_as_such(running, line, status):
+    server = running()
+    bob = server.guest("bob")
+    guest = server.guest()
+    guest.send(line + b"\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+    answer = guest.rest()
+    assert answer.startswith(b"HTTP/1.1 ")
+    assert status is None or answer.split()[1] == status
+    bob.send("/names\n")
+    assert bob.line() == "* #lobby 1-1 of 1: bob"  # it was taken for no name
 
 
-def picture_of(hub):
-    """All the state of a Hub."""
-    whole = {name: picture(getattr(hub, name)) for name in STATE}
-    whole["each user"] = {key: picture(user) for key, user in hub.users.items()}
-    whole["each channel"] = {key: picture(channel) for key, channel in hub.channels.items()}
-    whole["sessions"] = {
-        id: (one.token, one.client, one.operator, picture(one.user, True))
-        for id, one in hub.sessions.items()
-        if one.user
-    }
-    return whole
-
-
-@pytest.mark.parametrize("run", some(range(20), 2))
-def test_the_same_acts_on_a_new_hub_give_the_same_state_and_the_same_events(seeded, run):
-    house = House()
-    start = house.now
-    live_at_random(seeded, house, 400)
-    journal, logged = house.hub.journal, house.logged
-    assert len({entry[2] for entry in journal if entry}) > 15  # acts of so many kinds
-    hub = chat.Hub(0, house.hub.ids, house.hub.name)
-    hub.store = store = chat.Store(None)
-    hub.absent_per_host = house.hub.absent_per_host
-    hub.begin(start, start)
-    again = []
-    for entry in journal:
-        if entry is None:
-            again += hub.turn.events
-            hub.settle()
-            assert store.commit(hub.turn, hub.now / 1000, hub.ticks) == chat.KEPT
-            hub.end()
-            continue
-        now, ticks, name, actor, values = entry
-        hub.begin(now / 1000, ticks / 1000)
-        with contextlib.suppress(chat.Refused):
-            hub.perform(name, actor, *values)
-    assert [picture(event) for event in again] == [picture(event) for event in logged]
-    assert picture_of(hub) == picture_of(house.hub)
-
-
-def lasting(hub):
-    """Return the part of a Hub that outlives its server."""
-    users = {user.resume_id: user.state() for user in hub.users.values() if user.may_return}
-    channels = {
-        key: (channel.state(), {user.resume_id for user in channel.members} & users.keys())
-        for key, channel in hub.channels.items()
-    }
-    return {
-        "users": users,
-        "channels": {key: one for key, one in channels.items() if one[0]["founder"] or one[1]},
-        "certificates": hub.accounts.certificates,
-        "markers": {
-            owner: marks
-            for owner, marks in hub.markers.items()
-            if owner[0] == "=" or owner in users
-        },
-        **{
-            name: picture(getattr(hub, name))
-            for name in ("accounts", "accounts_of", "bans", "founded")
-        },
-        "guests": {owner: sorted(guests) for owner, guests in hub.guests_of.items()},
-    }
-
-
-@pytest.mark.parametrize("run", some(range(20), 2))
-def test_what_is_stored_is_loaded_as_it_was(seeded, run, tmp_path):
-    house = House(store=chat.Store(tmp_path / "chat.db"))
-    live_at_random(seeded, house, 300)
-    was = lasting(house.hub)
-    assert was["users"] and was["channels"] and was["accounts"]
-    said = [event.id for event in house.logged if event.kind == "message"]
-    house.store.close()
-    store = chat.Store(tmp_path / "chat.db")
-    hub = chat.load_hub(store, house.now, house.now)
-    assert lasting(hub) == was
-    kept = [row[0] for row in store.db.execute("SELECT id FROM events WHERE kind = 'message'")]
-    assert set(kept) <= set(said) and kept
-    store.close()
-
-
-JUNK_LINES = """
-    NICK {word}|USER {word} 0 * :{word}|CAP LS 302|CAP REQ :{word}|CAP REQ :message-tags {word}
-    CAP END
-    PASS {word}|AUTHENTICATE PLAIN|AUTHENTICATE {word}|JOIN {place}|PART {place}|PRIVMSG {place} :x
-    PRIVMSG {word} :x|METADATA * SET {word} :x|METADATA * SUB {word}|MONITOR + {word}|WHOIS {word}
-    MODE {place} +b {word}!*@*|INVITE {word} {place}|TOPIC {place} :{word}|MARKREAD {place}
-    NS IDENTIFY {word} {word}|OPER {word} {word}|SESSION {word}{word}{word}|SETNAME {word}
-    AWAY {word}
-    CHATHISTORY LATEST {place} * 10|SEARCH text={word}|RENAME {place} {place}|KNOCK {place}|{word}
-    BATCH +{word} draft/multiline {place}|@batch={word} PRIVMSG {place} :x|BATCH -{word}
-    @label={word} PING {word}|@+{word}={word} TAGMSG {place}|/join {word}|/tell {word} x
-    /lines {word}
-    /login {word} {word}|/nick {word}|/topic {word}|/search {word}|/history {place}|hello {word}
-"""
-JUNK_LINES = [line.strip() for line in JUNK_LINES.replace("\n", "|").split("|") if line.strip()]
-
-
-def sizes(root):
-    """How much every table holds that can be reached from an object, by the way to it."""
-    found, seen, waiting = {}, set(), [("", root)]
-    while waiting:
-        path, value = waiting.pop()
-        if id(value) in seen or isinstance(value, (str, bytes, int, float, type, type(None))):
-            continue
-        seen.add(id(value))
-        if isinstance(value, (dict, set, list, tuple, collections.deque, bytearray)):
-            if getattr(value, "maxlen", None) is not None:
-                continue
-            found[path] = found.get(path, 0) + len(value)
-            inside = value.values() if isinstance(value, dict) else value
-            waiting += [(f"{path}[]", one) for one in inside if not isinstance(value, bytearray)]
-        if type(value).__module__ in ("chat", "test_chat"):
-            slots = [s for kind in type(value).__mro__ for s in getattr(kind, "__slots__", ())]
-            names = [*getattr(value, "__dict__", ()), *slots]
-            waiting += [(f"{path}.{name}", getattr(value, name, None)) for name in names]
-    return found
-
-
-def be_junk(seeded, house, number):
-    """Clients from many addresses say anything and leave."""
-    for n in range(number):
-        connect = house.connect_irc if n % 2 else house.connect
-        connect("junk", host=f"10.{n % 3}.{n % 250}.{seeded.randrange(250)}")
-        name = f"n{seeded.randrange(10**9)}"
-        house.say("junk", *([f"NICK {name}", "USER u 0 * :r"] if n % 2 else [name]))
-        for _ in range(seeded.randrange(40)):
-            word, place = f"w{seeded.randrange(10**9)}", f"#w{seeded.randrange(5)}"
-            house.say("junk", seeded.choice(JUNK_LINES).format(word=word, place=place))
-            if seeded.random() < 0.2:
-                house.turn()
-        house.guests["junk"].conn.close()
-        house.turn()
-    del house.guests["junk"]
-    house.grace_over()
-    house.now += 10 * 86400
-    house.idle(3)
-    house.asked_for.clear()
-    house.store.targets.clear()  # a cache, which has a bound
-
-
-def test_after_connections_full_of_junk_no_table_holds_more_than_before(seeded):
-    house = House()
-    be_junk(seeded, house, 60)
-    before = sizes(house)
-    be_junk(seeded, house, 90)
-    after = sizes(house)
-    assert {path: n for path, n in after.items() if n > before.get(path, 0)} == {}
+# The greeting must tell IRC users to ignore it: after 0.5 s of silence (a lost
+# first packet is sent again after 0.2 s). This test waits for that one answer.
+def test_the_greeting_comes_late_and_tells_irc_users_that_it_is_not_for_them(running):
+    guest = running().guest()
+    began = time.monotonic()
+    text = guest.line()
+    assert time.monotonic() - began >= 0.45
+    line = parsed(text)
+    assert line.verb == "NOTICE" and line.params[0] == "*"
+    assert "IRC" in line.params[-1]
+    guest.send(HELLO + b"PING end\r\n")
+    assert of([parsed(line) for line in guest.until("PONG")], "001")
 
 
 # ======================================================================================
@@ -8425,9 +11990,8 @@ def test_the_password_of_an_account_that_was_refused_is_not_kept():
     assert alice.core.me.login is alice.core.me.proposed is None
 
 
-# ======================================================================================
 # OTHER SERVERS
-# ======================================================================================
+
 # The client in memory, and a server of which only the lines are there that matter.
 
 
@@ -11085,7 +14649,7 @@ def test_the_topic_that_was_asked_for_is_told_or_that_there_is_none():
 
 
 # ======================================================================================
-# LOOP AND CONNECTION
+# LOOP
 # ======================================================================================
 
 
@@ -11323,8 +14887,55 @@ def test_a_connection_that_is_dropped_again_is_lost_once(loop, pair):
     assert conn.events == ["enough"]
 
 
+# The log
+
+
+LOGGED = [  # what an operator or an attacker sends; each has a control character in it
+    "OPER \x1b]0;pwned\x07 guess",
+    "OPER boss\x9b31m guess",
+    "OPER b\x85oss guess",
+    "OPER b\u2028oss guess",
+    "OPER boss secret",
+    "KILL bob :\x1b[2Jgone\x07\x08",
+    "KILL carol :a\x9b31mb\x85c\u2028d",
+    "REHASH",
+]
+
+
+# The log has one entry point, which escapes. Also: OPER names, KILL reasons, the line protocol's
+# /oper, first lines of other protocols; at every level.
+@thorough
+def test_no_control_character_of_a_client_reaches_the_log(folder):
+    flags = ("--data", folder, "--oper", "boss:secret", "--log", "debug")
+    with serving(*flags) as (process, address):
+        guests = [Guest(address) for _ in range(6)]  # held, so that none is closed
+        for guest, name in zip(guests, ("bob", "carol"), strict=False):
+            guest.enter_irc(name)
+        dora = Guest(address, "dora")
+        dora.send("/oper \x1b]0;pwned\x07 guess\n/names\n")
+        dora.until("#lobby 1-")
+        junk = Guest(address)
+        junk.send("GET /\x1b]0;pwned\x07 HTTP/1.1\r\n\r\n")
+        junk.rest()
+        alice = Guest(address)
+        alice.enter_irc("alice")
+        for n, line in enumerate(LOGGED):  # the wrong ones on a connection of their own
+            guest = alice if n >= 4 else guests[2 + n]
+            if n < 4:
+                guest.enter_irc(f"guest{n}")
+            guest.send(f"{line}\r\nPING {n}\r\n")
+            guest.until(f"PONG chat.py :{n}")
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        log = process.stderr.read().decode()
+    assert log.count("OPER") >= 5 and "killed" in log
+    bad = [c for c in log if c != "\n" and (not c.isprintable() or c in "\u2028\u2029")]
+    assert bad == []
+    assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in log.splitlines())
+
+
 # ======================================================================================
-# SERVER, on real sockets
+# SERVER
 # ======================================================================================
 
 
@@ -11964,3830 +15575,8 @@ def test_junk_in_any_amount_costs_the_server_nothing(running, seeded):
     assert alice.until("still here")
 
 
-# ======================================================================================
-# THE PROGRAM, as a process
-# ======================================================================================
-
-
-class Program(subprocess.Popen):
-    """A process that does not outlive the test."""
-
-    def wait(self, timeout=None):
-        """Until its end, not until the next of the looks that Popen takes; killed if late."""
-        alarm = threading.Timer(timeout or PATIENCE, self.kill)
-        alarm.start()
-        try:
-            return super().wait()
-        finally:
-            alarm.cancel()
-
-    def __exit__(self, *exception):
-        self.kill()
-        super().__exit__(*exception)
-
-
-@functools.cache
-def compiled():
-    """chat.pyc: to compile chat.py takes a process longer than all else at its start."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="chat-tests-"))
-    atexit.register(shutil.rmtree, folder)
-    return py_compile.compile(str(HERE / "chat.py"), str(folder / "chat.pyc"), doraise=True)
-
-
-LIMITED = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import chat
-vars(chat).update(json.loads(sys.argv[2]))
-sys.exit(chat.main(sys.argv[3:]))
-"""
-
-
-def program(*arguments, limits=None, **options):
-    """chat.py in a process of its own, with other limits where a test cannot wait so long."""
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    limited = ["-c", LIMITED, os.path.dirname(compiled()), json.dumps(limits)]
-    command = limited if limits else [compiled()]
-    return Program([sys.executable, *command, *map(str, arguments)], **{**pipes, **options})
-
-
-def test_the_one_file_is_all_it_takes(tmp_path):
-    """Every other test starts what it was compiled to, or imports it."""
-    alone = shutil.copy(HERE / "chat.py", tmp_path)
-    command = [sys.executable, "-I", alone, "--help"]
-    said = subprocess.run(command, capture_output=True, cwd=tmp_path, check=True)
-    assert said.stdout.startswith(b"usage: chat.py ") and said.stderr == b""
-    assert list(tmp_path.iterdir()) == [tmp_path / "chat.py"]
-
-
-@contextlib.contextmanager
-def serving(*arguments, **options):
-    """A server process; yields it and its address."""
-    with program("server", "--listen", "127.0.0.1:0", *arguments, **options) as process:
-        try:
-            address = process.stdout.readline().split()[4].decode()
-            host, port = address.split(":")
-            yield process, (host, int(port))
-        finally:
-            process.kill()
-
-
-def test_a_terminated_server_says_goodbye_keeps_everything_and_exits_with_0(folder):
-    with serving("--data", folder) as (process, address):
-        guest = Guest(address, "alice")
-        guest.send("remember me\n/names\n")
-        guest.line()
-        began = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        assert guest.rest() == b"* the server is going down\n"
-        guest.close()
-        assert process.wait(PATIENCE) == 0
-        assert time.monotonic() - began < 2
-        assert process.stderr.read() == b""
-    store = chat.Store(folder / "chat.db")
-    assert texts(store, chat.LOBBY) == ["remember me"]
-    store.close()
-    modes = {oct(path.stat().st_mode)[-3:] for path in folder.iterdir()}
-    assert modes == {"600", "700"}  # of files, and of the folder for uploads
-
-
-def test_operators_end_and_restart_the_server(folder):
-    with serving("--data", folder, "--oper", "boss:secret", "--name", "irc.test") as (
-        process,
-        there,
-    ):
-        guest = Guest(there)
-        guest.send("NICK alice\r\nUSER u 0 * :r\r\nOPER boss secret\r\nRESTART\r\n")
-        assert b":irc.test 381 alice " in (out := guest.rest())
-        assert out.endswith(b"ERROR :the server is going down\r\n")
-        guest.close()
-        host, port = process.stdout.readline(), None
-        while b"listens on" not in host:  # the rest of the first start's lines
-            host = process.stdout.readline()
-        port = int(host.split()[4].split(b":")[1])
-        guest = Guest((there[0], port))
-        guest.send("NICK alice\r\nUSER u 0 * :r\r\nOPER boss secret\r\nDIE\r\n")
-        assert guest.rest().endswith(b"ERROR :the server is going down\r\n")
-        guest.close()
-        assert process.wait(PATIENCE) == 0
-
-
-def test_who_has_the_files_sets_another_password_while_the_server_runs(folder):
-    with serving("--data", folder) as (process, address):
-        alice = Guest(address, "alice")
-        alice.send("/register swordfish99\n")
-        assert "alice is yours" in alice.line()
-        for name, words in (("nobody", b"no account nobody"), ("alice", b"")):
-            flags = ("--data", folder, "--password", "anotherword")
-            with program("passwd", name, *flags) as passwd:
-                assert words in passwd.communicate()[1]
-        bob = Guest(address, "bob")
-        bob.send("/login alice swordfish99\n/login alice anotherword\n")
-        assert bob.line() == "* name or password are wrong"
-        assert bob.line() == "* you are logged in as alice"
-        process.kill()
-    store = chat.Store(folder / "chat.db")
-    assert [account.verifier.rounds for account in store.accounts()] == [SLOW_ROUNDS]
-    store.close()
-
-
-def test_what_was_acknowledged_survives_kill_9(folder):
-    acknowledged = []
-    for _ in range(3):
-        with serving("--data", folder, "--flood", "off") as (process, address):
-            guest = Guest(address, "alice")
-            guest.send("".join(f"/tell #lobby {n}\n" for n in range(len(acknowledged), 20_000)))
-            acknowledged += [line.split()[-1] for line in guest.lines(300)]
-            process.kill()
-            rest = guest.rest().decode()
-            acknowledged += re.findall(r"told #lobby: (\d+)\n", rest)
-    store = chat.Store(folder / "chat.db")
-    kept = texts(store, chat.LOBBY, 100_000)
-    assert len(acknowledged) >= 900
-    assert collections.Counter(kept) >= collections.Counter(acknowledged)
-    store.close()
-
-
-KILLS = int(os.environ.get("CHAT_KILLS", "2"))  # 20 takes a minute
-
-
-def test_what_was_echoed_before_kill_9_is_in_the_history_once(folder, seeded):
-    echoed = []
-    for kill in range(KILLS):
-        with serving("--data", folder, "--flood", "off") as (process, address):
-            guest = Guest(address)
-            caps = "CAP REQ :echo-message message-tags batch draft/chathistory"
-            guest.enter_irc(f"alice{kill}", "JOIN #a", caps)
-            text = "".join(f"PRIVMSG #a :{kill}.{n}\r\n" for n in range(3000))
-            sender = threading.Thread(target=guest.send, args=(text,))
-            sender.start()
-            for _ in range(seeded.randrange(1, 2500)):
-                echoed.append(re.search(r"msgid=(\w+).* :(\S+)", guest.line()).groups())
-            process.kill()
-            rest = guest.rest().decode().split("\r\n")[:-1]
-            with contextlib.suppress(OSError):
-                sender.join(PATIENCE)
-            echoed += [re.search(r"msgid=(\w+).* :(\S+)", line).groups() for line in rest]
-            guest.close()
-    with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
-        rows = db.execute("SELECT id, text FROM events WHERE kind = 'message'").fetchall()
-        ids = chat.MessageIds(db.execute("SELECT * FROM starts").fetchall())
-    kept = collections.Counter((ids.text(id), text) for id, text in rows)
-    assert [one for one in echoed if kept[one] != 1] == []
-
-
-def test_a_second_server_on_the_same_folder_says_so(folder):
-    with serving("--data", folder), program("server", "--data", folder) as second:
-        assert second.wait(PATIENCE) == 1
-        assert f"another server uses {folder}" in second.stderr.read().decode()
-
-
-WRONG_COMMAND_LINES = [  # the status, and what is said
-    (["server", "--data", "/proc/nothing"], 1, "cannot use /proc/nothing"),
-    (["server", "--flood", "much"], 2, "write BURST,RATE or off"),
-    (["server", "--listen", "nowhere:70000"], 2, "write HOST:PORT"),
-    (
-        ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-cert", "/none"],
-        1,
-        "cannot use the certificate",
-    ),
-    (["server", "--keep", "0"], 2, "a whole number from 1 on"),
-    (["client", "alice", "--server", "ftp://x"], 2, "write HOST:PORT"),
-    (
-        ["client", "alice", "--server", "irc://127.0.0.1:1", "--no-state"],
-        1,
-        "connection refused",
-    ),
-    (["client", "alice", "--server", "127.0.0.1:1"], 1, "connection refused"),
-    (["client"], 2, "required: NAME"),
-    (["client", "NICK"], 1, "cannot be a name"),
-    (["client", "/quit"], 1, "cannot be a name"),
-    (["client", " "], 1, "cannot be a name"),
-    (["client", "alice", "--server", "a..b", "--no-state"], 1, "no name of a host"),
-    (["server", "--flood", "nan,nan"], 2, "at least 1 line"),
-    (
-        ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-client-ca", "x"],
-        1,
-        "--tls-client-ca and --sts are of no use",
-    ),
-    (
-        ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-key", "x"],
-        1,
-        "--tls-cert",
-    ),
-    (["bench", "--rate", "-1"], 2, "messages a second"),
-    (["client", "alice", "--login", "alice:@/none"], 1, "cannot read the password in /none: no"),
-    (["server", "--oper", "boss:@/dev/stdin"], 1, "the password in /dev/stdin is not UTF-8 text"),
-    (["server", "--password", "\udcff"], 1, "on the command line is not UTF-8 text"),
-    (["server", "--sendmail", "mail 'x"], 2, "No closing quotation"),
-    (
-        ["server", "--data", "none", "--motd", "/"],
-        1,
-        "cannot read the message of the day /: is a directory",
-    ),
-    (["bench", "--payload", "16384"], 2, "at most 16,128 bytes"),
-    (["client", "alice", "--pin", "zz"], 2, "64 hexadecimal digits"),
-    (["client", "alice", "--sasl", "OAUTH"], 2, "SCRAM-SHA-256, EXTERNAL and PLAIN"),
-    (["client", "a" * 65], 1, "a name has at most 64 bytes"),
-    (["server", "--oper", "boss:@/dev/null"], 1, "the password in /dev/null is empty"),
-    (["client", "alice", "--login"], 1, "no password was typed; it can be given as @FILE"),
-    (["dance"], 2, "invalid choice"),
-]
-
-
-def test_a_wrong_command_line_is_one_clear_line_and_no_traceback():
-    with contextlib.ExitStack() as stack:
-        started = [
-            # without a terminal of its own that a password could be asked for at
-            (stack.enter_context(program(*arguments, start_new_session=True)), arguments, *wanted)
-            for arguments, *wanted in WRONG_COMMAND_LINES
-        ]
-        for process, arguments, status, words in started:
-            errors = process.communicate(b"\xff")[1].decode()
-            assert process.wait(PATIENCE) == status, arguments
-            assert words in errors and "Traceback" not in errors, arguments
-
-
-def test_when_descriptors_run_out_newcomers_are_told_and_the_others_talk_on(folder):
-    resource = pytest.importorskip("resource")
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (40, 40))
-    with serving("--data", "none", "--max-clients", "1000", preexec_fn=limit) as (process, address):
-        inside = [Guest(address, f"n{n}") for n in range(8)]
-        outside = [Guest(address) for _ in range(60)]
-        answers = {guest.file.readline() for guest in outside}
-        full = b"* this server has no file descriptors left (ulimit -n); try again later\n"
-        assert answers <= {chat.GREETING, full} and full in answers
-        inside[0].send("still here\n")
-        assert inside[1].until("n0: still here")
-        for guest in outside:
-            guest.close()
-        while Guest(address).file.readline() != chat.GREETING:
-            pass  # until the server has seen the others go
-        process.kill()
-        errors = process.stderr.read().decode()
-    assert "cannot accept: too many open files" in errors and "Traceback" not in errors
-
-
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
-def test_an_idle_connection_costs_little_memory(folder):
-    def resident(process):
-        status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
-
-    with serving("--data", "none") as (process, address):
-        asker = Guest(address, "asker")
-        before = resident(process)
-        guests = [socket.create_connection(address) for _ in range(1000)]
-        for guest in guests:
-            assert guest.recv(100) == chat.GREETING
-        asker.send("/names\n")
-        asker.line()
-        assert (resident(process) - before) / 1000 < 3 * 1024
-        for guest in guests:
-            guest.close()
-
-
-# ======================================================================================
-# TIME, NAMES AND SECRETS: helpers
-# ======================================================================================
-
-CAPS = (
-    "message-tags server-time echo-message draft/message-redaction draft/read-marker "
-    "draft/channel-rename draft/multiline chat.py/session"
-)
-DAY_SECONDS, YEAR = 86_400, 365 * 86_400
-
-
-def come(house, *names, caps=CAPS, secret=""):
-    """Let guests with IRC clients come in, with capabilities; nothing has been heard yet."""
-    for name in names:
-        house.connect_irc(name)
-        house.say(name, f"CAP REQ :{caps}", *([f"SESSION {secret}"] if secret else []))
-        house.say(name, f"NICK {name}", "USER u 0 * :Real Name", "CAP END")
-        house.turn()
-    for name in house.guests:
-        house.heard(name)
-
-
-def ask(house, who, *lines):
-    """Send lines, end the turn; return what this client received for them."""
-    house.heard(who)
-    house.say(who, *lines)
-    house.turn()
-    return house.heard(who)
-
-
-def set_clock(house, when):
-    """Let the wall clock be `when` in the turn that begins now."""
-    house.now = when - 1.0
-    house.turn()
-
-
-def stored(path):
-    return House(store=chat.Store(path / "chat.db"))
-
-
-def spoken(lines):
-    """Return the texts of the messages among these lines."""
-    return [
-        line.partition(" PRIVMSG ")[2].partition(" :")[2] for line in lines if " PRIVMSG " in line
-    ]
-
-
-def tag(line, name):
-    return re.search(rf"[@;]{name}=([^; ]*)", line)[1]
-
-
-def send(house, who, target, text, tags=""):
-    """Send a message; return its (msgid, time tag), as the echo carries them."""
-    lines = ask(house, who, f"{tags}PRIVMSG {target} :{text}")
-    echo = next(line for line in lines if f" PRIVMSG {target} :" in line and "msgid=" in line)
-    return tag(echo, "msgid"), tag(echo, "time")
-
-
-def seconds(stamp):
-    return datetime.datetime.fromisoformat(stamp).timestamp()
-
-
-def iso(when):
-    moment = datetime.datetime.fromtimestamp(when, datetime.UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03}Z"
-
-
-def history(house, who, target, query="LATEST {} * 100"):
-    return spoken(ask(house, who, "CHATHISTORY " + query.format(target)))
-
-
-def refused(lines, *codes):
-    """Return whether one of these lines is one of these numerics or FAIL codes."""
-    found = [re.sub(r"^@\S+ ", "", line).split() for line in lines]
-    return any(words[1] in codes or (words[1] == "FAIL" and words[3] in codes) for words in found)
-
-
-def plain(name, password):
-    return base64.b64encode(f"\0{name}\0{password}".encode()).decode()
-
-
-def sasl(house, who, name, password="password"):
-    """Log in by SASL PLAIN; return whether it worked (903)."""
-    lines = ask(house, who, "AUTHENTICATE PLAIN", f"AUTHENTICATE {plain(name, password)}")
-    lines += house.heard(who)
-    return refused(lines, "903")
-
-
-def is_logged_in(house, who, name):
-    return any(line.endswith(f" 354 {who} {name}") for line in ask(house, who, f"WHO {who} %a"))
-
-
-def device(house, label, name, password="password", caps=CAPS):
-    """Connect another IRC client that logs in to the account before it has come in."""
-    house.connect_irc(label)
-    house.say(label, f"CAP REQ :sasl {caps}", f"NICK {name}", "USER u 0 * :r", "AUTHENTICATE PLAIN")
-    house.say(label, f"AUTHENTICATE {plain(name, password)}")
-    house.turn()
-    return ask(house, label, "CAP END")
-
-
-def account(house, *names, password="password"):
-    """Let accounts exist whose owners are not here."""
-    for name in names:
-        house.connect_irc(f"maker of {name}")
-        maker = f"maker of {name}"
-        house.say(maker, f"NICK {name}", "USER u 0 * :r")
-        house.turn()
-        assert "SUCCESS" in str(ask(house, maker, f"REGISTER * * :{password}"))
-        house.say(maker, "QUIT")
-        house.turn()
-
-
-@pytest.mark.parametrize("ends, between", [("bd", "c"), ("db", "c"), ("ac", "b"), ("ad", "b c")])
-def test_what_lies_between_two_ids_is_by_the_order_of_ids_when_the_clock_was_set_back(
-    folder, ends, between
-):
-    house, _, ids = house_with_a_clock_set_back(folder, restart=False)
-    one, other = (ids["#a", text] for text in ends)
-    found = history(house, "alice", "#a", f"BETWEEN {{}} msgid={one} msgid={other} 10")
-    assert found == [f"word {text}" for text in between.split()]
-    house.store.close()
-
-
-# ======================================================================================
-# TIME
-# ======================================================================================
-
-
-# Also: the channel of the future message, another channel, one founded afterwards, a
-# private conversation; the same server or the next one.
-@pytest.mark.parametrize("restart", [False, True], ids=["same server", "restarted"])
-@pytest.mark.parametrize("where", ["#old", "#other", "#founded-later", "bob"])
-def test_times_follow_the_clock_again_after_it_was_a_year_ahead(folder, where, restart):
-    house = stored(folder)
-    come(house, "alice", "bob")
-    ask(house, "alice", "JOIN #old,#other")
-    now = house.now
-    set_clock(house, now + YEAR)
-    for target in ("#old", "bob"):
-        _, when = send(house, "alice", target, "from next year")
-        assert abs(seconds(when) - now - YEAR) < 60
-    set_clock(house, now + 60)
-    if restart:
-        house = restarted(house, folder / "chat.db")
-        come(house, "alice", "bob")
-    ask(house, "alice", "JOIN #old,#other,#founded-later")
-    clock = house.now
-    lines = ask(house, "alice", *[f"PRIVMSG {where} :{n}" for n in range(3)])
-    times = [seconds(tag(line, "time")) for line in lines if " PRIVMSG " in line]
-    assert len(set(times)) == 3 and all(clock <= t <= clock + 1 for t in times)
-    house.store.close()
-
-
-# The same in the line protocol's history.
-def test_the_line_protocol_shows_times_of_the_corrected_clock():
-    house = House()
-    house.enter("dora")
-    now = house.now
-    set_clock(house, now + YEAR)
-    house.say("dora", "from next year")
-    set_clock(house, now + DAY_SECONDS)
-    house.say("dora", "corrected")
-    house.turn()
-    house.say("dora", "/history")
-    house.turn()
-    text = house.guests["dora"].conn.out.decode()
-    (line,) = [line for line in text.splitlines() if line.endswith(" dora: corrected")]
-    assert line[2:12] == iso(now + DAY_SECONDS)[:10]
-
-
-# Times fall when the clock is set back, by a second as by a day.
-@pytest.mark.parametrize("back", [1.5, 60, DAY_SECONDS])
-def test_times_fall_with_the_clock_that_is_set_back(back):
-    house = House()
-    come(house, "alice")
-    ask(house, "alice", "JOIN #a")
-    clock = house.now
-    send(house, "alice", "#a", "before")
-    set_clock(house, clock - back)
-    _, when = send(house, "alice", "#a", "after")
-    assert clock - back <= seconds(when) < clock - back + 1
-    assert history(house, "alice", "#a") == ["before", "after"]  # the id alone defines the order
-
-
-# Unique per channel while the clock runs forward. Another channel may have the same time.
-def test_times_of_one_turn_differ_in_a_channel_and_begin_at_the_clock_in_each():
-    house = House()
-    come(house, "alice")
-    ask(house, "alice", "JOIN #a,#b")
-    clock = house.now
-    lines = ask(house, "alice", *["PRIVMSG #a :x", "PRIVMSG #b :x"] * 20)
-    for channel in ("#a", "#b"):
-        times = [seconds(tag(x, "time")) for x in lines if f"PRIVMSG {channel}" in x]
-        assert len(set(times)) == 20 and clock <= times[0] <= times[-1] <= clock + 1
-
-
-SAID_AT = {"a": 100, "b": 200, "c": 150, "d": 160}  # in this order; the clock was set back after b
-SELECTORS = [  # a query with seconds in {}, and what it returns, in id order
-    ("BEFORE {t} timestamp={170} 10", "a c d"),
-    ("BEFORE {t} timestamp={170} 2", "c d"),
-    ("BEFORE {t} timestamp={155} 10", "a c"),
-    ("BEFORE {t} timestamp={150} 10", "a"),
-    ("BEFORE {t} timestamp={300} 1", "b"),  # the nearest by time, not the newest by id
-    ("BEFORE {t} timestamp={300} 10", "a b c d"),
-    ("AFTER {t} timestamp={155} 10", "b d"),
-    ("AFTER {t} timestamp={155} 1", "d"),
-    ("AFTER {t} timestamp={120} 2", "c d"),
-    ("AFTER {t} timestamp={200} 10", ""),
-    ("BETWEEN {t} timestamp={120} timestamp={170} 10", "c d"),
-    ("BETWEEN {t} timestamp={90} timestamp={165} 2", "a c"),
-    ("BETWEEN {t} timestamp={165} timestamp={90} 2", "c d"),
-    ("BETWEEN {t} timestamp={155} timestamp={300} 10", "b d"),
-    ("LATEST {t} timestamp={155} 10", "b d"),
-    ("LATEST {t} * 2", "c d"),
-    ("AROUND {t} timestamp={150} 3", "a c d"),
-]
-
-
-def house_with_a_clock_set_back(folder, restart):
-    house = stored(folder)
-    account(house, "alice", "bob")  # whose private conversations outlive the server
-    device(house, "alice", "alice")
-    device(house, "bob", "bob")
-    base, ids = house.now + 1000, {}
-    ask(house, "alice", "JOIN #a")
-    for text, after in SAID_AT.items():
-        for target in ("#a", "bob"):
-            set_clock(house, base + after)
-            ids[target, text], _ = send(house, "alice", target, f"word {text}")
-    if restart:
-        house.say("alice", "QUIT")
-        house = restarted(house, folder / "chat.db")
-        device(house, "alice", "alice")
-        device(house, "bob", "bob")
-        ask(house, "alice", "JOIN #a")
-    return house, base, ids
-
-
-# Also: every selector, channel and private conversation, before and after a restart.
-@pytest.mark.parametrize("restart", [False, True], ids=["same server", "restarted"])
-@pytest.mark.parametrize("target", ["#a", "bob"])
-def test_a_page_by_time_misses_nothing_when_the_clock_was_set_back(folder, target, restart):
-    house, base, _ = house_with_a_clock_set_back(folder, restart)
-    wrong = {}
-    for query, expected in SELECTORS:
-        asked = re.sub(r"\{(\d+)\}", lambda match: iso(base + int(match[1])), query)
-        found = history(house, "alice", target, asked.replace("{t}", "{}"))
-        if found != [f"word {text}" for text in expected.split()]:
-            wrong[query] = found
-    assert wrong == {}
-    house.store.close()
-
-
-# Pages by msgid are by the id alone.
-@pytest.mark.parametrize("target", ["#a", "bob"])
-def test_a_page_by_msgid_is_by_the_order_of_ids_when_the_clock_was_set_back(folder, target):
-    house, _, ids = house_with_a_clock_set_back(folder, restart=False)
-    before = history(house, "alice", target, f"BEFORE {{}} msgid={ids[target, 'c']} 10")
-    after = history(house, "alice", target, f"AFTER {{}} msgid={ids[target, 'b']} 10")
-    assert (before, after) == (["word a", "word b"], ["word c", "word d"])
-    house.store.close()
-
-
-# Also: SEARCH has time selectors, too.
-@pytest.mark.parametrize(
-    "bound, expected", [("before={170}", "a c d"), ("after={155}", "b d"), ("before={155}", "a c")]
-)
-def test_a_search_by_time_misses_nothing_when_the_clock_was_set_back(folder, bound, expected):
-    house, base, _ = house_with_a_clock_set_back(folder, restart=False)
-    asked = re.sub(r"\{(\d+)\}", lambda match: iso(base + int(match[1])), bound)
-    found = spoken(ask(house, "alice", f"SEARCH in=#a;text=word;{asked}"))
-    assert sorted(found) == [f"word {text}" for text in expected.split()]
-    house.store.close()
-
-
-# Also: TARGETS; after a message from next year the channel's newest message is the
-# corrected one, and a client that comes back asks for the time since it left.
-def test_targets_lists_a_channel_whose_newest_message_came_after_the_clock_was_corrected():
-    house = House()
-    come(house, "alice")
-    ask(house, "alice", "JOIN #a")
-    now = house.now
-    set_clock(house, now + YEAR)
-    send(house, "alice", "#a", "from next year")
-    set_clock(house, now + 100)
-    send(house, "alice", "#a", "corrected")
-    query = f"CHATHISTORY TARGETS timestamp={iso(now + 50)} timestamp={iso(now + 500)} 10"
-    assert [x.split()[-2] for x in ask(house, "alice", query) if " TARGETS " in x] == ["#a"]
-
-
-# A page of TARGETS never ends between equal times.
-def test_a_page_of_targets_holds_all_that_have_the_time_of_its_last_one():
-    house = House()
-    come(house, "alice")
-    ask(house, "alice", "JOIN #a,#b,#c,#d")
-    since = iso(house.now - 1)
-    for channels in (["#a"], ["#b", "#c"], ["#d"]):
-        lines = ask(house, "alice", *[f"PRIVMSG {channel} :x" for channel in channels])
-        assert len({tag(x, "time") for x in lines if " PRIVMSG " in x}) == 1
-    query = f"CHATHISTORY TARGETS timestamp={since} timestamp={iso(house.now + DAY_SECONDS)} {{}}"
-    pages = {
-        count: {x.split()[-2] for x in ask(house, "alice", query.format(count)) if " TARGETS " in x}
-        for count in (1, 2, 3)
-    }
-    assert pages == {1: {"#a"}, 2: {"#a", "#b", "#c"}, 3: {"#a", "#b", "#c"}}
-
-
-# The first bound of TARGETS may be an id, for clients with chat.py/session only.
-@pytest.mark.parametrize("capable", [True, False])
-def test_targets_since_an_id_are_for_clients_with_the_session_capability(capable):
-    house = House()
-    come(house, "alice")
-    ask(house, "alice", "JOIN #a,#b")
-    send(house, "alice", "#a", "held by the client")
-    last, _ = send(house, "alice", "#a", "the last one it holds")
-    set_clock(house, house.now - DAY_SECONDS)  # the id alone defines what is later
-    send(house, "alice", "#b", "missing")
-    if not capable:
-        ask(house, "alice", "CAP REQ :-chat.py/session")
-    until = iso(house.now + YEAR)
-    lines = ask(house, "alice", f"CHATHISTORY TARGETS msgid={last} timestamp={until} 10")
-    listed = [x.split()[-2] for x in lines if " CHATHISTORY TARGETS " in x and "FAIL" not in x]
-    assert listed == (["#b"] if capable else [])
-    assert capable or " FAIL CHATHISTORY " in str(lines)
-
-
-def marker(house, who, target, when=""):
-    lines = ask(house, who, f"MARKREAD {target}" + (f" timestamp={when}" if when else ""))
-    (line,) = [x for x in lines if " MARKREAD " in x]
-    return line.split()[-1].removeprefix("timestamp=")
-
-
-# Also: guest and account, channel and private conversation.
-@pytest.mark.parametrize("target", ["#a", "bob"])
-@pytest.mark.parametrize("logged_in", [False, True], ids=["guest", "account"])
-def test_a_read_marker_goes_back_to_a_later_message_with_a_lower_time(target, logged_in):
-    house = House()
-    come(house, "alice", "bob")
-    ask(house, "alice", "JOIN #a", *(["REGISTER * * password"] if logged_in else []))
-    _, first = send(house, "alice", target, "first")
-    now = house.now
-    set_clock(house, now + YEAR)
-    _, ahead = send(house, "alice", target, "from next year")
-    assert marker(house, "alice", target, ahead) == ahead
-    set_clock(house, now + 10)
-    _, second = send(house, "alice", target, "second")
-    _, third = send(house, "alice", target, "third")
-    assert abs(seconds(second) - now) < 60
-    assert marker(house, "alice", target, iso(seconds(second) - 5)) == ahead  # of no message
-    assert marker(house, "alice", target, first) == ahead  # of a message with a lower id
-    assert marker(house, "alice", target, second) == second
-    assert marker(house, "alice", target, third) == third
-    assert marker(house, "alice", target, second) == third  # never back
-    assert marker(house, "alice", target) == third
-
-
-# MARKREAD cannot reach it: a marker can reach a message that bears a time of the future
-def test_a_read_marker_reaches_a_message_from_the_future():
-    house = House()
-    come(house, "alice")
-    ask(house, "alice", "JOIN #a")
-    now = house.now
-    set_clock(house, now + YEAR)
-    _, ahead = send(house, "alice", "#a", "from next year")
-    set_clock(house, now + 10)
-    assert marker(house, "alice", "#a", ahead) == ahead
-    _, later = send(house, "alice", "#a", "later")
-    assert marker(house, "alice", "#a", later) == later
-    assert seconds(marker(house, "alice", "#a", "9999-01-01T00:00:00.000Z")) < now + DAY_SECONDS
-
-
-# Also: after a restart, and on the user's other device.
-def test_a_read_marker_of_next_year_does_not_outlive_the_restart_with_a_corrected_clock(folder):
-    house = stored(folder)
-    come(house, "alice")
-    ask(house, "alice", "JOIN #a", "REGISTER * * password")
-    now = house.now
-    set_clock(house, now + YEAR)
-    _, ahead = send(house, "alice", "#a", "from next year")
-    assert marker(house, "alice", "#a", ahead) == ahead
-    set_clock(house, now + 10)
-    house.say("alice", "QUIT")
-    house = restarted(house, folder / "chat.db")
-    device(house, "alice", "alice")
-    device(house, "phone", "alice")
-    ask(house, "alice", "JOIN #a")
-    _, corrected = send(house, "alice", "#a", "corrected")
-    house.heard("phone")
-    assert marker(house, "alice", "#a", corrected) == corrected
-    assert f"MARKREAD #a timestamp={corrected}" in str(house.heard("phone"))
-    assert marker(house, "phone", "#a") == corrected
-    house.store.close()
-
-
-# A restored backup, or a server that keeps nothing, gives no msgid a second time, even with the
-# same clock.
-@pytest.mark.parametrize("how", ["restored backup", "in memory"])
-def test_no_msgid_is_given_twice(folder, how):
-    ids = set()
-    for n in range(3):
-        path = folder / str(n)
-        if how == "restored backup" and n:
-            shutil.copytree(folder / "backup", path)
-        path.mkdir(exist_ok=True)
-        house = House() if how == "in memory" else stored(path)
-        if how == "restored backup" and not n:
-            house.turn()
-            house.store.close()
-            shutil.copytree(path, folder / "backup")
-            house = stored(path)
-        come(house, "alice")
-        ask(house, "alice", "JOIN #a")
-        ids |= {send(house, "alice", "#a", f"{k}")[0] for k in range(5)}
-        house.store.close()
-    assert len(ids) == 15
-
-
-# An id of a message that was delivered and then lost (kill -9 before the commit; here: the
-# files are those of before the message) is not used again, with the clock set back, too.
-@pytest.mark.parametrize("back", [0, YEAR])
-def test_the_msgid_of_a_message_that_was_not_stored_is_not_given_to_another(folder, back):
-    house = stored(folder)
-    come(house, "alice")
-    ask(house, "alice", "JOIN #a")
-    send(house, "alice", "#a", "stored")
-    shutil.copytree(folder, folder / "at the kill")
-    now = house.now
-    lost, _ = send(house, "alice", "#a", "delivered and not stored")
-    house.store.close()
-    again = stored(folder / "at the kill")
-    set_clock(again, now - back)
-    come(again, "alice")
-    ask(again, "alice", "JOIN #a")
-    ids = [send(again, "alice", "#a", f"{n}")[0] for n in range(5)]
-    assert lost not in ids and len(set(ids)) == 5
-    lines = ask(again, "alice", f"CHATHISTORY AFTER #a msgid={lost} 10")
-    assert " FAIL CHATHISTORY " in str(lines) and spoken(lines) == []
-    again.store.close()
-
-
-# A msgid stays what it is in the next server, for pages and for REDACT.
-def test_a_msgid_is_the_same_after_a_restart(folder):
-    house = stored(folder)
-    come(house, "alice")
-    ask(house, "alice", "REGISTER * * password", "JOIN #a")
-    first, _ = send(house, "alice", "#a", "first")
-    second, _ = send(house, "alice", "#a", "second")
-    house.say("alice", "QUIT")
-    house = restarted(house, folder / "chat.db")
-    device(house, "alice", "alice")
-    ask(house, "alice", "JOIN #a")
-    lines = ask(house, "alice", f"CHATHISTORY AFTER #a msgid={first} 10")
-    assert [tag(x, "msgid") for x in lines if " PRIVMSG " in x] == [second]
-    assert f" REDACT #a {second}" in str(ask(house, "alice", f"REDACT #a {second}"))
-    assert history(house, "alice", "#a") == ["first"]
-    house.store.close()
-
-
-# AFTER an unknown msgid is answered FAIL. Also: the other selectors, channel and private.
-@pytest.mark.parametrize("target", ["#a", "bob"])
-@pytest.mark.parametrize(
-    "query",
-    [
-        "AFTER {} msgid={id} 10",
-        "BEFORE {} msgid={id} 10",
-        "AROUND {} msgid={id} 10",
-        "LATEST {} msgid={id} 10",
-        "BETWEEN {} msgid={id} msgid={known} 10",
-        "BETWEEN {} msgid={known} msgid={id} 10",
-    ],
-)
-def test_a_page_relative_to_an_unknown_msgid_fails(query, target):
-    house = House()
-    come(house, "alice", "bob")
-    ask(house, "alice", "JOIN #a")
-    known, _ = send(house, "alice", target, "x")
-    other = House()
-    set_clock(other, other.now + 77)
-    come(other, "alice")
-    ask(other, "alice", "JOIN #a")
-    unknown, _ = send(other, "alice", "#a", "an id of another server")
-    asked = query.replace("{id}", unknown).replace("{known}", known)
-    lines = ask(house, "alice", "CHATHISTORY " + asked.replace("{}", target))
-    assert " FAIL CHATHISTORY " in str(lines) and spoken(lines) == []
-    held = asked.replace("{}", target).replace(unknown, known)
-    assert " FAIL " not in str(ask(house, "alice", f"CHATHISTORY {held}"))
-
-
-# A clock jump writes one log line, whichever way, however many turns follow.
-@pytest.mark.parametrize("jump", [DAY_SECONDS, -DAY_SECONDS])
-def test_a_jump_of_the_clock_is_one_line_in_the_log(running, monkeypatch, caplog, jump):
-    guest = running().guest()
-    guest.enter_irc("alice")
-    real, before = time.time, len(caplog.records)
-    monkeypatch.setattr(time, "time", lambda: real() + jump)
-    for n in range(5):
-        guest.send(f"PING {n}\r\n")
-        guest.until(f"PONG chat.py :{n}")
-    assert len(caplog.records) == before + 1
-
-
-# Keys of messages do not expire by a wrong clock as long as the message is there.
-@pytest.mark.parametrize("jump", [YEAR, -YEAR / 400])
-def test_a_message_is_said_once_whatever_the_clock_did_meanwhile(jump):
-    house = House()
-    come(house, "alice", "bob")
-    for who in ("alice", "bob"):
-        ask(house, who, "JOIN #a")
-    now = house.now
-    send(house, "alice", "#a", "once", "@+chat.py/id=k1 ")
-    set_clock(house, now + jump)
-    send(house, "alice", "#a", "other", "@+chat.py/id=k2 ")
-    set_clock(house, now + 60)
-    house.heard("bob")
-    house.say("alice", "@+chat.py/id=k1 PRIVMSG #a :once", "@+chat.py/id=k2 PRIVMSG #a :other")
-    house.turn()
-    assert house.heard("bob") == []
-    assert history(house, "alice", "#a") == ["once", "other"]
-
-
-# ======================================================================================
-# NAMES
-# ======================================================================================
-
-# All of Default_Ignorable_Code_Point, by a member of each range (Unicode 15, DerivedCoreProperties)
-IGNORABLE = [
-    *(
-        0x00AD,
-        0x034F,
-        0x061C,
-        0x115F,
-        0x1160,
-        0x17B4,
-        0x17B5,
-        0x180B,
-        0x180C,
-        0x180D,
-        0x180E,
-        0x180F,
-    ),
-    *(0x200B, 0x200C, 0x200D, 0x200E, 0x200F, 0x202A, 0x202E, 0x2060, 0x2065, 0x206F, 0x3164),
-    *(0xFE00, 0xFE0E, 0xFE0F, 0xFEFF, 0xFFA0, 0xFFF0, 0xFFF8, 0x1BCA0, 0x1BCA3, 0x1D173, 0x1D17A),
-    *(0xE0000, 0xE0001, 0xE0020, 0xE007F, 0xE0100, 0xE01EF, 0xE01F0, 0xE0FFF),
-]
-PLACES_OF_IT = {"start": "{}bob", "middle": "b{}ob", "end": "bob{}"}
-INVISIBLE = in_turn(IGNORABLE if THOROUGH else IGNORABLE[::3], PLACES_OF_IT, [False, True])
-
-
-def as_id(value):
-    return f"{value:04X}" if isinstance(value, int) and value > 1 else str(value)
-
-
-# Refused with 432 in IRC, at any position. Also: the first NICK and a later one.
-@pytest.mark.parametrize("code, place, later", INVISIBLE, ids=as_id)
-def test_a_nick_with_an_invisible_character_is_refused(code, place, later):
-    house = House()
-    account(house, "bob")
-    name = PLACES_OF_IT[place].format(chr(code))
-    if later:
-        come(house, "alice")
-    else:
-        house.connect_irc("alice")
-    lines = ask(house, "alice", f"NICK {name}")
-    assert refused(lines, "432") and not refused(lines, "NICK")
-    lines = ask(house, "alice", *([] if later else ["USER u 0 * :r", "NICK fine"]), "PING x")
-    assert refused(lines, "PONG") and name not in str(lines)
-
-
-# Replaced in the line protocol. Also: the first line and /nick.
-@pytest.mark.parametrize("code, place, later", INVISIBLE, ids=as_id)
-def test_an_invisible_character_in_a_line_protocol_name_becomes_an_underscore(code, place, later):
-    house = House()
-    account(house, "bob")
-    come(house, "alice")
-    name = PLACES_OF_IT[place].format(chr(code))
-    if later:
-        house.enter("dora")
-        house.say("dora", f"/nick {name}")
-    else:
-        house.connect("dora")
-        house.say("dora", name)
-    house.turn()
-    house.heard("alice")
-    house.say("dora", "/tell alice hello")
-    house.turn()
-    (line,) = house.heard("alice")
-    sender = re.search(r" :([^! ]+)!", line)[1]
-    expected = {name.replace(chr(code), "_")}
-    if (code, place, later) == (0xFEFF, "start", False):
-        expected.add("bob2")  # a BOM before a first line may be dropped
-    assert sender in expected and chr(code) not in line
-
-
-# The names of services. SASL, NICK and NOTICE with them are the victim's view of them.
-@pytest.mark.parametrize(
-    "code, service",
-    in_turn([0x034F, 0xFE0F, 0x17B4, 0x180B, 0xE0100], ["NickServ", "ChanServ", "HistServ"]),
-)
-def test_a_copy_of_a_service_cannot_send_a_notice(service, code):
-    house = House()
-    come(house, "alice", "eve")
-    house.enter("dora")
-    name = service + chr(code)
-    assert refused(ask(house, "eve", f"NICK {name}"), "432")
-    house.say("dora", f"/nick {name}")
-    house.turn()
-    house.heard("alice")
-    house.say("eve", "NOTICE alice :your password, please")
-    house.say("dora", "/tell alice your password, please")
-    house.turn()
-    heard = house.heard("alice")
-    assert len(heard) == 2 and chr(code) not in str(heard)
-    assert not any(f":{service}!" in line for line in heard)
-
-
-# Channels have the same fault. Also: JOIN, RENAME, line protocol.
-@pytest.mark.parametrize("code, place, _", INVISIBLE, ids=as_id)
-def test_a_channel_with_an_invisible_character_in_its_name_cannot_be(code, place, _):
-    house = House()
-    come(house, "alice")
-    house.enter("dora")
-    ask(house, "alice", "JOIN #bob,#mine")
-    name = "#" + PLACES_OF_IT[place].format(chr(code))
-    assert refused(ask(house, "alice", f"JOIN {name}"), "476", "479", "403")
-    assert refused(ask(house, "alice", f"RENAME #mine {name}"), "476", "479", "CANNOT_RENAME")
-    house.say("dora", f"/join {name}", "/list")
-    house.turn()
-    assert chr(code) not in str(ask(house, "alice", "LIST", "PRIVMSG #mine :still #mine"))
-    assert " PRIVMSG #mine " in str(ask(house, "alice", "PRIVMSG #mine :still"))
-
-
-# A name given by REGISTER.
-@pytest.mark.parametrize("code", [0x034F, 0xFE0F, 0xE0100], ids=as_id)
-def test_an_account_with_an_invisible_character_cannot_be_made(code):
-    house = House()
-    come(house, "alice")
-    lines = ask(house, "alice", f"REGISTER alice{chr(code)} * password")
-    assert " FAIL REGISTER " in str(lines) and "SUCCESS" not in str(lines)
-
-
-# What people say keeps its emoji sequences; only names are restricted.
-@pytest.mark.parametrize("text", ["\u2764\ufe0f", "\U0001f468\u200d\U0001f469\u200d\U0001f467"])
-def test_a_message_keeps_its_joiners_and_variation_selectors(text):
-    house = House()
-    come(house, "alice", "bob")
-    house.say("alice", f"PRIVMSG bob :{text}")
-    house.turn()
-    assert spoken(house.heard("bob")) == [text]
-
-
-SEPARATORS = ["\u2028", "\u2029", "\x85"]
-REACHING_NETCAT = {  # what an IRC user does with | (a separator) inside, for dora in #a to read
-    "message": "PRIVMSG #a :left|right",
-    "notice": "NOTICE #a :left|right",
-    "private": "PRIVMSG dora :left|right",
-    "action": "PRIVMSG #a :\x01ACTION left|right\x01",
-    "ctcp": "PRIVMSG dora :\x01PING left|right\x01",
-    "topic": "TOPIC #a :left|right",
-    "kick": "KICK #a bob :left|right",
-    "part": "PART #a :left|right",
-    "quit": "QUIT :left|right",
-    "rename": "RENAME #a #b :left|right",
-    "password": "MODE #a +k left|right",
-    "mask": "MODE #a +b left|right!*@*",
-    "wallops": "WALLOPS :left|right",
-    "realname": "SETNAME :left|right",
-    "metadata": "METADATA #a SET color :left|right",
-}
-
-
-# U+2028/2029 must never reach netcat (and U+0085, which some terminals take for a line end).
-@pytest.mark.parametrize("act, separator", in_turn(REACHING_NETCAT, SEPARATORS), ids=ascii)
-def test_a_unicode_line_separator_does_not_reach_netcat(act, separator):
-    house = House()
-    come(house, "alice", "bob")
-    house.enter("dora")
-    for who in ("alice", "bob"):
-        ask(house, who, "JOIN #a")
-    ask(house, "alice", "OPER boss secret")
-    house.say("dora", "/join #a")
-    house.turn()
-    house.say("alice", REACHING_NETCAT[act].replace("|", separator))
-    house.turn()
-    house.say("dora", "/topic", "/ban", "/mode", "/names", "/list", "/history", "/search left")
-    house.turn()
-    heard = house.guests["dora"].conn.out.decode()
-    assert not set(heard) & {"\u2028", "\u2029", "\x85"}
-    if act in ("message", "notice", "private", "action", "topic"):
-        assert "left" in heard and "right" in heard
-
-
-# What the netcat user typed and is told again, and what another netcat user typed.
-TYPED = (
-    *("x{}y", "/search x{}y", "/tell bob x{}y", "/topic x{}y", "/away x{}y", "/join #x{}y"),
-    *("/nick x{}y", "/me x{}y", "/foo{}y", "/mode +k x{}y", "/lines x{}y", "/help x{}y"),
-)
-
-
-@pytest.mark.parametrize("line, separator", in_turn(TYPED, SEPARATORS), ids=ascii)
-def test_a_unicode_line_separator_is_not_told_to_the_user_who_typed_it(line, separator):
-    house = House()
-    house.enter("dora", "bob")
-    house.say("dora", "/join #a")
-    house.say("bob", "/join #a", "/away")
-    house.turn()
-    house.say("dora", line.format(separator))
-    house.turn()
-    house.say("bob", "/tell dora x", "/history", "/names")
-    house.turn()
-    for who in ("dora", "bob"):
-        heard = house.guests[who].conn.out.decode()
-        assert not set(heard) & {"\u2028", "\u2029", "\x85"}
-
-
-LOOKALIKES = [  # the account or service, and names in other letters that look like it
-    ("alice", "\u0430lice"),  # Cyrillic a
-    ("alice", "ali\u0441e"),  # Cyrillic es
-    ("alice", "\u03b1lice"),  # Greek alpha
-    ("alice", "\u0251lice"),  # Latin alpha
-    ("alice", "al\u0456c\u0435"),  # Cyrillic i, ie
-    ("alice", "\u0410L\u0406\u0421\u0415"),  # capitals
-    ("boss", "b\u03bfss"),  # Greek omicron
-    ("boss", "b\u043e\u0455\u0455"),  # Cyrillic o, dze
-    ("cop", "\u0441\u043e\u0440"),  # whole script: Cyrillic es o er
-    ("nickserv", "N\u0456ckServ"),
-    ("nickserv", "NickSer\u03bd"),
-    ("chanserv", "\u0421hanServ"),
-    ("histserv", "HistS\u0435rv"),
-]
-
-
-# Refused with the reason (432 or 433). Also: first NICK, later
-# NICK, and SASL is no way round.
-@pytest.mark.parametrize("original, copy, later", in_turn(LOOKALIKES, [False, True]))
-def test_a_look_alike_of_a_service_or_account_is_refused(original, copy, later):
-    house = House()
-    account(house, "alice", "boss", "cop")
-    come(house, "zoe") if later else house.connect_irc("zoe")
-    lines = ask(house, "zoe", f"NICK {copy}")
-    assert refused(lines, "432", "433")
-    if not later:
-        assert " 001 zoe2 " in str(ask(house, "zoe", "NICK zoe2", "USER u 0 * :r"))
-
-
-# The line protocol gives another name and says why.
-@pytest.mark.parametrize("original, copy, later", in_turn(LOOKALIKES, [False, True]))
-def test_a_look_alike_in_the_line_protocol_is_another_name(original, copy, later):
-    house = House()
-    account(house, "alice", "boss", "cop")
-    come(house, "zoe")
-    house.enter("dora") if later else house.connect("dora")
-    house.say("dora", f"/nick {copy}" if later else copy)
-    house.turn()
-    told = house.heard("dora")
-    assert any(line.startswith("* ") for line in told)
-    house.heard("zoe")
-    house.say("dora", "/tell zoe hello")
-    house.turn()
-    (line,) = house.heard("zoe")
-    assert f":{copy}!" not in line
-
-
-ACCEPTED = [  # with the account alice and the services there are
-    "a1ice", "aIice", "A11CE", "rnary", "b0ss", "N1ckServ", "vvilly",  # ASCII
-    "\u0410\u043b\u0438\u0441\u0430", "\u041f\u0451\u0442\u0440", "\u738b\u5c0f\u660e",
-    "\u0395\u03bb\u03ad\u03bd\u03b7", "\u039d\u03af\u03ba\u03bf\u03c2", "\u05d3\u05d5\u05d3",
-    "\u0645\u0631\u064a\u0645", "\u0e2a\u0e21\u0e0a\u0e32\u0e22", "alic\u00e9", "\u00e1lice",
-    "\u0441\u043e\u0440",  # looks like "cop", which is no account here
-    "\U0001f600",
-]  # fmt: skip
-
-
-# Names that use only ASCII never collide; other scripts stay welcome.
-@pytest.mark.parametrize("name", ACCEPTED)
-def test_a_name_that_looks_like_no_service_or_account_is_accepted(name):
-    house = House()
-    account(house, "alice", "mary", "willy", "boss")
-    come(house, "zoe", "bob")
-    lines = ask(house, "zoe", f"NICK {name}")
-    assert any(line.endswith(f" NICK :{name}") for line in lines)
-    house.say("zoe", "PRIVMSG bob :hello")
-    house.turn()
-    assert f":{name}!" in house.heard("bob")[-1]
-
-
-# REGISTER under a name taken before there was the account that it looks like.
-def test_a_look_alike_of_an_account_cannot_be_registered():
-    house = House()
-    come(house, "zoe")
-    ask(house, "zoe", "NICK \u0430lice")  # there is no account alice yet
-    account(house, "alice")
-    for line in ("REGISTER * * password", "NS REGISTER password"):
-        lines = ask(house, "zoe", line)
-        assert "SUCCESS" not in str(lines) and not refused(lines, "900")
-    assert not sasl(house, "zoe", "\u0430lice")
-
-
-# After a restart, and free again when the account is given up.
-def test_a_look_alike_is_refused_after_a_restart_and_until_the_account_is_dropped(folder):
-    house = stored(folder)
-    account(house, "alice")
-    house = restarted(house, folder / "chat.db")
-    come(house, "zoe")
-    device(house, "alice", "alice")
-    assert refused(ask(house, "zoe", "NICK \u0430lice"), "432", "433")
-    ask(house, "alice", "NS DROP password")
-    assert " NICK :\u0430lice" in str(ask(house, "zoe", "NICK \u0430lice"))
-    house.store.close()
-
-
-# Existing accounts remain: an account in other letters keeps its name, also after a restart.
-def test_an_account_in_other_letters_keeps_its_name(folder):
-    house = stored(folder)
-    account(house, "\u0441\u043e\u0440")  # Cyrillic, looks like "cop"
-    house = restarted(house, folder / "chat.db")
-    assert " 001 \u0441\u043e\u0440 " in str(device(house, "owner", "\u0441\u043e\u0440"))
-    house.store.close()
-
-
-BANS_OF_BOB = {"ban": "bob!*@*", "mute": "m:bob", "mask": "b?b*!*@*"}
-
-
-# A nick change does not escape a ban or mute by nick (437).
-@pytest.mark.parametrize("ban", BANS_OF_BOB)
-@pytest.mark.parametrize("dialect", ["irc", "line"])
-def test_a_nick_change_does_not_escape_a_ban_or_mute(ban, dialect):
-    house = House()
-    come(house, "alice")
-    come(house, "bob") if dialect == "irc" else house.enter("bob")
-    nick, join = ("NICK {}", "JOIN #a") if dialect == "irc" else ("/nick {}", "/join #a")
-    ask(house, "alice", "JOIN #a")
-    ask(house, "bob", join)
-    ask(house, "alice", f"MODE #a +b {BANS_OF_BOB[ban]}")
-    lines = ask(house, "bob", nick.format("robert"))
-    if dialect == "irc":
-        assert refused(lines, "437")
-    else:
-        assert lines[0].startswith("* ") and "robert" not in str(house.heard("alice"))
-    assert "robert" not in str(ask(house, "alice", "NAMES #a"))
-    house.heard("bob")
-    ask(house, "alice", f"MODE #a -b {BANS_OF_BOB[ban]}")
-    ask(house, "bob", nick.format("robert"))
-    assert "robert" in str(ask(house, "alice", "NAMES #a"))
-
-
-# Other users of the channel, and a user who is exempt or elsewhere, change as they like.
-@pytest.mark.parametrize("why", ["not banned", "exempt", "not in the channel"])
-def test_a_nick_change_of_a_user_whom_no_ban_concerns_is_free(why):
-    house = House()
-    come(house, "alice", "bob")
-    ask(house, "alice", "JOIN #a")
-    if why != "not in the channel":
-        ask(house, "bob", "JOIN #a")
-    mask = "carol!*@*" if why == "not banned" else "bob!*@*"
-    ask(house, "alice", f"MODE #a +b {mask}")
-    if why == "exempt":
-        ask(house, "alice", "MODE #a +e bob!*@*")
-    assert " NICK :robert" in str(ask(house, "bob", "NICK robert"))
-
-
-NOT_SPEAKING = {
-    "CTCP reply": "NOTICE bob :\x01VERSION some client\x01",
-    "CTCP reply to a channel": "NOTICE #a :\x01PING 1\x01",
-    "typing": "@+typing=active TAGMSG bob",
-    "typing in a channel": "@+typing=paused TAGMSG #a",
-}
-
-
-# CTCP replies and typing do not reset idle times; what a user says does.
-@pytest.mark.parametrize("act", NOT_SPEAKING)
-def test_a_ctcp_reply_or_typing_leaves_the_idle_time(act):
-    house = House()
-    come(house, "alice", "bob")
-    ask(house, "alice", "JOIN #a", "PRIVMSG bob :hello")
-    for _ in range(100):  # seconds on whichever clock
-        house.turn()
-    ask(house, "alice", NOT_SPEAKING[act])
-
-    def idle():
-        (line,) = [x for x in ask(house, "bob", "WHOIS alice") if " 317 " in x]
-        return int(line.split(" 317 bob alice ")[1].split()[0])
-
-    assert idle() >= 100
-    ask(house, "alice", "PRIVMSG bob :here")
-    assert idle() < 50
-
-
-TOO_LONG_WITH_SOURCE = {
-    "channel": ("#a", "PRIVMSG #a :"),
-    "notice": ("bob", "NOTICE bob :"),
-    "action": ("#a", "PRIVMSG #a :\x01ACTION "),
-}
-
-
-# A line that is too long only with its source prefix is split for the receivers.
-@pytest.mark.parametrize("letter", ["x", "\u00e9", "\u738b"])
-@pytest.mark.parametrize("kind", TOO_LONG_WITH_SOURCE)
-def test_a_line_that_is_too_long_with_its_source_is_split_and_not_refused(kind, letter):
-    house = House()
-    come(house, "alice", "bob", caps="server-time")
-    for who in ("alice", "bob"):
-        ask(house, who, "JOIN #a")
-    _, start = TOO_LONG_WITH_SOURCE[kind]
-    end = "\x01" if "\x01" in start else ""
-    text = letter * ((510 - len(start) - len(end)) // len(letter.encode()))
-    house.heard("bob")
-    assert ask(house, "alice", start + text + end) == []
-    lines = house.heard("bob")
-    texts_said = [chat.parse_message(line).params[-1] for line in lines]
-    said = [text.removeprefix("\x01ACTION ").rstrip("\x01") for text in texts_said]
-    assert "".join(said) == text and len(lines) == 2
-
-
-# ======================================================================================
-# PASSWORDS
-# ======================================================================================
-
-BLANKS = "correct horse battery"
-
-
-def account_state(house, name, *passwords):
-    """Return which of these passwords a new client can log in with by SASL PLAIN."""
-    right = []
-    for n, password in enumerate(passwords):
-        label = f"probe {n} of {len(house.guests)}"
-        house.connect_irc(label)
-        house.guests[label].conn.address = f"192.0.2.{len(house.guests) % 250}:1"  # own throttle
-        if sasl(house, label, name, password):
-            right.append(password)
-        house.say(label, "QUIT")
-        house.turn()
-    return right
-
-
-def typist(house, dialect, name="dora"):
-    """Let a user of this dialect come in; return how a line for the account service is sent."""
-    if dialect == "line":
-        house.enter(name)
-    else:
-        come(house, name)
-    ways = {
-        "line": lambda verb, words: f"/{verb} {words}",
-        "PRIVMSG": lambda verb, words: f"PRIVMSG NickServ :{verb.upper()} {words}",
-        "NS": lambda verb, words: f"NS {verb.upper()} {words}",
-        "NS :": lambda verb, words: f"NS :{verb.upper()} {words}",
-    }
-
-    def write(verb, words):
-        verb = {"login": "identify"}.get(verb, verb) if dialect != "line" else verb
-        house.heard(name)
-        house.say(name, ways[dialect](verb, words))
-        house.turn()
-        house.turn()
-        return house.heard(name)
-
-    return write
-
-
-DIALECTS = ["line", "PRIVMSG", "NS", "NS :"]
-dialects = pytest.mark.parametrize("dialect", DIALECTS)
-
-
-# A word in double quotes may contain blanks. Also: register, login, passwd, drop.
-@dialects
-def test_a_quoted_password_with_blanks_is_what_was_typed(dialect):
-    house = House()
-    write = typist(house, dialect)
-    write("register", f'"{BLANKS}"')
-    tried = (BLANKS, f'"{BLANKS}"', "correct", '"correct')
-    assert account_state(house, "dora", *tried) == [BLANKS]
-    write("passwd", f'"{BLANKS}" "new with blanks"')
-    assert account_state(house, "dora", "new with blanks", BLANKS, "new") == ["new with blanks"]
-    account(house, "zoe", password="her own words")
-    write("login", 'zoe "her own words"')
-    assert "zoe" in str(ask(house, "dora", "WHO dora %a" if dialect != "line" else "/nick zoe"))
-    write("passwd", '"her own words" simple')
-    assert account_state(house, "zoe", "simple") == ["simple"]
-
-
-# Two blanks stay two where the transport keeps them (NS joins its parameters by one).
-@pytest.mark.parametrize("dialect", ["line", "PRIVMSG", "NS :"])
-def test_blanks_inside_quotes_are_kept_as_typed(dialect):
-    house = House()
-    typist(house, dialect)("register", '"two  blanks, and  more"')
-    assert account_state(house, "dora", "two  blanks, and  more") == ["two  blanks, and  more"]
-
-
-TOO_MANY_WORDS = [  # the verb, what is typed, and words of its syntax that the error must have
-    ("register", BLANKS, "PASSWORD [EMAIL]"),
-    ("register", "correct horse@example.org battery", "PASSWORD [EMAIL]"),
-    ("register", '"correct horse" battery staple', "PASSWORD [EMAIL]"),
-    ("login", BLANKS, "[NAME] PASSWORD"),
-    ("login", "zoe password more", "[NAME] PASSWORD"),
-    ("login", 'zoe "pass word" more', "[NAME] PASSWORD"),
-    ("passwd", BLANKS, "OLD NEW"),
-    ("passwd", "password correct horse", "OLD NEW"),
-    ("passwd", '"pass word" new one', "OLD NEW"),
-    ("drop", "password more", "PASSWORD"),
-    ("drop", BLANKS, "PASSWORD"),
-    ("verify", "12345678 more", "CODE"),
-]
-
-
-# A line with more words than its syntax has is refused with the syntax; nothing is done.
-@pytest.mark.parametrize("verb, words, syntax, dialect", in_turn(TOO_MANY_WORDS, DIALECTS))
-def test_a_line_with_too_many_words_is_refused_with_its_syntax(verb, words, syntax, dialect):
-    house = House()
-    account(house, "zoe")
-    write = typist(house, dialect)
-    if verb in ("passwd", "drop"):
-        write("register", "password")
-    told = write(verb, words)
-    assert syntax in str(told)
-    assert "quote" in str(told) or verb == "verify"  # `quote a password that has blanks`
-    assert not any(refused([x], "900") for x in told if x.startswith(":"))
-    passwords = ("password", "correct", "horse", BLANKS, "correct horse", "horse battery")
-    expected = ["password"] if verb in ("passwd", "drop") else []
-    assert account_state(house, "dora", *passwords) == expected
-    assert account_state(house, "zoe", "password") == ["password"]
-
-
-# The second word of REGISTER must be one e-mail address.
-@pytest.mark.parametrize(
-    "words, dialect",
-    in_turn(["correct horse", "correct @", "correct a@b@c", '"correct x" y'], DIALECTS),
-)
-def test_a_second_word_that_is_no_address_makes_no_account(words, dialect):
-    house = House()
-    write = typist(house, dialect)
-    write("register", words)
-    tried = ("correct", "correct x", words, "horse")
-    assert account_state(house, "dora", *tried) == []
-
-
-# The reply says how the server used the second word.
-@dialects
-def test_an_address_after_the_password_is_in_the_reply(dialect):
-    house = House()
-    told = typist(house, dialect)("register", "correct horse@example.org")
-    assert "horse@example.org" in str(told)
-    assert account_state(house, "dora", "correct") == ["correct"]
-
-
-# Only a word that begins with a quote is a quoted one; every other character is the user's own.
-@pytest.mark.parametrize(
-    "password, dialect",
-    in_turn(['pa"ss', "it's", "back\\slash", "a;b#c", "$HOME", "p'a'ss"], DIALECTS),
-)
-def test_a_password_without_blanks_is_taken_literally(password, dialect):
-    house = House()
-    typist(house, dialect)("register", password)
-    assert account_state(house, "dora", password) == [password]
-
-
-# Drop nothing silently: with a quote that is never closed the server refuses or takes the word
-# literally; it must not set a password that was not typed.
-@pytest.mark.parametrize(
-    "words, dialect", in_turn(['"correct', '"correct horse', '"correct"horse'], DIALECTS)
-)
-def test_a_lone_quote_is_not_dropped_from_a_password(words, dialect):
-    house = House()
-    typist(house, dialect)("register", words)
-    others = ("correct", "correct horse", "correcthorse", "horse", "correct horse ")
-    assert account_state(house, "dora", *others) == []
-
-
-# IRC's own REGISTER keeps blanks, because the password is the last parameter; all three
-# dialects can then log in with it.
-@pytest.mark.parametrize("before", ["* *", "alice *", "* a@example.org"])
-def test_the_register_command_of_irc_keeps_blanks_and_quotes(before):
-    house = House()
-    come(house, "alice")
-    assert "SUCCESS" in str(ask(house, "alice", f'REGISTER {before} :two words "quoted"'))
-    assert account_state(house, "alice", 'two words "quoted"', "two") == ['two words "quoted"']
-
-
-# Without the colon it has too many parameters; none may be dropped.
-def test_the_register_command_of_irc_with_too_many_words_makes_no_account():
-    house = House()
-    come(house, "alice")
-    lines = ask(house, "alice", "REGISTER * * correct horse battery")
-    assert "SUCCESS" not in str(lines) and not refused(lines, "900")
-    assert refused(lines, "461") or " FAIL REGISTER " in str(lines)
-    assert "REGISTER" in str(lines) and "password" in str(lines).lower()
-    assert account_state(house, "alice", "correct", BLANKS, "battery") == []
-
-
-# One account, set by IRC with blanks, logged in to from every dialect.
-@dialects
-def test_a_password_with_blanks_logs_in_from_every_dialect(dialect):
-    house = House()
-    account(house, "zoe", password=BLANKS)
-    write = typist(house, dialect)
-    write("login", f'zoe "{BLANKS}"')
-    write("passwd", f'"{BLANKS}" changed')
-    assert account_state(house, "zoe", "changed") == ["changed"]
-
-
-# ======================================================================================
-# THE LOG
-# ======================================================================================
-
-LOGGED = [  # what an operator or an attacker sends; each has a control character in it
-    "OPER \x1b]0;pwned\x07 guess",
-    "OPER boss\x9b31m guess",
-    "OPER b\x85oss guess",
-    "OPER b\u2028oss guess",
-    "OPER boss secret",
-    "KILL bob :\x1b[2Jgone\x07\x08",
-    "KILL carol :a\x9b31mb\x85c\u2028d",
-    "REHASH",
-]
-
-
-# The log has one entry point, which escapes. Also: OPER names, KILL reasons, the line protocol's
-# /oper, first lines of other protocols; at every level.
-@thorough
-def test_no_control_character_of_a_client_reaches_the_log(folder):
-    flags = ("--data", folder, "--oper", "boss:secret", "--log", "debug")
-    with serving(*flags) as (process, address):
-        guests = [Guest(address) for _ in range(6)]  # held, so that none is closed
-        for guest, name in zip(guests, ("bob", "carol"), strict=False):
-            guest.enter_irc(name)
-        dora = Guest(address, "dora")
-        dora.send("/oper \x1b]0;pwned\x07 guess\n/names\n")
-        dora.until("#lobby 1-")
-        junk = Guest(address)
-        junk.send("GET /\x1b]0;pwned\x07 HTTP/1.1\r\n\r\n")
-        junk.rest()
-        alice = Guest(address)
-        alice.enter_irc("alice")
-        for n, line in enumerate(LOGGED):  # the wrong ones on a connection of their own
-            guest = alice if n >= 4 else guests[2 + n]
-            if n < 4:
-                guest.enter_irc(f"guest{n}")
-            guest.send(f"{line}\r\nPING {n}\r\n")
-            guest.until(f"PONG chat.py :{n}")
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-        log = process.stderr.read().decode()
-    assert log.count("OPER") >= 5 and "killed" in log
-    bad = [c for c in log if c != "\n" and (not c.isprintable() or c in "\u2028\u2029")]
-    assert bad == []
-    assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in log.splitlines())
-
-
-# ======================================================================================
-# IDENTITY
-# ======================================================================================
-
-WAYS_TO_LOG_IN = {
-    "REGISTER": ("alice", ["REGISTER * * password"]),
-    "NS REGISTER": ("alice", ["NS REGISTER password"]),
-    "NS IDENTIFY": ("zoe", ["NS IDENTIFY zoe password"]),
-    "SASL": ("zoe", ["AUTHENTICATE PLAIN", f"AUTHENTICATE {plain('zoe', 'password')}"]),
-}
-
-
-def guest_with_a_past(house):
-    """alice, a guest, has talked in bob's #a and with bob; return the ids and times of that."""
-    account(house, "zoe", "yan")
-    come(house, "alice", "bob")
-    for who in ("bob", "alice"):  # so that she may redact as the author and not as an operator
-        ask(house, who, "JOIN #a")
-    said = {
-        "#a": send(house, "alice", "#a", "in the channel"),
-        "bob": send(house, "alice", "bob", "in private"),
-    }
-    send(house, "bob", "alice", "answered")
-    for target, (_, when) in said.items():
-        assert marker(house, "alice", target, when) == when
-    return said
-
-
-def can_redact(house, who, target, message_id):
-    lines = ask(house, who, f"REDACT {target} {message_id}")
-    return any(f" REDACT {target} {message_id}" in x and " FAIL " not in x for x in lines)
-
-
-CHECKS = {  # what must hold after the log-in
-    "redact in a channel": lambda house, said: can_redact(house, "alice", "#a", said["#a"][0]),
-    "redact in private": lambda house, said: can_redact(house, "alice", "bob", said["bob"][0]),
-    "private history": lambda house, said: (
-        history(house, "alice", "bob") == ["in private", "answered"]
-    ),
-    "private history goes on": lambda house, said: (
-        send(house, "alice", "bob", "more") and send(house, "bob", "alice", "and more")
-        and history(house, "alice", "bob") == ["in private", "answered", "more", "and more"]
-    ),
-    "private search": lambda house, said: (
-        spoken(ask(house, "alice", "SEARCH in=bob;text=private")) == ["in private"]
-    ),
-    "targets": lambda house, said: (
-        " TARGETS bob " in str(ask(house, "alice", f"CHATHISTORY TARGETS timestamp={iso(0)} "
-                                   f"timestamp={iso(house.now + DAY_SECONDS)} 10"))
-    ),
-    "marker of a channel": lambda house, said: marker(house, "alice", "#a") == said["#a"][1],
-    "marker of a private conversation": lambda house, said: (
-        marker(house, "alice", "bob") == said["bob"][1]
-    ),
-    "the peer's history": lambda house, said: (
-        send(house, "alice", "bob", "more")
-        and history(house, "bob", "alice") == ["in private", "answered", "more"]
-    ),
-    "the peer's search": lambda house, said: (
-        spoken(ask(house, "bob", "SEARCH in=alice;text=private")) == ["in private"]
-    ),
-}  # fmt: skip
-
-
-# Also: each way to log in, each thing that belongs to an identity.
-@pytest.mark.parametrize("check, way", in_turn(CHECKS, WAYS_TO_LOG_IN))
-def test_a_guest_who_logs_in_keeps_the_past(way, check):
-    house = House()
-    said = guest_with_a_past(house)
-    name, lines = WAYS_TO_LOG_IN[way]
-    ask(house, "alice", *lines)
-    assert is_logged_in(house, "alice", name)
-    assert CHECKS[check](house, said)
-
-
-# A dedup key is found under the account and the identity of the session, after the log-in and in
-# the next connection of the account.
-@pytest.mark.parametrize("where", ["same session", "next connection"])
-@pytest.mark.parametrize("way", WAYS_TO_LOG_IN)
-def test_a_message_sent_before_the_log_in_is_not_said_again_after_it(way, where):
-    house = House()
-    guest_with_a_past(house)
-    name, lines = WAYS_TO_LOG_IN[way]
-    send(house, "alice", "#a", "once", "@+chat.py/id=own ")
-    ask(house, "alice", *lines)
-    if where == "next connection":
-        house.leave("alice")
-        house.turn()
-        device(house, "alice", name)
-    house.heard("bob")
-    ask(house, "alice", "@+chat.py/id=own PRIVMSG #a :once")
-    assert spoken(house.heard("bob")) == []
-    assert history(house, "bob", "#a").count("once") == 1
-
-
-# Queries cover all identities of the account, on its other devices, too.
-def test_another_device_of_the_account_has_the_past_of_the_guest():
-    house = House()
-    said = guest_with_a_past(house)
-    ask(house, "alice", "REGISTER * * password")
-    device(house, "phone", "alice")
-    assert history(house, "phone", "bob") == ["in private", "answered"]
-    assert marker(house, "phone", "bob") == said["bob"][1]
-    assert can_redact(house, "phone", "#a", said["#a"][0])
-
-
-# After a restart (bob has an account, so that the conversation has two who come back).
-@pytest.mark.parametrize("way", ["REGISTER", "NS IDENTIFY"])
-def test_the_past_of_a_guest_is_still_the_account_s_after_a_restart(folder, way):
-    house = stored(folder)
-    said = guest_with_a_past(house)
-    name, lines = WAYS_TO_LOG_IN[way]
-    ask(house, "bob", "REGISTER * * password")
-    ask(house, "alice", *lines)
-    for who in ("alice", "bob"):
-        house.say(who, "QUIT")
-    house = restarted(house, folder / "chat.db")
-    device(house, "alice", name)
-    ask(house, "alice", "JOIN #a")
-    assert history(house, "alice", "bob") == ["in private", "answered"]
-    assert marker(house, "alice", "bob") == said["bob"][1]
-    assert can_redact(house, "alice", "#a", said["#a"][0])
-    house.store.close()
-
-
-# The first account takes over; a later account gets only data from after that log-in.
-def test_a_second_account_of_a_session_has_nothing_of_the_first_one_s_past():
-    house = House()
-    said = guest_with_a_past(house)
-    ask(house, "alice", "NS IDENTIFY zoe password")
-    as_zoe, _ = send(house, "alice", "bob", "as zoe")
-    ask(house, "alice", "NS IDENTIFY yan password")
-    assert is_logged_in(house, "alice", "yan")
-    send(house, "alice", "bob", "as yan")
-    assert history(house, "alice", "bob") == ["as yan"]
-    assert marker(house, "alice", "bob") == "*"
-    assert not can_redact(house, "alice", "#a", said["#a"][0])
-    assert not can_redact(house, "alice", "bob", as_zoe)
-    device(house, "home", "zoe")
-    assert history(house, "home", "bob") == ["in private", "answered", "as zoe"]
-
-
-# An identity is set once: what the account did before is not given to the guest's other account.
-def test_a_guest_who_logs_in_gets_the_account_s_own_past_merged_by_id():
-    house = House()
-    account(house, "zoe")
-    come(house, "bob")
-    device(house, "zoe", "zoe")
-    send(house, "zoe", "bob", "first, as zoe")
-    house.say("zoe", "QUIT")
-    house.turn()
-    come(house, "alice")
-    send(house, "alice", "bob", "second, as a guest")
-    send(house, "bob", "alice", "third")
-    ask(house, "alice", "NS IDENTIFY zoe password")
-    merged = ["first, as zoe", "second, as a guest", "third"]
-    assert history(house, "alice", "bob") == merged
-
-
-# The session secret of an account's device is no log-in: a guest who comes back with it is new.
-def test_a_guest_with_the_secret_of_an_account_s_device_has_a_new_identity():
-    house = House()
-    come(house, "bob")
-    come(house, "alice", secret=SECRET)
-    ask(house, "alice", "JOIN #a")
-    ask(house, "bob", "JOIN #a")
-    first, _ = send(house, "alice", "#a", "as a guest")
-    send(house, "alice", "bob", "in private")
-    ask(house, "alice", "REGISTER * * password")
-    second, _ = send(house, "alice", "bob", "as alice")
-    house.say("alice", "QUIT")
-    house.turn()
-    come(house, "alicia", secret=SECRET)
-    ask(house, "alicia", "JOIN #a")
-    assert history(house, "alicia", "bob") == []
-    assert not can_redact(house, "alicia", "#a", first)
-    assert not can_redact(house, "alicia", "bob", second)
-
-
-# The line protocol.
-@pytest.mark.parametrize("line", ["/register password", "/login zoe password"])
-def test_a_netcat_user_who_logs_in_keeps_the_private_conversation(line):
-    house = House()
-    account(house, "zoe")
-    house.enter("dora")
-    come(house, "bob")
-    house.say("dora", "/tell bob hello")
-    house.turn()
-    ask(house, "bob", "PRIVMSG dora :hello, too")
-    house.say("dora", line)
-    house.turn()
-    house.heard("dora")
-    house.say("dora", "/history bob")
-    house.turn()
-    lines = house.heard("dora")
-    assert [x.partition(": ")[2] for x in lines if ": " in x] == ["hello", "hello, too"]
-
-
-# ======================================================================================
-# A SECOND DEVICE IS NO OPERATOR; 3.7 THE TIME OF OPER
-# ======================================================================================
-
-PRIVILEGED = ["KILL bob :x", "WALLOPS :x", "REHASH", "DIE", "RESTART"]
-
-
-# Also: came before or after OPER, after the operator's connection broke or left.
-WHEN = ("before OPER", "after OPER", "after a break", "operator quit")
-
-
-@pytest.mark.parametrize("line, when", in_turn(PRIVILEGED, WHEN))
-def test_a_second_device_is_no_operator_of_the_server_without_oper(line, when):
-    house = House()
-    come(house, "alice", "bob")
-    ask(house, "alice", "REGISTER * * password")
-    if when == "before OPER":
-        device(house, "phone", "alice")
-    assert refused(ask(house, "alice", "OPER boss secret") + house.heard("alice"), "381")
-    if when == "after a break":
-        house.leave("alice")
-        house.turn()
-    if when != "before OPER":
-        device(house, "phone", "alice")
-    if when == "operator quit":
-        house.say("alice", "QUIT")
-        house.turn()
-    asked = list(house.asked_for)
-    assert refused(ask(house, "phone", line), "481")
-    assert house.asked_for == asked and not house.guests["bob"].conn.closed
-    if when in ("before OPER", "after OPER"):  # the first device still is
-        assert not refused(ask(house, "alice", "WALLOPS :x"), "481")
-
-
-# Powers of an operator in channels of others; an IRC and a netcat device.
-@pytest.mark.parametrize("dialect", ["irc", "line"])
-def test_a_second_device_has_no_power_in_channels_of_others_without_oper(dialect):
-    house = House()
-    come(house, "alice", "bob")
-    ask(house, "alice", "REGISTER * * password", "OPER boss secret")
-    ask(house, "bob", "JOIN #b", "TOPIC #b :of bob")
-    ask(house, "alice", "JOIN #b")
-    if dialect == "irc":
-        device(house, "phone", "alice")
-        lines = ["TOPIC #b :taken", "MODE #b +m", "KICK #b bob", "RENAME #b #c"]
-    else:
-        house.connect("phone")
-        house.say("phone", "phone")
-        house.turn()
-        house.say("phone", "/login alice password")
-        house.turn()
-        lines = ["/join #b", "/topic taken", "/mode +m", "/kick bob", "/ban bob"]
-    ask(house, "phone", *lines)
-    heard = ask(house, "bob", "TOPIC #b", "MODE #b", "NAMES #b")
-    assert any(" 332 bob #b :of bob" in x for x in heard)
-    assert any(" 324 bob #b +nt" in x for x in heard)
-    assert "bob" in str([x for x in heard if " 353 " in x])
-    ask(house, "alice", "TOPIC #b :by an operator")  # the device that said OPER still has it
-    assert any(":by an operator" in x for x in ask(house, "bob", "TOPIC #b"))
-
-
-# An unknown name costs the same hashing as a known one. Also: the line protocol, log-ins.
-@pytest.mark.parametrize(
-    "known, unknown, answer",
-    [
-        ("OPER boss guess", "OPER other guess", "464"),
-        ("OPER boss guess", "OPER BOSS guess", "464"),
-        ("NS IDENTIFY zoe guess", "NS IDENTIFY other guess", "NOTICE"),
-    ],
-)
-def test_an_unknown_name_costs_as_much_hashing_as_a_known_one(
-    running, monkeypatch, known, unknown, answer
-):
-    server = running(oper=(("boss", "secret"), ("admin", "secret2")))
-    zoe = server.guest()
-    zoe.enter_irc("zoe", "REGISTER * * password")
-    done, real = [], hashlib.pbkdf2_hmac
-
-    def count(name, password, salt, rounds, *more):
-        done.append(rounds)
-        return real(name, password, salt, rounds, *more)
-
-    monkeypatch.setattr(hashlib, "pbkdf2_hmac", count)
-    costs = []
-    for line in (known, unknown):
-        guest = server.guest()
-        guest.enter_irc("eve")
-        done.clear()
-        guest.send(f"{line}\r\n")
-        guest.until(f" {answer} ")
-        costs.append(list(done))
-        guest.send("QUIT\r\n")
-        guest.rest()
-    assert costs[0] == costs[1] and costs[0]
-
-
-# ======================================================================================
-# REDACTED TEXT IS GONE
-# ======================================================================================
-
-GONE = {  # how it was said, each with a word of its own
-    "channel": "PRIVMSG #a :quixotryzebra one",
-    "notice": "NOTICE #a :jackdawsphinx two",
-    "tagged": "@+x=vexillumtag PRIVMSG #a :waltzbadnymph three",
-    "rename": "PRIVMSG #old :fjordquackword four",
-    "private": "PRIVMSG bob :glyphsvowbrick five",
-    "two": "PRIVMSG #a :sphinxquartzjudge my vow",
-}
-GONE_WORDS = (
-    b"quixotryzebra", b"jackdawsphinx", b"waltzbadnymph", b"fjordquackword", b"glyphsvowbrick",
-    b"sphinxquartzjudge", b"vexillumtag",
-)  # fmt: skip
-
-
-def words_in_files(path):
-    data = b"".join(file.read_bytes() for file in path.rglob("*") if file.is_file()).lower()
-    return {word for word in (*GONE_WORDS, b"keepsakeword") if word in data}
-
-
-def redacting(folder):
-    """A server on which everything in GONE was said, indexed and redacted."""
-    house = stored(folder)
-    come(house, "alice", "bob")
-    ask(house, "bob", "REGISTER * * password")
-    ask(house, "alice", "REGISTER * * password", "JOIN #a,#old", "PRIVMSG #a :keepsakeword")
-    said = []
-    for text in GONE.values():
-        target = text.partition(" :")[0].split()[-1]
-        (echo,) = [line for line in ask(house, "alice", text) if f" {target} :" in line]
-        said.append((target.replace("#old", "#new"), tag(echo, "msgid")))
-    assert words_in_files(folder) == {*GONE_WORDS, b"keepsakeword"}
-    ask(house, "alice", "RENAME #old #new")
-    for target, message_id in said:
-        assert f" REDACT {target} {message_id}" in str(
-            ask(house, "alice", f"REDACT {target} {message_id}")
-        )
-    return house
-
-
-# Gone from every file after a stop; what was not redacted is still there.
-def test_redacted_text_is_in_no_file_after_a_stop(folder):
-    redacting(folder).store.close()
-    assert words_in_files(folder) == {b"keepsakeword"}
-
-
-# The files as they are while it runs are those that kill -9 leaves.
-def test_redacted_text_is_in_no_file_after_a_crash_and_the_next_start(folder, tmp_path):
-    house = redacting(folder)
-    shutil.copytree(folder, tmp_path / "crashed")
-    again = stored(tmp_path / "crashed")
-    again.store.close()
-    assert words_in_files(tmp_path / "crashed") == {b"keepsakeword"}
-    house.store.close()
-
-
-# Within 60 s of idle turns, without a stop. The House must drive the idle work of its turns
-# (house.md section 5: the tests' House drives the server's own end of turn).
-def test_redacted_text_is_in_no_file_after_a_minute_of_idle_turns(folder):
-    house = stored(folder)
-    come(house, "alice")
-    ask(house, "alice", "JOIN #a")
-    send(house, "alice", "#a", "keepsakeword")
-    message_id, _ = send(house, "alice", "#a", "quixotryzebra")
-    assert words_in_files(folder) >= {b"keepsakeword", b"quixotryzebra"}
-    assert can_redact(house, "alice", "#a", message_id)
-    house.idle(61)
-    assert words_in_files(folder) == {b"keepsakeword"}
-    assert spoken(ask(house, "alice", "SEARCH in=#a;text=keepsakeword")) == ["keepsakeword"]
-    house.store.close()
-
-
-def test_text_that_was_redacted_right_before_a_stop_is_in_no_file_either(folder):
-    house = stored(folder)
-    come(house, "alice")
-    ask(house, "alice", "JOIN #a", "PRIVMSG #a :keepsakeword")
-    message_id, _ = send(house, "alice", "#a", "quixotryzebra")
-    assert words_in_files(folder) == {b"keepsakeword", b"quixotryzebra"}
-    house.written.clear()
-    house.say("alice", f"REDACT #a {message_id}")
-    house.end_turn()
-    assert house.store.words.gone  # the index has still to forget it
-    house.store.close()
-    assert words_in_files(folder) == {b"keepsakeword"}
-
-
-# ======================================================================================
-# HISTORY AFTER A KICK
-# ======================================================================================
-
-READS = {  # what a member asks for; the answer comes from a helper
-    "SEARCH in": "SEARCH in=#a;text=confidential",
-    "SEARCH": "SEARCH text=confidential",
-    "LATEST": "CHATHISTORY LATEST #a * 10",
-    "BEFORE": f"CHATHISTORY BEFORE #a timestamp={iso(10**9)} 10",
-    "AROUND": f"CHATHISTORY AROUND #a timestamp={iso(10**6)} 10",
-    "TARGETS": f"CHATHISTORY TARGETS timestamp={iso(0)} timestamp={iso(10**9)} 10",
-    "/history": "/history #a",
-    "/history here": "/history",
-    "/search": "/search confidential",
-}
-PUT_OUT = {
-    "kick": ("alice", "KICK #a {}"),
-    "kick and lock": ("alice", "KICK #a {}", "MODE #a +i"),
-    "renamed and kicked": ("alice", "RENAME #a #b", "KICK #b {}"),
-}
-
-
-# Also: each request that a helper answers, each way to lose access meanwhile.
-@pytest.mark.parametrize("read, how", in_turn(READS, PUT_OUT))
-def test_a_member_who_was_put_out_gets_no_page_that_comes_later(read, how):
-    house = House()
-    come(house, "alice")
-    line = READS[read].startswith("/")
-    house.enter("eve") if line else come(house, "eve")
-    ask(house, "alice", "JOIN #a")
-    ask(house, "eve", "/join #a" if line else "JOIN #a")
-    send(house, "alice", "#a", "confidential plans")
-    assert "#a" in str(ask(house, "eve", READS[read]))  # a member reads it
-    house.heard("eve")
-    house.say("eve", READS[read])
-    who, *lines = PUT_OUT[how]
-    by_line = line and who == "{}"
-    house.say(who.format("eve"), *(x.format("eve") for x in (["/part #a"] if by_line else lines)))
-    house.turn()
-    house.turn()
-    heard = str(house.heard("eve"))
-    assert "confidential plans" not in heard and "TARGETS #a" not in heard
-
-
-# A page asked for as one account is not delivered to another (stricter than the
-# text; on real sockets later lines wait for a helper's answer, so that only a House shows it).
-def test_a_page_asked_for_as_one_account_is_not_for_the_next():
-    house = House()
-    account(house, "zoe", "yan")
-    come(house, "bob", "alice")
-    ask(house, "alice", "NS IDENTIFY zoe password")
-    send(house, "alice", "bob", "as zoe")
-    house.say("alice", "NS IDENTIFY yan password", "CHATHISTORY LATEST bob * 10")
-    house.turn()
-    house.turn()
-    assert "as zoe" not in str(house.heard("alice"))
-    assert is_logged_in(house, "alice", "yan") and history(house, "alice", "bob") == []
-
-
-def test_around_a_message_is_half_of_what_is_asked_for_before_it():
-    house = House()
-    come(house, "alice")
-    ask(house, "alice", "JOIN #a")
-    ids = [send(house, "alice", "#a", f"{n}")[0] for n in range(10)]
-    found = {n: history(house, "alice", "#a", f"AROUND {{}} msgid={ids[5]} {n}") for n in (4, 5)}
-    assert found == {4: ["3", "4", "5", "6"], 5: ["3", "4", "5", "6", "7"]}
-
-
-# ======================================================================================
-# A CHANNEL THAT WAS EMPTY
-# ======================================================================================
-
-
-def emptied_channel(house):
-    """alice and bob have talked in #a and left; mallory has founded it again."""
-    come(house, "alice", "bob", "mallory", "carol")
-    ids = {}
-    for who in ("alice", "bob"):
-        ask(house, who, "JOIN #a")
-    for who in ("alice", "bob"):
-        ids[who], _ = send(house, who, "#a", f"by {who}")
-    for who in ("alice", "bob"):
-        ask(house, who, "PART #a")
-    assert "@mallory" in str(ask(house, "mallory", "JOIN #a", "NAMES #a"))
-    return ids
-
-
-# REDACT by rank is for events of this founding; the author may still.
-def test_the_next_founder_of_a_channel_cannot_redact_what_was_said_before():
-    house = House()
-    ids = emptied_channel(house)
-    for who in ("alice", "bob"):
-        lines = ask(house, "mallory", f"REDACT #a {ids[who]}")
-        assert refused(lines, "REDACT_FORBIDDEN")
-    ask(house, "bob", "JOIN #a")
-    later, _ = send(house, "bob", "#a", "under mallory")
-    assert can_redact(house, "mallory", "#a", later)  # of this founding
-    assert can_redact(house, "bob", "#a", ids["bob"])  # by its author
-    assert history(house, "mallory", "#a") == ["by alice"]  # members read as today
-
-
-# Also: after a restart; the founding that a session's place keeps alive is the same one.
-def test_a_founding_is_the_same_after_a_restart_with_members_who_come_back(folder):
-    house = stored(folder)
-    come(house, "alice", secret=SECRET)
-    come(house, "bob")
-    ask(house, "alice", "JOIN #a,#empty")
-    ask(house, "bob", "JOIN #a,#empty")
-    kept, _ = send(house, "bob", "#a", "of this founding")
-    left, _ = send(house, "bob", "#empty", "of a founding that ends")
-    ask(house, "alice", "PART #empty")
-    house.say("bob", "QUIT")
-    house = restarted(house, folder / "chat.db")
-    come(house, "alice", secret=SECRET)
-    ask(house, "alice", "JOIN #empty")
-    assert can_redact(house, "alice", "#a", kept)
-    assert refused(ask(house, "alice", f"REDACT #empty {left}"), "REDACT_FORBIDDEN")
-    house.store.close()
-
-
-# A channel of an account does not end; its founder may redact what was said while it was empty.
-def test_the_founding_of_a_registered_channel_outlives_its_members():
-    house = House()
-    come(house, "bob")
-    come(house, "alice")
-    ask(house, "alice", "REGISTER * * password", "JOIN #a")
-    ask(house, "bob", "JOIN #a")
-    message_id, _ = send(house, "bob", "#a", "rude")
-    for who in ("bob", "alice"):
-        ask(house, who, "PART #a")
-    ask(house, "alice", "JOIN #a")
-    assert can_redact(house, "alice", "#a", message_id)
-
-
-# RENAME applies only to events of this founding; earlier ones stay under the old name,
-# readable by every user who may enter that channel.
-@pytest.mark.parametrize("restart", [False, True], ids=["same server", "restarted"])
-def test_a_rename_takes_along_only_what_was_said_since_the_channel_was_founded(folder, restart):
-    house = stored(folder)
-    emptied_channel(house)
-    send(house, "mallory", "#a", "by mallory")
-    ask(house, "mallory", "RENAME #a #b")
-    if restart:
-        for who in ("mallory", "alice", "bob", "carol"):
-            house.say(who, "QUIT")
-        house = restarted(house, folder / "chat.db")
-        come(house, "carol")
-    assert " JOIN #a" in str(ask(house, "carol", "JOIN #a"))
-    ask(house, "carol", "JOIN #b")
-    assert history(house, "carol", "#a") == ["by alice", "by bob"]
-    assert history(house, "carol", "#b") == ["by mallory"]
-    assert sorted(spoken(ask(house, "carol", "SEARCH in=#a;text=by"))) == ["by alice", "by bob"]
-    assert spoken(ask(house, "carol", "SEARCH in=#b;text=by")) == ["by mallory"]
-    house.store.close()
-
-
-# A rename to and fro, a second one, and one in the turn of the message.
-@pytest.mark.parametrize("names", [["#b", "#a"], ["#b", "#c"], ["#A"]])
-def test_renames_in_one_turn_keep_each_founding_s_events_together(names):
-    house = House()
-    emptied_channel(house)
-    lines, name = ["PRIVMSG #a :by mallory"], "#a"
-    for wanted in names:
-        lines.append(f"RENAME {name} {wanted}")
-        name = wanted
-    ask(house, "mallory", *lines)
-    ask(house, "carol", "JOIN #a", "JOIN #b", "JOIN #c")
-    together = name.lower() == "#a"
-    assert history(house, "carol", "#a") == ["by alice", "by bob"] + ["by mallory"] * together
-    if not together:
-        assert history(house, "carol", name) == ["by mallory"]
-
-
-# A rename does not let the founder redact what stays behind.
-def test_a_founder_cannot_redact_earlier_events_by_way_of_a_rename():
-    house = House()
-    ids = emptied_channel(house)
-    ask(house, "mallory", "RENAME #a #b", "JOIN #a")
-    for where in ("#a", "#b"):
-        lines = ask(house, "mallory", f"REDACT {where} {ids['bob']}")
-        assert refused(lines, "REDACT_FORBIDDEN", "UNKNOWN_MSGID")
-    ask(house, "carol", "JOIN #a")
-    assert history(house, "carol", "#a") == ["by alice", "by bob"]
-
-
-# ======================================================================================
-# ONE SEGMENT
-# ======================================================================================
-
-CLOSED = ["+s", "+i", "+k word"]
-LEAVINGS = {  # how the last member goes and the channel is founded again, in one turn
-    "part and join": [("alice", "PART #s", "JOIN #s", "PRIVMSG #s :new")],
-    "join 0": [("alice", "JOIN 0", "JOIN #s", "PRIVMSG #s :new")],
-    "kick oneself": [("alice", "KICK #s alice", "JOIN #s", "PRIVMSG #s :new")],
-    "another user": [("alice", "PART #s"), ("bob", "JOIN #s", "PRIVMSG #s :new")],
-    "quit": [("alice", "QUIT"), ("bob", "JOIN #s", "PRIVMSG #s :new")],
-    "twice": [("alice", *["PART #s", "JOIN #s"] * 2, "PRIVMSG #s :new")],
-    "said before, too": [("alice", "PRIVMSG #s :old", "PART #s", "JOIN #s", "PRIVMSG #s :new")],
-    "renamed away": [("alice", "RENAME #s #t"), ("bob", "JOIN #s", "PRIVMSG #s :new")],
-}
-
-
-# Also: modes that close a channel's past, ways to leave, the same user or another, a restart.
-@pytest.mark.parametrize("how, mode", in_turn(LEAVINGS, CLOSED))
-def test_a_message_in_the_turn_in_which_a_closed_channel_is_founded_again_is_kept(
-    folder, mode, how
-):
-    house = stored(folder)
-    come(house, "alice", "bob")
-    ask(house, "alice", "JOIN #s", f"MODE #s {mode}", "PRIVMSG #s :private past")
-    for who, *lines in LEAVINGS[how]:
-        house.say(who, *lines)
-    house.turn()
-    reader = LEAVINGS[how][-1][0]
-    assert history(house, reader, "#s") == ["new"]
-    assert spoken(ask(house, reader, "SEARCH in=#s;text=new")) == ["new"]
-    assert spoken(ask(house, reader, "SEARCH in=#s;text=past")) == []
-    house = restarted(house, folder / "chat.db")
-    come(house, "carol")
-    ask(house, "carol", "JOIN #s")
-    assert history(house, "carol", "#s") == ["new"]
-    house.store.close()
-
-
-# What a channel was is not what its next founding in the same turn is.
-@pytest.mark.parametrize("restart", [False, True], ids=["same server", "restarted"])
-def test_a_channel_founded_again_in_one_turn_has_nothing_of_the_one_before(folder, restart):
-    house = stored(folder)
-    come(house, "alice", secret=SECRET)
-    lines = ["TOPIC #s :old topic", "MODE #s +imb evil!*@*", "METADATA #s SET color :red"]
-    ask(house, "alice", "JOIN #s", *lines)
-    ask(house, "alice", "PART #s", "JOIN #s")
-    if restart:
-        house = restarted(house, folder / "chat.db")
-        come(house, "alice", secret=SECRET)
-    heard = ask(house, "alice", "TOPIC #s", "MODE #s", "MODE #s +b", "METADATA #s LIST")
-    assert any(" 331 " in x for x in heard) and any(" 324 alice #s +nt" in x for x in heard)
-    assert "evil" not in str(heard) and ":red" not in str(heard)
-    house.store.close()
-
-
-# A name that another user takes in the turn in which its owner leaves or renames.
-@pytest.mark.parametrize("going", ["QUIT", "NICK other"])
-def test_a_private_message_under_a_name_that_is_new_in_this_turn_is_kept(going):
-    house = House()
-    come(house, "alice", "bob", "carol")
-    send(house, "alice", "bob", "from the first alice")
-    house.say("alice", going)
-    house.say("carol", "NICK alice", "PRIVMSG bob :from the second alice")
-    house.turn()
-    assert "from the second alice" in spoken(house.heard("bob"))
-    assert history(house, "bob", "alice")[-1] == "from the second alice"
-    assert history(house, "carol", "bob") == ["from the second alice"]
-
-
-# A redaction in the turn in which the channel ends or is renamed.
-@pytest.mark.parametrize(
-    "after, where", [(["PART #a", "JOIN #a"], "#a"), (["RENAME #a #b"], "#b"), (["PART #a"], "")]
-)
-def test_a_redaction_in_the_turn_in_which_the_channel_ends_is_done(after, where):
-    house = House()
-    come(house, "alice", "bob", "carol")
-    ask(house, "alice", "JOIN #a")
-    if where == "#b":
-        ask(house, "carol", "JOIN #a")
-        ask(house, "alice", "MODE #a +o carol")
-    message_id, _ = send(house, "alice", "#a", "hidden")
-    send(house, "alice", "#a", "shown")
-    house.say("alice", f"REDACT #a {message_id}")
-    house.say("carol" if where == "#b" else "alice", *after)
-    house.turn()
-    house.turn()
-    ask(house, "bob", f"JOIN {where or '#a'}")
-    # without the PART of the last member the redaction is done; a user who is gone may be refused
-    expected = [["shown"]] if where == "#b" else [["shown"], ["hidden", "shown"]]
-    assert history(house, "bob", where or "#a") in expected
-
-
-# ======================================================================================
-# INVITATIONS
-# ======================================================================================
-
-OBSTACLES = {  # a mode that keeps carol out, the numerics of a refused JOIN
-    "+k word": ("475",),
-    "+l 2": ("471",),
-    "+b carol!*@*": ("474",),
-    "+R": ("477", "473"),
-    "+i": ("473",),
-    "+b *!*@*": ("474",),
-}
-
-
-def channel_with_a_plain_member(house, dialect="irc"):
-    """alice operates #a, bob has no rank, carol is outside."""
-    come(house, "alice", "carol")
-    come(house, "bob") if dialect == "irc" else house.enter("bob")
-    ask(house, "alice", "JOIN #a")
-    ask(house, "bob", "JOIN #a" if dialect == "irc" else "/join #a")
-
-
-def entered(house, who="carol", line="JOIN #a"):
-    return any(x.endswith(" JOIN #a") for x in ask(house, who, line))
-
-
-# It takes an operator to invite past what keeps users out. Also: a voice is none; netcat.
-@pytest.mark.parametrize("mode, dialect", in_turn(OBSTACLES, ["irc", "line", "voiced"]))
-def test_a_member_without_rank_cannot_invite_where_something_keeps_users_out(mode, dialect):
-    house = House()
-    channel_with_a_plain_member(house, "line" if dialect == "line" else "irc")
-    if dialect == "voiced":
-        ask(house, "alice", "MODE #a +v bob")
-    ask(house, "alice", f"MODE #a {mode}")
-    house.heard("carol")
-    lines = ask(house, "bob", "/invite carol #a" if dialect == "line" else "INVITE carol #a")
-    if dialect == "line":
-        assert lines[0].startswith("* ") and len(lines) == 1
-    else:
-        assert refused(lines, "482") and not refused(lines, "341")
-    assert " INVITE " not in str(house.heard("carol"))
-    lines = ask(house, "carol", "JOIN #a")
-    assert refused(lines, *OBSTACLES[mode]) and not refused(lines, "JOIN")
-
-
-# An operator's invitation goes past each of them, as README says (past any limit or ban).
-@pytest.mark.parametrize("mode", OBSTACLES)
-def test_an_operator_invites_past_whatever_keeps_users_out(mode):
-    house = House()
-    channel_with_a_plain_member(house)
-    ask(house, "alice", f"MODE #a {mode}")
-    assert refused(ask(house, "alice", "INVITE carol #a"), "341")
-    assert entered(house)
-
-
-# Where nothing keeps users out, every member may invite.
-@pytest.mark.parametrize("mode", ["", "+m", "+s", "+b dave!*@*", "+b m:carol", "+l 9"])
-def test_a_member_without_rank_invites_where_nothing_keeps_the_guest_out(mode):
-    house = House()
-    channel_with_a_plain_member(house)
-    if mode:
-        ask(house, "alice", f"MODE #a {mode}")
-    house.heard("carol")
-    assert refused(ask(house, "bob", "INVITE carol #a"), "341")
-    assert " INVITE carol " in str(house.heard("carol"))
-    assert entered(house)
-
-
-# A later ban or +i must end it; by kind +k, +l and +R, which a member without rank could not
-# have invited past, either. Who may be invited past them is for the operator to say again.
-@pytest.mark.parametrize("mode", OBSTACLES)
-def test_an_invitation_by_a_member_without_rank_ends_with_a_later_obstacle(mode):
-    house = House()
-    channel_with_a_plain_member(house)
-    assert refused(ask(house, "bob", "INVITE carol #a"), "341")
-    ask(house, "alice", f"MODE #a {mode}")
-    lines = ask(house, "carol", "JOIN #a")
-    assert refused(lines, *OBSTACLES[mode]) and not refused(lines, "JOIN")
-    ask(house, "alice", "INVITE carol #a")
-    assert entered(house)
-
-
-# A later ban or +i ends an operator's invitation, too; the list of invitations (336) knows it.
-# Also: /ban of the line protocol, which sets the same mode.
-@pytest.mark.parametrize("mode", ["+b carol!*@*", "+b *!*@127.0.0.1", "+i"])
-def test_an_operator_s_invitation_ends_with_a_later_ban_or_invite_only_mode(mode):
-    house = House()
-    channel_with_a_plain_member(house)
-    ask(house, "alice", "INVITE carol #a")
-    assert refused(ask(house, "carol", "INVITE"), "336")
-    ask(house, "alice", f"MODE #a {mode}")
-    assert not refused(ask(house, "carol", "INVITE"), "336")
-    lines = ask(house, "carol", "JOIN #a")
-    assert refused(lines, "473", "474") and not refused(lines, "JOIN")
-
-
-# A ban of another user ends nothing.
-def test_an_invitation_outlives_the_ban_of_another_user():
-    house = House()
-    channel_with_a_plain_member(house)
-    ask(house, "alice", "MODE #a +i", "INVITE carol #a", "MODE #a +b dave!*@*")
-    assert entered(house)
-
-
-# An invitation of a founding that ended is none: by an id, not by a name).
-def test_an_invitation_does_not_hold_for_the_next_channel_of_the_name():
-    house = House()
-    channel_with_a_plain_member(house)
-    ask(house, "alice", "INVITE carol #a")
-    ask(house, "bob", "PART #a")
-    ask(house, "alice", "PART #a", "JOIN #a", "MODE #a +i")
-    assert not refused(ask(house, "carol", "INVITE"), "336")
-    assert refused(ask(house, "carol", "JOIN #a"), "473")
-
-
-# ======================================================================================
-# ISSUES OF OTHER SERVERS: what their users reported
-# ======================================================================================
-
-
-class Line(NamedTuple):
-    """One line of IRC that a client received."""
-
-    tags: dict[str, str]
-    source: str
-    verb: str
-    params: list[str]
-
-
-def parsed(text):
-    tags, text = text.rstrip("\r"), text.rstrip("\r")
-    words, text = text.split(" ", 1) if text.startswith("@") else ("", text)
-    tags = dict(word.partition("=")[::2] for word in words[1:].split(";") if word)
-    source, text = text[1:].split(" ", 1) if text.startswith(":") else ("", text)
-    head, colon, last = text.partition(" :")
-    verb, *params = head.split()
-    return Line(tags, source.partition("!")[0], verb, params + [last] * bool(colon))
-
-
-def heard(house, who):
-    """The lines of IRC that a client received since the last call."""
-    return [parsed(line) for line in house.heard(who)]
-
-
-def asked(house, who, *lines):
-    """Send lines, end the turn, and return what this client received."""
-    house.say(who, *lines)
-    house.turn()
-    return heard(house, who)
-
-
-def forget(house):
-    for who in house.guests:
-        house.heard(who)
-
-
-def irc_house(room, **capabilities):
-    """IRC clients, by name with the capabilities that each asks for; all join the room."""
-    house = House()
-    house.enter_irc(*capabilities)
-    for who, wanted in capabilities.items():
-        house.say(who, *([f"CAP REQ :{wanted}"] if wanted else []))
-        house.say(who, *([f"JOIN {room}"] if room else []))
-        house.turn()
-    forget(house)
-    return house
-
-
-def of(lines, *verbs):
-    return [line for line in lines if line.verb in verbs]
-
-
-def fails(lines):
-    """The standard replies: verb, code, context (the words at the end are left out)."""
-    return [(line.params[0], line.params[1], line.params[2:-1]) for line in of(lines, "FAIL")]
-
-
-def messages_in(lines):
-    """Sender, target and text of each message."""
-    return [(line.source, *line.params) for line in of(lines, "PRIVMSG", "NOTICE")]
-
-
-def socket_lines(guest, *lines):
-    """Send lines over a socket; what was received up to the answer to a PING behind them."""
-    guest.send("".join(f"{line}\r\n" for line in lines) + "PING behind\r\n")
-    return [parsed(line) for line in guest.until(":behind")[:-1]]
-
-
-def tokens(lines):
-    """The tokens of all lines of 005."""
-    words = [word for line in of(lines, "005") for word in line.params[1:-1]]
-    return dict(word.partition("=")[::2] for word in words)
-
-
-def drafts_and_values(house, who):
-    """Return the offer of CAP LS 302: capability -> value. Several lines."""
-    lines = of(asked(house, who, "CAP LS 302"), "CAP")
-    return dict(word.partition("=")[::2] for line in lines for word in line.params[-1].split())
-
-
-def room_for(prefix, words, room=510):
-    """As many words as fit in one line behind a prefix."""
-    taken = []
-    for word in words:
-        if len(f"{prefix}{' '.join([*taken, word])}".encode()) > room:
-            break
-        taken.append(word)
-    return taken
-
-
-WIDE = "\u00fc" * 32  # a name of 64 bytes, the longest that there is
-LONG_SERVER = "a-server.with-a-name.of-forty.letters.org"
-CLASSIC = {  # capabilities that were there before version 302, or are ratified without a value
-    *("account-notify", "account-tag", "away-notify", "batch", "cap-notify", "chghost"),
-    *("echo-message", "extended-join", "invite-notify", "labeled-response", "message-tags"),
-    *("multi-prefix", "sasl", "server-time", "setname", "standard-replies"),
-    *("userhost-in-names", "extended-monitor"),
-}
-
-# ======================================================================================
-# CAP
-# ======================================================================================
-
-
-# Below 302 one line, only classic capabilities, sasl first, none cut
-@pytest.mark.parametrize("version", ["", " 301", " 1", " abc"])
-@pytest.mark.parametrize("registered", [False, True])
-def test_cap_ls_below_302_is_one_line_of_classic_capabilities_with_sasl_first(version, registered):
-    house = House()
-    house.connect_irc("x")
-    house.connect_irc("other")
-    offered = drafts_and_values(house, "other")
-    house.say("x", f"NICK {WIDE}", *(["USER u 0 * :r"] if registered else []))
-    house.turn()
-    house.heard("x")
-    (line,) = of(asked(house, "x", f"CAP LS{version}"), "CAP")
-    assert line.params[:2] == [WIDE, "LS"] and len(line.params) == 3
-    names = line.params[2].split()
-    assert names[0] == "sasl"
-    assert set(names) <= set(offered)  # whole names, and no values
-    assert not [name for name in names if name.startswith("draft/")]
-    assert len(names) == len(set(names)) and len(names) > 10
-
-
-# With 302 drafts come in the first lines, all classic ones in the last (pydle
-# reads only that)
-@pytest.mark.parametrize("nick", ["x", WIDE])
-def test_cap_ls_302_has_drafts_in_the_first_lines_and_classic_capabilities_in_the_last(nick):
-    house = House()
-    house.connect_irc("x")
-    house.say("x", f"NICK {nick}")
-    *first, last = of(asked(house, "x", "CAP LS 302"), "CAP")
-    assert first and all(line.params[1:3] == ["LS", "*"] for line in first)
-    assert last.params[1] == "LS" and len(last.params) == 3
-    names = [
-        {word.partition("=")[0] for word in line.params[-1].split()} for line in (*first, last)
-    ]
-    assert names[-1] >= CLASSIC
-    assert not [name for name in names[-1] if name.startswith("draft/")]
-    assert sum(map(len, names)) == len(set().union(*names))
-    words = last.params[-1].split()
-    assert any(word.startswith("sasl=") for word in words)
-
-
-# Several lines of ACK have no continuation mark, and no name is cut
-@pytest.mark.parametrize("sign, answer", [("", "ACK"), ("-", "ACK"), ("x", "NAK")])
-def test_an_answer_to_cap_req_that_does_not_fit_is_several_lines_of_whole_names(sign, answer):
-    house = House()
-    house.connect_irc("x")
-    house.say("x", f"NICK {WIDE}")
-    house.turn()
-    offered = [name for name in drafts_and_values(house, "x") if name != "cap-notify"]
-    wanted = room_for("CAP REQ :", [f"{sign}{name}" for name in offered])
-    assert len(" ".join(wanted)) > 400
-    lines = of(asked(house, "x", "CAP REQ :" + " ".join(wanted)), "CAP")
-    assert {tuple(line.params[:2]) for line in lines} == {(WIDE, answer)}
-    assert {len(line.params) for line in lines} == {
-        3
-    }  # no * among them: clients take it for a name
-    assert " ".join(line.params[2] for line in lines).split() == wanted
-
-
-# CAP LIST in several lines, marked like those of LS for version 302
-@pytest.mark.parametrize("version, marks", [(" 302", True), ("", False)])
-def test_cap_list_is_several_lines_of_whole_names(version, marks):
-    house = House()
-    for who in ("x", "other"):
-        house.connect_irc(who)
-    offered = list(drafts_and_values(house, "other"))
-    house.say("x", f"NICK {WIDE}", f"CAP LS{version}")
-    half = len(offered) // 2
-    house.say("x", "CAP REQ :" + " ".join(offered[:half]), "CAP REQ :" + " ".join(offered[half:]))
-    house.turn()
-    house.heard("x")
-    lines = of(asked(house, "x", "CAP LIST"), "CAP")
-    assert len(lines) > 1 and {line.params[1] for line in lines} == {"LIST"}
-    assert sorted(" ".join(line.params[-1] for line in lines).split()) == sorted(offered)
-    if marks:
-        assert [line.params[2] == "*" for line in lines] == [True] * (len(lines) - 1) + [False]
-
-
-# The same with the long name of a server (ZNC, KVIrc and pydle lost sasl)
-def test_a_long_server_name_cuts_no_capability(running):
-    guest = running(name=LONG_SERVER).guest()
-    lines = socket_lines(guest, "CAP LS", "NICK abcdefghijklmnopqrst", "CAP LS 302")
-    old, *recent = of(lines, "CAP")
-    names = [word.partition("=")[0] for line in recent for word in line.params[-1].split()]
-    assert len(old.params) == 3 and old.params[-1].split()[0] == "sasl"
-    assert set(old.params[-1].split()) <= set(names)
-    assert {word.partition("=")[0] for word in recent[-1].params[-1].split()} >= CLASSIC
-    wanted = room_for("CAP REQ :", [name for name in names if name != "sts"])
-    lines = of(socket_lines(guest, "CAP REQ :" + " ".join(wanted), "CAP LIST"), "CAP")
-    for subcommand in ("ACK", "LIST"):
-        told = [line.params[-1] for line in lines if line.params[1] == subcommand]
-        assert set(wanted) <= set(" ".join(told).split()) <= set(names)
-
-
-# EXTERNAL only to a client that shows a certificate; also in 908
-@pytest.mark.parametrize("shown, offered", [("alice", True), ("", False), (None, False)])
-def test_external_is_offered_only_to_a_client_that_shows_a_certificate(
-    running, certificate, showing, shown, offered
-):
-    server = running(tls_cert=certificate, tls_client_ca=certificate)
-    guest = server.guest(context=None if shown is None else showing(shown))
-    lines = socket_lines(guest, "CAP LS 302", "CAP REQ sasl", "AUTHENTICATE NONE")
-    values = [w for line in of(lines, "CAP") for w in line.params[-1].split() if w[:5] == "sasl="]
-    assert ["EXTERNAL" in value for value in values] == [offered]
-    for line in of(lines, "908"):
-        assert ("EXTERNAL" in line.params[1].split(",")) == offered
-    assert of(lines, "908", "904")
-    if not offered:
-        lines = socket_lines(guest, "AUTHENTICATE EXTERNAL", "AUTHENTICATE +")
-        assert of(lines, "904") and not of(lines, "900", "903")
-
-
-# ======================================================================================
-# MODES AND RANKS
-# ======================================================================================
-
-
-# MODES=13 must be announced and true: 15 parameters, the channel and the letters
-# among them
-def test_thirteen_modes_with_a_parameter_are_announced_and_done():
-    house = irc_house("#a", alice="")
-    known = tokens(asked(house, "alice", "VERSION"))
-    assert known["MODES"] == "13"
-    masks = [f"n{n}!*@*" for n in range(int(known["MODES"]))]
-    changed = asked(house, "alice", f"MODE #a +{'b' * len(masks)} {' '.join(masks)}")
-    assert [mask for line in of(changed, "MODE") for mask in line.params[2:]] == masks
-    listed = of(asked(house, "alice", "MODE #a +b"), "367")
-    assert [line.params[2] for line in listed] == masks
-
-
-# The error must name the letter that the client asked for; other members: each letter
-# that takes a value, either sign, and a value that is missing behind thirteen others. In
-# wording (461) the letter stands with its sign; 696 has it as a parameter.
-@pytest.mark.parametrize("change", ["+v", "-v", "+h", "-h", "+a", "+q", "+o", "-o", "+l", "+k"])
-def test_a_mode_without_its_value_is_refused_by_its_letter(change):
-    house = irc_house("#a", alice="")
-    (line,) = asked(house, "alice", f"MODE #a {change}")
-    assert line.verb in ("461", "696")
-    sign, letter = change
-    if line.verb == "696":
-        assert line.params[1:3] == ["#a", letter]
-    else:
-        assert f"{sign}{letter}" in line.params[-1]
-        assert not [x for x in re.findall(r"[+-]([a-zA-Z])\b", line.params[-1]) if x != letter]
-
-
-def test_each_mode_of_one_line_that_cannot_be_done_is_named():
-    house = irc_house("#a", alice="")
-    lines = asked(house, "alice", "MODE #a +vhZY")
-    assert [line.params[1] for line in of(lines, "472")] == ["Z", "Y"]
-    told = " ".join(
-        line.params[-1] if line.verb == "461" else f"+{line.params[2]}" for line in lines
-    )
-    assert "+v" in told and "+h" in told
-
-
-def founded_twice(house, who):
-    for _ in range(3):
-        house.say(who, "PART #a", "JOIN #a")
-        house.turn()
-
-
-def logged_out_and_in(house, who):
-    house.say(who, "PART #a")
-    house.turn()
-    for _ in range(2):
-        house.say(who, "JOIN #a", f"NS IDENTIFY {who} password")
-        house.turn()
-
-
-def given_again(house, who):
-    for letter in "vo":  # a change of ranks after which they are stored
-        house.say(who, "PART #a", "JOIN #a", f"MODE #a +{letter} {who}", f"MODE #a -{letter} {who}")
-        house.say(who, "PART #a", "JOIN #a")
-        house.turn()
-
-
-# Founders must be shown as ~alice, not ~~alice: wherever ranks are shown, however the
-# founder came to them
-@pytest.mark.parametrize("way", [founded_twice, logged_out_and_in, given_again])
-@pytest.mark.parametrize("capability", ["", "multi-prefix"])
-def test_a_founder_has_each_symbol_once(way, capability):
-    house = irc_house("", alice="", bob=capability)
-    asked(house, "alice", "REGISTER * * password")
-    house.say("alice", "JOIN #a")
-    house.say("bob", "JOIN #a")
-    house.turn()
-    way(house, "alice")
-    forget(house)
-    lines = asked(house, "bob", "NAMES #a", "WHO #a", "WHOIS alice", "WHO #a %nf")
-    names = [w for line in of(lines, "353") for w in line.params[-1].split() if w.endswith("alice")]
-    flags = [line.params[6] for line in of(lines, "352") if line.params[5] == "alice"]
-    flags += [line.params[-1] for line in of(lines, "354") if "alice" in line.params]
-    places = [w for line in of(lines, "319") for w in line.params[-1].split()]
-    assert len(names) == 1 and len(flags) == 2 and len(places) == 1
-    for shown in (*names, *flags, *places):
-        symbols = [c for c in shown if c in "~&@%+"]
-        assert symbols[:1] == ["~"] and len(symbols) == len(set(symbols)), shown
-        assert capability or symbols == ["~"], shown
-
-
-def test_a_founder_has_each_symbol_once_after_a_restart(folder):
-    path = folder / "chat.db"
-    house = House(store=chat.Store(path))
-    house.enter_irc("alice")
-    asked(house, "alice", "REGISTER * * password")
-    asked(house, "alice", "JOIN #a", "PART #a", "JOIN #a", "MODE #a +v alice")
-    asked(house, "alice", "PART #a", "JOIN #a", "QUIT")
-    house = restarted(house, path)
-    for _ in range(2):
-        logged_in(house, "alice", "alice")
-        lines = asked(house, "alice", "CAP REQ multi-prefix", "JOIN #a", "NAMES #a")
-        for line in of(lines, "353"):
-            (shown,) = line.params[-1].split()
-            symbols = shown.removesuffix("alice")
-            assert symbols[0] == "~" and len(symbols) == len(set(symbols)), shown
-        asked(house, "alice", "QUIT")
-    house.store.close()
-
-
-# ======================================================================================
-# USER MODES
-# ======================================================================================
-
-
-def with_account(house, who, first):
-    if first:
-        house.enter_irc(who)
-        return asked(house, who, "REGISTER * * password")
-    return [parsed(line) for line in logged_in(house, who, who)]
-
-
-def with_secret(house, who, first):
-    house.connect_irc(who)
-    house.say(who, "CAP REQ chat.py/session", f"SESSION {SECRET}", f"NICK {who}")
-    return asked(house, who, "USER u 0 * :r", "CAP END")
-
-
-# User modes must survive a restart: of an account, and of a guest with a secret; what
-# was unset stays unset; no one operates the server by that
-@pytest.mark.parametrize("come", [with_account, with_secret])
-@pytest.mark.parametrize(
-    "lines, kept",
-    [
-        (["MODE alice +i"], "i"),
-        (["MODE alice +iBw", "MODE alice -i"], "Bw"),
-        (["MODE alice +R"], "R"),
-        (["MODE alice +w", "OPER boss secret"], "w"),
-    ],
-)
-def test_user_modes_survive_a_restart(folder, come, lines, kept):
-    path = folder / "chat.db"
-    house = House(store=chat.Store(path))
-    come(house, "alice", True)
-    house.say("alice", "JOIN #a")
-    house.turn()
-    for line in lines:  # in turns of their own: nothing else is stored with them
-        asked(house, "alice", line)
-    house = restarted(house, path)
-    welcome = come(house, "alice", False)
-    modes = [line.params[1].strip("+") for line in of(welcome, "221")]
-    modes += [line.params[1].strip("+") for line in of(asked(house, "alice", "MODE alice"), "221")]
-    assert [set(found) for found in modes] == [set(kept)] * 2
-    house.store.close()
-
-
-# The user's other devices must be told of them
-@pytest.mark.parametrize("change", ["+i", "+B", "+wR", "-i+w"])
-def test_other_devices_are_told_of_a_user_mode(change):
-    house = irc_house("", alice="", bob="")
-    asked(house, "alice", "REGISTER * * password", "MODE alice +i")
-    if change == "+i":
-        asked(house, "alice", "MODE alice -i")
-    for label in ("phone", "tablet"):
-        logged_in(house, label, "alice")
-    forget(house)
-    (told,) = asked(house, "alice", f"MODE alice {change}")
-    assert told.verb == "MODE" and told.params[0] == "alice"
-    for label in ("phone", "tablet"):
-        assert heard(house, label) == [told]
-        (known,) = asked(house, label, "MODE alice")
-        assert known.verb == "221"
-    assert heard(house, "bob") == []
-    assert asked(house, "phone", f"MODE alice {change}") == []  # no news, nothing is said
-    assert heard(house, "alice") == []
-
-
-# ======================================================================================
-# HISTORY
-# ======================================================================================
-
-NOW = "timestamp=2026-11-22T08:30:05.123Z"
-CHATHISTORY_REFUSED = [  # the command, the code, the context before the words
-    ("LATEST #nowhere * 10", "INVALID_TARGET", ["LATEST", "#nowhere"]),
-    (f"BEFORE #nowhere {NOW} 10", "INVALID_TARGET", ["BEFORE", "#nowhere"]),
-    ("FOO #a * 10", "INVALID_PARAMS", ["FOO"]),
-    ("LATEST #a * 0", "INVALID_PARAMS", ["LATEST"]),
-    ("LATEST #a * -1", "INVALID_PARAMS", ["LATEST"]),
-    ("LATEST #a * ten", "INVALID_PARAMS", ["LATEST"]),
-    (f"BETWEEN #a {NOW} 10", "INVALID_PARAMS", ["BETWEEN"]),
-    ("BEFORE #a timestamp=xx 10", "INVALID_PARAMS", ["BEFORE", "timestamp=xx"]),
-    ("AFTER #a timestamp= 10", "INVALID_PARAMS", ["AFTER", "timestamp="]),
-    ("AROUND #a timestamp=2026-13-40T00:00:00.000Z 10", "INVALID_PARAMS", None),
-    (f"BETWEEN #a {NOW} timestamp=xx 10", "INVALID_PARAMS", ["BETWEEN", "timestamp=xx"]),
-    ("LATEST #a timestamp=xx 10", "INVALID_PARAMS", ["LATEST", "timestamp=xx"]),
-    (f"TARGETS timestamp=xx {NOW} 10", "INVALID_PARAMS", ["TARGETS", "timestamp=xx"]),
-    (f"TARGETS {NOW} timestamp=xx 10", "INVALID_PARAMS", ["TARGETS", "timestamp=xx"]),
-    ("BEFORE #a foo=1 10", "INVALID_MSGREFTYPE", ["BEFORE", "#a"]),
-    ("LATEST #a foo 10", "INVALID_MSGREFTYPE", ["LATEST", "#a"]),
-    (f"BETWEEN #a {NOW} foo=1 10", "INVALID_MSGREFTYPE", ["BETWEEN", "#a"]),
-    ("BETWEEN #a foo=1 foo=2 10", "INVALID_MSGREFTYPE", ["BETWEEN", "#a"]),
-    ("BEFORE #a msgid=not-an-id! 10", None, None),  # the codes are ours to choose ...
-    ("AFTER #a msgid= 10", None, None),  # ... where the specification has none
-    (f"AFTER #a msgid={'f' * 40} 10", None, None),
-]
-
-
-# FAIL CHATHISTORY must carry its context. A bad time is repeated as it
-# was given; a kind of selector that there is not has the target behind the subcommand.
-@pytest.mark.parametrize("line, code, context", CHATHISTORY_REFUSED)
-def test_a_refusal_of_chathistory_says_what_it_is_about(line, code, context):
-    house = irc_house("#a", alice="batch message-tags draft/chathistory")
-    (refusal,) = fails(asked(house, "alice", f"CHATHISTORY {line}"))
-    assert refusal[0] == "CHATHISTORY"
-    assert code in (None, refusal[1])
-    assert refusal[2][:1] == [line.split()[0]]
-    if context is not None:
-        assert refusal[2][: len(context)] == context
-    assert house.heard("alice") == []
-
-
-# Also: other refusals whose context the specifications demand, 2.11)
-@pytest.mark.parametrize(
-    "line, expected",
-    [
-        ("BATCH +abc unknown/type #a", ("BATCH", "UNKNOWN_TYPE", ["abc", "unknown/type"])),
-        ("BATCH -abc", ("BATCH", "INVALID_REFTAG", ["abc"])),
-        ("REDACT #a zzz", ("REDACT", "UNKNOWN_MSGID", ["#a", "zzz"])),
-        ("REDACT #none 1", ("REDACT", "INVALID_TARGET", ["#none"])),
-        ("METADATA #none GET x", ("METADATA", "INVALID_TARGET", ["#none"])),
-        ("METADATA * FOO", ("METADATA", "INVALID_PARAMS", ["FOO"])),
-    ],
-)
-def test_a_refusal_carries_the_context_that_its_specification_demands(line, expected):
-    house = irc_house("#a", alice="batch message-tags draft/multiline draft/message-redaction")
-    assert fails(asked(house, "alice", line)) == [expected]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        *("MARKREAD #a timestamp=xx", "MARKREAD #a foo", "MARKREAD #a *"),
-        *("SEARCH text=x;after=yy", "SEARCH text=", "SEARCH in=#none;text=x"),
-    ],
-)
-def test_no_refusal_of_these_commands_is_without_context(line):
-    house = irc_house("#a", alice="batch message-tags soju.im/search draft/read-marker")
-    ((verb, _, context),) = fails(asked(house, "alice", line))
-    assert verb == line.split()[0] and context
-
-
-HISTORY = "batch message-tags server-time draft/chathistory labeled-response"
-
-
-def opening(lines):
-    return next(line for line in of(lines, "BATCH") if line.params[0][0] == "+")
-
-
-# The tag stands on the opening line when the next page would be empty
-@pytest.mark.parametrize(
-    "how, ends",
-    [
-        ("LATEST #a * 5", True),
-        ("LATEST #a * 2", False),
-        ("BEFORE #a {late} 5", True),
-        ("BEFORE #a {late} 2", False),
-        ("AFTER #a {early} 5", True),
-        ("AFTER #a {early} 2", False),
-        ("BETWEEN #a {early} {late} 5", True),
-        ("BETWEEN #a {early} {late} 2", False),
-        ("LATEST bob * 5", True),  # an empty page is the end
-        ("TARGETS {early} {late} 5", True),
-    ],
-)
-@pytest.mark.parametrize("label", ["", "@label=x "])
-def test_the_last_page_of_history_is_marked_on_its_opening_line(how, ends, label):
-    house = irc_house("#a", alice=HISTORY, bob="")
-    asked(house, "bob", "JOIN #b")
-    asked(house, "alice", "JOIN #b")
-    for n in range(3):
-        asked(house, "bob", f"PRIVMSG #a :{n}", f"PRIVMSG #b :{n}")
-    forget(house)
-    how = how.format(early="timestamp=1970-01-01T00:00:00.000Z", late=NOW)
-    lines = asked(house, "alice", f"{label}CHATHISTORY {how}")
-    marked = [line for line in lines if "draft/chathistory-end" in line.tags]
-    assert marked == ([opening(lines)] if ends else [])
-    assert all(line.tags["draft/chathistory-end"] == "" for line in marked)
-    assert ("label" in opening(lines).tags) == bool(label)
-
-
-# A false positive is harmful: a page that is short because of its bytes is no end
-def test_a_page_that_is_cut_by_its_size_is_not_marked_as_the_last():
-    house = irc_house("#a", alice=HISTORY, bob="")
-    for _ in range(4):
-        house.say("bob", *(f"PRIVMSG #a :{'x' * 400}" for _ in range(100)))
-        house.turn()
-    forget(house)
-    lines = asked(house, "alice", "CHATHISTORY LATEST #a * 500")
-    page = of(lines, "PRIVMSG")
-    assert page
-    assert ("draft/chathistory-end" in opening(lines).tags) == (len(page) == 400)
-
-
-# Tags only for clients that can take them
-def test_a_client_without_message_tags_gets_no_mark_of_the_last_page():
-    house = irc_house("#a", alice="batch draft/chathistory")
-    assert opening(asked(house, "alice", "CHATHISTORY LATEST #a * 5")).tags == {}
-
-
-def equal_times(capabilities, *rooms):
-    """All rooms have their last message in the same millisecond, and #late a second later."""
-    house = irc_house("", alice=capabilities, bob="")
-    for who in ("bob", "alice"):
-        asked(house, who, *(f"JOIN {room}" for room in (*rooms, "#late")))
-    house.say("bob", *(f"PRIVMSG {room} :x" for room in rooms))
-    house.turn()
-    asked(house, "bob", "PRIVMSG #late :x")
-    forget(house)
-    return house
-
-
-EARLY = "timestamp=1970-01-01T00:00:00.000Z"
-
-
-# TARGETS pages must never end between equal times
-@pytest.mark.parametrize("limit, count", [(1, 3), (2, 3), (3, 3), (4, 4), (9, 4)])
-def test_a_page_of_targets_does_not_end_between_equal_times(limit, count):
-    house = equal_times(HISTORY, "#a", "#b", "#c")
-    lines = asked(house, "alice", f"CHATHISTORY TARGETS {EARLY} {NOW} {limit}")
-    found = [line.params[1:] for line in of(lines, "CHATHISTORY")]
-    assert len({when for _, when in found[:3]}) == 1  # else this tests nothing
-    assert len(found) == count
-    assert sorted(name for name, _ in found)[:3] == ["#a", "#b", "#c"]
-
-
-# Paging by the last time that was told reaches each target once, whatever the limit
-@pytest.mark.parametrize("limit", [1, 2, 3, 5])
-def test_pages_of_targets_by_time_reach_each_one_once(limit):
-    house = equal_times(HISTORY, "#a", "#b", "#c", "#d")
-    found, after = [], EARLY
-    for _ in range(9):
-        lines = asked(house, "alice", f"CHATHISTORY TARGETS {after} {NOW} {limit}")
-        page = [line.params[1:] for line in of(lines, "CHATHISTORY")]
-        if not page:
-            break
-        found += [name for name, _ in page]
-        after = f"timestamp={page[-1][1].removeprefix('timestamp=')}"
-    assert sorted(found) == ["#a", "#b", "#c", "#d", "#late"]
-
-
-# The first bound may be a msgid for clients with chat.py/session; for others it is refused
-def test_the_first_bound_of_targets_may_be_a_message_id_for_our_own_clients():
-    house = irc_house("#a,#b", alice=f"{HISTORY} chat.py/session", bob="", carol=HISTORY)
-    (first,) = of((asked(house, "bob", "PRIVMSG #a :1"), heard(house, "alice"))[1], "PRIVMSG")
-    asked(house, "bob", "PRIVMSG #b :2")
-    forget(house)
-    line = f"CHATHISTORY TARGETS msgid={first.tags['msgid']} {NOW} 10"
-    assert [line.params[1] for line in of(asked(house, "alice", line), "CHATHISTORY")] == ["#b"]
-    ((_, code, context),) = fails(asked(house, "carol", line))
-    assert code == "INVALID_PARAMS" and context[0] == "TARGETS"
-
-
-# ======================================================================================
-# SEARCH
-# ======================================================================================
-
-
-# SEARCH must apply from= before the limit; with its other bounds, too
-@pytest.mark.parametrize(
-    "attributes, count",
-    [
-        ("in=#a;from=bob;text=word;limit=2", 2),
-        ("from=bob;text=word;limit=2", 2),
-        ("from=BOB;text=word;limit=3", 3),
-        (f"from=bob;text=word;limit=1;before={NOW.removeprefix('timestamp=')}", 1),
-        ("from=carol;text=word;limit=2", 0),
-    ],
-)
-def test_a_search_by_author_is_limited_after_the_others_are_left_out(attributes, count):
-    house = irc_house("#a", alice="batch message-tags soju.im/search", bob="")
-    for n in range(3):
-        asked(house, "bob", f"PRIVMSG #a :word {n}")
-    for n in range(30):
-        asked(house, "alice", f"PRIVMSG #a :word {n}")
-    forget(house)
-    found = messages_in(asked(house, "alice", f"SEARCH {attributes}"))
-    assert found == [("bob", "#a", f"word {n}") for n in range(3 - count, 3)]
-
-
-WITHOUT_SPACES = [  # what was said, words in it, words that are not
-    (
-        "\u6211\u4eec\u53bb\u516c\u56ed\u73a9",
-        ["\u516c\u56ed", "\u6211\u4eec", "\u73a9"],
-        ["\u56ed\u516c", "\u516c\u73a9"],
-    ),
-    (
-        "\u6771\u4eac\u30bf\u30ef\u30fc\u3078\u884c\u304f",
-        ["\u30bf\u30ef\u30fc", "\u6771\u4eac", "\u3078\u884c\u304f"],
-        ["\u4eac\u6771"],
-    ),
-    (
-        "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35\u0e04\u0e23\u0e31\u0e1a",
-        ["\u0e04\u0e23\u0e31\u0e1a", "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35"],
-        ["\u0e04\u0e23\u0e31\u0e2a\u0e27"],
-    ),
-    ("\u0eaa\u0eb0\u0e9a\u0eb2\u0e8d\u0e94\u0eb5", ["\u0e9a\u0eb2\u0e8d"], ["\u0e94\u0eb5\u0eaa"]),
-    ("\u179f\u17bd\u179f\u17d2\u178f\u17b8\u1794\u1784", ["\u1794\u1784"], ["\u1784\u1794"]),
-    (
-        "\u1019\u1004\u103a\u1039\u1002\u101c\u102c\u1015\u102b",
-        ["\u1019\u1004\u103a\u1039\u1002\u101c\u102c"],
-        ["\u1015\u102b\u1019"],
-    ),
-    ("party\U0001f389time", ["\U0001f389"], ["\U0001f388"]),
-    ("well done \U0001f44d\U0001f3fd", ["\U0001f44d", "done"], ["\U0001f44e"]),
-    ("iPhone\u624b\u673a very good", ["\u624b\u673a", "good"], ["\u673a\u624b"]),
-]
-
-
-# Find words inside Chinese, Japanese and Thai text, and emoji; both dialects
-@pytest.mark.parametrize("text, found, missing", WITHOUT_SPACES)
-def test_words_of_scripts_without_spaces_and_emoji_are_found(text, found, missing):
-    house = irc_house("#lobby", alice="batch message-tags soju.im/search")
-    house.enter("dora")
-    asked(house, "alice", f"PRIVMSG #lobby :{text}", "PRIVMSG #lobby :something else")
-    forget(house)
-    for words, expected in [*((w, [text]) for w in found), *((w, []) for w in missing)]:
-        lines = messages_in(asked(house, "alice", f"SEARCH in=#lobby;text={words}"))
-        assert [said for *_, said in lines] == expected, words
-        house.say("dora", f"/search {words}")
-        house.turn()
-        lines = house.heard("dora")[:-1]  # the last line counts them
-        assert [line.partition("alice: ")[2] for line in lines] == expected, words
-
-
-# ======================================================================================
-# ORDER AND LABELS
-# ======================================================================================
-
-
-# TOPIC and RENAME in one turn must keep their order; the other events of a channel,
-# members with and without the capability, and the one who does it
-@pytest.mark.parametrize(
-    "before",
-    [
-        "TOPIC {} :tea",
-        "MODE {} +i",
-        "MODE {} +k word",
-        "PRIVMSG {} :hello",
-        "NOTICE {} :hello",
-        "KICK {} carol :out",
-        "PRIVMSG @{} :hello",
-    ],
-)
-def test_events_and_a_rename_of_one_turn_keep_their_order(before):
-    echo = "echo-message draft/channel-rename draft/no-implicit-names"
-    house = irc_house("#a", alice=echo, bob=echo, carol=echo)
-    asked(house, "alice", "MODE #a +o bob")
-    forget(house)
-    verb = before.split()[0]
-    house.say("alice", before.format("#a"), "RENAME #a #b", before.replace("+", "-").format("#b"))
-    house.say("alice", "PRIVMSG #b :last")
-    house.turn()
-    for who in ("alice", "bob"):
-        lines = of(heard(house, who), "TOPIC", "MODE", "PRIVMSG", "NOTICE", "KICK", "RENAME")
-        told = [(line.verb, line.params[0].lstrip("@")) for line in lines]
-        after = [] if verb == "KICK" else [(verb, "#b")]
-        assert told == [(verb, "#a"), ("RENAME", "#a"), *after, ("PRIVMSG", "#b")], who
-
-
-def test_a_client_without_the_capability_sees_a_rename_in_its_place():
-    house = irc_house("#a", alice="draft/channel-rename", bob="")
-    house.say("alice", "TOPIC #a :one", "RENAME #a #b", "TOPIC #b :two", "RENAME #b #c")
-    house.say("alice", "PRIVMSG #c :last")
-    house.turn()
-    lines = of(heard(house, "bob"), "TOPIC", "PART", "JOIN", "332", "PRIVMSG")
-    told = [(x.verb, x.params[0], x.params[-1] if x.verb == "TOPIC" else "") for x in lines]
-    told = [one for one in told if one[0] != "332"]
-    assert told == [
-        ("TOPIC", "#a", "one"),
-        ("PART", "#a", ""),
-        ("JOIN", "#b", ""),
-        ("TOPIC", "#b", "two"),
-        ("PART", "#b", ""),
-        ("JOIN", "#c", ""),
-        ("PRIVMSG", "#c", ""),
-    ]
-    topics = [line.params[-1] for line in lines if line.verb == "332"]
-    assert topics == ["one", "two"]  # what it was at that moment
-
-
-def test_a_topic_set_from_outside_keeps_its_order_with_a_rename():
-    house = irc_house("#a", alice="draft/channel-rename", bob="draft/channel-rename")
-    house.enter_irc("root")
-    asked(house, "root", "OPER boss secret", "CAP REQ draft/channel-rename")
-    forget(house)
-    house.say("root", "TOPIC #a :one")
-    house.say("alice", "RENAME #a #b")
-    house.say("root", "TOPIC #b :two")
-    house.turn()
-    told = [(line.verb, line.params[0]) for line in of(heard(house, "bob"), "TOPIC", "RENAME")]
-    assert told == [("TOPIC", "#a"), ("RENAME", "#a"), ("TOPIC", "#b")]
-
-
-NOT_KEPT = [  # one message as lines, and the capabilities of its sender
-    (["{}PRIVMSG #a :lost"], "echo-message"),
-    (["{}PRIVMSG #a :lost"], ""),
-    (["{}PRIVMSG bob :lost"], "echo-message"),
-    (["{}PRIVMSG bob :lost"], ""),
-    (["{}PRIVMSG #a :\x01ACTION is lost\x01"], "echo-message"),
-    (["{}NOTICE #a :lost"], "echo-message"),
-    (
-        ["{}BATCH +1 draft/multiline #a", "@batch=1 PRIVMSG #a :x", "@batch=1 PRIVMSG #a :y"]
-        + ["BATCH -1"],
-        "echo-message",
-    ),
-]
-
-
-# NOT_KEPT must carry its label and appear in its place in the order of replies. The
-# database is locked from outside for longer than a turn waits.
-@pytest.mark.parametrize("lines, capabilities, label", in_turn(NOT_KEPT, ["", "@label=m "]))
-def test_a_message_that_was_not_kept_is_answered_in_its_place_and_with_its_label(
-    running, folder, monkeypatch, label, lines, capabilities
-):
-    monkeypatch.setattr(chat, "BUSY_SECONDS", 0.02, raising=False)
-    server = running(data=folder)
-    bob, alice = server.guest(), server.guest()
-    bob.enter_irc("bob", "JOIN #a")
-    tags = "labeled-response batch message-tags draft/multiline"
-    alice.enter_irc("alice", f"CAP REQ :{tags} {capabilities}", "JOIN #a")
-    other = sqlite3.connect(folder / "chat.db", isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    try:
-        sent = [line.format(label) for line in lines]
-        told = socket_lines(alice, "@label=1 PING one", *sent, "@label=2 PING two", "PING three")
-    finally:
-        other.execute("ROLLBACK")
-        other.close()
-    assert [line.verb for line in told] == ["PONG", "FAIL", "PONG", "PONG"]
-    ((verb, code, context),) = fails(told)
-    assert code == "NOT_KEPT" and verb in ("PRIVMSG", "NOTICE", "BATCH") and len(context) == 1
-    assert [line.tags.get("label") for line in told] == ["1", "m" if label else None, "2", None]
-    said = [parsed(line) for line in bob.until("lost" if len(lines) == 1 else ":y")]
-    assert of(said, "PRIVMSG", "NOTICE")  # delivered all the same
-
-
-# The same with several messages and other answers among them
-def test_several_messages_that_were_not_kept_are_each_answered_in_their_place(
-    running, folder, monkeypatch
-):
-    monkeypatch.setattr(chat, "BUSY_SECONDS", 0.02, raising=False)
-    server = running(data=folder)
-    alice = server.guest()
-    tags = "labeled-response batch message-tags echo-message"
-    alice.enter_irc("alice", f"CAP REQ :{tags}", "JOIN #a")
-    other = sqlite3.connect(folder / "chat.db", isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    sent = [
-        x
-        for n in range(4)
-        for x in (f"@label=m{n};+chat.py/id=own{n} PRIVMSG #a :{n}", f"@label=p{n} PING {n}")
-    ]
-    told = socket_lines(alice, *sent)
-    other.close()
-    labels = [line.tags.get("label") for line in told if line.verb != "BATCH"]
-    assert labels == [f"{kind}{n}" for n in range(4) for kind in "mp"]
-    assert [context[-1] for _, _, context in fails(told)] == [f"own{n}" for n in range(4)]
-
-
-# ======================================================================================
-# MESSAGES OF SEVERAL LINES
-# ======================================================================================
-
-LIMIT = chat.LINE_BYTES
-REFUSED_LINES = [  # a message of the line protocol that is refused at some line, all its lines
-    ["/lines 4", "one", b"\xff", "/topic oops", "four"],
-    ["/lines 3", b"\xff\xfe", "/me oops", "/part"],
-    ["/lines 4", "x" * (LIMIT // 2), "y" * (LIMIT // 2), "/topic oops", "four"],
-    ["/lines 3", "x" * 10, chat.TOO_LONG, "/topic oops"],
-    ["/lines 3", b"\xff", b"\xff", b"\xff"],
-    # The whole message is refused at its first line: what follows is that message, too
-    ["/lines 201", *(["/topic oops", "oops"] * 100), "201"],
-]
-
-
-# /lines: the server must drop the rest of a refused message, not send or execute it
-@pytest.mark.parametrize("lines", REFUSED_LINES)
-def test_the_rest_of_a_refused_message_is_neither_sent_nor_executed(lines):
-    house = House()
-    house.enter("alice", "bob")
-    house.say("alice", *lines)
-    house.turn()
-    assert house.heard("bob") == []
-    told = house.heard("alice")
-    assert len(told) == 1 and told[0].startswith("* ")  # said once
-    house.say("alice", "after it", "/lines 2", "two", "lines")
-    house.turn()
-    assert house.heard("bob") == ["alice: after it", "alice: two", "alice: lines"]
-
-
-# The same kind in IRC: a piece of a batch that is refused before it is looked at as a piece
-@pytest.mark.parametrize(
-    "piece",
-    [
-        b"@batch=1 PRIVMSG #a :\xff",
-        b"@batch=1 PRIVMSG #a :" + b"x" * 600,
-        b"@batch=1 PRIVMSG #b :elsewhere",
-        b"@batch=1 JOIN #b",
-        b"@batch=1;draft/multiline-concat PRIVMSG #a :",
-        b"@batch=1 PRIVMSG",
-    ],
-)
-def test_a_batch_with_a_refused_piece_is_not_sent_without_it(piece):
-    tags = "batch message-tags draft/multiline"
-    house = irc_house("#a", alice=tags, bob=tags)
-    house.say("alice", "BATCH +1 draft/multiline #a", "@batch=1 PRIVMSG #a :one", piece)
-    house.say("alice", "@batch=1 PRIVMSG #a :three", "BATCH -1")
-    house.turn()
-    assert heard(house, "bob") == []
-    # too long a line has a numeric of its own
-    told = [line for line in heard(house, "alice") if line.verb in ("FAIL", "417")]
-    assert len(told) == 1
-    asked(house, "alice", "PRIVMSG #a :after it")
-    assert messages_in(heard(house, "bob")) == [("alice", "#a", "after it")]
-
-
-# A reference is made of ASCII letters, digits and hyphens
-@pytest.mark.parametrize("reference", ["a;b", "a_b", "\u00e4", "a=b", "", "a/b", "a.b", "#a"])
-def test_a_batch_reference_that_is_none_is_refused(reference):
-    tags = "batch message-tags draft/multiline"
-    house = irc_house("#a", alice=tags, bob=tags)
-    lines = asked(house, "alice", f"BATCH +{reference} draft/multiline #a")
-    assert fails(lines) == [("BATCH", "INVALID_REFTAG", [reference or "*"])]
-    for good in ("a-1", "Z", "-"):  # and nothing has been begun
-        house.say("alice", f"BATCH +{good} draft/multiline #a")
-        house.say("alice", f"@batch={good} PRIVMSG #a :{good}", f"BATCH -{good}")
-        house.turn()
-        assert messages_in(heard(house, "bob")) == [("alice", "#a", good)]
-    assert fails(heard(house, "alice")) == []
-
-
-MULTILINE = "batch message-tags draft/multiline"
-
-
-def batch_of(*pieces, target="#a"):
-    """The lines of one message: pieces that begin with + go on with the line before them."""
-    yield f"BATCH +1 draft/multiline {target}"
-    for piece in pieces:
-        concat = ";draft/multiline-concat" * piece.startswith("+")
-        yield f"@batch=1{concat} PRIVMSG {target} :{piece.removeprefix('+')}"
-    yield "BATCH -1"
-
-
-def pieces_of(lines):
-    """The pieces of messages as a client with draft/multiline received them."""
-    return [
-        "+" * ("draft/multiline-concat" in line.tags) + line.params[-1]
-        for line in of(lines, "PRIVMSG", "NOTICE")
-    ]
-
-
-def joined(pieces):
-    return "".join(p[1:] if p.startswith("+") else f"\n{p}" for p in pieces)[1:]
-
-
-# As the sender split it, with at most 200 pieces and four times as many as needed
-@pytest.mark.parametrize(
-    "pieces",
-    [
-        ["one", "two"],
-        ["one", "+ more", "two"],
-        ["a", "+b", "+c", "+d"],
-        ["x" * 400, "+" + "y" * 400, "+" + "z" * 10],
-        ["1", "", "3"],
-        [str(n) for n in range(200)],
-    ],
-)
-def test_a_message_of_few_pieces_is_forwarded_as_its_sender_split_it(pieces):
-    house = irc_house("#a", alice=MULTILINE, bob=MULTILINE)
-    asked(house, "alice", *batch_of(*pieces))
-    assert pieces_of(heard(house, "bob")) == pieces
-
-
-# Any other message is joined and split again; its text is the same
-@pytest.mark.parametrize(
-    "pieces",
-    [
-        ["a"] + ["+b"] * 199,
-        ["a"] + ["+b"] * 1000,
-        ["one"] + ["+" + "x" * 10] * 500,
-        ["one", "two"] + ["+ x"] * 300 + ["", "last"],
-    ],
-)
-def test_a_message_of_many_small_pieces_is_joined_and_split_again(pieces):
-    house = irc_house("#a", alice=MULTILINE, bob=MULTILINE, carol="")
-    asked(house, "alice", *batch_of(*pieces))
-    got = pieces_of(heard(house, "bob"))
-    assert joined(got) == joined(pieces)
-    needed = sum(-(-max(1, len(text)) // 400) for text in joined(pieces).split("\n"))
-    assert len(got) <= 4 * needed
-    plain = [text for *_, text in messages_in(heard(house, "carol"))]
-    assert "".join(plain) == joined(pieces).replace("\n", "") and len(plain) <= 4 * needed
-
-
-# A multiline fallback must contain no empty PRIVMSG: live, echoed, in private, in
-# history, and of the line protocol
-@pytest.mark.parametrize(
-    "pieces, expected",
-    [
-        (["", "two"], ["two"]),
-        (["one", "", "three", ""], ["one", "three"]),
-        (["", "+x"], ["x"]),
-        (["", "", "+x", ""], ["x"]),
-        (["one", "", "+two"], ["one", "two"]),
-        (["one", "+two", "", ""], ["onetwo"]),
-    ],
-)
-@pytest.mark.parametrize("target", ["#a", "bob"])
-def test_the_fallback_of_a_message_has_no_empty_line(pieces, expected, target):
-    house = irc_house("#a", alice=MULTILINE, bob="")
-    asked(house, "alice", *batch_of(*pieces, target=target))
-    got = [text for *_, text in messages_in(heard(house, "bob"))]
-    assert "" not in got and all(text.strip() for text in got)
-    # a piece that goes on with the one before it may come joined to it, or by itself
-    assert "".join(got) == "".join(expected)
-    talk = "#a" if target == "#a" else "alice"
-    again = messages_in(asked(house, "bob", f"CHATHISTORY LATEST {talk} * 10"))
-    assert [text for *_, text in again] == got
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        ["/lines 2", "one", ""],
-        ["/lines 3", "", "", "three"],
-        ["/lines 2", "\x02", "two"],
-        ["/lines 2", "\r\r", "two"],
-        ["\r"],
-        [""],
-        ["/lines 2", "", ""],
-    ],
-)
-def test_what_netcat_says_is_no_empty_privmsg(lines):
-    house = irc_house("#lobby", alice="", bob=MULTILINE)
-    house.enter("dora")
-    forget(house)
-    house.say("dora", *lines)
-    house.turn()
-    assert all(text for *_, text in messages_in(heard(house, "alice")))
-
-
-# ======================================================================================
-# LONG TEXT
-# ======================================================================================
-
-LONG_TEXTS = [
-    "x" * 600,
-    "word " * 120,
-    "\u00fc" * 300,
-    "\u516c\u56ed" * 100,
-    "\U0001f600" * 130,
-]
-
-
-def fitted(verb, target, text):
-    """The text as far as its line is legal for a client: 510 bytes without a source."""
-    room = 510 - len(f"{verb} {target} :".encode())
-    return text.encode()[:room].decode(errors="ignore")
-
-
-# Text that is too long for 512 bytes, from clients that cannot know: the line was
-# legal, with its source it is too long: the receivers get it split, nothing is refused
-SPLIT = [("PRIVMSG", "#a"), ("PRIVMSG", "@#a"), ("NOTICE", "#a"), ("NOTICE", "bob")]
-
-
-@pytest.mark.parametrize("text, way", in_turn(LONG_TEXTS, SPLIT))
-def test_text_that_is_too_long_with_its_source_is_split_and_not_refused(text, way):
-    verb, target = way
-    house = irc_house("#a", alice="echo-message message-tags labeled-response batch", bob="")
-    asked(house, "alice", "MODE #a +o bob", f"NICK {WIDE}")
-    forget(house)
-    said = fitted(verb, target, text)
-    echo = asked(house, "alice", f"@label=1 {verb} {target} :{said}")
-    assert not of(echo, "417", "FAIL")
-    lines = heard(house, "bob")
-    assert len(lines) > 1 and {(x.verb, x.params[0]) for x in lines} == {(verb, target)}
-    assert "".join(line.params[1] for line in lines) == said
-    assert "".join(line.params[1] for line in of(echo, verb)) == said
-    assert sum("label" in line.tags for line in echo) == 1
-
-
-# Tags belong to one line, and a message to a user is one line: there the sender is told the limit
-@pytest.mark.parametrize("start", ["PRIVMSG bob :", "@+draft/reply=x PRIVMSG #a :"])
-def test_text_that_is_too_long_and_cannot_be_split_is_refused_with_the_limit(start):
-    house = irc_house("#a", alice="message-tags", bob="message-tags")
-    asked(house, "alice", f"NICK {WIDE}")
-    forget(house)
-    target = start.split()[-2]
-    room = 510 - len(f":{WIDE}!~u@127.0.0.1 PRIVMSG {target} :".encode())
-    assert asked(house, "alice", start + "x" * room) == []
-    (answer,) = asked(house, "alice", start + "x" * (room + 1))
-    assert answer.verb == "417" and str(room) in answer.params[-1]
-    assert [len(line.params[1]) for line in heard(house, "bob")] == [room]
-
-
-def test_a_long_action_is_split_into_actions():
-    house = irc_house("#a", alice="", bob="")
-    asked(house, "alice", f"NICK {WIDE}")
-    forget(house)
-    said = fitted("PRIVMSG", "#a", "\x01ACTION " + "x" * 500)[:-1]
-    assert asked(house, "alice", f"PRIVMSG #a :{said}\x01") == []
-    texts = [text for *_, text in messages_in(heard(house, "bob"))]
-    assert len(texts) > 1
-    assert all(text.startswith("\x01ACTION ") and text.endswith("\x01") for text in texts)
-    assert sum(text.count("x") for text in texts) == said.count("x")
-
-
-def test_long_text_is_one_message_for_clients_with_multiline_and_in_history():
-    house = irc_house("#a", alice="", bob=f"{MULTILINE} draft/chathistory")
-    asked(house, "alice", f"NICK {WIDE}")
-    forget(house)
-    said = fitted("PRIVMSG", "#a", "x" * 600)
-    asked(house, "alice", f"PRIVMSG #a :{said}")
-    live = heard(house, "bob")
-    assert len(of(live, "BATCH")) == 2 and joined(pieces_of(live)) == said
-    page = asked(house, "bob", "CHATHISTORY LATEST #a * 1")
-    assert joined(pieces_of(page)) == said
-
-
-# ======================================================================================
-# OTHER DEVICES
-# ======================================================================================
-
-SENT = [  # what the desk sends in private, and the verb of what others receive
-    (["PRIVMSG bob :x"], "PRIVMSG"),
-    (["NOTICE bob :x"], "NOTICE"),
-    (["PRIVMSG bob :\x01ACTION x\x01"], "PRIVMSG"),
-    (["@+typing=active TAGMSG bob"], "TAGMSG"),
-    ([*batch_of("one", "two", target="bob")], "PRIVMSG"),
-]
-
-
-def four_devices():
-    """alice with four devices: without, with echo-message, with znc.in/self-message, with both."""
-    house = irc_house("", alice="message-tags batch draft/multiline", bob="message-tags")
-    asked(house, "alice", "REGISTER * * password", "JOIN #a")
-    for label, caps in (
-        ("bare", ""),
-        ("echo", " echo-message"),
-        ("znc", " znc.in/self-message"),
-        ("both", " echo-message znc.in/self-message"),
-    ):
-        logged_in(house, label, "alice")
-        asked(house, label, f"CAP REQ :message-tags{caps}")
-    asked(house, "bob", "JOIN #a")
-    forget(house)
-    return house
-
-
-# One's own private messages from another device go only to sessions with
-# echo-message or znc.in/self-message; these have the receiver as their target
-@pytest.mark.parametrize("lines, verb", SENT)
-def test_private_messages_from_another_device_are_for_those_who_asked(lines, verb):
-    house = four_devices()
-    assert of(asked(house, "alice", *lines), verb) == []  # no echo was asked for
-    received = heard(house, "bob")
-    assert received and all(line.source == "alice" for line in received)
-    assert heard(house, "bare") == []
-    for label in ("echo", "znc", "both"):
-        lines = of(heard(house, label), verb)
-        assert [(x.source, *x.params) for x in lines] == [
-            (x.source, *x.params) for x in of(received, verb)
-        ], label
-
-
-# In channels every device gets them
-def test_messages_to_a_channel_from_another_device_are_for_all_devices():
-    house = four_devices()
-    assert asked(house, "alice", "PRIVMSG #a :x") == []
-    for label in ("bare", "echo", "znc", "both"):
-        assert messages_in(heard(house, label)) == [("alice", "#a", "x")]
-
-
-# Znc.in/self-message is no echo for the session that sends; echo-message is
-@pytest.mark.parametrize("label, count", [("bare", 0), ("znc", 0), ("echo", 1), ("both", 1)])
-def test_self_message_is_no_echo_to_the_sending_session(label, count):
-    house = four_devices()
-    assert len(of(asked(house, label, "PRIVMSG bob :x"), "PRIVMSG")) == count
-
-
-# What one sends to oneself is received by every device, as its receiver
-def test_a_message_to_oneself_reaches_every_device():
-    house = four_devices()
-    asked(house, "alice", "PRIVMSG alice :note")
-    for label in ("bare", "echo", "znc", "both"):
-        assert ("alice", "alice", "note") in messages_in(heard(house, label))
-
-
-# ======================================================================================
-# BANS AND IDLE TIMES
-# ======================================================================================
-
-
-# The same in a second channel, and by the line protocol
-def test_a_ban_in_any_channel_refuses_the_nick_change():
-    house = irc_house("#a,#b", alice="", bob="")
-    asked(house, "alice", "MODE #b +b bob!*@*")
-    forget(house)
-    (line,) = asked(house, "bob", "NICK robert")
-    assert line.verb == "437" and "#b" in line.params
-    assert [line.verb for line in asked(house, "bob", "PART #b", "NICK robert")] == ["PART", "NICK"]
-
-
-@pytest.mark.parametrize("mask", ["dora!*@*", "m:dora!*@*"])
-def test_netcat_does_not_escape_a_ban_by_another_name(mask):
-    house = irc_house("#a", alice="")
-    house.enter("dora")
-    house.say("dora", "/join #a")
-    house.turn()
-    asked(house, "alice", f"MODE #a +b {mask}")
-    forget(house)
-    house.say("dora", "/nick other", "hello")
-    house.turn()
-    assert heard(house, "alice") == []
-    assert len(house.heard("dora")) == 2  # two refusals
-    assert of(asked(house, "alice", "WHOIS dora"), "311")
-
-
-def idle(house, who):
-    lines = asked(house, "watcher", f"WHOIS {who} {who}")
-    return int(of(lines, "317")[0].params[2])
-
-
-# CTCP replies and typing must not reset the idle time
-@pytest.mark.parametrize(
-    "line, resets",
-    [
-        ("NOTICE watcher :\x01VERSION client 1.0\x01", False),
-        ("NOTICE #a :\x01PING 12345\x01", False),
-        ("NOTICE watcher :\x01CLIENTINFO", False),
-        ("@+typing=active TAGMSG #a", False),
-        ("@+typing=paused TAGMSG watcher", False),
-        ("@+typing=done TAGMSG #a", False),
-        ("PING x", False),
-        ("MARKREAD #a timestamp=1970-01-01T00:00:01.000Z", False),
-        ("PRIVMSG #a :hello", True),
-        ("PRIVMSG watcher :hello", True),
-        ("PRIVMSG #a :\x01ACTION waves\x01", True),
-    ],
-)
-def test_only_what_a_user_says_resets_the_idle_time(line, resets):
-    house = irc_house("#a", alice="message-tags", watcher="")
-    asked(house, "alice", "PRIVMSG #a :before")
-    house.now += 500
-    house.turn()
-    assert idle(house, "alice") >= 499
-    asked(house, "alice", line)
-    assert (idle(house, "alice") < 100) == resets
-
-
-# ======================================================================================
-# FIRST LINE AND GREETING
-# ======================================================================================
-
-HELLO = b"NICK erin\r\nUSER u 0 * :r\r\n"
-
-
-# An empty first line or a BOM before an IRC command
-@pytest.mark.parametrize(
-    "before",
-    [b"\r\n", b"\n", b"\r\n\r\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n", b"\r\n\xef\xbb\xbf"],
-)
-@pytest.mark.parametrize("first", [b"", b"CAP LS 302\r\nCAP END\r\n", b"@label=1 PING x\r\n"])
-def test_an_empty_line_or_a_bom_before_a_command_of_irc_is_irc(running, before, first):
-    guest = running().guest()
-    guest.send(before + first + HELLO + b"PING end\r\n")
-    lines = [parsed(line) for line in guest.until("PONG chat.py :end")]
-    assert of(lines, "001")[0].params[0] == "erin"
-    assert not of(lines, "421", "NOTICE", "FAIL")
-
-
-@pytest.mark.parametrize("pieces", [[b"\r\n", HELLO], [b"\xef", b"\xbb\xbf", HELLO]])
-def test_a_command_of_irc_may_come_after_what_stands_before_it(running, pieces):
-    guest = running().guest()
-    for piece in pieces:
-        guest.send(piece)
-    guest.send(b"PING end\r\n")
-    assert of([parsed(x) for x in guest.until("PONG chat.py :end")], "001")[0].params[0] == "erin"
-
-
-# Leaves the line protocol as it is: after an empty first line a name is a name
-def test_a_name_after_an_empty_first_line_is_still_a_name(running):
-    server = running()
-    bob = server.guest("bob")
-    dora = server.guest()
-    dora.send(b"\ndora\n/names\n")
-    assert any(line.endswith("bob, dora") for line in dora.until("1-2 of 2"))
-    assert bob.line().startswith("dora (")
-
-
-# A first line that ends in HTTP/ and a version is HTTP; not 1.x is 505, and closed
-@pytest.mark.parametrize(
-    "line, status",
-    [
-        (b"GET / HTTP/1.1", None),
-        (b"GET / HTTP/1.0", None),
-        (b"GET / HTTP/2.0", b"505"),
-        (b"PRI * HTTP/2.0", b"505"),
-        (b"GET / HTTP/3", b"505"),
-        (b"GET / HTTP/0.9", b"505"),
-        (b"POST /files HTTP/9.9", b"505"),
-    ],
-)
-def test_a_first_line_of_another_version_of_http_is_refused_as_such(running, line, status):
-    server = running()
-    bob = server.guest("bob")
-    guest = server.guest()
-    guest.send(line + b"\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
-    answer = guest.rest()
-    assert answer.startswith(b"HTTP/1.1 ")
-    assert status is None or answer.split()[1] == status
-    bob.send("/names\n")
-    assert bob.line() == "* #lobby 1-1 of 1: bob"  # it was taken for no name
-
-
-# The greeting must tell IRC users to ignore it: after 0.5 s of silence (a lost
-# first packet is sent again after 0.2 s). This test waits for that one answer.
-def test_the_greeting_comes_late_and_tells_irc_users_that_it_is_not_for_them(running):
-    guest = running().guest()
-    began = time.monotonic()
-    text = guest.line()
-    assert time.monotonic() - began >= 0.45
-    line = parsed(text)
-    assert line.verb == "NOTICE" and line.params[0] == "*"
-    assert "IRC" in line.params[-1]
-    guest.send(HELLO + b"PING end\r\n")
-    assert of([parsed(line) for line in guest.until("PONG")], "001")
-
-
-# ======================================================================================
-# COLOURS
-# ======================================================================================
-
-COLOURED = [
-    ("\x0304,12Red\x0f Baron", "Red Baron"),
-    ("\x034Red\x03 Baron", "Red Baron"),
-    ("\x0304Red 5 Baron", "Red 5 Baron"),
-    ("\x04ff8800Red\x04 Baron", "Red Baron"),
-    ("\x02Red\x02 \x1fBaron", "Red Baron"),
-    ("Red\x0399,99 Baron", "Red Baron"),
-    ("\x03\x0304\x03Red Baron", "Red Baron"),
-]
-
-
-# Colours must be dropped from a realname together with their digits
-@pytest.mark.parametrize("coloured, plain", COLOURED)
-@pytest.mark.parametrize("later", [False, True])
-def test_colours_go_from_a_realname_with_their_digits(coloured, plain, later):
-    house = irc_house("", bob="extended-join setname")
-    asked(house, "bob", "JOIN #a")
-    house.connect_irc("alice")
-    house.say("alice", "NICK alice", f"USER u 0 * :{'r' if later else coloured}", "JOIN #a")
-    house.say("alice", *([f"SETNAME :{coloured}"] if later else []))
-    house.turn()
-    told = heard(house, "bob")
-    shown = [line.params[-1] for line in of(told, "SETNAME" if later else "JOIN")]
-    lines = asked(house, "bob", "WHOIS alice", "WHO alice", "WHO alice %r")
-    shown += [line.params[-1] for line in of(lines, "311", "354")]
-    shown += [line.params[-1].partition(" ")[2] for line in of(lines, "352")]
-    assert shown == [plain] * 4
-
-
-# Also: other text of users that is shown in the line protocol
-@pytest.mark.parametrize("coloured, plain", COLOURED)
-def test_colours_go_with_their_digits_from_what_netcat_is_shown(coloured, plain):
-    house = irc_house("#lobby", alice="")
-    asked(house, "alice", f"TOPIC #lobby :{coloured}")
-    house.enter("dora")
-    house.say("dora", "/topic")
-    house.turn()
-    assert house.heard("dora")[-1].endswith(f" {plain}")
-    house.connect("fred", greeted=True)
-    house.say("fred", "fred")
-    house.turn()
-    assert house.heard("fred")[0].split("; /help")[0].endswith(f" {plain}")
-    asked(house, "alice", f"PRIVMSG #lobby :{coloured}", f"AWAY :{coloured}")
-    assert [line.endswith(f" {plain}") for line in house.heard("dora")[-2:]] == [True, True]
-    house.say("dora", "/history 1")
-    house.turn()
-    assert house.heard("dora")[0].endswith(f" {plain}")
-
-
-# ======================================================================================
-# NEW AND RATIFIED CAPABILITIES
-# ======================================================================================
-
-
-# The ratified name beside the draft, alike
-@pytest.mark.parametrize("name", ["no-implicit-names", "draft/no-implicit-names"])
-def test_no_implicit_names_is_known_by_both_names(name):
-    house = irc_house("", alice=f"{name} draft/read-marker", bob="")
-    assert name in drafts_and_values(house, "bob")
-    asked(house, "bob", "JOIN #a", "TOPIC #a :tea")
-    lines = asked(house, "alice", "JOIN #a")
-    assert [line.verb for line in lines] == ["JOIN", "332", "333", "MARKREAD"]
-    assert [line.verb for line in asked(house, "alice", "NAMES #a")] == ["353", "366"]
-    forget(house)
-    asked(house, "bob", "RENAME #a #b")
-    assert not of(heard(house, "alice"), "353", "366")
-    assert [x.verb for x in asked(house, "alice", f"CAP REQ -{name}", "JOIN #c")][-2:] == [
-        *("353", "366")
-    ]
-
-
-def registration(guest):
-    lines = of(socket_lines(guest, "CAP LS 302"), "CAP")
-    words = [word for line in lines for word in line.params[-1].split()]
-    (value,) = [w.partition("=")[2] for w in words if w.startswith("draft/account-registration")]
-    return dict(one.partition("=")[::2] for one in value.split(",") if one)
-
-
-# The newest values of draft/account-registration
-@pytest.mark.parametrize("rules", [[], ["before-connect"], ["email-required"]])
-def test_account_registration_tells_how_long_a_password_may_be(running, rules):
-    server = running(register=frozenset(rules))
-    values = registration(server.guest())
-    assert set(values) == {*rules, "min-password-length", "max-password-length"}
-    least, most = int(values["min-password-length"]), int(values["max-password-length"])
-    assert 0 < least < most
-    if not rules:
-        for name, length, accepted in (("a", least - 1, False), ("b", least, True)):
-            guest = server.guest()
-            guest.enter_irc(name)
-            lines = socket_lines(guest, f"REGISTER * * {'x' * length}" if length else "PING")
-            assert bool(of(lines, "REGISTER")) == accepted
-        if most < 450:
-            guest = server.guest()
-            guest.enter_irc("c")
-            lines = socket_lines(guest, f"REGISTER * * {'x' * (most + 1)}")
-            assert fails(lines) and not of(lines, "REGISTER")
-        guest = server.guest()
-        guest.enter_irc("d")
-        lines = socket_lines(guest, f"REGISTER * * {'x' * min(most, 450)}")
-        assert of(lines, "REGISTER")
-
-
-# The parameters of FAIL REGISTER
-@pytest.mark.parametrize("account", ["*", "foo"])
-def test_register_without_a_nick_names_no_account(running, account):
-    guest = running(register=frozenset({"before-connect"})).guest()
-    guest.send("CAP LS 302\r\n")
-    lines = socket_lines(guest, f"REGISTER {account} * password")
-    assert fails(lines) == [("REGISTER", "NEED_NICK", ["*"])]
-
-
-@pytest.mark.parametrize(
-    "line, code",
-    [
-        ("REGISTER * * x", "WEAK_PASSWORD"),
-        ("REGISTER other * password", "ACCOUNT_NAME_MUST_BE_NICK"),
-        ("VERIFY alice 123", "INVALID_CODE"),
-        ("VERIFY * 123", "INVALID_CODE"),  # * is one's own name
-    ],
-)
-def test_a_refusal_of_register_or_verify_names_the_account(line, code):
-    house = irc_house("", alice="")
-    account = line.split()[1].replace("*", "alice")
-    assert fails(asked(house, "alice", line)) == [(line.split()[0], code, [account])]
-
-
-# VERIFY * is one's own name
-def test_verify_with_a_star_verifies_ones_own_name(running, tmp_path):
-    mail = tmp_path / "mail"
-    server = running(register=frozenset({"email-required"}), sendmail=f"dd of={mail}")
-    guest = server.guest()
-    guest.enter_irc("alice")
-    lines = socket_lines(guest, "REGISTER * a@b.example password")
-    assert of(lines, "REGISTER")[0].params[:2] == ["VERIFICATION_REQUIRED", "alice"]
-    text = mail.read_text().replace("=\n", "")
-    code = re.search(r" is (\S+?)\.?\s*$", text)[1]
-    lines = socket_lines(guest, f"VERIFY * {code}")
-    assert of(lines, "VERIFY")[0].params[:2] == ["SUCCESS", "alice"] and of(lines, "900")
-
-
-# The token is only for servers that let in no one without an account; this is none
-def test_no_account_is_required_by_default():
-    house = irc_house("", alice="")
-    known = tokens(asked(house, "alice", "VERSION"))
-    assert known and "draft/ACCOUNTREQUIRED" not in known
-
-
-def test_the_server_announces_its_limits():
-    house = irc_house("", alice="")
-    known = tokens(asked(house, "alice", "VERSION"))
-    assert known["SAFERATE"] == ""
-    targets = dict(one.split(":") for one in known["TARGMAX"].split(","))
-    assert targets["TAGMSG"] == targets["PRIVMSG"] == targets["NOTICE"]
-
-
-# TAGMSG has the target limit of PRIVMSG; that it announces
-def test_tagmsg_has_the_target_limit_that_it_announces():
-    house = irc_house("#a", alice="message-tags echo-message", bob="message-tags")
-    known = tokens(asked(house, "alice", "VERSION"))
-    targets = dict(one.split(":") for one in known["TARGMAX"].split(","))
-    most = int(targets["TAGMSG"])
-    names = ",".join(["#a", *(f"none{n}" for n in range(most))])
-    lines = asked(house, "alice", f"@+x=y TAGMSG {names}")
-    assert [line.verb for line in lines] == ["407"] and heard(house, "bob") == []
-    lines = asked(house, "alice", f"@+x=y TAGMSG {names.rpartition(',')[0]}")
-    assert of(lines, "TAGMSG") and len(of(heard(house, "bob"), "TAGMSG")) == 1
-
-
-# BURST,RATE as they are; without a limit there is nothing to announce
-@pytest.mark.parametrize("flood", [(1000, 100), (300, 20), None])
-def test_the_server_announces_how_fast_a_client_may_send(running, flood):
-    guest = running(flood=flood).guest()
-    value = tokens([parsed(line) for line in guest.enter_irc("alice")]).get("chat.py/FLOOD")
-    assert (value and tuple(map(float, value.split(",")))) == flood
-
-
-# Between the last 005 and 251, from the client's own source
-@pytest.mark.parametrize(
-    "capabilities", ["draft/whoami chghost setname", "draft/whoami chghost", ""]
-)
-def test_whoami_tells_a_client_its_own_realname_in_the_welcome(capabilities):
-    house = irc_house("", bob="")
-    assert drafts_and_values(house, "bob").get("draft/whoami") == ""
-    house.connect_irc("x")
-    house.say("x", "CAP LS 302", f"CAP REQ :{capabilities}", "NICK alice", "USER u 0 * :Real Name")
-    house.say("x", "CAP END")
-    house.turn()
-    raw = house.heard("x")
-    verbs = [parsed(line).verb for line in raw]
-    if not capabilities:
-        assert "SETNAME" not in verbs
-        return
-    place = verbs.index("SETNAME")
-    assert verbs[place - 1] == "005" and verbs[place + 1] == "251" and verbs.count("SETNAME") == 1
-    assert raw[place] == ":alice!~u@127.0.0.1 SETNAME :Real Name"
-
-
-def isupport_batch(lines):
-    """The lines of 005 are all in one batch; their batch lines are left out."""
-    begin = opening([line for line in of(lines, "BATCH") if "draft/isupport" in str(line.params)])
-    reference = begin.params[0][1:]
-    assert begin.params[1:] == ["draft/isupport"]
-    inside = of(lines, "005")
-    assert inside and all(line.tags.get("batch") == reference for line in inside)
-    assert [x.params for x in of(lines, "BATCH")][-1] == [f"-{reference}"]
-    return inside
-
-
-# The command, before and after the welcome, and the batch
-def test_extended_isupport_tells_the_tokens_before_and_after_the_welcome():
-    house = irc_house("", bob="")
-    assert drafts_and_values(house, "bob").get("draft/extended-isupport") == ""
-    house.connect_irc("x")
-    lines = asked(house, "x", "CAP LS 302", "CAP REQ draft/extended-isupport", "ISUPPORT")
-    assert not of(lines, "BATCH", "421", "451") and {x.params[0] for x in of(lines, "005")} == {"*"}
-    early = tokens(lines)
-    assert early == tokens(asked(house, "bob", "VERSION"))
-    lines = asked(house, "x", "CAP REQ batch", "ISUPPORT")
-    assert tokens(isupport_batch(lines)) == early
-    lines = asked(house, "x", "NICK x", "USER u 0 * :r", "CAP END")
-    assert of(lines, "001")
-    if of(lines, "005"):  # the welcome may leave out what has been told
-        isupport_batch(lines)
-    lines = asked(house, "x", "ISUPPORT")
-    assert tokens(isupport_batch(lines)) == early and {x.params[0] for x in of(lines, "005")} == {
-        "x"
-    }
-
-
-def test_the_welcome_has_its_tokens_in_a_batch_for_clients_with_extended_isupport():
-    house = House()
-    house.connect_irc("x")
-    house.say("x", "CAP REQ :draft/extended-isupport batch", "NICK x", "USER u 0 * :r")
-    lines = asked(house, "x", "CAP END")
-    isupport_batch(lines)
-    verbs = [line.verb for line in lines]
-    assert verbs.index("004") < verbs.index("BATCH") < verbs.index("005") < verbs.index("251")
-
-
-# A tag on the messages of server operators, for those who asked for it
-def test_messages_of_operators_have_a_tag_for_those_who_asked():
-    house = irc_house("#a", alice="", bob="draft/oper-tag message-tags", carol="message-tags")
-    asked(house, "alice", "PRIVMSG #a :before", "OPER boss secret")
-    asked(house, "alice", "PRIVMSG #a :as one", "NOTICE bob :in private", "MODE alice -o")
-    asked(house, "alice", "PRIVMSG #a :after")
-    lines = of(heard(house, "bob"), "PRIVMSG", "NOTICE")
-    told = {line.params[-1]: "draft/oper" in line.tags for line in lines}
-    assert told == {"before": False, "as one": True, "in private": True, "after": False}
-    assert not [x for x in heard(house, "carol") if "draft/oper" in x.tags]
-
-
-# ======================================================================================
-# METADATA
-# ======================================================================================
-
-METADATA = "draft/metadata-3 batch message-tags"
-
-
-# Keys that were taken are told in 770, also before a refusal
-@pytest.mark.parametrize("command, numeric", [("SUB", "770"), ("UNSUB", "771")])
-@pytest.mark.parametrize(
-    "keys, good, bad",
-    [
-        ("a B$ c", ["a", "c"], ["B$"]),
-        ("B$ a", ["a"], ["B$"]),
-        ("a c B$", ["a", "c"], ["B$"]),
-        ("B$", [], ["B$"]),
-        ("a b", ["a", "b"], []),
-    ],
-)
-def test_keys_that_were_taken_are_told_beside_those_that_were_not(
-    command, numeric, keys, good, bad
-):
-    house = irc_house("", alice=METADATA)
-    if command == "UNSUB":
-        asked(house, "alice", "METADATA * SUB a b c")
-    lines = asked(house, "alice", f"METADATA * {command} {keys}")
-    assert [key for line in of(lines, numeric) for key in line.params[1:]] == good
-    assert fails(lines) == [("METADATA", "INVALID_KEY", [key]) for key in bad]
-    listed = of(asked(house, "alice", "METADATA * SUBS"), "772")
-    subscribed = {key for line in listed for key in line.params[1:]}
-    assert subscribed == ({"a", "b", "c"} - set(good) if command == "UNSUB" else set(good))
-
-
-def offered_limit(house, who, key):
-    values = drafts_and_values(house, who)["draft/metadata-3"].split(",")
-    return int(dict(one.partition("=")[::2] for one in values)[key])
-
-
-# At the limit, what fitted is told, and the refusal has the key and the limit
-def test_the_limit_of_subscriptions_is_told_with_what_fitted():
-    house = irc_house("", alice=METADATA)
-    most = offered_limit(house, "alice", "max-subs")
-    for n in range(most - 1):
-        asked(house, "alice", f"METADATA * SUB k{n}")
-    lines = asked(house, "alice", "METADATA * SUB k0 last over again")
-    told = [key for line in of(lines, "770") for key in line.params[1:]]
-    assert set(told) <= {"k0", "last"} and "last" in told
-    # the newest text of PR 613 may have the subcommand too; key and limit stand in this order
-    ((verb, code, context),) = fails(lines)
-    assert (verb, code) == ("METADATA", "LIMIT_REACHED")
-    assert [one for one in context if one != "SUB"] == ["over", str(most)]
-
-
-# LIMIT_REACHED of SET has the target and the limit
-@pytest.mark.parametrize("target", ["*", "alice", "#a"])
-def test_the_limit_of_keys_is_told_with_its_number(target):
-    house = irc_house("#a", alice=METADATA)
-    most = offered_limit(house, "alice", "max-keys")
-    asked(house, "alice", *(f"METADATA {target} SET k{n} :v" for n in range(most)))
-    ((_, code, context),) = fails(asked(house, "alice", f"METADATA {target} SET over :v"))
-    assert code == "LIMIT_REACHED"
-    assert [one for one in context if one != "SET"] == [target, str(most)]
-    assert of(asked(house, "alice", f"METADATA {target} SET k0 :w"), "761")  # no new key
-
-
-# An invalid key in GET is INVALID_KEY, inside the batch and in its place
-def test_a_key_that_is_none_is_refused_by_get_in_its_place():
-    house = irc_house("", alice=METADATA)
-    asked(house, "alice", "METADATA * SET a :1")
-    lines = asked(house, "alice", "METADATA * GET a B$ c")
-    begin, *inside, end = lines
-    reference = begin.params[0][1:]
-    assert begin.verb == end.verb == "BATCH" and begin.params[1] == "metadata"
-    assert [line.verb for line in inside] == ["761", "FAIL", "766"]
-    assert fails(inside) == [("METADATA", "INVALID_KEY", ["B$"])]
-    assert {line.tags.get("batch") for line in inside} == {reference}
-
-
-# The name that Halloy asks for, with the same value and the same effect
-def test_metadata_2_is_another_name_of_metadata_3():
-    house = irc_house("", bob="")
-    values = drafts_and_values(house, "bob")
-    assert values["draft/metadata-2"] == values["draft/metadata-3"] != ""
-    house.connect_irc("x")
-    house.say("x", "CAP REQ :draft/metadata-2 batch", "NICK x", "USER u 0 * :r")
-    lines = asked(house, "x", "CAP END")
-    assert [x.params[1:] for x in of(lines, "BATCH")][:1] == [["metadata", "x"]]
-    asked(house, "x", "METADATA * SUB color", "JOIN #a")
-    asked(house, "bob", "JOIN #a", "METADATA * SET color :red")
-    assert [line.params[1:3] for line in of(heard(house, "x"), "761")] == [["bob", "color"]]
-
-
-# Those who MONITOR a user hear of the metadata also without extended-monitor
-@pytest.mark.parametrize("more", ["", " extended-monitor"])
-def test_a_watched_user_s_metadata_is_told_without_a_common_channel(more):
-    house = irc_house("", alice=METADATA + more, bob="")
-    asked(house, "alice", "METADATA * SUB color", "MONITOR + bob")
-    asked(house, "bob", "METADATA * SET color :red", "METADATA * SET other :x")
-    told = [line.params[1:] for line in of(heard(house, "alice"), "761")]
-    assert told == [["bob", "color", "*", "red"]]
-
-
-# ======================================================================================
 # KLINE
-# ======================================================================================
+
 # KLINE and UNKLINE take an address, a mask or an account, in both dialects; the minutes stand
 # before the mask, as in hybrid and its descendants, or behind it.
 
@@ -15962,115 +15751,7 @@ def test_kline_and_unkline_work_in_the_line_protocol():
     assert not is_closed(house, "late")
 
 
-# ======================================================================================
-# FAULTS AND LIMITS OF THE SERVER: helpers
-# ======================================================================================
-
-STOPS_WITHIN = 2.0  # seconds from SIGTERM to the end of the process
-FREEZE = 0.15  # seconds of the loop's processor time that another user may wait; decided: 5 ms
-ON_LINUX = pytest.mark.skipif(not pathlib.Path("/proc/self/schedstat").exists(), reason="/proc")
-
-
-def quietly(guest, data):
-    """Send as much as the other side takes."""
-    guest.sock.setblocking(False)
-    with contextlib.suppress(OSError):
-        guest.sock.sendall(data.encode())
-    guest.sock.settimeout(PATIENCE)
-
-
-def eventually(condition, seconds=PATIENCE):
-    """Poll until the condition holds, and return it; the last answer if it never does."""
-    deadline = time.monotonic() + seconds
-    while not (answer := condition()) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return answer
-
-
-def loop_seconds(process):
-    """Processor time of the main thread of a server process: of its loop."""
-    text = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/schedstat").read_text()
-    return int(text.split()[0]) / 1e9
-
-
-def process_seconds(process):
-    """The same of all its threads."""
-    return time.clock_gettime((~process.pid << 3) | 2)  # CPUCLOCK_SCHED
-
-
-@contextlib.contextmanager
-def logging_to(path, *arguments, **options):
-    """A server process; what it logs is copied to a file (by us: its own may be limited)."""
-    path.touch()
-    with serving(*arguments, stderr=subprocess.PIPE, **options) as (process, address):
-
-        def copy():
-            with path.open("ab", buffering=0) as file:
-                while data := os.read(process.stderr.fileno(), 65536):
-                    file.write(data)
-
-        copier = threading.Thread(target=copy)
-        copier.start()
-        try:
-            yield process, address
-        finally:
-            process.kill()
-            copier.join(PATIENCE)
-
-
-def troubles(text):
-    """Lines of the log above INFO."""
-    return [line for line in text.splitlines() if re.search(r"\b(WARNING|ERROR|CRITICAL)\b", line)]
-
-
-def check_log(text):
-    assert "Traceback" not in text and "a bug" not in text, text
-
-
-def terminate(process, close=True):
-    """SIGTERM ends it with status 0, in time."""
-    began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    for guest in list(Visitor.open) if close else ():
-        guest.close()
-    assert process.wait(STOPS_WITHIN + 1) == 0
-    assert time.monotonic() - began < STOPS_WITHIN
-
-
-def limit_files(process, size):
-    """Let no file of the process grow beyond `size` bytes: a full disk, to SQLite."""
-    _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
-
-
-ECHOING = "CAP REQ :echo-message message-tags batch draft/chathistory draft/read-marker"
-ACKNOWLEDGED = re.compile(r"(?:@\S+ )?:alice!\S+ PRIVMSG #a :(\S+)\r?$|^.*FAIL PRIVMSG NOT_KEPT ")
-
-
-def say_one_by_one(guest, texts):
-    """Say each in #a under an id of its own, in a turn of its own; whether it was echoed.
-    That a NOT_KEPT has its place in the order of replies is tested elsewhere (section 4)."""
-    echoed = {}
-    for text in texts:
-        lines = guest.ask(f"@+chat.py/id=id-{text} PRIVMSG #a :{text}") + guest.ask()
-        (line,) = [line for line in lines if ACKNOWLEDGED.match(line)]
-        echoed[text] = "NOT_KEPT" not in line
-    return echoed
-
-
-def texts_kept(data):
-    """Return the state of #a on a later server."""
-    with serving("--data", data, "--flood", "off") as (_, address):
-        guest = Visitor(address)
-        guest.enter_irc("reader", "CAP REQ :batch draft/chathistory message-tags", "JOIN #a")
-        lines = guest.ask("CHATHISTORY LATEST #a * 200")
-        guest.close()
-    return {line.rstrip("\r").rpartition(" :")[2] for line in lines if " PRIVMSG #a " in line}
-
-
-# ======================================================================================
-# MACHINE FAULTS
-# ======================================================================================
+# Machine faults
 
 
 def replace_folder(data, make):
@@ -16783,9 +16464,7 @@ def test_operators_ban_from_the_server_for_a_time(running, tmp_path, mask, caugh
     assert not any(" 216 " in line for line in boss.ask("STATS k"))
 
 
-# ======================================================================================
 # LIMITS on processor time, memory and lifetime
-# ======================================================================================
 
 
 # Give TAGMSG the target limit of PRIVMSG
@@ -17335,782 +17014,6 @@ def test_a_private_message_is_charged_for_both_who_are_told():
         work.append(house.hub.take_work())
         house.turn()
     assert work[1] - work[0] == 2 * chat.WORK_OF_A_RECEIVER
-
-
-# ======================================================================================
-# THE CLIENT AS A FILTER
-# ======================================================================================
-
-
-class Workshop:
-    """A server that says nothing first and takes down what one client sends."""
-
-    def __init__(self):
-        self.listening = socket.create_server(("127.0.0.1", 0))
-        self.listening.settimeout(PATIENCE)
-        self.where = f"127.0.0.1:{self.listening.getsockname()[1]}"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.listening.close()
-
-    def accept(self):
-        sock, _ = self.listening.accept()
-        sock.settimeout(PATIENCE)
-        return sock
-
-
-@pytest.mark.parametrize("flags", [["--plain"], []])
-def test_the_first_bytes_to_a_workshop_server_are_the_name(flags):
-    with Workshop() as server:
-        arguments = ["alice", "--server", server.where, "--no-state", *flags]
-        client = program("client", *arguments, limits={"LISTEN_SECONDS": 0.1})
-        with client, server.accept() as sock:
-            assert sock.recv(100) == b"alice\n"
-            client.stdin.write(b"hello\n/quit is text here\n")
-            client.stdin.flush()
-            sock.sendall(b"bob: hi\n\xff\n")
-            assert client.stdout.readline().decode() == f"connected to {server.where}\n"
-            assert client.stdout.readline() == b"> bob: hi\n"
-            assert client.stdout.readline().decode() == "> \ufffd\n"
-            client.stdin.close()
-            got = b"".join(iter(lambda: sock.recv(100), b""))  # to the end: a half-close
-            assert got == b"hello\n/quit is text here\n"
-            sock.sendall(b"bob: bye\n")
-            sock.close()
-            assert client.stdout.read() == b"> bob: bye\n"
-            assert client.wait(PATIENCE) == 0
-
-
-def test_a_url_says_that_it_is_the_line_protocol():
-    with Workshop() as server:
-        client = program("client", "alice", "--server", f"chat://{server.where}", "--no-state")
-        with client, server.accept() as sock:
-            assert sock.recv(100) == b"alice\n"
-            client.stdin.close()
-            sock.close()
-            assert client.wait(PATIENCE) == 0
-
-
-def test_a_filter_whose_server_goes_away_says_so_and_fails():
-    with Workshop() as server:
-        client = program("client", "alice", "--server", f"chat://{server.where}", "--no-state")
-        with client, server.accept() as sock:
-            sock.recv(100)
-            sock.close()
-            assert client.wait(PATIENCE) == 1
-            assert b"the connection was closed" in client.stderr.read()
-
-
-def test_a_file_can_be_piped_into_a_chat_and_every_line_is_text(running, folder):
-    server = running()
-    bob = server.guest("bob")
-    text = folder / "text"
-    text.write_text("".join(f"/{n}\n" for n in range(1000)) + "no newline")
-    where = "{}:{}".format(*server.address)
-    with (
-        open(text) as file,
-        program("client", "alice", "--server", where, "--no-state", stdin=file) as client,
-    ):
-        assert client.wait(PATIENCE) == 0
-    assert "joined" in bob.line()
-    assert bob.lines(1001) == [f"alice: /{n}" for n in range(1000)] + ["alice: no newline"]
-    assert "left" in bob.line()
-
-
-def test_a_pipe_that_nobody_reads_or_feeds_says_how_it_ended(running):
-    where = "{}:{}".format(*running().address)
-    reader, unread = os.pipe()
-    os.close(reader)
-    command = ("client", "alice", "--server", where, "--no-state")
-    with program(*command, stdout=unread) as client:
-        _, errors = client.communicate(b"hello\n")
-        assert client.returncode == 1 and errors == b"chat.py: standard output: broken pipe\n"
-    os.close(unread)
-    closed = functools.partial(os.close, 0)
-    with program(*command, stdin=None, preexec_fn=closed) as client:
-        out, errors = client.communicate()
-        assert client.returncode == 0 and errors == b"" and out.startswith(b"connected to")
-
-
-def test_a_pipe_that_was_to_join_a_channel_of_a_plain_server_fails():
-    with Workshop() as server:
-        arguments = ["alice", "--server", server.where, "--no-state", "--join", "#a"]
-        client = program("client", *arguments, limits={"LISTEN_SECONDS": 0.1})
-        with client, server.accept() as sock:
-            assert sock.recv(100) == b"alice\n"
-            client.stdin.close()
-            assert sock.recv(100) == b""
-            sock.close()
-            assert b"if it is one of IRC, write irc://" in client.stderr.read()
-            assert client.wait(PATIENCE) == 1
-
-
-def test_a_pipe_that_was_to_log_in_and_could_not_fails(running, folder):
-    (folder / "password").write_text("wrongwrong")
-    login = ("--login", f"alice:@{folder / 'password'}")
-    command = ("client", "alice", "--server", "{}:{}".format(*running().address), "--no-state")
-    with program(*command, *login) as client:
-        _, errors = client.communicate(b"hello\n")
-        assert client.returncode == 1 and errors.endswith(b"chat.py: not logged in as alice\n")
-
-
-def test_commands_in_a_pipe_need_a_flag(running):
-    server = running()
-    where = "{}:{}".format(*server.address)
-    with program("client", "alice", "--server", where, "--no-state", "--commands") as client:
-        out, _ = client.communicate(b"/list\n", PATIENCE)
-    assert b"> * #lobby  1\n" in out
-
-
-def test_the_client_verifies_certificates_unless_told_otherwise(running, certificate):
-    server = running(tls_cert=certificate)
-    url = f"ircs://127.0.0.1:{server.address[1]}"
-    pin = hashlib.sha256(
-        ssl.PEM_cert_to_DER_cert(CERTIFICATE[CERTIFICATE.index("-----BEGIN CERT") :])
-    ).hexdigest()
-    for flags, status in [
-        ([], 1),
-        (["--ca", certificate], 0),
-        (["--insecure"], 0),
-        (["--pin", pin], 0),
-        (["--pin", "00" * 32], 1),
-    ]:
-        with program("client", "alice", "--server", url, "--no-state", *flags) as client:
-            _, errors = client.communicate(b"hello\n", PATIENCE)
-            assert client.returncode == status, errors
-            refused = pin.encode() in errors and (
-                b"is not signed" in errors or b"is not the certificate" in errors
-            )
-            assert refused == bool(status)
-
-
-def test_a_filter_speaks_in_the_channel_it_was_told_to_join(running):
-    server = running()
-    bob = server.guest("bob")
-    bob.send("/join #a\n")
-    bob.until("#a 1-1 of 1")
-    where = "{}:{}".format(*server.address)
-    with program("client", "bot", "--server", where, "--no-state", "--join", "#a") as client:
-        client.communicate(b"hi\n", PATIENCE)
-    assert bob.until("hi")[-1] == "[#a] bot: hi"
-
-
-@pytest.mark.parametrize(
-    "options, flags, words",
-    [
-        ({"max_clients": 1}, [], "this server is full"),
-        ({"password": "sesame"}, [], "password is missing or wrong"),
-        ({"password": "sesame"}, ["--password", "wrong"], "password is missing or wrong"),
-    ],
-)
-def test_a_filter_that_was_not_let_in_fails(running, options, flags, words):
-    server = running(**options)
-    if "max_clients" in options:
-        server.guest("one")
-    where = "{}:{}".format(*server.address)
-    with program("client", "bot", "--server", where, "--no-state", *flags) as client:
-        _, errors = client.communicate(b"hi\n", PATIENCE)
-        assert client.returncode == 1 and words in errors.decode()
-
-
-def test_what_kind_of_server_it_is_is_remembered(folder):
-    path = folder / "client" / "servers.json"
-    known = chat.KnownServers(path)
-    target = chat.parse_target("example.net:7000")
-    assert (known.kind(target), known.pin(target)) == ("", None)
-    known.remember(target, kind=chat.CHAT)
-    known.remember(target, pin="ab")
-    again = chat.KnownServers(path)
-    assert (again.kind(target), again.pin(target)) == (chat.CHAT, "ab")
-    assert path.stat().st_mode & 0o777 == 0o600
-    path.write_text(json.dumps({str(target): chat.PLAIN}))  # by an earlier version
-    assert known.kind(target) == chat.PLAIN
-    path.write_text("{ damaged")
-    assert known.kind(target) == ""
-    assert chat.KnownServers(None).kind(target) == ""
-
-
-@pytest.mark.parametrize(
-    "text, target",
-    [
-        ("", ("127.0.0.1", 7000, False, "")),
-        ("example.net", ("example.net", 7000, False, "")),
-        ("example.net:1234", ("example.net", 1234, False, "")),
-        (":1234", ("127.0.0.1", 1234, False, "")),
-        ("[::1]:1234", ("::1", 1234, False, "")),
-        ("chat://example.net", ("example.net", 7000, False, "plain")),
-        ("chats://example.net:1/", ("example.net", 1, True, "plain")),
-        ("irc://example.net", ("example.net", 6667, False, "irc")),
-        ("ircs://example.net", ("example.net", 6697, True, "irc")),
-        ("ircs://[::1]:7000", ("::1", 7000, True, "irc")),
-        ("example.net:6667", ("example.net", 6667, False, "irc")),
-        ("example.net:6697", ("example.net", 6697, True, "irc")),
-    ],
-)
-def test_a_server_is_named_by_host_and_port_or_a_url(text, target):
-    assert tuple(chat.parse_target(text)) == target
-
-
-class Linked:
-    """A link on a loop of its own, turned until something is so."""
-
-    def __init__(self, target, known=None, **options):
-        self.loop, self.views, self.ended = chat.Loop(), [], []
-        self.core = chat.ClientCore("alice")
-        self.link = chat.Link(
-            self.loop,
-            target,
-            self.core,
-            self.views.extend,
-            self.ended.append,
-            known=known,
-            **options,
-        )
-        self.link.start()
-
-    def until(self, holds):
-        end = time.monotonic() + PATIENCE
-        while not holds():
-            assert time.monotonic() < end, self.views
-            self.loop.run_once(0.1)
-
-    def noted(self, text):
-        return any(text in view.text for view in self.views)
-
-    def close(self):
-        self.link.phase = chat.ENDED
-        if self.link.conn:
-            self.link.conn.sock.close()
-        self.link.helpers.close()
-        self.loop.close()
-
-
-def test_a_broken_line_is_shown_at_once_and_not_when_something_else_happens(monkeypatch):
-    monkeypatch.setattr(chat, "BACKOFF_FIRST", PATIENCE)
-    monkeypatch.setattr(chat, "WATCH_SECONDS", PATIENCE)
-    server = Running()  # stopped here, and not by the fixture
-    shown = []
-    alice = Linked(chat.parse_target("irc://{}:{}".format(*server.address)))
-    alice.loop.turn_ends = lambda: shown.append(len(alice.views))
-    alice.until(lambda: alice.core.ready)
-    server.loop.call_soon_threadsafe(server.server.stop)
-    alice.until(lambda: alice.link.again)
-    began = time.monotonic()
-    while shown[-1] < len(alice.views):
-        alice.loop.run_once(PATIENCE)
-    assert alice.noted("trying again in") and time.monotonic() - began < chat.BACKOFF_FIRST / 2
-    alice.close()
-    server.stop()
-
-
-def test_a_certificate_that_nobody_signed_is_asked_about_once_and_its_change_is_loud(
-    running, certificate, folder
-):
-    server = running(tls_cert=certificate)
-    target = chat.parse_target(f"ircs://127.0.0.1:{server.address[1]}")
-    known = chat.KnownServers(folder / "servers.json")
-    alice = Linked(target, known)
-    alice.until(lambda: alice.link.doubted)
-    pin = alice.link.doubted
-    assert alice.noted("is not signed by an authority") and alice.noted(pin)
-    assert not alice.core.ready
-    alice.link.typed("/trust")
-    alice.until(lambda: alice.core.ready)
-    alice.close()
-    again = Linked(target, known)
-    again.until(lambda: again.core.ready)
-    assert not again.noted("is not signed")
-    again.close()
-    known.remember(target, pin="00" * 32)
-    third = Linked(target, known)
-    third.until(lambda: third.ended)
-    assert third.ended[0].startswith("ANOTHER CERTIFICATE") and pin in third.ended[0]
-    third.close()
-
-
-def test_what_waits_for_a_channel_or_a_person_goes_where_they_are_now():
-    house = house_of("bob")
-    alice = Pair(house, "alice")
-    alice.typed("/tell bob")
-    alice.core.outbox.in_flight = dict.fromkeys(map(str, range(chat.SENT_AHEAD)))  # a slow line
-    alice.core.typed("late words")
-    house.say("bob", "/nick rob")
-    alice.exchange()
-    alice.core.outbox.in_flight = {}
-    alice.core.flush()
-    alice.exchange()
-    assert house.heard("bob")[-1] == "(private) alice: late words"
-
-
-def test_of_two_addresses_the_one_that_answers_is_taken(loop):
-    server = socket.create_server(("127.0.0.1", 0))
-    port = server.getsockname()[1]
-    addresses = [(socket.AF_INET6, ("::1", 1)), (socket.AF_INET, ("127.0.0.1", port))]
-    found = []
-    chat.Race(loop, addresses, lambda sock, reason: found.append((sock, reason)))
-    while not found:
-        loop.run_once(0.1)
-    (sock, reason), *others = found
-    assert sock.getpeername()[1] == port and (reason, others) == ("", [])
-    sock.close()
-    server.close()
-
-
-def test_a_line_of_a_pipe_that_could_not_be_said_is_counted_and_the_rest_said(running):
-    server = running()
-    bob = server.guest("bob")
-    where = "{}:{}".format(*server.address)
-    command = ("client", "bot", "--server", where, "--no-state", "--commands")
-    with program(*command) as client:
-        _, errors = client.communicate(b"/nothing\n/nowhere\nhi\n", PATIENCE)
-        assert client.returncode == 1
-        assert errors.endswith(b"chat.py: 2 messages did not arrive\n")
-    assert bob.until("bot: hi")
-
-
-# ======================================================================================
-# FAULTS
-# ======================================================================================
-# Two piped clients, a server, and between them a network that does what networks do. The
-# clients are as patient as they are, but in hundredths of their seconds. CHAT_FAULTS=10 runs
-# each ten times, with other seeds and a thousand lines.
-
-RUNS = int(os.environ.get("CHAT_FAULTS", 0))
-FAULTS = range(max(1, RUNS))
-LINES_SAID = 1000 if RUNS else 100
-
-
-class Proxy:
-    """Carries bytes both ways; breaks, delays and swallows them as it is told."""
-
-    def __init__(
-        self,
-        server,
-        seeded=None,
-        least=0,
-        most=0,
-        latency=0.0,
-        rate=math.inf,
-        after=b"",
-        piece=1024,
-        nagle=True,
-    ):
-        self.server, self.seeded = server, seeded
-        self.after = after  # bytes of the server from which on a connection may be reset
-        self.piece, self.nagle = piece, nagle
-        self.least, self.most = least, most  # bytes until a connection is reset; 0: never
-        self.latency, self.rate = latency, rate  # seconds, bytes a second
-        self.deaf = threading.Event()  # what comes is taken, and goes nowhere
-        self.resets = 0
-        self.listening = socket.create_server(("127.0.0.1", 0))
-        self.address = self.listening.getsockname()
-        self.where = chat.address_text(*self.address)
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self):
-        while True:
-            try:
-                near, _ = self.listening.accept()
-                far = socket.create_connection(self.server)
-            except ConnectionRefusedError:  # the server is down: so are we
-                near.close()
-                continue
-            except OSError:
-                return
-            for sock in (near, far):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, not self.nagle)
-            budget = [math.inf if self.after else self.lifetime()]
-            for one, other in ((near, far), (far, near)):
-                pump = functools.partial(self.pump, one, other, budget, self.deaf)
-                threading.Thread(target=pump, daemon=True).start()
-
-    def lifetime(self):
-        return self.seeded.randrange(self.least, self.most) if self.most else math.inf
-
-    def swallow(self):
-        """The connections that there are stay open, and nothing comes through."""
-        self.deaf.set()
-        self.deaf = threading.Event()
-
-    def carry(self, data, sink, budget):
-        """As much of it as there is left to carry, after a while."""
-        time.sleep(self.latency + len(data) / self.rate)
-        budget[0] -= len(data)
-        sink.sendall(data[: max(0, len(data) + int(min(budget[0], 0)))])
-
-    def pump(self, source, sink, budget, deaf):
-        with contextlib.suppress(OSError):
-            while budget[0] > 0 and (data := source.recv(self.piece)):
-                if self.after and budget[0] == math.inf and self.after in data:
-                    budget[0] = self.lifetime()
-                if not deaf.is_set():
-                    self.carry(data, sink, budget)
-            if budget[0] <= 0:
-                self.resets += 1
-                for sock in (source, sink):
-                    reset = struct.pack("ii", 1, 0)
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-        for sock in (source, sink):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.listening.close()
-
-
-IMPATIENT = {
-    "BACKOFF_FIRST": 0.02,
-    "BACKOFF_MOST": 0.2,
-    "WATCH_SECONDS": 0.05,
-    "SILENT_SECONDS": 2.0,
-    "WAITING_SECONDS": 0.5,
-    "LISTEN_SECONDS": 2.0,
-}
-
-
-def piped(name, where, folder=None, silent=2.0, **options):
-    """A client as a filter that does not wait for long."""
-    state = [] if folder else ["--no-state"]
-    environment = os.environ | {"XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
-    command = ["client", name, *state, "--server", f"irc://{where}"]
-    limits = IMPATIENT | {"SILENT_SECONDS": silent}
-    options = {"env": environment, "limits": limits, "stderr": None, **options}
-    return program(*command, **options)
-
-
-class Witness(Guest):
-    """A user on a good line, who hears everything."""
-
-    def __init__(self, address):
-        super().__init__(address)
-        self.enter_irc("witness", "JOIN #lobby")
-
-    def heard(self, last):
-        """Until that was said: what was said, and everything else that was seen."""
-        lines = [line for line in self.until(f" :{last}") if " PRIVMSG " in line or "!" in line]
-        said = [line.rstrip().split(" :", 1)[1] for line in lines if " PRIVMSG " in line]
-        return said, [line for line in lines if " PRIVMSG " not in line]
-
-
-def receives(process, last):
-    """Return what a piped client prints, until it prints that or time is over."""
-    lines = []
-    alarm = threading.Timer(6 * PATIENCE, process.kill)
-    alarm.daemon = True
-    alarm.start()
-    for line in process.stdout:
-        lines.append(line.decode().rstrip("\n").removeprefix("> "))
-        if lines[-1] == last:
-            alarm.cancel()
-            return lines
-    raise AssertionError(f"ended before {last}: {lines[-3:]}")
-
-
-def numbered(count):
-    return [f"line {n}" for n in range(count)]
-
-
-def exactly_once(address, through, count=LINES_SAID, meanwhile=lambda: None, **options):
-    """alice says numbered lines, bob and a witness hear each of them once and in order."""
-    witness = Witness(address)
-    with piped("bob", through, **options) as bob, piped("alice", through, **options) as alice:
-        for _ in ("alice", "bob"):
-            witness.until(" JOIN ")
-        alice.stdin.write("".join(f"{line}\n" for line in numbered(count)).encode())
-        alice.stdin.close()
-        meanwhile()
-        lines = receives(bob, f"alice: line {count - 1}")
-        assert [x for x in lines if x.startswith("alice: ")] == [
-            f"alice: {line}" for line in numbered(count)
-        ]
-        assert alice.wait(60) == 0
-        said, others = witness.heard(f"line {count - 1}")
-        assert said == numbered(count)
-        assert others == [], "a user saw the line break"
-    witness.close()
-
-
-@pytest.mark.parametrize("run", FAULTS)
-def test_connections_that_are_reset_at_random_lose_and_double_nothing(running, seeded, run):
-    server = running()
-    with Proxy(server.address, seeded, 2_000, 20_000) as proxy:
-        exactly_once(server.address, proxy.where)
-        assert proxy.resets > LINES_SAID / 30
-
-
-@pytest.mark.parametrize("piece, nagle", [(64, True), (1024, False), (65536, True)])
-def test_a_client_makes_progress_over_connections_that_carry_only_a_few_kilobytes(
-    running, seeded, piece, nagle
-):
-    """Counted from the welcome on, because registration costs two of them already."""
-    server = running()
-    options = {"after": b" 001 ", "piece": piece, "nagle": nagle}
-    with Proxy(server.address, seeded, 2_000, min(20_000, 60 * LINES_SAID), **options) as proxy:
-        exactly_once(server.address, proxy.where)
-        assert proxy.resets > LINES_SAID / 50
-
-
-@pytest.mark.parametrize("run", FAULTS)
-def test_a_server_that_is_killed_five_times_loses_and_doubles_nothing(folder, seeded, run):
-    """kill -9 and a new start on the same data, while many lines are being said."""
-    sixth = LINES_SAID // 6
-    arguments = ("--data", folder / "srv", "--flood", "off")
-    with contextlib.ExitStack() as stack:
-        process, address = stack.enter_context(serving(*arguments))
-        listen = chat.address_text(*address)
-        proxy = stack.enter_context(Proxy(address, rate=60_000))
-        bob = stack.enter_context(piped("bob", proxy.where, folder / "bob"))
-        assert bob.stdout.readline().startswith(b"connected")
-        alice = stack.enter_context(piped("alice", proxy.where, folder / "alice"))
-        assert "alice" in bob.stdout.readline().decode()
-        alice.stdin.write("".join(f"{line}\n" for line in numbered(LINES_SAID)).encode())
-        alice.stdin.close()
-        heard = []
-        for kill in range(5):
-            heard += receives(bob, f"alice: line {kill * sixth + seeded.randrange(sixth)}")
-            process.kill()
-            process.wait(PATIENCE)
-            process = stack.enter_context(program("server", "--listen", listen, *arguments))
-            assert process.stdout.readline()
-        heard += receives(bob, f"alice: line {LINES_SAID - 1}")
-        assert alice.wait(60) == 0
-        said = [line.partition(": ")[2] for line in heard if line.startswith("alice: ")]
-        assert said == numbered(LINES_SAID)
-        assert not [line for line in heard if "left" in line or "joined" in line]
-
-
-def test_a_network_that_swallows_everything_is_noticed_and_left(running):
-    server = running()
-    with Proxy(server.address) as proxy:
-        exactly_once(server.address, proxy.where, 2 * LINES_SAID, proxy.swallow, silent=0.6)
-
-
-def test_a_slow_line_with_a_long_delay_carries_everything(running):
-    server = running()
-    with Proxy(server.address, latency=0.05, rate=20_000) as proxy:
-        exactly_once(server.address, proxy.where, 1000 if RUNS else 10)
-
-
-def test_what_waits_when_a_client_is_killed_is_said_by_the_next_one(running, folder):
-    server = running()
-    witness = Witness(server.address)
-    with Proxy(server.address) as proxy:
-        with piped("alice", proxy.where, folder, silent=100) as alice:
-            alice.stdin.write(b"before\n")
-            alice.stdin.flush()
-            witness.until(":before")
-            proxy.swallow()
-            alice.stdin.write("".join(f"{line}\n" for line in numbered(LINES_SAID)).encode())
-            alice.stdin.flush()
-            (path,) = (folder / "chat.py" / "client" / "outbox").iterdir()
-            while f"line {LINES_SAID - 1}" not in path.read_text():
-                assert alice.poll() is None
-            alice.kill()
-            alice.wait(PATIENCE)
-        with piped("alice", proxy.where, folder) as again:
-            again.stdin.close()
-            assert again.wait(PATIENCE) == 0
-    assert "line" not in path.read_text()
-    said, _ = witness.heard(f"line {LINES_SAID - 1}")
-    assert said == numbered(LINES_SAID)
-    witness.close()
-
-
-# Files, sent and saved
-
-
-SIZES = [(0, "0 B"), (999, "999 B"), (1024, "1 KB"), (1536, "1.5 KB"), (2_000_000, "1.9 MB")]
-
-
-@pytest.mark.parametrize(("size", "text"), SIZES)
-def test_sizes_are_told_as_people_tell_them(size, text):
-    assert chat.size_text(size) == text
-
-
-FILE_TAGS = [
-    (f"/files/{'a' * 32},image/png,2048,640,480", "picture, 2 KB, 640\u00d7480"),
-    (f"/files/{'a' * 32},application/pdf,10,0,0", "application/pdf, 10 B"),
-    (f"/files/{'a' * 31},image/png,2048,640,480", None),
-    (f"http://x/files/{'a' * 32},image/png,1,1,1", None),
-    (f"/files/{'a' * 32},image/png,2048,640", None),
-    (f"/files/{'a' * 32},image/png,-1,1,1", None),
-    (f"/files/{'a' * 32},\x1b[31m,1,1,1", None),
-    (f"/files/{'a' * 32},image/png,{'9' * 40},1,1", None),
-    ("", None),
-]
-
-
-@pytest.mark.parametrize(("tag", "words"), FILE_TAGS)
-def test_files_in_messages_are_told_in_words_and_nonsense_is_not(tag, words):
-    file = chat.parse_file_tag(tag)
-    assert (file and file.words()) == words
-
-
-ANSWERS = [  # what a server sends, whether to HEAD, status and body
-    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", False, (200, b"hi")),
-    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n", True, (200, b"")),
-    (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 X\r\n\r\n", False, (204, b"")),
-    (b"HTTP/1.1 200\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n", 0, (200, b"hi")),
-    (b"HTTP/1.0 200 OK\n\nto the end", False, (200, b"to the end")),
-    (b"SSH-2.0-x\r\n\r\n", False, None),
-    (b"HTTP/1.1 999 X\r\n\r\n", False, None),
-    (b"HTTP/1.1 200 OK\r\nnonsense\r\n\r\n", False, None),
-    (b"x" * 20_000, False, None),
-]
-
-
-@pytest.mark.parametrize(("data", "bodiless", "wanted"), ANSWERS)
-@pytest.mark.parametrize("size", [1, 100_000])
-def test_answers_of_web_servers_are_read_however_they_are_cut(data, bodiless, wanted, size):
-    reader, items = chat.ResponseReader(bodiless), []
-    for n in range(0, len(data), size):
-        reader.feed(data[n : n + size])
-        while (item := reader.take()) is not None:
-            items.append(item)
-    reader.finish()
-    while (item := reader.take()) is not None:
-        items.append(item)
-    if wanted is None:
-        assert isinstance(items[-1], chat.BadRequest)
-    else:
-        head, *pieces, end = items
-        assert (head.status, b"".join(pieces), end) == (*wanted, chat.END_OF_BODY)
-
-
-class Sender(Linked):
-    """A client of a server that keeps files, with files of its own."""
-
-    def __init__(self, where, folder, store=None, name="alice"):
-        super().__init__(chat.parse_target(where))
-        self.close()
-        self.loop, self.views, self.ended = chat.Loop(), [], []
-        secret = hashlib.sha256(name.encode()).hexdigest()[:32]  # as its outbox's file keeps it
-        self.core = chat.ClientCore(name, store=store, outbox=chat.Outbox(secret=secret))
-        target = chat.parse_target(where)
-        self.link = chat.Link(self.loop, target, self.core, self.views.extend, self.ended.append)
-        self.transfers = chat.Transfers(self.link, folder)
-        self.link.start()
-        self.until(lambda: self.core.ready and self.core.room and self.core.room.inside)
-
-    def typed(self, text):
-        self.link.typed(text)
-
-    def posted(self):
-        return [view for view in self.core.room.views if "/files/" in view.text and view.id]
-
-
-def send_and_save(server, where, folder, body):
-    """Send a file from one client, and save it by another; return what was posted."""
-    (folder / "tea time.bin").write_bytes(body)
-    alice = Sender(where, folder)
-    alice.typed(f"/send {folder / 'tea time.bin'}")
-    alice.until(alice.posted)
-    (posted,) = alice.posted()
-    bob = Sender(where, folder, name="bob")
-    bob.until(bob.posted)
-    fetched = []
-    path = chat.parse_file_tag(bob.posted()[0].file).path
-    for count, most in enumerate((len(body), len(body) - 1), 1):
-        bob.link.transfers.fetch(path, most, fetched.append)
-        bob.until(lambda count=count: len(fetched) == count)
-    assert fetched[1] == b"" and fetched[0] in (body, b"")  # a line that breaks gives nothing
-    bob.typed("/save here.bin")
-    bob.until(lambda: bob.noted("saved"))
-    assert (folder / "here.bin").read_bytes() == body and not bob.core.transfers
-    assert not list(folder.glob("*.part")) and not alice.core.transfers
-    alice.close()
-    bob.close()
-    return posted
-
-
-def test_a_file_is_sent_from_one_client_and_saved_by_another(running, tmp_path):
-    (tmp_path / "srv").mkdir()
-    server = running(data=tmp_path / "srv")
-    body = os.urandom(700_000)
-    posted = send_and_save(server, chat.address_text(*server.address), tmp_path, body)
-    about = "tea time.bin (application/octet-stream, 684 KB)"
-    assert posted.text.startswith(f"{about}: http://127.0.0.1:")
-    file = chat.parse_file_tag(posted.file)
-    assert (file.type, file.size) == ("application/octet-stream", 700_000)
-
-
-def test_files_arrive_over_a_line_that_breaks_again_and_again(
-    running, seeded, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(chat, "BACKOFF_FIRST", 0.02)
-    monkeypatch.setattr(chat, "WATCH_SECONDS", 0.05)
-    (tmp_path / "srv").mkdir()
-    server = running(data=tmp_path / "srv")
-    with Proxy(server.address, seeded, 300_000, 1_200_000, piece=65_536) as proxy:
-        send_and_save(server, proxy.where, tmp_path, os.urandom(3_000_000))
-        assert proxy.resets >= 3
-
-
-def test_an_upload_goes_on_after_the_client_was_ended_and_is_posted_once(running, tmp_path):
-    (tmp_path / "srv").mkdir()
-    server = running(data=tmp_path / "srv")
-    where, db = chat.address_text(*server.address), str(tmp_path / "client.db")
-    body = os.urandom(5_000_000)
-    (tmp_path / "big").write_bytes(body)
-    store = chat.ClientStore(chat.open_client_database(db), where, "alice")
-    alice = Sender(where, tmp_path, store)
-    alice.typed(f"/send {tmp_path / 'big'}")
-    alice.until(lambda: alice.core.transfers and alice.core.transfers[0].done > 500_000)
-    alice.close()
-    store.db.close()
-    store = chat.ClientStore(chat.open_client_database(db), where, "alice")
-    again = Sender(where, tmp_path, store)
-    again.until(again.posted)
-    assert len(again.posted()) == 1 and again.core.store.transfers() == []
-    (file,) = server.server.hub.files.values()
-    assert file.sha == hashlib.sha256(body).hexdigest()
-    again.close()
-
-
-def test_what_cannot_be_sent_or_saved_is_told_with_the_reason(running, tmp_path):
-    (tmp_path / "srv").mkdir()
-    server = running(data=tmp_path / "srv", file_max=1000)
-    alice = Sender(chat.address_text(*server.address), tmp_path)
-    (tmp_path / "big").write_bytes(bytes(2000))
-    for text, words in (
-        (f"/send {tmp_path}", "is no file"),
-        (f"/send {tmp_path / 'none'}", "is no file"),
-        ("/save", "no message here tells of such a file"),
-        ("/transfers what", "it goes like this"),
-    ):
-        alice.typed(text)
-        assert alice.noted(words), alice.views
-    alice.typed(f"/send {tmp_path / 'big'}")
-    alice.until(lambda: alice.noted("big was not sent: a file has at most 1,000 bytes"))
-    assert not alice.core.transfers
-    alice.typed("/transfers")
-    assert alice.noted("no file is on its way")
-    alice.close()
-    plain = running()  # keeps no files
-    bob = Sender(chat.address_text(*plain.address), tmp_path, name="bob")
-    bob.typed(f"/send {tmp_path / 'big'}")
-    bob.until(lambda: bob.noted("this server takes no files"))
-    bob.close()
-
-
-def test_a_transfer_can_be_dropped(running, tmp_path):
-    (tmp_path / "srv").mkdir()
-    server = running(data=tmp_path / "srv")
-    (tmp_path / "big").write_bytes(bytes(3_000_000))
-    alice = Sender(chat.address_text(*server.address), tmp_path)
-    alice.typed(f"/send {tmp_path / 'big'}")
-    alice.typed("/transfers")
-    assert alice.noted("1  sending big")
-    alice.typed("/transfers cancel 1")
-    assert not alice.core.transfers and not alice.transfers.calls
-    alice.close()
 
 
 # ======================================================================================
@@ -19189,7 +18092,782 @@ def test_the_cursor_moves_by_the_keys_of_all_terminals_and_by_those_of_emacs(key
 
 
 # ======================================================================================
-# THE WINDOW: what it shows needs no display, the rest runs under the `display` fixture
+# CLI CLIENT
+# ======================================================================================
+
+
+class Workshop:
+    """A server that says nothing first and takes down what one client sends."""
+
+    def __init__(self):
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.listening.settimeout(PATIENCE)
+        self.where = f"127.0.0.1:{self.listening.getsockname()[1]}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.listening.close()
+
+    def accept(self):
+        sock, _ = self.listening.accept()
+        sock.settimeout(PATIENCE)
+        return sock
+
+
+@pytest.mark.parametrize("flags", [["--plain"], []])
+def test_the_first_bytes_to_a_workshop_server_are_the_name(flags):
+    with Workshop() as server:
+        arguments = ["alice", "--server", server.where, "--no-state", *flags]
+        client = program("client", *arguments, limits={"LISTEN_SECONDS": 0.1})
+        with client, server.accept() as sock:
+            assert sock.recv(100) == b"alice\n"
+            client.stdin.write(b"hello\n/quit is text here\n")
+            client.stdin.flush()
+            sock.sendall(b"bob: hi\n\xff\n")
+            assert client.stdout.readline().decode() == f"connected to {server.where}\n"
+            assert client.stdout.readline() == b"> bob: hi\n"
+            assert client.stdout.readline().decode() == "> \ufffd\n"
+            client.stdin.close()
+            got = b"".join(iter(lambda: sock.recv(100), b""))  # to the end: a half-close
+            assert got == b"hello\n/quit is text here\n"
+            sock.sendall(b"bob: bye\n")
+            sock.close()
+            assert client.stdout.read() == b"> bob: bye\n"
+            assert client.wait(PATIENCE) == 0
+
+
+def test_a_url_says_that_it_is_the_line_protocol():
+    with Workshop() as server:
+        client = program("client", "alice", "--server", f"chat://{server.where}", "--no-state")
+        with client, server.accept() as sock:
+            assert sock.recv(100) == b"alice\n"
+            client.stdin.close()
+            sock.close()
+            assert client.wait(PATIENCE) == 0
+
+
+def test_a_filter_whose_server_goes_away_says_so_and_fails():
+    with Workshop() as server:
+        client = program("client", "alice", "--server", f"chat://{server.where}", "--no-state")
+        with client, server.accept() as sock:
+            sock.recv(100)
+            sock.close()
+            assert client.wait(PATIENCE) == 1
+            assert b"the connection was closed" in client.stderr.read()
+
+
+def test_a_file_can_be_piped_into_a_chat_and_every_line_is_text(running, folder):
+    server = running()
+    bob = server.guest("bob")
+    text = folder / "text"
+    text.write_text("".join(f"/{n}\n" for n in range(1000)) + "no newline")
+    where = "{}:{}".format(*server.address)
+    with (
+        open(text) as file,
+        program("client", "alice", "--server", where, "--no-state", stdin=file) as client,
+    ):
+        assert client.wait(PATIENCE) == 0
+    assert "joined" in bob.line()
+    assert bob.lines(1001) == [f"alice: /{n}" for n in range(1000)] + ["alice: no newline"]
+    assert "left" in bob.line()
+
+
+def test_a_pipe_that_nobody_reads_or_feeds_says_how_it_ended(running):
+    where = "{}:{}".format(*running().address)
+    reader, unread = os.pipe()
+    os.close(reader)
+    command = ("client", "alice", "--server", where, "--no-state")
+    with program(*command, stdout=unread) as client:
+        _, errors = client.communicate(b"hello\n")
+        assert client.returncode == 1 and errors == b"chat.py: standard output: broken pipe\n"
+    os.close(unread)
+    closed = functools.partial(os.close, 0)
+    with program(*command, stdin=None, preexec_fn=closed) as client:
+        out, errors = client.communicate()
+        assert client.returncode == 0 and errors == b"" and out.startswith(b"connected to")
+
+
+def test_a_pipe_that_was_to_join_a_channel_of_a_plain_server_fails():
+    with Workshop() as server:
+        arguments = ["alice", "--server", server.where, "--no-state", "--join", "#a"]
+        client = program("client", *arguments, limits={"LISTEN_SECONDS": 0.1})
+        with client, server.accept() as sock:
+            assert sock.recv(100) == b"alice\n"
+            client.stdin.close()
+            assert sock.recv(100) == b""
+            sock.close()
+            assert b"if it is one of IRC, write irc://" in client.stderr.read()
+            assert client.wait(PATIENCE) == 1
+
+
+def test_a_pipe_that_was_to_log_in_and_could_not_fails(running, folder):
+    (folder / "password").write_text("wrongwrong")
+    login = ("--login", f"alice:@{folder / 'password'}")
+    command = ("client", "alice", "--server", "{}:{}".format(*running().address), "--no-state")
+    with program(*command, *login) as client:
+        _, errors = client.communicate(b"hello\n")
+        assert client.returncode == 1 and errors.endswith(b"chat.py: not logged in as alice\n")
+
+
+def test_commands_in_a_pipe_need_a_flag(running):
+    server = running()
+    where = "{}:{}".format(*server.address)
+    with program("client", "alice", "--server", where, "--no-state", "--commands") as client:
+        out, _ = client.communicate(b"/list\n", PATIENCE)
+    assert b"> * #lobby  1\n" in out
+
+
+def test_the_client_verifies_certificates_unless_told_otherwise(running, certificate):
+    server = running(tls_cert=certificate)
+    url = f"ircs://127.0.0.1:{server.address[1]}"
+    pin = hashlib.sha256(
+        ssl.PEM_cert_to_DER_cert(CERTIFICATE[CERTIFICATE.index("-----BEGIN CERT") :])
+    ).hexdigest()
+    for flags, status in [
+        ([], 1),
+        (["--ca", certificate], 0),
+        (["--insecure"], 0),
+        (["--pin", pin], 0),
+        (["--pin", "00" * 32], 1),
+    ]:
+        with program("client", "alice", "--server", url, "--no-state", *flags) as client:
+            _, errors = client.communicate(b"hello\n", PATIENCE)
+            assert client.returncode == status, errors
+            refused = pin.encode() in errors and (
+                b"is not signed" in errors or b"is not the certificate" in errors
+            )
+            assert refused == bool(status)
+
+
+def test_a_filter_speaks_in_the_channel_it_was_told_to_join(running):
+    server = running()
+    bob = server.guest("bob")
+    bob.send("/join #a\n")
+    bob.until("#a 1-1 of 1")
+    where = "{}:{}".format(*server.address)
+    with program("client", "bot", "--server", where, "--no-state", "--join", "#a") as client:
+        client.communicate(b"hi\n", PATIENCE)
+    assert bob.until("hi")[-1] == "[#a] bot: hi"
+
+
+@pytest.mark.parametrize(
+    "options, flags, words",
+    [
+        ({"max_clients": 1}, [], "this server is full"),
+        ({"password": "sesame"}, [], "password is missing or wrong"),
+        ({"password": "sesame"}, ["--password", "wrong"], "password is missing or wrong"),
+    ],
+)
+def test_a_filter_that_was_not_let_in_fails(running, options, flags, words):
+    server = running(**options)
+    if "max_clients" in options:
+        server.guest("one")
+    where = "{}:{}".format(*server.address)
+    with program("client", "bot", "--server", where, "--no-state", *flags) as client:
+        _, errors = client.communicate(b"hi\n", PATIENCE)
+        assert client.returncode == 1 and words in errors.decode()
+
+
+def test_what_kind_of_server_it_is_is_remembered(folder):
+    path = folder / "client" / "servers.json"
+    known = chat.KnownServers(path)
+    target = chat.parse_target("example.net:7000")
+    assert (known.kind(target), known.pin(target)) == ("", None)
+    known.remember(target, kind=chat.CHAT)
+    known.remember(target, pin="ab")
+    again = chat.KnownServers(path)
+    assert (again.kind(target), again.pin(target)) == (chat.CHAT, "ab")
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_text(json.dumps({str(target): chat.PLAIN}))  # by an earlier version
+    assert known.kind(target) == chat.PLAIN
+    path.write_text("{ damaged")
+    assert known.kind(target) == ""
+    assert chat.KnownServers(None).kind(target) == ""
+
+
+@pytest.mark.parametrize(
+    "text, target",
+    [
+        ("", ("127.0.0.1", 7000, False, "")),
+        ("example.net", ("example.net", 7000, False, "")),
+        ("example.net:1234", ("example.net", 1234, False, "")),
+        (":1234", ("127.0.0.1", 1234, False, "")),
+        ("[::1]:1234", ("::1", 1234, False, "")),
+        ("chat://example.net", ("example.net", 7000, False, "plain")),
+        ("chats://example.net:1/", ("example.net", 1, True, "plain")),
+        ("irc://example.net", ("example.net", 6667, False, "irc")),
+        ("ircs://example.net", ("example.net", 6697, True, "irc")),
+        ("ircs://[::1]:7000", ("::1", 7000, True, "irc")),
+        ("example.net:6667", ("example.net", 6667, False, "irc")),
+        ("example.net:6697", ("example.net", 6697, True, "irc")),
+    ],
+)
+def test_a_server_is_named_by_host_and_port_or_a_url(text, target):
+    assert tuple(chat.parse_target(text)) == target
+
+
+class Linked:
+    """A link on a loop of its own, turned until something is so."""
+
+    def __init__(self, target, known=None, **options):
+        self.loop, self.views, self.ended = chat.Loop(), [], []
+        self.core = chat.ClientCore("alice")
+        self.link = chat.Link(
+            self.loop,
+            target,
+            self.core,
+            self.views.extend,
+            self.ended.append,
+            known=known,
+            **options,
+        )
+        self.link.start()
+
+    def until(self, holds):
+        end = time.monotonic() + PATIENCE
+        while not holds():
+            assert time.monotonic() < end, self.views
+            self.loop.run_once(0.1)
+
+    def noted(self, text):
+        return any(text in view.text for view in self.views)
+
+    def close(self):
+        self.link.phase = chat.ENDED
+        if self.link.conn:
+            self.link.conn.sock.close()
+        self.link.helpers.close()
+        self.loop.close()
+
+
+def test_a_broken_line_is_shown_at_once_and_not_when_something_else_happens(monkeypatch):
+    monkeypatch.setattr(chat, "BACKOFF_FIRST", PATIENCE)
+    monkeypatch.setattr(chat, "WATCH_SECONDS", PATIENCE)
+    server = Running()  # stopped here, and not by the fixture
+    shown = []
+    alice = Linked(chat.parse_target("irc://{}:{}".format(*server.address)))
+    alice.loop.turn_ends = lambda: shown.append(len(alice.views))
+    alice.until(lambda: alice.core.ready)
+    server.loop.call_soon_threadsafe(server.server.stop)
+    alice.until(lambda: alice.link.again)
+    began = time.monotonic()
+    while shown[-1] < len(alice.views):
+        alice.loop.run_once(PATIENCE)
+    assert alice.noted("trying again in") and time.monotonic() - began < chat.BACKOFF_FIRST / 2
+    alice.close()
+    server.stop()
+
+
+def test_a_certificate_that_nobody_signed_is_asked_about_once_and_its_change_is_loud(
+    running, certificate, folder
+):
+    server = running(tls_cert=certificate)
+    target = chat.parse_target(f"ircs://127.0.0.1:{server.address[1]}")
+    known = chat.KnownServers(folder / "servers.json")
+    alice = Linked(target, known)
+    alice.until(lambda: alice.link.doubted)
+    pin = alice.link.doubted
+    assert alice.noted("is not signed by an authority") and alice.noted(pin)
+    assert not alice.core.ready
+    alice.link.typed("/trust")
+    alice.until(lambda: alice.core.ready)
+    alice.close()
+    again = Linked(target, known)
+    again.until(lambda: again.core.ready)
+    assert not again.noted("is not signed")
+    again.close()
+    known.remember(target, pin="00" * 32)
+    third = Linked(target, known)
+    third.until(lambda: third.ended)
+    assert third.ended[0].startswith("ANOTHER CERTIFICATE") and pin in third.ended[0]
+    third.close()
+
+
+def test_what_waits_for_a_channel_or_a_person_goes_where_they_are_now():
+    house = house_of("bob")
+    alice = Pair(house, "alice")
+    alice.typed("/tell bob")
+    alice.core.outbox.in_flight = dict.fromkeys(map(str, range(chat.SENT_AHEAD)))  # a slow line
+    alice.core.typed("late words")
+    house.say("bob", "/nick rob")
+    alice.exchange()
+    alice.core.outbox.in_flight = {}
+    alice.core.flush()
+    alice.exchange()
+    assert house.heard("bob")[-1] == "(private) alice: late words"
+
+
+def test_of_two_addresses_the_one_that_answers_is_taken(loop):
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    addresses = [(socket.AF_INET6, ("::1", 1)), (socket.AF_INET, ("127.0.0.1", port))]
+    found = []
+    chat.Race(loop, addresses, lambda sock, reason: found.append((sock, reason)))
+    while not found:
+        loop.run_once(0.1)
+    (sock, reason), *others = found
+    assert sock.getpeername()[1] == port and (reason, others) == ("", [])
+    sock.close()
+    server.close()
+
+
+def test_a_line_of_a_pipe_that_could_not_be_said_is_counted_and_the_rest_said(running):
+    server = running()
+    bob = server.guest("bob")
+    where = "{}:{}".format(*server.address)
+    command = ("client", "bot", "--server", where, "--no-state", "--commands")
+    with program(*command) as client:
+        _, errors = client.communicate(b"/nothing\n/nowhere\nhi\n", PATIENCE)
+        assert client.returncode == 1
+        assert errors.endswith(b"chat.py: 2 messages did not arrive\n")
+    assert bob.until("bot: hi")
+
+
+# FAULTS
+
+# Two piped clients, a server, and between them a network that does what networks do. The
+# clients are as patient as they are, but in hundredths of their seconds. CHAT_FAULTS=10 runs
+# each ten times, with other seeds and a thousand lines.
+
+RUNS = int(os.environ.get("CHAT_FAULTS", 0))
+FAULTS = range(max(1, RUNS))
+LINES_SAID = 1000 if RUNS else 100
+
+
+class Proxy:
+    """Carries bytes both ways; breaks, delays and swallows them as it is told."""
+
+    def __init__(
+        self,
+        server,
+        seeded=None,
+        least=0,
+        most=0,
+        latency=0.0,
+        rate=math.inf,
+        after=b"",
+        piece=1024,
+        nagle=True,
+    ):
+        self.server, self.seeded = server, seeded
+        self.after = after  # bytes of the server from which on a connection may be reset
+        self.piece, self.nagle = piece, nagle
+        self.least, self.most = least, most  # bytes until a connection is reset; 0: never
+        self.latency, self.rate = latency, rate  # seconds, bytes a second
+        self.deaf = threading.Event()  # what comes is taken, and goes nowhere
+        self.resets = 0
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.address = self.listening.getsockname()
+        self.where = chat.address_text(*self.address)
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                near, _ = self.listening.accept()
+                far = socket.create_connection(self.server)
+            except ConnectionRefusedError:  # the server is down: so are we
+                near.close()
+                continue
+            except OSError:
+                return
+            for sock in (near, far):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, not self.nagle)
+            budget = [math.inf if self.after else self.lifetime()]
+            for one, other in ((near, far), (far, near)):
+                pump = functools.partial(self.pump, one, other, budget, self.deaf)
+                threading.Thread(target=pump, daemon=True).start()
+
+    def lifetime(self):
+        return self.seeded.randrange(self.least, self.most) if self.most else math.inf
+
+    def swallow(self):
+        """The connections that there are stay open, and nothing comes through."""
+        self.deaf.set()
+        self.deaf = threading.Event()
+
+    def carry(self, data, sink, budget):
+        """As much of it as there is left to carry, after a while."""
+        time.sleep(self.latency + len(data) / self.rate)
+        budget[0] -= len(data)
+        sink.sendall(data[: max(0, len(data) + int(min(budget[0], 0)))])
+
+    def pump(self, source, sink, budget, deaf):
+        with contextlib.suppress(OSError):
+            while budget[0] > 0 and (data := source.recv(self.piece)):
+                if self.after and budget[0] == math.inf and self.after in data:
+                    budget[0] = self.lifetime()
+                if not deaf.is_set():
+                    self.carry(data, sink, budget)
+            if budget[0] <= 0:
+                self.resets += 1
+                for sock in (source, sink):
+                    reset = struct.pack("ii", 1, 0)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.listening.close()
+
+
+IMPATIENT = {
+    "BACKOFF_FIRST": 0.02,
+    "BACKOFF_MOST": 0.2,
+    "WATCH_SECONDS": 0.05,
+    "SILENT_SECONDS": 2.0,
+    "WAITING_SECONDS": 0.5,
+    "LISTEN_SECONDS": 2.0,
+}
+
+
+def piped(name, where, folder=None, silent=2.0, **options):
+    """A client as a filter that does not wait for long."""
+    state = [] if folder else ["--no-state"]
+    environment = os.environ | {"XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
+    command = ["client", name, *state, "--server", f"irc://{where}"]
+    limits = IMPATIENT | {"SILENT_SECONDS": silent}
+    options = {"env": environment, "limits": limits, "stderr": None, **options}
+    return program(*command, **options)
+
+
+class Witness(Guest):
+    """A user on a good line, who hears everything."""
+
+    def __init__(self, address):
+        super().__init__(address)
+        self.enter_irc("witness", "JOIN #lobby")
+
+    def heard(self, last):
+        """Until that was said: what was said, and everything else that was seen."""
+        lines = [line for line in self.until(f" :{last}") if " PRIVMSG " in line or "!" in line]
+        said = [line.rstrip().split(" :", 1)[1] for line in lines if " PRIVMSG " in line]
+        return said, [line for line in lines if " PRIVMSG " not in line]
+
+
+def receives(process, last):
+    """Return what a piped client prints, until it prints that or time is over."""
+    lines = []
+    alarm = threading.Timer(6 * PATIENCE, process.kill)
+    alarm.daemon = True
+    alarm.start()
+    for line in process.stdout:
+        lines.append(line.decode().rstrip("\n").removeprefix("> "))
+        if lines[-1] == last:
+            alarm.cancel()
+            return lines
+    raise AssertionError(f"ended before {last}: {lines[-3:]}")
+
+
+def numbered(count):
+    return [f"line {n}" for n in range(count)]
+
+
+def exactly_once(address, through, count=LINES_SAID, meanwhile=lambda: None, **options):
+    """alice says numbered lines, bob and a witness hear each of them once and in order."""
+    witness = Witness(address)
+    with piped("bob", through, **options) as bob, piped("alice", through, **options) as alice:
+        for _ in ("alice", "bob"):
+            witness.until(" JOIN ")
+        alice.stdin.write("".join(f"{line}\n" for line in numbered(count)).encode())
+        alice.stdin.close()
+        meanwhile()
+        lines = receives(bob, f"alice: line {count - 1}")
+        assert [x for x in lines if x.startswith("alice: ")] == [
+            f"alice: {line}" for line in numbered(count)
+        ]
+        assert alice.wait(60) == 0
+        said, others = witness.heard(f"line {count - 1}")
+        assert said == numbered(count)
+        assert others == [], "a user saw the line break"
+    witness.close()
+
+
+@pytest.mark.parametrize("run", FAULTS)
+def test_connections_that_are_reset_at_random_lose_and_double_nothing(running, seeded, run):
+    server = running()
+    with Proxy(server.address, seeded, 2_000, 20_000) as proxy:
+        exactly_once(server.address, proxy.where)
+        assert proxy.resets > LINES_SAID / 30
+
+
+@pytest.mark.parametrize("piece, nagle", [(64, True), (1024, False), (65536, True)])
+def test_a_client_makes_progress_over_connections_that_carry_only_a_few_kilobytes(
+    running, seeded, piece, nagle
+):
+    """Counted from the welcome on, because registration costs two of them already."""
+    server = running()
+    options = {"after": b" 001 ", "piece": piece, "nagle": nagle}
+    with Proxy(server.address, seeded, 2_000, min(20_000, 60 * LINES_SAID), **options) as proxy:
+        exactly_once(server.address, proxy.where)
+        assert proxy.resets > LINES_SAID / 50
+
+
+@pytest.mark.parametrize("run", FAULTS)
+def test_a_server_that_is_killed_five_times_loses_and_doubles_nothing(folder, seeded, run):
+    """kill -9 and a new start on the same data, while many lines are being said."""
+    sixth = LINES_SAID // 6
+    arguments = ("--data", folder / "srv", "--flood", "off")
+    with contextlib.ExitStack() as stack:
+        process, address = stack.enter_context(serving(*arguments))
+        listen = chat.address_text(*address)
+        proxy = stack.enter_context(Proxy(address, rate=60_000))
+        bob = stack.enter_context(piped("bob", proxy.where, folder / "bob"))
+        assert bob.stdout.readline().startswith(b"connected")
+        alice = stack.enter_context(piped("alice", proxy.where, folder / "alice"))
+        assert "alice" in bob.stdout.readline().decode()
+        alice.stdin.write("".join(f"{line}\n" for line in numbered(LINES_SAID)).encode())
+        alice.stdin.close()
+        heard = []
+        for kill in range(5):
+            heard += receives(bob, f"alice: line {kill * sixth + seeded.randrange(sixth)}")
+            process.kill()
+            process.wait(PATIENCE)
+            process = stack.enter_context(program("server", "--listen", listen, *arguments))
+            assert process.stdout.readline()
+        heard += receives(bob, f"alice: line {LINES_SAID - 1}")
+        assert alice.wait(60) == 0
+        said = [line.partition(": ")[2] for line in heard if line.startswith("alice: ")]
+        assert said == numbered(LINES_SAID)
+        assert not [line for line in heard if "left" in line or "joined" in line]
+
+
+def test_a_network_that_swallows_everything_is_noticed_and_left(running):
+    server = running()
+    with Proxy(server.address) as proxy:
+        exactly_once(server.address, proxy.where, 2 * LINES_SAID, proxy.swallow, silent=0.6)
+
+
+def test_a_slow_line_with_a_long_delay_carries_everything(running):
+    server = running()
+    with Proxy(server.address, latency=0.05, rate=20_000) as proxy:
+        exactly_once(server.address, proxy.where, 1000 if RUNS else 10)
+
+
+def test_what_waits_when_a_client_is_killed_is_said_by_the_next_one(running, folder):
+    server = running()
+    witness = Witness(server.address)
+    with Proxy(server.address) as proxy:
+        with piped("alice", proxy.where, folder, silent=100) as alice:
+            alice.stdin.write(b"before\n")
+            alice.stdin.flush()
+            witness.until(":before")
+            proxy.swallow()
+            alice.stdin.write("".join(f"{line}\n" for line in numbered(LINES_SAID)).encode())
+            alice.stdin.flush()
+            (path,) = (folder / "chat.py" / "client" / "outbox").iterdir()
+            while f"line {LINES_SAID - 1}" not in path.read_text():
+                assert alice.poll() is None
+            alice.kill()
+            alice.wait(PATIENCE)
+        with piped("alice", proxy.where, folder) as again:
+            again.stdin.close()
+            assert again.wait(PATIENCE) == 0
+    assert "line" not in path.read_text()
+    said, _ = witness.heard(f"line {LINES_SAID - 1}")
+    assert said == numbered(LINES_SAID)
+    witness.close()
+
+
+# Files, sent and saved
+
+
+SIZES = [(0, "0 B"), (999, "999 B"), (1024, "1 KB"), (1536, "1.5 KB"), (2_000_000, "1.9 MB")]
+
+
+@pytest.mark.parametrize(("size", "text"), SIZES)
+def test_sizes_are_told_as_people_tell_them(size, text):
+    assert chat.size_text(size) == text
+
+
+FILE_TAGS = [
+    (f"/files/{'a' * 32},image/png,2048,640,480", "picture, 2 KB, 640\u00d7480"),
+    (f"/files/{'a' * 32},application/pdf,10,0,0", "application/pdf, 10 B"),
+    (f"/files/{'a' * 31},image/png,2048,640,480", None),
+    (f"http://x/files/{'a' * 32},image/png,1,1,1", None),
+    (f"/files/{'a' * 32},image/png,2048,640", None),
+    (f"/files/{'a' * 32},image/png,-1,1,1", None),
+    (f"/files/{'a' * 32},\x1b[31m,1,1,1", None),
+    (f"/files/{'a' * 32},image/png,{'9' * 40},1,1", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("tag", "words"), FILE_TAGS)
+def test_files_in_messages_are_told_in_words_and_nonsense_is_not(tag, words):
+    file = chat.parse_file_tag(tag)
+    assert (file and file.words()) == words
+
+
+ANSWERS = [  # what a server sends, whether to HEAD, status and body
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", False, (200, b"hi")),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n", True, (200, b"")),
+    (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 X\r\n\r\n", False, (204, b"")),
+    (b"HTTP/1.1 200\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n", 0, (200, b"hi")),
+    (b"HTTP/1.0 200 OK\n\nto the end", False, (200, b"to the end")),
+    (b"SSH-2.0-x\r\n\r\n", False, None),
+    (b"HTTP/1.1 999 X\r\n\r\n", False, None),
+    (b"HTTP/1.1 200 OK\r\nnonsense\r\n\r\n", False, None),
+    (b"x" * 20_000, False, None),
+]
+
+
+@pytest.mark.parametrize(("data", "bodiless", "wanted"), ANSWERS)
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_answers_of_web_servers_are_read_however_they_are_cut(data, bodiless, wanted, size):
+    reader, items = chat.ResponseReader(bodiless), []
+    for n in range(0, len(data), size):
+        reader.feed(data[n : n + size])
+        while (item := reader.take()) is not None:
+            items.append(item)
+    reader.finish()
+    while (item := reader.take()) is not None:
+        items.append(item)
+    if wanted is None:
+        assert isinstance(items[-1], chat.BadRequest)
+    else:
+        head, *pieces, end = items
+        assert (head.status, b"".join(pieces), end) == (*wanted, chat.END_OF_BODY)
+
+
+class Sender(Linked):
+    """A client of a server that keeps files, with files of its own."""
+
+    def __init__(self, where, folder, store=None, name="alice"):
+        super().__init__(chat.parse_target(where))
+        self.close()
+        self.loop, self.views, self.ended = chat.Loop(), [], []
+        secret = hashlib.sha256(name.encode()).hexdigest()[:32]  # as its outbox's file keeps it
+        self.core = chat.ClientCore(name, store=store, outbox=chat.Outbox(secret=secret))
+        target = chat.parse_target(where)
+        self.link = chat.Link(self.loop, target, self.core, self.views.extend, self.ended.append)
+        self.transfers = chat.Transfers(self.link, folder)
+        self.link.start()
+        self.until(lambda: self.core.ready and self.core.room and self.core.room.inside)
+
+    def typed(self, text):
+        self.link.typed(text)
+
+    def posted(self):
+        return [view for view in self.core.room.views if "/files/" in view.text and view.id]
+
+
+def send_and_save(server, where, folder, body):
+    """Send a file from one client, and save it by another; return what was posted."""
+    (folder / "tea time.bin").write_bytes(body)
+    alice = Sender(where, folder)
+    alice.typed(f"/send {folder / 'tea time.bin'}")
+    alice.until(alice.posted)
+    (posted,) = alice.posted()
+    bob = Sender(where, folder, name="bob")
+    bob.until(bob.posted)
+    fetched = []
+    path = chat.parse_file_tag(bob.posted()[0].file).path
+    for count, most in enumerate((len(body), len(body) - 1), 1):
+        bob.link.transfers.fetch(path, most, fetched.append)
+        bob.until(lambda count=count: len(fetched) == count)
+    assert fetched[1] == b"" and fetched[0] in (body, b"")  # a line that breaks gives nothing
+    bob.typed("/save here.bin")
+    bob.until(lambda: bob.noted("saved"))
+    assert (folder / "here.bin").read_bytes() == body and not bob.core.transfers
+    assert not list(folder.glob("*.part")) and not alice.core.transfers
+    alice.close()
+    bob.close()
+    return posted
+
+
+def test_a_file_is_sent_from_one_client_and_saved_by_another(running, tmp_path):
+    (tmp_path / "srv").mkdir()
+    server = running(data=tmp_path / "srv")
+    body = os.urandom(700_000)
+    posted = send_and_save(server, chat.address_text(*server.address), tmp_path, body)
+    about = "tea time.bin (application/octet-stream, 684 KB)"
+    assert posted.text.startswith(f"{about}: http://127.0.0.1:")
+    file = chat.parse_file_tag(posted.file)
+    assert (file.type, file.size) == ("application/octet-stream", 700_000)
+
+
+def test_files_arrive_over_a_line_that_breaks_again_and_again(
+    running, seeded, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(chat, "BACKOFF_FIRST", 0.02)
+    monkeypatch.setattr(chat, "WATCH_SECONDS", 0.05)
+    (tmp_path / "srv").mkdir()
+    server = running(data=tmp_path / "srv")
+    with Proxy(server.address, seeded, 300_000, 1_200_000, piece=65_536) as proxy:
+        send_and_save(server, proxy.where, tmp_path, os.urandom(3_000_000))
+        assert proxy.resets >= 3
+
+
+def test_an_upload_goes_on_after_the_client_was_ended_and_is_posted_once(running, tmp_path):
+    (tmp_path / "srv").mkdir()
+    server = running(data=tmp_path / "srv")
+    where, db = chat.address_text(*server.address), str(tmp_path / "client.db")
+    body = os.urandom(5_000_000)
+    (tmp_path / "big").write_bytes(body)
+    store = chat.ClientStore(chat.open_client_database(db), where, "alice")
+    alice = Sender(where, tmp_path, store)
+    alice.typed(f"/send {tmp_path / 'big'}")
+    alice.until(lambda: alice.core.transfers and alice.core.transfers[0].done > 500_000)
+    alice.close()
+    store.db.close()
+    store = chat.ClientStore(chat.open_client_database(db), where, "alice")
+    again = Sender(where, tmp_path, store)
+    again.until(again.posted)
+    assert len(again.posted()) == 1 and again.core.store.transfers() == []
+    (file,) = server.server.hub.files.values()
+    assert file.sha == hashlib.sha256(body).hexdigest()
+    again.close()
+
+
+def test_what_cannot_be_sent_or_saved_is_told_with_the_reason(running, tmp_path):
+    (tmp_path / "srv").mkdir()
+    server = running(data=tmp_path / "srv", file_max=1000)
+    alice = Sender(chat.address_text(*server.address), tmp_path)
+    (tmp_path / "big").write_bytes(bytes(2000))
+    for text, words in (
+        (f"/send {tmp_path}", "is no file"),
+        (f"/send {tmp_path / 'none'}", "is no file"),
+        ("/save", "no message here tells of such a file"),
+        ("/transfers what", "it goes like this"),
+    ):
+        alice.typed(text)
+        assert alice.noted(words), alice.views
+    alice.typed(f"/send {tmp_path / 'big'}")
+    alice.until(lambda: alice.noted("big was not sent: a file has at most 1,000 bytes"))
+    assert not alice.core.transfers
+    alice.typed("/transfers")
+    assert alice.noted("no file is on its way")
+    alice.close()
+    plain = running()  # keeps no files
+    bob = Sender(chat.address_text(*plain.address), tmp_path, name="bob")
+    bob.typed(f"/send {tmp_path / 'big'}")
+    bob.until(lambda: bob.noted("this server takes no files"))
+    bob.close()
+
+
+def test_a_transfer_can_be_dropped(running, tmp_path):
+    (tmp_path / "srv").mkdir()
+    server = running(data=tmp_path / "srv")
+    (tmp_path / "big").write_bytes(bytes(3_000_000))
+    alice = Sender(chat.address_text(*server.address), tmp_path)
+    alice.typed(f"/send {tmp_path / 'big'}")
+    alice.typed("/transfers")
+    assert alice.noted("1  sending big")
+    alice.typed("/transfers cancel 1")
+    assert not alice.core.transfers and not alice.transfers.calls
+    alice.close()
+
+
+# ======================================================================================
+# THE WINDOW
 # ======================================================================================
 
 
@@ -21010,8 +20688,289 @@ def test_keys_are_answered_and_memory_is_bounded_while_five_conversations_are_fl
 
 
 # ======================================================================================
-# BENCH, AND HOW IT ALL READS
+# MAIN
 # ======================================================================================
+
+
+class Program(subprocess.Popen):
+    """A process that does not outlive the test."""
+
+    def wait(self, timeout=None):
+        """Until its end, not until the next of the looks that Popen takes; killed if late."""
+        alarm = threading.Timer(timeout or PATIENCE, self.kill)
+        alarm.start()
+        try:
+            return super().wait()
+        finally:
+            alarm.cancel()
+
+    def __exit__(self, *exception):
+        self.kill()
+        super().__exit__(*exception)
+
+
+@functools.cache
+def compiled():
+    """chat.pyc: to compile chat.py takes a process longer than all else at its start."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="chat-tests-"))
+    atexit.register(shutil.rmtree, folder)
+    return py_compile.compile(str(HERE / "chat.py"), str(folder / "chat.pyc"), doraise=True)
+
+
+LIMITED = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import chat
+vars(chat).update(json.loads(sys.argv[2]))
+sys.exit(chat.main(sys.argv[3:]))
+"""
+
+
+def program(*arguments, limits=None, **options):
+    """chat.py in a process of its own, with other limits where a test cannot wait so long."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    limited = ["-c", LIMITED, os.path.dirname(compiled()), json.dumps(limits)]
+    command = limited if limits else [compiled()]
+    return Program([sys.executable, *command, *map(str, arguments)], **{**pipes, **options})
+
+
+def test_the_one_file_is_all_it_takes(tmp_path):
+    """Every other test starts what it was compiled to, or imports it."""
+    alone = shutil.copy(HERE / "chat.py", tmp_path)
+    command = [sys.executable, "-I", alone, "--help"]
+    said = subprocess.run(command, capture_output=True, cwd=tmp_path, check=True)
+    assert said.stdout.startswith(b"usage: chat.py ") and said.stderr == b""
+    assert list(tmp_path.iterdir()) == [tmp_path / "chat.py"]
+
+
+@contextlib.contextmanager
+def serving(*arguments, **options):
+    """A server process; yields it and its address."""
+    with program("server", "--listen", "127.0.0.1:0", *arguments, **options) as process:
+        try:
+            address = process.stdout.readline().split()[4].decode()
+            host, port = address.split(":")
+            yield process, (host, int(port))
+        finally:
+            process.kill()
+
+
+def test_a_terminated_server_says_goodbye_keeps_everything_and_exits_with_0(folder):
+    with serving("--data", folder) as (process, address):
+        guest = Guest(address, "alice")
+        guest.send("remember me\n/names\n")
+        guest.line()
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert guest.rest() == b"* the server is going down\n"
+        guest.close()
+        assert process.wait(PATIENCE) == 0
+        assert time.monotonic() - began < 2
+        assert process.stderr.read() == b""
+    store = chat.Store(folder / "chat.db")
+    assert texts(store, chat.LOBBY) == ["remember me"]
+    store.close()
+    modes = {oct(path.stat().st_mode)[-3:] for path in folder.iterdir()}
+    assert modes == {"600", "700"}  # of files, and of the folder for uploads
+
+
+def test_operators_end_and_restart_the_server(folder):
+    with serving("--data", folder, "--oper", "boss:secret", "--name", "irc.test") as (
+        process,
+        there,
+    ):
+        guest = Guest(there)
+        guest.send("NICK alice\r\nUSER u 0 * :r\r\nOPER boss secret\r\nRESTART\r\n")
+        assert b":irc.test 381 alice " in (out := guest.rest())
+        assert out.endswith(b"ERROR :the server is going down\r\n")
+        guest.close()
+        host, port = process.stdout.readline(), None
+        while b"listens on" not in host:  # the rest of the first start's lines
+            host = process.stdout.readline()
+        port = int(host.split()[4].split(b":")[1])
+        guest = Guest((there[0], port))
+        guest.send("NICK alice\r\nUSER u 0 * :r\r\nOPER boss secret\r\nDIE\r\n")
+        assert guest.rest().endswith(b"ERROR :the server is going down\r\n")
+        guest.close()
+        assert process.wait(PATIENCE) == 0
+
+
+def test_who_has_the_files_sets_another_password_while_the_server_runs(folder):
+    with serving("--data", folder) as (process, address):
+        alice = Guest(address, "alice")
+        alice.send("/register swordfish99\n")
+        assert "alice is yours" in alice.line()
+        for name, words in (("nobody", b"no account nobody"), ("alice", b"")):
+            flags = ("--data", folder, "--password", "anotherword")
+            with program("passwd", name, *flags) as passwd:
+                assert words in passwd.communicate()[1]
+        bob = Guest(address, "bob")
+        bob.send("/login alice swordfish99\n/login alice anotherword\n")
+        assert bob.line() == "* name or password are wrong"
+        assert bob.line() == "* you are logged in as alice"
+        process.kill()
+    store = chat.Store(folder / "chat.db")
+    assert [account.verifier.rounds for account in store.accounts()] == [SLOW_ROUNDS]
+    store.close()
+
+
+def test_what_was_acknowledged_survives_kill_9(folder):
+    acknowledged = []
+    for _ in range(3):
+        with serving("--data", folder, "--flood", "off") as (process, address):
+            guest = Guest(address, "alice")
+            guest.send("".join(f"/tell #lobby {n}\n" for n in range(len(acknowledged), 20_000)))
+            acknowledged += [line.split()[-1] for line in guest.lines(300)]
+            process.kill()
+            rest = guest.rest().decode()
+            acknowledged += re.findall(r"told #lobby: (\d+)\n", rest)
+    store = chat.Store(folder / "chat.db")
+    kept = texts(store, chat.LOBBY, 100_000)
+    assert len(acknowledged) >= 900
+    assert collections.Counter(kept) >= collections.Counter(acknowledged)
+    store.close()
+
+
+KILLS = int(os.environ.get("CHAT_KILLS", "2"))  # 20 takes a minute
+
+
+def test_what_was_echoed_before_kill_9_is_in_the_history_once(folder, seeded):
+    echoed = []
+    for kill in range(KILLS):
+        with serving("--data", folder, "--flood", "off") as (process, address):
+            guest = Guest(address)
+            caps = "CAP REQ :echo-message message-tags batch draft/chathistory"
+            guest.enter_irc(f"alice{kill}", "JOIN #a", caps)
+            text = "".join(f"PRIVMSG #a :{kill}.{n}\r\n" for n in range(3000))
+            sender = threading.Thread(target=guest.send, args=(text,))
+            sender.start()
+            for _ in range(seeded.randrange(1, 2500)):
+                echoed.append(re.search(r"msgid=(\w+).* :(\S+)", guest.line()).groups())
+            process.kill()
+            rest = guest.rest().decode().split("\r\n")[:-1]
+            with contextlib.suppress(OSError):
+                sender.join(PATIENCE)
+            echoed += [re.search(r"msgid=(\w+).* :(\S+)", line).groups() for line in rest]
+            guest.close()
+    with contextlib.closing(sqlite3.connect(folder / "chat.db")) as db:
+        rows = db.execute("SELECT id, text FROM events WHERE kind = 'message'").fetchall()
+        ids = chat.MessageIds(db.execute("SELECT * FROM starts").fetchall())
+    kept = collections.Counter((ids.text(id), text) for id, text in rows)
+    assert [one for one in echoed if kept[one] != 1] == []
+
+
+def test_a_second_server_on_the_same_folder_says_so(folder):
+    with serving("--data", folder), program("server", "--data", folder) as second:
+        assert second.wait(PATIENCE) == 1
+        assert f"another server uses {folder}" in second.stderr.read().decode()
+
+
+WRONG_COMMAND_LINES = [  # the status, and what is said
+    (["server", "--data", "/proc/nothing"], 1, "cannot use /proc/nothing"),
+    (["server", "--flood", "much"], 2, "write BURST,RATE or off"),
+    (["server", "--listen", "nowhere:70000"], 2, "write HOST:PORT"),
+    (
+        ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-cert", "/none"],
+        1,
+        "cannot use the certificate",
+    ),
+    (["server", "--keep", "0"], 2, "a whole number from 1 on"),
+    (["client", "alice", "--server", "ftp://x"], 2, "write HOST:PORT"),
+    (
+        ["client", "alice", "--server", "irc://127.0.0.1:1", "--no-state"],
+        1,
+        "connection refused",
+    ),
+    (["client", "alice", "--server", "127.0.0.1:1"], 1, "connection refused"),
+    (["client"], 2, "required: NAME"),
+    (["client", "NICK"], 1, "cannot be a name"),
+    (["client", "/quit"], 1, "cannot be a name"),
+    (["client", " "], 1, "cannot be a name"),
+    (["client", "alice", "--server", "a..b", "--no-state"], 1, "no name of a host"),
+    (["server", "--flood", "nan,nan"], 2, "at least 1 line"),
+    (
+        ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-client-ca", "x"],
+        1,
+        "--tls-client-ca and --sts are of no use",
+    ),
+    (
+        ["server", "--listen", "127.0.0.1:0", "--data", "none", "--tls-key", "x"],
+        1,
+        "--tls-cert",
+    ),
+    (["bench", "--rate", "-1"], 2, "messages a second"),
+    (["client", "alice", "--login", "alice:@/none"], 1, "cannot read the password in /none: no"),
+    (["server", "--oper", "boss:@/dev/stdin"], 1, "the password in /dev/stdin is not UTF-8 text"),
+    (["server", "--password", "\udcff"], 1, "on the command line is not UTF-8 text"),
+    (["server", "--sendmail", "mail 'x"], 2, "No closing quotation"),
+    (
+        ["server", "--data", "none", "--motd", "/"],
+        1,
+        "cannot read the message of the day /: is a directory",
+    ),
+    (["bench", "--payload", "16384"], 2, "at most 16,128 bytes"),
+    (["client", "alice", "--pin", "zz"], 2, "64 hexadecimal digits"),
+    (["client", "alice", "--sasl", "OAUTH"], 2, "SCRAM-SHA-256, EXTERNAL and PLAIN"),
+    (["client", "a" * 65], 1, "a name has at most 64 bytes"),
+    (["server", "--oper", "boss:@/dev/null"], 1, "the password in /dev/null is empty"),
+    (["client", "alice", "--login"], 1, "no password was typed; it can be given as @FILE"),
+    (["dance"], 2, "invalid choice"),
+]
+
+
+def test_a_wrong_command_line_is_one_clear_line_and_no_traceback():
+    with contextlib.ExitStack() as stack:
+        started = [
+            # without a terminal of its own that a password could be asked for at
+            (stack.enter_context(program(*arguments, start_new_session=True)), arguments, *wanted)
+            for arguments, *wanted in WRONG_COMMAND_LINES
+        ]
+        for process, arguments, status, words in started:
+            errors = process.communicate(b"\xff")[1].decode()
+            assert process.wait(PATIENCE) == status, arguments
+            assert words in errors and "Traceback" not in errors, arguments
+
+
+def test_when_descriptors_run_out_newcomers_are_told_and_the_others_talk_on(folder):
+    resource = pytest.importorskip("resource")
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (40, 40))
+    with serving("--data", "none", "--max-clients", "1000", preexec_fn=limit) as (process, address):
+        inside = [Guest(address, f"n{n}") for n in range(8)]
+        outside = [Guest(address) for _ in range(60)]
+        answers = {guest.file.readline() for guest in outside}
+        full = b"* this server has no file descriptors left (ulimit -n); try again later\n"
+        assert answers <= {chat.GREETING, full} and full in answers
+        inside[0].send("still here\n")
+        assert inside[1].until("n0: still here")
+        for guest in outside:
+            guest.close()
+        while Guest(address).file.readline() != chat.GREETING:
+            pass  # until the server has seen the others go
+        process.kill()
+        errors = process.stderr.read().decode()
+    assert "cannot accept: too many open files" in errors and "Traceback" not in errors
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
+def test_an_idle_connection_costs_little_memory(folder):
+    def resident(process):
+        status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
+
+    with serving("--data", "none") as (process, address):
+        asker = Guest(address, "asker")
+        before = resident(process)
+        guests = [socket.create_connection(address) for _ in range(1000)]
+        for guest in guests:
+            assert guest.recv(100) == chat.GREETING
+        asker.send("/names\n")
+        asker.line()
+        assert (resident(process) - before) / 1000 < 3 * 1024
+        for guest in guests:
+            guest.close()
+
+
+# Bench, and how it all reads
 
 
 def test_the_benchmark_measures_a_server_of_its_own():
