@@ -15,7 +15,7 @@ are those of chat.py, in its order. Helpers that many tests use:
     program()       chat.py in a process; serving() is a server, piped() a client
     Proxy           a network that resets, delays and swallows
     Linked, Sender  a link with a loop of its own, and one that sends files
-    windows         the window on a virtual screen (a fixture)
+    window          opens windows on a virtual screen (a fixture)
 """
 
 from __future__ import annotations
