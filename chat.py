@@ -16316,7 +16316,8 @@ class FileFolder:
 
     def clean(self, wanted: Collection[str]) -> None:
         """Remove all content that no link needs: a crash may leave some."""
-        self.remove({path.name for path in self.path.iterdir()} - set(wanted))
+        with contextlib.suppress(FileNotFoundError):  # the folder is gone: the store says so
+            self.remove({path.name for path in self.path.iterdir()} - set(wanted))
 
     def _part(self, id: str) -> pathlib.Path:
         return self.path / f"{id}.part"

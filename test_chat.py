@@ -15766,7 +15766,7 @@ def replace_file(data, make):
 
 def empty_folder(data):
     for path in data.iterdir():
-        path.unlink()
+        (shutil.rmtree if path.is_dir() else os.unlink)(path)
 
 
 DATA_LOSSES = {
