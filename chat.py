@@ -1398,15 +1398,18 @@ class Throttle:
 class Connected(typing.Protocol):
     """The part of a connection that its session may use."""
 
-    address: str  # HOST:PORT
-    limit_key: str  # the address as limits count it, see address_key()
-    secure: bool  # TLS
+    host: str  # the address of the other end: of a proxy, if there is one
+    address: str  # HOST:PORT of the client
+    limit_key: str  # its address as limits count it, see address_key()
+    encrypted: bool  # TLS
+    secure: bool  # the same as far as the client: a proxy may be in between
     local: str  # HOST:PORT on our side
     fingerprint: str  # SHA-256 of the client's certificate, "" without one
     gone: bool  # nothing can be sent any more
 
     def named(self) -> None: ...  # registration is complete
     def charge(self, items: float) -> None: ...  # so much work, see WORK_PER_TOKEN
+    def act_for(self, host: str, key: str, secure: bool | None) -> None: ...
     def upgrade(self, head: bytes, opcode: int) -> None: ...  # to a WebSocket, see WEB DIALECT
     def close(self) -> None: ...  # after what is queued
 
@@ -9322,6 +9325,7 @@ class Web(NamedTuple):
     hosts: frozenset[str] = frozenset(("localhost",))  # names that Host may have; IPs always may
     ports: frozenset[int] = frozenset()  # of this server
     origins: frozenset[str] = frozenset()  # whose pages may open a WebSocket, besides our own
+    proxies: frozenset[str] = frozenset()  # addresses whose X-Forwarded headers are believed
     open_metrics: bool = False  # to all, and not to this machine only
     url: str = ""  # how links begin, where a proxy is in between
     address: str = ""  # of this machine in the network, if the server listens there
@@ -9338,6 +9342,17 @@ def split_host(text: str) -> tuple[str, int | None]:
     if match is None:
         return "", None
     return (match[1] or match[2]).lower().rstrip("."), int(match[3]) if match[3] else None
+
+
+def forwarded_host(text: str) -> str:
+    """Return the address in a value of X-Forwarded-For, which may have a port; "" if it is none."""
+    host = (
+        text if re.fullmatch(r"[0-9A-Fa-f.]*:[0-9A-Fa-f.:]*:[^\]]*", text) else split_host(text)[0]
+    )
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        return str(getattr(address, "ipv4_mapped", None) or address)
+    return ""
 
 
 def is_ip(host: str) -> bool:
@@ -9400,7 +9415,7 @@ class WebSession(LocalSession):
     """A session that answers the requests of one connection in their order."""
 
     __slots__ = (
-        *("at_end", "body_left", "closing", "credentials", "owner", "reading", "request"),
+        *("at_end", "body_left", "closing", "credentials", "near", "owner", "reading", "request"),
         *("take_body", "upload"),
     )
     takes_lines = False
@@ -9408,6 +9423,7 @@ class WebSession(LocalSession):
     def __init__(self, site: Site, conn: Connected):
         super().__init__(site, conn)
         self.request: Request | None = None  # that is being answered
+        self.near = False  # the client is on this machine
         self.closing = False  # behind the answer
         self.take_body: Callable[[bytes], None] = do_nothing  # takes pieces of its body
         self.body_left = False  # there is more of it to come
@@ -9432,6 +9448,8 @@ class WebSession(LocalSession):
         self.closing = not request.keeps_alive
         host = split_host(request.host)[0]
         expected = request.header("expect").lower()
+        if not self._find_client(request):
+            return self.answer(400, "X-Forwarded-For ends with the address of the client")
         if request.minor and not host_allowed(self.site.web, host):
             return self.answer(421, "this server has another name; --web-origin adds one")
         if expected not in ("", "100-continue"):
@@ -9446,6 +9464,26 @@ class WebSession(LocalSession):
         if request.method == "OPTIONS":
             return self.answer(204, "", allowed)
         return self.answer(405, f"{request.method} is not for this page", allowed)
+
+    def _find_client(self, request: Request) -> bool:
+        """Find out who asks: the other end of the connection, or, if that is a proxy of
+        --web-proxy, who the proxy says. Return False if it does not say that in a valid way. The
+        headers of others are not believed; but what they pass on is not from this machine."""
+        conn, headers = self.conn, request.headers
+        host, trusted = conn.host, conn.host in self.site.web.proxies
+        passed_on = any(name.startswith(("x-forwarded", "forwarded")) for name in headers)
+        secure = conn.encrypted if passed_on else None
+        if trusted and "x-forwarded-for" in headers:
+            host = forwarded_host(request.header("x-forwarded-for").rpartition(",")[2].strip())
+            passed_on = False
+        if trusted and "x-forwarded-proto" in headers:
+            secure = request.tokens("x-forwarded-proto")[-1:] == ["https"]
+        if not host:
+            return False
+        key = address_key(host, host_of(conn.local))
+        conn.act_for(host, f"a proxy at {key}" if passed_on else key, secure)
+        self.address, self.near = conn.address, is_loopback(host) and not passed_on
+        return True
 
     @staticmethod
     def _methods(path: str) -> dict[str, Callable]:
@@ -9488,10 +9526,7 @@ class WebSession(LocalSession):
 
     def for_operators(self) -> bool:
         """Return whether the request comes from this machine itself, through no proxy."""
-        near = is_loopback(host_of(self.address))
-        names = self.request.headers
-        passed_on = any(name.startswith(("x-forwarded", "forwarded")) for name in names)
-        return self.site.web.open_metrics or (near and not passed_on)
+        return self.site.web.open_metrics or self.near
 
     # What chat wants of a session
 
@@ -15646,7 +15681,8 @@ class Peer(Connection):
 
     __slots__ = (
         *("address", "asked", "budget", "framing", "greeted", "heard", "held", "home", "host"),
-        *("inbox", "leaving", "limit_key", "looks", "server", "session", "waits_for_budget", "web"),
+        *("inbox", "leaving", "limit_key", "looks", "proxied_tls", "server", "session"),
+        *("waits_for_budget", "web"),
     )
 
     def __init__(self, server: "Server", sock: socket.socket, host: str, port: int, key: str):
@@ -15659,6 +15695,7 @@ class Peer(Connection):
         self.inbox: Any = None  # a framer, once something comes: many never speak
         self.framing: Framing | None = None  # makes frames of lines, for a WebSocket
         self.web = False  # it speaks HTTP
+        self.proxied_tls: bool | None = None  # the client speaks TLS to its proxy, if it has one
         self.looks = 0  # how often nothing had been sent since the look before
         self.session: LocalSession | None = None
         self.budget: Budget | None = None
@@ -15697,8 +15734,12 @@ class Peer(Connection):
         return FILE_PIECE_BYTES if self.web else READ_BYTES
 
     @property
-    def secure(self) -> bool:
+    def encrypted(self) -> bool:
         return self.tls is not None
+
+    @property
+    def secure(self) -> bool:
+        return self.encrypted if self.proxied_tls is None else self.proxied_tls
 
     @property
     def local(self) -> str:
@@ -15709,7 +15750,8 @@ class Peer(Connection):
 
     @property
     def fingerprint(self) -> str:
-        if self.tls is None or self.server.options.tls_client_ca is None:
+        direct = self.proxied_tls is None  # else it would be the certificate of the proxy
+        if self.tls is None or self.server.options.tls_client_ca is None or not direct:
             return ""
         return self.tls.fingerprint()
 
@@ -15745,6 +15787,18 @@ class Peer(Connection):
         with contextlib.suppress(OSError):  # what was sent and is not acknowledged is known then
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, WEB_SEND_BUFFER)
         return None
+
+    def act_for(self, host: str, key: str, secure: bool | None) -> None:
+        """Take what comes as that of the client at `host`, which limits count as `key`; `secure` is
+        None if no proxy is in between. The next request of a proxy may be for another client."""
+        self.proxied_tls = secure
+        if host != host_of(self.address).strip("[]"):
+            self.address = address_text(host, int(self.address.rpartition(":")[2]))
+        if key != self.limit_key:
+            self.server.limits.move(self.limit_key, key)
+            self.server.leave_address(self)
+            self.limit_key = key
+            self.home = self.server.addresses.enter(key, self.loop.now)
 
     def upgrade(self, head: bytes, opcode: int) -> None:
         """Answer a WebSocket handshake; from here on read frames with lines of IRC."""
@@ -16042,6 +16096,7 @@ class ConnectionLimits:
         room = max(descriptor_limit() - SPARE_DESCRIPTORS, SPARE_DESCRIPTORS)
         self.most = options.max_clients or room
         self.most_per_address = options.max_per_address
+        self.proxies = {address_key(host) for host in options.web.proxies}  # have many clients
         self.inside = 0
         self.per_address: collections.Counter[str] = collections.Counter()
         self.web: collections.Counter[str] = collections.Counter()  # those that speak HTTP
@@ -16051,7 +16106,7 @@ class ConnectionLimits:
         """Count a new connection and return ""; or return why it is not allowed."""
         if self.inside >= self.most:
             return f"this server is full: {self.most} clients"
-        if self.per_address[key] >= self.most_per_address and not is_loopback(key):
+        if self.per_address[key] >= self.most_per_address and not self._exempt(key):
             text = f"too many connections from {key}: {self.most_per_address} at most"
             return f"{text} (--max-per-address)"
         self.inside += 1
@@ -16060,23 +16115,32 @@ class ConnectionLimits:
 
     def leave(self, key: str, web: bool = False) -> None:
         self.inside -= 1
-        counter = self.web if web else self.per_address
-        counter[key] -= 1
-        if not counter[key]:
-            del counter[key]
+        self._less(self.web if web else self.per_address, key)
 
     def speaks_http(self, key: str, on: bool) -> str:
         """Count a connection as HTTP, or (not `on`) as IRC again for a WebSocket; return "", or why
         that is not allowed."""
         before, after = (self.per_address, self.web) if on else (self.web, self.per_address)
         most = WEB_PER_ADDRESS if on else self.most_per_address
-        if after[key] >= most and not is_loopback(key):
+        if after[key] >= most and not self._exempt(key):
             return f"too many connections from {key}: {most} at most"
         after[key] += 1
-        before[key] -= 1
-        if not before[key]:
-            del before[key]
+        self._less(before, key)
         return ""
+
+    def move(self, key: str, to: str) -> None:
+        """Count a connection that speaks HTTP for another address."""
+        self.web[to] += 1
+        self._less(self.web, key)
+
+    def _exempt(self, key: str) -> bool:
+        return is_loopback(key) or key in self.proxies
+
+    @staticmethod
+    def _less(counter: collections.Counter[str], key: str) -> None:
+        counter[key] -= 1
+        if not counter[key]:
+            del counter[key]
 
     def turn_away(self, sock: socket.socket, host: str, text: str) -> None:
         log.warning("%s turned away: %s", host, text)
@@ -16807,6 +16871,12 @@ class Server:
             log.info("%s was reset with more lines than a turn takes: dropped", peer.address)
             peer.inbox.clear()
 
+    def leave_address(self, peer: Peer) -> None:
+        """Take a peer from the address that it counts for."""
+        self.addresses.leave(peer.home, self.loop.now)
+        if self.addresses.get(peer.limit_key) is peer.home and not peer.home.peers:
+            self.idle_addresses.add(peer.home)
+
     def forget(self, peer: Peer) -> None:
         """Remove a peer. One that is lost while it leaves is removed twice."""
         if peer not in self.peers:
@@ -16814,9 +16884,7 @@ class Server:
         self.peers.discard(peer)
         self.acting.pop(peer, None)
         self.limits.leave(peer.limit_key, peer.web)
-        self.addresses.leave(peer.home, self.loop.now)
-        if self.addresses.get(peer.limit_key) is peer.home and not peer.home.peers:
-            self.idle_addresses.add(peer.home)
+        self.leave_address(peer)
         if peer.session:
             peer.session.ended()
         if self.stopping and not self.peers:
@@ -20796,6 +20864,7 @@ def run_server(args: argparse.Namespace) -> int:
     web = Web(
         origins=frozenset(args.web_origin),
         hosts=frozenset(split_host(url.partition("://")[2])[0] for url in named),
+        proxies=frozenset(args.web_proxy),
         open_metrics=args.metrics == "open",
         url=args.web_url or "",
         page=web_page,
@@ -20937,6 +21006,14 @@ def web_origin(text: str) -> str:
     return f"{scheme}://{authority}"
 
 
+def proxy_address(text: str) -> str:
+    """Return the valid address of a proxy, as its connections show it."""
+    host = forwarded_host(text)
+    if not host:
+        raise argparse.ArgumentTypeError(f"{text} is no IP address")
+    return host
+
+
 def parser_of(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
     """Add a subcommand, whose help ends with `epilog` as it is, and return its parser."""
     parser = commands.add_parser(
@@ -20978,6 +21055,9 @@ def add_server(commands: Any) -> None:
     usual = {"type": web_origin, "action": "append", "default": []}
     add("--web-origin", metavar="URL", help=origin, **usual)
     add("--web-url", type=web_origin, metavar="URL", help="how links to files begin")
+    proxy = "of an HTTP proxy: its X-Forwarded-For and -Proto are believed; may be repeated"
+    usual = {"type": proxy_address, "action": "append", "default": []}
+    add("--web-proxy", metavar="ADDRESS", help=proxy, **usual)
     kept = f"of one file; default {FILE_BYTES >> 20}M; of all: {FILES_BYTES >> 30}G"
     add("--files", choices=("on", "off"), default="on", help="users can send each other files")
     add("--file-max", type=byte_count, default=FILE_BYTES, metavar="SIZE", help=kept)

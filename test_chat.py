@@ -141,7 +141,7 @@ def check_grammar(data):
 class FakeConn:
     """A connection as a session knows it, which remembers what it was told."""
 
-    secure = gone = certifiable = leaving = False
+    secure = encrypted = gone = certifiable = leaving = False
     fingerprint, local = "", "127.0.0.1:7000"
     direct = False  # nothing is sent past write()
 
@@ -9680,7 +9680,20 @@ def test_one_user_cannot_fill_the_table_of_channels():
 class WebConn(FakeConn):
     """A connection that speaks HTTP, and a WebSocket after an upgrade."""
 
-    framing = None
+    framing = proxied = None
+    limit_key = ""
+
+    @property
+    def host(self):
+        return chat.host_of(self.reached_from).strip("[]")
+
+    def __init__(self, house, address):
+        super().__init__(house, address)
+        self.reached_from = address
+
+    def act_for(self, host, key, secure):
+        self.address, self.limit_key = chat.address_text(host, 50000), key
+        self.proxied, self.secure = secure is not None, bool(secure)
 
     def write(self, data):
         if self.framing:
@@ -9855,6 +9868,55 @@ def test_figures_are_for_this_machine_unless_the_operator_opens_them(host, heade
     assert Browser(house, host=address).asks(head)[0] == (200 if allowed else 404)
     house.site.web = house.site.web._replace(open_metrics=True)
     assert Browser(house, "open", host=address).asks(head)[0] == 200
+
+
+PROXIED = [  # address, headers, who asks: address, as limits count it, whether it speaks TLS
+    ("10.0.0.2", "", ("10.0.0.2", "10.0.0.2", False)),
+    ("10.0.0.2", "X-Forwarded-For: 1.2.3.4", ("1.2.3.4", "1.2.3.4", False)),
+    ("10.0.0.2", "X-Forwarded-For: 127.0.0.1, 1.2.3.4", ("1.2.3.4", "1.2.3.4", False)),
+    ("10.0.0.2", "X-Forwarded-For: 9.9.9.9\nX-Forwarded-For: 1.2.3.4", ("1.2.3.4",) * 2 + (False,)),
+    ("10.0.0.2", "X-Forwarded-For: 1.2.3.4:567", ("1.2.3.4", "1.2.3.4", False)),
+    ("10.0.0.2", "X-Forwarded-For: ::ffff:1.2.3.4", ("1.2.3.4", "1.2.3.4", False)),
+    ("10.0.0.2", "X-Forwarded-For: 2001:db8::7", ("2001:db8::7", "2001:db8::/64", False)),
+    ("10.0.0.2", "X-Forwarded-For: [2001:DB8::7]:80", ("2001:db8::7", "2001:db8::/64", False)),
+    (
+        "10.0.0.2",
+        "X-Forwarded-For: 1.2.3.4\nX-Forwarded-Proto: https",
+        ("1.2.3.4", "1.2.3.4", True),
+    ),
+    ("10.0.0.2", "X-Forwarded-Proto: https, http", ("10.0.0.2", "a proxy at 10.0.0.2", False)),
+    ("10.0.0.3", "X-Forwarded-For: 1.2.3.4", ("10.0.0.3", "a proxy at 10.0.0.3", False)),
+    ("10.0.0.3", "X-Forwarded-Proto: https", ("10.0.0.3", "a proxy at 10.0.0.3", False)),
+    ("127.0.0.1", "X-Forwarded-Host: a.example", ("127.0.0.1", "a proxy at 127.0.0.1", False)),
+]
+
+
+@pytest.mark.parametrize(("address", "headers", "expected"), PROXIED)
+def test_only_a_proxy_that_was_named_says_who_asks(address, headers, expected):
+    house = House()
+    house.site.web = house.site.web._replace(proxies=frozenset(["10.0.0.2"]))
+    browser = Browser(house, host=address)
+    assert browser.asks(f"GET / HTTP/1.1\nHost: localhost\n{headers}".rstrip())[0] == 200
+    conn, session = browser.conn, browser.conn.session
+    assert (chat.host_of(session.address).strip("[]"), conn.limit_key, conn.secure) == expected
+    assert conn.proxied is bool(headers)
+
+
+@pytest.mark.parametrize("value", ["unknown", "", "1.2.3.4, _hidden", "1.2.3", "1.2.3.4,", "[::1"])
+def test_a_proxy_that_names_no_address_is_told(value):
+    house = House()
+    house.site.web = house.site.web._replace(proxies=frozenset(["10.0.0.2"]))
+    head = f"GET / HTTP/1.1\nHost: localhost\nX-Forwarded-For: {value}"
+    status, _, body = Browser(house, host="10.0.0.2").asks(head)
+    assert status == 400 and b"X-Forwarded-For" in body
+
+
+def test_a_client_of_this_machine_reads_figures_also_through_a_proxy_that_was_named():
+    house = House()
+    house.site.web = house.site.web._replace(proxies=frozenset(["10.0.0.2"]))
+    head = "GET /health HTTP/1.1\nHost: localhost\nX-Forwarded-For: "
+    browser = Browser(house, host="10.0.0.2")
+    assert [browser.asks(head + host)[0] for host in ("127.0.0.1", "1.2.3.4")] == [200, 404]
 
 
 def test_metrics_are_in_the_usual_text_format():
@@ -10788,6 +10850,37 @@ def test_the_port_of_a_chat_is_also_one_of_the_web(running):
         while chunk := web.recv(65536):
             data += chunk
         assert data.endswith(chat.frame(10, b"there?") + chat.close_frame(1000))
+
+
+def test_clients_behind_a_proxy_are_counted_and_shown_as_themselves(running):
+    server = running(web=chat.Web(proxies=frozenset(["127.0.0.1"])), max_per_address=1)
+    limits, addresses = server.server.limits, server.server.addresses
+
+    def ask(web, head, host, proto="http"):
+        passed = f"X-Forwarded-For: {host}\nX-Forwarded-Proto: {proto}"
+        web.sendall(f"{head}\n{passed}\n\n".replace("\n", "\r\n").encode())
+        return web.recv(65536)
+
+    first, second = (socket.create_connection(server.address) for _ in range(2))
+    with first, second:
+        for host in ("192.0.2.7", "192.0.2.8"):  # one connection, two clients
+            assert ask(first, "GET / HTTP/1.1\nHost: localhost", host).startswith(b"HTTP/1.1 200")
+            assert dict(limits.web) == {host: 1} and addresses[host].peers == 1
+        assert ask(first, HANDSHAKE, "192.0.2.7", "https").startswith(b"HTTP/1.1 101")
+        refused = ask(second, HANDSHAKE, "192.0.2.7")
+        assert refused.startswith(b"HTTP/1.1 503") and b"192.0.2.7" in refused
+        for line in (b"NICK eve", b"USER u 0 * :Eve", b"WHOIS eve"):
+            first.sendall(client_frame(1, line))
+        data = b""
+        while b" 318 eve" not in data:
+            data += first.recv(65536)
+        assert b" 311 eve eve ~u 192.0.2.7 " in data and b" 671 eve eve " in data
+    for _ in range(2):  # the second connection is accepted after the end of both was seen
+        with socket.create_connection(server.address) as last:
+            last.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            while last.recv(65536):
+                pass
+    assert "192.0.2.7" not in limits.per_address and "192.0.2.7" not in limits.web
 
 
 def test_a_websocket_that_the_server_ends_is_closed_with_a_code(running):
