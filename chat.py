@@ -19011,15 +19011,23 @@ def place_lines(room: Room, look: Look, server: str = "") -> list[str]:
     return [look.palette.paint(f"\u2500\u2500 {title}", 1) + topic] if room.name else []
 
 
-def room_marks(rooms: Iterable[Room], here: Room) -> list[tuple[str, tuple[int, ...]]]:
-    """Return marks of the other conversations with new messages, those for the user first."""
-    new = [room for room in rooms if room.unread and room is not here]
-    new.sort(key=lambda room: not room.called)
-    return [
-        (f"{cut_to(visible(room.name), MARK_COLUMNS)}:{room.unread}{'!' * bool(room.called)}",
-         (1, 31) if room.called else (36,))
-        for room in new
-    ]  # fmt: skip
+def room_marks(
+    rooms: Iterable[Room], here: Room, besides: Iterable[tuple[str, Room]] = ()
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Return marks of the other conversations with new messages, those for the user first.
+    `besides` are those of other servers, which are named if two conversations have one name."""
+    placed = [*(("", room) for room in rooms), *besides]
+    names = collections.Counter(room.name for _, room in placed)
+    new = [(server, room) for server, room in placed if room.unread and room is not here]
+    new.sort(key=lambda place: not place[1].called)
+    marks = []
+    for server, room in new:
+        name = cut_to(visible(room.name), MARK_COLUMNS)
+        if server and names[room.name] > 1:
+            name = f"{cut_to(server, MARK_COLUMNS)}/{name}"
+        colours = (1, 31) if room.called else (36,)
+        marks.append((f"{name}:{room.unread}{'!' * bool(room.called)}", colours))
+    return marks
 
 
 def status_row(parts: list[tuple[str, tuple[int, ...]]], columns: int, palette: Palette) -> str:
@@ -19289,7 +19297,7 @@ class Display:
         self.bell = False
         self.notice = ""  # for the desktop, as an escape sequence
         self.server = ""  # which it is, if there are several
-        self.elsewhere: Callable[[], Iterable[Room]] = list  # conversations on the other servers
+        self.elsewhere: Callable[[], Iterable[tuple[str, Room]]] = list  # on the other servers
         self.fetching = False  # what is older than all that is here
         self.paged = False  # the other buffer is shown ...
         self.was_drawn = False  # ... and whether the two rows are there on the first
@@ -19441,7 +19449,7 @@ class Display:
             *self._reading(),
             (typing_text(map(visible, room.typing)), (36,)),
             (visible(room.name) + people + f" ({rank})" * bool(rank), (1,)),
-            *room_marks([*self.core.rooms.values(), *self.elsewhere()], room),
+            *room_marks(self.core.rooms.values(), room, self.elsewhere()),
             (self.server, (2,)),
             ("connected" if not trouble else "", (2,)),
             (cut_to(visible(room.topic), max(0, self.painter.columns - TOPIC_MARGIN)), (2,)),
@@ -20089,10 +20097,11 @@ class TerminalClient(ManyServers):
             seat.screen.server = str(seat.link.target) if several else ""
             seat.screen.elsewhere = functools.partial(self.rooms_besides, seat)
 
-    def rooms_besides(self, here: Seat) -> list[Room]:
-        """Return the conversations on all other servers."""
+    def rooms_besides(self, here: Seat) -> list[tuple[str, Room]]:
+        """Return the conversations on all other servers, each with its server."""
+        others = [seat for seat in self.seats if seat is not here]
         return [
-            room for seat in self.seats if seat is not here for room in seat.core.rooms.values()
+            (str(seat.link.target), room) for seat in others for room in seat.core.rooms.values()
         ]
 
     def look_at(self, seat: Seat) -> None:

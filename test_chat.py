@@ -17522,6 +17522,12 @@ def test_other_conversations_are_told_of_if_there_is_something_new_who_calls_us_
         room.unread, room.called = unread, called
     texts = [text for text, _ in chat.room_marks(rooms, rooms[0])]
     assert texts == ["bob:1!", "#rust:3", "#" + "x" * 18 + "\u2026:2"]
+    besides = [("b.example:7000", chat.Room(name)) for name in ("#here", "#quiet", "#rust", "#go")]
+    for _, room in besides:
+        room.unread = 4
+    texts = [text for text, _ in chat.room_marks(rooms, rooms[0], besides)][2:]
+    other = "b.example:7000/"  # the server is named where there are two of one name
+    assert texts[1:] == [other + "#here:4", other + "#quiet:4", other + "#rust:4", "#go:4"]
 
 
 # A client core and its display, on a screen that we can look at
@@ -18053,7 +18059,7 @@ def test_one_terminal_talks_on_two_servers_and_does_so_again_at_the_next_start(
     again = terminal(here.address, "alice", state=folder)
     assert carol.until("alice") and again.shows("alice: yes")
     carol.send("welcome back\n")
-    assert again.shows("#lobby:1")
+    assert again.shows(f"{chat.address_text(*there.address)}/#lobby:1")
 
 
 def test_a_server_that_is_down_is_not_forgotten_with_what_waits_for_it(running, terminal, folder):
