@@ -300,7 +300,7 @@ SCRAM_ROUNDS = range(4096, 2_000_001)  # that a server may ask of us (RFC 7677 s
 PAGE_BYTES = 128 * 1024  # of history at once: well below what closes a slow reader
 PEOPLE_LISTED = 10_000  # of a channel, by our clients
 PEOPLE_ASKED = 500  # members of a channel about whom our clients ask who is away
-REDACTIONS_A_PAGE = 100  # the newest since a mark, that come with the messages since then
+CHANGES_A_PAGE = 100  # the newest redactions, and reactions, that come with the newest messages
 REACTIONS_SHOWN = 200  # to one message
 REACTED_BYTES = 60  # that are shown of the message
 TRAFFIC_LINES = 500  # of the protocol, that a user can look at
@@ -7672,6 +7672,16 @@ def history_job(session: IrcSession, how: str, span: Span, name: str, marks: lis
 CHATHISTORY_MARKS = {"BEFORE": 1, "AFTER": 1, "LATEST": 1, "AROUND": 1, "BETWEEN": 2, "TARGETS": 1}
 
 
+def changes_told(session: IrcSession) -> list[str]:
+    """Return the kinds of changes to messages that our own clients are told with the newest ones:
+    what changed while they were away."""
+    if "chat.py/session" not in session.capabilities:
+        return []
+    kinds = [REDACT] * ("draft/message-redaction" in session.capabilities)
+    replayed = "draft/event-playback" in session.capabilities
+    return kinds + [TAGS] * ("message-tags" in session.capabilities and not replayed)
+
+
 def target_bound(session: IrcSession, text: str) -> Mark:
     """Return a bound of TARGETS: a time; our own clients may also give an id."""
     if "chat.py/session" in session.capabilities and text.startswith("msgid="):
@@ -7700,20 +7710,21 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
     kinds = REPLAYABLE if "draft/event-playback" in session.capabilities else SPOKEN
     job, newest = history_job(session, how, Span(place, kinds), name, marks, count)
     events = yield do(session.read, job)
-    redactions = []
-    if {"chat.py/session", "draft/message-redaction"} <= session.capabilities:
-        span, mark = Span(place, (REDACT,)), marks[0]
-        if how in ("AFTER", "LATEST") and mark != "*":
-            known = span._replace(after=parse_mark(session.site.hub, mark, how, name))
-            page = functools.partial(session.site.store.page, known, REDACTIONS_A_PAGE, True)
-            redactions = yield do(session.read, page)
+    changes = []
+    for kind in changes_told(session) if how in ("AFTER", "LATEST") else ():
+        since = Mark(id=events[0].id) if events else None
+        if marks[0] != "*":
+            since = parse_mark(session.site.hub, marks[0], how, name)
+        span = Span(place, (kind,), after=since)
+        page = functools.partial(session.site.store.page, span, CHANGES_A_PAGE, True)
+        changes += (yield do(session.read, page)) if since else ()
     if readable(session, name, how) != place:  # the user was put out, or is another, meanwhile
         raise invalid_target(how, name)
     channel = session.site.hub.channels.get(fold(name))
     # A page of the store ends early where it is large, see Store.page()
     size = sum(len(e.text.encode()) + len(e.tags.encode()) for e in events)
     whole = len(events) < count and how != "AROUND" and size <= PAGE_BYTES // 2
-    events = sorted([*events, *redactions], key=lambda event: event.id)
+    events = sorted([*events, *changes], key=lambda event: event.id)
     play(session, channel.name if channel else name, events, newest, whole)
 
 
@@ -11802,6 +11813,9 @@ class IrcTalk:
                 if isinstance(item, Heard) and item.verb == "REDACT" and len(item.params) > 1:
                     self.core.remove(item.params[1])
             self.take_page(label, batch.target, self.views_of(batch))
+            for item in batch.items:  # reactions, to these or to earlier ones
+                if isinstance(item, Heard) and item.verb == "TAGMSG":
+                    self.act(item)
         elif batch.kind == "draft/multiline":
             if view := self.view_of(batch):
                 self.core.said(view, batch.opening)

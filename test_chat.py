@@ -14334,6 +14334,58 @@ def test_what_was_taken_back_while_a_client_was_away_is_gone_there_too():
     assert [view for view in alice.core.rooms["#lobby"].views if view.kind == "said"] == []
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_reactions_made_while_a_client_was_away_are_told_to_it_below_the_messages(known):
+    """`known`: it had the message before it went."""
+    house = house_of()
+    alice, bob, carol = (
+        kept_client(house, chat.open_client_database(":memory:"), name)
+        for name in ("alice", "bob", "carol")
+    )
+    if not known:
+        alice.drop()
+    bob.typed("tea?")
+    exchange_all(*[alice] * known, bob, carol)
+    if known:
+        alice.drop()
+    for text in ("/react +1", "/react no", "/unreact no", "/react yes"):
+        carol.typed(text)
+    bob.typed("it is ready")
+    exchange_all(bob, carol)
+    seen = len(alice.views)
+    alice.connect()
+    exchange_all(alice, bob, carol)
+    said = next(view for view in alice.core.rooms["#lobby"].views if view.text == "tea?")
+    assert alice.core.reactions_of(said.id) == {"+1": ["carol"], "yes": ["carol"]}
+    views = alice.views[seen:]
+    kinds = [view.kind for view in views if view.kind in ("said", chat.REACTED)]
+    assert kinds == ["said"] * (1 if known else 2) + [chat.REACTED] * 4
+    seen = len(alice.views)
+    alice.drop()
+    alice.connect()
+    exchange_all(alice, bob, carol)
+    assert [view for view in alice.views[seen:] if view.kind == chat.REACTED] == []
+
+
+def test_reactions_come_with_pages_for_our_own_clients_only_and_once():
+    house = house_of()
+    house.enter_irc("alice")
+    house.say("alice", "CAP REQ :message-tags batch echo-message server-time", "JOIN #a")
+    house.turn()
+    id = said_with_id(house, "alice", "#a", "tea?")
+    house.say("alice", f"@+draft/react=x;+draft/reply={id} TAGMSG #a")
+    house.turn()
+    house.heard("alice")
+
+    def told(*caps):
+        if caps:
+            house.say("alice", f"CAP REQ :{' '.join(caps)}")
+            house.turn()
+        return str(ask(house, "alice", "CHATHISTORY LATEST #a * 10")).count("+draft/react=x")
+
+    assert told() == 0 and told("chat.py/session") == 1 and told("draft/event-playback") == 1
+
+
 # Phases and causes
 
 
