@@ -4853,6 +4853,25 @@ def test_text_that_was_redacted_right_before_a_stop_is_in_no_file_either(folder)
     assert words_in_files(folder) == {b"keepsakeword"}
 
 
+def test_a_disk_that_was_full_is_tried_again_a_second_later(folder):
+    store = chat.Store(folder / "chat.db")
+    house = House(store=store)
+    make_account(house, "alice")
+    come_again(house, "alice", "alice", account="alice")
+    house.say("alice", "JOIN #old", "TOPIC #old x", "METADATA alice SET url :x")
+    house.hub.settle()
+    pages = store.db.execute("PRAGMA page_count").fetchone()[0]
+    store.db.execute(f"PRAGMA max_page_count = {pages}")
+    house.say("alice", *["PRIVMSG #old :" + "x" * 400] * 50)
+    house.hub.settle()
+    assert store.commit(house.hub.turn, 100.0) == chat.LOST
+    store.db.execute("PRAGMA max_page_count = 100000")
+    again = 100.0 + chat.BACKLOG_SECONDS
+    assert store.commit(house.hub.turn, again - 0.1) == chat.LOST
+    assert store.commit(house.hub.turn, again) == chat.KEPT
+    store.close()
+
+
 # ======================================================================================
 # IRC DIALECT
 # ======================================================================================
@@ -10930,6 +10949,13 @@ def test_connections_that_speak_http_have_a_count_of_their_own():
     limits.close()
 
 
+@pytest.mark.parametrize("size", [125, 126, 65_535, 65_536])
+def test_a_frame_of_the_server_has_its_length_in_as_many_bytes_as_that_needs(size):
+    data = chat.frame(chat.TEXT_FRAME, b"x" * size)
+    assert frames_of(data) == [(0x80 | chat.TEXT_FRAME, b"x" * size)]
+    assert len(data) - size == (2 if size < 126 else 4 if size < 65_536 else 10)
+
+
 # ======================================================================================
 # FIRST LINE
 # ======================================================================================
@@ -14793,6 +14819,79 @@ def test_the_topic_that_was_asked_for_is_told_or_that_there_is_none():
     assert alice.kinds("told")[-2:] == ["the topic of #lobby: tea at five", "#rust has no topic"]
 
 
+def test_a_capability_that_a_server_has_only_now_is_asked_for_if_we_can_use_it():
+    alice = Elsewhere(caps="message-tags")
+    alice.hears("CAP alice NEW :echo-message batch=1 unheard-of", "CAP alice NEW :unheard-of=2")
+    assert alice.sent() == ["CAP REQ :echo-message batch"]
+
+
+def test_history_that_a_server_refuses_is_waited_for_no_more():
+    alice = Elsewhere(caps="batch draft/chathistory message-tags server-time")
+    alice.hears("@time=2026-11-22T08:30:05.123Z;msgid=1 :bob!u@h PRIVMSG #lobby :hi")
+    assert alice.said() == []  # what was said before comes first
+    alice.hears("FAIL CHATHISTORY MESSAGE_ERROR LATEST #lobby :its disk is broken")
+    assert alice.said() == ["#lobby bob: hi"]
+    alice.core.talk.ask_history(alice.core.room, "older")
+    assert alice.sent(9)[-1] == "CHATHISTORY BEFORE #lobby msgid=1 100"
+    alice.hears("FAIL CHATHISTORY MESSAGE_ERROR BEFORE #lobby :its disk is broken")
+    assert alice.kinds("older") == ["0"]
+
+
+def test_a_conversation_that_is_closed_before_the_server_answers_its_join_stays_closed():
+    alice = Elsewhere()
+    alice.types("/join #tea", "/close #tea")
+    assert alice.sent(chat.JOIN_SECONDS + 9)[0] == "JOIN #tea"
+    assert alice.core.find("#tea") is None
+
+
+def test_a_line_without_text_in_a_message_of_several_lines_is_skipped():
+    alice = Elsewhere(caps="batch message-tags draft/multiline")
+    alice.hears(":bob!u@h BATCH +1 draft/multiline alice", "@batch=1 :bob!u@h PRIVMSG alice :x")
+    alice.hears("@batch=1 :bob!u@h PRIVMSG alice", "@batch=1 :bob!u@h PRIVMSG alice :y")
+    alice.hears(":bob!u@h BATCH -1")
+    assert alice.said() == ["bob bob: x\ny"]
+
+
+def test_who_looks_at_a_channel_that_is_renamed_is_told_where_that_is_now():
+    alice = Elsewhere(caps="draft/channel-rename")
+    alice.types("/join #tea")
+    alice.hears(":alice!u@h JOIN #tea")
+    for old, new, place in (("#lobby", "#hall", []), ("#tea", "#coffee", ["#coffee"])):
+        alice.views.clear()
+        alice.hears(f":bob!u@h RENAME {old} {new} :better")
+        assert [view.where for view in alice.views if view.kind == "place"] == place
+
+
+def test_an_account_is_known_until_the_user_logs_out():
+    alice = Elsewhere(caps="account-notify away-notify")
+    alice.hears(":bob!u@h JOIN #lobby", ":bob!u@h ACCOUNT bobby", ":bob!u@h AWAY :lunch")
+    assert alice.core.accounts == {"bob": "bobby"}
+    alice.hears(":bob!u@h NICK rob", ":rob!u@h AWAY")
+    assert alice.core.accounts == {"rob": "bobby"}
+    alice.hears(":rob!u@h ACCOUNT *")
+    assert alice.core.accounts == {}
+
+
+@pytest.mark.parametrize(
+    "caps, most",
+    [
+        ("echo-message message-tags batch labeled-response", chat.SENT_AHEAD),
+        ("", chat.DOUBTED_AHEAD),
+    ],
+)
+def test_fewer_messages_are_under_way_where_a_break_would_leave_them_in_doubt(caps, most):
+    alice = Elsewhere("CLIENTTAGDENY=*", caps=caps, tidy=False)
+    alice.core.talk.budget = chat.Budget(*chat.NO_PACE, 0.0)
+    for n in range(200):
+        alice.core.say(f"line {n}")
+    under_way = []
+    while alice.core.outbox.waiting and len(under_way) < 1000:
+        lines = alice.sent(1)
+        under_way.append(len(alice.core.outbox.in_flight))
+        answer(alice, lines, labels=bool(caps))
+    assert alice.core.outbox.waiting == {} and max(under_way) == most
+
+
 # ======================================================================================
 # LOOP
 # ======================================================================================
@@ -15077,6 +15176,18 @@ def test_no_control_character_of_a_client_reaches_the_log(folder):
     bad = [c for c in log if c != "\n" and (not c.isprintable() or c in "\u2028\u2029")]
     assert bad == []
     assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in log.splitlines())
+
+
+def test_the_thread_of_the_log_waits_when_all_is_written():
+    ours, theirs = os.pipe()
+    try:
+        writer = chat.LogWriter(theirs)
+        writer.handle(chat.logging.LogRecord("chat", chat.logging.INFO, "", 0, "hello", None, None))
+        assert os.read(ours, 100) == b"hello\n"
+        assert writer.idle.wait(PATIENCE) and not writer.more.is_set()
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 # ======================================================================================
@@ -17161,6 +17272,40 @@ def test_a_private_message_is_charged_for_both_who_are_told():
     assert work[1] - work[0] == 2 * chat.WORK_OF_A_RECEIVER
 
 
+def test_wallops_is_charged_for_all_users_that_are_looked_through():
+    work = []
+    for count in (2, 12):
+        house = house_of(*(f"guest{n}" for n in range(count)))
+        house.hub.take_work()
+        house.guests["guest0"].act("wallops", "hello")
+        work.append(house.hub.take_work())
+    assert work[1] - work[0] == 10
+
+
+@pytest.mark.parametrize("name", ["lock", "chat.db", "chat.db-wal", "chat.db-shm", "search.db"])
+def test_no_file_of_the_data_folder_may_be_a_link_or_stays_open_to_others(folder, name):
+    (folder / name).write_bytes(b"")
+    (folder / name).chmod(0o644)
+    os.close(chat.lock_folder(folder))
+    assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
+    (folder / name).unlink()
+    (folder / name).symlink_to(folder / "elsewhere")
+    with pytest.raises(chat.Unusable, match=f"/{name} is no plain file"):
+        chat.lock_folder(folder)
+
+
+def test_an_address_that_used_much_of_its_budget_is_served_while_no_other_waits(running):
+    server = running(flood=(100.0, 0.01))
+    reader = server.guest("reader")
+    for name in ("alice", "bob"):
+        server.guest(name).send("".join(f"{n}\n" for n in range(90)))
+        reader.until(f"{name}: 89")
+    (home,) = server.server.addresses.values()
+    assert home.used(server.loop.now) > chat.LIGHT_USE
+    server.guest("carol").send("hello\n")
+    reader.until("carol: hello")
+
+
 # ======================================================================================
 # TERMINAL
 # ======================================================================================
@@ -18240,6 +18385,36 @@ def test_the_cursor_moves_by_the_keys_of_all_terminals_and_by_those_of_emacs(key
     decoder = chat.KeyDecoder()
     found = [found.name for found in decoder.feed(data)]
     assert found == [key] * len(re.findall(rb"\x1b|[\x01-\x10]", data))
+
+
+def test_ctrl_l_draws_the_whole_screen_again(running, terminal):
+    alice = terminal(running().address, "alice")
+    assert alice.shows("#lobby 1 connected", "alice>")
+    alice.type("being typed")
+    assert alice.shows("alice> being typed")
+    alice.screen.draw("\x1b[1H" + "of another program\r\n" * 20)
+    alice.seen = ""
+    alice.type("\x0c")
+    assert alice.sees("\x1b[2J\x1b[H")
+    assert alice.shows("you are alice", "alice> being typed")
+    assert "program" not in "".join(alice.screen.lines)
+
+
+def test_what_is_said_while_a_command_is_typed_is_not_the_last_message_for_it(running, terminal):
+    server = running()
+    bob, alice = server.guest(), terminal(server.address, "alice")
+    assert alice.shows("#lobby 1 connected", "alice>")
+    lines = bob.enter_irc(
+        "bob", "CAP REQ :message-tags echo-message", "JOIN #lobby", "PRIVMSG #lobby :tea?"
+    )
+    (asked,) = [re.search(r"msgid=([^; ]+)", line)[1] for line in lines if " :tea?" in line]
+    assert alice.shows("bob: tea?")
+    alice.type("/reply ")
+    assert alice.shows("alice> /reply")
+    bob.send("PRIVMSG #lobby :by the way\r\n")
+    assert alice.shows("bob: by the way")
+    alice.type("yes\r")
+    assert f"{chat.REPLY}={asked} " in bob.until(" :yes")[-1].replace(";", " ")
 
 
 # ======================================================================================
