@@ -11684,7 +11684,7 @@ class IrcTalk:
         """True if a BATCH has been begun that has to be ended."""
         return "BATCH -m" in self.pieces
 
-    def own_tags(self, id: str, reply: str = "") -> str:
+    def own_tags(self, id: str, reply: str) -> str:
         """Return the tags before a message: its own id, to know the echo, and the id it answers."""
         tags = [f"{OWN_ID}={id}"] * self.server.keeps_own_tags
         tags += [f"{REPLY}={escaped_tag(reply)}"] * bool(reply and self.server.takes(REPLY))
@@ -19066,7 +19066,7 @@ class Painter:
     erased before new text. Everything is text to be written at once. The rows are cleared singly,
     as some terminals move into their history what one sequence (ED) clears below the cursor."""
 
-    def __init__(self, columns: int = 80, rows: int = 24):
+    def __init__(self, columns: int, rows: int = 24):
         self.columns, self.rows = columns, rows
         self.drawn = False  # the two rows are there
 
