@@ -3023,7 +3023,8 @@ class Transcript(ttk.Frame):
         tag("expand", font=look.small)
         for name in ("save", "open"):
             tag(name, foreground=c.accent, underline=True)
-        tag("file", background=c.chip, font=look.small)
+        tag("file", background=c.chip, font=look.small, spacing1=look.part(0.1))
+        tag("file", spacing3=look.part(0.2))
         tag("file-name", font=look.bold)
         for name in self.spaces:
             self._configure_space(name)
@@ -4828,6 +4829,7 @@ class Window:
         self.notices = Notices()
         self.choose_files: Callable[[], Any] = self._choose_files
         self.choose_place: Callable[[str], str] = self._choose_place
+        self.folder = str(pathlib.Path.home())  # of the files that were sent last
         self.choosing = False  # a dialog of the system is open
         self.open_file = open_file
         self.downloads = download_folder
@@ -5662,10 +5664,14 @@ class Window:
     # Files
 
     def _choose_files(self) -> Any:
-        return filedialog.askopenfilenames(parent=self.root, title="Send files")
+        return filedialog.askopenfilenames(
+            parent=self.root, title="Send files", initialdir=self.folder
+        )
 
     def _choose_place(self, name: str) -> str:
-        return filedialog.asksaveasfilename(parent=self.root, title="Save", initialfile=name)
+        return filedialog.asksaveasfilename(
+            parent=self.root, title="Save", initialfile=name, initialdir=str(self.downloads())
+        )
 
     def _with_dialog(self, ask: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """Ask by a dialog of the system. That runs Tk's loop inside itself, so it begins when no
@@ -5690,7 +5696,12 @@ class Window:
         here = self.here
         if self.room is None:
             return self.tell("open a conversation, and send the file there")
-        return self._with_dialog(self.choose_files, lambda paths: self.send_files(here, paths))
+
+        def chosen(paths: Iterable[str]) -> None:
+            self.folder = str(pathlib.Path(next(iter(paths))).parent)
+            self.send_files(here, paths)
+
+        return self._with_dialog(self.choose_files, chosen)
 
     def send_files(self, number: int, paths: Iterable[str]) -> None:
         for path in paths:
@@ -5737,7 +5748,7 @@ class Window:
         if file is None or not is_shown(file):
             return self._open_file(row)
         self.do("full_picture", self.here, file)
-        return None
+        return self.tell("the picture is coming \u2026")
 
     def _show_full(self, file: chat.FileTag, data: bytes) -> None:
         why = picture_trouble(file, data)
@@ -5745,6 +5756,7 @@ class Window:
         if image is None:
             return self.tell(f"the picture is not shown: {why or 'it is damaged'}")
         title = f"{file.words()} \u2013 chat"
+        self.tell_about("")
         self.picture = PictureWindow(self.root, self.look, image, title)
         return None
 

@@ -20909,6 +20909,9 @@ def test_few_pictures_are_kept_and_the_page_is_as_high_with_them_as_without(wind
     pump(alice, lambda: set(page.text.image_names()) == set(page.images))
     assert height_of(alice) == height and len(page.images) < 20
     assert max(map(len, page.placed.values())) == 1
+    page.redraw(0)
+    assert len(page.text.image_names()) == len(page.images) - 1 and height_of(alice) == height
+    pump(alice, lambda: set(page.text.image_names()) == set(page.images))
 
 
 def test_a_picture_that_cannot_be_shown_has_a_card_with_the_reason(running, window, tmp_path):
