@@ -3425,10 +3425,14 @@ class Transcript(ttk.Frame):
         with contextlib.suppress(tk.TclError):  # its row was drawn again
             self.text.delete(name)
 
-    def forget_pictures(self) -> None:
-        """Begin with none: another conversation is looked at."""
+    def forget_pictures(self, all_of_them: bool) -> None:
+        """Ask again for what is in sight: another conversation is looked at. On another server a
+        path is another picture."""
         self.asked = ()
         self.arrived.clear()
+        if all_of_them:
+            self.images.clear()
+            self.placed.clear()
 
     def take_picture(self, picture: Picture) -> None:
         """Take the content of a picture, to be decoded soon."""
@@ -5177,6 +5181,7 @@ class Window:
         """Forget the conversations of an engine that has ended: the next one has its own."""
         self.here, self.servers = 0, ()
         self.sidebar.clear()
+        self.strip.show(())
         self.drafts.clear()
         self.spots.clear()
 
@@ -5286,13 +5291,13 @@ class Window:
         if text.strip() and text != draft:
             self.compose.editor.remember(draft)
             draft = text
+        self.transcript.forget_pictures(event.server != self.server_here)
         self.here, self.server_here = event.room, event.server
         self.compose.open(draft)
         self.kept_draft = draft
         self.sidebar.set_draft(event.room, False)
         self.sidebar.select(event.room)
         self.below = 0
-        self.transcript.forget_pictures()
         if self.server:
             self.transcript.sheet.me = self.server.nick
             self.people.mine = self.server.nick

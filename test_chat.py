@@ -20969,6 +20969,7 @@ def test_a_file_on_its_way_can_be_stopped_by_a_key_and_goes_on_after_the_engine_
         alice.engine.submit(alice.engine.over, "a reason that needs the user")
         pump(alice, lambda: alice.card.shown and alice.engine is None)
     alice.card.enter()
+    assert alice.strip.parts == {}  # those of the engine that ended
     see(alice, "two.bin (application/octet-stream, 391 KB)")
     pump(alice, lambda: alice.strip.parts == {})
     assert "one.bin" not in transcript(alice)
