@@ -14,6 +14,7 @@ Sections, in reading order; each uses only what stands above it:
     REMEMBERED      recent servers, geometry and look, in a small private file
     LOOK            palettes, fonts and styles
     FIELDS          where text is typed
+    FILES           pictures, the files on their way, and the programs that open them
     TRANSCRIPT      the conversation that is looked at
     LISTS           the sidebar and the members
     PANEL           results of a search, and texts to be read
@@ -49,9 +50,11 @@ import os
 import pathlib
 import queue
 import re
+import secrets
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -65,8 +68,8 @@ from typing import Any, NamedTuple
 
 try:
     import tkinter as tk
+    from tkinter import filedialog, ttk
     from tkinter import font as tkfont
-    from tkinter import ttk
 except ImportError:  # Debian and others have it in a package of its own
     sys.exit("gui_client.py: this Python has no Tkinter; on Debian, apt install python3-tk")
 
@@ -247,6 +250,36 @@ class Settings(NamedTuple):
     values: tuple[tuple[str, str], ...]
 
 
+class Moving(NamedTuple):
+    """A file on its way."""
+
+    server: int
+    id: str
+    text: str
+    share: int  # percent that has arrived
+
+
+class Progress(NamedTuple):
+    """All files on their way, up and down."""
+
+    files: tuple[Moving, ...]
+
+
+class Picture(NamedTuple):
+    """The content of a picture; empty if it could not be fetched."""
+
+    server: int
+    file: chat.FileTag
+    data: bytes
+    full: bool = False  # to be shown in a window of its own
+
+
+class Opened(NamedTuple):
+    """A file has been saved that the user wants to open."""
+
+    path: str
+
+
 # ======================================================================================
 # RIGHT TO LEFT
 # ======================================================================================
@@ -390,6 +423,22 @@ GROUP_SECONDS = 300  # messages of one speaker within this stand under one name
 LINK = re.compile(r"(?:https?://|www\.(?=[\w-]+\.))[^\s<>\"]*[^\s<>\".,;:!?)\]}']", re.IGNORECASE)
 MESSAGES = (chat.SAID, chat.NOTICED)
 
+TK_FORMATS = {"image/png": "png", "image/gif": "gif"}  # of pictures that Tk decodes
+PICTURE_BYTES = 2 * 1024 * 1024  # of a picture shown among the messages, at most ...
+PICTURE_SIDE = 4096  # ... and pixels of a side: Tk decodes such a one in a third of a second
+PICTURE_BOX = (400, 300)  # pixels for a picture, where 96 are an inch
+# What is opened by a click, and under which ending, whatever the sender calls it: a program that
+# calls itself a picture is given to one that shows pictures.
+OPENED_TYPES = {
+    "image/png": ".png",
+    "image/gif": ".gif",
+    "image/jpeg": ".jpg",
+    "image/webp": ".webp",
+    "video/mp4": ".mp4",
+    "application/pdf": ".pdf",
+    "text/plain": ".txt",
+}
+
 
 def whole(text: str) -> str:
     """Return `text` with surrogate pairs joined and lone ones dropped: no encoder takes those."""
@@ -486,6 +535,7 @@ class Style(NamedTuple):
     # Return whether a part of a line fits into one row; None: Tk orders and breaks lines itself
     fits: Callable[[str], bool] | None = None
     name: Callable[[str], str] = str  # as a name is drawn
+    box: tuple[int, int] = PICTURE_BOX  # pixels for a picture
 
 
 def head_pieces(row: Row, style: Style) -> list:
@@ -523,6 +573,45 @@ def state_pieces(row: Row) -> list:
     return [*pieces, "\n", ("said", "trouble")]
 
 
+def is_shown(file: chat.FileTag) -> bool:
+    """Return whether a picture is shown among the messages."""
+    sides = 0 < file.width <= PICTURE_SIDE and 0 < file.height <= PICTURE_SIDE
+    return file.type in TK_FORMATS and 0 < file.size <= PICTURE_BYTES and sides
+
+
+def divisor(file: chat.FileTag, box: tuple[int, int]) -> int:
+    """Return the number by which the sides of a picture are divided, to fit into a box."""
+    return max(1, -(-file.width // box[0]), -(-file.height // box[1]))
+
+
+def shown_height(file: chat.FileTag, box: tuple[int, int]) -> int:
+    return -(-file.height // divisor(file, box))
+
+
+def name_of_file(view: chat.View) -> str:
+    """Return the name of the file that a message links to; "" if it does not tell."""
+    named = re.match(r"(.+) \([^()]*\): \S+$", view.text)
+    return chat.file_name(named[1]) if named else ""
+
+
+def file_pieces(row: Row, style: Style, trouble: str = "") -> list:
+    """Return the lines about a file: the card, and the space of a picture."""
+    file = chat.parse_file_tag(row.view.file)
+    if file is None:
+        return []
+    tags = ("said", "file")
+    name = style.name(shorter(name_of_file(row.view), NAME_SHOWN))
+    pieces = [f" {name} ", (*tags, "file-name")] if name else []
+    why = f"; not shown: {trouble}" if trouble else ""
+    pieces += [f" {file.words()}{why}   ", tags, "Save", (*tags, "save")]
+    if file.type in OPENED_TYPES:
+        pieces += ["   ", tags, "Open", (*tags, "open")]
+    pieces += [" ", tags, "\n", ("said",)]
+    if is_shown(file) and not trouble:
+        pieces += ["\n", ("said", "picture", f"space{shown_height(file, style.box)}")]
+    return pieces
+
+
 def line_pieces(text: str, style: Style, *tags: str) -> list:
     """Return lines of text, in the order in which their characters are seen."""
     if style.fits is None or not RIGHT_TO_LEFT.search(text):
@@ -552,12 +641,15 @@ def text_pieces(row: Row, style: Style, expanded: bool) -> list:
     return pieces
 
 
-def said_pieces(row: Row, style: Style, headed: bool, expanded: bool, me: str) -> list:
+def said_pieces(
+    row: Row, style: Style, headed: bool, expanded: bool, me: str, trouble: str = ""
+) -> list:
     """Return a message, with a head if the one before it is of another speaker."""
     return [
         *(head_pieces(row, style) if headed else ()),
         *reply_pieces(row),
         *text_pieces(row, style, expanded),
+        *(file_pieces(row, style, trouble) if row.view.file else ()),
         *reaction_pieces(row, me),
         *state_pieces(row),
     ]
@@ -609,6 +701,7 @@ class Sheet:
         self.unseen = False  # ... and whether what stands below it has not been seen
         self.read_time = 0
         self.expanded: set[Any] = set()
+        self.troubles: dict[str, str] = {}  # why pictures are not shown, by their paths
         self.whole = False  # there is nothing older anywhere
         self.cleared = False  # nothing older is to be shown by itself
         self.past = False  # rows of the past are shown, and the newest ones are not
@@ -621,6 +714,7 @@ class Sheet:
         """Take the rows of a conversation; none of them is drawn yet."""
         if room != self.room:
             self.expanded.clear()
+            self.troubles.clear()
         self.room, self.rows, self.read_time = room, list(rows), read_time
         self.first, self.sizes = len(self.rows), []
         self.whole, self.past, self.cleared = False, past, False
@@ -711,7 +805,8 @@ class Sheet:
         headed = bool(pieces) or not self._follows(row, before)
         if row.view.kind in MESSAGES:
             expanded = row.key in self.expanded
-            pieces += said_pieces(row, self.style, headed, expanded, self.me)
+            trouble = self.troubles.get(row.view.file.partition(",")[0], "")
+            pieces += said_pieces(row, self.style, headed, expanded, self.me, trouble)
         else:
             pieces += told_pieces(row, self.style)
         return pieces
@@ -940,6 +1035,9 @@ FOUND_MOST = 200
 LOOKED_AT = 5000  # messages with the words, or the last ones, of which those from a user are shown
 LAST = 2**53  # a time after all others
 SEARCH_PART = re.compile(r"(?:from|in|has):\S+")
+PROGRESS_SECONDS = 0.25  # between two looks at the files on their way
+FETCHES = 2  # of pictures, at once
+FETCH_TRIES = 2  # for one picture: the line may break
 LEAVE_SECONDS = 0.8  # to hear the server out; the window is gone within a second
 SERVER_NUMBERS = itertools.count(1)
 WHY_AGAIN = "; trying again"
@@ -1000,6 +1098,13 @@ class Engine(chat.ManyServers):
         self.people_due = 0.0  # on the loop's clock
         self.people_changed = self.again = False
         self.focused = True
+        self.moving: tuple[Moving, ...] = ()  # as Tk knows them
+        self.moving_due = 0.0  # on the loop's clock
+        self.moving_timer = False
+        self.wanted: list[tuple[chat.Seat, chat.FileTag, bool]] = []  # pictures; True: in full
+        self.fetched: collections.Counter[tuple] = collections.Counter()  # likewise: attempts
+        self.fetching: set[tuple] = set()
+        self.opening: dict[str, chat.Transfer] = {}  # files that are opened when they are there
         self.ended: str | None = None
         self.calls: collections.deque[tuple[Callable, tuple]] = collections.deque()  # of Tk
         self.lock = threading.Lock()  # guards `alive`: nothing is handed to a closed loop
@@ -1221,6 +1326,14 @@ class Engine(chat.ManyServers):
         room = self.room_of(seat, view)
         self.out.append(Read(room.id, room.read_time))
 
+    def _transfer_changed(self, seat: chat.Seat, view: chat.View) -> None:
+        """Have a file opened that was saved for that."""
+        one = self.opening.get(view.own_id)
+        if one is not None and one not in seat.core.transfers:
+            del self.opening[one.id]
+            if os.path.exists(one.path):
+                self.out.append(Opened(one.path))
+
     def _results(self, seat: chat.Seat, title: str, views: list[chat.View]) -> None:
         rows = []
         for view in views:
@@ -1244,15 +1357,19 @@ class Engine(chat.ManyServers):
         chat.PAGE: _page,
         chat.BACK: _back,
         chat.READ: _read_elsewhere,
+        chat.TRANSFER: _transfer_changed,
     }
 
     # Batches
 
     def publish(self) -> None:
         """At the end of a turn: make a batch, if Tk has taken the last one."""
+        if self.wanted:
+            self._fetch_pictures()
         if self.under_way:
             return
         events = [*self._server_events(), *self._room_events(), *self._watched_events()]
+        events += self._progress_events()
         values = tuple((name, self.core.setting(name)) for name in chat.SETTINGS)
         if values != self.values:
             self.values = values
@@ -1467,6 +1584,89 @@ class Engine(chat.ManyServers):
         went = tuple(before.keys() - now.keys())
         if came or went or not before:
             self.out.append(Members(room.id, came, went, not before))
+
+    # Files
+
+    def _progress_events(self) -> list:
+        """Return how it stands with files on their way; numbers alone not too often."""
+        moving = tuple(
+            Moving(seat.screen.number, one.id, one.words(), 100 * one.done // max(1, one.size))
+            for seat in self.seats
+            for one in seat.core.transfers
+        )
+        if moving == self.moving:
+            return []
+        wait = self.moving_due - self.loop.now
+        if wait > 0 and [one.id for one in moving] == [one.id for one in self.moving]:
+            if not self.moving_timer:
+                self.moving_timer = True
+                self.loop.call_later(wait, self._look_at_progress)
+            return []
+        self.moving, self.moving_due = moving, self.loop.now + PROGRESS_SECONDS
+        return [Progress(moving)]
+
+    def _look_at_progress(self) -> None:
+        self.moving_timer = False
+
+    def _fetch_pictures(self) -> None:
+        """Fetch pictures that are wanted, a few at a time, from servers that are there."""
+        for want in list(self.wanted):
+            seat, file, _ = want
+            if len(self.fetching) >= FETCHES:
+                return
+            if want in self.fetching or not seat.core.ready:
+                continue
+            self.fetching.add(want)
+            self.fetched[want] += 1
+            took = functools.partial(self._took_picture, want)
+            try:
+                seat.link.transfers.fetch(file.path, file.size, took)
+            except OSError:  # the line broke a moment ago
+                took(b"")
+
+    def _took_picture(self, want: tuple[chat.Seat, chat.FileTag, bool], data: bytes) -> None:
+        """Give a picture to Tk; try again if the line may have broken."""
+        seat, file, full = want
+        self.fetching.discard(want)
+        again = not seat.core.ready or self.fetched[want] < FETCH_TRIES
+        if not data and again and seat in self.seats:
+            return
+        self.wanted = [one for one in self.wanted if one != want]
+        del self.fetched[want]
+        self.out.append(Picture(seat.screen.number, file, data, full))
+
+    def do_pictures(self, number: int, files: tuple[chat.FileTag, ...]) -> None:
+        """Fetch the pictures that are in sight; those before are not wanted any more."""
+        if place := self.place_of(number):
+            full = [want for want in self.wanted if want[2]]
+            self.wanted = [*full, *((place[0], file, False) for file in files)]
+
+    def do_full_picture(self, number: int, file: chat.FileTag) -> None:
+        if place := self.place_of(number):
+            self.wanted.append((place[0], file, True))
+
+    def do_send_file(self, number: int, path: str) -> None:
+        """Send a file to a conversation."""
+        place = self.place_of(number)
+        if place is None or not place[1].name:
+            raise chat.Unusable("open a conversation, and send the file there")
+        one = chat.Transfer(secrets.token_hex(8), True, place[1].name, path)
+        self._act(number, lambda core, room: core.start_transfer(one))
+
+    def do_save_file(self, number: int, view: chat.View, path: str, opens: bool = False) -> None:
+        """Save the file that a message links to; `opens`: Tk opens it then."""
+        if place := self.place_of(number):
+            core = place[0].core
+            self._act(number, lambda core, room: core.save_file(room, view, path))
+            if opens and core.transfers:
+                self.opening[core.transfers[-1].id] = core.transfers[-1]
+
+    def do_stop_file(self, server: int, id: str) -> None:
+        """Stop a file on its way, and forget it."""
+        for seat in [one for one in self.seats if one.screen.number == server]:
+            for one in [one for one in seat.core.transfers if one.id == id]:
+                seat.core.drop_transfer(one)
+                seat.link.poke()
 
     # What the user does
 
@@ -1702,6 +1902,9 @@ class Engine(chat.ManyServers):
     def do_leave(self, reason: str, drafts: dict[int, str]) -> None:
         for number, text in drafts.items():
             self.do_draft(number, text)
+        for seat in self.seats:  # what is only opened goes with the window
+            for one in [one for one in seat.core.transfers if one.id in self.opening]:
+                seat.core.drop_transfer(one)
         self.quitting = True
         self.loop.call_later(LEAVE_SECONDS, lambda: self.over(""))
         for seat in list(self.seats):
@@ -2053,6 +2256,13 @@ class Look:
             for option in ("background", "lightcolor", "darkcolor"):
                 style.configure(name, **{option: c.thumb})
                 style.map(name, **{option: [("disabled", ground), ("active", c.dim)]})
+        thumb = ("Horizontal.Scrollbar.thumb", {"expand": True, "sticky": "nswe"})
+        trough = ("Horizontal.Scrollbar.trough", {"sticky": "we", "children": [thumb]})
+        style.layout("Horizontal.TScrollbar", [trough])
+        plain = {"troughcolor": c.paper, "bordercolor": c.paper, "gripcount": 0}
+        plain |= dict.fromkeys(("background", "lightcolor", "darkcolor"), c.thumb)
+        style.configure("Horizontal.TScrollbar", arrowsize=self.part(0.55), **plain)
+        style.map("Horizontal.TScrollbar", background=[("active", c.dim)])
 
     def menu(self, parent: tk.Misc) -> tk.Menu:
         """Return an empty menu in the present colours."""
@@ -2140,6 +2350,7 @@ def offer_menu(widget: tk.Text, look: Look, *actions: str) -> None:
     bind_menu(widget, popup)
 
 
+PATH = re.compile(r"(?:[/~]|[A-Za-z]:[/\\])[^\n]{1,4000}")  # of a file, perhaps
 PASTED_MOST = 64 * 1024  # characters: four of the longest messages
 
 
@@ -2326,6 +2537,7 @@ class Compose(Field):
         self.edited: Callable[[], None] = chat.do_nothing  # the user changed the text
         self.too_much: Callable[[str], None] = chat.do_nothing  # a paste over the limit
         self.several: Callable[[str], None] = chat.do_nothing  # a paste of several lines
+        self.path: Callable[[str], None] = chat.do_nothing  # a paste that may be the path of a file
         self.placed = ""  # the text that was set last: it was not typed
         self.hint = tk.Label(self, padx=0, pady=0, cursor="xterm", anchor="w")
         self.hint.bind("<Button-1>", lambda _: self.focus_set())
@@ -2357,6 +2569,8 @@ class Compose(Field):
         super().take_paste(text)
         if text.rstrip("\n").count("\n"):
             self.several(self.content)
+        elif PATH.fullmatch(text.strip()):
+            self.path(text.strip())
 
     def too_long(self, text: str) -> None:
         self.too_much(chat.harmless(text.replace("\r\n", "\n")))
@@ -2498,6 +2712,194 @@ class Compose(Field):
 
 
 # ======================================================================================
+# FILES
+# ======================================================================================
+# Pictures are decoded on Tk's thread, one at a time, from content that has been looked at
+# first: Tk's own decoder believes what it reads. Images are made and freed there, too.
+
+
+def gif_frame_size(data: bytes) -> tuple[int, int]:
+    """Return width and height of the first frame of a GIF, with its offset (GIF89a, 20): Tk takes
+    so much memory, whatever the header says. 0 and 0 if there is no frame."""
+    if len(data) < 13:
+        return 0, 0
+    at = 13 + (3 << (data[10] & 7) + 1) * (data[10] >> 7)  # behind the colours
+    while data[at : at + 1] == b"!":  # an extension: blocks, each after its length
+        at += 2
+        while at < len(data) and data[at]:
+            at += data[at] + 1
+        at += 1
+    if data[at : at + 1] != b"," or len(data) < at + 10:
+        return 0, 0
+    left, top, width, height = struct.unpack_from("<4H", data, at + 1)
+    return left + width, top + height
+
+
+def picture_trouble(file: chat.FileTag, data: bytes) -> str:
+    """Return why a picture is not given to Tk; "" if it may be."""
+    if not data:
+        return "it is gone, or longer than was said"
+    if len(data) < file.size:
+        return "it is shorter than was said"
+    if chat.content_type(data[:4096], "", False) != file.type:
+        return "it is not what was said"
+    if chat.picture_size(file.type, data[:4096]) != (file.width, file.height):
+        return "it has another size than was said"
+    width, height = gif_frame_size(data) if file.type == "image/gif" else (1, 1)
+    if not (0 < width <= file.width and 0 < height <= file.height):
+        return "it is damaged"
+    return ""
+
+
+def decoded(root: tk.Misc, file: chat.FileTag, data: bytes, by: int = 1) -> tk.PhotoImage | None:
+    """Return a picture with its sides divided by a number; None if it cannot be decoded."""
+    try:
+        image = tk.PhotoImage(master=root, data=data, format=TK_FORMATS[file.type])
+        return image.subsample(by) if by > 1 else image
+    except (tk.TclError, MemoryError):
+        return None
+
+
+def open_command(path: str, system: str) -> list[str]:
+    return ["open" if system == "darwin" else "xdg-open", path]
+
+
+def open_file(path: str) -> str:
+    """Open a file with the program that the desktop has for it; return why that cannot be."""
+    try:
+        if sys.platform == "win32":
+            os.startfile(path)
+        else:
+            quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+            opener = subprocess.Popen(open_command(path, sys.platform), **quiet)
+            threading.Thread(target=opener.wait, daemon=True).start()
+    except OSError as error:
+        return f"cannot open {path}: {chat.reason_of(error)}"
+    return ""
+
+
+def download_folder() -> pathlib.Path:
+    folder = pathlib.Path.home() / "Downloads"
+    return folder if folder.is_dir() else folder.parent
+
+
+def pasted_file(text: str) -> str:
+    """Return a path that was pasted, if a file is there; else ""."""
+    path = pathlib.Path(text.strip()).expanduser()
+    return str(path) if path.is_file() else ""
+
+
+def set_text(label: Any, text: str) -> None:
+    """Change the text of a label, if it is another one: Tk lays out all around it again."""
+    if str(label.cget("text")) != text:
+        label.configure(text=text)
+
+
+class PictureWindow(tk.Toplevel):
+    """A picture in full, to be scrolled. Escape closes it."""
+
+    def __init__(self, parent: tk.Misc, look: Look, image: tk.PhotoImage, title: str):
+        super().__init__(parent, background=look.colours.paper)
+        self.title(title)
+        self.image: tk.PhotoImage | None = image
+        wide, high = image.width(), image.height()
+        self.canvas = tk.Canvas(self, background=look.colours.paper, highlightthickness=0)
+        self.canvas.configure(scrollregion=(0, 0, wide, high), xscrollincrement=20)
+        self.canvas.configure(width=min(wide, self.winfo_screenwidth() * 3 // 4))
+        self.canvas.configure(height=min(high, self.winfo_screenheight() * 3 // 4))
+        self.canvas.configure(yscrollincrement=20)
+        self.canvas.create_image(0, 0, anchor="nw", image=image)
+        self.columnconfigure(0, weight=1)
+        self.rowconfigure(0, weight=1)
+        self.canvas.grid(row=0, column=0, sticky="nswe")
+        self._add_bars()
+        for key, axis, step in (
+            ("Left", "x", -1),
+            ("Right", "x", 1),
+            ("Up", "y", -1),
+            ("Down", "y", 1),
+        ):
+            scroll = getattr(self.canvas, f"{axis}view_scroll")
+            self.bind(f"<{key}>", lambda _, scroll=scroll, step=step: scroll(3 * step, "units"))
+        self.bind("<Escape>", lambda _: self.destroy())
+        self.canvas.bind("<Button-1>", lambda _: self.destroy())
+        self.canvas.focus_set()
+
+    def destroy(self) -> None:
+        super().destroy()
+        self.image = None  # all of its pixels
+
+    def _add_bars(self) -> None:
+        across = ttk.Scrollbar(self, orient="horizontal", command=self.canvas.xview)
+        down = ttk.Scrollbar(self, command=self.canvas.yview)
+        self.canvas.configure(xscrollcommand=across.set, yscrollcommand=down.set)
+        if self.image.width() > int(self.canvas.cget("width")):
+            across.grid(row=1, column=0, sticky="we")
+        if self.image.height() > int(self.canvas.cget("height")):
+            down.grid(row=0, column=1, sticky="ns")
+
+
+class Strip(ttk.Frame):
+    """The files on their way, above the field: each with a bar, and a button that stops it."""
+
+    MOST = 4  # shown; of the others the number
+
+    def __init__(self, parent: tk.Misc, look: Look, stop: Callable[[int, str], None]):
+        super().__init__(parent)
+        self.look, self.stop = look, stop
+        self.parts: dict[tuple[int, str], tuple[ttk.Frame, Any, Any, Any]] = {}
+        self.more = ttk.Label(self, style="Dim.TLabel")
+        look.follow(self.recolour)
+
+    def recolour(self) -> None:
+        look, c = self.look, self.look.colours
+        self.configure(padding=(look.part(0.9), look.part(0.2), look.part(0.5), 0))
+        style = "Horizontal.TProgressbar"
+        look.style.configure(style, background=c.accent, troughcolor=c.chip, bordercolor=c.edge)
+        look.style.configure(style, lightcolor=c.accent, darkcolor=c.accent)
+        look.style.configure(style, thickness=look.part(0.4))
+
+    @property
+    def buttons(self) -> list[ttk.Button]:
+        return [button for *_, button in self.parts.values()]
+
+    def show(self, files: tuple[Moving, ...]) -> None:
+        """Show these files, and no others."""
+        shown = {(one.server, one.id): one for one in files[: self.MOST]}
+        for key in self.parts.keys() - shown.keys():
+            self.parts.pop(key)[0].destroy()
+        self.more.pack_forget()
+        for key, one in shown.items():
+            if key not in self.parts:
+                self.parts[key] = self._part(key)
+            _, label, bar, _ = self.parts[key]
+            set_text(label, self.look.seen(label_text(one.text)))
+            bar.configure(value=one.share)
+        if len(files) > self.MOST:
+            self.more.configure(text=f"and {len(files) - self.MOST} more")
+            self.more.pack(anchor="w")
+        if files:
+            self.grid()
+        else:
+            self.grid_remove()
+
+    def _part(self, key: tuple[int, str]) -> tuple[ttk.Frame, Any, Any, Any]:
+        frame = ttk.Frame(self)
+        stop = functools.partial(self.stop, *key)
+        button = ttk.Button(frame, text="\u2715", style="Plain.TButton", command=stop)
+        for sequence in ("<Return>", "<Delete>"):
+            button.bind(sequence, lambda _: button.invoke() and "break" or "break")
+        button.bindtags(("WindowKeys", *button.bindtags()))
+        bar = ttk.Progressbar(frame, length=self.look.part(8), maximum=100)
+        label = ttk.Label(frame, style="Dim.TLabel", width=1, anchor="w")
+        button.pack(side="right")
+        bar.pack(side="right", padx=self.look.part(0.5))
+        label.pack(side="left", fill="x", expand=True)
+        frame.pack(fill="x")
+        return frame, label, bar, button
+
+
+# ======================================================================================
 # TRANSCRIPT
 # ======================================================================================
 # One Text widget shows the conversation that is looked at. Rows are found by their line:
@@ -2506,6 +2908,9 @@ class Compose(Field):
 BOTTOM = 0.99999  # of yview: the end is in sight
 NEAR_TOP = 0.02  # of yview: older rows are wanted
 FEW_ROWS = 60  # below that there is perhaps room for older ones
+PICTURES_KEPT = 40  # decoded: up to half a megabyte each
+PICTURE_MS = 40  # from a change until pictures are looked for, and between two that are decoded
+CLICKED = ("expand", "retry", "cancel", "answers", "reaction", "save", "open", "picture")
 
 
 def open_link(url: str) -> None:
@@ -2528,7 +2933,17 @@ class Transcript(ttk.Frame):
         super().__init__(parent, style="Card.TFrame")
         self.look = look
         fits = self._fits if look.reorders else None
-        self.sheet = Sheet(Style(fits=fits, name=look.seen))
+        fine = max(1.0, self.winfo_fpixels("1i") / 96)
+        box = tuple(round(side * fine) for side in PICTURE_BOX)
+        self.sheet = Sheet(Style(fits=fits, name=look.seen, box=box))
+        self.images: dict[str, tk.PhotoImage] = {}  # by path; those seen last at the end
+        self.placed: dict[str, list[str]] = {}  # names of their places in the text
+        self.arrived: collections.deque[Picture] = collections.deque()  # to be decoded
+        self.asked: tuple[chat.FileTag, ...] = ()  # pictures
+        self.spaces: set[str] = set()  # tags: lines as high as pictures
+        self.looks = self.decodes = False  # soon
+        self.wants_pictures: Callable[[tuple], None] = chat.do_nothing
+        self.later: Callable[[str, int, Callable[[], None]], None] = chat.do_nothing  # a timer
         self.typed = typed  # gets what is typed here by mistake
         self.at_bottom = True
         self.chosen: Any = None  # key of the row that the keys are for
@@ -2606,11 +3021,23 @@ class Transcript(ttk.Frame):
         for name in ("link", "expand", "retry", "cancel"):
             tag(name, foreground=c.accent, underline=True)
         tag("expand", font=look.small)
+        for name in ("save", "open"):
+            tag(name, foreground=c.accent, underline=True)
+        tag("file", background=c.chip, font=look.small, spacing1=look.part(0.1))
+        tag("file", spacing3=look.part(0.2))
+        tag("file-name", font=look.bold)
+        for name in self.spaces:
+            self._configure_space(name)
         tag("day", foreground=c.dim, justify="center", font=look.small)
         tag("day", spacing1=look.part(0.6), spacing3=look.part(0.3))
         tag("rule", background=c.bad, font=look.tiny, spacing1=0, spacing3=0)
         tag("new", foreground=c.bad, justify="right", font=look.small, spacing3=0)
         self.text.tag_raise("sel")
+
+    def _configure_space(self, name: str) -> None:
+        """Make a line as high as the picture that will be in it."""
+        height = int(name.removeprefix("space"))
+        self.text.tag_configure(name, spacing1=max(0, height - self.look.em))
 
     def _bind_all(self) -> None:
         text = self.text
@@ -2630,7 +3057,7 @@ class Transcript(ttk.Frame):
         text.bind("<Home>", lambda _: self._scroll_to("1.0"))
         text.bind("<End>", lambda _: self.to_bottom() or "break")
         bind_menu(text, self._menu)
-        for tag in ("link", "expand", "retry", "cancel", "answers", "reaction"):
+        for tag in ("link", *CLICKED):
             text.tag_bind(tag, "<Enter>", lambda _: text.configure(cursor="hand2"))
             text.tag_bind(tag, "<Leave>", lambda _: text.configure(cursor="arrow"))
 
@@ -2645,7 +3072,12 @@ class Transcript(ttk.Frame):
     def _insert(self, index: str, pieces: list) -> None:
         if pieces:
             drawable_pieces(pieces, self.look.drawable)
+            for tags in pieces[1::2]:
+                if tags and tags[-1][:5] == "space" and tags[-1] not in self.spaces:
+                    self.spaces.add(tags[-1])
+                    self._configure_space(tags[-1])
             self.text.insert(index, *pieces)
+            self._look_soon()
 
     def reset(
         self,
@@ -2897,6 +3329,7 @@ class Transcript(ttk.Frame):
             self._tell_above()
         if float(first) > 0:
             self.tell_older("")
+        self._look_soon()
         if self.sheet.past and float(last) > BOTTOM and not self.waiting_after:
             self.waiting_after = True
             self.text.after_idle(self.wants_after)
@@ -2928,6 +3361,113 @@ class Transcript(ttk.Frame):
         if not self.draw_older() and not self.sheet.whole:
             self.waiting_older = True
             self.wants_older()
+
+    # Pictures
+
+    def _look_soon(self) -> None:
+        if not self.looks and self.spaces:
+            self.looks = True
+            self.later("pictures", PICTURE_MS, self._look_for_pictures)
+
+    def _picture_rows(self) -> Iterator[tuple[str, chat.FileTag]]:
+        """Yield where the pictures in sight have their places."""
+        first = self.row_at("@0,0")
+        last = self.row_at(f"@0,{self.text.winfo_height()}")
+        last = len(self.sheet.rows) - 1 if last is None else last
+        for number in range(last + 1) if first is None else range(first, last + 1):
+            file = chat.parse_file_tag(self.sheet.rows[number].view.file)
+            if file is None or not self.sheet.is_drawn(number):
+                continue
+            if found := self.text.tag_nextrange("picture", *self.sheet.body_of(number)):
+                yield found[0], file
+
+    def _look_for_pictures(self) -> None:
+        """Put pictures in sight in their places, and ask for those that are not here."""
+        self.looks = False
+        missing, seen = {}, set()
+        for index, file in list(self._picture_rows()):
+            seen.add(file.path)
+            image = self.images.pop(file.path, None)
+            if image is None:
+                missing[file.path] = file
+                continue
+            self.images[file.path] = image
+            if self.text.get(index) == "\n":
+                self._place_picture(index, file.path, image)
+        self._drop_pictures(seen)
+        wanted = tuple(missing.values())
+        if wanted != self.asked:
+            self.asked = wanted
+            self.wants_pictures(wanted)
+
+    def _place_picture(self, index: str, path: str, image: tk.PhotoImage) -> None:
+        with self._editing() as text:
+            name = text.image_create(index, image=image, name=path)
+            for tag in text.tag_names(index):
+                text.tag_remove(tag, index)
+            for tag in ("said", "picture"):
+                text.tag_add(tag, index)
+        names = self.placed.setdefault(path, [])
+        if name not in names:
+            names.append(name)
+
+    def _drop_pictures(self, seen: set[str]) -> None:
+        """Free the pictures that were in sight longest ago, if there are too many."""
+        excess = len(self.images) - PICTURES_KEPT
+        for path in [path for path in self.images if path not in seen][: max(0, excess)]:
+            with self._editing():
+                for name in self.placed.pop(path, ()):
+                    self._take_out(name)
+            del self.images[path]
+
+    def _take_out(self, name: str) -> None:
+        """Take a picture out of the text; its line keeps its height."""
+        with contextlib.suppress(tk.TclError):  # its row was drawn again
+            self.text.delete(name)
+
+    def forget_pictures(self, all_of_them: bool) -> None:
+        """Ask again for what is in sight: another conversation is looked at. On another server a
+        path is another picture."""
+        self.asked = ()
+        self.arrived.clear()
+        if all_of_them:
+            self.images.clear()
+            self.placed.clear()
+
+    def take_picture(self, picture: Picture) -> None:
+        """Take the content of a picture, to be decoded soon."""
+        self.arrived.append(picture)
+        if not self.decodes:
+            self.decodes = True
+            self.later("decode", PICTURE_MS, self._decode_next)
+
+    def _decode_next(self) -> None:
+        """Decode one picture: the user may be typing."""
+        self.decodes = False
+        if not self.arrived:
+            return
+        _, file, data, _ = self.arrived.popleft()
+        image, why = None, picture_trouble(file, data)
+        if not why:
+            image = decoded(self.text, file, data, divisor(file, self.sheet.style.box))
+        if image is None:
+            self._tell_trouble(file.path, why or "it is damaged")
+        else:
+            self.images[file.path] = image
+        self._look_soon()
+        if self.arrived:
+            self.decodes = True
+            self.later("decode", PICTURE_MS, self._decode_next)
+
+    def _tell_trouble(self, path: str, why: str) -> None:
+        """Say on the card why a picture is not shown."""
+        self.sheet.troubles[path] = why
+        spot = self.spot()
+        for number, row in enumerate(self.sheet.rows):
+            if row.view.file.partition(",")[0] == path:
+                self.redraw(number)
+        if spot is not None and not self.at_bottom:
+            self.return_to(spot)
 
     # Keys and the pointer
 
@@ -3023,7 +3563,7 @@ class Transcript(ttk.Frame):
         if url := self.link_at(index):
             return open_link(url)
         tags, row = self.text.tag_names(index), self.sheet.rows[number]
-        for tag in ("expand", "retry", "cancel", "answers", "reaction"):
+        for tag in CLICKED:
             if tag in tags:
                 self.act(tag, row, index)
         return None
@@ -3478,6 +4018,7 @@ WINDOW_KEYS = (
     ("Alt+Up, Alt+Down", "the conversation above or below; with Shift: move it"),
     ("Alt+A", "the next one with something new, first where you are called"),
     ("Alt+N", "the first message here that was not read"),
+    ("Ctrl+O", "send a file; or paste its path"),
     ("Ctrl+F", "search; Return searches, Down goes to what was found"),
     ("F6", "the next part of the window; Shift+F6: the one before"),
     ("Up, Down in the messages", "choose one; Return or the menu key: what can be done with it"),
@@ -3904,6 +4445,28 @@ class AskCard(Card):
             self.taken(text)
 
 
+class FileCard(Card):
+    """Asks whether the path that was pasted is meant, or the file that is there. Return keeps the
+    text: it may be pressed to send that."""
+
+    def __init__(self, parent: tk.Misc, look: Look):
+        super().__init__(parent, look, "Send this file?")
+        self.taken: Callable[[], None] = chat.do_nothing
+        self.about = ttk.Label(self.body, style="Card.TLabel")
+        self.about.pack(anchor="w")
+        self.send = self.add_button("Send the file", self.enter)
+        self.keep = self.add_button("Paste as text", self.hide, first=True)
+
+    def show(self, path: str, taken: Callable[[], None]) -> None:
+        self.taken = taken
+        self.about.configure(text=self.look.seen(label_text(path)), wraplength=22 * self.look.em)
+        self.open(self.keep)
+
+    def enter(self) -> None:
+        self.hide()
+        self.taken()
+
+
 class Switcher(Card):
     """Goes to a conversation, or does something, by a part of its name."""
 
@@ -4236,12 +4799,6 @@ def server_on_this_machine() -> str:
     return DEFAULT_SERVER
 
 
-def set_text(label: Any, text: str) -> None:
-    """Change the text of a label, if it is another one: Tk lays out all around it again."""
-    if str(label.cget("text")) != text:
-        label.configure(text=text)
-
-
 def enabled(on: bool) -> str:
     return "normal" if on else "disabled"
 
@@ -4274,6 +4831,14 @@ class Window:
         self.below = 0  # messages that came below the part being read
         self.values: dict[str, str] = {}  # settings
         self.notices = Notices()
+        self.choose_files: Callable[[], Any] = self._choose_files
+        self.choose_place: Callable[[str], str] = self._choose_place
+        self.folder = str(pathlib.Path.home())  # of the files that were sent last
+        self.choosing = False  # a dialog of the system is open
+        self.open_file = open_file
+        self.downloads = download_folder
+        self.opened = ""  # folder of the files that were opened
+        self.picture: PictureWindow | None = None  # the last one in full
         self.answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()  # of threads ...
         self.waiting_jobs: dict[int, Callable[[Any], None]] = {}  # ... and what they are for
         self.jobs = itertools.count()
@@ -4337,6 +4902,9 @@ class Window:
         self.transcript.grid(row=1, column=0, sticky="nswe")
         self._join_transcript()
         self.typing_label = ttk.Label(self.transcript, style="Dim.Card.TLabel")
+        self.strip = Strip(center, look, lambda *file: self.do("stop_file", *file))
+        self.strip.grid(row=2, column=0, sticky="we")
+        self.strip.grid_remove()
         self.banner = Banner(center, look)
         self.banner.grid(row=3, column=0, sticky="we")
         self.banner.hide()
@@ -4352,6 +4920,8 @@ class Window:
         transcript.wants_after = lambda: self.do("newer", self.here)
         transcript.menu_for = self.message_menu
         transcript.acted = self.act_on
+        transcript.later = self.later
+        transcript.wants_pictures = lambda files: self.do("pictures", self.here, files)
         transcript.told = self.tell_about
 
     def _build_foot(self, parent: ttk.Frame) -> ttk.Frame:
@@ -4363,10 +4933,14 @@ class Window:
         self.compose.edited = self._edited
         self.compose.several = self._show_paste
         self.compose.too_much = self._offer_paste
+        self.compose.path = self._look_for_file
         self.compose.refused = self.tell
         send = ttk.Button(foot, text="Send", style="Accent.TButton", command=self.compose.submit)
         send.configure(takefocus=False)
         send.pack(side="right", anchor="s", padx=(look.part(0.4), 0))
+        file = ttk.Button(foot, text="File", style="Plain.TButton", command=self.ask_files)
+        file.configure(takefocus=False)
+        file.pack(side="right", anchor="s", padx=(look.part(0.4), 0))
         self.compose.pack(side="left", fill="x", expand=True)
         return foot
 
@@ -4408,7 +4982,9 @@ class Window:
         self.ask_card = AskCard(root, look)
         self.switcher = Switcher(root, look)
         self.settings = SettingsCard(root, look, lambda *change: self.do("set", *change))
+        self.file_card = FileCard(root, look)
         self.cards = (self.card, self.certificate, self.ask_card, self.switcher, self.settings)
+        self.cards += (self.file_card,)
         for card in self.cards:
             card.closed = self.compose.focus_set
             card.others = tuple(other for other in self.cards if other is not card)
@@ -4438,6 +5014,7 @@ class Window:
         yield from (
             ("<Control-k>", self.open_switcher),
             ("<Control-f>", self.ask_search),
+            ("<Control-o>", self.ask_files),
             ("<Control-plus>", lambda: self.zoom(1)),
             ("<Control-equal>", lambda: self.zoom(1)),
             ("<Control-KP_Add>", lambda: self.zoom(1)),
@@ -4604,6 +5181,7 @@ class Window:
         """Forget the conversations of an engine that has ended: the next one has its own."""
         self.here, self.servers = 0, ()
         self.sidebar.clear()
+        self.strip.show(())
         self.drafts.clear()
         self.spots.clear()
 
@@ -4713,6 +5291,7 @@ class Window:
         if text.strip() and text != draft:
             self.compose.editor.remember(draft)
             draft = text
+        self.transcript.forget_pictures(event.server != self.server_here)
         self.here, self.server_here = event.room, event.server
         self.compose.open(draft)
         self.kept_draft = draft
@@ -4842,7 +5421,24 @@ class Window:
             self.transcript.recolour()
             self.transcript.redraw_all()
 
+    def _take_progress(self, event: Progress) -> None:
+        self.strip.show(event.files)
+
+    def _take_picture(self, event: Picture) -> None:
+        """Take a picture of the server that is looked at."""
+        if event.full:
+            self._show_full(event.file, event.data)
+        elif event.server == self.server_here:
+            self.transcript.take_picture(event)
+
+    def _take_opened(self, event: Opened) -> None:
+        if why := self.open_file(event.path):
+            self.tell(why)
+
     TAKEN: dict[type, Callable[[Any, Any], None]] = {
+        Progress: _take_progress,
+        Picture: _take_picture,
+        Opened: _take_opened,
         Servers: _take_servers,
         Rooms: _take_rooms,
         Looked: _take_looked,
@@ -5070,6 +5666,105 @@ class Window:
             self.banner.hide()
         self.banner.show(text, *buttons)
 
+    # Files
+
+    def _choose_files(self) -> Any:
+        return filedialog.askopenfilenames(
+            parent=self.root, title="Send files", initialdir=self.folder
+        )
+
+    def _choose_place(self, name: str) -> str:
+        return filedialog.asksaveasfilename(
+            parent=self.root, title="Save", initialfile=name, initialdir=str(self.downloads())
+        )
+
+    def _with_dialog(self, ask: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Ask by a dialog of the system. That runs Tk's loop inside itself, so it begins when no
+        handler is at work, and only one is open; the engine does not notice."""
+
+        def begin() -> None:
+            self.choosing, answer = True, None
+            try:
+                answer = ask()
+            except tk.TclError:  # the window was closed under it
+                log.info("the dialog ended", exc_info=True)
+            self.choosing = False
+            if answer and not (self.closing or self.gone):
+                self.compose.focus_set()
+                then(answer)
+
+        if not self.choosing:
+            self.later("dialog", 1, begin)
+
+    def ask_files(self) -> None:
+        """Ask for files to be sent to this conversation, whichever is looked at then."""
+        here = self.here
+        if self.room is None:
+            return self.tell("open a conversation, and send the file there")
+
+        def chosen(paths: Iterable[str]) -> None:
+            self.folder = str(pathlib.Path(next(iter(paths))).parent)
+            self.send_files(here, paths)
+
+        return self._with_dialog(self.choose_files, chosen)
+
+    def send_files(self, number: int, paths: Iterable[str]) -> None:
+        for path in paths:
+            if not self.do("send_file", number, str(path)):
+                self.ask("not connected: connect first, and send the file then")
+
+    def _look_for_file(self, text: str) -> None:
+        """Offer to send the file whose path was pasted, if there is one."""
+        here = self.here
+
+        def send() -> None:
+            self.compose.set(self.compose.content.replace(text, "", 1))
+            self.send_files(here, [text])
+
+        def found(path: str) -> None:
+            if path and here == self.here and self.room and text in self.compose.content:
+                self.file_card.show(path, send)
+
+        self.in_thread(functools.partial(pasted_file, text), found)
+
+    def _save_file(self, row: Row) -> None:
+        """Save the file of a message among the downloads, under a name that is free."""
+        self.do("save_file", self.here, row.view, str(self.downloads()))
+
+    def _save_file_as(self, row: Row) -> None:
+        here, name = self.here, name_of_file(row.view) or "file"
+        save = lambda place: self.do("save_file", here, row.view, str(place))  # noqa: E731
+        self._with_dialog(lambda: self.choose_place(name), save)
+
+    def _open_file(self, row: Row) -> None:
+        """Save a file in a folder of this window, and open it there."""
+        file = chat.parse_file_tag(row.view.file)
+        if file is None or file.type not in OPENED_TYPES:
+            return self.tell("such a file is saved, and not opened")
+        self.opened = self.opened or tempfile.mkdtemp(prefix="chat-")
+        stem = pathlib.Path(name_of_file(row.view) or "file").stem
+        path = pathlib.Path(self.opened, f"{stem}{OPENED_TYPES[file.type]}")
+        self.do("save_file", self.here, row.view, str(path), True)
+        return self.tell(f"opening {path.name} \u2026")
+
+    def _view_picture(self, row: Row) -> None:
+        """Show the full picture, or have it opened by another program."""
+        file = chat.parse_file_tag(row.view.file)
+        if file is None or not is_shown(file):
+            return self._open_file(row)
+        self.do("full_picture", self.here, file)
+        return self.tell("the picture is coming \u2026")
+
+    def _show_full(self, file: chat.FileTag, data: bytes) -> None:
+        why = picture_trouble(file, data)
+        image = None if why else decoded(self.root, file, data)
+        if image is None:
+            return self.tell(f"the picture is not shown: {why or 'it is damaged'}")
+        title = f"{file.words()} \u2013 chat"
+        self.tell_about("")
+        self.picture = PictureWindow(self.root, self.look, image, title)
+        return None
+
     # Messages
 
     def message_menu(self, row: Row, event: Any) -> None:
@@ -5090,6 +5785,13 @@ class Window:
             )
             if view.mine or self._is_operator():
                 add("Take it back", "redact", "redact" in can)
+            menu.add_separator()
+        if file := chat.parse_file_tag(view.file):
+            add("Save the file", "save", True)
+            add("Save the file as \u2026", "save-as", True)
+            if is_shown(file):
+                add("Show the picture in full", "picture", True)
+            add("Open the file", "open", file.type in OPENED_TYPES)
             menu.add_separator()
         add("Copy text", "copy", True)
         if message and len(beginning(view.text)) < len(view.text):
@@ -5196,6 +5898,10 @@ class Window:
         "react": _ask_reaction,
         "copy": _copy,
         "answers": _show_answered,
+        "save": _save_file,
+        "save-as": _save_file_as,
+        "open": _open_file,
+        "picture": _view_picture,
     }
 
     # Conversations
@@ -5315,6 +6021,7 @@ class Window:
             ("Next with something new", self.go_unread, "Alt+A"),
             ("Join a channel \u2026", self._ask_channel, ""),
             ("Write to a user \u2026", self._ask_private, ""),
+            ("Send a file \u2026", self.ask_files, "Ctrl+O"),
             ("Call me here again" if muted else "Mute this conversation", self._toggle_mute, ""),
             ("Close this conversation", lambda: self.do("close", self.here), "Ctrl+W"),
             None,
@@ -5411,6 +6118,7 @@ class Window:
         parts: list[tk.Misc] = [self.compose]
         parts += self.banner.buttons.winfo_children()[:1] if self.banner.shown else []
         parts += [self.sidebar.tree] if shown("sidebar") else []
+        parts += self.strip.buttons[:1]
         parts += [self.transcript.text]
         parts += [self.panel.text] if shown("panel") else []
         parts += [self.people.tree] if shown("members") else []
@@ -5475,6 +6183,8 @@ class Window:
         for what in list(self.timers):
             self.cancel(what)
         self.bell.close()
+        if self.opened:
+            shutil.rmtree(self.opened, ignore_errors=True)
         self.root.destroy()
 
 

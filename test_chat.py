@@ -57,6 +57,7 @@ import threading
 import time
 import types
 import weakref
+import zlib
 from typing import NamedTuple
 
 import pytest
@@ -20924,6 +20925,229 @@ def longest_silence(window, guest, count):
     see(window, f"message {count - 1},")
     flood.join()
     return max(later - earlier for earlier, later in zip(beats, beats[1:], strict=False))
+
+
+# Files and pictures in the window
+
+
+def png_chunk(kind, data):
+    check = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+
+def drawn_png(width, height):
+    """A PNG that can be decoded."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + bytes((y % 256, 90, 160)) * width for y in range(height))
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*one) for one in chunks)
+
+
+def gif_head(width, height, frame, extension=b""):
+    """A GIF as far as its first frame."""
+    head = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6)
+    return head + extension + b"," + struct.pack("<4HB", 0, 0, *frame, 0) + bytes(9)
+
+
+def tag_for(kind, data, width, height):
+    return chat.FileTag(f"/files/{'a' * 32}", kind, len(data), width, height)
+
+
+COMMENT = b"!\xfe\x02hi\x00!\xf9\x04\0\0\0\0\x00"
+JUNK_PICTURES = [
+    ("image/png", PNG, (640, 480), ""),
+    ("image/png", PNG, (64, 48), "it has another size than was said"),
+    ("image/gif", PNG, (640, 480), "it is not what was said"),
+    ("image/png", b"GIF89a" + bytes(30), (640, 480), "it is not what was said"),
+    ("image/gif", gif_head(9, 9, (9, 9)), (9, 9), ""),
+    ("image/gif", gif_head(9, 9, (9, 9), COMMENT), (9, 9), ""),
+    ("image/gif", gif_head(9, 9, (65535, 65535)), (9, 9), "it is damaged"),
+    ("image/gif", gif_head(9, 9, (9, 9), b"!\xfe\xff"), (9, 9), "it is damaged"),
+    ("image/gif", gif_head(9, 9, (9, 9))[:11], (9, 9), "it is damaged"),
+]
+
+
+@pytest.mark.parametrize(("kind", "data", "size", "why"), JUNK_PICTURES)
+def test_a_picture_is_looked_at_before_tk_decodes_it(kind, data, size, why):
+    file = tag_for(kind, data, *size)
+    assert gui_client.picture_trouble(file, data) == why
+    assert gui_client.picture_trouble(file, data[:-1]) == "it is shorter than was said"
+    assert gui_client.picture_trouble(file, b"") == "it is gone, or longer than was said"
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "sides", "height"),
+    [
+        ("image/png", 2048, (640, 480), 240),
+        ("image/gif", 2048, (40, 30), 30),
+        ("image/gif", 2048, (401, 1), 1),
+        ("image/png", 2048, (4096, 4096), 293),
+        ("image/png", 2048, (4097, 4), 0),
+        ("image/png", 3_000_000, (640, 480), 0),
+        ("image/jpeg", 2048, (640, 480), 0),
+        ("image/png", 2048, (0, 0), 0),
+    ],
+)
+def test_a_message_with_a_file_has_a_card_and_room_for_a_picture(kind, size, sides, height):
+    tag = ",".join(map(str, (f"/files/{'a' * 32}", kind, size, *sides)))
+    view = said("tea.png (image/png, 2 KB): http://x", file=tag)
+    sheet, pieces = sheet_of(view)
+    assert "tea.png" in texts_of(pieces) and "Save" in texts_of(pieces)
+    spaces = [tags[-1] for tags in pieces[1::2] if "picture" in tags]
+    assert spaces == ([f"space{height}"] if height else [])
+    sheet.troubles[f"/files/{'a' * 32}"] = "it is damaged"
+    pieces = sheet.draw(0)
+    assert "not shown: it is damaged" in texts_of(pieces)
+    assert not any("picture" in tags for tags in pieces[1::2])
+
+
+@pytest.mark.parametrize("file", ["x", f"/files/{'a' * 32},a/b,1", "\x1b,,,,"])
+def test_a_malformed_tag_of_a_file_has_no_card(file):
+    assert "Save" not in texts_of(sheet_of(said("hi", file=file))[1])
+
+
+def keeps_files(running, tmp_path):
+    (tmp_path / "srv").mkdir()
+    return running(data=tmp_path / "srv")
+
+
+def file_row(window):
+    """The row of the last message with a file, once it has come."""
+    rows = window.transcript.sheet.rows
+    pump(window, lambda: any(row.view.file for row in rows))
+    return next(row for row in reversed(rows) if row.view.file)
+
+
+def height_of(window):
+    counted = window.transcript.text.count("1.0", "end", "update", "ypixels")
+    return counted[-1] if isinstance(counted, tuple) else counted
+
+
+def test_a_picture_is_sent_by_a_key_and_seen_saved_and_opened_in_another_window(
+    running, window, tmp_path
+):
+    server = keeps_files(running, tmp_path)
+    alice, bob = (at_home(window(server.address, name=name)) for name in ("alice", "bob"))
+    asked, fetch, strips = [], bob.transcript.wants_pictures, []
+    bob.transcript.wants_pictures = asked.append
+    alice.strip.show = lambda files: strips.append([one.text for one in files])
+    (tmp_path / "tea.png").write_bytes(drawn_png(640, 480))
+    alice.choose_files = lambda: [str(tmp_path / "tea.png")]
+    press(alice, "Control-o")
+    row = file_row(bob)
+    pump(bob, lambda: asked)
+    before = height_of(bob)
+    fetch(asked[0])
+    text = bob.transcript.text
+    pump(bob, text.image_names)
+    assert height_of(bob) == before  # nothing has jumped
+    image = bob.transcript.images[asked[0][0].path]
+    assert (image.width(), image.height()) == (320, 240)
+    pump(alice, lambda: strips and strips[-1] == [] and alice.transcript.text.image_names())
+    assert any("sending tea.png" in text for one in strips for text in one)
+    (tmp_path / "down").mkdir()
+    bob.downloads, opened = (lambda: tmp_path / "down"), []
+    bob.open_file = opened.append
+    bob.act_on("save", row)
+    bob.act_on("open", row)
+    pump(bob, lambda: opened and (tmp_path / "down" / "tea.png").exists())
+    body = (tmp_path / "tea.png").read_bytes()
+    assert (tmp_path / "down" / "tea.png").read_bytes() == body
+    assert pathlib.Path(opened[0]).read_bytes() == body and opened[0].endswith("/tea.png")
+    bob.act_on("picture", row)
+    pump(bob, lambda: bob.picture)
+    assert bob.picture.image.width() == 640
+    press(bob, "Escape", bob.picture.canvas)
+    pump(bob, lambda: not bob.picture.winfo_exists())
+    bob.close()
+    pump(bob, lambda: bob.gone)
+    assert not pathlib.Path(opened[0]).exists()
+
+
+def test_few_pictures_are_kept_and_the_page_is_as_high_with_them_as_without(window, monkeypatch):
+    monkeypatch.setattr(gui_client, "PICTURES_KEPT", 2)
+    alice, data = window(name=""), drawn_png(60, 90)
+    page = alice.transcript
+
+    def fetched(files):
+        for file in files:
+            page.take_picture(gui_client.Picture(0, file, data))
+
+    page.wants_pictures = fetched
+    tags = [f"/files/{n:032x},image/png,{len(data)},60,90" for n in range(40)]
+    rows = [gui_client.Row(said(f"{n}", time=EIGHT + n, file=tag)) for n, tag in enumerate(tags)]
+    page.reset(1, rows, 0)
+    pump(alice, lambda: len(page.images) >= 3)
+    height, last = height_of(alice), set(page.images)
+    page.text.yview("1.0")
+    pump(alice, lambda: page.images and not last & page.images.keys())
+    pump(alice, lambda: set(page.text.image_names()) == set(page.images))
+    assert height_of(alice) == height and len(page.images) < 20
+    assert max(map(len, page.placed.values())) == 1
+    page.redraw(0)
+    assert len(page.text.image_names()) == len(page.images) - 1 and height_of(alice) == height
+    pump(alice, lambda: set(page.text.image_names()) == set(page.images))
+
+
+def test_a_picture_that_cannot_be_shown_has_a_card_with_the_reason(running, window, tmp_path):
+    server = keeps_files(running, tmp_path)
+    alice = at_home(window(server.address))
+    (tmp_path / "bad.png").write_bytes(PNG)
+    alice.send_files(alice.here, [tmp_path / "bad.png"])
+    see(alice, "not shown: it is damaged")
+    (tmp_path / "gone.gif").write_bytes(gif_head(9, 9, (9, 9)))
+    alice.transcript.wants_pictures, fetch = chat.do_nothing, alice.transcript.wants_pictures
+    alice.send_files(alice.here, [tmp_path / "gone.gif"])
+    see(alice, "gone.gif")
+    row = file_row(alice)
+    pump(alice, lambda: "image/gif" in file_row(alice).view.file)
+    for path in (tmp_path / "srv").rglob(hashlib.sha256(gif_head(9, 9, (9, 9))).hexdigest()):
+        path.unlink()
+    row = file_row(alice)
+    fetch((chat.parse_file_tag(row.view.file),))
+    see(alice, "not shown: it is gone")
+    assert sum(alice.transcript.sheet.sizes) == transcript(alice).count("\n") - 1
+
+
+def test_a_pasted_path_of_a_file_is_sent_only_if_the_user_says_so(running, window, tmp_path):
+    alice = at_home(window(keeps_files(running, tmp_path).address))
+    path = tmp_path / "notes of today.txt"
+    path.write_text("tea\n")
+    alice.compose.take_paste(str(path))
+    pump(alice, lambda: alice.file_card.shown)
+    press(alice, "Return", alice.file_card.keep)
+    assert not alice.file_card.shown and alice.compose.content == str(path)
+    alice.compose.set("look: ")
+    alice.compose.take_paste(str(path))
+    pump(alice, lambda: alice.file_card.shown)
+    alice.file_card.send.invoke()
+    assert alice.compose.content == "look: "
+    see(alice, "text/plain, 4 B")
+    alice.compose.take_paste(str(tmp_path / "none"))
+    assert alice.compose.content.endswith("none") and not alice.file_card.shown
+
+
+def test_a_file_on_its_way_can_be_stopped_by_a_key_and_goes_on_after_the_engine_ended(
+    running, window, tmp_path, monkeypatch
+):
+    server = keeps_files(running, tmp_path)
+    state = {"state": tmp_path / "client", "config": tmp_path / "client"}
+    alice = at_home(window(server.address, **state))
+    with monkeypatch.context() as patch:
+        patch.setattr(chat.WebCall, "more", chat.do_nothing)  # no piece is sent
+        for name in ("one.bin", "two.bin"):
+            (tmp_path / name).write_bytes(bytes(400_000))
+        alice.send_files(alice.here, [tmp_path / "one.bin", tmp_path / "two.bin"])
+        pump(alice, lambda: len(alice.strip.parts) == 2)
+        press(alice, "Return", alice.strip.buttons[0])
+        pump(alice, lambda: len(alice.strip.parts) == 1)
+        alice.engine.submit(alice.engine.over, "a reason that needs the user")
+        pump(alice, lambda: alice.card.shown and alice.engine is None)
+    alice.card.enter()
+    assert alice.strip.parts == {}  # those of the engine that ended
+    see(alice, "two.bin (application/octet-stream, 391 KB)")
+    pump(alice, lambda: alice.strip.parts == {})
+    assert "one.bin" not in transcript(alice)
 
 
 def test_a_window_whose_password_cannot_be_read_does_not_open(capsys):
