@@ -10531,6 +10531,12 @@ class FileTag(NamedTuple):
         return f"{kind}, {size_text(self.size)}{pixels}"
 
 
+def linked_name(view: "View") -> str:
+    """Return the name of the file that a message links to; "" if it does not tell."""
+    named = re.match(r"(.+) \([^()]*\): \S+$", view.text)
+    return file_name(named[1]) if named else ""
+
+
 def parse_file_tag(value: str) -> FileTag | None:
     """Return the file that a message's tag describes; None if the tag is empty or malformed."""
     path, *rest = value.split(",")
@@ -13043,9 +13049,8 @@ class ForScreens:
     def save_file(self, room: Room, view: View, path: str) -> None:
         """Begin to save the file that a message links to. Raises Refused."""
         file = parse_file_tag(view.file)
-        named = re.match(r"(.+) \([^()]*\): \S+$", view.text)
         ending = file.type.rpartition("/")[2].replace("plain", "txt").replace("jpeg", "jpg")
-        name = file_name(named[1]) if named else f"{file.path[-8:]}.{ending}"
+        name = linked_name(view) or f"{file.path[-8:]}.{ending}"
         known = {"name": name, "url": file.path, "size": file.size, "type": file.type}
         self.start_transfer(Transfer(secrets.token_hex(8), False, room.name, path, **known))
 

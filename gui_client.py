@@ -588,19 +588,13 @@ def shown_height(file: chat.FileTag, box: tuple[int, int]) -> int:
     return -(-file.height // divisor(file, box))
 
 
-def name_of_file(view: chat.View) -> str:
-    """Return the name of the file that a message links to; "" if it does not tell."""
-    named = re.match(r"(.+) \([^()]*\): \S+$", view.text)
-    return chat.file_name(named[1]) if named else ""
-
-
 def file_pieces(row: Row, style: Style, trouble: str = "") -> list:
     """Return the lines about a file: the card, and the space of a picture."""
     file = chat.parse_file_tag(row.view.file)
     if file is None:
         return []
     tags = ("said", "file")
-    name = style.name(shorter(name_of_file(row.view), NAME_SHOWN))
+    name = style.name(shorter(chat.linked_name(row.view), NAME_SHOWN))
     pieces = [f" {name} ", (*tags, "file-name")] if name else []
     why = f"; not shown: {trouble}" if trouble else ""
     pieces += [f" {file.words()}{why}   ", tags, "Save", (*tags, "save")]
@@ -5732,7 +5726,7 @@ class Window:
         self.do("save_file", self.here, row.view, str(self.downloads()))
 
     def _save_file_as(self, row: Row) -> None:
-        here, name = self.here, name_of_file(row.view) or "file"
+        here, name = self.here, chat.linked_name(row.view) or "file"
         save = lambda place: self.do("save_file", here, row.view, str(place))  # noqa: E731
         self._with_dialog(lambda: self.choose_place(name), save)
 
@@ -5742,7 +5736,7 @@ class Window:
         if file is None or file.type not in OPENED_TYPES:
             return self.tell("such a file is saved, and not opened")
         self.opened = self.opened or tempfile.mkdtemp(prefix="chat-")
-        stem = pathlib.Path(name_of_file(row.view) or "file").stem
+        stem = pathlib.Path(chat.linked_name(row.view) or "file").stem
         path = pathlib.Path(self.opened, f"{stem}{OPENED_TYPES[file.type]}")
         self.do("save_file", self.here, row.view, str(path), True)
         return self.tell(f"opening {path.name} \u2026")
