@@ -21219,6 +21219,7 @@ def test_keys_are_answered_and_memory_is_bounded_while_five_conversations_are_fl
         thread.start()
         key()
         pump(alice, lambda: not thread.is_alive())
+        go(alice, rooms[-1])  # the keys may have led to #lobby, where nothing is said
         see(alice, f"flood {count} is over")
         return sorted(found)
 
