@@ -7673,8 +7673,8 @@ CHATHISTORY_MARKS = {"BEFORE": 1, "AFTER": 1, "LATEST": 1, "AROUND": 1, "BETWEEN
 
 
 def changes_told(session: IrcSession) -> list[str]:
-    """Return the kinds of changes to messages that our own clients are told with the newest ones:
-    what changed while they were away."""
+    """Return the kinds of changes to messages that a chat.py client gets with a page of the newest
+    messages: redactions and reactions from the time when it was away."""
     if "chat.py/session" not in session.capabilities:
         return []
     kinds = [REDACT] * ("draft/message-redaction" in session.capabilities)
@@ -7711,13 +7711,14 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
     job, newest = history_job(session, how, Span(place, kinds), name, marks, count)
     events = yield do(session.read, job)
     changes = []
-    for kind in changes_told(session) if how in ("AFTER", "LATEST") else ():
+    if how in ("AFTER", "LATEST") and (events or marks[0] != "*"):
         since = Mark(id=events[0].id) if events else None
         if marks[0] != "*":
             since = parse_mark(session.site.hub, marks[0], how, name)
-        span = Span(place, (kind,), after=since)
-        page = functools.partial(session.site.store.page, span, CHANGES_A_PAGE, True)
-        changes += (yield do(session.read, page)) if since else ()
+        for kind in changes_told(session):
+            span = Span(place, (kind,), after=since)
+            page = functools.partial(session.site.store.page, span, CHANGES_A_PAGE, True)
+            changes += yield do(session.read, page)
     if readable(session, name, how) != place:  # the user was put out, or is another, meanwhile
         raise invalid_target(how, name)
     channel = session.site.hub.channels.get(fold(name))
@@ -9426,15 +9427,16 @@ class WebSession(LocalSession):
     """A session that answers the requests of one connection in their order."""
 
     __slots__ = (
-        *("at_end", "body_left", "closing", "credentials", "near", "owner", "reading", "request"),
-        *("take_body", "upload"),
+        *("at_end", "body_left", "client", "closing", "credentials", "near", "owner", "reading"),
+        *("request", "take_body", "upload"),
     )
     takes_lines = False
 
     def __init__(self, site: Site, conn: Connected):
         super().__init__(site, conn)
         self.request: Request | None = None  # that is being answered
-        self.near = False  # the client is on this machine
+        self.client: tuple[str, bool, bool | None] = (conn.host, False, None)  # see _find_client()
+        self.near = is_loopback(conn.host)  # the client is on this machine
         self.closing = False  # behind the answer
         self.take_body: Callable[[bytes], None] = do_nothing  # takes pieces of its body
         self.body_left = False  # there is more of it to come
@@ -9477,9 +9479,9 @@ class WebSession(LocalSession):
         return self.answer(405, f"{request.method} is not for this page", allowed)
 
     def _find_client(self, request: Request) -> bool:
-        """Find out who asks: the other end of the connection, or, if that is a proxy of
-        --web-proxy, who the proxy says. Return False if it does not say that in a valid way. The
-        headers of others are not believed; but what they pass on is not from this machine."""
+        """Set the client of a request: the other end of the connection, or, for a proxy of
+        --web-proxy, the address that the proxy names. Return False if that address is not valid.
+        Headers of other senders are ignored, except that the request is not from this machine."""
         conn, headers = self.conn, request.headers
         host, trusted = conn.host, conn.host in self.site.web.proxies
         passed_on = any(name.startswith(("x-forwarded", "forwarded")) for name in headers)
@@ -9491,9 +9493,12 @@ class WebSession(LocalSession):
             secure = request.tokens("x-forwarded-proto")[-1:] == ["https"]
         if not host:
             return False
-        key = address_key(host, host_of(conn.local))
-        conn.act_for(host, f"a proxy at {key}" if passed_on else key, secure)
-        self.address, self.near = conn.address, is_loopback(host) and not passed_on
+        client = (host, passed_on, secure)
+        if client != self.client:  # of the request before: most connections have one client
+            self.client, self.near = client, is_loopback(host) and not passed_on
+            key = address_key(host, host_of(conn.local))
+            conn.act_for(host, f"a proxy at {key}" if passed_on else key, secure)
+            self.address = conn.address
         return True
 
     @staticmethod
@@ -15808,8 +15813,8 @@ class Peer(Connection):
         return None
 
     def act_for(self, host: str, key: str, secure: bool | None) -> None:
-        """Take what comes as that of the client at `host`, which limits count as `key`; `secure` is
-        None if no proxy is in between. The next request of a proxy may be for another client."""
+        """Treat what comes next as that of a client at `host`, which limits count as `key`.
+        `secure` is None without a proxy. A proxy may send the next request for another client."""
         self.proxied_tls = secure
         if host != host_of(self.address).strip("[]"):
             self.address = address_text(host, int(self.address.rpartition(":")[2]))
@@ -16148,7 +16153,7 @@ class ConnectionLimits:
         return ""
 
     def move(self, key: str, to: str) -> None:
-        """Count a connection that speaks HTTP for another address."""
+        """Count an HTTP connection for another address."""
         self.web[to] += 1
         self._less(self.web, key)
 
@@ -21083,7 +21088,7 @@ def add_server(commands: Any) -> None:
     usual = {"type": web_origin, "action": "append", "default": []}
     add("--web-origin", metavar="URL", help=origin, **usual)
     add("--web-url", type=web_origin, metavar="URL", help="how links to files begin")
-    proxy = "of an HTTP proxy: its X-Forwarded-For and -Proto are believed; may be repeated"
+    proxy = "address of an HTTP proxy that sets X-Forwarded-For and -Proto; may be repeated"
     usual = {"type": proxy_address, "action": "append", "default": []}
     add("--web-proxy", metavar="ADDRESS", help=proxy, **usual)
     kept = f"of one file; default {FILE_BYTES >> 20}M; of all: {FILES_BYTES >> 30}G"
