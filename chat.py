@@ -17236,6 +17236,14 @@ class Connecting:
         self._done("another one was quicker")
 
 
+def peer_address(sock: socket.socket) -> tuple[str, int] | None:
+    """Return address and port of the other end; None if the connection has broken already."""
+    try:
+        return sock.getpeername()[:2]
+    except OSError:
+        return None
+
+
 class Race:
     """A connection attempt to all addresses of a server: IPv6 and IPv4 in turn, each a moment after
     the one before (RFC 8305). Calls then(sock, "") with the first socket, or then(None, reason)."""
@@ -17589,7 +17597,8 @@ class Link:
         self.began = self.loop.now
         self.show([View(UP, f"connected to {self.target}")])
         self.core.tls = self.target.tls
-        self.core.secure = self.target.tls or is_loopback(self.conn.sock.getpeername()[0])
+        host, _ = peer_address(self.conn.sock) or ("", 0)
+        self.core.secure = self.target.tls or is_loopback(host)
         self._enter(DETECTING)
         views = self.core.connected()
         if self.core.listening:
@@ -18143,7 +18152,7 @@ class Transfers:
         """Connect to the server of a request, and send the request."""
         url, link = request.url, self.link
         here = (url.host, url.port) == (link.target.host, link.target.port) and link.conn
-        peer = link.conn.sock.getpeername()[:2] if here and link.conn.state == OPEN else None
+        peer = peer_address(link.conn.sock) if here and link.conn.state == OPEN else None
         trust = link.trust._replace(pin=link.pin)
 
         def look_up() -> tuple[Any, list]:

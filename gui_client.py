@@ -1613,10 +1613,7 @@ class Engine(chat.ManyServers):
             self.fetching.add(want)
             self.fetched[want] += 1
             took = functools.partial(self._took_picture, want)
-            try:
-                seat.link.transfers.fetch(file.path, file.size, took)
-            except OSError:  # the line broke a moment ago
-                took(b"")
+            seat.link.transfers.fetch(file.path, file.size, took)
 
     def _took_picture(self, want: tuple[chat.Seat, chat.FileTag, bool], data: bytes) -> None:
         """Give a picture to Tk; try again if the line may have broken."""
@@ -1650,10 +1647,11 @@ class Engine(chat.ManyServers):
     def do_save_file(self, number: int, view: chat.View, path: str, opens: bool = False) -> None:
         """Save the file that a message links to; `opens`: Tk opens it then."""
         if place := self.place_of(number):
-            core = place[0].core
+            core, before = place[0].core, place[0].core.transfers[:]
             self._act(number, lambda core, room: core.save_file(room, view, path))
-            if opens and core.transfers:
-                self.opening[core.transfers[-1].id] = core.transfers[-1]
+            for one in core.transfers if opens else ():
+                if one not in before:  # it was not refused
+                    self.opening[one.id] = one
 
     def do_stop_file(self, server: int, id: str) -> None:
         """Stop a file on its way, and forget it."""

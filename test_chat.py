@@ -19135,6 +19135,19 @@ def send_and_save(server, where, folder, body):
     return posted
 
 
+def test_a_connection_that_has_broken_has_no_address_and_raises_nothing():
+    listener = socket.create_server(("127.0.0.1", 0))
+    sock = socket.create_connection(listener.getsockname())
+    with listener, sock:
+        assert chat.peer_address(sock) == listener.getsockname()
+        peer, _ = listener.accept()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.close()  # a reset
+        with contextlib.suppress(ConnectionResetError):
+            sock.recv(1)
+        assert chat.peer_address(sock) is None
+
+
 def test_a_file_is_sent_from_one_client_and_saved_by_another(running, tmp_path):
     (tmp_path / "srv").mkdir()
     server = running(data=tmp_path / "srv")
@@ -21093,6 +21106,18 @@ def test_a_picture_is_sent_by_a_key_and_seen_saved_and_opened_in_another_window(
     bob.close()
     pump(bob, lambda: bob.gone)
     assert not pathlib.Path(opened[0]).exists()
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_only_the_file_that_the_user_opens_is_opened_when_it_is_there(refused):
+    other, wanted = (chat.Transfer(id, False, "#lobby", "x") for id in ("other", "wanted"))
+    core = types.SimpleNamespace(transfers=[other])
+    engine = types.SimpleNamespace(
+        opening={}, place_of=lambda number: [types.SimpleNamespace(core=core)]
+    )
+    engine._act = lambda number, act: None if refused else core.transfers.append(wanted)
+    gui_client.Engine.do_save_file(engine, 1, said("tea"), "tea.png", True)
+    assert list(engine.opening) == ([] if refused else ["wanted"])
 
 
 def test_few_pictures_are_kept_and_the_page_is_as_high_with_them_as_without(window, monkeypatch):
