@@ -9125,10 +9125,38 @@ SAFE_HEADERS = (  # of all answers
     "Cross-Origin-Resource-Policy: cross-origin",
 )
 NOTHING_ALLOWED = "Content-Security-Policy: default-src 'none'; frame-ancestors 'none'"
-STYLE_ALLOWED = (
-    "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
-)
 TEXT_TYPE = "Content-Type: text/plain; charset=utf-8"
+
+
+def etags(header: str) -> list[str]:
+    return re.findall(r'(?:W/)?"[^"]*"|\*', header)
+
+
+def not_needed(request: Request, etag: str) -> int:
+    """Return the status if the request's conditions ask for an answer without content; else 0."""
+    matches, unless = etags(request.header("if-match")), etags(request.header("if-none-match"))
+    if matches and not {etag, "*"} & set(matches):
+        return 412
+    return 304 if {etag, f"W/{etag}", "*"} & set(unless) else 0
+
+
+def compressed(data: bytes) -> bytes:
+    """Return data in the gzip format (RFC 1952)."""
+    packer = zlib.compressobj(9, wbits=zlib.MAX_WBITS + 16)
+    return packer.compress(data) + packer.flush()
+
+
+class Document:
+    """A document that the server keeps in memory. In its policy, {host} stands for the host and
+    port of the request."""
+
+    def __init__(self, text: str, type: str, policy: str = "default-src 'none'"):
+        self.type, self.policy = type, policy
+        self.forms = {"": text.encode()}  # by Content-Encoding
+        self.forms["gzip"] = compressed(self.forms[""])
+        self.etags = {
+            how: f'"{hashlib.sha256(form).hexdigest()}"' for how, form in self.forms.items()
+        }
 
 
 # WebSocket
@@ -9341,7 +9369,7 @@ class Web(NamedTuple):
     open_metrics: bool = False  # to all, and not to this machine only
     url: str = ""  # how links begin, where a proxy is in between
     address: str = ""  # of this machine in the network, if the server listens there
-    page: Callable[["Request", Site, bool], str] = lambda request, site, secure: site.name
+    documents: "dict[str, Document]" = {}  # by path; filled once, in main
 
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -9590,15 +9618,34 @@ def open_websocket(session: WebSession, request: Request) -> None:
     return session.conn.upgrade("\r\n".join([*lines, "", ""]).encode(), opcode)
 
 
+@on_request("GET", "/sw.js", "/manifest.webmanifest", "/icon.svg")
+def web_document(session: WebSession, request: Request) -> None:
+    """GET /sw.js and the other parts of the page -- from memory, compressed if the client can"""
+    document = session.site.web.documents.get(request.path)
+    if document is None:
+        return session.answer(404, "there is no such page")
+    offered = {word.partition(";")[0].strip() for word in request.tokens("accept-encoding")}
+    how = "gzip" if "gzip" in offered else ""
+    authority = request.host if split_host(request.host)[0] else "localhost"
+    headers = [f"ETag: {document.etags[how]}", "Cache-Control: no-cache", "Vary: Accept-Encoding"]
+    if status := not_needed(request, document.etags[how]):
+        return session.answer(status, "", *headers)
+    headers += [f"Content-Type: {document.type}", *([f"Content-Encoding: {how}"] if how else [])]
+    headers += [
+        f"Content-Security-Policy: {document.policy.replace('{host}', authority)}",
+        "X-DNS-Prefetch-Control: off",  # or a link in a message tells its host of the reader
+    ]
+    return session.answer(200, document.forms[how], *headers)
+
+
 @on_request("GET", "/", "/irc")
 def web_root(session: WebSession, request: Request) -> None:
-    """GET / -- how to join; or a WebSocket that speaks IRC, also at /irc"""
+    """GET / -- the page that chats; or a WebSocket that speaks IRC, also at /irc"""
     if wants_websocket(request):
         return open_websocket(session, request)
     if request.path == "/irc":
         return session.answer(426, "this is a WebSocket that speaks IRC", "Upgrade: websocket")
-    page = session.site.web.page(request, session.site, session.conn.secure)
-    return session.answer(200, page, "Content-Type: text/html; charset=utf-8", STYLE_ALLOWED)
+    return web_document(session, request)
 
 
 @on_request("GET", "/health")
@@ -10108,18 +10155,6 @@ def wanted_range(header: str, size: int) -> tuple[int, int] | None:
     if first >= end:
         raise Refused("NO_RANGE", f"the file has {size:,} bytes")
     return first, end
-
-
-def etags(header: str) -> list[str]:
-    return re.findall(r'(?:W/)?"[^"]*"|\*', header)
-
-
-def not_needed(request: Request, etag: str) -> int:
-    """Return the status if the request's conditions ask for an answer without content; else 0."""
-    matches, unless = etags(request.header("if-match")), etags(request.header("if-none-match"))
-    if matches and not {etag, "*"} & set(matches):
-        return 412
-    return 304 if {etag, f"W/{etag}", "*"} & set(unless) else 0
 
 
 def stop_sending(session: WebSession) -> None:
@@ -20642,54 +20677,1939 @@ def bench_table(result: dict[str, Any]) -> str:
 # ======================================================================================
 # PAGE
 # ======================================================================================
-# The page for a user who typed the server's address into a browser. It needs nothing else:
-# no script, no picture, no other host.
+# The page that a browser shows at the server's address: a client of IRC over a WebSocket, in one
+# document without anything from another host. It is the same kind of client as the others: a
+# message waits in its outbox under an id of its own until the echo is here, and what was missed is
+# asked for by the last id. Of several tabs, one has the connection.
 
-WEB_PAGE = """\
-<!doctype html>
+PAGE_TEXT = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Chat on {host}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+<title>Chat</title>
+<link rel="manifest" href="/manifest.webmanifest">
+<link rel="icon" href="/icon.svg" type="image/svg+xml">
 <style>
-  :root {{ color-scheme: light dark; }}
-  body {{ max-width: 40rem; margin: 3rem auto; padding: 0 1rem; }}
-  body {{ font: 1rem/1.5 system-ui, sans-serif; }}
-  pre {{ overflow: auto; padding: .6rem .8rem; border-radius: .4rem; background: #8882; }}
-  dt {{ margin-top: 1rem; font-weight: 600; }} dd {{ margin: 0; }}
+:root { --back: #fff; --side: #f1f3f5; --text: #16191d; --dim: #5b636d; --line: #d9dee3;
+  --accent: #1558b0; --on: #fff; --mine: #e6f0fd; --called: #fff3c4; --bad: #b3261e;
+  --light: 34%; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #14171b; --side: #1d2126; --text: #e8eaed; --dim: #9aa3ad; --line: #333a42;
+    --accent: #8ab8ff; --on: #0b1320; --mine: #1d2a3d; --called: #40381a; --bad: #ffb4ab;
+    --light: 72%; } }
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html, body { height: 100%; margin: 0; overflow: hidden; }
+body { font: 16px/1.4 system-ui, sans-serif; background: var(--back); color: var(--text); }
+button, input, textarea { font: inherit; color: inherit; }
+button { min-height: 44px; min-width: 44px; padding: 0 .6rem; border: 0; border-radius: .6rem;
+  background: var(--side); cursor: pointer; }
+.main { background: var(--accent); color: var(--on); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; }
+input, textarea { width: 100%; padding: .6rem; border: 1px solid var(--line);
+  border-radius: .6rem; background: var(--back); }
+[type=checkbox] { width: auto; }
+label { display: block; margin: .7rem 0 .2rem; }
+a { color: var(--accent); }
+main { display: flex; height: 100%; }
+#chat { flex: 1; min-width: 0; display: flex; flex-direction: column; }
+header { display: flex; border-bottom: 1px solid var(--line); }
+header button { background: none; }
+#where { flex: 1; min-width: 0; text-align: start; }
+#where > *, blockquote, #reply span { display: block; overflow: hidden; white-space: nowrap;
+  text-overflow: ellipsis; }
+#topic, #typing, #reply, time, blockquote, .dim, .day::before { color: var(--dim);
+  font-size: .85rem; }
+#phase { margin: 0; padding: .1rem .6rem; background: var(--called); }
+#log { flex: 1; overflow: hidden auto; padding: 0 .6rem .3rem; overscroll-behavior: contain;
+  overflow-anchor: none; }
+.block { content-visibility: auto; contain-intrinsic-size: auto 2000px; }
+.row { padding: .25rem .4rem; border-radius: .5rem; overflow: hidden; overflow-wrap: anywhere; }
+.same > div:first-child { display: none; }
+.mine { background: var(--mine); }
+.called { background: var(--called); }
+.day::before { content: attr(data-day); display: block; margin: .8rem 0 .4rem;
+  text-align: center; }
+.row b { color: hsl(var(--hue), 65%, var(--light)); unicode-bidi: isolate; }
+.text { margin: 0; white-space: pre-wrap; unicode-bidi: plaintext; overflow: hidden; }
+.info .text { color: var(--dim); }
+blockquote { margin: 0; padding-inline-start: .5rem; border-inline-start: 3px solid var(--line); }
+.row img, .card { display: block; max-width: 100%; height: auto; border-radius: .5rem;
+  background: var(--side); }
+.reactions button { min-height: 34px; margin: .2rem .3rem 0 0; }
+[aria-pressed=true] { outline: 1px solid var(--accent); }
+.failed { color: var(--bad); }
+progress { width: 100%; }
+#typing { min-height: 1.2rem; margin: 0 .9rem; }
+#newest { align-self: center; margin-top: -3rem; z-index: 1; }
+#reply { display: flex; align-items: center; margin: 0 .9rem; }
+#reply span { flex: 1; }
+#composer { display: flex; align-items: flex-end; gap: .2rem; padding: .3rem .3rem
+  max(.3rem, env(safe-area-inset-bottom)); border-top: 1px solid var(--line); }
+#text { flex: 1; min-width: 0; resize: none; max-height: 40vh; }
+.badge { padding: 0 .4rem; border-radius: 1rem; background: var(--dim); color: var(--back);
+  font-size: .8rem; }
+.badge.called { background: var(--bad); }
+#rooms, #people { width: 15rem; padding: .4rem; overflow: auto; background: var(--side); }
+.list button { display: flex; width: 100%; align-items: center; text-align: start;
+  overflow-wrap: anywhere; }
+.list span:first-child { flex: 1; min-width: 0; unicode-bidi: isolate; }
+[aria-current=true] { background: var(--mine); font-weight: 600; }
+dialog { width: min(34rem, 100%); max-height: 90%; overflow: auto; border: 0; z-index: 3;
+  border-radius: 1rem; background: var(--back); color: var(--text);
+  padding: 1rem 1rem 2rem; }
+dialog[open] { position: fixed; inset: auto 0 0; margin: auto auto 0; }
+h2 { margin: 0; font-size: 1.1rem; overflow-wrap: anywhere; }
+.buttons { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .8rem; }
+dialog img { max-width: 100%; max-height: 40vh; }
+@media (max-width: 1099px) { #people { display: none; } }
+@media (min-width: 720px) { #menu, #camera { display: none; }
+  dialog[open] { inset: 0; margin: auto; } }
+@media (max-width: 719px) {
+  #rooms { position: fixed; inset: auto 0 0; width: 100%; max-height: 75%; z-index: 2;
+    border-radius: 1rem 1rem 0 0; box-shadow: 0 0 3rem #0006; display: none; }
+  #rooms.open { display: block; } }
 </style>
-<h1>Chat on {host}</h1>
-<p>This is a chat server, <b>{network}</b>. {users} here now. All of these meet in one room:</p>
-<dl>
-  <dt>A phone, or any IRC program</dt>
-  <dd>server <b>{host}</b>, port <b>{port}</b>, {tls}channel <b>#lobby</b></dd>
-  <dt>A terminal with Python</dt><dd><pre>python3 chat.py client NAME --server {url}</pre></dd>
-  <dt>A window</dt><dd><pre>python3 gui_client.py NAME --server {url}</pre></dd>
-  <dt>Netcat</dt><dd><pre>{netcat}</pre></dd>
-  <dt>A program in a browser</dt>
-  <dd>a WebSocket at <b>{socket}</b> that speaks IRC (text.ircv3.net)</dd>
-</dl>
+<noscript>This page needs JavaScript. IRC programs need this address and port.</noscript>
+<main>
+  <nav id="rooms" class="list" aria-label="Conversations"></nav>
+  <section id="chat">
+    <header><button id="where" aria-label="About this conversation"><b id="name"></b>
+      <span id="topic"></span></button>
+      <button id="find" aria-label="Search">&#x2315;</button></header>
+    <p id="phase" role="status" hidden></p>
+    <div id="log" role="log" tabindex="0" aria-label="Messages"><div id="waiting"></div></div>
+    <button id="newest" class="main" aria-label="Newest" hidden></button>
+    <p id="typing"></p>
+    <div id="reply" hidden><span></span><button aria-label="No reply">&times;</button></div>
+    <form id="composer">
+      <button type="button" id="menu" aria-label="Conversations">&#9776; <span></span></button>
+      <button type="button" id="camera" aria-label="Take a picture">&#x1f4f7;&#xfe0e;</button>
+      <button type="button" id="attach" aria-label="Send a picture or file">&#xff0b;</button>
+      <textarea id="text" rows="1" placeholder="Message" aria-label="Message"></textarea>
+      <button class="main" id="send" aria-label="Send">&#10148;</button>
+    </form>
+  </section>
+  <aside id="people" class="list" aria-label="Members"></aside>
+</main>
+<dialog id="sheet" aria-labelledby="title"></dialog>
+<script>
+'use strict';
+
+// ---- Tools
+
+const $ = (id) => document.getElementById(id);
+
+function el(tag, properties, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children.filter(Boolean));
+  return made;
+}
+
+const button = (text, onclick, more) =>
+  el('button', { type: 'button', textContent: text, onclick, ...more });
+const dim = (textContent) => el('p', { className: 'dim', textContent });
+const randomHex = (count) => Array.from(crypto.getRandomValues(new Uint8Array(count)),
+  (byte) => byte.toString(16).padStart(2, '0')).join('');
+const newId = () => `${Date.now().toString(16)}-${randomHex(8)}`;
+// Two names with one key are the same name: full case folding, as the server compares
+const fold = (name) => name.normalize('NFKC').toUpperCase().toLowerCase();
+const isChannel = (name) => name.startsWith('#');
+const counted = (count, word) => `${count} ${word}${count === 1 ? '' : 's'}`;
+const bytesOf = (text) => new TextEncoder().encode(text);
+const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
+const fromBase64 = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+const now = () => new Date().toISOString();
+const clock = (time) => new Date(time).toLocaleTimeString([], { timeStyle: 'short' });
+const dayOf = (time) => new Date(time).toLocaleDateString([], { dateStyle: 'full' });
+const sizeText = (size) => (size < 1e6 ? `${Math.ceil(size / 1024)} KB`
+  : `${(size / 2 ** 20).toFixed(1)} MB`);
+
+// ---- SCRAM-SHA-256 (RFC 5802, RFC 7677)
+
+// What a worker makes of these facts: see /sw.js. A phone works on a password for a second or more
+function inWorker(facts) {
+  const worker = new Worker('/sw.js');
+  worker.postMessage(facts);
+  return new Promise((done, failed) => {
+    worker.onmessage = ({ data }) => done(data);
+    worker.onerror = () => failed(new Error('this browser has no workers'));
+  }).finally(() => worker.terminate());
+}
+
+class Scram {
+  constructor({ account, password, keys }) {
+    Object.assign(this, { account, password, keys, nonce: randomHex(16) });
+    this.first = `n=${account.replace(/=/g, '=3D').replace(/,/g, '=2C')},r=${this.nonce}`;
+  }
+
+  // The answer to a message of the server; the first of them is empty
+  async answer(text) {
+    const field = Object.fromEntries(text.split(',').map((one) => [one[0], one.slice(2)]));
+    const { r: nonce, s: salt, i: rounds, v: signature } = field;
+    if (!text) return `n,,${this.first}`;
+    const honest = this.signature ? signature === this.signature
+      : nonce?.startsWith(this.nonce) && rounds >= 4096 && rounds <= 2e6;
+    if (!honest) throw new Error('the server did not prove itself');
+    if (this.signature) return '';
+    if (!this.password && this.keys.salt !== salt) throw new Error('the password was changed');
+    const last = `c=biws,r=${nonce}`, said = `${this.first},${text},${last}`;
+    const { keys, password } = this;
+    const made = await inWorker({ password, keys, salt, rounds: +rounds, said });
+    Object.assign(this, made); // signature and keys
+    return `${last},p=${made.proof}`;
+  }
+}
+
+// ---- Lines of IRC
+
+const ESCAPES = { ':': ';', s: ' ', r: '\r', n: '\n' };
+const escapeTag = (value) => value.replace(/\\/g, '\\\\').replace(/;/g, '\\:').replace(/ /g, '\\s');
+
+function parseTags(text) {
+  return Object.fromEntries(text.split(';').map((pair) => {
+    const [name, ...value] = pair.split('=');
+    return [name, value.join('=').replace(/\\(.?)/g, (_, c) => ESCAPES[c] ?? c)];
+  }));
+}
+
+function parseLine(line) {
+  const [, tags = '', source = '', rest] = /^(?:@(\S+) +)?(?::(\S+) +)?(.*)$/s.exec(line);
+  const at = ` ${rest}`.indexOf(' :');
+  const [verb = '', ...params] = (at < 0 ? rest : rest.slice(0, at)).split(' ').filter(Boolean);
+  if (at >= 0) params.push(rest.slice(at + 1));
+  return { tags: parseTags(tags), source, nick: source.split('!')[0], verb, params };
+}
+
+const PIECE = 350; // bytes of text in a line: leaves room for names in the 512 of IRC
+const LINES = 190, BYTES = 16000; // of a message of several lines (draft/multiline: 200; 16,384)
+
+// Cut text into pieces of at most `room` bytes, between characters
+function pieces(text, room) {
+  const found = [''];
+  let used = 0;
+  for (const character of text) {
+    const size = bytesOf(character).length;
+    if (used + size > room) {
+      found.push('');
+      used = 0;
+    }
+    found[found.length - 1] += character;
+    used += size;
+  }
+  return found;
+}
+
+// A text as messages that the server takes: most are one
+function messagesOf(text) {
+  const messages = [''];
+  let lines = 0;
+  for (const line of text.split('\n').flatMap((whole) => pieces(whole, BYTES))) {
+    const last = messages[messages.length - 1], more = pieces(line, PIECE).length;
+    const fits = lines + more <= LINES && bytesOf(last + line).length < BYTES;
+    if (!lines || fits) messages[messages.length - 1] = lines ? `${last}\n${line}` : line;
+    else messages.push(line);
+    lines = fits ? lines + more : more;
+  }
+  return messages.filter((message) => message.trim());
+}
+
+// The lines that send a message of the outbox
+function linesOf({ own, target, text, action, reply }) {
+  const tags = `@label=${own};+chat.py/id=${own}${reply ? `;+draft/reply=${reply}` : ''}`;
+  if (action) return [`${tags} PRIVMSG ${target} :\x01ACTION ${text}\x01`];
+  const lines = text.split('\n').flatMap((line) => pieces(line, PIECE).map((piece, n) =>
+    `@batch=m${n ? ';draft/multiline-concat' : ''} PRIVMSG ${target} :${piece}`));
+  if (lines.length === 1) return [`${tags} PRIVMSG ${target} :${text}`];
+  return [`${tags} BATCH +m draft/multiline ${target}`, ...lines, 'BATCH -m'];
+}
+
+// ---- What this browser keeps
+
+// Small settings. A browser may refuse to keep any: then they last as long as the page
+const memory = {};
+
+function setting(name) {
+  try {
+    return JSON.parse(localStorage.getItem(`chat.${name}`));
+  } catch {
+    return memory[name] ?? null;
+  }
+}
+
+function set(name, value) {
+  memory[name] = value;
+  try {
+    localStorage.setItem(`chat.${name}`, JSON.stringify(value));
+  } catch { /* it is in memory */ }
+}
+
+// Rows by key, in IndexedDB; in localStorage where there is none. outbox: messages and files that
+// the server does not have, by `own`, in the order of `n`. rooms: the newest messages
+const KEYS = { outbox: 'own', rooms: 'key' };
+let indexed = null;
+
+const settled = (request) => new Promise((done, failed) => {
+  request.onsuccess = request.oncomplete = () => done(request.result);
+  request.onerror = request.onabort = () => failed(request.error);
+});
+
+async function openDatabase() {
+  const request = indexedDB.open('chat', 1);
+  request.onupgradeneeded = () => Object.entries(KEYS).forEach(([name, keyPath]) =>
+    request.result.createObjectStore(name, { keyPath }));
+  indexed = await settled(request);
+}
+
+// Change a table; the promise ends when that is on disk
+function store(name, method, value) {
+  if (!indexed) {
+    const rows = setting(name) ?? {};
+    if (method === 'put') rows[value[KEYS[name]]] = value;
+    else delete rows[value];
+    return set(name, rows);
+  }
+  const change = indexed.transaction([name], 'readwrite', { durability: 'strict' });
+  change.objectStore(name)[method](value);
+  return settled(change);
+}
+
+const stored = (name) => (indexed ? settled(indexed.transaction([name]).objectStore(name).getAll())
+  : Object.values(setting(name) ?? {}));
+
+// ---- The model: rooms and messages. Every tab has the same one, made from the same items
+
+const PAGE = 100; // messages that are asked for at once; fewer while the connection breaks often
+const KEPT = 200; // messages of a room that are kept for the next start
+const WALKED = 1000; // missed messages that are fetched in order; of more, only the newest
+
+const state = { me: setting('name') ?? '', account: '', rooms: {}, outbox: [], batches: {},
+  asked: {}, page: PAGE, phase: 'closed', why: '', retryAt: 0 };
+
+const isMe = (nick) => fold(nick) === fold(state.me);
+const roomOf = (target, nick) => room(isChannel(target) || isMe(nick) ? target : nick);
+const allRooms = () => Object.values(state.rooms);
+const lastOf = (list) => list[list.length - 1];
+
+function room(name) {
+  const key = fold(name);
+  return state.rooms[key] ??= { key, name, topic: '', joined: false, messages: [], ids: {},
+    members: {}, marker: '', whole: false, behind: true, upTo: '', walked: 0, typing: {},
+    unread: 0, called: false };
+}
+
+function calls({ text, nick }) { // whether a message has this user's name in it, as a word
+  const name = state.me.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&');
+  const word = `(^|[^\\p{L}\\p{N}_])${name}(?![\\p{L}\\p{N}_])`;
+  return !isMe(nick) && new RegExp(word, 'iu').test(text);
+}
+
+function messageOf({ tags, nick, params: [target, said] }) {
+  const action = /^\x01ACTION (.*?)\x01?$/s.exec(said), text = action ? action[1] : said;
+  return { id: tags.msgid ?? '', own: tags['+chat.py/id'] ?? '', time: tags.time ?? now(), nick,
+    target: target.replace(/^[~&@%+]+(?=#)/, ''), text, action: Boolean(action),
+    reply: tags['+draft/reply'], file: fileOf(tags['chat.py/file']), reactions: {},
+    called: calls({ text, nick }) };
+}
+
+// The file that a message links to, as the server describes it: only a path of this server
+function fileOf(tag = '') {
+  const [, path, type, size, width, height] =
+    /^(\/files\/[0-9a-f]{32}),([\w.+-]+\/[\w.+-]+),(\d+),(\d+),(\d+)$/.exec(tag) ?? [];
+  return path ? { path, type, size: +size, width: +width, height: +height } : null;
+}
+
+const serial = (id) => parseInt(id.slice(0, -4), 16) || 0; // of a msgid: serials only grow
+
+// The place of a message: in front of those that were said later
+function placeOf(to, { id }) {
+  let place = to.messages.length;
+  for (let i = place - 1; id && i >= 0; i--) {
+    const other = to.messages[i].id;
+    if (other && serial(other) < serial(id)) break;
+    if (other) place = i;
+  }
+  return place;
+}
+
+// Put messages into a room, without those that are there: those of one place together
+function add(to, messages) {
+  const places = new Map();
+  for (const message of messages.filter(({ id }) => !id || !to.ids[id])) {
+    const place = placeOf(to, message);
+    places.set(place, [...places.get(place) ?? [], message]);
+    to.ids[message.id] = 1;
+  }
+  [...places].sort(([a], [b]) => b - a).forEach(([place, list]) => insert(to, place, list));
+}
+
+function insert(to, index, messages) {
+  to.messages.splice(index, 0, ...messages);
+  messages.forEach(({ own, nick }) => own && isMe(nick) && arrived(own, to));
+  inserted(to, index, messages);
+  count(to);
+  remember();
+}
+
+const tell = (to, text) => insert(to, to.messages.length,
+  [{ id: '', info: true, time: now(), nick: '', text, reactions: {} }]);
+const note = (text) => tell(shown(), text);
+const find = (to, id) => to.messages.find((message) => message.id === id);
+
+const without = (own) => state.outbox.filter((row) => row.own !== own);
+
+function arrived(own, to) {
+  if (to) dropDraft(to.key, own);
+  const before = state.outbox.length;
+  state.outbox = without(own);
+  if (state.outbox.length < before) leader?.arrived(own);
+}
+
+// Count what is unread behind the marker, up to 100, and note whether it calls this user
+function count(to) {
+  const unread = [];
+  for (let i = to.messages.length - 1; i >= 0 && unread.length < 100; i--) {
+    const message = to.messages[i];
+    if (message.time <= to.marker || isMe(message.nick)) break;
+    if (!message.info) unread.push(message);
+  }
+  to.unread = unread.length;
+  to.called = unread.some(({ called }) => called || !isChannel(to.name));
+  refresh();
+}
+
+function react(to, id, nick, emoji, on) {
+  const message = find(to, id);
+  if (!message || emoji.length > 40) return;
+  const others = (message.reactions[emoji] ?? []).filter((other) => fold(other) !== fold(nick));
+  if (on) others.push(nick);
+  message.reactions[emoji] = others;
+  changed(message);
+}
+
+// A message, reaction or removal: from a page of the past, or as it happens
+function happened(nick, [target, text], { verb, tags }) {
+  const to = roomOf(target, nick), id = tags['+draft/reply'];
+  if (verb === 'REDACT') {
+    const message = find(to, text);
+    const gone = { text: '', file: null, gone: true, reactions: {} };
+    if (message) changed(Object.assign(message, gone));
+  }
+  for (const [name, on] of [['+draft/react', true], ['+draft/unreact', false]]) {
+    if (tags[name] && id) react(to, id, nick, tags[name], on);
+  }
+  if (tags['+typing'] && !isMe(nick)) {
+    to.typing[nick] = tags['+typing'] === 'active' ? Date.now() + 6000 : 0;
+    refresh();
+  }
+  if (verb === 'TAGMSG' && isMe(nick)) arrived(tags['+chat.py/id']); // it came, and was removed
+}
+
+function heard(nick, [, text], line) {
+  if (!line.source.includes('!')) return note(text); // from the server
+  const message = messageOf(line), to = roomOf(message.target, nick);
+  if (message.text.startsWith('\x01')) return null;
+  delete to.typing[nick];
+  return add(to, [message]);
+}
+
+// ---- Lines of the server
+
+const RANKS = '~&@%+';
+const news = (to, text) => Object.keys(to.members).length <= 50 && tell(to, text);
+const because = (reason) => (reason ? `: ${reason}` : '');
+
+// What is said from now on is missed: `upTo` is the id of the last message that was not
+function miss(to) {
+  to.joined = false;
+  if (to.behind) return;
+  const last = lastOf(to.messages.filter(({ id }) => id));
+  Object.assign(to, { behind: true, upTo: last?.id ?? '', walked: 0 });
+}
+
+function member(to, name, change) {
+  const key = fold(name);
+  if (change) to.members[key] = { name, rank: '', away: false, ...to.members[key], ...change };
+  else delete to.members[key];
+  refresh();
+}
+
+const roomsWith = (nick) => allRooms().filter((to) => to.members[fold(nick)]);
+
+function left(to, nick, text) {
+  member(to, nick, null);
+  news(to, text);
+  if (!isMe(nick)) return;
+  miss(to);
+  to.members = {};
+  keepJoined(to.name, false);
+}
+
+const HANDLERS = { // verb -> what a line of (nick, params) does
+  PRIVMSG: heard,
+  NOTICE: heard,
+  TAGMSG: happened,
+  REDACT: happened,
+  PING: (nick, params) => reply(`PONG :${params[0]}`),
+  JOIN(nick, [name]) {
+    const to = room(name);
+    if (isMe(nick)) {
+      Object.assign(to, { joined: true, members: {} });
+      keepJoined(name, true);
+      if (to === shown()) reply(`NAMES ${name}`);
+      catchUp();
+    } else news(to, `${nick} joined`);
+    member(to, nick, {});
+  },
+  PART: (nick, [name, why]) => left(room(name), nick, `${nick} left${because(why)}`),
+  KICK: (nick, [name, who, why]) =>
+    left(room(name), who, `${nick} removed ${who}${because(why)}`),
+  QUIT: (nick, [why]) =>
+    roomsWith(nick).forEach((to) => left(to, nick, `${nick} left${because(why)}`)),
+  NICK(nick, [name]) {
+    for (const to of roomsWith(nick)) {
+      const was = to.members[fold(nick)];
+      member(to, nick, null);
+      member(to, name, { ...was, name });
+      news(to, `${nick} is now ${name}`);
+    }
+    if (isMe(nick)) ITEMS.me(name);
+    else if (state.rooms[fold(nick)]) tell(room(nick), `${nick} is now ${name}`);
+  },
+  AWAY: (nick, [reason]) =>
+    roomsWith(nick).forEach((to) => member(to, nick, { away: Boolean(reason) })),
+  TOPIC(nick, [name, topic]) {
+    room(name).topic = topic;
+    tell(room(name), topic ? `${nick} set the topic: ${topic}` : `${nick} removed the topic`);
+  },
+  MODE(nick, [name, ...modes]) {
+    if (!isChannel(name)) return;
+    tell(room(name), `${nick} set ${modes.join(' ')}`);
+    if (/[qaohv]/.test(modes[0])) reply(`NAMES ${name}`);
+  },
+  INVITE: (nick, [, name]) => note(`${nick} invites you: /join ${name}`),
+  MARKREAD(nick, [name, marker = '']) {
+    const to = state.rooms[fold(name)], time = marker.replace(/^timestamp=|\*/, '');
+    if (to && time > to.marker) to.marker = time;
+    if (to) count(to);
+  },
+  BATCH(nick, [reference, kind, target], line) {
+    const key = reference.slice(1);
+    if (reference[0] === '+') state.batches[key] = { kind, target, line, lines: [] };
+    else if (state.batches[key]) endBatch(key, state.batches[key]);
+  },
+  ERROR: (nick, params) => { state.why = params[0]; },
+  332: (nick, [, name, topic]) => { room(name).topic = topic; refresh(); },
+  353(nick, [, , name, names]) {
+    for (const [, rank, nick] of names.matchAll(/([~&@%+]?)[~&@%+]*(\S+)/g)) {
+      member(room(name), nick, { rank });
+    }
+  },
+  900: (nick, [, , account]) => { state.account = account; refresh(); },
+  REGISTER(nick, [result, account, text]) {
+    note(text);
+    if (result === 'SUCCESS') leader?.proveRegistered(account);
+  },
+  VERIFY: (nick, params) => note(lastOf(params)),
+  NOTE: (nick, params) => params[0] !== 'SESSION' && note(lastOf(params)),
+  FAIL: refused,
+};
+
+// Numerics that say nothing that a user here has to know: those of registration and of lists
+const QUIET = /^(00.|2..|30[16]|333|366|37.|422|43[1237]|464|90[3-7])$/;
+
+function dispatch(line) {
+  const batch = state.batches[line.tags.batch], { verb, params } = line;
+  const handler = HANDLERS[verb] ?? (/^[45]../.test(verb) && refused);
+  if (batch && verb !== 'BATCH') batch.lines.push(line);
+  else if (handler) handler(line.nick, params, line);
+  else if (/^\d/.test(verb) && !QUIET.test(verb)) note(params.slice(1).join(' '));
+}
+
+function endBatch(key, { kind, target, line, lines }) {
+  delete state.batches[key];
+  const { tags } = line, asked = state.asked[tags.label];
+  if (kind === 'draft/multiline') {
+    const text = lines.map((one, n) =>
+      (n && !('draft/multiline-concat' in one.tags) ? '\n' : '') + one.params[1]).join('');
+    return dispatch({ ...line, verb: 'PRIVMSG', params: [target, text] }); // into the outer batch
+  }
+  delete state.asked[tags.label];
+  const said = lines.filter(({ verb }) => /PRIVMSG|NOTICE/.test(verb)).map(messageOf);
+  if (kind === 'soju.im/search') return showFound(said, asked);
+  if (kind === 'draft/chathistory-targets') return knowTargets(lines);
+  if (kind !== 'chathistory') {
+    return lines.forEach((one) => dispatch({ ...one, tags: { ...one.tags, batch: '' } }));
+  }
+  if (asked) turnPage(asked, said, 'draft/chathistory-end' in tags);
+  return lines.forEach((one) =>
+    /TAGMSG|REDACT/.test(one.verb) && happened(one.nick, one.params, one));
+}
+
+// An error: about a message of the outbox, about a request, or about what was typed
+function refused(nick, params, { verb, tags }) {
+  const why = lastOf(params), asked = state.asked[tags.label];
+  const row = state.outbox.find(({ own }) => own === tags.label);
+  delete state.asked[tags.label];
+  if (params[1] === 'NOT_KEPT') { // delivered, but not stored: to send it again would double it
+    arrived(params[params.length - 2]);
+    note(why);
+  } else if (row) leader?.fail(row.own, why);
+  else if (asked?.how === 'after') request('latest', asked.key, `LATEST ${asked.name} * ${PAGE}`);
+  else if (asked) noPage(asked);
+  else if (!QUIET.test(verb) && params[0] !== 'SESSION') note(why);
+}
+
+// ---- The past (draft/chathistory)
+
+function request(how, key, command) {
+  if (!leader) return;
+  const label = newId();
+  publish({ asked: { label, how, key, name: state.rooms[key]?.name } });
+  leader.send(`@label=${label} ${how === 'found' ? '' : 'CHATHISTORY '}${command}`);
+}
+
+const isAsked = (...hows) => Object.values(state.asked).some(({ how }) => hows.includes(how));
+
+// Ask for what came while this browser was away: one room after the other, the one on the screen
+// first. What is said meanwhile stands below the gap
+function catchUp() {
+  if (!leader?.mayCatchUp() || isAsked('after', 'latest', 'targets')) return;
+  if (!leader.knowsTargets) {
+    const newest = setting('newest');
+    const from = newest ? `msgid=${newest}` : 'timestamp=1970-01-01T00:00:00.000Z';
+    leader.knowsTargets = true;
+    return request('targets', '', `TARGETS ${from} timestamp=2199-01-01T00:00:00.000Z 100`);
+  }
+  const behind = allRooms().filter((to) => to.behind && (to.joined || !isChannel(to.name)));
+  const { key, name, upTo } = behind.find((to) => to.key === here) ?? behind[0] ?? {};
+  if (upTo) request('after', key, `AFTER ${name} msgid=${upTo} ${state.page}`);
+  else if (key) request('latest', key, `LATEST ${name} * ${state.page}`);
+}
+
+function knowTargets(lines) {
+  lines.forEach(({ params: [, name] }) => isChannel(name) || room(name));
+  catchUp();
+}
+
+function turnPage({ key, how }, messages, ended) {
+  const to = state.rooms[key];
+  if (!to) return;
+  state.page = Math.min(PAGE, state.page * 2);
+  if (leader) leader.wait = SHORTEST; // that was progress
+  if (how === 'around') return showContext(messages);
+  if (how !== 'after') to.whole = ended;
+  if (how === 'latest') forget(to, messages[0]?.id ?? '');
+  add(to, messages);
+  if (how === 'before') return;
+  to.upTo = lastOf(messages)?.id ?? to.upTo;
+  to.walked += messages.length;
+  to.behind = how === 'after' && !ended && messages.length > 0;
+  const far = to.behind && to.walked >= WALKED;
+  if (far) request('latest', key, `LATEST ${to.name} * ${PAGE}`);
+  else catchUp();
+}
+
+// Drop what is older than an id: it is read again by scrolling up, with what is missing there
+function forget(to, first) {
+  to.messages = to.messages.filter(({ id }) => id && serial(id) >= serial(first));
+  to.ids = Object.fromEntries(to.messages.map(({ id }) => [id, 1]));
+  if (to === shown()) drawLog();
+}
+
+function noPage({ key, how }) {
+  const to = state.rooms[key];
+  if (how === 'before') to.whole = true;
+  if (how === 'latest') to.behind = false;
+  catchUp();
+}
+
+function askOlder(to) {
+  const first = to.messages.find(({ id }) => id);
+  if (to.whole || !first || state.phase !== 'online' || isAsked('before') || to.behind) return;
+  act('request', 'before', to.key, `BEFORE ${to.name} msgid=${first.id} ${state.page}`);
+}
+
+// ---- Outbox: a message is in it until its echo is here. Under one id the server says it once.
+// A row with a blob is a file: when it is uploaded, the row becomes the message with its link
+
+async function say(target, text, { action = false, answers = '', own } = {}) {
+  const texts = action ? [text.replace(/\s+/g, ' ')] : messagesOf(text);
+  for (const [n, part] of texts.entries()) {
+    await accept({ own: n ? newId() : own ?? newId(), n: Date.now() + n / 1000, target, text: part,
+      action, reply: n ? '' : answers, failed: '' });
+  }
+}
+
+// A row is on disk before any tab knows it
+async function accept(row) {
+  await store('outbox', 'put', row);
+  publish({ row: shared(row) });
+}
+
+const shared = ({ blob, ...row }) => row;
+
+async function cancel({ own }) {
+  await store('outbox', 'delete', own);
+  publish({ dropped: own });
+}
+
+const storedRow = async (own) => (await stored('outbox')).find((row) => row.own === own);
+const finalError = (text) => Object.assign(new Error(text), { final: true });
+
+async function retry({ own }) {
+  const row = await storedRow(own);
+  if (row) await accept({ ...row, failed: '' });
+}
+
+// ---- Uploads (tus 1.0)
+
+const CHUNK = 256 * 1024; // bytes of a request
+
+class Uploader {
+  async run() {
+    if (this.running) return;
+    this.running = true;
+    for (let row; leader && (row = state.outbox.find(({ size, failed }) => size && !failed));) {
+      try {
+        await this.upload(await storedRow(row.own) ?? row);
+      } catch (error) {
+        if (error.final) await leader.fail(row.own, error.message);
+        else await new Promise((done) => { this.wake = done; setTimeout(done, 2000); });
+      }
+    }
+    this.running = false;
+  }
+
+  async call(method, url, headers, body) {
+    const Authorization = `Bearer ${this.token ??= await this.newToken()}`;
+    const end = new AbortController(), timer = setTimeout(() => end.abort(), 60000);
+    const response = await fetch(url, { method, body, signal: end.signal,
+      headers: { 'Tus-Resumable': '1.0.0', Authorization, ...headers } })
+      .finally(() => clearTimeout(timer));
+    if (response.status === 401) this.token = null;
+    if (response.ok || response.status === 409 || response.status === 404) return response;
+    const text = (await response.text()).trim();
+    throw [400, 403, 413, 415, 507].includes(response.status) ? finalError(text) : new Error(text);
+  }
+
+  newToken() {
+    leader.send('TOKEN GENERATE FILEHOST');
+    return new Promise((done, lost) => { this.asking = { done, lost }; });
+  }
+
+  async upload(row) {
+    if (!row.blob) throw finalError('this browser kept no copy');
+    let at = row.link ? await this.offset(row) : NaN;
+    if (!(at >= 0)) at = await this.create(row);
+    while (at < row.size) {
+      const response = await this.call('PATCH', new URL(row.link).pathname, { 'Upload-Offset': at,
+        'Content-Type': 'application/offset+octet-stream' }, row.blob.slice(at, at + CHUNK));
+      if (!state.outbox.some(({ own }) => own === row.own)) { // cancelled
+        return this.call('DELETE', new URL(row.link).pathname);
+      }
+      at = +(response.headers.get('Upload-Offset') ?? NaN);
+      publish({ row: { ...shared(row), sent: at } });
+    }
+    if (!(at >= row.size)) throw new Error('the server has lost the upload');
+    const what = row.type.startsWith('image/') ? 'picture' : row.type || 'file';
+    const { blob, size, ...message } = row;
+    return accept({ ...message, text: `${row.name} (${what}, ${sizeText(size)}): ${row.link}` });
+  }
+
+  async create(row) {
+    const response = await this.call('POST', '/files', { 'Upload-Length': row.size,
+      'Upload-Metadata': `filename ${toBase64(bytesOf(row.name))}` });
+    row.link = response.headers.get('Location');
+    await store('outbox', 'put', row);
+    return 0;
+  }
+
+  async offset(row) {
+    const response = await this.call('HEAD', new URL(row.link).pathname);
+    return +(response.headers.get('Upload-Offset') ?? NaN);
+  }
+}
+
+// ---- The connection: only the leader has one
+
+const CAPABILITIES = 'message-tags server-time batch echo-message labeled-response '
+  + 'draft/multiline draft/chathistory draft/message-redaction standard-replies soju.im/search '
+  + 'chat.py/session sasl draft/no-implicit-names away-notify '
+  + 'draft/read-marker';
+const SHORTEST = 500, LONGEST = 30000; // ms between two attempts
+const OPENING = 20000, SILENCE = 30000, LIMIT = 10000; // ms: until online; until a PING; then
+
+class Leader {
+  wait = SHORTEST;
+  window = 8; // messages that may be under way
+  flying = new Set();
+  uploader = new Uploader();
+
+  connect() {
+    clearTimeout(this.timer);
+    if (this.socket || !state.me || state.phase === 'ended') return;
+    if (!setting('secret')) set('secret', randomHex(16));
+    Object.assign(this, { knowsTargets: false, scram: null, error: '', others: 0 });
+    const url = `${location.protocol.replace('http', 'ws')}//${location.host}/irc`;
+    const socket = this.socket = new WebSocket(url, 'text.ircv3.net');
+    socket.onopen = () => this.register();
+    socket.onmessage = ({ data }) => this.socket === socket && this.receive(data);
+    socket.onclose = () => this.socket === socket && this.closed();
+    this.watch(OPENING);
+    publish({ phase: 'connecting' });
+  }
+
+  // All at once: each round trip of a slow line costs time. With the secret, the name of the user
+  // who comes back is not taken
+  register() {
+    if (setting('password')) this.send(`PASS :${setting('password')}`);
+    this.send(`CAP REQ :${CAPABILITIES}`);
+    this.send(`SESSION ${setting('secret')}`);
+    this.send(`NICK ${state.me}`);
+    this.send(`USER page 0 * :${state.me}`);
+    const login = this.login ?? setting('login');
+    if (login) this.prove(login);
+    else this.send('CAP END');
+  }
+
+  send(line) {
+    if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(line);
+  }
+
+  request = request;
+
+  // A silent connection gets a PING (scripts see none of WebSocket); still silent, it has ended
+  watch(ms) {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => {
+      if (this.pinged || !this.registered) this.closed();
+      else this.probe(LIMIT);
+    }, ms);
+  }
+
+  probe(ms = 4000) { // also when the network may have changed, or the page was asleep
+    if (!this.registered) return this.hurry();
+    this.pinged = true;
+    this.send('PING :alive');
+    return this.watch(ms);
+  }
+
+  hurry() {
+    this.wait = SHORTEST;
+    this.connect();
+  }
+
+  receive(data) {
+    const line = parseLine(data), { verb, params } = line;
+    this.pinged = false;
+    if (this.registered) this.watch(SILENCE);
+    else this.registering(line, lastOf(params));
+    if (this.scram) this.proving(line);
+    if (verb === 'TOKEN') this.uploader.asking?.done(params[2]);
+    if (verb === 'FAIL' && params[0] === 'TOKEN') {
+      this.uploader.asking?.lost(finalError(lastOf(params)));
+    }
+    publish({ line });
+    if (verb === '001') this.welcome();
+  }
+
+  registering({ verb, params }, text) {
+    if (params[1] === 'NAK') this.stop('This page is older than the server: reload it');
+    if (verb === '464') this.stop('This server has a password');
+    if (/^43[237]$/.test(verb)) this.takeOther(text);
+    if (verb === '465' || verb === 'ERROR') this.error ||= text;
+    if (params[1] === 'ACCOUNT_REQUIRED') set('secret', null);
+  }
+
+  takeOther(why) { // a name is not free: ask; or, after a break, take one with a number
+    if (!setting('welcomed') || ++this.others > 20) this.stop(why);
+    else this.send(`NICK ${state.me.slice(0, 28)}${this.others + 1}`);
+  }
+
+  welcome() {
+    Object.assign(this, { registered: true, since: Date.now() });
+    set('welcomed', true);
+    this.watch(SILENCE);
+    publish({ phase: 'online' });
+    joined().forEach((name) => this.send(`JOIN ${name}`));
+    this.pump();
+    this.uploader.wake?.();
+  }
+
+  // Send what waits, in order; after a break one at a time, until that works. History comes after
+  pump() {
+    if (!this.registered) return;
+    for (const row of waiting()) {
+      if (this.flying.size >= this.window) break;
+      if (!this.flying.has(row.own)) linesOf(row).forEach((line) => this.send(line));
+      this.flying.add(row.own);
+    }
+    catchUp();
+  }
+
+  mayCatchUp() {
+    return this.registered && !waiting().length;
+  }
+
+  arrived(own) {
+    this.wait = SHORTEST;
+    this.window = Math.min(64, this.window * 2);
+    this.flying.delete(own);
+    store('outbox', 'delete', own);
+    this.pump();
+  }
+
+  async fail(own, failed) {
+    const row = await storedRow(own);
+    this.flying.delete(own);
+    if (row) await accept({ ...row, failed });
+  }
+
+  closed() {
+    const { socket } = this;
+    if (socket) Object.assign(socket, { onclose: null, onmessage: null, onopen: null }).close();
+    if (this.registered && Date.now() - this.since > LONGEST) this.wait = SHORTEST;
+    if (this.flying.size) this.window = 1;
+    this.flying.clear();
+    Object.assign(this, { socket: null, registered: false, pinged: false });
+    this.uploader.asking?.lost(new Error('the connection broke'));
+    clearTimeout(this.timer);
+    if (state.phase === 'ended') return;
+    const wait = this.wait * (0.75 + Math.random() / 2);
+    this.wait = Math.min(LONGEST, this.wait * 2);
+    this.timer = setTimeout(() => this.connect(), wait);
+    publish({ phase: 'waiting', why: this.error, retryAt: Date.now() + wait });
+  }
+
+  stop(why) { // until the user does something
+    publish({ phase: 'ended', why });
+    this.closed();
+  }
+
+  enter(name, word, secret) { // from the form: also the passwords of account and server
+    publish({ me: name });
+    if (word) this.login = { account: name, password: word };
+    if (secret) set('password', secret);
+    set('welcomed', false);
+    publish({ phase: 'closed' });
+    this.hurry();
+  }
+
+  // Log in: before the end of registration, or later
+
+  logIn(account, password) {
+    this.login = { account, password };
+    this.prove(this.login);
+  }
+
+  logOut() {
+    this.login = null;
+    set('login', null);
+    set('secret', null);
+    this.send('QUIT');
+  }
+
+  signUp(password) {
+    this.login = { account: state.me, password };
+    this.send(`REGISTER * * :${password}`);
+  }
+
+  proveRegistered(account) { // for the keys, which are kept instead of the password
+    if (this.login) this.prove({ ...this.login, account });
+  }
+
+  prove(login) {
+    this.scram = new Scram(login);
+    this.send('AUTHENTICATE SCRAM-SHA-256');
+  }
+
+  async proving({ verb, params }) {
+    const { scram } = this, [data] = params;
+    if (verb === 'AUTHENTICATE') {
+      const text = data === '+' ? '' : new TextDecoder().decode(fromBase64(data));
+      try {
+        this.send(`AUTHENTICATE ${toBase64(bytesOf(await scram.answer(text))) || '+'}`);
+      } catch (error) {
+        this.send('AUTHENTICATE *');
+        publish({ note: `Not logged in: ${error.message}` });
+      }
+    } else if (/^90[3-7]$/.test(verb)) {
+      const { account, keys } = scram;
+      Object.assign(this, { scram: null, login: null });
+      set('login', verb === '903' ? { account, keys } : null);
+      if (verb === '904') publish({ note: `Not logged in: ${lastOf(params)}` });
+      if (!this.registered) this.send('CAP END');
+    }
+  }
+}
+
+const waiting = () => state.outbox.filter(({ size, failed }) => !size && !failed);
+const joined = () => setting('joined') ?? ['#lobby'];
+
+function keepJoined(name, on) {
+  const others = joined().filter((other) => fold(other) !== fold(name));
+  if (leader) set('joined', on ? [...others, name] : others);
+}
+
+// Keep the newest messages of each room, a second after a change
+let keeping = 0;
+
+function remember() {
+  if (leader) keeping ||= setTimeout(keepRooms, 1000);
+}
+
+
+function keepRooms() {
+  keeping = 0;
+  if (state.phase === 'online' && !allRooms().some((to) => to.joined && to.behind)) {
+    const ids = allRooms().flatMap(({ messages }) => messages.slice(-20).map(({ id }) => id));
+    set('newest', ids.reduce((a, b) => (serial(b) > serial(a) ? b : a), ''));
+  }
+  for (const { key, name, topic, marker, messages, behind, upTo } of allRooms()) {
+    const whole = messages.filter(({ id }) => id && !(behind && serial(id) > serial(upTo)));
+    store('rooms', 'put', { key, name, topic, marker, messages: whole.slice(-KEPT) });
+  }
+}
+
+// ---- Tabs: one is the leader; the others show what it publishes, and ask it
+
+const tab = randomHex(8);
+const channel = self.BroadcastChannel ? new BroadcastChannel('chat') : { postMessage() {} };
+let leader = null, attached = false;
+
+function publish(item) { // to all tabs, this one included
+  apply(item);
+  channel.postMessage({ item });
+}
+
+function act(name, ...values) { // have the leader do something
+  if (leader) leader[name](...values);
+  else if (attached) channel.postMessage({ name, values });
+  else setTimeout(act, 100, name, ...values); // it is not known yet who leads
+}
+
+const ask = (line) => act('send', line); // a line that the user wants to be sent
+const reply = (line) => leader?.send(line); // one that answers a line: only the leader answers
+
+const ITEMS = {
+  line: dispatch,
+  note,
+  me(name) {
+    state.me = name;
+    set('name', name);
+  },
+  asked: (asked) => { state.asked[asked.label] = asked; },
+  row(row) {
+    state.outbox = [...without(row.own), row].sort((a, b) => a.n - b.n);
+    room(row.target);
+    refresh();
+    leader?.pump();
+    leader?.uploader.run();
+  },
+  dropped(own) {
+    state.outbox = without(own);
+    leader?.flying.delete(own);
+    leader?.pump();
+    refresh();
+  },
+  phase(phase, { why = '', retryAt = 0 }) {
+    Object.assign(state, { phase, why, retryAt });
+    if (phase === 'waiting' || phase === 'ended') connectionLost();
+    if (phase === 'online' && $('sheet').dataset.kind === 'name') closeSheet();
+    if (phase === 'ended') nameSheet();
+    refresh();
+  },
+};
+
+function connectionLost() {
+  if (isAsked('after', 'latest', 'before')) state.page = Math.max(1, state.page >> 2);
+  Object.assign(state, { asked: {}, batches: {} });
+  allRooms().forEach(miss);
+}
+
+function apply(item) {
+  const [name] = Object.keys(item);
+  if (item.line?.verb === '001') ITEMS.me(item.line.params[0]);
+  ITEMS[name](item[name], item);
+}
+
+channel.onmessage = ({ data: { item, name, values, hello, snapshot, to } }) => {
+  if (item && attached) apply(item);
+  if (name) leader?.[name](...values);
+  if (hello && leader) channel.postMessage({ snapshot: state, to: hello });
+  if (to === tab && !leader) {
+    attached = true;
+    Object.assign(state, snapshot);
+    drawLog();
+  }
+};
+
+async function lead() {
+  if (leader) return;
+  attached = true;
+  leader = new Leader();
+  leader.connect();
+  const rows = await stored('outbox'); // also of tabs that ended
+  rows.forEach((row) => ITEMS.row(shared(row)));
+}
+
+function follow() {
+  clearTimeout(leader?.timer);
+  leader?.socket?.close();
+  leader = null;
+  callLeader();
+  if (navigator.locks) elect();
+}
+
+// A tab that finds no leader, or a frozen one, takes its place
+function callLeader() {
+  attached = Boolean(leader);
+  channel.postMessage({ hello: tab });
+  setTimeout(() => attached || document.hidden || elect(true), 3000);
+}
+
+// A Web Lock makes the leader. On plain http there is none: a lease in localStorage does then. A
+// stale lease costs a repeat, which the server's keys absorb
+function elect(steal) {
+  const hold = () => new Promise(lead);
+  if (navigator.locks) return navigator.locks.request('chat', { steal }, hold).catch(follow);
+  const lease = setting('lease') ?? {};
+  if (lease.tab !== tab && lease.until > Date.now() && !steal) return leader && follow();
+  set('lease', { tab, until: Date.now() + 5000 });
+  return lead();
+}
+
+// ---- The screen: messages
+
+const EMOJI = ['\u{1f44d}', '\u2764\ufe0f', '\u{1f602}', '\u{1f62e}', '\u{1f622}', '\u{1f64f}'];
+const ROWS = 50; // of a block: the browser draws only the blocks that are in sight
+const LINK = /https?:\/\/[^\s<>"\p{Cf}]*[^\s<>"\p{Cf}'.,:;!?)\]}]/gu;
+
+const log = $('log');
+let here = fold(setting('here') ?? '#lobby'); // key of the room on the screen
+let drawnFrom = 0; // its first message that has a row
+let stuck = true; // the reader is at the end, and stays there
+let answering = null; // the message that the next one replies to
+
+const shown = () => state.rooms[here] ?? allRooms()[0] ?? room('#lobby');
+const outside = { target: '_blank', rel: 'noopener noreferrer' };
+const isPicture = (type) => /^image\/(png|jpeg|gif|webp)$/.test(type);
+
+function withLinks(text) {
+  const made = el('p', { className: 'text', dir: 'auto' });
+  let at = 0;
+  for (const { 0: url, index } of text.matchAll(LINK)) {
+    made.append(text.slice(at, index), el('a', { href: url, textContent: url, ...outside }));
+    at = index + url.length;
+  }
+  made.append(text.slice(at));
+  return made;
+}
+
+function headOf({ nick, time }) {
+  const name = el('b', { textContent: nick });
+  const sum = Array.from(fold(nick)).reduce((all, c) => (all * 31 + c.codePointAt(0)) % 360, 7);
+  name.style.setProperty('--hue', sum);
+  return el('div', {}, name, ' ', el('time', { dateTime: time, textContent: clock(time) }));
+}
+
+function quoteOf(id) {
+  const original = find(shown(), id);
+  return el('blockquote', { dir: 'auto',
+    textContent: original ? `${original.nick}: ${original.text}` : 'an earlier message',
+    onclick: () => rows.get(original)?.scrollIntoView({ block: 'center' }) });
+}
+
+function fileView({ file: { path, type, size, width, height }, text }) {
+  const name = /^(.+) \([^()]*\): \S+$/s.exec(text)?.[1] ?? 'file';
+  if (!isPicture(type) || !height) {
+    const textContent = `\u{1f4c4} ${name} (${type}, ${sizeText(size)})`;
+    return el('a', { href: path, className: 'card', download: name, textContent, ...outside });
+  }
+  const picture = el('img', { alt: name, loading: 'lazy', width, height });
+  picture.style.width = `min(${width}px, ${50 * width / height}vh)`; // known before it is loaded
+  picture.src = path;
+  return el('a', { href: path, ...outside }, picture);
+}
+
+function reactionsOf(message) {
+  const used = Object.entries(message.reactions).filter(([, nicks]) => nicks.length);
+  return used.length > 0 && el('div', { className: 'reactions' }, ...used.map(([emoji, nicks]) =>
+    button(`${emoji} ${nicks.length}`, () => toggle(message, emoji), { title: nicks.join(', '),
+      ariaPressed: String(nicks.some(isMe)), ariaLabel: `${emoji} ${nicks.join(', ')}` })));
+}
+
+const rows = new WeakMap(); // message -> its row
+
+function fillRow(row) {
+  const { message } = row, { nick, text, info, gone, action, reply: id, file } = message;
+  const body = file ? fileView(message) : withLinks(action ? `${nick} ${text}` : text);
+  if (gone) body.textContent = 'taken back';
+  row.className = ['row', (info || gone || action) && 'info', isMe(nick) && 'mine',
+    message.called && 'called'].filter(Boolean).join(' ');
+  row.replaceChildren(...[!info && headOf(message), id && quoteOf(id), body, reactionsOf(message)]
+    .filter(Boolean));
+}
+
+const above = (row) =>
+  row.previousElementSibling ?? row.parentElement.previousElementSibling?.lastElementChild;
+
+// What a row shows because of the row above it: the day; no name, if that has the same
+function decorate(row) {
+  if (!row?.message) return;
+  const { nick, time, info, reply: id } = row.message, last = above(row)?.message;
+  const day = !last || dayOf(last.time) !== dayOf(time);
+  const soon = last && Date.parse(time) - Date.parse(last.time) < 300000;
+  if (day) row.dataset.day = dayOf(time);
+  row.classList.toggle('day', day);
+  const same = !day && !info && !last.info && last.nick === nick && soon && !id;
+  row.classList.toggle('same', Boolean(same));
+}
+
+// The place of new rows in front of the row `next`: between two blocks
+function blockBefore(next) {
+  if (!next) return $('waiting');
+  const block = next.parentElement;
+  if (next === block.firstElementChild) return block;
+  const rest = el('div', { className: 'block' });
+  while (next.nextElementSibling) rest.append(next.nextElementSibling);
+  rest.prepend(next);
+  block.after(rest);
+  return rest;
+}
+
+function drawRows(messages, next) {
+  const place = blockBefore(next);
+  let block = next ? null : place.previousElementSibling;
+  for (const message of messages) {
+    if (!block || block.childElementCount >= ROWS) {
+      block = el('div', { className: 'block' });
+      place.before(block);
+    }
+    const row = el('article', { tabIndex: -1, message });
+    rows.set(message, row);
+    block.append(row);
+    fillRow(row);
+    decorate(row);
+  }
+  decorate(next);
+}
+
+// Change the log and keep what the reader looks at where it is
+function keepPlace(change) {
+  const { left: x, top: y, width } = log.getBoundingClientRect();
+  const seen = !stuck && document.elementFromPoint(x + width / 2, y + 9)?.closest('.row, .block');
+  const top = seen && seen.getBoundingClientRect().top;
+  change?.();
+  if (stuck) log.scrollTop = log.scrollHeight;
+  else if (seen?.isConnected) log.scrollTop += seen.getBoundingClientRect().top - top;
+}
+
+function inserted(to, index, messages) {
+  if (to !== shown() || !messages.length) return;
+  const end = index + messages.length;
+  if (index < drawnFrom) {
+    drawnFrom += messages.length;
+    return;
+  }
+  const next = to.messages[end];
+  keepPlace(() => drawRows(messages, next && rows.get(next)));
+  markRead();
+}
+
+function changed(message) {
+  const row = rows.get(message);
+  if (row?.isConnected) keepPlace(() => { fillRow(row); decorate(row); });
+}
+
+function drawLog() {
+  const to = shown();
+  log.querySelectorAll('.block').forEach((block) => block.remove());
+  drawnFrom = Math.max(0, to.messages.length - PAGE);
+  stuck = true;
+  keepPlace(() => drawRows(to.messages.slice(drawnFrom), null));
+  refresh();
+}
+
+function drawOlder() {
+  const to = shown(), end = drawnFrom;
+  if (!end) return askOlder(to);
+  drawnFrom = Math.max(0, end - PAGE);
+  return keepPlace(() => drawRows(to.messages.slice(drawnFrom, end), rows.get(to.messages[end])));
+}
+
+log.onscroll = () => {
+  stuck = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+  $('newest').hidden = stuck;
+  if (log.scrollTop < 1500) drawOlder();
+  if (stuck) markRead();
+};
+$('newest').onclick = () => { stuck = true; keepPlace(); };
+
+function markRead() {
+  const to = shown(), last = lastOf(to.messages.filter(({ id }) => id));
+  if (document.hidden || !stuck || !last || last.time <= to.marker) return;
+  to.marker = last.time;
+  count(to);
+  if (!isMe(last.nick)) ask(`MARKREAD ${to.name} timestamp=${last.time}`);
+}
+
+// ---- The screen: the rest of it, drawn again in the next frame where it differs
+
+let drawing = 0;
+
+function refresh() { // a hidden tab has no frames
+  drawing ||= document.hidden ? setTimeout(draw, 200) : requestAnimationFrame(draw);
+}
+
+// Replace what is in an element if `facts` are not those of the last time: a tap needs its button
+function fill(parent, facts, make) {
+  const text = JSON.stringify(facts);
+  if (parent.facts !== text) parent.replaceChildren(...make());
+  parent.facts = text;
+}
+
+function draw() {
+  drawing = 0;
+  const to = shown(), unread = allRooms().reduce((sum, one) => sum + one.unread, 0);
+  document.title = `${unread ? `(${unread}) ` : ''}${to.name}`;
+  $('name').textContent = to.name;
+  $('newest').textContent = `\u2193 ${to.unread || ''}`;
+  const members = Object.values(to.members);
+  $('people').hidden = !isChannel(to.name);
+  const known = isChannel(to.name) ? counted(members.length, 'member') : '';
+  $('topic').textContent = to.topic || known;
+  const called = allRooms().some((one) => one.called) ? 'called' : '';
+  Object.assign($('menu').lastElementChild, { textContent: Math.min(unread, 99), hidden: !unread,
+    className: `badge ${called}` });
+  drawRooms();
+  fill($('people'), members, () => peopleOf(members));
+  drawWaiting(state.outbox.filter(({ target }) => fold(target) === here));
+  drawPhase();
+}
+
+function drawRooms() {
+  const list = allRooms().map(({ key, name, joined: inside, unread, called }) =>
+    ({ key, name, away: isChannel(name) && !inside, unread, called, now: key === shown().key }))
+    .sort((a, b) => isChannel(b.name) - isChannel(a.name) || a.key.localeCompare(b.key));
+  fill($('rooms'), list, () => [...list.map((to) => {
+    const made = button('', () => openRoom(to.name), { ariaCurrent: String(to.now) });
+    made.classList.toggle('dim', to.away);
+    made.append(el('span', { textContent: to.name }));
+    if (to.unread) made.append(el('span', { className: `badge ${to.called ? 'called' : ''}`,
+      textContent: to.unread, ariaLabel: `${to.unread} unread` }));
+    return made;
+  }), button('+ Channel or person', joinSheet), button('\u2699\ufe0e Settings', settingsSheet)]);
+}
+
+function peopleOf(members) {
+  const order = ({ rank, name }) => `${rank ? RANKS.indexOf(rank) : 9}${fold(name)}`;
+  const sorted = members.sort((a, b) => order(a).localeCompare(order(b))).slice(0, 500);
+  return [dim(counted(members.length, 'member')), ...sorted.map(({ name, rank, away }) =>
+    button(rank + name, () => personSheet(name), { className: away ? 'dim' : '' }))];
+}
+
+// Messages and files that are not there yet
+function drawWaiting(list) {
+  keepPlace(() => fill($('waiting'), list, () => list.map((row) => {
+    const bar = row.size && !row.failed
+      && el('progress', { max: row.size, value: row.sent ?? 0, ariaLabel: row.name });
+    const why = row.failed ? `not sent: ${row.failed} ` : 'waiting ';
+    return el('article', { className: 'row mine' }, withLinks(row.text ?? row.name), bar,
+      el('span', { className: row.failed ? 'failed' : 'dim', textContent: why }),
+      row.failed && button('Retry', () => retry(row)), button('Cancel', () => cancel(row)));
+  })));
+}
+
+function drawPhase() {
+  const left = Math.max(0, Math.ceil((state.retryAt - Date.now()) / 1000));
+  const texts = { connecting: 'Connecting', ended: state.why,
+    waiting: `${state.why || 'No connection'}; next attempt in ${counted(left, 'second')}` };
+  const count = waiting().length, text = texts[state.phase] ?? '';
+  const whole = text && count ? `${text}; ${counted(count, 'message')} waiting` : text;
+  if ($('phase').textContent !== whole) $('phase').textContent = whole;
+  $('phase').hidden = !whole;
+  const { typing } = shown();
+  const names = Object.keys(typing).filter((name) => typing[name] > Date.now());
+  $('typing').textContent = names.length ? `${names.slice(0, 3).join(', ')} typing` : '';
+}
+
+function openRoom(name) {
+  const to = room(name);
+  keepDraft();
+  here = to.key;
+  set('here', to.name);
+  $('rooms').classList.remove('open');
+  setAnswer(null);
+  if (to.joined && Object.keys(to.members).length < 2) ask(`NAMES ${to.name}`);
+  drawLog();
+  restoreDraft();
+  markRead();
+  catchUp();
+}
+
+// ---- The composer
+
+const field = $('text');
+const touch = matchMedia('(pointer: coarse)').matches;
+let typed = 0; // when the others were last told that this user types
+
+// A draft has the id under which it will be sent, so that a reload cannot send it twice
+function keepDraft() {
+  const own = setting(`draft.${here}`)?.own ?? newId();
+  set(`draft.${here}`, field.value ? { text: field.value, own } : null);
+}
+
+function restoreDraft() {
+  state.outbox.forEach(({ own }) => dropDraft(here, own));
+  field.value = setting(`draft.${here}`)?.text ?? '';
+  grow();
+}
+
+function dropDraft(key, sent) { // of a message that was accepted just before the page was closed
+  const { own, text } = setting(`draft.${key}`) ?? {};
+  if (own !== sent) return;
+  set(`draft.${key}`, null);
+  if (key === here && field.value === text) field.value = '';
+}
+
+function grow() {
+  field.style.height = 'auto';
+  field.style.height = `${field.scrollHeight + 2}px`;
+}
+
+field.oninput = () => {
+  grow();
+  keepDraft();
+  if (!field.value || field.value.startsWith('/') || Date.now() - typed < 3000) return;
+  typed = Date.now();
+  ask(`@+typing=active TAGMSG ${shown().name}`);
+};
+
+function setAnswer(message) {
+  answering = message;
+  $('reply').hidden = !message;
+  if (!message) return;
+  $('reply').firstElementChild.textContent = `Reply to ${message.nick}: ${message.text}`;
+  field.focus();
+}
+$('reply').lastElementChild.onclick = () => setAnswer(null);
+
+$('composer').onsubmit = async (event) => {
+  event.preventDefault();
+  const text = field.value, to = shown(), own = setting(`draft.${here}`)?.own;
+  if (!text.trim()) return;
+  const answers = answering?.id;
+  try {
+    if (/^\/[^/]/.test(text)) await command(text.slice(1), to);
+    else await say(to.name, text.replace(/^\/\//, '/'), { answers, own });
+  } catch (error) {
+    note(`Not accepted: ${error.message}`); // as on a full disk: the text stays
+    return;
+  }
+  set(`draft.${to.key}`, null);
+  if (to === shown() && field.value === text) field.value = '';
+  setAnswer(null);
+  stuck = true;
+  grow();
+  keepPlace();
+};
+
+field.onkeydown = (event) => {
+  const { key, shiftKey, isComposing } = event;
+  const send = key === 'Enter' && !shiftKey && !touch;
+  const up = key === 'ArrowUp' && !field.value;
+  if (isComposing || !(send || up || key === 'Tab' && !shiftKey && complete())) return;
+  event.preventDefault();
+  if (send) $('send').click();
+  if (up) moveFocus(-1);
+};
+
+// Complete the name in front of the cursor
+function complete() {
+  const head = field.value.replace(/\S*$/, ''), stem = fold(field.value.slice(head.length));
+  const known = [...Object.values(shown().members), ...allRooms()];
+  const found = known.find(({ name }) => stem && fold(name).startsWith(stem) && !isMe(name));
+  if (found) field.value = head + found.name + (head || isChannel(found.name) ? ' ' : ': ');
+  return Boolean(found);
+}
+
+// Commands: what is sent for one, with $1 for its first word, $2 for what follows that, $* for
+// all of it, and $# for the name of the room; or a function
+const COMMANDS = {
+  me: (text, to) => say(to.name, text, { action: true }),
+  msg: (text) => {
+    const [, name, said] = /^(\S+)\s*(.*)$/s.exec(text);
+    openRoom(name);
+    return said && say(name, said);
+  },
+  join: (text) => enter(...text.split(' ')),
+  search: (text) => searchSheet(text),
+  part: 'PART $# :$*',
+  nick: 'NICK $1',
+  topic: 'TOPIC $# :$*',
+  kick: 'KICK $# $1 :$2',
+  whois: 'WHOIS $1',
+  raw: '$*',
+};
+
+function command(line, to) {
+  const [, name, text] = /^(\S+)\s*(.*)$/s.exec(line), known = COMMANDS[name.toLowerCase()];
+  if (!known) {
+    throw new Error(`there is no /${name}, only /${Object.keys(COMMANDS).join(' /')}; `
+      + 'a text that begins with / is sent with //');
+  }
+  const [, first, rest] = /^(\S*)\s*(.*)$/s.exec(text);
+  const parts = { $1: first, $2: rest, '$*': text, '$#': to.name };
+  return typeof known === 'function' ? known(text, to)
+    : ask(known.replace(/\$[12*#]/g, (part) => parts[part]).replace(/\s+/g, ' '));
+}
+
+function enter(name, password = '') {
+  openRoom(name);
+  if (isChannel(name)) ask(`JOIN ${name} ${password}`);
+}
+
+// ---- Pictures and files
+
+const SHRUNK = 1600; // pixels of the longer side
+
+function choose(properties) {
+  const input = el('input',
+    { type: 'file', id: 'file', hidden: true, multiple: true, ...properties });
+  $('file')?.remove();
+  document.body.append(input); // some browsers forget an input that is in no document
+  input.onchange = () => offer(...input.files);
+  input.click();
+}
+
+$('attach').onclick = () => choose({});
+$('camera').onclick = () => choose({ accept: 'image/*', capture: 'environment' });
+field.onpaste = ({ clipboardData: { files } }) => offer(...files);
+document.ondragover = (event) => event.preventDefault();
+document.ondrop = (event) => {
+  event.preventDefault();
+  offer(...event.dataTransfer.files);
+};
+
+async function shrunk(file) {
+  const bitmap = await createImageBitmap(file);
+  const scale = Math.min(1, SHRUNK / Math.max(bitmap.width, bitmap.height));
+  const [width, height] = [bitmap.width * scale, bitmap.height * scale];
+  const canvas = el('canvas', { width, height });
+  canvas.getContext('2d').drawImage(bitmap, 0, 0, width, height);
+  const blob = await new Promise((done) => canvas.toBlob(done, 'image/jpeg', 0.85));
+  return blob && blob.size < file.size ? blob : null;
+}
+
+// Ask before files are sent, one after the other
+async function offer(file, ...others) {
+  if (!file) return;
+  const target = shown().name, { name, size, type } = file;
+  const small = isPicture(type) && type !== 'image/gif' && await shrunk(file).catch(() => null);
+  const smaller = el('input', { type: 'checkbox', checked: true });
+  const send = () => {
+    const taken = small && smaller.checked, blob = taken ? small : file;
+    accept({ own: newId(), n: Date.now(), target, type: blob.type, size: blob.size, blob, reply: '',
+      name: taken ? `${name.replace(/\.\w+$/, '')}.jpg` : name, failed: '' })
+      .catch((error) => note(`${name} was not accepted: ${error.message}`));
+    closeSheet();
+    offer(...others);
+  };
+  openSheet(`Send to ${target}`, [
+    isPicture(type) && el('img', { src: URL.createObjectURL(small || file), alt: '' }),
+    el('p', { textContent: `${name}, ${sizeText(size)}` }),
+    small && el('label', {}, smaller, ` smaller: ${sizeText(small.size)}`)],
+  [button('Send', send, { className: 'main' })]);
+}
+
+// ---- What can be done with a message
+
+function toggle({ id, reactions }, emoji) {
+  const tag = (reactions[emoji] ?? []).some(isMe) ? 'unreact' : 'react';
+  ask(`@+draft/${tag}=${escapeTag(emoji)};+draft/reply=${id} TAGMSG ${shown().name}`);
+}
+
+const choice = (label, action) => button(label, () => { closeSheet(); action(); });
+
+function messageSheet(message) {
+  const { id, gone, nick, text } = message, to = shown().name;
+  if (!id || gone) return;
+  const other = el('input', { maxLength: 20, placeholder: 'another reaction' });
+  other.onchange = () => { closeSheet(); toggle(message, other.value.trim()); };
+  openSheet(`${nick}: ${text.slice(0, 80)}`, [el('div', { className: 'buttons' },
+    ...EMOJI.map((emoji) => choice(emoji, () => toggle(message, emoji))), other)],
+  [choice('Reply', () => setAnswer(message)),
+    isMe(nick) ? choice('Take back', () => ask(`REDACT ${to} ${id}`))
+      : choice(`Message ${nick}`, () => openRoom(nick))]);
+}
+
+log.onclick = ({ target }) => {
+  const { message } = target.closest('.row') ?? {};
+  const other = target.closest('a, button, blockquote') || String(getSelection());
+  if (message && !other) messageSheet(message);
+};
+
+// Move the focus to the row above or below; from the composer and back to it
+function moveFocus(step) {
+  const list = [...log.querySelectorAll('.block .row'), field];
+  const at = list.indexOf(document.activeElement.closest('.row, #text'));
+  const next = list[(at < 0 ? list.length - 1 : at) + step] ?? list[0];
+  next.focus();
+  next.scrollIntoView({ block: 'nearest' });
+}
+
+log.onkeydown = (event) => {
+  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key], { message } = document.activeElement;
+  if (step) {
+    event.preventDefault();
+    moveFocus(step);
+  } else if (event.key === 'Enter' && message) messageSheet(message);
+  else if (event.key === 'Escape') field.focus();
+};
+
+// ---- Sheets
+
+function openSheet(title, parts, buttons = [], kind = '') {
+  const sheet = $('sheet');
+  sheet.replaceChildren(el('h2', { id: 'title', textContent: title }), ...parts.filter(Boolean),
+    el('div', { className: 'buttons' }, ...buttons, button('Close', closeSheet)));
+  sheet.dataset.kind = kind;
+  if (sheet.open) return;
+  if (sheet.showModal) sheet.showModal();
+  else sheet.setAttribute('open', ''); // browsers before 2022
+}
+
+function closeSheet() {
+  if ($('sheet').close) $('sheet').close();
+  else $('sheet').removeAttribute('open');
+}
+
+$('sheet').onclick = ({ target }) => { if (target === $('sheet')) closeSheet(); };
+
+// A sheet with fields ([label, properties of the input]) and a button
+function form(title, fields, text, action, more = [], kind = '') {
+  const inputs = fields.map(([, properties]) =>
+    el('input', { autocomplete: 'off', autocapitalize: 'off', ...properties }));
+  const made = el('form', {},
+    ...inputs.flatMap((input, n) => [el('label', {}, fields[n][0], input)]),
+    el('div', { className: 'buttons' }, el('button', { className: 'main', textContent: text })));
+  made.onsubmit = (event) => {
+    event.preventDefault();
+    if (kind !== 'search') closeSheet();
+    action(...inputs.map(({ value }) => value.trim()));
+  };
+  openSheet(title, [made, ...more], [], kind);
+  inputs[0].focus();
+}
+
+const SECRET = { type: 'password', autocomplete: 'current-password' };
+const nameField = () =>
+  ['Your name', { value: state.me, required: true, maxLength: 32 }];
+
+function nameSheet() {
+  const fields = [nameField(), ['Password, if the name is an account', SECRET]];
+  if (/password/i.test(state.why)) fields.push(['Password of this server', SECRET]);
+  const join = (name, ...words) => act('enter', name.replace(/\s/g, '_'), ...words);
+  form(state.why || 'Join the chat', fields, 'Join', join, [otherWays()], 'name');
+}
+
+function otherWays() {
+  const { hostname, port, protocol } = location, secure = protocol === 'https:';
+  const at = `${hostname}:${port || (secure ? 443 : 80)}`, url = secure ? `ircs://${at}` : at;
+  return dim(`Or: python3 chat.py client NAME --server ${url}. IRC programs: ${url}, #lobby`);
+}
+
+function personSheet(name) {
+  openSheet(name, [], [choice('Message', () => openRoom(name)),
+    choice('About', () => ask(`WHOIS ${name}`)),
+    choice('Remove', () => ask(`KICK ${shown().name} ${name}`))]);
+}
+
+function joinSheet() {
+  $('rooms').classList.remove('open');
+  form('Channel or person', [['#channel, or a name', { required: true }]], 'Open',
+    (text) => enter(...text.split(/\s+/)));
+}
+
+function roomSheet() {
+  const to = shown(), members = Object.values(to.members);
+  const list = el('div', { className: 'list' }, ...peopleOf(members));
+  openSheet(to.name, [to.topic && dim(to.topic), list],
+    isChannel(to.name) ? [choice('Leave', () => ask(`PART ${to.name}`))] : []);
+}
+
+function searchSheet(words = '') {
+  const { key, name } = shown();
+  const search = (text) => text && act('request', 'found', key,
+    `SEARCH in=${escapeTag(name)};text=${escapeTag(text)};limit=50`);
+  form(`Search in ${name}`, [['Words', { value: words }]], 'Search', search,
+    [el('div', { id: 'found', className: 'list' })], 'search');
+}
+
+function showFound(messages, { key, name }) {
+  const list = messages.map(({ time, nick, text, id }) => button(`${dayOf(time)} ${nick}: ${text}`,
+    () => act('request', 'around', key, `AROUND ${name} msgid=${id} 30`)));
+  $('found')?.replaceChildren(dim(counted(list.length, 'message')), ...list);
+}
+
+function showContext(messages) {
+  $('found')?.replaceChildren(...messages.map((message) =>
+    el('article', { className: 'row' }, headOf(message), withLinks(message.text))));
+}
+
+function settingsSheet() {
+  $('rooms').classList.remove('open');
+  openSheet(state.me, [dim(state.account ? `Logged in as ${state.account}` : 'Not logged in'),
+    !self.isSecureContext && dim('This page came over plain http: others on this network can read '
+      + 'along, and it cannot be installed or opened without network.'), otherWays()],
+  [button('Name', () => form('Your name', [nameField()], 'Change', (name) => ask(`NICK ${name}`))),
+    ...state.account ? [choice('Log out', () => act('logOut'))]
+      : [button('Log in', logInSheet), button('Register', signUpSheet)]]);
+}
+
+function logInSheet() {
+  form('Log in', [['Account', { value: state.me, required: true }],
+    ['Password', { ...SECRET, required: true }]], 'Log in', (...words) => act('logIn', ...words));
+}
+
+function signUpSheet() {
+  const warning = dim('Over plain http, others on this network can read the password while you '
+    + 'register. Later log-ins do not send it.');
+  form(`Register ${state.me}`, [['A password', { ...SECRET, required: true, minLength: 3 }]],
+    'Register', (word) => act('signUp', word), location.protocol === 'https:' ? [] : [warning]);
+}
+
+// ---- Start
+
+function listen() {
+  $('where').onclick = roomSheet;
+  $('find').onclick = () => searchSheet();
+  $('menu').onclick = () => $('rooms').classList.toggle('open');
+  log.addEventListener('pointerdown', () => $('rooms').classList.remove('open'));
+  new ResizeObserver(() => keepPlace()).observe(log);
+  addEventListener('keydown', (event) => {
+    if (event.key !== 'k' || !event.ctrlKey) return;
+    event.preventDefault();
+    joinSheet();
+  });
+  addEventListener('online', () => act('probe'));
+  addEventListener('pagehide', () => {
+    keepDraft();
+    if (leader) keepRooms();
+    if (leader && !navigator.locks) set('lease', null);
+  });
+  addEventListener('visibilitychange', () => {
+    if (document.hidden) return leader && keepRooms();
+    markRead();
+    return leader ? leader.probe() : callLeader();
+  });
+  setInterval(drawPhase, 1000);
+  if (!navigator.locks) setInterval(elect, 2000);
+  self.visualViewport?.addEventListener('resize', () => { // the keyboard of a phone
+    document.body.style.height = `${visualViewport.height}px`;
+  });
+}
+
+async function start() {
+  listen();
+  await openDatabase().catch(() => null); // as in some private windows
+  for (const kept of await stored('rooms')) {
+    const to = Object.assign(room(kept.name), kept);
+    to.behind = false;
+    miss(to);
+    to.messages.forEach(({ id }) => { to.ids[id] = 1; });
+    count(to);
+  }
+  room('#lobby');
+  state.outbox = (await stored('outbox')).map(shared).sort((a, b) => a.n - b.n);
+  drawLog();
+  restoreDraft();
+  if (!state.me) nameSheet();
+  elect();
+  callLeader();
+  navigator.serviceWorker?.register('/sw.js').catch(() => null);
+}
+start();
+</script>
 """
 
+PAGE_WORKER = r"""
+// The workers of the page. As a worker it proves a password (SCRAM); as a service worker it keeps
+// the page, so that it opens without network
 
-def web_page(request: Request, site: Site, secure: bool) -> str:
-    """Return the page, with the address at which the browser reached this server."""
-    import html
+'use strict';
 
-    host, port = split_host(request.header("host"))
-    host, port = host or site.name, port or (443 if secure else 80)
-    where = address_text(host, port)
-    words = {
-        "host": host,
-        "port": port,
-        "network": site.network,
-        "users": counted(len(site.hub.users), "user"),
-        "tls": "with TLS, " * secure,
-        "url": f"ircs://{where}" if secure else where,
-        "netcat": f"openssl s_client -quiet -connect {where}" if secure else f"nc {host} {port}",
-        "socket": f"{'wss' if secure else 'ws'}://{where}/irc",
+// SHA-256, HMAC, PBKDF2 (FIPS 180-4, RFC 2104, RFC 8018): a page of plain http has no WebCrypto
+
+const primes = [];
+for (let n = 2; primes.length < 64; n++) if (primes.every((p) => n % p)) primes.push(n);
+const fraction = (x) => ((x % 1) * 2 ** 32) | 0;
+const K = Int32Array.from(primes, (p) => fraction(Math.cbrt(p)));
+const START = Int32Array.from(primes.slice(0, 8), (p) => fraction(Math.sqrt(p)));
+const w = new Int32Array(64);
+const turn = (x, n) => (x >>> n) | (x << (32 - n));
+
+function compress(state, words) {
+  w.set(words);
+  for (let i = 16; i < 64; i++) {
+    const a = w[i - 15], b = w[i - 2];
+    w[i] = w[i - 16] + w[i - 7] + (turn(a, 7) ^ turn(a, 18) ^ (a >>> 3))
+      + (turn(b, 17) ^ turn(b, 19) ^ (b >>> 10));
+  }
+  let [a, b, c, d, e, f, g, h] = state;
+  for (let i = 0; i < 64; i++) {
+    const choice = (e & f) ^ (~e & g), majority = (a & b) ^ (a & c) ^ (b & c);
+    const t = (h + (turn(e, 6) ^ turn(e, 11) ^ turn(e, 25)) + choice + K[i] + w[i]) | 0;
+    [h, g, f, e, d, c, b] = [g, f, e, (d + t) | 0, c, b, a];
+    a = (t + (turn(b, 2) ^ turn(b, 13) ^ turn(b, 22)) + majority) | 0;
+  }
+  return Int32Array.of(a, b, c, d, e, f, g, h).map((word, i) => word + state[i]);
+}
+
+// The hash of bytes that follow `before` bytes, which are in the state already
+function finish(state, bytes, before) {
+  const size = (((bytes.length + 8) >> 6) + 1) * 64;
+  const padded = new DataView(new ArrayBuffer(size));
+  new Uint8Array(padded.buffer).set(bytes);
+  padded.setUint8(bytes.length, 0x80);
+  padded.setUint32(size - 4, (before + bytes.length) * 8);
+  for (let at = 0; at < size; at += 64) state = compress(state, wordsOf(padded, at, 16));
+  state.forEach((word, i) => padded.setInt32(4 * i, word));
+  return new Uint8Array(padded.buffer, 0, 32);
+}
+
+const wordsOf = (view, at, length) =>
+  Int32Array.from({ length }, (_, i) => view.getInt32(at + 4 * i));
+const sha256 = (bytes) => finish(START, bytes, 0);
+
+// The states after the inner and the outer block of a key
+function keyed(key) {
+  const block = new Uint8Array(64);
+  block.set(key.length > 64 ? sha256(key) : key);
+  return [0x36, 0x5c].map((pad) => compress(START,
+    wordsOf(new DataView(block.map((byte) => byte ^ pad).buffer), 0, 16)));
+}
+
+function hmac(key, bytes) {
+  const [inner, outer] = keyed(key);
+  return finish(outer, finish(inner, bytes, 64), 64);
+}
+
+function pbkdf2(password, salt, rounds) {
+  const [inner, outer] = keyed(password), sum = new Int32Array(8);
+  const block = new Int32Array(16); // a digest, padded behind the 64 bytes of the key
+  block[8] = 0x80000000;
+  block[15] = (64 + 32) * 8;
+  const first = finish(inner, Uint8Array.of(...salt, 0, 0, 0, 1), 64);
+  block.set(wordsOf(new DataView(first.buffer), 0, 8));
+  for (let n = 0; n < rounds; n++) {
+    if (n) block.set(compress(inner, block));
+    block.set(compress(outer, block));
+    for (let i = 0; i < 8; i++) sum[i] ^= block[i];
+  }
+  const view = new DataView(new ArrayBuffer(32));
+  sum.forEach((word, i) => view.setInt32(4 * i, word));
+  return new Uint8Array(view.buffer);
+}
+
+const bytesOf = (text) => new TextEncoder().encode(text);
+const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
+const fromBase64 = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+
+// Client proof and server signature of what both have said (RFC 5802 section 3). The keys are good
+// for this server only: they are what the page keeps, and not the password
+function prove({ password, keys, salt, rounds, said }) {
+  if (password) {
+    const salted = pbkdf2(bytesOf(password.normalize('NFKC')), fromBase64(salt), rounds);
+    const key = (name) => toBase64(hmac(salted, bytesOf(`${name} Key`)));
+    keys = { salt, client: key('Client'), server: key('Server') };
+  }
+  const client = fromBase64(keys.client), stored = hmac(sha256(client), bytesOf(said));
+  return { keys, proof: toBase64(client.map((byte, i) => byte ^ stored[i])),
+    signature: toBase64(hmac(fromBase64(keys.server), bytesOf(said))) };
+}
+
+if (!self.registration) self.onmessage = ({ data }) => self.postMessage(prove(data));
+
+const PARTS = ['/', '/icon.svg', '/manifest.webmanifest'];
+const LATE = 3000; // ms until the page that was kept is shown
+
+self.addEventListener('install', (event) => {
+  self.skipWaiting();
+  event.waitUntil(caches.open('page').then((kept) => kept.addAll(PARTS)));
+});
+
+self.addEventListener('activate', (event) => event.waitUntil(self.clients.claim()));
+
+// The newest part of the page, if it comes in time; else the one that was kept
+async function part(request) {
+  const kept = await caches.open('page');
+  const fresh = fetch(request).then((response) => {
+    if (!response.ok) throw new Error(response.statusText);
+    kept.put(request, response.clone());
+    return response;
+  });
+  const late = new Promise((done, failed) => { setTimeout(failed, LATE); });
+  return Promise.race([fresh, late]).catch(async () => (await kept.match(request)) ?? fresh);
+}
+
+self.addEventListener('fetch', (event) => {
+  const { pathname, origin } = new URL(event.request.url);
+  const ours = origin === self.location.origin && PARTS.includes(pathname);
+  if (ours && event.request.method === 'GET') event.respondWith(part(event.request));
+});
+"""
+
+PAGE_ICON = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><rect width="64" height="64" rx="14" \
+fill="#1558b0"/><path d="M12 16h40v26H30L20 52V42h-8z" fill="#fff"/></svg>
+"""
+
+PAGE_MANIFEST = {
+    "name": "Chat",
+    "short_name": "Chat",
+    "start_url": "/",
+    "display": "standalone",
+    "background_color": "#14171b",
+    "theme_color": "#1558b0",
+    "icons": [{"src": "/icon.svg", "type": "image/svg+xml", "sizes": "any"}],
+}
+
+
+KEEPS_ONLY_OURS = "default-src 'none'; connect-src 'self'"
+
+
+def served(text: str) -> str:
+    """Return a document without what only its readers here need: indentation and comments."""
+    return re.sub(r"(?m)^(?: *// .*\n| +|\n)| +// .*$", "", text)
+
+
+def page_policy(page: str) -> str:
+    """Return the content policy of the page: its own script and style, and no other host. ws:// is
+    named because 'self' has no WebSocket in older browsers."""
+
+    def only(tag: str) -> str:
+        part = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
+
+    return (
+        f"default-src 'none'; script-src {only('script')}; style-src {only('style')}; "
+        "img-src 'self' blob:; connect-src 'self' ws://{host} wss://{host}; manifest-src 'self'; "
+        "worker-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def page_documents() -> dict[str, Document]:
+    """Return the documents of the page, by path."""
+    manifest, page = json.dumps(PAGE_MANIFEST), served(PAGE_TEXT)
+    return {
+        "/": Document(page, "text/html; charset=utf-8", page_policy(page)),
+        "/sw.js": Document(served(PAGE_WORKER), "text/javascript; charset=utf-8", KEEPS_ONLY_OURS),
+        "/manifest.webmanifest": Document(manifest, "application/manifest+json"),
+        "/icon.svg": Document(PAGE_ICON, "image/svg+xml"),
     }
-    return WEB_PAGE.format(**{name: html.escape(str(word)) for name, word in words.items()})
 
 
 # ======================================================================================
@@ -20909,7 +22829,7 @@ def run_server(args: argparse.Namespace) -> int:
         proxies=frozenset(args.web_proxy),
         open_metrics=args.metrics == "open",
         url=args.web_url or "",
-        page=web_page,
+        documents=page_documents(),
     )
     loop = Loop()
     given = {name: getattr(args, name) for name in names}

@@ -16,6 +16,7 @@ are those of chat.py, in its order. Helpers that many tests use:
     Proxy           a network that resets, delays and swallows
     Linked, Sender  a link with a loop of its own, and one that sends files
     window          opens windows on a virtual screen (a fixture)
+    browse          opens tabs of a headless Chromium (a fixture); Tab
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ import py_compile
 import random
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
@@ -137,6 +139,9 @@ def check_grammar(data):
         tags = line.partition(" ")[0] if line[0] == "@" else ""
         assert len(line.removeprefix(tags).encode()) <= chat.IRC_BYTES, line
         assert len(tags.encode()) <= 8191, line
+
+
+WEB = chat.Web(documents={"/": chat.Document("a page", "text/plain")})
 
 
 class FakeConn:
@@ -267,7 +272,7 @@ class House(chat.Server):
         self.written = set()
         self.asked_for = []  # what operators did with the server
         self.guests = {}
-        given = chat.ServerOptions(listen=(), password=password, **options)
+        given = chat.ServerOptions(listen=(), password=password, **{"web": WEB, **options})
         loop = FakeLoop(self.now)
         super().__init__(loop, given, store or chat.Store(None), lambda: self.now)
         self.limits.close()
@@ -9808,14 +9813,14 @@ def test_pipelined_requests_are_answered_in_order_however_they_are_cut(size):
     data = b"\r\n".join(
         (
             request % (b"GET", b"/health", b""),  # and an empty line behind it
-            request % (b"HEAD", b"/", b""),
+            request % (b"HEAD", b"/health", b""),
             request % (b"POST", b"/health", b"Content-Length: 5\r\n") + b"GET /",
             request % (b"GET", b"/nothing", b""),
         )
     )
     answers = parsed_answers(Browser(House()).sends(data, size), heads=(1,))
     assert [status for status, *_ in answers] == [200, 200, 405, 404]
-    assert answers[0][2] == b"ok\n" and int(answers[1][1]["content-length"]) > 3
+    assert answers[0][2] == b"ok\n" and int(answers[1][1]["content-length"]) == 3
 
 
 BODIES = [  # chunks as they are sent, and the body or the status that they make
@@ -9959,18 +9964,6 @@ def test_metrics_are_in_the_usual_text_format():
     assert "chat_users 2" in lines and "# TYPE chat_users gauge" in lines
     line = re.compile(r"# (HELP|TYPE) chat_\w+ .*|chat_\w+ \d+(\.\d+)?")
     assert all(map(line.fullmatch, lines))
-
-
-def test_the_page_says_how_to_join_under_the_address_that_was_typed():
-    house = House()
-    house.site.web = house.site.web._replace(page=chat.web_page)
-    _, headers, body = Browser(house).asks("GET / HTTP/1.1\nHost: 192.168.1.5:7001")
-    text = body.decode()
-    assert "--server 192.168.1.5:7001" in text and "ws://192.168.1.5:7001/irc" in text
-    assert headers["content-type"].startswith("text/html") and "default-src 'none'" in str(headers)
-    assert "set-cookie" not in headers and "<script" not in text
-    _, _, body = Browser(house, "v6").asks("GET / HTTP/1.1\nHost: [::1]:7001")
-    assert "nc ::1 7001" in body.decode() and "ws://[::1]:7001/irc" in body.decode()
 
 
 HANDSHAKE = """\
@@ -10885,7 +10878,7 @@ def test_the_port_of_a_chat_is_also_one_of_the_web(running):
 
 
 def test_clients_behind_a_proxy_are_counted_and_shown_as_themselves(running):
-    server = running(web=chat.Web(proxies=frozenset(["127.0.0.1"])), max_per_address=1)
+    server = running(web=WEB._replace(proxies=frozenset(["127.0.0.1"])), max_per_address=1)
     limits, addresses = server.server.limits, server.server.addresses
 
     def ask(web, head, host, proto="http"):
@@ -10970,7 +10963,9 @@ def test_a_frame_of_the_server_has_its_length_in_as_many_bytes_as_that_needs(siz
 
 
 def test_a_proxy_has_as_many_connections_as_it_needs_and_its_clients_have_not():
-    options = chat.ServerOptions(max_per_address=1, web=chat.Web(proxies=frozenset(["10.0.0.2"])))
+    options = chat.ServerOptions(
+        max_per_address=1, web=WEB._replace(proxies=frozenset(["10.0.0.2"]))
+    )
     limits, clients = chat.ConnectionLimits(options), ("192.0.2.7", "192.0.2.8")
     assert {limits.enter("10.0.0.2") for _ in range(9)} == {""}
     assert {limits.speaks_http("10.0.0.2", True) for _ in range(9)} == {""}
@@ -15226,7 +15221,7 @@ class Running:
 
     def __init__(self, **options):
         self.loop = chat.Loop()
-        given = {"listen": (("127.0.0.1", 0),), "flood": None, **options}
+        given = {"listen": (("127.0.0.1", 0),), "flood": None, "web": WEB, **options}
         self.server = chat.Server(self.loop, chat.ServerOptions(**given))
         self.address = self.server.listeners[0].address
         self.guests = []
@@ -21292,6 +21287,599 @@ def test_keys_are_answered_and_memory_is_bounded_while_five_conversations_are_fl
     assert len(alice.transcript.sheet.sizes) <= gui_client.ROWS_MOST
     assert all(len(room.views) <= most for room in alice.engine.core.rooms.values())
     assert alice.engine.batches.qsize() <= 1
+
+
+# ======================================================================================
+# PAGE
+# ======================================================================================
+
+# A real browser without a window: Chromium, driven by the DevTools protocol over two pipes
+# (https://chromedevtools.github.io/devtools-protocol). Tests of the page itself use it.
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+CHROMIUM_FLAGS = (
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+    *("--remote-debugging-pipe", "--no-first-run", "--disable-component-update"),
+    *("--disable-background-networking", "--disable-background-timer-throttling"),
+    *("--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows"),
+)
+
+
+ON_3_AND_4 = """
+import os, sys
+for n, end in enumerate(sys.argv[1:3]):
+    os.dup2(int(end), 3 + n)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+class Chromium:
+    """A browser process; one for all tests of a run, each with a context of its own."""
+
+    def __init__(self):
+        self.profile = tempfile.mkdtemp(prefix="chat-browser-")
+        commands, self.commands = os.pipe()
+        self.answers, answers = os.pipe()
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (commands, answers)]
+        command = [CHROMIUM, *CHROMIUM_FLAGS, f"--user-data-dir={self.profile}"]
+        launched = [sys.executable, "-c", ON_3_AND_4, *map(str, ends), *command]
+        self.process = subprocess.Popen(launched, pass_fds=ends, stderr=subprocess.DEVNULL)
+        for end in (commands, answers, *ends):
+            os.close(end)
+        self.ids, self.data = itertools.count(1), b""
+        self.results, self.events = {}, []
+
+    def ask(self, method, session=None, **params):
+        """Return the result of a command."""
+        id = next(self.ids)
+        message = {"id": id, "method": method, "params": params}
+        message |= {"sessionId": session} if session else {}
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        while id not in self.results:
+            assert select.select([self.answers], [], [], 6 * PATIENCE)[0], f"no answer to {method}"
+            self.data += os.read(self.answers, 1 << 20)
+            *whole, self.data = self.data.split(b"\0")
+            for one in map(json.loads, whole):
+                if "id" in one:
+                    self.results[one["id"]] = one
+                else:
+                    self.events.append(one)
+        answer = self.results.pop(id)
+        assert "error" not in answer, (method, answer)
+        return answer["result"]
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.ask("Browser.close")
+        self.process.wait(PATIENCE)
+        os.close(self.commands)
+        os.close(self.answers)
+        shutil.rmtree(self.profile, ignore_errors=True)
+
+
+PAGE_STATE = "JSON.stringify([state.phase, state.why, state.outbox, allRooms().map(to => to.name)])"
+
+
+class Tab:
+    """A tab with the page of a server, as large as a phone unless told otherwise."""
+
+    def __init__(self, browser, context, url, width=360, height=640, dark=False):
+        self.browser, self.context, self.url = browser, context, url
+        made = browser.ask("Target.createTarget", url="about:blank", browserContextId=context)
+        self.target = made["targetId"]
+        attached = browser.ask("Target.attachToTarget", targetId=self.target, flatten=True)
+        self.session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
+            self.ask(f"{domain}.enable")
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 720}
+        self.ask("Emulation.setDeviceMetricsOverride", **size)
+        self.ask("Emulation.setTouchEmulationEnabled", enabled=width < 720)
+        theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.ask("Emulation.setEmulatedMedia", features=[theme])
+        self.go(url)
+
+    def ask(self, method, **params):
+        return self.browser.ask(method, self.session, **params)
+
+    def go(self, url):
+        self.ask("Page.navigate", url=url)
+        self.until("document.readyState === 'complete'")
+
+    def js(self, code):
+        """Return the value of an expression, or what its promise resolves to."""
+        how = {"awaitPromise": True, "returnByValue": True}
+        answer = self.ask("Runtime.evaluate", expression=code, **how)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(answer["exceptionDetails"]["exception"].get("description"))
+        return answer["result"].get("value")
+
+    def until(self, condition, patience=3 * PATIENCE):
+        """Wait until a condition holds."""
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            with contextlib.suppress(RuntimeError, AssertionError):  # the page is being loaded
+                if self.js(f"Boolean({condition})"):
+                    return
+            time.sleep(0.02)
+        raise AssertionError(
+            f"not so: {condition}; on the page: {self.text()[-300:]}; {self.js(PAGE_STATE)}"
+        )
+
+    def text(self):
+        return self.js("document.body.innerText")
+
+    def faults(self):
+        """Errors that the page threw or logged. Attempts to connect are logged by the browser."""
+        kinds = ("Runtime.exceptionThrown", "Log.entryAdded")
+        mine = [e for e in self.browser.events if e.get("sessionId") == self.session]
+        found = [json.dumps(e["params"]) for e in mine if e["method"] in kinds]
+        expected = ("ERR_", "status of", '"level": "verbose"')
+        return [text for text in found if not any(word in text for word in expected)]
+
+    def requests(self):
+        mine = [e for e in self.browser.events if e.get("sessionId") == self.session]
+        sent = [e["params"] for e in mine if e["method"] == "Network.requestWillBeSent"]
+        sockets = [e["params"]["url"] for e in mine if e["method"] == "Network.webSocketCreated"]
+        return [one["request"]["url"] for one in sent] + sockets
+
+    def tap(self, selector):
+        box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+        x, y = self.js(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})")
+        self.ask("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.ask("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def key(self, key, code=0, text=None, **more):
+        event = {"key": key, "code": key, "windowsVirtualKeyCode": code, **more}
+        self.ask(
+            "Input.dispatchKeyEvent", type="keyDown", **event, **({"text": text} if text else {})
+        )
+        self.ask("Input.dispatchKeyEvent", type="keyUp", **event)
+
+    def press(self, text):
+        """Press the button with this text in the open sheet."""
+        buttons = "[...document.querySelectorAll('#sheet button')]"
+        self.until(f"{buttons}.some(b => b.textContent === {json.dumps(text)})")
+        self.js(f"{buttons}.find(b => b.textContent === {json.dumps(text)}).click()")
+
+    def fill(self, *texts):
+        """Write into the fields of the open sheet, and send it."""
+        self.until("document.querySelector('#sheet[open] form')")
+        for n, text in enumerate(texts):
+            self.js(f"document.querySelectorAll('#sheet form input')[{n}].select()")
+            self.ask("Input.insertText", text=text)
+        self.js("document.querySelector('#sheet form button').click()")
+
+    def enter(self, name):
+        self.fill(name)
+        self.until("state.phase === 'online' && room('#lobby').joined")
+        return self
+
+    def say(self, *texts):
+        for text in texts:
+            self.js("document.querySelector('#text').focus()")
+            self.ask("Input.insertText", text=text)
+            self.js("document.querySelector('#send').click()")
+            self.until("document.querySelector('#text').value === ''")
+
+    def rows(self):
+        """The texts of the messages that are shown: those that have arrived."""
+        rows = "document.querySelectorAll('#log .block .row:not(.info) .text')"
+        return self.js(f"[...{rows}].map(row => row.textContent)")
+
+    def wait_for(self, *texts):
+        for text in texts:
+            rows = "[...document.querySelectorAll('#log .block .row')]"
+            self.until(f"{rows}.some(row => row.textContent.includes({json.dumps(text)}))")
+
+    def choose(self, path):
+        """Choose a file where the page asks for one."""
+        self.js("document.querySelector('#attach').click()")
+        self.until("document.querySelector('#file')")
+        root = self.ask("DOM.getDocument")["root"]["nodeId"]
+        node = self.ask("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
+        self.ask("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+
+    def close(self):
+        self.browser.ask("Target.closeTarget", targetId=self.target)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    if not CHROMIUM:
+        assert not os.environ.get("CHAT_NEEDS_BROWSER"), "no Chromium is installed"
+        pytest.skip("no Chromium is installed")
+    browser = Chromium()
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def browse(chromium):
+    """Open tabs. Those of one user share what the browser keeps; another user has another one."""
+    contexts, tabs = {}, []
+
+    def open(address, user="", **options):
+        if user not in contexts:
+            contexts[user] = chromium.ask("Target.createBrowserContext")["browserContextId"]
+        url = address if isinstance(address, str) else "http://{}:{}/".format(*address)
+        tabs.append(Tab(chromium, contexts[user], url, **options))
+        return tabs[-1]
+
+    yield open
+    faults = [fault for tab in tabs for fault in tab.faults()]
+    for context in contexts.values():
+        chromium.ask("Target.disposeBrowserContext", browserContextId=context)
+    assert faults == []
+
+
+def page_house():
+    house = House()
+    house.site.web = house.site.web._replace(documents=chat.page_documents())
+    return house
+
+
+def test_the_page_is_small_and_allows_nothing_but_its_own_script_and_server():
+    ask = "GET / HTTP/1.1\nHost: 192.168.1.5:7001"
+    status, headers, body = Browser(page_house()).asks(ask)
+    assert status == 200 and len(body) < 60_000
+    assert headers["content-type"] == "text/html; charset=utf-8" and "set-cookie" not in headers
+    policy = headers["content-security-policy"]
+    script = body.partition(b"<script>")[2].partition(b"</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script).digest()).decode().lower()
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+    assert "ws://192.168.1.5:7001 wss://192.168.1.5:7001" in policy
+    assert "unsafe" not in policy and "http" not in policy
+    assert not re.findall(rb"\son\w+=|innerHTML|document\.write|eval\(|https?://(?!\?)[a-z]", body)
+
+
+@pytest.mark.parametrize("how", ["", "gzip"])
+@pytest.mark.parametrize("path", ["/", "/sw.js", "/manifest.webmanifest", "/icon.svg"])
+def test_a_part_of_the_page_is_sent_once_and_then_confirmed(path, how):
+    browser = Browser(page_house())
+    ask = f"GET {path} HTTP/1.1\nHost: localhost\nAccept-Encoding: br, {how or 'identity'}"
+    status, headers, body = browser.asks(ask)
+    assert (status, headers.get("content-encoding", "")) == (200, how)
+    plain = zlib.decompress(body, zlib.MAX_WBITS + 16) if how else body
+    assert plain == chat.page_documents()[path].forms[""]
+    tag = headers["etag"]
+    again, headers, body = browser.asks(f"{ask}\nIf-None-Match: {tag}")
+    assert (again, headers["etag"], body) == (304, tag, b"")
+    status, headers, body = browser.asks(ask.replace("GET", "HEAD", 1))
+    assert status == 200 and body == b"" and int(headers["content-length"]) > 100
+
+
+def test_a_server_without_the_page_says_that_there_is_none():
+    house = House(web=chat.Web())
+    assert Browser(house).asks("GET / HTTP/1.1\nHost: localhost")[0] == 404
+
+
+def with_page(running, **options):
+    web = chat.Web(documents=chat.page_documents())
+    return running(web=web, **options)
+
+
+def test_a_conversation_of_page_and_netcat(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    guest = server.guest("bob")
+    guest.send("hello anna\n")
+    tab.wait_for("hello anna")
+    tab.say("hello bob", "two\nlines")
+    assert guest.until("lines")[-3:] == ["anna: hello bob", "anna: two", "anna: lines"]
+    assert tab.rows() == ["hello anna", "hello bob", "two\nlines"]
+
+
+@pytest.mark.parametrize("run", range(3 if THOROUGH else 1))
+def test_page_and_network_that_breaks_lose_and_double_nothing(running, browse, seeded, run):
+    server = with_page(running)
+    witness = Witness(server.address)
+    with Proxy(server.address, random.Random(run), 4_000, 20_000, after=b" 001 ") as proxy:
+        tab = browse(proxy.address)
+        tab.enter("anna")
+        bob = server.guest("bob")
+        for n in range(200):
+            tab.say(f"mine {n}")
+            bob.send(f"bob's {n}\n")
+        tab.until("state.outbox.length === 0")
+        said, _ = witness.heard("mine 199")
+        tab.wait_for("bob's 199")
+        assert [x for x in said if x.startswith("mine")] == [f"mine {n}" for n in range(200)]
+        tab.until("!allRooms().some(to => to.behind)")
+        rows = tab.rows()
+        assert [x for x in rows if x.startswith("mine")] == [f"mine {n}" for n in range(200)]
+        assert [x for x in rows if x.startswith("bob")] == [f"bob's {n}" for n in range(200)]
+        assert proxy.resets > 3
+
+
+def test_page_and_a_server_that_is_killed_lose_and_double_nothing(folder, browse, seeded):
+    lines = [f"mine {n}" for n in range(200)]
+    with Proxy(("127.0.0.1", 9)) as proxy:  # where the server is, whatever its port
+        for start in range(4):
+            with serving("--data", folder, "--flood", "off") as (process, address):
+                proxy.server = address
+                if not start:
+                    tab = browse(proxy.address).enter("anna")
+                tab.until("state.phase === 'online'")
+                tab.say(*lines[start * 50 : start * 50 + 50])
+                if start == 3:
+                    tab.until("state.outbox.length === 0 && !room('#lobby').behind")
+                process.send_signal(signal.SIGKILL)
+                process.wait(PATIENCE)
+        assert [x for x in tab.rows() if x.startswith("mine")] == lines
+    store = chat.Store(folder / "chat.db")
+    assert texts(store, chat.LOBBY, 500) == lines
+    store.close()
+
+
+def test_a_page_that_was_closed_sends_what_waits_when_it_is_opened_again(running, browse):
+    server = with_page(running)
+    witness = Witness(server.address)
+    with Proxy(server.address) as proxy:
+        tab = browse(proxy.address).enter("anna")
+        proxy.server = ("127.0.0.1", 9)  # nothing listens there
+        proxy.swallow()
+        tab.say("typed before it was closed", "and this")
+        tab.until("document.querySelectorAll('#waiting .row').length === 2")
+        tab.ask("Page.navigate", url="about:blank")
+        proxy.server = server.address
+        tab.go(tab.url)
+        tab.wait_for("and this")
+        tab.until("document.querySelectorAll('#waiting .row').length === 0")
+    assert witness.heard("and this")[0] == ["typed before it was closed", "and this"]
+
+
+@pytest.mark.parametrize("run", range(5 if THOROUGH else 1))
+def test_a_reload_at_any_moment_loses_and_doubles_nothing(running, browse, seeded, run):
+    server, chance = with_page(running), random.Random(run)
+    witness = Witness(server.address)
+    tab = browse(server.address).enter("anna")
+    said = []
+    for n in range(10):
+        text = f"text {n}"
+        tab.until("document.querySelector('#text').value === ''")
+        tab.js("document.querySelector('#text').focus()")
+        tab.ask("Input.insertText", text=text)
+        after = chance.choice((0, 0, 1, 3, 10, 40))
+        tab.js(
+            "globalThis.old = true; document.querySelector('#send').click(); "
+            f"setTimeout(() => location.reload(), {after})"
+        )
+        tab.until("!globalThis.old && state.phase === 'online'")
+        tab.until("!state.outbox.length && !room('#lobby').behind")
+        if tab.js("document.querySelector('#text').value") == text:  # it was not accepted
+            tab.js("document.querySelector('#send').click()")
+        tab.wait_for(text)
+        said.append(text)
+    assert witness.heard("text 9")[0] == said
+    tab.until("!room('#lobby').behind")
+    assert tab.rows() == said
+
+
+def test_two_tabs_share_one_connection_and_one_outbox(running, browse):
+    server = with_page(running)
+    witness = Witness(server.address)
+    first = browse(server.address).enter("anna")
+    second = browse(server.address)
+    second.until("attached && state.phase === 'online'")
+    first.say("of the first")
+    second.say("of the second")
+    for tab in (first, second):
+        tab.wait_for("of the first", "of the second")
+        assert tab.rows() == ["of the first", "of the second"]
+    assert first.js("Boolean(leader)") and not second.js("Boolean(leader)")
+    assert len([1 for url in second.requests() if url.startswith("ws:")]) == 0
+    first.close()
+    second.until("leader && state.phase === 'online'")
+    second.say("of the one that is left")
+    said, others = witness.heard("of the one that is left")
+    assert said == ["of the first", "of the second", "of the one that is left"]
+    assert others == [line for line in others if " JOIN " in line], "no user saw the change"
+
+
+def test_of_two_tabs_on_plain_http_one_has_the_connection(running, browse):
+    """There are no Web Locks: the browser takes an address as insecure if it is not loopback, so
+    the test takes them away."""
+    server = with_page(running)
+    first = browse("about:blank")
+    hide = "Object.defineProperty(navigator, 'locks', { value: undefined })"
+    first.ask("Page.addScriptToEvaluateOnNewDocument", source=hide)
+    first.go("http://{}:{}/".format(*server.address))
+    first.enter("anna")
+    second = browse("about:blank")
+    second.ask("Page.addScriptToEvaluateOnNewDocument", source=hide)
+    second.go("http://{}:{}/".format(*server.address))
+    second.until("attached && state.phase === 'online'")
+    assert not second.js("Boolean(leader)")
+    second.say("through the first")
+    first.wait_for("through the first")
+    first.close()
+    second.until("leader && state.phase === 'online'")
+    second.say("alone")
+    second.wait_for("alone")
+    assert second.rows() == ["through the first", "alone"]
+
+
+HOSTILE = (
+    "<img src=http://evil.test/x onerror=alert(1)><script>alert(1)</script>",
+    "javascript:alert(1) data:text/html,<b>x</b> [x](javascript:alert(1))",
+    'http://evil.test/\u202etxt.exe and https://evil.test/a"onmouseover=alert(1)',
+    "\u202e\u2066reversed\u202e " + "\u202a" * 40,
+    "z" + "\u0301" * 8000,
+    "w" * 5000,
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \u0645\u0631\u062d\u0628\u0627",
+)
+
+
+def test_hostile_texts_are_shown_as_text_and_no_other_host_is_asked(running, browse):
+    server = with_page(running)
+    tab = browse(server.address, width=320, height=568).enter("anna")
+    mallory = server.guest()
+    caps = "CAP REQ :draft/multiline batch message-tags"
+    mallory.enter_irc("mallory", caps, "CAP END", "JOIN #lobby")
+    for text in HOSTILE:
+        lines = list(chat.split_text(text, 400))
+        mallory.send("BATCH +1 draft/multiline #lobby\r\n")
+        for n, piece in enumerate(lines):
+            goes_on = ";draft/multiline-concat" if n else ""
+            mallory.send(f"@batch=1{goes_on} PRIVMSG #lobby :{piece}\r\n")
+        mallory.send("BATCH -1\r\n")
+    mallory.send("@+draft/react=<b>;+draft/reply=x TAGMSG #lobby\r\nTOPIC #lobby :<b>topic</b>\r\n")
+    mallory.send("PRIVMSG #lobby :the end\r\n")
+    tab.wait_for("the end")
+    rows = tab.rows()
+    assert rows[0] == HOSTILE[0] and rows[5] == HOSTILE[5] and len(rows) == len(HOSTILE) + 1
+    links = tab.js("[...document.querySelectorAll('#log a')].map(a => a.href)")
+    assert all(link.startswith(("http://evil.test/", "https://evil.test/")) for link in links)
+    assert (
+        tab.js("document.querySelectorAll('#log img, #log script, #log b:not(.row b)').length") == 0
+    )
+    assert tab.js("document.scrollingElement.scrollWidth") <= 320
+    marks = "[...document.querySelectorAll('.row')].find(r => r.textContent.includes('z\u0301'))"
+    assert tab.js(f"{marks}.offsetHeight") < 100
+    origin = "http://{}:{}/".format(*server.address)
+    for url in tab.requests():
+        assert url.startswith((origin, origin.replace("http", "ws"), "about:")), url
+
+
+def test_a_picture_goes_from_the_page_to_all_and_back(running, browse, folder, tmp_path):
+    server = with_page(running, data=folder)
+    tab = browse(server.address).enter("anna")
+    witness = Witness(server.address)
+    picture = tmp_path / "tea.png"
+    picture.write_bytes(drawn_png(1200, 800))
+    tab.choose(picture)
+    tab.press("Send")
+    line = witness.until("/files/")[-1]
+    assert re.search(r"PRIVMSG #lobby :tea\.(png|jpg) \(picture, \d+ KB\): http", line)
+    tab.until("document.querySelector('#log .block img')?.naturalWidth > 0")
+    other = browse(server.address, user="ben").enter("ben")
+    other.until("document.querySelector('#log .block img')?.naturalWidth > 0")
+    assert other.js("document.querySelector('#log .block img').offsetWidth") <= 360
+
+
+def test_an_upload_goes_on_where_the_network_broke_it(running, browse, folder, tmp_path, seeded):
+    server = with_page(running, data=folder)
+    content = seeded.randbytes(1_500_000)
+    (tmp_path / "data.bin").write_bytes(content)
+    with Proxy(server.address, random.Random(1), 200_000, 400_000) as proxy:
+        tab = browse(proxy.address).enter("anna")
+        tab.choose(tmp_path / "data.bin")
+        tab.press("Send")
+        tab.wait_for("data.bin")
+        assert proxy.resets > 2
+    path = tab.js("document.querySelector('#log .card').getAttribute('href')")
+    _, _, body = fetched(server.address, path)
+    assert body == content
+
+
+def fetched(address, path):
+    """Return status, headers and body of a GET."""
+    import http.client
+
+    client = http.client.HTTPConnection(*address, timeout=PATIENCE)
+    client.request("GET", path)
+    answer = client.getresponse()
+    return answer.status, dict(answer.headers), answer.read()
+
+
+def test_an_account_is_made_and_logged_in_to_without_its_password_being_kept(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    tab.js("settingsSheet()")
+    tab.press("Register")
+    tab.fill("tea and cake")
+    tab.until("state.account === 'anna' && setting('login')?.keys")
+    assert "cake" not in tab.js("JSON.stringify(localStorage)")
+    tab.js("leader.socket.close()")
+    tab.until("state.phase === 'online' && leader.scram === null && state.account === 'anna'")
+    tab.js("settingsSheet()")
+    tab.press("Log out")
+    tab.until("state.phase === 'online' && !setting('login')")
+    other = browse(server.address, user="phone")
+    other.fill("anna", "tea and cake")
+    other.until("state.phase === 'online' && state.account === 'anna'")
+    wrong = browse(server.address, user="thief")
+    wrong.fill("anna", "coffee")
+    wrong.until("/account|log in|wrong|taken/.test(document.querySelector('#title').textContent)")
+
+
+def test_the_proof_of_a_password_is_that_of_the_rfc(running, browse):
+    """RFC 7677 section 3."""
+    tab = browse(with_page(running).address)
+    first = "n=user,r=rOprNGfwEbeRWgbNEkqO"
+    server = (
+        "r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096"
+    )
+    tab.js(
+        "globalThis.known = Object.assign(new Scram({ account: 'user', password: 'pencil' }), "
+        f"{{ nonce: 'rOprNGfwEbeRWgbNEkqO', first: '{first}' }}); null"
+    )
+    answer = tab.js(f"known.answer('{server}')")
+    assert answer.endswith(",p=dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ=")
+    assert tab.js("known.signature") == "6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4="
+
+
+def test_a_reply_a_reaction_and_a_removal_reach_the_others_and_come_back(running, browse):
+    server = with_page(running)
+    anna = browse(server.address).enter("anna")
+    ben = browse(server.address, user="ben", width=1200, dark=True).enter("ben")
+    ben.say("is there tea?")
+    anna.wait_for("is there tea?")
+    anna.js("document.querySelector('.row:not(.info) time').closest('.row').id = 'asked'")
+    anna.tap("#asked time")
+    anna.press("\u2764\ufe0f")
+    ben.until("document.querySelector('.reactions button')?.textContent === '\u2764\ufe0f 1'")
+    anna.tap("#asked time")
+    anna.press("Reply")
+    anna.say("yes, ben")
+    ben.until("document.querySelector('.called blockquote')?.textContent === 'ben: is there tea?'")
+    ben.js("document.querySelector('#text').focus()")
+    for _ in range(2):  # by keyboard: to the question, and its sheet
+        ben.key("ArrowUp", 38)
+    ben.key("Enter", 13, "\r")
+    ben.press("Take back")
+    anna.until("document.querySelector('#asked').textContent.includes('taken back')")
+    assert "is there tea?" not in anna.js("document.querySelector('#asked').textContent")
+
+
+def test_search_finds_what_was_said_and_shows_what_stands_around_it(running, browse, folder):
+    server = with_page(running, data=folder)
+    tab = browse(server.address).enter("anna")
+    tab.say("before", "the blue elephant", "after")
+    tab.wait_for("after")
+    tab.js("document.querySelector('#find').click()")
+    tab.fill("elephant")
+    search = "document.querySelector('#sheet form button').click()"  # until it is in the index
+    found = "document.querySelector('#found button')?.textContent.includes('blue elephant')"
+    tab.until(f"{found} || {search}")
+    tab.js("document.querySelector('#found button').click()")
+    tab.until("document.querySelectorAll('#found article').length === 3")
+
+
+def test_older_messages_come_by_scrolling_and_unread_ones_are_counted(running, browse):
+    server = with_page(running)
+    ben = server.guest()
+    ben.enter_irc("ben", "JOIN #lobby")
+    ben.send("".join(f"PRIVMSG #lobby :old {n}\r\n" for n in range(350)))
+    ben.send("PING x\r\n")
+    ben.until("PONG")
+    tab = browse(server.address).enter("anna")
+    tab.wait_for("old 349")
+    assert len(tab.rows()) == 100
+    for _ in range(20):
+        tab.js("document.querySelector('#log').scrollTop = 0")
+        tab.until("!isAsked('before')")
+    tab.wait_for("old 0")
+    assert tab.rows() == [f"old {n}" for n in range(350)]
+    ben.send("PRIVMSG anna :psst\r\nPRIVMSG #lobby :at the end\r\n")
+    tab.until("document.querySelector('#menu .badge').textContent === '2'")
+    tab.tap("#newest")
+    tab.until("document.querySelector('#menu .badge').textContent === '1'")
+    tab.tap("#menu")
+    tab.until("document.querySelector('#rooms').innerText.includes('ben')")
+    tab.js("[...document.querySelectorAll('#rooms button')][1].click()")
+    tab.wait_for("psst")
+    tab.until("document.querySelector('#menu .badge').hidden")
 
 
 # ======================================================================================
