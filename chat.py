@@ -20751,8 +20751,8 @@ progress { width: 100%; }
   font-size: .8rem; }
 .badge.called { background: var(--bad); }
 #rooms, #people { width: 15rem; padding: .4rem; overflow: auto; background: var(--side); }
-.list button { display: flex; width: 100%; align-items: center; text-align: start;
-  overflow-wrap: anywhere; }
+.list button { display: flex; width: 100%; margin: 1px 0; align-items: center;
+  text-align: start; overflow-wrap: anywhere; }
 .list span:first-child { flex: 1; min-width: 0; unicode-bidi: isolate; }
 [aria-current=true] { background: var(--mine); font-weight: 600; }
 dialog { width: min(34rem, 100%); max-height: 90%; overflow: auto; border: 0; z-index: 3;
@@ -20820,8 +20820,10 @@ const bytesOf = (text) => new TextEncoder().encode(text);
 const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
 const fromBase64 = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 const now = () => new Date().toISOString();
-const clock = (time) => new Date(time).toLocaleTimeString([], { timeStyle: 'short' });
-const dayOf = (time) => new Date(time).toLocaleDateString([], { dateStyle: 'full' });
+const [CLOCK, DAY] = [{ timeStyle: 'short' }, { dateStyle: 'full' }] // made once: that is slow
+  .map((style) => new Intl.DateTimeFormat([], style));
+const clock = (time) => CLOCK.format(new Date(time));
+const dayOf = (time) => DAY.format(new Date(time));
 const sizeText = (size) => (size < 1e6 ? `${Math.ceil(size / 1024)} KB`
   : `${(size / 2 ** 20).toFixed(1)} MB`);
 
@@ -21935,7 +21937,7 @@ function drawLog() {
 function drawOlder() {
   const to = shown(), end = drawnFrom;
   if (!end) return askOlder(to);
-  drawnFrom = Math.max(0, end - PAGE);
+  drawnFrom = Math.max(0, end - ROWS);
   return keepPlace(() => drawRows(to.messages.slice(drawnFrom, end), rows.get(to.messages[end])));
 }
 

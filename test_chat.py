@@ -21882,6 +21882,71 @@ def test_older_messages_come_by_scrolling_and_unread_ones_are_counted(running, b
     tab.until("document.querySelector('#menu .badge').hidden")
 
 
+def test_page_netcat_terminal_and_window_talk_and_see_one_picture(
+    running, browse, terminal, window, tmp_path
+):
+    (tmp_path / "srv").mkdir()
+    server = with_page(running, data=tmp_path / "srv")
+    page = browse(server.address).enter("anna")
+    netcat = server.guest("ned")
+    term = terminal(server.address, "tom")
+    term.sees("#lobby")
+    wanda = at_home(window(server.address, name="wanda"))
+    page.say("said in the page")
+    netcat.send("said by netcat\n")
+    term.type("said in the terminal\r")
+    see(wanda, "said in the terminal")
+    enter(wanda, "said in the window")
+    (tmp_path / "tea.png").write_bytes(drawn_png(640, 480))
+    page.choose(tmp_path / "tea.png")
+    page.press("Send")
+    term.shows("tea.")
+    netcat.until("/files/")
+    pump(wanda, wanda.transcript.text.image_names)
+    page.wait_for("said by netcat", "said in the terminal", "said in the window")
+    page.until("document.querySelector('#log .block img')?.naturalWidth > 0")
+
+
+def test_a_page_that_was_kept_opens_without_its_server_and_shows_what_was_said(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    tab.say("remember this")
+    tab.wait_for("remember this")
+    tab.js("navigator.serviceWorker.ready.then(() => null)")
+    tab.js(
+        "new Promise(done => { const look = async () => (await stored('rooms'))"
+        ".some(kept => kept.messages.length) ? done(null) : setTimeout(look, 50); look(); })"
+    )
+    server.stop()
+    tab.ask("Page.navigate", url="about:blank")
+    tab.go(tab.url)
+    tab.wait_for("remember this")
+    tab.say("written without network")
+    tab.until("document.querySelector('#waiting .row').innerText.includes('written without')")
+    tab.until("!document.querySelector('#phase').hidden")
+
+
+def test_a_server_with_a_password_is_entered_with_it(running, browse):
+    server = with_page(running, password="sesame")
+    tab = browse(server.address)
+    tab.fill("anna", "")
+    tab.until("document.querySelectorAll('#sheet input').length === 3")
+    tab.fill("anna", "", "sesame")
+    tab.until("state.phase === 'online'")
+    tab.say("inside")
+    tab.wait_for("inside")
+
+
+def test_a_taken_name_is_asked_for_again(running, browse):
+    server = with_page(running)
+    server.guest("anna")
+    tab = browse(server.address)
+    tab.fill("anna")
+    tab.until("document.querySelector('#title').textContent.includes('taken')")
+    tab.fill("anne")
+    tab.until("state.phase === 'online' && state.me === 'anne'")
+
+
 # ======================================================================================
 # MAIN
 # ======================================================================================
