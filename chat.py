@@ -20812,8 +20812,9 @@ const dim = (textContent) => el('p', { className: 'dim', textContent });
 const randomHex = (count) => Array.from(crypto.getRandomValues(new Uint8Array(count)),
   (byte) => byte.toString(16).padStart(2, '0')).join('');
 const newId = () => `${Date.now().toString(16)}-${randomHex(8)}`;
-// Two names with one key are the same name: full case folding, as the server compares
-const fold = (name) => name.normalize('NFKC').toUpperCase().toLowerCase();
+// Two names with one key are the same name: full case folding, as the server compares. The =
+// makes it a key of any object: __proto__ is a name, too
+const fold = (name) => `=${name.normalize('NFKC').toUpperCase().toLowerCase()}`;
 const isChannel = (name) => name.startsWith('#');
 const counted = (count, word) => `${count} ${word}${count === 1 ? '' : 's'}`;
 const bytesOf = (text) => new TextEncoder().encode(text);
@@ -21010,7 +21011,7 @@ function messageOf({ tags, nick, params: [target, said] }) {
   const action = /^\x01ACTION (.*?)\x01?$/s.exec(said), text = action ? action[1] : said;
   return { id: tags.msgid ?? '', own: tags['+chat.py/id'] ?? '', time: tags.time ?? now(), nick,
     target: target.replace(/^[~&@%+]+(?=#)/, ''), text, action: Boolean(action),
-    reply: tags['+draft/reply'], file: fileOf(tags['chat.py/file']), reactions: {},
+    reply: tags['+draft/reply'], file: fileOf(tags['chat.py/file']), reactions: [],
     called: calls({ text, nick }) };
 }
 
@@ -21054,7 +21055,7 @@ function insert(to, index, messages) {
 }
 
 const tell = (to, text) => insert(to, to.messages.length,
-  [{ id: '', info: true, time: now(), nick: '', text, reactions: {} }]);
+  [{ id: '', info: true, time: now(), nick: '', text, reactions: [] }]);
 const note = (text) => tell(shown(), text);
 const find = (to, id) => to.messages.find((message) => message.id === id);
 
@@ -21083,9 +21084,8 @@ function count(to) {
 function react(to, id, nick, emoji, on) {
   const message = find(to, id);
   if (!message || emoji.length > 40) return;
-  const others = (message.reactions[emoji] ?? []).filter((other) => fold(other) !== fold(nick));
-  if (on) others.push(nick);
-  message.reactions[emoji] = others;
+  const others = message.reactions.filter(([one, by]) => one !== emoji || fold(by) !== fold(nick));
+  message.reactions = on ? [...others, [emoji, nick]].slice(-200) : others;
   changed(message);
 }
 
@@ -21094,14 +21094,14 @@ function happened(nick, [target, text], { verb, tags }) {
   const to = roomOf(target, nick), id = tags['+draft/reply'];
   if (verb === 'REDACT') {
     const message = find(to, text);
-    const gone = { text: '', file: null, gone: true, reactions: {} };
+    const gone = { text: '', file: null, gone: true, reactions: [] };
     if (message) changed(Object.assign(message, gone));
   }
   for (const [name, on] of [['+draft/react', true], ['+draft/unreact', false]]) {
     if (tags[name] && id) react(to, id, nick, tags[name], on);
   }
   if (tags['+typing'] && !isMe(nick)) {
-    to.typing[nick] = tags['+typing'] === 'active' ? Date.now() + 6000 : 0;
+    to.typing[fold(nick)] = [nick, tags['+typing'] === 'active' ? Date.now() + 6000 : 0];
     refresh();
   }
   if (verb === 'TAGMSG' && isMe(nick)) arrived(tags['+chat.py/id']); // it came, and was removed
@@ -21111,7 +21111,7 @@ function heard(nick, [, text], line) {
   if (!line.source.includes('!')) return note(text); // from the server
   const message = messageOf(line), to = roomOf(message.target, nick);
   if (message.text.startsWith('\x01')) return null;
-  delete to.typing[nick];
+  delete to.typing[fold(nick)];
   return add(to, [message]);
 }
 
@@ -21836,10 +21836,12 @@ function fileView({ file: { path, type, size, width, height }, text }) {
 }
 
 function reactionsOf(message) {
-  const used = Object.entries(message.reactions).filter(([, nicks]) => nicks.length);
-  return used.length > 0 && el('div', { className: 'reactions' }, ...used.map(([emoji, nicks]) =>
-    button(`${emoji} ${nicks.length}`, () => toggle(message, emoji), { title: nicks.join(', '),
-      ariaPressed: String(nicks.some(isMe)), ariaLabel: `${emoji} ${nicks.join(', ')}` })));
+  const used = new Set(message.reactions.map(([emoji]) => emoji));
+  return used.size > 0 && el('div', { className: 'reactions' }, ...Array.from(used, (emoji) => {
+    const nicks = message.reactions.filter(([one]) => one === emoji).map(([, nick]) => nick);
+    return button(`${emoji} ${nicks.length}`, () => toggle(message, emoji),
+      { ariaPressed: String(nicks.some(isMe)), ariaLabel: `${emoji} ${nicks.join(', ')}` });
+  }));
 }
 
 const rows = new WeakMap(); // message -> its row
@@ -22032,9 +22034,9 @@ function drawPhase() {
   const whole = text && count ? `${text}; ${counted(count, 'message')} waiting` : text;
   if ($('phase').textContent !== whole) $('phase').textContent = whole;
   $('phase').hidden = !whole;
-  const { typing } = shown();
-  const names = Object.keys(typing).filter((name) => typing[name] > Date.now());
-  $('typing').textContent = names.length ? `${names.slice(0, 3).join(', ')} typing` : '';
+  const typing = Object.values(shown().typing).filter(([, until]) => until > Date.now());
+  const names = typing.slice(0, 3).map(([nick]) => nick).join(', ');
+  $('typing').textContent = names && `${names} typing`;
 }
 
 function openRoom(name) {
@@ -22139,7 +22141,7 @@ function complete() {
 
 // Commands: what is sent for one, with $1 for its first word, $2 for what follows that, $* for
 // all of it, and $# for the name of the room; or a function
-const COMMANDS = {
+const COMMANDS = new Map(Object.entries({
   me: (text, to) => say(to.name, text, { action: true }),
   msg: (text) => {
     const [, name, said] = /^(\S+)\s*(.*)$/s.exec(text);
@@ -22154,12 +22156,12 @@ const COMMANDS = {
   kick: 'KICK $# $1 :$2',
   whois: 'WHOIS $1',
   raw: '$*',
-};
+}));
 
 function command(line, to) {
-  const [, name, text] = /^(\S+)\s*(.*)$/s.exec(line), known = COMMANDS[name.toLowerCase()];
+  const [, name, text] = /^(\S+)\s*(.*)$/s.exec(line), known = COMMANDS.get(name.toLowerCase());
   if (!known) {
-    throw new Error(`there is no /${name}, only /${Object.keys(COMMANDS).join(' /')}; `
+    throw new Error(`there is no /${name}, only /${[...COMMANDS.keys()].join(' /')}; `
       + 'a text that begins with / is sent with //');
   }
   const [, first, rest] = /^(\S*)\s*(.*)$/s.exec(text);
@@ -22229,7 +22231,8 @@ async function offer(file, ...others) {
 // ---- What can be done with a message
 
 function toggle({ id, reactions }, emoji) {
-  const tag = (reactions[emoji] ?? []).some(isMe) ? 'unreact' : 'react';
+  const mine = reactions.some(([one, nick]) => one === emoji && isMe(nick));
+  const tag = mine ? 'unreact' : 'react';
   ask(`@+draft/${tag}=${escapeTag(emoji)};+draft/reply=${id} TAGMSG ${shown().name}`);
 }
 

@@ -21566,6 +21566,7 @@ def test_a_conversation_of_page_and_netcat(running, browse):
     tab.wait_for("hello anna")
     tab.say("hello bob", "two\nlines")
     assert guest.until("lines")[-3:] == ["anna: hello bob", "anna: two", "anna: lines"]
+    tab.until("state.outbox.length === 0")
     assert tab.rows() == ["hello anna", "hello bob", "two\nlines"]
 
 
@@ -21924,6 +21925,29 @@ def test_a_page_that_was_kept_opens_without_its_server_and_shows_what_was_said(r
     tab.say("written without network")
     tab.until("document.querySelector('#waiting .row').innerText.includes('written without')")
     tab.until("!document.querySelector('#phase').hidden")
+
+
+@pytest.mark.parametrize("name", ["__proto__", "constructor", "toString", "hasOwnProperty"])
+def test_names_that_javascript_knows_are_names_like_others(running, browse, name):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    odd = server.guest()
+    odd.enter_irc(name, "CAP REQ :message-tags batch", "CAP END", "JOIN #lobby", f"JOIN #{name}")
+    odd.send(f"PRIVMSG #lobby :from {name}\r\nPRIVMSG anna :privately\r\n")
+    tab.wait_for(f"from {name}")
+    id = tab.js("lastOf(room('#lobby').messages).id")
+    odd.send(f"@+draft/reply={id};+draft/react={name} TAGMSG #lobby\r\n")
+    odd.send("@+typing=active TAGMSG #lobby\r\n")
+    tab.until(f"document.querySelector('.reactions button').textContent === '{name} 1'")
+    tab.until(f"document.querySelector('#typing').textContent === '{name} typing'")
+    tab.js(f"openRoom('{name}')")
+    tab.wait_for("privately")
+    tab.say("answer")
+    assert odd.until("PRIVMSG")[-1].endswith(f"PRIVMSG {name} :answer\r")
+    tab.js("document.querySelector('#text').focus()")
+    tab.ask("Input.insertText", text=f"/{name} is no command")
+    tab.js("document.querySelector('#send').click()")
+    tab.wait_for(f"there is no /{name}")
 
 
 def test_a_server_with_a_password_is_entered_with_it(running, browse):
