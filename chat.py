@@ -21,6 +21,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     FIRST LINE      which dialect a connection speaks
     CLIENT CORE     a conversation as lines in and views out
     CLIENT STORE    the messages that a client has seen, in SQLite
+    QR              a short text as a code for a camera
     --- waterline   below: sockets, clocks, threads, terminals
     LOOP            selector, timers, connections, helper threads, the log
     SERVER          listeners, the five beats of the tick, limits, shutdown
@@ -306,6 +307,7 @@ REACTED_BYTES = 60  # that are shown of the message
 TRAFFIC_LINES = 500  # of the protocol, that a user can look at
 TRANSFERS_AT_ONCE = 2  # of one client with one server; others wait
 ANSWER_BYTES = 4096  # of an answer that is no file
+QR_BYTES = 213  # of an address that is shown as a code: version 10 has room for so many
 QUOTED_BYTES = 400  # that are shown of a message that could not be sent
 PROGRESS_LINES = 5  # from so many lines on, a message's progress is shown
 REACTION_CHARACTERS = 32  # a family of joined emoji has up to 11
@@ -6535,17 +6537,17 @@ def isupport(site: Site) -> list[str]:
         USERLEN={USERNAME_BYTES} UTF8ONLY WHOX {flood}""".split()
 
 
-def file_tokens(session: IrcSession) -> list[str]:
-    """Return the tokens of 005 with the address for uploads (draft/FILEHOST, and soju's name for
-    it), and the one that says that upload tokens can be asked for (draft/authtoken)."""
-    if session.site.folder is None:
-        return []
-    url = f"{base_url(session.site, session.conn.secure, session.conn.local)}/files"
-    return [f"soju.im/FILEHOST={url}", f"draft/FILEHOST={url}", "draft/AUTHTOKEN"]
+def web_tokens(session: IrcSession) -> list[str]:
+    """Return the tokens of 005 with the address of the page for browsers, and the address for
+    uploads (draft/FILEHOST, and soju's name for it) beside the one that says that upload tokens can
+    be asked for (draft/authtoken)."""
+    url = base_url(session.site, session.conn.secure, session.conn.local)
+    hosts = [f"{name}={url}/files" for name in ("soju.im/FILEHOST", "draft/FILEHOST")]
+    return [f"chat.py/WEB={url}/", *[*hosts, "draft/AUTHTOKEN"] * (session.site.folder is not None)]
 
 
 def isupport_lines(session: IrcSession) -> Iterator[bytes]:
-    tokens = [*isupport(session.site), *file_tokens(session)]
+    tokens = [*isupport(session.site), *web_tokens(session)]
     for start in range(0, len(tokens), TOKENS_A_LINE):
         yield session.shaped_line(RPL_ISUPPORT, " ".join(tokens[start : start + TOKENS_A_LINE]))
 
@@ -10253,7 +10255,7 @@ NOTE, STATUS, UP, PEOPLE, NOTICED = "note", "status", "up", "people", "noticed"
 ARRIVED, FAILED, BACK, OLDER, PLACE = "arrived", "failed", "back", "older", "place"
 REMOVED, CLEARED, FOUND, MOVED, PAGE = "removed", "cleared", "found", "moved", "page"
 REACTED, TYPING, ROOM, READ, RESET = "reacted", "typing", "room", "read", "reset"
-TRANSFER = "transfer"
+TRANSFER, QR_CODE = "transfer", "qr-code"
 
 
 # Causes: why a connection ended, or why the server refused it; see Link
@@ -10273,7 +10275,8 @@ class View(NamedTuple):
     # PAGE: a text with a name, to be read apart from the messages; REACTED: a user reacted to the
     # message with this id, or removed the reaction (number -1); TYPING: a user is typing, paused or
     # done; ROOM: another property of a conversation changed; READ: the user read it elsewhere;
-    # RESET: its rows begin with the next view; TRANSFER: a file transfer began, moved on or ended
+    # RESET: its rows begin with the next view; TRANSFER: a file transfer began, moved on or ended;
+    # QR_CODE: an address, to be shown beside its code
     kind: str
     text: str = ""
     name: str = ""
@@ -14067,7 +14070,7 @@ HELP_TOPICS = {
     "history": ("history", "search", "lastlog"),
     "people": ("whois", "away", "back", "ignore", "unignore"),
     "account": ("nick", "register", "verify", "login", "passwd", "drop", "disown", "oper", "pass"),
-    "connection": ("connect", "disconnect", "reconnect", "raw", "quit", "help", "set"),
+    "connection": ("connect", "disconnect", "reconnect", "qr", "raw", "quit", "help", "set"),
 }
 
 
@@ -14449,6 +14452,15 @@ def do_disconnect(core: ClientCore) -> None:
 def do_reconnect(core: ClientCore) -> None:
     """/reconnect -- connect again, now"""
     core.wants_connection = True
+
+
+@client_command("qr", nameless=True)
+def do_qr(core: ClientCore) -> None:
+    """/qr -- the server's address for a browser, also as a code for a phone's camera"""
+    url = core.server.tokens.get("chat.py/WEB", "") if core.server.ours else ""
+    if not re.fullmatch(r"https?://[!-~]+", url) or len(url) > QR_BYTES:
+        raise Refused("NO_PAGE", "this server announces no page for browsers")
+    core.show(View(QR_CODE, url))
 
 
 @client_command("retry", nameless=True)
@@ -15033,6 +15045,173 @@ class ClientStore:
 
     def settings(self) -> dict[str, str]:
         return dict(self.db.execute("SELECT name, value FROM settings").fetchall())
+
+
+# ======================================================================================
+# QR
+# ======================================================================================
+# A QR code (ISO/IEC 18004) of a short text: byte mode, error correction level M, the versions 1
+# to 10. A version is a size: 17 + 4 * version modules (the dark and light squares) in each
+# direction. The text becomes bytes with error correction; those are drawn in a zigzag around the
+# patterns by which a camera finds the code, under the mask that leaves the fewest blots.
+
+QR_SIZES = {  # version -> bytes in all, of correction in a block; blocks; centres of alignment
+    1: (26, 10, 1, ()),
+    2: (44, 16, 1, (6, 18)),
+    3: (70, 26, 1, (6, 22)),
+    4: (100, 18, 2, (6, 26)),
+    5: (134, 24, 2, (6, 30)),
+    6: (172, 16, 4, (6, 34)),
+    7: (196, 18, 4, (6, 22, 38)),
+    8: (242, 22, 4, (6, 24, 42)),
+    9: (292, 22, 5, (6, 26, 46)),
+    10: (346, 26, 5, (6, 28, 50)),
+}
+QR_MASKS: tuple[Callable[[int, int], int], ...] = (  # of row and column: inverted where it is 0
+    lambda row, column: (row + column) % 2,
+    lambda row, column: row % 2,
+    lambda row, column: column % 3,
+    lambda row, column: (row + column) % 3,
+    lambda row, column: (row // 2 + column // 3) % 2,
+    lambda row, column: row * column % 2 + row * column % 3,
+    lambda row, column: (row * column % 2 + row * column % 3) % 2,
+    lambda row, column: ((row + column) % 2 + row * column % 3) % 2,
+)
+QR_PENALTIES = {  # of one line of modules -> points
+    r"0{5,}|1{5,}": lambda run: len(run) - 2,
+    r"(?=10111010000|00001011101)": lambda _: 40,  # this looks like a finder pattern
+}
+QR_QUIET = 4  # light modules around the code
+QR_BLOCKS = " \u2580\u2584\u2588"  # two modules, one above the other: light, upper, lower, dark
+GF_POWERS = [  # of 2 in GF(256), the field of the Reed-Solomon code
+    *itertools.accumulate(range(254), lambda last, _: last << 1 ^ 0x11D * (last >> 7), initial=1)
+]
+GF_LOGARITHMS = {power: n for n, power in enumerate(GF_POWERS)}
+
+
+def gf_product(a: int, b: int) -> int:
+    return GF_POWERS[(GF_LOGARITHMS[a] + GF_LOGARITHMS[b]) % 255] if a and b else 0
+
+
+def qr_correction(data: list[int], count: int) -> list[int]:
+    """Return `count` bytes of Reed-Solomon code: the remainder of a division of polynomials."""
+    divisor = [1]
+    for power in GF_POWERS[:count]:  # times (x - power)
+        shifted = [gf_product(factor, power) for factor in divisor]
+        divisor = [a ^ b for a, b in zip([*divisor, 0], [0, *shifted], strict=True)]
+    rest = [*data, *bytes(count)]
+    for at in range(len(data)):
+        factor = rest[at]
+        for n, value in enumerate(divisor, at):
+            rest[n] ^= gf_product(value, factor)
+    return rest[len(data) :]
+
+
+def qr_bytes(text: str) -> tuple[int, list[int]]:
+    """Return the smallest version that a text fits in, and the bytes to draw. Raises Refused."""
+    data = text.encode()
+    for version, (total, correction, count, _) in QR_SIZES.items():
+        room, digits = total - correction * count, 8 if version < 10 else 16
+        if 4 + digits + 8 * len(data) <= 8 * room:
+            break
+    else:
+        raise Refused("TOO_LONG", f"a QR code here has at most {room - 3} bytes, not {len(data)}")
+    bits = f"0100{len(data):0{digits}b}" + "".join(f"{byte:08b}" for byte in data) + "0000"
+    whole = [*int(bits, 2).to_bytes(len(bits) // 8, "big")]
+    whole += itertools.islice(itertools.cycle((0xEC, 0x11)), room - len(whole))
+    starts = [n * (room // count) + max(0, n - count + room % count) for n in range(count + 1)]
+    blocks = [whole[start:end] for start, end in itertools.pairwise(starts)]
+    drawn = []
+    for parts in blocks, [qr_correction(block, correction) for block in blocks]:
+        for column in itertools.zip_longest(*parts):  # the later blocks may have one more
+            drawn += [byte for byte in column if byte is not None]
+    return version, drawn
+
+
+def qr_check(value: int, generator: int) -> int:
+    """Return a value with the bits of a BCH code behind it (ISO/IEC 18004, annexes C and D)."""
+    rest = value << generator.bit_length() - 1
+    while (more := rest.bit_length() - generator.bit_length()) >= 0:
+        rest ^= generator << more
+    return value << generator.bit_length() - 1 | rest
+
+
+def qr_patterns(version: int, mask: int) -> dict[tuple[int, int], int]:
+    """Return the modules, by row and column, that do not depend on the text."""
+    size, centres = 17 + 4 * version, QR_SIZES[version][3]
+    fixed: dict[tuple[int, int], int] = {}
+    for n in range(size):
+        fixed[6, n] = fixed[n, 6] = 1 - n % 2  # timing
+    finders = [(3, 3), (3, size - 4), (size - 4, 3)]
+    spots = [(spot, 2, (0, 2)) for spot in itertools.product(centres, centres)]
+    spots = [one for one in spots if one[0] not in ((6, 6), (6, size - 7), (size - 7, 6))]
+    for (row, column), reach, dark in [*spots, *((spot, 4, (0, 1, 3)) for spot in finders)]:
+        for down, right in itertools.product(range(-reach, reach + 1), repeat=2):
+            fixed[row + down, column + right] = int(max(abs(down), abs(right)) in dark)
+    format_bits = qr_check(mask, 0x537) ^ 0x5412  # level M is 00
+    near, far = [0, 1, 2, 3, 4, 5, 7, 8], [*range(size - 1, size - 9, -1)]
+    upright = [*near, *reversed(far[:7])]
+    flat = [*far, 7, *near[5::-1]]
+    for n in range(15):
+        fixed[upright[n], 8] = fixed[8, flat[n]] = format_bits >> n & 1
+    fixed[size - 8, 8] = 1
+    version_bits = qr_check(version, 0x1F25)
+    for n in range(18 * (version >= 7)):
+        row, column = n // 3, size - 11 + n % 3
+        fixed[row, column] = fixed[column, row] = version_bits >> n & 1
+    return {spot: value for spot, value in fixed.items() if 0 <= min(spot) <= max(spot) < size}
+
+
+def qr_zigzag(size: int) -> Iterator[tuple[int, int]]:
+    """Yield rows and columns in the order of the data: up and down in strips of two columns."""
+    for n, right in enumerate([*range(size - 1, 6, -2), 5, 3, 1]):  # no data in column 6
+        rows = range(size) if n % 2 else range(size - 1, -1, -1)
+        yield from itertools.product(rows, (right, right - 1))
+
+
+def qr_matrix(version: int, data: list[int], mask: int) -> list[str]:
+    """Return the rows of a code under one mask, as "0" for light and "1" for dark."""
+    size, modules = 17 + 4 * version, qr_patterns(version, mask)
+    bits = iter("".join(f"{byte:08b}" for byte in data))
+    for spot in qr_zigzag(size):
+        if spot not in modules:
+            modules[spot] = int(next(bits, "0")) ^ (not QR_MASKS[mask](*spot))
+    return ["".join(str(modules[row, column]) for column in range(size)) for row in range(size)]
+
+
+def qr_penalty(rows: list[str]) -> int:
+    """Return how hard a code is to read (ISO/IEC 18004 section 7.8.3): less is better."""
+    lines = [*rows, *map("".join, zip(*rows, strict=True))]
+    points = sum(
+        cost(match[0])
+        for pattern, cost in QR_PENALTIES.items()
+        for line in lines
+        for match in re.finditer(pattern, line)
+    )
+    for upper, lower in itertools.pairwise(rows):  # squares of one colour
+        pairs = itertools.pairwise(zip(upper, lower, strict=True))
+        points += 3 * sum(len({*left, *right}) == 1 for left, right in pairs)
+    share = "".join(rows).count("1") / len(rows) ** 2
+    return points + 10 * int(abs(share - 0.5) * 20)
+
+
+@functools.lru_cache(4)  # a screen draws it again and again
+def qr_code(text: str) -> list[str]:
+    """Return the rows of the QR code of a text, "1" for dark modules. Raises Refused."""
+    version, data = qr_bytes(text)
+    return min((qr_matrix(version, data, mask) for mask in range(8)), key=qr_penalty)
+
+
+def qr_rows(text: str) -> list[str]:
+    """Return the QR code of a text as rows of half blocks, for black on white. Raises Refused."""
+    code, side = qr_code(text), "0" * QR_QUIET
+    blank = ["0" * len(side + code[0] + side)] * QR_QUIET
+    rows = [*blank, *(f"{side}{row}{side}" for row in code), *blank]
+    pairs = itertools.zip_longest(rows[::2], rows[1::2], fillvalue=blank[0])
+    return [
+        "".join(QR_BLOCKS[int(a) + 2 * int(b)] for a, b in zip(upper, lower, strict=True))
+        for upper, lower in pairs
+    ]
 
 
 # ======================================================================================
@@ -18990,6 +19169,20 @@ def page_lines(view: View, look: Look) -> list[str]:
     return beside(*match.groups(), look.columns) if match else [view.text]
 
 
+def qr_on_screen(text: str) -> list[str]:
+    """Return the QR code of a text, black on white on every terminal: few cameras read it the other
+    way round."""
+    palette = Palette(True)
+    return [palette.paint(row, 38, 5, 16, 48, 5, 231) for row in qr_rows(text)]
+
+
+def qr_lines(view: View, look: Look) -> list[str]:
+    rows = qr_rows(view.text)
+    if len(rows[0]) > look.columns:
+        return [f"{view.text} (its code needs {len(rows[0])} columns)"]
+    return [*qr_on_screen(view.text), view.text]
+
+
 def failed_lines(view: View, look: Look) -> list[str]:
     clock = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}")
     first, *others = view.text.split("\n")
@@ -19016,6 +19209,7 @@ LINES = {  # how each kind of view looks
     FAILED: failed_lines,
     PEOPLE: people_lines,
     PAGE: page_lines,
+    QR_CODE: qr_lines,
 }
 
 
@@ -19441,6 +19635,7 @@ class Display:
         WENT: keep,
         TOLD: keep,
         NOTE: keep,
+        QR_CODE: keep,
         FAILED: _take_failed,
         PEOPLE: _take_people,
         PAGE: _take_page,
@@ -19934,7 +20129,7 @@ def filter_lines(view: View) -> list[str]:
     if view.kind in (CAME, WENT):
         verb = "joined" if view.kind == CAME else "left"
         return [f"{where}{view.name} ({view.address}) {verb} the chat!"]
-    if view.kind in (TOLD, PAGE) or (view.kind == PEOPLE and view.text):
+    if view.kind in (TOLD, PAGE, QR_CODE) or (view.kind == PEOPLE and view.text):
         return [f"* {line}" for line in view.text.split("\n")]
     return []
 
@@ -20860,6 +21055,15 @@ def lock_folder(folder: pathlib.Path) -> int:
         raise Unusable(f"cannot use {folder}: {reason_of(error)}; {advice}") from error
 
 
+def web_addresses(server: Server) -> list[str]:
+    """Return the addresses of the page for browsers: that for this machine, if there is one, then
+    that for others, if they reach it."""
+    host, port = server.listeners[0].address
+    near = is_loopback(host) or host in ("0.0.0.0", "::")
+    own = address_text("localhost" if near else host, port)
+    return [*dict.fromkeys((f"http://{own}/", f"{base_url(server.site, False, own)}/"))]
+
+
 def how_to_join(server: Server) -> str:
     """Return the start-up lines: the addresses, who can connect, and how."""
     lines = []
@@ -20883,6 +21087,7 @@ def how_to_join(server: Server) -> str:
         f"netcat:   nc {elsewhere} {port}",
         f"IRC:      any client, {elsewhere} port {port}; irssi -c {elsewhere} -p {port}",
     ]
+    lines.append(f"browser:  {' or '.join(web_addresses(server))}")
     return "\n".join(lines)
 
 
@@ -20892,6 +21097,8 @@ def announce(text: str) -> None:
         print(text, flush=True)
     except OSError as error:
         raise Unusable(output_trouble(error)) from error
+    except UnicodeError:
+        raise Unusable(f"standard output is {sys.stdout.encoding}; this needs UTF-8") from None
 
 
 def run_server(args: argparse.Namespace) -> int:
@@ -20920,6 +21127,9 @@ def run_server(args: argparse.Namespace) -> int:
         on_signal(loop, name, server.stop)
     on_signal(loop, "SIGHUP", server.reload)
     announce(how_to_join(server))
+    if args.qr:
+        drawn = qr_on_screen if sys.stdout.isatty() else qr_rows
+        announce("\n".join(drawn(web_addresses(server)[-1])))
     loop.run()
     server.close()
     writer.flush()
@@ -21100,6 +21310,7 @@ def add_server(commands: Any) -> None:
     proxy = "address of an HTTP proxy that sets X-Forwarded-For and -Proto; may be repeated"
     usual = {"type": proxy_address, "action": "append", "default": []}
     add("--web-proxy", metavar="ADDRESS", help=proxy, **usual)
+    add("--qr", action="store_true", help="show the address for browsers as a code, too")
     kept = f"of one file; default {FILE_BYTES >> 20}M; of all: {FILES_BYTES >> 30}G"
     add("--files", choices=("on", "off"), default="on", help="users can send each other files")
     add("--file-max", type=byte_count, default=FILE_BYTES, metavar="SIZE", help=kept)

@@ -228,6 +228,12 @@ class Page(NamedTuple):
     text: str
 
 
+class Code(NamedTuple):
+    """An address, to be shown with its QR code."""
+
+    address: str
+
+
 class Results(NamedTuple):
     """Messages that were looked for, in one conversation or (0) in all."""
 
@@ -1313,6 +1319,9 @@ class Engine(chat.ManyServers):
     def _page(self, seat: chat.Seat, view: chat.View) -> None:
         self.out.append(Page(view.name, view.text))
 
+    def _code(self, seat: chat.Seat, view: chat.View) -> None:
+        self.out.append(Code(view.text))
+
     def _back(self, seat: chat.Seat, view: chat.View) -> None:
         self.out.append(Back(self.room_of(seat, view).id, view.text))
 
@@ -1349,6 +1358,7 @@ class Engine(chat.ManyServers):
         chat.OLDER: _older,
         chat.PEOPLE: _people,
         chat.PAGE: _page,
+        chat.QR_CODE: _code,
         chat.BACK: _back,
         chat.READ: _read_elsewhere,
         chat.TRANSFER: _transfer_changed,
@@ -4459,6 +4469,31 @@ class FileCard(Card):
         self.taken()
 
 
+class CodeCard(Card):
+    """Shows an address as a QR code, black on white in every theme: cameras want it so."""
+
+    def __init__(self, parent: tk.Misc, look: Look):
+        super().__init__(parent, look, "Open this page on a phone")
+        self.canvas = tk.Canvas(self.body, background="white", highlightthickness=0)
+        self.about = ttk.Label(self.body, style="Card.TLabel")
+        self.canvas.pack()
+        self.about.pack(pady=(look.part(0.6), 0))
+        self.done = self.add_button("Done", self.hide, first=True)
+
+    def show(self, address: str) -> None:
+        code, module = chat.qr_code(address), self.look.part(0.4)
+        side = (len(code) + 2 * chat.QR_QUIET) * module
+        self.canvas.delete("all")
+        self.canvas.configure(width=side, height=side)
+        for row, modules in enumerate(code, chat.QR_QUIET):
+            for run in re.finditer("1+", modules):
+                left, right = ((chat.QR_QUIET + column) * module for column in run.span())
+                spot = (left, row * module, right, (row + 1) * module)
+                self.canvas.create_rectangle(*spot, fill="black", width=0)
+        self.about.configure(text=self.look.seen(label_text(address)), wraplength=side)
+        self.open(self.done)
+
+
 class Switcher(Card):
     """Goes to a conversation, or does something, by a part of its name."""
 
@@ -4976,7 +5011,8 @@ class Window:
         self.settings = SettingsCard(root, look, lambda *change: self.do("set", *change))
         self.file_card = FileCard(root, look)
         self.cards = (self.card, self.certificate, self.ask_card, self.switcher, self.settings)
-        self.cards += (self.file_card,)
+        self.code_card = CodeCard(root, look)
+        self.cards += (self.file_card, self.code_card)
         for card in self.cards:
             card.closed = self.compose.focus_set
             card.others = tuple(other for other in self.cards if other is not card)
@@ -5387,6 +5423,9 @@ class Window:
         self.open_panel()
         self.panel.show_page(event.title, text)
 
+    def _take_code(self, event: Code) -> None:
+        self.code_card.show(event.address)
+
     def _take_results(self, event: Results) -> None:
         self.open_panel()
         self.panel.show_results(event.title, event.rows)
@@ -5443,6 +5482,7 @@ class Window:
         Members: _take_members,
         Back: _take_back,
         Page: _take_page,
+        Code: _take_code,
         Results: _take_results,
         Called: _take_called,
         Settings: _take_settings,

@@ -14918,6 +14918,100 @@ def test_fewer_messages_are_under_way_where_a_break_would_leave_them_in_doubt(ca
     assert alice.core.outbox.waiting == {} and max(under_way) == most
 
 
+@pytest.mark.parametrize(
+    "kind, tokens",
+    [
+        (chat.IRC, ["chat.py/WEB=http://192.168.1.5:7000/"]),  # of a server that is no chat.py
+        (chat.CHAT, ["NETWORK=x"]),
+        (chat.CHAT, ["chat.py/WEB"]),
+        (chat.CHAT, ["chat.py/WEB=javascript:alert(1)"]),
+        (chat.CHAT, ["chat.py/WEB=http://" + "x" * chat.QR_BYTES]),
+    ],
+)
+def test_the_code_is_refused_on_a_server_without_a_page_for_browsers(kind, tokens):
+    alice = Elsewhere(*tokens, kind=kind)
+    alice.core.server.ours = kind == chat.CHAT
+    alice.types("/qr")
+    assert alice.kinds("note") == ["this server announces no page for browsers"]
+    assert alice.kinds("qr-code") == []
+
+
+def test_the_code_shows_the_address_that_the_server_announces_for_browsers():
+    house = house_of()
+    house.site.web = house.site.web._replace(address="192.168.1.5")
+    alice = Pair(house, "alice")
+    alice.typed("/qr")
+    (view,) = [view for view in alice.views if view.kind == chat.QR_CODE]
+    assert view.text == "http://192.168.1.5:7000/"
+
+
+# ======================================================================================
+# QR
+# ======================================================================================
+
+
+def test_the_error_correction_is_that_of_the_example_in_the_standard():
+    """ISO/IEC 18004, annex I: the digits 01234567 in version 1-M."""
+    data = bytes.fromhex("10200c566180ec11ec11ec11ec11ec11")
+    assert bytes(chat.qr_correction([*data], 10)).hex() == "a524d4c1ed36c7872c55"
+    assert f"{chat.qr_check(0b00101, 0x537) ^ 0x5412:015b}" == "100000011001110"  # annex C
+    assert f"{chat.qr_check(7, 0x1F25):018b}" == "000111110010010100"  # annex D
+
+
+CODES = [  # version, the best mask, and a digest of its codes under all masks: zbar reads each of
+    (1, 0, "5e180af432210576"),  # them, and python-qrcode draws the same
+    (2, 2, "4f495f3ec2f80a23"),
+    (3, 2, "5e9273d63e6f4f62"),
+    (4, 5, "fe4e9ef74e9d2b3b"),
+    (5, 3, "4b7ec499ceff1ffe"),
+    (6, 5, "bbf6a4d941d61e2a"),
+    (7, 2, "fec62217ba74a20c"),
+    (8, 6, "fb18e0933779b09e"),
+    (9, 2, "bf2157c5be9ffe46"),
+    (10, 2, "eb06835130b41c31"),
+]
+
+
+@pytest.mark.parametrize("version, mask, digest", CODES)
+def test_a_text_is_drawn_as_the_smallest_code_that_it_fits_in(version, mask, digest):
+    total, correction, blocks, _ = chat.QR_SIZES[version]
+    most = total - correction * blocks - (2 if version < 10 else 3)
+    text = "http://192.168.1.5:7000/" + "".join(f"{n}/" for n in range(100))
+    known, data = chat.qr_bytes(text[:most])
+    assert known == version and len(data) == total
+    codes = [chat.qr_matrix(version, data, mask) for mask in range(8)]
+    drawn = "".join("\n".join(rows) for rows in codes).encode()
+    assert hashlib.sha256(drawn).hexdigest()[:16] == digest
+    assert chat.qr_code(text[:most]) == codes[mask]
+    if version < 10:
+        assert chat.qr_bytes(text[: most + 1])[0] == version + 1
+    else:
+        assert most == chat.QR_BYTES
+        with pytest.raises(chat.Refused, match="at most 213 bytes"):
+            chat.qr_bytes(text[: most + 1])
+
+
+@pytest.mark.parametrize(
+    "rows, points",
+    [
+        (["1" * 6] * 6, 12 * 4 + 25 * 3 + 100),  # runs of six, squares, no light module
+        (["101010", "010101"] * 3, 0),
+        (["01011101000001", "10100010111110"] * 7, 7 * (3 + 40) + 7 * 3),
+    ],
+)
+def test_runs_squares_false_finders_and_too_much_of_one_colour_cost_points(rows, points):
+    assert chat.qr_penalty(rows) == points
+
+
+def test_two_rows_of_modules_are_one_row_of_half_blocks_in_a_light_frame():
+    code, rows = chat.qr_code("http://192.168.1.5:7000/"), chat.qr_rows("http://192.168.1.5:7000/")
+    halves = {" ": "00", "\u2580": "10", "\u2584": "01", "\u2588": "11"}
+    modules = ["".join(halves[c][half] for c in row) for row in rows for half in (0, 1)]
+    assert [row[4:-4] for row in modules[4 : 4 + len(code)]] == code
+    frame = [*modules[:4], *modules[4 + len(code) :], *(row[:4] + row[-4:] for row in modules)]
+    assert set("".join(frame)) == {"0"} and len(modules) - len(code) >= 8
+
+
 # ======================================================================================
 # LOOP
 # ======================================================================================
@@ -18085,6 +18179,24 @@ def terminal():
         process.close()
 
 
+def test_a_code_stands_among_the_messages_black_on_white_whatever_the_colours_are():
+    url = "http://192.168.1.5:7000/"
+    desk = Desk(columns=33, rows=24)
+    desk.display.take([chat.View(chat.QR_CODE, url)])
+    desk.paint()
+    lines = "\n".join(desk.screen.lines)
+    assert "\n".join(row.rstrip() for row in chat.qr_rows(url)) in lines and f"\n{url}\n" in lines
+    assert desk.written.count("\x1b[38;5;16;48;5;231m") == len(chat.qr_rows(url))
+    narrow = Desk(columns=32, rows=24)
+    narrow.display.take([chat.View(chat.QR_CODE, url)])
+    assert any(line.startswith(url) for line in narrow.paint())
+    assert "\u2588" not in narrow.written and "33 columns" in " ".join(narrow.screen.lines)
+
+
+def test_a_pipe_that_asks_for_the_code_gets_the_address():
+    assert chat.filter_lines(chat.View(chat.QR_CODE, "http://h/")) == ["* http://h/"]
+
+
 def test_a_conversation_at_a_terminal(running, terminal):
     server = running()
     bob = server.guest("bob")
@@ -21183,6 +21295,28 @@ def test_a_pasted_path_of_a_file_is_sent_only_if_the_user_says_so(running, windo
     assert alice.compose.content.endswith("none") and not alice.file_card.shown
 
 
+def test_the_code_of_the_servers_address_is_drawn_on_a_card(running, window):
+    server = running()
+    alice = at_home(window(server.address))
+    enter(alice, "/qr")
+    pump(alice, lambda: alice.code_card.shown)
+    url = f"http://127.0.0.1:{server.address[1]}/"
+    assert alice.code_card.about.cget("text") == url
+    canvas, module = alice.code_card.canvas, alice.look.part(0.4)
+    drawn = set()
+    for one in canvas.find_all():
+        left, top, right, bottom = (int(n) // module for n in canvas.coords(one))
+        assert bottom == top + 1 and canvas.itemcget(one, "fill") == "black"
+        drawn |= {(top, column) for column in range(left, right)}
+    code = chat.qr_code(url)
+    dark = {(row, column) for row, line in enumerate(code, chat.QR_QUIET)
+            for column, value in enumerate(line, chat.QR_QUIET) if value == "1"}  # fmt: skip
+    assert drawn == dark and int(canvas.cget("width")) == (len(code) + 8) * module
+    assert canvas.cget("background") == "white"
+    press(alice, "Escape", alice.code_card.done)
+    assert not alice.code_card.shown
+
+
 def test_a_file_on_its_way_can_be_stopped_by_a_key_and_goes_on_after_the_engine_ended(
     running, window, tmp_path, monkeypatch
 ):
@@ -21464,6 +21598,43 @@ def test_what_was_echoed_before_kill_9_is_in_the_history_once(folder, seeded):
         ids = chat.MessageIds(db.execute("SELECT * FROM starts").fetchall())
     kept = collections.Counter((ids.text(id), text) for id, text in rows)
     assert [one for one in echoed if kept[one] != 1] == []
+
+
+@pytest.mark.parametrize(
+    "host, web, addresses",
+    [
+        ("127.0.0.1", {}, ["http://localhost:7000/"]),
+        ("192.168.1.5", {}, ["http://192.168.1.5:7000/"]),
+        ("fd00::5", {}, ["http://[fd00::5]:7000/"]),
+        ("0.0.0.0", {}, ["http://localhost:7000/"]),  # without a network
+        ("::", {"address": "10.0.0.2"}, ["http://localhost:7000/", "http://10.0.0.2:7000/"]),
+        (
+            "127.0.0.1",
+            {"url": "https://chat.example"},
+            ["http://localhost:7000/", "https://chat.example/"],
+        ),
+    ],
+)
+def test_the_page_has_an_address_for_this_machine_and_one_for_others(host, web, addresses):
+    listener = types.SimpleNamespace(address=(host, 7000))
+    site = types.SimpleNamespace(web=chat.Web(**web))
+    assert chat.web_addresses(types.SimpleNamespace(listeners=[listener], site=site)) == addresses
+
+
+def test_a_server_tells_its_address_for_browsers_and_shows_the_code_on_request():
+    flags = ("--listen", "127.0.0.1:0", "--data", "none")
+    for more in ((), ("--qr",)):
+        with program("server", *flags, *more) as server:
+            lines = [server.stdout.readline().decode().rstrip("\n")]
+            while not lines[-1].startswith("browser:"):
+                lines.append(server.stdout.readline().decode().rstrip("\n"))
+            port = re.match(r"chat\.py .* on 127\.0\.0\.1:(\d+) ", lines[0])[1]
+            url = f"http://localhost:{port}/"
+            assert lines[-1] == f"browser:  {url}"
+            for row in chat.qr_rows(url) if more else ():
+                assert server.stdout.readline().decode() == f"{row}\n"
+            server.terminate()
+            assert server.stdout.read() == b""
 
 
 def test_a_second_server_on_the_same_folder_says_so(folder):
