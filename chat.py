@@ -1633,7 +1633,8 @@ def base_url(site: Site, secure: bool, authority: str) -> str:
     if web.url:
         return web.url
     port = authority.rpartition(":")[2] if not authority.endswith("]") else ""
-    reached = f"{web.address}:{port}" if web.address and port.isdecimal() else authority
+    known = web.address and port.isdecimal()
+    reached = address_text(web.address, int(port)) if known else authority
     return f"{'https' if secure else 'http'}://{reached}"
 
 
@@ -14461,6 +14462,10 @@ def do_qr(core: ClientCore) -> None:
     if not re.fullmatch(r"https?://[!-~]+", url) or len(url) > QR_BYTES:
         raise Refused("NO_PAGE", "this server announces no page for browsers")
     core.show(View(QR_CODE, url))
+    if split_host(url.split("/")[2])[0] in LOOPBACK_NAMES:
+        core.show(
+            View(NOTE, "only this machine reaches that; --listen 0.0.0.0:7000 lets others in")
+        )
 
 
 @client_command("retry", nameless=True)
@@ -16600,20 +16605,28 @@ class FileFolder:
             raise Refused("NO_ROOM", f"the file cannot be written: {reason_of(error)}") from None
 
 
-def network_address() -> str:
-    """Return this machine's address on its default route; "" if there is none. Connecting a UDP
-    socket sends nothing."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect(("192.0.2.1", 9))  # an address for documentation (RFC 5737)
-        return sock.getsockname()[0]
+ROUTES = (  # listening everywhere, a family, and an address for documentation (RFC 5737, RFC 3849)
+    ("0.0.0.0", socket.AF_INET, "192.0.2.1"),
+    ("::", socket.AF_INET6, "2001:db8::1"),
+)
+
+
+def network_address(hosts: Collection[str]) -> str:
+    """Return this machine's address on a default route, if a server that listens on these hosts is
+    reached there; else "". Connecting a UDP socket sends nothing."""
+    for everywhere, family, far in ROUTES:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((far, 9))
+            own = sock.getsockname()[0]
+            if {everywhere, own} & set(hosts):
+                return own
     return ""
 
 
 def web_of(options: ServerOptions, ports: Iterable[int]) -> Web:
     """Return the settings of the web dialect, with the names and ports of this machine."""
     own = socket.gethostname().lower()
-    everywhere = any(host in ("0.0.0.0", "::") for host, _ in options.listen)
-    reached = network_address() if everywhere else ""
+    reached = network_address([host for host, _ in options.listen])
     names = {*options.web.hosts, "localhost", options.name.lower(), own, f"{own}.local"}
     ports = frozenset(ports) | options.web.ports
     return options.web._replace(hosts=frozenset(names), ports=ports, address=reached)

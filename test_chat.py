@@ -14943,6 +14943,14 @@ def test_the_code_shows_the_address_that_the_server_announces_for_browsers():
     alice.typed("/qr")
     (view,) = [view for view in alice.views if view.kind == chat.QR_CODE]
     assert view.text == "http://192.168.1.5:7000/"
+    assert not [view.text for view in alice.views if "only this machine" in view.text]
+    house.site.web = house.site.web._replace(address="")
+    bob = Pair(house, "bob")
+    bob.typed("/qr")
+    assert [view.text for view in bob.views if view.kind in (chat.QR_CODE, chat.NOTE)] == [
+        "http://127.0.0.1:7000/",
+        "only this machine reaches that; --listen 0.0.0.0:7000 lets others in",
+    ]
 
 
 # ======================================================================================
@@ -21607,7 +21615,8 @@ def test_what_was_echoed_before_kill_9_is_in_the_history_once(folder, seeded):
         ("192.168.1.5", {}, ["http://192.168.1.5:7000/"]),
         ("fd00::5", {}, ["http://[fd00::5]:7000/"]),
         ("0.0.0.0", {}, ["http://localhost:7000/"]),  # without a network
-        ("::", {"address": "10.0.0.2"}, ["http://localhost:7000/", "http://10.0.0.2:7000/"]),
+        ("0.0.0.0", {"address": "10.0.0.2"}, ["http://localhost:7000/", "http://10.0.0.2:7000/"]),
+        ("::", {"address": "fd00::5"}, ["http://localhost:7000/", "http://[fd00::5]:7000/"]),
         (
             "127.0.0.1",
             {"url": "https://chat.example"},
@@ -21619,6 +21628,30 @@ def test_the_page_has_an_address_for_this_machine_and_one_for_others(host, web, 
     listener = types.SimpleNamespace(address=(host, 7000))
     site = types.SimpleNamespace(web=chat.Web(**web))
     assert chat.web_addresses(types.SimpleNamespace(listeners=[listener], site=site)) == addresses
+
+
+@pytest.mark.parametrize(
+    "hosts, address",
+    [
+        (["0.0.0.0"], "10.0.0.2"),
+        (["127.0.0.1", "10.0.0.2"], "10.0.0.2"),
+        (["::"], "fd00::5"),
+        (["127.0.0.1", "::1"], ""),
+        (["10.0.0.3"], ""),
+    ],
+)
+def test_the_address_of_the_default_route_counts_if_the_server_listens_there(
+    monkeypatch, hosts, address
+):
+    class Routed(socket.socket):
+        def connect(self, far):
+            pass
+
+        def getsockname(self):
+            return ("10.0.0.2" if self.family == socket.AF_INET else "fd00::5", 9)
+
+    monkeypatch.setattr(chat.socket, "socket", Routed)
+    assert chat.network_address(hosts) == address
 
 
 def test_a_server_tells_its_address_for_browsers_and_shows_the_code_on_request():
