@@ -306,6 +306,7 @@ REACTIONS_SHOWN = 200  # to one message
 REACTED_BYTES = 60  # that are shown of the message
 TRAFFIC_LINES = 500  # of the protocol, that a user can look at
 TRANSFERS_AT_ONCE = 2  # of one client with one server; others wait
+CALL_UNSENT_BYTES = 128 * 1024  # of an upload that the kernel may hold: a break loses them
 ANSWER_BYTES = 4096  # of an answer that is no file
 QR_BYTES = 213  # of an address that is shown as a code: version 10 has room for so many
 QUOTED_BYTES = 400  # that are shown of a message that could not be sent
@@ -1459,7 +1460,7 @@ class ServerCalls(typing.Protocol):
     def restart(self) -> None: ...
     def stop(self) -> None: ...
     def mail(self, address: str, name: str, code: str) -> None: ...  # off the loop
-    def background(self, lane: str, job: Callable[[], Any]) -> None: ...  # off the loop
+    def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None: ...
     def settle(
         self, session: "LocalSession", lane: str, job: Callable[[], Any], then: Callable
     ) -> None: ...  # off the loop, whatever becomes of the session: then(result, it is there)
@@ -9863,7 +9864,8 @@ def drop_upload(session: WebSession, keep: bool) -> None:
     upload, session.upload, session.take_body = session.upload, None, do_nothing
     session.at_end = do_nothing
     if upload.handle is not None:
-        session.site.server.background(FILE_LANE, upload.handle.close)
+        close = upload.handle.close
+        session.site.server.background(FILE_LANE, close, session.conn.limit_key)
     session.site.uploading.pop(upload.id, None)
     if not keep:
         session.site.hub.perform("remove_file", 0, upload.id)
@@ -16488,8 +16490,9 @@ class OpenFile:
         self.hash = hashlib.sha256() if new else None
 
     def write(self, data: bytes) -> None:
+        """Append data; do nothing if the file is closed, because its upload goes on elsewhere."""
         with self.lock:
-            while data:
+            while data and self.fd >= 0:
                 written = os.write(self.fd, data)
                 if self.hash:
                     self.hash.update(data[:written])
@@ -16524,19 +16527,24 @@ class FileFolder:
 
     def __init__(self, path: pathlib.Path):
         self.path = path
+        self.writers: Any = weakref.WeakValueDictionary()  # OpenFile by id of its upload
         path.mkdir(mode=0o700, exist_ok=True)
 
     def begin(self, id: str) -> OpenFile:
         """Return a new file for the content of an upload. Raises Refused."""
         try:
-            return OpenFile(self._part(id), new=True)
+            file = self.writers[id] = OpenFile(self._part(id), new=True)
+            return file
         except OSError as error:
             log.error("a file cannot be written: %s", reason_of(error))
             raise Refused("NO_ROOM", f"the file cannot be written: {reason_of(error)}") from None
 
     def reopen(self, id: str) -> tuple[OpenFile, int]:
-        """Return the file of an upload that goes on, and its size in bytes. Raises Refused."""
-        file = self._guarded(lambda: OpenFile(self._part(id), new=False))
+        """Return the file of an upload that goes on, and its size in bytes. The connection that
+        wrote it before writes no more, also if a piece of it still waits. Raises Refused."""
+        if before := self.writers.get(id):
+            before.close()
+        file = self.writers[id] = self._guarded(lambda: OpenFile(self._part(id), new=False))
         return file, os.fstat(file.fd).st_size
 
     def size(self, id: str) -> int:
@@ -16725,14 +16733,15 @@ class Server:
 
         self.helpers.submit(self, job, done, lane)
 
-    def background(self, lane: str, job: Callable[[], Any]) -> None:
-        """Run a job off the loop. Its result is not awaited; errors are logged."""
+    def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None:
+        """Run a job off the loop, behind the other jobs of its owner, which is an address or the
+        server. Its result is not awaited; errors are logged."""
 
         def done(result: Any) -> None:
             if isinstance(result, Exception):
                 log.error("a job failed: %s", result)
 
-        self.helpers.submit(self, job, done, lane)
+        self.helpers.submit(owner or self, job, done, lane)
 
     # Coming
 
@@ -17047,7 +17056,10 @@ class Server:
                     self.web_idle.add(peer)
         jobs, self.jobs = self.jobs, []
         for peer, lane, job, done in jobs:
-            self.helpers.submit(peer.limit_key, job, done, lane, peer.still_there)
+            if lane == FILE_LANE:  # what has come of an upload is kept when its connection breaks
+                self.helpers.submit(peer.limit_key, job, done, lane)
+            else:
+                self.helpers.submit(peer.limit_key, job, done, lane, peer.still_there)
 
     def _end_grace(self) -> None:
         self.grace_timer = None
@@ -18126,6 +18138,8 @@ class WebCall(Connection):
         self.at = request.at  # of the body, to be read next
         self.reading = self.ended_well = self.holds = False
         self.heard = self.loop.now
+        with contextlib.suppress(OSError, AttributeError):  # else megabytes wait in the kernel
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CALL_UNSENT_BYTES)
         if tls:
             self.encrypt(tls)
         self.write(request.head())
@@ -18258,6 +18272,11 @@ def whole_bytes(text: str) -> int:
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
 
 
+def reason_given(response: Response | None, text: str) -> str:
+    """Return why a call failed: the text of its answer, or the reason why there is none."""
+    return text.strip() or (f"the server says {response.status}" if response else "no answer")
+
+
 class Transfers:
     """The files that one link sends and saves; a few at once, while the others wait."""
 
@@ -18266,6 +18285,7 @@ class Transfers:
         self.calls: dict[str, WebCall | None] = {}  # by id of a transfer; None: not yet connected
         self.again: dict[str, float] = {}  # when to try again, and ...
         self.failures: collections.Counter[str] = collections.Counter()  # ... how often it failed
+        self.reached: collections.Counter[str] = collections.Counter()  # bytes that were there then
         self.core.start_transfer, self.core.end_transfer = self.start, self.end
         link.transfers = self
         self.watch()
@@ -18297,6 +18317,7 @@ class Transfers:
         call = self.calls.pop(one.id, None)
         if call:
             call.drop("dropped")
+        self._forget(one)
         if not one.up:
             pathlib.Path(f"{one.path}.part").unlink(missing_ok=True)
         self.wake()
@@ -18312,9 +18333,11 @@ class Transfers:
     def wake(self) -> None:
         if not self.core.ready:
             return
+        free = TRANSFERS_AT_ONCE - sum(one.id in self.calls for one in self.core.transfers)
         for one in self.core.transfers:
             due = self.loop.now >= self.again.get(one.id, 0.0) and one.state == "waiting"
-            if due and one.id not in self.calls and len(self.calls) < TRANSFERS_AT_ONCE:
+            if due and one.id not in self.calls and free > 0:
+                free -= 1
                 self.calls[one.id] = None
                 one.state, one.why = "running", ""
                 self.core.with_token(functools.partial(self._run, one))
@@ -18382,6 +18405,12 @@ class Transfers:
             headers["Authorization"] = f"Basic {base64.b64encode(words).decode()}"
         return headers
 
+    def _go_on_from(self, one: Transfer, at: int) -> None:
+        """Note from which byte on a transfer goes on; after progress the back-off begins again."""
+        if at > self.reached[one.id]:
+            self.failures.pop(one.id, None)
+        self.reached[one.id] = one.done = at
+
     # Up
 
     def _create(self, one: Transfer, token: str) -> None:
@@ -18445,11 +18474,10 @@ class Transfers:
             if response is None or response.status >= 500 and response.status != 507:
                 return self._broke(one, text)
             if response.status in (204, 409):
-                self.failures.pop(one.id, None)
                 return self._send_from(one, token, whole_bytes(response.header("upload-offset")))
             return self._refused(one, response, text)
 
-        one.done = at
+        self._go_on_from(one, at)
         request = CallRequest("PATCH", self._own_url(one), headers, answered, read, at, sent=sent)
         self._call(one, request)
         return None
@@ -18465,7 +18493,7 @@ class Transfers:
         part = pathlib.Path(f"{one.path}.part")
         part.parent.mkdir(parents=True, exist_ok=True)
         at = part.stat().st_size if part.exists() else 0
-        one.done = at
+        self._go_on_from(one, at)
         headers = {"Range": f"bytes={at}-", "If-Range": one.etag} if at and one.etag else {}
         pieces: collections.deque[bytes] = collections.deque()
         file = open(part, "ab")  # noqa: SIM115 -- closed by close()
@@ -18525,9 +18553,9 @@ class Transfers:
         self._over(one)
         self.link.show([View(NOTE, f"saved {one.path} ({size_text(one.size)})", where=one.room)])
 
-    def fetch(self, path: str, most: int, then: Callable[[bytes], None]) -> None:
-        """Call then(content) of a file of this server with at most so many bytes; then(b"") if that
-        fails."""
+    def fetch(self, path: str, most: int, then: Callable[[bytes, str], None]) -> None:
+        """Call then(content, "") of a file of this server with at most so many bytes, or
+        then(b"", why it cannot be fetched)."""
         one, pieces = Transfer(f"fetched {secrets.token_hex(8)}", False, "", ""), []
 
         def piece(data: bytes) -> None:
@@ -18537,8 +18565,9 @@ class Transfers:
 
         def done(response: Response | None, text: str) -> None:
             self.calls.pop(one.id, None)
-            fine = response is not None and response.status == 200
-            then(b"".join(pieces) if fine else b"")
+            if response is not None and response.status == 200:
+                return then(b"".join(pieces), "")
+            return then(b"", reason_given(response, text))
 
         self.calls[one.id] = None
         url = self.base._replace(path=path)
@@ -18546,9 +18575,13 @@ class Transfers:
 
     # Results
 
+    def _forget(self, one: Transfer) -> None:
+        for notes in (self.again, self.failures, self.reached):
+            notes.pop(one.id, None)
+
     def _over(self, one: Transfer) -> None:
         self.calls.pop(one.id, None)
-        self.failures.pop(one.id, None)
+        self._forget(one)
         self.core.forget_transfer(one)
         self.link.poke()
         self.wake()
@@ -18567,12 +18600,13 @@ class Transfers:
         if response.status == 401 and self.failures[one.id] < 2:  # the token has ended
             self.core.upload_token = ""
             return self._broke(one, text.strip())
-        return self._failed(one, text.strip() or f"the server says {response.status}")
+        return self._failed(one, reason_given(response, text))
 
     def _failed(self, one: Transfer, why: str) -> None:
         if self.calls.pop(one.id, self) is self:
             return
         one.state, one.why = "failed", why
+        self._forget(one)
         self.core.forget_transfer(one)
         verb = "sent" if one.up else "saved"
         self.link.show([View(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])

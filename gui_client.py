@@ -278,6 +278,7 @@ class Picture(NamedTuple):
     file: chat.FileTag
     data: bytes
     full: bool = False  # to be shown in a window of its own
+    why: str = ""  # it could not be fetched
 
 
 class Opened(NamedTuple):
@@ -1625,16 +1626,19 @@ class Engine(chat.ManyServers):
             took = functools.partial(self._took_picture, want)
             seat.link.transfers.fetch(file.path, file.size, took)
 
-    def _took_picture(self, want: tuple[chat.Seat, chat.FileTag, bool], data: bytes) -> None:
+    def _took_picture(
+        self, want: tuple[chat.Seat, chat.FileTag, bool], data: bytes, why: str
+    ) -> None:
         """Give a picture to Tk; try again if the line may have broken."""
         seat, file, full = want
         self.fetching.discard(want)
         again = not seat.core.ready or self.fetched[want] < FETCH_TRIES
-        if not data and again and seat in self.seats:
+        if why and again and seat in self.seats:
             return
         self.wanted = [one for one in self.wanted if one != want]
         del self.fetched[want]
-        self.out.append(Picture(seat.screen.number, file, data, full))
+        why = label_text(chat.visible(why))  # a server may say anything
+        self.out.append(Picture(seat.screen.number, file, data, full, why))
 
     def do_pictures(self, number: int, files: tuple[chat.FileTag, ...]) -> None:
         """Fetch the pictures that are in sight; those before are not wanted any more."""
@@ -2739,8 +2743,6 @@ def gif_frame_size(data: bytes) -> tuple[int, int]:
 
 def picture_trouble(file: chat.FileTag, data: bytes) -> str:
     """Return why a picture is not given to Tk; "" if it may be."""
-    if not data:
-        return "it is gone, or longer than was said"
     if len(data) < file.size:
         return "it is shorter than was said"
     if chat.content_type(data[:4096], "", False) != file.type:
@@ -3448,8 +3450,8 @@ class Transcript(ttk.Frame):
         self.decodes = False
         if not self.arrived:
             return
-        _, file, data, _ = self.arrived.popleft()
-        image, why = None, picture_trouble(file, data)
+        _, file, data, _, why = self.arrived.popleft()
+        image, why = None, why or picture_trouble(file, data)
         if not why:
             image = decoded(self.text, file, data, divisor(file, self.sheet.style.box))
         if image is None:
@@ -5458,7 +5460,7 @@ class Window:
     def _take_picture(self, event: Picture) -> None:
         """Take a picture of the server that is looked at."""
         if event.full:
-            self._show_full(event.file, event.data)
+            self._show_full(event.file, event.data, event.why)
         elif event.server == self.server_here:
             self.transcript.take_picture(event)
 
@@ -5787,8 +5789,8 @@ class Window:
         self.do("full_picture", self.here, file)
         return self.tell("the picture is coming \u2026")
 
-    def _show_full(self, file: chat.FileTag, data: bytes) -> None:
-        why = picture_trouble(file, data)
+    def _show_full(self, file: chat.FileTag, data: bytes, why: str) -> None:
+        why = why or picture_trouble(file, data)
         image = None if why else decoded(self.root, file, data)
         if image is None:
             return self.tell(f"the picture is not shown: {why or 'it is damaged'}")
