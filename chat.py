@@ -1634,8 +1634,7 @@ def base_url(site: Site, secure: bool, authority: str) -> str:
     if web.url:
         return web.url
     port = authority.rpartition(":")[2] if not authority.endswith("]") else ""
-    known = web.address and port.isdecimal()
-    reached = address_text(web.address, int(port)) if known else authority
+    reached = f"{web.address}:{port}" if web.address and port.isdecimal() else authority
     return f"{'https' if secure else 'http'}://{reached}"
 
 
@@ -16620,14 +16619,14 @@ ROUTES = (  # listening everywhere, a family, and an address for documentation (
 
 
 def network_address(hosts: Collection[str]) -> str:
-    """Return this machine's address on a default route, if a server that listens on these hosts is
-    reached there; else "". Connecting a UDP socket sends nothing."""
+    """Return this machine's address on a default route, as in a URL, if a server that listens on
+    these hosts is reached there; else "". Connecting a UDP socket sends nothing."""
     for everywhere, family, far in ROUTES:
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
             sock.connect((far, 9))
             own = sock.getsockname()[0]
             if {everywhere, own} & set(hosts):
-                return own
+                return f"[{own}]" if ":" in own else own
     return ""
 
 

@@ -21717,7 +21717,7 @@ def test_what_was_echoed_before_kill_9_is_in_the_history_once(folder, seeded):
         ("fd00::5", {}, ["http://[fd00::5]:7000/"]),
         ("0.0.0.0", {}, ["http://localhost:7000/"]),  # without a network
         ("0.0.0.0", {"address": "10.0.0.2"}, ["http://localhost:7000/", "http://10.0.0.2:7000/"]),
-        ("::", {"address": "fd00::5"}, ["http://localhost:7000/", "http://[fd00::5]:7000/"]),
+        ("::", {"address": "[fd00::5]"}, ["http://localhost:7000/", "http://[fd00::5]:7000/"]),
         (
             "127.0.0.1",
             {"url": "https://chat.example"},
@@ -21736,7 +21736,7 @@ def test_the_page_has_an_address_for_this_machine_and_one_for_others(host, web, 
     [
         (["0.0.0.0"], "10.0.0.2"),
         (["127.0.0.1", "10.0.0.2"], "10.0.0.2"),
-        (["::"], "fd00::5"),
+        (["::"], "[fd00::5]"),
         (["127.0.0.1", "::1"], ""),
         (["10.0.0.3"], ""),
     ],
