@@ -2356,7 +2356,7 @@ def offer_menu(widget: tk.Text, look: Look, *actions: str) -> None:
     bind_menu(widget, popup)
 
 
-PATH = re.compile(r"(?:[/~]|[A-Za-z]:[/\\])[^\n]{1,4000}")  # of a file, perhaps
+PATH = re.compile(r"(?:file://|[/~]|[A-Za-z]:[/\\])[^\n]{1,4000}")  # of a file, perhaps
 PASTED_MOST = 64 * 1024  # characters: four of the longest messages
 
 
@@ -2788,7 +2788,14 @@ def download_folder() -> pathlib.Path:
 
 
 def pasted_file(text: str) -> str:
-    """Return a path that was pasted, if a file is there; else ""."""
+    """Return a path that was pasted, also as a file: URL, if a file is there; else ""."""
+    import urllib.parse
+    import urllib.request
+
+    with contextlib.suppress(ValueError):
+        url = urllib.parse.urlsplit(text.strip())
+        if url.scheme == "file" and url.netloc in ("", "localhost"):
+            text = urllib.request.url2pathname(url.path)
     path = pathlib.Path(text.strip()).expanduser()
     return str(path) if path.is_file() else ""
 
@@ -5751,13 +5758,13 @@ class Window:
         """Offer to send the file whose path was pasted, if there is one."""
         here = self.here
 
-        def send() -> None:
+        def send(path: str) -> None:
             self.compose.set(self.compose.content.replace(text, "", 1))
-            self.send_files(here, [text])
+            self.send_files(here, [path])
 
         def found(path: str) -> None:
             if path and here == self.here and self.room and text in self.compose.content:
-                self.file_card.show(path, send)
+                self.file_card.show(path, functools.partial(send, path))
 
         self.in_thread(functools.partial(pasted_file, text), found)
 

@@ -21400,8 +21400,33 @@ def test_a_pasted_path_of_a_file_is_sent_only_if_the_user_says_so(running, windo
     alice.file_card.send.invoke()
     assert alice.compose.content == "look: "
     see(alice, "text/plain, 4 B")
+    alice.compose.take_paste(path.as_uri())
+    pump(alice, lambda: alice.file_card.shown)
+    alice.file_card.send.invoke()
+    assert alice.compose.content == "look: "
+    pump(alice, lambda: transcript(alice).count("text/plain, 4 B") == 2)
     alice.compose.take_paste(str(tmp_path / "none"))
     assert alice.compose.content.endswith("none") and not alice.file_card.shown
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("{folder}/a file #1.txt", True),
+        (" {folder}/a file #1.txt\n", True),
+        ("file://{folder}/a%20file%20%231.txt", True),
+        ("file://localhost{folder}/a%20file%20%231.txt", True),
+        ("file://elsewhere{folder}/a%20file%20%231.txt", False),
+        ("http://localhost{folder}/a%20file%20%231.txt", False),
+        ("file://[{folder}", False),
+        ("file://{folder}/%00", False),
+        ("file://{folder}", False),
+    ],
+)
+def test_a_path_or_a_url_of_a_file_on_this_machine_is_a_file(tmp_path, text, found):
+    path = tmp_path / "a file #1.txt"
+    path.write_text("tea")
+    assert gui_client.pasted_file(text.format(folder=tmp_path)) == (str(path) if found else "")
 
 
 def test_the_code_of_the_servers_address_is_drawn_on_a_card(running, window):
