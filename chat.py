@@ -10607,6 +10607,7 @@ SETTINGS = {
     "highlight": Setting("", (), "words besides your nick that call you"),
     "typing": Setting("on", ("on", "off"), "tell others that you are typing"),
     "notify": Setting("off", ("off", "9", "777"), "tell the terminal when you are called, by OSC"),
+    "pictures": Setting("on", ("on", "off"), "show pictures among the messages: the window"),
     "size": Setting("", (), "the font's size in points: the window"),
     "theme": Setting("auto", ("auto", "light", "dark"), "colours: the window"),
     "time": Setting("%H:%M", (), "how times are shown, as strftime has it"),

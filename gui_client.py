@@ -543,6 +543,7 @@ class Style(NamedTuple):
     fits: Callable[[str], bool] | None = None
     name: Callable[[str], str] = str  # as a name is drawn
     box: tuple[int, int] = PICTURE_BOX  # pixels for a picture
+    pictures: bool = True  # are shown among the messages
 
 
 def head_pieces(row: Row, style: Style) -> list:
@@ -608,7 +609,7 @@ def file_pieces(row: Row, style: Style, trouble: str = "") -> list:
     if file.type in OPENED_TYPES:
         pieces += ["   ", tags, "Open", (*tags, "open")]
     pieces += [" ", tags, "\n", ("said",)]
-    if is_shown(file) and not trouble:
+    if style.pictures and is_shown(file) and not trouble:
         pieces += ["\n", ("said", "picture", f"space{shown_height(file, style.box)}")]
     return pieces
 
@@ -5455,9 +5456,11 @@ class Window:
         self.values = dict(event.values)
         value = self.values.get
         self.look.want(value("theme", "auto"), value("font", ""), value("size", ""))
-        clock = value("time", "%H:%M")
-        if clock != self.transcript.sheet.style.clock:
-            self.transcript.sheet.style = self.transcript.sheet.style._replace(clock=clock)
+        clock, pictures = value("time", "%H:%M"), value("pictures", "on") == "on"
+        style = self.transcript.sheet.style
+        wanted = style._replace(clock=clock, pictures=pictures)
+        if wanted != style:
+            self.transcript.sheet.style = wanted
             self.transcript.recolour()
             self.transcript.redraw_all()
 

@@ -21329,6 +21329,25 @@ def test_a_picture_is_sent_by_a_key_and_seen_saved_and_opened_in_another_window(
     assert not pathlib.Path(opened[0]).exists()
 
 
+def test_a_user_can_do_without_pictures_among_the_messages(running, window, tmp_path):
+    alice, asked = at_home(window(keeps_files(running, tmp_path).address)), []
+    enter(alice, "/set pictures off")
+    pump(alice, lambda: alice.values["pictures"] == "off")
+    alice.transcript.wants_pictures, fetch = asked.append, alice.transcript.wants_pictures
+    (tmp_path / "tea.png").write_bytes(drawn_png(640, 480))
+    alice.send_files(alice.here, [tmp_path / "tea.png"])
+    see(alice, "640\u00d7480")
+    row, height = file_row(alice), height_of(alice)
+    assert "Save" in transcript(alice) and not alice.transcript.spaces and not asked
+    alice.act_on("picture", row)  # to look at one is another matter
+    pump(alice, lambda: alice.picture)
+    press(alice, "Escape", alice.picture.canvas)
+    alice.transcript.wants_pictures = fetch
+    enter(alice, "/set pictures on")
+    pump(alice, alice.transcript.text.image_names)
+    assert height_of(alice) > height + 200
+
+
 @pytest.mark.parametrize("refused", [True, False])
 def test_only_the_file_that_the_user_opens_is_opened_when_it_is_there(refused):
     other, wanted = (chat.Transfer(id, False, "#lobby", "x") for id in ("other", "wanted"))
