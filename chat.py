@@ -1460,6 +1460,7 @@ class ServerCalls(typing.Protocol):
     def restart(self) -> None: ...
     def stop(self) -> None: ...
     def mail(self, address: str, name: str, code: str) -> None: ...  # off the loop
+    # Run job() off the loop, behind other jobs of its owner: an address, or "" for the server
     def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None: ...
     def settle(
         self, session: "LocalSession", lane: str, job: Callable[[], Any], then: Callable
@@ -6549,8 +6550,10 @@ def web_tokens(session: IrcSession) -> list[str]:
 
 def isupport_lines(session: IrcSession) -> Iterator[bytes]:
     tokens = [*isupport(session.site), *web_tokens(session)]
-    for start in range(0, len(tokens), TOKENS_A_LINE):
-        yield session.shaped_line(RPL_ISUPPORT, " ".join(tokens[start : start + TOKENS_A_LINE]))
+    while tokens:
+        line = next(wrapped(tokens[:TOKENS_A_LINE], ROSTER_BYTES))
+        del tokens[: len(line.split(" "))]
+        yield session.shaped_line(RPL_ISUPPORT, line)
 
 
 def batch_in_pieces(

@@ -9085,6 +9085,16 @@ def test_the_welcome_has_its_tokens_in_a_batch_for_clients_with_extended_isuppor
     assert verbs.index("004") < verbs.index("BATCH") < verbs.index("005") < verbs.index("251")
 
 
+@pytest.mark.parametrize("letters", [1, 60, 200])
+def test_the_addresses_of_the_web_stand_whole_in_the_tokens(letters):
+    house, url = House(), f"https://{'h' * letters}.example"
+    house.site.web, house.site.folder = house.site.web._replace(url=url), "files"
+    house.connect_irc("x")
+    known = tokens(asked(house, "x", f"NICK {'n' * 32}", "USER u 0 * :r"))
+    assert known["chat.py/WEB"] == f"{url}/" and known["draft/AUTHTOKEN"] == ""
+    assert known["soju.im/FILEHOST"] == known["draft/FILEHOST"] == f"{url}/files"
+
+
 # A tag on the messages of server operators, for those who asked for it
 def test_messages_of_operators_have_a_tag_for_those_who_asked():
     house = irc_house("#a", alice="", bob="draft/oper-tag message-tags", carol="message-tags")
