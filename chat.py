@@ -9975,6 +9975,7 @@ def begin_upload(session: WebSession, request: Request, size: int, owner: str) -
         name = known.get("filename", "") or known.get("name", "")
     values = (file_name(name), UNKNOWN_TYPE, size, owner, session.conn.limit_key)
     session.site.hub.perform("begin_file", 0, id, *values)
+    session.site.uploading[id] = session
     total = size if tus or request.length is not None else None
     upload = session.upload = Upload(id, total, resumable=tus)
     session.at_end = functools.partial(drop_upload, session, keep=tus)
@@ -10023,6 +10024,12 @@ def own_file(session: WebSession, request: Request, then: Callable[[StoredFile],
     authorize(session, check)
 
 
+def end_older(session: WebSession, id: str) -> None:
+    """End another connection that uploads a file: it broke, and its end was not noticed."""
+    if (other := session.site.uploading.get(id)) and other is not session:
+        other.conn.close()
+
+
 @on_files("PATCH", "/files/*")
 def continue_file(session: WebSession, request: Request) -> None:
     """PATCH /files/ID -- the next bytes of an upload, from Upload-Offset on (tus)"""
@@ -10038,8 +10045,7 @@ def continue_file(session: WebSession, request: Request) -> None:
             return answer_file(session, 403, "this file is complete")
         if file.id in site.hub.files.finishing:
             return answer_file(session, 423, "this file is just being completed")
-        if (other := site.uploading.get(file.id)) and other is not session:
-            other.conn.close()  # a connection that broke, and whose end was not noticed
+        end_older(session, file.id)
         upload = session.upload = Upload(file.id, file.size, resumable=True)
         session.at_end = functools.partial(drop_upload, session, keep=True)
         site.uploading[file.id] = session
@@ -10066,8 +10072,7 @@ def delete_file(session: WebSession, request: Request) -> None:
     def remove(file: StoredFile) -> None:
         if file.id in session.site.hub.files.finishing:
             return answer_file(session, 423, "this file is just being completed")
-        if other := session.site.uploading.get(file.id):
-            other.conn.close()
+        end_older(session, file.id)
         session.site.hub.perform("remove_file", 0, file.id)
         answer_file(session, 204)
 
@@ -10084,8 +10089,11 @@ def tell_offset(session: WebSession, request: Request) -> None:
         return session.later(FILE_LANE, job, functools.partial(tell, file))
 
     def tell(file: StoredFile, at: int) -> None:
-        if at < file.size:
+        files = session.site.hub.files
+        known = files.get(file.id)  # meanwhile it may have been completed, or removed
+        if at < file.size or known is None or known.sha or file.id in files.finishing:
             return tell_progress(session, file.id, at)
+        end_older(session, file.id)
         upload = Upload(file.id, file.size, resumable=True)  # the server ended before it was
         job = functools.partial(session.site.folder.reopen, file.id)
         return session.later(FILE_LANE, job, functools.partial(complete, upload))

@@ -10459,6 +10459,23 @@ def test_a_piece_that_waits_is_not_written_behind_those_of_a_newer_connection(fi
     assert at == 5 and (folder.path / f"{'0' * 32}.part").read_bytes() == b"hello world"
 
 
+@pytest.mark.parametrize("verb", ["HEAD", "PATCH", "DELETE"])
+def test_a_request_takes_an_upload_over_from_the_connection_that_created_it(files, verb):
+    slow = Browser(files, "slow")
+    head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}\nTus-Resumable: 1.0.0\n{PIECE}"
+    head += "\nUpload-Length: 10\nContent-Length: 20\n\n"  # its end is not seen
+    slow.sends(head.replace("\n", "\r\n").encode() + b"hello" + b"world" * (verb == "HEAD"))
+    (id,) = files.hub.files
+    path, more = f"/files/{id}", ["Upload-Offset: 5", PIECE] * (verb == "PATCH")
+    status, headers, _ = tus(files, verb, path, *more, body=b"world" * (verb == "PATCH"))
+    assert slow.conn.closed and not files.site.uploading
+    if verb == "DELETE":
+        assert status == 204 and on_disk(files) == []
+    else:
+        assert status in (200, 204) and headers["upload-offset"] == "10"
+        assert got(files, path)[2] == b"helloworld"
+
+
 def test_a_newer_piece_ends_an_older_one(files):
     path = path_of(tus(files, "POST", "/files", "Upload-Length: 10"))
     slow = Browser(files, "slow")
