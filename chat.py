@@ -15641,7 +15641,7 @@ class Loop:
     def call_soon_threadsafe(self, callback: Callable[[], Any]) -> None:
         """Call back soon, from another thread or a signal handler: wakes the selector."""
         self.soon.append(callback)
-        with contextlib.suppress(BlockingIOError):  # full of wake-ups already: it will wake
+        with contextlib.suppress(OSError):  # full of wake-ups already, or the loop has ended
             self.waker.send(b"\0")
 
     def ready(self, mask: int) -> None:

@@ -15102,6 +15102,12 @@ def test_what_another_thread_hands_in_ends_the_wait(loop):
     thread.join()
 
 
+def test_a_job_that_ends_after_the_loop_is_closed_raises_nothing():
+    loop = chat.Loop()
+    loop.close()
+    loop.call_soon_threadsafe(chat.do_nothing)
+
+
 def test_what_a_callback_adds_runs_in_the_next_turn(loop):
     ran = []
     loop.call_soon(lambda: (ran.append(1), loop.call_soon(lambda: ran.append(2))))
