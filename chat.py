@@ -21,6 +21,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     FIRST LINE      which dialect a connection speaks
     CLIENT CORE     a conversation as lines in and views out
     CLIENT STORE    the messages that a client has seen, in SQLite
+    QR              a short text as a code for a camera
     --- waterline   below: sockets, clocks, threads, terminals
     LOOP            selector, timers, connections, helper threads, the log
     SERVER          listeners, the five beats of the tick, limits, shutdown
@@ -305,7 +306,9 @@ REACTIONS_SHOWN = 200  # to one message
 REACTED_BYTES = 60  # that are shown of the message
 TRAFFIC_LINES = 500  # of the protocol, that a user can look at
 TRANSFERS_AT_ONCE = 2  # of one client with one server; others wait
+CALL_UNSENT_BYTES = 128 * 1024  # of an upload that the kernel may hold: a break loses them
 ANSWER_BYTES = 4096  # of an answer that is no file
+QR_BYTES = 213  # of an address that is shown as a code: version 10 has room for so many
 QUOTED_BYTES = 400  # that are shown of a message that could not be sent
 PROGRESS_LINES = 5  # from so many lines on, a message's progress is shown
 REACTION_CHARACTERS = 32  # a family of joined emoji has up to 11
@@ -1457,7 +1460,8 @@ class ServerCalls(typing.Protocol):
     def restart(self) -> None: ...
     def stop(self) -> None: ...
     def mail(self, address: str, name: str, code: str) -> None: ...  # off the loop
-    def background(self, lane: str, job: Callable[[], Any]) -> None: ...  # off the loop
+    # Run job() off the loop, behind other jobs of its owner: an address, or "" for the server
+    def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None: ...
     def settle(
         self, session: "LocalSession", lane: str, job: Callable[[], Any], then: Callable
     ) -> None: ...  # off the loop, whatever becomes of the session: then(result, it is there)
@@ -6535,19 +6539,21 @@ def isupport(site: Site) -> list[str]:
         USERLEN={USERNAME_BYTES} UTF8ONLY WHOX {flood}""".split()
 
 
-def file_tokens(session: IrcSession) -> list[str]:
-    """Return the tokens of 005 with the address for uploads (draft/FILEHOST, and soju's name for
-    it), and the one that says that upload tokens can be asked for (draft/authtoken)."""
-    if session.site.folder is None:
-        return []
-    url = f"{base_url(session.site, session.conn.secure, session.conn.local)}/files"
-    return [f"soju.im/FILEHOST={url}", f"draft/FILEHOST={url}", "draft/AUTHTOKEN"]
+def web_tokens(session: IrcSession) -> list[str]:
+    """Return the tokens of 005 with the address of the page for browsers, and the address for
+    uploads (draft/FILEHOST, and soju's name for it) beside the one that says that upload tokens can
+    be asked for (draft/authtoken)."""
+    url = base_url(session.site, session.conn.secure, session.conn.local)
+    hosts = [f"{name}={url}/files" for name in ("soju.im/FILEHOST", "draft/FILEHOST")]
+    return [f"chat.py/WEB={url}/", *[*hosts, "draft/AUTHTOKEN"] * (session.site.folder is not None)]
 
 
 def isupport_lines(session: IrcSession) -> Iterator[bytes]:
-    tokens = [*isupport(session.site), *file_tokens(session)]
-    for start in range(0, len(tokens), TOKENS_A_LINE):
-        yield session.shaped_line(RPL_ISUPPORT, " ".join(tokens[start : start + TOKENS_A_LINE]))
+    tokens = [*isupport(session.site), *web_tokens(session)]
+    while tokens:
+        line = next(wrapped(tokens[:TOKENS_A_LINE], ROSTER_BYTES))
+        del tokens[: len(line.split(" "))]
+        yield session.shaped_line(RPL_ISUPPORT, line)
 
 
 def batch_in_pieces(
@@ -9907,7 +9913,8 @@ def drop_upload(session: WebSession, keep: bool) -> None:
     upload, session.upload, session.take_body = session.upload, None, do_nothing
     session.at_end = do_nothing
     if upload.handle is not None:
-        session.site.server.background(FILE_LANE, upload.handle.close)
+        close = upload.handle.close
+        session.site.server.background(FILE_LANE, close, session.conn.limit_key)
     session.site.uploading.pop(upload.id, None)
     if not keep:
         session.site.hub.perform("remove_file", 0, upload.id)
@@ -10015,6 +10022,7 @@ def begin_upload(session: WebSession, request: Request, size: int, owner: str) -
         name = known.get("filename", "") or known.get("name", "")
     values = (file_name(name), UNKNOWN_TYPE, size, owner, session.conn.limit_key)
     session.site.hub.perform("begin_file", 0, id, *values)
+    session.site.uploading[id] = session
     total = size if tus or request.length is not None else None
     upload = session.upload = Upload(id, total, resumable=tus)
     session.at_end = functools.partial(drop_upload, session, keep=tus)
@@ -10063,6 +10071,12 @@ def own_file(session: WebSession, request: Request, then: Callable[[StoredFile],
     authorize(session, check)
 
 
+def end_older(session: WebSession, id: str) -> None:
+    """End another connection that uploads a file: it broke, and its end was not noticed."""
+    if (other := session.site.uploading.get(id)) and other is not session:
+        other.conn.close()
+
+
 @on_files("PATCH", "/files/*")
 def continue_file(session: WebSession, request: Request) -> None:
     """PATCH /files/ID -- the next bytes of an upload, from Upload-Offset on (tus)"""
@@ -10078,8 +10092,7 @@ def continue_file(session: WebSession, request: Request) -> None:
             return answer_file(session, 403, "this file is complete")
         if file.id in site.hub.files.finishing:
             return answer_file(session, 423, "this file is just being completed")
-        if (other := site.uploading.get(file.id)) and other is not session:
-            other.conn.close()  # a connection that broke, and whose end was not noticed
+        end_older(session, file.id)
         upload = session.upload = Upload(file.id, file.size, resumable=True)
         session.at_end = functools.partial(drop_upload, session, keep=True)
         site.uploading[file.id] = session
@@ -10106,8 +10119,7 @@ def delete_file(session: WebSession, request: Request) -> None:
     def remove(file: StoredFile) -> None:
         if file.id in session.site.hub.files.finishing:
             return answer_file(session, 423, "this file is just being completed")
-        if other := session.site.uploading.get(file.id):
-            other.conn.close()
+        end_older(session, file.id)
         session.site.hub.perform("remove_file", 0, file.id)
         answer_file(session, 204)
 
@@ -10124,8 +10136,11 @@ def tell_offset(session: WebSession, request: Request) -> None:
         return session.later(FILE_LANE, job, functools.partial(tell, file))
 
     def tell(file: StoredFile, at: int) -> None:
-        if at < file.size:
+        files = session.site.hub.files
+        known = files.get(file.id)  # meanwhile it may have been completed, or removed
+        if at < file.size or known is None or known.sha or file.id in files.finishing:
             return tell_progress(session, file.id, at)
+        end_older(session, file.id)
         upload = Upload(file.id, file.size, resumable=True)  # the server ended before it was
         job = functools.partial(session.site.folder.reopen, file.id)
         return session.later(FILE_LANE, job, functools.partial(complete, upload))
@@ -10288,7 +10303,7 @@ NOTE, STATUS, UP, PEOPLE, NOTICED = "note", "status", "up", "people", "noticed"
 ARRIVED, FAILED, BACK, OLDER, PLACE = "arrived", "failed", "back", "older", "place"
 REMOVED, CLEARED, FOUND, MOVED, PAGE = "removed", "cleared", "found", "moved", "page"
 REACTED, TYPING, ROOM, READ, RESET = "reacted", "typing", "room", "read", "reset"
-TRANSFER = "transfer"
+TRANSFER, QR_CODE = "transfer", "qr-code"
 
 
 # Causes: why a connection ended, or why the server refused it; see Link
@@ -10308,7 +10323,8 @@ class View(NamedTuple):
     # PAGE: a text with a name, to be read apart from the messages; REACTED: a user reacted to the
     # message with this id, or removed the reaction (number -1); TYPING: a user is typing, paused or
     # done; ROOM: another property of a conversation changed; READ: the user read it elsewhere;
-    # RESET: its rows begin with the next view; TRANSFER: a file transfer began, moved on or ended
+    # RESET: its rows begin with the next view; TRANSFER: a file transfer began, moved on or ended;
+    # QR_CODE: an address, to be shown beside its code
     kind: str
     text: str = ""
     name: str = ""
@@ -10637,6 +10653,7 @@ SETTINGS = {
     "highlight": Setting("", (), "words besides your nick that call you"),
     "typing": Setting("on", ("on", "off"), "tell others that you are typing"),
     "notify": Setting("off", ("off", "9", "777"), "tell the terminal when you are called, by OSC"),
+    "pictures": Setting("on", ("on", "off"), "show pictures among the messages: the window"),
     "size": Setting("", (), "the font's size in points: the window"),
     "theme": Setting("auto", ("auto", "light", "dark"), "colours: the window"),
     "time": Setting("%H:%M", (), "how times are shown, as strftime has it"),
@@ -14102,7 +14119,7 @@ HELP_TOPICS = {
     "history": ("history", "search", "lastlog"),
     "people": ("whois", "away", "back", "ignore", "unignore"),
     "account": ("nick", "register", "verify", "login", "passwd", "drop", "disown", "oper", "pass"),
-    "connection": ("connect", "disconnect", "reconnect", "raw", "quit", "help", "set"),
+    "connection": ("connect", "disconnect", "reconnect", "qr", "raw", "quit", "help", "set"),
 }
 
 
@@ -14484,6 +14501,19 @@ def do_disconnect(core: ClientCore) -> None:
 def do_reconnect(core: ClientCore) -> None:
     """/reconnect -- connect again, now"""
     core.wants_connection = True
+
+
+@client_command("qr", nameless=True)
+def do_qr(core: ClientCore) -> None:
+    """/qr -- the server's address for a browser, also as a code for a phone's camera"""
+    url = core.server.tokens.get("chat.py/WEB", "") if core.server.ours else ""
+    if not re.fullmatch(r"https?://[!-~]+", url) or len(url) > QR_BYTES:
+        raise Refused("NO_PAGE", "this server announces no page for browsers")
+    core.show(View(QR_CODE, url))
+    if split_host(url.split("/")[2])[0] in LOOPBACK_NAMES:
+        core.show(
+            View(NOTE, "only this machine reaches that; --listen 0.0.0.0:7000 lets others in")
+        )
 
 
 @client_command("retry", nameless=True)
@@ -15071,6 +15101,173 @@ class ClientStore:
 
 
 # ======================================================================================
+# QR
+# ======================================================================================
+# A QR code (ISO/IEC 18004) of a short text: byte mode, error correction level M, the versions 1
+# to 10. A version is a size: 17 + 4 * version modules (the dark and light squares) in each
+# direction. The text becomes bytes with error correction; those are drawn in a zigzag around the
+# patterns by which a camera finds the code, under the mask that leaves the fewest blots.
+
+QR_SIZES = {  # version -> bytes in all, of correction in a block; blocks; centres of alignment
+    1: (26, 10, 1, ()),
+    2: (44, 16, 1, (6, 18)),
+    3: (70, 26, 1, (6, 22)),
+    4: (100, 18, 2, (6, 26)),
+    5: (134, 24, 2, (6, 30)),
+    6: (172, 16, 4, (6, 34)),
+    7: (196, 18, 4, (6, 22, 38)),
+    8: (242, 22, 4, (6, 24, 42)),
+    9: (292, 22, 5, (6, 26, 46)),
+    10: (346, 26, 5, (6, 28, 50)),
+}
+QR_MASKS: tuple[Callable[[int, int], int], ...] = (  # of row and column: inverted where it is 0
+    lambda row, column: (row + column) % 2,
+    lambda row, column: row % 2,
+    lambda row, column: column % 3,
+    lambda row, column: (row + column) % 3,
+    lambda row, column: (row // 2 + column // 3) % 2,
+    lambda row, column: row * column % 2 + row * column % 3,
+    lambda row, column: (row * column % 2 + row * column % 3) % 2,
+    lambda row, column: ((row + column) % 2 + row * column % 3) % 2,
+)
+QR_PENALTIES = {  # of one line of modules -> points
+    r"0{5,}|1{5,}": lambda run: len(run) - 2,
+    r"(?=10111010000|00001011101)": lambda _: 40,  # this looks like a finder pattern
+}
+QR_QUIET = 4  # light modules around the code
+QR_BLOCKS = " \u2580\u2584\u2588"  # two modules, one above the other: light, upper, lower, dark
+GF_POWERS = [  # of 2 in GF(256), the field of the Reed-Solomon code
+    *itertools.accumulate(range(254), lambda last, _: last << 1 ^ 0x11D * (last >> 7), initial=1)
+]
+GF_LOGARITHMS = {power: n for n, power in enumerate(GF_POWERS)}
+
+
+def gf_product(a: int, b: int) -> int:
+    return GF_POWERS[(GF_LOGARITHMS[a] + GF_LOGARITHMS[b]) % 255] if a and b else 0
+
+
+def qr_correction(data: list[int], count: int) -> list[int]:
+    """Return `count` bytes of Reed-Solomon code: the remainder of a division of polynomials."""
+    divisor = [1]
+    for power in GF_POWERS[:count]:  # times (x - power)
+        shifted = [gf_product(factor, power) for factor in divisor]
+        divisor = [a ^ b for a, b in zip([*divisor, 0], [0, *shifted], strict=True)]
+    rest = [*data, *bytes(count)]
+    for at in range(len(data)):
+        factor = rest[at]
+        for n, value in enumerate(divisor, at):
+            rest[n] ^= gf_product(value, factor)
+    return rest[len(data) :]
+
+
+def qr_bytes(text: str) -> tuple[int, list[int]]:
+    """Return the smallest version that a text fits in, and the bytes to draw. Raises Refused."""
+    data = text.encode()
+    for version, (total, correction, count, _) in QR_SIZES.items():
+        room, digits = total - correction * count, 8 if version < 10 else 16
+        if 4 + digits + 8 * len(data) <= 8 * room:
+            break
+    else:
+        raise Refused("TOO_LONG", f"a QR code here has at most {room - 3} bytes, not {len(data)}")
+    bits = f"0100{len(data):0{digits}b}" + "".join(f"{byte:08b}" for byte in data) + "0000"
+    whole = [*int(bits, 2).to_bytes(len(bits) // 8, "big")]
+    whole += itertools.islice(itertools.cycle((0xEC, 0x11)), room - len(whole))
+    starts = [n * (room // count) + max(0, n - count + room % count) for n in range(count + 1)]
+    blocks = [whole[start:end] for start, end in itertools.pairwise(starts)]
+    drawn = []
+    for parts in blocks, [qr_correction(block, correction) for block in blocks]:
+        for column in itertools.zip_longest(*parts):  # the later blocks may have one more
+            drawn += [byte for byte in column if byte is not None]
+    return version, drawn
+
+
+def qr_check(value: int, generator: int) -> int:
+    """Return a value with the bits of a BCH code behind it (ISO/IEC 18004, annexes C and D)."""
+    rest = value << generator.bit_length() - 1
+    while (more := rest.bit_length() - generator.bit_length()) >= 0:
+        rest ^= generator << more
+    return value << generator.bit_length() - 1 | rest
+
+
+def qr_patterns(version: int, mask: int) -> dict[tuple[int, int], int]:
+    """Return the modules, by row and column, that do not depend on the text."""
+    size, centres = 17 + 4 * version, QR_SIZES[version][3]
+    fixed: dict[tuple[int, int], int] = {}
+    for n in range(size):
+        fixed[6, n] = fixed[n, 6] = 1 - n % 2  # timing
+    finders = [(3, 3), (3, size - 4), (size - 4, 3)]
+    spots = [(spot, 2, (0, 2)) for spot in itertools.product(centres, centres)]
+    spots = [one for one in spots if one[0] not in ((6, 6), (6, size - 7), (size - 7, 6))]
+    for (row, column), reach, dark in [*spots, *((spot, 4, (0, 1, 3)) for spot in finders)]:
+        for down, right in itertools.product(range(-reach, reach + 1), repeat=2):
+            fixed[row + down, column + right] = int(max(abs(down), abs(right)) in dark)
+    format_bits = qr_check(mask, 0x537) ^ 0x5412  # level M is 00
+    near, far = [0, 1, 2, 3, 4, 5, 7, 8], [*range(size - 1, size - 9, -1)]
+    upright = [*near, *reversed(far[:7])]
+    flat = [*far, 7, *near[5::-1]]
+    for n in range(15):
+        fixed[upright[n], 8] = fixed[8, flat[n]] = format_bits >> n & 1
+    fixed[size - 8, 8] = 1
+    version_bits = qr_check(version, 0x1F25)
+    for n in range(18 * (version >= 7)):
+        row, column = n // 3, size - 11 + n % 3
+        fixed[row, column] = fixed[column, row] = version_bits >> n & 1
+    return {spot: value for spot, value in fixed.items() if 0 <= min(spot) <= max(spot) < size}
+
+
+def qr_zigzag(size: int) -> Iterator[tuple[int, int]]:
+    """Yield rows and columns in the order of the data: up and down in strips of two columns."""
+    for n, right in enumerate([*range(size - 1, 6, -2), 5, 3, 1]):  # no data in column 6
+        rows = range(size) if n % 2 else range(size - 1, -1, -1)
+        yield from itertools.product(rows, (right, right - 1))
+
+
+def qr_matrix(version: int, data: list[int], mask: int) -> list[str]:
+    """Return the rows of a code under one mask, as "0" for light and "1" for dark."""
+    size, modules = 17 + 4 * version, qr_patterns(version, mask)
+    bits = iter("".join(f"{byte:08b}" for byte in data))
+    for spot in qr_zigzag(size):
+        if spot not in modules:
+            modules[spot] = int(next(bits, "0")) ^ (not QR_MASKS[mask](*spot))
+    return ["".join(str(modules[row, column]) for column in range(size)) for row in range(size)]
+
+
+def qr_penalty(rows: list[str]) -> int:
+    """Return how hard a code is to read (ISO/IEC 18004 section 7.8.3): less is better."""
+    lines = [*rows, *map("".join, zip(*rows, strict=True))]
+    points = sum(
+        cost(match[0])
+        for pattern, cost in QR_PENALTIES.items()
+        for line in lines
+        for match in re.finditer(pattern, line)
+    )
+    for upper, lower in itertools.pairwise(rows):  # squares of one colour
+        pairs = itertools.pairwise(zip(upper, lower, strict=True))
+        points += 3 * sum(len({*left, *right}) == 1 for left, right in pairs)
+    share = "".join(rows).count("1") / len(rows) ** 2
+    return points + 10 * int(abs(share - 0.5) * 20)
+
+
+@functools.lru_cache(4)  # a screen draws it again and again
+def qr_code(text: str) -> list[str]:
+    """Return the rows of the QR code of a text, "1" for dark modules. Raises Refused."""
+    version, data = qr_bytes(text)
+    return min((qr_matrix(version, data, mask) for mask in range(8)), key=qr_penalty)
+
+
+def qr_rows(text: str) -> list[str]:
+    """Return the QR code of a text as rows of half blocks, for black on white. Raises Refused."""
+    code, side = qr_code(text), "0" * QR_QUIET
+    blank = ["0" * len(side + code[0] + side)] * QR_QUIET
+    rows = [*blank, *(f"{side}{row}{side}" for row in code), *blank]
+    pairs = itertools.zip_longest(rows[::2], rows[1::2], fillvalue=blank[0])
+    return [
+        "".join(QR_BLOCKS[int(a) + 2 * int(b)] for a, b in zip(upper, lower, strict=True))
+        for upper, lower in pairs
+    ]
+
+
+# ======================================================================================
 # ============================== THE WATERLINE =========================================
 # ======================================================================================
 # Above, everything is bytes in and bytes out. Below, there is an operating system.
@@ -15479,7 +15676,7 @@ class Loop:
     def call_soon_threadsafe(self, callback: Callable[[], Any]) -> None:
         """Call back soon, from another thread or a signal handler: wakes the selector."""
         self.soon.append(callback)
-        with contextlib.suppress(BlockingIOError):  # full of wake-ups already: it will wake
+        with contextlib.suppress(OSError):  # full of wake-ups already, or the loop has ended
             self.waker.send(b"\0")
 
     def ready(self, mask: int) -> None:
@@ -16339,8 +16536,9 @@ class OpenFile:
         self.hash = hashlib.sha256() if new else None
 
     def write(self, data: bytes) -> None:
+        """Append data; do nothing if the file is closed, because its upload goes on elsewhere."""
         with self.lock:
-            while data:
+            while data and self.fd >= 0:
                 written = os.write(self.fd, data)
                 if self.hash:
                     self.hash.update(data[:written])
@@ -16375,19 +16573,24 @@ class FileFolder:
 
     def __init__(self, path: pathlib.Path):
         self.path = path
+        self.writers: Any = weakref.WeakValueDictionary()  # OpenFile by id of its upload
         path.mkdir(mode=0o700, exist_ok=True)
 
     def begin(self, id: str) -> OpenFile:
         """Return a new file for the content of an upload. Raises Refused."""
         try:
-            return OpenFile(self._part(id), new=True)
+            file = self.writers[id] = OpenFile(self._part(id), new=True)
+            return file
         except OSError as error:
             log.error("a file cannot be written: %s", reason_of(error))
             raise Refused("NO_ROOM", f"the file cannot be written: {reason_of(error)}") from None
 
     def reopen(self, id: str) -> tuple[OpenFile, int]:
-        """Return the file of an upload that goes on, and its size in bytes. Raises Refused."""
-        file = self._guarded(lambda: OpenFile(self._part(id), new=False))
+        """Return the file of an upload that goes on, and its size in bytes. The connection that
+        wrote it before writes no more, also if a piece of it still waits. Raises Refused."""
+        if before := self.writers.get(id):
+            before.close()
+        file = self.writers[id] = self._guarded(lambda: OpenFile(self._part(id), new=False))
         return file, os.fstat(file.fd).st_size
 
     def size(self, id: str) -> int:
@@ -16456,20 +16659,28 @@ class FileFolder:
             raise Refused("NO_ROOM", f"the file cannot be written: {reason_of(error)}") from None
 
 
-def network_address() -> str:
-    """Return this machine's address on its default route; "" if there is none. Connecting a UDP
-    socket sends nothing."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect(("192.0.2.1", 9))  # an address for documentation (RFC 5737)
-        return sock.getsockname()[0]
+ROUTES = (  # listening everywhere, a family, and an address for documentation (RFC 5737, RFC 3849)
+    ("0.0.0.0", socket.AF_INET, "192.0.2.1"),
+    ("::", socket.AF_INET6, "2001:db8::1"),
+)
+
+
+def network_address(hosts: Collection[str]) -> str:
+    """Return this machine's address on a default route, as in a URL, if a server that listens on
+    these hosts is reached there; else "". Connecting a UDP socket sends nothing."""
+    for everywhere, family, far in ROUTES:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((far, 9))
+            own = sock.getsockname()[0]
+            if {everywhere, own} & set(hosts):
+                return f"[{own}]" if ":" in own else own
     return ""
 
 
 def web_of(options: ServerOptions, ports: Iterable[int]) -> Web:
     """Return the settings of the web dialect, with the names and ports of this machine."""
     own = socket.gethostname().lower()
-    everywhere = any(host in ("0.0.0.0", "::") for host, _ in options.listen)
-    reached = network_address() if everywhere else ""
+    reached = network_address([host for host, _ in options.listen])
     names = {*options.web.hosts, "localhost", options.name.lower(), own, f"{own}.local"}
     ports = frozenset(ports) | options.web.ports
     return options.web._replace(hosts=frozenset(names), ports=ports, address=reached)
@@ -16568,14 +16779,15 @@ class Server:
 
         self.helpers.submit(self, job, done, lane)
 
-    def background(self, lane: str, job: Callable[[], Any]) -> None:
-        """Run a job off the loop. Its result is not awaited; errors are logged."""
+    def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None:
+        """Run a job off the loop, behind the other jobs of its owner, which is an address or the
+        server. Its result is not awaited; errors are logged."""
 
         def done(result: Any) -> None:
             if isinstance(result, Exception):
                 log.error("a job failed: %s", result)
 
-        self.helpers.submit(self, job, done, lane)
+        self.helpers.submit(owner or self, job, done, lane)
 
     # Coming
 
@@ -16890,7 +17102,10 @@ class Server:
                     self.web_idle.add(peer)
         jobs, self.jobs = self.jobs, []
         for peer, lane, job, done in jobs:
-            self.helpers.submit(peer.limit_key, job, done, lane, peer.still_there)
+            if lane == FILE_LANE:  # what has come of an upload is kept when its connection breaks
+                self.helpers.submit(peer.limit_key, job, done, lane)
+            else:
+                self.helpers.submit(peer.limit_key, job, done, lane, peer.still_there)
 
     def _end_grace(self) -> None:
         self.grace_timer = None
@@ -17969,6 +18184,8 @@ class WebCall(Connection):
         self.at = request.at  # of the body, to be read next
         self.reading = self.ended_well = self.holds = False
         self.heard = self.loop.now
+        with contextlib.suppress(OSError, AttributeError):  # else megabytes wait in the kernel
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CALL_UNSENT_BYTES)
         if tls:
             self.encrypt(tls)
         self.write(request.head())
@@ -18101,6 +18318,11 @@ def whole_bytes(text: str) -> int:
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
 
 
+def reason_given(response: Response | None, text: str) -> str:
+    """Return why a call failed: the text of its answer, or the reason why there is none."""
+    return text.strip() or (f"the server says {response.status}" if response else "no answer")
+
+
 class Transfers:
     """The files that one link sends and saves; a few at once, while the others wait."""
 
@@ -18109,6 +18331,7 @@ class Transfers:
         self.calls: dict[str, WebCall | None] = {}  # by id of a transfer; None: not yet connected
         self.again: dict[str, float] = {}  # when to try again, and ...
         self.failures: collections.Counter[str] = collections.Counter()  # ... how often it failed
+        self.reached: collections.Counter[str] = collections.Counter()  # bytes that were there then
         self.core.start_transfer, self.core.end_transfer = self.start, self.end
         link.transfers = self
         self.watch()
@@ -18140,6 +18363,7 @@ class Transfers:
         call = self.calls.pop(one.id, None)
         if call:
             call.drop("dropped")
+        self._forget(one)
         if not one.up:
             pathlib.Path(f"{one.path}.part").unlink(missing_ok=True)
         self.wake()
@@ -18155,9 +18379,11 @@ class Transfers:
     def wake(self) -> None:
         if not self.core.ready:
             return
+        free = TRANSFERS_AT_ONCE - sum(one.id in self.calls for one in self.core.transfers)
         for one in self.core.transfers:
             due = self.loop.now >= self.again.get(one.id, 0.0) and one.state == "waiting"
-            if due and one.id not in self.calls and len(self.calls) < TRANSFERS_AT_ONCE:
+            if due and one.id not in self.calls and free > 0:
+                free -= 1
                 self.calls[one.id] = None
                 one.state, one.why = "running", ""
                 self.core.with_token(functools.partial(self._run, one))
@@ -18225,6 +18451,12 @@ class Transfers:
             headers["Authorization"] = f"Basic {base64.b64encode(words).decode()}"
         return headers
 
+    def _go_on_from(self, one: Transfer, at: int) -> None:
+        """Note from which byte on a transfer goes on; after progress the back-off begins again."""
+        if at > self.reached[one.id]:
+            self.failures.pop(one.id, None)
+        self.reached[one.id] = one.done = at
+
     # Up
 
     def _create(self, one: Transfer, token: str) -> None:
@@ -18288,11 +18520,10 @@ class Transfers:
             if response is None or response.status >= 500 and response.status != 507:
                 return self._broke(one, text)
             if response.status in (204, 409):
-                self.failures.pop(one.id, None)
                 return self._send_from(one, token, whole_bytes(response.header("upload-offset")))
             return self._refused(one, response, text)
 
-        one.done = at
+        self._go_on_from(one, at)
         request = CallRequest("PATCH", self._own_url(one), headers, answered, read, at, sent=sent)
         self._call(one, request)
         return None
@@ -18308,7 +18539,7 @@ class Transfers:
         part = pathlib.Path(f"{one.path}.part")
         part.parent.mkdir(parents=True, exist_ok=True)
         at = part.stat().st_size if part.exists() else 0
-        one.done = at
+        self._go_on_from(one, at)
         headers = {"Range": f"bytes={at}-", "If-Range": one.etag} if at and one.etag else {}
         pieces: collections.deque[bytes] = collections.deque()
         file = open(part, "ab")  # noqa: SIM115 -- closed by close()
@@ -18368,9 +18599,9 @@ class Transfers:
         self._over(one)
         self.link.show([View(NOTE, f"saved {one.path} ({size_text(one.size)})", where=one.room)])
 
-    def fetch(self, path: str, most: int, then: Callable[[bytes], None]) -> None:
-        """Call then(content) of a file of this server with at most so many bytes; then(b"") if that
-        fails."""
+    def fetch(self, path: str, most: int, then: Callable[[bytes, str], None]) -> None:
+        """Call then(content, "") of a file of this server with at most so many bytes, or
+        then(b"", why it cannot be fetched)."""
         one, pieces = Transfer(f"fetched {secrets.token_hex(8)}", False, "", ""), []
 
         def piece(data: bytes) -> None:
@@ -18380,8 +18611,9 @@ class Transfers:
 
         def done(response: Response | None, text: str) -> None:
             self.calls.pop(one.id, None)
-            fine = response is not None and response.status == 200
-            then(b"".join(pieces) if fine else b"")
+            if response is not None and response.status == 200:
+                return then(b"".join(pieces), "")
+            return then(b"", reason_given(response, text))
 
         self.calls[one.id] = None
         url = self.base._replace(path=path)
@@ -18389,9 +18621,13 @@ class Transfers:
 
     # Results
 
+    def _forget(self, one: Transfer) -> None:
+        for notes in (self.again, self.failures, self.reached):
+            notes.pop(one.id, None)
+
     def _over(self, one: Transfer) -> None:
         self.calls.pop(one.id, None)
-        self.failures.pop(one.id, None)
+        self._forget(one)
         self.core.forget_transfer(one)
         self.link.poke()
         self.wake()
@@ -18410,12 +18646,13 @@ class Transfers:
         if response.status == 401 and self.failures[one.id] < 2:  # the token has ended
             self.core.upload_token = ""
             return self._broke(one, text.strip())
-        return self._failed(one, text.strip() or f"the server says {response.status}")
+        return self._failed(one, reason_given(response, text))
 
     def _failed(self, one: Transfer, why: str) -> None:
         if self.calls.pop(one.id, self) is self:
             return
         one.state, one.why = "failed", why
+        self._forget(one)
         self.core.forget_transfer(one)
         verb = "sent" if one.up else "saved"
         self.link.show([View(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])
@@ -19025,6 +19262,20 @@ def page_lines(view: View, look: Look) -> list[str]:
     return beside(*match.groups(), look.columns) if match else [view.text]
 
 
+def qr_on_screen(text: str) -> list[str]:
+    """Return the QR code of a text, black on white on every terminal: few cameras read it the other
+    way round."""
+    palette = Palette(True)
+    return [palette.paint(row, 38, 5, 16, 48, 5, 231) for row in qr_rows(text)]
+
+
+def qr_lines(view: View, look: Look) -> list[str]:
+    rows = qr_rows(view.text)
+    if len(rows[0]) > look.columns:
+        return [f"{view.text} (its code needs {len(rows[0])} columns)"]
+    return [*qr_on_screen(view.text), view.text]
+
+
 def failed_lines(view: View, look: Look) -> list[str]:
     clock = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}")
     first, *others = view.text.split("\n")
@@ -19051,6 +19302,7 @@ LINES = {  # how each kind of view looks
     FAILED: failed_lines,
     PEOPLE: people_lines,
     PAGE: page_lines,
+    QR_CODE: qr_lines,
 }
 
 
@@ -19476,6 +19728,7 @@ class Display:
         WENT: keep,
         TOLD: keep,
         NOTE: keep,
+        QR_CODE: keep,
         FAILED: _take_failed,
         PEOPLE: _take_people,
         PAGE: _take_page,
@@ -19969,7 +20222,7 @@ def filter_lines(view: View) -> list[str]:
     if view.kind in (CAME, WENT):
         verb = "joined" if view.kind == CAME else "left"
         return [f"{where}{view.name} ({view.address}) {verb} the chat!"]
-    if view.kind in (TOLD, PAGE) or (view.kind == PEOPLE and view.text):
+    if view.kind in (TOLD, PAGE, QR_CODE) or (view.kind == PEOPLE and view.text):
         return [f"* {line}" for line in view.text.split("\n")]
     return []
 
@@ -22004,7 +22257,7 @@ function drawRooms() {
     if (to.unread) made.append(el('span', { className: `badge ${to.called ? 'called' : ''}`,
       textContent: to.unread, ariaLabel: `${to.unread} unread` }));
     return made;
-  }), button('+ Channel or person', joinSheet), button('\u2699\ufe0e Settings', settingsSheet)]);
+  }), button('+ Channel or person', joinSheet), button('Settings', settingsSheet)]);
 }
 
 function peopleOf(members) {
@@ -22328,13 +22581,12 @@ function otherWays() {
 
 function personSheet(name) {
   openSheet(name, [], [choice('Message', () => openRoom(name)),
-    choice('About', () => ask(`WHOIS ${name}`)),
-    choice('Remove', () => ask(`KICK ${shown().name} ${name}`))]);
+    choice('About', () => ask(`WHOIS ${name}`))]);
 }
 
 function joinSheet() {
   $('rooms').classList.remove('open');
-  form('Channel or person', [['#channel, or a name', { required: true }]], 'Open',
+  form('Go to', [['#channel, or a name', { required: true }]], 'Open',
     (text) => enter(...text.split(/\s+/)));
 }
 
@@ -22785,6 +23037,15 @@ def lock_folder(folder: pathlib.Path) -> int:
         raise Unusable(f"cannot use {folder}: {reason_of(error)}; {advice}") from error
 
 
+def web_addresses(server: Server) -> list[str]:
+    """Return the addresses of the page for browsers: that for this machine, if there is one, then
+    that for others, if they reach it."""
+    host, port = server.listeners[0].address
+    near = is_loopback(host) or host in ("0.0.0.0", "::")
+    own = address_text("localhost" if near else host, port)
+    return [*dict.fromkeys((f"http://{own}/", f"{base_url(server.site, False, own)}/"))]
+
+
 def how_to_join(server: Server) -> str:
     """Return the start-up lines: the addresses, who can connect, and how."""
     lines = []
@@ -22808,6 +23069,7 @@ def how_to_join(server: Server) -> str:
         f"netcat:   nc {elsewhere} {port}",
         f"IRC:      any client, {elsewhere} port {port}; irssi -c {elsewhere} -p {port}",
     ]
+    lines.append(f"browser:  {' or '.join(web_addresses(server))}")
     return "\n".join(lines)
 
 
@@ -22817,6 +23079,8 @@ def announce(text: str) -> None:
         print(text, flush=True)
     except OSError as error:
         raise Unusable(output_trouble(error)) from error
+    except UnicodeError:
+        raise Unusable(f"standard output is {sys.stdout.encoding}; this needs UTF-8") from None
 
 
 def run_server(args: argparse.Namespace) -> int:
@@ -22845,6 +23109,9 @@ def run_server(args: argparse.Namespace) -> int:
         on_signal(loop, name, server.stop)
     on_signal(loop, "SIGHUP", server.reload)
     announce(how_to_join(server))
+    if args.qr:
+        drawn = qr_on_screen if sys.stdout.isatty() else qr_rows
+        announce("\n".join(drawn(web_addresses(server)[-1])))
     loop.run()
     server.close()
     writer.flush()
@@ -23025,6 +23292,7 @@ def add_server(commands: Any) -> None:
     proxy = "address of an HTTP proxy that sets X-Forwarded-For and -Proto; may be repeated"
     usual = {"type": proxy_address, "action": "append", "default": []}
     add("--web-proxy", metavar="ADDRESS", help=proxy, **usual)
+    add("--qr", action="store_true", help="show the address for browsers as a code, too")
     kept = f"of one file; default {FILE_BYTES >> 20}M; of all: {FILES_BYTES >> 30}G"
     add("--files", choices=("on", "off"), default="on", help="users can send each other files")
     add("--file-max", type=byte_count, default=FILE_BYTES, metavar="SIZE", help=kept)

@@ -228,6 +228,12 @@ class Page(NamedTuple):
     text: str
 
 
+class Code(NamedTuple):
+    """An address, to be shown with its QR code."""
+
+    address: str
+
+
 class Results(NamedTuple):
     """Messages that were looked for, in one conversation or (0) in all."""
 
@@ -272,6 +278,7 @@ class Picture(NamedTuple):
     file: chat.FileTag
     data: bytes
     full: bool = False  # to be shown in a window of its own
+    why: str = ""  # it could not be fetched
 
 
 class Opened(NamedTuple):
@@ -536,6 +543,7 @@ class Style(NamedTuple):
     fits: Callable[[str], bool] | None = None
     name: Callable[[str], str] = str  # as a name is drawn
     box: tuple[int, int] = PICTURE_BOX  # pixels for a picture
+    pictures: bool = True  # are shown among the messages
 
 
 def head_pieces(row: Row, style: Style) -> list:
@@ -601,7 +609,7 @@ def file_pieces(row: Row, style: Style, trouble: str = "") -> list:
     if file.type in OPENED_TYPES:
         pieces += ["   ", tags, "Open", (*tags, "open")]
     pieces += [" ", tags, "\n", ("said",)]
-    if is_shown(file) and not trouble:
+    if style.pictures and is_shown(file) and not trouble:
         pieces += ["\n", ("said", "picture", f"space{shown_height(file, style.box)}")]
     return pieces
 
@@ -1313,6 +1321,9 @@ class Engine(chat.ManyServers):
     def _page(self, seat: chat.Seat, view: chat.View) -> None:
         self.out.append(Page(view.name, view.text))
 
+    def _code(self, seat: chat.Seat, view: chat.View) -> None:
+        self.out.append(Code(view.text))
+
     def _back(self, seat: chat.Seat, view: chat.View) -> None:
         self.out.append(Back(self.room_of(seat, view).id, view.text))
 
@@ -1349,6 +1360,7 @@ class Engine(chat.ManyServers):
         chat.OLDER: _older,
         chat.PEOPLE: _people,
         chat.PAGE: _page,
+        chat.QR_CODE: _code,
         chat.BACK: _back,
         chat.READ: _read_elsewhere,
         chat.TRANSFER: _transfer_changed,
@@ -1615,16 +1627,19 @@ class Engine(chat.ManyServers):
             took = functools.partial(self._took_picture, want)
             seat.link.transfers.fetch(file.path, file.size, took)
 
-    def _took_picture(self, want: tuple[chat.Seat, chat.FileTag, bool], data: bytes) -> None:
+    def _took_picture(
+        self, want: tuple[chat.Seat, chat.FileTag, bool], data: bytes, why: str
+    ) -> None:
         """Give a picture to Tk; try again if the line may have broken."""
         seat, file, full = want
         self.fetching.discard(want)
         again = not seat.core.ready or self.fetched[want] < FETCH_TRIES
-        if not data and again and seat in self.seats:
+        if why and again and seat in self.seats:
             return
         self.wanted = [one for one in self.wanted if one != want]
         del self.fetched[want]
-        self.out.append(Picture(seat.screen.number, file, data, full))
+        why = label_text(chat.visible(why))  # a server may say anything
+        self.out.append(Picture(seat.screen.number, file, data, full, why))
 
     def do_pictures(self, number: int, files: tuple[chat.FileTag, ...]) -> None:
         """Fetch the pictures that are in sight; those before are not wanted any more."""
@@ -2342,7 +2357,7 @@ def offer_menu(widget: tk.Text, look: Look, *actions: str) -> None:
     bind_menu(widget, popup)
 
 
-PATH = re.compile(r"(?:[/~]|[A-Za-z]:[/\\])[^\n]{1,4000}")  # of a file, perhaps
+PATH = re.compile(r"(?:file://|[/~]|[A-Za-z]:[/\\])[^\n]{1,4000}")  # of a file, perhaps
 PASTED_MOST = 64 * 1024  # characters: four of the longest messages
 
 
@@ -2729,8 +2744,6 @@ def gif_frame_size(data: bytes) -> tuple[int, int]:
 
 def picture_trouble(file: chat.FileTag, data: bytes) -> str:
     """Return why a picture is not given to Tk; "" if it may be."""
-    if not data:
-        return "it is gone, or longer than was said"
     if len(data) < file.size:
         return "it is shorter than was said"
     if chat.content_type(data[:4096], "", False) != file.type:
@@ -2776,7 +2789,14 @@ def download_folder() -> pathlib.Path:
 
 
 def pasted_file(text: str) -> str:
-    """Return a path that was pasted, if a file is there; else ""."""
+    """Return a path that was pasted, also as a file: URL, if a file is there; else ""."""
+    import urllib.parse
+    import urllib.request
+
+    with contextlib.suppress(ValueError):
+        url = urllib.parse.urlsplit(text.strip())
+        if url.scheme == "file" and url.netloc in ("", "localhost"):
+            text = urllib.request.url2pathname(url.path)
     path = pathlib.Path(text.strip()).expanduser()
     return str(path) if path.is_file() else ""
 
@@ -3438,8 +3458,8 @@ class Transcript(ttk.Frame):
         self.decodes = False
         if not self.arrived:
             return
-        _, file, data, _ = self.arrived.popleft()
-        image, why = None, picture_trouble(file, data)
+        _, file, data, _, why = self.arrived.popleft()
+        image, why = None, why or picture_trouble(file, data)
         if not why:
             image = decoded(self.text, file, data, divisor(file, self.sheet.style.box))
         if image is None:
@@ -4459,6 +4479,31 @@ class FileCard(Card):
         self.taken()
 
 
+class CodeCard(Card):
+    """Shows an address as a QR code, black on white in every theme: cameras want it so."""
+
+    def __init__(self, parent: tk.Misc, look: Look):
+        super().__init__(parent, look, "Open this page on a phone")
+        self.canvas = tk.Canvas(self.body, background="white", highlightthickness=0)
+        self.about = ttk.Label(self.body, style="Card.TLabel")
+        self.canvas.pack()
+        self.about.pack(pady=(look.part(0.6), 0))
+        self.done = self.add_button("Done", self.hide, first=True)
+
+    def show(self, address: str) -> None:
+        code, module = chat.qr_code(address), self.look.part(0.4)
+        side = (len(code) + 2 * chat.QR_QUIET) * module
+        self.canvas.delete("all")
+        self.canvas.configure(width=side, height=side)
+        for row, modules in enumerate(code, chat.QR_QUIET):
+            for run in re.finditer("1+", modules):
+                left, right = ((chat.QR_QUIET + column) * module for column in run.span())
+                spot = (left, row * module, right, (row + 1) * module)
+                self.canvas.create_rectangle(*spot, fill="black", width=0)
+        self.about.configure(text=self.look.seen(label_text(address)), wraplength=side)
+        self.open(self.done)
+
+
 class Switcher(Card):
     """Goes to a conversation, or does something, by a part of its name."""
 
@@ -4976,7 +5021,8 @@ class Window:
         self.settings = SettingsCard(root, look, lambda *change: self.do("set", *change))
         self.file_card = FileCard(root, look)
         self.cards = (self.card, self.certificate, self.ask_card, self.switcher, self.settings)
-        self.cards += (self.file_card,)
+        self.code_card = CodeCard(root, look)
+        self.cards += (self.file_card, self.code_card)
         for card in self.cards:
             card.closed = self.compose.focus_set
             card.others = tuple(other for other in self.cards if other is not card)
@@ -5387,6 +5433,9 @@ class Window:
         self.open_panel()
         self.panel.show_page(event.title, text)
 
+    def _take_code(self, event: Code) -> None:
+        self.code_card.show(event.address)
+
     def _take_results(self, event: Results) -> None:
         self.open_panel()
         self.panel.show_results(event.title, event.rows)
@@ -5407,9 +5456,11 @@ class Window:
         self.values = dict(event.values)
         value = self.values.get
         self.look.want(value("theme", "auto"), value("font", ""), value("size", ""))
-        clock = value("time", "%H:%M")
-        if clock != self.transcript.sheet.style.clock:
-            self.transcript.sheet.style = self.transcript.sheet.style._replace(clock=clock)
+        clock, pictures = value("time", "%H:%M"), value("pictures", "on") == "on"
+        style = self.transcript.sheet.style
+        wanted = style._replace(clock=clock, pictures=pictures)
+        if wanted != style:
+            self.transcript.sheet.style = wanted
             self.transcript.recolour()
             self.transcript.redraw_all()
 
@@ -5419,7 +5470,7 @@ class Window:
     def _take_picture(self, event: Picture) -> None:
         """Take a picture of the server that is looked at."""
         if event.full:
-            self._show_full(event.file, event.data)
+            self._show_full(event.file, event.data, event.why)
         elif event.server == self.server_here:
             self.transcript.take_picture(event)
 
@@ -5443,6 +5494,7 @@ class Window:
         Members: _take_members,
         Back: _take_back,
         Page: _take_page,
+        Code: _take_code,
         Results: _take_results,
         Called: _take_called,
         Settings: _take_settings,
@@ -5709,13 +5761,13 @@ class Window:
         """Offer to send the file whose path was pasted, if there is one."""
         here = self.here
 
-        def send() -> None:
+        def send(path: str) -> None:
             self.compose.set(self.compose.content.replace(text, "", 1))
-            self.send_files(here, [text])
+            self.send_files(here, [path])
 
         def found(path: str) -> None:
             if path and here == self.here and self.room and text in self.compose.content:
-                self.file_card.show(path, send)
+                self.file_card.show(path, functools.partial(send, path))
 
         self.in_thread(functools.partial(pasted_file, text), found)
 
@@ -5747,8 +5799,8 @@ class Window:
         self.do("full_picture", self.here, file)
         return self.tell("the picture is coming \u2026")
 
-    def _show_full(self, file: chat.FileTag, data: bytes) -> None:
-        why = picture_trouble(file, data)
+    def _show_full(self, file: chat.FileTag, data: bytes, why: str) -> None:
+        why = why or picture_trouble(file, data)
         image = None if why else decoded(self.root, file, data)
         if image is None:
             return self.tell(f"the picture is not shown: {why or 'it is damaged'}")
