@@ -20953,14 +20953,16 @@ PAGE_TEXT = r"""<!doctype html>
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
 html, body { height: 100%; margin: 0; overflow: hidden; }
-body { font: 16px/1.4 system-ui, sans-serif; background: var(--back); color: var(--text); }
+body { font: 16px/1.4 system-ui, sans-serif; background: var(--back); color: var(--text);
+  overflow-wrap: anywhere; }
 button, input, textarea { font: inherit; color: inherit; }
-button { min-height: 44px; min-width: 44px; padding: 0 .6rem; border: 0; border-radius: .6rem;
-  background: var(--side); cursor: pointer; }
+button, .card, #rooms, #people { background: var(--side); }
+button, input, textarea, .row, .row img, .card { border-radius: .5rem; }
+button { min-height: 44px; min-width: 44px; padding: 0 .6rem; border: 0; cursor: pointer; }
 .main { background: var(--accent); color: var(--on); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; }
 input, textarea { width: 100%; padding: .6rem; border: 1px solid var(--line);
-  border-radius: .6rem; background: var(--back); }
+  background: var(--back); }
 [type=checkbox] { width: auto; }
 label { display: block; margin: .7rem 0 .2rem; }
 a { color: var(--accent); }
@@ -20977,7 +20979,7 @@ header button { background: none; }
 #log { flex: 1; overflow: hidden auto; padding: 0 .6rem .3rem; overscroll-behavior: contain;
   overflow-anchor: none; }
 .block { content-visibility: auto; contain-intrinsic-size: auto 2000px; }
-.row { padding: .25rem .4rem; border-radius: .5rem; overflow: hidden; overflow-wrap: anywhere; }
+.row { padding: .25rem .4rem; overflow: hidden; }
 .same > div:first-child { display: none; }
 .mine { background: var(--mine); }
 .called { background: var(--called); }
@@ -20987,8 +20989,7 @@ header button { background: none; }
 .text { margin: 0; white-space: pre-wrap; unicode-bidi: plaintext; overflow: hidden; }
 .info .text { color: var(--dim); }
 blockquote { margin: 0; padding-inline-start: .5rem; border-inline-start: 3px solid var(--line); }
-.row img, .card { display: block; max-width: 100%; height: auto; border-radius: .5rem;
-  background: var(--side); }
+.row img, .card { display: block; max-width: 100%; height: auto; }
 .reactions button { min-height: 34px; margin: .2rem .3rem 0 0; }
 [aria-pressed=true] { outline: 1px solid var(--accent); }
 .failed { color: var(--bad); }
@@ -21003,16 +21004,16 @@ progress { width: 100%; }
 .badge { padding: 0 .4rem; border-radius: 1rem; background: var(--dim); color: var(--back);
   font-size: .8rem; }
 .badge.called { background: var(--bad); }
-#rooms, #people { width: 15rem; padding: .4rem; overflow: auto; background: var(--side); }
+#rooms, #people { width: 15rem; padding: .4rem; overflow: auto; }
 .list button { display: flex; width: 100%; margin: 1px 0; align-items: center;
-  text-align: start; overflow-wrap: anywhere; }
+  text-align: start; }
 .list span:first-child { flex: 1; min-width: 0; unicode-bidi: isolate; }
 [aria-current=true] { background: var(--mine); font-weight: 600; }
 dialog { width: min(34rem, 100%); max-height: 90%; overflow: auto; border: 0; z-index: 3;
   border-radius: 1rem; background: var(--back); color: var(--text);
   padding: 1rem 1rem 2rem; }
 dialog[open] { position: fixed; inset: auto 0 0; margin: auto auto 0; }
-h2 { margin: 0; font-size: 1.1rem; overflow-wrap: anywhere; }
+h2 { margin: 0; font-size: 1.1rem; }
 .buttons { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .8rem; }
 dialog img { max-width: 100%; max-height: 40vh; }
 @media (max-width: 1099px) { #people { display: none; } }
@@ -21060,8 +21061,8 @@ function el(tag, properties, ...children) {
 }
 
 const button = (text, onclick, more) =>
-  el('button', { type: 'button', textContent: text, onclick, ...more });
-const dim = (textContent) => el('p', { className: 'dim', textContent });
+  el('button', { type: 'button', onclick, ...more }, text);
+const dim = (text) => el('p', { className: 'dim' }, text);
 const randomHex = (count) => Array.from(crypto.getRandomValues(new Uint8Array(count)),
   (byte) => byte.toString(16).padStart(2, '0')).join('');
 const newId = () => `${Date.now().toString(16)}-${randomHex(8)}`;
@@ -22055,7 +22056,7 @@ function withLinks(text) {
   const made = el('p', { className: 'text', dir: 'auto' });
   let at = 0;
   for (const { 0: url, index } of text.matchAll(LINK)) {
-    made.append(text.slice(at, index), el('a', { href: url, textContent: url, ...outside }));
+    made.append(text.slice(at, index), el('a', { href: url, ...outside }, url));
     at = index + url.length;
   }
   made.append(text.slice(at));
@@ -22063,24 +22064,24 @@ function withLinks(text) {
 }
 
 function headOf({ nick, time }) {
-  const name = el('b', { textContent: nick });
+  const name = el('b', {}, nick);
   const sum = Array.from(fold(nick)).reduce((all, c) => (all * 31 + c.codePointAt(0)) % 360, 7);
   name.style.setProperty('--hue', sum);
-  return el('div', {}, name, ' ', el('time', { dateTime: time, textContent: clock(time) }));
+  return el('div', {}, name, ' ', el('time', {}, clock(time)));
 }
 
 function quoteOf(id) {
   const original = find(shown(), id);
   return el('blockquote', { dir: 'auto',
-    textContent: original ? `${original.nick}: ${original.text}` : 'an earlier message',
-    onclick: () => rows.get(original)?.scrollIntoView({ block: 'center' }) });
+    onclick: () => rows.get(original)?.scrollIntoView({ block: 'center' }) },
+  original ? `${original.nick}: ${original.text}` : 'an earlier message');
 }
 
 function fileView({ file: { path, type, size, width, height }, text }) {
   const name = /^(.+) \([^()]*\): \S+$/s.exec(text)?.[1] ?? 'file';
   if (!isPicture(type) || !height) {
-    const textContent = `\u{1f4c4} ${name} (${type}, ${sizeText(size)})`;
-    return el('a', { href: path, className: 'card', download: name, textContent, ...outside });
+    return el('a', { href: path, className: 'card', download: name, ...outside },
+      `\u{1f4c4} ${name} (${type}, ${sizeText(size)})`);
   }
   const picture = el('img', { alt: name, loading: 'lazy', width, height });
   picture.style.width = `min(${width}px, ${50 * width / height}vh)`; // known before it is loaded
@@ -22253,9 +22254,9 @@ function drawRooms() {
   fill($('rooms'), list, () => [...list.map((to) => {
     const made = button('', () => openRoom(to.name), { ariaCurrent: String(to.now) });
     made.classList.toggle('dim', to.away);
-    made.append(el('span', { textContent: to.name }));
+    made.append(el('span', {}, to.name));
     if (to.unread) made.append(el('span', { className: `badge ${to.called ? 'called' : ''}`,
-      textContent: to.unread, ariaLabel: `${to.unread} unread` }));
+      ariaLabel: `${to.unread} unread` }, to.unread));
     return made;
   }), button('+ Channel or person', joinSheet), button('Settings', settingsSheet)]);
 }
@@ -22274,7 +22275,7 @@ function drawWaiting(list) {
       && el('progress', { max: row.size, value: row.sent ?? 0, ariaLabel: row.name });
     const why = row.failed ? `not sent: ${row.failed} ` : 'waiting ';
     return el('article', { className: 'row mine' }, withLinks(row.text ?? row.name), bar,
-      el('span', { className: row.failed ? 'failed' : 'dim', textContent: why }),
+      el('span', { className: row.failed ? 'failed' : 'dim' }, why),
       row.failed && button('Retry', () => retry(row)), button('Cancel', () => cancel(row)));
   })));
 }
@@ -22476,7 +22477,7 @@ async function offer(file, ...others) {
   };
   openSheet(`Send to ${target}`, [
     isPicture(type) && el('img', { src: URL.createObjectURL(small || file), alt: '' }),
-    el('p', { textContent: `${name}, ${sizeText(size)}` }),
+    dim(`${name}, ${sizeText(size)}`),
     small && el('label', {}, smaller, ` smaller: ${sizeText(small.size)}`)],
   [button('Send', send, { className: 'main' })]);
 }
@@ -22531,7 +22532,7 @@ log.onkeydown = (event) => {
 
 function openSheet(title, parts, buttons = [], kind = '') {
   const sheet = $('sheet');
-  sheet.replaceChildren(el('h2', { id: 'title', textContent: title }), ...parts.filter(Boolean),
+  sheet.replaceChildren(el('h2', { id: 'title' }, title), ...parts.filter(Boolean),
     el('div', { className: 'buttons' }, ...buttons, button('Close', closeSheet)));
   sheet.dataset.kind = kind;
   if (sheet.open) return;
@@ -22552,7 +22553,7 @@ function form(title, fields, text, action, more = [], kind = '') {
     el('input', { autocomplete: 'off', autocapitalize: 'off', ...properties }));
   const made = el('form', {},
     ...inputs.flatMap((input, n) => [el('label', {}, fields[n][0], input)]),
-    el('div', { className: 'buttons' }, el('button', { className: 'main', textContent: text })));
+    el('div', { className: 'buttons' }, el('button', { className: 'main' }, text)));
   made.onsubmit = (event) => {
     event.preventDefault();
     if (kind !== 'search') closeSheet();

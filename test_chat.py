@@ -1076,7 +1076,7 @@ def test_an_exchange_puts_chunks_of_400_bytes_together():
             exchange.feed("A" * 400)
 
 
-def test_who_fails_too_often_waits_and_the_owner_elsewhere_does_not():
+def test_a_client_that_fails_too_often_waits_and_the_owner_elsewhere_does_not():
     throttle, now = chat.Throttle(), 10**9
     for _ in range(chat.LOGIN_TRIES):
         throttle.check("10.0.0.1", "alice", now)
@@ -1202,7 +1202,7 @@ def crowd_with_metadata(house, channel, count):
 
 
 @pytest.mark.parametrize("count, told", [(50, ["761"] * 99), (51, ["774"])])
-def test_who_joins_a_crowd_is_told_what_is_known_of_it_or_where_to_ask(count, told):
+def test_a_newcomer_to_a_crowd_is_told_what_is_known_of_it_or_where_to_ask(count, told):
     house = House()
     crowd_with_metadata(house, "#a", count)
     house.say("m0", "TOPIC #a :tea", "METADATA * SET color")
@@ -1681,7 +1681,7 @@ def found(store, key, words, count=1000):
     return [event.text for _, event in events]
 
 
-def test_who_reads_the_store_takes_a_connection_again_unless_its_job_failed(folder, monkeypatch):
+def test_a_reader_of_the_store_reuses_a_connection_unless_its_job_failed(folder, monkeypatch):
     house, opened, connect = House(store=chat.Store(folder / "chat.db")), [], chat.connect
     monkeypatch.setattr(chat, "connect", lambda *how: opened.append(how) or connect(*how))
     house.enter_irc("alice")
@@ -1887,7 +1887,7 @@ def test_what_is_not_kept_is_not_echoed_and_its_speaker_told_which_it_was():
     assert house.heard("bob") == [":alice!~u@127.0.0.1 PRIVMSG #a :lost"]
 
 
-def test_who_is_missed_can_be_killed():
+def test_a_user_in_the_grace_period_can_be_killed():
     house = House()
     house.enter_irc("alice", "bob")
     house.say("alice", "REGISTER * * password", "JOIN #a")
@@ -1999,7 +1999,7 @@ def test_a_channel_without_members_is_gone_and_its_next_founder_operates_it():
     assert house.heard("bob")[-2:] == ["* #a 1-1 of 1: @bob", "* the topic of #a is not set"]
 
 
-def test_who_comes_in_the_middle_of_a_turn_hears_only_what_follows():
+def test_a_user_who_joins_in_the_middle_of_a_turn_hears_only_what_follows():
     house = house_of("alice", "bob")
     house.say("alice", "/join #a", "before")
     house.say("bob", "/join #a")
@@ -4564,7 +4564,7 @@ def test_a_user_with_a_token_or_an_account_is_absent_after_a_restart_and_keeps_t
     third.store.close()
 
 
-def test_a_private_talk_goes_on_after_a_restart_with_who_comes_back(folder):
+def test_a_private_conversation_goes_on_after_a_restart_with_the_user_who_comes_back(folder):
     path = folder / "chat.db"
     house = House(store=chat.Store(path))
     come_again(house, "alice", "alice")
@@ -4631,7 +4631,7 @@ def test_a_line_that_breaks_leaves_the_place_for_a_while_and_a_quit_does_not():
     assert gone and house.hub.users_by_token == {} and house.hub.channels == {}
 
 
-def test_who_comes_back_from_elsewhere_is_seen_to_be_there():
+def test_a_user_who_comes_back_from_elsewhere_is_seen_to_be_there():
     house = House()
     come_again(house, "alice", "alice")
     house.enter_irc("bob")
@@ -7199,7 +7199,7 @@ def test_the_welcome_comes_in_the_order_that_clients_rely_on():
     assert "UTF8ONLY" in known and "MODES" in known
 
 
-def test_what_is_for_a_rank_is_for_who_had_it_when_it_was_said():
+def test_a_message_to_a_rank_is_for_the_members_who_had_it_then():
     house = House()
     house.enter_irc("alice", "bob", "carol")
     for who in house.guests:
@@ -7273,7 +7273,7 @@ def test_an_invalid_mask_bans_no_user(mask):
     assert "#a" in [channel.name for channel in house.guests["eve"].user.channels]
 
 
-def test_who_was_put_out_sees_and_changes_nothing_there():
+def test_a_user_who_was_kicked_sees_and_changes_nothing_there():
     house = House()
     house.enter_irc("alice")
     house.enter("dora")
@@ -7315,7 +7315,7 @@ def test_a_long_list_waits_for_its_reader_and_is_whole(running, monkeypatch):
     assert [" 322 " in line for line in lines] == [False] + [True] * 2000 + [False] * 4
 
 
-def test_who_looks_through_everything_pays_for_it(running):
+def test_a_scan_of_everything_is_charged(running):
     server = running(flood=(30, 1))
     alice = server.guest()
     alice.enter_irc("alice")
@@ -7450,7 +7450,7 @@ def test_a_message_of_several_lines_is_as_many_in_irc_and_blank_ones_are_not_sen
     assert house.heard("alice") == [f"{head}one", f"{head}three", f"{head} "]
 
 
-def test_nothing_that_anybody_says_can_end_a_line_of_irc():
+def test_no_text_of_a_user_can_end_a_line_of_irc():
     house = House()
     house.enter_irc("alice")
     house.enter("dora")
@@ -7529,7 +7529,7 @@ def test_wires_are_shared_by_what_changes_bytes_and_dropped_when_unused():
     assert house.guests["alice"].wire is one
 
 
-def test_times_stand_before_what_is_said_for_who_asked_for_them():
+def test_lines_have_times_for_clients_that_asked_for_them():
     house = House()
     house.enter_irc("alice", "bob")
     house.say("alice", "CAP REQ server-time")
@@ -8813,7 +8813,7 @@ def four_devices():
 # One's own private messages from another device go only to sessions with
 # echo-message or znc.in/self-message; these have the receiver as their target
 @pytest.mark.parametrize("lines, verb", SENT)
-def test_private_messages_from_another_device_are_for_those_who_asked(lines, verb):
+def test_private_messages_from_another_device_go_to_clients_that_asked(lines, verb):
     house = four_devices()
     assert of(asked(house, "alice", *lines), verb) == []  # no echo was asked for
     received = heard(house, "bob")
@@ -9101,7 +9101,7 @@ def test_the_addresses_of_the_web_stand_whole_in_the_tokens(letters):
 
 
 # A tag on the messages of server operators, for those who asked for it
-def test_messages_of_operators_have_a_tag_for_those_who_asked():
+def test_messages_of_operators_have_a_tag_for_clients_that_asked():
     house = irc_house("#a", alice="", bob="draft/oper-tag message-tags", carol="message-tags")
     asked(house, "alice", "PRIVMSG #a :before", "OPER boss secret")
     asked(house, "alice", "PRIVMSG #a :as one", "NOTICE bob :in private", "MODE alice -o")
@@ -9620,7 +9620,7 @@ def test_a_newcomer_is_announced_to_the_others_and_told_nothing():
     assert house.heard("bob") == []
 
 
-def test_who_was_greeted_is_a_person_and_is_told_who_is_here():
+def test_a_greeted_client_is_a_person_and_is_told_the_names():
     house = House()
     house.connect("alice", greeted=True)
     house.say("alice", "alice")
@@ -9679,7 +9679,7 @@ def test_a_password_comes_before_the_name_and_three_wrong_ones_end_it():
     assert house.guests["b"].conn.closed
 
 
-def test_someone_who_never_gave_a_name_leaves_without_a_word():
+def test_a_client_that_gave_no_name_leaves_unannounced():
     house = house_of("alice")
     house.connect("x")
     house.leave("x")
@@ -10407,7 +10407,7 @@ def test_what_tus_does_not_allow_has_the_right_status(files, method, path, heade
     assert answer[0] == status and on_disk(files) == before
 
 
-def test_what_can_be_uploaded_is_told_to_all_who_ask(files):
+def test_options_tells_what_can_be_uploaded(files):
     head = "OPTIONS /files HTTP/1.1\nHost: localhost\nOrigin: https://other.example"
     status, headers, _ = Browser(files).asks(head)
     assert status == 204 and headers["tus-version"] == "1.0.0"
@@ -11198,7 +11198,7 @@ def test_an_irc_server_is_told_from_a_chat_and_never_given_a_name(first, kind):
         (b"ERROR :Request too long\r\n", chat.IRC),
     ],
 )
-def test_who_was_taken_for_a_workshop_server_and_is_none_is_called_again(line, kind):
+def test_a_server_that_was_taken_for_a_workshop_server_is_connected_to_again(line, kind):
     core = plain_core()
     core.typed("hello")
     assert core.take_output() == b"hello\n"
@@ -11633,7 +11633,7 @@ def test_rooms_count_what_is_unread_and_what_is_for_us():
     assert "rob" not in alice.core.rooms and "bob" not in alice.core.rooms
 
 
-def test_who_is_ignored_is_not_shown():
+def test_an_ignored_user_is_not_shown():
     house = house_of("bob")
     alice = Pair(house, "alice")
     alice.typed("/ignore Bob")
@@ -12450,7 +12450,7 @@ SOURCES = [  # source, verb, how it is shown
 
 
 @pytest.mark.parametrize("source, verb, shown", SOURCES)
-def test_who_says_something_is_shown_whether_it_has_an_address_or_not(source, verb, shown):
+def test_the_source_of_a_message_is_shown_with_and_without_an_address(source, verb, shown):
     alice = Elsewhere()
     alice.hears(f":{source} {verb} alice :hi")
     view = next(view for view in alice.views if view.text.endswith("hi"))
@@ -13892,7 +13892,7 @@ TYPISTS = [
 
 
 @pytest.mark.parametrize(("names", "text"), TYPISTS)
-def test_those_who_type_are_told_in_words(names, text):
+def test_typing_users_are_told_in_words(names, text):
     assert chat.typing_text(names) == text
 
 
@@ -14776,7 +14776,7 @@ def test_lines_wrap_between_words_and_long_words_stay_whole():
     assert all(row.count("\x1b[31m") == 1 for row in coloured[:-1])
 
 
-def test_who_comes_and_goes_in_a_minute_is_one_row_but_for_those_who_spoke():
+def test_users_who_join_and_leave_in_a_minute_are_one_row_unless_they_spoke():
     alice = Elsewhere()
     alice.core.clock = lambda: alice.now
     for n in range(30):
@@ -14866,7 +14866,7 @@ def test_a_private_message_that_is_tried_again_enters_no_channel():
     assert not [line for line in sent if line.startswith("JOIN")]
 
 
-def test_who_is_away_or_operates_the_server_is_told_by_who():
+def test_who_tells_which_users_are_away_or_operate_the_server():
     alice = Elsewhere()
     alice.types("/who #lobby")
     for name, flags in (("bob", "H"), ("carol", "G@"), ("dave", "H*"), ("eve", "G*+")):
@@ -14924,7 +14924,7 @@ def test_a_line_without_text_in_a_message_of_several_lines_is_skipped():
     assert alice.said() == ["bob bob: x\ny"]
 
 
-def test_who_looks_at_a_channel_that_is_renamed_is_told_where_that_is_now():
+def test_a_user_in_a_channel_that_is_renamed_is_told_its_new_name():
     alice = Elsewhere(caps="draft/channel-rename")
     alice.types("/join #tea")
     alice.hears(":alice!u@h JOIN #tea")
@@ -15831,7 +15831,7 @@ def test_ten_thousand_lines_at_once_arrive_in_order_and_delay_no_other_client(ru
     assert numbers == [str(n) for n in range(10_000)]
 
 
-def test_who_exceeds_the_budget_is_read_later_and_loses_nothing(running):
+def test_a_client_that_exceeds_the_budget_is_read_later_and_loses_nothing(running):
     server = running(flood=(10.0, 200.0))
     reader = server.guest("reader")
     began = time.monotonic()
@@ -15892,7 +15892,7 @@ def test_too_many_connections_are_told_which_limit(running, monkeypatch):
     assert guest
 
 
-def test_who_is_lost_while_leaving_is_counted_off_once(loop):
+def test_a_client_that_is_lost_while_leaving_is_counted_off_once(loop):
     server = chat.Server(loop, chat.ServerOptions(listen=(("127.0.0.1", 0),)))
     guests = [Guest(server.listeners[0].address) for _ in range(2)]
     spin(loop, lambda: len(server.peers) == 2)
@@ -15914,7 +15914,7 @@ def test_a_full_house_says_so(running):
     assert server.guest().rest() == b"* this server is full: 1 clients; try again later\n"
 
 
-def test_who_gives_no_name_is_sent_away(running, monkeypatch):
+def test_a_client_that_gives_no_name_is_closed(running, monkeypatch):
     monkeypatch.setattr(chat, "NAMING_SECONDS", 0.15)
     monkeypatch.setattr(chat, "GREETING_SECONDS", 0.05)
     guest = running().guest()
@@ -17441,7 +17441,7 @@ def test_connections_that_came_and_went_leave_no_descriptor(tmp_path):
         terminate(process)
 
 
-def test_a_private_message_is_charged_for_both_who_are_told():
+def test_a_private_message_is_charged_for_both_receivers():
     house = house_of("alice", "bob")
     work = []
     for name in ("#lobby", "bob"):
@@ -17893,7 +17893,7 @@ def test_the_status_says_what_matters_most_in_the_room_there_is(columns, text):
     assert chat.COLOUR.sub("", colourful) == text
 
 
-def test_other_conversations_are_told_of_if_there_is_something_new_who_calls_us_first():
+def test_conversations_with_news_are_told_mentions_first():
     rooms = [chat.Room(name) for name in ("#here", "#quiet", "#rust", "bob", "#" + "x" * 60)]
     for room, unread, called in zip(rooms, (5, 0, 3, 1, 2), (1, 0, 0, 1, 0), strict=True):
         room.unread, room.called = unread, called
@@ -18324,7 +18324,7 @@ def test_a_client_comes_back_when_its_server_does(terminal, folder):
         again.kill()
 
 
-def test_a_line_is_completed_with_who_spoke_last_and_with_where_one_may_go():
+def test_tab_completes_the_last_speakers_and_known_channels():
     core = chat.ClientCore("alice", kind=chat.CHAT, join=("#lobby", "#rust"))
     core.room_for("bob"), core.rooms["#rust"].came("bert")
     for name in ("alice", "bea", "ben"):
@@ -22401,7 +22401,7 @@ def test_operators_end_and_restart_the_server(folder):
         assert process.wait(PATIENCE) == 0
 
 
-def test_who_has_the_files_sets_another_password_while_the_server_runs(folder):
+def test_a_user_with_access_to_the_files_sets_another_password_while_the_server_runs(folder):
     with serving("--data", folder) as (process, address):
         alice = Guest(address, "alice")
         alice.send("/register swordfish99\n")
