@@ -21075,10 +21075,13 @@ const bytesOf = (text) => new TextEncoder().encode(text);
 const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
 const fromBase64 = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 const now = () => new Date().toISOString();
-const [CLOCK, DAY] = [{ timeStyle: 'short' }, { dateStyle: 'full' }] // made once: that is slow
-  .map((style) => new Intl.DateTimeFormat([], style));
-const clock = (time) => CLOCK.format(new Date(time));
-const dayOf = (time) => DAY.format(new Date(time));
+
+function formatter(style) { // made once, and not before it is needed: that is slow
+  let made;
+  return (time) => (made ??= new Intl.DateTimeFormat([], style)).format(new Date(time));
+}
+
+const clock = formatter({ timeStyle: 'short' }), dayOf = formatter({ dateStyle: 'full' });
 const sizeText = (size) => (size < 1e6 ? `${Math.ceil(size / 1024)} KB`
   : `${(size / 2 ** 20).toFixed(1)} MB`);
 
@@ -21240,7 +21243,7 @@ const PAGE = 100; // messages that are asked for at once; fewer while the connec
 const KEPT = 200; // messages of a room that are kept for the next start
 const WALKED = 1000; // missed messages that are fetched in order; of more, only the newest
 
-const state = { me: setting('name') ?? '', account: '', rooms: {}, outbox: [], batches: {},
+const state = { me: '', account: '', rooms: {}, outbox: [], batches: {},
   asked: {}, page: PAGE, phase: 'closed', why: '', retryAt: 0 };
 
 const isMe = (nick) => fold(nick) === fold(state.me);
@@ -22043,7 +22046,7 @@ const ROWS = 50; // of a block: the browser draws only the blocks that are in si
 const LINK = /https?:\/\/[^\s<>"\p{Cf}]*[^\s<>"\p{Cf}'.,:;!?)\]}]/gu;
 
 const log = $('log');
-let here = fold(setting('here') ?? '#lobby'); // key of the room on the screen
+let here = fold('#lobby'); // key of the room on the screen
 let drawnFrom = 0; // its first message that has a row
 let stuck = true; // the reader is at the end, and stays there
 let answering = null; // the message that the next one replies to
@@ -22672,6 +22675,8 @@ function listen() {
 
 async function start() {
   listen();
+  state.me = setting('name') ?? '';
+  here = fold(setting('here') ?? '#lobby');
   await openDatabase().catch(() => null); // as in some private windows
   for (const kept of await stored('rooms')) {
     const to = Object.assign(room(kept.name), kept);
@@ -22689,7 +22694,9 @@ async function start() {
   callLeader();
   navigator.serviceWorker?.register('/sw.js').catch(() => null);
 }
-start();
+// The empty page is painted first: what a browser keeps takes its time
+if (document.hidden) start();
+else requestAnimationFrame(() => setTimeout(start));
 </script>
 """
 
