@@ -22218,10 +22218,17 @@ function markRead() {
 
 // ---- The screen: the rest of it, drawn again in the next frame where it differs
 
-let drawing = 0;
+let drawing = false;
 
-function refresh() { // a hidden tab has no frames
-  drawing ||= document.hidden ? setTimeout(draw, 200) : requestAnimationFrame(draw);
+function afterFrame(action) { // once; a tab that is not seen has no frames
+  const run = () => { action?.(); action = null; };
+  requestAnimationFrame(() => setTimeout(run));
+  setTimeout(run, 200);
+}
+
+function refresh() {
+  if (!drawing) afterFrame(draw);
+  drawing = true;
 }
 
 // Replace what is in an element if `facts` are not those of the last time: a tap needs its button
@@ -22232,7 +22239,7 @@ function fill(parent, facts, make) {
 }
 
 function draw() {
-  drawing = 0;
+  drawing = false;
   const to = shown(), unread = allRooms().reduce((sum, one) => sum + one.unread, 0);
   document.title = `${unread ? `(${unread}) ` : ''}${to.name}`;
   $('name').textContent = to.name;
@@ -22695,8 +22702,7 @@ async function start() {
   navigator.serviceWorker?.register('/sw.js').catch(() => null);
 }
 // The empty page is painted first: what a browser keeps takes its time
-if (document.hidden) start();
-else requestAnimationFrame(() => setTimeout(start));
+afterFrame(start);
 </script>
 """
 

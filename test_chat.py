@@ -22022,6 +22022,27 @@ def test_of_two_tabs_on_plain_http_one_has_the_connection(running, browse):
     assert second.rows() == ["through the first", "alone"]
 
 
+def test_a_tab_takes_the_place_of_a_leader_that_does_not_answer(running, browse):
+    """As one that the browser has frozen."""
+    server = with_page(running)
+    witness = Witness(server.address)
+    first = browse(server.address).enter("anna")
+    first.say("before")
+    first.wait_for("before")
+    first.js("globalThis.heard = channel.onmessage; channel.onmessage = null")
+    second = browse(server.address)
+    second.until("leader")
+    first.js("channel.onmessage = heard; null")
+    first.until("!leader && attached")
+    second.say("from the other tab")
+    second.wait_for("before", "from the other tab")
+    first.say("through the other tab")
+    for tab in (first, second):
+        tab.wait_for("through the other tab")
+        assert tab.rows() == ["before", "from the other tab", "through the other tab"]
+    assert witness.heard("through the other tab")[0] == tab.rows()
+
+
 HOSTILE = (
     "<img src=http://evil.test/x onerror=alert(1)><script>alert(1)</script>",
     "javascript:alert(1) data:text/html,<b>x</b> [x](javascript:alert(1))",
