@@ -11018,7 +11018,7 @@ class PlainTalk:
     def do_without(self, *values: Any) -> None:
         """Do nothing, in place of a method for which the line protocol has no command."""
 
-    tick = bye = ping = forget = acknowledged = renamed = watch = send = do_without
+    tick = bye = ping = forget = acknowledged = renamed = watch = send = want_going = do_without
 
 
 # IRC
@@ -11329,6 +11329,9 @@ class IrcTalk:
         self.doubted: dict[str, list[str]] = {}  # own ids by the token of a PING sent after them
         self.acks: dict[str, list[str]] = {}  # by PING token: own ids that the PONG confirms
         self.last_ack = core.ticks()  # time of the last confirmation by the server
+        self.bouncer = ""  # the source of a bouncer's own lines (ZNC) ...
+        self.bouncer_said = ""  # ... and its last message, until a PONG
+        self.unserved = math.inf  # since when no server is behind it (ticks)
         # Later messages may have been missed: times are unique within one target
         self.since = max(0, core.newest - 2 * TIMES_AHEAD)
         core.output.append("CAP LS 302")
@@ -11484,7 +11487,12 @@ class IrcTalk:
         for reference, batch in list(self.batches.items()):
             if now - batch.at > BATCH_SECONDS:  # the end of the batch was lost
                 self.end_batch(self.batches.pop(reference))
-        if self.ready:
+        if now - self.unserved > REGISTRATION_SECONDS and not (self.core.tidy and self.bouncer):
+            self.ready = False
+            cause = TEMPORARY if self.core.tidy else NEEDS_USER
+            self.core.refuse("there is no server behind it", cause)
+            self.core.dismissed = True
+        elif self.ready:
             self.regain_name(now)
             self.doubt_echoes(now)
         else:
@@ -11541,6 +11549,30 @@ class IrcTalk:
         if any(id == own_id for _, id in self.said):
             while self.said.popleft()[1] != own_id:
                 pass
+
+    def wait_for_server(self, why: str) -> None:
+        """Hold all messages until a server welcomes the client, for something between the two has
+        done so too early. The messages in flight have not arrived."""
+        if self.unserved == math.inf:
+            self.unserved = self.core.ticks()
+            self.core.show(View(NOTE, f"{why}; what you say waits for that"))
+        self.core.sent_before |= self.core.outbox.in_flight.keys()
+        self.core.outbox.connection_lost()
+        for lines in (self.pieces, self.echoed, self.said, self.unconfirmed, self.acks):
+            lines.clear()
+        self.doubted.clear()
+        self.entering.clear()
+        self.want_going()
+        for room in self.core.rooms.values():
+            room.inside = False
+            self.core.changed(room)
+
+    def want_going(self) -> None:
+        """Join the channels, whose JOINs were not answered, the next time."""
+        for key, password in self.going.items():
+            room = self.core.room_for(key)
+            room.wanted, room.password = True, password
+        self.going.clear()
 
     def forget(self, own_id: str) -> None:
         """Stop confirming a message, because the user decides about it."""
@@ -11677,8 +11709,10 @@ class IrcTalk:
         self.core.park_all(room, why)
 
     def waits(self, one: Waiting) -> bool:
-        """Return whether a message waits for the answer to a JOIN. The later messages of a pipe,
-        and commands, wait with it."""
+        """Return whether a message waits for the answer to a JOIN, or for a server. The later
+        messages of a pipe, and commands, wait with it."""
+        if self.unserved < math.inf:
+            return not self.carries(one)
         room, key = self.core.find(one.where), self.core.fold(one.where)
         return room is not None and room.is_channel and not room.inside and key in self.entering
 
@@ -11751,8 +11785,10 @@ class IrcTalk:
 
     def carries(self, one: Waiting) -> bool:
         """Return whether a message can be sent; one for a channel waits until the client is in
-        it."""
+        it. A bouncer alone takes messages only for itself: *status and its other modules."""
         room = self.core.find(one.where)
+        if self.unserved < math.inf and one.where[:1] != "*":
+            return False
         if room is None or not room.is_channel:
             return not self.server.is_channel(one.where)
         entering = self.server.ours and self.core.fold(one.where) in self.entering
@@ -11977,6 +12013,8 @@ def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
         if len(server.offered) < TOKENS_KEPT:
             server.offered.update(word.partition("=")[::2] for word in words)
         talk.core.told_sts(server.offered.get("sts", ""))
+        if any(name.startswith("znc.in/") for name in words):
+            talk.bouncer = heard.source
     if talk.core.redial:  # over TLS: nothing more is sent over this connection
         return
     if subcommand == "LS":
@@ -12002,7 +12040,9 @@ def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("421", "451", least=2)
 def no_capabilities(talk: IrcTalk, heard: Heard) -> None:
-    """Go on with a server that knows no CAP, or no AUTHENTICATE."""
+    """Go on with a server that knows no CAP, or no AUTHENTICATE; or that is not one yet."""
+    if talk.ready and heard.verb == "451":
+        return talk.wait_for_server("the server has not let us in yet")
     if heard.params[1] == "AUTHENTICATE" and talk.login is not None:
         talk.core.show(View(NOTE, "not logged in: this server knows no SASL"))
         return talk.end_log_in()
@@ -12159,7 +12199,7 @@ def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("001", least=1)
 def welcomed(talk: IrcTalk, heard: Heard) -> None:
-    core, talk.ready = talk.core, True
+    core, talk.ready, talk.unserved = talk.core, True, math.inf
     core.sure, core.name = True, heard.params[0]
     core.outbox.most = SENT_AHEAD if talk.server.echoes else DOUBTED_AHEAD
     pace = NO_PACE if talk.server.ours else (PACE_BURST, PACE_RATE)
@@ -12178,6 +12218,8 @@ def welcomed(talk: IrcTalk, heard: Heard) -> None:
     for one in core.outbox.waiting.values():  # accepted messages need the channel
         if talk.server.is_channel(one.where) and one.id not in core.outbox.parked:
             core.room_for(one.where).wanted = True
+    if talk.bouncer and heard.source == talk.bouncer:
+        return talk.wait_for_server("the bouncer is not connected to its server")
     for room in core.rooms.values():
         if room.is_channel and room.wanted and not (talk.resumed and room.entered):
             talk.enter(room)
@@ -12299,8 +12341,11 @@ def ponged(talk: IrcTalk, heard: Heard) -> None:
     while talk.pings:
         answered = talk.pings.popleft()
         for own_id in talk.acks.pop(answered, ()):
-            if own_id in talk.core.outbox.in_flight:  # else the message was refused meanwhile
-                confirm(talk, own_id)
+            if own_id not in talk.core.outbox.in_flight:  # the message was refused meanwhile
+                continue
+            if talk.core.outbox.waiting[own_id].where in talk.bouncer_said:
+                return talk.wait_for_server("the bouncer has lost its server")
+            confirm(talk, own_id)
         for own_id in talk.doubted.pop(answered, ()):
             if "echo-message" not in talk.server.enabled:  # disabled since
                 confirm(talk, own_id)
@@ -12308,6 +12353,7 @@ def ponged(talk: IrcTalk, heard: Heard) -> None:
                 talk.core.lost(own_id, "the server took it and did not send it back")
         if answered == token:
             break
+    talk.bouncer_said = ""
 
 
 @from_server("ACK")
@@ -12502,6 +12548,8 @@ def message_came(talk: IrcTalk, heard: Heard) -> None:
         return None  # for users of netcat, after a silence that a slow line causes too
     if is_ctcp(text):
         return answer_ctcp(talk, heard)
+    if heard.source.endswith("!znc@znc.in"):
+        talk.bouncer_said = text
     view = spoken_view(talk, heard, text)
     if view.kind in (SAID, NOTICED):
         if view.kind == NOTICED and not (view.mine or talk.core.find(view.where)):
@@ -13602,9 +13650,8 @@ class ClientCore(ForScreens):
                 self.leave_to_user(one.id)
         if talk and any(asked.how in ("missed", "gap") for asked in talk.asked):
             self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
-        for key, password in talk.going.items() if talk else ():  # the answer to JOIN is lost
-            room = self.room_for(key)
-            room.wanted, room.password = True, password
+        if talk:
+            talk.want_going()
         for room in self.rooms.values():
             room.held, room.inside, room.asked_people = [], False, False
             room.typing.clear()
@@ -13823,13 +13870,15 @@ class ClientCore(ForScreens):
 
     def _give_back(self, lost: list[Waiting], why: str) -> None:
         """Return messages that could not be stored to the user; a pipe has lost them."""
-        self.failures += 0 if self.tidy else len(lost)
-        for one in lost if self.tidy else ():
+        if not self.tidy:
+            self.failures += len(lost)
+            self.show(*[View(NOTE, why)] * (why != self.told_trouble))
+            self.told_trouble = why
+            return
+        for one in lost:
             if one.id in self.shown:
                 self.unshow(one)
-        if self.tidy:
-            self.show(View(BACK, "\n".join(one.text for one in lost)))
-        self.show(View(NOTE, why))
+        self.show(View(BACK, "\n".join(one.text for one in lost)), View(NOTE, why))
 
     def _show_own(self, one: Waiting, text: str) -> Room:
         """Show a message of this client in its conversation; return the conversation."""

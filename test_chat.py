@@ -12183,8 +12183,8 @@ def test_a_pipe_counts_what_a_full_disk_does_not_take(folder):
     core = chat.ClientCore("alice", False, outbox=outbox)
     fill(outbox.rows.db)
     for n in range(5):
-        core.speak(f"{n} " * 1000)
-    core.flush()
+        core.speak(f"{n} " * 5000)
+        core.flush()
     assert core.failures == 5 and outbox.waiting == {}
     assert [view.kind for view in core.take_views() if view.kind != chat.SAID] == ["note"]
 
@@ -13032,6 +13032,97 @@ def test_a_password_that_the_server_wants_is_asked_for_and_can_be_given():
     assert alice.core.password == "open sesame" and alice.core.wants_connection
     alice.core.connected()
     assert b"PASS :open sesame\r\n" in alice.core.take_output()
+
+
+# A bouncer, whose server may not be there
+
+ZNC = "server-time echo-message znc.in/self-message"
+
+
+class Bounced(Elsewhere):
+    """A client on a ZNC, which welcomes it although no server is there."""
+
+    def connect(self, *tokens, caps=""):
+        self.views += self.core.connected()
+        self.hears(f":irc.znc.in CAP * LS :{ZNC}", ":irc.znc.in CAP alice ACK :echo-message")
+        self.hears(":irc.znc.in 001 alice :Welcome to ZNC")
+        self.sent()
+
+    def lost(self, target):
+        text = f"Your message to {target} got lost, you are not connected to IRC!"
+        self.hears(f":*status!znc@znc.in PRIVMSG alice :{text}")
+
+    def served(self):
+        return self.hears("001 alice :Welcome", "004 alice x ircd-1 a b")
+
+
+def test_behind_a_bouncer_without_a_server_messages_and_joins_wait_for_one():
+    alice = Bounced()
+    assert alice.kinds("note") == [
+        "the bouncer is not connected to its server; what you say waits for that"
+    ]
+    alice.types("hello", "/msg bob psst", "/msg *status connect")
+    message, ping, *pings = alice.sent(200)
+    assert message == "PRIVMSG *status connect" and {one[:5] for one in pings} <= {"PING "}
+    alice.hears(f"PONG x {ping.split()[-1]}").served()
+    alice.hears(":alice!u@h JOIN #lobby")
+    sent = [line for line in alice.sent(9) if line.startswith(("JOIN", "PRIVMSG"))]
+    assert sent[0] == "JOIN #lobby" and sorted(sent[1:]) == [
+        *("PRIVMSG #lobby hello", "PRIVMSG bob psst"),
+    ]
+
+
+def test_what_a_bouncer_lost_is_sent_to_its_next_server():
+    alice = Bounced()
+    alice.served()
+    alice.hears(":alice!u@h JOIN #lobby")
+    alice.sent(9)
+    alice.types("one")
+    (_, ping) = alice.sent(3)
+    alice.lost("#lobby")
+    alice.hears(f"PONG x {ping.split()[-1]}")
+    assert alice.kinds("note")[-1] == "the bouncer has lost its server; what you say waits for that"
+    assert messages_of(alice.core.outbox) == ["one"] and not alice.core.room.inside
+    alice.served()
+    assert "JOIN #lobby" in alice.sent()
+    alice.hears(":alice!u@h JOIN #lobby")
+    _, ping = alice.sent(9)
+    alice.hears(":alice!u@h PRIVMSG #lobby one", f"PONG x {ping.split()[-1]}")
+    assert alice.core.outbox.waiting == {} and alice.kinds("failed") == []
+
+
+@pytest.mark.parametrize("params", ["JOIN :You have not registered", ":Connection not registered"])
+def test_a_server_that_welcomes_and_then_wants_a_registration_is_waited_for(params):
+    alice = Elsewhere()
+    alice.types("hello")
+    assert "PRIVMSG #lobby hello" in alice.sent(1)
+    alice.hears(f"451 alice {params}", f"451 alice {params}")
+    assert alice.kinds("note") == ["the server has not let us in yet; what you say waits for that"]
+    assert alice.kinds("told") == ["you are alice"]
+    assert [line for line in alice.sent(9) if "hello" in line] == []
+    alice.hears("001 alice :Welcome", ":alice!u@h JOIN #lobby")
+    assert "PRIVMSG #lobby hello" in alice.sent(9)
+    alice.hears(f"451 alice {params}")
+    alice.sent(chat.REGISTRATION_SECONDS + 2)
+    assert alice.core.dismissed and alice.core.cause == chat.TEMPORARY
+
+
+def test_a_pipe_does_not_wait_for_ever_for_the_server_of_a_bouncer():
+    bot, alice = Bounced(tidy=False), Bounced()
+    for client in (bot, alice):
+        client.sent(chat.REGISTRATION_SECONDS + 2)
+    assert bot.core.dismissed and bot.core.cause == chat.NEEDS_USER and not bot.core.ready
+    assert not alice.core.dismissed
+
+
+def test_a_channel_that_was_being_joined_when_the_bouncer_lost_its_server_is_joined_later():
+    alice = Bounced()
+    alice.served()
+    alice.types("/join #tea word")
+    alice.hears("451 alice JOIN :You have not registered")
+    alice.sent(9)
+    alice.served()
+    assert "JOIN #tea word" in alice.sent(9)
 
 
 # Found by reading
