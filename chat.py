@@ -11329,8 +11329,8 @@ class IrcTalk:
         self.doubted: dict[str, list[str]] = {}  # own ids by the token of a PING sent after them
         self.acks: dict[str, list[str]] = {}  # by PING token: own ids that the PONG confirms
         self.last_ack = core.ticks()  # time of the last confirmation by the server
-        self.bouncer = ""  # the source of a bouncer's own lines (ZNC) ...
-        self.bouncer_said = ""  # ... and its last message, until a PONG
+        self.bouncer = False  # the server is a ZNC ...
+        self.bouncer_said = ""  # ... and this its last message, until a PONG
         self.unserved = math.inf  # since when no server is behind it (ticks)
         # Later messages may have been missed: times are unique within one target
         self.since = max(0, core.newest - 2 * TIMES_AHEAD)
@@ -12013,8 +12013,6 @@ def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
         if len(server.offered) < TOKENS_KEPT:
             server.offered.update(word.partition("=")[::2] for word in words)
         talk.core.told_sts(server.offered.get("sts", ""))
-        if any(name.startswith("znc.in/") for name in words):
-            talk.bouncer = heard.source
     if talk.core.redial:  # over TLS: nothing more is sent over this connection
         return
     if subcommand == "LS":
@@ -12197,6 +12195,9 @@ def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
     try_name(talk, heard, NAMES_TRIED, lambda _: next(tried, guest))
 
 
+ZNC_ITSELF, ZNC_MODULES = "irc.znc.in", "!znc@znc.in"  # sources of lines from no server
+
+
 @from_server("001", least=1)
 def welcomed(talk: IrcTalk, heard: Heard) -> None:
     core, talk.ready, talk.unserved = talk.core, True, math.inf
@@ -12218,7 +12219,8 @@ def welcomed(talk: IrcTalk, heard: Heard) -> None:
     for one in core.outbox.waiting.values():  # accepted messages need the channel
         if talk.server.is_channel(one.where) and one.id not in core.outbox.parked:
             core.room_for(one.where).wanted = True
-    if talk.bouncer and heard.source == talk.bouncer:
+    if heard.source == ZNC_ITSELF:
+        talk.bouncer = True
         return talk.wait_for_server("the bouncer is not connected to its server")
     for room in core.rooms.values():
         if room.is_channel and room.wanted and not (talk.resumed and room.entered):
@@ -12548,8 +12550,8 @@ def message_came(talk: IrcTalk, heard: Heard) -> None:
         return None  # for users of netcat, after a silence that a slow line causes too
     if is_ctcp(text):
         return answer_ctcp(talk, heard)
-    if heard.source.endswith("!znc@znc.in"):
-        talk.bouncer_said = text
+    if heard.source.endswith(ZNC_MODULES):
+        talk.bouncer, talk.bouncer_said = True, text
     view = spoken_view(talk, heard, text)
     if view.kind in (SAID, NOTICED):
         if view.kind == NOTICED and not (view.mine or talk.core.find(view.where)):
@@ -15029,12 +15031,16 @@ class KnownServers(Writer):
         return self._known(host)[2:]
 
     def remember(self, server: Any, **values: Any) -> None:
-        """Store some of the columns of a server."""
+        """Store some of the columns of a server; another client may know more of the others."""
         names = ("kind", "pin", "port", "until")
         known = dict(zip(names, self._known(server), strict=True)) | values
         if (row := tuple(known.values())) != self._known(server):
             self.rows[str(server)] = row
-            self.write("REPLACE INTO servers VALUES (?, ?, ?, ?, ?)", str(server), *row)
+            marks = ", ".join("?" * (len(values) + 1))
+            changes = ", ".join(f"{name} = excluded.{name}" for name in values)
+            insert = f"INSERT INTO servers (server, {', '.join(values)}) VALUES ({marks})"
+            conflict = f"ON CONFLICT (server) DO UPDATE SET {changes}"
+            self.write(f"{insert} {conflict}", str(server), *values.values())
             self.flush()
 
     def login(self, server: Any, name: str) -> Login | None:
@@ -17459,6 +17465,17 @@ def parse_journal(data: bytes) -> tuple[str, list[Waiting]]:
     return known.pop(""), list(known.values())
 
 
+def move_outbox(db: sqlite3.Connection, file: typing.BinaryIO, target: Target, name: str) -> None:
+    """Move an outbox in an open file to client.db."""
+    secret, waiting = parse_journal(file.read())
+    with transaction(db):
+        box = db.execute(NEW_OUTBOX, [str(target), fold(name), secret]).lastrowid
+        marks = f"(box, id, place, text, kind, sent, reply, at, why) VALUES ({box}"
+        insert = f"INSERT OR IGNORE INTO outbox {marks}, ?, ?, ?, ?, ?, ?, ?, ?)"
+        db.executemany(insert, waiting)
+    file.truncate(0)
+
+
 def take_over_outboxes(
     db: sqlite3.Connection, folder: pathlib.Path, target: Target, name: str
 ) -> None:
@@ -17466,14 +17483,9 @@ def take_over_outboxes(
     text = f"{target} {fold(name)}"
     stem = f"{re.sub(r'[^A-Za-z0-9.-]', '_', text)}-{zlib.crc32(text.encode()):08x}"
     for path in sorted(folder.glob(f"{stem}.*")):
-        with contextlib.suppress(OSError), open(locked(path), "r+b") as file:
-            secret, waiting = parse_journal(file.read())
-            with transaction(db):
-                box = db.execute(NEW_OUTBOX, [str(target), fold(name), secret]).lastrowid
-                marks = f"(box, id, place, text, kind, sent, reply, at, why) VALUES ({box}"
-                insert = f"INSERT OR IGNORE INTO outbox {marks}, ?, ?, ?, ?, ?, ?, ?, ?)"
-                db.executemany(insert, waiting)
-            file.truncate(0)
+        with contextlib.suppress(OSError):
+            with open(locked(path), "r+b") as file:
+                move_outbox(db, file, target, name)
             path.unlink()
     with contextlib.suppress(OSError):  # it may not be empty yet
         folder.rmdir()
@@ -20202,7 +20214,8 @@ class ManyServers(Client):
         """Remove a server whose link has ended; with the last one, end the client."""
         if len(self.seats) == 1:
             return self.over(reason)
-        seat.core.close_store()
+        with patience_with(self.db):
+            seat.core.close_store()
         if seat is self.seat:
             self.look_at(next(one for one in self.seats if one is not seat))
         self.seats.remove(seat)
