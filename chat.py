@@ -13532,13 +13532,15 @@ class ClientCore(ForScreens):
 
     def refresh(self) -> None:
         """Store what waits, and use the settings that another client of the user has stored."""
+        if not self.store or not self.store.flush():
+            return
         with contextlib.suppress(sqlite3.Error):  # locked: a second later
-            if self.store.flush() and (version := self.store.version()) != self.version:
+            version = self.store.version()
+            if version != self.version:
                 ignored, settings = self.store.ignored(), self.store.settings()
-                self.ignored = ignored
+                self.ignored, self.version = ignored, version
                 self.settings.clear()
                 self.settings.update(settings)
-                self.version = version
 
     def tell_trouble(self) -> None:
         """Tell the user once that the store cannot be used."""
@@ -13754,8 +13756,8 @@ class ClientCore(ForScreens):
             self.mark_read(here)
         self.tell_read()
         self.end_typing()
+        self.refresh()
         if self.store:
-            self.refresh()
             self.store.index()
             self.tell_trouble()
         self.flush()
@@ -14128,9 +14130,11 @@ class ClientCore(ForScreens):
             self.show(View(FAILED, text, where=one.where, own_id=own_id))
 
     def park_all(self, room: Room, why: str) -> None:
-        """Let the user decide about all messages for a channel that the client is not in."""
+        """Let the user decide about all messages for a channel that the client is not in. A chat.py
+        still answers those in flight."""
+        decided = {*self.outbox.parked, *(self.outbox.in_flight if self.server.ours else ())}
         for one in list(self.outbox.waiting.values()):
-            if self.fold(one.where) == self.fold(room.name) and one.id not in self.outbox.parked:
+            if self.fold(one.where) == self.fold(room.name) and one.id not in decided:
                 self.park(one.id, "it may have arrived or not" if one.sent else why)
 
     def leave_to_user(self, own_id: str) -> None:
@@ -18058,6 +18062,7 @@ class Link:
         self.loop.call_later(WATCH_SECONDS, self._watch)
         self.known.flush()
         if self.phase not in TALKING or self.conn is None:
+            self.core.refresh()
             return self.poke() if self.core.outbox.locked_at < math.inf else None
         if gap > 3 * WATCH_SECONDS:
             self.conn.heard = min(self.loop.now, self.conn.heard + gap)
@@ -20087,6 +20092,11 @@ class Client:
         self.reason = self.reason or reason
         self.loop.stop()
 
+    def fate_of(self, waiting: int) -> str:
+        """Return a text about messages that are in the outbox at the end."""
+        fate = "waiting, to be sent the next time" if self.options.state else "not sent"
+        return f"{counted(waiting, 'message')} {fate}"
+
     def ending(self) -> None:
         """Store what is left to be stored."""
         self.core.close_store()
@@ -20224,7 +20234,7 @@ class ManyServers(Client):
         self.keep_servers()
         self.seats_changed()
         if waiting := len(seat.core.outbox.waiting):
-            reason += f"; {counted(waiting, 'message')} waiting, to be sent the next time"
+            reason += f"; {self.fate_of(waiting)}"
         return self.show([View(NOTE, f"{seat.link.target}: {reason.removeprefix('; ') or 'left'}")])
 
     def leave(self, reason: str = "") -> None:
@@ -20353,7 +20363,7 @@ class Filter(Client):
         if self.join and self.was_up and self.core.kind == PLAIN:
             reasons.append("a plain server has no channels; if it is one of IRC, write irc://...")
         if waiting:
-            reasons.append(f"{counted(waiting, 'message')} waiting, to be sent the next time")
+            reasons.append(self.fate_of(waiting))
         super().over("; ".join(filter(None, reasons)))
 
 
@@ -20431,9 +20441,7 @@ class TerminalClient(ManyServers):
         finally:
             self.give_back()
         if waiting := sum(len(core.outbox.waiting) for core in self.cores):
-            kept = self.options.state  # else there was nowhere to keep them
-            fate = "waiting, to be sent the next time" if kept else "not sent"
-            print(f"{counted(waiting, 'message')} {fate}")
+            print(self.fate_of(waiting))
         return reason
 
     def ending(self) -> None:

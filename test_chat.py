@@ -13135,6 +13135,17 @@ def test_what_was_sent_is_known_to_be_so_by_the_next_run(folder):
     assert one.sent
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_refused_join_leaves_a_message_to_the_user_unless_the_server_will_answer_it(ours):
+    alice = Elsewhere()
+    alice.core.server.ours = ours
+    alice.types("hello")
+    alice.sent(1)
+    alice.core.park_all(alice.core.room, "you may not join")
+    parked = ["it may have arrived or not"]
+    assert [*alice.core.outbox.parked.values()] == ([] if ours else parked)
+
+
 def test_a_kick_leaves_what_waits_to_the_user_and_hinders_no_command():
     alice = Elsewhere()
     alice.types("\n".join("abcdefgh"), "two", "three")
@@ -14364,6 +14375,14 @@ def test_a_missing_password_is_told_once_with_the_way_out():
 
 
 # Found by real use
+
+
+def test_what_a_client_does_without_a_connection_is_stored_all_the_same():
+    link = Hanging(True, 60.0)
+    link.core.store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    link.core.store.keep_room("#tea", chat.Room("#tea"))
+    link._watch()
+    assert not link.core.store.waiting and [room.name for room in link.core.store.rooms()]
 
 
 def test_a_server_that_stood_stays_when_it_cannot_be_trusted_any_more():
@@ -18902,6 +18921,13 @@ def test_a_filter_speaks_in_the_channel_it_was_told_to_join(running):
     with program("client", "bot", "--server", where, "--no-state", "--join", "#a") as client:
         client.communicate(b"hi\n", PATIENCE)
     assert bob.until("hi")[-1] == "[#a] bot: hi"
+
+
+def test_without_a_state_nothing_is_said_to_be_sent_the_next_time(folder):
+    client = chat.Client.__new__(chat.Client)
+    for state, fate in (None, "not sent"), (folder, "waiting, to be sent the next time"):
+        client.options = chat.ClientOptions("bot", chat.parse_target("x:1"), state=state)
+        assert client.fate_of(2) == f"2 messages {fate}"
 
 
 @pytest.mark.parametrize(
