@@ -17434,11 +17434,12 @@ def take_over(db: sqlite3.Connection, servers: pathlib.Path, logins: pathlib.Pat
             case str(kind) if path == servers:  # as version 0.1 wrote it
                 rows["servers"].append((key, kind, "", 0, 0))
     if found:
-        with patience_with(db), transaction(db):
-            db.executemany("REPLACE INTO servers VALUES (?, ?, ?, ?, ?)", rows["servers"])
-            db.executemany("REPLACE INTO logins VALUES (?, ?, ?, ?)", rows["logins"])
+        with patience_with(db), transaction(db):  # what client.db knows is newer
+            db.executemany("INSERT OR IGNORE INTO servers VALUES (?, ?, ?, ?, ?)", rows["servers"])
+            db.executemany("INSERT OR IGNORE INTO logins VALUES (?, ?, ?, ?)", rows["logins"])
         for path in {path for path, *_ in found}:
-            path.unlink()
+            with contextlib.suppress(OSError):  # a folder of settings may be read-only
+                path.unlink()
 
 
 def take_record(known: dict[str, Any], record: Any) -> None:

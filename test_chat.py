@@ -12328,6 +12328,21 @@ def test_servers_and_passwords_in_files_are_taken_over_once(folder):
     assert not servers.exists() and not logins.exists()
 
 
+def test_a_file_of_passwords_that_cannot_be_removed_brings_no_old_password_back(
+    folder, monkeypatch
+):
+    def fail(*_):
+        raise PermissionError(errno.EROFS, "read-only file system")
+
+    (folder / "logins.json").write_text(json.dumps({"a:1 bob": ["bob", "old"]}))
+    monkeypatch.setattr(pathlib.Path, "unlink", fail)
+    found = chat.KnownServers(chat.open_client_file(folder))
+    assert found.login("a:1", "bob") == chat.Login("bob", "old")
+    found.keep_login("a:1", "bob", chat.Login("bob", "new"))
+    found = chat.KnownServers(chat.open_client_file(folder))
+    assert found.login("a:1", "bob") == chat.Login("bob", "new")
+
+
 @pytest.mark.parametrize("text", ["{ damaged", "[]", '{"a:1 b": ["\\ud800", "x"]}', "{}"])
 def test_a_damaged_file_of_passwords_is_left_alone(folder, text):
     path = folder / "logins.json"
