@@ -64,7 +64,8 @@ Glossary:
     dedup key the sender's own id of a message: under one id there is one message
     room      a channel or private conversation as a client knows it
     talk      a client's dialogue over one connection: in IRC, or the workshop's protocol
-    outbox    messages that a client accepted and no server acknowledged; its file is a journal
+    outbox    messages that a client accepted and no server acknowledged
+    box       the number of an outbox in client.db, and of its lock
     parked    a message in it that waits for the user: /retry or /cancel
     profile   the features of a server, and how it compares names (CAP, 004, 005)
     link      a client core and its connection, kept up; the connection has one phase
@@ -272,6 +273,9 @@ PAGE_SECONDS = 15.0  # that a page may take before messages that wait for it are
 DOUBTED_AHEAD = 8  # messages under way if the server echoes none: a break leaves them in doubt
 SENT_AHEAD = 32  # messages under way if it does: at most so many are sent again after a break
 STORED_LINES = 200  # of a conversation, that a client shows at its start
+CLIENT_LOCK_SECONDS = 2.0  # that a client waits for a lock on its store, at its start and end
+LOCK_RETRY_SECONDS = 0.002  # between two attempts to write to it, meanwhile ...
+LOCKED_SECONDS = 5.0  # ... and how long what is typed may wait for that
 CLIENT_ROWS_WAITING = 10_000  # to be written to a store that is locked
 CLIENT_ROWS_AT_ONCE = 500  # that are written in one transaction, at least once a second
 CLIENT_INDEX_SLICE = 300  # messages indexed a second, while nothing else is to be done
@@ -10670,6 +10674,10 @@ def identity_of(view: View) -> Any:
     return view.id or (view.time, view.name, view.text)
 
 
+LOCKED = "another program has it locked for too long"
+NO_STATE_ADVICE = "use --data DIR, or --no-state to keep nothing"
+
+
 class Waiting(NamedTuple):
     """A message that is not known to have arrived."""
 
@@ -10677,9 +10685,10 @@ class Waiting(NamedTuple):
     where: str
     text: str
     kind: str  # MESSAGE or ACTION
-    sent: bool = False  # at least once, perhaps by an earlier run
+    sent: int = 0  # ms since 1970, perhaps by an earlier run; 0: never
     reply: str = ""  # the server's id of the message that it answers
     at: int = 0  # characters of the text that have arrived; the rest is still to be sent
+    why: str = ""  # the reason why the user has to decide about it
 
 
 def accepted_at(own_id: str) -> int | None:
@@ -10690,27 +10699,58 @@ def accepted_at(own_id: str) -> int | None:
 
 
 class Outbox:
-    """The accepted messages that are not known to have arrived, in order. A `journal` outlives the
-    program: append(record) raises Unusable on failure, and clear() empties the journal."""
+    """The accepted messages that are not known to have arrived, in order. `rows` outlive the
+    program (see OutboxRows); a message is accepted once it is stored there."""
 
-    def __init__(self, journal: Any = None, secret: str = "", waiting: Iterable[Waiting] = ()):
-        self.journal = journal
+    def __init__(self, rows: Any = None, secret: str = "", waiting: Iterable[Waiting] = ()):
+        self.rows = rows
         self.secret = secret or secrets.token_hex(SECRET_DIGITS // 2)
         self.waiting = {one.id: one for one in waiting}
         self.in_flight: dict[str, None] = {}  # sent over this connection
         self.window = 1  # how many may be in flight: doubled each round trip, 1 after a break ...
         self.most = SENT_AHEAD  # ... and at most so many
         self.unconfirmed: set[str] = set()  # sent over a lost connection; history will tell
-        self.parked: dict[str, str] = {}  # left to the user (/retry, /cancel), and why
+        # Left to the user (/retry, /cancel), and why
+        self.parked = {one.id: one.why for one in self.waiting.values() if one.why}
+        self.unsaved: dict[str, None] = {}  # not accepted yet
+        self.locked_at = math.inf  # since when another program has the file locked (ticks)
 
     def add(self, now: float, where: str, text: str, kind: str, reply: str = "") -> Waiting:
-        """Accept a message at wall time `now` (s). Raises Unusable if it cannot be stored."""
+        """Add a message at wall time `now` (s); save() accepts it."""
         id = f"{int(now * 1000):x}-{secrets.token_hex(8)}"
-        one = Waiting(id, where, text, kind, reply=reply)
-        if self.journal:
-            self.journal.append({"say": one})
+        self._change(Waiting(id, where, text, kind, reply=reply))
+        if self.rows:
+            self.unsaved[id] = None
+        return self.waiting[id]
+
+    def _change(self, one: Waiting) -> None:
         self.waiting[one.id] = one
-        return one
+        if self.rows:
+            self.rows.changes[one.id] = one
+
+    def save(self, now: float) -> bool:
+        """Store all changes. Return False if they have to wait, because another program has the
+        file locked. Raises Unusable if messages cannot be accepted; refused() takes them out."""
+        if not self.rows or not self.rows.changes or self.rows.flush():
+            self.unsaved.clear()
+            self.locked_at = math.inf
+            return True
+        self.locked_at = min(self.locked_at, now)
+        trouble, self.rows.trouble = self.rows.trouble, ""
+        if not trouble and now - self.locked_at < LOCKED_SECONDS:
+            return False
+        if self.unsaved:
+            raise Unusable(f"client.db cannot be written: {trouble or LOCKED}; {NO_STATE_ADVICE}")
+        return True  # such a message is sent again after a crash, known as a repeat
+
+    def refused(self) -> list[Waiting]:
+        """Remove and return the messages that could not be stored."""
+        lost = [self.waiting.pop(id) for id in self.unsaved]
+        for one in lost:
+            self.parked.pop(one.id, None)
+            del self.rows.changes[one.id]
+        self.unsaved.clear()
+        return lost
 
     def next(
         self, carries: Callable[[Waiting], bool], waits: Callable[[Waiting], bool] | None = None
@@ -10720,26 +10760,24 @@ class Outbox:
         earlier one, except if both are false, or if the earlier one was left to the user."""
         if len(self.in_flight) >= self.window:
             return None
-        later = self.in_flight.keys() | self.parked.keys()
+        later = self.in_flight.keys() | self.parked.keys() | self.unsaved.keys()
         there = (one for id, one in self.waiting.items() if id not in later)
         one = next((one for one in there if carries(one) or (waits and waits(one))), None)
         if one is None or one.id in self.unconfirmed or not carries(one):
             return None
         return one
 
-    def send(self, one: Waiting) -> None:
-        """Note that a message is being sent."""
+    def send(self, one: Waiting, now: float) -> None:
+        """Note that a message is being sent, at wall time `now` (s)."""
         self.in_flight[one.id] = None
         if not one.sent:
-            self.waiting[one.id] = one._replace(sent=True)
-            self._note({"sent": one.id})
+            self._change(one._replace(sent=max(1, int(now * 1000))))
 
     def arrived_to(self, id: str, at: int) -> None:
         """Note that a message has arrived up to character `at`: some are sent as many lines."""
         one = self.waiting.get(id)
         if one and at > one.at:
-            self.waiting[id] = one._replace(at=at)
-            self._note({"at": [id, at]})
+            self._change(one._replace(at=at))
 
     def arrived(self, id: str) -> Waiting | None:
         """Remove and return a message that arrived, or that must not be sent again."""
@@ -10747,43 +10785,38 @@ class Outbox:
             del self.in_flight[id]
             self.window = min(self.most, self.window + 1)
         self.unconfirmed.discard(id)
+        self.unsaved.pop(id, None)
         self.parked.pop(id, None)
         one = self.waiting.pop(id, None)
-        if one:
-            self._note({"done": id})
+        if one and self.rows:
+            self.rows.changes[id] = None
         return one
-
-    def _note(self, record: dict[str, Any]) -> None:
-        if self.journal:
-            with contextlib.suppress(Unusable):  # then the message is sent again, known as a repeat
-                self.journal.append(record)
-                if not self.waiting:
-                    self.journal.clear()
 
     def park(self, id: str, why: str) -> None:
         """Keep a message from being sent until the user decides about it; `why` is the reason."""
         self.in_flight.pop(id, None)
         self.unconfirmed.discard(id)
         self.parked[id] = why
+        self._change(self.waiting[id]._replace(why=why))
 
     def retry(self, id: str) -> None:
         """Let a message that was left to the user be sent again."""
-        self.parked.pop(id, None)
+        if self.parked.pop(id, None) is not None:
+            self._change(self.waiting[id]._replace(why=""))
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
         """Send the remaining messages of a renamed conversation to `new`; is_old(name) tells
         which."""
         for id, one in self.waiting.items():
             if is_old(one.where) and id not in self.in_flight:
-                self.waiting[id] = one._replace(where=new)
-                self._note({"say": self.waiting[id]})
-                self._note({"sent": id} if one.sent else {})
+                self._change(one._replace(where=new))
 
     def take_back(self, sent: Iterable[Waiting]) -> None:
-        """Put back messages that have not arrived. Raises Unusable if they cannot be stored."""
-        self.waiting = {one.id: one for one in sent} | self.waiting
-        for one in sent if self.journal else ():
-            self.journal.append({"say": one})
+        """Put back messages that have not arrived."""
+        later, self.waiting = self.waiting, {}
+        for one in sent:
+            self._change(one)
+        self.waiting |= later
 
     def connection_lost(self) -> list[Waiting]:
         """Return the messages in flight, and note that no message is in flight any more."""
@@ -11037,7 +11070,7 @@ class PlainTalk:
     def do_without(self, *values: Any) -> None:
         """Do nothing, in place of a method for which the line protocol has no command."""
 
-    tick = bye = ping = forget = acknowledged = renamed = watch = send = do_without
+    tick = bye = ping = forget = acknowledged = renamed = watch = send = want_going = do_without
 
 
 # IRC
@@ -11348,6 +11381,9 @@ class IrcTalk:
         self.doubted: dict[str, list[str]] = {}  # own ids by the token of a PING sent after them
         self.acks: dict[str, list[str]] = {}  # by PING token: own ids that the PONG confirms
         self.last_ack = core.ticks()  # time of the last confirmation by the server
+        self.bouncer = False  # the server is a ZNC ...
+        self.bouncer_said = ""  # ... and this its last message, until a PONG
+        self.unserved = math.inf  # since when no server is behind it (ticks)
         # Later messages may have been missed: times are unique within one target
         self.since = max(0, core.newest - 2 * TIMES_AHEAD)
         core.output.append("CAP LS 302")
@@ -11436,7 +11472,7 @@ class IrcTalk:
             if one.sent and one.id not in self.core.sent_before and self.doubts:
                 self.core.leave_to_user(one.id)  # sent by an earlier run of this program
                 return True
-            outbox.send(one)
+            outbox.send(one, self.core.clock())
             self.transmit(one)
             return True
         elif self.stale_names:  # one NAMES for many mode changes
@@ -11503,7 +11539,12 @@ class IrcTalk:
         for reference, batch in list(self.batches.items()):
             if now - batch.at > BATCH_SECONDS:  # the end of the batch was lost
                 self.end_batch(self.batches.pop(reference))
-        if self.ready:
+        if now - self.unserved > REGISTRATION_SECONDS and not (self.core.tidy and self.bouncer):
+            self.ready = False
+            cause = TEMPORARY if self.core.tidy else NEEDS_USER
+            self.core.refuse("there is no server behind it", cause)
+            self.core.dismissed = True
+        elif self.ready:
             self.regain_name(now)
             self.doubt_echoes(now)
         else:
@@ -11560,6 +11601,30 @@ class IrcTalk:
         if any(id == own_id for _, id in self.said):
             while self.said.popleft()[1] != own_id:
                 pass
+
+    def wait_for_server(self, why: str) -> None:
+        """Hold all messages until a server welcomes the client, for something between the two has
+        done so too early. The messages in flight have not arrived."""
+        if self.unserved == math.inf:
+            self.unserved = self.core.ticks()
+            self.core.show(View(NOTE, f"{why}; what you say waits for that"))
+        self.core.sent_before |= self.core.outbox.in_flight.keys()
+        self.core.outbox.connection_lost()
+        for lines in (self.pieces, self.echoed, self.said, self.unconfirmed, self.acks):
+            lines.clear()
+        self.doubted.clear()
+        self.entering.clear()
+        self.want_going()
+        for room in self.core.rooms.values():
+            room.inside = False
+            self.core.changed(room)
+
+    def want_going(self) -> None:
+        """Join the channels, whose JOINs were not answered, the next time."""
+        for key, password in self.going.items():
+            room = self.core.room_for(key)
+            room.wanted, room.password = True, password
+        self.going.clear()
 
     def forget(self, own_id: str) -> None:
         """Stop confirming a message, because the user decides about it."""
@@ -11696,8 +11761,10 @@ class IrcTalk:
         self.core.park_all(room, why)
 
     def waits(self, one: Waiting) -> bool:
-        """Return whether a message waits for the answer to a JOIN. The later messages of a pipe,
-        and commands, wait with it."""
+        """Return whether a message waits for the answer to a JOIN, or for a server. The later
+        messages of a pipe, and commands, wait with it."""
+        if self.unserved < math.inf:
+            return not self.carries(one)
         room, key = self.core.find(one.where), self.core.fold(one.where)
         return room is not None and room.is_channel and not room.inside and key in self.entering
 
@@ -11770,8 +11837,10 @@ class IrcTalk:
 
     def carries(self, one: Waiting) -> bool:
         """Return whether a message can be sent; one for a channel waits until the client is in
-        it."""
+        it. A bouncer alone takes messages only for itself: *status and its other modules."""
         room = self.core.find(one.where)
+        if self.unserved < math.inf and one.where[:1] != "*":
+            return False
         if room is None or not room.is_channel:
             return not self.server.is_channel(one.where)
         entering = self.server.ours and self.core.fold(one.where) in self.entering
@@ -12021,7 +12090,9 @@ def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
 
 @from_server("421", "451", least=2)
 def no_capabilities(talk: IrcTalk, heard: Heard) -> None:
-    """Go on with a server that knows no CAP, or no AUTHENTICATE."""
+    """Go on with a server that knows no CAP, or no AUTHENTICATE; or that is not one yet."""
+    if talk.ready and heard.verb == "451":
+        return talk.wait_for_server("the server has not let us in yet")
     if heard.params[1] == "AUTHENTICATE" and talk.login is not None:
         talk.core.show(View(NOTE, "not logged in: this server knows no SASL"))
         return talk.end_log_in()
@@ -12176,9 +12247,12 @@ def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
     try_name(talk, heard, NAMES_TRIED, lambda _: next(tried, guest))
 
 
+ZNC_ITSELF, ZNC_MODULES = "irc.znc.in", "!znc@znc.in"  # sources of lines from no server
+
+
 @from_server("001", least=1)
 def welcomed(talk: IrcTalk, heard: Heard) -> None:
-    core, talk.ready = talk.core, True
+    core, talk.ready, talk.unserved = talk.core, True, math.inf
     core.sure, core.name = True, heard.params[0]
     core.outbox.most = SENT_AHEAD if talk.server.echoes else DOUBTED_AHEAD
     pace = NO_PACE if talk.server.ours else (PACE_BURST, PACE_RATE)
@@ -12197,6 +12271,9 @@ def welcomed(talk: IrcTalk, heard: Heard) -> None:
     for one in core.outbox.waiting.values():  # accepted messages need the channel
         if talk.server.is_channel(one.where) and one.id not in core.outbox.parked:
             core.room_for(one.where).wanted = True
+    if heard.source == ZNC_ITSELF:
+        talk.bouncer = True
+        return talk.wait_for_server("the bouncer is not connected to its server")
     for room in core.rooms.values():
         if room.is_channel and room.wanted and not (talk.resumed and room.entered):
             talk.enter(room)
@@ -12318,8 +12395,11 @@ def ponged(talk: IrcTalk, heard: Heard) -> None:
     while talk.pings:
         answered = talk.pings.popleft()
         for own_id in talk.acks.pop(answered, ()):
-            if own_id in talk.core.outbox.in_flight:  # else the message was refused meanwhile
-                confirm(talk, own_id)
+            if own_id not in talk.core.outbox.in_flight:  # the message was refused meanwhile
+                continue
+            if talk.core.outbox.waiting[own_id].where in talk.bouncer_said:
+                return talk.wait_for_server("the bouncer has lost its server")
+            confirm(talk, own_id)
         for own_id in talk.doubted.pop(answered, ()):
             if "echo-message" not in talk.server.enabled:  # disabled since
                 confirm(talk, own_id)
@@ -12327,6 +12407,7 @@ def ponged(talk: IrcTalk, heard: Heard) -> None:
                 talk.core.lost(own_id, "the server took it and did not send it back")
         if answered == token:
             break
+    talk.bouncer_said = ""
 
 
 @from_server("ACK")
@@ -12521,6 +12602,8 @@ def message_came(talk: IrcTalk, heard: Heard) -> None:
         return None  # for users of netcat, after a silence that a slow line causes too
     if is_ctcp(text):
         return answer_ctcp(talk, heard)
+    if heard.source.endswith(ZNC_MODULES):
+        talk.bouncer, talk.bouncer_said = True, text
     view = spoken_view(talk, heard, text)
     if view.kind in (SAID, NOTICED):
         if view.kind == NOTICED and not (view.mine or talk.core.find(view.where)):
@@ -13040,12 +13123,14 @@ class ForScreens:
         """Drop a message that is not in flight."""
         if own_id in self.outbox.in_flight or own_id not in self.outbox.waiting:
             return
-        where = self.outbox.waiting[own_id].where
-        self.outbox.arrived(own_id)
-        self.shown.discard(own_id)
-        if room := self.find(where):
-            room.drop(lambda view: view.own_id == own_id)
-            self.show(View(REMOVED, where=where, own_id=own_id))
+        self.unshow(self.outbox.arrived(own_id))
+
+    def unshow(self, one: Waiting) -> None:
+        """Remove a message that was shown as waiting from its conversation."""
+        self.shown.discard(one.id)
+        if room := self.find(one.where):
+            room.drop(lambda view: view.own_id == one.id)
+            self.show(View(REMOVED, where=one.where, own_id=one.id))
 
     # Files
 
@@ -13324,6 +13409,7 @@ class ClientCore(ForScreens):
     replying = ""  # the id of the message that the typed text answers
     wants_motd = wants_who = False  # on the user's request
     views_seen: float = math.inf  # number of views in the conversation when the text was begun
+    version = 0  # of the store, see refresh()
     looked_at = True  # False: the user looks at another server
     reads_at_once = True  # the current conversation; if False, mark_read() tells what was read
     results: Callable[[str, list[View]], None] | None = None  # takes the result of a search
@@ -13422,10 +13508,15 @@ class ClientCore(ForScreens):
         room.unread = len(later) if room.read_time else 0
 
     def _show_waiting(self) -> None:
-        """Show the messages that an earlier run accepted and no server has acknowledged."""
+        """Show the messages that an earlier run accepted and no server has acknowledged. Without a
+        user to decide about them, all are sent."""
+        for id in () if self.tidy else [*self.outbox.parked]:
+            self.outbox.retry(id)
         for one in self.outbox.waiting.values() if self.tidy else ():
             self._show_own(one, one.text)
         self.views.clear()  # each is in its conversation already
+        for id in self.outbox.parked:
+            self.tell_parked(self.outbox.waiting[id])
 
     def keep(self, view: View) -> None:
         """Store a message."""
@@ -13482,11 +13573,26 @@ class ClientCore(ForScreens):
             self.store.keep_fact("CASEMAPPING", self.server.tokens.get("CASEMAPPING", ""))
 
     def close_store(self) -> None:
-        """Store the open conversations and their drafts, at the end of the program."""
+        """Store the open conversations and their drafts, and leave the outbox to another client."""
         if self.store:
             for room in self.rooms.values():
                 self.keep_room(room)
             self.store.flush()
+        self.save()
+        if self.outbox.rows:
+            self.outbox.rows.close()
+
+    def refresh(self) -> None:
+        """Store what waits, and use the settings that another client of the user has stored."""
+        if not self.store or not self.store.flush():
+            return
+        with contextlib.suppress(sqlite3.Error):  # locked: a second later
+            version = self.store.version()
+            if version != self.version:
+                ignored, settings = self.store.ignored(), self.store.settings()
+                self.ignored, self.version = ignored, version
+                self.settings.clear()
+                self.settings.update(settings)
 
     def tell_trouble(self) -> None:
         """Tell the user once that the store cannot be used."""
@@ -13600,9 +13706,8 @@ class ClientCore(ForScreens):
                 self.leave_to_user(one.id)
         if talk and any(asked.how in ("missed", "gap") for asked in talk.asked):
             self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
-        for key, password in talk.going.items() if talk else ():  # the answer to JOIN is lost
-            room = self.room_for(key)
-            room.wanted, room.password = True, password
+        if talk:
+            talk.want_going()
         for room in self.rooms.values():
             room.held, room.inside, room.asked_people = [], False, False
             room.typing.clear()
@@ -13648,8 +13753,11 @@ class ClientCore(ForScreens):
         return self.take_views()
 
     def take_output(self) -> bytes:
+        """Return the lines to be sent, once the store has what they change."""
         end = "\n" if self.kind == PLAIN else "\r\n"
         ends = {} if self.kind == PLAIN else NOT_IN_IRC
+        if not self.save():
+            return b""
         lines = [line.translate(ends) for line in self.output]
         when = int(self.clock() * 1000)
         self.traffic.extend((when, True, SECRET_LINE.sub("\\1 \u2026", line)) for line in lines)
@@ -13700,8 +13808,8 @@ class ClientCore(ForScreens):
             self.mark_read(here)
         self.tell_read()
         self.end_typing()
+        self.refresh()
         if self.store:
-            self.store.flush()
             self.store.index()
             self.tell_trouble()
         self.flush()
@@ -13736,7 +13844,7 @@ class ClientCore(ForScreens):
             self.doubted = text
             self.show(View(BACK, text), View(NOTE, doubt))
         else:
-            self._speak(text[1:] if text[:2] == "//" else text)
+            self.speak(text[1:] if text[:2] == "//" else text)
 
     def _doubtful(self, text: str) -> str:
         """Return why a text may not be meant as a message to all; "" if there is no doubt."""
@@ -13753,8 +13861,8 @@ class ClientCore(ForScreens):
         return ""
 
     def say(self, text: str) -> list[View]:
-        """Send a text from a pipe as a message, whatever its first character is."""
-        self._speak(text)
+        """Send a text as a message, whatever its first character is."""
+        self.speak(text)
         self.flush()
         return self.take_views()
 
@@ -13777,7 +13885,8 @@ class ClientCore(ForScreens):
         except ChatError as refusal:
             self.show(View(BACK, text), View(NOTE, str(refusal)))
 
-    def _speak(self, text: str) -> None:
+    def speak(self, text: str) -> None:
+        """Accept a text as a message in the current conversation. A pipe stores many at once."""
         self.doubted = ""
         if self.current is None:
             return self.show(View(BACK, text), View(NOTE, "nowhere to say that; /join #CHANNEL"))
@@ -13787,19 +13896,45 @@ class ClientCore(ForScreens):
         """Accept a message: show it at once, and send it when possible. A text that is too long for
         one message becomes several."""
         split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
-        pieces = list(split)
+        pieces, added = list(split), []
         for n, piece in enumerate(pieces):
             try:
                 lengths = (self.server.limit(f"{one}LEN", 0) for one in ("CHANNEL", "NICK"))
                 check_message(where, piece, kind, max(NAME_BYTES, *lengths))
-                kept = piece if piece.strip("\n") else ""
-                one = self.outbox.add(self.clock(), where, kept, kind, self.replying)
             except ChatError as error:
                 rest = "\n".join(pieces[n:])
-                return self.show(View(BACK, rest), View(NOTE, f"{error}; nothing was sent"))
+                self.show(View(BACK, rest), View(NOTE, f"{error}; nothing was sent"))
+                break
+            kept = piece if piece.strip("\n") else ""
+            added.append(self.outbox.add(self.clock(), where, kept, kind, self.replying))
+        if self.tidy:  # a pipe stores many at once
+            self.save()
+        accepted = [one for one in added if one.id in self.outbox.waiting]
+        for one, piece in zip(accepted, pieces, strict=False):
             self._accepted(one, piece)
-        if len(pieces) > 1:
+        if len(accepted) == len(pieces) > 1:
             self.show(View(NOTE, f"too long for one message: sent as {len(pieces)}"))
+
+    def save(self) -> bool:
+        """Store the changes of the outbox, which accepts what was added to it. Return False if they
+        have to wait."""
+        try:
+            return self.outbox.save(self.ticks())
+        except Unusable as error:
+            self._give_back(self.outbox.refused(), f"{error}; nothing was sent")
+            return True
+
+    def _give_back(self, lost: list[Waiting], why: str) -> None:
+        """Return messages that could not be stored to the user; a pipe has lost them."""
+        if not self.tidy:
+            self.failures += len(lost)
+            self.show(*[View(NOTE, why)] * (why != self.told_trouble))
+            self.told_trouble = why
+            return
+        for one in lost:
+            if one.id in self.shown:
+                self.unshow(one)
+        self.show(View(BACK, "\n".join(one.text for one in lost)), View(NOTE, why))
 
     def _show_own(self, one: Waiting, text: str) -> Room:
         """Show a message of this client in its conversation; return the conversation."""
@@ -13819,9 +13954,12 @@ class ClientCore(ForScreens):
             self.park(one.id, f"you are not in {room.name}")
 
     def flush(self) -> None:
-        """Send the messages and lines that may be sent now."""
+        """Store what the user did, and send the messages and lines that may be sent now."""
+        if self.outbox.unsaved:
+            self.save()
         if self.talk and self.talk.ready and not self.redial and self.cause != FATAL:
             self.talk.pump()
+        self.save()
 
     # Views, conversations and the outcome of messages
 
@@ -14044,9 +14182,11 @@ class ClientCore(ForScreens):
             self.show(View(FAILED, text, where=one.where, own_id=own_id))
 
     def park_all(self, room: Room, why: str) -> None:
-        """Let the user decide about all messages for a channel that the client is not in."""
+        """Let the user decide about all messages for a channel that the client is not in. A chat.py
+        still answers those in flight."""
+        decided = {*self.outbox.parked, *(self.outbox.in_flight if self.server.ours else ())}
         for one in list(self.outbox.waiting.values()):
-            if self.fold(one.where) == self.fold(room.name) and one.id not in self.outbox.parked:
+            if self.fold(one.where) == self.fold(room.name) and one.id not in decided:
                 self.park(one.id, "it may have arrived or not" if one.sent else why)
 
     def leave_to_user(self, own_id: str) -> None:
@@ -14062,15 +14202,17 @@ class ClientCore(ForScreens):
         self.outbox.park(own_id, reason)
         if self.talk:
             self.talk.forget(own_id)
-        one = self.outbox.waiting[own_id]
+        self.tell_parked(self.outbox.waiting[own_id])
+
+    def tell_parked(self, one: Waiting) -> None:
+        """Tell the user why a message waits for a decision."""
+        reason, what = one.why, "it"
         if one.at:
             share = f"{one.text.count(chr(10), 0, one.at) + 1} of {one.text.count(chr(10)) + 1}"
             reason, what = f"{reason}; {share} lines have arrived", "the rest"
-        else:
-            what = "it"
         advice = f"; /retry sends {what}, /cancel drops it" if self.tidy else ""
         text = f"{reason}: {beginning(one.text)}{advice}"
-        self.show(View(FAILED, text, where=one.where, own_id=own_id))
+        self.show(View(FAILED, text, where=one.where, own_id=one.id))
 
 
 # The commands of a user, over IRC
@@ -14707,19 +14849,20 @@ def do_quit(core: ClientCore, reason: str = "") -> None:
 # ======================================================================================
 # CLIENT STORE
 # ======================================================================================
-# What a client stores in one SQLite file, client.db: the messages it has seen, the open
-# conversations, the ignored users, and settings. Two clients may share the file: a transaction
-# takes milliseconds, and no statement waits for a lock. A write that finds the file locked is done
-# a turn later. Words are indexed in slices, while the client has nothing else to do.
+# What a client stores in one SQLite file, client.db: the servers it knows, passwords that it
+# made, messages that it accepted and those it has seen, the open conversations, the ignored users,
+# and settings. Several clients may share the file: a transaction takes milliseconds, and no
+# statement waits for a lock. A write that finds the file locked is done a turn later. Words are
+# indexed in slices, while the client has nothing else to do.
 
 CLIENT_TABLES = """
-CREATE TABLE owners (               -- whose rows they are: a user as a server knows one
+CREATE TABLE IF NOT EXISTS owners ( -- whose rows they are: a user as a server knows one
     owner INTEGER PRIMARY KEY,
     server TEXT NOT NULL,           -- as it was given
     name TEXT NOT NULL,             -- an account, or a nick, folded
     UNIQUE (server, name)
 );
-CREATE TABLE messages (
+CREATE TABLE IF NOT EXISTS messages (
     number INTEGER PRIMARY KEY AUTOINCREMENT,   -- as they came; never used twice
     owner INTEGER NOT NULL,
     room TEXT NOT NULL,             -- key of the conversation
@@ -14735,9 +14878,9 @@ CREATE TABLE messages (
     reply TEXT NOT NULL DEFAULT '', -- the server's id of the message that it answers
     file TEXT NOT NULL DEFAULT ''   -- of the link in it: path, type, bytes, width, height
 );
-CREATE INDEX messages_time ON messages (owner, room, time, number);
-CREATE UNIQUE INDEX messages_id ON messages (owner, id) WHERE id <> '';
-CREATE TABLE rooms (
+CREATE INDEX IF NOT EXISTS messages_time ON messages (owner, room, time, number);
+CREATE UNIQUE INDEX IF NOT EXISTS messages_id ON messages (owner, id) WHERE id <> '';
+CREATE TABLE IF NOT EXISTS rooms (
     owner INTEGER NOT NULL,
     key TEXT NOT NULL,
     name TEXT NOT NULL,
@@ -14750,43 +14893,75 @@ CREATE TABLE rooms (
     place INTEGER NOT NULL DEFAULT 0,           -- among the conversations, from 0
     PRIMARY KEY (owner, key)
 ) WITHOUT ROWID;
-CREATE TABLE reactions (
+CREATE TABLE IF NOT EXISTS reactions (
     owner INTEGER NOT NULL,
     id TEXT NOT NULL,               -- of the message
     emoji TEXT NOT NULL,
     name TEXT NOT NULL,
     PRIMARY KEY (owner, id, emoji, name)
 ) WITHOUT ROWID;
-CREATE TABLE transfers (            -- files on their way
+CREATE TABLE IF NOT EXISTS transfers ( -- files on their way
     owner INTEGER NOT NULL,
     id TEXT NOT NULL,
     state TEXT NOT NULL,            -- JSON, see Transfer.kept()
     PRIMARY KEY (owner, id)
 ) WITHOUT ROWID;
-CREATE TABLE ignored (owner INTEGER NOT NULL, mask TEXT NOT NULL, PRIMARY KEY (owner, mask));
-CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE facts (                -- that a server has told
+CREATE TABLE IF NOT EXISTS ignored (
+    owner INTEGER NOT NULL,
+    mask TEXT NOT NULL,
+    PRIMARY KEY (owner, mask)
+);
+CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS facts ( -- that a server has told
     owner INTEGER NOT NULL,
     name TEXT NOT NULL,
     value TEXT NOT NULL,
     PRIMARY KEY (owner, name)
 ) WITHOUT ROWID;
-CREATE TABLE indexed (number INTEGER NOT NULL);     -- the last message that is
-INSERT INTO indexed VALUES (0);
-PRAGMA user_version = 2;
+CREATE TABLE IF NOT EXISTS indexed (number INTEGER NOT NULL);     -- the last message that is
+INSERT INTO indexed SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM indexed);
+CREATE TABLE IF NOT EXISTS servers (
+    server TEXT PRIMARY KEY,        -- HOST:PORT; HOST for what holds on all its ports
+    kind TEXT NOT NULL DEFAULT '',  -- what it speaks
+    pin TEXT NOT NULL DEFAULT '',   -- SHA-256 of a certificate that the user trusts, in hex
+    port INTEGER NOT NULL DEFAULT 0,            -- for TLS, which it demands (IRCv3 sts) ...
+    until REAL NOT NULL DEFAULT 0               -- ... up to this time, in seconds since 1970
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS logins ( -- with passwords that this program made
+    server TEXT NOT NULL,
+    name TEXT NOT NULL,             -- a nick, folded
+    account TEXT NOT NULL,
+    password TEXT NOT NULL,
+    PRIMARY KEY (server, name)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS outboxes (
+    box INTEGER PRIMARY KEY AUTOINCREMENT,      -- and its byte of client.lock
+    server TEXT NOT NULL,
+    name TEXT NOT NULL,             -- the nick as it was given, folded
+    secret TEXT NOT NULL            -- resumes the session (SESSION)
+);
+CREATE TABLE IF NOT EXISTS outbox ( -- messages that were accepted and have not arrived
+    number INTEGER PRIMARY KEY AUTOINCREMENT,   -- in the order of acceptance
+    box INTEGER NOT NULL,
+    id TEXT NOT NULL UNIQUE,        -- this column and those below: see Waiting
+    place TEXT NOT NULL,
+    text TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    sent INTEGER NOT NULL,
+    reply TEXT NOT NULL,
+    at INTEGER NOT NULL,
+    why TEXT NOT NULL
+);
+PRAGMA user_version = 3;
 """
-CLIENT_UPGRADE = """
+CLIENT_COLUMNS = """
 ALTER TABLE messages ADD COLUMN reply TEXT NOT NULL DEFAULT '';
 ALTER TABLE messages ADD COLUMN file TEXT NOT NULL DEFAULT '';
-CREATE TABLE transfers (owner INTEGER NOT NULL, id TEXT NOT NULL, state TEXT NOT NULL,
-    PRIMARY KEY (owner, id)) WITHOUT ROWID;
 ALTER TABLE rooms ADD COLUMN muted INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE rooms ADD COLUMN read_time INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE rooms ADD COLUMN place INTEGER NOT NULL DEFAULT 0;
-CREATE TABLE reactions (owner INTEGER NOT NULL, id TEXT NOT NULL, emoji TEXT NOT NULL,
-    name TEXT NOT NULL, PRIMARY KEY (owner, id, emoji, name)) WITHOUT ROWID;
-PRAGMA user_version = 2;
-"""
+"""  # that version 1 did not have
+CLIENT_VERSION = 3
 CLIENT_WORDS = """
 CREATE VIRTUAL TABLE IF NOT EXISTS words
 USING fts5 (text, content='messages', content_rowid='number', detail=none,
@@ -14828,11 +15003,11 @@ def open_client_database(path: str) -> sqlite3.Connection:
     with contextlib.suppress(sqlite3.Error):  # a network home may refuse WAL: then a journal
         db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
-    scripts = {0: CLIENT_TABLES, 1: CLIENT_UPGRADE}
     version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version in scripts:
+    if version < CLIENT_VERSION:
+        columns = CLIENT_COLUMNS if version == 1 else ""
         try:
-            db.executescript(f"BEGIN IMMEDIATE; {scripts[version]} COMMIT;")
+            db.executescript(f"BEGIN IMMEDIATE; {columns} {CLIENT_TABLES} COMMIT;")
         except sqlite3.OperationalError:  # another client created them at the same time
             if db.in_transaction:
                 db.execute("ROLLBACK")
@@ -14840,51 +15015,205 @@ def open_client_database(path: str) -> sqlite3.Connection:
                 raise
     with contextlib.suppress(sqlite3.Error):  # without FTS5 in this Python, search is slower
         db.executescript(CLIENT_WORDS)
+    db.execute("PRAGMA busy_timeout = 0")  # from here on no statement waits for a lock
     return db
 
 
-class ClientStore:
+@contextlib.contextmanager
+def patience_with(db: sqlite3.Connection, seconds: float = CLIENT_LOCK_SECONDS) -> Iterator[None]:
+    """Let statements wait for a lock: at the start, at the end, and for a rare command."""
+    db.execute(f"PRAGMA busy_timeout = {seconds * 1000:.0f}")
+    try:
+        yield
+    finally:
+        db.execute("PRAGMA busy_timeout = 0")
+
+
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """Begin a transaction, and commit it at the end; roll it back after an exception."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+class Writer:
+    """The base of all that writes to client.db. Statements wait for their transaction."""
+
+    def __init__(self, db: sqlite3.Connection):
+        self.db = db
+        self.waiting: list[tuple[str, tuple]] = []  # statements that are not executed yet
+        self.trouble = ""  # why the file could not be read or written
+
+    def write(self, statement: str, *values: Any) -> None:
+        """Queue a statement; flush() executes it."""
+        self.waiting.append((statement, values))
+
+    def flush(self) -> bool:
+        """Execute the queued statements in one transaction. Return False if they still wait: the
+        file is locked, or there is `trouble`."""
+        if not self.waiting:
+            return True
+        try:
+            with transaction(self.db):
+                for statement, values in self.waiting:
+                    self.db.execute(statement, values)
+        except sqlite3.Error as error:
+            if (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF not in BUSY_CODES:
+                self.trouble = str(error)
+            return False
+        self.waiting.clear()
+        return True
+
+
+class KnownServers(Writer):
+    """What a client knows of servers before it connects: their kind, the certificate that one must
+    have, its demand for TLS, and passwords. Raises sqlite3.Error."""
+
+    def __init__(self, db: sqlite3.Connection):
+        super().__init__(db)
+        self.rows: dict[str, tuple] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what other clients have written. While the file is locked, what is known stays."""
+        if self.flush():
+            query = "SELECT server, kind, pin, port, until FROM servers"
+            self.rows = {row[0]: row[1:] for row in self.db.execute(query)}
+
+    def _known(self, server: Any) -> tuple[str, str, int, float]:
+        return self.rows.get(str(server), ("", "", 0, 0.0))
+
+    def kind(self, server: Any) -> str:
+        return self._known(server)[0]
+
+    def pin(self, server: Any) -> str | None:
+        return self._known(server)[1] or None
+
+    def policy(self, host: str) -> tuple[int, float]:
+        """Return the port for TLS that a host demands, and the end of that policy (IRCv3 sts)."""
+        return self._known(host)[2:]
+
+    def remember(self, server: Any, **values: Any) -> None:
+        """Store some of the columns of a server; another client may know more of the others."""
+        names = ("kind", "pin", "port", "until")
+        known = dict(zip(names, self._known(server), strict=True)) | values
+        if (row := tuple(known.values())) != self._known(server):
+            self.rows[str(server)] = row
+            marks = ", ".join("?" * (len(values) + 1))
+            changes = ", ".join(f"{name} = excluded.{name}" for name in values)
+            insert = f"INSERT INTO servers (server, {', '.join(values)}) VALUES ({marks})"
+            conflict = f"ON CONFLICT (server) DO UPDATE SET {changes}"
+            self.write(f"{insert} {conflict}", str(server), *values.values())
+            self.flush()
+
+    def login(self, server: Any, name: str) -> Login | None:
+        query = "SELECT account, password FROM logins WHERE server = ? AND name = ?"
+        row = self.db.execute(query, [str(server), fold(name)]).fetchone()
+        return Login(*row) if row else None
+
+    def keep_login(self, server: Any, name: str, login: Login | None) -> None:
+        """Store the password of an account, or with None forget it. Raises Unusable."""
+        if login:
+            statement, values = "REPLACE INTO logins VALUES (?, ?, ?, ?)", tuple(login)
+        else:
+            statement, values = "DELETE FROM logins WHERE server = ? AND name = ?", ()
+        self.write(statement, str(server), fold(name), *values)
+        with patience_with(self.db):
+            if not self.flush():
+                del self.waiting[-1]
+                raise Unusable(f"client.db cannot be written: {self.trouble or LOCKED}")
+
+
+class OutboxRows(Writer):
+    """The rows of an outbox, which outlive the program."""
+
+    PUT = """
+        INSERT INTO outbox (box, id, place, text, kind, sent, reply, at, why)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET
+        place = excluded.place, sent = excluded.sent, at = excluded.at, why = excluded.why"""
+
+    def __init__(self, db: sqlite3.Connection, box: int, first: bool, close: Callable[[], None]):
+        super().__init__(db)
+        self.box, self.first, self.close = box, first, close
+        self.changes: dict[str, Waiting | None] = {}  # by id; None: it is not waiting any more
+
+    def flush(self) -> bool:
+        for id, one in self.changes.items():
+            if one:
+                self.write(self.PUT, self.box, *one)
+            else:
+                self.write("DELETE FROM outbox WHERE id = ?", id)
+        done = super().flush()
+        self.waiting.clear()
+        if done:
+            self.changes.clear()
+        return done
+
+
+NEW_OUTBOX = "INSERT INTO outboxes (server, name, secret) VALUES (?, ?, ?)"
+
+
+def adopt_outbox(
+    db: sqlite3.Connection, server: str, name: str, take: Callable[[int], Callable | None]
+) -> Outbox:
+    """Return an outbox for a client of this server and name, with the messages of all that have no
+    owner. take(box) makes this process the owner, and returns a function that ends this; None if
+    there is another owner. Raises sqlite3.Error.
+
+    A server knows a repeat by the secret of the outbox. So an outbox with messages that may have
+    arrived stays as it is, for the next client if not for this one."""
+    query = """
+        SELECT box, ifnull((SELECT max(sent) > 0 FROM outbox WHERE outbox.box = outboxes.box), 0)
+        FROM outboxes WHERE server = ? AND name = ? ORDER BY box"""
+    columns = "id, place, text, kind, sent, reply, at, why"
+    free: dict[int, Callable] = {}
+    try:
+        with transaction(db):
+            boxes = dict(db.execute(query, [server, fold(name)]).fetchall())
+            free |= {box: close for box in boxes if (close := take(box))}
+            if not free:
+                box = db.execute(NEW_OUTBOX, [server, fold(name), Outbox().secret]).lastrowid
+                free[box], boxes[box] = take(box), 0
+            own = next((box for box in free if boxes[box]), min(free))
+            moved = [(own, box) for box in free if not boxes[box]]
+            db.executemany("UPDATE outbox SET box = ? WHERE box = ?", moved)
+            query = f"SELECT {columns} FROM outbox WHERE box = ? ORDER BY number"
+            waiting = list(itertools.starmap(Waiting, db.execute(query, [own])))
+            query = "SELECT secret FROM outboxes WHERE box = ?"
+            (secret,) = db.execute(query, [own]).fetchone()
+        return Outbox(OutboxRows(db, own, own == min(boxes), free.pop(own)), secret, waiting)
+    finally:
+        for close in free.values():
+            close()
+
+
+class ClientStore(Writer):
     """The stored state of one client, as one user of one server."""
 
     def __init__(self, db: sqlite3.Connection, server: str = "", name: str = "", sole: bool = True):
-        self.db = db
+        super().__init__(db)
         self.sole = sole  # the first client of this user stores messages without an id
-        self.waiting: list[tuple[str, tuple]] = []  # statements that are not executed yet
-        self.trouble = ""  # why the file could not be read or written
         db.execute("INSERT OR IGNORE INTO owners (server, name) VALUES (?, ?)", [server, name])
         query = "SELECT owner FROM owners WHERE server = ? AND name = ?"
         self.owner = db.execute(query, [server, name]).fetchone()[0]
         query = "SELECT count(*) FROM sqlite_schema WHERE name = 'words'"
         self.has_words = bool(db.execute(query).fetchone()[0])
-        db.execute("PRAGMA busy_timeout = 0")  # from here on no statement waits for a lock
 
     # Writing
 
     def write(self, statement: str, *values: Any) -> None:
-        """Queue a statement; flush() executes it soon."""
-        self.waiting.append((statement, values))
+        super().write(statement, *values)
         if len(self.waiting) % CLIENT_ROWS_AT_ONCE == 0:
             self.flush()
         if len(self.waiting) > CLIENT_ROWS_WAITING:
-            self.trouble = "another program has it locked for too long"
+            self.trouble = LOCKED
             del self.waiting[: len(self.waiting) - CLIENT_ROWS_WAITING]
-
-    def flush(self) -> None:
-        """Execute the queued statements, if the file is not locked."""
-        if not self.waiting:
-            return
-        try:
-            self.db.execute("BEGIN IMMEDIATE")
-            for statement, values in self.waiting:
-                self.db.execute(statement, values)
-            self.db.execute("COMMIT")
-        except sqlite3.Error as error:
-            if self.db.in_transaction:
-                self.db.execute("ROLLBACK")
-            if (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF not in BUSY_CODES:
-                self.trouble = str(error)
-            return
-        self.waiting.clear()
 
     def add(self, key: str, view: View) -> None:
         """Store a message once. Only the first client of a user stores messages without an id."""
@@ -14931,12 +15260,9 @@ class ClientStore:
             rows = self.db.execute(query, [done, CLIENT_INDEX_SLICE]).fetchall()
             if rows:
                 rows = [(number, words_of(text)) for number, text in rows]
-                self.db.execute("BEGIN IMMEDIATE")
-                self.db.executemany("INSERT INTO words (rowid, text) VALUES (?, ?)", rows)
-                self.db.execute("UPDATE indexed SET number = ?", [rows[-1][0]])
-                self.db.execute("COMMIT")
-        if self.db.in_transaction:
-            self.db.execute("ROLLBACK")
+                with transaction(self.db):
+                    self.db.executemany("INSERT INTO words (rowid, text) VALUES (?, ?)", rows)
+                    self.db.execute("UPDATE indexed SET number = ?", [rows[-1][0]])
 
     # Reading
 
@@ -15095,6 +15421,10 @@ class ClientStore:
             self.write("DELETE FROM settings WHERE name = ?", name)
         else:
             self.write("REPLACE INTO settings VALUES (?, ?)", name, value)
+
+    def version(self) -> int:
+        """Return a number that is another one after another program has written to the file."""
+        return self.db.execute("PRAGMA data_version").fetchone()[0]
 
     def settings(self) -> dict[str, str]:
         return dict(self.db.execute("SELECT name, value FROM settings").fetchall())
@@ -17197,7 +17527,7 @@ class Server:
 # ======================================================================================
 # A client's connection, kept up: look the server up, try its addresses, find out what it
 # speaks, log in, and when the connection breaks do it all again, at growing intervals.
-# The files here hold what a client keeps between two runs.
+# Before that, the file of the client's store, and a lock that tells which outbox has an owner.
 
 
 class Target(NamedTuple):
@@ -17268,67 +17598,6 @@ BELIEVE_THE_SYSTEM = Trust()
 NOT_SIGNED = "certificate verify failed"  # as OpenSSL says it
 
 
-class Memory:
-    """A private file of JSON; without a path nothing is stored."""
-
-    def __init__(self, path: pathlib.Path | None):
-        self.path = path
-
-    def read(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads(self.path.read_text(encoding="utf-8"))) if self.path else {}
-        except (OSError, ValueError, TypeError):
-            return {}  # none yet, or damaged
-
-    def write(self, **news: Any) -> None:
-        known = self.read()
-        if self.path is None or known | news == known:
-            return
-        with contextlib.suppress(OSError):  # keep() is for values that must not be lost
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            written = self.path.with_suffix(".new")
-            fd = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(fd, "w", encoding="utf-8") as file:
-                json.dump(known | news, file, indent=1)
-            written.replace(self.path)
-
-    def keep(self, name: str, value: Any) -> None:
-        """Write a value that must not be lost, and check it; None removes it. Raises Unusable."""
-        if self.path.exists() and not self.read():
-            raise Unusable(f"{self.path} is damaged; move it away")
-        self.write(**{name: value})
-        if self.read().get(name) != json.loads(json.dumps(value)):
-            raise Unusable(f"{self.path} cannot be written")
-
-
-class KnownServers(Memory):
-    """The kind of each known server, by address, and the certificate it must have."""
-
-    def _known(self, target: Target) -> dict[str, str]:
-        known = self.read().get(str(target), {})
-        return known if isinstance(known, dict) else {"kind": known}  # as version 0.1 wrote it
-
-    def kind(self, target: Target) -> str:
-        return self._known(target).get("kind", "")
-
-    def pin(self, target: Target) -> str | None:
-        return self._known(target).get("pin") or None
-
-    def remember(self, target: Target, **what: str) -> None:
-        self.write(**{str(target): self._known(target) | what})
-
-    def policy(self, host: str) -> tuple[int, float]:
-        """Return the port for TLS that a host demands, and the end of that policy (IRCv3 sts)."""
-        known = self.read().get(f"sts:{host}")
-        try:
-            return int(known[0]), float(known[1])
-        except (TypeError, ValueError, IndexError):
-            return 0, 0.0
-
-    def remember_policy(self, host: str, port: int, until: float) -> None:
-        self.write(**{f"sts:{host}": [port, until]})
-
-
 def locked(path: pathlib.Path) -> int:
     """Return a file opened for this process alone. Raises BlockingIOError if another has it."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -17349,103 +17618,179 @@ def locked(path: pathlib.Path) -> int:
     return fd
 
 
-class Journal:
-    """The file of an outbox: its secret, then accepted messages and arrivals, one line of JSON
-    each. A line that was half written when the program was killed was not accepted."""
-
-    def __init__(self, path: pathlib.Path):
-        self.fd = locked(path)
-        self.first = path.suffix == ".1"  # of the clients of this user
-        self.waiting: dict[str, Waiting] = {}
-        self.secret = ""
-        os.lseek(self.fd, 0, os.SEEK_SET)
-        data = os.read(self.fd, os.fstat(self.fd).st_size)
-        os.ftruncate(self.fd, data.rfind(b"\n") + 1)  # or a torn line would spoil the next one
-        self.head = data.find(b"\n") + 1  # bytes of the first line, which is the secret
-        for line in data.splitlines():
-            with contextlib.suppress(ValueError, TypeError, AttributeError):
-                self._take(json.loads(line))
-
-    def _take(self, record: dict[str, Any]) -> None:
-        if isinstance(secret := record.get("secret"), str):
-            self.secret = secret
-        if isinstance(record.get("say"), list):
-            reply = "".join(map(str, record["say"][5:6]))
-            one = Waiting(*record["say"][:4], reply=reply if reply.isprintable() else "")
-            if not all(isinstance(value, str) and value.isprintable() for value in one[:2]):
-                return
-            one.text.encode()  # raises ValueError for half a character
-            self.waiting[one.id] = one
-        if record.get("sent") in self.waiting:
-            self.waiting[record["sent"]] = self.waiting[record["sent"]]._replace(sent=True)
-        match record.get("at"):
-            case [str(id), int(at)] if id in self.waiting:
-                self.waiting[id] = self.waiting[id]._replace(at=at)
-        self.waiting.pop(record.get("done"), None)
-
-    def begin(self, secret: str) -> None:
-        os.ftruncate(self.fd, 0)
-        self.secret = secret
-        self.append({"secret": secret})
-        self.head = os.fstat(self.fd).st_size
-
-    def append(self, record: dict[str, Any]) -> None:
-        data = f"{json.dumps(record)}\n".encode()
-        size = os.fstat(self.fd).st_size
-        try:
-            written = os.write(self.fd, data)
-            if written < len(data):
-                os.ftruncate(self.fd, size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise Unusable(f"the outbox cannot be written: {reason_of(error)}") from error
-
-    def clear(self) -> None:
-        """Forget all messages, which have arrived; keep the secret."""
-        os.ftruncate(self.fd, self.head)
-
-    def close(self) -> None:
-        os.close(self.fd)
+LOCK_FILES: dict[pathlib.Path, tuple[int, set[int]]] = {}  # descriptor, and the bytes locked
 
 
-def outbox_stem(target: Target, name: str) -> str:
-    """Return a readable file name for an outbox, with a checksum for names that look alike."""
-    text = f"{target} {fold(name)}"
-    return f"{re.sub(r'[^A-Za-z0-9.-]', '_', text)}-{zlib.crc32(text.encode()):08x}"
+def lock_range(fd: int, number: int, on: bool) -> None:
+    """Lock one byte of a file, or unlock it. Raises OSError if another process has locked it."""
+    if os.name == "nt":
+        import msvcrt
+
+        os.lseek(fd, number, os.SEEK_SET)
+        msvcrt.locking(fd, msvcrt.LK_NBLCK if on else msvcrt.LK_UNLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if on else fcntl.LOCK_UN, 1, number)
 
 
-def free_journal(folder: pathlib.Path, stem: str) -> Journal:
-    """Return a journal that no other client uses; preferably one in which messages wait. Raises
-    Unusable."""
-    free: list[Journal] = []
+def unlock_byte(path: pathlib.Path, number: int) -> None:
+    fd, held = LOCK_FILES.get(path, (-1, set()))
+    if number in held:
+        lock_range(fd, number, False)
+        held.discard(number)
+        if not held:
+            os.close(LOCK_FILES.pop(path)[0])
+
+
+def lock_byte(path: pathlib.Path, number: int) -> Callable[[], None] | None:
+    """Lock one byte of a file until this process ends, and return a function that unlocks it; None
+    if it is locked already. POSIX drops all locks of a process on a file when it closes the file
+    anywhere, so a process opens it once. Raises OSError."""
+    if path not in LOCK_FILES:
+        LOCK_FILES[path] = os.open(path, os.O_RDWR | os.O_CREAT, 0o600), set()
+    fd, held = LOCK_FILES[path]
+    if number in held:
+        return None
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for number in itertools.count(1):
-            path = folder / f"{stem}.{number}"
-            new = not path.exists()
-            if new and free:
-                break
-            with contextlib.suppress(BlockingIOError):
-                free.append(Journal(path))
+        lock_range(fd, number, True)
     except OSError as error:
-        advice = "; use --data DIR, or --no-state to keep nothing"
-        text = f"cannot keep an outbox in {folder}: {reason_of(error)}"
-        raise Unusable(f"{text}{advice}") from error
-    chosen = next((journal for journal in free if journal.waiting), free[0])
-    for journal in free:
-        if journal is not chosen:
-            journal.close()
-    return chosen
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            return None
+        raise  # this file system cannot lock
+    held.add(number)
+    return functools.partial(unlock_byte, path, number)
 
 
-def open_outbox(folder: pathlib.Path | None, target: Target, name: str) -> Outbox:
-    """Return the outbox as the last client of this name left it; without a folder, a new one."""
+# The files of earlier versions, each of which is taken over once
+
+
+def take_over(db: sqlite3.Connection, servers: pathlib.Path, logins: pathlib.Path) -> None:
+    """Move what files of JSON hold to client.db. A damaged file is left alone."""
+    rows, found = {"servers": [], "logins": []}, []
+    for path in (servers, logins):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            read = json.loads(path.read_text("utf-8"))
+            json.dumps(read, ensure_ascii=False).encode()  # raises ValueError for half a character
+            found += [(path, *item) for item in read.items()]
+    for path, key, value in found:
+        match value:
+            case [str(account), str(password)] if path == logins and " " in key:
+                rows["logins"].append((*key.split(" ", 1), account, password))
+            case [int(port), int() | float() as until] if key.startswith("sts:"):
+                rows["servers"].append((key.removeprefix("sts:"), "", "", port, until))
+            case {"kind": str(), "pin": str()} | {"kind": str()} | {"pin": str()}:
+                rows["servers"].append((key, value.get("kind", ""), value.get("pin", ""), 0, 0))
+            case str(kind) if path == servers:  # as version 0.1 wrote it
+                rows["servers"].append((key, kind, "", 0, 0))
+    if found:
+        with patience_with(db), transaction(db):  # what client.db knows is newer
+            db.executemany("INSERT OR IGNORE INTO servers VALUES (?, ?, ?, ?, ?)", rows["servers"])
+            db.executemany("INSERT OR IGNORE INTO logins VALUES (?, ?, ?, ?)", rows["logins"])
+        for path in {path for path, *_ in found}:
+            with contextlib.suppress(OSError):  # a folder of settings may be read-only
+                path.unlink()
+
+
+def take_record(known: dict[str, Any], record: Any) -> None:
+    """Apply a line of an outbox in a file to the known messages, by id; the secret is under ""."""
+    match record:
+        case {"secret": str(word)} if re.fullmatch(r"[0-9a-f]{32}", word):
+            known[""] = word
+        case {"say": [str(id), str(where), str(text), str(kind), *rest]}:
+            text.encode()  # raises ValueError for half a character
+            reply = "".join(map(str, rest[1:2]))
+            if id and f"{id}{where}{kind}{reply}".isprintable():
+                known[id] = Waiting(id, where, text, kind, reply=reply)
+        case {"sent": str(id)} if id:
+            known[id] = known[id]._replace(sent=1)
+        case {"at": [str(id), int(at)]} if id:
+            known[id] = known[id]._replace(at=at)
+        case {"done": str(id)} if id:
+            del known[id]
+
+
+def parse_journal(data: bytes) -> tuple[str, list[Waiting]]:
+    """Return the secret and the waiting messages of an outbox in a file: lines of JSON, of which
+    damaged ones are left out."""
+    known: dict[str, Any] = {"": Outbox().secret}
+    for line in data.splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            take_record(known, json.loads(line))
+    return known.pop(""), list(known.values())
+
+
+def move_outbox(db: sqlite3.Connection, file: typing.BinaryIO, target: Target, name: str) -> None:
+    """Move an outbox in an open file to client.db."""
+    secret, waiting = parse_journal(file.read())
+    with transaction(db):
+        box = db.execute(NEW_OUTBOX, [str(target), fold(name), secret]).lastrowid
+        marks = f"(box, id, place, text, kind, sent, reply, at, why) VALUES ({box}"
+        insert = f"INSERT OR IGNORE INTO outbox {marks}, ?, ?, ?, ?, ?, ?, ?, ?)"
+        db.executemany(insert, waiting)
+    file.truncate(0)
+
+
+def take_over_outboxes(
+    db: sqlite3.Connection, folder: pathlib.Path, target: Target, name: str
+) -> None:
+    """Move the outboxes in files of one server and name, which no client uses, to client.db."""
+    text = f"{target} {fold(name)}"
+    stem = f"{re.sub(r'[^A-Za-z0-9.-]', '_', text)}-{zlib.crc32(text.encode()):08x}"
+    for path in sorted(folder.glob(f"{stem}.*")):
+        with contextlib.suppress(OSError):
+            with open(locked(path), "r+b") as file:
+                move_outbox(db, file, target, name)
+            path.unlink()
+    with contextlib.suppress(OSError):  # it may not be empty yet
+        folder.rmdir()
+
+
+# The file of the client's store
+
+
+@contextlib.contextmanager
+def file_errors(path: pathlib.Path | None) -> Iterator[None]:
+    """Turn the errors of a client's files into Unusable, with advice."""
+    try:
+        yield
+    except OSError as error:
+        raise Unusable(f"cannot use {path}: {reason_of(error)}; {NO_STATE_ADVICE}") from error
+    except sqlite3.OperationalError as error:
+        raise Unusable(f"cannot use {path}: {error}; {NO_STATE_ADVICE}") from error
+    except sqlite3.DatabaseError as error:
+        text = f"{path} is damaged ({error}); move it away"
+        raise Unusable(f"{text}, {NO_STATE_ADVICE}") from error
+
+
+def open_client_file(
+    folder: pathlib.Path | None, config: pathlib.Path | None = None
+) -> sqlite3.Connection:
+    """Open client.db in a folder, or one in memory; `config` is another folder in which earlier
+    versions kept passwords. Raises Unusable."""
+    path = folder and folder / "client.db"
+    with file_errors(path):
+        if folder:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        db = open_client_database(str(path) if path else ":memory:")
+        if folder:
+            take_over(db, folder / "servers.json", (config or folder) / "logins.json")
+    return db
+
+
+def open_outbox(
+    db: sqlite3.Connection, folder: pathlib.Path | None, target: Target, name: str
+) -> Outbox:
+    """Return an outbox, with what the last clients of this name left; without a folder, a new
+    one. Raises Unusable."""
     if folder is None:
         return Outbox()
-    journal = free_journal(folder, outbox_stem(target, name))
-    if not re.fullmatch(r"[0-9a-f]{32}", journal.secret):
-        journal.begin(Outbox().secret)
-    return Outbox(journal, journal.secret, journal.waiting.values())
+    with file_errors(folder / "client.db"), patience_with(db):
+        take_over_outboxes(db, folder / "outbox", target, name)
+        take = functools.partial(lock_byte, folder / "client.lock")
+        return adopt_outbox(db, str(target), name, take)
 
 
 UNDER_WAY = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
@@ -17620,7 +17965,7 @@ class Link:
         self.loop, self.target, self.core = loop, target, core
         self.show, self.over, self.trust = show, over, trust
         self.patience, self.asks = patience, asks
-        self.known = known or KnownServers(None)
+        self.known = known or KnownServers(open_client_database(":memory:"))
         self.helpers = Helpers(loop)
         self.phase = WAITING
         self.conn: ServerConnection | None = None
@@ -17666,6 +18011,8 @@ class Link:
         self._apply_policy()
         self.status(f"connecting to {self.target}")
         self.core.redial, self.again = False, None
+        with contextlib.suppress(sqlite3.Error):  # then it is what it was
+            self.known.refresh()
         self.pin = self.trust.pin or (None if self.unpinned else self.known.pin(self.target))
         looking = self.trust.insecure or bool(self.distrust)
         trust = self.trust._replace(pin=self.pin, insecure=looking)
@@ -17734,10 +18081,6 @@ class Link:
                 self.timer.cancel()
             self.doubted = ""
             self.start()
-
-    def say(self, line: str) -> None:
-        """Take a line from a pipe, which is always text."""
-        self._carry_on(self.core.say(line))
 
     def ask_older(self, room: Room) -> bool:
         """Fetch messages before the first view of a room; return whether they are on their way."""
@@ -17865,6 +18208,8 @@ class Link:
     def _carry_on(self, views: list[View]) -> None:
         """Show, send and decide what is next, after anything that may have changed the core."""
         self.show(views + self.core.take_views())
+        if self.core.outbox.locked_at < math.inf and self.pace is None:
+            self.pace = self.loop.call_later(LOCK_RETRY_SECONDS, self._send_more)
         if self.conn is None or self.phase not in TALKING:
             return
         self._enter(self._phase_of_talk())
@@ -17890,7 +18235,7 @@ class Link:
         """Remember how long this server demands TLS, if it says so over TLS (IRCv3 sts)."""
         if self.core.sts and self.target.tls:  # no seconds end a policy
             until = time.time() + self.core.sts[1]
-            self.known.remember_policy(self.target.host, self.target.port, until)
+            self.known.remember(self.target.host, port=self.target.port, until=until)
             self.core.sts = None
 
     def _phase_of_talk(self) -> str:
@@ -17953,8 +18298,6 @@ class Link:
 
     def _trust(self) -> None:
         self.known.remember(self.target, pin=self.doubted)
-        if self.known.path is None:
-            self.trust = self.trust._replace(pin=self.doubted)
         self.doubted = ""
         self.start()
 
@@ -17968,8 +18311,10 @@ class Link:
         gap = self.loop.now - self.watched
         self.watched = self.loop.now
         self.loop.call_later(WATCH_SECONDS, self._watch)
+        self.known.flush()
         if self.phase not in TALKING or self.conn is None:
-            return
+            self.core.refresh()
+            return self.poke() if self.core.outbox.locked_at < math.inf else None
         if gap > 3 * WATCH_SECONDS:
             self.conn.heard = min(self.loop.now, self.conn.heard + gap)
         self._carry_on(self.core.tick())
@@ -18093,6 +18438,7 @@ class Link:
     def _end(self, reason: str) -> None:
         if not self.ended:
             self.phase = ENDED
+            self.known.flush()
             for timer in filter(None, (self.timer, self.again, self.pace, self.dismissal)):
                 timer.cancel()
             if self.race:
@@ -19975,28 +20321,9 @@ class ClientOptions(NamedTuple):
     join: tuple[str, ...] = ()
     commands: bool = False  # piped lines may be commands
     login: Login | None = None
-    config: pathlib.Path | None = None  # folder for the passwords that we made
+    config: pathlib.Path | None = None  # folder in which earlier versions kept passwords
     mechanisms: tuple[str, ...] = ()  # of SASL, the best one first; () as usual
     lobby: bool = True  # enter it, if there is nothing else to enter
-
-
-def open_client_store(options: ClientOptions) -> ClientStore:
-    """Open client.db in the folder of the client's state, or one in memory. Raises Unusable."""
-    path = options.state / "client.db" if options.state else None
-    whose = options.login.account if options.login else options.name
-    try:
-        if path:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        db = open_client_database(str(path) if path else ":memory:")
-        return ClientStore(db, str(options.target), fold(whose))
-    except OSError as error:
-        advice = "use --data DIR, or --no-state to keep nothing"
-        raise Unusable(f"cannot write {path}: {reason_of(error)}; {advice}") from error
-    except sqlite3.OperationalError as error:
-        raise Unusable(f"cannot use {path}: {error}; --no-state does without") from error
-    except sqlite3.DatabaseError as error:
-        raise Unusable(f"{path} is damaged ({error}); move it away") from error
 
 
 class Client:
@@ -20007,49 +20334,44 @@ class Client:
 
     def __init__(self, options: ClientOptions):
         self.loop, self.options, self.reason = Loop(), options, ""
+        self.db = open_client_file(options.state, options.config)
         self.core, self.link = self.dial(options, self.show, self.over)
 
     def dial(self, options: ClientOptions, show: Callable, over: Callable) -> tuple:
         """Return the core and the link for one server. The link is not started yet."""
-        state, target = options.state, options.target
-        known = KnownServers(state / "servers.json" if state else None)
-        logins = Memory(options.config / "logins.json" if options.config else None)
-        whose = f"{target} {fold(options.name)}"
-        made = logins.read().get(whose)
-        made = Login(*made) if isinstance(made, list) and len(made) == 2 else None
-        outbox = open_outbox(state / "outbox" if state else None, target, options.name)
-        store = self.open_store(options)
-        if store and outbox.journal:
-            store.sole = outbox.journal.first
-        try:
-            core = ClientCore(
-                options.name,
-                self.tidy,
-                target.kind or known.kind(target),
-                store=store,
-                password=options.password,
-                join=options.join or ((LOBBY,) if options.lobby else ()),
-                login=options.login or made,
-                outbox=outbox,
-                named=bool(options.join),
-            )
-        except sqlite3.Error as error:
-            text = f"the file client.db in {state} is damaged ({error}); move it away"
-            raise Unusable(text) from error
+        db, target, state, login = self.db, options.target, options.state, options.login
+        with file_errors(state and state / "client.db"), patience_with(db):
+            known = KnownServers(db)
+            made = known.login(target, options.name)
+            store = ClientStore(db, str(target), fold(login.account if login else options.name))
+            outbox = open_outbox(db, state, target, options.name)
+            store.sole = outbox.rows is None or outbox.rows.first
+            try:
+                core = ClientCore(
+                    options.name,
+                    self.tidy,
+                    target.kind or known.kind(target),
+                    store=store if self.tidy else None,
+                    password=options.password,
+                    join=options.join or ((LOBBY,) if options.lobby else ()),
+                    login=login or made,
+                    outbox=outbox,
+                    named=bool(options.join),
+                )
+            except sqlite3.Error:
+                if outbox.rows:
+                    outbox.rows.close()
+                raise
         if options.mechanisms:
             core.me.mechanisms = options.mechanisms
             core.me.plain_allowed = "PLAIN" in options.mechanisms
-        core.me.generated = bool(made) and options.login is None
-        core.me.keep = functools.partial(logins.keep, whose) if options.config else None
+        core.me.generated = bool(made) and login is None
+        core.me.keep = functools.partial(known.keep_login, target, options.name) if state else None
         trust, patience = options.trust, self.patience
         link = Link(self.loop, target, core, show, over, trust, known, patience, self.asks)
         if self.asks:
             Transfers(link, pathlib.Path.cwd())
         return core, link
-
-    def open_store(self, options: ClientOptions) -> ClientStore | None:
-        """Return the store for messages; None for a pipe, which shows each message once."""
-        return open_client_store(options) if self.tidy else None
 
     def show(self, views: list[View]) -> None:
         raise NotImplementedError
@@ -20059,16 +20381,25 @@ class Client:
         self.reason = self.reason or reason
         self.loop.stop()
 
+    def fate_of(self, waiting: int) -> str:
+        """Return a text about messages that are in the outbox at the end."""
+        fate = "waiting, to be sent the next time" if self.options.state else "not sent"
+        return f"{counted(waiting, 'message')} {fate}"
+
     def ending(self) -> None:
-        """Prepare a subclass for the end."""
+        """Store what is left to be stored."""
+        self.core.close_store()
 
     def run(self) -> str:
         """Run until the end; return the reason of a failure, or ""."""
         self.link.start()
         self.loop.run()
-        self.ending()
-        self.core.close_store()
+        with patience_with(self.db):
+            self.ending()
         return self.reason
+
+    def close(self) -> None:
+        self.db.close()
 
 
 class Seat:
@@ -20182,9 +20513,8 @@ class ManyServers(Client):
         """Remove a server whose link has ended; with the last one, end the client."""
         if len(self.seats) == 1:
             return self.over(reason)
-        seat.core.close_store()
-        if seat.core.outbox.journal:
-            seat.core.outbox.journal.close()
+        with patience_with(self.db):
+            seat.core.close_store()
         if seat is self.seat:
             self.look_at(next(one for one in self.seats if one is not seat))
         self.seats.remove(seat)
@@ -20193,7 +20523,7 @@ class ManyServers(Client):
         self.keep_servers()
         self.seats_changed()
         if waiting := len(seat.core.outbox.waiting):
-            reason += f"; {counted(waiting, 'message')} waiting, to be sent the next time"
+            reason += f"; {self.fate_of(waiting)}"
         return self.show([View(NOTE, f"{seat.link.target}: {reason.removeprefix('; ') or 'left'}")])
 
     def leave(self, reason: str = "") -> None:
@@ -20247,7 +20577,7 @@ class Filter(Client):
         self.commands = options.commands
         self.lines = LineBuffer(LINE_BYTES)
         self.failure = ""  # of something, although the rest went well
-        self.speak = self.link.typed if options.commands else self.link.say
+        self.speak = self.link.typed if options.commands else self.core.speak
         self.input = Input(self.loop, 0, self.take)
         self.input.pause()  # until there is a server to tell it to
         self.link.drained = self.go_on
@@ -20265,11 +20595,14 @@ class Filter(Client):
         """Say the lines that have come; commands wait for a connection. Then read on, or leave."""
         if self.saying:  # which may make room, and call this
             return
-        self.saying = True
+        self.saying, said = True, False
         while (self.core.ready or not self.commands) and not self.link.leaving:
             if (line := self.lines.take()) is None:
                 break
             self._say(line)
+            said = True
+        if said:  # all are stored in one transaction
+            self.link.poke()
         self.saying = False
         if self.link.leaving:
             return
@@ -20319,7 +20652,7 @@ class Filter(Client):
         if self.join and self.was_up and self.core.kind == PLAIN:
             reasons.append("a plain server has no channels; if it is one of IRC, write irc://...")
         if waiting:
-            reasons.append(f"{counted(waiting, 'message')} waiting, to be sent the next time")
+            reasons.append(self.fate_of(waiting))
         super().over("; ".join(filter(None, reasons)))
 
 
@@ -20397,9 +20730,7 @@ class TerminalClient(ManyServers):
         finally:
             self.give_back()
         if waiting := sum(len(core.outbox.waiting) for core in self.cores):
-            kept = self.core.outbox.journal  # else there was nowhere to keep them
-            fate = "waiting, to be sent the next time" if kept else "not sent"
-            print(f"{counted(waiting, 'message')} {fate}")
+            print(self.fate_of(waiting))
         return reason
 
     def ending(self) -> None:
@@ -23184,7 +23515,8 @@ def run_client(args: argparse.Namespace) -> int:
         args.sasl,
     )
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    reason = (TerminalClient if terminal else Filter)(options).run()
+    with contextlib.closing((TerminalClient if terminal else Filter)(options)) as client:
+        reason = client.run()
     if reason:
         raise Unusable(reason)
     return 0

@@ -45,6 +45,7 @@ import datetime
 import functools
 import gc
 import itertools
+import json
 import logging
 import os
 import pathlib
@@ -54,6 +55,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -1161,6 +1163,7 @@ class Engine(chat.ManyServers):
             self.publish()
             for seat in self.seats:
                 self._let_go(seat)
+            self.close()
             self.loop.close()
 
     @staticmethod
@@ -1168,9 +1171,8 @@ class Engine(chat.ManyServers):
         """Close what a seat holds: another engine may want the same outbox."""
         if seat.link.conn:
             seat.link.conn.sock.close()
-        if seat.core.outbox.journal:
-            seat.core.outbox.journal.close()
-            seat.core.outbox.journal = None
+        if seat.core.outbox.rows:
+            seat.core.outbox.rows.close()
 
     def over(self, reason: str) -> None:
         self.ended = reason
@@ -1921,33 +1923,58 @@ class Engine(chat.ManyServers):
 # ======================================================================================
 # REMEMBERED
 # ======================================================================================
-# A user who comes back finds the window as it was, and the servers that were used. Written
-# as a whole or not at all, and readable by that user alone.
+# A user who comes back finds the window as it was, and the servers that were used: facts in
+# client.db that belong to no server.
 
 RECENT_SERVERS = 8
 
 
-class Remembered(chat.Memory):
-    """Recent names and servers, and the look of the window, in a private file."""
+class Remembered:
+    """Recent names and servers, and the look of the window; without a folder, for this run."""
+
+    def __init__(self, folder: pathlib.Path | None):
+        try:
+            db = chat.open_client_file(folder)
+            with chat.patience_with(db):
+                self.store = chat.ClientStore(db)
+        except (chat.Unusable, sqlite3.Error):  # the engine will say so
+            self.store = chat.ClientStore(chat.open_client_file(None))
+        if folder:
+            self._take_over(folder / "window.json")
+
+    def _take_over(self, path: pathlib.Path) -> None:
+        """Move what an earlier version kept in a file to client.db."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            for name, value in json.loads(path.read_text("utf-8")).items():
+                self.write(name, value)
+            path.unlink()
+
+    def read(self, name: str) -> Any:
+        return json.loads(self.store.fact(name) or "null")
+
+    def write(self, name: str, value: Any) -> None:
+        self.store.keep_fact(name, json.dumps(value))
+        with chat.patience_with(self.store.db):
+            self.store.flush()
 
     def load(self) -> tuple[str, str]:
         """Return the name and the server of the last time, "" each if not known."""
-        kept = self.read()
-        return str(kept.get("name", "")), str(kept.get("server", ""))
+        name, server = (self.recent() or [["", ""]])[0]
+        return name, server
 
     def save(self, name: str, server: str) -> None:
         recent = [[name, server], *(one for one in self.recent() if one[1] != server)]
-        self.write(name=name, server=server, recent=recent[:RECENT_SERVERS])
+        self.write("recent", recent[:RECENT_SERVERS])
 
     def recent(self) -> list[list[str]]:
         """Return names and servers that were used, the last ones first."""
-        kept = self.read().get("recent")
+        kept = self.read("recent")
         pairs = [one for one in kept if isinstance(one, list)] if isinstance(kept, list) else []
         return [[str(word) for word in one] for one in pairs if len(one) == 2]
 
     def words(self, name: str) -> dict[str, Any]:
         """Return a part of what is remembered, {} if there is none."""
-        kept = self.read().get(name)
+        kept = self.read(name)
         return kept if isinstance(kept, dict) else {}
 
 
@@ -4812,7 +4839,7 @@ class WindowOptions(NamedTuple):
     password: str = ""
     trust: chat.Trust = chat.BELIEVE_THE_SYSTEM
     state: pathlib.Path | None = None  # folder for what is remembered; None: nowhere
-    config: pathlib.Path | None = None  # likewise, for the passwords that we made
+    config: pathlib.Path | None = None  # folder in which earlier versions kept passwords
 
 
 def fitting_geometry(text: str, width: int, height: int) -> str:
@@ -4855,7 +4882,7 @@ class Window:
 
     def __init__(self, options: WindowOptions):
         self.options = options
-        self.remembered = Remembered(options.state / "window.json" if options.state else None)
+        self.remembered = Remembered(options.state)
         self.engine: Engine | None = None
         self.servers: tuple[Server, ...] = ()
         self.address = ""  # of the last server, as it was typed
@@ -5168,10 +5195,10 @@ class Window:
         look["geometry"], look["wide"] = self.root.geometry(), self.panes.wide
         for name in ("sidebar", "members"):
             look[name] = self.panes.is_shown(name)
-        self.remembered.write(look={**self.remembered.words("look"), **look})
+        self.remembered.write("look", {**self.remembered.words("look"), **look})
 
     def _keep_order(self) -> None:
-        self.remembered.write(order=self.sidebar.order)
+        self.remembered.write("order", self.sidebar.order)
 
     # Connecting
 
@@ -6362,7 +6389,7 @@ def make_picture(path: pathlib.Path, theme: str, state: pathlib.Path) -> None:
     """Make one picture, in light or dark."""
     state.mkdir(mode=0o700)
     look = {"theme": theme, "geometry": "{}x{}+0+0".format(*DEMO_SIZE)}
-    Remembered(state / "window.json").write(look=look)
+    Remembered(state).write("look", look)
     with demo_server(state) as address:
         peers = {name: DemoPeer(name, address) for name in DEMO_NAMES}
         where = chat.address_text(*address)

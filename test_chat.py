@@ -12080,28 +12080,6 @@ def test_a_repeated_register_keeps_what_was_written_down(tmp_path):
     assert alice.core.me.account == "alice" and kept[-1].account == "alice"
 
 
-def test_a_file_of_passwords_that_is_damaged_is_not_written_over(tmp_path):
-    logins = chat.Memory(tmp_path / "logins.json")
-    logins.keep("a", ["alice", "x"])
-    logins.path.write_text("{ damaged")
-    with pytest.raises(chat.Unusable, match="damaged"):
-        logins.keep("b", ["bob", "y"])
-    assert logins.path.read_text() == "{ damaged"
-
-
-def test_a_torn_line_in_an_outbox_does_not_spoil_the_next(folder):
-    target = chat.parse_target("x:1")
-    outbox = chat.open_outbox(folder, target, "alice")
-    os.write(outbox.journal.fd, b'{"say": ["torn')
-    outbox.journal.close()
-    again = chat.open_outbox(folder, target, "alice")
-    one = again.add(1.0, "#a", "whole", chat.MESSAGE)
-    again.journal.close()
-    third = chat.open_outbox(folder, target, "alice")
-    assert list(third.waiting.values()) == [one] and third.secret == outbox.secret
-    third.journal.close()
-
-
 def test_over_the_line_protocol_nothing_private_is_broadcast():
     outbox = chat.Outbox()
     outbox.add(1.0, "bob", "private", chat.MESSAGE)
@@ -12120,54 +12098,303 @@ def test_a_carriage_return_in_a_message_begins_no_command():
     assert core.take_output().startswith(b"PRIVMSG #lobby :hello NICK hijacked\r\n")
 
 
-# The outbox's file
+# The outbox in client.db
+
+
+def outbox_in(folder, name="alice", server="x:1"):
+    """Begin to use an outbox, as a client of this server and name does at its start."""
+    target = chat.parse_target(server)
+    return chat.open_outbox(chat.open_client_file(folder), folder, target, name)
+
+
+def messages_of(outbox):
+    return [one.text for one in outbox.waiting.values()]
+
+
+def rows_of(outbox):
+    """What another program finds in the file."""
+    ((_, _, path),) = outbox.rows.db.execute("PRAGMA database_list")
+    return waiting_in(pathlib.Path(path).parent)
+
+
+def known_servers():
+    return chat.KnownServers(chat.open_client_database(":memory:"))
 
 
 def test_an_outbox_outlives_its_program_with_its_secret(folder):
-    target = chat.parse_target("x:1")
-    outbox = chat.open_outbox(folder, target, "alice")
+    outbox = outbox_in(folder)
     one = outbox.add(1.0, "#a", "one\u00fc\n", chat.MESSAGE)
     two = outbox.add(2.0, "#a", "two", chat.ACTION)
+    assert outbox.save(0)
+    outbox.send(two, 3.0)
     outbox.arrived(one.id)
-    os.write(outbox.journal.fd, b'{"say": ["torn')
-    outbox.journal.close()
-    again = chat.open_outbox(folder, target, "alice")
-    assert list(again.waiting.values()) == [two] and again.secret == outbox.secret
+    assert outbox.save(0) and rows_of(outbox) == ["two"]
+    outbox.rows.close()
+    again = outbox_in(folder)
+    assert list(again.waiting.values()) == [two._replace(sent=3000)]
+    assert again.secret == outbox.secret
     again.arrived(two.id)
-    again.journal.close()
-    (path,) = folder.iterdir()
-    assert path.read_text() == json.dumps({"secret": outbox.secret}) + "\n"
-    assert path.stat().st_mode & 0o777 == 0o600
+    assert again.save(0) and rows_of(again) == []
+    again.rows.close()
+    for name in ("client.db", "client.lock"):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
 
 
-def test_a_second_client_has_an_outbox_of_its_own_and_what_waits_is_found(folder):
-    target = chat.parse_target("x:1")
-    one, two = (chat.open_outbox(folder, target, "alice") for _ in range(2))
-    assert one.secret != two.secret
-    two.add(1.0, "#a", "wait", chat.MESSAGE)
-    other = chat.open_outbox(folder, target, "bob")
-    assert not other.waiting
-    one.journal.close()
-    two.journal.close()
-    again = chat.open_outbox(folder, target, "alice")
-    assert again.secret == two.secret and len(again.waiting) == 1
-    again.journal.close()
-    other.journal.close()
+def test_a_second_client_has_an_outbox_of_its_own(folder):
+    one, two, other = outbox_in(folder), outbox_in(folder), outbox_in(folder, "bob")
+    assert len({one.secret, two.secret, other.secret}) == 3
+    assert (one.rows.first, two.rows.first, other.rows.first) == (True, False, True)
+    for outbox in (one, two, other):
+        outbox.rows.close()
+    assert outbox_in(folder).secret == one.secret
 
 
-def test_what_a_full_disk_does_not_take_is_given_back(folder, monkeypatch):
-    outbox = chat.open_outbox(folder, chat.parse_target("x:1"), "alice")
-    core = chat.ClientCore("alice", outbox=outbox)
-    size = os.fstat(outbox.journal.fd).st_size
-    write = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
-    views = core.typed("important")
-    assert [(view.kind, view.text) for view in views] == [
-        ("back", "important"),
-        ("note", "the outbox cannot be written: no space left on device; nothing was sent"),
+def test_the_next_client_adopts_the_messages_of_all_outboxes_without_an_owner(folder):
+    one, two, three = (outbox_in(folder) for _ in range(3))
+    for n, outbox in enumerate((two, one, three)):
+        outbox.add(1.0, "#a", f"line {n}", chat.MESSAGE)
+        outbox.save(0)
+    one.rows.close()
+    two.rows.close()
+    again = outbox_in(folder)
+    assert messages_of(again) == ["line 0", "line 1"]
+    assert again.secret == one.secret and again.rows.first
+    assert messages_of(outbox_in(folder)) == []
+    assert messages_of(three) == ["line 2"]
+
+
+def test_messages_that_may_have_arrived_keep_the_secret_under_which_they_were_sent(folder):
+    one, two, three = (outbox_in(folder) for _ in range(3))
+    for n, outbox in enumerate((one, two, three)):
+        first = outbox.add(1.0, "#a", f"line {n}", chat.MESSAGE)
+        if outbox is not one:
+            outbox.send(first, 1.0)
+            outbox.add(1.0, "#a", f"behind {n}", chat.MESSAGE)
+        outbox.save(0)
+        outbox.rows.close()
+    again, last = outbox_in(folder), outbox_in(folder)
+    assert again.secret == two.secret and sorted(messages_of(again)) == [
+        *("behind 1", "line 0", "line 1"),
     ]
-    assert os.fstat(outbox.journal.fd).st_size == size and outbox.waiting == {}
-    outbox.journal.close()
+    assert last.secret == three.secret and messages_of(last) == ["line 2", "behind 2"]
+
+
+def test_a_lock_of_one_byte_ends_with_its_process(folder):
+    path = folder / "client.lock"
+    code = f"import chat, pathlib, sys; path = pathlib.Path({str(path)!r})\n"
+    code += "print(bool(chat.lock_byte(path, 5)), flush=True)\nsys.stdin.read()"
+    command = [sys.executable, "-c", code]
+    end = chat.lock_byte(path, 3)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"True\n"
+        assert chat.lock_byte(path, 5) is None and chat.lock_byte(path, 3) is None
+        chat.lock_byte(path, 4)()
+        process.kill()
+        process.wait(PATIENCE)
+        again = chat.lock_byte(path, 5)
+        assert again is not None
+        again()
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout.readline() == b"True\n"
+            other.communicate()
+    end()
+    end()
+    assert path not in chat.LOCK_FILES
+
+
+def fill(db):
+    """Leave no room in a database, as a full disk does."""
+    db.execute("CREATE TABLE filler (x)")
+    db.execute("PRAGMA max_page_count = 1")
+    with pytest.raises(sqlite3.OperationalError):
+        while True:
+            db.execute("INSERT INTO filler VALUES (?)", ["x" * 500])
+
+
+def test_what_a_full_disk_does_not_take_is_given_back(folder):
+    outbox = outbox_in(folder)
+    core = chat.ClientCore("alice", outbox=outbox)
+    fill(outbox.rows.db)
+    views = core.typed("important " * 1000)
+    assert [(view.kind, view.text) for view in views] == [
+        ("back", "important " * 1000),
+        ("note", "client.db cannot be written: database or disk is full; "
+         "use --data DIR, or --no-state to keep nothing; nothing was sent"),
+    ]  # fmt: skip
+    assert outbox.waiting == {} and rows_of(outbox) == [] and not core.room.views
+
+
+def test_a_pipe_counts_what_a_full_disk_does_not_take(folder):
+    outbox = outbox_in(folder)
+    core = chat.ClientCore("alice", False, outbox=outbox)
+    fill(outbox.rows.db)
+    for n in range(5):
+        core.speak(f"{n} " * 5000)
+        core.flush()
+    assert core.failures == 5 and outbox.waiting == {}
+    assert [view.kind for view in core.take_views() if view.kind != chat.SAID] == ["note"]
+
+
+def test_a_message_is_sent_once_it_is_stored_and_given_back_if_the_file_stays_locked(folder):
+    outbox = outbox_in(folder)
+    alice = Elsewhere(outbox=outbox)
+    alice.sent(9)
+    with contextlib.closing(sqlite3.connect(folder / "client.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        alice.types("hello")
+        assert alice.sent(0) == [] and messages_of(outbox) == ["hello"]
+        other.execute("COMMIT")
+        assert "PRIVMSG #lobby hello" in alice.sent(1)
+        assert rows_of(outbox) == ["hello"]
+        other.execute("BEGIN IMMEDIATE")
+        alice.types("more")
+        assert [line for line in alice.sent(chat.LOCKED_SECONDS + 1) if "more" in line] == []
+        other.execute("COMMIT")
+    assert alice.kinds("back") == ["more"] and messages_of(outbox) == ["hello"]
+    assert [view.text for view in alice.core.room.views if view.mine] == ["hello"]
+
+
+def test_what_is_sent_waits_until_the_file_says_so(folder):
+    outbox = outbox_in(folder)
+    alice = Elsewhere(outbox=outbox)
+    alice.sent(9)
+    outbox.window = 0
+    alice.types("hello")
+    with contextlib.closing(sqlite3.connect(folder / "client.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        outbox.window = 1
+        alice.core.flush()
+        assert alice.core.take_output() == b""
+        other.execute("COMMIT")
+        assert b"PRIVMSG #lobby hello" in alice.core.take_output()
+        ((sent,),) = other.execute("SELECT sent FROM outbox")
+    assert sent > 0
+
+
+def test_the_reason_why_a_message_waits_for_the_user_outlives_the_program(folder):
+    alice = Elsewhere(outbox=outbox_in(folder))
+    alice.hears(":op!u@h KICK #lobby alice :out")
+    alice.types("hello")
+    alice.core.close_store()
+    again = chat.ClientCore("alice", outbox=outbox_in(folder))
+    (view,) = again.take_views()
+    assert (view.kind, view.text) == (
+        *("failed", "you are not in #lobby: hello; /retry sends it, /cancel drops it"),
+    )
+    again.typed("/retry")
+    again.close_store()
+    outbox = outbox_in(folder)
+    assert not outbox.parked and messages_of(outbox) == ["hello"]
+
+
+def test_a_pipe_sends_what_a_terminal_left_to_its_user(folder):
+    outbox = outbox_in(folder)
+    outbox.park(outbox.add(1.0, "#lobby", "hello", chat.MESSAGE).id, "you are not in #lobby")
+    outbox.save(0)
+    outbox.rows.close()
+    core = chat.ClientCore("alice", False, outbox=outbox_in(folder))
+    assert not core.outbox.parked and messages_of(core.outbox) == ["hello"]
+
+
+def waiting_in(folder):
+    """What the outboxes of a folder hold."""
+    with contextlib.closing(sqlite3.connect(folder / "client.db")) as db:
+        return [text for (text,) in db.execute("SELECT text FROM outbox ORDER BY number")]
+
+
+# Files of earlier versions
+
+
+def journal_in(folder, *records, number=1, name="alice", server="x:1"):
+    """Write an outbox as earlier versions did."""
+    text = f"{server} {name}"
+    stem = f"{re.sub('[^A-Za-z0-9.-]', '_', text)}-{zlib.crc32(text.encode()):08x}"
+    (folder / "outbox").mkdir(exist_ok=True)
+    path = folder / "outbox" / f"{stem}.{number}"
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return path
+
+
+def say(id, text, where="#a", *rest):
+    return {"say": [id, where, text, chat.MESSAGE, False, *rest]}
+
+
+def test_outboxes_in_files_are_taken_over_once(folder):
+    secrets = "ab" * 16, "cd" * 16
+    records = {"secret": secrets[0]}, say("1", "one"), say("2", "two", "#a", "abc"), {"done": "1"}
+    first = journal_in(folder, *records, {"sent": "2"}, {"at": ["2", 2]})
+    second = journal_in(folder, {"secret": secrets[1]}, say("3", "three"), number=2)
+    other = journal_in(folder, say("4", "four"), name="bob")
+    with second.open("a") as file:
+        file.write('{"say": ["torn')
+    outbox = outbox_in(folder)
+    assert outbox.secret == secrets[0]
+    assert list(outbox.waiting.values()) == [
+        chat.Waiting("2", "#a", "two", chat.MESSAGE, 1, "abc", 2),
+        chat.Waiting("3", "#a", "three", chat.MESSAGE),
+    ]
+    assert not (first.exists() or second.exists()) and other.exists()
+    assert outbox_in(folder).secret == secrets[1]
+    assert messages_of(outbox_in(folder, "bob")) == ["four"]
+    assert not (folder / "outbox").exists()
+
+
+def test_an_outbox_that_a_client_of_an_earlier_version_uses_is_left_to_it(folder):
+    path = journal_in(folder, {"secret": "ab" * 16}, say("1", "one"))
+    fd = chat.locked(path)
+    assert messages_of(outbox_in(folder)) == [] and path.exists()
+    os.close(fd)
+    assert messages_of(outbox_in(folder)) == ["one"] and not path.exists()
+
+
+@pytest.mark.parametrize(
+    "record", ['{"secret": 5}', '{"say": [5, 6, 7, 8]}', '{"say": ["a", 5, "x", "y"]}', "[]", "5",
+               '{"say": ["a", "#b", "\\ud800", "message"]}', '{"say": "abcd"}', '{"sent": []}'],
+)  # fmt: skip
+def test_a_damaged_outbox_in_a_file_gives_up_what_is_damaged_alone(folder, record):
+    path = journal_in(folder, {"secret": "ab" * 16}, say("1", "kept"))
+    with path.open("a") as file:
+        file.write(f"{record}\n")
+    outbox = outbox_in(folder)
+    assert messages_of(outbox) == ["kept"] and outbox.secret == "ab" * 16
+
+
+def test_servers_and_passwords_in_files_are_taken_over_once(folder):
+    config = folder / "config"
+    config.mkdir()
+    servers, logins = folder / "servers.json", config / "logins.json"
+    known = {"a:1": {"kind": "irc", "pin": "ab"}, "b:2": chat.PLAIN, "sts:a": [6697, 5.5]}
+    servers.write_text(json.dumps(known | {"c:3": 5, "d:4": [1], "e:5": {"pin": "cd"}}))
+    logins.write_text(json.dumps({"a:1 two words": ["alice", "x y"], "b:2 bob": None, "z": []}))
+    found = chat.KnownServers(chat.open_client_file(folder, config))
+    assert (found.kind("a:1"), found.pin("a:1"), found.policy("a")) == ("irc", "ab", (6697, 5.5))
+    assert (found.kind("b:2"), found.pin("b:2"), found.pin("e:5")) == (chat.PLAIN, None, "cd")
+    assert found.login("a:1", "Two Words") == chat.Login("alice", "x y")
+    assert found.login("b:2", "bob") is None
+    assert not servers.exists() and not logins.exists()
+
+
+def test_a_file_of_passwords_that_cannot_be_removed_brings_no_old_password_back(
+    folder, monkeypatch
+):
+    def fail(*_):
+        raise PermissionError(errno.EROFS, "read-only file system")
+
+    (folder / "logins.json").write_text(json.dumps({"a:1 bob": ["bob", "old"]}))
+    monkeypatch.setattr(pathlib.Path, "unlink", fail)
+    found = chat.KnownServers(chat.open_client_file(folder))
+    assert found.login("a:1", "bob") == chat.Login("bob", "old")
+    found.keep_login("a:1", "bob", chat.Login("bob", "new"))
+    found = chat.KnownServers(chat.open_client_file(folder))
+    assert found.login("a:1", "bob") == chat.Login("bob", "new")
+
+
+@pytest.mark.parametrize("text", ["{ damaged", "[]", '{"a:1 b": ["\\ud800", "x"]}', "{}"])
+def test_a_damaged_file_of_passwords_is_left_alone(folder, text):
+    path = folder / "logins.json"
+    path.write_text(text)
+    found = chat.KnownServers(chat.open_client_file(folder))
+    assert found.login("a:1", "b") is None and path.read_text() == text
 
 
 def test_the_password_of_an_account_that_was_refused_is_not_kept():
@@ -12868,17 +13095,116 @@ def test_a_password_that_the_server_wants_is_asked_for_and_can_be_given():
     assert b"PASS :open sesame\r\n" in alice.core.take_output()
 
 
+# A bouncer, whose server may not be there
+
+
+class Bounced(Elsewhere):
+    """A client on a ZNC, which welcomes it although no server is there."""
+
+    def connect(self, *tokens, caps=""):
+        self.views += self.core.connected()
+        self.hears(":irc.znc.in CAP * LS :echo-message", ":irc.znc.in CAP alice ACK :echo-message")
+        self.hears(":irc.znc.in 001 alice :Welcome to ZNC")
+        self.sent()
+
+    def lost(self, target):
+        text = f"Your message to {target} got lost, you are not connected to IRC!"
+        self.hears(f":*status!znc@znc.in PRIVMSG alice :{text}")
+
+    def served(self):
+        return self.hears("001 alice :Welcome", "004 alice x ircd-1 a b")
+
+
+def test_behind_a_bouncer_without_a_server_messages_and_joins_wait_for_one():
+    alice = Bounced()
+    assert alice.kinds("note") == [
+        "the bouncer is not connected to its server; what you say waits for that"
+    ]
+    alice.types("hello", "/msg bob psst", "/msg *status connect")
+    message, ping, *pings = alice.sent(200)
+    assert message == "PRIVMSG *status connect" and {one[:5] for one in pings} <= {"PING "}
+    alice.hears(f"PONG x {ping.split()[-1]}").served()
+    alice.hears(":alice!u@h JOIN #lobby")
+    sent = [line for line in alice.sent(9) if line.startswith(("JOIN", "PRIVMSG"))]
+    assert sent[0] == "JOIN #lobby" and sorted(sent[1:]) == [
+        *("PRIVMSG #lobby hello", "PRIVMSG bob psst"),
+    ]
+
+
+def test_what_a_bouncer_lost_is_sent_to_its_next_server():
+    alice = Bounced()
+    alice.served()
+    alice.hears(":alice!u@h JOIN #lobby")
+    alice.sent(9)
+    alice.types("one")
+    (_, ping) = alice.sent(3)
+    alice.lost("#lobby")
+    alice.hears(f"PONG x {ping.split()[-1]}")
+    assert alice.kinds("note")[-1] == "the bouncer has lost its server; what you say waits for that"
+    assert messages_of(alice.core.outbox) == ["one"] and not alice.core.room.inside
+    alice.served()
+    assert "JOIN #lobby" in alice.sent()
+    alice.hears(":alice!u@h JOIN #lobby")
+    _, ping = alice.sent(9)
+    alice.hears(":alice!u@h PRIVMSG #lobby one", f"PONG x {ping.split()[-1]}")
+    assert alice.core.outbox.waiting == {} and alice.kinds("failed") == []
+
+
+@pytest.mark.parametrize("params", ["JOIN :You have not registered", ":Connection not registered"])
+def test_a_server_that_welcomes_and_then_wants_a_registration_is_waited_for(params):
+    alice = Elsewhere()
+    alice.types("hello")
+    assert "PRIVMSG #lobby hello" in alice.sent(1)
+    alice.hears(f"451 alice {params}", f"451 alice {params}")
+    assert alice.kinds("note") == ["the server has not let us in yet; what you say waits for that"]
+    assert alice.kinds("told") == ["you are alice"]
+    assert [line for line in alice.sent(9) if "hello" in line] == []
+    alice.hears("001 alice :Welcome", ":alice!u@h JOIN #lobby")
+    assert "PRIVMSG #lobby hello" in alice.sent(9)
+    alice.hears(f"451 alice {params}")
+    alice.sent(chat.REGISTRATION_SECONDS + 2)
+    assert alice.core.dismissed and alice.core.cause == chat.TEMPORARY
+
+
+def test_a_pipe_does_not_wait_for_ever_for_the_server_of_a_bouncer():
+    bot, alice = Bounced(tidy=False), Bounced()
+    for client in (bot, alice):
+        client.sent(chat.REGISTRATION_SECONDS + 2)
+    assert bot.core.dismissed and bot.core.cause == chat.NEEDS_USER and not bot.core.ready
+    assert not alice.core.dismissed
+
+
+def test_a_channel_that_was_being_joined_when_the_bouncer_lost_its_server_is_joined_later():
+    alice = Bounced()
+    alice.served()
+    alice.types("/join #tea word")
+    alice.hears("451 alice JOIN :You have not registered")
+    alice.sent(9)
+    alice.served()
+    assert "JOIN #tea word" in alice.sent(9)
+
+
 # Found by reading
 
 
 def test_what_was_sent_is_known_to_be_so_by_the_next_run(folder):
-    target = chat.parse_target("irc://here")
-    alice = Elsewhere(outbox=chat.open_outbox(folder, target, "alice"))
+    alice = Elsewhere(outbox=outbox_in(folder))
     alice.types("hello")
     assert "PRIVMSG #lobby hello" in alice.sent(5)
-    alice.core.outbox.journal.close()
-    (one,) = chat.open_outbox(folder, target, "alice").waiting.values()
+    alice.core.outbox.rows.close()
+    (one,) = outbox_in(folder).waiting.values()
     assert one.sent
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_refused_join_leaves_a_message_to_the_user_unless_the_server_will_answer_it(ours):
+    alice = Elsewhere()
+    alice.core.server.ours = ours
+    alice.types("hello")
+    alice.sent(1)
+    alice.core.park_all(alice.core.room, "you may not join")
+    parked = ["it may have arrived or not"]
+    assert [*alice.core.outbox.parked.values()] == ([] if ours else parked)
 
 
 def test_a_kick_leaves_what_waits_to_the_user_and_hinders_no_command():
@@ -12944,15 +13270,13 @@ def test_a_channel_that_takes_the_name_of_one_that_we_left_is_the_one_we_are_in(
 
 
 def test_a_rename_is_kept_with_what_waits_for_the_conversation(folder):
-    target = chat.parse_target("irc://here")
-    alice = Elsewhere(outbox=chat.open_outbox(folder, target, "alice"))
+    alice = Elsewhere(outbox=outbox_in(folder))
     alice.types("/query bob")
     alice.core.outbox.window = 0
     alice.types("late words")
     alice.hears(":bob!u@h NICK robert")
-    alice.core.outbox.journal.close()
-    waiting = chat.open_outbox(folder, target, "alice").waiting
-    assert [one.where for one in waiting.values()] == ["robert"]
+    alice.core.outbox.rows.close()
+    assert [one.where for one in outbox_in(folder).waiting.values()] == ["robert"]
 
 
 def test_channels_that_this_server_tells_apart_are_two_from_the_start():
@@ -13191,18 +13515,22 @@ def test_of_two_clients_of_one_user_one_keeps_what_has_no_id(folder):
     one, other = chat.Client.__new__(chat.Client), chat.Client.__new__(chat.Client)
     for client in (one, other):
         client.loop, client.options, client.reason = chat.Loop(), options, ""
+        client.db = chat.open_client_file(folder)
         client.core, client.link = client.dial(options, bool, bool)
         client.loop.close()
     assert (one.core.store.sole, other.core.store.sole) == (True, False)
 
 
 def test_many_clients_can_begin_at_once_in_a_new_folder(tmp_path):
-    path, failed = str(tmp_path / "client.db"), []
+    secrets, failed = [], []
 
     def begin(n):
         try:
-            chat.ClientStore(chat.open_client_database(path), "here", f"user{n}")
-        except sqlite3.Error as error:
+            db = chat.open_client_file(tmp_path)
+            with chat.patience_with(db):
+                chat.ClientStore(db, "here", f"user{n}")
+            secrets.append(outbox_in(tmp_path).secret)
+        except (chat.Unusable, sqlite3.Error) as error:
             failed.append(error)
 
     threads = [threading.Thread(target=begin, args=[n]) for n in range(8)]
@@ -13210,12 +13538,12 @@ def test_many_clients_can_begin_at_once_in_a_new_folder(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert failed == []
+    assert failed == [] and len(set(secrets)) == 8
 
 
 def test_a_damaged_file_of_messages_is_one_clear_line(folder):
     options = chat.ClientOptions("alice", chat.parse_target("irc://here"), state=folder)
-    store = chat.open_client_store(options)
+    store = chat.ClientStore(chat.open_client_file(folder), "here", "alice")
     for n in range(500):
         store.add("#a", chat.View(chat.SAID, "x" * 50, "bob", "#a", n, id=f"{n}"))
     store.flush()
@@ -13230,9 +13558,12 @@ def test_a_damaged_file_of_messages_is_one_clear_line(folder):
         client = chat.Client.__new__(chat.Client)
         client.loop, client.options = chat.Loop(), options
         with contextlib.suppress(chat.Unusable):  # and nothing else
-            core, link = client.dial(options, bool, bool)
-            core.outbox.journal.close()
+            client.db = chat.open_client_file(folder)
+            with contextlib.closing(client.db):
+                core, link = client.dial(options, bool, bool)
+                core.outbox.rows.close()
         client.loop.close()
+        assert folder / "client.lock" not in chat.LOCK_FILES
 
 
 def test_a_store_that_cannot_be_written_is_told_of_once():
@@ -13348,23 +13679,6 @@ def test_an_ignored_user_opens_nothing_with_a_message_of_several_lines():
     alice.hears(":bob!u@h BATCH +1 draft/multiline alice", "@batch=1 :bob!u@h PRIVMSG alice :x")
     alice.hears("@batch=1 :bob!u@h PRIVMSG alice :y", ":bob!u@h BATCH -1")
     assert "bob" not in alice.core.rooms
-
-
-@pytest.mark.parametrize(
-    "record", ['{"secret": 5}', '{"say": [5, 6, 7, 8]}', '{"say": ["a", 5, "x", "y"]}', "[]", "5",
-               '{"say": ["a", "#b", "\\ud800", "message"]}', '{"say": "abcd"}', '{"sent": []}'],
-)  # fmt: skip
-def test_a_damaged_outbox_gives_up_what_is_damaged_alone(folder, record):
-    target = chat.parse_target("irc://here")
-    outbox = chat.open_outbox(folder, target, "alice")
-    outbox.add(0.0, "#a", "kept", chat.MESSAGE)
-    outbox.journal.close()
-    (path,) = folder.iterdir()
-    with path.open("a") as file:
-        file.write(f"{record}\n")
-    again = chat.open_outbox(folder, target, "alice")
-    assert [one.text for one in again.waiting.values()] == ["kept"]
-    assert again.secret == outbox.secret
 
 
 # Found by use, once more
@@ -13697,7 +14011,7 @@ def test_a_client_reads_back_and_searches_in_all_that_it_has_kept():
 
 def test_the_window_begins_with_what_was_kept(folder):
     options = chat.ClientOptions("alice", chat.parse_target("127.0.0.1:1"), state=folder)
-    store = chat.open_client_store(options)
+    store = chat.ClientStore(chat.open_client_file(folder), "127.0.0.1:1", "alice")
     store.keep_room("#a", chat.Room("#a"))
     for n in range(3):
         store.add("#a", chat.View(chat.SAID, f"{n}", "bob", "#a", n, id=f"m{n}"))
@@ -13708,6 +14022,22 @@ def test_the_window_begins_with_what_was_kept(folder):
     rows = next(event.rows for event in events if isinstance(event, gui_client.Rows))
     assert [row.view.text for row in rows][:3] == ["0", "1", "2"]
     engine.loop.close()
+
+
+def test_a_setting_of_another_client_is_used_a_second_later(tmp_path):
+    one, other = (
+        Elsewhere(store=chat.ClientStore(chat.open_client_file(tmp_path), "here", "alice"))
+        for _ in range(2)
+    )
+    one.types("/set time %H.%M", "/ignore spammer")
+    one.sent(1)
+    other.sent(1)
+    assert other.core.setting("time") == "%H.%M" and other.core.ignored == {"spammer"}
+    other.types("/unignore spammer")
+    assert one.core.ignored == {"spammer"}
+    other.sent(1)
+    one.sent(1)
+    assert one.core.ignored == set() and one.core.setting("time") == "%H.%M"
 
 
 def test_words_that_were_taken_back_are_not_in_the_store_any_more(tmp_path):
@@ -13824,14 +14154,12 @@ def test_an_answer_carries_the_id_of_what_it_answers():
 
 
 def test_an_answer_that_waits_is_still_one_after_a_restart(tmp_path):
-    target = chat.Target("127.0.0.1", 7000)
-    outbox = chat.open_outbox(tmp_path, target, "alice")
+    outbox = outbox_in(tmp_path)
     outbox.add(1.0, "#lobby", "I have", chat.MESSAGE, "abc")
     outbox.add(1.0, "#lobby", "plain", chat.MESSAGE)
-    outbox.journal.close()
-    again = chat.open_outbox(tmp_path, target, "alice")
-    assert [one.reply for one in again.waiting.values()] == ["abc", ""]
-    again.journal.close()
+    outbox.save(0)
+    outbox.rows.close()
+    assert [one.reply for one in outbox_in(tmp_path).waiting.values()] == ["abc", ""]
 
 
 def test_reactions_are_seen_kept_and_taken_back():
@@ -14012,10 +14340,10 @@ def test_results_go_to_a_screen_that_wants_them_apart():
 def test_a_store_of_the_version_before_is_taken_over(tmp_path):
     path = str(tmp_path / "client.db")
     db = sqlite3.connect(path)
-    old = chat.CLIENT_TABLES.replace("user_version = 2", "user_version = 1")
-    old = re.sub(r"CREATE TABLE reactions .*?;\n", "", old, flags=re.DOTALL)
+    old = chat.CLIENT_TABLES.replace("user_version = 3", "user_version = 1")
     old = re.sub(r",\n    reply TEXT[^\n]*\n    file TEXT[^\n]*\n", "\n", old)
-    old = re.sub(r"CREATE TABLE transfers .*?;\n", "", old, flags=re.DOTALL)
+    tables = "reactions|transfers|servers|logins|outboxes|outbox"
+    old = re.sub(rf"CREATE TABLE IF NOT EXISTS ({tables}) .*?;\n", "", old, flags=re.DOTALL)
     old = re.sub(r"    (muted|read_time|place) INTEGER[^\n]*\n", "", old)
     db.executescript(old)
     db.execute("INSERT INTO owners VALUES (1, 'here', 'alice')")
@@ -14110,10 +14438,18 @@ def test_a_missing_password_is_told_once_with_the_way_out():
 # Found by real use
 
 
+def test_what_a_client_does_without_a_connection_is_stored_all_the_same():
+    link = Hanging(True, 60.0)
+    link.core.store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    link.core.store.keep_room("#tea", chat.Room("#tea"))
+    link._watch()
+    assert not link.core.store.waiting and [room.name for room in link.core.store.rooms()]
+
+
 def test_a_server_that_stood_stays_when_it_cannot_be_trusted_any_more():
     link = Hanging(True, 60.0)
     link.phase, link.stays = chat.SECURING, True
-    link.known, link.unpinned = chat.KnownServers(None), "ab" * 32
+    link.known, link.unpinned = known_servers(), "ab" * 32
     link.lost(f"{chat.TLS_TROUBLE}{chat.NOT_SIGNED}: self-signed certificate")
     assert link.phase == chat.WAITING and link.doubted == "ab" * 32
     (note,) = [view.text for view in link.log if view.kind == "note"]
@@ -14197,15 +14533,13 @@ def test_a_long_paste_goes_on_where_it_broke_off():
 
 
 def test_how_much_of_a_paste_arrived_outlives_the_program(tmp_path):
-    target = chat.Target("127.0.0.1", 7000)
-    outbox = chat.open_outbox(tmp_path, target, "alice")
+    outbox = outbox_in(tmp_path)
     one = outbox.add(1.0, "#lobby", "one\ntwo", chat.MESSAGE)
     outbox.arrived_to(one.id, 3)
     outbox.arrived_to("unknown", 3)
-    outbox.journal.close()
-    again = chat.open_outbox(tmp_path, target, "alice")
-    assert [one.at for one in again.waiting.values()] == [3]
-    again.journal.close()
+    outbox.save(0)
+    outbox.rows.close()
+    assert [one.at for one in outbox_in(tmp_path).waiting.values()] == [3]
 
 
 def test_a_long_paste_is_told_about_while_it_goes_out():
@@ -14598,7 +14932,7 @@ def test_what_is_wrong_with_a_certificate_is_said(words, why):
 def test_a_pinned_certificate_may_be_replaced_by_one_that_is_signed(running, certificate, folder):
     server = running(tls_cert=certificate)
     target = chat.parse_target(f"ircs://localhost:{server.address[1]}")
-    known = chat.KnownServers(folder / "servers.json")
+    known = known_servers()
     known.remember(target, pin="00" * 32)
     alice = Linked(target, known, trust=chat.Trust(ca=certificate))
     alice.until(lambda: alice.core.ready)
@@ -14608,13 +14942,13 @@ def test_a_pinned_certificate_may_be_replaced_by_one_that_is_signed(running, cer
 
 
 def test_a_policy_for_tls_is_kept_as_long_as_the_server_said(tmp_path):
-    known = chat.KnownServers(tmp_path / "servers.json")
-    known.remember_policy("irc.example", 6697, time.time() + 60)
+    known = known_servers()
+    known.remember("irc.example", port=6697, until=time.time() + 60)
     link = Hanging(True, 60.0)
     link.known, link.target = known, chat.parse_target("irc://irc.example")
     link._apply_policy()
     assert (link.target.tls, link.target.port) == (True, 6697)
-    known.remember_policy("irc.example", 6697, time.time() - 1)
+    known.remember("irc.example", until=time.time() - 1)
     link.target = chat.parse_target("irc://irc.example")
     link._apply_policy()
     assert not link.target.tls
@@ -18776,6 +19110,13 @@ def test_a_filter_speaks_in_the_channel_it_was_told_to_join(running):
     assert bob.until("hi")[-1] == "[#a] bot: hi"
 
 
+def test_without_a_state_nothing_is_said_to_be_sent_the_next_time(folder):
+    client = chat.Client.__new__(chat.Client)
+    for state, fate in (None, "not sent"), (folder, "waiting, to be sent the next time"):
+        client.options = chat.ClientOptions("bot", chat.parse_target("x:1"), state=state)
+        assert client.fate_of(2) == f"2 messages {fate}"
+
+
 @pytest.mark.parametrize(
     "options, flags, words",
     [
@@ -18795,20 +19136,31 @@ def test_a_filter_that_was_not_let_in_fails(running, options, flags, words):
 
 
 def test_what_kind_of_server_it_is_is_remembered(folder):
-    path = folder / "client" / "servers.json"
-    known = chat.KnownServers(path)
     target = chat.parse_target("example.net:7000")
+    known, other = (chat.KnownServers(chat.open_client_file(folder)) for _ in range(2))
     assert (known.kind(target), known.pin(target)) == ("", None)
     known.remember(target, kind=chat.CHAT)
     known.remember(target, pin="ab")
-    again = chat.KnownServers(path)
-    assert (again.kind(target), again.pin(target)) == (chat.CHAT, "ab")
-    assert path.stat().st_mode & 0o777 == 0o600
-    path.write_text(json.dumps({str(target): chat.PLAIN}))  # by an earlier version
-    assert known.kind(target) == chat.PLAIN
-    path.write_text("{ damaged")
-    assert known.kind(target) == ""
-    assert chat.KnownServers(None).kind(target) == ""
+    assert (other.kind(target), other.pin(target)) == ("", None)
+    other.refresh()
+    assert (other.kind(target), other.pin(target)) == (chat.CHAT, "ab")
+    assert other.policy("example.net") == (0, 0.0)
+    other.remember(target, kind=chat.IRC)
+    known.remember(target, pin="cd")  # which does not know of the other's change
+    known.refresh()
+    assert (known.kind(target), known.pin(target)) == (chat.IRC, "cd")
+
+
+def test_a_password_that_was_made_is_stored_before_it_is_used(folder):
+    known, other = (chat.KnownServers(chat.open_client_file(folder)) for _ in range(2))
+    known.keep_login("a:1", "Alice", chat.Login("alice", "x"))
+    assert other.login("a:1", "alice") == chat.Login("alice", "x")
+    assert other.login("a:1", "bob") is None
+    fill(known.db)
+    with pytest.raises(chat.Unusable, match="full"):
+        known.keep_login("a:1", "bob", chat.Login("bob", "y" * 5000))
+    known.keep_login("a:1", "alice", None)
+    assert other.login("a:1", "alice") is None and known.login("a:1", "bob") is None
 
 
 @pytest.mark.parametrize(
@@ -18889,7 +19241,7 @@ def test_a_certificate_that_no_authority_signed_is_asked_about_once_and_its_chan
 ):
     server = running(tls_cert=certificate)
     target = chat.parse_target(f"ircs://127.0.0.1:{server.address[1]}")
-    known = chat.KnownServers(folder / "servers.json")
+    known = known_servers()
     alice = Linked(target, known)
     alice.until(lambda: alice.link.doubted)
     pin = alice.link.doubted
@@ -19195,15 +19547,15 @@ def test_what_waits_when_a_client_is_killed_is_said_by_the_next_one(running, fol
             proxy.swallow()
             alice.stdin.write("".join(f"{line}\n" for line in numbered(LINES_SAID)).encode())
             alice.stdin.flush()
-            (path,) = (folder / "chat.py" / "client" / "outbox").iterdir()
-            while f"line {LINES_SAID - 1}" not in path.read_text():
+            data = folder / "chat.py" / "client"
+            while f"line {LINES_SAID - 1}" not in waiting_in(data):
                 assert alice.poll() is None
             alice.kill()
             alice.wait(PATIENCE)
         with piped("alice", proxy.where, folder) as again:
             again.stdin.close()
             assert again.wait(PATIENCE) == 0
-    assert "line" not in path.read_text()
+    assert waiting_in(data) == []
     said, _ = witness.heard(f"line {LINES_SAID - 1}")
     assert said == numbered(LINES_SAID)
     witness.close()
@@ -19714,20 +20066,32 @@ def test_the_title_and_the_status_line_say_how_things_stand():
 
 
 def test_the_last_names_and_servers_are_remembered_in_a_private_file(tmp_path):
-    path = tmp_path / "client" / "window.json"
-    memory = gui_client.Remembered(path)
+    memory = gui_client.Remembered(tmp_path)
     assert memory.load() == ("", "") and memory.recent() == []
     memory.save("alice", "here:1")
     memory.save("bob", "there:2")
     memory.save("carol", "here:1")
+    memory = gui_client.Remembered(tmp_path)
     assert memory.load() == ("carol", "here:1")
     assert memory.recent() == [["carol", "here:1"], ["bob", "there:2"]]
-    if os.name == "posix":
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    for damage in ("", "[]", '{"name"', "\ufeff", '{"recent": [1, ["a"]], "look": 3}'):
-        path.write_text(damage, encoding="utf-8")
+    for damage in ([1, ["a"]], 3, {"a": "b"}, None):
+        memory.write("recent", damage)
+        memory.write("look", [damage])
         assert memory.load() == ("", "") and memory.recent() == [] and memory.words("look") == {}
     gui_client.Remembered(None).save("alice", "here:1")
+
+
+def test_what_the_window_remembered_in_a_file_is_taken_over_once(tmp_path):
+    path = tmp_path / "window.json"
+    kept = {"name": "alice", "recent": [["alice", "here:1"]], "look": {"geometry": "9x9+1+1"}}
+    path.write_text(json.dumps(kept))
+    for _ in range(2):
+        memory = gui_client.Remembered(tmp_path)
+        assert memory.load() == ("alice", "here:1")
+        assert memory.words("look") == {"geometry": "9x9+1+1"}
+        assert not path.exists()
+    path.write_text("{ damaged")
+    assert gui_client.Remembered(tmp_path).load() == ("alice", "here:1") and path.exists()
 
 
 @pytest.mark.parametrize(
@@ -20888,15 +21252,6 @@ class WindowProgram:
 def drafts_in(folder):
     with contextlib.closing(sqlite3.connect(folder / "client.db")) as db:
         return [draft for (draft,) in db.execute("SELECT draft FROM rooms")]
-
-
-def waiting_in(folder):
-    """What the outboxes of a client hold."""
-    journals = [chat.Journal(path) for path in (folder / "outbox").iterdir()]
-    texts = [one.text for journal in journals for one in journal.waiting.values()]
-    for journal in journals:
-        journal.close()
-    return texts
 
 
 def stopped_by(chance, server):
