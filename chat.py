@@ -22156,15 +22156,20 @@ class Leader {
     if (row) await accept({ ...row, failed });
   }
 
-  closed() {
+  drop() {
+    clearTimeout(this.timer);
     const { socket } = this;
     if (socket) Object.assign(socket, { onclose: null, onmessage: null, onopen: null }).close();
+    this.socket = null;
+  }
+
+  closed() {
+    this.drop();
     if (this.registered && Date.now() - this.since > LONGEST) this.wait = SHORTEST;
     if (this.flying.size) this.window = 1;
     this.flying.clear();
-    Object.assign(this, { socket: null, registered: false, pinged: false });
+    this.registered = this.pinged = false;
     this.uploader.asking?.lost(new Error('the connection broke'));
-    clearTimeout(this.timer);
     if (state.phase === 'ended') return;
     const wait = this.wait * (0.75 + Math.random() / 2);
     this.wait = Math.min(LONGEST, this.wait * 2);
@@ -22345,8 +22350,7 @@ async function lead() {
 }
 
 function follow() {
-  clearTimeout(leader?.timer);
-  leader?.socket?.close();
+  leader?.drop();
   leader = null;
   callLeader();
   if (navigator.locks) elect();
@@ -22356,7 +22360,7 @@ function follow() {
 function callLeader() {
   attached = Boolean(leader);
   channel.postMessage({ hello: tab });
-  setTimeout(() => attached || document.hidden || elect(true), 3000);
+  setTimeout(() => attached || (document.hidden ? callLeader() : elect(true)), 3000);
 }
 
 // A Web Lock makes the leader. On plain http there is none: a lease in localStorage does then. A
