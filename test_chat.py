@@ -21979,6 +21979,7 @@ CHROMIUM_FLAGS = (
     *("--remote-debugging-pipe", "--no-first-run", "--disable-component-update"),
     *("--disable-background-networking", "--disable-background-timer-throttling"),
     *("--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows"),
+    "--ignore-certificate-errors",
 )
 
 
@@ -22269,20 +22270,26 @@ def test_page_and_network_that_breaks_lose_and_double_nothing(running, browse, s
         assert proxy.resets > 3
 
 
-def test_page_and_a_server_that_is_killed_lose_and_double_nothing(folder, browse, seeded):
-    lines = [f"mine {n}" for n in range(200)]
-    with Proxy(("127.0.0.1", 9)) as proxy:  # where the server is, whatever its port
-        for start in range(4):
-            with serving("--data", folder, "--flood", "off") as (process, address):
-                proxy.server = address
-                if not start:
-                    tab = browse(proxy.address).enter("anna")
-                tab.until("state.phase === 'online'")
-                tab.say(*lines[start * 50 : start * 50 + 50])
-                if start == 3:
-                    tab.until("state.outbox.length === 0 && !room('#lobby').behind")
-                process.send_signal(signal.SIGKILL)
-                process.wait(PATIENCE)
+def test_page_and_a_server_that_is_killed_lose_and_double_nothing(folder, browse):
+    lines, proxy = [f"mine {n}" for n in range(200)], Proxy(("127.0.0.1", 9))
+
+    def say(tab, texts, last=False):
+        """Say something on a server, and kill that."""
+        with serving("--data", folder, "--flood", "off") as (process, proxy.server):
+            tab = tab or browse(proxy.address).enter("anna")
+            tab.until("state.phase === 'online'")
+            tab.say(*texts)
+            if last:
+                tab.until("state.outbox.length === 0 && !room('#lobby').behind")
+            process.send_signal(signal.SIGKILL)
+            process.wait(PATIENCE)
+        return tab
+
+    with proxy:
+        tab = None
+        for start in (0, 50, 100):
+            tab = say(tab, lines[start : start + 50])
+        say(tab, lines[150:], last=True)
         assert [x for x in tab.rows() if x.startswith("mine")] == lines
     store = chat.Store(folder / "chat.db")
     assert texts(store, chat.LOBBY, 500) == lines
@@ -22646,6 +22653,21 @@ def test_names_that_javascript_knows_are_names_like_others(running, browse, name
     tab.ask("Input.insertText", text=f"/{name} is no command")
     tab.js("document.querySelector('#send').click()")
     tab.wait_for(f"there is no /{name}")
+
+
+def test_the_page_works_over_tls_where_it_can_be_installed(running, browse, certificate):
+    server = with_page(running, tls_cert=certificate)
+    tab = browse("https://localhost:{}/".format(server.address[1])).enter("anna")
+    tab.say("over tls")
+    tab.wait_for("over tls")
+    assert any(url.startswith("wss://localhost:") for url in tab.requests())
+    tab.js("navigator.serviceWorker.ready.then(() => null)")
+    found = tab.ask("Page.getAppManifest")
+    assert found["errors"] == [] and json.loads(found["data"])["display"] == "standalone"
+    errors = tab.ask("Page.getInstallabilityErrors")["installabilityErrors"]
+    assert [one["errorId"] for one in errors] == ["in-incognito"]  # as the tests are
+    tab.js("settingsSheet()")
+    assert "plain http" not in tab.text()
 
 
 def test_a_server_with_a_password_is_entered_with_it(running, browse):
