@@ -22657,7 +22657,7 @@ def test_names_that_javascript_knows_are_names_like_others(running, browse, name
 
 def test_the_page_works_over_tls_where_it_can_be_installed(running, browse, certificate):
     server = with_page(running, tls_cert=certificate)
-    tab = browse("https://localhost:{}/".format(server.address[1])).enter("anna")
+    tab = browse(f"https://localhost:{server.address[1]}/").enter("anna")
     tab.say("over tls")
     tab.wait_for("over tls")
     assert any(url.startswith("wss://localhost:") for url in tab.requests())
