@@ -20700,7 +20700,7 @@ PAGE_TEXT = r"""<!doctype html>
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
 html, body { height: 100%; margin: 0; overflow: hidden; }
-body { font: 16px/1.4 system-ui, sans-serif; background: var(--back); color: var(--text); }
+body { font: 1rem/1.4 system-ui, sans-serif; background: var(--back); color: var(--text); }
 button, input, textarea { font: inherit; color: inherit; }
 button { min-height: 44px; min-width: 44px; padding: 0 .6rem; border: 0; border-radius: .6rem;
   background: var(--side); cursor: pointer; }
@@ -20710,7 +20710,7 @@ input, textarea { width: 100%; padding: .6rem; border: 1px solid var(--line);
   border-radius: .6rem; background: var(--back); }
 [type=checkbox] { width: auto; }
 label { display: block; margin: .7rem 0 .2rem; }
-a { color: var(--accent); }
+a { color: var(--accent); unicode-bidi: isolate; direction: ltr; }
 main { display: flex; height: 100%; }
 #chat { flex: 1; min-width: 0; display: flex; flex-direction: column; }
 header { display: flex; border-bottom: 1px solid var(--line); }
@@ -20774,7 +20774,7 @@ dialog img { max-width: 100%; max-height: 40vh; }
 <main>
   <nav id="rooms" class="list" aria-label="Conversations"></nav>
   <section id="chat">
-    <header><button id="where" aria-label="About this conversation"><b id="name"></b>
+    <header><button id="where" title="About this conversation"><b id="name"></b>
       <span id="topic"></span></button>
       <button id="find" aria-label="Search">&#x2315;</button></header>
     <p id="phase" role="status" hidden></p>
@@ -20813,7 +20813,10 @@ const randomHex = (count) => Array.from(crypto.getRandomValues(new Uint8Array(co
   (byte) => byte.toString(16).padStart(2, '0')).join('');
 const newId = () => `${Date.now().toString(16)}-${randomHex(8)}`;
 // Two names with one key are the same name: full case folding, as the server compares
-const fold = (name) => name.normalize('NFKC').toUpperCase().toLowerCase();
+function fold(name) { // no key is one that every object has, like constructor
+  const key = name.normalize('NFKC').toUpperCase().toLowerCase();
+  return key in {} ? `${key} ` : key;
+}
 const isChannel = (name) => name.startsWith('#');
 const counted = (count, word) => `${count} ${word}${count === 1 ? '' : 's'}`;
 const bytesOf = (text) => new TextEncoder().encode(text);
@@ -20891,7 +20894,7 @@ function pieces(text, room) {
   const found = [''];
   let used = 0;
   for (const character of text) {
-    const size = bytesOf(character).length;
+    const size = character < '\x80' ? 1 : bytesOf(character).length;
     if (used + size > room) {
       found.push('');
       used = 0;
@@ -20964,15 +20967,17 @@ async function openDatabase() {
 }
 
 // Change a table; the promise ends when that is on disk
-function store(name, method, value) {
+function store(name, method, ...values) {
   if (!indexed) {
     const rows = setting(name) ?? {};
-    if (method === 'put') rows[value[KEYS[name]]] = value;
-    else delete rows[value];
+    for (const value of values) {
+      if (method === 'put') rows[value[KEYS[name]]] = value;
+      else delete rows[value];
+    }
     return set(name, rows);
   }
   const change = indexed.transaction([name], 'readwrite', { durability: 'strict' });
-  change.objectStore(name)[method](value);
+  values.forEach((value) => change.objectStore(name)[method](value));
   return settled(change);
 }
 
@@ -21006,8 +21011,12 @@ function calls({ text, nick }) { // whether a message has this user's name in it
   return !isMe(nick) && new RegExp(word, 'iu').test(text);
 }
 
+// Colours and styles of IRC (modern.ircdocs.horse/formatting)
+const STYLES = /\x03(\d\d?(,\d\d?)?)?|\x04([\da-f]{6}(,[\da-f]{6})?)?|[\x02\x0f\x11\x16\x1d-\x1f]/gi;
+
 function messageOf({ tags, nick, params: [target, said] }) {
-  const action = /^\x01ACTION (.*?)\x01?$/s.exec(said), text = action ? action[1] : said;
+  const action = /^\x01ACTION (.*?)\x01?$/s.exec(said);
+  const text = (action ? action[1] : said).replace(STYLES, '');
   return { id: tags.msgid ?? '', own: tags['+chat.py/id'] ?? '', time: tags.time ?? now(), nick,
     target: target.replace(/^[~&@%+]+(?=#)/, ''), text, action: Boolean(action),
     reply: tags['+draft/reply'], file: fileOf(tags['chat.py/file']), reactions: {},
@@ -21021,15 +21030,19 @@ function fileOf(tag = '') {
   return path ? { path, type, size: +size, width: +width, height: +height } : null;
 }
 
-const serial = (id) => parseInt(id.slice(0, -4), 16) || 0; // of a msgid: serials only grow
+// A msgid is a number that grows, and four letters for a start of the server: one that has lost its
+// data counts anew
+const serial = (id) => parseInt(id.slice(0, -4), 16) || 0;
+const before = (a, b) => (a.id.slice(-4) === b.id.slice(-4) ? serial(a.id) < serial(b.id)
+  : a.time < b.time);
 
 // The place of a message: in front of those that were said later
-function placeOf(to, { id }) {
+function placeOf(to, message) {
   let place = to.messages.length;
-  for (let i = place - 1; id && i >= 0; i--) {
-    const other = to.messages[i].id;
-    if (other && serial(other) < serial(id)) break;
-    if (other) place = i;
+  for (let i = place - 1; message.id && i >= 0; i--) {
+    const other = to.messages[i];
+    if (other.id && before(other, message)) break;
+    if (other.id) place = i;
   }
   return place;
 }
@@ -21050,7 +21063,7 @@ function insert(to, index, messages) {
   messages.forEach(({ own, nick }) => own && isMe(nick) && arrived(own, to));
   inserted(to, index, messages);
   count(to);
-  remember();
+  remember(to);
 }
 
 const tell = (to, text) => insert(to, to.messages.length,
@@ -21072,8 +21085,9 @@ function count(to) {
   const unread = [];
   for (let i = to.messages.length - 1; i >= 0 && unread.length < 100; i--) {
     const message = to.messages[i];
+    if (message.info) continue; // its time is of this device
     if (message.time <= to.marker || isMe(message.nick)) break;
-    if (!message.info) unread.push(message);
+    unread.push(message);
   }
   to.unread = unread.length;
   to.called = unread.some(({ called }) => called || !isChannel(to.name));
@@ -21082,7 +21096,7 @@ function count(to) {
 
 function react(to, id, nick, emoji, on) {
   const message = find(to, id);
-  if (!message || emoji.length > 40) return;
+  if (!message || emoji.length > 40 || emoji in {}) return;
   const others = (message.reactions[emoji] ?? []).filter((other) => fold(other) !== fold(nick));
   if (on) others.push(nick);
   message.reactions[emoji] = others;
@@ -21091,11 +21105,16 @@ function react(to, id, nick, emoji, on) {
 
 // A message, reaction or removal: from a page of the past, or as it happens
 function happened(nick, [target, text], { verb, tags }) {
-  const to = roomOf(target, nick), id = tags['+draft/reply'];
+  if (verb === 'TAGMSG' && isMe(nick)) arrived(tags['+chat.py/id']); // it came, and was removed
+  const to = state.rooms[fold(isChannel(target) || isMe(nick) ? target : nick)];
+  const id = tags['+draft/reply'];
+  if (!to) return; // one who only types opens no conversation
   if (verb === 'REDACT') {
     const message = find(to, text);
     const gone = { text: '', file: null, gone: true, reactions: {} };
     if (message) changed(Object.assign(message, gone));
+    to.messages.filter(({ reply: original }) => original === text).forEach(changed); // quotes
+    remember(to);
   }
   for (const [name, on] of [['+draft/react', true], ['+draft/unreact', false]]) {
     if (tags[name] && id) react(to, id, nick, tags[name], on);
@@ -21104,7 +21123,6 @@ function happened(nick, [target, text], { verb, tags }) {
     to.typing[nick] = tags['+typing'] === 'active' ? Date.now() + 6000 : 0;
     refresh();
   }
-  if (verb === 'TAGMSG' && isMe(nick)) arrived(tags['+chat.py/id']); // it came, and was removed
 }
 
 function heard(nick, [, text], line) {
@@ -21112,7 +21130,9 @@ function heard(nick, [, text], line) {
   const message = messageOf(line), to = roomOf(message.target, nick);
   if (message.text.startsWith('\x01')) return null;
   delete to.typing[nick];
-  return add(to, [message]);
+  add(to, [message]);
+  if (line.tags.label) arrived(line.tags.label, to); // also a repeat, or said under another name
+  return null;
 }
 
 // ---- Lines of the server
@@ -21156,9 +21176,9 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   JOIN(nick, [name]) {
     const to = room(name);
     if (isMe(nick)) {
-      Object.assign(to, { joined: true, members: {} });
+      Object.assign(to, { joined: true, members: {}, named: false });
       keepJoined(name, true);
-      if (to === shown()) reply(`NAMES ${name}`);
+      if (to === shown()) ask(`NAMES ${name}`);
       catchUp();
     } else news(to, `${nick} joined`);
     member(to, nick, {});
@@ -21207,6 +21227,7 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
       member(room(name), nick, { rank });
     }
   },
+  366: (nick, [, name]) => { room(name).named = true; },
   900: (nick, [, , account]) => { state.account = account; refresh(); },
   REGISTER(nick, [result, account, text]) {
     note(text);
@@ -21237,7 +21258,8 @@ function endBatch(key, { kind, target, line, lines }) {
     return dispatch({ ...line, verb: 'PRIVMSG', params: [target, text] }); // into the outer batch
   }
   delete state.asked[tags.label];
-  const said = lines.filter(({ verb }) => /PRIVMSG|NOTICE/.test(verb)).map(messageOf);
+  const said = lines.filter(({ verb }) => /PRIVMSG|NOTICE/.test(verb)).map(messageOf)
+    .filter(({ text }) => !text.startsWith('\x01'));
   if (kind === 'soju.im/search') return showFound(said, asked);
   if (kind === 'draft/chathistory-targets') return knowTargets(lines);
   if (kind !== 'chathistory') {
@@ -21259,7 +21281,7 @@ function refused(nick, params, { verb, tags }) {
   } else if (row) leader?.fail(row.own, why);
   else if (asked?.how === 'after') request('latest', asked.key, `LATEST ${asked.name} * ${PAGE}`);
   else if (asked) noPage(asked);
-  else if (!QUIET.test(verb) && params[0] !== 'SESSION') note(why);
+  else if (!QUIET.test(verb) && params[0] !== 'SESSION' && tags.label !== 'typing') note(why);
 }
 
 // ---- The past (draft/chathistory)
@@ -21301,20 +21323,21 @@ function turnPage({ key, how }, messages, ended) {
   if (leader) leader.wait = SHORTEST; // that was progress
   if (how === 'around') return showContext(messages);
   if (how !== 'after') to.whole = ended;
-  if (how === 'latest') forget(to, messages[0]?.id ?? '');
+  if (how === 'latest') forget(to, messages[0]);
   add(to, messages);
   if (how === 'before') return;
   to.upTo = lastOf(messages)?.id ?? to.upTo;
   to.walked += messages.length;
   to.behind = how === 'after' && !ended && messages.length > 0;
+  remember(to);
   const far = to.behind && to.walked >= WALKED;
   if (far) request('latest', key, `LATEST ${to.name} * ${PAGE}`);
   else catchUp();
 }
 
-// Drop what is older than an id: it is read again by scrolling up, with what is missing there
+// Drop what is older than a message: it is read again by scrolling up, with what is missing there
 function forget(to, first) {
-  to.messages = to.messages.filter(({ id }) => id && serial(id) >= serial(first));
+  to.messages = to.messages.filter((one) => one.id && !(first && before(one, first)));
   to.ids = Object.fromEntries(to.messages.map(({ id }) => [id, 1]));
   if (to === shown()) drawLog();
 }
@@ -21323,6 +21346,10 @@ function noPage({ key, how }) {
   const to = state.rooms[key];
   if (how === 'before') to.whole = true;
   if (how === 'latest') to.behind = false;
+  if (how === 'targets' && leader && setting('newest')) { // a server that has lost its data
+    set('newest', '');
+    leader.knowsTargets = false;
+  }
   catchUp();
 }
 
@@ -21335,18 +21362,17 @@ function askOlder(to) {
 // ---- Outbox: a message is in it until its echo is here. Under one id the server says it once.
 // A row with a blob is a file: when it is uploaded, the row becomes the message with its link
 
-async function say(target, text, { action = false, answers = '', own } = {}) {
+// All parts of a long text are accepted, or none: a draft is sent again under the same ids
+async function say(target, text, { action = false, answers = '', own = newId() } = {}) {
   const texts = action ? [text.replace(/\s+/g, ' ')] : messagesOf(text);
-  for (const [n, part] of texts.entries()) {
-    await accept({ own: n ? newId() : own ?? newId(), n: Date.now() + n / 1000, target, text: part,
-      action, reply: n ? '' : answers, failed: '' });
-  }
+  await accept(...texts.map((part, n) => ({ own: n ? `${own}-${n}` : own, n: Date.now() + n / 1000,
+    target, text: part, action, reply: n ? '' : answers, failed: '' })));
 }
 
-// A row is on disk before any tab knows it
-async function accept(row) {
-  await store('outbox', 'put', row);
-  publish({ row: shared(row) });
+// Rows are on disk before any tab knows them
+async function accept(...rows) {
+  await store('outbox', 'put', ...rows);
+  rows.forEach((row) => publish({ row: shared(row) }));
 }
 
 const shared = ({ blob, ...row }) => row;
@@ -21376,7 +21402,7 @@ class Uploader {
       try {
         await this.upload(await storedRow(row.own) ?? row);
       } catch (error) {
-        if (error.final) await leader.fail(row.own, error.message);
+        if (error.final) await leader?.fail(row.own, error.message);
         else await new Promise((done) => { this.wake = done; setTimeout(done, 2000); });
       }
     }
@@ -21396,22 +21422,26 @@ class Uploader {
   }
 
   newToken() {
+    if (!leader?.registered) throw new Error('no connection'); // welcome() wakes
     leader.send('TOKEN GENERATE FILEHOST');
     return new Promise((done, lost) => { this.asking = { done, lost }; });
   }
 
   async upload(row) {
-    if (!row.blob) throw finalError('this browser kept no copy');
+    if (!(row.blob instanceof Blob)) throw finalError('this browser kept no copy');
     let at = row.link ? await this.offset(row) : NaN;
     if (!(at >= 0)) at = await this.create(row);
-    while (at < row.size) {
-      const response = await this.call('PATCH', new URL(row.link).pathname, { 'Upload-Offset': at,
+    const path = new URL(row.link).pathname;
+    const wanted = () => state.outbox.some(({ own }) => own === row.own);
+    while (at < row.size && wanted()) {
+      const response = await this.call('PATCH', path, { 'Upload-Offset': at,
         'Content-Type': 'application/offset+octet-stream' }, row.blob.slice(at, at + CHUNK));
-      if (!state.outbox.some(({ own }) => own === row.own)) { // cancelled
-        return this.call('DELETE', new URL(row.link).pathname);
-      }
       at = +(response.headers.get('Upload-Offset') ?? NaN);
-      publish({ row: { ...shared(row), sent: at } });
+      if (wanted()) publish({ row: { ...shared(row), sent: at } });
+    }
+    if (!wanted()) { // cancelled, maybe while its link was being stored
+      await store('outbox', 'delete', row.own);
+      return this.call('DELETE', path);
     }
     if (!(at >= row.size)) throw new Error('the server has lost the upload');
     const what = row.type.startsWith('image/') ? 'picture' : row.type || 'file';
@@ -21450,7 +21480,7 @@ class Leader {
 
   connect() {
     clearTimeout(this.timer);
-    if (this.socket || !state.me || state.phase === 'ended') return;
+    if (this.socket || leader !== this || !state.me || state.phase === 'ended') return;
     if (!setting('secret')) set('secret', randomHex(16));
     Object.assign(this, { knowsTargets: false, scram: null, error: '', others: 0 });
     const url = `${location.protocol.replace('http', 'ws')}//${location.host}/irc`;
@@ -21577,7 +21607,7 @@ class Leader {
     Object.assign(this, { socket: null, registered: false, pinged: false });
     this.uploader.asking?.lost(new Error('the connection broke'));
     clearTimeout(this.timer);
-    if (state.phase === 'ended') return;
+    if (leader !== this || state.phase === 'ended') return;
     const wait = this.wait * (0.75 + Math.random() / 2);
     this.wait = Math.min(LONGEST, this.wait * 2);
     this.timer = setTimeout(() => this.connect(), wait);
@@ -21657,21 +21687,29 @@ function keepJoined(name, on) {
 // Keep the newest messages of each room, a second after a change
 let keeping = 0;
 
-function remember() {
+function remember(to) {
+  to.fresh = (to.fresh ?? 0) + 1;
   if (leader) keeping ||= setTimeout(keepRooms, 1000);
 }
 
 
-function keepRooms() {
+async function keepRooms() {
   keeping = 0;
+  let newest = '';
   if (state.phase === 'online' && !allRooms().some((to) => to.joined && to.behind)) {
-    const ids = allRooms().flatMap(({ messages }) => messages.slice(-20).map(({ id }) => id));
-    set('newest', ids.reduce((a, b) => (serial(b) > serial(a) ? b : a), ''));
+    const last = allRooms().flatMap(({ messages }) => messages.slice(-20).filter(({ id }) => id));
+    newest = last.length ? last.reduce((a, b) => (before(a, b) ? b : a)).id : '';
   }
-  for (const { key, name, topic, marker, messages, behind, upTo } of allRooms()) {
-    const whole = messages.filter(({ id }) => id && !(behind && serial(id) > serial(upTo)));
-    store('rooms', 'put', { key, name, topic, marker, messages: whole.slice(-KEPT) });
+  const puts = [];
+  for (const to of allRooms().filter(({ fresh }) => fresh)) {
+    const { key, name, topic, marker, messages, behind, upTo, fresh } = to;
+    const end = behind ? messages.findIndex(({ id }) => id && id === upTo) + 1 : messages.length;
+    const whole = messages.slice(0, end).filter(({ id }) => id);
+    const put = store('rooms', 'put', { key, name, topic, marker, messages: whole.slice(-KEPT) });
+    puts.push(Promise.resolve(put).then(() => { if (to.fresh === fresh) to.fresh = 0; }));
   }
+  await Promise.all(puts); // or a new talk would be known neither here nor by TARGETS
+  if (newest) set('newest', newest);
 }
 
 // ---- Tabs: one is the leader; the others show what it publishes, and ask it
@@ -21679,6 +21717,7 @@ function keepRooms() {
 const tab = randomHex(8);
 const channel = self.BroadcastChannel ? new BroadcastChannel('chat') : { postMessage() {} };
 let leader = null, attached = false;
+let heardAt = Date.now(); // when the leader last published something: it does so all 30 s
 
 function publish(item) { // to all tabs, this one included
   apply(item);
@@ -21695,6 +21734,10 @@ const ask = (line) => act('send', line); // a line that the user wants to be sen
 const reply = (line) => leader?.send(line); // one that answers a line: only the leader answers
 
 const ITEMS = {
+  opened(name) { // the leader reads its past
+    room(name);
+    catchUp();
+  },
   line: dispatch,
   note,
   me(name) {
@@ -21717,7 +21760,8 @@ const ITEMS = {
   },
   phase(phase, { why = '', retryAt = 0 }) {
     Object.assign(state, { phase, why, retryAt });
-    if (phase === 'waiting' || phase === 'ended') connectionLost();
+    if (phase === 'connecting') state.account = '';
+    if (phase !== 'online') connectionLost(); // also of a tab that led before
     if (phase === 'online' && $('sheet').dataset.kind === 'name') closeSheet();
     if (phase === 'ended') nameSheet();
     refresh();
@@ -21736,7 +21780,9 @@ function apply(item) {
   ITEMS[name](item[name], item);
 }
 
-channel.onmessage = ({ data: { item, name, values, hello, snapshot, to } }) => {
+channel.onmessage = ({ data: { item, name, values, hello, led, snapshot, to } }) => {
+  if (led && !attached) callLeader();
+  if (item) heardAt = Date.now();
   if (item && attached) apply(item);
   if (name) leader?.[name](...values);
   if (hello && leader) channel.postMessage({ snapshot: state, to: hello });
@@ -21751,15 +21797,16 @@ async function lead() {
   if (leader) return;
   attached = true;
   leader = new Leader();
+  channel.postMessage({ led: true });
   leader.connect();
   const rows = await stored('outbox'); // also of tabs that ended
   rows.forEach((row) => ITEMS.row(shared(row)));
 }
 
 function follow() {
-  clearTimeout(leader?.timer);
-  leader?.socket?.close();
+  const old = leader;
   leader = null;
+  old?.closed(); // for good: the connection is another tab's now
   callLeader();
   if (navigator.locks) elect();
 }
@@ -21819,7 +21866,8 @@ function headOf({ nick, time }) {
 function quoteOf(id) {
   const original = find(shown(), id);
   return el('blockquote', { dir: 'auto',
-    textContent: original ? `${original.nick}: ${original.text}` : 'an earlier message',
+    textContent: original ? `${original.nick}: ${original.gone ? 'taken back' : original.text}`
+      : 'an earlier message',
     onclick: () => rows.get(original)?.scrollIntoView({ block: 'center' }) });
 }
 
@@ -21968,8 +22016,11 @@ function refresh() { // a hidden tab has no frames
 // Replace what is in an element if `facts` are not those of the last time: a tap needs its button
 function fill(parent, facts, make) {
   const text = JSON.stringify(facts);
-  if (parent.facts !== text) parent.replaceChildren(...make());
+  if (parent.facts === text) return;
+  const at = [...parent.querySelectorAll('button')].indexOf(document.activeElement);
+  parent.replaceChildren(...make());
   parent.facts = text;
+  if (at >= 0) parent.querySelectorAll('button')[at]?.focus();
 }
 
 function draw() {
@@ -22044,11 +22095,11 @@ function openRoom(name) {
   set('here', to.name);
   $('rooms').classList.remove('open');
   setAnswer(null);
-  if (to.joined && Object.keys(to.members).length < 2) ask(`NAMES ${to.name}`);
+  if (to.joined && !to.named) ask(`NAMES ${to.name}`);
   drawLog();
   restoreDraft();
   markRead();
-  catchUp();
+  publish({ opened: name });
 }
 
 // ---- The composer
@@ -22086,7 +22137,7 @@ field.oninput = () => {
   keepDraft();
   if (!field.value || field.value.startsWith('/') || Date.now() - typed < 3000) return;
   typed = Date.now();
-  ask(`@+typing=active TAGMSG ${shown().name}`);
+  ask(`@label=typing;+typing=active TAGMSG ${shown().name}`);
 };
 
 function setAnswer(message) {
@@ -22104,7 +22155,7 @@ $('composer').onsubmit = async (event) => {
   if (!text.trim()) return;
   const answers = answering?.id;
   try {
-    if (/^\/[^/]/.test(text)) await command(text.slice(1), to);
+    if (/^\/[^/]/.test(text)) await command(text.slice(1), to, own);
     else await say(to.name, text.replace(/^\/\//, '/'), { answers, own });
   } catch (error) {
     note(`Not accepted: ${error.message}`); // as on a full disk: the text stays
@@ -22140,7 +22191,7 @@ function complete() {
 // Commands: what is sent for one, with $1 for its first word, $2 for what follows that, $* for
 // all of it, and $# for the name of the room; or a function
 const COMMANDS = {
-  me: (text, to) => say(to.name, text, { action: true }),
+  me: (text, to, own) => say(to.name, text, { action: true, own }),
   msg: (text) => {
     const [, name, said] = /^(\S+)\s*(.*)$/s.exec(text);
     openRoom(name);
@@ -22156,15 +22207,15 @@ const COMMANDS = {
   raw: '$*',
 };
 
-function command(line, to) {
-  const [, name, text] = /^(\S+)\s*(.*)$/s.exec(line), known = COMMANDS[name.toLowerCase()];
+function command(line, to, own) {
+  const [, name, text] = /^(\S+)\s*(.*)$/s.exec(line), known = COMMANDS[fold(name)];
   if (!known) {
     throw new Error(`there is no /${name}, only /${Object.keys(COMMANDS).join(' /')}; `
       + 'a text that begins with / is sent with //');
   }
   const [, first, rest] = /^(\S*)\s*(.*)$/s.exec(text);
   const parts = { $1: first, $2: rest, '$*': text, '$#': to.name };
-  return typeof known === 'function' ? known(text, to)
+  return typeof known === 'function' ? known(text, to, own)
     : ask(known.replace(/\$[12*#]/g, (part) => parts[part]).replace(/\s+/g, ' '));
 }
 
@@ -22208,6 +22259,11 @@ async function shrunk(file) {
 // Ask before files are sent, one after the other
 async function offer(file, ...others) {
   if (!file) return;
+  if (!file.size) { // an upload of nothing would wait in the outbox for ever
+    note(`${file.name} is empty`);
+    offer(...others);
+    return;
+  }
   const target = shown().name, { name, size, type } = file;
   const small = isPicture(type) && type !== 'image/gif' && await shrunk(file).catch(() => null);
   const smaller = el('input', { type: 'checkbox', checked: true });
@@ -22239,7 +22295,11 @@ function messageSheet(message) {
   const { id, gone, nick, text } = message, to = shown().name;
   if (!id || gone) return;
   const other = el('input', { maxLength: 20, placeholder: 'another reaction' });
-  other.onchange = () => { closeSheet(); toggle(message, other.value.trim()); };
+  other.onkeydown = ({ key }) => {
+    if (key !== 'Enter' || !other.value.trim()) return;
+    closeSheet();
+    toggle(message, other.value.trim());
+  };
   openSheet(`${nick}: ${text.slice(0, 80)}`, [el('div', { className: 'buttons' },
     ...EMOJI.map((emoji) => choice(emoji, () => toggle(message, emoji))), other)],
   [choice('Reply', () => setAnswer(message)),
@@ -22407,10 +22467,17 @@ function listen() {
     markRead();
     return leader ? leader.probe() : callLeader();
   });
-  setInterval(drawPhase, 1000);
+  setInterval(() => {
+    drawPhase();
+    const silent = Date.now() - heardAt > SILENCE + 2 * LIMIT;
+    if (silent && !leader && !document.hidden && state.phase !== 'ended') {
+      heardAt = Date.now();
+      elect(true);
+    }
+  }, 1000);
   if (!navigator.locks) setInterval(elect, 2000);
   self.visualViewport?.addEventListener('resize', () => { // the keyboard of a phone
-    document.body.style.height = `${visualViewport.height}px`;
+    document.body.style.height = `${visualViewport.height * visualViewport.scale}px`;
   });
 }
 
