@@ -21284,7 +21284,7 @@ PAGE_TEXT = r"""<!doctype html>
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
 html, body { height: 100%; margin: 0; overflow: hidden; }
-body { font: 16px/1.4 system-ui, sans-serif; background: var(--back); color: var(--text);
+body { font: 1rem/1.4 system-ui, sans-serif; background: var(--back); color: var(--text);
   overflow-wrap: anywhere; }
 button, input, textarea { font: inherit; color: inherit; }
 button, .card, #rooms, #people { background: var(--side); }
@@ -21296,7 +21296,7 @@ input, textarea { width: 100%; padding: .6rem; border: 1px solid var(--line);
   background: var(--back); }
 [type=checkbox] { width: auto; }
 label { display: block; margin: .7rem 0 .2rem; }
-a { color: var(--accent); }
+a { color: var(--accent); unicode-bidi: isolate; direction: ltr; }
 main { display: flex; height: 100%; }
 #chat { flex: 1; min-width: 0; display: flex; flex-direction: column; }
 header { display: flex; border-bottom: 1px solid var(--line); }
@@ -21359,7 +21359,7 @@ dialog img { max-width: 100%; max-height: 40vh; }
 <main>
   <nav id="rooms" class="list" aria-label="Conversations"></nav>
   <section id="chat">
-    <header><button id="where" aria-label="About this conversation"><b id="name"></b>
+    <header><button id="where" title="About this conversation"><b id="name"></b>
       <span id="topic"></span></button>
       <button id="find" aria-label="Search">&#x2315;</button></header>
     <p id="phase" role="status" hidden></p>
@@ -21404,7 +21404,6 @@ const isChannel = (name) => name.startsWith('#');
 const counted = (count, word) => `${count} ${word}${count === 1 ? '' : 's'}`;
 const bytesOf = (text) => new TextEncoder().encode(text);
 const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
-const fromBase64 = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 const now = () => new Date().toISOString();
 
 function formatter(style) { // made once, and not before it is needed: that is slow
@@ -21415,42 +21414,6 @@ function formatter(style) { // made once, and not before it is needed: that is s
 const clock = formatter({ timeStyle: 'short' }), dayOf = formatter({ dateStyle: 'full' });
 const sizeText = (size) => (size < 1e6 ? `${Math.ceil(size / 1024)} KB`
   : `${(size / 2 ** 20).toFixed(1)} MB`);
-
-// ---- SCRAM-SHA-256 (RFC 5802, RFC 7677)
-
-// What a worker makes of these facts: see /sw.js. A phone works on a password for a second or more
-function inWorker(facts) {
-  const worker = new Worker('/sw.js');
-  worker.postMessage(facts);
-  return new Promise((done, failed) => {
-    worker.onmessage = ({ data }) => done(data);
-    worker.onerror = () => failed(new Error('this browser has no workers'));
-  }).finally(() => worker.terminate());
-}
-
-class Scram {
-  constructor({ account, password, keys }) {
-    Object.assign(this, { account, password, keys, nonce: randomHex(16) });
-    this.first = `n=${account.replace(/=/g, '=3D').replace(/,/g, '=2C')},r=${this.nonce}`;
-  }
-
-  // The answer to a message of the server; the first of them is empty
-  async answer(text) {
-    const field = Object.fromEntries(text.split(',').map((one) => [one[0], one.slice(2)]));
-    const { r: nonce, s: salt, i: rounds, v: signature } = field;
-    if (!text) return `n,,${this.first}`;
-    const honest = this.signature ? signature === this.signature
-      : nonce?.startsWith(this.nonce) && rounds >= 4096 && rounds <= 2e6;
-    if (!honest) throw new Error('the server did not prove itself');
-    if (this.signature) return '';
-    if (!this.password && this.keys.salt !== salt) throw new Error('the password was changed');
-    const last = `c=biws,r=${nonce}`, said = `${this.first},${text},${last}`;
-    const { keys, password } = this;
-    const made = await inWorker({ password, keys, salt, rounds: +rounds, said });
-    Object.assign(this, made); // signature and keys
-    return `${last},p=${made.proof}`;
-  }
-}
 
 // ---- Lines of IRC
 
@@ -21480,7 +21443,7 @@ function pieces(text, room) {
   const found = [''];
   let used = 0;
   for (const character of text) {
-    const size = bytesOf(character).length;
+    const size = character < '\x80' ? 1 : bytesOf(character).length;
     if (used + size > room) {
       found.push('');
       used = 0;
@@ -21493,14 +21456,15 @@ function pieces(text, room) {
 
 // A text as messages that the server takes: most are one
 function messagesOf(text) {
-  const messages = [''];
-  let lines = 0;
+  const messages = [];
+  let lines = LINES;
   for (const line of text.split('\n').flatMap((whole) => pieces(whole, BYTES))) {
-    const last = messages[messages.length - 1], more = pieces(line, PIECE).length;
-    const fits = lines + more <= LINES && bytesOf(last + line).length < BYTES;
-    if (!lines || fits) messages[messages.length - 1] = lines ? `${last}\n${line}` : line;
-    else messages.push(line);
-    lines = fits ? lines + more : more;
+    const more = pieces(line, PIECE).length, last = messages.length - 1;
+    lines += more;
+    if (lines > LINES || bytesOf(messages[last] + line).length > BYTES) {
+      messages.push(line);
+      lines = more;
+    } else messages[last] += `\n${line}`;
   }
   return messages.filter((message) => message.trim());
 }
@@ -21553,15 +21517,17 @@ async function openDatabase() {
 }
 
 // Change a table; the promise ends when that is on disk
-function store(name, method, value) {
+function store(name, method, ...values) {
   if (!indexed) {
     const rows = setting(name) ?? {};
-    if (method === 'put') rows[value[KEYS[name]]] = value;
-    else delete rows[value];
+    for (const value of values) {
+      if (method === 'put') rows[value[KEYS[name]]] = value;
+      else delete rows[value];
+    }
     return set(name, rows);
   }
   const change = indexed.transaction([name], 'readwrite', { durability: 'strict' });
-  change.objectStore(name)[method](value);
+  values.forEach((value) => change.objectStore(name)[method](value));
   return settled(change);
 }
 
@@ -21595,8 +21561,12 @@ function calls({ text, nick }) { // whether a message has this user's name in it
   return !isMe(nick) && new RegExp(word, 'iu').test(text);
 }
 
+// Colours and styles of IRC (modern.ircdocs.horse/formatting)
+const STYLES = /\x03(\d\d?(,\d\d?)?)?|\x04[\da-f,]{0,13}|[\x02\x0f\x11\x16\x1d-\x1f]/gi;
+
 function messageOf({ tags, nick, params: [target, said] }) {
-  const action = /^\x01ACTION (.*?)\x01?$/s.exec(said), text = action ? action[1] : said;
+  const action = /^\x01ACTION (.*?)\x01?$/s.exec(said);
+  const text = (action ? action[1] : said).replace(STYLES, '');
   return { id: tags.msgid ?? '', own: tags['+chat.py/id'] ?? '', time: tags.time ?? now(), nick,
     target: target.replace(/^[~&@%+]+(?=#)/, ''), text, action: Boolean(action),
     reply: tags['+draft/reply'], file: fileOf(tags['chat.py/file']), reactions: [],
@@ -21610,15 +21580,19 @@ function fileOf(tag = '') {
   return path ? { path, type, size: +size, width: +width, height: +height } : null;
 }
 
-const serial = (id) => parseInt(id.slice(0, -4), 16) || 0; // of a msgid: serials only grow
+// A msgid is a number that grows, and four letters for a start of the server: one that has lost its
+// data counts anew
+const serial = (id) => parseInt(id.slice(0, -4), 16) || 0;
+const before = (a, b) => (a.id.slice(-4) === b.id.slice(-4) ? serial(a.id) < serial(b.id)
+  : a.time < b.time);
 
 // The place of a message: in front of those that were said later
-function placeOf(to, { id }) {
+function placeOf(to, message) {
   let place = to.messages.length;
-  for (let i = place - 1; id && i >= 0; i--) {
-    const other = to.messages[i].id;
-    if (other && serial(other) < serial(id)) break;
-    if (other) place = i;
+  for (let i = place - 1; message.id && i >= 0; i--) {
+    const other = to.messages[i];
+    if (other.id && before(other, message)) break;
+    if (other.id) place = i;
   }
   return place;
 }
@@ -21639,7 +21613,7 @@ function insert(to, index, messages) {
   messages.forEach(({ own, nick }) => own && isMe(nick) && arrived(own, to));
   inserted(to, index, messages);
   count(to);
-  remember();
+  remember(to);
 }
 
 const tell = (to, text) => insert(to, to.messages.length,
@@ -21661,8 +21635,9 @@ function count(to) {
   const unread = [];
   for (let i = to.messages.length - 1; i >= 0 && unread.length < 100; i--) {
     const message = to.messages[i];
+    if (message.info) continue; // its time is of this device
     if (message.time <= to.marker || isMe(message.nick)) break;
-    if (!message.info) unread.push(message);
+    unread.push(message);
   }
   to.unread = unread.length;
   to.called = unread.some(({ called }) => called || !isChannel(to.name));
@@ -21679,11 +21654,16 @@ function react(to, id, nick, emoji, on) {
 
 // A message, reaction or removal: from a page of the past, or as it happens
 function happened(nick, [target, text], { verb, tags }) {
-  const to = roomOf(target, nick), id = tags['+draft/reply'];
+  if (verb === 'TAGMSG' && isMe(nick)) arrived(tags['+chat.py/id']); // it came, and was removed
+  const to = state.rooms[fold(isChannel(target) || isMe(nick) ? target : nick)];
+  const id = tags['+draft/reply'];
+  if (!to) return; // one who only types opens no conversation
   if (verb === 'REDACT') {
     const message = find(to, text);
     const gone = { text: '', file: null, gone: true, reactions: [] };
     if (message) changed(Object.assign(message, gone));
+    to.messages.filter(({ reply: original }) => original === text).forEach(changed); // quotes
+    remember(to);
   }
   for (const [name, on] of [['+draft/react', true], ['+draft/unreact', false]]) {
     if (tags[name] && id) react(to, id, nick, tags[name], on);
@@ -21692,7 +21672,6 @@ function happened(nick, [target, text], { verb, tags }) {
     to.typing[fold(nick)] = [nick, tags['+typing'] === 'active' ? Date.now() + 6000 : 0];
     refresh();
   }
-  if (verb === 'TAGMSG' && isMe(nick)) arrived(tags['+chat.py/id']); // it came, and was removed
 }
 
 function heard(nick, [, text], line) {
@@ -21700,7 +21679,9 @@ function heard(nick, [, text], line) {
   const message = messageOf(line), to = roomOf(message.target, nick);
   if (message.text.startsWith('\x01')) return null;
   delete to.typing[fold(nick)];
-  return add(to, [message]);
+  add(to, [message]);
+  if (line.tags.label) arrived(line.tags.label, to); // also a repeat, or said under another name
+  return null;
 }
 
 // ---- Lines of the server
@@ -21744,9 +21725,9 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
   JOIN(nick, [name]) {
     const to = room(name);
     if (isMe(nick)) {
-      Object.assign(to, { joined: true, members: {} });
+      Object.assign(to, { joined: true, members: {}, named: false });
       keepJoined(name, true);
-      if (to === shown()) reply(`NAMES ${name}`);
+      if (to === shown()) ask(`NAMES ${name}`);
       catchUp();
     } else news(to, `${nick} joined`);
     member(to, nick, {});
@@ -21788,19 +21769,18 @@ const HANDLERS = { // verb -> what a line of (nick, params) does
     if (reference[0] === '+') state.batches[key] = { kind, target, line, lines: [] };
     else if (state.batches[key]) endBatch(key, state.batches[key]);
   },
-  ERROR: (nick, params) => { state.why = params[0]; },
   332: (nick, [, name, topic]) => { room(name).topic = topic; refresh(); },
   353(nick, [, , name, names]) {
     for (const [, rank, nick] of names.matchAll(/([~&@%+]?)[~&@%+]*(\S+)/g)) {
       member(room(name), nick, { rank });
     }
   },
+  366: (nick, [, name]) => { room(name).named = true; },
   900: (nick, [, , account]) => { state.account = account; refresh(); },
   REGISTER(nick, [result, account, text]) {
     note(text);
     if (result === 'SUCCESS') leader?.proveRegistered(account);
   },
-  VERIFY: (nick, params) => note(lastOf(params)),
   NOTE: (nick, params) => params[0] !== 'SESSION' && note(lastOf(params)),
   FAIL: refused,
 };
@@ -21825,7 +21805,8 @@ function endBatch(key, { kind, target, line, lines }) {
     return dispatch({ ...line, verb: 'PRIVMSG', params: [target, text] }); // into the outer batch
   }
   delete state.asked[tags.label];
-  const said = lines.filter(({ verb }) => /PRIVMSG|NOTICE/.test(verb)).map(messageOf);
+  const said = lines.filter(({ verb }) => /PRIVMSG|NOTICE/.test(verb)).map(messageOf)
+    .filter(({ text }) => !text.startsWith('\x01'));
   if (kind === 'soju.im/search') return showFound(said, asked);
   if (kind === 'draft/chathistory-targets') return knowTargets(lines);
   if (kind !== 'chathistory') {
@@ -21846,8 +21827,8 @@ function refused(nick, params, { verb, tags }) {
     note(why);
   } else if (row) leader?.fail(row.own, why);
   else if (asked?.how === 'after') request('latest', asked.key, `LATEST ${asked.name} * ${PAGE}`);
-  else if (asked) noPage(asked);
-  else if (!QUIET.test(verb) && params[0] !== 'SESSION') note(why);
+  else if (asked) noPage(asked, why);
+  else if (!QUIET.test(verb) && params[0] !== 'SESSION' && tags.label !== 'typing') note(why);
 }
 
 // ---- The past (draft/chathistory)
@@ -21889,28 +21870,34 @@ function turnPage({ key, how }, messages, ended) {
   if (leader) leader.wait = SHORTEST; // that was progress
   if (how === 'around') return showContext(messages);
   if (how !== 'after') to.whole = ended;
-  if (how === 'latest') forget(to, messages[0]?.id ?? '');
+  if (how === 'latest') forget(to, messages[0]);
   add(to, messages);
   if (how === 'before') return;
   to.upTo = lastOf(messages)?.id ?? to.upTo;
   to.walked += messages.length;
   to.behind = how === 'after' && !ended && messages.length > 0;
+  remember(to);
   const far = to.behind && to.walked >= WALKED;
   if (far) request('latest', key, `LATEST ${to.name} * ${PAGE}`);
   else catchUp();
 }
 
-// Drop what is older than an id: it is read again by scrolling up, with what is missing there
+// Drop what is older than a message: it is read again by scrolling up, with what is missing there
 function forget(to, first) {
-  to.messages = to.messages.filter(({ id }) => id && serial(id) >= serial(first));
+  to.messages = to.messages.filter((one) => one.id && !(first && before(one, first)));
   to.ids = Object.fromEntries(to.messages.map(({ id }) => [id, 1]));
   if (to === shown()) drawLog();
 }
 
-function noPage({ key, how }) {
+function noPage({ key, how }, why) {
+  if (how === 'found') return showFound([], { why });
   const to = state.rooms[key];
   if (how === 'before') to.whole = true;
   if (how === 'latest') to.behind = false;
+  if (how === 'targets' && leader && setting('newest')) { // a server that has lost its data
+    set('newest', '');
+    leader.knowsTargets = false;
+  }
   catchUp();
 }
 
@@ -21923,18 +21910,18 @@ function askOlder(to) {
 // ---- Outbox: a message is in it until its echo is here. Under one id the server says it once.
 // A row with a blob is a file: when it is uploaded, the row becomes the message with its link
 
-async function say(target, text, { action = false, answers = '', own } = {}) {
+// All parts of a long text are accepted, or none: a draft is sent again under the same ids
+async function say(target, text, { action = false, answers = '', own = newId() } = {}) {
   const texts = action ? [text.replace(/\s+/g, ' ')] : messagesOf(text);
-  for (const [n, part] of texts.entries()) {
-    await accept({ own: n ? newId() : own ?? newId(), n: Date.now() + n / 1000, target, text: part,
-      action, reply: n ? '' : answers, failed: '' });
-  }
+  const first = Math.max(Date.now(), (lastOf(state.outbox)?.n ?? 0) + 1); // clocks may be set back
+  await accept(...texts.map((part, n) => ({ own: n ? `${own}-${n}` : own, n: first + n / 1000,
+    target, text: part, action, reply: n ? '' : answers, failed: '' })));
 }
 
-// A row is on disk before any tab knows it
-async function accept(row) {
-  await store('outbox', 'put', row);
-  publish({ row: shared(row) });
+// Rows are on disk before any tab knows them
+async function accept(...rows) {
+  await store('outbox', 'put', ...rows);
+  rows.forEach((row) => publish({ row: shared(row) }));
 }
 
 const shared = ({ blob, ...row }) => row;
@@ -21964,7 +21951,7 @@ class Uploader {
       try {
         await this.upload(await storedRow(row.own) ?? row);
       } catch (error) {
-        if (error.final) await leader.fail(row.own, error.message);
+        if (error.final) await leader?.fail(row.own, error.message);
         else await new Promise((done) => { this.wake = done; setTimeout(done, 2000); });
       }
     }
@@ -21984,22 +21971,26 @@ class Uploader {
   }
 
   newToken() {
+    if (!leader?.registered) throw new Error('no connection'); // welcome() wakes
     leader.send('TOKEN GENERATE FILEHOST');
     return new Promise((done, lost) => { this.asking = { done, lost }; });
   }
 
   async upload(row) {
-    if (!row.blob) throw finalError('this browser kept no copy');
+    if (!(row.blob instanceof Blob)) throw finalError('this browser kept no copy');
     let at = row.link ? await this.offset(row) : NaN;
     if (!(at >= 0)) at = await this.create(row);
-    while (at < row.size) {
-      const response = await this.call('PATCH', new URL(row.link).pathname, { 'Upload-Offset': at,
+    const path = new URL(row.link).pathname;
+    const wanted = () => state.outbox.some(({ own }) => own === row.own);
+    while (at < row.size && wanted()) {
+      const response = await this.call('PATCH', path, { 'Upload-Offset': at,
         'Content-Type': 'application/offset+octet-stream' }, row.blob.slice(at, at + CHUNK));
-      if (!state.outbox.some(({ own }) => own === row.own)) { // cancelled
-        return this.call('DELETE', new URL(row.link).pathname);
-      }
       at = +(response.headers.get('Upload-Offset') ?? NaN);
-      publish({ row: { ...shared(row), sent: at } });
+      if (wanted()) publish({ row: { ...shared(row), sent: at } });
+    }
+    if (!wanted()) { // cancelled, maybe while its link was being stored
+      await store('outbox', 'delete', row.own);
+      return this.call('DELETE', path);
     }
     if (!(at >= row.size)) throw new Error('the server has lost the upload');
     const what = row.type.startsWith('image/') ? 'picture' : row.type || 'file';
@@ -22038,7 +22029,7 @@ class Leader {
 
   connect() {
     clearTimeout(this.timer);
-    if (this.socket || !state.me || state.phase === 'ended') return;
+    if (this.socket || leader !== this || !state.me || state.phase === 'ended') return;
     if (!setting('secret')) set('secret', randomHex(16));
     Object.assign(this, { knowsTargets: false, scram: null, error: '', others: 0 });
     const url = `${location.protocol.replace('http', 'ws')}//${location.host}/irc`;
@@ -22096,6 +22087,7 @@ class Leader {
     if (this.registered) this.watch(SILENCE);
     else this.registering(line, lastOf(params));
     if (this.scram) this.proving(line);
+    if (verb === '465' || verb === 'ERROR') this.error ||= lastOf(params);
     if (verb === 'TOKEN') this.uploader.asking?.done(params[2]);
     if (verb === 'FAIL' && params[0] === 'TOKEN') {
       this.uploader.asking?.lost(finalError(lastOf(params)));
@@ -22108,12 +22100,11 @@ class Leader {
     if (params[1] === 'NAK') this.stop('This page is older than the server: reload it');
     if (verb === '464') this.stop('This server has a password');
     if (/^43[237]$/.test(verb)) this.takeOther(text);
-    if (verb === '465' || verb === 'ERROR') this.error ||= text;
     if (params[1] === 'ACCOUNT_REQUIRED') set('secret', null);
   }
 
   takeOther(why) { // a name is not free: ask; or, after a break, take one with a number
-    if (!setting('welcomed') || ++this.others > 20) this.stop(why);
+    if (!setting('welcomed') || ++this.others > 20) this.stop(this.error || why);
     else this.send(`NICK ${state.me.slice(0, 28)}${this.others + 1}`);
   }
 
@@ -22156,21 +22147,17 @@ class Leader {
     if (row) await accept({ ...row, failed });
   }
 
-  drop() {
-    clearTimeout(this.timer);
+  closed() {
     const { socket } = this;
     if (socket) Object.assign(socket, { onclose: null, onmessage: null, onopen: null }).close();
     this.socket = null;
-  }
-
-  closed() {
-    this.drop();
+    clearTimeout(this.timer);
     if (this.registered && Date.now() - this.since > LONGEST) this.wait = SHORTEST;
     if (this.flying.size) this.window = 1;
     this.flying.clear();
     this.registered = this.pinged = false;
     this.uploader.asking?.lost(new Error('the connection broke'));
-    if (state.phase === 'ended') return;
+    if (leader !== this || state.phase === 'ended') return;
     const wait = this.wait * (0.75 + Math.random() / 2);
     this.wait = Math.min(LONGEST, this.wait * 2);
     this.timer = setTimeout(() => this.connect(), wait);
@@ -22210,32 +22197,32 @@ class Leader {
     this.send(`REGISTER * * :${password}`);
   }
 
-  proveRegistered(account) { // for the keys, which are kept instead of the password
+  proveRegistered(account) { // for the keys
     if (this.login) this.prove({ ...this.login, account });
   }
 
+  // By SCRAM, in a worker: a phone works on a password for a second or more. The keys that it makes
+  // are kept instead of the password
   prove(login) {
-    this.scram = new Scram(login);
+    const scram = this.scram = new Worker('/sw.js');
+    scram.onmessage = ({ data: { answer, keys, error } }) => {
+      if (keys) scram.login = { account: login.account, keys };
+      if (error) publish({ note: `Not logged in: ${error}` });
+      this.send(`AUTHENTICATE ${answer ?? '*'}`);
+    };
+    scram.postMessage({ login, nonce: randomHex(16) });
     this.send('AUTHENTICATE SCRAM-SHA-256');
   }
 
-  async proving({ verb, params }) {
-    const { scram } = this, [data] = params;
-    if (verb === 'AUTHENTICATE') {
-      const text = data === '+' ? '' : new TextDecoder().decode(fromBase64(data));
-      try {
-        this.send(`AUTHENTICATE ${toBase64(bytesOf(await scram.answer(text))) || '+'}`);
-      } catch (error) {
-        this.send('AUTHENTICATE *');
-        publish({ note: `Not logged in: ${error.message}` });
-      }
-    } else if (/^90[3-7]$/.test(verb)) {
-      const { account, keys } = scram;
-      Object.assign(this, { scram: null, login: null });
-      set('login', verb === '903' ? { account, keys } : null);
-      if (verb === '904') publish({ note: `Not logged in: ${lastOf(params)}` });
-      if (!this.registered) this.send('CAP END');
-    }
+  proving({ verb, params }) {
+    const { scram } = this;
+    if (verb === 'AUTHENTICATE') scram.postMessage({ text: params[0] });
+    if (!/^90[3-7]$/.test(verb)) return;
+    scram.terminate();
+    Object.assign(this, { scram: null, login: null });
+    set('login', verb === '903' ? scram.login : null);
+    if (verb === '904') publish({ note: this.error = `Not logged in: ${lastOf(params)}` });
+    if (!this.registered) this.send('CAP END');
   }
 }
 
@@ -22250,21 +22237,29 @@ function keepJoined(name, on) {
 // Keep the newest messages of each room, a second after a change
 let keeping = 0;
 
-function remember() {
+function remember(to) {
+  to.fresh = (to.fresh ?? 0) + 1;
   if (leader) keeping ||= setTimeout(keepRooms, 1000);
 }
 
 
-function keepRooms() {
+async function keepRooms() {
   keeping = 0;
+  let newest = '';
   if (state.phase === 'online' && !allRooms().some((to) => to.joined && to.behind)) {
-    const ids = allRooms().flatMap(({ messages }) => messages.slice(-20).map(({ id }) => id));
-    set('newest', ids.reduce((a, b) => (serial(b) > serial(a) ? b : a), ''));
+    const last = allRooms().flatMap(({ messages }) => messages.slice(-20).filter(({ id }) => id));
+    newest = last.length ? last.reduce((a, b) => (before(a, b) ? b : a)).id : '';
   }
-  for (const { key, name, topic, marker, messages, behind, upTo } of allRooms()) {
-    const whole = messages.filter(({ id }) => id && !(behind && serial(id) > serial(upTo)));
-    store('rooms', 'put', { key, name, topic, marker, messages: whole.slice(-KEPT) });
+  const puts = [];
+  for (const to of allRooms().filter(({ fresh }) => fresh)) {
+    const { key, name, topic, marker, messages, behind, upTo, fresh } = to;
+    const end = behind ? messages.findIndex(({ id }) => id && id === upTo) + 1 : messages.length;
+    const whole = messages.slice(0, end).filter(({ id }) => id);
+    const put = store('rooms', 'put', { key, name, topic, marker, messages: whole.slice(-KEPT) });
+    puts.push(Promise.resolve(put).then(() => { if (to.fresh === fresh) to.fresh = 0; }));
   }
+  await Promise.all(puts); // or a new talk would be known neither here nor by TARGETS
+  if (newest) set('newest', newest);
 }
 
 // ---- Tabs: one is the leader; the others show what it publishes, and ask it
@@ -22288,6 +22283,10 @@ const ask = (line) => act('send', line); // a line that the user wants to be sen
 const reply = (line) => leader?.send(line); // one that answers a line: only the leader answers
 
 const ITEMS = {
+  opened(name) { // the leader reads its past
+    room(name);
+    catchUp();
+  },
   line: dispatch,
   note,
   me(name) {
@@ -22310,7 +22309,8 @@ const ITEMS = {
   },
   phase(phase, { why = '', retryAt = 0 }) {
     Object.assign(state, { phase, why, retryAt });
-    if (phase === 'waiting' || phase === 'ended') connectionLost();
+    if (phase === 'connecting') state.account = '';
+    if (phase !== 'online') connectionLost(); // also of a tab that led before
     if (phase === 'online' && $('sheet').dataset.kind === 'name') closeSheet();
     if (phase === 'ended') nameSheet();
     refresh();
@@ -22329,7 +22329,8 @@ function apply(item) {
   ITEMS[name](item[name], item);
 }
 
-channel.onmessage = ({ data: { item, name, values, hello, snapshot, to } }) => {
+channel.onmessage = ({ data: { item, name, values, hello, led, snapshot, to } }) => {
+  if (led && !attached) callLeader();
   if (item && attached) apply(item);
   if (name) leader?.[name](...values);
   if (hello && leader) channel.postMessage({ snapshot: state, to: hello });
@@ -22344,14 +22345,16 @@ async function lead() {
   if (leader) return;
   attached = true;
   leader = new Leader();
+  channel.postMessage({ led: true });
   leader.connect();
   const rows = await stored('outbox'); // also of tabs that ended
   rows.forEach((row) => ITEMS.row(shared(row)));
 }
 
 function follow() {
-  leader?.drop();
+  const old = leader;
   leader = null;
+  old?.closed(); // for good: the connection is another tab's now
   callLeader();
   if (navigator.locks) elect();
 }
@@ -22380,6 +22383,7 @@ const EMOJI = ['\u{1f44d}', '\u2764\ufe0f', '\u{1f602}', '\u{1f62e}', '\u{1f622}
 const ROWS = 50; // of a block: the browser draws only the blocks that are in sight
 const LINK = /https?:\/\/[^\s<>"\p{Cf}]*[^\s<>"\p{Cf}'.,:;!?)\]}]/gu;
 
+const TAKEN = 'taken back';
 const log = $('log');
 let here = fold('#lobby'); // key of the room on the screen
 let drawnFrom = 0; // its first message that has a row
@@ -22412,7 +22416,7 @@ function quoteOf(id) {
   const original = find(shown(), id);
   return el('blockquote', { dir: 'auto',
     onclick: () => rows.get(original)?.scrollIntoView({ block: 'center' }) },
-  original ? `${original.nick}: ${original.text}` : 'an earlier message');
+  original ? `${original.nick}: ${original.gone ? TAKEN : original.text}` : 'an earlier message');
 }
 
 function fileView({ file: { path, type, size, width, height }, text }) {
@@ -22441,7 +22445,7 @@ const rows = new WeakMap(); // message -> its row
 function fillRow(row) {
   const { message } = row, { nick, text, info, gone, action, reply: id, file } = message;
   const body = file ? fileView(message) : withLinks(action ? `${nick} ${text}` : text);
-  if (gone) body.textContent = 'taken back';
+  if (gone) body.textContent = TAKEN;
   row.className = ['row', (info || gone || action) && 'info', isMe(nick) && 'mine',
     message.called && 'called'].filter(Boolean).join(' ');
   row.replaceChildren(...[!info && headOf(message), id && quoteOf(id), body, reactionsOf(message)]
@@ -22569,8 +22573,11 @@ function refresh() {
 // Replace what is in an element if `facts` are not those of the last time: a tap needs its button
 function fill(parent, facts, make) {
   const text = JSON.stringify(facts);
-  if (parent.facts !== text) parent.replaceChildren(...make());
+  if (parent.facts === text) return;
+  const at = [...parent.querySelectorAll('button')].indexOf(document.activeElement);
+  parent.replaceChildren(...make());
   parent.facts = text;
+  if (at >= 0) parent.querySelectorAll('button')[at]?.focus();
 }
 
 function draw() {
@@ -22645,11 +22652,11 @@ function openRoom(name) {
   set('here', to.name);
   $('rooms').classList.remove('open');
   setAnswer(null);
-  if (to.joined && Object.keys(to.members).length < 2) ask(`NAMES ${to.name}`);
+  if (to.joined && !to.named) ask(`NAMES ${to.name}`);
   drawLog();
   restoreDraft();
   markRead();
-  catchUp();
+  publish({ opened: name });
 }
 
 // ---- The composer
@@ -22687,7 +22694,7 @@ field.oninput = () => {
   keepDraft();
   if (!field.value || field.value.startsWith('/') || Date.now() - typed < 3000) return;
   typed = Date.now();
-  ask(`@+typing=active TAGMSG ${shown().name}`);
+  ask(`@label=typing;+typing=active TAGMSG ${shown().name}`);
 };
 
 function setAnswer(message) {
@@ -22705,7 +22712,7 @@ $('composer').onsubmit = async (event) => {
   if (!text.trim()) return;
   const answers = answering?.id;
   try {
-    if (/^\/[^/]/.test(text)) await command(text.slice(1), to);
+    if (/^\/[^/]/.test(text)) await command(text.slice(1), to, own);
     else await say(to.name, text.replace(/^\/\//, '/'), { answers, own });
   } catch (error) {
     note(`Not accepted: ${error.message}`); // as on a full disk: the text stays
@@ -22741,7 +22748,7 @@ function complete() {
 // Commands: what is sent for one, with $1 for its first word, $2 for what follows that, $* for
 // all of it, and $# for the name of the room; or a function
 const COMMANDS = new Map(Object.entries({
-  me: (text, to) => say(to.name, text, { action: true }),
+  me: (text, to, own) => say(to.name, text, { action: true, own }),
   msg: (text) => {
     const [, name, said] = /^(\S+)\s*(.*)$/s.exec(text);
     openRoom(name);
@@ -22752,12 +22759,11 @@ const COMMANDS = new Map(Object.entries({
   part: 'PART $# :$*',
   nick: 'NICK $1',
   topic: 'TOPIC $# :$*',
-  kick: 'KICK $# $1 :$2',
   whois: 'WHOIS $1',
   raw: '$*',
 }));
 
-function command(line, to) {
+function command(line, to, own) {
   const [, name, text] = /^(\S+)\s*(.*)$/s.exec(line), known = COMMANDS.get(name.toLowerCase());
   if (!known) {
     throw new Error(`there is no /${name}, only /${[...COMMANDS.keys()].join(' /')}; `
@@ -22765,7 +22771,7 @@ function command(line, to) {
   }
   const [, first, rest] = /^(\S*)\s*(.*)$/s.exec(text);
   const parts = { $1: first, $2: rest, '$*': text, '$#': to.name };
-  return typeof known === 'function' ? known(text, to)
+  return typeof known === 'function' ? known(text, to, own)
     : ask(known.replace(/\$[12*#]/g, (part) => parts[part]).replace(/\s+/g, ' '));
 }
 
@@ -22808,7 +22814,7 @@ async function shrunk(file) {
 
 // Ask before files are sent, one after the other
 async function offer(file, ...others) {
-  if (!file) return;
+  if (!file?.size) return file && note(`${file.name} is empty`);
   const target = shown().name, { name, size, type } = file;
   const small = isPicture(type) && type !== 'image/gif' && await shrunk(file).catch(() => null);
   const smaller = el('input', { type: 'checkbox', checked: true });
@@ -22830,6 +22836,7 @@ async function offer(file, ...others) {
 // ---- What can be done with a message
 
 function toggle({ id, reactions }, emoji) {
+  if (!emoji) return;
   const mine = reactions.some(([one, nick]) => one === emoji && isMe(nick));
   const tag = mine ? 'unreact' : 'react';
   ask(`@+draft/${tag}=${escapeTag(emoji)};+draft/reply=${id} TAGMSG ${shown().name}`);
@@ -22841,7 +22848,11 @@ function messageSheet(message) {
   const { id, gone, nick, text } = message, to = shown().name;
   if (!id || gone) return;
   const other = el('input', { maxLength: 20, placeholder: 'another reaction' });
-  other.onchange = () => { closeSheet(); toggle(message, other.value.trim()); };
+  other.onkeydown = ({ key }) => {
+    if (key !== 'Enter') return;
+    closeSheet();
+    toggle(message, other.value.trim());
+  };
   openSheet(`${nick}: ${text.slice(0, 80)}`, [el('div', { className: 'buttons' },
     ...EMOJI.map((emoji) => choice(emoji, () => toggle(message, emoji))), other)],
   [choice('Reply', () => setAnswer(message)),
@@ -22914,7 +22925,7 @@ const nameField = () =>
 
 function nameSheet() {
   const fields = [nameField(), ['Password, if the name is an account', SECRET]];
-  if (/password/i.test(state.why)) fields.push(['Password of this server', SECRET]);
+  if (/has a password/.test(state.why)) fields.push(['Password of this server', SECRET]);
   const join = (name, ...words) => act('enter', name.replace(/\s/g, '_'), ...words);
   form(state.why || 'Join the chat', fields, 'Join', join, [otherWays()], 'name');
 }
@@ -22951,10 +22962,10 @@ function searchSheet(words = '') {
     [el('div', { id: 'found', className: 'list' })], 'search');
 }
 
-function showFound(messages, { key, name }) {
+function showFound(messages, { key, name, why }) {
   const list = messages.map(({ time, nick, text, id }) => button(`${dayOf(time)} ${nick}: ${text}`,
     () => act('request', 'around', key, `AROUND ${name} msgid=${id} 30`)));
-  $('found')?.replaceChildren(dim(counted(list.length, 'message')), ...list);
+  $('found')?.replaceChildren(dim(why ?? counted(list.length, 'message')), ...list);
 }
 
 function showContext(messages) {
@@ -22965,8 +22976,8 @@ function showContext(messages) {
 function settingsSheet() {
   $('rooms').classList.remove('open');
   openSheet(state.me, [dim(state.account ? `Logged in as ${state.account}` : 'Not logged in'),
-    !self.isSecureContext && dim('This page came over plain http: others on this network can read '
-      + 'along, and it cannot be installed or opened without network.'), otherWays()],
+    !self.isSecureContext && dim('Over plain http, others on this network can read along, and '
+      + 'the page can neither be installed nor opened without network.'), otherWays()],
   [button('Name', () => form('Your name', [nameField()], 'Change', (name) => ask(`NICK ${name}`))),
     ...state.account ? [choice('Log out', () => act('logOut'))]
       : [button('Log in', logInSheet), button('Register', signUpSheet)]]);
@@ -22978,8 +22989,7 @@ function logInSheet() {
 }
 
 function signUpSheet() {
-  const warning = dim('Over plain http, others on this network can read the password while you '
-    + 'register. Later log-ins do not send it.');
+  const warning = dim('Over plain http, others on this network can read this password.');
   form(`Register ${state.me}`, [['A password', { ...SECRET, required: true, minLength: 3 }]],
     'Register', (word) => act('signUp', word), location.protocol === 'https:' ? [] : [warning]);
 }
@@ -23011,7 +23021,7 @@ function listen() {
   setInterval(drawPhase, 1000);
   if (!navigator.locks) setInterval(elect, 2000);
   self.visualViewport?.addEventListener('resize', () => { // the keyboard of a phone
-    document.body.style.height = `${visualViewport.height}px`;
+    document.body.style.height = `${visualViewport.height * visualViewport.scale}px`;
   });
 }
 
@@ -23124,20 +23134,57 @@ const bytesOf = (text) => new TextEncoder().encode(text);
 const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
 const fromBase64 = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 
-// Client proof and server signature of what both have said (RFC 5802 section 3). The keys are good
-// for this server only: they are what the page keeps, and not the password
-function prove({ password, keys, salt, rounds, said }) {
-  if (password) {
-    const salted = pbkdf2(bytesOf(password.normalize('NFKC')), fromBase64(salt), rounds);
-    const key = (name) => toBase64(hmac(salted, bytesOf(`${name} Key`)));
-    keys = { salt, client: key('Client'), server: key('Server') };
+// SCRAM-SHA-256 (RFC 5802, RFC 7677), with the password or with the keys that were made of it:
+// these are good for this server only
+class Scram {
+  constructor({ account, password, keys }, nonce) {
+    Object.assign(this, { password, keys, nonce });
+    this.first = `n=${account.replace(/=/g, '=3D').replace(/,/g, '=2C')},r=${nonce}`;
   }
-  const client = fromBase64(keys.client), stored = hmac(sha256(client), bytesOf(said));
-  return { keys, proof: toBase64(client.map((byte, i) => byte ^ stored[i])),
-    signature: toBase64(hmac(fromBase64(keys.server), bytesOf(said))) };
+
+  // The answer to a message of the server; the first of them is empty
+  answer(text) {
+    if (!text) return `n,,${this.first}`;
+    const field = Object.fromEntries(text.split(',').map((one) => [one[0], one.slice(2)]));
+    const { r: nonce, s: salt, i: rounds, v: signature } = field;
+    const honest = this.signature ? signature === this.signature
+      : nonce?.startsWith(this.nonce) && rounds >= 4096 && rounds <= 2e6;
+    if (!honest) throw new Error('the server did not prove itself');
+    if (this.signature) return '';
+    if (this.password) this.makeKeys(salt, +rounds);
+    else if (this.keys.salt !== salt) throw new Error('the password was changed');
+    const last = `c=biws,r=${nonce}`, said = bytesOf(`${this.first},${text},${last}`);
+    const client = fromBase64(this.keys.client), mask = hmac(sha256(client), said);
+    this.signature = toBase64(hmac(fromBase64(this.keys.server), said));
+    return `${last},p=${toBase64(client.map((byte, i) => byte ^ mask[i]))}`;
+  }
+
+  makeKeys(salt, rounds) {
+    const word = bytesOf(this.password.normalize('NFKC'));
+    const salted = pbkdf2(word, fromBase64(salt), rounds);
+    const key = (name) => toBase64(hmac(salted, bytesOf(`${name} Key`)));
+    this.keys = { salt, client: key('Client'), server: key('Server') };
+  }
 }
 
-if (!self.registration) self.onmessage = ({ data }) => self.postMessage(prove(data));
+let scram = null;
+
+// {login, nonce} begins; {text} is a message of the server in base64, + for an empty one
+function exchange({ data: { login, nonce, text } }) {
+  if (login) {
+    scram = new Scram(login, nonce);
+    return;
+  }
+  try {
+    const said = text === '+' ? '' : new TextDecoder().decode(fromBase64(text));
+    const answer = toBase64(bytesOf(scram.answer(said))) || '+';
+    self.postMessage({ answer, keys: scram.keys });
+  } catch (error) {
+    self.postMessage({ error: error.message });
+  }
+}
+
+if (!self.registration) self.onmessage = exchange;
 
 const PARTS = ['/', '/icon.svg', '/manifest.webmanifest'];
 const LATE = 3000; // ms until the page that was kept is shown
@@ -23188,8 +23235,9 @@ KEEPS_ONLY_OURS = "default-src 'none'; connect-src 'self'"
 
 
 def served(text: str) -> str:
-    """Return a document without what only its readers here need: indentation and comments."""
-    return re.sub(r"(?m)^(?: *// .*\n| +|\n)| +// .*$", "", text)
+    """Return a document without what only its readers here need: comments, indentation, and line
+    breaks where nothing depends on them."""
+    return re.sub(r"(?m)^(?: *// .*\n| +|\n)| +// .*$|(?<=[{;,(])\n", "", text)
 
 
 def page_policy(page: str) -> str:

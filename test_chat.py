@@ -22512,17 +22512,27 @@ def test_an_account_is_made_and_logged_in_to_without_its_password_being_kept(run
 def test_the_proof_of_a_password_is_that_of_the_rfc(running, browse):
     """RFC 7677 section 3."""
     tab = browse(with_page(running).address)
-    first = "n=user,r=rOprNGfwEbeRWgbNEkqO"
-    server = (
-        "r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096"
-    )
+    nonce = "rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0"
+    said = ["", f"r={nonce},s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096"]
+    said.append("v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4=")
     tab.js(
-        "globalThis.known = Object.assign(new Scram({ account: 'user', password: 'pencil' }), "
-        f"{{ nonce: 'rOprNGfwEbeRWgbNEkqO', first: '{first}' }}); null"
+        "globalThis.scram = new Worker('/sw.js'); scram.postMessage({ nonce: "
+        f"'{nonce[:20]}', login: {{ account: 'user', password: 'pencil' }} }}); null"
     )
-    answer = tab.js(f"known.answer('{server}')")
-    assert answer.endswith(",p=dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ=")
-    assert tab.js("known.signature") == "6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4="
+
+    def answer(text):
+        data = base64.b64encode(text.encode()).decode() or "+"
+        wait = "new Promise(done => { scram.onmessage = ({ data }) => done(data); "
+        return tab.js(f"{wait} scram.postMessage({{ text: '{data}' }}); }})")
+
+    first, proof, last = map(answer, said)
+    assert base64.b64decode(first["answer"]) == b"n,,n=user,r=rOprNGfwEbeRWgbNEkqO"
+    assert base64.b64decode(proof["answer"]).endswith(
+        b",p=dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ="
+    )
+    assert last["answer"] == "+" and "pencil" not in str(last["keys"])
+    forged = answer("v=" + base64.b64encode(bytes(32)).decode())
+    assert forged == {"error": "the server did not prove itself"}
 
 
 def test_a_reply_a_reaction_and_a_removal_reach_the_others_and_come_back(running, browse):
