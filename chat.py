@@ -9150,6 +9150,9 @@ def not_needed(request: Request, etag: str) -> int:
     return 304 if {etag, f"W/{etag}", "*"} & set(unless) else 0
 
 
+ACCEPTS_GZIP = re.compile(r"gzip(?!.*;\s*q=0(\.0*)?\s*$).*")  # RFC 9110 section 12.5.3
+
+
 def compressed(data: bytes) -> bytes:
     """Return data in the gzip format (RFC 1952)."""
     packer = zlib.compressobj(9, wbits=zlib.MAX_WBITS + 16)
@@ -9634,8 +9637,8 @@ def web_document(session: WebSession, request: Request) -> None:
     document = session.site.web.documents.get(request.path)
     if document is None:
         return session.answer(404, "there is no such page")
-    offered = {word.partition(";")[0].strip() for word in request.tokens("accept-encoding")}
-    how = "gzip" if "gzip" in offered else ""
+    offered = request.tokens("accept-encoding")
+    how = "gzip" if any(map(ACCEPTS_GZIP.fullmatch, offered)) else ""
     authority = request.host if split_host(request.host)[0] else "localhost"
     headers = [f"ETag: {document.etags[how]}", "Cache-Control: no-cache", "Vary: Accept-Encoding"]
     if status := not_needed(request, document.etags[how]):
@@ -21676,8 +21679,8 @@ function happened(nick, [target, text], { verb, tags }) {
 
 function heard(nick, [, text], line) {
   if (!line.source.includes('!')) return note(text); // from the server
+  if (/^\x01(?!ACTION )/.test(text)) return null;
   const message = messageOf(line), to = roomOf(message.target, nick);
-  if (message.text.startsWith('\x01')) return null;
   delete to.typing[fold(nick)];
   add(to, [message]);
   if (line.tags.label) arrived(line.tags.label, to); // also a repeat, or said under another name
@@ -22104,7 +22107,7 @@ class Leader {
   }
 
   takeOther(why) { // a name is not free: ask; or, after a break, take one with a number
-    if (!setting('welcomed') || ++this.others > 20) this.stop(this.error || why);
+    if (!setting('welcomed') || ++this.others > 20) this.stop(why);
     else this.send(`NICK ${state.me.slice(0, 28)}${this.others + 1}`);
   }
 
@@ -22204,10 +22207,11 @@ class Leader {
   // By SCRAM, in a worker: a phone works on a password for a second or more. The keys that it makes
   // are kept instead of the password
   prove(login) {
+    this.error = '';
     const scram = this.scram = new Worker('/sw.js');
     scram.onmessage = ({ data: { answer, keys, error } }) => {
       if (keys) scram.login = { account: login.account, keys };
-      if (error) publish({ note: `Not logged in: ${error}` });
+      if (error) this.error = `Not logged in: ${error}`;
       this.send(`AUTHENTICATE ${answer ?? '*'}`);
     };
     scram.postMessage({ login, nonce: randomHex(16) });
@@ -22221,8 +22225,10 @@ class Leader {
     scram.terminate();
     Object.assign(this, { scram: null, login: null });
     set('login', verb === '903' ? scram.login : null);
-    if (verb === '904') publish({ note: this.error = `Not logged in: ${lastOf(params)}` });
-    if (!this.registered) this.send('CAP END');
+    if (verb === '904') this.error = `Not logged in: ${lastOf(params)}`;
+    if (this.registered && this.error) publish({ note: this.error });
+    else if (this.error) this.stop(this.error);
+    else if (!this.registered) this.send('CAP END');
   }
 }
 
@@ -22286,6 +22292,11 @@ const ITEMS = {
   opened(name) { // the leader reads its past
     room(name);
     catchUp();
+  },
+  closed(key) {
+    delete state.rooms[key];
+    if (leader) store('rooms', 'delete', key);
+    if (key === here) openRoom('#lobby');
   },
   line: dispatch,
   note,
@@ -22950,8 +22961,9 @@ function joinSheet() {
 function roomSheet() {
   const to = shown(), members = Object.values(to.members);
   const list = el('div', { className: 'list' }, ...peopleOf(members));
+  const leave = () => (to.joined ? ask(`PART ${to.name}`) : publish({ closed: to.key }));
   openSheet(to.name, [to.topic && dim(to.topic), list],
-    isChannel(to.name) ? [choice('Leave', () => ask(`PART ${to.name}`))] : []);
+    [choice(to.joined ? 'Leave' : 'Remove from the list', leave)]);
 }
 
 function searchSheet(words = '') {

@@ -22091,7 +22091,7 @@ class Tab:
         kinds = ("Runtime.exceptionThrown", "Log.entryAdded")
         mine = [e for e in self.browser.events if e.get("sessionId") == self.session]
         found = [json.dumps(e["params"]) for e in mine if e["method"] in kinds]
-        expected = ("ERR_", "status of", '"level": "verbose"')
+        expected = ("ERR_", "status of", "WebSocket connection", '"level": "verbose"')
         return [text for text in found if not any(word in text for word in expected)]
 
     def requests(self):
@@ -22208,6 +22208,24 @@ def test_the_page_is_small_and_allows_nothing_but_its_own_script_and_server():
     assert "ws://192.168.1.5:7001 wss://192.168.1.5:7001" in policy
     assert "unsafe" not in policy and "http" not in policy
     assert not re.findall(rb"\son\w+=|innerHTML|document\.write|eval\(|https?://(?!\?)[a-z]", body)
+
+
+@pytest.mark.parametrize(
+    "accepted, how",
+    [
+        ("gzip", "gzip"),
+        ("br, GZIP;q=0.5", "gzip"),
+        ("gzip; q=1.000, *;q=0", "gzip"),
+        ("gzip;q=0", ""),
+        ("identity, gzip; q=0.000", ""),
+        ("br", ""),
+        ("", ""),
+    ],
+)
+def test_the_page_is_compressed_for_clients_that_take_it(accepted, how):
+    ask = f"GET / HTTP/1.1\nHost: localhost\nAccept-Encoding: {accepted}"
+    _, headers, _ = Browser(page_house()).asks(ask)
+    assert headers.get("content-encoding", "") == how
 
 
 @pytest.mark.parametrize("how", ["", "gzip"])
@@ -22678,6 +22696,199 @@ def test_the_page_works_over_tls_where_it_can_be_installed(running, browse, cert
     assert [one["errorId"] for one in errors] == ["in-incognito"]  # as the tests are
     tab.js("settingsSheet()")
     assert "plain http" not in tab.text()
+
+
+def test_an_empty_file_is_refused_and_nothing_waits_for_it(running, browse, tmp_path):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    tab.choose(tmp_path / "empty.txt")
+    tab.wait_for("empty.txt is empty")
+    tab.say("after it")
+    tab.wait_for("after it")
+
+
+def test_a_message_whose_echo_was_lost_arrives_once_also_under_another_name(running, browse):
+    server = with_page(running)
+    witness = Witness(server.address)
+    tab = browse(server.address).enter("anna")
+    tab.js("globalThis.usual = leader.receive; leader.receive = () => null; null")
+    tab.say("said as anna")
+    witness.until("said as anna")
+    tab.js("leader.send('NICK anne'); leader.send('PING :x')")
+    witness.until("NICK")
+    tab.js("leader.receive = usual; leader.socket.close()")
+    tab.until("state.phase === 'online' && !state.outbox.length && !room('#lobby').behind")
+    tab.say("and on it goes")
+    assert witness.heard("and on it goes")[0] == ["and on it goes"]
+    assert tab.rows() == ["said as anna", "and on it goes"]
+
+
+def test_messages_of_a_server_that_lost_its_data_come_after_those_of_before(running, browse):
+    with Proxy(("127.0.0.1", 9)) as proxy:
+        for start in ("old", "new"):
+            server = with_page(running)
+            proxy.server = server.address
+            tab = browse(proxy.address) if start == "old" else tab
+            if start == "old":
+                tab.enter("anna")
+            tab.until("state.phase === 'online'")
+            tab.say(*(f"{start} {n}" for n in range(5)))
+            tab.until("!state.outbox.length && !room('#lobby').behind")
+            server.stop()
+            tab.until("state.phase !== 'online'")
+    rows = tab.rows()
+    assert rows[-5:] == [f"new {n}" for n in range(5)]
+    assert rows == sorted(rows, key=lambda text: text[0], reverse=True)
+
+
+@pytest.mark.parametrize("after", some([0, 5, 20, 60], 2))
+def test_a_long_paste_is_accepted_whole_or_not_at_all(running, browse, after):
+    server = with_page(running)
+    ben = server.guest()
+    ben.enter_irc("ben", "CAP REQ :batch draft/multiline", "CAP END", "JOIN #lobby")
+    tab = browse(server.address).enter("anna")
+    lines = [f"line {n}" for n in range(600)]
+    tab.js("document.querySelector('#text').focus()")
+    tab.ask("Input.insertText", text="\n".join(lines))
+    tab.js(
+        "globalThis.old = true; document.querySelector('#send').click(); "
+        f"document.querySelector('#send').click(); setTimeout(() => location.reload(), {after})"
+    )
+    tab.until("!globalThis.old && state.phase === 'online' && !room('#lobby').behind")
+    tab.until("!state.outbox.length")
+    if tab.js("document.querySelector('#text').value"):  # it was not accepted
+        tab.js("document.querySelector('#send').click()")
+    found = ben.until(":line 599")
+    said = [line.rstrip().partition("PRIVMSG #lobby :")[2] for line in found]
+    assert [text for text in said if text] == lines
+
+
+def test_the_next_leader_fetches_what_was_said_without_a_leader(running, browse):
+    server = with_page(running)
+    ben = server.guest("ben")
+    first = browse(server.address).enter("anna")
+    second = browse(server.address)
+    second.until("attached && state.phase === 'online'")
+    second.js("globalThis.usual = apply; apply = () => null; null")  # as if it were asleep
+    ben.send("".join(f"meanwhile {n}\n" for n in range(30)))
+    first.wait_for("meanwhile 29")
+    second.js("apply = usual; null")
+    first.close()
+    second.until("leader && state.phase === 'online' && !room('#lobby').behind")
+    assert second.rows() == [f"meanwhile {n}" for n in range(30)]
+
+
+def test_a_file_that_was_chosen_without_network_is_sent_when_there_is_one(
+    running, browse, folder, tmp_path
+):
+    server = with_page(running, data=folder)
+    (tmp_path / "notes.txt").write_text("x" * 1000)
+    with Proxy(server.address) as proxy:
+        tab = browse(proxy.address).enter("anna")
+        proxy.server = ("127.0.0.1", 9)
+        proxy.swallow()
+        tab.js("leader.closed()")
+        tab.until("state.phase !== 'online'")
+        tab.choose(tmp_path / "notes.txt")
+        tab.press("Send")
+        tab.until("document.querySelector('#waiting progress')")
+        proxy.server = server.address
+        tab.until("document.querySelector('#log .card')")
+
+
+def test_a_cancelled_file_is_never_sent(running, browse, folder, tmp_path):
+    server = with_page(running, data=folder)
+    (tmp_path / "notes.txt").write_text("x" * 3_000_000)
+    tab = browse(server.address).enter("anna")
+    tab.js("globalThis.usual = fetch; fetch = async (...a) => { await later; return usual(...a); }")
+    tab.js("globalThis.later = new Promise(done => { globalThis.go = done; }); null")
+    tab.choose(tmp_path / "notes.txt")
+    tab.press("Send")
+    tab.until("document.querySelector('#waiting progress')")
+    tab.js("[...document.querySelectorAll('#waiting button')].pop().click()")
+    tab.until("!document.querySelector('#waiting .row')")
+    tab.js("go()")
+    tab.until("!leader.uploader.running")
+    assert tab.js("stored('outbox')") == []
+    tab.say("nothing but this")
+    tab.wait_for("nothing but this")
+    assert tab.rows() == ["nothing but this"]
+
+
+def test_a_removed_text_is_gone_from_quotes_too(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    tab.say("a secret")
+    tab.until("!state.outbox.length")
+    tab.js("setAnswer(lastOf(shown().messages))")
+    tab.say("indeed")
+    tab.until("document.querySelector('blockquote')?.textContent === 'anna: a secret'")
+    tab.js("ask(`REDACT #lobby ${find(shown(), shown().messages.slice(-2)[0].id).id}`)")
+    tab.until("document.querySelector('blockquote').textContent === 'anna: taken back'")
+    assert "secret" not in tab.text()
+
+
+def test_a_user_who_only_types_opens_no_conversation_and_styles_are_removed(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    ben = server.guest()
+    ben.enter_irc("ben", "CAP REQ :message-tags", "CAP END", "JOIN #lobby")
+    ben.send("@+typing=active TAGMSG anna\r\nPRIVMSG #lobby :\x02bold\x02 \x0304,01red\x03 end\r\n")
+    ben.send("PRIVMSG anna :\x01VERSION\x01\r\nPRIVMSG #lobby :the end\r\n")
+    tab.wait_for("the end")
+    assert tab.rows() == ["bold red end", "the end"]
+    assert tab.js("Object.keys(state.rooms)") == ["=#lobby"]
+
+
+def test_a_channel_lists_all_members_and_can_be_left_and_removed(running, browse):
+    server = with_page(running)
+    for n in range(9):
+        server.guest().enter_irc(f"user{n}", "JOIN #crew")
+    first = browse(server.address, width=1200).enter("anna")
+    second = browse(server.address, width=1200)
+    second.until("attached && state.phase === 'online'")
+    second.js("enter('#crew')")
+    for tab in (second, first):
+        tab.js("openRoom('#crew')")
+        tab.until("document.querySelectorAll('#people button').length === 10")
+    first.js("roomSheet()")
+    first.press("Leave")
+    first.until("!room('#crew').joined")
+    first.js("roomSheet()")
+    first.press("Remove from the list")
+    for tab in (first, second):
+        tab.until("Object.keys(state.rooms).join() === '=#lobby'")
+
+
+def test_a_wrong_password_says_so_and_a_log_out_ends_the_log_in(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    tab.js("act('signUp', 'tea and cake')")
+    tab.until("state.account === 'anna' && setting('login')?.keys")
+    tab.js("act('logOut')")
+    tab.until("state.phase === 'online' && !state.account")
+    thief = browse(server.address, user="thief")
+    thief.fill("anna", "coffee")
+    thief.until("document.querySelector('#title').textContent.startsWith('Not logged in')")
+
+
+def test_a_message_elsewhere_leaves_the_focus_and_the_count_alone(running, browse):
+    server = with_page(running)
+    tab = browse(server.address, width=1200).enter("anna")
+    ben = server.guest()
+    ben.enter_irc("ben", "JOIN #lobby")
+    tab.js("openRoom('ben')")
+    tab.js(
+        "document.querySelector('#rooms button').focus(); Date.prototype.toISOString = () => '1999'"
+    )
+    ben.send("PRIVMSG #lobby :hello anna\r\n")
+    tab.until("room('#lobby').unread === 1")
+    ben.send("PART #lobby\r\nJOIN #lobby\r\nPING x\r\n")
+    ben.until("PONG")
+    tab.until("room('#lobby').messages.length >= 3")
+    tab.until("document.querySelector('#rooms .badge')?.textContent === '1'")
+    assert tab.js("document.activeElement.closest('#rooms') !== null")
 
 
 def test_a_server_with_a_password_is_entered_with_it(running, browse):
