@@ -6969,7 +6969,7 @@ def irc_session(session: IrcSession, secret: str) -> None:
 
 @irc_command("PING", 1, nameless=True)
 def irc_ping(session: IrcSession, token: str) -> None:
-    """PING <token> -- is anybody there?"""
+    """PING <token> -- the server answers PONG <token>"""
     session.line(f"PONG {session.site.name} :{token}")
 
 
@@ -15075,8 +15075,8 @@ class Writer:
 
 
 class KnownServers(Writer):
-    """What a client knows of servers before it connects: their kind, the certificate that one must
-    have, its demand for TLS, and passwords. Raises sqlite3.Error."""
+    """Facts about servers that a client needs before it connects: kind, expected certificate, demand
+    for TLS, and passwords. Raises sqlite3.Error."""
 
     def __init__(self, db: sqlite3.Connection):
         super().__init__(db)
@@ -21584,7 +21584,7 @@ function fileOf(tag = '') {
 }
 
 // A msgid is a number that grows, and four letters for a start of the server: one that has lost its
-// data counts anew
+// data begins again
 const serial = (id) => parseInt(id.slice(0, -4), 16) || 0;
 const before = (a, b) => (a.id.slice(-4) === b.id.slice(-4) ? serial(a.id) < serial(b.id)
   : a.time < b.time);
