@@ -15075,8 +15075,8 @@ class Writer:
 
 
 class KnownServers(Writer):
-    """Facts about servers that a client needs before it connects: kind, expected certificate, demand
-    for TLS, and passwords. Raises sqlite3.Error."""
+    """Facts about servers that a client needs before it connects: kind, expected certificate, TLS
+    policy, and passwords. Raises sqlite3.Error."""
 
     def __init__(self, db: sqlite3.Connection):
         super().__init__(db)
