@@ -1619,6 +1619,10 @@ class Site:
     def reference(self) -> str:
         return f"b{next(self.references):x}"
 
+    def act(self, name: str, *values: Any, then: Callable = do_nothing) -> None:
+        """Do an act of the server itself, which cannot be refused; call then(its result)."""
+        then(self.hub.perform(name, 0, *values))
+
 
 PAGE_LANE, PASSWORD_LANE, MAIL_LANE = "pages", "passwords", "mail"  # lanes of helpers
 DISK_LANE, FILE_LANE, READ_LANE, FINISH_LANE = "disk", "files", "reads", "finishes"
@@ -1657,7 +1661,7 @@ SOURCE_FIELDS = ("name", "address", "username", "account", "bot")  # what source
 class Session:
     """One connection of a user, as the acts know it. A bare one is not of this process."""
 
-    __slots__ = ("address", "client", "id", "operator", "token", "user")
+    __slots__ = ("address", "client", "follows", "id", "operator", "token", "user")
     wire: Any = None
     extended_monitor = False  # whether changes of monitored users are told, too
 
@@ -1668,6 +1672,7 @@ class Session:
         self.token = ""  # the hash of a secret that only this client knows: it resumes a user
         self.client = ""  # the same, also if the token resumes nothing: owner of dedup keys
         self.operator = False  # OPER is for one session, not for all of its user
+        self.follows: dict[tuple[str, str], None] = {}  # registry and key, see follow()
 
     def hear(self, event: Event) -> None:
         """Render one of the PERSONAL events, whose bytes depend on the session."""
@@ -2342,12 +2347,18 @@ class LocalSession(Session):
 
     # Acts, and what they need from off the loop
 
-    def act(self, name: str, *values: Any, then: Callable[[Any], None] | None = None) -> None:
-        """Do an act as this session; call then(its result), or refuse()."""
+    def act(
+        self,
+        name: str,
+        *values: Any,
+        then: Callable[[Any], None] | None = None,
+        otherwise: Callable[[Refused], None] | None = None,
+    ) -> None:
+        """Do an act as this session; call then(its result), or otherwise(the refusal): refuse()."""
         try:
             result = self.site.hub.perform(name, self.id, *values)
         except Refused as refusal:
-            return self.refuse(refusal)
+            return (otherwise or self.refuse)(refusal)
         if then:
             then(result)
 
@@ -2430,7 +2441,7 @@ class LocalSession(Session):
 
     def ended(self) -> None:
         """Handle the end of the connection, or of the input. May be called twice."""
-        if self.user:
+        if self.user or self.follows:
             self.act("leave", self.parting, self.quit_intended)
         self.site.hub.sessions.pop(self.id, None)
 
@@ -3165,10 +3176,20 @@ def check_not_bound(hub: Hub, user: User) -> None:
 
 
 @act
-def follow(hub: Hub, who: Session, registry: str, key: str, on: bool) -> None:
-    """Begin or end to tell a session of a name ("watchers") or a metadata key ("subscribers")."""
+def follow(hub: Hub, who: Session, registry: str, keys: tuple[str, ...], on: bool) -> None:
+    """Begin or end to tell a session of names ("watchers") or metadata keys ("subscribers")."""
     known: Registry = getattr(hub, registry)
-    (known.add if on else known.remove)(who, key)
+    for key in keys:
+        (known.add if on else known.remove)(who, key)
+    about = dict.fromkeys((registry, key) for key in keys)
+    who.follows = {one: None for one in (who.follows | about) if on or one not in about}
+
+
+def unfollow(hub: Hub, session: Session) -> None:
+    """End to tell a session of anything: it ends."""
+    for registry, key in session.follows:
+        getattr(hub, registry).remove(session, key)
+    session.follows.clear()
 
 
 def tell_watchers(hub: Hub, key: str, kind: str, source: Source) -> None:
@@ -3234,6 +3255,7 @@ def detach(hub: Hub, session: Session) -> None:
     hub.turn.left[session] = session.user
     hub.turn.individually_addressed.add(session)
     session.user, session.operator = None, False
+    unfollow(hub, session)
     hub.operators.discard(session)
     hub.sessions.pop(session.id, None)
 
@@ -3433,6 +3455,10 @@ def leave(hub: Hub, who: Session, reason: str, intended: bool) -> None:
     """End a session. With the last session the user goes too; but if the connection broke and the
     user can prove to be the same later, the user stays for the grace period."""
     user, token = who.user, who.token
+    if user is None:  # it never had one, or was disconnected
+        unfollow(hub, who)
+        hub.sessions.pop(who.id, None)
+        return
     detach(hub, who)
     if user.live:
         if intended and all(other.token != token for other in user.live):
@@ -6509,13 +6535,6 @@ class IrcSession(LocalSession):
         self.withheld.clear()
         self.acks.clear()
 
-    def ended(self) -> None:
-        for registry, keys in (("watchers", self.watched), ("subscribers", self.subscribed)):
-            for key in keys:
-                self.site.hub.perform("follow", self.id, registry, key, False)
-            keys.clear()
-        super().ended()
-
 
 def isupport(site: Site) -> list[str]:
     """Return the tokens of 005 (modern.ircdocs.horse, RPL_ISUPPORT parameters)."""
@@ -6677,21 +6696,26 @@ def complete_registration(session: IrcSession) -> None:
     if account:
         session.fail("SESSION", "ACCOUNT_REQUIRED", f"log in to {account} to have your place again")
         session.token = ""  # or it would be that of two users
-    try:
-        attached, resumed = session.site.hub.perform(
-            *("enter", session.id, wanted, session.username, session.realname),
-            *(session.conn.address, session.account, session.proof, session.token, True),
-            *(secrets.randbits(32), tuple(session.metadata.items()), session.away),
-        )
-    except Refused as refusal:
+
+    def entered(result: tuple[bool, bool]) -> None:
+        attached, resumed = result
+        if resumed:
+            session.line("NOTE SESSION RESUMED :you have your place again")
+        session.conn.named()
+        greet_user(session, wanted, session.user.channels if attached else ())
+
+    def kept_out(refusal: Refused) -> None:
         session.refuse(refusal)
         if refusal.code == "BANNED_FROM_SERVER":
             session.end(str(refusal), intended=False)
-        return
-    if resumed:
-        session.line("NOTE SESSION RESUMED :you have your place again")
-    session.conn.named()
-    greet_user(session, wanted, session.user.channels if attached else ())
+
+    session.act(
+        *("enter", wanted, session.username, session.realname, session.conn.address),
+        *(session.account, session.proof, session.token, True, secrets.randbits(32)),
+        *(tuple(session.metadata.items()), session.away),
+        then=entered,
+        otherwise=kept_out,
+    )
 
 
 def check_server(session: IrcSession, name: str) -> None:
@@ -6852,13 +6876,17 @@ def fail_sasl(session: IrcSession, refusal: Refused) -> None:
     session.reply(ERR_SASLFAIL, str(refusal))
 
 
-def tell_logged_in(session: IrcSession, account: str, proof: str) -> None:
-    """Tell the client that it is logged in, and log its user in if there is one."""
+def tell_logged_in(
+    session: IrcSession, account: str, proof: str, then: Callable = do_nothing
+) -> None:
+    """Tell the client that it is logged in, log its user in if there is one, and call then()."""
     user, session.account, session.proof = session.user, account, proof
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
     session.reply(RPL_LOGGEDIN, source.mask, account, account)
     if user:
-        session.act("log_in", account, proof, False)
+        session.act("log_in", account, proof, False, then=then)
+    else:
+        then()
 
 
 def end_sasl(session: IrcSession, account: str) -> None:
@@ -6867,8 +6895,7 @@ def end_sasl(session: IrcSession, account: str) -> None:
         proof = revision_of(session, account, exchange.verifier)
     except Refused as refusal:
         return fail_sasl(session, refusal)
-    tell_logged_in(session, account, proof)
-    session.reply(RPL_SASLSUCCESS)
+    tell_logged_in(session, account, proof, lambda *_: session.reply(RPL_SASLSUCCESS))
 
 
 def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
@@ -7110,11 +7137,14 @@ def send_message(session: IrcSession, name: str, text: str, kind: str, tags: str
     hub = session.site.hub
     if own and hub.store.dedup.lost(hub.dedup_owners(session), own, hub.ticks):
         return tell_repeat(session, name, own)
-    result = hub.perform("say", session.id, name, text, kind, tags, own)
-    if result.repeat is not None:
-        tell_repeat(session, name, own)
-    elif result.away:
-        session.reply(RPL_AWAY, result.away.name, result.away.away)
+
+    def sent(result: Sent) -> None:
+        if result.repeat is not None:
+            tell_repeat(session, name, own)
+        elif result.away:
+            session.reply(RPL_AWAY, result.away.name, result.away.away)
+
+    return session.act("say", name, text, kind, tags, own, then=sent)
 
 
 def check_length(session: IrcSession, name: str, text: str, tags: str) -> None:
@@ -7168,10 +7198,11 @@ def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> LongAn
     own, tags = client_id(session, targets), client_tags(session)
 
     def send(name: str) -> None:  # a refusal is no answer to a notice (RFC 2812 section 3.3.2)
-        with contextlib.suppress(Refused):
-            result = session.site.hub.perform("say", session.id, name, text, NOTICE, tags, own)
+        def sent(result: Sent) -> None:
             if result.repeat is not None:
                 tell_repeat(session, name, own)
+
+        session.act("say", name, text, NOTICE, tags, own, then=sent, otherwise=do_nothing)
 
     return to_each_target(session, targets, send)
 
@@ -7221,11 +7252,14 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
 @irc_command("AWAY", most=1, nameless=True)
 def irc_away(session: IrcSession, reason: str = "") -> None:
     """AWAY [<reason>] -- say that you are not here, or without a reason that you are back"""
+
+    def told(_: None) -> None:
+        session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
+
     if session.user:
-        session.act("set_away", reason)
-    else:
-        session.away = cut(reason, REASON_BYTES)
-    session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
+        return session.act("set_away", reason, then=told)
+    session.away = cut(reason, REASON_BYTES)
+    return told(None)
 
 
 @irc_command("SETNAME", 1)
@@ -7400,10 +7434,13 @@ def user_mode(session: IrcSession, name: str, letters: str) -> None:
         return session.reply(RPL_UMODEIS, user_modes_text(session))
     changes = parse_modes(letters[:USER_MODES_AT_ONCE], ())
     known = tuple(tuple(change) for change in changes if change.letter in USER_MODES)
-    if known:
-        session.act("set_user_modes", known)
-    if len(known) < len(changes):
-        raise Refused("UNKNOWN_USER_MODE", f"there are only the user modes {''.join(USER_MODES)}")
+
+    def changed(_: None) -> None:
+        if len(known) < len(changes):
+            text = f"there are only the user modes {''.join(USER_MODES)}"
+            session.refuse(Refused("UNKNOWN_USER_MODE", text))
+
+    return session.act("set_user_modes", known, then=changed) if known else changed(None)
 
 
 @in_steps
@@ -7528,10 +7565,11 @@ def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> 
                 session.subscribed[key] = None
             else:
                 session.subscribed.pop(key, None)
-            session.act("follow", "subscribers", key, on)
             done.append(key)
     if done:
-        session.reply(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, " ".join(done))
+        shape = RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK
+        told = lambda _: session.reply(shape, " ".join(done))  # noqa: E731
+        session.act("follow", "subscribers", tuple(done), on, then=told)
 
 
 @irc_command("METADATA", 2, 15, nameless=True)
@@ -8010,15 +8048,15 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
             session.refuse(Refused("BAD_NAME", "names only, no masks", name))
         elif key not in session.watched:
             session.watched[key] = name
-            session.act("follow", "watchers", key, True)
             added.append(name)
-    tell_monitored(session, added)
+    if added:
+        told = lambda _: tell_monitored(session, added)  # noqa: E731
+        session.act("follow", "watchers", tuple(map(fold, added)), True, then=told)
 
 
 def monitor_remove(session: IrcSession, names: list[str]) -> None:
-    for name in names:
-        if session.watched.pop(fold(name), None):
-            session.act("follow", "watchers", fold(name), False)
+    keys = tuple(key for key in map(fold, names) if session.watched.pop(key, None))
+    session.act("follow", "watchers", keys, False)
 
 
 @irc_command("MONITOR", 1, 2)
@@ -8410,8 +8448,7 @@ class LineSession(LocalSession):
             self.end("Another connection of yours took this place")
 
     def say(self, text: str, kind: str = MESSAGE) -> None:
-        # A refusal is raised to receive(): the shortest way, for what storms are made of
-        self.site.hub.perform("say", self.id, self.place().name, text, kind, "", "")
+        self.act("say", self.place().name, text, kind, "", "")
 
     def place(self) -> Channel:
         """Return the channel where plain lines go. Raises Refused if the user is out of it."""
@@ -8426,15 +8463,20 @@ class LineSession(LocalSession):
         if not self.passed:
             raise Refused("PASSWORD_NEEDED", "this server asks for a password: /pass WORD")
         self.wanted_name = clean_name(wanted)
-        try:
-            self.site.hub.perform(
-                *("enter", self.id, wanted, "line", "", self.conn.address, "", "", "", False),
-                *(secrets.randbits(32), (), ""),
-            )
-        except Refused as refusal:
-            if refusal.code == "BANNED_FROM_SERVER":
-                return self.end(str(refusal), intended=False)
-            raise
+        self.act(
+            *("enter", wanted, "line", "", self.conn.address, "", "", "", False),
+            *(secrets.randbits(32), (), ""),
+            then=lambda _: self.entered(wanted),
+            otherwise=self.kept_out,
+        )
+
+    def kept_out(self, refusal: Refused) -> None:
+        if refusal.code == "BANNED_FROM_SERVER":
+            self.end(str(refusal), intended=False)
+        else:
+            self.refuse(refusal)
+
+    def entered(self, wanted: str) -> None:
         self.conn.named()
         name = self.user.name
         if name != wanted:
@@ -8634,8 +8676,11 @@ def line_nick(session: LineSession, wanted: str) -> Steps:
 @line_command("away", most=1)
 def line_away(session: LineSession, reason: str = "") -> None:
     """/away [REASON] -- say that you are not here, or without a reason that you are back"""
-    session.act("set_away", reason)
-    session.tell(f"you went away: {session.user.away}" if reason else "you came back")
+
+    def told(_: None) -> None:
+        session.tell(f"you went away: {session.user.away}" if reason else "you came back")
+
+    session.act("set_away", reason, then=told)
 
 
 @line_command("invite", 1, 2)
@@ -8665,17 +8710,18 @@ def line_mode(session: LineSession, text: str = "") -> None:
 
 
 @line_command("ban", most=1)
-def line_ban(session: LineSession, whom: str = "") -> LongAnswer:
+def line_ban(session: LineSession, whom: str = "") -> None:
     """/ban [NAME|MASK] -- keep a user out of the channel you speak in, and put them out"""
     channel, user = session.place(), session.site.hub.users.get(fold(whom))
     if not whom:
         masks = ", ".join(mask.text for mask in channel.lists["b"].values())
         return session.tell(f"banned from {channel.name}: {masks or 'no user'}")
     mask = ban_mask(user) if user else full_mask(whom)
-    banned: list[bool] = []
-    change = [ModeChange(True, "b", mask)]
-    change_modes_aloud(session, channel, change, lambda: banned.append(True))
-    return kick_banned(session, channel, Mask(mask)) if banned else None
+
+    def banned() -> None:
+        session.postponed.append(kick_banned(session, channel, Mask(mask)))
+
+    return change_modes_aloud(session, channel, [ModeChange(True, "b", mask)], banned)
 
 
 @line_command("unban", 1)
@@ -8689,9 +8735,9 @@ def line_unban(session: LineSession, whom: str) -> None:
     change_modes_aloud(session, channel, [ModeChange(False, "b", mask) for mask in found])
 
 
-def logged_in_line(session: LineSession, account: str, proof: str) -> None:
+def logged_in_line(session: LineSession, account: str, proof: str) -> Steps:
     """Log the session in to the account that it registered, and tell that."""
-    session.act("log_in", account, proof, False)
+    yield do(session.act, "log_in", account, proof, False)
     session.tell(f"{account} is yours; /login PASSWORD next time")
 
 
@@ -8702,7 +8748,7 @@ def line_register(session: LineSession, password: str, email: str = "") -> Steps
     name, proof = yield from register_nick(session, session.user.name, "*", email, password)
     if not proof:
         return session.tell(f"a code was sent to {email}: /verify CODE")
-    logged_in_line(session, name, proof)
+    yield from logged_in_line(session, name, proof)
     if used := email_used(session, email):
         session.tell(used.removeprefix("; "))
 
@@ -8712,7 +8758,7 @@ def line_register(session: LineSession, password: str, email: str = "") -> Steps
 def line_verify(session: LineSession, code: str) -> Steps:
     """/verify CODE -- the code that was sent to your address"""
     account, proof = yield from verify(session, session.user.name, code)
-    logged_in_line(session, account, proof)
+    yield from logged_in_line(session, account, proof)
 
 
 @line_command("login", 1, 2, exact=True)
@@ -9863,7 +9909,7 @@ def drop_upload(session: WebSession, keep: bool) -> None:
         session.site.server.background(FILE_LANE, upload.handle.close)
     session.site.uploading.pop(upload.id, None)
     if not keep:
-        session.site.hub.perform("remove_file", 0, upload.id)
+        session.site.act("remove_file", upload.id)
 
 
 def link_of(session: WebSession, id: str) -> str:
@@ -9898,13 +9944,15 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
     site.uploading.pop(id, None)
     files.finishing.add(id)
 
+    def completed(_: None) -> None:
+        tell_progress(session, id, upload.at)
+
     def finished(result: Any, is_there: bool) -> None:
         files.finishing.discard(id)
         if not isinstance(result, Exception):
-            site.hub.perform("finish_file", 0, id, *result)
-            return tell_progress(session, id, upload.at) if is_there else None
+            return site.act("finish_file", id, *result, then=completed if is_there else do_nothing)
         if not upload.resumable:
-            site.hub.perform("remove_file", 0, id)
+            site.act("remove_file", id)
         if is_there:
             session.refuse(
                 result if isinstance(result, Refused) else Refused("NO_ROOM", str(result))
@@ -9941,14 +9989,12 @@ def take_piece(session: WebSession, piece: bytes) -> None:
         session.closing = True
         return answer_file(session, 413, f"the file has at most {most:,} bytes")
     upload.at += len(piece)
-    hub, file = session.site.hub, session.site.hub.files.get(upload.id)
+    file = session.site.hub.files.get(upload.id)
+    write = do(session.later, FILE_LANE, do(folder.append, upload.handle, piece), do_nothing)
     if upload.total is None and file and upload.at > file.size:
-        try:
-            hub.perform("resize_file", 0, upload.id, min(most, 2 * upload.at))
-        except Refused as refusal:
-            return session.refuse(refusal)
-    session.later(FILE_LANE, functools.partial(folder.append, upload.handle, piece), do_nothing)
-    return None
+        size = min(most, 2 * upload.at)
+        return session.act("resize_file", upload.id, size, then=lambda _: write())
+    return write()
 
 
 def take_pieces(session: WebSession) -> None:
@@ -9959,15 +10005,9 @@ def take_pieces(session: WebSession) -> None:
         session.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> None:
-    """Register a new file for an authorized client, and take the body."""
-    tus, id = is_tus(request), secrets.token_hex(16)
-    name = disposition_name(request.header("content-disposition"))
-    if tus:
-        known = tus_metadata(request.header("upload-metadata"))
-        name = known.get("filename", "") or known.get("name", "")
-    values = (file_name(name), UNKNOWN_TYPE, size, owner, session.conn.limit_key)
-    session.site.hub.perform("begin_file", 0, id, *values)
+def open_upload(session: WebSession, request: Request, id: str, size: int, _: None) -> None:
+    """Take the body of the request that began a file."""
+    tus = is_tus(request)
     total = size if tus or request.length is not None else None
     upload = session.upload = Upload(id, total, resumable=tus)
     session.at_end = functools.partial(drop_upload, session, keep=tus)
@@ -9985,6 +10025,17 @@ def begin_upload(session: WebSession, request: Request, size: int, owner: str) -
 
     session.later(FILE_LANE, functools.partial(session.site.folder.begin, id), opened)
     return None
+
+
+def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> None:
+    """Register a new file for an authorized client, and take the body."""
+    id, name = secrets.token_hex(16), disposition_name(request.header("content-disposition"))
+    if is_tus(request):
+        known = tus_metadata(request.header("upload-metadata"))
+        name = known.get("filename", "") or known.get("name", "")
+    values = (file_name(name), UNKNOWN_TYPE, size, owner, session.conn.limit_key)
+    then = functools.partial(open_upload, session, request, id, size)
+    session.act("begin_file", id, *values, then=then)
 
 
 @on_files("POST", "/files")
@@ -10061,8 +10112,7 @@ def delete_file(session: WebSession, request: Request) -> None:
             return answer_file(session, 423, "this file is just being completed")
         if other := session.site.uploading.get(file.id):
             other.conn.close()
-        session.site.hub.perform("remove_file", 0, file.id)
-        answer_file(session, 204)
+        session.act("remove_file", file.id, then=lambda _: answer_file(session, 204))
 
     own_file(session, request, remove)
 
@@ -16504,7 +16554,7 @@ class Server:
             days = self.options.files_keep
             seconds = days * 24 * 3600 if file.sha else UPLOAD_SECONDS
             if now - file.made > seconds * 1000 and file.id not in self.site.uploading:
-                self.hub.perform("remove_file", 0, file.id)
+                self.site.act("remove_file", file.id)
         self.loop.call_later(FILES_SWEEP_SECONDS, self.expire_files)
 
     def remove_content(self) -> None:
@@ -16863,7 +16913,7 @@ class Server:
         for user, since in list(self.hub.absent.items()):
             if since > over:
                 break
-            self.hub.perform("grace_period_over", 0, user.resume_id)
+            self.site.act("grace_period_over", user.resume_id)
 
     # Going
 
