@@ -2551,10 +2551,12 @@ class LocalSession(Session):
         except Refused as refusal:
             self.refuse(refusal)
         self.mark_answer(whole=not self.deferred and self.unfinished is None)
-        self.conn.charge(self.site.hub.take_work())
-        if self.waits and not self.asks:
-            self.site.cluster.released.append(self)
-        elif self.has_more:
+        if self.site.flood:
+            self.conn.charge(self.site.hub.take_work())
+        if self.waits:
+            if not self.asks:
+                self.site.cluster.released.append(self)
+        elif self.unfinished or self.postponed:
             self.conn.resume_soon()
 
     # Long answers: generators that are resumed for as long as the client reads them
