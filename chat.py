@@ -1505,8 +1505,8 @@ class ServerCalls(typing.Protocol):
     ) -> None: ...  # off the loop, whatever becomes of the session: then(result, it is there)
     def trouble(self) -> str: ...  # what is wrong, "" if nothing is
     def metrics(self) -> dict[str, tuple[str, str, float]]: ...  # kind, text and value by name
-    # Run job() off the loop, then then(its result) on it; a job of PAGE_LANE reads the store
-    def later(self, session: "LocalSession", lane: str, job: Callable, then: Callable) -> None: ...
+    # Run job() off the loop, then take_result() on it; a job of PAGE_LANE reads the store
+    def later(self, session: "LocalSession", lane: str, job: Callable, then: "Awaited") -> None: ...
 
 
 # Files
@@ -2351,16 +2351,16 @@ class Conversation(Audience):
 class Awaited:
     """An act or job that a line of a session waits for."""
 
-    __slots__ = ("context",)
+    __slots__ = ("context", "then")
 
-    def __init__(self, session: "LocalSession"):
-        self.context = session.context()
+    def __init__(self, session: "LocalSession | None", then: Callable | None):
+        self.context, self.then = session and session.context(), then
 
 
 class Ask(Awaited):
     """An act of this node that has not come back from the log, and what is to be done then."""
 
-    __slots__ = ("name", "otherwise", "session", "then", "values")
+    __slots__ = ("name", "otherwise", "session", "values")
 
     def __init__(
         self,
@@ -2370,9 +2370,8 @@ class Ask(Awaited):
         then: Callable | None,
         otherwise: Callable | None,
     ):
-        self.session, self.name, self.values = session, name, values
-        self.then, self.otherwise = then, otherwise
-        self.context = session and session.context()
+        super().__init__(session, then)
+        self.session, self.name, self.values, self.otherwise = session, name, values, otherwise
 
     @property
     def act(self) -> tuple:
@@ -2394,7 +2393,7 @@ class LocalSession(Session):
     """A session with a connection to this process. Each dialect is a subclass with its own wire."""
 
     __slots__ = (
-        *("acted", "asks", "blocked", "conn", "deferred", "job", "kept", "latest", "over"),
+        *("acted", "asks", "blocked", "conn", "deferred", "jobs", "kept", "latest", "over"),
         *("parting", "postponed", "quit_intended", "replied", "replies", "site", "tries"),
         *("unfinished", "waits"),
     )
@@ -2416,7 +2415,7 @@ class LocalSession(Session):
         self.replies: list[tuple[int, bytes]] = []  # of this turn: id of the event before, bytes
         self.replied = 0  # bytes of them
         self.over = False  # ended() was called
-        self.job: Awaited | None = None  # a job for this session is under way
+        self.jobs = 0  # for this session, under way: several only on a node of a cluster
         self.latest: Awaited | None = None  # what the present line waits for
         # On a node of a cluster
         self.acted = False  # the other nodes know this session
@@ -2481,30 +2480,30 @@ class LocalSession(Session):
     def later(self, lane: str, job: Callable, then: Callable) -> None:
         """Run job() off the loop, then then(its result). The session's next line waits for that."""
         self.deferred = True
-        self.job = self.latest = Awaited(self)
-        self.site.server.later(self, lane, job, then)
+        self.jobs += 1
+        self.latest = Awaited(self, then)
+        self.site.server.later(self, lane, job, self.latest)
 
     def read(self, job: Callable, then: Callable) -> None:
         """Run a job that reads the store, then then(its result). The next line waits for that."""
         self.later(PAGE_LANE, job, then)
 
-    def take_result(self, then: Callable, result: Any) -> None:
+    def take_result(self, job: Awaited, result: Any) -> None:
         """Handle the result of a job: a value, or the ChatError that it raised."""
         self.deferred, self.latest = False, None
-        if self.job:
-            self.restore(self.job.context)
-            self.job = None
+        self.jobs -= 1
+        self.restore(job.context)
         self.resume_answer()
         try:
             if isinstance(result, Refused):
                 raise result
             if isinstance(result, Exception):
                 raise Refused("UNUSABLE", str(result))
-            then(result)
+            job.then(result)
         except Refused as refusal:
             self.refuse(refusal)
         self.mark_answer(whole=not self.deferred and self.unfinished is None)
-        if self.waits:
+        if self.waits or self.jobs:
             self.wait_for_acts()
 
     # Acts that come back later, on a node of a cluster
@@ -2520,7 +2519,7 @@ class LocalSession(Session):
 
     def wait_for_acts(self) -> None:
         """Take no more lines until the acts of earlier ones have come back."""
-        if self.asks or self.job:
+        if self.asks or self.jobs:
             self.waits = self.conn.held = True
             self.conn.update()
             return
@@ -6591,14 +6590,17 @@ SAVED_CLASSES = {
 
 
 class HubPickler(pickle.Pickler):
-    """A pickler that writes numbers in place of users, channels and sessions."""
+    """A pickler that writes numbers in place of users, channels and sessions, and names in place of
+    classes, whatever module they are in."""
 
     def __init__(self, file: Any):
         super().__init__(file, protocol=5)
         self.numbers: dict[Any, int] = {}
         self.objects: list[Any] = []  # in that order
 
-    def persistent_id(self, value: Any) -> int | None:
+    def persistent_id(self, value: Any) -> int | str | None:
+        if isinstance(value, type):
+            return value.__name__
         if not isinstance(value, LINKED):
             return None
         if value not in self.numbers:
@@ -6614,15 +6616,13 @@ class HubUnpickler(pickle.Unpickler):
         super().__init__(file)
         self.objects = objects
 
-    def persistent_load(self, number: int) -> Any:
-        return self.objects[number]
+    def persistent_load(self, number: int | str) -> Any:
+        return (SAVED_CLASSES if isinstance(number, str) else self.objects)[number]
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("re", "_compile"):
             return re.compile
-        if name not in SAVED_CLASSES:
-            raise ValueError(f"a snapshot has no {name}")
-        return SAVED_CLASSES[name]
+        raise ValueError(f"a snapshot has no {name}")
 
 
 def saved_state(one: Any) -> dict[str, Any]:
@@ -7867,8 +7867,8 @@ class IrcSession(LocalSession):
         if self.labelled:
             self.begin_answer(unescaped_tag(self.labelled.label))
 
-    def take_result(self, then: Callable, result: Any) -> None:
-        super().take_result(then, result)
+    def take_result(self, job: Awaited, result: Any) -> None:
+        super().take_result(job, result)
         self.from_service = self.from_service and self.deferred
 
     def finish_result(self, ask: Ask, result: Any) -> None:
@@ -18410,8 +18410,8 @@ class Server:
             peer.session = LineSession(self.site, peer, peer.greeted)
         return peer.session
 
-    def later(self, session: LocalSession, lane: str, job: Callable, then: Callable) -> None:
-        """Run job() on a helper once this turn is committed, then then(its result) on the loop.
+    def later(self, session: LocalSession, lane: str, job: Callable, then: Awaited) -> None:
+        """Run job() on a helper once this turn is committed, then answer with its result.
         Until then this session's next lines wait, so that answers come in order. A store in memory
         has only one connection, which no helper may use, and nothing to wait for."""
         session.conn.held = True
@@ -18422,7 +18422,7 @@ class Server:
         else:
             self.jobs.append((session.conn, lane, job, done))
 
-    def answer(self, session: LocalSession, then: Callable, result: Any) -> None:
+    def answer(self, session: LocalSession, job: Awaited, result: Any) -> None:
         peer = session.conn
         peer.held = False
         peer.resume_soon()
@@ -18432,7 +18432,7 @@ class Server:
             level = logging.DEBUG if self.committer.losing else logging.ERROR  # it was said once
             log.log(level, "a job for %s failed: %s", peer.address, result)
             result = Refused("TRY_AGAIN", "that cannot be answered just now; try again later")
-        session.take_result(then, result)
+        session.take_result(job, result)
 
     # The commit and the write beat
 

@@ -5507,7 +5507,7 @@ def test_a_damaged_snapshot_is_one_clear_line(folder):
 
 
 def test_a_snapshot_makes_no_object_that_a_hub_does_not_have():
-    kinds = pickle.dumps(([], pickle.dumps(pathlib.Path("x"))))
+    kinds = pickle.dumps(([], pickle.dumps(pathlib.Path("x").exists)))
     with pytest.raises(ValueError, match="a snapshot has no"):
         chat.load_snapshot(zlib.compress(kinds), chat.Hub())
 
@@ -5650,6 +5650,27 @@ def test_labels_find_the_answers_of_their_lines_also_when_several_are_under_way(
     assert labels == [*(f"l{n}" for n in range(9)), "names"]
     for n, line in enumerate(told[:9]):
         assert (" PRIVMSG #x " if n % 3 else " 40") in line
+
+
+def test_messages_sent_again_on_another_node_are_answered_with_their_labels(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    caps = "message-tags labeled-response batch echo-message chat.py/session"
+    lines = [f"@label=l{n};+chat.py/id=m{n} PRIVMSG #x :{n}" for n in range(9)]
+    secret = "0123456789abcdef" * 2
+    for name in nodes:
+        come(nodes[name], "alice", caps=caps, secret=secret)
+        nodes[name].say("alice", "JOIN #x")
+        nodes.turns()
+        nodes[name].heard("alice")
+        nodes[name].say("alice", *lines, "@label=end PING 1")
+        nodes.turns(2)
+        told = nodes[name].heard("alice")
+        found = [(tag(line, "label"), line[-2:]) for line in told if "label=" in line]
+        assert sorted(found) == sorted([*((f"l{n}", f":{n}") for n in range(9)), ("end", ":1")])
+        assert found[-1][0] == "end"
+        ids = {tag(line, "msgid") for line in told if "msgid=" in line}
+        assert len(ids) == 9
+    assert_nodes_agree(nodes)
 
 
 @pytest.mark.parametrize("cut_off", (False, True))
@@ -22169,6 +22190,88 @@ def serving(*arguments, **options):
             yield process, (host, int(port))
         finally:
             process.kill()
+
+
+@pytest.fixture
+def nats(folder):
+    """A NATS server with JetStream; its URL."""
+    if not shutil.which("nats-server"):
+        assert "CHAT_NEEDS_NATS" not in os.environ, "nats-server is not installed"
+        pytest.skip("nats-server is not installed")
+    where = folder / "nats"
+    where.mkdir()
+    command = ["nats-server", "-a", "127.0.0.1", "-p", "-1", "-js", "-sd", where]
+    command += ["--ports_file_dir", where]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL) as process:
+        try:
+            assert eventually(lambda: [*where.glob("*.ports")])
+            (ports,) = where.glob("*.ports")
+            assert eventually(lambda: ports.read_text())
+            yield json.loads(ports.read_text())["nats"][0]
+        finally:
+            process.kill()
+
+
+def test_two_nodes_over_a_real_nats_server_are_one_chat_also_when_one_is_killed(folder, nats):
+    names = ("n1", "n2")
+    given = {name: ("--cluster", nats, "--node", name, "--data", folder / name) for name in names}
+    with serving(*given["n1"]) as (first, one), serving(*given["n2"]) as (second, two):
+        bob = Guest(two, "bob")
+        bob.send("here\n")
+        servers = f"irc://{one[0]}:{one[1]},irc://{two[0]}:{two[1]}"
+        with piped("alice", servers.removeprefix("irc://")) as alice:
+            for n in range(100):
+                alice.stdin.write(f"line {n}\n".encode())
+                alice.stdin.flush()
+                if n == 50:
+                    assert bob.until("alice: line 20")
+                    first.kill()
+            alice.stdin.close()
+            assert bob.until("alice: line 99")
+            assert alice.wait(PATIENCE) == 0
+        first.wait(PATIENCE)
+        with serving(*given["n1"]) as (again, one):
+            carol = Guest(one, "carol")
+            carol.send("hello\n")
+            assert bob.until("carol: hello")
+            with program("backup", folder / "copy.db", "--data", folder / "n1") as copying:
+                assert copying.wait(PATIENCE) == 0
+            for process in (again, second):
+                process.send_signal(signal.SIGTERM)
+            assert again.wait(PATIENCE) == second.wait(PATIENCE) == 0
+    stores = [chat.Store(folder / name / "chat.db", node=True) for name in names]
+    one, two = (texts(store, chat.LOBBY, 200) for store in stores)
+    assert one == two == ["here", *(f"line {n}" for n in range(100)), "hello"]
+    for store in stores:
+        store.close()
+    copy = chat.Store(folder / "copy.db", node=True)
+    assert chat.restore_node(copy, "x").nodes.keys() == {"n1", "n2"}
+    copy.close()
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    (
+        (("--cluster", "nats://127.0.0.1"), b"--cluster needs --node NAME"),
+        (("--node", "n1"), b"of no use without --cluster"),
+        (("--cluster", "nats://h", "--node", "a", "--data", "none"), b"needs a data folder"),
+        (("--cluster", "nats://user:secret@"), b"write nats://HOST:4222"),
+        (("--cluster", "http://h", "--node", "n1"), b"write nats://HOST:4222"),
+    ),
+)
+def test_a_node_that_cannot_be_says_why_and_shows_no_password(folder, arguments, reason):
+    given = arguments if "none" in arguments else ("--data", folder, *arguments)
+    with program("server", *given) as process:
+        _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode in (1, 2) and reason in said and b"secret" not in said
+
+
+def test_the_password_of_an_account_is_not_changed_in_the_database_of_a_node(folder):
+    chat.Store(folder / "chat.db", node=True).close()
+    arguments = ("passwd", "alice", "--data", folder, "--password", "secret")
+    with program(*arguments) as process:
+        _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1 and b"is a node of a cluster" in said
 
 
 def test_a_terminated_server_says_goodbye_keeps_everything_and_exits_with_0(folder):
