@@ -19494,9 +19494,9 @@ class Link:
     def _come_back(self, reason: str) -> None:
         why = self.core.refusal or reason
         waited = self.loop.now - self.stood > self.patience
-        if self.patience == 0 or waited:
-            return self._end(f"{self.target}: {why}")
         lost, another = self.target, self._next_choice()
+        if not another and (self.patience == 0 or waited):
+            return self._end(f"{lost}: {why}")
         wait = self.backoff * random.uniform(0.75, 1.25)  # so that not all come back at once
         if another:
             wait = min(wait, random.uniform(0, NEXT_SERVER_SECONDS))

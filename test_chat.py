@@ -19720,6 +19720,37 @@ def piped(name, where, folder=None, silent=2.0, **options):
     return program(*command, **options)
 
 
+def test_a_client_turns_to_the_next_server_of_a_chat_when_one_is_not_there(running):
+    server = running()
+    bob = server.guest("bob")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nowhere = chat.address_text(*closed.getsockname())
+    with piped("alice", f"{nowhere},irc://{chat.address_text(*server.address)}") as alice:
+        alice.communicate(b"hello\n", timeout=PATIENCE)
+    assert bob.until("alice: hello") and alice.returncode == 0
+
+
+def test_a_client_learns_the_other_servers_of_its_chat_from_the_server(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    for number, house in enumerate(nodes.values()):
+        name, here = house.cluster.name, house.hub.nodes[house.cluster.name]
+        for other in nodes.values():
+            other.hub.nodes[name] = here._replace(address=f"127.0.0.1:{7001 + number}")
+    one = nodes["n1"]
+    come(one, "alice")
+    tokens = "\n".join(ask(one, "alice", "VERSION"))
+    assert "chat.py/NODES=127.0.0.1:7001,127.0.0.1:7002 " in tokens
+    core = chat.ClientCore(chat.Outbox(), "alice")
+    core.server.ours = True
+    core.server.tokens["chat.py/NODES"] = "127.0.0.1:7001,127.0.0.1:7002,x y,"
+    link = types.SimpleNamespace(core=core, tried=0, phase=chat.ONLINE)
+    link.target = chat.Target("127.0.0.1", 7001)
+    link.choices = collections.deque([link.target])
+    assert chat.Link._next_choice(link) and link.target.port == 7002
+    link.phase = chat.CONNECTING
+    assert not chat.Link._next_choice(link) and link.target.port == 7001
+
+
 class Witness(Guest):
     """A user on a good line, who hears everything."""
 
