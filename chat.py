@@ -6732,6 +6732,9 @@ class NodeServer(typing.Protocol):
     def report(self) -> None: ...  # a bug: the exception that is handled
 
 
+HELD, DROPPED = "held", "dropped"
+
+
 class SentBatch(NamedTuple):
     """The batch of this node that is under way in the log."""
 
@@ -6758,11 +6761,12 @@ class Cluster:
         self.lost_since: float | None = None  # without a connection
         self.steady_since = 0.0  # when this node had caught up with the log
         self.clock: float | None = None  # the log's clock less the monotonic one, in seconds
-        self.serving = self.paused = self.stopped = False
+        self.serving = self.leaving = self.stopped = False
+        self.hold = ""  # HELD or DROPPED: the clients, while the log cannot be reached
         self.checksums: collections.OrderedDict[int, str] = collections.OrderedDict()
         self.agrees: dict[str, bool] = {}  # other nodes, by their last checksum
         self.trouble = ""  # why the log takes nothing; it was said once
-        self.declared: set[str] = set()  # epochs of nodes that this one declared gone
+        self.declared: dict[str, float] = {}  # epochs of nodes declared gone, and when that was
         self.lag, self.size, self.round_trip = 0, 0, 0.0  # for STATS: entries, acts, seconds
         self.unsaved = [0, 0]  # entries since the last snapshot, and their bytes
         self.released: list[LocalSession] = []  # may take their next line
@@ -6930,7 +6934,7 @@ class Cluster:
                 return self.stop(f"another node is called {self.name}; choose another --node")
             self.server.note("this node was declared gone: it begins again")
             self.begin_epoch()
-        elif not self.serving and me and me.epoch == self.epoch:
+        elif not (self.serving or self.leaving) and me and me.epoch == self.epoch:
             self.serving = True
             self.server.site.ids = itertools.count((me.start << SESSION_BITS) + 1)
             self.server.begin_serving()
@@ -6999,23 +7003,23 @@ class Cluster:
         silent = self.now - since
         if not self.serving:
             return
-        if silent >= NODE_DROP_SECONDS and self.paused != "dropped":
-            self.paused = "dropped"
+        if silent >= NODE_DROP_SECONDS and self.hold != DROPPED:
+            self.hold = DROPPED
             self.server.drop_clients("this server cannot reach the others; come back later")
-        elif silent >= NODE_PAUSE_SECONDS and not self.paused:
-            self.paused = True
+        elif silent >= NODE_PAUSE_SECONDS and not self.hold:
+            self.hold = HELD
             self.server.pause("this server cannot reach the others; your messages wait")
-        elif silent < NODE_PAUSE_SECONDS and self.paused:
-            self.paused = False
+        elif silent < NODE_PAUSE_SECONDS and self.hold:
+            self.hold = ""
             self.server.resume()
 
     def _watch_nodes(self) -> None:
         """Declare nodes gone that have not sent anything for a while."""
         now = self.wall(self.now) * 1000
         for node in list(self.hub.nodes.values()):
-            late = now - node.seen > NODE_SILENT_MS
-            if late and node.name != self.name and node.epoch not in self.declared:
-                self.declared.add(node.epoch)
+            late = now - node.seen > NODE_SILENT_MS and node.name != self.name
+            if late and self.now - self.declared.get(node.epoch, -math.inf) > NODE_BEAT_SECONDS:
+                self.declared[node.epoch] = self.now
                 self.ask(None, "node_gone", (node.name, node.epoch, True), None, None)
 
     def figures(self) -> list[str]:
@@ -7036,7 +7040,7 @@ class Cluster:
     def leave(self) -> None:
         """Send as the last batch that this node is gone."""
         if self.serving and not self.stopped:
-            self.serving = False
+            self.serving, self.leaving = False, True
             self.ask(None, "node_gone", (self.name, self.epoch, False), None, None)
             self.flush()
 

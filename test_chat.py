@@ -5589,7 +5589,12 @@ def test_old_keys_of_messages_are_forgotten_on_all_nodes_alike(folder):
 
 def test_a_node_that_stops_in_order_is_gone_at_once(folder):
     nodes = Nodes(folder, "n1", "n2")
+    for house in nodes.values():
+        come(house, f"u{house.cluster.name}")
+    nodes["n2"].say("un2", "JOIN #x")  # is still under way
+    nodes["n2"].cluster.flush()
     nodes["n2"].cluster.leave()
+    nodes["n1"].say("un1", "JOIN #x")
     nodes.turns(3)
     assert list(nodes["n1"].hub.nodes) == ["n1"] and nodes["n2"].cluster.has_left
 
