@@ -6405,16 +6405,19 @@ class NatsLog:
         if last is not None and last != self.delivered:
             self._consume()
 
-    def append(self, data: bytes, id: str, then: Callable[[str], None]) -> None:
-        """Append an entry, once only for each id; call then("") or then(what is wrong)."""
+    def append(self, data: bytes, id: str, then: Callable[[str, int], None]) -> None:
+        """Append an entry, once only for each id; call then("", its sequence) as soon as most NATS
+        servers have it, or then(what is wrong, 0)."""
 
         def answered(message: NatsMessage) -> None:
             if message.status.startswith("503"):
-                return then("JetStream does not answer")
+                return then("JetStream does not answer", 0)
             with contextlib.suppress(ValueError, TypeError, AttributeError):
-                error = json.loads(message.data).get("error") or {}
-                return then(str(error.get("description", "")))
-            return then("JetStream gives an answer that is no JSON")
+                answer = json.loads(message.data)
+                error = answer.get("error") or {}
+                text, sequence = str(error.get("description", "")), int(answer.get("seq", 0))
+                return then(text, sequence)
+            return then("JetStream gives an answer that is no JSON", 0)
 
         headers = {"Nats-Msg-Id": id, "Nats-Expected-Stream": self.name}
         self.dialogue.request(self.subject, data, answered, headers)
@@ -6486,6 +6489,7 @@ class ActBatch(NamedTuple):
     node: str
     epoch: str  # of the node's start
     number: int  # 1, 2, 3 ... within the epoch; each is applied once
+    time: int  # milliseconds since 1970, by the log's clock: Hub.now for these acts
     applied: int  # the node's last entry when it sent this ...
     checksum: str  # ... and its checksum of all events up to that
     acts: list  # [session id, name, parameters ...] each
@@ -6495,7 +6499,7 @@ class ActBatch(NamedTuple):
         """Return the batch in an entry of the log. Raises ValueError."""
         try:
             batch = cls(*json.loads(data, object_hook=unwrapped_bytes))
-            if tuple(map(type, batch)) != (int, str, str, int, int, str, list):
+            if tuple(map(type, batch)) != (int, str, str, int, int, int, str, list):
                 raise ValueError("an entry with other types")
             return batch
         except (TypeError, KeyError, RecursionError) as error:
@@ -6542,7 +6546,7 @@ def apply_batch(
 ) -> bool:
     """Apply a batch of the log to a Hub. Return False if the batch is not the next one of its
     node's present start: it comes twice, or the node was declared gone meanwhile."""
-    hub.sequence, hub.now, hub.ticks = entry.sequence, entry.time, entry.time
+    hub.sequence, hub.now, hub.ticks = entry.sequence, batch.time, batch.time
     hub.turn.conversations = {}  # they must not depend on how many entries one turn applies
     node = hub.nodes.get(batch.node)
     is_next = node and node.epoch == batch.epoch and batch.number == node.number + 1
@@ -6558,7 +6562,7 @@ def apply_batch(
             perform_act(hub, act, report)
     node = hub.nodes.get(batch.node)
     if node and node.epoch == batch.epoch:
-        hub.nodes[batch.node] = node._replace(number=batch.number, seen=entry.time)
+        hub.nodes[batch.node] = node._replace(number=batch.number, seen=batch.time)
     hub.checksum = checksum(hub.checksum, hub.turn.events[begun:], hub.last_id)
     return True
 
@@ -6722,6 +6726,7 @@ class NodeServer(typing.Protocol):
     """The part of the server that its node may use."""
 
     site: Site
+    clock: Callable[[], float]  # of the wall, in seconds
 
     def begin_serving(self) -> None: ...  # clients may come
     def pause(self, text: str) -> None: ...  # tell clients why, and do not read them
@@ -6813,7 +6818,9 @@ class Cluster:
         """Send the acts that wait, as many as fit, as one batch."""
         most = min(BATCH_BYTES, self.log.dialogue.info["max_payload"] // 2)
         count = min(len(self.queue), BATCH_ACTS)
-        head = (ACTS_VERSION, self.name, self.epoch, self.number + 1)
+        wall = self.wall(self.now)
+        milliseconds = int((self.server.clock() if wall is None else wall) * 1000)
+        head = (ACTS_VERSION, self.name, self.epoch, self.number + 1, milliseconds)
         head += (self.hub.sequence, self.hub.checksum)
         while True:
             asks = list(itertools.islice(self.queue, count))
@@ -6835,14 +6842,18 @@ class Cluster:
         number = self.sent.number
         id = f"{self.options.log} {self.name} {self.epoch} {number}"
 
-        def answered(error: str) -> None:
+        def answered(error: str, sequence: int) -> None:
             if error and error != self.trouble:
                 self.server.note(f"the log takes nothing: {error}")
             if not error and self.trouble:
                 self.server.note("the log takes batches again")
             self.trouble = error
-            if error and self.sent and self.sent.number == number:
+            if not self.sent or self.sent.number != number:
+                return
+            if error:
                 self.retry_at = self.now + BATCH_RETRY_SECONDS
+            elif sequence == self.hub.sequence + 1:  # it need not be read first
+                self.apply(LogEntry(sequence, 0, self.sent.data, 0))
 
         self.log.append(self.sent.data, id, answered)
 
@@ -6867,7 +6878,7 @@ class Cluster:
             batch = ActBatch.decode(entry.data)
         except ValueError as error:
             self.server.note(f"entry {entry.sequence} of the log is not of chat.py: {error}")
-            batch = ActBatch(0, "", "", 0, 0, "", [])
+            batch = ActBatch(0, "", "", 0, 0, 0, "", [])
         if batch.version > ACTS_VERSION:
             text = f"node {batch.node} runs a newer chat.py (acts {batch.version}"
             return self.stop(f"{text}, this one knows {ACTS_VERSION}); upgrade this node")
@@ -6883,7 +6894,7 @@ class Cluster:
         if batch.version:
             apply_batch(self.hub, entry, batch, asks, self.server.report)
         self.hub.answers, self.hub.sequence = None, entry.sequence
-        row = (entry.sequence, entry.time, entry.data, to_json(answers))
+        row = (entry.sequence, batch.time, entry.data, to_json(answers))
         self.hub.turn.entries.append(row)
         self._applied(entry)
         released, self.released = self.released, []
@@ -6942,6 +6953,8 @@ class Cluster:
         return None
 
     def _note_progress(self, entry: LogEntry) -> None:
+        if not entry.time:  # it was not read
+            return
         self.lag = entry.waiting
         if entry.waiting == 0 or self.clock is None:
             self.clock = entry.time / 1000 - self.now
