@@ -15,6 +15,8 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     ACTS            every change of shared state, by name
     PASSWORDS       how a session proves that it may do something, in both dialects
     STORE           accounts, states, history and its index in SQLite
+    NATS            the log of a cluster: NATS's text protocol, and JetStream
+    CLUSTER         a server as one of several: batches of acts, the log, snapshots of the Hub
     IRC DIALECT     every command of RFC 1459 and 2812, and IRCv3
     LINE DIALECT    the workshop's protocol and its slash commands
     WEB DIALECT     HTTP and WebSocket: framers, answers, the handshake
@@ -26,6 +28,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     LOOP            selector, timers, connections, helper threads, the log
     SERVER          listeners, the five beats of the tick, limits, shutdown
     LINK            a client's connection: find the server, come back to it
+    NODE            the connection of a cluster's node to its log
     TRANSFERS       files that a client sends and saves
     TERMINAL        keys, line editor, the rows of a screen
     CLI CLIENT      the terminal and the connection on one loop
@@ -88,6 +91,7 @@ import functools
 import hashlib
 import heapq
 import hmac
+import io
 import ipaddress
 import itertools
 import json
@@ -95,6 +99,7 @@ import logging
 import math
 import os
 import pathlib
+import pickle
 import queue
 import random
 import re
@@ -243,6 +248,7 @@ KEEPALIVE_SECONDS = 90  # first TCP probe to a silent line-protocol peer ...
 KEEPALIVE_PROBES = 3  # ... and how many of them, KEEPALIVE_EVERY apart
 KEEPALIVE_EVERY = 10
 
+LAST_ID = 1 << 59  # no cluster makes so many; clients see 15 hexadecimal digits
 ID_BLOCK = 1_000_000  # ids are reserved so many at a time, before the first is used
 LAST_MOMENT = 253_402_300_799_000  # milliseconds: no calendar has the year 10,000
 TIMES_AHEAD = 1000  # milliseconds that an event's time may be ahead of the clock, to be unique
@@ -402,6 +408,36 @@ ESCAPE_LATE_SECONDS = 0.5  # ... unless what makes it one comes by then, over a 
 PASTE_SECONDS = 3.0  # without more of a paste: its end was lost
 LEAVE_SECONDS = 5.0  # in which a second Ctrl-C leaves; within CLEAR_SECONDS it only clears
 CLEAR_SECONDS = 1.0
+SESSION_BITS = 32  # of the id of a session; those above are the start of its node
+ASKS_A_SESSION = 256  # messages of one session that may be under way in the log
+BATCH_ACTS = 2000  # that a node sends at once ...
+BATCH_BYTES = 256 * 1024  # ... in so many bytes
+BATCH_ANSWER_SECONDS = 2.0  # then a batch is sent again ...
+BATCH_RETRY_SECONDS = 1.0  # ... or after this, if the log refused it
+NODE_BEAT_SECONDS = 5.0  # between two batches of a node that has nothing to send
+NODE_SILENT_MS = 20_000  # without a batch: then another node declares a node gone ...
+NODE_STEADY_SECONDS = 12.0  # ... which itself has read the log for so long
+NODE_PAUSE_SECONDS = 10.0  # without the log: then clients are told, and not read ...
+NODE_DROP_SECONDS = 20.0  # ... and then they are dropped
+CHECKSUMS_KEPT = 10_000  # to compare with those of other nodes
+SNAPSHOT_BYTES = 16 * 1024 * 1024  # of entries after which a node makes a new snapshot ...
+SNAPSHOT_ENTRIES = 20_000  # ... or so many: they are applied again at the next start, in 2 s
+CLOCK_DIFFERS_SECONDS = 60.0  # of a node and NATS: that is told once
+
+NEXT_SERVER_SECONDS = 0.5  # at most, until a client tries the next server of a chat
+NODE_TICK_SECONDS = 1.0  # between two looks at what is due
+NATS_RETRY_SECONDS = 0.5  # until the next NATS server is tried
+NATS_PORT = 4222
+NATS_MESSAGE_BYTES = 16 * 1024 * 1024  # of one message from a NATS server, which we trust
+NATS_PAYLOAD_LEAST = 256 * 1024  # that it has to take: several of the largest acts
+LOG_REPLICAS = 3  # of the log, if there are so many NATS servers
+LOG_DUPLICATES_SECONDS = 120  # for which NATS knows the id of a batch
+LOG_KEPT_DAYS = 30  # how long a node may be away and still catch up
+LOG_HEARTBEAT_SECONDS = 2  # of NATS, while there is nothing new
+LOG_HEARTBEATS_MISSED = 3  # then the log is read through another consumer
+LOG_ANSWER_SECONDS = 5.0  # then another NATS server is tried
+LOG_INACTIVE_SECONDS = 30  # until NATS forgets a reader that is gone
+
 TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
 
 # ======================================================================================
@@ -493,6 +529,9 @@ class MessageIds:
     PATTERN = re.compile("([0-9a-f]{1,15})([g-z]{4})?")  # SQLite's integers have a bit more
 
     def __init__(self, starts: Iterable[tuple[int, int, str]] = ()):
+        self.load(starts)
+
+    def load(self, starts: Iterable[tuple[int, int, str]]) -> None:
         # The first id of each start, the last one that was stored or reserved, its letters
         self.starts = sorted(starts)
         self.first, _, self.letters = self.starts[-1] if self.starts else (0, 0, "")
@@ -1413,7 +1452,10 @@ class Connected(typing.Protocol):
     local: str  # HOST:PORT on our side
     fingerprint: str  # SHA-256 of the client's certificate, "" without one
     gone: bool  # nothing can be sent any more
+    held: bool  # its lines wait
 
+    def update(self) -> None: ...  # after a change of `held`
+    def resume_soon(self) -> None: ...  # act on what has come, in the next turn
     def named(self) -> None: ...  # registration is complete
     def charge(self, items: float) -> None: ...  # so much work, see WORK_PER_TOKEN
     def act_for(self, host: str, key: str, secure: bool | None) -> None: ...
@@ -1471,8 +1513,8 @@ class ServerCalls(typing.Protocol):
     ) -> None: ...  # off the loop, whatever becomes of the session: then(result, it is there)
     def trouble(self) -> str: ...  # what is wrong, "" if nothing is
     def metrics(self) -> dict[str, tuple[str, str, float]]: ...  # kind, text and value by name
-    # Run job() off the loop, then then(its result) on it; a job of PAGE_LANE reads the store
-    def later(self, session: "LocalSession", lane: str, job: Callable, then: Callable) -> None: ...
+    # Run job() off the loop, then take_result() on it; a job of PAGE_LANE reads the store
+    def later(self, session: "LocalSession", lane: str, job: Callable, then: "Awaited") -> None: ...
 
 
 # Files
@@ -1506,6 +1548,7 @@ class StoredFile(NamedTuple):
     width: int = 0  # of a picture, in pixels
     height: int = 0
     messages: tuple[int, ...] = ()  # ids of the owner's messages that carry the link
+    node: str = ""  # of the cluster, if there is one: it has the content
 
     @property
     def on_disk(self) -> str:
@@ -1538,8 +1581,8 @@ class Files(dict[str, StoredFile]):
 
     def load(self, rows: Iterable[tuple[str, str]]) -> None:
         for id, state in rows:
-            *values, messages = json.loads(state)
-            self[id] = StoredFile(*values, tuple(messages))
+            *values, messages, node = [*json.loads(state), ""][:12]
+            self[id] = StoredFile(*values, messages=tuple(messages), node=node)
             self.by_message.update(dict.fromkeys(messages, id))
 
     def linked(self, text: str) -> StoredFile | None:
@@ -1621,11 +1664,25 @@ class Site:
         self.name, self.network = options.name, options.network  # of this server, as a host
         self.operators = operators_of(options.oper)  # verifiers by name
         self.registration, self.sts, self.flood = options.register, options.sts, options.flood
-        self.ids = itertools.count(1)  # of sessions
+        self.ids: Iterator[int] = itertools.count(1)  # of sessions
+        self.cluster: Any = None  # this node, if the server is one of several: see CLUSTER
+        self.node = options.cluster.node if options.cluster else ""  # its name
+        self.address = ""  # HOST:PORT for clients, as other nodes tell them
         self.references = itertools.count(1)  # of batches
+
+    def has_content(self, file: StoredFile) -> bool:
+        """Return whether this server has the content of a file, and no other node of its cluster. A
+        file of before the cluster is wherever the data folder was copied to."""
+        return self.cluster is None or file.node in ("", self.node)
 
     def reference(self) -> str:
         return f"b{next(self.references):x}"
+
+    def act(self, name: str, *values: Any, then: Callable = do_nothing) -> None:
+        """Do an act of the server itself, which cannot be refused; call then(its result)."""
+        if self.cluster:
+            return self.cluster.ask(None, name, values, then, None)
+        return then(self.hub.perform(name, 0, *values))
 
 
 PAGE_LANE, PASSWORD_LANE, MAIL_LANE = "pages", "passwords", "mail"  # lanes of helpers
@@ -1665,7 +1722,7 @@ SOURCE_FIELDS = ("name", "address", "username", "account", "bot")  # what source
 class Session:
     """One connection of a user, as the acts know it. A bare one is not of this process."""
 
-    __slots__ = ("address", "client", "id", "operator", "token", "user")
+    __slots__ = ("address", "client", "follows", "id", "operator", "token", "user")
     wire: Any = None
     extended_monitor = False  # whether changes of monitored users are told, too
 
@@ -1676,6 +1733,7 @@ class Session:
         self.token = ""  # the hash of a secret that only this client knows: it resumes a user
         self.client = ""  # the same, also if the token resumes nothing: owner of dedup keys
         self.operator = False  # OPER is for one session, not for all of its user
+        self.follows: dict[tuple[str, str], None] = {}  # registry and key, see follow()
 
     def hear(self, event: Event) -> None:
         """Render one of the PERSONAL events, whose bytes depend on the session."""
@@ -2298,12 +2356,54 @@ class Conversation(Audience):
             raise Refused("NEED_ACCOUNT", text, partner.name)
 
 
+class Awaited:
+    """An act or job that a line of a session waits for."""
+
+    __slots__ = ("context", "then")
+
+    def __init__(self, session: "LocalSession | None", then: Callable | None):
+        self.context, self.then = session and session.context(), then
+
+
+class Ask(Awaited):
+    """An act of this node that has not come back from the log, and what is to be done then."""
+
+    __slots__ = ("name", "otherwise", "session", "values")
+
+    def __init__(
+        self,
+        session: "LocalSession | None",
+        name: str,
+        values: tuple,
+        then: Callable | None,
+        otherwise: Callable | None,
+    ):
+        super().__init__(session, then)
+        self.session, self.name, self.values, self.otherwise = session, name, values, otherwise
+
+    @property
+    def act(self) -> tuple:
+        return (self.session.id if self.session else 0, self.name, *self.values)
+
+    def begin(self) -> None:
+        if self.session:
+            self.session.begin_result(self)
+
+    def finish(self, result: Any) -> None:
+        """Run the continuation, or refuse."""
+        if self.session:
+            self.session.finish_result(self, result)
+        elif self.then and not isinstance(result, Refused):
+            self.then(result)
+
+
 class LocalSession(Session):
     """A session with a connection to this process. Each dialect is a subclass with its own wire."""
 
     __slots__ = (
-        *("conn", "deferred", "parting", "postponed", "quit_intended", "replied", "replies"),
-        *("site", "tries", "unfinished"),
+        *("acted", "asks", "blocked", "conn", "deferred", "jobs", "kept", "latest", "over"),
+        *("parting", "postponed", "quit_intended", "replied", "replies", "site", "tries"),
+        *("unfinished", "waits"),
     )
     accepts_partial_last_line = False  # of IRC, half a line is none
     takes_lines = True  # and not requests
@@ -2322,6 +2422,14 @@ class LocalSession(Session):
         self.deferred = False  # an answer waits for a job
         self.replies: list[tuple[int, bytes]] = []  # of this turn: id of the event before, bytes
         self.replied = 0  # bytes of them
+        self.over = False  # ended() was called
+        self.jobs = 0  # for this session, under way: several only on a node of a cluster
+        self.latest: Awaited | None = None  # what the present line waits for
+        # On a node of a cluster
+        self.acted = False  # the other nodes know this session
+        self.asks = self.blocked = 0  # acts that have not come back; those that are no messages
+        self.waits = False  # its next line waits for them ...
+        self.kept: Any = None  # ... and that is the line
 
     # What a dialect provides
 
@@ -2348,39 +2456,115 @@ class LocalSession(Session):
         """Send the last text: the connection is about to be closed."""
         self.notice(text)
 
+    def is_message(self, line: Any) -> bool:
+        """Return whether a line only sends a message, so that it need not wait for others."""
+        return False
+
+    def context(self) -> Any:
+        """Return what belongs to the present line, for when its act or job is done."""
+
+    def restore(self, context: Any) -> None:
+        """Go back to the line of that context()."""
+
     # Acts, and what they need from off the loop
 
-    def act(self, name: str, *values: Any, then: Callable[[Any], None] | None = None) -> None:
-        """Do an act as this session; call then(its result), or refuse()."""
+    def act(
+        self,
+        name: str,
+        *values: Any,
+        then: Callable[[Any], None] | None = None,
+        otherwise: Callable[[Refused], None] | None = None,
+    ) -> None:
+        """Do an act as this session; call then(its result), or otherwise(the refusal): refuse()."""
+        if self.site.cluster:
+            return self.site.cluster.ask(self, name, values, then, otherwise)
         try:
             result = self.site.hub.perform(name, self.id, *values)
         except Refused as refusal:
-            return self.refuse(refusal)
+            return (otherwise or self.refuse)(refusal)
         if then:
             then(result)
 
     def later(self, lane: str, job: Callable, then: Callable) -> None:
         """Run job() off the loop, then then(its result). The session's next line waits for that."""
         self.deferred = True
-        self.site.server.later(self, lane, job, then)
+        self.jobs += 1
+        self.latest = Awaited(self, then)
+        self.site.server.later(self, lane, job, self.latest)
 
     def read(self, job: Callable, then: Callable) -> None:
         """Run a job that reads the store, then then(its result). The next line waits for that."""
         self.later(PAGE_LANE, job, then)
 
-    def take_result(self, then: Callable, result: Any) -> None:
+    def take_result(self, job: Awaited, result: Any) -> None:
         """Handle the result of a job: a value, or the ChatError that it raised."""
-        self.deferred = False
+        self.deferred, self.latest = False, None
+        self.jobs -= 1
+        self.restore(job.context)
         self.resume_answer()
         try:
             if isinstance(result, Refused):
                 raise result
             if isinstance(result, Exception):
                 raise Refused("UNUSABLE", str(result))
-            then(result)
+            job.then(result)
         except Refused as refusal:
             self.refuse(refusal)
         self.mark_answer(whole=not self.deferred and self.unfinished is None)
+        if self.waits or self.jobs:
+            self.wait_for_acts()
+
+    # Acts that come back later, on a node of a cluster
+
+    def take(self, line: Any) -> None:
+        """Act on a line now, or once the acts of earlier lines have come back. A message need not
+        wait for messages: all of them go through the log in their order."""
+        if self.asks and (self.blocked or self.asks > ASKS_A_SESSION or not self.is_message(line)):
+            self.kept = line
+            self.wait_for_acts()
+        else:
+            self.receive(line)
+
+    def wait_for_acts(self) -> None:
+        """Take no more lines until the acts of earlier ones have come back."""
+        if self.asks or self.jobs:
+            self.waits = self.conn.held = True
+            self.conn.update()
+            return
+        self.waits = self.conn.held = False
+        line, self.kept = self.kept, None
+        if line is not None and not self.over:
+            self.receive(line)
+        self.conn.resume_soon()
+
+    def begin_result(self, ask: "Ask") -> None:
+        """Prepare for the result of an act that has come back."""
+        self.site.hub.work = 0.0  # the line was charged when it was taken
+        self.asks -= 1
+        self.blocked -= ask.name != "say"
+        self.deferred, self.latest = False, None
+        self.restore(ask.context)
+        self.resume_answer()
+
+    def finish_result(self, ask: "Ask", result: Any) -> None:
+        """Handle the result of an act: a value, or the Refused that it raised."""
+        if self.over or self.conn.gone:
+            return
+        try:
+            if isinstance(result, Refused):
+                (ask.otherwise or self.refuse)(result)
+            elif ask.then:
+                ask.then(result)
+        except Refused as refusal:
+            self.refuse(refusal)
+        self.mark_answer(whole=not self.deferred and self.unfinished is None)
+        if self.site.flood:
+            self.conn.charge(self.site.hub.take_work())
+        if self.waits:
+            if not self.asks:
+                self.site.cluster.released.append(self)
+        elif self.unfinished or self.postponed:
+            self.conn.resume_soon()
 
     # Long answers: generators that are resumed for as long as the client reads them
 
@@ -2390,10 +2574,13 @@ class LocalSession(Session):
 
     def go_on(self) -> None:
         """Send the next piece of a long answer. The next line waits for the whole answer."""
+        if self.asks:  # it may rely on what they change
+            return self.wait_for_acts()
         if self.unfinished is None:
             if next(self.postponed[0], self) is self:
                 del self.postponed[0]
-            return
+            return None
+        self.latest = None
         self.resume_answer()
         try:
             next(self.unfinished)
@@ -2403,6 +2590,7 @@ class LocalSession(Session):
             self.unfinished = None
             self.refuse(refusal)
         self.mark_answer(whole=not self.deferred and self.unfinished is None)
+        return None
 
     def resume_answer(self) -> None:
         """Prepare to send more of an answer in a later turn. For labels."""
@@ -2438,9 +2626,13 @@ class LocalSession(Session):
 
     def ended(self) -> None:
         """Handle the end of the connection, or of the input. May be called twice."""
-        if self.user:
+        if self.over:
+            return
+        self.over = True
+        if self.user or self.follows or self.acted:
             self.act("leave", self.parting, self.quit_intended)
-        self.site.hub.sessions.pop(self.id, None)
+        else:
+            self.site.hub.sessions.pop(self.id, None)
 
     def abandon(self) -> None:
         """Detach the user without telling others: the server is going down."""
@@ -2624,6 +2816,7 @@ class Turn:
         self.events: list[Event] = []
         self.records: list[Record] = []
         self.dedup: dict[tuple[str, str], Event] = {}  # by owner, and the sender's id
+        self.entries: list[tuple] = []  # of the log of a cluster, see Store.write_entries()
         self.changed: set[User | Channel] = set()  # have another state() to be stored
         self.conversations: dict[tuple[User, User], Conversation] = {}
         # For the write beat
@@ -2647,7 +2840,7 @@ class Turn:
 
     @property
     def to_store(self) -> bool:
-        return bool(self.events or self.records)
+        return bool(self.events or self.records or self.entries)
 
     @property
     def happened(self) -> bool:
@@ -2656,7 +2849,7 @@ class Turn:
     @property
     def lone_target(self) -> tuple[str, int] | None:
         """The target of the turn's only event, if that is all to store; else None."""
-        if len(self.events) != 1 or self.records or self.dedup:
+        if len(self.events) != 1 or self.records or self.dedup or self.entries:
             return None
         event = self.events[0]
         targets = () if event.kind in EPHEMERAL else event.audience.targets
@@ -2892,7 +3085,41 @@ class Markers(dict[str, dict[str, Marker]]):
         return fits
 
 
+class Node(NamedTuple):
+    """A server of a cluster, from its start until it is gone."""
+
+    name: str
+    epoch: str  # of this start
+    start: int  # the entry of the log that told the start: its sessions have ids above it
+    number: int  # of its last batch that was applied ...
+    seen: int  # ... and when that was, by the log's clock
+    since: int  # milliseconds since 1970
+    url: str  # --web-url: how links to its files begin
+    address: str  # HOST:PORT for clients
+
+
+def node_of(session_id: int) -> int:
+    """Return the start of the node that a session is connected to."""
+    return session_id >> SESSION_BITS
+
+
 ACTS: dict[str, Callable] = {}
+
+
+def question(ask: Callable) -> Callable:
+    """Decorator: a question of an act to the store. A node of a cluster keeps the answers, and
+    repeats them when it applies the act again after a start: the store knows the future by then."""
+
+    @functools.wraps(ask)
+    def answered(hub: "Hub", *values: Any) -> Any:
+        if hub.known_answers:
+            return hub.known_answers.popleft()
+        answer = ask(hub, *values)
+        if hub.answers is not None:
+            hub.answers.append(answer)
+        return answer
+
+    return answered
 
 
 class Hub:
@@ -2929,6 +3156,13 @@ class Hub:
         self.work = 0.0  # of the line that is acted on, see WORK_PER_TOKEN
         self.turn = Turn()
         self.journal: list[tuple] | None = None  # of all acts, for those who want to replay them
+        # Of a cluster
+        self.cluster = ""  # its id
+        self.nodes: dict[str, Node] = {}
+        self.sequence = 0  # the last entry of the log that was applied ...
+        self.checksum = ""  # ... and that of all events up to it
+        self.answers: list | None = None  # of the store, while an entry is applied
+        self.known_answers: collections.deque = collections.deque()  # while that is repeated
 
     # Turns
 
@@ -3063,6 +3297,7 @@ class Hub:
 
     # What the store and this turn's log know together
 
+    @question
     def find_repeat(self, who: Session, own_id: str) -> int | None:
         """Return the id of the event that has this message id of this sender; None if none has."""
         owners = self.dedup_owners(who)
@@ -3075,6 +3310,7 @@ class Hub:
         """Return the owners of this session's message ids; the first is the one of new ids."""
         return dict.fromkeys(filter(None, (who.client, who.user.identity, who.user.resume_id)))
 
+    @question
     def author_of(self, targets: Iterable[str], id: int) -> tuple[int, str] | None:
         """Return the founding and the author's identity of a message under one of these keys."""
         keys = list(targets)
@@ -3087,6 +3323,7 @@ class Hub:
                 return foundings[0], event.source.identity
         return next(filter(None, (self.store.author_of(key, id) for key in keys)), None)
 
+    @question
     def has_history(self, key: str) -> bool:
         """Return whether a channel's key has readable history once this turn is stored."""
         foundings, records = self.store.foundings(key), iter(self.turn.records)
@@ -3173,10 +3410,20 @@ def check_not_bound(hub: Hub, user: User) -> None:
 
 
 @act
-def follow(hub: Hub, who: Session, registry: str, key: str, on: bool) -> None:
-    """Begin or end to tell a session of a name ("watchers") or a metadata key ("subscribers")."""
+def follow(hub: Hub, who: Session, registry: str, keys: tuple[str, ...], on: bool) -> None:
+    """Begin or end to tell a session of names ("watchers") or metadata keys ("subscribers")."""
     known: Registry = getattr(hub, registry)
-    (known.add if on else known.remove)(who, key)
+    for key in keys:
+        (known.add if on else known.remove)(who, key)
+    about = dict.fromkeys((registry, key) for key in keys)
+    who.follows = {one: None for one in (who.follows | about) if on or one not in about}
+
+
+def unfollow(hub: Hub, session: Session) -> None:
+    """End to tell a session of anything: it ends."""
+    for registry, key in session.follows:
+        getattr(hub, registry).remove(session, key)
+    session.follows.clear()
 
 
 def tell_watchers(hub: Hub, key: str, kind: str, source: Source) -> None:
@@ -3242,6 +3489,7 @@ def detach(hub: Hub, session: Session) -> None:
     hub.turn.left[session] = session.user
     hub.turn.individually_addressed.add(session)
     session.user, session.operator = None, False
+    unfollow(hub, session)
     hub.operators.discard(session)
     hub.sessions.pop(session.id, None)
 
@@ -3441,6 +3689,10 @@ def leave(hub: Hub, who: Session, reason: str, intended: bool) -> None:
     """End a session. With the last session the user goes too; but if the connection broke and the
     user can prove to be the same later, the user stays for the grace period."""
     user, token = who.user, who.token
+    if user is None:  # it never had one, or was disconnected
+        unfollow(hub, who)
+        hub.sessions.pop(who.id, None)
+        return
     detach(hub, who)
     if user.live:
         if intended and all(other.token != token for other in user.live):
@@ -3453,10 +3705,10 @@ def leave(hub: Hub, who: Session, reason: str, intended: bool) -> None:
 
 
 @act
-def grace_period_over(hub: Hub, who: Session, resume_id: str) -> None:
-    """Remove a user who did not come back within the grace period."""
+def grace_period_over(hub: Hub, who: Session, resume_id: str, since: int) -> None:
+    """Remove a user who did not come back within the grace period that began at `since`."""
     user = hub.users_by_id.get(resume_id)
-    if user and not user.live:
+    if user and not user.live and hub.absent.get(user) == since:
         remove_user(hub, user, "Connection lost")
 
 
@@ -3893,11 +4145,19 @@ def keep_file(hub: Hub, file: StoredFile) -> None:
 
 @act
 def begin_file(
-    hub: Hub, who: Session, id: str, name: str, type: str, size: int, owner: str, address: str
+    hub: Hub,
+    who: Session,
+    id: str,
+    name: str,
+    type: str,
+    size: int,
+    owner: str,
+    address: str,
+    node: str,
 ) -> None:
     """Register a new file whose upload begins now. Raises Refused if there is no room."""
     hub.files.check_room(size, owner, address)
-    keep_file(hub, StoredFile(id, name, type, size, owner, address, hub.now))
+    keep_file(hub, StoredFile(id, name, type, size, owner, address, hub.now, node=node))
 
 
 EMOJI_STYLE = "\ufe0f"  # the character before it is to be shown as an emoji
@@ -4289,6 +4549,61 @@ def unban_from_server(hub: Hub, who: Session, mask: str) -> str:
     return ban.mask
 
 
+# Nodes of a cluster
+
+
+@act
+def found_cluster(
+    hub: Hub, who: Session, cluster: str, letters: str, name: str, most: int, total: int, state: str
+) -> None:
+    """Begin a cluster with the first entry of its log: all that nodes must have in common. `state`
+    is the checksum of the database that they begin with."""
+    if hub.cluster:
+        return
+    hub.cluster, hub.name, hub.files.most, hub.files.total = cluster, name, most, total
+    hub.ids.load([*hub.ids.starts, (hub.last_id + 1, LAST_ID, letters)])
+    hub.turn.record("start", hub.last_id + 1, LAST_ID, letters)
+    hub.absent = dict.fromkeys(hub.absent, hub.ticks)
+    for user in hub.users.values():
+        user.spoke = hub.ticks
+
+
+def end_sessions(hub: Hub, start: int) -> None:
+    """End the sessions of a node, as connections that broke."""
+    ended = [session for id, session in hub.sessions.items() if node_of(id) == start]
+    for session in sorted(ended, key=lambda session: session.id):
+        leave(hub, session, "Connection lost", False)
+
+
+@act
+def node_started(hub: Hub, who: Session, name: str, epoch: str, url: str, address: str) -> None:
+    """Begin a start of a node; the sessions of its earlier one have ended."""
+    if before := hub.nodes.pop(name, None):
+        end_sessions(hub, before.start)
+    hub.nodes[name] = Node(name, epoch, hub.sequence, 0, hub.now, hub.now, url, address)
+
+
+@act
+def node_gone(hub: Hub, who: Session, name: str, epoch: str, silent: bool) -> None:
+    """Declare a node gone: it stops, or (`silent`) has sent nothing for a while."""
+    node = hub.nodes.get(name)
+    if node and node.epoch == epoch and not (silent and hub.now - node.seen < NODE_SILENT_MS):
+        end_sessions(hub, node.start)
+        del hub.nodes[name]
+
+
+@act
+def prune_history(hub: Hub, who: Session, key: str, founding: int, last: int) -> None:
+    """Delete the oldest events of a channel or conversation, up to an id."""
+    hub.turn.record("prune", key, founding, last, hub.now)
+
+
+@act
+def sweep_dedup(hub: Hub, who: Session, keys: tuple[tuple[str, str], ...]) -> None:
+    """Forget dedup keys that are too old."""
+    hub.turn.record("sweep", keys)
+
+
 # The start of a server
 
 
@@ -4671,6 +4986,20 @@ STATEMENTS = {
     "user_gone": ("stays", 1, "DELETE FROM stays WHERE stay = ?"),
 }
 
+
+NODE_TABLES = """
+    CREATE TABLE IF NOT EXISTS snapshots (  -- of the Hub of a node of a cluster; one
+        sequence INTEGER NOT NULL,          -- of the last entry of the log that it contains
+        entry TEXT NOT NULL,                -- the checksum of that entry
+        hub BLOB NOT NULL
+    );
+    CREATE TABLE IF NOT EXISTS entries (    -- of the log, which were applied after that
+        sequence INTEGER PRIMARY KEY,
+        time INTEGER NOT NULL,              -- milliseconds since 1970
+        data BLOB NOT NULL,
+        answers TEXT NOT NULL               -- JSON: of the store, to the acts in the entry
+    );
+"""
 
 TABLES: dict[str, tuple[type, ...]] = {  # those that are read at the start, and their types
     "accounts": (str, str, bytes, int, bytes, bytes, str, int),
@@ -5137,6 +5466,13 @@ class DedupKeys:
 
     def sweep(self, now: int) -> bool:
         """Forget one slice of old keys; return whether there is more to look through."""
+        old, more = self.next_old(now)
+        if old:
+            self.forget(old)
+        return more
+
+    def next_old(self, now: int) -> tuple[list[tuple[str, str]], bool]:
+        """Return the old keys of one slice, and whether there is more to look through."""
         db = self.store.db
         query = f"""
             SELECT owner, own_id, time < ? AND NOT EXISTS (SELECT 1 FROM events
@@ -5145,11 +5481,13 @@ class DedupKeys:
             LIMIT {DEDUP_SWEPT}"""
         age = DEDUP_MS if self.store.path else DEDUP_IN_MEMORY_MS
         rows = db.execute(query, [now - age, *self.swept]).fetchall()
-        old = [row[:2] for row in rows if row[2]]
-        if old:
-            db.executemany("DELETE FROM dedup WHERE owner = ? AND own_id = ?", old)
         self.swept = rows[-1][:2] if len(rows) == DEDUP_SWEPT else ("", "")
-        return self.swept != ("", "")
+        return [row[:2] for row in rows if row[2]], self.swept != ("", "")
+
+    def forget(self, keys: Iterable[tuple[str, str]]) -> list[int]:
+        delete = "DELETE FROM dedup WHERE owner = ? AND own_id = ?"
+        self.store.db.executemany(delete, keys)
+        return []
 
 
 class Backlog:
@@ -5175,8 +5513,10 @@ class Backlog:
 class Store:
     """Events on disk, or in memory for `path` None. Raises Unusable if that cannot be opened."""
 
-    def __init__(self, path: pathlib.Path | None, keep: int | None = None):
+    def __init__(self, path: pathlib.Path | None, keep: int | None = None, node: bool = False):
         self.path = path
+        self.node = node  # of a cluster: then all ids and deletions come from its log
+        self.was_node = False  # earlier
         wal = path and path.with_name(f"{path.name}-wal")
         # The write-ahead log still has what was redacted, also from before a crash
         self.erased = bool(wal) and wal.exists() and wal.stat().st_size > 0
@@ -5196,6 +5536,7 @@ class Store:
         self.trouble = ""  # why events are being lost just now
         try:
             self.changed_elsewhere()
+            self._become_node() if node else self._forget_node()
             self.reserve_ids()
             self.words, self.dedup = SearchIndex(self), DedupKeys(self)
             for name in (path, path.with_name(f"{path.name}-wal")) if path else ():
@@ -5220,6 +5561,9 @@ class Store:
         last = self.db.execute(query).fetchone()[0]
         reserved = self.db.execute("SELECT ifnull(max(reserved), 0) FROM starts").fetchone()[0]
         self.last_id = self.reserved = max(last, reserved)
+        if self.node:
+            self.reserved, self.starts = 2 * LAST_ID, self.rows("starts")
+            return
         self.first_id = self.last_id + 1
         # For the message ids of this start: letters that no hexadecimal number has
         self.letters = "".join(secrets.choice("ghijklmnopqrstuvwxyz") for _ in range(4))
@@ -5235,9 +5579,57 @@ class Store:
         self.reserved += ID_BLOCK
         return STATEMENTS["start"][2], [self.first_id, self.reserved, self.letters]
 
+    # A node of a cluster: its snapshot, and the entries of the log after that
+
+    def _become_node(self) -> None:
+        self.db.executescript(NODE_TABLES)
+
+    def _forget_node(self) -> None:
+        """Make this the database of a server on its own, if it was that of a node."""
+        query = "SELECT count(*) FROM sqlite_master WHERE name = 'entries'"
+        self.was_node = bool(self.db.execute(query).fetchone()[0])
+        if self.was_node:
+            newest = "SELECT ifnull(max(id), 0) FROM events"
+            self.db.executescript(f"""
+                BEGIN; DROP TABLE entries; DROP TABLE snapshots;
+                UPDATE starts SET reserved = max(first, ({newest})) WHERE reserved = {LAST_ID};
+                COMMIT;""")
+
+    def load_node(self) -> tuple[bytes | None, str, list[tuple]]:
+        """Return the snapshot, the checksum of the last entry that it contains, and the entries
+        after that: sequence, time, data and answers of the store."""
+        row = self.db.execute("SELECT hub, sequence, entry FROM snapshots").fetchone()
+        if row is None:
+            return None, "", []
+        query = "SELECT * FROM entries WHERE sequence > ? ORDER BY sequence"
+        return row[0], row[2], self.db.execute(query, [row[1]]).fetchall()
+
+    def save_node(self, hub: bytes, sequence: int, entry: str) -> None:
+        """Store a snapshot, and drop the entries that it contains. Raises sqlite3.Error."""
+        try:
+            self.db.execute("BEGIN IMMEDIATE")
+            self.db.execute("DELETE FROM snapshots")
+            self.db.execute("INSERT INTO snapshots VALUES (?, ?, ?)", [sequence, entry, hub])
+            self.db.execute("DELETE FROM entries WHERE sequence <= ?", [sequence])
+            self.db.execute("COMMIT")
+        except sqlite3.Error:
+            self._roll_back()
+            raise
+
+    def digest(self) -> str:
+        """Return a checksum of all that a Hub is loaded from."""
+        found = hashlib.blake2b(str(self.last_id).encode(), digest_size=8)
+        for table in sorted(TABLES):
+            for row in sorted(self.rows(table)):
+                found.update(repr(row).encode())
+        found.update(repr(self.db.execute("SELECT count(*) FROM events").fetchone()).encode())
+        return found.hexdigest()
+
     def abandon(self, alive: Collection[str]) -> None:
         """Mark what no user can read any more: sealed history, and private conversations between
         guests whose stays have ended. `alive` are the identities that go on."""
+        if self.node:  # the nodes would not delete the same
+            return
         rows = self.db.execute("SELECT id, key FROM targets WHERE key > '~'").fetchall()
         talks = {id: key.split() for id, key in rows}
         self.orphans = {id for id, who in talks.items() if not who[1:] or not alive & set(who)}
@@ -5299,6 +5691,8 @@ class Store:
         rows += self._insert(turn.events[place:])
         if turn.dedup:
             self.dedup.write(turn.dedup)
+        if turn.entries:
+            self.db.executemany("INSERT INTO entries VALUES (?, ?, ?, ?)", turn.entries)
         if not alone:
             self.db.execute("COMMIT")
         self.unsure.clear()
@@ -5333,6 +5727,7 @@ class Store:
             self.db.execute(STATEMENTS[record.name][2], record.values)
             return []
         special = {"rename": self._rename, "seal": self._seal, "redact": self._redact}
+        special |= {"prune": self._prune, "sweep": self.dedup.forget}
         return special[record.name](*record.values)
 
     def _rename(self, old: str, new: str, founding: int) -> list[int]:
@@ -5362,6 +5757,12 @@ class Store:
         self.fresh[row[0]] -= 1
         self.db.execute("UPDATE dedup SET time = ? WHERE event = ?", [now, id])
         return [id]
+
+    def _prune(self, key: str, founding: int, last: int, now: int) -> list[int]:
+        query = "SELECT id FROM targets WHERE key = ? AND founding = ?"
+        if row := self.db.execute(query, [key, founding]).fetchone():
+            self._delete_up_to(row[0], last, now)
+        return []
 
     def _target(self, target: tuple[str, int], audience: Audience) -> int:
         """Return the row id of a target that is not cached; add the row if there is none."""
@@ -5596,21 +5997,40 @@ class Store:
         if not self._delete(oldest, min(PRUNE_ROWS, excess), now) and events:  # the count was wrong
             self.db.execute("UPDATE targets SET events = 0 WHERE id = ?", [oldest])
 
+    def excess_of(self, key: str) -> tuple[str, int, int] | None:
+        """Return key, founding and last id of a slice to be deleted by an act; None if there is
+        none any more."""
+        query = "SELECT id, events, founding FROM targets WHERE key = ? ORDER BY founding"
+        targets = self.db.execute(query, [key]).fetchall()
+        excess = sum(events for _, events, _ in targets) - self.keep
+        oldest = next(((target, founding) for target, n, founding in targets if n > 0), None)
+        self.excess.discard(key)
+        if excess <= 0 or oldest is None:
+            return None
+        query = "SELECT max(id) FROM (SELECT id FROM events WHERE target = ? ORDER BY id LIMIT ?)"
+        last = self.db.execute(query, [oldest[0], min(PRUNE_ROWS, excess)]).fetchone()[0]
+        return (key, oldest[1], last) if last else None
+
     def _delete(self, target: int, count: int, now: int) -> int:
-        oldest = "SELECT id FROM events WHERE target = ? ORDER BY id LIMIT ?"
+        oldest = "SELECT max(id) FROM (SELECT id FROM events WHERE target = ? ORDER BY id LIMIT ?)"
         self.db.execute("BEGIN IMMEDIATE")
-        ids = [row[0] for row in self.db.execute(oldest, [target, count])]
-        last = ids[-1] if ids else 0
-        values = [target, last]
-        gone = "UPDATE dedup SET time = ? WHERE target = ? AND event <= ? AND time > 0"
-        self.db.execute(f"{gone} AND event >= ?", [now, *values, ids[0] if ids else 0])
-        self.db.execute("DELETE FROM events WHERE target = ? AND id <= ?", values)
-        update = "UPDATE targets SET events = max(0, events - ?) WHERE id = ?"
-        self.db.execute(update, [len(ids), target])
+        last = self.db.execute(oldest, [target, count]).fetchone()[0] or 0
+        deleted = self._delete_up_to(target, last, now)
         self.db.execute("COMMIT")
-        if ids:  # a part of the index that has lost half of what was in it is made again
-            self.words.gone.append((0, last, len(ids)))
-        return len(ids)
+        return deleted
+
+    def _delete_up_to(self, target: int, last: int, now: int) -> int:
+        first = "SELECT ifnull(min(id), 0) FROM events WHERE target = ?"
+        gone = "UPDATE dedup SET time = ? WHERE target = ? AND event <= ? AND time > 0"
+        values = [now, target, last, target]
+        self.db.execute(f"{gone} AND event >= ({first})", values)
+        delete = "DELETE FROM events WHERE target = ? AND id <= ?"
+        deleted = self.db.execute(delete, [target, last]).rowcount
+        update = "UPDATE targets SET events = max(0, events - ?) WHERE id = ?"
+        self.db.execute(update, [deleted, target])
+        if deleted:  # a part of the index that has lost half of what was in it is made again
+            self.words.gone.append((0, last, deleted))
+        return deleted
 
     def checkpoint(self) -> None:
         """Move the write-ahead log into the database. On a helper: this waits for the disk."""
@@ -5655,6 +6075,1015 @@ def load_hub(store: Store, now: float, ticks: float, name: str = SERVER_NAME) ->
 
 
 # ======================================================================================
+# NATS
+# ======================================================================================
+# The client side of NATS's text protocol and of JetStream, the replicated log behind it, without
+# a socket: bytes in, messages out (docs.nats.io: Client Protocol, JetStream wire API). A dialogue
+# is with one NATS server; the log is one stream, which all nodes of a cluster write and read.
+
+
+class NatsFailed(ChatError):
+    """A dialogue with a NATS server that cannot go on; another attempt may work."""
+
+
+class LogUnusable(ChatError):
+    """A NATS server that this node cannot use, however often it tries."""
+
+
+class LogLost(LogUnusable):
+    """A log that does not have the entries which follow on those that this node has applied."""
+
+
+class NatsMessage(NamedTuple):
+    """A message from a NATS server."""
+
+    subject: str  # to which it was published; a consumer delivers it elsewhere
+    subscription: str  # which brings it
+    reply: str  # where an answer goes; "" for none
+    status: str  # 100 with news of a consumer, 503 if no service answers; "" for a message
+    headers: dict[str, str]
+    data: bytes
+
+
+def nats_headers(data: bytes) -> tuple[str, dict[str, str]]:
+    """Return the status and the headers of a message that has some."""
+    first, *lines = data.decode(errors="replace").split("\r\n")
+    pairs = (line.partition(":") for line in lines if ":" in line)
+    return first.removeprefix("NATS/1.0").strip(), {key: text.strip() for key, _, text in pairs}
+
+
+class NatsDialogue:
+    """A dialogue with one NATS server. feed() takes its bytes and returns messages; `out` holds the
+    bytes to be sent. Raises NatsFailed."""
+
+    def __init__(self, name: str, user: str = "", password: str = ""):
+        self.out: list[bytes] = []
+        self.info: dict[str, Any] = {}  # what the server says of itself
+        self.wants_tls = False  # the owner starts TLS, and then calls connect()
+        self.ready = False
+        self.inbox = f"_INBOX.{secrets.token_hex(11)}"
+        self.login = {"user": user, "pass": password} if user else {}
+        self.name = name
+        self.buffer = b""
+        self.requests: dict[str, Callable[[NatsMessage], None]] = {}  # by the subject of a reply
+        self.numbers = itertools.count(2)  # of subscriptions and requests
+
+    def connect(self) -> None:
+        """Introduce this client; the server's PONG makes the dialogue ready."""
+        options = {"verbose": False, "pedantic": False, "headers": True, "no_responders": True}
+        options |= {"lang": "chat.py", "version": VERSION, "name": self.name, "protocol": 1}
+        text = json.dumps(options | self.login)
+        self.out.append(f"CONNECT {text}\r\nSUB {self.inbox}.* 1\r\nPING\r\n".encode())
+
+    def publish(
+        self, subject: str, data: bytes, reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        to = f"{subject} {reply}" if reply else subject
+        if headers is None:
+            self.out += [f"PUB {to} {len(data)}\r\n".encode(), data, b"\r\n"]
+            return
+        lines = "".join(f"{key}: {value}\r\n" for key, value in headers.items())
+        head = f"NATS/1.0\r\n{lines}\r\n".encode()
+        self.out.append(f"HPUB {to} {len(head)} {len(head) + len(data)}\r\n".encode())
+        self.out += [head, data, b"\r\n"]
+
+    def subscribe(self, subject: str, instead: str = "") -> str:
+        """Return a new subscription, in place of another one."""
+        number = str(next(self.numbers))
+        end = f"UNSUB {instead}\r\n" if instead else ""
+        self.out.append(f"{end}SUB {subject} {number}\r\n".encode())
+        return number
+
+    def request(
+        self,
+        subject: str,
+        data: bytes,
+        then: Callable[[NatsMessage], None],
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        """Publish a message; call then(the reply)."""
+        reply = f"{self.inbox}.{next(self.numbers)}"
+        self.requests[reply] = then
+        self.publish(subject, data, reply, headers)
+
+    def feed(self, data: bytes) -> list[NatsMessage]:
+        """Take bytes from the server. Return the messages that are no replies to requests."""
+        self.buffer += data
+        found, start = [], 0
+        while (end := self.buffer.find(b"\r\n", start)) >= 0:
+            verb, *words = self.buffer[start:end].decode(errors="replace").split(" ")
+            body, size = end + 2, 0
+            if verb in ("MSG", "HMSG"):
+                size = self._number(words, -1) + 2
+                if len(self.buffer) < body + size:
+                    break
+                found += self._message(verb, words, self.buffer[body : body + size - 2])
+            else:
+                self._control(verb, " ".join(words))
+            start = body + size
+        self.buffer = self.buffer[start:]
+        if len(self.buffer) > NATS_MESSAGE_BYTES:
+            raise NatsFailed("it sends something that is not NATS")
+        return found
+
+    @staticmethod
+    def _number(words: list[str], place: int) -> int:
+        try:
+            number = int(words[place])
+        except (ValueError, IndexError):
+            number = -1
+        if not 0 <= number <= NATS_MESSAGE_BYTES:
+            raise NatsFailed("it sends something that is not NATS")
+        return number
+
+    def _message(self, verb: str, words: list[str], data: bytes) -> list[NatsMessage]:
+        least = 3 if verb == "MSG" else 4  # subject, subscription, sizes; perhaps a reply
+        if len(words) < least:
+            raise NatsFailed("it sends something that is not NATS")
+        reply = words[2] if len(words) > least else ""
+        status, headers = "", {}
+        if verb == "HMSG":
+            size = self._number(words, -2)
+            status, headers = nats_headers(data[:size])
+            data = data[size:]
+        message = NatsMessage(words[0], words[1], reply, status, headers, data)
+        then = self.requests.pop(message.subject, None)
+        if then is None:
+            return [message]
+        then(message)
+        return []
+
+    def _control(self, verb: str, rest: str) -> None:
+        if verb == "INFO":
+            self._informed(rest)
+        elif verb == "PING":
+            self.out.append(b"PONG\r\n")
+        elif verb == "PONG":
+            self.ready = True
+        elif verb == "-ERR":
+            text = rest.strip("' ")
+            if "authorization" in text.lower() or "authentication" in text.lower():
+                raise LogUnusable(f"NATS refuses the user or password ({text})")
+            raise NatsFailed(text)
+        elif verb != "+OK":
+            raise NatsFailed("it sends something that is not NATS")
+
+    def _informed(self, text: str) -> None:
+        """Take what the server says of itself: at first, and when its cluster changes."""
+        first = not self.info
+        try:
+            self.info = json.loads(text)
+            most = int(self.info.get("max_payload", 0))
+        except (ValueError, TypeError, AttributeError):
+            raise NatsFailed("it sends something that is not NATS") from None
+        if most < NATS_PAYLOAD_LEAST:
+            least = f"{NATS_PAYLOAD_LEAST:,}"
+            raise LogUnusable(f"NATS takes messages of {most:,} bytes; set max_payload to {least}")
+        if self.info.get("tls_required"):
+            self.wants_tls = True
+        elif first:
+            self.connect()
+
+
+class LogEntry(NamedTuple):
+    """A message of the log."""
+
+    sequence: int
+    time: int  # milliseconds since 1970: when the log took it, the same for all who read it
+    data: bytes
+    waiting: int  # so many entries are behind it
+
+
+def log_entry(message: NatsMessage) -> tuple[LogEntry, int]:
+    """Return the entry that a consumer delivers, and the consumer's number of it."""
+    words = message.reply.split(".")  # $JS.ACK.[domain.account.]stream.consumer.count.numbers ...
+    numbers = words[5:9] if len(words) == 9 else words[7:11]
+    try:
+        sequence, number, nanoseconds, waiting = map(int, numbers)
+    except ValueError:
+        raise NatsFailed("it delivers entries without numbers") from None
+    return LogEntry(sequence, nanoseconds // 1_000_000, message.data, waiting), number
+
+
+START_FROM_BACKUP = "start it from a copy of another node: chat.py backup FILE"
+STREAM_MISSING, TOO_MANY_REPLICAS = 10059, (10005, 10023, 10074)  # err_code of JetStream
+
+
+class NatsLog:
+    """One stream of JetStream, over a dialogue: find or create it, read it in order from an entry
+    on, and append. Call tick() from time to time. Raises NatsFailed and LogUnusable."""
+
+    def __init__(self, dialogue: NatsDialogue, name: str, keep_days: float, applied: int):
+        self.dialogue, self.name, self.subject = dialogue, name, f"{name}.log"
+        self.keep_days = keep_days
+        self.applied = applied  # the last entry that this node has applied; it is read again, ...
+        self.next = max(applied, 1)  # ... so that a log that is another one is noticed
+        self.last = 0  # of the log, when it was opened
+        self.reading = False
+        self.subscription = ""  # to the present consumer ...
+        self.delivered = 0  # ... and its number of the last entry
+        self.heard = self.now = 0.0  # on the monotonic clock
+        self.asked: float | None = None  # since when an answer of the API is awaited
+
+    def open(self, now: float) -> None:
+        """Begin: look at the stream, then create it if it is not there, and read."""
+        self.now = self.heard = now
+        self._call(f"STREAM.INFO.{self.name}", {}, self._found)
+
+    def _call(self, subject: str, values: dict, then: Callable[[dict], None]) -> None:
+        def answered(message: NatsMessage) -> None:
+            self.asked = None
+            if message.status.startswith("503"):
+                if self.dialogue.info.get("jetstream"):
+                    raise NatsFailed("JetStream does not answer")  # it elects a leader, say
+                raise LogUnusable("NATS runs without JetStream; start it with --jetstream")
+            try:
+                answer = dict(json.loads(message.data))
+            except (ValueError, TypeError):
+                raise NatsFailed("JetStream gives an answer that is no JSON") from None
+            then(answer)
+
+        self.asked = self.now
+        data = json.dumps(values).encode() if values else b""
+        self.dialogue.request(f"$JS.API.{subject}", data, answered)
+
+    def _found(self, answer: dict) -> None:
+        error = answer.get("error", {})
+        if error.get("err_code") == STREAM_MISSING:
+            if self.applied:
+                raise LogLost(f"the log {self.name} is gone from NATS")
+            return self._create(LOG_REPLICAS)
+        if error:
+            raise NatsFailed(f"JetStream: {error.get('description', 'an error')}")
+        return self._check(answer)
+
+    def _create(self, replicas: int) -> None:
+        config = {
+            "name": self.name,
+            "subjects": [self.subject],
+            "storage": "file",
+            "retention": "limits",
+            "discard": "old",
+            "num_replicas": replicas,
+            "max_age": int(self.keep_days * 86_400) * 10**9,
+            "duplicate_window": LOG_DUPLICATES_SECONDS * 10**9,
+            "max_msgs": -1,
+            "max_bytes": -1,
+            "max_msg_size": -1,
+            "max_consumers": -1,
+        }
+
+        def created(answer: dict) -> None:
+            error = answer.get("error", {})
+            if error.get("err_code") in TOO_MANY_REPLICAS and replicas > 1:
+                return self._create(replicas - 1)
+            if error:
+                raise NatsFailed(f"JetStream: {error.get('description', 'an error')}")
+            return self._check(answer)
+
+        self._call(f"STREAM.CREATE.{self.name}", config, created)
+
+    def _check(self, answer: dict) -> None:
+        """Compare the stream with what this node needs, and begin to read."""
+        config, state = answer.get("config", {}), answer.get("state", {})
+        ours = config.get("subjects") == [self.subject] and config.get("retention") == "limits"
+        if not ours or config.get("mirror") or config.get("max_msgs_per_subject", -1) > 0:
+            text = f"the stream {self.name} in NATS is not a log of chat.py"
+            raise LogUnusable(f"{text}; name another one: nats://HOST:PORT/NAME")
+        self.last, first = state.get("last_seq", 0), state.get("first_seq", 0)
+        if self.last < self.applied:
+            text = f"the log {self.name} went back: it ends at {self.last}"
+            raise LogLost(f"{text}, and this node has applied {self.applied}")
+        if first > self.applied + 1:
+            text = f"the log {self.name} begins at {first} now, and this node has applied"
+            raise LogLost(f"{text} {self.applied}; {START_FROM_BACKUP}")
+        self.next = max(self.next, first)
+        self._consume()
+
+    def _consume(self) -> None:
+        """Make an ordered consumer: one that is thrown away when a message is missing."""
+        self.reading = True
+        self.delivered = 0
+        delivery = f"{self.dialogue.inbox}-log.{next(self.dialogue.numbers)}"
+        self.subscription = self.dialogue.subscribe(delivery, self.subscription)
+        self.heard = self.now
+        config = {
+            "deliver_subject": delivery,
+            "deliver_policy": "by_start_sequence",
+            "opt_start_seq": self.next,
+            "ack_policy": "none",
+            "max_deliver": 1,
+            "flow_control": True,
+            "idle_heartbeat": LOG_HEARTBEAT_SECONDS * 10**9,
+            "mem_storage": True,
+            "num_replicas": 1,
+            "replay_policy": "instant",
+            "inactive_threshold": LOG_INACTIVE_SECONDS * 10**9,
+        }
+
+        def made(answer: dict) -> None:
+            if error := answer.get("error"):
+                raise NatsFailed(f"JetStream: {error.get('description', 'an error')}")
+
+        values = {"stream_name": self.name, "config": config}
+        self._call(f"CONSUMER.CREATE.{self.name}", values, made)
+
+    def take(self, message: NatsMessage) -> LogEntry | None:
+        """Return the next entry of the log, if this message brings it."""
+        if message.subscription != self.subscription:
+            return None  # of an earlier consumer
+        self.heard = self.now
+        if message.status.startswith("100"):
+            self._controlled(message)
+            return None
+        entry, number = log_entry(message)
+        if number != self.delivered + 1 or entry.sequence < self.next:
+            self._consume()
+            return None
+        self.delivered, self.next = number, entry.sequence + 1
+        return entry
+
+    def _controlled(self, message: NatsMessage) -> None:
+        """Answer flow control; notice by a heartbeat that entries were lost on their way."""
+        if message.reply:
+            self.dialogue.publish(message.reply, b"")
+        elif stalled := message.headers.get("Nats-Consumer-Stalled"):
+            self.dialogue.publish(stalled, b"")
+        last = whole_number(message.headers.get("Nats-Last-Consumer", ""))
+        if last is not None and last != self.delivered:
+            self._consume()
+
+    def append(self, data: bytes, id: str, then: Callable[[str, int], None]) -> None:
+        """Append an entry, once only for each id; call then("", its sequence) as soon as most NATS
+        servers have it, or then(what is wrong, 0)."""
+
+        def answered(message: NatsMessage) -> None:
+            if message.status.startswith("503"):
+                return then("JetStream does not answer", 0)
+            with contextlib.suppress(ValueError, TypeError, AttributeError):
+                answer = json.loads(message.data)
+                error = answer.get("error") or {}
+                text, sequence = str(error.get("description", "")), int(answer.get("seq", 0))
+                return then(text, sequence)
+            return then("JetStream gives an answer that is no JSON", 0)
+
+        headers = {"Nats-Msg-Id": id, "Nats-Expected-Stream": self.name}
+        self.dialogue.request(self.subject, data, answered, headers)
+
+    @property
+    def is_empty(self) -> bool:
+        """True if the log has no entry for this node, from the start of reading."""
+        return self.reading and self.asked is None and self.last < self.next
+
+    def tick(self, now: float) -> None:
+        """Notice what does not come."""
+        self.now = now
+        if self.asked is not None and now - self.asked > LOG_ANSWER_SECONDS:
+            raise NatsFailed("JetStream does not answer")
+        silence = LOG_HEARTBEATS_MISSED * LOG_HEARTBEAT_SECONDS
+        if self.reading and self.asked is None and now - self.heard > silence:
+            self._consume()
+
+
+# ======================================================================================
+# CLUSTER
+# ======================================================================================
+# Several servers, one chat. What the sessions of a node want to change goes into the log as a
+# batch of acts. Every node reads the log and applies each act to its own Hub, in the log's order:
+# the Hubs are the same, because acts are deterministic. A session's continuation runs on its own
+# node when its act comes back. So an echo means: in the log, and stored here. A node stores with
+# each turn what it applied; it starts from a snapshot of its Hub and the entries after that.
+
+ACTS_VERSION = 1  # to be raised when an act is added, or does something else than before
+ANY_SESSION = frozenset(  # acts of the server, and those that need no user
+    (
+        *("begin_file", "change_password", "drop_account", "enter", "finish_file", "follow"),
+        *("found_cluster", "grace_period_over", "leave", "node_gone", "node_started"),
+        *("prune_history", "register_account", "remove_file", "resize_file", "sweep_dedup"),
+        "verify_account",
+    )
+)
+# They are compared by identity
+KINDS = dict(zip((*SPOKEN, TAGS, HINT), (*SPOKEN, TAGS, HINT), strict=True))
+
+
+def wrapped_bytes(value: Any) -> dict[str, str]:
+    if not isinstance(value, bytes):
+        raise TypeError(f"{value!r} is no plain data")
+    return {"bytes": value.hex()}
+
+
+JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, default=wrapped_bytes)
+
+
+def to_json(value: Any) -> str:
+    """Return plain data, which may contain bytes, as JSON. Raises TypeError if it is not plain."""
+    return JSON_ENCODER.encode(value)
+
+
+def unwrapped_bytes(value: dict[str, str]) -> bytes:
+    return bytes.fromhex(value["bytes"])
+
+
+def as_tuples(value: Any) -> Any:
+    """Return a value of JSON with tuples in place of lists, as acts take them."""
+    return tuple(map(as_tuples, value)) if value.__class__ is list else value
+
+
+class ActBatch(NamedTuple):
+    """The acts that a node sends at once."""
+
+    version: int  # ACTS_VERSION
+    node: str
+    epoch: str  # of the node's start
+    number: int  # 1, 2, 3 ... within the epoch; each is applied once
+    time: int  # milliseconds since 1970, by the log's clock: Hub.now for these acts
+    applied: int  # the node's last entry when it sent this ...
+    checksum: str  # ... and its checksum of all events up to that
+    acts: list  # [session id, name, parameters ...] each
+
+    @classmethod
+    def decode(cls, data: bytes) -> "ActBatch":
+        """Return the batch in an entry of the log. Raises ValueError."""
+        try:
+            batch = cls(*json.loads(data, object_hook=unwrapped_bytes))
+            if tuple(map(type, batch)) != (int, str, str, int, int, int, str, list):
+                raise ValueError("an entry with other types")
+            return batch
+        except (TypeError, KeyError, RecursionError) as error:
+            raise ValueError(str(error)) from None
+
+
+def entry_digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def checksum(before: str, events: Iterable[Event], last_id: int) -> str:
+    """Return the checksum of all events: the one before, and the new events."""
+    texts = (
+        f"{e.id} {e.time} {e.kind} {e.source.mask} {e.source.account} {e.audience.name} "
+        f"{e.text}\0{e.about}\0{e.tags}"
+        for e in events
+    )
+    data = "\n".join((before, str(last_id), *texts)).encode()
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def perform_act(hub: Hub, act: list, report: Callable) -> Any:
+    """Do one act of the log; return its result or the Refused that it raised. A bug is the same on
+    all nodes: it is reported, and the next act follows."""
+    try:
+        actor, name, *values = act
+        if name == "say":
+            values[2] = KINDS[values[2]]
+        else:
+            values = map(as_tuples, values)
+        who = hub.sessions.get(actor)
+        if name not in ANY_SESSION and (who is None or who.user is None):
+            raise Refused("NOT_NAMED", "you are not here any more")
+        return hub.perform(name, actor, *values)
+    except Refused as refusal:
+        return refusal
+    except Exception:
+        report()
+        return Refused("INTERNAL_ERROR", "that failed inside the server; please report it")
+
+
+def apply_batch(
+    hub: Hub, entry: LogEntry, batch: ActBatch, asks: list[Ask], report: Callable = do_nothing
+) -> bool:
+    """Apply a batch of the log to a Hub. Return False if the batch is not the next one of its
+    node's present start: it comes twice, or the node was declared gone meanwhile."""
+    hub.sequence, hub.now, hub.ticks = entry.sequence, batch.time, batch.time
+    hub.turn.conversations = {}  # they must not depend on how many entries one turn applies
+    node = hub.nodes.get(batch.node)
+    is_next = node and node.epoch == batch.epoch and batch.number == node.number + 1
+    if not is_next and (batch.number != 1 or (node and node.epoch == batch.epoch)):
+        return False
+    begun = len(hub.turn.events)
+    if asks:
+        for act, ask in zip(batch.acts, asks, strict=True):
+            ask.begin()
+            ask.finish(perform_act(hub, act, report))
+    else:
+        for act in batch.acts:
+            perform_act(hub, act, report)
+    node = hub.nodes.get(batch.node)
+    if node and node.epoch == batch.epoch:
+        hub.nodes[batch.node] = node._replace(number=batch.number, seen=batch.time)
+    hub.checksum = checksum(hub.checksum, hub.turn.events[begun:], hub.last_id)
+    return True
+
+
+# Snapshots of a Hub. Users, channels and sessions refer to each other in circles: they are
+# numbered, and written one after the other
+
+SAVED = (  # of a Hub
+    *("absent", "absent_by_host", "accounts_of", "bans", "channels", "checksum", "cluster"),
+    *("former", "founded", "guests_of", "invisible", "last_id", "markers", "most_users", "name"),
+    *("nodes", "now", "operators", "sequence", "subscribers", "ticks", "users", "users_by_id"),
+    *("users_by_token", "watchers"),
+)
+SAVED_OF_ACCOUNTS = ("certificates", "skeletons")
+SAVED_OF_FILES = ("by_message", "most", "total")
+SNAPSHOT_ERRORS = (
+    *(pickle.UnpicklingError, zlib.error, EOFError, LookupError, TypeError, AttributeError),
+)
+LINKED = (User, Channel, Session)
+MADE_AGAIN = ("audience", "by_wire", "former", "rosters")  # of a channel
+SAVED_CLASSES = {
+    saved.__name__: saved
+    for saved in (
+        *(Account, ChannelPassword, FormerUser, Marker, Markers, Mask, Membership, Node),
+        *(Registry, ServerBan, Source, StoredFile, Verifier),
+        *(collections.Counter, collections.deque),
+    )
+}
+
+
+class HubPickler(pickle.Pickler):
+    """A pickler that writes numbers in place of users, channels and sessions, and names in place of
+    classes, whatever module they are in."""
+
+    def __init__(self, file: Any):
+        super().__init__(file, protocol=5)
+        self.numbers: dict[Any, int] = {}
+        self.objects: list[Any] = []  # in that order
+
+    def persistent_id(self, value: Any) -> int | str | None:
+        if isinstance(value, type):
+            return value.__name__
+        if not isinstance(value, LINKED):
+            return None
+        if value not in self.numbers:
+            self.numbers[value] = len(self.objects)
+            self.objects.append(value)
+        return self.numbers[value]
+
+
+class HubUnpickler(pickle.Unpickler):
+    """The reverse. It makes no object of a class that no Hub has."""
+
+    def __init__(self, file: Any, objects: dict[int, Any]):
+        super().__init__(file)
+        self.objects = objects
+
+    def persistent_load(self, number: int | str) -> Any:
+        return (SAVED_CLASSES if isinstance(number, str) else self.objects)[number]
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("re", "_compile"):
+            return re.compile
+        raise ValueError(f"a snapshot has no {name}")
+
+
+def saved_state(one: Any) -> dict[str, Any]:
+    """Return the fields of a user, channel or session that are saved."""
+    cls = next(cls for cls in LINKED if isinstance(one, cls))
+    names = [name for name in cls.__slots__ if cls is not Channel or name not in MADE_AGAIN]
+    state = {name: getattr(one, name) for name in names}
+    if cls is Session and not isinstance(one.client, str):  # of the web dialect
+        state["client"] = ""
+    return state
+
+
+def save_hub(hub: Hub) -> bytes:
+    """Return a snapshot of a Hub, between two turns."""
+    file = io.BytesIO()
+    pickler = HubPickler(file)
+    whole: dict[str, Any] = {name: getattr(hub, name) for name in SAVED}
+    whole["accounts"] = dict(hub.accounts), {n: getattr(hub.accounts, n) for n in SAVED_OF_ACCOUNTS}
+    whole["files"] = dict(hub.files), {n: getattr(hub.files, n) for n in SAVED_OF_FILES}
+    whole["starts"] = hub.ids.starts
+    whole["sessions"] = {id: one for id, one in hub.sessions.items() if one.user or one.follows}
+    pickler.dump(whole)
+    for one in pickler.objects:  # each may refer to more of them, which follow
+        pickler.dump(saved_state(one))
+    kinds = [[isinstance(one, cls) for cls in LINKED].index(True) for one in pickler.objects]
+    return zlib.compress(pickle.dumps((kinds, file.getvalue())), 1)
+
+
+def load_snapshot(data: bytes, hub: Hub) -> None:
+    """Fill a new Hub from a snapshot. Raises ValueError if it is damaged."""
+    try:
+        kinds, pickled = HubUnpickler(io.BytesIO(zlib.decompress(data)), {}).load()
+        objects = {n: LINKED[kind].__new__(LINKED[kind]) for n, kind in enumerate(kinds)}
+        unpickler = HubUnpickler(io.BytesIO(pickled), objects)
+        whole = unpickler.load()
+        for one in objects.values():
+            for name, value in unpickler.load().items():
+                setattr(one, name, value)
+    except (
+        pickle.UnpicklingError,
+        zlib.error,
+        EOFError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise ValueError(f"the snapshot is damaged ({error})") from None
+    for channel in (one for one in objects.values() if isinstance(one, Channel)):
+        channel.set_name(channel.name)
+        channel.by_wire, channel.rosters, channel.former = None, {}, {}
+    for owner, names in ((hub.accounts, SAVED_OF_ACCOUNTS), (hub.files, SAVED_OF_FILES)):
+        entries, fields = whole.pop("accounts" if owner is hub.accounts else "files")
+        owner.update(entries)
+        for name in names:
+            setattr(owner, name, fields[name])
+    hub.ids.load(whole.pop("starts"))
+    for name, value in whole.items():
+        setattr(hub, name, value)
+
+
+def restore_node(store: Store, name: str) -> Hub | None:
+    """Return a node's Hub as it was stored: its snapshot, and the entries applied since then. None
+    if this database was never part of a cluster. Raises Unusable."""
+    try:
+        snapshot, _, entries = store.load_node()
+        if snapshot is None:
+            return None
+        hub = Hub(0, MessageIds(), name)
+        load_snapshot(snapshot, hub)
+        hub.store = store
+        for sequence, time_ms, data, answers in entries:
+            hub.known_answers.extend(json.loads(answers))
+            with contextlib.suppress(ValueError):  # it was ignored then, too
+                apply_batch(hub, LogEntry(sequence, time_ms, data, 0), ActBatch.decode(data), [])
+            hub.sequence = sequence
+            hub.settle()
+            hub.end()
+        return hub
+    except (sqlite3.Error, ValueError, KeyError, TypeError, AttributeError) as error:
+        text = f"the database {store.path} is damaged ({error!r}); move it away"
+        raise Unusable(f"{text}, and {START_FROM_BACKUP}") from error
+
+
+class NodeOptions(NamedTuple):
+    """The options of a node, with their defaults."""
+
+    node: str
+    servers: tuple[tuple[str, int], ...]  # of NATS
+    tls: bool = False
+    user: str = ""
+    password: str = ""
+    log: str = "chat"  # the name of the stream
+    keep_days: float = LOG_KEPT_DAYS
+
+
+class NodeServer(typing.Protocol):
+    """The part of the server that its node may use."""
+
+    site: Site
+    clock: Callable[[], float]  # of the wall, in seconds
+
+    def begin_serving(self) -> None: ...  # clients may come
+    def pause(self, text: str) -> None: ...  # tell clients why, and do not read them
+    def resume(self) -> None: ...
+    def drop_clients(self, text: str) -> None: ...  # and take no more of them
+    def fail(self, text: str) -> None: ...  # end this server, for that reason
+    def note(self, text: str) -> None: ...  # to the log
+    def report(self) -> None: ...  # a bug: the exception that is handled
+
+
+HELD, DROPPED = "held", "dropped"
+
+
+class SentBatch(NamedTuple):
+    """The batch of this node that is under way in the log."""
+
+    number: int
+    data: bytes
+    asks: list[Ask]
+    since: float
+
+
+class Cluster:
+    """This node: its acts on their way into the log, and the log on its way into the Hub."""
+
+    def __init__(self, hub: Hub, store: Store, server: NodeServer, options: NodeOptions):
+        self.hub, self.store, self.server, self.options = hub, store, server, options
+        self.name = options.node
+        self.log: NatsLog | None = None  # while there is a connection
+        self.caught_up = False  # with the log, on this connection
+        self.epochs: list[str] = []  # of this process; the last one is the present one
+        self.number = 0  # of the last batch
+        self.queue: collections.deque[Ask] = collections.deque()
+        self.sent: SentBatch | None = None
+        self.retry_at = math.inf
+        self.now = self.beat = 0.0  # monotonic; when a batch was sent last
+        self.lost_since: float | None = None  # without a connection
+        self.steady_since = 0.0  # when this node had caught up with the log
+        self.clock: float | None = None  # the log's clock less the monotonic one, in seconds
+        self.serving = self.leaving = self.stopped = False
+        self.hold = ""  # HELD or DROPPED: the clients, while the log cannot be reached
+        self.checksums: collections.OrderedDict[int, str] = collections.OrderedDict()
+        self.agrees: dict[str, bool] = {}  # other nodes, by their last checksum
+        self.trouble = ""  # why the log takes nothing; it was said once
+        self.declared: dict[str, float] = {}  # epochs of nodes declared gone, and when that was
+        self.lag, self.size, self.round_trip = 0, 0, 0.0  # for STATS: entries, acts, seconds
+        self.unsaved = [0, 0]  # entries since the last snapshot, and their bytes
+        self.released: list[LocalSession] = []  # may take their next line
+        self.first_state = "" if hub.cluster else store.digest()
+        _, self.last_entry, entries = store.load_node()
+        if entries:
+            self.last_entry = entry_digest(entries[-1][2])
+
+    @property
+    def epoch(self) -> str:
+        return self.epochs[-1] if self.epochs else ""
+
+    # From the sessions of this node
+
+    def ask(
+        self,
+        session: LocalSession | None,
+        name: str,
+        values: tuple,
+        then: Callable | None,
+        otherwise: Callable | None,
+    ) -> None:
+        """Send an act into the log; when it comes back, call then() or otherwise()."""
+        if self.stopped:
+            return
+        ask = Ask(session, name, values, then, otherwise)
+        if session:
+            session.acted = session.deferred = True
+            session.asks += 1
+            session.latest = ask
+            if name != "say":
+                session.blocked += 1
+                session.wait_for_acts()
+        self.queue.append(ask)
+
+    def flush(self) -> None:
+        """At the end of a turn, send what is to be sent, unless a batch is under way."""
+        if self.sent or not self.caught_up or not self.epochs or self.stopped:
+            return
+        if self.queue or self.now - self.beat >= NODE_BEAT_SECONDS:
+            self._send()
+
+    def _send(self) -> None:
+        """Send the acts that wait, as many as fit, as one batch."""
+        most = min(BATCH_BYTES, self.log.dialogue.info["max_payload"] // 2)
+        count = min(len(self.queue), BATCH_ACTS)
+        wall = self.wall(self.now)
+        milliseconds = int((self.server.clock() if wall is None else wall) * 1000)
+        head = (ACTS_VERSION, self.name, self.epoch, self.number + 1, milliseconds)
+        head += (self.hub.sequence, self.hub.checksum)
+        while True:
+            asks = list(itertools.islice(self.queue, count))
+            data = to_json((*head, [ask.act for ask in asks])).encode()
+            if len(data) <= most or count == 1:
+                break
+            count //= 2
+        for _ in asks:
+            self.queue.popleft()
+        self.number += 1
+        self.sent = SentBatch(self.number, data, asks, self.now)
+        self.size = len(asks)
+        self._append()
+
+    def _append(self) -> None:
+        """Send the batch that is under way, perhaps once more; NATS and the nodes know its id."""
+        self.beat = self.now
+        self.retry_at = self.now + BATCH_ANSWER_SECONDS
+        number = self.sent.number
+        id = f"{self.options.log} {self.name} {self.epoch} {number}"
+
+        def answered(error: str, sequence: int) -> None:
+            if error and error != self.trouble:
+                self.server.note(f"the log takes nothing: {error}")
+            if not error and self.trouble:
+                self.server.note("the log takes batches again")
+            self.trouble = error
+            if not self.sent or self.sent.number != number:
+                return
+            if error:
+                self.retry_at = self.now + BATCH_RETRY_SECONDS
+            elif sequence == self.hub.sequence + 1:  # it need not be read first
+                self.apply(LogEntry(sequence, 0, self.sent.data, 0))
+
+        self.log.append(self.sent.data, id, answered)
+
+    # From the log
+
+    def connected(self, reader: NatsLog, now: float) -> None:
+        self.log, self.now, self.caught_up = reader, now, False
+        reader.open(now)
+
+    def disconnected(self) -> None:
+        self.log, self.caught_up = None, False
+        if self.lost_since is None:
+            self.lost_since = self.now
+
+    def apply(self, entry: LogEntry) -> None:
+        """Apply the next entry of the log."""
+        if self.stopped:
+            return
+        if entry.sequence <= self.hub.sequence:
+            return self._compare(entry)
+        try:
+            batch = ActBatch.decode(entry.data)
+        except ValueError as error:
+            self.server.note(f"entry {entry.sequence} of the log is not of chat.py: {error}")
+            batch = ActBatch(0, "", "", 0, 0, 0, "", [])
+        if batch.version > ACTS_VERSION:
+            text = f"node {batch.node} runs a newer chat.py (acts {batch.version}"
+            return self.stop(f"{text}, this one knows {ACTS_VERSION}); upgrade this node")
+        mine = self.sent and (batch.node, batch.epoch) == (self.name, self.epoch)
+        mine = mine and batch.number == self.sent.number
+        if not self._is_one_of_us(batch) or not self._agrees(batch):
+            return None
+        asks = []
+        if mine:
+            asks, self.round_trip = self.sent.asks, self.now - self.sent.since
+            self.sent = None
+        self.hub.answers = answers = []
+        if batch.version:
+            apply_batch(self.hub, entry, batch, asks, self.server.report)
+        self.hub.answers, self.hub.sequence = None, entry.sequence
+        row = (entry.sequence, batch.time, entry.data, to_json(answers))
+        self.hub.turn.entries.append(row)
+        self._applied(entry)
+        released, self.released = self.released, []
+        for session in released:
+            session.wait_for_acts()
+        return None
+
+    def _is_one_of_us(self, batch: ActBatch) -> bool:
+        """Return whether a batch fits to this node's cluster: the first one founds it."""
+        first = next((act for act in batch.acts if act[1] == "found_cluster"), None)
+        if first is None or self.hub.cluster or first[-1] == self.first_state:
+            return True
+        self.stop(f"this database is not the one that the cluster began with; {START_FROM_BACKUP}")
+        return False
+
+    def _compare(self, entry: LogEntry) -> None:
+        """Compare an entry that was applied before with the one that the log has now."""
+        other = self.last_entry not in ("", entry_digest(entry.data))
+        if entry.sequence == self.hub.sequence and other:
+            self.stop(f"the log has another entry {entry.sequence} than this node has applied")
+        self._note_progress(entry)
+
+    def _agrees(self, batch: ActBatch) -> bool:
+        """Compare another node's checksum with the one that this node had at that entry. If as many
+        nodes differ as agree, this node stops."""
+        known = self.checksums.get(batch.applied)
+        if known is None or batch.node == self.name:
+            return True
+        self.agrees[batch.node] = known == batch.checksum
+        others = [self.agrees[name] for name in self.hub.nodes if name in self.agrees]
+        if self.agrees[batch.node] or others.count(False) <= others.count(True):
+            return True
+        text = f"this node and node {batch.node} differ after entry {batch.applied} of the log"
+        self.stop(f"{text}; {START_FROM_BACKUP}")
+        return False
+
+    def _applied(self, entry: LogEntry) -> None:
+        """Note an entry, and look at what it means for this node."""
+        hub, self.last_entry = self.hub, entry_digest(entry.data)
+        self.unsaved[0] += 1
+        self.unsaved[1] += len(entry.data)
+        self.checksums[entry.sequence] = hub.checksum
+        while len(self.checksums) > CHECKSUMS_KEPT:
+            self.checksums.popitem(last=False)
+        me = hub.nodes.get(self.name)
+        if self.serving and (me is None or me.epoch != self.epoch):
+            if me and me.epoch not in self.epochs:
+                return self.stop(f"another node is called {self.name}; choose another --node")
+            self.server.note("this node was declared gone: it begins again")
+            self.begin_epoch()
+        elif not (self.serving or self.leaving) and me and me.epoch == self.epoch:
+            self.serving = True
+            self.server.site.ids = itertools.count((me.start << SESSION_BITS) + 1)
+            self.server.begin_serving()
+        self._note_progress(entry)
+        return None
+
+    def _note_progress(self, entry: LogEntry) -> None:
+        if not entry.time:  # it was not read
+            return
+        self.lag = entry.waiting
+        if entry.waiting == 0 or self.clock is None:
+            self.clock = entry.time / 1000 - self.now
+        if entry.waiting == 0 and not self.caught_up:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """All entries that the log had are applied: from here on this node takes part."""
+        self.caught_up, self.lost_since, self.steady_since = True, None, self.now
+        if not self.epochs:
+            self.begin_epoch()
+        elif self.sent:  # its answer may have been lost with the connection
+            self._append()
+
+    def begin_epoch(self) -> None:
+        """Begin a start of this node: its sessions of before have ended."""
+        if self.serving:
+            self.serving = False
+            self.server.drop_clients("this node lost the others for a while; come back")
+        self.queue.clear()
+        self.sent, self.number = None, 0
+        self.epochs.append(secrets.token_hex(8))
+        files, letters = self.hub.files, "ghijklmnopqrstuvwxyz"
+        values = (
+            *(secrets.token_hex(8), "".join(secrets.choice(letters) for _ in range(4))),
+            *(self.hub.name, files.most, files.total, self.first_state),
+        )
+        if not self.hub.cluster:
+            self.ask(None, "found_cluster", values, None, None)
+        site = self.server.site
+        started = (self.name, self.epoch, site.web.url, site.address)
+        self.ask(None, "node_started", started, None, None)
+
+    # Time
+
+    def wall(self, now: float) -> float | None:
+        """Return the log's time at a monotonic time, in seconds; None if it is not known yet."""
+        return None if self.clock is None else now + self.clock
+
+    def tick(self, now: float) -> None:
+        """Look at what is due: about once a second."""
+        self.now = now
+        if self.log:
+            self.log.tick(now)
+            if not self.caught_up and self.log.is_empty:
+                self.catch_up()
+        if self.sent and self.caught_up and now >= self.retry_at:
+            self._append()
+        self._watch_log()
+        if self.serving and self.caught_up and now - self.steady_since > NODE_STEADY_SECONDS:
+            self._watch_nodes()
+
+    def _watch_log(self) -> None:
+        """Hold the clients while the log cannot be reached, and drop them in the end."""
+        since = min(
+            self.now if self.lost_since is None else self.lost_since,
+            self.sent.since if self.sent else self.now,
+        )
+        silent = self.now - since
+        if not self.serving:
+            return
+        if silent >= NODE_DROP_SECONDS and self.hold != DROPPED:
+            self.hold = DROPPED
+            self.server.drop_clients("this server cannot reach the others; come back later")
+        elif silent >= NODE_PAUSE_SECONDS and not self.hold:
+            self.hold = HELD
+            self.server.pause("this server cannot reach the others; your messages wait")
+        elif silent < NODE_PAUSE_SECONDS and self.hold:
+            self.hold = ""
+            self.server.resume()
+
+    def _watch_nodes(self) -> None:
+        """Declare nodes gone that have not sent anything for a while."""
+        now = self.wall(self.now) * 1000
+        for node in list(self.hub.nodes.values()):
+            late = now - node.seen > NODE_SILENT_MS and node.name != self.name
+            if late and self.now - self.declared.get(node.epoch, -math.inf) > NODE_BEAT_SECONDS:
+                self.declared[node.epoch] = self.now
+                self.ask(None, "node_gone", (node.name, node.epoch, True), None, None)
+
+    def figures(self) -> list[str]:
+        """Return how this node is doing, for operators."""
+        return [
+            f"node {self.name}: entry {self.hub.sequence} of the log, {self.lag} waiting",
+            f"last batch: {counted(self.size, 'act')}, back after {self.round_trip * 1000:.1f} ms",
+            f"checksum {self.hub.checksum}",
+        ]
+
+    @property
+    def leads(self) -> bool:
+        """True on one node: it does what one node has to do for all."""
+        return self.serving and self.caught_up and self.name == min(self.hub.nodes)
+
+    # The end
+
+    def leave(self) -> None:
+        """Send as the last batch that this node is gone."""
+        if self.serving and not self.stopped:
+            self.serving, self.leaving = False, True
+            self.ask(None, "node_gone", (self.name, self.epoch, False), None, None)
+            self.flush()
+
+    @property
+    def has_left(self) -> bool:
+        return not self.log or self.name not in self.hub.nodes
+
+    def stop(self, text: str) -> None:
+        if not self.stopped:
+            self.stopped = True
+            self.server.fail(text)
+
+    def save(self, now: bool = False) -> None:
+        """Make a snapshot, between two turns, if there is much to apply again without it."""
+        entries, size = self.unsaved
+        if self.hub.cluster and (now or entries > SNAPSHOT_ENTRIES or size > SNAPSHOT_BYTES):
+            with contextlib.suppress(sqlite3.Error):  # busy or full: later
+                self.store.save_node(save_hub(self.hub), self.hub.sequence, self.last_entry)
+                self.unsaved = [0, 0]
+
+
+# ======================================================================================
 # IRC DIALECT
 # ======================================================================================
 # RFC 1459 and 2812, and where today's servers disagree with them, modern.ircdocs.horse.
@@ -5678,6 +7107,10 @@ RPL_LUSEROP = "252 {} :operators online"
 RPL_LUSERUNKNOWN = "253 {} :connections without a name yet"
 RPL_LUSERCHANNELS = "254 {} :channels formed"
 RPL_LUSERME = "255 :I have {} clients and 0 servers"
+RPL_MAP = "006 :{} {}"
+RPL_MAPEND = "007 :End of MAP"
+RPL_LINKS = "364 {} {} :{}"
+RPL_STATSNODE = "249 :{}"
 RPL_TRACEEND = "262 {} {} :End of trace: this server stands alone"
 RPL_LOCALUSERS = "265 {0} {1} :Current local users {0}, max {1}"
 RPL_GLOBALUSERS = "266 {0} {1} :Current global users {0}, max {1}"
@@ -5712,7 +7145,7 @@ RPL_VERSION = "351 chat.py-{} {} :{}"
 RPL_WHOREPLY = "352 {} {} {} {} {} {} :0 {}"
 RPL_NAMREPLY = "353 {} {} :{}"
 RPL_WHOSPCRPL = "354 {}"
-RPL_ENDOFLINKS = "365 {} :End of LINKS: this server stands alone"
+RPL_ENDOFLINKS = "365 {} :End of LINKS{}"
 RPL_ENDOFNAMES = "366 {} :End of NAMES"
 RPL_ENDOFWHOWAS = "369 {} :End of WHOWAS"
 RPL_INFO = "371 :{}"
@@ -5827,6 +7260,7 @@ IRC_EVENTS = {  # kind -> the line behind its source; {tail} is " :TEXT" if ther
 }
 IRC_EXTENDED_JOIN = "JOIN {where} {about}{tail}"
 NOT_OWN = (INVITE, INVITED, AWAY, QUIT)  # the origin is told by other means
+MESSAGE_VERBS = (b"PRIVMSG", b"NOTICE", b"TAGMSG", b"BATCH")
 ECHOED = (*SPOKEN, TAGS, HINT)  # or by an echo, if the session has asked for that
 CLASSIC_CAPABILITIES = (  # for clients that know only one line of CAP LS, the best first
     *("sasl", "multi-prefix", "away-notify", "account-notify", "extended-join", "server-time"),
@@ -6399,6 +7833,9 @@ class IrcSession(LocalSession):
     def receive(self, line: bytes) -> None:
         self.from_service = False
         self.raw = line
+        if self.asks:  # the answers to earlier lines go on when those have come back
+            self.deferred, self.labelled, self.batch = False, None, ""
+        self.latest = None
         try:
             self.message = message = self.parse(line)
             if "batch" in message.tags:
@@ -6430,6 +7867,17 @@ class IrcSession(LocalSession):
             text = "that line is not UTF-8 text and was not delivered"
             raise Refused("INVALID_UTF8", text) from None
 
+    def is_message(self, line: bytes) -> bool:
+        body = line.partition(b" ")[2] if line[:1] == b"@" else line
+        verb, _, rest = body.partition(b" ")
+        return verb.upper() in MESSAGE_VERBS and b"," not in rest.partition(b" ")[0]
+
+    def context(self) -> tuple:
+        return self.raw, self.message, self.from_service, self.labelled, self.batch
+
+    def restore(self, context: tuple) -> None:
+        self.raw, self.message, self.from_service, self.labelled, self.batch = context
+
     # What was asked with a label is answered with it (IRCv3 labeled-response)
 
     def begin_answer(self, label: str) -> None:
@@ -6444,8 +7892,12 @@ class IrcSession(LocalSession):
         if self.labelled:
             self.begin_answer(unescaped_tag(self.labelled.label))
 
-    def take_result(self, then: Callable, result: Any) -> None:
-        super().take_result(then, result)
+    def take_result(self, job: Awaited, result: Any) -> None:
+        super().take_result(job, result)
+        self.from_service = self.from_service and self.deferred
+
+    def finish_result(self, ask: Ask, result: Any) -> None:
+        super().finish_result(ask, result)
         self.from_service = self.from_service and self.deferred
 
     def mark_answer(self, whole: bool) -> None:
@@ -6469,6 +7921,8 @@ class IrcSession(LocalSession):
             self.send(self.batch_line(f"-{self.batch}"))
         if whole:
             self.labelled, self.batch = None, ""
+        elif self.latest:
+            self.latest.context = self.context()
 
     def put_in_batch(self, heard: Iterable[int]) -> None:
         """Put the replies so far into the answer's batch; open the batch if need be."""
@@ -6517,13 +7971,6 @@ class IrcSession(LocalSession):
         self.withheld.clear()
         self.acks.clear()
 
-    def ended(self) -> None:
-        for registry, keys in (("watchers", self.watched), ("subscribers", self.subscribed)):
-            for key in keys:
-                self.site.hub.perform("follow", self.id, registry, key, False)
-            keys.clear()
-        super().ended()
-
 
 def isupport(site: Site) -> list[str]:
     """Return the tokens of 005 (modern.ircdocs.horse, RPL_ISUPPORT parameters)."""
@@ -6553,7 +8000,9 @@ def web_tokens(session: IrcSession) -> list[str]:
 
 
 def isupport_lines(session: IrcSession) -> Iterator[bytes]:
-    tokens = [*isupport(session.site), *web_tokens(session)]
+    addresses = [node.address for node in session.site.hub.nodes.values() if node.address]
+    nodes = [f"chat.py/NODES={','.join(addresses)}"] if addresses else []
+    tokens = [*isupport(session.site), *web_tokens(session), *nodes]
     while tokens:
         line = next(wrapped(tokens[:TOKENS_A_LINE], ROSTER_BYTES))
         del tokens[: len(line.split(" "))]
@@ -6687,21 +8136,26 @@ def complete_registration(session: IrcSession) -> None:
     if account:
         session.fail("SESSION", "ACCOUNT_REQUIRED", f"log in to {account} to have your place again")
         session.token = ""  # or it would be that of two users
-    try:
-        attached, resumed = session.site.hub.perform(
-            *("enter", session.id, wanted, session.username, session.realname),
-            *(session.conn.address, session.account, session.proof, session.token, True),
-            *(secrets.randbits(32), tuple(session.metadata.items()), session.away),
-        )
-    except Refused as refusal:
+
+    def entered(result: tuple[bool, bool]) -> None:
+        attached, resumed = result
+        if resumed:
+            session.line("NOTE SESSION RESUMED :you have your place again")
+        session.conn.named()
+        greet_user(session, wanted, session.user.channels if attached else ())
+
+    def kept_out(refusal: Refused) -> None:
         session.refuse(refusal)
         if refusal.code == "BANNED_FROM_SERVER":
             session.end(str(refusal), intended=False)
-        return
-    if resumed:
-        session.line("NOTE SESSION RESUMED :you have your place again")
-    session.conn.named()
-    greet_user(session, wanted, session.user.channels if attached else ())
+
+    session.act(
+        *("enter", wanted, session.username, session.realname, session.conn.address),
+        *(session.account, session.proof, session.token, True, secrets.randbits(32)),
+        *(tuple(session.metadata.items()), session.away),
+        then=entered,
+        otherwise=kept_out,
+    )
 
 
 def check_server(session: IrcSession, name: str) -> None:
@@ -6862,13 +8316,17 @@ def fail_sasl(session: IrcSession, refusal: Refused) -> None:
     session.reply(ERR_SASLFAIL, str(refusal))
 
 
-def tell_logged_in(session: IrcSession, account: str, proof: str) -> None:
-    """Tell the client that it is logged in, and log its user in if there is one."""
+def tell_logged_in(
+    session: IrcSession, account: str, proof: str, then: Callable = do_nothing
+) -> None:
+    """Tell the client that it is logged in, log its user in if there is one, and call then()."""
     user, session.account, session.proof = session.user, account, proof
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
     session.reply(RPL_LOGGEDIN, source.mask, account, account)
     if user:
-        session.act("log_in", account, proof, False)
+        session.act("log_in", account, proof, False, then=then)
+    else:
+        then()
 
 
 def end_sasl(session: IrcSession, account: str) -> None:
@@ -6877,8 +8335,7 @@ def end_sasl(session: IrcSession, account: str) -> None:
         proof = revision_of(session, account, exchange.verifier)
     except Refused as refusal:
         return fail_sasl(session, refusal)
-    tell_logged_in(session, account, proof)
-    session.reply(RPL_SASLSUCCESS)
+    tell_logged_in(session, account, proof, lambda *_: session.reply(RPL_SASLSUCCESS))
 
 
 def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
@@ -7120,11 +8577,14 @@ def send_message(session: IrcSession, name: str, text: str, kind: str, tags: str
     hub = session.site.hub
     if own and hub.store.dedup.lost(hub.dedup_owners(session), own, hub.ticks):
         return tell_repeat(session, name, own)
-    result = hub.perform("say", session.id, name, text, kind, tags, own)
-    if result.repeat is not None:
-        tell_repeat(session, name, own)
-    elif result.away:
-        session.reply(RPL_AWAY, result.away.name, result.away.away)
+
+    def sent(result: Sent) -> None:
+        if result.repeat is not None:
+            tell_repeat(session, name, own)
+        elif result.away:
+            session.reply(RPL_AWAY, result.away.name, result.away.away)
+
+    return session.act("say", name, text, kind, tags, own, then=sent)
 
 
 def check_length(session: IrcSession, name: str, text: str, tags: str) -> None:
@@ -7178,10 +8638,11 @@ def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> LongAn
     own, tags = client_id(session, targets), client_tags(session)
 
     def send(name: str) -> None:  # a refusal is no answer to a notice (RFC 2812 section 3.3.2)
-        with contextlib.suppress(Refused):
-            result = session.site.hub.perform("say", session.id, name, text, NOTICE, tags, own)
+        def sent(result: Sent) -> None:
             if result.repeat is not None:
                 tell_repeat(session, name, own)
+
+        session.act("say", name, text, NOTICE, tags, own, then=sent, otherwise=do_nothing)
 
     return to_each_target(session, targets, send)
 
@@ -7231,11 +8692,14 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
 @irc_command("AWAY", most=1, nameless=True)
 def irc_away(session: IrcSession, reason: str = "") -> None:
     """AWAY [<reason>] -- say that you are not here, or without a reason that you are back"""
+
+    def told(_: None) -> None:
+        session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
+
     if session.user:
-        session.act("set_away", reason)
-    else:
-        session.away = cut(reason, REASON_BYTES)
-    session.reply(RPL_NOWAWAY if reason else RPL_UNAWAY)
+        return session.act("set_away", reason, then=told)
+    session.away = cut(reason, REASON_BYTES)
+    return told(None)
 
 
 @irc_command("SETNAME", 1)
@@ -7410,10 +8874,13 @@ def user_mode(session: IrcSession, name: str, letters: str) -> None:
         return session.reply(RPL_UMODEIS, user_modes_text(session))
     changes = parse_modes(letters[:USER_MODES_AT_ONCE], ())
     known = tuple(tuple(change) for change in changes if change.letter in USER_MODES)
-    if known:
-        session.act("set_user_modes", known)
-    if len(known) < len(changes):
-        raise Refused("UNKNOWN_USER_MODE", f"there are only the user modes {''.join(USER_MODES)}")
+
+    def changed(_: None) -> None:
+        if len(known) < len(changes):
+            text = f"there are only the user modes {''.join(USER_MODES)}"
+            session.refuse(Refused("UNKNOWN_USER_MODE", text))
+
+    return session.act("set_user_modes", known, then=changed) if known else changed(None)
 
 
 @in_steps
@@ -7538,10 +9005,11 @@ def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> 
                 session.subscribed[key] = None
             else:
                 session.subscribed.pop(key, None)
-            session.act("follow", "subscribers", key, on)
             done.append(key)
     if done:
-        session.reply(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, " ".join(done))
+        shape = RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK
+        told = lambda _: session.reply(shape, " ".join(done))  # noqa: E731
+        session.act("follow", "subscribers", tuple(done), on, then=told)
 
 
 @irc_command("METADATA", 2, 15, nameless=True)
@@ -8020,15 +9488,15 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
             session.refuse(Refused("BAD_NAME", "names only, no masks", name))
         elif key not in session.watched:
             session.watched[key] = name
-            session.act("follow", "watchers", key, True)
             added.append(name)
-    tell_monitored(session, added)
+    if added:
+        told = lambda _: tell_monitored(session, added)  # noqa: E731
+        session.act("follow", "watchers", tuple(map(fold, added)), True, then=told)
 
 
 def monitor_remove(session: IrcSession, names: list[str]) -> None:
-    for name in names:
-        if session.watched.pop(fold(name), None):
-            session.act("follow", "watchers", fold(name), False)
+    keys = tuple(key for key in map(fold, names) if session.watched.pop(key, None))
+    session.act("follow", "watchers", keys, False)
 
 
 @irc_command("MONITOR", 1, 2)
@@ -8065,9 +9533,29 @@ def server_query(doc: str, answer: Callable, server: int = 1, **needs: bool) -> 
 
 server_query("MOTD [<server>] -- the message of the day", tell_motd)
 server_query("LUSERS -- how many people and channels there are", tell_lusers, server=2)
-server_query(
-    "LINKS -- which servers there are: this one", lambda s: s.reply(RPL_ENDOFLINKS, "*"), 0
-)
+
+
+def tell_links(session: IrcSession) -> None:
+    for node in sorted(session.site.hub.nodes):
+        here = session.site.node
+        text = "0 this server" if node == here else "1 a node of the cluster"
+        session.reply(RPL_LINKS, node, here, text)
+    alone = "" if session.site.hub.nodes else ": this server stands alone"
+    session.reply(RPL_ENDOFLINKS, "*", alone)
+
+
+def tell_map(session: IrcSession) -> None:
+    hub = session.site.hub
+    starts = (node_of(one.id) for user in hub.users.values() for one in user.live)
+    connections = collections.Counter(starts)
+    for name, node in sorted(hub.nodes.items()) or [(session.site.name, None)]:
+        count = connections[node.start if node else 0]
+        session.reply(RPL_MAP, name, counted(count, "connection"))
+    session.reply(RPL_MAPEND)
+
+
+server_query("LINKS -- which servers there are", tell_links, 0)
+server_query("MAP -- which servers there are, and how many connections each has", tell_map, 0)
 server_query("SERVLIST -- which services there are: none", lambda s: s.reply(RPL_SERVLISTEND), 0)
 server_query(
     "ISUPPORT -- the limits and features of this server, also before you come in",
@@ -8099,7 +9587,8 @@ def ban_text(ban: ServerBan) -> str:
 
 @irc_command("STATS", most=2)
 def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
-    """STATS u|o|k [<server>] -- time since the start; who may be an operator; who is banned"""
+    """STATS u|o|k|n [<server>] -- time since the start; who may be an operator; who is banned;
+    how this server is doing as a node of a cluster"""
     check_server(session, server)
     site = session.site
     if letter == "u":
@@ -8112,6 +9601,9 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
     elif letter in ("k", "K") and session.operator:
         for ban in site.hub.present_bans():
             session.reply(RPL_STATSKLINE, ban.mask, ban.setter, ban_text(ban))
+    elif letter == "n" and session.operator and site.cluster:
+        for text in site.cluster.figures():
+            session.reply(RPL_STATSNODE, text)
     session.reply(RPL_ENDOFSTATS, as_param(letter[:1]))
 
 
@@ -8395,6 +9887,9 @@ class LineSession(LocalSession):
         except Refused as refusal:
             self.refuse(refusal)
 
+    def is_message(self, line: bytes) -> bool:
+        return bool(self.wanted_lines) or line[:1] != b"/" or line[:2] == b"//"
+
     def refuse(self, refusal: Refused) -> None:
         if self.wanted_lines:  # a message with a bad line is none: the rest of it goes, too
             self.dropping = self.wanted_lines - len(self.collected) - 1
@@ -8420,8 +9915,7 @@ class LineSession(LocalSession):
             self.end("Another connection of yours took this place")
 
     def say(self, text: str, kind: str = MESSAGE) -> None:
-        # A refusal is raised to receive(): the shortest way, for what storms are made of
-        self.site.hub.perform("say", self.id, self.place().name, text, kind, "", "")
+        self.act("say", self.place().name, text, kind, "", "")
 
     def place(self) -> Channel:
         """Return the channel where plain lines go. Raises Refused if the user is out of it."""
@@ -8436,15 +9930,20 @@ class LineSession(LocalSession):
         if not self.passed:
             raise Refused("PASSWORD_NEEDED", "this server asks for a password: /pass WORD")
         self.wanted_name = clean_name(wanted)
-        try:
-            self.site.hub.perform(
-                *("enter", self.id, wanted, "line", "", self.conn.address, "", "", "", False),
-                *(secrets.randbits(32), (), ""),
-            )
-        except Refused as refusal:
-            if refusal.code == "BANNED_FROM_SERVER":
-                return self.end(str(refusal), intended=False)
-            raise
+        self.act(
+            *("enter", wanted, "line", "", self.conn.address, "", "", "", False),
+            *(secrets.randbits(32), (), ""),
+            then=lambda _: self.entered(wanted),
+            otherwise=self.kept_out,
+        )
+
+    def kept_out(self, refusal: Refused) -> None:
+        if refusal.code == "BANNED_FROM_SERVER":
+            self.end(str(refusal), intended=False)
+        else:
+            self.refuse(refusal)
+
+    def entered(self, wanted: str) -> None:
         self.conn.named()
         name = self.user.name
         if name != wanted:
@@ -8644,8 +10143,11 @@ def line_nick(session: LineSession, wanted: str) -> Steps:
 @line_command("away", most=1)
 def line_away(session: LineSession, reason: str = "") -> None:
     """/away [REASON] -- say that you are not here, or without a reason that you are back"""
-    session.act("set_away", reason)
-    session.tell(f"you went away: {session.user.away}" if reason else "you came back")
+
+    def told(_: None) -> None:
+        session.tell(f"you went away: {session.user.away}" if reason else "you came back")
+
+    session.act("set_away", reason, then=told)
 
 
 @line_command("invite", 1, 2)
@@ -8675,17 +10177,18 @@ def line_mode(session: LineSession, text: str = "") -> None:
 
 
 @line_command("ban", most=1)
-def line_ban(session: LineSession, whom: str = "") -> LongAnswer:
+def line_ban(session: LineSession, whom: str = "") -> None:
     """/ban [NAME|MASK] -- keep a user out of the channel you speak in, and put them out"""
     channel, user = session.place(), session.site.hub.users.get(fold(whom))
     if not whom:
         masks = ", ".join(mask.text for mask in channel.lists["b"].values())
         return session.tell(f"banned from {channel.name}: {masks or 'no user'}")
     mask = ban_mask(user) if user else full_mask(whom)
-    banned: list[bool] = []
-    change = [ModeChange(True, "b", mask)]
-    change_modes_aloud(session, channel, change, lambda: banned.append(True))
-    return kick_banned(session, channel, Mask(mask)) if banned else None
+
+    def banned() -> None:
+        session.postponed.append(kick_banned(session, channel, Mask(mask)))
+
+    return change_modes_aloud(session, channel, [ModeChange(True, "b", mask)], banned)
 
 
 @line_command("unban", 1)
@@ -8699,9 +10202,9 @@ def line_unban(session: LineSession, whom: str) -> None:
     change_modes_aloud(session, channel, [ModeChange(False, "b", mask) for mask in found])
 
 
-def logged_in_line(session: LineSession, account: str, proof: str) -> None:
+def logged_in_line(session: LineSession, account: str, proof: str) -> Steps:
     """Log the session in to the account that it registered, and tell that."""
-    session.act("log_in", account, proof, False)
+    yield do(session.act, "log_in", account, proof, False)
     session.tell(f"{account} is yours; /login PASSWORD next time")
 
 
@@ -8712,7 +10215,7 @@ def line_register(session: LineSession, password: str, email: str = "") -> Steps
     name, proof = yield from register_nick(session, session.user.name, "*", email, password)
     if not proof:
         return session.tell(f"a code was sent to {email}: /verify CODE")
-    logged_in_line(session, name, proof)
+    yield from logged_in_line(session, name, proof)
     if used := email_used(session, email):
         session.tell(used.removeprefix("; "))
 
@@ -8722,7 +10225,7 @@ def line_register(session: LineSession, password: str, email: str = "") -> Steps
 def line_verify(session: LineSession, code: str) -> Steps:
     """/verify CODE -- the code that was sent to your address"""
     account, proof = yield from verify(session, session.user.name, code)
-    logged_in_line(session, account, proof)
+    yield from logged_in_line(session, account, proof)
 
 
 @line_command("login", 1, 2, exact=True)
@@ -9093,6 +10596,7 @@ STATUS_TEXTS = {
     204: "No Content",
     206: "Partial Content",
     304: "Not Modified",
+    307: "Temporary Redirect",
     400: "Bad Request",
     401: "Unauthorized",
     403: "Forbidden",
@@ -9862,6 +11366,22 @@ def answer_file(session: WebSession, status: int, body: str = "", *headers: str)
     session.answer(status, body, *headers, *session.cors(), *tus)
 
 
+def is_elsewhere(session: WebSession, request: Request) -> bool:
+    """Return whether another node of the cluster has the content of a file; then answer with where
+    that is, or that it cannot be reached just now."""
+    site, id = session.site, request.path.removeprefix("/files/")
+    file = site.hub.files.get(id)
+    if file is None or site.has_content(file):
+        return False
+    node = site.hub.nodes.get(file.node)
+    if node and node.url:
+        where = f"Location: {node.url}/files/{id}"
+        answer_file(session, 307, f"the file is at {node.url}", where)
+    else:
+        answer_file(session, 503, f"the file is on {file.node}, which cannot be reached now")
+    return True
+
+
 def on_files(method: str, path: str) -> Callable:
     """Decorator: like on_request(); answers 404 if this server keeps no files."""
 
@@ -9872,6 +11392,8 @@ def on_files(method: str, path: str) -> Callable:
                 return session.answer(404, "this server keeps no files")
             if request.headers.get("tus-resumable", ["1.0.0"]) != ["1.0.0"]:
                 return answer_file(session, 412, "this is tus 1.0.0", "Tus-Version: 1.0.0")
+            if method != "OPTIONS" and is_elsewhere(session, request):
+                return None
             try:
                 return handler(session, request)
             except Refused as refusal:
@@ -9924,7 +11446,7 @@ def drop_upload(session: WebSession, keep: bool) -> None:
         session.site.server.background(FILE_LANE, close, session.conn.limit_key)
     session.site.uploading.pop(upload.id, None)
     if not keep:
-        session.site.hub.perform("remove_file", 0, upload.id)
+        session.site.act("remove_file", upload.id)
 
 
 def link_of(session: WebSession, id: str) -> str:
@@ -9959,13 +11481,15 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
     site.uploading.pop(id, None)
     files.finishing.add(id)
 
+    def completed(_: None) -> None:
+        tell_progress(session, id, upload.at)
+
     def finished(result: Any, is_there: bool) -> None:
         files.finishing.discard(id)
         if not isinstance(result, Exception):
-            site.hub.perform("finish_file", 0, id, *result)
-            return tell_progress(session, id, upload.at) if is_there else None
+            return site.act("finish_file", id, *result, then=completed if is_there else do_nothing)
         if not upload.resumable:
-            site.hub.perform("remove_file", 0, id)
+            site.act("remove_file", id)
         if is_there:
             session.refuse(
                 result if isinstance(result, Refused) else Refused("NO_ROOM", str(result))
@@ -10002,14 +11526,12 @@ def take_piece(session: WebSession, piece: bytes) -> None:
         session.closing = True
         return answer_file(session, 413, f"the file has at most {most:,} bytes")
     upload.at += len(piece)
-    hub, file = session.site.hub, session.site.hub.files.get(upload.id)
+    file = session.site.hub.files.get(upload.id)
+    write = do(session.later, FILE_LANE, do(folder.append, upload.handle, piece), do_nothing)
     if upload.total is None and file and upload.at > file.size:
-        try:
-            hub.perform("resize_file", 0, upload.id, min(most, 2 * upload.at))
-        except Refused as refusal:
-            return session.refuse(refusal)
-    session.later(FILE_LANE, functools.partial(folder.append, upload.handle, piece), do_nothing)
-    return None
+        size = min(most, 2 * upload.at)
+        return session.act("resize_file", upload.id, size, then=lambda _: write())
+    return write()
 
 
 def take_pieces(session: WebSession) -> None:
@@ -10020,15 +11542,9 @@ def take_pieces(session: WebSession) -> None:
         session.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> None:
-    """Register a new file for an authorized client, and take the body."""
-    tus, id = is_tus(request), secrets.token_hex(16)
-    name = disposition_name(request.header("content-disposition"))
-    if tus:
-        known = tus_metadata(request.header("upload-metadata"))
-        name = known.get("filename", "") or known.get("name", "")
-    values = (file_name(name), UNKNOWN_TYPE, size, owner, session.conn.limit_key)
-    session.site.hub.perform("begin_file", 0, id, *values)
+def open_upload(session: WebSession, request: Request, id: str, size: int, _: None) -> None:
+    """Take the body of the request that began a file."""
+    tus = is_tus(request)
     session.site.uploading[id] = session
     total = size if tus or request.length is not None else None
     upload = session.upload = Upload(id, total, resumable=tus)
@@ -10047,6 +11563,18 @@ def begin_upload(session: WebSession, request: Request, size: int, owner: str) -
 
     session.later(FILE_LANE, functools.partial(session.site.folder.begin, id), opened)
     return None
+
+
+def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> None:
+    """Register a new file for an authorized client, and take the body."""
+    id, name = secrets.token_hex(16), disposition_name(request.header("content-disposition"))
+    if is_tus(request):
+        known = tus_metadata(request.header("upload-metadata"))
+        name = known.get("filename", "") or known.get("name", "")
+    values = (file_name(name), UNKNOWN_TYPE, size, owner, session.conn.limit_key)
+    values += (session.site.node,)
+    then = functools.partial(open_upload, session, request, id, size)
+    session.act("begin_file", id, *values, then=then)
 
 
 @on_files("POST", "/files")
@@ -10127,8 +11655,7 @@ def delete_file(session: WebSession, request: Request) -> None:
         if file.id in session.site.hub.files.finishing:
             return answer_file(session, 423, "this file is just being completed")
         end_older(session, file.id)
-        session.site.hub.perform("remove_file", 0, file.id)
-        answer_file(session, 204)
+        session.act("remove_file", file.id, then=lambda _: answer_file(session, 204))
 
     own_file(session, request, remove)
 
@@ -13136,6 +14663,12 @@ class ForScreens:
             self.show(View(REMOVED, where=one.where, own_id=one.id))
 
     # Files
+
+    def nodes(self) -> list[str]:
+        """Return the addresses of all servers of this chat, as the server announces them."""
+        if not self.server.ours:
+            return []
+        return [one for one in self.server.tokens.get("chat.py/NODES", "").split(",") if one]
 
     @property
     def file_host(self) -> str:
@@ -16201,6 +17734,7 @@ class ServerOptions(NamedTuple):
     files_max: int = FILES_BYTES
     files_keep: float = FILES_DAYS
     motd: pathlib.Path | None = None
+    cluster: NodeOptions | None = None  # of a server that is one of several
 
 
 def address_text(host: str, port: int) -> str:
@@ -16451,7 +17985,7 @@ class Peer(Connection):
         return more or bool(self.inbox and self.inbox.pending)
 
     def wants_read(self) -> bool:
-        waits = self.held or self.leaving or self.waits_for_budget
+        waits = self.held or self.leaving or self.waits_for_budget or self.server.paused
         return not waits and self.unsent <= UNSENT_NO_READ and not self.busy
 
     def ready(self, mask: int) -> None:
@@ -16559,10 +18093,16 @@ class Listener:
             self.sock.close()
             text = f"cannot listen on {address_text(host, port)}: {reason_of(error)}"
             raise Unusable(f"{text}; try --listen HOST:0") from error
-        self.sock.listen(BACKLOG)
         self.sock.setblocking(False)
         self.address = self.sock.getsockname()[:2]
-        server.loop.selector.register(self.sock, READ, self)
+        self.listening = False
+
+    def listen(self) -> None:
+        """Begin to accept connections; until then they are refused."""
+        if not self.listening:
+            self.listening = True
+            self.sock.listen(BACKLOG)
+            self.server.loop.selector.register(self.sock, READ, self)
 
     def ready(self, mask: int) -> None:
         for _ in range(ACCEPTS_A_TURN):
@@ -16778,8 +18318,16 @@ def mail_code(options: ServerOptions, address: str, name: str, code: str) -> Non
 class Committer:
     """The commit beat and the upkeep of the store: checkpoints, index and pruning."""
 
-    def __init__(self, loop: Loop, hub: Hub, store: Store, helpers: Helpers):
+    def __init__(
+        self,
+        loop: Loop,
+        hub: Hub,
+        store: Store,
+        helpers: Helpers,
+        cluster: Cluster | None = None,
+    ):
         self.loop, self.hub, self.store, self.helpers = loop, hub, store, helpers
+        self.cluster = cluster
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
         self.index_due = False
@@ -16797,6 +18345,10 @@ class Committer:
         outcome = self.store.commit(turn, self.loop.now, hub.ticks)
         if outcome == BUSY:
             self.loop.call_later(BUSY_RETRY_SECONDS, do_nothing)
+            return False
+        if outcome == LOST and self.cluster:
+            text = f"this node cannot store what it applies: {self.store.trouble}"
+            self.cluster.stop(f"{text}; the other nodes have it, and so will this one")
             return False
         if outcome == LOST:
             turn.not_kept(self.store.trouble)
@@ -16842,8 +18394,15 @@ class Committer:
             throttle.sweep(self.hub.ticks)
         more = False
         with contextlib.suppress(sqlite3.Error):  # busy or full: another time
-            more = self.store.dedup.sweep(self.hub.now)
+            more = self._sweep_by_act() if self.cluster else self.store.dedup.sweep(self.hub.now)
         self.loop.call_later(0 if more else SWEEP_SECONDS, self.sweep)
+
+    def _sweep_by_act(self) -> bool:
+        """Forget old keys on all nodes; one of them asks for it."""
+        old, more = self.store.dedup.next_old(self.hub.now)
+        if old and self.cluster.leads:
+            self.cluster.ask(None, "sweep_dedup", (tuple(old),), None, None)
+        return more
 
     def checkpoint(self) -> None:
         def done(error: Exception | None) -> None:
@@ -17033,9 +18592,8 @@ class Server:
         self.clock = clock or (lambda: time.time())  # looked up each time, so it can be faked
         self.tls_context = server_tls_context(options)
         path = options.data / "chat.db" if options.data else None
-        self.store = store or Store(path, options.keep)
-        self.hub = load_hub(self.store, self.clock(), loop.now, options.name)
-        self.hub.absent_per_host = options.max_per_address
+        self.store = store or Store(path, options.keep, bool(options.cluster))
+        self.hub = self._load(options)
         self.site = Site(self.hub, self.store, self, IrcWires(self.hub.ids), options)
         self.motd = read_motd(options.motd)
         self.mail = functools.partial(mail_code, options)
@@ -17056,21 +18614,93 @@ class Server:
         self.acting: dict[Peer, None] = {}  # have something to act on
         self.leaving: list[Peer] = []  # to be closed once this turn is written
         self.jobs: list[tuple] = []  # for helpers, after the commit
-        self.committer = Committer(loop, self.hub, self.store, self.helpers)
+        self.cluster: Cluster | None = None
+        if options.cluster:
+            self.cluster = Cluster(self.hub, self.store, self, options.cluster)
+            self.site.cluster = self.cluster
+        self.on_serving: Callable[[], None] = do_nothing  # once
+        self.flush_log: Callable[[], None] = do_nothing  # send what the cluster has to send
+        self.told_of_clock = False  # that it differs from the log's
+        self.paused = False  # clients are not read: the cluster cannot be reached
+        self.failure = ""  # why this server ends
+        self.committer = Committer(loop, self.hub, self.store, self.helpers, self.cluster)
         self.stopping = self.restarting = False
         self.began = loop.now
         self.listeners = [Listener(self, *address) for address in options.listen]
         self.tls_port = self.listeners[0].address[1] if self.listeners else 0  # as for plain text
+        if self.cluster is None:
+            self.begin_serving()
         self.site.web = web_of(options, [listener.address[1] for listener in self.listeners])
+        if self.listeners:
+            host, port = self.listeners[0].address
+            named = options.web.url and split_host(options.web.url.partition("://")[2])[0]
+            host = named or self.site.web.address or host
+            self.site.address = address_text(host, port)
         if options.files and options.data:
             self._open_files(options)
         self.clock_offset = self.clock() - loop.now
         loop.turn_begins = self.begin_turn
         loop.turn_ends = self.end_turn
 
+    def _load(self, options: ServerOptions) -> Hub:
+        """Return the Hub as the last server left it. Raises Unusable."""
+        if options.cluster and (hub := restore_node(self.store, options.name)):
+            return hub
+        hub = load_hub(self.store, self.clock(), self.loop.now, options.name)
+        if self.store.was_node:
+            log.warning("this database was that of a cluster's node; it is a server's own now")
+        if options.cluster:
+            hub.files.most, hub.files.total = options.file_max, options.files_max
+            self.store.commit(hub.turn, self.loop.now)
+            hub.end()
+            self.store.save_node(save_hub(hub), 0, "")
+        else:
+            hub.absent_per_host = options.max_per_address
+        return hub
+
+    def begin_serving(self) -> None:
+        """Let clients come: at the start, or once this node takes part in its cluster."""
+        for listener in self.listeners:
+            listener.listen()
+        if self.cluster:
+            self.resume()
+            self.on_serving()
+            self.on_serving = do_nothing
+
+    def pause(self, text: str) -> None:
+        """Tell all clients why they are not read for a while."""
+        self.paused = True
+        for peer in self.peers:
+            if peer.session and peer.session.user:
+                peer.session.notice(text)
+            peer.update()
+
+    def resume(self) -> None:
+        self.paused = False
+        for peer in self.peers:
+            peer.update()
+            peer.resume_soon()
+
+    def drop_clients(self, text: str) -> None:
+        """Drop all clients: they find another server, or come back."""
+        for peer in list(self.peers):
+            if peer.session:
+                peer.session.farewell(text)
+            peer.close()
+
+    def fail(self, text: str) -> None:
+        """End this server, for a reason that its operator has to know."""
+        self.failure = self.failure or text
+        self.drop_clients("the server is going down")
+        self.loop.stop()
+
+    def report(self) -> None:
+        report_bug()
+
     def _open_files(self, options: ServerOptions) -> None:
         files = self.hub.files
-        files.most, files.total = options.file_max, options.files_max
+        if self.cluster is None:
+            files.most, files.total = options.file_max, options.files_max
         self.site.folder = FileFolder(options.data / "files")
         names = {file.on_disk for file in files.values()}
         self.background(FILE_LANE, functools.partial(self.site.folder.clean, names))
@@ -17082,8 +18712,9 @@ class Server:
         for file in list(self.hub.files.values()):
             days = self.options.files_keep
             seconds = days * 24 * 3600 if file.sha else UPLOAD_SECONDS
-            if now - file.made > seconds * 1000 and file.id not in self.site.uploading:
-                self.hub.perform("remove_file", 0, file.id)
+            old = now - file.made > seconds * 1000 and self.site.has_content(file)
+            if old and file.id not in self.site.uploading:
+                self.site.act("remove_file", file.id)
         self.loop.call_later(FILES_SWEEP_SECONDS, self.expire_files)
 
     def remove_content(self) -> None:
@@ -17127,6 +18758,9 @@ class Server:
     def admit(self, sock: socket.socket, host: str, port: int) -> None:
         """Make a peer of an accepted connection, or refuse it."""
         key = address_key(host, sock.getsockname()[0] if ":" in host else "")
+        if self.cluster and (not self.cluster.serving or self.paused):
+            text = "this server cannot reach the others"
+            return self.limits.turn_away(sock, host, text)
         if refusal := self.limits.enter(key):
             return self.limits.turn_away(sock, host, refusal)
         peer = Peer(self, sock, host, port, key)
@@ -17189,7 +18823,17 @@ class Server:
     def metrics(self) -> dict[str, tuple[str, str, float]]:
         """Return the figures by name: kind, text and value of each."""
         hub, losing = self.hub, bool(self.trouble())
-        return {
+        figures: dict[str, tuple[str, str, float]] = {}
+        if one := self.cluster:
+            seconds = ("gauge", "seconds until the last batch came back", one.round_trip)
+            figures = {
+                "chat_nodes": ("gauge", "nodes of the cluster", len(hub.nodes)),
+                "chat_log_entry": ("counter", "last entry that was applied", hub.sequence),
+                "chat_log_lag": ("gauge", "entries of the log that wait", one.lag),
+                "chat_batch_acts": ("gauge", "acts in the last batch", one.size),
+                "chat_batch_seconds": seconds,
+            }
+        return figures | {
             "chat_connections": ("gauge", "connections of all dialects", len(self.peers)),
             "chat_users": ("gauge", "users, absent ones included", len(hub.users)),
             "chat_absent": ("gauge", "users within the grace period", len(hub.absent)),
@@ -17205,7 +18849,8 @@ class Server:
     def refresh(self) -> None:
         """Load the accounts again if another process (`chat.py passwd`) changed the database."""
         with contextlib.suppress(sqlite3.Error, ValueError):  # then they stay as they are
-            if not self.hub.turn.records and self.store.changed_elsewhere():
+            alone = not (self.hub.turn.records or self.cluster)
+            if alone and self.store.changed_elsewhere():
                 self.hub.accounts.load(list(self.store.accounts()))
 
     def reload(self) -> None:
@@ -17323,7 +18968,7 @@ class Server:
             session = session or self.open_session(peer, line)
         if session is not None:
             replied = session.replied
-            session.receive(line)
+            session.take(line)
             if peer.budget:
                 self._charge(peer, replied, costs)
         if peer.web:
@@ -17362,8 +19007,8 @@ class Server:
             peer.session = LineSession(self.site, peer, peer.greeted)
         return peer.session
 
-    def later(self, session: LocalSession, lane: str, job: Callable, then: Callable) -> None:
-        """Run job() on a helper once this turn is committed, then then(its result) on the loop.
+    def later(self, session: LocalSession, lane: str, job: Callable, then: Awaited) -> None:
+        """Run job() on a helper once this turn is committed, then answer with its result.
         Until then this session's next lines wait, so that answers come in order. A store in memory
         has only one connection, which no helper may use, and nothing to wait for."""
         session.conn.held = True
@@ -17374,7 +19019,7 @@ class Server:
         else:
             self.jobs.append((session.conn, lane, job, done))
 
-    def answer(self, session: LocalSession, then: Callable, result: Any) -> None:
+    def answer(self, session: LocalSession, job: Awaited, result: Any) -> None:
         peer = session.conn
         peer.held = False
         peer.resume_soon()
@@ -17384,7 +19029,7 @@ class Server:
             level = logging.DEBUG if self.committer.losing else logging.ERROR  # it was said once
             log.log(level, "a job for %s failed: %s", peer.address, result)
             result = Refused("TRY_AGAIN", "that cannot be answered just now; try again later")
-        session.take_result(then, result)
+        session.take_result(job, result)
 
     # The commit and the write beat
 
@@ -17394,11 +19039,26 @@ class Server:
         if abs(offset - self.clock_offset) > CLOCK_JUMP_SECONDS:
             log.warning("the clock was set by %+.1f s", offset - self.clock_offset)
         self.clock_offset = offset
-        self.hub.begin(now, self.loop.now)
+        if self.cluster:
+            return self._begin_by_log(now)
+        return self.hub.begin(now, self.loop.now)
+
+    def _begin_by_log(self, now: float) -> None:
+        """Begin a turn by the clock of the log, which is the same for all nodes."""
+        cluster, cluster.now = self.cluster, self.loop.now
+        wall = cluster.wall(self.loop.now)
+        self.hub.begin(now if wall is None else wall)
+        if wall is not None and abs(wall - now) > CLOCK_DIFFERS_SECONDS and not self.told_of_clock:
+            self.told_of_clock = True
+            log.warning("the clock of this node and that of NATS differ by %.0f s", now - wall)
 
     def end_turn(self) -> None:
-        self.act()
+        if not self.paused:
+            self.act()
         self.hub.take_work()
+        if self.cluster:
+            self.cluster.flush()
+            self.flush_log()
         if not self.committer.commit(self.hub):
             return
         turn = self.hub.turn
@@ -17407,17 +19067,31 @@ class Server:
                 self.deliver(turn)
             finally:
                 self.hub.end()
+        if self.cluster:
+            self.cluster.save()
+            if self.stopping:
+                self._stop_if_done()
         if self.leaving or self.jobs:
             self._after_writing()
         if self.store.excess or self.store.orphans:
             idle = not turn.events
-            if self.store.prune(idle, self.hub.now) and idle:
+            if self.cluster:
+                self._prune_by_act()
+            elif self.store.prune(idle, self.hub.now) and idle:
                 self.loop.call_soon(do_nothing)  # and another slice in the next turn
         if self.hub.absent and self.grace_timer is None:  # for the first user whose period ends
-            first = next(iter(self.hub.absent.values())) / 1000 + GRACE_SECONDS
-            self.grace_timer = self.loop.call_later(first - self.loop.now, self._end_grace)
+            past = (self.hub.ticks - next(iter(self.hub.absent.values()))) / 1000
+            seconds = max(GRACE_SECONDS - past, NODE_BEAT_SECONDS if self.cluster else 0)
+            self.grace_timer = self.loop.call_later(seconds, self._end_grace)
         if self.hub.files.unwanted:
             self.remove_content()
+
+    def _prune_by_act(self) -> None:
+        """Delete the excess of one channel on all nodes; one of them asks for it."""
+        keys = list(self.store.excess) if self.cluster.leads else []
+        self.store.excess.intersection_update(keys)
+        if keys and (excess := self.store.excess_of(keys[0])):
+            self.cluster.ask(None, "prune_history", excess, None, None)
 
     def deliver(self, turn: Turn) -> None:
         for data, sessions in turn.deliveries(report_bug):
@@ -17442,11 +19116,13 @@ class Server:
 
     def _end_grace(self) -> None:
         self.grace_timer = None
+        if self.cluster and not self.cluster.leads:
+            return
         over = self.hub.ticks - GRACE_SECONDS * 1000
         for user, since in list(self.hub.absent.items()):
             if since > over:
                 break
-            self.hub.perform("grace_period_over", 0, user.resume_id)
+            self.site.act("grace_period_over", user.resume_id, since)
 
     # Going
 
@@ -17494,8 +19170,8 @@ class Server:
         self.leave_address(peer)
         if peer.session:
             peer.session.ended()
-        if self.stopping and not self.peers:
-            self.loop.stop()
+        if self.stopping:
+            self._stop_if_done()
 
     def drop_slow(self, peer: Peer) -> None:
         log.warning("%s reads too slowly: %d bytes unsent", peer.address, peer.unsent)
@@ -17511,15 +19187,24 @@ class Server:
         for peer in list(self.peers):
             if peer.session:
                 peer.session.farewell("the server is going down")
-                peer.session.abandon()
+                if self.cluster is None:
+                    peer.session.abandon()
             peer.close()
         self.loop.call_later(STOP_SECONDS, self.loop.stop)
-        if not self.peers:
+        if self.cluster:
+            self.cluster.leave()
+        self._stop_if_done()
+
+    def _stop_if_done(self) -> None:
+        """End the loop once all clients have gone, and the other nodes know that this one goes."""
+        if not self.peers and (self.cluster is None or self.cluster.has_left):
             self.loop.stop()
 
     def close(self) -> None:
         """Store what is left, after the loop has ended."""
-        self.committer.commit(self.hub)
+        if self.committer.commit(self.hub) and self.cluster:
+            self.hub.end()
+            self.cluster.save(now=True)
         if self.helpers.close():  # else a helper still reads: the operating system closes it
             self.store.close()
         self.limits.close()
@@ -17540,6 +19225,7 @@ class Target(NamedTuple):
     port: int
     tls: bool = False
     kind: str = ""  # CHAT, IRC or PLAIN if the user says so: then there is nothing to find out
+    others: "tuple[Target, ...]" = ()  # servers of the same chat, if this one cannot be reached
 
     def __str__(self) -> str:
         return address_text(self.host, self.port)
@@ -17560,11 +19246,16 @@ def url_of(target: Target) -> str:
     """Return the URL of a target, which parse_target() turns into the same target."""
     schemes = {(kind, tls): name for name, (kind, tls, _) in SCHEMES.items() if name}
     name = schemes.get((target.kind, target.tls))
-    return f"{name}://{target}" if name else str(target)
+    url = f"{name}://{target}" if name else str(target)
+    return ",".join([url, *map(url_of, target.others)])
 
 
 def parse_target(text: str) -> Target:
-    """Parse HOST, HOST:PORT, [IPV6]:PORT or a URL: chat://, irc://; with TLS chats://, ircs://."""
+    """Parse HOST, HOST:PORT, [IPV6]:PORT or a URL: chat://, irc://; with TLS chats://, ircs://.
+    Several of them, with commas, are servers of one chat."""
+    if "," in text:
+        first, *others = map(parse_target, text.split(","))
+        return first._replace(others=tuple(others))
     match = TARGET.fullmatch(text.strip())
     scheme, host, port = match.groups() if match else ("?", "", "")
     scheme = scheme or PORTS.get(int(port or 0))
@@ -17965,7 +19656,9 @@ class Link:
         patience: float = math.inf,
         asks: bool = True,
     ):
-        self.loop, self.target, self.core = loop, target, core
+        self.loop, self.core = loop, core
+        self.given = self.target = target  # as the user gave it; where the connection goes
+        self.choices = collections.deque([target, *target.others])  # the present one first
         self.show, self.over, self.trust = show, over, trust
         self.patience, self.asks = patience, asks
         self.known = known or KnownServers(open_client_database(":memory:"))
@@ -17973,6 +19666,7 @@ class Link:
         self.phase = WAITING
         self.conn: ServerConnection | None = None
         self.race: Race | None = None
+        self.tried = 0  # servers since the last one that worked
         self.backoff = BACKOFF_FIRST
         self.progress = 0  # of the core, when the back-off was reset last
         self.began = loop.now  # when connecting did, then when it was done
@@ -18415,14 +20109,32 @@ class Link:
     def _come_back(self, reason: str) -> None:
         why = self.core.refusal or reason
         waited = self.loop.now - self.stood > self.patience
-        if self.patience == 0 or waited:
-            return self._end(f"{self.target}: {why}")
+        lost, another = self.target, self._next_choice()
+        if not another and (self.patience == 0 or waited):
+            return self._end(f"{lost}: {why}")
         wait = self.backoff * random.uniform(0.75, 1.25)  # so that not all come back at once
-        self.backoff = min(BACKOFF_MOST, self.backoff * 2)
+        if another:
+            wait = min(wait, random.uniform(0, NEXT_SERVER_SECONDS))
+        else:
+            self.backoff = min(BACKOFF_MOST, self.backoff * 2)
         self.core.quitting = False
         self._enter(WAITING)
         self.timer = self.again = self.loop.call_later(wait, self.start)
-        self.status(f"{self.target}: {why}; trying again in {wait:.1f} s")
+        self.status(f"{lost}: {why}; trying {self.target if another else 'again'} in {wait:.1f} s")
+
+    def _next_choice(self) -> bool:
+        """Turn to the next server of the chat; return False after each of them was tried."""
+        lost = self.target._replace(others=())
+        for address in self.core.nodes() if not lost.tls else ():  # it has no other certificate
+            with contextlib.suppress(Unusable):
+                one = parse_target(address)
+                known = {(choice.host, choice.port) for choice in self.choices}
+                if not one.others and (one.host, one.port) not in known:
+                    self.choices.append(lost._replace(host=one.host, port=one.port))
+        self.choices.rotate(-1)
+        self.target = self.choices[0]
+        self.tried = self.tried + 1 if self.phase not in (SYNCING, ONLINE) else 1
+        return len(self.choices) > self.tried
 
     REACTIONS = {
         WANTED_END: lambda self, reason: self._end(""),
@@ -18447,6 +20159,131 @@ class Link:
             if self.race:
                 self.race.cancel()
             self.over(reason)
+
+
+# ======================================================================================
+# NODE
+# ======================================================================================
+# The connection of a node to the log of its cluster, kept up: the next NATS server is tried
+# when one is gone.
+
+
+class NatsConnection(Connection):
+    """The connection of a NatsLink."""
+
+    __slots__ = ("link",)
+
+    def __init__(self, link: "NatsLink", sock: socket.socket):
+        super().__init__(link.loop, sock)
+        self.link = link
+
+    def received(self, data: bytes) -> None:
+        self.link.received(data)
+
+    def secured(self) -> None:
+        self.link.dialogue.connect()
+        self.link.flush()
+
+    def lost(self, reason: str) -> None:
+        self.link.lost(self, reason)
+
+
+class NatsLink:
+    """A node's connection to one NATS server of several."""
+
+    def __init__(self, server: Server):
+        self.server, self.loop = server, server.loop
+        self.cluster, self.options = server.cluster, server.cluster.options
+        self.turns = itertools.cycle(self.options.servers)
+        self.conn: NatsConnection | None = None
+        self.dialogue: NatsDialogue | None = None
+        self.context: Any = None  # of TLS
+        self.host, self.address = "", ""
+        self.reason = ""  # why there is no connection; it was logged
+        server.flush_log = self.flush
+        self.dial()
+        self.tick()
+
+    def dial(self) -> None:
+        """Try the next NATS server."""
+        self.host, port = next(self.turns)
+        self.address = address_text(self.host, port)
+
+        def look_up() -> tuple[Any, list]:
+            context = Trust(None, None, False, None).context() if self.options.tls else None
+            return context, socket.getaddrinfo(self.host, port, type=socket.SOCK_STREAM)
+
+        self.server.helpers.submit(self, look_up, self.found)
+
+    def found(self, result: Any) -> None:
+        if isinstance(result, Exception):
+            return self.again(str(result))
+        self.context, addresses = result
+        return Race(self.loop, [(one[0], one[4]) for one in addresses], self.connected)
+
+    def connected(self, sock: socket.socket | None, reason: str) -> None:
+        if sock is None:
+            return self.again(reason)
+        options = self.options
+        self.dialogue = NatsDialogue(options.node, options.user, options.password)
+        self.conn = NatsConnection(self, sock)
+        return None
+
+    def again(self, reason: str) -> None:
+        """Try the next server in a moment; log the reason if it is another one."""
+        if reason != self.reason:
+            self.reason = reason
+            log.warning("NATS at %s: %s; trying again", self.address, reason)
+        self.loop.call_later(NATS_RETRY_SECONDS, self.dial)
+
+    def lost(self, conn: NatsConnection, reason: str) -> None:
+        if conn is self.conn:
+            self.conn = self.dialogue = None
+            self.cluster.disconnected()
+            self.again(reason)
+
+    def received(self, data: bytes) -> None:
+        self.attempt(lambda: self.take(data))
+
+    def attempt(self, work: Callable[[], None]) -> None:
+        """Do something with the log. What is wrong with it ends this connection, or this node."""
+        try:
+            work()
+        except LogUnusable as error:
+            if isinstance(error, LogLost) or not self.cluster.epochs:
+                return self.cluster.stop(str(error))
+            self.conn.drop(str(error))
+        except NatsFailed as error:
+            if self.conn:
+                self.conn.drop(str(error))
+        return self.flush()
+
+    def take(self, data: bytes) -> None:
+        dialogue, cluster = self.dialogue, self.cluster
+        for message in dialogue.feed(data):
+            if cluster.log and (entry := cluster.log.take(message)):
+                cluster.apply(entry)
+        if dialogue.ready and cluster.log is None:
+            log.log(logging.WARNING if self.reason else logging.INFO, "NATS at %s", self.address)
+            self.reason = ""
+            name, days = self.options.log, self.options.keep_days
+            cluster.connected(NatsLog(dialogue, name, days, cluster.hub.sequence), self.loop.now)
+        if (dialogue.wants_tls or self.context) and dialogue.info and self.conn.tls is None:
+            dialogue.out.clear()  # it introduces itself once that is done
+            self.conn.encrypt(TlsFilter(self.context or Trust().context(), self.host))
+
+    def flush(self) -> None:
+        """Send what the dialogue has to send, at once: all nodes wait for it."""
+        if self.conn and self.dialogue.out:
+            data = b"".join(self.dialogue.out)
+            self.dialogue.out.clear()
+            self.conn.write(data)
+            self.conn.flush()
+
+    def tick(self) -> None:
+        self.attempt(lambda: self.cluster.tick(self.loop.now))
+        seconds = NODE_TICK_SECONDS if self.cluster.caught_up else NODE_TICK_SECONDS / 10
+        self.loop.call_later(seconds, self.tick)
 
 
 # ======================================================================================
@@ -18758,9 +20595,20 @@ class Transfers:
         target = self.link.target
         return Url(target.tls, target.host, target.port, "/")
 
-    def _call(self, one: Transfer, request: CallRequest) -> None:
-        """Connect to the server of a request, and send the request."""
+    def _call(self, one: Transfer, request: CallRequest, follows: bool = True) -> None:
+        """Connect to the server of a request, and send the request. A download follows one redirect
+        to the same path: another node of the cluster has the file."""
         url, link = request.url, self.link
+
+        def done(response: Response | None, text: str) -> None:
+            moved = follows and request.method == "GET" and response and response.status == 307
+            if moved and one.id in self.calls:
+                with contextlib.suppress(ChatError):
+                    there = parse_url(response.header("location"), url)
+                    if there.path == url.path:
+                        return self._call(one, request._replace(url=there), follows=False)
+            return request.done(response, text)
+
         here = (url.host, url.port) == (link.target.host, link.target.port) and link.conn
         peer = peer_address(link.conn.sock) if here and link.conn.state == OPEN else None
         trust = link.trust._replace(pin=link.pin)
@@ -18772,7 +20620,7 @@ class Transfers:
 
         def found(result: Any) -> None:
             if isinstance(result, Exception):
-                return request.done(None, str(result))
+                return done(None, str(result))
             context, addresses = result
             addresses = [(family, address) for family, *_, address in addresses]
             tried = functools.partial(connected, context)
@@ -18781,11 +20629,12 @@ class Transfers:
 
         def connected(context: Any, sock: socket.socket | None, reason: str) -> None:
             if sock is None:
-                return request.done(None, reason)
+                return done(None, reason)
             if one.id not in self.calls:
                 return sock.close()
             tls = TlsFilter(context, url.host) if context else None
-            self.calls[one.id] = WebCall(link.helpers, sock, tls, request, trust)
+            call = request._replace(done=done)
+            self.calls[one.id] = WebCall(link.helpers, sock, tls, call, trust)
             return None
 
         link.helpers.submit(self, look_up, found)
@@ -20466,7 +22315,7 @@ class ManyServers(Client):
             return self.show([View(NOTE, f"connected to: {targets}; /connect URL adds one")])
         try:
             target = parse_target(url)
-            known = (seat for seat in self.seats if str(seat.link.target) == str(target))
+            known = (seat for seat in self.seats if str(seat.link.given) == str(target))
             if (seat := next(known, None)) is not None:
                 return self.look_at(seat)
             # The secrets of the first server are not for this one
@@ -20497,7 +22346,7 @@ class ManyServers(Client):
     def keep_servers(self) -> None:
         """Remember the servers to connect to at the next start, each with its nick."""
         others = (seat for seat in self.seats if seat.core.store is not self.store)
-        urls = [f"{url_of(seat.link.target)} {seat.core.wanted_name}" for seat in others]
+        urls = [f"{url_of(seat.link.given)} {seat.core.wanted_name}" for seat in others]
         self.store.keep_fact("servers", json.dumps(urls))
         self.store.flush()
 
@@ -23328,7 +25177,9 @@ def checked_option(parse: Callable, fits: Callable, advice: str) -> Callable[[st
 
 SASL_HELP = "of SCRAM-SHA-256, EXTERNAL and PLAIN, the best one first"
 
-listen_address = checked_option(lambda text: parse_target(text)[:2], bool, "write HOST:PORT")
+listen_address = checked_option(
+    lambda text: "," not in text and parse_target(text)[:2], bool, "write HOST:PORT"
+)
 positive = checked_option(whole_number, bool, "a whole number from 1 on")
 message_rate = checked_option(
     float, lambda rate: 0 <= rate < math.inf, "messages a second, or 0 for a window"
@@ -23492,13 +25343,26 @@ def announce(text: str) -> None:
         raise Unusable(f"standard output is {sys.stdout.encoding}; this needs UTF-8") from None
 
 
+def node_options(args: argparse.Namespace) -> NodeOptions | None:
+    """Return the options of a cluster's node; None for a server on its own. Raises Unusable."""
+    if args.cluster is None:
+        if args.node or args.cluster_keep:
+            raise Unusable("--node and --cluster-keep are of no use without --cluster")
+        return None
+    if not args.node:
+        raise Unusable("--cluster needs --node NAME, another one for each node")
+    if args.data is None:
+        raise Unusable("--cluster needs a data folder: --data none cannot be a node")
+    return args.cluster._replace(node=args.node, keep_days=args.cluster_keep or LOG_KEPT_DAYS)
+
+
 def run_server(args: argparse.Namespace) -> int:
     writer = LogWriter(2)
     writer.setFormatter(LogFormat("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=args.log.upper(), handlers=[writer])
     os.umask(0o077)
     lock = lock_folder(args.data) if args.data else None
-    names = set(ServerOptions._fields) - {"listen", "web", "files"}
+    names = set(ServerOptions._fields) - {"listen", "web", "files", "cluster"}
     listen = tuple(args.listen or ServerOptions().listen)
     named = [*args.web_origin, *filter(None, [args.web_url])]
     web = Web(
@@ -23511,21 +25375,32 @@ def run_server(args: argparse.Namespace) -> int:
     )
     loop = Loop()
     given = {name: getattr(args, name) for name in names}
-    server = Server(loop, ServerOptions(listen, web=web, files=args.files == "on", **given))
+    given |= {"files": args.files == "on", "cluster": node_options(args)}
+    server = Server(loop, ServerOptions(listen, web=web, **given))
     if args.data:
         server.store.guard(args.data / "lock")
     for name in ("SIGINT", "SIGTERM"):
         on_signal(loop, name, server.stop)
     on_signal(loop, "SIGHUP", server.reload)
-    announce(how_to_join(server))
-    if args.qr:
-        drawn = qr_on_screen if sys.stdout.isatty() else qr_rows
-        announce("\n".join(drawn(web_addresses(server)[-1])))
+
+    def welcome_users() -> None:
+        announce(how_to_join(server))
+        if args.qr:
+            drawn = qr_on_screen if sys.stdout.isatty() else qr_rows
+            announce("\n".join(drawn(web_addresses(server)[-1])))
+
+    if server.cluster:
+        server.on_serving = welcome_users
+        NatsLink(server)
+    else:
+        welcome_users()
     loop.run()
     server.close()
     writer.flush()
     if lock is not None:
         os.close(lock)
+    if server.failure:
+        raise Unusable(server.failure)
     if server.restarting:
         os.execv(sys.executable, sys.orig_argv)
     return 0
@@ -23537,6 +25412,8 @@ def run_passwd(args: argparse.Namespace) -> int:
     if not path.exists():
         raise Unusable(f"there is no database in {args.data}; --data says where it is")
     with contextlib.closing(open_database(path)) as db:
+        if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchone():
+            raise Unusable("this server is a node of a cluster: change passwords in the chat")
         db.execute(f"PRAGMA busy_timeout = {PASSWD_WAIT}")
         query = "SELECT name, salt FROM accounts WHERE key = ?"
         name, salt = db.execute(query, [fold(args.name)]).fetchone() or ("", b"")
@@ -23557,6 +25434,36 @@ def run_passwd(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_backup(args: argparse.Namespace) -> int:
+    """Copy the database of a server, which may run, as it is at one moment."""
+    path = args.data / "chat.db"
+    if not path.exists():
+        raise Unusable(f"there is no database in {args.data}; --data says where it is")
+    try:
+        inspect_database(path)
+        os.close(os.open(args.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except sqlite3.Error as error:
+        raise Unusable(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise Unusable(f"cannot write {args.file}: {reason_of(error)}") from error
+    try:
+        with (
+            contextlib.closing(connect(path, "ro")) as source,
+            contextlib.closing(connect(args.file, "rw")) as copy,
+        ):
+            source.execute("BEGIN")
+            source.backup(copy)
+    except sqlite3.Error as error:
+        args.file.unlink()
+        raise Unusable(f"the copy failed: {error}") from error
+    announce(f"{args.file} is a copy of {path}; as chat.db in another --data it is a new node's")
+    return 0
+
+
+def as_plain(target: Target) -> Target:
+    return target._replace(kind=PLAIN, others=tuple(map(as_plain, target.others)))
+
+
 def run_client(args: argparse.Namespace) -> int:
     if not clean_name(args.name) or args.name[0] == "/" or dialect_of(args.name.encode()) != "line":
         raise Unusable(f"{args.name!r} cannot be a name")
@@ -23568,7 +25475,7 @@ def run_client(args: argparse.Namespace) -> int:
         login = Login(account or args.name, secret_option(password))
     options = ClientOptions(
         " ".join(args.name.split()),
-        args.server._replace(kind=PLAIN if args.plain else args.server.kind),
+        as_plain(args.server) if args.plain else args.server,
         Trust(args.ca, args.pin, args.insecure, args.client_cert),
         None if args.no_state else args.data or data_folder() / "client",
         args.password or "",
@@ -23612,7 +25519,7 @@ chat.py: a chat in one file. What you can do:
   python3 chat.py client NAME --server HOST:7000    on the server of another machine
   python3 gui_client.py NAME                        talk, in a window
   printf 'hi\\n' | python3 chat.py client NAME      send lines from a program
-  python3 chat.py passwd NAME | bench               set a password, measure a server
+  python3 chat.py passwd NAME | bench | backup FILE set a password, measure, copy a server
   python3 chat.py COMMAND --help                    all options of a command
 """
 
@@ -23648,6 +25555,24 @@ def web_origin(text: str) -> str:
     if scheme not in ("http", "https") or not split_host(authority)[0]:
         raise argparse.ArgumentTypeError(f"{text} is no origin; write https://HOST")
     return f"{scheme}://{authority}"
+
+
+def cluster_option(text: str) -> NodeOptions:
+    """Parse nats://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]...][/LOG], or @FILE with such a URL."""
+    import urllib.parse
+
+    advice = "write nats://HOST:4222, tls://USER:PASSWORD@A,B,C, or @FILE with that"
+    given = read_secret(pathlib.Path(text[1:])) if text.startswith("@") else text
+    scheme, _, rest = given.partition("://")
+    rest, _, name = rest.partition("/")
+    login, _, hosts = rest.rpartition("@")
+    user, _, password = (urllib.parse.unquote(word) for word in login.partition(":"))
+    servers = [split_host(host) for host in hosts.split(",")]
+    valid = scheme in ("nats", "tls") and all(host for host, _ in servers)
+    if not valid or not re.fullmatch("[A-Za-z0-9_-]{1,32}", name or "chat"):
+        raise argparse.ArgumentTypeError(advice)  # without the text: it may have a password
+    known = tuple((host, port or NATS_PORT) for host, port in servers)
+    return NodeOptions("", known, scheme == "tls", user, password, name or "chat")
 
 
 def proxy_address(text: str) -> str:
@@ -23715,6 +25640,11 @@ def add_server(commands: Any) -> None:
     add("--max-clients", type=positive, metavar="N", help=clients)
     address = f"connections of one address; default {PER_ADDRESS}"
     add("--max-per-address", type=positive, default=PER_ADDRESS, metavar="N", help=address)
+    cluster = "be one of several servers, over NATS: nats://HOST:4222[,HOST...]; or @FILE"
+    add("--cluster", type=cluster_option, metavar="URL", help=cluster)
+    add("--node", type=host_name, metavar="NAME", help="of this server in its cluster")
+    days = f"that a node may be away; default {LOG_KEPT_DAYS}"
+    add("--cluster-keep", type=positive_number_option, metavar="DAYS", help=days)
     add("--log", default="info", choices=("debug", "info", "warning", "error"))
     server.set_defaults(run=run_server, flood=(FLOOD_BURST, FLOOD_RATE), register=frozenset())
 
@@ -23755,7 +25685,7 @@ def add_client(commands: Any) -> None:
     client = parser_of(commands, "client", "talk: on a terminal, or in a pipe", CLIENT_EPILOG)
     add = client.add_argument
     add("name", metavar="NAME", help="your nick")
-    address = "irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT"
+    address = "irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT; A,B,C of one cluster"
     usual = server_target("")
     add("--server", type=server_target, default=usual, metavar="HOST:PORT|URL", help=address)
     add("--join", default="", metavar="#A,#B", help="channels to enter at once")
@@ -23780,6 +25710,15 @@ exit status: 0 when it is set, 1 with a reason, 2 for a wrong command line. The 
     add("--data", type=data_option, default="", metavar="DIR")
     add("--password", type=secret_option, metavar="PW", help="or @FILE; asked for without it")
     passwd.set_defaults(run=run_passwd)
+
+    epilog = """\
+example: chat.py backup /srv/n4/chat.db --data /srv/n1
+exit status: 0 with the copy, 1 with a reason, 2 for a wrong command line. The server may run.
+"""
+    backup = parser_of(commands, "backup", "copy the database of a server", epilog)
+    backup.add_argument("file", type=pathlib.Path, metavar="FILE")
+    backup.add_argument("--data", type=data_option, default="", metavar="DIR")
+    backup.set_defaults(run=run_backup)
 
     epilog = """\
 examples: chat.py bench        chat.py bench --server 127.0.0.1:7000 --rate 200 --json

@@ -1409,7 +1409,7 @@ class Engine(chat.ManyServers):
             retry_at = known.retry_at
         return Server(
             seat.screen.number,
-            str(link.target),
+            str(link.given),
             core.name,
             link.phase,
             core.ready,
@@ -1893,13 +1893,13 @@ class Engine(chat.ManyServers):
 
     def do_register(self, address: str, secret: str) -> None:
         """Register the name as an account, once the server has it."""
-        for seat in [one for one in self.seats if str(one.link.target) == address]:
+        for seat in [one for one in self.seats if str(one.link.given) == address]:
             seat.screen.secret = secret
             self._register(seat)
 
     def do_connect(self, options: chat.ClientOptions) -> None:
         """Talk on another server, too."""
-        same = (seat for seat in self.seats if str(seat.link.target) == str(options.target))
+        same = (seat for seat in self.seats if str(seat.link.given) == str(options.target))
         known = next(same, None)
         self.look_at(known or self.add(options))
         if known and known.link.phase == chat.WAITING:

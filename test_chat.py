@@ -39,6 +39,7 @@ import json
 import math
 import os
 import pathlib
+import pickle
 import py_compile
 import random
 import re
@@ -150,6 +151,7 @@ class FakeConn:
     secure = encrypted = gone = certifiable = leaving = False
     fingerprint, local = "", "127.0.0.1:7000"
     direct = False  # nothing is sent past write()
+    unsent = 0
 
     def __init__(self, house, address):
         self.house = house
@@ -162,6 +164,10 @@ class FakeConn:
     @property
     def limit_key(self):
         return chat.address_key(chat.host_of(self.address))
+
+    @property
+    def host(self):
+        return chat.host_of(self.address)
 
     def named(self):
         pass
@@ -205,6 +211,9 @@ class FakeLoop:
 
     def call_soon(self, callback):
         self.soon.append(callback)
+
+    def stop(self):
+        pass
 
     def run_due(self):
         due = [timer for timer in self.timers if timer.when <= self.now]
@@ -300,7 +309,7 @@ class House(chat.Server):
     def grace_over(self):
         """The time of those who may come back is over."""
         for user in self.missed:
-            self.hub.perform("grace_period_over", 0, user.resume_id)
+            self.hub.perform("grace_period_over", 0, user.resume_id, self.hub.absent[user])
 
     def connect(self, label, greeted=False, host="127.0.0.1"):
         conn = FakeConn(self, f"{host}:{50000 + len(self.guests)}")
@@ -341,7 +350,7 @@ class House(chat.Server):
             if session.has_more:
                 session.go_on()
             elif conn.lines:
-                session.receive(conn.lines.popleft())
+                session.take(conn.lines.popleft())
             else:
                 break
 
@@ -4879,6 +4888,823 @@ def test_a_disk_that_was_full_is_tried_again_a_second_later(folder):
 
 
 # ======================================================================================
+# NATS
+# ======================================================================================
+
+
+class FakeNats:
+    """A NATS server with JetStream in memory: one stream at most, as nodes use it. `clock` tells
+    the time of entries. While it is `down`, it takes and sends nothing; with `mute` it keeps
+    entries and does not say so."""
+
+    def __init__(self, clock, **info):
+        self.clock = clock
+        self.info = {"server_id": "fake", "headers": True, "jetstream": True} | info
+        self.info.setdefault("max_payload", 1_048_576)
+        self.config = None
+        self.entries = []  # subject, data, milliseconds
+        self.first = 1
+        self.ids = {}
+        self.clients = []
+        self.refused = ""  # what entries are answered with
+        self.down = self.mute = False
+
+    def accept(self):
+        client = FakeNatsClient(self)
+        self.clients.append(client)
+        client.say(f"INFO {json.dumps(self.info)}")
+        return client
+
+    def append(self, id, data):
+        """Return the answer to a publication."""
+        if self.refused:
+            return {"error": {"code": 503, "description": self.refused}}
+        if id in self.ids:
+            return {"stream": "chat", "seq": self.ids[id], "duplicate": True}
+        self.entries.append((data, int(self.clock() * 1000)))
+        self.ids[id] = self.last
+        return {"stream": "chat", "seq": self.last}
+
+    def deliver(self):
+        for client in self.clients:
+            client.deliver()
+
+    @property
+    def last(self):
+        return self.first + len(self.entries) - 1
+
+    def api(self, subject, request):
+        if self.config is None and "CREATE" not in subject:
+            return {"error": {"code": 404, "err_code": 10059, "description": "stream not found"}}
+        if "STREAM.CREATE" in subject:
+            if request["num_replicas"] > 1:
+                return {"error": {"code": 500, "err_code": 10074, "description": "replicas > 1"}}
+            self.config = request
+        return {
+            "config": self.config,
+            "state": {"first_seq": self.first if self.entries else 0, "last_seq": self.last},
+        }
+
+
+class FakeNatsClient:
+    """The server's side of one connection."""
+
+    def __init__(self, nats):
+        self.nats, self.buffer, self.out = nats, b"", b""
+        self.subscriptions = {}  # subject by number
+        self.consumer = None  # subscription, the next entry, how many were delivered
+
+    def say(self, line, data=b""):
+        self.out += line.encode() + b"\r\n" + data
+
+    def feed(self, data):
+        self.buffer += data
+        while b"\r\n" in self.buffer:
+            line, _, rest = self.buffer.partition(b"\r\n")
+            verb, *words = line.decode().split(" ")
+            size = int(words[-1]) + 2 if verb in ("PUB", "HPUB") else 0
+            if len(rest) < size:
+                break
+            self.buffer = rest[size:]
+            self.act(verb, words, rest[: size - 2])
+
+    def act(self, verb, words, data):
+        if verb == "PING":
+            self.say("PONG")
+        elif verb == "SUB":
+            self.subscriptions[words[1]] = words[0]
+        elif verb == "UNSUB":
+            self.subscriptions.pop(words[0])
+        elif verb in ("PUB", "HPUB"):
+            reply, id = (words[1] if len(words) > 2 + (verb == "HPUB") else ""), ""
+            if verb == "HPUB":
+                head, data = data[: int(words[-2])], data[int(words[-2]) :]
+                id = chat.nats_headers(head)[1]["Nats-Msg-Id"]
+            self.published(words[0], reply, id, data)
+
+    def published(self, subject, reply, id, data):
+        if subject.startswith("$JS.API"):
+            request = json.loads(data or b"{}")
+            if "CONSUMER" in subject:
+                config = request["config"]
+                number = next(
+                    n for n, s in self.subscriptions.items() if s == config["deliver_subject"]
+                )
+                self.consumer = [number, config["opt_start_seq"], 0]
+                answer = {"name": "x"}
+            else:
+                answer = self.nats.api(subject, request)
+            self.answer(reply, answer)
+            self.deliver()
+        elif id:
+            answer = self.nats.append(id, data)
+            if not self.nats.mute:
+                self.answer(reply, answer)
+            self.nats.deliver()
+
+    def answer(self, reply, answer):
+        data = json.dumps(answer).encode()
+        self.say(f"MSG {reply} 1 {len(data)}", data + b"\r\n")
+
+    def deliver(self):
+        while self.consumer and self.consumer[1] <= self.nats.last:
+            number, sequence, count = self.consumer
+            sequence = max(sequence, self.nats.first)
+            self.consumer[1:] = sequence + 1, count + 1
+            data, when = self.nats.entries[sequence - self.nats.first]
+            left = self.nats.last - sequence
+            reply = f"$JS.ACK.chat.x.1.{sequence}.{count + 1}.{when}000000.{left}"
+            self.say(f"MSG chat.log {number} {reply} {len(data)}", data + b"\r\n")
+
+
+class FakeLink(chat.NatsLink):
+    """A node's link to a FakeNats, whose bytes move in exchange()."""
+
+    client = None
+
+    def dial(self):
+        """Do nothing: the test says when there is a connection again."""
+
+    def join(self, nats):
+        self.nats, self.client = nats, nats.accept()
+        options = self.options
+        self.dialogue = chat.NatsDialogue(options.node, options.user, options.password)
+        self.conn, self.tls, self.out = self, None, b""
+
+    def write(self, data):
+        self.out += data
+
+    def drop(self, reason):
+        """The connection breaks, or the node ends it."""
+        if self.client:
+            self.nats.clients.remove(self.client)
+            self.client, self.out = None, b""
+            self.lost(self.conn, reason)
+
+    def flush(self):
+        if self.conn is self and self.dialogue.out:
+            self.out += b"".join(self.dialogue.out)
+            self.dialogue.out.clear()
+
+    @property
+    def moves(self):
+        return bool(self.client and not self.nats.down and (self.out or self.client.out))
+
+    def exchange(self):
+        """Move all bytes."""
+        while self.moves:
+            out, self.out = self.out, b""
+            self.client.feed(out)
+            data, self.client.out = self.client.out, b""
+            if data:
+                self.received(data)
+
+
+class NodeHouse(House):
+    """A House that is a node of a cluster."""
+
+    def __init__(self, nats, name="n1", store=None, **options):
+        self.link = None
+        given = chat.NodeOptions(name, (("127.0.0.1", 4222),))
+        store = store or chat.Store(None, node=True)
+        super().__init__(store=store, cluster=given, **options)
+        self.now = nats.clock()
+        self.begin_turn()
+        self.link = FakeLink(self)
+        self.link.join(nats)
+        self.settle_log()
+        self.settle_log()
+
+    @property
+    def peers(self):
+        return {s.conn for s in self.guests.values() if not s.conn.closed}
+
+    @peers.setter
+    def peers(self, value):
+        """Do nothing: the guests are the peers."""
+
+    def settle_log(self):
+        """Read and write the log until there is nothing more to do."""
+        for _ in range(2):
+            while self.link.moves:
+                self.end_turn()
+            self.link.attempt(lambda: self.cluster.tick(self.loop.now))
+            self.end_turn()
+
+    def end_turn(self):
+        if self.link:
+            self.link.exchange()
+        super().end_turn()
+        ready = (s for s in self.guests.values() if not (s.conn.held or s.conn.closed))
+        if self.link and (self.link.moves or any(s.conn.lines or s.has_more for s in ready)):
+            self.loop.call_soon(chat.do_nothing)
+
+
+def dialogue_of(nats, pieces=None):
+    """Return a ready dialogue, the server's side of it, and a function that moves all bytes."""
+    dialogue, client, found = chat.NatsDialogue("n1"), nats.accept(), []
+
+    def move():
+        while dialogue.out or client.out:
+            client.feed(b"".join(dialogue.out))
+            dialogue.out.clear()
+            data, client.out = client.out, b""
+            while data:
+                size = pieces.randrange(1, 40) if pieces else len(data)
+                found.extend(dialogue.feed(data[:size]))
+                data = data[size:]
+        return found
+
+    move()
+    return dialogue, client, move
+
+
+def test_a_log_is_created_written_and_read_in_order_however_its_bytes_are_cut(seeded):
+    nats = FakeNats(lambda: 5.0)
+    dialogue, _, move = dialogue_of(nats, seeded)
+    log, answers = chat.NatsLog(dialogue, "chat", 2, 0), []
+    log.open(1.0)
+    move()
+    assert nats.config["num_replicas"] == 1 and nats.config["subjects"] == ["chat.log"]
+    assert nats.config["max_age"] == 2 * 86_400 * 10**9 and log.is_empty
+    for n in (1, 2, 2, 3):
+        data = f"entry {n}\r\n".encode() * n
+        log.append(data, f"id {n}", lambda *answer: answers.append(answer))
+    entries = [log.take(message) for message in move()]
+    assert [entry[:3] for entry in entries] == [
+        (n, 5000, f"entry {n}\r\n".encode() * n) for n in (1, 2, 3)
+    ]
+    assert answers == [("", 1), ("", 2), ("", 2), ("", 3)] and entries[-1].waiting == 0
+
+
+def test_a_reader_that_misses_an_entry_reads_it_through_another_consumer():
+    nats = FakeNats(lambda: 5.0)
+    dialogue, client, move = dialogue_of(nats)
+    log = chat.NatsLog(dialogue, "chat", 2, 0)
+    log.open(1.0)
+    move()
+    client.consumer[1:] = 3, 2  # as if two had been lost on their way
+    for n in (1, 2, 3):
+        nats.append(f"id {n}", b"%d" % n)
+    nats.deliver()
+    found = [log.take(message) for message in move()]
+    assert found == [None]
+    found = [log.take(message) for message in move()[1:]]
+    assert [entry.data for entry in found] == [b"1", b"2", b"3"]
+
+
+@pytest.mark.parametrize(
+    "config, first, applied, reason",
+    (
+        ({"subjects": ["foreign"]}, 1, 0, "is not a log of chat.py"),
+        ({"retention": "workqueue"}, 1, 0, "is not a log of chat.py"),
+        ({}, 1, 7, "went back: it ends at 3, and this node has applied 7"),
+        ({}, 5, 2, "begins at 5 now, and this node has applied 2; start it from a copy"),
+        (None, 1, 2, "is gone from NATS"),
+    ),
+)
+def test_a_log_that_does_not_fit_is_refused_with_the_reason(config, first, applied, reason):
+    nats = FakeNats(lambda: 5.0)
+    if config is not None:
+        nats.config = {"subjects": ["chat.log"], "retention": "limits"} | config
+    nats.entries, nats.first = [(b"", 0)] * 3, first
+    dialogue, _, move = dialogue_of(nats)
+    chat.NatsLog(dialogue, "chat", 2, applied).open(1.0)
+    with pytest.raises(chat.LogUnusable, match=reason):
+        move()
+
+
+@pytest.mark.parametrize(
+    "data, error",
+    (
+        (b"-ERR 'Authorization Violation'\r\n", chat.LogUnusable),
+        (b"-ERR 'Stale Connection'\r\n", chat.NatsFailed),
+        (b'INFO {"max_payload": 1000}\r\n', chat.LogUnusable),
+        (b"INFO []\r\n", chat.NatsFailed),
+        (b"220 mail.example.org ESMTP\r\n", chat.NatsFailed),
+        (b"MSG a 1 -5\r\n", chat.NatsFailed),
+        (b"HMSG a 1 5\r\nhello\r\n", chat.NatsFailed),
+        (b"MSG a 1 99999999999\r\n", chat.NatsFailed),
+        (b"x" * (chat.NATS_MESSAGE_BYTES + 1), chat.NatsFailed),
+    ),
+)
+def test_what_is_no_use_as_a_nats_server_is_given_up(data, error):
+    with pytest.raises(error):
+        chat.NatsDialogue("n1").feed(data)
+
+
+def test_a_server_without_jetstream_and_one_that_does_not_answer_are_told_apart():
+    for info, error in (({"jetstream": False}, chat.LogUnusable), ({}, chat.NatsFailed)):
+        nats = FakeNats(lambda: 5.0, **info)
+        dialogue, client, move = dialogue_of(nats)
+        chat.NatsLog(dialogue, "chat", 2, 0).open(1.0)
+        reply = next(iter(dialogue.requests))
+        client.published = lambda *_: None
+        move()
+        head = b"NATS/1.0 503\r\n\r\n"
+        with pytest.raises(error):
+            dialogue.feed(f"HMSG {reply} 1 16 16\r\n".encode() + head + b"\r\n")
+    dialogue, client, move = dialogue_of(FakeNats(lambda: 5.0))
+    log = chat.NatsLog(dialogue, "chat", 2, 0)
+    log.open(1.0)
+    log.tick(1.0 + chat.LOG_ANSWER_SECONDS)
+    with pytest.raises(chat.NatsFailed):
+        log.tick(1.1 + chat.LOG_ANSWER_SECONDS)
+
+
+# ======================================================================================
+# CLUSTER
+# ======================================================================================
+
+
+class Nodes(dict):
+    """Nodes of one cluster, with databases in a folder, by name."""
+
+    def __init__(self, folder, *names):
+        super().__init__()
+        self.folder = folder
+        self.nats = FakeNats(self.clock)
+        self.time = 1_000_000.0
+        for name in names:
+            self.start(name)
+
+    def clock(self):
+        self.time = max([self.time, *(house.now for house in self.values())])
+        return self.time
+
+    def start(self, name):
+        store = chat.Store(self.folder / f"{name}.db", node=True)
+        house = self[name] = NodeHouse(self.nats, name, store)
+        house.logged = []
+        return house
+
+    def kill(self, name):
+        """End a node as kill -9 does."""
+        house = self.pop(name)
+        house.link.drop("killed")
+        house.store.db.close()
+
+    def turns(self, count=1):
+        for _ in range(count):
+            for house in list(self.values()):
+                house.turn()
+                house.link.attempt(lambda house=house: house.cluster.tick(house.loop.now))
+
+    def settle(self):
+        """Let all nodes read all of the log."""
+        self.turns(4)
+        while any(house.link.moves for house in self.values()):
+            for house in self.values():
+                house.end_turn()
+
+
+NODE_TABLES = ("accounts", "bans", "certificates", "channels", "dedup", "events", "files")
+
+
+def whole_node(house):
+    """Return all that has to be the same on all nodes."""
+    hub, db = house.hub, house.store.db
+    assert not house.failure
+    tables = {
+        name: sorted(map(repr, db.execute(f"SELECT * FROM {name}")))
+        for name in (*NODE_TABLES, "identities", "markers", "starts")
+    }
+    stays = {row[0]: json.loads(row[1]) for row in db.execute("SELECT * FROM stays")}
+    columns = "id, key, founding, one, one_key, other, other_key"
+    targets = db.execute(f"SELECT {columns} FROM targets").fetchall()
+    shared = (hub.cluster, hub.sequence, hub.checksum, hub.nodes, hub.name, hub.ids.starts)
+    return picture_of(hub), tables, stays, targets, shared, hub.files
+
+
+def assert_nodes_agree(nodes):
+    nodes.settle()
+    one, *others = map(whole_node, nodes.values())
+    for other in others:
+        assert one == other
+
+
+def test_what_is_said_on_one_node_is_heard_on_all_once_and_in_one_order(folder):
+    nodes = Nodes(folder, "n1", "n2", "n3")
+    for name, house in nodes.items():
+        come(house, f"u{name}")
+        house.say(f"u{name}", "JOIN #x")
+        nodes.turns()
+    heard = {name: [] for name in nodes}
+    for n in range(20):
+        for name, house in nodes.items():
+            house.say(f"u{name}", f"PRIVMSG #x :line {n} of {name}")
+        nodes.turns()
+    nodes.settle()
+    for name, house in nodes.items():
+        lines = [line.rpartition(":")[2] for line in spoken(house.heard(f"u{name}"))]
+        heard[name] = [line for line in lines if line.startswith("line")]
+    assert heard["n1"] == heard["n2"] == heard["n3"]
+    assert sorted(heard["n1"]) == sorted(f"line {n} of {name}" for n in range(20) for name in nodes)
+    assert_nodes_agree(nodes)
+
+
+def fault_at_random(seeded, nodes, names):
+    """Something that happens to nodes and networks; nothing of it may be seen afterwards."""
+    name = seeded.choice(names)
+    house = nodes.get(name)
+    if house is None:
+        nodes.start(name)
+    elif house.link.client is None:
+        house.link.join(nodes.nats)
+    elif seeded.random() < 0.4:
+        nodes.kill(name)
+    elif seeded.random() < 0.5:
+        house.link.drop("the network broke")
+    elif seeded.random() < 0.5:
+        nodes.nats.mute = not nodes.nats.mute
+    else:
+        house.cluster.save(now=True)
+
+
+@pytest.mark.parametrize("run", some(range(20), 2))
+def test_nodes_that_are_killed_cut_off_and_started_again_are_the_same_in_the_end(
+    seeded, folder, run
+):
+    names = ("n1", "n2", "n3")
+    nodes = Nodes(folder, *names)
+    for n in range(300):
+        house = nodes.get(seeded.choice(names))
+        if house is not None:
+            act_at_random(seeded, house, n)
+        if seeded.random() < 0.3:
+            nodes.turns()
+        if seeded.random() < 0.05:
+            fault_at_random(seeded, nodes, names)
+    nodes.nats.mute = False
+    for name in names:
+        if name not in nodes:
+            nodes.start(name)
+        elif nodes[name].link.client is None:
+            nodes[name].link.join(nodes.nats)
+    nodes.turns(30)  # who was cut off for long is declared gone, and begins again
+    assert_nodes_agree(nodes)
+    first = nodes["n1"].hub
+    assert first.last_id > 50 and len(first.nodes) == 3
+    for name in names:  # and they load what they stored
+        before = whole_node(nodes[name])
+        nodes.kill(name)
+        store = chat.Store(folder / f"{name}.db", node=True)
+        again = chat.restore_node(store, "x")
+        assert picture_of(again) == before[0]
+        assert again.checksum == before[4][2]
+        store.db.close()
+
+
+def test_a_batch_whose_answer_is_lost_is_sent_again_and_applied_once(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one = nodes["n1"]
+    come(one, "alice")
+    one.say("alice", "JOIN #x")
+    nodes.turns()
+    one.heard("alice")
+    entries = nodes.nats.last
+    one.say("alice", "PRIVMSG #x :once")
+    nodes.nats.mute = True
+    one.end_turn()  # it is sent, and in the log
+    one.link.exchange()
+    sent = one.cluster.sent
+    assert nodes.nats.last == entries + 1
+    one.link.drop("broken")
+    nodes.nats.mute = False
+    one.link.join(nodes.nats)
+    nodes.settle()
+    assert sum(line.endswith(":once") for line in one.heard("alice")) == 1
+    assert sent is None or nodes.nats.ids
+    assert_nodes_agree(nodes)
+
+
+def test_a_node_without_a_batch_for_20_s_is_declared_gone_and_its_users_are_absent(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    secret = "0123456789abcdef" * 2
+    come(nodes["n2"], "bob", secret=secret)
+    come(nodes["n1"], "alice")
+    for house, name in ((nodes["n1"], "alice"), (nodes["n2"], "bob")):
+        house.say(name, "JOIN #x")
+        nodes.turns()
+    nodes.kill("n2")
+    nodes.turns(40)
+    one = nodes["n1"]
+    assert list(one.hub.nodes) == ["n1"] and [user.name for user in one.missed] == ["bob"]
+    come(one, "bobby", secret=secret)  # the secret works on every node
+    assert "bob" in one.hub.users and "bobby" not in one.hub.users
+    nodes.start("n2")
+    assert_nodes_agree(nodes)
+
+
+def test_a_node_that_was_declared_gone_drops_its_clients_and_begins_again(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    two = nodes["n2"]
+    come(two, "bob")
+    epoch = two.cluster.epoch
+    del nodes["n2"]  # it is stopped
+    nodes.turns(40)
+    assert list(nodes["n1"].hub.nodes) == ["n1"]
+    nodes["n2"] = two
+    nodes.settle()
+    assert two.guests["bob"].conn.closed and two.cluster.epoch != epoch and two.cluster.serving
+    come(two, "carol")
+    assert_nodes_agree(nodes)
+
+
+def test_a_node_that_cannot_reach_the_log_holds_its_clients_and_then_drops_them(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one = nodes["n1"]
+    come(one, "alice")
+    one.link.drop("broken")
+    nodes.turns(9)
+    assert not one.paused and not one.heard("alice")
+    nodes.turns(2)
+    assert one.paused
+    nodes.turns(10)
+    assert "cannot reach the others; your messages wait" in "\n".join(one.heard("alice"))
+    assert one.guests["alice"].conn.closed
+    one.link.join(nodes.nats)
+    nodes.settle()
+    assert not one.paused
+    come(one, "bob")
+    assert_nodes_agree(nodes)
+
+
+def test_of_two_nodes_with_one_name_the_first_stops(folder):
+    nodes = Nodes(folder, "n1")
+    one = nodes["n1"]
+    NodeHouse(nodes.nats, "n1", chat.Store(folder / "other.db", node=True))
+    nodes.settle()
+    assert one.failure == "another node is called n1; choose another --node"
+
+
+def test_a_node_that_differs_from_the_others_stops_and_says_what_to_do(folder):
+    nodes = Nodes(folder, "n1", "n2", "n3")
+    nodes.turns(8)
+    two = nodes["n2"]
+    two.hub.checksum = "0" * 16
+    for house in nodes.values():
+        come(house, f"u{house.cluster.name}")
+    nodes.turns(20)
+    assert "differ after entry" in two.failure and "chat.py backup FILE" in two.failure
+    assert not nodes["n1"].failure and not nodes["n3"].failure
+
+
+def test_a_database_of_another_history_is_no_node_of_this_cluster(folder):
+    nodes = Nodes(folder, "n1")
+    store = chat.Store(folder / "n2.db")
+    house = House(store=store)
+    house.enter("alice")
+    house.say("alice", "hello")
+    house.turn()
+    store.close()
+    assert "is not the one that the cluster began with" in nodes.start("n2").failure
+
+
+def test_a_log_with_another_entry_than_the_one_applied_stops_the_node(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    come(nodes["n1"], "alice")
+    nodes.settle()
+    one = nodes["n1"]
+    one.link.drop("broken")
+    nodes.nats.entries[-1:] = [(b"[]", 1), (b"[]", 2)]
+    one.link.join(nodes.nats)
+    one.settle_log()
+    assert "the log has another entry" in one.failure
+
+
+def test_acts_of_a_newer_version_stop_an_older_node(folder):
+    nodes = Nodes(folder, "n1")
+    newer = [chat.ACTS_VERSION + 1, "n9", "e", 1, 0, 0, "", []]
+    nodes.nats.append("x", json.dumps(newer).encode())
+    nodes.nats.deliver()
+    nodes.settle()
+    assert "node n9 runs a newer chat.py" in nodes["n1"].failure
+
+
+@pytest.mark.parametrize("data", (b"", b"{}", b"[1]", b'[1, "n1", 2, 3, 4, 5, 6, 7]', b"\xff"))
+def test_an_entry_that_is_not_of_chat_py_is_passed_over_on_all_nodes(folder, data):
+    nodes = Nodes(folder, "n1", "n2")
+    nodes.nats.append("x", data)
+    come(nodes["n1"], "alice")
+    assert_nodes_agree(nodes)
+
+
+def test_a_log_that_takes_nothing_delays_what_is_said_and_loses_nothing(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one = nodes["n1"]
+    come(one, "alice")
+    nodes.nats.refused = "insufficient storage resources available"
+    for n in range(3):
+        one.say("alice", f"PRIVMSG alice :{n}")
+        nodes.turns()
+    assert not spoken(one.heard("alice"))
+    nodes.nats.refused = ""
+    nodes.turns(4)
+    told = [line.rpartition(":")[2] for line in spoken(one.heard("alice"))]
+    assert told == ["0", "0", "1", "1", "2", "2"]  # each as an echo, and as a message to oneself
+    assert sum("the log takes nothing: insufficient" in text for text in one.asked_for) == 1
+    assert_nodes_agree(nodes)
+
+
+def test_a_damaged_snapshot_is_one_clear_line(folder):
+    nodes = Nodes(folder, "n1")
+    nodes.kill("n1")
+    with contextlib.closing(sqlite3.connect(folder / "n1.db")) as db:
+        db.execute("UPDATE snapshots SET hub = x'00'")
+        db.commit()
+    with pytest.raises(chat.Unusable, match="is damaged"):
+        nodes.start("n1")
+
+
+def test_a_snapshot_makes_no_object_that_a_hub_does_not_have():
+    kinds = pickle.dumps(([], pickle.dumps(pathlib.Path("x").exists)))
+    with pytest.raises(ValueError, match="a snapshot has no"):
+        chat.load_snapshot(zlib.compress(kinds), chat.Hub())
+
+
+def test_the_nodes_are_listed_and_operators_see_how_they_are_doing(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one = nodes["n1"]
+    come(one, "alice")
+    come(nodes["n2"], "bob")
+    nodes.settle()
+    assert [line.partition(" ")[2] for line in ask(one, "alice", "LINKS")] == [
+        ":chat.py 364 alice n1 n1 :0 this server",
+        ":chat.py 364 alice n2 n1 :1 a node of the cluster",
+        ":chat.py 365 alice * :End of LINKS",
+    ]
+    listed = "\n".join(ask(one, "alice", "MAP"))
+    assert ":n1 1 connection\n" in listed and ":n2 1 connection\n" in listed
+    assert not any(" 249 " in line for line in ask(one, "alice", "STATS n"))
+    told = "\n".join(ask(one, "alice", "OPER boss secret", "STATS n"))
+    assert f"entry {one.hub.sequence} of the log, 0 waiting" in told
+    assert one.metrics()["chat_nodes"][2] == 2
+
+
+def test_a_file_on_another_node_is_redirected_to_and_is_unavailable_while_that_is_gone(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one, two = nodes["n1"], nodes["n2"]
+    id = "ab" * 16
+    values = (id, "a.txt", "text/plain", 5, "=alice/1", "192.0.2.1", "n2")
+    two.site.act("begin_file", *values)
+    two.site.act("finish_file", id, "cd" * 32, 5, "text/plain", 0, 0)
+    nodes.settle()
+    assert one.hub.files[id].node == "n2" and one.hub.files[id].sha
+    one.site.folder = two.site.folder = object()
+    head = chat.Request("GET", f"/files/{id}", 1, {"host": ["localhost"]})
+    for url, answer in (("", 503), ("https://two.example", 307)):
+        two.hub.nodes["n2"] = one.hub.nodes["n2"] = one.hub.nodes["n2"]._replace(url=url)
+        conn = FakeConn(one, "127.0.0.1:50000")
+        session = conn.session = chat.WebSession(one.site, conn)
+        session.request = head
+        assert chat.is_elsewhere(session, head)
+        sent = b"".join(data for _, data in session.replies).decode()
+        assert sent.startswith(f"HTTP/1.1 {answer} ")
+        assert ("Location: https://two.example/files/" in sent) == bool(url)
+    assert not chat.is_elsewhere(chat.WebSession(two.site, FakeConn(two, "127.0.0.1:1")), head)
+
+
+def test_old_messages_are_pruned_on_all_nodes_alike(folder, monkeypatch):
+    nodes = Nodes(folder, "n1", "n2")
+    for house in nodes.values():
+        house.store.keep = 20
+    one = nodes["n1"]
+    come(one, "alice")
+    one.say("alice", "JOIN #x", *(f"PRIVMSG #x :{n}" for n in range(60)))
+    nodes.turns(2)
+    for house in nodes.values():
+        house.store.count()
+    nodes.turns(3)
+    assert_nodes_agree(nodes)
+    query = "SELECT count(*) FROM events"
+    assert {house.store.db.execute(query).fetchone()[0] for house in nodes.values()} == {20}
+
+
+def test_old_keys_of_messages_are_forgotten_on_all_nodes_alike(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    one = nodes["n1"]
+    come(one, "alice")
+    one.say("alice", *(f"@+chat.py/id=k{n} PRIVMSG alice :{n}" for n in range(3)))
+    nodes.settle()
+    for house in nodes.values():
+        with house.store.db as db:
+            db.execute("UPDATE dedup SET time = ?", [-chat.DEDUP_MS])
+            db.execute("DELETE FROM events WHERE text = '1'")
+    for house in nodes.values():
+        house.committer.sweep()
+    nodes.settle()
+    keys = [h.store.db.execute("SELECT own_id FROM dedup").fetchall() for h in nodes.values()]
+    assert keys == [[("k0",), ("k2",)]] * 2
+
+
+def test_a_node_that_stops_in_order_is_gone_at_once(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    for house in nodes.values():
+        come(house, f"u{house.cluster.name}")
+    nodes["n2"].say("un2", "JOIN #x")  # is still under way
+    nodes["n2"].cluster.flush()
+    nodes["n2"].cluster.leave()
+    nodes["n1"].say("un1", "JOIN #x")
+    nodes.turns(3)
+    assert list(nodes["n1"].hub.nodes) == ["n1"] and nodes["n2"].cluster.has_left
+
+
+def test_a_server_on_its_own_that_becomes_a_cluster_keeps_what_it_has_and_can_leave_again(folder):
+    store = chat.Store(folder / "n1.db")
+    house = House(store=store)
+    account(house, "alice")
+    come(house, "dora")
+    house.say("dora", "JOIN #x", "PRIVMSG #x :before")
+    house.turn()
+    house.store.close()
+    shutil.copy(folder / "n1.db", folder / "n2.db")
+    nodes = Nodes(folder, "n1", "n2")
+    assert "alice" in nodes["n2"].hub.accounts
+    come(nodes["n2"], "bob")
+    nodes["n2"].say("bob", "JOIN #x", "PRIVMSG #x :after")
+    assert_nodes_agree(nodes)
+    newest = nodes["n2"].hub.last_id
+    nodes.kill("n2")
+    alone = chat.Store(folder / "n2.db")
+    assert alone.was_node and newest <= alone.last_id < chat.LAST_ID
+    said = [row[0] for row in alone.db.execute("SELECT text FROM events WHERE kind = 'message'")]
+    assert said == ["before", "after"]
+    alone.close()
+    assert not chat.Store(folder / "n2.db").was_node
+
+
+def test_a_line_that_reads_waits_for_the_acts_before_it_and_messages_do_not():
+    nats = FakeNats(lambda: 1_000_000.0)
+    house = NodeHouse(nats)
+    come(house, "alice")
+    house.say("alice", "JOIN #x")
+    house.turn()
+    entries = nats.last
+    house.heard("alice")
+    house.say("alice", *(f"PRIVMSG #x :{n}" for n in range(20)))
+    house.say("alice", "TOPIC #x :news", "TOPIC #x", "PING 1")
+    house.turn()
+    told = house.heard("alice")
+    assert [line.rpartition(":")[2] for line in spoken(told)] == [str(n) for n in range(20)]
+    assert nats.last == entries + 2  # all messages in one batch
+    assert any(" 332 " in line and line.endswith(":news") for line in told)
+    assert told[-1].endswith(":1")
+
+
+def test_labels_find_the_answers_of_their_lines_also_when_several_are_under_way():
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    come(house, "alice", caps="message-tags labeled-response batch echo-message")
+    house.say("alice", "JOIN #x")
+    house.turn()
+    house.heard("alice")
+    lines = [f"@label=l{n} PRIVMSG {'#x' if n % 3 else '#nowhere'} :{n}" for n in range(9)]
+    house.say("alice", *lines, "@label=names NAMES #x")
+    house.turn()
+    told = house.heard("alice")
+    labels = [tag(line, "label") for line in told if "label=" in line]
+    assert labels == [*(f"l{n}" for n in range(9)), "names"]
+    for n, line in enumerate(told[:9]):
+        assert (" PRIVMSG #x " if n % 3 else " 40") in line
+
+
+def test_messages_sent_again_on_another_node_are_answered_with_their_labels(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    caps = "message-tags labeled-response batch echo-message chat.py/session"
+    lines = [f"@label=l{n};+chat.py/id=m{n} PRIVMSG #x :{n}" for n in range(9)]
+    secret = "0123456789abcdef" * 2
+    for name in nodes:
+        come(nodes[name], "alice", caps=caps, secret=secret)
+        nodes[name].say("alice", "JOIN #x")
+        nodes.turns()
+        nodes[name].heard("alice")
+        nodes[name].say("alice", *lines, "@label=end PING 1")
+        nodes.turns(2)
+        told = nodes[name].heard("alice")
+        found = [(tag(line, "label"), line[-2:]) for line in told if "label=" in line]
+        assert sorted(found) == sorted([*((f"l{n}", f":{n}") for n in range(9)), ("end", ":1")])
+        assert found[-1][0] == "end"
+        ids = {tag(line, "msgid") for line in told if "msgid=" in line}
+        assert len(ids) == 9
+    assert_nodes_agree(nodes)
+
+
+@pytest.mark.parametrize("cut_off", (False, True))
+def test_a_client_that_goes_while_its_acts_are_under_way_leaves_nothing_behind(folder, cut_off):
+    nodes = Nodes(folder, "n1", "n2")
+    one = nodes["n1"]
+    one.connect_irc("alice")
+    one.say("alice", "NICK alice", "USER u 0 * :Alice", "MONITOR + bob")
+    one.guests["alice"].conn.close()
+    if cut_off:
+        nodes.turns()
+    nodes.settle()
+    for house in nodes.values():
+        assert not house.hub.users and not house.hub.watchers
+        assert not [session for session in house.hub.sessions.values() if session.id]
+
+
+# ======================================================================================
 # IRC DIALECT
 # ======================================================================================
 
@@ -5846,8 +6672,11 @@ alice< 371 alice :running since WHEN
 alice< 374 alice :End of INFO
 alice> LINKS
 alice< 365 alice * :End of LINKS: this server stands alone
+alice> MAP
+alice< 006 alice :chat.py 4 connections
+alice< 007 alice :End of MAP
 alice> STATS u
-alice< 242 alice :Server up 0 days 00:00:11
+alice< 242 alice :Server up 0 days 00:00:12
 alice< 219 alice u :End of statistics
 alice> STATS
 alice< 219 alice * :End of statistics
@@ -5886,7 +6715,7 @@ alice< FAIL TOKEN UNKNOWN_COMMAND LOOK :there is no TOKEN LOOK
 === HELP: is made from the handlers
 alice> HELP
 alice< 704 alice * :HELP <command> tells more about one of these:
-alice< 705 alice * :ADMIN AUTHENTICATE AWAY BATCH CAP CHATHISTORY CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON ISUPPORT JOIN KICK KILL KLINE LINKS LIST LUSERS MARKREAD METADATA MODE MONITOR MOTD NAMES NICK NOTICE NS OPER PART PASS PING PONG PRIVMSG QUIT REDACT REGISTER REHASH RENAME RESTART SEARCH SERVER SERVICE SERVLIST SESSION SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOKEN TOPIC TRACE UNKLINE USER USERHOST USERS VERIFY VERSION WALLOPS WHO WHOIS WHOWAS
+alice< 705 alice * :ADMIN AUTHENTICATE AWAY BATCH CAP CHATHISTORY CONNECT DIE ERROR HELP HELPOP INFO INVITE ISON ISUPPORT JOIN KICK KILL KLINE LINKS LIST LUSERS MAP MARKREAD METADATA MODE MONITOR MOTD NAMES NICK NOTICE NS OPER PART PASS PING PONG PRIVMSG QUIT REDACT REGISTER REHASH RENAME RESTART SEARCH SERVER SERVICE SERVLIST SESSION SETNAME SQUERY SQUIT STATS SUMMON TAGMSG TIME TOKEN TOPIC TRACE UNKLINE USER USERHOST USERS VERIFY VERSION WALLOPS WHO WHOIS WHOWAS
 alice< 706 alice * :End of help
 alice> HELP JOIN
 alice< 704 alice JOIN :JOIN <channel>{,<channel>} [<key>{,<key>}]
@@ -19181,7 +20010,19 @@ def test_a_password_that_was_made_is_stored_before_it_is_used(folder):
     ],
 )
 def test_a_server_is_named_by_host_and_port_or_a_url(text, target):
-    assert tuple(chat.parse_target(text)) == target
+    assert tuple(chat.parse_target(text)) == (*target, ())
+
+
+def test_several_servers_of_one_chat_are_named_with_commas():
+    target = chat.parse_target("irc://a,b:7001,ircs://[::1]:7000")
+    assert [tuple(one)[:4] for one in (target, *target.others)] == [
+        ("a", 6667, False, "irc"),
+        ("b", 7001, False, ""),
+        ("::1", 7000, True, "irc"),
+    ]
+    assert chat.parse_target(chat.url_of(target)) == target
+    with pytest.raises(chat.Unusable):
+        chat.parse_target("a,b c")
 
 
 class Linked:
@@ -19421,6 +20262,37 @@ def piped(name, where, folder=None, silent=2.0, **options):
     limits = IMPATIENT | {"SILENT_SECONDS": silent}
     options = {"env": environment, "limits": limits, "stderr": None, **options}
     return program(*command, **options)
+
+
+def test_a_client_turns_to_the_next_server_of_a_chat_when_one_is_not_there(running):
+    server = running()
+    bob = server.guest("bob")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nowhere = chat.address_text(*closed.getsockname())
+    with piped("alice", f"{nowhere},irc://{chat.address_text(*server.address)}") as alice:
+        alice.communicate(b"hello\n", timeout=PATIENCE)
+    assert bob.until("alice: hello") and alice.returncode == 0
+
+
+def test_a_client_learns_the_other_servers_of_its_chat_from_the_server(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    for number, house in enumerate(nodes.values()):
+        name, here = house.cluster.name, house.hub.nodes[house.cluster.name]
+        for other in nodes.values():
+            other.hub.nodes[name] = here._replace(address=f"127.0.0.1:{7001 + number}")
+    one = nodes["n1"]
+    come(one, "alice")
+    tokens = "\n".join(ask(one, "alice", "VERSION"))
+    assert "chat.py/NODES=127.0.0.1:7001,127.0.0.1:7002 " in tokens
+    core = chat.ClientCore(chat.Outbox(), "alice")
+    core.server.ours = True
+    core.server.tokens["chat.py/NODES"] = "127.0.0.1:7001,127.0.0.1:7002,x y,"
+    link = types.SimpleNamespace(core=core, tried=0, phase=chat.ONLINE)
+    link.target = chat.Target("127.0.0.1", 7001)
+    link.choices = collections.deque([link.target])
+    assert chat.Link._next_choice(link) and link.target.port == 7002
+    link.phase = chat.CONNECTING
+    assert not chat.Link._next_choice(link) and link.target.port == 7001
 
 
 class Witness(Guest):
@@ -22976,6 +23848,88 @@ def serving(*arguments, **options):
             yield process, (host, int(port))
         finally:
             process.kill()
+
+
+@pytest.fixture
+def nats(folder):
+    """A NATS server with JetStream; its URL."""
+    if not shutil.which("nats-server"):
+        assert "CHAT_NEEDS_NATS" not in os.environ, "nats-server is not installed"
+        pytest.skip("nats-server is not installed")
+    where = folder / "nats"
+    where.mkdir()
+    command = ["nats-server", "-a", "127.0.0.1", "-p", "-1", "-js", "-sd", where]
+    command += ["--ports_file_dir", where]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL) as process:
+        try:
+            assert eventually(lambda: [*where.glob("*.ports")])
+            (ports,) = where.glob("*.ports")
+            assert eventually(lambda: ports.read_text())
+            yield json.loads(ports.read_text())["nats"][0]
+        finally:
+            process.kill()
+
+
+def test_two_nodes_over_a_real_nats_server_are_one_chat_also_when_one_is_killed(folder, nats):
+    names = ("n1", "n2")
+    given = {name: ("--cluster", nats, "--node", name, "--data", folder / name) for name in names}
+    with serving(*given["n1"]) as (first, one), serving(*given["n2"]) as (second, two):
+        bob = Guest(two, "bob")
+        bob.send("here\n")
+        servers = f"irc://{one[0]}:{one[1]},irc://{two[0]}:{two[1]}"
+        with piped("alice", servers.removeprefix("irc://")) as alice:
+            for n in range(100):
+                alice.stdin.write(f"line {n}\n".encode())
+                alice.stdin.flush()
+                if n == 50:
+                    assert bob.until("alice: line 20")
+                    first.kill()
+            alice.stdin.close()
+            assert bob.until("alice: line 99")
+            assert alice.wait(PATIENCE) == 0
+        first.wait(PATIENCE)
+        with serving(*given["n1"]) as (again, one):
+            carol = Guest(one, "carol")
+            carol.send("hello\n")
+            assert bob.until("carol: hello")
+            with program("backup", folder / "copy.db", "--data", folder / "n1") as copying:
+                assert copying.wait(PATIENCE) == 0
+            for process in (again, second):
+                process.send_signal(signal.SIGTERM)
+            assert again.wait(PATIENCE) == second.wait(PATIENCE) == 0
+    stores = [chat.Store(folder / name / "chat.db", node=True) for name in names]
+    one, two = (texts(store, chat.LOBBY, 200) for store in stores)
+    assert one == two == ["here", *(f"line {n}" for n in range(100)), "hello"]
+    for store in stores:
+        store.close()
+    copy = chat.Store(folder / "copy.db", node=True)
+    assert chat.restore_node(copy, "x").nodes.keys() == {"n1", "n2"}
+    copy.close()
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    (
+        (("--cluster", "nats://127.0.0.1"), b"--cluster needs --node NAME"),
+        (("--node", "n1"), b"of no use without --cluster"),
+        (("--cluster", "nats://h", "--node", "a", "--data", "none"), b"needs a data folder"),
+        (("--cluster", "nats://user:secret@"), b"write nats://HOST:4222"),
+        (("--cluster", "http://h", "--node", "n1"), b"write nats://HOST:4222"),
+    ),
+)
+def test_a_node_that_cannot_be_says_why_and_shows_no_password(folder, arguments, reason):
+    given = arguments if "none" in arguments else ("--data", folder, *arguments)
+    with program("server", *given) as process:
+        _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode in (1, 2) and reason in said and b"secret" not in said
+
+
+def test_the_password_of_an_account_is_not_changed_in_the_database_of_a_node(folder):
+    chat.Store(folder / "chat.db", node=True).close()
+    arguments = ("passwd", "alice", "--data", folder, "--password", "secret")
+    with program(*arguments) as process:
+        _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1 and b"is a node of a cluster" in said
 
 
 def test_a_terminated_server_says_goodbye_keeps_everything_and_exits_with_0(folder):
