@@ -24405,6 +24405,7 @@ log.onscroll = () => {
   if (log.scrollTop < 1500) drawOlder();
   if (stuck) markRead();
 };
+log.onwheel = log.ontouchmove = log.onscroll; // at the top, nothing scrolls any more
 $('newest').onclick = () => { stuck = true; keepPlace(); };
 
 function markRead() {
