@@ -23472,7 +23472,7 @@ def test_older_messages_come_by_scrolling_and_unread_ones_are_counted(running, b
     tab = browse(server.address).enter("anna")
     tab.wait_for("old 349")
     assert len(tab.rows()) == 100
-    tab.until("log.scrollTop = 0, log.onwheel(), room('#lobby').whole && !drawnFrom")
+    tab.until("(log.scrollTop = 0, log.onwheel(), room('#lobby').whole && !drawnFrom)")
     assert tab.rows() == [f"old {n}" for n in range(350)]
     ben.send("PRIVMSG anna :psst\r\nPRIVMSG #lobby :at the end\r\n")
     tab.until("document.querySelector('#menu .badge').textContent === '2'")
