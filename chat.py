@@ -25457,7 +25457,7 @@ def run_backup(args: argparse.Namespace) -> int:
     except sqlite3.Error as error:
         args.file.unlink()
         raise Unusable(f"the copy failed: {error}") from error
-    announce(f"{args.file} is a copy of {path}; as chat.db in another --data it is a new node's")
+    announce(f"{args.file} is a copy of {path}; it can be chat.db of another --data")
     return 0
 
 
