@@ -23875,12 +23875,12 @@ def test_two_nodes_over_a_real_nats_server_are_one_chat_also_when_one_is_killed(
         bob.send("here\n")
         servers = f"irc://{one[0]}:{one[1]},irc://{two[0]}:{two[1]}"
         with piped("alice", servers.removeprefix("irc://")) as alice:
-            for n in range(100):
-                alice.stdin.write(f"line {n}\n".encode())
-                alice.stdin.flush()
-                if n == 50:
-                    assert bob.until("alice: line 20")
-                    first.kill()
+            lines = [f"line {n}\n".encode() for n in range(100)]
+            alice.stdin.write(b"".join(lines[:51]))
+            alice.stdin.flush()
+            assert bob.until("alice: line 20")
+            first.kill()
+            alice.stdin.write(b"".join(lines[51:]))
             alice.stdin.close()
             assert bob.until("alice: line 99")
             assert alice.wait(PATIENCE) == 0
