@@ -24121,7 +24121,9 @@ async function keepRooms() {
 
 const tab = randomHex(8);
 const channel = self.BroadcastChannel ? new BroadcastChannel('chat') : { postMessage() {} };
-let leader = null, attached = false;
+let leader = null;
+let attached = false; // the model is that of the leader
+let answered = 0; // when the leader last answered
 
 function publish(item) { // to all tabs, this one included
   apply(item);
@@ -24189,16 +24191,17 @@ function apply(item) {
   ITEMS[name](item[name], item);
 }
 
-channel.onmessage = ({ data: { item, name, values, hello, led, snapshot, to } }) => {
+channel.onmessage = ({ data: { item, name, values, hello, known, led, snapshot, to } }) => {
   if (led && !attached) callLeader();
   if (item && attached) apply(item);
   if (name) leader?.[name](...values);
-  if (hello && leader) channel.postMessage({ snapshot: state, to: hello });
-  if (to === tab && !leader) {
-    attached = true;
-    Object.assign(state, snapshot);
-    drawLog();
-  }
+  if (hello && leader) channel.postMessage({ snapshot: known ? null : state, to: hello });
+  if (to !== tab || leader) return;
+  answered = Date.now();
+  if (!snapshot) return;
+  attached = true;
+  Object.assign(state, snapshot);
+  drawLog();
 };
 
 async function lead() {
@@ -24215,15 +24218,16 @@ function follow() {
   const old = leader;
   leader = null;
   old?.closed(); // for good: the connection is another tab's now
+  attached = false;
   callLeader();
   if (navigator.locks) elect();
 }
 
 // A tab that finds no leader, or a frozen one, takes its place
 function callLeader() {
-  attached = Boolean(leader);
-  channel.postMessage({ hello: tab });
-  setTimeout(() => attached || (document.hidden ? callLeader() : elect(true)), 3000);
+  const now = Date.now(), heard = () => leader || answered >= now;
+  channel.postMessage({ hello: tab, known: attached });
+  setTimeout(() => heard() || (document.hidden ? callLeader() : elect(true)), 3000);
 }
 
 // A Web Lock makes the leader. On plain http there is none: a lease in localStorage does then. A
@@ -24452,6 +24456,7 @@ function draw() {
   const known = isChannel(to.name) ? counted(members.length, 'member') : '';
   $('topic').textContent = to.topic || known;
   const called = allRooms().some((one) => one.called) ? 'called' : '';
+  $('menu').ariaLabel = `Conversations, ${unread} unread`;
   Object.assign($('menu').lastElementChild, { textContent: Math.min(unread, 99), hidden: !unread,
     className: `badge ${called}` });
   drawRooms();

@@ -23295,6 +23295,22 @@ def test_a_tab_takes_the_place_of_a_leader_that_does_not_answer(running, browse)
     assert witness.heard("through the other tab")[0] == tab.rows()
 
 
+def test_a_tab_that_is_shown_again_is_where_its_reader_was(running, browse):
+    server = with_page(running)
+    first = browse(server.address).enter("anna")
+    first.say(*(f"line {n}" for n in range(40)))
+    second = browse(server.address)
+    second.wait_for("line 39")
+    second.until("attached")
+    second.until("(log.scrollTop = 100, !stuck)")
+    second.js("dispatchEvent(new Event('visibilitychange')); null")
+    asked = second.js("Date.now()")
+    second.until(f"answered >= {asked} - 1000")
+    first.say("one more")
+    second.until("lastOf(shown().messages).text === 'one more'")
+    assert not second.js("stuck") and abs(second.js("log.scrollTop") - 100) < 50
+
+
 HOSTILE = (
     "<img src=http://evil.test/x onerror=alert(1)><script>alert(1)</script>",
     "javascript:alert(1) data:text/html,<b>x</b> [x](javascript:alert(1))",
