@@ -23239,6 +23239,9 @@ const $ = (id) => document.getElementById(id);
 
 function el(tag, properties, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
+  for (const key in properties) { // Firefox before 119 has them as attributes only
+    if (/^aria/.test(key)) made.setAttribute(key.replace('aria', 'aria-'), properties[key]);
+  }
   made.append(...children.filter(Boolean));
   return made;
 }
@@ -24456,7 +24459,7 @@ function draw() {
   const known = isChannel(to.name) ? counted(members.length, 'member') : '';
   $('topic').textContent = to.topic || known;
   const called = allRooms().some((one) => one.called) ? 'called' : '';
-  $('menu').ariaLabel = `Conversations, ${unread} unread`;
+  $('menu').setAttribute('aria-label', `Conversations, ${unread} unread`);
   Object.assign($('menu').lastElementChild, { textContent: Math.min(unread, 99), hidden: !unread,
     className: `badge ${called}` });
   drawRooms();
