@@ -4587,7 +4587,7 @@ def node_started(hub: Hub, who: Session, name: str, epoch: str, url: str, addres
 def node_gone(hub: Hub, who: Session, name: str, epoch: str, silent: bool) -> None:
     """Declare a node gone: it stops, or (`silent`) has sent nothing for a while."""
     node = hub.nodes.get(name)
-    if node and node.epoch == epoch and not (silent and hub.now - node.seen < NODE_SILENT_MS):
+    if node and node.epoch == epoch and not (silent and abs(hub.now - node.seen) < NODE_SILENT_MS):
         end_sessions(hub, node.start)
         del hub.nodes[name]
 
@@ -6507,6 +6507,8 @@ class ActBatch(NamedTuple):
         """Return the batch in an entry of the log. Raises ValueError."""
         try:
             batch = cls(*json.loads(data, object_hook=unwrapped_bytes))
+            if not all(0 <= n < 2**53 for n in batch if n.__class__ is int):
+                raise ValueError("an entry with a number that is none of ours")
             if tuple(map(type, batch)) != (int, str, str, int, int, int, str, list):
                 raise ValueError("an entry with other types")
             return batch
@@ -6779,6 +6781,7 @@ class Cluster:
         self.checksums: collections.OrderedDict[int, str] = collections.OrderedDict()
         self.agrees: dict[str, bool] = {}  # other nodes, by their last checksum
         self.trouble = ""  # why the log takes nothing; it was said once
+        self.heard: dict[str, float] = {}  # when a batch of an epoch was applied last; monotonic
         self.declared: dict[str, float] = {}  # epochs of nodes declared gone, and when that was
         self.lag, self.size, self.round_trip = 0, 0, 0.0  # for STATS: entries, acts, seconds
         self.unsaved = [0, 0]  # entries since the last snapshot, and their bytes
@@ -6882,6 +6885,9 @@ class Cluster:
             return
         if entry.sequence <= self.hub.sequence:
             return self._compare(entry)
+        if entry.sequence > self.hub.sequence + 1:
+            text = f"the log has no entry {self.hub.sequence + 1} any more"
+            return self.stop(f"{text}; {START_FROM_BACKUP}")
         try:
             batch = ActBatch.decode(entry.data)
         except ValueError as error:
@@ -6904,6 +6910,7 @@ class Cluster:
         self.hub.answers, self.hub.sequence = None, entry.sequence
         row = (entry.sequence, batch.time, entry.data, to_json(answers))
         self.hub.turn.entries.append(row)
+        self.heard[batch.epoch] = self.now
         self._applied(entry)
         released, self.released = self.released, []
         for session in released:
@@ -7036,9 +7043,11 @@ class Cluster:
 
     def _watch_nodes(self) -> None:
         """Declare nodes gone that have not sent anything for a while."""
-        now = self.wall(self.now) * 1000
+        for epoch in self.heard.keys() - {node.epoch for node in self.hub.nodes.values()}:
+            del self.heard[epoch]
         for node in list(self.hub.nodes.values()):
-            late = now - node.seen > NODE_SILENT_MS and node.name != self.name
+            heard = max(self.heard.get(node.epoch, 0.0), self.steady_since)
+            late = (self.now - heard) * 1000 > NODE_SILENT_MS and node.name != self.name
             if late and self.now - self.declared.get(node.epoch, -math.inf) > NODE_BEAT_SECONDS:
                 self.declared[node.epoch] = self.now
                 self.ask(None, "node_gone", (node.name, node.epoch, True), None, None)
@@ -9592,7 +9601,10 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
     check_server(session, server)
     site = session.site
     if letter == "u":
-        minutes, seconds = divmod((site.hub.ticks - site.hub.started_ticks) // 1000, 60)
+        # On a node, ticks are the time of the log
+        hub, on_node = site.hub, site.cluster
+        ran = hub.now - hub.started if on_node else hub.ticks - hub.started_ticks
+        minutes, seconds = divmod(ran // 1000, 60)
         hours, minutes = divmod(minutes, 60)
         session.reply(RPL_STATSUPTIME, *divmod(hours, 24), minutes, seconds)
     elif letter == "o" and session.operator:

@@ -5430,6 +5430,34 @@ def test_a_node_that_cannot_reach_the_log_holds_its_clients_and_then_drops_them(
     assert_nodes_agree(nodes)
 
 
+@pytest.mark.parametrize("jump", [3600, -3600])
+def test_a_jump_of_the_clock_of_nats_declares_no_living_node_gone(folder, jump):
+    nodes, moved = Nodes(folder, "n1", "n2", "n3"), [0]
+    for name, house in nodes.items():
+        come(house, f"u{name}")
+    nodes.turns(60)
+    nodes.nats.clock = lambda: nodes.clock() + moved[0]
+    moved[0] = jump
+    nodes["n1"].say("un1", "PING :x")
+    nodes.turns(40)
+    for name, house in nodes.items():
+        assert not house.failure and not house.guests[f"u{name}"].conn.closed
+    nodes.kill("n3")
+    nodes.turns(30)
+    assert nodes["n1"].hub.nodes.keys() == {"n1", "n2"}
+
+
+def test_a_node_stops_at_a_gap_in_the_log_and_says_what_to_do(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    come(nodes["n1"], "alice")
+    nodes.settle()
+    one, two = nodes["n1"], nodes["n2"]
+    entry = chat.LogEntry(two.hub.sequence + 2, 0, b"[]", 0)
+    two.cluster.apply(entry)
+    assert f"no entry {two.hub.sequence + 1} any more" in two.failure
+    assert "chat.py backup FILE" in two.failure and not one.failure
+
+
 def test_of_two_nodes_with_one_name_the_first_stops(folder):
     nodes = Nodes(folder, "n1")
     one = nodes["n1"]
@@ -5482,7 +5510,12 @@ def test_acts_of_a_newer_version_stop_an_older_node(folder):
     assert "node n9 runs a newer chat.py" in nodes["n1"].failure
 
 
-@pytest.mark.parametrize("data", (b"", b"{}", b"[1]", b'[1, "n1", 2, 3, 4, 5, 6, 7]', b"\xff"))
+HUGE = b'[1, "x", "e3", 1, 99999999999999999999999999, 0, "", []]'
+
+
+@pytest.mark.parametrize(
+    "data", (b"", b"{}", b"[1]", b'[1, "n1", 2, 3, 4, 5, 6, 7]', b"\xff", HUGE)
+)
 def test_an_entry_that_is_not_of_chat_py_is_passed_over_on_all_nodes(folder, data):
     nodes = Nodes(folder, "n1", "n2")
     nodes.nats.append("x", data)
