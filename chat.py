@@ -6266,7 +6266,9 @@ def log_entry(message: NatsMessage) -> tuple[LogEntry, int]:
 
 
 START_FROM_BACKUP = "start it from a copy of another node: chat.py backup FILE"
-STREAM_MISSING, TOO_MANY_REPLICAS = 10059, (10005, 10023, 10074)  # err_code of JetStream
+STREAM_MISSING, SUBJECT_TAKEN = 10059, 10065  # err_code of JetStream
+TOO_MANY_REPLICAS = (10005, 10023, 10074)
+OTHER_LOG = "name another one: nats://HOST:PORT/NAME"
 
 
 class NatsLog:
@@ -6337,6 +6339,9 @@ class NatsLog:
             error = answer.get("error", {})
             if error.get("err_code") in TOO_MANY_REPLICAS and replicas > 1:
                 return self._create(replicas - 1)
+            if error.get("err_code") == SUBJECT_TAKEN:
+                text = f"another stream of NATS has the subject {self.subject}"
+                raise LogUnusable(f"{text}; {OTHER_LOG}")
             if error:
                 raise NatsFailed(f"JetStream: {error.get('description', 'an error')}")
             return self._check(answer)
@@ -6349,7 +6354,7 @@ class NatsLog:
         ours = config.get("subjects") == [self.subject] and config.get("retention") == "limits"
         if not ours or config.get("mirror") or config.get("max_msgs_per_subject", -1) > 0:
             text = f"the stream {self.name} in NATS is not a log of chat.py"
-            raise LogUnusable(f"{text}; name another one: nats://HOST:PORT/NAME")
+            raise LogUnusable(f"{text}; {OTHER_LOG}")
         self.last, first = state.get("last_seq", 0), state.get("first_seq", 0)
         if self.last < self.applied:
             text = f"the log {self.name} went back: it ends at {self.last}"

@@ -4908,6 +4908,7 @@ class FakeNats:
         self.clients = []
         self.refused = ""  # what entries are answered with
         self.down = self.mute = False
+        self.foreign = ""  # the subject of another stream
 
     def accept(self):
         client = FakeNatsClient(self)
@@ -4939,6 +4940,8 @@ class FakeNats:
         if "STREAM.CREATE" in subject:
             if request["num_replicas"] > 1:
                 return {"error": {"code": 500, "err_code": 10074, "description": "replicas > 1"}}
+            if self.foreign in request["subjects"]:
+                return {"error": {"code": 400, "err_code": 10065, "description": "overlap"}}
             self.config = request
         return {
             "config": self.config,
@@ -5171,6 +5174,15 @@ def test_a_log_that_does_not_fit_is_refused_with_the_reason(config, first, appli
     dialogue, _, move = dialogue_of(nats)
     chat.NatsLog(dialogue, "chat", 2, applied).open(1.0)
     with pytest.raises(chat.LogUnusable, match=reason):
+        move()
+
+
+def test_a_subject_that_another_stream_has_is_refused_with_the_way_out():
+    nats = FakeNats(lambda: 5.0)
+    nats.foreign = "chat.log"
+    dialogue, _, move = dialogue_of(nats)
+    chat.NatsLog(dialogue, "chat", 2, 0).open(1.0)
+    with pytest.raises(chat.LogUnusable, match="has the subject chat.log; name another one"):
         move()
 
 
