@@ -2352,7 +2352,7 @@ class Conversation(Audience):
         """Raise Refused if the other user has set +R and this one has no account."""
         partner = self.partner(user)
         if "R" in partner.modes and not user.account:
-            text = f"{partner.name} only hears who is logged in"
+            text = f"{partner.name} accepts messages of logged-in users only"
             raise Refused("NEED_ACCOUNT", text, partner.name)
 
 
@@ -7311,7 +7311,7 @@ NEEDS_CAPABILITY = {  # to be told of these events
 
 USER_MODES = {  # letter -> what it is
     "B": "is a bot",
-    "R": "only hears from who is logged in",
+    "R": "accepts messages of logged-in users only",
     "i": "is not listed to those who share no channel",
     "o": "operates this server",
     "w": "hears what operators tell each other",
@@ -8770,7 +8770,7 @@ def irc_topic(session: IrcSession, name: str, topic: str | None = None) -> None:
 
 @irc_command("NAMES", most=1)
 def irc_names(session: IrcSession, names: str = "") -> Iterator[None]:
-    """NAMES [<channel>{,<channel>}] -- who is in channels"""
+    """NAMES [<channel>{,<channel>}] -- list the members of channels"""
     for key in dict.fromkeys(map(fold, names.split(","))):
         channel = session.site.hub.channels.get(key)
         if channel and channel.visible_to(session.user):
@@ -9377,7 +9377,7 @@ def who_values(
 
 @irc_command("WHO", most=2)
 def irc_who(session: IrcSession, mask: str = "*", options: str = "") -> Iterator[None]:
-    """WHO <channel or mask> [o][%<fields>[,<token>]] -- the people that match, in a line each"""
+    """WHO <channel or mask> [o][%<fields>[,<token>]] -- the users that match, one line for each"""
     flags, extended, rest = options.partition("%")
     fields, _, token = rest.partition(",")
     multi = "multi-prefix" in session.capabilities
@@ -9601,8 +9601,8 @@ def ban_text(ban: ServerBan) -> str:
 
 @irc_command("STATS", most=2)
 def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
-    """STATS u|o|k|n [<server>] -- time since the start; who may be an operator; who is banned;
-    how this server is doing as a node of a cluster"""
+    """STATS u|o|k|n [<server>] -- time since the start; names of operators; bans;
+    the state of this server as a node of a cluster"""
     check_server(session, server)
     site = session.site
     if letter == "u":
@@ -9731,7 +9731,7 @@ def unban_from(session: LocalSession, mask: str) -> Steps:
 
 @irc_command("WALLOPS", 1, privileged=True)
 def irc_wallops(session: IrcSession, text: str) -> None:
-    """WALLOPS <text> -- tell everybody who wants to hear operators (user mode w)"""
+    """WALLOPS <text> -- send a text to all users with mode w"""
     if not text:
         raise Refused("NO_TEXT", "there is nothing to say")
     session.act("wallops", text)
@@ -10111,7 +10111,7 @@ def line_part(session: LineSession, name: str = "", reason: str = "") -> Steps:
 
 @line_command("names", most=1)
 def line_names(session: LineSession, name: str = "") -> None:
-    """/names [#CHANNEL] -- who is in it; @ marks its operators"""
+    """/names [#CHANNEL] -- list its members; @ marks operators"""
     channel = named_channel(session, name)
     if not channel.visible_to(session.user):
         channel.member(session.user)
@@ -10289,7 +10289,7 @@ line_command(
 
 @line_command("stats", 1, privileged=True)
 def line_stats(session: LineSession, letter: str) -> None:
-    """/stats k -- who is banned from this server"""
+    """/stats k -- list the bans from this server"""
     bans = session.site.hub.present_bans() if letter in ("k", "K") else []
     for ban in bans:
         session.tell(f"{ban.mask} {ban_text(ban)}")
@@ -15937,7 +15937,7 @@ def do_ctcp(core: ClientCore, name: str, request: str) -> None:
 
 @client_command("names", most=1)
 def do_names(core: ClientCore, name: str = "") -> None:
-    """/names [#CHANNEL] -- who is here"""
+    """/names [#CHANNEL] -- list the members"""
     where = name or asked_channel(core)
     core.talk.shown_names.add(core.fold(where))
     core.talk.command("NAMES", where)
@@ -16020,7 +16020,7 @@ def do_unignore(core: ClientCore, mask: str) -> None:
     """/unignore NAME|MASK -- show again what a user says"""
     known = {core.fold(one): one for one in core.ignored}
     if core.fold(mask) not in known:
-        raise Refused("NOT_IGNORED", f"{mask} is not ignored; /ignore lists who is")
+        raise Refused("NOT_IGNORED", f"{mask} is not ignored; /ignore lists the ignored users")
     core.ignored.discard(known[core.fold(mask)])
     core.keep_ignored()
     do_ignore(core)
@@ -16108,7 +16108,7 @@ for sent_on in (
 
 @client_command("who", most=1)
 def do_who(core: ClientCore, mask: str = "") -> None:
-    """/who [#CHANNEL|MASK] -- who is there, with addresses"""
+    """/who [#CHANNEL|MASK] -- list users with their addresses"""
     core.wants_who = True
     core.talk.command("WHO", mask or asked_channel(core))
 
