@@ -6593,9 +6593,6 @@ SAVED = (  # of a Hub
 )
 SAVED_OF_ACCOUNTS = ("certificates", "skeletons")
 SAVED_OF_FILES = ("by_message", "most", "total")
-SNAPSHOT_ERRORS = (
-    *(pickle.UnpicklingError, zlib.error, EOFError, LookupError, TypeError, AttributeError),
-)
 LINKED = (User, Channel, Session)
 MADE_AGAIN = ("audience", "by_wire", "former", "rosters")  # of a channel
 SAVED_CLASSES = {
