@@ -5193,6 +5193,105 @@ class Readers:
             self.idle.pop().close()
 
 
+class History:
+    """The stored events of channels and conversations, in pages. Works on any thread."""
+
+    def __init__(self, readers: Readers):
+        self.reading = readers
+
+    def targets_of(self, db: sqlite3.Connection, place: Place) -> list[tuple[int, int]]:
+        """Return the targets of a place and their foundings, the newest first."""
+        marks = ", ".join("?" * len(place.keys))
+        query = f"SELECT id, founding FROM targets WHERE key IN ({marks})"
+        found = dict(db.execute(query, place.keys).fetchall())
+        if place.owner:
+            query = """
+                SELECT id, 0 FROM targets WHERE one = ? AND other_key = ? AND other LIKE '~%'
+                UNION SELECT id, 0 FROM targets
+                WHERE other = ? AND one_key = ? AND one LIKE '~%'"""
+            found |= dict(db.execute(query, [place.owner, place.other_key] * 2).fetchall())
+        return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
+
+    def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
+        """Return at most `count` events of a span, the newest or the oldest of them, in the order
+        of their ids. There are fewer if they exceed PAGE_BYTES."""
+        where, values = span.where()
+        order = "time {0}, id {0}" if span.by_time else "id {0}"
+        order = order.format("DESC" if newest else "ASC")
+        query = (
+            f"SELECT {COLUMNS} FROM events WHERE target = ? AND {where} ORDER BY {order} LIMIT ?"
+        )
+        rows: list[tuple] = []
+        with self.reading() as db:
+            targets = self.targets_of(db, span.place)
+            # The foundings of one channel follow each other; conversations overlap
+            in_turn = len(span.place.keys) == 1 and not span.by_time and not span.place.owner
+            for target, _ in targets if newest else reversed(targets):
+                rows += self._some(db.execute(query, [target, *values, count]))
+                if in_turn and len(rows) >= count:
+                    break
+        nearest = (lambda row: (row[1], row[0])) if span.by_time else (lambda row: row[0])
+        rows.sort(key=nearest, reverse=newest)
+        return [event_of(*row) for row in sorted(self._some(rows[:count]), key=lambda row: row[0])]
+
+    @staticmethod
+    def _some(rows: Iterable[tuple]) -> list[tuple]:
+        """Return the first rows that are valid events, as far as they fit in PAGE_BYTES."""
+        some, size = [], 0
+        for row in filter(is_sound, rows):
+            size += len(row[7].encode()) + len(row[9].encode())
+            if some and size > PAGE_BYTES:
+                break
+            some.append(row)
+        return some
+
+    def around(self, span: Span, centre: Mark, count: int) -> list[Event]:
+        """Return the events before a mark, and about as many from the mark on."""
+        older = self.page(span._replace(before=centre), count // 2)
+        inclusive = Mark(centre.id - 1) if centre.id is not None else Mark(time=centre.time - 1)
+        return older + self.page(span._replace(after=inclusive), count - len(older), newest=False)
+
+    def between(self, span: Span, one: Mark, other: Mark, count: int) -> list[Event]:
+        """Return the events between two marks, beginning at the first one, which may be the
+        later."""
+        if one.id and other.id:  # the id alone defines the order
+            backwards = one.id > other.id
+        else:
+            backwards = self._moment(span, one) > self._moment(span, other)
+        after, before = (other, one) if backwards else (one, other)
+        return self.page(span._replace(after=after, before=before), count, backwards)
+
+    def _moment(self, span: Span, mark: Mark) -> tuple[int, int]:
+        """Return a mark's time and id, to compare marks of both kinds."""
+        if mark.id is None:
+            return mark.time, 0
+        found = self.page(Span(span.place, REPLAYABLE, Mark(mark.id - 1)), 1, newest=False)
+        return (found[0].time if found else LAST_MOMENT), mark.id
+
+    def newest(self, keys: Iterable[str], identities: Iterable[str]) -> list[tuple[str, Event]]:
+        """Return the last message of each key and of each private conversation of these identities.
+        The text with each is its key, or "" for a conversation."""
+        query = f"""
+            SELECT {COLUMNS} FROM events WHERE target = ? AND kind IN (?, ?, ?)
+            ORDER BY id DESC LIMIT 1"""
+        found: dict[Any, tuple[str, Event]] = {}
+        with self.reading() as db:
+            wanted = [
+                (key, key, id) for key in keys for id, _ in self.targets_of(db, Place((key,)))
+            ]
+            for identity in identities:
+                which = "SELECT id, one, other FROM targets WHERE one = ? OR other = ?"
+                for id, one, other in db.execute(which, [identity] * 2).fetchall():
+                    wanted.append((other if one == identity else one, "", id))
+            for name, key, target in wanted:
+                row = db.execute(query, [target, *SPOKEN]).fetchone()
+                if not row or not is_sound(row):
+                    continue
+                if name not in found or found[name][1].id < row[0]:
+                    found[name] = key, event_of(*row)
+        return list(found.values())
+
+
 class SearchIndex:
     """The words of all messages, in a database file of its own: SQLite's FTS5, without the text.
     One helper at a time runs a step, which reads chat.db and goes on after the last indexed id,
@@ -5374,7 +5473,7 @@ class SearchIndex:
         query = f"SELECT {COLUMNS} FROM events WHERE target = ? AND id = ? AND {where}"
         with self.store.reading() as db, self.reading() as index:
             for place in places:
-                for target, _ in self.store.targets_of(db, place):
+                for target, _ in self.store.history.targets_of(db, place):
                     ids = self._ids(index, f"place: t{target}{name} AND text: ({texts})")
                     rows = (db.execute(query, [target, id, *values]).fetchone() for id in ids)
                     some = itertools.islice((row for row in rows if row and is_sound(row)), count)
@@ -5522,8 +5621,9 @@ class Store:
         self.erased = bool(wal) and wal.exists() and wal.stat().st_size > 0
         self.keep = keep or (KEEP_EVENTS if path else KEEP_EVENTS_IN_MEMORY)
         self.db = open_database(path)
-        self.guarded: dict[pathlib.Path, int] = {}  # files, and which ones they have to be
+        self.guarded: dict[pathlib.Path, int] = {}  # and the inode of each
         self.reading = Readers(path, self.db)
+        self.history = History(self.reading)
         self.version = 0  # of the data, as seen last
         self.targets: dict[tuple[str, int], int] = {}  # ids by key and founding, lately written to
         self.unsure: list[tuple[str, int]] = []  # made in a transaction not yet committed
@@ -5826,100 +5926,6 @@ class Store:
             if tuple(map(type, row)) != types:
                 raise ValueError(f"a row of {table} has wrong values")
         return rows
-
-    # Reading, on any thread
-
-    def targets_of(self, db: sqlite3.Connection, place: Place) -> list[tuple[int, int]]:
-        """Return the targets of a place and their foundings, the newest first."""
-        marks = ", ".join("?" * len(place.keys))
-        query = f"SELECT id, founding FROM targets WHERE key IN ({marks})"
-        found = dict(db.execute(query, place.keys).fetchall())
-        if place.owner:
-            query = """
-                SELECT id, 0 FROM targets WHERE one = ? AND other_key = ? AND other LIKE '~%'
-                UNION SELECT id, 0 FROM targets
-                WHERE other = ? AND one_key = ? AND one LIKE '~%'"""
-            found |= dict(db.execute(query, [place.owner, place.other_key] * 2).fetchall())
-        return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
-
-    def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
-        """Return at most `count` events of a span, the newest or the oldest of them, in the order
-        of their ids. There are fewer if they exceed PAGE_BYTES."""
-        where, values = span.where()
-        order = "time {0}, id {0}" if span.by_time else "id {0}"
-        order = order.format("DESC" if newest else "ASC")
-        query = (
-            f"SELECT {COLUMNS} FROM events WHERE target = ? AND {where} ORDER BY {order} LIMIT ?"
-        )
-        rows: list[tuple] = []
-        with self.reading() as db:
-            targets = self.targets_of(db, span.place)
-            # The foundings of one channel follow each other; conversations overlap
-            in_turn = len(span.place.keys) == 1 and not span.by_time and not span.place.owner
-            for target, _ in targets if newest else reversed(targets):
-                rows += self._some(db.execute(query, [target, *values, count]))
-                if in_turn and len(rows) >= count:
-                    break
-        nearest = (lambda row: (row[1], row[0])) if span.by_time else (lambda row: row[0])
-        rows.sort(key=nearest, reverse=newest)
-        return [event_of(*row) for row in sorted(self._some(rows[:count]), key=lambda row: row[0])]
-
-    @staticmethod
-    def _some(rows: Iterable[tuple]) -> list[tuple]:
-        """Return the first rows that are valid events, as far as they fit in PAGE_BYTES."""
-        some, size = [], 0
-        for row in filter(is_sound, rows):
-            size += len(row[7].encode()) + len(row[9].encode())
-            if some and size > PAGE_BYTES:
-                break
-            some.append(row)
-        return some
-
-    def around(self, span: Span, centre: Mark, count: int) -> list[Event]:
-        """Return the events before a mark, and about as many from the mark on."""
-        older = self.page(span._replace(before=centre), count // 2)
-        inclusive = Mark(centre.id - 1) if centre.id is not None else Mark(time=centre.time - 1)
-        return older + self.page(span._replace(after=inclusive), count - len(older), newest=False)
-
-    def between(self, span: Span, one: Mark, other: Mark, count: int) -> list[Event]:
-        """Return the events between two marks, beginning at the first one, which may be the
-        later."""
-        if one.id and other.id:  # the id alone defines the order
-            backwards = one.id > other.id
-        else:
-            backwards = self._moment(span, one) > self._moment(span, other)
-        after, before = (other, one) if backwards else (one, other)
-        return self.page(span._replace(after=after, before=before), count, backwards)
-
-    def _moment(self, span: Span, mark: Mark) -> tuple[int, int]:
-        """Return a mark's time and id, to compare marks of both kinds."""
-        if mark.id is None:
-            return mark.time, 0
-        found = self.page(Span(span.place, REPLAYABLE, Mark(mark.id - 1)), 1, newest=False)
-        return (found[0].time if found else LAST_MOMENT), mark.id
-
-    def newest(self, keys: Iterable[str], identities: Iterable[str]) -> list[tuple[str, Event]]:
-        """Return the last message of each key and of each private conversation of these identities.
-        The text with each is its key, or "" for a conversation."""
-        query = f"""
-            SELECT {COLUMNS} FROM events WHERE target = ? AND kind IN (?, ?, ?)
-            ORDER BY id DESC LIMIT 1"""
-        found: dict[Any, tuple[str, Event]] = {}
-        with self.reading() as db:
-            wanted = [
-                (key, key, id) for key in keys for id, _ in self.targets_of(db, Place((key,)))
-            ]
-            for identity in identities:
-                which = "SELECT id, one, other FROM targets WHERE one = ? OR other = ?"
-                for id, one, other in db.execute(which, [identity] * 2).fetchall():
-                    wanted.append((other if one == identity else one, "", id))
-            for name, key, target in wanted:
-                row = db.execute(query, [target, *SPOKEN]).fetchone()
-                if not row or not is_sound(row):
-                    continue
-                if name not in found or found[name][1].id < row[0]:
-                    found[name] = key, event_of(*row)
-        return list(found.values())
 
     # Housekeeping
 
@@ -9107,7 +9113,9 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     if first.id is None:
         first, last = sorted(bounds, key=lambda mark: mark.time)
     keys = [channel.key for channel in user.channels]
-    newest = functools.partial(session.site.store.newest, keys, hub.identities(user.identity))
+    newest = functools.partial(
+        session.site.store.history.newest, keys, hub.identities(user.identity)
+    )
     found = yield do(session.read, newest)
     names = {channel.key: channel.name for channel in user.channels}
     there = []
@@ -9149,13 +9157,13 @@ def history_job(session: IrcSession, how: str, span: Span, name: str, marks: lis
     hub, store = session.site.hub, session.site.store
     points = [parse_mark(hub, mark, how, name) for mark in marks if (how, mark) != ("LATEST", "*")]
     if how == "AROUND":
-        return functools.partial(store.around, span, points[0], count), False
+        return functools.partial(store.history.around, span, points[0], count), False
     if how == "BETWEEN":
-        return functools.partial(store.between, span, *points, count), False
+        return functools.partial(store.history.between, span, *points, count), False
     bound = points[0] if points else None
     span = span._replace(before=bound) if how == "BEFORE" else span._replace(after=bound)
     newest = how != "AFTER"
-    return functools.partial(store.page, span, count, newest), newest
+    return functools.partial(store.history.page, span, count, newest), newest
 
 
 CHATHISTORY_MARKS = {"BEFORE": 1, "AFTER": 1, "LATEST": 1, "AROUND": 1, "BETWEEN": 2, "TARGETS": 1}
@@ -9206,12 +9214,12 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
             since = parse_mark(session.site.hub, marks[0], how, name)
         for kind in changes_told(session):
             span = Span(place, (kind,), after=since)
-            page = functools.partial(session.site.store.page, span, CHANGES_A_PAGE, True)
+            page = functools.partial(session.site.store.history.page, span, CHANGES_A_PAGE, True)
             changes += yield do(session.read, page)
     if readable(session, name, how) != place:  # the user was put out, or is another, meanwhile
         raise invalid_target(how, name)
     channel = session.site.hub.channels.get(fold(name))
-    # A page of the store ends early where it is large, see Store.page()
+    # A page of the store ends early where it is large, see History.page()
     size = sum(len(e.text.encode()) + len(e.tags.encode()) for e in events)
     whole = len(events) < count and how != "AROUND" and size <= PAGE_BYTES // 2
     events = sorted([*events, *changes], key=lambda event: event.id)
@@ -9269,7 +9277,7 @@ def irc_markread(session: IrcSession, name: str = "", when: str = "") -> Steps:
         id = 0
     else:
         span = Span(place, SPOKEN, Mark(time=stamp - 1), Mark(time=stamp + 1))
-        found = yield do(session.read, functools.partial(session.site.store.page, span, 1))
+        found = yield do(session.read, functools.partial(session.site.store.history.page, span, 1))
         id = found[0].id if found else 0
     yield do(session.act, "mark_read", name, stamp, id)
     session.tell_marker(name)
@@ -10316,7 +10324,7 @@ def line_history(session: LineSession, *params: str) -> Steps:
         channel.member(session.user)
         audience = channel.audience
     span = Span(place_of(hub, session.user, audience))
-    events = yield do(session.read, functools.partial(session.site.store.page, span, count))
+    events = yield do(session.read, functools.partial(session.site.store.history.page, span, count))
     if channel:
         channel.member(session.user)  # or not any more
     tell_past(session, events, line_prefix(audience))
@@ -17775,37 +17783,42 @@ class Address:
 class Addresses(dict[str, Address]):
     """Budgets that outlive connections. A full one is forgotten: a new one is the same."""
 
-    def __init__(self, flood: tuple[float, float] | None):
+    def __init__(self, loop: Loop, flood: tuple[float, float] | None):
         super().__init__()
-        self.flood = flood
+        self.loop, self.flood = loop, flood
+        self.idle = Delay(loop, ADDRESS_SECONDS, self.forget_if_full)
 
-    def enter(self, key: str, now: float) -> Address:
+    def enter(self, key: str) -> Address:
         address = self.get(key)
         if address is None:
             budget = None
             if self.flood:
                 burst, rate = self.flood
-                budget = Budget(burst * ADDRESS_SHARES, rate * ADDRESS_SHARES, now)
+                budget = Budget(burst * ADDRESS_SHARES, rate * ADDRESS_SHARES, self.loop.now)
             address = self[key] = Address(key, budget)
         address.peers += 1
         if len(self) > ADDRESSES_KEPT:
-            self.sweep(now)
+            self.sweep()
         return address
 
-    def leave(self, address: Address, now: float) -> None:
+    def leave(self, address: Address) -> None:
         address.peers -= 1
-        self.forget_if_full(address, now)
+        self.forget_if_full(address)
 
-    def forget_if_full(self, address: Address, now: float) -> bool:
-        gone = not address.peers and address.used(now) <= 0
-        if gone:
-            self.pop(address.key, None)
-        return gone
+    def forget_if_full(self, address: Address) -> None:
+        """Forget a full budget that no connection uses; look at another one again later."""
+        if address.peers or self.get(address.key) is not address:
+            return
+        if address.used(self.loop.now) <= 0:
+            del self[address.key]
+        else:
+            self.idle.add(address)
 
-    def sweep(self, now: float) -> None:
+    def sweep(self) -> None:
         """Forget the full budgets; if that is not enough, the fullest ones without a connection."""
         for address in list(self.values()):
-            self.forget_if_full(address, now)
+            self.forget_if_full(address)
+        now = self.loop.now
         idle = sorted(
             (one for one in self.values() if not one.peers), key=lambda one: one.used(now)
         )
@@ -17828,7 +17841,7 @@ class Peer(Connection):
         self.host = host
         self.address = address_text(host, port)
         self.limit_key = key
-        self.home = server.addresses.enter(self.limit_key, server.loop.now)
+        self.home = server.addresses.enter(key)
         self.inbox: Any = None  # a framer, once something comes: many never speak
         self.framing: Framing | None = None  # makes frames of lines, for a WebSocket
         self.web = False  # it speaks HTTP
@@ -17847,9 +17860,9 @@ class Peer(Connection):
 
     def named(self) -> None:
         """Stop the time limit for registration: it is complete."""
-        self.server.unnamed.discard(self)
+        self.server.times.unnamed.discard(self)
         if self.session.probed:
-            self.server.probed.add(self)
+            self.server.times.probed.add(self)
 
     def charge(self, items: float) -> None:
         """Take this much work from the budgets of the connection and of its address."""
@@ -17900,7 +17913,7 @@ class Peer(Connection):
         """End the session. The connection is closed after the last bytes of this turn."""
         if not self.leaving:
             self.leaving = True
-            self.server.unnamed.discard(self)
+            self.server.times.unnamed.discard(self)
             if self.inbox:
                 self.inbox.clear()
             if self.session:
@@ -17918,9 +17931,9 @@ class Peer(Connection):
         self.web = True
         self.inbox = HttpReader(first_line + b"\r\n" + self.inbox.rest())
         self.session = WebSession(server.site, self)
-        server.unnamed.discard(self)
-        server.silent.discard(self)
-        server.web_heads.add(self)
+        server.times.unnamed.discard(self)
+        server.times.silent.discard(self)
+        server.times.web_heads.add(self)
         with contextlib.suppress(OSError):  # what was sent and is not acknowledged is known then
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, WEB_SEND_BUFFER)
         return None
@@ -17933,9 +17946,9 @@ class Peer(Connection):
             self.address = address_text(host, int(self.address.rpartition(":")[2]))
         if key != self.limit_key:
             self.server.limits.move(self.limit_key, key)
-            self.server.leave_address(self)
+            self.server.addresses.leave(self.home)
             self.limit_key = key
-            self.home = self.server.addresses.enter(key, self.loop.now)
+            self.home = self.server.addresses.enter(key)
 
     def upgrade(self, head: bytes, opcode: int) -> None:
         """Answer a WebSocket handshake; from here on read frames with lines of IRC."""
@@ -17947,9 +17960,9 @@ class Peer(Connection):
         self.web, self.framing, self.shared = False, server.framings[opcode], False
         self.inbox = FrameReader(LINE_BYTES, self.inbox.buffer)
         self.session = IrcSession(server.site, self)
-        server.web_heads.discard(self)
-        server.web_idle.discard(self)
-        server.unnamed.add(self)
+        server.times.web_heads.discard(self)
+        server.times.web_idle.discard(self)
+        server.times.unnamed.add(self)
         return None
 
     def write(self, data: bytes) -> None:
@@ -17967,11 +17980,11 @@ class Peer(Connection):
 
     def heard_request(self) -> None:
         """Restart the time limits of requests, after input."""
-        self.server.web_idle.discard(self)
+        self.server.times.web_idle.discard(self)
         if self.inbox.in_body or self.answers:
-            self.server.web_idle.add(self)
+            self.server.times.web_idle.add(self)
         else:
-            self.server.web_heads.add(self)
+            self.server.times.web_heads.add(self)
 
     @property
     def answers(self) -> bool:
@@ -18010,7 +18023,7 @@ class Peer(Connection):
     def received(self, data: bytes) -> None:
         self.heard = self.loop.now
         if self.inbox is None:
-            self.server.silent.discard(self)
+            self.server.times.silent.discard(self)
             if self.tls is None and TLS_FIRST_BYTES.startswith(data[:2]):
                 if self.server.tls_context is None:
                     log.info(
@@ -18026,22 +18039,22 @@ class Peer(Connection):
         self.inbox.feed(data)
         if self.web:
             self.heard_request()
-        self.server.acting[self] = None
+        self.server.beat.acting[self] = None
 
     def secured(self) -> None:
-        self.server.silent.add(self)
+        self.server.times.silent.add(self)
 
     def ended(self) -> None:
         if self.inbox is None:
             return self.close()
         if self.session is None or self.session.accepts_partial_last_line:
             self.inbox.finish()
-        self.server.acting[self] = None
+        self.server.beat.acting[self] = None
 
     def resume_soon(self) -> None:
         """Act on the rest of the input in the next turn."""
-        if self not in self.server.acting:
-            self.server.acting[self] = None
+        if self not in self.server.beat.acting:
+            self.server.beat.acting[self] = None
             self.loop.call_soon(do_nothing)
 
     def still_there(self) -> bool:
@@ -18056,16 +18069,16 @@ class Peer(Connection):
     def resume_with_budget(self) -> None:
         self.waits_for_budget = False
         if self.still_there():
-            self.server.acting[self] = None
+            self.server.beat.acting[self] = None
             self.update()
 
     def lagging(self) -> None:
         if self.unsent > UNSENT_MOST:
-            self.server.drop_slow(self)
+            self.server.times.drop_slow(self)
         elif self.unsent > UNSENT_SLOW and not self.web:  # which was_stalled() looks after
-            self.server.slow.add(self)
+            self.server.times.slow.add(self)
         else:
-            self.server.slow.discard(self)
+            self.server.times.slow.discard(self)
             if self.inbox and self.unsent <= UNSENT_NO_READ:
                 self.resume_soon()
 
@@ -18592,6 +18605,217 @@ def web_of(options: ServerOptions, ports: Iterable[int]) -> Web:
     return options.web._replace(hosts=frozenset(names), ports=ports, address=reached)
 
 
+class TimeLimits:
+    """How long a peer may take: to say something, to give a name, to read, to answer, to send a
+    request."""
+
+    def __init__(self, loop: Loop):
+        self.loop = loop
+        self.silent = Delay(loop, GREETING_SECONDS, self.greet)
+        self.unnamed = Delay(loop, NAMING_SECONDS, self.evict)
+        self.slow = Delay(loop, SLOW_SECONDS, self.drop_slow)
+        self.probed = Delay(loop, PONG_SECONDS, self.probe)
+        self.web_heads = Delay(loop, WEB_HEAD_SECONDS, self.end_request)
+        self.web_idle = Delay(loop, WEB_IDLE_SECONDS, self.end_idle)
+
+    def forget(self, peer: Peer) -> None:
+        delays = self.silent, self.unnamed, self.slow, self.probed, self.web_heads, self.web_idle
+        for delay in delays:
+            delay.discard(peer)
+
+    def watch_requests(self, peer: Peer) -> None:
+        """After a request, or a piece of a body, begin to wait for what comes next."""
+        self.web_heads.discard(peer)
+        begun = peer.inbox.start < len(peer.inbox.data) and not peer.inbox.in_body
+        (self.web_heads if begun and not peer.answers else self.web_idle).add(peer)
+
+    def greet(self, peer: Peer) -> None:
+        peer.greeted = True
+        peer.write(GREETING)
+
+    def evict(self, peer: Peer) -> None:
+        text = f"no name after {NAMING_SECONDS:.0f} seconds; come back when you have one"
+        if peer.session:
+            peer.session.farewell(text)
+        else:
+            peer.write(f"* {text}\n".encode())
+        peer.close()
+
+    def end_request(self, peer: Peer) -> None:
+        """End a request whose head does not come. An answer that is under way is not ended."""
+        if peer.state != OPEN or peer.leaving:
+            return
+        if peer.answers or peer.inbox.pending:
+            self.web_idle.add(peer)
+        else:
+            peer.session.receive(BadRequest(408, "the request does not come"))
+
+    def end_idle(self, peer: Peer) -> None:
+        """Close an HTTP connection that is not used, or whose client does not read."""
+        if peer.was_stalled():
+            peer.drop("idle")
+        else:
+            self.web_idle.add(peer)
+
+    def probe(self, peer: Peer) -> None:
+        """Close a silent peer, or ask it for a sign of life: TCP reports only orderly ends."""
+        if peer.busy or peer.held:  # the server has not read from it
+            peer.heard = self.loop.now
+        silent = self.loop.now - peer.heard
+        if silent >= PING_SECONDS and peer.asked > peer.heard:
+            return peer.session.end(f"Ping timeout: {silent:.0f} seconds", intended=False)
+        if silent >= PING_SECONDS:
+            peer.asked = self.loop.now
+            peer.session.probe()
+        self.probed.add(peer)
+
+    def drop_slow(self, peer: Peer) -> None:
+        log.warning("%s reads too slowly: %d bytes unsent", peer.address, peer.unsent)
+        peer.drop("reads too slowly")
+
+
+class ActBeat:
+    """The act beat: turns the lines of peers into acts, first those of addresses with light use.
+    Takes from the budgets what each line costs."""
+
+    def __init__(self, loop: Loop, site: Site, times: TimeLimits, fair: bool):
+        self.loop, self.site, self.times = loop, site, times
+        self.fair = fair  # budgets are kept: light use goes first
+        self.acting: dict[Peer, None] = {}  # have something to act on
+
+    def act(self) -> None:
+        """Turn lines into acts: first of addresses with light use; the rest waits a turn."""
+        acting, self.acting = self.acting, {}
+        if not acting:
+            return
+        begun = time.perf_counter()
+        light, heavy, limit = list(acting), [], ACT_SECONDS
+        if self.fair:
+            used = {peer: peer.home.used(self.loop.now) for peer in acting}
+            order = sorted(acting, key=used.__getitem__)
+            first = sum(use <= LIGHT_USE for use in used.values())
+            light, heavy, limit = order[:first], order[first:], ACT_SECONDS_LIGHT
+        if self._act_on(light, begun + limit):
+            self._act_on(heavy, begun + ACT_SECONDS)
+        else:
+            self.acting.update(dict.fromkeys(heavy))
+        if self.acting:
+            self.loop.call_soon(do_nothing)
+
+    def _act_on(self, peers: list[Peer], end: float) -> bool:
+        """Act on the lines of these peers until `end`; return whether all had their turn."""
+        for n, peer in enumerate(peers):
+            if time.perf_counter() > end:
+                self.acting.update(dict.fromkeys(peers[n:]))
+                return False
+            self.loop.guarded(self._act_on_peer, peer, end)
+        return True
+
+    def _act_on_peer(self, peer: Peer, end: float) -> None:
+        try:
+            self._take_lines(peer, end)
+        except Exception:
+            log.exception("a bug, please report it (%s)", peer.address)
+            return peer.drop("internal error")
+        if peer.held or peer.leaving or peer.waits_for_budget:
+            return
+        if peer.eof and not peer.busy:
+            return peer.close()
+        if peer.queue.size <= UNSENT_NO_READ and peer.busy:  # else lagging() resumes it
+            self.acting[peer] = None
+        peer.update()
+
+    def _take_lines(self, peer: Peer, end: float) -> None:
+        self.site.hub.take_work()  # drop the work done meanwhile: it is for no peer's line
+        for n in range(LINES_A_TURN):
+            session = peer.session
+            replied = session.replied if session else 0
+            if peer.held or peer.leaving or peer.queue.size + replied > UNSENT_NO_READ:
+                return  # more was answered than is likely to be read: the next lines can wait
+            if n % 8 == 0 and time.perf_counter() > end:
+                return
+            if session and (session.unfinished is not None or session.postponed):
+                session.go_on()
+                self._charge(peer, replied)
+            elif not self.act_on_a_line(peer):
+                return
+
+    def act_on_a_line(self, peer: Peer) -> bool:
+        """Act on one line of a peer; return whether there was one, and budget for it."""
+        if peer.inbox is None:
+            return False
+        free = peer.inbox.in_body
+        spent = peer.budget and (not free or peer.budget.tokens < 0)
+        if spent and peer.inbox.pending and (seconds := peer.wait()):
+            if peer.gone:  # after a reset: what the budget does not allow is not waited for
+                log.info("%s was reset with lines beyond its budget: dropped", peer.address)
+                peer.inbox.clear()
+                return False
+            peer.waits_for_budget = True
+            self.loop.call_later(seconds, peer.resume_with_budget)
+            peer.update()
+            return False
+        costs = WORK_OF_A_PIECE if free else WORK_PER_TOKEN
+        line = peer.inbox.take()
+        if peer.inbox.out:
+            peer.answer_frames()
+        if line is None:
+            if peer.web:
+                self.times.watch_requests(peer)
+            return False
+        session = peer.session
+        if session is None or (session.user is None and session.takes_lines):
+            line = line.removeprefix(BOM)
+            session = session or self.open_session(peer, line)
+        if session is not None:
+            replied = session.replied
+            session.take(line)
+            if peer.budget:
+                self._charge(peer, replied, costs)
+        if peer.web:
+            self.times.watch_requests(peer)
+        return True
+
+    def _charge(self, peer: Peer, replied: int, least: float = 0) -> None:
+        """Take the work done for a peer from its budgets: a line costs at least one token."""
+        bytes_sent = peer.session.replied - replied
+        peer.charge(max(self.site.hub.take_work() + bytes_sent * WORK_OF_A_BYTE, least))
+
+    def open_session(self, peer: Peer, first_line: bytes) -> LocalSession | None:
+        """Return the session that a first line begins; None if it begins none."""
+        if first_line == TOO_LONG:  # no name, and perhaps the target of a request
+            peer.close()
+            return None
+        if not first_line:  # it says nothing yet, in any dialect
+            self.times.silent.add(peer)
+            return None
+        dialect = dialect_of(first_line)
+        if dialect == "http":
+            peer.speak_http(first_line)
+            return None
+        if dialect == "other http":
+            peer.write(NOT_HTTP_1)
+            peer.close()
+        elif dialect == "irc":
+            peer.session = IrcSession(self.site, peer)
+        else:
+            peer.session = LineSession(self.site, peer, peer.greeted)
+        return peer.session
+
+    def act_on_the_last(self, peer: Peer) -> None:
+        """Act on the last lines of a lost connection, in this turn."""
+        peer.held = False
+        if peer.session:
+            peer.session.unfinished = None
+            peer.session.postponed.clear()
+        for _ in range(LINES_A_TURN):
+            if peer.held or peer.leaving or not self.act_on_a_line(peer):
+                break
+        if peer.inbox.pending:
+            log.info("%s was reset with more lines than a turn takes: dropped", peer.address)
+            peer.inbox.clear()
+
+
 class Server:
     """One running server with all its parts."""
 
@@ -18614,18 +18838,12 @@ class Server:
         self.note = functools.partial(log.warning, "%s")  # what operators do goes to the log
         self.helpers = Helpers(loop)
         self.peers: set[Peer] = set()
-        self.addresses = Addresses(options.flood)
+        self.addresses = Addresses(loop, options.flood)
         self.limits = ConnectionLimits(options)
-        self.silent = Delay(loop, GREETING_SECONDS, self.greet)
-        self.unnamed = Delay(loop, NAMING_SECONDS, self.evict)
-        self.slow = Delay(loop, SLOW_SECONDS, self.drop_slow)
-        self.probed = Delay(loop, PONG_SECONDS, self.probe)
-        self.web_heads = Delay(loop, WEB_HEAD_SECONDS, self.end_request)
-        self.web_idle = Delay(loop, WEB_IDLE_SECONDS, self.end_idle)
+        self.times = TimeLimits(loop)
+        self.beat = ActBeat(loop, self.site, self.times, fair=options.flood is not None)
         self.framings = {opcode: Framing(opcode) for opcode in SUBPROTOCOLS.values()}
-        self.idle_addresses = Delay(loop, ADDRESS_SECONDS, self.forget_address)
         self.grace_timer: Timer | None = None
-        self.acting: dict[Peer, None] = {}  # have something to act on
         self.leaving: list[Peer] = []  # to be closed once this turn is written
         self.jobs: list[tuple] = []  # for helpers, after the commit
         self.cluster: Cluster | None = None
@@ -18779,57 +18997,13 @@ class Server:
             return self.limits.turn_away(sock, host, refusal)
         peer = Peer(self, sock, host, port, key)
         self.peers.add(peer)
-        self.silent.add(peer)
-        self.unnamed.add(peer)
-
-    def greet(self, peer: Peer) -> None:
-        peer.greeted = True
-        peer.write(GREETING)
-
-    def evict(self, peer: Peer) -> None:
-        text = f"no name after {NAMING_SECONDS:.0f} seconds; come back when you have one"
-        if peer.session:
-            peer.session.farewell(text)
-        else:
-            peer.write(f"* {text}\n".encode())
-        peer.close()
-
-    def end_request(self, peer: Peer) -> None:
-        """End a request whose head does not come. An answer that is under way is not ended."""
-        if peer.state != OPEN or peer.leaving:
-            return
-        if peer.answers or peer.inbox.pending:
-            self.web_idle.add(peer)
-        else:
-            peer.session.receive(BadRequest(408, "the request does not come"))
-
-    def end_idle(self, peer: Peer) -> None:
-        """Close an HTTP connection that is not used, or whose client does not read."""
-        if peer.was_stalled():
-            peer.drop("idle")
-        else:
-            self.web_idle.add(peer)
-
-    def probe(self, peer: Peer) -> None:
-        """Close a silent peer, or ask it for a sign of life: TCP reports only orderly ends."""
-        if peer.busy or peer.held:  # the server has not read from it
-            peer.heard = self.loop.now
-        silent = self.loop.now - peer.heard
-        if silent >= PING_SECONDS and peer.asked > peer.heard:
-            return peer.session.end(f"Ping timeout: {silent:.0f} seconds", intended=False)
-        if silent >= PING_SECONDS:
-            peer.asked = self.loop.now
-            peer.session.probe()
-        self.probed.add(peer)
-
-    def forget_address(self, address: Address) -> None:
-        if not (address.peers or self.addresses.forget_if_full(address, self.loop.now)):
-            self.idle_addresses.add(address)
+        self.times.silent.add(peer)
+        self.times.unnamed.add(peer)
 
     # What sessions may ask for
 
     def nameless(self) -> int:
-        return len(self.unnamed.waiting)
+        return len(self.times.unnamed.waiting)
 
     def trouble(self) -> str:
         return f"history is not being kept: {self.store.trouble}" if self.committer.losing else ""
@@ -18893,134 +19067,6 @@ class Server:
         self.restarting = True
         self.stop()
 
-    # The act beat
-
-    def act(self) -> None:
-        """Turn lines into acts: first of addresses with light use; the rest waits a turn."""
-        acting, self.acting = self.acting, {}
-        if not acting:
-            return
-        begun = time.perf_counter()
-        if self.options.flood is None:  # all are equal: each in turn
-            light, heavy, limit = list(acting), [], ACT_SECONDS
-        else:
-            used = {peer: peer.home.used(self.loop.now) for peer in acting}
-            order = sorted(acting, key=used.__getitem__)
-            first = sum(use <= LIGHT_USE for use in used.values())
-            light, heavy, limit = order[:first], order[first:], ACT_SECONDS_LIGHT
-        if self._act_on(light, begun + limit):
-            self._act_on(heavy, begun + ACT_SECONDS)
-        else:
-            self.acting.update(dict.fromkeys(heavy))
-        if self.acting:
-            self.loop.call_soon(do_nothing)
-
-    def _act_on(self, peers: list[Peer], end: float) -> bool:
-        """Act on the lines of these peers until `end`; return whether all had their turn."""
-        for n, peer in enumerate(peers):
-            if time.perf_counter() > end:
-                self.acting.update(dict.fromkeys(peers[n:]))
-                return False
-            self.loop.guarded(self._act_on_peer, peer, end)
-        return True
-
-    def _act_on_peer(self, peer: Peer, end: float) -> None:
-        try:
-            self._take_lines(peer, end)
-        except Exception:
-            log.exception("a bug, please report it (%s)", peer.address)
-            return peer.drop("internal error")
-        if peer.held or peer.leaving or peer.waits_for_budget:
-            return
-        if peer.eof and not peer.busy:
-            return peer.close()
-        if peer.queue.size <= UNSENT_NO_READ and peer.busy:  # else lagging() resumes it
-            self.acting[peer] = None
-        peer.update()
-
-    def _take_lines(self, peer: Peer, end: float) -> None:
-        self.hub.take_work()  # drop the work done meanwhile: it is for no peer's line
-        for n in range(LINES_A_TURN):
-            session = peer.session
-            replied = session.replied if session else 0
-            if peer.held or peer.leaving or peer.queue.size + replied > UNSENT_NO_READ:
-                return  # more was answered than is likely to be read: the next lines can wait
-            if n % 8 == 0 and time.perf_counter() > end:
-                return
-            if session and (session.unfinished is not None or session.postponed):
-                session.go_on()
-                self._charge(peer, replied)
-            elif not self.act_on_a_line(peer):
-                return
-
-    def act_on_a_line(self, peer: Peer) -> bool:
-        """Act on one line of a peer; return whether there was one, and budget for it."""
-        if peer.inbox is None:
-            return False
-        free = peer.inbox.in_body
-        spent = peer.budget and (not free or peer.budget.tokens < 0)
-        if spent and peer.inbox.pending and (seconds := peer.wait()):
-            if peer.gone:  # after a reset: what the budget does not allow is not waited for
-                log.info("%s was reset with lines beyond its budget: dropped", peer.address)
-                peer.inbox.clear()
-                return False
-            peer.waits_for_budget = True
-            self.loop.call_later(seconds, peer.resume_with_budget)
-            peer.update()
-            return False
-        costs = WORK_OF_A_PIECE if free else WORK_PER_TOKEN
-        line = peer.inbox.take()
-        if peer.inbox.out:
-            peer.answer_frames()
-        if line is None:
-            if peer.web:
-                self._watch_web(peer)
-            return False
-        session = peer.session
-        if session is None or (session.user is None and session.takes_lines):
-            line = line.removeprefix(BOM)
-            session = session or self.open_session(peer, line)
-        if session is not None:
-            replied = session.replied
-            session.take(line)
-            if peer.budget:
-                self._charge(peer, replied, costs)
-        if peer.web:
-            self._watch_web(peer)
-        return True
-
-    def _watch_web(self, peer: Peer) -> None:
-        """After a request, or a piece of a body, begin to wait for what comes next."""
-        self.web_heads.discard(peer)
-        begun = peer.inbox.start < len(peer.inbox.data) and not peer.inbox.in_body
-        (self.web_heads if begun and not peer.answers else self.web_idle).add(peer)
-
-    def _charge(self, peer: Peer, replied: int, least: float = 0) -> None:
-        """Take the work done for a peer from its budgets: a line costs at least one token."""
-        bytes_sent = peer.session.replied - replied
-        peer.charge(max(self.hub.take_work() + bytes_sent * WORK_OF_A_BYTE, least))
-
-    def open_session(self, peer: Peer, first_line: bytes) -> LocalSession | None:
-        """Return the session that a first line begins; None if it begins none."""
-        if first_line == TOO_LONG:  # no name, and perhaps the target of a request
-            peer.close()
-            return None
-        if not first_line:  # it says nothing yet, in any dialect
-            self.silent.add(peer)
-            return None
-        dialect = dialect_of(first_line)
-        if dialect == "http":
-            peer.speak_http(first_line)
-            return None
-        if dialect == "other http":
-            peer.write(NOT_HTTP_1)
-            peer.close()
-        elif dialect == "irc":
-            peer.session = IrcSession(self.site, peer)
-        else:
-            peer.session = LineSession(self.site, peer, peer.greeted)
-        return peer.session
-
     def later(self, session: LocalSession, lane: str, job: Callable, then: Awaited) -> None:
         """Run job() on a helper once this turn is committed, then answer with its result.
         Until then this session's next lines wait, so that answers come in order. A store in memory
@@ -19068,7 +19114,7 @@ class Server:
 
     def end_turn(self) -> None:
         if not self.paused:
-            self.act()
+            self.beat.act()
         self.hub.take_work()
         if self.cluster:
             self.cluster.flush()
@@ -19120,7 +19166,7 @@ class Server:
                 peer.end_frames()
                 Connection.close(peer)
                 if peer.web:
-                    self.web_idle.add(peer)
+                    self.times.web_idle.add(peer)
         jobs, self.jobs = self.jobs, []
         for peer, lane, job, done in jobs:
             if lane == FILE_LANE:  # what has come of an upload is kept when its connection breaks
@@ -19144,52 +19190,26 @@ class Server:
         """Act on the input of a lost connection as far as its budget allows; drop the rest."""
         level = logging.INFO if reason.startswith(TLS_TROUBLE) else logging.DEBUG
         log.log(level, "%s: %s", peer.address, reason)
-        for delay in (self.silent, self.unnamed, self.slow, self.probed):
-            delay.discard(peer)
-        self.web_heads.discard(peer)
-        self.web_idle.discard(peer)
+        self.times.forget(peer)
         if peer.session and not peer.session.parting:
             peer.session.parting = reason
         peer.eof, peer.waits_for_budget = True, False
         if peer.inbox and not peer.leaving:
-            self._act_on_the_last(peer)
+            self.beat.act_on_the_last(peer)
         self.forget(peer)
-
-    def _act_on_the_last(self, peer: Peer) -> None:
-        """Act on the last lines of a lost connection, in this turn."""
-        peer.held = False
-        if peer.session:
-            peer.session.unfinished = None
-            peer.session.postponed.clear()
-        for _ in range(LINES_A_TURN):
-            if peer.held or peer.leaving or not self.act_on_a_line(peer):
-                break
-        if peer.inbox.pending:
-            log.info("%s was reset with more lines than a turn takes: dropped", peer.address)
-            peer.inbox.clear()
-
-    def leave_address(self, peer: Peer) -> None:
-        """Take a peer from the address that it counts for."""
-        self.addresses.leave(peer.home, self.loop.now)
-        if self.addresses.get(peer.limit_key) is peer.home and not peer.home.peers:
-            self.idle_addresses.add(peer.home)
 
     def forget(self, peer: Peer) -> None:
         """Remove a peer. One that is lost while it leaves is removed twice."""
         if peer not in self.peers:
             return
         self.peers.discard(peer)
-        self.acting.pop(peer, None)
+        self.beat.acting.pop(peer, None)
         self.limits.leave(peer.limit_key, peer.web)
-        self.leave_address(peer)
+        self.addresses.leave(peer.home)
         if peer.session:
             peer.session.ended()
         if self.stopping:
             self._stop_if_done()
-
-    def drop_slow(self, peer: Peer) -> None:
-        log.warning("%s reads too slowly: %d bytes unsent", peer.address, peer.unsent)
-        peer.drop("reads too slowly")
 
     def stop(self) -> None:
         """Tell all clients, give them time to read the rest, and end."""

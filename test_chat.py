@@ -1920,13 +1920,13 @@ def test_history_is_found_by_time_and_by_id_in_the_middle_of_much(folder):
         house.say("alice", f"PRIVMSG #a :{n}")
         house.turn()
     span = chat.Span(chat.Place(("#a",)))
-    events = house.store.page(span, 500)
+    events = house.store.history.page(span, 500)
     assert [event.text for event in events] == [str(n) for n in range(300)]
     for n in (0, 1, 150, 299):
         for mark in (chat.Mark(events[n].id), chat.Mark(time=events[n].time)):
-            before = house.store.page(span._replace(before=mark), 5)
-            after = house.store.page(span._replace(after=mark), 5, newest=False)
-            around = house.store.around(span, mark, 5)
+            before = house.store.history.page(span._replace(before=mark), 5)
+            after = house.store.history.page(span._replace(after=mark), 5, newest=False)
+            around = house.store.history.around(span, mark, 5)
             assert [e.text for e in before] == [str(k) for k in range(max(0, n - 5), n)]
             assert [e.text for e in after] == [str(k) for k in range(n + 1, min(300, n + 6))]
             assert str(n) in [e.text for e in around]
@@ -1958,10 +1958,10 @@ def test_a_page_of_a_million_messages_is_found_at_once(folder):
     store.db.execute("COMMIT")
     span, middle = chat.Span(chat.Place(("#a",))), chat.Mark(time=base + 50_000)
     for job in (
-        lambda: store.page(span, 100),
-        lambda: store.page(span._replace(before=middle), 100),
-        lambda: store.page(span._replace(after=middle), 100, newest=False),
-        lambda: store.around(span, middle, 100),
+        lambda: store.history.page(span, 100),
+        lambda: store.history.page(span._replace(before=middle), 100),
+        lambda: store.history.page(span._replace(after=middle), 100, newest=False),
+        lambda: store.history.around(span, middle, 100),
     ):
         began = time.perf_counter()
         assert len(job()) == 100
@@ -4199,7 +4199,7 @@ def folder(tmp_path):
 
 
 def texts(store, key, count=100):
-    return [event.text for event in store.page(chat.Span(chat.Place((key,))), count)]
+    return [event.text for event in store.history.page(chat.Span(chat.Place((key,))), count)]
 
 
 def test_history_outlives_the_server_and_ids_go_on(folder):
@@ -4342,7 +4342,7 @@ def test_a_database_of_the_first_version_is_brought_up_to_date_and_keeps_all(fol
             "INSERT INTO events VALUES (1, 5, 6, 'message', 'al', '127.0.0.1:7', 'from long ago');"
         )
     store = chat.Store(folder / "chat.db")
-    (event,) = store.page(chat.Span(chat.Place((chat.LOBBY,))), 10)
+    (event,) = store.history.page(chat.Span(chat.Place((chat.LOBBY,))), 10)
     assert (event.id, event.time, event.text) == (5, 6, "from long ago")
     assert event.source.mask == "al!@127.0.0.1"
     index_all(store)
@@ -4472,9 +4472,9 @@ def test_a_page_goes_from_one_founding_of_a_channel_to_the_next():
         house.say("alice", "/part")  # and it is gone
         house.turn()
     store, span = house.store, chat.Span(chat.Place((chat.fold("#a"),)))
-    assert len(store.targets_of(store.db, span.place)) == 3
-    newest = [event.text for event in store.page(span, 4)]
-    oldest = [event.text for event in store.page(span, 4, newest=False)]
+    assert len(store.history.targets_of(store.db, span.place)) == 3
+    newest = [event.text for event in store.history.page(span, 4)]
+    oldest = [event.text for event in store.history.page(span, 4, newest=False)]
     assert newest == ["six", "seven", "eight", "nine"]
     assert oldest == ["one", "two", "three", "four"]
 
