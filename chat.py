@@ -415,6 +415,7 @@ BATCH_BYTES = 256 * 1024  # ... in so many bytes
 BATCH_ANSWER_SECONDS = 2.0  # then a batch is sent again ...
 BATCH_RETRY_SECONDS = 1.0  # ... or after this, if the log refused it
 NODE_BEAT_SECONDS = 5.0  # between two batches of a node that has nothing to send
+NODE_NAME_SECONDS = 12.0  # without a batch of a node: its name is free
 NODE_SILENT_MS = 20_000  # without a batch: then another node declares a node gone ...
 NODE_STEADY_SECONDS = 12.0  # ... which itself has read the log for so long
 NODE_PAUSE_SECONDS = 10.0  # without the log: then clients are told, and not read ...
@@ -4999,6 +5000,9 @@ NODE_TABLES = """
         data BLOB NOT NULL,
         answers TEXT NOT NULL               -- JSON: of the store, to the acts in the entry
     );
+    CREATE TABLE IF NOT EXISTS origins (    -- of this database; one, and none in a copy of it
+        origin TEXT NOT NULL                -- begins the epochs of its node
+    );
 """
 
 TABLES: dict[str, tuple[type, ...]] = {  # those that are read at the start, and their types
@@ -5683,6 +5687,9 @@ class Store:
 
     def _become_node(self) -> None:
         self.db.executescript(NODE_TABLES)
+        insert = "INSERT INTO origins SELECT ? WHERE NOT EXISTS (SELECT 1 FROM origins)"
+        self.db.execute(insert, [secrets.token_hex(4)])
+        self.origin = self.db.execute("SELECT origin FROM origins").fetchone()[0]
 
     def _forget_node(self) -> None:
         """Make this the database of a server on its own, if it was that of a node."""
@@ -5691,7 +5698,7 @@ class Store:
         if self.was_node:
             newest = "SELECT ifnull(max(id), 0) FROM events"
             self.db.executescript(f"""
-                BEGIN; DROP TABLE entries; DROP TABLE snapshots;
+                BEGIN; DROP TABLE entries; DROP TABLE snapshots; DROP TABLE IF EXISTS origins;
                 UPDATE starts SET reserved = max(first, ({newest})) WHERE reserved = {LAST_ID};
                 COMMIT;""")
 
@@ -6783,6 +6790,7 @@ class Cluster:
         self.now = self.beat = 0.0  # monotonic; when a batch was sent last
         self.lost_since: float | None = None  # without a connection
         self.steady_since = 0.0  # when this node had caught up with the log
+        self.namesake = ""  # the epoch of another node with this name, which may be running
         self.clock: float | None = None  # the log's clock less the monotonic one, in seconds
         self.serving = self.leaving = self.stopped = False
         self.hold = ""  # HELD or DROPPED: the clients, while the log cannot be reached
@@ -6919,7 +6927,7 @@ class Cluster:
         row = (entry.sequence, batch.time, entry.data, to_json(answers))
         self.hub.turn.entries.append(row)
         self.heard[batch.epoch] = self.now
-        self._applied(entry)
+        self._applied(entry, batch)
         released, self.released = self.released, []
         for session in released:
             session.wait_for_acts()
@@ -6954,7 +6962,7 @@ class Cluster:
         self.stop(f"{text}; {START_FROM_BACKUP}")
         return False
 
-    def _applied(self, entry: LogEntry) -> None:
+    def _applied(self, entry: LogEntry, batch: ActBatch) -> None:
         """Note an entry, and look at what it means for this node."""
         hub, self.last_entry = self.hub, entry_digest(entry.data)
         self.unsaved[0] += 1
@@ -6963,6 +6971,8 @@ class Cluster:
         while len(self.checksums) > CHECKSUMS_KEPT:
             self.checksums.popitem(last=False)
         me = hub.nodes.get(self.name)
+        if self.namesake and batch.epoch == self.namesake:
+            return self.stop(f"another node is called {self.name}; choose another --node")
         if self.serving and (me is None or me.epoch != self.epoch):
             if me and me.epoch not in self.epochs:
                 return self.stop(f"another node is called {self.name}; choose another --node")
@@ -6987,7 +6997,10 @@ class Cluster:
     def catch_up(self) -> None:
         """All entries that the log had are applied: from here on this node takes part."""
         self.caught_up, self.lost_since, self.steady_since = True, None, self.now
-        if not self.epochs:
+        me = self.hub.nodes.get(self.name)
+        if not self.epochs and me and not me.epoch.startswith(self.store.origin):
+            self.namesake = me.epoch  # not a start of this database: it must not be running
+        elif not self.epochs:
             self.begin_epoch()
         elif self.sent:  # its answer may have been lost with the connection
             self._append()
@@ -6999,7 +7012,7 @@ class Cluster:
             self.server.drop_clients("this node lost the others for a while; come back")
         self.queue.clear()
         self.sent, self.number = None, 0
-        self.epochs.append(secrets.token_hex(8))
+        self.epochs.append(self.store.origin + secrets.token_hex(8))
         files, letters = self.hub.files, "ghijklmnopqrstuvwxyz"
         values = (
             *(secrets.token_hex(8), "".join(secrets.choice(letters) for _ in range(4))),
@@ -7026,6 +7039,10 @@ class Cluster:
                 self.catch_up()
         if self.sent and self.caught_up and now >= self.retry_at:
             self._append()
+        silent = self.caught_up and now - self.steady_since > NODE_NAME_SECONDS
+        if self.namesake and silent:
+            self.namesake = ""
+            self.begin_epoch()
         self._watch_log()
         if self.serving and self.caught_up and now - self.steady_since > NODE_STEADY_SECONDS:
             self._watch_nodes()
@@ -25496,6 +25513,8 @@ def run_backup(args: argparse.Namespace) -> int:
         ):
             source.execute("BEGIN")
             source.backup(copy)
+            if copy.execute("SELECT 1 FROM sqlite_master WHERE name = 'origins'").fetchone():
+                copy.execute("DELETE FROM origins")
     except sqlite3.Error as error:
         args.file.unlink()
         raise Unusable(f"the copy failed: {error}") from error

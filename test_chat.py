@@ -5471,12 +5471,28 @@ def test_a_node_stops_at_a_gap_in_the_log_and_says_what_to_do(folder):
     assert "chat.py backup FILE" in two.failure and not one.failure
 
 
-def test_of_two_nodes_with_one_name_the_first_stops(folder):
+def test_a_second_node_of_one_name_stops_and_the_first_serves_on(folder):
     nodes = Nodes(folder, "n1")
     one = nodes["n1"]
-    NodeHouse(nodes.nats, "n1", chat.Store(folder / "other.db", node=True))
-    nodes.settle()
-    assert one.failure == "another node is called n1; choose another --node"
+    come(one, "alice")
+    two = nodes["copy"] = NodeHouse(nodes.nats, "n1", chat.Store(folder / "copy.db", node=True))
+    nodes.turns(10)
+    assert two.failure == "another node is called n1; choose another --node"
+    assert not one.failure and not one.guests["alice"].conn.closed
+
+
+def test_a_node_takes_the_name_of_one_that_is_gone_after_a_while_or_of_its_own_start_at_once(
+    folder,
+):
+    nodes = Nodes(folder, "n1", "n2")
+    nodes.kill("n1")
+    one = nodes["n1"] = NodeHouse(nodes.nats, "n1", chat.Store(folder / "copy.db", node=True))
+    nodes.turns(5)
+    assert not one.cluster.serving
+    nodes.turns(20)
+    assert one.cluster.serving and not one.failure
+    nodes.kill("n2")
+    assert nodes.start("n2").cluster.serving
 
 
 def test_a_node_that_differs_from_the_others_stops_and_says_what_to_do(folder):
