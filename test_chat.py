@@ -23964,6 +23964,8 @@ def test_two_nodes_over_a_real_nats_server_are_one_chat_also_when_one_is_killed(
     assert one == two == ["here", *(f"line {n}" for n in range(100)), "hello"]
     for store in stores:
         store.close()
+    with contextlib.closing(chat.connect(folder / "copy.db", "ro")) as db:
+        assert not db.execute("SELECT * FROM origins").fetchall()
     copy = chat.Store(folder / "copy.db", node=True)
     assert chat.restore_node(copy, "x").nodes.keys() == {"n1", "n2"}
     copy.close()
