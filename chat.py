@@ -2526,6 +2526,13 @@ class LocalSession(Session):
         else:
             self.receive(line)
 
+    def refuse_in_turn(self, refusal: Refused) -> None:
+        """Refuse the present line, after the acts of earlier lines have come back."""
+        if self.asks:
+            self.act("hold_place", then=lambda _: self.refuse(refusal))
+        else:
+            self.refuse(refusal)
+
     def wait_for_acts(self) -> None:
         """Take no more lines until the acts of earlier ones have come back."""
         if self.asks or self.jobs:
@@ -4594,6 +4601,11 @@ def node_gone(hub: Hub, who: Session, name: str, epoch: str, silent: bool) -> No
 
 
 @act
+def hold_place(hub: Hub, who: Session) -> None:
+    """Do nothing: what a session answers after this comes after its acts before this."""
+
+
+@act
 def prune_history(hub: Hub, who: Session, key: str, founding: int, last: int) -> None:
     """Delete the oldest events of a channel or conversation, up to an id."""
     hub.turn.record("prune", key, founding, last, hub.now)
@@ -6472,7 +6484,7 @@ class NatsLog:
 # node when its act comes back. So an echo means: in the log, and stored here. A node stores with
 # each turn what it applied; it starts from a snapshot of its Hub and the entries after that.
 
-ACTS_VERSION = 1  # to be raised when an act is added, or does something else than before
+ACTS_VERSION = 2  # to be raised when an act is added, or does something else than before
 ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     (
         *("begin_file", "change_password", "drop_account", "enter", "finish_file", "follow"),
@@ -7881,7 +7893,7 @@ class IrcSession(LocalSession):
         except Refused as refusal:
             if self.collected and refusal.code in ("LINE_TOO_LONG", "INVALID_UTF8"):
                 fail_collected(self)
-            self.refuse(refusal)
+            self.refuse_in_turn(refusal)
         self.mark_answer(whole=not (self.deferred or self.unfinished))
 
     def parse(self, line: bytes) -> Message:
@@ -9924,7 +9936,7 @@ class LineSession(LocalSession):
             else:
                 self.say(text[1:] if text[:2] == "//" else text)
         except Refused as refusal:
-            self.refuse(refusal)
+            self.refuse_in_turn(refusal)
 
     def is_message(self, line: bytes) -> bool:
         return bool(self.wanted_lines) or line[:1] != b"/" or line[:2] == b"//"

@@ -5471,6 +5471,21 @@ def test_a_node_stops_at_a_gap_in_the_log_and_says_what_to_do(folder):
     assert "chat.py backup FILE" in two.failure and not one.failure
 
 
+def test_a_refusal_on_a_node_comes_after_the_echoes_of_the_messages_before_it(folder):
+    nodes = Nodes(folder, "n1", "n2")
+    house = nodes["n1"]
+    come(house, "alice", caps=f"{CAPS} labeled-response")
+    ask(house, "alice", "JOIN #x")
+    broken = (b"PRIVMSG #x :\xff", b"@label=l1 PRIVMSG #x", b"PRIVMSG #x :" + b"y" * 512)
+    house.say("alice", "PRIVMSG #x :one", *broken, "PRIVMSG #x :two", "PRIVMSG #x", "PING :end")
+    nodes.settle()
+    heard = [line.split(" :alice")[-1] for line in house.heard("alice")]
+    verbs = [re.search(r"(?:^|[! ])(FAIL|PRIVMSG|PONG|4\d\d) ", line)[1] for line in heard]
+    assert verbs == ["PRIVMSG", "FAIL", "412", "417", "PRIVMSG", "412", "PONG"]
+    assert "label=l1" in next(line for line in heard if " 412 " in line)
+    assert nodes["n2"].hub.last_id == house.hub.last_id
+
+
 def test_a_second_node_of_one_name_stops_and_the_first_serves_on(folder):
     nodes = Nodes(folder, "n1")
     one = nodes["n1"]
