@@ -415,6 +415,7 @@ BATCH_BYTES = 256 * 1024  # ... in so many bytes
 BATCH_ANSWER_SECONDS = 2.0  # then a batch is sent again ...
 BATCH_RETRY_SECONDS = 1.0  # ... or after this, if the log refused it
 NODE_BEAT_SECONDS = 5.0  # between two batches of a node that has nothing to send
+LOG_STEP_MS = 15_000  # more between two batches is no time that passed for users: see ticks_of_log
 NODE_NAME_SECONDS = 12.0  # without a batch of a node: its name is free
 NODE_SILENT_MS = 20_000  # without a batch: then another node declares a node gone ...
 NODE_STEADY_SECONDS = 12.0  # ... which itself has read the log for so long
@@ -3160,6 +3161,7 @@ class Hub:
         self.most_users = 0  # at once, so far
         self.last_id = last_id
         self.now = self.ticks = 0  # milliseconds: of the wall clock, of the monotonic one
+        self.log_time = self.log_ticks = 0  # the same, of the last batch of a cluster's log
         self.started, self.started_ticks = 0, 0
         self.work = 0.0  # of the line that is acted on, see WORK_PER_TOKEN
         self.turn = Turn()
@@ -6581,12 +6583,19 @@ def perform_act(hub: Hub, act: list, report: Callable) -> Any:
         return Refused("INTERNAL_ERROR", "that failed inside the server; please report it")
 
 
+def ticks_of_log(hub: Hub, time: int) -> int:
+    """Return the Hub's ticks at a time of the log, all in milliseconds. They stand still over jumps
+    of NATS's clock, and while there is no node."""
+    return hub.log_ticks + min(max(0, time - hub.log_time), LOG_STEP_MS)
+
+
 def apply_batch(
     hub: Hub, entry: LogEntry, batch: ActBatch, asks: list[Ask], report: Callable = do_nothing
 ) -> bool:
     """Apply a batch of the log to a Hub. Return False if the batch is not the next one of its
     node's present start: it comes twice, or the node was declared gone meanwhile."""
-    hub.sequence, hub.now, hub.ticks = entry.sequence, batch.time, batch.time
+    hub.sequence, hub.now, hub.ticks = entry.sequence, batch.time, ticks_of_log(hub, batch.time)
+    hub.log_time, hub.log_ticks = hub.now, hub.ticks
     hub.turn.conversations = {}  # they must not depend on how many entries one turn applies
     node = hub.nodes.get(batch.node)
     is_next = node and node.epoch == batch.epoch and batch.number == node.number + 1
@@ -6612,9 +6621,9 @@ def apply_batch(
 
 SAVED = (  # of a Hub
     *("absent", "absent_by_host", "accounts_of", "bans", "channels", "checksum", "cluster"),
-    *("former", "founded", "guests_of", "invisible", "last_id", "markers", "most_users", "name"),
-    *("nodes", "now", "operators", "sequence", "subscribers", "ticks", "users", "users_by_id"),
-    *("users_by_token", "watchers"),
+    *("former", "founded", "guests_of", "invisible", "last_id", "log_ticks", "log_time"),
+    *("markers", "most_users", "name", "nodes", "now", "operators", "sequence", "subscribers"),
+    *("ticks", "users", "users_by_id", "users_by_token", "watchers"),
 )
 SAVED_OF_ACCOUNTS = ("certificates", "skeletons")
 SAVED_OF_FILES = ("by_message", "most", "total")
@@ -19136,7 +19145,8 @@ class Server:
         """Begin a turn by the clock of the log, which is the same for all nodes."""
         cluster, cluster.now = self.cluster, self.loop.now
         wall = cluster.wall(self.loop.now)
-        self.hub.begin(now if wall is None else wall)
+        begun = now if wall is None else wall
+        self.hub.begin(begun, ticks_of_log(self.hub, int(begun * 1000)) / 1000)
         if wall is not None and abs(wall - now) > CLOCK_DIFFERS_SECONDS and not self.told_of_clock:
             self.told_of_clock = True
             log.warning("the clock of this node and that of NATS differ by %.0f s", now - wall)

@@ -5460,6 +5460,25 @@ def test_a_jump_of_the_clock_of_nats_declares_no_living_node_gone(folder, jump):
     assert nodes["n1"].hub.nodes.keys() == {"n1", "n2"}
 
 
+@pytest.mark.parametrize("jump", [3600, -3600])
+def test_a_jump_of_the_clock_of_nats_ends_no_grace_period(folder, jump):
+    nodes, moved = Nodes(folder, "n1", "n2"), [0]
+    come(nodes["n1"], "alice", secret=SECRET)
+    come(nodes["n2"], "bob")
+    nodes.turns(5)
+    nodes["n1"].guests["alice"].ended()
+    nodes.turns(5)
+    nodes.nats.clock = lambda: nodes.clock() + moved[0]
+    moved[0] = jump
+    for seconds, there in ((chat.GRACE_SECONDS - 30, True), (60, False)):
+        for _ in range(int(seconds)):
+            nodes.turns()
+            for house in nodes.values():
+                house.loop.run_due()
+        assert ("alice" in nodes["n2"].hub.users) == there
+    assert_nodes_agree(nodes)
+
+
 def test_a_node_stops_at_a_gap_in_the_log_and_says_what_to_do(folder):
     nodes = Nodes(folder, "n1", "n2")
     come(nodes["n1"], "alice")
