@@ -6583,10 +6583,10 @@ def perform_act(hub: Hub, act: list, report: Callable) -> Any:
         return Refused("INTERNAL_ERROR", "that failed inside the server; please report it")
 
 
-def ticks_of_log(hub: Hub, time: int) -> int:
+def ticks_of_log(hub: Hub, when: int) -> int:
     """Return the Hub's ticks at a time of the log, all in milliseconds. They stand still over jumps
     of NATS's clock, and while there is no node."""
-    return hub.log_ticks + min(max(0, time - hub.log_time), LOG_STEP_MS)
+    return hub.log_ticks + min(max(0, when - hub.log_time), LOG_STEP_MS)
 
 
 def apply_batch(
