@@ -91,6 +91,7 @@ import functools
 import hashlib
 import heapq
 import hmac
+import http
 import io
 import ipaddress
 import itertools
@@ -385,13 +386,13 @@ RETRY_SECONDS = 60.0  # that a filter looks for a server it has lost
 WATCH_SECONDS = 1.0  # between two looks whether the server is still there ...
 SILENT_SECONDS = 25.0  # ... which is given up after so long: half of it, then a PING ...
 WAITING_SECONDS = 10.0  # ... and sooner while a message waits to be acknowledged
+OTHER_SECONDS = 60.0  # SILENT_SECONDS for other servers, which answer a busy client late
 JOIN_SECONDS = 60.0  # that a JOIN may take
 BATCH_SECONDS = 60.0  # that a batch of lines may take
 ECHO_SECONDS = 20.0  # that other servers may take to echo a message before we ask
 LOGIN_SECONDS = 30.0  # that a log-in may take ...
 REGISTRATION_SECONDS = 90.0  # ... and a whole registration
 LINE_ROOM = 100  # bytes of text in a line, at least, however long our address is
-OTHER_SECONDS = 60.0  # the same for other servers, which answer a busy client late
 OUTBOX_FULL = 256  # messages waiting: with so many, a pipe is not read
 UNDERSTOOD_KEPT = 10_000  # said to a server that may turn out to speak IRC, to be said again
 
@@ -813,7 +814,15 @@ class Message(NamedTuple):
     tags: dict[str, str]
 
 
-TAG_ESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n"}
+TAG_ESCAPES = {":": ";", "s": " ", "r": "\r", "n": "\n", "\\": "\\"}
+TAG_TRANSLATION = str.maketrans(
+    {sign: f"\\{mark}" for mark, sign in TAG_ESCAPES.items()} | {"\0": ""}
+)
+
+
+def escaped_tag(value: str) -> str:
+    """Return a tag value as it is written on the wire; unescaped_tag() is the inverse."""
+    return value.translate(TAG_TRANSLATION)
 
 
 def unescaped_tag(value: str) -> str:
@@ -1333,8 +1342,7 @@ class Exchange:
         self.received = ""
 
     def feed(self, chunk: str) -> bytes | None:
-        """Return the client's message once it is complete; a chunk of 400 bytes is not the last
-        one."""
+        """Return the client's message, once complete: after a chunk of 400 bytes comes another."""
         self.received += "" if chunk == "+" else chunk
         if len(self.received) > SASL_BYTES:
             raise wrong_login()
@@ -1395,8 +1403,7 @@ class Throttle:
         return count if now < until else 0
 
     def wait(self, host: str, subject: str, now: int) -> int:
-        """Return the seconds until the next allowed attempt; 0 if none is needed. `now` is in
-        ms."""
+        """Return the seconds until the next allowed attempt; 0 for at once. `now` is in ms."""
         own = LOGIN_TRIES_SERVER if subject[:1] == "*" else self.most
         for one, most in ((subject, own), (None, self.most_an_address)):
             if self.count(host, one, now) >= most:
@@ -1523,17 +1530,6 @@ class ServerCalls(typing.Protocol):
 
 
 FILE_TAG = "chat.py/file"  # path, type, bytes, width and height
-
-
-TAG_CHARACTERS = {"\\": "\\\\", ";": "\\:", " ": "\\s", "\r": "\\r", "\n": "\\n", "\0": ""}
-
-
-TAG_TRANSLATION = str.maketrans(TAG_CHARACTERS)
-
-
-def escaped_tag(value: str) -> str:
-    """Return a tag value as it is written on the wire; unescaped_tag() is the inverse."""
-    return value.translate(TAG_TRANSLATION)
 
 
 class StoredFile(NamedTuple):
@@ -2138,6 +2134,12 @@ class Channel:
             raise Refused("NOT_IN_CHANNEL", text, self.name)
         return member
 
+    def other_member(self, user: User) -> Membership:
+        if user not in self.members:
+            text = f"{user.name} is not in {self.name}"
+            raise Refused("USER_NOT_IN_CHANNEL", text, user.name, self.name)
+        return self.members[user]
+
     def require_inside(self, who: Session) -> None:
         """Raise Refused unless the user is a member, or operates the server."""
         if not who.operator:
@@ -2326,8 +2328,7 @@ def with_outsider(channel: Channel, user: User) -> Audience:
 
 def neighbours(user: User, sessions: Iterable[Session] = (), alone: bool = False) -> Audience:
     """Return the audience of all who share a channel with a user, of some sessions, and (with
-    `alone`) of the user. One channel's own audience is taken where possible, and so stays one
-    object."""
+    `alone`) of the user. Where it is one channel, that channel's own object is returned."""
     channels = tuple(user.channels)
     sessions = frozenset(sessions)
     if len(channels) == 1 and not sessions and not alone:
@@ -2599,7 +2600,6 @@ class LocalSession(Session):
             self.unfinished = None
             self.refuse(refusal)
         self.mark_answer(whole=not self.deferred and self.unfinished is None)
-        return None
 
     def resume_answer(self) -> None:
         """Prepare to send more of an answer in a later turn. For labels."""
@@ -3250,10 +3250,6 @@ class Hub:
             self.turn.record("markers_gone", owner)
         return marks
 
-    def charge(self, items: float) -> None:
-        """Add work to the line that is being acted on, for its sender's budget."""
-        self.work += items
-
     def take_work(self) -> float:
         work, self.work = self.work, 0.0
         return work
@@ -3286,7 +3282,7 @@ class Hub:
             return self.find_channel(name)
         if name[1:2] == "#" and name[0] in SYMBOLS.values():
             channel = self.find_channel(name[1:])
-            self.charge(len(channel.members))
+            self.work += len(channel.members)
             return in_ranks(channel, name[0], user)
         return self.conversation(user, self.find_user(name))
 
@@ -3406,14 +3402,14 @@ def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = 
 
 def server_ban(hub: Hub, user: User) -> ServerBan | None:
     """Return the K-line that keeps this user out, if there is one."""
-    hub.charge(len(hub.bans))
+    hub.work += len(hub.bans)
     return next((ban for ban in hub.present_bans() if Mask(ban.mask).matches(user)), None)
 
 
 def check_not_bound(hub: Hub, user: User) -> None:
     """Raise Refused if another name would escape a ban or mute of the present one."""
     for channel in user.channels:
-        hub.charge(channel.masks)
+        hub.work += channel.masks
         if not channel.members[user].ranks and channel.banned(user, speaking=True):
             text = f"you cannot change your name while you are banned or muted in {channel.name}"
             raise Refused("NAME_BOUND", text, channel.name)
@@ -3516,7 +3512,7 @@ def emit_to_witnesses(
     extended-monitor."""
     watching = (s for s in hub.watchers.get(user.key, ()) if s.extended_monitor)
     audience = neighbours(user, watching, alone=True)
-    hub.charge(WORK_OF_A_RECEIVER * audience.cost)
+    hub.work += WORK_OF_A_RECEIVER * audience.cost
     hub.emit(kind, source, audience, *texts, origin=origin)
 
 
@@ -3577,9 +3573,8 @@ def change_login(hub: Hub, who: Session, account: str) -> None:
 
 
 def new_resume_id(hub: Hub, token: str) -> str:
-    """Return the identity of a guest's stay. A guest who comes back with the token gets the same
-    one, with the private conversations. If an account has used the token since then, it is a new
-    one."""
+    """Return the identity of a guest's stay: the same one, with its private conversations, for a
+    guest who comes back with the token, unless an account has used that token since then."""
     known = f"~{token[:SECRET_DIGITS]}"
     if token and known not in hub.accounts_of and known not in hub.users_by_id:
         return known
@@ -3664,7 +3659,7 @@ def put_out(hub: Hub, user: User, channel: Channel) -> None:
 
 def remove_user(hub: Hub, user: User, reason: str, origin: Session | None = None) -> None:
     """Remove a user, and tell the QUIT. A QUIT always has a reason: some clients need one."""
-    hub.charge(WORK_OF_A_RECEIVER * neighbours(user).cost)
+    hub.work += WORK_OF_A_RECEIVER * neighbours(user).cost
     hub.emit(QUIT, user.source, neighbours(user), reason or "Connection closed", origin=origin)
     for channel in list(user.channels):
         put_out(hub, user, channel)
@@ -3846,7 +3841,7 @@ def drop_account(hub: Hub, who: Session, name: str, proof: str) -> None:
     for guest in hub.guests_of.pop(identity, ()):
         del hub.accounts_of[guest]
     hub.turn.record("identities_gone", identity)
-    hub.charge(len(hub.users) + len(hub.channels))
+    hub.work += len(hub.users) + len(hub.channels)
     for user in [user for user in hub.users.values() if user.login == identity]:
         user.set_login("", "")
         hub.turn.changed.add(user)
@@ -3894,7 +3889,7 @@ def tell_metadata_of_newcomer(hub: Hub, who: Session, channel: Channel) -> None:
     user = who.user
     for key, value in user.metadata.items():
         subscribed = hub.subscribers.get(key, ())
-        hub.charge(len(subscribed))
+        hub.work += len(subscribed)
         told = [s for s in subscribed if s.user in channel.members and s is not who]
         if told:
             hub.emit(METADATA, user.source, Audience(user.name, sessions=told), value, key)
@@ -3911,7 +3906,7 @@ def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
     if len(user.channels) >= CHANNELS_A_USER:
         raise Refused("TOO_MANY_CHANNELS", f"{CHANNELS_A_USER} channels at most; /part one", name)
     if channel:
-        hub.charge(channel.masks)
+        hub.work += channel.masks
         channel.check_entry(user, password)
         ranks = channel.ranks_by_account(user)
     else:
@@ -3974,11 +3969,9 @@ def kick(hub: Hub, who: Session, where: str, name: str, reason: str) -> None:
     user, channel = who.user, hub.find_channel(where)
     channel.require(who)  # before a refusal tells who is here
     victim = hub.find_user(name)
-    if victim not in channel.members:
-        text = f"{victim.name} is not in {channel.name}"
-        raise Refused("USER_NOT_IN_CHANNEL", text, victim.name, channel.name)
+    theirs = channel.other_member(victim).level
     if not who.operator:
-        mine, theirs = channel.members[user].level, channel.members[victim].level
+        mine = channel.members[user].level
         if theirs < mine or theirs == mine == RANKS.index("h"):
             text = f"{victim.name} has too high a rank in {channel.name}"
             raise Refused("NOT_OPERATOR", text, channel.name)
@@ -3996,7 +3989,7 @@ def invite(hub: Hub, who: Session, name: str, where: str) -> tuple[User, Channel
     if user in channel.members:
         text = f"{user.name} is in {channel.name} already"
         raise Refused("ALREADY_IN_CHANNEL", text, user.name, channel.name)
-    hub.charge(channel.masks + len(channel.members))
+    hub.work += channel.masks + len(channel.members)
     if "i" in channel.flags or next(channel.obstacles(user, ""), None):
         channel.require(who)
     member = channel.members.get(who.user)
@@ -4022,11 +4015,7 @@ def change_rank(hub: Hub, who: Session, channel: Channel, change: ModeChange) ->
     steps_down = not change.on and fold(change.value) == who.user.key
     channel.require(who, "v" if steps_down else RANK_NEEDED[change.letter])
     other = hub.find_user(change.value)
-    member = channel.members.get(other)
-    if member is None:
-        text = f"{other.name} is not in {channel.name}"
-        raise Refused("USER_NOT_IN_CHANNEL", text, other.name, channel.name)
-    if not member.set_rank(change.letter, change.on):
+    if not channel.other_member(other).set_rank(change.letter, change.on):
         return None
     channel.rosters.clear()
     channel.store_ranks(other)
@@ -4058,7 +4047,7 @@ def end_invitations(hub: Hub, channel: Channel, done: Iterable[ModeChange]) -> N
     """End the invitations of users whom a new ban or +i keeps out."""
     for change in done:
         if change.on and change.letter in "bi" and channel.invited:
-            hub.charge(len(channel.invited))
+            hub.work += len(channel.invited)
             mask = Mask(change.value) if change.letter == "b" else None
             for user in [u for u in channel.invited if mask is None or mask.matches(u)]:
                 channel.uninvite(user)
@@ -4118,7 +4107,7 @@ def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -
     if key not in (channel.key, channel.former_key) and hub.has_history(key):
         text = f"there is history of a channel called {name}, for those who may come back to it"
         raise Refused("CHANNEL_NAME_IN_USE", text, old, name)
-    hub.charge(RENAME_WORK * len(channel.members))
+    hub.work += RENAME_WORK * len(channel.members)
     del hub.channels[channel.key]
     if key != channel.key:
         hub.turn.record("rename", channel.key, key, channel.founding)
@@ -4171,8 +4160,6 @@ def begin_file(
 
 
 EMOJI_STYLE = "\ufe0f"  # the character before it is to be shown as an emoji
-
-
 ZWNJ, ZWJ = "\u200c", "\u200d"  # zero width (non-)joiners: Persian; one emoji of several
 
 
@@ -4385,7 +4372,7 @@ def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> N
 @act
 def wallops(hub: Hub, who: Session, text: str) -> None:
     """Send a text to all users with mode w."""
-    hub.charge(len(hub.users))
+    hub.work += len(hub.users)
     listening = [user for user in hub.users.values() if "w" in user.modes]
     hub.emit(WALLOPS, who.user.source, Audience(users=listening), text, origin=who)
 
@@ -4468,7 +4455,7 @@ def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> N
     else:
         watching = hub.watchers.get(owner.key, ())
         audience, source = neighbours(owner, watching, alone=True), owner.source
-    hub.charge(len(subscribed))
+    hub.work += len(subscribed)
     channels = set(audience.channels)
     told = [
         s
@@ -4540,7 +4527,7 @@ def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str
     ban = ServerBan(mask, who.user.source.mask, until, reason)
     hub.bans[fold(mask)] = ban
     hub.turn.record("ban", fold(mask), *ban)
-    hub.charge(len(hub.users))
+    hub.work += len(hub.users)
     pattern, me = Mask(mask), who.user
     meant = [user for user in hub.users.values() if user is not me and pattern.matches(user)]
     for user in meant:
@@ -5000,8 +4987,6 @@ STATEMENTS = {
     "user": ("stays", 1, "REPLACE INTO stays VALUES (?, ?)"),
     "user_gone": ("stays", 1, "DELETE FROM stays WHERE stay = ?"),
 }
-
-
 NODE_TABLES = """
     CREATE TABLE IF NOT EXISTS snapshots (  -- of the Hub of a node of a cluster; one
         sequence INTEGER NOT NULL,          -- of the last entry of the log that it contains
@@ -5038,6 +5023,19 @@ def connect(path: pathlib.Path | None, mode: str) -> sqlite3.Connection:
     return sqlite3.connect(
         address, timeout=0, isolation_level=None, uri=True, check_same_thread=False
     )
+
+
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """Begin a transaction, and commit it at the end; roll it back after an exception."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
 
 
 def inspect_database(path: pathlib.Path) -> None:
@@ -5402,22 +5400,19 @@ class SearchIndex:
                 self.store.db.execute("DELETE FROM erased")
 
     def _step(self, behind: set[int], gone: list, known: int, most: int) -> tuple[set[int], list]:
+        update = "UPDATE parts SET stale = stale + ? WHERE first <= ? AND last >= ?"
+        query = "SELECT part FROM parts WHERE stale * 2 >= messages AND stale"
         try:
-            self.db.execute("BEGIN IMMEDIATE")
-            update = "UPDATE parts SET stale = stale + ? WHERE first <= ? AND last >= ?"
-            self.db.executemany(update, [(count, last, first) for first, last, count in gone])
-            indexed = self._add(behind, known, most) if behind else self.indexed
-            query = "SELECT part FROM parts WHERE stale * 2 >= messages AND stale"
-            unfit = self.db.execute(query).fetchall()
-            if unfit:
-                self._rebuild(*unfit[0])
-            self.db.execute("COMMIT")
+            with transaction(self.db):
+                self.db.executemany(update, [(count, last, first) for first, last, count in gone])
+                indexed = self._add(behind, known, most) if behind else self.indexed
+                unfit = self.db.execute(query).fetchall()
+                if unfit:
+                    self._rebuild(*unfit[0])
             self.indexed, self.unfit = indexed, len(unfit) > 1
             if unfit:
                 self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         except sqlite3.Error:
-            if self.db.in_transaction:
-                self.db.execute("ROLLBACK")
             return behind, gone
         return (behind if indexed < known else set()), []
 
@@ -5507,8 +5502,7 @@ class SearchIndex:
                 yield row[0]
 
     def close(self) -> None:
-        """Remove the words of redacted messages, also those of a job that was given up; then
-        close."""
+        """Remove the words of redacted messages, also those of an abandoned job, and close."""
         if self.db is None:
             return
         if self.store.path:
@@ -5581,13 +5575,6 @@ class DedupKeys:
             row = db.execute(query, [target, id]).fetchone()
         return id, event_of(*row) if row and is_sound(row) else None
 
-    def sweep(self, now: int) -> bool:
-        """Forget one slice of old keys; return whether there is more to look through."""
-        old, more = self.next_old(now)
-        if old:
-            self.forget(old)
-        return more
-
     def next_old(self, now: int) -> tuple[list[tuple[str, str]], bool]:
         """Return the old keys of one slice, and whether there is more to look through."""
         db = self.store.db
@@ -5601,10 +5588,9 @@ class DedupKeys:
         self.swept = rows[-1][:2] if len(rows) == DEDUP_SWEPT else ("", "")
         return [row[:2] for row in rows if row[2]], self.swept != ("", "")
 
-    def forget(self, keys: Iterable[tuple[str, str]]) -> list[int]:
+    def forget(self, keys: Iterable[tuple[str, str]]) -> None:
         delete = "DELETE FROM dedup WHERE owner = ? AND own_id = ?"
         self.store.db.executemany(delete, keys)
-        return []
 
 
 class Backlog:
@@ -5727,15 +5713,10 @@ class Store:
 
     def save_node(self, hub: bytes, sequence: int, entry: str) -> None:
         """Store a snapshot, and drop the entries that it contains. Raises sqlite3.Error."""
-        try:
-            self.db.execute("BEGIN IMMEDIATE")
+        with transaction(self.db):
             self.db.execute("DELETE FROM snapshots")
             self.db.execute("INSERT INTO snapshots VALUES (?, ?, ?)", [sequence, entry, hub])
             self.db.execute("DELETE FROM entries WHERE sequence <= ?", [sequence])
-            self.db.execute("COMMIT")
-        except sqlite3.Error:
-            self._roll_back()
-            raise
 
     def digest(self) -> str:
         """Return a checksum of all that a Hub is loaded from."""
@@ -5849,22 +5830,20 @@ class Store:
             return []
         special = {"rename": self._rename, "seal": self._seal, "redact": self._redact}
         special |= {"prune": self._prune, "sweep": self.dedup.forget}
-        return special[record.name](*record.values)
+        return special[record.name](*record.values) or []
 
-    def _rename(self, old: str, new: str, founding: int) -> list[int]:
+    def _rename(self, old: str, new: str, founding: int) -> None:
         """Move the history of a founding to the channel's new name."""
         update = "UPDATE OR REPLACE targets SET key = ? WHERE key = ? AND founding = ?"
         self.db.execute(update, [new, old, founding])
         if (target := self.targets.pop((old, founding), None)) is not None:
             self.targets[new, founding] = target
-        return []
 
-    def _seal(self, key: str, founding: int) -> list[int]:
+    def _seal(self, key: str, founding: int) -> None:
         """Close the history of a founding: the next start deletes it."""
         update = "UPDATE targets SET key = '~' || id WHERE key = ? AND founding = ?"
         self.db.execute(update, [key, founding])
         self.targets.pop((key, founding), None)
-        return []
 
     def _redact(self, key: str, now: int, id: int) -> list[int]:
         query = """
@@ -5879,11 +5858,10 @@ class Store:
         self.db.execute("UPDATE dedup SET time = ? WHERE event = ?", [now, id])
         return [id]
 
-    def _prune(self, key: str, founding: int, last: int, now: int) -> list[int]:
+    def _prune(self, key: str, founding: int, last: int, now: int) -> None:
         query = "SELECT id FROM targets WHERE key = ? AND founding = ?"
         if row := self.db.execute(query, [key, founding]).fetchone():
             self._delete_up_to(row[0], last, now)
-        return []
 
     def _target(self, target: tuple[str, int], audience: Audience) -> int:
         """Return the row id of a target that is not cached; add the row if there is none."""
@@ -5918,8 +5896,7 @@ class Store:
             return None
 
     def foundings(self, key: str) -> set[int]:
-        """Return the foundings with history under this key; if the database fails, some
-        founding."""
+        """Return the foundings with history under this key; {0} if the database fails."""
         query = """
             SELECT founding FROM targets WHERE key = ?
             AND EXISTS (SELECT 1 FROM events WHERE target = targets.id)"""
@@ -5958,14 +5935,12 @@ class Store:
             SELECT key, sum(events) FROM targets
             WHERE key IN (SELECT key FROM targets WHERE id = ?) GROUP BY key"""
         try:
-            self.db.execute("BEGIN IMMEDIATE")
-            self.db.executemany(update, [(count, target) for target, count in fresh.items()])
-            for target in fresh:
-                found = self.db.execute(query, [target]).fetchall()
-                self.excess.update(key for key, events in found if events > self.keep)
-            self.db.execute("COMMIT")
-        except sqlite3.Error:
-            self._roll_back()  # busy or full: counted later
+            with transaction(self.db):
+                self.db.executemany(update, [(count, target) for target, count in fresh.items()])
+                for target in fresh:
+                    found = self.db.execute(query, [target]).fetchall()
+                    self.excess.update(key for key, events in found if events > self.keep)
+        except sqlite3.Error:  # busy or full: counted later
             self.fresh.update(fresh)
         if len(self.targets) > TARGETS_CACHED:
             self.targets.clear()
@@ -5998,8 +5973,7 @@ class Store:
                 self._delete_orphan(next(iter(self.orphans)), now)
             elif self.excess:
                 self._delete_oldest(next(iter(self.excess)), idle, now)
-        except sqlite3.Error:
-            self._roll_back()  # busy or full: the next idle turn tries again
+        except sqlite3.Error:  # busy or full: the next idle turn tries again
             return False
         return bool(self.orphans or self.excess)
 
@@ -6010,41 +5984,40 @@ class Store:
             self.targets = {key: known for key, known in self.targets.items() if known != target}
             self.orphans.discard(target)
 
+    def _excess(self, key: str) -> tuple[int, int, int]:
+        """Return how many rows a key has beyond `keep`, and the oldest target that has rows, with
+        its founding."""
+        query = "SELECT id, founding, events FROM targets WHERE key = ? ORDER BY founding"
+        targets = self.db.execute(query, [key]).fetchall()
+        oldest = next(((id, founding) for id, founding, events in targets if events > 0), (0, 0))
+        return (sum(events for _, _, events in targets) - self.keep, *oldest)
+
+    def _last_of(self, target: int, count: int) -> int:
+        """Return the id of the last of the oldest `count` rows of a target; 0 if it has no rows."""
+        query = "SELECT max(id) FROM (SELECT id FROM events WHERE target = ? ORDER BY id LIMIT ?)"
+        return self.db.execute(query, [target, count]).fetchone()[0] or 0
+
     def _delete_oldest(self, key: str, idle: bool, now: int) -> None:
         """Delete one slice of the rows that a key has beyond `keep`."""
-        query = "SELECT id, events FROM targets WHERE key = ? ORDER BY founding"
-        targets = self.db.execute(query, [key]).fetchall()
-        excess = sum(events for _, events in targets) - self.keep
+        excess, oldest, _ = self._excess(key)
         if not idle and excess < self.keep * (PRUNE_OVERDUE - 1):
             return
-        oldest, events = next(((t, n) for t, n in targets if n > 0), (0, 0))
         if excess <= 0 or not oldest:
             self.excess.discard(key)
-            return
-        if not self._delete(oldest, min(PRUNE_ROWS, excess), now) and events:  # the count was wrong
+        elif not self._delete(oldest, min(PRUNE_ROWS, excess), now):  # the count was wrong
             self.db.execute("UPDATE targets SET events = 0 WHERE id = ?", [oldest])
 
     def excess_of(self, key: str) -> tuple[str, int, int] | None:
         """Return key, founding and last id of a slice to be deleted by an act; None if there is
         none any more."""
-        query = "SELECT id, events, founding FROM targets WHERE key = ? ORDER BY founding"
-        targets = self.db.execute(query, [key]).fetchall()
-        excess = sum(events for _, events, _ in targets) - self.keep
-        oldest = next(((target, founding) for target, n, founding in targets if n > 0), None)
+        excess, oldest, founding = self._excess(key)
         self.excess.discard(key)
-        if excess <= 0 or oldest is None:
-            return None
-        query = "SELECT max(id) FROM (SELECT id FROM events WHERE target = ? ORDER BY id LIMIT ?)"
-        last = self.db.execute(query, [oldest[0], min(PRUNE_ROWS, excess)]).fetchone()[0]
-        return (key, oldest[1], last) if last else None
+        last = self._last_of(oldest, min(PRUNE_ROWS, excess)) if excess > 0 else 0
+        return (key, founding, last) if last else None
 
     def _delete(self, target: int, count: int, now: int) -> int:
-        oldest = "SELECT max(id) FROM (SELECT id FROM events WHERE target = ? ORDER BY id LIMIT ?)"
-        self.db.execute("BEGIN IMMEDIATE")
-        last = self.db.execute(oldest, [target, count]).fetchone()[0] or 0
-        deleted = self._delete_up_to(target, last, now)
-        self.db.execute("COMMIT")
-        return deleted
+        with transaction(self.db):
+            return self._delete_up_to(target, self._last_of(target, count), now)
 
     def _delete_up_to(self, target: int, last: int, now: int) -> int:
         first = "SELECT ifnull(min(id), 0) FROM events WHERE target = ?"
@@ -6317,9 +6290,13 @@ class NatsLog:
     def open(self, now: float) -> None:
         """Begin: look at the stream, then create it if it is not there, and read."""
         self.now = self.heard = now
-        self._call(f"STREAM.INFO.{self.name}", {}, self._found)
+        self._call(f"STREAM.INFO.{self.name}", {}, self._found, (STREAM_MISSING,))
 
-    def _call(self, subject: str, values: dict, then: Callable[[dict], None]) -> None:
+    def _call(
+        self, subject: str, values: dict, then: Callable, expected: Collection[int] = ()
+    ) -> None:
+        """Ask JetStream something; call then(the answer, its error code if that is expected)."""
+
         def answered(message: NatsMessage) -> None:
             self.asked = None
             if message.status.startswith("503"):
@@ -6330,21 +6307,21 @@ class NatsLog:
                 answer = dict(json.loads(message.data))
             except (ValueError, TypeError):
                 raise NatsFailed("JetStream gives an answer that is no JSON") from None
-            then(answer)
+            error = answer.get("error") or {}
+            if error and error.get("err_code") not in expected:
+                raise NatsFailed(f"JetStream: {error.get('description', 'an error')}")
+            then(answer, error.get("err_code"))
 
         self.asked = self.now
         data = json.dumps(values).encode() if values else b""
         self.dialogue.request(f"$JS.API.{subject}", data, answered)
 
-    def _found(self, answer: dict) -> None:
-        error = answer.get("error", {})
-        if error.get("err_code") == STREAM_MISSING:
-            if self.applied:
-                raise LogLost(f"the log {self.name} is gone from NATS")
-            return self._create(LOG_REPLICAS)
-        if error:
-            raise NatsFailed(f"JetStream: {error.get('description', 'an error')}")
-        return self._check(answer)
+    def _found(self, answer: dict, error: int | None) -> None:
+        if error is None:
+            return self._check(answer)
+        if self.applied:
+            raise LogLost(f"the log {self.name} is gone from NATS")
+        return self._create(LOG_REPLICAS)
 
     def _create(self, replicas: int) -> None:
         config = {
@@ -6362,18 +6339,14 @@ class NatsLog:
             "max_consumers": -1,
         }
 
-        def created(answer: dict) -> None:
-            error = answer.get("error", {})
-            if error.get("err_code") in TOO_MANY_REPLICAS and replicas > 1:
-                return self._create(replicas - 1)
-            if error.get("err_code") == SUBJECT_TAKEN:
+        def created(answer: dict, error: int | None) -> None:
+            if error == SUBJECT_TAKEN:
                 text = f"another stream of NATS has the subject {self.subject}"
                 raise LogUnusable(f"{text}; {OTHER_LOG}")
-            if error:
-                raise NatsFailed(f"JetStream: {error.get('description', 'an error')}")
-            return self._check(answer)
+            return self._create(replicas - 1) if error else self._check(answer)
 
-        self._call(f"STREAM.CREATE.{self.name}", config, created)
+        expected = (SUBJECT_TAKEN, *(TOO_MANY_REPLICAS if replicas > 1 else ()))
+        self._call(f"STREAM.CREATE.{self.name}", config, created, expected)
 
     def _check(self, answer: dict) -> None:
         """Compare the stream with what this node needs, and begin to read."""
@@ -6412,13 +6385,8 @@ class NatsLog:
             "replay_policy": "instant",
             "inactive_threshold": LOG_INACTIVE_SECONDS * 10**9,
         }
-
-        def made(answer: dict) -> None:
-            if error := answer.get("error"):
-                raise NatsFailed(f"JetStream: {error.get('description', 'an error')}")
-
         values = {"stream_name": self.name, "config": config}
-        self._call(f"CONSUMER.CREATE.{self.name}", values, made)
+        self._call(f"CONSUMER.CREATE.{self.name}", values, do_nothing)
 
     def take(self, message: NatsMessage) -> LogEntry | None:
         """Return the next entry of the log, if this message brings it."""
@@ -6679,10 +6647,7 @@ def saved_state(one: Any) -> dict[str, Any]:
     """Return the fields of a user, channel or session that are saved."""
     cls = next(cls for cls in LINKED if isinstance(one, cls))
     names = [name for name in cls.__slots__ if cls is not Channel or name not in MADE_AGAIN]
-    state = {name: getattr(one, name) for name in names}
-    if cls is Session and not isinstance(one.client, str):  # of the web dialect
-        state["client"] = ""
-    return state
+    return {name: getattr(one, name) for name in names}
 
 
 def save_hub(hub: Hub) -> bytes:
@@ -6952,7 +6917,6 @@ class Cluster:
         released, self.released = self.released, []
         for session in released:
             session.wait_for_acts()
-        return None
 
     def _is_one_of_us(self, batch: ActBatch) -> bool:
         """Return whether a batch fits to this node's cluster: the first one founds it."""
@@ -7004,7 +6968,6 @@ class Cluster:
             self.server.site.ids = itertools.count((me.start << SESSION_BITS) + 1)
             self.server.begin_serving()
         self._note_progress(entry)
-        return None
 
     def _note_progress(self, entry: LogEntry) -> None:
         if not entry.time:  # it was not read
@@ -7652,10 +7615,10 @@ def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
     if me in channel.members:
         head = session.shaped_line(RPL_NAMREPLY, kind, channel.name, "")[:-2]
         roster = channel.roster(multi, masks)
-        session.site.hub.charge(len(roster))
+        session.site.hub.work += len(roster)
         lines = b"".join([head + names.encode() + b"\r\n" for names in roster])
         return session.send(session.timed(lines))
-    session.site.hub.charge(len(channel.members))
+    session.site.hub.work += len(channel.members)
     session.reply_list(RPL_NAMREPLY, channel.names(me, multi, masks), kind, channel.name)
 
 
@@ -7673,10 +7636,9 @@ def subscribed_metadata(session: "IrcSession", owners: Iterable) -> Iterator[tup
 
 
 def tell_metadata_of_channel(session: "IrcSession", channel: Channel) -> None:
-    """Tell the values; if they are many, that the client may ask (draft/metadata, postponed
-    sync)."""
+    """Tell the values, or, of many, that the client may ask (draft/metadata, postponed sync)."""
     others = (channel, *(user for user in channel.members if user is not session.user))
-    session.site.hub.charge(len(others))
+    session.site.hub.work += len(others)
     some = list(itertools.islice(subscribed_metadata(session, others), METADATA_AT_ONCE + 1))
     if len(some) > METADATA_AT_ONCE:
         return session.reply(ERR_METADATASYNCLATER, channel.name)
@@ -8145,8 +8107,6 @@ def abort_sasl(session: IrcSession) -> None:
 
 
 METADATA_KEY = re.compile(rf"[a-z0-9_./-]{{1,{METADATA_KEY_BYTES}}}")
-
-
 NO_KEY = "a key is made of a-z, 0-9, _, ., / and -"
 
 
@@ -8218,7 +8178,7 @@ def check_server(session: IrcSession, name: str) -> None:
     site, key = session.site, fold(name)
     if not name or key == fold(site.name) or key in site.hub.users:
         return
-    session.site.hub.charge(len(name))
+    session.site.hub.work += len(name)
     if not mask_pattern(name).fullmatch(fold(site.name)):
         raise Refused("NO_SUCH_SERVER", "there is no such server; this one stands alone", name)
 
@@ -8639,7 +8599,9 @@ def send_message(session: IrcSession, name: str, text: str, kind: str, tags: str
         elif result.away:
             session.reply(RPL_AWAY, result.away.name, result.away.away)
 
-    return session.act("say", name, text, kind, tags, own, then=sent)
+    # A refusal is no answer to a notice (RFC 2812 section 3.3.2)
+    otherwise = do_nothing if kind == NOTICE else None
+    return session.act("say", name, text, kind, tags, own, then=sent, otherwise=otherwise)
 
 
 def check_length(session: IrcSession, name: str, text: str, tags: str) -> None:
@@ -8692,12 +8654,8 @@ def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> LongAn
         return None
     own, tags = client_id(session, targets), client_tags(session)
 
-    def send(name: str) -> None:  # a refusal is no answer to a notice (RFC 2812 section 3.3.2)
-        def sent(result: Sent) -> None:
-            if result.repeat is not None:
-                tell_repeat(session, name, own)
-
-        session.act("say", name, text, NOTICE, tags, own, then=sent, otherwise=do_nothing)
+    def send(name: str) -> None:
+        send_message(session, name, text, NOTICE, tags, own)
 
     return to_each_target(session, targets, send)
 
@@ -8872,7 +8830,7 @@ def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Ite
         if channel is None:
             yield
             continue
-        hub.charge(1 + conditions.count(","))
+        hub.work += 1 + conditions.count(",")
         if channel.members and wanted(channel) and channel.visible_to(user):
             session.reply(RPL_LIST, channel.name, len(channel.members), channel.topic)
             yield
@@ -9008,7 +8966,7 @@ def metadata_sync(session: IrcSession, target: str) -> Iterator[None]:
         owner = metadata_owner(session, target)
         owners = [owner, *owner.members] if isinstance(owner, Channel) else [owner]
         target = owner_name(owner)
-    session.site.hub.charge(len(owners))
+    session.site.hub.work += len(owners)
     known = subscribed_metadata(session, owners)
     lines = (session.shaped_line(RPL_KEYVALUE, *one) for one in known)
     yield from batch_in_pieces(session, f"metadata {target}", lines)
@@ -9386,7 +9344,7 @@ def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel 
     else:
         known = [exact] if exact else hub.users.values()
     for user in in_slices(list(known)):
-        hub.charge(2 if channel else 4)
+        hub.work += 2 if channel else 4
         if user is None:
             yield None
         elif channel:
@@ -9444,7 +9402,7 @@ def whois_lines(session: IrcSession, user: User) -> Iterator[tuple]:
     """Yield the shapes of a WHOIS answer, each with the values after the name."""
     me, source, hub = session.user, user.source, session.site.hub
     yield RPL_WHOISUSER, source.username, source.host, user.realname
-    hub.charge(len(user.channels))
+    hub.work += len(user.channels)
     seen = [
         c for c in user.channels if c.visible_to(me) and (c in me.channels or can_see(me, user))
     ]
@@ -9527,7 +9485,7 @@ def irc_userhost(session: IrcSession, *names: str) -> None:
 
 def tell_monitored(session: IrcSession, names: list[str]) -> None:
     users = session.site.hub.users
-    session.site.hub.charge(2 * len(names))
+    session.site.hub.work += 2 * len(names)
     online = [users[fold(name)].source.mask for name in names if fold(name) in users]
     offline = [name for name in names if fold(name) not in users]
     session.reply_list(RPL_MONONLINE, online, between=",")
@@ -9629,12 +9587,12 @@ server_query(
 )
 
 
-@irc_command("VERSION", most=1)
-def irc_version(session: IrcSession, server: str = "") -> None:
-    """VERSION [<server>] -- what this server is and can do"""
-    check_server(session, server)
+def tell_version(session: IrcSession) -> None:
     session.reply(RPL_VERSION, VERSION, session.site.name, "a chat in one file of Python")
     tell_isupport(session)
+
+
+server_query("VERSION [<server>] -- what this server is and can do", tell_version)
 
 
 def ban_text(ban: ServerBan) -> str:
@@ -9667,22 +9625,20 @@ def irc_stats(session: IrcSession, letter: str = "", server: str = "") -> None:
     session.reply(RPL_ENDOFSTATS, as_param(letter[:1]))
 
 
-@irc_command("ADMIN", most=1)
-def irc_admin(session: IrcSession, server: str = "") -> None:
-    """ADMIN [<server>] -- whom to ask: see the message of the day"""
-    check_server(session, server)
+def no_admin(session: IrcSession) -> None:
     text = "the message of the day says whom to ask, if anything does"
     raise Refused("NO_ADMIN", text, session.site.name)
 
 
-@irc_command("INFO", most=1)
-def irc_info(session: IrcSession, server: str = "") -> None:
-    """INFO [<server>] -- about this program"""
-    check_server(session, server)
+def tell_info(session: IrcSession) -> None:
     session.reply(RPL_INFO, f"chat.py {VERSION}: a chat in one file of plain Python,")
     session.reply(RPL_INFO, "for IRC clients, netcat, and terminals and windows of its own")
     session.reply(RPL_INFO, f"running since {time_text(session.site.hub.started)}")
     session.reply(RPL_ENDOFINFO)
+
+
+server_query("ADMIN [<server>] -- whom to ask: see the message of the day", no_admin)
+server_query("INFO [<server>] -- about this program", tell_info)
 
 
 @irc_command("HELP", most=1)
@@ -10075,7 +10031,7 @@ def kick_aloud(session: LineSession, channel: Channel, name: str, reason: str) -
 def kick_banned(session: LineSession, channel: Channel, mask: Mask) -> Iterator[None]:
     """Kick the members whom a ban matches, except the user who sets it."""
     for member in in_slices([] if mask.mutes else list(channel.members)):
-        session.site.hub.charge(1)
+        session.site.hub.work += 1
         if member is None:
             yield
         elif member is not session.user and member in channel.members and mask.matches(member):
@@ -10090,7 +10046,7 @@ def tell_topic(session: LineSession, channel: Channel) -> None:
 
 def tell_names(session: LineSession, channel: Channel) -> None:
     """Tell the members: `* #rust 1-3 of 3: @bob, carol, dave`; many take several lines."""
-    session.site.hub.charge(len(channel.members))
+    session.site.hub.work += len(channel.members)
     names = channel.names(session.user)
     for start in range(0, len(names), NAMES_A_LINE):
         some = names[start : start + NAMES_A_LINE]
@@ -10168,7 +10124,7 @@ def line_list(session: LineSession) -> Iterator[None]:
         if channel is None:
             yield
             continue
-        session.site.hub.charge(1)
+        session.site.hub.work += 1
         topic = f": {plain_text(channel.topic)}" if channel.topic else ""
         if channel.members and channel.visible_to(session.user):
             session.tell(f"{channel.name} ({len(channel.members)}){topic}")
@@ -10590,17 +10546,15 @@ class HttpReader:
             return None
         head = self.data[self.start : end]
         self.start = end + (3 if self.data.startswith(b"\n\r", end) else 2)
-        request = self._parse([line.removesuffix(b"\r") for line in head.split(b"\n")])
+        lines = [line.removesuffix(b"\r") for line in head.split(b"\n")]
+        if len(lines) > HEADERS_MOST:
+            raise BadRequest(431, f"a request has at most {HEADERS_MOST} headers")
+        request = parse_head(lines)
         if request.length is None:
             self.chunked, self.step = True, self._size
         elif request.length:
             self.left, self.step = request.length, self._body
         return request
-
-    def _parse(self, lines: list[bytes]) -> Request:
-        if len(lines) > HEADERS_MOST:
-            raise BadRequest(431, f"a request has at most {HEADERS_MOST} headers")
-        return parse_head(lines)
 
     def _body(self) -> bytes | None:
         """Take bytes of the body, or of its present chunk."""
@@ -10648,49 +10602,11 @@ class HttpReader:
 
 # Answers
 
-STATUS_TEXTS = {
-    100: "Continue",
-    101: "Switching Protocols",
-    200: "OK",
-    201: "Created",
-    204: "No Content",
-    206: "Partial Content",
-    304: "Not Modified",
-    307: "Temporary Redirect",
-    400: "Bad Request",
-    401: "Unauthorized",
-    403: "Forbidden",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    408: "Request Timeout",
-    409: "Conflict",
-    411: "Length Required",
-    412: "Precondition Failed",
-    413: "Content Too Large",
-    414: "URI Too Long",
-    415: "Unsupported Media Type",
-    416: "Range Not Satisfiable",
-    417: "Expectation Failed",
-    421: "Misdirected Request",
-    423: "Locked",
-    426: "Upgrade Required",
-    429: "Too Many Requests",
-    431: "Request Header Fields Too Large",
-    500: "Internal Server Error",
-    501: "Not Implemented",
-    503: "Service Unavailable",
-    505: "HTTP Version Not Supported",
-    507: "Insufficient Storage",
-}
-WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-
 
 def http_date(when: float) -> str:
-    """Return a time (seconds since 1970) as in HTTP headers, in any locale (RFC 9110 5.6.7)."""
-    day = datetime.datetime.fromtimestamp(when, datetime.UTC)
-    month, weekday = MONTHS[day.month - 1], WEEKDAYS[day.weekday()]
-    return f"{weekday}, {day:%d} {month} {day:%Y %H:%M:%S} GMT"
+    """Return a time (seconds since 1970) as in HTTP headers (RFC 9110 section 5.6.7). The names are
+    English: nothing here calls setlocale()."""
+    return f"{datetime.datetime.fromtimestamp(when, datetime.UTC):%a, %d %b %Y %H:%M:%S} GMT"
 
 
 SAFE_HEADERS = (  # of all answers
@@ -10717,12 +10633,6 @@ def not_needed(request: Request, etag: str) -> int:
 ACCEPTS_GZIP = re.compile(r"gzip(?!.*;\s*q=0(\.0*)?\s*$).*")  # RFC 9110 section 12.5.3
 
 
-def compressed(data: bytes) -> bytes:
-    """Return data in the gzip format (RFC 1952)."""
-    packer = zlib.compressobj(9, wbits=zlib.MAX_WBITS + 16)
-    return packer.compress(data) + packer.flush()
-
-
 class Document:
     """A document that the server keeps in memory. In its policy, {host} stands for the host and
     port of the request."""
@@ -10730,7 +10640,7 @@ class Document:
     def __init__(self, text: str, type: str, policy: str = "default-src 'none'"):
         self.type, self.policy = type, policy
         self.forms = {"": text.encode()}  # by Content-Encoding
-        self.forms["gzip"] = compressed(self.forms[""])
+        self.forms["gzip"] = zlib.compress(self.forms[""], 9, zlib.MAX_WBITS + 16)
         self.etags = {
             how: f'"{hashlib.sha256(form).hexdigest()}"' for how, form in self.forms.items()
         }
@@ -10843,8 +10753,7 @@ class FrameReader:
             return True
 
     def _frame(self, look: bool = False) -> Frame | None:
-        """Return the first frame, if it is complete; `look` leaves out the payload. Raises
-        BadFrame."""
+        """Return the first frame if it is complete, without payload to `look`. Raises BadFrame."""
         if len(self.buffer) < 2:
             return None
         first, second = self.buffer[:2]
@@ -10914,8 +10823,7 @@ class FrameReader:
 
 
 class Framing:
-    """Lines of IRC as frames, one frame for each line. Bytes for all members of a channel are
-    framed once."""
+    """Lines of IRC as frames, one for each line. The bytes of a whole channel are framed once."""
 
     def __init__(self, opcode: int):
         self.opcode = opcode
@@ -10953,8 +10861,7 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 def split_host(text: str) -> tuple[str, int | None]:
-    """Split HOST, HOST:PORT or [IPV6]:PORT. The port is None if there is none; the host is "" if it
-    is not valid."""
+    """Split HOST, HOST:PORT or [IPV6]:PORT. Without a port it is None; an invalid host is ""."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::([0-9]{1,5}))?", text)
     if match is None:
         return "", None
@@ -10972,14 +10879,11 @@ def forwarded_host(text: str) -> str:
     return ""
 
 
-def is_ip(host: str) -> bool:
-    return ":" in host or bool(re.fullmatch(r"[0-9]+(\.[0-9]+){3}", host))
-
-
 def host_allowed(web: Web, host: str) -> bool:
     """Return whether a request for this host is for this server. Without this check, a page of
     another site could read ours through a name that leads here (DNS rebinding)."""
-    return bool(host) and (is_ip(host) or host in web.hosts)
+    is_ip = ":" in host or re.fullmatch(r"[0-9]+(\.[0-9]+){3}", host)
+    return bool(host and (is_ip or host in web.hosts))
 
 
 def origin_allowed(web: Web, origin: str, own: str = "") -> bool:
@@ -11032,15 +10936,15 @@ class WebSession(LocalSession):
     """A session that answers the requests of one connection in their order."""
 
     __slots__ = (
-        *("at_end", "body_left", "client", "closing", "credentials", "near", "owner", "reading"),
-        *("request", "take_body", "upload"),
+        *("at_end", "body_left", "closing", "credentials", "near", "owner", "reading"),
+        *("request", "sender", "take_body", "upload"),
     )
     takes_lines = False
 
     def __init__(self, site: Site, conn: Connected):
         super().__init__(site, conn)
         self.request: Request | None = None  # that is being answered
-        self.client: tuple[str, bool, bool | None] = (conn.host, False, None)  # see _find_client()
+        self.sender: tuple[str, bool, bool | None] = (conn.host, False, None)  # see _find_client()
         self.near = is_loopback(conn.host)  # the client is on this machine
         self.closing = False  # behind the answer
         self.take_body: Callable[[bytes], None] = do_nothing  # takes pieces of its body
@@ -11099,8 +11003,8 @@ class WebSession(LocalSession):
         if not host:
             return False
         client = (host, passed_on, secure)
-        if client != self.client:  # of the request before: most connections have one client
-            self.client, self.near = client, is_loopback(host) and not passed_on
+        if client != self.sender:  # of the request before: most connections have one client
+            self.sender, self.near = client, is_loopback(host) and not passed_on
             key = address_key(host, host_of(conn.local))
             conn.act_for(host, f"a proxy at {key}" if passed_on else key, secure)
             self.address = conn.address
@@ -11128,7 +11032,7 @@ class WebSession(LocalSession):
         self.end_answer()
 
     def send_head(self, status: int, *headers: str) -> None:
-        lines = [f"HTTP/1.1 {status} {STATUS_TEXTS[status]}", *headers, *SAFE_HEADERS]
+        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", *headers, *SAFE_HEADERS]
         lines.append(f"Date: {http_date(self.site.hub.now / 1000)}")
         if self.closing:
             lines.append("Connection: close")
@@ -11168,10 +11072,6 @@ class WebSession(LocalSession):
         end, self.at_end = self.at_end, do_nothing
         end()
         super().ended()
-
-
-def wants_websocket(request: Request) -> bool:
-    return "websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection")
 
 
 def open_websocket(session: WebSession, request: Request) -> None:
@@ -11218,7 +11118,7 @@ def web_document(session: WebSession, request: Request) -> None:
 @on_request("GET", "/", "/irc")
 def web_root(session: WebSession, request: Request) -> None:
     """GET / -- the page that chats; or a WebSocket that speaks IRC, also at /irc"""
-    if wants_websocket(request):
+    if "websocket" in request.tokens("upgrade") and "upgrade" in request.tokens("connection"):
         return open_websocket(session, request)
     if request.path == "/irc":
         return session.answer(426, "this is a WebSocket that speaks IRC", "Upgrade: websocket")
@@ -11554,7 +11454,6 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
             session.refuse(
                 result if isinstance(result, Refused) else Refused("NO_ROOM", str(result))
             )
-        return None
 
     site.server.settle(
         session, FINISH_LANE, functools.partial(site.folder.finish, upload.handle, name), finished
@@ -11571,7 +11470,6 @@ def end_pieces(session: WebSession) -> None:
             return answer_file(session, 400, "the body ended too early")
         return tell_progress(session, id, at)
     finish_upload(session, upload)
-    return None
 
 
 def take_piece(session: WebSession, piece: bytes) -> None:
@@ -11622,7 +11520,6 @@ def open_upload(session: WebSession, request: Request, id: str, size: int, _: No
         return end_pieces(session)
 
     session.later(FILE_LANE, functools.partial(session.site.folder.begin, id), opened)
-    return None
 
 
 def begin_upload(session: WebSession, request: Request, size: int, owner: str) -> None:
@@ -11649,7 +11546,6 @@ def create_file(session: WebSession, request: Request) -> None:
     if size > most:
         return answer_file(session, 413, f"a file has at most {most:,} bytes")
     authorize(session, functools.partial(begin_upload, session, request, size))
-    return None
 
 
 def own_file(session: WebSession, request: Request, then: Callable[[StoredFile], None]) -> None:
@@ -11807,7 +11703,6 @@ def begin_sending(
     if session.request.method == "HEAD" or first == end:
         return stop_sending(session)
     session.unfinished = pieces_of_file(session, first, end)
-    return None
 
 
 @on_files("GET", "/files/*")
@@ -12216,6 +12111,9 @@ class Transfer:
         self.done = 0  # bytes that have arrived
         self.state = "waiting"  # or "running", "failed"; complete transfers are removed
         self.why = ""  # the reason for waiting or for the failure
+        self.again = 0.0  # when to try again, and ...
+        self.failures = 0  # ... how often it failed
+        self.reached = 0  # bytes that were there then
 
     def kept(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.KEPT}
@@ -12395,8 +12293,7 @@ class Outbox:
             self._change(self.waiting[id]._replace(why=""))
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
-        """Send the remaining messages of a renamed conversation to `new`; is_old(name) tells
-        which."""
+        """Send the remaining messages of a renamed conversation, if is_old(name), to `new`."""
         for id, one in self.waiting.items():
             if is_old(one.where) and id not in self.in_flight:
                 self._change(one._replace(where=new))
@@ -12623,7 +12520,8 @@ class PlainTalk:
             return core.give_up(f"this is no chat server: it speaks {other}")
         if WANTS_IRC.match(line) and not core.insists:
             core.outbox.take_back(self.sent)  # the server has understood none of these
-            return core.come_back(CHAT if line.startswith(":chat.py/") else IRC)
+            core.kind, core.redial = CHAT if line.startswith(":chat.py/") else IRC, True
+            return None
         matches = ((kind, pattern.fullmatch(line)) for kind, pattern in PLAIN_LINES.items())
         kind, match = next((pair for pair in matches if pair[1]), (TOLD, None))
         if match is None:
@@ -12657,10 +12555,8 @@ class PlainTalk:
             self.core.shown.discard(one.id)
             outbox.arrived(one.id)  # or never will: such a server does not acknowledge
 
-    def do_without(self, *values: Any) -> None:
-        """Do nothing, in place of a method for which the line protocol has no command."""
-
-    tick = bye = ping = forget = acknowledged = renamed = watch = send = want_going = do_without
+    # The line protocol has nothing for these
+    tick = bye = ping = forget = acknowledged = renamed = watch = send = want_going = do_nothing
 
 
 # IRC
@@ -12672,8 +12568,6 @@ WANTED = (  # capabilities that this client can use
     *("chghost", "no-implicit-names", "cap-notify"),
 )
 WANTED_BY_SCREENS = ("away-notify", "account-notify", "draft/read-marker")  # but not by pipes
-
-
 COMMAND_LIMITS = {  # command -> token of 005 for its last parameter, and the usual limit
     "TOPIC": ("TOPICLEN", IRC_BYTES),
     "AWAY": ("AWAYLEN", IRC_BYTES),
@@ -12835,19 +12729,26 @@ def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> Non
     talk.core.release(room)
 
 
+def take_missed(talk: "IrcTalk", room: Room, views: list[View], new: bool, more: str) -> None:
+    """Deliver a page, and then ask for `more`, or show what was held. With something `new` on it,
+    the next page may be larger."""
+    for view in not_shown(room, views):
+        talk.core.deliver(room, view)
+    if new:
+        talk.core.progress += 1
+        talk.core.page_lines = min(talk.server.page_size, 2 * talk.core.page_lines)
+    if more:
+        room.spilled = False
+        talk.ask_history(room, more)
+    else:
+        talk.core.release(room)
+
+
 def page_missed(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
     """Handle a page of missed messages, and ask for more until one page brings nothing new: a page
     may be short because of its size."""
-    new = any(view.id and view.id not in talk.core.seen for view in views)
-    for view in not_shown(room, views):
-        talk.core.deliver(room, view)
-    if new or room.spilled:
-        talk.core.made_progress()
-        talk.core.page_lines = min(talk.server.page_size, 2 * talk.core.page_lines)
-        room.spilled = False
-        talk.ask_history(room, "missed")
-    else:
-        talk.core.release(room)
+    new = any(view.id and view.id not in talk.core.seen for view in views) or room.spilled
+    take_missed(talk, room, views, new, "missed" if new else "")
 
 
 def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
@@ -12860,16 +12761,7 @@ def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None
         talk.core.note_holes(room, *room.holes, views[0].id)
         text = "more was said meanwhile; page up, or /history, shows it"
         talk.core.show(View(NOTE, text, where=room.name))
-    for view in not_shown(room, views):
-        talk.core.deliver(room, view)
-    if views:
-        talk.core.made_progress()
-        talk.core.page_lines = min(talk.server.page_size, 2 * talk.core.page_lines)
-    if room.spilled:
-        room.spilled = False
-        talk.ask_history(room, "gap")
-    else:
-        talk.core.release(room)
+    take_missed(talk, room, views, bool(views), "gap" if room.spilled else "")
 
 
 def page_older(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
@@ -12999,8 +12891,7 @@ class IrcTalk:
 
     @staticmethod
     def line(verb: str, *params: str) -> str:
-        """Return a line of IRC. The last parameter may be empty, have blanks or begin with a
-        colon."""
+        """Return a line of IRC. Its last parameter may be any text."""
         middle = [verb, *params[:-1]]
         last = params[-1:]
         if last and (not last[0] or " " in last[0] or last[0].startswith(":")):
@@ -13080,8 +12971,7 @@ class IrcTalk:
         return True
 
     def _is_behind(self, id: str) -> bool:
-        """Return whether the message with this id, which a queued line follows, can still be
-        sent."""
+        """Return whether the message that a queued line follows can still be sent."""
         outbox = self.core.outbox
         one = outbox.waiting.get(id)
         done = one is None or id in outbox.in_flight or id in outbox.parked
@@ -13243,9 +13133,8 @@ class IrcTalk:
         core.output.append(f"USER {username} 0 * :{core.name}")
 
     def introduce(self) -> None:
-        """Send CAP REQ, secret, names and log-in together: each round trip of a slow line costs
-        time. A server grants the capabilities it offers, so the lines after CAP REQ rely on
-        them."""
+        """Send CAP REQ, secret, names and log-in together, to save round trips. The lines after CAP
+        REQ rely on the capabilities: a server grants what it offers."""
         if self.introduced:
             return
         self.introduced = True
@@ -13594,8 +13483,6 @@ class IrcTalk:
 
 
 NICK_LENGTHS = (30, 15, 9)  # of InspIRCd, ircd 2.11, and RFC 2812
-
-
 NOT_JOINED = (
     *("403", "405", "437", "448", "471", "473", "474", "475", "476", "477", "479", "489", "520"),
 )
@@ -14010,8 +13897,7 @@ def labelled_answer_ended(talk: IrcTalk, heard: Heard) -> None:
         talk.core.lost(label, "the server took it and did not send it back")
 
 
-# Includes the separators of lines and paragraphs, which some terminals obey.
-INERT = CONTROLS | BIDI_CONTROLS | {0x09: "    ", 0x2028: " ", 0x2029: " "}
+INERT = CONTROLS | BIDI_CONTROLS | {0x09: "    "}
 
 
 def inert(text: str) -> str:
@@ -14084,15 +13970,12 @@ def no_page(talk: IrcTalk, code: str, label: str, about: list[str]) -> None:
     talk.ask_history(room, "last")
 
 
-def tell_nothing(talk: IrcTalk, heard: Heard) -> None:
-    """Ignore a line that only programs need, or that the client tells in other words."""
-
-
+# Lines that only programs need, or that the client tells in other words
 for quiet in (
     *("002", "003", "020", "042", "221", "250", "251", "252", "253", "254", "255", "265", "266"),
     *("318", "321", "323", "329", "333", "369", "705", "706", "SETNAME"),
 ):
-    IRC_HEARD[quiet] = (tell_nothing, 0)
+    IRC_HEARD[quiet] = (do_nothing, 0)
 
 
 @from_server("375", "372", "376", "422", least=2)
@@ -14301,7 +14184,6 @@ def user_parted(talk: IrcTalk, heard: Heard) -> None:
         return
     user_went(talk, room, heard, heard.name, *heard.params[1:2])
     if core.is_me(heard.name):
-        core.keep_room(room)
         core.close(room)
 
 
@@ -14641,17 +14523,9 @@ def nearest_command(verb: str) -> str:
 
 def message_pieces(text: str) -> Iterator[str]:
     """Yield a text as messages that a server takes, divided between lines if possible."""
-    lines: list[str] = []
-    size = 0
-    for line in text.split("\n"):
-        for piece in split_text(line, LINE_BYTES):
-            length = len(piece.encode()) + 1
-            if lines and (size + length > LINE_BYTES or len(lines) == MESSAGE_LINES):
-                yield "\n".join(lines)
-                lines, size = [], 0
-            lines.append(piece)
-            size += length
-    yield "\n".join(lines)
+    lines = [(piece, False) for piece, _ in sendable_lines(text, LINE_BYTES)]
+    for group in in_batches(lines, LINE_BYTES, MESSAGE_LINES):
+        yield "\n".join(piece for piece, _ in group)
 
 
 class Person(NamedTuple):
@@ -14688,9 +14562,7 @@ class ForScreens:
         self.upload_token, self.token_at = "", -math.inf
         self.wait_for_token: list[Callable[[str], None]] = []
         self.typed_at: dict[int, tuple[float, str]] = {}  # when the user's typing was told, and how
-        self.away_keys: set[str] = set()  # keys of users who are away ...
-        self.bots: set[str] = set()  # ... and of bots
-        self.accounts: dict[str, str] = {}  # by key of their nicks
+        self.known_people: dict[str, Person] = {}  # what is known beside their ranks, by key
         self.quiet_who: set[str] = set()  # keys of channels with a WHO of a screen
         # The last lines of the protocol: time (ms), True if sent, and the line
         self.traffic: collections.deque[tuple[int, bool, str]]
@@ -14924,12 +14796,9 @@ class ForScreens:
 
     def people(self, room: Room) -> list[Person]:
         """Return the members of a channel; the last speaker is last."""
-        people = []
-        for name, rank in room.people.items():
-            key = self.fold(name)
-            about = (key in self.away_keys, self.accounts.get(key, ""), key in self.bots)
-            people.append(Person(name, rank, *about))
-        return people
+        known = ((self.known_people.get(self.fold(name)), name) for name in room.people)
+        people = (one._replace(name=name) if one else Person(name) for one, name in known)
+        return [one._replace(rank=room.people[one.name]) for one in people]
 
     def ask_people(self, room: Room) -> None:
         """Ask once in a connection which members of a channel are away."""
@@ -14939,27 +14808,20 @@ class ForScreens:
             self.quiet_who.add(self.fold(room.name))
             self.talk.send("WHO", room.name)
 
-    def note_person(self, name: str, away: bool | None = None, **about: Any) -> None:
+    def note_person(self, name: str, **about: Any) -> None:
         """Note facts about a user that the server tells: away, account, bot."""
         key = self.fold(name)
-        for keys, on in ((self.away_keys, away), (self.bots, about.get("bot"))):
-            if on and len(keys) < PEOPLE_LISTED:
-                keys.add(key)
-            elif on is not None:
-                keys.discard(key)
-        account = about.get("account")
-        if account and len(self.accounts) < PEOPLE_LISTED:
-            self.accounts[key] = account
-        elif account is not None:
-            self.accounts.pop(key, None)
+        one = self.known_people.get(key, Person(name))._replace(**about)
+        if one == Person(one.name):
+            self.known_people.pop(key, None)
+        elif key in self.known_people or len(self.known_people) < PEOPLE_LISTED:
+            self.known_people[key] = one
 
     def forget_person(self, name: str, new: str = "") -> None:
         """Forget the facts about a user who left, or move them to the new nick."""
-        key = self.fold(name)
-        about = (key in self.away_keys, self.accounts.get(key, ""), key in self.bots)
-        self.note_person(name, away=False, account="", bot=False)
-        if new:
-            self.note_person(new, away=about[0], account=about[1], bot=about[2])
+        one = self.known_people.pop(self.fold(name), None)
+        if one and new:
+            self.known_people[self.fold(new)] = one
 
     # Stored messages
 
@@ -14974,20 +14836,14 @@ class ForScreens:
         """Return the stored message with this id; None if there is none."""
         return self.store.message(id) if self.store and id else None
 
-    def kept_before(self, room: Room, view: View, count: int) -> list[View]:
-        """Return the stored messages before one, in order."""
-        found = self.store.page(self.fold(room.name), count, view) if self.store else []
-        return [one for one in found if not self.hides(one)]
-
-    def kept_after(self, room: Room, view: View, count: int) -> list[View]:
-        """Return the stored messages after one, in order."""
-        found = self.store.page_after(self.fold(room.name), count, view) if self.store else []
+    def kept_beside(self, room: Room, view: View, count: int, after: bool = False) -> list[View]:
+        """Return the stored messages before one, or after it, in order."""
+        found = self.store.page(self.fold(room.name), count, view, after) if self.store else []
         return [one for one in found if not self.hides(one)]
 
     def around(self, room: Room, view: View, count: int) -> list[View]:
         """Return a message and the stored messages around it, in order."""
-        half = count // 2
-        before, after = self.kept_before(room, view, half), self.kept_after(room, view, half)
+        before, after = (self.kept_beside(room, view, count // 2, one) for one in (False, True))
         return [*before, view, *after]
 
 
@@ -15370,10 +15226,6 @@ class ClientCore(ForScreens):
         self.talk = PlainTalk(self) if self.kind == PLAIN else IrcTalk(self)
         self.flush()
 
-    def come_back(self, kind: str) -> None:
-        """Connect again, with another protocol."""
-        self.kind, self.redial = kind, True
-
     def refuse(self, why: str, cause: str) -> None:
         """Note why the server refuses this client, and what the cause means for a new attempt."""
         self.refusal, self.cause = why, cause
@@ -15507,13 +15359,15 @@ class ClientCore(ForScreens):
             self.save()
         accepted = [one for one in added if one.id in self.outbox.waiting]
         for one, piece in zip(accepted, pieces, strict=False):
-            self._accepted(one, piece)
+            room = self._show_own(one, piece)
+            self.typed_at.pop(room.id, None)  # a message implies that typing is done
+            if room.is_channel and self.ready and not (room.inside or room.wanted):
+                self.park(one.id, f"you are not in {room.name}")
         if len(accepted) == len(pieces) > 1:
             self.show(View(NOTE, f"too long for one message: sent as {len(pieces)}"))
 
     def save(self) -> bool:
-        """Store the changes of the outbox, which accepts what was added to it. Return False if they
-        have to wait."""
+        """Store the outbox, and so accept what was added. Return False if that has to wait."""
         try:
             return self.outbox.save(self.ticks())
         except Unusable as error:
@@ -15542,12 +15396,6 @@ class ClientCore(ForScreens):
         room.views.append(view)
         self.show(view)
         return room
-
-    def _accepted(self, one: Waiting, text: str) -> None:
-        room = self._show_own(one, text)
-        self.typed_at.pop(room.id, None)  # a message implies that typing is done
-        if room.is_channel and self.ready and not (room.inside or room.wanted):
-            self.park(one.id, f"you are not in {room.name}")
 
     def flush(self) -> None:
         """Store what the user did, and send the messages and lines that may be sent now."""
@@ -15636,8 +15484,7 @@ class ClientCore(ForScreens):
                 self.go(other)
 
     def said(self, view: View, heard: Heard | None = None) -> None:
-        """Handle a live message, which waits behind requested pages. An echo is acknowledged at
-        once."""
+        """Handle a live message. It waits behind requested pages, but not its acknowledgement."""
         if heard is not None and not view.mine and self.is_ignored(heard):
             return
         if view.own_id:
@@ -15656,7 +15503,7 @@ class ClientCore(ForScreens):
         """Note that the server has a message of this client; store it and show its arrival."""
         one = self.outbox.arrived(view.own_id)
         if one is not None:
-            self.made_progress()
+            self.progress += 1
             self.acknowledged = True
             if self.talk:
                 self.talk.acknowledged(one.id)
@@ -15671,9 +15518,6 @@ class ClientCore(ForScreens):
             if (room := self.find(where)) and view.id:
                 room.name_view(view.own_id, view.id, view.file)
             self.show(view._replace(kind=ARRIVED, where=where))
-
-    def made_progress(self) -> None:
-        self.progress += 1
 
     def timed(self, view: View, room: Room | None = None) -> View:
         """Return a view with its time and the id of its conversation."""
@@ -15706,17 +15550,12 @@ class ClientCore(ForScreens):
         if any(move.name == name for move in room.moves):
             self.show(self._in_room(room.show_moves()))
 
-    def knows(self, id: str) -> bool:
-        """Return whether the message with this id has come before; note that it has come now."""
-        known = id in self.seen
-        if id:
-            remember(self.seen, id)
-        return known
-
     def deliver(self, room: Room, view: View) -> None:
         """Store and show the next message of a room."""
         self.newest = max(self.newest, view.time or 0)
-        known = self.knows(view.id)
+        known = view.id in self.seen
+        if view.id:
+            remember(self.seen, view.id)
         if view.id and not known:
             room.mark, room.mark_time = f"msgid={view.id}", view.time
             self.newest_id = view.id
@@ -15908,8 +15747,6 @@ def do_part(core: ClientCore, *words: str) -> None:
     if room.inside or core.fold(room.name) in core.talk.entering:
         core.talk.command("PART", room.name, *optional(reason))
     else:
-        room.wanted = False
-        core.keep_room(room)
         core.close(room)
 
 
@@ -15919,8 +15756,6 @@ def do_close(core: ClientCore, name: str = "") -> None:
     room = asked_room(core, name)
     if room.inside and core.ready:
         return do_part(core, room.name)
-    room.wanted = False
-    core.keep_room(room)
     core.close(room)
 
 
@@ -16042,10 +15877,7 @@ def do_away(core: ClientCore, reason: str = "") -> None:
     core.talk.command("AWAY", *optional(reason))
 
 
-@client_command("back")
-def do_back(core: ClientCore) -> None:
-    """/back -- say that you are here again"""
-    do_away(core)
+client_command("back", doc="/back -- say that you are here again")(do_away)
 
 
 @client_command("ignore", most=1, nameless=True)
@@ -16088,17 +15920,15 @@ def ban_of(name: str) -> str:
 
 
 @client_command("ban", most=2)
-def do_ban(core: ClientCore, *words: str) -> None:
+def do_ban(core: ClientCore, *words: str, mode: str = "+b") -> None:
     """/ban [#CHANNEL] [NAME|MASK] -- keep a user out of this channel; which bans there are"""
     where, masks = channel_and(core, words)
-    core.talk.command("MODE", where, "+b", *map(ban_of, masks[:1]))
+    core.talk.command("MODE", where, mode, *map(ban_of, masks[:1]))
 
 
-@client_command("unban", 1, 2)
-def do_unban(core: ClientCore, *words: str) -> None:
-    """/unban [#CHANNEL] NAME|MASK -- end a ban"""
-    where, masks = channel_and(core, words)
-    core.talk.command("MODE", where, "-b", *map(ban_of, masks[:1]))
+client_command("unban", 1, 2, doc="/unban [#CHANNEL] NAME|MASK -- end a ban")(
+    functools.partial(do_ban, mode="-b")
+)
 
 
 @client_command("mode", most=1)
@@ -16131,11 +15961,21 @@ command_for_ranks("voice", "+v", "let users speak in a moderated channel")
 command_for_ranks("devoice", "-v", "let them no longer")
 
 
-def command_that_is_sent(verb: str, syntax: str, summary: str, least: int, secret: bool) -> None:
-    """Define a command that passes its words to the server's command of the same name."""
+def service_words(words: Iterable[str]) -> str:
+    """Return words for a service, with quotes around those that contain blanks."""
+    return " ".join(f'"{word}"' if " " in word else word for word in words)
+
+
+def command_that_is_sent(
+    verb: str, syntax: str, summary: str, least: int, secret: bool, service: bool = False
+) -> None:
+    """Define a command that passes its words to the command of the server, or of its service, with
+    the same name."""
 
     def pass_on(core: ClientCore, *words: str) -> None:
-        core.talk.command(verb.upper(), *words)
+        if service:
+            words = ("PRIVMSG", SERVICE, f"{verb.upper()} {service_words(words)}")
+        core.talk.command(*(words if service else (verb.upper(), *words)))
 
     pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
     client_command(verb, least, least or 1, exact=secret)(pass_on)
@@ -16179,11 +16019,6 @@ def do_verify(core: ClientCore, code: str) -> None:
     core.talk.command("VERIFY", core.name, code)
 
 
-def service_words(words: Iterable[str]) -> str:
-    """Return words for a service, with quotes around those that contain blanks."""
-    return " ".join(f'"{word}"' if " " in word else word for word in words)
-
-
 @client_command("login", 1, 2, exact=True)
 def do_login(core: ClientCore, *words: str) -> None:
     """/login [ACCOUNT] PASSWORD -- be who you are; also after a reconnection"""
@@ -16205,16 +16040,18 @@ def do_passwd(core: ClientCore, *words: str) -> None:
     core.talk.command("PRIVMSG", SERVICE, f"PASSWD {service_words((old, words[-1]))}")
 
 
-@client_command("drop", 1, 1, exact=True)
-def do_drop(core: ClientCore, password: str) -> None:
-    """/drop PASSWORD -- give up your account"""
-    core.talk.command("PRIVMSG", SERVICE, f"DROP {service_words([password])}")
-
-
-@client_command("disown", 1)
-def do_disown(core: ClientCore, name: str) -> None:
-    """/disown #CHANNEL -- let a channel that you founded end with its last member"""
-    core.talk.command("PRIVMSG", SERVICE, f"DISOWN {name}")
+for for_service in (
+    ("drop", "PASSWORD", "give up your account", 1, True, True),
+    (
+        "disown",
+        "#CHANNEL",
+        "let a channel that you founded end with its last member",
+        1,
+        False,
+        True,
+    ),
+):
+    command_that_is_sent(*for_service)
 
 
 @client_command("pass", 1, 1, nameless=True, exact=True)
@@ -16314,19 +16151,16 @@ def do_reply(core: ClientCore, words: str) -> None:
 
 
 @client_command("react", 1, 2)
-def do_react(core: ClientCore, *words: str) -> None:
+def do_react(core: ClientCore, *words: str, on: bool = True) -> None:
     """/react [-N] EMOJI -- react to the last message of another user, or the Nth from the end"""
     core.need("react")
     room, view, emoji = numbered_view(core, words, mine=False)
-    core.react(room, view.id, emoji)
+    core.react(room, view.id, emoji, on)
 
 
-@client_command("unreact", 1, 2)
-def do_unreact(core: ClientCore, *words: str) -> None:
-    """/unreact [-N] EMOJI -- take that back"""
-    core.need("react")
-    room, view, emoji = numbered_view(core, words, mine=False)
-    core.react(room, view.id, emoji, on=False)
+client_command("unreact", 1, 2, doc="/unreact [-N] EMOJI -- take that back")(
+    functools.partial(do_react, on=False)
+)
 
 
 @client_command("redact", most=1)
@@ -16340,19 +16174,16 @@ def do_redact(core: ClientCore, number: str = "") -> None:
 
 
 @client_command("mute", most=1, nameless=True)
-def do_mute(core: ClientCore, name: str = "") -> None:
+def do_mute(core: ClientCore, name: str = "", on: bool = True) -> None:
     """/mute [#CHANNEL|NAME] -- be called no more from a conversation"""
     room = asked_room(core, name)
-    core.mute(room, True)
-    core.show(View(NOTE, f"{room.name} is muted; /unmute ends that"))
+    core.mute(room, on)
+    core.show(View(NOTE, f"{room.name} is {'muted; /unmute ends that' if on else 'not muted'}"))
 
 
-@client_command("unmute", most=1, nameless=True)
-def do_unmute(core: ClientCore, name: str = "") -> None:
-    """/unmute [#CHANNEL|NAME] -- be called from it again"""
-    room = asked_room(core, name)
-    core.mute(room, False)
-    core.show(View(NOTE, f"{room.name} is not muted"))
+client_command(
+    "unmute", most=1, nameless=True, doc="/unmute [#CHANNEL|NAME] -- be called from it again"
+)(functools.partial(do_mute, on=False))
 
 
 @client_command("send", 1, nameless=True)
@@ -16625,19 +16456,6 @@ def patience_with(db: sqlite3.Connection, seconds: float = CLIENT_LOCK_SECONDS) 
         db.execute("PRAGMA busy_timeout = 0")
 
 
-@contextlib.contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Begin a transaction, and commit it at the end; roll it back after an exception."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
-
-
 class Writer:
     """The base of all that writes to client.db. Statements wait for their transaction."""
 
@@ -16882,26 +16700,19 @@ class ClientStore(Writer):
         return view.time or 0, view.number or known or LAST_NUMBER
 
     @or_nothing
-    def page(self, key: str, count: int, before: View | None = None) -> list[View]:
-        """Return the last messages of a conversation, or those before a view, in order."""
+    def page(
+        self, key: str, count: int, view: View | None = None, after: bool = False
+    ) -> list[View]:
+        """Return the last messages of a conversation, or those before or after a view, in order."""
         self.flush()
-        when, number = self._position(before) if before else (LAST_MOMENT, 0)
+        when, number = self._position(view) if view else (LAST_MOMENT, 0)
+        sign, order = (">", "ASC") if after else ("<", "DESC")
         query = f"""
             SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? AND room = ?
-            AND (time < ? OR (time = ? AND number < ?)) ORDER BY time DESC, number DESC LIMIT ?"""
+            AND (time {sign} ? OR (time = ? AND number {sign} ?))
+            ORDER BY time {order}, number {order} LIMIT ?"""
         rows = self.db.execute(query, [self.owner, key, when, when, number, count]).fetchall()
-        return [self._view(row) for row in reversed(rows)]
-
-    @or_nothing
-    def page_after(self, key: str, count: int, after: View) -> list[View]:
-        """Return the messages of a conversation after a view, in order."""
-        self.flush()
-        when, number = self._position(after)
-        query = f"""
-            SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? AND room = ?
-            AND (time > ? OR (time = ? AND number > ?)) ORDER BY time, number LIMIT ?"""
-        rows = self.db.execute(query, [self.owner, key, when, when, number, count]).fetchall()
-        return [self._view(row) for row in rows]
+        return [self._view(row) for row in (rows if after else reversed(rows))]
 
     @or_nothing
     def find(self, words: str, count: int, key: str | None = None) -> list[View]:
@@ -17804,11 +17615,11 @@ def address_text(host: str, port: int) -> str:
 class Address:
     """A client address: its remaining budget, and its connections."""
 
-    __slots__ = ("budget", "key", "peers")
+    __slots__ = ("budget", "key", "peers", "web")
 
     def __init__(self, key: str, budget: Budget | None):
         self.key, self.budget = key, budget
-        self.peers = 0
+        self.peers = self.web = 0  # connections, and those of them that speak HTTP
 
     def used(self, now: float) -> float:
         """Return the used part of the budget: 0 to 1, and more than 1 in debt."""
@@ -17839,8 +17650,9 @@ class Addresses(dict[str, Address]):
             self.sweep()
         return address
 
-    def leave(self, address: Address) -> None:
+    def leave(self, address: Address, web: bool) -> None:
         address.peers -= 1
+        address.web -= web
         self.forget_if_full(address)
 
     def forget_if_full(self, address: Address) -> None:
@@ -17963,7 +17775,7 @@ class Peer(Connection):
     def speak_http(self, first_line: bytes) -> None:
         """Read HTTP requests from here on; `first_line` is the first line of the first one."""
         server = self.server
-        if refusal := server.limits.speaks_http(self.limit_key, True):
+        if refusal := server.limits.speaks_http(self.home, True):
             log.info("%s turned away: %s", self.address, refusal)
             return self.close()
         self.web = True
@@ -17974,7 +17786,6 @@ class Peer(Connection):
         server.times.web_heads.add(self)
         with contextlib.suppress(OSError):  # what was sent and is not acknowledged is known then
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, WEB_SEND_BUFFER)
-        return None
 
     def act_for(self, host: str, key: str, secure: bool | None) -> None:
         """Treat what comes next as that of a client at `host`, which limits count as `key`.
@@ -17983,15 +17794,15 @@ class Peer(Connection):
         if host != host_of(self.address).strip("[]"):
             self.address = address_text(host, int(self.address.rpartition(":")[2]))
         if key != self.limit_key:
-            self.server.limits.move(self.limit_key, key)
-            self.server.addresses.leave(self.home)
+            self.server.addresses.leave(self.home, web=True)
             self.limit_key = key
             self.home = self.server.addresses.enter(key)
+            self.home.web += 1
 
     def upgrade(self, head: bytes, opcode: int) -> None:
         """Answer a WebSocket handshake; from here on read frames with lines of IRC."""
         server = self.server
-        if refusal := server.limits.speaks_http(self.limit_key, False):
+        if refusal := server.limits.speaks_http(self.home, False):
             return self.session.answer(503, refusal)
         self.session.ended()
         super().write(head)
@@ -18001,7 +17812,6 @@ class Peer(Connection):
         server.times.web_heads.discard(self)
         server.times.web_idle.discard(self)
         server.times.unnamed.add(self)
-        return None
 
     def write(self, data: bytes) -> None:
         super().write(self.framing(data) if self.framing else data)
@@ -18180,9 +17990,8 @@ class Listener:
             self.server.admit(sock, host, port)
 
     def _back_off(self, error: OSError) -> None:
-        """Handle a lack of descriptors or memory. Tell waiting clients, on the descriptor kept
-        spare for that; if even this is not possible, wait, because trying again at once would
-        spin."""
+        """Handle a lack of descriptors or memory. Tell waiting clients, on the spare descriptor; if
+        even that fails, wait: to try again at once would be a busy loop."""
         log.warning("cannot accept: %s; raise the limit (ulimit -n)", reason_of(error))
         if self.server.limits.turn_away_all(self.sock):
             return
@@ -18220,14 +18029,20 @@ def descriptor_limit() -> int:
     return soft
 
 
+def read_text(path: pathlib.Path, what: str) -> str:
+    """Return the text in a file. Raises Unusable."""
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeError:
+        raise Unusable(f"{what} is not UTF-8 text") from None
+    except OSError as error:
+        raise Unusable(f"cannot read {what}: {reason_of(error)}") from error
+
+
 def read_motd(path: pathlib.Path | None) -> list[str]:
     """Return the lines of the message of the day, safe to show. Raises Unusable."""
-    try:
-        return harmless(path.read_text("utf-8-sig")).expandtabs().splitlines() if path else []
-    except UnicodeDecodeError:
-        raise Unusable(f"the message of the day {path} is not UTF-8 text") from None
-    except OSError as error:
-        raise Unusable(f"cannot read the message of the day {path}: {reason_of(error)}") from error
+    text = read_text(path, f"the message of the day {path}") if path else ""
+    return harmless(text).expandtabs().splitlines()
 
 
 class Secret(str):
@@ -18239,12 +18054,7 @@ class Secret(str):
 def read_secret(path: pathlib.Path) -> Secret:
     """Return the password in a file, without the blanks around it. Raises Unusable."""
     what = f"the password in {path}"
-    try:
-        secret = Secret(path.read_text("utf-8-sig").strip())
-    except UnicodeError:
-        raise Unusable(f"{what} is not UTF-8 text") from None
-    except OSError as error:
-        raise Unusable(f"cannot read {what}: {reason_of(error)}") from None
+    secret = Secret(read_text(path, what).strip())
     if not secret:  # an empty password would let all in
         raise Unusable(f"{what} is empty")
     secret.path = path
@@ -18291,50 +18101,28 @@ class ConnectionLimits:
         self.most = options.max_clients or room
         self.most_per_address = options.max_per_address
         self.proxies = {address_key(host) for host in options.web.proxies}  # have many clients
-        self.inside = 0
-        self.per_address: collections.Counter[str] = collections.Counter()
-        self.web: collections.Counter[str] = collections.Counter()  # those that speak HTTP
         self.spare = spare_descriptor()
 
-    def enter(self, key: str) -> str:
-        """Count a new connection and return ""; or return why it is not allowed."""
-        if self.inside >= self.most:
+    def refusal(self, inside: int, key: str, address: Address | None) -> str:
+        """Return why a new connection is not allowed; "" if it is."""
+        if inside >= self.most:
             return f"this server is full: {self.most} clients"
-        if self.per_address[key] >= self.most_per_address and not self._exempt(key):
+        if address and self._is_full(address, address.peers - address.web, self.most_per_address):
             text = f"too many connections from {key}: {self.most_per_address} at most"
             return f"{text} (--max-per-address)"
-        self.inside += 1
-        self.per_address[key] += 1
         return ""
 
-    def leave(self, key: str, web: bool = False) -> None:
-        self.inside -= 1
-        self._less(self.web if web else self.per_address, key)
-
-    def speaks_http(self, key: str, on: bool) -> str:
+    def speaks_http(self, address: Address, on: bool) -> str:
         """Count a connection as HTTP, or (not `on`) as IRC again for a WebSocket; return "", or why
         that is not allowed."""
-        before, after = (self.per_address, self.web) if on else (self.web, self.per_address)
         most = WEB_PER_ADDRESS if on else self.most_per_address
-        if after[key] >= most and not self._exempt(key):
-            return f"too many connections from {key}: {most} at most"
-        after[key] += 1
-        self._less(before, key)
+        if self._is_full(address, address.web if on else address.peers - address.web, most):
+            return f"too many connections from {address.key}: {most} at most"
+        address.web += 1 if on else -1
         return ""
 
-    def move(self, key: str, to: str) -> None:
-        """Count an HTTP connection for another address."""
-        self.web[to] += 1
-        self._less(self.web, key)
-
-    def _exempt(self, key: str) -> bool:
-        return is_loopback(key) or key in self.proxies
-
-    @staticmethod
-    def _less(counter: collections.Counter[str], key: str) -> None:
-        counter[key] -= 1
-        if not counter[key]:
-            del counter[key]
+    def _is_full(self, address: Address, count: int, most: int) -> bool:
+        return count >= most and not is_loopback(address.key) and address.key not in self.proxies
 
     def turn_away(self, sock: socket.socket, host: str, text: str) -> None:
         log.warning("%s turned away: %s", host, text)
@@ -18459,15 +18247,12 @@ class Committer:
             throttle.sweep(self.hub.ticks)
         more = False
         with contextlib.suppress(sqlite3.Error):  # busy or full: another time
-            more = self._sweep_by_act() if self.cluster else self.store.dedup.sweep(self.hub.now)
+            old, more = self.store.dedup.next_old(self.hub.now)
+            if old and self.cluster is None:
+                self.store.dedup.forget(old)
+            elif old and self.cluster.leads:  # on all nodes; one of them asks for it
+                self.cluster.ask(None, "sweep_dedup", (tuple(old),), None, None)
         self.loop.call_later(0 if more else SWEEP_SECONDS, self.sweep)
-
-    def _sweep_by_act(self) -> bool:
-        """Forget old keys on all nodes; one of them asks for it."""
-        old, more = self.store.dedup.next_old(self.hub.now)
-        if old and self.cluster.leads:
-            self.cluster.ask(None, "sweep_dedup", (tuple(old),), None, None)
-        return more
 
     def checkpoint(self) -> None:
         def done(error: Exception | None) -> None:
@@ -18873,7 +18658,7 @@ class Server:
         self.site = Site(self.hub, self.store, self, IrcWires(self.hub.ids), options)
         self.motd = read_motd(options.motd)
         self.mail = functools.partial(mail_code, options)
-        self.note = functools.partial(log.warning, "%s")  # what operators do goes to the log
+        self.note, self.report = functools.partial(log.warning, "%s"), report_bug
         self.helpers = Helpers(loop)
         self.peers: set[Peer] = set()
         self.addresses = Addresses(loop, options.flood)
@@ -18964,9 +18749,6 @@ class Server:
         self.drop_clients("the server is going down")
         self.loop.stop()
 
-    def report(self) -> None:
-        report_bug()
-
     def _open_files(self, options: ServerOptions) -> None:
         files = self.hub.files
         if self.cluster is None:
@@ -19031,7 +18813,7 @@ class Server:
         if self.cluster and (not self.cluster.serving or self.paused):
             text = "this server cannot reach the others"
             return self.limits.turn_away(sock, host, text)
-        if refusal := self.limits.enter(key):
+        if refusal := self.limits.refusal(len(self.peers), key, self.addresses.get(key)):
             return self.limits.turn_away(sock, host, refusal)
         peer = Peer(self, sock, host, port, key)
         self.peers.add(peer)
@@ -19243,8 +19025,7 @@ class Server:
             return
         self.peers.discard(peer)
         self.beat.acting.pop(peer, None)
-        self.limits.leave(peer.limit_key, peer.web)
-        self.addresses.leave(peer.home)
+        self.addresses.leave(peer.home, peer.web)
         if peer.session:
             peer.session.ended()
         if self.stopping:
@@ -19652,20 +19433,14 @@ class Race:
             other.cancel()
 
 
-class ServerConnection(Connection):
-    """The connection of a Link. It reads up to the server's end even after close()."""
+class LinkConnection(Connection):
+    """A connection that tells its link what happens."""
 
-    __slots__ = ("heard", "link")
-    hears_out = True
+    __slots__ = ("link",)
 
-    def __init__(self, link: "Link", sock: socket.socket):
+    def __init__(self, link: Any, sock: socket.socket):
         super().__init__(link.loop, sock)
         self.link = link
-        self.heard = link.loop.now  # when, last
-
-    def arrived(self, data: bytes) -> None:
-        self.heard = self.loop.now
-        super().arrived(data)
 
     def received(self, data: bytes) -> None:
         self.link.received(data)
@@ -19675,6 +19450,24 @@ class ServerConnection(Connection):
 
     def lost(self, reason: str) -> None:
         self.link.lost(reason)
+
+
+class ServerConnection(LinkConnection):
+    """The connection of a Link. It reads up to the server's end even after close()."""
+
+    __slots__ = ("heard",)
+    hears_out = True
+
+    def __init__(self, link: "Link", sock: socket.socket):
+        super().__init__(link, sock)
+        self.heard = link.loop.now  # when, last
+
+    def arrived(self, data: bytes) -> None:
+        self.heard = self.loop.now
+        super().arrived(data)
+
+    def lost(self, reason: str) -> None:
+        super().lost(reason)
         self.loop.call_soon(do_nothing)  # a line can break while a turn is written: show it
 
     def lagging(self) -> None:
@@ -19828,8 +19621,7 @@ class Link:
             self.reconnect()
 
     def typing(self, room: Room | None, text: str) -> None:
-        """Tell the others in a conversation that the user is typing, or stopped. Commands do not
-        count."""
+        """Tell the others in a conversation that the user types a message, or stopped."""
         if room is not None:
             tells = text.strip() and not text.startswith("/")
             self.core.typing(room, "active" if tells else "done")
@@ -19896,7 +19688,8 @@ class Link:
         if isinstance(result, OSError):
             reason = reason_of(result)
             if not isinstance(result, socket.gaierror) and self.target.tls:
-                return self._end(f"cannot use the certificates {self._files()}: {reason}")
+                files = " or ".join(filter(None, (self.trust.ca, self.trust.own)))
+                return self._end(f"cannot use the certificates {files}: {reason}")
             return self.lost(reason)
         if isinstance(result, Exception):  # UnicodeError: no name of a host looks like that
             return self.lost("no name of a host")
@@ -19905,10 +19698,6 @@ class Link:
         self._enter(CONNECTING)
         addresses = [(family, address) for family, *_, address in found]
         self.race = Race(self.loop, addresses, functools.partial(self._tried, context))
-        return None
-
-    def _files(self) -> str:
-        return " or ".join(filter(None, (self.trust.ca, self.trust.own)))
 
     def _tried(self, context: Any, sock: socket.socket | None, reason: str) -> None:
         self.race = None
@@ -19919,10 +19708,9 @@ class Link:
             return self._connected()
         self._enter(SECURING)
         self.conn.encrypt(TlsFilter(context, self.target.host))
-        self.timer = self.loop.call_later(CONNECT_SECONDS, self._no_handshake)
-
-    def _no_handshake(self) -> None:
-        self.conn.drop("no answer in TLS")
+        self.timer = self.loop.call_later(
+            CONNECT_SECONDS, lambda: self.conn.drop("no answer in TLS")
+        )
 
     def secured(self) -> None:
         self.timer.cancel()
@@ -19939,8 +19727,7 @@ class Link:
         self._connected()
 
     def _other_certificate(self, fingerprint: str) -> None:
-        """Handle another certificate than the pinned one. Fail for --pin; else a signed one will
-        do."""
+        """Handle another certificate than the pinned one: fail for --pin, else try a signed one."""
         if self.trust.pin:
             text = f"--pin {self.pin} is not the certificate of {self.target}: it shows "
             return self._fail(f"{text}{fingerprint}")
@@ -19966,11 +19753,9 @@ class Link:
         views = self.core.connected()
         if self.core.listening:
             patience = max(LISTEN_SECONDS, LISTEN_CONNECT_TIMES * took)
-            self.timer = self.loop.call_later(patience, self._silence)
+            silence = lambda: self._carry_on(self.core.silence())  # noqa: E731
+            self.timer = self.loop.call_later(patience, silence)
         self._carry_on(views)
-
-    def _silence(self) -> None:
-        self._carry_on(self.core.silence())
 
     def received(self, data: bytes) -> None:
         self._carry_on(self.core.feed(data))
@@ -20241,26 +20026,6 @@ class Link:
 # when one is gone.
 
 
-class NatsConnection(Connection):
-    """The connection of a NatsLink."""
-
-    __slots__ = ("link",)
-
-    def __init__(self, link: "NatsLink", sock: socket.socket):
-        super().__init__(link.loop, sock)
-        self.link = link
-
-    def received(self, data: bytes) -> None:
-        self.link.received(data)
-
-    def secured(self) -> None:
-        self.link.dialogue.connect()
-        self.link.flush()
-
-    def lost(self, reason: str) -> None:
-        self.link.lost(self, reason)
-
-
 class NatsLink:
     """A node's connection to one NATS server of several."""
 
@@ -20268,7 +20033,7 @@ class NatsLink:
         self.server, self.loop = server, server.loop
         self.cluster, self.options = server.cluster, server.cluster.options
         self.turns = itertools.cycle(self.options.servers)
-        self.conn: NatsConnection | None = None
+        self.conn: LinkConnection | None = None
         self.dialogue: NatsDialogue | None = None
         self.context: Any = None  # of TLS
         self.host, self.address = "", ""
@@ -20299,8 +20064,7 @@ class NatsLink:
             return self.again(reason)
         options = self.options
         self.dialogue = NatsDialogue(options.node, options.user, options.password)
-        self.conn = NatsConnection(self, sock)
-        return None
+        self.conn = LinkConnection(self, sock)
 
     def again(self, reason: str) -> None:
         """Try the next server in a moment; log the reason if it is another one."""
@@ -20309,11 +20073,14 @@ class NatsLink:
             log.warning("NATS at %s: %s; trying again", self.address, reason)
         self.loop.call_later(NATS_RETRY_SECONDS, self.dial)
 
-    def lost(self, conn: NatsConnection, reason: str) -> None:
-        if conn is self.conn:
-            self.conn = self.dialogue = None
-            self.cluster.disconnected()
-            self.again(reason)
+    def secured(self) -> None:
+        self.dialogue.connect()
+        self.flush()
+
+    def lost(self, reason: str) -> None:
+        self.conn = self.dialogue = None
+        self.cluster.disconnected()
+        self.again(reason)
 
     def received(self, data: bytes) -> None:
         self.attempt(lambda: self.take(data))
@@ -20588,9 +20355,6 @@ class Transfers:
     def __init__(self, link: Link, folder: pathlib.Path):
         self.link, self.core, self.loop, self.folder = link, link.core, link.loop, folder
         self.calls: dict[str, WebCall | None] = {}  # by id of a transfer; None: not yet connected
-        self.again: dict[str, float] = {}  # when to try again, and ...
-        self.failures: collections.Counter[str] = collections.Counter()  # ... how often it failed
-        self.reached: collections.Counter[str] = collections.Counter()  # bytes that were there then
         self.core.start_transfer, self.core.end_transfer = self.start, self.end
         link.transfers = self
         self.watch()
@@ -20622,7 +20386,6 @@ class Transfers:
         call = self.calls.pop(one.id, None)
         if call:
             call.drop("dropped")
-        self._forget(one)
         if not one.up:
             pathlib.Path(f"{one.path}.part").unlink(missing_ok=True)
         self.wake()
@@ -20640,7 +20403,7 @@ class Transfers:
             return
         free = TRANSFERS_AT_ONCE - sum(one.id in self.calls for one in self.core.transfers)
         for one in self.core.transfers:
-            due = self.loop.now >= self.again.get(one.id, 0.0) and one.state == "waiting"
+            due = self.loop.now >= one.again and one.state == "waiting"
             if due and one.id not in self.calls and free > 0:
                 free -= 1
                 self.calls[one.id] = None
@@ -20698,7 +20461,6 @@ class Transfers:
             addresses = [(family, address) for family, *_, address in addresses]
             tried = functools.partial(connected, context)
             Race(self.loop, addresses, tried)
-            return None
 
         def connected(context: Any, sock: socket.socket | None, reason: str) -> None:
             if sock is None:
@@ -20708,7 +20470,6 @@ class Transfers:
             tls = TlsFilter(context, url.host) if context else None
             call = request._replace(done=done)
             self.calls[one.id] = WebCall(link.helpers, sock, tls, call, trust)
-            return None
 
         link.helpers.submit(self, look_up, found)
 
@@ -20724,9 +20485,9 @@ class Transfers:
 
     def _go_on_from(self, one: Transfer, at: int) -> None:
         """Note from which byte on a transfer goes on; after progress the back-off begins again."""
-        if at > self.reached[one.id]:
-            self.failures.pop(one.id, None)
-        self.reached[one.id] = one.done = at
+        if at > one.reached:
+            one.failures = 0
+        one.reached = one.done = at
 
     # Up
 
@@ -20797,7 +20558,6 @@ class Transfers:
         self._go_on_from(one, at)
         request = CallRequest("PATCH", self._own_url(one), headers, answered, read, at, sent=sent)
         self._call(one, request)
-        return None
 
     def _sent(self, one: Transfer) -> None:
         """Post the link of a complete upload."""
@@ -20892,13 +20652,8 @@ class Transfers:
 
     # Results
 
-    def _forget(self, one: Transfer) -> None:
-        for notes in (self.again, self.failures, self.reached):
-            notes.pop(one.id, None)
-
     def _over(self, one: Transfer) -> None:
         self.calls.pop(one.id, None)
-        self._forget(one)
         self.core.forget_transfer(one)
         self.link.poke()
         self.wake()
@@ -20907,14 +20662,14 @@ class Transfers:
         """Wait before the next attempt, longer each time."""
         if self.calls.pop(one.id, self) is self:
             return
-        self.failures[one.id] += 1
-        wait = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** self.failures[one.id])
-        self.again[one.id] = self.loop.now + wait
+        one.failures += 1
+        wait = min(BACKOFF_MOST, BACKOFF_FIRST * 2**one.failures)
+        one.again = self.loop.now + wait
         one.state, one.why = "waiting", why
         self.link.show([View(TRANSFER, where=one.room, own_id=one.id)])
 
     def _refused(self, one: Transfer, response: Response, text: str) -> None:
-        if response.status == 401 and self.failures[one.id] < 2:  # the token has ended
+        if response.status == 401 and one.failures < 2:  # the token has ended
             self.core.upload_token = ""
             return self._broke(one, text.strip())
         return self._failed(one, reason_given(response, text))
@@ -20923,7 +20678,6 @@ class Transfers:
         if self.calls.pop(one.id, self) is self:
             return
         one.state, one.why = "failed", why
-        self._forget(one)
         self.core.forget_transfer(one)
         verb = "sent" if one.up else "saved"
         self.link.show([View(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])
@@ -21086,14 +20840,6 @@ def last_cluster(text: str) -> str:
 
 
 WORD = re.compile(r"\W*\w*")
-SECRETS = (
-    "/pass ",
-    "/oper ",
-    "/register ",
-    "/login ",
-    "/passwd ",
-    "/drop ",
-)  # commands whose parameters are secret
 
 
 def first_word(text: str) -> str:
@@ -21107,7 +20853,21 @@ def last_word(text: str) -> str:
 
 
 def is_secret(text: str) -> bool:
-    return text.lower().startswith(SECRETS)
+    """Return whether a text is a command that takes a password."""
+    verb, blank, _ = text.lower().partition(" ")
+    command = client_command.get(verb[1:]) if verb[:1] == "/" and blank else None
+    return command is not None and command.exact
+
+
+def all_before(text: str) -> str:
+    return text
+
+
+def all_after(text: str) -> str:
+    return text
+
+
+BACKWARDS = (last_cluster, last_word, all_before)  # units of the text before the cursor
 
 
 class LineEditor:
@@ -21192,69 +20952,31 @@ class LineEditor:
 
     # Moving
 
-    def _left(self) -> None:
-        last = last_cluster(self.before)
-        self.before = self.before.removesuffix(last)
-        self.after = last + self.after
+    def _move(self, unit: Callable[[str], str]) -> None:
+        """Move the cursor over what `unit` returns of the text before it, or after it."""
+        if unit in BACKWARDS:
+            part = unit(self.before)
+            self.before, self.after = self.before.removesuffix(part), part + self.after
+        else:
+            part = unit(self.after)
+            self.before, self.after = self.before + part, self.after.removeprefix(part)
 
-    def _right(self) -> None:
-        first = first_cluster(self.after)
-        self.before += first
-        self.after = self.after.removeprefix(first)
-
-    def _home(self) -> None:
-        self.before, self.after = "", self.text
-
-    def _end(self) -> None:
-        self.set(self.text)
-
-    def _word_left(self) -> None:
-        word = last_word(self.before)
-        self.before, self.after = self.before.removesuffix(word), word + self.after
-
-    def _word_right(self) -> None:
-        word = first_word(self.after)
-        self.before, self.after = self.before + word, self.after.removeprefix(word)
-
-    # Erasing
-
-    def _backspace(self) -> None:
-        self.before = self.before.removesuffix(last_cluster(self.before))
-
-    def _delete(self) -> None:
-        self.after = self.after.removeprefix(first_cluster(self.after))
+    def _erase(self, unit: Callable[[str], str], kill: bool = True) -> None:
+        """Erase what `unit` returns of the text before the cursor, or after it; `kill` keeps it
+        for yank."""
+        text = self.before if unit in BACKWARDS else self.after
+        part = unit(text)
+        if unit in BACKWARDS:
+            self.before = self.before.removesuffix(part)
+        else:
+            self.after = self.after.removeprefix(part)
+        self.killed = part if kill else self.killed
 
     def _delete_or_leave(self) -> None:
         self.left = not self.text
-        self._delete()
-
-    def _erase_word(self) -> None:
-        self.killed = last_word(self.before)
-        self.before = self.before.removesuffix(self.killed)
-
-    def _delete_word(self) -> None:
-        self.killed = first_word(self.after)
-        self.after = self.after.removeprefix(self.killed)
-
-    def _erase_to_start(self) -> None:
-        self.killed, self.before = self.before, ""
-
-    def _erase_to_end(self) -> None:
-        self.killed, self.after = self.after, ""
-
-    def _yank(self) -> None:
-        self.insert(self.killed)
-
-    def _newline(self) -> None:
-        self.insert("\n")
+        self._erase(first_cluster, kill=False)
 
     # Earlier lines
-
-    def _up(self) -> None:
-        self._recall(self.recalled + 1)
-
-    def _down(self) -> None:
-        self._recall(self.recalled - 1)
 
     def _recall(self, back: int) -> None:
         if not 0 <= back <= len(self.typed):
@@ -21276,7 +20998,6 @@ class LineEditor:
                 return self.set(self.typed[-back])
         if not self.recalled and not self.draft:
             self.set("")  # Return must not send the match of a shorter text
-        return None
 
     def _undo(self) -> None:
         while self.undone:
@@ -21286,12 +21007,6 @@ class LineEditor:
                 return
 
     # Completion
-
-    def _tab(self) -> None:
-        self._offer(1)
-
-    def _back_tab(self) -> None:
-        self._offer(-1)
 
     def _offer(self, step: int) -> None:
         """Replace the word, or the candidate in its place, by the next candidate."""
@@ -21306,27 +21021,27 @@ class LineEditor:
             self.before = self.before.removesuffix(word) + self.offers[0]
 
     KEYS = {
-        "left": _left,
-        "right": _right,
-        "home": _home,
-        "end": _end,
-        "word-left": _word_left,
-        "word-right": _word_right,
-        "backspace": _backspace,
-        "delete": _delete,
+        "left": lambda self: self._move(last_cluster),
+        "right": lambda self: self._move(first_cluster),
+        "home": lambda self: self._move(all_before),
+        "end": lambda self: self._move(all_after),
+        "word-left": lambda self: self._move(last_word),
+        "word-right": lambda self: self._move(first_word),
+        "backspace": lambda self: self._erase(last_cluster, kill=False),
+        "delete": lambda self: self._erase(first_cluster, kill=False),
         "delete-or-leave": _delete_or_leave,
-        "erase-word": _erase_word,
-        "delete-word": _delete_word,
-        "erase-to-start": _erase_to_start,
-        "erase-to-end": _erase_to_end,
-        "yank": _yank,
-        "newline": _newline,
-        "up": _up,
-        "down": _down,
+        "erase-word": lambda self: self._erase(last_word),
+        "delete-word": lambda self: self._erase(first_word),
+        "erase-to-start": lambda self: self._erase(all_before),
+        "erase-to-end": lambda self: self._erase(all_after),
+        "yank": lambda self: self.insert(self.killed),
+        "newline": lambda self: self.insert("\n"),
+        "up": lambda self: self._recall(self.recalled + 1),
+        "down": lambda self: self._recall(self.recalled - 1),
         "search": _search,
         "undo": _undo,
-        "tab": _tab,
-        "back-tab": _back_tab,
+        "tab": lambda self: self._offer(1),
+        "back-tab": lambda self: self._offer(-1),
     }
 
 
@@ -21534,8 +21249,7 @@ def page_lines(view: View, look: Look) -> list[str]:
 
 
 def qr_on_screen(text: str) -> list[str]:
-    """Return the QR code of a text, black on white on every terminal: few cameras read it the other
-    way round."""
+    """Return the QR code of a text, black on white on every terminal, as cameras want it."""
     palette = Palette(True)
     return [palette.paint(row, 38, 5, 16, 48, 5, 231) for row in qr_rows(text)]
 
@@ -21875,8 +21589,7 @@ class Display:
     """The screen of a client core, as text to be written.
 
     Live, a conversation scrolls on the terminal's own screen, above two rows. Pages for reading
-    back are on the terminal's other buffer, so that the terminal's own scrollback stays a plain
-    log."""
+    back are on its other buffer, so that the terminal's scrollback stays a plain log."""
 
     def __init__(self, core: ClientCore, palette: Palette, columns: int = 80, rows: int = 24):
         self.core, self.palette = core, palette
@@ -21934,9 +21647,6 @@ class Display:
         elif view.mine and view.own_id and not view.id and room is not self.room:
             self.keep(View(TOLD, f"you to {view.where}: {view.text}"), self.room)
 
-    def _take_found(self, view: View) -> None:
-        self.keep(view, self.room)
-
     def _take_removed(self, view: View) -> None:
         """Redraw without the message, and without lines that quote it."""
         room = self.core.find(view.where)
@@ -21991,7 +21701,7 @@ class Display:
     TAKEN = {
         SAID: _take_said,
         NOTICED: _take_said,
-        FOUND: _take_found,
+        FOUND: lambda self, view: self.keep(view, self.room),
         REMOVED: _take_removed,
         REACTED: _take_reacted,
         CLEARED: _take_cleared,
@@ -22186,9 +21896,8 @@ class RawTerminal:
 
 
 class Input:
-    """Standard input on the loop, of any kind: epoll refuses regular files, so these are read a
-    piece a turn. It is never set non-blocking, since the screen and the shell share its
-    terminal."""
+    """Standard input on the loop. epoll refuses regular files: these are read a piece a turn. It is
+    never set non-blocking, because the screen and the shell share the terminal."""
 
     def __init__(self, loop: Loop, fd: int, take: Callable[[bytes], None]):
         self.loop, self.fd, self.take = loop, fd, take  # take(b"") at the end
@@ -22718,15 +22427,13 @@ class TerminalClient(ManyServers):
             self.escape.cancel()
         self.press(self.decoder.feed(data, self.loop.now))
         if self.decoder.pasted is not None or self.decoder.rest.startswith(STRING_BEGINS):
-            self.escape = self.loop.call_later(PASTE_SECONDS, self.end_paste)
+            self.escape = self.loop.call_later(
+                PASTE_SECONDS, lambda: self.press(self.decoder.end_paste())
+            )
         elif self.decoder.rest.startswith("\x1b"):
-            self.escape = self.loop.call_later(ESCAPE_SECONDS, self.flush_escape)
-
-    def flush_escape(self) -> None:
-        self.press(self.decoder.flush(self.loop.now))
-
-    def end_paste(self) -> None:
-        self.press(self.decoder.end_paste())
+            self.escape = self.loop.call_later(
+                ESCAPE_SECONDS, lambda: self.press(self.decoder.flush(self.loop.now))
+            )
 
     def press(self, keys: list[Key]) -> None:
         self.cleared = -math.inf
@@ -22804,7 +22511,6 @@ class TerminalClient(ManyServers):
             self.asked = now
             self.show([View(NOTE, "Ctrl-C again leaves; so does /quit")])
         self.pressed = True
-        return None
 
     def complete(self, word: str, first: bool) -> list[str]:
         return complete_line(self.core, self.editor.before, word)
@@ -22910,8 +22616,7 @@ class TerminalClient(ManyServers):
         self.news = True
 
     def change_drafts(self) -> None:
-        """After a change of conversation, keep what was typed with the old one; restore the
-        new's."""
+        """After a change of conversation, keep the old one's draft and restore the new one's."""
         before, self.writing_in = self.writing_in, self.core.current
         text = self.editor.take()
         text = "" if is_secret(text) else text
@@ -22944,7 +22649,7 @@ class TerminalClient(ManyServers):
             return f"not connected: /reconnect or {'/disconnect' if self.seats[1:] else '/quit'}"
         return "" if self.core.ready else "connecting"
 
-    def paint(self, last: bool = False) -> None:
+    def paint(self) -> None:
         """Write all that is new at once: immediately after a key, else at most PAINTS_A_SECOND
         times a second."""
         wait = self.painted + 1 / PAINTS_A_SECOND - self.loop.now

@@ -1768,7 +1768,7 @@ class Engine(chat.ManyServers):
         return None
 
     def _more_past(self, room: chat.Room) -> None:
-        views = self.core.kept_before(room, self.past[0], ROWS_MORE)
+        views = self.core.kept_beside(room, self.past[0], ROWS_MORE)
         self.past[:0] = views
         self._send_rows(self.seat, room, START, views)
         self.out.append(Fetching(room.id, more=bool(views)))
@@ -1777,7 +1777,7 @@ class Engine(chat.ManyServers):
         """Fetch what follows on rows of the past."""
         room = self.watched
         if self.past and room and room.id == number:
-            views = self.core.kept_after(room, self.past[-1], ROWS_MORE)
+            views = self.core.kept_beside(room, self.past[-1], ROWS_MORE, True)
             if not views:
                 return self.do_present(number)
             self.past += views
@@ -1837,7 +1837,7 @@ class Engine(chat.ManyServers):
         else:
             rooms = [room] if room else core.rooms.values()
             last = chat.View(chat.NOTE, time=LAST)
-            found = [view for one in rooms for view in core.kept_before(one, last, LOOKED_AT)]
+            found = [view for one in rooms for view in core.kept_beside(one, last, LOOKED_AT)]
         return [view for view in found if is_wanted(core, view, wanted)]
 
     def _act(self, number: int, act: Callable[[Any, chat.Room], None]) -> None:
