@@ -22,7 +22,7 @@ Sections, in reading order; each opens with a banner and uses only what stands a
     WEB DIALECT     HTTP and WebSocket: framers, answers, the handshake
     FIRST LINE      which dialect a connection speaks
     CLIENT CORE     a conversation as lines in and views out
-    CLIENT STORE    the messages that a client has seen, in SQLite
+    CLIENT STORE    all that a client keeps, in SQLite
     QR              a short text as a code for a camera
     --- waterline   below: sockets, clocks, threads, terminals
     LOOP            selector, timers, connections, helper threads, the log
@@ -453,8 +453,8 @@ LOBBY = "#lobby"  # the channel of all users who do not choose another
 SERVICE = "NickServ"  # the service for accounts, for clients without commands for them
 SERVICE_KEY = SERVICE.lower()
 SERVICES = (SERVICE_KEY, "chanserv", "histserv")  # other servers have these, too
-PASSWORD_CHANGED = "your password is another now"  # as NickServ says it, and ...
-ACCOUNT_GONE = "your account is gone"  # ... this
+PASSWORD_CHANGED = "password changed"  # as NickServ says it, and ...
+ACCOUNT_GONE = "account deleted"  # ... this
 UNCONFIRMED = "sent-"  # before a message's id, in a PING that is sent behind it
 
 MESSAGE, ACTION, NOTICE = "message", "action", "notice"
@@ -1141,18 +1141,18 @@ class Commands(dict[str, Command]):
             text = f"there is no {self.mark}{verb}; {self.mark}help lists what there is"
             raise Refused("UNKNOWN_COMMAND", text, verb)
         if session.user is None and not command.nameless:
-            raise Refused("NOT_NAMED", "a name first, please; then commands")
+            raise Refused("NOT_NAMED", "choose a name first")
         if command.exact:  # a password is never cut, joined or guessed
             params = split_words(given) if isinstance(given, str) else given
             if params is None or len(params) > command.most:
-                text = f"it goes like this: {command.syntax}; quote a password that has blanks"
+                text = f"usage: {command.syntax}; quote a password that has blanks"
                 raise Refused("NEED_MORE_PARAMS", text, command.verb)
         elif isinstance(given, str):
             params = given.split(None, command.most - 1) if command.most else []
         else:
             params = given[: command.most]
         if len(params) < command.least:
-            raise Refused("NEED_MORE_PARAMS", f"it goes like this: {command.syntax}", verb)
+            raise Refused("NEED_MORE_PARAMS", f"usage: {command.syntax}", verb)
         if command.privileged and not session.operator:
             raise Refused("NOT_SERVER_OPERATOR", "only operators of this server can do that")
         return command.handler(session, *params)
@@ -1457,7 +1457,7 @@ class Connected(typing.Protocol):
     address: str  # HOST:PORT of the client
     limit_key: str  # its address as limits count it, see address_key()
     encrypted: bool  # TLS
-    secure: bool  # the same as far as the client: a proxy may be in between
+    secure: bool  # TLS up to the client, also through a proxy
     local: str  # HOST:PORT on our side
     fingerprint: str  # SHA-256 of the client's certificate, "" without one
     gone: bool  # nothing can be sent any more
@@ -1729,7 +1729,7 @@ class Session:
         self.address = ""  # HOST:PORT
         self.user: "User | None" = None
         self.token = ""  # the hash of a secret that only this client knows: it resumes a user
-        self.client = ""  # the same, also if the token resumes nothing: owner of dedup keys
+        self.client = ""  # the hash of the secret, even if it resumes no user: owner of dedup keys
         self.operator = False  # OPER is for one session, not for all of its user
         self.follows: dict[tuple[str, str], None] = {}  # registry and key, see follow()
 
@@ -1850,9 +1850,9 @@ RANK_NEEDED = dict(zip(RANKS, "qqooh", strict=True))  # to give or take each of 
 MASK_LISTS = "beI"  # banned; excepted from bans; exempt from +i
 FLAGS = {
     "C": "no CTCP but actions",
-    "R": "only who is logged in may join",
-    "i": "only who is invited may join",
-    "m": "only who has a voice may speak",
+    "R": "only logged-in users may join",
+    "i": "only invited users may join",
+    "m": "only users with a voice may speak",
     "n": "only members may speak",
     "s": "secret: not listed",
     "t": "only operators set the topic",
@@ -2159,7 +2159,7 @@ class Channel:
         if member is None and "n" in self.flags:
             text = f"you are not in {self.name}; /join {self.name} first"
         elif "m" in self.flags:
-            text = f"{self.name} is moderated; only who has a voice may speak"
+            text = f"{self.name} is moderated; only users with a voice may speak"
         elif self.lists["b"] and self.banned(user, speaking=True):
             text = f"you may not speak in {self.name}"
         else:
@@ -2180,11 +2180,11 @@ class Channel:
         if self.banned(user):
             yield "BANNED", "you are banned from it"
         if "R" in self.flags and not user.account:
-            yield "NEED_ACCOUNT", "one has to be logged in"
+            yield "NEED_ACCOUNT", "you must be logged in (+R)"
         if self.password is not None and not self.password.fits(password):
             yield "BAD_PASSWORD", "it has a password (+k)"
         if "i" in self.flags and not any(m.matches(user) for m in self.lists["I"].values()):
-            yield "INVITE_ONLY", "one has to be invited (+i)"
+            yield "INVITE_ONLY", "you must be invited (+i)"
         if self.limit is not None and len(self.members) >= self.limit:
             yield "CHANNEL_FULL", f"it is full (+l {self.limit})"
 
@@ -2288,7 +2288,7 @@ class Channel:
         if key in masks:
             return None
         if len(masks) >= MASKS_A_LIST:
-            text = f"the list is full: {MASKS_A_LIST} masks at most"
+            text = f"{MASKS_A_LIST} masks at most"
             raise Refused("LIST_FULL", text, self.name, mask)
         masks[key] = Mask(mask, setter, now)
         return change
@@ -3770,7 +3770,9 @@ def check_new_account(hub: Hub, user: User | None, nick: str, wanted: str) -> st
     if not nick:
         raise Refused("NEED_NICK", "take a name first", "*")
     if name != nick:
-        raise Refused("ACCOUNT_NAME_MUST_BE_NICK", f"an account is called as you are: {nick}", name)
+        raise Refused(
+            "ACCOUNT_NAME_MUST_BE_NICK", f"an account is named like its user: {nick}", name
+        )
     if hub.accounts.is_foreign(name, "") or hub.users.get(fold(name)) not in (None, user):
         raise Refused("ACCOUNT_EXISTS", f"{name} is registered already", name)
     return name
@@ -4010,7 +4012,7 @@ def change_rank(hub: Hub, who: Session, channel: Channel, change: ModeChange) ->
     """Change a member's rank. Every member may step down; other changes need a rank."""
     if not change.value:
         sign = "+" if change.on else "-"
-        text = f"to whom? MODE {channel.name} {sign}{change.letter} <nickname>"
+        text = f"usage: MODE {channel.name} {sign}{change.letter} <nickname>"
         raise Refused("NEED_MORE_PARAMS", text, "MODE")
     steps_down = not change.on and fold(change.value) == who.user.key
     channel.require(who, "v" if steps_down else RANK_NEEDED[change.letter])
@@ -4521,7 +4523,7 @@ def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str
         del hub.bans[key]
         hub.turn.record("ban_gone", key)
     if fold(mask) not in hub.bans and len(hub.bans) >= SERVER_BANS:
-        raise Refused("LIST_FULL", f"the list is full: {SERVER_BANS} bans at most", "*", mask)
+        raise Refused("LIST_FULL", f"{SERVER_BANS} bans at most", "*", mask)
     until = hub.now + minutes * 60_000 if minutes else 0
     reason = cut(reason, REASON_BYTES) or "no reason given"
     ban = ServerBan(mask, who.user.source.mask, until, reason)
@@ -4648,7 +4650,7 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
 def wrong_password(session: LocalSession) -> None:
     """Refuse a wrong password of the server or an operator; close the connection after a few."""
     session.tries += 1
-    text = f"that is not it (try {session.tries} of {PASSWORD_TRIES})"
+    text = f"wrong password (attempt {session.tries} of {PASSWORD_TRIES})"
     session.refuse(Refused("WRONG_PASSWORD", text))
     if session.tries >= PASSWORD_TRIES:
         session.end("Too many wrong passwords")
@@ -4755,7 +4757,9 @@ def check_registration(session: LocalSession, nick: str, wanted: str, email: str
     if "off" in rules:
         raise Refused("TEMPORARILY_UNAVAILABLE", "this server makes no accounts", name)
     if session.user is None and "before-connect" not in rules:
-        raise Refused("COMPLETE_CONNECTION_REQUIRED", "come in first, then register", name)
+        raise Refused(
+            "COMPLETE_CONNECTION_REQUIRED", "register after you have joined the server", name
+        )
     name = check_new_account(session.site.hub, session.user, nick, wanted)
     if ("email-required" in rules or email not in ("", "*")) and not EMAIL.fullmatch(email):
         raise Refused("INVALID_EMAIL", "write one address, like alice@example.org", name)
@@ -4884,16 +4888,16 @@ MIGRATIONS = (
     ) WITHOUT ROWID;
     """,
     """
-    CREATE TABLE channels (         -- those there are; what is asked for is but the key
+    CREATE TABLE channels (         -- channels that exist
         key TEXT PRIMARY KEY,
         state TEXT NOT NULL         -- JSON, see Channel.state()
     ) WITHOUT ROWID;
-    CREATE TABLE stays (            -- who is here and can prove it when he comes back
+    CREATE TABLE stays (            -- users who may resume, also after a restart
         stay TEXT PRIMARY KEY,
         state TEXT NOT NULL         -- JSON, see User.state()
     ) WITHOUT ROWID;
-    CREATE TABLE receipts (         -- what was said under an id of its sender's own making
-        owner TEXT NOT NULL,        -- Session.author
+    CREATE TABLE receipts (         -- dedup keys: messages with an id of their sender
+        owner TEXT NOT NULL,        -- see Hub.dedup_owners()
         own_id TEXT NOT NULL,
         event INTEGER NOT NULL,
         target INTEGER NOT NULL,
@@ -4904,7 +4908,7 @@ MIGRATIONS = (
     UPDATE targets SET key = '~' || id, private = 0 WHERE private;  -- channels tells it now
     """,
     """
-    CREATE TABLE certificates (     -- with which one can log in
+    CREATE TABLE certificates (     -- that log in to an account
         fingerprint TEXT PRIMARY KEY,   -- SHA-256, in hex
         account TEXT NOT NULL       -- the key of its name
     ) WITHOUT ROWID;
@@ -7107,7 +7111,7 @@ class Cluster:
 # RFC 1459 and 2812, and where today's servers disagree with them, modern.ircdocs.horse.
 # First every shape of line that the server sends, then the session, then one handler a
 # verb, by topic. A handler that cannot do what it is asked raises Refused; the numeric
-# that says so in IRC stands in REFUSALS, the words come with the refusal.
+# and the words that say so in IRC stand in REFUSALS; a hint may come with the refusal.
 
 RPL_WELCOME = "001 :Welcome to {}, {}"
 RPL_YOURHOST = "002 :Your host is {}, running chat.py/{}"
@@ -7204,49 +7208,60 @@ LIST_REPLIES = {  # letter of a list of masks -> its lines, its end
     "I": ("346 {} {} {} {}", "347 {} :End of exceptions from +i"),
 }
 
-REFUSALS = {  # Refused.code -> the numeric; its parameters are Refused.about
-    "NO_SUCH_NAME": "401",
-    "NO_SUCH_SERVER": "402",
-    "NO_SUCH_CHANNEL": "403",
-    "CANNOT_SEND": "404",
-    "TOO_MANY_CHANNELS": "405",
-    "WAS_NO_SUCH_NAME": "406",
-    "TOO_MANY_TARGETS": "407",
-    "NO_SUCH_SERVICE": "408",
-    "NO_RECIPIENT": "411",
-    "NO_TEXT": "412",
-    "LINE_TOO_LONG": "417",
-    "UNKNOWN_COMMAND": "421",
-    "NO_MOTD": "422",
-    "NO_ADMIN": "423",
-    "NO_NAME": "431",
-    "BAD_NAME": "432",
-    "NAME_TAKEN": "433",
-    "USER_NOT_IN_CHANNEL": "441",
-    "NOT_IN_CHANNEL": "442",
-    "ALREADY_IN_CHANNEL": "443",
-    "NO_SUMMON": "445",
-    "NO_USERS": "446",
-    "NOT_NAMED": "451",
-    "NEED_MORE_PARAMS": "461",
-    "ALREADY_NAMED": "462",
-    "WRONG_PASSWORD": "464",
-    "CHANNEL_FULL": "471",
-    "UNKNOWN_MODE": "472",
-    "INVITE_ONLY": "473",
-    "BANNED": "474",
-    "BAD_PASSWORD": "475",
-    "BAD_CHANNEL": "476",
-    "NEED_ACCOUNT": "477",
-    "LIST_FULL": "478",
-    "BANNED_FROM_SERVER": "465",
-    "NAME_BOUND": "437",
-    "NOT_SERVER_OPERATOR": "481",
-    "NOT_OPERATOR": "482",
-    "UNKNOWN_USER_MODE": "501",
-    "NOT_YOURSELF": "502",
-    "NO_HELP": "524",
-    "BAD_MODE_VALUE": "696",
+
+class Refusal(NamedTuple):
+    """A numeric that refuses. Its words are those of RFC 2812, which clients and bots know."""
+
+    number: str
+    words: str = ""
+    hint: bool = True  # our own sentence follows, because it says more
+
+
+REFUSALS = {  # by Refused.code; the parameters are Refused.about
+    "NO_SUCH_NAME": Refusal("401", "No such nick/channel", hint=False),
+    "NO_SUCH_SERVER": Refusal("402", "No such server"),
+    "NO_SUCH_CHANNEL": Refusal("403", "No such channel", hint=False),
+    "CANNOT_SEND": Refusal("404", "Cannot send to channel"),
+    "TOO_MANY_CHANNELS": Refusal("405", "You have joined too many channels"),
+    "WAS_NO_SUCH_NAME": Refusal("406", "There was no such nickname", hint=False),
+    "TOO_MANY_TARGETS": Refusal("407", "Too many targets"),
+    "NO_SUCH_SERVICE": Refusal("408", "No such service"),
+    "NO_RECIPIENT": Refusal("411", "No recipient given", hint=False),
+    "NO_TEXT": Refusal("412", "No text to send", hint=False),
+    "LINE_TOO_LONG": Refusal("417", "Input line was too long"),
+    "UNKNOWN_COMMAND": Refusal("421", "Unknown command"),
+    "NO_MOTD": Refusal("422", "MOTD File is missing", hint=False),
+    "NO_ADMIN": Refusal("423", "No administrative info available"),
+    "NO_NAME": Refusal("431", "No nickname given", hint=False),
+    "BAD_NAME": Refusal("432", "Erroneous nickname"),
+    "NAME_TAKEN": Refusal("433", "Nickname is already in use"),
+    "NAME_BOUND": Refusal("437", "Nickname is temporarily unavailable"),
+    "USER_NOT_IN_CHANNEL": Refusal("441", "They aren't on that channel", hint=False),
+    "NOT_IN_CHANNEL": Refusal("442", "You're not on that channel", hint=False),
+    "ALREADY_IN_CHANNEL": Refusal("443", "is already on channel", hint=False),
+    "NO_SUMMON": Refusal("445", "SUMMON has been disabled", hint=False),
+    "NO_USERS": Refusal("446", "USERS has been disabled", hint=False),
+    "NOT_NAMED": Refusal("451", "You have not registered", hint=False),
+    "NEED_MORE_PARAMS": Refusal("461", "Not enough parameters"),
+    "ALREADY_NAMED": Refusal("462", "You may not reregister", hint=False),
+    "WRONG_PASSWORD": Refusal("464", "Password incorrect"),
+    "BANNED_FROM_SERVER": Refusal("465"),
+    "CHANNEL_FULL": Refusal("471", "Cannot join channel (+l)", hint=False),
+    "UNKNOWN_MODE": Refusal("472", "is unknown mode char to me"),
+    "INVITE_ONLY": Refusal("473", "Cannot join channel (+i)", hint=False),
+    "BANNED": Refusal("474", "Cannot join channel (+b)", hint=False),
+    "BAD_PASSWORD": Refusal("475", "Cannot join channel (+k)", hint=False),
+    "BAD_CHANNEL": Refusal("476", "Bad Channel Mask"),
+    "NEED_ACCOUNT": Refusal("477", "You need to be logged in to an account"),
+    "LIST_FULL": Refusal("478", "Channel list is full"),
+    "NOT_SERVER_OPERATOR": Refusal(
+        "481", "Permission Denied- You're not an IRC operator", hint=False
+    ),
+    "NOT_OPERATOR": Refusal("482", "You're not channel operator"),
+    "UNKNOWN_USER_MODE": Refusal("501", "Unknown MODE flag"),
+    "NOT_YOURSELF": Refusal("502", "Can't change mode for other users", hint=False),
+    "NO_HELP": Refusal("524", "Help not found"),
+    "BAD_MODE_VALUE": Refusal("696"),
 }
 
 IRC_SPOKEN = {  # kind -> the verb, what stands before the text, and what behind it
@@ -7794,13 +7809,14 @@ class IrcSession(LocalSession):
         (self.service_says if self.from_service else self.notice)(text)
 
     def refuse(self, refusal: Refused) -> None:
-        number, text = REFUSALS.get(refusal.code), harmless(str(refusal))
+        numeric, text = REFUSALS.get(refusal.code), harmless(str(refusal))
         if self.from_service and not self.deferred:
             return self.service_says(text)
-        if number is None:
+        if numeric is None:
             return self.fail(self.message.verb or "*", refusal.code, text, *refusal.about)
         about = "".join(f"{as_param(one)} " for one in refusal.about)
-        self.line(f"{number} {self.nick} {about}:{text}")
+        words = "; ".join(filter(None, (numeric.words, text if numeric.hint else "")))
+        self.line(f"{numeric.number} {self.nick} {about}:{words}")
 
     # Events that each session renders for itself
 
@@ -8208,7 +8224,7 @@ def irc_pass(session: IrcSession, password: str) -> None:
 def irc_nick(session: IrcSession, wanted: str = "") -> None:
     """NICK <nickname> -- take a name, or another one"""
     if not wanted:
-        raise Refused("NO_NAME", "which name?")
+        raise Refused("NO_NAME", "no nickname given")
     if session.user:
         return session.act("rename_user", wanted, True, 0)
     hub, fits = session.site.hub, clean_name(wanted) == wanted
@@ -8446,8 +8462,8 @@ def irc_ping(session: IrcSession, token: str) -> None:
 
 
 for pong_or_error in (
-    "PONG <token> -- yes; any line says that",
-    "ERROR <text> -- what servers say to each other; nothing happens",
+    "PONG <token> -- the answer to a PING of the server",
+    "ERROR <text> -- between servers; ignored",
 ):
     irc_command(pong_or_error.split()[0], doc=pong_or_error, nameless=True)(lambda session: None)
 
@@ -8618,7 +8634,7 @@ def check_length(session: IrcSession, name: str, text: str, tags: str) -> None:
 def to_each_target(session: IrcSession, targets: str, send: Callable[[str], None]) -> LongAnswer:
     """Call send() for one target at once, or for each of several in pieces. Raises Refused."""
     if not targets:
-        raise Refused("NO_RECIPIENT", "to whom?")
+        raise Refused("NO_RECIPIENT", "no recipient given")
     if "," not in targets:
         return send(targets)
     if targets.count(",") >= TARGETS:
@@ -8631,7 +8647,7 @@ def to_each_target(session: IrcSession, targets: str, send: Callable[[str], None
 def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> LongAnswer:
     """PRIVMSG <target>{,<target>} <text> -- say something to people and channels"""
     if not text and targets:
-        raise Refused("NO_TEXT", "there is nothing to say")
+        raise Refused("NO_TEXT", "no text to send")
     own, tags = client_id(session, targets), client_tags(session)
 
     def send(name: str) -> None:
@@ -8649,7 +8665,7 @@ def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> LongA
 
 @irc_command("NOTICE", most=2)
 def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> LongAnswer:
-    """NOTICE <target>{,<target>} <text> -- the same, but nothing answers it"""
+    """NOTICE <target>{,<target>} <text> -- send a notice: a message that no program answers"""
     if not (targets and text) or targets.count(",") >= TARGETS:
         return None
     own, tags = client_id(session, targets), client_tags(session)
@@ -8697,7 +8713,7 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
     if done.label and "labeled-response" in session.capabilities:
         session.begin_answer(done.label)
     if not done.text.strip("\n"):
-        raise Refused("MULTILINE_INVALID", "there is nothing to say")
+        raise Refused("MULTILINE_INVALID", "no text to send")
     kind = MESSAGE if done.verb == "PRIVMSG" else NOTICE
     send_message(session, done.target, done.text, kind, done.tags, done.own_id)
 
@@ -8846,7 +8862,7 @@ def irc_invite(session: IrcSession, name: str = "", where: str = "") -> Steps:
             session.reply(RPL_INVITELIST, channel.name)
         return session.reply(RPL_ENDOFINVITELIST)
     if not where:
-        text = "it goes like this: INVITE <nickname> <channel>"
+        text = "usage: INVITE <nickname> <channel>"
         raise Refused("NEED_MORE_PARAMS", text, "INVITE")
     user, channel = yield do(session.act, "invite", name, where)
     session.reply(RPL_INVITING, user.name, channel.name)
@@ -9261,7 +9277,7 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
 def irc_markread(session: IrcSession, name: str = "", when: str = "") -> Steps:
     """MARKREAD <target> [timestamp=<time>] -- how far you have read it, on any device"""
     if not is_word(name, NAME_BYTES):
-        return session.fail("MARKREAD", "NEED_MORE_PARAMS", "of what?")
+        return session.fail("MARKREAD", "NEED_MORE_PARAMS", "MARKREAD <target>")
     if not when:
         return session.tell_marker(name)
     if not when.startswith("timestamp="):
@@ -9437,7 +9453,7 @@ def irc_whois(session: IrcSession, server: str = "", name: str = "") -> None:
     if not name:
         server, name = "", server
     if not name:
-        raise Refused("NO_NAME", "about whom?")
+        raise Refused("NO_NAME", "no nickname given")
     check_server(session, server)
     try:
         user = session.site.hub.find_user(name)
@@ -9732,7 +9748,7 @@ def unban_from(session: LocalSession, mask: str) -> Steps:
 def irc_wallops(session: IrcSession, text: str) -> None:
     """WALLOPS <text> -- send a text to all users with mode w"""
     if not text:
-        raise Refused("NO_TEXT", "there is nothing to say")
+        raise Refused("NO_TEXT", "no text to send")
     session.act("wallops", text)
 
 
@@ -10247,7 +10263,7 @@ def line_verify(session: LineSession, code: str) -> Steps:
 @line_command("login", 1, 2, exact=True)
 @in_steps
 def line_login(session: LineSession, *words: str) -> Steps:
-    """/login [NAME] PASSWORD -- log in to an account; it gives you its name, or whom it is"""
+    """/login [NAME] PASSWORD -- log in to an account: you get its name, or join its user"""
     name, password = words if len(words) == 2 else (session.wanted_name, *words)
     before, name_before = session.user, session.user.name
     yield from identify(session, name, password, True)
@@ -11049,8 +11065,8 @@ class WebSession(LocalSession):
         if self.closing:
             self.conn.close()
 
-    def for_operators(self) -> bool:
-        """Return whether the request comes from this machine itself, through no proxy."""
+    def may_read_metrics(self) -> bool:
+        """Return whether the client may read /health and /metrics: one on this machine, or all."""
         return self.site.web.open_metrics or self.near
 
     # What chat wants of a session
@@ -11128,7 +11144,7 @@ def web_root(session: WebSession, request: Request) -> None:
 @on_request("GET", "/health")
 def web_health(session: WebSession, request: Request) -> None:
     """GET /health -- for monitors on this machine: 200, or 503 while history is not kept"""
-    if not session.for_operators():
+    if not session.may_read_metrics():
         return session.answer(404, "there is no such page")
     trouble = session.site.server.trouble()
     return session.answer(503 if trouble else 200, trouble or "ok")
@@ -11137,7 +11153,7 @@ def web_health(session: WebSession, request: Request) -> None:
 @on_request("GET", "/metrics")
 def web_metrics(session: WebSession, request: Request) -> None:
     """GET /metrics -- figures in Prometheus' text format, for this machine"""
-    if not session.for_operators():
+    if not session.may_read_metrics():
         return session.answer(404, "there is no such page")
     lines = []
     for name, (kind, text, value) in session.site.server.metrics().items():
@@ -12138,13 +12154,13 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "bell": Setting("on", ("on", "off"), "ring when you are called"),
-    "desktop": Setting("on", ("on", "off"), "tell the desktop when you are called: the window"),
+    "bell": Setting("on", ("on", "off"), "ring when you are mentioned"),
+    "desktop": Setting("on", ("on", "off"), "tell the desktop when you are mentioned: the window"),
     "fold": Setting("on", ("on", "off"), "show the joins and quits of many in one row"),
     "font": Setting("", (), "the font's family: the window"),
     "highlight": Setting("", (), "words besides your nick that call you"),
     "typing": Setting("on", ("on", "off"), "tell others that you are typing"),
-    "notify": Setting("off", ("off", "9", "777"), "tell the terminal when you are called, by OSC"),
+    "notify": Setting("off", ("off", "9", "777"), "tell the terminal of mentions, by OSC"),
     "pictures": Setting("on", ("on", "off"), "show pictures among the messages: the window"),
     "size": Setting("", (), "the font's size in points: the window"),
     "theme": Setting("auto", ("auto", "light", "dark"), "colours: the window"),
@@ -14441,7 +14457,7 @@ def check_message(where: str, text: str, kind: str, name_bytes: int) -> None:
         limit = f"a message has at most {MESSAGE_LINES} lines and {LINE_BYTES:,} bytes"
         raise Refused("TOO_LONG", limit)
     if kind == ACTION and len(text.encode()) > FITS_ALWAYS:
-        raise Refused("TOO_LONG", f"what one does has at most {FITS_ALWAYS} bytes")
+        raise Refused("TOO_LONG", f"an action (/me) has at most {FITS_ALWAYS} bytes")
     if len(where.encode()) > name_bytes:
         raise Refused("BAD_NAME", f"a name has at most {name_bytes} bytes")
 
@@ -15752,7 +15768,7 @@ def do_part(core: ClientCore, *words: str) -> None:
 
 @client_command("close", most=1, nameless=True)
 def do_close(core: ClientCore, name: str = "") -> None:
-    """/close [#CHANNEL|NAME] -- the same, also without a connection"""
+    """/close [#CHANNEL|NAME] -- close a conversation, also without a connection"""
     room = asked_room(core, name)
     if room.inside and core.ready:
         return do_part(core, room.name)
@@ -15832,7 +15848,7 @@ def do_topic(core: ClientCore, words: str = "") -> None:
 
 @client_command("nick", 1, 1)
 def do_nick(core: ClientCore, name: str) -> None:
-    """/nick NAME -- be called otherwise"""
+    """/nick NAME -- change your nick"""
     core.regain = False
     core.talk.command("NICK", name)
 
@@ -15933,7 +15949,7 @@ client_command("unban", 1, 2, doc="/unban [#CHANNEL] NAME|MASK -- end a ban")(
 
 @client_command("mode", most=1)
 def do_mode(core: ClientCore, words: str = "") -> None:
-    """/mode [#CHANNEL|NAME] [+-LETTERS] [VALUE ...] -- read or set what a channel is like"""
+    """/mode [#CHANNEL|NAME] [+-LETTERS] [VALUE ...] -- show or change modes"""
     where, rest = channel_first(core, words)
     if words and core.is_me(words.split()[0]):
         where, _, rest = words.partition(" ")
@@ -16021,7 +16037,7 @@ def do_verify(core: ClientCore, code: str) -> None:
 
 @client_command("login", 1, 2, exact=True)
 def do_login(core: ClientCore, *words: str) -> None:
-    """/login [ACCOUNT] PASSWORD -- be who you are; also after a reconnection"""
+    """/login [ACCOUNT] PASSWORD -- log in, also after every reconnection"""
     core.me.login = Login(words[0] if len(words) > 1 else core.name, words[-1])
     enabled = "sasl" in core.server.enabled
     mechanism = core.talk.mechanism(asked=True) if enabled else ""
@@ -16062,7 +16078,7 @@ def do_pass(core: ClientCore, password: str) -> None:
 
 @client_command("connect", most=1, nameless=True)
 def do_connect(core: ClientCore, url: str = "") -> None:
-    """/connect [URL] -- talk on another server, too; on which this client does"""
+    """/connect [URL] -- connect to one more server; list the servers"""
     raise Refused("ONE_SERVER", "only the terminal client talks to several servers")
 
 
@@ -16167,7 +16183,7 @@ client_command("unreact", 1, 2, doc="/unreact [-N] EMOJI -- take that back")(
 def do_redact(core: ClientCore, number: str = "") -> None:
     """/redact [-N] -- take back the last message of yours here, or the Nth from the end"""
     if number and not NTH.fullmatch(number):
-        raise Refused("NO_NUMBER", "it goes like this: /redact, or /redact -2 for the one before")
+        raise Refused("NO_NUMBER", "usage: /redact, or /redact -2 for the one before")
     core.need("redact")
     room, view, _ = numbered_view(core, optional(number), mine=True)
     core.redact(room, view.id)
@@ -16218,7 +16234,7 @@ def do_transfers(core: ClientCore, what: str = "", which: str = "") -> None:
         core.drop_transfer(one)
         return core.show(View(NOTE, f"{one.name or one.path} is dropped"))
     if what:
-        raise Refused("NO_TRANSFER", "it goes like this: /transfers cancel 1")
+        raise Refused("NO_TRANSFER", "usage: /transfers cancel 1")
     rows = [f"{n}  {one.words()}" for n, one in enumerate(core.transfers, 1)]
     return core.show(View(NOTE, "; ".join(rows) or "no file is on its way"))
 
@@ -17109,7 +17125,7 @@ class Connection:
         self.tls: TlsFilter | None = None
         self.sealed = b""  # encrypted, not yet sent
         self.shared = True  # bytes go out as they are: no TLS, no frames
-        self.direct = True  # the same, nothing queued, open: broadcast() may use the socket
+        self.direct = True  # `shared`, open and nothing queued: broadcast() may use the socket
         self.eof = False
         self.state = OPEN
         self.mask = READ
@@ -19536,20 +19552,20 @@ class Link:
         self.backoff = BACKOFF_FIRST
         self.progress = 0  # of the core, when the back-off was reset last
         self.began = loop.now  # when connecting did, then when it was done
-        self.stood = loop.now  # when we were where we want to be last, or began to want it
+        self.stood = loop.now  # when the session last stood, or was first wanted
         self.pin: str | None = None  # the certificate that the server is to have
         self.timer: Timer | None = None  # the one wait that is going on ...
         self.again: Timer | None = None  # ... if that is for the next attempt to connect
         self.pace: Timer | None = None  # until more may be sent
         self.dismissal: Timer | None = None  # until a server that said ERROR has to be gone
         self.doubted = ""  # the fingerprint of a certificate that the user has to judge ...
-        self.doubt = ""  # ... and why it is not trusted
+        self.doubt = ""  # ... and the reason
         self.transfers: Any = None  # files on their way: Transfers, in clients that have them
-        self.distrust = ""  # why it is not trusted, and is only looked at
+        self.distrust = ""  # why a certificate was refused: this attempt only reads its fingerprint
         # Another certificate than the remembered one: try whether it is signed
         self.unpinned = ""
         self.leaving, self.reason = False, ""
-        self.stays = False  # whatever happens, until the user leaves: it stood once, say
+        self.stays = False  # do not end by itself: the session stood once, for example
         self.watched = loop.now  # when the connection was last looked at ...
         self.pinged = -math.inf  # ... and when the server was asked whether it is there
         self.drained: Callable = do_nothing
@@ -22300,7 +22316,7 @@ def on_signal(loop: Loop, name: str, callback: Callable[[], Any]) -> None:
 
 CLIENT_KEYS = (  # what /help tells of them
     "Page Up:  read back; Page Down, Escape or Enter lead to the present",
-    "Alt-A:  to the next conversation with something new; first where you are called",
+    "Alt-A:  to the next conversation with something new; first where you are mentioned",
     "Alt-N, Alt-P:  to the next conversation, or the previous one",
     "Alt-1 to Alt-9:  to that conversation; /go alone lists them",
     "Tab:  complete a name, a channel or a command; again: the next that fits",
@@ -22331,14 +22347,14 @@ class TerminalClient(ManyServers):
         self.display: Display = self.seat.screen
         self.decoder = KeyDecoder()
         self.editor = LineEditor(self.complete)
-        self.pressed = self.news = True  # there is something to paint: at once, or soon
+        self.pressed = self.news = True  # paint after this key; paint within 1/30 s
         self.painted = 0.0
         self.painting: Timer | None = None  # what came too early for that
         self.was_ready = self.told_why = False
         self.late: set[str] = set()  # own ids of what has been waiting for a while
         self.begun: float = math.inf  # views that there were when a command was begun
         self.cleared = self.asked = -math.inf  # when Ctrl-C cleared the line, or asked
-        self.writing_in: Room | None = self.core.current  # whom the line is for
+        self.writing_in: Room | None = self.core.current  # the conversation that the line is for
         self.escape: Timer | None = None
         self.input = Input(self.loop, 0, self.take)
         self.loop.turn_ends = self.paint
@@ -22550,7 +22566,7 @@ class TerminalClient(ManyServers):
             self.go(places[(here + step) % len(places)])
 
     def go_unread(self) -> None:
-        """Go to a conversation where the user is called; else to one with new messages."""
+        """Go to a conversation where the user is mentioned; else to one with new messages."""
         places = sorted(self.places(), key=lambda place: not place[1].called)
         for place in [place for place in places if place[1].unread][:1]:
             self.go(place)

@@ -1545,7 +1545,7 @@ def test_proving_a_password_again_is_no_news_to_others():
     house.heard("bob")
     house.say("alice", "NS PASSWD password other-password")
     house.turn()
-    assert house.heard("bob") == [] and "another now" in house.heard("alice")[-1]
+    assert house.heard("bob") == [] and "password changed" in house.heard("alice")[-1]
     house.say("alice", "NS DROP other-password")
     house.turn()
     assert house.heard("bob") == [":alice!~u@127.0.0.1 ACCOUNT *"]
@@ -1598,7 +1598,9 @@ def test_a_name_that_another_device_has_is_taken():
     house.turn()
     house.say("third", "CAP END", "NICK alice")
     house.turn()
-    assert ":chat.py 433 al2 alice :alice is taken" in house.heard("third")
+    assert ":chat.py 433 al2 alice :Nickname is already in use; alice is taken" in house.heard(
+        "third"
+    )
     for who in ("alice", "third"):
         house.say(who, "QUIT")
     house.turn()
@@ -5823,35 +5825,35 @@ erin< the welcome
 erin> PING before
 erin< PONG chat.py :before
 erin> JOIN #a
-erin< 451 * :a name first, please; then commands
+erin< 451 * :You have not registered
 erin> FOO
-erin< 421 * FOO :there is no FOO; help lists what there is
+erin< 421 * FOO :Unknown command; there is no FOO; help lists what there is
 erin> NOTICE alice :hello
-erin< 451 * :a name first, please; then commands
+erin< 451 * :You have not registered
 erin> PONG x
 erin> ERROR :nothing
 === registration: a name that is taken, or cannot be one, can be tried again
 +erin
 erin> NICK
-erin< 431 * :which name?
+erin< 431 * :No nickname given
 erin> NICK :
-erin< 431 * :which name?
+erin< 431 * :No nickname given
 erin> NICK *
-erin< 432 * * :names have at most 32 characters, and none that IRC needs
+erin< 432 * * :Erroneous nickname; names have at most 32 characters, and none that IRC needs
 erin> NICK a,b
-erin< 432 * a,b :names have at most 32 characters, and none that IRC needs
+erin< 432 * a,b :Erroneous nickname; names have at most 32 characters, and none that IRC needs
 erin> NICK #erin
-erin< 432 * #erin :names have at most 32 characters, and none that IRC needs
+erin< 432 * #erin :Erroneous nickname; names have at most 32 characters, and none that IRC needs
 erin> NICK 0123456789012345678901234567890123
-erin< 432 * 0123456789012345678901234567890123 :names have at most 32 characters, and none that IRC needs
+erin< 432 * 0123456789012345678901234567890123 :Erroneous nickname; names have at most 32 characters, and none that IRC needs
 erin> NICK ALICE
-erin< 433 * ALICE :ALICE is taken
+erin< 433 * ALICE :Nickname is already in use; ALICE is taken
 erin> NICK Dora
-erin< 433 * Dora :Dora is taken
+erin< 433 * Dora :Nickname is already in use; Dora is taken
 erin> USER erin
-erin< 461 * USER :it goes like this: USER <username> 0 * <realname>
+erin< 461 * USER :Not enough parameters; usage: USER <username> 0 * <realname>
 erin> USER erin 0 * :
-erin< 461 * USER :a real name, please
+erin< 461 * USER :Not enough parameters; a real name, please
 erin> NICK erin
 erin> USER erin 0 * :Erin
 erin< the welcome
@@ -5863,14 +5865,14 @@ fred> NICK Same
 erin> USER e 0 * :Erin
 erin< the welcome
 fred> USER f 0 * :Fred
-fred< 433 * Same :Same is taken
+fred< 433 * Same :Nickname is already in use; Same is taken
 fred> NICK fred
 fred< the welcome
 === registration: nothing is said twice
 alice> USER x 0 * :x
-alice< 462 alice :that was said already, and cannot be changed
+alice< 462 alice :You may not reregister
 alice> PASS x
-alice< 462 alice :you are in already
+alice< 462 alice :You may not reregister
 alice> CAP END
 === CAP: no negotiation, no names, until it is over
 +erin
@@ -5893,7 +5895,7 @@ erin< CAP erin LIST :cap-notify multi-prefix
 erin> CAP FOO
 erin< 410 erin FOO :CAP has LS, LIST, REQ and END
 erin> CAP
-erin< 461 erin CAP :it goes like this: CAP LS|LIST|REQ|END [<capabilities>]
+erin< 461 erin CAP :Not enough parameters; usage: CAP LS|LIST|REQ|END [<capabilities>]
 === CAP: is heard also later, and counts from the next line on
 alice> CAP LS
 alice< CAP alice LS :sasl multi-prefix away-notify account-notify extended-join server-time message-tags echo-message batch labeled-response userhost-in-names account-tag chghost invite-notify setname cap-notify extended-monitor standard-replies
@@ -5963,11 +5965,11 @@ alice> NICK alicia
 alice< :Alice NICK :alicia
 bob< :Alice NICK :alicia
 bob> NICK ALICIA
-bob< 433 bob ALICIA :ALICIA is taken
+bob< 433 bob ALICIA :Nickname is already in use; ALICIA is taken
 carol> NICK alice
 carol< :carol NICK :alice
 carol> NICK
-carol< 431 alice :which name?
+carol< 431 alice :No nickname given
 === QUIT: is told to neighbours with its reason, and what follows it is not heard
 +#a alice bob
 bob> QUIT :so long
@@ -5980,7 +5982,7 @@ alice< 353 alice = #a :@alice
 alice< 366 alice #a :End of NAMES
 === PING, PONG and ERROR
 alice> PING
-alice< 461 alice PING :it goes like this: PING <token>
+alice< 461 alice PING :Not enough parameters; usage: PING <token>
 alice> PING :
 alice< PONG chat.py :
 alice> PING :two words
@@ -5995,8 +5997,8 @@ alice> PRIVMSG bob,carol :hello both
 bob< :alice PRIVMSG bob :hello both
 carol< :alice PRIVMSG carol :hello both
 alice> PRIVMSG bob,bob,absent,#none :each once
-alice< 401 alice absent :no user here is called absent
-alice< 403 alice #none :there is no channel #none now
+alice< 401 alice absent :No such nick/channel
+alice< 403 alice #none :No such channel
 bob< :alice PRIVMSG bob :each once
 alice> PRIVMSG alice :myself
 alice< :alice PRIVMSG alice :myself
@@ -6004,17 +6006,17 @@ alice> PRIVMSG dora :line protocol
 dora< (private) alice: line protocol
 === PRIVMSG: what is missing is said
 alice> PRIVMSG
-alice< 411 alice :to whom?
+alice< 411 alice :No recipient given
 alice> PRIVMSG bob
-alice< 412 alice :there is nothing to say
+alice< 412 alice :No text to send
 alice> PRIVMSG bob :
-alice< 412 alice :there is nothing to say
+alice< 412 alice :No text to send
 alice> PRIVMSG absent :x
-alice< 401 alice absent :no user here is called absent
+alice< 401 alice absent :No such nick/channel
 alice> PRIVMSG #none :x
-alice< 403 alice #none :there is no channel #none now
+alice< 403 alice #none :No such channel
 alice> PRIVMSG b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q,r,s,t,u,v :x
-alice< 407 alice b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q,r,s,t,u,v :20 targets at most; the message was not delivered
+alice< 407 alice b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q,r,s,t,u,v :Too many targets; 20 targets at most; the message was not delivered
 === PRIVMSG: colons and blanks in the text are kept
 +#a alice bob
 alice> PRIVMSG #a ::-) :-(
@@ -6105,19 +6107,19 @@ bob< 366 bob #a :End of NAMES
 bob> JOIN #a
 === JOIN: what cannot be joined does not keep from the others
 alice> JOIN a,#b,#,#c\x07d,#\x00,,#e
-alice< 476 alice a :a channel's name begins with # and goes on, like #tea
+alice< 476 alice a :Bad Channel Mask; a channel's name begins with # and goes on, like #tea
 alice< :alice JOIN #b
 alice< 353 alice = #b :@alice
 alice< 366 alice #b :End of NAMES
-alice< 476 alice # :a channel's name begins with # and goes on, like #tea
-alice< 476 alice #c\x07d :a channel's name is visible, without spaces, commas or ]
+alice< 476 alice # :Bad Channel Mask; a channel's name begins with # and goes on, like #tea
+alice< 476 alice #c\x07d :Bad Channel Mask; a channel's name is visible, without spaces, commas or ]
 alice< :alice JOIN #e
 alice< 353 alice = #e :@alice
 alice< 366 alice #e :End of NAMES
 alice> JOIN
-alice< 461 alice JOIN :it goes like this: JOIN <channel>{,<channel>} [<key>{,<key>}]
+alice< 461 alice JOIN :Not enough parameters; usage: JOIN <channel>{,<channel>} [<key>{,<key>}]
 alice> JOIN :
-alice< 476 alice * :a channel's name begins with # and goes on, like #tea
+alice< 476 alice * :Bad Channel Mask; a channel's name begins with # and goes on, like #tea
 === JOIN 0 leaves all
 alice> JOIN #a,#b
 alice< :alice JOIN #a
@@ -6140,13 +6142,13 @@ alice< 366 alice #l :End of NAMES
 alice> MODE #k +k key1
 alice< :alice MODE #k +k key1
 bob> JOIN #k
-bob< 475 bob #k :cannot join #k: it has a password (+k)
+bob< 475 bob #k :Cannot join channel (+k)
 bob> JOIN #l,#k x,wrong
 alice< :bob JOIN #l
 bob< :bob JOIN #l
 bob< 353 bob = #l :@alice bob
 bob< 366 bob #l :End of NAMES
-bob< 475 bob #k :cannot join #k: it has a password (+k)
+bob< 475 bob #k :Cannot join channel (+k)
 bob> JOIN #x,#k x,key1
 alice< :bob JOIN #k
 bob< :bob JOIN #x
@@ -6162,18 +6164,18 @@ alice> PART #a :my reasons
 alice< :alice PART #a :my reasons
 bob< :alice PART #a :my reasons
 alice> PART #a
-alice< 442 alice #a :you are not in #a; /join #a first
+alice< 442 alice #a :You're not on that channel
 alice> PART #none,#b
-alice< 403 alice #none :there is no channel #none now
+alice< 403 alice #none :No such channel
 alice< :alice PART #b
 alice> PART
-alice< 461 alice PART :it goes like this: PART <channel>{,<channel>} [<reason>]
+alice< 461 alice PART :Not enough parameters; usage: PART <channel>{,<channel>} [<reason>]
 === TOPIC: is read by all, set by operators, and cleared
 +#a alice bob
 bob> TOPIC #a
 bob< 331 bob #a :No topic is set
 bob> TOPIC #a :mine
-bob< 482 bob #a :only operators of #a can do that
+bob< 482 bob #a :You're not channel operator; only operators of #a can do that
 alice> TOPIC #a :tea at five
 alice< :alice TOPIC #a :tea at five
 bob< :alice TOPIC #a :tea at five
@@ -6186,9 +6188,9 @@ bob< :alice TOPIC #a :
 carol> TOPIC #a
 carol< 331 carol #a :No topic is set
 alice> TOPIC #none
-alice< 403 alice #none :there is no channel #none now
+alice< 403 alice #none :No such channel
 alice> TOPIC
-alice< 461 alice TOPIC :it goes like this: TOPIC <channel> [<topic>]
+alice< 461 alice TOPIC :Not enough parameters; usage: TOPIC <channel> [<topic>]
 alice> MODE #a -t
 alice< :alice MODE #a -t
 bob< :alice MODE #a -t
@@ -6196,7 +6198,7 @@ bob> TOPIC #a :now I may
 alice< :bob TOPIC #a :now I may
 bob< :bob TOPIC #a :now I may
 carol> TOPIC #a :from outside
-carol< 442 carol #a :you are not in #a; /join #a first
+carol< 442 carol #a :You're not on that channel
 === NAMES: of several channels, unknown ones, and none
 +#a alice
 +#b alice bob
@@ -6284,13 +6286,13 @@ carol> LIST C<0
 carol< 321 carol Channel :Users Topic
 carol< 323 carol :End of LIST
 carol> LIST * other.server
-carol< 402 carol other.server :there is no such server; this one stands alone
+carol< 402 carol other.server :No such server; there is no such server; this one stands alone
 === INVITE: lets in, once
 +#a alice
 alice> MODE #a +i
 alice< :alice MODE #a +i
 bob> JOIN #a
-bob< 473 bob #a :cannot join #a: one has to be invited (+i)
+bob< 473 bob #a :Cannot join channel (+i)
 alice> INVITE bob #a
 alice< 341 alice bob #a
 bob< :alice INVITE bob #a
@@ -6308,24 +6310,24 @@ bob> PART #a
 alice< :bob PART #a
 bob< :bob PART #a
 bob> JOIN #a
-bob< 473 bob #a :cannot join #a: one has to be invited (+i)
+bob< 473 bob #a :Cannot join channel (+i)
 === INVITE: what is wrong is said
 +#a alice bob
 alice> INVITE absent #a
-alice< 401 alice absent :no user here is called absent
+alice< 401 alice absent :No such nick/channel
 alice> INVITE bob #a
-alice< 443 alice bob #a :bob is in #a already
+alice< 443 alice bob #a :is already on channel
 alice> INVITE carol #none
-alice< 403 alice #none :there is no channel #none now
+alice< 403 alice #none :No such channel
 alice> INVITE carol
-alice< 461 alice INVITE :it goes like this: INVITE <nickname> <channel>
+alice< 461 alice INVITE :Not enough parameters; usage: INVITE <nickname> <channel>
 carol> INVITE dora #a
-carol< 442 carol #a :you are not in #a; /join #a first
+carol< 442 carol #a :You're not on that channel
 alice> MODE #a +i
 alice< :alice MODE #a +i
 bob< :alice MODE #a +i
 bob> INVITE carol #a
-bob< 482 bob #a :only operators of #a can do that
+bob< 482 bob #a :You're not channel operator; only operators of #a can do that
 alice> INVITE dora #a
 alice< 341 alice dora #a
 dora< * alice invites you to #a; /join #a
@@ -6337,22 +6339,22 @@ bob< :alice KICK #a bob :bye now
 carol< :alice KICK #a bob :bye now
 alice> KICK #a carol,absent,dora
 alice< :alice KICK #a carol :alice
-alice< 401 alice absent :no user here is called absent
-alice< 441 alice dora #a :dora is not in #a
+alice< 401 alice absent :No such nick/channel
+alice< 441 alice dora #a :They aren't on that channel
 carol< :alice KICK #a carol :alice
 bob> KICK #a alice
-bob< 442 bob #a :you are not in #a; /join #a first
+bob< 442 bob #a :You're not on that channel
 bob> JOIN #a
 alice< :bob JOIN #a
 bob< :bob JOIN #a
 bob< 353 bob = #a :@alice bob
 bob< 366 bob #a :End of NAMES
 bob> KICK #a alice
-bob< 482 bob #a :only operators of #a can do that
+bob< 482 bob #a :You're not channel operator; only operators of #a can do that
 alice> KICK #none bob
-alice< 403 alice #none :there is no channel #none now
+alice< 403 alice #none :No such channel
 alice> KICK #a
-alice< 461 alice KICK :it goes like this: KICK <channel> <nickname>{,<nickname>} [<reason>]
+alice< 461 alice KICK :Not enough parameters; usage: KICK <channel> <nickname>{,<nickname>} [<reason>]
 alice> KICK #a alice :myself
 alice< :alice KICK #a alice :myself
 bob< :alice KICK #a alice :myself
@@ -6378,9 +6380,9 @@ alice< 324 alice #a +
 alice< 329 alice #a WHEN
 alice> MODE #a -k x
 alice> MODE #none
-alice< 403 alice #none :there is no channel #none now
+alice< 403 alice #none :No such channel
 alice> MODE
-alice< 461 alice MODE :it goes like this: MODE <channel or nickname> [<modes> [<value>...]]
+alice< 461 alice MODE :Not enough parameters; usage: MODE <channel or nickname> [<modes> [<value>...]]
 === MODE: ranks are given to members by operators
 +#a alice bob
 alice> MODE #a +v bob
@@ -6394,27 +6396,27 @@ bob> MODE #a +v bob
 alice< :bob MODE #a +v bob
 bob< :bob MODE #a +v bob
 bob> MODE #a +o bob
-bob< 482 bob #a :only operators of #a can do that
+bob< 482 bob #a :You're not channel operator; only operators of #a can do that
 alice> MODE #a +o carol
-alice< 441 alice carol #a :carol is not in #a
+alice< 441 alice carol #a :They aren't on that channel
 alice> MODE #a +o absent
-alice< 401 alice absent :no user here is called absent
+alice< 401 alice absent :No such nick/channel
 alice> MODE #a +q alice
-alice< 482 alice #a :only operators of #a can do that
+alice< 482 alice #a :You're not channel operator; only operators of #a can do that
 bob> MODE #a -h bob
 alice< :bob MODE #a -h bob
 bob< :bob MODE #a -h bob
 bob> MODE #a +m
-bob< 482 bob #a :only operators of #a can do that
+bob< 482 bob #a :You're not channel operator; only operators of #a can do that
 carol> MODE #a +m
-carol< 442 carol #a :you are not in #a; /join #a first
+carol< 442 carol #a :You're not on that channel
 alice> MODE #a +o
-alice< 461 alice MODE :to whom? MODE #a +o <nickname>
+alice< 461 alice MODE :Not enough parameters; usage: MODE #a +o <nickname>
 === MODE: what cannot be is said once
 +#a alice
 alice> MODE #a +XYXXX
-alice< 472 alice X :there is no channel mode X; the modes are beI, k, l, qaohv, CRimnst
-alice< 472 alice Y :there is no channel mode Y; the modes are beI, k, l, qaohv, CRimnst
+alice< 472 alice X :is unknown mode char to me; there is no channel mode X; the modes are beI, k, l, qaohv, CRimnst
+alice< 472 alice Y :is unknown mode char to me; there is no channel mode Y; the modes are beI, k, l, qaohv, CRimnst
 alice> MODE #a +l zero
 alice< 696 alice #a l zero :a limit is a number from 1 on
 alice> MODE #a +l 0
@@ -6436,7 +6438,7 @@ alice< 366 alice #a :End of NAMES
 alice> MODE #a +b bob!*@*
 alice< :alice MODE #a +b bob!*@*
 bob> JOIN #a
-bob< 474 bob #a :cannot join #a: you are banned from it
+bob< 474 bob #a :Cannot join channel (+b)
 alice> MODE #a +e *!~u@127.0.0.1
 alice< :alice MODE #a +e *
 bob> JOIN #a
@@ -6450,7 +6452,7 @@ alice> MODE #a -e *!~u@127.0.0.1
 alice< :alice MODE #a -e *
 bob< :alice MODE #a -e *
 bob> PRIVMSG #a :not any more
-bob< 404 bob #a :you may not speak in #a
+bob< 404 bob #a :Cannot send to channel; you may not speak in #a
 alice> MODE #a +b
 alice< 367 alice #a bob!*@* alice WHEN
 alice< 368 alice #a :End of bans
@@ -6463,7 +6465,7 @@ bob< :alice MODE #a -b BOB!*@*
 bob> PRIVMSG #a :again
 alice< :bob PRIVMSG #a :again
 carol> MODE #a +b
-carol< 442 carol #a :you are not in #a; /join #a first
+carol< 442 carol #a :You're not on that channel
 === MODE: masks are made whole
 +#a alice
 alice> MODE #a +bbbb bob bob!u u@host a:acc
@@ -6485,7 +6487,7 @@ alice> MODE #a +b m:bob
 alice< :alice MODE #a +b m:bob!*@*
 bob< :alice MODE #a +b m:bob!*@*
 bob> PRIVMSG #a :silenced
-bob< 404 bob #a :you may not speak in #a
+bob< 404 bob #a :Cannot send to channel; you may not speak in #a
 alice> MODE #a +v bob
 alice< :alice MODE #a +v bob
 bob< :alice MODE #a +v bob
@@ -6504,7 +6506,7 @@ alice< :bob PRIVMSG #a :excepted
 alice> MODE #a +iI carol!*@*
 alice< :alice MODE #a +iI carol!*@*
 bob> JOIN #a
-bob< 473 bob #a :cannot join #a: one has to be invited (+i)
+bob< 473 bob #a :Cannot join channel (+i)
 carol> JOIN #a
 alice< :carol JOIN #a
 carol< :carol JOIN #a
@@ -6518,7 +6520,7 @@ alice< 347 alice #a :End of exceptions from +i
 alice> MODE #a +l 1
 alice< :alice MODE #a +l 1
 bob> JOIN #a
-bob< 471 bob #a :cannot join #a: it is full (+l 1)
+bob< 471 bob #a :Cannot join channel (+l)
 alice> MODE #a +l 2
 alice< :alice MODE #a +l 2
 bob> JOIN #a
@@ -6535,7 +6537,7 @@ alice> MODE #a +m
 alice< :alice MODE #a +m
 bob< :alice MODE #a +m
 bob> PRIVMSG #a :x
-bob< 404 bob #a :#a is moderated; only who has a voice may speak
+bob< 404 bob #a :Cannot send to channel; #a is moderated; only users with a voice may speak
 alice> MODE #a +v bob
 alice< :alice MODE #a +v bob
 bob< :alice MODE #a +v bob
@@ -6544,7 +6546,7 @@ alice< :bob PRIVMSG #a :heard
 === MODE +n: no message from outside
 +#a alice
 bob> PRIVMSG #a :x
-bob< 404 bob #a :you are not in #a; /join #a first
+bob< 404 bob #a :Cannot send to channel; you are not in #a; /join #a first
 alice> MODE #a -n
 alice< :alice MODE #a -n
 bob> PRIVMSG #a :from outside
@@ -6555,14 +6557,14 @@ alice> MODE #a +C
 alice< :alice MODE #a +C
 bob< :alice MODE #a +C
 bob> PRIVMSG #a :\x01VERSION\x01
-bob< 404 bob #a :#a takes no CTCP but actions (+C)
+bob< 404 bob #a :Cannot send to channel; #a takes no CTCP but actions (+C)
 bob> PRIVMSG #a :\x01ACTION waves\x01
 alice< :bob PRIVMSG #a :\x01ACTION waves\x01
 alice> MODE #a +R
 alice< :alice MODE #a +R
 bob< :alice MODE #a +R
 carol> JOIN #a
-carol< 477 carol #a :cannot join #a: one has to be logged in
+carol< 477 carol #a :You need to be logged in to an account; cannot join #a: you must be logged in (+R)
 === MODE of oneself
 alice> MODE alice
 alice< 221 alice +
@@ -6573,15 +6575,15 @@ alice< :alice MODE alice -w
 alice> MODE alice
 alice< 221 alice +Bi
 alice> MODE alice +X
-alice< 501 alice :there are only the user modes BRiow
+alice< 501 alice :Unknown MODE flag; there are only the user modes BRiow
 alice> MODE bob
-alice< 502 alice :only your own modes are yours to see and change
+alice< 502 alice :Can't change mode for other users
 alice> MODE absent
-alice< 401 alice absent :no user here is called absent
+alice< 401 alice absent :No such nick/channel
 alice> MODE alice +R
 alice< :alice MODE alice +R
 bob> PRIVMSG alice :no account
-bob< 477 bob alice :alice accepts messages of logged-in users only
+bob< 477 bob alice :You need to be logged in to an account; alice accepts messages of logged-in users only
 === WHO: channels, names, masks and flags
 +#a alice bob
 +#b bob
@@ -6668,12 +6670,12 @@ alice< 312 alice dora chat.py :chat.py
 alice< 317 alice dora 7 WHEN :seconds idle, signon time
 alice< 318 alice DORA :End of WHOIS
 alice> WHOIS absent
-alice< 401 alice absent :no user here is called absent
+alice< 401 alice absent :No such nick/channel
 alice< 318 alice absent :End of WHOIS
 alice> WHOIS other.server alice
-alice< 402 alice other.server :there is no such server; this one stands alone
+alice< 402 alice other.server :No such server; there is no such server; this one stands alone
 alice> WHOIS
-alice< 431 alice :about whom?
+alice< 431 alice :No nickname given
 === WHOWAS: newest first
 bob> NICK rob
 bob< :bob NICK :rob
@@ -6692,17 +6694,17 @@ alice< 314 alice bob ~u 127.0.0.1 * :Real Name
 alice< 312 alice bob chat.py :WHEN
 alice< 369 alice BOB :End of WHOWAS
 alice> WHOWAS absent
-alice< 406 alice absent :no user was called absent lately
+alice< 406 alice absent :There was no such nickname
 alice< 369 alice absent :End of WHOWAS
 alice> WHOWAS
-alice< 461 alice WHOWAS :it goes like this: WHOWAS <nickname> [<count>]
+alice< 461 alice WHOWAS :Not enough parameters; usage: WHOWAS <nickname> [<count>]
 === ISON
 alice> ISON bob absent DORA
 alice< 303 alice :bob dora
 alice> ISON :bob carol
 alice< 303 alice :bob carol
 alice> ISON
-alice< 461 alice ISON :it goes like this: ISON <nickname>{ <nickname>}
+alice< 461 alice ISON :Not enough parameters; usage: ISON <nickname>{ <nickname>}
 === MONITOR: who comes, goes and is called otherwise
 alice> MONITOR + bob,absent,BOB
 alice< 730 alice :bob
@@ -6726,15 +6728,15 @@ alice< 731 alice :bob
 bob< ERROR :Closing link: Quit
 alice> MONITOR - bob
 alice> MONITOR + a*,rob
-alice< 432 alice a* :names only, no masks
+alice< 432 alice a* :Erroneous nickname; names only, no masks
 alice< 731 alice :rob
 alice> MONITOR C
 alice> MONITOR L
 alice< 733 alice :End of MONITOR list
 alice> MONITOR X
-alice< 461 alice MONITOR :MONITOR takes +, -, C, L or S
+alice< 461 alice MONITOR :Not enough parameters; MONITOR takes +, -, C, L or S
 alice> MONITOR
-alice< 461 alice MONITOR :it goes like this: MONITOR +|-|C|L|S [<nickname>{,<nickname>}]
+alice< 461 alice MONITOR :Not enough parameters; usage: MONITOR +|-|C|L|S [<nickname>{,<nickname>}]
 === SETNAME without the capability is silent
 +#a alice bob
 alice> SETNAME :Alicia
@@ -6750,7 +6752,7 @@ alice< 375 alice :- chat.py Message of the day
 alice< 372 alice :- Welcome
 alice< 376 alice :End of MOTD
 alice> MOTD other.server
-alice< 402 alice other.server :there is no such server; this one stands alone
+alice< 402 alice other.server :No such server; there is no such server; this one stands alone
 alice> LUSERS
 alice< 251 alice :There are 4 users and 0 invisible on 1 servers
 alice< 252 alice 0 :operators online
@@ -6762,7 +6764,7 @@ alice< 266 alice 4 4 :Current global users 4, max 4
 alice> TIME chat.*
 alice< 391 alice chat.py :WHEN
 alice> ADMIN
-alice< 423 alice chat.py :the message of the day says whom to ask, if anything does
+alice< 423 alice chat.py :No administrative info available; the message of the day says whom to ask, if anything does
 alice> INFO
 alice< 371 alice :chat.py 0.3: a chat in one file of plain Python,
 alice< 371 alice :for IRC clients, netcat, and terminals and windows of its own
@@ -6783,7 +6785,7 @@ alice< 262 alice chat.py 0.3 :End of trace: this server stands alone
 alice> SERVLIST
 alice< 235 alice * * :There are no services
 alice> SQUERY NickServ :help
-alice< 408 alice NickServ :there are none
+alice< 408 alice NickServ :No such service; there are none
 alice> SUMMON root
 alice< 445 alice :SUMMON has been disabled
 alice> USERS
@@ -6800,7 +6802,7 @@ alice< 005 alice ...
 alice< 005 alice ...
 alice< 005 alice ...
 alice> VERSION elsewhere
-alice< 402 alice elsewhere :there is no such server; this one stands alone
+alice< 402 alice elsewhere :No such server; there is no such server; this one stands alone
 === TOKEN: for files, which a server in memory does not keep
 alice> TOKEN SERVICELIST
 alice< NOTE TOKEN NO_SERVICES :this server keeps no files
@@ -6824,29 +6826,29 @@ alice< 704 alice kick :KICK <channel> <nickname>{,<nickname>} [<reason>]
 alice< 705 alice kick :put people out
 alice< 706 alice kick :End of help
 alice> HELP me
-alice< 524 alice me :there is no help on that; HELP lists the commands
+alice< 524 alice me :Help not found; there is no help on that; HELP lists the commands
 === only operators of the server
 alice> KILL bob :x
-alice< 481 alice :only operators of this server can do that
+alice< 481 alice :Permission Denied- You're not an IRC operator
 alice> WALLOPS :x
-alice< 481 alice :only operators of this server can do that
+alice< 481 alice :Permission Denied- You're not an IRC operator
 alice> REHASH
-alice< 481 alice :only operators of this server can do that
+alice< 481 alice :Permission Denied- You're not an IRC operator
 alice> DIE
-alice< 481 alice :only operators of this server can do that
+alice< 481 alice :Permission Denied- You're not an IRC operator
 alice> RESTART
-alice< 481 alice :only operators of this server can do that
+alice< 481 alice :Permission Denied- You're not an IRC operator
 alice> CONNECT other
-alice< 481 alice :only operators of this server can do that
+alice< 481 alice :Permission Denied- You're not an IRC operator
 alice> SQUIT other :x
-alice< 481 alice :only operators of this server can do that
+alice< 481 alice :Permission Denied- You're not an IRC operator
 alice> OPER boss
-alice< 461 alice OPER :it goes like this: OPER <name> <password>
+alice< 461 alice OPER :Not enough parameters; usage: OPER <name> <password>
 === OPER: the password, and what it opens
 alice> OPER boss wrong
-alice< 464 alice :that is not it (try 1 of 3)
+alice< 464 alice :Password incorrect; wrong password (attempt 1 of 3)
 alice> OPER absent secret
-alice< 464 alice :that is not it (try 2 of 3)
+alice< 464 alice :Password incorrect; wrong password (attempt 2 of 3)
 alice> OPER boss secret
 alice< 381 alice :You are now an operator of this server
 alice< :alice MODE alice +o
@@ -6860,9 +6862,9 @@ alice< 219 alice o :End of statistics
 alice> REHASH
 alice< 382 alice chat.py :Reading it again
 alice> CONNECT other
-alice< 402 alice other :this server stands alone
+alice< 402 alice other :No such server; this server stands alone
 alice> SQUIT other :x
-alice< 402 alice other :this server stands alone
+alice< 402 alice other :No such server; this server stands alone
 bob> WHOIS alice
 bob< 311 bob alice ~u 127.0.0.1 * :Real Name
 bob< 312 bob alice chat.py :chat.py
@@ -6877,10 +6879,10 @@ bob< 302 bob :alice*=+~u@127.0.0.1
 alice> MODE alice -o
 alice< :alice MODE alice -o
 alice> WALLOPS :no more
-alice< 481 alice :only operators of this server can do that
+alice< 481 alice :Permission Denied- You're not an IRC operator
 === KLINE: bans from the server for a time
 alice> KLINE 10.0.0.1 :x
-alice< 481 alice :only operators of this server can do that
+alice< 481 alice :Permission Denied- You're not an IRC operator
 alice> OPER boss secret
 alice< 381 alice :You are now an operator of this server
 alice< :alice MODE alice +o
@@ -6909,7 +6911,7 @@ alice> STATS k
 alice< 216 alice K *!*@10.0.0.1 * alice :for ever: no reason given
 alice< 219 alice k :End of statistics
 carol> UNKLINE 10.0.0.1
-carol< 481 carol :only operators of this server can do that
+carol< 481 carol :Permission Denied- You're not an IRC operator
 carol> STATS k
 carol< 219 carol k :End of statistics
 === ISUPPORT: can be asked for
@@ -6952,9 +6954,9 @@ bob< ERROR :Closing link: Killed (alice (spam))
 dora< bob (127.0.0.1:50001) left the chat!
 bob> PRIVMSG alice :still here?
 alice> KILL absent
-alice< 401 alice absent :no user here is called absent
+alice< 401 alice absent :No such nick/channel
 alice> KILL
-alice< 461 alice KILL :it goes like this: KILL <nickname> [<reason>]
+alice< 461 alice KILL :Not enough parameters; usage: KILL <nickname> [<reason>]
 === DIE and RESTART
 alice> OPER boss secret
 alice< 381 alice :You are now an operator of this server
@@ -6965,11 +6967,11 @@ alice> DIE
 alice>
 alice>
 alice> FOO bar
-alice< 421 alice FOO :there is no FOO; help lists what there is
+alice< 421 alice FOO :Unknown command; there is no FOO; help lists what there is
 alice> :source
 alice> @tag
 alice> foo
-alice< 421 alice FOO :there is no FOO; help lists what there is
+alice< 421 alice FOO :Unknown command; there is no FOO; help lists what there is
 === the line protocol and IRC read each other
 alice> JOIN #lobby
 alice< :alice JOIN #lobby
@@ -7002,7 +7004,7 @@ dora> /topic tea
 alice< :dora TOPIC #a :tea
 dora< * the topic of #a is: tea
 alice> TOPIC #a :coffee
-alice< 482 alice #a :only operators of #a can do that
+alice< 482 alice #a :You're not channel operator; only operators of #a can do that
 dora> /mode -t
 alice< :dora MODE #a -t
 dora< * you set -t in #a
@@ -7052,7 +7054,7 @@ alice< :dora KICK #a alice :banned
 dora< * you set +b alice!*@* in #a
 dora< * you kicked alice from #a
 alice> JOIN #a
-alice< 474 alice #a :cannot join #a: you are banned from it
+alice< 474 alice #a :Cannot join channel (+b)
 dora> /ban
 dora< * banned from #a: alice!*@*
 dora> /unban alice
@@ -7070,7 +7072,7 @@ dora< * you set +m in #a
 dora> /mode +X
 dora< * there is no channel mode X; the modes are beI, k, l, qaohv, CRimnst
 alice> PRIVMSG #a :may I?
-alice< 404 alice #a :#a is moderated; only who has a voice may speak
+alice< 404 alice #a :Cannot send to channel; #a is moderated; only users with a voice may speak
 dora> /kick absent
 dora< * no user here is called absent
 bob> JOIN #b
@@ -7088,7 +7090,7 @@ dora< * #b 1-2 of 2: @bob, dora
 dora> /kick bob
 dora< * only operators of #b can do that
 dora> /oper boss wrong
-dora< * that is not it (try 1 of 3)
+dora< * wrong password (attempt 1 of 3)
 dora> /oper boss secret
 dora< * you are an operator of this server now: /kick, /ban and /topic work anywhere
 dora> /kick bob now I may
@@ -7137,9 +7139,9 @@ dora< * you are not in #s; /join #s first
 === SERVER and SERVICE: only clients here
 +erin
 erin> SERVER other.server 1 :x
-erin< 462 * :this server stands alone
+erin< 462 * :You may not reregister
 alice> SERVICE x * * 0 0 :x
-alice< 462 alice :there are no services
+alice< 462 alice :You may not reregister
 === an operator sees into a channel from outside
 +#s bob
 bob> MODE #s +sk word
@@ -7148,7 +7150,7 @@ bob< :bob MODE #s +k word
 bob> MODE #s +b *!*@10.*
 bob< :bob MODE #s +b *!*@10.*
 carol> MODE #s
-carol< 442 carol #s :you are not in #s; /join #s first
+carol< 442 carol #s :You're not on that channel
 alice> OPER boss secret
 alice< 381 alice :You are now an operator of this server
 alice< :alice MODE alice +o
@@ -7187,7 +7189,7 @@ bob< :alice KICK #b carol :pairs
 carol< :alice KICK #a bob :pairs
 carol< :alice KICK #b carol :pairs
 alice> KICK #a,#b carol
-alice< 461 alice KICK :one channel, or as many as people
+alice< 461 alice KICK :Not enough parameters; one channel, or as many as people
 === JOIN: a name twice in any case is one, and nothing is no name
 alice> JOIN #a,#A,#a
 alice< :alice JOIN #a
@@ -7196,7 +7198,7 @@ alice< 366 alice #a :End of NAMES
 bob> PRIVMSG alice,ALICE :once
 alice< :bob PRIVMSG alice :once
 alice> JOIN ,
-alice< 476 alice * :a channel's name begins with # and goes on, like #tea
+alice< 476 alice * :Bad Channel Mask; a channel's name begins with # and goes on, like #tea
 === the line protocol: a channel with a password
 alice> JOIN #k
 alice< :alice JOIN #k
@@ -7212,7 +7214,7 @@ dora< * you speak in #k now
 dora< * the topic of #k is not set
 dora< * #k 1-2 of 2: @alice, dora
 dora> /mode
-dora< * the modes of #k: +knt word (C no CTCP but actions; R only who is logged in may join; i only who is invited may join; m only who has a voice may speak; n only members may speak; s secret: not listed; t only operators set the topic)
+dora< * the modes of #k: +knt word (C no CTCP but actions; R only logged-in users may join; i only invited users may join; m only users with a voice may speak; n only members may speak; s secret: not listed; t only operators set the topic)
 dora> /mode +b
 dora< * only operators of #k can do that
 dora> /history @#k
@@ -7238,7 +7240,7 @@ bob> @+react=1 TAGMSG alice,carol
 alice< @msgid=ID;+react=1 :bob TAGMSG alice
 alice> TAGMSG #a
 alice> TAGMSG
-alice< 411 alice :to whom?
+alice< 411 alice :No recipient given
 carol> @+typing=active TAGMSG #a
 === labels: come back with the answer, whatever it is
 +#a alice bob
@@ -7256,11 +7258,11 @@ alice< @batch=ID :chat.py 353 alice = #b :@alice
 alice< @batch=ID :chat.py 366 alice #b :End of NAMES
 alice< BATCH -ID
 alice> @label=4 FOO
-alice< @label=4 :chat.py 421 alice FOO :there is no FOO; help lists what there is
+alice< @label=4 :chat.py 421 alice FOO :Unknown command; there is no FOO; help lists what there is
 alice> @label=5 PRIVMSG absent,noone :x
 alice< @label=5 :chat.py BATCH +ID labeled-response
-alice< @batch=ID :chat.py 401 alice absent :no user here is called absent
-alice< @batch=ID :chat.py 401 alice noone :no user here is called noone
+alice< @batch=ID :chat.py 401 alice absent :No such nick/channel
+alice< @batch=ID :chat.py 401 alice noone :No such nick/channel
 alice< BATCH -ID
 alice> @label=6 WHO #a
 alice< @label=6 :chat.py BATCH +ID labeled-response
@@ -7385,9 +7387,9 @@ bob< @msgid=ID;bot :alice PRIVMSG #a :beep
 alice> REGISTER * * pw
 alice< FAIL REGISTER WEAK_PASSWORD alice :a password has at least 3 characters
 alice> REGISTER other * password
-alice< FAIL REGISTER ACCOUNT_NAME_MUST_BE_NICK other :an account is called as you are: alice
+alice< FAIL REGISTER ACCOUNT_NAME_MUST_BE_NICK other :an account is named like its user: alice
 alice> REGISTER bob * password
-alice< FAIL REGISTER ACCOUNT_NAME_MUST_BE_NICK bob :an account is called as you are: alice
+alice< FAIL REGISTER ACCOUNT_NAME_MUST_BE_NICK bob :an account is named like its user: alice
 alice> REGISTER ALICE * password
 alice< REGISTER SUCCESS alice :alice is yours; log in with your password
 alice< 900 alice alice alice :You are now logged in as alice
@@ -7420,9 +7422,9 @@ carol< :Bobby ACCOUNT Bobby
 +erin
 erin> NICK erin
 erin> REGISTER * * password
-erin< FAIL REGISTER COMPLETE_CONNECTION_REQUIRED erin :come in first, then register
+erin< FAIL REGISTER COMPLETE_CONNECTION_REQUIRED erin :register after you have joined the server
 erin> REGISTER erin
-erin< 461 erin REGISTER :it goes like this: REGISTER <account or *> <email or *> <password>
+erin< 461 erin REGISTER :Not enough parameters; usage: REGISTER <account or *> <email or *> <password>
 === a name of an account is for its owner
 alice> REGISTER * * password
 alice< REGISTER SUCCESS alice :alice is yours; log in with your password
@@ -7430,7 +7432,7 @@ alice< 900 alice alice alice :You are now logged in as alice
 alice> QUIT
 alice< ERROR :Closing link: Quit
 bob> NICK alice
-bob< 433 bob alice :alice belongs to an account; log in first
+bob< 433 bob alice :Nickname is already in use; alice belongs to an account; log in first
 dora> /nick alice
 dora< * you are alice2: alice belongs to an account; if it is yours: /login PASSWORD
 +erin
@@ -7618,7 +7620,7 @@ carol< FAIL CHATHISTORY INVALID_PARAMS BEFORE timestamp=yesterday :a time looks 
 carol> CHATHISTORY FOO absent * 2
 carol< FAIL CHATHISTORY INVALID_PARAMS FOO :see HELP CHATHISTORY
 carol> CHATHISTORY LATEST
-carol< 461 carol CHATHISTORY :it goes like this: CHATHISTORY <how> <target> <selector> [<selector>] <limit>
+carol< 461 carol CHATHISTORY :Not enough parameters; usage: CHATHISTORY <how> <target> <selector> [<selector>] <limit>
 === MARKREAD: how far a user has read
 alice> CAP REQ draft/read-marker
 alice< CAP alice ACK :draft/read-marker
@@ -7642,7 +7644,7 @@ alice< FAIL MARKREAD INVALID_PARAMS #a * :a marker is timestamp=...
 alice> MARKREAD #a timestamp=soon
 alice< FAIL MARKREAD INVALID_PARAMS #a timestamp=soon :a time looks like 2026-11-22T08:30:05.123Z
 alice> MARKREAD
-alice< FAIL MARKREAD NEED_MORE_PARAMS :of what?
+alice< FAIL MARKREAD NEED_MORE_PARAMS :MARKREAD <target>
 bob> MARKREAD #a
 bob< MARKREAD #a *
 === REDACT: in any wrong way
@@ -7656,7 +7658,7 @@ alice< FAIL REDACT INVALID_TARGET #none :there is nothing of it that you may rea
 alice> REDACT absent 12ab
 alice< FAIL REDACT INVALID_TARGET absent :there is nothing of it that you may read
 alice> REDACT #a
-alice< 461 alice REDACT :it goes like this: REDACT <target> <message id> [<reason>]
+alice< 461 alice REDACT :Not enough parameters; usage: REDACT <target> <message id> [<reason>]
 carol> REDACT #a 12ab
 carol< FAIL REDACT INVALID_TARGET #a :there is nothing of it that you may read
 === BATCH: several lines are one message, where that is known
@@ -7703,9 +7705,9 @@ alice> BATCH -4
 alice> BATCH +5 draft/multiline absent
 alice> @batch=5 PRIVMSG absent :x
 alice> BATCH -5
-alice< 401 alice absent :no user here is called absent
+alice< 401 alice absent :No such nick/channel
 alice> BATCH
-alice< 461 alice BATCH :it goes like this: BATCH +<reference> draft/multiline <target> | -<reference>
+alice< 461 alice BATCH :Not enough parameters; usage: BATCH +<reference> draft/multiline <target> | -<reference>
 === METADATA: what programs know of people and channels
 +#a alice bob carol
 alice> CAP REQ :batch draft/metadata-3
@@ -7755,7 +7757,7 @@ alice< FAIL METADATA INVALID_KEY BAD :a key is made of a-z, 0-9, _, ., / and -
 alice> METADATA * FOO
 alice< FAIL METADATA INVALID_PARAMS FOO :see HELP METADATA
 alice> METADATA
-alice< 461 alice METADATA :it goes like this: METADATA <target or *> <subcommand> [<key>...]
+alice< 461 alice METADATA :Not enough parameters; usage: METADATA <target or *> <subcommand> [<key>...]
 === RENAME: a channel with all that belongs to it
 +#a alice bob
 alice> CAP REQ draft/channel-rename
@@ -7770,11 +7772,11 @@ alice> PRIVMSG #a :before
 bob< :alice PRIVMSG #a :before
 dora< [#a] alice: before
 bob> RENAME #a #b
-bob< 482 bob #a :only operators of #a can do that
+bob< 482 bob #a :You're not channel operator; only operators of #a can do that
 alice> RENAME #a #lobby
 alice< FAIL RENAME CANNOT_RENAME #a #lobby :#lobby stays what it is
 alice> RENAME #a b
-alice< 476 alice b :a channel's name begins with # and goes on, like #tea
+alice< 476 alice b :Bad Channel Mask; a channel's name begins with # and goes on, like #tea
 alice> RENAME #a #b :better
 alice< :alice RENAME #a #b :better
 bob< :bob PART #a :renamed to #b: better
@@ -7796,7 +7798,7 @@ bob< 366 bob #a :End of NAMES
 bob> RENAME #a #b
 bob< FAIL RENAME CHANNEL_NAME_IN_USE #a #b :there is a #b already
 alice> RENAME #none #c
-alice< 403 alice #none :there is no channel #none now
+alice< 403 alice #none :No such channel
 === AWAY: can be said before one has come in
 +erin
 erin> AWAY :not here yet
@@ -7836,11 +7838,11 @@ alice< 904 alice :name or password are wrong
 alice> NS PASSWD wrong other
 alice< :NickServ!NickServ@chat.py NOTICE alice :name or password are wrong
 alice> NS PASSWD password secret2
-alice< :NickServ!NickServ@chat.py NOTICE alice :your password is another now
+alice< :NickServ!NickServ@chat.py NOTICE alice :password changed
 alice> NS FOO
 alice< :NickServ!NickServ@chat.py NOTICE alice :there is no /msg NickServ foo; /msg NickServ help lists what there is
 alice> NS IDENTIFY
-alice< :NickServ!NickServ@chat.py NOTICE alice :it goes like this: IDENTIFY [NAME] PASSWORD
+alice< :NickServ!NickServ@chat.py NOTICE alice :usage: IDENTIFY [NAME] PASSWORD
 alice> NOTICE NickServ :REGISTER x
 bob> NS IDENTIFY alice password
 bob< :NickServ!NickServ@chat.py NOTICE bob :name or password are wrong
@@ -7852,19 +7854,19 @@ bob< 315 bob bob :End of WHO
 bob> NS VERIFY 12345678
 bob< :NickServ!NickServ@chat.py NOTICE bob :that is not the code that was sent
 alice> NS DROP secret2
-alice< :NickServ!NickServ@chat.py NOTICE alice :your account is gone
+alice< :NickServ!NickServ@chat.py NOTICE alice :account deleted
 bob> WHO bob %na
 bob< 354 bob bob 0
 bob< 315 bob bob :End of WHO
 bob> NICK NickServ
-bob< 433 bob NickServ :NickServ belongs to an account; log in first
+bob< 433 bob NickServ :Nickname is already in use; NickServ belongs to an account; log in first
 dora> /tell NickServ register x
 dora< * no user here is called NickServ
 === VERIFY: a code that was never sent
 alice> VERIFY alice 12345678
 alice< FAIL VERIFY INVALID_CODE alice :that is not the code that was sent
 alice> VERIFY alice
-alice< 461 alice VERIFY :it goes like this: VERIFY <account or *> <code>
+alice< 461 alice VERIFY :Not enough parameters; usage: VERIFY <account or *> <code>
 === the line protocol: accounts
 dora> /register pw
 dora< * a password has at least 3 characters
@@ -7880,7 +7882,7 @@ alice< 312 alice dora chat.py :chat.py
 alice< 317 alice dora 4 WHEN :seconds idle, signon time
 alice< 318 alice dora :End of WHOIS
 dora> /passwd password secret2
-dora< * your password is another now
+dora< * password changed
 dora> /login wrong
 dora< * name or password are wrong
 dora> /login dora secret2
@@ -7888,7 +7890,7 @@ dora< * you are logged in as dora
 dora> /drop wrong
 dora< * name or password are wrong
 dora> /drop secret2
-dora< * your account is gone
+dora< * account deleted
 dora> /login secret2
 dora< * name or password are wrong
 dora> /verify 123
@@ -7937,7 +7939,7 @@ dora< * found 0 messages with nothing
 === SESSION: a secret before the name, and no other
 +erin
 erin> SESSION
-erin< 461 * SESSION :it goes like this: SESSION <secret>
+erin< 461 * SESSION :Not enough parameters; usage: SESSION <secret>
 erin> SESSION secret
 erin< FAIL SESSION BAD_SECRET :a secret has 32 hexadecimal digits
 erin> SESSION 0123456789abcdef0123456789abcdef
@@ -7945,7 +7947,7 @@ erin> NICK erin
 erin> USER e 0 * :E
 erin< the welcome
 erin> SESSION 0123456789abcdef0123456789abcdef
-erin< 462 erin :you are here already
+erin< 462 erin :You may not reregister
 +fred
 fred> SESSION 0123456789abcdef0123456789abcdef
 fred> NICK fred
@@ -8570,7 +8572,9 @@ def test_lists_have_limits_and_say_so():
     house.say("alice", "MODE #a +b one-more", f"MONITOR + {','.join(f'n{n}' for n in range(101))}")
     house.turn()
     lines = house.heard("alice")
-    assert lines[0] == (":chat.py 478 alice #a one-more!*@* :the list is full: 60 masks at most")
+    assert lines[0] == (
+        ":chat.py 478 alice #a one-more!*@* :Channel list is full; 60 masks at most"
+    )
     assert lines[1] == ":chat.py 734 alice 100 n100 :Monitor list is full"
     offline = [line.partition(" :")[2] for line in lines[2:]]
     assert ",".join(offline) == ",".join(f"n{n}" for n in range(100))
@@ -8617,7 +8621,9 @@ def test_a_name_is_one_in_both_dialects():
     house.connect_irc("y")
     house.say("y", "NICK alice2")
     house.turn()
-    assert house.heard("y") == [":chat.py 433 * alice2 :alice2 is taken"]
+    assert house.heard("y") == [
+        ":chat.py 433 * alice2 :Nickname is already in use; alice2 is taken"
+    ]
 
 
 def irc_step(seeded, house, text):
@@ -10507,7 +10513,7 @@ SCRIPTS = {
         ("alice", "/"),
         {"alice": ["* there is no /; /help lists what there is"]},
         ("alice", "/tell bob"),
-        {"alice": ["* it goes like this: /tell NAME TEXT"]},
+        {"alice": ["* usage: /tell NAME TEXT"]},
         ("alice", "/help tell"),
         {"alice": [f"* {chat.line_command['tell'].syntax}  {chat.line_command['tell'].summary}"]},
         ("alice", "/help dance"),
@@ -10572,7 +10578,7 @@ FIRST_LINES = [
     (["BOB"], ["* you are BOB2: BOB is taken"]),
     (["", "  ", "carol"], ["* a name needs at least one visible character; try again"] * 2),
     ([b"\xff", "carol"], ["* that line is not UTF-8 text and was not delivered"]),
-    (["/names", "carol"], ["* a name first, please; then commands"]),
+    (["/names", "carol"], ["* choose a name first"]),
     (
         ["/pass anything", "carol", "/pass x"],
         ["* thank you; now your name", "* you are in already"],
@@ -10597,7 +10603,7 @@ def test_a_password_comes_before_the_name_and_three_wrong_ones_end_it():
     house.turn()
     assert house.heard("a") == [
         "* this server asks for a password: /pass WORD",
-        "* that is not it (try 1 of 3)",
+        "* wrong password (attempt 1 of 3)",
         "* thank you; now your name",
     ]
     assert house.guests["a"].user.name == "alice"
@@ -12608,7 +12614,7 @@ def test_what_is_refused_is_said_with_the_message_that_was_lost():
     alice = Pair(house, "alice")
     alice.typed("/tell absent hello")
     (failed,) = [view for view in alice.views if view.kind == chat.FAILED]
-    assert failed.text == "absent: no user here is called absent: hello"
+    assert failed.text == "absent: No such nick/channel: hello"
     assert alice.core.outbox.waiting == {} and alice.core.failures == 1
 
 
