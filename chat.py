@@ -4123,19 +4123,6 @@ def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -
     hub.emit(RENAMED, user.source, Audience(name, users=channel.members), reason, old)
 
 
-# Messages
-
-
-class Sent(NamedTuple):
-    """The result of sending a message."""
-
-    repeat: int | None = None  # the id of the event that the same message was before
-    away: User | None = None  # its receiver, who is away
-
-
-SENT = Sent()
-
-
 # Files
 
 
@@ -4278,6 +4265,19 @@ def redact_file(hub: Hub, who: Session, message: int) -> None:
         keep_file(hub, file._replace(messages=left))
     else:
         remove_file(hub, who, file.id)
+
+
+# Messages
+
+
+class Sent(NamedTuple):
+    """The result of sending a message."""
+
+    repeat: int | None = None  # the id of the event that the same message was before
+    away: User | None = None  # its receiver, who is away
+
+
+SENT = Sent()
 
 
 @act
@@ -12142,7 +12142,7 @@ class Transfer:
         return f"{verb} {self.name}{share}{why}"
 
 
-# Messages that have not arrived
+# Settings
 
 
 class Setting(NamedTuple):
@@ -12176,6 +12176,9 @@ def is_news(view: View) -> bool:
 def identity_of(view: View) -> Any:
     """Return a value that distinguishes a message: its id, or else its time, name and text."""
     return view.id or (view.time, view.name, view.text)
+
+
+# Messages that have not arrived
 
 
 LOCKED = "another program has it locked for too long"
