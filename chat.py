@@ -1650,11 +1650,16 @@ class Site:
     """The objects and settings that all sessions of one server share."""
 
     def __init__(
-        self, hub: "Hub", store: Any, server: ServerCalls, wires: Any, options: "ServerOptions"
+        self,
+        hub: "Hub",
+        store: "Store",
+        server: ServerCalls,
+        wires: "IrcWires",
+        options: "ServerOptions",
     ):
         self.hub, self.store, self.server = hub, store, server
         self.web = options.web  # settings of the web dialect
-        self.folder: Any = None  # of files: jobs that read and write their content
+        self.folder: "FileFolder | None" = None  # jobs that read and write the content of files
         self.grants = Grants()  # upload tokens
         self.uploading: dict[str, Any] = {}  # by id of a file: the session that goes on with it
         self.wires = wires  # of IRC, by capabilities
@@ -1721,7 +1726,7 @@ class Session:
     """One connection of a user, as the acts know it. A bare one is not of this process."""
 
     __slots__ = ("address", "client", "follows", "id", "operator", "token", "user")
-    wire: Any = None
+    wire: Wire | None = None
     extended_monitor = False  # whether changes of monitored users are told, too
 
     def __init__(self, id: int):
@@ -7699,7 +7704,7 @@ class IrcSession(LocalSession):
     )
     probed = True
 
-    def __init__(self, site: Site, conn: Any):
+    def __init__(self, site: Site, conn: Connected):
         super().__init__(site, conn)
         self.wanted = self.asked = ""  # the nick, until there is a user; also one refused
         self.username = self.realname = ""
@@ -9881,7 +9886,7 @@ class LineSession(LocalSession):
     wire = LineWire()
     accepts_partial_last_line = True
 
-    def __init__(self, site: Site, conn: Any, greeted: bool = False):
+    def __init__(self, site: Site, conn: Connected, greeted: bool = False):
         super().__init__(site, conn)
         self.greeted = greeted  # by the server: then a person is at the keyboard
         self.here: Channel | None = None  # where plain lines go
@@ -14567,8 +14572,8 @@ class ForScreens:
     server: ServerProfile
     outbox: Outbox
     rooms: Rooms
-    talk: Any
-    store: Any
+    talk: IrcTalk | PlainTalk | None
+    store: "ClientStore | None"
     fold: Callable[[str], str]
     find: Callable[[str], Room | None]
     show: Callable[..., None]
@@ -14897,18 +14902,18 @@ class ClientCore(ForScreens):
         clock: Callable[[], float] = lambda: 0.0,
         later: Callable[[Callable, Callable], None] = lambda job, then: then(job()),
         ticks: Callable[[], float] = lambda: 0.0,
-        store: Any = None,
+        store: "ClientStore | None" = None,
         named: bool | None = None,
     ):
         super().__init__()
-        self.store = store  # a ClientStore, or None
+        self.store = store
         self.wanted_name = self.name = name
         self.tidy, self.kind, self.password = tidy, kind, password
         self.me = Credentials(login)
         self.outbox = outbox or Outbox()
         self.clock, self.later, self.ticks = clock, later, ticks
         self.server = ServerProfile(kind in (CHAT, PLAIN))
-        self.talk: Any = None  # while connected, once the protocol is known
+        self.talk: IrcTalk | PlainTalk | None = None  # while connected, once the protocol is known
         self.tls = self.secure = False  # encrypted; `secure` also without TLS on this machine
         self.listening = False  # waiting to see if the server speaks first
         self.refusal = ""  # the reason for which the server refuses the client ...
@@ -16519,20 +16524,20 @@ class KnownServers(Writer):
             query = "SELECT server, kind, pin, port, until FROM servers"
             self.rows = {row[0]: row[1:] for row in self.db.execute(query)}
 
-    def _known(self, server: Any) -> tuple[str, str, int, float]:
+    def _known(self, server: "Target | str") -> tuple[str, str, int, float]:
         return self.rows.get(str(server), ("", "", 0, 0.0))
 
-    def kind(self, server: Any) -> str:
+    def kind(self, server: "Target | str") -> str:
         return self._known(server)[0]
 
-    def pin(self, server: Any) -> str | None:
+    def pin(self, server: "Target | str") -> str | None:
         return self._known(server)[1] or None
 
     def policy(self, host: str) -> tuple[int, float]:
         """Return the port for TLS that a host demands, and the end of that policy (IRCv3 sts)."""
         return self._known(host)[2:]
 
-    def remember(self, server: Any, **values: Any) -> None:
+    def remember(self, server: "Target | str", **values: Any) -> None:
         """Store some of the columns of a server; another client may know more of the others."""
         names = ("kind", "pin", "port", "until")
         known = dict(zip(names, self._known(server), strict=True)) | values
@@ -16545,12 +16550,12 @@ class KnownServers(Writer):
             self.write(f"{insert} {conflict}", str(server), *values.values())
             self.flush()
 
-    def login(self, server: Any, name: str) -> Login | None:
+    def login(self, server: "Target | str", name: str) -> Login | None:
         query = "SELECT account, password FROM logins WHERE server = ? AND name = ?"
         row = self.db.execute(query, [str(server), fold(name)]).fetchone()
         return Login(*row) if row else None
 
-    def keep_login(self, server: Any, name: str, login: Login | None) -> None:
+    def keep_login(self, server: "Target | str", name: str, login: Login | None) -> None:
         """Store the password of an account, or with None forget it. Raises Unusable."""
         if login:
             statement, values = "REPLACE INTO logins VALUES (?, ?, ?, ?)", tuple(login)
@@ -19457,7 +19462,7 @@ class LinkConnection(Connection):
 
     __slots__ = ("link",)
 
-    def __init__(self, link: Any, sock: socket.socket):
+    def __init__(self, link: "Link | NatsLink", sock: socket.socket):
         super().__init__(link.loop, sock)
         self.link = link
 
