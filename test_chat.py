@@ -93,6 +93,18 @@ def in_turn(cases, *others):
     return [(*case, *more) for case, more in zip(cases, rest, strict=False)]
 
 
+# "without": no window and no browser; "only": just those tests; "": all. Two processes share a run so
+SCREEN = os.environ.get("CHAT_SCREEN", "")
+
+
+@pytest.fixture(autouse=True)
+def in_this_run(request):
+    """Skip a test that belongs to another process of this run."""
+    drawn = bool({"display", "chromium"} & set(request.fixturenames))
+    if SCREEN and drawn != (SCREEN == "only"):
+        pytest.skip("CHAT_SCREEN")
+
+
 @pytest.fixture
 def seeded(request):
     """A random generator whose seed is printed when the test fails."""
@@ -21149,6 +21161,8 @@ def test_members_are_in_order_of_rank_and_say_whether_they_are_there():
 @pytest.fixture(scope="session")
 def display():
     """A virtual screen for all the tests that need one."""
+    if SCREEN == "without":
+        pytest.skip("CHAT_SCREEN")
     if not shutil.which("Xvfb"):
         assert "CHAT_NEEDS_DISPLAY" not in os.environ, "Xvfb is not installed"
         pytest.skip("Xvfb is not installed")
@@ -23137,6 +23151,8 @@ class Tab:
 
 @pytest.fixture(scope="session")
 def chromium():
+    if SCREEN == "without":
+        pytest.skip("CHAT_SCREEN")
     if not CHROMIUM:
         assert not os.environ.get("CHAT_NEEDS_BROWSER"), "no Chromium is installed"
         pytest.skip("no Chromium is installed")
