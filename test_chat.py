@@ -920,6 +920,18 @@ def test_junk_in_place_of_tls_is_refused(certificate):
         server.feed(b"\x16\x03\x01" + b"junk" * 100)
 
 
+def test_tls_says_goodbye_once_and_not_before_the_handshake(certificate):
+    server, client = tls_pair(certificate)
+    assert not server.finish() and not client.finish()
+    client.feed(b"")
+    for _ in range(2):
+        server.feed(client.take())
+        client.feed(server.take())
+    assert client.ready and server.ready and not server.ended
+    assert client.finish() and not client.finish()
+    assert server.feed(client.take()) == b"" and server.ended
+
+
 # ======================================================================================
 # COMMANDS
 # ======================================================================================
@@ -1650,6 +1662,17 @@ def test_a_word_too_many_for_nickserv_breaks_nothing(line):
     house.say("alice", f"NS {line}", f"PRIVMSG NickServ :{line}")
     house.turn()
     assert all(" NOTICE alice :" in one or " 900 " in one for one in house.heard("alice"))
+
+
+@pytest.mark.parametrize("before", ["", "@a=b ", ":alice ", "@a=b :alice ", "@a=b  :alice  "])
+@pytest.mark.parametrize("verb", ["NS", "ns", "PRIVMSG NickServ"])
+def test_tags_and_a_source_before_a_command_to_nickserv_are_no_part_of_it(before, verb):
+    house = House()
+    account(house, "zoe", password="two  words")
+    house.enter_irc("alice")
+    colon = ":" if verb.startswith("PRIV") else ""
+    ask(house, "alice", f'{before}{verb} {colon}IDENTIFY zoe "two  words"')
+    assert is_logged_in(house, "alice", "zoe")
 
 
 def test_what_one_device_does_in_the_turn_in_which_another_leaves_is_done():
@@ -5586,6 +5609,30 @@ def test_the_nodes_are_listed_and_operators_see_how_they_are_doing(folder):
     told = "\n".join(ask(one, "alice", "OPER boss secret", "STATS n"))
     assert f"entry {one.hub.sequence} of the log, 0 waiting" in told
     assert one.metrics()["chat_nodes"][2] == 2
+
+
+def test_an_act_is_the_same_after_the_log_and_its_text_takes_no_more_bytes_there():
+    act = ["say", "gr\u00fc\u00df \U0001f375", b"\xff\0", (1, None, True)]
+    data = chat.to_json(act).encode()
+    assert act[1].encode() in data
+    read = json.loads(data, object_hook=chat.unwrapped_bytes)
+    assert chat.as_tuples(read) == tuple(act)
+    with pytest.raises(TypeError):
+        chat.to_json([object()])
+
+
+@pytest.mark.parametrize("field", ["version", "number", "time", "applied"])
+@pytest.mark.parametrize(
+    "number, taken", [(0, True), (2**53 - 1, True), (2**53, False), (-1, False), (1.0, False)]
+)
+def test_the_numbers_of_a_batch_are_whole_and_exact_in_any_reader_of_json(field, number, taken):
+    batch = chat.ActBatch(1, "n1", "epoch", 1, 5, 0, "", [])._replace(**{field: number})
+    data = chat.to_json(batch).encode()
+    if taken:
+        assert chat.ActBatch.decode(data) == batch
+    else:
+        with pytest.raises(ValueError):
+            chat.ActBatch.decode(data)
 
 
 def test_a_file_on_another_node_is_redirected_to_and_is_unavailable_while_that_is_gone(folder):
@@ -10708,6 +10755,7 @@ def test_pipelined_requests_are_answered_in_order_however_they_are_cut(size):
     assert answers[0][2] == b"ok\n" and int(answers[1][1]["content-length"]) == 3
 
 
+TRAILER = b"X: " + b"a" * 59 + b"\r\n"  # 64 bytes
 BODIES = [  # chunks as they are sent, and the body or the status that they make
     (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
     (b"5;a=b\r\nhello\r\n1 \r\n!\r\n0\r\nTrailer: x\r\n\r\n", b"hello!"),
@@ -10722,6 +10770,12 @@ BODIES = [  # chunks as they are sent, and the body or the status that they make
     (b"1" * 20 + b"\r\n", 400),
     (b"5;" + b"a" * 300 + b"\r\n", 400),
     (b"0\r\n" + b"a" * 5000, 400),
+    (b"5;" + b"a" * (chat.CHUNK_LINE_BYTES - 2) + b"\r\nhello\r\n0\r\n\r\n", b"hello"),
+    (b"5;" + b"a" * (chat.CHUNK_LINE_BYTES - 1) + b"\r\nhello\r\n0\r\n\r\n", 400),
+    (b"0\r\n" + b"a" * chat.TRAILER_BYTES + b"\r\n\r\n", b""),
+    (b"0\r\n" + b"a" * (chat.TRAILER_BYTES + 1) + b"\r\n\r\n", 400),
+    (b"0\r\n" + TRAILER * (chat.TRAILER_BYTES // 64) + b"\r\n", b""),
+    (b"0\r\n" + TRAILER * (chat.TRAILER_BYTES // 64 + 1) + b"\r\n", 400),
 ]
 
 
@@ -10741,6 +10795,28 @@ def test_chunks_make_a_body_however_they_are_cut(chunks, wanted, size):
     else:
         assert head.length is None and pieces[-1] == chat.END_OF_BODY
         assert b"".join(pieces) == wanted and not reader.in_body
+
+
+HEADS_AT_THE_LIMIT = [  # bytes of the target, headers beside Host, and the status of a bad one
+    (chat.HEAD_BYTES - len("GET / HTTP/1.1\r\nHost: x\r"), 0, None),
+    (chat.HEAD_BYTES - len("GET / HTTP/1.1\r\nHost: x\r") + 1, 0, 431),
+    (chat.HEAD_BYTES, 0, 414),
+    (0, chat.HEADERS_MOST - 2, None),  # the first line counts
+    (0, chat.HEADERS_MOST - 1, 431),
+]
+
+
+@pytest.mark.parametrize(("target", "headers", "status"), HEADS_AT_THE_LIMIT)
+@pytest.mark.parametrize("size", [1000, 10**6])
+def test_a_head_may_be_as_long_as_the_limit_and_no_longer(target, headers, status, size):
+    lines = ["GET /" + "a" * target + " HTTP/1.1", "Host: x", *["X: y"] * headers]
+    data = "\r\n".join([*lines, "", ""]).encode()
+    reader, items = chat.HttpReader(), []
+    for n in range(0, len(data), size):
+        reader.feed(data[n : n + size])
+        while (item := reader.take()) is not None:
+            items.append(item)
+    assert [getattr(item, "status", None) for item in items][:1] == [status]
 
 
 def test_a_framer_says_that_something_is_pending_if_and_only_if_there_is(seeded):
@@ -14568,6 +14644,25 @@ def page_up(pair, room):
             pair.exchange(3)
 
 
+LONG_MESSAGES = 60  # fewer than a page has, and more bytes
+
+
+def test_what_was_missed_in_long_messages_is_reached_by_reading_back():
+    house, db = house_of("bob"), chat.open_client_database(":memory:")
+    house.say("bob", "old")
+    before = kept_client(house, db)
+    before.core.tick()
+    before.drop()
+    words = " long" * 600
+    house.say("bob", *(f"{n}{words}" for n in range(LONG_MESSAGES)))
+    alice = kept_client(house, db)
+    room = alice.core.find("#lobby")
+    assert LONG_MESSAGES < chat.PAGE_LINES
+    page_up(alice, room)
+    said = [view.text.partition(" ")[0] for view in room.views if view.kind == "said"]
+    assert said == ["old", *(str(n) for n in range(LONG_MESSAGES))]
+
+
 @pytest.mark.parametrize("starts", [1, 2])
 def test_what_was_missed_while_away_is_reached_by_reading_back_also_after_another_start(starts):
     house, db = house_of("bob"), chat.open_client_database(":memory:")
@@ -15788,6 +15883,51 @@ def test_a_client_that_was_stopped_does_not_take_the_server_for_dead():
         link.loop.now = float(now)
         link._watch()
     assert dropped and dropped[0].startswith("no answer for")
+
+
+PATIENCE_WITH_A_SERVER = [  # whether it is a chat.py, whether a message waits, seconds of silence
+    (True, False, chat.SILENT_SECONDS),
+    (True, True, chat.WAITING_SECONDS),
+    (False, False, chat.OTHER_SECONDS),
+    (False, True, chat.OTHER_SECONDS),
+]
+
+
+@pytest.mark.parametrize("ours, waits, patience", PATIENCE_WITH_A_SERVER)
+def test_a_silent_server_is_asked_once_at_half_of_the_patience_and_left_after_it(
+    ours, waits, patience
+):
+    link, dropped, pings = Hanging(True, 60.0), [], []
+    link.conn = types.SimpleNamespace(heard=0.0, unsent=0, write=bool)
+    link.conn.drop = lambda why: dropped.append(link.loop.now)
+    link.phase, link.core.kind = chat.ONLINE, chat.IRC
+    link.core.connected()
+    link.core.feed(b":x 001 alice :hi\r\n")
+    link.core.server.ours = ours
+    link.core.outbox.in_flight = {"one": None} if waits else {}
+    link.core.talk.ping = lambda: pings.append(link.loop.now)
+    for answered in (0.0, 300.0):  # what is heard begins it again
+        link.conn.heard = link.watched = answered
+        while not dropped:
+            link.loop.now += 0.5
+            link._watch()
+        asked, left = pings.pop(), dropped.pop() - answered
+        assert patience / 2 < asked - answered <= patience / 2 + 0.5 and pings == []
+        assert patience < left <= patience + 0.5
+        link.loop.now = 300.0
+
+
+@pytest.mark.parametrize("seconds, progress", [(0.0, False), (0.5, True)])
+def test_a_connection_that_lasts_resets_the_back_off(seconds, progress):
+    link = Hanging(True, 60.0)
+    link.conn = types.SimpleNamespace(heard=math.inf, unsent=0, write=bool)
+    link.phase, link.core.kind = chat.ONLINE, chat.IRC
+    link.core.connected()
+    link.core.feed(b":x 001 alice :hi\r\n")
+    link.progress, link.backoff = link.core.progress, chat.BACKOFF_MOST
+    link.loop.now = link.watched = link.began + chat.ONLINE_SECONDS + seconds
+    link._watch()
+    assert (link.backoff == chat.BACKOFF_FIRST) == progress
 
 
 WRONG_CERTIFICATES = [
