@@ -510,6 +510,24 @@ def account(house, *names, password="password"):
         house.turn()
 
 
+def test_accounts_are_loaded_again_once_another_process_changed_them_and_nothing_waits(folder):
+    house = stored(folder)
+    account(house, "alice", "zoe")
+    house.turn()
+    before = house.hub.accounts["alice"]
+    house.refresh()
+    assert house.hub.accounts["alice"] is before
+    with contextlib.closing(sqlite3.connect(folder / "chat.db")) as other, other:
+        other.execute("DELETE FROM accounts WHERE name = 'zoe'")
+    house.hub.turn.record("channel_gone", "#x")  # loading now would undo what is not stored yet
+    house.refresh()
+    assert set(house.hub.accounts) == {"alice", "zoe"}
+    house.turn()
+    house.refresh()
+    assert set(house.hub.accounts) == {"alice"}
+    house.store.close()
+
+
 @pytest.mark.parametrize("ends, between", [("bd", "c"), ("db", "c"), ("ac", "b"), ("ad", "b c")])
 def test_what_lies_between_two_ids_is_by_the_order_of_ids_when_the_clock_was_set_back(
     folder, ends, between
@@ -964,6 +982,7 @@ def test_each_command_takes_as_many_parameters_as_may_be_given_to_it(dialect):
     import inspect
 
     for verb, command in getattr(chat, f"{dialect}_command").items():
+        assert 0 <= command.least <= command.most, verb
         for count in (command.least, command.most):
             given = (None, *[""] * count)
             assert inspect.signature(command.handler).bind(*given), verb
@@ -3851,6 +3870,26 @@ def test_a_channel_founded_again_in_one_turn_has_nothing_of_the_one_before(folde
     assert any(" 331 " in x for x in heard) and any(" 324 alice #s +nt" in x for x in heard)
     assert "evil" not in str(heard) and ":red" not in str(heard)
     house.store.close()
+
+
+def test_a_stored_user_who_cannot_come_back_leaves_the_place_of_all_others_alone():
+    house = House()
+    for digit, name in enumerate(("alice", "bob", "carol")):
+        come(house, name, secret=str(digit) * 32)
+    house.say("bob", "JOIN #a")
+    house.turn()
+    states = {name: user.state() for name, user in house.hub.users.items()}
+    assert all(state["secrets"] for state in states.values())
+    states["carol"]["secrets"] = []  # nothing proves who that is
+    hub = chat.Hub()
+    rows = [("1", "alice"), ("2", "alice"), ("3", "carol"), ("4", "bob")]
+    channels = [("#a", json.dumps(house.hub.channels["#a"].state()))]
+    chat.revive(hub, channels, [(id, json.dumps(states[name])) for id, name in rows])
+    assert {user.name: user.resume_id for user in hub.users.values()} == {"alice": "1", "bob": "4"}
+    assert hub.absent.keys() == set(hub.users.values())
+    gone = [record.values[0] for record in hub.turn.records if record.name == "user_gone"]
+    assert gone == ["2", "3"]
+    assert [user.name for user in hub.channels["#a"].members] == ["bob"]
 
 
 # A name that another user takes in the turn in which its owner leaves or renames.
@@ -16914,6 +16953,30 @@ def test_the_conversation_is_byte_for_byte_that_of_the_workshop(running):
     assert alice.rest() == b""
 
 
+TURNS = [  # whether the peer is in a body, tokens of its budget, whether what comes next waits
+    (True, 0.0, False),
+    (True, -0.5, True),
+    (False, 1.0, False),
+    (False, 0.5, True),
+]
+
+
+@pytest.mark.parametrize("in_body, tokens, waits", TURNS)
+def test_a_line_waits_for_a_whole_token_and_a_piece_of_a_body_for_the_end_of_debts(
+    in_body, tokens, waits
+):
+    house, taken = House(), []
+    inbox = types.SimpleNamespace(in_body=in_body, pending=True, out=b"")
+    inbox.take = lambda: taken.append("a line")
+    budget = chat.Budget(10.0, 1.0, 0.0)
+    budget.tokens = tokens
+    peer = types.SimpleNamespace(inbox=inbox, budget=budget, wait=budget.wait, gone=False)
+    peer.web = peer.waits_for_budget = False
+    peer.update = peer.resume_with_budget = chat.do_nothing
+    assert not house.act_on_a_line(peer)
+    assert peer.waits_for_budget == waits and bool(taken) != waits
+
+
 def test_a_client_that_closes_before_sending_a_name_is_not_heard_of(running):
     server = running()
     alice = server.guest("alice")
@@ -20008,6 +20071,79 @@ def test_the_first_bytes_to_a_workshop_server_are_the_name(flags):
             assert client.wait(PATIENCE) == 0
 
 
+class Typist(chat.TerminalClient):
+    """The keys of a terminal's client, and what a desk shows; there is no terminal."""
+
+    def __init__(self):
+        self.desk = Desk()
+        self.core, self.display, self.loop = self.desk.core, self.desk.display, FakeLoop(0.0)
+        self.link = types.SimpleNamespace(typing=chat.do_nothing, ask_older=lambda room: False)
+        self.decoder, self.editor = chat.KeyDecoder(), chat.LineEditor(self.complete)
+        self.cleared = self.asked = -math.inf
+        self.begun, self.told, self.left = math.inf, [], False
+
+    def show(self, views):
+        self.told += views
+
+    def leave(self, reason=""):
+        self.left = True
+
+    def types(self, keys):
+        self.press(self.decoder.feed(keys.encode(), self.loop.now))
+        if keys == "\x1b":
+            self.press(self.decoder.flush(self.loop.now))
+
+
+READING_BACK = [  # a key, and the first row that is seen after it
+    ("\x1b[5~", 186),  # a page, but for the row from which the user goes on
+    ("\x1b[5~", 179),
+    ("\x1b[6~", 186),
+    ("\x1b[A", 185),  # an arrow
+    ("\x1b[B", 186),
+    ("\x1b[H", 0),
+    ("\x1b[6~", 7),
+    ("\x1b[F", 193),
+    ("\x1b[5;2~", 186),
+    ("\x1b", 193),
+    ("\x1b[5~", 186),
+    ("\x1b[6;2~", 193),
+]
+
+
+def test_keys_move_through_what_was_said_by_rows_and_by_pages():
+    typist = Typist()
+    typist.desk.hear(*(str(n) for n in range(200)))
+    everything = [DAY, *(f"08:30 bob: {n}" for n in range(200))]
+    assert typist.desk.paint()[:-2] == everything[193:]
+    for key, first in READING_BACK:
+        typist.types(key)
+        assert typist.desk.paint()[:-2] == everything[first : first + 8], (key, first)
+
+
+CTRL_C = [  # seconds that pass, and what is typed then; how often Ctrl-C asks, whether it leaves
+    ([(0, "^C")], 1, False),
+    ([(0, "^C"), (chat.LEAVE_SECONDS - 0.5, "^C")], 1, True),
+    ([(0, "^C"), (chat.LEAVE_SECONDS, "^C")], 2, False),
+    ([(0, "draft"), (0, "^C")], 0, False),
+    ([(0, "draft"), (0, "^C"), (chat.CLEAR_SECONDS, "^C")], 0, False),
+    ([(0, "draft"), (0, "^C"), (chat.CLEAR_SECONDS + 0.5, "^C")], 1, False),
+    ([(0, "draft"), (0, "^C"), (0, "x"), (0, "\x7f"), (0, "^C")], 1, False),
+]
+
+
+@pytest.mark.parametrize("typed, asked, left", CTRL_C)
+def test_ctrl_c_empties_the_line_else_it_asks_and_the_next_one_leaves(typed, asked, left):
+    typist = Typist()
+    typist.loop.now = 1000.0
+    for seconds, keys in typed:
+        typist.loop.now += seconds
+        if keys == "^C":
+            typist.interrupt()
+        else:
+            typist.types(keys)
+    assert (len(typist.told), typist.left, typist.editor.text) == (asked, left, "")
+
+
 def test_a_url_says_that_it_is_the_line_protocol():
     with Workshop() as server:
         client = program("client", "alice", "--server", f"chat://{server.where}", "--no-state")
@@ -20697,6 +20833,15 @@ class Sender(Linked):
 
     def posted(self):
         return [view for view in self.core.room.views if "/files/" in view.text and view.id]
+
+
+def test_a_transfer_that_is_stopped_drops_what_it_saved_and_no_file_of_the_user(tmp_path):
+    transfers = chat.Transfers(Hanging(True, 60.0), tmp_path)
+    for up in (True, False):
+        part = tmp_path / f"{up}.part"
+        part.write_bytes(b"x")
+        transfers.end(chat.Transfer("1", up, "#lobby", str(tmp_path / str(up))))
+        assert part.exists() == up
 
 
 def send_and_save(server, where, folder, body):
