@@ -1694,6 +1694,27 @@ def test_tags_and_a_source_before_a_command_to_nickserv_are_no_part_of_it(before
     assert is_logged_in(house, "alice", "zoe")
 
 
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize(
+    "name, free", [("alice", True), ("ALICE", True), ("bob", False), ("carol", False)]
+)
+def test_who_has_logged_in_may_share_the_nick_of_that_account_and_of_no_other(name, early, free):
+    house = House()
+    account(house, "alice", "bob")
+    device(house, "there", "alice")
+    device(house, "other", "bob")
+    house.enter_irc("carol")
+    nick = [f"NICK {name}"]
+    house.connect_irc("phone")
+    house.say("phone", "CAP REQ :sasl", *(nick if early else []), "USER u 0 * :r")
+    assert sasl(house, "phone", "alice")
+    lines = ask(house, "phone", *([] if early else nick), "CAP END")
+    assert refused(lines, "001") == free
+    holders = {"alice": "there", "bob": "other", "carol": "carol"}
+    holder = house.guests[holders[name.lower()]]
+    assert len(holder.user.sessions) == 1 + free and holder.user.name == name.lower()
+
+
 def test_what_one_device_does_in_the_turn_in_which_another_leaves_is_done():
     house = House()
     house.enter_irc("alice", "bob")
@@ -4289,6 +4310,21 @@ def test_a_page_is_the_newest_of_one_channel_in_order(folder):
     assert texts(store, "#never") == []
 
 
+@pytest.mark.parametrize("beyond", [-1, 0, 1, 3])
+def test_a_slice_to_be_deleted_is_what_is_beyond_the_number_that_is_kept(beyond):
+    store = chat.Store(None)
+    house = House(store=store)
+    house.enter("alice")
+    house.say("alice", *map(str, range(5)))
+    house.turn()
+    events = [id for (id,) in store.db.execute("SELECT id FROM events ORDER BY id")]
+    store.keep = len(events) - beyond
+    founding = house.hub.channels[chat.LOBBY].founding
+    wanted = (chat.LOBBY, founding, events[beyond - 1]) if beyond > 0 else None
+    assert store.excess_of(chat.LOBBY) == wanted
+    assert store.excess_of("#never") is None
+
+
 def test_a_busy_database_delays_the_turn_and_then_loses_it_with_a_word_to_the_speakers(folder):
     store = chat.Store(folder / "chat.db")
     house = House(store=store)
@@ -5287,6 +5323,32 @@ def test_a_server_without_jetstream_and_one_that_does_not_answer_are_told_apart(
         log.tick(1.1 + chat.LOG_ANSWER_SECONDS)
 
 
+TROUBLES_WITH_THE_LOG = [  # the error, whether the log was read before, and what ends
+    (None, True, ""),
+    (chat.LogUnusable("no log"), False, "node"),
+    (chat.LogUnusable("no log"), True, "connection"),
+    (chat.LogLost("another log"), True, "node"),
+    (chat.NatsFailed("no answer"), False, "connection"),
+    (chat.NatsFailed("no answer"), True, "connection"),
+]
+
+
+@pytest.mark.parametrize("error, known, ends", TROUBLES_WITH_THE_LOG)
+def test_trouble_with_the_log_ends_the_connection_or_a_node_that_can_never_work(error, known, ends):
+    ended = []
+
+    def work():
+        if error:
+            raise error
+
+    link = types.SimpleNamespace(flush=chat.do_nothing)
+    link.cluster = types.SimpleNamespace(epochs={"n1": "x"} if known else {})
+    link.cluster.stop = lambda why: ended.append(("node", why))
+    link.conn = types.SimpleNamespace(drop=lambda why: ended.append(("connection", why)))
+    chat.NatsLink.attempt(link, work)
+    assert ended == ([(ends, str(error))] if ends else [])
+
+
 # ======================================================================================
 # CLUSTER
 # ======================================================================================
@@ -5376,6 +5438,32 @@ def test_what_is_said_on_one_node_is_heard_on_all_once_and_in_one_order(folder):
     assert heard["n1"] == heard["n2"] == heard["n3"]
     assert sorted(heard["n1"]) == sorted(f"line {n} of {name}" for n in range(20) for name in nodes)
     assert_nodes_agree(nodes)
+
+
+def test_a_node_whose_clock_is_wrong_keeps_the_time_of_the_log():
+    nats = FakeNats(lambda: 1_000_000.0)
+    house = NodeHouse(nats)
+    come(house, "alice")
+    house.now += 7200  # its own clocks
+    house.turn()
+    for _ in range(2):  # the entry of an act tells the time of the log
+        house.say("alice", "JOIN #a")
+        house.settle_log()
+    house.turn()
+    assert abs(house.hub.now - 1_000_000_000) < 60_000
+
+
+def test_a_command_in_a_cluster_is_done_after_the_messages_before_it():
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    house.connect("alice").receive(b"alice")
+    house.settle_log()
+    house.heard("alice")
+    house.say("alice", *map(str, range(5)), "/history 2", "5", "//6", "/history 2")
+    for _ in range(3):
+        house.settle_log()
+        house.turn()
+    found = [line for line in house.heard("alice") if "alice:" in line]
+    assert [line.rpartition(" ")[2] for line in found] == ["3", "4", "5", "/6"]
 
 
 def fault_at_random(seeded, nodes, names):
@@ -11671,6 +11759,16 @@ def test_files_end_with_their_time(files):
     assert got(files, path)[0] == 404 and on_disk(files) == []
 
 
+def test_an_upload_that_rests_for_a_night_can_go_on_and_a_file_has_its_days(files):
+    path = path_of(posted(files))
+    part = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    for hours, statuses in ((12, (200, 200)), (13, (200, 404)), (64 * 24, (200, 404))):
+        files.now += hours * 3600
+        files.expire_files()
+        files.turn()
+        assert (got(files, path)[0], tus(files, "HEAD", part)[0]) == statuses
+
+
 def answered(address, data):
     """Return the whole answer to a request with Connection: close."""
     with socket.create_connection(address) as web:
@@ -14628,6 +14726,61 @@ def test_several_channels_in_one_line_are_several():
     assert "bob" not in alice.core.find("#m2").people
 
 
+def test_a_list_of_users_is_shown_if_and_only_if_the_user_asked_for_it():
+    alice = Elsewhere()
+    reply = "352 alice #lobby u h irc.example bob G* :0 Bob"
+    alice.hears(reply, "315 alice #lobby :End")  # ZNC sends some
+    assert alice.kinds("told") == ["you are alice"]
+    alice.types("/who #lobby").hears(reply)
+    assert alice.kinds("told")[1:] == ["bob (u@h) in #lobby: Bob, away, operator of the server"]
+    alice.hears("315 alice #lobby :End", reply)
+    assert len(alice.kinds("told")) == 2
+    room = alice.core.find("#lobby")
+    room.inside = True
+    alice.types("/who #other")
+    alice.core.ask_people(room)  # the client's own, for its list of members
+    alice.hears(reply, "315 alice #lobby :End")
+    assert len(alice.kinds("told")) == 2
+    assert "bob" in alice.core.away_keys
+    alice.hears("352 alice #other u h irc.example bob H :0 Bob")
+    assert alice.kinds("told")[2:] == ["bob (u@h) in #other: Bob"]
+
+
+def test_a_server_that_does_not_answer_to_cap_is_told_the_name_all_the_same():
+    now = 100.0
+    alice = chat.ClientCore("alice", kind=chat.CHAT, ticks=lambda: now)
+    alice.connected()
+    assert alice.take_output().split() == [b"CAP", b"LS", b"302"]
+    now += chat.CAP_SECONDS
+    alice.tick()
+    assert alice.take_output() == b""
+    now += 0.5
+    alice.tick()
+    assert [line.split()[0] for line in alice.take_output().splitlines()] == [b"NICK", b"USER"]
+    alice.tick()
+    assert alice.take_output() == b""
+
+
+PASSWDS = [  # whether the client is logged in, what is typed, the words for NickServ or a refusal
+    (False, "new", None),
+    (False, "old new", "old new"),
+    (True, "new", "known new"),
+    (True, "old new", "old new"),
+]
+
+
+@pytest.mark.parametrize("logged_in, typed, words", PASSWDS)
+def test_a_new_password_needs_the_old_one_which_a_client_that_is_logged_in_knows(
+    logged_in, typed, words
+):
+    alice = Elsewhere()
+    alice.core.me.login = chat.Login("alice", "known") if logged_in else None
+    alice.types(f"/passwd {typed}")
+    said = [line for line in alice.sent() if line.startswith("PRIVMSG NickServ :")]
+    assert said == ([f"PRIVMSG NickServ :PASSWD {words}"] if words else [])
+    assert bool(alice.kinds("back")) == (words is None)
+
+
 @pytest.mark.parametrize(
     "text", ["\x01ACTION waves\x01", "\x01action waves\x01", "\x01ACTION waves"]
 )
@@ -14740,10 +14893,38 @@ def test_what_was_missed_twice_is_reached_and_so_is_what_was_read_past_offline()
     assert said == [f"{letter} {n}" for letter, count in numbers.items() for n in range(count)]
 
 
+def test_a_reader_without_a_connection_is_told_of_each_gap_between_the_stored_messages():
+    house, db = house_of("bob"), chat.open_client_database(":memory:")
+    for letter in "abc":
+        house.say("bob", *(f"{letter} {n}" for n in range(150)))
+        alice = kept_client(house, db)
+        alice.core.tick()
+        alice.drop()
+    room = alice.core.find("#lobby")
+    while alice.core.older_from_store(room):
+        pass
+    found = [view.kind if view.kind == chat.NOTE else view.text[0] for view in room.views]
+    order = [kind for kind, _ in itertools.groupby(found)]
+    assert order == ["a", chat.NOTE, "b", chat.NOTE, "c"]
+
+
 def test_two_channels_of_another_server_are_two_also_with_a_store():
     store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
     core = chat.ClientCore("alice", kind=chat.IRC, join=["#\xc4", "#\xe4"], store=store)
     assert core.find("#\xc4") is not core.find("#\xe4") and len(core.rooms) == 2
+
+
+def test_a_store_that_stays_locked_keeps_the_newest_of_what_waits(monkeypatch):
+    monkeypatch.setattr(chat, "CLIENT_ROWS_WAITING", 20)
+    monkeypatch.setattr(chat, "CLIENT_ROWS_AT_ONCE", 8)
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    store.db.execute("BEGIN")  # as if another program had it: nothing can be begun
+    for n in range(25):
+        store.add("#tea", chat.View(chat.SAID, f"{n}", "bob", "#tea", 1000 + n, id=f"id{n}"))
+        assert len(store.waiting) == min(n + 1, 20)
+    assert store.trouble
+    store.db.execute("ROLLBACK")
+    assert [view.text for view in store.page("#tea", 100)] == [str(n) for n in range(5, 25)]
 
 
 def test_a_page_of_which_nothing_can_be_seen_is_not_the_beginning():
@@ -15110,6 +15291,37 @@ def exchange_all(*pairs):
 
 def last_of(pair, where="#lobby"):
     return [view for view in pair.core.rooms[where].views if view.kind == "said"][-1]
+
+
+def test_after_a_break_changes_are_asked_for_from_the_newest_message_that_was_seen():
+    house = house_of("bob")
+    alice = Pair(house, "alice")
+    for text in ("one", "two"):
+        house.say("bob", text)
+        alice.exchange()
+        newest = last_of(alice)
+        assert newest.text == text and alice.core.newest_id == newest.id
+    alice.drop()
+    alice.dial()
+    sent = []
+    for _ in range(12):
+        sent += alice.core.output
+        alice.step(math.inf, math.inf)
+    (asked,) = [line for line in sent if " TARGETS " in line]
+    assert asked.split()[3] == f"msgid={newest.id}"
+
+
+def test_a_search_that_finds_nothing_says_so_and_one_that_does_has_a_beginning_and_an_end():
+    alice, bob = two_screens()
+    bob.typed("tea is ready")
+    alice.exchange()
+    for words, texts in (("coffee", []), ("tea", ["tea is ready"])):
+        alice.views.clear()
+        alice.core.show_results(words, [v for v in [last_of(alice)] if words in v.text])
+        shown = alice.core.take_views()
+        notes = [view for view in shown if view.kind == chat.NOTE]
+        assert [view.text for view in shown if view.kind == chat.FOUND] == texts
+        assert len(notes) == 1 + len(texts) and all(words in view.text for view in notes)
 
 
 def test_what_is_typed_in_a_conversation_goes_there_although_another_is_looked_at():
@@ -15907,6 +16119,42 @@ def test_the_back_off_grows_until_there_is_progress_and_a_welcome_alone_is_none(
     assert link.backoff == chat.BACKOFF_FIRST
 
 
+@pytest.mark.parametrize("phase", [p for p in chat.FOLLOWING if p not in chat.TALKING])
+def test_nothing_is_sent_before_the_server_can_be_talked_to(phase):
+    link, written = Hanging(True, 60.0), []
+    link.conn = types.SimpleNamespace(unsent=0, write=written.append)
+    link.phase = phase
+    link.core.output.append("JOIN #early")
+    link._carry_on([])
+    assert written == [] and link.phase == phase and link.core.output
+
+
+def test_what_is_left_to_do_without_a_connection_breaks_nothing():
+    link = Hanging(True, 60.0)
+    for link.phase in chat.TALKING:
+        link._carry_on([chat.View(chat.NOTE, "still shown")])
+    assert {view.text for view in link.log} == {"still shown"}
+
+
+def test_addresses_that_all_fail_end_the_attempt_and_there_is_another():
+    link = Hanging(True, 60.0)
+    link.phase, link.race = chat.CONNECTING, object()
+    link._tried(None, None, "Connection refused")
+    assert link.phase == chat.WAITING and link.again and link.race is None
+
+
+@pytest.mark.parametrize("took, seconds", [(0.0, 1), (0.25, 1), (0.5, 2), (5.0, 20)])
+def test_a_far_server_has_more_time_to_speak_first(monkeypatch, took, seconds):
+    monkeypatch.setattr(chat, "peer_address", lambda sock: ("192.0.2.1", 7000))
+    link = Hanging(True, 60.0)
+    link.phase, link.began, link.loop.now = chat.CONNECTING, 100.0, 100.0 + took
+    link.conn = types.SimpleNamespace(sock=None, unsent=0, write=bool)
+    link._connected()
+    assert link.core.listening and link.phase == chat.DETECTING
+    assert link.timer.when == seconds
+    assert not link.core.secure
+
+
 def test_a_client_that_was_stopped_does_not_take_the_server_for_dead():
     link = Hanging(True, 60.0)
     dropped = []
@@ -15950,6 +16198,7 @@ def test_a_silent_server_is_asked_once_at_half_of_the_patience_and_left_after_it
         while not dropped:
             link.loop.now += 0.5
             link._watch()
+            assert link.loop.now < answered + 2 * patience
         asked, left = pings.pop(), dropped.pop() - answered
         assert patience / 2 < asked - answered <= patience / 2 + 0.5 and pings == []
         assert patience < left <= patience + 0.5
@@ -19413,6 +19662,36 @@ def test_another_conversation_has_a_screen_of_its_own():
     assert desk.paint()[0] == "── with bob"
 
 
+WINDOW_SIZES = [  # columns and rows that the system tells, and those that we draw on
+    ((100, 50), (100, 50)),
+    ((0, 0), (80, 24)),
+    ((0, 50), (80, 50)),
+    ((1, 1), (chat.LEAST_COLUMNS, chat.LEAST_ROWS)),
+    (None, (80, 24)),
+]
+
+
+@pytest.mark.parametrize("told, used", WINDOW_SIZES)
+def test_a_terminal_of_no_size_is_one_of_the_usual_size(monkeypatch, told, used):
+    def size(fd):
+        if told is None:
+            raise OSError(errno.ENOTTY, "no terminal")
+        return os.terminal_size(told)
+
+    monkeypatch.setattr(os, "get_terminal_size", size)
+    assert chat.RawTerminal.size(types.SimpleNamespace(screen=1)) == used
+
+
+def test_what_leaves_the_screen_takes_the_line_and_the_status_and_no_message():
+    desk = Desk()
+    desk.hear("one", "two")
+    desk.row = "draft"
+    assert "draft" in desk.paint()[-1]
+    desk.screen.draw(desk.display.leave())
+    assert desk.said == ["one", "two"]
+    assert not any("draft" in line or "connected" in line for line in desk.screen.lines)
+
+
 def test_the_bell_rings_once_for_what_calls_us_and_never_for_the_past_or_ourselves():
     desk = Desk()
     desk.hear("alice?", "alice!", called=True)
@@ -20142,6 +20421,29 @@ def test_ctrl_c_empties_the_line_else_it_asks_and_the_next_one_leaves(typed, ask
         else:
             typist.types(keys)
     assert (len(typist.told), typist.left, typist.editor.text) == (asked, left, "")
+
+
+ENDS = [  # messages waiting, failed and refused; the reason; the numbers that are told
+    (0, 0, 0, "", []),
+    (0, 1, 0, "", ["1"]),
+    (0, 1, 1, "", ["2"]),
+    (0, 1, 1, "broken", []),
+    (2, 0, 0, "broken", ["2"]),
+    (2, 0, 3, "", ["3", "2"]),
+]
+
+
+@pytest.mark.parametrize("waiting, failures, refused, reason, told", ENDS)
+def test_a_pipe_ends_with_the_number_of_messages_that_did_not_arrive(
+    waiting, failures, refused, reason, told
+):
+    end = object.__new__(chat.Filter)
+    outbox = types.SimpleNamespace(waiting=dict.fromkeys(range(waiting)))
+    end.core = types.SimpleNamespace(outbox=outbox, failures=failures)
+    end.refused, end.failure, end.reason, end.loop = refused, "", "", FakeLoop(0.0)
+    end.login, end.join, end.options = None, (), types.SimpleNamespace(state=None)
+    end.over(reason)
+    assert re.findall("[0-9]+", end.reason) == told and end.reason.startswith(reason)
 
 
 def test_a_url_says_that_it_is_the_line_protocol():
@@ -24158,6 +24460,23 @@ def program(*arguments, limits=None, **options):
     limited = ["-c", LIMITED, os.path.dirname(compiled()), json.dumps(limits)]
     command = limited if limits else [compiled()]
     return Program([sys.executable, *command, *map(str, arguments)], **{**pipes, **options})
+
+
+def test_a_password_is_never_read_where_it_would_be_seen(monkeypatch):
+    import getpass
+    import warnings
+
+    def seen(prompt):
+        warnings.warn("Can not control echo on the terminal.", getpass.GetPassWarning, 2)
+        return "hunter2"
+
+    for ask in (seen, lambda prompt: next(iter(()))):
+        monkeypatch.setattr(getpass, "getpass", ask)
+        if ask is seen:
+            with pytest.raises(chat.Unusable):
+                chat.ask_for_password()
+    monkeypatch.setattr(getpass, "getpass", lambda prompt: "hunter2")
+    assert chat.ask_for_password() == "hunter2"
 
 
 def test_the_one_file_is_all_it_takes(tmp_path):
