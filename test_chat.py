@@ -73,6 +73,14 @@ HERE = pathlib.Path(__file__).parent
 SEED = int(os.environ.get("CHAT_SEED", "20261122"))
 PATIENCE = 10.0  # seconds until a test on real sockets gives up
 
+# What a shell starts in the background ignores these, and so would the clients started here
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
+
 
 THOROUGH = bool(os.environ.get("CHAT_THOROUGH"))  # all cases, and what takes long
 thorough = pytest.mark.skipif(not THOROUGH, reason="only with CHAT_THOROUGH=1")
