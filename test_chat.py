@@ -837,6 +837,15 @@ def test_small_chunks_are_joined_for_one_send_and_large_ones_are_not_copied():
     assert queue.head() is large
 
 
+def test_small_chunks_are_joined_up_to_what_one_send_takes():
+    queue = chat.SendQueue()
+    for data in (b"x" * (chat.SEND_BYTES - 1), b"y", b"z"):
+        queue.append(data)
+    assert len(queue.head()) == chat.SEND_BYTES
+    queue.advance(chat.SEND_BYTES)
+    assert queue.head() == b"z"
+
+
 def test_a_budget_allows_a_burst_and_then_a_rate():
     budget = chat.Budget(burst=10, rate=2, now=100.0)
     assert budget.tokens == 10
@@ -1723,6 +1732,41 @@ def test_who_has_logged_in_may_share_the_nick_of_that_account_and_of_no_other(na
     assert len(holder.user.sessions) == 1 + free and holder.user.name == name.lower()
 
 
+def test_a_log_in_by_sasl_sends_as_much_as_the_limit_and_no_more(monkeypatch):
+    monkeypatch.setattr(chat, "SASL_BYTES", 2 * chat.SASL_CHUNK)
+    chunk = "eHh4" * (chat.SASL_CHUNK // 4)
+    for more, sent in (("+", b"xxx" * (chat.SASL_CHUNK // 2)), ("eHh4", None)):
+        exchange = chat.Exchange(iter(()))
+        assert exchange.feed(chunk) is None and exchange.feed(chunk) is None
+        if sent:
+            assert exchange.feed(more) == sent
+        else:
+            with pytest.raises(chat.Refused):
+                exchange.feed(more)
+
+
+@pytest.mark.parametrize("hosts, kept", [(10, 20), (11, 20)])
+def test_a_full_table_of_failures_forgets_the_fewest_ones_and_none_before_it_is_full(
+    monkeypatch, hosts, kept
+):
+    monkeypatch.setattr(chat, "LOGIN_FAILURES_KEPT", 20)
+    throttle = chat.Throttle()
+    for _ in range(3):
+        throttle.failed("192.0.2.255", "alice", 0)
+    for n in range(1, hosts):
+        throttle.failed(f"192.0.2.{n}", "alice", n)
+    assert len(throttle.failures) == kept
+    assert throttle.count("192.0.2.255", "alice", hosts) == 3
+
+
+def test_as_many_accounts_wait_for_a_code_as_the_limit_has_and_the_oldest_goes(monkeypatch):
+    monkeypatch.setattr(chat, "PENDING_ACCOUNTS", 2)
+    accounts = chat.Accounts()
+    for name, waiting in (("a", "a"), ("b", "ab"), ("c", "bc")):
+        accounts.await_code(chat.Account(name, BOSS))
+        assert "".join(accounts.pending) == waiting
+
+
 def test_what_one_device_does_in_the_turn_in_which_another_leaves_is_done():
     house = House()
     house.enter_irc("alice", "bob")
@@ -2577,6 +2621,94 @@ def test_a_ctcp_reply_or_typing_leaves_the_idle_time(act):
     assert idle() >= 100
     ask(house, "alice", "PRIVMSG bob :here")
     assert idle() < 50
+
+
+FILES_THERE = [  # of others, own complete ones, own uploads, size of the next; whether it fits
+    (7, 0, 0, 1, True),
+    (8, 0, 0, 1, False),
+    (0, 1, 0, 1, True),
+    (0, 2, 0, 1, False),
+    (0, 0, 0, 1, True),
+    (0, 0, 1, 1, False),
+    (0, 0, 0, 20, True),
+    (0, 0, 0, 21, False),
+    (0, 1, 0, 19, True),  # a quarter of all bytes
+    (0, 1, 0, 20, False),
+    (4, 0, 0, 20, True),
+    (7, 0, 0, 14, True),
+]
+
+
+@pytest.mark.parametrize("theirs, own, uploads, size, fits", FILES_THERE)
+def test_files_have_room_up_to_each_limit_and_no_further(
+    monkeypatch, theirs, own, uploads, size, fits
+):
+    monkeypatch.setattr(chat, "FILES_COUNT", 8)
+    monkeypatch.setattr(chat, "UPLOADS_A_USER", 1)
+    files = chat.Files()
+    files.most, files.total = 20, 80
+    for who, count, sha in (("bob", theirs, "x"), ("alice", own, "x"), ("alice", uploads, "")):
+        for _ in range(count):
+            one = types.SimpleNamespace(owner=who, address=f"of {who}", size=1, sha=sha)
+            files[str(len(files))] = one
+    with contextlib.nullcontext() if fits else pytest.raises(chat.Refused):
+        files.check_room(size, "alice", "of alice")
+
+
+def test_as_many_read_markers_are_kept_as_the_limit_has_and_these_still_move(monkeypatch):
+    monkeypatch.setattr(chat, "MARKERS", 2)
+    markers = chat.Markers()
+    moves = [markers.advance("alice", f"#{name}", chat.Marker(1)) for name in "abc"]
+    assert moves == [True, True, False]
+    assert markers.advance("alice", "#a", chat.Marker(2))
+    assert not markers.advance("alice", "#a", chat.Marker(2))
+
+
+def test_as_many_absent_users_stay_as_the_limit_has_and_the_first_of_more_goes(monkeypatch):
+    monkeypatch.setattr(chat, "ABSENT_MOST", 2)
+    house = House()
+    for n, name in enumerate("abc"):
+        come(house, name, secret=str(n) * 32)
+    for name, there in (("a", "abc"), ("b", "abc"), ("c", "bc")):
+        house.leave(name)
+        house.turn()
+        assert "".join(house.hub.users) == there
+
+
+def test_as_many_invitations_count_as_the_limit_has_and_the_oldest_of_more_ends(monkeypatch):
+    monkeypatch.setattr(chat, "INVITATIONS", 2)
+    house = House()
+    house.enter_irc("alice", "bob")
+    for name, invited in (("a", "a"), ("b", "ab"), ("c", "bc")):
+        house.say("alice", f"JOIN #{name}", f"MODE #{name} +i", f"INVITE bob #{name}")
+        house.turn()
+        places = house.hub.users["bob"].invitations
+        assert "".join(channel.name[1:] for channel in places) == invited
+
+
+def test_as_many_ranks_are_stored_as_the_limit_has(monkeypatch):
+    monkeypatch.setattr(chat, "RANKS_STORED", 2)
+    house = House()
+    names = ("alice", "bob", "carol", "dora")
+    account(house, *names)
+    for name in names:
+        device(house, name, name)
+        house.say(name, "JOIN #a")
+        house.turn()
+    house.say("alice", "MODE #a +vvv bob carol dora")
+    house.turn()
+    channel = house.hub.channels["#a"]
+    stored = set(channel.stored_ranks)
+    assert channel.founder == house.hub.users["alice"].login
+    assert stored == {house.hub.users[name].login for name in ("bob", "carol")}
+
+
+def test_changes_of_modes_fill_a_line_and_no_more(monkeypatch):
+    monkeypatch.setattr(chat, "MODES_BYTES", len("+bb 12345 12345"))
+    changes = [chat.ModeChange(True, "b", "12345")] * 4
+    assert list(chat.mode_lines(changes)) == ["+bb 12345 12345"] * 2
+    changes[1] = chat.ModeChange(True, "b", "123456")
+    assert list(chat.mode_lines(changes)) == ["+b 12345", "+b 123456", "+bb 12345 12345"]
 
 
 TOO_LONG_WITH_SOURCE = {
@@ -4318,6 +4450,17 @@ def test_a_page_is_the_newest_of_one_channel_in_order(folder):
     assert texts(store, "#never") == []
 
 
+def test_records_wait_for_the_disk_up_to_the_limit_and_markers_go_first(monkeypatch):
+    monkeypatch.setattr(chat, "BACKLOG_RECORDS", 3)
+    backlog = chat.Backlog()
+    records = [chat.Record("channel_gone", (f"#{n}",), 0) for n in range(3)]
+    records.insert(1, chat.Record("marker", ("alice", "#a", 1, 1), 0))
+    backlog.add(records[:3], 0.0)
+    assert len(backlog.records) == 3
+    backlog.add(records[3:], 0.0)
+    assert [record.name for record in backlog.records.values()] == ["channel_gone"] * 3
+
+
 @pytest.mark.parametrize("beyond", [-1, 0, 1, 3])
 def test_a_slice_to_be_deleted_is_what_is_beyond_the_number_that_is_kept(beyond):
     store = chat.Store(None)
@@ -5329,6 +5472,27 @@ def test_a_server_without_jetstream_and_one_that_does_not_answer_are_told_apart(
     log.tick(1.0 + chat.LOG_ANSWER_SECONDS)
     with pytest.raises(chat.NatsFailed):
         log.tick(1.1 + chat.LOG_ANSWER_SECONDS)
+
+
+NATS_AT_ITS_LIMITS = [  # what comes, and the error if it is too much
+    (b"x" * 100, None),
+    (b"x" * 101, chat.NatsFailed),
+    (b"MSG a 1 100\r\n", None),
+    (b"MSG a 1 101\r\n", chat.NatsFailed),
+    (b"MSG a 1 0\r\n", None),
+    (b'INFO {"max_payload": 50}\r\n', None),
+    (b'INFO {"max_payload": 49}\r\n', chat.LogUnusable),
+]
+
+
+@pytest.mark.parametrize("data, error", NATS_AT_ITS_LIMITS)
+def test_a_nats_server_may_send_as_much_as_the_limit_and_has_to_take_as_much(
+    monkeypatch, data, error
+):
+    monkeypatch.setattr(chat, "NATS_MESSAGE_BYTES", 100)
+    monkeypatch.setattr(chat, "NATS_PAYLOAD_LEAST", 50)
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        chat.NatsDialogue("n1").feed(data)
 
 
 TROUBLES_WITH_THE_LOG = [  # the error, whether the log was read before, and what ends
@@ -10270,6 +10434,70 @@ def test_a_watched_user_s_metadata_is_told_without_a_common_channel(more):
     assert told == [["bob", "color", "*", "red"]]
 
 
+def visitor_at_a_limit():
+    house = House()
+    house.enter_irc("alice", "bob")
+    caps = "message-tags standard-replies draft/metadata-2 sasl labeled-response"
+    ask(house, "alice", f"CAP REQ :{caps}", "JOIN #a", "OPER boss secret", "AUTHENTICATE PLAIN")
+    return house
+
+
+LIMITS_IN_BYTES = [  # a limit, the line in which so much is, the code of the refusal of more
+    ("CHANNEL_BYTES", lambda n: "JOIN #" + "b" * (n - 1), "476"),
+    ("REALNAME_BYTES", lambda n: "SETNAME :" + "x" * n, "INVALID_REALNAME"),
+    ("METADATA_BYTES", lambda n: "METADATA * SET k :" + "x" * n, "INVALID_VALUE"),
+    ("METADATA_BYTES", lambda n: "METADATA #a SET k :" + "x" * n, "INVALID_VALUE"),
+    ("BAN_MINUTES", lambda n: f"KLINE {n} x@h.example :x", "INVALID_PARAMS"),
+    ("PASSWORD_MOST", lambda n: "REGISTER * * :" + "x" * n, "UNACCEPTABLE_PASSWORD"),
+    (
+        "PASSWORD_LEAST",
+        lambda n: "REGISTER * * :" + "x" * (2 * chat.PASSWORD_LEAST - n),
+        "WEAK_PASSWORD",
+    ),
+    ("IRC_BYTES", lambda n: "PRIVMSG #a :".ljust(n - 2, "x"), "417"),
+    ("TAGS_BYTES", lambda n: "@+a=".ljust(n, "x") + " PRIVMSG #a :x", "417"),
+    ("SASL_CHUNK", lambda n: "AUTHENTICATE " + "x" * n, "905"),
+    ("TARGETS", lambda n: f"PRIVMSG {','.join(['bob'] * n)} :hi", "407"),
+    ("TARGETS", lambda n: f"TAGMSG {','.join(['bob'] * n)}", "407"),
+    ("LIST_TARGETS", lambda n: f"LIST {','.join(['#a'] * n)}", "407"),
+]
+
+
+@pytest.mark.parametrize("limit, line, code", LIMITS_IN_BYTES)
+def test_as_much_as_a_limit_is_taken_and_no_more(limit, line, code):
+    most = getattr(chat, limit)
+    assert not refused(ask(visitor_at_a_limit(), "alice", line(most)), code)
+    assert refused(ask(visitor_at_a_limit(), "alice", line(most + 1)), code)
+
+
+LIMITS_OF_COUNTS = [  # a limit, the line that makes the n-th of them, the code of the refusal
+    ("METADATA_KEYS", lambda n: f"METADATA * SET k{n} :v", "LIMIT_REACHED"),
+    ("METADATA_KEYS", lambda n: f"METADATA #a SET k{n} :v", "LIMIT_REACHED"),
+    ("METADATA_SUBS", lambda n: f"METADATA * SUB k{n}", "LIMIT_REACHED"),
+    ("MASKS_A_LIST", lambda n: f"MODE #a +b n{n}", "478"),
+    ("SERVER_BANS", lambda n: f"KLINE 0 n{n}@h{n}.example :x", "478"),
+    ("CHANNELS_A_USER", lambda n: "JOIN " + ("#a", "#b", "#c", "#d")[n - 1], "405"),
+    ("WATCHED", lambda n: f"MONITOR + n{n}", "734"),
+]
+
+
+@pytest.mark.parametrize("limit, line, code", LIMITS_OF_COUNTS)
+def test_as_many_as_a_limit_are_taken_and_no_more(monkeypatch, limit, line, code):
+    monkeypatch.setattr(chat, limit, 3)
+    house = visitor_at_a_limit()
+    answers = [refused(ask(house, "alice", line(n)), code) for n in (1, 2, 3, 4)]
+    assert answers == [False, False, False, True]
+    assert not refused(ask(house, "alice", line(3)), code)  # what is there may be changed
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_notice_to_more_targets_than_the_limit_is_dropped_without_a_word(count):
+    house = House()
+    house.enter_irc("alice", "bob")
+    assert ask(house, "alice", f"NOTICE {','.join(['bob'] * (chat.TARGETS + count))} :hi") == []
+    assert bool(house.heard("bob")) == (count == 0)
+
+
 # ISSUES OF OTHER SERVERS: what their users reported
 
 
@@ -10665,6 +10893,14 @@ def test_the_line_protocol(script):
         for who in house.guests:
             heard, expected = house.heard(who), step.get(who, [])
             assert expected is ... or heard == expected, who
+
+
+@pytest.mark.parametrize("beyond, kept", [(0, True), (1, False)])
+def test_a_topic_in_the_line_protocol_is_as_long_as_the_limit_and_no_longer(beyond, kept):
+    house = house_of("alice")
+    text = "x" * (chat.TOPIC_BYTES + beyond)
+    ask(house, "alice", f"/topic {text}")
+    assert (house.hub.channels[chat.LOBBY].topic == text) == kept
 
 
 def test_a_newcomer_is_announced_to_the_others_and_told_nothing():
