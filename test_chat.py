@@ -73,6 +73,14 @@ HERE = pathlib.Path(__file__).parent
 SEED = int(os.environ.get("CHAT_SEED", "20261122"))
 PATIENCE = 10.0  # seconds until a test on real sockets gives up
 
+# What a shell starts in the background ignores these, and so would the clients started here
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
+
 
 THOROUGH = bool(os.environ.get("CHAT_THOROUGH"))  # all cases, and what takes long
 thorough = pytest.mark.skipif(not THOROUGH, reason="only with CHAT_THOROUGH=1")
@@ -522,6 +530,24 @@ def account(house, *names, password="password"):
         house.turn()
 
 
+def test_accounts_are_loaded_again_once_another_process_changed_them_and_nothing_waits(folder):
+    house = stored(folder)
+    account(house, "alice", "zoe")
+    house.turn()
+    before = house.hub.accounts["alice"]
+    house.refresh()
+    assert house.hub.accounts["alice"] is before
+    with contextlib.closing(sqlite3.connect(folder / "chat.db")) as other, other:
+        other.execute("DELETE FROM accounts WHERE name = 'zoe'")
+    house.hub.turn.record("channel_gone", "#x")  # loading now would undo what is not stored yet
+    house.refresh()
+    assert set(house.hub.accounts) == {"alice", "zoe"}
+    house.turn()
+    house.refresh()
+    assert set(house.hub.accounts) == {"alice"}
+    house.store.close()
+
+
 @pytest.mark.parametrize("ends, between", [("bd", "c"), ("db", "c"), ("ac", "b"), ("ad", "b c")])
 def test_what_lies_between_two_ids_is_by_the_order_of_ids_when_the_clock_was_set_back(
     folder, ends, between
@@ -823,6 +849,15 @@ def test_small_chunks_are_joined_for_one_send_and_large_ones_are_not_copied():
     assert queue.head() is large
 
 
+def test_small_chunks_are_joined_up_to_what_one_send_takes():
+    queue = chat.SendQueue()
+    for data in (b"x" * (chat.SEND_BYTES - 1), b"y", b"z"):
+        queue.append(data)
+    assert len(queue.head()) == chat.SEND_BYTES
+    queue.advance(chat.SEND_BYTES)
+    assert queue.head() == b"z"
+
+
 def test_a_budget_allows_a_burst_and_then_a_rate():
     budget = chat.Budget(burst=10, rate=2, now=100.0)
     assert budget.tokens == 10
@@ -932,6 +967,18 @@ def test_junk_in_place_of_tls_is_refused(certificate):
         server.feed(b"\x16\x03\x01" + b"junk" * 100)
 
 
+def test_tls_says_goodbye_once_and_not_before_the_handshake(certificate):
+    server, client = tls_pair(certificate)
+    assert not server.finish() and not client.finish()
+    client.feed(b"")
+    for _ in range(2):
+        server.feed(client.take())
+        client.feed(server.take())
+    assert client.ready and server.ready and not server.ended
+    assert client.finish() and not client.finish()
+    assert server.feed(client.take()) == b"" and server.ended
+
+
 # ======================================================================================
 # COMMANDS
 # ======================================================================================
@@ -964,6 +1011,7 @@ def test_each_command_takes_as_many_parameters_as_may_be_given_to_it(dialect):
     import inspect
 
     for verb, command in getattr(chat, f"{dialect}_command").items():
+        assert 0 <= command.least <= command.most, verb
         for count in (command.least, command.most):
             given = (None, *[""] * count)
             assert inspect.signature(command.handler).bind(*given), verb
@@ -1664,6 +1712,73 @@ def test_a_word_too_many_for_nickserv_breaks_nothing(line):
     house.say("alice", f"NS {line}", f"PRIVMSG NickServ :{line}")
     house.turn()
     assert all(" NOTICE alice :" in one or " 900 " in one for one in house.heard("alice"))
+
+
+@pytest.mark.parametrize("before", ["", "@a=b ", ":alice ", "@a=b :alice ", "@a=b  :alice  "])
+@pytest.mark.parametrize("verb", ["NS", "ns", "PRIVMSG NickServ"])
+def test_tags_and_a_source_before_a_command_to_nickserv_are_no_part_of_it(before, verb):
+    house = House()
+    account(house, "zoe", password="two  words")
+    house.enter_irc("alice")
+    colon = ":" if verb.startswith("PRIV") else ""
+    ask(house, "alice", f'{before}{verb} {colon}IDENTIFY zoe "two  words"')
+    assert is_logged_in(house, "alice", "zoe")
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize(
+    "name, free", [("alice", True), ("ALICE", True), ("bob", False), ("carol", False)]
+)
+def test_who_has_logged_in_may_share_the_nick_of_that_account_and_of_no_other(name, early, free):
+    house = House()
+    account(house, "alice", "bob")
+    device(house, "there", "alice")
+    device(house, "other", "bob")
+    house.enter_irc("carol")
+    nick = [f"NICK {name}"]
+    house.connect_irc("phone")
+    house.say("phone", "CAP REQ :sasl", *(nick if early else []), "USER u 0 * :r")
+    assert sasl(house, "phone", "alice")
+    lines = ask(house, "phone", *([] if early else nick), "CAP END")
+    assert refused(lines, "001") == free
+    holders = {"alice": "there", "bob": "other", "carol": "carol"}
+    holder = house.guests[holders[name.lower()]]
+    assert len(holder.user.sessions) == 1 + free and holder.user.name == name.lower()
+
+
+def test_a_log_in_by_sasl_sends_as_much_as_the_limit_and_no_more(monkeypatch):
+    monkeypatch.setattr(chat, "SASL_BYTES", 2 * chat.SASL_CHUNK)
+    chunk = "eHh4" * (chat.SASL_CHUNK // 4)
+    for more, sent in (("+", b"xxx" * (chat.SASL_CHUNK // 2)), ("eHh4", None)):
+        exchange = chat.Exchange(iter(()))
+        assert exchange.feed(chunk) is None and exchange.feed(chunk) is None
+        if sent:
+            assert exchange.feed(more) == sent
+        else:
+            with pytest.raises(chat.Refused):
+                exchange.feed(more)
+
+
+@pytest.mark.parametrize("hosts, kept", [(10, 20), (11, 20)])
+def test_a_full_table_of_failures_forgets_the_fewest_ones_and_none_before_it_is_full(
+    monkeypatch, hosts, kept
+):
+    monkeypatch.setattr(chat, "LOGIN_FAILURES_KEPT", 20)
+    throttle = chat.Throttle()
+    for _ in range(3):
+        throttle.failed("192.0.2.255", "alice", 0)
+    for n in range(1, hosts):
+        throttle.failed(f"192.0.2.{n}", "alice", n)
+    assert len(throttle.failures) == kept
+    assert throttle.count("192.0.2.255", "alice", hosts) == 3
+
+
+def test_as_many_accounts_wait_for_a_code_as_the_limit_has_and_the_oldest_goes(monkeypatch):
+    monkeypatch.setattr(chat, "PENDING_ACCOUNTS", 2)
+    accounts = chat.Accounts()
+    for name, waiting in (("a", "a"), ("b", "ab"), ("c", "bc")):
+        accounts.await_code(chat.Account(name, BOSS))
+        assert "".join(accounts.pending) == waiting
 
 
 def test_what_one_device_does_in_the_turn_in_which_another_leaves_is_done():
@@ -2520,6 +2635,94 @@ def test_a_ctcp_reply_or_typing_leaves_the_idle_time(act):
     assert idle() >= 100
     ask(house, "alice", "PRIVMSG bob :here")
     assert idle() < 50
+
+
+FILES_THERE = [  # of others, own complete ones, own uploads, size of the next; whether it fits
+    (7, 0, 0, 1, True),
+    (8, 0, 0, 1, False),
+    (0, 1, 0, 1, True),
+    (0, 2, 0, 1, False),
+    (0, 0, 0, 1, True),
+    (0, 0, 1, 1, False),
+    (0, 0, 0, 20, True),
+    (0, 0, 0, 21, False),
+    (0, 1, 0, 19, True),  # a quarter of all bytes
+    (0, 1, 0, 20, False),
+    (4, 0, 0, 20, True),
+    (7, 0, 0, 14, True),
+]
+
+
+@pytest.mark.parametrize("theirs, own, uploads, size, fits", FILES_THERE)
+def test_files_have_room_up_to_each_limit_and_no_further(
+    monkeypatch, theirs, own, uploads, size, fits
+):
+    monkeypatch.setattr(chat, "FILES_COUNT", 8)
+    monkeypatch.setattr(chat, "UPLOADS_A_USER", 1)
+    files = chat.Files()
+    files.most, files.total = 20, 80
+    for who, count, sha in (("bob", theirs, "x"), ("alice", own, "x"), ("alice", uploads, "")):
+        for _ in range(count):
+            one = types.SimpleNamespace(owner=who, address=f"of {who}", size=1, sha=sha)
+            files[str(len(files))] = one
+    with contextlib.nullcontext() if fits else pytest.raises(chat.Refused):
+        files.check_room(size, "alice", "of alice")
+
+
+def test_as_many_read_markers_are_kept_as_the_limit_has_and_these_still_move(monkeypatch):
+    monkeypatch.setattr(chat, "MARKERS", 2)
+    markers = chat.Markers()
+    moves = [markers.advance("alice", f"#{name}", chat.Marker(1)) for name in "abc"]
+    assert moves == [True, True, False]
+    assert markers.advance("alice", "#a", chat.Marker(2))
+    assert not markers.advance("alice", "#a", chat.Marker(2))
+
+
+def test_as_many_absent_users_stay_as_the_limit_has_and_the_first_of_more_goes(monkeypatch):
+    monkeypatch.setattr(chat, "ABSENT_MOST", 2)
+    house = House()
+    for n, name in enumerate("abc"):
+        come(house, name, secret=str(n) * 32)
+    for name, there in (("a", "abc"), ("b", "abc"), ("c", "bc")):
+        house.leave(name)
+        house.turn()
+        assert "".join(house.hub.users) == there
+
+
+def test_as_many_invitations_count_as_the_limit_has_and_the_oldest_of_more_ends(monkeypatch):
+    monkeypatch.setattr(chat, "INVITATIONS", 2)
+    house = House()
+    house.enter_irc("alice", "bob")
+    for name, invited in (("a", "a"), ("b", "ab"), ("c", "bc")):
+        house.say("alice", f"JOIN #{name}", f"MODE #{name} +i", f"INVITE bob #{name}")
+        house.turn()
+        places = house.hub.users["bob"].invitations
+        assert "".join(channel.name[1:] for channel in places) == invited
+
+
+def test_as_many_ranks_are_stored_as_the_limit_has(monkeypatch):
+    monkeypatch.setattr(chat, "RANKS_STORED", 2)
+    house = House()
+    names = ("alice", "bob", "carol", "dora")
+    account(house, *names)
+    for name in names:
+        device(house, name, name)
+        house.say(name, "JOIN #a")
+        house.turn()
+    house.say("alice", "MODE #a +vvv bob carol dora")
+    house.turn()
+    channel = house.hub.channels["#a"]
+    stored = set(channel.stored_ranks)
+    assert channel.founder == house.hub.users["alice"].login
+    assert stored == {house.hub.users[name].login for name in ("bob", "carol")}
+
+
+def test_changes_of_modes_fill_a_line_and_no_more(monkeypatch):
+    monkeypatch.setattr(chat, "MODES_BYTES", len("+bb 12345 12345"))
+    changes = [chat.ModeChange(True, "b", "12345")] * 4
+    assert list(chat.mode_lines(changes)) == ["+bb 12345 12345"] * 2
+    changes[1] = chat.ModeChange(True, "b", "123456")
+    assert list(chat.mode_lines(changes)) == ["+b 12345", "+b 123456", "+bb 12345 12345"]
 
 
 TOO_LONG_WITH_SOURCE = {
@@ -3844,6 +4047,26 @@ def test_a_channel_founded_again_in_one_turn_has_nothing_of_the_one_before(folde
     house.store.close()
 
 
+def test_a_stored_user_who_cannot_come_back_leaves_the_place_of_all_others_alone():
+    house = House()
+    for digit, name in enumerate(("alice", "bob", "carol")):
+        come(house, name, secret=str(digit) * 32)
+    house.say("bob", "JOIN #a")
+    house.turn()
+    states = {name: user.state() for name, user in house.hub.users.items()}
+    assert all(state["secrets"] for state in states.values())
+    states["carol"]["secrets"] = []  # nothing proves who that is
+    hub = chat.Hub()
+    rows = [("1", "alice"), ("2", "alice"), ("3", "carol"), ("4", "bob")]
+    channels = [("#a", json.dumps(house.hub.channels["#a"].state()))]
+    chat.revive(hub, channels, [(id, json.dumps(states[name])) for id, name in rows])
+    assert {user.name: user.resume_id for user in hub.users.values()} == {"alice": "1", "bob": "4"}
+    assert hub.absent.keys() == set(hub.users.values())
+    gone = [record.values[0] for record in hub.turn.records if record.name == "user_gone"]
+    assert gone == ["2", "3"]
+    assert [user.name for user in hub.channels["#a"].members] == ["bob"]
+
+
 # A name that another user takes in the turn in which its owner leaves or renames.
 @pytest.mark.parametrize("going", ["QUIT", "NICK other"])
 def test_a_private_message_under_a_name_that_is_new_in_this_turn_is_kept(going):
@@ -4241,6 +4464,32 @@ def test_a_page_is_the_newest_of_one_channel_in_order(folder):
     assert texts(store, chat.LOBBY, 3) == ["47", "48", "49"]
     assert texts(store, "#a") == ["elsewhere"]
     assert texts(store, "#never") == []
+
+
+def test_records_wait_for_the_disk_up_to_the_limit_and_markers_go_first(monkeypatch):
+    monkeypatch.setattr(chat, "BACKLOG_RECORDS", 3)
+    backlog = chat.Backlog()
+    records = [chat.Record("channel_gone", (f"#{n}",), 0) for n in range(3)]
+    records.insert(1, chat.Record("marker", ("alice", "#a", 1, 1), 0))
+    backlog.add(records[:3], 0.0)
+    assert len(backlog.records) == 3
+    backlog.add(records[3:], 0.0)
+    assert [record.name for record in backlog.records.values()] == ["channel_gone"] * 3
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1, 3])
+def test_a_slice_to_be_deleted_is_what_is_beyond_the_number_that_is_kept(beyond):
+    store = chat.Store(None)
+    house = House(store=store)
+    house.enter("alice")
+    house.say("alice", *map(str, range(5)))
+    house.turn()
+    events = [id for (id,) in store.db.execute("SELECT id FROM events ORDER BY id")]
+    store.keep = len(events) - beyond
+    founding = house.hub.channels[chat.LOBBY].founding
+    wanted = (chat.LOBBY, founding, events[beyond - 1]) if beyond > 0 else None
+    assert store.excess_of(chat.LOBBY) == wanted
+    assert store.excess_of("#never") is None
 
 
 def test_a_busy_database_delays_the_turn_and_then_loses_it_with_a_word_to_the_speakers(folder):
@@ -5241,6 +5490,53 @@ def test_a_server_without_jetstream_and_one_that_does_not_answer_are_told_apart(
         log.tick(1.1 + chat.LOG_ANSWER_SECONDS)
 
 
+NATS_AT_ITS_LIMITS = [  # what comes, and the error if it is too much
+    (b"x" * 100, None),
+    (b"x" * 101, chat.NatsFailed),
+    (b"MSG a 1 100\r\n", None),
+    (b"MSG a 1 101\r\n", chat.NatsFailed),
+    (b"MSG a 1 0\r\n", None),
+    (b'INFO {"max_payload": 50}\r\n', None),
+    (b'INFO {"max_payload": 49}\r\n', chat.LogUnusable),
+]
+
+
+@pytest.mark.parametrize("data, error", NATS_AT_ITS_LIMITS)
+def test_a_nats_server_may_send_as_much_as_the_limit_and_has_to_take_as_much(
+    monkeypatch, data, error
+):
+    monkeypatch.setattr(chat, "NATS_MESSAGE_BYTES", 100)
+    monkeypatch.setattr(chat, "NATS_PAYLOAD_LEAST", 50)
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        chat.NatsDialogue("n1").feed(data)
+
+
+TROUBLES_WITH_THE_LOG = [  # the error, whether the log was read before, and what ends
+    (None, True, ""),
+    (chat.LogUnusable("no log"), False, "node"),
+    (chat.LogUnusable("no log"), True, "connection"),
+    (chat.LogLost("another log"), True, "node"),
+    (chat.NatsFailed("no answer"), False, "connection"),
+    (chat.NatsFailed("no answer"), True, "connection"),
+]
+
+
+@pytest.mark.parametrize("error, known, ends", TROUBLES_WITH_THE_LOG)
+def test_trouble_with_the_log_ends_the_connection_or_a_node_that_can_never_work(error, known, ends):
+    ended = []
+
+    def work():
+        if error:
+            raise error
+
+    link = types.SimpleNamespace(flush=chat.do_nothing)
+    link.cluster = types.SimpleNamespace(epochs={"n1": "x"} if known else {})
+    link.cluster.stop = lambda why: ended.append(("node", why))
+    link.conn = types.SimpleNamespace(drop=lambda why: ended.append(("connection", why)))
+    chat.NatsLink.attempt(link, work)
+    assert ended == ([(ends, str(error))] if ends else [])
+
+
 # ======================================================================================
 # CLUSTER
 # ======================================================================================
@@ -5330,6 +5626,32 @@ def test_what_is_said_on_one_node_is_heard_on_all_once_and_in_one_order(folder):
     assert heard["n1"] == heard["n2"] == heard["n3"]
     assert sorted(heard["n1"]) == sorted(f"line {n} of {name}" for n in range(20) for name in nodes)
     assert_nodes_agree(nodes)
+
+
+def test_a_node_whose_clock_is_wrong_keeps_the_time_of_the_log():
+    nats = FakeNats(lambda: 1_000_000.0)
+    house = NodeHouse(nats)
+    come(house, "alice")
+    house.now += 7200  # its own clocks
+    house.turn()
+    for _ in range(2):  # the entry of an act tells the time of the log
+        house.say("alice", "JOIN #a")
+        house.settle_log()
+    house.turn()
+    assert abs(house.hub.now - 1_000_000_000) < 60_000
+
+
+def test_a_command_in_a_cluster_is_done_after_the_messages_before_it():
+    house = NodeHouse(FakeNats(lambda: 1_000_000.0))
+    house.connect("alice").receive(b"alice")
+    house.settle_log()
+    house.heard("alice")
+    house.say("alice", *map(str, range(5)), "/history 2", "5", "//6", "/history 2")
+    for _ in range(3):
+        house.settle_log()
+        house.turn()
+    found = [line for line in house.heard("alice") if "alice:" in line]
+    assert [line.rpartition(" ")[2] for line in found] == ["3", "4", "5", "/6"]
 
 
 def fault_at_random(seeded, nodes, names):
@@ -5652,6 +5974,30 @@ def test_the_nodes_are_listed_and_operators_see_how_they_are_doing(folder):
     told = "\n".join(ask(one, "alice", "OPER boss secret", "STATS n"))
     assert f"entry {one.hub.sequence} of the log, 0 waiting" in told
     assert one.metrics()["chat_nodes"][2] == 2
+
+
+def test_an_act_is_the_same_after_the_log_and_its_text_takes_no_more_bytes_there():
+    act = ["say", "gr\u00fc\u00df \U0001f375", b"\xff\0", (1, None, True)]
+    data = chat.to_json(act).encode()
+    assert act[1].encode() in data
+    read = json.loads(data, object_hook=chat.unwrapped_bytes)
+    assert chat.as_tuples(read) == tuple(act)
+    with pytest.raises(TypeError):
+        chat.to_json([object()])
+
+
+@pytest.mark.parametrize("field", ["version", "number", "time", "applied"])
+@pytest.mark.parametrize(
+    "number, taken", [(0, True), (2**53 - 1, True), (2**53, False), (-1, False), (1.0, False)]
+)
+def test_the_numbers_of_a_batch_are_whole_and_exact_in_any_reader_of_json(field, number, taken):
+    batch = chat.ActBatch(1, "n1", "epoch", 1, 5, 0, "", [])._replace(**{field: number})
+    data = chat.to_json(batch).encode()
+    if taken:
+        assert chat.ActBatch.decode(data) == batch
+    else:
+        with pytest.raises(ValueError):
+            chat.ActBatch.decode(data)
 
 
 def test_a_file_on_another_node_is_redirected_to_and_is_unavailable_while_that_is_gone(folder):
@@ -10158,6 +10504,70 @@ def test_a_watched_user_s_metadata_is_told_without_a_common_channel(more):
     assert told == [["bob", "color", "*", "red"]]
 
 
+def visitor_at_a_limit():
+    house = House()
+    house.enter_irc("alice", "bob")
+    caps = "message-tags standard-replies draft/metadata-2 sasl labeled-response"
+    ask(house, "alice", f"CAP REQ :{caps}", "JOIN #a", "OPER boss secret", "AUTHENTICATE PLAIN")
+    return house
+
+
+LIMITS_IN_BYTES = [  # a limit, the line in which so much is, the code of the refusal of more
+    ("CHANNEL_BYTES", lambda n: "JOIN #" + "b" * (n - 1), "476"),
+    ("REALNAME_BYTES", lambda n: "SETNAME :" + "x" * n, "INVALID_REALNAME"),
+    ("METADATA_BYTES", lambda n: "METADATA * SET k :" + "x" * n, "INVALID_VALUE"),
+    ("METADATA_BYTES", lambda n: "METADATA #a SET k :" + "x" * n, "INVALID_VALUE"),
+    ("BAN_MINUTES", lambda n: f"KLINE {n} x@h.example :x", "INVALID_PARAMS"),
+    ("PASSWORD_MOST", lambda n: "REGISTER * * :" + "x" * n, "UNACCEPTABLE_PASSWORD"),
+    (
+        "PASSWORD_LEAST",
+        lambda n: "REGISTER * * :" + "x" * (2 * chat.PASSWORD_LEAST - n),
+        "WEAK_PASSWORD",
+    ),
+    ("IRC_BYTES", lambda n: "PRIVMSG #a :".ljust(n - 2, "x"), "417"),
+    ("TAGS_BYTES", lambda n: "@+a=".ljust(n, "x") + " PRIVMSG #a :x", "417"),
+    ("SASL_CHUNK", lambda n: "AUTHENTICATE " + "x" * n, "905"),
+    ("TARGETS", lambda n: f"PRIVMSG {','.join(['bob'] * n)} :hi", "407"),
+    ("TARGETS", lambda n: f"TAGMSG {','.join(['bob'] * n)}", "407"),
+    ("LIST_TARGETS", lambda n: f"LIST {','.join(['#a'] * n)}", "407"),
+]
+
+
+@pytest.mark.parametrize("limit, line, code", LIMITS_IN_BYTES)
+def test_as_much_as_a_limit_is_taken_and_no_more(limit, line, code):
+    most = getattr(chat, limit)
+    assert not refused(ask(visitor_at_a_limit(), "alice", line(most)), code)
+    assert refused(ask(visitor_at_a_limit(), "alice", line(most + 1)), code)
+
+
+LIMITS_OF_COUNTS = [  # a limit, the line that makes the n-th of them, the code of the refusal
+    ("METADATA_KEYS", lambda n: f"METADATA * SET k{n} :v", "LIMIT_REACHED"),
+    ("METADATA_KEYS", lambda n: f"METADATA #a SET k{n} :v", "LIMIT_REACHED"),
+    ("METADATA_SUBS", lambda n: f"METADATA * SUB k{n}", "LIMIT_REACHED"),
+    ("MASKS_A_LIST", lambda n: f"MODE #a +b n{n}", "478"),
+    ("SERVER_BANS", lambda n: f"KLINE 0 n{n}@h{n}.example :x", "478"),
+    ("CHANNELS_A_USER", lambda n: "JOIN " + ("#a", "#b", "#c", "#d")[n - 1], "405"),
+    ("WATCHED", lambda n: f"MONITOR + n{n}", "734"),
+]
+
+
+@pytest.mark.parametrize("limit, line, code", LIMITS_OF_COUNTS)
+def test_as_many_as_a_limit_are_taken_and_no_more(monkeypatch, limit, line, code):
+    monkeypatch.setattr(chat, limit, 3)
+    house = visitor_at_a_limit()
+    answers = [refused(ask(house, "alice", line(n)), code) for n in (1, 2, 3, 4)]
+    assert answers == [False, False, False, True]
+    assert not refused(ask(house, "alice", line(3)), code)  # what is there may be changed
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_notice_to_more_targets_than_the_limit_is_dropped_without_a_word(count):
+    house = House()
+    house.enter_irc("alice", "bob")
+    assert ask(house, "alice", f"NOTICE {','.join(['bob'] * (chat.TARGETS + count))} :hi") == []
+    assert bool(house.heard("bob")) == (count == 0)
+
+
 # ISSUES OF OTHER SERVERS: what their users reported
 
 
@@ -10555,6 +10965,14 @@ def test_the_line_protocol(script):
             assert expected is ... or heard == expected, who
 
 
+@pytest.mark.parametrize("beyond, kept", [(0, True), (1, False)])
+def test_a_topic_in_the_line_protocol_is_as_long_as_the_limit_and_no_longer(beyond, kept):
+    house = house_of("alice")
+    text = "x" * (chat.TOPIC_BYTES + beyond)
+    ask(house, "alice", f"/topic {text}")
+    assert (house.hub.channels[chat.LOBBY].topic == text) == kept
+
+
 def test_a_newcomer_is_announced_to_the_others_and_told_nothing():
     house = House()
     for name in ("alice", "bob"):
@@ -10778,6 +11196,7 @@ def test_pipelined_requests_are_answered_in_order_however_they_are_cut(size):
     assert answers[0][2] == b"ok\n" and int(answers[1][1]["content-length"]) == 3
 
 
+TRAILER = b"X: " + b"a" * 59 + b"\r\n"  # 64 bytes
 BODIES = [  # chunks as they are sent, and the body or the status that they make
     (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
     (b"5;a=b\r\nhello\r\n1 \r\n!\r\n0\r\nTrailer: x\r\n\r\n", b"hello!"),
@@ -10792,6 +11211,12 @@ BODIES = [  # chunks as they are sent, and the body or the status that they make
     (b"1" * 20 + b"\r\n", 400),
     (b"5;" + b"a" * 300 + b"\r\n", 400),
     (b"0\r\n" + b"a" * 5000, 400),
+    (b"5;" + b"a" * (chat.CHUNK_LINE_BYTES - 2) + b"\r\nhello\r\n0\r\n\r\n", b"hello"),
+    (b"5;" + b"a" * (chat.CHUNK_LINE_BYTES - 1) + b"\r\nhello\r\n0\r\n\r\n", 400),
+    (b"0\r\n" + b"a" * chat.TRAILER_BYTES + b"\r\n\r\n", b""),
+    (b"0\r\n" + b"a" * (chat.TRAILER_BYTES + 1) + b"\r\n\r\n", 400),
+    (b"0\r\n" + TRAILER * (chat.TRAILER_BYTES // 64) + b"\r\n", b""),
+    (b"0\r\n" + TRAILER * (chat.TRAILER_BYTES // 64 + 1) + b"\r\n", 400),
 ]
 
 
@@ -10811,6 +11236,28 @@ def test_chunks_make_a_body_however_they_are_cut(chunks, wanted, size):
     else:
         assert head.length is None and pieces[-1] == chat.END_OF_BODY
         assert b"".join(pieces) == wanted and not reader.in_body
+
+
+HEADS_AT_THE_LIMIT = [  # bytes of the target, headers beside Host, and the status of a bad one
+    (chat.HEAD_BYTES - len("GET / HTTP/1.1\r\nHost: x\r"), 0, None),
+    (chat.HEAD_BYTES - len("GET / HTTP/1.1\r\nHost: x\r") + 1, 0, 431),
+    (chat.HEAD_BYTES, 0, 414),
+    (0, chat.HEADERS_MOST - 2, None),  # the first line counts
+    (0, chat.HEADERS_MOST - 1, 431),
+]
+
+
+@pytest.mark.parametrize(("target", "headers", "status"), HEADS_AT_THE_LIMIT)
+@pytest.mark.parametrize("size", [1000, 10**6])
+def test_a_head_may_be_as_long_as_the_limit_and_no_longer(target, headers, status, size):
+    lines = ["GET /" + "a" * target + " HTTP/1.1", "Host: x", *["X: y"] * headers]
+    data = "\r\n".join([*lines, "", ""]).encode()
+    reader, items = chat.HttpReader(), []
+    for n in range(0, len(data), size):
+        reader.feed(data[n : n + size])
+        while (item := reader.take()) is not None:
+            items.append(item)
+    assert [getattr(item, "status", None) for item in items][:1] == [status]
 
 
 def test_a_framer_says_that_something_is_pending_if_and_only_if_there_is(seeded):
@@ -11624,6 +12071,16 @@ def test_files_end_with_their_time(files):
     files.expire_files()
     files.turn()
     assert got(files, path)[0] == 404 and on_disk(files) == []
+
+
+def test_an_upload_that_rests_for_a_night_can_go_on_and_a_file_has_its_days(files):
+    path = path_of(posted(files))
+    part = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    for hours, statuses in ((12, (200, 200)), (13, (200, 404)), (64 * 24, (200, 404))):
+        files.now += hours * 3600
+        files.expire_files()
+        files.turn()
+        assert (got(files, path)[0], tus(files, "HEAD", part)[0]) == statuses
 
 
 def answered(address, data):
@@ -14584,6 +15041,61 @@ def test_several_channels_in_one_line_are_several():
     assert "bob" not in alice.core.find("#m2").people
 
 
+def test_a_list_of_users_is_shown_if_and_only_if_the_user_asked_for_it():
+    alice = Elsewhere()
+    reply = "352 alice #lobby u h irc.example bob G* :0 Bob"
+    alice.hears(reply, "315 alice #lobby :End")  # ZNC sends some
+    assert alice.kinds("told") == ["you are alice"]
+    alice.types("/who #lobby").hears(reply)
+    assert alice.kinds("told")[1:] == ["bob (u@h) in #lobby: Bob, away, operator of the server"]
+    alice.hears("315 alice #lobby :End", reply)
+    assert len(alice.kinds("told")) == 2
+    room = alice.core.find("#lobby")
+    room.inside = True
+    alice.types("/who #other")
+    alice.core.ask_people(room)  # the client's own, for its list of members
+    alice.hears(reply, "315 alice #lobby :End")
+    assert len(alice.kinds("told")) == 2
+    assert "bob" in alice.core.away_keys
+    alice.hears("352 alice #other u h irc.example bob H :0 Bob")
+    assert alice.kinds("told")[2:] == ["bob (u@h) in #other: Bob"]
+
+
+def test_a_server_that_does_not_answer_to_cap_is_told_the_name_all_the_same():
+    now = 100.0
+    alice = chat.ClientCore("alice", kind=chat.CHAT, ticks=lambda: now)
+    alice.connected()
+    assert alice.take_output().split() == [b"CAP", b"LS", b"302"]
+    now += chat.CAP_SECONDS
+    alice.tick()
+    assert alice.take_output() == b""
+    now += 0.5
+    alice.tick()
+    assert [line.split()[0] for line in alice.take_output().splitlines()] == [b"NICK", b"USER"]
+    alice.tick()
+    assert alice.take_output() == b""
+
+
+PASSWDS = [  # whether the client is logged in, what is typed, the words for NickServ or a refusal
+    (False, "new", None),
+    (False, "old new", "old new"),
+    (True, "new", "known new"),
+    (True, "old new", "old new"),
+]
+
+
+@pytest.mark.parametrize("logged_in, typed, words", PASSWDS)
+def test_a_new_password_needs_the_old_one_which_a_client_that_is_logged_in_knows(
+    logged_in, typed, words
+):
+    alice = Elsewhere()
+    alice.core.me.login = chat.Login("alice", "known") if logged_in else None
+    alice.types(f"/passwd {typed}")
+    said = [line for line in alice.sent() if line.startswith("PRIVMSG NickServ :")]
+    assert said == ([f"PRIVMSG NickServ :PASSWD {words}"] if words else [])
+    assert bool(alice.kinds("back")) == (words is None)
+
+
 @pytest.mark.parametrize(
     "text", ["\x01ACTION waves\x01", "\x01action waves\x01", "\x01ACTION waves"]
 )
@@ -14639,6 +15151,25 @@ def page_up(pair, room):
             pair.exchange(3)
 
 
+LONG_MESSAGES = 60  # fewer than a page has, and more bytes
+
+
+def test_what_was_missed_in_long_messages_is_reached_by_reading_back():
+    house, db = house_of("bob"), chat.open_client_database(":memory:")
+    house.say("bob", "old")
+    before = kept_client(house, db)
+    before.core.tick()
+    before.drop()
+    words = " long" * 600
+    house.say("bob", *(f"{n}{words}" for n in range(LONG_MESSAGES)))
+    alice = kept_client(house, db)
+    room = alice.core.find("#lobby")
+    assert LONG_MESSAGES < chat.PAGE_LINES
+    page_up(alice, room)
+    said = [view.text.partition(" ")[0] for view in room.views if view.kind == "said"]
+    assert said == ["old", *(str(n) for n in range(LONG_MESSAGES))]
+
+
 @pytest.mark.parametrize("starts", [1, 2])
 def test_what_was_missed_while_away_is_reached_by_reading_back_also_after_another_start(starts):
     house, db = house_of("bob"), chat.open_client_database(":memory:")
@@ -14677,10 +15208,38 @@ def test_what_was_missed_twice_is_reached_and_so_is_what_was_read_past_offline()
     assert said == [f"{letter} {n}" for letter, count in numbers.items() for n in range(count)]
 
 
+def test_a_reader_without_a_connection_is_told_of_each_gap_between_the_stored_messages():
+    house, db = house_of("bob"), chat.open_client_database(":memory:")
+    for letter in "abc":
+        house.say("bob", *(f"{letter} {n}" for n in range(150)))
+        alice = kept_client(house, db)
+        alice.core.tick()
+        alice.drop()
+    room = alice.core.find("#lobby")
+    while alice.core.older_from_store(room):
+        pass
+    found = [view.kind if view.kind == chat.NOTE else view.text[0] for view in room.views]
+    order = [kind for kind, _ in itertools.groupby(found)]
+    assert order == ["a", chat.NOTE, "b", chat.NOTE, "c"]
+
+
 def test_two_channels_of_another_server_are_two_also_with_a_store():
     store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
     core = chat.ClientCore("alice", kind=chat.IRC, join=["#\xc4", "#\xe4"], store=store)
     assert core.find("#\xc4") is not core.find("#\xe4") and len(core.rooms) == 2
+
+
+def test_a_store_that_stays_locked_keeps_the_newest_of_what_waits(monkeypatch):
+    monkeypatch.setattr(chat, "CLIENT_ROWS_WAITING", 20)
+    monkeypatch.setattr(chat, "CLIENT_ROWS_AT_ONCE", 8)
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    store.db.execute("BEGIN")  # as if another program had it: nothing can be begun
+    for n in range(25):
+        store.add("#tea", chat.View(chat.SAID, f"{n}", "bob", "#tea", 1000 + n, id=f"id{n}"))
+        assert len(store.waiting) == min(n + 1, 20)
+    assert store.trouble
+    store.db.execute("ROLLBACK")
+    assert [view.text for view in store.page("#tea", 100)] == [str(n) for n in range(5, 25)]
 
 
 def test_a_page_of_which_nothing_can_be_seen_is_not_the_beginning():
@@ -15047,6 +15606,37 @@ def exchange_all(*pairs):
 
 def last_of(pair, where="#lobby"):
     return [view for view in pair.core.rooms[where].views if view.kind == "said"][-1]
+
+
+def test_after_a_break_changes_are_asked_for_from_the_newest_message_that_was_seen():
+    house = house_of("bob")
+    alice = Pair(house, "alice")
+    for text in ("one", "two"):
+        house.say("bob", text)
+        alice.exchange()
+        newest = last_of(alice)
+        assert newest.text == text and alice.core.newest_id == newest.id
+    alice.drop()
+    alice.dial()
+    sent = []
+    for _ in range(12):
+        sent += alice.core.output
+        alice.step(math.inf, math.inf)
+    (asked,) = [line for line in sent if " TARGETS " in line]
+    assert asked.split()[3] == f"msgid={newest.id}"
+
+
+def test_a_search_that_finds_nothing_says_so_and_one_that_does_has_a_beginning_and_an_end():
+    alice, bob = two_screens()
+    bob.typed("tea is ready")
+    alice.exchange()
+    for words, texts in (("coffee", []), ("tea", ["tea is ready"])):
+        alice.views.clear()
+        alice.core.show_results(words, [v for v in [last_of(alice)] if words in v.text])
+        shown = alice.core.take_views()
+        notes = [view for view in shown if view.kind == chat.NOTE]
+        assert [view.text for view in shown if view.kind == chat.FOUND] == texts
+        assert len(notes) == 1 + len(texts) and all(words in view.text for view in notes)
 
 
 def test_what_is_typed_in_a_conversation_goes_there_although_another_is_looked_at():
@@ -15844,6 +16434,42 @@ def test_the_back_off_grows_until_there_is_progress_and_a_welcome_alone_is_none(
     assert link.backoff == chat.BACKOFF_FIRST
 
 
+@pytest.mark.parametrize("phase", [p for p in chat.FOLLOWING if p not in chat.TALKING])
+def test_nothing_is_sent_before_the_server_can_be_talked_to(phase):
+    link, written = Hanging(True, 60.0), []
+    link.conn = types.SimpleNamespace(unsent=0, write=written.append)
+    link.phase = phase
+    link.core.output.append("JOIN #early")
+    link._carry_on([])
+    assert written == [] and link.phase == phase and link.core.output
+
+
+def test_what_is_left_to_do_without_a_connection_breaks_nothing():
+    link = Hanging(True, 60.0)
+    for link.phase in chat.TALKING:
+        link._carry_on([chat.View(chat.NOTE, "still shown")])
+    assert {view.text for view in link.log} == {"still shown"}
+
+
+def test_addresses_that_all_fail_end_the_attempt_and_there_is_another():
+    link = Hanging(True, 60.0)
+    link.phase, link.race = chat.CONNECTING, object()
+    link._tried(None, None, "Connection refused")
+    assert link.phase == chat.WAITING and link.again and link.race is None
+
+
+@pytest.mark.parametrize("took, seconds", [(0.0, 1), (0.25, 1), (0.5, 2), (5.0, 20)])
+def test_a_far_server_has_more_time_to_speak_first(monkeypatch, took, seconds):
+    monkeypatch.setattr(chat, "peer_address", lambda sock: ("192.0.2.1", 7000))
+    link = Hanging(True, 60.0)
+    link.phase, link.began, link.loop.now = chat.CONNECTING, 100.0, 100.0 + took
+    link.conn = types.SimpleNamespace(sock=None, unsent=0, write=bool)
+    link._connected()
+    assert link.core.listening and link.phase == chat.DETECTING
+    assert link.timer.when == seconds
+    assert not link.core.secure
+
+
 def test_a_client_that_was_stopped_does_not_take_the_server_for_dead():
     link = Hanging(True, 60.0)
     dropped = []
@@ -15859,6 +16485,52 @@ def test_a_client_that_was_stopped_does_not_take_the_server_for_dead():
         link.loop.now = float(now)
         link._watch()
     assert dropped and dropped[0].startswith("no answer for")
+
+
+PATIENCE_WITH_A_SERVER = [  # whether it is a chat.py, whether a message waits, seconds of silence
+    (True, False, chat.SILENT_SECONDS),
+    (True, True, chat.WAITING_SECONDS),
+    (False, False, chat.OTHER_SECONDS),
+    (False, True, chat.OTHER_SECONDS),
+]
+
+
+@pytest.mark.parametrize("ours, waits, patience", PATIENCE_WITH_A_SERVER)
+def test_a_silent_server_is_asked_once_at_half_of_the_patience_and_left_after_it(
+    ours, waits, patience
+):
+    link, dropped, pings = Hanging(True, 60.0), [], []
+    link.conn = types.SimpleNamespace(heard=0.0, unsent=0, write=bool)
+    link.conn.drop = lambda why: dropped.append(link.loop.now)
+    link.phase, link.core.kind = chat.ONLINE, chat.IRC
+    link.core.connected()
+    link.core.feed(b":x 001 alice :hi\r\n")
+    link.core.server.ours = ours
+    link.core.outbox.in_flight = {"one": None} if waits else {}
+    link.core.talk.ping = lambda: pings.append(link.loop.now)
+    for answered in (0.0, 300.0):  # what is heard begins it again
+        link.conn.heard = link.watched = answered
+        while not dropped:
+            link.loop.now += 0.5
+            link._watch()
+            assert link.loop.now < answered + 2 * patience
+        asked, left = pings.pop(), dropped.pop() - answered
+        assert patience / 2 < asked - answered <= patience / 2 + 0.5 and pings == []
+        assert patience < left <= patience + 0.5
+        link.loop.now = 300.0
+
+
+@pytest.mark.parametrize("seconds, progress", [(0.0, False), (0.5, True)])
+def test_a_connection_that_lasts_resets_the_back_off(seconds, progress):
+    link = Hanging(True, 60.0)
+    link.conn = types.SimpleNamespace(heard=math.inf, unsent=0, write=bool)
+    link.phase, link.core.kind = chat.ONLINE, chat.IRC
+    link.core.connected()
+    link.core.feed(b":x 001 alice :hi\r\n")
+    link.progress, link.backoff = link.core.progress, chat.BACKOFF_MOST
+    link.loop.now = link.watched = link.began + chat.ONLINE_SECONDS + seconds
+    link._watch()
+    assert (link.backoff == chat.BACKOFF_FIRST) == progress
 
 
 WRONG_CERTIFICATES = [
@@ -16843,6 +17515,30 @@ def test_the_conversation_is_byte_for_byte_that_of_the_workshop(running):
     assert alice.line() == f"carol ({where}) left the chat!"
     alice.sock.shutdown(socket.SHUT_WR)
     assert alice.rest() == b""
+
+
+TURNS = [  # whether the peer is in a body, tokens of its budget, whether what comes next waits
+    (True, 0.0, False),
+    (True, -0.5, True),
+    (False, 1.0, False),
+    (False, 0.5, True),
+]
+
+
+@pytest.mark.parametrize("in_body, tokens, waits", TURNS)
+def test_a_line_waits_for_a_whole_token_and_a_piece_of_a_body_for_the_end_of_debts(
+    in_body, tokens, waits
+):
+    house, taken = House(), []
+    inbox = types.SimpleNamespace(in_body=in_body, pending=True, out=b"")
+    inbox.take = lambda: taken.append("a line")
+    budget = chat.Budget(10.0, 1.0, 0.0)
+    budget.tokens = tokens
+    peer = types.SimpleNamespace(inbox=inbox, budget=budget, wait=budget.wait, gone=False)
+    peer.web = peer.waits_for_budget = False
+    peer.update = peer.resume_with_budget = chat.do_nothing
+    assert not house.act_on_a_line(peer)
+    assert peer.waits_for_budget == waits and bool(taken) != waits
 
 
 def test_a_client_that_closes_before_sending_a_name_is_not_heard_of(running):
@@ -19281,6 +19977,36 @@ def test_another_conversation_has_a_screen_of_its_own():
     assert desk.paint()[0] == "── with bob"
 
 
+WINDOW_SIZES = [  # columns and rows that the system tells, and those that we draw on
+    ((100, 50), (100, 50)),
+    ((0, 0), (80, 24)),
+    ((0, 50), (80, 50)),
+    ((1, 1), (chat.LEAST_COLUMNS, chat.LEAST_ROWS)),
+    (None, (80, 24)),
+]
+
+
+@pytest.mark.parametrize("told, used", WINDOW_SIZES)
+def test_a_terminal_of_no_size_is_one_of_the_usual_size(monkeypatch, told, used):
+    def size(fd):
+        if told is None:
+            raise OSError(errno.ENOTTY, "no terminal")
+        return os.terminal_size(told)
+
+    monkeypatch.setattr(os, "get_terminal_size", size)
+    assert chat.RawTerminal.size(types.SimpleNamespace(screen=1)) == used
+
+
+def test_what_leaves_the_screen_takes_the_line_and_the_status_and_no_message():
+    desk = Desk()
+    desk.hear("one", "two")
+    desk.row = "draft"
+    assert "draft" in desk.paint()[-1]
+    desk.screen.draw(desk.display.leave())
+    assert desk.said == ["one", "two"]
+    assert not any("draft" in line or "connected" in line for line in desk.screen.lines)
+
+
 def test_the_bell_rings_once_for_what_calls_us_and_never_for_the_past_or_ourselves():
     desk = Desk()
     desk.hear("alice?", "alice!", called=True)
@@ -19937,6 +20663,102 @@ def test_the_first_bytes_to_a_workshop_server_are_the_name(flags):
             sock.close()
             assert client.stdout.read() == b"> bob: bye\n"
             assert client.wait(PATIENCE) == 0
+
+
+class Typist(chat.TerminalClient):
+    """The keys of a terminal's client, and what a desk shows; there is no terminal."""
+
+    def __init__(self):
+        self.desk = Desk()
+        self.core, self.display, self.loop = self.desk.core, self.desk.display, FakeLoop(0.0)
+        self.link = types.SimpleNamespace(typing=chat.do_nothing, ask_older=lambda room: False)
+        self.decoder, self.editor = chat.KeyDecoder(), chat.LineEditor(self.complete)
+        self.cleared = self.asked = -math.inf
+        self.begun, self.told, self.left = math.inf, [], False
+
+    def show(self, views):
+        self.told += views
+
+    def leave(self, reason=""):
+        self.left = True
+
+    def types(self, keys):
+        self.press(self.decoder.feed(keys.encode(), self.loop.now))
+        if keys == "\x1b":
+            self.press(self.decoder.flush(self.loop.now))
+
+
+READING_BACK = [  # a key, and the first row that is seen after it
+    ("\x1b[5~", 186),  # a page, but for the row from which the user goes on
+    ("\x1b[5~", 179),
+    ("\x1b[6~", 186),
+    ("\x1b[A", 185),  # an arrow
+    ("\x1b[B", 186),
+    ("\x1b[H", 0),
+    ("\x1b[6~", 7),
+    ("\x1b[F", 193),
+    ("\x1b[5;2~", 186),
+    ("\x1b", 193),
+    ("\x1b[5~", 186),
+    ("\x1b[6;2~", 193),
+]
+
+
+def test_keys_move_through_what_was_said_by_rows_and_by_pages():
+    typist = Typist()
+    typist.desk.hear(*(str(n) for n in range(200)))
+    everything = [DAY, *(f"08:30 bob: {n}" for n in range(200))]
+    assert typist.desk.paint()[:-2] == everything[193:]
+    for key, first in READING_BACK:
+        typist.types(key)
+        assert typist.desk.paint()[:-2] == everything[first : first + 8], (key, first)
+
+
+CTRL_C = [  # seconds that pass, and what is typed then; how often Ctrl-C asks, whether it leaves
+    ([(0, "^C")], 1, False),
+    ([(0, "^C"), (chat.LEAVE_SECONDS - 0.5, "^C")], 1, True),
+    ([(0, "^C"), (chat.LEAVE_SECONDS, "^C")], 2, False),
+    ([(0, "draft"), (0, "^C")], 0, False),
+    ([(0, "draft"), (0, "^C"), (chat.CLEAR_SECONDS, "^C")], 0, False),
+    ([(0, "draft"), (0, "^C"), (chat.CLEAR_SECONDS + 0.5, "^C")], 1, False),
+    ([(0, "draft"), (0, "^C"), (0, "x"), (0, "\x7f"), (0, "^C")], 1, False),
+]
+
+
+@pytest.mark.parametrize("typed, asked, left", CTRL_C)
+def test_ctrl_c_empties_the_line_else_it_asks_and_the_next_one_leaves(typed, asked, left):
+    typist = Typist()
+    typist.loop.now = 1000.0
+    for seconds, keys in typed:
+        typist.loop.now += seconds
+        if keys == "^C":
+            typist.interrupt()
+        else:
+            typist.types(keys)
+    assert (len(typist.told), typist.left, typist.editor.text) == (asked, left, "")
+
+
+ENDS = [  # messages waiting, failed and refused; the reason; the numbers that are told
+    (0, 0, 0, "", []),
+    (0, 1, 0, "", ["1"]),
+    (0, 1, 1, "", ["2"]),
+    (0, 1, 1, "broken", []),
+    (2, 0, 0, "broken", ["2"]),
+    (2, 0, 3, "", ["3", "2"]),
+]
+
+
+@pytest.mark.parametrize("waiting, failures, refused, reason, told", ENDS)
+def test_a_pipe_ends_with_the_number_of_messages_that_did_not_arrive(
+    waiting, failures, refused, reason, told
+):
+    end = object.__new__(chat.Filter)
+    outbox = types.SimpleNamespace(waiting=dict.fromkeys(range(waiting)))
+    end.core = types.SimpleNamespace(outbox=outbox, failures=failures)
+    end.refused, end.failure, end.reason, end.loop = refused, "", "", FakeLoop(0.0)
+    end.login, end.join, end.options = None, (), types.SimpleNamespace(state=None)
+    end.over(reason)
+    assert re.findall("[0-9]+", end.reason) == told and end.reason.startswith(reason)
 
 
 def test_a_url_says_that_it_is_the_line_protocol():
@@ -20628,6 +21450,15 @@ class Sender(Linked):
 
     def posted(self):
         return [view for view in self.core.room.views if "/files/" in view.text and view.id]
+
+
+def test_a_transfer_that_is_stopped_drops_what_it_saved_and_no_file_of_the_user(tmp_path):
+    transfers = chat.Transfers(Hanging(True, 60.0), tmp_path)
+    for up in (True, False):
+        part = tmp_path / f"{up}.part"
+        part.write_bytes(b"x")
+        transfers.end(chat.Transfer("1", up, "#lobby", str(tmp_path / str(up))))
+        assert part.exists() == up
 
 
 def send_and_save(server, where, folder, body):
@@ -23948,6 +24779,23 @@ def program(*arguments, limits=None, **options):
     limited = ["-c", LIMITED, os.path.dirname(compiled()), json.dumps(limits)]
     command = limited if limits else [compiled()]
     return Program([sys.executable, *command, *map(str, arguments)], **{**pipes, **options})
+
+
+def test_a_password_is_never_read_where_it_would_be_seen(monkeypatch):
+    import getpass
+    import warnings
+
+    def seen(prompt):
+        warnings.warn("Can not control echo on the terminal.", getpass.GetPassWarning, 2)
+        return "hunter2"
+
+    for ask in (seen, lambda prompt: next(iter(()))):
+        monkeypatch.setattr(getpass, "getpass", ask)
+        if ask is seen:
+            with pytest.raises(chat.Unusable):
+                chat.ask_for_password()
+    monkeypatch.setattr(getpass, "getpass", lambda prompt: "hunter2")
+    assert chat.ask_for_password() == "hunter2"
 
 
 def test_the_one_file_is_all_it_takes(tmp_path):
