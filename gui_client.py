@@ -735,17 +735,17 @@ class Sheet:
 
     # Rows
 
-    def reset(
-        self, room: int, rows: Iterable[Row], read_time: int, past: bool = False, unread: int = 0
-    ) -> None:
+    def reset(self, event: Rows) -> None:
         """Take the rows of a conversation; none of them is drawn yet."""
-        if room != self.room:
+        again = event.room == self.room and event.at == RESET and not self.past
+        if event.room != self.room:
             self.expanded.clear()
             self.troubles.clear()
-        self.room, self.rows, self.read_time = room, list(rows), read_time
+        self.room, self.rows, self.read_time = event.room, list(event.rows), event.read_time
         self.first, self.sizes = len(self.rows), []
-        self.whole, self.past, self.cleared = False, past, False
-        self.mark_new(unread)
+        self.whole, self.past, self.cleared = False, event.at == PAST, False
+        if not again:
+            self.mark_new(event.unread)
 
     def mark_new(self, unread: int) -> None:
         """Put the "new" line above the first message that was not read."""
@@ -1011,40 +1011,16 @@ def count_text(room: RoomInfo) -> str:
 # know from elsewhere.
 
 EMOJI_BLOCKS = ((0x1F300, 0x1F64F), (0x1F680, 0x1F6FF), (0x1F900, 0x1FAFF), (0x2600, 0x27BF))
-EMOJI_KNOWN = {
-    "+1": "\U0001f44d",
-    "-1": "\U0001f44e",
-    "thumbsup": "\U0001f44d",
-    "thumbsdown": "\U0001f44e",
-    "heart": "\u2764\ufe0f",
-    "tada": "\U0001f389",
-    "joy": "\U0001f602",
-    "smile": "\U0001f642",
-    "grin": "\U0001f600",
-    "wink": "\U0001f609",
-    "cry": "\U0001f622",
-    "sob": "\U0001f62d",
-    "think": "\U0001f914",
-    "shrug": "\U0001f937",
-    "tea": "\U0001f375",
-    "coffee": "\u2615",
-    "beer": "\U0001f37a",
-    "cake": "\U0001f370",
-    "check": "\u2705",
-    "cross": "\u274c",
-    "eyes": "\U0001f440",
-    "fire": "\U0001f525",
-    "rocket": "\U0001f680",
-    "ok": "\U0001f44c",
-    "pray": "\U0001f64f",
-    "clap": "\U0001f44f",
-    "wave": "\U0001f44b",
-    "sun": "\u2600\ufe0f",
-    "star": "\u2b50",
-    "bug": "\U0001f41b",
-    "warning": "\u26a0\ufe0f",
-    "100": "\U0001f4af",
-}
+EMOJI_TABLE = (
+    "+1 \U0001f44d -1 \U0001f44e thumbsup \U0001f44d thumbsdown \U0001f44e "
+    "heart \u2764\ufe0f tada \U0001f389 joy \U0001f602 smile \U0001f642 grin \U0001f600 "
+    "wink \U0001f609 cry \U0001f622 sob \U0001f62d think \U0001f914 shrug \U0001f937 "
+    "tea \U0001f375 coffee \u2615 beer \U0001f37a cake \U0001f370 check \u2705 cross \u274c "
+    "eyes \U0001f440 fire \U0001f525 rocket \U0001f680 ok \U0001f44c pray \U0001f64f "
+    "clap \U0001f44f wave \U0001f44b sun \u2600\ufe0f star \u2b50 bug \U0001f41b "
+    "warning \u26a0\ufe0f 100 \U0001f4af "
+)
+EMOJI_KNOWN = dict(re.findall(r"(\S+) (\S+)", EMOJI_TABLE))
 EMOJI_OFFERED = 8
 EMOJI_WORD = re.compile(r"(?:^|(?<=\s)):([a-z0-9_+-]{2,})$", re.IGNORECASE)
 REACTIONS = ("\U0001f44d", "\u2764\ufe0f", "\U0001f602", "\U0001f389", "\U0001f440", "\U0001f622")
@@ -1588,7 +1564,7 @@ class Wanted:
         """Have a file opened once it is saved."""
         self.opening[one.id] = one
 
-    def transfer_changed(self, core: chat.ClientCore, id: str) -> None:
+    def saved(self, core: chat.ClientCore, id: str) -> None:
         one = self.opening.get(id)
         if one is not None and one not in core.transfers:
             del self.opening[id]
@@ -2037,33 +2013,18 @@ class Engine(chat.ManyServers):
     def _reset(self, seat: chat.Seat, view: chat.View) -> None:
         self.watched.reset(self.room_of(seat, view))
 
-    def _cleared(self, seat: chat.Seat, view: chat.View) -> None:
-        self.tell(Cleared(self.room_of(seat, view).id))
-
     def _older(self, seat: chat.Seat, view: chat.View) -> None:
         self.watched.older_came(self.room_of(seat, view), chat.whole_number(view.text) or 0)
+
+    def _read_elsewhere(self, seat: chat.Seat, view: chat.View) -> None:
+        room = self.room_of(seat, view)
+        self.tell(Read(room.id, room.read_time))
 
     def _people(self, seat: chat.Seat, view: chat.View) -> None:
         self.watched.members_changed()
         if view.text:
             names = sorted(view.text.split(", "), key=key_of)
             self.tell(Page(f"Members of {view.where}", "\n".join(names)))
-
-    def _page(self, seat: chat.Seat, view: chat.View) -> None:
-        self.tell(Page(view.name, view.text))
-
-    def _code(self, seat: chat.Seat, view: chat.View) -> None:
-        self.tell(Code(view.text))
-
-    def _back(self, seat: chat.Seat, view: chat.View) -> None:
-        self.tell(Back(self.room_of(seat, view).id, view.text))
-
-    def _read_elsewhere(self, seat: chat.Seat, view: chat.View) -> None:
-        room = self.room_of(seat, view)
-        self.tell(Read(room.id, room.read_time))
-
-    def _transfer_changed(self, seat: chat.Seat, view: chat.View) -> None:
-        self.wanted.transfer_changed(seat.core, view.own_id)
 
     def _results(self, seat: chat.Seat, title: str, views: list[chat.View]) -> None:
         self.tell(Results(title, tuple(result_of(seat.core, view) for view in views)))
@@ -2076,16 +2037,15 @@ class Engine(chat.ManyServers):
         chat.FAILED: _failed,
         chat.ARRIVED: arrived,
         chat.REACTED: _reacted,
-        chat.REMOVED: _reset,
-        chat.RESET: _reset,
-        chat.CLEARED: _cleared,
+        **dict.fromkeys((chat.REMOVED, chat.RESET), _reset),
         chat.OLDER: _older,
         chat.PEOPLE: _people,
-        chat.PAGE: _page,
-        chat.QR_CODE: _code,
-        chat.BACK: _back,
+        chat.TRANSFER: lambda self, seat, view: self.wanted.saved(seat.core, view.own_id),
+        chat.CLEARED: lambda self, seat, view: self.tell(Cleared(self.room_of(seat, view).id)),
+        chat.BACK: lambda self, seat, view: self.tell(Back(self.room_of(seat, view).id, view.text)),
+        chat.PAGE: lambda self, seat, view: self.tell(Page(view.name, view.text)),
+        chat.QR_CODE: lambda self, seat, view: self.tell(Code(view.text)),
         chat.READ: _read_elsewhere,
-        chat.TRANSFER: _transfer_changed,
     }
 
 
@@ -2848,6 +2808,44 @@ class Field(tk.Text):
         return self.look.drawable(chat.harmless(" ".join(text.split("\n")).strip()))
 
 
+class Choices(ttk.Treeview):
+    """A list for which a field beside it has the keys. A click takes a row."""
+
+    def __init__(self, parent: tk.Misc, taken: Callable[[], None], **options: Any):
+        super().__init__(parent, show="tree", style="Card.Treeview", selectmode="browse", **options)
+        self.configure(takefocus=False)
+        self.taken = taken
+        self.bind("<ButtonRelease-1>", self._click)
+
+    def show(self, rows: Iterable[tuple[str, ...]]) -> None:
+        """Show rows, each with a text and values of columns."""
+        self.delete(*self.get_children())
+        for n, (text, *values) in enumerate(rows):
+            self.insert("", "end", str(n), text=text, values=values)
+
+    @property
+    def chosen(self) -> int | None:
+        """The number of the chosen row."""
+        selected = self.selection()
+        return int(selected[0]) if selected else None
+
+    def choose(self, number: int) -> None:
+        self.selection_set(str(number))
+        self.see(str(number))
+
+    def move(self, step: int) -> str:
+        """Choose the next row, or the one before."""
+        count, now = len(self.get_children()), self.chosen
+        if count:
+            self.choose(((-1 if step > 0 else 0) + step if now is None else now + step) % count)
+        return "break"
+
+    def _click(self, event: Any) -> None:
+        if row := self.identify_row(event.y):
+            self.choose(int(row))
+            self.taken()
+
+
 class Offers(ttk.Frame):
     """A list of what the word being typed may become, above the field."""
 
@@ -2855,15 +2853,11 @@ class Offers(ttk.Frame):
 
     def __init__(self, parent: tk.Misc, look: Look, chosen: Callable[[str], None]):
         super().__init__(parent, style="Raised.Card.TFrame", padding=2)
-        self.look, self.chosen = look, chosen
+        self.look = look
         self.words: list[str] = []  # what each row stands for
         self.by_key = False  # the user has moved in the list
-        self.tree = ttk.Treeview(
-            self, style="Card.Treeview", show="tree", columns=("what",), selectmode="browse"
-        )
-        self.tree.configure(takefocus=False)
+        self.tree = Choices(self, lambda: chosen(self.choice), columns=("what",))
         self.tree.pack(fill="both", expand=True)
-        self.tree.bind("<ButtonRelease-1>", self._click)
 
     @property
     def shown(self) -> bool:
@@ -2872,45 +2866,32 @@ class Offers(ttk.Frame):
     def show(self, rows: list[tuple[str, str, str]]) -> None:
         """Show rows of what to insert, how that reads, and what it is."""
         if [row[0] for row in rows] == self.words and self.shown:
-            return
-        self.tree.delete(*self.tree.get_children())
+            return None
         self.words, self.by_key = [row[0] for row in rows], False
         if not rows:
             return self.hide()
+        self.tree.show(row[1:] for row in rows)
         font, em = self.look.font, self.look.em
-        for n, (_, text, what) in enumerate(rows):
-            self.tree.insert("", "end", str(n), text=text, values=(what,))
         width = max(font.measure(text) for _, text, _ in rows) + 2 * em
         more = max(font.measure(what) for _, _, what in rows) + em
         self.tree.column("#0", width=width, stretch=False)
         self.tree.column("what", width=more)
         self.tree.configure(height=min(self.ROWS, len(rows)))
         self.place(relx=0.01, rely=1.0, y=-self.look.part(0.2), anchor="sw", relwidth=0.98)
-        self.lift()
-        return None
+        return self.lift()
 
     def hide(self) -> None:
         self.words, self.by_key = [], False
         self.place_forget()
 
     def move(self, step: int) -> None:
-        """Choose the next row, or the one before."""
-        count, selected = len(self.words), self.tree.selection()
-        now = int(selected[0]) if selected else (-1 if step > 0 else 0)
         self.by_key = True
-        row = str((now + step) % count)
-        self.tree.selection_set(row)
-        self.tree.see(row)
+        self.tree.move(step)
 
     @property
     def choice(self) -> str:
         """The chosen word; the first one if none was chosen."""
-        selected = self.tree.selection()
-        return self.words[int(selected[0])] if selected else self.words[0]
-
-    def _click(self, event: Any) -> None:
-        if row := self.tree.identify_row(event.y):
-            self.chosen(self.words[int(row)])
+        return self.words[self.tree.chosen or 0]
 
 
 def command_offers(word: str) -> list[tuple[str, str, str]]:
@@ -3447,10 +3428,6 @@ class SheetText(ReadText):
 
     # Drawing
 
-    def draw_last(self, count: int) -> None:
-        """Draw the last rows and no others."""
-        self.fill(self.sheet.draw_before(count))
-
     def append(self, rows: tuple[Row, ...], seen: bool) -> None:
         """Add rows at the end, in one go."""
         number = len(self.sheet.rows)
@@ -3806,35 +3783,22 @@ class Transcript(ttk.Frame):
 
     # Rows
 
-    def reset(
-        self,
-        room: int,
-        rows: Iterable[Row],
-        read_time: int,
-        mark: int = -1,
-        past: bool = False,
-        unread: int = 0,
-        spot: Spot | None = None,
-    ) -> None:
+    def reset(self, event: Rows, spot: Spot | None = None) -> None:
         """Show a conversation: its end, or around one row, or where the user was reading."""
-        same = room == self.sheet.room and not past and not self.sheet.past
-        if same:
+        if event.room == self.sheet.room and event.at == RESET and not self.sheet.past:
             spot = self.spot() if not self.at_bottom else None
         drawn = max(ROWS_DRAWN, spot.drawn if spot else 0)
-        marked, unseen = self.sheet.marked, self.sheet.unseen
-        self.sheet.reset(room, rows, read_time, past, unread)
-        if same:
-            self.sheet.marked, self.sheet.unseen = marked, unseen
-        if mark >= 0:
-            drawn = max(drawn, len(self.sheet.rows) - mark + ROWS_MORE)
-        self.text.draw_last(drawn)
+        if event.mark >= 0:
+            drawn = max(drawn, len(event.rows) - event.mark + ROWS_MORE)
+        self.sheet.reset(event)
+        self.text.fill(self.sheet.draw_before(drawn))
         self.waiting_older = self.waiting_after = False
-        if mark >= 0:
-            self.show_row(mark)
+        if event.mark >= 0:
+            self.show_row(event.mark)
         elif spot is not None and self.return_to(spot):
             self.at_bottom = False
         else:
-            self.at_bottom = not past
+            self.at_bottom = not self.sheet.past
             self.text.see("end")
         self.pointer.paint()
         self._want_older()
@@ -3892,7 +3856,7 @@ class Transcript(ttk.Frame):
     def redraw_all(self) -> None:
         """Draw everything again."""
         sheet = self.sheet
-        self.reset(sheet.room, sheet.rows, sheet.read_time)
+        self.reset(Rows(sheet.room, RESET, sheet.rows, sheet.read_time))
 
     def restyle(self, clock: str, pictures: bool) -> None:
         """Show times otherwise, or no pictures."""
@@ -5006,14 +4970,12 @@ class Switcher(Card):
         self.matching: list[Callable[[], None]] = []
         self.field = Field(self.body, look, self.enter)
         self.field.pack(fill="x")
-        self.tree = ttk.Treeview(self.body, show="tree", style="Card.Treeview", height=self.ROWS)
-        self.tree.configure(selectmode="browse", takefocus=False)
+        self.tree = Choices(self.body, self.enter, height=self.ROWS)
         self.tree.pack(fill="both", expand=True, pady=(look.part(0.4), 0))
         self.tree.column("#0", width=20 * look.em)
         self.field.bind("<<Modified>>", self._modified)
-        self.field.bind("<Up>", lambda _: self._move(-1))
-        self.field.bind("<Down>", lambda _: self._move(1))
-        self.tree.bind("<ButtonRelease-1>", self._click)
+        self.field.bind("<Up>", lambda _: self.tree.move(-1))
+        self.field.bind("<Down>", lambda _: self.tree.move(1))
 
     def show(self, choices: list[tuple[str, Callable[[], None]]]) -> None:
         self.choices = choices
@@ -5033,30 +4995,15 @@ class Switcher(Card):
             found.sort(key=lambda one: not key_of(one[0]).lstrip("#").startswith(words[0]))
         found = found[: 5 * self.ROWS]
         self.matching = [act for _, act in found]
-        self.tree.delete(*self.tree.get_children())
-        for n, (text, _) in enumerate(found):
-            self.tree.insert("", "end", str(n), text=self.look.seen(shorter(text, NAME_SHOWN)))
+        self.tree.show((self.look.seen(shorter(text, NAME_SHOWN)),) for text, _ in found)
         if found:
-            self.tree.selection_set("0")
-
-    def _move(self, step: int) -> str:
-        selected = self.tree.selection()
-        if self.matching:
-            row = str(((int(selected[0]) if selected else -1) + step) % len(self.matching))
-            self.tree.selection_set(row)
-            self.tree.see(row)
-        return "break"
+            self.tree.choose(0)
 
     def enter(self) -> None:
-        if selected := self.tree.selection():
-            act = self.matching[int(selected[0])]
+        if self.tree.chosen is not None:
+            act = self.matching[self.tree.chosen]
             self.hide()
             act()
-
-    def _click(self, event: Any) -> None:
-        if row := self.tree.identify_row(event.y):
-            self.tree.selection_set(row)
-            self.enter()
 
 
 class SettingsCard(Card):
@@ -5523,12 +5470,10 @@ class Reading(Acts):
     def _take_rows(self, event: Rows) -> None:
         page = self.transcript
         if event.at in (RESET, PAST):
-            past, spot = event.at == PAST, self.spots.pop(event.room, None)
-            rest = (event.read_time, event.mark, past, event.unread, spot)
-            page.reset(event.room, event.rows, *rest)
+            page.reset(event, self.spots.pop(event.room, None))
             if page.at_bottom:
                 self.below = 0
-            elif not past:
+            elif event.at == RESET:
                 self.do("back", True)
         elif event.at == START:
             page.prepend(event.rows)

@@ -20776,7 +20776,7 @@ def sheet_of(*views, read_time=0, **more):
     """A sheet with these views, all drawn; and its pieces."""
     sheet = gui_client.Sheet()
     rows = [view if isinstance(view, gui_client.Row) else gui_client.Row(view) for view in views]
-    sheet.reset(1, rows, read_time, **more)
+    sheet.reset(gui_client.Rows(1, gui_client.RESET, tuple(rows), read_time, **more))
     return sheet, sheet.draw_before(len(rows))
 
 
@@ -20846,7 +20846,7 @@ def test_lines_are_counted_right_whatever_happens_to_rows(seed):
     """The widget's text, edited as the sheet says, is what the sheet would draw at once."""
     chance, lines, count = random.Random(seed), [], itertools.count()
     sheet = gui_client.Sheet()
-    sheet.reset(1, [], 0)
+    sheet.reset(gui_client.Rows(1, gui_client.RESET, ()))
 
     def row(**more):
         n = next(count)
@@ -22683,7 +22683,7 @@ def test_few_pictures_are_kept_and_the_page_is_as_high_with_them_as_without(wind
     page.pictures.wants = fetched
     tags = [f"/files/{n:032x},image/png,{len(data)},60,90" for n in range(40)]
     rows = [gui_client.Row(said(f"{n}", time=EIGHT + n, file=tag)) for n, tag in enumerate(tags)]
-    page.reset(1, rows, 0)
+    page.reset(gui_client.Rows(1, gui_client.RESET, tuple(rows)))
     pump(alice, lambda: len(page.pictures.images) >= 3)
     height, last = height_of(alice), set(page.pictures.images)
     page.text.yview("1.0")
