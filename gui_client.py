@@ -192,6 +192,12 @@ class Changed(NamedTuple):
     row: Row
 
 
+class Removed(NamedTuple):
+    """A message was redacted: its words are to be seen nowhere."""
+
+    id: str
+
+
 class Cleared(NamedTuple):
     """The user wants an empty page; scrolling up shows what was there."""
 
@@ -431,6 +437,7 @@ LINE_SHOWN = 1000  # characters of one line: a line of 100 kB takes Tk half a se
 TEXT_SHOWN = 2000  # characters of a message, before a click shows the rest ...
 LINES_SHOWN = 24  # ... and lines
 EXCERPT = 80  # characters of a message that another one answers
+UNKNOWN_ANSWER = ("reply", "an earlier message")  # of a reply to a message that is not here
 NAME_SHOWN = 80  # characters of a name ...
 LABEL_SHOWN = 300  # ... and of a label
 NAME_TAGS = 12
@@ -817,6 +824,18 @@ class Sheet:
         self.marked = None
         return number
 
+    def remove(self, id: str) -> list[int]:
+        """Take the words of a message away, also where it is answered. Return the rows of both."""
+        numbers = [n for n, row in enumerate(self.rows) if id in (row.view.id, row.view.reply)]
+        for n in numbers:
+            row = self.rows[n]
+            if row.view.id == id:
+                told = chat.View(chat.NOTE, "a message was taken back", time=row.view.time)
+                self.rows[n] = Row(told)
+            else:
+                self.rows[n] = row._replace(answers=UNKNOWN_ANSWER)
+        return numbers
+
     def find(self, key: Any) -> int | None:
         """Return the number of the row with this key; the newest are looked at first."""
         if key is None:
@@ -1101,6 +1120,7 @@ class SeatScreen:
         self.was_ready = self.told_why = False
         self.secret = ""  # of an account that is to be registered
         self.missed: dict[str, None] = {}  # ids of what was said while we were away
+        self.last_removed = ""  # id of the message that was redacted last
 
 
 def search_words(text: str) -> tuple[str, dict[str, str]]:
@@ -1169,7 +1189,7 @@ def answered_by(
         return "", ""
     said = by_id.get(view.reply) or find_view(room, lambda one: one.id == view.reply)
     said = said or core.kept(view.reply)
-    return (said.name, said.text[: 4 * EXCERPT]) if said else ("reply", "an earlier message")
+    return (said.name, said.text[: 4 * EXCERPT]) if said else UNKNOWN_ANSWER
 
 
 def row_of(
@@ -1368,6 +1388,11 @@ class Watched:
         if room is self.room:
             self.again = True
 
+    def redacted(self, id: str) -> None:
+        """Take a message away, also one that is shown from the past."""
+        self.past = [view for view in self.past if view.id != id]
+        self.tell(Removed(id))
+
     def members_changed(self) -> None:
         self.people_changed = True
 
@@ -1414,6 +1439,7 @@ class Watched:
             return None
         new = len(views) - self.count
         if new > ROWS_KEPT // 2:
+            self.count = len(views)  # soon
             self._trim()
             return self._send_all()
         if new > 0:
@@ -1918,6 +1944,7 @@ class Engine(chat.ManyServers):
 
     def show_of(self, seat: chat.Seat, views: list[chat.View]) -> None:
         self._note_ready(seat)
+        self._note_removed(seat)
         for view in views:
             if handler := self.TAKEN.get(view.kind):
                 handler(self, seat, view)
@@ -1939,6 +1966,13 @@ class Engine(chat.ManyServers):
             screen.told_why = False
             self._keep(seat, chat.View(chat.NOTE, f"connected to {seat.link.target}"))
         self.register(seat)
+
+    def _note_removed(self, seat: chat.Seat) -> None:
+        """Note messages that were redacted since: the core tells only of those in its rooms."""
+        removed, last = seat.core.removed, seat.screen.last_removed
+        seat.screen.last_removed = next(reversed(removed), "")
+        for id in itertools.takewhile(lambda id: id != last, reversed(removed)):
+            self.watched.redacted(id)
 
     def register(self, seat: chat.Seat) -> None:
         """Register the account that the user wants, once the server has the name."""
@@ -2200,6 +2234,11 @@ class Timers:
             act()
 
         self.ids[what] = self.root.after(milliseconds, due)
+
+    def soon(self, what: str, act: Callable[[], Any]) -> None:
+        """Call back once, when Tk has nothing else to do."""
+        if not self.waits(what):
+            self.ids[what] = self.root.after_idle(lambda: (self.ids.pop(what, None), act()))
 
     def waits(self, what: str) -> bool:
         return what in self.ids
@@ -2721,10 +2760,13 @@ def offer_menu(widget: tk.Text, look: Look, *actions: str) -> None:
 
 PATH = re.compile(r"(?:file://|[/~]|[A-Za-z]:[/\\])[^\n]{1,4000}")  # of a file, perhaps
 PASTED_MOST = 64 * 1024  # characters: four of the longest messages
+LINE_MOST = 4096  # characters of a field of one line: Tk lays out all of it for each key
 
 
 class Field(tk.Text):
     """One line of text. Return enters, Tab goes on to the next field."""
+
+    MOST = LINE_MOST  # characters that can be pasted
 
     def __init__(
         self, parent: tk.Misc, look: Look, enter: Callable[[], None], name: str = "", **options: Any
@@ -2789,7 +2831,7 @@ class Field(tk.Text):
             text = self.selection_get(selection=selection)
         except tk.TclError:  # nothing there
             return "break"
-        if len(text) + len(self.content) > PASTED_MOST:
+        if len(text) + len(self.content) > self.MOST:
             self.too_long(whole(text))
             return "break"
         if self.tag_ranges("sel") and selection == "CLIPBOARD":
@@ -2802,7 +2844,7 @@ class Field(tk.Text):
         self.show_cursor()
 
     def too_long(self, text: str) -> None:
-        self.refused(f"that is too long to be pasted: more than {PASTED_MOST:,} characters")
+        self.refused(f"that is too long to be pasted: more than {self.MOST:,} characters")
 
     def pasted(self, text: str) -> str:
         return self.look.drawable(chat.harmless(" ".join(text.split("\n")).strip()))
@@ -2909,7 +2951,7 @@ class Compose(Field):
     it only gets keys that a Text has no idea of.
     """
 
-    MOST_LINES = 6
+    MOST, MOST_LINES = PASTED_MOST, 6
     LEAVES_OFFERS = ("Tab", "ISO_Left_Tab", "Shift_L", "Shift_R")
 
     def __init__(self, parent: tk.Misc, look: Look):
@@ -3736,9 +3778,10 @@ class Transcript(ttk.Frame):
 
     def __init__(self, parent: tk.Misc, look: Look, timers: Timers):
         super().__init__(parent, style="Card.TFrame")
-        self.look = look
+        self.look, self.timers = look, timers
         self.at_bottom = True
         self.waiting_older = self.waiting_after = False
+        self.settling = False  # Tk lays out all lines again: what moves is not the user's doing
         self.width = 0  # of the text, in pixels
         self.reached_bottom: Callable[[], None] = chat.do_nothing
         self.left_bottom: Callable[[], None] = chat.do_nothing
@@ -3762,6 +3805,7 @@ class Transcript(ttk.Frame):
             button.configure(takefocus=False)
         self.top = ttk.Label(self, style="Dim.Card.TLabel")
         self.typing = ttk.Label(self, style="Dim.Card.TLabel")
+        look.follow(self._settle)
         self._bind_all()
 
     def _bind_all(self) -> None:
@@ -3773,8 +3817,12 @@ class Transcript(ttk.Frame):
         text.bind("<Home>", lambda _: text.see("1.0") or "break")
         text.bind("<End>", lambda _: self.to_bottom() or "break")
 
+    def _settle(self) -> None:
+        self.settling = True
+
     def _resized(self, event: Any) -> None:
         """Stay at the end; break lines from right to left again."""
+        self._settle()
         self._stay()
         width, self.width = self.width, event.width
         turned = (RIGHT_TO_LEFT.search(row.view.text) for row in self.sheet.rows)
@@ -3870,6 +3918,12 @@ class Transcript(ttk.Frame):
         """Take away the "new" line: all was read, here or on another device."""
         self.redraw(self.sheet.read_to(when))
 
+    def remove(self, id: str) -> None:
+        """Take the words of a message away."""
+        for number in self.sheet.remove(id):
+            self.redraw(number)
+            self.redraw(number + 1)  # it may have stood under the same name
+
     def toggle(self, row: Row) -> None:
         """Show all of a long message, or its beginning."""
         self.sheet.expanded ^= {row.key}
@@ -3952,7 +4006,8 @@ class Transcript(ttk.Frame):
         text = self.text
         text.bar.set(first, last)
         at_end = float(last) > BOTTOM and not self.sheet.past
-        went_up = text.compare("@0,0", "<", "top")
+        went_up = not self.settling and text.compare("@0,0", "<", "top")
+        self.settling = self.settling and text.tk.getboolean(text.tk.call(text, "pendingsync"))
         text.mark_set("top", "@0,0")
         if at_end and not self.at_bottom:
             self.at_bottom = True
@@ -3961,7 +4016,7 @@ class Transcript(ttk.Frame):
             self.at_bottom = False
             self.left_bottom()
         elif self.at_bottom and not at_end:  # Tk's layout, and no scrolling of the user
-            text.after_idle(self._stay)
+            self.timers.soon("stay", self._stay)
         if self.sheet.marked is not None or self.above.place_info():
             self._tell_above()
         if float(first) > 0:
@@ -3969,7 +4024,7 @@ class Transcript(ttk.Frame):
         self.pictures.look_soon()
         if self.sheet.past and float(last) > BOTTOM and not self.waiting_after:
             self.waiting_after = True
-            text.after_idle(self.wants_after)
+            self.timers.soon("after", self.wants_after)
         self._want_older()
 
     def scroll(self, pages: int) -> None:
@@ -3986,7 +4041,7 @@ class Transcript(ttk.Frame):
 
     def _want_older(self) -> None:
         """Look soon whether older rows are wanted."""
-        self.text.after_idle(self._fetch_older)
+        self.timers.soon("older", self._fetch_older)
 
     def _fetch_older(self) -> None:
         """Draw or fetch older rows: at the top, or where there is room for them."""
@@ -4546,6 +4601,7 @@ class Panel(ttk.Frame):
         self.jump: Callable[[int, chat.View], None] = chat.do_nothing
         self.closed: Callable[[], None] = chat.do_nothing
         self.rows: list[tuple[int, str, chat.View]] = []
+        self.wanted = ""  # words that were looked for
         self.everywhere = False
         head = ttk.Frame(self, style="Card.TFrame")
         close = ttk.Button(head, text="\u2715", style="Plain.TButton", command=self.close)
@@ -4628,7 +4684,7 @@ class Panel(ttk.Frame):
 
     def show_results(self, title: str, rows: tuple) -> None:
         """Show messages that were found, the newest first."""
-        self.rows = list(reversed(rows))
+        self.rows, self.wanted = list(reversed(rows)), title
         self._show_field(True)
         count = chat.counted(len(rows), "message")
         self.title.configure(text=self.look.seen(shorter(f"{count}: {title}", NAME_SHOWN)))
@@ -4644,6 +4700,12 @@ class Panel(ttk.Frame):
             if tag.startswith("row"):
                 self.text.tag_delete(tag)
         self._fill(pieces)
+
+    def remove(self, id: str) -> None:
+        """Take a message away that was redacted."""
+        left = [row for row in self.rows if row[2].id != id]
+        if left != self.rows:
+            self.show_results(self.wanted, left[::-1])
 
     def _choose(self, step: int, event: Any) -> str | None:
         """Choose the next message that was found."""
@@ -5224,7 +5286,7 @@ class Writing(Acts):
         self.typed_at = 0.0  # when others were told that the user types; 0: they were not
         compose = self.compose
         compose.send, compose.complete = self.send, self.complete
-        compose.edited, compose.refused = self._edited, self.window.tell
+        compose.edited = self._edited
         compose.several, compose.too_much = self._show_paste, self._offer_paste
         self.transcript.pointer.typed = self.type_on
 
@@ -5266,7 +5328,7 @@ class Writing(Acts):
         """Take what was typed or pasted elsewhere into the field."""
         self.compose.focus_set()
         text = self.compose.pasted(text)
-        if len(text) + len(self.compose.content) > PASTED_MOST:
+        if len(text) + len(self.compose.content) > self.compose.MOST:
             return self.compose.too_much(text)
         return self.compose.take_paste(text)
 
@@ -5361,6 +5423,11 @@ class Writing(Acts):
     def stop_reply(self) -> None:
         if self.reply:
             self.banner.hide()
+
+    def message_gone(self, id: str) -> None:
+        if self.reply and self.reply.view.id == id:
+            self.stop_reply()
+            self.window.tell("the message that you answer was taken back; your text is kept")
 
     # Pastes
 
@@ -6270,6 +6337,8 @@ class Window:
         self.cards = [one for one in root.winfo_children() if isinstance(one, Card)]
         for card in self.cards:
             card.closed = self.compose.focus_set
+        for field in [one for one in descendants(root) if isinstance(one, Field)]:
+            field.refused = self.tell
 
     def _join(self) -> None:
         """Join the widgets to the acts of the user, and these to the events of the engine."""
@@ -6289,6 +6358,7 @@ class Window:
             Rooms: self._take_rooms,
             Looked: self._take_looked,
             **dict.fromkeys(Reading.TAKEN, self.reading.take),
+            Removed: self._take_removed,
             Members: self._take_members,
             Back: self.writing.take_back,
             Page: self._take_page,
@@ -6474,6 +6544,11 @@ class Window:
         self.sidebar.select()
         self._name_user()
         self.reading.enter_room()
+
+    def _take_removed(self, event: Removed) -> None:
+        self.panel.remove(event.id)
+        self.writing.message_gone(event.id)
+        self.transcript.remove(event.id)
 
     def _take_members(self, event: Members) -> None:
         if event.room == self.model.here:

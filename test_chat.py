@@ -21320,6 +21320,107 @@ def test_a_message_that_was_taken_back_is_not_in_the_window_any_more(running, wi
     assert sum(sizes) == transcript(alice).count("\n") - 1
 
 
+def test_a_redacted_message_is_seen_nowhere_not_in_results_the_past_or_a_reply(
+    running, window, folder
+):
+    server, state = running(), {"state": folder, "config": folder}
+    bob = tagger(server, "bob", "JOIN #lobby")
+    alice = at_home(window(server.address, **state))
+    lines = [f"PRIVMSG #lobby :{'a secret' if n == 20 else 'words'} {n}\r\n" for n in range(400)]
+    bob.send("".join(lines))
+    secret = next(line for line in bob.until("words 399") if "a secret" in line)
+    see(alice, "words 399\n")
+    alice.close()
+    pump(alice, lambda: alice.gone)
+    alice = at_home(window(server.address, **state))
+    see(alice, "words 399\n")
+    alice.commands.ask_search()
+    alice.commands.search("secret", True)
+    pump(alice, lambda: alice.panel.rows)
+    alice.panel.jump(*alice.panel.rows[0][::2])
+    see(alice, "a secret 20\n")
+    assert alice.transcript.sheet.past
+    press(alice, "Alt-r")
+    assert "a secret" in alice.banner.label.cget("text")
+    alice.compose.set("half an answer")
+    bob.send(f"REDACT #lobby {id_in(secret)}\r\n")
+    see(alice, "a message was taken back\n")
+    shown = transcript(alice)
+    assert "secret" not in shown + alice.panel.text.get("1.0", "end") and "words 19\n" in shown
+    assert not alice.banner.shown and alice.compose.content == "half an answer"
+    assert sum(alice.transcript.sheet.sizes) == shown.count("\n") - 1
+
+
+def test_a_paste_that_is_too_long_for_a_field_of_one_line_is_refused_with_a_message(window):
+    alice = window(name="")
+    alice.root.update()
+    for field in (alice.card.server, alice.panel.field, alice.ask_card.field):
+        alice.root.clipboard_clear()
+        alice.root.clipboard_append("word " * 2_000)
+        field.set("as it was")
+        alice.tell("")
+        began = time.process_time()
+        field.event_generate("<<Paste>>")
+        alice.root.update()
+        assert time.process_time() - began < 0.5
+        assert field.content == "as it was"
+        assert "too long to be pasted" in alice.status_line.about.cget("text")
+
+
+def test_the_end_stays_in_sight_when_fonts_panes_and_the_window_change(running, window):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+    bob.send("".join(f"message {n} {'and more ' * 20}\n" for n in range(200)))
+    see(alice, "message 199")
+    page, began = alice.transcript, alice.look.size
+
+    def rest():
+        done = []
+        alice.timers.later("test", 200, lambda: done.append(1))
+        pump(alice, lambda: done)
+
+    for act in (
+        *(lambda: alice.commands.zoom(3), lambda: alice.commands.zoom(3)),
+        *(lambda: alice.commands.toggle("members"), lambda: alice.show_page("a page", "words")),
+        *(lambda: alice.root.geometry("500x400"), lambda: alice.commands.zoom(0)),
+        lambda: alice.model.do("set", "theme", "dark"),
+    ):
+        act()
+        rest()
+        assert page.at_bottom and page.text.yview()[1] == 1.0
+    assert alice.look.size == began
+    page.text.yview("100.0")
+    alice.root.update()
+    assert not page.at_bottom
+
+
+def test_a_window_closes_its_own_connection_to_the_file_that_it_shares(window, folder):
+    alice = window(name="", state=folder, config=folder)
+    alice.close()
+    pump(alice, lambda: alice.gone)
+    with pytest.raises(sqlite3.ProgrammingError):
+        alice.remembered.recent()
+
+
+def test_names_that_mean_something_to_tcl_are_names(running, window):
+    server, names = running(), ["{bob", "bob\\", "a^b", "b|c", "`q`", "}{"]
+    guests = [Guest(server.address) for _ in names]
+    for guest, name in zip(guests, names, strict=True):
+        guest.enter_irc(name, "JOIN #lobby")
+    alice = at_home(window(server.address))
+    pump(alice, lambda: len(here(alice)) == 7)
+    tree = alice.people.tree
+    for row in tree.get_children():
+        tree.selection_set(row)
+        assert alice.people._selected() in here(alice)
+    for guest, name in zip(guests, names, strict=True):
+        guest.send(f"PRIVMSG alice :[exit] $x {name}\r\n")
+        go(alice, name)
+        see(alice, f"[exit] $x {name}\n")
+        assert alice.header.place.cget("text") == name
+
+
 def test_a_refused_text_disturbs_none_that_is_being_written(running, window):
     alice = at_home(window(running().address))
     alice.compose.set("half a thought")
