@@ -2599,7 +2599,6 @@ class Look:
             ("Accent.TButton", c.accent, c.on_accent, c.accent_over),
             ("Plain.TButton", c.ground, c.ink, c.selected),
             ("Banner.TButton", c.chip, c.ink, c.selected),
-            ("TMenubutton", c.ground, c.ink, c.selected),
         ):
             edge = c.edge if name == "TButton" else ground
             style.configure(name, background=ground, foreground=ink, **flat)
@@ -2612,27 +2611,20 @@ class Look:
         small = (self.part(0.35), self.part(0.15))
         style.configure("Plain.TButton", padding=small)
         style.configure("Banner.TButton", padding=small, font=self.small)
-        style.configure("TMenubutton", padding=small, arrowsize=0)
-        style.layout("TMenubutton", style.layout("TButton"))
 
     def _style_fields(self) -> None:
         c, style = self.colours, self.style
-        for name in ("TEntry", "TCombobox"):
-            style.configure(name, fieldbackground=c.paper, foreground=c.ink, padding=self.part(0.3))
-            style.configure(name, bordercolor=c.edge, lightcolor=c.paper, darkcolor=c.paper)
-            style.configure(name, insertcolor=c.ink, selectbackground=c.selected)
-            style.configure(name, selectforeground=c.ink, arrowcolor=c.ink, background=c.paper)
-            style.map(name, bordercolor=[("focus", c.accent)], lightcolor=[("focus", c.accent)])
-            style.map(name, fieldbackground=[("readonly", c.paper)], background=[])
-            style.map(name, foreground=[("readonly", c.ink)], arrowcolor=[])
-        style.configure("TCombobox", arrowsize=self.part(0.7))
-        style.configure("TCheckbutton", background=c.paper, foreground=c.ink)
-        style.map("TCheckbutton", background=[("active", c.paper)])
-        style.configure(
-            "TCheckbutton", indicatorsize=self.part(0.8), indicatormargin=self.part(0.2)
-        )
-        style.configure("TCheckbutton", indicatorbackground=c.paper, indicatorforeground=c.accent)
-        style.map("TCheckbutton", indicatorbackground=[("selected", c.paper)])
+        style.configure("TEntry", fieldbackground=c.paper, foreground=c.ink)
+        style.configure("TEntry", bordercolor=c.edge, lightcolor=c.paper, darkcolor=c.paper)
+        style.configure("TEntry", insertcolor=c.ink, selectbackground=c.selected)
+        style.configure("TEntry", selectforeground=c.ink, padding=self.part(0.3))
+        style.map("TEntry", bordercolor=[("focus", c.accent)], lightcolor=[("focus", c.accent)])
+        name, size = "TCheckbutton", {"indicatorsize": self.part(0.8)}
+        style.configure(name, background=c.paper, foreground=c.ink, **size)
+        style.configure(name, indicatorbackground=c.paper, indicatorforeground=c.accent)
+        style.configure(name, indicatormargin=self.part(0.2))
+        style.map(name, background=[("active", c.paper)])
+        style.map(name, indicatorbackground=[("selected", c.paper)])
 
     def _style_lists(self) -> None:
         c, style = self.colours, self.style
@@ -2640,7 +2632,7 @@ class Look:
             plain = {"background": ground, "fieldbackground": ground, "borderwidth": 0}
             style.configure(name, rowheight=self.part(1.45), indent=self.part(0.6), **plain)
             style.configure(name, foreground=c.ink, font=self.font)
-            style.configure(name, indicatorsize=self.part(0.55))
+            style.configure(f"{name}.Item", indicatorsize=self.part(0.55))
             style.map(name, background=[("selected", c.selected)], foreground=[])
             style.layout(name, [("Treeview.treearea", {"sticky": "nswe"})])
         thumb = ("Vertical.Scrollbar.thumb", {"expand": True, "sticky": "nswe"})
@@ -3348,6 +3340,7 @@ NEAR_TOP = 0.02  # of yview: older rows are wanted
 FEW_ROWS = 60  # below that there is perhaps room for older ones
 PICTURES_KEPT = 40  # decoded: up to half a megabyte each
 PICTURE_MS = 40  # from a change until pictures are looked for, and between two that are decoded
+SETTLE_MS = 50  # between two looks whether Tk has laid out all lines
 CLICKED = ("expand", "retry", "cancel", "answers", "reaction", "save", "open", "show", "picture")
 
 
@@ -3781,7 +3774,7 @@ class Transcript(ttk.Frame):
         self.look, self.timers = look, timers
         self.at_bottom = True
         self.waiting_older = self.waiting_after = False
-        self.settling = False  # Tk lays out all lines again: what moves is not the user's doing
+        self.settling = False
         self.width = 0  # of the text, in pixels
         self.reached_bottom: Callable[[], None] = chat.do_nothing
         self.left_bottom: Callable[[], None] = chat.do_nothing
@@ -3818,7 +3811,15 @@ class Transcript(ttk.Frame):
         text.bind("<End>", lambda _: self.to_bottom() or "break")
 
     def _settle(self) -> None:
+        """While Tk lays out all lines again, what moves is not the user's doing."""
         self.settling = True
+        self.timers.later("settle", SETTLE_MS, self._settled)
+
+    def _settled(self) -> None:
+        if self.text.tk.getboolean(self.text.tk.call(self.text, "pendingsync")):
+            return self._settle()
+        self.settling = False
+        return self._stay()
 
     def _resized(self, event: Any) -> None:
         """Stay at the end; break lines from right to left again."""
@@ -4007,7 +4008,6 @@ class Transcript(ttk.Frame):
         text.bar.set(first, last)
         at_end = float(last) > BOTTOM and not self.sheet.past
         went_up = not self.settling and text.compare("@0,0", "<", "top")
-        self.settling = self.settling and text.tk.getboolean(text.tk.call(text, "pendingsync"))
         text.mark_set("top", "@0,0")
         if at_end and not self.at_bottom:
             self.at_bottom = True
@@ -4117,6 +4117,7 @@ SASH_MS = 10  # from a change of the panes until they get their widths
 
 MIDDLE_SHARE = 0.4  # of the window that the conversation has at least ...
 MIDDLE_EMS = 16  # ... and so many heights of a line
+WIDEST_EMS = 80  # of a pane at a side; earlier versions kept pixels
 
 
 class Panes(ttk.PanedWindow):
@@ -4127,18 +4128,19 @@ class Panes(ttk.PanedWindow):
         self.look = look
         self.order: list[tk.Misc] = []  # from left to right
         self.middle: tk.Misc = self
-        self.wide: dict[str, int] = {}  # widths of the panes at the sides, by name
+        self.wide: dict[str, float] = {}  # of the panes at the sides, in heights of a line
         self.names: dict[str, tk.Misc] = {}
         self.timer = ""  # until they are arranged
+        look.follow(self.arrange_soon)
         self.bind("<ButtonRelease-1>", lambda _: self._measure(), add=True)
         self.bind("<Configure>", lambda _: self.arrange_soon())
         self.bind("<Destroy>", lambda _: self._stop())
 
-    def compose(self, order: dict[str, tk.Misc], middle: tk.Misc, ems: dict[str, int]) -> None:
+    def compose(self, order: dict[str, tk.Misc], middle: tk.Misc, wide: dict[str, float]) -> None:
         """Take all panes there are, from left to right, and their widths at first."""
         self.names, self.middle = order, middle
         self.order = list(order.values())
-        self.wide = {name: wide * self.look.em for name, wide in ems.items()}
+        self.wide = dict(wide)
 
     def is_shown(self, name: str) -> bool:
         return str(self.names[name]) in map(str, self.panes())
@@ -4178,7 +4180,7 @@ class Panes(ttk.PanedWindow):
 
     def _sizes(self, shown: list[str], full: int) -> list[int]:
         """Return the widths of panes: in a narrow window the conversation needs most of it."""
-        sizes = {name: self.wide.get(name, 0) for name in shown}
+        sizes = {name: round(self.wide.get(name, 0) * self.look.em) for name in shown}
         room = max(0, full - max(MIDDLE_EMS * self.look.em, round(MIDDLE_SHARE * full)))
         for name in ("members", "sidebar"):  # which give way to what the user opened
             if "panel" in sizes and name in sizes and sum(sizes.values()) > room:
@@ -4189,15 +4191,15 @@ class Panes(ttk.PanedWindow):
 
     def restore(self, wide: Any) -> None:
         """Take widths that were kept."""
-        for name, pixels in wide.items() if isinstance(wide, dict) else ():
-            if name in self.wide and isinstance(pixels, int) and pixels > 0:
-                self.wide[name] = pixels
+        for name, ems in wide.items() if isinstance(wide, dict) else ():
+            if name in self.wide and isinstance(ems, (int, float)) and 2 < ems < WIDEST_EMS:
+                self.wide[name] = ems
 
     def _measure(self) -> None:
         """Note the widths to which the user has dragged the sashes."""
         for name in self.wide:
             if self.is_shown(name) and self.names[name].winfo_width() > 2 * self.look.em:
-                self.wide[name] = self.names[name].winfo_width()
+                self.wide[name] = round(self.names[name].winfo_width() / self.look.em, 1)
 
 
 def scrolled_tree(parent: tk.Misc, look: Look, *columns: str) -> ttk.Treeview:
@@ -4502,6 +4504,10 @@ class People(ttk.Frame):
         if rows:
             self.tree.delete(*rows)
 
+    def is_operator(self, name: str) -> bool:
+        """Return whether a member may remove messages of others."""
+        return name in self.rows and self.rows[name].rank[:1] in ("~", "&", "@", "%")
+
     def rename_me(self, name: str) -> None:
         """Mark another row as that of this user."""
         before, self.mine = self.mine, name
@@ -4775,8 +4781,8 @@ class Card(ttk.Frame):
         self.body = ttk.Frame(self, style="Card.TFrame")
         self.buttons = ttk.Frame(self, style="Card.TFrame")
         self.head.pack(fill="x", anchor="w")
+        self.buttons.pack(side="bottom", fill="x")  # in sight also where the body is cut off
         self.body.pack(fill="both", expand=True)
-        self.buttons.pack(fill="x")
         look.follow(self.recolour)
 
     def recolour(self) -> None:
@@ -4799,7 +4805,7 @@ class Card(ttk.Frame):
         for other in self.master.winfo_children():
             if isinstance(other, Card):
                 other.place_forget()
-        self.place(relx=0.5, rely=0.5, anchor="center")
+        self.place(relx=0.5, rely=0.5, anchor="center", width="", height="")
         self.lift()
         self._make_room()
         for widget in descendants(self):
@@ -4808,13 +4814,19 @@ class Card(ttk.Frame):
         focus.focus_set()
 
     def _make_room(self) -> None:
-        """Make the window larger, if the card is larger than it."""
+        """Make the window larger, if the card is larger than it, as far as the screen allows."""
         self.update_idletasks()
-        window = self.winfo_toplevel()
+        window, needs = self.winfo_toplevel(), (self.winfo_reqwidth(), self.winfo_reqheight())
         now = (window.winfo_width(), window.winfo_height())
-        wide, high = max(now[0], self.winfo_reqwidth()), max(now[1], self.winfo_reqheight())
-        if (wide, high) != now and now[0] > 1:
+        screen = (window.winfo_screenwidth(), window.winfo_screenheight() * 9 // 10)
+        if now[0] <= 1:  # it is not on the screen yet
+            return
+        wide, high = (
+            max(have, min(need, most)) for have, need, most in zip(now, needs, screen, strict=True)
+        )
+        if (wide, high) != now:
             window.geometry(f"{wide}x{high}")
+        self.place(width=min(needs[0], wide), height=min(needs[1], high))
 
     def hide(self) -> None:
         self.place_forget()
@@ -5068,6 +5080,35 @@ class Switcher(Card):
             act()
 
 
+class Choice(ttk.Button):
+    """A button that shows a value, and offers others in a menu."""
+
+    def __init__(
+        self, parent: tk.Misc, look: Look, values: Iterable[str], chosen: Callable[[str], None]
+    ):
+        super().__init__(parent, command=self._offer, style="Plain.TButton")
+        self.look, self.values, self.chosen = look, values, chosen
+        for key in ("<Return>", "<Down>"):
+            self.bind(key, lambda _: self._offer())
+
+    def get(self) -> str:
+        return self.value
+
+    def set(self, value: str) -> None:
+        self.value = value
+        self.configure(text=f"{value} \u25be")
+
+    def _offer(self) -> str:
+        menu = self.look.menu(self)
+        for value in self.values:
+            menu.add_command(label=value, command=functools.partial(self._take, value))
+        return post_menu_below(menu, self)
+
+    def _take(self, value: str) -> None:
+        self.set(value)
+        self.chosen(value)
+
+
 class SettingsCard(Card):
     """All settings, with the values that they have: the same as /set."""
 
@@ -5080,15 +5121,15 @@ class SettingsCard(Card):
         self.body.columnconfigure(2, weight=1)
         self.note = ttk.Label(self, style="Dim.Card.TLabel")
         self.note.configure(text="The same as /set NAME VALUE; kept for the next start.")
-        self.note.pack(anchor="w", before=self.buttons)
+        self.note.pack(side="bottom", anchor="w", before=self.body)
         self.add_button("Done", self.done, first=True)
 
     def _add_row(self, row: int, name: str, setting: chat.Setting) -> None:
         pad = {"pady": self.look.part(0.12), "sticky": "w"}
         ttk.Label(self.body, text=name, style="Card.TLabel").grid(row=row, column=0, **pad)
         if setting.values:
-            field: Any = ttk.Combobox(self.body, values=setting.values, state="readonly", width=12)
-            field.bind("<<ComboboxSelected>>", lambda _: self.change(name, field.get()))
+            change = functools.partial(self.change, name)
+            field: Any = Choice(self.body, self.look, setting.values, change)
         else:
             field = Field(self.body, self.look, lambda: self._enter(name), width=16)
             field.bind("<FocusOut>", lambda _: self._enter(name))
@@ -5756,13 +5797,8 @@ class MessageActs(Acts):
             choices.add_command(label=self.look.drawable(emoji), command=act)
         choices.add_command(label="Another \u2026", command=lambda: self.act("react", row))
         menu.add_cascade(label="React", menu=choices, state=enabled("react" in can))
-        if row.view.mine or self._is_operator():
+        if row.view.mine or self.window.people.is_operator(self.model.me):
             self._add(menu, row, "Take it back", "redact", "redact" in can)
-
-    def _is_operator(self) -> bool:
-        """Return whether this user may remove messages of others here."""
-        me = self.window.people.rows.get(self.model.me)
-        return me is not None and me.rank[:1] in ("~", "&", "@", "%")
 
     @staticmethod
     def _add_file(add: Callable[..., None], file: chat.FileTag) -> None:
@@ -5826,11 +5862,11 @@ class RoomActs(Acts):
     """Going to conversations, and the menus of conversations, servers and members."""
 
     MEMBER_MENU = (
-        ("Write to", "/query {}"),
-        ("Who is", "/whois {}"),
-        ("Ignore", "/ignore {}"),
-        ("Make an operator:", "/op {}"),
-        ("Put out:", "/kick {}"),
+        ("Write to", "/query {}", False),
+        ("Who is", "/whois {}", False),
+        ("Ignore", "/ignore {}", False),
+        ("Make an operator:", "/op {}", True),
+        ("Put out:", "/kick {}", True),
     )
 
     def __init__(self, window: "Window"):
@@ -5915,11 +5951,12 @@ class RoomActs(Acts):
 
     def member_menu(self, name: str, event: Any) -> None:
         """Offer what can be done with a member."""
-        menu = self.look.menu(self.people)
-        for label, command in self.MEMBER_MENU:
+        menu, me = self.look.menu(self.people), self.model.me
+        for label, command, for_operators in self.MEMBER_MENU:
             text = self.look.seen(f"{label} {shorter(name, 30)}")
             act = functools.partial(self.say, command.format(name))
-            menu.add_command(label=text, command=act)
+            on = self.people.is_operator(me) if for_operators else name != me
+            menu.add_command(label=text, command=act, state=enabled(on))
         mention = functools.partial(self.compose.begin, f"{name}: ")
         menu.add_command(label="Mention in the field", command=mention)
         popup_menu(menu, event, self.people, box_of_choice(self.people.tree))
@@ -6392,8 +6429,9 @@ class Window:
     def _restore(self) -> None:
         root, look = self.root, self.look
         kept = self.remembered.words("look")
-        screen = root.winfo_screenwidth(), root.winfo_screenheight()
-        usual = f"{56 * look.em}x{36 * look.em}+{2 * look.em}+{2 * look.em}"
+        screen = root.winfo_screenwidth(), root.winfo_screenheight() * 19 // 20  # a title is above
+        wide, high = min(56 * look.em, screen[0] * 9 // 10), min(36 * look.em, screen[1] * 9 // 10)
+        usual = f"{wide}x{high}+{2 * look.em}+{2 * look.em}"
         geometry = str(kept.get("geometry") or usual)
         root.minsize(min(screen[0], 22 * look.em), min(screen[1], 14 * look.em))
         root.geometry(fitting_geometry(geometry, *screen) or fitting_geometry(usual, *screen))

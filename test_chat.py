@@ -21957,6 +21957,34 @@ def test_the_look_follows_the_settings(running, window, folder):
     assert again.look.colours is gui_client.DARK and again.look.size == size + 1
 
 
+def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
+    alice = at_home(window(running().address))
+    alice.model.do("set", "size", "30")
+    pump(alice, lambda: alice.look.size == 30)
+    alice.root.update()
+    assert alice.sidebar.winfo_width() >= 3 * alice.look.em
+    for card, opens in (
+        (alice.settings, alice.commands.open_settings),
+        (alice.card, alice.ask),
+        (alice.switcher, alice.commands.open_switcher),
+    ):
+        opens()
+        alice.root.update()
+        assert card.winfo_height() <= alice.root.winfo_height()
+        for button in card.buttons.winfo_children():
+            below = button.winfo_rooty() + button.winfo_height()
+            assert button.winfo_ismapped() and below <= alice.root.winfo_screenheight()
+    alice.commands.open_settings()
+    choice = alice.settings.fields["theme"]
+    press(alice, "Down", choice)
+    menu = next(one for one in choice.winfo_children() if one.winfo_class() == "Menu")
+    assert str(menu.cget("background")) == alice.look.colours.paper
+    menu.unpost()
+    menu.invoke(menu.index("dark"))
+    pump(alice, lambda: alice.look.colours is gui_client.DARK)
+    assert choice.get() == "dark"
+
+
 def test_a_certificate_that_is_not_trusted_is_a_question(running, window, certificate):
     server = running(tls_cert=certificate)
     where = chat.address_text(*server.address)
@@ -22180,9 +22208,9 @@ def test_a_server_that_sends_nonsense_does_not_stop_the_window(window, caplog, s
         thread = threading.Thread(target=serve, args=(listener,), daemon=True)
         thread.start()
         alice = window(listener.getsockname())
-        pump(alice, lambda: "trying again" in alice.status_line.status.cget("text"))
+        kept, status = alice.model.rooms, alice.status_line.status
+        pump(alice, lambda: len(kept) > 2 or "trying again" in status.cget("text"))
         enter(alice, "/reconnect")
-        kept = alice.model.rooms
         pump(alice, lambda: any(room.name == "#lobby" for room in kept.values()))
         for number in alice.sidebar.all_rooms():
             alice.rooms.look_at(number)
