@@ -5236,12 +5236,53 @@ def notice_command(title: str, text: str, system: str) -> tuple[list[str], dict[
     return ["notify-send", "--app-name=chat", "--", title, safe], {}
 
 
+class WindowHints(ctypes.Structure):
+    """The hints of a window for its manager, as Xlib has them: of them only the flags."""
+
+    _fields_ = (("flags", ctypes.c_long),)
+    URGENCY = 256
+
+
+@contextlib.contextmanager
+def window_hints(root: tk.Tk) -> Iterator[WindowHints]:
+    """Open the hints of a window on X11 (ICCCM 4.1.2.4), and write them back: Tk has no call for
+    that. Raises OSError."""
+    x, window, hints = ctypes.CDLL("libX11.so.6"), ctypes.c_ulong, ctypes.POINTER(WindowHints)
+    for name, result, *arguments in (
+        ("XOpenDisplay", ctypes.c_void_p, ctypes.c_char_p),
+        ("XQueryTree", ctypes.c_int, ctypes.c_void_p, window, *(ctypes.c_void_p,) * 4),
+        ("XGetWMHints", hints, ctypes.c_void_p, window),
+        ("XSetWMHints", ctypes.c_int, ctypes.c_void_p, window, hints),
+        ("XFree", ctypes.c_int, ctypes.c_void_p),
+        ("XCloseDisplay", ctypes.c_int, ctypes.c_void_p),
+    ):
+        getattr(x, name).restype, getattr(x, name).argtypes = result, arguments
+    display = x.XOpenDisplay(root.winfo_screen().encode())
+    if not display:
+        raise OSError("the display is gone")
+    top, outer, children, count = window(), window(), ctypes.c_void_p(), ctypes.c_uint()
+    found = [ctypes.byref(one) for one in (top, outer, children, count)]
+    x.XQueryTree(display, root.winfo_id(), *found)  # the manager knows the window around Tk's
+    known = x.XGetWMHints(display, outer)
+    try:
+        if known:
+            yield known.contents
+            x.XSetWMHints(display, outer, known)
+        else:
+            yield WindowHints()
+    finally:
+        for one in filter(None, (known, children)):
+            x.XFree(ctypes.cast(one, ctypes.c_void_p))
+        x.XCloseDisplay(display)
+
+
 class Notices:
     """The bell and the notices of the desktop, not too many of them. It never waits for one."""
 
     def __init__(self, root: tk.Tk):
         self.root = root
         self.rang = -BELL_SECONDS
+        self.flashes = False
         self.running: list[subprocess.Popen] = []
         self.told = -NOTICE_SECONDS
 
@@ -5250,11 +5291,17 @@ class Notices:
             self.rang = time.monotonic()
             self.root.bell()
 
-    def flash(self) -> None:
-        """Ask for attention in the task bar, where Tk cannot."""
-        if os.name == "nt":
-            with contextlib.suppress(AttributeError, OSError, ValueError):
-                ctypes.windll.user32.FlashWindow(int(self.root.frame(), 16), True)
+    def flash(self, on: bool = True) -> None:
+        """Ask for attention in the task bar, or no more; Tk cannot do that."""
+        if on == self.flashes:
+            return
+        self.flashes = on
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            if os.name == "nt":
+                ctypes.windll.user32.FlashWindow(int(self.root.frame(), 16), on)
+            elif self.root.tk.call("tk", "windowingsystem") == "x11":
+                with window_hints(self.root) as hints:
+                    hints.flags = hints.flags & ~hints.URGENCY | on * hints.URGENCY
 
     def tell(self, title: str, text: str) -> None:
         now = time.monotonic()
@@ -6415,6 +6462,7 @@ class Window:
         for card in self.cards:
             card.keep_focus(event.widget)
         self.reading.set_focus(True)
+        self.notices.flash(False)
 
     def _focus_out(self, event: Any) -> None:
         """Look soon where the focus went: it may be another part of the window."""
@@ -6429,8 +6477,8 @@ class Window:
     def _restore(self) -> None:
         root, look = self.root, self.look
         kept = self.remembered.words("look")
-        screen = root.winfo_screenwidth(), root.winfo_screenheight() * 19 // 20  # a title is above
-        wide, high = min(56 * look.em, screen[0] * 9 // 10), min(36 * look.em, screen[1] * 9 // 10)
+        screen = root.winfo_screenwidth(), root.winfo_screenheight()
+        wide, high = min(56 * look.em, screen[0] * 9 // 10), min(36 * look.em, screen[1] * 17 // 20)
         usual = f"{wide}x{high}+{2 * look.em}+{2 * look.em}"
         geometry = str(kept.get("geometry") or usual)
         root.minsize(min(screen[0], 22 * look.em), min(screen[1], 14 * look.em))
@@ -6610,7 +6658,7 @@ class Window:
         if event.desktop and not focused:
             where = "" if event.where == event.name else f" in {event.where}"
             self.notices.tell(f"{event.name}{where}", event.text)
-        self.notices.flash()
+        self.notices.flash(not focused)
 
     def _take_settings(self, event: Settings) -> None:
         self.model.values = values = dict(event.values)
@@ -6712,6 +6760,7 @@ DEMO_TALK = (  # name, channel or "" for a private message, text
     ("carol", "#lobby", "alice: shall we look at them together at ten?"),
     ("erin", "", "psst, there is cake at four"),
 )
+DEMO_PICTURE = ("tea.png", 180, 90)
 DEMO_ANSWER = "gladly, I bring the tea \u2615"
 
 
@@ -6787,7 +6836,23 @@ def wait_for(window: Window, condition: Callable[[], Any]) -> None:
         window.root.tk.call("after", "cancel", timer)
 
 
-def play_demo(window: Window, peers: dict[str, DemoPeer]) -> None:
+def send_picture(window: Window, folder: pathlib.Path) -> None:
+    """Draw a picture, a cup of tea, and send it."""
+    name, wide, high = DEMO_PICTURE
+    picture = tk.PhotoImage(master=window.root, width=wide, height=high)
+    for colour, *box in (
+        ("#f4d9b8", 0, 0, wide, high),
+        *(("#8a4b2a", 108, 36, 130, 58), ("#f4d9b8", 108, 42, 124, 52)),  # the handle
+        *(("#8a4b2a", 56, 28, 112, 72), ("#c9742f", 60, 28, 108, 34)),  # the cup, the tea
+        *(("#e8e3da", 72, 10, 75, 22), ("#e8e3da", 90, 8, 93, 22)),  # its steam
+    ):
+        picture.put(colour, to=tuple(box))
+    picture.write(folder / name, format="png")
+    window.files.send(window.model.here, [folder / name])
+    wait_for(window, lambda: window.transcript.text.image_names())
+
+
+def play_demo(window: Window, peers: dict[str, DemoPeer], folder: pathlib.Path) -> None:
     """Let some users talk, and this one with them."""
 
     def shows(text: str) -> bool:
@@ -6810,9 +6875,10 @@ def play_demo(window: Window, peers: dict[str, DemoPeer]) -> None:
     window.messages.act("reply", window.transcript.sheet.rows[-1])
     window.compose.set(DEMO_ANSWER)
     window.compose.submit()
+    wait_for(window, lambda: shows(DEMO_ANSWER) and shows("\u2764 2"))
+    send_picture(window, folder)
     peers["dave"].send("@+typing=active TAGMSG #lobby")
     peers["erin"].send("AWAY :lunch")
-    wait_for(window, lambda: shows(DEMO_ANSWER) and shows("\u2764 2"))
     wait_for(window, lambda: window.transcript.typing.cget("text"))
     window.compose.focus_force()
 
@@ -6828,7 +6894,7 @@ def make_picture(path: pathlib.Path, theme: str, state: pathlib.Path) -> None:
         window = Window(WindowOptions("alice", where, state=state, config=state))
         window.begin()
         window.model.do("set", "theme", theme)
-        play_demo(window, peers)
+        play_demo(window, peers, state)
         rested: list[bool] = []
         window.timers.later("demo", DEMO_REST_MS, lambda: rested.append(True))
         wait_for(window, lambda: rested)

@@ -22476,6 +22476,23 @@ def test_the_desktop_is_told_of_calls_while_the_window_has_not_the_keys(
     assert len(told) == 1
 
 
+def test_the_manager_of_windows_is_told_of_calls_until_the_window_has_the_keys(running, window):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+
+    def is_urgent():
+        with gui_client.window_hints(alice.root) as hints:
+            return bool(hints.flags & hints.URGENCY)
+
+    focus(alice, False)
+    assert not is_urgent()
+    bob.send("alice: hello\n")
+    pump(alice, is_urgent)
+    alice._focus_in(types.SimpleNamespace(widget=alice.root))
+    assert not is_urgent()
+
+
 def test_a_page_is_cleared_and_comes_back_by_scrolling_up(running, window):
     server = running()
     bob = server.guest("bob")
