@@ -96,7 +96,7 @@ PENDING, FAILED = "pending", "failed"  # states of a message of ours
 
 
 class Row(NamedTuple):
-    """One row of a transcript: a view, and what became of it."""
+    """One row of a transcript: a view, and the state of the message."""
 
     view: chat.View
     state: str = ""  # PENDING or FAILED; "" has arrived
@@ -108,13 +108,13 @@ class Row(NamedTuple):
 
     @property
     def key(self) -> Any:
-        """Return what tells this row from others, when it is drawn again."""
+        """The identity of this row, by which it is found again."""
         view = self.view
         return view.own_id or view.id or (view.kind, view.time, view.name, view.text)
 
 
 class Server(NamedTuple):
-    """How things stand with one server."""
+    """The state of one server."""
 
     number: int
     address: str  # as a user would write it
@@ -131,9 +131,15 @@ class Server(NamedTuple):
     can: frozenset[str] = frozenset()  # redact, react, typing, reply
     rooms: tuple[int, ...] = ()
 
+    @property
+    def question(self) -> str:
+        """The question that the user has to answer before there is a connection; "" if none."""
+        stands_still = self.phase == chat.WAITING and not self.retry_at
+        return self.doubted or (self.status if stands_still else "")
+
 
 class RoomInfo(NamedTuple):
-    """How things stand in one conversation."""
+    """The state of one conversation."""
 
     number: int
     server: int
@@ -160,7 +166,7 @@ class Rooms(NamedTuple):
 
 
 class Looked(NamedTuple):
-    """Another conversation is looked at; 0: none. Its rows come next."""
+    """Another conversation is looked at. Its rows come next."""
 
     room: int
     server: int
@@ -181,7 +187,7 @@ RESET, END, START, PAST, AFTER = "reset", "end", "start", "past", "after"
 
 
 class Trimmed(NamedTuple):
-    """So many of the oldest rows are gone."""
+    """A number of the oldest rows is gone."""
 
     room: int
     count: int
@@ -205,23 +211,24 @@ class Cleared(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Another device has read up to here."""
+    """The user has read up to a time, on another device."""
 
     room: int
     time: int
 
 
 class Fetching(NamedTuple):
-    """How it stands with older rows, in words; and whether it is worth asking again."""
+    """The state of older rows: a text, whether they are on the way, whether there may be more."""
 
     room: int
     text: str = ""
     under_way: bool = False
     more: bool = True
+    again: bool = False  # there is a connection now, or none any more: ask again
 
 
 class Members(NamedTuple):
-    """Members of the conversation looked at: who came, or is another one, and who went."""
+    """Members of the conversation looked at: new or changed ones, and names of those who left."""
 
     room: int
     came: tuple[chat.Person, ...]
@@ -237,7 +244,7 @@ class Back(NamedTuple):
 
 
 class Page(NamedTuple):
-    """A text to be read apart from what is said."""
+    """A text to be read in the panel."""
 
     title: str
     text: str
@@ -250,14 +257,14 @@ class Code(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Messages that were looked for, in one conversation or (0) in all."""
+    """Messages that a search has found."""
 
     title: str
     rows: tuple[tuple[int, str, chat.View], ...]  # room, its name, message
 
 
 class Called(NamedTuple):
-    """A message for the user."""
+    """A message that mentions the user, or is private."""
 
     room: int
     name: str
@@ -439,7 +446,8 @@ LINES_SHOWN = 24  # ... and lines
 EXCERPT = 80  # characters of a message that another one answers
 UNKNOWN_ANSWER = ("reply", "an earlier message")  # of a reply to a message that is not here
 NAME_SHOWN = 80  # characters of a name ...
-LABEL_SHOWN = 300  # ... and of a label
+LABEL_SHOWN = 300  # ... of a label ...
+CLOCK_SHOWN = 40  # ... and of a time
 NAME_TAGS = 12
 GROUP_SECONDS = 300  # messages of one speaker within this stand under one name
 
@@ -495,7 +503,7 @@ def linked(text: str, *tags: str) -> list:
 
 
 def moment_of(view: chat.View) -> datetime.datetime:
-    """Return when it was, by the clock on the user's wall."""
+    """Return the local time of a view."""
     try:
         return datetime.datetime.fromtimestamp(
             time.time() if view.time is None else view.time / 1000
@@ -505,9 +513,9 @@ def moment_of(view: chat.View) -> datetime.datetime:
 
 
 def clock_text(moment: datetime.datetime, style: str) -> str:
-    """Return a time as the user wants it, or as usual if nothing can be made of that."""
+    """Return a time in the user's format; in the default format if that is unusable."""
     try:
-        return " ".join(moment.strftime(style).split()) or "\u2013"
+        return " ".join(moment.strftime(style).split())[:CLOCK_SHOWN] or "\u2013"
     except ValueError:
         return f"{moment:%H:%M}"
 
@@ -542,7 +550,7 @@ def excerpt(text: str) -> str:
 
 
 def beginning(text: str) -> str:
-    """Return as much of a long text as is shown before a click."""
+    """Return the part of a long text that is shown before a click."""
     lines = text.split("\n", LINES_SHOWN)
     return "\n".join(lines[:LINES_SHOWN])[:TEXT_SHOWN]
 
@@ -940,20 +948,20 @@ class Sheet:
         return max((view.time or 0 for view in last if view.kind in MESSAGES), default=0)
 
     def speakers(self) -> list[str]:
-        """Return who spoke here, the last one first."""
+        """Return the names of the users who spoke here, the last one first."""
         spoken = (row.view for row in reversed(self.rows) if row.view.kind == chat.SAID)
         return list(dict.fromkeys(view.name for view in spoken if not view.mine))
 
 
 def title_text(server: Server | None, room: RoomInfo | None, unread: int) -> str:
-    """(3) #tea - alice - 127.0.0.1:7000: first what a task bar has room for."""
+    """Return the title, such as "(3) #tea - alice - server": a task bar shows its beginning."""
     parts = [shorter(room.name, NAME_SHOWN)] if room else []
     parts += [server.nick, server.address] if server else []
     return (f"({unread}) " if unread else "") + " \u2013 ".join([*filter(None, parts), "chat"])
 
 
 def status_text(server: Server | None, now: float) -> str:
-    """Return how the connection is, in words."""
+    """Return the state of the connection as a text."""
     if server is None:
         return "not connected"
     if server.ready:
@@ -969,7 +977,7 @@ def status_text(server: Server | None, now: float) -> str:
 
 
 def waiting_text(server: Server | None) -> str:
-    """Return what has not arrived yet."""
+    """Return a text about messages that have not arrived yet."""
     if server is None or not server.waiting:
         return ""
     parked = f", {server.parked} not sent" if server.parked else ""
@@ -1084,7 +1092,7 @@ def with_emoji(text: str) -> str:
 #   Overview   servers, conversations, settings and transfers, as Tk knows them
 #   Watched    the rows and the members of the conversation that the user looks at
 #   Wanted     the files that Tk waits for
-#   Requests   what Tk asks for: Engine.do("say", ...) has Requests.say() called in the thread
+#   Requests   the requests of Tk: Engine.do("say", ...) has Requests.say() called in the thread
 #   Engine     the thread, the views of the cores, and the batches
 
 ROWS_AT_ONCE = 300  # in one batch: inserted in a few milliseconds
@@ -1124,14 +1132,14 @@ class SeatScreen:
 
 
 def search_words(text: str) -> tuple[str, dict[str, str]]:
-    """Return the words to look for, and what else is wanted: from:NICK, in:#CHANNEL, has:link."""
+    """Return the words of a search and its filters: from:NICK, in:#CHANNEL, has:link."""
     parts = text.split()
     wanted = dict(part.split(":", 1) for part in parts if SEARCH_PART.fullmatch(part))
     return " ".join(part for part in parts if not SEARCH_PART.fullmatch(part)), wanted
 
 
 def is_wanted(core: chat.ClientCore, view: chat.View, wanted: dict[str, str]) -> bool:
-    """Return whether a message is what a search wants besides its words."""
+    """Return whether a message has the sender, conversation and link that a search wants."""
     name, where = wanted.get("from"), wanted.get("in")
     return (
         (name is None or core.fold(view.name) == core.fold(name))
@@ -1199,7 +1207,7 @@ def row_of(
     by_id: dict[str, chat.View] | None = None,
     fresh: bool = False,
 ) -> Row:
-    """Return a view as a row, with what became of it. A fresh one has no reactions yet."""
+    """Return a view as a row, with the state of the message. A fresh one has no reactions yet."""
     core, screen, outbox = seat.core, seat.screen, seat.core.outbox
     view = view._replace(line="")
     state = reason = ""
@@ -1234,8 +1242,8 @@ def room_info(seat: chat.Seat, room: chat.Room) -> RoomInfo:
 
 
 class Overview:
-    """Servers, conversations, settings and transfers, as Tk knows them. It compares them with
-    what there is, and makes events of the differences."""
+    """Servers, conversations, settings and transfers, as Tk knows them. It compares them with the
+    cores, and makes events of the differences."""
 
     def __init__(self, client: chat.ManyServers):
         self.client = client
@@ -1400,7 +1408,7 @@ class Watched:
         """Note that the connection stands, or stands no more."""
         self.people_changed = True
         if self.room:
-            self.tell(Fetching(self.room.id))  # it is worth asking again
+            self.tell(Fetching(self.room.id, again=True))
 
     def older_came(self, room: chat.Room, count: int) -> None:
         if room is self.room and not self.past:
@@ -1410,7 +1418,7 @@ class Watched:
             self._tell_fetched(bool(views))
 
     def _tell_fetched(self, came: bool) -> None:
-        """Tell how it stands after older rows came, or none."""
+        """Tell the state of older rows, after some came or none."""
         if self.room.whole and not self.room.views.dropped:
             self.tell(Fetching(self.room.id, "this is the beginning", more=False))
         else:
@@ -1806,11 +1814,20 @@ class Requests:
         same = (seat for seat in engine.seats if str(seat.link.given) == str(options.target))
         known = next(same, None)
         engine.look_at(known or engine.add(options))
-        if known and known.link.phase == chat.WAITING:
-            known.link.reconnect()
+        if known and not known.core.ready:
+            self._try_again(known, options)
         elif known:
             name = known.core.name
             engine.note(f"you are connected to {options.target} as {name}; /nick changes that")
+
+    @staticmethod
+    def _try_again(seat: chat.Seat, options: chat.ClientOptions) -> None:
+        """Connect to a server again, with what the user answered to its question."""
+        core = seat.core
+        core.name = core.wanted_name = options.name
+        core.password = options.password or core.password
+        core.me.login = options.login or core.me.login
+        seat.link.reconnect()
 
     def leave(self, reason: str, drafts: dict[int, str]) -> None:
         """Keep what is half typed, and leave all servers."""
@@ -2431,7 +2448,7 @@ def spelled(text: str) -> str:
 
 
 def output_of(*command: str) -> str:
-    """Return what a program of the system prints; "" if there is no such program."""
+    """Return the output of a program of the system; "" if there is no such program."""
     if not shutil.which(command[0]):
         return ""
     try:
@@ -2455,7 +2472,7 @@ def windows_is_dark() -> bool:
 
 
 def system_is_dark() -> bool:
-    """Return whether the desktop is dark, as far as that can be told. May take a second."""
+    """Return whether the desktop is dark, as far as it tells. May take a second."""
     if os.name == "nt":
         return windows_is_dark()
     if sys.platform == "darwin":
@@ -2495,7 +2512,7 @@ class Look:
         return max(SMALLEST, min(LARGEST, chat.whole_number(size) or usual))
 
     def want(self, theme: str, family: str, size: str) -> bool:
-        """Take what the settings say; return whether that changes something."""
+        """Take the settings; return whether they change something."""
         wanted = (theme, family, self.points(size))
         if wanted == (self.theme, self.family, self.size):
             return False
@@ -2504,7 +2521,7 @@ class Look:
         return True
 
     def system(self, dark: bool) -> None:
-        """Note what the desktop looks like."""
+        """Note whether the desktop is dark."""
         if dark != self.dark_system:
             self.dark_system = dark
             self.apply()
@@ -2738,7 +2755,7 @@ def popup_menu(menu: tk.Menu, event: Any, widget: tk.Misc, box: Any = None) -> s
 
 
 def offer_menu(widget: tk.Text, look: Look, *actions: str) -> None:
-    """Offer Cut, Copy, Paste where users look for them when they do not know the keys."""
+    """Offer Cut, Copy, Paste in a menu, for users who do not know the keys."""
 
     def popup(event: Any) -> str:
         menu = look.menu(widget)
@@ -2818,7 +2835,7 @@ class Field(tk.Text):
         return self._paste("PRIMARY")
 
     def _paste(self, selection: str) -> str:
-        """Text keeps what was selected when something is pasted on X11; a field replaces it."""
+        """Paste in place of the selection: on X11 a Text keeps it."""
         try:
             text = self.selection_get(selection=selection)
         except tk.TclError:  # nothing there
@@ -2929,7 +2946,7 @@ class Offers(ttk.Frame):
 
 
 def command_offers(word: str) -> list[tuple[str, str, str]]:
-    """Return the commands that begin so, with their words and summaries."""
+    """Return the commands that begin with a word, with their syntax and summary."""
     records = [chat.client_command[verb] for verb in chat.client_command]
     found = [one for one in records if one.syntax[1:].split()[0].startswith(word.lower())]
     found.sort(key=lambda one: one.syntax)
@@ -2937,10 +2954,10 @@ def command_offers(word: str) -> list[tuple[str, str, str]]:
 
 
 class Compose(Field):
-    """Where messages are written: grows with its text, remembers what was sent.
+    """The field for messages. It grows with its text and has a history of sent lines.
 
-    The line editor of the terminal keeps the history, the draft and the completion; here
-    it only gets keys that a Text has no idea of.
+    The line editor of the terminal keeps the history, the draft and the completion. It gets
+    only the keys that a Text has no meaning for.
     """
 
     MOST, MOST_LINES = PASTED_MOST, 6
@@ -3014,7 +3031,7 @@ class Compose(Field):
             self.editor.remember(text)
 
     def begin(self, text: str) -> None:
-        """Put this before the text that is being written."""
+        """Put a text before the one that is being written."""
         self.set(text + self.content)
         self.focus_set()
 
@@ -3054,7 +3071,7 @@ class Compose(Field):
         return self._recall(key, edge, end)
 
     def _recall(self, key: str, edge: str, end: str) -> str | None:
-        """Beyond the first or the last row, the arrows go through what was sent."""
+        """Go through the sent lines, from the first or the last row of the field."""
         if self.compare(f"insert display {edge}", "!=", end):
             return None
         self.editor.set(self.content)
@@ -3121,7 +3138,7 @@ class Compose(Field):
                 self.offers.hide()
 
     def fit(self) -> None:
-        """Make it as high as its text, within reason; the hint shows while there is none."""
+        """Fit the height to the text, up to the limit; show the hint while there is no text."""
         if self.get("1.0", "2.0") == "\n" and self.index("end-1c") == "1.0":
             self.hint.place(x=1, y=0)  # from where text begins: a Text's padding counts
         else:
@@ -3169,7 +3186,7 @@ def picture_trouble(file: chat.FileTag, data: bytes) -> str:
 
 
 def decoded(root: tk.Misc, file: chat.FileTag, data: bytes, by: int = 1) -> tk.PhotoImage | None:
-    """Return a picture with its sides divided by a number; None if it cannot be decoded."""
+    """Return a picture with its sides divided by `by`; None if it cannot be decoded."""
     try:
         image = tk.PhotoImage(master=root, data=data, format=TK_FORMATS[file.type])
         return image.subsample(by) if by > 1 else image
@@ -3340,7 +3357,16 @@ NEAR_TOP = 0.02  # of yview: older rows are wanted
 FEW_ROWS = 60  # below that there is perhaps room for older ones
 PICTURES_KEPT = 40  # decoded: up to half a megabyte each
 PICTURE_MS = 40  # from a change until pictures are looked for, and between two that are decoded
-SETTLE_MS = 50  # between two looks whether Tk has laid out all lines
+SCROLLING = (
+    "<Button-4>",
+    "<MouseWheel>",
+    "<Prior>",
+    "<Up>",
+    "<B1-Motion>",
+    "<B2-Motion>",
+    "<Home>",
+)
+SCROLL_MS = 1000  # from a key or a turn of the wheel until its movement is over
 CLICKED = ("expand", "retry", "cancel", "answers", "reaction", "save", "open", "show", "picture")
 
 
@@ -3703,7 +3729,7 @@ class Pointer:
         return self.text.bbox(f"{end} - 1 lines")
 
     def about(self, number: int) -> str:
-        """Return when a row was, and who reacted to it."""
+        """Return the time of a row, and the users who reacted to it."""
         row = self.sheet.rows[number]
         moment = moment_of(row.view)
         told = [f"{day_text(moment.date())} {moment:%H:%M:%S}"]
@@ -3774,7 +3800,7 @@ class Transcript(ttk.Frame):
         self.look, self.timers = look, timers
         self.at_bottom = True
         self.waiting_older = self.waiting_after = False
-        self.settling = False
+        self.scrolling = False  # by the user
         self.width = 0  # of the text, in pixels
         self.reached_bottom: Callable[[], None] = chat.do_nothing
         self.left_bottom: Callable[[], None] = chat.do_nothing
@@ -3790,6 +3816,7 @@ class Transcript(ttk.Frame):
         self.text.mark_set("top", "1.0")  # of what is in sight; it moves with its text
         self.text.mark_gravity("top", "left")
         self.text.configure(yscrollcommand=self._scrolled)
+        self.text.bar.configure(command=self.yview)
         self.text.bar.pack(side="right", fill="y")
         self.text.pack(side="left", fill="both", expand=True)
         self.below = ttk.Button(self, style="Accent.TButton", command=self.to_bottom)
@@ -3798,32 +3825,35 @@ class Transcript(ttk.Frame):
             button.configure(takefocus=False)
         self.top = ttk.Label(self, style="Dim.Card.TLabel")
         self.typing = ttk.Label(self, style="Dim.Card.TLabel")
-        look.follow(self._settle)
         self._bind_all()
 
     def _bind_all(self) -> None:
         text = self.text
         text.bind("<Configure>", self._resized)
+        text.bindtags(("UserScrolls", *text.bindtags()))
+        for sequence in SCROLLING:
+            text.bind_class("UserScrolls", sequence, self._scrolls)
         text.bind("<Button-4>", self._go_up, add=True)
         text.bind("<MouseWheel>", lambda event: event.delta > 0 and self._go_up(), add=True)
         text.bind("<Prior>", self._go_up, add=True)
         text.bind("<Home>", lambda _: text.see("1.0") or "break")
         text.bind("<End>", lambda _: self.to_bottom() or "break")
 
-    def _settle(self) -> None:
-        """While Tk lays out all lines again, what moves is not the user's doing."""
-        self.settling = True
-        self.timers.later("settle", SETTLE_MS, self._settled)
+    def _scrolls(self, event: Any = None) -> None:
+        """Note that the user scrolls: all other movements are Tk's, when it lays out lines."""
+        self.scrolling = True
+        self.timers.later("scrolling", SCROLL_MS, self._rests)
 
-    def _settled(self) -> None:
-        if self.text.tk.getboolean(self.text.tk.call(self.text, "pendingsync")):
-            return self._settle()
-        self.settling = False
-        return self._stay()
+    def _rests(self) -> None:
+        self.scrolling = False
+
+    def yview(self, *where: Any) -> None:
+        """Scroll, as the user wants."""
+        self._scrolls()
+        self.text.yview(*where)
 
     def _resized(self, event: Any) -> None:
         """Stay at the end; break lines from right to left again."""
-        self._settle()
         self._stay()
         width, self.width = self.width, event.width
         turned = (RIGHT_TO_LEFT.search(row.view.text) for row in self.sheet.rows)
@@ -3903,7 +3933,7 @@ class Transcript(ttk.Frame):
             self.pointer.paint()
 
     def redraw_all(self) -> None:
-        """Draw everything again."""
+        """Draw all rows again."""
         sheet = self.sheet
         self.reset(Rows(sheet.room, RESET, sheet.rows, sheet.read_time))
 
@@ -4007,7 +4037,7 @@ class Transcript(ttk.Frame):
         text = self.text
         text.bar.set(first, last)
         at_end = float(last) > BOTTOM and not self.sheet.past
-        went_up = not self.settling and text.compare("@0,0", "<", "top")
+        went_up = self.scrolling and text.compare("@0,0", "<", "top")
         text.mark_set("top", "@0,0")
         if at_end and not self.at_bottom:
             self.at_bottom = True
@@ -4031,10 +4061,10 @@ class Transcript(ttk.Frame):
         """Page up or down; up at the top asks for what is older."""
         if pages < 0:
             self._go_up()
-        self.text.yview_scroll(pages, "pages")
+        self.yview("scroll", pages, "pages")
 
     def _go_up(self, event: Any = None) -> None:
-        """The user wants to see older rows, whatever was said of them before."""
+        """Look for older rows again, also where none were found before: the user wants them."""
         if self.text.yview()[0] <= 0:
             self.sheet.whole = self.sheet.cleared = self.waiting_older = False
             self._want_older()
@@ -4079,14 +4109,16 @@ class Transcript(ttk.Frame):
         else:
             self.above.place_forget()
 
-    def older_told(self, text: str, under_way: bool, more: bool) -> None:
-        """Take how it stands with older rows, and show it to a user who looks for them."""
-        self.waiting_older, self.sheet.whole = under_way, not more
+    def older_told(self, event: Fetching) -> None:
+        """Take the state of older rows, and show it if the user is at the top."""
+        self.waiting_older, self.sheet.whole = event.under_way, not event.more
         at_top = self.text.yview()[0] <= 0 and not self.at_bottom
-        self.tell_older(text if at_top else "")
+        self.tell_older(event.text if at_top else "")
+        if event.again:
+            self._want_older()
 
     def tell_older(self, text: str) -> None:
-        """Show at the top how it stands with older rows."""
+        """Show a text about older rows at the top."""
         if text:
             self.top.configure(text=text)
             self.top.place(relx=0.5, y=self.look.part(0.2), anchor="n")
@@ -4094,7 +4126,7 @@ class Transcript(ttk.Frame):
             self.top.place_forget()
 
     def tell_typing(self, text: str) -> None:
-        """Show who types, over the empty line below the last message."""
+        """Show the users who are typing, over the empty line below the last message."""
         if text == str(self.typing.cget("text")):
             return
         self.typing.configure(text=text)
@@ -4549,19 +4581,19 @@ WINDOW_KEYS = (
     ("Ctrl+K", "go to any conversation"),
     ("Alt+1 \u2026 Alt+9", "go to that conversation"),
     ("Alt+Up, Alt+Down", "the conversation above or below; with Shift: move it"),
-    ("Alt+A", "the next one with something new, first where you are called"),
+    ("Alt+A", "the next unread conversation, those that mention you first"),
     ("Alt+N", "the first message here that was not read"),
     ("Ctrl+O", "send a file; or paste its path"),
     ("Ctrl+F", "search; Return searches, Down goes to what was found"),
     ("F6", "the next part of the window; Shift+F6: the one before"),
-    ("Up, Down in the messages", "choose one; Return or the menu key: what can be done with it"),
+    ("Up, Down in the messages", "choose one; Return or the menu key opens its menu"),
     ("Alt+R, Alt+E", "answer, or react to, the chosen message or the last one"),
     ("F8, F9", "hide or show the conversations, the members"),
     ("Ctrl+Plus, Ctrl+Minus, Ctrl+0", "larger, smaller, as usual"),
     ("Ctrl+Comma", "settings"),
     ("Ctrl+W", "close the conversation"),
     ("F1, F10", "help, the menu"),
-    ("Escape", "out of whatever is open, and to the newest message"),
+    ("Escape", "close what is open; then go to the newest message"),
 )
 
 
@@ -4833,7 +4865,7 @@ class Card(ttk.Frame):
         self.closed()
 
     def keep_focus(self, widget: Any) -> None:
-        """While it is open, the keys are its own."""
+        """Keep the focus in this card while it is open."""
         if self.shown and not str(widget).startswith(str(self)):
             self.first.focus_set()
 
@@ -4987,8 +5019,8 @@ class AskCard(Card):
 
 
 class FileCard(Card):
-    """Asks whether the path that was pasted is meant, or the file that is there. Return keeps the
-    text: it may be pressed to send that."""
+    """Asks whether to paste a path as text, or to send the file. Return pastes the text: it may be
+    pressed to send that."""
 
     def __init__(self, parent: tk.Misc, look: Look):
         super().__init__(parent, look, "Send this file?")
@@ -5325,10 +5357,10 @@ class Notices:
 # the model to have the engine do the rest.
 #
 #   Writing       the text that is being written
-#   Reading       what of the conversation was seen
+#   Reading       the rows of the conversation, and which of them were seen
 #   FileActs      files that are sent, saved and opened
-#   MessageActs   what can be done with a message
-#   RoomActs      going to conversations, and what can be done with them, servers and members
+#   MessageActs   the menu of a message, and the acts in it
+#   RoomActs      changes of conversation, and the menus of conversations, servers, members
 #   Commands      the window as a whole: keys, the main menu, the switcher
 
 DRAFT_MS = 1000  # from the last key until what is half typed is kept
@@ -5520,7 +5552,7 @@ class Writing(Acts):
     # Pastes
 
     def _show_paste(self, text: str) -> None:
-        """Say what will be sent, of a paste of several lines."""
+        """Tell how a paste of several lines will be sent."""
         pieces = list(chat.message_pieces(text))
         lines = text.rstrip("\n").count("\n") + 1
 
@@ -5550,7 +5582,7 @@ class Writing(Acts):
 
 
 class Reading(Acts):
-    """What of the conversation was seen: rows come in, and what was read goes out."""
+    """The reading of a conversation: takes its rows, and reports the messages that were seen."""
 
     def __init__(self, window: "Window"):
         super().__init__(window)
@@ -5565,7 +5597,7 @@ class Reading(Acts):
 
     @property
     def present(self) -> bool:
-        """The user sees the newest messages."""
+        """True while the user sees the newest messages."""
         return self.focused and self.transcript.at_bottom and not self.transcript.sheet.past
 
     def set_focus(self, focused: bool) -> None:
@@ -5641,7 +5673,7 @@ class Reading(Acts):
         self._see()
 
     def _take_fetching(self, event: Fetching) -> None:
-        self.transcript.older_told(event.text, event.under_way, event.more)
+        self.transcript.older_told(event)
 
     TAKEN: dict[type, Callable[[Any, Any], None]] = {
         Rows: _take_rows,
@@ -5751,7 +5783,10 @@ class FileActs(Acts):
         file = chat.parse_file_tag(row.view.file)
         if file is None or file.type not in OPENED_TYPES:
             return self.window.tell("such a file is saved, and not opened")
-        self.opened = self.opened or tempfile.mkdtemp(prefix="chat-")
+        try:
+            self.opened = self.opened or tempfile.mkdtemp(prefix="chat-")
+        except OSError as error:
+            return self.window.tell(f"cannot open a file: {chat.reason_of(error)}")
         stem = pathlib.Path(chat.linked_name(row.view) or "file").stem
         path = pathlib.Path(self.opened, f"{stem}{OPENED_TYPES[file.type]}")
         self.do("save_file", self.model.here, row.view, str(path), True)
@@ -5790,7 +5825,7 @@ class FileActs(Acts):
 
 
 class MessageActs(Acts):
-    """What can be done with a message: its menu, and the acts by name."""
+    """The menu of a message, and the acts in it, by name."""
 
     def __init__(self, window: "Window"):
         super().__init__(window)
@@ -5800,7 +5835,7 @@ class MessageActs(Acts):
         pointer.told = self.window.status_line.tell
 
     def menu(self, row: Row, event: Any) -> None:
-        """Offer what can be done with a message."""
+        """Open the menu of a message."""
         view, menu = row.view, self.look.menu(self.transcript)
         add = functools.partial(self._add, menu, row)
         if row.state == FAILED and row.parked:
@@ -5906,14 +5941,14 @@ class MessageActs(Acts):
 
 
 class RoomActs(Acts):
-    """Going to conversations, and the menus of conversations, servers and members."""
+    """Changes of conversation, and the menus of conversations, servers and members."""
 
     MEMBER_MENU = (
         ("Write to", "/query {}", False),
         ("Who is", "/whois {}", False),
         ("Ignore", "/ignore {}", False),
-        ("Make an operator:", "/op {}", True),
-        ("Put out:", "/kick {}", True),
+        ("Make operator:", "/op {}", True),
+        ("Kick", "/kick {}", True),
     )
 
     def __init__(self, window: "Window"):
@@ -5959,7 +5994,7 @@ class RoomActs(Acts):
     # Menus
 
     def room_menu(self, number: int, event: Any) -> None:
-        """Offer what can be done with a conversation, or a server."""
+        """Open the menu of a conversation, or of a server."""
         room = self.model.rooms.get(number)
         if room is None:
             return
@@ -5974,7 +6009,7 @@ class RoomActs(Acts):
         number, add = room.number, menu.add_command
         add(label="Go there", command=lambda: self.look_at(number))
         add(label="Mark as read", command=lambda: self.do("read", number))
-        text = "Call me again" if room.muted else "Mute"
+        text = "Unmute" if room.muted else "Mute"
         add(label=text, command=lambda: self.do("mute", number, not room.muted))
         if room.channel:
             add(label="Topic \u2026", command=lambda: self.ask_topic(room))
@@ -5988,16 +6023,16 @@ class RoomActs(Acts):
         add = menu.add_command
         for doubtful in [one for one in self.model.servers if one.number == server and one.doubted]:
             ask = functools.partial(self.window.certificate.show, doubtful)
-            add(label="Is its certificate right? \u2026", command=ask)
+            add(label="Check the certificate \u2026", command=ask)
         add(label="Connect again", command=lambda: self.do("server", server, "/reconnect"))
-        add(label="Which channels there are", command=lambda: self.do("server", server, "/list"))
+        add(label="List the channels", command=lambda: self.do("server", server, "/list"))
         add(label="Join a channel \u2026", command=self.ask_channel)
-        add(label="Lines of the protocol", command=lambda: self.do("server", server, "/raw"))
+        add(label="Protocol log", command=lambda: self.do("server", server, "/raw"))
         menu.add_separator()
         add(label="Leave this server", command=lambda: self.do("server", server, "/disconnect"))
 
     def member_menu(self, name: str, event: Any) -> None:
-        """Offer what can be done with a member."""
+        """Open the menu of a member."""
         menu, me = self.look.menu(self.people), self.model.me
         for label, command, for_operators in self.MEMBER_MENU:
             text = self.look.seen(f"{label} {shorter(name, 30)}")
@@ -6138,11 +6173,15 @@ class Commands(Acts):
         muted = bool(room and room.muted)
         for entry in (
             ("Go to \u2026", self.open_switcher, "Ctrl+K"),
-            ("Next with something new", rooms.go_unread, "Alt+A"),
+            ("Next unread conversation", rooms.go_unread, "Alt+A"),
             ("Join a channel \u2026", rooms.ask_channel, ""),
             ("Write to a user \u2026", rooms.ask_private, ""),
             ("Send a file \u2026", self.files.ask, "Ctrl+O"),
-            ("Call me here again" if muted else "Mute this conversation", rooms.mute_this, ""),
+            (
+                "Unmute this conversation" if muted else "Mute this conversation",
+                rooms.mute_this,
+                "",
+            ),
             ("Close this conversation", rooms.close_this, "Ctrl+W"),
             None,
             ("Search \u2026", self.ask_search, "Ctrl+F"),
@@ -6162,7 +6201,7 @@ class Commands(Acts):
         post_menu_below(menu, self.window.header.menu)
 
     def open_switcher(self) -> None:
-        """Offer all conversations, and what the menu has."""
+        """Offer all conversations, and the main acts."""
         model, choices = self.model, []
         addresses = {server.number: server.address for server in model.servers}
         for number in self.window.sidebar.all_rooms():
@@ -6300,7 +6339,7 @@ class Header(ttk.Frame):
 
 
 class StatusLine(ttk.Frame):
-    """How the connection is, what waits, and a text about what is under the pointer."""
+    """The state of the connection, the messages that wait, and a hint."""
 
     def __init__(self, parent: tk.Misc, look: Look):
         super().__init__(parent)
@@ -6337,7 +6376,7 @@ class Window:
         self.remembered = Remembered(options.state)
         self.model = Model()
         self.address = ""  # of the last server, as it was typed
-        self.asked_about: set[str] = set()  # fingerprints
+        self.asked_about: set[str] = set()  # questions of servers
         self.closing = self.interrupted = self.gone = False
         self.collections = 0
         self.drained = 0.0  # when the last batch was taken
@@ -6489,7 +6528,7 @@ class Window:
         self.panes.restore(kept.get("wide"))
 
     def _remember(self) -> None:
-        """Keep what the window looks like, for the next start."""
+        """Keep the look of the window for the next start."""
         look = self.remembered.words("look")
         look |= {name: self.model.values[name] for name in LOOK_SETTINGS if self.model.values}
         look |= {"geometry": self.root.geometry(), "wide": self.panes.wide}
@@ -6499,7 +6538,7 @@ class Window:
     # Connecting
 
     def begin(self) -> None:
-        """Connect as the command line says, or ask what it does not say."""
+        """Connect as the command line says, or ask for what is missing."""
         if self.options.name:
             self.connect(self.options.name, self.options.server)
         else:
@@ -6515,8 +6554,8 @@ class Window:
     def connect(
         self, name: str, server: str, password: str = "", secret: str = "", register: bool = False
     ) -> None:
-        """Go to a server, too, or say why that cannot be. `password` is the server's, `secret`
-        that of the account with this name."""
+        """Connect to a server, or show why that is not possible. `password` is that of the server,
+        `secret` that of the account with this name."""
         try:
             options = self._client_options(name, server)
             if password:
@@ -6537,7 +6576,7 @@ class Window:
         return self.refresh()
 
     def _start(self, options: chat.ClientOptions) -> None:
-        """Start an engine; what the last one had is forgotten."""
+        """Start an engine, and forget the conversations of the last one."""
         self.model.start(Engine(options, self.bell.rope))
         self.sidebar.clear()
         self.strip.show(())
@@ -6596,13 +6635,20 @@ class Window:
         self.model.servers = event.servers
         self.sidebar.show_servers()
         self._name_user()
-        self.asked_about &= {server.doubted for server in event.servers}
+        self.asked_about &= {server.question for server in event.servers}
         for server in event.servers:
-            if server.doubted and server.doubted not in self.asked_about:
-                self.asked_about.add(server.doubted)
-                self.certificate.show(server)
+            if server.question and server.question not in self.asked_about:
+                self.asked_about.add(server.question)
+                self._ask_about(server)
         if event.ended is not None:
             self.ended(event.ended)
+
+    def _ask_about(self, server: Server) -> None:
+        """Let the user answer the question of a server: a certificate, a password, a name."""
+        if server.doubted:
+            self.certificate.show(server)
+        else:
+            self.card.show(server.nick, server.address, server.status)
 
     def _name_user(self) -> None:
         """Mark what is the user's own, in the conversation and among the members."""
@@ -6618,7 +6664,7 @@ class Window:
             self.reading.room_gone(number)
 
     def _take_looked(self, event: Looked) -> None:
-        """Look at another conversation: what is being typed stays where it was begun."""
+        """Show another conversation. A draft stays in the conversation where it was begun."""
         model, before = self.model, self.model.here
         if before:
             self.writing.leave_room()
@@ -6707,7 +6753,7 @@ class Window:
         ring(self.bell.writer)
 
     def close(self, reason: str = "") -> None:
-        """Hide at once; then the server is told, but not waited for for long."""
+        """Hide at once, and leave the servers, for a second at most."""
         if self.closing:
             return
         self.closing = True
@@ -6936,7 +6982,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def heed_signals(window: Window) -> None:
-    """Let Ctrl-C in the terminal that started us close the window."""
+    """Let Ctrl-C in the terminal close the window."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if number := getattr(signal, name, None):
             signal.signal(number, window.interrupt)
@@ -6944,7 +6990,7 @@ def heed_signals(window: Window) -> None:
 
 
 def sharpen() -> None:
-    """On Windows a program has to say that it copes with fine screens, or is blurred."""
+    """Tell Windows that this program draws for fine screens: it would blur it otherwise."""
     if os.name == "nt":
         with contextlib.suppress(AttributeError, OSError):
             ctypes.OleDLL("shcore").SetProcessDpiAwareness(1)

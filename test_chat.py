@@ -21390,7 +21390,7 @@ def test_the_end_stays_in_sight_when_fonts_panes_and_the_window_change(running, 
         rest()
         assert page.at_bottom and page.text.yview()[1] == 1.0
     assert alice.look.size == began
-    page.text.yview("100.0")
+    page.yview("100.0")
     alice.root.update()
     assert not page.at_bottom
 
@@ -21773,7 +21773,7 @@ def test_older_messages_come_from_memory_and_from_the_server_without_a_jump(runn
         if "message 0\n" in transcript(alice):
             break
         top = next(re.finditer(r"message \d+\n", text.get("@0,0", "end")))[0]
-        text.yview_scroll(-5, "units")
+        alice.transcript.yview("scroll", -5, "units")
         alice.root.update()
         before = [row.view.text for row in sheet.rows]
         pump(alice, lambda: not alice.transcript.waiting_older)
@@ -22036,6 +22036,23 @@ def test_an_account_is_registered_and_logged_in_to_and_a_server_given_its_passwo
     see(alice, "logged in as alice")
 
 
+def test_a_server_that_wants_an_answer_of_the_user_is_answered_in_the_dialog(running, window):
+    server = running(password="sesame")
+    alice = window(server.address)
+    enter(alice, "sent when I am in")
+    for password in ("open", "sesame"):
+        pump(alice, lambda: alice.card.shown)
+        assert "password is missing or wrong" in alice.card.error.cget("text")
+        assert alice.card.server.content == chat.address_text(*server.address)
+        alice.card.name.set("alicia")
+        alice.card.password.insert(0, password)
+        alice.card.go.invoke()
+        assert not alice.card.shown
+    at_home(alice)
+    assert alice.model.me == "alicia" and len(alice.model.servers) == 1
+    see(alice, "sent when I am in")
+
+
 def test_no_text_is_lost_when_a_conversation_or_the_engine_goes(running, window):
     server = running()
     alice = at_home(window(server.address))
@@ -22111,7 +22128,7 @@ def test_each_conversation_keeps_the_place_where_the_user_reads(running, window)
     see(alice, "message 199\n")
     text = alice.transcript.text
     alice.root.update()
-    text.yview("100.0")
+    alice.transcript.yview("100.0")
     alice.root.update()
     top = text.get("@0,0", "@0,0 lineend")
     go(alice, "#tea")
@@ -22575,7 +22592,7 @@ def test_the_window_shows_what_the_core_has_after_whatever_happened(
         elif act == "switch":
             alice.rooms.go_next(1)
         elif act == "scroll":
-            text.yview_moveto(chance.choice((0, 0.5, 1)))
+            alice.transcript.yview("moveto", chance.choice((0, 0.5, 1)))
         elif act == "enter":
             enter(alice, f"mine {n}")
         alice.root.update()
@@ -22787,6 +22804,22 @@ def test_a_picture_is_sent_by_a_key_and_seen_saved_and_opened_in_another_window(
     assert not pathlib.Path(opened[0]).exists()
 
 
+def test_a_file_that_cannot_be_stored_is_not_opened_and_the_user_is_told(
+    running, window, tmp_path, monkeypatch
+):
+    alice = at_home(window(keeps_files(running, tmp_path).address))
+    (tmp_path / "notes.txt").write_text("tea")
+    alice.files.send(alice.model.here, [tmp_path / "notes.txt"])
+    row = file_row(alice)
+
+    def full(**options):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    alice.messages.act("open", row)
+    assert alice.status_line.about.cget("text").startswith("cannot open a file: ")
+
+
 def test_a_user_can_do_without_pictures_among_the_messages(running, window, tmp_path):
     alice, asked = at_home(window(keeps_files(running, tmp_path).address)), []
     enter(alice, "/set pictures off")
@@ -22832,7 +22865,7 @@ def test_few_pictures_are_kept_and_the_page_is_as_high_with_them_as_without(wind
     page.reset(gui_client.Rows(1, gui_client.RESET, tuple(rows)))
     pump(alice, lambda: len(page.pictures.images) >= 3)
     height, last = height_of(alice), set(page.pictures.images)
-    page.text.yview("1.0")
+    page.yview("1.0")
     pump(alice, lambda: page.pictures.images and not last & page.pictures.images.keys())
     pump(alice, lambda: set(page.text.image_names()) == set(page.pictures.images))
     assert height_of(alice) == height and len(page.pictures.images) < 20
@@ -22964,7 +22997,7 @@ def test_a_window_answers_while_messages_pour_in_and_closes_in_a_second(running,
     alice = at_home(window(server.address))
     # Up to three times: what this machine does besides is not the window's fault.
     assert any(longest_silence(alice, bob, 1000 + n) < 0.1 for n in range(3))
-    alice.transcript.text.yview_moveto(0)
+    alice.transcript.yview("moveto", 0)
     alice.root.update()
     bob.send("below\n")
     pump(alice, lambda: alice.transcript.below.cget("text") == "1 new below \u2193")
