@@ -11,7 +11,9 @@ Sections, in reading order; each uses only what stands above it:
     WHAT IS SHOWN   rows as coloured text, and the sheet that counts them: no widgets here
     EMOJI           names of emoji, for typing them
     ENGINE          the cores, their connections and their loop, in a thread of their own
-    REMEMBERED      recent servers, geometry and look, in a small private file
+    REMEMBERED      recent servers, geometry and look, kept in client.db
+    MODEL           what Tk knows of the engine
+    TIMERS          calls that Tk makes later, and for other threads
     LOOK            palettes, fonts and styles
     FIELDS          where text is typed
     FILES           pictures, the files on their way, and the programs that open them
@@ -20,9 +22,14 @@ Sections, in reading order; each uses only what stands above it:
     PANEL           results of a search, and texts to be read
     CARDS           dialogs, on top of the window
     NOTICES         what the desktop is told
-    WINDOW          everything together, opening and closing
+    ACTS            what the user does, by subject: writing, reading, files, messages, ...
+    WINDOW          everything together: building, connecting, events, closing
     DEMO            the pictures of the README
     MAIN            the command line
+
+Where a thing goes: a widget shows what it is given and calls back, and knows nothing of the
+engine; what the user does is a method in ACTS; what Tk knows of the engine is in MODEL; what
+an event of the engine means is in the table of Window; what needs a core is in ENGINE.
 
 Two threads, and what goes between them:
 
@@ -89,7 +96,7 @@ PENDING, FAILED = "pending", "failed"  # states of a message of ours
 
 
 class Row(NamedTuple):
-    """One row of a transcript: a view, and what became of it."""
+    """One row of a transcript: a view, and the state of the message."""
 
     view: chat.View
     state: str = ""  # PENDING or FAILED; "" has arrived
@@ -101,13 +108,13 @@ class Row(NamedTuple):
 
     @property
     def key(self) -> Any:
-        """Return what tells this row from others, when it is drawn again."""
+        """The identity of this row, by which it is found again."""
         view = self.view
         return view.own_id or view.id or (view.kind, view.time, view.name, view.text)
 
 
 class Server(NamedTuple):
-    """How things stand with one server."""
+    """The state of one server."""
 
     number: int
     address: str  # as a user would write it
@@ -124,9 +131,15 @@ class Server(NamedTuple):
     can: frozenset[str] = frozenset()  # redact, react, typing, reply
     rooms: tuple[int, ...] = ()
 
+    @property
+    def question(self) -> str:
+        """The question that the user has to answer before there is a connection; "" if none."""
+        stands_still = self.phase == chat.WAITING and not self.retry_at
+        return self.doubted or (self.status if stands_still else "")
+
 
 class RoomInfo(NamedTuple):
-    """How things stand in one conversation."""
+    """The state of one conversation."""
 
     number: int
     server: int
@@ -153,7 +166,7 @@ class Rooms(NamedTuple):
 
 
 class Looked(NamedTuple):
-    """Another conversation is looked at; 0: none. Its rows come next."""
+    """Another conversation is looked at. Its rows come next."""
 
     room: int
     server: int
@@ -174,7 +187,7 @@ RESET, END, START, PAST, AFTER = "reset", "end", "start", "past", "after"
 
 
 class Trimmed(NamedTuple):
-    """So many of the oldest rows are gone."""
+    """A number of the oldest rows is gone."""
 
     room: int
     count: int
@@ -185,6 +198,12 @@ class Changed(NamedTuple):
     row: Row
 
 
+class Removed(NamedTuple):
+    """A message was redacted: its words are to be seen nowhere."""
+
+    id: str
+
+
 class Cleared(NamedTuple):
     """The user wants an empty page; scrolling up shows what was there."""
 
@@ -192,23 +211,24 @@ class Cleared(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Another device has read up to here."""
+    """The user has read up to a time, on another device."""
 
     room: int
     time: int
 
 
 class Fetching(NamedTuple):
-    """How it stands with older rows, in words; and whether it is worth asking again."""
+    """The state of older rows: a text, whether they are on the way, whether there may be more."""
 
     room: int
     text: str = ""
     under_way: bool = False
     more: bool = True
+    again: bool = False  # there is a connection now, or none any more: ask again
 
 
 class Members(NamedTuple):
-    """Members of the conversation looked at: who came, or is another one, and who went."""
+    """Members of the conversation looked at: new or changed ones, and names of those who left."""
 
     room: int
     came: tuple[chat.Person, ...]
@@ -224,7 +244,7 @@ class Back(NamedTuple):
 
 
 class Page(NamedTuple):
-    """A text to be read apart from what is said."""
+    """A text to be read in the panel."""
 
     title: str
     text: str
@@ -237,14 +257,14 @@ class Code(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Messages that were looked for, in one conversation or (0) in all."""
+    """Messages that a search has found."""
 
     title: str
     rows: tuple[tuple[int, str, chat.View], ...]  # room, its name, message
 
 
 class Called(NamedTuple):
-    """A message for the user."""
+    """A message that mentions the user, or is private."""
 
     room: int
     name: str
@@ -424,17 +444,21 @@ LINE_SHOWN = 1000  # characters of one line: a line of 100 kB takes Tk half a se
 TEXT_SHOWN = 2000  # characters of a message, before a click shows the rest ...
 LINES_SHOWN = 24  # ... and lines
 EXCERPT = 80  # characters of a message that another one answers
+UNKNOWN_ANSWER = ("reply", "an earlier message")  # of a reply to a message that is not here
 NAME_SHOWN = 80  # characters of a name ...
-LABEL_SHOWN = 300  # ... and of a label
+LABEL_SHOWN = 300  # ... of a label ...
+CLOCK_SHOWN = 40  # ... and of a time
 NAME_TAGS = 12
 GROUP_SECONDS = 300  # messages of one speaker within this stand under one name
 
 LINK = re.compile(r"(?:https?://|www\.(?=[\w-]+\.))[^\s<>\"]*[^\s<>\".,;:!?)\]}']", re.IGNORECASE)
+ONLY_LINK = re.compile(r".+ \([^()]*\d [KMG]?B\): \S+")  # what clients say of a file they send
 MESSAGES = (chat.SAID, chat.NOTICED)
 
 TK_FORMATS = {"image/png": "png", "image/gif": "gif"}  # of pictures that Tk decodes
 PICTURE_BYTES = 2 * 1024 * 1024  # of a picture shown among the messages, at most ...
-PICTURE_SIDE = 4096  # ... and pixels of a side: Tk decodes such a one in a third of a second
+PICTURE_SIDE = 4096  # ... and pixels of a side: Tk decodes such a one in a third of a second ...
+PICTURE_PIXELS = 3840 * 2160  # ... so one larger than a screen is shown by a click, in a window
 PICTURE_BOX = (400, 300)  # pixels for a picture, where 96 are an inch
 # What is opened by a click, and under which ending, whatever the sender calls it: a program that
 # calls itself a picture is given to one that shows pictures.
@@ -479,7 +503,7 @@ def linked(text: str, *tags: str) -> list:
 
 
 def moment_of(view: chat.View) -> datetime.datetime:
-    """Return when it was, by the clock on the user's wall."""
+    """Return the local time of a view."""
     try:
         return datetime.datetime.fromtimestamp(
             time.time() if view.time is None else view.time / 1000
@@ -489,9 +513,9 @@ def moment_of(view: chat.View) -> datetime.datetime:
 
 
 def clock_text(moment: datetime.datetime, style: str) -> str:
-    """Return a time as the user wants it, or as usual if nothing can be made of that."""
+    """Return a time in the user's format; in the default format if that is unusable."""
     try:
-        return " ".join(moment.strftime(style).split()) or "\u2013"
+        return " ".join(moment.strftime(style).split())[:CLOCK_SHOWN] or "\u2013"
     except ValueError:
         return f"{moment:%H:%M}"
 
@@ -526,7 +550,7 @@ def excerpt(text: str) -> str:
 
 
 def beginning(text: str) -> str:
-    """Return as much of a long text as is shown before a click."""
+    """Return the part of a long text that is shown before a click."""
     lines = text.split("\n", LINES_SHOWN)
     return "\n".join(lines[:LINES_SHOWN])[:TEXT_SHOWN]
 
@@ -583,10 +607,20 @@ def state_pieces(row: Row) -> list:
     return [*pieces, "\n", ("said", "trouble")]
 
 
-def is_shown(file: chat.FileTag) -> bool:
-    """Return whether a picture is shown among the messages."""
+def is_decodable(file: chat.FileTag) -> bool:
+    """Return whether a file is a picture that Tk decodes."""
     sides = 0 < file.width <= PICTURE_SIDE and 0 < file.height <= PICTURE_SIDE
     return file.type in TK_FORMATS and 0 < file.size <= PICTURE_BYTES and sides
+
+
+def is_shown(file: chat.FileTag) -> bool:
+    """Return whether a picture is shown among the messages."""
+    return is_decodable(file) and file.width * file.height <= PICTURE_PIXELS
+
+
+def is_only_link(view: chat.View) -> bool:
+    """Return whether a message only names a file: its card says the same."""
+    return bool(view.file and ONLY_LINK.fullmatch(view.text) and chat.parse_file_tag(view.file))
 
 
 def divisor(file: chat.FileTag, box: tuple[int, int]) -> int:
@@ -604,14 +638,18 @@ def file_pieces(row: Row, style: Style, trouble: str = "") -> list:
     if file is None:
         return []
     tags = ("said", "file")
-    name = style.name(shorter(chat.linked_name(row.view), NAME_SHOWN))
+    name = chat.linked_name(row.view) if is_only_link(row.view) else ""
+    name = style.name(shorter(name, NAME_SHOWN))
     pieces = [f" {name} ", (*tags, "file-name")] if name else []
     why = f"; not shown: {trouble}" if trouble else ""
     pieces += [f" {file.words()}{why}   ", tags, "Save", (*tags, "save")]
     if file.type in OPENED_TYPES:
         pieces += ["   ", tags, "Open", (*tags, "open")]
+    inline = style.pictures and is_shown(file) and not trouble
+    if is_decodable(file) and not (inline or trouble):
+        pieces += ["   ", tags, "Show", (*tags, "show")]
     pieces += [" ", tags, "\n", ("said",)]
-    if style.pictures and is_shown(file) and not trouble:
+    if inline:
         pieces += ["\n", ("said", "picture", f"space{shown_height(file, style.box)}")]
     return pieces
 
@@ -652,7 +690,7 @@ def said_pieces(
     return [
         *(head_pieces(row, style) if headed else ()),
         *reply_pieces(row),
-        *text_pieces(row, style, expanded),
+        *(() if is_only_link(row.view) else text_pieces(row, style, expanded)),
         *(file_pieces(row, style, trouble) if row.view.file else ()),
         *reaction_pieces(row, me),
         *state_pieces(row),
@@ -712,17 +750,17 @@ class Sheet:
 
     # Rows
 
-    def reset(
-        self, room: int, rows: Iterable[Row], read_time: int, past: bool = False, unread: int = 0
-    ) -> None:
+    def reset(self, event: Rows) -> None:
         """Take the rows of a conversation; none of them is drawn yet."""
-        if room != self.room:
+        again = event.room == self.room and event.at == RESET and not self.past
+        if event.room != self.room:
             self.expanded.clear()
             self.troubles.clear()
-        self.room, self.rows, self.read_time = room, list(rows), read_time
+        self.room, self.rows, self.read_time = event.room, list(event.rows), event.read_time
         self.first, self.sizes = len(self.rows), []
-        self.whole, self.past, self.cleared = False, past, False
-        self.mark_new(unread)
+        self.whole, self.past, self.cleared = False, event.at == PAST, False
+        if not again:
+            self.mark_new(event.unread)
 
     def mark_new(self, unread: int) -> None:
         """Put the "new" line above the first message that was not read."""
@@ -758,6 +796,53 @@ class Sheet:
         del self.rows[:count], self.sizes[:drawn]
         self.first = max(0, self.first - count)
         return lines
+
+    def fold_up(self) -> int:
+        """Draw fewer of the oldest rows: they come back. Return the lines to be deleted."""
+        excess = max(0, len(self.sizes) - ROWS_MOST)
+        lines = sum(self.sizes[:excess])
+        del self.sizes[:excess]
+        self.first += excess
+        return lines
+
+    def prepend(self, rows: tuple[Row, ...]) -> None:
+        """Add older rows; none of them is drawn yet."""
+        self.rows[:0] = rows
+        self.first += len(rows)
+
+    def clear(self) -> None:
+        """Draw none of the rows, until the user wants to see them."""
+        self.first, self.sizes, self.cleared = len(self.rows), [], True
+
+    def replace(self, row: Row) -> int | None:
+        """Take another form of a row; return its number."""
+        number = self.find_row(row)
+        if number is not None:
+            if self.rows[number].key == self.marked:
+                self.marked = row.key
+            self.rows[number] = row
+        return number
+
+    def read_to(self, when: int) -> int | None:
+        """Note that all was read up to a time; return the row that loses its "new" line."""
+        self.seen(when)
+        number = self.find(self.marked)
+        if number is None or (self.rows[number].view.time or 0) > when:
+            return None
+        self.marked = None
+        return number
+
+    def remove(self, id: str) -> list[int]:
+        """Take the words of a message away, also where it is answered. Return the rows of both."""
+        numbers = [n for n, row in enumerate(self.rows) if id in (row.view.id, row.view.reply)]
+        for n in numbers:
+            row = self.rows[n]
+            if row.view.id == id:
+                told = chat.View(chat.NOTE, "a message was taken back", time=row.view.time)
+                self.rows[n] = Row(told)
+            else:
+                self.rows[n] = row._replace(answers=UNKNOWN_ANSWER)
+        return numbers
 
     def find(self, key: Any) -> int | None:
         """Return the number of the row with this key; the newest are looked at first."""
@@ -863,20 +948,20 @@ class Sheet:
         return max((view.time or 0 for view in last if view.kind in MESSAGES), default=0)
 
     def speakers(self) -> list[str]:
-        """Return who spoke here, the last one first."""
+        """Return the names of the users who spoke here, the last one first."""
         spoken = (row.view for row in reversed(self.rows) if row.view.kind == chat.SAID)
         return list(dict.fromkeys(view.name for view in spoken if not view.mine))
 
 
 def title_text(server: Server | None, room: RoomInfo | None, unread: int) -> str:
-    """(3) #tea - alice - 127.0.0.1:7000: first what a task bar has room for."""
+    """Return the title, such as "(3) #tea - alice - server": a task bar shows its beginning."""
     parts = [shorter(room.name, NAME_SHOWN)] if room else []
     parts += [server.nick, server.address] if server else []
     return (f"({unread}) " if unread else "") + " \u2013 ".join([*filter(None, parts), "chat"])
 
 
 def status_text(server: Server | None, now: float) -> str:
-    """Return how the connection is, in words."""
+    """Return the state of the connection as a text."""
     if server is None:
         return "not connected"
     if server.ready:
@@ -892,7 +977,7 @@ def status_text(server: Server | None, now: float) -> str:
 
 
 def waiting_text(server: Server | None) -> str:
-    """Return what has not arrived yet."""
+    """Return a text about messages that have not arrived yet."""
     if server is None or not server.waiting:
         return ""
     parked = f", {server.parked} not sent" if server.parked else ""
@@ -953,40 +1038,16 @@ def count_text(room: RoomInfo) -> str:
 # know from elsewhere.
 
 EMOJI_BLOCKS = ((0x1F300, 0x1F64F), (0x1F680, 0x1F6FF), (0x1F900, 0x1FAFF), (0x2600, 0x27BF))
-EMOJI_KNOWN = {
-    "+1": "\U0001f44d",
-    "-1": "\U0001f44e",
-    "thumbsup": "\U0001f44d",
-    "thumbsdown": "\U0001f44e",
-    "heart": "\u2764\ufe0f",
-    "tada": "\U0001f389",
-    "joy": "\U0001f602",
-    "smile": "\U0001f642",
-    "grin": "\U0001f600",
-    "wink": "\U0001f609",
-    "cry": "\U0001f622",
-    "sob": "\U0001f62d",
-    "think": "\U0001f914",
-    "shrug": "\U0001f937",
-    "tea": "\U0001f375",
-    "coffee": "\u2615",
-    "beer": "\U0001f37a",
-    "cake": "\U0001f370",
-    "check": "\u2705",
-    "cross": "\u274c",
-    "eyes": "\U0001f440",
-    "fire": "\U0001f525",
-    "rocket": "\U0001f680",
-    "ok": "\U0001f44c",
-    "pray": "\U0001f64f",
-    "clap": "\U0001f44f",
-    "wave": "\U0001f44b",
-    "sun": "\u2600\ufe0f",
-    "star": "\u2b50",
-    "bug": "\U0001f41b",
-    "warning": "\u26a0\ufe0f",
-    "100": "\U0001f4af",
-}
+EMOJI_TABLE = (
+    "+1 \U0001f44d -1 \U0001f44e thumbsup \U0001f44d thumbsdown \U0001f44e "
+    "heart \u2764\ufe0f tada \U0001f389 joy \U0001f602 smile \U0001f642 grin \U0001f600 "
+    "wink \U0001f609 cry \U0001f622 sob \U0001f62d think \U0001f914 shrug \U0001f937 "
+    "tea \U0001f375 coffee \u2615 beer \U0001f37a cake \U0001f370 check \u2705 cross \u274c "
+    "eyes \U0001f440 fire \U0001f525 rocket \U0001f680 ok \U0001f44c pray \U0001f64f "
+    "clap \U0001f44f wave \U0001f44b sun \u2600\ufe0f star \u2b50 bug \U0001f41b "
+    "warning \u26a0\ufe0f 100 \U0001f4af "
+)
+EMOJI_KNOWN = dict(re.findall(r"(\S+) (\S+)", EMOJI_TABLE))
 EMOJI_OFFERED = 8
 EMOJI_WORD = re.compile(r"(?:^|(?<=\s)):([a-z0-9_+-]{2,})$", re.IGNORECASE)
 REACTIONS = ("\U0001f44d", "\u2764\ufe0f", "\U0001f602", "\U0001f389", "\U0001f440", "\U0001f622")
@@ -1027,6 +1088,12 @@ def with_emoji(text: str) -> str:
 # The same client that runs in a terminal, in a thread of its own. At the end of a turn it
 # makes one batch of what has changed since the last one. The next batch is made when Tk has
 # taken that: what comes meanwhile is in the rooms, and nothing is sent twice.
+#
+#   Overview   servers, conversations, settings and transfers, as Tk knows them
+#   Watched    the rows and the members of the conversation that the user looks at
+#   Wanted     the files that Tk waits for
+#   Requests   the requests of Tk: Engine.do("say", ...) has Requests.say() called in the thread
+#   Engine     the thread, the views of the cores, and the batches
 
 ROWS_AT_ONCE = 300  # in one batch: inserted in a few milliseconds
 ROWS_KEPT = 2000  # of the conversation looked at, while the end is in sight ...
@@ -1046,6 +1113,9 @@ LEAVE_SECONDS = 0.8  # to hear the server out; the window is gone within a secon
 SERVER_NUMBERS = itertools.count(1)
 WHY_AGAIN = "; trying again"
 
+Tell = Callable[[Any], None]  # takes an event for the next batch
+Place = tuple[chat.Seat, chat.Room]  # a conversation, and its server
+
 
 class SeatScreen:
     """The state of the window about one server, in the engine's thread."""
@@ -1058,17 +1128,18 @@ class SeatScreen:
         self.was_ready = self.told_why = False
         self.secret = ""  # of an account that is to be registered
         self.missed: dict[str, None] = {}  # ids of what was said while we were away
+        self.last_removed = ""  # id of the message that was redacted last
 
 
 def search_words(text: str) -> tuple[str, dict[str, str]]:
-    """Return the words to look for, and what else is wanted: from:NICK, in:#CHANNEL, has:link."""
+    """Return the words of a search and its filters: from:NICK, in:#CHANNEL, has:link."""
     parts = text.split()
     wanted = dict(part.split(":", 1) for part in parts if SEARCH_PART.fullmatch(part))
     return " ".join(part for part in parts if not SEARCH_PART.fullmatch(part)), wanted
 
 
 def is_wanted(core: chat.ClientCore, view: chat.View, wanted: dict[str, str]) -> bool:
-    """Return whether a message is what a search wants besides its words."""
+    """Return whether a message has the sender, conversation and link that a search wants."""
     name, where = wanted.get("from"), wanted.get("in")
     return (
         (name is None or core.fold(view.name) == core.fold(name))
@@ -1077,332 +1148,142 @@ def is_wanted(core: chat.ClientCore, view: chat.View, wanted: dict[str, str]) ->
     )
 
 
+def find_kept(
+    core: chat.ClientCore, room: chat.Room | None, words: str, wanted: dict[str, str]
+) -> list[chat.View]:
+    """Return kept messages with these words, from a user, in a conversation, with a link."""
+    room = core.find(wanted["in"]) if "in" in wanted else room
+    if words:
+        found = core.find_kept(words, room, FOUND_MOST if not wanted else LOOKED_AT)
+    else:
+        rooms = [room] if room else core.rooms.values()
+        last = chat.View(chat.NOTE, time=LAST)
+        found = [view for one in rooms for view in core.kept_beside(one, last, LOOKED_AT)]
+    return [view for view in found if is_wanted(core, view, wanted)]
+
+
+def result_of(core: chat.ClientCore, view: chat.View) -> tuple[int, str, chat.View]:
+    """Return a message that was found, with the number and the name of its conversation."""
+    room = core.find(view.where)
+    return room.id if room else 0, view.where, view
+
+
 def looks_same(view: chat.View, other: chat.View) -> bool:
     return view is other or (bool(view.id) and view.id == other.id)
 
 
-class Engine(chat.ManyServers):
-    """The client; its screen is a queue of batches. `wake` is called when there is one."""
+def find_view(room: chat.Room, wanted: Callable[[chat.View], bool]) -> chat.View | None:
+    return next((view for view in reversed(room.views) if wanted(view)), None)
 
-    def __init__(self, options: chat.ClientOptions, wake: Callable[[], None]):
-        self.wake = wake
-        self.batches: queue.SimpleQueue[tuple] = queue.SimpleQueue()
-        self.out: list[Any] = []  # events that are to go, in order
-        self.under_way = False  # a batch is, to Tk
-        self.known: dict[int, RoomInfo] = {}  # as Tk knows them
-        self.servers: tuple[Server, ...] = ()  # likewise
-        self.values: tuple[tuple[str, str], ...] = ()  # likewise, of settings
-        self.touched: set[int] = set()  # numbers of conversations that may have changed
-        self.all_touched = True
-        self.watched: chat.Room | None = None  # its rows are in the window ...
-        self.count = 0  # ... so many of them, from the first on
-        self.back = False  # the user reads back
-        self.past: list[chat.View] = []  # shown instead of the rows
-        self.people: dict[str, chat.Person] = {}  # as Tk knows the members
-        self.people_due = 0.0  # on the loop's clock
-        self.people_changed = self.again = False
-        self.focused = True
-        self.moving: tuple[Moving, ...] = ()  # as Tk knows them
+
+def places(seats: Iterable[chat.Seat]) -> Iterator[Place]:
+    """Yield all conversations, and for each server the place without one."""
+    for seat in seats:
+        yield seat, seat.screen.nowhere
+        for room in seat.core.rooms.values():
+            yield seat, room
+
+
+def place_of(seats: Iterable[chat.Seat], number: int) -> Place | None:
+    """Return a conversation and its server by its number."""
+    return next((place for place in places(seats) if place[1].id == number), None)
+
+
+def answered_by(
+    core: chat.ClientCore, room: chat.Room, view: chat.View, by_id: dict[str, chat.View]
+) -> tuple[str, str]:
+    """Return the sender and the beginning of the message that this one answers."""
+    if not view.reply:
+        return "", ""
+    said = by_id.get(view.reply) or find_view(room, lambda one: one.id == view.reply)
+    said = said or core.kept(view.reply)
+    return (said.name, said.text[: 4 * EXCERPT]) if said else UNKNOWN_ANSWER
+
+
+def row_of(
+    seat: chat.Seat,
+    room: chat.Room,
+    view: chat.View,
+    by_id: dict[str, chat.View] | None = None,
+    fresh: bool = False,
+) -> Row:
+    """Return a view as a row, with the state of the message. A fresh one has no reactions yet."""
+    core, screen, outbox = seat.core, seat.screen, seat.core.outbox
+    view = view._replace(line="")
+    state = reason = ""
+    parked = False
+    if view.mine and view.own_id:
+        parked, waits = view.own_id in outbox.parked, view.own_id in outbox.waiting
+        reason = outbox.parked.get(view.own_id) or screen.failed.get(view.own_id, "")
+        state = FAILED if parked or (reason and not waits) else PENDING if waits else ""
+    looked_up = view.id and (view.past or not fresh)
+    reactions = core.reactions_of(view.id) if looked_up else {}
+    told = tuple((emoji, tuple(names)) for emoji, names in reactions.items())
+    answers = answered_by(core, room, view, by_id or {})
+    missed = bool(view.id) and view.id in screen.missed
+    return Row(view, state, reason, parked, told, answers, missed)
+
+
+def room_info(seat: chat.Seat, room: chat.Room) -> RoomInfo:
+    return RoomInfo(
+        room.id,
+        seat.screen.number,
+        room.name,
+        room.is_channel and bool(room.name),
+        room.topic,
+        room.inside or not room.is_channel or not seat.core.ready,
+        room.unread,
+        room.called,
+        room.muted,
+        room.draft,
+        room.gone,
+        tuple(room.typing),
+    )
+
+
+class Overview:
+    """Servers, conversations, settings and transfers, as Tk knows them. It compares them with the
+    cores, and makes events of the differences."""
+
+    def __init__(self, client: chat.ManyServers):
+        self.client = client
+        self.servers: tuple[Server, ...] = ()
+        self.rooms: dict[int, RoomInfo] = {}
+        self.values: tuple[tuple[str, str], ...] = ()  # settings
+        self.moving: tuple[Moving, ...] = ()
         self.moving_due = 0.0  # on the loop's clock
         self.moving_timer = False
-        self.wanted: list[tuple[chat.Seat, chat.FileTag, bool]] = []  # pictures; True: in full
-        self.fetched: collections.Counter[tuple] = collections.Counter()  # likewise: attempts
-        self.fetching: set[tuple] = set()
-        self.opening: dict[str, chat.Transfer] = {}  # files that are opened when they are there
-        self.ended: str | None = None
-        self.calls: collections.deque[tuple[Callable, tuple]] = collections.deque()  # of Tk
-        self.lock = threading.Lock()  # guards `alive`: nothing is handed to a closed loop
-        self.alive = True
-        super().__init__(options)
-        self.loop.turn_ends = self.publish
-        self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self.touched: set[int] = set()  # numbers of conversations that may have changed
+        self.all_touched = True
 
-    # Called by Tk
+    def touch(self, number: int) -> None:
+        """Note that a conversation may have changed."""
+        self.touched.add(number)
 
-    def start(self) -> None:
-        self.thread.start()
+    def events(self, ended: str | None) -> list:
+        """Return the differences; `ended` is why everything is over, None if it is not."""
+        servers = self._server_events(ended)
+        return [*self._settings(), *servers, *self._room_events(), *self._transfers()]
 
-    def submit(self, act: Callable[..., Any], *values: Any) -> bool:
-        """Have the engine's thread call this; return whether it is still there."""
-        with self.lock:
-            if self.alive:
-                self.calls.append((act, values))
-                self.loop.call_soon_threadsafe(self._take_call)
-            return self.alive
+    def _settings(self) -> list:
+        values = tuple((name, self.client.core.setting(name)) for name in chat.SETTINGS)
+        if values == self.values:
+            return []
+        self.values = values
+        return [Settings(values)]
 
-    def do(self, name: str, *values: Any) -> bool:
-        """Have the engine's thread call one of the methods below."""
-        return self.submit(getattr(self, f"do_{name}"), *values)
-
-    # The thread
-
-    def _take_call(self) -> None:
-        """Call what Tk wants; a refusal is told, and a bug does not end the engine."""
-        act, values = self.calls.popleft()
-        try:
-            act(*values)
-        except chat.ChatError as refusal:
-            self.show([chat.View(chat.NOTE, str(refusal))])
-        except Exception:
-            log.exception("a bug, please report it")
-
-    def _work(self) -> None:
-        try:
-            self.open_others()
-            self.run()
-        except Exception as error:
-            log.exception("a bug, please report it")
-            self.ended = f"internal error: {error}"
-        finally:
-            with self.lock:
-                self.alive = False
-            for act, values in self.calls:  # texts that came too late are not lost
-                if act == self.do_say:
-                    self.out.append(Back(*values[:2]))
-            self.under_way = False
-            self.publish()
-            for seat in self.seats:
-                self._let_go(seat)
-            self.close()
-            self.loop.close()
-
-    @staticmethod
-    def _let_go(seat: chat.Seat) -> None:
-        """Close what a seat holds: another engine may want the same outbox."""
-        if seat.link.conn:
-            seat.link.conn.sock.close()
-        if seat.core.outbox.rows:
-            seat.core.outbox.rows.close()
-
-    def over(self, reason: str) -> None:
-        self.ended = reason
-        super().over(reason)
-
-    def screen_for(self, seat: chat.Seat) -> SeatScreen:
-        seat.core.reads_at_once = False  # the window says what has been read
-        seat.core.results = functools.partial(self._results, seat)
-        seat.core.settings = self.seats[0].core.settings  # one set of them for all
-        return SeatScreen()
-
-    # What the cores have to show
-
-    def show(self, views: list[chat.View]) -> None:
-        self.show_of(self.seat, views)
-
-    def show_of(self, seat: chat.Seat, views: list[chat.View]) -> None:
-        self._note_ready(seat)
-        for view in views:
-            if handler := self.TAKEN.get(view.kind):
-                handler(self, seat, view)
-            if view.room:
-                self.touched.add(view.room)
-
-    def _note_ready(self, seat: chat.Seat) -> None:
-        """Note that a connection stands, or stands no more."""
-        screen, ready = seat.screen, seat.core.ready
-        if ready == screen.was_ready:
-            return
-        screen.was_ready = ready
-        self.people_changed = True
-        if self.watched:
-            self.out.append(Fetching(self.watched.id))  # it is worth asking again
-        if ready and screen.told_why:
-            screen.told_why = False
-            self._keep(seat, chat.View(chat.NOTE, f"connected to {seat.link.target}"))
-        self._register(seat)
-
-    def _register(self, seat: chat.Seat) -> None:
-        """Register the account that the user wants, once the server has the name."""
-        secret = seat.screen.secret
-        if secret and seat.core.ready:
-            seat.screen.secret = ""
-            self.submit(self._register_now, seat, secret)
-
-    @staticmethod
-    def _register_now(seat: chat.Seat, secret: str) -> None:
-        chat.do_register(seat.core, secret)
-        seat.link.poke()
-
-    def room_of(self, seat: chat.Seat, view: chat.View) -> chat.Room:
-        """Return the conversation of a view, or the one that is looked at."""
-        core = seat.core
-        room = core.by_id(view.room) if view.room else None
-        room = room or (core.find(view.where) if view.where else None)
-        return room or core.current or seat.screen.nowhere
-
-    def _keep(self, seat: chat.Seat, view: chat.View) -> None:
-        """Make a row of a view, unless the core has done so."""
-        room = self.room_of(seat, view)
-        if view.kind in (chat.CAME, chat.WENT):  # many of them are to be one row
-            self.people_changed = True
-            if any(one is view for one in reversed(room.moves)):
-                return
-        if not view.where or not any(one is view for one in reversed(room.views)):
-            room.views.append(seat.core.timed(view, room))
-
-    def _said(self, seat: chat.Seat, view: chat.View) -> None:
-        if not view.where:
-            self._keep(seat, view)
-        if seat.link.phase != chat.ONLINE or view.past:
-            chat.remember(seat.screen.missed, view.id)
-        room = self.room_of(seat, view)
-        if view.called and not (view.past or view.mine or room.muted):
-            on = (seat.core.setting(name) == "on" for name in ("bell", "desktop"))
-            self.out.append(Called(room.id, view.name, view.text, room.name, *on))
-
-    def _status(self, seat: chat.Seat, view: chat.View) -> None:
-        seat.screen.status = view.text
-        if seat.link.again and not seat.screen.told_why:
-            seat.screen.told_why = True
-            self._keep(seat, chat.View(chat.NOTE, view.text.partition(WHY_AGAIN)[0]))
-
-    def _failed(self, seat: chat.Seat, view: chat.View) -> None:
-        room = self.room_of(seat, view)
-        said = self._find(room, lambda one: one.own_id == view.own_id)
-        if said is None:
-            return self._keep(seat, view._replace(kind=chat.NOTE))
-        why = view.text.partition(f": {said.text.strip('*')}")[0]
-        why = seat.core.outbox.parked.get(view.own_id) or why
-        seat.screen.failed[view.own_id] = why
-        if room is not self.watched:  # there, and where the user looks
-            text = f"not sent to {room.name}: {excerpt(said.text)} ({why})"
-            self._keep(seat, chat.View(chat.NOTE, text))
-        return self._change(seat, room, said)
-
-    def _arrived(self, seat: chat.Seat, view: chat.View) -> None:
-        room = self.room_of(seat, view)
-        seat.screen.failed.pop(view.own_id, None)
-        said = self._find(room, lambda one: one.own_id == view.own_id)
-        if said is not None:
-            self._change(seat, room, said)
-
-    def _reacted(self, seat: chat.Seat, view: chat.View) -> None:
-        room = self.room_of(seat, view)
-        if said := self._find(room, lambda one: one.id == view.id):
-            self._change(seat, room, said)
-
-    @staticmethod
-    def _find(room: chat.Room, wanted: Callable[[chat.View], bool]) -> chat.View | None:
-        return next((view for view in reversed(room.views) if wanted(view)), None)
-
-    def _change(self, seat: chat.Seat, room: chat.Room, view: chat.View) -> None:
-        """Have a row drawn again, if it is in the window."""
-        if room is self.watched:
-            self.out.append(Changed(room.id, self.row_of(seat, room, view)))
-
-    def _reset(self, seat: chat.Seat, view: chat.View) -> None:
-        """Send all rows again: some are gone."""
-        if self.room_of(seat, view) is self.watched:
-            self.again = True
-
-    def _cleared(self, seat: chat.Seat, view: chat.View) -> None:
-        self.out.append(Cleared(self.room_of(seat, view).id))
-
-    def _older(self, seat: chat.Seat, view: chat.View) -> None:
-        room, count = self.room_of(seat, view), chat.whole_number(view.text) or 0
-        if room is not self.watched or self.past:
-            return
-        views = list(itertools.islice(room.views, count))
-        self.count += len(views)
-        self._send_rows(seat, room, START, views)
-        self.out.append(self._fetched(room, bool(views)))
-
-    @staticmethod
-    def _fetched(room: chat.Room, came: bool) -> Fetching:
-        """Return how it stands after older rows came, or none."""
-        if room.whole and not room.views.dropped:
-            return Fetching(room.id, "this is the beginning", more=False)
-        return Fetching(room.id, "" if came else "nothing older is here")
-
-    def _people(self, seat: chat.Seat, view: chat.View) -> None:
-        self.people_changed = True
-        if view.text:
-            names = sorted(view.text.split(", "), key=key_of)
-            self.out.append(Page(f"Members of {view.where}", "\n".join(names)))
-
-    def _page(self, seat: chat.Seat, view: chat.View) -> None:
-        self.out.append(Page(view.name, view.text))
-
-    def _code(self, seat: chat.Seat, view: chat.View) -> None:
-        self.out.append(Code(view.text))
-
-    def _back(self, seat: chat.Seat, view: chat.View) -> None:
-        self.out.append(Back(self.room_of(seat, view).id, view.text))
-
-    def _read_elsewhere(self, seat: chat.Seat, view: chat.View) -> None:
-        room = self.room_of(seat, view)
-        self.out.append(Read(room.id, room.read_time))
-
-    def _transfer_changed(self, seat: chat.Seat, view: chat.View) -> None:
-        """Have a file opened that was saved for that."""
-        one = self.opening.get(view.own_id)
-        if one is not None and one not in seat.core.transfers:
-            del self.opening[one.id]
-            if os.path.exists(one.path):
-                self.out.append(Opened(one.path))
-
-    def _results(self, seat: chat.Seat, title: str, views: list[chat.View]) -> None:
-        rows = []
-        for view in views:
-            room = seat.core.find(view.where)
-            rows.append((room.id if room else 0, view.where, view))
-        self.out.append(Results(title, tuple(rows)))
-
-    TAKEN = {
-        chat.SAID: _said,
-        chat.NOTICED: _said,
-        **dict.fromkeys((chat.CAME, chat.WENT, chat.TOLD, chat.NOTE, chat.FOUND), _keep),
-        chat.STATUS: _status,
-        chat.FAILED: _failed,
-        chat.ARRIVED: _arrived,
-        chat.REACTED: _reacted,
-        chat.REMOVED: _reset,
-        chat.RESET: _reset,
-        chat.CLEARED: _cleared,
-        chat.OLDER: _older,
-        chat.PEOPLE: _people,
-        chat.PAGE: _page,
-        chat.QR_CODE: _code,
-        chat.BACK: _back,
-        chat.READ: _read_elsewhere,
-        chat.TRANSFER: _transfer_changed,
-    }
-
-    # Batches
-
-    def publish(self) -> None:
-        """At the end of a turn: make a batch, if Tk has taken the last one."""
-        if self.wanted:
-            self._fetch_pictures()
-        if self.under_way:
-            return
-        events = [*self._server_events(), *self._room_events(), *self._watched_events()]
-        events += self._progress_events()
-        values = tuple((name, self.core.setting(name)) for name in chat.SETTINGS)
-        if values != self.values:
-            self.values = values
-            events.insert(0, Settings(values))
-        if events:
-            self.under_way = True
-            self.batches.put(tuple(events))
-            self.wake()
-
-    def do_took(self) -> None:
-        """Tk has taken the batch."""
-        self.under_way = False
-
-    def _server_events(self) -> list:
-        servers = tuple(self._server(seat) for seat in self.seats)
-        if servers == self.servers and self.ended is None:
+    def _server_events(self, ended: str | None) -> list:
+        servers = tuple(self._server(seat) for seat in self.client.seats)
+        if servers == self.servers and ended is None:
             return []
         if [one.rooms for one in servers] != [one.rooms for one in self.servers]:
             self.all_touched = True
         self.servers = servers
-        return [Servers(servers, self.ended)]
+        return [Servers(servers, ended)]
 
     def _server(self, seat: chat.Seat) -> Server:
         core, link, outbox = seat.core, seat.link, seat.core.outbox
-        left = link.again.when - self.loop.now if link.again else 0
+        left = link.again.when - self.client.loop.now if link.again else 0
         known = next((one for one in self.servers if one.number == seat.screen.number), None)
         retry_at = time.monotonic() + left if link.again else 0.0
         if known and abs(known.retry_at - retry_at) < 0.5:
@@ -1427,163 +1308,183 @@ class Engine(chat.ManyServers):
     def _room_events(self) -> list:
         if not (self.touched or self.all_touched):
             return []
-        places = {room.id: (seat, room) for seat, room in self.places()}
-        gone = tuple(self.known.keys() - places.keys()) if self.all_touched else ()
-        wanted = places if self.all_touched else self.touched & places.keys()
+        known = {place[1].id: place for place in places(self.client.seats)}
+        gone = tuple(self.rooms.keys() - known.keys()) if self.all_touched else ()
+        wanted = known if self.all_touched else self.touched & known.keys()
         changed = []
         for number in wanted:
-            info = self._room_info(*places[number])
-            if info != self.known.get(number):
-                self.known[number] = info
+            info = room_info(*known[number])
+            if info != self.rooms.get(number):
+                self.rooms[number] = info
                 changed.append(info)
         for number in gone:
-            del self.known[number]
+            del self.rooms[number]
         self.touched.clear()
         self.all_touched = False
         return [Rooms(tuple(changed), gone)] if changed or gone else []
 
-    def places(self) -> Iterator[tuple[chat.Seat, chat.Room]]:
-        """Yield all conversations, and for each server the place without one."""
-        for seat in self.seats:
-            yield seat, seat.screen.nowhere
-            for room in seat.core.rooms.values():
-                yield seat, room
-
-    @staticmethod
-    def _room_info(seat: chat.Seat, room: chat.Room) -> RoomInfo:
-        return RoomInfo(
-            room.id,
-            seat.screen.number,
-            room.name,
-            room.is_channel and bool(room.name),
-            room.topic,
-            room.inside or not room.is_channel or not seat.core.ready,
-            room.unread,
-            room.called,
-            room.muted,
-            room.draft,
-            room.gone,
-            tuple(room.typing),
+    def _transfers(self) -> list:
+        """Return the state of the transfers; if only numbers have changed, not too often."""
+        moving = tuple(
+            Moving(seat.screen.number, one.id, one.words(), 100 * one.done // max(1, one.size))
+            for seat in self.client.seats
+            for one in seat.core.transfers
         )
+        if moving == self.moving:
+            return []
+        loop = self.client.loop
+        wait = self.moving_due - loop.now
+        if wait > 0 and [one.id for one in moving] == [one.id for one in self.moving]:
+            if not self.moving_timer:
+                self.moving_timer = True
+                loop.call_later(wait, self._timer_over)
+            return []
+        self.moving, self.moving_due = moving, loop.now + PROGRESS_SECONDS
+        return [Progress(moving)]
 
-    def _watched_events(self) -> list:
-        """Return what is new in the conversation that is looked at."""
-        room = self.core.current or self.seat.screen.nowhere
+    def _timer_over(self) -> None:
+        """The turn that this timer begins looks at the transfers again."""
+        self.moving_timer = False
+
+
+class Watched:
+    """The conversation that the user looks at: which of its rows and members Tk has."""
+
+    def __init__(self, loop: chat.Loop, tell: Tell):
+        self.loop, self.tell = loop, tell
+        self.seat: chat.Seat | None = None
+        self.room: chat.Room | None = None
+        self.count = 0  # rows that Tk has, from the first on
+        self.back = False  # the user reads back
+        self.past: list[chat.View] = []  # shown instead of the rows
+        self.again = False  # all rows are to be sent
+        self.people: dict[str, chat.Person] = {}  # as Tk knows the members
+        self.people_due = 0.0  # on the loop's clock
+        self.people_changed = False
+
+    def is_at(self, number: int) -> bool:
+        return self.room is not None and self.room.id == number
+
+    def update(self, seat: chat.Seat) -> None:
+        """At the end of a turn: send what is new where the user looks."""
+        room = seat.core.current or seat.screen.nowhere
         again, self.again = self.again, False
-        if room is not self.watched:
-            self._watch(room)
+        if room is not self.room:
+            self.watch(seat, room)
         elif again and not self.past:
             self._send_all()
-        self._send_new(room)
-        self._send_people(room)
-        events, self.out = self.out, []
-        return events
+        self._send_new()
+        self._send_people()
 
-    def _watch(self, room: chat.Room) -> None:
+    def watch(self, seat: chat.Seat, room: chat.Room) -> None:
         """Send a conversation that is looked at from now on."""
-        if self.watched is not None:
-            self.watched.views.reading = False
-            self.watched.views.trim()
-        self.watched, self.back, self.past = room, False, []
-        self.out.append(Looked(room.id, self.seat.screen.number))
+        if self.room is not None:
+            self.room.views.reading = False
+            self.room.views.trim()
+        self.seat, self.room, self.back, self.past = seat, room, False, []
+        self.tell(Looked(room.id, seat.screen.number))
         self.people, self.people_changed, self.people_due = {}, True, 0.0
         self._send_all()
 
+    def change(self, room: chat.Room, view: chat.View) -> None:
+        """Have a row drawn again, if it is in the window."""
+        if room is self.room:
+            self.tell(Changed(room.id, row_of(self.seat, room, view)))
+
+    def reset(self, room: chat.Room) -> None:
+        """Send all rows again: some are gone."""
+        if room is self.room:
+            self.again = True
+
+    def redacted(self, id: str) -> None:
+        """Take a message away, also one that is shown from the past."""
+        self.past = [view for view in self.past if view.id != id]
+        self.tell(Removed(id))
+
+    def members_changed(self) -> None:
+        self.people_changed = True
+
+    def ready_changed(self) -> None:
+        """Note that the connection stands, or stands no more."""
+        self.people_changed = True
+        if self.room:
+            self.tell(Fetching(self.room.id, again=True))
+
+    def older_came(self, room: chat.Room, count: int) -> None:
+        if room is self.room and not self.past:
+            views = list(itertools.islice(room.views, count))
+            self.count += len(views)
+            self._send_rows(START, views)
+            self._tell_fetched(bool(views))
+
+    def _tell_fetched(self, came: bool) -> None:
+        """Tell the state of older rows, after some came or none."""
+        if self.room.whole and not self.room.views.dropped:
+            self.tell(Fetching(self.room.id, "this is the beginning", more=False))
+        else:
+            self.tell(Fetching(self.room.id, "" if came else "nothing older is here"))
+
+    # Rows
+
     def _send_all(self) -> None:
-        room = self.watched
-        room.views.reading = True  # from here on, rows go when the window is told so
-        views = list(room.views)
+        self.room.views.reading = True  # from here on, rows go when the window is told so
+        views = list(self.room.views)
         self.count = len(views)
-        self._send_rows(self.seat, room, RESET, views)
+        self._send_rows(RESET, views)
 
-    def _send_rows(self, seat: chat.Seat, room: chat.Room, at: str, views: list) -> None:
-        by_id = {view.id: view for view in views if view.id}
-        rows = tuple(self.row_of(seat, room, view, by_id, at == END) for view in views)
+    def _send_rows(self, at: str, views: list, mark: int = -1) -> None:
+        room, by_id = self.room, {view.id: view for view in views if view.id}
+        rows = tuple(row_of(self.seat, room, view, by_id, at == END) for view in views)
         if rows or at == RESET:
-            self.out.append(Rows(room.id, at, rows, room.read_time, room.unread))
+            self.tell(Rows(room.id, at, rows, room.read_time, room.unread, mark))
 
-    def _send_new(self, room: chat.Room) -> None:
+    def _send_new(self) -> None:
         """Send what is behind the rows that the window has."""
+        views = self.room.views
         if self.past:
-            while len(room.views) > ROWS_READING:
-                room.views.popleft()
+            while len(views) > ROWS_READING:
+                views.popleft()
             return None
-        new = len(room.views) - self.count
+        new = len(views) - self.count
         if new > ROWS_KEPT // 2:
-            self._trim(room)
+            self.count = len(views)  # soon
+            self._trim()
             return self._send_all()
         if new > 0:
-            start = self.count
-            views = list(itertools.islice(room.views, start, start + ROWS_AT_ONCE))
-            self.count += len(views)
-            self._send_rows(self.seat, room, END, views)
-        before = len(room.views)
-        if self._trim(room):
-            count = before - len(room.views)
-            self.count -= count
-            self.out.append(Trimmed(room.id, count))
+            sent = list(itertools.islice(views, self.count, self.count + ROWS_AT_ONCE))
+            self.count += len(sent)
+            self._send_rows(END, sent)
+        if gone := self._trim():
+            self.count -= gone
+            self.tell(Trimmed(self.room.id, gone))
         return None
 
-    def _trim(self, room: chat.Room) -> bool:
-        """Let the oldest rows go; return whether there were too many."""
+    def _trim(self) -> int:
+        """Let the oldest rows go if there are too many; return how many went."""
+        views = self.room.views
         most = ROWS_READING if self.back else ROWS_KEPT + ROWS_TRIMMED
-        if len(room.views) <= most or self.count < len(room.views) - ROWS_KEPT:
-            return False
-        while len(room.views) > ROWS_KEPT:
-            room.views.popleft()
-        room.views.dropped = True
-        return True
+        excess = len(views) - ROWS_KEPT
+        if len(views) <= most or self.count < excess:
+            return 0
+        for _ in range(excess):
+            views.popleft()
+        views.dropped = True
+        return excess
 
-    def row_of(
-        self,
-        seat: chat.Seat,
-        room: chat.Room,
-        view: chat.View,
-        by_id: dict | None = None,
-        fresh: bool = False,
-    ) -> Row:
-        """Return a view as a row, with what became of it. A fresh one has no reactions yet."""
-        core = seat.core
-        view = view._replace(line="")
-        state = reason = ""
-        parked = False
-        if view.mine and view.own_id:
-            parked = view.own_id in core.outbox.parked
-            reason = core.outbox.parked.get(view.own_id) or ""
-            reason = reason or seat.screen.failed.get(view.own_id, "")
-            waits = view.own_id in core.outbox.waiting
-            state = FAILED if parked or (reason and not waits) else PENDING if waits else ""
-        looked_up = view.id and (view.past or not fresh)
-        reactions = core.reactions_of(view.id) if looked_up else {}
-        told = tuple((emoji, tuple(names)) for emoji, names in reactions.items())
-        answered = self._answered(core, room, view, by_id)
-        missed = bool(view.id) and view.id in seat.screen.missed
-        return Row(view, state, reason, parked, told, answered, missed)
+    # Members
 
-    def _answered(
-        self, core: chat.ClientCore, room: chat.Room, view: chat.View, by_id: dict | None
-    ) -> tuple[str, str]:
-        """Return whose message this one answers, and how that begins."""
-        if not view.reply:
-            return "", ""
-        said = (by_id or {}).get(view.reply) or self._find(room, lambda one: one.id == view.reply)
-        said = said or core.kept(view.reply)
-        return (said.name, said.text[: 4 * EXCERPT]) if said else ("reply", "an earlier message")
-
-    def _send_people(self, room: chat.Room) -> None:
+    def _send_people(self) -> None:
         """Send which members have changed; of a large channel not after each join."""
-        if not self.people_changed:
-            return
-        if self.loop.now < self.people_due:
+        if not self.people_changed or self.loop.now < self.people_due:
             return
         self.people_changed = False
+        core, room = self.seat.core, self.room
         asked = room.asked_people
-        self.core.ask_people(room)  # who is away
+        core.ask_people(room)  # who is away
         if room.asked_people != asked:
             self.loop.call_soon(self.seat.link.poke)
-        now = {one.name: one for one in self.core.people(room)} if room.is_channel else {}
-        if not self.core.ready:
-            now = {}
+        known = room.is_channel and core.ready
+        now = {one.name: one for one in core.people(room)} if known else {}
         if len(now) > MEMBERS_LARGE:
             self.people_due = self.loop.now + MEMBERS_SECONDS
             self.loop.call_later(MEMBERS_SECONDS, chat.do_nothing)
@@ -1591,114 +1492,169 @@ class Engine(chat.ManyServers):
         came = tuple(one for name, one in now.items() if before.get(name) != one)
         went = tuple(before.keys() - now.keys())
         if came or went or not before:
-            self.out.append(Members(room.id, came, went, not before))
+            self.tell(Members(room.id, came, went, not before))
 
-    # Files
+    # Reading back
 
-    def _progress_events(self) -> list:
-        """Return how it stands with files on their way; numbers alone not too often."""
-        moving = tuple(
-            Moving(seat.screen.number, one.id, one.words(), 100 * one.done // max(1, one.size))
-            for seat in self.seats
-            for one in seat.core.transfers
-        )
-        if moving == self.moving:
-            return []
-        wait = self.moving_due - self.loop.now
-        if wait > 0 and [one.id for one in moving] == [one.id for one in self.moving]:
-            if not self.moving_timer:
-                self.moving_timer = True
-                self.loop.call_later(wait, self._look_at_progress)
-            return []
-        self.moving, self.moving_due = moving, self.loop.now + PROGRESS_SECONDS
-        return [Progress(moving)]
+    def read_back(self, back: bool) -> None:
+        """Note that the user reads back, or that the end is in sight again."""
+        self.back = back
 
-    def _look_at_progress(self) -> None:
-        self.moving_timer = False
+    def older(self, number: int) -> None:
+        """Fetch what is before the first row."""
+        room = self.room
+        if not self.is_at(number):
+            return
+        if self.past:
+            return self._more_past()
+        before = self.count
+        # Before there is a message, nothing is older: the first page is still to come
+        if not any(view.kind in MESSAGES for view in room.views):
+            self.tell(Fetching(room.id))
+        elif self.seat.link.ask_older(room):
+            self.tell(Fetching(room.id, "older ones are coming \u2026", under_way=True))
+        elif self.count == before:
+            self._tell_fetched(came=False)
+        return None
 
-    def _fetch_pictures(self) -> None:
-        """Fetch pictures that are wanted, a few at a time, from servers that are there."""
-        for want in list(self.wanted):
+    def _more_past(self) -> None:
+        views = self.seat.core.kept_beside(self.room, self.past[0], ROWS_MORE)
+        self.past[:0] = views
+        self._send_rows(START, views)
+        self.tell(Fetching(self.room.id, more=bool(views)))
+
+    def newer(self, number: int) -> None:
+        """Fetch what follows on rows of the past."""
+        if not (self.past and self.is_at(number)):
+            return
+        views = self.seat.core.kept_beside(self.room, self.past[-1], ROWS_MORE, after=True)
+        if not views:
+            return self.present(number)
+        self.past += views
+        return self._send_rows(AFTER, views)
+
+    def present(self, number: int) -> None:
+        """Show the newest rows again."""
+        if self.past and self.is_at(number):
+            self.past, self.back = [], False
+            self.again = True
+
+    def jump(self, seat: chat.Seat, room: chat.Room, view: chat.View) -> None:
+        """Show a message among those around it."""
+        if room is not self.room:
+            self.watch(seat, room)
+        near, self.past = list(room.views), []
+        if not any(looks_same(view, one) for one in near):
+            near = self.past = seat.core.around(room, view, CONTEXT_ROWS)
+        mark = next((n for n, one in enumerate(near) if looks_same(view, one)), -1)
+        if not self.past:
+            self.count = len(near)
+        self._send_rows(PAST if self.past else RESET, near, mark)
+
+
+class Wanted:
+    """The files that Tk waits for: pictures to be shown, and files to be opened once saved."""
+
+    def __init__(self, seats: list[chat.Seat], tell: Tell):
+        self.seats, self.tell = seats, tell
+        self.pictures: list[tuple[chat.Seat, chat.FileTag, bool]] = []  # True: in full
+        self.tries: collections.Counter[tuple] = collections.Counter()
+        self.fetching: set[tuple] = set()
+        self.opening: dict[str, chat.Transfer] = {}
+
+    def want(self, seat: chat.Seat, files: Iterable[chat.FileTag]) -> None:
+        """Fetch the pictures that are in sight; those before are not wanted any more."""
+        full = [want for want in self.pictures if want[2]]
+        self.pictures = [*full, *((seat, file, False) for file in files)]
+
+    def want_full(self, seat: chat.Seat, file: chat.FileTag) -> None:
+        self.pictures.append((seat, file, True))
+
+    def fetch(self) -> None:
+        """Fetch a few pictures at a time, from servers that are there."""
+        for want in list(self.pictures):
             seat, file, _ = want
             if len(self.fetching) >= FETCHES:
                 return
             if want in self.fetching or not seat.core.ready:
                 continue
             self.fetching.add(want)
-            self.fetched[want] += 1
-            took = functools.partial(self._took_picture, want)
-            seat.link.transfers.fetch(file.path, file.size, took)
+            self.tries[want] += 1
+            seat.link.transfers.fetch(file.path, file.size, functools.partial(self._took, want))
 
-    def _took_picture(
-        self, want: tuple[chat.Seat, chat.FileTag, bool], data: bytes, why: str
-    ) -> None:
+    def _took(self, want: tuple[chat.Seat, chat.FileTag, bool], data: bytes, why: str) -> None:
         """Give a picture to Tk; try again if the line may have broken."""
         seat, file, full = want
         self.fetching.discard(want)
-        again = not seat.core.ready or self.fetched[want] < FETCH_TRIES
+        again = not seat.core.ready or self.tries[want] < FETCH_TRIES
         if why and again and seat in self.seats:
             return
-        self.wanted = [one for one in self.wanted if one != want]
-        del self.fetched[want]
+        self.pictures = [one for one in self.pictures if one != want]
+        del self.tries[want]
         why = label_text(chat.visible(why))  # a server may say anything
-        self.out.append(Picture(seat.screen.number, file, data, full, why))
+        self.tell(Picture(seat.screen.number, file, data, full, why))
 
-    def do_pictures(self, number: int, files: tuple[chat.FileTag, ...]) -> None:
-        """Fetch the pictures that are in sight; those before are not wanted any more."""
-        if place := self.place_of(number):
-            full = [want for want in self.wanted if want[2]]
-            self.wanted = [*full, *((place[0], file, False) for file in files)]
+    def open(self, one: chat.Transfer) -> None:
+        """Have a file opened once it is saved."""
+        self.opening[one.id] = one
 
-    def do_full_picture(self, number: int, file: chat.FileTag) -> None:
-        if place := self.place_of(number):
-            self.wanted.append((place[0], file, True))
+    def saved(self, core: chat.ClientCore, id: str) -> None:
+        one = self.opening.get(id)
+        if one is not None and one not in core.transfers:
+            del self.opening[id]
+            if os.path.exists(one.path):
+                self.tell(Opened(one.path))
 
-    def do_send_file(self, number: int, path: str) -> None:
-        """Send a file to a conversation."""
-        place = self.place_of(number)
-        if place is None or not place[1].name:
-            raise chat.Unusable("open a conversation, and send the file there")
-        one = chat.Transfer(secrets.token_hex(8), True, place[1].name, path)
-        self._act(number, lambda core, room: core.start_transfer(one))
-
-    def do_save_file(self, number: int, view: chat.View, path: str, opens: bool = False) -> None:
-        """Save the file that a message links to; `opens`: Tk opens it then."""
-        if place := self.place_of(number):
-            core, before = place[0].core, place[0].core.transfers[:]
-            self._act(number, lambda core, room: core.save_file(room, view, path))
-            for one in core.transfers if opens else ():
-                if one not in before:  # it was not refused
-                    self.opening[one.id] = one
-
-    def do_stop_file(self, server: int, id: str) -> None:
-        """Stop a file on its way, and forget it."""
-        for seat in [one for one in self.seats if one.screen.number == server]:
-            for one in [one for one in seat.core.transfers if one.id == id]:
+    def drop_opening(self) -> None:
+        """Stop the transfers of files that would only be opened: their folder goes."""
+        for seat in self.seats:
+            for one in [one for one in seat.core.transfers if one.id in self.opening]:
                 seat.core.drop_transfer(one)
-                seat.link.poke()
 
-    # What the user does
 
-    def place_of(self, number: int) -> tuple[chat.Seat, chat.Room] | None:
-        """Return a conversation and its server by its number."""
-        return next((place for place in self.places() if place[1].id == number), None)
+class Requests:
+    """The requests of Tk, carried out in the engine's thread. A conversation is known by its
+    number, a server likewise; one that is gone is passed over."""
 
-    def do_say(self, number: int, text: str, reply: str = "") -> None:
+    def __init__(self, engine: "Engine"):
+        self.engine, self.wanted = engine, engine.wanted
+        watched = engine.watched
+        self.older, self.newer, self.present = watched.older, watched.newer, watched.present
+        self.back = watched.read_back
+
+    def _place(self, number: int) -> Place | None:
+        return place_of(self.engine.seats, number)
+
+    def _seats(self, server: int) -> list[chat.Seat]:
+        return [one for one in self.engine.seats if one.screen.number == server]
+
+    def _act(self, number: int, act: Callable[[Any, chat.Room], None]) -> None:
+        """Do something to a conversation, and send it."""
+        if place := self._place(number):
+            seat, room = place
+            act(seat.core, room)
+            seat.link.poke()
+            self.engine.overview.touch(number)
+
+    # What the user writes
+
+    def say(self, number: int, text: str, reply: str = "") -> None:
         """Take a text or a command, for the conversation in which it was entered; 0: before
         there was one."""
-        here = self.core.current or self.seat.screen.nowhere
-        place = self.place_of(number) if number else (self.seat, here)
+        engine = self.engine
+        here = engine.core.current or engine.seat.screen.nowhere
+        place = self._place(number) if number else (engine.seat, here)
         if place is None:
-            self.out.append(Back(number, text))
-            return self.show([chat.View(chat.NOTE, "that conversation is closed")])
+            engine.tell(Back(number, text))
+            return engine.note("that conversation is closed")
         seat, room = place
-        self.touched.add(number)
+        engine.overview.touch(number)
         verb, _, rest = text.partition(" ")
         if verb.lower() == "/connect":
-            return self.connect(rest.strip())
+            return engine.connect(rest.strip())
         if verb.lower() == "/disconnect":
-            self.look_at(seat)
-            return self.disconnect()
+            engine.look_at(seat)
+            return engine.disconnect()
         room.draft = ""
         inside = room if room is not seat.screen.nowhere else None
         seat.link.typed(text.rstrip() if text[:1] == "/" else text, inside, reply)
@@ -1706,34 +1662,60 @@ class Engine(chat.ManyServers):
             seat.core.keep_room(inside)
         return None
 
-    def do_look(self, number: int) -> None:
-        """Look at a conversation."""
-        if place := self.place_of(number):
-            seat, room = place
-            self.look_at(seat)
-            if room.name:
-                seat.core.go(room)
-            self.show(seat.core.take_views())
-
-    def do_close(self, number: int) -> None:
-        if (place := self.place_of(number)) and place[1].name:
-            seat, room = place
-            seat.link.typed(f"/close {room.name}", room)
-
-    def do_draft(self, number: int, text: str) -> None:
+    def draft(self, number: int, text: str) -> None:
         """Keep what is half typed: it outlives the program."""
-        if (place := self.place_of(number)) and place[1].name:
+        if (place := self._place(number)) and place[1].name:
             seat, room = place
             room.draft = "" if chat.is_secret(text) else text
             seat.core.keep_room(room)
             if seat.core.store:
                 seat.core.store.flush()
-            self.touched.add(number)
+            self.engine.overview.touch(number)
 
-    def do_read(self, number: int, when: int = 0) -> None:
-        """The user has seen everything in a conversation, or what was said up to a time: more
-        may have come since."""
-        if place := self.place_of(number):
+    def typing(self, number: int, text: str) -> None:
+        if (place := self._place(number)) and place[1].name:
+            seat, room = place
+            seat.link.typing(room, text)
+
+    def retry(self, number: int, own_id: str) -> None:
+        if place := self._place(number):
+            seat, _ = place
+            seat.core.retry(own_id)
+            self.engine.arrived(seat, chat.View(chat.ARRIVED, room=number, own_id=own_id))
+            seat.link.poke()
+
+    def cancel(self, number: int, own_id: str) -> None:
+        self._act(number, lambda core, room: core.cancel(own_id))
+
+    def redact(self, number: int, id: str) -> None:
+        self._act(number, lambda core, room: core.redact(room, id))
+
+    def react(self, number: int, id: str, emoji: str, on: bool) -> None:
+        self._act(number, lambda core, room: core.react(room, id, emoji, on))
+
+    # Conversations
+
+    def look(self, number: int) -> None:
+        """Look at a conversation."""
+        if place := self._place(number):
+            seat, room = place
+            self.engine.look_at(seat)
+            if room.name:
+                seat.core.go(room)
+            self.engine.show(seat.core.take_views())
+
+    def close(self, number: int) -> None:
+        if (place := self._place(number)) and place[1].name:
+            seat, room = place
+            seat.link.typed(f"/close {room.name}", room)
+
+    def mute(self, number: int, on: bool) -> None:
+        self._act(number, lambda core, room: core.mute(room, on))
+
+    def read(self, number: int, when: int = 0) -> None:
+        """Note that the user has seen everything in a conversation, or what was said up to a
+        time: more may have come since."""
+        if place := self._place(number):
             seat, room = place
             times = (view.time or 0 for view in room.views if view.kind in MESSAGES)
             if not when or max(times, default=0) <= when:
@@ -1741,183 +1723,381 @@ class Engine(chat.ManyServers):
             elif room.read(when):
                 seat.core.keep_room(room)
             seat.link.poke()
-            self.touched.add(number)
+            self.engine.overview.touch(number)
 
-    def do_focus(self, focused: bool) -> None:
-        self.focused = self.core.looked_at = focused
+    def focus(self, focused: bool) -> None:
+        self.engine.core.looked_at = focused
 
-    def do_back(self, back: bool) -> None:
-        """The user reads back, or the end is in sight again."""
-        self.back = back
-
-    def do_older(self, number: int) -> None:
-        """Fetch what is before the first row."""
-        room = self.watched
-        if room is None or room.id != number:
-            return
-        if self.past:
-            return self._more_past(room)
-        before = self.count
-        # Before there is a message, nothing is older: the first page is still to come
-        if not any(view.kind in MESSAGES for view in room.views):
-            self.out.append(Fetching(room.id))
-        elif self.seat.link.ask_older(room):
-            self.out.append(Fetching(room.id, "older ones are coming \u2026", under_way=True))
-        elif self.count == before:
-            self.out.append(self._fetched(room, came=False))
-        return None
-
-    def _more_past(self, room: chat.Room) -> None:
-        views = self.core.kept_beside(room, self.past[0], ROWS_MORE)
-        self.past[:0] = views
-        self._send_rows(self.seat, room, START, views)
-        self.out.append(Fetching(room.id, more=bool(views)))
-
-    def do_newer(self, number: int) -> None:
-        """Fetch what follows on rows of the past."""
-        room = self.watched
-        if self.past and room and room.id == number:
-            views = self.core.kept_beside(room, self.past[-1], ROWS_MORE, True)
-            if not views:
-                return self.do_present(number)
-            self.past += views
-            self._send_rows(self.seat, room, AFTER, views)
-        return None
-
-    def do_present(self, number: int) -> None:
-        """Show the newest rows again."""
-        if self.past and self.watched and self.watched.id == number:
-            self.past, self.back = [], False
-            self.again = True
-
-    def do_jump(self, number: int, view: chat.View) -> None:
+    def jump(self, number: int, view: chat.View) -> None:
         """Show a message among those around it."""
         if not number:  # it was closed since
-            number = self.core.room_for(view.where).id
-        self.do_look(number)
-        place = self.place_of(number)
-        if place is None:
-            return
-        seat, room = place
-        if room is not self.watched:
-            self._watch(room)
-        near, self.past = list(room.views), []
-        if not any(looks_same(view, one) for one in near):
-            near = self.past = seat.core.around(room, view, CONTEXT_ROWS)
-        mark = next((n for n, one in enumerate(near) if looks_same(view, one)), -1)
-        rows = tuple(self.row_of(seat, room, one) for one in near)
-        if not self.past:
-            self.count = len(near)
-        at = PAST if self.past else RESET
-        self.out.append(Rows(room.id, at, rows, room.read_time, room.unread, mark))
+            number = self.engine.core.room_for(view.where).id
+        self.look(number)
+        if place := self._place(number):
+            self.engine.watched.jump(*place, view)
 
-    def do_search(self, text: str, number: int = 0) -> None:
+    def search(self, text: str, number: int = 0) -> None:
         """Look for words in what this client has kept, of one conversation or of all."""
         words, wanted = search_words(text)
         rows: list[tuple[int, str, chat.View]] = []
-        for seat in self.seats:
-            room = seat.core.by_id(number) if number and "in" not in wanted else None
-            if number and seat is not self.seat and seat.core.by_id(number) is None:
-                continue
-            for view in self._kept(seat, room, words, wanted):
-                there = seat.core.find(view.where)
-                rows.append((there.id if there else 0, view.where, view))
+        for seat in self.engine.seats:
+            core = seat.core
+            room = core.by_id(number) if number and "in" not in wanted else None
+            if not number or seat is self.engine.seat or core.by_id(number):
+                rows += (result_of(core, view) for view in find_kept(core, room, words, wanted))
         rows.sort(key=lambda row: row[2].time or 0)
-        self.out.append(Results(text, tuple(rows[-FOUND_MOST:])))
+        self.engine.tell(Results(text, tuple(rows[-FOUND_MOST:])))
 
-    @staticmethod
-    def _kept(
-        seat: chat.Seat, room: chat.Room | None, words: str, wanted: dict[str, str]
-    ) -> list[chat.View]:
-        """Return messages with these words, from a user, in a conversation, with a link."""
-        core = seat.core
-        room = core.find(wanted["in"]) if "in" in wanted else room
-        if words:
-            found = core.find_kept(words, room, FOUND_MOST if not wanted else LOOKED_AT)
-        else:
-            rooms = [room] if room else core.rooms.values()
-            last = chat.View(chat.NOTE, time=LAST)
-            found = [view for one in rooms for view in core.kept_beside(one, last, LOOKED_AT)]
-        return [view for view in found if is_wanted(core, view, wanted)]
+    # Files
 
-    def _act(self, number: int, act: Callable[[Any, chat.Room], None]) -> None:
-        """Do something to a conversation, and send it."""
-        if place := self.place_of(number):
-            seat, room = place
-            act(seat.core, room)
-            seat.link.poke()
-            self.touched.add(number)
+    def pictures(self, number: int, files: tuple[chat.FileTag, ...]) -> None:
+        if place := self._place(number):
+            self.wanted.want(place[0], files)
 
-    def do_retry(self, number: int, own_id: str) -> None:
-        if place := self.place_of(number):
-            seat, _ = place
-            seat.screen.failed.pop(own_id, None)
-            seat.core.retry(own_id)
-            self._arrived(seat, chat.View(chat.ARRIVED, room=number, own_id=own_id))
-            seat.link.poke()
+    def full_picture(self, number: int, file: chat.FileTag) -> None:
+        if place := self._place(number):
+            self.wanted.want_full(place[0], file)
 
-    def do_cancel(self, number: int, own_id: str) -> None:
-        self._act(number, lambda core, room: core.cancel(own_id))
+    def send_file(self, number: int, path: str) -> None:
+        """Send a file to a conversation."""
+        place = self._place(number)
+        if place is None or not place[1].name:
+            raise chat.Unusable("open a conversation, and send the file there")
+        one = chat.Transfer(secrets.token_hex(8), True, place[1].name, path)
+        self._act(number, lambda core, room: core.start_transfer(one))
 
-    def do_redact(self, number: int, id: str) -> None:
-        self._act(number, lambda core, room: core.redact(room, id))
+    def save_file(self, number: int, view: chat.View, path: str, opens: bool = False) -> None:
+        """Save the file that a message links to; `opens`: Tk opens it then."""
+        if place := self._place(number):
+            core, before = place[0].core, place[0].core.transfers[:]
+            self._act(number, lambda core, room: core.save_file(room, view, path))
+            for one in core.transfers if opens else ():
+                if one not in before:  # it was not refused
+                    self.wanted.open(one)
 
-    def do_react(self, number: int, id: str, emoji: str, on: bool) -> None:
-        self._act(number, lambda core, room: core.react(room, id, emoji, on))
+    def stop_file(self, server: int, id: str) -> None:
+        """Stop a file on its way, and forget it."""
+        for seat in self._seats(server):
+            for one in [one for one in seat.core.transfers if one.id == id]:
+                seat.core.drop_transfer(one)
+                seat.link.poke()
 
-    def do_typing(self, number: int, text: str) -> None:
-        if (place := self.place_of(number)) and place[1].name:
-            seat, room = place
-            seat.link.typing(room, text)
+    # Servers and settings
 
-    def do_mute(self, number: int, on: bool) -> None:
-        self._act(number, lambda core, room: core.mute(room, on))
-
-    def do_set(self, name: str, value: str) -> None:
+    def set(self, name: str, value: str) -> None:
         """Change a setting: the same as /set."""
-        chat.change_setting(self.core, name, value)
+        chat.change_setting(self.engine.core, name, value)
 
-    def do_trust(self, server: int, trusted: bool) -> None:
+    def trust(self, server: int, trusted: bool) -> None:
         """Answer the question whether a certificate is the right one."""
-        for seat in [one for one in self.seats if one.screen.number == server]:
+        for seat in self._seats(server):
             if trusted:
                 seat.link.typed("/trust")
             else:
                 seat.link.leave(at_once=True)
 
-    def do_server(self, server: int, verb: str) -> None:
-        """/reconnect or /disconnect one server."""
-        for seat in [one for one in self.seats if one.screen.number == server]:
-            self.look_at(seat)
-            self.do_say(seat.screen.nowhere.id, verb)
+    def server(self, server: int, command: str) -> None:
+        """Give a command to a server, in the place without a conversation."""
+        for seat in self._seats(server):
+            self.engine.look_at(seat)
+            self.say(seat.screen.nowhere.id, command)
 
-    def do_register(self, address: str, secret: str) -> None:
+    def register(self, address: str, secret: str) -> None:
         """Register the name as an account, once the server has it."""
-        for seat in [one for one in self.seats if str(one.link.given) == address]:
+        for seat in [one for one in self.engine.seats if str(one.link.given) == address]:
             seat.screen.secret = secret
-            self._register(seat)
+            self.engine.register(seat)
 
-    def do_connect(self, options: chat.ClientOptions) -> None:
-        """Talk on another server, too."""
-        same = (seat for seat in self.seats if str(seat.link.given) == str(options.target))
+    def connect(self, options: chat.ClientOptions) -> None:
+        """Connect to one more server, or look at it if it is there."""
+        engine = self.engine
+        same = (seat for seat in engine.seats if str(seat.link.given) == str(options.target))
         known = next(same, None)
-        self.look_at(known or self.add(options))
-        if known and known.link.phase == chat.WAITING:
-            known.link.reconnect()
+        engine.look_at(known or engine.add(options))
+        if known and not known.core.ready:
+            self._try_again(known, options)
         elif known:
-            text = f"you are connected to {options.target} as {known.core.name}; /nick changes that"
-            self.show([chat.View(chat.NOTE, text)])
+            name = known.core.name
+            engine.note(f"you are connected to {options.target} as {name}; /nick changes that")
 
-    def do_leave(self, reason: str, drafts: dict[int, str]) -> None:
+    @staticmethod
+    def _try_again(seat: chat.Seat, options: chat.ClientOptions) -> None:
+        """Connect to a server again, with what the user answered to its question."""
+        core = seat.core
+        core.name = core.wanted_name = options.name
+        core.password = options.password or core.password
+        core.me.login = options.login or core.me.login
+        seat.link.reconnect()
+
+    def leave(self, reason: str, drafts: dict[int, str]) -> None:
+        """Keep what is half typed, and leave all servers."""
         for number, text in drafts.items():
-            self.do_draft(number, text)
-        for seat in self.seats:  # what is only opened goes with the window
-            for one in [one for one in seat.core.transfers if one.id in self.opening]:
-                seat.core.drop_transfer(one)
+            self.draft(number, text)
+        self.wanted.drop_opening()
+        self.engine.leave(reason)
+
+
+class Engine(chat.ManyServers):
+    """The client; its screen is a queue of batches. `wake` is called when there is one."""
+
+    def __init__(self, options: chat.ClientOptions, wake: Callable[[], None]):
+        self.wake = wake
+        self.batches: queue.SimpleQueue[tuple] = queue.SimpleQueue()
+        self.out: list[Any] = []  # events that are to go, in order
+        self.under_way = False  # a batch is, to Tk
+        self.ended: str | None = None
+        self.calls: collections.deque[tuple[Callable, tuple]] = collections.deque()  # of Tk
+        self.lock = threading.Lock()  # guards `alive`: nothing is handed to a closed loop
+        self.alive = True
+        super().__init__(options)
+        self.overview = Overview(self)
+        self.watched = Watched(self.loop, self.tell)
+        self.wanted = Wanted(self.seats, self.tell)
+        self.requests = Requests(self)
+        self.loop.turn_ends = self.publish
+        self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    # Called by Tk
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def submit(self, act: Callable[..., Any], *values: Any) -> bool:
+        """Have the engine's thread call this; return whether it is still there."""
+        with self.lock:
+            if self.alive:
+                self.calls.append((act, values))
+                self.loop.call_soon_threadsafe(self._take_call)
+            return self.alive
+
+    def do(self, name: str, *values: Any) -> bool:
+        """Have the engine's thread call one of the methods of Requests."""
+        return self.submit(getattr(self.requests, name), *values)
+
+    # The thread
+
+    def _take_call(self) -> None:
+        """Call what Tk wants; a refusal is told, and a bug does not end the engine."""
+        act, values = self.calls.popleft()
+        try:
+            act(*values)
+        except chat.ChatError as refusal:
+            self.note(str(refusal))
+        except Exception:
+            log.exception("a bug, please report it")
+
+    def _work(self) -> None:
+        try:
+            self.open_others()
+            self.run()
+        except Exception as error:
+            log.exception("a bug, please report it")
+            self.ended = f"internal error: {error}"
+        finally:
+            with self.lock:
+                self.alive = False
+            for act, values in self.calls:  # texts that came too late are not lost
+                if act == self.requests.say:
+                    self.tell(Back(*values[:2]))
+            self.took()
+            self.publish()
+            for seat in self.seats:
+                self._let_go(seat)
+            self.close()
+            self.loop.close()
+
+    @staticmethod
+    def _let_go(seat: chat.Seat) -> None:
+        """Close what a seat holds: another engine may want the same outbox."""
+        if seat.link.conn:
+            seat.link.conn.sock.close()
+        if seat.core.outbox.rows:
+            seat.core.outbox.rows.close()
+
+    def over(self, reason: str) -> None:
+        self.ended = reason
+        super().over(reason)
+
+    def leave(self, reason: str = "") -> None:
+        """Leave all servers; the window does not wait for them for long."""
         self.quitting = True
         self.loop.call_later(LEAVE_SECONDS, lambda: self.over(""))
         for seat in list(self.seats):
             seat.link.leave(at_once=True, reason=reason)
+
+    def screen_for(self, seat: chat.Seat) -> SeatScreen:
+        seat.core.reads_at_once = False  # the window says what has been read
+        seat.core.results = functools.partial(self._results, seat)
+        seat.core.settings = self.seats[0].core.settings  # one set of them for all
+        return SeatScreen()
+
+    # Batches
+
+    def tell(self, event: Any) -> None:
+        """Take an event for the next batch."""
+        self.out.append(event)
+
+    def publish(self) -> None:
+        """At the end of a turn: make a batch, if Tk has taken the last one."""
+        self.wanted.fetch()
+        if self.under_way:
+            return
+        overview = self.overview.events(self.ended)
+        self.watched.update(self.seat)
+        events, self.out = (*overview, *self.out), []
+        if events:
+            self.under_way = True
+            self.batches.put(events)
+            self.wake()
+
+    def took(self) -> None:
+        """Note that Tk has taken the batch."""
+        self.under_way = False
+
+    # What the cores have to show
+
+    def show(self, views: list[chat.View]) -> None:
+        self.show_of(self.seat, views)
+
+    def show_of(self, seat: chat.Seat, views: list[chat.View]) -> None:
+        self._note_ready(seat)
+        self._note_removed(seat)
+        for view in views:
+            if handler := self.TAKEN.get(view.kind):
+                handler(self, seat, view)
+            if view.room:
+                self.overview.touch(view.room)
+
+    def note(self, text: str) -> None:
+        """Show a text of the client's own, where the user looks."""
+        self.show([chat.View(chat.NOTE, text)])
+
+    def _note_ready(self, seat: chat.Seat) -> None:
+        """Note that a connection stands, or stands no more."""
+        screen, ready = seat.screen, seat.core.ready
+        if ready == screen.was_ready:
+            return
+        screen.was_ready = ready
+        self.watched.ready_changed()
+        if ready and screen.told_why:
+            screen.told_why = False
+            self._keep(seat, chat.View(chat.NOTE, f"connected to {seat.link.target}"))
+        self.register(seat)
+
+    def _note_removed(self, seat: chat.Seat) -> None:
+        """Note messages that were redacted since: the core tells only of those in its rooms."""
+        removed, last = seat.core.removed, seat.screen.last_removed
+        seat.screen.last_removed = next(reversed(removed), "")
+        for id in itertools.takewhile(lambda id: id != last, reversed(removed)):
+            self.watched.redacted(id)
+
+    def register(self, seat: chat.Seat) -> None:
+        """Register the account that the user wants, once the server has the name."""
+        secret = seat.screen.secret
+        if secret and seat.core.ready:
+            seat.screen.secret = ""
+            self.submit(self._register_now, seat, secret)
+
+    @staticmethod
+    def _register_now(seat: chat.Seat, secret: str) -> None:
+        chat.do_register(seat.core, secret)
+        seat.link.poke()
+
+    def room_of(self, seat: chat.Seat, view: chat.View) -> chat.Room:
+        """Return the conversation of a view, or the one that is looked at."""
+        core = seat.core
+        room = core.by_id(view.room) if view.room else None
+        room = room or (core.find(view.where) if view.where else None)
+        return room or core.current or seat.screen.nowhere
+
+    def _keep(self, seat: chat.Seat, view: chat.View) -> None:
+        """Make a row of a view, unless the core has done so."""
+        room = self.room_of(seat, view)
+        if view.kind in (chat.CAME, chat.WENT):  # many of them are to be one row
+            self.watched.members_changed()
+            if any(one is view for one in reversed(room.moves)):
+                return
+        if not view.where or not any(one is view for one in reversed(room.views)):
+            room.views.append(seat.core.timed(view, room))
+
+    def _said(self, seat: chat.Seat, view: chat.View) -> None:
+        if not view.where:
+            self._keep(seat, view)
+        if seat.link.phase != chat.ONLINE or view.past:
+            chat.remember(seat.screen.missed, view.id)
+        room = self.room_of(seat, view)
+        if view.called and not (view.past or view.mine or room.muted):
+            on = (seat.core.setting(name) == "on" for name in ("bell", "desktop"))
+            self.tell(Called(room.id, view.name, view.text, room.name, *on))
+
+    def _status(self, seat: chat.Seat, view: chat.View) -> None:
+        seat.screen.status = view.text
+        if seat.link.again and not seat.screen.told_why:
+            seat.screen.told_why = True
+            self._keep(seat, chat.View(chat.NOTE, view.text.partition(WHY_AGAIN)[0]))
+
+    def _failed(self, seat: chat.Seat, view: chat.View) -> None:
+        room = self.room_of(seat, view)
+        said = find_view(room, lambda one: one.own_id == view.own_id)
+        if said is None:
+            return self._keep(seat, view._replace(kind=chat.NOTE))
+        why = view.text.partition(f": {said.text.strip('*')}")[0]
+        why = seat.core.outbox.parked.get(view.own_id) or why
+        seat.screen.failed[view.own_id] = why
+        if room is not self.watched.room:  # there, and where the user looks
+            text = f"not sent to {room.name}: {excerpt(said.text)} ({why})"
+            self._keep(seat, chat.View(chat.NOTE, text))
+        return self.watched.change(room, said)
+
+    def arrived(self, seat: chat.Seat, view: chat.View) -> None:
+        """Draw a message of the user's own again: it has arrived, or is on its way once more."""
+        room = self.room_of(seat, view)
+        seat.screen.failed.pop(view.own_id, None)
+        if said := find_view(room, lambda one: one.own_id == view.own_id):
+            self.watched.change(room, said)
+
+    def _reacted(self, seat: chat.Seat, view: chat.View) -> None:
+        room = self.room_of(seat, view)
+        if said := find_view(room, lambda one: one.id == view.id):
+            self.watched.change(room, said)
+
+    def _reset(self, seat: chat.Seat, view: chat.View) -> None:
+        self.watched.reset(self.room_of(seat, view))
+
+    def _older(self, seat: chat.Seat, view: chat.View) -> None:
+        self.watched.older_came(self.room_of(seat, view), chat.whole_number(view.text) or 0)
+
+    def _read_elsewhere(self, seat: chat.Seat, view: chat.View) -> None:
+        room = self.room_of(seat, view)
+        self.tell(Read(room.id, room.read_time))
+
+    def _people(self, seat: chat.Seat, view: chat.View) -> None:
+        self.watched.members_changed()
+        if view.text:
+            names = sorted(view.text.split(", "), key=key_of)
+            self.tell(Page(f"Members of {view.where}", "\n".join(names)))
+
+    def _results(self, seat: chat.Seat, title: str, views: list[chat.View]) -> None:
+        self.tell(Results(title, tuple(result_of(seat.core, view) for view in views)))
+
+    TAKEN = {
+        chat.SAID: _said,
+        chat.NOTICED: _said,
+        **dict.fromkeys((chat.CAME, chat.WENT, chat.TOLD, chat.NOTE, chat.FOUND), _keep),
+        chat.STATUS: _status,
+        chat.FAILED: _failed,
+        chat.ARRIVED: arrived,
+        chat.REACTED: _reacted,
+        **dict.fromkeys((chat.REMOVED, chat.RESET), _reset),
+        chat.OLDER: _older,
+        chat.PEOPLE: _people,
+        chat.TRANSFER: lambda self, seat, view: self.wanted.saved(seat.core, view.own_id),
+        chat.CLEARED: lambda self, seat, view: self.tell(Cleared(self.room_of(seat, view).id)),
+        chat.BACK: lambda self, seat, view: self.tell(Back(self.room_of(seat, view).id, view.text)),
+        chat.PAGE: lambda self, seat, view: self.tell(Page(view.name, view.text)),
+        chat.QR_CODE: lambda self, seat, view: self.tell(Code(view.text)),
+        chat.READ: _read_elsewhere,
+    }
 
 
 # ======================================================================================
@@ -1972,10 +2152,212 @@ class Remembered:
         pairs = [one for one in kept if isinstance(one, list)] if isinstance(kept, list) else []
         return [[str(word) for word in one] for one in pairs if len(one) == 2]
 
+    def close(self) -> None:
+        self.store.db.close()
+
     def words(self, name: str) -> dict[str, Any]:
         """Return a part of what is remembered, {} if there is none."""
         kept = self.read(name)
         return kept if isinstance(kept, dict) else {}
+
+
+# ======================================================================================
+# MODEL
+# ======================================================================================
+# What Tk knows of the engine. Widgets show it, and the acts of the user go through it: no
+# widget is asked for what the model knows.
+
+
+class Model:
+    """The engine, and what it has told: servers, conversations, settings, and where the user is."""
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self.servers: tuple[Server, ...] = ()
+        self.rooms: dict[int, RoomInfo] = {}
+        self.values: dict[str, str] = {}  # settings
+        self.here = 0  # the conversation that is looked at ...
+        self.server_here = 0  # ... and its server
+
+    def start(self, engine: Engine) -> None:
+        """Begin with an engine: its conversations are other ones than those of the last."""
+        self.engine, self.servers, self.here = engine, (), 0
+        self.rooms.clear()
+        engine.start()
+
+    def stop(self, reason: str) -> None:
+        """Note that the engine has ended."""
+        self.engine = None
+        ended = {"ready": False, "phase": chat.ENDED, "status": reason or "not connected"}
+        self.servers = tuple(server._replace(**ended) for server in self.servers)
+
+    def do(self, name: str, *values: Any) -> bool:
+        """Have the engine do something; return whether there is one."""
+        return self.engine is not None and self.engine.do(name, *values)
+
+    def say(self, text: str) -> bool:
+        """Give a text or a command to the conversation that is looked at."""
+        return self.do("say", self.here, text)
+
+    @property
+    def server(self) -> Server | None:
+        """The server that is looked at."""
+        return next((one for one in self.servers if one.number == self.server_here), None)
+
+    @property
+    def me(self) -> str:
+        """The name of the user on that server."""
+        return self.server.nick if self.server else ""
+
+    @property
+    def room(self) -> RoomInfo | None:
+        """The conversation that is looked at, if one is."""
+        room = self.rooms.get(self.here)
+        return room if room and room.name else None
+
+    def unread(self, but: int) -> int:
+        """Return the number of messages that were not read, but in one conversation."""
+        rooms = (room for room in self.rooms.values() if not room.muted and room.number != but)
+        return sum(room.unread for room in rooms)
+
+    def take_rooms(self, event: Rooms) -> None:
+        for number in event.gone:
+            self.rooms.pop(number, None)
+        self.rooms.update((room.number, room) for room in event.changed)
+
+
+# ======================================================================================
+# TIMERS
+# ======================================================================================
+# Tk's loop is never waited in. What comes later, from a thread or by a signal is a call that
+# Tk makes.
+
+POLL_MS = 30  # where Tk cannot watch a socket, between two looks for a wake-up
+
+
+class Timers:
+    """Calls that Tk makes later. Each is known by its purpose."""
+
+    def __init__(self, root: tk.Tk):
+        self.root = root
+        self.ids: dict[str, str] = {}
+
+    def later(self, what: str, milliseconds: int, act: Callable[[], Any]) -> None:
+        """Call back later; a call for the same purpose is put off."""
+        self.cancel(what)
+
+        def due() -> None:
+            self.ids.pop(what, None)
+            act()
+
+        self.ids[what] = self.root.after(milliseconds, due)
+
+    def soon(self, what: str, act: Callable[[], Any]) -> None:
+        """Call back once, when Tk has nothing else to do."""
+        if not self.waits(what):
+            self.ids[what] = self.root.after_idle(lambda: (self.ids.pop(what, None), act()))
+
+    def waits(self, what: str) -> bool:
+        return what in self.ids
+
+    def cancel(self, what: str) -> None:
+        if timer := self.ids.pop(what, ""):
+            self.root.after_cancel(timer)
+
+    def close(self) -> None:
+        for what in list(self.ids):
+            self.cancel(what)
+
+
+def ring(writer: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # full: it rings already; closed: it is gone
+        writer.send(b"\0")
+
+
+class Bell:
+    """A way for another thread, or a signal, to get Tk's attention: one byte on a pair of
+    sockets."""
+
+    def __init__(self, root: tk.Tk, answer: Callable[[], None]):
+        self.root, self.answer = root, answer
+        self.timer = ""
+        self.for_signals = False
+        self.reader, self.writer = socket.socketpair()
+        self.reader.setblocking(False)
+        self.writer.setblocking(False)
+        self.watched = hasattr(root.tk, "createfilehandler")
+        if self.watched:
+            root.tk.createfilehandler(self.reader, tk.READABLE, self._rung)
+        else:
+            self._poll()
+
+    @property
+    def rope(self) -> Callable[[], None]:
+        """Return a call by which another thread rings it: nothing of Tk hangs on that."""
+        return functools.partial(ring, self.writer)
+
+    def _rung(self, *_: Any) -> None:
+        """Answer. It catches everything: an exception in a file handler would end the main loop."""
+        try:
+            if self._heard():
+                self.answer()
+        except Exception:
+            log.exception("a bug, please report it")
+
+    def _heard(self) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            return bool(self.reader.recv(4096))
+        return False
+
+    def _poll(self) -> None:
+        self._rung()
+        self.timer = self.root.after(POLL_MS, self._poll)
+
+    def heed_signals(self) -> None:
+        """Let signals ring. Tk waits in C, where Python's signal handlers do not run: the byte that
+        a signal writes gets it out of there."""
+        self.for_signals = True
+        signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+
+    def close(self) -> None:
+        """Close the sockets. Tk would spin for ever on a closed one that it still watched."""
+        if self.watched:
+            self.root.tk.deletefilehandler(self.reader)
+        elif self.timer:
+            self.root.after_cancel(self.timer)
+        if self.for_signals:
+            signal.set_wakeup_fd(-1)
+        self.reader.close()
+        self.writer.close()
+
+
+class Jobs:
+    """Work that may take a while, each piece in a thread of its own; what follows is done on Tk's.
+    Nothing of Tk goes to a thread: it could be the last to let go of it."""
+
+    def __init__(self, rope: Callable[[], None]):
+        self.rope = rope
+        self.answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self.waiting: dict[int, Callable[[Any], None]] = {}
+        self.numbers = itertools.count()
+
+    def start(self, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Do the job in a thread, and then call back with its result."""
+        number, answers, rope = next(self.numbers), self.answers, self.rope
+        self.waiting[number] = then
+
+        def work() -> None:
+            with contextlib.suppress(Exception):  # a look at the system, best effort
+                answers.put((number, job()))
+                rope()
+
+        threading.Thread(target=work, daemon=True).start()
+
+    def take_answers(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                number, answer = self.answers.get_nowait()
+                self.waiting.pop(number)(answer)
 
 
 # ======================================================================================
@@ -2041,6 +2423,7 @@ DARK = Colours(
 SAFE_XFT = 20305  # libXft 2.3.5 draws coloured glyphs; before, one ended the whole program
 SMALLEST, LARGEST = 6, 40  # points of a font
 PROBE_SECONDS = 2
+LOOK_SETTINGS = ("theme", "font", "size")
 
 
 def draws_emoji(root: tk.Tk) -> bool:
@@ -2065,7 +2448,7 @@ def spelled(text: str) -> str:
 
 
 def output_of(*command: str) -> str:
-    """Return what a program of the system prints; "" if there is no such program."""
+    """Return the output of a program of the system; "" if there is no such program."""
     if not shutil.which(command[0]):
         return ""
     try:
@@ -2089,7 +2472,7 @@ def windows_is_dark() -> bool:
 
 
 def system_is_dark() -> bool:
-    """Return whether the desktop is dark, as far as that can be told. May take a second."""
+    """Return whether the desktop is dark, as far as it tells. May take a second."""
     if os.name == "nt":
         return windows_is_dark()
     if sys.platform == "darwin":
@@ -2129,7 +2512,7 @@ class Look:
         return max(SMALLEST, min(LARGEST, chat.whole_number(size) or usual))
 
     def want(self, theme: str, family: str, size: str) -> bool:
-        """Take what the settings say; return whether that changes something."""
+        """Take the settings; return whether they change something."""
         wanted = (theme, family, self.points(size))
         if wanted == (self.theme, self.family, self.size):
             return False
@@ -2138,7 +2521,7 @@ class Look:
         return True
 
     def system(self, dark: bool) -> None:
-        """Note what the desktop looks like."""
+        """Note whether the desktop is dark."""
         if dark != self.dark_system:
             self.dark_system = dark
             self.apply()
@@ -2233,7 +2616,6 @@ class Look:
             ("Accent.TButton", c.accent, c.on_accent, c.accent_over),
             ("Plain.TButton", c.ground, c.ink, c.selected),
             ("Banner.TButton", c.chip, c.ink, c.selected),
-            ("TMenubutton", c.ground, c.ink, c.selected),
         ):
             edge = c.edge if name == "TButton" else ground
             style.configure(name, background=ground, foreground=ink, **flat)
@@ -2246,27 +2628,20 @@ class Look:
         small = (self.part(0.35), self.part(0.15))
         style.configure("Plain.TButton", padding=small)
         style.configure("Banner.TButton", padding=small, font=self.small)
-        style.configure("TMenubutton", padding=small, arrowsize=0)
-        style.layout("TMenubutton", style.layout("TButton"))
 
     def _style_fields(self) -> None:
         c, style = self.colours, self.style
-        for name in ("TEntry", "TCombobox"):
-            style.configure(name, fieldbackground=c.paper, foreground=c.ink, padding=self.part(0.3))
-            style.configure(name, bordercolor=c.edge, lightcolor=c.paper, darkcolor=c.paper)
-            style.configure(name, insertcolor=c.ink, selectbackground=c.selected)
-            style.configure(name, selectforeground=c.ink, arrowcolor=c.ink, background=c.paper)
-            style.map(name, bordercolor=[("focus", c.accent)], lightcolor=[("focus", c.accent)])
-            style.map(name, fieldbackground=[("readonly", c.paper)], background=[])
-            style.map(name, foreground=[("readonly", c.ink)], arrowcolor=[])
-        style.configure("TCombobox", arrowsize=self.part(0.7))
-        style.configure("TCheckbutton", background=c.paper, foreground=c.ink)
-        style.map("TCheckbutton", background=[("active", c.paper)])
-        style.configure(
-            "TCheckbutton", indicatorsize=self.part(0.8), indicatormargin=self.part(0.2)
-        )
-        style.configure("TCheckbutton", indicatorbackground=c.paper, indicatorforeground=c.accent)
-        style.map("TCheckbutton", indicatorbackground=[("selected", c.paper)])
+        style.configure("TEntry", fieldbackground=c.paper, foreground=c.ink)
+        style.configure("TEntry", bordercolor=c.edge, lightcolor=c.paper, darkcolor=c.paper)
+        style.configure("TEntry", insertcolor=c.ink, selectbackground=c.selected)
+        style.configure("TEntry", selectforeground=c.ink, padding=self.part(0.3))
+        style.map("TEntry", bordercolor=[("focus", c.accent)], lightcolor=[("focus", c.accent)])
+        name, size = "TCheckbutton", {"indicatorsize": self.part(0.8)}
+        style.configure(name, background=c.paper, foreground=c.ink, **size)
+        style.configure(name, indicatorbackground=c.paper, indicatorforeground=c.accent)
+        style.configure(name, indicatormargin=self.part(0.2))
+        style.map(name, background=[("active", c.paper)])
+        style.map(name, indicatorbackground=[("selected", c.paper)])
 
     def _style_lists(self) -> None:
         c, style = self.colours, self.style
@@ -2274,7 +2649,7 @@ class Look:
             plain = {"background": ground, "fieldbackground": ground, "borderwidth": 0}
             style.configure(name, rowheight=self.part(1.45), indent=self.part(0.6), **plain)
             style.configure(name, foreground=c.ink, font=self.font)
-            style.configure(name, indicatorsize=self.part(0.55))
+            style.configure(f"{name}.Item", indicatorsize=self.part(0.55))
             style.map(name, background=[("selected", c.selected)], foreground=[])
             style.layout(name, [("Treeview.treearea", {"sticky": "nswe"})])
         thumb = ("Vertical.Scrollbar.thumb", {"expand": True, "sticky": "nswe"})
@@ -2360,19 +2735,27 @@ def destroy_quietly(widget: tk.Misc) -> None:
         widget.destroy()
 
 
-def popup_menu(menu: tk.Menu, event: Any, widget: tk.Misc, box: Any = None) -> str:
-    """Show a menu at the pointer, or in the widget, below a box of it, if a key asked for it."""
-    left, top, _, high = box or (20, 0, 0, 20)
-    pointed = event.type == tk.EventType.ButtonPress
-    x = event.x_root if pointed else widget.winfo_rootx() + left
-    y = event.y_root if pointed else widget.winfo_rooty() + top + high
+def post_menu(menu: tk.Menu, x: int, y: int) -> str:
+    """Show a menu, until the user has chosen."""
     menu.tk_popup(x, y)
     menu.bind("<Unmap>", lambda _: menu.after_idle(destroy_quietly, menu))
     return "break"
 
 
+def post_menu_below(menu: tk.Menu, button: tk.Misc) -> str:
+    return post_menu(menu, button.winfo_rootx(), button.winfo_rooty() + button.winfo_height())
+
+
+def popup_menu(menu: tk.Menu, event: Any, widget: tk.Misc, box: Any = None) -> str:
+    """Show a menu at the pointer, or in the widget, below a box of it, if a key asked for it."""
+    if event.type == tk.EventType.ButtonPress:
+        return post_menu(menu, event.x_root, event.y_root)
+    left, top, _, high = box or (20, 0, 0, 20)
+    return post_menu(menu, widget.winfo_rootx() + left, widget.winfo_rooty() + top + high)
+
+
 def offer_menu(widget: tk.Text, look: Look, *actions: str) -> None:
-    """Offer Cut, Copy, Paste where users look for them when they do not know the keys."""
+    """Offer Cut, Copy, Paste in a menu, for users who do not know the keys."""
 
     def popup(event: Any) -> str:
         menu = look.menu(widget)
@@ -2386,10 +2769,13 @@ def offer_menu(widget: tk.Text, look: Look, *actions: str) -> None:
 
 PATH = re.compile(r"(?:file://|[/~]|[A-Za-z]:[/\\])[^\n]{1,4000}")  # of a file, perhaps
 PASTED_MOST = 64 * 1024  # characters: four of the longest messages
+LINE_MOST = 4096  # characters of a field of one line: Tk lays out all of it for each key
 
 
 class Field(tk.Text):
     """One line of text. Return enters, Tab goes on to the next field."""
+
+    MOST = LINE_MOST  # characters that can be pasted
 
     def __init__(
         self, parent: tk.Misc, look: Look, enter: Callable[[], None], name: str = "", **options: Any
@@ -2449,12 +2835,12 @@ class Field(tk.Text):
         return self._paste("PRIMARY")
 
     def _paste(self, selection: str) -> str:
-        """Text keeps what was selected when something is pasted on X11; a field replaces it."""
+        """Paste in place of the selection: on X11 a Text keeps it."""
         try:
             text = self.selection_get(selection=selection)
         except tk.TclError:  # nothing there
             return "break"
-        if len(text) + len(self.content) > PASTED_MOST:
+        if len(text) + len(self.content) > self.MOST:
             self.too_long(whole(text))
             return "break"
         if self.tag_ranges("sel") and selection == "CLIPBOARD":
@@ -2467,10 +2853,48 @@ class Field(tk.Text):
         self.show_cursor()
 
     def too_long(self, text: str) -> None:
-        self.refused(f"that is too long to be pasted: more than {PASTED_MOST:,} characters")
+        self.refused(f"that is too long to be pasted: more than {self.MOST:,} characters")
 
     def pasted(self, text: str) -> str:
         return self.look.drawable(chat.harmless(" ".join(text.split("\n")).strip()))
+
+
+class Choices(ttk.Treeview):
+    """A list for which a field beside it has the keys. A click takes a row."""
+
+    def __init__(self, parent: tk.Misc, taken: Callable[[], None], **options: Any):
+        super().__init__(parent, show="tree", style="Card.Treeview", selectmode="browse", **options)
+        self.configure(takefocus=False)
+        self.taken = taken
+        self.bind("<ButtonRelease-1>", self._click)
+
+    def show(self, rows: Iterable[tuple[str, ...]]) -> None:
+        """Show rows, each with a text and values of columns."""
+        self.delete(*self.get_children())
+        for n, (text, *values) in enumerate(rows):
+            self.insert("", "end", str(n), text=text, values=values)
+
+    @property
+    def chosen(self) -> int | None:
+        """The number of the chosen row."""
+        selected = self.selection()
+        return int(selected[0]) if selected else None
+
+    def choose(self, number: int) -> None:
+        self.selection_set(str(number))
+        self.see(str(number))
+
+    def move(self, step: int) -> str:
+        """Choose the next row, or the one before."""
+        count, now = len(self.get_children()), self.chosen
+        if count:
+            self.choose(((-1 if step > 0 else 0) + step if now is None else now + step) % count)
+        return "break"
+
+    def _click(self, event: Any) -> None:
+        if row := self.identify_row(event.y):
+            self.choose(int(row))
+            self.taken()
 
 
 class Offers(ttk.Frame):
@@ -2480,15 +2904,11 @@ class Offers(ttk.Frame):
 
     def __init__(self, parent: tk.Misc, look: Look, chosen: Callable[[str], None]):
         super().__init__(parent, style="Raised.Card.TFrame", padding=2)
-        self.look, self.chosen = look, chosen
+        self.look = look
         self.words: list[str] = []  # what each row stands for
         self.by_key = False  # the user has moved in the list
-        self.tree = ttk.Treeview(
-            self, style="Card.Treeview", show="tree", columns=("what",), selectmode="browse"
-        )
-        self.tree.configure(takefocus=False)
+        self.tree = Choices(self, lambda: chosen(self.choice), columns=("what",))
         self.tree.pack(fill="both", expand=True)
-        self.tree.bind("<ButtonRelease-1>", self._click)
 
     @property
     def shown(self) -> bool:
@@ -2497,49 +2917,36 @@ class Offers(ttk.Frame):
     def show(self, rows: list[tuple[str, str, str]]) -> None:
         """Show rows of what to insert, how that reads, and what it is."""
         if [row[0] for row in rows] == self.words and self.shown:
-            return
-        self.tree.delete(*self.tree.get_children())
+            return None
         self.words, self.by_key = [row[0] for row in rows], False
         if not rows:
             return self.hide()
+        self.tree.show(row[1:] for row in rows)
         font, em = self.look.font, self.look.em
-        for n, (_, text, what) in enumerate(rows):
-            self.tree.insert("", "end", str(n), text=text, values=(what,))
         width = max(font.measure(text) for _, text, _ in rows) + 2 * em
         more = max(font.measure(what) for _, _, what in rows) + em
         self.tree.column("#0", width=width, stretch=False)
         self.tree.column("what", width=more)
         self.tree.configure(height=min(self.ROWS, len(rows)))
         self.place(relx=0.01, rely=1.0, y=-self.look.part(0.2), anchor="sw", relwidth=0.98)
-        self.lift()
-        return None
+        return self.lift()
 
     def hide(self) -> None:
         self.words, self.by_key = [], False
         self.place_forget()
 
     def move(self, step: int) -> None:
-        """Choose the next row, or the one before."""
-        count, selected = len(self.words), self.tree.selection()
-        now = int(selected[0]) if selected else (-1 if step > 0 else 0)
         self.by_key = True
-        row = str((now + step) % count)
-        self.tree.selection_set(row)
-        self.tree.see(row)
+        self.tree.move(step)
 
     @property
     def choice(self) -> str:
         """The chosen word; the first one if none was chosen."""
-        selected = self.tree.selection()
-        return self.words[int(selected[0])] if selected else self.words[0]
-
-    def _click(self, event: Any) -> None:
-        if row := self.tree.identify_row(event.y):
-            self.chosen(self.words[int(row)])
+        return self.words[self.tree.chosen or 0]
 
 
 def command_offers(word: str) -> list[tuple[str, str, str]]:
-    """Return the commands that begin so, with their words and summaries."""
+    """Return the commands that begin with a word, with their syntax and summary."""
     records = [chat.client_command[verb] for verb in chat.client_command]
     found = [one for one in records if one.syntax[1:].split()[0].startswith(word.lower())]
     found.sort(key=lambda one: one.syntax)
@@ -2547,26 +2954,21 @@ def command_offers(word: str) -> list[tuple[str, str, str]]:
 
 
 class Compose(Field):
-    """Where messages are written: grows with its text, remembers what was sent.
+    """The field for messages. It grows with its text and has a history of sent lines.
 
-    The line editor of the terminal keeps the history, the draft and the completion; here
-    it only gets keys that a Text has no idea of.
+    The line editor of the terminal keeps the history, the draft and the completion. It gets
+    only the keys that a Text has no meaning for.
     """
 
-    MOST_LINES = 6
+    MOST, MOST_LINES = PASTED_MOST, 6
     LEAVES_OFFERS = ("Tab", "ISO_Left_Tab", "Shift_L", "Shift_R")
 
-    def __init__(
-        self,
-        parent: tk.Misc,
-        look: Look,
-        send: Callable[[str], bool],
-        complete: Callable[[str, bool], list[str]],
-    ):
+    def __init__(self, parent: tk.Misc, look: Look):
         self.hint = None
         super().__init__(parent, look, self.submit, width=20, maxundo=500)
-        self.send = send  # whether it could be: otherwise the text stays
-        self.editor = chat.LineEditor(complete)
+        self.send: Callable[[str], bool] = bool  # returns whether it could be: else the text stays
+        self.complete: Callable[[str, bool], list[str]] = lambda word, first: []
+        self.editor = chat.LineEditor(lambda word, first: self.complete(word, first))
         self.offers: Offers | None = None
         self.edited: Callable[[], None] = chat.do_nothing  # the user changed the text
         self.too_much: Callable[[str], None] = chat.do_nothing  # a paste over the limit
@@ -2629,7 +3031,7 @@ class Compose(Field):
             self.editor.remember(text)
 
     def begin(self, text: str) -> None:
-        """Put this before the text that is being written."""
+        """Put a text before the one that is being written."""
         self.set(text + self.content)
         self.focus_set()
 
@@ -2669,7 +3071,7 @@ class Compose(Field):
         return self._recall(key, edge, end)
 
     def _recall(self, key: str, edge: str, end: str) -> str | None:
-        """Beyond the first or the last row, the arrows go through what was sent."""
+        """Go through the sent lines, from the first or the last row of the field."""
         if self.compare(f"insert display {edge}", "!=", end):
             return None
         self.editor.set(self.content)
@@ -2736,7 +3138,7 @@ class Compose(Field):
                 self.offers.hide()
 
     def fit(self) -> None:
-        """Make it as high as its text, within reason; the hint shows while there is none."""
+        """Fit the height to the text, up to the limit; show the hint while there is no text."""
         if self.get("1.0", "2.0") == "\n" and self.index("end-1c") == "1.0":
             self.hint.place(x=1, y=0)  # from where text begins: a Text's padding counts
         else:
@@ -2784,7 +3186,7 @@ def picture_trouble(file: chat.FileTag, data: bytes) -> str:
 
 
 def decoded(root: tk.Misc, file: chat.FileTag, data: bytes, by: int = 1) -> tk.PhotoImage | None:
-    """Return a picture with its sides divided by a number; None if it cannot be decoded."""
+    """Return a picture with its sides divided by `by`; None if it cannot be decoded."""
     try:
         image = tk.PhotoImage(master=root, data=data, format=TK_FORMATS[file.type])
         return image.subsample(by) if by > 1 else image
@@ -2943,13 +3345,29 @@ class Strip(ttk.Frame):
 # ======================================================================================
 # One Text widget shows the conversation that is looked at. Rows are found by their line:
 # a tag for each message would make every insertion slower.
+#
+#   ReadText     a text that is read and not edited, in the colours of the look
+#   SheetText    the rows of a sheet as text: what is drawn, and where
+#   Pictures     the pictures in sight
+#   Pointer      the row that the keys and the pointer are for, and what a click means
+#   Transcript   the part that is in sight: the end, or where the user reads back
 
 BOTTOM = 0.99999  # of yview: the end is in sight
 NEAR_TOP = 0.02  # of yview: older rows are wanted
 FEW_ROWS = 60  # below that there is perhaps room for older ones
 PICTURES_KEPT = 40  # decoded: up to half a megabyte each
 PICTURE_MS = 40  # from a change until pictures are looked for, and between two that are decoded
-CLICKED = ("expand", "retry", "cancel", "answers", "reaction", "save", "open", "picture")
+SCROLLING = (
+    "<Button-4>",
+    "<MouseWheel>",
+    "<Prior>",
+    "<Up>",
+    "<B1-Motion>",
+    "<B2-Motion>",
+    "<Home>",
+)
+SCROLL_MS = 1000  # from a key or a turn of the wheel until its movement is over
+CLICKED = ("expand", "retry", "cancel", "answers", "reaction", "save", "open", "show", "picture")
 
 
 def open_link(url: str) -> None:
@@ -2957,87 +3375,75 @@ def open_link(url: str) -> None:
     threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
-class Spot(NamedTuple):
-    """The place in a conversation at which the user reads."""
+class ReadText(tk.Text):
+    """A text that is read and not edited, in the colours of the look, with a scroll bar."""
 
-    key: Any  # of the row at the top ...
-    offset: int  # ... which begins so many pixels above
-    drawn: int  # rows
-
-
-class Transcript(ttk.Frame):
-    """The conversation. It stays at the end while the end is in sight."""
-
-    def __init__(self, parent: tk.Misc, look: Look, typed: Callable[[str], None]):
-        super().__init__(parent, style="Card.TFrame")
-        self.look = look
-        fits = self._fits if look.reorders else None
-        fine = max(1.0, self.winfo_fpixels("1i") / 96)
-        box = tuple(round(side * fine) for side in PICTURE_BOX)
-        self.sheet = Sheet(Style(fits=fits, name=look.seen, box=box))
-        self.images: dict[str, tk.PhotoImage] = {}  # by path; those seen last at the end
-        self.placed: dict[str, list[str]] = {}  # names of their places in the text
-        self.arrived: collections.deque[Picture] = collections.deque()  # to be decoded
-        self.asked: tuple[chat.FileTag, ...] = ()  # pictures
-        self.spaces: set[str] = set()  # tags: lines as high as pictures
-        self.looks = self.decodes = False  # soon
-        self.wants_pictures: Callable[[tuple], None] = chat.do_nothing
-        self.later: Callable[[str, int, Callable[[], None]], None] = chat.do_nothing  # a timer
-        self.typed = typed  # gets what is typed here by mistake
-        self.at_bottom = True
-        self.chosen: Any = None  # key of the row that the keys are for
-        self.hovered: int | None = None
-        self.reached_bottom: Callable[[], None] = chat.do_nothing
-        self.left_bottom: Callable[[], None] = chat.do_nothing
-        self.wants_older: Callable[[], None] = chat.do_nothing
-        self.wants_newer: Callable[[], None] = chat.do_nothing  # the newest
-        self.wants_after: Callable[[], None] = chat.do_nothing  # the next ones, of the past
-        self.menu_for: Callable[[Row, Any], Any] = lambda row, event: None
-        self.acted: Callable[[str, Row], None] = lambda what, row: None
-        self.told: Callable[[str], None] = chat.do_nothing  # about the row under the pointer
-        self.waiting_older = self.waiting_after = False
-        self.width = 0  # of the text, in pixels
-        self.text = tk.Text(self, state="disabled", cursor="arrow", width=20, height=5)
-        self.bar = ttk.Scrollbar(self, command=self.text.yview)
-        self.text.mark_set("top", "1.0")  # of what is in sight; it moves with its text
-        self.text.mark_gravity("top", "left")
-        self.text.configure(yscrollcommand=self._scrolled)
-        self.bar.pack(side="right", fill="y")
-        self.text.pack(side="left", fill="both", expand=True)
-        self.below = ttk.Button(self, style="Accent.TButton", command=self.to_bottom)
-        self.below.configure(takefocus=False)
-        self.above = ttk.Button(self, text="new above \u2191", command=self.show_new)
-        self.above.configure(takefocus=False)
-        self.top = ttk.Label(self, style="Dim.Card.TLabel")
+    def __init__(self, parent: tk.Misc, look: Look, padding: tuple[float, float], **options: Any):
+        super().__init__(parent, state="disabled", cursor="arrow", **options)
+        self.look, self.padding = look, padding
+        self.bar = ttk.Scrollbar(parent, command=self.yview)
+        self.configure(yscrollcommand=self.bar.set)
         look.follow(self.recolour)
-        self._bind_all()
 
     def recolour(self) -> None:
-        look, c = self.look, self.look.colours
-        room = {"padx": look.part(0.9), "pady": look.part(0.5), "highlightthickness": 1}
-        self.text.configure(**look.text_options() | room, spacing3=look.part(0.12))
-        self.text.configure(highlightbackground=c.paper)
-        self._configure_tags()
+        look, c, tag = self.look, self.look.colours, self.tag_configure
+        wide, high = map(look.part, self.padding)
+        self.configure(**look.text_options(), padx=wide, pady=high, highlightthickness=1)
+        self.configure(highlightbackground=c.paper)
+        tag("head", spacing1=look.part(0.5))
+        for number, colour in enumerate(c.names):
+            tag(f"name{number}", foreground=colour)
+        self.configure_tags()
+        tag("link", foreground=c.accent, underline=True)
+        self.tag_raise("sel")
+
+    def configure_tags(self) -> None:
+        """Configure the tags that a subclass has besides."""
+
+    @contextlib.contextmanager
+    def editing(self) -> Iterator[None]:
+        self.configure(state="normal")
+        yield
+        self.configure(state="disabled")
+
+    def fill(self, pieces: list) -> None:
+        """Show these pieces and nothing else."""
+        with self.editing():
+            self.delete("1.0", "end")
+            self.insert_pieces("1.0", pieces)
+
+    def insert_pieces(self, index: str, pieces: list) -> None:
+        if pieces:
+            self.insert(index, *drawable_pieces(pieces, self.look.drawable))
+
+
+class SheetText(ReadText):
+    """The rows of a sheet as text: which are drawn, and where."""
+
+    def __init__(self, parent: tk.Misc, look: Look):
+        fine = max(1.0, parent.winfo_fpixels("1i") / 96)
+        box = tuple(round(side * fine) for side in PICTURE_BOX)
+        fits = self._fits if look.reorders else None
+        self.sheet = Sheet(Style(fits=fits, name=look.seen, box=box))
+        self.spaces: set[str] = set()  # tags: lines as high as pictures
+        self.drew: Callable[[], None] = chat.do_nothing  # rows with pictures, perhaps
+        super().__init__(parent, look, (0.9, 0.5), width=20, height=5)
+
+    @property
+    def border(self) -> int:
+        """The pixels above the first line."""
+        return int(str(self.cget("pady"))) + int(str(self.cget("highlightthickness")))
 
     def _fits(self, part: str) -> bool:
         """Return whether a part of a line is no wider than a row."""
-        width = self.text.winfo_width() - 2 * self._padding - 2 * self.look.part(0.9)
+        width = self.winfo_width() - 2 * self.border - 2 * self.look.part(0.9)
         return self.look.font.measure(part) <= max(width, 4 * self.look.em)
 
-    def _resized(self, event: Any) -> None:
-        """Stay at the end; break lines from right to left again."""
-        if self.at_bottom:
-            self.see_end()
-        width, self.width = self.width, event.width
-        turned = (RIGHT_TO_LEFT.search(row.view.text) for row in self.sheet.rows)
-        if self.look.reorders and width != event.width and any(turned):
-            self.redraw_all()
-
-    def _configure_tags(self) -> None:
-        look, c, tag = self.look, self.look.colours, self.text.tag_configure
+    def configure_tags(self) -> None:
+        look, c, tag = self.look, self.look.colours, self.tag_configure
+        self.configure(spacing3=look.part(0.12))
         sample = clock_text(datetime.datetime(2000, 12, 30, 20, 0), self.sheet.style.clock)
         column = look.small.measure(sample) + look.part(0.6)
-        tag("head", spacing1=look.part(0.5))
         tag("clock", foreground=c.dim, font=look.small)
         tag("said", lmargin1=0, lmargin2=0)
         tag("rtl", justify="right")
@@ -3048,8 +3454,6 @@ class Transcript(ttk.Frame):
         tag("found", background=c.found)
         tag("table", font=look.fixed)  # the server aligns what it lists with spaces
         tag("name", font=look.bold)
-        for number, colour in enumerate(c.names):
-            tag(f"name{number}", foreground=colour)
         tag(PENDING, foreground=c.pale)
         tag(FAILED, foreground=c.bad)
         tag("notice", font=look.italic)
@@ -3057,11 +3461,9 @@ class Transcript(ttk.Frame):
         tag("answers", foreground=c.dim, font=look.small, spacing1=look.part(0.2))
         tag("reaction", background=c.chip, font=look.small)
         tag("own-reaction", background=c.selected)
-        for name in ("link", "expand", "retry", "cancel"):
+        for name in ("expand", "retry", "cancel", "save", "open", "show"):
             tag(name, foreground=c.accent, underline=True)
         tag("expand", font=look.small)
-        for name in ("save", "open"):
-            tag(name, foreground=c.accent, underline=True)
         tag("file", background=c.chip, font=look.small, spacing1=look.part(0.1))
         tag("file", spacing3=look.part(0.2))
         tag("file-name", font=look.bold)
@@ -3071,12 +3473,206 @@ class Transcript(ttk.Frame):
         tag("day", spacing1=look.part(0.6), spacing3=look.part(0.3))
         tag("rule", background=c.bad, font=look.tiny, spacing1=0, spacing3=0)
         tag("new", foreground=c.bad, justify="right", font=look.small, spacing3=0)
-        self.text.tag_raise("sel")
 
     def _configure_space(self, name: str) -> None:
         """Make a line as high as the picture that will be in it."""
         height = int(name.removeprefix("space"))
-        self.text.tag_configure(name, spacing1=max(0, height - self.look.em))
+        self.tag_configure(name, spacing1=max(0, height - self.look.em))
+
+    def insert_pieces(self, index: str, pieces: list) -> None:
+        for tags in pieces[1::2]:
+            if tags and tags[-1][:5] == "space" and tags[-1] not in self.spaces:
+                self.spaces.add(tags[-1])
+                self._configure_space(tags[-1])
+        super().insert_pieces(index, pieces)
+        self.drew()
+
+    # Drawing
+
+    def append(self, rows: tuple[Row, ...], seen: bool) -> None:
+        """Add rows at the end, in one go."""
+        number = len(self.sheet.rows)
+        lost = self.sheet.append(rows, seen)
+        with self.editing():
+            if self.sheet.is_drawn(lost):
+                self._redraw(lost)
+            self.insert_pieces("end", self.sheet.draw_from(number))
+
+    def draw_older(self) -> bool:
+        """Draw older rows that are here; return whether there were such."""
+        sheet, head = self.sheet, self.sheet.first
+        if head == 0:
+            return False
+        with self.editing():
+            self.insert_pieces("1.0", sheet.draw_before(ROWS_MORE))
+            if sheet.is_drawn(head):
+                self._redraw(head)  # it may go on with what is above it now
+        return True
+
+    def redraw(self, number: int) -> None:
+        with self.editing():
+            self._redraw(number)
+
+    def _redraw(self, number: int) -> None:
+        line, lines, pieces = self.sheet.redraw(number)
+        self.delete(f"{line}.0", f"{line + lines}.0")
+        self.insert_pieces(f"{line}.0", pieces)
+
+    def delete_first(self, lines: int) -> None:
+        if lines:
+            with self.editing():
+                self.delete("1.0", f"{lines + 1}.0")
+
+    # Where rows are
+
+    def line_at(self, index: str) -> int:
+        return int(self.index(index).split(".")[0])
+
+    def row_at(self, index: str) -> int | None:
+        return self.sheet.row_at(self.line_at(index))
+
+    def start_of(self, number: int) -> str:
+        return f"{self.sheet.line_of(number)}.0"
+
+    def last_in_sight(self) -> int:
+        """Return the last row that is in sight."""
+        number = self.row_at(f"@0,{self.winfo_height()}")
+        return len(self.sheet.rows) - 1 if number is None else number
+
+    def mark_row(self, tag: str, number: int | None) -> None:
+        """Give a tag to a row, and to no other one."""
+        self.tag_remove(tag, "1.0", "end")
+        if self.sheet.is_drawn(number):
+            self.tag_add(tag, *self.sheet.body_of(number))
+
+
+class Spot(NamedTuple):
+    """The place in a conversation at which the user reads."""
+
+    key: Any  # of the row at the top ...
+    offset: int  # ... which begins so many pixels above
+    drawn: int  # rows
+
+
+class Pictures:
+    """The pictures among the messages: those in sight are put in their places, or asked for. It
+    frees those that were in sight longest ago."""
+
+    def __init__(self, text: SheetText, timers: Timers):
+        self.text, self.later = text, timers.later
+        self.images: dict[str, tk.PhotoImage] = {}  # by path; those seen last at the end
+        self.placed: dict[str, list[str]] = {}  # names of their places in the text
+        self.arrived: collections.deque[Picture] = collections.deque()  # to be decoded
+        self.asked: tuple[chat.FileTag, ...] = ()
+        self.looks = self.decodes = False  # soon
+        self.wants: Callable[[tuple], None] = chat.do_nothing  # called with those to be fetched
+        self.failed: Callable[[str, str], None] = chat.do_nothing  # called with a path and why
+
+    def look_soon(self) -> None:
+        if not self.looks and self.text.spaces:
+            self.looks = True
+            self.later("pictures", PICTURE_MS, self._look)
+
+    def _in_sight(self) -> Iterator[tuple[str, chat.FileTag]]:
+        """Yield where the pictures in sight have their places."""
+        text, sheet = self.text, self.text.sheet
+        for number in range(text.row_at("@0,0") or 0, text.last_in_sight() + 1):
+            file = chat.parse_file_tag(sheet.rows[number].view.file)
+            if file is None or not sheet.is_drawn(number):
+                continue
+            if found := text.tag_nextrange("picture", *sheet.body_of(number)):
+                yield found[0], file
+
+    def _look(self) -> None:
+        """Put pictures in sight in their places, and ask for those that are not here."""
+        self.looks = False
+        missing, seen = {}, set()
+        for index, file in list(self._in_sight()):
+            seen.add(file.path)
+            image = self.images.pop(file.path, None)
+            if image is None:
+                missing[file.path] = file
+                continue
+            self.images[file.path] = image
+            if self.text.get(index) == "\n":
+                self._place(index, file.path, image)
+        self._drop_others(seen)
+        wanted = tuple(missing.values())
+        if wanted != self.asked:
+            self.asked = wanted
+            self.wants(wanted)
+
+    def _place(self, index: str, path: str, image: tk.PhotoImage) -> None:
+        text = self.text
+        with text.editing():
+            name = text.image_create(index, image=image, name=path)
+            for tag in text.tag_names(index):
+                text.tag_remove(tag, index)
+            for tag in ("said", "picture"):
+                text.tag_add(tag, index)
+        names = self.placed.setdefault(path, [])
+        if name not in names:
+            names.append(name)
+
+    def _drop_others(self, seen: set[str]) -> None:
+        """Free the pictures that were in sight longest ago, if there are too many. Their lines
+        keep their heights."""
+        excess = len(self.images) - PICTURES_KEPT
+        for path in [path for path in self.images if path not in seen][: max(0, excess)]:
+            for name in self.placed.pop(path, ()):
+                with self.text.editing(), contextlib.suppress(tk.TclError):  # its row was redrawn
+                    self.text.delete(name)
+            del self.images[path]
+
+    def forget(self, all_of_them: bool) -> None:
+        """Ask again for what is in sight: another conversation is looked at. On another server a
+        path is another picture."""
+        self.asked = ()
+        self.arrived.clear()
+        if all_of_them:
+            self.images.clear()
+            self.placed.clear()
+
+    def take(self, picture: Picture) -> None:
+        """Take the content of a picture, to be decoded soon."""
+        self.arrived.append(picture)
+        self._decode_soon()
+
+    def _decode_soon(self) -> None:
+        if self.arrived and not self.decodes:
+            self.decodes = True
+            self.later("decode", PICTURE_MS, self._decode_next)
+
+    def _decode_next(self) -> None:
+        """Decode one picture: the user may be typing."""
+        self.decodes = False
+        if not self.arrived:
+            return
+        _, file, data, _, why = self.arrived.popleft()
+        image, why = None, why or picture_trouble(file, data)
+        if not why:
+            image = decoded(self.text, file, data, divisor(file, self.text.sheet.style.box))
+        if image is None:
+            self.failed(file.path, why or "it is damaged")
+        else:
+            self.images[file.path] = image
+        self.look_soon()
+        self._decode_soon()
+
+
+class Pointer:
+    """The row that the keys and the pointer are for, and what a click on it means."""
+
+    def __init__(self, transcript: "Transcript"):
+        self.transcript, self.text = transcript, transcript.text
+        self.sheet = self.text.sheet
+        self.chosen: Any = None  # key of the row that the keys are for
+        self.hovered: int | None = None
+        self.typed: Callable[[str], None] = chat.do_nothing  # gets what is typed here by mistake
+        self.menu_for: Callable[[Row, Any], Any] = chat.do_nothing
+        self.acted: Callable[[str, Row], None] = chat.do_nothing
+        self.told: Callable[[str], None] = chat.do_nothing  # about the row under the pointer
+        self._bind_all()
 
     def _bind_all(self) -> None:
         text = self.text
@@ -3084,105 +3680,223 @@ class Transcript(ttk.Frame):
         text.bind("<ButtonRelease-1>", self._click)
         text.bind("<Key>", self._key)
         text.bind("<<Paste>>", self._paste)
-        text.bind("<Configure>", self._resized)
-        text.bind("<Button-4>", self._go_up, add=True)
-        text.bind("<MouseWheel>", lambda event: event.delta > 0 and self._go_up(), add=True)
-        text.bind("<Prior>", self._go_up, add=True)
         text.bind("<Motion>", self._hover)
         text.bind("<Leave>", lambda _: self.told(""))
         for key, step in (("<Up>", -1), ("<Down>", 1)):
             text.bind(key, functools.partial(self._choose_next, step))
-        text.bind("<Return>", lambda event: self._menu(event))
-        text.bind("<Home>", lambda _: self._scroll_to("1.0"))
-        text.bind("<End>", lambda _: self.to_bottom() or "break")
+        text.bind("<Return>", self._menu)
         bind_menu(text, self._menu)
         for tag in ("link", *CLICKED):
             text.tag_bind(tag, "<Enter>", lambda _: text.configure(cursor="hand2"))
             text.tag_bind(tag, "<Leave>", lambda _: text.configure(cursor="arrow"))
 
+    @property
+    def row(self) -> Row | None:
+        """The row that keys are for: the chosen one, or the last message."""
+        number = self.sheet.find(self.chosen)
+        if number is not None:
+            return self.sheet.rows[number]
+        messages = (row for row in reversed(self.sheet.rows) if row.view.kind in MESSAGES)
+        return next(messages, None)
+
+    def choose(self, number: int | None) -> None:
+        """Choose a row; None chooses none."""
+        self.chosen = None if number is None else self.sheet.rows[number].key
+        self.paint()
+
+    def paint(self) -> None:
+        self.text.mark_row("chosen", self.sheet.find(self.chosen))
+
+    def _choose_next(self, step: int, event: Any) -> str:
+        """Choose the next row, or the one before; the first key chooses the last in sight."""
+        sheet = self.sheet
+        number = sheet.find(self.chosen)
+        number = self.text.last_in_sight() if number is None else number + step
+        if not 0 <= number < len(sheet.rows):
+            return "break"
+        if sheet.is_drawn(number) or self.transcript.draw_older():
+            self.choose(number)
+            self.text.see(self.text.start_of(number))
+            self.told(self.about(number))
+        return "break"
+
+    def box(self) -> tuple | None:
+        """Return where the last line of the row is, in pixels, if it is in sight."""
+        number = self.sheet.find(self.row.key) if self.row else None
+        if not self.sheet.is_drawn(number):
+            return None
+        _, end = self.sheet.body_of(number)
+        return self.text.bbox(f"{end} - 1 lines")
+
+    def about(self, number: int) -> str:
+        """Return the time of a row, and the users who reacted to it."""
+        row = self.sheet.rows[number]
+        moment = moment_of(row.view)
+        told = [f"{day_text(moment.date())} {moment:%H:%M:%S}"]
+        told += [f"{emoji} {', '.join(names[:5])}" for emoji, names in row.reactions[:4]]
+        return self.text.look.drawable("   ".join(told))
+
+    def _hover(self, event: Any) -> None:
+        number = self.text.row_at(f"@{event.x},{event.y}")
+        if number != self.hovered:
+            self.hovered = number
+            self.told("" if number is None else self.about(number))
+
+    def _menu(self, event: Any) -> str:
+        if event.type == tk.EventType.ButtonPress:
+            self.choose(self.text.row_at(f"@{event.x},{event.y}"))
+        if row := self.row:
+            self.menu_for(row, event)
+        return "break"
+
+    def _key(self, event: Any) -> str | None:
+        """Send what is typed here to the field below."""
+        text = whole(event.char)
+        if event.state & COMMAND_KEYS or not text or not text.isprintable():
+            return None
+        self.typed(text)
+        return "break"
+
+    def _paste(self, event: Any) -> str:
+        with contextlib.suppress(tk.TclError):  # nothing to paste
+            self.typed(whole(self.text.selection_get(selection="CLIPBOARD")))
+        return "break"
+
+    def _press(self, event: Any) -> None:
+        self.text.focus_set()  # so that Copy works
+        self.choose(None)
+
+    def _click(self, event: Any) -> None:
+        index = f"@{event.x},{event.y}"
+        number = self.text.row_at(index)
+        if number is None or self.text.tag_ranges("sel"):  # the end of a selection
+            return
+        if url := self.link_at(index):
+            return open_link(url)
+        tags, row = self.text.tag_names(index), self.sheet.rows[number]
+        for tag in CLICKED:
+            if tag in tags:
+                self.acted(f"react {self._emoji_at(index)}" if tag == "reaction" else tag, row)
+        return None
+
+    def _emoji_at(self, index: str) -> str:
+        found = self.text.tag_prevrange("reaction", f"{index} + 1 indices")
+        return self.text.get(*found).split()[0] if found else ""
+
+    def link_at(self, index: str) -> str:
+        """Return the link there, or "". One tag serves all of them."""
+        found = self.text.tag_prevrange("link", f"{index} + 1 indices")
+        if not found or self.text.compare(found[1], "<=", index):
+            return ""
+        match = LINK.match(self.text.get(*found))
+        return link_of(match.group()) if match else ""
+
+
+class Transcript(ttk.Frame):
+    """The conversation. It stays at the end while the end is in sight."""
+
+    def __init__(self, parent: tk.Misc, look: Look, timers: Timers):
+        super().__init__(parent, style="Card.TFrame")
+        self.look, self.timers = look, timers
+        self.at_bottom = True
+        self.waiting_older = self.waiting_after = False
+        self.scrolling = False  # by the user
+        self.width = 0  # of the text, in pixels
+        self.reached_bottom: Callable[[], None] = chat.do_nothing
+        self.left_bottom: Callable[[], None] = chat.do_nothing
+        self.wants_older: Callable[[], None] = chat.do_nothing
+        self.wants_newer: Callable[[], None] = chat.do_nothing  # the newest
+        self.wants_after: Callable[[], None] = chat.do_nothing  # the next ones, of the past
+        self.text = SheetText(self, look)
+        self.sheet = self.text.sheet
+        self.pictures = Pictures(self.text, timers)
+        self.pictures.failed = self._tell_trouble
+        self.text.drew = self.pictures.look_soon
+        self.pointer = Pointer(self)
+        self.text.mark_set("top", "1.0")  # of what is in sight; it moves with its text
+        self.text.mark_gravity("top", "left")
+        self.text.configure(yscrollcommand=self._scrolled)
+        self.text.bar.configure(command=self.yview)
+        self.text.bar.pack(side="right", fill="y")
+        self.text.pack(side="left", fill="both", expand=True)
+        self.below = ttk.Button(self, style="Accent.TButton", command=self.to_bottom)
+        self.above = ttk.Button(self, text="new above \u2191", command=self.show_new)
+        for button in (self.below, self.above):
+            button.configure(takefocus=False)
+        self.top = ttk.Label(self, style="Dim.Card.TLabel")
+        self.typing = ttk.Label(self, style="Dim.Card.TLabel")
+        self._bind_all()
+
+    def _bind_all(self) -> None:
+        text = self.text
+        text.bind("<Configure>", self._resized)
+        text.bindtags(("UserScrolls", *text.bindtags()))
+        for sequence in SCROLLING:
+            text.bind_class("UserScrolls", sequence, self._scrolls)
+        text.bind("<Button-4>", self._go_up, add=True)
+        text.bind("<MouseWheel>", lambda event: event.delta > 0 and self._go_up(), add=True)
+        text.bind("<Prior>", self._go_up, add=True)
+        text.bind("<Home>", lambda _: text.see("1.0") or "break")
+        text.bind("<End>", lambda _: self.to_bottom() or "break")
+
+    def _scrolls(self, event: Any = None) -> None:
+        """Note that the user scrolls: all other movements are Tk's, when it lays out lines."""
+        self.scrolling = True
+        self.timers.later("scrolling", SCROLL_MS, self._rests)
+
+    def _rests(self) -> None:
+        self.scrolling = False
+
+    def yview(self, *where: Any) -> None:
+        """Scroll, as the user wants."""
+        self._scrolls()
+        self.text.yview(*where)
+
+    def _resized(self, event: Any) -> None:
+        """Stay at the end; break lines from right to left again."""
+        self._stay()
+        width, self.width = self.width, event.width
+        turned = (RIGHT_TO_LEFT.search(row.view.text) for row in self.sheet.rows)
+        if self.look.reorders and width != event.width and any(turned):
+            self.redraw_all()
+
     # Rows
 
-    @contextlib.contextmanager
-    def _editing(self) -> Iterator[tk.Text]:
-        self.text.configure(state="normal")
-        yield self.text
-        self.text.configure(state="disabled")
-
-    def _insert(self, index: str, pieces: list) -> None:
-        if pieces:
-            drawable_pieces(pieces, self.look.drawable)
-            for tags in pieces[1::2]:
-                if tags and tags[-1][:5] == "space" and tags[-1] not in self.spaces:
-                    self.spaces.add(tags[-1])
-                    self._configure_space(tags[-1])
-            self.text.insert(index, *pieces)
-            self._look_soon()
-
-    def reset(
-        self,
-        room: int,
-        rows: Iterable[Row],
-        read_time: int,
-        mark: int = -1,
-        past: bool = False,
-        unread: int = 0,
-        spot: Spot | None = None,
-    ) -> None:
+    def reset(self, event: Rows, spot: Spot | None = None) -> None:
         """Show a conversation: its end, or around one row, or where the user was reading."""
-        same = room == self.sheet.room and not past and not self.sheet.past
-        if same:
+        if event.room == self.sheet.room and event.at == RESET and not self.sheet.past:
             spot = self.spot() if not self.at_bottom else None
         drawn = max(ROWS_DRAWN, spot.drawn if spot else 0)
-        marked, unseen = self.sheet.marked, self.sheet.unseen
-        self.sheet.reset(room, rows, read_time, past, unread)
-        if same:
-            self.sheet.marked, self.sheet.unseen = marked, unseen
-        if mark >= 0:
-            drawn = max(drawn, len(self.sheet.rows) - mark + ROWS_MORE)
-        with self._editing() as text:
-            text.delete("1.0", "end")
-            self._insert("1.0", self.sheet.draw_before(drawn))
+        if event.mark >= 0:
+            drawn = max(drawn, len(event.rows) - event.mark + ROWS_MORE)
+        self.sheet.reset(event)
+        self.text.fill(self.sheet.draw_before(drawn))
         self.waiting_older = self.waiting_after = False
-        if mark >= 0:
-            self.show_row(mark)
+        if event.mark >= 0:
+            self.show_row(event.mark)
         elif spot is not None and self.return_to(spot):
             self.at_bottom = False
         else:
-            self.at_bottom = not past
-            self.see_end()
-        self._paint_chosen()
+            self.at_bottom = not self.sheet.past
+            self.text.see("end")
+        self.pointer.paint()
         self._want_older()
 
     def append(self, rows: tuple[Row, ...], seen: bool) -> None:
-        """Add rows at the end, in one go."""
+        """Add rows at the end."""
         self.waiting_after = False
-        number = len(self.sheet.rows)
-        lost = self.sheet.append(rows, seen)
-        with self._editing():
-            if self.sheet.is_drawn(lost):
-                self._redraw(lost)
-            self._insert("end", self.sheet.draw_from(number))
+        before = len(self.sheet.rows)
+        self.text.append(rows, seen)
         if self.at_bottom:
-            self._fold_up()
-            self.see_end()
-        if number < FEW_ROWS:  # there was nothing older when there was no connection, say
+            self.text.delete_first(self.sheet.fold_up())
+            self.text.see("end")
+        if before < FEW_ROWS:  # there was nothing older when there was no connection, say
             self.sheet.whole = False
             self._want_older()
 
-    def _fold_up(self) -> None:
-        """Draw fewer of the oldest rows, while the end is in sight: they come back."""
-        excess = len(self.sheet.sizes) - ROWS_MOST
-        if excess > 0:
-            lines = sum(self.sheet.sizes[:excess])
-            del self.sheet.sizes[:excess]
-            self.sheet.first += excess
-            with self._editing() as text:
-                text.delete("1.0", f"{lines + 1}.0")
-
     def prepend(self, rows: tuple[Row, ...]) -> None:
         """Add older rows, and draw some; what is in sight stays where it is."""
-        self.sheet.rows[:0] = rows
-        self.sheet.first += len(rows)
+        self.sheet.prepend(rows)
         self.waiting_older = False
         if rows:
             self.draw_older()
@@ -3190,115 +3904,105 @@ class Transcript(ttk.Frame):
 
     def draw_older(self) -> bool:
         """Draw older rows that are here; return whether there were such."""
-        sheet = self.sheet
-        if sheet.first == 0:
-            return False
-        spot, head = self.spot(), sheet.first
-        with self._editing():
-            pieces = sheet.draw_before(ROWS_MORE)
-            self._insert("1.0", pieces)
-            if sheet.is_drawn(head):
-                self._redraw(head)  # it may go on with what is above it now
-        if spot is not None and not self.at_bottom:
+        spot = self.spot()
+        drew = self.text.draw_older()
+        if drew and spot is not None and not self.at_bottom:
             self.return_to(spot)
-        return True
+        return drew
 
     def clear(self) -> None:
         """Begin with an empty page."""
-        self.sheet.first, self.sheet.sizes, self.sheet.cleared = len(self.sheet.rows), [], True
-        with self._editing() as text:
-            text.delete("1.0", "end")
+        self.sheet.clear()
+        self.text.fill([])
         self.at_bottom = True
 
     def trim(self, count: int) -> None:
-        lines = self.sheet.trim(count)
-        if lines:
-            with self._editing() as text:
-                text.delete("1.0", f"{lines + 1}.0")
+        """Drop the oldest rows."""
+        self.text.delete_first(self.sheet.trim(count))
 
     def change(self, row: Row) -> None:
         """Draw a row again."""
-        number = self.sheet.find_row(row)
-        if number is None:
-            return
-        if self.sheet.rows[number].key == self.sheet.marked:
-            self.sheet.marked = row.key
-        self.sheet.rows[number] = row
-        self.redraw(number)
+        number = self.sheet.replace(row)
+        if number is not None:
+            self.redraw(number)
 
     def redraw(self, number: int | None) -> None:
         if self.sheet.is_drawn(number):
-            with self._editing():
-                self._redraw(number)
-            if self.at_bottom:
-                self.see_end()
-            self._paint_chosen()
-
-    def _redraw(self, number: int) -> None:
-        line, lines, pieces = self.sheet.redraw(number)
-        self.text.delete(f"{line}.0", f"{line + lines}.0")
-        self._insert(f"{line}.0", pieces)
+            self.text.redraw(number)
+            self._stay()
+            self.pointer.paint()
 
     def redraw_all(self) -> None:
-        """Draw everything again: times are shown otherwise, say."""
+        """Draw all rows again."""
         sheet = self.sheet
-        self.reset(sheet.room, sheet.rows, sheet.read_time)
+        self.reset(Rows(sheet.room, RESET, sheet.rows, sheet.read_time))
+
+    def restyle(self, clock: str, pictures: bool) -> None:
+        """Show times otherwise, or no pictures."""
+        wanted = self.sheet.style._replace(clock=clock, pictures=pictures)
+        if wanted != self.sheet.style:
+            self.sheet.style = wanted
+            self.text.recolour()
+            self.redraw_all()
 
     def read_to(self, when: int) -> None:
         """Take away the "new" line: all was read, here or on another device."""
-        number = self.sheet.find(self.sheet.marked)
-        if number is not None and (self.sheet.rows[number].view.time or 0) <= when:
-            self.sheet.marked = None
+        self.redraw(self.sheet.read_to(when))
+
+    def remove(self, id: str) -> None:
+        """Take the words of a message away."""
+        for number in self.sheet.remove(id):
             self.redraw(number)
-        self.sheet.seen(when)
+            self.redraw(number + 1)  # it may have stood under the same name
+
+    def toggle(self, row: Row) -> None:
+        """Show all of a long message, or its beginning."""
+        self.sheet.expanded ^= {row.key}
+        self.redraw(self.sheet.find(row.key))
+
+    def _tell_trouble(self, path: str, why: str) -> None:
+        """Say on the card why a picture is not shown."""
+        self.sheet.troubles[path] = why
+        spot = self.spot()
+        for number, row in enumerate(self.sheet.rows):
+            if row.view.file.partition(",")[0] == path:
+                self.redraw(number)
+        if spot is not None and not self.at_bottom:
+            self.return_to(spot)
 
     # Scrolling
 
     def spot(self) -> Spot | None:
-        """Return what is at the top."""
-        line = int(self.text.index("@0,0").split(".")[0])
-        number = self.sheet.row_at(line)
+        """Return the place at the top."""
+        text, number = self.text, self.text.row_at("@0,0")
         if number is None:
             return None
-        first = f"{self.sheet.line_of(number)}.0"
-        counted = self.text.count(first, "@0,0", "ypixels") or 0  # a tuple before Python 3.13
-        pixels = counted[0] if isinstance(counted, tuple) else counted
-        box = self.text.dlineinfo("@0,0")
-        offset = pixels - (box[1] - self._padding if box else 0)
+        counted = text.count(text.start_of(number), "@0,0", "ypixels") or 0
+        pixels = counted[0] if isinstance(counted, tuple) else counted  # before Python 3.13
+        box = text.dlineinfo("@0,0")
+        offset = pixels - (box[1] - text.border if box else 0)
         return Spot(self.sheet.rows[number].key, offset, len(self.sheet.sizes))
-
-    @property
-    def _padding(self) -> int:
-        return int(str(self.text.cget("pady"))) + int(str(self.text.cget("highlightthickness")))
 
     def return_to(self, spot: Spot) -> bool:
         """Scroll so that a row is where it was; return whether it is here."""
         number = self.sheet.find(spot.key)
         if not self.sheet.is_drawn(number):
             return False
-        self.text.yview(f"{self.sheet.line_of(number)}.0")
+        self.text.yview(self.text.start_of(number))
         if spot.offset:
             self.text.yview_scroll(spot.offset, "pixels")
         return True
 
-    def see_end(self) -> None:
-        self.text.see("end")
-
     def _stay(self) -> None:
         if self.at_bottom:
-            self.see_end()
+            self.text.see("end")
 
     def to_bottom(self) -> None:
         if self.sheet.past:
             return self.wants_newer()
         self.at_bottom = True
-        self.see_end()
-        self.reached_bottom()
-        return None
-
-    def _scroll_to(self, index: str) -> str:
-        self.text.see(index)
-        return "break"
+        self.text.see("end")
+        return self.reached_bottom()
 
     def show_row(self, number: int) -> None:
         """Scroll to a row, and mark it for a while."""
@@ -3306,13 +4010,81 @@ class Transcript(ttk.Frame):
             if not self.draw_older():
                 return
         self.at_bottom = False
-        first, last = self.sheet.body_of(number)
+        first, _ = self.sheet.body_of(number)
         self.text.yview(f"{first} - 4 lines")
         self.text.see(first)
-        self.text.tag_remove("found", "1.0", "end")
-        self.text.tag_add("found", first, last)
-        self.chosen = self.sheet.rows[number].key
+        self.text.mark_row("found", number)
+        self.pointer.choose(number)
         self.left_bottom()
+
+    def unmark(self) -> None:
+        """Take the mark of the row that was shown away."""
+        self.text.mark_row("found", None)
+
+    def show_new(self) -> None:
+        """Scroll to the first message that was not read."""
+        number = self.sheet.find(self.sheet.marked)
+        if number is not None:
+            self.show_row(number)
+
+    def show_reply(self, row: Row) -> None:
+        """Scroll to the message that this one answers."""
+        number = self.sheet.find_id(row.view.reply)
+        if number is not None:
+            self.show_row(number)
+
+    def _scrolled(self, first: str, last: str) -> None:
+        text = self.text
+        text.bar.set(first, last)
+        at_end = float(last) > BOTTOM and not self.sheet.past
+        went_up = self.scrolling and text.compare("@0,0", "<", "top")
+        text.mark_set("top", "@0,0")
+        if at_end and not self.at_bottom:
+            self.at_bottom = True
+            self.reached_bottom()
+        elif self.at_bottom and not at_end and went_up:
+            self.at_bottom = False
+            self.left_bottom()
+        elif self.at_bottom and not at_end:  # Tk's layout, and no scrolling of the user
+            self.timers.soon("stay", self._stay)
+        if self.sheet.marked is not None or self.above.place_info():
+            self._tell_above()
+        if float(first) > 0:
+            self.tell_older("")
+        self.pictures.look_soon()
+        if self.sheet.past and float(last) > BOTTOM and not self.waiting_after:
+            self.waiting_after = True
+            self.timers.soon("after", self.wants_after)
+        self._want_older()
+
+    def scroll(self, pages: int) -> None:
+        """Page up or down; up at the top asks for what is older."""
+        if pages < 0:
+            self._go_up()
+        self.yview("scroll", pages, "pages")
+
+    def _go_up(self, event: Any = None) -> None:
+        """Look for older rows again, also where none were found before: the user wants them."""
+        if self.text.yview()[0] <= 0:
+            self.sheet.whole = self.sheet.cleared = self.waiting_older = False
+            self._want_older()
+
+    def _want_older(self) -> None:
+        """Look soon whether older rows are wanted."""
+        self.timers.soon("older", self._fetch_older)
+
+    def _fetch_older(self) -> None:
+        """Draw or fetch older rows: at the top, or where there is room for them."""
+        first, last = self.text.yview()
+        wanted = first < NEAR_TOP and (not self.at_bottom or last - first > BOTTOM)
+        waits = self.waiting_older or self.sheet.cleared
+        if waits or not wanted or self.text.winfo_height() <= 1:
+            return
+        if not self.draw_older() and not self.sheet.whole:
+            self.waiting_older = True
+            self.wants_older()
+
+    # What lies over the text
 
     def tell_below(self, count: int) -> None:
         """Show the button that leads to the newest message."""
@@ -3328,306 +4100,41 @@ class Transcript(ttk.Frame):
         self.below.place(relx=0.5, rely=1.0, y=-self.look.part(0.6), anchor="s")
         return None
 
-    def show_new(self) -> None:
-        """Scroll to the first message that was not read."""
-        number = self.sheet.find(self.sheet.marked)
-        if number is not None:
-            self.show_row(number)
-
     def _tell_above(self) -> None:
         """Show the button that leads to the "new" line, while that is above what is in sight."""
         number = self.sheet.find(self.sheet.marked)
-        top = int(self.text.index("@0,0").split(".")[0])
+        top = self.text.line_at("@0,0")
         if self.sheet.is_drawn(number) and self.sheet.line_of(number) < top:
             self.above.place(relx=0.5, y=self.look.part(0.5), anchor="n")
         else:
             self.above.place_forget()
 
+    def older_told(self, event: Fetching) -> None:
+        """Take the state of older rows, and show it if the user is at the top."""
+        self.waiting_older, self.sheet.whole = event.under_way, not event.more
+        at_top = self.text.yview()[0] <= 0 and not self.at_bottom
+        self.tell_older(event.text if at_top else "")
+        if event.again:
+            self._want_older()
+
     def tell_older(self, text: str) -> None:
-        """Show at the top how it stands with older rows."""
+        """Show a text about older rows at the top."""
         if text:
             self.top.configure(text=text)
             self.top.place(relx=0.5, y=self.look.part(0.2), anchor="n")
         else:
             self.top.place_forget()
 
-    def _scrolled(self, first: str, last: str) -> None:
-        self.bar.set(first, last)
-        at_end = float(last) > BOTTOM and not self.sheet.past
-        went_up = self.text.compare("@0,0", "<", "top")
-        self.text.mark_set("top", "@0,0")
-        if at_end and not self.at_bottom:
-            self.at_bottom = True
-            self.reached_bottom()
-        elif self.at_bottom and not at_end and went_up:
-            self.at_bottom = False
-            self.left_bottom()
-        elif self.at_bottom and not at_end:  # Tk's layout, and no scrolling of the user
-            self.text.after_idle(self._stay)
-        if self.sheet.marked is not None or self.above.place_info():
-            self._tell_above()
-        if float(first) > 0:
-            self.tell_older("")
-        self._look_soon()
-        if self.sheet.past and float(last) > BOTTOM and not self.waiting_after:
-            self.waiting_after = True
-            self.text.after_idle(self.wants_after)
-        self._want_older()
-
-    def scroll(self, pages: int) -> None:
-        """Page up or down; up at the top asks for what is older."""
-        if pages < 0:
-            self._go_up()
-        self.text.yview_scroll(pages, "pages")
-
-    def _go_up(self, event: Any = None) -> None:
-        """The user wants to see older rows, whatever was said of them before."""
-        if self.text.yview()[0] <= 0:
-            self.sheet.whole = self.sheet.cleared = self.waiting_older = False
-            self._want_older()
-
-    def _want_older(self) -> None:
-        """Look soon whether older rows are wanted."""
-        self.text.after_idle(self._fetch_older)
-
-    def _fetch_older(self) -> None:
-        """Draw or fetch older rows: at the top, or where there is room for them."""
-        first, last = self.text.yview()
-        wanted = first < NEAR_TOP and (not self.at_bottom or last - first > BOTTOM)
-        waits = self.waiting_older or self.sheet.cleared
-        if waits or not wanted or self.text.winfo_height() <= 1:
+    def tell_typing(self, text: str) -> None:
+        """Show the users who are typing, over the empty line below the last message."""
+        if text == str(self.typing.cget("text")):
             return
-        if not self.draw_older() and not self.sheet.whole:
-            self.waiting_older = True
-            self.wants_older()
-
-    # Pictures
-
-    def _look_soon(self) -> None:
-        if not self.looks and self.spaces:
-            self.looks = True
-            self.later("pictures", PICTURE_MS, self._look_for_pictures)
-
-    def _picture_rows(self) -> Iterator[tuple[str, chat.FileTag]]:
-        """Yield where the pictures in sight have their places."""
-        first = self.row_at("@0,0")
-        last = self.row_at(f"@0,{self.text.winfo_height()}")
-        last = len(self.sheet.rows) - 1 if last is None else last
-        for number in range(last + 1) if first is None else range(first, last + 1):
-            file = chat.parse_file_tag(self.sheet.rows[number].view.file)
-            if file is None or not self.sheet.is_drawn(number):
-                continue
-            if found := self.text.tag_nextrange("picture", *self.sheet.body_of(number)):
-                yield found[0], file
-
-    def _look_for_pictures(self) -> None:
-        """Put pictures in sight in their places, and ask for those that are not here."""
-        self.looks = False
-        missing, seen = {}, set()
-        for index, file in list(self._picture_rows()):
-            seen.add(file.path)
-            image = self.images.pop(file.path, None)
-            if image is None:
-                missing[file.path] = file
-                continue
-            self.images[file.path] = image
-            if self.text.get(index) == "\n":
-                self._place_picture(index, file.path, image)
-        self._drop_pictures(seen)
-        wanted = tuple(missing.values())
-        if wanted != self.asked:
-            self.asked = wanted
-            self.wants_pictures(wanted)
-
-    def _place_picture(self, index: str, path: str, image: tk.PhotoImage) -> None:
-        with self._editing() as text:
-            name = text.image_create(index, image=image, name=path)
-            for tag in text.tag_names(index):
-                text.tag_remove(tag, index)
-            for tag in ("said", "picture"):
-                text.tag_add(tag, index)
-        names = self.placed.setdefault(path, [])
-        if name not in names:
-            names.append(name)
-
-    def _drop_pictures(self, seen: set[str]) -> None:
-        """Free the pictures that were in sight longest ago, if there are too many."""
-        excess = len(self.images) - PICTURES_KEPT
-        for path in [path for path in self.images if path not in seen][: max(0, excess)]:
-            with self._editing():
-                for name in self.placed.pop(path, ()):
-                    self._take_out(name)
-            del self.images[path]
-
-    def _take_out(self, name: str) -> None:
-        """Take a picture out of the text; its line keeps its height."""
-        with contextlib.suppress(tk.TclError):  # its row was drawn again
-            self.text.delete(name)
-
-    def forget_pictures(self, all_of_them: bool) -> None:
-        """Ask again for what is in sight: another conversation is looked at. On another server a
-        path is another picture."""
-        self.asked = ()
-        self.arrived.clear()
-        if all_of_them:
-            self.images.clear()
-            self.placed.clear()
-
-    def take_picture(self, picture: Picture) -> None:
-        """Take the content of a picture, to be decoded soon."""
-        self.arrived.append(picture)
-        if not self.decodes:
-            self.decodes = True
-            self.later("decode", PICTURE_MS, self._decode_next)
-
-    def _decode_next(self) -> None:
-        """Decode one picture: the user may be typing."""
-        self.decodes = False
-        if not self.arrived:
-            return
-        _, file, data, _, why = self.arrived.popleft()
-        image, why = None, why or picture_trouble(file, data)
-        if not why:
-            image = decoded(self.text, file, data, divisor(file, self.sheet.style.box))
-        if image is None:
-            self._tell_trouble(file.path, why or "it is damaged")
+        self.typing.configure(text=text)
+        if text:
+            x, y = self.look.part(0.9), -self.look.part(0.15)
+            self.typing.place(x=x, rely=1.0, y=y, anchor="sw")
         else:
-            self.images[file.path] = image
-        self._look_soon()
-        if self.arrived:
-            self.decodes = True
-            self.later("decode", PICTURE_MS, self._decode_next)
-
-    def _tell_trouble(self, path: str, why: str) -> None:
-        """Say on the card why a picture is not shown."""
-        self.sheet.troubles[path] = why
-        spot = self.spot()
-        for number, row in enumerate(self.sheet.rows):
-            if row.view.file.partition(",")[0] == path:
-                self.redraw(number)
-        if spot is not None and not self.at_bottom:
-            self.return_to(spot)
-
-    # Keys and the pointer
-
-    def row_at(self, index: str) -> int | None:
-        return self.sheet.row_at(int(self.text.index(index).split(".")[0]))
-
-    @property
-    def chosen_row(self) -> Row | None:
-        """The row that keys are for: the chosen one, or the last message."""
-        number = self.sheet.find(self.chosen)
-        if number is not None:
-            return self.sheet.rows[number]
-        messages = (row for row in reversed(self.sheet.rows) if row.view.kind in MESSAGES)
-        return next(messages, None)
-
-    def choose(self, number: int | None) -> None:
-        """Choose a row; None chooses none."""
-        self.chosen = None if number is None else self.sheet.rows[number].key
-        self._paint_chosen()
-
-    def _paint_chosen(self) -> None:
-        self.text.tag_remove("chosen", "1.0", "end")
-        number = self.sheet.find(self.chosen)
-        if self.sheet.is_drawn(number):
-            self.text.tag_add("chosen", *self.sheet.body_of(number))
-
-    def _choose_next(self, step: int, event: Any) -> str:
-        """Choose the next row, or the one before; the first key chooses the last in sight."""
-        sheet = self.sheet
-        number = sheet.find(self.chosen)
-        if number is None:
-            number = self.row_at(f"@0,{self.text.winfo_height()}")
-            number = len(sheet.rows) - 1 if number is None else number
-        else:
-            number += step
-        if 0 <= number < len(sheet.rows) and (sheet.is_drawn(number) or self.draw_older()):
-            self.choose(number)
-            self.text.see(f"{sheet.line_of(number)}.0")
-            self.told(self.about(number))
-        return "break"
-
-    def box_of(self, row: Row) -> tuple | None:
-        """Return where the last line of a row is, in pixels, if it is in sight."""
-        number = self.sheet.find(row.key)
-        if not self.sheet.is_drawn(number):
-            return None
-        line = self.sheet.line_of(number) + self.sheet.sizes[number - self.sheet.first] - 1
-        return self.text.bbox(f"{line}.0")
-
-    def about(self, number: int) -> str:
-        """Return when a row was, and who reacted to it."""
-        row = self.sheet.rows[number]
-        moment = moment_of(row.view)
-        told = [f"{day_text(moment.date())} {moment:%H:%M:%S}"]
-        told += [f"{emoji} {', '.join(names[:5])}" for emoji, names in row.reactions[:4]]
-        return self.look.drawable("   ".join(told))
-
-    def _hover(self, event: Any) -> None:
-        number = self.row_at(f"@{event.x},{event.y}")
-        if number != self.hovered:
-            self.hovered = number
-            self.told("" if number is None else self.about(number))
-
-    def _menu(self, event: Any) -> str:
-        if event.type == tk.EventType.ButtonPress:
-            self.choose(self.row_at(f"@{event.x},{event.y}"))
-        if row := self.chosen_row:
-            self.menu_for(row, event)
-        return "break"
-
-    def _key(self, event: Any) -> str | None:
-        """Send what is typed here to the field below."""
-        text = whole(event.char)
-        if event.state & COMMAND_KEYS or not text or not text.isprintable():
-            return None
-        self.typed(text)
-        return "break"
-
-    def _paste(self, event: Any) -> str:
-        with contextlib.suppress(tk.TclError):  # nothing to paste
-            self.typed(whole(self.selection_get(selection="CLIPBOARD")))
-        return "break"
-
-    def _press(self, event: Any) -> None:
-        self.text.focus_set()  # so that Copy works
-        self.choose(None)
-
-    def _click(self, event: Any) -> None:
-        index = f"@{event.x},{event.y}"
-        number = self.row_at(index)
-        if number is None or self.text.tag_ranges("sel"):  # the end of a selection
-            return
-        if url := self.link_at(index):
-            return open_link(url)
-        tags, row = self.text.tag_names(index), self.sheet.rows[number]
-        for tag in CLICKED:
-            if tag in tags:
-                self.act(tag, row, index)
-        return None
-
-    def act(self, what: str, row: Row, index: str = "") -> None:
-        """Do what a click on a part of a row means."""
-        if what == "expand":
-            self.sheet.expanded ^= {row.key}
-            self.redraw(self.sheet.find(row.key))
-        elif what == "reaction":
-            found = self.text.tag_prevrange("reaction", f"{index} + 1 indices")
-            emoji = self.text.get(*found).split()[0] if found else ""
-            self.acted(f"react {emoji}", row)
-        else:
-            self.acted(what, row)
-
-    def link_at(self, index: str) -> str:
-        """Return the link there, or "". One tag serves all of them."""
-        if self.text.tag_ranges("sel"):  # the end of a selection, not a click
-            return ""
-        found = self.text.tag_prevrange("link", f"{index} + 1 indices")
-        if not found or self.text.compare(found[1], "<=", index):
-            return ""
-        match = LINK.match(self.text.get(*found))
-        return link_of(match.group()) if match else ""
+            self.typing.place_forget()
 
 
 # ======================================================================================
@@ -3642,6 +4149,7 @@ SASH_MS = 10  # from a change of the panes until they get their widths
 
 MIDDLE_SHARE = 0.4  # of the window that the conversation has at least ...
 MIDDLE_EMS = 16  # ... and so many heights of a line
+WIDEST_EMS = 80  # of a pane at a side; earlier versions kept pixels
 
 
 class Panes(ttk.PanedWindow):
@@ -3652,18 +4160,19 @@ class Panes(ttk.PanedWindow):
         self.look = look
         self.order: list[tk.Misc] = []  # from left to right
         self.middle: tk.Misc = self
-        self.wide: dict[str, int] = {}  # widths of the panes at the sides, by name
+        self.wide: dict[str, float] = {}  # of the panes at the sides, in heights of a line
         self.names: dict[str, tk.Misc] = {}
         self.timer = ""  # until they are arranged
+        look.follow(self.arrange_soon)
         self.bind("<ButtonRelease-1>", lambda _: self._measure(), add=True)
         self.bind("<Configure>", lambda _: self.arrange_soon())
         self.bind("<Destroy>", lambda _: self._stop())
 
-    def compose(self, order: dict[str, tk.Misc], middle: tk.Misc, ems: dict[str, int]) -> None:
+    def compose(self, order: dict[str, tk.Misc], middle: tk.Misc, wide: dict[str, float]) -> None:
         """Take all panes there are, from left to right, and their widths at first."""
         self.names, self.middle = order, middle
         self.order = list(order.values())
-        self.wide = {name: wide * self.look.em for name, wide in ems.items()}
+        self.wide = dict(wide)
 
     def is_shown(self, name: str) -> bool:
         return str(self.names[name]) in map(str, self.panes())
@@ -3703,7 +4212,7 @@ class Panes(ttk.PanedWindow):
 
     def _sizes(self, shown: list[str], full: int) -> list[int]:
         """Return the widths of panes: in a narrow window the conversation needs most of it."""
-        sizes = {name: self.wide.get(name, 0) for name in shown}
+        sizes = {name: round(self.wide.get(name, 0) * self.look.em) for name in shown}
         room = max(0, full - max(MIDDLE_EMS * self.look.em, round(MIDDLE_SHARE * full)))
         for name in ("members", "sidebar"):  # which give way to what the user opened
             if "panel" in sizes and name in sizes and sum(sizes.values()) > room:
@@ -3712,11 +4221,17 @@ class Panes(ttk.PanedWindow):
         scaled = [round(share * size) for size in sizes.values()]
         return [size if size > 3 * self.look.em else 0 for size in scaled]
 
+    def restore(self, wide: Any) -> None:
+        """Take widths that were kept."""
+        for name, ems in wide.items() if isinstance(wide, dict) else ():
+            if name in self.wide and isinstance(ems, (int, float)) and 2 < ems < WIDEST_EMS:
+                self.wide[name] = ems
+
     def _measure(self) -> None:
         """Note the widths to which the user has dragged the sashes."""
         for name in self.wide:
             if self.is_shown(name) and self.names[name].winfo_width() > 2 * self.look.em:
-                self.wide[name] = self.names[name].winfo_width()
+                self.wide[name] = round(self.names[name].winfo_width() / self.look.em, 1)
 
 
 def scrolled_tree(parent: tk.Misc, look: Look, *columns: str) -> ttk.Treeview:
@@ -3751,17 +4266,16 @@ def box_of_choice(tree: ttk.Treeview) -> tuple | None:
 class Sidebar(ttk.Frame):
     """Servers, and below them channels and private conversations."""
 
-    def __init__(self, parent: tk.Misc, look: Look, chosen: Callable[[int], None]):
+    def __init__(self, parent: tk.Misc, look: Look, model: Model):
         super().__init__(parent)
-        self.look, self.chosen = look, chosen
-        self.rooms: dict[int, RoomInfo] = {}
-        self.servers: tuple[Server, ...] = ()
-        self.here = 0
+        self.look, self.model = look, model
+        self.here = 0  # the conversation that is selected
         self.order: dict[str, list[str]] = {}  # names of conversations by server, as dragged
         self.drafts: set[int] = set()  # conversations in which something is half typed
         self.dragged = ""
         self.pressed_at = 0
-        self.menu_for: Callable[[int, Any], Any] = lambda number, event: None
+        self.chosen: Callable[[int], None] = chat.do_nothing
+        self.menu_for: Callable[[int, Any], Any] = chat.do_nothing
         self.reading: Callable[[], bool] = bool  # the user sees what comes in the one looked at
         self.reordered: Callable[[], None] = chat.do_nothing
         self.tree = scrolled_tree(self, look, "count")
@@ -3791,13 +4305,17 @@ class Sidebar(ttk.Frame):
 
     def clear(self) -> None:
         self.tree.delete(*self.tree.get_children())
-        self.rooms.clear()
         self.drafts.clear()
-        self.servers, self.here = (), 0
+        self.here = 0
 
-    def show_servers(self, servers: tuple[Server, ...]) -> None:
+    def restore(self, order: dict[str, Any]) -> None:
+        """Take an order that was kept."""
+        lists = {server: names for server, names in order.items() if isinstance(names, list)}
+        self.order = {server: [str(name) for name in names] for server, names in lists.items()}
+
+    def show_servers(self) -> None:
         """Show servers, and their conversations in order."""
-        self.servers = servers
+        servers = self.model.servers
         wanted = [f"s{server.number}" for server in servers]
         for row in set(self.tree.get_children()) - set(wanted):
             self.tree.delete(row)
@@ -3810,20 +4328,20 @@ class Sidebar(ttk.Frame):
                 self.tree.insert("", "end", row, text=text, open=True, tags=("server",))
         self.arrange()
 
-    def show_rooms(self, changed: tuple[RoomInfo, ...], gone: tuple[int, ...]) -> None:
-        for number in gone:
-            self.rooms.pop(number, None)
+    def show_rooms(self, event: Rooms) -> None:
+        """Show conversations that have changed, which the model knows already."""
+        for number in event.gone:
+            self.drafts.discard(number)
             if self.tree.exists(f"r{number}"):
                 self.tree.delete(f"r{number}")
-        for room in changed:
-            self.rooms[room.number] = room
+        for room in event.changed:
             if self.tree.exists(f"r{room.number}"):
                 self.refresh(room.number)
         self.arrange()
 
     def arrange(self) -> None:
         """Insert what is missing, and put all in order."""
-        for server in self.servers:
+        for server in self.model.servers:
             parent = f"s{server.number}"
             wanted = [f"r{number}" for number in self.ordered(server)]
             known = self.tree.get_children(parent)
@@ -3835,22 +4353,23 @@ class Sidebar(ttk.Frame):
                     self.refresh(int(row[1:]))
                 elif self.tree.index(row) != position or self.tree.parent(row) != parent:
                     self.tree.move(row, parent, position)
-        self.select(self.here)
+        self.select()
 
     def ordered(self, server: Server) -> list[int]:
         """Return the conversations of a server: as the user dragged them, else channels first."""
         names = {name: n for n, name in enumerate(self.order.get(server.address, []))}
-        rooms = [self.rooms[number] for number in server.rooms if number in self.rooms]
+        known = self.model.rooms
+        rooms = [known[number] for number in server.rooms if number in known]
         last = len(names)
         rooms.sort(key=lambda room: (names.get(room.name, last), not room.channel))
         return [room.number for room in rooms]
 
     def all_rooms(self) -> list[int]:
         """Return all conversations from top to bottom: their numbers are those of Alt."""
-        return [number for server in self.servers for number in self.ordered(server)]
+        return [number for server in self.model.servers for number in self.ordered(server)]
 
     def refresh(self, number: int) -> None:
-        room = self.rooms[number]
+        room = self.model.rooms[number]
         if number in self.drafts:
             room = room._replace(draft="...")
         elif number == self.here:
@@ -3870,14 +4389,15 @@ class Sidebar(ttk.Frame):
             if self.tree.exists(f"r{number}"):
                 self.refresh(number)
 
-    def select(self, number: int) -> None:
+    def select(self) -> None:
         """Select the conversation that is looked at."""
-        before, self.here = self.here, number
+        before, self.here = self.here, self.model.here
+        number = self.here
         for one in {before, number}:
             if self.tree.exists(f"r{one}"):
                 self.refresh(one)
         row = f"r{number}"
-        room = self.rooms.get(number)
+        room = self.model.rooms.get(number)
         if not self.tree.exists(row) and room:
             row = f"s{room.server}"
         if self.tree.exists(row) and self.tree.selection() != (row,):
@@ -3890,15 +4410,16 @@ class Sidebar(ttk.Frame):
         if row[:1] == "r":
             return int(row[1:])
         server = int(row[1:] or 0)
-        empty = (room for room in self.rooms.values() if room.server == server and not room.name)
-        return next((room.number for room in empty), 0)
+        rooms = self.model.rooms.values()
+        empty = (room.number for room in rooms if room.server == server and not room.name)
+        return next(empty, 0)
 
     def _selected(self, event: Any) -> None:
         selected = self.tree.selection()
         if not selected or self.dragged:
             return
         number = self.number_of(selected[0])
-        room, here = self.rooms.get(number), self.rooms.get(self.here)
+        room, here = (self.model.rooms.get(one) for one in (number, self.here))
         if room and here and not room.name and room.server == here.server:
             return
         if number and number != self.here:
@@ -3948,8 +4469,8 @@ class Sidebar(ttk.Frame):
             self._keep_order(parent)
 
     def _keep_order(self, parent: str) -> None:
-        rows = [self.rooms[int(row[1:])] for row in self.tree.get_children(parent)]
-        address = next(one.address for one in self.servers if f"s{one.number}" == parent)
+        rows = [self.model.rooms[int(row[1:])] for row in self.tree.get_children(parent)]
+        address = next(one.address for one in self.model.servers if f"s{one.number}" == parent)
         self.order[address] = [room.name for room in rows]
         self.reordered()
 
@@ -3957,13 +4478,14 @@ class Sidebar(ttk.Frame):
 class People(ttk.Frame):
     """The members of a channel: operators first. Only what changed is drawn."""
 
-    def __init__(self, parent: tk.Misc, look: Look, chosen: Callable[[str], None]):
+    def __init__(self, parent: tk.Misc, look: Look):
         super().__init__(parent)
-        self.look, self.chosen = look, chosen
+        self.look = look
         self.rows: dict[str, chat.Person] = {}
         self.order: list[tuple] = []  # places in the list, sorted
         self.mine = ""
-        self.menu_for: Callable[[str, Any], Any] = lambda name, event: None
+        self.chosen: Callable[[str], None] = chat.do_nothing
+        self.menu_for: Callable[[str, Any], Any] = chat.do_nothing
         self.count = ttk.Label(self, style="Dim.TLabel")
         self.count.pack(fill="x")
         self.tree = scrolled_tree(self, look)
@@ -4014,6 +4536,10 @@ class People(ttk.Frame):
         if rows:
             self.tree.delete(*rows)
 
+    def is_operator(self, name: str) -> bool:
+        """Return whether a member may remove messages of others."""
+        return name in self.rows and self.rows[name].rank[:1] in ("~", "&", "@", "%")
+
     def rename_me(self, name: str) -> None:
         """Mark another row as that of this user."""
         before, self.mine = self.mine, name
@@ -4055,19 +4581,19 @@ WINDOW_KEYS = (
     ("Ctrl+K", "go to any conversation"),
     ("Alt+1 \u2026 Alt+9", "go to that conversation"),
     ("Alt+Up, Alt+Down", "the conversation above or below; with Shift: move it"),
-    ("Alt+A", "the next one with something new, first where you are called"),
+    ("Alt+A", "the next unread conversation, those that mention you first"),
     ("Alt+N", "the first message here that was not read"),
     ("Ctrl+O", "send a file; or paste its path"),
     ("Ctrl+F", "search; Return searches, Down goes to what was found"),
     ("F6", "the next part of the window; Shift+F6: the one before"),
-    ("Up, Down in the messages", "choose one; Return or the menu key: what can be done with it"),
+    ("Up, Down in the messages", "choose one; Return or the menu key opens its menu"),
     ("Alt+R, Alt+E", "answer, or react to, the chosen message or the last one"),
     ("F8, F9", "hide or show the conversations, the members"),
     ("Ctrl+Plus, Ctrl+Minus, Ctrl+0", "larger, smaller, as usual"),
     ("Ctrl+Comma", "settings"),
     ("Ctrl+W", "close the conversation"),
     ("F1, F10", "help, the menu"),
-    ("Escape", "out of whatever is open, and to the newest message"),
+    ("Escape", "close what is open; then go to the newest message"),
 )
 
 
@@ -4090,15 +4616,30 @@ def page_pieces(text: str) -> list:
     return pieces
 
 
+class PanelText(ReadText):
+    """The text of the panel."""
+
+    def configure_tags(self) -> None:
+        look, c, tag = self.look, self.look.colours, self.tag_configure
+        indent = look.part(1.2)
+        tag("head", foreground=c.dim, font=look.small)
+        tag("chosen", background=c.selected)
+        tag("page", spacing1=look.part(0.2))
+        tag("term", font=look.fixed, spacing1=look.part(0.3))
+        tag("explained", foreground=c.dim, font=look.small, lmargin1=indent, lmargin2=indent)
+
+
 class Panel(ttk.Frame):
     """A pane for results and pages, with a field to search in."""
 
-    def __init__(self, parent: tk.Misc, look: Look, search: Callable[[str, bool], None]):
+    def __init__(self, parent: tk.Misc, look: Look):
         super().__init__(parent, style="Card.TFrame")
-        self.look, self.search = look, search
-        self.jump: Callable[[int, chat.View], None] = lambda number, view: None
+        self.look = look
+        self.search: Callable[[str, bool], None] = chat.do_nothing
+        self.jump: Callable[[int, chat.View], None] = chat.do_nothing
         self.closed: Callable[[], None] = chat.do_nothing
         self.rows: list[tuple[int, str, chat.View]] = []
+        self.wanted = ""  # words that were looked for
         self.everywhere = False
         head = ttk.Frame(self, style="Card.TFrame")
         close = ttk.Button(head, text="\u2715", style="Plain.TButton", command=self.close)
@@ -4108,34 +4649,18 @@ class Panel(ttk.Frame):
         head.pack(fill="x")
         self.field = Field(self, look, self.enter, width=20)
         self.scope = ttk.Button(self, style="Plain.TButton", command=self._change_scope)
-        self.text = tk.Text(self, state="disabled", cursor="arrow", width=30, height=4)
-        self.bar = ttk.Scrollbar(self, command=self.text.yview)
-        self.text.configure(yscrollcommand=self.bar.set)
+        self.text = PanelText(self, look, (0.3, 0.4), width=30, height=4)
         self.field.pack(fill="x")
         self.scope.pack(anchor="w")
-        self.bar.pack(side="right", fill="y")
+        self.text.bar.pack(side="right", fill="y")
         self.text.pack(side="left", fill="both", expand=True)
         self._name_scope()
         look.follow(self.recolour)
         self._bind_all()
 
     def recolour(self) -> None:
-        look, c, tag = self.look, self.look.colours, self.text.tag_configure
-        self.configure(padding=(look.part(0.5), look.part(0.3), 0, 0))
-        room = {"padx": look.part(0.3), "pady": look.part(0.4), "highlightthickness": 1}
-        self.text.configure(**look.text_options() | room)
-        self.text.configure(highlightbackground=c.paper)
-        self.title.configure(font=look.bold)
-        tag("head", foreground=c.dim, font=look.small, spacing1=look.part(0.5))
-        tag("chosen", background=c.selected)
-        tag("page", spacing1=look.part(0.2))
-        tag("term", font=look.fixed, spacing1=look.part(0.3))
-        for number, colour in enumerate(c.names):
-            tag(f"name{number}", foreground=colour)
-        indent = look.part(1.2)
-        tag("explained", foreground=c.dim, font=look.small, lmargin1=indent, lmargin2=indent)
-        tag("link", foreground=c.accent, underline=True)
-        self.text.tag_raise("sel")
+        self.configure(padding=(self.look.part(0.5), self.look.part(0.3), 0, 0))
+        self.title.configure(font=self.look.bold)
 
     def _bind_all(self) -> None:
         text = self.text
@@ -4175,8 +4700,8 @@ class Panel(ttk.Frame):
 
     def _show_field(self, on: bool) -> None:
         if on:
-            self.field.pack(fill="x", before=self.bar)
-            self.scope.pack(anchor="w", before=self.bar)
+            self.field.pack(fill="x", before=self.text.bar)
+            self.scope.pack(anchor="w", before=self.text.bar)
         else:
             self.field.pack_forget()
             self.scope.pack_forget()
@@ -4184,11 +4709,7 @@ class Panel(ttk.Frame):
     # What is shown
 
     def _fill(self, pieces: list) -> None:
-        self.text.configure(state="normal")
-        self.text.delete("1.0", "end")
-        if pieces:
-            self.text.insert("1.0", *drawable_pieces(pieces, self.look.drawable))
-        self.text.configure(state="disabled")
+        self.text.fill(pieces)
         self.text.yview_moveto(0)
 
     def show_page(self, title: str, text: str) -> None:
@@ -4201,7 +4722,7 @@ class Panel(ttk.Frame):
 
     def show_results(self, title: str, rows: tuple) -> None:
         """Show messages that were found, the newest first."""
-        self.rows = list(reversed(rows))
+        self.rows, self.wanted = list(reversed(rows)), title
         self._show_field(True)
         count = chat.counted(len(rows), "message")
         self.title.configure(text=self.look.seen(shorter(f"{count}: {title}", NAME_SHOWN)))
@@ -4217,6 +4738,12 @@ class Panel(ttk.Frame):
             if tag.startswith("row"):
                 self.text.tag_delete(tag)
         self._fill(pieces)
+
+    def remove(self, id: str) -> None:
+        """Take a message away that was redacted."""
+        left = [row for row in self.rows if row[2].id != id]
+        if left != self.rows:
+            self.show_results(self.wanted, left[::-1])
 
     def _choose(self, step: int, event: Any) -> str | None:
         """Choose the next message that was found."""
@@ -4282,13 +4809,12 @@ class Card(ttk.Frame):
         super().__init__(parent, style="Raised.Card.TFrame")
         self.look = look
         self.closed: Callable[[], None] = chat.do_nothing
-        self.others: tuple[Card, ...] = ()  # of which none is open beside this one
         self.head = ttk.Label(self, text=title, style="Large.Card.TLabel")
         self.body = ttk.Frame(self, style="Card.TFrame")
         self.buttons = ttk.Frame(self, style="Card.TFrame")
         self.head.pack(fill="x", anchor="w")
+        self.buttons.pack(side="bottom", fill="x")  # in sight also where the body is cut off
         self.body.pack(fill="both", expand=True)
-        self.buttons.pack(fill="x")
         look.follow(self.recolour)
 
     def recolour(self) -> None:
@@ -4308,9 +4834,10 @@ class Card(ttk.Frame):
 
     def open(self, focus: tk.Misc) -> None:
         """Show it, in place of others; the keys go to this part of it."""
-        for other in self.others:
-            other.place_forget()
-        self.place(relx=0.5, rely=0.5, anchor="center")
+        for other in self.master.winfo_children():
+            if isinstance(other, Card):
+                other.place_forget()
+        self.place(relx=0.5, rely=0.5, anchor="center", width="", height="")
         self.lift()
         self._make_room()
         for widget in descendants(self):
@@ -4319,20 +4846,26 @@ class Card(ttk.Frame):
         focus.focus_set()
 
     def _make_room(self) -> None:
-        """Make the window larger, if the card is larger than it."""
+        """Make the window larger, if the card is larger than it, as far as the screen allows."""
         self.update_idletasks()
-        window = self.winfo_toplevel()
+        window, needs = self.winfo_toplevel(), (self.winfo_reqwidth(), self.winfo_reqheight())
         now = (window.winfo_width(), window.winfo_height())
-        wide, high = max(now[0], self.winfo_reqwidth()), max(now[1], self.winfo_reqheight())
-        if (wide, high) != now and now[0] > 1:
+        screen = (window.winfo_screenwidth(), window.winfo_screenheight() * 9 // 10)
+        if now[0] <= 1:  # it is not on the screen yet
+            return
+        wide, high = (
+            max(have, min(need, most)) for have, need, most in zip(now, needs, screen, strict=True)
+        )
+        if (wide, high) != now:
             window.geometry(f"{wide}x{high}")
+        self.place(width=min(needs[0], wide), height=min(needs[1], high))
 
     def hide(self) -> None:
         self.place_forget()
         self.closed()
 
     def keep_focus(self, widget: Any) -> None:
-        """While it is open, the keys are its own."""
+        """Keep the focus in this card while it is open."""
         if self.shown and not str(widget).startswith(str(self)):
             self.first.focus_set()
 
@@ -4340,10 +4873,10 @@ class Card(ttk.Frame):
 class ConnectCard(Card):
     """Asks for a name and a server."""
 
-    def __init__(self, parent: tk.Misc, look: Look, connect: Callable[..., None]):
+    def __init__(self, parent: tk.Misc, look: Look, connect: Callable, recent: Callable):
         super().__init__(parent, look, "Join the conversation")
         self.connect = connect
-        self.recent: Callable[[], list[list[str]]] = list
+        self.recent: Callable[[], list[list[str]]] = recent
         body = self.body
         self.name = Field(body, look, self.enter)
         self.server = Field(body, look, self.enter)
@@ -4394,7 +4927,9 @@ class ConnectCard(Card):
         self.open(self.name)
 
     def tell_found(self, server: str) -> None:
-        """Tell that a server was found on this machine."""
+        """Tell that a server was found on this machine; "": there is none."""
+        if not server:
+            return
         self.found.configure(text=f"A server answers on this machine: {server}")
         self.found.pack(anchor="w", after=self.server, pady=(0, self.look.part(0.4)))
 
@@ -4403,8 +4938,7 @@ class ConnectCard(Card):
         for name, server in self.recent():
             label = self.look.seen(f"{server}  as {name}")
             menu.add_command(label=label, command=functools.partial(self._take, name, server))
-        x, y = self.known.winfo_rootx(), self.known.winfo_rooty() + self.known.winfo_height()
-        menu.tk_popup(x, y)
+        post_menu_below(menu, self.known)
 
     def _take(self, name: str, server: str) -> None:
         self.name.set(name)
@@ -4485,8 +5019,8 @@ class AskCard(Card):
 
 
 class FileCard(Card):
-    """Asks whether the path that was pasted is meant, or the file that is there. Return keeps the
-    text: it may be pressed to send that."""
+    """Asks whether to paste a path as text, or to send the file. Return pastes the text: it may be
+    pressed to send that."""
 
     def __init__(self, parent: tk.Misc, look: Look):
         super().__init__(parent, look, "Send this file?")
@@ -4542,14 +5076,12 @@ class Switcher(Card):
         self.matching: list[Callable[[], None]] = []
         self.field = Field(self.body, look, self.enter)
         self.field.pack(fill="x")
-        self.tree = ttk.Treeview(self.body, show="tree", style="Card.Treeview", height=self.ROWS)
-        self.tree.configure(selectmode="browse", takefocus=False)
+        self.tree = Choices(self.body, self.enter, height=self.ROWS)
         self.tree.pack(fill="both", expand=True, pady=(look.part(0.4), 0))
         self.tree.column("#0", width=20 * look.em)
         self.field.bind("<<Modified>>", self._modified)
-        self.field.bind("<Up>", lambda _: self._move(-1))
-        self.field.bind("<Down>", lambda _: self._move(1))
-        self.tree.bind("<ButtonRelease-1>", self._click)
+        self.field.bind("<Up>", lambda _: self.tree.move(-1))
+        self.field.bind("<Down>", lambda _: self.tree.move(1))
 
     def show(self, choices: list[tuple[str, Callable[[], None]]]) -> None:
         self.choices = choices
@@ -4569,30 +5101,44 @@ class Switcher(Card):
             found.sort(key=lambda one: not key_of(one[0]).lstrip("#").startswith(words[0]))
         found = found[: 5 * self.ROWS]
         self.matching = [act for _, act in found]
-        self.tree.delete(*self.tree.get_children())
-        for n, (text, _) in enumerate(found):
-            self.tree.insert("", "end", str(n), text=self.look.seen(shorter(text, NAME_SHOWN)))
+        self.tree.show((self.look.seen(shorter(text, NAME_SHOWN)),) for text, _ in found)
         if found:
-            self.tree.selection_set("0")
-
-    def _move(self, step: int) -> str:
-        selected = self.tree.selection()
-        if self.matching:
-            row = str(((int(selected[0]) if selected else -1) + step) % len(self.matching))
-            self.tree.selection_set(row)
-            self.tree.see(row)
-        return "break"
+            self.tree.choose(0)
 
     def enter(self) -> None:
-        if selected := self.tree.selection():
-            act = self.matching[int(selected[0])]
+        if self.tree.chosen is not None:
+            act = self.matching[self.tree.chosen]
             self.hide()
             act()
 
-    def _click(self, event: Any) -> None:
-        if row := self.tree.identify_row(event.y):
-            self.tree.selection_set(row)
-            self.enter()
+
+class Choice(ttk.Button):
+    """A button that shows a value, and offers others in a menu."""
+
+    def __init__(
+        self, parent: tk.Misc, look: Look, values: Iterable[str], chosen: Callable[[str], None]
+    ):
+        super().__init__(parent, command=self._offer, style="Plain.TButton")
+        self.look, self.values, self.chosen = look, values, chosen
+        for key in ("<Return>", "<Down>"):
+            self.bind(key, lambda _: self._offer())
+
+    def get(self) -> str:
+        return self.value
+
+    def set(self, value: str) -> None:
+        self.value = value
+        self.configure(text=f"{value} \u25be")
+
+    def _offer(self) -> str:
+        menu = self.look.menu(self)
+        for value in self.values:
+            menu.add_command(label=value, command=functools.partial(self._take, value))
+        return post_menu_below(menu, self)
+
+    def _take(self, value: str) -> None:
+        self.set(value)
+        self.chosen(value)
 
 
 class SettingsCard(Card):
@@ -4607,15 +5153,15 @@ class SettingsCard(Card):
         self.body.columnconfigure(2, weight=1)
         self.note = ttk.Label(self, style="Dim.Card.TLabel")
         self.note.configure(text="The same as /set NAME VALUE; kept for the next start.")
-        self.note.pack(anchor="w", before=self.buttons)
+        self.note.pack(side="bottom", anchor="w", before=self.body)
         self.add_button("Done", self.done, first=True)
 
     def _add_row(self, row: int, name: str, setting: chat.Setting) -> None:
         pad = {"pady": self.look.part(0.12), "sticky": "w"}
         ttk.Label(self.body, text=name, style="Card.TLabel").grid(row=row, column=0, **pad)
         if setting.values:
-            field: Any = ttk.Combobox(self.body, values=setting.values, state="readonly", width=12)
-            field.bind("<<ComboboxSelected>>", lambda _: self.change(name, field.get()))
+            change = functools.partial(self.change, name)
+            field: Any = Choice(self.body, self.look, setting.values, change)
         else:
             field = Field(self.body, self.look, lambda: self._enter(name), width=16)
             field.bind("<FocusOut>", lambda _: self._enter(name))
@@ -4662,7 +5208,16 @@ class Banner(ttk.Frame):
     def shown(self) -> bool:
         return bool(self.winfo_manager())
 
-    def show(self, text: str, *buttons: tuple[str, Callable[[], None]]) -> None:
+    def show(
+        self,
+        text: str,
+        *buttons: tuple[str, Callable[[], None]],
+        dropped: Callable[[], None] = chat.do_nothing,
+    ) -> None:
+        """Show a text and buttons; call back when they are gone."""
+        if self.shown:
+            self.hide()
+        self.dropped = dropped
         for child in self.buttons.winfo_children():
             child.destroy()
         self.configure(padding=(self.look.part(0.5), self.look.part(0.1)))
@@ -4687,6 +5242,7 @@ class Banner(ttk.Frame):
 
 NOTICE_SECONDS = 2.0  # between two notices
 NOTICE_CHARACTERS = 200
+BELL_SECONDS = 0.5  # between two sounds of the bell
 APPLE_SCRIPT = (
     *("-e", "on run argv"),
     *("-e", "display notification (item 2 of argv) with title (item 1 of argv)"),
@@ -4712,12 +5268,72 @@ def notice_command(title: str, text: str, system: str) -> tuple[list[str], dict[
     return ["notify-send", "--app-name=chat", "--", title, safe], {}
 
 
-class Notices:
-    """Notices of the desktop, not too many of them. It never waits for one."""
+class WindowHints(ctypes.Structure):
+    """The hints of a window for its manager, as Xlib has them: of them only the flags."""
 
-    def __init__(self) -> None:
+    _fields_ = (("flags", ctypes.c_long),)
+    URGENCY = 256
+
+
+@contextlib.contextmanager
+def window_hints(root: tk.Tk) -> Iterator[WindowHints]:
+    """Open the hints of a window on X11 (ICCCM 4.1.2.4), and write them back: Tk has no call for
+    that. Raises OSError."""
+    x, window, hints = ctypes.CDLL("libX11.so.6"), ctypes.c_ulong, ctypes.POINTER(WindowHints)
+    for name, result, *arguments in (
+        ("XOpenDisplay", ctypes.c_void_p, ctypes.c_char_p),
+        ("XQueryTree", ctypes.c_int, ctypes.c_void_p, window, *(ctypes.c_void_p,) * 4),
+        ("XGetWMHints", hints, ctypes.c_void_p, window),
+        ("XSetWMHints", ctypes.c_int, ctypes.c_void_p, window, hints),
+        ("XFree", ctypes.c_int, ctypes.c_void_p),
+        ("XCloseDisplay", ctypes.c_int, ctypes.c_void_p),
+    ):
+        getattr(x, name).restype, getattr(x, name).argtypes = result, arguments
+    display = x.XOpenDisplay(root.winfo_screen().encode())
+    if not display:
+        raise OSError("the display is gone")
+    top, outer, children, count = window(), window(), ctypes.c_void_p(), ctypes.c_uint()
+    found = [ctypes.byref(one) for one in (top, outer, children, count)]
+    x.XQueryTree(display, root.winfo_id(), *found)  # the manager knows the window around Tk's
+    known = x.XGetWMHints(display, outer)
+    try:
+        if known:
+            yield known.contents
+            x.XSetWMHints(display, outer, known)
+        else:
+            yield WindowHints()
+    finally:
+        for one in filter(None, (known, children)):
+            x.XFree(ctypes.cast(one, ctypes.c_void_p))
+        x.XCloseDisplay(display)
+
+
+class Notices:
+    """The bell and the notices of the desktop, not too many of them. It never waits for one."""
+
+    def __init__(self, root: tk.Tk):
+        self.root = root
+        self.rang = -BELL_SECONDS
+        self.flashes = False
         self.running: list[subprocess.Popen] = []
         self.told = -NOTICE_SECONDS
+
+    def ring(self) -> None:
+        if time.monotonic() - self.rang > BELL_SECONDS:
+            self.rang = time.monotonic()
+            self.root.bell()
+
+    def flash(self, on: bool = True) -> None:
+        """Ask for attention in the task bar, or no more; Tk cannot do that."""
+        if on == self.flashes:
+            return
+        self.flashes = on
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            if os.name == "nt":
+                ctypes.windll.user32.FlashWindow(int(self.root.frame(), 16), on)
+            elif self.root.tk.call("tk", "windowingsystem") == "x11":
+                with window_hints(self.root) as hints:
+                    hints.flags = hints.flags & ~hints.URGENCY | on * hints.URGENCY
 
     def tell(self, title: str, text: str) -> None:
         now = time.monotonic()
@@ -4734,11 +5350,912 @@ class Notices:
             self.running.append(subprocess.Popen(command, env={**os.environ, **more}, **quiet))
 
 
-def flash(root: tk.Tk) -> None:
-    """Ask for attention in the task bar, where Tk cannot."""
-    if os.name == "nt":
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            ctypes.windll.user32.FlashWindow(int(root.frame(), 16), True)
+# ======================================================================================
+# ACTS
+# ======================================================================================
+# What the user does, by subject. Each class has the window, works with its widgets, and asks
+# the model to have the engine do the rest.
+#
+#   Writing       the text that is being written
+#   Reading       the rows of the conversation, and which of them were seen
+#   FileActs      files that are sent, saved and opened
+#   MessageActs   the menu of a message, and the acts in it
+#   RoomActs      changes of conversation, and the menus of conversations, servers, members
+#   Commands      the window as a whole: keys, the main menu, the switcher
+
+DRAFT_MS = 1000  # from the last key until what is half typed is kept
+SEEN_MS = 200  # from in sight to read
+FOCUS_MS = 20  # from a loss of the focus until it has moved to where it goes
+SEEN_TYPED = 60  # last characters of a text from right to left, shown as they will be seen
+TYPING_MS = 3000  # between two notices that the user types
+
+
+def enabled(on: bool) -> str:
+    return "normal" if on else "disabled"
+
+
+def command_arguments(command: str, word: str) -> list[str]:
+    """Return completions of the first argument of a command that takes known words."""
+    known: Iterable[str] = ()
+    if command == "/set":
+        known = chat.SETTINGS
+    elif command == "/help":
+        known = (*chat.HELP_TOPICS, *chat.client_command)
+    return sorted(f"{one} " for one in known if one.startswith(word)) if word else []
+
+
+class Acts:
+    """The base of the classes below: the window, and what all of them use of it."""
+
+    def __init__(self, window: "Window"):
+        self.window = window
+        self.model, self.look, self.timers = window.model, window.look, window.timers
+        self.do, self.say = window.model.do, window.model.say
+        self.compose, self.transcript = window.compose, window.transcript
+
+
+class Writing(Acts):
+    """The text that is being written: drafts, replies, pastes, completion, notices of typing."""
+
+    def __init__(self, window: "Window"):
+        super().__init__(window)
+        self.banner = self.window.banner
+        self.drafts: dict[int, str] = {}  # of the other conversations
+        self.kept = ""  # the draft of this one, as the engine knows it
+        self.reply: Row | None = None  # the message that is answered
+        self.typed_at = 0.0  # when others were told that the user types; 0: they were not
+        compose = self.compose
+        compose.send, compose.complete = self.send, self.complete
+        compose.edited = self._edited
+        compose.several, compose.too_much = self._show_paste, self._offer_paste
+        self.transcript.pointer.typed = self.type_on
+
+    def send(self, text: str) -> bool:
+        """Return whether it is on its way. While the line is broken it waits in the core."""
+        if chat.is_quit(text):
+            self.window.close(text[len("/quit") :].strip())
+            return True
+        reply = self.reply.view.id if self.reply and text[:1] != "/" else ""
+        if not self.do("say", self.model.here, text, reply):
+            self.window.ask("not connected: connect first, your text is kept")
+            return False
+        self.typed_at = 0.0
+        self.timers.cancel("draft")
+        self.kept = ""
+        if reply:
+            self.stop_reply()
+        if not self.transcript.at_bottom:
+            self.transcript.to_bottom()
+        return True
+
+    def complete(self, word: str, first: bool) -> list[str]:
+        """Return completions of a word: the users who spoke last come first."""
+        if match := EMOJI_WORD.fullmatch(word):
+            return [f"{emoji} " for emoji, _ in emoji_for(match[1])]
+        model, members = self.model, self.window.people.rows
+        recent = [name for name in self.transcript.sheet.speakers() if name in members]
+        rooms = [room.name for room in model.rooms.values() if room.name]
+        here = [model.room.name] if model.room and not model.room.channel else []
+        names = dict.fromkeys((*recent, *here, *sorted(members, key=key_of)))
+        names.pop(model.me, None)
+        command = self.compose.editor.before.split(" ")[0]
+        if command[:1] == "/" and not first:
+            names.update(dict.fromkeys(name for name in rooms if not chat.is_channel(name)))
+            return command_arguments(command, word) or chat.completions(word, first, names, rooms)
+        return chat.completions(word, first, names, [one for one in rooms if chat.is_channel(one)])
+
+    def type_on(self, text: str) -> None:
+        """Take what was typed or pasted elsewhere into the field."""
+        self.compose.focus_set()
+        text = self.compose.pasted(text)
+        if len(text) + len(self.compose.content) > self.compose.MOST:
+            return self.compose.too_much(text)
+        return self.compose.take_paste(text)
+
+    # Drafts
+
+    def enter_room(self, room: RoomInfo | None, number: int, from_nowhere: bool) -> None:
+        """Go on with the draft of a conversation. A text that was typed before there was a place
+        for it comes with the user."""
+        draft = self.drafts.pop(number, room.draft if room else "")
+        text = self.compose.content if from_nowhere else ""
+        if text.strip() and text != draft:
+            self.compose.editor.remember(draft)
+            draft = text
+        self.compose.open(draft)
+        self.kept = draft
+
+    def leave_room(self) -> None:
+        """Keep what is half typed where it was begun."""
+        text, here = self.compose.content, self.model.here
+        if here not in self.model.rooms:
+            return self._keep_text(text)
+        self.drafts[here] = text
+        self.window.sidebar.set_draft(here, bool(text.strip()))
+        self._keep_draft(text)
+        self.stop_reply()
+        if self.typed_at:
+            self._tell_typing("")
+        return None
+
+    def room_gone(self, number: int) -> None:
+        self._keep_text(self.drafts.pop(number, ""))
+
+    def _keep_text(self, text: str) -> None:
+        """Keep what was half typed in a conversation that is gone."""
+        if text.strip() and not chat.is_secret(text):
+            self.compose.editor.remember(text)
+            self.window.tell("what you typed there is kept: Up brings it back")
+
+    def take_back(self, event: Back) -> None:
+        """Give a text back to the field from which it came."""
+        here, rooms = self.model.here, self.model.rooms
+        if event.room == here or event.room not in rooms:
+            self.compose.give_back(event.text)
+        elif not self.drafts.get(event.room, "").strip() and event.text[:1] != "/":
+            self.drafts[event.room] = event.text
+            self.window.sidebar.set_draft(event.room, True)
+            self.do("draft", event.room, event.text)
+        else:
+            self.compose.editor.remember(event.text)
+
+    def all_drafts(self) -> dict[int, str]:
+        return {**self.drafts, self.model.here: self.compose.content}
+
+    def _edited(self) -> None:
+        """Keep a text that the user has changed, soon, and tell the others."""
+        text = self.compose.content
+        if self.look.reorders and RIGHT_TO_LEFT.search(text[-SEEN_TYPED:]):
+            self.window.tell(text[-SEEN_TYPED:].split("\n")[-1])
+        self.timers.later("draft", DRAFT_MS, lambda: self._keep_draft(self.compose.content))
+        tells = bool(text.strip()) and text[:1] != "/"
+        if tells and (time.monotonic() - self.typed_at) * 1000 > TYPING_MS:
+            self._tell_typing(text)
+        elif not text and self.typed_at:
+            self._tell_typing("")
+
+    def _tell_typing(self, text: str) -> None:
+        self.typed_at = time.monotonic() if text else 0.0
+        self.do("typing", self.model.here, text)
+
+    def _keep_draft(self, text: str) -> None:
+        self.timers.cancel("draft")
+        if text != self.kept and self.model.here:
+            self.kept = text
+            self.do("draft", self.model.here, text)
+
+    # Replies
+
+    def start_reply(self, row: Row) -> None:
+        """Let the next message answer this one."""
+        server = self.model.server
+        if not row.view.id or not server or "reply" not in server.can:
+            return self.window.tell("this message cannot be answered here")
+        text = f"Reply to {shorter(row.view.name, 30)}: {excerpt(row.view.text)}"
+        self.banner.show(text, dropped=self._forget_reply)
+        self.reply = row
+        return self.compose.focus_set()
+
+    def _forget_reply(self) -> None:
+        self.reply = None
+        self.compose.focus_set()
+
+    def stop_reply(self) -> None:
+        if self.reply:
+            self.banner.hide()
+
+    def message_gone(self, id: str) -> None:
+        if self.reply and self.reply.view.id == id:
+            self.stop_reply()
+            self.window.tell("the message that you answer was taken back; your text is kept")
+
+    # Pastes
+
+    def _show_paste(self, text: str) -> None:
+        """Tell how a paste of several lines will be sent."""
+        pieces = list(chat.message_pieces(text))
+        lines = text.rstrip("\n").count("\n") + 1
+
+        def as_one_line() -> None:
+            self.compose.set(" ".join(self.compose.content.split()))
+            self.banner.hide()
+
+        def preview() -> None:
+            shown = "\n\n".join(f"[{n}]\n{piece}" for n, piece in enumerate(pieces, 1))
+            self.window.show_page("What will be sent", shown)
+
+        about = f"{lines:,} lines: sent as {chat.counted(len(pieces), 'message')}"
+        self.banner.show(about, ("Show", preview), ("Make it one line", as_one_line))
+
+    def _offer_paste(self, text: str) -> None:
+        """Offer to send a paste that is too long for the field as several messages."""
+        pieces, here = list(chat.message_pieces(text)), self.model.here
+
+        def send_all() -> None:
+            self.banner.hide()
+            for piece in pieces:
+                self.do("say", here, f"/{piece}" if piece[:1] == "/" else piece)
+
+        count = chat.counted(len(pieces), "message")
+        about = f"that is too long to be pasted: {len(text):,} characters; your text is as it was"
+        self.banner.show(about, (f"Send it as {count}", send_all))
+
+
+class Reading(Acts):
+    """The reading of a conversation: takes its rows, and reports the messages that were seen."""
+
+    def __init__(self, window: "Window"):
+        super().__init__(window)
+        self.focused = False  # the window has the keys
+        self.below = 0  # messages that came below the part being read
+        self.spots: dict[int, Spot] = {}  # where the user reads back in other conversations
+        model, page = self.model, self.transcript
+        page.reached_bottom, page.left_bottom = self._reached_bottom, self._left_bottom
+        page.wants_older = lambda: self.do("older", model.here)
+        page.wants_newer = lambda: self.do("present", model.here)
+        page.wants_after = lambda: self.do("newer", model.here)
+
+    @property
+    def present(self) -> bool:
+        """True while the user sees the newest messages."""
+        return self.focused and self.transcript.at_bottom and not self.transcript.sheet.past
+
+    def set_focus(self, focused: bool) -> None:
+        """Note whether the window has the keys."""
+        if focused != self.focused:
+            self.focused = focused
+            self.do("focus", focused)
+            self._see()
+
+    def _see(self) -> None:
+        """Soon note that what is in sight was read."""
+        room = self.model.room
+        if self.present and room and (room.unread or self.transcript.sheet.unseen):
+            self.timers.later("seen", SEEN_MS, self._saw)
+
+    def _saw(self) -> None:
+        if self.present:
+            newest = self.transcript.sheet.newest
+            self.transcript.sheet.seen(newest)
+            self.do("read", self.model.here, newest)
+
+    def _reached_bottom(self) -> None:
+        self.below = 0
+        self.do("back", False)
+        self.transcript.tell_below(0)
+        self._see()
+
+    def _left_bottom(self) -> None:
+        self.do("back", True)
+        self.transcript.tell_below(self.below)
+
+    def enter_room(self) -> None:
+        self.below = 0
+        self.transcript.tell_older("")
+
+    def leave_room(self) -> None:
+        """Keep the place where the user reads back; what was in sight was read."""
+        page, here = self.transcript, self.model.here
+        if here not in self.model.rooms:
+            return
+        spot = None if page.at_bottom or page.sheet.past else page.spot()
+        if spot:
+            self.spots[here] = spot
+        if self.present:
+            self.do("read", here, page.sheet.newest)
+
+    def room_gone(self, number: int) -> None:
+        self.spots.pop(number, None)
+
+    # Events of the conversation that is looked at
+
+    def take(self, event: Any) -> None:
+        """Take an event, unless another conversation is looked at by now."""
+        if event.room == self.model.here:
+            self.TAKEN[type(event)](self, event)
+
+    def _take_rows(self, event: Rows) -> None:
+        page = self.transcript
+        if event.at in (RESET, PAST):
+            page.reset(event, self.spots.pop(event.room, None))
+            if page.at_bottom:
+                self.below = 0
+            elif event.at == RESET:
+                self.do("back", True)
+        elif event.at == START:
+            page.prepend(event.rows)
+        else:
+            page.append(event.rows, self.present or event.at == AFTER)
+            if not page.at_bottom and event.at == END:
+                rows = (row.view for row in event.rows)
+                self.below += sum(view.kind == chat.SAID and not view.mine for view in rows)
+        page.tell_below(self.below)
+        self._see()
+
+    def _take_fetching(self, event: Fetching) -> None:
+        self.transcript.older_told(event)
+
+    TAKEN: dict[type, Callable[[Any, Any], None]] = {
+        Rows: _take_rows,
+        Trimmed: lambda self, event: self.transcript.trim(event.count),
+        Changed: lambda self, event: self.transcript.change(event.row),
+        Cleared: lambda self, event: self.transcript.clear(),
+        Read: lambda self, event: self.transcript.read_to(event.time),
+        Fetching: _take_fetching,
+    }
+
+
+class FileActs(Acts):
+    """Files that are sent, saved, opened and shown."""
+
+    def __init__(self, window: "Window"):
+        super().__init__(window)
+        self.choose: Callable[[], Any] = self._choose  # by a dialog of the system, as below
+        self.choose_place: Callable[[str], str] = self._choose_place
+        self.open_file, self.downloads = open_file, download_folder
+        self.folder = str(pathlib.Path.home())  # of the files that were sent last
+        self.choosing = False  # a dialog of the system is open
+        self.opened = ""  # folder of the files that were opened
+        self.picture: PictureWindow | None = None  # the last one in full
+        self.compose.path = self._look_for_file
+        pictures = self.transcript.pictures
+        pictures.wants = lambda files: self.do("pictures", self.model.here, files)
+
+    def close(self) -> None:
+        if self.opened:
+            shutil.rmtree(self.opened, ignore_errors=True)
+
+    def _choose(self) -> Any:
+        return filedialog.askopenfilenames(
+            parent=self.window.root, title="Send files", initialdir=self.folder
+        )
+
+    def _choose_place(self, name: str) -> str:
+        folder = str(self.downloads())
+        return filedialog.asksaveasfilename(
+            parent=self.window.root, title="Save", initialfile=name, initialdir=folder
+        )
+
+    def _with_dialog(self, ask: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Ask by a dialog of the system. That runs Tk's loop inside itself, so it begins when no
+        handler is at work, and only one is open; the engine does not notice."""
+
+        def begin() -> None:
+            self.choosing, answer = True, None
+            try:
+                answer = ask()
+            except tk.TclError:  # the window was closed under it
+                log.info("the dialog ended", exc_info=True)
+            self.choosing = False
+            if answer and not (self.window.closing or self.window.gone):
+                self.compose.focus_set()
+                then(answer)
+
+        if not self.choosing:
+            self.timers.later("dialog", 1, begin)
+
+    # Sending
+
+    def ask(self) -> None:
+        """Ask for files to be sent to this conversation, whichever is looked at then."""
+        here = self.model.here
+        if self.model.room is None:
+            return self.window.tell("open a conversation, and send the file there")
+
+        def chosen(paths: Iterable[str]) -> None:
+            self.folder = str(pathlib.Path(next(iter(paths))).parent)
+            self.send(here, paths)
+
+        return self._with_dialog(self.choose, chosen)
+
+    def send(self, number: int, paths: Iterable[Any]) -> None:
+        for path in paths:
+            if not self.do("send_file", number, str(path)):
+                self.window.ask("not connected: connect first, and send the file then")
+
+    def _look_for_file(self, text: str) -> None:
+        """Offer to send the file whose path was pasted, if there is one."""
+        here, compose = self.model.here, self.compose
+
+        def send(path: str) -> None:
+            compose.set(compose.content.replace(text, "", 1))
+            self.send(here, [path])
+
+        def found(path: str) -> None:
+            if path and here == self.model.here and self.model.room and text in compose.content:
+                self.window.file_card.show(path, functools.partial(send, path))
+
+        self.window.jobs.start(functools.partial(pasted_file, text), found)
+
+    # Saving and opening
+
+    def save(self, row: Row) -> None:
+        """Save the file of a message among the downloads, under a name that is free."""
+        self.do("save_file", self.model.here, row.view, str(self.downloads()))
+
+    def save_as(self, row: Row) -> None:
+        here, name = self.model.here, chat.linked_name(row.view) or "file"
+        save = lambda place: self.do("save_file", here, row.view, str(place))  # noqa: E731
+        self._with_dialog(lambda: self.choose_place(name), save)
+
+    def open(self, row: Row) -> None:
+        """Save a file in a folder of this window, and open it there."""
+        file = chat.parse_file_tag(row.view.file)
+        if file is None or file.type not in OPENED_TYPES:
+            return self.window.tell("such a file is saved, and not opened")
+        try:
+            self.opened = self.opened or tempfile.mkdtemp(prefix="chat-")
+        except OSError as error:
+            return self.window.tell(f"cannot open a file: {chat.reason_of(error)}")
+        stem = pathlib.Path(chat.linked_name(row.view) or "file").stem
+        path = pathlib.Path(self.opened, f"{stem}{OPENED_TYPES[file.type]}")
+        self.do("save_file", self.model.here, row.view, str(path), True)
+        return self.window.tell(f"opening {path.name} \u2026")
+
+    def take_opened(self, event: Opened) -> None:
+        if why := self.open_file(event.path):
+            self.window.tell(why)
+
+    # Pictures
+
+    def view(self, row: Row) -> None:
+        """Show the full picture, or have it opened by another program."""
+        file = chat.parse_file_tag(row.view.file)
+        if file is None or not is_decodable(file):
+            return self.open(row)
+        self.do("full_picture", self.model.here, file)
+        return self.window.tell("the picture is coming \u2026")
+
+    def take_picture(self, event: Picture) -> None:
+        """Take a picture of the server that is looked at, or one to be shown in full."""
+        if event.full:
+            self._show_full(event.file, event.data, event.why)
+        elif event.server == self.model.server_here:
+            self.transcript.pictures.take(event)
+
+    def _show_full(self, file: chat.FileTag, data: bytes, why: str) -> None:
+        why = why or picture_trouble(file, data)
+        image = None if why else decoded(self.window.root, file, data)
+        if image is None:
+            return self.window.tell(f"the picture is not shown: {why or 'it is damaged'}")
+        self.window.tell("")
+        title = f"{file.words()} \u2013 chat"
+        self.picture = PictureWindow(self.window.root, self.look, image, title)
+        return None
+
+
+class MessageActs(Acts):
+    """The menu of a message, and the acts in it, by name."""
+
+    def __init__(self, window: "Window"):
+        super().__init__(window)
+        self.writing, self.files = self.window.writing, self.window.files
+        pointer = self.transcript.pointer
+        pointer.menu_for, pointer.acted = self.menu, self.act
+        pointer.told = self.window.status_line.tell
+
+    def menu(self, row: Row, event: Any) -> None:
+        """Open the menu of a message."""
+        view, menu = row.view, self.look.menu(self.transcript)
+        add = functools.partial(self._add, menu, row)
+        if row.state == FAILED and row.parked:
+            add("Send again", "retry")
+            add("Drop it", "cancel")
+            menu.add_separator()
+        message = view.kind in MESSAGES
+        if message:
+            self._add_answers(menu, row)
+            menu.add_separator()
+        if file := chat.parse_file_tag(view.file):
+            self._add_file(add, file)
+            menu.add_separator()
+        add("Copy text", "copy")
+        if message and len(beginning(view.text)) < len(view.text):
+            add("Show all of it, or less", "expand")
+        for url in list(dict.fromkeys(link_of(one) for one in LINK.findall(view.text)))[:5]:
+            opened = functools.partial(open_link, url)
+            menu.add_command(label=self.look.seen(f"Open {shorter(url, 60)}"), command=opened)
+        if message and not view.mine:
+            menu.add_separator()
+            add(f"Write to {shorter(view.name, 30)}", "private")
+            add(f"Ignore {shorter(view.name, 30)}", "ignore")
+        popup_menu(menu, event, self.transcript, self.transcript.pointer.box())
+
+    def _add(
+        self, menu: tk.Menu, row: Row, label: str, what: str, on: bool = True, key: str = ""
+    ) -> None:
+        act = functools.partial(self.act, what, row)
+        options = {"state": enabled(on), "accelerator": key}
+        menu.add_command(label=self.look.seen(label), command=act, **options)
+
+    def _add_answers(self, menu: tk.Menu, row: Row) -> None:
+        """Offer to answer a message, to react to it, and to take it back."""
+        server = self.model.server
+        can = server.can if server and row.view.id else frozenset()
+        self._add(menu, row, "Reply", "reply", "reply" in can, "Alt+R")
+        choices = self.look.menu(menu)
+        for emoji in REACTIONS:
+            act = functools.partial(self.act, f"react {emoji}", row)
+            choices.add_command(label=self.look.drawable(emoji), command=act)
+        choices.add_command(label="Another \u2026", command=lambda: self.act("react", row))
+        menu.add_cascade(label="React", menu=choices, state=enabled("react" in can))
+        if row.view.mine or self.window.people.is_operator(self.model.me):
+            self._add(menu, row, "Take it back", "redact", "redact" in can)
+
+    @staticmethod
+    def _add_file(add: Callable[..., None], file: chat.FileTag) -> None:
+        add("Save the file", "save")
+        add("Save the file as \u2026", "save-as")
+        if is_decodable(file):
+            add("Show the picture in full", "picture")
+        add("Open the file", "open", file.type in OPENED_TYPES)
+
+    def act(self, what: str, row: Row) -> None:
+        """Do something with a message."""
+        what, _, emoji = what.partition(" ")
+        if what == "react" and emoji:
+            self._react(row, emoji)
+        elif what in ("retry", "cancel"):
+            self.do(what, self.model.here, row.view.own_id)
+        elif act := self.ACTS.get(what):
+            act(self, row)
+
+    def act_on_chosen(self, what: str) -> None:
+        if row := self.transcript.pointer.row:
+            self.act(what, row)
+
+    def _ask_reaction(self, row: Row) -> None:
+        """Ask for an emoji, by name or as it is."""
+
+        def taken(text: str) -> None:
+            found = emoji_for(text.strip(":"))
+            emoji = found[0][0] if found and text.strip(":").isascii() else text
+            self._react(row, emoji[: chat.REACTION_CHARACTERS])
+
+        note = "an emoji, or its name: tea, heart, tada"
+        self.window.ask_card.show("React with", taken, "", note)
+
+    def _react(self, row: Row, emoji: str) -> None:
+        mine = any(one == emoji and self.model.me in names for one, names in row.reactions)
+        self.do("react", self.model.here, row.view.id, emoji, not mine)
+
+    def _copy(self, row: Row) -> None:
+        self.window.root.clipboard_clear()
+        self.window.root.clipboard_append(row.view.text)
+
+    ACTS: dict[str, Callable[[Any, Row], Any]] = {
+        "reply": lambda self, row: self.writing.start_reply(row),
+        "react": _ask_reaction,
+        "redact": lambda self, row: self.do("redact", self.model.here, row.view.id),
+        "copy": _copy,
+        "expand": lambda self, row: self.transcript.toggle(row),
+        "answers": lambda self, row: self.transcript.show_reply(row),
+        "private": lambda self, row: self.say(f"/query {row.view.name}"),
+        "ignore": lambda self, row: self.say(f"/ignore {row.view.name}"),
+        "save": lambda self, row: self.files.save(row),
+        "save-as": lambda self, row: self.files.save_as(row),
+        "open": lambda self, row: self.files.open(row),
+        "show": lambda self, row: self.files.view(row),
+        "picture": lambda self, row: self.files.view(row),
+    }
+
+
+class RoomActs(Acts):
+    """Changes of conversation, and the menus of conversations, servers and members."""
+
+    MEMBER_MENU = (
+        ("Write to", "/query {}", False),
+        ("Who is", "/whois {}", False),
+        ("Ignore", "/ignore {}", False),
+        ("Make operator:", "/op {}", True),
+        ("Kick", "/kick {}", True),
+    )
+
+    def __init__(self, window: "Window"):
+        super().__init__(window)
+        self.sidebar, self.people = self.window.sidebar, self.window.people
+        self.ask_card = self.window.ask_card
+        self.sidebar.chosen, self.sidebar.menu_for = self.look_at, self.room_menu
+        self.people.chosen, self.people.menu_for = self.open_private, self.member_menu
+
+    def look_at(self, number: int) -> None:
+        self.do("look", number)
+
+    def go_next(self, step: int) -> None:
+        """Look at the conversation below this one, or above."""
+        if rooms := self.sidebar.all_rooms():
+            now = rooms.index(self.model.here) if self.model.here in rooms else -1
+            self.look_at(rooms[(now + step) % len(rooms)])
+
+    def go_number(self, number: int) -> None:
+        for room in self.sidebar.all_rooms()[number - 1 : number]:
+            self.look_at(room)
+
+    def go_unread(self) -> None:
+        """Look where the user is called; else where something is new."""
+        rooms = [self.model.rooms[number] for number in self.sidebar.all_rooms()]
+        rooms = [room for room in rooms if room.unread and room.number != self.model.here]
+        rooms.sort(key=lambda room: (not room.called, room.muted))
+        for room in rooms[:1]:
+            self.look_at(room.number)
+
+    def open_private(self, name: str) -> None:
+        self.say(f"/query {name}")
+        self.compose.focus_set()
+
+    def close_this(self) -> None:
+        self.do("close", self.model.here)
+
+    def mute_this(self) -> None:
+        """Mute the conversation that is looked at, or unmute it."""
+        if room := self.model.room:
+            self.do("mute", room.number, not room.muted)
+
+    # Menus
+
+    def room_menu(self, number: int, event: Any) -> None:
+        """Open the menu of a conversation, or of a server."""
+        room = self.model.rooms.get(number)
+        if room is None:
+            return
+        menu = self.look.menu(self.sidebar)
+        if room.name:
+            self._add_room_acts(menu, room)
+        else:
+            self._add_server_acts(menu, room.server)
+        popup_menu(menu, event, self.sidebar, box_of_choice(self.sidebar.tree))
+
+    def _add_room_acts(self, menu: tk.Menu, room: RoomInfo) -> None:
+        number, add = room.number, menu.add_command
+        add(label="Go there", command=lambda: self.look_at(number))
+        add(label="Mark as read", command=lambda: self.do("read", number))
+        text = "Unmute" if room.muted else "Mute"
+        add(label=text, command=lambda: self.do("mute", number, not room.muted))
+        if room.channel:
+            add(label="Topic \u2026", command=lambda: self.ask_topic(room))
+            if not room.inside:
+                add(label="Join", command=lambda: self.do("say", number, f"/join {room.name}"))
+        menu.add_separator()
+        text = "Leave and close" if room.channel and room.inside else "Close"
+        add(label=text, command=lambda: self.do("close", number))
+
+    def _add_server_acts(self, menu: tk.Menu, server: int) -> None:
+        add = menu.add_command
+        for doubtful in [one for one in self.model.servers if one.number == server and one.doubted]:
+            ask = functools.partial(self.window.certificate.show, doubtful)
+            add(label="Check the certificate \u2026", command=ask)
+        add(label="Connect again", command=lambda: self.do("server", server, "/reconnect"))
+        add(label="List the channels", command=lambda: self.do("server", server, "/list"))
+        add(label="Join a channel \u2026", command=self.ask_channel)
+        add(label="Protocol log", command=lambda: self.do("server", server, "/raw"))
+        menu.add_separator()
+        add(label="Leave this server", command=lambda: self.do("server", server, "/disconnect"))
+
+    def member_menu(self, name: str, event: Any) -> None:
+        """Open the menu of a member."""
+        menu, me = self.look.menu(self.people), self.model.me
+        for label, command, for_operators in self.MEMBER_MENU:
+            text = self.look.seen(f"{label} {shorter(name, 30)}")
+            act = functools.partial(self.say, command.format(name))
+            on = self.people.is_operator(me) if for_operators else name != me
+            menu.add_command(label=text, command=act, state=enabled(on))
+        mention = functools.partial(self.compose.begin, f"{name}: ")
+        menu.add_command(label="Mention in the field", command=mention)
+        popup_menu(menu, event, self.people, box_of_choice(self.people.tree))
+
+    # Questions
+
+    def ask_topic(self, room: RoomInfo) -> None:
+        taken = lambda text: self.do("say", room.number, f"/topic {room.name} {text}")  # noqa: E731
+        self.ask_card.show(f"Topic of {room.name}", taken, room.topic)
+
+    def ask_channel(self) -> None:
+        note = "its name, and its password behind a blank if it has one"
+        join = lambda text: self.say(f"/join {text}")  # noqa: E731
+        self.ask_card.show("Join a channel", join, "#", note)
+
+    def ask_private(self) -> None:
+        self.ask_card.show("Write to", lambda text: self.open_private(text.split()[0]))
+
+    def ask_name(self) -> None:
+        rename = lambda text: self.say(f"/nick {text}")  # noqa: E731
+        self.ask_card.show("Your name", rename, self.model.me)
+
+
+class Commands(Acts):
+    """The window as a whole: its keys, the main menu, the switcher, its panes and the focus."""
+
+    def __init__(self, window: "Window"):
+        super().__init__(window)
+        window = self.window
+        self.rooms, self.files, self.messages = window.rooms, window.files, window.messages
+        self.panes, self.panel = window.panes, window.panel
+        self.panel.search, self.panel.closed = self.search, self.close_panel
+        self.panel.jump = lambda number, view: self.do("jump", number, view)
+        window.header.bind_buttons(self.open_menu, self.ask_search, self.show_topic)
+        self._bind_keys()
+
+    # Keys
+
+    def _bind_keys(self) -> None:
+        root, compose = self.window.root, self.compose
+        compose.bind("<Prior>", lambda _: self.transcript.scroll(-1) or "break")
+        compose.bind("<Next>", lambda _: self.transcript.scroll(1) or "break")
+        for sequence, act in self._keys():
+            pressed = functools.partial(self._press, act)
+            capital = re.sub("-([a-z])>", lambda match: f"-{match[1].upper()}>", sequence)
+            for one in {sequence, capital}:  # Caps Lock may be on
+                with contextlib.suppress(tk.TclError):  # a keyboard without that key
+                    root.bind_class("WindowKeys", one, pressed)
+        # It is F10, too, but means another menu
+        root.bind_class("WindowKeys", "<Shift-F10>", chat.do_nothing)
+        cards = tuple(map(str, self.window.cards))
+        for widget in descendants(root):
+            if not str(widget).startswith(cards):
+                widget.bindtags(("WindowKeys", *widget.bindtags()))
+
+    def _keys(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        rooms, messages = self.rooms, self.messages
+        yield from (
+            ("<Control-k>", self.open_switcher),
+            ("<Control-f>", self.ask_search),
+            ("<Control-o>", self.files.ask),
+            ("<Control-plus>", lambda: self.zoom(1)),
+            ("<Control-equal>", lambda: self.zoom(1)),
+            ("<Control-KP_Add>", lambda: self.zoom(1)),
+            ("<Control-minus>", lambda: self.zoom(-1)),
+            ("<Control-KP_Subtract>", lambda: self.zoom(-1)),
+            ("<Control-Key-0>", lambda: self.zoom(0)),
+            ("<Control-comma>", self.open_settings),
+            ("<Control-w>", rooms.close_this),
+            ("<Control-q>", self.window.close),
+            ("<Alt-Up>", lambda: rooms.go_next(-1)),
+            ("<Alt-Down>", lambda: rooms.go_next(1)),
+            ("<Alt-Shift-Up>", lambda: self.window.sidebar.shift(-1)),
+            ("<Alt-Shift-Down>", lambda: self.window.sidebar.shift(1)),
+            ("<Alt-a>", rooms.go_unread),
+            ("<Alt-n>", self.transcript.show_new),
+            ("<Alt-r>", lambda: messages.act_on_chosen("reply")),
+            ("<Alt-e>", lambda: messages.act_on_chosen("react")),
+            ("<F1>", self.show_help),
+            ("<F10>", self.open_menu),
+            ("<F6>", lambda: self.cycle_focus(1)),
+            ("<Shift-F6>", lambda: self.cycle_focus(-1)),
+            ("<F8>", lambda: self.toggle("sidebar")),
+            ("<F9>", lambda: self.toggle("members")),
+            ("<Escape>", self.escape),
+        )
+        for number in range(1, 10):
+            yield f"<Alt-Key-{number}>", functools.partial(rooms.go_number, number)
+
+    def _press(self, act: Callable[[], Any], event: Any) -> str:
+        act()
+        return "break"
+
+    def escape(self) -> None:
+        """Leave whatever is open; then go to the newest message."""
+        offers, banner, page = self.compose.offers, self.window.banner, self.transcript
+        if offers and offers.shown:
+            offers.hide()
+        elif banner.shown:
+            banner.hide()
+        elif self.panes.is_shown("panel"):
+            self.close_panel()
+        elif not page.at_bottom:
+            page.to_bottom()
+        elif page.sheet.marked is not None:
+            page.read_to(page.sheet.newest)
+        page.pointer.choose(None)
+        self.compose.focus_set()
+
+    def cycle_focus(self, step: int) -> None:
+        """Give the keys to the next part of the window."""
+        window, shown = self.window, self.panes.is_shown
+        parts: list[tk.Misc] = [self.compose]
+        parts += window.banner.buttons.winfo_children()[:1] if window.banner.shown else []
+        parts += [window.sidebar.tree] if shown("sidebar") else []
+        parts += window.strip.buttons[:1]
+        parts += [self.transcript.text]
+        parts += [self.panel.text] if shown("panel") else []
+        parts += [window.people.tree] if shown("members") else []
+        focus = window.root.focus_get()
+        now = parts.index(focus) if focus in parts else 0
+        part = parts[(now + step) % len(parts)]
+        part.focus_set()
+        if isinstance(part, ttk.Treeview) and not part.selection() and part.get_children():
+            part.selection_set(part.get_children()[0])
+            part.focus(part.get_children()[0])
+
+    # Menus
+
+    def open_menu(self) -> None:
+        menu, room, rooms = self.look.menu(self.window.root), self.model.room, self.rooms
+        muted = bool(room and room.muted)
+        for entry in (
+            ("Go to \u2026", self.open_switcher, "Ctrl+K"),
+            ("Next unread conversation", rooms.go_unread, "Alt+A"),
+            ("Join a channel \u2026", rooms.ask_channel, ""),
+            ("Write to a user \u2026", rooms.ask_private, ""),
+            ("Send a file \u2026", self.files.ask, "Ctrl+O"),
+            (
+                "Unmute this conversation" if muted else "Mute this conversation",
+                rooms.mute_this,
+                "",
+            ),
+            ("Close this conversation", rooms.close_this, "Ctrl+W"),
+            None,
+            ("Search \u2026", self.ask_search, "Ctrl+F"),
+            ("Show or hide conversations", lambda: self.toggle("sidebar"), "F8"),
+            ("Show or hide members", lambda: self.toggle("members"), "F9"),
+            None,
+            ("Connect \u2026", self.window.ask, ""),
+            ("Your name \u2026", rooms.ask_name, ""),
+            ("Settings \u2026", self.open_settings, "Ctrl+,"),
+            ("Help", self.show_help, "F1"),
+            ("Quit", self.window.close, "Ctrl+Q"),
+        ):
+            if entry is None:
+                menu.add_separator()
+            else:
+                menu.add_command(label=entry[0], command=entry[1], accelerator=entry[2])
+        post_menu_below(menu, self.window.header.menu)
+
+    def open_switcher(self) -> None:
+        """Offer all conversations, and the main acts."""
+        model, choices = self.model, []
+        addresses = {server.number: server.address for server in model.servers}
+        for number in self.window.sidebar.all_rooms():
+            room = model.rooms[number]
+            text = f"{room.name}  {count_text(room)}".rstrip()
+            text += f"  ({addresses[room.server]})" if len(addresses) > 1 else ""
+            choices.append((text, functools.partial(self.rooms.look_at, number)))
+        choices += [
+            ("Join a channel \u2026", self.rooms.ask_channel),
+            ("Connect \u2026", self.window.ask),
+            ("Settings \u2026", self.open_settings),
+            ("Search \u2026", self.ask_search),
+            ("Help", self.show_help),
+        ]
+        self.window.switcher.show(choices)
+
+    def open_settings(self) -> None:
+        if self.model.engine is None:
+            return self.window.ask("connect first: settings are kept with what was said")
+        return self.window.settings.show(self.model.values)
+
+    # Panes
+
+    def toggle(self, name: str) -> None:
+        """Show or hide a pane at a side."""
+        self.panes.show(name, not self.panes.is_shown(name))
+        self.compose.focus_set()
+
+    def close_panel(self) -> None:
+        self.panes.show("panel", False)
+        self.transcript.unmark()
+        self.compose.focus_set()
+
+    def ask_search(self) -> None:
+        self.panes.show("panel", True)
+        self.panel.ask()
+
+    def search(self, words: str, everywhere: bool) -> None:
+        self.do("search", words, 0 if everywhere else self.model.here)
+
+    def show_topic(self) -> None:
+        if (room := self.model.room) and room.topic:
+            self.window.show_page(f"Topic of {room.name}", room.topic)
+
+    def show_help(self) -> None:
+        if not self.say("/help"):
+            self.window.show_page("Keys", keys_text())
+
+    def zoom(self, step: int) -> None:
+        """Make all larger or smaller; 0 is as usual."""
+        look = self.look
+        size = "default" if step == 0 else str(look.size + step)
+        if not self.do("set", "size", size):
+            look.want(look.theme, look.family, "" if step == 0 else size)
 
 
 # ======================================================================================
@@ -4749,83 +6266,12 @@ def flash(root: tk.Tk) -> None:
 
 DEFAULT_SERVER = chat.address_text(chat.DEFAULT_HOST, chat.DEFAULT_PORT)
 FRAME_SECONDS = 0.016  # between two batches: more is not seen
-POLL_MS = 30  # where Tk cannot watch a socket, between two looks for a wake-up
 CLOSE_SECONDS = 0.9  # from hidden to gone, whatever the server does
 CLOSE_POLL_MS = 10
-DRAFT_MS = 1000  # from the last key until what is half typed is kept
-SEEN_MS = 200  # from in sight to read
 TICK_MS = 1000
-BELL_SECONDS = 0.5  # between two sounds of the bell
-FOCUS_MS = 20  # from a loss of the focus until it has moved to where it goes
-SEEN_TYPED = 60  # last characters of a text from right to left, shown as they will be seen
-TYPING_MS = 3000  # between two notices that the user types
 FOUND_SECONDS = 0.5  # to look for a server on this machine
 HINT = "F1: help and keys \u00b7 Ctrl+K: go anywhere \u00b7 Shift+Return: a new line"
 WIDTHS = {"sidebar": 11, "panel": 21, "members": 9}  # of panes at first, in heights of a line
-
-
-def ring(writer: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # full: it rings already; closed: it is gone
-        writer.send(b"\0")
-
-
-class Bell:
-    """A way for another thread, or a signal, to get Tk's attention: one byte on a pair of
-    sockets."""
-
-    def __init__(self, root: tk.Tk, answer: Callable[[], None]):
-        self.root, self.answer = root, answer
-        self.timer = ""
-        self.for_signals = False
-        self.reader, self.writer = socket.socketpair()
-        self.reader.setblocking(False)
-        self.writer.setblocking(False)
-        self.watched = hasattr(root.tk, "createfilehandler")
-        if self.watched:
-            root.tk.createfilehandler(self.reader, tk.READABLE, self._rung)
-        else:
-            self._poll()
-
-    @property
-    def rope(self) -> Callable[[], None]:
-        """Return a call by which another thread rings it: nothing of Tk hangs on that."""
-        return functools.partial(ring, self.writer)
-
-    def _rung(self, *_: Any) -> None:
-        """Catches everything: an exception in a file handler would end the main loop."""
-        try:
-            if self._heard():
-                self.answer()
-        except Exception:
-            log.exception("a bug, please report it")
-
-    def _heard(self) -> bool:
-        with contextlib.suppress(BlockingIOError):
-            return bool(self.reader.recv(4096))
-        return False
-
-    def _poll(self) -> None:
-        self._rung()
-        self.timer = self.root.after(POLL_MS, self._poll)
-
-    def heed_signals(self) -> None:
-        """Tk waits in C, where Python's signal handlers do not run: the byte that a signal
-        writes gets it out of there."""
-        self.for_signals = True
-        signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
-
-    def close(self) -> None:
-        """A closed socket that Tk still watched would spin for ever, so first things first."""
-        if self.watched:
-            self.root.tk.deletefilehandler(self.reader)
-        elif self.timer:
-            self.root.after_cancel(self.timer)
-        if self.for_signals:
-            signal.set_wakeup_fd(-1)
-        self.reader.close()
-        self.writer.close()
-
-
 COLLECT_MS = 2000  # between two collections of young garbage ...
 COLLECTIONS = 15  # ... and each of so many is one of all of it, which takes 20 ms
 
@@ -4863,74 +6309,95 @@ def server_on_this_machine() -> str:
     return DEFAULT_SERVER
 
 
-def enabled(on: bool) -> str:
-    return "normal" if on else "disabled"
+class Header(ttk.Frame):
+    """The conversation and its topic, above the messages, and two buttons."""
+
+    def __init__(self, parent: tk.Misc, look: Look):
+        super().__init__(parent)
+        self.look = look
+        self.menu = ttk.Button(self, text="Menu", style="Plain.TButton")
+        self.search = ttk.Button(self, text="Search", style="Plain.TButton")
+        for button in (self.menu, self.search):  # before the name, which may need all the room
+            button.pack(side="right")
+        self.place = ttk.Label(self, style="Large.TLabel")
+        self.place.pack(side="left")
+        self.topic = ttk.Label(self, style="Dim.TLabel", width=1, anchor="w")
+        self.topic.pack(side="left", fill="x", expand=True, padx=look.part(0.8))
+        look.follow(lambda: self.configure(padding=(look.part(0.9), look.part(0.35))))
+
+    def bind_buttons(self, menu: Callable, search: Callable, topic: Callable) -> None:
+        self.menu.configure(command=menu)
+        self.search.configure(command=search)
+        self.topic.bind("<Button-1>", lambda _: topic())
+
+    def refresh(self, model: Model) -> None:
+        room = model.room
+        outside = " (you are not in it)" if room and not room.inside else ""
+        place = shorter((room.name if room else "nowhere") + outside, NAME_SHOWN)
+        set_text(self.place, self.look.seen(place if model.servers else "Chat"))
+        set_text(self.topic, self.look.seen(label_text(room.topic) if room else ""))
 
 
-def command_arguments(command: str, word: str) -> list[str]:
-    """Return completions of the first argument of a command that takes known words."""
-    known: Iterable[str] = ()
-    if command == "/set":
-        known = chat.SETTINGS
-    elif command == "/help":
-        known = (*chat.HELP_TOPICS, *chat.client_command)
-    return sorted(f"{one} " for one in known if one.startswith(word)) if word else []
+class StatusLine(ttk.Frame):
+    """The state of the connection, the messages that wait, and a hint."""
+
+    def __init__(self, parent: tk.Misc, look: Look):
+        super().__init__(parent)
+        self.look = look
+        self.dot = ttk.Label(self, text="\u25cf", style="Dim.TLabel")
+        self.status = ttk.Label(self, style="Dim.TLabel")
+        self.waiting = ttk.Label(self, style="Dim.TLabel")
+        self.about = ttk.Label(self, text=HINT, style="Dim.TLabel", anchor="e", width=1)
+        self.dot.pack(side="left")
+        self.status.pack(side="left", padx=(look.part(0.4), 0))
+        self.waiting.pack(side="left", padx=(look.part(0.8), 0))
+        self.about.pack(side="right", fill="x", expand=True)
+        look.follow(lambda: self.configure(padding=(look.part(0.7), look.part(0.2))))
+
+    def refresh(self, server: Server | None) -> None:
+        c = self.look.colours
+        over = server is not None and server.phase == chat.ENDED
+        good = server is not None and server.ready
+        colour = c.good if good else c.bad if over else c.waiting if server else c.dim
+        self.dot.configure(foreground=colour)
+        text = label_text(status_text(server, time.monotonic()))
+        set_text(self.status, self.look.seen(text))
+        set_text(self.waiting, waiting_text(server))
+
+    def tell(self, text: str) -> None:
+        set_text(self.about, text or HINT)
 
 
 class Window:
-    """The window, and the servers that it is connected to."""
+    """The window: its widgets, the acts of the user, and the events of the engine."""
 
     def __init__(self, options: WindowOptions):
         self.options = options
         self.remembered = Remembered(options.state)
-        self.engine: Engine | None = None
-        self.servers: tuple[Server, ...] = ()
+        self.model = Model()
         self.address = ""  # of the last server, as it was typed
-        self.here = 0  # the conversation that is looked at ...
-        self.server_here = 0  # ... and its server
-        self.drafts: dict[int, str] = {}  # of the other conversations
-        self.kept_draft = ""  # as the engine knows it
-        self.spots: dict[int, Spot] = {}  # where the user reads back in other conversations
-        self.reply: Row | None = None  # the message that is answered
-        self.below = 0  # messages that came below the part being read
-        self.values: dict[str, str] = {}  # settings
-        self.notices = Notices()
-        self.choose_files: Callable[[], Any] = self._choose_files
-        self.choose_place: Callable[[str], str] = self._choose_place
-        self.folder = str(pathlib.Path.home())  # of the files that were sent last
-        self.choosing = False  # a dialog of the system is open
-        self.open_file = open_file
-        self.downloads = download_folder
-        self.opened = ""  # folder of the files that were opened
-        self.picture: PictureWindow | None = None  # the last one in full
-        self.answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()  # of threads ...
-        self.waiting_jobs: dict[int, Callable[[Any], None]] = {}  # ... and what they are for
-        self.jobs = itertools.count()
-        self.asked_about: set[str] = set()  # fingerprints
-        self.focused = False
-        self.rang = -BELL_SECONDS  # when the bell did, last
-        self.typed_at = 0.0  # when others were told that the user types; 0: they were not
+        self.asked_about: set[str] = set()  # questions of servers
         self.closing = self.interrupted = self.gone = False
-        self.timers: dict[str, str] = {}  # by what they are for
         self.collections = 0
-        self.looked = 0.0
+        self.drained = 0.0  # when the last batch was taken
         gc.disable()  # see _collect()
         self.root = tk.Tk(className="chat")
         self.root.withdraw()
         self.root.report_callback_exception = self._log_bug
-        kept = self.remembered.words("look")
-        words = (str(kept.get(name, "")) for name in ("theme", "font", "size"))
-        self.look = Look(self.root, *words)
-        self._build()
+        self.timers = Timers(self.root)
         self.bell = Bell(self.root, self.rung)
+        self.jobs = Jobs(self.bell.rope)
+        self.notices = Notices(self.root)
+        kept = self.remembered.words("look")
+        self.look = Look(self.root, *(str(kept.get(name, "")) for name in LOOK_SETTINGS))
+        self._build()
+        self._join()
         self._collect()
-        self._bind_all()
         self._restore()
-        self.tell_about("")
         self.refresh()
         self.root.deiconify()
         self._tick()
-        self.in_thread(system_is_dark, self.look.system)
+        self.jobs.start(system_is_dark, self.look.system)
 
     # Building
 
@@ -4940,228 +6407,109 @@ class Window:
         root.rowconfigure(0, weight=1)
         self.panes = Panes(root, look)
         self.panes.grid(row=0, column=0, sticky="nswe")
-        self.sidebar = Sidebar(self.panes, look, self.look_at)
-        self.sidebar.menu_for = self.room_menu
-        self.sidebar.reordered = self._keep_order
-        self.sidebar.reading = lambda: self.present
-        self.center = self._build_center()
-        self.panel = Panel(self.panes, look, self.search)
-        self.panel.jump, self.panel.closed = self.jump, self.close_panel
-        self.people = People(self.panes, look, self.open_private)
-        self.people.menu_for = self.member_menu
-        parts = {"sidebar": self.sidebar, "center": self.center, "panel": self.panel}
-        self.panes.compose(parts | {"members": self.people}, self.center, WIDTHS)
+        self.sidebar = Sidebar(self.panes, look, self.model)
+        center = self._build_center()
+        self.panel = Panel(self.panes, look)
+        self.people = People(self.panes, look)
+        parts = {"sidebar": self.sidebar, "center": center, "panel": self.panel}
+        self.panes.compose(parts | {"members": self.people}, center, WIDTHS)
         for name in ("center", "sidebar", "members"):
             self.panes.show(name, True)
-        self._build_status().grid(row=1, column=0, sticky="we")
+        self.status_line = StatusLine(root, look)
+        self.status_line.grid(row=1, column=0, sticky="we")
         self._build_cards()
 
     def _build_center(self) -> ttk.Frame:
-        look = self.look
-        center = ttk.Frame(self.panes)
+        look, center = self.look, ttk.Frame(self.panes)
         center.columnconfigure(0, weight=1)
         center.rowconfigure(1, weight=1)
-        self._build_header(center).grid(row=0, column=0, sticky="we")
-        self.transcript = Transcript(center, look, self.type_on)
-        self.transcript.grid(row=1, column=0, sticky="nswe")
-        self._join_transcript()
-        self.typing_label = ttk.Label(self.transcript, style="Dim.Card.TLabel")
-        self.strip = Strip(center, look, lambda *file: self.do("stop_file", *file))
-        self.strip.grid(row=2, column=0, sticky="we")
-        self.strip.grid_remove()
+        self.header = Header(center, look)
+        self.transcript = Transcript(center, look, self.timers)
+        self.strip = Strip(center, look, lambda *file: self.model.do("stop_file", *file))
         self.banner = Banner(center, look)
-        self.banner.grid(row=3, column=0, sticky="we")
+        parts = (self.header, self.transcript, self.strip, self.banner, self._build_foot(center))
+        for row, part in enumerate(parts):
+            part.grid(row=row, column=0, sticky="nswe")
+        self.strip.grid_remove()
         self.banner.hide()
-        self._build_foot(center).grid(row=4, column=0, sticky="we")
         return center
 
-    def _join_transcript(self) -> None:
-        transcript = self.transcript
-        transcript.reached_bottom = self.read_below
-        transcript.left_bottom = self._left_bottom
-        transcript.wants_older = lambda: self.do("older", self.here)
-        transcript.wants_newer = lambda: self.do("present", self.here)
-        transcript.wants_after = lambda: self.do("newer", self.here)
-        transcript.menu_for = self.message_menu
-        transcript.acted = self.act_on
-        transcript.later = self.later
-        transcript.wants_pictures = lambda files: self.do("pictures", self.here, files)
-        transcript.told = self.tell_about
-
     def _build_foot(self, parent: ttk.Frame) -> ttk.Frame:
-        look = self.look
-        foot = ttk.Frame(parent)
+        look, foot = self.look, ttk.Frame(parent)
         look.follow(lambda: foot.configure(padding=(look.part(0.5), look.part(0.35))))
-        self.compose = Compose(foot, look, self.send, self.complete)
+        self.compose = Compose(foot, look)
         self.compose.offers = Offers(self.transcript, look, self.compose.take_offer)
-        self.compose.edited = self._edited
-        self.compose.several = self._show_paste
-        self.compose.too_much = self._offer_paste
-        self.compose.path = self._look_for_file
-        self.compose.refused = self.tell
-        send = ttk.Button(foot, text="Send", style="Accent.TButton", command=self.compose.submit)
-        send.configure(takefocus=False)
-        send.pack(side="right", anchor="s", padx=(look.part(0.4), 0))
-        file = ttk.Button(foot, text="File", style="Plain.TButton", command=self.ask_files)
-        file.configure(takefocus=False)
-        file.pack(side="right", anchor="s", padx=(look.part(0.4), 0))
+        for text, style, act in (
+            ("Send", "Accent.TButton", self.compose.submit),
+            ("File", "Plain.TButton", lambda: self.files.ask()),
+        ):
+            button = ttk.Button(foot, text=text, style=style, command=act, takefocus=False)
+            button.pack(side="right", anchor="s", padx=(look.part(0.4), 0))
         self.compose.pack(side="left", fill="x", expand=True)
         return foot
 
-    def _build_header(self, parent: ttk.Frame) -> ttk.Frame:
-        look = self.look
-        header = ttk.Frame(parent)
-        look.follow(lambda: header.configure(padding=(look.part(0.9), look.part(0.35))))
-        menu = ttk.Button(header, text="Menu", style="Plain.TButton", command=self._main_menu)
-        search = ttk.Button(header, text="Search", style="Plain.TButton", command=self.ask_search)
-        for button in (menu, search):  # before the name, which may need all the room there is
-            button.pack(side="right")
-        self.menu_button = menu
-        self.place_label = ttk.Label(header, style="Large.TLabel")
-        self.place_label.pack(side="left")
-        self.topic_label = ttk.Label(header, style="Dim.TLabel", width=1, anchor="w")
-        self.topic_label.pack(side="left", fill="x", expand=True, padx=look.part(0.8))
-        self.topic_label.bind("<Button-1>", lambda _: self._show_topic())
-        return header
-
-    def _build_status(self) -> ttk.Frame:
-        look = self.look
-        line = ttk.Frame(self.root)
-        look.follow(lambda: line.configure(padding=(look.part(0.7), look.part(0.2))))
-        self.dot = ttk.Label(line, text="\u25cf", style="Dim.TLabel")
-        self.dot.pack(side="left")
-        self.status = ttk.Label(line, style="Dim.TLabel")
-        self.status.pack(side="left", padx=(look.part(0.4), 0))
-        self.waiting = ttk.Label(line, style="Dim.TLabel")
-        self.waiting.pack(side="left", padx=(look.part(0.8), 0))
-        self.about = ttk.Label(line, style="Dim.TLabel", anchor="e", width=1)
-        self.about.pack(side="right", fill="x", expand=True)
-        return line
-
     def _build_cards(self) -> None:
-        root, look = self.root, self.look
-        self.card = ConnectCard(root, look, self.connect)
-        self.card.recent = self.remembered.recent
-        self.certificate = CertificateCard(root, look, lambda *answer: self.do("trust", *answer))
+        root, look, do = self.root, self.look, self.model.do
+        self.card = ConnectCard(root, look, self.connect, self.remembered.recent)
+        self.certificate = CertificateCard(root, look, lambda *answer: do("trust", *answer))
         self.ask_card = AskCard(root, look)
         self.switcher = Switcher(root, look)
-        self.settings = SettingsCard(root, look, lambda *change: self.do("set", *change))
+        self.settings = SettingsCard(root, look, lambda *change: do("set", *change))
         self.file_card = FileCard(root, look)
-        self.cards = (self.card, self.certificate, self.ask_card, self.switcher, self.settings)
         self.code_card = CodeCard(root, look)
-        self.cards += (self.file_card, self.code_card)
+        self.cards = [one for one in root.winfo_children() if isinstance(one, Card)]
         for card in self.cards:
             card.closed = self.compose.focus_set
-            card.others = tuple(other for other in self.cards if other is not card)
+        for field in [one for one in descendants(root) if isinstance(one, Field)]:
+            field.refused = self.tell
 
-    # Keys
-
-    def _bind_all(self) -> None:
-        root = self.root
-        root.protocol("WM_DELETE_WINDOW", self.close)
-        root.bind("<FocusIn>", self._focus_in)
-        root.bind("<FocusOut>", lambda _: self.later("focus", FOCUS_MS, self._look_for_focus))
-        self.compose.bind("<Prior>", functools.partial(self._page, -1))
-        self.compose.bind("<Next>", functools.partial(self._page, 1))
-        for sequence, act in self._keys():
-            pressed = functools.partial(self._press, act)
-            capital = re.sub("-([a-z])>", lambda match: f"-{match[1].upper()}>", sequence)
-            for one in {sequence, capital}:  # Caps Lock may be on
-                with contextlib.suppress(tk.TclError):  # a keyboard without that key
-                    root.bind_class("WindowKeys", one, pressed)
-        # It is F10, too, but means another menu
-        root.bind_class("WindowKeys", "<Shift-F10>", chat.do_nothing)
-        for widget in descendants(root):
-            if not any(str(widget).startswith(str(card)) for card in self.cards):
-                widget.bindtags(("WindowKeys", *widget.bindtags()))
-
-    def _keys(self) -> Iterator[tuple[str, Callable[[], Any]]]:
-        yield from (
-            ("<Control-k>", self.open_switcher),
-            ("<Control-f>", self.ask_search),
-            ("<Control-o>", self.ask_files),
-            ("<Control-plus>", lambda: self.zoom(1)),
-            ("<Control-equal>", lambda: self.zoom(1)),
-            ("<Control-KP_Add>", lambda: self.zoom(1)),
-            ("<Control-minus>", lambda: self.zoom(-1)),
-            ("<Control-KP_Subtract>", lambda: self.zoom(-1)),
-            ("<Control-Key-0>", lambda: self.zoom(0)),
-            ("<Control-comma>", self.open_settings),
-            ("<Control-w>", lambda: self.do("close", self.here)),
-            ("<Control-q>", self.close),
-            ("<Alt-Up>", lambda: self.go_next(-1)),
-            ("<Alt-Down>", lambda: self.go_next(1)),
-            ("<Alt-Shift-Up>", lambda: self.sidebar.shift(-1)),
-            ("<Alt-Shift-Down>", lambda: self.sidebar.shift(1)),
-            ("<Alt-a>", self.go_unread),
-            ("<Alt-n>", self.transcript.show_new),
-            ("<Alt-r>", lambda: self._act_on_chosen("reply")),
-            ("<Alt-e>", lambda: self._act_on_chosen("react")),
-            ("<F1>", self.show_help),
-            ("<F10>", self._main_menu),
-            ("<F6>", lambda: self.cycle_focus(1)),
-            ("<Shift-F6>", lambda: self.cycle_focus(-1)),
-            ("<F8>", lambda: self.toggle("sidebar")),
-            ("<F9>", lambda: self.toggle("members")),
-            ("<Escape>", self.escape),
-        )
-        for number in range(1, 10):
-            yield f"<Alt-Key-{number}>", functools.partial(self.go_number, number)
-
-    def _press(self, act: Callable[[], Any], event: Any) -> str:
-        act()
-        return "break"
-
-    def _page(self, page: int, event: Any) -> str:
-        """Page Up and Page Down read back without leaving the field."""
-        self.transcript.scroll(page)
-        return "break"
+    def _join(self) -> None:
+        """Join the widgets to the acts of the user, and these to the events of the engine."""
+        self.writing = Writing(self)
+        self.reading = Reading(self)
+        self.files = FileActs(self)
+        self.messages = MessageActs(self)
+        self.rooms = RoomActs(self)
+        self.commands = Commands(self)
+        self.sidebar.reordered = lambda: self.remembered.write("order", self.sidebar.order)
+        self.sidebar.reading = lambda: self.reading.present
+        self.root.protocol("WM_DELETE_WINDOW", self.close)
+        self.root.bind("<FocusIn>", self._focus_in)
+        self.root.bind("<FocusOut>", self._focus_out)
+        self.takers: dict[type, Callable[[Any], None]] = {
+            Servers: self._take_servers,
+            Rooms: self._take_rooms,
+            Looked: self._take_looked,
+            **dict.fromkeys(Reading.TAKEN, self.reading.take),
+            Removed: self._take_removed,
+            Members: self._take_members,
+            Back: self.writing.take_back,
+            Page: self._take_page,
+            Code: lambda event: self.code_card.show(event.address),
+            Results: self._take_results,
+            Called: self._take_called,
+            Settings: self._take_settings,
+            Progress: lambda event: self.strip.show(event.files),
+            Picture: self.files.take_picture,
+            Opened: self.files.take_opened,
+        }
 
     def _log_bug(self, *error: Any) -> None:
         log.error("a bug, please report it", exc_info=error)
 
+    def _focus_in(self, event: Any) -> None:
+        for card in self.cards:
+            card.keep_focus(event.widget)
+        self.reading.set_focus(True)
+        self.notices.flash(False)
+
+    def _focus_out(self, event: Any) -> None:
+        """Look soon where the focus went: it may be another part of the window."""
+        has_keys = lambda: bool(self.root.tk.call("focus", "-displayof", self.root))  # noqa: E731
+        self.timers.later("focus", FOCUS_MS, lambda: self.reading.set_focus(has_keys()))
+
     def run(self) -> None:
         self.root.mainloop()
-
-    # Timers, and other threads
-
-    def later(self, what: str, milliseconds: int, act: Callable[[], Any]) -> None:
-        """Call back later; a call for the same purpose is put off."""
-        self.cancel(what)
-
-        def due() -> None:
-            self.timers.pop(what, None)
-            act()
-
-        self.timers[what] = self.root.after(milliseconds, due)
-
-    def cancel(self, what: str) -> None:
-        if timer := self.timers.pop(what, ""):
-            self.root.after_cancel(timer)
-
-    def in_thread(self, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Do what may take a while in a thread, and then the rest on Tk's. Nothing of Tk goes to
-        that thread: it could be the last to let go of it."""
-        number, answers, rope = next(self.jobs), self.answers, self.bell.rope
-        self.waiting_jobs[number] = then
-
-        def work() -> None:
-            with contextlib.suppress(Exception):  # a look at the system, best effort
-                answers.put((number, job()))
-                rope()
-
-        threading.Thread(target=work, daemon=True).start()
-
-    def _take_answers(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while not self.gone:
-                number, answer = self.answers.get_nowait()
-                self.waiting_jobs.pop(number)(answer)
-
-    def _tick(self) -> None:
-        """Once a second: a countdown shows another number."""
-        self.refresh_status()
-        self.later("tick", TICK_MS, self._tick)
 
     # What is remembered
 
@@ -5169,41 +6517,28 @@ class Window:
         root, look = self.root, self.look
         kept = self.remembered.words("look")
         screen = root.winfo_screenwidth(), root.winfo_screenheight()
-        usual = f"{56 * look.em}x{36 * look.em}+{2 * look.em}+{2 * look.em}"
+        wide, high = min(56 * look.em, screen[0] * 9 // 10), min(36 * look.em, screen[1] * 17 // 20)
+        usual = f"{wide}x{high}+{2 * look.em}+{2 * look.em}"
         geometry = str(kept.get("geometry") or usual)
         root.minsize(min(screen[0], 22 * look.em), min(screen[1], 14 * look.em))
         root.geometry(fitting_geometry(geometry, *screen) or fitting_geometry(usual, *screen))
-        self.sidebar.order = {
-            str(server): [str(name) for name in names]
-            for server, names in self.remembered.words("order").items()
-            if isinstance(names, list)
-        }
+        self.sidebar.restore(self.remembered.words("order"))
         for name in ("sidebar", "members"):
             self.panes.show(name, kept.get(name) is not False)
-        wide = kept.get("wide")
-        for name, pixels in wide.items() if isinstance(wide, dict) else ():
-            if name in WIDTHS and isinstance(pixels, int) and pixels > 0:
-                self.panes.wide[name] = pixels
+        self.panes.restore(kept.get("wide"))
 
     def _remember(self) -> None:
-        """Keep what the window looks like, for the next start."""
-        look: dict[str, Any] = {
-            name: self.values.get(name, "") for name in ("theme", "font", "size")
-        }
-        if not self.values:
-            look = {**self.remembered.words("look")}
-        look["geometry"], look["wide"] = self.root.geometry(), self.panes.wide
-        for name in ("sidebar", "members"):
-            look[name] = self.panes.is_shown(name)
-        self.remembered.write("look", {**self.remembered.words("look"), **look})
-
-    def _keep_order(self) -> None:
-        self.remembered.write("order", self.sidebar.order)
+        """Keep the look of the window for the next start."""
+        look = self.remembered.words("look")
+        look |= {name: self.model.values[name] for name in LOOK_SETTINGS if self.model.values}
+        look |= {"geometry": self.root.geometry(), "wide": self.panes.wide}
+        look |= {name: self.panes.is_shown(name) for name in ("sidebar", "members")}
+        self.remembered.write("look", look)
 
     # Connecting
 
     def begin(self) -> None:
-        """Connect as the command line says, or ask what it does not say."""
+        """Connect as the command line says, or ask for what is missing."""
         if self.options.name:
             self.connect(self.options.name, self.options.server)
         else:
@@ -5211,44 +6546,42 @@ class Window:
 
     def ask(self, error: str = "") -> None:
         name, server = self.remembered.load()
-        name = (self.server.nick if self.server else "") or self.options.name or name
+        name = self.model.me or self.options.name or name
         server = self.address or self.options.server or server
         self.card.show(name, server or DEFAULT_SERVER, error)
-        self.in_thread(server_on_this_machine, lambda found: found and self.card.tell_found(found))
+        self.jobs.start(server_on_this_machine, self.card.tell_found)
 
     def connect(
         self, name: str, server: str, password: str = "", secret: str = "", register: bool = False
     ) -> None:
-        """Go to a server, too, or say why that cannot be. `password` is the server's, `secret`
-        that of the account with this name."""
+        """Connect to a server, or show why that is not possible. `password` is that of the server,
+        `secret` that of the account with this name."""
         try:
             options = self._client_options(name, server)
             if password:
                 options = options._replace(password=password)
             if secret and not register:
                 options = options._replace(login=chat.Login(name, secret))
-            if self.engine is None:
-                self.engine = Engine(options, self.bell.rope)
-                self._forget()
-                self.engine.start()
+            if self.model.engine is None:
+                self._start(options)
             else:
-                self.do("connect", options)
+                self.model.do("connect", options)
         except chat.ChatError as error:
             return self.card.show(name, server or DEFAULT_SERVER, str(error))
         if register and secret:
-            self.do("register", str(options.target), secret)
+            self.model.do("register", str(options.target), secret)
         self.remembered.save(name, server)
         self.address = server
         self.card.hide()
         return self.refresh()
 
-    def _forget(self) -> None:
-        """Forget the conversations of an engine that has ended: the next one has its own."""
-        self.here, self.servers = 0, ()
+    def _start(self, options: chat.ClientOptions) -> None:
+        """Start an engine, and forget the conversations of the last one."""
+        self.model.start(Engine(options, self.bell.rope))
         self.sidebar.clear()
         self.strip.show(())
-        self.drafts.clear()
-        self.spots.clear()
+        self.writing.drafts.clear()
+        self.reading.spots.clear()
 
     def _client_options(self, name: str, server: str) -> chat.ClientOptions:
         if not chat.clean_name(name):
@@ -5258,14 +6591,8 @@ class Window:
         target = chat.parse_target(server)
         given = self.options if self._is_given(target) else WindowOptions()
         target = target._replace(kind=chat.PLAIN if given.plain else target.kind)
-        return chat.ClientOptions(
-            name,
-            target,
-            given.trust,
-            self.options.state,
-            given.password,
-            config=self.options.config,
-        )
+        state, config = self.options.state, self.options.config
+        return chat.ClientOptions(name, target, given.trust, state, given.password, config=config)
 
     def _is_given(self, target: chat.Target) -> bool:
         """Return whether it is the server of the command line, and no less secure."""
@@ -5276,22 +6603,18 @@ class Window:
 
     # What the engine has to tell
 
-    def do(self, name: str, *values: Any) -> bool:
-        """Have the engine do something; return whether there is one."""
-        return self.engine is not None and self.engine.do(name, *values)
-
     def rung(self) -> None:
         if self.interrupted:
             return self.close()
-        self._take_answers()
-        if "drain" not in self.timers and not self.gone:
-            wait = self.looked + FRAME_SECONDS - time.monotonic()
-            self.later("drain", max(0, int(wait * 1000)), self.drain)
+        self.jobs.take_answers()
+        if not self.gone and not self.timers.waits("drain"):
+            wait = self.drained + FRAME_SECONDS - time.monotonic()
+            self.timers.later("drain", max(0, int(wait * 1000)), self.drain)
         return None
 
     def drain(self) -> None:
         """Take the batch that waits, and ask for the next one."""
-        engine = self.engine
+        engine = self.model.engine
         if engine is None or self.closing:
             return
         try:
@@ -5300,944 +6623,148 @@ class Window:
             return
         try:
             for event in batch:
-                self.TAKEN[type(event)](self, event)
+                self.takers[type(event)](event)
             self.refresh()
         finally:  # a bug in one of them does not stop the others
-            self.looked = time.monotonic()
-            engine.do("took")
+            self.drained = time.monotonic()
+            engine.submit(engine.took)
         if not engine.batches.empty():
             self.rung()
 
-    @property
-    def server(self) -> Server | None:
-        """The server that is looked at."""
-        return next((one for one in self.servers if one.number == self.server_here), None)
-
-    @property
-    def room(self) -> RoomInfo | None:
-        """The conversation that is looked at, if one is."""
-        room = self.sidebar.rooms.get(self.here)
-        return room if room and room.name else None
-
     def _take_servers(self, event: Servers) -> None:
-        self.servers = event.servers
-        self.sidebar.show_servers(event.servers)
-        if self.server:
-            self.transcript.sheet.me = self.server.nick
-            self.people.rename_me(self.server.nick)
-        self.asked_about &= {server.doubted for server in event.servers}
+        self.model.servers = event.servers
+        self.sidebar.show_servers()
+        self._name_user()
+        self.asked_about &= {server.question for server in event.servers}
         for server in event.servers:
-            if server.doubted and server.doubted not in self.asked_about:
-                self.asked_about.add(server.doubted)
-                self.certificate.show(server)
+            if server.question and server.question not in self.asked_about:
+                self.asked_about.add(server.question)
+                self._ask_about(server)
         if event.ended is not None:
             self.ended(event.ended)
 
-    def _take_rooms(self, event: Rooms) -> None:
-        self.sidebar.show_rooms(event.changed, event.gone)
-        for number in event.gone:
-            self._keep_text(self.drafts.pop(number, ""))
-            self.sidebar.drafts.discard(number)
-            self.spots.pop(number, None)
+    def _ask_about(self, server: Server) -> None:
+        """Let the user answer the question of a server: a certificate, a password, a name."""
+        if server.doubted:
+            self.certificate.show(server)
+        else:
+            self.card.show(server.nick, server.address, server.status)
 
-    def _keep_text(self, text: str) -> None:
-        """Keep what was half typed in a conversation that is gone."""
-        if text.strip() and not chat.is_secret(text):
-            self.compose.editor.remember(text)
-            self.tell("what you typed there is kept: Up brings it back")
+    def _name_user(self) -> None:
+        """Mark what is the user's own, in the conversation and among the members."""
+        if self.model.me:
+            self.transcript.sheet.me = self.model.me
+            self.people.rename_me(self.model.me)
+
+    def _take_rooms(self, event: Rooms) -> None:
+        self.model.take_rooms(event)
+        self.sidebar.show_rooms(event)
+        for number in event.gone:
+            self.writing.room_gone(number)
+            self.reading.room_gone(number)
 
     def _take_looked(self, event: Looked) -> None:
-        """Another conversation is looked at: what is being typed stays where it was begun."""
-        if self.here:
-            self._leave_room()
-        room = self.sidebar.rooms.get(event.room)
-        draft = self.drafts.pop(event.room, room.draft if room else "")
-        text = "" if self.here else self.compose.content  # typed before there was a place for it
-        if text.strip() and text != draft:
-            self.compose.editor.remember(draft)
-            draft = text
-        self.transcript.forget_pictures(event.server != self.server_here)
-        self.here, self.server_here = event.room, event.server
-        self.compose.open(draft)
-        self.kept_draft = draft
+        """Show another conversation. A draft stays in the conversation where it was begun."""
+        model, before = self.model, self.model.here
+        if before:
+            self.writing.leave_room()
+            self.reading.leave_room()
+        self.transcript.pictures.forget(event.server != model.server_here)
+        model.here, model.server_here = event.room, event.server
+        self.writing.enter_room(model.rooms.get(event.room), event.room, from_nowhere=not before)
         self.sidebar.set_draft(event.room, False)
-        self.sidebar.select(event.room)
-        self.below = 0
-        if self.server:
-            self.transcript.sheet.me = self.server.nick
-            self.people.mine = self.server.nick
-        self.transcript.tell_older("")
+        self.sidebar.select()
+        self._name_user()
+        self.reading.enter_room()
 
-    def _leave_room(self) -> None:
-        text = self.compose.content
-        if self.here not in self.sidebar.rooms:
-            return self._keep_text(text)
-        self.drafts[self.here] = text
-        self.sidebar.set_draft(self.here, bool(text.strip()))
-        self._keep_draft(text)
-        self.stop_reply()
-        spot = None if self.transcript.at_bottom else self.transcript.spot()
-        if spot and not self.transcript.sheet.past:
-            self.spots[self.here] = spot
-        if self.typed_at:
-            self._tell_typing("")
-        if self.present:
-            self.do("read", self.here, self.transcript.sheet.newest)
-        return None
-
-    def _take_rows(self, event: Rows) -> None:
-        if event.room != self.here:
-            return
-        if event.at in (RESET, PAST):
-            past = event.at == PAST
-            more = (
-                event.read_time,
-                event.mark,
-                past,
-                event.unread,
-                self.spots.pop(self.here, None),
-            )
-            self.transcript.reset(event.room, event.rows, *more)
-            if self.transcript.at_bottom:
-                self.below = 0
-            elif not past:
-                self.do("back", True)
-        elif event.at == START:
-            self.transcript.prepend(event.rows)
-        else:
-            seen = self.present or event.at == AFTER
-            self.transcript.append(event.rows, seen)
-            if not self.transcript.at_bottom and event.at == END:
-                rows = (row.view for row in event.rows)
-                self.below += sum(view.kind == chat.SAID and not view.mine for view in rows)
-        self.transcript.tell_below(self.below)
-        self._see()
-
-    def _take_trimmed(self, event: Trimmed) -> None:
-        if event.room == self.here:
-            self.transcript.trim(event.count)
-
-    def _take_changed(self, event: Changed) -> None:
-        if event.room == self.here:
-            self.transcript.change(event.row)
-
-    def _take_cleared(self, event: Cleared) -> None:
-        if event.room == self.here:
-            self.transcript.clear()
-
-    def _take_read(self, event: Read) -> None:
-        if event.room == self.here:
-            self.transcript.read_to(event.time)
-
-    def _take_fetching(self, event: Fetching) -> None:
-        if event.room != self.here:
-            return
-        transcript = self.transcript
-        transcript.waiting_older = event.under_way
-        transcript.sheet.whole = not event.more
-        at_top = float(transcript.text.yview()[0]) <= 0 and not transcript.at_bottom
-        transcript.tell_older(event.text if at_top else "")
+    def _take_removed(self, event: Removed) -> None:
+        self.panel.remove(event.id)
+        self.writing.message_gone(event.id)
+        self.transcript.remove(event.id)
 
     def _take_members(self, event: Members) -> None:
-        if event.room == self.here:
+        if event.room == self.model.here:
             self.people.change(event.came, event.went, event.reset)
 
-    def _take_back(self, event: Back) -> None:
-        """Give a text back to the field from which it came."""
-        if event.room == self.here or event.room not in self.sidebar.rooms:
-            self.compose.give_back(event.text)
-        elif not self.drafts.get(event.room, "").strip() and event.text[:1] != "/":
-            self.drafts[event.room] = event.text
-            self.sidebar.set_draft(event.room, True)
-            self.do("draft", event.room, event.text)
-        else:
-            self.compose.editor.remember(event.text)
-
     def _take_page(self, event: Page) -> None:
-        text = event.text
-        if event.title == "help":
-            text = f"{text}\n\nKeys\n\n{keys_text()}"
-        self.open_panel()
-        self.panel.show_page(event.title, text)
-
-    def _take_code(self, event: Code) -> None:
-        self.code_card.show(event.address)
+        keys = f"\n\nKeys\n\n{keys_text()}" if event.title == "help" else ""
+        self.show_page(event.title, f"{event.text}{keys}")
 
     def _take_results(self, event: Results) -> None:
-        self.open_panel()
+        self.panes.show("panel", True)
         self.panel.show_results(event.title, event.rows)
 
     def _take_called(self, event: Called) -> None:
         """Ring, and tell the desktop, unless the user is reading that conversation."""
-        if self.focused and event.room == self.here:
+        focused = self.reading.focused
+        if focused and event.room == self.model.here:
             return
-        if event.bell and time.monotonic() - self.rang > BELL_SECONDS:
-            self.rang = time.monotonic()
-            self.root.bell()
-        if event.desktop and not self.focused:
+        if event.bell:
+            self.notices.ring()
+        if event.desktop and not focused:
             where = "" if event.where == event.name else f" in {event.where}"
             self.notices.tell(f"{event.name}{where}", event.text)
-        flash(self.root)
+        self.notices.flash(not focused)
 
     def _take_settings(self, event: Settings) -> None:
-        self.values = dict(event.values)
-        value = self.values.get
-        self.look.want(value("theme", "auto"), value("font", ""), value("size", ""))
-        clock, pictures = value("time", "%H:%M"), value("pictures", "on") == "on"
-        style = self.transcript.sheet.style
-        wanted = style._replace(clock=clock, pictures=pictures)
-        if wanted != style:
-            self.transcript.sheet.style = wanted
-            self.transcript.recolour()
-            self.transcript.redraw_all()
-
-    def _take_progress(self, event: Progress) -> None:
-        self.strip.show(event.files)
-
-    def _take_picture(self, event: Picture) -> None:
-        """Take a picture of the server that is looked at."""
-        if event.full:
-            self._show_full(event.file, event.data, event.why)
-        elif event.server == self.server_here:
-            self.transcript.take_picture(event)
-
-    def _take_opened(self, event: Opened) -> None:
-        if why := self.open_file(event.path):
-            self.tell(why)
-
-    TAKEN: dict[type, Callable[[Any, Any], None]] = {
-        Progress: _take_progress,
-        Picture: _take_picture,
-        Opened: _take_opened,
-        Servers: _take_servers,
-        Rooms: _take_rooms,
-        Looked: _take_looked,
-        Rows: _take_rows,
-        Trimmed: _take_trimmed,
-        Changed: _take_changed,
-        Cleared: _take_cleared,
-        Read: _take_read,
-        Fetching: _take_fetching,
-        Members: _take_members,
-        Back: _take_back,
-        Page: _take_page,
-        Code: _take_code,
-        Results: _take_results,
-        Called: _take_called,
-        Settings: _take_settings,
-    }
+        self.model.values = values = dict(event.values)
+        self.look.want(*(values[name] for name in LOOK_SETTINGS))
+        self.transcript.restyle(values["time"], values["pictures"] == "on")
 
     def ended(self, reason: str) -> None:
-        """The engine has stopped for good; the user can connect again, or elsewhere."""
-        self.engine = None
-        self.servers = tuple(
-            server._replace(ready=False, phase=chat.ENDED, status=reason or "not connected")
-            for server in self.servers
-        )
+        """Note that the engine has stopped for good; the user can connect again, or elsewhere."""
+        self.model.stop(reason)
         if not self.closing:
             self.ask(reason)
 
-    # Labels
+    # What the window shows
 
     def refresh(self) -> None:
         """Bring labels up to date."""
-        room, drawable = self.room, self.look.seen
-        outside = " (you are not in it)" if room and not room.inside else ""
-        place = (room.name if room else "nowhere") + outside
-        shown = shorter(place, NAME_SHOWN) if self.servers else "Chat"
-        set_text(self.place_label, self.look.seen(shown))
-        set_text(self.topic_label, self.look.seen(label_text(room.topic) if room else ""))
-        set_text(self.compose.hint, drawable(placeholder_text(self.server, room)))
-        self._show_typing(drawable(typing_text(room.typing) if room else ""))
-        self.refresh_status()
-        self.refresh_title()
-
-    def _show_typing(self, text: str) -> None:
-        """Show who types, over the empty line below the last message."""
-        if text != str(self.typing_label.cget("text")):
-            self.typing_label.configure(text=text)
-            if text:
-                x, y = self.look.part(0.9), -self.look.part(0.15)
-                self.typing_label.place(x=x, rely=1.0, y=y, anchor="sw")
-            else:
-                self.typing_label.place_forget()
-
-    def refresh_status(self) -> None:
-        server, colours, drawable = self.server, self.look.colours, self.look.seen
-        over = server is not None and server.phase == chat.ENDED
-        good = server is not None and server.ready
-        colour = colours.good if good else colours.bad if over else colours.waiting
-        self.dot.configure(foreground=colour if server else colours.dim)
-        set_text(self.status, drawable(label_text(status_text(server, time.monotonic()))))
-        set_text(self.waiting, waiting_text(server))
-
-    def refresh_title(self) -> None:
-        rooms = [room for room in self.sidebar.rooms.values() if not room.muted]
-        seen = self.here if self.present else 0
-        unread = sum(room.unread for room in rooms if room.number != seen)
-        title = title_text(self.server, self.room, unread)
+        model, seen = self.model, self.look.seen
+        self.header.refresh(model)
+        set_text(self.compose.hint, seen(placeholder_text(model.server, model.room)))
+        self.transcript.tell_typing(seen(typing_text(model.room.typing if model.room else ())))
+        self.status_line.refresh(model.server)
+        unread = model.unread(but=model.here if self.reading.present else 0)
+        title = title_text(model.server, model.room, unread)
         if title != self.root.title():
             self.root.title(title)
 
-    def tell_about(self, text: str) -> None:
-        set_text(self.about, text or HINT)
+    def _tick(self) -> None:
+        """Once a second, show the next number of a countdown."""
+        self.status_line.refresh(self.model.server)
+        self.timers.later("tick", TICK_MS, self._tick)
 
     def tell(self, text: str) -> None:
         """Show a text of the window's own, for a while."""
-        self.tell_about(self.look.seen(text))
+        self.status_line.tell(self.look.seen(text))
 
-    # What was seen
-
-    @property
-    def present(self) -> bool:
-        """The user sees the newest messages."""
-        return self.focused and self.transcript.at_bottom and not self.transcript.sheet.past
-
-    def _see(self) -> None:
-        """Soon note that what is in sight was read."""
-        room = self.room
-        if self.present and room and (room.unread or self.transcript.sheet.unseen):
-            self.later("seen", SEEN_MS, self._saw)
-
-    def _saw(self) -> None:
-        if self.present:
-            newest = self.transcript.sheet.newest
-            self.transcript.sheet.seen(newest)
-            self.do("read", self.here, newest)
-
-    def read_below(self) -> None:
-        self.below = 0
-        self.do("back", False)
-        self.transcript.tell_below(0)
-        self._see()
-
-    def _left_bottom(self) -> None:
-        self.do("back", True)
-        self.transcript.tell_below(self.below)
-
-    def _focus_in(self, event: Any) -> None:
-        for card in self.cards:
-            card.keep_focus(event.widget)
-        self._focus(True)
-
-    def _look_for_focus(self) -> None:
-        """The focus may only have moved to another part of the window."""
-        self._focus(bool(self.root.tk.call("focus", "-displayof", self.root)))
-
-    def _focus(self, focused: bool) -> None:
-        """Note whether the window has the keys."""
-        if focused != self.focused:
-            self.focused = focused
-            self.do("focus", focused)
-            self._see()
-
-    # What the user writes
-
-    def send(self, text: str) -> bool:
-        """Return whether it is on its way. While the line is broken it waits in the core."""
-        if chat.is_quit(text):
-            self.close(text[len("/quit") :].strip())
-        else:
-            reply = self.reply.view.id if self.reply and text[:1] != "/" else ""
-            if not self.do("say", self.here, text, reply):
-                self.ask("not connected: connect first, your text is kept")
-                return False
-            self.typed_at = 0.0
-            self.cancel("draft")
-            self.kept_draft = ""
-            if reply:
-                self.stop_reply()
-            if not self.transcript.at_bottom:
-                self.transcript.to_bottom()
-        return True
-
-    def complete(self, word: str, first: bool) -> list[str]:
-        """Return completions of a word: the users who spoke last come first."""
-        if match := EMOJI_WORD.fullmatch(word):
-            return [f"{emoji} " for emoji, _ in emoji_for(match[1])]
-        members = list(self.people.rows)
-        recent = [name for name in self.transcript.sheet.speakers() if name in self.people.rows]
-        rooms = [room.name for room in self.sidebar.rooms.values() if room.name]
-        here = [self.room.name] if self.room and not self.room.channel else []
-        names = dict.fromkeys((*recent, *here, *sorted(members, key=key_of)))
-        names.pop(self.server.nick if self.server else "", None)
-        command = self.compose.editor.before.split(" ")[0]
-        if command[:1] == "/" and not first:
-            names.update(dict.fromkeys(name for name in rooms if not chat.is_channel(name)))
-            return command_arguments(command, word) or chat.completions(word, first, names, rooms)
-        return chat.completions(word, first, names, [one for one in rooms if chat.is_channel(one)])
-
-    def type_on(self, text: str) -> None:
-        """Take what was typed or pasted elsewhere into the field."""
-        self.compose.focus_set()
-        text = self.compose.pasted(text)
-        if len(text) + len(self.compose.content) > PASTED_MOST:
-            return self.compose.too_much(text)
-        return self.compose.take_paste(text)
-
-    def _edited(self) -> None:
-        """The user has changed the text: keep it soon, and tell the others."""
-        text = self.compose.content
-        if self.look.reorders and RIGHT_TO_LEFT.search(text[-SEEN_TYPED:]):
-            self.tell_about(self.look.seen(text[-SEEN_TYPED:].split("\n")[-1]))
-        self.later("draft", DRAFT_MS, lambda: self._keep_draft(self.compose.content))
-        now = time.monotonic()
-        tells = bool(text.strip()) and text[:1] != "/"
-        if tells and (now - self.typed_at) * 1000 > TYPING_MS:
-            self._tell_typing(text)
-        elif not text and self.typed_at:
-            self._tell_typing("")
-
-    def _tell_typing(self, text: str) -> None:
-        self.typed_at = time.monotonic() if text else 0.0
-        self.do("typing", self.here, text)
-
-    def _keep_draft(self, text: str) -> None:
-        self.cancel("draft")
-        if text != self.kept_draft and self.here:
-            self.kept_draft = text
-            self.do("draft", self.here, text)
-
-    # Pastes
-
-    def _show_paste(self, text: str) -> None:
-        """Say what will be sent, of a paste of several lines."""
-        pieces = list(chat.message_pieces(text))
-        lines = text.rstrip("\n").count("\n") + 1
-        about = f"{lines:,} lines: sent as {chat.counted(len(pieces), 'message')}"
-
-        def as_one_line() -> None:
-            self.compose.set(" ".join(self.compose.content.split()))
-            self.banner.hide()
-
-        def preview() -> None:
-            self.open_panel()
-            shown = "\n\n".join(f"[{n}]\n{piece}" for n, piece in enumerate(pieces, 1))
-            self.panel.show_page("What will be sent", shown)
-
-        buttons = (("Show", preview), ("Make it one line", as_one_line))
-        self._show_banner(about, *buttons)
-
-    def _offer_paste(self, text: str) -> None:
-        """Offer to send a paste that is too long for the field as several messages."""
-        pieces = list(chat.message_pieces(text))
-        room = self.here
-
-        def send_all() -> None:
-            self.banner.hide()
-            for piece in pieces:
-                self.do("say", room, f"/{piece}" if piece[:1] == "/" else piece, "")
-
-        count = chat.counted(len(pieces), "message")
-        about = f"that is too long to be pasted: {len(text):,} characters; your text is as it was"
-        self._show_banner(about, (f"Send it as {count}", send_all))
-
-    def _show_banner(self, text: str, *buttons: tuple[str, Callable[[], None]]) -> None:
-        if self.banner.shown:
-            self.banner.hide()
-        self.banner.show(text, *buttons)
-
-    # Files
-
-    def _choose_files(self) -> Any:
-        return filedialog.askopenfilenames(
-            parent=self.root, title="Send files", initialdir=self.folder
-        )
-
-    def _choose_place(self, name: str) -> str:
-        return filedialog.asksaveasfilename(
-            parent=self.root, title="Save", initialfile=name, initialdir=str(self.downloads())
-        )
-
-    def _with_dialog(self, ask: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Ask by a dialog of the system. That runs Tk's loop inside itself, so it begins when no
-        handler is at work, and only one is open; the engine does not notice."""
-
-        def begin() -> None:
-            self.choosing, answer = True, None
-            try:
-                answer = ask()
-            except tk.TclError:  # the window was closed under it
-                log.info("the dialog ended", exc_info=True)
-            self.choosing = False
-            if answer and not (self.closing or self.gone):
-                self.compose.focus_set()
-                then(answer)
-
-        if not self.choosing:
-            self.later("dialog", 1, begin)
-
-    def ask_files(self) -> None:
-        """Ask for files to be sent to this conversation, whichever is looked at then."""
-        here = self.here
-        if self.room is None:
-            return self.tell("open a conversation, and send the file there")
-
-        def chosen(paths: Iterable[str]) -> None:
-            self.folder = str(pathlib.Path(next(iter(paths))).parent)
-            self.send_files(here, paths)
-
-        return self._with_dialog(self.choose_files, chosen)
-
-    def send_files(self, number: int, paths: Iterable[str]) -> None:
-        for path in paths:
-            if not self.do("send_file", number, str(path)):
-                self.ask("not connected: connect first, and send the file then")
-
-    def _look_for_file(self, text: str) -> None:
-        """Offer to send the file whose path was pasted, if there is one."""
-        here = self.here
-
-        def send(path: str) -> None:
-            self.compose.set(self.compose.content.replace(text, "", 1))
-            self.send_files(here, [path])
-
-        def found(path: str) -> None:
-            if path and here == self.here and self.room and text in self.compose.content:
-                self.file_card.show(path, functools.partial(send, path))
-
-        self.in_thread(functools.partial(pasted_file, text), found)
-
-    def _save_file(self, row: Row) -> None:
-        """Save the file of a message among the downloads, under a name that is free."""
-        self.do("save_file", self.here, row.view, str(self.downloads()))
-
-    def _save_file_as(self, row: Row) -> None:
-        here, name = self.here, chat.linked_name(row.view) or "file"
-        save = lambda place: self.do("save_file", here, row.view, str(place))  # noqa: E731
-        self._with_dialog(lambda: self.choose_place(name), save)
-
-    def _open_file(self, row: Row) -> None:
-        """Save a file in a folder of this window, and open it there."""
-        file = chat.parse_file_tag(row.view.file)
-        if file is None or file.type not in OPENED_TYPES:
-            return self.tell("such a file is saved, and not opened")
-        self.opened = self.opened or tempfile.mkdtemp(prefix="chat-")
-        stem = pathlib.Path(chat.linked_name(row.view) or "file").stem
-        path = pathlib.Path(self.opened, f"{stem}{OPENED_TYPES[file.type]}")
-        self.do("save_file", self.here, row.view, str(path), True)
-        return self.tell(f"opening {path.name} \u2026")
-
-    def _view_picture(self, row: Row) -> None:
-        """Show the full picture, or have it opened by another program."""
-        file = chat.parse_file_tag(row.view.file)
-        if file is None or not is_shown(file):
-            return self._open_file(row)
-        self.do("full_picture", self.here, file)
-        return self.tell("the picture is coming \u2026")
-
-    def _show_full(self, file: chat.FileTag, data: bytes, why: str) -> None:
-        why = why or picture_trouble(file, data)
-        image = None if why else decoded(self.root, file, data)
-        if image is None:
-            return self.tell(f"the picture is not shown: {why or 'it is damaged'}")
-        title = f"{file.words()} \u2013 chat"
-        self.tell_about("")
-        self.picture = PictureWindow(self.root, self.look, image, title)
-        return None
-
-    # Messages
-
-    def message_menu(self, row: Row, event: Any) -> None:
-        """Offer what can be done with a message."""
-        server, view = self.server, row.view
-        can = server.can if server and view.id else frozenset()
-        menu = self.look.menu(self.transcript)
-        add = functools.partial(self._add_act, menu, row)
-        message = view.kind in MESSAGES
-        if row.state == FAILED and row.parked:
-            add("Send again", "retry", True)
-            add("Drop it", "cancel", True)
-            menu.add_separator()
-        if message:
-            add("Reply", "reply", "reply" in can, "Alt+R")
-            menu.add_cascade(
-                label="React", menu=self._reaction_menu(menu, row), state=enabled("react" in can)
-            )
-            if view.mine or self._is_operator():
-                add("Take it back", "redact", "redact" in can)
-            menu.add_separator()
-        if file := chat.parse_file_tag(view.file):
-            add("Save the file", "save", True)
-            add("Save the file as \u2026", "save-as", True)
-            if is_shown(file):
-                add("Show the picture in full", "picture", True)
-            add("Open the file", "open", file.type in OPENED_TYPES)
-            menu.add_separator()
-        add("Copy text", "copy", True)
-        if message and len(beginning(view.text)) < len(view.text):
-            add("Show all of it, or less", "expand", True)
-        for url in list(dict.fromkeys(link_of(one) for one in LINK.findall(view.text)))[:5]:
-            opened = functools.partial(open_link, url)
-            menu.add_command(label=f"Open {shorter(url, 60)}", command=opened)
-        if message and not view.mine:
-            menu.add_separator()
-            add(f"Write to {shorter(view.name, 30)}", "private", True)
-            add(f"Ignore {shorter(view.name, 30)}", "ignore", True)
-        popup_menu(menu, event, self.transcript, self.transcript.box_of(row))
-
-    def _is_operator(self) -> bool:
-        """Return whether this user may remove messages of others here."""
-        me = self.people.rows.get(self.server.nick if self.server else "")
-        return me is not None and me.rank[:1] in ("~", "&", "@", "%")
-
-    def _add_act(
-        self, menu: tk.Menu, row: Row, label: str, what: str, on: bool, key: str = ""
-    ) -> None:
-        menu.add_command(
-            label=self.look.seen(label),
-            command=functools.partial(self.act_on, what, row),
-            state=enabled(on),
-            accelerator=key,
-        )
-
-    def _reaction_menu(self, menu: tk.Menu, row: Row) -> tk.Menu:
-        choices = self.look.menu(menu)
-        for emoji in REACTIONS:
-            act = functools.partial(self.act_on, f"react {emoji}", row)
-            choices.add_command(label=self.look.drawable(emoji), command=act)
-        choices.add_command(label="Another \u2026", command=lambda: self.act_on("react", row))
-        return choices
-
-    def act_on(self, what: str, row: Row) -> None:
-        """Do something with a message."""
-        what, _, emoji = what.partition(" ")
-        view = row.view
-        if what == "react" and emoji:
-            self._react(row, emoji)
-        elif what in ("retry", "cancel"):
-            self.do(what, self.here, view.own_id)
-        elif what == "redact":
-            self.do("redact", self.here, view.id)
-        elif what in ("private", "ignore"):
-            verb = "/query" if what == "private" else "/ignore"
-            self.do("say", self.here, f"{verb} {view.name}")
-        elif what == "expand":
-            self.transcript.act(what, row)
-        elif act := self.ACTS.get(what):
-            act(self, row)
-
-    def _act_on_chosen(self, what: str) -> None:
-        if row := self.transcript.chosen_row:
-            self.act_on(what, row)
-
-    def _start_reply(self, row: Row) -> None:
-        """Let the next message answer this one."""
-        if not row.view.id or not self.server or "reply" not in self.server.can:
-            return self.tell("this message cannot be answered here")
-        text = f"Reply to {shorter(row.view.name, 30)}: {excerpt(row.view.text)}"
-        self._show_banner(text)
-        self.reply = row
-        self.banner.dropped = self._forget_reply
-        return self.compose.focus_set()
-
-    def _forget_reply(self) -> None:
-        self.reply = None
-        self.compose.focus_set()
-
-    def stop_reply(self) -> None:
-        if self.reply:
-            self.banner.hide()
-
-    def _ask_reaction(self, row: Row) -> None:
-        """Ask for an emoji, by name or as it is."""
-
-        def taken(text: str) -> None:
-            found = emoji_for(text.strip(":"))
-            emoji = found[0][0] if found and text.strip(":").isascii() else text
-            self._react(row, emoji[: chat.REACTION_CHARACTERS])
-
-        self.ask_card.show("React with", taken, "", "an emoji, or its name: tea, heart, tada")
-
-    def _react(self, row: Row, emoji: str) -> None:
-        me = self.server.nick if self.server else ""
-        mine = any(one == emoji and me in names for one, names in row.reactions)
-        self.do("react", self.here, row.view.id, emoji, not mine)
-
-    def _copy(self, row: Row) -> None:
-        self.root.clipboard_clear()
-        self.root.clipboard_append(row.view.text)
-
-    def _show_answered(self, row: Row) -> None:
-        """Scroll to the message that this one answers."""
-        number = self.transcript.sheet.find_id(row.view.reply)
-        if number is not None:
-            self.transcript.show_row(number)
-
-    ACTS: dict[str, Callable[[Any, Row], None]] = {
-        "reply": _start_reply,
-        "react": _ask_reaction,
-        "copy": _copy,
-        "answers": _show_answered,
-        "save": _save_file,
-        "save-as": _save_file_as,
-        "open": _open_file,
-        "picture": _view_picture,
-    }
-
-    # Conversations
-
-    def look_at(self, number: int) -> None:
-        self.do("look", number)
-
-    def go_next(self, step: int) -> None:
-        """Look at the conversation below this one, or above."""
-        rooms = self.sidebar.all_rooms()
-        if rooms:
-            now = rooms.index(self.here) if self.here in rooms else -1
-            self.look_at(rooms[(now + step) % len(rooms)])
-
-    def go_number(self, number: int) -> None:
-        for room in self.sidebar.all_rooms()[number - 1 : number]:
-            self.look_at(room)
-
-    def go_unread(self) -> None:
-        """Look where the user is called; else where something is new."""
-        rooms = [self.sidebar.rooms[number] for number in self.sidebar.all_rooms()]
-        rooms = [room for room in rooms if room.unread and room.number != self.here]
-        rooms.sort(key=lambda room: (not room.called, room.muted))
-        for room in rooms[:1]:
-            self.look_at(room.number)
-
-    def open_private(self, name: str) -> None:
-        self.do("say", self.here, f"/query {name}")
-        self.compose.focus_set()
-
-    def room_menu(self, number: int, event: Any) -> None:
-        """Offer what can be done with a conversation, or a server."""
-        room = self.sidebar.rooms.get(number)
-        if room is None:
-            return
-        menu = self.look.menu(self.sidebar)
-        if not room.name:
-            self._add_server_acts(menu, room.server)
-        else:
-            self._add_room_acts(menu, room)
-        popup_menu(menu, event, self.sidebar, box_of_choice(self.sidebar.tree))
-
-    def _add_room_acts(self, menu: tk.Menu, room: RoomInfo) -> None:
-        number = room.number
-        add = menu.add_command
-        add(label="Go there", command=lambda: self.look_at(number))
-        add(label="Mark as read", command=lambda: self.do("read", number))
-        text = "Call me again" if room.muted else "Mute"
-        add(label=text, command=lambda: self.do("mute", number, not room.muted))
-        if room.channel:
-            add(label="Topic \u2026", command=lambda: self._ask_topic(room))
-            if not room.inside:
-                add(label="Join", command=lambda: self.do("say", number, f"/join {room.name}"))
-        menu.add_separator()
-        text = "Leave and close" if room.channel and room.inside else "Close"
-        add(label=text, command=lambda: self.do("close", number))
-
-    def _add_server_acts(self, menu: tk.Menu, server: int) -> None:
-        add = menu.add_command
-        for doubtful in [one for one in self.servers if one.number == server and one.doubted]:
-            ask = functools.partial(self.certificate.show, doubtful)
-            add(label="Is its certificate right? \u2026", command=ask)
-        add(label="Connect again", command=lambda: self.do("server", server, "/reconnect"))
-        add(label="Which channels there are", command=lambda: self.do("server", server, "/list"))
-        add(label="Join a channel \u2026", command=self._ask_channel)
-        add(label="Lines of the protocol", command=lambda: self.do("server", server, "/raw"))
-        menu.add_separator()
-        add(label="Leave this server", command=lambda: self.do("server", server, "/disconnect"))
-
-    def member_menu(self, name: str, event: Any) -> None:
-        """Offer what can be done with a member."""
-        menu = self.look.menu(self.people)
-        say = functools.partial(self.do, "say", self.here)
-        for label, verb in (
-            ("Write to", "/query {}"),
-            ("Who is", "/whois {}"),
-            ("Ignore", "/ignore {}"),
-            ("Make an operator:", "/op {}"),
-            ("Put out:", "/kick {}"),
-        ):
-            text = self.look.seen(f"{label} {shorter(name, 30)}")
-            menu.add_command(label=text, command=functools.partial(say, verb.format(name)))
-        mention = functools.partial(self.compose.begin, f"{name}: ")
-        menu.add_command(label="Mention in the field", command=mention)
-        popup_menu(menu, event, self.people, box_of_choice(self.people.tree))
-
-    def _ask_topic(self, room: RoomInfo) -> None:
-        taken = lambda text: self.do("say", room.number, f"/topic {room.name} {text}")  # noqa: E731
-        self.ask_card.show(f"Topic of {room.name}", taken, room.topic)
-
-    def _show_topic(self) -> None:
-        if self.room and self.room.topic:
-            self.open_panel()
-            self.panel.show_page(f"Topic of {self.room.name}", self.room.topic)
-
-    def _ask_channel(self) -> None:
-        note = "its name, and its password behind a blank if it has one"
-        join = lambda text: self.do("say", self.here, f"/join {text}")  # noqa: E731
-        self.ask_card.show("Join a channel", join, "#", note)
-
-    def _ask_private(self) -> None:
-        self.ask_card.show("Write to", lambda text: self.open_private(text.split()[0]))
-
-    def _ask_name(self) -> None:
-        nick = self.server.nick if self.server else ""
-        self.ask_card.show(
-            "Your name", lambda text: self.do("say", self.here, f"/nick {text}"), nick
-        )
-
-    # The parts of the window
-
-    def _main_menu(self) -> None:
-        menu, room = self.look.menu(self.root), self.room
-        muted = bool(room and room.muted)
-        for entry in (
-            ("Go to \u2026", self.open_switcher, "Ctrl+K"),
-            ("Next with something new", self.go_unread, "Alt+A"),
-            ("Join a channel \u2026", self._ask_channel, ""),
-            ("Write to a user \u2026", self._ask_private, ""),
-            ("Send a file \u2026", self.ask_files, "Ctrl+O"),
-            ("Call me here again" if muted else "Mute this conversation", self._toggle_mute, ""),
-            ("Close this conversation", lambda: self.do("close", self.here), "Ctrl+W"),
-            None,
-            ("Search \u2026", self.ask_search, "Ctrl+F"),
-            ("Show or hide conversations", lambda: self.toggle("sidebar"), "F8"),
-            ("Show or hide members", lambda: self.toggle("members"), "F9"),
-            None,
-            ("Connect \u2026", self.ask, ""),
-            ("Your name \u2026", self._ask_name, ""),
-            ("Settings \u2026", self.open_settings, "Ctrl+,"),
-            ("Help", self.show_help, "F1"),
-            ("Quit", self.close, "Ctrl+Q"),
-        ):
-            if entry is None:
-                menu.add_separator()
-            else:
-                menu.add_command(label=entry[0], command=entry[1], accelerator=entry[2])
-        button = self.menu_button
-        x, y = button.winfo_rootx(), button.winfo_rooty() + button.winfo_height()
-        menu.tk_popup(x, y)
-        menu.bind("<Unmap>", lambda _: menu.after_idle(destroy_quietly, menu))
-
-    def _toggle_mute(self) -> None:
-        if self.room:
-            self.do("mute", self.here, not self.room.muted)
-
-    def toggle(self, name: str) -> None:
-        """Show or hide a pane at a side."""
-        self.panes.show(name, not self.panes.is_shown(name))
-        self.compose.focus_set()
-
-    def open_panel(self) -> None:
-        """Show the panel beside the conversation."""
+    def show_page(self, title: str, text: str) -> None:
+        """Show a text beside the conversation."""
         self.panes.show("panel", True)
-
-    def close_panel(self) -> None:
-        self.panes.show("panel", False)
-        self.transcript.text.tag_remove("found", "1.0", "end")
-        self.compose.focus_set()
-
-    def ask_search(self) -> None:
-        self.open_panel()
-        self.panel.ask()
-
-    def search(self, words: str, everywhere: bool) -> None:
-        self.do("search", words, 0 if everywhere else self.here)
-
-    def jump(self, number: int, view: chat.View) -> None:
-        """Show a message that was found, among those around it."""
-        self.do("jump", number, view)
-
-    def show_help(self) -> None:
-        if self.engine:
-            self.do("say", self.here, "/help")
-        else:
-            self.open_panel()
-            self.panel.show_page("Keys", keys_text())
-
-    def open_settings(self) -> None:
-        if self.engine is None:
-            return self.ask("connect first: settings are kept with what was said")
-        return self.settings.show(self.values)
-
-    def open_switcher(self) -> None:
-        """Offer all conversations, and what the menu has."""
-        several = len(self.servers) > 1
-        choices: list[tuple[str, Callable[[], None]]] = []
-        for number in self.sidebar.all_rooms():
-            room = self.sidebar.rooms[number]
-            server = next(one for one in self.servers if one.number == room.server)
-            text = f"{room.name}  {count_text(room)}".rstrip()
-            text += f"  ({server.address})" if several else ""
-            choices.append((text, functools.partial(self.look_at, number)))
-        choices += [
-            ("Join a channel \u2026", self._ask_channel),
-            ("Connect \u2026", self.ask),
-            ("Settings \u2026", self.open_settings),
-            ("Search \u2026", self.ask_search),
-            ("Help", self.show_help),
-        ]
-        self.switcher.show(choices)
-
-    def zoom(self, step: int) -> None:
-        """Make all larger or smaller; 0 is as usual."""
-        size = "default" if step == 0 else str(self.look.size + step)
-        if self.engine:
-            self.do("set", "size", size)
-        else:
-            self.look.want(self.look.theme, self.look.family, "" if step == 0 else size)
-
-    def cycle_focus(self, step: int) -> None:
-        """Give the keys to the next part of the window."""
-        shown = self.panes.is_shown
-        parts: list[tk.Misc] = [self.compose]
-        parts += self.banner.buttons.winfo_children()[:1] if self.banner.shown else []
-        parts += [self.sidebar.tree] if shown("sidebar") else []
-        parts += self.strip.buttons[:1]
-        parts += [self.transcript.text]
-        parts += [self.panel.text] if shown("panel") else []
-        parts += [self.people.tree] if shown("members") else []
-        focus = self.root.focus_get()
-        now = parts.index(focus) if focus in parts else 0
-        part = parts[(now + step) % len(parts)]
-        part.focus_set()
-        if isinstance(part, ttk.Treeview) and not part.selection() and part.get_children():
-            part.selection_set(part.get_children()[0])
-            part.focus(part.get_children()[0])
-
-    def escape(self) -> None:
-        """Leave whatever is open; then go to the newest message."""
-        if self.compose.offers and self.compose.offers.shown:
-            self.compose.offers.hide()
-        elif self.banner.shown:
-            self.banner.hide()
-        elif self.panes.is_shown("panel"):
-            self.close_panel()
-        elif not self.transcript.at_bottom:
-            self.transcript.to_bottom()
-        elif self.transcript.sheet.marked is not None:
-            self.transcript.read_to(self.transcript.sheet.newest)
-        self.transcript.choose(None)
-        self.compose.focus_set()
+        self.panel.show_page(title, text)
 
     # Closing
 
     def interrupt(self, *_: Any) -> None:
-        """For signals, which come at any moment: closing is left to the bell."""
+        """Note a signal, which comes at any moment: closing is left to the bell."""
         self.interrupted = True
         ring(self.bell.writer)
 
     def close(self, reason: str = "") -> None:
-        """Hide at once; then the server is told, but not waited for for long."""
+        """Hide at once, and leave the servers, for a second at most."""
         if self.closing:
             return
         self.closing = True
         self._remember()
         self.root.withdraw()
-        if self.engine:
-            drafts = {**self.drafts, self.here: self.compose.content}
-            self.engine.do("leave", reason, drafts)
+        self.model.do("leave", reason, self.writing.all_drafts())
         self._wait_for_engine(time.monotonic() + CLOSE_SECONDS)
 
     def _wait_for_engine(self, until: float) -> None:
-        working = self.engine and self.engine.thread.is_alive()
-        if working and time.monotonic() < until:
+        engine = self.model.engine
+        if engine and engine.thread.is_alive() and time.monotonic() < until:
             self.root.after(CLOSE_POLL_MS, self._wait_for_engine, until)
         else:
             self.destroy()
@@ -6247,15 +6774,14 @@ class Window:
         its objects is freed elsewhere, and the loop's thread makes garbage, too."""
         self.collections += 1
         gc.collect(2 if self.collections % COLLECTIONS == 0 else 1)
-        self.later("collect", COLLECT_MS, self._collect)
+        self.timers.later("collect", COLLECT_MS, self._collect)
 
     def destroy(self) -> None:
         self.gone = True
-        for what in list(self.timers):
-            self.cancel(what)
+        self.timers.close()
         self.bell.close()
-        if self.opened:
-            shutil.rmtree(self.opened, ignore_errors=True)
+        self.files.close()
+        self.remembered.close()
         self.root.destroy()
 
 
@@ -6280,6 +6806,7 @@ DEMO_TALK = (  # name, channel or "" for a private message, text
     ("carol", "#lobby", "alice: shall we look at them together at ten?"),
     ("erin", "", "psst, there is cake at four"),
 )
+DEMO_PICTURE = ("tea.png", 180, 90)
 DEMO_ANSWER = "gladly, I bring the tea \u2615"
 
 
@@ -6355,18 +6882,34 @@ def wait_for(window: Window, condition: Callable[[], Any]) -> None:
         window.root.tk.call("after", "cancel", timer)
 
 
-def play_demo(window: Window, peers: dict[str, DemoPeer]) -> None:
+def send_picture(window: Window, folder: pathlib.Path) -> None:
+    """Draw a picture, a cup of tea, and send it."""
+    name, wide, high = DEMO_PICTURE
+    picture = tk.PhotoImage(master=window.root, width=wide, height=high)
+    for colour, *box in (
+        ("#f4d9b8", 0, 0, wide, high),
+        *(("#8a4b2a", 108, 36, 130, 58), ("#f4d9b8", 108, 42, 124, 52)),  # the handle
+        *(("#8a4b2a", 56, 28, 112, 72), ("#c9742f", 60, 28, 108, 34)),  # the cup, the tea
+        *(("#e8e3da", 72, 10, 75, 22), ("#e8e3da", 90, 8, 93, 22)),  # its steam
+    ):
+        picture.put(colour, to=tuple(box))
+    picture.write(folder / name, format="png")
+    window.files.send(window.model.here, [folder / name])
+    wait_for(window, lambda: window.transcript.text.image_names())
+
+
+def play_demo(window: Window, peers: dict[str, DemoPeer], folder: pathlib.Path) -> None:
     """Let some users talk, and this one with them."""
 
     def shows(text: str) -> bool:
         return text in window.transcript.text.get("1.0", "end")
 
-    wait_for(window, lambda: window.server and window.server.ready and window.room)
+    wait_for(window, lambda: window.model.room and window.model.server.ready)
     for channel in DEMO_CHANNELS[1:]:
-        window.do("say", window.here, f"/join {channel}")
-        wait_for(window, lambda c=channel: window.room and window.room.name == c)
-    window.go_number(1)
-    wait_for(window, lambda: window.room.name == DEMO_CHANNELS[0])
+        window.model.say(f"/join {channel}")
+        wait_for(window, lambda c=channel: window.model.room and window.model.room.name == c)
+    window.rooms.go_number(1)
+    wait_for(window, lambda: window.model.room.name == DEMO_CHANNELS[0])
     peers["bob"].send("TOPIC #lobby :Release 0.4 on Friday \u2013 https://example.org/notes")
     for name, channel, text in DEMO_TALK:
         peers[name].send(f"PRIVMSG {channel or 'alice'} :{text}")
@@ -6375,13 +6918,14 @@ def play_demo(window: Window, peers: dict[str, DemoPeer]) -> None:
     question = peers["dave"].id_of(DEMO_TALK[-2][2])
     for name in ("dave", "erin"):
         peers[name].send(f"@+draft/react=\u2764;+draft/reply={question} TAGMSG #lobby")
-    window.act_on("reply", window.transcript.sheet.rows[-1])
+    window.messages.act("reply", window.transcript.sheet.rows[-1])
     window.compose.set(DEMO_ANSWER)
     window.compose.submit()
+    wait_for(window, lambda: shows(DEMO_ANSWER) and shows("\u2764 2"))
+    send_picture(window, folder)
     peers["dave"].send("@+typing=active TAGMSG #lobby")
     peers["erin"].send("AWAY :lunch")
-    wait_for(window, lambda: shows(DEMO_ANSWER) and shows("\u2764 2"))
-    wait_for(window, lambda: window.typing_label.cget("text"))
+    wait_for(window, lambda: window.transcript.typing.cget("text"))
     window.compose.focus_force()
 
 
@@ -6395,10 +6939,10 @@ def make_picture(path: pathlib.Path, theme: str, state: pathlib.Path) -> None:
         where = chat.address_text(*address)
         window = Window(WindowOptions("alice", where, state=state, config=state))
         window.begin()
-        window.do("set", "theme", theme)
-        play_demo(window, peers)
+        window.model.do("set", "theme", theme)
+        play_demo(window, peers, state)
         rested: list[bool] = []
-        window.later("demo", DEMO_REST_MS, lambda: rested.append(True))
+        window.timers.later("demo", DEMO_REST_MS, lambda: rested.append(True))
         wait_for(window, lambda: rested)
         subprocess.run(["import", "-window", "root", str(path)], check=True)
         window.close()
@@ -6438,7 +6982,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def heed_signals(window: Window) -> None:
-    """Let Ctrl-C in the terminal that started us close the window."""
+    """Let Ctrl-C in the terminal close the window."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if number := getattr(signal, name, None):
             signal.signal(number, window.interrupt)
@@ -6446,7 +6990,7 @@ def heed_signals(window: Window) -> None:
 
 
 def sharpen() -> None:
-    """On Windows a program has to say that it copes with fine screens, or is blurred."""
+    """Tell Windows that this program draws for fine screens: it would blur it otherwise."""
     if os.name == "nt":
         with contextlib.suppress(AttributeError, OSError):
             ctypes.OleDLL("shcore").SetProcessDpiAwareness(1)

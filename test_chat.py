@@ -21678,7 +21678,7 @@ def sheet_of(*views, read_time=0, **more):
     """A sheet with these views, all drawn; and its pieces."""
     sheet = gui_client.Sheet()
     rows = [view if isinstance(view, gui_client.Row) else gui_client.Row(view) for view in views]
-    sheet.reset(1, rows, read_time, **more)
+    sheet.reset(gui_client.Rows(1, gui_client.RESET, tuple(rows), read_time, **more))
     return sheet, sheet.draw_before(len(rows))
 
 
@@ -21748,7 +21748,7 @@ def test_lines_are_counted_right_whatever_happens_to_rows(seed):
     """The widget's text, edited as the sheet says, is what the sheet would draw at once."""
     chance, lines, count = random.Random(seed), [], itertools.count()
     sheet = gui_client.Sheet()
-    sheet.reset(1, [], 0)
+    sheet.reset(gui_client.Rows(1, gui_client.RESET, ()))
 
     def row(**more):
         n = next(count)
@@ -22054,12 +22054,12 @@ def see(window, text):
 
 
 def is_ready(window):
-    return window.server is not None and window.server.ready
+    return window.model.server is not None and window.model.server.ready
 
 
 def at_home(window):
     """Connected, on the screen, and looking at a conversation."""
-    pump(window, lambda: is_ready(window) and window.room is not None and here(window))
+    pump(window, lambda: is_ready(window) and window.model.room is not None and here(window))
     pump(window, lambda: window.compose.winfo_width() > 1)
     return window
 
@@ -22072,14 +22072,15 @@ def enter(window, text):
 
 def go(window, name):
     """Look at the conversation of this name."""
-    pump(window, lambda: any(room.name == name for room in window.sidebar.rooms.values()))
-    window.look_at(next(n for n, room in window.sidebar.rooms.items() if room.name == name))
-    pump(window, lambda: window.room and window.room.name == name)
+    pump(window, lambda: any(room.name == name for room in window.model.rooms.values()))
+    window.rooms.look_at(next(n for n, room in window.model.rooms.items() if room.name == name))
+    pump(window, lambda: window.model.room and window.model.room.name == name)
 
 
 def join(window, name):
     enter(window, f"/join {name}")
-    pump(window, lambda: window.room and window.room.name == name and window.room.inside)
+    model = window.model
+    pump(window, lambda: model.room and model.room.name == name and model.room.inside)
 
 
 def press(window, key, widget=None):
@@ -22093,8 +22094,8 @@ def press(window, key, widget=None):
 
 def focus(window, on):
     """Have the window believe that it has the keys, or not, whatever the screen says."""
-    gui_client.Window._focus(window, on)
-    window._focus = chat.do_nothing
+    gui_client.Reading.set_focus(window.reading, on)
+    window.reading.set_focus = chat.do_nothing
 
 
 def sidebar(window):
@@ -22143,7 +22144,7 @@ def test_garbage_with_widgets_in_it_is_freed_on_the_windows_own_thread(
                 one.append(one)
         done.set()
 
-    alice.engine.submit(litter)
+    alice.model.engine.submit(litter)
     assert done.wait(PATIENCE) and freed == []
     pump(alice, lambda: freed)
     assert freed == [threading.main_thread()]
@@ -22174,7 +22175,10 @@ def test_a_long_line_in_the_field_is_laid_out_in_no_time_and_a_longer_paste_is_o
     button, _ = alice.banner.buttons.winfo_children()
     assert re.fullmatch(r"Send it as \d+ messages", button.cget("text"))
     button.invoke()
-    pump(alice, lambda: alice.server.waiting == 0 and alice.transcript.sheet.rows[-1].state == "")
+    pump(
+        alice,
+        lambda: alice.model.server.waiting == 0 and alice.transcript.sheet.rows[-1].state == "",
+    )
     assert bob.until(lines[-1])[-len(lines) :] == [f"alice: {line}" for line in lines]
     assert field.content == before and not alice.banner.shown
 
@@ -22213,11 +22217,112 @@ def test_a_message_that_was_taken_back_is_not_in_the_window_any_more(running, wi
     assert "secret" not in transcript(alice) and "first\n" in transcript(alice)
     enter(alice, "never mind")
     pump(alice, lambda: alice.transcript.sheet.rows[-1].view.id)
-    alice.act_on("redact", alice.transcript.sheet.rows[-1])
+    alice.messages.act("redact", alice.transcript.sheet.rows[-1])
     see(alice, "alice took back a message")
     assert "never mind" not in transcript(alice)
     sizes = alice.transcript.sheet.sizes
     assert sum(sizes) == transcript(alice).count("\n") - 1
+
+
+def test_a_redacted_message_is_seen_nowhere_not_in_results_the_past_or_a_reply(
+    running, window, folder
+):
+    server, state = running(), {"state": folder, "config": folder}
+    bob = tagger(server, "bob", "JOIN #lobby")
+    alice = at_home(window(server.address, **state))
+    lines = [f"PRIVMSG #lobby :{'a secret' if n == 20 else 'words'} {n}\r\n" for n in range(400)]
+    bob.send("".join(lines))
+    secret = next(line for line in bob.until("words 399") if "a secret" in line)
+    see(alice, "words 399\n")
+    alice.close()
+    pump(alice, lambda: alice.gone)
+    alice = at_home(window(server.address, **state))
+    see(alice, "words 399\n")
+    alice.commands.ask_search()
+    alice.commands.search("secret", True)
+    pump(alice, lambda: alice.panel.rows)
+    alice.panel.jump(*alice.panel.rows[0][::2])
+    see(alice, "a secret 20\n")
+    assert alice.transcript.sheet.past
+    press(alice, "Alt-r")
+    assert "a secret" in alice.banner.label.cget("text")
+    alice.compose.set("half an answer")
+    bob.send(f"REDACT #lobby {id_in(secret)}\r\n")
+    see(alice, "a message was taken back\n")
+    shown = transcript(alice)
+    assert "secret" not in shown + alice.panel.text.get("1.0", "end") and "words 19\n" in shown
+    assert not alice.banner.shown and alice.compose.content == "half an answer"
+    assert sum(alice.transcript.sheet.sizes) == shown.count("\n") - 1
+
+
+def test_a_paste_that_is_too_long_for_a_field_of_one_line_is_refused_with_a_message(window):
+    alice = window(name="")
+    alice.root.update()
+    for field in (alice.card.server, alice.panel.field, alice.ask_card.field):
+        alice.root.clipboard_clear()
+        alice.root.clipboard_append("word " * 2_000)
+        field.set("as it was")
+        alice.tell("")
+        began = time.process_time()
+        field.event_generate("<<Paste>>")
+        alice.root.update()
+        assert time.process_time() - began < 0.5
+        assert field.content == "as it was"
+        assert "too long to be pasted" in alice.status_line.about.cget("text")
+
+
+def test_the_end_stays_in_sight_when_fonts_panes_and_the_window_change(running, window):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+    bob.send("".join(f"message {n} {'and more ' * 20}\n" for n in range(200)))
+    see(alice, "message 199")
+    page, began = alice.transcript, alice.look.size
+
+    def rest():
+        done = []
+        alice.timers.later("test", 200, lambda: done.append(1))
+        pump(alice, lambda: done)
+
+    for act in (
+        *(lambda: alice.commands.zoom(3), lambda: alice.commands.zoom(3)),
+        *(lambda: alice.commands.toggle("members"), lambda: alice.show_page("a page", "words")),
+        *(lambda: alice.root.geometry("500x400"), lambda: alice.commands.zoom(0)),
+        lambda: alice.model.do("set", "theme", "dark"),
+    ):
+        act()
+        rest()
+        assert page.at_bottom and page.text.yview()[1] == 1.0
+    assert alice.look.size == began
+    page.yview("100.0")
+    alice.root.update()
+    assert not page.at_bottom
+
+
+def test_a_window_closes_its_own_connection_to_the_file_that_it_shares(window, folder):
+    alice = window(name="", state=folder, config=folder)
+    alice.close()
+    pump(alice, lambda: alice.gone)
+    with pytest.raises(sqlite3.ProgrammingError):
+        alice.remembered.recent()
+
+
+def test_names_that_mean_something_to_tcl_are_names(running, window):
+    server, names = running(), ["{bob", "bob\\", "a^b", "b|c", "`q`", "}{"]
+    guests = [Guest(server.address) for _ in names]
+    for guest, name in zip(guests, names, strict=True):
+        guest.enter_irc(name, "JOIN #lobby")
+    alice = at_home(window(server.address))
+    pump(alice, lambda: len(here(alice)) == 7)
+    tree = alice.people.tree
+    for row in tree.get_children():
+        tree.selection_set(row)
+        assert alice.people._selected() in here(alice)
+    for guest, name in zip(guests, names, strict=True):
+        guest.send(f"PRIVMSG alice :[exit] $x {name}\r\n")
+        go(alice, name)
+        see(alice, f"[exit] $x {name}\n")
+        assert alice.header.place.cget("text") == name
 
 
 def test_a_refused_text_disturbs_none_that_is_being_written(running, window):
@@ -22237,7 +22342,7 @@ def test_a_refused_text_disturbs_none_that_is_being_written(running, window):
 def test_a_window_says_why_it_cannot_connect_and_where_it_is_not(running, window, folder):
     alice = window("127.0.0.1:1")
     see(alice, "127.0.0.1:1: connection refused")
-    pump(alice, lambda: "trying again in" in alice.status.cget("text"))
+    pump(alice, lambda: "trying again in" in alice.status_line.status.cget("text"))
     blocked = folder / "file"
     blocked.write_text("")
     other = window(running().address, state=blocked / "state", config=blocked)
@@ -22249,7 +22354,7 @@ def test_a_window_says_why_it_cannot_connect_and_where_it_is_not(running, window
     join(third, "#t")
     boss.until("third")
     boss.send("KICK #t third :out\r\n")
-    pump(third, lambda: third.place_label.cget("text") == "#t (you are not in it)")
+    pump(third, lambda: third.header.place.cget("text") == "#t (you are not in it)")
 
 
 def test_without_tk_there_is_one_line_that_says_what_to_do(folder):
@@ -22266,12 +22371,12 @@ def test_a_window_and_a_peer_talk_and_each_sees_who_is_here(running, window):
     alice = window(server.address)
     pump(alice, lambda: is_ready(alice) and here(alice) == ["alice", "bob"])
     where = chat.address_text(*server.address)
-    assert alice.status.cget("text") == f"connected to {where} as alice"
+    assert alice.status_line.status.cget("text") == f"connected to {where} as alice"
     bob.send("hello 🙂 https://a.example/x\n")
     see(alice, "\nhello 🙂 https://a.example/x\n")
     link = alice.transcript.text.search("a.example", "1.0")
-    assert alice.transcript.link_at(link) == "https://a.example/x"
-    assert alice.transcript.link_at("1.0") == ""
+    assert alice.transcript.pointer.link_at(link) == "https://a.example/x"
+    assert alice.transcript.pointer.link_at("1.0") == ""
     enter(alice, "good morning 🙂🙃")
     assert bob.until("🙃")[-1] == "alice: good morning 🙂🙃"
     enter(alice, "three\n  lines\n🏁")
@@ -22296,7 +22401,7 @@ def test_a_private_message_is_a_conversation_of_its_own_and_rings(running, windo
     alice.compose.set("half a thought")
     alice.people.tree.selection_set("mbob")
     press(alice, "Return", alice.people.tree)
-    pump(alice, lambda: alice.room.name == "bob")
+    pump(alice, lambda: alice.model.room.name == "bob")
     assert alice.compose.content == ""
     enter(alice, "are you there?")
     assert bob.until("(private)")[-1] == "(private) alice: are you there?"
@@ -22310,12 +22415,12 @@ def test_a_private_message_is_a_conversation_of_its_own_and_rings(running, windo
     see(alice, "new\nbob")
     focus(alice, True)
     pump(alice, lambda: alice.root.title().startswith("bob"))
-    alice.do("mute", alice.here, True)
-    pump(alice, lambda: alice.room.muted)
+    alice.model.do("mute", alice.model.here, True)
+    pump(alice, lambda: alice.model.room.muted)
     focus(alice, False)
     rung.clear()
     bob.send("/tell alice once more\n")
-    pump(alice, lambda: alice.room.unread == 1)
+    pump(alice, lambda: alice.model.room.unread == 1)
     assert not rung and not alice.root.title().startswith("(1)")
 
 
@@ -22364,13 +22469,13 @@ def test_names_channels_commands_and_emoji_are_completed(running, window):
         guest.send("hi\n")
     pump(alice, lambda: transcript(alice).count("hi\n") == 2)
     last = alice.transcript.sheet.speakers()
-    assert alice.complete("b", True) == [*(f"{name}: " for name in last), "bob: "]
-    assert alice.complete("BO", False) == ["bob "]
-    assert alice.complete("#l", False) == ["#lobby "]
-    assert alice.complete("/na", True) == ["/names "]
-    assert alice.complete(":tea", False)[0] == "🍵 "
+    assert alice.writing.complete("b", True) == [*(f"{name}: " for name in last), "bob: "]
+    assert alice.writing.complete("BO", False) == ["bob "]
+    assert alice.writing.complete("#l", False) == ["#lobby "]
+    assert alice.writing.complete("/na", True) == ["/names "]
+    assert alice.writing.complete(":tea", False)[0] == "🍵 "
     alice.compose.editor.before = "/set ti"
-    assert alice.complete("ti", False) == ["time "]
+    assert alice.writing.complete("ti", False) == ["time "]
 
 
 def test_a_list_offers_commands_and_emoji_while_they_are_typed(running, window):
@@ -22409,14 +22514,14 @@ def test_a_window_comes_back_when_its_server_does_and_sends_what_was_typed_meanw
     first = Running()  # stopped here, and not by the fixture
     alice = at_home(window(first.address))
     first.stop()
-    pump(alice, lambda: "trying again" in alice.status.cget("text"))
+    pump(alice, lambda: "trying again" in alice.status_line.status.cget("text"))
     pump(alice, lambda: here(alice) == [])
     enter(alice, "is anyone there?")
-    pump(alice, lambda: alice.waiting.cget("text") == "1 message waiting")
+    pump(alice, lambda: alice.status_line.waiting.cget("text") == "1 message waiting")
     row = alice.transcript.sheet.rows[-1]
     assert row.state == gui_client.PENDING
     second = running(listen=(first.address,))
-    pump(alice, lambda: is_ready(alice) and alice.waiting.cget("text") == "")
+    pump(alice, lambda: is_ready(alice) and alice.status_line.waiting.cget("text") == "")
     pump(alice, lambda: alice.transcript.sheet.find_row(row) is not None)
     number = alice.transcript.sheet.find_row(row)
     pump(alice, lambda: alice.transcript.sheet.rows[number].state == "")
@@ -22432,7 +22537,7 @@ def test_a_message_that_cannot_be_sent_is_retried_or_dropped_by_a_click(running,
     alice = at_home(window(server.address))
     join(alice, "#t")
     boss.send("KICK #t alice :out\r\n")
-    pump(alice, lambda: not alice.room.inside)
+    pump(alice, lambda: not alice.model.room.inside)
     for text in ("first", "second"):
         enter(alice, text)
     pump(alice, lambda: transcript(alice).count("not sent: you are not in #t") == 2)
@@ -22451,7 +22556,7 @@ def test_a_message_that_cannot_be_sent_is_retried_or_dropped_by_a_click(running,
     assert "first" not in transcript(alice)
     click("Retry")
     assert boss.until("second")[-1].endswith("PRIVMSG #t :second\r")
-    pump(alice, lambda: "not sent:" not in transcript(alice) and alice.server.waiting == 0)
+    pump(alice, lambda: "not sent:" not in transcript(alice) and alice.model.server.waiting == 0)
 
 
 def test_whatever_is_wrong_with_an_address_is_said_and_another_can_be_tried(running, window):
@@ -22482,8 +22587,11 @@ def test_a_window_talks_on_several_servers_at_once(running, window, folder):
     alice.card.server.set(names[1])
     alice.card.name.set("alison")
     alice.card.enter()
-    pump(alice, lambda: len(alice.servers) == 2 and all(one.ready for one in alice.servers))
-    pump(alice, lambda: alice.server.address == names[1])
+    pump(
+        alice,
+        lambda: len(alice.model.servers) == 2 and all(one.ready for one in alice.model.servers),
+    )
+    pump(alice, lambda: alice.model.server.address == names[1])
     join(alice, "#lobby")
     enter(alice, "hello there")
     assert bobs[1].until("hello")[-1] == "alison: hello there"
@@ -22491,15 +22599,17 @@ def test_a_window_talks_on_several_servers_at_once(running, window, folder):
     pump(alice, lambda: sidebar(alice) == ["#lobby @1", "#lobby"])
     press(alice, "Alt-Key-1")
     see(alice, "are you here?")
-    assert alice.server.address == names[0] and here(alice) == ["alice", "bob0"]
+    assert alice.model.server.address == names[0] and here(alice) == ["alice", "bob0"]
     enter(alice, "I am")
     assert bobs[0].until("I am")[-1] == "alice: I am"
     alice.close()
     pump(alice, lambda: alice.gone)
     again = window(servers[0].address, **state)
-    pump(again, lambda: [one.nick for one in again.servers if one.ready] == ["alice", "alison"])
+    pump(
+        again, lambda: [one.nick for one in again.model.servers if one.ready] == ["alice", "alison"]
+    )
     enter(again, "/disconnect")
-    pump(again, lambda: len(again.servers) == 1)
+    pump(again, lambda: len(again.model.servers) == 1)
 
 
 def test_the_password_of_one_server_is_not_given_to_another(window):
@@ -22526,7 +22636,7 @@ def test_a_draft_belongs_to_its_conversation_and_outlives_the_window(running, wi
     assert alice.compose.content == "" and "\u270e #tea" in sidebar(alice)
     alice.compose.insert("end", "half a")
     alice.root.update()
-    store = alice.engine.core.store.db
+    store = alice.model.engine.core.store.db
     pump(alice, lambda: ("half a",) in store.execute("SELECT draft FROM rooms").fetchall())
     alice.compose.insert("end", " thought")
     alice.close()
@@ -22544,10 +22654,10 @@ def test_text_goes_to_the_conversation_in_which_it_was_entered(running, window):
     alice = at_home(window(server.address))
     join(alice, "#tea")
     go(alice, "#lobby")
-    tea = next(n for n, room in alice.sidebar.rooms.items() if room.name == "#tea")
-    alice.look_at(tea)  # the click is on its way to the engine, and the window shows #lobby
+    tea = next(n for n, room in alice.model.rooms.items() if room.name == "#tea")
+    alice.rooms.look_at(tea)  # the click is on its way to the engine, and the window shows #lobby
     enter(alice, "for the lobby")
-    pump(alice, lambda: alice.room.name == "#tea")
+    pump(alice, lambda: alice.model.room.name == "#tea")
     enter(alice, "for tea")
     see(alice, "for tea")
     assert "for the lobby" not in transcript(alice)
@@ -22567,7 +22677,7 @@ def test_older_messages_come_from_memory_and_from_the_server_without_a_jump(runn
         if "message 0\n" in transcript(alice):
             break
         top = next(re.finditer(r"message \d+\n", text.get("@0,0", "end")))[0]
-        text.yview_scroll(-5, "units")
+        alice.transcript.yview("scroll", -5, "units")
         alice.root.update()
         before = [row.view.text for row in sheet.rows]
         pump(alice, lambda: not alice.transcript.waiting_older)
@@ -22614,12 +22724,12 @@ def test_messages_are_answered_reacted_to_and_typing_is_shown(running, window):
     bob.send(f"@+draft/react=\U0001f44d;+draft/reply={id_in(line)} TAGMSG #lobby\r\n")
     see(alice, " \U0001f44d 1 ")
     row = alice.transcript.sheet.rows[-1]
-    alice.act_on("react \U0001f44d", row)
+    alice.messages.act("react \U0001f44d", row)
     see(alice, " \U0001f44d 2 ")
-    alice.act_on("react \U0001f44d", alice.transcript.sheet.rows[-1])
+    alice.messages.act("react \U0001f44d", alice.transcript.sheet.rows[-1])
     see(alice, " \U0001f44d 1 ")
     bob.send("@+typing=active TAGMSG #lobby\r\n")
-    pump(alice, lambda: alice.typing_label.cget("text") == "bob is typing\u2026")
+    pump(alice, lambda: alice.transcript.typing.cget("text") == "bob is typing\u2026")
     press(alice, "Key-h")
     alice.root.update()
     assert "+typing=active" in bob.until("typing")[-1]
@@ -22668,7 +22778,7 @@ def test_a_message_of_long_ago_is_read_among_its_neighbours_up_and_down(running,
     alice = at_home(window(server.address, **state))
     see(alice, "message 699\n")
     transcript_, sheet = alice.transcript, alice.transcript.sheet
-    alice.search("needle", False)
+    alice.commands.search("needle", False)
     pump(alice, lambda: alice.panel.rows)
     alice.panel.jump(*alice.panel.rows[0][::2])
     pump(alice, lambda: sheet.past)
@@ -22700,21 +22810,21 @@ def test_the_window_is_used_with_the_keyboard_alone(running, window):
         join(alice, name)
     assert sidebar(alice) == ["#lobby", "#one", "#two"]
     press(alice, "Alt-Key-1")
-    pump(alice, lambda: alice.room.name == "#lobby")
+    pump(alice, lambda: alice.model.room.name == "#lobby")
     press(alice, "Alt-Down")
-    pump(alice, lambda: alice.room.name == "#one")
+    pump(alice, lambda: alice.model.room.name == "#one")
     press(alice, "Alt-Shift-Down")
     assert sidebar(alice) == ["#lobby", "#two", "#one"]
     bob.send("alice: hello\n")
-    pump(alice, lambda: alice.sidebar.rooms[alice.sidebar.all_rooms()[0]].called == 1)
+    pump(alice, lambda: alice.model.rooms[alice.sidebar.all_rooms()[0]].called == 1)
     press(alice, "Alt-a")
-    pump(alice, lambda: alice.room.name == "#lobby")
+    pump(alice, lambda: alice.model.room.name == "#lobby")
     press(alice, "Control-k")
     assert alice.switcher.shown
     alice.switcher.field.set("tw")
     alice.root.update()
     press(alice, "Return", alice.switcher.field)
-    pump(alice, lambda: alice.room.name == "#two")
+    pump(alice, lambda: alice.model.room.name == "#two")
     assert not alice.switcher.shown
     parts = []
     for _ in range(4):
@@ -22739,7 +22849,7 @@ def test_the_look_follows_the_settings(running, window, folder):
     size = alice.look.size
     press(alice, "Control-plus")
     pump(alice, lambda: alice.look.size == size + 1)
-    alice.open_settings()
+    alice.commands.open_settings()
     assert alice.settings.fields["theme"].get() == "dark"
     assert alice.settings.fields["size"].content == str(size + 1)
     alice.settings.fields["time"].set("%H:%M:%S")
@@ -22749,6 +22859,34 @@ def test_the_look_follows_the_settings(running, window, folder):
     pump(alice, lambda: alice.gone)
     again = at_home(window(server.address, **state))
     assert again.look.colours is gui_client.DARK and again.look.size == size + 1
+
+
+def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
+    alice = at_home(window(running().address))
+    alice.model.do("set", "size", "30")
+    pump(alice, lambda: alice.look.size == 30)
+    alice.root.update()
+    assert alice.sidebar.winfo_width() >= 3 * alice.look.em
+    for card, opens in (
+        (alice.settings, alice.commands.open_settings),
+        (alice.card, alice.ask),
+        (alice.switcher, alice.commands.open_switcher),
+    ):
+        opens()
+        alice.root.update()
+        assert card.winfo_height() <= alice.root.winfo_height()
+        for button in card.buttons.winfo_children():
+            below = button.winfo_rooty() + button.winfo_height()
+            assert button.winfo_ismapped() and below <= alice.root.winfo_screenheight()
+    alice.commands.open_settings()
+    choice = alice.settings.fields["theme"]
+    press(alice, "Down", choice)
+    menu = next(one for one in choice.winfo_children() if one.winfo_class() == "Menu")
+    assert str(menu.cget("background")) == alice.look.colours.paper
+    menu.unpost()
+    menu.invoke(menu.index("dark"))
+    pump(alice, lambda: alice.look.colours is gui_client.DARK)
+    assert choice.get() == "dark"
 
 
 def test_a_certificate_that_is_not_trusted_is_a_question(running, window, certificate):
@@ -22763,7 +22901,7 @@ def test_a_certificate_that_is_not_trusted_is_a_question(running, window, certif
     other = window(f"chats://{where}", name="other")
     pump(other, lambda: other.certificate.shown)
     other.certificate.leave.invoke()
-    pump(other, lambda: other.card.shown and other.engine is None)
+    pump(other, lambda: other.card.shown and other.model.engine is None)
 
 
 def test_tab_goes_through_the_card_from_top_to_bottom(window):
@@ -22802,23 +22940,40 @@ def test_an_account_is_registered_and_logged_in_to_and_a_server_given_its_passwo
     see(alice, "logged in as alice")
 
 
+def test_a_server_that_wants_an_answer_of_the_user_is_answered_in_the_dialog(running, window):
+    server = running(password="sesame")
+    alice = window(server.address)
+    enter(alice, "sent when I am in")
+    for password in ("open", "sesame"):
+        pump(alice, lambda: alice.card.shown)
+        assert "password is missing or wrong" in alice.card.error.cget("text")
+        assert alice.card.server.content == chat.address_text(*server.address)
+        alice.card.name.set("alicia")
+        alice.card.password.insert(0, password)
+        alice.card.go.invoke()
+        assert not alice.card.shown
+    at_home(alice)
+    assert alice.model.me == "alicia" and len(alice.model.servers) == 1
+    see(alice, "sent when I am in")
+
+
 def test_no_text_is_lost_when_a_conversation_or_the_engine_goes(running, window):
     server = running()
     alice = at_home(window(server.address))
     join(alice, "#tea")
     alice.compose.insert("end", "half a thought")
-    alice.do("close", alice.here)
-    pump(alice, lambda: alice.room.name == "#lobby")
+    alice.model.do("close", alice.model.here)
+    pump(alice, lambda: alice.model.room.name == "#lobby")
     press(alice, "Up")
     assert alice.compose.content == "half a thought"
     alice.compose.set("")
-    engine = alice.engine
+    engine = alice.model.engine
     engine.submit(engine.over, "it has ended")
     until = time.monotonic() + PATIENCE
     while engine.alive:  # Tk does not know yet
         enter(alice, "too late?")
         assert time.monotonic() < until
-    pump(alice, lambda: alice.engine is None)
+    pump(alice, lambda: alice.model.engine is None)
     held = [alice.compose.content, *alice.compose.editor.typed]
     assert "too late?" in held
     assert "your text is kept" in alice.card.error.cget("text") or "ended" in (
@@ -22856,7 +23011,7 @@ def test_what_was_not_read_is_marked_also_after_a_restart(running, window, folde
     focus(alice, True)
     bob.send("this was read\n")
     see(alice, "this was read")
-    pump(alice, lambda: alice.room.unread == 0 and not alice.transcript.sheet.unseen)
+    pump(alice, lambda: alice.model.room.unread == 0 and not alice.transcript.sheet.unseen)
     alice.close()
     pump(alice, lambda: alice.gone)
     bob.send("this was not\n")
@@ -22877,7 +23032,7 @@ def test_each_conversation_keeps_the_place_where_the_user_reads(running, window)
     see(alice, "message 199\n")
     text = alice.transcript.text
     alice.root.update()
-    text.yview("100.0")
+    alice.transcript.yview("100.0")
     alice.root.update()
     top = text.get("@0,0", "@0,0 lineend")
     go(alice, "#tea")
@@ -22903,7 +23058,7 @@ def test_searches_are_narrowed_to_a_user_a_conversation_and_links(running, windo
         ("ready in:#nowhere", 0),
     ):
         alice.panel.title.configure(text="")
-        alice.search(words, True)
+        alice.commands.search(words, True)
         pump(alice, lambda: alice.panel.title.cget("text"))
         assert len(alice.panel.rows) == count, words
 
@@ -22918,7 +23073,7 @@ def test_a_messages_menu_is_reached_by_the_keyboard(running, window):
     text = alice.transcript.text
     for _ in range(2):
         press(alice, "Up", text)
-    assert alice.transcript.chosen_row.view.text == "see www.example.org"
+    assert alice.transcript.pointer.row.view.text == "see www.example.org"
     press(alice, "Shift-F10", text)
     menu = next(one for one in alice.transcript.winfo_children() if one.winfo_class() == "Menu")
     labels = [
@@ -22934,7 +23089,7 @@ def test_a_messages_menu_is_reached_by_the_keyboard(running, window):
     menu.unpost()
     assert alice.banner.label.cget("text") == "Reply to bob: see www.example.org"
     press(alice, "Escape")
-    assert alice.reply is None
+    assert alice.writing.reply is None
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -22974,17 +23129,17 @@ def test_a_server_that_sends_nonsense_does_not_stop_the_window(window, caplog, s
         thread = threading.Thread(target=serve, args=(listener,), daemon=True)
         thread.start()
         alice = window(listener.getsockname())
-        pump(alice, lambda: "trying again" in alice.status.cget("text"))
+        kept, status = alice.model.rooms, alice.status_line.status
+        pump(alice, lambda: len(kept) > 2 or "trying again" in status.cget("text"))
         enter(alice, "/reconnect")
-        kept = alice.sidebar.rooms
         pump(alice, lambda: any(room.name == "#lobby" for room in kept.values()))
         for number in alice.sidebar.all_rooms():
-            alice.look_at(number)
-            pump(alice, lambda n=number: alice.here == n or n not in kept)
+            alice.rooms.look_at(number)
+            pump(alice, lambda n=number: alice.model.here == n or n not in kept)
         ended.set()
         thread.join(PATIENCE)
     alice.root.update()
-    assert alice.engine is None or alice.engine.thread.is_alive()
+    assert alice.model.engine is None or alice.model.engine.thread.is_alive()
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
@@ -23012,10 +23167,10 @@ def test_two_windows_with_one_name_are_told_apart_and_told_why(running, window):
     server = running()
     first = at_home(window(server.address))
     second = at_home(window(server.address))
-    pump(second, lambda: second.server.nick != "alice")
+    pump(second, lambda: second.model.server.nick != "alice")
     see(second, "alice")
-    enter(second, f"I am {second.server.nick}")
-    see(first, f"I am {second.server.nick}")
+    enter(second, f"I am {second.model.server.nick}")
+    see(first, f"I am {second.model.server.nick}")
 
 
 WINDOW_PROGRAM = """
@@ -23033,7 +23188,7 @@ def told(*_):
         window.compose.submit()
     print("ok", flush=True)
 def look():
-    if window.room and window.server.ready:
+    if window.model.room and window.model.server.ready:
         print("ready", flush=True)
         window.root.createfilehandler(sys.stdin, READABLE, told)
     else:
@@ -23147,7 +23302,7 @@ def test_the_lines_of_the_protocol_are_shown_without_passwords(running, window):
     alice = at_home(window(running().address))
     enter(alice, "/register * verysecret")
     see(alice, "logged in as alice")
-    alice.do("server", alice.server.number, "/raw")
+    alice.model.do("server", alice.model.server.number, "/raw")
     pump(alice, lambda: "Lines of" in alice.panel.title.cget("text"))
     shown = alice.panel.text.get("1.0", "end")
     assert "> NICK alice" in shown and "\n< " in shown and "> REGISTER * * \u2026" in shown
@@ -23196,13 +23351,13 @@ def test_a_long_message_is_shown_whole_by_a_click_and_new_ones_above_by_another(
     enter(alice, "\n".join(f"line {n}" for n in range(60)))
     see(alice, "show all of it: ")
     assert "line 59" not in transcript(alice)
-    alice.transcript.act("expand", alice.transcript.sheet.rows[-1])
+    alice.messages.act("expand", alice.transcript.sheet.rows[-1])
     assert "line 59\nshow less\n" in transcript(alice)
 
 
 def choose_in_menu(window, label):
     """Open the main menu, and take one of its entries."""
-    window.menu_button.invoke()
+    window.header.menu.invoke()
     menu = next(one for one in window.root.winfo_children() if one.winfo_class() == "Menu")
     entries = range(menu.index("end") + 1)
     labels = {menu.entrycget(n, "label"): n for n in entries if menu.type(n) != "separator"}
@@ -23216,9 +23371,9 @@ def test_the_main_menu_has_all_that_keys_have(running, window):
     assert alice.ask_card.shown
     alice.ask_card.field.set("#tea")
     alice.ask_card.enter()
-    pump(alice, lambda: alice.room.name == "#tea")
+    pump(alice, lambda: alice.model.room.name == "#tea")
     choose_in_menu(alice, "Mute this conversation")
-    pump(alice, lambda: alice.room.muted)
+    pump(alice, lambda: alice.model.room.muted)
     choose_in_menu(alice, "Settings \u2026")
     assert alice.settings.shown
 
@@ -23236,10 +23391,27 @@ def test_the_desktop_is_told_of_calls_while_the_window_has_not_the_keys(
     pump(alice, lambda: told)
     assert told == [("bob in #lobby", "alice: look $(here)")]
     enter(alice, "/set desktop off")
-    pump(alice, lambda: alice.values["desktop"] == "off")
+    pump(alice, lambda: alice.model.values["desktop"] == "off")
     bob.send("alice: once more\n")
     see(alice, "once more")
     assert len(told) == 1
+
+
+def test_the_manager_of_windows_is_told_of_calls_until_the_window_has_the_keys(running, window):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+
+    def is_urgent():
+        with gui_client.window_hints(alice.root) as hints:
+            return bool(hints.flags & hints.URGENCY)
+
+    focus(alice, False)
+    assert not is_urgent()
+    bob.send("alice: hello\n")
+    pump(alice, is_urgent)
+    alice._focus_in(types.SimpleNamespace(widget=alice.root))
+    assert not is_urgent()
 
 
 def test_a_page_is_cleared_and_comes_back_by_scrolling_up(running, window):
@@ -23272,7 +23444,7 @@ def test_three_hundred_new_senders_leave_the_window_usable(window):
         alice = window(listener.getsockname())
         pump(alice, lambda: any("n299 " in row for row in sidebar(alice)))
         assert len(sidebar(alice)) <= chat.ROOMS_KEPT
-        assert alice.room.name == "#lobby"
+        assert alice.model.room.name == "#lobby"
         go(alice, "n299")
         see(alice, "buy 299\n")
         ended.set()
@@ -23283,12 +23455,12 @@ def test_what_waits_is_sent_by_the_next_engine_after_one_that_ended(running, win
     bob = server.guest("bob")
     state = {"state": folder, "config": folder}
     alice = at_home(window(server.address, **state))
-    first, ids = alice.engine, []
-    alice.engine.submit(
+    first, ids = alice.model.engine, []
+    alice.model.engine.submit(
         lambda: ids.append(first.core.outbox.add(time.time(), "#lobby", "kept", ""))
     )
-    alice.engine.submit(first.over, "a reason that needs the user")
-    pump(alice, lambda: alice.card.shown and alice.engine is None)
+    alice.model.engine.submit(first.over, "a reason that needs the user")
+    pump(alice, lambda: alice.card.shown and alice.model.engine is None)
     assert alice.card.error.cget("text") == "a reason that needs the user"
     alice.card.enter()
     assert bob.until("kept")[-1] == "alice: kept"
@@ -23322,9 +23494,9 @@ def test_the_window_shows_what_the_core_has_after_whatever_happened(
             there, id = chance.choice(ids)
             bob.send(f"@+draft/react=x;+draft/reply={id} TAGMSG {there}\r\n")
         elif act == "switch":
-            alice.go_next(1)
+            alice.rooms.go_next(1)
         elif act == "scroll":
-            text.yview_moveto(chance.choice((0, 0.5, 1)))
+            alice.transcript.yview("moveto", chance.choice((0, 0.5, 1)))
         elif act == "enter":
             enter(alice, f"mine {n}")
         alice.root.update()
@@ -23334,8 +23506,8 @@ def test_the_window_shows_what_the_core_has_after_whatever_happened(
         press(alice, "Escape")
         assert not alice.transcript.sheet.past
         see(alice, "the end\n")
-        pump(alice, lambda: alice.server.waiting == 0)
-        sheet, room = alice.transcript.sheet, alice.engine.core.find(name)
+        pump(alice, lambda: alice.model.server.waiting == 0)
+        sheet, room = alice.transcript.sheet, alice.model.engine.core.find(name)
         pump(alice, lambda s=sheet, r=room: [row.view.text for row in s.rows] == [
             view.text for view in r.views
         ])  # fmt: skip
@@ -23361,7 +23533,7 @@ def test_five_thousand_members_and_a_flood_of_joins_leave_the_messages_in_place(
         room.came(f"guest{n}")
         core.happened(room, chat.View(chat.CAME, name=f"guest{n}", where="#lobby"))
     engine.show(core.take_views())
-    engine.do_took()
+    engine.took()
     engine.publish()
     events = [event for _ in range(batches.qsize()) for event in batches.get_nowait()]
     rows = [row for event in events if isinstance(event, gui_client.Rows) for row in event.rows]
@@ -23452,7 +23624,8 @@ def test_a_picture_is_looked_at_before_tk_decodes_it(kind, data, size, why):
         ("image/png", 2048, (640, 480), 240),
         ("image/gif", 2048, (40, 30), 30),
         ("image/gif", 2048, (401, 1), 1),
-        ("image/png", 2048, (4096, 4096), 293),
+        ("image/png", 2048, (3840, 2160), 216),
+        ("image/png", 2048, (4096, 4096), 0),
         ("image/png", 2048, (4097, 4), 0),
         ("image/png", 3_000_000, (640, 480), 0),
         ("image/jpeg", 2048, (640, 480), 0),
@@ -23463,7 +23636,9 @@ def test_a_message_with_a_file_has_a_card_and_room_for_a_picture(kind, size, sid
     tag = ",".join(map(str, (f"/files/{'a' * 32}", kind, size, *sides)))
     view = said("tea.png (image/png, 2 KB): http://x", file=tag)
     sheet, pieces = sheet_of(view)
-    assert "tea.png" in texts_of(pieces) and "Save" in texts_of(pieces)
+    words = texts_of(pieces)
+    assert "Save" in words and words.count("tea.png") == 1
+    assert ("Show" in words) == (sides == (4096, 4096))
     spaces = [tags[-1] for tags in pieces[1::2] if "picture" in tags]
     assert spaces == ([f"space{height}"] if height else [])
     sheet.troubles[f"/files/{'a' * 32}"] = "it is damaged"
@@ -23499,10 +23674,10 @@ def test_a_picture_is_sent_by_a_key_and_seen_saved_and_opened_in_another_window(
 ):
     server = keeps_files(running, tmp_path)
     alice, bob = (at_home(window(server.address, name=name)) for name in ("alice", "bob"))
-    asked, fetch = [], bob.transcript.wants_pictures
-    bob.transcript.wants_pictures = asked.append
+    asked, fetch = [], bob.transcript.pictures.wants
+    bob.transcript.pictures.wants = asked.append
     (tmp_path / "tea.png").write_bytes(drawn_png(640, 480))
-    alice.choose_files = lambda: [str(tmp_path / "tea.png")]
+    alice.files.choose = lambda: [str(tmp_path / "tea.png")]
     press(alice, "Control-o")
     row = file_row(bob)
     pump(bob, lambda: asked)
@@ -23511,42 +23686,58 @@ def test_a_picture_is_sent_by_a_key_and_seen_saved_and_opened_in_another_window(
     text = bob.transcript.text
     pump(bob, text.image_names)
     assert height_of(bob) == before  # nothing has jumped
-    image = bob.transcript.images[asked[0][0].path]
+    image = bob.transcript.pictures.images[asked[0][0].path]
     assert (image.width(), image.height()) == (320, 240)
     pump(alice, lambda: not alice.strip.parts and alice.transcript.text.image_names())
     (tmp_path / "down").mkdir()
-    bob.downloads, opened = (lambda: tmp_path / "down"), []
-    bob.open_file = opened.append
-    bob.act_on("save", row)
-    bob.act_on("open", row)
+    bob.files.downloads, opened = (lambda: tmp_path / "down"), []
+    bob.files.open_file = opened.append
+    bob.messages.act("save", row)
+    bob.messages.act("open", row)
     pump(bob, lambda: opened and (tmp_path / "down" / "tea.png").exists())
     body = (tmp_path / "tea.png").read_bytes()
     assert (tmp_path / "down" / "tea.png").read_bytes() == body
     assert pathlib.Path(opened[0]).read_bytes() == body and opened[0].endswith("/tea.png")
-    bob.act_on("picture", row)
-    pump(bob, lambda: bob.picture)
-    assert bob.picture.image.width() == 640
-    press(bob, "Escape", bob.picture.canvas)
-    pump(bob, lambda: not bob.picture.winfo_exists())
+    bob.messages.act("picture", row)
+    pump(bob, lambda: bob.files.picture)
+    assert bob.files.picture.image.width() == 640
+    press(bob, "Escape", bob.files.picture.canvas)
+    pump(bob, lambda: not bob.files.picture.winfo_exists())
     bob.close()
     pump(bob, lambda: bob.gone)
     assert not pathlib.Path(opened[0]).exists()
 
 
+def test_a_file_that_cannot_be_stored_is_not_opened_and_the_user_is_told(
+    running, window, tmp_path, monkeypatch
+):
+    alice = at_home(window(keeps_files(running, tmp_path).address))
+    (tmp_path / "notes.txt").write_text("tea")
+    alice.files.send(alice.model.here, [tmp_path / "notes.txt"])
+    row = file_row(alice)
+
+    def full(**options):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    alice.messages.act("open", row)
+    assert alice.status_line.about.cget("text").startswith("cannot open a file: ")
+
+
 def test_a_user_can_do_without_pictures_among_the_messages(running, window, tmp_path):
     alice, asked = at_home(window(keeps_files(running, tmp_path).address)), []
     enter(alice, "/set pictures off")
-    pump(alice, lambda: alice.values["pictures"] == "off")
-    alice.transcript.wants_pictures, fetch = asked.append, alice.transcript.wants_pictures
+    pump(alice, lambda: alice.model.values["pictures"] == "off")
+    alice.transcript.pictures.wants, fetch = asked.append, alice.transcript.pictures.wants
     (tmp_path / "tea.png").write_bytes(drawn_png(640, 480))
-    alice.send_files(alice.here, [tmp_path / "tea.png"])
+    alice.files.send(alice.model.here, [tmp_path / "tea.png"])
     see(alice, "640\u00d7480")
     row, height = file_row(alice), height_of(alice)
-    assert "Save" in transcript(alice) and not alice.transcript.spaces and not asked
-    alice.act_on("picture", row)  # to look at one is another matter
-    pump(alice, lambda: alice.picture)
-    press(alice, "Escape", alice.picture.canvas)
-    alice.transcript.wants_pictures = fetch
+    assert "Save" in transcript(alice) and not alice.transcript.text.spaces and not asked
+    alice.messages.act("picture", row)  # to look at one is another matter
+    pump(alice, lambda: alice.files.picture)
+    press(alice, "Escape", alice.files.picture.canvas)
+    alice.transcript.pictures.wants = fetch
     enter(alice, "/set pictures on")
     pump(alice, alice.transcript.text.image_names)
     assert height_of(alice) > height + 200
@@ -23556,12 +23747,11 @@ def test_a_user_can_do_without_pictures_among_the_messages(running, window, tmp_
 def test_only_the_file_that_the_user_opens_is_opened_when_it_is_there(refused):
     other, wanted = (chat.Transfer(id, False, "#lobby", "x") for id in ("other", "wanted"))
     core = types.SimpleNamespace(transfers=[other])
-    engine = types.SimpleNamespace(
-        opening={}, place_of=lambda number: [types.SimpleNamespace(core=core)]
-    )
-    engine._act = lambda number, act: None if refused else core.transfers.append(wanted)
-    gui_client.Engine.do_save_file(engine, 1, said("tea"), "tea.png", True)
-    assert list(engine.opening) == ([] if refused else ["wanted"])
+    asker = types.SimpleNamespace(wanted=gui_client.Wanted([], chat.do_nothing))
+    asker._place = lambda number: [types.SimpleNamespace(core=core)]
+    asker._act = lambda number, act: None if refused else core.transfers.append(wanted)
+    gui_client.Requests.save_file(asker, 1, said("tea"), "tea.png", True)
+    assert list(asker.wanted.opening) == ([] if refused else ["wanted"])
 
 
 def test_few_pictures_are_kept_and_the_page_is_as_high_with_them_as_without(window, monkeypatch):
@@ -23571,33 +23761,35 @@ def test_few_pictures_are_kept_and_the_page_is_as_high_with_them_as_without(wind
 
     def fetched(files):
         for file in files:
-            page.take_picture(gui_client.Picture(0, file, data))
+            page.pictures.take(gui_client.Picture(0, file, data))
 
-    page.wants_pictures = fetched
+    page.pictures.wants = fetched
     tags = [f"/files/{n:032x},image/png,{len(data)},60,90" for n in range(40)]
     rows = [gui_client.Row(said(f"{n}", time=EIGHT + n, file=tag)) for n, tag in enumerate(tags)]
-    page.reset(1, rows, 0)
-    pump(alice, lambda: len(page.images) >= 3)
-    height, last = height_of(alice), set(page.images)
-    page.text.yview("1.0")
-    pump(alice, lambda: page.images and not last & page.images.keys())
-    pump(alice, lambda: set(page.text.image_names()) == set(page.images))
-    assert height_of(alice) == height and len(page.images) < 20
-    assert max(map(len, page.placed.values())) == 1
+    page.reset(gui_client.Rows(1, gui_client.RESET, tuple(rows)))
+    pump(alice, lambda: len(page.pictures.images) >= 3)
+    height, last = height_of(alice), set(page.pictures.images)
+    page.yview("1.0")
+    pump(alice, lambda: page.pictures.images and not last & page.pictures.images.keys())
+    pump(alice, lambda: set(page.text.image_names()) == set(page.pictures.images))
+    assert height_of(alice) == height and len(page.pictures.images) < 20
+    assert max(map(len, page.pictures.placed.values())) == 1
     page.redraw(0)
-    assert len(page.text.image_names()) == len(page.images) - 1 and height_of(alice) == height
-    pump(alice, lambda: set(page.text.image_names()) == set(page.images))
+    assert (
+        len(page.text.image_names()) == len(page.pictures.images) - 1 and height_of(alice) == height
+    )
+    pump(alice, lambda: set(page.text.image_names()) == set(page.pictures.images))
 
 
 def test_a_picture_that_cannot_be_shown_has_a_card_with_the_reason(running, window, tmp_path):
     server = keeps_files(running, tmp_path)
     alice = at_home(window(server.address))
     (tmp_path / "bad.png").write_bytes(PNG)
-    alice.send_files(alice.here, [tmp_path / "bad.png"])
+    alice.files.send(alice.model.here, [tmp_path / "bad.png"])
     see(alice, "not shown: it is damaged")
     (tmp_path / "gone.gif").write_bytes(gif_head(9, 9, (9, 9)))
-    alice.transcript.wants_pictures, fetch = chat.do_nothing, alice.transcript.wants_pictures
-    alice.send_files(alice.here, [tmp_path / "gone.gif"])
+    alice.transcript.pictures.wants, fetch = chat.do_nothing, alice.transcript.pictures.wants
+    alice.files.send(alice.model.here, [tmp_path / "gone.gif"])
     see(alice, "gone.gif")
     row = file_row(alice)
     pump(alice, lambda: "image/gif" in file_row(alice).view.file)
@@ -23684,12 +23876,12 @@ def test_a_file_on_its_way_can_be_stopped_by_a_key_and_goes_on_after_the_engine_
         patch.setattr(chat.WebCall, "more", chat.do_nothing)  # no piece is sent
         for name in ("one.bin", "two.bin"):
             (tmp_path / name).write_bytes(bytes(400_000))
-        alice.send_files(alice.here, [tmp_path / "one.bin", tmp_path / "two.bin"])
+        alice.files.send(alice.model.here, [tmp_path / "one.bin", tmp_path / "two.bin"])
         pump(alice, lambda: len(alice.strip.parts) == 2)
         press(alice, "Return", alice.strip.buttons[0])
         pump(alice, lambda: len(alice.strip.parts) == 1)
-        alice.engine.submit(alice.engine.over, "a reason that needs the user")
-        pump(alice, lambda: alice.card.shown and alice.engine is None)
+        alice.model.engine.submit(alice.model.engine.over, "a reason that needs the user")
+        pump(alice, lambda: alice.card.shown and alice.model.engine is None)
     alice.card.enter()
     assert alice.strip.parts == {}  # those of the engine that ended
     see(alice, "two.bin (application/octet-stream, 391 KB)")
@@ -23709,14 +23901,14 @@ def test_a_window_answers_while_messages_pour_in_and_closes_in_a_second(running,
     alice = at_home(window(server.address))
     # Up to three times: what this machine does besides is not the window's fault.
     assert any(longest_silence(alice, bob, 1000 + n) < 0.1 for n in range(3))
-    alice.transcript.text.yview_moveto(0)
+    alice.transcript.yview("moveto", 0)
     alice.root.update()
     bob.send("below\n")
     pump(alice, lambda: alice.transcript.below.cget("text") == "1 new below \u2193")
     alice.transcript.below.invoke()
     alice.root.update()
     assert alice.transcript.at_bottom and not alice.transcript.below.place_info()
-    before, engine = len(alice.transcript.sheet.rows), alice.engine
+    before, engine = len(alice.transcript.sheet.rows), alice.model.engine
     threading.Thread(target=pour, args=(bob, 20_000, 20_000), daemon=True).start()
     pump(alice, lambda: len(alice.transcript.sheet.rows) > before)
     closing = time.monotonic()
@@ -23755,7 +23947,7 @@ def test_keys_are_answered_and_memory_is_bounded_while_five_conversations_are_fl
         def key():
             alice.compose.event_generate("<Key>", keysym="x")
             if len(found) % 10 == 9:
-                alice.go_next(1)
+                alice.rooms.go_next(1)
                 alice.compose.set("")
             alice.root.update_idletasks()
             now = time.monotonic()
@@ -23781,8 +23973,8 @@ def test_keys_are_answered_and_memory_is_bounded_while_five_conversations_are_fl
     most = gui_client.ROWS_KEPT + gui_client.ROWS_TRIMMED + gui_client.ROWS_AT_ONCE
     assert len(alice.transcript.sheet.rows) <= most
     assert len(alice.transcript.sheet.sizes) <= gui_client.ROWS_MOST
-    assert all(len(room.views) <= most for room in alice.engine.core.rooms.values())
-    assert alice.engine.batches.qsize() <= 1
+    assert all(len(room.views) <= most for room in alice.model.engine.core.rooms.values())
+    assert alice.model.engine.batches.qsize() <= 1
 
 
 # ======================================================================================
