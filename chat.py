@@ -736,31 +736,40 @@ LOOKALIKES = (
         "abcdefghijklmnopqrstuvwyz",
     )
     | str.maketrans(  # Latin
-        "ıĸƄƅƒƖƦƧƷƼƽƿǀȜȢȣɑɡɣɩɯʋᴑᶃᶌẝỿⱭꝚꝪꝮꞘꞙꞟꞫꞬꞮꞲꞳꞴꬲꬵꬽꭇꭈꭎꭒꭚ",
-        "ikbbflr235spl388agyiwuogyfya239ffu3gijxbeforruuy",
+        "ıĸƄƅƒƍƦƧƷƼƽƿȜȢȣɑɡɣɩɯʋᴑᶃᶌẝỿⱭꝚꝪꝮꞘꞙꞟꞫꞬꞮꞲꞳꞴꬲꬵꬽꭇꭈꭎꭒꭚ",
+        "ikbbfgr235sp388agyiwuogyfya239ffu3gijxbeforruuy",
     )
     | str.maketrans(  # Greek
-        "ͿΑΒΕΖΗΙΚΜΝΟΡΤΥΧαγηικνορστυχωϜϳϺᴦ",
-        "jabezhikmnoptyxaynikvopotuxwfjmr",
+        "ͿΑΒΕΖΗΚΜΝΟΡΤΥΧαγηικνορστυχωϜϳϺᴦ",
+        "jabezhkmnoptyxaynikvopotuxwfjmr",
     )
     | str.maketrans(  # Cyrillic
-        "ЅІЈАВЕЗКМНОРСТУХЬабвгезкмнорстухьѕіјѡѴѵҮүҺһҽӀӏӠӡԁԌԍԚԛԜԝᲀᲂᲃᲄᲅꙄꙇ",
-        "sijabe3kmhopctyxba6bre3kmhopctyxbsijwvvyyhhell33dggqqwwboctt2i",
+        "ЅЈАВЕЗКМНОРСТУХЬабвгезкмнорстухьѕіјѡѴѵҮүҺһҽӠӡԁԌԍԚԛԜԝᲀᲂᲃᲄᲅꙄꙇ",
+        "sjabe3kmhopctyxba6bre3kmhopctyxbsijwvvyyhhe33dggqqwwboctt2i",
     )
+    | {ord(c): "ll" for c in "ǁ"}
+    | {ord(c): "oo" for c in "ꝎꝏꚘꚙ"}
 )
+# Characters that are a mere bar: each looks like a capital I and like a small l.
+BARS = re.compile("[ƖǀΙІӀӏ]")
+BARS_READ = 4  # in a name as I and as l; the rest only as I
 
 
-def skeleton(name: str) -> str:
-    """Return what `name` looks like: names with one skeleton can be taken for each other. Compare
-    names as shown, not folded ones. Marks count (bob is not bób), except that a dot above i or j
-    adds nothing to see. Distinct ASCII names differ here unless only in case."""
+def skeletons(name: str) -> Iterator[str]:
+    """Yield what `name` looks like: names with a common skeleton can be taken for each other.
+    Compare names as shown, not folded ones. Marks count (bob is not bób), except that a dot above i
+    or j adds nothing to see. Distinct ASCII names differ here unless only in case."""
     if name.isascii():
-        return name.lower()
+        yield name.lower()
+        return
     # Decomposed, so that accented letters of any script become a lookalike and the same mark.
     shown = DEFAULT_IGNORABLE.sub("", unicodedata.normalize("NFKD", name))
-    shown = shown.translate(LOOKALIKES).casefold()
-    shown = shown.replace("i\u0307", "i").replace("j\u0307", "j")
-    return unicodedata.normalize("NFKC", shown)
+    first, *others = BARS.split(shown.translate(LOOKALIKES))
+    for letters in itertools.product("il", repeat=min(len(others), BARS_READ)):
+        pairs = itertools.zip_longest(letters, others, fillvalue="i")
+        read = "".join((first, *itertools.chain(*pairs))).casefold()
+        read = read.replace("i\u0307", "i").replace("j\u0307", "j")
+        yield unicodedata.normalize("NFKC", read)
 
 
 def is_visible(text: str) -> bool:
@@ -3000,11 +3009,14 @@ class Accounts(dict[str, Account]):
 
     def put(self, account: Account) -> None:
         self[fold(account.name)] = account
-        self.skeletons[skeleton(account.name)] = fold(account.name)
+        for shape in skeletons(account.name):
+            self.skeletons[shape] = fold(account.name)
 
     def remove(self, name: str) -> None:
         del self[fold(name)]
-        self.skeletons.pop(skeleton(name), None)
+        for shape in skeletons(name):
+            if self.skeletons.get(shape) == fold(name):
+                del self.skeletons[shape]
 
     def certificates_of(self, name: str) -> list[str]:
         return [mark for mark, key in self.certificates.items() if key == fold(name)]
@@ -3021,9 +3033,8 @@ class Accounts(dict[str, Account]):
         none does. Names in ASCII never look like each other."""
         if name.isascii():
             return ""
-        shape = skeleton(name)
-        known = shape if shape in SERVICES else self.skeletons.get(shape, "")
-        return known if known != fold(name) else ""
+        known = (s if s in SERVICES else self.skeletons.get(s, "") for s in skeletons(name))
+        return next((one for one in known if one not in ("", fold(name))), "")
 
     def find(self, name: str) -> tuple[str, Verifier]:
         """Return an account's registered name and verifier; a decoy if there is no such account."""
@@ -3407,11 +3418,11 @@ def server_ban(hub: Hub, user: User) -> ServerBan | None:
 
 
 def check_not_bound(hub: Hub, user: User) -> None:
-    """Raise Refused if another name would escape a ban or mute of the present one."""
+    """Raise Refused if another name or account would escape a ban or mute of the present one."""
     for channel in user.channels:
         hub.work += channel.masks
         if not channel.members[user].ranks and channel.banned(user, speaking=True):
-            text = f"you cannot change your name while you are banned or muted in {channel.name}"
+            text = f"no other name or account while you are banned or muted in {channel.name}"
             raise Refused("NAME_BOUND", text, channel.name)
 
 
@@ -3743,6 +3754,8 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
     source = source_of(user.name, user.source.address, user.source.username, account)
     if ban := server_ban(hub, User(source, "", "", 0)):
         return disconnect(hub, Source(hub.name, "", mask=hub.name), user, ban.reason)
+    if user.account not in ("", account) or (takes_name and holder is not user):
+        check_not_bound(hub, user)
     if takes_name and holder and holder is not user and holder.account != account:
         take_name(hub, holder, free_name(hub, account))
         holder = None
@@ -3833,6 +3846,10 @@ def drop_account(hub: Hub, who: Session, name: str, proof: str) -> None:
     if account is None or proof != account.revision:
         raise wrong_login()
     identity = account.identity
+    hub.work += len(hub.users) + len(hub.channels)
+    users = [user for user in hub.users.values() if user.login == identity]
+    for user in users:
+        check_not_bound(hub, user)
     for fingerprint in hub.accounts.certificates_of(name):
         drop_certificate(hub, fingerprint)
     hub.accounts.remove(name)
@@ -3841,8 +3858,7 @@ def drop_account(hub: Hub, who: Session, name: str, proof: str) -> None:
     for guest in hub.guests_of.pop(identity, ()):
         del hub.accounts_of[guest]
     hub.turn.record("identities_gone", identity)
-    hub.work += len(hub.users) + len(hub.channels)
-    for user in [user for user in hub.users.values() if user.login == identity]:
+    for user in users:
         user.set_login("", "")
         hub.turn.changed.add(user)
         emit_to_witnesses(hub, ACCOUNT, user.source, user)
@@ -8332,16 +8348,25 @@ def fail_sasl(session: IrcSession, refusal: Refused) -> None:
 
 
 def tell_logged_in(
-    session: IrcSession, account: str, proof: str, then: Callable = do_nothing
+    session: IrcSession,
+    account: str,
+    proof: str,
+    then: Callable = do_nothing,
+    otherwise: Callable[[Refused], None] | None = None,
 ) -> None:
-    """Tell the client that it is logged in, log its user in if there is one, and call then()."""
+    """Log the client's user in, if there is one; tell that, and call then(), or otherwise(the
+    refusal)."""
     user, session.account, session.proof = session.user, account, proof
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
-    session.reply(RPL_LOGGEDIN, source.mask, account, account)
-    if user:
-        session.act("log_in", account, proof, False, then=then)
-    else:
+
+    def logged_in(_: Any) -> None:
+        session.reply(RPL_LOGGEDIN, source.mask, account, account)
         then()
+
+    if user:
+        session.act("log_in", account, proof, False, then=logged_in, otherwise=otherwise)
+    else:
+        logged_in(None)
 
 
 def end_sasl(session: IrcSession, account: str) -> None:
@@ -8350,7 +8375,8 @@ def end_sasl(session: IrcSession, account: str) -> None:
         proof = revision_of(session, account, exchange.verifier)
     except Refused as refusal:
         return fail_sasl(session, refusal)
-    tell_logged_in(session, account, proof, lambda *_: session.reply(RPL_SASLSUCCESS))
+    succeed = functools.partial(session.reply, RPL_SASLSUCCESS)
+    tell_logged_in(session, account, proof, succeed, functools.partial(fail_sasl, session))
 
 
 def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
