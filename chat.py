@@ -747,8 +747,7 @@ LOOKALIKES = (
         "ЅЈАВЕЗКМНОРСТУХЬабвгезкмнорстухьѕіјѡѴѵҮүҺһҽӠӡԁԌԍԚԛԜԝᲀᲂᲃᲄᲅꙄꙇ",
         "sjabe3kmhopctyxba6bre3kmhopctyxbsijwvvyyhhe33dggqqwwboctt2i",
     )
-    | {ord(c): "ll" for c in "ǁ"}
-    | {ord(c): "oo" for c in "ꝎꝏꚘꚙ"}
+    | str.maketrans({"ǁ": "ll", "Ꝏ": "oo", "ꝏ": "oo", "Ꚙ": "oo", "ꚙ": "oo"})
 )
 # Characters that are a mere bar: each looks like a capital I and like a small l.
 BARS = re.compile("[ƖǀΙІӀӏ]")
@@ -1507,6 +1506,7 @@ class ActStore(typing.Protocol):
     dedup: Dedup
 
     def author_of(self, key: str, id: int) -> "tuple[int, str] | None": ...
+    def guest_conversations(self, owner: str, name_key: str) -> list[str]: ...
     def foundings(self, key: str) -> set[int]: ...
 
 
@@ -3331,14 +3331,43 @@ class Hub:
     def author_of(self, targets: Iterable[str], id: int) -> tuple[int, str] | None:
         """Return the founding and the author's identity of a message under one of these keys."""
         keys = list(targets)
-        if any(one.name == "redact" and one.values[-1] == id for one in self.turn.records):
+        records = self.turn.records
+        if any(one.name == "redact" and one.values[-1] == id for one in records):
             return None
         recent = (e for e in self.turn.events if e.id == id and e.kind in (*SPOKEN, TAGS))
         for event in recent:
-            foundings = [founding for key, founding in event.audience.targets if key in keys]
+            targets = event.audience.targets
+            foundings = [
+                founding for key, founding in targets if self.key_now(key, founding) in keys
+            ]
             if foundings:
                 return foundings[0], event.source.identity
-        return next(filter(None, (self.store.author_of(key, id) for key in keys)), None)
+        renamed = (one.values[0] for one in records if one.name == "rename")
+        for key in dict.fromkeys((*keys, *renamed)):
+            known = self.store.author_of(key, id)
+            if known and self.key_now(key, known[0]) in keys:
+                return known
+        return None
+
+    def key_now(self, key: str, founding: int) -> str:
+        """Return the key under which this turn leaves the history of a founding; "" if sealed."""
+        for name, values, _ in self.turn.records:
+            if name == "rename" and (values[0], values[2]) == (key, founding):
+                key = values[1]
+            elif name == "seal" and values == (key, founding):
+                key = ""
+        return key
+
+    @question
+    def guest_conversations(self, owner: str, name_key: str) -> list[str]:
+        """Return the keys of an identity's conversations with guests who had this name."""
+        keys = dict.fromkeys(self.store.guest_conversations(owner, name_key))
+        for talk in self.turn.conversations.values():
+            one, one_key, other, other_key = talk.parties
+            for mine, guest, key in ((one, other, other_key), (other, one, one_key)):
+                if (mine, key) == (owner, name_key) and guest.startswith("~"):
+                    keys[talk.targets[0][0]] = None
+        return list(keys)
 
     @question
     def has_history(self, key: str) -> bool:
@@ -4357,17 +4386,41 @@ def check_may_redact(
     raise Refused("REDACT_FORBIDDEN", text, name, message_id)
 
 
+def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
+    """Return the keys under which a user reads what is called so: a channel, or the conversations
+    with a user or account, present or not, and with guests who had that name. Raises Refused."""
+    keys: list[str] = []
+    if name.startswith("#"):
+        channel = hub.channels.get(fold(name))
+        keys += [channel.key] if channel and user in channel.members else []
+    else:
+        other = hub.users.get(fold(name))
+        if identity := other.identity if other else hub.accounts.identity(name):
+            keys += conversation_keys(hub, user.identity, identity)
+        keys += hub.guest_conversations(user.identity, fold(name))
+    if not keys:
+        raise Refused("INVALID_TARGET", "there is nothing of it that you may read", name)
+    return keys
+
+
+def redaction_audience(hub: Hub, user: User, name: str, keys: list[str], id: int) -> Audience:
+    """Return the audience that is told that a message is redacted. In a private conversation
+    without a present partner it is the user alone; then the history tells the partner."""
+    if name.startswith("#"):
+        return hub.channels[fold(name)].audience
+    key = next(key for key in keys if hub.author_of([key], id))
+    other = hub.users.get(fold(name))
+    if other and key in conversation_keys(hub, user.identity, other.identity):
+        return hub.conversation(user, other)
+    return Audience(users={user}, targets=((key, 0),))
+
+
 @act
 def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> None:
     """Redact a message. The author may, and in a channel so may its operators, for messages of this
     founding. In a private conversation only the author may."""
     user = who.user
-    channel = hub.channels.get(fold(name)) if name.startswith("#") else None
-    other = None if name.startswith("#") else hub.users.get(fold(name))
-    if not (other or (channel and user in channel.members)):
-        raise Refused("INVALID_TARGET", "there is nothing of it that you may read", name)
-    audience = channel.audience if channel else hub.conversation(user, other)
-    keys = [channel.key] if channel else conversation_keys(hub, user.identity, other.identity)
+    keys = redactable_keys(hub, user, name)
     try:
         id = hub.ids.parse(message_id)
     except ValueError:
@@ -4377,12 +4430,15 @@ def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> N
         raise Refused("UNKNOWN_MSGID", "there is no such message", name, message_id)
     founding, author = known
     if not hub.same_person(author, user.identity):
-        check_may_redact(who, channel, founding, name, message_id)
+        check_may_redact(who, hub.channels.get(fold(name)), founding, name, message_id)
+    audience = redaction_audience(hub, user, name, keys, id)
     for key in keys:
         hub.turn.record("redact", key, hub.now, id)
     redact_file(hub, who, id)
     text = hub.ids.text(id) + (f" :{reason}" if reason else "")
-    hub.emit(REDACT, user.source, audience, text, other.name if other else "", who)
+    other = hub.users.get(fold(name))
+    about = "" if name.startswith("#") else other.name if other else clean_name(name)
+    hub.emit(REDACT, user.source, audience, text, about, who)
 
 
 @act
@@ -5157,6 +5213,12 @@ def place_of(hub: Hub, user: User, audience: Audience) -> Place:
     return Place(tuple(keys), user.identity, partner.key)
 
 
+# Condition of a target: a conversation of an identity with a guest of a name
+WITH_A_GUEST = """
+    (one = ? AND other_key = ? AND other LIKE '~%') OR (other = ? AND one_key = ? AND one LIKE '~%')
+"""
+
+
 class Span(NamedTuple):
     """A part of the history of a Place: some kinds, strictly between two marks."""
 
@@ -5237,10 +5299,7 @@ class History:
         query = f"SELECT id, founding FROM targets WHERE key IN ({marks})"
         found = dict(db.execute(query, place.keys).fetchall())
         if place.owner:
-            query = """
-                SELECT id, 0 FROM targets WHERE one = ? AND other_key = ? AND other LIKE '~%'
-                UNION SELECT id, 0 FROM targets
-                WHERE other = ? AND one_key = ? AND one LIKE '~%'"""
+            query = f"SELECT id, 0 FROM targets WHERE {WITH_A_GUEST}"
             found |= dict(db.execute(query, [place.owner, place.other_key] * 2).fetchall())
         return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
 
@@ -5910,6 +5969,14 @@ class Store:
             return self.db.execute(query, [key, id, *SPOKEN, TAGS]).fetchone()
         except sqlite3.Error:
             return None
+
+    def guest_conversations(self, owner: str, name_key: str) -> list[str]:
+        """Return the keys of an identity's conversations with guests who had this name."""
+        query = f"SELECT key FROM targets WHERE {WITH_A_GUEST} ORDER BY id"
+        try:
+            return [row[0] for row in self.db.execute(query, [owner, name_key] * 2)]
+        except sqlite3.Error:
+            return []
 
     def foundings(self, key: str) -> set[int]:
         """Return the foundings with history under this key; {0} if the database fails."""

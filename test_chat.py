@@ -1432,6 +1432,89 @@ def said_with_id(house, who, target, text):
     return re.search("msgid=([0-9a-z]+)", house.heard(who)[-1])[1]
 
 
+def message_id_in(lines, text):
+    """The msgid of the line that ends in this text."""
+    return tag(next(line for line in lines if line.endswith(text)), "msgid")
+
+
+# The partner has an account or none, and is away, gone, gone in this turn, or here under another
+# name; or another guest has the name.
+@pytest.mark.parametrize("has_account", [False, True])
+@pytest.mark.parametrize("how", ["QUIT", "QUIT in this turn", "NICK zed", "another"])
+def test_a_private_message_is_redacted_also_when_the_partner_has_left(how, has_account, folder):
+    house = stored(folder)
+    account(house, "bob") if has_account else None
+    come(house, "alice")
+    device(house, "bob", "bob") if has_account else come(house, "bob")
+    ask(house, "alice", "PRIVMSG bob :hello")
+    if how == "QUIT in this turn":
+        house.say("alice", "PRIVMSG bob :oh dear")
+        house.say("bob", "QUIT")
+        message_id = house.hub.ids.text(
+            next(e.id for e in house.hub.turn.events if e.text == "oh dear")
+        )
+    else:
+        message_id = message_id_in(ask(house, "alice", "PRIVMSG bob :oh dear"), "oh dear")
+        ask(house, "bob", "QUIT" if how == "another" else how)
+    if how == "another" and not has_account:
+        come(house, "bob")
+    lines = ask(house, "alice", f"REDACT bob {message_id} :sorry")
+    assert f" REDACT bob {message_id} :sorry" in str(lines) and " FAIL " not in str(lines)
+    if how == "another":
+        assert "REDACT" not in str(house.heard("bob"))
+    lines = ask(house, "alice", "CHATHISTORY LATEST bob * 10")
+    assert "hello" in str(lines) and "oh dear" not in str(lines)
+    assert refused(ask(house, "alice", f"REDACT bob {message_id}"), "UNKNOWN_MSGID")
+    if has_account:
+        device(house, "bob again", "bob")
+        lines = ask(house, "bob again", "CHATHISTORY LATEST alice * 10")
+        assert "oh dear" not in str(lines) and f" {message_id} :sorry" in str(lines)
+    house.store.close()
+
+
+def test_another_user_redacts_no_private_message_of_those_who_have_left():
+    house = House()
+    come(house, "alice", "bob", "carol")
+    message_id = message_id_in(ask(house, "alice", "PRIVMSG bob :for you"), "for you")
+    ask(house, "alice", "QUIT")
+    for who, name in (("carol", "alice"), ("carol", "bob"), ("bob", "carol")):
+        assert refused(
+            ask(house, who, f"REDACT {name} {message_id}"), "INVALID_TARGET", "UNKNOWN_MSGID"
+        )
+    assert refused(ask(house, "bob", f"REDACT alice {message_id}"), "REDACT_FORBIDDEN")
+
+
+# What is renamed, said and closed in one turn is known under its present name, and only there.
+RENAMED_IN_A_TURN = {  # what alice says in the turn, and where the message is redacted
+    "renamed": (["RENAME #a #b"], "#b"),
+    "renamed twice": (["RENAME #a #b", "RENAME #b #c"], "#c"),
+    "and back": (["RENAME #a #b", "RENAME #b #a"], "#a"),
+    "founded again": (["RENAME #a #b", "JOIN #a"], "#b"),
+}
+
+
+@pytest.mark.parametrize("stored_before", [True, False])
+@pytest.mark.parametrize("said, where", RENAMED_IN_A_TURN.values(), ids=RENAMED_IN_A_TURN)
+def test_a_message_is_redacted_in_the_turn_of_a_rename(said, where, stored_before):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a")
+    ask(house, "bob", "JOIN #a")
+    house.say("alice", "PRIVMSG #a :oh dear")
+    message_id = house.hub.ids.text(house.hub.last_id)
+    if stored_before:
+        house.turn()
+        house.heard("alice")
+    house.say("alice", *said)
+    wrong = [name for name in ("#a", "#b", "#c") if name != where]
+    lines = ask(house, "alice", *(f"REDACT {name} {message_id}" for name in (*wrong, where)))
+    assert [line.split()[-1] for line in lines if " REDACT " in line and "FAIL" not in line] == [
+        message_id
+    ]
+    assert f" REDACT {where} {message_id}" in str(lines) and str(lines).count("FAIL") == 2
+    assert "oh dear" not in str(ask(house, "bob", f"CHATHISTORY LATEST {where} * 10"))
+
+
 def indexed_words(store):
     """How often each word stands in the index, by the word."""
     index, counts = store.words.db, collections.Counter()
