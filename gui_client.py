@@ -1364,7 +1364,7 @@ class Engine(chat.ManyServers):
         chat.PAGE: _page,
         chat.QR_CODE: _code,
         chat.BACK: _back,
-        chat.READ: _read_elsewhere,
+        chat.READ_ELSEWHERE: _read_elsewhere,
         chat.TRANSFER: _transfer_changed,
     }
 

@@ -104,8 +104,9 @@ def seeded(request):
 # HELPERS: a server without sockets, and clients of it
 # ======================================================================================
 
+IRC_TAG = r"\+?(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?[A-Za-z0-9-]+(?:=[^ \r\n\0;]*)?"
 IRC_LINE = re.compile(
-    r"(?:@[^ \r\n\0;=]+(?:=[^ \r\n\0;]*)?(?:;[^ \r\n\0;=]+(?:=[^ \r\n\0;]*)?)* )?"  # tags
+    rf"(?:@{IRC_TAG}(?:;{IRC_TAG})* )?"
     r"(?::(?P<source>\S+) )?"
     r"(?P<verb>[A-Z]+|\d{3})"
     r"(?P<params>(?: [^ :\r\n\0][^ \r\n\0]*)*(?: :[^\r\n\0]*)?)"
@@ -1555,6 +1556,16 @@ def test_what_is_taken_back_is_neither_found_nor_counted(folder):
         db.execute("INSERT INTO search_1 (search_1) VALUES ('integrity-check')")
 
 
+def test_an_index_that_was_removed_is_one_error_in_the_log(running, folder, caplog):
+    guest = Visitor(running(data=folder).address)
+    guest.enter_irc("alice", "JOIN #a")
+    (folder / "search.db").unlink()
+    before = len(caplog.records)
+    for _ in range(3):
+        assert " FAIL SEARCH " in str(guest.ask("SEARCH in=#a;text=tea"))
+    assert len(caplog.records) == before + 1
+
+
 def test_what_is_taken_back_before_it_can_be_searched_is_never_found():
     house = House()
     house.enter_irc("alice")
@@ -1905,6 +1916,20 @@ def test_a_channel_can_have_its_old_name_back_and_others_can_have_it_meanwhile()
     house.turn()
     assert "FAIL" not in str(house.heard("alice") + house.heard("bob"))
     assert texts(house.store, "#a") == ["one"] and texts(house.store, "#b") == []
+
+
+# Also in other letters only: then there is something to tell.
+@pytest.mark.parametrize("name, told", [("#b", 0), ("#B", 1)])
+def test_a_channel_that_is_renamed_to_its_own_name_tells_nothing(name, told):
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "CAP REQ draft/channel-rename", "JOIN #b")
+    house.say("bob", "JOIN #b")
+    house.turn()
+    house.heard("alice"), house.heard("bob")
+    house.say("alice", f"RENAME #b {name}")
+    house.turn()
+    assert len(house.heard("alice")) == told and bool(house.heard("bob")) == bool(told)
 
 
 def markers_told(house, who, *names):
@@ -2509,6 +2534,43 @@ def test_a_bar_is_read_as_i_and_as_l_in_accounts_too():
     device(house, "ivan", "\u0406van")
     ask(house, "ivan", "NS DROP password")
     assert not house.hub.accounts.skeletons
+
+
+# A device that comes ends the token of no other one, up to the limit of devices.
+def test_as_many_devices_as_the_limit_says_may_resume_a_user():
+    house = House()
+    account(house, "alice")
+    for n in range(chat.DEVICES_A_USER + 1):
+        house.connect_irc(f"device {n}")
+        house.say(f"device {n}", f"CAP REQ :sasl {CAPS}", f"SESSION {n:032x}", "NICK alice")
+        house.say(f"device {n}", "USER u 0 * :r", "AUTHENTICATE PLAIN")
+        house.say(f"device {n}", f"AUTHENTICATE {plain('alice', 'password')}", "CAP END")
+        house.turn()
+        tokens = [hashlib.sha256(f"{k:032x}".encode()).hexdigest() for k in range(n + 1)]
+        assert list(house.hub.users["alice"].tokens) == tokens[-chat.DEVICES_A_USER :]
+
+
+SERVICE_LINES = {  # a line for NickServ, and the password in it
+    "NS REGISTER :secret12": "secret12",
+    "  NS  REGISTER  secret12": "secret12",
+    " :alice NS :REGISTER secret12": "secret12",
+    "@+x=1  NS REGISTER :secret12": "secret12",
+    'NS REGISTER "secret :12"': "secret :12",
+    'NS REGISTER :"secret 12"': "secret 12",
+    'NS REGISTER ":secret12"': ":secret12",
+    "PRIVMSG NickServ : REGISTER  secret12": "secret12",
+    "PRIVMSG NickServ :REGISTER :secret12": ":secret12",
+}
+
+
+# A colon before the last parameter belongs to the grammar of IRC, not to the password.
+@pytest.mark.parametrize("line", SERVICE_LINES)
+def test_a_line_for_the_service_has_the_password_that_was_typed(line):
+    house = House()
+    come(house, "alice")
+    house.say("alice", line)
+    house.turn()
+    assert house.hub.accounts["alice"].verifier.fits(SERVICE_LINES[line])
 
 
 # REGISTER under a name taken before there was the account that it looks like.
@@ -3579,6 +3641,15 @@ def test_an_invitation_outlives_the_ban_of_another_user():
     house = House()
     channel_with_a_plain_member(house)
     ask(house, "alice", "MODE #a +i", "INVITE carol #a", "MODE #a +b dave!*@*")
+    assert entered(house)
+
+
+# Nor does a mute: it keeps no user out.
+@pytest.mark.parametrize("mask", ["m:carol!*@*", "m:*!*@*"])
+def test_an_invitation_outlives_a_mute(mask):
+    house = House()
+    channel_with_a_plain_member(house)
+    ask(house, "alice", "MODE #a +i", "INVITE carol #a", f"MODE #a +b {mask}")
     assert entered(house)
 
 
@@ -9560,9 +9631,30 @@ REFUSED_LINES = [  # a message of the line protocol that is refused at some line
     ["/lines 4", "x" * (LIMIT // 2), "y" * (LIMIT // 2), "/topic oops", "four"],
     ["/lines 3", "x" * 10, chat.TOO_LONG, "/topic oops"],
     ["/lines 3", b"\xff", b"\xff", b"\xff"],
+    ["/lines 0000000003", b"\xff", "/topic oops", "three"],
     # The whole message is refused at its first line: what follows is that message, too
     ["/lines 201", *(["/topic oops", "oops"] * 100), "201"],
 ]
+
+
+@pytest.mark.parametrize("count", ["10000000000", "9" * 5000, "0" * 20 + "10001"])
+def test_the_lines_behind_any_large_count_are_dropped(count):
+    house = House()
+    house.enter("alice", "bob")
+    house.say("alice", f"/lines {count}", *["oops", "/topic oops"] * (chat.LINES_DROPPED // 2))
+    house.say("alice", "after it")
+    house.turn()
+    assert len(house.heard("alice")) == 1 and house.heard("bob") == ["alice: after it"]
+
+
+def test_a_message_of_several_lines_before_the_name_is_dropped():
+    house = House()
+    house.enter("bob")
+    house.connect("guest")
+    house.say("guest", "/lines 3", "carl", "/quit", "zzz", "dora", "hello")
+    house.turn()
+    assert "a name first" in str(house.heard("guest")) and list(house.hub.users) == ["bob", "dora"]
+    assert house.heard("bob")[-1] == "dora: hello"
 
 
 # /lines: the server must drop the rest of a refused message, not send or execute it
@@ -9653,6 +9745,7 @@ HEADS = [  # a request, and the status of its answer
     ("GET /?a=b HTTP/1.1\nHost: localhost", 200),
     ("GET /%68ealth HTTP/1.1\nHost: localhost", 200),
     ("OPTIONS / HTTP/1.1\nHost: localhost", 204),
+    ("OPTIONS * HTTP/1.1\nHost: localhost", 204),
     ("GET /nothing HTTP/1.1\nHost: localhost", 404),
     ("GET /irc HTTP/1.1\nHost: localhost", 426),
     ("DELETE / HTTP/1.1\nHost: localhost", 405),
@@ -9686,6 +9779,45 @@ HEADS = [  # a request, and the status of its answer
     ("GET / HTTP/1.1\nHost: localhost\nA: " + "b" * 16_400, 431),
     ("GET /" + "a" * 16_400 + " HTTP/1.1\nHost: localhost", 414),
 ]
+
+
+CLIENT_TAGS = {  # a tag of a client, and whether others get it
+    "+draft/react=x": True,
+    "+a-b": True,
+    "+example.com/a-1=x": True,
+    "+\u043a\u043b\u044e\u0447=1": False,
+    "+_x=1": False,
+    "+\u00b2=1": False,
+    "+/=1": False,
+    "+a//b=1": False,
+    "+a/b/c=1": False,
+    "+.=1": False,
+    "+./a=1": False,
+    "+=1": False,
+    "draft/react=x": False,
+}
+
+
+# IRCv3 message-tags: ASCII letters, digits and "-", behind a vendor's host and "/" if there is one
+@pytest.mark.parametrize("tag, passed_on", CLIENT_TAGS.items())
+def test_a_client_tag_is_passed_on_and_kept_if_it_has_the_form_of_one(tag, passed_on):
+    house = irc_house("#a", alice="message-tags", bob="message-tags")
+    asked(house, "alice", f"@{tag};+ok=1 PRIVMSG #a :hi")
+    (line,) = of(heard(house, "bob"), "PRIVMSG")
+    key = tag.partition("=")[0]
+    assert ("+ok" in line.tags, key in line.tags) == (True, passed_on)
+    ((tags,),) = house.store.db.execute("SELECT tags FROM events WHERE kind = 'message'")
+    assert (key in [one.partition("=")[0] for one in tags.split(";")]) == passed_on
+
+
+def test_names_beyond_the_limit_of_monitor_are_told_whole_in_several_lines():
+    house = irc_house("", alice="")
+    for n in range(0, chat.WATCHED, 10):
+        asked(house, "alice", "MONITOR + " + ",".join(f"n{n + k}" for k in range(10)))
+    names = [f"{n:02}{'x' * 30}" for n in range(14)]
+    lines = of(asked(house, "alice", f"MONITOR + {','.join(names)}"), "734")
+    assert len(lines) > 1 and {line.params[1] for line in lines} == {str(chat.WATCHED)}
+    assert [name for line in lines for name in line.params[2].split(",")] == names
 
 
 # As the sender split it, with at most 200 pieces and four times as many as needed
@@ -9725,6 +9857,42 @@ def test_a_message_of_many_small_pieces_is_joined_and_split_again(pieces):
     assert len(got) <= 4 * needed
     plain = [text for *_, text in messages_in(heard(house, "carol"))]
     assert "".join(plain) == joined(pieces).replace("\n", "") and len(plain) <= 4 * needed
+
+
+# +C: also where a message is put together of pieces, and where a long line is split
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["", "+\x01VERSION\x01"],
+        ["hi", "+\x01VERSION\x01"],
+        ["hi", "\x01VERSION\x01"],
+        ["\x01PING\x01"],
+    ],
+)
+def test_a_channel_without_ctcp_takes_none_in_a_piece_of_a_message(pieces):
+    house = irc_house("#a", alice=MULTILINE, bob="")
+    asked(house, "alice", "MODE #a +C")
+    forget(house)
+    assert [line.verb for line in asked(house, "alice", *batch_of(*pieces))] == ["404"]
+    assert heard(house, "bob") == []
+    asked(house, "alice", *batch_of("hi", "+\x01", target="bob"))
+    assert pieces_of(heard(house, "bob")) == ["hi"]
+
+
+@pytest.mark.parametrize("dialect", ["irc", "line"])
+def test_a_long_line_is_not_split_into_a_ctcp(dialect):
+    house = irc_house("#a", alice="", bob="")
+    house.enter("dora")
+    asked(house, "alice", "MODE #a +C")
+    house.say("dora", "/join #a")
+    house.turn()
+    forget(house)
+    text = f"{'y' * 473} \x01VERSION\x01"
+    house.say("alice", f"PRIVMSG #a :{text}") if dialect == "irc" else house.say("dora", text)
+    house.turn()
+    pieces = pieces_of(heard(house, "bob"))
+    assert "".join(pieces).replace("\x01", "") == text.replace("\x01", "") and len(pieces) > 1
+    assert not any(piece.startswith("\x01") for piece in pieces)
 
 
 # A multiline fallback must contain no empty PRIVMSG: live, echoed, in private, in
@@ -10584,7 +10752,7 @@ SCRIPTS = {
         {"bob": ["alice: after"], "carol": ["alice: after"]},
     ],
     "a count of lines that is none": [
-        ("alice", "/lines many", "/lines 0", "/lines " + "9" * 5000, "/lines 201", "/quit"),
+        ("alice", "/lines many", "/lines 0", "/lines -1", "/lines 201", "/quit"),
         {"alice": ["* a message has 1 to 200 lines"] * 4},
     ],
     "a message of several lines with a bad one is none, and neither is the rest of it": [
@@ -10857,6 +11025,24 @@ def parsed_answers(data, heads=()):
         answers.append((int(first.split()[1]), headers, data[:size]))
         data = data[size:]
     return answers
+
+
+def test_the_options_of_the_whole_server_name_all_methods():
+    _, headers, body = Browser(House()).asks("OPTIONS * HTTP/1.1\nHost: localhost")
+    assert headers["allow"] == "delete, get, head, options, patch, post" and body == b""
+    assert Browser(House()).asks("GET * HTTP/1.1\nHost: localhost")[0] == 404
+
+
+@pytest.mark.parametrize("end", [b" HTTP/1.1\r\nHost: localhost\r\n\r\n", b""])
+@pytest.mark.parametrize("begins, told", [(b"GET /", True), (b"post /", True), (b"hello ", False)])
+def test_a_first_request_with_too_long_a_target_has_a_status(running, begins, told, end):
+    with socket.create_connection(running().address, PATIENCE) as web:
+        web.sendall(begins + b"a" * (chat.LINE_BYTES + 3) + end)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            while data := web.recv(65536):
+                answer += data
+    assert answer.startswith(b"HTTP/1.1 414 ") == told and bool(answer) == told
 
 
 @pytest.mark.parametrize(("head", "status"), HEADS)
@@ -11357,6 +11543,25 @@ def test_without_the_right_credentials_nothing_is_uploaded(files, header):
 def token_of(house, name):
     says(house, name, "TOKEN GENERATE FILEHOST")
     return house.heard(name)[-1].rpartition(":")[2]
+
+
+# KLINE: the account, its name or the address; also on a connection that has proved its password
+@pytest.mark.parametrize("mask", ["a:alice", "alice!*@*", "*!*@127.0.0.5", "*!*@127.0.0.*"])
+@pytest.mark.parametrize("how", ["Basic", "Basic again", "Bearer"])
+def test_a_user_who_is_banned_from_the_server_uploads_nothing(files, mask, how):
+    proof = basic("alice")
+    if how == "Bearer":
+        proof = f"Authorization: Bearer {token_of(files, 'alice')}"
+    head = f"POST /files HTTP/1.1\nHost: localhost\n{proof}\nContent-Length: 2"
+    browser = Browser(files, host="127.0.0.5")
+    assert how != "Basic again" or browser.asks(head, b"hi")[0] == 201
+    files.hub.bans[mask] = chat.ServerBan(mask, "boss", 0, "spam")
+    status, _, body = browser.asks(head, b"hi")
+    assert status == 403 and b"banned" in body
+    if "127" not in mask:
+        assert posted(files, name="bob", label="other")[0] == 201
+    files.hub.bans.clear()
+    assert Browser(files, "later", "127.0.0.5").asks(head, b"hi")[0] == 201
 
 
 def test_a_guest_uploads_with_a_token_until_it_ends(files):
@@ -15326,7 +15531,7 @@ def test_what_was_read_on_one_device_is_read_on_the_other():
     alice.core.tick()  # it is shown there
     exchange_all(alice, phone)
     assert (lobby.unread, lobby.called, lobby.read_time) == (0, 0, last_of(phone).time)
-    assert any(view.kind == chat.READ and view.room == lobby.id for view in phone.views)
+    assert any(view.kind == chat.READ_ELSEWHERE and view.room == lobby.id for view in phone.views)
     bob.typed("three")
     phone.exchange()
     assert lobby.unread == 1
@@ -17444,12 +17649,39 @@ def operated():
 
 
 BANNED_MASKS = [  # what is banned, a connection that it is for: name, address
+    ("*!*@::1", "mallory", "[::1]"),
+    ("*!*@0::1", "mallory", "[::1]"),
+    ("*@::*", "mallory", "[::1]"),
     ("10.0.0.9", "mallory", "10.0.0.9"),
     ("*@10.0.0.9", "mallory", "10.0.0.9"),
     ("*!*@10.0.0.*", "mallory", "10.0.0.9"),
     ("*!~user@10.*", "mallory", "10.0.0.9"),
     ("mal*!*@*", "mallory", "10.0.0.9"),
 ]
+
+
+# A host that begins with a colon, which IRC takes away at the beginning of the last parameter
+@pytest.mark.parametrize("line", ["KLINE ::1", "KLINE :::1", "KLINE *!*@::1", "/kline ::1"])
+def test_a_kline_of_an_address_that_begins_with_a_colon_is_for_that_address(line):
+    house = operated()
+    come_from(house, "mallory", "[::1]")
+    house.enter("boss")
+    asked(house, "boss", "/oper boss secret")
+    asked(house, "boss" if line[0] == "/" else "root", line)
+    assert is_closed(house, "mallory") and not is_closed(house, "witness")
+
+
+@pytest.mark.parametrize("mask", ["*!*@::1", "*!*@0::1"])
+@pytest.mark.parametrize("mute", ["", "m:"])
+def test_a_ban_of_an_address_that_begins_with_a_colon_is_for_that_address(mask, mute):
+    house = operated()
+    come_from(house, "mallory", "[::1]")
+    asked(house, "root", f"MODE #a +b :{mute}{mask}")
+    user, channel = house.hub.users["mallory"], house.hub.channels["#a"]
+    assert channel.banned(user, speaking=True) and channel.banned(user) == (not mute)
+    assert not channel.banned(house.hub.users["witness"], speaking=True)
+    asked(house, "root", f"MODE #a -b :{mute}{mask}")
+    assert not channel.lists["b"]
 
 
 # Those who are here leave, with 465 or ERROR; new ones are not let in; others are
@@ -23835,6 +24067,7 @@ def test_a_message_whose_echo_was_lost_arrives_once_also_under_another_name(runn
     tab.until("state.phase === 'online' && !state.outbox.length && !room('#lobby').behind")
     tab.say("and on it goes")
     assert witness.heard("and on it goes")[0] == ["and on it goes"]
+    tab.wait_for("said as anna", "and on it goes")  # painted later than sent
     assert tab.rows() == ["said as anna", "and on it goes"]
 
 
@@ -24550,6 +24783,29 @@ def test_above_the_waterline_there_is_no_operating_system():
             and getattr(node, "id", "") in BELOW_THE_WATER
         ):
             assert node.lineno > waterline, f"{node.id} in line {node.lineno}"
+        if getattr(node, "attr", "") in ("now", "today", "utcnow"):  # a clock of datetime
+            of = getattr(node.value, "attr", getattr(node.value, "id", ""))
+            is_clock = of in ("datetime", "date")
+            assert node.lineno > waterline or not is_clock, f"a clock in line {node.lineno}"
+
+
+def names_bound(node):
+    """Yield the names that a statement of a module binds."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        yield from (one.asname or one.name for one in node.names)
+    elif hasattr(node, "name"):
+        yield node.name
+    for target in getattr(node, "targets", [getattr(node, "target", None)]):
+        if target and not isinstance(node, ast.AugAssign):
+            found = (one for one in ast.walk(target) if isinstance(one, ast.Name))
+            yield from (one.id for one in found if isinstance(one.ctx, ast.Store))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_name_of_a_module_is_bound_once(path):
+    tree, *_ = nodes_of(path)
+    counts = collections.Counter(name for node in tree.body for name in names_bound(node))
+    assert {name for name, count in counts.items() if count > 1} == set()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
