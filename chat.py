@@ -153,7 +153,7 @@ CHANNEL_PASSWORD_BYTES = 32
 CHANNELS_A_USER = 50  # bounds the table of channels by the number of users ...
 CHANNELS_FOUNDED = 50  # ... and of those that last, by the number of accounts
 RANKS_STORED = 100  # accounts with a rank in a channel, for while they are absent
-TOKENS_A_USER = 10  # devices that may resume a user
+DEVICES_A_USER = 10  # that may resume a user
 SECRET_DIGITS = 32  # hexadecimal: 128 bits
 OWN_ID_BYTES = 64  # of the id that a client gives its message
 DEDUP_MS = 30 * 24 * 3600 * 1000  # how long such an id is known after its message is gone ...
@@ -367,7 +367,7 @@ FAST_PIECE_MS = 50  # ... in less than this
 PICTURE_HEAD_BYTES = 256 * 1024  # in which the size of a picture is looked for
 TEXT_HEAD_BYTES = 4096  # in which there is nothing but text, if it is a text
 TOKEN_SECONDS = 600  # until an unused upload token ends
-TOKENS_A_USER = 8
+TOKENS_A_USER = 8  # for uploads
 FILES_SWEEP_SECONDS = 600.0
 LOG_LINES = 1000  # that wait for standard error to be read ...
 LOG_FLUSH_SECONDS = 0.5  # ... and how long the end of the program waits for that
@@ -471,12 +471,15 @@ USER_MODE, METADATA = "user mode", "metadata"  # METADATA: about is the key
 ENTERED = "entered"  # another session of the user joined a channel
 RENAMED = "renamed"  # a channel has another name, and about is the old one
 READ_ON = "read"  # another session of the user read on
-ONLINE, OFFLINE = "online", "offline"  # of a user whom the session monitors
+CAME_ONLINE, WENT_OFFLINE = "online", "offline"  # of a user whom the session monitors
 KILLED, REPLACED = "killed", "replaced"  # the session ends with that
 SOFT_BREAK = "\0"  # in a text: a client sent its line in two pieces here; it cannot be typed
+CTCP_BEGINS = re.compile("(?:^|[\n\0])\x01")  # a line of a text, or a piece of one, is a CTCP
 SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
 # Kinds that each session renders for itself, see Session.hear()
-PERSONAL = frozenset((ENTERED, RENAMED, READ_ON, ONLINE, OFFLINE, METADATA, KILLED, REPLACED))
+PERSONAL = frozenset(
+    (ENTERED, RENAMED, READ_ON, CAME_ONLINE, WENT_OFFLINE, METADATA, KILLED, REPLACED)
+)
 EPHEMERAL = PERSONAL | frozenset(  # kinds that history does not keep
     (INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, RENAME, USER_MODE, HINT)
 )
@@ -589,6 +592,7 @@ def do_nothing(*_: Any) -> None:
 # two by the network is whole again before anything looks at it.
 
 TOO_LONG = b"\n"  # stands for a line over the limit; no real line holds a newline
+BEGINNING_BYTES = 16  # that are kept of such a line: enough for an HTTP method and a blank
 
 
 class LineBuffer:
@@ -598,7 +602,9 @@ class LineBuffer:
     all short lines would be twenty times as large. A line longer than `limit` bytes comes out as
     TOO_LONG once and is skipped."""
 
-    __slots__ = ("buffer", "ended", "first", "limit", "lines", "searched", "skipping", "start")
+    __slots__ = (
+        *("begins", "buffer", "ended", "first", "limit", "lines", "searched", "skipping", "start"),
+    )
     out, closed, in_body = b"", False, False  # what other framers have
 
     def __init__(self, limit: int):
@@ -606,6 +612,7 @@ class LineBuffer:
         self.clear()
         self.ended = False
         self.first = True  # nothing was taken: what follows may be no lines
+        self.begins = b""  # the first bytes of the last line that was too long
 
     def clear(self) -> None:
         """Drop all bytes that were fed and not taken."""
@@ -650,10 +657,14 @@ class LineBuffer:
         if end >= 0:
             line = self.buffer[self.start : end].removesuffix(b"\r")
             self.start = self.searched = end + 1
-            return line if len(line) <= self.limit else TOO_LONG
+            if len(line) <= self.limit:
+                return line
+            self.begins = line[:BEGINNING_BYTES]
+            return TOO_LONG
         rest = len(self.buffer) - self.start
         self.searched = len(self.buffer)
         if rest > self.limit + 1:  # one more: a CR that may yet be dropped
+            self.begins = self.buffer[self.start : self.start + BEGINNING_BYTES]
             self.clear()
             self.skipping = not self.ended
             return TOO_LONG
@@ -736,31 +747,39 @@ LOOKALIKES = (
         "abcdefghijklmnopqrstuvwyz",
     )
     | str.maketrans(  # Latin
-        "ıĸƄƅƒƖƦƧƷƼƽƿǀȜȢȣɑɡɣɩɯʋᴑᶃᶌẝỿⱭꝚꝪꝮꞘꞙꞟꞫꞬꞮꞲꞳꞴꬲꬵꬽꭇꭈꭎꭒꭚ",
-        "ikbbflr235spl388agyiwuogyfya239ffu3gijxbeforruuy",
+        "ıĸƄƅƒƍƦƧƷƼƽƿȜȢȣɑɡɣɩɯʋᴑᶃᶌẝỿⱭꝚꝪꝮꞘꞙꞟꞫꞬꞮꞲꞳꞴꬲꬵꬽꭇꭈꭎꭒꭚ",
+        "ikbbfgr235sp388agyiwuogyfya239ffu3gijxbeforruuy",
     )
     | str.maketrans(  # Greek
-        "ͿΑΒΕΖΗΙΚΜΝΟΡΤΥΧαγηικνορστυχωϜϳϺᴦ",
-        "jabezhikmnoptyxaynikvopotuxwfjmr",
+        "ͿΑΒΕΖΗΚΜΝΟΡΤΥΧαγηικνορστυχωϜϳϺᴦ",
+        "jabezhkmnoptyxaynikvopotuxwfjmr",
     )
     | str.maketrans(  # Cyrillic
-        "ЅІЈАВЕЗКМНОРСТУХЬабвгезкмнорстухьѕіјѡѴѵҮүҺһҽӀӏӠӡԁԌԍԚԛԜԝᲀᲂᲃᲄᲅꙄꙇ",
-        "sijabe3kmhopctyxba6bre3kmhopctyxbsijwvvyyhhell33dggqqwwboctt2i",
+        "ЅЈАВЕЗКМНОРСТУХЬабвгезкмнорстухьѕіјѡѴѵҮүҺһҽӠӡԁԌԍԚԛԜԝᲀᲂᲃᲄᲅꙄꙇ",
+        "sjabe3kmhopctyxba6bre3kmhopctyxbsijwvvyyhhe33dggqqwwboctt2i",
     )
+    | str.maketrans({"ǁ": "ll", "Ꝏ": "oo", "ꝏ": "oo", "Ꚙ": "oo", "ꚙ": "oo"})
 )
+# Characters that are a mere bar: each looks like a capital I and like a small l.
+BARS = re.compile("[ƖǀΙІӀӏ]")
+BARS_READ = 4  # in a name as I and as l; the rest only as I
 
 
-def skeleton(name: str) -> str:
-    """Return what `name` looks like: names with one skeleton can be taken for each other. Compare
-    names as shown, not folded ones. Marks count (bob is not bób), except that a dot above i or j
-    adds nothing to see. Distinct ASCII names differ here unless only in case."""
+def skeletons(name: str) -> Iterator[str]:
+    """Yield what `name` looks like: names with a common skeleton can be taken for each other.
+    Compare names as shown, not folded ones. Marks count (bob is not bób), except that a dot above i
+    or j adds nothing to see. Distinct ASCII names differ here unless only in case."""
     if name.isascii():
-        return name.lower()
+        yield name.lower()
+        return
     # Decomposed, so that accented letters of any script become a lookalike and the same mark.
     shown = DEFAULT_IGNORABLE.sub("", unicodedata.normalize("NFKD", name))
-    shown = shown.translate(LOOKALIKES).casefold()
-    shown = shown.replace("i\u0307", "i").replace("j\u0307", "j")
-    return unicodedata.normalize("NFKC", shown)
+    first, *others = BARS.split(shown.translate(LOOKALIKES))
+    for letters in itertools.product("il", repeat=min(len(others), BARS_READ)):
+        pairs = itertools.zip_longest(letters, others, fillvalue="i")
+        read = "".join((first, *itertools.chain(*pairs))).casefold()
+        read = read.replace("i\u0307", "i").replace("j\u0307", "j")
+        yield unicodedata.normalize("NFKC", read)
 
 
 def is_visible(text: str) -> bool:
@@ -1498,6 +1517,7 @@ class ActStore(typing.Protocol):
     dedup: Dedup
 
     def author_of(self, key: str, id: int) -> "tuple[int, str] | None": ...
+    def guest_conversations(self, owner: str, name_key: str) -> list[str]: ...
     def foundings(self, key: str) -> set[int]: ...
 
 
@@ -1933,7 +1953,8 @@ class Mask:
         self.mutes = text.startswith("m:")
         rest = text.removeprefix("m:")
         self.by_account = rest.startswith("a:")
-        self.pattern = mask_pattern(rest.removeprefix("a:"))
+        # A host as source_of() writes it; of ::1 at the end of a line IRC takes a colon away
+        self.pattern = mask_pattern(re.sub("@:+", "@0::", rest).removeprefix("a:"))
 
     def matches(self, user: User) -> bool:
         if not self.by_account:
@@ -1942,15 +1963,18 @@ class Mask:
 
 
 def full_mask(text: str) -> str:
-    """Return a mask in full: bob -> bob!*@*, b@c -> *!b@c; an extended mask keeps its letter."""
+    """Return a mask in full: bob -> bob!*@*, b@c -> *!b@c, ::1 -> *!*@::1; an extended mask keeps
+    its letter."""
     mute = "m:" if text.startswith("m:") else ""
     text = text.removeprefix("m:")
     if text.startswith("a:"):
         return mute + text
     name, bang, rest = text.rpartition("!")
     username, at, host = rest.rpartition("@")
-    if not bang and not at:
+    if not bang and not at and ":" not in host:
         return f"{mute}{host or '*'}!*@*"
+    if not bang and not at:  # no name has a colon: it is an address
+        return f"{mute}*!*@{host}"
     if not at:  # nick!user
         username, host = host, "*"
     return f"{mute}{name or '*'}!{username or '*'}@{host or '*'}"
@@ -2156,7 +2180,7 @@ class Channel:
             raise Refused("NOT_OPERATOR", f"only operators of {self.name} can do that", self.name)
 
     def check_can_send(self, user: User, text: str) -> None:
-        if "C" in self.flags and "\n\x01" in f"\n{text}":
+        if "C" in self.flags and CTCP_BEGINS.search(text):
             raise Refused("CANNOT_SEND", f"{self.name} takes no CTCP but actions (+C)", self.name)
         member = self.members.get(user)
         if member is not None and member.ranks:
@@ -3005,11 +3029,14 @@ class Accounts(dict[str, Account]):
 
     def put(self, account: Account) -> None:
         self[fold(account.name)] = account
-        self.skeletons[skeleton(account.name)] = fold(account.name)
+        for shape in skeletons(account.name):
+            self.skeletons[shape] = fold(account.name)
 
     def remove(self, name: str) -> None:
         del self[fold(name)]
-        self.skeletons.pop(skeleton(name), None)
+        for shape in skeletons(name):
+            if self.skeletons.get(shape) == fold(name):
+                del self.skeletons[shape]
 
     def certificates_of(self, name: str) -> list[str]:
         return [mark for mark, key in self.certificates.items() if key == fold(name)]
@@ -3026,9 +3053,8 @@ class Accounts(dict[str, Account]):
         none does. Names in ASCII never look like each other."""
         if name.isascii():
             return ""
-        shape = skeleton(name)
-        known = shape if shape in SERVICES else self.skeletons.get(shape, "")
-        return known if known != fold(name) else ""
+        known = (s if s in SERVICES else self.skeletons.get(s, "") for s in skeletons(name))
+        return next((one for one in known if one not in ("", fold(name))), "")
 
     def find(self, name: str) -> tuple[str, Verifier]:
         """Return an account's registered name and verifier; a decoy if there is no such account."""
@@ -3325,14 +3351,43 @@ class Hub:
     def author_of(self, targets: Iterable[str], id: int) -> tuple[int, str] | None:
         """Return the founding and the author's identity of a message under one of these keys."""
         keys = list(targets)
-        if any(one.name == "redact" and one.values[-1] == id for one in self.turn.records):
+        records = self.turn.records
+        if any(one.name == "redact" and one.values[-1] == id for one in records):
             return None
         recent = (e for e in self.turn.events if e.id == id and e.kind in (*SPOKEN, TAGS))
         for event in recent:
-            foundings = [founding for key, founding in event.audience.targets if key in keys]
+            targets = event.audience.targets
+            foundings = [
+                founding for key, founding in targets if self.key_now(key, founding) in keys
+            ]
             if foundings:
                 return foundings[0], event.source.identity
-        return next(filter(None, (self.store.author_of(key, id) for key in keys)), None)
+        renamed = (one.values[0] for one in records if one.name == "rename")
+        for key in dict.fromkeys((*keys, *renamed)):
+            known = self.store.author_of(key, id)
+            if known and self.key_now(key, known[0]) in keys:
+                return known
+        return None
+
+    def key_now(self, key: str, founding: int) -> str:
+        """Return the key under which this turn leaves the history of a founding; "" if sealed."""
+        for name, values, _ in self.turn.records:
+            if name == "rename" and (values[0], values[2]) == (key, founding):
+                key = values[1]
+            elif name == "seal" and values == (key, founding):
+                key = ""
+        return key
+
+    @question
+    def guest_conversations(self, owner: str, name_key: str) -> list[str]:
+        """Return the keys of an identity's conversations with guests who had this name."""
+        keys = dict.fromkeys(self.store.guest_conversations(owner, name_key))
+        for talk in self.turn.conversations.values():
+            one, one_key, other, other_key = talk.parties
+            for mine, guest, key in ((one, other, other_key), (other, one, one_key)):
+                if (mine, key) == (owner, name_key) and guest.startswith("~"):
+                    keys[talk.targets[0][0]] = None
+        return list(keys)
 
     @question
     def has_history(self, key: str) -> bool:
@@ -3411,12 +3466,18 @@ def server_ban(hub: Hub, user: User) -> ServerBan | None:
     return next((ban for ban in hub.present_bans() if Mask(ban.mask).matches(user)), None)
 
 
+def check_server_ban(hub: Hub, source: Source) -> None:
+    """Raise Refused if a K-line keeps out a user with this name, address and account."""
+    if ban := server_ban(hub, User(source, "", "", 0)):
+        raise Refused("BANNED_FROM_SERVER", f"you are banned from this server: {ban.reason}")
+
+
 def check_not_bound(hub: Hub, user: User) -> None:
-    """Raise Refused if another name would escape a ban or mute of the present one."""
+    """Raise Refused if another name or account would escape a ban or mute of the present one."""
     for channel in user.channels:
         hub.work += channel.masks
         if not channel.members[user].ranks and channel.banned(user, speaking=True):
-            text = f"you cannot change your name while you are banned or muted in {channel.name}"
+            text = f"no other name or account while you are banned or muted in {channel.name}"
             raise Refused("NAME_BOUND", text, channel.name)
 
 
@@ -3456,8 +3517,8 @@ def take_name(hub: Hub, user: User, name: str, origin: Session | None = None) ->
         channel.rosters.clear()
     if user.key != was:
         hub.former.append(FormerUser(before, user.realname, hub.now))
-        tell_watchers(hub, was, OFFLINE, before)
-        tell_watchers(hub, user.key, ONLINE, user.source)
+        tell_watchers(hub, was, WENT_OFFLINE, before)
+        tell_watchers(hub, user.key, CAME_ONLINE, user.source)
 
 
 @act
@@ -3539,7 +3600,7 @@ def attach(hub: Hub, who: Session, user: User, address: str) -> None:
         hub.emit(REPLACED, user.source, Audience(sessions=replaced), about=user.name)
     if who.token:
         user.tokens[who.token], hub.users_by_token[who.token] = None, user
-    for token in list(user.tokens)[:-TOKENS_A_USER]:
+    for token in list(user.tokens)[:-DEVICES_A_USER]:
         forget_token(hub, user, token)
     if host_of(user.source.address) not in {host_of(s.address) for s in user.live}:
         before = user.source
@@ -3622,8 +3683,7 @@ def enter(
         user = holder if holder and account and holder.account == account else None
     name = user.name if user else wanted if owns else free_name(hub, wanted, None, account, dice)
     source = source_of(name, address, username, account)
-    if ban := server_ban(hub, User(source, "", "", 0)):
-        raise Refused("BANNED_FROM_SERVER", f"you are banned from this server: {ban.reason}")
+    check_server_ban(hub, source)
     who.client, who.token = token, "" if required else token
     if user:
         resumed = who.token in user.tokens
@@ -3638,7 +3698,7 @@ def enter(
     user.metadata, user.away, user.spoke = dict(metadata), away, hub.ticks
     add_user(hub, user)
     attach(hub, who, user, address)
-    tell_watchers(hub, user.key, ONLINE, user.source)
+    tell_watchers(hub, user.key, CAME_ONLINE, user.source)
     return False, False
 
 
@@ -3679,7 +3739,7 @@ def remove_user(hub: Hub, user: User, reason: str, origin: Session | None = None
     hub.turn.changed.add(user)
     hub.forget_markers(user.resume_id)
     hub.former.append(FormerUser(user.source, user.realname, hub.now))
-    tell_watchers(hub, user.key, OFFLINE, user.source)
+    tell_watchers(hub, user.key, WENT_OFFLINE, user.source)
 
 
 def start_grace_period(hub: Hub, user: User) -> None:
@@ -3748,6 +3808,8 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
     source = source_of(user.name, user.source.address, user.source.username, account)
     if ban := server_ban(hub, User(source, "", "", 0)):
         return disconnect(hub, Source(hub.name, "", mask=hub.name), user, ban.reason)
+    if user.account not in ("", account) or (takes_name and holder is not user):
+        check_not_bound(hub, user)
     if takes_name and holder and holder is not user and holder.account != account:
         take_name(hub, holder, free_name(hub, account))
         holder = None
@@ -3840,6 +3902,10 @@ def drop_account(hub: Hub, who: Session, name: str, proof: str) -> None:
     if account is None or proof != account.revision:
         raise wrong_login()
     identity = account.identity
+    hub.work += len(hub.users) + len(hub.channels)
+    users = [user for user in hub.users.values() if user.login == identity]
+    for user in users:
+        check_not_bound(hub, user)
     for fingerprint in hub.accounts.certificates_of(name):
         drop_certificate(hub, fingerprint)
     hub.accounts.remove(name)
@@ -3848,8 +3914,7 @@ def drop_account(hub: Hub, who: Session, name: str, proof: str) -> None:
     for guest in hub.guests_of.pop(identity, ()):
         del hub.accounts_of[guest]
     hub.turn.record("identities_gone", identity)
-    hub.work += len(hub.users) + len(hub.channels)
-    for user in [user for user in hub.users.values() if user.login == identity]:
+    for user in users:
         user.set_login("", "")
         hub.turn.changed.add(user)
         emit_to_witnesses(hub, ACCOUNT, user.source, user)
@@ -4056,6 +4121,8 @@ def end_invitations(hub: Hub, channel: Channel, done: Iterable[ModeChange]) -> N
         if change.on and change.letter in "bi" and channel.invited:
             hub.work += len(channel.invited)
             mask = Mask(change.value) if change.letter == "b" else None
+            if mask and mask.mutes:  # it keeps no user out
+                continue
             for user in [u for u in channel.invited if mask is None or mask.matches(u)]:
                 channel.uninvite(user)
 
@@ -4114,6 +4181,8 @@ def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -
     if key not in (channel.key, channel.former_key) and hub.has_history(key):
         text = f"there is history of a channel called {name}, for those who may come back to it"
         raise Refused("CHANNEL_NAME_IN_USE", text, old, name)
+    if name == old:
+        return
     hub.work += RENAME_WORK * len(channel.members)
     del hub.channels[channel.key]
     if key != channel.key:
@@ -4348,17 +4417,41 @@ def check_may_redact(
     raise Refused("REDACT_FORBIDDEN", text, name, message_id)
 
 
+def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
+    """Return the keys under which a user reads what is called so: a channel, or the conversations
+    with a user or account, present or not, and with guests who had that name. Raises Refused."""
+    keys: list[str] = []
+    if name.startswith("#"):
+        channel = hub.channels.get(fold(name))
+        keys += [channel.key] if channel and user in channel.members else []
+    else:
+        other = hub.users.get(fold(name))
+        if identity := other.identity if other else hub.accounts.identity(name):
+            keys += conversation_keys(hub, user.identity, identity)
+        keys += hub.guest_conversations(user.identity, fold(name))
+    if not keys:
+        raise Refused("INVALID_TARGET", "there is nothing of it that you may read", name)
+    return keys
+
+
+def redaction_audience(hub: Hub, user: User, name: str, keys: list[str], id: int) -> Audience:
+    """Return the audience that is told that a message is redacted. In a private conversation
+    without a present partner it is the user alone; then the history tells the partner."""
+    if name.startswith("#"):
+        return hub.channels[fold(name)].audience
+    key = next(key for key in keys if hub.author_of([key], id))
+    other = hub.users.get(fold(name))
+    if other and key in conversation_keys(hub, user.identity, other.identity):
+        return hub.conversation(user, other)
+    return Audience(users={user}, targets=((key, 0),))
+
+
 @act
 def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> None:
     """Redact a message. The author may, and in a channel so may its operators, for messages of this
     founding. In a private conversation only the author may."""
     user = who.user
-    channel = hub.channels.get(fold(name)) if name.startswith("#") else None
-    other = None if name.startswith("#") else hub.users.get(fold(name))
-    if not (other or (channel and user in channel.members)):
-        raise Refused("INVALID_TARGET", "there is nothing of it that you may read", name)
-    audience = channel.audience if channel else hub.conversation(user, other)
-    keys = [channel.key] if channel else conversation_keys(hub, user.identity, other.identity)
+    keys = redactable_keys(hub, user, name)
     try:
         id = hub.ids.parse(message_id)
     except ValueError:
@@ -4368,12 +4461,15 @@ def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> N
         raise Refused("UNKNOWN_MSGID", "there is no such message", name, message_id)
     founding, author = known
     if not hub.same_person(author, user.identity):
-        check_may_redact(who, channel, founding, name, message_id)
+        check_may_redact(who, hub.channels.get(fold(name)), founding, name, message_id)
+    audience = redaction_audience(hub, user, name, keys, id)
     for key in keys:
         hub.turn.record("redact", key, hub.now, id)
     redact_file(hub, who, id)
     text = hub.ids.text(id) + (f" :{reason}" if reason else "")
-    hub.emit(REDACT, user.source, audience, text, other.name if other else "", who)
+    other = hub.users.get(fold(name))
+    about = "" if name.startswith("#") else other.name if other else clean_name(name)
+    hub.emit(REDACT, user.source, audience, text, about, who)
 
 
 @act
@@ -5150,6 +5246,12 @@ def place_of(hub: Hub, user: User, audience: Audience) -> Place:
     return Place(tuple(keys), user.identity, partner.key)
 
 
+# Condition of a target: a conversation of an identity with a guest of a name
+WITH_A_GUEST = """
+    (one = ? AND other_key = ? AND other LIKE '~%') OR (other = ? AND one_key = ? AND one LIKE '~%')
+"""
+
+
 class Span(NamedTuple):
     """A part of the history of a Place: some kinds, strictly between two marks."""
 
@@ -5230,10 +5332,7 @@ class History:
         query = f"SELECT id, founding FROM targets WHERE key IN ({marks})"
         found = dict(db.execute(query, place.keys).fetchall())
         if place.owner:
-            query = """
-                SELECT id, 0 FROM targets WHERE one = ? AND other_key = ? AND other LIKE '~%'
-                UNION SELECT id, 0 FROM targets
-                WHERE other = ? AND one_key = ? AND one LIKE '~%'"""
+            query = f"SELECT id, 0 FROM targets WHERE {WITH_A_GUEST}"
             found |= dict(db.execute(query, [place.owner, place.other_key] * 2).fetchall())
         return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
 
@@ -5903,6 +6002,14 @@ class Store:
             return self.db.execute(query, [key, id, *SPOKEN, TAGS]).fetchone()
         except sqlite3.Error:
             return None
+
+    def guest_conversations(self, owner: str, name_key: str) -> list[str]:
+        """Return the keys of an identity's conversations with guests who had this name."""
+        query = f"SELECT key FROM targets WHERE {WITH_A_GUEST} ORDER BY id"
+        try:
+            return [row[0] for row in self.db.execute(query, [owner, name_key] * 2)]
+        except sqlite3.Error:
+            return []
 
     def foundings(self, key: str) -> set[int]:
         """Return the foundings with history under this key; {0} if the database fails."""
@@ -7397,7 +7504,7 @@ MESSAGE_ID = re.compile(r"msgid=[^; ]*;|;msgid=[^; ]*|@msgid=[^; ]* ")  # among 
 
 def spoken_lines(event: Event, where: str, blank: bool = False) -> Iterator[tuple[str, bool]]:
     """Yield the lines of a message, which may have several or be too long for one; and whether each
-    continues the one before it. Blank lines only with `blank`."""
+    continues the one before it: then it is no CTCP. Blank lines only with `blank`."""
     verb, before, behind = IRC_SPOKEN[event.kind]
     head = f":{event.source.mask} {verb} {where or event.about} :{before}"
     room = IRC_BYTES - 2 - len(f"{head}{behind}".encode())
@@ -7407,6 +7514,7 @@ def spoken_lines(event: Event, where: str, blank: bool = False) -> Iterator[tupl
     for text in texts:
         pieces = itertools.chain(*(split_text(part, room) for part in text.split(SOFT_BREAK)))
         for n, piece in enumerate(pieces):
+            piece = piece.lstrip("\x01") if n else piece
             if piece or blank:
                 yield head + piece + behind, n > 0
 
@@ -7841,9 +7949,9 @@ class IrcSession(LocalSession):
             self.tell_marker(name)
         elif event.kind == METADATA:
             self.tell_value(name, event.about, event.text)
-        elif event.kind == ONLINE:
+        elif event.kind == CAME_ONLINE:
             self.reply(RPL_MONONLINE, source.mask)
-        elif event.kind == OFFLINE:
+        elif event.kind == WENT_OFFLINE:
             self.reply(RPL_MONOFFLINE, source.name)
 
     def tell_renamed(self, old: str, name: str, reason: str) -> None:
@@ -8353,16 +8461,25 @@ def fail_sasl(session: IrcSession, refusal: Refused) -> None:
 
 
 def tell_logged_in(
-    session: IrcSession, account: str, proof: str, then: Callable = do_nothing
+    session: IrcSession,
+    account: str,
+    proof: str,
+    then: Callable = do_nothing,
+    otherwise: Callable[[Refused], None] | None = None,
 ) -> None:
-    """Tell the client that it is logged in, log its user in if there is one, and call then()."""
+    """Log the client's user in, if there is one; tell that, and call then(), or otherwise(the
+    refusal)."""
     user, session.account, session.proof = session.user, account, proof
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
-    session.reply(RPL_LOGGEDIN, source.mask, account, account)
-    if user:
-        session.act("log_in", account, proof, False, then=then)
-    else:
+
+    def succeeded(_: Any) -> None:
+        session.reply(RPL_LOGGEDIN, source.mask, account, account)
         then()
+
+    if user:
+        session.act("log_in", account, proof, False, then=succeeded, otherwise=otherwise)
+    else:
+        succeeded(None)
 
 
 def end_sasl(session: IrcSession, account: str) -> None:
@@ -8371,7 +8488,8 @@ def end_sasl(session: IrcSession, account: str) -> None:
         proof = revision_of(session, account, exchange.verifier)
     except Refused as refusal:
         return fail_sasl(session, refusal)
-    tell_logged_in(session, account, proof, lambda *_: session.reply(RPL_SASLSUCCESS))
+    succeed = functools.partial(session.reply, RPL_SASLSUCCESS)
+    tell_logged_in(session, account, proof, succeed, functools.partial(fail_sasl, session))
 
 
 def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
@@ -8555,7 +8673,7 @@ def disown_channel(session: LocalSession, name: str) -> Steps:
 
 def ask_service(session: IrcSession, text: str) -> None:
     """Run a command for NickServ. The text reaches no user, no history and no log."""
-    verb, _, rest = text.partition(" ")
+    verb, _, rest = text.lstrip(" ").partition(" ")
     session.from_service = True
     try:
         service_command.run(session, verb.lower(), rest)
@@ -8568,19 +8686,26 @@ def ask_service(session: IrcSession, text: str) -> None:
 def irc_ns(session: IrcSession, *words: str) -> None:
     """NS <command> -- the same as PRIVMSG NickServ"""
     text = session.raw.decode(errors="replace")  # as it was typed: blanks in a password count
-    body = text.partition(" ")[2].lstrip(" ") if text[:1] == "@" else text
+    body = text.partition(" ")[2] if text[:1] == "@" else text
+    body = body.lstrip(" ")
     body = body.partition(" ")[2].lstrip(" ") if body[:1] == ":" else body
-    ask_service(session, body.partition(" ")[2].lstrip(" ").removeprefix(":"))
+    before, colon, last = f" {body.partition(' ')[2].lstrip(' ')}".partition(" :")
+    if split_words(before) is None:  # the colon is in a quoted word
+        last = f":{last}"
+    ask_service(session, f"{before} {last}" if colon else before)
 
 
 # Talking
+
+
+CLIENT_TAG = re.compile(r"\+(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?[A-Za-z0-9-]+")  # IRCv3 message-tags
 
 
 def client_tags(session: IrcSession) -> str:
     """Return the client-only tags of the message that is answered (IRCv3 message-tags)."""
     if not session.message.tags or not session.wire.format.tagged:
         return ""
-    tags = ((k, v) for k, v in session.message.tags.items() if re.fullmatch(r"\+[\w./-]+", k))
+    tags = ((k, v) for k, v in session.message.tags.items() if CLIENT_TAG.fullmatch(k))
     return ";".join(f"{key}={escaped_tag(value)}" if value else key for key, value in tags)
 
 
@@ -9518,7 +9643,8 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
     for number, name in enumerate(names):
         key = fold(name)
         if len(session.watched) >= WATCHED and key not in session.watched:
-            session.reply(ERR_MONLISTFULL, WATCHED, as_param(",".join(names[number:])))
+            rest = map(as_param, names[number:])
+            session.reply_list(ERR_MONLISTFULL, rest, WATCHED, between=",")
             break
         if clean_name(name) != name:  # a mask, or what no user can be called
             session.refuse(Refused("BAD_NAME", "names only, no masks", name))
@@ -10359,14 +10485,18 @@ def line_search(session: LineSession, words: str) -> Steps:
     session.tell(f"found {counted(len(found), 'message')} with {words}")
 
 
-@line_command("lines", 1)
+@line_command("lines", 1, nameless=True)
 def line_lines(session: LineSession, count: str) -> None:
     """/lines N -- the next N lines are one message"""
-    lines = whole_number(count)
-    if not lines or lines > MESSAGE_LINES:
-        session.dropping = min(lines or 0, LINES_DROPPED)  # they are no messages
-        raise Refused("BAD_COUNT", f"a message has 1 to {MESSAGE_LINES} lines")
-    session.wanted_lines = lines
+    digits = count.lstrip("0") if count.isdecimal() else ""
+    lines = LINES_DROPPED if len(digits) > 9 else int(digits or 0)
+    if session.user and 0 < lines <= MESSAGE_LINES:
+        session.wanted_lines = lines
+        return
+    session.dropping = min(lines, LINES_DROPPED)  # they are no messages, and no commands
+    if session.user is None:
+        raise Refused("NOT_NAMED", "a name first, please; then messages")
+    raise Refused("BAD_COUNT", f"a message has 1 to {MESSAGE_LINES} lines")
 
 
 @line_command("quit", most=1, nameless=True)
@@ -10945,12 +11075,17 @@ CORS = (
 CHALLENGE = ('WWW-Authenticate: Basic realm="chat", charset="UTF-8"', "WWW-Authenticate: Bearer")
 REFUSAL_STATUSES = {  # Refused.code -> status
     "SASL_FAILED": 401,
+    "BANNED_FROM_SERVER": 403,
     "TRY_LATER": 429,
     "BAD_HEADER": 400,
     "NO_FILE": 404,
     "FILE_TOO_LARGE": 413,
     "NO_ROOM": 507,
 }
+
+
+def allow_header(methods: Iterable[str]) -> str:
+    return "Allow: " + ", ".join(sorted({*methods, "OPTIONS", "HEAD"}))
 
 
 class WebSession(LocalSession):
@@ -10997,13 +11132,16 @@ class WebSession(LocalSession):
             return self.answer(421, "this server has another name; --web-origin adds one")
         if expected not in ("", "100-continue"):
             return self.answer(417, "Expect is 100-continue, or nothing")
+        if (request.method, request.target) == ("OPTIONS", "*"):  # what the server can do
+            every = {method for route in WEB_ROUTES.values() for method in route}
+            return self.answer(204, "", allow_header(every))
         methods = self._methods(request.path)
         handler = methods.get("GET" if request.method == "HEAD" else request.method)
         if handler:
             return handler(self, request)
         if not methods:
             return self.answer(404, "there is no such page")
-        allowed = "Allow: " + ", ".join(sorted({*methods, "OPTIONS", "HEAD"}))
+        allowed = allow_header(methods)
         if request.method == "OPTIONS":
             return self.answer(204, "", allowed)
         return self.answer(405, f"{request.method} is not for this page", allowed)
@@ -11302,20 +11440,26 @@ def prove_owner(session: WebSession, name: str, password: str, then: Callable) -
 
 def authorize(session: WebSession, then: Callable[[str], None]) -> None:
     """Call then(identity) for the credentials of a request: an account's password (Basic) or a
-    token (Bearer). A right password is remembered for the connection. Raises Refused."""
-    given = session.request.header("authorization")
+    token (Bearer). A right password is remembered for the connection. A K-line of the account or
+    of the address holds here, too. Raises Refused."""
+    given, hub = session.request.header("authorization"), session.site.hub
+
+    def check_ban(owner: str) -> None:
+        account = owner[1:].rpartition("/")[0]  # of an identity; a guest has none
+        check_server_ban(hub, source_of(account or "*", f"{session.sender[0]}:0", "*", account))
+        then(owner)
+
     if given and given == session.credentials:
-        return then(session.owner)
+        return check_ban(session.owner)
     scheme, _, value = given.partition(" ")
 
     def proved(owner: str) -> None:
         session.credentials, session.owner = given, owner
-        then(owner)
+        check_ban(owner)
 
     if scheme.lower() == "bearer":
-        hub = session.site.hub
         if owner := session.site.grants.owner(value.strip(), hub.ticks):
-            return then(owner)
+            return check_ban(owner)
     elif scheme.lower() == "basic":
         with contextlib.suppress(ValueError):
             name, _, password = base64.b64decode(value, validate=True).decode().partition(":")
@@ -11777,6 +11921,10 @@ HTTP_FIRST = re.compile(  # also of requests that are none: no web page may spea
 HTTP_VERSION = re.compile(rb" HTTP/([\d.]+)[ \t]*$", re.IGNORECASE)
 BOM = b"\xef\xbb\xbf"
 
+TARGET_TOO_LONG = (
+    b"HTTP/1.1 414 URI Too Long\r\nContent-Type: text/plain\r\n"
+    b"Connection: close\r\n\r\nA target has at most %d bytes.\n" % LINE_BYTES
+)
 NOT_HTTP_1 = (
     b"HTTP/1.1 505 HTTP Version Not Supported\r\nContent-Type: text/plain\r\n"
     b"Connection: close\r\n\r\nThis server speaks HTTP/1.1.\n"
@@ -11812,7 +11960,7 @@ SAID, CAME, WENT, TOLD = "said", "came", "went", "told"
 NOTE, STATUS, UP, PEOPLE, NOTICED = "note", "status", "up", "people", "noticed"
 ARRIVED, FAILED, BACK, OLDER, PLACE = "arrived", "failed", "back", "older", "place"
 REMOVED, CLEARED, FOUND, MOVED, PAGE = "removed", "cleared", "found", "moved", "page"
-REACTED, TYPING, ROOM, READ, RESET = "reacted", "typing", "room", "read", "reset"
+REACTED, TYPING, ROOM, READ_ELSEWHERE, RESET = "reacted", "typing", "room", "read", "reset"
 TRANSFER, QR_CODE = "transfer", "qr-code"
 
 
@@ -11832,7 +11980,7 @@ class View(NamedTuple):
     # page; FOUND: an old message that was asked for; MOVED: several joins and quits in one row;
     # PAGE: a text with a name, to be read apart from the messages; REACTED: a user reacted to the
     # message with this id, or removed the reaction (number -1); TYPING: a user is typing, paused or
-    # done; ROOM: another property of a conversation changed; READ: the user read it elsewhere;
+    # done; ROOM: another property of a conversation changed; READ_ELSEWHERE: the user did;
     # RESET: its rows begin with the next view; TRANSFER: a file transfer began, moved on or ended;
     # QR_CODE: an address, to be shown beside its code
     kind: str
@@ -14082,7 +14230,7 @@ def answer_ctcp(talk: IrcTalk, heard: Heard) -> None:
     answers = {
         "VERSION": f"chat.py {VERSION}",
         "PING": rest,
-        "TIME": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        "TIME": time_text(int(core.clock() * 1000)).replace("Z", " UTC"),
         "CLIENTINFO": "ACTION CLIENTINFO PING TIME VERSION",
     }
     core.ctcp_budget.refill(core.ticks())
@@ -14798,7 +14946,7 @@ class ForScreens:
         room.told_time = max(room.told_time, when)
         if room.read(when):
             self.keep_room(room)
-            self.show(View(READ, where=room.name))
+            self.show(View(READ_ELSEWHERE, where=room.name))
 
     def mute(self, room: Room, on: bool) -> None:
         """Mute a conversation, so that its messages do not call the user, or unmute it."""
@@ -18631,6 +18779,8 @@ class ActBeat:
     def open_session(self, peer: Peer, first_line: bytes) -> LocalSession | None:
         """Return the session that a first line begins; None if it begins none."""
         if first_line == TOO_LONG:  # no name, and perhaps the target of a request
+            if HTTP_FIRST.match(peer.inbox.begins):
+                peer.write(TARGET_TOO_LONG)
             peer.close()
             return None
         if not first_line:  # it says nothing yet, in any dialect
@@ -18681,6 +18831,7 @@ class Server:
         self.hub = self._load(options)
         self.site = Site(self.hub, self.store, self, IrcWires(self.hub.ids), options)
         self.motd = read_motd(options.motd)
+        self.job_trouble = ""  # the last failure of the database that was logged
         self.mail = functools.partial(mail_code, options)
         self.note, self.report = functools.partial(log.warning, "%s"), report_bug
         self.helpers = Helpers(loop)
@@ -18930,7 +19081,10 @@ class Server:
         if peer.gone or peer.leaving:
             return
         if isinstance(result, Exception) and not isinstance(result, ChatError):
-            level = logging.DEBUG if self.committer.losing else logging.ERROR  # it was said once
+            known = self.committer.losing or str(result) == self.job_trouble  # it was said once
+            if isinstance(result, sqlite3.Error):
+                self.job_trouble = str(result)
+            level = logging.DEBUG if known else logging.ERROR
             log.log(level, "a job for %s failed: %s", peer.address, result)
             result = Refused("TRY_AGAIN", "that cannot be answered just now; try again later")
         session.take_result(job, result)
@@ -21071,7 +21225,7 @@ class LineEditor:
 
 # Text on its way to a screen
 
-RESET = "\x1b[0m"
+STYLE_OFF = "\x1b[0m"
 COLOUR = re.compile(r"(\x1b\[[\d;]*m)")  # the only escape sequences in a line of ours
 
 
@@ -21098,7 +21252,7 @@ def coloured(line: str) -> Iterator[tuple[str, str, str]]:
     colour = escape = ""
     for n, part in enumerate(COLOUR.split(line)):
         if n % 2:
-            escape, colour = part, "" if part == RESET else colour + part
+            escape, colour = part, "" if part == STYLE_OFF else colour + part
         else:
             yield escape, part, colour
 
@@ -21110,7 +21264,7 @@ def rows_of(line: str, columns: int) -> list[str]:
         row += escape
         for cluster in clusters(text):
             if used + cluster_width(cluster) > columns:
-                rows.append(row + RESET * bool(colour))
+                rows.append(row + STYLE_OFF * bool(colour))
                 row, used = colour, 0
             row += cluster
             used += cluster_width(cluster)
@@ -21128,7 +21282,7 @@ def wrapped_rows(line: str, columns: int, hang: int) -> list[str]:
         for word in re.findall(r"\s*\S+|\s+", text):
             size = width(word)
             if used + size > columns and used > hang and word[:1].isspace():
-                rows.append(row + RESET * bool(colour))
+                rows.append(row + STYLE_OFF * bool(colour))
                 word = word.lstrip()
                 row, used, size = " " * hang + colour, hang, width(word)
             row += word
@@ -21167,7 +21321,7 @@ class Palette:
     def paint(self, text: str, *codes: int) -> str:
         if not (self.on and text and codes):
             return text
-        return f"\x1b[{';'.join(map(str, codes))}m{text}{RESET}"
+        return f"\x1b[{';'.join(map(str, codes))}m{text}{STYLE_OFF}"
 
     def name(self, name: str) -> str:
         """Return a person's name in that person's colour, which is the same on every screen."""

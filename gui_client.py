@@ -2096,7 +2096,7 @@ class Engine(chat.ManyServers):
         chat.BACK: lambda self, seat, view: self.tell(Back(self.room_of(seat, view).id, view.text)),
         chat.PAGE: lambda self, seat, view: self.tell(Page(view.name, view.text)),
         chat.QR_CODE: lambda self, seat, view: self.tell(Code(view.text)),
-        chat.READ: _read_elsewhere,
+        chat.READ_ELSEWHERE: _read_elsewhere,
     }
 
 

@@ -101,7 +101,7 @@ def in_turn(cases, *others):
     return [(*case, *more) for case, more in zip(cases, rest, strict=False)]
 
 
-# "without": no window and no browser; "only": just those tests; "": all. Two processes share a run so
+# Which tests run: those "without" window and browser, "only" the others, or all
 SCREEN = os.environ.get("CHAT_SCREEN", "")
 
 
@@ -124,8 +124,9 @@ def seeded(request):
 # HELPERS: a server without sockets, and clients of it
 # ======================================================================================
 
+IRC_TAG = r"\+?(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?[A-Za-z0-9-]+(?:=[^ \r\n\0;]*)?"
 IRC_LINE = re.compile(
-    r"(?:@[^ \r\n\0;=]+(?:=[^ \r\n\0;]*)?(?:;[^ \r\n\0;=]+(?:=[^ \r\n\0;]*)?)* )?"  # tags
+    rf"(?:@{IRC_TAG}(?:;{IRC_TAG})* )?"
     r"(?::(?P<source>\S+) )?"
     r"(?P<verb>[A-Z]+|\d{3})"
     r"(?P<params>(?: [^ :\r\n\0][^ \r\n\0]*)*(?: :[^\r\n\0]*)?)"
@@ -1492,6 +1493,89 @@ def said_with_id(house, who, target, text):
     return re.search("msgid=([0-9a-z]+)", house.heard(who)[-1])[1]
 
 
+def message_id_in(lines, text):
+    """The msgid of the line that ends in this text."""
+    return tag(next(line for line in lines if line.endswith(text)), "msgid")
+
+
+# The partner has an account or none, and is away, gone, gone in this turn, or here under another
+# name; or another guest has the name.
+@pytest.mark.parametrize("has_account", [False, True])
+@pytest.mark.parametrize("how", ["QUIT", "QUIT in this turn", "NICK zed", "another"])
+def test_a_private_message_is_redacted_also_when_the_partner_has_left(how, has_account, folder):
+    house = stored(folder)
+    account(house, "bob") if has_account else None
+    come(house, "alice")
+    device(house, "bob", "bob") if has_account else come(house, "bob")
+    ask(house, "alice", "PRIVMSG bob :hello")
+    if how == "QUIT in this turn":
+        house.say("alice", "PRIVMSG bob :oh dear")
+        house.say("bob", "QUIT")
+        message_id = house.hub.ids.text(
+            next(e.id for e in house.hub.turn.events if e.text == "oh dear")
+        )
+    else:
+        message_id = message_id_in(ask(house, "alice", "PRIVMSG bob :oh dear"), "oh dear")
+        ask(house, "bob", "QUIT" if how == "another" else how)
+    if how == "another" and not has_account:
+        come(house, "bob")
+    lines = ask(house, "alice", f"REDACT bob {message_id} :sorry")
+    assert f" REDACT bob {message_id} :sorry" in str(lines) and " FAIL " not in str(lines)
+    if how == "another":
+        assert "REDACT" not in str(house.heard("bob"))
+    lines = ask(house, "alice", "CHATHISTORY LATEST bob * 10")
+    assert "hello" in str(lines) and "oh dear" not in str(lines)
+    assert refused(ask(house, "alice", f"REDACT bob {message_id}"), "UNKNOWN_MSGID")
+    if has_account:
+        device(house, "bob again", "bob")
+        lines = ask(house, "bob again", "CHATHISTORY LATEST alice * 10")
+        assert "oh dear" not in str(lines) and f" {message_id} :sorry" in str(lines)
+    house.store.close()
+
+
+def test_another_user_redacts_no_private_message_of_those_who_have_left():
+    house = House()
+    come(house, "alice", "bob", "carol")
+    message_id = message_id_in(ask(house, "alice", "PRIVMSG bob :for you"), "for you")
+    ask(house, "alice", "QUIT")
+    for who, name in (("carol", "alice"), ("carol", "bob"), ("bob", "carol")):
+        assert refused(
+            ask(house, who, f"REDACT {name} {message_id}"), "INVALID_TARGET", "UNKNOWN_MSGID"
+        )
+    assert refused(ask(house, "bob", f"REDACT alice {message_id}"), "REDACT_FORBIDDEN")
+
+
+# What is renamed, said and closed in one turn is known under its present name, and only there.
+RENAMED_IN_A_TURN = {  # what alice says in the turn, and where the message is redacted
+    "renamed": (["RENAME #a #b"], "#b"),
+    "renamed twice": (["RENAME #a #b", "RENAME #b #c"], "#c"),
+    "and back": (["RENAME #a #b", "RENAME #b #a"], "#a"),
+    "founded again": (["RENAME #a #b", "JOIN #a"], "#b"),
+}
+
+
+@pytest.mark.parametrize("stored_before", [True, False])
+@pytest.mark.parametrize("said, where", RENAMED_IN_A_TURN.values(), ids=RENAMED_IN_A_TURN)
+def test_a_message_is_redacted_in_the_turn_of_a_rename(said, where, stored_before):
+    house = House()
+    come(house, "alice", "bob")
+    ask(house, "alice", "JOIN #a")
+    ask(house, "bob", "JOIN #a")
+    house.say("alice", "PRIVMSG #a :oh dear")
+    message_id = house.hub.ids.text(house.hub.last_id)
+    if stored_before:
+        house.turn()
+        house.heard("alice")
+    house.say("alice", *said)
+    wrong = [name for name in ("#a", "#b", "#c") if name != where]
+    lines = ask(house, "alice", *(f"REDACT {name} {message_id}" for name in (*wrong, where)))
+    assert [line.split()[-1] for line in lines if " REDACT " in line and "FAIL" not in line] == [
+        message_id
+    ]
+    assert f" REDACT {where} {message_id}" in str(lines) and str(lines).count("FAIL") == 2
+    assert "oh dear" not in str(ask(house, "bob", f"CHATHISTORY LATEST {where} * 10"))
+
+
 def indexed_words(store):
     """How often each word stands in the index, by the word."""
     index, counts = store.words.db, collections.Counter()
@@ -1530,6 +1614,16 @@ def test_what_is_taken_back_is_neither_found_nor_counted(folder):
         assert db.execute("SELECT events FROM targets").fetchall() == [(rows,)] == [(count,)]
     with contextlib.closing(sqlite3.connect(folder / "search.db")) as db:
         db.execute("INSERT INTO search_1 (search_1) VALUES ('integrity-check')")
+
+
+def test_an_index_that_was_removed_is_one_error_in_the_log(running, folder, caplog):
+    guest = Visitor(running(data=folder).address)
+    guest.enter_irc("alice", "JOIN #a")
+    (folder / "search.db").unlink()
+    before = len(caplog.records)
+    for _ in range(3):
+        assert " FAIL SEARCH " in str(guest.ask("SEARCH in=#a;text=tea"))
+    assert len(caplog.records) == before + 1
 
 
 def test_what_is_taken_back_before_it_can_be_searched_is_never_found():
@@ -1951,6 +2045,20 @@ def test_a_channel_can_have_its_old_name_back_and_others_can_have_it_meanwhile()
     house.turn()
     assert "FAIL" not in str(house.heard("alice") + house.heard("bob"))
     assert texts(house.store, "#a") == ["one"] and texts(house.store, "#b") == []
+
+
+# Also in other letters only: then there is something to tell.
+@pytest.mark.parametrize("name, told", [("#b", 0), ("#B", 1)])
+def test_a_channel_that_is_renamed_to_its_own_name_tells_nothing(name, told):
+    house = House()
+    house.enter_irc("alice", "bob")
+    house.say("alice", "CAP REQ draft/channel-rename", "JOIN #b")
+    house.say("bob", "JOIN #b")
+    house.turn()
+    house.heard("alice"), house.heard("bob")
+    house.say("alice", f"RENAME #b {name}")
+    house.turn()
+    assert len(house.heard("alice")) == told and bool(house.heard("bob")) == bool(told)
 
 
 def markers_told(house, who, *names):
@@ -2474,6 +2582,14 @@ LOOKALIKES = [  # the account or service, and names in other letters that look l
     ("boss", "b\u03bfss"),  # Greek omicron
     ("boss", "b\u043e\u0455\u0455"),  # Cyrillic o, dze
     ("cop", "\u0441\u043e\u0440"),  # whole script: Cyrillic es o er
+    ("alice", "a\u0399ice"),  # Greek capital iota, as l ...
+    ("alice", "al\u0399ce"),  # ... and as i
+    ("alice", "a\u0406ice"),  # Cyrillic capital i
+    ("alice", "a\u0399\u04c0ce"),  # two bars, palochka the second
+    ("alice", "a\u01c0ice"),  # dental click
+    ("allan", "a\u01c1an"),  # lateral click: two bars
+    ("greg", "\u018dre\u018d"),  # Latin turned delta
+    ("zoomer", "z\ua74fmer"),  # Latin oo
     ("nickserv", "N\u0456ckServ"),
     ("nickserv", "NickSer\u03bd"),
     ("chanserv", "\u0421hanServ"),
@@ -2486,7 +2602,7 @@ LOOKALIKES = [  # the account or service, and names in other letters that look l
 @pytest.mark.parametrize("original, copy, later", in_turn(LOOKALIKES, [False, True]))
 def test_a_look_alike_of_a_service_or_account_is_refused(original, copy, later):
     house = House()
-    account(house, "alice", "boss", "cop")
+    account(house, original) if original not in chat.SERVICES else None
     come(house, "zoe") if later else house.connect_irc("zoe")
     lines = ask(house, "zoe", f"NICK {copy}")
     assert refused(lines, "432", "433")
@@ -2498,7 +2614,7 @@ def test_a_look_alike_of_a_service_or_account_is_refused(original, copy, later):
 @pytest.mark.parametrize("original, copy, later", in_turn(LOOKALIKES, [False, True]))
 def test_a_look_alike_in_the_line_protocol_is_another_name(original, copy, later):
     house = House()
-    account(house, "alice", "boss", "cop")
+    account(house, original) if original not in chat.SERVICES else None
     come(house, "zoe")
     house.enter("dora") if later else house.connect("dora")
     house.say("dora", f"/nick {copy}" if later else copy)
@@ -2533,6 +2649,57 @@ def test_a_name_that_looks_like_no_service_or_account_is_accepted(name):
     house.say("zoe", "PRIVMSG bob :hello")
     house.turn()
     assert f":{name}!" in house.heard("bob")[-1]
+
+
+# Also a bar in the account's own name, and names of nothing but bars take no long time.
+def test_a_bar_is_read_as_i_and_as_l_in_accounts_too():
+    house = House()
+    account(house, "\u0406van")
+    come(house, "zoe")
+    assert refused(ask(house, "zoe", "NICK \u04cfvan"), "432", "433")
+    assert refused(ask(house, "zoe", "NICK i\u0475\u0430n"), "432", "433")
+    assert " NICK :" in str(ask(house, "zoe", "NICK ivan"))  # ASCII
+    assert len({*chat.skeletons("\u0399" * 32)}) == 2**chat.BARS_READ
+    device(house, "ivan", "\u0406van")
+    ask(house, "ivan", "NS DROP password")
+    assert not house.hub.accounts.skeletons
+
+
+# A device that comes ends the token of no other one, up to the limit of devices.
+def test_as_many_devices_as_the_limit_says_may_resume_a_user():
+    house = House()
+    account(house, "alice")
+    for n in range(chat.DEVICES_A_USER + 1):
+        house.connect_irc(f"device {n}")
+        house.say(f"device {n}", f"CAP REQ :sasl {CAPS}", f"SESSION {n:032x}", "NICK alice")
+        house.say(f"device {n}", "USER u 0 * :r", "AUTHENTICATE PLAIN")
+        house.say(f"device {n}", f"AUTHENTICATE {plain('alice', 'password')}", "CAP END")
+        house.turn()
+        tokens = [hashlib.sha256(f"{k:032x}".encode()).hexdigest() for k in range(n + 1)]
+        assert list(house.hub.users["alice"].tokens) == tokens[-chat.DEVICES_A_USER :]
+
+
+SERVICE_LINES = {  # a line for NickServ, and the password in it
+    "NS REGISTER :secret12": "secret12",
+    "  NS  REGISTER  secret12": "secret12",
+    " :alice NS :REGISTER secret12": "secret12",
+    "@+x=1  NS REGISTER :secret12": "secret12",
+    'NS REGISTER "secret :12"': "secret :12",
+    'NS REGISTER :"secret 12"': "secret 12",
+    'NS REGISTER ":secret12"': ":secret12",
+    "PRIVMSG NickServ : REGISTER  secret12": "secret12",
+    "PRIVMSG NickServ :REGISTER :secret12": ":secret12",
+}
+
+
+# A colon before the last parameter belongs to the grammar of IRC, not to the password.
+@pytest.mark.parametrize("line", SERVICE_LINES)
+def test_a_line_for_the_service_has_the_password_that_was_typed(line):
+    house = House()
+    come(house, "alice")
+    house.say("alice", line)
+    house.turn()
+    assert house.hub.accounts["alice"].verifier.fits(SERVICE_LINES[line])
 
 
 # REGISTER under a name taken before there was the account that it looks like.
@@ -2593,6 +2760,44 @@ def test_a_nick_change_does_not_escape_a_ban_or_mute(ban, dialect):
     ask(house, "alice", f"MODE #a -b {BANS_OF_BOB[ban]}")
     ask(house, "bob", nick.format("robert"))
     assert "robert" in str(ask(house, "alice", "NAMES #a"))
+
+
+# Another account does not escape a ban or mute either, nor does giving it up.
+@pytest.mark.parametrize("mask", ["m:a:dave", "a:dave", "m:dave!*@*"])
+@pytest.mark.parametrize("said", ["NS IDENTIFY carol password", "NS DROP password", "sasl"])
+def test_another_account_does_not_escape_a_ban_or_mute(said, mask):
+    house = House()
+    account(house, "dave", "carol")
+    come(house, "alice")
+    device(house, "dave", "dave", caps=f"sasl {CAPS}")
+    ask(house, "alice", "JOIN #a")
+    ask(house, "dave", "JOIN #a")
+    ask(house, "alice", f"MODE #a +b {mask}")
+    if said == "sasl":
+        assert not sasl(house, "dave", "carol") and is_logged_in(house, "dave", "dave")
+    else:
+        assert "no other name or account" in str(ask(house, "dave", said))
+    assert is_logged_in(house, "dave", "dave") and "dave" in house.hub.accounts
+    assert refused(ask(house, "dave", "PRIVMSG #a :still here"), "404")
+    ask(house, "dave", "PART #a", *([] if said == "sasl" else [said]))
+    changed = sasl(house, "dave", "carol") if said == "sasl" else True
+    assert changed and not is_logged_in(house, "dave", "dave")
+
+
+@pytest.mark.parametrize("mask", ["mal!*@*", "m:mal!*@*"])
+def test_a_log_in_that_would_rename_does_not_escape_a_ban_or_mute(mask):
+    house = House()
+    account(house, "mallory2")
+    come(house, "alice")
+    house.enter("mal")
+    ask(house, "alice", "JOIN #a")
+    ask(house, "mal", "/join #a")
+    ask(house, "alice", f"MODE #a +b {mask}")
+    assert "no other name or account" in str(ask(house, "mal", "/login mallory2 password"))
+    assert house.hub.users["mal"].account == "" and "mallory2" not in house.hub.users
+    assert "you may not speak" in str(ask(house, "mal", "hello"))
+    ask(house, "mal", "/part #a", "/login mallory2 password")
+    assert house.hub.users["mallory2"].account == "mallory2"
 
 
 # Other users of the channel, and a user who is exempt or elsewhere, change as they like.
@@ -3653,6 +3858,15 @@ def test_an_invitation_outlives_the_ban_of_another_user():
     house = House()
     channel_with_a_plain_member(house)
     ask(house, "alice", "MODE #a +i", "INVITE carol #a", "MODE #a +b dave!*@*")
+    assert entered(house)
+
+
+# Nor does a mute: it keeps no user out.
+@pytest.mark.parametrize("mask", ["m:carol!*@*", "m:*!*@*"])
+def test_an_invitation_outlives_a_mute(mask):
+    house = House()
+    channel_with_a_plain_member(house)
+    ask(house, "alice", "MODE #a +i", "INVITE carol #a", f"MODE #a +b {mask}")
     assert entered(house)
 
 
@@ -7774,8 +7988,8 @@ carol> MONITOR + Bobby
 carol< 730 carol :Bobby
 bob> REGISTER * * password
 bob< REGISTER SUCCESS Bobby :Bobby is yours; log in with your password
-bob< 900 Bobby Bobby Bobby :You are now logged in as Bobby
 bob< @account=Bobby :Bobby ACCOUNT Bobby
+bob< 900 Bobby Bobby Bobby :You are now logged in as Bobby
 carol< :Bobby ACCOUNT Bobby
 +erin
 erin> NICK erin
@@ -9781,9 +9995,30 @@ REFUSED_LINES = [  # a message of the line protocol that is refused at some line
     ["/lines 4", "x" * (LIMIT // 2), "y" * (LIMIT // 2), "/topic oops", "four"],
     ["/lines 3", "x" * 10, chat.TOO_LONG, "/topic oops"],
     ["/lines 3", b"\xff", b"\xff", b"\xff"],
+    ["/lines 0000000003", b"\xff", "/topic oops", "three"],
     # The whole message is refused at its first line: what follows is that message, too
     ["/lines 201", *(["/topic oops", "oops"] * 100), "201"],
 ]
+
+
+@pytest.mark.parametrize("count", ["10000000000", "9" * 5000, "0" * 20 + "10001"])
+def test_the_lines_behind_any_large_count_are_dropped(count):
+    house = House()
+    house.enter("alice", "bob")
+    house.say("alice", f"/lines {count}", *["oops", "/topic oops"] * (chat.LINES_DROPPED // 2))
+    house.say("alice", "after it")
+    house.turn()
+    assert len(house.heard("alice")) == 1 and house.heard("bob") == ["alice: after it"]
+
+
+def test_a_message_of_several_lines_before_the_name_is_dropped():
+    house = House()
+    house.enter("bob")
+    house.connect("guest")
+    house.say("guest", "/lines 3", "carl", "/quit", "zzz", "dora", "hello")
+    house.turn()
+    assert "a name first" in str(house.heard("guest")) and list(house.hub.users) == ["bob", "dora"]
+    assert house.heard("bob")[-1] == "dora: hello"
 
 
 # /lines: the server must drop the rest of a refused message, not send or execute it
@@ -9874,6 +10109,7 @@ HEADS = [  # a request, and the status of its answer
     ("GET /?a=b HTTP/1.1\nHost: localhost", 200),
     ("GET /%68ealth HTTP/1.1\nHost: localhost", 200),
     ("OPTIONS / HTTP/1.1\nHost: localhost", 204),
+    ("OPTIONS * HTTP/1.1\nHost: localhost", 204),
     ("GET /nothing HTTP/1.1\nHost: localhost", 404),
     ("GET /irc HTTP/1.1\nHost: localhost", 426),
     ("DELETE / HTTP/1.1\nHost: localhost", 405),
@@ -9907,6 +10143,45 @@ HEADS = [  # a request, and the status of its answer
     ("GET / HTTP/1.1\nHost: localhost\nA: " + "b" * 16_400, 431),
     ("GET /" + "a" * 16_400 + " HTTP/1.1\nHost: localhost", 414),
 ]
+
+
+CLIENT_TAGS = {  # a tag of a client, and whether others get it
+    "+draft/react=x": True,
+    "+a-b": True,
+    "+example.com/a-1=x": True,
+    "+\u043a\u043b\u044e\u0447=1": False,
+    "+_x=1": False,
+    "+\u00b2=1": False,
+    "+/=1": False,
+    "+a//b=1": False,
+    "+a/b/c=1": False,
+    "+.=1": False,
+    "+./a=1": False,
+    "+=1": False,
+    "draft/react=x": False,
+}
+
+
+# IRCv3 message-tags: ASCII letters, digits and "-", behind a vendor's host and "/" if there is one
+@pytest.mark.parametrize("tag, passed_on", CLIENT_TAGS.items())
+def test_a_client_tag_is_passed_on_and_kept_if_it_has_the_form_of_one(tag, passed_on):
+    house = irc_house("#a", alice="message-tags", bob="message-tags")
+    asked(house, "alice", f"@{tag};+ok=1 PRIVMSG #a :hi")
+    (line,) = of(heard(house, "bob"), "PRIVMSG")
+    key = tag.partition("=")[0]
+    assert ("+ok" in line.tags, key in line.tags) == (True, passed_on)
+    ((tags,),) = house.store.db.execute("SELECT tags FROM events WHERE kind = 'message'")
+    assert (key in [one.partition("=")[0] for one in tags.split(";")]) == passed_on
+
+
+def test_names_beyond_the_limit_of_monitor_are_told_whole_in_several_lines():
+    house = irc_house("", alice="")
+    for n in range(0, chat.WATCHED, 10):
+        asked(house, "alice", "MONITOR + " + ",".join(f"n{n + k}" for k in range(10)))
+    names = [f"{n:02}{'x' * 30}" for n in range(14)]
+    lines = of(asked(house, "alice", f"MONITOR + {','.join(names)}"), "734")
+    assert len(lines) > 1 and {line.params[1] for line in lines} == {str(chat.WATCHED)}
+    assert [name for line in lines for name in line.params[2].split(",")] == names
 
 
 # As the sender split it, with at most 200 pieces and four times as many as needed
@@ -9946,6 +10221,42 @@ def test_a_message_of_many_small_pieces_is_joined_and_split_again(pieces):
     assert len(got) <= 4 * needed
     plain = [text for *_, text in messages_in(heard(house, "carol"))]
     assert "".join(plain) == joined(pieces).replace("\n", "") and len(plain) <= 4 * needed
+
+
+# +C: also where a message is put together of pieces, and where a long line is split
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["", "+\x01VERSION\x01"],
+        ["hi", "+\x01VERSION\x01"],
+        ["hi", "\x01VERSION\x01"],
+        ["\x01PING\x01"],
+    ],
+)
+def test_a_channel_without_ctcp_takes_none_in_a_piece_of_a_message(pieces):
+    house = irc_house("#a", alice=MULTILINE, bob="")
+    asked(house, "alice", "MODE #a +C")
+    forget(house)
+    assert [line.verb for line in asked(house, "alice", *batch_of(*pieces))] == ["404"]
+    assert heard(house, "bob") == []
+    asked(house, "alice", *batch_of("hi", "+\x01", target="bob"))
+    assert pieces_of(heard(house, "bob")) == ["hi"]
+
+
+@pytest.mark.parametrize("dialect", ["irc", "line"])
+def test_a_long_line_is_not_split_into_a_ctcp(dialect):
+    house = irc_house("#a", alice="", bob="")
+    house.enter("dora")
+    asked(house, "alice", "MODE #a +C")
+    house.say("dora", "/join #a")
+    house.turn()
+    forget(house)
+    text = f"{'y' * 473} \x01VERSION\x01"
+    house.say("alice", f"PRIVMSG #a :{text}") if dialect == "irc" else house.say("dora", text)
+    house.turn()
+    pieces = pieces_of(heard(house, "bob"))
+    assert "".join(pieces).replace("\x01", "") == text.replace("\x01", "") and len(pieces) > 1
+    assert not any(piece.startswith("\x01") for piece in pieces)
 
 
 # A multiline fallback must contain no empty PRIVMSG: live, echoed, in private, in
@@ -10869,7 +11180,7 @@ SCRIPTS = {
         {"bob": ["alice: after"], "carol": ["alice: after"]},
     ],
     "a count of lines that is none": [
-        ("alice", "/lines many", "/lines 0", "/lines " + "9" * 5000, "/lines 201", "/quit"),
+        ("alice", "/lines many", "/lines 0", "/lines -1", "/lines 201", "/quit"),
         {"alice": ["* a message has 1 to 200 lines"] * 4},
     ],
     "a message of several lines with a bad one is none, and neither is the rest of it": [
@@ -11150,6 +11461,24 @@ def parsed_answers(data, heads=()):
         answers.append((int(first.split()[1]), headers, data[:size]))
         data = data[size:]
     return answers
+
+
+def test_the_options_of_the_whole_server_name_all_methods():
+    _, headers, body = Browser(House()).asks("OPTIONS * HTTP/1.1\nHost: localhost")
+    assert headers["allow"] == "delete, get, head, options, patch, post" and body == b""
+    assert Browser(House()).asks("GET * HTTP/1.1\nHost: localhost")[0] == 404
+
+
+@pytest.mark.parametrize("end", [b" HTTP/1.1\r\nHost: localhost\r\n\r\n", b""])
+@pytest.mark.parametrize("begins, told", [(b"GET /", True), (b"post /", True), (b"hello ", False)])
+def test_a_first_request_with_too_long_a_target_has_a_status(running, begins, told, end):
+    with socket.create_connection(running().address, PATIENCE) as web:
+        web.sendall(begins + b"a" * (chat.LINE_BYTES + 3) + end)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            while data := web.recv(65536):
+                answer += data
+    assert answer.startswith(b"HTTP/1.1 414 ") == told and bool(answer) == told
 
 
 @pytest.mark.parametrize(("head", "status"), HEADS)
@@ -11679,6 +12008,25 @@ def test_without_the_right_credentials_nothing_is_uploaded(files, header):
 def token_of(house, name):
     says(house, name, "TOKEN GENERATE FILEHOST")
     return house.heard(name)[-1].rpartition(":")[2]
+
+
+# KLINE: the account, its name or the address; also on a connection that has proved its password
+@pytest.mark.parametrize("mask", ["a:alice", "alice!*@*", "*!*@127.0.0.5", "*!*@127.0.0.*"])
+@pytest.mark.parametrize("how", ["Basic", "Basic again", "Bearer"])
+def test_a_user_who_is_banned_from_the_server_uploads_nothing(files, mask, how):
+    proof = basic("alice")
+    if how == "Bearer":
+        proof = f"Authorization: Bearer {token_of(files, 'alice')}"
+    head = f"POST /files HTTP/1.1\nHost: localhost\n{proof}\nContent-Length: 2"
+    browser = Browser(files, host="127.0.0.5")
+    assert how != "Basic again" or browser.asks(head, b"hi")[0] == 201
+    files.hub.bans[mask] = chat.ServerBan(mask, "boss", 0, "spam")
+    status, _, body = browser.asks(head, b"hi")
+    assert status == 403 and b"banned" in body
+    if "127" not in mask:
+        assert posted(files, name="bob", label="other")[0] == 201
+    files.hub.bans.clear()
+    assert Browser(files, "later", "127.0.0.5").asks(head, b"hi")[0] == 201
 
 
 def test_a_guest_uploads_with_a_token_until_it_ends(files):
@@ -15791,7 +16139,7 @@ def test_what_was_read_on_one_device_is_read_on_the_other():
     alice.core.tick()  # it is shown there
     exchange_all(alice, phone)
     assert (lobby.unread, lobby.called, lobby.read_time) == (0, 0, last_of(phone).time)
-    assert any(view.kind == chat.READ and view.room == lobby.id for view in phone.views)
+    assert any(view.kind == chat.READ_ELSEWHERE and view.room == lobby.id for view in phone.views)
     bob.typed("three")
     phone.exchange()
     assert lobby.unread == 1
@@ -18015,12 +18363,39 @@ def operated():
 
 
 BANNED_MASKS = [  # what is banned, a connection that it is for: name, address
+    ("*!*@::1", "mallory", "[::1]"),
+    ("*!*@0::1", "mallory", "[::1]"),
+    ("*@::*", "mallory", "[::1]"),
     ("10.0.0.9", "mallory", "10.0.0.9"),
     ("*@10.0.0.9", "mallory", "10.0.0.9"),
     ("*!*@10.0.0.*", "mallory", "10.0.0.9"),
     ("*!~user@10.*", "mallory", "10.0.0.9"),
     ("mal*!*@*", "mallory", "10.0.0.9"),
 ]
+
+
+# A host that begins with a colon, which IRC takes away at the beginning of the last parameter
+@pytest.mark.parametrize("line", ["KLINE ::1", "KLINE :::1", "KLINE *!*@::1", "/kline ::1"])
+def test_a_kline_of_an_address_that_begins_with_a_colon_is_for_that_address(line):
+    house = operated()
+    come_from(house, "mallory", "[::1]")
+    house.enter("boss")
+    asked(house, "boss", "/oper boss secret")
+    asked(house, "boss" if line[0] == "/" else "root", line)
+    assert is_closed(house, "mallory") and not is_closed(house, "witness")
+
+
+@pytest.mark.parametrize("mask", ["*!*@::1", "*!*@0::1"])
+@pytest.mark.parametrize("mute", ["", "m:"])
+def test_a_ban_of_an_address_that_begins_with_a_colon_is_for_that_address(mask, mute):
+    house = operated()
+    come_from(house, "mallory", "[::1]")
+    asked(house, "root", f"MODE #a +b :{mute}{mask}")
+    user, channel = house.hub.users["mallory"], house.hub.channels["#a"]
+    assert channel.banned(user, speaking=True) and channel.banned(user) == (not mute)
+    assert not channel.banned(house.hub.users["witness"], speaking=True)
+    asked(house, "root", f"MODE #a -b :{mute}{mask}")
+    assert not channel.lists["b"]
 
 
 # Those who are here leave, with 465 or ERROR; new ones are not let in; others are
@@ -24737,6 +25112,7 @@ def test_a_message_whose_echo_was_lost_arrives_once_also_under_another_name(runn
     tab.until("state.phase === 'online' && !state.outbox.length && !room('#lobby').behind")
     tab.say("and on it goes")
     assert witness.heard("and on it goes")[0] == ["and on it goes"]
+    tab.wait_for("said as anna", "and on it goes")  # painted later than sent
     assert tab.rows() == ["said as anna", "and on it goes"]
 
 
@@ -25469,6 +25845,29 @@ def test_above_the_waterline_there_is_no_operating_system():
             and getattr(node, "id", "") in BELOW_THE_WATER
         ):
             assert node.lineno > waterline, f"{node.id} in line {node.lineno}"
+        if getattr(node, "attr", "") in ("now", "today", "utcnow"):  # a clock of datetime
+            of = getattr(node.value, "attr", getattr(node.value, "id", ""))
+            is_clock = of in ("datetime", "date")
+            assert node.lineno > waterline or not is_clock, f"a clock in line {node.lineno}"
+
+
+def names_bound(node):
+    """Yield the names that a statement of a module binds."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        yield from (one.asname or one.name for one in node.names)
+    elif hasattr(node, "name"):
+        yield node.name
+    for target in getattr(node, "targets", [getattr(node, "target", None)]):
+        if target and not isinstance(node, ast.AugAssign):
+            found = (one for one in ast.walk(target) if isinstance(one, ast.Name))
+            yield from (one.id for one in found if isinstance(one.ctx, ast.Store))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_name_of_a_module_is_bound_once(path):
+    tree, *_ = nodes_of(path)
+    counts = collections.Counter(name for node in tree.body for name in names_bound(node))
+    assert {name for name, count in counts.items() if count > 1} == set()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
