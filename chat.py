@@ -599,7 +599,7 @@ class LineBuffer:
     TOO_LONG once and is skipped."""
 
     __slots__ = ("buffer", "ended", "first", "limit", "lines", "searched", "skipping", "start")
-    out, closed, in_body = b"", False, False  # what other framers have
+    out, closed, in_body, fruitless = b"", False, False, False  # what other framers have
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -10465,7 +10465,7 @@ class HttpReader:
     """Bytes in, requests out: take() returns a Request, then the pieces of its body if there is
     one, then END_OF_BODY. After a BadRequest it returns nothing more."""
 
-    out, closed = b"", False  # of framers that have something to answer
+    out, closed, fruitless = b"", False, False  # of framers that have something to answer
 
     def __init__(self, data: bytes = b""):
         self.limit = HEAD_BYTES
@@ -10700,7 +10700,8 @@ class Frame(NamedTuple):
 
 class FrameReader:
     """WebSocket frames in, lines out: each message is one line. `out` holds the frames to answer
-    with; `closed` is set by a close, or by a frame that no client may send."""
+    with; `closed` is set by a close, or by a frame that no client may send; `fruitless` tells that
+    the last take() looked at frames and found no line in them."""
 
     in_body = False
 
@@ -10712,7 +10713,7 @@ class FrameReader:
         self.opcode = 0  # ... and its kind; 0 if there is none
         self.decoder: Any = None  # of its text
         self.out = b""
-        self.closed = self.ended = False
+        self.closed = self.ended = self.fruitless = False
 
     @property
     def pending(self) -> bool:
@@ -10733,6 +10734,7 @@ class FrameReader:
     def take(self) -> bytes | None:
         """Return the next line; None if there is none yet. One call looks at a few frames only, so
         that endless empty frames hold up no other client."""
+        self.fruitless = False
         for _ in range(FRAMES_AT_ONCE):
             if self.lines:
                 return self.lines.popleft()
@@ -10740,6 +10742,7 @@ class FrameReader:
                 one = None if self.closed else self._frame()
                 if one is None:
                     return None
+                self.fruitless = True
                 del self.buffer[: one.size]
                 self._take(one)
             except BadFrame as error:
@@ -18521,7 +18524,7 @@ class ActBeat:
         if self._act_on(light, begun + limit):
             self._act_on(heavy, begun + ACT_SECONDS)
         else:
-            self.acting.update(dict.fromkeys(heavy))
+            self._put_first(heavy)
         if self.acting:
             self.loop.call_soon(do_nothing)
 
@@ -18529,10 +18532,14 @@ class ActBeat:
         """Act on the lines of these peers until `end`; return whether all had their turn."""
         for n, peer in enumerate(peers):
             if time.perf_counter() > end:
-                self.acting.update(dict.fromkeys(peers[n:]))
+                self._put_first(peers[n:])
                 return False
             self.loop.guarded(self._act_on_peer, peer, end)
         return True
+
+    def _put_first(self, peers: list[Peer]) -> None:
+        """Let peers that had no turn come before those that had one and have more to act on."""
+        self.acting = dict.fromkeys(peers) | self.acting
 
     def _act_on_peer(self, peer: Peer, end: float) -> None:
         try:
@@ -18550,12 +18557,12 @@ class ActBeat:
 
     def _take_lines(self, peer: Peer, end: float) -> None:
         self.site.hub.take_work()  # drop the work done meanwhile: it is for no peer's line
-        for n in range(LINES_A_TURN):
+        for _ in range(LINES_A_TURN):
             session = peer.session
             replied = session.replied if session else 0
             if peer.held or peer.leaving or peer.queue.size + replied > UNSENT_NO_READ:
                 return  # more was answered than is likely to be read: the next lines can wait
-            if n % 8 == 0 and time.perf_counter() > end:
+            if time.perf_counter() > end:
                 return
             if session and (session.unfinished is not None or session.postponed):
                 session.go_on()
@@ -18583,6 +18590,8 @@ class ActBeat:
         if peer.inbox.out:
             peer.answer_frames()
         if line is None:
+            if peer.inbox.fruitless:
+                peer.charge(costs)
             if peer.web:
                 self.times.watch_requests(peer)
             return False
@@ -18590,18 +18599,18 @@ class ActBeat:
         if session is None or (session.user is None and session.takes_lines):
             line = line.removeprefix(BOM)
             session = session or self.open_session(peer, line)
+        replied = session.replied if session is not None else 0
         if session is not None:
-            replied = session.replied
             session.take(line)
-            if peer.budget:
-                self._charge(peer, replied, costs)
+        if peer.budget:
+            self._charge(peer, replied, costs)
         if peer.web:
             self.times.watch_requests(peer)
         return True
 
     def _charge(self, peer: Peer, replied: int, least: float = 0) -> None:
         """Take the work done for a peer from its budgets: a line costs at least one token."""
-        bytes_sent = peer.session.replied - replied
+        bytes_sent = peer.session.replied - replied if peer.session else 0
         peer.charge(max(self.site.hub.take_work() + bytes_sent * WORK_OF_A_BYTE, least))
 
     def open_session(self, peer: Peer, first_line: bytes) -> LocalSession | None:

@@ -18736,6 +18736,92 @@ def test_no_file_of_the_data_folder_may_be_a_link_or_stays_open_to_others(folder
         chat.lock_folder(folder)
 
 
+@contextlib.contextmanager
+def beating(**options):
+    """A server without listeners whose loop does not run, and a function that makes a peer of it,
+    by the last byte of its address. Its lines are acted on when the test says so."""
+    loop = chat.Loop()
+    server = chat.Server(loop, chat.ServerOptions(listen=(), web=WEB, **options))
+    server.begin_turn()
+    ends = []
+
+    def peer(number=2, data=b""):
+        ours, theirs = socket.socketpair()
+        ends.append(theirs)
+        ours.setblocking(False)
+        made = chat.Peer(server, ours, f"127.0.0.{number}", 50000, f"127.0.0.{number}")
+        server.peers.add(made)
+        if data:
+            made.received(data)
+        return made
+
+    try:
+        yield server, peer
+    finally:
+        for one in server.peers:
+            one.sock.close()
+        for one in ends:
+            one.close()
+        server.close()
+        loop.close()
+
+
+def upgraded(server, peer):
+    """Return a peer that speaks WebSocket."""
+    made = peer()
+    made.received(
+        b"GET /irc HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDAwMDAwMDAwMDAwMDAwMA==\r\n\r\n"
+    )
+    server.beat.act()
+    assert made.framing
+    return made
+
+
+@pytest.mark.parametrize("line", [b"\n", b"\xef\xbb\xbf\n", b"\r\n"])
+def test_empty_lines_before_a_name_cost_a_token_each(line):
+    with beating() as (server, peer):
+        made = peer(data=line * 100)
+        server.beat.act()
+        assert not made.busy and made.session is None
+        assert made.budget.tokens == chat.FLOOD_BURST - 100
+
+
+def test_frames_without_a_line_cost_a_token_for_each_look_at_them():
+    with beating() as (server, peer):
+        made = upgraded(server, peer)
+        for data in (b"\x89\x80abcd", b"\x8a\x80abcd", b"\x01\x80abcd" + b"\x00\x80abcd" * 127):
+            before = made.budget.tokens
+            made.received(data * 128 if len(data) < 10 else data)
+            server.beat.act()
+            server.beat.act()
+            assert not made.busy
+            assert 2 <= before - made.budget.tokens < 3
+
+
+def test_a_frame_with_a_line_costs_no_more_than_the_line():
+    with beating() as (server, peer):
+        made = upgraded(server, peer)
+        before = made.budget.tokens
+        made.received(b"\x81\x80abcd" * 50)
+        server.beat.act()
+        assert not made.busy
+        assert 50 <= before - made.budget.tokens < 51
+
+
+def test_a_peer_without_a_turn_comes_before_those_that_had_one(monkeypatch):
+    with beating(flood=None) as (server, peer):
+        peers = [peer(n + 2, b"\n" * 1000) for n in range(3)]
+        clock = itertools.count()  # each look at the clock costs a second
+        monkeypatch.setattr(chat.time, "perf_counter", lambda: next(clock))
+        monkeypatch.setattr(chat, "ACT_SECONDS", 3)
+        order, act_on_a_line = [], server.beat.act_on_a_line
+        server.beat.act_on_a_line = lambda one: [order.append(one), act_on_a_line(one)][1]
+        for _ in range(4):
+            server.beat.act()
+        assert [one for one, _ in itertools.groupby(order)] == [*peers, peers[0]]
+
+
 def test_an_address_that_used_much_of_its_budget_is_served_while_no_other_waits(running):
     server = running(flood=(100.0, 0.01))
     reader = server.guest("reader")
