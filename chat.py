@@ -143,6 +143,7 @@ TAGS_BYTES = 4095  # ... and of the tags before it with their @ (IRCv3 message-t
 MESSAGE_LINES = 200  # longest message of several lines; more is a file, not a message
 NAME_CHARACTERS = 32  # longest name as people count ...
 NAME_BYTES = 64  # ... and as the wire does; room for 16 characters outside the BMP
+FOLDED_MOST = 400  # characters; the longest key has 379, as one of U+FDFA has 18: 0.3 ms at most
 NAMES_COUNTED = 100  # alice2 to alice99; after that any number will do
 CHANNEL_BYTES = 64  # as for names
 TOPIC_BYTES = 300  # fits an IRC line beside the longest mask and channel ...
@@ -199,6 +200,7 @@ PARAM_BYTES = 100  # of a client's parameter quoted in a reply: it needs room fo
 TOKENS_A_LINE = 13  # of 005: a line has 15 parameters, the name and the last words included
 PASSWORD_TRIES = 3  # before a connection is closed
 PASSWORD_MOST = 300  # characters: it has to fit in a line of IRC
+PASSWORD_TRIED = 1000  # characters of a password that is tried: no account has a longer one
 OPERATOR_ROUNDS = 50_000  # of PBKDF2 for --oper: 20 ms a guess, and at every start
 ACCOUNT_ROUNDS = 210_000  # for what is kept on disk (OWASP, Password Storage, for SHA-512)
 PASSWORD_LEAST = 3  # characters; more is better, but it is their account
@@ -605,7 +607,7 @@ class LineBuffer:
     __slots__ = (
         *("begins", "buffer", "ended", "first", "limit", "lines", "searched", "skipping", "start"),
     )
-    out, closed, in_body = b"", False, False  # what other framers have
+    out, closed, in_body, fruitless = b"", False, False, False  # what other framers have
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -692,12 +694,20 @@ class LineBuffer:
         self.ended = True
 
 
+def fold_text(text: str) -> str:
+    """Return a text in NFKC and full case folding. The time grows with the square of the longest
+    run of combining marks."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+
+
 def fold(name: str) -> str:
-    """Return the key of a name: NFKC and full case folding, so that forms of one name agree."""
+    """Return the key of a name: NFKC and full case folding, so that forms of one name agree. A text
+    too long for a name has a key that no name has: a blank is in it."""
     if name.isascii():  # nothing to normalize, and asked for with every message
         return name.lower()
-    folded = unicodedata.normalize("NFKC", name).casefold()
-    return unicodedata.normalize("NFKC", folded)
+    if len(name) > FOLDED_MOST:
+        return " " + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
+    return fold_text(name)
 
 
 def cut(text: str, limit: int) -> str:
@@ -1213,6 +1223,8 @@ class Verifier(NamedTuple):
 
     def fits(self, password: str) -> bool:
         """Return whether a password is the stored one. The rounds take time: off the loop."""
+        if len(password) > PASSWORD_TRIED:
+            return False
         stored_key, _ = scram_keys(password, self.salt, self.rounds)
         return hmac.compare_digest(self.stored_key, stored_key)
 
@@ -1417,8 +1429,13 @@ class Throttle:
         self.milliseconds = seconds * 1000
         self.failures: dict[tuple[str, str | None], tuple[int, int]] = {}  # how many, until when
 
+    @staticmethod
+    def key(host: str, subject: str | None) -> tuple[str, str | None]:
+        """Return the key of an entry. A subject that is too long for a name is cut."""
+        return host, subject and fold(cut(subject, 2 * NAME_BYTES))
+
     def count(self, host: str, subject: str | None, now: int) -> int:
-        count, until = self.failures.get((host, subject and fold(subject)), (0, 0))
+        count, until = self.failures.get(self.key(host, subject), (0, 0))
         return count if now < until else 0
 
     def wait(self, host: str, subject: str, now: int) -> int:
@@ -1426,7 +1443,7 @@ class Throttle:
         own = LOGIN_TRIES_SERVER if subject[:1] == "*" else self.most
         for one, most in ((subject, own), (None, self.most_an_address)):
             if self.count(host, one, now) >= most:
-                _, until = self.failures[host, one and fold(one)]
+                _, until = self.failures[self.key(host, one)]
                 return (until - now) // 1000 + 1
         return 0
 
@@ -1438,7 +1455,7 @@ class Throttle:
     def failed(self, host: str, subject: str, now: int) -> None:
         for one in (subject, None):
             count = self.count(host, one, now) + 1
-            self.failures[host, one and fold(one)] = count, now + self.milliseconds
+            self.failures[self.key(host, one)] = count, now + self.milliseconds
         if len(self.failures) > LOGIN_FAILURES_KEPT:
             self.sweep(now)
         if len(self.failures) > LOGIN_FAILURES_KEPT:  # all of it still counts: forget a tenth, the
@@ -1454,7 +1471,7 @@ class Throttle:
     def succeeded(self, host: str, subject: str) -> None:
         """Forget the failures for a subject, and one failure of the address: every attempt counts
         as a failure until it succeeds."""
-        self.failures.pop((host, fold(subject)), None)
+        self.failures.pop(self.key(host, subject), None)
         count, until = self.failures.pop((host, None), (0, 0))
         if count > 1:
             self.failures[host, None] = count - 1, until
@@ -2065,7 +2082,7 @@ class Audience:
     @property
     def cost(self) -> int:
         """The number of receivers to be told one by one, for the budget of the cause."""
-        shared = len(self.channels) == 1
+        shared = len(self.channels) == 1 and self is self.channels[0].audience
         members = 0 if shared else sum(len(channel.members) for channel in self.channels)
         return members + len(self.users) + len(self.sessions)
 
@@ -2348,22 +2365,17 @@ def in_ranks(channel: Channel, symbol: str, speaker: User) -> Audience:
     return Audience(symbol + channel.name, users=users | {speaker})
 
 
-def with_outsider(channel: Channel, user: User) -> Audience:
-    """Return the audience of a channel, and of a user who acts on it from outside."""
-    if user in channel.members:
-        return channel.audience
-    return Audience(channel.name, (channel,), {user}, targets=channel.audience.targets)
-
-
-def neighbours(user: User, sessions: Iterable[Session] = (), alone: bool = False) -> Audience:
+def neighbours(
+    turn: "Turn", user: User, sessions: Iterable[Session] = (), alone: bool = False
+) -> Audience:
     """Return the audience of all who share a channel with a user, of some sessions, and (with
     `alone`) of the user. Where it is one channel, that channel's own object is returned."""
     channels = tuple(user.channels)
     sessions = frozenset(sessions)
-    if len(channels) == 1 and not sessions and not alone:
+    if len(channels) == 1 and not sessions:
         return channels[0].audience
     targets = tuple(target for channel in channels for target in channel.audience.targets)
-    return Audience("", channels, {user} if alone else (), sessions, targets)
+    return turn.audience("", channels, frozenset({user} if alone else ()), sessions, targets)
 
 
 class Conversation(Audience):
@@ -2857,6 +2869,7 @@ class Turn:
         self.entries: list[tuple] = []  # of the log of a cluster, see Store.write_entries()
         self.changed: set[User | Channel] = set()  # have another state() to be stored
         self.conversations: dict[tuple[User, User], Conversation] = {}
+        self.audiences: dict[tuple, Audience] = {}  # by what they were made of
         # For the write beat
         self.individually_addressed: set[Session] = set()
         self.since: dict[Session, int] = {}  # connected in this turn, behind event id
@@ -2875,6 +2888,14 @@ class Turn:
 
     def record(self, name: str, *values: Any) -> None:
         self.records.append(Record(name, values, len(self.events)))
+
+    def audience(self, *parts: Any) -> Audience:
+        """Return the audience of these parts. Within a turn it is one object: a member of the same
+        channels belongs to few audiences, however many events there are."""
+        found = self.audiences.get(parts)
+        if found is None:
+            found = self.audiences[parts] = Audience(*parts)
+        return found
 
     @property
     def to_store(self) -> bool:
@@ -2913,11 +2934,16 @@ class Turn:
                     yield data, sessions - heard.keys()
                 for session in heard.keys() & sessions:
                     heard[session].append(group)
+        alike: dict[tuple, list[Session]] = {}  # get the same bytes: by wire and groups
         for session, told in heard.items():
             if isinstance(session, LocalSession) and not session.conn.gone:
-                data = attempt_line(lambda s=session, t=told: self.lines_for(s, t, report), report)
-                if data:
-                    yield data, (session,)
+                own = session if session in self.individually_addressed else session.wire
+                alike.setdefault((own, *told), []).append(session)
+        for (_, *told), sessions in alike.items():
+            one = sessions[0]
+            data = attempt_line(lambda s=one, t=told: self.lines_for(s, t, report), report)
+            if data:
+                yield data, sessions
 
     def _in_several(self, groups: Collection[Group]) -> set[Session]:
         """Return the sessions that belong to more than one of these audiences."""
@@ -3507,7 +3533,9 @@ def take_name(hub: Hub, user: User, name: str, origin: Session | None = None) ->
     """Give a user a free name, and tell the change."""
     if name == user.name:
         return
-    hub.emit(NICK, user.source, neighbours(user, alone=True), name, origin=origin)
+    audience = neighbours(hub.turn, user, alone=True)
+    hub.work += WORK_OF_A_RECEIVER * audience.cost
+    hub.emit(NICK, user.source, audience, name, origin=origin)
     was, before = user.key, user.source
     del hub.users[user.key]
     user.change_source(name=name)
@@ -3577,7 +3605,7 @@ def emit_to_witnesses(
     """Tell the user's act to the user, to common channels, and to watchers with
     extended-monitor."""
     watching = (s for s in hub.watchers.get(user.key, ()) if s.extended_monitor)
-    audience = neighbours(user, watching, alone=True)
+    audience = neighbours(hub.turn, user, watching, alone=True)
     hub.work += WORK_OF_A_RECEIVER * audience.cost
     hub.emit(kind, source, audience, *texts, origin=origin)
 
@@ -3724,8 +3752,9 @@ def put_out(hub: Hub, user: User, channel: Channel) -> None:
 
 def remove_user(hub: Hub, user: User, reason: str, origin: Session | None = None) -> None:
     """Remove a user, and tell the QUIT. A QUIT always has a reason: some clients need one."""
-    hub.work += WORK_OF_A_RECEIVER * neighbours(user).cost
-    hub.emit(QUIT, user.source, neighbours(user), reason or "Connection closed", origin=origin)
+    audience = neighbours(hub.turn, user)
+    hub.work += WORK_OF_A_RECEIVER * audience.cost
+    hub.emit(QUIT, user.source, audience, reason or "Connection closed", origin=origin)
     for channel in list(user.channels):
         put_out(hub, user, channel)
     for channel in list(user.invitations):
@@ -4020,6 +4049,16 @@ def disown(hub: Hub, who: Session, name: str) -> str:
     return channel.name
 
 
+def with_outsider(hub: Hub, channel: Channel, user: User) -> Audience:
+    """Return the audience of a channel, and of a user who acts on it from outside."""
+    if user in channel.members:
+        return channel.audience
+    targets = channel.audience.targets
+    audience = hub.turn.audience(channel.name, (channel,), frozenset({user}), frozenset(), targets)
+    hub.work += WORK_OF_A_RECEIVER * audience.cost
+    return audience
+
+
 @act
 def set_topic(hub: Hub, who: Session, name: str, topic: str) -> Channel:
     user, channel = who.user, hub.find_channel(name)
@@ -4031,7 +4070,7 @@ def set_topic(hub: Hub, who: Session, name: str, topic: str) -> Channel:
     channel.topic = topic
     channel.topic_setter, channel.topic_time = user.source.mask, hub.now
     hub.turn.changed.add(channel)
-    hub.emit(TOPIC, user.source, with_outsider(channel, user), topic, origin=who)
+    hub.emit(TOPIC, user.source, with_outsider(hub, channel, user), topic, origin=who)
     return channel
 
 
@@ -4048,7 +4087,7 @@ def kick(hub: Hub, who: Session, where: str, name: str, reason: str) -> None:
             text = f"{victim.name} has too high a rank in {channel.name}"
             raise Refused("NOT_OPERATOR", text, channel.name)
     reason = cut(reason or user.name, REASON_BYTES)
-    hub.emit(KICK, user.source, with_outsider(channel, user), reason, victim.name, who)
+    hub.emit(KICK, user.source, with_outsider(hub, channel, user), reason, victim.name, who)
     put_out(hub, victim, channel)
 
 
@@ -4074,7 +4113,8 @@ def invite(hub: Hub, who: Session, name: str, where: str) -> tuple[User, Channel
     hub.emit(INVITE, source, Audience(users={user}), channel.name, user.name, who)
     level = RANKS.index("h") if "i" in channel.flags else len(RANKS)
     able = {other for other, member in channel.members.items() if member.level <= level}
-    hub.emit(INVITED, source, Audience(users=able - {who.user}), channel.name, user.name, who)
+    audience = hub.turn.audience("", (), frozenset(able - {who.user}))
+    hub.emit(INVITED, source, audience, channel.name, user.name, who)
     return user, channel
 
 
@@ -4146,7 +4186,7 @@ def set_modes(hub: Hub, who: Session, name: str, changes: Changes, salt: str) ->
         return list(refusals.values())
     hub.turn.changed.add(channel)
     end_invitations(hub, channel, done)
-    audience = with_outsider(channel, user)
+    audience = with_outsider(hub, channel, user)
     for text in mode_lines(change for change in done if change.letter != "k"):
         hub.emit(MODE, user.source, audience, text, origin=who)
     for text in mode_lines(change for change in done if change.letter == "k"):
@@ -4193,7 +4233,7 @@ def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -
     channel.set_name(name)
     hub.channels[key] = channel
     hub.turn.changed |= {channel, *channel.members}
-    hub.emit(RENAME, user.source, with_outsider(channel, user), reason, old, who)
+    hub.emit(RENAME, user.source, with_outsider(hub, channel, user), reason, old, who)
     hub.emit(RENAMED, user.source, Audience(name, users=channel.members), reason, old)
 
 
@@ -4367,7 +4407,8 @@ def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_
         channel.check_can_send(user, text)
         if masks := channel.lists["b"]:
             hub.work += len(masks)
-        audience = channel.audience if user in channel.members else with_outsider(channel, user)
+        member = user in channel.members
+        audience = channel.audience if member else with_outsider(hub, channel, user)
     elif isinstance(audience, Conversation):
         audience.check_can_send(user)
         partner = audience.partner(user)
@@ -4557,7 +4598,7 @@ def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> N
         audience, source = owner.audience, Source(owner.name, "")
     else:
         watching = hub.watchers.get(owner.key, ())
-        audience, source = neighbours(owner, watching, alone=True), owner.source
+        audience, source = neighbours(hub.turn, owner, watching, alone=True), owner.source
     hub.work += len(subscribed)
     channels = set(audience.channels)
     told = [
@@ -10616,7 +10657,7 @@ class HttpReader:
     """Bytes in, requests out: take() returns a Request, then the pieces of its body if there is
     one, then END_OF_BODY. After a BadRequest it returns nothing more."""
 
-    out, closed = b"", False  # of framers that have something to answer
+    out, closed, fruitless = b"", False, False  # of framers that have something to answer
 
     def __init__(self, data: bytes = b""):
         self.limit = HEAD_BYTES
@@ -10851,7 +10892,8 @@ class Frame(NamedTuple):
 
 class FrameReader:
     """WebSocket frames in, lines out: each message is one line. `out` holds the frames to answer
-    with; `closed` is set by a close, or by a frame that no client may send."""
+    with; `closed` is set by a close, or by a frame that no client may send; `fruitless` tells that
+    the last take() looked at frames and found no line in them."""
 
     in_body = False
 
@@ -10863,7 +10905,7 @@ class FrameReader:
         self.opcode = 0  # ... and its kind; 0 if there is none
         self.decoder: Any = None  # of its text
         self.out = b""
-        self.closed = self.ended = False
+        self.closed = self.ended = self.fruitless = False
 
     @property
     def pending(self) -> bool:
@@ -10884,6 +10926,7 @@ class FrameReader:
     def take(self) -> bytes | None:
         """Return the next line; None if there is none yet. One call looks at a few frames only, so
         that endless empty frames hold up no other client."""
+        self.fruitless = False
         for _ in range(FRAMES_AT_ONCE):
             if self.lines:
                 return self.lines.popleft()
@@ -10891,6 +10934,7 @@ class FrameReader:
                 one = None if self.closed else self._frame()
                 if one is None:
                     return None
+                self.fruitless = True
                 del self.buffer[: one.size]
                 self._take(one)
             except BadFrame as error:
@@ -16027,9 +16071,9 @@ def do_lastlog(core: ClientCore, words: str) -> None:
     if core.store:
         found = core.store.find(words, LASTLOG_MOST, core.fold(room.name))
     else:
-        wanted = fold(words)
+        wanted = fold_text(words)
         spoken = (one for one in room.views if one.kind in (SAID, NOTICED))
-        found = [one for one in spoken if wanted in fold(one.text)][-LASTLOG_MOST:]
+        found = [one for one in spoken if wanted in fold_text(one.text)][-LASTLOG_MOST:]
     core.show_results(f"lastlog of {core.here}", found)
 
 
@@ -16906,9 +16950,9 @@ class ClientStore(Writer):
         if self.has_words:
             found = [quoted, CLIENT_HITS_MOST, self.owner, *values]
             rows = self.db.execute(indexed, found).fetchall()
-        wanted = fold(words).split()
+        wanted = fold_text(words).split()
         for row in self.db.execute(recent, [self.owner, *values]):
-            if all(word in fold(row[2]) for word in wanted):
+            if all(word in fold_text(row[2]) for word in wanted):
                 rows.append(row)
         rows.sort(key=lambda row: (row[5], row[0]))
         return [self._view(row) for row in rows[-count:]]
@@ -18481,6 +18525,9 @@ class OpenFile:
                 os.close(fd)
 
 
+CONTENT_NAME = re.compile(r"[0-9a-f]{64}|[0-9a-f]{32}\.part")  # a SHA-256, or an upload's id
+
+
 class FileFolder:
     """The content of files on disk. Its methods are jobs for helpers: a disk may be slow. Equal
     content is stored once, under its SHA-256; incomplete content is ID.part."""
@@ -18488,6 +18535,8 @@ class FileFolder:
     def __init__(self, path: pathlib.Path):
         self.path = path
         self.writers: Any = weakref.WeakValueDictionary()  # OpenFile by id of its upload
+        if os.path.lexists(path) and not stat.S_ISDIR(path.lstat().st_mode):
+            raise Unusable(f"{path} is no plain folder; remove it, or choose another --data")
         path.mkdir(mode=0o700, exist_ok=True)
 
     def begin(self, id: str) -> OpenFile:
@@ -18555,9 +18604,10 @@ class FileFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def clean(self, wanted: Collection[str]) -> None:
-        """Remove all content that no link needs: a crash may leave some."""
+        """Remove all content that no link needs: a crash may leave some. Other files stay."""
         with contextlib.suppress(FileNotFoundError):  # the folder is gone: the store says so
-            self.remove({path.name for path in self.path.iterdir()} - set(wanted))
+            found = {path.name for path in self.path.iterdir()}
+            self.remove(filter(CONTENT_NAME.fullmatch, found - set(wanted)))
 
     def _part(self, id: str) -> pathlib.Path:
         return self.path / f"{id}.part"
@@ -18693,7 +18743,7 @@ class ActBeat:
         if self._act_on(light, begun + limit):
             self._act_on(heavy, begun + ACT_SECONDS)
         else:
-            self.acting.update(dict.fromkeys(heavy))
+            self._put_first(heavy)
         if self.acting:
             self.loop.call_soon(do_nothing)
 
@@ -18701,10 +18751,14 @@ class ActBeat:
         """Act on the lines of these peers until `end`; return whether all had their turn."""
         for n, peer in enumerate(peers):
             if time.perf_counter() > end:
-                self.acting.update(dict.fromkeys(peers[n:]))
+                self._put_first(peers[n:])
                 return False
             self.loop.guarded(self._act_on_peer, peer, end)
         return True
+
+    def _put_first(self, peers: list[Peer]) -> None:
+        """Let peers that had no turn come before those that had one and have more to act on."""
+        self.acting = dict.fromkeys(peers) | self.acting
 
     def _act_on_peer(self, peer: Peer, end: float) -> None:
         try:
@@ -18722,12 +18776,12 @@ class ActBeat:
 
     def _take_lines(self, peer: Peer, end: float) -> None:
         self.site.hub.take_work()  # drop the work done meanwhile: it is for no peer's line
-        for n in range(LINES_A_TURN):
+        for _ in range(LINES_A_TURN):
             session = peer.session
             replied = session.replied if session else 0
             if peer.held or peer.leaving or peer.queue.size + replied > UNSENT_NO_READ:
                 return  # more was answered than is likely to be read: the next lines can wait
-            if n % 8 == 0 and time.perf_counter() > end:
+            if time.perf_counter() > end:
                 return
             if session and (session.unfinished is not None or session.postponed):
                 session.go_on()
@@ -18755,6 +18809,8 @@ class ActBeat:
         if peer.inbox.out:
             peer.answer_frames()
         if line is None:
+            if peer.inbox.fruitless:
+                peer.charge(costs)
             if peer.web:
                 self.times.watch_requests(peer)
             return False
@@ -18762,18 +18818,18 @@ class ActBeat:
         if session is None or (session.user is None and session.takes_lines):
             line = line.removeprefix(BOM)
             session = session or self.open_session(peer, line)
+        replied = session.replied if session is not None else 0
         if session is not None:
-            replied = session.replied
             session.take(line)
-            if peer.budget:
-                self._charge(peer, replied, costs)
+        if peer.budget:
+            self._charge(peer, replied, costs)
         if peer.web:
             self.times.watch_requests(peer)
         return True
 
     def _charge(self, peer: Peer, replied: int, least: float = 0) -> None:
         """Take the work done for a peer from its budgets: a line costs at least one token."""
-        bytes_sent = peer.session.replied - replied
+        bytes_sent = peer.session.replied - replied if peer.session else 0
         peer.charge(max(self.site.hub.take_work() + bytes_sent * WORK_OF_A_BYTE, least))
 
     def open_session(self, peer: Peer, first_line: bytes) -> LocalSession | None:
@@ -21171,7 +21227,7 @@ class LineEditor:
             if not self.text:
                 return None
         for back in range(self.recalled + 1, len(self.typed) + 1):
-            if fold(self.sought) in fold(self.typed[-back]):
+            if fold_text(self.sought) in fold_text(self.typed[-back]):
                 self.recalled = back
                 return self.set(self.typed[-back])
         if not self.recalled and not self.draft:
@@ -25385,8 +25441,9 @@ def run_passwd(args: argparse.Namespace) -> int:
         if not name:
             raise Unusable(f"there is no account {args.name}")
         password = args.password or secret_option("")
-        if len(password) < PASSWORD_LEAST:
-            raise Unusable(f"a password has at least {PASSWORD_LEAST} characters")
+        if not PASSWORD_LEAST <= len(password) <= PASSWORD_TRIED:
+            bounds = f"{PASSWORD_LEAST} to {PASSWORD_TRIED}"
+            raise Unusable(f"a password has {bounds} characters")
         columns = "salt = ?, rounds = ?, stored_key = ?, server_key = ?"
         values = [*make_verifier(password), fold(name), salt]
         try:

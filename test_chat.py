@@ -792,6 +792,29 @@ def test_names_that_differ_in_case_only_are_one(one, other):
     assert chat.fold(one) == chat.fold(other)
 
 
+MARKS = "a" + "\u0300" * 3900 + "\u0316" * 3900  # a run that NFKC would have to sort
+
+
+def test_a_text_too_long_for_a_name_gets_a_short_key_that_no_name_has(monkeypatch):
+    monkeypatch.setattr(chat, "fold_text", None)
+    one, other = chat.fold(MARKS), chat.fold(MARKS[:-1])
+    assert one != other and " " in one and len(one) < 100
+    assert chat.fold(one) == one
+
+
+def test_the_longest_key_of_a_name_is_its_own_key():
+    name = "#" + "\ufdfa" * ((chat.CHANNEL_BYTES - 1) // 3)
+    chat.check_channel_name(name)
+    key = chat.fold(name)
+    assert len(key) == 379 and chat.fold(key) == key
+
+
+def test_a_password_longer_than_any_is_wrong_at_once(monkeypatch):
+    verifier = chat.make_verifier("secret", 1000)
+    monkeypatch.setattr(chat, "scram_keys", None)
+    assert not verifier.fits(MARKS)
+
+
 @pytest.mark.parametrize("limit", range(8))
 def test_text_is_cut_between_characters(limit):
     assert len(chat.cut("aé\U0001f600", limit).encode()) <= limit
@@ -2219,6 +2242,16 @@ def test_a_page_of_a_million_messages_is_found_at_once(folder):
 )
 def test_an_ipv6_address_counts_as_its_network_unless_others_share_that(host, own, key):
     assert chat.address_key(host, own) == key
+
+
+@pytest.mark.parametrize("name", ["x" * 16_000, "\ufdfa" * 5000, MARKS])
+def test_an_attempt_at_a_long_name_takes_little_memory(name):
+    throttle = chat.Throttle()
+    throttle.failed("10.0.0.1", name, 10**9)
+    assert sum(len((key or "").encode()) for _, key in throttle.failures) < 2000
+    assert throttle.count("10.0.0.1", name, 10**9) == 1
+    throttle.succeeded("10.0.0.1", name)
+    assert not throttle.failures
 
 
 def test_the_passwords_of_the_server_and_its_operators_may_be_tried_more_often():
@@ -12102,8 +12135,11 @@ def test_an_upload_goes_on_after_a_restart(files, tmp_path):
     for file in again.values():
         assert file.on_disk in on_disk(files)
     files.site.folder.clean({file.on_disk for file in again.values()})
-    (tmp_path / "files" / "orphan.part").write_bytes(b"x")
+    for name in (f"{'0' * 32}.part", "0" * 64, "README", "0" * 63):
+        (tmp_path / "files" / name).write_bytes(b"x")
     files.site.folder.clean({file.on_disk for file in again.values()})
+    for name in ("README", "0" * 63):  # what is no content stays
+        (tmp_path / "files" / name).unlink()
     assert len(on_disk(files)) == 1
     last = tus(files, "PATCH", path_of(made), "Upload-Offset: 5", PIECE, body=b"world")
     assert last[0] == 204 and got(files, path_of(made))[2] == b"helloworld"
@@ -19803,6 +19839,86 @@ def test_a_private_message_is_charged_for_both_receivers():
     assert work[1] - work[0] == 2 * chat.WORK_OF_A_RECEIVER
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["SETNAME :a", "SETNAME :b"],
+        ["AWAY :x", "AWAY"],
+        ["NICK other", "NICK actor"],
+        ["PRIVMSG #big :a", "PRIVMSG #open :b"],
+        ["PRIVMSG #big,#small :a", "NICK other", "PRIVMSG #small,#big :b", "NICK actor"],
+        ["INVITE guest #big", "PRIVMSG #big :a"],
+        ["PRIVMSG #big :a", "SETNAME :a", "PART #big", "JOIN #big"],
+    ],
+)
+def test_members_of_the_same_channels_get_the_same_bytes(monkeypatch, lines):
+    house = House()
+    members = [f"member{n}" for n in range(20)]
+    caps = "setname away-notify invite-notify message-tags"
+    come(house, "guest", "actor", *members, caps=caps)
+    for member in members:
+        house.say(member, "JOIN #big", "JOIN #small", "JOIN #open", "MODE #open -n")
+    house.say("actor", "JOIN #big", *(["JOIN #small"] if "small" in str(lines) else []))
+    house.turn()
+    for member in members:
+        house.heard(member)
+    rendered, lines_for = [], chat.Turn.lines_for
+
+    def counting(turn, session, *values):
+        rendered.append(session)
+        return lines_for(turn, session, *values)
+
+    monkeypatch.setattr(chat.Turn, "lines_for", counting)
+    house.say("actor", *lines * 10)
+    house.turn()
+    told = [house.heard(member) for member in members]
+    assert len(told[0]) >= 20 and all(one == told[0] for one in told)
+    assert len(rendered) <= 3
+
+
+def test_an_audience_that_is_not_the_channels_own_costs_its_members():
+    house = house_of("alice", "bob", "carol")
+    lobby = house.hub.channels["#lobby"]
+    alice = house.hub.users["alice"]
+    assert chat.neighbours(house.hub.turn, alice, alone=True) is lobby.audience
+    assert lobby.audience.cost == 0
+    session = house.guests["bob"]
+    watched = chat.neighbours(house.hub.turn, alice, [session], alone=True)
+    assert watched.cost == 3 + 1 + 1
+    assert watched is chat.neighbours(house.hub.turn, alice, [session], alone=True)
+
+
+def test_an_outsider_is_charged_for_the_members():
+    house = House()
+    house.enter_irc("alice", "bob", "carol")
+    for name in ("alice", "bob"):
+        house.say(name, "JOIN #a", "MODE #a -n")
+    work = []
+    for name in ("alice", "carol"):
+        house.hub.take_work()
+        house.guests[name].act("say", "#a", "hello", chat.MESSAGE, "", "")
+        work.append(house.hub.take_work())
+    assert work[1] - work[0] == (2 + 1) * chat.WORK_OF_A_RECEIVER
+
+
+@pytest.mark.parametrize("line", ["/tell {} x", "/login {} x", "{}", "/kick {}", "/whois {}"])
+def test_a_line_of_marks_is_never_normalized_whole(monkeypatch, line):
+    sizes, normalize = [0], chat.unicodedata.normalize
+    house = house_of("alice")
+    house.connect("guest")
+
+    def noting(form, text):
+        sizes.append(len(text))
+        return normalize(form, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat.unicodedata, "normalize", noting)
+        house.say("alice", line.format(MARKS))
+        house.say("guest", line.format(MARKS))
+        house.turn()
+    assert max(sizes) <= chat.FOLDED_MOST
+
+
 def test_wallops_is_charged_for_all_users_that_are_looked_through():
     work = []
     for count in (2, 12):
@@ -19823,6 +19939,101 @@ def test_no_file_of_the_data_folder_may_be_a_link_or_stays_open_to_others(folder
     (folder / name).symlink_to(folder / "elsewhere")
     with pytest.raises(chat.Unusable, match=f"/{name} is no plain file"):
         chat.lock_folder(folder)
+
+
+@contextlib.contextmanager
+def beating(**options):
+    """A server without listeners whose loop does not run, and a function that makes a peer of it,
+    by the last byte of its address. Its lines are acted on when the test says so."""
+    loop = chat.Loop()
+    server = chat.Server(loop, chat.ServerOptions(listen=(), web=WEB, **options))
+    server.begin_turn()
+    ends = []
+
+    def peer(number=2, data=b""):
+        ours, theirs = socket.socketpair()
+        ends.append(theirs)
+        ours.setblocking(False)
+        made = chat.Peer(server, ours, f"127.0.0.{number}", 50000, f"127.0.0.{number}")
+        server.peers.add(made)
+        if data:
+            made.received(data)
+        return made
+
+    try:
+        yield server, peer
+    finally:
+        for one in server.peers:
+            one.sock.close()
+        for one in ends:
+            one.close()
+        server.close()
+        loop.close()
+
+
+def upgraded(server, peer):
+    """Return a peer that speaks WebSocket."""
+    made = peer()
+    made.received(
+        b"GET /irc HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDAwMDAwMDAwMDAwMDAwMA==\r\n\r\n"
+    )
+    server.beat.act()
+    assert made.framing
+    return made
+
+
+@pytest.mark.parametrize("line", [b"\n", b"\xef\xbb\xbf\n", b"\r\n"])
+def test_empty_lines_before_a_name_cost_a_token_each(line):
+    with beating() as (server, peer):
+        made = peer(data=line * 100)
+        server.beat.act()
+        assert not made.busy and made.session is None
+        assert made.budget.tokens == chat.FLOOD_BURST - 100
+
+
+def test_frames_without_a_line_cost_a_token_for_each_look_at_them():
+    with beating() as (server, peer):
+        made = upgraded(server, peer)
+        for data in (b"\x89\x80abcd", b"\x8a\x80abcd", b"\x01\x80abcd" + b"\x00\x80abcd" * 127):
+            before = made.budget.tokens
+            made.received(data * 128 if len(data) < 10 else data)
+            server.beat.act()
+            server.beat.act()
+            assert not made.busy
+            assert 2 <= before - made.budget.tokens < 3
+
+
+def test_a_frame_with_a_line_costs_no_more_than_the_line():
+    with beating() as (server, peer):
+        made = upgraded(server, peer)
+        before = made.budget.tokens
+        made.received(b"\x81\x80abcd" * 50)
+        server.beat.act()
+        assert not made.busy
+        assert 50 <= before - made.budget.tokens < 51
+
+
+def test_a_peer_without_a_turn_comes_before_those_that_had_one(monkeypatch):
+    with beating(flood=None) as (server, peer):
+        peers = [peer(n + 2, b"\n" * 1000) for n in range(3)]
+        clock = itertools.count()  # each look at the clock costs a second
+        monkeypatch.setattr(chat.time, "perf_counter", lambda: next(clock))
+        monkeypatch.setattr(chat, "ACT_SECONDS", 3)
+        order, act_on_a_line = [], server.beat.act_on_a_line
+        server.beat.act_on_a_line = lambda one: [order.append(one), act_on_a_line(one)][1]
+        for _ in range(4):
+            server.beat.act()
+        assert [one for one, _ in itertools.groupby(order)] == [*peers, peers[0]]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_folder_of_files_may_not_be_a_link(tmp_path, there):
+    (tmp_path / "files").symlink_to(tmp_path / "elsewhere")
+    if there:
+        (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(chat.Unusable, match="/files is no plain folder"):
+        chat.FileFolder(tmp_path / "files")
 
 
 def test_an_address_that_used_much_of_its_budget_is_served_while_no_other_waits(running):
