@@ -14129,7 +14129,7 @@ def we_joined(talk: IrcTalk, heard: Heard) -> None:
             room.mark = f"timestamp={tag_time(max(core.began, talk.since))}"
     core.newest = max(core.newest, heard.time or 0)
     if talk.going.pop(core.fold(room.name), None) is not None:
-        core.go(room)
+        core.arrive(room)
     if "no-implicit-names" in talk.server.enabled:
         talk.send("NAMES", room.name)
     talk.catch_up(room)
@@ -14184,7 +14184,7 @@ def user_parted(talk: IrcTalk, heard: Heard) -> None:
         return
     user_went(talk, room, heard, heard.name, *heard.params[1:2])
     if core.is_me(heard.name):
-        core.close(room)
+        core.left(room)
 
 
 @from_server("QUIT")
@@ -14862,6 +14862,7 @@ class ClientCore(ForScreens):
     wants_motd = wants_who = False  # on the user's request
     views_seen: float = math.inf  # number of views in the conversation when the text was begun
     version = 0  # of the store, see refresh()
+    is_writing: Callable[[], bool] = lambda: False  # a text for the current conversation is begun
     looked_at = True  # False: the user looks at another server
     reads_at_once = True  # the current conversation; if False, mark_read() tells what was read
     results: Callable[[str, list[View]], None] | None = None  # takes the result of a search
@@ -15451,6 +15452,19 @@ class ClientCore(ForScreens):
         if self.reads_at_once:
             room.unread = room.called = 0
             self.mark_read(room)
+
+    def arrive(self, room: Room) -> None:
+        """Go to a channel that the user asked for, but not away from a text that is begun."""
+        if self.current is None or self.current is room or not self.is_writing():
+            return self.go(room)
+        self.show(View(NOTE, f"{room.name} is joined; /go {room.name} looks at it"))
+
+    def left(self, room: Room) -> None:
+        """Close a channel that this client left. It stays open while a text for it is begun."""
+        if self.current is not room or not self.is_writing():
+            return self.close(room)
+        self.keep_room(room)
+        self.show(View(NOTE, f"you left {room.name}; /close closes it", where=room.name))
 
     def rename(self, room: Room, name: str) -> None:
         """Rename a conversation. Another one with the new name has ended, and is dropped."""
@@ -22072,12 +22086,18 @@ class ManyServers(Client):
     def seats_changed(self) -> None:
         """React to a server that was added, removed, or is looked at now."""
 
+    def is_writing(self, seat: Seat) -> bool:
+        """Return whether a text for the current conversation of a server is begun, so that the
+        server must not lead to another one."""
+        return False
+
     # Servers
 
     def _take_seat(self, seat: Seat) -> None:
         self.seats.append(seat)
         self.cores.append(seat.core)
         seat.core.settings = self.core.settings  # one set for all servers
+        seat.core.is_writing = functools.partial(self.is_writing, seat)
         seat.screen = self.screen_for(seat)
         self.seats_changed()
 
@@ -22339,6 +22359,7 @@ class TerminalClient(ManyServers):
         self.begun: float = math.inf  # views that there were when a command was begun
         self.cleared = self.asked = -math.inf  # when Ctrl-C cleared the line, or asked
         self.writing_in: Room | None = self.core.current  # whom the line is for
+        self.ended_room = ""  # the name of a closed one, while the line is a text begun there
         self.escape: Timer | None = None
         self.input = Input(self.loop, 0, self.take)
         self.loop.turn_ends = self.paint
@@ -22382,6 +22403,9 @@ class TerminalClient(ManyServers):
         for seat in self.seats:
             seat.screen.server = str(seat.link.target) if several else ""
             seat.screen.elsewhere = functools.partial(self.rooms_besides, seat)
+
+    def is_writing(self, seat: Seat) -> bool:
+        return seat is self.seat and bool(self.editor.text)
 
     def rooms_besides(self, here: Seat) -> list[tuple[str, Room]]:
         """Return the conversations on all other servers, each with its server."""
@@ -22454,7 +22478,10 @@ class TerminalClient(ManyServers):
     def note_typing(self) -> None:
         """After each key, tell others about typing, and note which messages a command can mean."""
         text = self.editor.text
-        self.link.typing(self.core.current, text)
+        if self.ended_room and not text:
+            self.ended_room = ""
+            self.editor.set(self.writing_in.draft if self.writing_in else "")
+        self.link.typing(self.core.current, "" if self.ended_room else text)
         if text[:1] != "/":
             self.begun = math.inf
         elif self.begun == math.inf and self.core.current:
@@ -22464,7 +22491,9 @@ class TerminalClient(ManyServers):
         """Handle an entered line. An empty one is no message, although it is one from netcat."""
         self.present()
         command = text.rstrip().lower() if text[:1] == "/" else ""
-        if is_quit(text):
+        if self.ended_room:
+            self.refuse_late()
+        elif is_quit(text):
             self.leave(text[len("/quit") :].strip())
         elif command == "/go":
             self.list_rooms()
@@ -22477,6 +22506,13 @@ class TerminalClient(ManyServers):
         elif text:
             self.link.typed(text.rstrip() if command else text, None, "", self.begun)
             self.begun = math.inf
+
+    def refuse_late(self) -> None:
+        """Keep a text from being sent to another conversation than the one it was begun in."""
+        note = f"nothing was sent: {self.ended_room} is closed; Up brings the text back"
+        self.ended_room = ""
+        self.editor.set(self.writing_in.draft if self.writing_in else "")
+        self.show([View(NOTE, note)])
 
     def places(self) -> list[tuple[Seat, Room]]:
         """Return all conversations, server by server; their numbers are those of Alt and /go. A
@@ -22616,16 +22652,25 @@ class TerminalClient(ManyServers):
         self.news = True
 
     def change_drafts(self) -> None:
-        """After a change of conversation, keep the old one's draft and restore the new one's."""
-        before, self.writing_in = self.writing_in, self.core.current
+        """After a change of conversation, keep the old one's draft and restore the new one's. A
+        text begun in a conversation that has ended stays on the line, but is not sent; so does one
+        begun in none, which is for the first that there is."""
+        before, after = self.writing_in, self.core.current
+        self.writing_in = after
+        there = any(before is room for seat, room in self.places() if not seat.link.ended)
+        if self.editor.text and not there and not self.ended_room:
+            if before and not (after and after.name == before.name):
+                self.ended_room = before.name
+                text = f"{before.name} is closed; what you type for it is not sent"
+                self.display.keep(View(NOTE, text))
+            return
         text = self.editor.take()
         text = "" if is_secret(text) else text
-        if before and any(before is room for _, room in self.places()):
-            before.draft = text
-        elif text:
+        if self.ended_room and text:
             self.editor.remember(text)
-            self.display.keep(View(NOTE, "what you typed there is kept: Up brings it back"))
-        after = self.writing_in
+        elif before:
+            before.draft = text
+        self.ended_room = ""
         self.editor.set(after.draft if after else "")
         if after:
             after.draft = ""

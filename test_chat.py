@@ -20802,6 +20802,118 @@ def test_a_transfer_can_be_dropped(running, tmp_path):
     alice.close()
 
 
+# A terminal client without a terminal: its keys, its screen as text, and lines of servers
+
+
+class Untouched:
+    """In place of a terminal of 80 columns, and of standard input."""
+
+    raw = False
+
+    def __init__(self, *more):
+        pass
+
+    def size(self):
+        return 80, 24
+
+
+@pytest.fixture
+def at_keys(monkeypatch):
+    """Return a terminal client on an IRC server, in #den and #tea, of which it looks at #tea."""
+    monkeypatch.setattr(chat, "RawTerminal", Untouched)
+    monkeypatch.setattr(chat, "Input", Untouched)
+    options = chat.ClientOptions("alice", chat.parse_target("irc://here"), join=("#den", "#tea"))
+    client = chat.TerminalClient(options)
+    hears(client, "001 alice :Welcome", *(f":alice!u@h JOIN {name}" for name in ("#den", "#tea")))
+    client.take(b"/go #tea\r")
+    yield client
+    client.close()
+    client.loop.close()
+
+
+def hears(client, *lines):
+    """Let the client hear these lines of the server that it looks at."""
+    if client.core.talk is None:
+        client.show(client.core.connected())
+    client.show(client.core.feed("".join(f"{line}\r\n" for line in lines).encode()))
+
+
+def spoken_to(client):
+    """Return the conversations and texts of the messages that wait or were sent."""
+    return [(one.where, one.text) for core in client.cores for one in core.outbox.waiting.values()]
+
+
+def notes_of(client):
+    views = [*(client.core.room or client.display.nowhere).views]
+    return [view.text for view in views if view.kind in ("note", "failed")]
+
+
+def test_a_text_goes_to_the_conversation_in_which_it_was_begun_although_a_join_is_answered(at_keys):
+    at_keys.take(b"/join #slow\rhello ev")
+    hears(at_keys, ":alice!u@h JOIN #slow")
+    at_keys.take(b"eryone\r")
+    assert spoken_to(at_keys) == [("#tea", "hello everyone")]
+    assert "#slow is joined; /go #slow looks at it" in notes_of(at_keys)
+    at_keys.take(b"/join #next\r")
+    hears(at_keys, ":alice!u@h JOIN #next")
+    at_keys.take(b"hi\r")
+    assert spoken_to(at_keys)[1:] == [("#next", "hi")]
+
+
+def test_a_text_for_a_channel_that_the_client_left_goes_nowhere_else(at_keys):
+    at_keys.take(b"secret for te")
+    hears(at_keys, ":alice!u@h PART #tea :bye")
+    at_keys.take(b"a people\r")
+    assert spoken_to(at_keys) == [("#tea", "secret for tea people")]
+    assert at_keys.core.here == "#tea" and at_keys.core.outbox.parked
+    assert "you left #tea; /close closes it" in notes_of(at_keys)
+    at_keys.take(b"/cancel\r/close\r")
+    assert at_keys.core.here == "#den" and not spoken_to(at_keys)
+
+
+def test_a_text_for_a_server_that_is_left_is_not_sent_to_another_one(at_keys):
+    other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
+    at_keys.look_at(other)
+    at_keys.core.go(at_keys.core.room_for("bob"))
+    at_keys.show(at_keys.core.take_views())
+    at_keys.take(b"for bob al")
+    other.link._end("gone")
+    at_keys.take(b"one\r")
+    assert at_keys.core.here == "#tea" and spoken_to(at_keys) == []
+    assert notes_of(at_keys)[-1] == "nothing was sent: bob is closed; Up brings the text back"
+    at_keys.take(b"\x10")
+    assert at_keys.editor.text == "for bob alone"
+    at_keys.take(b"\x15hello\r")
+    assert spoken_to(at_keys) == [("#tea", "hello")]
+
+
+@pytest.mark.parametrize("begun, kept", [("for bob", "for bob"), ("/login geheim", "")])
+def test_a_text_for_a_closed_conversation_is_no_draft_of_another(at_keys, begun, kept):
+    bob = at_keys.core.room_for("bob")
+    at_keys.core.rooms["#den"].draft = "den's own"
+    at_keys.core.go(bob)
+    at_keys.show(at_keys.core.take_views())
+    at_keys.take(begun.encode())
+    at_keys.core.close(bob)
+    at_keys.show(at_keys.core.take_views())
+    assert at_keys.ended_room == "bob" and at_keys.editor.text == begun
+    at_keys.take(b"\x1b1")
+    assert at_keys.core.here == "#den" and at_keys.editor.text == "den's own"
+    assert at_keys.core.rooms["#tea"].draft == ""
+    at_keys.take(b"\x15\x10")
+    assert at_keys.editor.text == (kept or "/go #tea")
+
+
+def test_a_text_begun_nowhere_is_for_the_first_conversation_that_there_is(at_keys):
+    at_keys.take(b"/close #den\r/close #tea\r")
+    hears(at_keys, ":alice!u@h PART #den", ":alice!u@h PART #tea")
+    assert at_keys.core.room is None
+    at_keys.take(b"/join #slow\rhello ev")
+    hears(at_keys, ":alice!u@h JOIN #slow")
+    at_keys.take(b"eryone\r")
+    assert spoken_to(at_keys) == [("#slow", "hello everyone")]
+
+
 # ======================================================================================
 # THE WINDOW
 # ======================================================================================
