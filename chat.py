@@ -14507,9 +14507,39 @@ def first_words(core: "ClientCore", line: str) -> bool:
 
 
 SECRET_LINE = re.compile(  # the text after these words must not be logged
-    r"(?i)^(PASS|AUTHENTICATE|OPER \S+|SESSION|REGISTER \S+ \S+|PRIVMSG NickServ :?\w+|NS \w+) .*"
+    r"(?i)^((?:@\S+ +)?(?::\S+ +)?(?:PASS|AUTHENTICATE|OPER \S+|SESSION|REGISTER \S+ \S+"
+    r"|(?:PRIVMSG|NOTICE) (?:\w+serv|\w+@\S+|[qx]) :?\w+|(?:NS|CS|NICKSERV|CHANSERV) :?\w+)) .*"
 )
-PASSWORD_WORDS = ("login", "identify", "register", "passwd", "oper", "pass", "password")
+PASSWORD_WORDS = {  # words before a password, and the command of this client for that
+    **dict.fromkeys(("login", "identify", "auth", "password"), "login"),
+    **{word: word for word in ("register", "passwd", "oper", "pass")},
+}
+MISSPELT = ("login", "identify", "auth", "password", "register")  # which are also found with slips
+SAYING_WORDS = ("msg", "m", "query", "tell", "privmsg", "notice", "quote", "raw")
+SHORT_SERVICES = ("q", "x", "ns", "cs")  # of other networks, as nicks or as commands
+
+
+def names_service(word: str) -> bool:
+    """Return whether a word names a service of other networks, like NickServ or Q@CServe."""
+    nick, at, host = fold(word).partition("@")
+    return nick in SHORT_SERVICES or bool(nick and at and host) or nick.endswith("serv")
+
+
+def password_command(text: str) -> str:
+    """Return the command that a text with a password may be meant as; "" if it looks like none."""
+    import difflib
+
+    words = [word.lower().lstrip("/.,;:!\\-'") for word in text.split()]
+    if len(words) < 2:
+        return ""
+    first, told = words[0], words[1:3]
+    if first in PASSWORD_WORDS:
+        return PASSWORD_WORDS[first]
+    if first in SAYING_WORDS or names_service(first):
+        found = next((PASSWORD_WORDS[word] for word in told if word in PASSWORD_WORDS), "")
+        return found if len(words) > 2 else ""
+    near = difflib.get_close_matches(first, MISSPELT, 1, 0.8) if len(words) < 4 else []
+    return PASSWORD_WORDS[near[0]] if near and abs(len(near[0]) - len(first)) < 2 else ""
 
 
 def nearest_command(verb: str) -> str:
@@ -15191,7 +15221,8 @@ class ClientCore(ForScreens):
                 self.show(View(NOTE, "the server sent a line too long to be shown"))
                 continue
             line = shown_line(raw)
-            self.traffic.append((int(self.clock() * 1000), False, line))
+            logged = SECRET_LINE.sub("\\1 \u2026", line)  # a server may send back what it got
+            self.traffic.append((int(self.clock() * 1000), False, logged))
             if self.listening and first_words(self, line):
                 continue
             if self.talk:
@@ -15302,9 +15333,9 @@ class ClientCore(ForScreens):
         first = text.split()[:1]
         if text[:1] == " " and first and first[0][:1] == "/" and first[0][1:] in client_command:
             return f"nothing was sent: is {first[0]} a command? Enter again sends it as text"
-        words = text.lower().split()
-        if len(words) > 1 and words[0] in PASSWORD_WORDS:
-            return f"nothing was sent: is that /{words[0]}? Enter again sends it as text"
+        words = text.split()
+        if command := password_command(text):
+            return f"nothing was sent: is that /{command}? Enter again sends it as text"
         if len(words) == 1 and text[:1] in ("#", "&") and self.server.is_channel(text):
             return f"nothing was sent: /join {text} opens it; Enter again sends that as text"
         return ""
@@ -15344,6 +15375,8 @@ class ClientCore(ForScreens):
     def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
         """Accept a message: show it at once, and send it when possible. A text that is too long for
         one message becomes several."""
+        if kind == MESSAGE and self.is_service(where, text):
+            return self.tell_service(where, text)
         split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
         pieces, added = list(split), []
         for n, piece in enumerate(pieces):
@@ -15366,6 +15399,26 @@ class ClientCore(ForScreens):
                 self.park(one.id, f"you are not in {room.name}")
         if len(accepted) == len(pieces) > 1:
             self.show(View(NOTE, f"too long for one message: sent as {len(pieces)}"))
+
+    def is_service(self, name: str, text: str) -> bool:
+        """Return whether a text goes to a service, and so may be a password."""
+        if fold(name).partition("@")[0] in SERVICES:
+            return True
+        if self.server.ours or self.server.is_channel(self.server.without_status(name)):
+            return False
+        short = fold(name) in SHORT_SERVICES  # the nick of a user, too
+        return names_service(name) and (not short or password_command(text) != "")
+
+    def tell_service(self, where: str, text: str) -> None:
+        """Send a text to a service without keeping or showing it: it may be a password. Services
+        store nothing, and must not get it twice."""
+        try:
+            for line, _ in sendable_lines(text, FITS_ALWAYS):
+                self.online().command("PRIVMSG", where, line)
+        except ChatError as error:
+            return self.show(View(BACK, text), View(NOTE, str(error)))
+        told = f"sent to {where}; it may be a password, so it is neither shown nor kept"
+        return self.show(*[View(NOTE, told)] * self.tidy)
 
     def save(self) -> bool:
         """Store the outbox, and so accept what was added. Return False if that has to wait."""
@@ -15503,7 +15556,7 @@ class ClientCore(ForScreens):
             return
         if view.own_id:
             self.acknowledge(view)
-        if view.own_id == PIECE:
+        if view.own_id == PIECE or (view.mine and self.is_service(view.where, view.text)):
             return
         if not view.where:
             return self.show(self.timed(view))
@@ -15598,8 +15651,10 @@ class ClientCore(ForScreens):
         """Return whether a view is not to be shown: no message, redacted, or of an ignored user."""
         if view.kind not in (SAID, NOTICED) or view.id in self.removed:
             return True
+        if view.mine:
+            return self.is_service(view.where, view.text)
         source = f"{view.name}!{view.address}"
-        return not view.mine and any(self.ignores(mask, source) for mask in self.ignored)
+        return any(self.ignores(mask, source) for mask in self.ignored)
 
     def remove(self, id: str) -> None:
         """Remove a redacted message, also one that is still to come."""
@@ -15787,8 +15842,7 @@ def do_go(core: ClientCore, name: str) -> None:
 def do_msg(core: ClientCore, name: str, text: str = "") -> None:
     """/msg NAME [TEXT] -- say something to one person only, or open a private conversation"""
     for one in name.split(",") if text else ():
-        group = core.server.without_status(one) != one  # some members of a channel
-        if group or fold(one) in SERVICES:  # these store nothing, and must not get it twice
+        if core.server.without_status(one) != one:  # some members of a channel
             core.online().command("PRIVMSG", one, text)
         else:
             core.send(one, text)
@@ -20870,7 +20924,7 @@ def is_secret(text: str) -> bool:
     """Return whether a text is a command that takes a password."""
     verb, blank, _ = text.lower().partition(" ")
     command = client_command.get(verb[1:]) if verb[:1] == "/" and blank else None
-    return command is not None and command.exact
+    return bool(command and command.exact) or (text[:1] == "/" and password_command(text) != "")
 
 
 def all_before(text: str) -> str:

@@ -16261,6 +16261,70 @@ def test_the_code_shows_the_address_that_the_server_announces_for_browsers():
     ]
 
 
+TO_SERVICES = [  # what is typed, and the line that is sent
+    ("/msg nickserv identify hunter2", "PRIVMSG nickserv :identify hunter2"),
+    ("/msg AuthServ auth me hunter2", "PRIVMSG AuthServ :auth me hunter2"),
+    ("/msg Q@CServe.example auth me hunter2", "PRIVMSG Q@CServe.example :auth me hunter2"),
+    ("/msg X login me hunter2", "PRIVMSG X :login me hunter2"),
+    ("/query NickServ identify hunter2", "PRIVMSG NickServ :identify hunter2"),
+]
+
+
+@pytest.mark.parametrize("typed, line", TO_SERVICES)
+def test_a_password_for_a_service_is_neither_shown_nor_kept(folder, typed, line):
+    store = chat.ClientStore(chat.open_client_file(folder), "irc://x", "alice")
+    alice = Elsewhere(caps="echo-message message-tags server-time", store=store)
+    alice.types(typed)
+    assert alice.sent() == [line]
+    alice.hears(f"@msgid=m1 :alice!u@h {line}")
+    alice.core.close_store()
+    assert alice.said() == [] and not any("hunter2" in view.text for view in alice.views)
+    assert not any(b"hunter2" in path.read_bytes() for path in folder.iterdir())
+    assert not any("hunter2" in text for _, _, text in alice.core.traffic)
+    assert chat.is_secret(typed)
+
+
+def test_a_service_hears_nothing_without_a_connection_and_a_user_called_x_is_talked_to():
+    alice = Elsewhere(caps="echo-message message-tags")
+    alice.types("/msg X hello")
+    assert alice.said() == ["X *alice: hello"]
+    alice.core.disconnected()
+    alice.types("/query NickServ", "identify hunter2")
+    assert alice.kinds("back") == ["identify hunter2"] and not alice.said()
+
+
+LIKE_PASSWORDS = [  # a text, and the command that it may be meant as
+    ("msg nickserv identify pw", "login"),
+    ("ns identify pw", "login"),
+    ("nickserv identify pw", "login"),
+    ("lgoin pw", "login"),
+    ("idnetify pw", "login"),
+    (".login pw", "login"),
+    ("quote PASS pw", "pass"),
+    ("auth me pw", "login"),
+    ("register pw me@x.example", "register"),
+    ("X@channels.example login me pw", "login"),
+    ("login", ""),
+    ("logging in now", ""),
+    ("registered yesterday", ""),
+    ("the password is wrong", ""),
+    ("nickserv is down", ""),
+    ("open it", ""),
+    ("I want to register a name", ""),
+]
+
+
+@pytest.mark.parametrize("text, command", LIKE_PASSWORDS)
+def test_a_text_that_looks_like_a_password_is_sent_only_if_it_is_entered_again(text, command):
+    alice = Elsewhere()
+    alice.types(text)
+    assert alice.said() == ([] if command else [f"#lobby *alice: {text}"])
+    asked = f"nothing was sent: is that /{command}? Enter again sends it as text"
+    assert alice.kinds("note") == [asked] * bool(command)
+    alice.types(text)
+    assert alice.said() == [f"#lobby *alice: {text}"]
+
+
 # ======================================================================================
 # QR
 # ======================================================================================
