@@ -300,6 +300,7 @@ ECHOES_KEPT = 500  # lines of ours that a server is to send back, to know them a
 TYPED_MOST = 256 * 1024  # characters that the line editor takes: a long paste
 LASTLOG_MOST = 100  # messages that /lastlog shows
 VIEWS_KEPT = 2000  # of a conversation, by our clients; more is in the server's history
+LISTED_ROWS = 1900  # of an answer to /list or /who; they are one page, and so below VIEWS_KEPT
 IDS_KEPT = 10_000  # of messages, to tell a repeat
 ROOMS_KEPT = 200  # conversations; a private one that is not looked at gives way to the next
 TOKENS_KEPT = 500  # capabilities, and tokens of 005, that a server may have
@@ -12594,6 +12595,18 @@ class Batch:
 UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time of a request for history
 
 
+class Listing:
+    """The rows of a long answer of the server: the first ones, and how many there were."""
+
+    def __init__(self) -> None:
+        self.rows: list[str] = []
+        self.count = 0
+
+    def add(self, row: str) -> None:
+        self.count += 1
+        self.rows += [row] * (self.count <= LISTED_ROWS)
+
+
 class Asked(NamedTuple):
     """A request for history that is not answered yet."""
 
@@ -13971,11 +13984,23 @@ def no_page(talk: IrcTalk, code: str, label: str, about: list[str]) -> None:
 
 
 # Lines that only programs need, or that the client tells in other words
-for quiet in (
-    *("002", "003", "020", "042", "221", "250", "251", "252", "253", "254", "255", "265", "266"),
-    *("318", "321", "323", "329", "333", "369", "705", "706", "SETNAME"),
-):
+for quiet in (*("002", "003", "020", "042", "318", "321", "329", "333", "369", "SETNAME"),):
     IRC_HEARD[quiet] = (do_nothing, 0)
+
+ANSWERS = {  # commands of the user, and what is shown only after them
+    "LUSERS": ("250", "251", "252", "253", "254", "255", "265", "266"),
+    "HELP": ("705", "706"),
+    "MODE": ("221",),
+    "ISON": ("303",),
+}
+LISTS = {"LIST": "channels", "WHO": "users"}  # commands with long answers, and their titles
+
+
+@from_server(*itertools.chain(*ANSWERS.values()))
+def tell_if_asked(talk: IrcTalk, heard: Heard) -> None:
+    """Show an answer to a command of the user; the client or the server itself caused the rest."""
+    if heard.verb in talk.core.asked_numerics and heard.params:
+        tell_rest(talk, heard)
 
 
 @from_server("375", "372", "376", "422", least=2)
@@ -13989,6 +14014,8 @@ def motd_told(talk: IrcTalk, heard: Heard) -> None:
 @from_server("303", least=2)
 def present_told(talk: IrcTalk, heard: Heard) -> None:
     """Take the wanted nick if the answer to ISON does not list it."""
+    tell_if_asked(talk, heard)
+    talk.core.asked_numerics.discard("303")
     wanted = clean_name(talk.core.wanted_name)
     if talk.core.fold(wanted) not in map(talk.core.fold, heard.params[1].split()):
         talk.name_is_free(wanted)
@@ -14302,12 +14329,13 @@ def who_told(talk: IrcTalk, heard: Heard) -> None:
     _, where, user, host, _, name, flags, last = heard.params[:8]
     bot = talk.server.tokens.get("BOT", "") or " "
     core.note_person(name, away=flags[:1] == "G", bot=bot in flags[1:])
-    if core.fold(where) in core.quiet_who or not core.wants_who:  # ZNC sends WHO, too
+    asked = core.listings.get("WHO", [])[:1]
+    if core.fold(where) in core.quiet_who or not asked:  # ZNC sends WHO, too
         return
     away = ", away" if flags[:1] == "G" else ""
     operator = ", operator of the server" if "*" in flags else ""
     real = last.partition(" ")[2]
-    talk.core.show(View(TOLD, f"{name} ({user}@{host}) in {where}: {real}{away}{operator}"))
+    asked[0].add(f"{name} ({user}@{host}) in {where}: {real}{away}{operator}")
 
 
 @from_server("315")
@@ -14317,7 +14345,7 @@ def who_ended(talk: IrcTalk, heard: Heard) -> None:
         core.quiet_who.discard(core.fold(where))
         core.show(View(PEOPLE, where=where))
     else:
-        core.wants_who = False
+        core.show_listing("WHO")
 
 
 @from_server("AWAY")
@@ -14420,7 +14448,26 @@ def names_ended(talk: IrcTalk, heard: Heard) -> None:
 def channel_listed(talk: IrcTalk, heard: Heard) -> None:
     _, name, count, *topic = heard.params
     text = "  ".join(filter(None, [name, count, *topic[:1]]))
-    talk.core.show(View(TOLD, text))
+    asked = talk.core.listings.get("LIST", [])[:1]
+    for listing in asked:
+        listing.add(text)
+    talk.core.show(*[View(TOLD, text)] * (not asked))
+
+
+@from_server("323")
+def list_ended(talk: IrcTalk, heard: Heard) -> None:
+    talk.core.show_listing("LIST")
+
+
+@from_server("341", least=3)
+def invitation_sent(talk: IrcTalk, heard: Heard) -> None:
+    """<nick> <channel>; RFC 2812 has these the other way round"""
+    _, name, where = heard.params[:3]
+    if talk.server.is_channel(name):
+        name, where = where, name
+    room = talk.core.find(where)
+    text = f"{name} is invited to {where}"
+    talk.core.show(View(TOLD, text, where=room.name if room else ""))
 
 
 @from_server("REGISTER", "VERIFY", least=2)
@@ -14684,7 +14731,8 @@ class ForScreens:
 
         kind = mimetypes.guess_type(one.name)[0]
         about = ", ".join(optional(kind or "", size_text(one.size)))
-        self.send(one.room, f"{one.name} ({about}): {one.url}")
+        with contextlib.suppress(Refused):  # a service takes no files
+            self.send(one.room, f"{one.name} ({about}): {one.url}")
 
     def save_file(self, room: Room, view: View, path: str) -> None:
         """Begin to save the file that a message links to. Raises Refused."""
@@ -14889,10 +14937,10 @@ class ClientCore(ForScreens):
     told_trouble = ""  # the last reported trouble of the store
     doubted = ""  # text that is sent if the user enters it again
     replying = ""  # the id of the message that the typed text answers
-    wants_motd = wants_who = False  # on the user's request
+    wants_motd = False  # on the user's request
     views_seen: float = math.inf  # number of views in the conversation when the text was begun
     version = 0  # of the store, see refresh()
-    is_writing: Callable[[], bool] = lambda: False  # a text for the current conversation is begun
+    is_writing: Callable[[], bool] | None = None  # of a screen: is a text for `current` begun?
     looked_at = True  # False: the user looks at another server
     reads_at_once = True  # the current conversation; if False, mark_read() tells what was read
     results: Callable[[str, list[View]], None] | None = None  # takes the result of a search
@@ -14934,6 +14982,8 @@ class ClientCore(ForScreens):
         self.regain = False  # the wanted nick was taken: get it once it is free ...
         self.regain_at = 0.0  # ... and ask for it at this time
         self.away, self.former_names = "", {}  # keys of this client's earlier nicks
+        self.asked_numerics: set[str] = set()  # shown only because the user asked for them
+        self.listings: dict[str, list[Listing]] = {}  # answers to LIST and WHO, still coming
         self.ctcp_budget = Budget(CTCP_BURST, CTCP_RATE, ticks())
         self.ignored: set[str] = store.ignored() if store else set()  # masks
         self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
@@ -15102,6 +15152,24 @@ class ClientCore(ForScreens):
         """True if the server has welcomed the client."""
         return self.talk is not None and self.talk.ready
 
+    def wants(self, verb: str, *params: str) -> None:
+        """Note that the user sends a command of IRC, so that its answer is shown."""
+        self.asked_numerics.update(ANSWERS.get(verb, ()))
+        self.wants_motd = self.wants_motd or verb == "MOTD"
+        if verb in LISTS:
+            self.listings.setdefault(verb, []).append(Listing())
+        if verb == "NAMES" and params:
+            self.online().shown_names.update(map(self.fold, params[0].split(",")))
+
+    def show_listing(self, verb: str) -> None:
+        """Show the collected answer to a LIST or WHO of the user as a page."""
+        for listing in self.listings.get(verb, [])[:1]:
+            self.listings[verb].remove(listing)
+            more = listing.count - len(listing.rows)
+            rows = [*listing.rows, *[f"\u2026 and {more:,} more"] * bool(more)]
+            page = View(PAGE, "\n".join(rows), LISTS[verb])
+            self.show(page if rows else View(NOTE, f"{LISTS[verb]}: nothing found"))
+
     def online(self) -> Any:
         """Return the present talk. Raises Refused without a connection."""
         if not self.ready:
@@ -15170,6 +15238,8 @@ class ClientCore(ForScreens):
     def connected(self) -> list[View]:
         self.inbox = LineBuffer(self.inbox.limit)
         self.output.clear()
+        self.asked_numerics.clear()
+        self.listings.clear()
         self.refusal, self.cause, self.redial, self.talk = "", TEMPORARY, False, None
         self.acknowledged = self.dismissed = False
         self.listening = not self.kind
@@ -15370,11 +15440,14 @@ class ClientCore(ForScreens):
         self.doubted = ""
         if self.current is None:
             return self.show(View(BACK, text), View(NOTE, "nowhere to say that; /join #CHANNEL"))
-        self.send(self.here, text)
+        try:
+            self.send(self.here, text)
+        except ChatError as error:
+            self.show(View(BACK, text), View(NOTE, str(error)))
 
     def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
         """Accept a message: show it at once, and send it when possible. A text that is too long for
-        one message becomes several."""
+        one message becomes several. Raises Refused for a service that cannot have it."""
         if kind == MESSAGE and self.is_service(where, text):
             return self.tell_service(where, text)
         split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
@@ -15411,14 +15484,11 @@ class ClientCore(ForScreens):
 
     def tell_service(self, where: str, text: str) -> None:
         """Send a text to a service without keeping or showing it: it may be a password. Services
-        store nothing, and must not get it twice."""
-        try:
-            for line, _ in sendable_lines(text, FITS_ALWAYS):
-                self.online().command("PRIVMSG", where, line)
-        except ChatError as error:
-            return self.show(View(BACK, text), View(NOTE, str(error)))
+        store nothing, and must not get it twice. Raises Refused."""
+        for line in text.split("\n"):
+            self.online().command("PRIVMSG", where, line)
         told = f"sent to {where}; it may be a password, so it is neither shown nor kept"
-        return self.show(*[View(NOTE, told)] * self.tidy)
+        self.show(*[View(NOTE, told)] * self.tidy)
 
     def save(self) -> bool:
         """Store the outbox, and so accept what was added. Return False if that has to wait."""
@@ -15508,13 +15578,14 @@ class ClientCore(ForScreens):
 
     def arrive(self, room: Room) -> None:
         """Go to a channel that the user asked for, but not away from a text that is begun."""
-        if self.current is None or self.current is room or not self.is_writing():
+        writing = self.is_writing is not None and self.is_writing()
+        if self.current is None or self.current is room or not writing:
             return self.go(room)
         self.show(View(NOTE, f"{room.name} is joined; /go {room.name} looks at it"))
 
     def left(self, room: Room) -> None:
         """Close a channel that this client left. It stays open while a text for it is begun."""
-        if self.current is not room or not self.is_writing():
+        if self.current is not room or self.is_writing is None or not self.is_writing():
             return self.close(room)
         self.keep_room(room)
         self.show(View(NOTE, f"you left {room.name}; /close closes it", where=room.name))
@@ -15741,7 +15812,8 @@ def asked_channel(core: ClientCore) -> str:
 def channel_and(core: ClientCore, words: Iterable[str]) -> tuple[str, list[str]]:
     """Return a channel, which the first word names or which is the current one, and other words."""
     first, *rest = [*words, ""]
-    if core.find(first) and core.find(first).is_channel:
+    room = core.find(first)
+    if core.server.is_channel(first) or (room and room.is_channel):
         return first, optional(*rest)
     return asked_channel(core), optional(first, *rest)
 
@@ -15786,10 +15858,26 @@ def do_help(core: ClientCore, verb: str = "") -> None:
     core.show(View(PAGE, "\n".join(lines), f"help {word}".rstrip()))
 
 
-@client_command("join", 1, 2)
-def do_join(core: ClientCore, name: str, password: str = "") -> None:
-    """/join #CHANNEL [PASSWORD] -- enter a channel, or look at it again"""
-    names, keys = name.split(","), password.split(",")
+def needed(given: Any, syntax: str) -> Any:
+    """Return a part of a command. Raises Refused with the command's syntax if it is missing."""
+    if not given:
+        raise Refused("NEED_MORE_PARAMS", f"it goes like this: {syntax}")
+    return given
+
+
+def names_in(words: str) -> list[str]:
+    """Return the names in a list with commas. Raises Refused if there is none."""
+    return needed(optional(*words.split(",")), "NAME[,NAME ...]")
+
+
+@client_command("join", 1)
+def do_join(core: ClientCore, words: str) -> None:
+    """/join #CHANNEL[,#CHANNEL ...] [PASSWORD] -- enter a channel, or look at it again"""
+    name, *rest = re.sub(r"\s*,\s*", ",", words).split() or [""]
+    if len(rest) > 1 or any(map(core.server.is_channel, rest)):
+        advice = f"/raw JOIN {name} {rest[0]} takes {rest[0]} as a password"
+        raise Refused("TOO_MANY", f"commas between several channels: /join #a,#b; {advice}")
+    names, keys = names_in(name), "".join(rest).split(",")
     for one, password in itertools.zip_longest(names, keys[: len(names)], fillvalue=""):
         one = core.server.as_channel(one)
         room = core.find(one)
@@ -15807,16 +15895,26 @@ def do_join(core: ClientCore, name: str, password: str = "") -> None:
             core.go(there)
 
 
+def room_named(core: ClientCore, word: str, alone: bool) -> str:
+    """Return the name of the conversation that a word names; "" if it names none. A word that is
+    `alone` may lack the # of an open channel."""
+    if core.find(word) or core.server.is_channel(word):
+        return word
+    full = core.server.as_channel(word)
+    return full if alone and word and core.find(full) else ""
+
+
 @client_command("part", most=2)
 def do_part(core: ClientCore, *words: str) -> None:
     """/part [#CHANNEL] [REASON] -- leave a channel, or close a private conversation"""
-    named = bool(words) and (core.find(words[0]) is not None or core.server.is_channel(words[0]))
-    room = asked_room(core, words[0] if named else "")
-    reason = " ".join(words[named:])
-    if room.inside or core.fold(room.name) in core.talk.entering:
-        core.talk.command("PART", room.name, *optional(reason))
-    else:
-        core.close(room)
+    named = [room_named(core, one, len(words) == 1) for one in "".join(words[:1]).split(",")]
+    rooms = [asked_room(core, one) for one in named] if all(named) else [asked_room(core)]
+    reason = " ".join(words[all(named) :])
+    for room in rooms:
+        if room.inside or core.fold(room.name) in core.talk.entering:
+            core.talk.command("PART", room.name, *optional(reason))
+        else:
+            core.close(room)
 
 
 @client_command("close", most=1, nameless=True)
@@ -15841,18 +15939,23 @@ def do_go(core: ClientCore, name: str) -> None:
 @client_command("msg", 1, 2, nameless=True)
 def do_msg(core: ClientCore, name: str, text: str = "") -> None:
     """/msg NAME [TEXT] -- say something to one person only, or open a private conversation"""
-    for one in name.split(",") if text else ():
+    names = names_in(name)
+    for one in names if text else ():
         if core.server.without_status(one) != one:  # some members of a channel
             core.online().command("PRIVMSG", one, text)
         else:
             core.send(one, text)
-    if not text or core.server.is_channel(name):
+    if len(names) > 1:
+        needed(text, "/msg NAME,NAME TEXT")
+    elif not text or core.server.is_channel(name):
         core.go(core.room_for(name))
 
 
 @client_command("query", 1, 2, nameless=True)
 def do_query(core: ClientCore, name: str, text: str = "") -> None:
     """/query NAME [TEXT] -- open a private conversation, and say something there"""
+    if "," in name:
+        raise Refused("TOO_MANY", "one name, please; /msg NAME,NAME TEXT takes several")
     core.go(core.room_for(name))
     if text:
         core.send(name, text)
@@ -15941,8 +16044,8 @@ def do_search(core: ClientCore, words: str) -> None:
 @client_command("away", most=1)
 def do_away(core: ClientCore, reason: str = "") -> None:
     """/away [REASON] -- say that you are not here, or that you are back"""
+    core.talk.command("AWAY", *optional(reason))  # may be refused
     core.away = reason
-    core.talk.command("AWAY", *optional(reason))
 
 
 client_command("back", doc="/back -- say that you are here again")(do_away)
@@ -15978,7 +16081,8 @@ def do_invite(core: ClientCore, name: str, where: str = "") -> None:
 @client_command("kick", 1, 3)
 def do_kick(core: ClientCore, *words: str) -> None:
     """/kick [#CHANNEL] NAME [REASON] -- put a user out of this channel"""
-    where, (name, *reason) = channel_and(core, words)
+    where, others = channel_and(core, words)
+    name, *reason = needed(others, "/kick [#CHANNEL] NAME [REASON]")
     core.talk.command("KICK", where, name, *optional(" ".join(reason)))
 
 
@@ -15987,37 +16091,50 @@ def ban_of(name: str) -> str:
     return name if set(name) & set("!@*:$") else f"{name}!*@*"
 
 
-@client_command("ban", most=2)
-def do_ban(core: ClientCore, *words: str, mode: str = "+b") -> None:
-    """/ban [#CHANNEL] [NAME|MASK] -- keep a user out of this channel; which bans there are"""
-    where, masks = channel_and(core, words)
-    core.talk.command("MODE", where, mode, *map(ban_of, masks[:1]))
+def set_for_each(core: ClientCore, where: str, mode: str, values: list[str]) -> None:
+    """Set a mode for each of these values, as many at once as the server takes."""
+    most = core.server.limit("MODES", 3)
+    for n in range(0, len(values), most):
+        some = values[n : n + most]
+        core.talk.command("MODE", where, mode[0] + mode[1] * len(some), *some)
 
 
-client_command("unban", 1, 2, doc="/unban [#CHANNEL] NAME|MASK -- end a ban")(
+@client_command("ban", most=1)
+def do_ban(core: ClientCore, words: str = "", mode: str = "+b") -> None:
+    """/ban [#CHANNEL] [NAME|MASK ...] -- keep users out of this channel; which bans there are"""
+    where, masks = channel_and(core, words.split())
+    if not masks:
+        needed(mode == "+b", "/unban [#CHANNEL] NAME|MASK ...")
+        return core.talk.command("MODE", where, mode)
+    return set_for_each(core, where, mode, [*map(ban_of, masks)])
+
+
+client_command("unban", 1, doc="/unban [#CHANNEL] NAME|MASK ... -- end bans")(
     functools.partial(do_ban, mode="-b")
 )
+
+
+MODES_WORD = re.compile(r"[+-]\S*|[A-Za-z]")  # else a name
 
 
 @client_command("mode", most=1)
 def do_mode(core: ClientCore, words: str = "") -> None:
     """/mode [#CHANNEL|NAME] [+-LETTERS] [VALUE ...] -- read or set what a channel is like"""
-    where, rest = channel_first(core, words)
-    if words and core.is_me(words.split()[0]):
-        where, _, rest = words.partition(" ")
+    first = "".join(words.split()[:1])
+    if not first or MODES_WORD.fullmatch(first) or core.server.is_channel(first):
+        where, rest = channel_first(core, words)
+    else:
+        where, _, rest = words.partition(" ")  # a user
     core.talk.command("MODE", where, *rest.split())
+    core.wants("MODE")
 
 
 def command_for_ranks(verb: str, mode: str, summary: str) -> None:
     """Define a command that gives a rank to several users, or removes it."""
 
     def change(core: ClientCore, names: str) -> None:
-        most = core.server.limit("MODES", 3)
         where, words = channel_and(core, names.split())
-        for n in range(0, len(words), most):
-            some = words[n : n + most]
-            letters = mode[0] + mode[1] * len(some)
-            core.talk.command("MODE", where, letters, *some)
+        set_for_each(core, where, mode, needed(words, f"/{verb} [#CHANNEL] NAME ..."))
 
     change.__doc__ = f"/{verb} [#CHANNEL] NAME ... -- {summary}"
     client_command(verb, 1)(change)
@@ -16044,6 +16161,7 @@ def command_that_is_sent(
         if service:
             words = ("PRIVMSG", SERVICE, f"{verb.upper()} {service_words(words)}")
         core.talk.command(*(words if service else (verb.upper(), *words)))
+        core.wants(verb.upper())
 
     pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
     client_command(verb, least, least or 1, exact=secret)(pass_on)
@@ -16051,17 +16169,22 @@ def command_that_is_sent(
 
 for sent_on in (
     ("list", "[MASK]", "which channels there are", 0, False),
-    ("whois", "NAME", "what is known of a user", 1, False),
     ("oper", "NAME PASSWORD", "operate the server", 2, True),
 ):
     command_that_is_sent(*sent_on)
 
 
+@client_command("whois", 1, 2)
+def do_whois(core: ClientCore, *words: str) -> None:
+    """/whois [SERVER] NAME -- what is known of a user"""
+    core.talk.command("WHOIS", *words)
+
+
 @client_command("who", most=1)
 def do_who(core: ClientCore, mask: str = "") -> None:
     """/who [#CHANNEL|MASK] -- list users with their addresses"""
-    core.wants_who = True
     core.talk.command("WHO", mask or asked_channel(core))
+    core.wants("WHO")
 
 
 @client_command("register", most=2, exact=True)
@@ -16303,8 +16426,9 @@ def do_raw(core: ClientCore, line: str = "") -> None:
     if not line:
         rows = (f"{'>' if ours else '<'} {text}" for _, ours, text in core.traffic)
         return core.show(View(PAGE, "\n".join(rows), "lines of the protocol"))
-    core.wants_motd = core.wants_motd or line.upper().startswith("MOTD")
+    verb, *params = line.split()
     core.online().raw(line)
+    core.wants(verb.upper(), *params)
 
 
 def change_setting(core: ClientCore, name: str, value: str) -> None:
@@ -22163,9 +22287,12 @@ class ManyServers(Client):
         self.look_at(first)
 
     def connect(self, words: str, **more: Any) -> None:
-        """Handle /connect [URL [NICK]]: add a server beside the others, or list them. `more` are
-        options of ClientOptions."""
-        url, _, name = words.strip().partition(" ")
+        """Handle /connect [URL [NICK]], or HOST PORT [NICK]: add a server beside the others, or
+        list them. `more` are options of ClientOptions."""
+        url, *more_words = words.split() or [""]
+        if more_words and more_words[0].isdecimal():  # HOST PORT, as other clients have it
+            url = f"{url}:{more_words.pop(0)}"
+        name = " ".join(more_words)
         if not url:
             targets = ", ".join(str(seat.link.target) for seat in self.seats)
             return self.show([View(NOTE, f"connected to: {targets}; /connect URL adds one")])
@@ -22177,7 +22304,7 @@ class ManyServers(Client):
             # The secrets of the first server are not for this one
             usual = {"join": (), "password": "", "login": None, "lobby": False}
             usual |= {"trust": Trust(self.options.trust.ca)}
-            usual |= {"name": name.strip() or self.options.name}
+            usual |= {"name": name or self.options.name}
             return self.look_at(self.add(self.options._replace(target=target, **usual | more)))
         except ChatError as error:
             return self.show([View(NOTE, str(error))])

@@ -16135,9 +16135,10 @@ def test_who_tells_which_users_are_away_or_operate_the_server():
         alice.hears(f"352 alice #lobby u h.example x {name} {flags} :3 Real Name")
     alice.hears("315 alice #lobby :End of WHO")
     told = [
-        re.sub(r" \(u@h\.example\) in #lobby: Real Name", "", text) for text in alice.kinds("told")
+        re.sub(r" \(u@h\.example\) in #lobby: Real Name", "", text)
+        for text in alice.kinds("page")[0].split("\n")
     ]
-    assert told[-4:] == [
+    assert told == [
         "bob",
         "carol, away",
         "dave, operator of the server",
@@ -16323,6 +16324,118 @@ def test_a_text_that_looks_like_a_password_is_sent_only_if_it_is_entered_again(t
     assert alice.kinds("note") == [asked] * bool(command)
     alice.types(text)
     assert alice.said() == [f"#lobby *alice: {text}"]
+
+
+COMMANDS_SENT = [  # what is typed in #tea, and the lines that are sent
+    ("/op #nope bob", ["MODE #nope +o bob"]),
+    ("/voice #nope bob", ["MODE #nope +v bob"]),
+    ("/ban #nope bob", ["MODE #nope +b bob!*@*"]),
+    ("/kick #nope bob be nice", ["KICK #nope bob :be nice"]),
+    ("/kick bob be nice", ["KICK #tea bob :be nice"]),
+    ("/op bob carl dan erin", ["MODE #tea +ooo bob carl dan", "MODE #tea +o erin"]),
+    ("/ban bob *!*@h", ["MODE #tea +bb bob!*@* *!*@h"]),
+    ("/unban #tea bob carl", ["MODE #tea -bb bob!*@* carl!*@*"]),
+    ("/ban", ["MODE #tea +b"]),
+    ("/unban #tea", []),
+    ("/op #tea", []),
+    ("/kick #nope", []),
+    ("/mode bob", ["MODE bob"]),
+    ("/mode alice +i", ["MODE alice +i"]),
+    ("/mode", ["MODE #tea"]),
+    ("/mode +m", ["MODE #tea +m"]),
+    ("/mode b", ["MODE #tea b"]),
+    ("/mode #other +k key", ["MODE #other +k key"]),
+    ("/whois bob", ["WHOIS bob"]),
+    ("/whois bob bob", ["WHOIS bob bob"]),
+    ("/join #a, #b", ["JOIN #a", "JOIN #b"]),
+    ("/join #a,#b k1,k2", ["JOIN #a k1", "JOIN #b k2"]),
+    ("/join #a #b", []),
+    ("/join ,", []),
+    ("/part tea", ["PART #tea"]),
+    ("/part #tea,#den gone home", ["PART #tea :gone home", "PART #den :gone home"]),
+    ("/part tea time", ["PART #tea :tea time"]),
+    ("/part den", ["PART #den"]),
+    ("/part", ["PART #tea"]),
+    ("/msg bob,carl", []),
+    ("/query bob,carl hi", []),
+    ("/msg #tea,#den hi", ["PRIVMSG #tea hi"]),
+]
+
+
+@pytest.mark.parametrize("typed, lines", COMMANDS_SENT)
+def test_a_command_is_about_the_channels_and_users_that_it_names(typed, lines):
+    alice = Elsewhere("CHANTYPES=#", "MODES=3", join=("#den", "#tea"))
+    alice.core.go(alice.core.rooms["#tea"])
+    alice.types(typed)
+    sent = [line for line in alice.sent(3) if not line.startswith("PING")]
+    assert sent == lines
+    assert bool(alice.kinds("back")) == (not lines)
+    assert set(alice.core.rooms) == {"#den", "#tea"}
+
+
+ANSWERED = [  # what is typed, the answer, and what is shown of it
+    ("/mode alice", ["221 alice +i"], ["+i"]),
+    ("/raw LUSERS", ["251 alice :5 users", "265 alice 5 9 :now 5"], [":5 users", "5 9 now 5"]),
+    ("/raw HELP", ["704 alice x :start", "705 alice x :more", "706 alice x :end"], []),
+    ("/raw ISON bob", ["303 alice :bob"], ["bob"]),
+    ("/invite bob #tea", ["341 alice bob #tea"], ["bob is invited to #tea"]),
+]
+
+
+@pytest.mark.parametrize("typed, answer, told", ANSWERED)
+def test_an_answer_to_a_command_is_shown_and_otherwise_not(typed, answer, told):
+    alice = Elsewhere()
+    quiet = [line for line in answer if line.split()[0] not in ("341", "704")]
+    assert alice.hears(*quiet).kinds("told") == ["you are alice"]
+    alice.types(typed).hears(*answer)
+    shown = alice.kinds("told")[1:]
+    assert len(shown) == len(answer)
+    assert all(any(one.lstrip(":") in text for text in shown) for one in told)
+    alice.core.disconnected()
+    alice.views.clear()
+    alice.connect()
+    assert alice.hears(*quiet).kinds("told") == ["you are alice"]
+
+
+LISTINGS = [  # what is typed, one row, the last line, and the row that is shown
+    ("/list", "322 alice #c{} 5 :about c", "323 alice :End", "#c{}  5  about c"),
+    ("/raw LIST >5", "322 alice #c{} 5 :about c", "323 alice :End", "#c{}  5  about c"),
+    (
+        *("/who *", "352 alice #c{} u h s bob H :0 Bob", "315 alice * :End"),
+        "bob (u@h) in #c{}: Bob",
+    ),
+    ("/raw WHO *", "352 alice #c{} u h s bob H :0 B", "315 alice * :End", "bob (u@h) in #c{}: B"),
+]
+
+
+@pytest.mark.parametrize("typed, row, end, shown", LISTINGS)
+def test_a_long_answer_is_a_page_and_an_empty_one_says_so(typed, row, end, shown):
+    alice = Elsewhere()
+    count = chat.LISTED_ROWS + 1000
+    alice.types(typed).hears(*(row.format(n) for n in range(count)), end)
+    page = alice.kinds("page")[0].split("\n")
+    assert page[0] == shown.format(0) and len(page) == chat.LISTED_ROWS + 1
+    assert page[-1] == "\u2026 and 1,000 more"
+    assert len(alice.views) < 20
+    alice.types(typed).hears(end)
+    assert alice.kinds("note")[-1].endswith(": nothing found")
+
+
+def test_members_of_a_channel_asked_for_by_a_raw_line_are_shown():
+    alice = Elsewhere()
+    alice.types("/raw NAMES #other").hears("353 alice = #other :@bob carl", "366 alice #other :End")
+    assert alice.kinds("people")[-1] == "@bob, carl"
+
+
+def test_an_away_text_that_is_refused_leaves_the_user_here():
+    alice = Elsewhere("AWAYLEN=5")
+    alice.types("/away far too long")
+    assert alice.core.away == "" and alice.kinds("back")
+
+
+def test_a_port_after_the_host_is_one_and_no_nick(at_keys):
+    at_keys.connect("there 6668 bob")
+    assert (at_keys.link.target.port, at_keys.core.wanted_name) == (6668, "bob")
 
 
 # ======================================================================================
