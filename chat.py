@@ -299,6 +299,7 @@ CTCP_BURST, CTCP_RATE = 3, 0.1  # answers to CTCP at once, and a second
 ECHOES_KEPT = 500  # lines of ours that a server is to send back, to know them again
 TYPED_MOST = 256 * 1024  # characters that the line editor takes: a long paste
 LASTLOG_MOST = 100  # messages that /lastlog shows
+CLOCK_AHEAD_MS = 3600 * 1000  # by which a server's clock may be ahead of a client's
 VIEWS_KEPT = 2000  # of a conversation, by our clients; more is in the server's history
 LISTED_ROWS = 1900  # of an answer to /list or /who; they are one page, and so below VIEWS_KEPT
 IDS_KEPT = 10_000  # of messages, to tell a repeat
@@ -12746,7 +12747,7 @@ def take_missed(talk: "IrcTalk", room: Room, views: list[View], new: bool, more:
     """Deliver a page, and then ask for `more`, or show what was held. With something `new` on it,
     the next page may be larger."""
     for view in not_shown(room, views):
-        talk.core.deliver(room, view)
+        talk.core.deliver(room, view, paged=True)
     if new:
         talk.core.progress += 1
         talk.core.page_lines = min(talk.server.page_size, 2 * talk.core.page_lines)
@@ -12880,7 +12881,7 @@ class IrcTalk:
         self.bouncer_said = ""  # ... and this its last message, until a PONG
         self.unserved = math.inf  # since when no server is behind it (ticks)
         # Later messages may have been missed: times are unique within one target
-        self.since = max(0, core.newest - 2 * TIMES_AHEAD)
+        self.since = max(0, core.believable(core.newest) - 2 * TIMES_AHEAD)
         core.output.append("CAP LS 302")
         if core.kind != CHAT:  # servers from before 2004 never answer CAP
             self.give_names()
@@ -14504,9 +14505,13 @@ class Rooms(dict[str, Room]):
             self.setdefault(fold(room.name), room)
 
     def least(self, besides: Collection[Room]) -> Room | None:
-        """Return the oldest private conversation that is not in `besides`; None for none."""
-        private = (room for room in self.values() if not room.is_channel and room not in besides)
-        return next(private, None)
+        """Return the private conversation, not in `besides`, that the user misses least; None for
+        none: the oldest one without news, else the newest, since a flood of strangers comes last.
+        The user misses any in which the user wrote, or began to."""
+        private = [room for room in self.values() if not room.is_channel and room not in besides]
+        private = [room for room in private if not (room.draft or any(v.mine for v in room.views))]
+        read = (room for room in private if not room.unread)
+        return next(read, None) or next(reversed(private), None)
 
 
 def wanted_rooms(join: Iterable[str], fold: Callable[[str], str] = fold) -> Rooms:
@@ -14831,6 +14836,7 @@ class ForScreens:
     def mark_read(self, room: Room) -> None:
         """Note that the user has read everything in a conversation."""
         newest = max((view.time or 0 for view in room.views if is_news(view)), default=0)
+        newest = self.believable(newest)
         if room.unread or room.called:
             self.changed(room)
         room.unread = room.called = 0
@@ -14850,7 +14856,7 @@ class ForScreens:
     def told_read(self, room: Room, when: int) -> None:
         """Note up to which time (ms) the user has read a conversation on another device."""
         room.told_time = max(room.told_time, when)
-        if room.read(when):
+        if room.read(self.believable(when)):
             self.keep_room(room)
             self.show(View(READ, where=room.name))
 
@@ -15029,13 +15035,15 @@ class ClientCore(ForScreens):
 
     def _load_room(self, room: Room) -> None:
         room.holes = self.store.fact(f"holes {self.fold(room.name)}").split()
+        room.read_time = self.believable(room.read_time)
         for view in self.behind_hole(room, self.store.page(self.fold(room.name), STORED_LINES)):
             room.views.append(view)
             if view.id:
                 remember(self.seen, view.id)
-                room.mark, room.mark_time = f"msgid={view.id}", view.time
+                room.mark, room.mark_time = f"msgid={view.id}", self.believable(view.time)
             elif view.time:
-                room.mark, room.mark_time = f"timestamp={tag_time(view.time)}", view.time
+                room.mark_time = self.believable(view.time)
+                room.mark = f"timestamp={tag_time(room.mark_time)}"
         room.views.dropped = len(room.views) == STORED_LINES
         later = [view for view in room.views if is_news(view) and (view.time or 0) > room.read_time]
         room.unread = len(later) if room.read_time else 0
@@ -15551,8 +15559,8 @@ class ClientCore(ForScreens):
         self.show(View(NOTE, f"end of {title}"))
 
     def room_for(self, name: str) -> Room:
-        """Return a conversation; open it if needed. If there are too many, the oldest private one
-        is closed, unless it is the current one or has waiting messages."""
+        """Return a conversation; open it if needed. If there are too many, a private one is closed:
+        see Rooms.least(). It is not the current one, and has no waiting messages."""
         if self.find(name) is None and len(self.rooms) >= ROOMS_KEPT:
             needed = {self.find(one.where) for one in self.outbox.waiting.values()}
             if least := self.rooms.least({self.current, *needed}):
@@ -15657,6 +15665,12 @@ class ClientCore(ForScreens):
                 room.name_view(view.own_id, view.id, view.file)
             self.show(view._replace(kind=ARRIVED, where=where))
 
+    def believable(self, when: int | None) -> int | None:
+        """Return a time (ms) of a server, or of an earlier run, but not one that is far ahead of
+        this client's clock (if there is one): it would count as later than all that follows."""
+        now = int(self.clock() * 1000)
+        return min(when, now + CLOCK_AHEAD_MS) if when and now else when
+
     def timed(self, view: View, room: Room | None = None) -> View:
         """Return a view with its time and the id of its conversation."""
         when = int(self.clock() * 1000) if view.time is None else view.time
@@ -15688,14 +15702,15 @@ class ClientCore(ForScreens):
         if any(move.name == name for move in room.moves):
             self.show(self._in_room(room.show_moves()))
 
-    def deliver(self, room: Room, view: View) -> None:
-        """Store and show the next message of a room."""
+    def deliver(self, room: Room, view: View, paged: bool = False) -> None:
+        """Store and show the next message of a room. One from a page may have been read, as its
+        time tells; a live one is new, whatever its time is."""
         self.newest = max(self.newest, view.time or 0)
         known = view.id in self.seen
         if view.id:
             remember(self.seen, view.id)
         if view.id and not known:
-            room.mark, room.mark_time = f"msgid={view.id}", view.time
+            room.mark, room.mark_time = f"msgid={view.id}", self.believable(view.time)
             self.newest_id = view.id
         if view.own_id:
             arrived = view.own_id in self.outbox.waiting
@@ -15713,7 +15728,8 @@ class ClientCore(ForScreens):
         self.keep(view)
         room.views.append(view)
         elsewhere = room is not self.current or not self.looked_at or not self.reads_at_once
-        if elsewhere and not (view.mine or view.past) and view.time > room.read_time:
+        new = view.time > room.read_time or not paged
+        if elsewhere and new and not (view.mine or view.past):
             room.unread += 1
             room.called += view.called and not room.muted
         self.show(view)

@@ -16438,6 +16438,46 @@ def test_a_port_after_the_host_is_one_and_no_nick(at_keys):
     assert (at_keys.link.target.port, at_keys.core.wanted_name) == (6668, "bob")
 
 
+def test_a_flood_of_strangers_closes_no_conversation_with_a_draft_news_or_words_of_the_user():
+    alice = Elsewhere()
+    alice.hears(":idle!u@h PRIVMSG alice :hi", ":friend!u@h PRIVMSG alice :are you there?")
+    alice.core.mark_read(alice.core.rooms["idle"])
+    alice.types("/msg bob hello")
+    alice.core.room_for("carl").draft = "half a letter"
+    for n in range(chat.ROOMS_KEPT + 50):
+        alice.hears(f":s{n}!u@h PRIVMSG alice :spam")
+    assert {"friend", "bob", "carl", "#lobby"} <= alice.core.rooms.keys()
+    assert "idle" not in alice.core.rooms and len(alice.core.rooms) == chat.ROOMS_KEPT
+
+
+@pytest.mark.parametrize("back", [0, 10**9], ids=["a server's clock", "the own clock set back"])
+def test_a_wrong_clock_hides_no_later_messages(folder, back):
+    def start():
+        store = chat.ClientStore(chat.open_client_file(folder), "irc://x", "alice")
+        caps = "server-time message-tags batch draft/chathistory"
+        options = {"join": ("#den", "#tea"), "store": store, "clock": lambda: now}
+        return Elsewhere("CHATHISTORY=100", caps=caps, **options)
+
+    now = 1.7e9 + back
+    alice = start()
+    for room in alice.core.rooms.values():
+        alice.core.release(room)
+    alice.core.go(alice.core.rooms["#tea"])
+    alice.hears("@time=2099-01-01T00:00:00.000Z;msgid=m1 :bob!u@h PRIVMSG #tea :from the future")
+    alice.core.tick()
+    now = 1.7e9
+    alice.core.go(alice.core.rooms["#den"])
+    alice.hears("@time=2023-11-14T22:13:21.000Z;msgid=m2 :bob!u@h PRIVMSG #tea :now")
+    assert alice.core.rooms["#tea"].unread == 1
+    alice.core.close_store()
+    now = 1.7e9 + 5000
+    again = start()
+    again.core.release(again.core.rooms["#tea"])
+    again.hears("@time=2023-11-14T23:37:00.000Z;msgid=m3 :bob!u@h PRIVMSG #tea :later")
+    assert again.core.rooms["#tea"].unread >= 1
+    assert again.core.talk.since < 1.8e12
+
+
 # ======================================================================================
 # QR
 # ======================================================================================
