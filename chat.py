@@ -14947,6 +14947,7 @@ class ClientCore(ForScreens):
     views_seen: float = math.inf  # number of views in the conversation when the text was begun
     version = 0  # of the store, see refresh()
     is_writing: Callable[[], bool] | None = None  # of a screen: is a text for `current` begun?
+    at_once: Callable[[View], None] | None = None  # takes each view before the next one is made
     looked_at = True  # False: the user looks at another server
     reads_at_once = True  # the current conversation; if False, mark_read() tells what was read
     results: Callable[[str, list[View]], None] | None = None  # takes the result of a search
@@ -15540,7 +15541,10 @@ class ClientCore(ForScreens):
     # Views, conversations and the outcome of messages
 
     def show(self, *views: View) -> None:
-        self.views += map(self._in_room, views)
+        for view in map(self._in_room, views):
+            self.views.append(view)
+            if self.at_once:
+                self.at_once(view)
 
     def _in_room(self, view: View) -> View:
         """Return a view with the id of its conversation."""
@@ -21814,6 +21818,8 @@ class Display:
         self.paged = False  # the other buffer is shown ...
         self.was_drawn = False  # ... and whether the two rows are there on the first
         self.seen: Any = None  # what was written last, and need not be again
+        self.noted: dict[int, View] = {}  # views that are rows already, by identity
+        core.at_once = self.note
 
     @property
     def room(self) -> Room:
@@ -21826,8 +21832,16 @@ class Display:
 
     # What there is to show
 
+    def note(self, view: View) -> None:
+        """Make a row of a view of the core at once, before a message that comes after it."""
+        if handler := self.ROWS.get(view.kind):
+            self.noted[id(view)] = view
+            handler(self, view)
+
     def take(self, views: Iterable[View]) -> None:
         for view in views:
+            if self.noted.pop(id(view), None) is None and view.kind in self.ROWS:
+                self.ROWS[view.kind](self, view)
             if view.called and not (view.past or view.mine or self._is_muted(view)):
                 self.bell |= self.core.setting("bell") == "on"
                 self.notice = notification(self.core.setting("notify"), view)
@@ -21906,19 +21920,21 @@ class Display:
         self.reader, self.whole = self._read(), True
         self.reader.mark_unread(whole_number(view.text) or 0)
 
-    TAKEN = {
+    ROWS = {
         SAID: _take_said,
         NOTICED: _take_said,
         FOUND: lambda self, view: self.keep(view, self.room),
-        REMOVED: _take_removed,
         REACTED: _take_reacted,
-        CLEARED: _take_cleared,
         CAME: keep,
         WENT: keep,
         TOLD: keep,
         NOTE: keep,
         QR_CODE: keep,
         FAILED: _take_failed,
+    }
+    TAKEN = {
+        REMOVED: _take_removed,
+        CLEARED: _take_cleared,
         PEOPLE: _take_people,
         PAGE: _take_page,
         OLDER: _take_older,

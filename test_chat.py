@@ -21131,6 +21131,59 @@ def test_a_text_begun_nowhere_is_for_the_first_conversation_that_there_is(at_key
     assert spoken_to(at_keys) == [("#slow", "hello everyone")]
 
 
+def rows_seen(client, name):
+    """Return the rows of a conversation, as a terminal shows them, without times."""
+    look = chat.Look(chat.Palette(on=False), here=name, clock="")
+    return [
+        row.strip()
+        for view in client.core.rooms[name].views
+        for row in chat.view_lines(view, look)
+        if "connected" not in row and "you are" not in row
+    ]
+
+
+def test_what_one_segment_brings_is_shown_in_its_order(at_keys):
+    at_keys.core.rooms["#tea"].views.clear()
+    hears(
+        at_keys,
+        ":bob!u@h PRIVMSG #tea :one",
+        ":irc.example 404 alice #tea :Cannot send to channel",
+        ":bob!u@h INVITE alice #other",
+        ":bob!u@h PRIVMSG #tea :two",
+        ":irc.example 401 alice carl :No such nick/channel",
+        ":bob!u@h NOTICE alice :psst",
+        ":bob!u@h PRIVMSG #tea :three",
+        ":irc.example 329 alice #tea 1",
+    )
+    assert rows_seen(at_keys, "#tea") == [
+        "bob: one",
+        "#tea: Cannot send to channel",
+        "bob invites you to #other; /join #other",
+        "bob: two",
+        "carl: No such nick/channel",
+        "-bob- psst",
+        "bob: three",
+    ]
+
+
+def test_a_failure_comes_before_later_messages_of_its_segment(at_keys):
+    at_keys.take(b"hello\r")
+    at_keys.core.take_output()
+    at_keys.core.rooms["#tea"].views.clear()
+    refusal = ":irc.example 404 alice #tea :Cannot send to channel"
+    hears(at_keys, refusal, ":bob!u@h PRIVMSG #tea :later")
+    rows = rows_seen(at_keys, "#tea")
+    assert [row.split(":")[0] for row in rows] == ["FAILED", "bob"]
+
+
+def test_a_search_shows_what_it_found_between_its_two_notes(at_keys):
+    hears(at_keys, ":bob!u@h PRIVMSG #tea :green tea")
+    at_keys.take(b"/lastlog green\r")
+    rows = rows_seen(at_keys, "#tea")
+    assert [row.partition(":")[0] for row in rows[-3:]][0] == "lastlog of #tea"
+    assert rows[-2].endswith("bob: green tea") and rows[-1] == "end of lastlog of #tea"
+
+
 # ======================================================================================
 # THE WINDOW
 # ======================================================================================
