@@ -301,7 +301,9 @@ CTCP_BURST, CTCP_RATE = 3, 0.1  # answers to CTCP at once, and a second
 ECHOES_KEPT = 500  # lines of ours that a server is to send back, to know them again
 TYPED_MOST = 256 * 1024  # characters that the line editor takes: a long paste
 LASTLOG_MOST = 100  # messages that /lastlog shows
+CLOCK_AHEAD_MS = 3600 * 1000  # by which a server's clock may be ahead of a client's
 VIEWS_KEPT = 2000  # of a conversation, by our clients; more is in the server's history
+LISTED_ROWS = 1900  # of an answer to /list or /who; they are one page, and so below VIEWS_KEPT
 IDS_KEPT = 10_000  # of messages, to tell a repeat
 ROOMS_KEPT = 200  # conversations; a private one that is not looked at gives way to the next
 TOKENS_KEPT = 500  # capabilities, and tokens of 005, that a server may have
@@ -12810,6 +12812,18 @@ class Batch:
 UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time of a request for history
 
 
+class Listing:
+    """The rows of a long answer of the server: the first ones, and how many there were."""
+
+    def __init__(self) -> None:
+        self.rows: list[str] = []
+        self.count = 0
+
+    def add(self, row: str) -> None:
+        self.count += 1
+        self.rows += [row] * (self.count <= LISTED_ROWS)
+
+
 class Asked(NamedTuple):
     """A request for history that is not answered yet."""
 
@@ -12949,7 +12963,7 @@ def take_missed(talk: "IrcTalk", room: Room, views: list[View], new: bool, more:
     """Deliver a page, and then ask for `more`, or show what was held. With something `new` on it,
     the next page may be larger."""
     for view in not_shown(room, views):
-        talk.core.deliver(room, view)
+        talk.core.deliver(room, view, paged=True)
     if new:
         talk.core.progress += 1
         talk.core.page_lines = min(talk.server.page_size, 2 * talk.core.page_lines)
@@ -13083,7 +13097,7 @@ class IrcTalk:
         self.bouncer_said = ""  # ... and this its last message, until a PONG
         self.unserved = math.inf  # since when no server is behind it (ticks)
         # Later messages may have been missed: times are unique within one target
-        self.since = max(0, core.newest - 2 * TIMES_AHEAD)
+        self.since = max(0, core.believable(core.newest) - 2 * TIMES_AHEAD)
         core.output.append("CAP LS 302")
         if core.kind != CHAT:  # servers from before 2004 never answer CAP
             self.give_names()
@@ -14187,11 +14201,23 @@ def no_page(talk: IrcTalk, code: str, label: str, about: list[str]) -> None:
 
 
 # Lines that only programs need, or that the client tells in other words
-for quiet in (
-    *("002", "003", "020", "042", "221", "250", "251", "252", "253", "254", "255", "265", "266"),
-    *("318", "321", "323", "329", "333", "369", "705", "706", "SETNAME"),
-):
+for quiet in (*("002", "003", "020", "042", "318", "321", "329", "333", "369", "SETNAME"),):
     IRC_HEARD[quiet] = (do_nothing, 0)
+
+ANSWERS = {  # commands of the user, and what is shown only after them
+    "LUSERS": ("250", "251", "252", "253", "254", "255", "265", "266"),
+    "HELP": ("705", "706"),
+    "MODE": ("221",),
+    "ISON": ("303",),
+}
+LISTS = {"LIST": "channels", "WHO": "users"}  # commands with long answers, and their titles
+
+
+@from_server(*itertools.chain(*ANSWERS.values()))
+def tell_if_asked(talk: IrcTalk, heard: Heard) -> None:
+    """Show an answer to a command of the user; the client or the server itself caused the rest."""
+    if heard.verb in talk.core.asked_numerics and heard.params:
+        tell_rest(talk, heard)
 
 
 @from_server("375", "372", "376", "422", least=2)
@@ -14205,6 +14231,8 @@ def motd_told(talk: IrcTalk, heard: Heard) -> None:
 @from_server("303", least=2)
 def present_told(talk: IrcTalk, heard: Heard) -> None:
     """Take the wanted nick if the answer to ISON does not list it."""
+    tell_if_asked(talk, heard)
+    talk.core.asked_numerics.discard("303")
     wanted = clean_name(talk.core.wanted_name)
     if talk.core.fold(wanted) not in map(talk.core.fold, heard.params[1].split()):
         talk.name_is_free(wanted)
@@ -14345,7 +14373,7 @@ def we_joined(talk: IrcTalk, heard: Heard) -> None:
             room.mark = f"timestamp={tag_time(max(core.began, talk.since))}"
     core.newest = max(core.newest, heard.time or 0)
     if talk.going.pop(core.fold(room.name), None) is not None:
-        core.go(room)
+        core.arrive(room)
     if "no-implicit-names" in talk.server.enabled:
         talk.send("NAMES", room.name)
     talk.catch_up(room)
@@ -14400,7 +14428,7 @@ def user_parted(talk: IrcTalk, heard: Heard) -> None:
         return
     user_went(talk, room, heard, heard.name, *heard.params[1:2])
     if core.is_me(heard.name):
-        core.close(room)
+        core.left(room)
 
 
 @from_server("QUIT")
@@ -14518,12 +14546,13 @@ def who_told(talk: IrcTalk, heard: Heard) -> None:
     _, where, user, host, _, name, flags, last = heard.params[:8]
     bot = talk.server.tokens.get("BOT", "") or " "
     core.note_person(name, away=flags[:1] == "G", bot=bot in flags[1:])
-    if core.fold(where) in core.quiet_who or not core.wants_who:  # ZNC sends WHO, too
+    asked = core.listings.get("WHO", [])[:1]
+    if core.fold(where) in core.quiet_who or not asked:  # ZNC sends WHO, too
         return
     away = ", away" if flags[:1] == "G" else ""
     operator = ", operator of the server" if "*" in flags else ""
     real = last.partition(" ")[2]
-    talk.core.show(View(TOLD, f"{name} ({user}@{host}) in {where}: {real}{away}{operator}"))
+    asked[0].add(f"{name} ({user}@{host}) in {where}: {real}{away}{operator}")
 
 
 @from_server("315")
@@ -14533,7 +14562,7 @@ def who_ended(talk: IrcTalk, heard: Heard) -> None:
         core.quiet_who.discard(core.fold(where))
         core.show(View(PEOPLE, where=where))
     else:
-        core.wants_who = False
+        core.show_listing("WHO")
 
 
 @from_server("AWAY")
@@ -14636,7 +14665,26 @@ def names_ended(talk: IrcTalk, heard: Heard) -> None:
 def channel_listed(talk: IrcTalk, heard: Heard) -> None:
     _, name, count, *topic = heard.params
     text = "  ".join(filter(None, [name, count, *topic[:1]]))
-    talk.core.show(View(TOLD, text))
+    asked = talk.core.listings.get("LIST", [])[:1]
+    for listing in asked:
+        listing.add(text)
+    talk.core.show(*[View(TOLD, text)] * (not asked))
+
+
+@from_server("323")
+def list_ended(talk: IrcTalk, heard: Heard) -> None:
+    talk.core.show_listing("LIST")
+
+
+@from_server("341", least=3)
+def invitation_sent(talk: IrcTalk, heard: Heard) -> None:
+    """<nick> <channel>; RFC 2812 has these the other way round"""
+    _, name, where = heard.params[:3]
+    if talk.server.is_channel(name):
+        name, where = where, name
+    room = talk.core.find(where)
+    text = f"{name} is invited to {where}"
+    talk.core.show(View(TOLD, text, where=room.name if room else ""))
 
 
 @from_server("REGISTER", "VERIFY", least=2)
@@ -14673,9 +14721,13 @@ class Rooms(dict[str, Room]):
             self.setdefault(fold(room.name), room)
 
     def least(self, besides: Collection[Room]) -> Room | None:
-        """Return the oldest private conversation that is not in `besides`; None for none."""
-        private = (room for room in self.values() if not room.is_channel and room not in besides)
-        return next(private, None)
+        """Return the private conversation, not in `besides`, that the user misses least; None for
+        none: the oldest one without news, else the newest, since a flood of strangers comes last.
+        The user misses any in which the user wrote, or began to."""
+        private = [room for room in self.values() if not room.is_channel and room not in besides]
+        private = [room for room in private if not (room.draft or any(v.mine for v in room.views))]
+        read = (room for room in private if not room.unread)
+        return next(read, None) or next(reversed(private), None)
 
 
 def wanted_rooms(join: Iterable[str], fold: Callable[[str], str] = fold) -> Rooms:
@@ -14723,9 +14775,39 @@ def first_words(core: "ClientCore", line: str) -> bool:
 
 
 SECRET_LINE = re.compile(  # the text after these words must not be logged
-    r"(?i)^(PASS|AUTHENTICATE|OPER \S+|SESSION|REGISTER \S+ \S+|PRIVMSG NickServ :?\w+|NS \w+) .*"
+    r"(?i)^((?:@\S+ +)?(?::\S+ +)?(?:PASS|AUTHENTICATE|OPER \S+|SESSION|REGISTER \S+ \S+"
+    r"|(?:PRIVMSG|NOTICE) (?:\w+serv|\w+@\S+|[qx]) :?\w+|(?:NS|CS|NICKSERV|CHANSERV) :?\w+)) .*"
 )
-PASSWORD_WORDS = ("login", "identify", "register", "passwd", "oper", "pass", "password")
+PASSWORD_WORDS = {  # words before a password, and the command of this client for that
+    **dict.fromkeys(("login", "identify", "auth", "password"), "login"),
+    **{word: word for word in ("register", "passwd", "oper", "pass")},
+}
+MISSPELT = ("login", "identify", "auth", "password", "register")  # which are also found with slips
+SAYING_WORDS = ("msg", "m", "query", "tell", "privmsg", "notice", "quote", "raw")
+SHORT_SERVICES = ("q", "x", "ns", "cs")  # of other networks, as nicks or as commands
+
+
+def names_service(word: str) -> bool:
+    """Return whether a word names a service of other networks, like NickServ or Q@CServe."""
+    nick, at, host = fold(word).partition("@")
+    return nick in SHORT_SERVICES or bool(nick and at and host) or nick.endswith("serv")
+
+
+def password_command(text: str) -> str:
+    """Return the command that a text with a password may be meant as; "" if it looks like none."""
+    import difflib
+
+    words = [word.lower().lstrip("/.,;:!\\-'") for word in text.split()]
+    if len(words) < 2:
+        return ""
+    first, told = words[0], words[1:3]
+    if first in PASSWORD_WORDS:
+        return PASSWORD_WORDS[first]
+    if first in SAYING_WORDS or names_service(first):
+        found = next((PASSWORD_WORDS[word] for word in told if word in PASSWORD_WORDS), "")
+        return found if len(words) > 2 else ""
+    near = difflib.get_close_matches(first, MISSPELT, 1, 0.8) if len(words) < 4 else []
+    return PASSWORD_WORDS[near[0]] if near and abs(len(near[0]) - len(first)) < 2 else ""
 
 
 def nearest_command(verb: str) -> str:
@@ -14870,7 +14952,8 @@ class ForScreens:
 
         kind = mimetypes.guess_type(one.name)[0]
         about = ", ".join(optional(kind or "", size_text(one.size)))
-        self.send(one.room, f"{one.name} ({about}): {one.url}")
+        with contextlib.suppress(Refused):  # a service takes no files
+            self.send(one.room, f"{one.name} ({about}): {one.url}")
 
     def save_file(self, room: Room, view: View, path: str) -> None:
         """Begin to save the file that a message links to. Raises Refused."""
@@ -14969,6 +15052,7 @@ class ForScreens:
     def mark_read(self, room: Room) -> None:
         """Note that the user has read everything in a conversation."""
         newest = max((view.time or 0 for view in room.views if is_news(view)), default=0)
+        newest = self.believable(newest)
         if room.unread or room.called:
             self.changed(room)
         room.unread = room.called = 0
@@ -14988,7 +15072,7 @@ class ForScreens:
     def told_read(self, room: Room, when: int) -> None:
         """Note up to which time (ms) the user has read a conversation on another device."""
         room.told_time = max(room.told_time, when)
-        if room.read(when):
+        if room.read(self.believable(when)):
             self.keep_room(room)
             self.show(View(READ_ELSEWHERE, where=room.name))
 
@@ -15075,9 +15159,11 @@ class ClientCore(ForScreens):
     told_trouble = ""  # the last reported trouble of the store
     doubted = ""  # text that is sent if the user enters it again
     replying = ""  # the id of the message that the typed text answers
-    wants_motd = wants_who = False  # on the user's request
+    wants_motd = False  # on the user's request
     views_seen: float = math.inf  # number of views in the conversation when the text was begun
     version = 0  # of the store, see refresh()
+    is_writing: Callable[[], bool] | None = None  # of a screen: is a text for `current` begun?
+    at_once: Callable[[View], None] | None = None  # takes each view before the next one is made
     looked_at = True  # False: the user looks at another server
     reads_at_once = True  # the current conversation; if False, mark_read() tells what was read
     results: Callable[[str, list[View]], None] | None = None  # takes the result of a search
@@ -15119,6 +15205,8 @@ class ClientCore(ForScreens):
         self.regain = False  # the wanted nick was taken: get it once it is free ...
         self.regain_at = 0.0  # ... and ask for it at this time
         self.away, self.former_names = "", {}  # keys of this client's earlier nicks
+        self.asked_numerics: set[str] = set()  # shown only because the user asked for them
+        self.listings: dict[str, list[Listing]] = {}  # answers to LIST and WHO, still coming
         self.ctcp_budget = Budget(CTCP_BURST, CTCP_RATE, ticks())
         self.ignored: set[str] = store.ignored() if store else set()  # masks
         self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
@@ -15164,13 +15252,15 @@ class ClientCore(ForScreens):
 
     def _load_room(self, room: Room) -> None:
         room.holes = self.store.fact(f"holes {self.fold(room.name)}").split()
+        room.read_time = self.believable(room.read_time)
         for view in self.behind_hole(room, self.store.page(self.fold(room.name), STORED_LINES)):
             room.views.append(view)
             if view.id:
                 remember(self.seen, view.id)
-                room.mark, room.mark_time = f"msgid={view.id}", view.time
+                room.mark, room.mark_time = f"msgid={view.id}", self.believable(view.time)
             elif view.time:
-                room.mark, room.mark_time = f"timestamp={tag_time(view.time)}", view.time
+                room.mark_time = self.believable(view.time)
+                room.mark = f"timestamp={tag_time(room.mark_time)}"
         room.views.dropped = len(room.views) == STORED_LINES
         later = [view for view in room.views if is_news(view) and (view.time or 0) > room.read_time]
         room.unread = len(later) if room.read_time else 0
@@ -15287,6 +15377,24 @@ class ClientCore(ForScreens):
         """True if the server has welcomed the client."""
         return self.talk is not None and self.talk.ready
 
+    def wants(self, verb: str, *params: str) -> None:
+        """Note that the user sends a command of IRC, so that its answer is shown."""
+        self.asked_numerics.update(ANSWERS.get(verb, ()))
+        self.wants_motd = self.wants_motd or verb == "MOTD"
+        if verb in LISTS:
+            self.listings.setdefault(verb, []).append(Listing())
+        if verb == "NAMES" and params:
+            self.online().shown_names.update(map(self.fold, params[0].split(",")))
+
+    def show_listing(self, verb: str) -> None:
+        """Show the collected answer to a LIST or WHO of the user as a page."""
+        for listing in self.listings.get(verb, [])[:1]:
+            self.listings[verb].remove(listing)
+            more = listing.count - len(listing.rows)
+            rows = [*listing.rows, *[f"\u2026 and {more:,} more"] * bool(more)]
+            page = View(PAGE, "\n".join(rows), LISTS[verb])
+            self.show(page if rows else View(NOTE, f"{LISTS[verb]}: nothing found"))
+
     def online(self) -> Any:
         """Return the present talk. Raises Refused without a connection."""
         if not self.ready:
@@ -15355,6 +15463,8 @@ class ClientCore(ForScreens):
     def connected(self) -> list[View]:
         self.inbox = LineBuffer(self.inbox.limit)
         self.output.clear()
+        self.asked_numerics.clear()
+        self.listings.clear()
         self.refusal, self.cause, self.redial, self.talk = "", TEMPORARY, False, None
         self.acknowledged = self.dismissed = False
         self.listening = not self.kind
@@ -15406,7 +15516,8 @@ class ClientCore(ForScreens):
                 self.show(View(NOTE, "the server sent a line too long to be shown"))
                 continue
             line = shown_line(raw)
-            self.traffic.append((int(self.clock() * 1000), False, line))
+            logged = SECRET_LINE.sub("\\1 \u2026", line)  # a server may send back what it got
+            self.traffic.append((int(self.clock() * 1000), False, logged))
             if self.listening and first_words(self, line):
                 continue
             if self.talk:
@@ -15517,9 +15628,9 @@ class ClientCore(ForScreens):
         first = text.split()[:1]
         if text[:1] == " " and first and first[0][:1] == "/" and first[0][1:] in client_command:
             return f"nothing was sent: is {first[0]} a command? Enter again sends it as text"
-        words = text.lower().split()
-        if len(words) > 1 and words[0] in PASSWORD_WORDS:
-            return f"nothing was sent: is that /{words[0]}? Enter again sends it as text"
+        words = text.split()
+        if command := password_command(text):
+            return f"nothing was sent: is that /{command}? Enter again sends it as text"
         if len(words) == 1 and text[:1] in ("#", "&") and self.server.is_channel(text):
             return f"nothing was sent: /join {text} opens it; Enter again sends that as text"
         return ""
@@ -15554,11 +15665,16 @@ class ClientCore(ForScreens):
         self.doubted = ""
         if self.current is None:
             return self.show(View(BACK, text), View(NOTE, "nowhere to say that; /join #CHANNEL"))
-        self.send(self.here, text)
+        try:
+            self.send(self.here, text)
+        except ChatError as error:
+            self.show(View(BACK, text), View(NOTE, str(error)))
 
     def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
         """Accept a message: show it at once, and send it when possible. A text that is too long for
-        one message becomes several."""
+        one message becomes several. Raises Refused for a service that cannot have it."""
+        if kind == MESSAGE and self.is_service(where, text):
+            return self.tell_service(where, text)
         split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
         pieces, added = list(split), []
         for n, piece in enumerate(pieces):
@@ -15581,6 +15697,23 @@ class ClientCore(ForScreens):
                 self.park(one.id, f"you are not in {room.name}")
         if len(accepted) == len(pieces) > 1:
             self.show(View(NOTE, f"too long for one message: sent as {len(pieces)}"))
+
+    def is_service(self, name: str, text: str) -> bool:
+        """Return whether a text goes to a service, and so may be a password."""
+        if fold(name).partition("@")[0] in SERVICES:
+            return True
+        if self.server.ours or self.server.is_channel(self.server.without_status(name)):
+            return False
+        short = fold(name) in SHORT_SERVICES  # the nick of a user, too
+        return names_service(name) and (not short or password_command(text) != "")
+
+    def tell_service(self, where: str, text: str) -> None:
+        """Send a text to a service without keeping or showing it: it may be a password. Services
+        store nothing, and must not get it twice. Raises Refused."""
+        for line in text.split("\n"):
+            self.online().command("PRIVMSG", where, line)
+        told = f"sent to {where}; it may be a password, so it is neither shown nor kept"
+        self.show(*[View(NOTE, told)] * self.tidy)
 
     def save(self) -> bool:
         """Store the outbox, and so accept what was added. Return False if that has to wait."""
@@ -15624,7 +15757,10 @@ class ClientCore(ForScreens):
     # Views, conversations and the outcome of messages
 
     def show(self, *views: View) -> None:
-        self.views += map(self._in_room, views)
+        for view in map(self._in_room, views):
+            self.views.append(view)
+            if self.at_once:
+                self.at_once(view)
 
     def _in_room(self, view: View) -> View:
         """Return a view with the id of its conversation."""
@@ -15643,8 +15779,8 @@ class ClientCore(ForScreens):
         self.show(View(NOTE, f"end of {title}"))
 
     def room_for(self, name: str) -> Room:
-        """Return a conversation; open it if needed. If there are too many, the oldest private one
-        is closed, unless it is the current one or has waiting messages."""
+        """Return a conversation; open it if needed. If there are too many, a private one is closed:
+        see Rooms.least(). It is not the current one, and has no waiting messages."""
         if self.find(name) is None and len(self.rooms) >= ROOMS_KEPT:
             needed = {self.find(one.where) for one in self.outbox.waiting.values()}
             if least := self.rooms.least({self.current, *needed}):
@@ -15667,6 +15803,20 @@ class ClientCore(ForScreens):
         if self.reads_at_once:
             room.unread = room.called = 0
             self.mark_read(room)
+
+    def arrive(self, room: Room) -> None:
+        """Go to a channel that the user asked for, but not away from a text that is begun."""
+        writing = self.is_writing is not None and self.is_writing()
+        if self.current is None or self.current is room or not writing:
+            return self.go(room)
+        self.show(View(NOTE, f"{room.name} is joined; /go {room.name} looks at it"))
+
+    def left(self, room: Room) -> None:
+        """Close a channel that this client left. It stays open while a text for it is begun."""
+        if self.current is not room or self.is_writing is None or not self.is_writing():
+            return self.close(room)
+        self.keep_room(room)
+        self.show(View(NOTE, f"you left {room.name}; /close closes it", where=room.name))
 
     def rename(self, room: Room, name: str) -> None:
         """Rename a conversation. Another one with the new name has ended, and is dropped."""
@@ -15705,7 +15855,7 @@ class ClientCore(ForScreens):
             return
         if view.own_id:
             self.acknowledge(view)
-        if view.own_id == PIECE:
+        if view.own_id == PIECE or (view.mine and self.is_service(view.where, view.text)):
             return
         if not view.where:
             return self.show(self.timed(view))
@@ -15734,6 +15884,12 @@ class ClientCore(ForScreens):
             if (room := self.find(where)) and view.id:
                 room.name_view(view.own_id, view.id, view.file)
             self.show(view._replace(kind=ARRIVED, where=where))
+
+    def believable(self, when: int | None) -> int | None:
+        """Return a time (ms) of a server, or of an earlier run, but not one that is far ahead of
+        this client's clock (if there is one): it would count as later than all that follows."""
+        now = int(self.clock() * 1000)
+        return min(when, now + CLOCK_AHEAD_MS) if when and now else when
 
     def timed(self, view: View, room: Room | None = None) -> View:
         """Return a view with its time and the id of its conversation."""
@@ -15766,14 +15922,15 @@ class ClientCore(ForScreens):
         if any(move.name == name for move in room.moves):
             self.show(self._in_room(room.show_moves()))
 
-    def deliver(self, room: Room, view: View) -> None:
-        """Store and show the next message of a room."""
+    def deliver(self, room: Room, view: View, paged: bool = False) -> None:
+        """Store and show the next message of a room. One from a page may have been read, as its
+        time tells; a live one is new, whatever its time is."""
         self.newest = max(self.newest, view.time or 0)
         known = view.id in self.seen
         if view.id:
             remember(self.seen, view.id)
         if view.id and not known:
-            room.mark, room.mark_time = f"msgid={view.id}", view.time
+            room.mark, room.mark_time = f"msgid={view.id}", self.believable(view.time)
             self.newest_id = view.id
         if view.own_id:
             arrived = view.own_id in self.outbox.waiting
@@ -15791,7 +15948,8 @@ class ClientCore(ForScreens):
         self.keep(view)
         room.views.append(view)
         elsewhere = room is not self.current or not self.looked_at or not self.reads_at_once
-        if elsewhere and not (view.mine or view.past) and view.time > room.read_time:
+        new = view.time > room.read_time or not paged
+        if elsewhere and new and not (view.mine or view.past):
             room.unread += 1
             room.called += view.called and not room.muted
         self.show(view)
@@ -15800,8 +15958,10 @@ class ClientCore(ForScreens):
         """Return whether a view is not to be shown: no message, redacted, or of an ignored user."""
         if view.kind not in (SAID, NOTICED) or view.id in self.removed:
             return True
+        if view.mine:
+            return self.is_service(view.where, view.text)
         source = f"{view.name}!{view.address}"
-        return not view.mine and any(self.ignores(mask, source) for mask in self.ignored)
+        return any(self.ignores(mask, source) for mask in self.ignored)
 
     def remove(self, id: str) -> None:
         """Remove a redacted message, also one that is still to come."""
@@ -15888,7 +16048,8 @@ def asked_channel(core: ClientCore) -> str:
 def channel_and(core: ClientCore, words: Iterable[str]) -> tuple[str, list[str]]:
     """Return a channel, which the first word names or which is the current one, and other words."""
     first, *rest = [*words, ""]
-    if core.find(first) and core.find(first).is_channel:
+    room = core.find(first)
+    if core.server.is_channel(first) or (room and room.is_channel):
         return first, optional(*rest)
     return asked_channel(core), optional(first, *rest)
 
@@ -15933,10 +16094,26 @@ def do_help(core: ClientCore, verb: str = "") -> None:
     core.show(View(PAGE, "\n".join(lines), f"help {word}".rstrip()))
 
 
-@client_command("join", 1, 2)
-def do_join(core: ClientCore, name: str, password: str = "") -> None:
-    """/join #CHANNEL [PASSWORD] -- enter a channel, or look at it again"""
-    names, keys = name.split(","), password.split(",")
+def needed(given: Any, syntax: str) -> Any:
+    """Return a part of a command. Raises Refused with the command's syntax if it is missing."""
+    if not given:
+        raise Refused("NEED_MORE_PARAMS", f"it goes like this: {syntax}")
+    return given
+
+
+def names_in(words: str) -> list[str]:
+    """Return the names in a list with commas. Raises Refused if there is none."""
+    return needed(optional(*words.split(",")), "NAME[,NAME ...]")
+
+
+@client_command("join", 1)
+def do_join(core: ClientCore, words: str) -> None:
+    """/join #CHANNEL[,#CHANNEL ...] [PASSWORD] -- enter a channel, or look at it again"""
+    name, *rest = re.sub(r"\s*,\s*", ",", words).split() or [""]
+    if len(rest) > 1 or any(map(core.server.is_channel, rest)):
+        advice = f"/raw JOIN {name} {rest[0]} takes {rest[0]} as a password"
+        raise Refused("TOO_MANY", f"commas between several channels: /join #a,#b; {advice}")
+    names, keys = names_in(name), "".join(rest).split(",")
     for one, password in itertools.zip_longest(names, keys[: len(names)], fillvalue=""):
         one = core.server.as_channel(one)
         room = core.find(one)
@@ -15954,16 +16131,26 @@ def do_join(core: ClientCore, name: str, password: str = "") -> None:
             core.go(there)
 
 
+def room_named(core: ClientCore, word: str, alone: bool) -> str:
+    """Return the name of the conversation that a word names; "" if it names none. A word that is
+    `alone` may lack the # of an open channel."""
+    if core.find(word) or core.server.is_channel(word):
+        return word
+    full = core.server.as_channel(word)
+    return full if alone and word and core.find(full) else ""
+
+
 @client_command("part", most=2)
 def do_part(core: ClientCore, *words: str) -> None:
     """/part [#CHANNEL] [REASON] -- leave a channel, or close a private conversation"""
-    named = bool(words) and (core.find(words[0]) is not None or core.server.is_channel(words[0]))
-    room = asked_room(core, words[0] if named else "")
-    reason = " ".join(words[named:])
-    if room.inside or core.fold(room.name) in core.talk.entering:
-        core.talk.command("PART", room.name, *optional(reason))
-    else:
-        core.close(room)
+    named = [room_named(core, one, len(words) == 1) for one in "".join(words[:1]).split(",")]
+    rooms = [asked_room(core, one) for one in named] if all(named) else [asked_room(core)]
+    reason = " ".join(words[all(named) :])
+    for room in rooms:
+        if room.inside or core.fold(room.name) in core.talk.entering:
+            core.talk.command("PART", room.name, *optional(reason))
+        else:
+            core.close(room)
 
 
 @client_command("close", most=1, nameless=True)
@@ -15988,19 +16175,23 @@ def do_go(core: ClientCore, name: str) -> None:
 @client_command("msg", 1, 2, nameless=True)
 def do_msg(core: ClientCore, name: str, text: str = "") -> None:
     """/msg NAME [TEXT] -- say something to one person only, or open a private conversation"""
-    for one in name.split(",") if text else ():
-        group = core.server.without_status(one) != one  # some members of a channel
-        if group or fold(one) in SERVICES:  # these store nothing, and must not get it twice
+    names = names_in(name)
+    for one in names if text else ():
+        if core.server.without_status(one) != one:  # some members of a channel
             core.online().command("PRIVMSG", one, text)
         else:
             core.send(one, text)
-    if not text or core.server.is_channel(name):
+    if len(names) > 1:
+        needed(text, "/msg NAME,NAME TEXT")
+    elif not text or core.server.is_channel(name):
         core.go(core.room_for(name))
 
 
 @client_command("query", 1, 2, nameless=True)
 def do_query(core: ClientCore, name: str, text: str = "") -> None:
     """/query NAME [TEXT] -- open a private conversation, and say something there"""
+    if "," in name:
+        raise Refused("TOO_MANY", "one name, please; /msg NAME,NAME TEXT takes several")
     core.go(core.room_for(name))
     if text:
         core.send(name, text)
@@ -16089,8 +16280,8 @@ def do_search(core: ClientCore, words: str) -> None:
 @client_command("away", most=1)
 def do_away(core: ClientCore, reason: str = "") -> None:
     """/away [REASON] -- say that you are not here, or that you are back"""
+    core.talk.command("AWAY", *optional(reason))  # may be refused
     core.away = reason
-    core.talk.command("AWAY", *optional(reason))
 
 
 client_command("back", doc="/back -- say that you are here again")(do_away)
@@ -16126,7 +16317,8 @@ def do_invite(core: ClientCore, name: str, where: str = "") -> None:
 @client_command("kick", 1, 3)
 def do_kick(core: ClientCore, *words: str) -> None:
     """/kick [#CHANNEL] NAME [REASON] -- put a user out of this channel"""
-    where, (name, *reason) = channel_and(core, words)
+    where, others = channel_and(core, words)
+    name, *reason = needed(others, "/kick [#CHANNEL] NAME [REASON]")
     core.talk.command("KICK", where, name, *optional(" ".join(reason)))
 
 
@@ -16135,37 +16327,50 @@ def ban_of(name: str) -> str:
     return name if set(name) & set("!@*:$") else f"{name}!*@*"
 
 
-@client_command("ban", most=2)
-def do_ban(core: ClientCore, *words: str, mode: str = "+b") -> None:
-    """/ban [#CHANNEL] [NAME|MASK] -- keep a user out of this channel; which bans there are"""
-    where, masks = channel_and(core, words)
-    core.talk.command("MODE", where, mode, *map(ban_of, masks[:1]))
+def set_for_each(core: ClientCore, where: str, mode: str, values: list[str]) -> None:
+    """Set a mode for each of these values, as many at once as the server takes."""
+    most = core.server.limit("MODES", 3)
+    for n in range(0, len(values), most):
+        some = values[n : n + most]
+        core.talk.command("MODE", where, mode[0] + mode[1] * len(some), *some)
 
 
-client_command("unban", 1, 2, doc="/unban [#CHANNEL] NAME|MASK -- end a ban")(
+@client_command("ban", most=1)
+def do_ban(core: ClientCore, words: str = "", mode: str = "+b") -> None:
+    """/ban [#CHANNEL] [NAME|MASK ...] -- keep users out of this channel; which bans there are"""
+    where, masks = channel_and(core, words.split())
+    if not masks:
+        needed(mode == "+b", "/unban [#CHANNEL] NAME|MASK ...")
+        return core.talk.command("MODE", where, mode)
+    return set_for_each(core, where, mode, [*map(ban_of, masks)])
+
+
+client_command("unban", 1, doc="/unban [#CHANNEL] NAME|MASK ... -- end bans")(
     functools.partial(do_ban, mode="-b")
 )
+
+
+MODES_WORD = re.compile(r"[+-]\S*|[A-Za-z]")  # else a name
 
 
 @client_command("mode", most=1)
 def do_mode(core: ClientCore, words: str = "") -> None:
     """/mode [#CHANNEL|NAME] [+-LETTERS] [VALUE ...] -- show or change modes"""
-    where, rest = channel_first(core, words)
-    if words and core.is_me(words.split()[0]):
-        where, _, rest = words.partition(" ")
+    first = "".join(words.split()[:1])
+    if not first or MODES_WORD.fullmatch(first) or core.server.is_channel(first):
+        where, rest = channel_first(core, words)
+    else:
+        where, _, rest = words.partition(" ")  # a user
     core.talk.command("MODE", where, *rest.split())
+    core.wants("MODE")
 
 
 def command_for_ranks(verb: str, mode: str, summary: str) -> None:
     """Define a command that gives a rank to several users, or removes it."""
 
     def change(core: ClientCore, names: str) -> None:
-        most = core.server.limit("MODES", 3)
         where, words = channel_and(core, names.split())
-        for n in range(0, len(words), most):
-            some = words[n : n + most]
-            letters = mode[0] + mode[1] * len(some)
-            core.talk.command("MODE", where, letters, *some)
+        set_for_each(core, where, mode, needed(words, f"/{verb} [#CHANNEL] NAME ..."))
 
     change.__doc__ = f"/{verb} [#CHANNEL] NAME ... -- {summary}"
     client_command(verb, 1)(change)
@@ -16192,6 +16397,7 @@ def command_that_is_sent(
         if service:
             words = ("PRIVMSG", SERVICE, f"{verb.upper()} {service_words(words)}")
         core.talk.command(*(words if service else (verb.upper(), *words)))
+        core.wants(verb.upper())
 
     pass_on.__doc__ = f"/{verb} {syntax} -- {summary}"
     client_command(verb, least, least or 1, exact=secret)(pass_on)
@@ -16199,17 +16405,22 @@ def command_that_is_sent(
 
 for sent_on in (
     ("list", "[MASK]", "which channels there are", 0, False),
-    ("whois", "NAME", "what is known of a user", 1, False),
     ("oper", "NAME PASSWORD", "operate the server", 2, True),
 ):
     command_that_is_sent(*sent_on)
 
 
+@client_command("whois", 1, 2)
+def do_whois(core: ClientCore, *words: str) -> None:
+    """/whois [SERVER] NAME -- what is known of a user"""
+    core.talk.command("WHOIS", *words)
+
+
 @client_command("who", most=1)
 def do_who(core: ClientCore, mask: str = "") -> None:
     """/who [#CHANNEL|MASK] -- list users with their addresses"""
-    core.wants_who = True
     core.talk.command("WHO", mask or asked_channel(core))
+    core.wants("WHO")
 
 
 @client_command("register", most=2, exact=True)
@@ -16451,8 +16662,9 @@ def do_raw(core: ClientCore, line: str = "") -> None:
     if not line:
         rows = (f"{'>' if ours else '<'} {text}" for _, ours, text in core.traffic)
         return core.show(View(PAGE, "\n".join(rows), "lines of the protocol"))
-    core.wants_motd = core.wants_motd or line.upper().startswith("MOTD")
+    verb, *params = line.split()
     core.online().raw(line)
+    core.wants(verb.upper(), *params)
 
 
 def change_setting(core: ClientCore, name: str, value: str) -> None:
@@ -21090,7 +21302,7 @@ def is_secret(text: str) -> bool:
     """Return whether a text is a command that takes a password."""
     verb, blank, _ = text.lower().partition(" ")
     command = client_command.get(verb[1:]) if verb[:1] == "/" and blank else None
-    return command is not None and command.exact
+    return bool(command and command.exact) or (text[:1] == "/" and password_command(text) != "")
 
 
 def all_before(text: str) -> str:
@@ -21840,6 +22052,8 @@ class Display:
         self.paged = False  # the other buffer is shown ...
         self.was_drawn = False  # ... and whether the two rows are there on the first
         self.seen: Any = None  # what was written last, and need not be again
+        self.noted: dict[int, View] = {}  # views that are rows already, by identity
+        core.at_once = self.note
 
     @property
     def room(self) -> Room:
@@ -21852,8 +22066,16 @@ class Display:
 
     # What there is to show
 
+    def note(self, view: View) -> None:
+        """Make a row of a view of the core at once, before a message that comes after it."""
+        if handler := self.ROWS.get(view.kind):
+            self.noted[id(view)] = view
+            handler(self, view)
+
     def take(self, views: Iterable[View]) -> None:
         for view in views:
+            if self.noted.pop(id(view), None) is None and view.kind in self.ROWS:
+                self.ROWS[view.kind](self, view)
             if view.called and not (view.past or view.mine or self._is_muted(view)):
                 self.bell |= self.core.setting("bell") == "on"
                 self.notice = notification(self.core.setting("notify"), view)
@@ -21932,19 +22154,21 @@ class Display:
         self.reader, self.whole = self._read(), True
         self.reader.mark_unread(whole_number(view.text) or 0)
 
-    TAKEN = {
+    ROWS = {
         SAID: _take_said,
         NOTICED: _take_said,
         FOUND: lambda self, view: self.keep(view, self.room),
-        REMOVED: _take_removed,
         REACTED: _take_reacted,
-        CLEARED: _take_cleared,
         CAME: keep,
         WENT: keep,
         TOLD: keep,
         NOTE: keep,
         QR_CODE: keep,
         FAILED: _take_failed,
+    }
+    TAKEN = {
+        REMOVED: _take_removed,
+        CLEARED: _take_cleared,
         PEOPLE: _take_people,
         PAGE: _take_page,
         OLDER: _take_older,
@@ -22306,12 +22530,18 @@ class ManyServers(Client):
     def seats_changed(self) -> None:
         """React to a server that was added, removed, or is looked at now."""
 
+    def is_writing(self, seat: Seat) -> bool:
+        """Return whether a text for the current conversation of a server is begun, so that the
+        server must not lead to another one."""
+        return False
+
     # Servers
 
     def _take_seat(self, seat: Seat) -> None:
         self.seats.append(seat)
         self.cores.append(seat.core)
         seat.core.settings = self.core.settings  # one set for all servers
+        seat.core.is_writing = functools.partial(self.is_writing, seat)
         seat.screen = self.screen_for(seat)
         self.seats_changed()
 
@@ -22323,9 +22553,12 @@ class ManyServers(Client):
         self.look_at(first)
 
     def connect(self, words: str, **more: Any) -> None:
-        """Handle /connect [URL [NICK]]: add a server beside the others, or list them. `more` are
-        options of ClientOptions."""
-        url, _, name = words.strip().partition(" ")
+        """Handle /connect [URL [NICK]], or HOST PORT [NICK]: add a server beside the others, or
+        list them. `more` are options of ClientOptions."""
+        url, *more_words = words.split() or [""]
+        if more_words and more_words[0].isdecimal():  # HOST PORT, as other clients have it
+            url = f"{url}:{more_words.pop(0)}"
+        name = " ".join(more_words)
         if not url:
             targets = ", ".join(str(seat.link.target) for seat in self.seats)
             return self.show([View(NOTE, f"connected to: {targets}; /connect URL adds one")])
@@ -22337,7 +22570,7 @@ class ManyServers(Client):
             # The secrets of the first server are not for this one
             usual = {"join": (), "password": "", "login": None, "lobby": False}
             usual |= {"trust": Trust(self.options.trust.ca)}
-            usual |= {"name": name.strip() or self.options.name}
+            usual |= {"name": name or self.options.name}
             return self.look_at(self.add(self.options._replace(target=target, **usual | more)))
         except ChatError as error:
             return self.show([View(NOTE, str(error))])
@@ -22573,6 +22806,7 @@ class TerminalClient(ManyServers):
         self.begun: float = math.inf  # views that there were when a command was begun
         self.cleared = self.asked = -math.inf  # when Ctrl-C cleared the line, or asked
         self.writing_in: Room | None = self.core.current  # the conversation that the line is for
+        self.ended_room = ""  # the name of a closed one, while the line is a text begun there
         self.escape: Timer | None = None
         self.input = Input(self.loop, 0, self.take)
         self.loop.turn_ends = self.paint
@@ -22616,6 +22850,9 @@ class TerminalClient(ManyServers):
         for seat in self.seats:
             seat.screen.server = str(seat.link.target) if several else ""
             seat.screen.elsewhere = functools.partial(self.rooms_besides, seat)
+
+    def is_writing(self, seat: Seat) -> bool:
+        return seat is self.seat and bool(self.editor.text)
 
     def rooms_besides(self, here: Seat) -> list[tuple[str, Room]]:
         """Return the conversations on all other servers, each with its server."""
@@ -22688,7 +22925,10 @@ class TerminalClient(ManyServers):
     def note_typing(self) -> None:
         """After each key, tell others about typing, and note which messages a command can mean."""
         text = self.editor.text
-        self.link.typing(self.core.current, text)
+        if self.ended_room and not text:
+            self.ended_room = ""
+            self.editor.set(self.writing_in.draft if self.writing_in else "")
+        self.link.typing(self.core.current, "" if self.ended_room else text)
         if text[:1] != "/":
             self.begun = math.inf
         elif self.begun == math.inf and self.core.current:
@@ -22698,7 +22938,9 @@ class TerminalClient(ManyServers):
         """Handle an entered line. An empty one is no message, although it is one from netcat."""
         self.present()
         command = text.rstrip().lower() if text[:1] == "/" else ""
-        if is_quit(text):
+        if self.ended_room:
+            self.refuse_late()
+        elif is_quit(text):
             self.leave(text[len("/quit") :].strip())
         elif command == "/go":
             self.list_rooms()
@@ -22711,6 +22953,13 @@ class TerminalClient(ManyServers):
         elif text:
             self.link.typed(text.rstrip() if command else text, None, "", self.begun)
             self.begun = math.inf
+
+    def refuse_late(self) -> None:
+        """Keep a text from being sent to another conversation than the one it was begun in."""
+        note = f"nothing was sent: {self.ended_room} is closed; Up brings the text back"
+        self.ended_room = ""
+        self.editor.set(self.writing_in.draft if self.writing_in else "")
+        self.show([View(NOTE, note)])
 
     def places(self) -> list[tuple[Seat, Room]]:
         """Return all conversations, server by server; their numbers are those of Alt and /go. A
@@ -22850,16 +23099,25 @@ class TerminalClient(ManyServers):
         self.news = True
 
     def change_drafts(self) -> None:
-        """After a change of conversation, keep the old one's draft and restore the new one's."""
-        before, self.writing_in = self.writing_in, self.core.current
+        """After a change of conversation, keep the old one's draft and restore the new one's. A
+        text begun in a conversation that has ended stays on the line, but is not sent; so does one
+        begun in none, which is for the first that there is."""
+        before, after = self.writing_in, self.core.current
+        self.writing_in = after
+        there = any(before is room for seat, room in self.places() if not seat.link.ended)
+        if self.editor.text and not there and not self.ended_room:
+            if before and not (after and after.name == before.name):
+                self.ended_room = before.name
+                text = f"{before.name} is closed; what you type for it is not sent"
+                self.display.keep(View(NOTE, text))
+            return
         text = self.editor.take()
         text = "" if is_secret(text) else text
-        if before and any(before is room for _, room in self.places()):
-            before.draft = text
-        elif text:
+        if self.ended_room and text:
             self.editor.remember(text)
-            self.display.keep(View(NOTE, "what you typed there is kept: Up brings it back"))
-        after = self.writing_in
+        elif before:
+            before.draft = text
+        self.ended_room = ""
         self.editor.set(after.draft if after else "")
         if after:
             after.draft = ""

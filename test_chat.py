@@ -17209,9 +17209,10 @@ def test_who_tells_which_users_are_away_or_operate_the_server():
         alice.hears(f"352 alice #lobby u h.example x {name} {flags} :3 Real Name")
     alice.hears("315 alice #lobby :End of WHO")
     told = [
-        re.sub(r" \(u@h\.example\) in #lobby: Real Name", "", text) for text in alice.kinds("told")
+        re.sub(r" \(u@h\.example\) in #lobby: Real Name", "", text)
+        for text in alice.kinds("page")[0].split("\n")
     ]
-    assert told[-4:] == [
+    assert told == [
         "bob",
         "carol, away",
         "dave, operator of the server",
@@ -17333,6 +17334,222 @@ def test_the_code_shows_the_address_that_the_server_announces_for_browsers():
         "http://127.0.0.1:7000/",
         "only this machine reaches that; --listen 0.0.0.0:7000 lets others in",
     ]
+
+
+TO_SERVICES = [  # what is typed, and the line that is sent
+    ("/msg nickserv identify hunter2", "PRIVMSG nickserv :identify hunter2"),
+    ("/msg AuthServ auth me hunter2", "PRIVMSG AuthServ :auth me hunter2"),
+    ("/msg Q@CServe.example auth me hunter2", "PRIVMSG Q@CServe.example :auth me hunter2"),
+    ("/msg X login me hunter2", "PRIVMSG X :login me hunter2"),
+    ("/query NickServ identify hunter2", "PRIVMSG NickServ :identify hunter2"),
+]
+
+
+@pytest.mark.parametrize("typed, line", TO_SERVICES)
+def test_a_password_for_a_service_is_neither_shown_nor_kept(folder, typed, line):
+    store = chat.ClientStore(chat.open_client_file(folder), "irc://x", "alice")
+    alice = Elsewhere(caps="echo-message message-tags server-time", store=store)
+    alice.types(typed)
+    assert alice.sent() == [line]
+    alice.hears(f"@msgid=m1 :alice!u@h {line}")
+    alice.core.close_store()
+    assert alice.said() == [] and not any("hunter2" in view.text for view in alice.views)
+    assert not any(b"hunter2" in path.read_bytes() for path in folder.iterdir())
+    assert not any("hunter2" in text for _, _, text in alice.core.traffic)
+    assert chat.is_secret(typed)
+
+
+def test_a_service_hears_nothing_without_a_connection_and_a_user_called_x_is_talked_to():
+    alice = Elsewhere(caps="echo-message message-tags")
+    alice.types("/msg X hello")
+    assert alice.said() == ["X *alice: hello"]
+    alice.core.disconnected()
+    alice.types("/query NickServ", "identify hunter2")
+    assert alice.kinds("back") == ["identify hunter2"] and not alice.said()
+
+
+LIKE_PASSWORDS = [  # a text, and the command that it may be meant as
+    ("msg nickserv identify pw", "login"),
+    ("ns identify pw", "login"),
+    ("nickserv identify pw", "login"),
+    ("lgoin pw", "login"),
+    ("idnetify pw", "login"),
+    (".login pw", "login"),
+    ("quote PASS pw", "pass"),
+    ("auth me pw", "login"),
+    ("register pw me@x.example", "register"),
+    ("X@channels.example login me pw", "login"),
+    ("login", ""),
+    ("logging in now", ""),
+    ("registered yesterday", ""),
+    ("the password is wrong", ""),
+    ("nickserv is down", ""),
+    ("open it", ""),
+    ("I want to register a name", ""),
+]
+
+
+@pytest.mark.parametrize("text, command", LIKE_PASSWORDS)
+def test_a_text_that_looks_like_a_password_is_sent_only_if_it_is_entered_again(text, command):
+    alice = Elsewhere()
+    alice.types(text)
+    assert alice.said() == ([] if command else [f"#lobby *alice: {text}"])
+    asked = f"nothing was sent: is that /{command}? Enter again sends it as text"
+    assert alice.kinds("note") == [asked] * bool(command)
+    alice.types(text)
+    assert alice.said() == [f"#lobby *alice: {text}"]
+
+
+COMMANDS_SENT = [  # what is typed in #tea, and the lines that are sent
+    ("/op #nope bob", ["MODE #nope +o bob"]),
+    ("/voice #nope bob", ["MODE #nope +v bob"]),
+    ("/ban #nope bob", ["MODE #nope +b bob!*@*"]),
+    ("/kick #nope bob be nice", ["KICK #nope bob :be nice"]),
+    ("/kick bob be nice", ["KICK #tea bob :be nice"]),
+    ("/op bob carl dan erin", ["MODE #tea +ooo bob carl dan", "MODE #tea +o erin"]),
+    ("/ban bob *!*@h", ["MODE #tea +bb bob!*@* *!*@h"]),
+    ("/unban #tea bob carl", ["MODE #tea -bb bob!*@* carl!*@*"]),
+    ("/ban", ["MODE #tea +b"]),
+    ("/unban #tea", []),
+    ("/op #tea", []),
+    ("/kick #nope", []),
+    ("/mode bob", ["MODE bob"]),
+    ("/mode alice +i", ["MODE alice +i"]),
+    ("/mode", ["MODE #tea"]),
+    ("/mode +m", ["MODE #tea +m"]),
+    ("/mode b", ["MODE #tea b"]),
+    ("/mode #other +k key", ["MODE #other +k key"]),
+    ("/whois bob", ["WHOIS bob"]),
+    ("/whois bob bob", ["WHOIS bob bob"]),
+    ("/join #a, #b", ["JOIN #a", "JOIN #b"]),
+    ("/join #a,#b k1,k2", ["JOIN #a k1", "JOIN #b k2"]),
+    ("/join #a #b", []),
+    ("/join ,", []),
+    ("/part tea", ["PART #tea"]),
+    ("/part #tea,#den gone home", ["PART #tea :gone home", "PART #den :gone home"]),
+    ("/part tea time", ["PART #tea :tea time"]),
+    ("/part den", ["PART #den"]),
+    ("/part", ["PART #tea"]),
+    ("/msg bob,carl", []),
+    ("/query bob,carl hi", []),
+    ("/msg #tea,#den hi", ["PRIVMSG #tea hi"]),
+]
+
+
+@pytest.mark.parametrize("typed, lines", COMMANDS_SENT)
+def test_a_command_is_about_the_channels_and_users_that_it_names(typed, lines):
+    alice = Elsewhere("CHANTYPES=#", "MODES=3", join=("#den", "#tea"))
+    alice.core.go(alice.core.rooms["#tea"])
+    alice.types(typed)
+    sent = [line for line in alice.sent(3) if not line.startswith("PING")]
+    assert sent == lines
+    assert bool(alice.kinds("back")) == (not lines)
+    assert set(alice.core.rooms) == {"#den", "#tea"}
+
+
+ANSWERED = [  # what is typed, the answer, and what is shown of it
+    ("/mode alice", ["221 alice +i"], ["+i"]),
+    ("/raw LUSERS", ["251 alice :5 users", "265 alice 5 9 :now 5"], [":5 users", "5 9 now 5"]),
+    ("/raw HELP", ["704 alice x :start", "705 alice x :more", "706 alice x :end"], []),
+    ("/raw ISON bob", ["303 alice :bob"], ["bob"]),
+    ("/invite bob #tea", ["341 alice bob #tea"], ["bob is invited to #tea"]),
+]
+
+
+@pytest.mark.parametrize("typed, answer, told", ANSWERED)
+def test_an_answer_to_a_command_is_shown_and_otherwise_not(typed, answer, told):
+    alice = Elsewhere()
+    quiet = [line for line in answer if line.split()[0] not in ("341", "704")]
+    assert alice.hears(*quiet).kinds("told") == ["you are alice"]
+    alice.types(typed).hears(*answer)
+    shown = alice.kinds("told")[1:]
+    assert len(shown) == len(answer)
+    assert all(any(one.lstrip(":") in text for text in shown) for one in told)
+    alice.core.disconnected()
+    alice.views.clear()
+    alice.connect()
+    assert alice.hears(*quiet).kinds("told") == ["you are alice"]
+
+
+LISTINGS = [  # what is typed, one row, the last line, and the row that is shown
+    ("/list", "322 alice #c{} 5 :about c", "323 alice :End", "#c{}  5  about c"),
+    ("/raw LIST >5", "322 alice #c{} 5 :about c", "323 alice :End", "#c{}  5  about c"),
+    (
+        *("/who *", "352 alice #c{} u h s bob H :0 Bob", "315 alice * :End"),
+        "bob (u@h) in #c{}: Bob",
+    ),
+    ("/raw WHO *", "352 alice #c{} u h s bob H :0 B", "315 alice * :End", "bob (u@h) in #c{}: B"),
+]
+
+
+@pytest.mark.parametrize("typed, row, end, shown", LISTINGS)
+def test_a_long_answer_is_a_page_and_an_empty_one_says_so(typed, row, end, shown):
+    alice = Elsewhere()
+    count = chat.LISTED_ROWS + 1000
+    alice.types(typed).hears(*(row.format(n) for n in range(count)), end)
+    page = alice.kinds("page")[0].split("\n")
+    assert page[0] == shown.format(0) and len(page) == chat.LISTED_ROWS + 1
+    assert page[-1] == "\u2026 and 1,000 more"
+    assert len(alice.views) < 20
+    alice.types(typed).hears(end)
+    assert alice.kinds("note")[-1].endswith(": nothing found")
+
+
+def test_members_of_a_channel_asked_for_by_a_raw_line_are_shown():
+    alice = Elsewhere()
+    alice.types("/raw NAMES #other").hears("353 alice = #other :@bob carl", "366 alice #other :End")
+    assert alice.kinds("people")[-1] == "@bob, carl"
+
+
+def test_an_away_text_that_is_refused_leaves_the_user_here():
+    alice = Elsewhere("AWAYLEN=5")
+    alice.types("/away far too long")
+    assert alice.core.away == "" and alice.kinds("back")
+
+
+def test_a_port_after_the_host_is_one_and_no_nick(at_keys):
+    at_keys.connect("there 6668 bob")
+    assert (at_keys.link.target.port, at_keys.core.wanted_name) == (6668, "bob")
+
+
+def test_a_flood_of_strangers_closes_no_conversation_with_a_draft_news_or_words_of_the_user():
+    alice = Elsewhere()
+    alice.hears(":idle!u@h PRIVMSG alice :hi", ":friend!u@h PRIVMSG alice :are you there?")
+    alice.core.mark_read(alice.core.rooms["idle"])
+    alice.types("/msg bob hello")
+    alice.core.room_for("carl").draft = "half a letter"
+    for n in range(chat.ROOMS_KEPT + 50):
+        alice.hears(f":s{n}!u@h PRIVMSG alice :spam")
+    assert {"friend", "bob", "carl", "#lobby"} <= alice.core.rooms.keys()
+    assert "idle" not in alice.core.rooms and len(alice.core.rooms) == chat.ROOMS_KEPT
+
+
+@pytest.mark.parametrize("back", [0, 10**9], ids=["a server's clock", "the own clock set back"])
+def test_a_wrong_clock_hides_no_later_messages(folder, back):
+    def start():
+        store = chat.ClientStore(chat.open_client_file(folder), "irc://x", "alice")
+        caps = "server-time message-tags batch draft/chathistory"
+        options = {"join": ("#den", "#tea"), "store": store, "clock": lambda: now}
+        return Elsewhere("CHATHISTORY=100", caps=caps, **options)
+
+    now = 1.7e9 + back
+    alice = start()
+    for room in alice.core.rooms.values():
+        alice.core.release(room)
+    alice.core.go(alice.core.rooms["#tea"])
+    alice.hears("@time=2099-01-01T00:00:00.000Z;msgid=m1 :bob!u@h PRIVMSG #tea :from the future")
+    alice.core.tick()
+    now = 1.7e9
+    alice.core.go(alice.core.rooms["#den"])
+    alice.hears("@time=2023-11-14T22:13:21.000Z;msgid=m2 :bob!u@h PRIVMSG #tea :now")
+    assert alice.core.rooms["#tea"].unread == 1
+    alice.core.close_store()
+    now = 1.7e9 + 5000
+    again = start()
+    again.core.release(again.core.rooms["#tea"])
+    again.hears("@time=2023-11-14T23:37:00.000Z;msgid=m3 :bob!u@h PRIVMSG #tea :later")
+    assert again.core.rooms["#tea"].unread >= 1
+    assert again.core.talk.since < 1.8e12
 
 
 # ======================================================================================
@@ -22235,6 +22452,171 @@ def test_a_transfer_can_be_dropped(running, tmp_path):
     alice.typed("/transfers cancel 1")
     assert not alice.core.transfers and not alice.transfers.calls
     alice.close()
+
+
+# A terminal client without a terminal: its keys, its screen as text, and lines of servers
+
+
+class Untouched:
+    """In place of a terminal of 80 columns, and of standard input."""
+
+    raw = False
+
+    def __init__(self, *more):
+        pass
+
+    def size(self):
+        return 80, 24
+
+
+@pytest.fixture
+def at_keys(monkeypatch):
+    """Return a terminal client on an IRC server, in #den and #tea, of which it looks at #tea."""
+    monkeypatch.setattr(chat, "RawTerminal", Untouched)
+    monkeypatch.setattr(chat, "Input", Untouched)
+    options = chat.ClientOptions("alice", chat.parse_target("irc://here"), join=("#den", "#tea"))
+    client = chat.TerminalClient(options)
+    hears(client, "001 alice :Welcome", *(f":alice!u@h JOIN {name}" for name in ("#den", "#tea")))
+    client.take(b"/go #tea\r")
+    yield client
+    client.close()
+    client.loop.close()
+
+
+def hears(client, *lines):
+    """Let the client hear these lines of the server that it looks at."""
+    if client.core.talk is None:
+        client.show(client.core.connected())
+    client.show(client.core.feed("".join(f"{line}\r\n" for line in lines).encode()))
+
+
+def spoken_to(client):
+    """Return the conversations and texts of the messages that wait or were sent."""
+    return [(one.where, one.text) for core in client.cores for one in core.outbox.waiting.values()]
+
+
+def notes_of(client):
+    views = [*(client.core.room or client.display.nowhere).views]
+    return [view.text for view in views if view.kind in ("note", "failed")]
+
+
+def test_a_text_goes_to_the_conversation_in_which_it_was_begun_although_a_join_is_answered(at_keys):
+    at_keys.take(b"/join #slow\rhello ev")
+    hears(at_keys, ":alice!u@h JOIN #slow")
+    at_keys.take(b"eryone\r")
+    assert spoken_to(at_keys) == [("#tea", "hello everyone")]
+    assert "#slow is joined; /go #slow looks at it" in notes_of(at_keys)
+    at_keys.take(b"/join #next\r")
+    hears(at_keys, ":alice!u@h JOIN #next")
+    at_keys.take(b"hi\r")
+    assert spoken_to(at_keys)[1:] == [("#next", "hi")]
+
+
+def test_a_text_for_a_channel_that_the_client_left_goes_nowhere_else(at_keys):
+    at_keys.take(b"secret for te")
+    hears(at_keys, ":alice!u@h PART #tea :bye")
+    at_keys.take(b"a people\r")
+    assert spoken_to(at_keys) == [("#tea", "secret for tea people")]
+    assert at_keys.core.here == "#tea" and at_keys.core.outbox.parked
+    assert "you left #tea; /close closes it" in notes_of(at_keys)
+    at_keys.take(b"/cancel\r/close\r")
+    assert at_keys.core.here == "#den" and not spoken_to(at_keys)
+
+
+def test_a_text_for_a_server_that_is_left_is_not_sent_to_another_one(at_keys):
+    other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
+    at_keys.look_at(other)
+    at_keys.core.go(at_keys.core.room_for("bob"))
+    at_keys.show(at_keys.core.take_views())
+    at_keys.take(b"for bob al")
+    other.link._end("gone")
+    at_keys.take(b"one\r")
+    assert at_keys.core.here == "#tea" and spoken_to(at_keys) == []
+    assert notes_of(at_keys)[-1] == "nothing was sent: bob is closed; Up brings the text back"
+    at_keys.take(b"\x10")
+    assert at_keys.editor.text == "for bob alone"
+    at_keys.take(b"\x15hello\r")
+    assert spoken_to(at_keys) == [("#tea", "hello")]
+
+
+@pytest.mark.parametrize("begun, kept", [("for bob", "for bob"), ("/login geheim", "")])
+def test_a_text_for_a_closed_conversation_is_no_draft_of_another(at_keys, begun, kept):
+    bob = at_keys.core.room_for("bob")
+    at_keys.core.rooms["#den"].draft = "den's own"
+    at_keys.core.go(bob)
+    at_keys.show(at_keys.core.take_views())
+    at_keys.take(begun.encode())
+    at_keys.core.close(bob)
+    at_keys.show(at_keys.core.take_views())
+    assert at_keys.ended_room == "bob" and at_keys.editor.text == begun
+    at_keys.take(b"\x1b1")
+    assert at_keys.core.here == "#den" and at_keys.editor.text == "den's own"
+    assert at_keys.core.rooms["#tea"].draft == ""
+    at_keys.take(b"\x15\x10")
+    assert at_keys.editor.text == (kept or "/go #tea")
+
+
+def test_a_text_begun_nowhere_is_for_the_first_conversation_that_there_is(at_keys):
+    at_keys.take(b"/close #den\r/close #tea\r")
+    hears(at_keys, ":alice!u@h PART #den", ":alice!u@h PART #tea")
+    assert at_keys.core.room is None
+    at_keys.take(b"/join #slow\rhello ev")
+    hears(at_keys, ":alice!u@h JOIN #slow")
+    at_keys.take(b"eryone\r")
+    assert spoken_to(at_keys) == [("#slow", "hello everyone")]
+
+
+def rows_seen(client, name):
+    """Return the rows of a conversation, as a terminal shows them, without times."""
+    look = chat.Look(chat.Palette(on=False), here=name, clock="")
+    return [
+        row.strip()
+        for view in client.core.rooms[name].views
+        for row in chat.view_lines(view, look)
+        if "connected" not in row and "you are" not in row
+    ]
+
+
+def test_what_one_segment_brings_is_shown_in_its_order(at_keys):
+    at_keys.core.rooms["#tea"].views.clear()
+    hears(
+        at_keys,
+        ":bob!u@h PRIVMSG #tea :one",
+        ":irc.example 404 alice #tea :Cannot send to channel",
+        ":bob!u@h INVITE alice #other",
+        ":bob!u@h PRIVMSG #tea :two",
+        ":irc.example 401 alice carl :No such nick/channel",
+        ":bob!u@h NOTICE alice :psst",
+        ":bob!u@h PRIVMSG #tea :three",
+        ":irc.example 329 alice #tea 1",
+    )
+    assert rows_seen(at_keys, "#tea") == [
+        "bob: one",
+        "#tea: Cannot send to channel",
+        "bob invites you to #other; /join #other",
+        "bob: two",
+        "carl: No such nick/channel",
+        "-bob- psst",
+        "bob: three",
+    ]
+
+
+def test_a_failure_comes_before_later_messages_of_its_segment(at_keys):
+    at_keys.take(b"hello\r")
+    at_keys.core.take_output()
+    at_keys.core.rooms["#tea"].views.clear()
+    refusal = ":irc.example 404 alice #tea :Cannot send to channel"
+    hears(at_keys, refusal, ":bob!u@h PRIVMSG #tea :later")
+    rows = rows_seen(at_keys, "#tea")
+    assert [row.split(":")[0] for row in rows] == ["FAILED", "bob"]
+
+
+def test_a_search_shows_what_it_found_between_its_two_notes(at_keys):
+    hears(at_keys, ":bob!u@h PRIVMSG #tea :green tea")
+    at_keys.take(b"/lastlog green\r")
+    rows = rows_seen(at_keys, "#tea")
+    assert [row.partition(":")[0] for row in rows[-3:]][0] == "lastlog of #tea"
+    assert rows[-2].endswith("bob: green tea") and rows[-1] == "end of lastlog of #tea"
 
 
 # ======================================================================================
