@@ -22424,7 +22424,7 @@ def test_what_cannot_be_sent_or_saved_is_told_with_the_reason(running, tmp_path)
         (f"/send {tmp_path}", "is no file"),
         (f"/send {tmp_path / 'none'}", "is no file"),
         ("/save", "no message here tells of such a file"),
-        ("/transfers what", "it goes like this"),
+        ("/transfers what", "usage: "),
     ):
         alice.typed(text)
         assert alice.noted(words), alice.views
