@@ -12002,13 +12002,27 @@ def dialect_of(first_line: bytes) -> str:
 
 CHAT, IRC, PLAIN = "chat.py", "irc", "plain"  # the kinds of server this client can talk to
 
-SAID, CAME, WENT, TOLD = "said", "came", "went", "told"
-NOTE, STATUS, UP, PEOPLE, NOTICED = "note", "status", "up", "people", "noticed"
-ARRIVED, FAILED, BACK, OLDER, PLACE = "arrived", "failed", "back", "older", "place"
-REMOVED, CLEARED, FOUND, MOVED, PAGE = "removed", "cleared", "found", "moved", "page"
-REACTED, TYPING, ROOM, READ_ELSEWHERE, RESET = "reacted", "typing", "room", "read", "reset"
-TRANSFER, QR_CODE = "transfer", "qr-code"
-
+# Kinds of views
+SAID, NOTICED = "said", "noticed"  # a message; a NOTICE of IRC
+CAME, WENT = "came", "went"  # a user joined or left
+MOVED = "moved"  # several joins and quits in one row
+TOLD, NOTE = "told", "note"  # a text of the server; of this client
+STATUS, UP = "status", "up"  # of the connection; it stands
+PEOPLE = "people"  # the members changed; with a text if the user asked for them
+ARRIVED, FAILED = "arrived", "failed"  # the outcome of a message of the user
+BACK = "back"  # a text that was not accepted, to be edited
+OLDER = "older"  # so many views were put before the others of a room
+PLACE = "place"  # the user goes to another room, which has so many new messages
+REMOVED = "removed"  # the message with this id was redacted
+CLEARED, RESET = "cleared", "reset"  # begin with an empty page; the rows begin with the next view
+FOUND = "found"  # an old message that was asked for
+PAGE = "page"  # a text with a name, to be read apart from the messages
+REACTED = "reacted"  # to the message with this id; number -1: the reaction was removed
+TYPING = "typing"  # a user is typing, paused or done
+ROOM = "room"  # another property of a conversation changed
+READ_ELSEWHERE = "read"  # the user read the conversation with another client
+TRANSFER = "transfer"  # a file transfer began, moved on or ended
+QR_CODE = "qr-code"  # an address, to be shown beside its code
 
 # Causes: why a connection ended, or why the server refused it; see Link
 TEMPORARY, NEEDS_USER, FATAL = "temporary", "needs the user", "fatal"
@@ -12017,18 +12031,6 @@ TEMPORARY, NEEDS_USER, FATAL = "temporary", "needs the user", "fatal"
 class View(NamedTuple):
     """A thing for a screen to show: a message, a notice or a change of state."""
 
-    # SAID: a message; NOTICED: a NOTICE of IRC; CAME, WENT: a user joined or left; TOLD: a text of
-    # the server; NOTE: a text of this client; STATUS of the connection, UP when it stands; PEOPLE:
-    # the members changed, with a text if the user asked for them; ARRIVED, FAILED: the outcome of a
-    # message of the user; BACK: a text that was not accepted, to be edited; OLDER: so many views
-    # were put before the others of a room; PLACE: the user goes to another room, which has so many
-    # new messages; REMOVED: the message with this id was redacted; CLEARED: begin with an empty
-    # page; FOUND: an old message that was asked for; MOVED: several joins and quits in one row;
-    # PAGE: a text with a name, to be read apart from the messages; REACTED: a user reacted to the
-    # message with this id, or removed the reaction (number -1); TYPING: a user is typing, paused or
-    # done; ROOM: another property of a conversation changed; READ_ELSEWHERE: the user did;
-    # RESET: its rows begin with the next view; TRANSFER: a file transfer began, moved on or ended;
-    # QR_CODE: an address, to be shown beside its code
     kind: str
     text: str = ""
     name: str = ""
@@ -16097,7 +16099,7 @@ def do_help(core: ClientCore, verb: str = "") -> None:
 def needed(given: Any, syntax: str) -> Any:
     """Return a part of a command. Raises Refused with the command's syntax if it is missing."""
     if not given:
-        raise Refused("NEED_MORE_PARAMS", f"it goes like this: {syntax}")
+        raise Refused("NEED_MORE_PARAMS", f"usage: {syntax}")
     return given
 
 
