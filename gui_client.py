@@ -723,12 +723,6 @@ def lines_of(pieces: list) -> int:
     return sum(text.count("\n") for text in pieces[::2])
 
 
-def drawable_pieces(pieces: list, drawable: Callable[[str], str]) -> list:
-    if drawable is not str:
-        pieces[::2] = map(drawable, pieces[::2])
-    return pieces
-
-
 class Sheet:
     """The rows of the conversation looked at, which of them are drawn, and in how many lines."""
 
@@ -1184,11 +1178,6 @@ def places(seats: Iterable[chat.Seat]) -> Iterator[Place]:
             yield seat, room
 
 
-def place_of(seats: Iterable[chat.Seat], number: int) -> Place | None:
-    """Return a conversation and its server by its number."""
-    return next((place for place in places(seats) if place[1].id == number), None)
-
-
 def answered_by(
     core: chat.ClientCore, room: chat.Room, view: chat.View, by_id: dict[str, chat.View]
 ) -> tuple[str, str]:
@@ -1623,7 +1612,8 @@ class Requests:
         self.back = watched.read_back
 
     def _place(self, number: int) -> Place | None:
-        return place_of(self.engine.seats, number)
+        """Return a conversation and its server by its number."""
+        return next((one for one in places(self.engine.seats) if one[1].id == number), None)
 
     def _seats(self, server: int) -> list[chat.Seat]:
         return [one for one in self.engine.seats if one.screen.number == server]
@@ -2793,7 +2783,7 @@ class Field(tk.Text):
             ("<<PrevWindow>>", lambda _: self._move(self.tk_focusPrev())),
             ("<<Paste>>", lambda _: self._paste("CLIPBOARD")),
             ("<<PasteSelection>>", self._paste_here),
-            ("<Control-a>", self._select_all),
+            ("<Control-a>", lambda _: self.tag_add("sel", "1.0", "end-1c") or "break"),
         ):
             self.bind(sequence, handler)
         offer_menu(self, look, "Cut", "Copy", "Paste", "Undo", "Redo", "Select All")
@@ -2819,10 +2809,6 @@ class Field(tk.Text):
 
     def _return(self, event: Any) -> str:
         self.enter()
-        return "break"
-
-    def _select_all(self, event: Any) -> str:
-        self.tag_add("sel", "1.0", "end-1c")
         return "break"
 
     def _move(self, widget: tk.Misc | None) -> str:
@@ -3212,6 +3198,14 @@ def open_file(path: str) -> str:
     return ""
 
 
+def open_link(url: str) -> str:
+    """Open a link in the browser, which may take a while; return why that cannot be."""
+    with contextlib.suppress(webbrowser.Error, OSError):
+        if webbrowser.open(url):
+            return ""
+    return f"no browser opens {shorter(url, NAME_SHOWN)}"
+
+
 def download_folder() -> pathlib.Path:
     folder = pathlib.Path.home() / "Downloads"
     return folder if folder.is_dir() else folder.parent
@@ -3366,13 +3360,9 @@ SCROLLING = (
     "<B2-Motion>",
     "<Home>",
 )
+NOTHING_SAID = "nothing was said here yet"
 SCROLL_MS = 1000  # from a key or a turn of the wheel until its movement is over
 CLICKED = ("expand", "retry", "cancel", "answers", "reaction", "save", "open", "show", "picture")
-
-
-def open_link(url: str) -> None:
-    """Open a link in a thread: some browsers let their starter wait."""
-    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
 class ReadText(tk.Text):
@@ -3414,7 +3404,8 @@ class ReadText(tk.Text):
 
     def insert_pieces(self, index: str, pieces: list) -> None:
         if pieces:
-            self.insert(index, *drawable_pieces(pieces, self.look.drawable))
+            pieces[::2] = map(self.look.drawable, pieces[::2])
+            self.insert(index, *pieces)
 
 
 class SheetText(ReadText):
@@ -3771,9 +3762,9 @@ class Pointer:
         number = self.text.row_at(index)
         if number is None or self.text.tag_ranges("sel"):  # the end of a selection
             return
-        if url := self.link_at(index):
-            return open_link(url)
         tags, row = self.text.tag_names(index), self.sheet.rows[number]
+        if url := self.link_at(index):
+            return self.acted(f"link {url}", row)
         for tag in CLICKED:
             if tag in tags:
                 self.acted(f"react {self._emoji_at(index)}" if tag == "reaction" else tag, row)
@@ -3880,6 +3871,7 @@ class Transcript(ttk.Frame):
             self.at_bottom = not self.sheet.past
             self.text.see("end")
         self.pointer.paint()
+        self.tell_older("")
         self._want_older()
 
     def append(self, rows: tuple[Row, ...], seen: bool) -> None:
@@ -3890,6 +3882,8 @@ class Transcript(ttk.Frame):
         if self.at_bottom:
             self.text.delete_first(self.sheet.fold_up())
             self.text.see("end")
+        if before == 0:
+            self.tell_older("")
         if before < FEW_ROWS:  # there was nothing older when there was no connection, say
             self.sheet.whole = False
             self._want_older()
@@ -4119,6 +4113,7 @@ class Transcript(ttk.Frame):
 
     def tell_older(self, text: str) -> None:
         """Show a text about older rows at the top."""
+        text = text or (NOTHING_SAID if self.sheet.room and not self.sheet.rows else "")
         if text:
             self.top.configure(text=text)
             self.top.place(relx=0.5, y=self.look.part(0.2), anchor="n")
@@ -4244,7 +4239,8 @@ def scrolled_tree(parent: tk.Misc, look: Look, *columns: str) -> ttk.Treeview:
 
     def recolour(focused: bool = False) -> None:
         c = look.colours
-        edge.configure(background=c.ground, highlightbackground=c.accent if focused else c.ground)
+        edge.configure(background=c.ground, highlightcolor=c.accent)
+        edge.configure(highlightbackground=c.accent if focused else c.ground)
 
     look.follow(recolour)
     tree.bind("<FocusIn>", lambda _: recolour(True))
@@ -5499,9 +5495,6 @@ class Writing(Acts):
         else:
             self.compose.editor.remember(event.text)
 
-    def all_drafts(self) -> dict[int, str]:
-        return {**self.drafts, self.model.here: self.compose.content}
-
     def _edited(self) -> None:
         """Keep a text that the user has changed, soon, and tell the others."""
         text = self.compose.content
@@ -5672,16 +5665,13 @@ class Reading(Acts):
         page.tell_below(self.below)
         self._see()
 
-    def _take_fetching(self, event: Fetching) -> None:
-        self.transcript.older_told(event)
-
     TAKEN: dict[type, Callable[[Any, Any], None]] = {
         Rows: _take_rows,
         Trimmed: lambda self, event: self.transcript.trim(event.count),
         Changed: lambda self, event: self.transcript.change(event.row),
         Cleared: lambda self, event: self.transcript.clear(),
         Read: lambda self, event: self.transcript.read_to(event.time),
-        Fetching: _take_fetching,
+        Fetching: lambda self, event: self.transcript.older_told(event),
     }
 
 
@@ -5853,8 +5843,7 @@ class MessageActs(Acts):
         if message and len(beginning(view.text)) < len(view.text):
             add("Show all of it, or less", "expand")
         for url in list(dict.fromkeys(link_of(one) for one in LINK.findall(view.text)))[:5]:
-            opened = functools.partial(open_link, url)
-            menu.add_command(label=self.look.seen(f"Open {shorter(url, 60)}"), command=opened)
+            add(f"Open {shorter(url, 60)}", f"link {url}")
         if message and not view.mine:
             menu.add_separator()
             add(f"Write to {shorter(view.name, 30)}", "private")
@@ -5892,9 +5881,11 @@ class MessageActs(Acts):
 
     def act(self, what: str, row: Row) -> None:
         """Do something with a message."""
-        what, _, emoji = what.partition(" ")
-        if what == "react" and emoji:
-            self._react(row, emoji)
+        what, _, more = what.partition(" ")
+        if what == "react" and more:
+            self._react(row, more)
+        elif what == "link":
+            self.window.jobs.start(functools.partial(open_link, more), self.window.tell)
         elif what in ("retry", "cancel"):
             self.do(what, self.model.here, row.view.own_id)
         elif act := self.ACTS.get(what):
@@ -6037,7 +6028,7 @@ class RoomActs(Acts):
         for label, command, for_operators in self.MEMBER_MENU:
             text = self.look.seen(f"{label} {shorter(name, 30)}")
             act = functools.partial(self.say, command.format(name))
-            on = self.people.is_operator(me) if for_operators else name != me
+            on = name != me and (self.people.is_operator(me) or not for_operators)
             menu.add_command(label=text, command=act, state=enabled(on))
         mention = functools.partial(self.compose.begin, f"{name}: ")
         menu.add_command(label="Mention in the field", command=mention)
@@ -6759,7 +6750,8 @@ class Window:
         self.closing = True
         self._remember()
         self.root.withdraw()
-        self.model.do("leave", reason, self.writing.all_drafts())
+        drafts = {**self.writing.drafts, self.model.here: self.compose.content}
+        self.model.do("leave", reason, drafts)
         self._wait_for_engine(time.monotonic() + CLOSE_SECONDS)
 
     def _wait_for_engine(self, until: float) -> None:
