@@ -122,6 +122,7 @@ class Server(NamedTuple):
     phase: str = chat.WAITING
     ready: bool = False
     status: str = ""
+    statuses: int = 0  # that there were
     retry_at: float = 0.0  # monotonic time of the next attempt; 0: none is planned
     waiting: int = 0  # messages that have not arrived
     parked: int = 0  # of these, messages that could not be sent
@@ -133,9 +134,10 @@ class Server(NamedTuple):
 
     @property
     def question(self) -> str:
-        """The question that the user has to answer before there is a connection; "" if none."""
-        stands_still = self.phase == chat.WAITING and not self.retry_at
-        return self.doubted or (self.status if stands_still else "")
+        """A key of the question that the user has to answer before there is a connection; ""
+        if there is none. The same question after another attempt has another key."""
+        asks = self.phase == chat.WAITING and not self.retry_at and self.status
+        return self.doubted or (f"{self.number} {self.statuses}" if asks else "")
 
 
 class RoomInfo(NamedTuple):
@@ -1070,12 +1072,6 @@ def emoji_for(word: str) -> list[tuple[str, str]]:
     return list(chosen.items())[:EMOJI_OFFERED]
 
 
-def with_emoji(text: str) -> str:
-    """Return a text with :name: replaced by the emoji of that name."""
-    names = emoji_names()
-    return re.sub(r":([a-z0-9_+-]{2,}):", lambda m: names.get(m[1], m[0]), text)
-
-
 # ======================================================================================
 # ENGINE
 # ======================================================================================
@@ -1116,7 +1112,7 @@ class SeatScreen:
 
     def __init__(self) -> None:
         self.number = next(SERVER_NUMBERS)
-        self.status = ""
+        self.status, self.statuses = "", 0
         self.nowhere = chat.Room("")  # for texts, while no conversation is open
         self.failed: dict[str, str] = {}  # own ids of messages that are given up, and why
         self.was_ready = self.told_why = False
@@ -1284,6 +1280,7 @@ class Overview:
             link.phase,
             core.ready,
             seat.screen.status,
+            seat.screen.statuses,
             retry_at,
             len(outbox.waiting),
             len(outbox.parked),
@@ -2022,6 +2019,7 @@ class Engine(chat.ManyServers):
 
     def _status(self, seat: chat.Seat, view: chat.View) -> None:
         seat.screen.status = view.text
+        seat.screen.statuses += 1
         if seat.link.again and not seat.screen.told_why:
             seat.screen.told_why = True
             self._keep(seat, chat.View(chat.NOTE, view.text.partition(WHY_AGAIN)[0]))
@@ -2210,10 +2208,19 @@ class Model:
         rooms = (room for room in self.rooms.values() if not room.muted and room.number != but)
         return sum(room.unread for room in rooms)
 
-    def take_rooms(self, event: Rooms) -> None:
-        for number in event.gone:
-            self.rooms.pop(number, None)
-        self.rooms.update((room.number, room) for room in event.changed)
+    def take(self, event: Servers | Rooms | Looked | Settings) -> None:
+        """Take what the engine tells; the widgets are told by the window."""
+        match event:
+            case Servers():
+                self.servers = event.servers
+            case Rooms():
+                for number in event.gone:
+                    self.rooms.pop(number, None)
+                self.rooms.update((room.number, room) for room in event.changed)
+            case Looked():
+                self.here, self.server_here = event.room, event.server
+            case Settings():
+                self.values = dict(event.values)
 
 
 # ======================================================================================
@@ -3931,6 +3938,10 @@ class Transcript(ttk.Frame):
         sheet = self.sheet
         self.reset(Rows(sheet.room, RESET, sheet.rows, sheet.read_time))
 
+    def rename_me(self, name: str) -> None:
+        """Note the name of this user, for rows that are drawn from now on."""
+        self.sheet.me = name
+
     def restyle(self, clock: str, pictures: bool) -> None:
         """Show times otherwise, or no pictures."""
         wanted = self.sheet.style._replace(clock=clock, pictures=pictures)
@@ -5477,6 +5488,10 @@ class Writing(Acts):
     def room_gone(self, number: int) -> None:
         self._keep_text(self.drafts.pop(number, ""))
 
+    def forget(self) -> None:
+        """Forget the drafts of an engine that has ended; the store has them."""
+        self.drafts.clear()
+
     def _keep_text(self, text: str) -> None:
         """Keep what was half typed in a conversation that is gone."""
         if text.strip() and not chat.is_secret(text):
@@ -5639,6 +5654,9 @@ class Reading(Acts):
 
     def room_gone(self, number: int) -> None:
         self.spots.pop(number, None)
+
+    def forget(self) -> None:
+        self.spots.clear()
 
     # Events of the conversation that is looked at
 
@@ -6367,7 +6385,7 @@ class Window:
         self.remembered = Remembered(options.state)
         self.model = Model()
         self.address = ""  # of the last server, as it was typed
-        self.asked_about: set[str] = set()  # questions of servers
+        self.asked_about: set[str] = set()  # keys of questions of servers
         self.closing = self.interrupted = self.gone = False
         self.collections = 0
         self.drained = 0.0  # when the last batch was taken
@@ -6571,8 +6589,8 @@ class Window:
         self.model.start(Engine(options, self.bell.rope))
         self.sidebar.clear()
         self.strip.show(())
-        self.writing.drafts.clear()
-        self.reading.spots.clear()
+        self.writing.forget()
+        self.reading.forget()
 
     def _client_options(self, name: str, server: str) -> chat.ClientOptions:
         if not chat.clean_name(name):
@@ -6623,7 +6641,7 @@ class Window:
             self.rung()
 
     def _take_servers(self, event: Servers) -> None:
-        self.model.servers = event.servers
+        self.model.take(event)
         self.sidebar.show_servers()
         self._name_user()
         self.asked_about &= {server.question for server in event.servers}
@@ -6644,11 +6662,11 @@ class Window:
     def _name_user(self) -> None:
         """Mark what is the user's own, in the conversation and among the members."""
         if self.model.me:
-            self.transcript.sheet.me = self.model.me
+            self.transcript.rename_me(self.model.me)
             self.people.rename_me(self.model.me)
 
     def _take_rooms(self, event: Rooms) -> None:
-        self.model.take_rooms(event)
+        self.model.take(event)
         self.sidebar.show_rooms(event)
         for number in event.gone:
             self.writing.room_gone(number)
@@ -6661,7 +6679,7 @@ class Window:
             self.writing.leave_room()
             self.reading.leave_room()
         self.transcript.pictures.forget(event.server != model.server_here)
-        model.here, model.server_here = event.room, event.server
+        model.take(event)
         self.writing.enter_room(model.rooms.get(event.room), event.room, from_nowhere=not before)
         self.sidebar.set_draft(event.room, False)
         self.sidebar.select()
@@ -6698,7 +6716,8 @@ class Window:
         self.notices.flash(not focused)
 
     def _take_settings(self, event: Settings) -> None:
-        self.model.values = values = dict(event.values)
+        self.model.take(event)
+        values = self.model.values
         self.look.want(*(values[name] for name in LOOK_SETTINGS))
         self.transcript.restyle(values["time"], values["pictures"] == "on")
 
