@@ -122,6 +122,7 @@ class Server(NamedTuple):
     phase: str = chat.WAITING
     ready: bool = False
     status: str = ""
+    statuses: int = 0  # that there were
     retry_at: float = 0.0  # monotonic time of the next attempt; 0: none is planned
     waiting: int = 0  # messages that have not arrived
     parked: int = 0  # of these, messages that could not be sent
@@ -133,9 +134,10 @@ class Server(NamedTuple):
 
     @property
     def question(self) -> str:
-        """The question that the user has to answer before there is a connection; "" if none."""
-        stands_still = self.phase == chat.WAITING and not self.retry_at
-        return self.doubted or (self.status if stands_still else "")
+        """A key of the question that the user has to answer before there is a connection; ""
+        if there is none. The same question after another attempt has another key."""
+        asks = self.phase == chat.WAITING and not self.retry_at and self.status
+        return self.doubted or (f"{self.number} {self.statuses}" if asks else "")
 
 
 class RoomInfo(NamedTuple):
@@ -723,12 +725,6 @@ def lines_of(pieces: list) -> int:
     return sum(text.count("\n") for text in pieces[::2])
 
 
-def drawable_pieces(pieces: list, drawable: Callable[[str], str]) -> list:
-    if drawable is not str:
-        pieces[::2] = map(drawable, pieces[::2])
-    return pieces
-
-
 class Sheet:
     """The rows of the conversation looked at, which of them are drawn, and in how many lines."""
 
@@ -1076,12 +1072,6 @@ def emoji_for(word: str) -> list[tuple[str, str]]:
     return list(chosen.items())[:EMOJI_OFFERED]
 
 
-def with_emoji(text: str) -> str:
-    """Return a text with :name: replaced by the emoji of that name."""
-    names = emoji_names()
-    return re.sub(r":([a-z0-9_+-]{2,}):", lambda m: names.get(m[1], m[0]), text)
-
-
 # ======================================================================================
 # ENGINE
 # ======================================================================================
@@ -1122,7 +1112,7 @@ class SeatScreen:
 
     def __init__(self) -> None:
         self.number = next(SERVER_NUMBERS)
-        self.status = ""
+        self.status, self.statuses = "", 0
         self.nowhere = chat.Room("")  # for texts, while no conversation is open
         self.failed: dict[str, str] = {}  # own ids of messages that are given up, and why
         self.was_ready = self.told_why = False
@@ -1182,11 +1172,6 @@ def places(seats: Iterable[chat.Seat]) -> Iterator[Place]:
         yield seat, seat.screen.nowhere
         for room in seat.core.rooms.values():
             yield seat, room
-
-
-def place_of(seats: Iterable[chat.Seat], number: int) -> Place | None:
-    """Return a conversation and its server by its number."""
-    return next((place for place in places(seats) if place[1].id == number), None)
 
 
 def answered_by(
@@ -1295,6 +1280,7 @@ class Overview:
             link.phase,
             core.ready,
             seat.screen.status,
+            seat.screen.statuses,
             retry_at,
             len(outbox.waiting),
             len(outbox.parked),
@@ -1623,7 +1609,8 @@ class Requests:
         self.back = watched.read_back
 
     def _place(self, number: int) -> Place | None:
-        return place_of(self.engine.seats, number)
+        """Return a conversation and its server by its number."""
+        return next((one for one in places(self.engine.seats) if one[1].id == number), None)
 
     def _seats(self, server: int) -> list[chat.Seat]:
         return [one for one in self.engine.seats if one.screen.number == server]
@@ -2032,6 +2019,7 @@ class Engine(chat.ManyServers):
 
     def _status(self, seat: chat.Seat, view: chat.View) -> None:
         seat.screen.status = view.text
+        seat.screen.statuses += 1
         if seat.link.again and not seat.screen.told_why:
             seat.screen.told_why = True
             self._keep(seat, chat.View(chat.NOTE, view.text.partition(WHY_AGAIN)[0]))
@@ -2220,10 +2208,19 @@ class Model:
         rooms = (room for room in self.rooms.values() if not room.muted and room.number != but)
         return sum(room.unread for room in rooms)
 
-    def take_rooms(self, event: Rooms) -> None:
-        for number in event.gone:
-            self.rooms.pop(number, None)
-        self.rooms.update((room.number, room) for room in event.changed)
+    def take(self, event: Servers | Rooms | Looked | Settings) -> None:
+        """Take what the engine tells; the widgets are told by the window."""
+        match event:
+            case Servers():
+                self.servers = event.servers
+            case Rooms():
+                for number in event.gone:
+                    self.rooms.pop(number, None)
+                self.rooms.update((room.number, room) for room in event.changed)
+            case Looked():
+                self.here, self.server_here = event.room, event.server
+            case Settings():
+                self.values = dict(event.values)
 
 
 # ======================================================================================
@@ -2793,7 +2790,7 @@ class Field(tk.Text):
             ("<<PrevWindow>>", lambda _: self._move(self.tk_focusPrev())),
             ("<<Paste>>", lambda _: self._paste("CLIPBOARD")),
             ("<<PasteSelection>>", self._paste_here),
-            ("<Control-a>", self._select_all),
+            ("<Control-a>", lambda _: self.tag_add("sel", "1.0", "end-1c") or "break"),
         ):
             self.bind(sequence, handler)
         offer_menu(self, look, "Cut", "Copy", "Paste", "Undo", "Redo", "Select All")
@@ -2819,10 +2816,6 @@ class Field(tk.Text):
 
     def _return(self, event: Any) -> str:
         self.enter()
-        return "break"
-
-    def _select_all(self, event: Any) -> str:
-        self.tag_add("sel", "1.0", "end-1c")
         return "break"
 
     def _move(self, widget: tk.Misc | None) -> str:
@@ -3212,6 +3205,14 @@ def open_file(path: str) -> str:
     return ""
 
 
+def open_link(url: str) -> str:
+    """Open a link in the browser, which may take a while; return why that cannot be."""
+    with contextlib.suppress(webbrowser.Error, OSError):
+        if webbrowser.open(url):
+            return ""
+    return f"no browser opens {shorter(url, NAME_SHOWN)}"
+
+
 def download_folder() -> pathlib.Path:
     folder = pathlib.Path.home() / "Downloads"
     return folder if folder.is_dir() else folder.parent
@@ -3366,13 +3367,9 @@ SCROLLING = (
     "<B2-Motion>",
     "<Home>",
 )
+NOTHING_SAID = "nothing was said here yet"
 SCROLL_MS = 1000  # from a key or a turn of the wheel until its movement is over
 CLICKED = ("expand", "retry", "cancel", "answers", "reaction", "save", "open", "show", "picture")
-
-
-def open_link(url: str) -> None:
-    """Open a link in a thread: some browsers let their starter wait."""
-    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
 class ReadText(tk.Text):
@@ -3414,7 +3411,8 @@ class ReadText(tk.Text):
 
     def insert_pieces(self, index: str, pieces: list) -> None:
         if pieces:
-            self.insert(index, *drawable_pieces(pieces, self.look.drawable))
+            pieces[::2] = map(self.look.drawable, pieces[::2])
+            self.insert(index, *pieces)
 
 
 class SheetText(ReadText):
@@ -3771,9 +3769,9 @@ class Pointer:
         number = self.text.row_at(index)
         if number is None or self.text.tag_ranges("sel"):  # the end of a selection
             return
-        if url := self.link_at(index):
-            return open_link(url)
         tags, row = self.text.tag_names(index), self.sheet.rows[number]
+        if url := self.link_at(index):
+            return self.acted(f"link {url}", row)
         for tag in CLICKED:
             if tag in tags:
                 self.acted(f"react {self._emoji_at(index)}" if tag == "reaction" else tag, row)
@@ -3880,6 +3878,7 @@ class Transcript(ttk.Frame):
             self.at_bottom = not self.sheet.past
             self.text.see("end")
         self.pointer.paint()
+        self.tell_older("")
         self._want_older()
 
     def append(self, rows: tuple[Row, ...], seen: bool) -> None:
@@ -3890,6 +3889,8 @@ class Transcript(ttk.Frame):
         if self.at_bottom:
             self.text.delete_first(self.sheet.fold_up())
             self.text.see("end")
+        if before == 0:
+            self.tell_older("")
         if before < FEW_ROWS:  # there was nothing older when there was no connection, say
             self.sheet.whole = False
             self._want_older()
@@ -3936,6 +3937,10 @@ class Transcript(ttk.Frame):
         """Draw all rows again."""
         sheet = self.sheet
         self.reset(Rows(sheet.room, RESET, sheet.rows, sheet.read_time))
+
+    def rename_me(self, name: str) -> None:
+        """Note the name of this user, for rows that are drawn from now on."""
+        self.sheet.me = name
 
     def restyle(self, clock: str, pictures: bool) -> None:
         """Show times otherwise, or no pictures."""
@@ -4119,6 +4124,7 @@ class Transcript(ttk.Frame):
 
     def tell_older(self, text: str) -> None:
         """Show a text about older rows at the top."""
+        text = text or (NOTHING_SAID if self.sheet.room and not self.sheet.rows else "")
         if text:
             self.top.configure(text=text)
             self.top.place(relx=0.5, y=self.look.part(0.2), anchor="n")
@@ -4244,7 +4250,8 @@ def scrolled_tree(parent: tk.Misc, look: Look, *columns: str) -> ttk.Treeview:
 
     def recolour(focused: bool = False) -> None:
         c = look.colours
-        edge.configure(background=c.ground, highlightbackground=c.accent if focused else c.ground)
+        edge.configure(background=c.ground, highlightcolor=c.accent)
+        edge.configure(highlightbackground=c.accent if focused else c.ground)
 
     look.follow(recolour)
     tree.bind("<FocusIn>", lambda _: recolour(True))
@@ -5481,6 +5488,10 @@ class Writing(Acts):
     def room_gone(self, number: int) -> None:
         self._keep_text(self.drafts.pop(number, ""))
 
+    def forget(self) -> None:
+        """Forget the drafts of an engine that has ended; the store has them."""
+        self.drafts.clear()
+
     def _keep_text(self, text: str) -> None:
         """Keep what was half typed in a conversation that is gone."""
         if text.strip() and not chat.is_secret(text):
@@ -5498,9 +5509,6 @@ class Writing(Acts):
             self.do("draft", event.room, event.text)
         else:
             self.compose.editor.remember(event.text)
-
-    def all_drafts(self) -> dict[int, str]:
-        return {**self.drafts, self.model.here: self.compose.content}
 
     def _edited(self) -> None:
         """Keep a text that the user has changed, soon, and tell the others."""
@@ -5647,6 +5655,9 @@ class Reading(Acts):
     def room_gone(self, number: int) -> None:
         self.spots.pop(number, None)
 
+    def forget(self) -> None:
+        self.spots.clear()
+
     # Events of the conversation that is looked at
 
     def take(self, event: Any) -> None:
@@ -5672,16 +5683,13 @@ class Reading(Acts):
         page.tell_below(self.below)
         self._see()
 
-    def _take_fetching(self, event: Fetching) -> None:
-        self.transcript.older_told(event)
-
     TAKEN: dict[type, Callable[[Any, Any], None]] = {
         Rows: _take_rows,
         Trimmed: lambda self, event: self.transcript.trim(event.count),
         Changed: lambda self, event: self.transcript.change(event.row),
         Cleared: lambda self, event: self.transcript.clear(),
         Read: lambda self, event: self.transcript.read_to(event.time),
-        Fetching: _take_fetching,
+        Fetching: lambda self, event: self.transcript.older_told(event),
     }
 
 
@@ -5853,8 +5861,7 @@ class MessageActs(Acts):
         if message and len(beginning(view.text)) < len(view.text):
             add("Show all of it, or less", "expand")
         for url in list(dict.fromkeys(link_of(one) for one in LINK.findall(view.text)))[:5]:
-            opened = functools.partial(open_link, url)
-            menu.add_command(label=self.look.seen(f"Open {shorter(url, 60)}"), command=opened)
+            add(f"Open {shorter(url, 60)}", f"link {url}")
         if message and not view.mine:
             menu.add_separator()
             add(f"Write to {shorter(view.name, 30)}", "private")
@@ -5892,9 +5899,11 @@ class MessageActs(Acts):
 
     def act(self, what: str, row: Row) -> None:
         """Do something with a message."""
-        what, _, emoji = what.partition(" ")
-        if what == "react" and emoji:
-            self._react(row, emoji)
+        what, _, more = what.partition(" ")
+        if what == "react" and more:
+            self._react(row, more)
+        elif what == "link":
+            self.window.jobs.start(functools.partial(open_link, more), self.window.tell)
         elif what in ("retry", "cancel"):
             self.do(what, self.model.here, row.view.own_id)
         elif act := self.ACTS.get(what):
@@ -6037,7 +6046,7 @@ class RoomActs(Acts):
         for label, command, for_operators in self.MEMBER_MENU:
             text = self.look.seen(f"{label} {shorter(name, 30)}")
             act = functools.partial(self.say, command.format(name))
-            on = self.people.is_operator(me) if for_operators else name != me
+            on = name != me and (self.people.is_operator(me) or not for_operators)
             menu.add_command(label=text, command=act, state=enabled(on))
         mention = functools.partial(self.compose.begin, f"{name}: ")
         menu.add_command(label="Mention in the field", command=mention)
@@ -6376,7 +6385,7 @@ class Window:
         self.remembered = Remembered(options.state)
         self.model = Model()
         self.address = ""  # of the last server, as it was typed
-        self.asked_about: set[str] = set()  # questions of servers
+        self.asked_about: set[str] = set()  # keys of questions of servers
         self.closing = self.interrupted = self.gone = False
         self.collections = 0
         self.drained = 0.0  # when the last batch was taken
@@ -6580,8 +6589,8 @@ class Window:
         self.model.start(Engine(options, self.bell.rope))
         self.sidebar.clear()
         self.strip.show(())
-        self.writing.drafts.clear()
-        self.reading.spots.clear()
+        self.writing.forget()
+        self.reading.forget()
 
     def _client_options(self, name: str, server: str) -> chat.ClientOptions:
         if not chat.clean_name(name):
@@ -6632,7 +6641,7 @@ class Window:
             self.rung()
 
     def _take_servers(self, event: Servers) -> None:
-        self.model.servers = event.servers
+        self.model.take(event)
         self.sidebar.show_servers()
         self._name_user()
         self.asked_about &= {server.question for server in event.servers}
@@ -6653,11 +6662,11 @@ class Window:
     def _name_user(self) -> None:
         """Mark what is the user's own, in the conversation and among the members."""
         if self.model.me:
-            self.transcript.sheet.me = self.model.me
+            self.transcript.rename_me(self.model.me)
             self.people.rename_me(self.model.me)
 
     def _take_rooms(self, event: Rooms) -> None:
-        self.model.take_rooms(event)
+        self.model.take(event)
         self.sidebar.show_rooms(event)
         for number in event.gone:
             self.writing.room_gone(number)
@@ -6670,7 +6679,7 @@ class Window:
             self.writing.leave_room()
             self.reading.leave_room()
         self.transcript.pictures.forget(event.server != model.server_here)
-        model.here, model.server_here = event.room, event.server
+        model.take(event)
         self.writing.enter_room(model.rooms.get(event.room), event.room, from_nowhere=not before)
         self.sidebar.set_draft(event.room, False)
         self.sidebar.select()
@@ -6707,7 +6716,8 @@ class Window:
         self.notices.flash(not focused)
 
     def _take_settings(self, event: Settings) -> None:
-        self.model.values = values = dict(event.values)
+        self.model.take(event)
+        values = self.model.values
         self.look.want(*(values[name] for name in LOOK_SETTINGS))
         self.transcript.restyle(values["time"], values["pictures"] == "on")
 
@@ -6759,7 +6769,8 @@ class Window:
         self.closing = True
         self._remember()
         self.root.withdraw()
-        self.model.do("leave", reason, self.writing.all_drafts())
+        drafts = {**self.writing.drafts, self.model.here: self.compose.content}
+        self.model.do("leave", reason, drafts)
         self._wait_for_engine(time.monotonic() + CLOSE_SECONDS)
 
     def _wait_for_engine(self, until: float) -> None:

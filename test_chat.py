@@ -61,6 +61,7 @@ import time
 import types
 import urllib.request
 import weakref
+import webbrowser
 import zlib
 from typing import NamedTuple
 
@@ -23855,6 +23856,26 @@ def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
     menu.invoke(menu.index("dark"))
     pump(alice, lambda: alice.look.colours is gui_client.DARK)
     assert choice.get() == "dark"
+
+
+def test_a_link_is_opened_by_a_click_and_the_user_told_if_it_cannot_be(
+    running, window, monkeypatch
+):
+    server, opened = running(), []
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+    bob.send("see www.example.org\n")
+    see(alice, "see www.example.org\n")
+    monkeypatch.setattr(webbrowser, "open", lambda url: opened.append(url) or len(opened) > 1)
+    text, url, about = alice.transcript.text, "https://www.example.org", alice.status_line.about
+    alice.root.update()
+    x, y, *_ = text.bbox(f"{text.search('www.', '1.0')} + 3 chars")
+    text.event_generate("<Button-1>", x=x + 1, y=y + 1)
+    text.event_generate("<ButtonRelease-1>", x=x + 1, y=y + 1)
+    pump(alice, lambda: about.cget("text") == f"no browser opens {url}")
+    alice.messages.act(f"link {url}", alice.transcript.pointer.row)
+    pump(alice, lambda: about.cget("text") == gui_client.HINT)
+    assert opened == ["https://www.example.org"] * 2
 
 
 def test_a_certificate_that_is_not_trusted_is_a_question(running, window, certificate):
