@@ -15294,6 +15294,17 @@ def test_a_store_that_stays_locked_keeps_the_newest_of_what_waits(monkeypatch):
     assert [view.text for view in store.page("#tea", 100)] == [str(n) for n in range(5, 25)]
 
 
+def test_a_page_before_a_message_has_those_of_the_same_millisecond():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    views = [chat.View(chat.SAID, str(n), "bob", "#tea", 1000, id=f"id{n}") for n in range(3)]
+    for view in views:
+        store.add("#tea", view)
+    assert [view.text for view in store.page("#tea", 9, views[2])] == ["0", "1"]
+    assert [view.text for view in store.page_after("#tea", 9, views[0])] == ["1", "2"]
+    later = chat.View(chat.SAID, "not stored", "bob", "#tea", 1000)
+    assert [view.text for view in store.page("#tea", 9, later)] == ["0", "1", "2"]
+
+
 def test_a_page_of_which_nothing_can_be_seen_is_not_the_beginning():
     house = house_of("bob")
     house.say("bob", *(f"first {n}" for n in range(5)))
