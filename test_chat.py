@@ -2675,6 +2675,20 @@ def test_as_many_absent_users_stay_as_the_limit_has_and_the_first_of_more_goes(m
         assert "".join(house.hub.users) == there
 
 
+def test_the_end_of_a_grace_period_is_looked_for_when_the_first_one_ends():
+    house = House()
+    for n, name in enumerate("ab"):
+        come(house, name, secret=str(n) * 32)
+    house.leave("a")
+    house.turn()
+    left = house.loop.now
+    house.now += 20
+    house.turn()
+    house.leave("b")
+    house.turn()
+    assert house.grace_timer.when == pytest.approx(left + chat.GRACE_SECONDS, abs=2)
+
+
 def test_as_many_invitations_count_as_the_limit_has_and_the_oldest_of_more_ends(monkeypatch):
     monkeypatch.setattr(chat, "INVITATIONS", 2)
     house = House()
@@ -15552,6 +15566,16 @@ def test_a_client_that_starts_again_shows_what_it_had_and_fills_the_gap():
         "hi",
         "while you were away",
     ]
+
+
+@pytest.mark.parametrize("size, tokens", [(10, 1.0), (chat.PACE_BYTES, 1.6)])
+def test_a_long_line_takes_more_of_the_pace_than_a_short_one(size, tokens):
+    alice = Elsewhere()
+    talk = alice.core.talk
+    talk.budget = chat.Budget(100.0, 1.0, alice.now)
+    alice.types("/topic " + "x" * size)
+    assert any("TOPIC" in line for line in alice.sent())
+    assert talk.budget.tokens == pytest.approx(100.0 - tokens, abs=0.15)
 
 
 def test_a_client_reads_back_and_searches_in_all_that_it_has_kept():
