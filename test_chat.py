@@ -2928,6 +2928,20 @@ def test_as_many_absent_users_stay_as_the_limit_has_and_the_first_of_more_goes(m
         assert "".join(house.hub.users) == there
 
 
+def test_the_end_of_a_grace_period_is_looked_for_when_the_first_one_ends():
+    house = House()
+    for n, name in enumerate("ab"):
+        come(house, name, secret=str(n) * 32)
+    house.leave("a")
+    house.turn()
+    left = house.loop.now
+    house.now += 20
+    house.turn()
+    house.leave("b")
+    house.turn()
+    assert house.grace_timer.when == pytest.approx(left + chat.GRACE_SECONDS, abs=2)
+
+
 def test_as_many_invitations_count_as_the_limit_has_and_the_oldest_of_more_ends(monkeypatch):
     monkeypatch.setattr(chat, "INVITATIONS", 2)
     house = House()
@@ -15524,6 +15538,129 @@ def test_an_ignored_user_opens_nothing_with_a_message_of_several_lines():
     assert "bob" not in alice.core.rooms
 
 
+MESSAGES_AT_THE_LIMIT = [  # where, the text, its kind, and whether some server may take it
+    ("#a", "\n".join(["x"] * chat.MESSAGE_LINES), chat.MESSAGE, True),
+    ("#a", "\n".join(["x"] * (chat.MESSAGE_LINES + 1)), chat.MESSAGE, False),
+    ("#a", "x" * chat.LINE_BYTES, chat.MESSAGE, True),
+    ("#a", "\u00e9" * (chat.LINE_BYTES // 2), chat.MESSAGE, True),
+    ("#a", "x" * (chat.LINE_BYTES + 1), chat.MESSAGE, False),
+    ("#a", "x" * chat.FITS_ALWAYS, chat.ACTION, True),
+    ("#a", "x" * (chat.FITS_ALWAYS + 1), chat.ACTION, False),
+    ("#" + "a" * 63, "x", chat.MESSAGE, True),
+    ("#" + "a" * 64, "x", chat.MESSAGE, False),
+]
+
+
+@pytest.mark.parametrize("where, text, kind, taken", MESSAGES_AT_THE_LIMIT)
+def test_a_message_is_as_long_as_a_server_takes_it_and_no_longer(where, text, kind, taken):
+    with contextlib.nullcontext() if taken else pytest.raises(chat.Refused):
+        chat.check_message(where, text, kind, 64)
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_an_address_is_shown_as_a_code_up_to_what_a_code_can_have(beyond):
+    alice = Elsewhere()
+    alice.core.server.ours = True
+    url = "https://h.example/".ljust(chat.QR_BYTES + beyond, "x")
+    alice.core.server.tokens["chat.py/WEB"] = url
+    alice.types("/qr")
+    codes = alice.kinds(chat.QR_CODE)
+    assert codes == ([url] if not beyond else []) and bool(alice.kinds("back")) == bool(beyond)
+    if not beyond:
+        assert chat.qr_rows(url)
+
+
+def test_a_conversation_keeps_as_many_views_as_the_limit_and_more_only_for_a_reader(monkeypatch):
+    monkeypatch.setattr(chat, "VIEWS_KEPT", 3)
+    views = chat.Transcript()
+    for n in range(3):
+        views.append(n)
+    assert list(views) == [0, 1, 2] and not views.dropped
+    views.append(3)
+    assert list(views) == [1, 2, 3] and views.dropped
+    views.reading = True
+    views.append(4)
+    assert list(views) == [1, 2, 3, 4]
+    views.trim()
+    assert list(views) == [2, 3, 4] and views.total == 5
+
+
+def test_messages_that_are_held_are_dropped_once_they_are_too_many(monkeypatch):
+    monkeypatch.setattr(chat, "VIEWS_KEPT", 3)
+    room = chat.Room("#a")
+    room.held = []
+    for n, (held, spilled) in enumerate([(1, False), (2, False), (3, False), (0, True)]):
+        room.hold(chat.View(chat.SAID, str(n)))
+        assert (len(room.held), room.spilled) == (held, spilled)
+
+
+def test_the_oldest_of_too_many_ids_is_forgotten(monkeypatch):
+    monkeypatch.setattr(chat, "IDS_KEPT", 2)
+    ids = {}
+    for id, known in (("a", "a"), ("b", "ab"), ("c", "bc")):
+        chat.remember(ids, id)
+        assert "".join(ids) == known
+
+
+def test_people_are_listed_up_to_the_limit(monkeypatch):
+    monkeypatch.setattr(chat, "PEOPLE_LISTED", 2)
+    alice = Elsewhere()
+    room = alice.core.find("#lobby")
+    room.people.clear()
+    longest = "n" * chat.NAME_BYTES
+    for name in (longest + "n", longest, "bob", "carol"):
+        room.came(name)
+        alice.core.note_person(name, away=True, account=name)
+    assert list(room.people) == [longest, "bob"]
+    assert len(alice.core.away_keys) == len(alice.core.accounts) == 2
+    room.typing.clear()
+    monkeypatch.setattr(chat, "TYPING_MOST", 2)
+    for name in "abc":
+        alice.core.types(room, name, "active")
+    assert list(room.typing) == ["a", "b"]
+
+
+@pytest.mark.parametrize("people, asked", [(2, True), (3, False)])
+def test_members_of_a_channel_are_asked_about_up_to_the_limit(monkeypatch, people, asked):
+    monkeypatch.setattr(chat, "PEOPLE_ASKED", 2)
+    alice = Elsewhere()
+    room = alice.core.find("#lobby")
+    room.inside, room.people = True, dict.fromkeys("abc"[:people], "")
+    alice.core.ask_people(room)
+    assert room.asked_people == asked and ("WHO #lobby" in alice.sent(9)) == asked
+
+
+def test_batches_and_their_lines_are_collected_up_to_the_limits(monkeypatch):
+    monkeypatch.setattr(chat, "BATCH_LINES", 2)
+    monkeypatch.setattr(chat, "BATCHES", 2)
+    alice = Elsewhere(caps="batch message-tags")
+    for n in (1, 2, 3):
+        alice.hears(f"BATCH +{n} netsplit a b")
+    assert list(alice.core.talk.batches) == ["1", "2"]
+    for n in range(3):
+        alice.hears(f"@batch=1 :bob!u@h PRIVMSG #lobby :{n}")
+    assert alice.said() == ["#lobby bob: 2"]  # one too many is shown at once
+    alice.hears("BATCH -1")
+    assert alice.said() == ["#lobby bob: 0", "#lobby bob: 1"]
+
+
+def test_what_a_server_tells_of_itself_is_kept_up_to_the_limit(monkeypatch):
+    monkeypatch.setattr(chat, "TOKENS_KEPT", 3)
+    alice = Elsewhere()
+    alice.core.server.tokens.clear()
+    alice.hears("005 alice A=1 B=2 C=3 D=4 :are supported", "005 alice -A :are supported")
+    alice.hears("005 alice E=5 F=6 :are supported")
+    assert alice.core.server.tokens == {"B": "2", "C": "3", "E": "5"}
+
+
+def test_conversations_are_as_many_as_the_limit_and_the_oldest_private_one_goes(monkeypatch):
+    monkeypatch.setattr(chat, "ROOMS_KEPT", 3)
+    alice = Elsewhere()
+    for n, there in enumerate(("#lobby n0", "#lobby n0 n1", "#lobby n1 n2")):
+        alice.hears(f":n{n}!u@h PRIVMSG alice :hi")
+        assert " ".join(alice.core.rooms) == there
+
+
 # Found by use, once more
 
 
@@ -15625,6 +15762,17 @@ def test_a_store_that_stays_locked_keeps_the_newest_of_what_waits(monkeypatch):
     assert store.trouble
     store.db.execute("ROLLBACK")
     assert [view.text for view in store.page("#tea", 100)] == [str(n) for n in range(5, 25)]
+
+
+def test_a_page_before_a_message_has_those_of_the_same_millisecond():
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    views = [chat.View(chat.SAID, str(n), "bob", "#tea", 1000, id=f"id{n}") for n in range(3)]
+    for view in views:
+        store.add("#tea", view)
+    assert [view.text for view in store.page("#tea", 9, views[2])] == ["0", "1"]
+    assert [view.text for view in store.page_after("#tea", 9, views[0])] == ["1", "2"]
+    later = chat.View(chat.SAID, "not stored", "bob", "#tea", 1000)
+    assert [view.text for view in store.page("#tea", 9, later)] == ["0", "1", "2"]
 
 
 def test_a_page_of_which_nothing_can_be_seen_is_not_the_beginning():
@@ -15874,6 +16022,16 @@ def test_a_client_that_starts_again_shows_what_it_had_and_fills_the_gap():
         "hi",
         "while you were away",
     ]
+
+
+@pytest.mark.parametrize("size, tokens", [(10, 1.0), (chat.PACE_BYTES, 1.6)])
+def test_a_long_line_takes_more_of_the_pace_than_a_short_one(size, tokens):
+    alice = Elsewhere()
+    talk = alice.core.talk
+    talk.budget = chat.Budget(100.0, 1.0, alice.now)
+    alice.types("/topic " + "x" * size)
+    assert any("TOPIC" in line for line in alice.sent())
+    assert talk.budget.tokens == pytest.approx(100.0 - tokens, abs=0.15)
 
 
 def test_a_client_reads_back_and_searches_in_all_that_it_has_kept():
@@ -16558,6 +16716,15 @@ def test_a_reaction_without_an_emoji_or_with_a_book_is_refused(text):
     alice.typed(text)
     assert [view.text for view in alice.views if view.kind == "back"] == [text]
     assert bob.core.reactions_of(last_of(bob).id) == {}
+
+
+@pytest.mark.parametrize("beyond, taken", [(0, True), (1, False)])
+def test_a_reaction_is_as_long_as_the_limit_and_no_longer(beyond, taken):
+    alice, bob = two_screens()
+    bob.typed("hi")
+    alice.exchange()
+    alice.typed("/react " + "x" * (chat.REACTION_CHARACTERS + beyond))
+    assert bool(alice.core.reactions_of(last_of(alice).id)) == taken
 
 
 def test_a_reaction_is_shown_when_the_server_has_taken_it():
