@@ -224,6 +224,7 @@ READ_BYTES = 64 * 1024  # taken from one connection in one turn
 LINES_A_TURN = 256  # acted on for one connection in one turn, so that no user waits for a flood
 BACKLOG = 1024  # connections the kernel keeps for us meanwhile
 ACCEPTS_A_TURN = 128  # connections taken in one turn, likewise
+HANDSHAKE_TOKENS = 100  # of an address's budget, for a signature with RSA: up to 15 ms
 SEND_BYTES = 64 * 1024  # small chunks are joined up to this for one send
 UNSENT_NO_READ = 256 * 1024  # bytes: a client that does not read is not read from either
 UNSENT_SLOW = 512 * 1024  # bytes: more than this for SLOW_SECONDS closes the receiver ...
@@ -237,6 +238,7 @@ ADDRESSES_KEPT = 10_000  # with a budget that is not full, or failures
 LIGHT_USE = 0.1  # of an address's budget: with less use it is served first
 ACT_SECONDS = 0.020  # that a turn acts at most ...
 ACT_SECONDS_LIGHT = 0.005  # ... while an address with light use waits
+TOLD_A_TURN = 200_000  # events times users of several audiences: 60 ms, measured
 GREETING_SECONDS = 0.5  # a client that knows the protocol has spoken by then: a lost packet
 # is sent again after 0.2 s, and browsers open connections ahead of use
 NAMING_SECONDS = 30.0  # connection to name
@@ -364,6 +366,7 @@ UPLOAD_SECONDS = 24 * 3600  # until an unfinished upload is removed
 UPLOADS_A_USER = 64  # that are not complete
 CHUNKS_RESERVED = 8 * 1024 * 1024  # bytes, for a file whose size is not announced; then double
 FILE_NAME_BYTES = 200
+DISPOSITION_PARTS = 50  # semicolons of a Content-Disposition with a name
 FILE_MESSAGES = 50  # of the owner, that carry the link of one file
 FILE_PIECE_BYTES = 256 * 1024  # read from disk, or from the network, at once ...
 FILE_PIECE_MOST = 2 * 1024 * 1024  # ... and sent, while each piece leaves ...
@@ -2858,6 +2861,11 @@ class Record(NamedTuple):
     place: int  # behind so many events of the turn
 
 
+LASTING = frozenset(  # records whose loss a user has to know of
+    ("account", "account_gone", "ban", "ban_gone", "certificate", "certificate_gone", "redact")
+)
+
+
 class Turn:
     """The log of one turn: events, replies (in the sessions), and records for the store. Most
     sessions belong to one audience and get its joined bytes, the same object for all. Sessions that
@@ -2867,11 +2875,17 @@ class Turn:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.records: list[Record] = []
+        self.actor: Session | None = None  # of the present act
+        self.lasting: dict[Session, None] = {}  # whose acts made LASTING records
         self.dedup: dict[tuple[str, str], Event] = {}  # by owner, and the sender's id
         self.entries: list[tuple] = []  # of the log of a cluster, see Store.write_entries()
         self.changed: set[User | Channel] = set()  # have another state() to be stored
         self.conversations: dict[tuple[User, User], Conversation] = {}
         self.audiences: dict[tuple, Audience] = {}  # by what they were made of
+        self.latest: Audience | None = None  # of the last event
+        self.met: dict[Audience, None] = {}  # all that had an event ...
+        self.seen: set[User] = set()  # ... their users ...
+        self.several: set[User] = set()  # ... and those who belong to several of them
         # For the write beat
         self.individually_addressed: set[Session] = set()
         self.since: dict[Session, int] = {}  # connected in this turn, behind event id
@@ -2890,6 +2904,22 @@ class Turn:
 
     def record(self, name: str, *values: Any) -> None:
         self.records.append(Record(name, values, len(self.events)))
+        if name in LASTING and self.actor:
+            self.lasting[self.actor] = None
+
+    def meet(self, audience: Audience) -> None:
+        """Note the audience of an event."""
+        self.latest = audience
+        if audience not in self.met:
+            self.met[audience] = None
+            users = audience.users.union(*(channel.members for channel in audience.channels))
+            self.several |= self.seen & users
+            self.seen |= users
+
+    @property
+    def is_full(self) -> bool:
+        """True if the turn has as many events as it may tell to users one by one."""
+        return len(self.events) * len(self.several) > TOLD_A_TURN
 
     def audience(self, *parts: Any) -> Audience:
         """Return the audience of these parts. Within a turn it is one object: a member of the same
@@ -2981,13 +3011,17 @@ class Turn:
         return b"".join([data for _, data in sorted(rest + replies, key=lambda one: one[0])])
 
     def not_kept(self, reason: str) -> None:
-        """Tell the senders of this turn's messages that the store could not take them."""
+        """Tell the senders of this turn's messages, and those who changed an account or a ban, that
+        the store could not take them."""
         lost: dict[Session, list[Event]] = {}
         for event in self.events:
             if event.kind in SPOKEN and isinstance(event.origin, LocalSession):
                 lost.setdefault(event.origin, []).append(event)
         for session, events in lost.items():
             session.not_kept(events, reason)
+        for session in self.lasting:
+            if isinstance(session, LocalSession):
+                session.notice(f"your change is not stored yet, and will be tried again: {reason}")
 
     def close(self) -> None:
         for session in self.individually_addressed:
@@ -3273,6 +3307,7 @@ class Hub:
         who = self.sessions.get(actor)
         if who is None:
             who = self.sessions[actor] = Session(actor)
+        self.turn.actor = who
         return ACTS[name](self, who, *values)
 
     def emit(
@@ -3289,9 +3324,12 @@ class Hub:
         self.last_id += 1
         when = audience.stamp(self.now)
         event = Event(self.last_id, when, kind, source, audience, text, about, origin, tags)
-        self.turn.events.append(event)
+        turn = self.turn
+        turn.events.append(event)
+        if audience is not turn.latest:
+            turn.meet(audience)
         if origin is not None:
-            self.turn.individually_addressed.add(origin)
+            turn.individually_addressed.add(origin)
         if kind in PERSONAL:
             for session in audience.all_sessions():
                 if session.user or session in audience.sessions:  # else it ended in this turn
@@ -4770,6 +4808,8 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
         add_user(hub, user)
         start_grace_period(hub, user)
         wanted[user] = state["channels"]
+    for user in [user for user in wanted if hub.users_by_id.get(user.resume_id) is not user]:
+        del wanted[user]  # one absent user too many
     identities = {account.identity for account in hub.accounts.values()}
     for key, text in channels:
         hub.channels[key] = channel = Channel.revived(json.loads(text))
@@ -5541,16 +5581,18 @@ class SearchIndex:
         self.gone = []
         return functools.partial(self._step, behind, gone, self.known, most or INDEX_IDS)
 
-    def finish(self, left: tuple[set[int], list]) -> None:
-        """Take the result of a job: what it left for the next job."""
-        behind, gone = left
+    def finish(self, left: tuple[set[int], list, bool]) -> None:
+        """Take the result of a job: what it left for the next job, and whether it failed."""
+        behind, gone, _ = left
         self.behind |= behind
         self.gone, self.taken = gone + self.gone, []
         if not (self.gone or self.unfit):
             with contextlib.suppress(sqlite3.Error):  # then they are looked for once more
                 self.store.db.execute("DELETE FROM erased")
 
-    def _step(self, behind: set[int], gone: list, known: int, most: int) -> tuple[set[int], list]:
+    def _step(
+        self, behind: set[int], gone: list, known: int, most: int
+    ) -> tuple[set[int], list, bool]:
         update = "UPDATE parts SET stale = stale + ? WHERE first <= ? AND last >= ?"
         query = "SELECT part FROM parts WHERE stale * 2 >= messages AND stale"
         try:
@@ -5564,8 +5606,8 @@ class SearchIndex:
             if unfit:
                 self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         except sqlite3.Error:
-            return behind, gone
-        return (behind if indexed < known else set()), []
+            return behind, gone, True
+        return (behind if indexed < known else set()), [], False
 
     def _add(self, targets: set[int], known: int, most: int) -> int:
         """Index the messages of the next `most` ids; return the last of these ids."""
@@ -5661,7 +5703,7 @@ class SearchIndex:
             while self.gone or self.unfit:
                 left = self.step()()
                 self.finish(left)
-                if left[1]:
+                if left[2]:
                     break  # it cannot be done now; the next start does it
         self.reading.close()
         self.db.close()
@@ -6210,11 +6252,17 @@ class Store:
         self.db.close()
 
 
-def load_hub(store: Store, now: float, ticks: float, name: str = SERVER_NAME) -> Hub:
+def load_hub(
+    store: Store,
+    now: float,
+    ticks: float,
+    name: str = SERVER_NAME,
+    absent_per_host: int = PER_ADDRESS,
+) -> Hub:
     """Return the Hub as the last server left it. Raises Unusable."""
     try:
         hub = Hub(store.last_id, MessageIds(store.starts), name)
-        hub.store = store
+        hub.store, hub.absent_per_host = store, absent_per_host
         hub.begin(now, ticks)
         hub.accounts.load(store.accounts())
         hub.accounts.certificates.update(store.rows("certificates"))
@@ -11453,6 +11501,8 @@ def disposition_name(header: str) -> str:
     """Return the file name in a Content-Disposition (RFC 6266); "" if there is none."""
     import email.message
 
+    if header.count(";") > DISPOSITION_PARTS:  # the parser counts quotes from the start at each
+        return ""
     message = email.message.Message()
     message["Content-Disposition"] = header
     with contextlib.suppress(ValueError, LookupError, TypeError):  # of headers that are broken
@@ -18308,8 +18358,9 @@ class Peer(Connection):
                         "%s speaks TLS, and there is no certificate (--tls-cert)", self.address
                     )
                     return self.drop("no TLS here")
-                self.encrypt(TlsFilter(self.server.tls_context))
-                return self.arrived(data)
+                self.held = True  # until it has its turn
+                self.server.beat.handshakes[self] = data
+                return self.update()
             self.inbox = LineBuffer(LINE_BYTES)
             if flood := self.server.options.flood:
                 self.budget = Budget(*flood, self.loop.now)
@@ -18318,6 +18369,15 @@ class Peer(Connection):
         if self.web:
             self.heard_request()
         self.server.beat.acting[self] = None
+
+    def begin_tls(self, data: bytes) -> None:
+        """Answer the first bytes of a handshake, which costs the address."""
+        self.held = False
+        if self.home.budget:
+            self.home.budget.tokens -= HANDSHAKE_TOKENS
+        self.encrypt(TlsFilter(self.server.tls_context))
+        self.arrived(data)
+        self.update()
 
     def secured(self) -> None:
         self.server.times.silent.add(self)
@@ -18613,7 +18673,7 @@ class Committer:
         self.cluster = cluster
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
-        self.index_due = False
+        self.index_due = self.retry_due = False
         self.committed = 0.0  # when, last
         self.sweep()
 
@@ -18635,14 +18695,40 @@ class Committer:
             return False
         if outcome == LOST:
             turn.not_kept(self.store.trouble)
-        if self.losing != (outcome == LOST):
-            self.losing = not self.losing
-            if self.losing:
+        self.note_loss(outcome == LOST)
+        self.look_after_store()
+        return True
+
+    def note_loss(self, losing: bool) -> None:
+        """Log that the store begins or ends to lose history. What can be stored later is tried
+        again, also if nothing happens meanwhile."""
+        if self.losing != losing:
+            self.losing = losing
+            if losing:
                 log.error("history is not being kept: %s", self.store.trouble)
             else:
                 log.warning("history is being kept again")
-        self.look_after_store()
-        return True
+        if self.store.backlog.records and not self.retry_due:
+            self.retry_due = True
+            self.loop.call_later(BACKLOG_SECONDS, self.retry)
+
+    def retry(self) -> None:
+        """Store the records that the database did not take."""
+        self.retry_due = False
+        if self.store.backlog.records:
+            outcome = self.store.commit(Turn(), self.loop.now, self.hub.ticks)
+            self.note_loss(outcome != KEPT)
+
+    def close(self) -> bool:
+        """Store what is left, at once; return whether the last turn was stored."""
+        backlog = self.store.backlog
+        backlog.retry_at = 0.0
+        kept = self.commit(self.hub)
+        backlog.retry_at = 0.0
+        self.retry()
+        if backlog.records:
+            log.error("%s lost: %s", counted(len(backlog.records), "change"), self.store.trouble)
+        return kept
 
     def look_after_store(self) -> None:
         if self.store.path and not self.checkpoint_due:
@@ -18661,7 +18747,7 @@ class Committer:
             self.indexed(job())
 
     def indexed(self, left: Any) -> None:
-        failed = isinstance(left, Exception) or bool(left[1])
+        failed = isinstance(left, Exception) or left[2]
         if not isinstance(left, Exception):
             self.store.words.finish(left)
         self.index_due = self.store.words.has_work
@@ -18941,9 +19027,12 @@ class ActBeat:
         self.loop, self.site, self.times = loop, site, times
         self.fair = fair  # budgets are kept: light use goes first
         self.acting: dict[Peer, None] = {}  # have something to act on
+        self.handshakes: dict[Peer, bytes] = {}  # first bytes of TLS, which were not looked at
 
     def act(self) -> None:
         """Turn lines into acts: first of addresses with light use; the rest waits a turn."""
+        if self.handshakes:
+            self._begin_handshakes()
         acting, self.acting = self.acting, {}
         if not acting:
             return
@@ -18961,10 +19050,21 @@ class ActBeat:
         if self.acting:
             self.loop.call_soon(do_nothing)
 
+    def _begin_handshakes(self) -> None:
+        """Begin TLS with as many clients as a turn has time for, those with the least use first."""
+        end = time.perf_counter() + ACT_SECONDS_LIGHT
+        for peer in sorted(self.handshakes, key=lambda one: one.home.used(self.loop.now)):
+            self.loop.guarded(peer.begin_tls, self.handshakes.pop(peer))
+            if time.perf_counter() > end:
+                break
+        if self.handshakes:
+            self.loop.call_soon(do_nothing)
+
     def _act_on(self, peers: list[Peer], end: float) -> bool:
         """Act on the lines of these peers until `end`; return whether all had their turn."""
+        turn = self.site.hub.turn
         for n, peer in enumerate(peers):
-            if time.perf_counter() > end:
+            if time.perf_counter() > end or (turn.several and turn.is_full):
                 self._put_first(peers[n:])
                 return False
             self.loop.guarded(self._act_on_peer, peer, end)
@@ -18990,12 +19090,13 @@ class ActBeat:
 
     def _take_lines(self, peer: Peer, end: float) -> None:
         self.site.hub.take_work()  # drop the work done meanwhile: it is for no peer's line
+        turn = self.site.hub.turn
         for _ in range(LINES_A_TURN):
             session = peer.session
             replied = session.replied if session else 0
             if peer.held or peer.leaving or peer.queue.size + replied > UNSENT_NO_READ:
                 return  # more was answered than is likely to be read: the next lines can wait
-            if time.perf_counter() > end:
+            if time.perf_counter() > end or (turn.several and turn.is_full):
                 return
             if session and (session.unfinished is not None or session.postponed):
                 session.go_on()
@@ -19146,7 +19247,8 @@ class Server:
         """Return the Hub as the last server left it. Raises Unusable."""
         if options.cluster and (hub := restore_node(self.store, options.name)):
             return hub
-        hub = load_hub(self.store, self.clock(), self.loop.now, options.name)
+        most = PER_ADDRESS if options.cluster else options.max_per_address  # nodes are all alike
+        hub = load_hub(self.store, self.clock(), self.loop.now, options.name, most)
         if self.store.was_node:
             log.warning("this database was that of a cluster's node; it is a server's own now")
         if options.cluster:
@@ -19154,8 +19256,6 @@ class Server:
             self.store.commit(hub.turn, self.loop.now)
             hub.end()
             self.store.save_node(save_hub(hub), 0, "")
-        else:
-            hub.absent_per_host = options.max_per_address
         return hub
 
     def begin_serving(self) -> None:
@@ -19473,6 +19573,7 @@ class Server:
             return
         self.peers.discard(peer)
         self.beat.acting.pop(peer, None)
+        self.beat.handshakes.pop(peer, None)
         self.addresses.leave(peer.home, peer.web)
         if peer.session:
             peer.session.ended()
@@ -19504,7 +19605,7 @@ class Server:
 
     def close(self) -> None:
         """Store what is left, after the loop has ended."""
-        if self.committer.commit(self.hub) and self.cluster:
+        if self.committer.close() and self.cluster:
             self.hub.end()
             self.cluster.save(now=True)
         if self.helpers.close():  # else a helper still reads: the operating system closes it
