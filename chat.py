@@ -11863,6 +11863,8 @@ def shown_line(raw: bytes) -> str:
 def parse_heard(line: str) -> Heard:
     body = line.partition(" ")[2].lstrip(" ") if line.startswith("@") else line
     source = body[1:].partition(" ")[0] if body.startswith(":") else ""
+    if "@" in source and "!" not in source:  # nick@host (RFC 2812); no server has an @
+        source = source.replace("@", "!@", 1)
     return Heard(source, *parse_message(line))
 
 
@@ -11923,6 +11925,7 @@ CASE_MAPPINGS = {  # names of 005's CASEMAPPING -> capitals and their small lett
 }
 CASE_MAPPINGS["strict-rfc1459"] = CASE_MAPPINGS["rfc1459-strict"]
 UNICODE_MAPPINGS = ("rfc7613", "rfc8265", "precis")  # of servers that allow all of Unicode
+STATUS_SYMBOLS = "~&@%+"  # before a channel, of ranks whose users are meant
 PARAMETER_MODES = "beIqaohvkl"  # modes with a parameter, where 005 has no CHANMODES
 
 
@@ -11964,9 +11967,12 @@ class ServerProfile:
         return name if known else f"{self.channel_types[:1] or '#'}{name}"
 
     def without_status(self, target: str) -> str:
-        """Return the channel of a target like @#channel (STATUSMSG); other targets unchanged."""
-        bare = target[1:]
-        return bare if target[:1] in self.status and self.is_channel(bare) else target
+        """Return the channel of a target like @#channel or @%#channel (STATUSMSG); other targets
+        unchanged. Not all servers with such targets announce them."""
+        symbols = self.ranks[1] + STATUS_SYMBOLS
+        marks = self.status + "".join(one for one in symbols if one not in self.channel_types)
+        bare = target.lstrip(marks)
+        return bare if bare != target and self.is_channel(bare) else target
 
     @property
     def status(self) -> str:
@@ -12706,6 +12712,11 @@ def is_person(heard: Heard) -> bool:
 REPLY, REACT, UNREACT, TYPES = "+draft/reply", "+draft/react", "+draft/unreact", "+typing"
 
 
+def for_some(target: str, channel: str, text: str) -> str:
+    """Return a text with the target before it, if that is some of a channel's members."""
+    return text if target == channel else f"(to {target}) {text}"
+
+
 def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
     """Return the view of a PRIVMSG or NOTICE."""
     core, server = talk.core, talk.server
@@ -12717,10 +12728,13 @@ def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
         text = f"*{text[8:].removesuffix(chr(1))}*"
     text = text.replace("\x01", "")
     called = not mine and (not server.is_channel(where) or core.is_called(text))
-    person = mine or is_person(heard)
+    room = core.find(where)
+    known = heard.source != "" and (core.find(heard.source) or (room and heard.name in room.people))
+    person = mine or is_person(heard) or bool(known)
     kind = (NOTICED if heard.verb == "NOTICE" else SAID) if person else TOLD
     return View(
-        *(kind, text, heard.name, where, heard.time, mine, called),
+        *(kind, for_some(heard.params[0], target, text), heard.name),
+        *(where, heard.time, mine, called),
         id=heard.tags.get("msgid", ""),
         own_id=own_id,
         address=heard.source.partition("!")[2],
@@ -15482,6 +15496,16 @@ class ClientCore(ForScreens):
         if len(accepted) == len(pieces) > 1:
             self.show(View(NOTE, f"too long for one message: sent as {len(pieces)}"))
 
+    def sent_aside(self, kind: str, target: str, text: str) -> None:
+        """Show a notice, or a message to some members of a channel, if no echo will."""
+        if "echo-message" in self.server.enabled:
+            return
+        where = self.server.without_status(target)
+        if room := self.find(where):
+            text = for_some(target, where, text)
+            return self.deliver(room, View(kind, text, self.name, room.name, mine=True))
+        self.show(View(TOLD, f"you to {target}: {text}"))
+
     def is_service(self, name: str, text: str) -> bool:
         """Return whether a text goes to a service, and so may be a password."""
         if fold(name).partition("@")[0] in SERVICES:
@@ -15963,6 +15987,7 @@ def do_msg(core: ClientCore, name: str, text: str = "") -> None:
     for one in names if text else ():
         if core.server.without_status(one) != one:  # some members of a channel
             core.online().command("PRIVMSG", one, text)
+            core.sent_aside(SAID, one, text)
         else:
             core.send(one, text)
     if len(names) > 1:
@@ -15992,8 +16017,7 @@ def do_notice(core: ClientCore, name: str, text: str) -> None:
     """/notice NAME|#CHANNEL TEXT -- send a notice, which no program answers"""
     for line, _ in sendable_lines(text, FITS_ALWAYS):
         core.talk.command("NOTICE", name, line)
-    if "echo-message" not in core.server.enabled:
-        core.show(View(NOTICED, text, core.name, name, mine=True))
+    core.sent_aside(NOTICED, name, text)
 
 
 @client_command("ctcp", 2)
@@ -20949,24 +20973,27 @@ KEY_NAMES = {
     **{f"\x1b{n}": f"room-{n}" for n in range(1, 10)},
 }
 SEQUENCE = re.compile(
-    r"\x1b\[[0-9;?<=>]*[ -/]*[@-~]"  # CSI, parameters, intermediates, final byte (ECMA-48 5.4)
+    r"\x1b\[\[[ -~]"  # F1 to F5 of Linux's console
+    r"|\x1b\[[0-9;?<=>]*[ -/]*[@-Z\\-~]"  # CSI, parameters, intermediates, final byte (ECMA-48 5.4)
     r"|\x1bO[ -~]"  # SS3
-    r"|\x1b[\]P_^X][^\x07\x1b]*(?:\x07|\x1b\\)"  # OSC, DCS, APC ...: answers of a terminal
+    r"|\x1b[\]P_^X][^\x00-\x1f\x7f]*(?:\x07|\x1b\\)"  # OSC, DCS, APC ...: answers of a terminal
+    r"|\x1b[\]P_^X](?=[^\x00-\x1f\x7f]*(?:[\x00-\x06\x08-\x1a\x1c-\x1f\x7f]|\x1b[^\\]))"  # a key
     r"|\x1b[^\[O\]P_^X\x1b]"  # Alt and a key
     r"|\x1b(?=\x1b.)"  # ESC, and then a sequence of its own
 )
 STRING_BEGINS = ("\x1b]", "\x1bP", "\x1b_", "\x1b^", "\x1bX")  # of such answers
+STRING_ANSWER = re.compile(r"\x1b(?:\][0-9]|P[0-9>+$!]|_G)")  # else Alt and a capital letter
 STRING_MOST = 4096  # characters of one: what is longer is none
+SEQUENCE_MOST = 32  # characters of any other sequence
 LATE_SEQUENCE = (
-    r"\[[0-9;]*[A-Za-z~]|O[A-Z]\Z|\][0-9]|P[0-9>+$]|_G"  # what an ESC may still belong to
+    r"\[[0-9;?<=>]*[A-Za-z~]|O[A-Z]\Z|\][0-9]|P[0-9>+$]|_G"  # what an ESC may still belong to
 )
 PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
 
 
 def is_typed(c: str) -> bool:
-    """Return whether a character is text, and not a key."""
-    new_emoji = "\U0001f000" <= c <= "\U0001faff"  # perhaps newer than Python's tables
-    return c.isprintable() or c in (ZWNJ, ZWJ) or new_emoji or unicodedata.category(c) == "Zs"
+    """Return whether a character is text, and not a key. Python's tables need not know it."""
+    return unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") and ord(c) not in BIDI_CONTROLS
 
 
 class KeyDecoder:
@@ -20976,14 +21003,18 @@ class KeyDecoder:
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.rest = ""
         self.pasted: str | None = None  # what of a paste has come so far
-        self.escaped = -math.inf  # when a lone ESC was taken for a key
+        self.escaped = -math.inf  # when the beginning of a sequence was taken for keys ...
+        self.cut = ""  # ... and what it was: ESC, or more
 
     def feed(self, data: bytes, now: float = 0.0) -> list[Key]:
         """Return the keys in these bytes, which came at time `now`, in seconds."""
         text = self.decode(data)
-        late = now - self.escaped < ESCAPE_LATE_SECONDS and re.match(LATE_SEQUENCE, text)
+        late = now - self.escaped < ESCAPE_LATE_SECONDS and self._completes(text)
         self.escaped = -math.inf
-        self.rest += f"\x1b{text}" if late else text
+        self.rest += f"{self.cut}{text}" if late else text
+        return self._whole_keys()
+
+    def _whole_keys(self) -> list[Key]:
         keys = []
         while self.rest and (key := self._next()):
             keys.append(key)
@@ -20993,12 +21024,30 @@ class KeyDecoder:
         """Return the keys that are left when no more bytes come: the rest was no sequence."""
         if self.pasted is not None:
             return []  # slow, but its end is still to come
-        if self.rest.startswith(STRING_BEGINS) and len(self.rest) < STRING_MOST:
+        if self.is_long:
             return []  # the answer of a terminal, likewise
         text, self.rest = self.rest, ""
+        if text.startswith(STRING_BEGINS) and len(text) > 2 and not STRING_ANSWER.match(text):
+            self.rest = text[1:]  # ESC, and then what was typed quickly
+            return [Key(KEY_NAMES["\x1b"]), *self._whole_keys()]
         if text and not text.strip("\x1b"):  # ESC, or ESC ESC
-            text, self.escaped = "\x1b", now
+            text = "\x1b"
+        self.cut, self.escaped = text, now if 0 < len(text) < SEQUENCE_MOST else -math.inf
         return [Key(KEY_NAMES.get(text, ""))] if text in KEY_NAMES else []
+
+    @property
+    def is_long(self) -> bool:
+        """True while a paste, or the answer of a terminal, is still to end."""
+        answer = STRING_ANSWER.match(self.rest) and len(self.rest) < STRING_MOST
+        return self.pasted is not None or bool(answer)
+
+    def _completes(self, text: str) -> bool:
+        """Return whether a text is the rest of the sequence of which the beginning came before."""
+        if self.cut == "\x1b":
+            return re.match(LATE_SEQUENCE, text) is not None
+        match = SEQUENCE.match(self.cut + text)
+        known = bool(match) and match.end() > len(self.cut) and match.group() in KEY_NAMES
+        return known or STRING_ANSWER.match(self.cut + text) is not None
 
     def end_paste(self) -> list[Key]:
         """Return a paste whose end was lost. The rest of a terminal's answer is dropped."""
@@ -21305,6 +21354,38 @@ def rows_of(line: str, columns: int) -> list[str]:
     return [*rows, row]
 
 
+BLANK = r"[^\S\u00a0\u2007\u202f]"  # at which a row may end: not at a no-break space
+WORDS = re.compile(rf"{BLANK}*(?:\S|[\u00a0\u2007\u202f])+|{BLANK}+")
+LEADING_BLANKS = re.compile(rf"{BLANK}+")
+# Scripts without blanks between words: Thai, Lao, Burmese, Khmer, Han, kana, wide forms, emoji
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\uff00-\uff60"
+    "\U0001f000-\U0001faff\U00020000-\U0003ffff]"
+)
+ENDING = "\u3001\u3002\u3009\u300b\u300d\u300f\u3011\u30fc"  # no row begins with these ...
+ENDING += "\uff01\uff09\uff0c\uff0e\uff1a\uff1b\uff1f,.;:!?)"
+OPENING = "\u3008\u300a\u300c\u300e\u3010\uff08("  # ... or ends with these
+
+
+def row_pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """Yield the pieces of a text that stay in one row, each with whether a row may end before it.
+    Text in a script without blanks has pieces of one character, but a link is left whole."""
+    for word in WORDS.findall(text):
+        after_blank = LEADING_BLANKS.match(word) is not None
+        if "://" in word or not UNSPACED.search(word):
+            yield word, after_blank
+            continue
+        pieces: list[str] = []
+        for one in clusters(word):
+            last = pieces[-1] if pieces else " "
+            apart = UNSPACED.match(one) or UNSPACED.match(last[-1])
+            if pieces and (not apart or one in ENDING or last[-1] in OPENING or last.isspace()):
+                pieces[-1] += one
+            else:
+                pieces.append(one)
+        yield from ((piece, after_blank if n == 0 else True) for n, piece in enumerate(pieces))
+
+
 def wrapped_rows(line: str, columns: int, hang: int) -> list[str]:
     """Return a line as rows that end between words, the later ones indented. A word that is longer
     than a row (a link) is left whole for the terminal to wrap, so that it can be copied."""
@@ -21313,11 +21394,11 @@ def wrapped_rows(line: str, columns: int, hang: int) -> list[str]:
     rows, row, used = [], "", 0
     for escape, text, colour in coloured(line):
         row += escape
-        for word in re.findall(r"\s*\S+|\s+", text):
+        for word, may_end in row_pieces(text):
             size = width(word)
-            if used + size > columns and used > hang and word[:1].isspace():
+            if used + size > columns and used > hang and may_end:
                 rows.append(row + RESET * bool(colour))
-                word = word.lstrip()
+                word = LEADING_BLANKS.sub("", word, count=1) if word[:1].isspace() else word
                 row, used, size = " " * hang + colour, hang, width(word)
             row += word
             used += size
@@ -22663,7 +22744,7 @@ class TerminalClient(ManyServers):
         if self.escape:
             self.escape.cancel()
         self.press(self.decoder.feed(data, self.loop.now))
-        if self.decoder.pasted is not None or self.decoder.rest.startswith(STRING_BEGINS):
+        if self.decoder.is_long:
             self.escape = self.loop.call_later(
                 PASTE_SECONDS, lambda: self.press(self.decoder.end_paste())
             )

@@ -16478,6 +16478,61 @@ def test_a_wrong_clock_hides_no_later_messages(folder, back):
     assert again.core.talk.since < 1.8e12
 
 
+SOURCES = ["bob@host.example", "bob.smith", "bob", "bob!b@host.example"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_user_speaks_whatever_the_form_of_the_source_is(source):
+    alice = Elsewhere()
+    alice.hears(f":{source.partition('@')[0].partition('!')[0]}!b@host.example JOIN #lobby")
+    alice.hears(f":{source} PRIVMSG #lobby :hi")
+    name = re.split("[!@]", source)[0]
+    assert alice.said() == [f"#lobby {name}: hi"]
+    if source != "bob.smith":  # of a user who is nowhere, this may be a server's name
+        alice.hears(f":{source} PRIVMSG alice :psst")
+        assert alice.said() == [f"{name} {name}: psst"] and name in alice.core.rooms
+        alice.types("/ignore *!*@host.example" if "@" in source else "/ignore bob")
+        assert alice.hears(f":{source} PRIVMSG alice :more").said() == []
+
+
+STATUS_TARGETS = [  # tokens, target, the conversation
+    ([], "@#lobby", "#lobby"),
+    ([], "@%#lobby", "#lobby"),
+    (["STATUSMSG=@+", "CHANTYPES=#"], "@%#lobby", "#lobby"),
+    (["STATUSMSG=@+", "CHANTYPES=#", "PREFIX=(qov)!@+"], "!#lobby", "#lobby"),
+    (["CHANTYPES=#&"], "&#lobby", "&#lobby"),
+]
+
+
+@pytest.mark.parametrize("verb", ["PRIVMSG", "NOTICE"])
+@pytest.mark.parametrize("tokens, target, where", STATUS_TARGETS)
+def test_a_message_to_some_members_is_in_their_channel_and_says_so(tokens, target, where, verb):
+    alice = Elsewhere(*tokens)
+    alice.hears(":alice!u@h JOIN &#lobby")
+    alice.hears(f":bob!u@h {verb} {target} :meet")
+    told = f"(to {target}) meet" if target != where else "meet"
+    assert alice.said() == [f"{where} bob: {told}"]
+    assert set(alice.core.rooms) == {"#lobby", "&#lobby"}
+
+
+@pytest.mark.parametrize("caps", ["", "echo-message"])
+@pytest.mark.parametrize(
+    "typed, line, said",
+    [
+        ("/msg @#lobby meet", "PRIVMSG @#lobby meet", "(to @#lobby) meet"),
+        ("/notice #lobby tea", "NOTICE #lobby tea", "tea"),
+    ],
+)
+def test_the_users_own_notice_and_message_to_some_members_are_shown_once(typed, line, said, caps):
+    alice = Elsewhere(caps=caps)
+    alice.types(typed)
+    assert line in alice.sent(3)
+    if caps:
+        alice.hears(f":alice!u@h {line}")
+    assert alice.said() == [f"#lobby *alice: {said}"]
+    assert [view.text for view in alice.core.room.views if view.mine] == [said]
+
+
 # ======================================================================================
 # QR
 # ======================================================================================
@@ -20089,6 +20144,83 @@ def test_what_is_said_while_a_command_is_typed_is_not_the_last_message_for_it(ru
     assert alice.shows("bob: by the way")
     alice.type("yes\r")
     assert f"{chat.REPLY}={asked} " in bob.until(" :yes")[-1].replace(";", " ")
+
+
+KEYS_IN_PIECES = [  # the bytes that come at a time, 0.2 s apart, and the keys
+    ([b"\x1b[", b"A"], [("up", "")]),
+    ([b"\x1b[1;", b"5D"], [("word-left", "")]),
+    ([b"\x1b[1", b";5Dx"], [("word-left", ""), ("text", "x")]),
+    ([b"\x1bO", b"A"], [("up", "")]),
+    ([b"\x1b[", b"hello"], [("text", "hello")]),
+    ([b"\x1b", b"[?1;2cX"], [("escape", ""), ("text", "X")]),
+    ([b"\x1b", b"[>0;1cX"], [("escape", ""), ("text", "X")]),
+    ([b"\x1b[[Ax"], [("text", "x")]),  # F1 on Linux's console
+    ([b"\x1b[[", b"x"], [("text", "x")]),
+    ([b"\x1bP", b"hello", b"\r"], [("text", "hello"), ("enter", "")]),
+    ([b"\x1bPhello\r"], [("escape", ""), ("text", "Phello"), ("enter", "")]),
+    ([b"\x1bPhe", b"llo\r"], [("escape", ""), ("text", "Phe"), ("text", "llo"), ("enter", "")]),
+    ([b"\x1bP1", b"2\r"], [("escape", ""), ("text", "P12"), ("enter", "")]),
+    *(
+        ([b"\x1b" + one, b"h", b"i\r"], [("text", "h"), ("text", "i"), ("enter", "")])
+        for one in (b"]", b"_", b"^", b"X")
+    ),
+    ([b"\x1b]11;rgb:0000", b"/0000\x07x"], [("text", "x")]),
+    ([b"\x1bP>|tmux\x1b\\y"], [("text", "y")]),
+]
+
+
+@pytest.mark.parametrize("pieces, keys", KEYS_IN_PIECES)
+def test_a_sequence_in_pieces_is_one_key_and_other_text_is_never_swallowed(pieces, keys):
+    decoder, found, now = chat.KeyDecoder(), [], 0.0
+    for piece in pieces:
+        found += decoder.feed(piece, now) + decoder.flush(now + 0.15)
+        now += 0.2
+    assert found == keys
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",  # a flag
+        "\U0002ebf0",  # of a later Unicode than Python's
+        "\u05d0\u200f!\u200e",
+        "\ue0b0",
+    ],
+)
+def test_what_can_be_pasted_can_be_typed(text):
+    assert chat.KeyDecoder().feed(text.encode()) == [chat.Key("text", text)]
+    paste = chat.KeyDecoder().feed(f"\x1b[200~{text}\x1b[201~".encode())
+    assert paste == [chat.Key("paste", text)]
+
+
+@pytest.mark.parametrize("moves", ["\u202e", "\u2066"])
+def test_characters_that_move_what_stands_around_them_cannot_be_typed(moves):
+    assert chat.KeyDecoder().feed(f"a{moves}b".encode()) == [("text", "a"), ("text", "b")]
+
+
+UNSPACED_TEXTS = [
+    "汉字没有空格所以必须在字之间换行否则很难看。" * 4,
+    "ひらがなとカタカナ、「かぎ」。" * 6,
+    "ภาษาไทยไม่มีช่องว่างระหว่างคำ" * 5,
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467" * 40,
+    "汉字 mixed with ASCII words 汉字汉字汉字汉字汉字 and more words here",
+]
+
+
+@pytest.mark.parametrize("text", UNSPACED_TEXTS)
+def test_text_without_blanks_fills_its_rows(text):
+    rows = chat.wrapped_rows(f"17:16 bob: {text}", 40, 6)
+    assert all(chat.width(row) <= 40 for row in rows) and len(rows) > 1
+    assert all(chat.width(row) > 30 for row in rows[:-1])
+    assert all(row.startswith("      ") and row[6] not in chat.ENDING for row in rows[1:])
+    assert "".join(rows).replace(" ", "") == f"17:16bob:{text}".replace(" ", "")
+
+
+def test_a_row_does_not_end_at_a_no_break_space_and_a_link_stays_whole():
+    rows = chat.wrapped_rows("17:16 bob: " + "bonjour\u00a0! " * 8, 40, 6)
+    assert len(rows) > 1 and not any(row.strip().startswith("!") for row in rows)
+    link = "https://example.org/汉字汉字汉字汉字汉字汉字汉字汉字汉字汉字汉字"
+    assert any(link in row for row in chat.wrapped_rows(f"17:16 bob: 看 {link} 好", 40, 6))
 
 
 # ======================================================================================
