@@ -389,6 +389,7 @@ WATCH_SECONDS = 1.0  # between two looks whether the server is still there ...
 SILENT_SECONDS = 25.0  # ... which is given up after so long: half of it, then a PING ...
 WAITING_SECONDS = 10.0  # ... and sooner while a message waits to be acknowledged
 OTHER_SECONDS = 60.0  # SILENT_SECONDS for other servers, which answer a busy client late
+LATE_JOIN_SECONDS = 30  # a bouncer joins its channels for a client before this
 JOIN_SECONDS = 60.0  # that a JOIN may take
 BATCH_SECONDS = 60.0  # that a batch of lines may take
 ECHO_SECONDS = 20.0  # that other servers may take to echo a message before we ask
@@ -11888,7 +11889,7 @@ def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[st
     if word[:1] == "/" and first:
         verbs = (*client_command, *CLIENT_ALIASES)
         return sorted(f"/{verb} " for verb in verbs if len(verb) > 1 and verb.startswith(word[1:]))
-    if word[:1] == "#":
+    if word[:1] in ("#", "&", "+", "!"):
         return [f"{room} " for room in rooms if fold(room).startswith(fold(word))]
     end = ": " if first else " "
     return [name + end for name in names if fold(name).startswith(fold(word))]
@@ -12450,6 +12451,14 @@ class Room:
             self.views.clear()
             self.views.extend(kept)
         return dropped
+
+    def forget_news(self, id: str) -> None:
+        """No longer count a message as unread that was redacted."""
+        news = [view for view in self.views if is_news(view) and not view.past]
+        for view in news[-self.unread :] if self.unread else ():
+            if view.id == id:
+                self.unread -= 1
+                self.called -= bool(self.called and view.called)
 
     def show_moves(self) -> View:
         """Append the collected joins and quits as one row; return the row."""
@@ -14105,6 +14114,10 @@ def answer_ctcp(talk: IrcTalk, heard: Heard) -> None:
     }
     core.ctcp_budget.refill(core.ticks())
     to_me = core.is_me(heard.params[0])
+    if verb == "DCC" and to_me and core.ctcp_budget.tokens >= 1:
+        core.ctcp_budget.tokens -= 1
+        offer = f"{heard.name} offers DCC {beginning(visible(rest))}"
+        core.show(View(TOLD, f"{offer}, which this client does not take", called=True))
     if verb in answers and to_me and core.ctcp_budget.tokens >= 1:
         core.ctcp_budget.tokens -= 1
         talk.send("NOTICE", heard.name, f"\x01{verb} {answers[verb]}\x01")
@@ -14160,6 +14173,7 @@ def we_joined(talk: IrcTalk, heard: Heard) -> None:
     room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
     room.topic = ""  # else 332 follows
+    asked = core.fold(room.name) in {*talk.entering, *talk.going}
     talk.entering.pop(core.fold(room.name), None)
     room.password = talk.going.get(core.fold(room.name), room.password) or ""
     core.keep_room(room)
@@ -14172,6 +14186,8 @@ def we_joined(talk: IrcTalk, heard: Heard) -> None:
     core.newest = max(core.newest, heard.time or 0)
     if talk.going.pop(core.fold(room.name), None) is not None:
         core.arrive(room)
+    elif core.tidy and not asked and core.ticks() - talk.began > LATE_JOIN_SECONDS:
+        core.show(View(NOTE, f"{room.name} was joined for you; /go {room.name} looks at it"))
     if "no-implicit-names" in talk.server.enabled:
         talk.send("NAMES", room.name)
     talk.catch_up(room)
@@ -14209,6 +14225,7 @@ def user_went(talk: IrcTalk, room: Room, heard: Heard, name: str, why: str = "")
     """Remove a user, or this client, from one conversation."""
     core = talk.core
     room.people.pop(name, None)
+    why = "" if core.is_ignored(heard) else why
     if core.is_me(name):
         room.inside = room.wanted = False
         return core.changed(room)
@@ -14236,7 +14253,8 @@ def user_quit(talk: IrcTalk, heard: Heard) -> None:
         if heard.name in room.people:
             user_went(talk, room, heard, heard.name, *heard.params[:1])
     if (room := core.find(heard.name)) and not room.is_channel:
-        why = f": {heard.params[0]}" if heard.params and heard.params[0] else ""
+        told = heard.params and heard.params[0] and not core.is_ignored(heard)
+        why = f": {heard.params[0]}" if told else ""
         core.happened(room, View(TOLD, f"{heard.name} has left{why}", where=room.name))
         room.gone = True  # as MONITOR tells, too
     core.forget_person(heard.name)
@@ -14608,12 +14626,34 @@ def password_command(text: str) -> str:
     return PASSWORD_WORDS[near[0]] if near and abs(len(near[0]) - len(first)) < 2 else ""
 
 
+OTHERS_COMMANDS = {  # commands of other clients, and ours for the same
+    **dict.fromkeys(("identify", "auth", "password"), "login"),
+    **dict.fromkeys(("ns", "nickserv"), "msg NickServ"),
+    **dict.fromkeys(("cs", "chanserv"), "msg ChanServ"),
+    **{word: f"raw {word.upper()}" for word in ("motd", "lusers", "whowas", "stats", "admin")},
+    **dict.fromkeys(("version", "ping", "time"), "ctcp NAME"),
+    **dict.fromkeys(("window", "win", "buffer"), "go"),
+    **dict.fromkeys(("kb", "kickban"), "ban"),
+    "cl": "clear",
+    "dcc": "send",
+    "describe": "me",
+    "k": "kick",
+    "m": "msg",
+    "q": "query",
+    "server": "connect",
+    "t": "topic",
+    "wc": "close",
+    "wi": "whois",
+}
+
+
 def nearest_command(verb: str) -> str:
     """Return a question that names the command that the user may have meant; "" for none."""
     import difflib
 
     known = [*client_command, *CLIENT_ALIASES]
-    near = difflib.get_close_matches(verb, known, 1, 0.6)
+    near = [OTHERS_COMMANDS[verb]] if verb in OTHERS_COMMANDS else []
+    near += difflib.get_close_matches(verb, known, 1, 0.6)
     return f" (/{near[0]}?)" if near else ""
 
 
@@ -15447,6 +15487,7 @@ class ClientCore(ForScreens):
         near = "" if known else nearest_command(verb)
         why = (
             f"there is no /{verb}{near}; /help lists the commands" * (known is None)
+            + f"; //{beginning(verb)} \u2026 is a text" * (known is None and "/" in verb)
             or "this server knows no commands" * (self.kind == PLAIN and not local)
             or "a command is one line" * ("\n" in text)
             or "not connected" * (not (self.ready or local))
@@ -15471,6 +15512,7 @@ class ClientCore(ForScreens):
     def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
         """Accept a message: show it at once, and send it when possible. A text that is too long for
         one message becomes several. Raises Refused for a service that cannot have it."""
+        text = text.replace("\x01", "")  # else it may be a CTCP, which /ctcp is for
         if kind == MESSAGE and self.is_service(where, text):
             return self.tell_service(where, text)
         split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
@@ -15715,8 +15757,8 @@ class ClientCore(ForScreens):
             return room.hold(view)
         known = view.name in room.spoken or self.setting("fold") == "off"
         moved, when = view.kind in (CAME, WENT) and not known, view.time or 0
-        if not moved:
-            self.unfold(room, view.name)
+        if not moved and room.moves:
+            self.unfold(room, view.name, *re.split(r"[\s,:]+", view.text))
         if moved and when - room.moved_at < MOVES_MS:
             room.moves.append(view)
         else:
@@ -15724,10 +15766,10 @@ class ClientCore(ForScreens):
             room.moved_at = when if moved else room.moved_at
         self.show(view)
 
-    def unfold(self, room: Room, name: str) -> None:
-        """Show the collected joins if this user is among them: else their row would follow the
-        user's message or quit."""
-        if any(move.name == name for move in room.moves):
+    def unfold(self, room: Room, *names: str) -> None:
+        """Show the collected joins if one of these users is among them: else their row would follow
+        the user's message, kick or new nick."""
+        if not {move.name for move in room.moves}.isdisjoint(names):
             self.show(self._in_room(room.show_moves()))
 
     def deliver(self, room: Room, view: View, paged: bool = False) -> None:
@@ -15777,8 +15819,10 @@ class ClientCore(ForScreens):
         if self.store:
             self.store.remove(id)
         for room in self.rooms.values():
+            room.forget_news(id)
             if room.drop(lambda view: view.id == id):
                 self.show(View(REMOVED, where=room.name, id=id))
+                self.changed(room)
 
     def release(self, room: Room) -> None:
         """Show the views that were held while older messages were fetched."""
@@ -15841,7 +15885,9 @@ def asked_room(core: ClientCore, name: str = "") -> Room:
     """Return the conversation with this name; without a name the current one. Raises Refused."""
     room = core.find(name) if name else core.room
     if room is None:
-        raise Refused("NO_ROOM", f"{name or 'nothing'} is not open; /join #CHANNEL opens one")
+        verb = "join" if not name or core.server.is_channel(name) else "query"
+        advice = f"/{verb} {name or '#CHANNEL'} opens {'it' if name else 'one'}"
+        raise Refused("NO_ROOM", f"{name or 'nothing'} is not open; {advice}")
     return room
 
 
@@ -15898,7 +15944,9 @@ def do_help(core: ClientCore, verb: str = "") -> None:
         raise Refused("NO_HELP", f"no help about {verb}{near}; commands: /help; topics: {topics}")
     column = max(len(one.syntax) for one in shown)
     lines = [f"{one.syntax:{column}}  {one.summary}" for one in shown]
-    lines += [f"topics:  {', '.join(HELP_TOPICS)} (/help TOPIC)"] * (not word)
+    if not word:
+        lines.append(f"{'//TEXT':{column}}  say a text that begins with /")
+        lines.append(f"topics:  {', '.join(HELP_TOPICS)} (/help TOPIC)")
     core.show(View(PAGE, "\n".join(lines), f"help {word}".rstrip()))
 
 
@@ -15963,7 +16011,7 @@ def do_part(core: ClientCore, *words: str) -> None:
 
 @client_command("close", most=1, nameless=True)
 def do_close(core: ClientCore, name: str = "") -> None:
-    """/close [#CHANNEL|NAME] -- the same, also without a connection"""
+    """/close [#CHANNEL|NAME] -- close a conversation, also without a connection"""
     room = asked_room(core, name)
     if room.inside and core.ready:
         return do_part(core, room.name)
@@ -19321,7 +19369,8 @@ class Target(NamedTuple):
         return address_text(self.host, self.port)
 
 
-TARGET = re.compile(r"(?:(\w+)://)?(\[[^\]\s]+\]|[^:/\[\]\s]+)?(?::(\d+))?/?")
+# Scheme, nick, host and port
+TARGET = re.compile(r"(?:(\w+)://(?:([^:/\[\]\s@]+)@)?)?(\[[^\]\s]+\]|[^:/\[\]\s@]+)?(?::(\d+))?/?")
 SCHEMES = {  # kind of server, TLS, port
     None: ("", False, DEFAULT_PORT),
     "chat": (PLAIN, False, DEFAULT_PORT),
@@ -19342,17 +19391,23 @@ def url_of(target: Target) -> str:
 
 def parse_target(text: str) -> Target:
     """Parse HOST, HOST:PORT, [IPV6]:PORT or a URL: chat://, irc://; with TLS chats://, ircs://.
-    Several of them, with commas, are servers of one chat."""
+    Several of them, with commas, are servers of one chat. A nick in it is left to nick_in()."""
     if "," in text:
         first, *others = map(parse_target, text.split(","))
         return first._replace(others=tuple(others))
     match = TARGET.fullmatch(text.strip())
-    scheme, host, port = match.groups() if match else ("?", "", "")
-    scheme = scheme or PORTS.get(int(port or 0))
+    scheme, _, host, port = match.groups() if match else ("?", "", "", "")
+    scheme = scheme.lower() if scheme else PORTS.get(int(port or 0))
     if scheme not in SCHEMES or int(port or 0) > 65535:
         raise Unusable(f"{text} is not a server's address; write HOST:PORT or irc://HOST:PORT")
     kind, tls, usual = SCHEMES[scheme]
     return Target((host or DEFAULT_HOST).strip("[]"), int(port or usual), tls, kind)
+
+
+def nick_in(url: str) -> str:
+    """Return the nick in a URL like irc://NICK@HOST; "" if there is none."""
+    match = TARGET.fullmatch(url.split(",")[0].strip())
+    return (match and match[2]) or ""
 
 
 class Trust(NamedTuple):
@@ -19380,6 +19435,12 @@ class Trust(NamedTuple):
 
 BELIEVE_THE_SYSTEM = Trust()
 NOT_SIGNED = "certificate verify failed"  # as OpenSSL says it
+
+
+def advice_after(why: str) -> str:
+    """Return what the user can do after a failure that will not pass by itself."""
+    wants_password = "password" in why.lower() and "/pass" not in why
+    return "/pass PASSWORD gives it, " * wants_password + "/reconnect tries again, /quit leaves"
 
 
 def locked(path: pathlib.Path) -> int:
@@ -20172,7 +20233,7 @@ class Link:
         text = self._why_given_up(reason)
         if not (self.asks and self.stays):
             return self._end(text)
-        advice = "/reconnect tries again, /quit leaves"
+        advice = advice_after(text)
         if self.unpinned and not self.trust.pin:
             self.doubted, self.doubt = self.unpinned, text
             advice = "/trust believes the new one from now on, /quit leaves"
@@ -20197,7 +20258,7 @@ class Link:
             return self._end(why)
         self.core.quitting = False
         self._enter(WAITING)
-        self.show([View(NOTE, f"{why}; /reconnect tries again, /quit leaves")])
+        self.show([View(NOTE, f"{why}; {advice_after(why)}")])
         self.status(why)
 
     def _come_back(self, reason: str) -> None:
@@ -21471,7 +21532,7 @@ def moment_of(view: View) -> datetime.datetime:
 
 
 def clock_of(view: View, look: Look) -> str:
-    return inert(moment_of(view).strftime(look.clock))
+    return visible(moment_of(view).strftime(look.clock))
 
 
 def where_of(view: View, look: Look) -> str:
@@ -22417,7 +22478,7 @@ class ManyServers(Client):
             # The secrets of the first server are not for this one
             usual = {"join": (), "password": "", "login": None, "lobby": False}
             usual |= {"trust": Trust(self.options.trust.ca)}
-            usual |= {"name": name or self.options.name}
+            usual |= {"name": name or nick_in(url) or self.options.name}
             return self.look_at(self.add(self.options._replace(target=target, **usual | more)))
         except ChatError as error:
             return self.show([View(NOTE, str(error))])
@@ -22488,6 +22549,7 @@ class ManyServers(Client):
 
 def filter_lines(view: View) -> list[str]:
     """Return the lines that the workshop's client prints; none for the user's own messages."""
+    view = view._replace(text=view.text.replace("\x01", ""), line=view.line.replace("\x01", ""))
     if view.line:
         return [view.line]
     where = "" if view.where == LOBBY else f"[{view.where}] "
@@ -22725,6 +22787,10 @@ class TerminalClient(ManyServers):
         if seat is self.seat:
             return self.show(views)
         seat.screen.take(views)
+        stopped = seat.link.phase == WAITING and not seat.link.again
+        for view in (one for one in views if one.kind == NOTE and stopped):
+            head = "" if view.text.startswith(str(seat.link.target)) else f"{seat.link.target}: "
+            self.display.keep(View(NOTE, head + view.text))
         self.display.bell |= seat.screen.bell
         self.display.notice += seat.screen.notice
         seat.screen.bell, seat.screen.notice = False, ""
@@ -25335,6 +25401,14 @@ host_name = checked_option(  # one word that can stand in a line of IRC
 )
 
 
+def join_option(text: str) -> str:
+    """Check the value of --join: channels, each perhaps with a password after a blank."""
+    if any(len(one.split()) > 2 for one in text.split(",")):
+        told = "commas between channels, please, and a password after a blank: '#a,#b PASSWORD'"
+        raise argparse.ArgumentTypeError(told)
+    return text
+
+
 def server_target(text: str) -> Target:
     try:
         return parse_target(text)
@@ -25816,7 +25890,7 @@ def add_client(commands: Any) -> None:
     address = "irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT; A,B,C of one cluster"
     usual = server_target("")
     add("--server", type=server_target, default=usual, metavar="HOST:PORT|URL", help=address)
-    add("--join", default="", metavar="#A,#B", help="channels to enter at once")
+    add("--join", type=join_option, default="", metavar="#A,#B", help="channels to enter at once")
     add("--commands", action="store_true", help="lines of a pipe may be commands")
     add_client_options(add)
     client.set_defaults(run=run_client)

@@ -16533,6 +16533,122 @@ def test_the_users_own_notice_and_message_to_some_members_are_shown_once(typed, 
     assert [view.text for view in alice.core.room.views if view.mine] == [said]
 
 
+FOLLOWING = [  # what happens to a user whose joining waits to be one row with others
+    ":op!u@h KICK #lobby eve :out",
+    ":op!u@h MODE #lobby +b-o eve eve",
+    ":eve!u@h NICK evelyn",
+    ":eve!u@h PART #lobby",
+    ":eve!u@h PRIVMSG #lobby :hi",
+]
+
+
+@pytest.mark.parametrize("line", FOLLOWING)
+def test_a_join_comes_before_what_happens_to_that_user(line):
+    alice = Elsewhere(join=("#lobby",), clock=lambda: 1e9)
+    alice.core.release(alice.core.room)
+    alice.hears(":dan!u@h JOIN #lobby", ":eve!u@h JOIN #lobby", ":carl!u@h JOIN #lobby")
+    alice.hears(":op!u@h TOPIC #lobby :tea")
+    assert alice.core.room.moves  # the topic is not about them
+    alice.hears(line)
+    texts = [f"{view.text} {view.name}" for view in alice.core.room.views]
+    if " PART " in line:
+        assert [move.kind for move in alice.core.room.moves if move.name == "eve"]
+    else:
+        assert not alice.core.room.moves and "eve, carl joined" in texts[-2]
+
+
+@pytest.mark.parametrize(
+    "typed, told",
+    [
+        ("/identify pw", "(/login?)"),
+        ("/password pw", "(/login?)"),
+        ("/q bob", "(/query?)"),
+        ("/motd", "(/raw MOTD?)"),
+        ("/server irc.example", "(/connect?)"),
+        ("/wc", "(/close?)"),
+        ("/ns identify pw", "(/msg NickServ?)"),
+        ("/jion #tea", "(/join?)"),
+        ("/usr/bin/x is missing", "; //usr/bin/x \u2026 is a text"),
+        ("/go friend", "/query friend opens it"),
+        ("/go #friend", "/join #friend opens it"),
+    ],
+)
+def test_an_error_about_a_command_names_the_right_one(typed, told):
+    alice = Elsewhere()
+    alice.types(typed)
+    assert told in alice.kinds("note")[0] and alice.kinds("back") == [typed]
+
+
+def test_help_says_how_a_text_begins_with_a_slash_and_what_close_does():
+    alice = Elsewhere()
+    page = "".join(alice.types("/help").kinds("page"))
+    assert "\n//TEXT " in page and "a conversation, also without a connection" in page
+
+
+def test_a_redacted_message_is_unread_no_more():
+    alice = Elsewhere(caps="draft/message-redaction message-tags", join=("#den", "#tea"))
+    alice.core.release(alice.core.rooms["#tea"])
+    alice.hears("@msgid=m1 :bob!u@h PRIVMSG #tea :alice: oops")
+    alice.hears("@msgid=m2 :bob!u@h PRIVMSG #tea :two")
+    tea = alice.core.rooms["#tea"]
+    assert (tea.unread, tea.called) == (2, 1)
+    alice.hears(":bob!u@h REDACT #tea m1")
+    assert (tea.unread, tea.called) == (1, 0)
+    alice.core.mark_read(tea)
+    alice.hears(":bob!u@h REDACT #tea m2")
+    assert tea.unread == 0
+
+
+@pytest.mark.parametrize("line", ["QUIT :buy now", "PART #lobby :buy now"])
+def test_the_last_words_of_an_ignored_user_are_not_shown(line):
+    alice = Elsewhere()
+    alice.hears(":bob!u@h JOIN #lobby", ":bob!u@h PRIVMSG alice :hi")
+    alice.types("/ignore bob")
+    alice.hears(f":bob!u@h {line}")
+    texts = [view.text for room in alice.core.rooms.values() for view in room.views]
+    assert not any("buy now" in text for text in [*texts, *(view.text for view in alice.views)])
+
+
+def test_an_offer_that_this_client_does_not_take_is_told():
+    alice = Elsewhere()
+    alice.hears(":bob!u@h PRIVMSG alice :\x01DCC SEND a.txt 1 2 3\x01")
+    assert alice.kinds("told")[-1].startswith("bob offers DCC SEND a.txt 1 2 3")
+    alice.types("/ignore bob").hears(":bob!u@h PRIVMSG alice :\x01DCC SEND b.txt 1 2 3\x01")
+    assert "b.txt" not in alice.kinds("told")[-1]
+
+
+def test_a_channel_that_the_client_is_made_to_join_is_told():
+    alice = Elsewhere()
+    alice.now = 100
+    alice.types("/join #tea").hears(":alice!u@h JOIN #tea")
+    assert alice.kinds("note") == []
+    alice.hears(":alice!u@h JOIN #rules")
+    assert alice.kinds("note") == ["#rules was joined for you; /go #rules looks at it"]
+    assert alice.core.here == "#tea"
+
+
+@pytest.mark.parametrize("tidy", [True, False])
+def test_a_text_is_no_request_to_programs(tidy):
+    alice = Elsewhere(tidy=tidy)
+    alice.core.speak("\x01VERSION\x01")
+    assert "PRIVMSG #lobby VERSION" in alice.sent(3)
+
+
+def test_output_of_a_pipe_has_no_control_characters():
+    view = chat.View(chat.TOLD, "a\x01topic")
+    assert chat.filter_lines(view) == ["* atopic"]
+
+
+def test_a_time_is_one_row_whatever_its_form_is():
+    look = chat.Look(chat.Palette(on=False), clock="%H%n%M%t")
+    assert len(chat.clock_of(at(**CLOCK, text="x"), look).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["&local", "#tea", "+free"])
+def test_channels_of_all_types_are_completed(name):
+    assert chat.completions(name[:3], False, [], [name, "#other"]) == [f"{name} "]
+
+
 # ======================================================================================
 # QR
 # ======================================================================================
@@ -21314,6 +21430,57 @@ def test_a_search_shows_what_it_found_between_its_two_notes(at_keys):
     rows = rows_seen(at_keys, "#tea")
     assert [row.partition(":")[0] for row in rows[-3:]][0] == "lastlog of #tea"
     assert rows[-2].endswith("bob: green tea") and rows[-1] == "end of lastlog of #tea"
+
+
+def test_a_server_that_is_lost_is_told_on_the_screen_that_is_looked_at(at_keys):
+    other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
+    other.link.core.refuse("You are banned", chat.NEEDS_USER)
+    other.link._ask_user("")
+    told = "there:6667: You are banned; /reconnect tries again, /quit leaves"
+    assert notes_of(at_keys)[-1] == told
+
+
+ADVICE = [  # why a connection failed, whether /pass is named
+    ("Access denied: Bad password?", True),
+    ("Password incorrect; /pass PASSWORD gives it", False),
+    ("You are banned", False),
+]
+
+
+@pytest.mark.parametrize("why, named", ADVICE)
+def test_a_wrong_password_of_the_server_leads_to_pass(why, named):
+    assert ("/pass PASSWORD gives it, /reconnect" in chat.advice_after(why)) == named
+
+
+TARGETS = [  # a URL, the host, the port, whether by TLS, and the nick
+    ("IRC://here", "here", 6667, False, ""),
+    ("Ircs://me@here:7000", "here", 7000, True, "me"),
+    ("irc://me@[::1]:7000", "::1", 7000, False, "me"),
+    ("here", "here", 7000, False, ""),
+]
+
+
+@pytest.mark.parametrize("url, host, port, tls, nick", TARGETS)
+def test_a_url_has_a_scheme_in_any_case_and_perhaps_a_nick(url, host, port, tls, nick):
+    target = chat.parse_target(url)
+    assert (target.host, target.port, target.tls, chat.nick_in(url)) == (host, port, tls, nick)
+
+
+@pytest.mark.parametrize("url", ["me@here", "irc://me:pw@here", "irc://@here", "irc://a@b@c"])
+def test_an_address_that_is_none_is_refused(url):
+    with pytest.raises(chat.Unusable):
+        chat.parse_target(url)
+
+
+def test_the_nick_in_a_url_is_used_on_that_server(at_keys):
+    at_keys.connect("irc://me@there")
+    assert at_keys.core.wanted_name == "me" and at_keys.link.target.host == "there"
+
+
+@pytest.mark.parametrize("words, taken", [("#a,#b key", True), ("", True), ("a b c", False)])
+def test_words_too_many_after_join_are_refused(words, taken):
+    with contextlib.nullcontext() if taken else pytest.raises(chat.argparse.ArgumentTypeError):
+        assert chat.join_option(words) == words
 
 
 # ======================================================================================
