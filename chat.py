@@ -21975,8 +21975,10 @@ class Display:
     # What there is to show
 
     def note(self, view: View) -> None:
-        """Make a row of a view of the core at once, before a message that comes after it."""
-        if handler := self.ROWS.get(view.kind):
+        """Make a row of a view of the core at once, before a message that comes after it. Without a
+        conversation it waits for the end of the segment, which may open the first one."""
+        handler = self.ROWS.get(view.kind)
+        if handler and self.core.room:
             self.noted[id(view)] = view
             handler(self, view)
 

@@ -13442,7 +13442,8 @@ CHANNELS = [  # tokens, target, the conversation that it is in, whether that is 
 def test_what_a_channel_is_is_for_the_server_to_say(tokens, target, where, channel):
     alice = Elsewhere(*tokens)
     alice.hears(f":bob!u@h PRIVMSG {target} :hi")
-    assert alice.said() == [f"{where} bob: hi"]
+    marked = f"(to {target}) " * (channel and target != where)
+    assert alice.said() == [f"{where} bob: {marked}hi"]
     assert alice.core.find(where).is_channel == channel
 
 
