@@ -394,6 +394,7 @@ WATCH_SECONDS = 1.0  # between two looks whether the server is still there ...
 SILENT_SECONDS = 25.0  # ... which is given up after so long: half of it, then a PING ...
 WAITING_SECONDS = 10.0  # ... and sooner while a message waits to be acknowledged
 OTHER_SECONDS = 60.0  # SILENT_SECONDS for other servers, which answer a busy client late
+LATE_JOIN_SECONDS = 30  # a bouncer joins its channels for a client before this
 JOIN_SECONDS = 60.0  # that a JOIN may take
 BATCH_SECONDS = 60.0  # that a batch of lines may take
 ECHO_SECONDS = 20.0  # that other servers may take to echo a message before we ask
@@ -12128,6 +12129,8 @@ def shown_line(raw: bytes) -> str:
 def parse_heard(line: str) -> Heard:
     body = line.partition(" ")[2].lstrip(" ") if line.startswith("@") else line
     source = body[1:].partition(" ")[0] if body.startswith(":") else ""
+    if "@" in source and "!" not in source:  # nick@host (RFC 2812); no server has an @
+        source = source.replace("@", "!@", 1)
     return Heard(source, *parse_message(line))
 
 
@@ -12151,7 +12154,7 @@ def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[st
     if word[:1] == "/" and first:
         verbs = (*client_command, *CLIENT_ALIASES)
         return sorted(f"/{verb} " for verb in verbs if len(verb) > 1 and verb.startswith(word[1:]))
-    if word[:1] == "#":
+    if word[:1] in ("#", "&", "+", "!"):
         return [f"{room} " for room in rooms if fold(room).startswith(fold(word))]
     end = ": " if first else " "
     return [name + end for name in names if fold(name).startswith(fold(word))]
@@ -12188,6 +12191,7 @@ CASE_MAPPINGS = {  # names of 005's CASEMAPPING -> capitals and their small lett
 }
 CASE_MAPPINGS["strict-rfc1459"] = CASE_MAPPINGS["rfc1459-strict"]
 UNICODE_MAPPINGS = ("rfc7613", "rfc8265", "precis")  # of servers that allow all of Unicode
+STATUS_SYMBOLS = "~&@%+"  # before a channel, of ranks whose users are meant
 PARAMETER_MODES = "beIqaohvkl"  # modes with a parameter, where 005 has no CHANMODES
 
 
@@ -12229,9 +12233,12 @@ class ServerProfile:
         return name if known else f"{self.channel_types[:1] or '#'}{name}"
 
     def without_status(self, target: str) -> str:
-        """Return the channel of a target like @#channel (STATUSMSG); other targets unchanged."""
-        bare = target[1:]
-        return bare if target[:1] in self.status and self.is_channel(bare) else target
+        """Return the channel of a target like @#channel or @%#channel (STATUSMSG); other targets
+        unchanged. Not all servers with such targets announce them."""
+        symbols = self.ranks[1] + STATUS_SYMBOLS
+        marks = self.status + "".join(one for one in symbols if one not in self.channel_types)
+        bare = target.lstrip(marks)
+        return bare if bare != target and self.is_channel(bare) else target
 
     @property
     def status(self) -> str:
@@ -12713,6 +12720,14 @@ class Room:
             self.views.extend(kept)
         return dropped
 
+    def forget_news(self, id: str) -> None:
+        """No longer count a message as unread that was redacted."""
+        news = [view for view in self.views if is_news(view) and not view.past]
+        for view in news[-self.unread :] if self.unread else ():
+            if view.id == id:
+                self.unread -= 1
+                self.called -= bool(self.called and view.called)
+
     def show_moves(self) -> View:
         """Append the collected joins and quits as one row; return the row."""
         moves, self.moves = self.moves, []
@@ -12974,6 +12989,11 @@ def is_person(heard: Heard) -> bool:
 REPLY, REACT, UNREACT, TYPES = "+draft/reply", "+draft/react", "+draft/unreact", "+typing"
 
 
+def for_some(target: str, channel: str, text: str) -> str:
+    """Return a text with the target before it, if that is some of a channel's members."""
+    return text if target == channel else f"(to {target}) {text}"
+
+
 def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
     """Return the view of a PRIVMSG or NOTICE."""
     core, server = talk.core, talk.server
@@ -12985,10 +13005,13 @@ def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
         text = f"*{text[8:].removesuffix(chr(1))}*"
     text = text.replace("\x01", "")
     called = not mine and (not server.is_channel(where) or core.is_called(text))
-    person = mine or is_person(heard)
+    room = core.find(where)
+    known = heard.source != "" and (core.find(heard.source) or (room and heard.name in room.people))
+    person = mine or is_person(heard) or bool(known)
     kind = (NOTICED if heard.verb == "NOTICE" else SAID) if person else TOLD
     return View(
-        *(kind, text, heard.name, where, heard.time, mine, called),
+        *(kind, for_some(heard.params[0], target, text), heard.name),
+        *(where, heard.time, mine, called),
         id=heard.tags.get("msgid", ""),
         own_id=own_id,
         address=heard.source.partition("!")[2],
@@ -14359,6 +14382,10 @@ def answer_ctcp(talk: IrcTalk, heard: Heard) -> None:
     }
     core.ctcp_budget.refill(core.ticks())
     to_me = core.is_me(heard.params[0])
+    if verb == "DCC" and to_me and core.ctcp_budget.tokens >= 1:
+        core.ctcp_budget.tokens -= 1
+        offer = f"{heard.name} offers DCC {beginning(visible(rest))}"
+        core.show(View(TOLD, f"{offer}, which this client does not take", called=True))
     if verb in answers and to_me and core.ctcp_budget.tokens >= 1:
         core.ctcp_budget.tokens -= 1
         talk.send("NOTICE", heard.name, f"\x01{verb} {answers[verb]}\x01")
@@ -14414,6 +14441,7 @@ def we_joined(talk: IrcTalk, heard: Heard) -> None:
     room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
     room.topic = ""  # else 332 follows
+    asked = core.fold(room.name) in {*talk.entering, *talk.going}
     talk.entering.pop(core.fold(room.name), None)
     room.password = talk.going.get(core.fold(room.name), room.password) or ""
     core.keep_room(room)
@@ -14426,6 +14454,8 @@ def we_joined(talk: IrcTalk, heard: Heard) -> None:
     core.newest = max(core.newest, heard.time or 0)
     if talk.going.pop(core.fold(room.name), None) is not None:
         core.arrive(room)
+    elif core.tidy and not asked and core.ticks() - talk.began > LATE_JOIN_SECONDS:
+        core.show(View(NOTE, f"{room.name} was joined for you; /go {room.name} looks at it"))
     if "no-implicit-names" in talk.server.enabled:
         talk.send("NAMES", room.name)
     talk.catch_up(room)
@@ -14463,6 +14493,7 @@ def user_went(talk: IrcTalk, room: Room, heard: Heard, name: str, why: str = "")
     """Remove a user, or this client, from one conversation."""
     core = talk.core
     room.people.pop(name, None)
+    why = "" if core.is_ignored(heard) else why
     if core.is_me(name):
         room.inside = room.wanted = False
         return core.changed(room)
@@ -14490,7 +14521,8 @@ def user_quit(talk: IrcTalk, heard: Heard) -> None:
         if heard.name in room.people:
             user_went(talk, room, heard, heard.name, *heard.params[:1])
     if (room := core.find(heard.name)) and not room.is_channel:
-        why = f": {heard.params[0]}" if heard.params and heard.params[0] else ""
+        told = heard.params and heard.params[0] and not core.is_ignored(heard)
+        why = f": {heard.params[0]}" if told else ""
         core.happened(room, View(TOLD, f"{heard.name} has left{why}", where=room.name))
         room.gone = True  # as MONITOR tells, too
     core.forget_person(heard.name)
@@ -14862,12 +14894,34 @@ def password_command(text: str) -> str:
     return PASSWORD_WORDS[near[0]] if near and abs(len(near[0]) - len(first)) < 2 else ""
 
 
+OTHERS_COMMANDS = {  # commands of other clients, and ours for the same
+    **dict.fromkeys(("identify", "auth", "password"), "login"),
+    **dict.fromkeys(("ns", "nickserv"), "msg NickServ"),
+    **dict.fromkeys(("cs", "chanserv"), "msg ChanServ"),
+    **{word: f"raw {word.upper()}" for word in ("motd", "lusers", "whowas", "stats", "admin")},
+    **dict.fromkeys(("version", "ping", "time"), "ctcp NAME"),
+    **dict.fromkeys(("window", "win", "buffer"), "go"),
+    **dict.fromkeys(("kb", "kickban"), "ban"),
+    "cl": "clear",
+    "dcc": "send",
+    "describe": "me",
+    "k": "kick",
+    "m": "msg",
+    "q": "query",
+    "server": "connect",
+    "t": "topic",
+    "wc": "close",
+    "wi": "whois",
+}
+
+
 def nearest_command(verb: str) -> str:
     """Return a question that names the command that the user may have meant; "" for none."""
     import difflib
 
     known = [*client_command, *CLIENT_ALIASES]
-    near = difflib.get_close_matches(verb, known, 1, 0.6)
+    near = [OTHERS_COMMANDS[verb]] if verb in OTHERS_COMMANDS else []
+    near += difflib.get_close_matches(verb, known, 1, 0.6)
     return f" (/{near[0]}?)" if near else ""
 
 
@@ -15701,6 +15755,7 @@ class ClientCore(ForScreens):
         near = "" if known else nearest_command(verb)
         why = (
             f"there is no /{verb}{near}; /help lists the commands" * (known is None)
+            + f"; //{beginning(verb)} \u2026 is a text" * (known is None and "/" in verb)
             or "this server knows no commands" * (self.kind == PLAIN and not local)
             or "a command is one line" * ("\n" in text)
             or "not connected" * (not (self.ready or local))
@@ -15725,6 +15780,7 @@ class ClientCore(ForScreens):
     def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
         """Accept a message: show it at once, and send it when possible. A text that is too long for
         one message becomes several. Raises Refused for a service that cannot have it."""
+        text = text.replace("\x01", "")  # else it may be a CTCP, which /ctcp is for
         if kind == MESSAGE and self.is_service(where, text):
             return self.tell_service(where, text)
         split = message_pieces(text) if kind == MESSAGE else split_text(text, FITS_ALWAYS)
@@ -15749,6 +15805,16 @@ class ClientCore(ForScreens):
                 self.park(one.id, f"you are not in {room.name}")
         if len(accepted) == len(pieces) > 1:
             self.show(View(NOTE, f"too long for one message: sent as {len(pieces)}"))
+
+    def sent_aside(self, kind: str, target: str, text: str) -> None:
+        """Show a notice, or a message to some members of a channel, if no echo will."""
+        if "echo-message" in self.server.enabled:
+            return
+        where = self.server.without_status(target)
+        if room := self.find(where):
+            text = for_some(target, where, text)
+            return self.deliver(room, View(kind, text, self.name, room.name, mine=True))
+        self.show(View(TOLD, f"you to {target}: {text}"))
 
     def is_service(self, name: str, text: str) -> bool:
         """Return whether a text goes to a service, and so may be a password."""
@@ -15959,8 +16025,8 @@ class ClientCore(ForScreens):
             return room.hold(view)
         known = view.name in room.spoken or self.setting("fold") == "off"
         moved, when = view.kind in (CAME, WENT) and not known, view.time or 0
-        if not moved:
-            self.unfold(room, view.name)
+        if not moved and room.moves:
+            self.unfold(room, view.name, *re.split(r"[\s,:]+", view.text))
         if moved and when - room.moved_at < MOVES_MS:
             room.moves.append(view)
         else:
@@ -15968,10 +16034,10 @@ class ClientCore(ForScreens):
             room.moved_at = when if moved else room.moved_at
         self.show(view)
 
-    def unfold(self, room: Room, name: str) -> None:
-        """Show the collected joins if this user is among them: else their row would follow the
-        user's message or quit."""
-        if any(move.name == name for move in room.moves):
+    def unfold(self, room: Room, *names: str) -> None:
+        """Show the collected joins if one of these users is among them: else their row would follow
+        the user's message, kick or new nick."""
+        if not {move.name for move in room.moves}.isdisjoint(names):
             self.show(self._in_room(room.show_moves()))
 
     def deliver(self, room: Room, view: View, paged: bool = False) -> None:
@@ -16021,8 +16087,10 @@ class ClientCore(ForScreens):
         if self.store:
             self.store.remove(id)
         for room in self.rooms.values():
+            room.forget_news(id)
             if room.drop(lambda view: view.id == id):
                 self.show(View(REMOVED, where=room.name, id=id))
+                self.changed(room)
 
     def release(self, room: Room) -> None:
         """Show the views that were held while older messages were fetched."""
@@ -16085,7 +16153,9 @@ def asked_room(core: ClientCore, name: str = "") -> Room:
     """Return the conversation with this name; without a name the current one. Raises Refused."""
     room = core.find(name) if name else core.room
     if room is None:
-        raise Refused("NO_ROOM", f"{name or 'nothing'} is not open; /join #CHANNEL opens one")
+        verb = "join" if not name or core.server.is_channel(name) else "query"
+        advice = f"/{verb} {name or '#CHANNEL'} opens {'it' if name else 'one'}"
+        raise Refused("NO_ROOM", f"{name or 'nothing'} is not open; {advice}")
     return room
 
 
@@ -16142,7 +16212,9 @@ def do_help(core: ClientCore, verb: str = "") -> None:
         raise Refused("NO_HELP", f"no help about {verb}{near}; commands: /help; topics: {topics}")
     column = max(len(one.syntax) for one in shown)
     lines = [f"{one.syntax:{column}}  {one.summary}" for one in shown]
-    lines += [f"topics:  {', '.join(HELP_TOPICS)} (/help TOPIC)"] * (not word)
+    if not word:
+        lines.append(f"{'//TEXT':{column}}  say a text that begins with /")
+        lines.append(f"topics:  {', '.join(HELP_TOPICS)} (/help TOPIC)")
     core.show(View(PAGE, "\n".join(lines), f"help {word}".rstrip()))
 
 
@@ -16231,6 +16303,7 @@ def do_msg(core: ClientCore, name: str, text: str = "") -> None:
     for one in names if text else ():
         if core.server.without_status(one) != one:  # some members of a channel
             core.online().command("PRIVMSG", one, text)
+            core.sent_aside(SAID, one, text)
         else:
             core.send(one, text)
     if len(names) > 1:
@@ -16260,8 +16333,7 @@ def do_notice(core: ClientCore, name: str, text: str) -> None:
     """/notice NAME|#CHANNEL TEXT -- send a notice, which no program answers"""
     for line, _ in sendable_lines(text, FITS_ALWAYS):
         core.talk.command("NOTICE", name, line)
-    if "echo-message" not in core.server.enabled:
-        core.show(View(NOTICED, text, core.name, name, mine=True))
+    core.sent_aside(NOTICED, name, text)
 
 
 @client_command("ctcp", 2)
@@ -19634,7 +19706,8 @@ class Target(NamedTuple):
         return address_text(self.host, self.port)
 
 
-TARGET = re.compile(r"(?:(\w+)://)?(\[[^\]\s]+\]|[^:/\[\]\s]+)?(?::(\d+))?/?")
+# Scheme, nick, host and port
+TARGET = re.compile(r"(?:(\w+)://(?:([^:/\[\]\s@]+)@)?)?(\[[^\]\s]+\]|[^:/\[\]\s@]+)?(?::(\d+))?/?")
 SCHEMES = {  # kind of server, TLS, port
     None: ("", False, DEFAULT_PORT),
     "chat": (PLAIN, False, DEFAULT_PORT),
@@ -19655,17 +19728,23 @@ def url_of(target: Target) -> str:
 
 def parse_target(text: str) -> Target:
     """Parse HOST, HOST:PORT, [IPV6]:PORT or a URL: chat://, irc://; with TLS chats://, ircs://.
-    Several of them, with commas, are servers of one chat."""
+    Several of them, with commas, are servers of one chat. A nick in it is left to nick_in()."""
     if "," in text:
         first, *others = map(parse_target, text.split(","))
         return first._replace(others=tuple(others))
     match = TARGET.fullmatch(text.strip())
-    scheme, host, port = match.groups() if match else ("?", "", "")
-    scheme = scheme or PORTS.get(int(port or 0))
+    scheme, _, host, port = match.groups() if match else ("?", "", "", "")
+    scheme = scheme.lower() if scheme else PORTS.get(int(port or 0))
     if scheme not in SCHEMES or int(port or 0) > 65535:
         raise Unusable(f"{text} is not a server's address; write HOST:PORT or irc://HOST:PORT")
     kind, tls, usual = SCHEMES[scheme]
     return Target((host or DEFAULT_HOST).strip("[]"), int(port or usual), tls, kind)
+
+
+def nick_in(url: str) -> str:
+    """Return the nick in a URL like irc://NICK@HOST; "" if there is none."""
+    match = TARGET.fullmatch(url.split(",")[0].strip())
+    return (match and match[2]) or ""
 
 
 class Trust(NamedTuple):
@@ -19693,6 +19772,12 @@ class Trust(NamedTuple):
 
 BELIEVE_THE_SYSTEM = Trust()
 NOT_SIGNED = "certificate verify failed"  # as OpenSSL says it
+
+
+def advice_after(why: str) -> str:
+    """Return what the user can do after a failure that will not pass by itself."""
+    wants_password = "password" in why.lower() and "/pass" not in why
+    return "/pass PASSWORD gives it, " * wants_password + "/reconnect tries again, /quit leaves"
 
 
 def locked(path: pathlib.Path) -> int:
@@ -20485,7 +20570,7 @@ class Link:
         text = self._why_given_up(reason)
         if not (self.asks and self.stays):
             return self._end(text)
-        advice = "/reconnect tries again, /quit leaves"
+        advice = advice_after(text)
         if self.unpinned and not self.trust.pin:
             self.doubted, self.doubt = self.unpinned, text
             advice = "/trust believes the new one from now on, /quit leaves"
@@ -20510,7 +20595,7 @@ class Link:
             return self._end(why)
         self.core.quitting = False
         self._enter(WAITING)
-        self.show([View(NOTE, f"{why}; /reconnect tries again, /quit leaves")])
+        self.show([View(NOTE, f"{why}; {advice_after(why)}")])
         self.status(why)
 
     def _come_back(self, reason: str) -> None:
@@ -21286,24 +21371,27 @@ KEY_NAMES = {
     **{f"\x1b{n}": f"room-{n}" for n in range(1, 10)},
 }
 SEQUENCE = re.compile(
-    r"\x1b\[[0-9;?<=>]*[ -/]*[@-~]"  # CSI, parameters, intermediates, final byte (ECMA-48 5.4)
+    r"\x1b\[\[[ -~]"  # F1 to F5 of Linux's console
+    r"|\x1b\[[0-9;?<=>]*[ -/]*[@-Z\\-~]"  # CSI, parameters, intermediates, final byte (ECMA-48 5.4)
     r"|\x1bO[ -~]"  # SS3
-    r"|\x1b[\]P_^X][^\x07\x1b]*(?:\x07|\x1b\\)"  # OSC, DCS, APC ...: answers of a terminal
+    r"|\x1b[\]P_^X][^\x00-\x1f\x7f]*(?:\x07|\x1b\\)"  # OSC, DCS, APC ...: answers of a terminal
+    r"|\x1b[\]P_^X](?=[^\x00-\x1f\x7f]*(?:[\x00-\x06\x08-\x1a\x1c-\x1f\x7f]|\x1b[^\\]))"  # a key
     r"|\x1b[^\[O\]P_^X\x1b]"  # Alt and a key
     r"|\x1b(?=\x1b.)"  # ESC, and then a sequence of its own
 )
 STRING_BEGINS = ("\x1b]", "\x1bP", "\x1b_", "\x1b^", "\x1bX")  # of such answers
+STRING_ANSWER = re.compile(r"\x1b(?:\][0-9]|P[0-9>+$!]|_G)")  # else Alt and a capital letter
 STRING_MOST = 4096  # characters of one: what is longer is none
+SEQUENCE_MOST = 32  # characters of any other sequence
 LATE_SEQUENCE = (
-    r"\[[0-9;]*[A-Za-z~]|O[A-Z]\Z|\][0-9]|P[0-9>+$]|_G"  # what an ESC may still belong to
+    r"\[[0-9;?<=>]*[A-Za-z~]|O[A-Z]\Z|\][0-9]|P[0-9>+$]|_G"  # what an ESC may still belong to
 )
 PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
 
 
 def is_typed(c: str) -> bool:
-    """Return whether a character is text, and not a key."""
-    new_emoji = "\U0001f000" <= c <= "\U0001faff"  # perhaps newer than Python's tables
-    return c.isprintable() or c in (ZWNJ, ZWJ) or new_emoji or unicodedata.category(c) == "Zs"
+    """Return whether a character is text, and not a key. Python's tables need not know it."""
+    return unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") and ord(c) not in BIDI_CONTROLS
 
 
 class KeyDecoder:
@@ -21313,14 +21401,18 @@ class KeyDecoder:
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.rest = ""
         self.pasted: str | None = None  # what of a paste has come so far
-        self.escaped = -math.inf  # when a lone ESC was taken for a key
+        self.escaped = -math.inf  # when the beginning of a sequence was taken for keys ...
+        self.cut = ""  # ... and what it was: ESC, or more
 
     def feed(self, data: bytes, now: float = 0.0) -> list[Key]:
         """Return the keys in these bytes, which came at time `now`, in seconds."""
         text = self.decode(data)
-        late = now - self.escaped < ESCAPE_LATE_SECONDS and re.match(LATE_SEQUENCE, text)
+        late = now - self.escaped < ESCAPE_LATE_SECONDS and self._completes(text)
         self.escaped = -math.inf
-        self.rest += f"\x1b{text}" if late else text
+        self.rest += f"{self.cut}{text}" if late else text
+        return self._whole_keys()
+
+    def _whole_keys(self) -> list[Key]:
         keys = []
         while self.rest and (key := self._next()):
             keys.append(key)
@@ -21330,12 +21422,30 @@ class KeyDecoder:
         """Return the keys that are left when no more bytes come: the rest was no sequence."""
         if self.pasted is not None:
             return []  # slow, but its end is still to come
-        if self.rest.startswith(STRING_BEGINS) and len(self.rest) < STRING_MOST:
+        if self.is_long:
             return []  # the answer of a terminal, likewise
         text, self.rest = self.rest, ""
+        if text.startswith(STRING_BEGINS) and len(text) > 2 and not STRING_ANSWER.match(text):
+            self.rest = text[1:]  # ESC, and then what was typed quickly
+            return [Key(KEY_NAMES["\x1b"]), *self._whole_keys()]
         if text and not text.strip("\x1b"):  # ESC, or ESC ESC
-            text, self.escaped = "\x1b", now
+            text = "\x1b"
+        self.cut, self.escaped = text, now if 0 < len(text) < SEQUENCE_MOST else -math.inf
         return [Key(KEY_NAMES.get(text, ""))] if text in KEY_NAMES else []
+
+    @property
+    def is_long(self) -> bool:
+        """True while a paste, or the answer of a terminal, is still to end."""
+        answer = STRING_ANSWER.match(self.rest) and len(self.rest) < STRING_MOST
+        return self.pasted is not None or bool(answer)
+
+    def _completes(self, text: str) -> bool:
+        """Return whether a text is the rest of the sequence of which the beginning came before."""
+        if self.cut == "\x1b":
+            return re.match(LATE_SEQUENCE, text) is not None
+        match = SEQUENCE.match(self.cut + text)
+        known = bool(match) and match.end() > len(self.cut) and match.group() in KEY_NAMES
+        return known or STRING_ANSWER.match(self.cut + text) is not None
 
     def end_paste(self) -> list[Key]:
         """Return a paste whose end was lost. The rest of a terminal's answer is dropped."""
@@ -21642,6 +21752,38 @@ def rows_of(line: str, columns: int) -> list[str]:
     return [*rows, row]
 
 
+BLANK = r"[^\S\u00a0\u2007\u202f]"  # at which a row may end: not at a no-break space
+WORDS = re.compile(rf"{BLANK}*(?:\S|[\u00a0\u2007\u202f])+|{BLANK}+")
+LEADING_BLANKS = re.compile(rf"{BLANK}+")
+# Scripts without blanks between words: Thai, Lao, Burmese, Khmer, Han, kana, wide forms, emoji
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\uff00-\uff60"
+    "\U0001f000-\U0001faff\U00020000-\U0003ffff]"
+)
+ENDING = "\u3001\u3002\u3009\u300b\u300d\u300f\u3011\u30fc"  # no row begins with these ...
+ENDING += "\uff01\uff09\uff0c\uff0e\uff1a\uff1b\uff1f,.;:!?)"
+OPENING = "\u3008\u300a\u300c\u300e\u3010\uff08("  # ... or ends with these
+
+
+def row_pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """Yield the pieces of a text that stay in one row, each with whether a row may end before it.
+    Text in a script without blanks has pieces of one character, but a link is left whole."""
+    for word in WORDS.findall(text):
+        after_blank = LEADING_BLANKS.match(word) is not None
+        if "://" in word or not UNSPACED.search(word):
+            yield word, after_blank
+            continue
+        pieces: list[str] = []
+        for one in clusters(word):
+            last = pieces[-1] if pieces else " "
+            apart = UNSPACED.match(one) or UNSPACED.match(last[-1])
+            if pieces and (not apart or one in ENDING or last[-1] in OPENING or last.isspace()):
+                pieces[-1] += one
+            else:
+                pieces.append(one)
+        yield from ((piece, after_blank if n == 0 else True) for n, piece in enumerate(pieces))
+
+
 def wrapped_rows(line: str, columns: int, hang: int) -> list[str]:
     """Return a line as rows that end between words, the later ones indented. A word that is longer
     than a row (a link) is left whole for the terminal to wrap, so that it can be copied."""
@@ -21650,11 +21792,11 @@ def wrapped_rows(line: str, columns: int, hang: int) -> list[str]:
     rows, row, used = [], "", 0
     for escape, text, colour in coloured(line):
         row += escape
-        for word in re.findall(r"\s*\S+|\s+", text):
+        for word, may_end in row_pieces(text):
             size = width(word)
-            if used + size > columns and used > hang and word[:1].isspace():
+            if used + size > columns and used > hang and may_end:
                 rows.append(row + STYLE_OFF * bool(colour))
-                word = word.lstrip()
+                word = LEADING_BLANKS.sub("", word, count=1) if word[:1].isspace() else word
                 row, used, size = " " * hang + colour, hang, width(word)
             row += word
             used += size
@@ -21727,7 +21869,7 @@ def moment_of(view: View) -> datetime.datetime:
 
 
 def clock_of(view: View, look: Look) -> str:
-    return inert(moment_of(view).strftime(look.clock))
+    return visible(moment_of(view).strftime(look.clock))
 
 
 def where_of(view: View, look: Look) -> str:
@@ -22170,8 +22312,10 @@ class Display:
     # What there is to show
 
     def note(self, view: View) -> None:
-        """Make a row of a view of the core at once, before a message that comes after it."""
-        if handler := self.ROWS.get(view.kind):
+        """Make a row of a view of the core at once, before a message that comes after it. Without a
+        conversation it waits for the end of the segment, which may open the first one."""
+        handler = self.ROWS.get(view.kind)
+        if handler and self.core.room:
             self.noted[id(view)] = view
             handler(self, view)
 
@@ -22673,7 +22817,7 @@ class ManyServers(Client):
             # The secrets of the first server are not for this one
             usual = {"join": (), "password": "", "login": None, "lobby": False}
             usual |= {"trust": Trust(self.options.trust.ca)}
-            usual |= {"name": name or self.options.name}
+            usual |= {"name": name or nick_in(url) or self.options.name}
             return self.look_at(self.add(self.options._replace(target=target, **usual | more)))
         except ChatError as error:
             return self.show([View(NOTE, str(error))])
@@ -22744,6 +22888,7 @@ class ManyServers(Client):
 
 def filter_lines(view: View) -> list[str]:
     """Return the lines that the workshop's client prints; none for the user's own messages."""
+    view = view._replace(text=view.text.replace("\x01", ""), line=view.line.replace("\x01", ""))
     if view.line:
         return [view.line]
     where = "" if view.where == LOBBY else f"[{view.where}] "
@@ -22981,6 +23126,10 @@ class TerminalClient(ManyServers):
         if seat is self.seat:
             return self.show(views)
         seat.screen.take(views)
+        stopped = seat.link.phase == WAITING and not seat.link.again
+        for view in (one for one in views if one.kind == NOTE and stopped):
+            head = "" if view.text.startswith(str(seat.link.target)) else f"{seat.link.target}: "
+            self.display.keep(View(NOTE, head + view.text))
         self.display.bell |= seat.screen.bell
         self.display.notice += seat.screen.notice
         seat.screen.bell, seat.screen.notice = False, ""
@@ -23000,7 +23149,7 @@ class TerminalClient(ManyServers):
         if self.escape:
             self.escape.cancel()
         self.press(self.decoder.feed(data, self.loop.now))
-        if self.decoder.pasted is not None or self.decoder.rest.startswith(STRING_BEGINS):
+        if self.decoder.is_long:
             self.escape = self.loop.call_later(
                 PASTE_SECONDS, lambda: self.press(self.decoder.end_paste())
             )
@@ -25591,6 +25740,14 @@ host_name = checked_option(  # one word that can stand in a line of IRC
 )
 
 
+def join_option(text: str) -> str:
+    """Check the value of --join: channels, each perhaps with a password after a blank."""
+    if any(len(one.split()) > 2 for one in text.split(",")):
+        told = "commas between channels, please, and a password after a blank: '#a,#b PASSWORD'"
+        raise argparse.ArgumentTypeError(told)
+    return text
+
+
 def server_target(text: str) -> Target:
     try:
         return parse_target(text)
@@ -26073,7 +26230,7 @@ def add_client(commands: Any) -> None:
     address = "irc://HOST, ircs://HOST (TLS), chat://HOST:PORT or HOST:PORT; A,B,C of one cluster"
     usual = server_target("")
     add("--server", type=server_target, default=usual, metavar="HOST:PORT|URL", help=address)
-    add("--join", default="", metavar="#A,#B", help="channels to enter at once")
+    add("--join", type=join_option, default="", metavar="#A,#B", help="channels to enter at once")
     add("--commands", action="store_true", help="lines of a pipe may be commands")
     add_client_options(add)
     client.set_defaults(run=run_client)

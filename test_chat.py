@@ -14410,7 +14410,8 @@ CHANNELS = [  # tokens, target, the conversation that it is in, whether that is 
 def test_what_a_channel_is_is_for_the_server_to_say(tokens, target, where, channel):
     alice = Elsewhere(*tokens)
     alice.hears(f":bob!u@h PRIVMSG {target} :hi")
-    assert alice.said() == [f"{where} bob: hi"]
+    marked = f"(to {target}) " * (channel and target != where)
+    assert alice.said() == [f"{where} bob: {marked}hi"]
     assert alice.core.find(where).is_channel == channel
 
 
@@ -17812,6 +17813,177 @@ def test_a_wrong_clock_hides_no_later_messages(folder, back):
     again.hears("@time=2023-11-14T23:37:00.000Z;msgid=m3 :bob!u@h PRIVMSG #tea :later")
     assert again.core.rooms["#tea"].unread >= 1
     assert again.core.talk.since < 1.8e12
+
+
+SOURCES = ["bob@host.example", "bob.smith", "bob", "bob!b@host.example"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_user_speaks_whatever_the_form_of_the_source_is(source):
+    alice = Elsewhere()
+    alice.hears(f":{source.partition('@')[0].partition('!')[0]}!b@host.example JOIN #lobby")
+    alice.hears(f":{source} PRIVMSG #lobby :hi")
+    name = re.split("[!@]", source)[0]
+    assert alice.said() == [f"#lobby {name}: hi"]
+    if source != "bob.smith":  # of a user who is nowhere, this may be a server's name
+        alice.hears(f":{source} PRIVMSG alice :psst")
+        assert alice.said() == [f"{name} {name}: psst"] and name in alice.core.rooms
+        alice.types("/ignore *!*@host.example" if "@" in source else "/ignore bob")
+        assert alice.hears(f":{source} PRIVMSG alice :more").said() == []
+
+
+STATUS_TARGETS = [  # tokens, target, the conversation
+    ([], "@#lobby", "#lobby"),
+    ([], "@%#lobby", "#lobby"),
+    (["STATUSMSG=@+", "CHANTYPES=#"], "@%#lobby", "#lobby"),
+    (["STATUSMSG=@+", "CHANTYPES=#", "PREFIX=(qov)!@+"], "!#lobby", "#lobby"),
+    (["CHANTYPES=#&"], "&#lobby", "&#lobby"),
+]
+
+
+@pytest.mark.parametrize("verb", ["PRIVMSG", "NOTICE"])
+@pytest.mark.parametrize("tokens, target, where", STATUS_TARGETS)
+def test_a_message_to_some_members_is_in_their_channel_and_says_so(tokens, target, where, verb):
+    alice = Elsewhere(*tokens)
+    alice.hears(":alice!u@h JOIN &#lobby")
+    alice.hears(f":bob!u@h {verb} {target} :meet")
+    told = f"(to {target}) meet" if target != where else "meet"
+    assert alice.said() == [f"{where} bob: {told}"]
+    assert set(alice.core.rooms) == {"#lobby", "&#lobby"}
+
+
+@pytest.mark.parametrize("caps", ["", "echo-message"])
+@pytest.mark.parametrize(
+    "typed, line, said",
+    [
+        ("/msg @#lobby meet", "PRIVMSG @#lobby meet", "(to @#lobby) meet"),
+        ("/notice #lobby tea", "NOTICE #lobby tea", "tea"),
+    ],
+)
+def test_the_users_own_notice_and_message_to_some_members_are_shown_once(typed, line, said, caps):
+    alice = Elsewhere(caps=caps)
+    alice.types(typed)
+    assert line in alice.sent(3)
+    if caps:
+        alice.hears(f":alice!u@h {line}")
+    assert alice.said() == [f"#lobby *alice: {said}"]
+    assert [view.text for view in alice.core.room.views if view.mine] == [said]
+
+
+FOLLOWING = [  # what happens to a user whose joining waits to be one row with others
+    ":op!u@h KICK #lobby eve :out",
+    ":op!u@h MODE #lobby +b-o eve eve",
+    ":eve!u@h NICK evelyn",
+    ":eve!u@h PART #lobby",
+    ":eve!u@h PRIVMSG #lobby :hi",
+]
+
+
+@pytest.mark.parametrize("line", FOLLOWING)
+def test_a_join_comes_before_what_happens_to_that_user(line):
+    alice = Elsewhere(join=("#lobby",), clock=lambda: 1e9)
+    alice.core.release(alice.core.room)
+    alice.hears(":dan!u@h JOIN #lobby", ":eve!u@h JOIN #lobby", ":carl!u@h JOIN #lobby")
+    alice.hears(":op!u@h TOPIC #lobby :tea")
+    assert alice.core.room.moves  # the topic is not about them
+    alice.hears(line)
+    texts = [f"{view.text} {view.name}" for view in alice.core.room.views]
+    if " PART " in line:
+        assert [move.kind for move in alice.core.room.moves if move.name == "eve"]
+    else:
+        assert not alice.core.room.moves and "eve, carl joined" in texts[-2]
+
+
+@pytest.mark.parametrize(
+    "typed, told",
+    [
+        ("/identify pw", "(/login?)"),
+        ("/password pw", "(/login?)"),
+        ("/q bob", "(/query?)"),
+        ("/motd", "(/raw MOTD?)"),
+        ("/server irc.example", "(/connect?)"),
+        ("/wc", "(/close?)"),
+        ("/ns identify pw", "(/msg NickServ?)"),
+        ("/jion #tea", "(/join?)"),
+        ("/usr/bin/x is missing", "; //usr/bin/x \u2026 is a text"),
+        ("/go friend", "/query friend opens it"),
+        ("/go #friend", "/join #friend opens it"),
+    ],
+)
+def test_an_error_about_a_command_names_the_right_one(typed, told):
+    alice = Elsewhere()
+    alice.types(typed)
+    assert told in alice.kinds("note")[0] and alice.kinds("back") == [typed]
+
+
+def test_help_says_how_a_text_begins_with_a_slash_and_what_close_does():
+    alice = Elsewhere()
+    page = "".join(alice.types("/help").kinds("page"))
+    assert "\n//TEXT " in page and "a conversation, also without a connection" in page
+
+
+def test_a_redacted_message_is_unread_no_more():
+    alice = Elsewhere(caps="draft/message-redaction message-tags", join=("#den", "#tea"))
+    alice.core.release(alice.core.rooms["#tea"])
+    alice.hears("@msgid=m1 :bob!u@h PRIVMSG #tea :alice: oops")
+    alice.hears("@msgid=m2 :bob!u@h PRIVMSG #tea :two")
+    tea = alice.core.rooms["#tea"]
+    assert (tea.unread, tea.called) == (2, 1)
+    alice.hears(":bob!u@h REDACT #tea m1")
+    assert (tea.unread, tea.called) == (1, 0)
+    alice.core.mark_read(tea)
+    alice.hears(":bob!u@h REDACT #tea m2")
+    assert tea.unread == 0
+
+
+@pytest.mark.parametrize("line", ["QUIT :buy now", "PART #lobby :buy now"])
+def test_the_last_words_of_an_ignored_user_are_not_shown(line):
+    alice = Elsewhere()
+    alice.hears(":bob!u@h JOIN #lobby", ":bob!u@h PRIVMSG alice :hi")
+    alice.types("/ignore bob")
+    alice.hears(f":bob!u@h {line}")
+    texts = [view.text for room in alice.core.rooms.values() for view in room.views]
+    assert not any("buy now" in text for text in [*texts, *(view.text for view in alice.views)])
+
+
+def test_an_offer_that_this_client_does_not_take_is_told():
+    alice = Elsewhere()
+    alice.hears(":bob!u@h PRIVMSG alice :\x01DCC SEND a.txt 1 2 3\x01")
+    assert alice.kinds("told")[-1].startswith("bob offers DCC SEND a.txt 1 2 3")
+    alice.types("/ignore bob").hears(":bob!u@h PRIVMSG alice :\x01DCC SEND b.txt 1 2 3\x01")
+    assert "b.txt" not in alice.kinds("told")[-1]
+
+
+def test_a_channel_that_the_client_is_made_to_join_is_told():
+    alice = Elsewhere()
+    alice.now = 100
+    alice.types("/join #tea").hears(":alice!u@h JOIN #tea")
+    assert alice.kinds("note") == []
+    alice.hears(":alice!u@h JOIN #rules")
+    assert alice.kinds("note") == ["#rules was joined for you; /go #rules looks at it"]
+    assert alice.core.here == "#tea"
+
+
+@pytest.mark.parametrize("tidy", [True, False])
+def test_a_text_is_no_request_to_programs(tidy):
+    alice = Elsewhere(tidy=tidy)
+    alice.core.speak("\x01VERSION\x01")
+    assert "PRIVMSG #lobby VERSION" in alice.sent(3)
+
+
+def test_output_of_a_pipe_has_no_control_characters():
+    view = chat.View(chat.TOLD, "a\x01topic")
+    assert chat.filter_lines(view) == ["* atopic"]
+
+
+def test_a_time_is_one_row_whatever_its_form_is():
+    look = chat.Look(chat.Palette(on=False), clock="%H%n%M%t")
+    assert len(chat.clock_of(at(**CLOCK, text="x"), look).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["&local", "#tea", "+free"])
+def test_channels_of_all_types_are_completed(name):
+    assert chat.completions(name[:3], False, [], [name, "#other"]) == [f"{name} "]
 
 
 # ======================================================================================
@@ -21738,6 +21910,83 @@ def test_what_is_said_while_a_command_is_typed_is_not_the_last_message_for_it(ru
     assert f"{chat.REPLY}={asked} " in bob.until(" :yes")[-1].replace(";", " ")
 
 
+KEYS_IN_PIECES = [  # the bytes that come at a time, 0.2 s apart, and the keys
+    ([b"\x1b[", b"A"], [("up", "")]),
+    ([b"\x1b[1;", b"5D"], [("word-left", "")]),
+    ([b"\x1b[1", b";5Dx"], [("word-left", ""), ("text", "x")]),
+    ([b"\x1bO", b"A"], [("up", "")]),
+    ([b"\x1b[", b"hello"], [("text", "hello")]),
+    ([b"\x1b", b"[?1;2cX"], [("escape", ""), ("text", "X")]),
+    ([b"\x1b", b"[>0;1cX"], [("escape", ""), ("text", "X")]),
+    ([b"\x1b[[Ax"], [("text", "x")]),  # F1 on Linux's console
+    ([b"\x1b[[", b"x"], [("text", "x")]),
+    ([b"\x1bP", b"hello", b"\r"], [("text", "hello"), ("enter", "")]),
+    ([b"\x1bPhello\r"], [("escape", ""), ("text", "Phello"), ("enter", "")]),
+    ([b"\x1bPhe", b"llo\r"], [("escape", ""), ("text", "Phe"), ("text", "llo"), ("enter", "")]),
+    ([b"\x1bP1", b"2\r"], [("escape", ""), ("text", "P12"), ("enter", "")]),
+    *(
+        ([b"\x1b" + one, b"h", b"i\r"], [("text", "h"), ("text", "i"), ("enter", "")])
+        for one in (b"]", b"_", b"^", b"X")
+    ),
+    ([b"\x1b]11;rgb:0000", b"/0000\x07x"], [("text", "x")]),
+    ([b"\x1bP>|tmux\x1b\\y"], [("text", "y")]),
+]
+
+
+@pytest.mark.parametrize("pieces, keys", KEYS_IN_PIECES)
+def test_a_sequence_in_pieces_is_one_key_and_other_text_is_never_swallowed(pieces, keys):
+    decoder, found, now = chat.KeyDecoder(), [], 0.0
+    for piece in pieces:
+        found += decoder.feed(piece, now) + decoder.flush(now + 0.15)
+        now += 0.2
+    assert found == keys
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",  # a flag
+        "\U0002ebf0",  # of a later Unicode than Python's
+        "\u05d0\u200f!\u200e",
+        "\ue0b0",
+    ],
+)
+def test_what_can_be_pasted_can_be_typed(text):
+    assert chat.KeyDecoder().feed(text.encode()) == [chat.Key("text", text)]
+    paste = chat.KeyDecoder().feed(f"\x1b[200~{text}\x1b[201~".encode())
+    assert paste == [chat.Key("paste", text)]
+
+
+@pytest.mark.parametrize("moves", ["\u202e", "\u2066"])
+def test_characters_that_move_what_stands_around_them_cannot_be_typed(moves):
+    assert chat.KeyDecoder().feed(f"a{moves}b".encode()) == [("text", "a"), ("text", "b")]
+
+
+UNSPACED_TEXTS = [
+    "汉字没有空格所以必须在字之间换行否则很难看。" * 4,
+    "ひらがなとカタカナ、「かぎ」。" * 6,
+    "ภาษาไทยไม่มีช่องว่างระหว่างคำ" * 5,
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467" * 40,
+    "汉字 mixed with ASCII words 汉字汉字汉字汉字汉字 and more words here",
+]
+
+
+@pytest.mark.parametrize("text", UNSPACED_TEXTS)
+def test_text_without_blanks_fills_its_rows(text):
+    rows = chat.wrapped_rows(f"17:16 bob: {text}", 40, 6)
+    assert all(chat.width(row) <= 40 for row in rows) and len(rows) > 1
+    assert all(chat.width(row) > 30 for row in rows[:-1])
+    assert all(row.startswith("      ") and row[6] not in chat.ENDING for row in rows[1:])
+    assert "".join(rows).replace(" ", "") == f"17:16bob:{text}".replace(" ", "")
+
+
+def test_a_row_does_not_end_at_a_no_break_space_and_a_link_stays_whole():
+    rows = chat.wrapped_rows("17:16 bob: " + "bonjour\u00a0! " * 8, 40, 6)
+    assert len(rows) > 1 and not any(row.strip().startswith("!") for row in rows)
+    link = "https://example.org/汉字汉字汉字汉字汉字汉字汉字汉字汉字汉字汉字"
+    assert any(link in row for row in chat.wrapped_rows(f"17:16 bob: 看 {link} 好", 40, 6))
+
+
 # ======================================================================================
 # CLI CLIENT
 # ======================================================================================
@@ -22934,6 +23183,57 @@ def test_a_search_shows_what_it_found_between_its_two_notes(at_keys):
     rows = rows_seen(at_keys, "#tea")
     assert [row.partition(":")[0] for row in rows[-3:]][0] == "lastlog of #tea"
     assert rows[-2].endswith("bob: green tea") and rows[-1] == "end of lastlog of #tea"
+
+
+def test_a_server_that_is_lost_is_told_on_the_screen_that_is_looked_at(at_keys):
+    other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
+    other.link.core.refuse("You are banned", chat.NEEDS_USER)
+    other.link._ask_user("")
+    told = "there:6667: You are banned; /reconnect tries again, /quit leaves"
+    assert notes_of(at_keys)[-1] == told
+
+
+ADVICE = [  # why a connection failed, whether /pass is named
+    ("Access denied: Bad password?", True),
+    ("Password incorrect; /pass PASSWORD gives it", False),
+    ("You are banned", False),
+]
+
+
+@pytest.mark.parametrize("why, named", ADVICE)
+def test_a_wrong_password_of_the_server_leads_to_pass(why, named):
+    assert ("/pass PASSWORD gives it, /reconnect" in chat.advice_after(why)) == named
+
+
+TARGETS = [  # a URL, the host, the port, whether by TLS, and the nick
+    ("IRC://here", "here", 6667, False, ""),
+    ("Ircs://me@here:7000", "here", 7000, True, "me"),
+    ("irc://me@[::1]:7000", "::1", 7000, False, "me"),
+    ("here", "here", 7000, False, ""),
+]
+
+
+@pytest.mark.parametrize("url, host, port, tls, nick", TARGETS)
+def test_a_url_has_a_scheme_in_any_case_and_perhaps_a_nick(url, host, port, tls, nick):
+    target = chat.parse_target(url)
+    assert (target.host, target.port, target.tls, chat.nick_in(url)) == (host, port, tls, nick)
+
+
+@pytest.mark.parametrize("url", ["me@here", "irc://me:pw@here", "irc://@here", "irc://a@b@c"])
+def test_an_address_that_is_none_is_refused(url):
+    with pytest.raises(chat.Unusable):
+        chat.parse_target(url)
+
+
+def test_the_nick_in_a_url_is_used_on_that_server(at_keys):
+    at_keys.connect("irc://me@there")
+    assert at_keys.core.wanted_name == "me" and at_keys.link.target.host == "there"
+
+
+@pytest.mark.parametrize("words, taken", [("#a,#b key", True), ("", True), ("a b c", False)])
+def test_words_too_many_after_join_are_refused(words, taken):
+    with contextlib.nullcontext() if taken else pytest.raises(chat.argparse.ArgumentTypeError):
+        assert chat.join_option(words) == words
 
 
 # ======================================================================================
