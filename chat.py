@@ -11932,6 +11932,7 @@ class ServerProfile:
         self.ours = ours  # the server is a chat.py
         self.offered: dict[str, str] = {}  # capabilities and their values
         self.enabled: set[str] = set()
+        self.requested: set[str] = set()  # after the registration; no answer yet
         self.told = False  # 004 has come, and 005 if there is one
         kept = ("CASEMAPPING", "CHANTYPES") if before else ()
         self.tokens = {
@@ -12293,9 +12294,9 @@ class Outbox:
             self._change(self.waiting[id]._replace(why=""))
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
-        """Send the remaining messages of a renamed conversation, if is_old(name), to `new`."""
-        for id, one in self.waiting.items():
-            if is_old(one.where) and id not in self.in_flight:
+        """Send the messages of a renamed conversation, if is_old(name), or their rest to `new`."""
+        for one in [*self.waiting.values()]:
+            if is_old(one.where):
                 self._change(one._replace(where=new))
 
     def take_back(self, sent: Iterable[Waiting]) -> None:
@@ -12500,9 +12501,10 @@ class PlainTalk:
     """The client's side of the workshop's protocol: a name, then lines, all unacknowledged."""
 
     ready = True
+    unfinished = ""  # messages are sent as a whole
     doubts = pages = batching = False
     wait = None  # no rate limit
-    asked = queue = pieces = ()  # no history and no queue
+    asked = queue = pieces = commanded = ()  # no history, no queue and no commands
     lines_of_message = 0
     going: dict[str, str] = {}  # no channels
     sending = ""
@@ -12557,6 +12559,7 @@ class PlainTalk:
 
     # The line protocol has nothing for these
     tick = bye = ping = forget = acknowledged = renamed = watch = send = want_going = do_nothing
+    leaves = do_nothing
 
 
 # IRC
@@ -12591,6 +12594,7 @@ class Batch:
         return self.opening.params[2] if len(self.opening.params) > 2 else ""
 
 
+AT_ONCE = "*"  # in place of the id of a message that a command follows
 UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time of a request for history
 
 
@@ -12612,8 +12616,30 @@ class Echoed(NamedTuple):
     target: str  # folded
     text: str
     id: str  # of the message that this line ends; "" if more lines follow
-    of: str = ""  # the message that this line belongs to, and ...
+    of: str = ""  # the message that this line belongs to, "" for a command's, and ...
     end: int = 0  # ... the number of its characters up to the end of this line
+
+
+class Piece(NamedTuple):
+    """An unsent line of a message. It is cut, and gets its target, when it is sent."""
+
+    text: str = ""
+    tags: str = ""
+    verb: str = "PRIVMSG"  # or BEGIN_BATCH or END_BATCH
+    end: int = 0  # the number of characters of the message up to the end of this line
+    last: bool = False  # the line ends the message, which is no batch
+
+
+class SentLine(NamedTuple):
+    """A sent message, or a line of one, that an error of the server may be about."""
+
+    target: str  # folded
+    id: str  # of the message; "" for a notice
+    text: str = ""
+
+
+BEGIN_BATCH, END_BATCH = "BATCH +m draft/multiline", "BATCH -m"
+BATCHED, CONTINUED = "@batch=m ", f"@batch=m;{CONCAT} "  # tags of the lines of a batch
 
 
 IRC_HEARD: dict[str, tuple[Callable, int]] = {}  # verb -> handler, and number of parameters needed
@@ -12659,26 +12685,40 @@ def same_words(sent: str, heard: str) -> bool:
 
 
 PIECE = "piece"  # in place of an id: a line within a message of this client, not shown alone
+NOT_ECHOED = "the server took it and did not send it back"
+
+
+def place_of_echo(talk: "IrcTalk", heard: Heard, key: str, text: str) -> int | None:
+    """Return which of the lines that a server is to send back this one is; None for none. Some
+    servers change words; then it is the oldest line, where no other client says it."""
+    here = [n for n, sent in enumerate(talk.echoed) if sent.target == key]
+    same = (n for n in here if same_words(talk.echoed[n].text, text))
+    others = talk.server.ours or talk.server.labels or talk.bouncer or "batch" in heard.tags
+    return next(same, None if others else next(iter(here), None))
 
 
 def echo_id(talk: "IrcTalk", heard: Heard, target: str, text: str) -> str:
     """Return the own id of a message that the server echoes; "" if unknown, PIECE for a part of
-    one. The id is found by label, by tag, or by order among the lines echoed without either."""
+    one. The id is found by label, by tag, or by order among the lines echoed without either. The
+    lines to that target before it were dropped by the server."""
     waiting = talk.core.outbox.waiting
     for name in (heard.tags.get("label", ""), heard.tags.get(OWN_ID, "")):
         stem, dot, _ = name.partition(".")
         if dot and (stem in waiting or stem in talk.core.known_own):
             return PIECE
         if name in waiting or (name and name == heard.tags.get(OWN_ID)):
-            talk.echoed = [one for one in talk.echoed if one.id != name]
-            return name
+            dropped = any(one.of == name != one.id for one in talk.echoed)
+            talk.echoed = [one for one in talk.echoed if one.of != name]
+            return talk.not_echoed(name) if dropped else name
     key = talk.core.fold(target)
-    for n, sent in enumerate(talk.echoed):
-        if sent.target == key and same_words(sent.text, text):
-            del talk.echoed[: n + 1]
-            talk.core.outbox.arrived_to(sent.of, sent.end)
-            return sent.id or PIECE
-    return ""
+    place = place_of_echo(talk, heard, key, text) if heard.verb == "PRIVMSG" else None
+    if place is None:
+        return ""
+    sent, before = talk.echoed[place], talk.echoed[:place]
+    talk.echoed[: place + 1] = [one for one in before if one.target != key]
+    talk.core.outbox.arrived_to(sent.of, sent.end)
+    dropped = {talk.not_echoed(one.of) and one.of for one in before if one.target == key}
+    return PIECE if sent.id in dropped else sent.id or (PIECE if sent.of else "")
 
 
 def is_person(heard: Heard) -> bool:
@@ -12802,7 +12842,7 @@ def ask_targets(talk: "IrcTalk") -> None:
     talk.ask(Asked("", "targets", 0), "TARGETS", since, now, str(TARGETS_ASKED))
 
 
-SAYING_FAILED = ("401", "716")  # these are about a message, if one is in flight
+SAYING_FAILED = ("401", "707", "716", "936", "972")  # about a message, if one is in flight
 
 
 class Login(NamedTuple):
@@ -12849,16 +12889,18 @@ class IrcTalk:
         self.began = core.ticks()
         # Output
         self.budget = Budget(PACE_BURST, PACE_RATE, core.ticks())
-        # Commands, each to be sent after the message with that id
+        # Lines, each to be sent after the message with that id; AT_ONCE for a command after none
         self.queue: collections.deque[tuple[str, str]] = collections.deque()
-        self.pieces: collections.deque[str] = collections.deque()  # unsent lines of one message
-        self.sending = ""  # the message of these lines ...
+        self.pieces: collections.deque[Piece] = collections.deque()  # unsent lines of one message
+        self.sending = ""  # the message of these lines, ...
+        self.sent_to = 0  # ... the number of its characters up to the last sent line ...
         self.lines_of_message = 0  # ... and the number of all its lines
         self.echoed: list[Echoed] = []  # lines that the server echoes without an id
         # Keys of channels with unanswered JOINs: how many, and since when
         self.entering: dict[str, tuple[int, float]] = {}
-        # Targets of sent messages and notices, with own ids ("" for a notice), to match errors
-        self.said: collections.deque[tuple[str, str]] = collections.deque(maxlen=ECHOES_KEPT)
+        self.said: collections.deque[SentLine] = collections.deque(maxlen=ECHOES_KEPT)
+        # Commands of the user that the server may still refuse, by ids of their own
+        self.commanded: dict[str, str] = {}
         self.unconfirmed: list[str] = []  # own ids not covered by a PING yet
         self.doubted: dict[str, list[str]] = {}  # own ids by the token of a PING sent after them
         self.acks: dict[str, list[str]] = {}  # by PING token: own ids that the PONG confirms
@@ -12927,7 +12969,7 @@ class IrcTalk:
         outbox = self.core.outbox
         there = outbox.waiting.keys() - outbox.in_flight.keys() - outbox.parked.keys()
         last = next((id for id in reversed(outbox.waiting) if id in there), "")
-        self.queue.append((line, last))
+        self.queue.append((line, last or AT_ONCE))
 
     def pump(self) -> None:
         """Send the waiting lines and messages at the pace that this server allows."""
@@ -12945,10 +12987,13 @@ class IrcTalk:
     def _send_next(self) -> bool:
         """Send one line or message; return False if none can be sent."""
         outbox = self.core.outbox
+        if self.pieces and self.sending not in outbox.in_flight:  # refused, or left to the user
+            self.drop_pieces()
         if self.pieces:
-            line = self.pieces.popleft()
+            line = self.next_line()
         elif self.queue and not self._is_behind(self.queue[0][1]):
-            line = self.queue.popleft()[0]
+            line, after = self.queue.popleft()
+            self.note_command(line, by_user=bool(after))
         elif one := outbox.next(self.carries, self.order):
             if one.sent and one.id not in self.core.sent_before and self.doubts:
                 self.core.leave_to_user(one.id)  # sent by an earlier run of this program
@@ -12959,14 +13004,12 @@ class IrcTalk:
         elif self.stale_names:  # one NAMES for many mode changes
             line = self.line("NAMES", self.stale_names.pop())
         elif self.unconfirmed:
-            line = self.ping_line(f"{UNCONFIRMED}{self.unconfirmed[-1]}-{next(self.labels)}")
-            self.acks[self.pings[-1]], self.unconfirmed = self.unconfirmed, []
+            ids, self.unconfirmed = self.unconfirmed, []
+            line = self.ping_line(f"{UNCONFIRMED}{ids[-1]}-{next(self.labels)}", ids)
         else:
             return False
         self._date(line)
-        if line.startswith("NOTICE "):
-            self.said.append((self.core.fold(line.split(" ")[1]), ""))
-        self.budget.tokens -= max(1.0, 0.5 + len(line) / PACE_BYTES)
+        self.budget.tokens -= max(1.0, 0.5 + len(line.encode()) / PACE_BYTES)
         self.core.output.append(line)
         return True
 
@@ -12997,8 +13040,32 @@ class IrcTalk:
     def bye(self, reason: str) -> None:
         self.send_at_once("QUIT", reason)
 
-    def ping_line(self, token: str) -> str:
+    def note_command(self, line: str, by_user: bool) -> None:
+        """Note a line that is sent and that the server may refuse. A pipe waits for the answer."""
+        verb, *words = line.partition(" :")[0].split(" ")
+        if verb in ("PRIVMSG", "NOTICE") and words:
+            self.said.append(SentLine(self.core.fold(self.server.without_status(words[0])), ""))
+        if verb == "PRIVMSG" and words and "\x01" not in line:
+            text = parse_message(line).params[-1]
+            self.note_echo(Echoed(self.core.fold(words[0]), text, ""))
+        if by_user and len(self.commanded) < ECHOES_KEPT:
+            id = f"command{next(self.labels)}"
+            self.commanded[id] = line
+            self.unconfirmed += [id] * (not self.core.tidy)
+
+    def commands_about(self, names: Collection[str]) -> list[str]:
+        """Return the ids of the user's commands in which one of these words stands."""
+        keys = {self.core.fold(name) for name in names}
+        named = lambda line: {  # noqa: E731
+            self.core.fold(self.server.without_status(word)) for word in line.split(" ")
+        }
+        return [id for id, line in self.commanded.items() if keys & named(line)]
+
+    def ping_line(self, token: str, ids: Iterable[str] = ()) -> str:
+        """Return a PING. Its PONG confirms the messages with these ids, and all commands so far."""
         self.pings.append(token)
+        self.said.append(SentLine("", token))
+        self.acks[token] = [*ids, *self.commanded]
         return self.line("PING", token)
 
     def ping(self) -> None:
@@ -13078,9 +13145,12 @@ class IrcTalk:
     def acknowledged(self, own_id: str) -> None:
         """Note that the server has a message, and has refused none of the earlier ones."""
         self.last_ack = self.core.ticks()
-        if any(id == own_id for _, id in self.said):
-            while self.said.popleft()[1] != own_id:
-                pass
+        self.settle(own_id)
+
+    def settle(self, id: str) -> None:
+        """Forget the lines up to a message or a PING: no error is about them any more."""
+        while any(line.id == id for line in self.said):
+            self.said.popleft()
 
     def wait_for_server(self, why: str) -> None:
         """Hold all messages until a server welcomes the client, for something between the two has
@@ -13092,6 +13162,7 @@ class IrcTalk:
         self.core.outbox.connection_lost()
         for lines in (self.pieces, self.echoed, self.said, self.unconfirmed, self.acks):
             lines.clear()
+        self.commanded.clear()
         self.doubted.clear()
         self.entering.clear()
         self.want_going()
@@ -13119,6 +13190,9 @@ class IrcTalk:
                 self.asked[n] = asked._replace(where=new)
         for name in [name for name in self.behind if self.core.fold(name) == self.core.fold(old)]:
             self.behind[new] = self.behind.pop(name)
+        one = self.core.outbox.waiting.get(self.unfinished)
+        if one and self.in_batch and self.core.fold(one.where) == self.core.fold(old):
+            self.core.park(one.id, f"{old} is now called {new}")  # a batch keeps its target
 
     # Registration and joining
 
@@ -13263,35 +13337,57 @@ class IrcTalk:
     def transmit(self, one: Waiting) -> None:
         """Make a message the next lines to be sent, with its own id on the last line or on all."""
         rest = one.text[one.at :].removeprefix("\n") if one.at else one.text
-        if one.kind == ACTION:
-            lines = [(f"\x01ACTION {one.text}\x01", False)]
-        else:
-            head = f":{self.mask or self.longest_mask()} PRIVMSG {one.where} :"
-            most = min(max(IRC_BYTES, self.server.limit("LINELEN", 0)), LINE_BYTES)
-            lines = list(sendable_lines(rest, max(LINE_ROOM, most - 2 - len(head.encode()))))
-        server, head = self.server, self.own_tags(one.id, one.reply)
-        if len(lines) > 1 and server.multiline:
-            *first, last = in_batches(lines, *server.multiline_limits)
+        server, room, tags = self.server, self.text_bytes(one), self.own_tags(one.id, one.reply)
+        lines = list(sendable_lines(rest, room))
+        size, count = server.multiline_limits
+        if len(lines) > 1 and server.multiline and size >= LINE_ROOM:
+            lines = list(sendable_lines(rest, min(room, size)))
+            *first, last = in_batches(lines, size, count)
             for n, group in enumerate(first):
-                self.add_batch(one, group, self.own_tags(f"{one.id}.{n}", one.reply))
-            self.add_batch(one, last, head)
+                self.add_batch(group, self.own_tags(f"{one.id}.{n}", one.reply))
+            self.add_batch(last, tags)
         else:
             at = len(one.text) - len(rest)
-            for text, _ in lines[:-1]:
+            for text, _ in lines:
                 at = one.text.find(text, at) + len(text)
-                self.add_line(one, text, "", "", at)
-            self.add_line(one, lines[-1][0], head, one.id)
+                self.pieces.append(Piece(text, end=at))
+            self.pieces[-1] = self.pieces[-1]._replace(tags=tags, last=True)
         self.lines_of_message = len(self.pieces)
         self.last_ack = max(self.last_ack, self.core.ticks() - ECHO_SECONDS / 2)
-        self.sending = one.id
-        self.said.append((self.core.fold(self.server.without_status(one.where)), one.id))
+        self.sending, self.sent_to = one.id, one.at
+        self.echoed = [line for line in self.echoed if line.of != one.id]  # sent before
         if not server.echoes:
             self.unconfirmed.append(one.id)
+
+    def text_bytes(self, one: Waiting) -> int:
+        """Return how many bytes of a message fit in a line, as others see it."""
+        if one.kind == ACTION:
+            return LINE_BYTES  # never cut: see check_message()
+        head = f":{self.mask or self.longest_mask()} PRIVMSG {one.where} :"
+        most = min(self.server.limit("LINELEN", IRC_BYTES), LINE_BYTES)
+        return max(LINE_ROOM, most - 2 - len(head.encode()))
 
     @property
     def batching(self) -> bool:
         """True if a BATCH has been begun that has to be ended."""
-        return "BATCH -m" in self.pieces
+        return any(piece.verb == END_BATCH for piece in self.pieces)
+
+    @property
+    def in_batch(self) -> bool:
+        """True if the first unsent line belongs to a BATCH whose beginning was sent."""
+        verbs = (piece.verb for piece in self.pieces if piece.verb != "PRIVMSG")
+        return next(verbs, "") == END_BATCH
+
+    def leaves(self, room: Room) -> bool:
+        """Return whether the user leaves a channel by a PART that is not answered yet."""
+        lines = [*self.commanded.values(), *(line for line, _ in self.queue)]
+        parts = (line.split(" ")[1] for line in lines if line.startswith("PART "))
+        return any(self.core.find(name) is room for name in parts)
+
+    @property
+    def unfinished(self) -> str:
+        """The id of the message of which lines are still to be sent; "" if there is none."""
+        return self.sending if self.pieces else ""
 
     def own_tags(self, id: str, reply: str) -> str:
         """Return the tags before a message: its own id, to know the echo, and the id it answers."""
@@ -13300,19 +13396,61 @@ class IrcTalk:
         tags += [f"label={id}"] * self.server.labels
         return f"@{';'.join(tags)} " if tags else ""
 
-    def add_line(self, one: Waiting, text: str, head: str, id: str, end: int = 0) -> None:
-        text = text or " "
-        if "echo-message" in self.server.enabled:
-            self.echoed.append(Echoed(self.core.fold(one.where), text, id, one.id, end))
-            del self.echoed[:-ECHOES_KEPT]
-        self.pieces.append(head + self.line("PRIVMSG", one.where, text))
+    def add_batch(self, lines: list[tuple[str, bool]], tags: str) -> None:
+        self.pieces.append(Piece(tags=tags, verb=BEGIN_BATCH))
+        self.pieces.extend(
+            Piece(text, CONTINUED if goes_on else BATCHED) for text, goes_on in lines
+        )
+        self.pieces.append(Piece(verb=END_BATCH))
 
-    def add_batch(self, one: Waiting, lines: list[tuple[str, bool]], head: str) -> None:
-        self.pieces.append(head + self.line("BATCH", "+m", "draft/multiline", one.where))
-        for text, goes_on in lines:
-            tags = f"@batch=m{f';{CONCAT}' * goes_on} "
-            self.pieces.append(tags + self.line("PRIVMSG", one.where, text))
-        self.pieces.append("BATCH -m")
+    def next_line(self) -> str:
+        """Return the next line of the message that is being sent, for its target of now."""
+        piece, one = self.pieces.popleft(), self.core.outbox.waiting[self.sending]
+        if piece.verb == END_BATCH:
+            return END_BATCH
+        target = self.core.fold(self.server.without_status(one.where))
+        if piece.verb == BEGIN_BATCH:
+            self.said.append(SentLine(target, one.id, one.text))
+            return f"{piece.tags}{BEGIN_BATCH} {one.where}"
+        piece = self.cut_piece(piece, self.text_bytes(one))
+        text = f"\x01ACTION {piece.text}\x01" if one.kind == ACTION else piece.text
+        if piece.tags not in (BATCHED, CONTINUED):
+            text = text or " "
+            self.sent_to = piece.end
+            self.said.append(SentLine(target, one.id, text))
+            id, end = (one.id, 0) if piece.last else ("", piece.end)
+            self.note_echo(Echoed(self.core.fold(one.where), text, id, one.id, end))
+        return piece.tags + self.line("PRIVMSG", one.where, text)
+
+    def note_echo(self, sent: Echoed) -> None:
+        """Note that the server will send back a line."""
+        if "echo-message" in self.server.enabled | self.server.requested:
+            self.echoed.append(sent)
+            del self.echoed[:-ECHOES_KEPT]
+
+    def not_echoed(self, own_id: str) -> str:
+        """Report a message as lost because the server dropped one of its lines; return PIECE."""
+        if own_id in self.core.outbox.in_flight:
+            self.core.lost(own_id, NOT_ECHOED)
+        return PIECE
+
+    def cut_piece(self, piece: Piece, room: int) -> Piece:
+        """Return so much of an unsent line as fits in `room` bytes; the rest of it is sent next."""
+        text, *more = split_text(piece.text, room)
+        if not more:
+            return piece
+        self.lines_of_message += 1
+        rest, batched = piece.text[len(text) :], piece.tags in (BATCHED, CONTINUED)
+        self.pieces.appendleft(piece._replace(text=rest, tags=CONTINUED if batched else piece.tags))
+        tags = piece.tags if batched else ""
+        return Piece(text, tags, end=max(0, piece.end - len(rest)))
+
+    def drop_pieces(self) -> None:
+        """Drop the unsent lines of a message. A line for another target, which a batch must not
+        have, makes the server refuse a batch that has been begun."""
+        if self.in_batch:
+            self.core.output += [f"{BATCHED}PRIVMSG * :-", END_BATCH]
+        self.pieces.clear()
 
     def carries(self, one: Waiting) -> bool:
         """Return whether a message can be sent; one for a channel waits until the client is in
@@ -13490,11 +13628,28 @@ NOT_JOINED = (
 
 def refused(talk: IrcTalk, heard: Heard, text: str) -> None:
     """Show an error of the server; with the label of a message, report that message as lost."""
-    label = heard.tags.get("label", "")
+    label = heard.tags.get("label", "").partition(".")[0]
+    if label in talk.core.outbox.parked:  # the user knows: the rest of it was not sent
+        return
     if label in talk.core.outbox.waiting:
         talk.core.lost(label, text)
     else:
+        command_refused(talk, heard)
         talk.core.show(View(TOLD, text, where=talk.where_of(heard)))
+
+
+def command_refused(talk: IrcTalk, heard: Heard) -> None:
+    """Count an error about a command of the user, which a pipe reports at its end."""
+    number, core = heard.verb, talk.core
+    error = number == "FAIL" or number in SAYING_FAILED or number[:1] in ("4", "5")
+    if core.tidy or not error or number == "470":  # which is followed
+        return
+    about = heard.params[:1] if number == "FAIL" else heard.params[1:-1]
+    ids = talk.commands_about(about) if about else [*talk.commanded]
+    if ids:
+        message = talk.commanded.pop(ids[0]).startswith(("PRIVMSG ", "NOTICE "))
+        core.failures += message
+        core.refusals += not message
 
 
 NO_FAILURE = (  # numerics that refuse other commands, not messages
@@ -13505,21 +13660,45 @@ NO_FAILURE = (  # numerics that refuse other commands, not messages
 )
 
 
-def message_refused(talk: IrcTalk, heard: Heard) -> str:
-    """Return the id of the oldest message in flight to the target of an error without a label; ""
-    if the error is about a notice, or about no message."""
-    number, core = heard.verb, talk.core
-    error = number.isdecimal() and (number[0] in "45" or number in SAYING_FAILED)
-    if not error or len(heard.params) < 2 or "label" in heard.tags:
-        return ""
-    if number in NO_FAILURE and number not in SAYING_FAILED:
-        return ""
-    targets = {core.fold(talk.server.without_status(param)) for param in heard.params[1:-1]}
-    for n, (target, id) in enumerate(talk.said):
-        if target in targets and (not id or id in core.outbox.in_flight):
-            del talk.said[n]  # the oldest notice or message sent to that target
-            return id
-    return ""
+OF_A_COMMAND = ("437", "482")  # about a message, unless a command for the channel was sent
+SAYING = {"PRIVMSG", "BATCH"}
+
+
+def about_a_message(talk: IrcTalk, heard: Heard) -> bool:
+    """Return whether a numeric without a label can be about a message."""
+    number, about = heard.verb, heard.params[1:-1]
+    if not number.isdecimal() or len(heard.params) < 2 or "label" in heard.tags:
+        return False
+    if number in SAYING_FAILED or SAYING & {*map(str.upper, about)}:
+        return True
+    if number in OF_A_COMMAND:
+        return not talk.commands_about(about)
+    return number[0] in "45" and number not in NO_FAILURE
+
+
+def message_refused(talk: IrcTalk, heard: Heard) -> tuple[str, str]:
+    """Return the id of the message that an error without a label is about, "" for a notice or for
+    none, and a text to add if it may be another message."""
+    if not about_a_message(talk, heard):
+        return "", ""
+    names, core, error = heard.params[1:-1], talk.core, heard.params[-1]
+    flying, targets = (
+        core.outbox.in_flight,
+        {*map(core.fold, map(talk.server.without_status, names))},
+    )
+    lines = [line for line in talk.said if line.target in targets]
+    nameless = not names and not (talk.server.labels or talk.commanded)
+    if not lines and (nameless or SAYING & {*map(str.upper, names)}):
+        lines = [line for line in talk.said if line.target and line.id]
+    quoted = (line for line in lines if re.search(rf"[:\"'(\[] ?{re.escape(line.text)}\W?$", error))
+    line = next((line for line in quoted if line.text), None) or next(iter(lines), None)
+    if line is None:
+        return "", ""
+    talk.said.remove(line)
+    others = {one.id for one in lines if one.id in flying} - {line.id}
+    certain = "echo-message" in talk.server.enabled or line.text in error or line.id not in flying
+    doubt = f" (this message, or one of the {len(others)} after it)" if others else ""
+    return line.id, "" if certain else doubt
 
 
 @from_server("", least=1)
@@ -13531,8 +13710,8 @@ def tell_rest(talk: IrcTalk, heard: Heard) -> None:
     room = talk.core.find(heard.params[1]) if len(heard.params) > 1 else None
     if heard.verb in NOT_JOINED and room and room.is_channel and not room.inside:
         talk.cannot_enter(heard.params[1], text)
-    lost = message_refused(talk, heard)
-    refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
+    lost, doubt = message_refused(talk, heard)
+    refused(talk, heard._replace(tags={"label": lost} | heard.tags), text + doubt)
 
 
 @from_server("CAP", least=3)
@@ -13552,13 +13731,17 @@ def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
         names = (word.partition("=")[0] for word in words)
         wanted = [name for name in names if name in talk.core.capabilities]
         if wanted and talk.ready:
-            talk.send("CAP", "REQ", " ".join(wanted))
+            server.requested |= {*wanted}
+            talk.send_at_once("CAP", "REQ", " ".join(wanted))
     elif subcommand == "ACK":
+        server.requested.difference_update(words)
         for word in words:
             (server.enabled.discard if word[0] == "-" else server.enabled.add)(word.lstrip("-"))
     elif subcommand == "NAK" and len(words) > 1:  # the server refuses one of these: find out which
         for word in words:
             talk.send_at_once("CAP", "REQ", word)
+    elif subcommand == "NAK":
+        server.requested.difference_update(words)
     elif subcommand == "DEL":
         server.enabled.difference_update(words)
         for word in words:
@@ -13871,17 +14054,21 @@ def ponged(talk: IrcTalk, heard: Heard) -> None:
         token = talk.pings[0] if talk.pings else ""
     while talk.pings:
         answered = talk.pings.popleft()
+        if not talk.bouncer:  # which answers before its server does
+            talk.settle(answered)
         for own_id in talk.acks.pop(answered, ()):
+            talk.commanded.pop(own_id, None)
             if own_id not in talk.core.outbox.in_flight:  # the message was refused meanwhile
                 continue
             if talk.core.outbox.waiting[own_id].where in talk.bouncer_said:
                 return talk.wait_for_server("the bouncer has lost its server")
-            confirm(talk, own_id)
+            if not any(line.of == own_id for line in talk.echoed):  # else doubt_echoes() asks again
+                confirm(talk, own_id)
         for own_id in talk.doubted.pop(answered, ()):
             if "echo-message" not in talk.server.enabled:  # disabled since
                 confirm(talk, own_id)
             elif own_id in talk.core.outbox.in_flight:
-                talk.core.lost(own_id, "the server took it and did not send it back")
+                talk.core.lost(own_id, NOT_ECHOED)
         if answered == token:
             break
     talk.bouncer_said = ""
@@ -13894,7 +14081,7 @@ def labelled_answer_ended(talk: IrcTalk, heard: Heard) -> None:
     if "echo-message" not in talk.server.enabled:
         confirm(talk, label)
     else:
-        talk.core.lost(label, "the server took it and did not send it back")
+        talk.core.lost(label, NOT_ECHOED)
 
 
 INERT = CONTROLS | BIDI_CONTROLS | {0x09: "    "}
@@ -14006,6 +14193,8 @@ def presence_told(talk: IrcTalk, heard: Heard) -> None:
             text = f"{name} {'is not here' if gone else 'is here'}"
             if gone or room.gone is not None:  # at first, being online is no news
                 core.happened(room, View(TOLD, text, where=room.name))
+            if gone:
+                core.park_all(room, text, unsent=True)
             room.gone = gone
             core.changed(room)
 
@@ -14029,8 +14218,10 @@ def failed(talk: IrcTalk, heard: Heard) -> None:
         talk.core.lost(about[1], text)
     else:
         about_it = verb in ("PRIVMSG", "NOTICE", "TAGMSG", "BATCH", "MULTILINE", "*")
-        lost = message_refused(talk, heard._replace(verb="400")) if about_it else ""
-        refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
+        named = ["BATCH"] if verb in ("BATCH", "MULTILINE") else [verb]
+        error = heard._replace(verb="400", params=["", *named, *about, text])
+        lost, doubt = message_refused(talk, error) if about_it else ("", "")
+        refused(talk, heard._replace(tags={"label": lost} | heard.tags), text + doubt)
 
 
 # Lines of a server: users, channels and messages
@@ -14068,6 +14259,9 @@ def answer_ctcp(talk: IrcTalk, heard: Heard) -> None:
         talk.send("NOTICE", heard.name, f"\x01{verb} {answers[verb]}\x01")
 
 
+THROTTLED = re.compile(r"\*\*\* Message to (\S+) throttled")  # in a NOTICE of a server
+
+
 @from_server("PRIVMSG", "NOTICE", least=2)
 def message_came(talk: IrcTalk, heard: Heard) -> None:
     text = heard.params[1]
@@ -14083,6 +14277,8 @@ def message_came(talk: IrcTalk, heard: Heard) -> None:
             talk.core.keep(talk.core.timed(view))
             view = view._replace(where="")  # a notice opens no conversation
         return talk.core.said(view, heard)
+    if (throttled := THROTTLED.match(text)) and not is_person(heard):
+        return tell_rest(talk, heard._replace(verb="439", params=["", throttled[1], text]))
     if fold(view.name) == SERVICE_KEY and text == PASSWORD_CHANGED:
         renew_login(talk.core)
     elif fold(view.name) == SERVICE_KEY and text == ACCOUNT_GONE:
@@ -14190,6 +14386,11 @@ def user_parted(talk: IrcTalk, heard: Heard) -> None:
 @from_server("QUIT")
 def user_quit(talk: IrcTalk, heard: Heard) -> None:
     core = talk.core
+    if core.is_me(heard.name):
+        core.dismissed = True  # the server will hang up
+        if not (core.quitting or core.refusal):
+            core.refuse("the server says that we have quit", TEMPORARY)
+        return
     for room in list(core.rooms.values()):
         if heard.name in room.people:
             user_went(talk, room, heard, heard.name, *heard.params[:1])
@@ -14197,6 +14398,9 @@ def user_quit(talk: IrcTalk, heard: Heard) -> None:
         why = f": {heard.params[0]}" if heard.params and heard.params[0] else ""
         core.happened(room, View(TOLD, f"{heard.name} has left{why}", where=room.name))
         room.gone = True  # as MONITOR tells, too
+        core.park_all(
+            room, f"{heard.name} has left", unsent=True
+        )  # another user may take that name
     core.forget_person(heard.name)
     talk.name_is_free(heard.name)
 
@@ -14235,8 +14439,11 @@ def user_renamed(talk: IrcTalk, heard: Heard) -> None:
         if room.renamed(old, new) and not mine:
             core.happened(room, View(TOLD, f"{old} is now called {new}", where=room.name))
     core.forget_person(old, new)
-    if core.find(old) and not core.find(new) and not mine:  # continue the private conversation
-        core.rename(core.find(old), new)
+    if (room := core.find(old)) and core.find(new) is not room and not mine:
+        if core.find(new):
+            core.park_all(room, f"{old} is now called {new}", unsent=True)
+        else:  # continue the private conversation
+            core.rename(room, new)
     core.show(View(PEOPLE))
     if not mine:
         talk.name_is_free(old)
@@ -14912,6 +15119,7 @@ class ClientCore(ForScreens):
         self.sent_before: set[str] = set()  # own ids of messages that the user sends again
         self.known_own: dict[str, None] = {}  # own ids of messages that were shown and have arrived
         self.failures = 0  # messages that did not arrive, or that were not kept
+        self.refusals = 0  # commands that the server refused, of a pipe
         self.progress = 0  # number of acknowledged messages and of missing pages that came
         self.acknowledged = False  # some message was, over this connection
         self.page_lines = PAGE_LINES  # of missed messages in one page; fewer after a break
@@ -15095,7 +15303,7 @@ class ClientCore(ForScreens):
     def idle(self) -> bool:
         """True if nothing is left to be sent, except messages that the user must decide about."""
         talk, outbox = self.talk, self.outbox
-        waits = talk and (talk.queue or talk.pieces)
+        waits = talk and (talk.queue or talk.pieces or (talk.commanded and not self.tidy))
         return not waits and outbox.waiting.keys() <= outbox.parked.keys()
 
     # Names, by this server's rule
@@ -15363,6 +15571,8 @@ class ClientCore(ForScreens):
             self.typed_at.pop(room.id, None)  # a message implies that typing is done
             if room.is_channel and self.ready and not (room.inside or room.wanted):
                 self.park(one.id, f"you are not in {room.name}")
+            elif room.is_channel and self.ready and self.talk.leaves(room):
+                self.park(one.id, f"you leave {room.name}")
         if len(accepted) == len(pieces) > 1:
             self.show(View(NOTE, f"too long for one message: sent as {len(pieces)}"))
 
@@ -15472,6 +15682,8 @@ class ClientCore(ForScreens):
 
     def close(self, room: Room) -> None:
         """Close a conversation, and on a screen go to the last one that is open."""
+        if room.is_channel:  # else its messages can be sent without it
+            self.park_all(room, f"you left {room.name}", unsent=True)
         self.rooms.pop(self.fold(room.name), None)
         self.keep_room(room)
         self.changed(room)
@@ -15616,13 +15828,19 @@ class ClientCore(ForScreens):
             text = f"{reason}: {beginning(one.text)}"
             self.show(View(FAILED, text, where=one.where, own_id=own_id))
 
-    def park_all(self, room: Room, why: str) -> None:
-        """Let the user decide about all messages for a channel that the client is not in. A chat.py
-        still answers those in flight."""
-        decided = {*self.outbox.parked, *(self.outbox.in_flight if self.server.ours else ())}
+    def park_all(self, room: Room, why: str, unsent: bool = False) -> None:
+        """Let the user decide about the messages to a conversation that are not acknowledged, or
+        only about those that are not sent, or not as a whole. A chat.py answers the others."""
+        unfinished = self.talk.unfinished if self.talk else ""
+        answered = self.outbox.in_flight.keys() - {unfinished}
+        decided = {*self.outbox.parked, *(answered if unsent or self.server.ours else ())}
         for one in list(self.outbox.waiting.values()):
-            if self.fold(one.where) == self.fold(room.name) and one.id not in decided:
-                self.park(one.id, "it may have arrived or not" if one.sent else why)
+            if self.fold(one.where) != self.fold(room.name) or one.id in decided:
+                continue
+            if one.id == unfinished and "echo-message" not in self.server.enabled:
+                self.outbox.arrived_to(one.id, self.talk.sent_to)
+            sent = one.sent and one.id != unfinished
+            self.park(one.id, "it may have arrived or not" if sent else why)
 
     def leave_to_user(self, own_id: str) -> None:
         """Give up a message that may have arrived, or, with a screen, let the user decide."""
@@ -22281,6 +22499,8 @@ class Filter(Client):
         reasons = [reason or self.failure]
         if failures and not reason:
             reasons.append(f"{counted(failures, 'message')} did not arrive")
+        if self.core.refusals and not reason:
+            reasons.append(f"{counted(self.core.refusals, 'command')} refused")
         if self.login and self.was_up and not self.core.me.account:
             reasons.append(f"not logged in as {self.login.account}")
         if self.join and self.was_up and self.core.kind == PLAIN:

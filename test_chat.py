@@ -13533,6 +13533,115 @@ def test_a_server_that_announces_its_pace_is_believed():
     assert len(alice.sent(5)) >= 40
 
 
+LINES_OF_TEN = "\n".join(f"line {n}" for n in range(10))
+
+
+def with_a_message_under_way(where, *texts, caps="", **options):
+    """Return a client in #k that has sent a few lines of ten to `where`, and these lines."""
+    alice = Elsewhere(join=["#k"], caps=caps, **options)
+    alice.hears(":bob!u@h JOIN #k", "353 alice = #k :alice bob", "366 alice #k :End")
+    alice.views += alice.core.typed(f"/query {where}" if where == "bob" else "/go #k")
+    alice.types(LINES_OF_TEN, *texts)
+    return alice, [line for line in alice.sent(2) if "PRIVMSG" in line]
+
+
+@pytest.mark.parametrize(
+    "where, lines, new",
+    [
+        ("bob", [":bob!u@h NICK bobby", ":eve!u@h NICK bob"], "bobby"),
+        ("#k", [":op!u@h RENAME #k #tea :move", ":eve!u@h JOIN #k"], "#tea"),
+    ],
+)
+def test_the_rest_of_a_message_goes_to_the_new_name_of_its_conversation(where, lines, new):
+    alice, first = with_a_message_under_way(where)
+    alice.hears(*lines)
+    rest = [line for line in alice.sent(60) if "PRIVMSG" in line]
+    assert 2 < len(first) < 10 and all(line.startswith(f"PRIVMSG {where} ") for line in first)
+    assert rest == [f"PRIVMSG {new} :line {n}" for n in range(len(first), 10)]
+    assert [one.where for one in alice.core.outbox.waiting.values()] == [new]
+
+
+GONE = [  # where, what the server says, why the rest is not sent
+    ("bob", ":bob!u@h QUIT :bye", "bob has left"),
+    ("bob", "731 alice bob", "bob is not here"),
+    ("#k", ":op!u@h KICK #k alice :out", "you were kicked from #k"),
+    ("#k", ":alice!u@h PART #k", "you left #k"),
+]
+
+
+@pytest.mark.parametrize("tidy", [True, False])
+@pytest.mark.parametrize("where, line, why", GONE)
+def test_the_rest_of_a_message_to_a_conversation_that_ended_is_left_to_the_user(
+    where, line, why, tidy
+):
+    alice, first = with_a_message_under_way(where, "more", tidy=tidy)
+    alice.hears(line)
+    assert [line for line in alice.sent(60) if "PRIVMSG" in line] == []
+    assert [*alice.core.outbox.parked.values()] == [why, why] and alice.core.idle
+    assert f"{why}; {len(first)} of 10 lines have arrived: line 0" in alice.kinds("failed")[0]
+    if where == "#k":
+        alice.hears(":alice!u@h JOIN #k")
+    for id in [*alice.core.outbox.parked]:
+        alice.core.retry(id)
+    alice.core.flush()
+    rest = [line.rpartition(":")[2] for line in alice.sent(60) if "PRIVMSG" in line]
+    assert rest == LINES_OF_TEN.split("\n")[len(first) :]
+
+
+@pytest.mark.parametrize("line", [":bob!u@h NICK bobby", ":bob!u@h QUIT :bye"])
+def test_a_batch_for_a_user_who_is_gone_is_made_invalid(line):
+    caps = "batch message-tags draft/multiline=max-bytes=4096,max-lines=100"
+    alice, first = with_a_message_under_way("bob", caps=caps)
+    alice.hears(line)
+    rest = alice.sent(60)
+    assert rest[:2] == ["@batch=m PRIVMSG * :-", "BATCH -m"]  # which a server must refuse
+    assert not any("line" in text for text in rest) and len(alice.core.outbox.parked) == 1
+    alice.hears("FAIL BATCH MULTILINE_INVALID_TARGET bob * :Invalid target")
+    assert len(alice.core.outbox.parked) == 1 and alice.core.failures == 0
+
+
+def test_no_line_is_longer_than_our_address_of_now_allows():
+    alice = Elsewhere()
+    text = " ".join(f"w{n:04}" for n in range(900))
+    alice.types(text)
+    lines = alice.sent()
+    host = "a.very.long.host." * 3 + "example"
+    alice.hears(f"396 alice {host} :is now your displayed host")
+    later = [line for line in alice.sent(90) if "PRIVMSG" in line]
+    assert later and max(len(f":alice!u@{host} {line}\r\n") for line in later) <= 512
+    told = "".join(line.partition(" :")[2] for line in lines + later)
+    assert told == text
+
+
+def test_bytes_and_not_characters_are_paced():
+    counts = []
+    for letter in "a\u8336":
+        alice = Elsewhere()
+        alice.types("\n".join([letter * 120] * 30))
+        counts.append(len(alice.sent(30)))
+    assert counts[0] > 1.5 * counts[1]
+
+
+@pytest.mark.parametrize("texts", [["one", "/part #c", "two"], ["one", "/part #c"]])
+def test_what_is_said_to_a_channel_that_the_client_leaves_is_not_sent(texts):
+    alice = Elsewhere(tidy=False, join=["#c", "#d"])
+    for text in texts:
+        alice.views += alice.core.typed(text)
+    sent = alice.sent(9)
+    alice.hears(":alice!u@h PART #c")
+    answer(alice, sent + alice.sent(9))
+    assert [line for line in sent if "PING" not in line] == ["PRIVMSG #c one", "PART #c"]
+    assert [one.text for one in alice.core.outbox.waiting.values()] == texts[2:]
+    assert len(alice.core.outbox.parked) == len(texts[2:]) and alice.core.idle
+
+
+def test_a_server_that_says_that_the_client_has_quit_is_left():
+    alice = Elsewhere(tidy=False)
+    alice.hears("353 alice = #lobby :alice", "366 alice #lobby :End", ":alice!u@h QUIT :Killed")
+    assert alice.core.dismissed and alice.core.cause == chat.TEMPORARY
+    assert alice.core.find("#lobby").wanted  # it is joined again over the next connection
+
+
 REFUSED_MESSAGES = [
     "401 alice bob :No such nick",
     "404 alice bob :Cannot send to nick/channel",
@@ -13543,6 +13652,20 @@ REFUSED_MESSAGES = [
     "531 alice bob :You are not permitted to send to this user",
     "716 alice bob :is in +g mode",
     "415 alice bob :Cannot send message",
+    "707 alice bob :Targets changing too fast",
+    "936 alice bob :Your message contained a censored word",
+    "437 alice bob :Temporarily unavailable",
+    "482 alice bob :You're not channel operator",
+    "417 alice :Input line was too long",
+    "412 alice :No text to send",
+    "411 alice :No recipient given (PRIVMSG)",
+    "461 alice PRIVMSG :Not enough parameters",
+    "263 alice PRIVMSG :Server load is temporarily too heavy",
+    "972 alice PRIVMSG :Command needs a captcha",
+    "421 alice PRIVMSG :Unknown command",
+    "FAIL PRIVMSG RATE_LIMITED :not now",
+    "FAIL BATCH MULTILINE_MAX_LINES 2 :Too many lines",
+    "NOTICE alice :*** Message to bob throttled due to flooding",
     "FAIL PRIVMSG NO_SUCH_THING bob :not now",
 ]
 
@@ -13556,6 +13679,111 @@ def test_an_error_about_a_target_is_of_the_message_to_it(line):
     assert [text for text in alice.kinds("failed") if text.endswith(": hello")]
     assert [one.where for one in alice.core.outbox.waiting.values()] == ["carol"]
     assert alice.core.failures == 1
+
+
+@pytest.mark.parametrize("line", ["404 alice #lobby :No", "FAIL PRIVMSG CODE :No"])
+def test_errors_about_the_lines_of_a_message_are_of_no_other_message(line):
+    alice = Elsewhere()
+    alice.types("one\ntwo\nthree", "another")
+    alice.sent(1)
+    alice.hears(*[line] * 3)
+    answer(alice, alice.sent(60))
+    assert len(alice.kinds("failed")) == 1 and alice.core.outbox.waiting == {}
+    alice.types("later")
+    alice.sent(9)
+    alice.hears(line)
+    assert "later" in alice.kinds("failed")[1]
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("408 alice #lobby :No colours. Not sent: bad 5", "No colours. Not sent: bad 5: bad 5"),
+        ("404 alice #lobby :No", "No (this message, or one of the 4 after it): text 0"),
+    ],
+)
+def test_a_refused_message_is_found_by_its_text_or_said_to_be_one_of_several(line, told):
+    alice = Elsewhere(tidy=False)
+    alice.core.outbox.window = 9
+    alice.types("text 0", "text 1", "bad 5", "text 2", "text 3")
+    alice.sent(9)
+    alice.hears(line)
+    assert alice.kinds("failed") == [f"#lobby: {told}"]
+
+
+COMMANDS_REFUSED = [  # typed, the server's answer, messages and commands that failed
+    ("/notice bob hi", "401 alice bob :No such nick/channel", (1, 0)),
+    ("/msg NickServ help", "401 alice NickServ :No such nick/channel", (1, 0)),
+    ("/msg @#lobby hi", "404 alice #lobby :Cannot send to channel", (1, 0)),
+    ("/topic #lobby tea", "482 alice #lobby :You're not channel operator", (0, 1)),
+    ("/kick #lobby bob", "482 alice #lobby :You're not channel operator", (0, 1)),
+    ("/join #x", "471 alice #x :Cannot join channel (+l)", (0, 1)),
+    ("/raw FOO", "421 alice FOO :Unknown command", (0, 1)),
+    ("/oper alice secret", "491 alice :No O-lines for your host", (0, 1)),
+    ("/nick bob", "433 alice bob :Nickname is already in use", (0, 1)),
+    ("/topic #lobby tea", ":alice!u@h TOPIC #lobby :tea", (0, 0)),
+    ("/topic #lobby tea", "433 alice carol :Nickname is already in use", (0, 0)),
+    ("/join #x", "470 alice #x #y :Forwarding to another channel", (0, 0)),
+]
+
+
+@pytest.mark.parametrize("text, line, failed", COMMANDS_REFUSED)
+def test_a_pipe_waits_for_the_answer_to_a_command_and_counts_a_refusal(text, line, failed):
+    alice = Elsewhere("STATUSMSG=@+", tidy=False)
+    alice.types(text)
+    sent = alice.sent(9)
+    assert not alice.core.idle
+    alice.hears(line)
+    answer(alice, sent)
+    assert (alice.core.failures, alice.core.refusals) == failed and alice.core.idle
+
+
+ECHOING = [  # texts, those that the server sends back, those that are reported as lost
+    (["bad", "good"], ["good"], ["bad"]),
+    (["good", "bad", "fine"], ["good", "fine"], ["bad"]),
+    (["one\ntwo\nthree"], ["one", "three"], ["one"]),
+    (["good", "bad"], ["good"], ["bad"]),
+    (["damn it", "fine"], ["**** it", "fine"], []),
+    ([" blank ", "E\u0301"], ["blank", "\u00c9"], []),
+    (["/me sings"], ["\x01ACTION sings\x01"], []),
+]
+
+
+@pytest.mark.parametrize("caps", ["echo-message", "echo-message message-tags"])
+@pytest.mark.parametrize("texts, echoes, lost", ECHOING)
+def test_a_message_arrived_if_all_its_lines_come_back_even_with_other_words(
+    texts, echoes, lost, caps
+):
+    alice = Elsewhere(caps=caps, tidy=False)
+    alice.core.outbox.window = 9
+    alice.types(*texts)
+    sent = alice.sent(9)
+    alice.hears(*[f":alice!u@h PRIVMSG #lobby :{echo}" for echo in echoes])
+    answer(alice, sent)
+    for _ in range(int(chat.ECHO_SECONDS) + 9 if lost else 1):
+        answer(alice, alice.sent(1))
+    assert alice.core.outbox.waiting == {} and alice.core.failures == len(lost)
+    assert [text.rpartition(": ")[2].split(" ")[0] for text in alice.kinds("failed")] == lost
+    assert len(alice.said()) == len(texts)
+
+
+def test_the_echo_of_a_command_is_not_taken_for_that_of_a_message():
+    alice = Elsewhere("STATUSMSG=@+", caps="echo-message", tidy=False)
+    alice.types("/msg @#lobby psst", "hello")
+    alice.sent(9)
+    alice.hears(":alice!u@h PRIVMSG @#lobby :psst")
+    assert len(alice.core.outbox.waiting) == 1
+    alice.hears(":alice!u@h PRIVMSG #lobby :hello")
+    assert alice.core.outbox.waiting == {}
+
+
+def test_a_line_between_the_request_for_echoes_and_its_answer_is_shown_once():
+    alice = Elsewhere(caps="cap-notify")
+    alice.hears("CAP alice NEW :echo-message")
+    alice.types("hello")
+    assert alice.sent()[:2] == ["CAP REQ echo-message", "PRIVMSG #lobby hello"]
+    alice.hears("CAP alice ACK :echo-message", ":alice!u@h PRIVMSG #lobby :hello")
+    assert alice.said() == ["#lobby *alice: hello"] and alice.core.outbox.waiting == {}
 
 
 def test_every_name_of_a_nick_that_is_cut_is_another_and_there_are_few():
@@ -14715,7 +14943,7 @@ def test_a_channel_can_be_left_before_we_are_in_it():
     alice = Elsewhere(tidy=False)
     for text in ("/join #b", "/part #b bye"):
         alice.views += alice.core.typed(text)
-    assert alice.sent(9) == ["JOIN #b", "PART #b bye"]
+    assert [line for line in alice.sent(9) if "PING" not in line] == ["JOIN #b", "PART #b bye"]
 
 
 NO_MESSAGE_IS_REFUSED = [
@@ -14731,7 +14959,7 @@ NO_MESSAGE_IS_REFUSED = [
 @pytest.mark.parametrize("line", NO_MESSAGE_IS_REFUSED)
 def test_an_error_about_something_else_is_of_no_message(line):
     alice = Elsewhere(tidy=False)
-    alice.types("hello")
+    alice.types("hello", "/topic #lobby tea")
     alice.sent(9)
     alice.hears(line)
     assert alice.kinds("failed") == [] and len(alice.core.outbox.waiting) == 1
