@@ -12877,6 +12877,7 @@ class IrcTalk:
         self.named = self.introduced = self.negotiating = False
         self.resumed = False  # the session was resumed: the server says where the client is
         self.tries = 1  # attempts to get a nick
+        self.monitor_failed = False  # it did not lead to the wanted nick: ISON may
         self.nick_bytes = 0  # the server's limit for a nick, as its replies showed
         self.login: Iterator | None = None  # the client's side of a SASL exchange ...
         self.exchange: Exchange | None = None  # ... and its incoming messages
@@ -13048,6 +13049,8 @@ class IrcTalk:
         if verb == "PRIVMSG" and words and "\x01" not in line:
             text = parse_message(line).params[-1]
             self.note_echo(Echoed(self.core.fold(words[0]), text, ""))
+        if by_user and verb == "NICK" and words:
+            self.core.asked_nick = words[0]
         if by_user and len(self.commanded) < ECHOES_KEPT:
             id = f"command{next(self.labels)}"
             self.commanded[id] = line
@@ -13201,7 +13204,7 @@ class IrcTalk:
         core, self.named = self.core, True
         if core.password:
             self.send("PASS", core.password)
-        core.name = clean_name(core.wanted_name)
+        core.name = core.wanted_nick
         self.send("NICK", core.name)
         username = re.sub("[^a-z]", "", fold(core.name))[:SHORT_NAME] or "chat"
         core.output.append(f"USER {username} 0 * :{core.name}")
@@ -13267,15 +13270,24 @@ class IrcTalk:
     def regain_name(self, now: float) -> None:
         """Ask whether the wanted nick is free: once by MONITOR, or now and then by ISON."""
         core = self.core
-        wanted = clean_name(core.wanted_name)
+        wanted = core.wanted_nick
         if core.is_me(wanted) or not core.regain or now < core.regain_at:
             return
         core.regain_at = now + REGAIN_SECONDS
-        if "MONITOR" in self.server.tokens:
+        if "MONITOR" in self.server.tokens and not self.monitor_failed:
             self.send("MONITOR", "+", wanted)
             core.regain_at = math.inf
         else:
             self.send("ISON", wanted)
+
+    def not_regained(self, name: str) -> bool:
+        """Go on by ISON if the wanted nick cannot be had; return whether the user knows that."""
+        core, told = self.core, self.monitor_failed
+        if not core.regain or core.fold(name) != core.fold(core.wanted_nick):
+            return False
+        self.monitor_failed = True
+        core.regain_at = core.ticks() + REGAIN_SECONDS
+        return told
 
     def watch(self, names: Iterable[str]) -> None:
         """Monitor the users of private conversations, for a screen, if the server has MONITOR."""
@@ -13286,7 +13298,7 @@ class IrcTalk:
     def name_is_free(self, name: str) -> None:
         """Take a nick that is free, if it is the wanted one."""
         core = self.core
-        wanted = clean_name(core.wanted_name)
+        wanted = core.wanted_nick
         if core.regain and core.fold(name) == core.fold(wanted) and not core.is_me(name):
             self.send("NICK", wanted)
 
@@ -13866,22 +13878,23 @@ def not_logged_in(talk: IrcTalk, heard: Heard) -> None:
 def try_name(talk: IrcTalk, heard: Heard, most: int, candidate: Callable[[int], str]) -> None:
     """Try another nick until the server takes one; give up after `most` attempts."""
     if talk.ready:
-        return tell_rest(talk, heard)
+        known = talk.not_regained("".join(heard.params[1:2]))
+        return None if known else tell_rest(talk, heard)
     if "chat.py/session" in talk.server.offered and not talk.server.enabled:
-        return  # about the nick sent before the secret, which decides
+        return None  # about the nick sent before the secret, which decides
     talk.tries += 1
     if talk.tries > most:
         talk.core.refuse(heard.params[-1], NEEDS_USER)
         return talk.bye("")
     talk.core.name = candidate(talk.tries)
     talk.core.regain = heard.verb != "432"
-    talk.send("NICK", talk.core.name)
+    return talk.send("NICK", talk.core.name)
 
 
 @from_server("433", "436", "437", least=2)
 def name_is_taken(talk: IrcTalk, heard: Heard) -> None:
     """Try NAME2, NAME3 and so on. A nick that the server cut shows how long one may be."""
-    name, shown = clean_name(talk.core.wanted_name), heard.params[1]
+    name, shown = talk.core.wanted_nick, heard.params[1]
     if len(shown) < len(talk.core.name) and talk.core.name.startswith(shown):
         talk.nick_bytes = len(shown)
 
@@ -13898,7 +13911,7 @@ def name_is_taken(talk: IrcTalk, heard: Heard) -> None:
 def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
     """Try the nick with only letters and digits, then shorter ones, then a guest nick: other
     servers allow fewer characters than a chat.py."""
-    name, guest = clean_name(talk.core.wanted_name), f"guest{random.randrange(1000)}"
+    name, guest = talk.core.wanted_nick, f"guest{random.randrange(1000)}"
     plain = re.sub(r"[^A-Za-z0-9_-]", "", name).lstrip("0123456789-")
     letters = re.sub(r"[^A-Za-z]", "", name)
     shorter = [plain[:length] for length in NICK_LENGTHS if plain[:length] != talk.core.name]
@@ -14173,10 +14186,17 @@ def motd_told(talk: IrcTalk, heard: Heard) -> None:
         talk.core.wants_motd = heard.verb not in ("376", "422")
 
 
+@from_server("734", least=3)
+def monitor_full(talk: IrcTalk, heard: Heard) -> None:
+    """<limit> <nicks>: too many are monitored"""
+    if not any(talk.not_regained(name) for name in heard.params[-2].split(",")):
+        tell_rest(talk, heard)
+
+
 @from_server("303", least=2)
 def present_told(talk: IrcTalk, heard: Heard) -> None:
     """Take the wanted nick if the answer to ISON does not list it."""
-    wanted = clean_name(talk.core.wanted_name)
+    wanted = talk.core.wanted_nick
     if talk.core.fold(wanted) not in map(talk.core.fold, heard.params[1].split()):
         talk.name_is_free(wanted)
 
@@ -14428,8 +14448,9 @@ def user_renamed(talk: IrcTalk, heard: Heard) -> None:
     core, old, new = talk.core, heard.name, heard.params[0]
     mine = core.is_me(old)
     if mine:
-        if core.fold(new) == core.fold(clean_name(core.wanted_name)) or not core.regain:
-            core.wanted_name, core.regain = new, False
+        follows = core.server.ours and not core.regain  # another device of the user
+        if follows or core.fold(new) in (core.fold(core.wanted_nick), core.fold(core.asked_nick)):
+            core.wanted_name, core.regain = new, False  # other changes are the server's
         remember(core.former_names, core.fold(old))
         core.former_names.pop(core.fold(new), None)
         core.name = new
@@ -15054,6 +15075,9 @@ class ForScreens:
         return [*before, view, *after]
 
 
+NOT_IN_A_NICK = re.compile(r"[\s\0-\x1f\x7f,!@*?]|^:")  # they would break a line, or a mask
+
+
 class ClientCore(ForScreens):
     """The client's side of a conversation with one server.
 
@@ -15091,6 +15115,7 @@ class ClientCore(ForScreens):
         super().__init__()
         self.store = store  # a ClientStore, or None
         self.wanted_name = self.name = name
+        self.asked_nick = ""  # by the user's last NICK
         self.tidy, self.kind, self.password = tidy, kind, password
         self.me = Credentials(login)
         self.outbox = outbox or Outbox()
@@ -15278,6 +15303,12 @@ class ClientCore(ForScreens):
     def ready(self) -> bool:
         """True if the server has welcomed the client."""
         return self.talk is not None and self.talk.ready
+
+    @property
+    def wanted_nick(self) -> str:
+        """The wanted nick by the rules of this server, as far as they are known."""
+        name = self.wanted_name
+        return clean_name(name) if self.server.ours else NOT_IN_A_NICK.sub("_", name) or "_"
 
     def online(self) -> Any:
         """Return the present talk. Raises Refused without a connection."""

@@ -13899,6 +13899,69 @@ def test_a_name_that_a_ghost_had_is_taken_back_when_it_is_free(tokens, lines):
     assert core.name == "alice" and not core.regain
 
 
+def without_its_nick(*tokens):
+    """Return a client that is called alice2, because alice is taken."""
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.core, alice.now = chat.ClientCore("alice", kind=chat.IRC), 0.0
+    alice.out, alice.views, alice.core.ticks = [], [], lambda: alice.now
+    alice.core.connected()
+    alice.hears("433 * alice :in use", "001 alice2 :Welcome", "004 alice2 x ircd-1 a b")
+    return alice.hears(f"005 alice2 {' '.join(tokens)} A :x")
+
+
+@pytest.mark.parametrize("tokens", [["MONITOR=100"], []])
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ["437 alice2 alice :Nick is temporarily unavailable"],
+        ["433 alice2 alice :Nickname is already in use"],
+        ["734 alice2 100 alice :Monitor list is full"],
+    ],
+)
+def test_a_nick_that_cannot_be_had_yet_is_asked_for_again_and_told_once(tokens, answers):
+    alice = without_its_nick(*tokens)
+    alice.sent(chat.REGAIN_SECONDS + 9)
+    for _ in range(3):
+        alice.hears("731 alice2 alice" if tokens else "303 alice2 :", *answers)
+        asked = alice.sent(chat.REGAIN_SECONDS + 9)
+        assert "ISON alice" in asked
+    assert (
+        len([text for text in alice.kinds("told") if re.search(r"alice\b.* (is|in) ", text)]) == 2
+    )
+    alice.hears("303 alice2 :")
+    assert "NICK alice" in alice.sent(9)
+
+
+@pytest.mark.parametrize(
+    "typed, lines, wanted",
+    [
+        ([], [":alice!u@h NICK 0PNSAAAAB"], "alice"),
+        (["/nick anna"], [":alice!u@h NICK anna"], "anna"),
+        (["/raw NICK anna"], [":alice!u@h NICK anna"], "anna"),
+        (["/nick anna"], [":alice!u@h NICK anna", ":anna!u@h NICK Guest7"], "anna"),
+    ],
+)
+def test_only_the_user_decides_what_the_wanted_nick_is(typed, lines, wanted):
+    alice = Elsewhere()
+    alice.types(*typed)
+    alice.sent(9)
+    alice.hears(*lines)
+    assert alice.core.wanted_name == wanted
+    alice.core.disconnected()
+    alice.core.connected()
+    assert f"NICK {wanted}" in alice.sent()
+
+
+@pytest.mark.parametrize(
+    "name, nick",
+    [("[x]", "[x]"), ("\\o/", "\\o/"), ("a b,c", "a_b_c"), ("a!b@c", "a_b_c"), (":x", "_x")],
+)
+def test_the_names_of_our_servers_are_no_rule_for_others(name, nick):
+    core = chat.ClientCore(name, kind=chat.IRC)
+    core.connected()
+    assert f"NICK {nick}\r\n" in core.take_output().decode()
+
+
 CLOSING_WORDS = [
     ("Closing Link: Throttled: Reconnecting too fast", chat.TEMPORARY),
     ("Closing Link: (No more connections allowed from your host)", chat.TEMPORARY),
@@ -15545,7 +15608,13 @@ def test_joins_in_one_row_never_come_behind_what_their_users_did():
 def test_a_message_to_another_conversation_is_told_where_the_user_looks():
     desk = Desk()
     desk.core.rooms["#lobby"].inside = True
-    desk.core.talk = types.SimpleNamespace(ready=True, pages=False, pieces=(), pump=chat.do_nothing)
+    desk.core.talk = types.SimpleNamespace(
+        ready=True,
+        pages=False,
+        pieces=(),
+        pump=chat.do_nothing,
+        leaves=chat.do_nothing,
+    )
     desk.core.send("#rust", "shall we have tea?")
     desk.tell(*desk.core.take_views())
     assert "you to #rust: shall we have" in "\n".join(desk.screen.lines)
