@@ -12485,11 +12485,18 @@ TLS_RECORDS = (b"\x15\x03", b"\x16\x03")  # beginning of an alert, or of a hands
 OTHER_PROTOCOLS = (  # beginning of the first line of a server that is not for chat
     ("SSH", re.compile(r"SSH-\d")),
     ("HTTP", re.compile(r"HTTP/\d|<!DOCTYPE |<html", re.IGNORECASE)),
-    ("SMTP or FTP", re.compile(r"220[ -]")),
-    ("POP3", re.compile(r"\+OK\b")),
-    ("IMAP", re.compile(r"\* OK\b")),
+    ("SMTP, FTP or NNTP", re.compile(r"[245]\d\d[ -]")),
+    ("POP3 or Redis", re.compile(r"\+OK\b|-ERR\b")),
+    ("IMAP or ACAP", re.compile(r"\* (?:OK|BYE|PREAUTH|ACAP)\b")),
     ("VNC", re.compile(r"RFB \d")),
+    ("RTSP or SIP", re.compile(r"(?:RTSP|SIP)/\d")),
+    ("XMPP", re.compile(r"<\?xml|<stream:")),
+    ("memcached", re.compile(r"ERROR$")),
+    ("rsync", re.compile(r"@RSYNCD:")),
+    ("MPD", re.compile(r"OK MPD")),
 )
+NO_CHAT = "this is no chat server"
+IF_PLAIN = "; --plain if it is one of the workshop's"
 
 
 def other_protocol(line: str) -> str:
@@ -12519,7 +12526,9 @@ class PlainTalk:
     def take(self, line: str) -> None:
         core, room = self.core, self.core.rooms[self.core.fold(LOBBY)]
         if not core.sure and (other := other_protocol(line)):
-            return core.give_up(f"this is no chat server: it speaks {other}")
+            return core.give_up(f"{NO_CHAT}: it speaks {other}")
+        if not core.sure and not core.insists and line == core.wanted_name:
+            return core.give_up(f"{NO_CHAT}: it sends back what it is told{IF_PLAIN}")
         if WANTS_IRC.match(line) and not core.insists:
             core.outbox.take_back(self.sent)  # the server has understood none of these
             core.kind, core.redial = CHAT if line.startswith(":chat.py/") else IRC, True
@@ -12527,6 +12536,7 @@ class PlainTalk:
         matches = ((kind, pattern.fullmatch(line)) for kind, pattern in PLAIN_LINES.items())
         kind, match = next((pair for pair in matches if pair[1]), (TOLD, None))
         if match is None:
+            core.unsure = core.unsure or line
             return core.show(View(TOLD, line, where=LOBBY, line=line))
         core.sure = True
         name, rest = match.groups()
@@ -14715,21 +14725,26 @@ class Credentials:
         self.certificate = False  # the client has a certificate for TLS
 
 
+def is_no_text(data: bytes) -> bool:
+    """Return whether the first bytes of a server are no text, in UTF-8 or in IRC."""
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+    return not IRC_SPEAKS.match(text) and ("\ufffd" in text or "\0" in text)
+
+
 def first_words(core: "ClientCore", line: str) -> bool:
     """Detect the kind of a server by the line that it sends first. Return True if that line needs
     no other handling."""
-    if line.startswith("* "):  # the server refuses the client, with a reason
+    other = other_protocol(line)
+    if line.startswith("* ") and not other:  # the server refuses the client, with a reason
         core.refuse(line.removeprefix("* "), TEMPORARY)
         core.show(View(TOLD, core.refusal))
         return True
-    if other := other_protocol(line):
+    if other or not IRC_SPEAKS.match(line):  # a workshop server waits for the name
         core.listening = False
-        core.give_up(f"this is no chat server: it speaks {other}")
+        says = f"speaks {other}" if other else f"begins with {beginning(line)!r}{IF_PLAIN}"
+        core.give_up(f"{NO_CHAT}: it {says}")
         return True
-    if line.startswith(":chat.py/"):
-        core.kind = CHAT
-    else:
-        core.kind = IRC if IRC_SPEAKS.match(line) else PLAIN
+    core.kind = CHAT if line.startswith(":chat.py/") else IRC
     core.introduce()
     return core.kind == CHAT
 
@@ -15129,7 +15144,8 @@ class ClientCore(ForScreens):
         self.dismissed = False  # the server sent ERROR, and will hang up
         self.redial = False  # connect again at once, with another protocol or TLS ...
         self.insists = False  # ... but not if the user set the protocol
-        self.sure = False  # a line has proved the kind of the server
+        self.sure = False  # a line has proved the kind of the server ...
+        self.unsure = ""  # ... and this one of a plain server was no such line
         self.sts: tuple[int, int] | None = None  # port and seconds of required TLS (IRCv3 sts)
         self.quitting = False
         self.regain = False  # the wanted nick was taken: get it once it is free ...
@@ -15409,7 +15425,10 @@ class ClientCore(ForScreens):
 
     def silence(self) -> list[View]:
         """Handle a server that sends nothing at first: a workshop server waits for the name."""
-        if self.listening:
+        began = shown_line(self.inbox.buffer[self.inbox.start :]) if self.listening else ""
+        if began:  # a prompt ("login: "), or a line that comes slowly
+            first_words(self, began)
+        elif self.listening:
             self.kind = PLAIN
             self.introduce()
         return self.take_views()
@@ -15417,6 +15436,10 @@ class ClientCore(ForScreens):
     def feed(self, data: bytes) -> list[View]:
         if not self.sure and data.startswith(TLS_RECORDS):
             self.give_up("this port wants TLS: write ircs://HOST:PORT")
+            return self.take_views()
+        if self.listening and is_no_text(data):
+            self.listening = False
+            self.give_up(f"{NO_CHAT}: it sends no text")
             return self.take_views()
         self.inbox.feed(data)
         self._take_lines()
@@ -22534,6 +22557,9 @@ class Filter(Client):
             reasons.append(f"{counted(self.core.refusals, 'command')} refused")
         if self.login and self.was_up and not self.core.me.account:
             reasons.append(f"not logged in as {self.login.account}")
+        if self.core.unsure and not (self.core.sure or self.core.insists or reason):
+            text = f"the server answered {beginning(self.core.unsure)!r}"
+            reasons.append(f"{text}: perhaps it is no chat{IF_PLAIN}")
         if self.join and self.was_up and self.core.kind == PLAIN:
             reasons.append("a plain server has no channels; if it is one of IRC, write irc://...")
         if waiting:

@@ -12142,11 +12142,40 @@ def test_a_server_that_was_taken_for_a_workshop_server_is_connected_to_again(lin
     assert (core.kind, core.redial) == (chat.PLAIN, False)
 
 
-def test_a_server_that_greets_by_itself_is_a_plain_one():
+@pytest.mark.parametrize("first", ["Please enter your name\n", "26 NOV 2026 18:00:00\n", "login: "])
+def test_a_server_that_greets_by_itself_is_told_nothing_unless_the_user_says_plain(first):
     core = chat.ClientCore("alice")
     core.connected()
-    assert shown(core.feed(b"Please enter your name\n")) == [("told", "", "Please enter your name")]
-    assert core.take_output() == b"alice\n"
+    core.feed(first.encode())
+    core.silence()
+    assert (core.cause, core.take_output()) == (chat.FATAL, b"") and "--plain" in core.refusal
+    core = chat.ClientCore("alice", kind=chat.PLAIN)
+    core.insists = True
+    core.connected()
+    core.feed(first.encode())
+    assert core.cause != chat.FATAL and core.take_output() == b"alice\n"
+
+
+def test_the_first_line_of_an_irc_server_may_come_slowly():
+    core = chat.ClientCore("alice")
+    core.connected()
+    core.feed(b":irc.exam")
+    core.silence()
+    core.feed(b"ple NOTICE * :hi\r\n")
+    assert core.kind == chat.IRC
+
+
+@pytest.mark.parametrize("line, unsure", [("Welcome", True), ("bob: hi", False), ("", False)])
+def test_a_plain_server_is_doubted_until_it_speaks_the_protocol(line, unsure):
+    core = plain_core()
+    core.feed(f"{line}\n".encode() * bool(line))
+    assert bool(core.unsure and not core.sure) == unsure
+
+
+def test_a_server_that_sends_back_the_name_is_no_chat():
+    core = plain_core()
+    core.feed(b"alice\n")
+    assert core.cause == chat.FATAL
 
 
 def test_being_turned_away_is_shown_and_decides_nothing():
@@ -14176,6 +14205,19 @@ OTHER_SERVERS = [
     (b"220 mail.example ESMTP\r\n", "SMTP"),
     (b"+OK POP3 ready\r\n", "POP3"),
     (b"RFB 003.008\n", "VNC"),
+    (b"200 news.example ready\r\n", "NNTP"),
+    (b"554 no\r\n", "SMTP"),
+    (b"421 busy\r\n", "SMTP"),
+    (b"-ERR unknown command 'alice'\r\n", "Redis"),
+    (b"* BYE\r\n", "IMAP"),
+    (b"* PREAUTH ready\r\n", "IMAP"),
+    (b"* ACAP (IMPLEMENTATION x)\r\n", "ACAP"),
+    (b"ERROR\r\n", "memcached"),
+    (b"RTSP/1.0 400 Bad Request\r\n", "RTSP"),
+    (b"SIP/2.0 400 Bad Request\r\n", "SIP"),
+    (b"@RSYNCD: 31.0\n", "rsync"),
+    (b"OK MPD 0.23.5\n", "MPD"),
+    (b"<stream:error>\n", "XMPP"),
     (b"\x15\x03\x03\x00\x02\x02\x46", "TLS"),
 ]
 
@@ -14187,6 +14229,14 @@ def test_a_server_that_is_no_chat_is_left_for_good(data, what, kind):
     core.connected()
     core.feed(data)
     assert core.cause == chat.FATAL and what in core.refusal
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfd\x18\xff\xfd\x20", b"J\0\0\0\n8.0.36\0"])
+def test_a_server_that_sends_no_text_is_left_for_good(data):
+    core = chat.ClientCore("alice")
+    core.connected()
+    core.feed(data)
+    assert core.cause == chat.FATAL and core.take_output() == b""
 
 
 def test_what_is_typed_stays_in_the_conversation_where_it_was_begun(running, terminal):
