@@ -13327,13 +13327,14 @@ class IrcTalk:
     def cannot_enter(self, name: str, why: str) -> None:
         """Let the user decide about the messages for a channel that the client cannot join."""
         room = self.core.find(name)
-        if room is None or room.inside:
+        if room and room.inside:
             return
         if not self.join_failed(name):  # a JOIN with another password may be on its way
             return
-        room.wanted = False
         self.going.pop(self.core.fold(name), None)
-        self.core.park_all(room, why)
+        if room:
+            room.wanted = False
+            self.core.park_all(room, why)
 
     def waits(self, one: Waiting) -> bool:
         """Return whether a message waits for the answer to a JOIN, or for a server. The later
@@ -13445,8 +13446,9 @@ class IrcTalk:
         return piece.tags + self.line("PRIVMSG", one.where, text)
 
     def note_echo(self, sent: Echoed) -> None:
-        """Note that the server will send back a line."""
-        if "echo-message" in self.server.enabled | self.server.requested:
+        """Note that the server will send back a line. The modules of a bouncer do not: *status."""
+        echoes = "echo-message" in self.server.enabled | self.server.requested
+        if echoes and sent.target[:1] != "*":
             self.echoed.append(sent)
             del self.echoed[:-ECHOES_KEPT]
 
@@ -13723,15 +13725,26 @@ def message_refused(talk: IrcTalk, heard: Heard) -> tuple[str, str]:
     return line.id, "" if certain else doubt
 
 
+NOT_OF_JOIN = ("404", "442", "461", "470", "482")
+
+
+def refuses_join(talk: IrcTalk, number: str, name: str) -> bool:
+    """Return whether an error about a channel is the answer to a JOIN."""
+    room = talk.core.find(name)
+    if number in NOT_JOINED and room:
+        return room.is_channel and not room.inside
+    error = number.isdecimal() and number[0] in "4569" and number not in NOT_OF_JOIN
+    return error and talk.core.fold(name) in talk.entering and not talk.server.ours
+
+
 @from_server("", least=1)
 def tell_rest(talk: IrcTalk, heard: Heard) -> None:
     """Show a line without a handler of its own; note the channel or message that is refused."""
     *about, text = heard.params[1:] or heard.params
     between = ": " if heard.verb[:1] in ("4", "5") else " "
     text = between.join([" ".join(about), text] if about else [text])
-    room = talk.core.find(heard.params[1]) if len(heard.params) > 1 else None
-    if heard.verb in NOT_JOINED and room and room.is_channel and not room.inside:
-        talk.cannot_enter(heard.params[1], text)
+    if about and refuses_join(talk, heard.verb, about[0]):
+        talk.cannot_enter(about[0], text)
     lost, doubt = message_refused(talk, heard)
     refused(talk, heard._replace(tags={"label": lost} | heard.tags), text + doubt)
 
@@ -14016,9 +14029,14 @@ def host_changed(talk: IrcTalk, heard: Heard) -> None:
         talk.mask = f"{heard.name}!{heard.params[0]}@{heard.params[1]}"
 
 
+TEMPORARY_WORDS = re.compile(  # they count before the others
+    r"throttl|too fast|try again|reconnect|shut(?:ting)? ?down|going down|restart|for \d+ seconds",
+    re.IGNORECASE,
+)
 NEEDS_USER_WORDS = re.compile(
-    r"\bbann|\b[kgdzq][- :]?lined?\b|password|not (?:allowed|authori[sz]ed|permitted)|unauthori"
-    r"|access denied|certificate",
+    r"\bbann|\b[kgdzqr][- :]?lined?\b|\bauto(?:matic )?kill|\bauto[kgz]-?lined?|\bakill"
+    r"|dnsbl|dronebl|password|passphrase|not (?:allowed|authori[sz]ed|permitted)|unauthori"
+    r"|no authori[sz]ation|access denied|access only|certificate|blacklist|blocklist|listed in",
     re.IGNORECASE,
 )
 
@@ -14028,8 +14046,9 @@ def error_told(talk: IrcTalk, heard: Heard) -> None:
     """Note why the server closes. Throttled, full or going down are temporary reasons."""
     talk.core.dismissed = True
     if not talk.core.quitting and not talk.core.refusal:
-        needs_user = bool(NEEDS_USER_WORDS.search(heard.params[0]))
-        talk.core.refuse(heard.params[0], NEEDS_USER if needs_user else TEMPORARY)
+        text = heard.params[0]
+        needs_user = NEEDS_USER_WORDS.search(text) and not TEMPORARY_WORDS.search(text)
+        talk.core.refuse(text, NEEDS_USER if needs_user else TEMPORARY)
 
 
 @from_server("464", "465", "466", least=1)
@@ -14042,18 +14061,32 @@ def not_let_in(talk: IrcTalk, heard: Heard) -> None:
         talk.core.refuse(heard.params[-1] + advice, NEEDS_USER)
 
 
+def take_channel_name(talk: IrcTalk, old: str, new: str) -> None:
+    """Use the name of the channel that the server lets the client join in place of another one."""
+    core, key = talk.core, talk.core.fold(old)
+    for of_joins in (talk.entering, talk.going):
+        if key in of_joins:
+            of_joins[core.fold(new)] = of_joins.pop(key)
+    room, other = core.find(old), core.find(new)
+    if room is None or room is other or room.inside:
+        return
+    if other is None:
+        return core.rename(room, new)
+    core.outbox.readdress(lambda where: core.find(where) is room, other.name)
+    if core.current is room:
+        core.go(other)
+    return core.close(room)
+
+
 @from_server("470", least=3)
 def sent_elsewhere(talk: IrcTalk, heard: Heard) -> None:
     """Follow the server, which redirects a JOIN to another channel."""
-    core, (_, old, new, *_) = talk.core, heard.params
+    _, old, new, *_ = heard.params
     tell_rest(talk, heard)
-    if (room := core.find(old)) and not room.inside:
-        if core.find(new):
-            room.wanted = False
-        else:
-            core.rename(room, new)
-    if (password := talk.going.pop(core.fold(old), None)) is not None:
-        talk.going[core.fold(new)] = password
+    take_channel_name(talk, old, new)
+    if (room := talk.core.find(new)) and room.inside:  # the JOIN has come before
+        talk.entering.pop(talk.core.fold(new), None)
+        talk.going.pop(talk.core.fold(new), None)
 
 
 # Lines of a server: pings, confirmations, history and presence
@@ -14331,15 +14364,26 @@ def missed_in_a_talk(talk: IrcTalk, heard: Heard) -> None:
     talk.ask_history(room, "gap" if talk.core.tidy else "missed")
 
 
+def is_name_given_to(key: str, name: str, most: int) -> bool:
+    """Return whether a server that allows `most` bytes makes the channel `name` of another key: it
+    cuts long names, and adds five characters after the ! of others."""
+    safe = key[:1] == "!" and name[:1] == "!" and name[6:] == key[1:]
+    return safe or (key.startswith(name) and most - 4 < len(name.encode()) <= most)
+
+
+def joined_as(talk: IrcTalk, name: str) -> None:
+    """Give a channel its new name, if it is another one than that of the JOIN which was sent."""
+    core, key, most = talk.core, talk.core.fold(name), talk.server.limit("CHANNELLEN", 50)
+    sent = [one for one in talk.entering if is_name_given_to(one, key, most)]
+    if core.find(name) is None and len(sent) == 1:
+        take_channel_name(talk, sent[0], name)
+
+
 def we_joined(talk: IrcTalk, heard: Heard) -> None:
     core, talk.mask = talk.core, heard.source
     if core.find(heard.params[0]) is None and len(core.rooms) >= 2 * ROOMS_KEPT:
         return  # no user has so many channels
-    for key in [key for key in talk.going if key[:1] == "!"]:  # the server added five characters
-        if core.fold(heard.params[0])[6:] == key[1:]:
-            talk.going[core.fold(heard.params[0])] = talk.going.pop(key)
-            if there := core.find(key):
-                core.rename(there, heard.params[0])
+    joined_as(talk, heard.params[0])
     room = core.room_for(heard.params[0])
     room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
@@ -14428,9 +14472,8 @@ def user_quit(talk: IrcTalk, heard: Heard) -> None:
         why = f": {heard.params[0]}" if heard.params and heard.params[0] else ""
         core.happened(room, View(TOLD, f"{heard.name} has left{why}", where=room.name))
         room.gone = True  # as MONITOR tells, too
-        core.park_all(
-            room, f"{heard.name} has left", unsent=True
-        )  # another user may take that name
+        # Another user may take that name
+        core.park_all(room, f"{heard.name} has left", unsent=True)
     core.forget_person(heard.name)
     talk.name_is_free(heard.name)
 
@@ -15999,6 +16042,9 @@ def do_join(core: ClientCore, name: str, password: str = "") -> None:
         if room and room.inside:
             core.go(room)
             continue
+        most = core.server.limit("CHANNELLEN", IRC_BYTES)
+        if len(one.encode()) > most:
+            raise Refused("TOO_LONG", f"the name of a channel has at most {most} bytes here")
         core.talk.going[core.fold(one)] = password
         core.talk.command("JOIN", one, *optional(password))
         core.talk.note_join(one)

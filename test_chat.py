@@ -13853,6 +13853,45 @@ def test_a_channel_that_we_are_sent_to_instead_takes_the_place_of_the_other():
     assert "PRIVMSG #tea hello" in alice.sent(9)
 
 
+JOINED_AS = [  # channels to join, the server's tokens and lines, where the messages go
+    (["!tea"], [], [":alice!u@h JOIN !ABCDEtea"], "!ABCDEtea"),
+    (["#" + "x" * 30], ["CHANNELLEN=20"], [f":alice!u@h JOIN #{'x' * 19}"], "#" + "x" * 19),
+    (["#" + "\u8336" * 18], ["CHANNELLEN=50"], [f":alice!u@h JOIN #{chr(0x8336) * 16}"], None),
+    (["#old"], [], ["470 alice #old #new :Forwarding", ":alice!u@h JOIN #new"], "#new"),
+    (["#old"], [], [":alice!u@h JOIN #new", "470 alice #old #new :Forwarding"], "#new"),
+    (["#old", "#new"], [], ["470 alice #old #new :Forward", ":alice!u@h JOIN #new"], "#new"),
+    (["#old", "#new"], [], [":alice!u@h JOIN #new", "470 alice #old #new :Forward"], "#new"),
+]
+
+
+@pytest.mark.parametrize("tidy", [True, False])
+@pytest.mark.parametrize("join, tokens, lines, name", JOINED_AS)
+def test_messages_go_to_the_channel_that_the_server_lets_the_client_join(
+    join, tokens, lines, name, tidy
+):
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.core, alice.now = chat.ClientCore("alice", tidy, kind=chat.IRC, join=join), 0.0
+    alice.out, alice.views, alice.core.ticks = [], [], lambda: alice.now
+    alice.types("hello")
+    alice.core.connected()
+    alice.hears("001 alice :Welcome", "004 alice x ircd-1 a b")
+    alice.hears(f"005 alice {' '.join(tokens)} CHANTYPES=#&!+ :are supported", *lines)
+    name = name or lines[0].split()[-1]
+    assert f"PRIVMSG {name} hello" in alice.sent(20)
+    assert list(alice.core.rooms) == [alice.core.fold(name)] and alice.core.here == name
+    assert alice.core.room.inside and alice.core.talk.entering == {}
+
+
+@pytest.mark.parametrize("number", ["480", "926", "485", "495", "500", "609", "471"])
+def test_any_error_about_a_channel_to_be_joined_ends_the_wait_with_its_text(number):
+    alice = Elsewhere(tidy=False)
+    alice.types("/join #tea", "hello")
+    alice.sent(2)
+    alice.hears(f"{number} alice #tea :Not today")
+    assert "Not today" in alice.kinds("failed")[0] and len(alice.core.outbox.parked) == 1
+    assert alice.core.talk.entering == {}
+
+
 SOURCES = [  # source, verb, how it is shown
     ("bob", "PRIVMSG", ("said", "bob", "hi")),
     ("bob!u@h", "NOTICE", ("noticed", "bob", "hi")),
@@ -13997,6 +14036,17 @@ CLOSING_WORDS = [
     ("Server is full", chat.TEMPORARY),
     ("Server going down", chat.TEMPORARY),
     ("Closing Link: (Ping timeout: 240 seconds)", chat.TEMPORARY),
+    ("Server shutdown by admin: certificate renewal", chat.TEMPORARY),
+    ("Server going down (password file update)", chat.TEMPORARY),
+    ("You are not permitted to reconnect for 30 seconds", chat.TEMPORARY),
+    ("Throttled: too many failed password attempts", chat.TEMPORARY),
+    ("Closing Link: (AKILLed: spam)", chat.NEEDS_USER),
+    ("Closing Link: Autokilled: spam", chat.NEEDS_USER),
+    ("Closing Link: (SASL access only)", chat.NEEDS_USER),
+    ("Closing Link: No Authorization", chat.NEEDS_USER),
+    ("Closing Link: your address is listed in DroneBL", chat.NEEDS_USER),
+    ("Closing Link: R:lined (no bots)", chat.NEEDS_USER),
+    ("Closing Link: Wrong passphrase", chat.NEEDS_USER),
     ("Closing link: K-lined: spam", chat.NEEDS_USER),
     ("Closing Link: (You are banned from this server)", chat.NEEDS_USER),
     ("Closing link: Bad Password", chat.NEEDS_USER),
@@ -14748,6 +14798,7 @@ TOO_LONG = [
     (["AWAYLEN=50"], "/away " + "x" * 51),
     (["NICKLEN=9"], "/nick abcdefghij"),
     (["KICKLEN=20"], "/kick bob " + "x" * 21),
+    (["CHANNELLEN=20"], "/join #" + "x" * 20),
     ([], "/topic " + "x" * 500),
     ([], "/msg NickServ " + "x" * 500),
 ]
