@@ -12773,8 +12773,9 @@ def not_shown(room: Room, views: list[View]) -> list[View]:
 
 def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
     """Handle the page of messages from before the client joined."""
-    for view in not_shown(room, views):
+    for view in (new := not_shown(room, views)):
         talk.core.deliver(room, view._replace(past=True))
+    talk.core.note_repeatable(room, new)  # live lines among the held ones may be on this page
     room.whole = not views  # a short page may consist of long messages
     talk.core.release(room)
 
@@ -12782,8 +12783,9 @@ def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> Non
 def take_missed(talk: "IrcTalk", room: Room, views: list[View], new: bool, more: str) -> None:
     """Deliver a page, and then ask for `more`, or show what was held. With something `new` on it,
     the next page may be larger."""
-    for view in not_shown(room, views):
+    for view in (unshown := not_shown(room, views)):
         talk.core.deliver(room, view)
+    talk.core.note_repeatable(room, unshown)
     if new:
         talk.core.progress += 1
         talk.core.page_lines = min(talk.server.page_size, 2 * talk.core.page_lines)
@@ -12892,6 +12894,7 @@ class IrcTalk:
         self.login: Iterator | None = None  # the client's side of a SASL exchange ...
         self.exchange: Exchange | None = None  # ... and its incoming messages
         self.mechanism_used = ""
+        self.login_told = False  # the user knows why the client does not log in
         self.taken_up = False  # the server supports that mechanism
         self.mechanisms_left: list[str] = []  # to be tried if the server refuses that one
         self.proven = False  # the server has proved that it knows the password, too
@@ -13142,7 +13145,7 @@ class IrcTalk:
 
     def _date(self, line: str) -> None:
         """Note the time at which a request for history was sent: requests wait for their turn."""
-        if "CHATHISTORY " not in line:
+        if line.split(" ")[line.startswith("@")] != "CHATHISTORY":  # its verb, after tags
             return
         for n, asked in enumerate(self.asked):
             if asked.at == UNSENT:
@@ -13262,6 +13265,7 @@ class IrcTalk:
                 return name
             text = "not logged in: this server wants to be told the password in the clear"
             core.show(View(NOTE, f"{text}; /login does so, ircs:// is better"))
+            self.login_told = True
         return ""
 
     def begin_log_in(self, mechanism: str) -> None:
@@ -13842,7 +13846,10 @@ def answer_log_in(talk: IrcTalk, said: Any) -> None:
 
 @from_server("AUTHENTICATE", least=1)
 def asked_to_log_in(talk: IrcTalk, heard: Heard) -> None:
-    talk.taken_up = True
+    listed = talk.server.offered.get("sasl", "").split(",")
+    one_step = talk.mechanism_used in ("PLAIN", "EXTERNAL")
+    if heard.params[0] != "+" or one_step or talk.mechanism_used in listed:
+        talk.taken_up = True  # some servers say + to any name of a mechanism
     try:
         said = talk.exchange.feed(heard.params[0]) if talk.exchange else None
     except Refused:
@@ -13959,6 +13966,10 @@ def welcomed(talk: IrcTalk, heard: Heard) -> None:
         why = "is taken" if core.regain else "is no nick that this server takes"
         why = f" ({core.wanted_name} {why})" if core.name != core.wanted_name else ""
         core.show(View(TOLD, f"you are {core.name}{why}"))
+    if core.me.login and not (talk.mechanism_used or talk.login_told):
+        offered = talk.server.offered.get("sasl")
+        why = "knows no SASL" if offered is None else f"logs in only by {offered}"
+        core.show(View(NOTE, f"not logged in as {core.me.login.account}: this server {why}"))
     if core.away:
         talk.send("AWAY", core.away)
     for id in [*core.outbox.unconfirmed]:  # without a room there is no history to tell
@@ -15199,6 +15210,8 @@ class ClientCore(ForScreens):
         self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
         self.seen: dict[str, None] = {}  # ids of known messages
         self.removed: dict[str, None] = {}  # ids of redacted messages
+        # Messages without ids that a server may send again, by the id of their conversation
+        self.repeatable: set[tuple[int, Any]] = set()
         self.shown: set[str] = set()  # own ids of messages shown as waiting
         self.sent_before: set[str] = set()  # own ids of messages that the user sends again
         self.known_own: dict[str, None] = {}  # own ids of messages that were shown and have arrived
@@ -15436,6 +15449,9 @@ class ClientCore(ForScreens):
 
     def connected(self) -> list[View]:
         self.inbox = LineBuffer(self.inbox.limit)
+        self.repeatable.clear()
+        for room in self.rooms.values():  # a bouncer plays them again
+            self.note_repeatable(room, room.views)
         self.output.clear()
         self.refusal, self.cause, self.redial, self.talk = "", TEMPORARY, False, None
         self.acknowledged = self.dismissed = False
@@ -15862,6 +15878,8 @@ class ClientCore(ForScreens):
     def deliver(self, room: Room, view: View) -> None:
         """Store and show the next message of a room."""
         self.newest = max(self.newest, view.time or 0)
+        if not view.own_id and self.is_repeated(room, view):
+            return
         known = view.id in self.seen
         if view.id:
             remember(self.seen, view.id)
@@ -15888,6 +15906,18 @@ class ClientCore(ForScreens):
             room.unread += 1
             room.called += view.called and not room.muted
         self.show(view)
+
+    def note_repeatable(self, room: Room, views: Iterable[View]) -> None:
+        """Note messages without ids: if the server sends the same ones again, they are no news."""
+        spoken = (view for view in views if view.kind in (SAID, NOTICED) and view.time)
+        self.repeatable |= {(room.id, identity_of(view)) for view in spoken if not view.id}
+
+    def is_repeated(self, room: Room, view: View) -> bool:
+        """Return whether a message without an id, but with the server's time, is known already."""
+        known = (room.id, identity_of(view))
+        repeated = view.time is not None and not view.id and known in self.repeatable
+        self.repeatable -= {known} if repeated else set()
+        return repeated
 
     def hides(self, view: View) -> bool:
         """Return whether a view is not to be shown: no message, redacted, or of an ignored user."""
@@ -20667,6 +20697,12 @@ def reason_given(response: Response | None, text: str) -> str:
     return text.strip() or (f"the server says {response.status}" if response else "no answer")
 
 
+def is_temporary(response: Response | None) -> bool:
+    """Return whether a request may succeed later: it broke, or the server failed. 507 is a refusal:
+    the server has no room for the file."""
+    return response is None or (response.status >= 500 and response.status != 507)
+
+
 class Transfers:
     """The files that one link sends and saves; a few at once, while the others wait."""
 
@@ -20816,7 +20852,7 @@ class Transfers:
         url = parse_url(self.core.file_host, self.base)
 
         def created(response: Response | None, text: str) -> None:
-            if response is None or response.status >= 500:
+            if is_temporary(response):
                 return self._broke(one, text)
             if response.status != 201:
                 return self._refused(one, response, text)
@@ -20831,7 +20867,7 @@ class Transfers:
         headers = self._headers(token, Tus_Resumable="1.0.0")
 
         def told(response: Response | None, text: str) -> None:
-            if response is None or response.status >= 500:
+            if is_temporary(response):
                 return self._broke(one, text)
             if response.status in (403, 404):  # the upload expired, or is another guest's
                 one.url = ""
@@ -20867,7 +20903,7 @@ class Transfers:
             one.done = max(at, done)
 
         def answered(response: Response | None, text: str) -> None:
-            if response is None or response.status >= 500 and response.status != 507:
+            if is_temporary(response):
                 return self._broke(one, text)
             if response.status in (204, 409):
                 return self._send_from(one, token, whole_bytes(response.header("upload-offset")))
@@ -22402,7 +22438,9 @@ class ManyServers(Client):
     def open_others(self) -> None:
         """Connect to the other servers that were open last time."""
         first = self.seat
-        for url in json.loads(self.store.fact("servers") or "[]"):
+        with patience_with(self.db):  # else a lock would make the list empty, and keep it so
+            urls = json.loads(self.store.fact("servers") or "[]")
+        for url in urls:
             self.connect(url)
         self.look_at(first)
 

@@ -14068,6 +14068,8 @@ def test_why_a_server_closes_decides_whether_to_come_back(words, cause):
         ("sasl", True, ["908 * PLAIN :are available", "904 * :no"], ["SCRAM-SHA-256", "PLAIN"]),
         ("sasl", True, ["904 * :no"], ["SCRAM-SHA-256", "PLAIN"]),
         ("sasl", False, ["904 * :no"], ["SCRAM-SHA-256"]),
+        ("sasl", True, ["AUTHENTICATE +", "904 * :no"], ["SCRAM-SHA-256", "PLAIN"]),
+        ("sasl", False, ["AUTHENTICATE +", "904 * :no"], ["SCRAM-SHA-256"]),
         ("sasl=PLAIN", True, [], ["PLAIN"]),
         ("sasl=PLAIN,SCRAM-SHA-256", True, [], ["SCRAM-SHA-256"]),
         ("sasl=EXTERNAL", True, [], []),
@@ -14081,7 +14083,8 @@ def test_the_log_in_falls_back_to_a_mechanism_that_the_server_has(
     core.secure = secure
     core.feed(f":x CAP * LS :{caps}\r\n".encode())
     core.feed("".join(f":x {line}\r\n" for line in refusals).encode())
-    found = re.findall(r"AUTHENTICATE (\S+)", core.take_output().decode())
+    found = re.findall(r"AUTHENTICATE ([A-Z]+-?\S*-?\d*)\r", core.take_output().decode())
+    found = [name for name in found if name in (*chat.LOGINS, "EXTERNAL")]
     assert found == mechanisms
 
 
@@ -14096,8 +14099,63 @@ def test_external_is_tried_with_a_certificate_and_a_wrong_password_is_not_told_i
     core = chat.ClientCore("alice", kind=chat.IRC, login=chat.Login("alice", "wrong"))
     core.secure = True
     core.connected()
-    core.feed(b":x CAP * LS :sasl\r\nAUTHENTICATE +\r\n:x 904 * :wrong password\r\n")
+    core.feed(b":x CAP * LS :sasl=SCRAM-SHA-256,PLAIN\r\n")
+    core.feed(b"AUTHENTICATE +\r\n:x 904 * :wrong password\r\n")
     assert b"PLAIN" not in core.take_output()
+
+
+@pytest.mark.parametrize(
+    "caps, why",
+    [
+        ("", "knows no SASL"),
+        ("CAP * LS :batch", "knows no SASL"),
+        ("CAP * LS :sasl=EXTERNAL", "logs in only by EXTERNAL"),
+    ],
+)
+def test_the_user_is_told_why_a_server_lets_no_one_log_in(caps, why):
+    core = chat.ClientCore("alice", kind=chat.IRC, login=chat.Login("alice", "sesame"))
+    core.connected()
+    core.feed(f":x {caps or '421 * CAP :Unknown command'}\r\n".encode())
+    notes = [view.text for view in core.feed(b":x 001 alice :Welcome\r\n") if view.kind == "note"]
+    assert notes == [f"not logged in as alice: this server {why}"]
+
+
+def test_what_a_bouncer_plays_again_is_shown_once():
+    alice = Elsewhere(caps="server-time")
+    when = "@time=2026-11-26T18:00:00.000Z"
+    lines = [f"{when} :bob!u@h PRIVMSG #lobby :{text}" for text in ("lol", "lol", "and")]
+    alice.hears(*lines)
+    assert [text[-3:] for text in alice.said()] == ["lol", "lol", "and"]
+    for _ in range(2):
+        alice.core.disconnected()
+        alice.connect(caps="server-time")
+        alice.hears(lines[0], lines[2], f"{when} :bob!u@h PRIVMSG #lobby :new")
+        new = [text.rpartition(" ")[2] for text in alice.said()]
+        assert new == ["new"] or _ == 1 and new == []
+
+
+def test_a_live_line_that_a_page_holds_too_is_shown_once_without_ids():
+    alice = Elsewhere(caps=PAGES_OF)
+    line = "time=2026-11-26T18:00:00.000Z :bob!u@h PRIVMSG #lobby :hi"
+    alice.hears(f"@{line}", "BATCH +1 chathistory #lobby", f"@batch=1;{line}", "BATCH -1")
+    assert alice.said() == ["#lobby bob: hi"]
+
+
+@pytest.mark.parametrize(
+    "line, dated",
+    [
+        ("PRIVMSG #lobby :CHATHISTORY LATEST", False),
+        ("@label=a PRIVMSG #lobby :CHATHISTORY LATEST", False),
+        ("CHATHISTORY LATEST #lobby * 20", True),
+        ("@label=a CHATHISTORY LATEST #lobby * 20", True),
+    ],
+)
+def test_a_message_about_chathistory_is_no_request_for_history(line, dated):
+    alice = Elsewhere(caps=PAGES_OF)
+    talk = alice.core.talk
+    talk.asked[0] = talk.asked[0]._replace(at=chat.UNSENT)
+    talk._date(line)
+    assert (talk.asked[0].at != chat.UNSENT) == dated
 
 
 def test_a_server_that_wants_tls_is_left_at_once_and_nothing_is_told_it():
@@ -14287,6 +14345,24 @@ def test_a_server_that_sends_no_text_is_left_for_good(data):
     core.connected()
     core.feed(data)
     assert core.cause == chat.FATAL and core.take_output() == b""
+
+
+@pytest.mark.parametrize(
+    "status, temporary", [(None, True), (500, True), (503, True), (507, False), (413, False)]
+)
+def test_a_server_without_room_for_a_file_is_not_asked_again(status, temporary):
+    response = status and chat.Response(status, {})
+    assert chat.is_temporary(response) == temporary
+
+
+def test_the_list_of_other_servers_is_read_even_if_client_db_is_locked_for_a_moment():
+    client, waits = chat.ManyServers.__new__(chat.ManyServers), []
+    client.db = chat.open_client_database(":memory:")
+    client.seat, client.look_at = None, chat.do_nothing
+    timeout = lambda _: waits.append(client.db.execute("PRAGMA busy_timeout").fetchone()[0])  # noqa: E731
+    client.store = types.SimpleNamespace(fact=timeout)
+    client.open_others()
+    assert waits[0] > 0
 
 
 def test_what_is_typed_stays_in_the_conversation_where_it_was_begun(running, terminal):
