@@ -12203,6 +12203,7 @@ class ServerProfile:
         self.ours = ours  # the server is a chat.py
         self.offered: dict[str, str] = {}  # capabilities and their values
         self.enabled: set[str] = set()
+        self.requested: set[str] = set()  # after the registration; no answer yet
         self.told = False  # 004 has come, and 005 if there is one
         kept = ("CASEMAPPING", "CHANTYPES") if before else ()
         self.tokens = {
@@ -12570,9 +12571,9 @@ class Outbox:
             self._change(self.waiting[id]._replace(why=""))
 
     def readdress(self, is_old: Callable[[str], bool], new: str) -> None:
-        """Send the remaining messages of a renamed conversation, if is_old(name), to `new`."""
-        for id, one in self.waiting.items():
-            if is_old(one.where) and id not in self.in_flight:
+        """Send the messages of a renamed conversation, if is_old(name), or their rest to `new`."""
+        for one in [*self.waiting.values()]:
+            if is_old(one.where):
                 self._change(one._replace(where=new))
 
     def take_back(self, sent: Iterable[Waiting]) -> None:
@@ -12769,11 +12770,18 @@ TLS_RECORDS = (b"\x15\x03", b"\x16\x03")  # beginning of an alert, or of a hands
 OTHER_PROTOCOLS = (  # beginning of the first line of a server that is not for chat
     ("SSH", re.compile(r"SSH-\d")),
     ("HTTP", re.compile(r"HTTP/\d|<!DOCTYPE |<html", re.IGNORECASE)),
-    ("SMTP or FTP", re.compile(r"220[ -]")),
-    ("POP3", re.compile(r"\+OK\b")),
-    ("IMAP", re.compile(r"\* OK\b")),
+    ("SMTP, FTP or NNTP", re.compile(r"[245]\d\d[ -]")),
+    ("POP3 or Redis", re.compile(r"\+OK\b|-ERR\b")),
+    ("IMAP or ACAP", re.compile(r"\* (?:OK|BYE|PREAUTH|ACAP)\b")),
     ("VNC", re.compile(r"RFB \d")),
+    ("RTSP or SIP", re.compile(r"(?:RTSP|SIP)/\d")),
+    ("XMPP", re.compile(r"<\?xml|<stream:")),
+    ("memcached", re.compile(r"ERROR$")),
+    ("rsync", re.compile(r"@RSYNCD:")),
+    ("MPD", re.compile(r"OK MPD")),
 )
+NO_CHAT = "this is no chat server"
+IF_PLAIN = "; --plain if it is one of the workshop's"
 
 
 def other_protocol(line: str) -> str:
@@ -12785,9 +12793,10 @@ class PlainTalk:
     """The client's side of the workshop's protocol: a name, then lines, all unacknowledged."""
 
     ready = True
+    unfinished = ""  # messages are sent as a whole
     doubts = pages = batching = False
     wait = None  # no rate limit
-    asked = queue = pieces = ()  # no history and no queue
+    asked = queue = pieces = commanded = ()  # no history, no queue and no commands
     lines_of_message = 0
     going: dict[str, str] = {}  # no channels
     sending = ""
@@ -12802,7 +12811,9 @@ class PlainTalk:
     def take(self, line: str) -> None:
         core, room = self.core, self.core.rooms[self.core.fold(LOBBY)]
         if not core.sure and (other := other_protocol(line)):
-            return core.give_up(f"this is no chat server: it speaks {other}")
+            return core.give_up(f"{NO_CHAT}: it speaks {other}")
+        if not core.sure and not core.insists and line == core.wanted_name:
+            return core.give_up(f"{NO_CHAT}: it sends back what it is told{IF_PLAIN}")
         if WANTS_IRC.match(line) and not core.insists:
             core.outbox.take_back(self.sent)  # the server has understood none of these
             core.kind, core.redial = CHAT if line.startswith(":chat.py/") else IRC, True
@@ -12810,6 +12821,7 @@ class PlainTalk:
         matches = ((kind, pattern.fullmatch(line)) for kind, pattern in PLAIN_LINES.items())
         kind, match = next((pair for pair in matches if pair[1]), (TOLD, None))
         if match is None:
+            core.unsure = core.unsure or line
             return core.show(View(TOLD, line, where=LOBBY, line=line))
         core.sure = True
         name, rest = match.groups()
@@ -12842,6 +12854,7 @@ class PlainTalk:
 
     # The line protocol has nothing for these
     tick = bye = ping = forget = acknowledged = renamed = watch = send = want_going = do_nothing
+    leaves = do_nothing
 
 
 # IRC
@@ -12876,6 +12889,7 @@ class Batch:
         return self.opening.params[2] if len(self.opening.params) > 2 else ""
 
 
+AT_ONCE = "*"  # in place of the id of a message that a command follows
 UNSENT, GIVEN_UP = -1.0, -2.0  # in place of the time of a request for history
 
 
@@ -12909,8 +12923,30 @@ class Echoed(NamedTuple):
     target: str  # folded
     text: str
     id: str  # of the message that this line ends; "" if more lines follow
-    of: str = ""  # the message that this line belongs to, and ...
+    of: str = ""  # the message that this line belongs to, "" for a command's, and ...
     end: int = 0  # ... the number of its characters up to the end of this line
+
+
+class Piece(NamedTuple):
+    """An unsent line of a message. It is cut, and gets its target, when it is sent."""
+
+    text: str = ""
+    tags: str = ""
+    verb: str = "PRIVMSG"  # or BEGIN_BATCH or END_BATCH
+    end: int = 0  # the number of characters of the message up to the end of this line
+    last: bool = False  # the line ends the message, which is no batch
+
+
+class SentLine(NamedTuple):
+    """A sent message, or a line of one, that an error of the server may be about."""
+
+    target: str  # folded
+    id: str  # of the message; "" for a notice
+    text: str = ""
+
+
+BEGIN_BATCH, END_BATCH = "BATCH +m draft/multiline", "BATCH -m"
+BATCHED, CONTINUED = "@batch=m ", f"@batch=m;{CONCAT} "  # tags of the lines of a batch
 
 
 IRC_HEARD: dict[str, tuple[Callable, int]] = {}  # verb -> handler, and number of parameters needed
@@ -12956,26 +12992,40 @@ def same_words(sent: str, heard: str) -> bool:
 
 
 PIECE = "piece"  # in place of an id: a line within a message of this client, not shown alone
+NOT_ECHOED = "the server took it and did not send it back"
+
+
+def place_of_echo(talk: "IrcTalk", heard: Heard, key: str, text: str) -> int | None:
+    """Return which of the lines that a server is to send back this one is; None for none. Some
+    servers change words; then it is the oldest line, where no other client says it."""
+    here = [n for n, sent in enumerate(talk.echoed) if sent.target == key]
+    same = (n for n in here if same_words(talk.echoed[n].text, text))
+    others = talk.server.ours or talk.server.labels or talk.bouncer or "batch" in heard.tags
+    return next(same, None if others else next(iter(here), None))
 
 
 def echo_id(talk: "IrcTalk", heard: Heard, target: str, text: str) -> str:
     """Return the own id of a message that the server echoes; "" if unknown, PIECE for a part of
-    one. The id is found by label, by tag, or by order among the lines echoed without either."""
+    one. The id is found by label, by tag, or by order among the lines echoed without either. The
+    lines to that target before it were dropped by the server."""
     waiting = talk.core.outbox.waiting
     for name in (heard.tags.get("label", ""), heard.tags.get(OWN_ID, "")):
         stem, dot, _ = name.partition(".")
         if dot and (stem in waiting or stem in talk.core.known_own):
             return PIECE
         if name in waiting or (name and name == heard.tags.get(OWN_ID)):
-            talk.echoed = [one for one in talk.echoed if one.id != name]
-            return name
+            dropped = any(one.of == name != one.id for one in talk.echoed)
+            talk.echoed = [one for one in talk.echoed if one.of != name]
+            return talk.not_echoed(name) if dropped else name
     key = talk.core.fold(target)
-    for n, sent in enumerate(talk.echoed):
-        if sent.target == key and same_words(sent.text, text):
-            del talk.echoed[: n + 1]
-            talk.core.outbox.arrived_to(sent.of, sent.end)
-            return sent.id or PIECE
-    return ""
+    place = place_of_echo(talk, heard, key, text) if heard.verb == "PRIVMSG" else None
+    if place is None:
+        return ""
+    sent, before = talk.echoed[place], talk.echoed[:place]
+    talk.echoed[: place + 1] = [one for one in before if one.target != key]
+    talk.core.outbox.arrived_to(sent.of, sent.end)
+    dropped = {talk.not_echoed(one.of) and one.of for one in before if one.target == key}
+    return PIECE if sent.id in dropped else sent.id or (PIECE if sent.of else "")
 
 
 def is_person(heard: Heard) -> bool:
@@ -13028,8 +13078,9 @@ def not_shown(room: Room, views: list[View]) -> list[View]:
 
 def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
     """Handle the page of messages from before the client joined."""
-    for view in not_shown(room, views):
+    for view in (new := not_shown(room, views)):
         talk.core.deliver(room, view._replace(past=True))
+    talk.core.note_repeatable(room, new)  # live lines among the held ones may be on this page
     room.whole = not views  # a short page may consist of long messages
     talk.core.release(room)
 
@@ -13037,8 +13088,9 @@ def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> Non
 def take_missed(talk: "IrcTalk", room: Room, views: list[View], new: bool, more: str) -> None:
     """Deliver a page, and then ask for `more`, or show what was held. With something `new` on it,
     the next page may be larger."""
-    for view in not_shown(room, views):
+    for view in (unshown := not_shown(room, views)):
         talk.core.deliver(room, view, paged=True)
+    talk.core.note_repeatable(room, unshown)
     if new:
         talk.core.progress += 1
         talk.core.page_lines = min(talk.server.page_size, 2 * talk.core.page_lines)
@@ -13107,7 +13159,7 @@ def ask_targets(talk: "IrcTalk") -> None:
     talk.ask(Asked("", "targets", 0), "TARGETS", since, now, str(TARGETS_ASKED))
 
 
-SAYING_FAILED = ("401", "716")  # these are about a message, if one is in flight
+SAYING_FAILED = ("401", "707", "716", "936", "972")  # about a message, if one is in flight
 
 
 class Login(NamedTuple):
@@ -13142,10 +13194,12 @@ class IrcTalk:
         self.named = self.introduced = self.negotiating = False
         self.resumed = False  # the session was resumed: the server says where the client is
         self.tries = 1  # attempts to get a nick
+        self.monitor_failed = False  # it did not lead to the wanted nick: ISON may
         self.nick_bytes = 0  # the server's limit for a nick, as its replies showed
         self.login: Iterator | None = None  # the client's side of a SASL exchange ...
         self.exchange: Exchange | None = None  # ... and its incoming messages
         self.mechanism_used = ""
+        self.login_told = False  # the user knows why the client does not log in
         self.taken_up = False  # the server supports that mechanism
         self.mechanisms_left: list[str] = []  # to be tried if the server refuses that one
         self.proven = False  # the server has proved that it knows the password, too
@@ -13154,16 +13208,18 @@ class IrcTalk:
         self.began = core.ticks()
         # Output
         self.budget = Budget(PACE_BURST, PACE_RATE, core.ticks())
-        # Commands, each to be sent after the message with that id
+        # Lines, each to be sent after the message with that id; AT_ONCE for a command after none
         self.queue: collections.deque[tuple[str, str]] = collections.deque()
-        self.pieces: collections.deque[str] = collections.deque()  # unsent lines of one message
-        self.sending = ""  # the message of these lines ...
+        self.pieces: collections.deque[Piece] = collections.deque()  # unsent lines of one message
+        self.sending = ""  # the message of these lines, ...
+        self.sent_to = 0  # ... the number of its characters up to the last sent line ...
         self.lines_of_message = 0  # ... and the number of all its lines
         self.echoed: list[Echoed] = []  # lines that the server echoes without an id
         # Keys of channels with unanswered JOINs: how many, and since when
         self.entering: dict[str, tuple[int, float]] = {}
-        # Targets of sent messages and notices, with own ids ("" for a notice), to match errors
-        self.said: collections.deque[tuple[str, str]] = collections.deque(maxlen=ECHOES_KEPT)
+        self.said: collections.deque[SentLine] = collections.deque(maxlen=ECHOES_KEPT)
+        # Commands of the user that the server may still refuse, by ids of their own
+        self.commanded: dict[str, str] = {}
         self.unconfirmed: list[str] = []  # own ids not covered by a PING yet
         self.doubted: dict[str, list[str]] = {}  # own ids by the token of a PING sent after them
         self.acks: dict[str, list[str]] = {}  # by PING token: own ids that the PONG confirms
@@ -13232,7 +13288,7 @@ class IrcTalk:
         outbox = self.core.outbox
         there = outbox.waiting.keys() - outbox.in_flight.keys() - outbox.parked.keys()
         last = next((id for id in reversed(outbox.waiting) if id in there), "")
-        self.queue.append((line, last))
+        self.queue.append((line, last or AT_ONCE))
 
     def pump(self) -> None:
         """Send the waiting lines and messages at the pace that this server allows."""
@@ -13250,10 +13306,13 @@ class IrcTalk:
     def _send_next(self) -> bool:
         """Send one line or message; return False if none can be sent."""
         outbox = self.core.outbox
+        if self.pieces and self.sending not in outbox.in_flight:  # refused, or left to the user
+            self.drop_pieces()
         if self.pieces:
-            line = self.pieces.popleft()
+            line = self.next_line()
         elif self.queue and not self._is_behind(self.queue[0][1]):
-            line = self.queue.popleft()[0]
+            line, after = self.queue.popleft()
+            self.note_command(line, by_user=bool(after))
         elif one := outbox.next(self.carries, self.order):
             if one.sent and one.id not in self.core.sent_before and self.doubts:
                 self.core.leave_to_user(one.id)  # sent by an earlier run of this program
@@ -13264,14 +13323,12 @@ class IrcTalk:
         elif self.stale_names:  # one NAMES for many mode changes
             line = self.line("NAMES", self.stale_names.pop())
         elif self.unconfirmed:
-            line = self.ping_line(f"{UNCONFIRMED}{self.unconfirmed[-1]}-{next(self.labels)}")
-            self.acks[self.pings[-1]], self.unconfirmed = self.unconfirmed, []
+            ids, self.unconfirmed = self.unconfirmed, []
+            line = self.ping_line(f"{UNCONFIRMED}{ids[-1]}-{next(self.labels)}", ids)
         else:
             return False
         self._date(line)
-        if line.startswith("NOTICE "):
-            self.said.append((self.core.fold(line.split(" ")[1]), ""))
-        self.budget.tokens -= max(1.0, 0.5 + len(line) / PACE_BYTES)
+        self.budget.tokens -= max(1.0, 0.5 + len(line.encode()) / PACE_BYTES)
         self.core.output.append(line)
         return True
 
@@ -13302,8 +13359,34 @@ class IrcTalk:
     def bye(self, reason: str) -> None:
         self.send_at_once("QUIT", reason)
 
-    def ping_line(self, token: str) -> str:
+    def note_command(self, line: str, by_user: bool) -> None:
+        """Note a line that is sent and that the server may refuse. A pipe waits for the answer."""
+        verb, *words = line.partition(" :")[0].split(" ")
+        if verb in ("PRIVMSG", "NOTICE") and words:
+            self.said.append(SentLine(self.core.fold(self.server.without_status(words[0])), ""))
+        if verb == "PRIVMSG" and words and "\x01" not in line:
+            text = parse_message(line).params[-1]
+            self.note_echo(Echoed(self.core.fold(words[0]), text, ""))
+        if by_user and verb == "NICK" and words:
+            self.core.asked_nick = words[0]
+        if by_user and len(self.commanded) < ECHOES_KEPT:
+            id = f"command{next(self.labels)}"
+            self.commanded[id] = line
+            self.unconfirmed += [id] * (not self.core.tidy)
+
+    def commands_about(self, names: Collection[str]) -> list[str]:
+        """Return the ids of the user's commands in which one of these words stands."""
+        keys = {self.core.fold(name) for name in names}
+        named = lambda line: {  # noqa: E731
+            self.core.fold(self.server.without_status(word)) for word in line.split(" ")
+        }
+        return [id for id, line in self.commanded.items() if keys & named(line)]
+
+    def ping_line(self, token: str, ids: Iterable[str] = ()) -> str:
+        """Return a PING. Its PONG confirms the messages with these ids, and all commands so far."""
         self.pings.append(token)
+        self.said.append(SentLine("", token))
+        self.acks[token] = [*ids, *self.commanded]
         return self.line("PING", token)
 
     def ping(self) -> None:
@@ -13367,7 +13450,7 @@ class IrcTalk:
 
     def _date(self, line: str) -> None:
         """Note the time at which a request for history was sent: requests wait for their turn."""
-        if "CHATHISTORY " not in line:
+        if line.split(" ")[line.startswith("@")] != "CHATHISTORY":  # its verb, after tags
             return
         for n, asked in enumerate(self.asked):
             if asked.at == UNSENT:
@@ -13383,9 +13466,12 @@ class IrcTalk:
     def acknowledged(self, own_id: str) -> None:
         """Note that the server has a message, and has refused none of the earlier ones."""
         self.last_ack = self.core.ticks()
-        if any(id == own_id for _, id in self.said):
-            while self.said.popleft()[1] != own_id:
-                pass
+        self.settle(own_id)
+
+    def settle(self, id: str) -> None:
+        """Forget the lines up to a message or a PING: no error is about them any more."""
+        while any(line.id == id for line in self.said):
+            self.said.popleft()
 
     def wait_for_server(self, why: str) -> None:
         """Hold all messages until a server welcomes the client, for something between the two has
@@ -13397,6 +13483,7 @@ class IrcTalk:
         self.core.outbox.connection_lost()
         for lines in (self.pieces, self.echoed, self.said, self.unconfirmed, self.acks):
             lines.clear()
+        self.commanded.clear()
         self.doubted.clear()
         self.entering.clear()
         self.want_going()
@@ -13424,6 +13511,9 @@ class IrcTalk:
                 self.asked[n] = asked._replace(where=new)
         for name in [name for name in self.behind if self.core.fold(name) == self.core.fold(old)]:
             self.behind[new] = self.behind.pop(name)
+        one = self.core.outbox.waiting.get(self.unfinished)
+        if one and self.in_batch and self.core.fold(one.where) == self.core.fold(old):
+            self.core.park(one.id, f"{old} is now called {new}")  # a batch keeps its target
 
     # Registration and joining
 
@@ -13432,7 +13522,7 @@ class IrcTalk:
         core, self.named = self.core, True
         if core.password:
             self.send("PASS", core.password)
-        core.name = clean_name(core.wanted_name)
+        core.name = core.wanted_nick
         self.send("NICK", core.name)
         username = re.sub("[^a-z]", "", fold(core.name))[:SHORT_NAME] or "chat"
         core.output.append(f"USER {username} 0 * :{core.name}")
@@ -13480,6 +13570,7 @@ class IrcTalk:
                 return name
             text = "not logged in: this server wants to be told the password in the clear"
             core.show(View(NOTE, f"{text}; /login does so, ircs:// is better"))
+            self.login_told = True
         return ""
 
     def begin_log_in(self, mechanism: str) -> None:
@@ -13498,15 +13589,24 @@ class IrcTalk:
     def regain_name(self, now: float) -> None:
         """Ask whether the wanted nick is free: once by MONITOR, or now and then by ISON."""
         core = self.core
-        wanted = clean_name(core.wanted_name)
+        wanted = core.wanted_nick
         if core.is_me(wanted) or not core.regain or now < core.regain_at:
             return
         core.regain_at = now + REGAIN_SECONDS
-        if "MONITOR" in self.server.tokens:
+        if "MONITOR" in self.server.tokens and not self.monitor_failed:
             self.send("MONITOR", "+", wanted)
             core.regain_at = math.inf
         else:
             self.send("ISON", wanted)
+
+    def not_regained(self, name: str) -> bool:
+        """Go on by ISON if the wanted nick cannot be had; return whether the user knows that."""
+        core, told = self.core, self.monitor_failed
+        if not core.regain or core.fold(name) != core.fold(core.wanted_nick):
+            return False
+        self.monitor_failed = True
+        core.regain_at = core.ticks() + REGAIN_SECONDS
+        return told
 
     def watch(self, names: Iterable[str]) -> None:
         """Monitor the users of private conversations, for a screen, if the server has MONITOR."""
@@ -13517,7 +13617,7 @@ class IrcTalk:
     def name_is_free(self, name: str) -> None:
         """Take a nick that is free, if it is the wanted one."""
         core = self.core
-        wanted = clean_name(core.wanted_name)
+        wanted = core.wanted_nick
         if core.regain and core.fold(name) == core.fold(wanted) and not core.is_me(name):
             self.send("NICK", wanted)
 
@@ -13536,13 +13636,14 @@ class IrcTalk:
     def cannot_enter(self, name: str, why: str) -> None:
         """Let the user decide about the messages for a channel that the client cannot join."""
         room = self.core.find(name)
-        if room is None or room.inside:
+        if room and room.inside:
             return
         if not self.join_failed(name):  # a JOIN with another password may be on its way
             return
-        room.wanted = False
         self.going.pop(self.core.fold(name), None)
-        self.core.park_all(room, why)
+        if room:
+            room.wanted = False
+            self.core.park_all(room, why)
 
     def waits(self, one: Waiting) -> bool:
         """Return whether a message waits for the answer to a JOIN, or for a server. The later
@@ -13568,35 +13669,57 @@ class IrcTalk:
     def transmit(self, one: Waiting) -> None:
         """Make a message the next lines to be sent, with its own id on the last line or on all."""
         rest = one.text[one.at :].removeprefix("\n") if one.at else one.text
-        if one.kind == ACTION:
-            lines = [(f"\x01ACTION {one.text}\x01", False)]
-        else:
-            head = f":{self.mask or self.longest_mask()} PRIVMSG {one.where} :"
-            most = min(max(IRC_BYTES, self.server.limit("LINELEN", 0)), LINE_BYTES)
-            lines = list(sendable_lines(rest, max(LINE_ROOM, most - 2 - len(head.encode()))))
-        server, head = self.server, self.own_tags(one.id, one.reply)
-        if len(lines) > 1 and server.multiline:
-            *first, last = in_batches(lines, *server.multiline_limits)
+        server, room, tags = self.server, self.text_bytes(one), self.own_tags(one.id, one.reply)
+        lines = list(sendable_lines(rest, room))
+        size, count = server.multiline_limits
+        if len(lines) > 1 and server.multiline and size >= LINE_ROOM:
+            lines = list(sendable_lines(rest, min(room, size)))
+            *first, last = in_batches(lines, size, count)
             for n, group in enumerate(first):
-                self.add_batch(one, group, self.own_tags(f"{one.id}.{n}", one.reply))
-            self.add_batch(one, last, head)
+                self.add_batch(group, self.own_tags(f"{one.id}.{n}", one.reply))
+            self.add_batch(last, tags)
         else:
             at = len(one.text) - len(rest)
-            for text, _ in lines[:-1]:
+            for text, _ in lines:
                 at = one.text.find(text, at) + len(text)
-                self.add_line(one, text, "", "", at)
-            self.add_line(one, lines[-1][0], head, one.id)
+                self.pieces.append(Piece(text, end=at))
+            self.pieces[-1] = self.pieces[-1]._replace(tags=tags, last=True)
         self.lines_of_message = len(self.pieces)
         self.last_ack = max(self.last_ack, self.core.ticks() - ECHO_SECONDS / 2)
-        self.sending = one.id
-        self.said.append((self.core.fold(self.server.without_status(one.where)), one.id))
+        self.sending, self.sent_to = one.id, one.at
+        self.echoed = [line for line in self.echoed if line.of != one.id]  # sent before
         if not server.echoes:
             self.unconfirmed.append(one.id)
+
+    def text_bytes(self, one: Waiting) -> int:
+        """Return how many bytes of a message fit in a line, as others see it."""
+        if one.kind == ACTION:
+            return LINE_BYTES  # never cut: see check_message()
+        head = f":{self.mask or self.longest_mask()} PRIVMSG {one.where} :"
+        most = min(self.server.limit("LINELEN", IRC_BYTES), LINE_BYTES)
+        return max(LINE_ROOM, most - 2 - len(head.encode()))
 
     @property
     def batching(self) -> bool:
         """True if a BATCH has been begun that has to be ended."""
-        return "BATCH -m" in self.pieces
+        return any(piece.verb == END_BATCH for piece in self.pieces)
+
+    @property
+    def in_batch(self) -> bool:
+        """True if the first unsent line belongs to a BATCH whose beginning was sent."""
+        verbs = (piece.verb for piece in self.pieces if piece.verb != "PRIVMSG")
+        return next(verbs, "") == END_BATCH
+
+    def leaves(self, room: Room) -> bool:
+        """Return whether the user leaves a channel by a PART that is not answered yet."""
+        lines = [*self.commanded.values(), *(line for line, _ in self.queue)]
+        parts = (line.split(" ")[1] for line in lines if line.startswith("PART "))
+        return any(self.core.find(name) is room for name in parts)
+
+    @property
+    def unfinished(self) -> str:
+        """The id of the message of which lines are still to be sent; "" if there is none."""
+        return self.sending if self.pieces else ""
 
     def own_tags(self, id: str, reply: str) -> str:
         """Return the tags before a message: its own id, to know the echo, and the id it answers."""
@@ -13605,19 +13728,62 @@ class IrcTalk:
         tags += [f"label={id}"] * self.server.labels
         return f"@{';'.join(tags)} " if tags else ""
 
-    def add_line(self, one: Waiting, text: str, head: str, id: str, end: int = 0) -> None:
-        text = text or " "
-        if "echo-message" in self.server.enabled:
-            self.echoed.append(Echoed(self.core.fold(one.where), text, id, one.id, end))
-            del self.echoed[:-ECHOES_KEPT]
-        self.pieces.append(head + self.line("PRIVMSG", one.where, text))
+    def add_batch(self, lines: list[tuple[str, bool]], tags: str) -> None:
+        self.pieces.append(Piece(tags=tags, verb=BEGIN_BATCH))
+        self.pieces.extend(
+            Piece(text, CONTINUED if goes_on else BATCHED) for text, goes_on in lines
+        )
+        self.pieces.append(Piece(verb=END_BATCH))
 
-    def add_batch(self, one: Waiting, lines: list[tuple[str, bool]], head: str) -> None:
-        self.pieces.append(head + self.line("BATCH", "+m", "draft/multiline", one.where))
-        for text, goes_on in lines:
-            tags = f"@batch=m{f';{CONCAT}' * goes_on} "
-            self.pieces.append(tags + self.line("PRIVMSG", one.where, text))
-        self.pieces.append("BATCH -m")
+    def next_line(self) -> str:
+        """Return the next line of the message that is being sent, for its target of now."""
+        piece, one = self.pieces.popleft(), self.core.outbox.waiting[self.sending]
+        if piece.verb == END_BATCH:
+            return END_BATCH
+        target = self.core.fold(self.server.without_status(one.where))
+        if piece.verb == BEGIN_BATCH:
+            self.said.append(SentLine(target, one.id, one.text))
+            return f"{piece.tags}{BEGIN_BATCH} {one.where}"
+        piece = self.cut_piece(piece, self.text_bytes(one))
+        text = f"\x01ACTION {piece.text}\x01" if one.kind == ACTION else piece.text
+        if piece.tags not in (BATCHED, CONTINUED):
+            text = text or " "
+            self.sent_to = piece.end
+            self.said.append(SentLine(target, one.id, text))
+            id, end = (one.id, 0) if piece.last else ("", piece.end)
+            self.note_echo(Echoed(self.core.fold(one.where), text, id, one.id, end))
+        return piece.tags + self.line("PRIVMSG", one.where, text)
+
+    def note_echo(self, sent: Echoed) -> None:
+        """Note that the server will send back a line. The modules of a bouncer do not: *status."""
+        echoes = "echo-message" in self.server.enabled | self.server.requested
+        if echoes and sent.target[:1] != "*":
+            self.echoed.append(sent)
+            del self.echoed[:-ECHOES_KEPT]
+
+    def not_echoed(self, own_id: str) -> str:
+        """Report a message as lost because the server dropped one of its lines; return PIECE."""
+        if own_id in self.core.outbox.in_flight:
+            self.core.lost(own_id, NOT_ECHOED)
+        return PIECE
+
+    def cut_piece(self, piece: Piece, room: int) -> Piece:
+        """Return so much of an unsent line as fits in `room` bytes; the rest of it is sent next."""
+        text, *more = split_text(piece.text, room)
+        if not more:
+            return piece
+        self.lines_of_message += 1
+        rest, batched = piece.text[len(text) :], piece.tags in (BATCHED, CONTINUED)
+        self.pieces.appendleft(piece._replace(text=rest, tags=CONTINUED if batched else piece.tags))
+        tags = piece.tags if batched else ""
+        return Piece(text, tags, end=max(0, piece.end - len(rest)))
+
+    def drop_pieces(self) -> None:
+        """Drop the unsent lines of a message. A line for another target, which a batch must not
+        have, makes the server refuse a batch that has been begun."""
+        if self.in_batch:
+            self.core.output += [f"{BATCHED}PRIVMSG * :-", END_BATCH]
+        self.pieces.clear()
 
     def carries(self, one: Waiting) -> bool:
         """Return whether a message can be sent; one for a channel waits until the client is in
@@ -13795,11 +13961,28 @@ NOT_JOINED = (
 
 def refused(talk: IrcTalk, heard: Heard, text: str) -> None:
     """Show an error of the server; with the label of a message, report that message as lost."""
-    label = heard.tags.get("label", "")
+    label = heard.tags.get("label", "").partition(".")[0]
+    if label in talk.core.outbox.parked:  # the user knows: the rest of it was not sent
+        return
     if label in talk.core.outbox.waiting:
         talk.core.lost(label, text)
     else:
+        command_refused(talk, heard)
         talk.core.show(View(TOLD, text, where=talk.where_of(heard)))
+
+
+def command_refused(talk: IrcTalk, heard: Heard) -> None:
+    """Count an error about a command of the user, which a pipe reports at its end."""
+    number, core = heard.verb, talk.core
+    error = number == "FAIL" or number in SAYING_FAILED or number[:1] in ("4", "5")
+    if core.tidy or not error or number == "470":  # which is followed
+        return
+    about = heard.params[:1] if number == "FAIL" else heard.params[1:-1]
+    ids = talk.commands_about(about) if about else [*talk.commanded]
+    if ids:
+        message = talk.commanded.pop(ids[0]).startswith(("PRIVMSG ", "NOTICE "))
+        core.failures += message
+        core.refusals += not message
 
 
 NO_FAILURE = (  # numerics that refuse other commands, not messages
@@ -13810,21 +13993,57 @@ NO_FAILURE = (  # numerics that refuse other commands, not messages
 )
 
 
-def message_refused(talk: IrcTalk, heard: Heard) -> str:
-    """Return the id of the oldest message in flight to the target of an error without a label; ""
-    if the error is about a notice, or about no message."""
-    number, core = heard.verb, talk.core
-    error = number.isdecimal() and (number[0] in "45" or number in SAYING_FAILED)
-    if not error or len(heard.params) < 2 or "label" in heard.tags:
-        return ""
-    if number in NO_FAILURE and number not in SAYING_FAILED:
-        return ""
-    targets = {core.fold(talk.server.without_status(param)) for param in heard.params[1:-1]}
-    for n, (target, id) in enumerate(talk.said):
-        if target in targets and (not id or id in core.outbox.in_flight):
-            del talk.said[n]  # the oldest notice or message sent to that target
-            return id
-    return ""
+OF_A_COMMAND = ("437", "482")  # about a message, unless a command for the channel was sent
+SAYING = {"PRIVMSG", "BATCH"}
+
+
+def about_a_message(talk: IrcTalk, heard: Heard) -> bool:
+    """Return whether a numeric without a label can be about a message."""
+    number, about = heard.verb, heard.params[1:-1]
+    if not number.isdecimal() or len(heard.params) < 2 or "label" in heard.tags:
+        return False
+    if number in SAYING_FAILED or SAYING & {*map(str.upper, about)}:
+        return True
+    if number in OF_A_COMMAND:
+        return not talk.commands_about(about)
+    return number[0] in "45" and number not in NO_FAILURE
+
+
+def message_refused(talk: IrcTalk, heard: Heard) -> tuple[str, str]:
+    """Return the id of the message that an error without a label is about, "" for a notice or for
+    none, and a text to add if it may be another message."""
+    if not about_a_message(talk, heard):
+        return "", ""
+    names, core, error = heard.params[1:-1], talk.core, heard.params[-1]
+    flying, targets = (
+        core.outbox.in_flight,
+        {*map(core.fold, map(talk.server.without_status, names))},
+    )
+    lines = [line for line in talk.said if line.target in targets]
+    nameless = not names and not (talk.server.labels or talk.commanded)
+    if not lines and (nameless or SAYING & {*map(str.upper, names)}):
+        lines = [line for line in talk.said if line.target and line.id]
+    quoted = (line for line in lines if re.search(rf"[:\"'(\[] ?{re.escape(line.text)}\W?$", error))
+    line = next((line for line in quoted if line.text), None) or next(iter(lines), None)
+    if line is None:
+        return "", ""
+    talk.said.remove(line)
+    others = {one.id for one in lines if one.id in flying} - {line.id}
+    certain = "echo-message" in talk.server.enabled or line.text in error or line.id not in flying
+    doubt = f" (this message, or one of the {len(others)} after it)" if others else ""
+    return line.id, "" if certain else doubt
+
+
+NOT_OF_JOIN = ("404", "442", "461", "470", "482")
+
+
+def refuses_join(talk: IrcTalk, number: str, name: str) -> bool:
+    """Return whether an error about a channel is the answer to a JOIN."""
+    room = talk.core.find(name)
+    if number in NOT_JOINED and room:
+        return room.is_channel and not room.inside
+    error = number.isdecimal() and number[0] in "4569" and number not in NOT_OF_JOIN
+    return error and talk.core.fold(name) in talk.entering and not talk.server.ours
 
 
 @from_server("", least=1)
@@ -13833,11 +14052,10 @@ def tell_rest(talk: IrcTalk, heard: Heard) -> None:
     *about, text = heard.params[1:] or heard.params
     between = ": " if heard.verb[:1] in ("4", "5") else " "
     text = between.join([" ".join(about), text] if about else [text])
-    room = talk.core.find(heard.params[1]) if len(heard.params) > 1 else None
-    if heard.verb in NOT_JOINED and room and room.is_channel and not room.inside:
-        talk.cannot_enter(heard.params[1], text)
-    lost = message_refused(talk, heard)
-    refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
+    if about and refuses_join(talk, heard.verb, about[0]):
+        talk.cannot_enter(about[0], text)
+    lost, doubt = message_refused(talk, heard)
+    refused(talk, heard._replace(tags={"label": lost} | heard.tags), text + doubt)
 
 
 @from_server("CAP", least=3)
@@ -13857,13 +14075,17 @@ def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
         names = (word.partition("=")[0] for word in words)
         wanted = [name for name in names if name in talk.core.capabilities]
         if wanted and talk.ready:
-            talk.send("CAP", "REQ", " ".join(wanted))
+            server.requested |= {*wanted}
+            talk.send_at_once("CAP", "REQ", " ".join(wanted))
     elif subcommand == "ACK":
+        server.requested.difference_update(words)
         for word in words:
             (server.enabled.discard if word[0] == "-" else server.enabled.add)(word.lstrip("-"))
     elif subcommand == "NAK" and len(words) > 1:  # the server refuses one of these: find out which
         for word in words:
             talk.send_at_once("CAP", "REQ", word)
+    elif subcommand == "NAK":
+        server.requested.difference_update(words)
     elif subcommand == "DEL":
         server.enabled.difference_update(words)
         for word in words:
@@ -13929,7 +14151,10 @@ def answer_log_in(talk: IrcTalk, said: Any) -> None:
 
 @from_server("AUTHENTICATE", least=1)
 def asked_to_log_in(talk: IrcTalk, heard: Heard) -> None:
-    talk.taken_up = True
+    listed = talk.server.offered.get("sasl", "").split(",")
+    one_step = talk.mechanism_used in ("PLAIN", "EXTERNAL")
+    if heard.params[0] != "+" or one_step or talk.mechanism_used in listed:
+        talk.taken_up = True  # some servers say + to any name of a mechanism
     try:
         said = talk.exchange.feed(heard.params[0]) if talk.exchange else None
     except Refused:
@@ -13988,22 +14213,23 @@ def not_logged_in(talk: IrcTalk, heard: Heard) -> None:
 def try_name(talk: IrcTalk, heard: Heard, most: int, candidate: Callable[[int], str]) -> None:
     """Try another nick until the server takes one; give up after `most` attempts."""
     if talk.ready:
-        return tell_rest(talk, heard)
+        known = talk.not_regained("".join(heard.params[1:2]))
+        return None if known else tell_rest(talk, heard)
     if "chat.py/session" in talk.server.offered and not talk.server.enabled:
-        return  # about the nick sent before the secret, which decides
+        return None  # about the nick sent before the secret, which decides
     talk.tries += 1
     if talk.tries > most:
         talk.core.refuse(heard.params[-1], NEEDS_USER)
         return talk.bye("")
     talk.core.name = candidate(talk.tries)
     talk.core.regain = heard.verb != "432"
-    talk.send("NICK", talk.core.name)
+    return talk.send("NICK", talk.core.name)
 
 
 @from_server("433", "436", "437", least=2)
 def name_is_taken(talk: IrcTalk, heard: Heard) -> None:
     """Try NAME2, NAME3 and so on. A nick that the server cut shows how long one may be."""
-    name, shown = clean_name(talk.core.wanted_name), heard.params[1]
+    name, shown = talk.core.wanted_nick, heard.params[1]
     if len(shown) < len(talk.core.name) and talk.core.name.startswith(shown):
         talk.nick_bytes = len(shown)
 
@@ -14020,7 +14246,7 @@ def name_is_taken(talk: IrcTalk, heard: Heard) -> None:
 def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
     """Try the nick with only letters and digits, then shorter ones, then a guest nick: other
     servers allow fewer characters than a chat.py."""
-    name, guest = clean_name(talk.core.wanted_name), f"guest{random.randrange(1000)}"
+    name, guest = talk.core.wanted_nick, f"guest{random.randrange(1000)}"
     plain = re.sub(r"[^A-Za-z0-9_-]", "", name).lstrip("0123456789-")
     letters = re.sub(r"[^A-Za-z]", "", name)
     shorter = [plain[:length] for length in NICK_LENGTHS if plain[:length] != talk.core.name]
@@ -14045,6 +14271,10 @@ def welcomed(talk: IrcTalk, heard: Heard) -> None:
         why = "is taken" if core.regain else "is no nick that this server takes"
         why = f" ({core.wanted_name} {why})" if core.name != core.wanted_name else ""
         core.show(View(TOLD, f"you are {core.name}{why}"))
+    if core.me.login and not (talk.mechanism_used or talk.login_told):
+        offered = talk.server.offered.get("sasl")
+        why = "knows no SASL" if offered is None else f"logs in only by {offered}"
+        core.show(View(NOTE, f"not logged in as {core.me.login.account}: this server {why}"))
     if core.away:
         talk.send("AWAY", core.away)
     for id in [*core.outbox.unconfirmed]:  # without a room there is no history to tell
@@ -14115,9 +14345,14 @@ def host_changed(talk: IrcTalk, heard: Heard) -> None:
         talk.mask = f"{heard.name}!{heard.params[0]}@{heard.params[1]}"
 
 
+TEMPORARY_WORDS = re.compile(  # they count before the others
+    r"throttl|too fast|try again|reconnect|shut(?:ting)? ?down|going down|restart|for \d+ seconds",
+    re.IGNORECASE,
+)
 NEEDS_USER_WORDS = re.compile(
-    r"\bbann|\b[kgdzq][- :]?lined?\b|password|not (?:allowed|authori[sz]ed|permitted)|unauthori"
-    r"|access denied|certificate",
+    r"\bbann|\b[kgdzqr][- :]?lined?\b|\bauto(?:matic )?kill|\bauto[kgz]-?lined?|\bakill"
+    r"|dnsbl|dronebl|password|passphrase|not (?:allowed|authori[sz]ed|permitted)|unauthori"
+    r"|no authori[sz]ation|access denied|access only|certificate|blacklist|blocklist|listed in",
     re.IGNORECASE,
 )
 
@@ -14127,8 +14362,9 @@ def error_told(talk: IrcTalk, heard: Heard) -> None:
     """Note why the server closes. Throttled, full or going down are temporary reasons."""
     talk.core.dismissed = True
     if not talk.core.quitting and not talk.core.refusal:
-        needs_user = bool(NEEDS_USER_WORDS.search(heard.params[0]))
-        talk.core.refuse(heard.params[0], NEEDS_USER if needs_user else TEMPORARY)
+        text = heard.params[0]
+        needs_user = NEEDS_USER_WORDS.search(text) and not TEMPORARY_WORDS.search(text)
+        talk.core.refuse(text, NEEDS_USER if needs_user else TEMPORARY)
 
 
 @from_server("464", "465", "466", least=1)
@@ -14141,18 +14377,32 @@ def not_let_in(talk: IrcTalk, heard: Heard) -> None:
         talk.core.refuse(heard.params[-1] + advice, NEEDS_USER)
 
 
+def take_channel_name(talk: IrcTalk, old: str, new: str) -> None:
+    """Use the name of the channel that the server lets the client join in place of another one."""
+    core, key = talk.core, talk.core.fold(old)
+    for of_joins in (talk.entering, talk.going):
+        if key in of_joins:
+            of_joins[core.fold(new)] = of_joins.pop(key)
+    room, other = core.find(old), core.find(new)
+    if room is None or room is other or room.inside:
+        return
+    if other is None:
+        return core.rename(room, new)
+    core.outbox.readdress(lambda where: core.find(where) is room, other.name)
+    if core.current is room:
+        core.go(other)
+    return core.close(room)
+
+
 @from_server("470", least=3)
 def sent_elsewhere(talk: IrcTalk, heard: Heard) -> None:
     """Follow the server, which redirects a JOIN to another channel."""
-    core, (_, old, new, *_) = talk.core, heard.params
+    _, old, new, *_ = heard.params
     tell_rest(talk, heard)
-    if (room := core.find(old)) and not room.inside:
-        if core.find(new):
-            room.wanted = False
-        else:
-            core.rename(room, new)
-    if (password := talk.going.pop(core.fold(old), None)) is not None:
-        talk.going[core.fold(new)] = password
+    take_channel_name(talk, old, new)
+    if (room := talk.core.find(new)) and room.inside:  # the JOIN has come before
+        talk.entering.pop(talk.core.fold(new), None)
+        talk.going.pop(talk.core.fold(new), None)
 
 
 # Lines of a server: pings, confirmations, history and presence
@@ -14176,17 +14426,21 @@ def ponged(talk: IrcTalk, heard: Heard) -> None:
         token = talk.pings[0] if talk.pings else ""
     while talk.pings:
         answered = talk.pings.popleft()
+        if not talk.bouncer:  # which answers before its server does
+            talk.settle(answered)
         for own_id in talk.acks.pop(answered, ()):
+            talk.commanded.pop(own_id, None)
             if own_id not in talk.core.outbox.in_flight:  # the message was refused meanwhile
                 continue
             if talk.core.outbox.waiting[own_id].where in talk.bouncer_said:
                 return talk.wait_for_server("the bouncer has lost its server")
-            confirm(talk, own_id)
+            if not any(line.of == own_id for line in talk.echoed):  # else doubt_echoes() asks again
+                confirm(talk, own_id)
         for own_id in talk.doubted.pop(answered, ()):
             if "echo-message" not in talk.server.enabled:  # disabled since
                 confirm(talk, own_id)
             elif own_id in talk.core.outbox.in_flight:
-                talk.core.lost(own_id, "the server took it and did not send it back")
+                talk.core.lost(own_id, NOT_ECHOED)
         if answered == token:
             break
     talk.bouncer_said = ""
@@ -14199,7 +14453,7 @@ def labelled_answer_ended(talk: IrcTalk, heard: Heard) -> None:
     if "echo-message" not in talk.server.enabled:
         confirm(talk, label)
     else:
-        talk.core.lost(label, "the server took it and did not send it back")
+        talk.core.lost(label, NOT_ECHOED)
 
 
 INERT = CONTROLS | BIDI_CONTROLS | {0x09: "    "}
@@ -14303,12 +14557,19 @@ def motd_told(talk: IrcTalk, heard: Heard) -> None:
         talk.core.wants_motd = heard.verb not in ("376", "422")
 
 
+@from_server("734", least=3)
+def monitor_full(talk: IrcTalk, heard: Heard) -> None:
+    """<limit> <nicks>: too many are monitored"""
+    if not any(talk.not_regained(name) for name in heard.params[-2].split(",")):
+        tell_rest(talk, heard)
+
+
 @from_server("303", least=2)
 def present_told(talk: IrcTalk, heard: Heard) -> None:
     """Take the wanted nick if the answer to ISON does not list it."""
     tell_if_asked(talk, heard)
     talk.core.asked_numerics.discard("303")
-    wanted = clean_name(talk.core.wanted_name)
+    wanted = talk.core.wanted_nick
     if talk.core.fold(wanted) not in map(talk.core.fold, heard.params[1].split()):
         talk.name_is_free(wanted)
 
@@ -14325,6 +14586,8 @@ def presence_told(talk: IrcTalk, heard: Heard) -> None:
             text = f"{name} {'is not here' if gone else 'is here'}"
             if gone or room.gone is not None:  # at first, being online is no news
                 core.happened(room, View(TOLD, text, where=room.name))
+            if gone:
+                core.park_all(room, text, unsent=True)
             room.gone = gone
             core.changed(room)
 
@@ -14348,8 +14611,10 @@ def failed(talk: IrcTalk, heard: Heard) -> None:
         talk.core.lost(about[1], text)
     else:
         about_it = verb in ("PRIVMSG", "NOTICE", "TAGMSG", "BATCH", "MULTILINE", "*")
-        lost = message_refused(talk, heard._replace(verb="400")) if about_it else ""
-        refused(talk, heard._replace(tags={"label": lost} | heard.tags), text)
+        named = ["BATCH"] if verb in ("BATCH", "MULTILINE") else [verb]
+        error = heard._replace(verb="400", params=["", *named, *about, text])
+        lost, doubt = message_refused(talk, error) if about_it else ("", "")
+        refused(talk, heard._replace(tags={"label": lost} | heard.tags), text + doubt)
 
 
 # Lines of a server: users, channels and messages
@@ -14391,6 +14656,9 @@ def answer_ctcp(talk: IrcTalk, heard: Heard) -> None:
         talk.send("NOTICE", heard.name, f"\x01{verb} {answers[verb]}\x01")
 
 
+THROTTLED = re.compile(r"\*\*\* Message to (\S+) throttled")  # in a NOTICE of a server
+
+
 @from_server("PRIVMSG", "NOTICE", least=2)
 def message_came(talk: IrcTalk, heard: Heard) -> None:
     text = heard.params[1]
@@ -14406,6 +14674,8 @@ def message_came(talk: IrcTalk, heard: Heard) -> None:
             talk.core.keep(talk.core.timed(view))
             view = view._replace(where="")  # a notice opens no conversation
         return talk.core.said(view, heard)
+    if (throttled := THROTTLED.match(text)) and not is_person(heard):
+        return tell_rest(talk, heard._replace(verb="439", params=["", throttled[1], text]))
     if fold(view.name) == SERVICE_KEY and text == PASSWORD_CHANGED:
         renew_login(talk.core)
     elif fold(view.name) == SERVICE_KEY and text == ACCOUNT_GONE:
@@ -14428,15 +14698,26 @@ def missed_in_a_talk(talk: IrcTalk, heard: Heard) -> None:
     talk.ask_history(room, "gap" if talk.core.tidy else "missed")
 
 
+def is_name_given_to(key: str, name: str, most: int) -> bool:
+    """Return whether a server that allows `most` bytes makes the channel `name` of another key: it
+    cuts long names, and adds five characters after the ! of others."""
+    safe = key[:1] == "!" and name[:1] == "!" and name[6:] == key[1:]
+    return safe or (key.startswith(name) and most - 4 < len(name.encode()) <= most)
+
+
+def joined_as(talk: IrcTalk, name: str) -> None:
+    """Give a channel its new name, if it is another one than that of the JOIN which was sent."""
+    core, key, most = talk.core, talk.core.fold(name), talk.server.limit("CHANNELLEN", 50)
+    sent = [one for one in talk.entering if is_name_given_to(one, key, most)]
+    if core.find(name) is None and len(sent) == 1:
+        take_channel_name(talk, sent[0], name)
+
+
 def we_joined(talk: IrcTalk, heard: Heard) -> None:
     core, talk.mask = talk.core, heard.source
     if core.find(heard.params[0]) is None and len(core.rooms) >= 2 * ROOMS_KEPT:
         return  # no user has so many channels
-    for key in [key for key in talk.going if key[:1] == "!"]:  # the server added five characters
-        if core.fold(heard.params[0])[6:] == key[1:]:
-            talk.going[core.fold(heard.params[0])] = talk.going.pop(key)
-            if there := core.find(key):
-                core.rename(there, heard.params[0])
+    joined_as(talk, heard.params[0])
     room = core.room_for(heard.params[0])
     room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
@@ -14517,6 +14798,11 @@ def user_parted(talk: IrcTalk, heard: Heard) -> None:
 @from_server("QUIT")
 def user_quit(talk: IrcTalk, heard: Heard) -> None:
     core = talk.core
+    if core.is_me(heard.name):
+        core.dismissed = True  # the server will hang up
+        if not (core.quitting or core.refusal):
+            core.refuse("the server says that we have quit", TEMPORARY)
+        return
     for room in list(core.rooms.values()):
         if heard.name in room.people:
             user_went(talk, room, heard, heard.name, *heard.params[:1])
@@ -14525,6 +14811,8 @@ def user_quit(talk: IrcTalk, heard: Heard) -> None:
         why = f": {heard.params[0]}" if told else ""
         core.happened(room, View(TOLD, f"{heard.name} has left{why}", where=room.name))
         room.gone = True  # as MONITOR tells, too
+        # Another user may take that name
+        core.park_all(room, f"{heard.name} has left", unsent=True)
     core.forget_person(heard.name)
     talk.name_is_free(heard.name)
 
@@ -14552,8 +14840,9 @@ def user_renamed(talk: IrcTalk, heard: Heard) -> None:
     core, old, new = talk.core, heard.name, heard.params[0]
     mine = core.is_me(old)
     if mine:
-        if core.fold(new) == core.fold(clean_name(core.wanted_name)) or not core.regain:
-            core.wanted_name, core.regain = new, False
+        follows = core.server.ours and not core.regain  # another device of the user
+        if follows or core.fold(new) in (core.fold(core.wanted_nick), core.fold(core.asked_nick)):
+            core.wanted_name, core.regain = new, False  # other changes are the server's
         remember(core.former_names, core.fold(old))
         core.former_names.pop(core.fold(new), None)
         core.name = new
@@ -14563,8 +14852,11 @@ def user_renamed(talk: IrcTalk, heard: Heard) -> None:
         if room.renamed(old, new) and not mine:
             core.happened(room, View(TOLD, f"{old} is now called {new}", where=room.name))
     core.forget_person(old, new)
-    if core.find(old) and not core.find(new) and not mine:  # continue the private conversation
-        core.rename(core.find(old), new)
+    if (room := core.find(old)) and core.find(new) is not room and not mine:
+        if core.find(new):
+            core.park_all(room, f"{old} is now called {new}", unsent=True)
+        else:  # continue the private conversation
+            core.rename(room, new)
     core.show(View(PEOPLE))
     if not mine:
         talk.name_is_free(old)
@@ -14839,21 +15131,26 @@ class Credentials:
         self.certificate = False  # the client has a certificate for TLS
 
 
+def is_no_text(data: bytes) -> bool:
+    """Return whether the first bytes of a server are no text, in UTF-8 or in IRC."""
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+    return not IRC_SPEAKS.match(text) and ("\ufffd" in text or "\0" in text)
+
+
 def first_words(core: "ClientCore", line: str) -> bool:
     """Detect the kind of a server by the line that it sends first. Return True if that line needs
     no other handling."""
-    if line.startswith("* "):  # the server refuses the client, with a reason
+    other = other_protocol(line)
+    if line.startswith("* ") and not other:  # the server refuses the client, with a reason
         core.refuse(line.removeprefix("* "), TEMPORARY)
         core.show(View(TOLD, core.refusal))
         return True
-    if other := other_protocol(line):
+    if other or not IRC_SPEAKS.match(line):  # a workshop server waits for the name
         core.listening = False
-        core.give_up(f"this is no chat server: it speaks {other}")
+        says = f"speaks {other}" if other else f"begins with {beginning(line)!r}{IF_PLAIN}"
+        core.give_up(f"{NO_CHAT}: it {says}")
         return True
-    if line.startswith(":chat.py/"):
-        core.kind = CHAT
-    else:
-        core.kind = IRC if IRC_SPEAKS.match(line) else PLAIN
+    core.kind = CHAT if line.startswith(":chat.py/") else IRC
     core.introduce()
     return core.kind == CHAT
 
@@ -15253,6 +15550,9 @@ class ForScreens:
         return [*before, view, *after]
 
 
+NOT_IN_A_NICK = re.compile(r"[\s\0-\x1f\x7f,!@*?]|^:")  # they would break a line, or a mask
+
+
 class ClientCore(ForScreens):
     """The client's side of a conversation with one server.
 
@@ -15292,6 +15592,7 @@ class ClientCore(ForScreens):
         super().__init__()
         self.store = store
         self.wanted_name = self.name = name
+        self.asked_nick = ""  # by the user's last NICK
         self.tidy, self.kind, self.password = tidy, kind, password
         self.me = Credentials(login)
         self.outbox = outbox or Outbox()
@@ -15305,7 +15606,8 @@ class ClientCore(ForScreens):
         self.dismissed = False  # the server sent ERROR, and will hang up
         self.redial = False  # connect again at once, with another protocol or TLS ...
         self.insists = False  # ... but not if the user set the protocol
-        self.sure = False  # a line has proved the kind of the server
+        self.sure = False  # a line has proved the kind of the server ...
+        self.unsure = ""  # ... and this one of a plain server was no such line
         self.sts: tuple[int, int] | None = None  # port and seconds of required TLS (IRCv3 sts)
         self.quitting = False
         self.regain = False  # the wanted nick was taken: get it once it is free ...
@@ -15318,10 +15620,13 @@ class ClientCore(ForScreens):
         self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
         self.seen: dict[str, None] = {}  # ids of known messages
         self.removed: dict[str, None] = {}  # ids of redacted messages
+        # Messages without ids that a server may send again, by the id of their conversation
+        self.repeatable: set[tuple[int, Any]] = set()
         self.shown: set[str] = set()  # own ids of messages shown as waiting
         self.sent_before: set[str] = set()  # own ids of messages that the user sends again
         self.known_own: dict[str, None] = {}  # own ids of messages that were shown and have arrived
         self.failures = 0  # messages that did not arrive, or that were not kept
+        self.refusals = 0  # commands that the server refused, of a pipe
         self.progress = 0  # number of acknowledged messages and of missing pages that came
         self.acknowledged = False  # some message was, over this connection
         self.page_lines = PAGE_LINES  # of missed messages in one page; fewer after a break
@@ -15483,6 +15788,12 @@ class ClientCore(ForScreens):
         """True if the server has welcomed the client."""
         return self.talk is not None and self.talk.ready
 
+    @property
+    def wanted_nick(self) -> str:
+        """The wanted nick by the rules of this server, as far as they are known."""
+        name = self.wanted_name
+        return clean_name(name) if self.server.ours else NOT_IN_A_NICK.sub("_", name) or "_"
+
     def wants(self, verb: str, *params: str) -> None:
         """Note that the user sends a command of IRC, so that its answer is shown."""
         self.asked_numerics.update(ANSWERS.get(verb, ()))
@@ -15525,7 +15836,7 @@ class ClientCore(ForScreens):
     def idle(self) -> bool:
         """True if nothing is left to be sent, except messages that the user must decide about."""
         talk, outbox = self.talk, self.outbox
-        waits = talk and (talk.queue or talk.pieces)
+        waits = talk and (talk.queue or talk.pieces or (talk.commanded and not self.tidy))
         return not waits and outbox.waiting.keys() <= outbox.parked.keys()
 
     # Names, by this server's rule
@@ -15568,6 +15879,9 @@ class ClientCore(ForScreens):
 
     def connected(self) -> list[View]:
         self.inbox = LineBuffer(self.inbox.limit)
+        self.repeatable.clear()
+        for room in self.rooms.values():  # a bouncer plays them again
+            self.note_repeatable(room, room.views)
         self.output.clear()
         self.asked_numerics.clear()
         self.listings.clear()
@@ -15602,7 +15916,10 @@ class ClientCore(ForScreens):
 
     def silence(self) -> list[View]:
         """Handle a server that sends nothing at first: a workshop server waits for the name."""
-        if self.listening:
+        began = shown_line(self.inbox.buffer[self.inbox.start :]) if self.listening else ""
+        if began:  # a prompt ("login: "), or a line that comes slowly
+            first_words(self, began)
+        elif self.listening:
             self.kind = PLAIN
             self.introduce()
         return self.take_views()
@@ -15610,6 +15927,10 @@ class ClientCore(ForScreens):
     def feed(self, data: bytes) -> list[View]:
         if not self.sure and data.startswith(TLS_RECORDS):
             self.give_up("this port wants TLS: write ircs://HOST:PORT")
+            return self.take_views()
+        if self.listening and is_no_text(data):
+            self.listening = False
+            self.give_up(f"{NO_CHAT}: it sends no text")
             return self.take_views()
         self.inbox.feed(data)
         self._take_lines()
@@ -15803,6 +16124,8 @@ class ClientCore(ForScreens):
             self.typed_at.pop(room.id, None)  # a message implies that typing is done
             if room.is_channel and self.ready and not (room.inside or room.wanted):
                 self.park(one.id, f"you are not in {room.name}")
+            elif room.is_channel and self.ready and self.talk.leaves(room):
+                self.park(one.id, f"you leave {room.name}")
         if len(accepted) == len(pieces) > 1:
             self.show(View(NOTE, f"too long for one message: sent as {len(pieces)}"))
 
@@ -15956,6 +16279,8 @@ class ClientCore(ForScreens):
 
     def close(self, room: Room) -> None:
         """Close a conversation, and on a screen go to the last one that is open."""
+        if room.is_channel:  # else its messages can be sent without it
+            self.park_all(room, f"you left {room.name}", unsent=True)
         self.rooms.pop(self.fold(room.name), None)
         self.keep_room(room)
         self.changed(room)
@@ -16044,6 +16369,8 @@ class ClientCore(ForScreens):
         """Store and show the next message of a room. One from a page may have been read, as its
         time tells; a live one is new, whatever its time is."""
         self.newest = max(self.newest, view.time or 0)
+        if not view.own_id and self.is_repeated(room, view):
+            return
         known = view.id in self.seen
         if view.id:
             remember(self.seen, view.id)
@@ -16071,6 +16398,18 @@ class ClientCore(ForScreens):
             room.unread += 1
             room.called += view.called and not room.muted
         self.show(view)
+
+    def note_repeatable(self, room: Room, views: Iterable[View]) -> None:
+        """Note messages without ids: if the server sends the same ones again, they are no news."""
+        spoken = (view for view in views if view.kind in (SAID, NOTICED) and view.time)
+        self.repeatable |= {(room.id, identity_of(view)) for view in spoken if not view.id}
+
+    def is_repeated(self, room: Room, view: View) -> bool:
+        """Return whether a message without an id, but with the server's time, is known already."""
+        known = (room.id, identity_of(view))
+        repeated = view.time is not None and not view.id and known in self.repeatable
+        self.repeatable -= {known} if repeated else set()
+        return repeated
 
     def hides(self, view: View) -> bool:
         """Return whether a view is not to be shown: no message, redacted, or of an ignored user."""
@@ -16112,13 +16451,19 @@ class ClientCore(ForScreens):
             text = f"{reason}: {beginning(one.text)}"
             self.show(View(FAILED, text, where=one.where, own_id=own_id))
 
-    def park_all(self, room: Room, why: str) -> None:
-        """Let the user decide about all messages for a channel that the client is not in. A chat.py
-        still answers those in flight."""
-        decided = {*self.outbox.parked, *(self.outbox.in_flight if self.server.ours else ())}
+    def park_all(self, room: Room, why: str, unsent: bool = False) -> None:
+        """Let the user decide about the messages to a conversation that are not acknowledged, or
+        only about those that are not sent, or not as a whole. A chat.py answers the others."""
+        unfinished = self.talk.unfinished if self.talk else ""
+        answered = self.outbox.in_flight.keys() - {unfinished}
+        decided = {*self.outbox.parked, *(answered if unsent or self.server.ours else ())}
         for one in list(self.outbox.waiting.values()):
-            if self.fold(one.where) == self.fold(room.name) and one.id not in decided:
-                self.park(one.id, "it may have arrived or not" if one.sent else why)
+            if self.fold(one.where) != self.fold(room.name) or one.id in decided:
+                continue
+            if one.id == unfinished and "echo-message" not in self.server.enabled:
+                self.outbox.arrived_to(one.id, self.talk.sent_to)
+            sent = one.sent and one.id != unfinished
+            self.park(one.id, "it may have arrived or not" if sent else why)
 
     def leave_to_user(self, own_id: str) -> None:
         """Give up a message that may have arrived, or, with a screen, let the user decide."""
@@ -16244,6 +16589,9 @@ def do_join(core: ClientCore, words: str) -> None:
         if room and room.inside:
             core.go(room)
             continue
+        most = core.server.limit("CHANNELLEN", IRC_BYTES)
+        if len(one.encode()) > most:
+            raise Refused("TOO_LONG", f"the name of a channel has at most {most} bytes here")
         core.talk.going[core.fold(one)] = password
         core.talk.command("JOIN", one, *optional(password))
         core.talk.note_join(one)
@@ -20983,6 +21331,12 @@ def reason_given(response: Response | None, text: str) -> str:
     return text.strip() or (f"the server says {response.status}" if response else "no answer")
 
 
+def is_temporary(response: Response | None) -> bool:
+    """Return whether a request may succeed later: it broke, or the server failed. 507 is a refusal:
+    the server has no room for the file."""
+    return response is None or (response.status >= 500 and response.status != 507)
+
+
 class Transfers:
     """The files that one link sends and saves; a few at once, while the others wait."""
 
@@ -21132,7 +21486,7 @@ class Transfers:
         url = parse_url(self.core.file_host, self.base)
 
         def created(response: Response | None, text: str) -> None:
-            if response is None or response.status >= 500:
+            if is_temporary(response):
                 return self._broke(one, text)
             if response.status != 201:
                 return self._refused(one, response, text)
@@ -21147,7 +21501,7 @@ class Transfers:
         headers = self._headers(token, Tus_Resumable="1.0.0")
 
         def told(response: Response | None, text: str) -> None:
-            if response is None or response.status >= 500:
+            if is_temporary(response):
                 return self._broke(one, text)
             if response.status in (403, 404):  # the upload expired, or is another guest's
                 one.url = ""
@@ -21183,7 +21537,7 @@ class Transfers:
             one.done = max(at, done)
 
         def answered(response: Response | None, text: str) -> None:
-            if response is None or response.status >= 500 and response.status != 507:
+            if is_temporary(response):
                 return self._broke(one, text)
             if response.status in (204, 409):
                 return self._send_from(one, token, whole_bytes(response.header("upload-offset")))
@@ -22795,7 +23149,9 @@ class ManyServers(Client):
     def open_others(self) -> None:
         """Connect to the other servers that were open last time."""
         first = self.seat
-        for url in json.loads(self.store.fact("servers") or "[]"):
+        with patience_with(self.db):  # else a lock would make the list empty, and keep it so
+            urls = json.loads(self.store.fact("servers") or "[]")
+        for url in urls:
             self.connect(url)
         self.look_at(first)
 
@@ -22996,8 +23352,13 @@ class Filter(Client):
         reasons = [reason or self.failure]
         if failures and not reason:
             reasons.append(f"{counted(failures, 'message')} did not arrive")
+        if self.core.refusals and not reason:
+            reasons.append(f"{counted(self.core.refusals, 'command')} refused")
         if self.login and self.was_up and not self.core.me.account:
             reasons.append(f"not logged in as {self.login.account}")
+        if self.core.unsure and not (self.core.sure or self.core.insists or reason):
+            text = f"the server answered {beginning(self.core.unsure)!r}"
+            reasons.append(f"{text}: perhaps it is no chat{IF_PLAIN}")
         if self.join and self.was_up and self.core.kind == PLAIN:
             reasons.append("a plain server has no channels; if it is one of IRC, write irc://...")
         if waiting:

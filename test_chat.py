@@ -13110,11 +13110,40 @@ def test_a_server_that_was_taken_for_a_workshop_server_is_connected_to_again(lin
     assert (core.kind, core.redial) == (chat.PLAIN, False)
 
 
-def test_a_server_that_greets_by_itself_is_a_plain_one():
+@pytest.mark.parametrize("first", ["Please enter your name\n", "26 NOV 2026 18:00:00\n", "login: "])
+def test_a_server_that_greets_by_itself_is_told_nothing_unless_the_user_says_plain(first):
     core = chat.ClientCore("alice")
     core.connected()
-    assert shown(core.feed(b"Please enter your name\n")) == [("told", "", "Please enter your name")]
-    assert core.take_output() == b"alice\n"
+    core.feed(first.encode())
+    core.silence()
+    assert (core.cause, core.take_output()) == (chat.FATAL, b"") and "--plain" in core.refusal
+    core = chat.ClientCore("alice", kind=chat.PLAIN)
+    core.insists = True
+    core.connected()
+    core.feed(first.encode())
+    assert core.cause != chat.FATAL and core.take_output() == b"alice\n"
+
+
+def test_the_first_line_of_an_irc_server_may_come_slowly():
+    core = chat.ClientCore("alice")
+    core.connected()
+    core.feed(b":irc.exam")
+    core.silence()
+    core.feed(b"ple NOTICE * :hi\r\n")
+    assert core.kind == chat.IRC
+
+
+@pytest.mark.parametrize("line, unsure", [("Welcome", True), ("bob: hi", False), ("", False)])
+def test_a_plain_server_is_doubted_until_it_speaks_the_protocol(line, unsure):
+    core = plain_core()
+    core.feed(f"{line}\n".encode() * bool(line))
+    assert bool(core.unsure and not core.sure) == unsure
+
+
+def test_a_server_that_sends_back_the_name_is_no_chat():
+    core = plain_core()
+    core.feed(b"alice\n")
+    assert core.cause == chat.FATAL
 
 
 def test_being_turned_away_is_shown_and_decides_nothing():
@@ -14502,6 +14531,115 @@ def test_a_server_that_announces_its_pace_is_believed():
     assert len(alice.sent(5)) >= 40
 
 
+LINES_OF_TEN = "\n".join(f"line {n}" for n in range(10))
+
+
+def with_a_message_under_way(where, *texts, caps="", **options):
+    """Return a client in #k that has sent a few lines of ten to `where`, and these lines."""
+    alice = Elsewhere(join=["#k"], caps=caps, **options)
+    alice.hears(":bob!u@h JOIN #k", "353 alice = #k :alice bob", "366 alice #k :End")
+    alice.views += alice.core.typed(f"/query {where}" if where == "bob" else "/go #k")
+    alice.types(LINES_OF_TEN, *texts)
+    return alice, [line for line in alice.sent(2) if "PRIVMSG" in line]
+
+
+@pytest.mark.parametrize(
+    "where, lines, new",
+    [
+        ("bob", [":bob!u@h NICK bobby", ":eve!u@h NICK bob"], "bobby"),
+        ("#k", [":op!u@h RENAME #k #tea :move", ":eve!u@h JOIN #k"], "#tea"),
+    ],
+)
+def test_the_rest_of_a_message_goes_to_the_new_name_of_its_conversation(where, lines, new):
+    alice, first = with_a_message_under_way(where)
+    alice.hears(*lines)
+    rest = [line for line in alice.sent(60) if "PRIVMSG" in line]
+    assert 2 < len(first) < 10 and all(line.startswith(f"PRIVMSG {where} ") for line in first)
+    assert rest == [f"PRIVMSG {new} :line {n}" for n in range(len(first), 10)]
+    assert [one.where for one in alice.core.outbox.waiting.values()] == [new]
+
+
+GONE = [  # where, what the server says, why the rest is not sent
+    ("bob", ":bob!u@h QUIT :bye", "bob has left"),
+    ("bob", "731 alice bob", "bob is not here"),
+    ("#k", ":op!u@h KICK #k alice :out", "you were kicked from #k"),
+    ("#k", ":alice!u@h PART #k", "you left #k"),
+]
+
+
+@pytest.mark.parametrize("tidy", [True, False])
+@pytest.mark.parametrize("where, line, why", GONE)
+def test_the_rest_of_a_message_to_a_conversation_that_ended_is_left_to_the_user(
+    where, line, why, tidy
+):
+    alice, first = with_a_message_under_way(where, "more", tidy=tidy)
+    alice.hears(line)
+    assert [line for line in alice.sent(60) if "PRIVMSG" in line] == []
+    assert [*alice.core.outbox.parked.values()] == [why, why] and alice.core.idle
+    assert f"{why}; {len(first)} of 10 lines have arrived: line 0" in alice.kinds("failed")[0]
+    if where == "#k":
+        alice.hears(":alice!u@h JOIN #k")
+    for id in [*alice.core.outbox.parked]:
+        alice.core.retry(id)
+    alice.core.flush()
+    rest = [line.rpartition(":")[2] for line in alice.sent(60) if "PRIVMSG" in line]
+    assert rest == LINES_OF_TEN.split("\n")[len(first) :]
+
+
+@pytest.mark.parametrize("line", [":bob!u@h NICK bobby", ":bob!u@h QUIT :bye"])
+def test_a_batch_for_a_user_who_is_gone_is_made_invalid(line):
+    caps = "batch message-tags draft/multiline=max-bytes=4096,max-lines=100"
+    alice, first = with_a_message_under_way("bob", caps=caps)
+    alice.hears(line)
+    rest = alice.sent(60)
+    assert rest[:2] == ["@batch=m PRIVMSG * :-", "BATCH -m"]  # which a server must refuse
+    assert not any("line" in text for text in rest) and len(alice.core.outbox.parked) == 1
+    alice.hears("FAIL BATCH MULTILINE_INVALID_TARGET bob * :Invalid target")
+    assert len(alice.core.outbox.parked) == 1 and alice.core.failures == 0
+
+
+def test_no_line_is_longer_than_our_address_of_now_allows():
+    alice = Elsewhere()
+    text = " ".join(f"w{n:04}" for n in range(900))
+    alice.types(text)
+    lines = alice.sent()
+    host = "a.very.long.host." * 3 + "example"
+    alice.hears(f"396 alice {host} :is now your displayed host")
+    later = [line for line in alice.sent(90) if "PRIVMSG" in line]
+    assert later and max(len(f":alice!u@{host} {line}\r\n") for line in later) <= 512
+    told = "".join(line.partition(" :")[2] for line in lines + later)
+    assert told == text
+
+
+def test_bytes_and_not_characters_are_paced():
+    counts = []
+    for letter in "a\u8336":
+        alice = Elsewhere()
+        alice.types("\n".join([letter * 120] * 30))
+        counts.append(len(alice.sent(30)))
+    assert counts[0] > 1.5 * counts[1]
+
+
+@pytest.mark.parametrize("texts", [["one", "/part #c", "two"], ["one", "/part #c"]])
+def test_what_is_said_to_a_channel_that_the_client_leaves_is_not_sent(texts):
+    alice = Elsewhere(tidy=False, join=["#c", "#d"])
+    for text in texts:
+        alice.views += alice.core.typed(text)
+    sent = alice.sent(9)
+    alice.hears(":alice!u@h PART #c")
+    answer(alice, sent + alice.sent(9))
+    assert [line for line in sent if "PING" not in line] == ["PRIVMSG #c one", "PART #c"]
+    assert [one.text for one in alice.core.outbox.waiting.values()] == texts[2:]
+    assert len(alice.core.outbox.parked) == len(texts[2:]) and alice.core.idle
+
+
+def test_a_server_that_says_that_the_client_has_quit_is_left():
+    alice = Elsewhere(tidy=False)
+    alice.hears("353 alice = #lobby :alice", "366 alice #lobby :End", ":alice!u@h QUIT :Killed")
+    assert alice.core.dismissed and alice.core.cause == chat.TEMPORARY
+    assert alice.core.find("#lobby").wanted  # it is joined again over the next connection
+
+
 REFUSED_MESSAGES = [
     "401 alice bob :No such nick",
     "404 alice bob :Cannot send to nick/channel",
@@ -14512,6 +14650,20 @@ REFUSED_MESSAGES = [
     "531 alice bob :You are not permitted to send to this user",
     "716 alice bob :is in +g mode",
     "415 alice bob :Cannot send message",
+    "707 alice bob :Targets changing too fast",
+    "936 alice bob :Your message contained a censored word",
+    "437 alice bob :Temporarily unavailable",
+    "482 alice bob :You're not channel operator",
+    "417 alice :Input line was too long",
+    "412 alice :No text to send",
+    "411 alice :No recipient given (PRIVMSG)",
+    "461 alice PRIVMSG :Not enough parameters",
+    "263 alice PRIVMSG :Server load is temporarily too heavy",
+    "972 alice PRIVMSG :Command needs a captcha",
+    "421 alice PRIVMSG :Unknown command",
+    "FAIL PRIVMSG RATE_LIMITED :not now",
+    "FAIL BATCH MULTILINE_MAX_LINES 2 :Too many lines",
+    "NOTICE alice :*** Message to bob throttled due to flooding",
     "FAIL PRIVMSG NO_SUCH_THING bob :not now",
 ]
 
@@ -14525,6 +14677,111 @@ def test_an_error_about_a_target_is_of_the_message_to_it(line):
     assert [text for text in alice.kinds("failed") if text.endswith(": hello")]
     assert [one.where for one in alice.core.outbox.waiting.values()] == ["carol"]
     assert alice.core.failures == 1
+
+
+@pytest.mark.parametrize("line", ["404 alice #lobby :No", "FAIL PRIVMSG CODE :No"])
+def test_errors_about_the_lines_of_a_message_are_of_no_other_message(line):
+    alice = Elsewhere()
+    alice.types("one\ntwo\nthree", "another")
+    alice.sent(1)
+    alice.hears(*[line] * 3)
+    answer(alice, alice.sent(60))
+    assert len(alice.kinds("failed")) == 1 and alice.core.outbox.waiting == {}
+    alice.types("later")
+    alice.sent(9)
+    alice.hears(line)
+    assert "later" in alice.kinds("failed")[1]
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("408 alice #lobby :No colours. Not sent: bad 5", "No colours. Not sent: bad 5: bad 5"),
+        ("404 alice #lobby :No", "No (this message, or one of the 4 after it): text 0"),
+    ],
+)
+def test_a_refused_message_is_found_by_its_text_or_said_to_be_one_of_several(line, told):
+    alice = Elsewhere(tidy=False)
+    alice.core.outbox.window = 9
+    alice.types("text 0", "text 1", "bad 5", "text 2", "text 3")
+    alice.sent(9)
+    alice.hears(line)
+    assert alice.kinds("failed") == [f"#lobby: {told}"]
+
+
+COMMANDS_REFUSED = [  # typed, the server's answer, messages and commands that failed
+    ("/notice bob hi", "401 alice bob :No such nick/channel", (1, 0)),
+    ("/msg NickServ help", "401 alice NickServ :No such nick/channel", (1, 0)),
+    ("/msg @#lobby hi", "404 alice #lobby :Cannot send to channel", (1, 0)),
+    ("/topic #lobby tea", "482 alice #lobby :You're not channel operator", (0, 1)),
+    ("/kick #lobby bob", "482 alice #lobby :You're not channel operator", (0, 1)),
+    ("/join #x", "471 alice #x :Cannot join channel (+l)", (0, 1)),
+    ("/raw FOO", "421 alice FOO :Unknown command", (0, 1)),
+    ("/oper alice secret", "491 alice :No O-lines for your host", (0, 1)),
+    ("/nick bob", "433 alice bob :Nickname is already in use", (0, 1)),
+    ("/topic #lobby tea", ":alice!u@h TOPIC #lobby :tea", (0, 0)),
+    ("/topic #lobby tea", "433 alice carol :Nickname is already in use", (0, 0)),
+    ("/join #x", "470 alice #x #y :Forwarding to another channel", (0, 0)),
+]
+
+
+@pytest.mark.parametrize("text, line, failed", COMMANDS_REFUSED)
+def test_a_pipe_waits_for_the_answer_to_a_command_and_counts_a_refusal(text, line, failed):
+    alice = Elsewhere("STATUSMSG=@+", tidy=False)
+    alice.types(text)
+    sent = alice.sent(9)
+    assert not alice.core.idle
+    alice.hears(line)
+    answer(alice, sent)
+    assert (alice.core.failures, alice.core.refusals) == failed and alice.core.idle
+
+
+ECHOING = [  # texts, those that the server sends back, those that are reported as lost
+    (["bad", "good"], ["good"], ["bad"]),
+    (["good", "bad", "fine"], ["good", "fine"], ["bad"]),
+    (["one\ntwo\nthree"], ["one", "three"], ["one"]),
+    (["good", "bad"], ["good"], ["bad"]),
+    (["damn it", "fine"], ["**** it", "fine"], []),
+    ([" blank ", "E\u0301"], ["blank", "\u00c9"], []),
+    (["/me sings"], ["\x01ACTION sings\x01"], []),
+]
+
+
+@pytest.mark.parametrize("caps", ["echo-message", "echo-message message-tags"])
+@pytest.mark.parametrize("texts, echoes, lost", ECHOING)
+def test_a_message_arrived_if_all_its_lines_come_back_even_with_other_words(
+    texts, echoes, lost, caps
+):
+    alice = Elsewhere(caps=caps, tidy=False)
+    alice.core.outbox.window = 9
+    alice.types(*texts)
+    sent = alice.sent(9)
+    alice.hears(*[f":alice!u@h PRIVMSG #lobby :{echo}" for echo in echoes])
+    answer(alice, sent)
+    for _ in range(int(chat.ECHO_SECONDS) + 9 if lost else 1):
+        answer(alice, alice.sent(1))
+    assert alice.core.outbox.waiting == {} and alice.core.failures == len(lost)
+    assert [text.rpartition(": ")[2].split(" ")[0] for text in alice.kinds("failed")] == lost
+    assert len(alice.said()) == len(texts)
+
+
+def test_the_echo_of_a_command_is_not_taken_for_that_of_a_message():
+    alice = Elsewhere("STATUSMSG=@+", caps="echo-message", tidy=False)
+    alice.types("/msg @#lobby psst", "hello")
+    alice.sent(9)
+    alice.hears(":alice!u@h PRIVMSG @#lobby :psst")
+    assert len(alice.core.outbox.waiting) == 1
+    alice.hears(":alice!u@h PRIVMSG #lobby :hello")
+    assert alice.core.outbox.waiting == {}
+
+
+def test_a_line_between_the_request_for_echoes_and_its_answer_is_shown_once():
+    alice = Elsewhere(caps="cap-notify")
+    alice.hears("CAP alice NEW :echo-message")
+    alice.types("hello")
+    assert alice.sent()[:2] == ["CAP REQ echo-message", "PRIVMSG #lobby hello"]
+    alice.hears("CAP alice ACK :echo-message", ":alice!u@h PRIVMSG #lobby :hello")
+    assert alice.said() == ["#lobby *alice: hello"] and alice.core.outbox.waiting == {}
 
 
 def test_every_name_of_a_nick_that_is_cut_is_another_and_there_are_few():
@@ -14563,6 +14820,45 @@ def test_a_channel_that_we_are_sent_to_instead_takes_the_place_of_the_other():
     assert alice.core.here == "#tea" and len(alice.core.rooms) == 2
     alice.types("hello")
     assert "PRIVMSG #tea hello" in alice.sent(9)
+
+
+JOINED_AS = [  # channels to join, the server's tokens and lines, where the messages go
+    (["!tea"], [], [":alice!u@h JOIN !ABCDEtea"], "!ABCDEtea"),
+    (["#" + "x" * 30], ["CHANNELLEN=20"], [f":alice!u@h JOIN #{'x' * 19}"], "#" + "x" * 19),
+    (["#" + "\u8336" * 18], ["CHANNELLEN=50"], [f":alice!u@h JOIN #{chr(0x8336) * 16}"], None),
+    (["#old"], [], ["470 alice #old #new :Forwarding", ":alice!u@h JOIN #new"], "#new"),
+    (["#old"], [], [":alice!u@h JOIN #new", "470 alice #old #new :Forwarding"], "#new"),
+    (["#old", "#new"], [], ["470 alice #old #new :Forward", ":alice!u@h JOIN #new"], "#new"),
+    (["#old", "#new"], [], [":alice!u@h JOIN #new", "470 alice #old #new :Forward"], "#new"),
+]
+
+
+@pytest.mark.parametrize("tidy", [True, False])
+@pytest.mark.parametrize("join, tokens, lines, name", JOINED_AS)
+def test_messages_go_to_the_channel_that_the_server_lets_the_client_join(
+    join, tokens, lines, name, tidy
+):
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.core, alice.now = chat.ClientCore("alice", tidy, kind=chat.IRC, join=join), 0.0
+    alice.out, alice.views, alice.core.ticks = [], [], lambda: alice.now
+    alice.types("hello")
+    alice.core.connected()
+    alice.hears("001 alice :Welcome", "004 alice x ircd-1 a b")
+    alice.hears(f"005 alice {' '.join(tokens)} CHANTYPES=#&!+ :are supported", *lines)
+    name = name or lines[0].split()[-1]
+    assert f"PRIVMSG {name} hello" in alice.sent(20)
+    assert list(alice.core.rooms) == [alice.core.fold(name)] and alice.core.here == name
+    assert alice.core.room.inside and alice.core.talk.entering == {}
+
+
+@pytest.mark.parametrize("number", ["480", "926", "485", "495", "500", "609", "471"])
+def test_any_error_about_a_channel_to_be_joined_ends_the_wait_with_its_text(number):
+    alice = Elsewhere(tidy=False)
+    alice.types("/join #tea", "hello")
+    alice.sent(2)
+    alice.hears(f"{number} alice #tea :Not today")
+    assert "Not today" in alice.kinds("failed")[0] and len(alice.core.outbox.parked) == 1
+    assert alice.core.talk.entering == {}
 
 
 SOURCES = [  # source, verb, how it is shown
@@ -14640,12 +14936,86 @@ def test_a_name_that_a_ghost_had_is_taken_back_when_it_is_free(tokens, lines):
     assert core.name == "alice" and not core.regain
 
 
+def without_its_nick(*tokens):
+    """Return a client that is called alice2, because alice is taken."""
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.core, alice.now = chat.ClientCore("alice", kind=chat.IRC), 0.0
+    alice.out, alice.views, alice.core.ticks = [], [], lambda: alice.now
+    alice.core.connected()
+    alice.hears("433 * alice :in use", "001 alice2 :Welcome", "004 alice2 x ircd-1 a b")
+    return alice.hears(f"005 alice2 {' '.join(tokens)} A :x")
+
+
+@pytest.mark.parametrize("tokens", [["MONITOR=100"], []])
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ["437 alice2 alice :Nick is temporarily unavailable"],
+        ["433 alice2 alice :Nickname is already in use"],
+        ["734 alice2 100 alice :Monitor list is full"],
+    ],
+)
+def test_a_nick_that_cannot_be_had_yet_is_asked_for_again_and_told_once(tokens, answers):
+    alice = without_its_nick(*tokens)
+    alice.sent(chat.REGAIN_SECONDS + 9)
+    for _ in range(3):
+        alice.hears("731 alice2 alice" if tokens else "303 alice2 :", *answers)
+        asked = alice.sent(chat.REGAIN_SECONDS + 9)
+        assert "ISON alice" in asked
+    assert (
+        len([text for text in alice.kinds("told") if re.search(r"alice\b.* (is|in) ", text)]) == 2
+    )
+    alice.hears("303 alice2 :")
+    assert "NICK alice" in alice.sent(9)
+
+
+@pytest.mark.parametrize(
+    "typed, lines, wanted",
+    [
+        ([], [":alice!u@h NICK 0PNSAAAAB"], "alice"),
+        (["/nick anna"], [":alice!u@h NICK anna"], "anna"),
+        (["/raw NICK anna"], [":alice!u@h NICK anna"], "anna"),
+        (["/nick anna"], [":alice!u@h NICK anna", ":anna!u@h NICK Guest7"], "anna"),
+    ],
+)
+def test_only_the_user_decides_what_the_wanted_nick_is(typed, lines, wanted):
+    alice = Elsewhere()
+    alice.types(*typed)
+    alice.sent(9)
+    alice.hears(*lines)
+    assert alice.core.wanted_name == wanted
+    alice.core.disconnected()
+    alice.core.connected()
+    assert f"NICK {wanted}" in alice.sent()
+
+
+@pytest.mark.parametrize(
+    "name, nick",
+    [("[x]", "[x]"), ("\\o/", "\\o/"), ("a b,c", "a_b_c"), ("a!b@c", "a_b_c"), (":x", "_x")],
+)
+def test_the_names_of_our_servers_are_no_rule_for_others(name, nick):
+    core = chat.ClientCore(name, kind=chat.IRC)
+    core.connected()
+    assert f"NICK {nick}\r\n" in core.take_output().decode()
+
+
 CLOSING_WORDS = [
     ("Closing Link: Throttled: Reconnecting too fast", chat.TEMPORARY),
     ("Closing Link: (No more connections allowed from your host)", chat.TEMPORARY),
     ("Server is full", chat.TEMPORARY),
     ("Server going down", chat.TEMPORARY),
     ("Closing Link: (Ping timeout: 240 seconds)", chat.TEMPORARY),
+    ("Server shutdown by admin: certificate renewal", chat.TEMPORARY),
+    ("Server going down (password file update)", chat.TEMPORARY),
+    ("You are not permitted to reconnect for 30 seconds", chat.TEMPORARY),
+    ("Throttled: too many failed password attempts", chat.TEMPORARY),
+    ("Closing Link: (AKILLed: spam)", chat.NEEDS_USER),
+    ("Closing Link: Autokilled: spam", chat.NEEDS_USER),
+    ("Closing Link: (SASL access only)", chat.NEEDS_USER),
+    ("Closing Link: No Authorization", chat.NEEDS_USER),
+    ("Closing Link: your address is listed in DroneBL", chat.NEEDS_USER),
+    ("Closing Link: R:lined (no bots)", chat.NEEDS_USER),
+    ("Closing Link: Wrong passphrase", chat.NEEDS_USER),
     ("Closing link: K-lined: spam", chat.NEEDS_USER),
     ("Closing Link: (You are banned from this server)", chat.NEEDS_USER),
     ("Closing link: Bad Password", chat.NEEDS_USER),
@@ -14667,6 +15037,8 @@ def test_why_a_server_closes_decides_whether_to_come_back(words, cause):
         ("sasl", True, ["908 * PLAIN :are available", "904 * :no"], ["SCRAM-SHA-256", "PLAIN"]),
         ("sasl", True, ["904 * :no"], ["SCRAM-SHA-256", "PLAIN"]),
         ("sasl", False, ["904 * :no"], ["SCRAM-SHA-256"]),
+        ("sasl", True, ["AUTHENTICATE +", "904 * :no"], ["SCRAM-SHA-256", "PLAIN"]),
+        ("sasl", False, ["AUTHENTICATE +", "904 * :no"], ["SCRAM-SHA-256"]),
         ("sasl=PLAIN", True, [], ["PLAIN"]),
         ("sasl=PLAIN,SCRAM-SHA-256", True, [], ["SCRAM-SHA-256"]),
         ("sasl=EXTERNAL", True, [], []),
@@ -14680,7 +15052,8 @@ def test_the_log_in_falls_back_to_a_mechanism_that_the_server_has(
     core.secure = secure
     core.feed(f":x CAP * LS :{caps}\r\n".encode())
     core.feed("".join(f":x {line}\r\n" for line in refusals).encode())
-    found = re.findall(r"AUTHENTICATE (\S+)", core.take_output().decode())
+    found = re.findall(r"AUTHENTICATE ([A-Z]+-?\S*-?\d*)\r", core.take_output().decode())
+    found = [name for name in found if name in (*chat.LOGINS, "EXTERNAL")]
     assert found == mechanisms
 
 
@@ -14695,8 +15068,63 @@ def test_external_is_tried_with_a_certificate_and_a_wrong_password_is_not_told_i
     core = chat.ClientCore("alice", kind=chat.IRC, login=chat.Login("alice", "wrong"))
     core.secure = True
     core.connected()
-    core.feed(b":x CAP * LS :sasl\r\nAUTHENTICATE +\r\n:x 904 * :wrong password\r\n")
+    core.feed(b":x CAP * LS :sasl=SCRAM-SHA-256,PLAIN\r\n")
+    core.feed(b"AUTHENTICATE +\r\n:x 904 * :wrong password\r\n")
     assert b"PLAIN" not in core.take_output()
+
+
+@pytest.mark.parametrize(
+    "caps, why",
+    [
+        ("", "knows no SASL"),
+        ("CAP * LS :batch", "knows no SASL"),
+        ("CAP * LS :sasl=EXTERNAL", "logs in only by EXTERNAL"),
+    ],
+)
+def test_the_user_is_told_why_a_server_lets_no_one_log_in(caps, why):
+    core = chat.ClientCore("alice", kind=chat.IRC, login=chat.Login("alice", "sesame"))
+    core.connected()
+    core.feed(f":x {caps or '421 * CAP :Unknown command'}\r\n".encode())
+    notes = [view.text for view in core.feed(b":x 001 alice :Welcome\r\n") if view.kind == "note"]
+    assert notes == [f"not logged in as alice: this server {why}"]
+
+
+def test_what_a_bouncer_plays_again_is_shown_once():
+    alice = Elsewhere(caps="server-time")
+    when = "@time=2026-11-26T18:00:00.000Z"
+    lines = [f"{when} :bob!u@h PRIVMSG #lobby :{text}" for text in ("lol", "lol", "and")]
+    alice.hears(*lines)
+    assert [text[-3:] for text in alice.said()] == ["lol", "lol", "and"]
+    for _ in range(2):
+        alice.core.disconnected()
+        alice.connect(caps="server-time")
+        alice.hears(lines[0], lines[2], f"{when} :bob!u@h PRIVMSG #lobby :new")
+        new = [text.rpartition(" ")[2] for text in alice.said()]
+        assert new == ["new"] or _ == 1 and new == []
+
+
+def test_a_live_line_that_a_page_holds_too_is_shown_once_without_ids():
+    alice = Elsewhere(caps=PAGES_OF)
+    line = "time=2026-11-26T18:00:00.000Z :bob!u@h PRIVMSG #lobby :hi"
+    alice.hears(f"@{line}", "BATCH +1 chathistory #lobby", f"@batch=1;{line}", "BATCH -1")
+    assert alice.said() == ["#lobby bob: hi"]
+
+
+@pytest.mark.parametrize(
+    "line, dated",
+    [
+        ("PRIVMSG #lobby :CHATHISTORY LATEST", False),
+        ("@label=a PRIVMSG #lobby :CHATHISTORY LATEST", False),
+        ("CHATHISTORY LATEST #lobby * 20", True),
+        ("@label=a CHATHISTORY LATEST #lobby * 20", True),
+    ],
+)
+def test_a_message_about_chathistory_is_no_request_for_history(line, dated):
+    alice = Elsewhere(caps=PAGES_OF)
+    talk = alice.core.talk
+    talk.asked[0] = talk.asked[0]._replace(at=chat.UNSENT)
+    talk._date(line)
+    assert (talk.asked[0].at != chat.UNSENT) == dated
 
 
 def test_a_server_that_wants_tls_is_left_at_once_and_nothing_is_told_it():
@@ -14854,6 +15282,19 @@ OTHER_SERVERS = [
     (b"220 mail.example ESMTP\r\n", "SMTP"),
     (b"+OK POP3 ready\r\n", "POP3"),
     (b"RFB 003.008\n", "VNC"),
+    (b"200 news.example ready\r\n", "NNTP"),
+    (b"554 no\r\n", "SMTP"),
+    (b"421 busy\r\n", "SMTP"),
+    (b"-ERR unknown command 'alice'\r\n", "Redis"),
+    (b"* BYE\r\n", "IMAP"),
+    (b"* PREAUTH ready\r\n", "IMAP"),
+    (b"* ACAP (IMPLEMENTATION x)\r\n", "ACAP"),
+    (b"ERROR\r\n", "memcached"),
+    (b"RTSP/1.0 400 Bad Request\r\n", "RTSP"),
+    (b"SIP/2.0 400 Bad Request\r\n", "SIP"),
+    (b"@RSYNCD: 31.0\n", "rsync"),
+    (b"OK MPD 0.23.5\n", "MPD"),
+    (b"<stream:error>\n", "XMPP"),
     (b"\x15\x03\x03\x00\x02\x02\x46", "TLS"),
 ]
 
@@ -14865,6 +15306,32 @@ def test_a_server_that_is_no_chat_is_left_for_good(data, what, kind):
     core.connected()
     core.feed(data)
     assert core.cause == chat.FATAL and what in core.refusal
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfd\x18\xff\xfd\x20", b"J\0\0\0\n8.0.36\0"])
+def test_a_server_that_sends_no_text_is_left_for_good(data):
+    core = chat.ClientCore("alice")
+    core.connected()
+    core.feed(data)
+    assert core.cause == chat.FATAL and core.take_output() == b""
+
+
+@pytest.mark.parametrize(
+    "status, temporary", [(None, True), (500, True), (503, True), (507, False), (413, False)]
+)
+def test_a_server_without_room_for_a_file_is_not_asked_again(status, temporary):
+    response = status and chat.Response(status, {})
+    assert chat.is_temporary(response) == temporary
+
+
+def test_the_list_of_other_servers_is_read_even_if_client_db_is_locked_for_a_moment():
+    client, waits = chat.ManyServers.__new__(chat.ManyServers), []
+    client.db = chat.open_client_database(":memory:")
+    client.seat, client.look_at = None, chat.do_nothing
+    timeout = lambda _: waits.append(client.db.execute("PRAGMA busy_timeout").fetchone()[0])  # noqa: E731
+    client.store = types.SimpleNamespace(fact=timeout)
+    client.open_others()
+    assert waits[0] > 0
 
 
 def test_what_is_typed_stays_in_the_conversation_where_it_was_begun(running, terminal):
@@ -15376,6 +15843,7 @@ TOO_LONG = [
     (["AWAYLEN=50"], "/away " + "x" * 51),
     (["NICKLEN=9"], "/nick abcdefghij"),
     (["KICKLEN=20"], "/kick bob " + "x" * 21),
+    (["CHANNELLEN=20"], "/join #" + "x" * 20),
     ([], "/topic " + "x" * 500),
     ([], "/msg NickServ " + "x" * 500),
 ]
@@ -15920,7 +16388,7 @@ def test_a_channel_can_be_left_before_we_are_in_it():
     alice = Elsewhere(tidy=False)
     for text in ("/join #b", "/part #b bye"):
         alice.views += alice.core.typed(text)
-    assert alice.sent(9) == ["JOIN #b", "PART #b bye"]
+    assert [line for line in alice.sent(9) if "PING" not in line] == ["JOIN #b", "PART #b bye"]
 
 
 NO_MESSAGE_IS_REFUSED = [
@@ -15936,7 +16404,7 @@ NO_MESSAGE_IS_REFUSED = [
 @pytest.mark.parametrize("line", NO_MESSAGE_IS_REFUSED)
 def test_an_error_about_something_else_is_of_no_message(line):
     alice = Elsewhere(tidy=False)
-    alice.types("hello")
+    alice.types("hello", "/topic #lobby tea")
     alice.sent(9)
     alice.hears(line)
     assert alice.kinds("failed") == [] and len(alice.core.outbox.waiting) == 1
@@ -16563,7 +17031,13 @@ def test_joins_in_one_row_never_come_behind_what_their_users_did():
 def test_a_message_to_another_conversation_is_told_where_the_user_looks():
     desk = Desk()
     desk.core.rooms["#lobby"].inside = True
-    desk.core.talk = types.SimpleNamespace(ready=True, pages=False, pieces=(), pump=chat.do_nothing)
+    desk.core.talk = types.SimpleNamespace(
+        ready=True,
+        pages=False,
+        pieces=(),
+        pump=chat.do_nothing,
+        leaves=chat.do_nothing,
+    )
     desk.core.send("#rust", "shall we have tea?")
     desk.tell(*desk.core.take_views())
     assert "you to #rust: shall we have" in "\n".join(desk.screen.lines)
