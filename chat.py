@@ -13959,18 +13959,6 @@ NOT_JOINED = (
 )
 
 
-def refused(talk: IrcTalk, heard: Heard, text: str) -> None:
-    """Show an error of the server; with the label of a message, report that message as lost."""
-    label = heard.tags.get("label", "").partition(".")[0]
-    if label in talk.core.outbox.parked:  # the user knows: the rest of it was not sent
-        return
-    if label in talk.core.outbox.waiting:
-        talk.core.lost(label, text)
-    else:
-        command_refused(talk, heard)
-        talk.core.show(View(TOLD, text, where=talk.where_of(heard)))
-
-
 def command_refused(talk: IrcTalk, heard: Heard) -> None:
     """Count an error about a command of the user, which a pipe reports at its end."""
     number, core = heard.verb, talk.core
@@ -13983,6 +13971,18 @@ def command_refused(talk: IrcTalk, heard: Heard) -> None:
         message = talk.commanded.pop(ids[0]).startswith(("PRIVMSG ", "NOTICE "))
         core.failures += message
         core.refusals += not message
+
+
+def refused(talk: IrcTalk, heard: Heard, text: str) -> None:
+    """Show an error of the server; with the label of a message, report that message as lost."""
+    label = heard.tags.get("label", "").partition(".")[0]
+    if label in talk.core.outbox.parked:  # the user knows: the rest of it was not sent
+        return
+    if label in talk.core.outbox.waiting:
+        talk.core.lost(label, text)
+    else:
+        command_refused(talk, heard)
+        talk.core.show(View(TOLD, text, where=talk.where_of(heard)))
 
 
 NO_FAILURE = (  # numerics that refuse other commands, not messages
@@ -15161,7 +15161,7 @@ SECRET_LINE = re.compile(  # the text after these words must not be logged
 )
 PASSWORD_WORDS = {  # words before a password, and the command of this client for that
     **dict.fromkeys(("login", "identify", "auth", "password"), "login"),
-    **{word: word for word in ("register", "passwd", "oper", "pass")},
+    "register": "register", "passwd": "passwd", "oper": "oper", "pass": "pass",
 }
 MISSPELT = ("login", "identify", "auth", "password", "register")  # which are also found with slips
 SAYING_WORDS = ("msg", "m", "query", "tell", "privmsg", "notice", "quote", "raw")
@@ -15573,6 +15573,29 @@ class ClientCore(ForScreens):
     looked_at = True  # False: the user looks at another server
     reads_at_once = True  # the current conversation; if False, mark_read() tells what was read
     results: Callable[[str, list[View]], None] | None = None  # takes the result of a search
+    # The connection
+    tls = secure = False  # encrypted; `secure` also without TLS on this machine
+    listening = False  # waiting to see if the server speaks first
+    refusal = ""  # the reason for which the server refuses the client ...
+    cause = TEMPORARY  # ... and what that means for a new attempt
+    dismissed = False  # the server sent ERROR, and will hang up
+    redial = False  # connect again at once, with another protocol or TLS ...
+    insists = False  # ... but not if the user set the protocol
+    sure = False  # a line has proved the kind of the server ...
+    unsure = ""  # ... and this one of a plain server was no such line
+    sts: tuple[int, int] | None = None  # port and seconds of required TLS (IRCv3 sts)
+    quitting = False
+    wants_connection = False  # connect now, at the user's request
+    regain = False  # the wanted nick was taken: get it once it is free ...
+    regain_at = 0.0  # ... and ask for it at this time
+    # The outcome of messages
+    failures = 0  # messages that did not arrive, or that were not kept
+    refusals = 0  # commands that the server refused, of a pipe
+    progress = 0  # number of acknowledged messages and of missing pages that came
+    acknowledged = False  # some message was, over this connection
+    page_lines = PAGE_LINES  # of missed messages in one page; fewer after a break
+    newest, newest_id = 0, ""  # time (ms) and id of the newest known message
+    began = 0  # time of the first welcome
 
     def __init__(
         self,
@@ -15599,19 +15622,6 @@ class ClientCore(ForScreens):
         self.clock, self.later, self.ticks = clock, later, ticks
         self.server = ServerProfile(kind in (CHAT, PLAIN))
         self.talk: IrcTalk | PlainTalk | None = None  # while connected, once the protocol is known
-        self.tls = self.secure = False  # encrypted; `secure` also without TLS on this machine
-        self.listening = False  # waiting to see if the server speaks first
-        self.refusal = ""  # the reason for which the server refuses the client ...
-        self.cause = TEMPORARY  # ... and what that means for a new attempt
-        self.dismissed = False  # the server sent ERROR, and will hang up
-        self.redial = False  # connect again at once, with another protocol or TLS ...
-        self.insists = False  # ... but not if the user set the protocol
-        self.sure = False  # a line has proved the kind of the server ...
-        self.unsure = ""  # ... and this one of a plain server was no such line
-        self.sts: tuple[int, int] | None = None  # port and seconds of required TLS (IRCv3 sts)
-        self.quitting = False
-        self.regain = False  # the wanted nick was taken: get it once it is free ...
-        self.regain_at = 0.0  # ... and ask for it at this time
         self.away, self.former_names = "", {}  # keys of this client's earlier nicks
         self.asked_numerics: set[str] = set()  # shown only because the user asked for them
         self.listings: dict[str, list[Listing]] = {}  # answers to LIST and WHO, still coming
@@ -15625,13 +15635,6 @@ class ClientCore(ForScreens):
         self.shown: set[str] = set()  # own ids of messages shown as waiting
         self.sent_before: set[str] = set()  # own ids of messages that the user sends again
         self.known_own: dict[str, None] = {}  # own ids of messages that were shown and have arrived
-        self.failures = 0  # messages that did not arrive, or that were not kept
-        self.refusals = 0  # commands that the server refused, of a pipe
-        self.progress = 0  # number of acknowledged messages and of missing pages that came
-        self.acknowledged = False  # some message was, over this connection
-        self.page_lines = PAGE_LINES  # of missed messages in one page; fewer after a break
-        self.newest, self.newest_id = 0, ""  # time (ms) and id of the newest known message
-        self.began = 0  # time of the first welcome
         self.rooms = wanted_rooms(join, self.fold)
         if store:
             self._load([*join] not in ([], [LOBBY]) if named is None else named)
@@ -15640,7 +15643,6 @@ class ClientCore(ForScreens):
         self.views: list[View] = []
         self.output: list[str] = []
         self._show_waiting()
-        self.wants_connection = False  # connect now, at the user's request
 
     # State that outlives the program
 
@@ -16563,7 +16565,7 @@ def do_help(core: ClientCore, verb: str = "") -> None:
     core.show(View(PAGE, "\n".join(lines), f"help {word}".rstrip()))
 
 
-def needed(given: Any, syntax: str) -> Any:
+def require_part(given: Any, syntax: str) -> Any:
     """Return a part of a command. Raises Refused with the command's syntax if it is missing."""
     if not given:
         raise Refused("NEED_MORE_PARAMS", f"usage: {syntax}")
@@ -16572,7 +16574,7 @@ def needed(given: Any, syntax: str) -> Any:
 
 def names_in(words: str) -> list[str]:
     """Return the names in a list with commas. Raises Refused if there is none."""
-    return needed(optional(*words.split(",")), "NAME[,NAME ...]")
+    return require_part(optional(*words.split(",")), "NAME[,NAME ...]")
 
 
 @client_command("join", 1)
@@ -16655,7 +16657,7 @@ def do_msg(core: ClientCore, name: str, text: str = "") -> None:
         else:
             core.send(one, text)
     if len(names) > 1:
-        needed(text, "/msg NAME,NAME TEXT")
+        require_part(text, "/msg NAME,NAME TEXT")
     elif not text or core.server.is_channel(name):
         core.go(core.room_for(name))
 
@@ -16790,7 +16792,7 @@ def do_invite(core: ClientCore, name: str, where: str = "") -> None:
 def do_kick(core: ClientCore, *words: str) -> None:
     """/kick [#CHANNEL] NAME [REASON] -- put a user out of this channel"""
     where, others = channel_and(core, words)
-    name, *reason = needed(others, "/kick [#CHANNEL] NAME [REASON]")
+    name, *reason = require_part(others, "/kick [#CHANNEL] NAME [REASON]")
     core.talk.command("KICK", where, name, *optional(" ".join(reason)))
 
 
@@ -16812,7 +16814,7 @@ def do_ban(core: ClientCore, words: str = "", mode: str = "+b") -> None:
     """/ban [#CHANNEL] [NAME|MASK ...] -- keep users out of this channel; which bans there are"""
     where, masks = channel_and(core, words.split())
     if not masks:
-        needed(mode == "+b", "/unban [#CHANNEL] NAME|MASK ...")
+        require_part(mode == "+b", "/unban [#CHANNEL] NAME|MASK ...")
         return core.talk.command("MODE", where, mode)
     return set_for_each(core, where, mode, [*map(ban_of, masks)])
 
@@ -16842,7 +16844,7 @@ def command_for_ranks(verb: str, mode: str, summary: str) -> None:
 
     def change(core: ClientCore, names: str) -> None:
         where, words = channel_and(core, names.split())
-        set_for_each(core, where, mode, needed(words, f"/{verb} [#CHANNEL] NAME ..."))
+        set_for_each(core, where, mode, require_part(words, f"/{verb} [#CHANNEL] NAME ..."))
 
     change.__doc__ = f"/{verb} [#CHANNEL] NAME ... -- {summary}"
     client_command(verb, 1)(change)
