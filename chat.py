@@ -12724,10 +12724,9 @@ class Room:
     def forget_news(self, id: str) -> None:
         """No longer count a message as unread that was redacted."""
         news = [view for view in self.views if is_news(view) and not view.past]
-        for view in news[-self.unread :] if self.unread else ():
-            if view.id == id:
-                self.unread -= 1
-                self.called -= bool(self.called and view.called)
+        gone = [view for view in news[max(0, len(news) - self.unread) :] if view.id == id]
+        self.unread -= len(gone)
+        self.called = max(0, self.called - sum(view.called for view in gone))
 
     def show_moves(self) -> View:
         """Append the collected joins and quits as one row; return the row."""
@@ -15161,7 +15160,10 @@ SECRET_LINE = re.compile(  # the text after these words must not be logged
 )
 PASSWORD_WORDS = {  # words before a password, and the command of this client for that
     **dict.fromkeys(("login", "identify", "auth", "password"), "login"),
-    "register": "register", "passwd": "passwd", "oper": "oper", "pass": "pass",
+    "register": "register",
+    "passwd": "passwd",
+    "oper": "oper",
+    "pass": "pass",
 }
 MISSPELT = ("login", "identify", "auth", "password", "register")  # which are also found with slips
 SAYING_WORDS = ("msg", "m", "query", "tell", "privmsg", "notice", "quote", "raw")
@@ -15195,7 +15197,11 @@ OTHERS_COMMANDS = {  # commands of other clients, and ours for the same
     **dict.fromkeys(("identify", "auth", "password"), "login"),
     **dict.fromkeys(("ns", "nickserv"), "msg NickServ"),
     **dict.fromkeys(("cs", "chanserv"), "msg ChanServ"),
-    **{word: f"raw {word.upper()}" for word in ("motd", "lusers", "whowas", "stats", "admin")},
+    "admin": "raw ADMIN",
+    "lusers": "raw LUSERS",
+    "motd": "raw MOTD",
+    "stats": "raw STATS",
+    "whowas": "raw WHOWAS",
     **dict.fromkeys(("version", "ping", "time"), "ctcp NAME"),
     **dict.fromkeys(("window", "win", "buffer"), "go"),
     **dict.fromkeys(("kb", "kickban"), "ban"),
@@ -15265,6 +15271,8 @@ class ForScreens:
         self.typed_at: dict[int, tuple[float, str]] = {}  # when the user's typing was told, and how
         self.known_people: dict[str, Person] = {}  # what is known beside their ranks, by key
         self.quiet_who: set[str] = set()  # keys of channels with a WHO of a screen
+        self.asked_numerics: set[str] = set()  # shown only because the user asked for them
+        self.listings: dict[str, list[Listing]] = {}  # answers to LIST and WHO, still coming
         # The last lines of the protocol: time (ms), True if sent, and the line
         self.traffic: collections.deque[tuple[int, bool, str]]
         self.traffic = collections.deque(maxlen=TRAFFIC_LINES)
@@ -15623,8 +15631,6 @@ class ClientCore(ForScreens):
         self.server = ServerProfile(kind in (CHAT, PLAIN))
         self.talk: IrcTalk | PlainTalk | None = None  # while connected, once the protocol is known
         self.away, self.former_names = "", {}  # keys of this client's earlier nicks
-        self.asked_numerics: set[str] = set()  # shown only because the user asked for them
-        self.listings: dict[str, list[Listing]] = {}  # answers to LIST and WHO, still coming
         self.ctcp_budget = Budget(CTCP_BURST, CTCP_RATE, ticks())
         self.ignored: set[str] = store.ignored() if store else set()  # masks
         self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
@@ -16428,7 +16434,8 @@ class ClientCore(ForScreens):
         if self.store:
             self.store.remove(id)
         for room in self.rooms.values():
-            room.forget_news(id)
+            if room.unread:
+                room.forget_news(id)
             if room.drop(lambda view: view.id == id):
                 self.show(View(REMOVED, where=room.name, id=id))
                 self.changed(room)
@@ -16565,7 +16572,7 @@ def do_help(core: ClientCore, verb: str = "") -> None:
     core.show(View(PAGE, "\n".join(lines), f"help {word}".rstrip()))
 
 
-def require_part(given: Any, syntax: str) -> Any:
+def need_given(given: Any, syntax: str) -> Any:
     """Return a part of a command. Raises Refused with the command's syntax if it is missing."""
     if not given:
         raise Refused("NEED_MORE_PARAMS", f"usage: {syntax}")
@@ -16574,7 +16581,7 @@ def require_part(given: Any, syntax: str) -> Any:
 
 def names_in(words: str) -> list[str]:
     """Return the names in a list with commas. Raises Refused if there is none."""
-    return require_part(optional(*words.split(",")), "NAME[,NAME ...]")
+    return need_given(optional(*words.split(",")), "NAME[,NAME ...]")
 
 
 @client_command("join", 1)
@@ -16617,9 +16624,11 @@ def room_named(core: ClientCore, word: str, alone: bool) -> str:
 @client_command("part", most=2)
 def do_part(core: ClientCore, *words: str) -> None:
     """/part [#CHANNEL] [REASON] -- leave a channel, or close a private conversation"""
-    named = [room_named(core, one, len(words) == 1) for one in "".join(words[:1]).split(",")]
-    rooms = [asked_room(core, one) for one in named] if all(named) else [asked_room(core)]
-    reason = " ".join(words[all(named) :])
+    given = optional(*"".join(words[:1]).split(","))
+    named = [room_named(core, one, len(words) == 1) for one in given]
+    pairs = zip(named, given, strict=True) if any(named) else [("", "")]
+    rooms = [asked_room(core, name or word) for name, word in pairs]
+    reason = " ".join(words[any(named) :])
     for room in rooms:
         if room.inside or core.fold(room.name) in core.talk.entering:
             core.talk.command("PART", room.name, *optional(reason))
@@ -16646,6 +16655,13 @@ def do_go(core: ClientCore, name: str) -> None:
     core.go(found or asked_room(core, name))
 
 
+def go_to(core: ClientCore, name: str) -> None:
+    """Go to a conversation, which may be new. Raises Refused for a name that is none."""
+    if "," in name or core.server.without_status(name) != name:
+        raise Refused("BAD_NAME", f"that is no single name; it takes a text: /msg {name} TEXT")
+    core.go(core.room_for(name))
+
+
 @client_command("msg", 1, 2, nameless=True)
 def do_msg(core: ClientCore, name: str, text: str = "") -> None:
     """/msg NAME [TEXT] -- say something to one person only, or open a private conversation"""
@@ -16657,17 +16673,15 @@ def do_msg(core: ClientCore, name: str, text: str = "") -> None:
         else:
             core.send(one, text)
     if len(names) > 1:
-        require_part(text, "/msg NAME,NAME TEXT")
+        need_given(text, "/msg NAME,NAME TEXT")
     elif not text or core.server.is_channel(name):
-        core.go(core.room_for(name))
+        go_to(core, name)
 
 
 @client_command("query", 1, 2, nameless=True)
 def do_query(core: ClientCore, name: str, text: str = "") -> None:
     """/query NAME [TEXT] -- open a private conversation, and say something there"""
-    if "," in name:
-        raise Refused("TOO_MANY", "one name, please; /msg NAME,NAME TEXT takes several")
-    core.go(core.room_for(name))
+    go_to(core, name)
     if text:
         core.send(name, text)
 
@@ -16792,7 +16806,7 @@ def do_invite(core: ClientCore, name: str, where: str = "") -> None:
 def do_kick(core: ClientCore, *words: str) -> None:
     """/kick [#CHANNEL] NAME [REASON] -- put a user out of this channel"""
     where, others = channel_and(core, words)
-    name, *reason = require_part(others, "/kick [#CHANNEL] NAME [REASON]")
+    name, *reason = need_given(others, "/kick [#CHANNEL] NAME [REASON]")
     core.talk.command("KICK", where, name, *optional(" ".join(reason)))
 
 
@@ -16814,7 +16828,7 @@ def do_ban(core: ClientCore, words: str = "", mode: str = "+b") -> None:
     """/ban [#CHANNEL] [NAME|MASK ...] -- keep users out of this channel; which bans there are"""
     where, masks = channel_and(core, words.split())
     if not masks:
-        require_part(mode == "+b", "/unban [#CHANNEL] NAME|MASK ...")
+        need_given(mode == "+b", "/unban [#CHANNEL] NAME|MASK ...")
         return core.talk.command("MODE", where, mode)
     return set_for_each(core, where, mode, [*map(ban_of, masks)])
 
@@ -16844,7 +16858,7 @@ def command_for_ranks(verb: str, mode: str, summary: str) -> None:
 
     def change(core: ClientCore, names: str) -> None:
         where, words = channel_and(core, names.split())
-        set_for_each(core, where, mode, require_part(words, f"/{verb} [#CHANNEL] NAME ..."))
+        set_for_each(core, where, mode, need_given(words, f"/{verb} [#CHANNEL] NAME ..."))
 
     change.__doc__ = f"/{verb} [#CHANNEL] NAME ... -- {summary}"
     client_command(verb, 1)(change)
@@ -23719,9 +23733,10 @@ class TerminalClient(ManyServers):
         begun in none, which is for the first that there is."""
         before, after = self.writing_in, self.core.current
         self.writing_in = after
-        there = any(before is room for seat, room in self.places() if not seat.link.ended)
-        if self.editor.text and not there and not self.ended_room:
-            if before and not (after and after.name == before.name):
+        left = {seat.link.ended for seat, room in self.places() if room is before}
+        if self.editor.text and False not in left and not self.ended_room:
+            renamed = after and before and after.name == before.name and not left
+            if before and not renamed:
                 self.ended_room = before.name
                 text = f"{before.name} is closed; what you type for it is not sent"
                 self.display.keep(View(NOTE, text))

@@ -18166,6 +18166,9 @@ COMMANDS_SENT = [  # what is typed in #tea, and the lines that are sent
     ("/part #tea,#den gone home", ["PART #tea :gone home", "PART #den :gone home"]),
     ("/part tea time", ["PART #tea :tea time"]),
     ("/part den", ["PART #den"]),
+    ("/part #tea,", ["PART #tea"]),
+    ("/part #tea,nowhere", []),
+    ("/query @#tea", []),
     ("/part", ["PART #tea"]),
     ("/msg bob,carl", []),
     ("/query bob,carl hi", []),
@@ -23563,16 +23566,17 @@ def test_a_text_for_a_channel_that_the_client_left_goes_nowhere_else(at_keys):
     assert at_keys.core.here == "#den" and not spoken_to(at_keys)
 
 
-def test_a_text_for_a_server_that_is_left_is_not_sent_to_another_one(at_keys):
+@pytest.mark.parametrize("name", ["bob", "#tea"])
+def test_a_text_for_a_server_that_is_left_is_not_sent_to_another_one(at_keys, name):
     other = at_keys.add(at_keys.options._replace(target=chat.parse_target("irc://there"), join=()))
     at_keys.look_at(other)
-    at_keys.core.go(at_keys.core.room_for("bob"))
+    at_keys.core.go(at_keys.core.room_for(name))
     at_keys.show(at_keys.core.take_views())
     at_keys.take(b"for bob al")
     other.link._end("gone")
     at_keys.take(b"one\r")
     assert at_keys.core.here == "#tea" and spoken_to(at_keys) == []
-    assert notes_of(at_keys)[-1] == "nothing was sent: bob is closed; Up brings the text back"
+    assert notes_of(at_keys)[-1] == f"nothing was sent: {name} is closed; Up brings the text back"
     at_keys.take(b"\x10")
     assert at_keys.editor.text == "for bob alone"
     at_keys.take(b"\x15hello\r")
