@@ -179,6 +179,8 @@ METADATA_SUBS = 50  # that one session may want to hear of
 METADATA_BYTES = 300  # of a value
 METADATA_AT_ONCE = 100  # values told to a user who joins a channel; the client asks for more
 METADATA_KEY_BYTES = 64
+GUESTS_LINKED = 30  # stays as a guest, the newest, whose private conversations an account reads
+FOUNDINGS_SILENT = 100  # foundings of a channel; more of them are kept only if something was said
 MARKERS = 1000  # of one user: how far each channel and talk has been read
 TARGETS = 20  # of one PRIVMSG
 LIST_TARGETS = 10  # names, masks and conditions of one LIST
@@ -350,7 +352,7 @@ WEB_PER_ADDRESS = 256  # connections from one address that speak HTTP
 FRAMES_AT_ONCE = 64  # of a WebSocket that are looked at for one line
 FRAGMENTS_MOST = 1024  # frames of one message
 HELPER_THREADS = {  # of each lane; only one writes files, so that pieces stay in order
-    "pages": 2,
+    "pages": 3,
     "passwords": 2,
     "mail": 1,
     "disk": 1,
@@ -3390,6 +3392,8 @@ class Hub:
     # Identities: what a guest said belongs to the first account that the guest logs in to
 
     def identities(self, identity: str) -> tuple[str, ...]:
+        """Return an identity and the guests whose conversations it reads. A conversation has a key
+        for each pair of them."""
         return (identity, *self.guests_of.get(identity, ()))
 
     def same_person(self, one: str, other: str) -> bool:
@@ -3397,7 +3401,9 @@ class Hub:
 
     def link(self, guest: str, account: str) -> None:
         self.accounts_of[guest] = account
-        self.guests_of.setdefault(account, []).append(guest)
+        guests = self.guests_of.setdefault(account, [])
+        guests.append(guest)
+        del guests[:-GUESTS_LINKED]
 
     # What the store and this turn's log know together
 
@@ -3981,7 +3987,9 @@ def drop_account(hub: Hub, who: Session, name: str, proof: str) -> None:
     hub.accounts.remove(name)
     hub.turn.record("account_gone", fold(name))
     hub.forget_markers(identity)
-    for guest in hub.guests_of.pop(identity, ()):
+    hub.work += len(hub.users) + len(hub.channels) + len(hub.accounts_of)
+    hub.guests_of.pop(identity, None)
+    for guest in [guest for guest, account in hub.accounts_of.items() if account == identity]:
         del hub.accounts_of[guest]
     hub.turn.record("identities_gone", identity)
     for user in users:
@@ -4481,7 +4489,9 @@ def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_
 def conversation_keys(hub: Hub, one: str, other: str) -> list[str]:
     """Return the keys of a private conversation. An account also has those of its former guests."""
     pairs = itertools.product(hub.identities(one), hub.identities(other))
-    return list(dict.fromkeys(" ".join(sorted(pair)) for pair in pairs))
+    keys = list(dict.fromkeys(" ".join(sorted(pair)) for pair in pairs))
+    hub.work += WORK_OF_A_RECEIVER * len(keys)
+    return keys
 
 
 def check_may_redact(
@@ -5681,18 +5691,31 @@ class SearchIndex:
         with self.store.reading() as db, self.reading() as index:
             for place in places:
                 for target, _ in self.store.history.targets_of(db, place):
-                    ids = self._ids(index, f"place: t{target}{name} AND text: ({texts})")
+                    bounds = self._bounds(db, target, span)
+                    match = f"place: t{target}{name} AND text: ({texts})"
+                    ids = self._ids(index, match, *bounds) if bounds else ()
                     rows = (db.execute(query, [target, id, *values]).fetchone() for id in ids)
                     some = itertools.islice((row for row in rows if row and is_sound(row)), count)
                     found += [(place, event_of(*row)) for row in some]
         return sorted(found, key=lambda one: one[1].id)[-count:]
 
-    def _ids(self, index: sqlite3.Connection, match: str) -> Iterator[int]:
-        """Yield the ids of matching messages, the newest first."""
+    def _bounds(self, db: sqlite3.Connection, target: int, span: Span) -> tuple[int, int] | None:
+        """Return the first and last id of a span; None if it is empty. SQLite finds them while
+        other threads run: every hit that is read costs the loop time."""
+        if span.after is None and span.before is None:
+            return 0, LAST_ID
+        where, values = span.where()
+        query = f"SELECT min(id), max(id) FROM events WHERE target = ? AND {where}"
+        first, last = db.execute(query, [target, *values]).fetchone()
+        return None if first is None else (first, last)
+
+    def _ids(self, index: sqlite3.Connection, match: str, first: int, last: int) -> Iterator[int]:
+        """Yield the ids of matching messages between two ids, the newest first."""
         for (part,) in index.execute("SELECT part FROM parts ORDER BY part DESC").fetchall():
             name = f"search_{part}"
-            query = f"SELECT rowid FROM {name} WHERE {name} MATCH ? ORDER BY rowid DESC"
-            for row in index.execute(query, [match]):
+            where = f"{name} MATCH ? AND rowid BETWEEN ? AND ?"
+            query = f"SELECT rowid FROM {name} WHERE {where} ORDER BY rowid DESC"
+            for row in index.execute(query, [match, first, last]):
                 yield row[0]
 
     def close(self) -> None:
@@ -6133,21 +6156,33 @@ class Store:
         """Add the rows stored lately to the counts, and note which channels have too many."""
         fresh, self.fresh = self.fresh, collections.Counter()
         update = "UPDATE targets SET events = events + ? WHERE id = ?"
-        query = """
-            SELECT key, sum(events) FROM targets
-            WHERE key IN (SELECT key FROM targets WHERE id = ?) GROUP BY key"""
+        key_of = "SELECT key FROM targets WHERE id = ?"
+        query = "SELECT sum(events), count(*) FROM targets WHERE key = ?"
         try:
             with transaction(self.db):
                 self.db.executemany(update, [(count, target) for target, count in fresh.items()])
-                for target in fresh:
-                    found = self.db.execute(query, [target]).fetchall()
-                    self.excess.update(key for key, events in found if events > self.keep)
+                found = (self.db.execute(key_of, [target]).fetchone() for target in fresh)
+                for key in {row[0] for row in found if row}:  # each once: it may have many targets
+                    events, foundings = self.db.execute(query, [key]).fetchone()
+                    if events > self.keep:
+                        self.excess.add(key)
+                    if foundings > FOUNDINGS_SILENT and not self.node:
+                        self._give_up_silent(key)
         except sqlite3.Error:  # busy or full: counted later
             self.fresh.update(fresh)
         if len(self.targets) > TARGETS_CACHED:
             self.targets.clear()
         if self.path is None:
             self._bound_memory()
+
+    def _give_up_silent(self, key: str) -> None:
+        """Give up all foundings of a channel, but the newest ones, in which nothing was said."""
+        kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
+        spoken = f"EXISTS (SELECT 1 FROM events WHERE target = targets.id AND kind IN ({kinds}))"
+        query = f"""
+            SELECT id FROM targets WHERE key = ? AND NOT {spoken}
+            ORDER BY founding DESC LIMIT -1 OFFSET {FOUNDINGS_SILENT}"""
+        self.orphans.update(row[0] for row in self.db.execute(query, [key]))
 
     def _bound_memory(self) -> None:
         """In memory, give up the history of the channels that have been silent longest."""
@@ -9982,7 +10017,7 @@ def irc_rehash(session: IrcSession) -> Steps:
     server = session.site.server
     session.reply(RPL_REHASHING, "chat.py")
     server.note(f"REHASH by {session.user.source.mask}")
-    server.use_files((yield do(session.later, MAIL_LANE, server.read_files)))
+    server.use_files((yield do(session.later, DISK_LANE, server.read_files)))
 
 
 @irc_command("DIE", privileged=True)
@@ -9999,7 +10034,7 @@ def irc_restart(session: IrcSession) -> Steps:
     server = session.site.server
     server.note(f"RESTART by {session.user.source.mask}")
     # Restart the server, if all its files can be read
-    server.use_files((yield do(session.later, MAIL_LANE, server.read_files)))
+    server.use_files((yield do(session.later, DISK_LANE, server.read_files)))
     server.restart()
 
 
@@ -11187,7 +11222,7 @@ class WebSession(LocalSession):
     """A session that answers the requests of one connection in their order."""
 
     __slots__ = (
-        *("at_end", "body_left", "closing", "credentials", "near", "owner", "reading"),
+        *("at_end", "body_left", "closing", "credentials", "near", "owner", "proof", "reading"),
         *("request", "sender", "take_body", "upload"),
     )
     takes_lines = False
@@ -11200,7 +11235,8 @@ class WebSession(LocalSession):
         self.closing = False  # behind the answer
         self.take_body: Callable[[bytes], None] = do_nothing  # takes pieces of its body
         self.body_left = False  # there is more of it to come
-        self.credentials = self.owner = ""  # that were right, and whose they are
+        self.credentials = self.owner = ""  # that were right, and whose they are ...
+        self.proof = "", ""  # ... while this account's password has this revision
         self.upload: Any = None  # that is under way
         self.reading: Any = None  # a file that is being sent
         self.at_end: Callable[[], None] = do_nothing  # before the end, or a refusal
@@ -11531,8 +11567,8 @@ def disposition(file: StoredFile) -> str:
 @in_steps
 def prove_owner(session: WebSession, name: str, password: str, then: Callable) -> Steps:
     """Call then(identity) with the account's identity if the password is right. Raises Refused."""
-    account, _ = yield from prove(session, name, password)
-    then(session.site.hub.accounts[fold(account)].identity)
+    account, revision = session.proof = yield from prove(session, name, password)
+    then(session.site.hub.accounts.identity(account))
 
 
 def authorize(session: WebSession, then: Callable[[str], None]) -> None:
@@ -11546,7 +11582,7 @@ def authorize(session: WebSession, then: Callable[[str], None]) -> None:
         check_server_ban(hub, source_of(account or "*", f"{session.sender[0]}:0", "*", account))
         then(owner)
 
-    if given and given == session.credentials:
+    if given and given == session.credentials and hub.accounts.is_proof(*session.proof):
         return check_ban(session.owner)
     scheme, _, value = given.partition(" ")
 
@@ -18353,24 +18389,38 @@ def attempt(job: Callable[[], Any]) -> Any:
 
 class Lane:
     """Jobs of one kind, and the threads that do them. A free thread takes the next owner's oldest
-    job, so the owner with the most jobs waits most."""
+    job, so the owner with the most jobs waits most. Of three or more threads one is always for
+    other owners."""
 
     def __init__(self, threads: int):
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
         self.waiting: dict[Any, collections.deque] = {}  # jobs by owner, next owner first
+        self.running: collections.Counter[Any] = collections.Counter()  # jobs by owner
+        self.most = threads - 1 if threads > 2 else threads  # of one owner
         self.free = self.size = threads
         self.threads: list[threading.Thread] = []
 
     def hand_out(self) -> None:
-        while self.free and self.waiting:
-            owner = next(iter(self.waiting))
+        while self.free:
+            allowed = (one for one in self.waiting if self.running[one] < self.most)
+            if (owner := next(allowed, None)) is None:
+                return
             jobs = self.waiting.pop(owner)
             job, then, wanted = jobs.popleft()
             if jobs:
                 self.waiting[owner] = jobs  # behind the others
             if wanted():
                 self.free -= 1
-                self.jobs.put((job, then))
+                self.running[owner] += 1
+                self.jobs.put((job, then, owner))
+
+    def done(self, owner: Any) -> None:
+        """Note the end of a job."""
+        self.free += 1
+        self.running[owner] -= 1
+        if not self.running[owner]:
+            del self.running[owner]
+        self.hand_out()
 
 
 class Helpers:
@@ -18413,13 +18463,12 @@ class Helpers:
 
     def _work(self, lane: Lane) -> None:
         while work := lane.jobs.get():
-            job, then = work
-            done = functools.partial(self._done, lane, then, attempt(job))
+            job, then, owner = work
+            done = functools.partial(self._done, lane, owner, then, attempt(job))
             self.loop.call_soon_threadsafe(done)
 
-    def _done(self, lane: Lane, then: Callable[[Any], None], result: Any) -> None:
-        lane.free += 1
-        lane.hand_out()
+    def _done(self, lane: Lane, owner: Any, then: Callable[[Any], None], result: Any) -> None:
+        lane.done(owner)
         then(result)
 
 
@@ -19162,8 +19211,8 @@ class Committer:
         kept = self.commit(self.hub)
         backlog.retry_at = 0.0
         self.retry()
-        if backlog.records:
-            log.error("%s lost: %s", counted(len(backlog.records), "change"), self.store.trouble)
+        if lost := sum(record.name in LASTING for record in backlog.records.values()):
+            log.error("%s lost: %s", counted(lost, "lasting change"), self.store.trouble)
         return kept
 
     def look_after_store(self) -> None:

@@ -1964,6 +1964,31 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(chat, "INDEX_IDS", 10)
 
 
+def test_a_search_between_two_times_reads_only_the_messages_between_them():
+    house = House()
+    house.enter_irc("alice")
+    house.say("alice", "JOIN #a")
+    for n in range(60):
+        house.say("alice", f"PRIVMSG #a :word {n}")
+        house.turn()
+    words, read, ids_of = house.store.words, [], house.store.words._ids
+    times = [
+        row[0] for row in house.store.db.execute("SELECT time FROM events WHERE kind = 'message'")
+    ]
+    words._ids = lambda *values: ([read.append(id), id][1] for id in ids_of(*values))
+    place = chat.Place(("#a",))
+    for after, before, texts in (
+        (times[10], times[14], ["word 11", "word 12", "word 13"]),
+        (times[-1] + 10**9, None, []),
+        (None, times[2], ["word 0", "word 1"]),
+    ):
+        read.clear()
+        marks = [time and chat.Mark(time=time) for time in (after, before)]
+        found = words.search([place], "word", chat.Span(place, chat.SPOKEN, *marks), 50)
+        assert [event.text for _, event in found] == texts
+        assert len(read) == len(texts)
+
+
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_a_search_goes_through_as_many_parts_of_the_index_as_it_takes(folder, small_parts, on_disk):
     house = House(store=chat.Store(folder / "chat.db" if on_disk else None))
@@ -3541,6 +3566,23 @@ def test_a_second_account_of_a_session_has_nothing_of_the_first_one_s_past():
 
 
 # An identity is set once: what the account did before is not given to the guest's other account.
+def test_an_account_reads_the_conversations_of_so_many_guests(monkeypatch):
+    monkeypatch.setattr(chat, "GUESTS_LINKED", 3)
+    house = House()
+    account(house, "alice")
+    alice = house.hub.accounts.identity("alice")
+    for n in range(5):
+        house.hub.link(f"~{n}", alice)
+    assert house.hub.identities(alice) == (alice, "~2", "~3", "~4")
+    assert house.hub.same_person("~0", alice)
+    house.hub.take_work()
+    assert len(chat.conversation_keys(house.hub, alice, "~x")) == 4
+    assert house.hub.take_work() == 4 * chat.WORK_OF_A_RECEIVER
+    come(house, "eve")
+    ask(house, "eve", "NS IDENTIFY alice password", "NS DROP password")
+    assert not (house.hub.accounts_of or house.hub.guests_of)
+
+
 def test_a_guest_who_logs_in_gets_the_account_s_own_past_merged_by_id():
     house = House()
     account(house, "zoe")
@@ -4841,7 +4883,32 @@ def test_a_user_is_told_that_a_change_is_not_stored_yet(full):
 def test_changes_that_are_lost_at_the_stop_are_counted_in_the_log(full, caplog):
     ask(full, "alice", "REGISTER * * password")
     full.committer.close()
-    assert caplog.messages[-1] == "2 changes lost: the disk is full"  # the account, the log-in
+    assert caplog.messages[-1] == "1 lasting change lost: the disk is full"
+
+
+def test_foundings_of_a_channel_in_which_nothing_was_said_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(chat, "FOUNDINGS_SILENT", 5)
+    house = House()
+    house.enter_irc("alice")
+    for n in range(20):
+        house.say("alice", "JOIN #a", *(["PRIVMSG #a :hello"] if n == 3 else []), "PART #a")
+    house.idle(3)
+    count = "SELECT count(*) FROM targets WHERE key = '#a'"
+    assert house.store.db.execute(count).fetchone() == (5 + 1,)
+    house.say("alice", "JOIN #a", "PRIVMSG #a :again")
+    house.idle(3)
+    assert texts(house.store, "#a") == ["hello", "again"]
+
+
+def test_the_rows_of_a_channel_are_added_up_once_however_many_foundings_it_has():
+    house, asked = House(), []
+    house.enter_irc("alice")
+    house.say("alice", *["JOIN #a", "PART #a"] * 50)
+    house.store.count_due = math.inf
+    house.turn()
+    house.store.db.set_trace_callback(asked.append)
+    house.store.count()
+    assert sum("sum(events)" in one for one in asked) == 1
 
 
 def test_the_index_closes_also_if_a_part_cannot_be_made_again(folder, monkeypatch):
@@ -12105,6 +12172,18 @@ def test_a_file_goes_up_and_comes_down_as_it_was(files):
     assert on_disk(files) == [] and files.hub.files == {}
 
 
+@pytest.mark.parametrize(
+    "line", ["NS PASSWD secret-of-alice another-secret", "NS DROP secret-of-alice"]
+)
+def test_a_password_that_was_right_is_not_right_for_its_connection_once_it_is_gone(files, line):
+    page = Browser(files, "up")
+    post = f"POST /files HTTP/1.1\nHost: localhost:7000\n{basic('alice')}\nContent-Length: 1"
+    assert [page.asks(post, b"x")[0] for _ in range(2)] == [201, 201]
+    assert page.conn.session.credentials
+    says(files, "alice", line)
+    assert page.asks(post, b"x")[0] == 401
+
+
 @pytest.mark.parametrize("body", [b"", b"x", bytes(300_000), os.urandom(1_000_000)])
 def test_files_of_all_sizes_arrive_whole(files, body):
     up = posted(files, body)
@@ -18753,6 +18832,21 @@ def test_helpers_take_jobs_fairly_and_hand_back_exceptions(loop):
     assert done.index("modest") < 8 and ZeroDivisionError in done
 
 
+def test_one_owner_never_has_all_threads_of_a_lane_of_three():
+    lane = chat.Lane(3)
+    for n in range(4):
+        lane.waiting.setdefault("greedy", collections.deque()).append((n, None, lambda: True))
+    lane.hand_out()
+    lane.waiting["modest"] = collections.deque([("other", None, lambda: True)])
+    lane.hand_out()
+    handed = [lane.jobs.get()[0] for _ in range(lane.jobs.qsize())]
+    assert handed == [0, 1, "other"] and lane.free == 0
+    lane.done("modest")
+    assert lane.jobs.empty() and lane.free == 1
+    lane.done("greedy")
+    assert lane.jobs.get()[0] == 2 and lane.running == {"greedy": 2}
+
+
 def test_a_busy_loop_takes_thousands_of_calls_from_another_thread(loop):
     def hand_in():
         for n in range(5000):  # more wake-ups than wait in a socket
@@ -21101,6 +21195,11 @@ def beating(**options):
         loop.close()
 
 
+def act_on_all(server):
+    while server.beat.acting or server.beat.handshakes:
+        server.beat.act()
+
+
 def upgraded(server, peer):
     """Return a peer that speaks WebSocket."""
     made = peer()
@@ -21108,7 +21207,7 @@ def upgraded(server, peer):
         b"GET /irc HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDAwMDAwMDAwMDAwMDAwMA==\r\n\r\n"
     )
-    server.beat.act()
+    act_on_all(server)
     assert made.framing
     return made
 
@@ -21117,7 +21216,7 @@ def upgraded(server, peer):
 def test_empty_lines_before_a_name_cost_a_token_each(line):
     with beating() as (server, peer):
         made = peer(data=line * 100)
-        server.beat.act()
+        act_on_all(server)
         assert not made.busy and made.session is None
         assert made.budget.tokens == chat.FLOOD_BURST - 100
 
@@ -21128,8 +21227,7 @@ def test_frames_without_a_line_cost_a_token_for_each_look_at_them():
         for data in (b"\x89\x80abcd", b"\x8a\x80abcd", b"\x01\x80abcd" + b"\x00\x80abcd" * 127):
             before = made.budget.tokens
             made.received(data * 128 if len(data) < 10 else data)
-            server.beat.act()
-            server.beat.act()
+            act_on_all(server)
             assert not made.busy
             assert 2 <= before - made.budget.tokens < 3
 
@@ -21139,7 +21237,7 @@ def test_a_frame_with_a_line_costs_no_more_than_the_line():
         made = upgraded(server, peer)
         before = made.budget.tokens
         made.received(b"\x81\x80abcd" * 50)
-        server.beat.act()
+        act_on_all(server)
         assert not made.busy
         assert 50 <= before - made.budget.tokens < 51
 
@@ -21194,7 +21292,7 @@ def client_hello():
 def test_handshakes_cost_their_address_and_a_turn_begins_only_some(certificate, monkeypatch):
     with beating(tls_cert=certificate) as (server, peer):
         greedy = [peer(2, client_hello()) for _ in range(5)]
-        server.beat.act()
+        act_on_all(server)
         assert all(one.tls and not one.held for one in greedy)
         burst = chat.FLOOD_BURST * chat.ADDRESS_SHARES
         assert greedy[0].home.budget.tokens == burst - 5 * chat.HANDSHAKE_TOKENS
