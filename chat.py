@@ -13654,18 +13654,6 @@ NOT_JOINED = (
 )
 
 
-def refused(talk: IrcTalk, heard: Heard, text: str) -> None:
-    """Show an error of the server; with the label of a message, report that message as lost."""
-    label = heard.tags.get("label", "").partition(".")[0]
-    if label in talk.core.outbox.parked:  # the user knows: the rest of it was not sent
-        return
-    if label in talk.core.outbox.waiting:
-        talk.core.lost(label, text)
-    else:
-        command_refused(talk, heard)
-        talk.core.show(View(TOLD, text, where=talk.where_of(heard)))
-
-
 def command_refused(talk: IrcTalk, heard: Heard) -> None:
     """Count an error about a command of the user, which a pipe reports at its end."""
     number, core = heard.verb, talk.core
@@ -13678,6 +13666,18 @@ def command_refused(talk: IrcTalk, heard: Heard) -> None:
         message = talk.commanded.pop(ids[0]).startswith(("PRIVMSG ", "NOTICE "))
         core.failures += message
         core.refusals += not message
+
+
+def refused(talk: IrcTalk, heard: Heard, text: str) -> None:
+    """Show an error of the server; with the label of a message, report that message as lost."""
+    label = heard.tags.get("label", "").partition(".")[0]
+    if label in talk.core.outbox.parked:  # the user knows: the rest of it was not sent
+        return
+    if label in talk.core.outbox.waiting:
+        talk.core.lost(label, text)
+    else:
+        command_refused(talk, heard)
+        talk.core.show(View(TOLD, text, where=talk.where_of(heard)))
 
 
 NO_FAILURE = (  # numerics that refuse other commands, not messages
@@ -15157,6 +15157,11 @@ class ClientCore(ForScreens):
     and `ticks` monotonic time, in seconds."""
 
     told_trouble = ""  # the last reported trouble of the store
+    asked_nick = ""  # of the user's last NICK
+    unsure = ""  # a line of a plain server that does not prove its kind
+    refusals = 0  # commands of a pipe that the server refused
+    # Messages without ids that a server may send again, with the ids of their conversations
+    repeatable: Any = frozenset()
     doubted = ""  # text that is sent if the user enters it again
     replying = ""  # the id of the message that the typed text answers
     wants_motd = wants_who = False  # on the user's request
@@ -15184,7 +15189,6 @@ class ClientCore(ForScreens):
         super().__init__()
         self.store = store  # a ClientStore, or None
         self.wanted_name = self.name = name
-        self.asked_nick = ""  # by the user's last NICK
         self.tidy, self.kind, self.password = tidy, kind, password
         self.me = Credentials(login)
         self.outbox = outbox or Outbox()
@@ -15198,8 +15202,7 @@ class ClientCore(ForScreens):
         self.dismissed = False  # the server sent ERROR, and will hang up
         self.redial = False  # connect again at once, with another protocol or TLS ...
         self.insists = False  # ... but not if the user set the protocol
-        self.sure = False  # a line has proved the kind of the server ...
-        self.unsure = ""  # ... and this one of a plain server was no such line
+        self.sure = False  # a line has proved the kind of the server
         self.sts: tuple[int, int] | None = None  # port and seconds of required TLS (IRCv3 sts)
         self.quitting = False
         self.regain = False  # the wanted nick was taken: get it once it is free ...
@@ -15210,13 +15213,10 @@ class ClientCore(ForScreens):
         self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
         self.seen: dict[str, None] = {}  # ids of known messages
         self.removed: dict[str, None] = {}  # ids of redacted messages
-        # Messages without ids that a server may send again, by the id of their conversation
-        self.repeatable: set[tuple[int, Any]] = set()
         self.shown: set[str] = set()  # own ids of messages shown as waiting
         self.sent_before: set[str] = set()  # own ids of messages that the user sends again
         self.known_own: dict[str, None] = {}  # own ids of messages that were shown and have arrived
         self.failures = 0  # messages that did not arrive, or that were not kept
-        self.refusals = 0  # commands that the server refused, of a pipe
         self.progress = 0  # number of acknowledged messages and of missing pages that came
         self.acknowledged = False  # some message was, over this connection
         self.page_lines = PAGE_LINES  # of missed messages in one page; fewer after a break
@@ -15449,7 +15449,7 @@ class ClientCore(ForScreens):
 
     def connected(self) -> list[View]:
         self.inbox = LineBuffer(self.inbox.limit)
-        self.repeatable.clear()
+        self.repeatable = set()
         for room in self.rooms.values():  # a bouncer plays them again
             self.note_repeatable(room, room.views)
         self.output.clear()

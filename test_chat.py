@@ -13590,7 +13590,7 @@ def test_the_rest_of_a_message_goes_to_the_new_name_of_its_conversation(where, l
     assert [one.where for one in alice.core.outbox.waiting.values()] == [new]
 
 
-GONE = [  # where, what the server says, why the rest is not sent
+CONVERSATION_ENDS = [  # where, what the server says, why the rest is not sent
     ("bob", ":bob!u@h QUIT :bye", "bob has left"),
     ("bob", "731 alice bob", "bob is not here"),
     ("#k", ":op!u@h KICK #k alice :out", "you were kicked from #k"),
@@ -13599,7 +13599,7 @@ GONE = [  # where, what the server says, why the rest is not sent
 
 
 @pytest.mark.parametrize("tidy", [True, False])
-@pytest.mark.parametrize("where, line, why", GONE)
+@pytest.mark.parametrize("where, line, why", CONVERSATION_ENDS)
 def test_the_rest_of_a_message_to_a_conversation_that_ended_is_left_to_the_user(
     where, line, why, tidy
 ):
@@ -13767,7 +13767,7 @@ def test_a_pipe_waits_for_the_answer_to_a_command_and_counts_a_refusal(text, lin
     assert (alice.core.failures, alice.core.refusals) == failed and alice.core.idle
 
 
-ECHOING = [  # texts, those that the server sends back, those that are reported as lost
+SENT_BACK = [  # texts, those that the server sends back, those that are reported as lost
     (["bad", "good"], ["good"], ["bad"]),
     (["good", "bad", "fine"], ["good", "fine"], ["bad"]),
     (["one\ntwo\nthree"], ["one", "three"], ["one"]),
@@ -13779,7 +13779,7 @@ ECHOING = [  # texts, those that the server sends back, those that are reported 
 
 
 @pytest.mark.parametrize("caps", ["echo-message", "echo-message message-tags"])
-@pytest.mark.parametrize("texts, echoes, lost", ECHOING)
+@pytest.mark.parametrize("texts, echoes, lost", SENT_BACK)
 def test_a_message_arrived_if_all_its_lines_come_back_even_with_other_words(
     texts, echoes, lost, caps
 ):
