@@ -13478,6 +13478,7 @@ class IrcTalk:
         have, makes the server refuse a batch that has been begun."""
         if self.in_batch:
             self.core.output += [f"{BATCHED}PRIVMSG * :-", END_BATCH]
+            self.said.extend([SentLine("*", self.sending)] * 2)  # both may be refused
         self.pieces.clear()
 
     def carries(self, one: Waiting) -> bool:
@@ -13710,13 +13711,12 @@ def message_refused(talk: IrcTalk, heard: Heard) -> tuple[str, str]:
     if not about_a_message(talk, heard):
         return "", ""
     names, core, error = heard.params[1:-1], talk.core, heard.params[-1]
-    flying, targets = (
-        core.outbox.in_flight,
-        {*map(core.fold, map(talk.server.without_status, names))},
-    )
+    flying, channels = core.outbox.in_flight, map(talk.server.without_status, names)
+    targets = {*map(core.fold, channels)}
     lines = [line for line in talk.said if line.target in targets]
-    nameless = not names and not (talk.server.labels or talk.commanded)
-    if not lines and (nameless or SAYING & {*map(str.upper, names)}):
+    nameless = not names and not talk.commanded
+    any_line = not talk.server.labels and (nameless or SAYING & {*map(str.upper, names)})
+    if not lines and any_line:
         lines = [line for line in talk.said if line.target and line.id]
     quoted = (line for line in lines if re.search(rf"[:\"'(\[] ?{re.escape(line.text)}\W?$", error))
     line = next((line for line in quoted if line.text), None) or next(iter(lines), None)
