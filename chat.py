@@ -13056,14 +13056,14 @@ class IrcTalk:
 
     def note_command(self, line: str, by_user: bool) -> None:
         """Note a line that is sent and that the server may refuse. A pipe waits for the answer."""
-        verb, *words = line.partition(" :")[0].split(" ")
-        if verb in ("PRIVMSG", "NOTICE") and words:
-            self.said.append(SentLine(self.core.fold(self.server.without_status(words[0])), ""))
-        if verb == "PRIVMSG" and words and "\x01" not in line:
-            text = parse_message(line).params[-1]
-            self.note_echo(Echoed(self.core.fold(words[0]), text, ""))
-        if by_user and verb == "NICK" and words:
-            self.core.asked_nick = words[0]
+        verb, params, _ = parse_message(line)
+        if verb in ("PRIVMSG", "NOTICE") and len(params) > 1:
+            target, text = params[:2]
+            self.said.append(SentLine(self.core.fold(self.server.without_status(target)), ""))
+            if verb == "PRIVMSG" and not is_ctcp(text):
+                self.note_echo(Echoed(self.core.fold(target), text, ""))
+        if by_user and verb == "NICK" and params:
+            self.core.asked_nick = params[0]
         if by_user and len(self.commanded) < ECHOES_KEPT:
             id = f"command{next(self.labels)}"
             self.commanded[id] = line
@@ -13145,7 +13145,7 @@ class IrcTalk:
 
     def _date(self, line: str) -> None:
         """Note the time at which a request for history was sent: requests wait for their turn."""
-        if line.split(" ")[line.startswith("@")] != "CHATHISTORY":  # its verb, after tags
+        if parse_message(line).verb != "CHATHISTORY":
             return
         for n, asked in enumerate(self.asked):
             if asked.at == UNSENT:

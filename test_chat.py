@@ -13796,6 +13796,13 @@ def test_a_message_arrived_if_all_its_lines_come_back_even_with_other_words(
     assert len(alice.said()) == len(texts)
 
 
+@pytest.mark.parametrize("line", ["@x", "PRIVMSG", "PRIVMSG ", "privmsg bob", "NICK", "PART", ":"])
+def test_a_line_that_the_user_wrote_may_be_malformed(line):
+    alice = Elsewhere(caps="echo-message", tidy=False)
+    alice.types(f"/raw {line}", "hello")
+    assert line.strip() in [text.strip() for text in alice.sent(9)]
+
+
 def test_the_echo_of_a_command_is_not_taken_for_that_of_a_message():
     alice = Elsewhere("STATUSMSG=@+", caps="echo-message", tidy=False)
     alice.types("/msg @#lobby psst", "hello")
