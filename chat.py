@@ -13705,6 +13705,12 @@ def about_a_message(talk: IrcTalk, heard: Heard) -> bool:
     return number[0] in "45" and number not in NO_FAILURE
 
 
+def quotes(error: str, text: str) -> bool:
+    """Return whether an error ends with the text of a message, after a colon or a quote."""
+    ends = [end for end in (error, error.rstrip("\"')].")) if text and end.endswith(text)]
+    return any(end.removesuffix(text).rstrip()[-1:] in (*":\"'([",) for end in ends)
+
+
 def message_refused(talk: IrcTalk, heard: Heard) -> tuple[str, str]:
     """Return the id of the message that an error without a label is about, "" for a notice or for
     none, and a text to add if it may be another message."""
@@ -13718,8 +13724,8 @@ def message_refused(talk: IrcTalk, heard: Heard) -> tuple[str, str]:
     any_line = not talk.server.labels and (nameless or SAYING & {*map(str.upper, names)})
     if not lines and any_line:
         lines = [line for line in talk.said if line.target and line.id]
-    quoted = (line for line in lines if re.search(rf"[:\"'(\[] ?{re.escape(line.text)}\W?$", error))
-    line = next((line for line in quoted if line.text), None) or next(iter(lines), None)
+    quoted = (line for line in lines if quotes(error, line.text))
+    line = next(quoted, None) or next(iter(lines), None)
     if line is None:
         return "", ""
     talk.said.remove(line)
@@ -14041,7 +14047,7 @@ def host_changed(talk: IrcTalk, heard: Heard) -> None:
 
 
 TEMPORARY_WORDS = re.compile(  # they count before the others
-    r"throttl|too fast|try again|reconnect|shut(?:ting)? ?down|going down|restart|for \d+ seconds",
+    r"throttl|too fast|try again|shut(?:ting)? ?down|going down|restart|for \d+ seconds",
     re.IGNORECASE,
 )
 NEEDS_USER_WORDS = re.compile(
