@@ -13396,14 +13396,14 @@ class IrcTalk:
 
     def note_command(self, line: str, by_user: bool) -> None:
         """Note a line that is sent and that the server may refuse. A pipe waits for the answer."""
-        verb, *words = line.partition(" :")[0].split(" ")
-        if verb in ("PRIVMSG", "NOTICE") and words:
-            self.said.append(SentLine(self.core.fold(self.server.without_status(words[0])), ""))
-        if verb == "PRIVMSG" and words and "\x01" not in line:
-            text = parse_message(line).params[-1]
-            self.note_echo(Echoed(self.core.fold(words[0]), text, ""))
-        if by_user and verb == "NICK" and words:
-            self.core.asked_nick = words[0]
+        verb, params, _ = parse_message(line)
+        if verb in ("PRIVMSG", "NOTICE") and len(params) > 1:
+            target, text = params[:2]
+            self.said.append(SentLine(self.core.fold(self.server.without_status(target)), ""))
+            if verb == "PRIVMSG" and not is_ctcp(text):
+                self.note_echo(Echoed(self.core.fold(target), text, ""))
+        if by_user and verb == "NICK" and params:
+            self.core.asked_nick = params[0]
         if by_user and len(self.commanded) < ECHOES_KEPT:
             id = f"command{next(self.labels)}"
             self.commanded[id] = line
@@ -13485,7 +13485,7 @@ class IrcTalk:
 
     def _date(self, line: str) -> None:
         """Note the time at which a request for history was sent: requests wait for their turn."""
-        if line.split(" ")[line.startswith("@")] != "CHATHISTORY":  # its verb, after tags
+        if parse_message(line).verb != "CHATHISTORY":
             return
         for n, asked in enumerate(self.asked):
             if asked.at == UNSENT:
@@ -13818,6 +13818,7 @@ class IrcTalk:
         have, makes the server refuse a batch that has been begun."""
         if self.in_batch:
             self.core.output += [f"{BATCHED}PRIVMSG * :-", END_BATCH]
+            self.said.extend([SentLine("*", self.sending)] * 2)  # both may be refused
         self.pieces.clear()
 
     def carries(self, one: Waiting) -> bool:
@@ -14044,22 +14045,27 @@ def about_a_message(talk: IrcTalk, heard: Heard) -> bool:
     return number[0] in "45" and number not in NO_FAILURE
 
 
+def quotes(error: str, text: str) -> bool:
+    """Return whether an error ends with the text of a message, after a colon or a quote."""
+    ends = [end for end in (error, error.rstrip("\"')].")) if text and end.endswith(text)]
+    return any(end.removesuffix(text).rstrip()[-1:] in (*":\"'([",) for end in ends)
+
+
 def message_refused(talk: IrcTalk, heard: Heard) -> tuple[str, str]:
     """Return the id of the message that an error without a label is about, "" for a notice or for
     none, and a text to add if it may be another message."""
     if not about_a_message(talk, heard):
         return "", ""
     names, core, error = heard.params[1:-1], talk.core, heard.params[-1]
-    flying, targets = (
-        core.outbox.in_flight,
-        {*map(core.fold, map(talk.server.without_status, names))},
-    )
+    flying, channels = core.outbox.in_flight, map(talk.server.without_status, names)
+    targets = {*map(core.fold, channels)}
     lines = [line for line in talk.said if line.target in targets]
-    nameless = not names and not (talk.server.labels or talk.commanded)
-    if not lines and (nameless or SAYING & {*map(str.upper, names)}):
+    nameless = not names and not talk.commanded
+    any_line = not talk.server.labels and (nameless or SAYING & {*map(str.upper, names)})
+    if not lines and any_line:
         lines = [line for line in talk.said if line.target and line.id]
-    quoted = (line for line in lines if re.search(rf"[:\"'(\[] ?{re.escape(line.text)}\W?$", error))
-    line = next((line for line in quoted if line.text), None) or next(iter(lines), None)
+    quoted = (line for line in lines if quotes(error, line.text))
+    line = next(quoted, None) or next(iter(lines), None)
     if line is None:
         return "", ""
     talk.said.remove(line)
@@ -14381,7 +14387,7 @@ def host_changed(talk: IrcTalk, heard: Heard) -> None:
 
 
 TEMPORARY_WORDS = re.compile(  # they count before the others
-    r"throttl|too fast|try again|reconnect|shut(?:ting)? ?down|going down|restart|for \d+ seconds",
+    r"throttl|too fast|try again|shut(?:ting)? ?down|going down|restart|for \d+ seconds",
     re.IGNORECASE,
 )
 NEEDS_USER_WORDS = re.compile(
@@ -15630,6 +15636,7 @@ class ClientCore(ForScreens):
     sts: tuple[int, int] | None = None  # port and seconds of required TLS (IRCv3 sts)
     quitting = False
     wants_connection = False  # connect now, at the user's request
+    asked_nick = ""  # by the user's last NICK
     regain = False  # the wanted nick was taken: get it once it is free ...
     regain_at = 0.0  # ... and ask for it at this time
     # The outcome of messages
@@ -15640,6 +15647,8 @@ class ClientCore(ForScreens):
     page_lines = PAGE_LINES  # of missed messages in one page; fewer after a break
     newest, newest_id = 0, ""  # time (ms) and id of the newest known message
     began = 0  # time of the first welcome
+    # Messages without ids that a server may send again, with the ids of their conversations
+    repeatable: Any = frozenset()
 
     def __init__(
         self,
@@ -15659,7 +15668,6 @@ class ClientCore(ForScreens):
         super().__init__()
         self.store = store
         self.wanted_name = self.name = name
-        self.asked_nick = ""  # by the user's last NICK
         self.tidy, self.kind, self.password = tidy, kind, password
         self.me = Credentials(login)
         self.outbox = outbox or Outbox()
@@ -15672,8 +15680,6 @@ class ClientCore(ForScreens):
         self.settings: dict[str, str] = store.settings() if store else {}  # changed ones
         self.seen: dict[str, None] = {}  # ids of known messages
         self.removed: dict[str, None] = {}  # ids of redacted messages
-        # Messages without ids that a server may send again, by the id of their conversation
-        self.repeatable: set[tuple[int, Any]] = set()
         self.shown: set[str] = set()  # own ids of messages shown as waiting
         self.sent_before: set[str] = set()  # own ids of messages that the user sends again
         self.known_own: dict[str, None] = {}  # own ids of messages that were shown and have arrived
@@ -15923,7 +15929,7 @@ class ClientCore(ForScreens):
 
     def connected(self) -> list[View]:
         self.inbox = LineBuffer(self.inbox.limit)
-        self.repeatable.clear()
+        self.repeatable = set()
         for room in self.rooms.values():  # a bouncer plays them again
             self.note_repeatable(room, room.views)
         self.output.clear()

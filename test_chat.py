@@ -14638,7 +14638,7 @@ def test_the_rest_of_a_message_goes_to_the_new_name_of_its_conversation(where, l
     assert [one.where for one in alice.core.outbox.waiting.values()] == [new]
 
 
-ENDED_ROOMS = [  # where, what the server says, why the rest is not sent
+CONVERSATION_ENDS = [  # where, what the server says, why the rest is not sent
     ("bob", ":bob!u@h QUIT :bye", "bob has left"),
     ("bob", "731 alice bob", "bob is not here"),
     ("#k", ":op!u@h KICK #k alice :out", "you were kicked from #k"),
@@ -14647,7 +14647,7 @@ ENDED_ROOMS = [  # where, what the server says, why the rest is not sent
 
 
 @pytest.mark.parametrize("tidy", [True, False])
-@pytest.mark.parametrize("where, line, why", ENDED_ROOMS)
+@pytest.mark.parametrize("where, line, why", CONVERSATION_ENDS)
 def test_the_rest_of_a_message_to_a_conversation_that_ended_is_left_to_the_user(
     where, line, why, tidy
 ):
@@ -14815,7 +14815,7 @@ def test_a_pipe_waits_for_the_answer_to_a_command_and_counts_a_refusal(text, lin
     assert (alice.core.failures, alice.core.refusals) == failed and alice.core.idle
 
 
-ECHOING = [  # texts, those that the server sends back, those that are reported as lost
+SENT_BACK = [  # texts, those that the server sends back, those that are reported as lost
     (["bad", "good"], ["good"], ["bad"]),
     (["good", "bad", "fine"], ["good", "fine"], ["bad"]),
     (["one\ntwo\nthree"], ["one", "three"], ["one"]),
@@ -14827,7 +14827,7 @@ ECHOING = [  # texts, those that the server sends back, those that are reported 
 
 
 @pytest.mark.parametrize("caps", ["echo-message", "echo-message message-tags"])
-@pytest.mark.parametrize("texts, echoes, lost", ECHOING)
+@pytest.mark.parametrize("texts, echoes, lost", SENT_BACK)
 def test_a_message_arrived_if_all_its_lines_come_back_even_with_other_words(
     texts, echoes, lost, caps
 ):
@@ -14842,6 +14842,13 @@ def test_a_message_arrived_if_all_its_lines_come_back_even_with_other_words(
     assert alice.core.outbox.waiting == {} and alice.core.failures == len(lost)
     assert [text.rpartition(": ")[2].split(" ")[0] for text in alice.kinds("failed")] == lost
     assert len(alice.said()) == len(texts)
+
+
+@pytest.mark.parametrize("line", ["@x", "PRIVMSG", "PRIVMSG ", "privmsg bob", "NICK", "PART", ":"])
+def test_a_line_that_the_user_wrote_may_be_malformed(line):
+    alice = Elsewhere(caps="echo-message", tidy=False)
+    alice.types(f"/raw {line}", "hello")
+    assert line.strip() in [text.strip() for text in alice.sent(9)]
 
 
 def test_the_echo_of_a_command_is_not_taken_for_that_of_a_message():
