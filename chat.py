@@ -2036,7 +2036,7 @@ class Audience:
     @property
     def cost(self) -> int:
         """The number of receivers to be told one by one, for the budget of the cause."""
-        shared = len(self.channels) == 1
+        shared = len(self.channels) == 1 and self is self.channels[0].audience
         members = 0 if shared else sum(len(channel.members) for channel in self.channels)
         return members + len(self.users) + len(self.sessions)
 
@@ -2319,22 +2319,17 @@ def in_ranks(channel: Channel, symbol: str, speaker: User) -> Audience:
     return Audience(symbol + channel.name, users=users | {speaker})
 
 
-def with_outsider(channel: Channel, user: User) -> Audience:
-    """Return the audience of a channel, and of a user who acts on it from outside."""
-    if user in channel.members:
-        return channel.audience
-    return Audience(channel.name, (channel,), {user}, targets=channel.audience.targets)
-
-
-def neighbours(user: User, sessions: Iterable[Session] = (), alone: bool = False) -> Audience:
+def neighbours(
+    turn: "Turn", user: User, sessions: Iterable[Session] = (), alone: bool = False
+) -> Audience:
     """Return the audience of all who share a channel with a user, of some sessions, and (with
     `alone`) of the user. Where it is one channel, that channel's own object is returned."""
     channels = tuple(user.channels)
     sessions = frozenset(sessions)
-    if len(channels) == 1 and not sessions and not alone:
+    if len(channels) == 1 and not sessions:
         return channels[0].audience
     targets = tuple(target for channel in channels for target in channel.audience.targets)
-    return Audience("", channels, {user} if alone else (), sessions, targets)
+    return turn.audience("", channels, frozenset({user} if alone else ()), sessions, targets)
 
 
 class Conversation(Audience):
@@ -2828,6 +2823,7 @@ class Turn:
         self.entries: list[tuple] = []  # of the log of a cluster, see Store.write_entries()
         self.changed: set[User | Channel] = set()  # have another state() to be stored
         self.conversations: dict[tuple[User, User], Conversation] = {}
+        self.audiences: dict[tuple, Audience] = {}  # by what they were made of
         # For the write beat
         self.individually_addressed: set[Session] = set()
         self.since: dict[Session, int] = {}  # connected in this turn, behind event id
@@ -2846,6 +2842,14 @@ class Turn:
 
     def record(self, name: str, *values: Any) -> None:
         self.records.append(Record(name, values, len(self.events)))
+
+    def audience(self, *parts: Any) -> Audience:
+        """Return the audience of these parts. Within a turn it is one object: a member of the same
+        channels belongs to few audiences, however many events there are."""
+        found = self.audiences.get(parts)
+        if found is None:
+            found = self.audiences[parts] = Audience(*parts)
+        return found
 
     @property
     def to_store(self) -> bool:
@@ -2884,11 +2888,16 @@ class Turn:
                     yield data, sessions - heard.keys()
                 for session in heard.keys() & sessions:
                     heard[session].append(group)
+        alike: dict[tuple, list[Session]] = {}  # get the same bytes: by wire and groups
         for session, told in heard.items():
             if isinstance(session, LocalSession) and not session.conn.gone:
-                data = attempt_line(lambda s=session, t=told: self.lines_for(s, t, report), report)
-                if data:
-                    yield data, (session,)
+                own = session if session in self.individually_addressed else session.wire
+                alike.setdefault((own, *told), []).append(session)
+        for (_, *told), sessions in alike.items():
+            one = sessions[0]
+            data = attempt_line(lambda s=one, t=told: self.lines_for(s, t, report), report)
+            if data:
+                yield data, sessions
 
     def _in_several(self, groups: Collection[Group]) -> set[Session]:
         """Return the sessions that belong to more than one of these audiences."""
@@ -3441,7 +3450,9 @@ def take_name(hub: Hub, user: User, name: str, origin: Session | None = None) ->
     """Give a user a free name, and tell the change."""
     if name == user.name:
         return
-    hub.emit(NICK, user.source, neighbours(user, alone=True), name, origin=origin)
+    audience = neighbours(hub.turn, user, alone=True)
+    hub.work += WORK_OF_A_RECEIVER * audience.cost
+    hub.emit(NICK, user.source, audience, name, origin=origin)
     was, before = user.key, user.source
     del hub.users[user.key]
     user.change_source(name=name)
@@ -3511,7 +3522,7 @@ def emit_to_witnesses(
     """Tell the user's act to the user, to common channels, and to watchers with
     extended-monitor."""
     watching = (s for s in hub.watchers.get(user.key, ()) if s.extended_monitor)
-    audience = neighbours(user, watching, alone=True)
+    audience = neighbours(hub.turn, user, watching, alone=True)
     hub.work += WORK_OF_A_RECEIVER * audience.cost
     hub.emit(kind, source, audience, *texts, origin=origin)
 
@@ -3659,8 +3670,9 @@ def put_out(hub: Hub, user: User, channel: Channel) -> None:
 
 def remove_user(hub: Hub, user: User, reason: str, origin: Session | None = None) -> None:
     """Remove a user, and tell the QUIT. A QUIT always has a reason: some clients need one."""
-    hub.work += WORK_OF_A_RECEIVER * neighbours(user).cost
-    hub.emit(QUIT, user.source, neighbours(user), reason or "Connection closed", origin=origin)
+    audience = neighbours(hub.turn, user)
+    hub.work += WORK_OF_A_RECEIVER * audience.cost
+    hub.emit(QUIT, user.source, audience, reason or "Connection closed", origin=origin)
     for channel in list(user.channels):
         put_out(hub, user, channel)
     for channel in list(user.invitations):
@@ -3948,6 +3960,16 @@ def disown(hub: Hub, who: Session, name: str) -> str:
     return channel.name
 
 
+def with_outsider(hub: Hub, channel: Channel, user: User) -> Audience:
+    """Return the audience of a channel, and of a user who acts on it from outside."""
+    if user in channel.members:
+        return channel.audience
+    targets = channel.audience.targets
+    audience = hub.turn.audience(channel.name, (channel,), frozenset({user}), frozenset(), targets)
+    hub.work += WORK_OF_A_RECEIVER * audience.cost
+    return audience
+
+
 @act
 def set_topic(hub: Hub, who: Session, name: str, topic: str) -> Channel:
     user, channel = who.user, hub.find_channel(name)
@@ -3959,7 +3981,7 @@ def set_topic(hub: Hub, who: Session, name: str, topic: str) -> Channel:
     channel.topic = topic
     channel.topic_setter, channel.topic_time = user.source.mask, hub.now
     hub.turn.changed.add(channel)
-    hub.emit(TOPIC, user.source, with_outsider(channel, user), topic, origin=who)
+    hub.emit(TOPIC, user.source, with_outsider(hub, channel, user), topic, origin=who)
     return channel
 
 
@@ -3976,7 +3998,7 @@ def kick(hub: Hub, who: Session, where: str, name: str, reason: str) -> None:
             text = f"{victim.name} has too high a rank in {channel.name}"
             raise Refused("NOT_OPERATOR", text, channel.name)
     reason = cut(reason or user.name, REASON_BYTES)
-    hub.emit(KICK, user.source, with_outsider(channel, user), reason, victim.name, who)
+    hub.emit(KICK, user.source, with_outsider(hub, channel, user), reason, victim.name, who)
     put_out(hub, victim, channel)
 
 
@@ -4002,7 +4024,8 @@ def invite(hub: Hub, who: Session, name: str, where: str) -> tuple[User, Channel
     hub.emit(INVITE, source, Audience(users={user}), channel.name, user.name, who)
     level = RANKS.index("h") if "i" in channel.flags else len(RANKS)
     able = {other for other, member in channel.members.items() if member.level <= level}
-    hub.emit(INVITED, source, Audience(users=able - {who.user}), channel.name, user.name, who)
+    audience = hub.turn.audience("", (), frozenset(able - {who.user}))
+    hub.emit(INVITED, source, audience, channel.name, user.name, who)
     return user, channel
 
 
@@ -4072,7 +4095,7 @@ def set_modes(hub: Hub, who: Session, name: str, changes: Changes, salt: str) ->
         return list(refusals.values())
     hub.turn.changed.add(channel)
     end_invitations(hub, channel, done)
-    audience = with_outsider(channel, user)
+    audience = with_outsider(hub, channel, user)
     for text in mode_lines(change for change in done if change.letter != "k"):
         hub.emit(MODE, user.source, audience, text, origin=who)
     for text in mode_lines(change for change in done if change.letter == "k"):
@@ -4117,7 +4140,7 @@ def rename_channel(hub: Hub, who: Session, where: str, name: str, reason: str) -
     channel.set_name(name)
     hub.channels[key] = channel
     hub.turn.changed |= {channel, *channel.members}
-    hub.emit(RENAME, user.source, with_outsider(channel, user), reason, old, who)
+    hub.emit(RENAME, user.source, with_outsider(hub, channel, user), reason, old, who)
     hub.emit(RENAMED, user.source, Audience(name, users=channel.members), reason, old)
 
 
@@ -4291,7 +4314,8 @@ def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_
         channel.check_can_send(user, text)
         if masks := channel.lists["b"]:
             hub.work += len(masks)
-        audience = channel.audience if user in channel.members else with_outsider(channel, user)
+        member = user in channel.members
+        audience = channel.audience if member else with_outsider(hub, channel, user)
     elif isinstance(audience, Conversation):
         audience.check_can_send(user)
         partner = audience.partner(user)
@@ -4454,7 +4478,7 @@ def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> N
         audience, source = owner.audience, Source(owner.name, "")
     else:
         watching = hub.watchers.get(owner.key, ())
-        audience, source = neighbours(owner, watching, alone=True), owner.source
+        audience, source = neighbours(hub.turn, owner, watching, alone=True), owner.source
     hub.work += len(subscribed)
     channels = set(audience.channels)
     told = [

@@ -18714,6 +18714,68 @@ def test_a_private_message_is_charged_for_both_receivers():
     assert work[1] - work[0] == 2 * chat.WORK_OF_A_RECEIVER
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["SETNAME :a", "SETNAME :b"],
+        ["AWAY :x", "AWAY"],
+        ["NICK other", "NICK actor"],
+        ["PRIVMSG #big :a", "PRIVMSG #open :b"],
+        ["PRIVMSG #big,#small :a", "NICK other", "PRIVMSG #small,#big :b", "NICK actor"],
+        ["INVITE guest #big", "PRIVMSG #big :a"],
+        ["PRIVMSG #big :a", "SETNAME :a", "PART #big", "JOIN #big"],
+    ],
+)
+def test_members_of_the_same_channels_get_the_same_bytes(monkeypatch, lines):
+    house = House()
+    members = [f"member{n}" for n in range(20)]
+    caps = "setname away-notify invite-notify message-tags"
+    come(house, "guest", "actor", *members, caps=caps)
+    for member in members:
+        house.say(member, "JOIN #big", "JOIN #small", "JOIN #open", "MODE #open -n")
+    house.say("actor", "JOIN #big", *(["JOIN #small"] if "small" in str(lines) else []))
+    house.turn()
+    for member in members:
+        house.heard(member)
+    rendered, lines_for = [], chat.Turn.lines_for
+
+    def counting(turn, session, *values):
+        rendered.append(session)
+        return lines_for(turn, session, *values)
+
+    monkeypatch.setattr(chat.Turn, "lines_for", counting)
+    house.say("actor", *lines * 10)
+    house.turn()
+    told = [house.heard(member) for member in members]
+    assert len(told[0]) >= 20 and all(one == told[0] for one in told)
+    assert len(rendered) <= 3
+
+
+def test_an_audience_that_is_not_the_channels_own_costs_its_members():
+    house = house_of("alice", "bob", "carol")
+    lobby = house.hub.channels["#lobby"]
+    alice = house.hub.users["alice"]
+    assert chat.neighbours(house.hub.turn, alice, alone=True) is lobby.audience
+    assert lobby.audience.cost == 0
+    session = house.guests["bob"]
+    watched = chat.neighbours(house.hub.turn, alice, [session], alone=True)
+    assert watched.cost == 3 + 1 + 1
+    assert watched is chat.neighbours(house.hub.turn, alice, [session], alone=True)
+
+
+def test_an_outsider_is_charged_for_the_members():
+    house = House()
+    house.enter_irc("alice", "bob", "carol")
+    for name in ("alice", "bob"):
+        house.say(name, "JOIN #a", "MODE #a -n")
+    work = []
+    for name in ("alice", "carol"):
+        house.hub.take_work()
+        house.guests[name].act("say", "#a", "hello", chat.MESSAGE, "", "")
+        work.append(house.hub.take_work())
+    assert work[1] - work[0] == (2 + 1) * chat.WORK_OF_A_RECEIVER
+
+
 def test_wallops_is_charged_for_all_users_that_are_looked_through():
     work = []
     for count in (2, 12):
