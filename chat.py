@@ -143,6 +143,7 @@ TAGS_BYTES = 4095  # ... and of the tags before it with their @ (IRCv3 message-t
 MESSAGE_LINES = 200  # longest message of several lines; more is a file, not a message
 NAME_CHARACTERS = 32  # longest name as people count ...
 NAME_BYTES = 64  # ... and as the wire does; room for 16 characters outside the BMP
+FOLDED_MOST = 400  # characters; the longest key has 379, as one of U+FDFA has 18: 0.3 ms at most
 NAMES_COUNTED = 100  # alice2 to alice99; after that any number will do
 CHANNEL_BYTES = 64  # as for names
 TOPIC_BYTES = 300  # fits an IRC line beside the longest mask and channel ...
@@ -199,6 +200,7 @@ PARAM_BYTES = 100  # of a client's parameter quoted in a reply: it needs room fo
 TOKENS_A_LINE = 13  # of 005: a line has 15 parameters, the name and the last words included
 PASSWORD_TRIES = 3  # before a connection is closed
 PASSWORD_MOST = 300  # characters: it has to fit in a line of IRC
+PASSWORD_TRIED = 1000  # characters of a password that is tried: no account has a longer one
 OPERATOR_ROUNDS = 50_000  # of PBKDF2 for --oper: 20 ms a guess, and at every start
 ACCOUNT_ROUNDS = 210_000  # for what is kept on disk (OWASP, Password Storage, for SHA-512)
 PASSWORD_LEAST = 3  # characters; more is better, but it is their account
@@ -681,12 +683,20 @@ class LineBuffer:
         self.ended = True
 
 
+def fold_text(text: str) -> str:
+    """Return a text in NFKC and full case folding. The time grows with the square of the longest
+    run of combining marks."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+
+
 def fold(name: str) -> str:
-    """Return the key of a name: NFKC and full case folding, so that forms of one name agree."""
+    """Return the key of a name: NFKC and full case folding, so that forms of one name agree. A text
+    too long for a name has a key that no name has: a blank is in it."""
     if name.isascii():  # nothing to normalize, and asked for with every message
         return name.lower()
-    folded = unicodedata.normalize("NFKC", name).casefold()
-    return unicodedata.normalize("NFKC", folded)
+    if len(name) > FOLDED_MOST:
+        return " " + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
+    return fold_text(name)
 
 
 def cut(text: str, limit: int) -> str:
@@ -1194,6 +1204,8 @@ class Verifier(NamedTuple):
 
     def fits(self, password: str) -> bool:
         """Return whether a password is the stored one. The rounds take time: off the loop."""
+        if len(password) > PASSWORD_TRIED:
+            return False
         stored_key, _ = scram_keys(password, self.salt, self.rounds)
         return hmac.compare_digest(self.stored_key, stored_key)
 
@@ -1398,8 +1410,13 @@ class Throttle:
         self.milliseconds = seconds * 1000
         self.failures: dict[tuple[str, str | None], tuple[int, int]] = {}  # how many, until when
 
+    @staticmethod
+    def key(host: str, subject: str | None) -> tuple[str, str | None]:
+        """Return the key of an entry. A subject that is too long for a name is cut."""
+        return host, subject and fold(cut(subject, 2 * NAME_BYTES))
+
     def count(self, host: str, subject: str | None, now: int) -> int:
-        count, until = self.failures.get((host, subject and fold(subject)), (0, 0))
+        count, until = self.failures.get(self.key(host, subject), (0, 0))
         return count if now < until else 0
 
     def wait(self, host: str, subject: str, now: int) -> int:
@@ -1407,7 +1424,7 @@ class Throttle:
         own = LOGIN_TRIES_SERVER if subject[:1] == "*" else self.most
         for one, most in ((subject, own), (None, self.most_an_address)):
             if self.count(host, one, now) >= most:
-                _, until = self.failures[host, one and fold(one)]
+                _, until = self.failures[self.key(host, one)]
                 return (until - now) // 1000 + 1
         return 0
 
@@ -1419,7 +1436,7 @@ class Throttle:
     def failed(self, host: str, subject: str, now: int) -> None:
         for one in (subject, None):
             count = self.count(host, one, now) + 1
-            self.failures[host, one and fold(one)] = count, now + self.milliseconds
+            self.failures[self.key(host, one)] = count, now + self.milliseconds
         if len(self.failures) > LOGIN_FAILURES_KEPT:
             self.sweep(now)
         if len(self.failures) > LOGIN_FAILURES_KEPT:  # all of it still counts: forget a tenth, the
@@ -1435,7 +1452,7 @@ class Throttle:
     def succeeded(self, host: str, subject: str) -> None:
         """Forget the failures for a subject, and one failure of the address: every attempt counts
         as a failure until it succeeds."""
-        self.failures.pop((host, fold(subject)), None)
+        self.failures.pop(self.key(host, subject), None)
         count, until = self.failures.pop((host, None), (0, 0))
         if count > 1:
             self.failures[host, None] = count - 1, until
@@ -15882,9 +15899,9 @@ def do_lastlog(core: ClientCore, words: str) -> None:
     if core.store:
         found = core.store.find(words, LASTLOG_MOST, core.fold(room.name))
     else:
-        wanted = fold(words)
+        wanted = fold_text(words)
         spoken = (one for one in room.views if one.kind in (SAID, NOTICED))
-        found = [one for one in spoken if wanted in fold(one.text)][-LASTLOG_MOST:]
+        found = [one for one in spoken if wanted in fold_text(one.text)][-LASTLOG_MOST:]
     core.show_results(f"lastlog of {core.here}", found)
 
 
@@ -16761,9 +16778,9 @@ class ClientStore(Writer):
         if self.has_words:
             found = [quoted, CLIENT_HITS_MOST, self.owner, *values]
             rows = self.db.execute(indexed, found).fetchall()
-        wanted = fold(words).split()
+        wanted = fold_text(words).split()
         for row in self.db.execute(recent, [self.owner, *values]):
-            if all(word in fold(row[2]) for word in wanted):
+            if all(word in fold_text(row[2]) for word in wanted):
                 rows.append(row)
         rows.sort(key=lambda row: (row[5], row[0]))
         return [self._view(row) for row in rows[-count:]]
@@ -21026,7 +21043,7 @@ class LineEditor:
             if not self.text:
                 return None
         for back in range(self.recalled + 1, len(self.typed) + 1):
-            if fold(self.sought) in fold(self.typed[-back]):
+            if fold_text(self.sought) in fold_text(self.typed[-back]):
                 self.recalled = back
                 return self.set(self.typed[-back])
         if not self.recalled and not self.draft:
@@ -25240,8 +25257,9 @@ def run_passwd(args: argparse.Namespace) -> int:
         if not name:
             raise Unusable(f"there is no account {args.name}")
         password = args.password or secret_option("")
-        if len(password) < PASSWORD_LEAST:
-            raise Unusable(f"a password has at least {PASSWORD_LEAST} characters")
+        if not PASSWORD_LEAST <= len(password) <= PASSWORD_TRIED:
+            bounds = f"{PASSWORD_LEAST} to {PASSWORD_TRIED}"
+            raise Unusable(f"a password has {bounds} characters")
         columns = "salt = ?, rounds = ?, stored_key = ?, server_key = ?"
         values = [*make_verifier(password), fold(name), salt]
         try:

@@ -753,6 +753,29 @@ def test_names_that_differ_in_case_only_are_one(one, other):
     assert chat.fold(one) == chat.fold(other)
 
 
+MARKS = "a" + "\u0300" * 3900 + "\u0316" * 3900  # a run that NFKC would have to sort
+
+
+def test_a_text_too_long_for_a_name_gets_a_short_key_that_no_name_has(monkeypatch):
+    monkeypatch.setattr(chat, "fold_text", None)
+    one, other = chat.fold(MARKS), chat.fold(MARKS[:-1])
+    assert one != other and " " in one and len(one) < 100
+    assert chat.fold(one) == one
+
+
+def test_the_longest_key_of_a_name_is_its_own_key():
+    name = "#" + "\ufdfa" * ((chat.CHANNEL_BYTES - 1) // 3)
+    chat.check_channel_name(name)
+    key = chat.fold(name)
+    assert len(key) == 379 and chat.fold(key) == key
+
+
+def test_a_password_longer_than_any_is_wrong_at_once(monkeypatch):
+    verifier = chat.make_verifier("secret", 1000)
+    monkeypatch.setattr(chat, "scram_keys", None)
+    assert not verifier.fits(MARKS)
+
+
 @pytest.mark.parametrize("limit", range(8))
 def test_text_is_cut_between_characters(limit):
     assert len(chat.cut("aé\U0001f600", limit).encode()) <= limit
@@ -1982,6 +2005,16 @@ def test_a_page_of_a_million_messages_is_found_at_once(folder):
 )
 def test_an_ipv6_address_counts_as_its_network_unless_others_share_that(host, own, key):
     assert chat.address_key(host, own) == key
+
+
+@pytest.mark.parametrize("name", ["x" * 16_000, "\ufdfa" * 5000, MARKS])
+def test_an_attempt_at_a_long_name_takes_little_memory(name):
+    throttle = chat.Throttle()
+    throttle.failed("10.0.0.1", name, 10**9)
+    assert sum(len((key or "").encode()) for _, key in throttle.failures) < 2000
+    assert throttle.count("10.0.0.1", name, 10**9) == 1
+    throttle.succeeded("10.0.0.1", name)
+    assert not throttle.failures
 
 
 def test_the_passwords_of_the_server_and_its_operators_may_be_tried_more_often():
@@ -18774,6 +18807,24 @@ def test_an_outsider_is_charged_for_the_members():
         house.guests[name].act("say", "#a", "hello", chat.MESSAGE, "", "")
         work.append(house.hub.take_work())
     assert work[1] - work[0] == (2 + 1) * chat.WORK_OF_A_RECEIVER
+
+
+@pytest.mark.parametrize("line", ["/tell {} x", "/login {} x", "{}", "/kick {}", "/whois {}"])
+def test_a_line_of_marks_is_never_normalized_whole(monkeypatch, line):
+    sizes, normalize = [0], chat.unicodedata.normalize
+    house = house_of("alice")
+    house.connect("guest")
+
+    def noting(form, text):
+        sizes.append(len(text))
+        return normalize(form, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat.unicodedata, "normalize", noting)
+        house.say("alice", line.format(MARKS))
+        house.say("guest", line.format(MARKS))
+        house.turn()
+    assert max(sizes) <= chat.FOLDED_MOST
 
 
 def test_wallops_is_charged_for_all_users_that_are_looked_through():
