@@ -18353,6 +18353,9 @@ class OpenFile:
                 os.close(fd)
 
 
+CONTENT_NAME = re.compile(r"[0-9a-f]{64}|[0-9a-f]{32}\.part")  # a SHA-256, or an upload's id
+
+
 class FileFolder:
     """The content of files on disk. Its methods are jobs for helpers: a disk may be slow. Equal
     content is stored once, under its SHA-256; incomplete content is ID.part."""
@@ -18360,6 +18363,8 @@ class FileFolder:
     def __init__(self, path: pathlib.Path):
         self.path = path
         self.writers: Any = weakref.WeakValueDictionary()  # OpenFile by id of its upload
+        if os.path.lexists(path) and not stat.S_ISDIR(path.lstat().st_mode):
+            raise Unusable(f"{path} is no plain folder; remove it, or choose another --data")
         path.mkdir(mode=0o700, exist_ok=True)
 
     def begin(self, id: str) -> OpenFile:
@@ -18427,9 +18432,10 @@ class FileFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def clean(self, wanted: Collection[str]) -> None:
-        """Remove all content that no link needs: a crash may leave some."""
+        """Remove all content that no link needs: a crash may leave some. Other files stay."""
         with contextlib.suppress(FileNotFoundError):  # the folder is gone: the store says so
-            self.remove({path.name for path in self.path.iterdir()} - set(wanted))
+            found = {path.name for path in self.path.iterdir()}
+            self.remove(filter(CONTENT_NAME.fullmatch, found - set(wanted)))
 
     def _part(self, id: str) -> pathlib.Path:
         return self.path / f"{id}.part"

@@ -11322,8 +11322,11 @@ def test_an_upload_goes_on_after_a_restart(files, tmp_path):
     for file in again.values():
         assert file.on_disk in on_disk(files)
     files.site.folder.clean({file.on_disk for file in again.values()})
-    (tmp_path / "files" / "orphan.part").write_bytes(b"x")
+    for name in (f"{'0' * 32}.part", "0" * 64, "README", "0" * 63):
+        (tmp_path / "files" / name).write_bytes(b"x")
     files.site.folder.clean({file.on_disk for file in again.values()})
+    for name in ("README", "0" * 63):  # what is no content stays
+        (tmp_path / "files" / name).unlink()
     assert len(on_disk(files)) == 1
     last = tus(files, "PATCH", path_of(made), "Upload-Offset: 5", PIECE, body=b"world")
     assert last[0] == 204 and got(files, path_of(made))[2] == b"helloworld"
@@ -18933,6 +18936,15 @@ def test_a_peer_without_a_turn_comes_before_those_that_had_one(monkeypatch):
         for _ in range(4):
             server.beat.act()
         assert [one for one, _ in itertools.groupby(order)] == [*peers, peers[0]]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_folder_of_files_may_not_be_a_link(tmp_path, there):
+    (tmp_path / "files").symlink_to(tmp_path / "elsewhere")
+    if there:
+        (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(chat.Unusable, match="/files is no plain folder"):
+        chat.FileFolder(tmp_path / "files")
 
 
 def test_an_address_that_used_much_of_its_budget_is_served_while_no_other_waits(running):
