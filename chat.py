@@ -2827,6 +2827,11 @@ class Record(NamedTuple):
     place: int  # behind so many events of the turn
 
 
+LASTING = frozenset(  # records whose loss a user has to know of
+    ("account", "account_gone", "ban", "ban_gone", "certificate", "certificate_gone", "redact")
+)
+
+
 class Turn:
     """The log of one turn: events, replies (in the sessions), and records for the store. Most
     sessions belong to one audience and get its joined bytes, the same object for all. Sessions that
@@ -2836,6 +2841,8 @@ class Turn:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.records: list[Record] = []
+        self.actor: Session | None = None  # of the present act
+        self.lasting: dict[Session, None] = {}  # whose acts made LASTING records
         self.dedup: dict[tuple[str, str], Event] = {}  # by owner, and the sender's id
         self.entries: list[tuple] = []  # of the log of a cluster, see Store.write_entries()
         self.changed: set[User | Channel] = set()  # have another state() to be stored
@@ -2859,6 +2866,8 @@ class Turn:
 
     def record(self, name: str, *values: Any) -> None:
         self.records.append(Record(name, values, len(self.events)))
+        if name in LASTING and self.actor:
+            self.lasting[self.actor] = None
 
     def audience(self, *parts: Any) -> Audience:
         """Return the audience of these parts. Within a turn it is one object: a member of the same
@@ -2950,13 +2959,17 @@ class Turn:
         return b"".join([data for _, data in sorted(rest + replies, key=lambda one: one[0])])
 
     def not_kept(self, reason: str) -> None:
-        """Tell the senders of this turn's messages that the store could not take them."""
+        """Tell the senders of this turn's messages, and those who changed an account or a ban, that
+        the store could not take them."""
         lost: dict[Session, list[Event]] = {}
         for event in self.events:
             if event.kind in SPOKEN and isinstance(event.origin, LocalSession):
                 lost.setdefault(event.origin, []).append(event)
         for session, events in lost.items():
             session.not_kept(events, reason)
+        for session in self.lasting:
+            if isinstance(session, LocalSession):
+                session.notice(f"your change is not stored yet, and will be tried again: {reason}")
 
     def close(self) -> None:
         for session in self.individually_addressed:
@@ -3240,6 +3253,7 @@ class Hub:
         who = self.sessions.get(actor)
         if who is None:
             who = self.sessions[actor] = Session(actor)
+        self.turn.actor = who
         return ACTS[name](self, who, *values)
 
     def emit(
@@ -4665,6 +4679,8 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
         add_user(hub, user)
         start_grace_period(hub, user)
         wanted[user] = state["channels"]
+    for user in [user for user in wanted if hub.users_by_id.get(user.resume_id) is not user]:
+        del wanted[user]  # one absent user too many
     identities = {account.identity for account in hub.accounts.values()}
     for key, text in channels:
         hub.channels[key] = channel = Channel.revived(json.loads(text))
@@ -5431,16 +5447,18 @@ class SearchIndex:
         self.gone = []
         return functools.partial(self._step, behind, gone, self.known, most or INDEX_IDS)
 
-    def finish(self, left: tuple[set[int], list]) -> None:
-        """Take the result of a job: what it left for the next job."""
-        behind, gone = left
+    def finish(self, left: tuple[set[int], list, bool]) -> None:
+        """Take the result of a job: what it left for the next job, and whether it failed."""
+        behind, gone, _ = left
         self.behind |= behind
         self.gone, self.taken = gone + self.gone, []
         if not (self.gone or self.unfit):
             with contextlib.suppress(sqlite3.Error):  # then they are looked for once more
                 self.store.db.execute("DELETE FROM erased")
 
-    def _step(self, behind: set[int], gone: list, known: int, most: int) -> tuple[set[int], list]:
+    def _step(
+        self, behind: set[int], gone: list, known: int, most: int
+    ) -> tuple[set[int], list, bool]:
         update = "UPDATE parts SET stale = stale + ? WHERE first <= ? AND last >= ?"
         query = "SELECT part FROM parts WHERE stale * 2 >= messages AND stale"
         try:
@@ -5454,8 +5472,8 @@ class SearchIndex:
             if unfit:
                 self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         except sqlite3.Error:
-            return behind, gone
-        return (behind if indexed < known else set()), []
+            return behind, gone, True
+        return (behind if indexed < known else set()), [], False
 
     def _add(self, targets: set[int], known: int, most: int) -> int:
         """Index the messages of the next `most` ids; return the last of these ids."""
@@ -5551,7 +5569,7 @@ class SearchIndex:
             while self.gone or self.unfit:
                 left = self.step()()
                 self.finish(left)
-                if left[1]:
+                if left[2]:
                     break  # it cannot be done now; the next start does it
         self.reading.close()
         self.db.close()
@@ -6092,11 +6110,17 @@ class Store:
         self.db.close()
 
 
-def load_hub(store: Store, now: float, ticks: float, name: str = SERVER_NAME) -> Hub:
+def load_hub(
+    store: Store,
+    now: float,
+    ticks: float,
+    name: str = SERVER_NAME,
+    absent_per_host: int = PER_ADDRESS,
+) -> Hub:
     """Return the Hub as the last server left it. Raises Unusable."""
     try:
         hub = Hub(store.last_id, MessageIds(store.starts), name)
-        hub.store = store
+        hub.store, hub.absent_per_host = store, absent_per_host
         hub.begin(now, ticks)
         hub.accounts.load(store.accounts())
         hub.accounts.certificates.update(store.rows("certificates"))
@@ -18227,7 +18251,7 @@ class Committer:
         self.cluster = cluster
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
-        self.index_due = False
+        self.index_due = self.retry_due = False
         self.committed = 0.0  # when, last
         self.sweep()
 
@@ -18249,14 +18273,40 @@ class Committer:
             return False
         if outcome == LOST:
             turn.not_kept(self.store.trouble)
-        if self.losing != (outcome == LOST):
-            self.losing = not self.losing
-            if self.losing:
+        self.note_loss(outcome == LOST)
+        self.look_after_store()
+        return True
+
+    def note_loss(self, losing: bool) -> None:
+        """Log that the store begins or ends to lose history. What can be stored later is tried
+        again, also if nothing happens meanwhile."""
+        if self.losing != losing:
+            self.losing = losing
+            if losing:
                 log.error("history is not being kept: %s", self.store.trouble)
             else:
                 log.warning("history is being kept again")
-        self.look_after_store()
-        return True
+        if self.store.backlog.records and not self.retry_due:
+            self.retry_due = True
+            self.loop.call_later(BACKLOG_SECONDS, self.retry)
+
+    def retry(self) -> None:
+        """Store the records that the database did not take."""
+        self.retry_due = False
+        if self.store.backlog.records:
+            outcome = self.store.commit(Turn(), self.loop.now, self.hub.ticks)
+            self.note_loss(outcome != KEPT)
+
+    def close(self) -> bool:
+        """Store what is left, at once; return whether the last turn was stored."""
+        backlog = self.store.backlog
+        backlog.retry_at = 0.0
+        kept = self.commit(self.hub)
+        backlog.retry_at = 0.0
+        self.retry()
+        if backlog.records:
+            log.error("%s lost: %s", counted(len(backlog.records), "change"), self.store.trouble)
+        return kept
 
     def look_after_store(self) -> None:
         if self.store.path and not self.checkpoint_due:
@@ -18275,7 +18325,7 @@ class Committer:
             self.indexed(job())
 
     def indexed(self, left: Any) -> None:
-        failed = isinstance(left, Exception) or bool(left[1])
+        failed = isinstance(left, Exception) or left[2]
         if not isinstance(left, Exception):
             self.store.words.finish(left)
         self.index_due = self.store.words.has_work
@@ -18757,7 +18807,8 @@ class Server:
         """Return the Hub as the last server left it. Raises Unusable."""
         if options.cluster and (hub := restore_node(self.store, options.name)):
             return hub
-        hub = load_hub(self.store, self.clock(), self.loop.now, options.name)
+        most = PER_ADDRESS if options.cluster else options.max_per_address  # nodes are all alike
+        hub = load_hub(self.store, self.clock(), self.loop.now, options.name, most)
         if self.store.was_node:
             log.warning("this database was that of a cluster's node; it is a server's own now")
         if options.cluster:
@@ -18765,8 +18816,6 @@ class Server:
             self.store.commit(hub.turn, self.loop.now)
             hub.end()
             self.store.save_node(save_hub(hub), 0, "")
-        else:
-            hub.absent_per_host = options.max_per_address
         return hub
 
     def begin_serving(self) -> None:
@@ -19112,7 +19161,7 @@ class Server:
 
     def close(self) -> None:
         """Store what is left, after the loop has ended."""
-        if self.committer.commit(self.hub) and self.cluster:
+        if self.committer.close() and self.cluster:
             self.hub.end()
             self.cluster.save(now=True)
         if self.helpers.close():  # else a helper still reads: the operating system closes it

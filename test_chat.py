@@ -4299,6 +4299,81 @@ def test_a_full_disk_loses_history_but_no_message(folder):
     assert len(texts(store, chat.LOBBY)) == 5
 
 
+@pytest.fixture
+def full(folder):
+    """A server whose disk is full, with alice and an operator."""
+    house = House(store=chat.Store(folder / "chat.db"))
+    house.enter_irc("alice", "boss")
+    ask(house, "boss", "OPER boss secret")
+
+    def refuse():
+        raise OSError("the disk is full")
+
+    house.store._check_folder = refuse
+    return house
+
+
+def make_room(house):
+    del house.store._check_folder
+
+
+def test_a_change_that_a_full_disk_did_not_take_is_stored_while_nothing_happens(full):
+    assert "SUCCESS" in str(ask(full, "alice", "REGISTER * * password"))
+    full.idle(3)
+    assert full.store.rows("accounts") == []
+    make_room(full)
+    full.idle(3)
+    assert [row[0] for row in full.store.rows("accounts")] == ["alice"]
+    assert not full.committer.losing
+
+
+def test_a_change_that_a_full_disk_did_not_take_is_stored_at_the_stop(full, folder):
+    ask(full, "alice", "REGISTER * * password")
+    make_room(full)
+    assert full.committer.close()
+    full.store.close()
+    with contextlib.closing(chat.Store(folder / "chat.db")) as store:
+        assert [row[0] for row in store.rows("accounts")] == ["alice"]
+
+
+def test_a_user_is_told_that_a_change_is_not_stored_yet(full):
+    told = "your change is not stored yet, and will be tried again"
+    assert told in str(ask(full, "alice", "REGISTER * * password"))
+    assert told in str(ask(full, "boss", "KLINE *@10.0.0.1 10 :x"))
+    assert told not in str(ask(full, "alice", "PING x"))
+    make_room(full)
+    full.idle(3)
+    assert told not in str(ask(full, "boss", "UNKLINE *@10.0.0.1"))
+
+
+def test_changes_that_are_lost_at_the_stop_are_counted_in_the_log(full, caplog):
+    ask(full, "alice", "REGISTER * * password")
+    full.committer.close()
+    assert caplog.messages[-1] == "2 changes lost: the disk is full"  # the account, the log-in
+
+
+def test_the_index_closes_also_if_a_part_cannot_be_made_again(folder, monkeypatch):
+    monkeypatch.setattr(chat, "PART_ROWS", 2)
+    house = House(store=chat.Store(folder / "chat.db"))
+    come(house, "alice")
+    house.say("alice", "JOIN #a")
+    ids = [send(house, "alice", "#a", f"word{n}")[0] for n in range(8)]
+    words = house.store.words
+    words.db.execute("UPDATE parts SET stale = messages")  # all are to be made again
+    house.say("alice", f"REDACT #a {ids[0]}")
+    house.written.clear()
+    house.end_turn()
+    words.finish(words.step()())
+    assert words.unfit and not words.gone
+    with contextlib.closing(sqlite3.connect(folder / "search.db")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        left = words.step()()
+        assert left[1:] == ([], True)
+        words.finish(left)
+        words.close()
+    house.store.db.close()
+
+
 def test_after_a_crash_private_talks_are_deleted_to_the_last_row_and_never_seen_again(folder):
     store = chat.Store(folder / "chat.db")
     store.tally_due = float("inf")  # killed before the counts were written down
@@ -4794,6 +4869,25 @@ def test_a_turn_that_was_not_stored_brings_no_former_name_of_a_channel_back(fold
     house.turn()
     assert [key for key, _ in house.store.rows("channels")] == ["#new"]
     house.store.close()
+
+
+@pytest.mark.parametrize("host", ["198.51.100.7", "198.51.100.{}"])
+def test_a_user_who_is_one_too_many_after_a_restart_is_in_no_channel(folder, monkeypatch, host):
+    monkeypatch.setattr(chat, "ABSENT_MOST", 5)
+    store = chat.Store(folder / "chat.db")
+    hub = chat.load_hub(store, 1.0, 1.0, absent_per_host=100)
+    for n in range(7):
+        values = f"u{n}", "u", "U", f"{host.format(n)}:1", "", "", f"{n:032x}"
+        hub.perform("enter", n + 1, *values, True, 0, (), "")
+        hub.perform("join", n + 1, "#tea", "")
+    hub.settle()
+    assert store.commit(hub.turn, 1.0) == chat.KEPT
+    store.close()
+    store = chat.Store(folder / "chat.db")
+    hub = chat.load_hub(store, 2.0, 2.0, absent_per_host=3)
+    left = {"u4", "u5", "u6"} if host == "198.51.100.7" else {f"u{n}" for n in range(2, 7)}
+    assert {user.name for user in hub.channels["#tea"].members} == left == hub.users.keys()
+    store.close()
 
 
 @pytest.mark.parametrize("limit", ["in all", "from one address"])
