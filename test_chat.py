@@ -18953,10 +18953,12 @@ def beating(**options):
     loop = chat.Loop()
     server = chat.Server(loop, chat.ServerOptions(listen=(), web=WEB, **options))
     server.begin_turn()
-    ends = []
+    listening = socket.create_server(("127.0.0.1", 0))
+    ends = [listening]
 
     def peer(number=2, data=b""):
-        ours, theirs = socket.socketpair()
+        theirs = socket.create_connection(listening.getsockname())
+        ours, _ = listening.accept()
         ends.append(theirs)
         ours.setblocking(False)
         made = chat.Peer(server, ours, f"127.0.0.{number}", 50000, f"127.0.0.{number}")
@@ -19030,6 +19032,35 @@ def test_a_peer_without_a_turn_comes_before_those_that_had_one(monkeypatch):
         for _ in range(4):
             server.beat.act()
         assert [one for one, _ in itertools.groupby(order)] == [*peers, peers[0]]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_turn_ends_before_too_many_users_are_told_of_its_events_one_by_one(monkeypatch, same):
+    monkeypatch.setattr(chat, "TOLD_A_TURN", 30)
+    monkeypatch.setattr(chat, "ACT_SECONDS", 1000.0)
+    with beating(flood=None) as (server, peer):
+        enter = b"NICK n%d\r\nUSER u 0 * :r\r\nJOIN #0,#1,#2\r\n"
+        speakers = [peer(n + 2, enter % n) for n in range(3)]
+        while server.beat.acting:
+            server.beat.act()
+            server.hub.end()
+        for n, one in enumerate(speakers):
+            one.received(b"PRIVMSG #%d :x\r\n" % (0 if same else n) * 8)
+        counts = []
+        while server.beat.acting:
+            server.beat.act()
+            counts.append(len(server.hub.turn.events))
+            server.hub.end()
+        assert sum(counts) == 24
+        assert max(counts) == (24 if same else 11)  # of 3 users
+
+
+def test_a_header_of_semicolons_is_no_name_and_is_not_parsed(monkeypatch):
+    name = ";" * 40 + ".txt"
+    assert chat.disposition_name(f'attachment; filename="{name}"') == name
+    with monkeypatch.context() as patch:
+        patch.setattr("email.message.Message.get_filename", None)
+        assert chat.disposition_name('a; filename="' + ";" * 15_800) == ""
 
 
 @pytest.mark.parametrize("there", [True, False])
