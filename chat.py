@@ -224,6 +224,7 @@ READ_BYTES = 64 * 1024  # taken from one connection in one turn
 LINES_A_TURN = 256  # acted on for one connection in one turn, so that no user waits for a flood
 BACKLOG = 1024  # connections the kernel keeps for us meanwhile
 ACCEPTS_A_TURN = 128  # connections taken in one turn, likewise
+HANDSHAKE_TOKENS = 100  # of an address's budget, for a signature with RSA: up to 15 ms
 SEND_BYTES = 64 * 1024  # small chunks are joined up to this for one send
 UNSENT_NO_READ = 256 * 1024  # bytes: a client that does not read is not read from either
 UNSENT_SLOW = 512 * 1024  # bytes: more than this for SLOW_SECONDS closes the receiver ...
@@ -17971,8 +17972,9 @@ class Peer(Connection):
                         "%s speaks TLS, and there is no certificate (--tls-cert)", self.address
                     )
                     return self.drop("no TLS here")
-                self.encrypt(TlsFilter(self.server.tls_context))
-                return self.arrived(data)
+                self.held = True  # until it has its turn
+                self.server.beat.handshakes[self] = data
+                return self.update()
             self.inbox = LineBuffer(LINE_BYTES)
             if flood := self.server.options.flood:
                 self.budget = Budget(*flood, self.loop.now)
@@ -17981,6 +17983,15 @@ class Peer(Connection):
         if self.web:
             self.heard_request()
         self.server.beat.acting[self] = None
+
+    def begin_tls(self, data: bytes) -> None:
+        """Answer the first bytes of a handshake, which costs the address."""
+        self.held = False
+        if self.home.budget:
+            self.home.budget.tokens -= HANDSHAKE_TOKENS
+        self.encrypt(TlsFilter(self.server.tls_context))
+        self.arrived(data)
+        self.update()
 
     def secured(self) -> None:
         self.server.times.silent.add(self)
@@ -18630,9 +18641,12 @@ class ActBeat:
         self.loop, self.site, self.times = loop, site, times
         self.fair = fair  # budgets are kept: light use goes first
         self.acting: dict[Peer, None] = {}  # have something to act on
+        self.handshakes: dict[Peer, bytes] = {}  # first bytes of TLS, which were not looked at
 
     def act(self) -> None:
         """Turn lines into acts: first of addresses with light use; the rest waits a turn."""
+        if self.handshakes:
+            self._begin_handshakes()
         acting, self.acting = self.acting, {}
         if not acting:
             return
@@ -18648,6 +18662,16 @@ class ActBeat:
         else:
             self._put_first(heavy)
         if self.acting:
+            self.loop.call_soon(do_nothing)
+
+    def _begin_handshakes(self) -> None:
+        """Begin TLS with as many clients as a turn has time for, those with the least use first."""
+        end = time.perf_counter() + ACT_SECONDS_LIGHT
+        for peer in sorted(self.handshakes, key=lambda one: one.home.used(self.loop.now)):
+            self.loop.guarded(peer.begin_tls, self.handshakes.pop(peer))
+            if time.perf_counter() > end:
+                break
+        if self.handshakes:
             self.loop.call_soon(do_nothing)
 
     def _act_on(self, peers: list[Peer], end: float) -> bool:
@@ -19157,6 +19181,7 @@ class Server:
             return
         self.peers.discard(peer)
         self.beat.acting.pop(peer, None)
+        self.beat.handshakes.pop(peer, None)
         self.addresses.leave(peer.home, peer.web)
         if peer.session:
             peer.session.ended()

@@ -19063,6 +19063,30 @@ def test_a_header_of_semicolons_is_no_name_and_is_not_parsed(monkeypatch):
         assert chat.disposition_name('a; filename="' + ";" * 15_800) == ""
 
 
+def client_hello():
+    """Return the first bytes of a TLS client."""
+    return chat.TlsFilter(chat.Trust(insecure=True).context(), "localhost").take()
+
+
+def test_handshakes_cost_their_address_and_a_turn_begins_only_some(certificate, monkeypatch):
+    with beating(tls_cert=certificate) as (server, peer):
+        greedy = [peer(2, client_hello()) for _ in range(5)]
+        server.beat.act()
+        assert all(one.tls and not one.held for one in greedy)
+        burst = chat.FLOOD_BURST * chat.ADDRESS_SHARES
+        assert greedy[0].home.budget.tokens == burst - 5 * chat.HANDSHAKE_TOKENS
+        clock = itertools.count()  # each look at the clock costs a second
+        monkeypatch.setattr(chat.time, "perf_counter", lambda: next(clock))
+        more = [peer(2, client_hello()) for _ in range(3)]
+        other = peer(3, client_hello())
+        assert all(one.held and not one.wants_read() for one in (*more, other))
+        done = []
+        for _ in range(4):
+            server.beat.act()
+            done.append([n for n, one in enumerate((*more, other)) if one.tls])
+        assert done == [[3], [0, 3], [0, 1, 3], [0, 1, 2, 3]]
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_the_folder_of_files_may_not_be_a_link(tmp_path, there):
     (tmp_path / "files").symlink_to(tmp_path / "elsewhere")
