@@ -348,7 +348,7 @@ WEB_PER_ADDRESS = 256  # connections from one address that speak HTTP
 FRAMES_AT_ONCE = 64  # of a WebSocket that are looked at for one line
 FRAGMENTS_MOST = 1024  # frames of one message
 HELPER_THREADS = {  # of each lane; only one writes files, so that pieces stay in order
-    "pages": 2,
+    "pages": 3,
     "passwords": 2,
     "mail": 1,
     "disk": 1,
@@ -5570,18 +5570,31 @@ class SearchIndex:
         with self.store.reading() as db, self.reading() as index:
             for place in places:
                 for target, _ in self.store.history.targets_of(db, place):
-                    ids = self._ids(index, f"place: t{target}{name} AND text: ({texts})")
+                    bounds = self._bounds(db, target, span)
+                    match = f"place: t{target}{name} AND text: ({texts})"
+                    ids = self._ids(index, match, *bounds) if bounds else ()
                     rows = (db.execute(query, [target, id, *values]).fetchone() for id in ids)
                     some = itertools.islice((row for row in rows if row and is_sound(row)), count)
                     found += [(place, event_of(*row)) for row in some]
         return sorted(found, key=lambda one: one[1].id)[-count:]
 
-    def _ids(self, index: sqlite3.Connection, match: str) -> Iterator[int]:
-        """Yield the ids of matching messages, the newest first."""
+    def _bounds(self, db: sqlite3.Connection, target: int, span: Span) -> tuple[int, int] | None:
+        """Return the first and last id of a span; None if it is empty. SQLite finds them while
+        other threads run: every hit that is read costs the loop time."""
+        if span.after is None and span.before is None:
+            return 0, LAST_ID
+        where, values = span.where()
+        query = f"SELECT min(id), max(id) FROM events WHERE target = ? AND {where}"
+        first, last = db.execute(query, [target, *values]).fetchone()
+        return None if first is None else (first, last)
+
+    def _ids(self, index: sqlite3.Connection, match: str, first: int, last: int) -> Iterator[int]:
+        """Yield the ids of matching messages between two ids, the newest first."""
         for (part,) in index.execute("SELECT part FROM parts ORDER BY part DESC").fetchall():
             name = f"search_{part}"
-            query = f"SELECT rowid FROM {name} WHERE {name} MATCH ? ORDER BY rowid DESC"
-            for row in index.execute(query, [match]):
+            where = f"{name} MATCH ? AND rowid BETWEEN ? AND ?"
+            query = f"SELECT rowid FROM {name} WHERE {where} ORDER BY rowid DESC"
+            for row in index.execute(query, [match, first, last]):
                 yield row[0]
 
     def close(self) -> None:
@@ -9832,7 +9845,7 @@ def irc_rehash(session: IrcSession) -> Steps:
     server = session.site.server
     session.reply(RPL_REHASHING, "chat.py")
     server.note(f"REHASH by {session.user.source.mask}")
-    server.use_files((yield do(session.later, MAIL_LANE, server.read_files)))
+    server.use_files((yield do(session.later, DISK_LANE, server.read_files)))
 
 
 @irc_command("DIE", privileged=True)
@@ -9849,7 +9862,7 @@ def irc_restart(session: IrcSession) -> Steps:
     server = session.site.server
     server.note(f"RESTART by {session.user.source.mask}")
     # Restart the server, if all its files can be read
-    server.use_files((yield do(session.later, MAIL_LANE, server.read_files)))
+    server.use_files((yield do(session.later, DISK_LANE, server.read_files)))
     server.restart()
 
 
@@ -11028,7 +11041,7 @@ class WebSession(LocalSession):
     """A session that answers the requests of one connection in their order."""
 
     __slots__ = (
-        *("at_end", "body_left", "closing", "credentials", "near", "owner", "reading"),
+        *("at_end", "body_left", "closing", "credentials", "near", "owner", "proof", "reading"),
         *("request", "sender", "take_body", "upload"),
     )
     takes_lines = False
@@ -11041,7 +11054,8 @@ class WebSession(LocalSession):
         self.closing = False  # behind the answer
         self.take_body: Callable[[bytes], None] = do_nothing  # takes pieces of its body
         self.body_left = False  # there is more of it to come
-        self.credentials = self.owner = ""  # that were right, and whose they are
+        self.credentials = self.owner = ""  # that were right, and whose they are ...
+        self.proof = "", ""  # ... while this account's password has this revision
         self.upload: Any = None  # that is under way
         self.reading: Any = None  # a file that is being sent
         self.at_end: Callable[[], None] = do_nothing  # before the end, or a refusal
@@ -11369,15 +11383,19 @@ def disposition(file: StoredFile) -> str:
 @in_steps
 def prove_owner(session: WebSession, name: str, password: str, then: Callable) -> Steps:
     """Call then(identity) with the account's identity if the password is right. Raises Refused."""
-    account, _ = yield from prove(session, name, password)
-    then(session.site.hub.accounts[fold(account)].identity)
+    account, revision = session.proof = yield from prove(session, name, password)
+    then(session.site.hub.accounts.identity(account))
 
 
 def authorize(session: WebSession, then: Callable[[str], None]) -> None:
     """Call then(identity) for the credentials of a request: an account's password (Basic) or a
     token (Bearer). A right password is remembered for the connection. Raises Refused."""
     given = session.request.header("authorization")
-    if given and given == session.credentials:
+    if (
+        given
+        and given == session.credentials
+        and session.site.hub.accounts.is_proof(*session.proof)
+    ):
         return then(session.owner)
     scheme, _, value = given.partition(" ")
 
@@ -17531,24 +17549,38 @@ def attempt(job: Callable[[], Any]) -> Any:
 
 class Lane:
     """Jobs of one kind, and the threads that do them. A free thread takes the next owner's oldest
-    job, so the owner with the most jobs waits most."""
+    job, so the owner with the most jobs waits most. Of three or more threads one is always for
+    other owners."""
 
     def __init__(self, threads: int):
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
         self.waiting: dict[Any, collections.deque] = {}  # jobs by owner, next owner first
+        self.running: collections.Counter[Any] = collections.Counter()  # jobs by owner
+        self.most = threads - 1 if threads > 2 else threads  # of one owner
         self.free = self.size = threads
         self.threads: list[threading.Thread] = []
 
     def hand_out(self) -> None:
-        while self.free and self.waiting:
-            owner = next(iter(self.waiting))
+        while self.free:
+            allowed = (one for one in self.waiting if self.running[one] < self.most)
+            if (owner := next(allowed, None)) is None:
+                return
             jobs = self.waiting.pop(owner)
             job, then, wanted = jobs.popleft()
             if jobs:
                 self.waiting[owner] = jobs  # behind the others
             if wanted():
                 self.free -= 1
-                self.jobs.put((job, then))
+                self.running[owner] += 1
+                self.jobs.put((job, then, owner))
+
+    def done(self, owner: Any) -> None:
+        """Note the end of a job."""
+        self.free += 1
+        self.running[owner] -= 1
+        if not self.running[owner]:
+            del self.running[owner]
+        self.hand_out()
 
 
 class Helpers:
@@ -17591,13 +17623,12 @@ class Helpers:
 
     def _work(self, lane: Lane) -> None:
         while work := lane.jobs.get():
-            job, then = work
-            done = functools.partial(self._done, lane, then, attempt(job))
+            job, then, owner = work
+            done = functools.partial(self._done, lane, owner, then, attempt(job))
             self.loop.call_soon_threadsafe(done)
 
-    def _done(self, lane: Lane, then: Callable[[Any], None], result: Any) -> None:
-        lane.free += 1
-        lane.hand_out()
+    def _done(self, lane: Lane, owner: Any, then: Callable[[Any], None], result: Any) -> None:
+        lane.done(owner)
         then(result)
 
 

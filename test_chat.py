@@ -1740,6 +1740,31 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(chat, "INDEX_IDS", 10)
 
 
+def test_a_search_between_two_times_reads_only_the_messages_between_them():
+    house = House()
+    house.enter_irc("alice")
+    house.say("alice", "JOIN #a")
+    for n in range(60):
+        house.say("alice", f"PRIVMSG #a :word {n}")
+        house.turn()
+    words, read, ids_of = house.store.words, [], house.store.words._ids
+    times = [
+        row[0] for row in house.store.db.execute("SELECT time FROM events WHERE kind = 'message'")
+    ]
+    words._ids = lambda *values: ([read.append(id), id][1] for id in ids_of(*values))
+    place = chat.Place(("#a",))
+    for after, before, texts in (
+        (times[10], times[14], ["word 11", "word 12", "word 13"]),
+        (times[-1] + 10**9, None, []),
+        (None, times[2], ["word 0", "word 1"]),
+    ):
+        read.clear()
+        marks = [time and chat.Mark(time=time) for time in (after, before)]
+        found = words.search([place], "word", chat.Span(place, chat.SPOKEN, *marks), 50)
+        assert [event.text for _, event in found] == texts
+        assert len(read) == len(texts)
+
+
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_a_search_goes_through_as_many_parts_of_the_index_as_it_takes(folder, small_parts, on_disk):
     house = House(store=chat.Store(folder / "chat.db" if on_disk else None))
@@ -11296,6 +11321,18 @@ def test_a_file_goes_up_and_comes_down_as_it_was(files):
     assert on_disk(files) == [] and files.hub.files == {}
 
 
+@pytest.mark.parametrize(
+    "line", ["NS PASSWD secret-of-alice another-secret", "NS DROP secret-of-alice"]
+)
+def test_a_password_that_was_right_is_not_right_for_its_connection_once_it_is_gone(files, line):
+    page = Browser(files, "up")
+    post = f"POST /files HTTP/1.1\nHost: localhost:7000\n{basic('alice')}\nContent-Length: 1"
+    assert [page.asks(post, b"x")[0] for _ in range(2)] == [201, 201]
+    assert page.conn.session.credentials
+    says(files, "alice", line)
+    assert page.asks(post, b"x")[0] == 401
+
+
 @pytest.mark.parametrize("body", [b"", b"x", bytes(300_000), os.urandom(1_000_000)])
 def test_files_of_all_sizes_arrive_whole(files, body):
     up = posted(files, body)
@@ -16679,6 +16716,21 @@ def test_helpers_take_jobs_fairly_and_hand_back_exceptions(loop):
     gate.set()
     spin(loop, lambda: len(done) == 22)
     assert done.index("modest") < 8 and ZeroDivisionError in done
+
+
+def test_one_owner_never_has_all_threads_of_a_lane_of_three():
+    lane = chat.Lane(3)
+    for n in range(4):
+        lane.waiting.setdefault("greedy", collections.deque()).append((n, None, lambda: True))
+    lane.hand_out()
+    lane.waiting["modest"] = collections.deque([("other", None, lambda: True)])
+    lane.hand_out()
+    handed = [lane.jobs.get()[0] for _ in range(lane.jobs.qsize())]
+    assert handed == [0, 1, "other"] and lane.free == 0
+    lane.done("modest")
+    assert lane.jobs.empty() and lane.free == 1
+    lane.done("greedy")
+    assert lane.jobs.get()[0] == 2 and lane.running == {"greedy": 2}
 
 
 def test_a_busy_loop_takes_thousands_of_calls_from_another_thread(loop):
