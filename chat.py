@@ -179,6 +179,8 @@ METADATA_SUBS = 50  # that one session may want to hear of
 METADATA_BYTES = 300  # of a value
 METADATA_AT_ONCE = 100  # values told to a user who joins a channel; the client asks for more
 METADATA_KEY_BYTES = 64
+GUESTS_LINKED = 30  # stays as a guest, the newest, whose private conversations an account reads
+FOUNDINGS_SILENT = 100  # foundings of a channel; more of them are kept only if something was said
 MARKERS = 1000  # of one user: how far each channel and talk has been read
 TARGETS = 20  # of one PRIVMSG
 LIST_TARGETS = 10  # names, masks and conditions of one LIST
@@ -3356,6 +3358,8 @@ class Hub:
     # Identities: what a guest said belongs to the first account that the guest logs in to
 
     def identities(self, identity: str) -> tuple[str, ...]:
+        """Return an identity and the guests whose conversations it reads. A conversation has a key
+        for each pair of them."""
         return (identity, *self.guests_of.get(identity, ()))
 
     def same_person(self, one: str, other: str) -> bool:
@@ -3363,7 +3367,9 @@ class Hub:
 
     def link(self, guest: str, account: str) -> None:
         self.accounts_of[guest] = account
-        self.guests_of.setdefault(account, []).append(guest)
+        guests = self.guests_of.setdefault(account, [])
+        guests.append(guest)
+        del guests[:-GUESTS_LINKED]
 
     # What the store and this turn's log know together
 
@@ -3905,10 +3911,11 @@ def drop_account(hub: Hub, who: Session, name: str, proof: str) -> None:
     hub.accounts.remove(name)
     hub.turn.record("account_gone", fold(name))
     hub.forget_markers(identity)
-    for guest in hub.guests_of.pop(identity, ()):
+    hub.work += len(hub.users) + len(hub.channels) + len(hub.accounts_of)
+    hub.guests_of.pop(identity, None)
+    for guest in [guest for guest, account in hub.accounts_of.items() if account == identity]:
         del hub.accounts_of[guest]
     hub.turn.record("identities_gone", identity)
-    hub.work += len(hub.users) + len(hub.channels)
     for user in [user for user in hub.users.values() if user.login == identity]:
         user.set_login("", "")
         hub.turn.changed.add(user)
@@ -4402,7 +4409,9 @@ def say(hub: Hub, who: Session, name: str, text: str, kind: str, tags: str, own_
 def conversation_keys(hub: Hub, one: str, other: str) -> list[str]:
     """Return the keys of a private conversation. An account also has those of its former guests."""
     pairs = itertools.product(hub.identities(one), hub.identities(other))
-    return list(dict.fromkeys(" ".join(sorted(pair)) for pair in pairs))
+    keys = list(dict.fromkeys(" ".join(sorted(pair)) for pair in pairs))
+    hub.work += WORK_OF_A_RECEIVER * len(keys)
+    return keys
 
 
 def check_may_redact(
@@ -6027,21 +6036,33 @@ class Store:
         """Add the rows stored lately to the counts, and note which channels have too many."""
         fresh, self.fresh = self.fresh, collections.Counter()
         update = "UPDATE targets SET events = events + ? WHERE id = ?"
-        query = """
-            SELECT key, sum(events) FROM targets
-            WHERE key IN (SELECT key FROM targets WHERE id = ?) GROUP BY key"""
+        key_of = "SELECT key FROM targets WHERE id = ?"
+        query = "SELECT sum(events), count(*) FROM targets WHERE key = ?"
         try:
             with transaction(self.db):
                 self.db.executemany(update, [(count, target) for target, count in fresh.items()])
-                for target in fresh:
-                    found = self.db.execute(query, [target]).fetchall()
-                    self.excess.update(key for key, events in found if events > self.keep)
+                found = (self.db.execute(key_of, [target]).fetchone() for target in fresh)
+                for key in {row[0] for row in found if row}:  # each once: it may have many targets
+                    events, foundings = self.db.execute(query, [key]).fetchone()
+                    if events > self.keep:
+                        self.excess.add(key)
+                    if foundings > FOUNDINGS_SILENT and not self.node:
+                        self._give_up_silent(key)
         except sqlite3.Error:  # busy or full: counted later
             self.fresh.update(fresh)
         if len(self.targets) > TARGETS_CACHED:
             self.targets.clear()
         if self.path is None:
             self._bound_memory()
+
+    def _give_up_silent(self, key: str) -> None:
+        """Give up all foundings of a channel, but the newest ones, in which nothing was said."""
+        kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
+        spoken = f"EXISTS (SELECT 1 FROM events WHERE target = targets.id AND kind IN ({kinds}))"
+        query = f"""
+            SELECT id FROM targets WHERE key = ? AND NOT {spoken}
+            ORDER BY founding DESC LIMIT -1 OFFSET {FOUNDINGS_SILENT}"""
+        self.orphans.update(row[0] for row in self.db.execute(query, [key]))
 
     def _bound_memory(self) -> None:
         """In memory, give up the history of the channels that have been silent longest."""

@@ -3129,6 +3129,23 @@ def test_a_second_account_of_a_session_has_nothing_of_the_first_one_s_past():
 
 
 # An identity is set once: what the account did before is not given to the guest's other account.
+def test_an_account_reads_the_conversations_of_so_many_guests(monkeypatch):
+    monkeypatch.setattr(chat, "GUESTS_LINKED", 3)
+    house = House()
+    account(house, "alice")
+    alice = house.hub.accounts.identity("alice")
+    for n in range(5):
+        house.hub.link(f"~{n}", alice)
+    assert house.hub.identities(alice) == (alice, "~2", "~3", "~4")
+    assert house.hub.same_person("~0", alice)
+    house.hub.take_work()
+    assert len(chat.conversation_keys(house.hub, alice, "~x")) == 4
+    assert house.hub.take_work() == 4 * chat.WORK_OF_A_RECEIVER
+    come(house, "eve")
+    ask(house, "eve", "NS IDENTIFY alice password", "NS DROP password")
+    assert not (house.hub.accounts_of or house.hub.guests_of)
+
+
 def test_a_guest_who_logs_in_gets_the_account_s_own_past_merged_by_id():
     house = House()
     account(house, "zoe")
@@ -4375,6 +4392,31 @@ def test_changes_that_are_lost_at_the_stop_are_counted_in_the_log(full, caplog):
     ask(full, "alice", "REGISTER * * password")
     full.committer.close()
     assert caplog.messages[-1] == "2 changes lost: the disk is full"  # the account, the log-in
+
+
+def test_foundings_of_a_channel_in_which_nothing_was_said_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(chat, "FOUNDINGS_SILENT", 5)
+    house = House()
+    house.enter_irc("alice")
+    for n in range(20):
+        house.say("alice", "JOIN #a", *(["PRIVMSG #a :hello"] if n == 3 else []), "PART #a")
+    house.idle(3)
+    count = "SELECT count(*) FROM targets WHERE key = '#a'"
+    assert house.store.db.execute(count).fetchone() == (5 + 1,)
+    house.say("alice", "JOIN #a", "PRIVMSG #a :again")
+    house.idle(3)
+    assert texts(house.store, "#a") == ["hello", "again"]
+
+
+def test_the_rows_of_a_channel_are_added_up_once_however_many_foundings_it_has():
+    house, asked = House(), []
+    house.enter_irc("alice")
+    house.say("alice", *["JOIN #a", "PART #a"] * 50)
+    house.store.count_due = math.inf
+    house.turn()
+    house.store.db.set_trace_callback(asked.append)
+    house.store.count()
+    assert sum("sum(events)" in one for one in asked) == 1
 
 
 def test_the_index_closes_also_if_a_part_cannot_be_made_again(folder, monkeypatch):
