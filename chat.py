@@ -18392,8 +18392,8 @@ class Committer:
         kept = self.commit(self.hub)
         backlog.retry_at = 0.0
         self.retry()
-        if backlog.records:
-            log.error("%s lost: %s", counted(len(backlog.records), "change"), self.store.trouble)
+        if lost := sum(record.name in LASTING for record in backlog.records.values()):
+            log.error("%s lost: %s", counted(lost, "lasting change"), self.store.trouble)
         return kept
 
     def look_after_store(self) -> None:
