@@ -6157,23 +6157,27 @@ class Store:
         fresh, self.fresh = self.fresh, collections.Counter()
         update = "UPDATE targets SET events = events + ? WHERE id = ?"
         key_of = "SELECT key FROM targets WHERE id = ?"
-        query = "SELECT sum(events), count(*) FROM targets WHERE key = ?"
         try:
             with transaction(self.db):
                 self.db.executemany(update, [(count, target) for target, count in fresh.items()])
                 found = (self.db.execute(key_of, [target]).fetchone() for target in fresh)
                 for key in {row[0] for row in found if row}:  # each once: it may have many targets
-                    events, foundings = self.db.execute(query, [key]).fetchone()
-                    if events > self.keep:
-                        self.excess.add(key)
-                    if foundings > FOUNDINGS_SILENT and not self.node:
-                        self._give_up_silent(key)
+                    self._bound_key(key)
         except sqlite3.Error:  # busy or full: counted later
             self.fresh.update(fresh)
         if len(self.targets) > TARGETS_CACHED:
             self.targets.clear()
         if self.path is None:
             self._bound_memory()
+
+    def _bound_key(self, key: str) -> None:
+        """Note whether a key has too many rows, or too many foundings."""
+        query = "SELECT sum(events), count(*) FROM targets WHERE key = ?"
+        events, foundings = self.db.execute(query, [key]).fetchone()
+        if events > self.keep:
+            self.excess.add(key)
+        if foundings > FOUNDINGS_SILENT and not self.node:
+            self._give_up_silent(key)
 
     def _give_up_silent(self, key: str) -> None:
         """Give up all foundings of a channel, but the newest ones, in which nothing was said."""
