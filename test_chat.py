@@ -16094,19 +16094,18 @@ def test_a_list_of_users_is_shown_if_and_only_if_the_user_asked_for_it():
     reply = "352 alice #lobby u h irc.example bob G* :0 Bob"
     alice.hears(reply, "315 alice #lobby :End")  # ZNC sends some
     assert alice.kinds("told") == ["you are alice"]
-    alice.types("/who #lobby").hears(reply)
-    assert alice.kinds("told")[1:] == ["bob (u@h) in #lobby: Bob, away, operator of the server"]
-    alice.hears("315 alice #lobby :End", reply)
-    assert len(alice.kinds("told")) == 2
+    alice.types("/who #lobby").hears(reply, "315 alice #lobby :End")
+    assert alice.kinds("page") == ["bob (u@h) in #lobby: Bob, away, operator of the server"]
+    alice.hears(reply, "315 alice #lobby :End")
     room = alice.core.find("#lobby")
     room.inside = True
-    alice.types("/who #other")
     alice.core.ask_people(room)  # the client's own, for its list of members
     alice.hears(reply, "315 alice #lobby :End")
-    assert len(alice.kinds("told")) == 2
-    assert "bob" in alice.core.away_keys
-    alice.hears("352 alice #other u h irc.example bob H :0 Bob")
-    assert alice.kinds("told")[2:] == ["bob (u@h) in #other: Bob"]
+    assert len(alice.kinds("page")) == 1 and len(alice.kinds("told")) == 1
+    assert alice.core.known_people["bob"].away
+    alice.types("/who #other").hears("352 alice #other u h irc.example bob H :0 Bob")
+    alice.hears("315 alice #other :End")
+    assert alice.kinds("page")[1:] == ["bob (u@h) in #other: Bob"]
 
 
 def test_a_server_that_does_not_answer_to_cap_is_told_the_name_all_the_same():
@@ -16302,10 +16301,10 @@ def test_what_a_server_tells_of_itself_is_kept_up_to_the_limit(monkeypatch):
     assert alice.core.server.tokens == {"B": "2", "C": "3", "E": "5"}
 
 
-def test_conversations_are_as_many_as_the_limit_and_the_oldest_private_one_goes(monkeypatch):
+def test_conversations_are_as_many_as_the_limit_and_the_newest_unread_private_one_goes(monkeypatch):
     monkeypatch.setattr(chat, "ROOMS_KEPT", 3)
     alice = Elsewhere()
-    for n, there in enumerate(("#lobby n0", "#lobby n0 n1", "#lobby n1 n2")):
+    for n, there in enumerate(("#lobby n0", "#lobby n0 n1", "#lobby n0 n2")):
         alice.hears(f":n{n}!u@h PRIVMSG alice :hi")
         assert " ".join(alice.core.rooms) == there
 
@@ -19143,7 +19142,7 @@ def test_a_line_waits_for_a_whole_token_and_a_piece_of_a_body_for_the_end_of_deb
     in_body, tokens, waits
 ):
     house, taken = House(), []
-    inbox = types.SimpleNamespace(in_body=in_body, pending=True, out=b"")
+    inbox = types.SimpleNamespace(in_body=in_body, pending=True, out=b"", fruitless=False)
     inbox.take = lambda: taken.append("a line")
     budget = chat.Budget(10.0, 1.0, 0.0)
     budget.tokens = tokens
@@ -22705,7 +22704,7 @@ def test_a_pipe_ends_with_the_number_of_messages_that_did_not_arrive(
 ):
     end = object.__new__(chat.Filter)
     outbox = types.SimpleNamespace(waiting=dict.fromkeys(range(waiting)))
-    end.core = types.SimpleNamespace(outbox=outbox, failures=failures, refusals=0)
+    end.core = types.SimpleNamespace(outbox=outbox, failures=failures, refusals=0, unsure="")
     end.refused, end.failure, end.reason, end.loop = refused, "", "", FakeLoop(0.0)
     end.login, end.join, end.options = None, (), types.SimpleNamespace(state=None)
     end.over(reason)
