@@ -12670,6 +12670,11 @@ def moved_text(moves: Iterable[View]) -> str:
     return "; ".join(told)
 
 
+def may_hold(table: Collection, key: str, most: int) -> bool:
+    """Return whether a table of at most so many entries takes a value for this key."""
+    return len(table) < most or key in table
+
+
 def remember(ids: dict[str, None], id: str) -> None:
     """Add an id to the known ids, and forget the oldest one if there are too many."""
     ids[id] = None
@@ -12731,7 +12736,7 @@ class Room:
 
     def came(self, name: str, ranks: str = "") -> None:
         """Add a member, up to a limit: a server may invent any number."""
-        if len(self.people) < PEOPLE_LISTED and len(name.encode()) <= NAME_BYTES:
+        if may_hold(self.people, name, PEOPLE_LISTED) and len(name.encode()) <= NAME_BYTES:
             self.people[name] = ranks
 
     def spoke(self, name: str) -> None:
@@ -14107,8 +14112,9 @@ def tell_rest(talk: IrcTalk, heard: Heard) -> None:
 def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
     subcommand, words, server = heard.params[1].upper(), heard.params[-1].split(), talk.server
     if subcommand in ("LS", "NEW"):
-        if len(server.offered) < TOKENS_KEPT:
-            server.offered.update(word.partition("=")[::2] for word in words)
+        for name, _, value in (word.partition("=") for word in words):
+            if may_hold(server.offered, name, TOKENS_KEPT):
+                server.offered[name] = value
         talk.core.told_sts(server.offered.get("sts", ""))
     if talk.core.redial:  # over TLS: nothing more is sent over this connection
         return
@@ -14363,7 +14369,7 @@ def support_told(talk: IrcTalk, heard: Heard) -> None:
         name, _, value = word.partition("=")
         if name[:1] == "-":
             tokens.pop(name[1:], None)
-        elif len(tokens) < TOKENS_KEPT:
+        elif may_hold(tokens, name, TOKENS_KEPT):
             tokens[name] = value.replace("\\x20", " ")
     talk.core.rekey()
     talk.core.keep_facts()
@@ -15571,7 +15577,7 @@ class ForScreens:
         one = self.known_people.get(key, Person(name))._replace(**about)
         if one == Person(one.name):
             self.known_people.pop(key, None)
-        elif key in self.known_people or len(self.known_people) < PEOPLE_LISTED:
+        elif may_hold(self.known_people, key, PEOPLE_LISTED):
             self.known_people[key] = one
 
     def forget_person(self, name: str, new: str = "") -> None:

@@ -16301,6 +16301,26 @@ def test_what_a_server_tells_of_itself_is_kept_up_to_the_limit(monkeypatch):
     assert alice.core.server.tokens == {"B": "2", "C": "3", "E": "5"}
 
 
+def test_news_of_what_is_known_is_taken_also_when_a_table_is_full(monkeypatch):
+    monkeypatch.setattr(chat, "TOKENS_KEPT", 2)
+    monkeypatch.setattr(chat, "PEOPLE_LISTED", 2)
+    alice = Elsewhere()
+    core, room = alice.core, alice.core.find("#lobby")
+    core.server.tokens.clear()
+    alice.hears("005 alice A=1 NETWORK=old :are supported", "005 alice NETWORK=new B=2 :are")
+    assert core.server.tokens == {"A": "1", "NETWORK": "new"}
+    core.server.offered.clear()
+    alice.hears("CAP alice NEW :a sts=port=1,duration=5", "CAP alice NEW :sts=port=2,duration=5 b")
+    assert core.server.offered == {"a": "", "sts": "port=2,duration=5"}
+    room.people.clear()
+    for name, ranks in (("bob", ""), ("carol", ""), ("bob", "@"), ("dora", "")):
+        room.came(name, ranks)
+    assert room.people == {"bob": "@", "carol": ""}
+    for name, away in (("bob", True), ("carol", True), ("bob", False), ("bob", True)):
+        core.note_person(name, away=away, account="x")
+    assert core.known_people["bob"].away and len(core.known_people) == 2
+
+
 def test_conversations_are_as_many_as_the_limit_and_the_newest_unread_private_one_goes(monkeypatch):
     monkeypatch.setattr(chat, "ROOMS_KEPT", 3)
     alice = Elsewhere()
