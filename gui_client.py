@@ -1642,7 +1642,7 @@ class Requests:
         if verb.lower() == "/disconnect":
             engine.look_at(seat)
             return engine.disconnect()
-        room.draft = ""
+        room.draft, engine.writing = "", 0
         inside = room if room is not seat.screen.nowhere else None
         seat.link.typed(text.rstrip() if text[:1] == "/" else text, inside, reply)
         if inside and inside in seat.core.rooms.values():
@@ -1660,6 +1660,7 @@ class Requests:
             self.engine.overview.touch(number)
 
     def typing(self, number: int, text: str) -> None:
+        self.engine.writing = number if text else 0
         if (place := self._place(number)) and place[1].name:
             seat, room = place
             seat.link.typing(room, text)
@@ -1832,6 +1833,7 @@ class Engine(chat.ManyServers):
         self.batches: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         self.out: list[Any] = []  # events that are to go, in order
         self.under_way = False  # a batch is, to Tk
+        self.writing = 0  # the conversation for which a text is begun in the field
         self.ended: str | None = None
         self.calls: collections.deque[tuple[Callable, tuple]] = collections.deque()  # of Tk
         self.lock = threading.Lock()  # guards `alive`: nothing is handed to a closed loop
@@ -1917,6 +1919,9 @@ class Engine(chat.ManyServers):
         seat.core.results = functools.partial(self._results, seat)
         seat.core.settings = self.seats[0].core.settings  # one set of them for all
         return SeatScreen()
+
+    def is_writing(self, seat: chat.Seat) -> bool:
+        return seat.core.current is not None and seat.core.current.id == self.writing
 
     # Batches
 

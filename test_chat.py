@@ -24836,6 +24836,23 @@ def test_a_draft_belongs_to_its_conversation_and_outlives_the_window(running, wi
     assert drafts == {"#tea": "milk or", "#lobby": "half a thought"}
 
 
+def test_a_channel_that_is_joined_meanwhile_does_not_take_a_begun_text(running, window):
+    alice = at_home(window(running().address))
+    alice.compose.focus_force()
+    alice.compose.event_generate("<Key>", keysym="h")
+    engine = alice.model.engine
+    pump(alice, lambda: engine.writing == alice.model.here)
+    for channel, here in (("#slow", "#lobby"), ("#fast", "#fast")):
+        engine.submit(lambda channel=channel: engine.core.arrive(engine.core.room_for(channel)))
+        engine.submit(engine.link.poke)
+        pump(alice, lambda channel=channel: channel in sidebar(alice))
+        alice.root.update()
+        assert alice.model.room.name == here
+        enter(alice, f"{channel} is next")
+        see(alice, f"{channel} is next")
+        pump(alice, lambda: not engine.writing)
+
+
 def test_text_goes_to_the_conversation_in_which_it_was_entered(running, window):
     server = running()
     alice = at_home(window(server.address))
