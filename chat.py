@@ -2658,10 +2658,10 @@ class LocalSession(Session):
 
     # Sending
 
-    def send(self, data: bytes) -> None:
-        """Queue bytes for this session only, in their place among the events of the turn."""
+    def send(self, data: bytes, behind: int | None = None) -> None:
+        """Queue bytes for this session only: behind the event with this id, or the last one."""
         hub = self.site.hub
-        self.replies.append((hub.last_id, data))
+        self.replies.append((hub.last_id if behind is None else behind, data))
         self.replied += len(data)
         hub.work += WORK_OF_A_LINE
         hub.turn.individually_addressed.add(self)
@@ -3875,15 +3875,18 @@ def disconnect(hub: Hub, by: Source, user: User, reason: str) -> None:
 
 
 @act
-def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -> None:
+def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -> int:
     """Log a user in to an account whose owner the session proved to be. With `takes_name` the user
-    also gets the account's name, or the session moves to the account's user of that name."""
+    also gets the account's name, or the session moves to the account's user of that name. Return
+    the id of the last event before."""
+    before = hub.last_id
     if not hub.accounts.is_proof(account, proof):
         raise wrong_login()  # the account was dropped, or its password changed
     user, holder = who.user, hub.users.get(fold(account))
     source = source_of(user.name, user.source.address, user.source.username, account)
     if ban := server_ban(hub, User(source, "", "", 0)):
-        return disconnect(hub, Source(hub.name, "", mask=hub.name), user, ban.reason)
+        disconnect(hub, Source(hub.name, "", mask=hub.name), user, ban.reason)
+        return before
     if user.account not in ("", account) or (takes_name and holder is not user):
         check_not_bound(hub, user)
     if takes_name and holder and holder is not user and holder.account != account:
@@ -3893,7 +3896,7 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
         change_login(hub, who, account)
         if takes_name and holder is None:
             take_name(hub, user, account, who)
-        return
+        return before
     inherit(hub, user, holder.login)
     user.sessions.remove(who)
     for channel in user.channels:
@@ -3903,6 +3906,7 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
     who.user = None
     attach(hub, who, holder, who.address)
     hub.turn.since.pop(who, None)  # this session gets all of the turn's events, too
+    return before
 
 
 def check_new_account(hub: Hub, user: User | None, nick: str, wanted: str) -> str:
@@ -8603,14 +8607,15 @@ def tell_logged_in(
     user, session.account, session.proof = session.user, account, proof
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
 
-    def succeeded(_: Any) -> None:
-        session.reply(RPL_LOGGEDIN, source.mask, account, account)
+    def succeeded(before: int) -> None:
+        told = session.shaped_line(RPL_LOGGEDIN, source.mask, account, account)
+        session.send(session.timed(told), before)  # clients wait for it, and then for ACCOUNT
         then()
 
     if user:
         session.act("log_in", account, proof, False, then=succeeded, otherwise=otherwise)
     else:
-        succeeded(None)
+        succeeded(session.site.hub.last_id)
 
 
 def end_sasl(session: IrcSession, account: str) -> None:

@@ -8197,8 +8197,8 @@ carol> MONITOR + Bobby
 carol< 730 carol :Bobby
 bob> REGISTER * * password
 bob< REGISTER SUCCESS Bobby :Bobby is yours; log in with your password
-bob< @account=Bobby :Bobby ACCOUNT Bobby
 bob< 900 Bobby Bobby Bobby :You are now logged in as Bobby
+bob< @account=Bobby :Bobby ACCOUNT Bobby
 carol< :Bobby ACCOUNT Bobby
 +erin
 erin> NICK erin
