@@ -292,7 +292,8 @@ LOCKED_SECONDS = 5.0  # ... and how long what is typed may wait for that
 CLIENT_ROWS_WAITING = 10_000  # to be written to a store that is locked
 CLIENT_ROWS_AT_ONCE = 500  # that are written in one transaction, at least once a second
 CLIENT_INDEX_SLICE = 300  # messages indexed a second, while nothing else is to be done
-CLIENT_HITS_MOST = 2000  # that one search looks at
+CLIENT_HITS_MOST = 2000  # that one search takes ...
+CLIENT_HITS_SEEN = 50_000  # ... of so many that it looks at, which may be of other conversations
 MOVES_MS = 60_000  # joins and quits within this time after the first share one row
 TOPIC_MARGIN = 50  # columns of the status row that are not for the topic
 HANGING = 6  # columns that the later rows of a line are indented: the width of the time
@@ -17699,13 +17700,13 @@ class ClientStore(Writer):
         indexed = f"""
             SELECT {MESSAGE_COLUMNS} FROM
             (SELECT rowid AS hit FROM words WHERE words MATCH ? ORDER BY rowid DESC LIMIT ?)
-            CROSS JOIN messages WHERE number = hit AND owner = ? {place}"""
+            CROSS JOIN messages WHERE number = hit AND owner = ? {place} LIMIT {CLIENT_HITS_MOST}"""
         recent = f"""
             SELECT {MESSAGE_COLUMNS} FROM messages NOT INDEXED
             WHERE number > (SELECT number FROM indexed) AND owner = ? {place}"""
         rows: list[tuple] = []
         if self.has_words:
-            found = [quoted, CLIENT_HITS_MOST, self.owner, *values]
+            found = [quoted, CLIENT_HITS_SEEN, self.owner, *values]
             rows = self.db.execute(indexed, found).fetchall()
         wanted = fold_text(words).split()
         for row in self.db.execute(recent, [self.owner, *values]):

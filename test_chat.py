@@ -16432,6 +16432,17 @@ def test_a_store_that_stays_locked_keeps_the_newest_of_what_waits(monkeypatch):
     assert [view.text for view in store.page("#tea", 100)] == [str(n) for n in range(5, 25)]
 
 
+def test_a_search_in_a_conversation_looks_behind_the_hits_in_others(monkeypatch):
+    monkeypatch.setattr(chat, "CLIENT_HITS_MOST", 2)
+    store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
+    for n, room in enumerate(("#tea", "#tea", "#tea", "#a", "#a", "#a")):
+        store.add(room, chat.View(chat.SAID, f"milk {n}", "bob", room, 1000 + n, id=f"id{n}"))
+    store.flush()
+    store.index()
+    assert [view.text for view in store.find("milk", 9, "#tea")] == ["milk 1", "milk 2"]
+    assert [view.text for view in store.find("milk", 9)] == ["milk 4", "milk 5"]
+
+
 def test_a_page_before_a_message_has_those_of_the_same_millisecond():
     store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
     views = [chat.View(chat.SAID, str(n), "bob", "#tea", 1000, id=f"id{n}") for n in range(3)]
