@@ -1692,7 +1692,7 @@ class Grants(dict[str, Grant]):
         return one.user.identity
 
 
-class Site:
+class SessionContext:
     """The objects and settings that all sessions of one server share."""
 
     def __init__(
@@ -1738,7 +1738,7 @@ PAGE_LANE, PASSWORD_LANE, MAIL_LANE = "pages", "passwords", "mail"  # lanes of h
 DISK_LANE, FILE_LANE, READ_LANE, FINISH_LANE = "disk", "files", "reads", "finishes"
 
 
-def base_url(site: Site, secure: bool, authority: str) -> str:
+def base_url(site: SessionContext, secure: bool, authority: str) -> str:
     """Return how the URLs of this server begin: the value of --web-url, or else the address that
     other machines reach, or else the one that the client used (HOST:PORT)."""
     web = site.web
@@ -2462,7 +2462,7 @@ class LocalSession(Session):
     takes_lines = True  # and not requests
     probed = False  # whether the server pings a silent client: probe()
 
-    def __init__(self, site: Site, conn: Connected):
+    def __init__(self, site: SessionContext, conn: Connected):
         super().__init__(next(site.ids))
         self.site, self.conn = site, conn
         self.address = conn.address
@@ -5327,7 +5327,7 @@ class Mark(NamedTuple):
     time: int = 0
 
 
-class Place(NamedTuple):
+class Scope(NamedTuple):
     """The scope of a read: a channel's key, or the keys of a private conversation. The owner of an
     account also reads what was said to guests who had the other user's name."""
 
@@ -5336,13 +5336,13 @@ class Place(NamedTuple):
     other_key: str = ""
 
 
-def place_of(hub: Hub, user: User, audience: Audience) -> Place:
-    """Return the Place that a user may read of an audience: a channel or a conversation."""
+def scope_of(hub: Hub, user: User, audience: Audience) -> Scope:
+    """Return the Scope that a user may read of an audience: a channel or a conversation."""
     if not isinstance(audience, Conversation):
-        return Place((audience.targets[0][0],))
+        return Scope((audience.targets[0][0],))
     partner = audience.partner(user)
     keys = conversation_keys(hub, user.identity, partner.identity)
-    return Place(tuple(keys), user.identity, partner.key)
+    return Scope(tuple(keys), user.identity, partner.key)
 
 
 # Condition of a target: a conversation of an identity with a guest of a name
@@ -5352,9 +5352,9 @@ WITH_A_GUEST = """
 
 
 class Span(NamedTuple):
-    """A part of the history of a Place: some kinds, strictly between two marks."""
+    """A part of the history of a Scope: some kinds, strictly between two marks."""
 
-    place: Place
+    scope: Scope
     kinds: tuple[str, ...] = SPOKEN
     after: Mark | None = None
     before: Mark | None = None
@@ -5425,14 +5425,14 @@ class History:
     def __init__(self, readers: Readers):
         self.reading = readers
 
-    def targets_of(self, db: sqlite3.Connection, place: Place) -> list[tuple[int, int]]:
-        """Return the targets of a place and their foundings, the newest first."""
-        marks = ", ".join("?" * len(place.keys))
+    def targets_of(self, db: sqlite3.Connection, scope: Scope) -> list[tuple[int, int]]:
+        """Return the targets of a scope and their foundings, the newest first."""
+        marks = ", ".join("?" * len(scope.keys))
         query = f"SELECT id, founding FROM targets WHERE key IN ({marks})"
-        found = dict(db.execute(query, place.keys).fetchall())
-        if place.owner:
+        found = dict(db.execute(query, scope.keys).fetchall())
+        if scope.owner:
             query = f"SELECT id, 0 FROM targets WHERE {WITH_A_GUEST}"
-            found |= dict(db.execute(query, [place.owner, place.other_key] * 2).fetchall())
+            found |= dict(db.execute(query, [scope.owner, scope.other_key] * 2).fetchall())
         return sorted(found.items(), key=lambda one: (one[1], one[0]), reverse=True)
 
     def page(self, span: Span, count: int, newest: bool = True) -> list[Event]:
@@ -5446,9 +5446,9 @@ class History:
         )
         rows: list[tuple] = []
         with self.reading() as db:
-            targets = self.targets_of(db, span.place)
+            targets = self.targets_of(db, span.scope)
             # The foundings of one channel follow each other; conversations overlap
-            in_turn = len(span.place.keys) == 1 and not span.by_time and not span.place.owner
+            in_turn = len(span.scope.keys) == 1 and not span.by_time and not span.scope.owner
             for target, _ in targets if newest else reversed(targets):
                 rows += self._some(db.execute(query, [target, *values, count]))
                 if in_turn and len(rows) >= count:
@@ -5488,7 +5488,7 @@ class History:
         """Return a mark's time and id, to compare marks of both kinds."""
         if mark.id is None:
             return mark.time, 0
-        found = self.page(Span(span.place, REPLAYABLE, Mark(mark.id - 1)), 1, newest=False)
+        found = self.page(Span(span.scope, REPLAYABLE, Mark(mark.id - 1)), 1, newest=False)
         return (found[0].time if found else LAST_MOMENT), mark.id
 
     def newest(self, keys: Iterable[str], identities: Iterable[str]) -> list[tuple[str, Event]]:
@@ -5500,7 +5500,7 @@ class History:
         found: dict[Any, tuple[str, Event]] = {}
         with self.reading() as db:
             wanted = [
-                (key, key, id) for key in keys for id, _ in self.targets_of(db, Place((key,)))
+                (key, key, id) for key in keys for id, _ in self.targets_of(db, Scope((key,)))
             ]
             for identity in identities:
                 which = "SELECT id, one, other FROM targets WHERE one = ? OR other = ?"
@@ -5683,25 +5683,25 @@ class SearchIndex:
         self.db.execute(update, [len(rows), part])
 
     def search(
-        self, places: Iterable[Place], words: str, span: Span, count: int, author: str = ""
-    ) -> list[tuple[Place, Event]]:
+        self, scopes: Iterable[Scope], words: str, span: Span, count: int, author: str = ""
+    ) -> list[tuple[Scope, Event]]:
         """Return the newest messages with these words (of the author's nick), the oldest first."""
         texts = " ".join('"' + words_of(word).replace('"', '""') + '"' for word in words.split())
         name = f" AND place: n{author.encode().hex()}" if author else ""
-        found: list[tuple[Place, Event]] = []
+        found: list[tuple[Scope, Event]] = []
         if self.db is None:
             return found
         where, values = span.where()
         query = f"SELECT {COLUMNS} FROM events WHERE target = ? AND id = ? AND {where}"
         with self.store.reading() as db, self.reading() as index:
-            for place in places:
-                for target, _ in self.store.history.targets_of(db, place):
+            for scope in scopes:
+                for target, _ in self.store.history.targets_of(db, scope):
                     bounds = self._bounds(db, target, span)
                     match = f"place: t{target}{name} AND text: ({texts})"
                     ids = self._ids(index, match, *bounds) if bounds else ()
                     rows = (db.execute(query, [target, id, *values]).fetchone() for id in ids)
                     some = itertools.islice((row for row in rows if row and is_sound(row)), count)
-                    found += [(place, event_of(*row)) for row in some]
+                    found += [(scope, event_of(*row)) for row in some]
         return sorted(found, key=lambda one: one[1].id)[-count:]
 
     def _bounds(self, db: sqlite3.Connection, target: int, span: Span) -> tuple[int, int] | None:
@@ -6988,7 +6988,7 @@ class NodeOptions(NamedTuple):
 class NodeServer(typing.Protocol):
     """The part of the server that its node may use."""
 
-    site: Site
+    site: SessionContext
     clock: Callable[[], float]  # of the wall, in seconds
 
     def begin_serving(self) -> None: ...  # clients may come
@@ -7948,7 +7948,7 @@ class IrcSession(LocalSession):
     )
     probed = True
 
-    def __init__(self, site: Site, conn: Connected):
+    def __init__(self, site: SessionContext, conn: Connected):
         super().__init__(site, conn)
         self.wanted = self.asked = ""  # the nick, until there is a user; also one refused
         self.username = self.realname = ""
@@ -8254,7 +8254,7 @@ class IrcSession(LocalSession):
         self.acks.clear()
 
 
-def isupport(site: Site) -> list[str]:
+def isupport(site: SessionContext) -> list[str]:
     """Return the tokens of 005 (modern.ircdocs.horse, RPL_ISUPPORT parameters)."""
     flags, symbols = "".join(sorted(FLAGS)), "".join(SYMBOLS.values())
     targets = f"JOIN:,KICK:,LIST:{LIST_TARGETS},MONITOR:{WATCHED},NAMES:,PART:,WHOIS:1"
@@ -9341,18 +9341,18 @@ def invalid_target(subcommand: str, name: str) -> Refused:
     return Refused("INVALID_TARGET", "there is nothing of it that you may read", subcommand, name)
 
 
-def readable(session: IrcSession, name: str, about: str) -> Place:
-    """Return the place of a channel, user, account or nick, if it may be read. Raises Refused."""
+def readable(session: IrcSession, name: str, about: str) -> Scope:
+    """Return the scope of a channel, user, account or nick, if it may be read. Raises Refused."""
     hub, user = session.site.hub, session.user
     if name.startswith("#"):
         channel = hub.channels.get(fold(name))
         if channel is None or user not in channel.members:
             raise invalid_target(about, name)
-        return place_of(hub, user, channel.audience)
+        return scope_of(hub, user, channel.audience)
     if other := hub.users.get(fold(name)):
-        return place_of(hub, user, hub.conversation(user, other))
+        return scope_of(hub, user, hub.conversation(user, other))
     keys = conversation_keys(hub, user.identity, hub.accounts.identity(name))
-    return Place(tuple(keys), user.identity, fold(name))
+    return Scope(tuple(keys), user.identity, fold(name))
 
 
 def parse_time(text: str, *about: str) -> int:
@@ -9482,9 +9482,9 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
     if how == "TARGETS":
         bounds = [target_bound(session, text) for text in (name, marks[0])]
         return (yield from tell_targets(session, bounds, count))
-    place = readable(session, name, how)
+    scope = readable(session, name, how)
     kinds = REPLAYABLE if "draft/event-playback" in session.capabilities else SPOKEN
-    job, newest = history_job(session, how, Span(place, kinds), name, marks, count)
+    job, newest = history_job(session, how, Span(scope, kinds), name, marks, count)
     events = yield do(session.read, job)
     changes = []
     if how in ("AFTER", "LATEST") and (events or marks[0] != "*"):
@@ -9492,10 +9492,10 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
         if marks[0] != "*":
             since = parse_mark(session.site.hub, marks[0], how, name)
         for kind in changes_told(session):
-            span = Span(place, (kind,), after=since)
+            span = Span(scope, (kind,), after=since)
             page = functools.partial(session.site.store.history.page, span, CHANGES_A_PAGE, True)
             changes += yield do(session.read, page)
-    if readable(session, name, how) != place:  # the user was put out, or is another, meanwhile
+    if readable(session, name, how) != scope:  # the user was put out, or is another, meanwhile
         raise invalid_target(how, name)
     channel = session.site.hub.channels.get(fold(name))
     # A page of the store ends early where it is large, see History.page()
@@ -9521,19 +9521,19 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
         raise Refused("INVALID_PARAMS", "which words?", "text")
     name = wanted.get("in", "")
     if name:
-        places = [readable(session, name, "in")]
+        scopes = [readable(session, name, "in")]
     else:
-        places = [Place((channel.key,)) for channel in user.channels]
-    span, author = Span(Place(()), SPOKEN, **bounds), fold(wanted.get("from", ""))
+        scopes = [Scope((channel.key,)) for channel in user.channels]
+    span, author = Span(Scope(()), SPOKEN, **bounds), fold(wanted.get("from", ""))
     words = session.site.store.words
-    search = functools.partial(words.search, places, wanted["text"], span, count, author)
+    search = functools.partial(words.search, scopes, wanted["text"], span, count, author)
     found = yield do(session.read, search)
     if name:
         readable(session, name, "in")
     names = {channel.key: channel.name for channel in user.channels}  # now, not when asked
     lines = []
-    for place, event in found:
-        where = names.get(place.keys[0]) if place.keys[0][:1] == "#" else ""
+    for scope, event in found:
+        where = names.get(scope.keys[0]) if scope.keys[0][:1] == "#" else ""
         if where is not None:
             lines += session.wire.encode(Audience(where), [event])
     in_batch(session, "soju.im/search", lines)
@@ -9551,11 +9551,11 @@ def irc_markread(session: IrcSession, name: str = "", when: str = "") -> Steps:
         raise Refused("INVALID_PARAMS", "a marker is timestamp=...", name, when)
     stamp = parse_time(when.removeprefix("timestamp="), name, when)
     try:
-        place = readable(session, name, name)
+        scope = readable(session, name, name)
     except Refused:
         id = 0
     else:
-        span = Span(place, SPOKEN, Mark(time=stamp - 1), Mark(time=stamp + 1))
+        span = Span(scope, SPOKEN, Mark(time=stamp - 1), Mark(time=stamp + 1))
         found = yield do(session.read, functools.partial(session.site.store.history.page, span, 1))
         id = found[0].id if found else 0
     yield do(session.act, "mark_read", name, stamp, id)
@@ -10149,7 +10149,7 @@ class LineSession(LocalSession):
     wire = LineWire()
     accepts_partial_last_line = True
 
-    def __init__(self, site: Site, conn: Connected, greeted: bool = False):
+    def __init__(self, site: SessionContext, conn: Connected, greeted: bool = False):
         super().__init__(site, conn)
         self.greeted = greeted  # by the server: then a person is at the keyboard
         self.here: Channel | None = None  # where plain lines go
@@ -10601,7 +10601,7 @@ def line_history(session: LineSession, *params: str) -> Steps:
         channel = named_channel(session, names[0] if names else "")
         channel.member(session.user)
         audience = channel.audience
-    span = Span(place_of(hub, session.user, audience))
+    span = Span(scope_of(hub, session.user, audience))
     events = yield do(session.read, functools.partial(session.site.store.history.page, span, count))
     if channel:
         channel.member(session.user)  # or not any more
@@ -10614,8 +10614,8 @@ def line_history(session: LineSession, *params: str) -> Steps:
 def line_search(session: LineSession, words: str) -> Steps:
     """/search WORDS -- what was said with them in the channel you speak in"""
     channel = session.place()
-    place = place_of(session.site.hub, session.user, channel.audience)
-    search = functools.partial(session.site.store.words.search, [place], words, Span(place))
+    scope = scope_of(session.site.hub, session.user, channel.audience)
+    search = functools.partial(session.site.store.words.search, [scope], words, Span(scope))
     found = yield do(session.read, functools.partial(search, HISTORY_LINES))
     channel.member(session.user)  # or not any more
     tell_past(session, [event for _, event in found], line_prefix(channel))
@@ -11237,7 +11237,7 @@ class WebSession(LocalSession):
     )
     takes_lines = False
 
-    def __init__(self, site: Site, conn: Connected):
+    def __init__(self, site: SessionContext, conn: Connected):
         super().__init__(site, conn)
         self.request: Request | None = None  # that is being answered
         self.sender: tuple[str, bool, bool | None] = (conn.host, False, None)  # see _find_client()
@@ -12146,7 +12146,7 @@ class View(NamedTuple):
     file: str = ""  # about the file linked in it, as the server tells: see parse_file_tag()
 
 
-class Heard(NamedTuple):
+class ServerLine(NamedTuple):
     """A parsed line of IRC from a server, with its source."""
 
     source: str
@@ -12172,12 +12172,12 @@ def shown_line(raw: bytes) -> str:
     return "\x01".join(harmless(COLOURS.sub("", part)) for part in parts).translate(BIDI_CONTROLS)
 
 
-def parse_heard(line: str) -> Heard:
+def parse_heard(line: str) -> ServerLine:
     body = line.partition(" ")[2].lstrip(" ") if line.startswith("@") else line
     source = body[1:].partition(" ")[0] if body.startswith(":") else ""
     if "@" in source and "!" not in source:  # nick@host (RFC 2812); no server has an @
         source = source.replace("@", "!@", 1)
-    return Heard(source, *parse_message(line))
+    return ServerLine(source, *parse_message(line))
 
 
 client_command = Commands("/")
@@ -12928,10 +12928,10 @@ NO_PACE = (1e9, 1e9)  # lines at once, and lines a second
 class Batch:
     """Lines that belong together, collected until the batch ends (IRCv3 batch)."""
 
-    def __init__(self, heard: Heard, outer: str):
+    def __init__(self, heard: ServerLine, outer: str):
         self.kind = heard.params[1]
         self.opening, self.outer = heard, outer
-        self.items: "list[Heard | Batch]" = []
+        self.items: "list[ServerLine | Batch]" = []
         self.at = 0.0  # when the batch began
 
     @property
@@ -13045,7 +13045,7 @@ PIECE = "piece"  # in place of an id: a line within a message of this client, no
 NOT_ECHOED = "the server took it and did not send it back"
 
 
-def place_of_echo(talk: "IrcTalk", heard: Heard, key: str, text: str) -> int | None:
+def place_of_echo(talk: "IrcTalk", heard: ServerLine, key: str, text: str) -> int | None:
     """Return which of the lines that a server is to send back this one is; None for none. Some
     servers change words; then it is the oldest line, where no other client says it."""
     here = [n for n, sent in enumerate(talk.echoed) if sent.target == key]
@@ -13054,7 +13054,7 @@ def place_of_echo(talk: "IrcTalk", heard: Heard, key: str, text: str) -> int | N
     return next(same, None if others else next(iter(here), None))
 
 
-def echo_id(talk: "IrcTalk", heard: Heard, target: str, text: str) -> str:
+def echo_id(talk: "IrcTalk", heard: ServerLine, target: str, text: str) -> str:
     """Return the own id of a message that the server echoes; "" if unknown, PIECE for a part of
     one. The id is found by label, by tag, or by order among the lines echoed without either. The
     lines to that target before it were dropped by the server."""
@@ -13078,7 +13078,7 @@ def echo_id(talk: "IrcTalk", heard: Heard, target: str, text: str) -> str:
     return PIECE if sent.id in dropped else sent.id or (PIECE if sent.of else "")
 
 
-def is_person(heard: Heard) -> bool:
+def is_person(heard: ServerLine) -> bool:
     """Return whether a line comes from a user, and not from a server or one of its services."""
     if fold(heard.name) in SERVICES:
         return False
@@ -13094,7 +13094,7 @@ def for_some(target: str, channel: str, text: str) -> str:
     return text if target == channel else f"(to {target}) {text}"
 
 
-def spoken_view(talk: "IrcTalk", heard: Heard, text: str) -> View:
+def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> View:
     """Return the view of a PRIVMSG or NOTICE."""
     core, server = talk.core, talk.server
     target = server.without_status(heard.params[0])
@@ -13703,7 +13703,7 @@ class IrcTalk:
         room, key = self.core.find(one.where), self.core.fold(one.where)
         return room is not None and room.is_channel and not room.inside and key in self.entering
 
-    def where_of(self, heard: Heard) -> str:
+    def where_of(self, heard: ServerLine) -> str:
         """Return the open conversation that a numeric is about; "" for none. A numeric that names a
         user is mostly the answer to a command, and is shown in the current conversation."""
         rooms = (self.core.find(param) for param in heard.params[1:-1])
@@ -13921,12 +13921,12 @@ class IrcTalk:
         else:
             batch.items.append(heard)
 
-    def act(self, heard: Heard) -> None:
+    def act(self, heard: ServerLine) -> None:
         handler, least = IRC_HEARD.get(heard.verb) or IRC_HEARD[""]
         if len(heard.params) >= least:
             handler(self, heard)
 
-    def take_batch(self, heard: Heard) -> None:
+    def take_batch(self, heard: ServerLine) -> None:
         reference = heard.params[0] if heard.params else ""
         if reference[:1] == "+" and len(heard.params) > 1 and len(self.batches) < BATCHES:
             batch = self.batches[reference[1:]] = Batch(heard, heard.tags.get("batch", ""))
@@ -13943,11 +13943,11 @@ class IrcTalk:
         label = batch.opening.tags.get("label", label)
         if batch.kind == "chathistory":
             for item in batch.items:  # messages redacted in the client's absence
-                if isinstance(item, Heard) and item.verb == "REDACT" and len(item.params) > 1:
+                if isinstance(item, ServerLine) and item.verb == "REDACT" and len(item.params) > 1:
                     self.core.remove(item.params[1])
             self.take_page(label, batch.target, self.views_of(batch))
             for item in batch.items:  # reactions, to these or to earlier ones
-                if isinstance(item, Heard) and item.verb == "TAGMSG":
+                if isinstance(item, ServerLine) and item.verb == "TAGMSG":
                     self.act(item)
         elif batch.kind == "draft/multiline":
             if view := self.view_of(batch):
@@ -13966,14 +13966,16 @@ class IrcTalk:
     def views_of(self, batch: Batch) -> list[View]:
         return [view for item in batch.items if (view := self.view_of(item))]
 
-    def view_of(self, item: "Heard | Batch") -> View | None:
+    def view_of(self, item: "ServerLine | Batch") -> View | None:
         """Return the message of a line, or of a batch of several lines; None for anything else."""
-        if isinstance(item, Heard):
+        if isinstance(item, ServerLine):
             spoken = item.verb in ("PRIVMSG", "NOTICE") and len(item.params) > 1
             if not spoken or is_ctcp(item.params[1]):
                 return None
             return spoken_view(self, item, item.params[1])
-        lines = [line for line in item.items if isinstance(line, Heard) and len(line.params) > 1]
+        lines = [
+            line for line in item.items if isinstance(line, ServerLine) and len(line.params) > 1
+        ]
         if item.kind != "draft/multiline" or not lines:
             return None
         text = "".join(("" if CONCAT in line.tags else "\n") + line.params[1] for line in lines)
@@ -14010,7 +14012,7 @@ NOT_JOINED = (
 )
 
 
-def command_refused(talk: IrcTalk, heard: Heard) -> None:
+def command_refused(talk: IrcTalk, heard: ServerLine) -> None:
     """Count an error about a command of the user, which a pipe reports at its end."""
     number, core = heard.verb, talk.core
     error = number == "FAIL" or number in SAYING_FAILED or number[:1] in ("4", "5")
@@ -14024,7 +14026,7 @@ def command_refused(talk: IrcTalk, heard: Heard) -> None:
         core.refusals += not message
 
 
-def refused(talk: IrcTalk, heard: Heard, text: str) -> None:
+def refused(talk: IrcTalk, heard: ServerLine, text: str) -> None:
     """Show an error of the server; with the label of a message, report that message as lost."""
     label = heard.tags.get("label", "").partition(".")[0]
     if label in talk.core.outbox.parked:  # the user knows: the rest of it was not sent
@@ -14048,7 +14050,7 @@ OF_A_COMMAND = ("437", "482")  # about a message, unless a command for the chann
 SAYING = {"PRIVMSG", "BATCH"}
 
 
-def about_a_message(talk: IrcTalk, heard: Heard) -> bool:
+def about_a_message(talk: IrcTalk, heard: ServerLine) -> bool:
     """Return whether a numeric without a label can be about a message."""
     number, about = heard.verb, heard.params[1:-1]
     if not number.isdecimal() or len(heard.params) < 2 or "label" in heard.tags:
@@ -14066,7 +14068,7 @@ def quotes(error: str, text: str) -> bool:
     return any(end.removesuffix(text).rstrip()[-1:] in (*":\"'([",) for end in ends)
 
 
-def message_refused(talk: IrcTalk, heard: Heard) -> tuple[str, str]:
+def message_refused(talk: IrcTalk, heard: ServerLine) -> tuple[str, str]:
     """Return the id of the message that an error without a label is about, "" for a notice or for
     none, and a text to add if it may be another message."""
     if not about_a_message(talk, heard):
@@ -14103,7 +14105,7 @@ def refuses_join(talk: IrcTalk, number: str, name: str) -> bool:
 
 
 @from_server("", least=1)
-def tell_rest(talk: IrcTalk, heard: Heard) -> None:
+def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
     """Show a line without a handler of its own; note the channel or message that is refused."""
     *about, text = heard.params[1:] or heard.params
     between = ": " if heard.verb[:1] in ("4", "5") else " "
@@ -14115,7 +14117,7 @@ def tell_rest(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("CAP", least=3)
-def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
+def capabilities_told(talk: IrcTalk, heard: ServerLine) -> None:
     subcommand, words, server = heard.params[1].upper(), heard.params[-1].split(), talk.server
     if subcommand in ("LS", "NEW"):
         for name, _, value in (word.partition("=") for word in words):
@@ -14150,7 +14152,7 @@ def capabilities_told(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("421", "451", least=2)
-def no_capabilities(talk: IrcTalk, heard: Heard) -> None:
+def no_capabilities(talk: IrcTalk, heard: ServerLine) -> None:
     """Go on with a server that knows no CAP, or no AUTHENTICATE; or that is not one yet."""
     if talk.ready and heard.verb == "451":
         return talk.wait_for_server("the server has not let us in yet")
@@ -14207,7 +14209,7 @@ def answer_log_in(talk: IrcTalk, said: Any) -> None:
 
 
 @from_server("AUTHENTICATE", least=1)
-def asked_to_log_in(talk: IrcTalk, heard: Heard) -> None:
+def asked_to_log_in(talk: IrcTalk, heard: ServerLine) -> None:
     listed = talk.server.offered.get("sasl", "").split(",")
     one_step = talk.mechanism_used in ("PLAIN", "EXTERNAL")
     if heard.params[0] != "+" or one_step or talk.mechanism_used in listed:
@@ -14221,12 +14223,12 @@ def asked_to_log_in(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("900", least=1)
-def told_to_be_logged_in(talk: IrcTalk, heard: Heard) -> None:
+def told_to_be_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.show(View(TOLD, heard.params[-1]))
 
 
 @from_server("903", least=1)
-def logged_in(talk: IrcTalk, heard: Heard) -> None:
+def logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
     if talk.login is None:  # no log-in is running: this is not about one
         return tell_rest(talk, heard)
@@ -14245,14 +14247,14 @@ def come_another_time(talk: IrcTalk, why: str) -> None:
 
 
 @from_server("908", least=2)
-def mechanisms_told(talk: IrcTalk, heard: Heard) -> None:
+def mechanisms_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Keep only the mechanisms that the server lists after it refused one."""
     known = heard.params[1].split(",")
     talk.mechanisms_left = [name for name in talk.mechanisms_left if name in known]
 
 
 @from_server("902", "904", "905", "906", "907", least=1)
-def not_logged_in(talk: IrcTalk, heard: Heard) -> None:
+def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     core, why = talk.core, f"not logged in: {heard.params[-1]}"
     if talk.login is None:
         return tell_rest(talk, heard)
@@ -14267,7 +14269,7 @@ def not_logged_in(talk: IrcTalk, heard: Heard) -> None:
     talk.end_log_in()
 
 
-def try_name(talk: IrcTalk, heard: Heard, most: int, candidate: Callable[[int], str]) -> None:
+def try_name(talk: IrcTalk, heard: ServerLine, most: int, candidate: Callable[[int], str]) -> None:
     """Try another nick until the server takes one; give up after `most` attempts."""
     if talk.ready:
         known = talk.not_regained("".join(heard.params[1:2]))
@@ -14284,7 +14286,7 @@ def try_name(talk: IrcTalk, heard: Heard, most: int, candidate: Callable[[int], 
 
 
 @from_server("433", "436", "437", least=2)
-def name_is_taken(talk: IrcTalk, heard: Heard) -> None:
+def name_is_taken(talk: IrcTalk, heard: ServerLine) -> None:
     """Try NAME2, NAME3 and so on. A nick that the server cut shows how long one may be."""
     name, shown = talk.core.wanted_nick, heard.params[1]
     if len(shown) < len(talk.core.name) and talk.core.name.startswith(shown):
@@ -14300,7 +14302,7 @@ def name_is_taken(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("432", least=1)
-def name_is_no_name(talk: IrcTalk, heard: Heard) -> None:
+def name_is_no_name(talk: IrcTalk, heard: ServerLine) -> None:
     """Try the nick with only letters and digits, then shorter ones, then a guest nick: other
     servers allow fewer characters than a chat.py."""
     name, guest = talk.core.wanted_nick, f"guest{random.randrange(1000)}"
@@ -14316,7 +14318,7 @@ ZNC_ITSELF, ZNC_MODULES = "irc.znc.in", "!znc@znc.in"  # sources of lines from n
 
 
 @from_server("001", least=1)
-def welcomed(talk: IrcTalk, heard: Heard) -> None:
+def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     core, talk.ready, talk.unserved = talk.core, True, math.inf
     core.sure, core.name = True, heard.params[0]
     core.outbox.most = SENT_AHEAD if talk.server.echoes else DOUBTED_AHEAD
@@ -14354,7 +14356,7 @@ def welcomed(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("004", least=3)
-def version_told(talk: IrcTalk, heard: Heard) -> None:
+def version_told(talk: IrcTalk, heard: ServerLine) -> None:
     talk.server.ours, talk.server.told = heard.params[2].startswith("chat.py"), True
     talk.server.tokens.clear()  # of an earlier connection
     if not talk.server.ours:
@@ -14369,7 +14371,7 @@ def version_told(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("005", least=2)
-def support_told(talk: IrcTalk, heard: Heard) -> None:
+def support_told(talk: IrcTalk, heard: ServerLine) -> None:
     tokens = talk.server.tokens
     for word in heard.params[1:-1]:
         name, _, value = word.partition("=")
@@ -14389,7 +14391,7 @@ def support_told(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("396", least=2)
-def own_host_told(talk: IrcTalk, heard: Heard) -> None:
+def own_host_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Note the client's host as others see it, which counts in the length of a line."""
     before = talk.mask.partition("@")[0] or talk.longest_mask().partition("@")[0]
     host = heard.params[1]
@@ -14397,7 +14399,7 @@ def own_host_told(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("CHGHOST", least=2)
-def host_changed(talk: IrcTalk, heard: Heard) -> None:
+def host_changed(talk: IrcTalk, heard: ServerLine) -> None:
     if talk.core.is_me(heard.name):
         talk.mask = f"{heard.name}!{heard.params[0]}@{heard.params[1]}"
 
@@ -14415,7 +14417,7 @@ NEEDS_USER_WORDS = re.compile(
 
 
 @from_server("ERROR", least=1)
-def error_told(talk: IrcTalk, heard: Heard) -> None:
+def error_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Note why the server closes. Throttled, full or going down are temporary reasons."""
     talk.core.dismissed = True
     if not talk.core.quitting and not talk.core.refusal:
@@ -14425,7 +14427,7 @@ def error_told(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("464", "465", "466", least=1)
-def not_let_in(talk: IrcTalk, heard: Heard) -> None:
+def not_let_in(talk: IrcTalk, heard: ServerLine) -> None:
     if talk.ready:
         tell_rest(talk, heard)
     else:
@@ -14452,7 +14454,7 @@ def take_channel_name(talk: IrcTalk, old: str, new: str) -> None:
 
 
 @from_server("470", least=3)
-def sent_elsewhere(talk: IrcTalk, heard: Heard) -> None:
+def sent_elsewhere(talk: IrcTalk, heard: ServerLine) -> None:
     """Follow the server, which redirects a JOIN to another channel."""
     _, old, new, *_ = heard.params
     tell_rest(talk, heard)
@@ -14466,7 +14468,7 @@ def sent_elsewhere(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("PING", least=1)
-def pinged(talk: IrcTalk, heard: Heard) -> None:
+def pinged(talk: IrcTalk, heard: ServerLine) -> None:
     talk.send_at_once("PONG", *heard.params)
 
 
@@ -14475,7 +14477,7 @@ def confirm(talk: IrcTalk, own_id: str) -> None:
 
 
 @from_server("PONG")
-def ponged(talk: IrcTalk, heard: Heard) -> None:
+def ponged(talk: IrcTalk, heard: ServerLine) -> None:
     """Confirm the messages sent before a PING. Some servers do not repeat the token, but PONGs come
     in the order of the PINGs."""
     token = heard.params[-1] if heard.params else ""
@@ -14504,7 +14506,7 @@ def ponged(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("ACK")
-def labelled_answer_ended(talk: IrcTalk, heard: Heard) -> None:
+def labelled_answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
     """Note that a labelled message was accepted, or, if the server echoes messages, dropped."""
     label = heard.tags.get("label", "")
     if "echo-message" not in talk.server.enabled:
@@ -14527,7 +14529,7 @@ def visible(text: str) -> str:
 
 
 @from_server("TAGMSG", least=1)
-def tags_told(talk: IrcTalk, heard: Heard) -> None:
+def tags_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Handle reactions and typing. A TAGMSG with an own id confirms a message that was sent again
     and has been removed since."""
     core, tags = talk.core, heard.tags
@@ -14547,14 +14549,14 @@ def tags_told(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("TOKEN", least=3)
-def token_told(talk: IrcTalk, heard: Heard) -> None:
+def token_told(talk: IrcTalk, heard: ServerLine) -> None:
     """TOKEN GENERATE <service> :<token> (draft/authtoken)"""
     if heard.params[0] == "GENERATE":
         talk.core.took_token(heard.params[-1])
 
 
 @from_server("MARKREAD", least=2)
-def marker_told(talk: IrcTalk, heard: Heard) -> None:
+def marker_told(talk: IrcTalk, heard: ServerLine) -> None:
     """MARKREAD <target> timestamp=<time> -- read so far, on another device perhaps"""
     room, value = talk.core.find(heard.params[0]), heard.params[1].removeprefix("timestamp=")
     if room and value != "*":
@@ -14600,14 +14602,14 @@ LISTS = {"LIST": "channels", "WHO": "users"}  # commands with long answers, and 
 
 
 @from_server(*itertools.chain(*ANSWERS.values()))
-def tell_if_asked(talk: IrcTalk, heard: Heard) -> None:
+def tell_if_asked(talk: IrcTalk, heard: ServerLine) -> None:
     """Show an answer to a command of the user; the client or the server itself caused the rest."""
     if heard.verb in talk.core.asked_numerics and heard.params:
         tell_rest(talk, heard)
 
 
 @from_server("375", "372", "376", "422", least=2)
-def motd_told(talk: IrcTalk, heard: Heard) -> None:
+def motd_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Show the message of the day, if the user asked for it."""
     if talk.core.wants_motd:
         talk.core.show(View(TOLD, heard.params[-1]))
@@ -14615,14 +14617,14 @@ def motd_told(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("734", least=3)
-def monitor_full(talk: IrcTalk, heard: Heard) -> None:
+def monitor_full(talk: IrcTalk, heard: ServerLine) -> None:
     """<limit> <nicks>: too many are monitored"""
     if not any(talk.not_regained(name) for name in heard.params[-2].split(",")):
         tell_rest(talk, heard)
 
 
 @from_server("303", least=2)
-def present_told(talk: IrcTalk, heard: Heard) -> None:
+def present_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Take the wanted nick if the answer to ISON does not list it."""
     tell_if_asked(talk, heard)
     talk.core.asked_numerics.discard("303")
@@ -14632,7 +14634,7 @@ def present_told(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("730", "731", least=2)
-def presence_told(talk: IrcTalk, heard: Heard) -> None:
+def presence_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Note which monitored users are online."""
     core, gone = talk.core, heard.verb == "731"
     for name in (one.partition("!")[0] for one in heard.params[1].split(",")):
@@ -14650,7 +14652,7 @@ def presence_told(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("FAIL", least=3)
-def failed(talk: IrcTalk, heard: Heard) -> None:
+def failed(talk: IrcTalk, heard: ServerLine) -> None:
     verb, code, *about, text = heard.params
     label = heard.tags.get("label", "")
     if (verb, code) == ("SESSION", "REPLACED"):
@@ -14678,14 +14680,14 @@ def failed(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("NOTE", "WARN", least=3)
-def noted(talk: IrcTalk, heard: Heard) -> None:
+def noted(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.params[:2] == ["SESSION", "RESUMED"]:
         talk.resumed = True
     else:
         talk.core.show(View(TOLD, heard.params[-1]))
 
 
-def answer_ctcp(talk: IrcTalk, heard: Heard) -> None:
+def answer_ctcp(talk: IrcTalk, heard: ServerLine) -> None:
     """Answer the CTCP requests of other clients, a few a minute; show the answers of others."""
     core = talk.core
     verb, _, rest = heard.params[1].strip("\x01").partition(" ")
@@ -14717,7 +14719,7 @@ THROTTLED = re.compile(r"\*\*\* Message to (\S+) throttled")  # in a NOTICE of a
 
 
 @from_server("PRIVMSG", "NOTICE", least=2)
-def message_came(talk: IrcTalk, heard: Heard) -> None:
+def message_came(talk: IrcTalk, heard: ServerLine) -> None:
     text = heard.params[1]
     if not talk.ready and heard.source.startswith("chat.py/"):
         return None  # for users of netcat, after a silence that a slow line causes too
@@ -14743,7 +14745,7 @@ def message_came(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("CHATHISTORY", least=3)
-def missed_in_a_talk(talk: IrcTalk, heard: Heard) -> None:
+def missed_in_a_talk(talk: IrcTalk, heard: ServerLine) -> None:
     """Ask for the missed messages of a private conversation that TARGETS names."""
     name = heard.params[1]
     asked = any(one.how == "targets" for one in talk.asked)
@@ -14770,7 +14772,7 @@ def joined_as(talk: IrcTalk, name: str) -> None:
         take_channel_name(talk, sent[0], name)
 
 
-def we_joined(talk: IrcTalk, heard: Heard) -> None:
+def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
     core, talk.mask = talk.core, heard.source
     if core.find(heard.params[0]) is None and len(core.rooms) >= 2 * ROOMS_KEPT:
         return  # no user has so many channels
@@ -14807,7 +14809,7 @@ def one_by_one(handler: Callable) -> Callable:
     """Decorate a handler to be called for each channel: old servers name several in one line."""
 
     @functools.wraps(handler)
-    def for_each(talk: IrcTalk, heard: Heard) -> None:
+    def for_each(talk: IrcTalk, heard: ServerLine) -> None:
         for name in heard.params[0].split(","):
             handler(talk, heard._replace(params=[name, *heard.params[1:]]))
 
@@ -14816,7 +14818,7 @@ def one_by_one(handler: Callable) -> Callable:
 
 @from_server("JOIN", least=1)
 @one_by_one
-def user_joined(talk: IrcTalk, heard: Heard) -> None:
+def user_joined(talk: IrcTalk, heard: ServerLine) -> None:
     core, name = talk.core, heard.params[0]
     if core.is_me(heard.name):
         return we_joined(talk, heard)
@@ -14827,7 +14829,7 @@ def user_joined(talk: IrcTalk, heard: Heard) -> None:
         core.show(View(PEOPLE, where=room.name))
 
 
-def user_went(talk: IrcTalk, room: Room, heard: Heard, name: str, why: str = "") -> None:
+def user_went(talk: IrcTalk, room: Room, heard: ServerLine, name: str, why: str = "") -> None:
     """Remove a user, or this client, from one conversation."""
     core = talk.core
     room.people.pop(name, None)
@@ -14842,7 +14844,7 @@ def user_went(talk: IrcTalk, room: Room, heard: Heard, name: str, why: str = "")
 
 @from_server("PART", least=1)
 @one_by_one
-def user_parted(talk: IrcTalk, heard: Heard) -> None:
+def user_parted(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
     room = core.find(heard.params[0])
     if room is None:
@@ -14853,7 +14855,7 @@ def user_parted(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("QUIT")
-def user_quit(talk: IrcTalk, heard: Heard) -> None:
+def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
     if core.is_me(heard.name):
         core.dismissed = True  # the server will hang up
@@ -14875,7 +14877,7 @@ def user_quit(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("KICK", least=2)
-def user_kicked(talk: IrcTalk, heard: Heard) -> None:
+def user_kicked(talk: IrcTalk, heard: ServerLine) -> None:
     core, (where, name, *why) = talk.core, heard.params
     if room := core.find(where):
         reason = f": {why[0]}" if why else ""
@@ -14893,7 +14895,7 @@ def user_kicked(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("NICK", least=1)
-def user_renamed(talk: IrcTalk, heard: Heard) -> None:
+def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
     core, old, new = talk.core, heard.name, heard.params[0]
     mine = core.is_me(old)
     if mine:
@@ -14920,7 +14922,7 @@ def user_renamed(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("RENAME", least=2)
-def channel_renamed(talk: IrcTalk, heard: Heard) -> None:
+def channel_renamed(talk: IrcTalk, heard: ServerLine) -> None:
     core, (old, new, *_) = talk.core, heard.params
     if room := core.find(old):
         core.rename(room, new)
@@ -14928,7 +14930,7 @@ def channel_renamed(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("TOPIC", least=2)
-def topic_set(talk: IrcTalk, heard: Heard) -> None:
+def topic_set(talk: IrcTalk, heard: ServerLine) -> None:
     if room := talk.core.find(heard.params[0]):
         room.topic = heard.params[1]
         text = f"{heard.name} set the topic of {room.name}: {room.topic}"
@@ -14952,7 +14954,7 @@ WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
 
 
 @from_server(*WHOIS, least=3)
-def person_told(talk: IrcTalk, heard: Heard) -> None:
+def person_told(talk: IrcTalk, heard: ServerLine) -> None:
     missing = [""] * 3
     text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
     room = talk.core.find(heard.params[1])
@@ -14960,7 +14962,7 @@ def person_told(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("367", "348", "346", least=3)
-def mask_listed(talk: IrcTalk, heard: Heard) -> None:
+def mask_listed(talk: IrcTalk, heard: ServerLine) -> None:
     """<channel> <mask> [<setter> <seconds>]: a ban, an exception, an invitation"""
     _, where, mask, *more = heard.params
     setter = f" by {more[0].partition('!')[0]}" if more else ""
@@ -14973,7 +14975,7 @@ def mask_listed(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("352", least=8)
-def who_told(talk: IrcTalk, heard: Heard) -> None:
+def who_told(talk: IrcTalk, heard: ServerLine) -> None:
     """<channel> <user> <host> <server> <nick> <flags> :<hops> <real name>"""
     core = talk.core
     _, where, user, host, _, name, flags, last = heard.params[:8]
@@ -14989,7 +14991,7 @@ def who_told(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("315")
-def who_ended(talk: IrcTalk, heard: Heard) -> None:
+def who_ended(talk: IrcTalk, heard: ServerLine) -> None:
     core, where = talk.core, heard.params[1] if len(heard.params) > 1 else ""
     if core.fold(where) in core.quiet_who:
         core.quiet_who.discard(core.fold(where))
@@ -14999,7 +15001,7 @@ def who_ended(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("AWAY")
-def away_changed(talk: IrcTalk, heard: Heard) -> None:
+def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
     """Note that a user in a conversation with this client went away or is back."""
     talk.core.note_person(heard.name, away=bool(heard.params and heard.params[0]))
     talk.core.show(View(PEOPLE))
@@ -15009,19 +15011,19 @@ def away_changed(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("ACCOUNT", least=1)
-def account_changed(talk: IrcTalk, heard: Heard) -> None:
+def account_changed(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.note_person(heard.name, account=heard.params[0].replace("*", ""))
 
 
 @from_server("305", "306", least=2)
-def own_away_told(talk: IrcTalk, heard: Heard) -> None:
+def own_away_told(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.verb == "305":
         talk.core.away = ""
     talk.core.show(View(TOLD, heard.params[-1]))
 
 
 @from_server("332", "331", least=3)
-def topic_told(talk: IrcTalk, heard: Heard) -> None:
+def topic_told(talk: IrcTalk, heard: ServerLine) -> None:
     _, where, topic = heard.params[:3]
     room = talk.core.find(where)
     if room:
@@ -15032,7 +15034,7 @@ def topic_told(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("MODE", least=2)
-def modes_set(talk: IrcTalk, heard: Heard) -> None:
+def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
     """Follow the ranks of members. A removed rank may have hidden another: one NAMES tells."""
     where, letters, *values = heard.params
     room, server = talk.core.find(where), talk.server
@@ -15050,7 +15052,7 @@ def modes_set(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("INVITE", least=2)
-def invited(talk: IrcTalk, heard: Heard) -> None:
+def invited(talk: IrcTalk, heard: ServerLine) -> None:
     where = heard.params[1]
     if talk.core.is_ignored(heard):
         return
@@ -15059,7 +15061,7 @@ def invited(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("REDACT", least=2)
-def taken_back(talk: IrcTalk, heard: Heard) -> None:
+def taken_back(talk: IrcTalk, heard: ServerLine) -> None:
     """Remove a redacted message, also one that is still to come in a page."""
     core, (where, id) = talk.core, heard.params[:2]
     core.remove(id)
@@ -15070,7 +15072,7 @@ def taken_back(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("353", least=4)
-def names_told(talk: IrcTalk, heard: Heard) -> None:
+def names_told(talk: IrcTalk, heard: ServerLine) -> None:
     key = talk.core.fold(heard.params[2])
     if key not in talk.core.rooms and key not in talk.shown_names:
         return
@@ -15081,7 +15083,7 @@ def names_told(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("366", least=2)
-def names_ended(talk: IrcTalk, heard: Heard) -> None:
+def names_ended(talk: IrcTalk, heard: ServerLine) -> None:
     key = talk.core.fold(heard.params[1])
     people, room = talk.names.pop(key, {}), talk.core.rooms.get(key)
     text = ", ".join(ranks + name for name, ranks in people.items()) or "there is no user"
@@ -15095,7 +15097,7 @@ def names_ended(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("322", least=3)
-def channel_listed(talk: IrcTalk, heard: Heard) -> None:
+def channel_listed(talk: IrcTalk, heard: ServerLine) -> None:
     _, name, count, *topic = heard.params
     text = "  ".join(filter(None, [name, count, *topic[:1]]))
     asked = talk.core.listings.get("LIST", [])[:1]
@@ -15105,12 +15107,12 @@ def channel_listed(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("323")
-def list_ended(talk: IrcTalk, heard: Heard) -> None:
+def list_ended(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.show_listing("LIST")
 
 
 @from_server("341", least=3)
-def invitation_sent(talk: IrcTalk, heard: Heard) -> None:
+def invitation_sent(talk: IrcTalk, heard: ServerLine) -> None:
     """<nick> <channel>; RFC 2812 has these the other way round"""
     _, name, where = heard.params[:3]
     if talk.server.is_channel(name):
@@ -15121,7 +15123,7 @@ def invitation_sent(talk: IrcTalk, heard: Heard) -> None:
 
 
 @from_server("REGISTER", "VERIFY", least=2)
-def registered(talk: IrcTalk, heard: Heard) -> None:
+def registered(talk: IrcTalk, heard: ServerLine) -> None:
     """Show the result of a registration; after a success, log in to the account from now on."""
     core = talk.core
     core.show(View(TOLD, heard.params[-1]))
@@ -15925,7 +15927,7 @@ class ClientCore(ForScreens):
         for room in self.rooms.values():
             room.is_channel = room.is_channel or self.server.is_channel(room.name)
 
-    def is_ignored(self, heard: Heard) -> bool:
+    def is_ignored(self, heard: ServerLine) -> bool:
         """Return whether the user ignores the source of a line, by nick or by mask."""
         return any(self.ignores(mask, heard.source) for mask in self.ignored)
 
@@ -16358,7 +16360,7 @@ class ClientCore(ForScreens):
             for other in list(self.rooms.values())[-1:] if self.tidy else ():
                 self.go(other)
 
-    def said(self, view: View, heard: Heard | None = None) -> None:
+    def said(self, view: View, heard: ServerLine | None = None) -> None:
         """Handle a live message. It waits behind requested pages, but not its acknowledgement."""
         if heard is not None and not view.mine and self.is_ignored(heard):
             return
@@ -19530,7 +19532,7 @@ class ActBeat:
     """The act beat: turns the lines of peers into acts, first those of addresses with light use.
     Takes from the budgets what each line costs."""
 
-    def __init__(self, loop: Loop, site: Site, times: TimeLimits, fair: bool):
+    def __init__(self, loop: Loop, site: SessionContext, times: TimeLimits, fair: bool):
         self.loop, self.site, self.times = loop, site, times
         self.fair = fair  # budgets are kept: light use goes first
         self.acting: dict[Peer, None] = {}  # have something to act on
@@ -19707,7 +19709,7 @@ class Server:
         path = options.data / "chat.db" if options.data else None
         self.store = store or Store(path, options.keep, bool(options.cluster))
         self.hub = self._load(options)
-        self.site = Site(self.hub, self.store, self, IrcWires(self.hub.ids), options)
+        self.site = SessionContext(self.hub, self.store, self, IrcWires(self.hub.ids), options)
         self.motd = read_motd(options.motd)
         self.job_trouble = ""  # the last failure of the database that was logged
         self.mail = functools.partial(mail_code, options)
@@ -20456,7 +20458,7 @@ def peer_address(sock: socket.socket) -> tuple[str, int] | None:
         return None
 
 
-class Race:
+class HappyEyeballs:
     """A connection attempt to all addresses of a server: IPv6 and IPv4 in turn, each a moment after
     the one before (RFC 8305). Calls then(sock, "") with the first socket, or then(None, reason)."""
 
@@ -20600,7 +20602,7 @@ class Link:
         self.helpers = Helpers(loop)
         self.phase = WAITING
         self.conn: ServerConnection | None = None
-        self.race: Race | None = None
+        self.race: HappyEyeballs | None = None
         self.tried = 0  # servers since the last one that worked
         self.backoff = BACKOFF_FIRST
         self.progress = 0  # of the core, when the back-off was reset last
@@ -20766,7 +20768,7 @@ class Link:
         self.began = self.loop.now
         self._enter(CONNECTING)
         addresses = [(family, address) for family, *_, address in found]
-        self.race = Race(self.loop, addresses, functools.partial(self._tried, context))
+        self.race = HappyEyeballs(self.loop, addresses, functools.partial(self._tried, context))
 
     def _tried(self, context: Any, sock: socket.socket | None, reason: str) -> None:
         self.race = None
@@ -21126,7 +21128,7 @@ class NatsLink:
         if isinstance(result, Exception):
             return self.again(str(result))
         self.context, addresses = result
-        return Race(self.loop, [(one[0], one[4]) for one in addresses], self.connected)
+        return HappyEyeballs(self.loop, [(one[0], one[4]) for one in addresses], self.connected)
 
     def connected(self, sock: socket.socket | None, reason: str) -> None:
         if sock is None:
@@ -21535,7 +21537,7 @@ class Transfers:
             context, addresses = result
             addresses = [(family, address) for family, *_, address in addresses]
             tried = functools.partial(connected, context)
-            Race(self.loop, addresses, tried)
+            HappyEyeballs(self.loop, addresses, tried)
 
         def connected(context: Any, sock: socket.socket | None, reason: str) -> None:
             if sock is None:
@@ -22531,7 +22533,7 @@ class Painter:
         return f"\x1b[H\x1b[J{''.join(shown)}\x1b[{self.rows - 1}H"
 
 
-class Reader:
+class ScrollbackView:
     """The part of a conversation that is on the screen.
 
     Views are numbered from 1 in order of arrival. Live, all up to number `shown` have been printed.
@@ -22745,10 +22747,10 @@ class Display:
     def room(self) -> Room:
         return self.core.room or self.nowhere
 
-    def _read(self) -> Reader:
+    def _read(self) -> ScrollbackView:
         look = Look(self.palette, self.painter.columns, clock=self.core.setting("time"))
         look = look._replace(answered=self.core.answered_words)
-        return Reader(self.room, look, self.painter.rows - 2)
+        return ScrollbackView(self.room, look, self.painter.rows - 2)
 
     # What there is to show
 
@@ -22826,7 +22828,7 @@ class Display:
         for line in view.text.split("\n"):
             room.views.append(View(PAGE, line, time=view.time))
         look = Look(self.palette, self.painter.columns)
-        self.reader = Reader(room, look, self.painter.rows - 2)
+        self.reader = ScrollbackView(room, look, self.painter.rows - 2)
         self.reader.shown = self.reader.total
         self.reader.up(len(room.views) * self.painter.rows)
 

@@ -1933,7 +1933,7 @@ def test_what_was_said_before_a_channel_was_renamed_has_its_old_name():
 
 def found(store, key, words, count=1000):
     """The texts that a search there gives, in their order."""
-    place = chat.Place((key,))
+    place = chat.Scope((key,))
     events = store.words.search([place], words, chat.Span(place), count)
     return [event.text for _, event in events]
 
@@ -1976,7 +1976,7 @@ def test_a_search_between_two_times_reads_only_the_messages_between_them():
         row[0] for row in house.store.db.execute("SELECT time FROM events WHERE kind = 'message'")
     ]
     words._ids = lambda *values: ([read.append(id), id][1] for id in ids_of(*values))
-    place = chat.Place(("#a",))
+    place = chat.Scope(("#a",))
     for after, before, texts in (
         (times[10], times[14], ["word 11", "word 12", "word 13"]),
         (times[-1] + 10**9, None, []),
@@ -2205,7 +2205,7 @@ def test_history_is_found_by_time_and_by_id_in_the_middle_of_much(folder):
     for n in range(300):
         house.say("alice", f"PRIVMSG #a :{n}")
         house.turn()
-    span = chat.Span(chat.Place(("#a",)))
+    span = chat.Span(chat.Scope(("#a",)))
     events = house.store.history.page(span, 500)
     assert [event.text for event in events] == [str(n) for n in range(300)]
     for n in (0, 1, 150, 299):
@@ -2242,7 +2242,7 @@ def test_a_page_of_a_million_messages_is_found_at_once(folder):
     store.db.execute("BEGIN")
     store.db.executemany(chat.INSERT_EVENT, rows)
     store.db.execute("COMMIT")
-    span, middle = chat.Span(chat.Place(("#a",))), chat.Mark(time=base + 50_000)
+    span, middle = chat.Span(chat.Scope(("#a",))), chat.Mark(time=base + 50_000)
     for job in (
         lambda: store.history.page(span, 100),
         lambda: store.history.page(span._replace(before=middle), 100),
@@ -4742,7 +4742,7 @@ def folder(tmp_path):
 
 
 def texts(store, key, count=100):
-    return [event.text for event in store.history.page(chat.Span(chat.Place((key,))), count)]
+    return [event.text for event in store.history.page(chat.Span(chat.Scope((key,))), count)]
 
 
 def test_history_outlives_the_server_and_ids_go_on(folder):
@@ -5011,11 +5011,11 @@ def test_a_database_of_the_first_version_is_brought_up_to_date_and_keeps_all(fol
             "INSERT INTO events VALUES (1, 5, 6, 'message', 'al', '127.0.0.1:7', 'from long ago');"
         )
     store = chat.Store(folder / "chat.db")
-    (event,) = store.history.page(chat.Span(chat.Place((chat.LOBBY,))), 10)
+    (event,) = store.history.page(chat.Span(chat.Scope((chat.LOBBY,))), 10)
     assert (event.id, event.time, event.text) == (5, 6, "from long ago")
     assert event.source.mask == "al!@127.0.0.1"
     index_all(store)
-    found = store.words.search([chat.Place((chat.LOBBY,))], "long", chat.Span(chat.Place(())), 5)
+    found = store.words.search([chat.Scope((chat.LOBBY,))], "long", chat.Span(chat.Scope(())), 5)
     assert [found_event.id for _, found_event in found] == [5]
     store.close()
 
@@ -5140,8 +5140,8 @@ def test_a_page_goes_from_one_founding_of_a_channel_to_the_next():
         house.turn()
         house.say("alice", "/part")  # and it is gone
         house.turn()
-    store, span = house.store, chat.Span(chat.Place((chat.fold("#a"),)))
-    assert len(store.history.targets_of(store.db, span.place)) == 3
+    store, span = house.store, chat.Span(chat.Scope((chat.fold("#a"),)))
+    assert len(store.history.targets_of(store.db, span.scope)) == 3
     newest = [event.text for event in store.history.page(span, 4)]
     oldest = [event.text for event in store.history.page(span, 4, newest=False)]
     assert newest == ["six", "seven", "eight", "nine"]
@@ -23038,7 +23038,7 @@ def test_of_two_addresses_the_one_that_answers_is_taken(loop):
     port = server.getsockname()[1]
     addresses = [(socket.AF_INET6, ("::1", 1)), (socket.AF_INET, ("127.0.0.1", port))]
     found = []
-    chat.Race(loop, addresses, lambda sock, reason: found.append((sock, reason)))
+    chat.HappyEyeballs(loop, addresses, lambda sock, reason: found.append((sock, reason)))
     while not found:
         loop.run_once(0.1)
     (sock, reason), *others = found
