@@ -5328,8 +5328,8 @@ class Mark(NamedTuple):
 
 
 class Scope(NamedTuple):
-    """The scope of a read: a channel's key, or the keys of a private conversation. The owner of an
-    account also reads what was said to guests who had the other user's name."""
+    """The extent of a read: the key of a channel, or the keys of a private conversation. With
+    `owner`, also that user's conversations with guests whose nick was `other_key`."""
 
     keys: tuple[str, ...]
     owner: str = ""
