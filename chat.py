@@ -1537,7 +1537,7 @@ class Dedup(typing.Protocol):
 
 
 class ActStore(typing.Protocol):
-    """The three questions that an act may ask of the store: dedup keys, authors, history."""
+    """The questions that an act may ask of the store."""
 
     dedup: Dedup
 
@@ -2333,6 +2333,8 @@ class Channel:
         return change
 
     def set_mask(self, change: ModeChange, setter: str, now: int) -> ModeChange | None:
+        if re.match(":[0-9a-fA-F]", change.value):  # ::1 at the end of a line, see Mask
+            change = change._replace(value=f"0:{change.value}")
         if not is_word(change.value, MASK_BYTES):
             raise self._bad_value(change, f"a mask is one word of at most {MASK_BYTES} bytes")
         masks, mask = self.lists[change.letter], full_mask(change.value)
@@ -3455,11 +3457,16 @@ class Hub:
     def guest_conversations(self, owner: str, name_key: str) -> list[str]:
         """Return the keys of an identity's conversations with guests who had this name."""
         keys = dict.fromkeys(self.store.guest_conversations(owner, name_key))
-        for talk in self.turn.conversations.values():
+        fresh: dict[str, Conversation] = {}  # of events that are still to be stored
+        for event in self.turn.events:
+            if isinstance(event.audience, Conversation) and event.kind not in EPHEMERAL:
+                fresh.setdefault(event.audience.targets[0][0], event.audience)
+        for key, talk in fresh.items():
             one, one_key, other, other_key = talk.parties
-            for mine, guest, key in ((one, other, other_key), (other, one, one_key)):
-                if (mine, key) == (owner, name_key) and guest.startswith("~"):
-                    keys[talk.targets[0][0]] = None
+            known = ((one, other, other_key), (other, one, one_key))
+            meant = any((me, name) == (owner, name_key) and who[:1] == "~" for me, who, name in known)
+            if meant and not self.store.foundings(key):  # else the store knows it, by its first name
+                keys[key] = None
         return list(keys)
 
     @question
@@ -3987,7 +3994,7 @@ def drop_account(hub: Hub, who: Session, name: str, proof: str) -> None:
     hub.accounts.remove(name)
     hub.turn.record("account_gone", fold(name))
     hub.forget_markers(identity)
-    hub.work += len(hub.users) + len(hub.channels) + len(hub.accounts_of)
+    hub.work += len(hub.accounts_of)
     hub.guests_of.pop(identity, None)
     for guest in [guest for guest, account in hub.accounts_of.items() if account == identity]:
         del hub.accounts_of[guest]
@@ -4312,7 +4319,7 @@ def begin_file(
 
 
 EMOJI_STYLE = "\ufe0f"  # the character before it is to be shown as an emoji
-ZWNJ, ZWJ = "\u200c", "\u200d"  # zero width (non-)joiners: Persian; one emoji of several
+ZWJ = "\u200d"  # zero width joiner: one emoji of several
 
 
 def is_regional(c: str) -> bool:
@@ -5848,6 +5855,7 @@ class Store:
         self.version = 0  # of the data, as seen last
         self.targets: dict[tuple[str, int], int] = {}  # ids by key and founding, lately written to
         self.unsure: list[tuple[str, int]] = []  # made in a transaction not yet committed
+        self.founded: set[str] = set()  # keys with a new target, since the last count
         self.fresh: collections.Counter[int] = collections.Counter()  # rows by target, uncounted
         self.count_due = 0.0
         self.excess: set[str] = set()  # keys with more rows than they may have
@@ -6019,6 +6027,7 @@ class Store:
         if rows:
             targets = collections.Counter([row[0] for row in rows])
             self.fresh.update(targets)
+            self.orphans.difference_update(targets)  # a founding that goes on after all
             self.words.stored(targets, rows[-1][1])
         if redacted:
             self.words.redacted(redacted)
@@ -6089,6 +6098,7 @@ class Store:
             insert = f"INSERT INTO targets ({columns}) VALUES (?, ?, ?, ?, ?, ?)"
             row = (self.db.execute(insert, [*target, *audience.parties]).lastrowid,)
             self.unsure.append(target)
+            self.founded.add(target[0])
         self.targets[target] = row[0]
         return row[0]
 
@@ -6119,6 +6129,12 @@ class Store:
             return [row[0] for row in self.db.execute(query, [owner, name_key] * 2)]
         except sqlite3.Error:
             return []
+
+    def identities(self) -> list[tuple[str, str]]:
+        """Return the guests with the accounts that read their conversations, the oldest first."""
+        newest = "SELECT ifnull(max(id), 0) FROM targets WHERE one = ? OR other = ?"
+        age = lambda row: self.db.execute(newest, [row[0]] * 2).fetchone()[0]  # noqa: E731
+        return sorted(self.rows("identities"), key=age)
 
     def foundings(self, key: str) -> set[int]:
         """Return the foundings with history under this key; {0} if the database fails."""
@@ -6163,6 +6179,7 @@ class Store:
                 found = (self.db.execute(key_of, [target]).fetchone() for target in fresh)
                 for key in {row[0] for row in found if row}:  # each once: it may have many targets
                     self._bound_key(key)
+            self.founded.clear()
         except sqlite3.Error:  # busy or full: counted later
             self.fresh.update(fresh)
         if len(self.targets) > TARGETS_CACHED:
@@ -6176,7 +6193,7 @@ class Store:
         events, foundings = self.db.execute(query, [key]).fetchone()
         if events > self.keep:
             self.excess.add(key)
-        if foundings > FOUNDINGS_SILENT and not self.node:
+        if foundings > FOUNDINGS_SILENT and key in self.founded and not self.node:
             self._give_up_silent(key)
 
     def _give_up_silent(self, key: str) -> None:
@@ -6308,7 +6325,7 @@ def load_hub(
         hub.accounts.certificates.update(store.rows("certificates"))
         for owner, target, *mark in store.rows("markers"):
             hub.markers.setdefault(owner, {})[target] = Marker(*mark)
-        for guest, account in store.rows("identities"):
+        for guest, account in store.identities():
             hub.link(guest, account)
         hub.bans = {key: ServerBan(*ban) for key, *ban in store.rows("bans")}
         hub.files.load(store.rows("files"))
@@ -8440,7 +8457,7 @@ def check_server(session: IrcSession, name: str) -> None:
         return
     session.site.hub.work += len(name)
     if not mask_pattern(name).fullmatch(fold(site.name)):
-        raise Refused("NO_SUCH_SERVER", "there is no such server; this one stands alone", name)
+        raise Refused("NO_SUCH_SERVER", "this one stands alone", name)
 
 
 def each_in_pieces(session: IrcSession, names: str, act: Callable[[str], None]) -> Iterator[None]:
@@ -8604,6 +8621,8 @@ def tell_logged_in(
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
 
     def succeeded(_: Any) -> None:
+        if user and session.user is None:  # a K-line of the account ended the session
+            return
         session.reply(RPL_LOGGEDIN, source.mask, account, account)
         then()
 
@@ -9924,7 +9943,7 @@ def irc_help(session: IrcSession, subject: str = "") -> None:
     """HELP [<command>] -- what there is to say to this server"""
     command = irc_command.get(subject.upper())
     if subject and not command:
-        raise Refused("NO_HELP", "there is no help on that; HELP lists the commands", subject)
+        raise Refused("NO_HELP", "HELP lists the commands", subject)
     about = as_param(subject)
     if command:
         session.reply(RPL_HELPSTART, about, command.syntax)
@@ -10626,7 +10645,7 @@ def line_lines(session: LineSession, count: str) -> None:
         return
     session.dropping = min(lines, LINES_DROPPED)  # they are no messages, and no commands
     if session.user is None:
-        raise Refused("NOT_NAMED", "a name first, please; then messages")
+        raise Refused("NOT_NAMED", "choose a name first")
     raise Refused("BAD_COUNT", f"a message has 1 to {MESSAGE_LINES} lines")
 
 
@@ -11571,7 +11590,7 @@ def disposition(file: StoredFile) -> str:
 @in_steps
 def prove_owner(session: WebSession, name: str, password: str, then: Callable) -> Steps:
     """Call then(identity) with the account's identity if the password is right. Raises Refused."""
-    account, revision = session.proof = yield from prove(session, name, password)
+    account, _ = session.proof = yield from prove(session, name, password)
     then(session.site.hub.accounts.identity(account))
 
 
@@ -12202,7 +12221,7 @@ def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[st
 
 def calls(text: str, name: str) -> bool:
     """Return whether `text` contains this name as a separate word, in any case."""
-    key, folded = fold(name), fold(text)
+    key, folded = fold(name), fold_text(text)
     return key in folded and bool(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", folded))
 
 
@@ -13757,8 +13776,11 @@ class IrcTalk:
     def leaves(self, room: Room) -> bool:
         """Return whether the user leaves a channel by a PART that is not answered yet."""
         lines = [*self.commanded.values(), *(line for line, _ in self.queue)]
-        parts = (line.split(" ")[1] for line in lines if line.startswith("PART "))
-        return any(self.core.find(name) is room for name in parts)
+        return any(self.parts(line, room) for line in lines)
+
+    def parts(self, line: str, room: Room) -> bool:
+        """Return whether a line is a PART from this channel."""
+        return line.startswith("PART ") and self.core.find(line.split(" ")[1]) is room
 
     @property
     def unfinished(self) -> str:
@@ -14828,6 +14850,8 @@ def user_went(talk: IrcTalk, room: Room, heard: Heard, name: str, why: str = "")
     why = "" if core.is_ignored(heard) else why
     if core.is_me(name):
         room.inside = room.wanted = False
+        commanded = talk.commanded.items()
+        talk.commanded = {id: line for id, line in commanded if not talk.parts(line, room)}
         return core.changed(room)
     address = heard.source.partition("@")[2]
     core.happened(room, View(WENT, why, name, room.name, address=address))
@@ -19225,10 +19249,13 @@ class Committer:
         backlog = self.store.backlog
         backlog.retry_at = 0.0
         kept = self.commit(self.hub)
+        if not kept and self.cluster is None:  # another program has the database locked
+            backlog.add(self.hub.turn.records, 0.0)
         backlog.retry_at = 0.0
         self.retry()
         if lost := sum(record.name in LASTING for record in backlog.records.values()):
-            log.error("%s lost: %s", counted(lost, "lasting change"), self.store.trouble)
+            trouble = self.store.trouble or "another program has the database locked"
+            log.error("%s lost: %s", counted(lost, "lasting change"), trouble)
         return kept
 
     def look_after_store(self) -> None:
@@ -23526,7 +23553,7 @@ class TerminalClient(ManyServers):
         return reason
 
     def ending(self) -> None:
-        if self.writing_in and not is_secret(self.editor.text):
+        if self.writing_in and not (self.ended_room or is_secret(self.editor.text)):
             self.writing_in.draft = self.editor.text
         super().ending()
 
