@@ -143,7 +143,9 @@ TAGS_BYTES = 4095  # ... and of the tags before it with their @ (IRCv3 message-t
 MESSAGE_LINES = 200  # longest message of several lines; more is a file, not a message
 NAME_CHARACTERS = 32  # longest name as people count ...
 NAME_BYTES = 64  # ... and as the wire does; room for 16 characters outside the BMP
-FOLDED_MOST = 400  # characters; the longest key has 379, as one of U+FDFA has 18: 0.3 ms at most
+FOLDED_MOST = (
+    400  # characters that are folded; the longest valid name gives 379 (U+FDFA becomes 18)
+)
 NAMES_COUNTED = 100  # alice2 to alice99; after that any number will do
 CHANNEL_BYTES = 64  # as for names
 TOPIC_BYTES = 300  # fits an IRC line beside the longest mask and channel ...
@@ -1538,7 +1540,7 @@ class Dedup(typing.Protocol):
 
 
 class ActStore(typing.Protocol):
-    """The three questions that an act may ask of the store: dedup keys, authors, history."""
+    """The questions that an act may ask of the store."""
 
     dedup: Dedup
 
@@ -2334,6 +2336,8 @@ class Channel:
         return change
 
     def set_mask(self, change: ModeChange, setter: str, now: int) -> ModeChange | None:
+        if re.match(":[0-9a-fA-F]", change.value):  # ::1 at the end of a line, see Mask
+            change = change._replace(value=f"0:{change.value}")
         if not is_word(change.value, MASK_BYTES):
             raise self._bad_value(change, f"a mask is one word of at most {MASK_BYTES} bytes")
         masks, mask = self.lists[change.letter], full_mask(change.value)
@@ -3456,11 +3460,20 @@ class Hub:
     def guest_conversations(self, owner: str, name_key: str) -> list[str]:
         """Return the keys of an identity's conversations with guests who had this name."""
         keys = dict.fromkeys(self.store.guest_conversations(owner, name_key))
-        for talk in self.turn.conversations.values():
+        fresh: dict[str, Conversation] = {}  # of events that are still to be stored
+        for event in self.turn.events:
+            if isinstance(event.audience, Conversation) and event.kind not in EPHEMERAL:
+                fresh.setdefault(event.audience.targets[0][0], event.audience)
+        for key, talk in fresh.items():
             one, one_key, other, other_key = talk.parties
-            for mine, guest, key in ((one, other, other_key), (other, one, one_key)):
-                if (mine, key) == (owner, name_key) and guest.startswith("~"):
-                    keys[talk.targets[0][0]] = None
+            known = ((one, other, other_key), (other, one, one_key))
+            meant = any(
+                (me, name) == (owner, name_key) and who[:1] == "~" for me, who, name in known
+            )
+            if meant and not self.store.foundings(
+                key
+            ):  # else the store knows it, by its first name
+                keys[key] = None
         return list(keys)
 
     @question
@@ -3526,7 +3539,7 @@ def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = 
         raise Refused("BAD_NAME", text, wanted)
     holder = hub.users.get(fold(wanted))
     if holder not in (None, owner) and not (account and holder.account == account):
-        raise Refused("NAME_TAKEN", f"{wanted} is taken", wanted)
+        raise Refused("NAME_TAKEN", f"{wanted} belongs to another user", wanted)
     if known := hub.accounts.looks_like(wanted):
         text = f"{wanted} looks like {known} in other letters; choose another name"
         raise Refused("NAME_TAKEN", text, wanted)
@@ -3551,7 +3564,7 @@ def check_not_bound(hub: Hub, user: User) -> None:
     for channel in user.channels:
         hub.work += channel.masks
         if not channel.members[user].ranks and channel.banned(user, speaking=True):
-            text = f"no other name or account while you are banned or muted in {channel.name}"
+            text = f"you cannot change your name or account while banned or muted in {channel.name}"
             raise Refused("NAME_BOUND", text, channel.name)
 
 
@@ -3992,7 +4005,7 @@ def drop_account(hub: Hub, who: Session, name: str, proof: str) -> None:
     hub.accounts.remove(name)
     hub.turn.record("account_gone", fold(name))
     hub.forget_markers(identity)
-    hub.work += len(hub.users) + len(hub.channels) + len(hub.accounts_of)
+    hub.work += len(hub.accounts_of)
     hub.guests_of.pop(identity, None)
     for guest in [guest for guest, account in hub.accounts_of.items() if account == identity]:
         del hub.accounts_of[guest]
@@ -4317,7 +4330,7 @@ def begin_file(
 
 
 EMOJI_STYLE = "\ufe0f"  # the character before it is to be shown as an emoji
-ZWNJ, ZWJ = "\u200c", "\u200d"  # zero width (non-)joiners: Persian; one emoji of several
+ZWJ = "\u200d"  # zero width joiner: one emoji of several
 
 
 def is_regional(c: str) -> bool:
@@ -4527,7 +4540,7 @@ def redactable_keys(hub: Hub, user: User, name: str) -> list[str]:
             keys += conversation_keys(hub, user.identity, identity)
         keys += hub.guest_conversations(user.identity, fold(name))
     if not keys:
-        raise Refused("INVALID_TARGET", "there is nothing of it that you may read", name)
+        raise Refused("INVALID_TARGET", "no such channel or conversation that you may read", name)
     return keys
 
 
@@ -4850,7 +4863,7 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
 def wrong_password(session: LocalSession) -> None:
     """Refuse a wrong password of the server or an operator; close the connection after a few."""
     session.tries += 1
-    text = f"wrong password (attempt {session.tries} of {PASSWORD_TRIES})"
+    text = f"password incorrect (attempt {session.tries} of {PASSWORD_TRIES})"
     session.refuse(Refused("WRONG_PASSWORD", text))
     if session.tries >= PASSWORD_TRIES:
         session.end("Too many wrong passwords")
@@ -5853,6 +5866,7 @@ class Store:
         self.version = 0  # of the data, as seen last
         self.targets: dict[tuple[str, int], int] = {}  # ids by key and founding, lately written to
         self.unsure: list[tuple[str, int]] = []  # made in a transaction not yet committed
+        self.founded: set[str] = set()  # keys with a new target, since the last count
         self.fresh: collections.Counter[int] = collections.Counter()  # rows by target, uncounted
         self.count_due = 0.0
         self.excess: set[str] = set()  # keys with more rows than they may have
@@ -6024,6 +6038,7 @@ class Store:
         if rows:
             targets = collections.Counter([row[0] for row in rows])
             self.fresh.update(targets)
+            self.orphans.difference_update(targets)  # a founding that goes on after all
             self.words.stored(targets, rows[-1][1])
         if redacted:
             self.words.redacted(redacted)
@@ -6094,6 +6109,7 @@ class Store:
             insert = f"INSERT INTO targets ({columns}) VALUES (?, ?, ?, ?, ?, ?)"
             row = (self.db.execute(insert, [*target, *audience.parties]).lastrowid,)
             self.unsure.append(target)
+            self.founded.add(target[0])
         self.targets[target] = row[0]
         return row[0]
 
@@ -6124,6 +6140,12 @@ class Store:
             return [row[0] for row in self.db.execute(query, [owner, name_key] * 2)]
         except sqlite3.Error:
             return []
+
+    def identities(self) -> list[tuple[str, str]]:
+        """Return the guests with the accounts that read their conversations, the oldest first."""
+        newest = "SELECT ifnull(max(id), 0) FROM targets WHERE one = ? OR other = ?"
+        age = lambda row: self.db.execute(newest, [row[0]] * 2).fetchone()[0]  # noqa: E731
+        return sorted(self.rows("identities"), key=age)
 
     def foundings(self, key: str) -> set[int]:
         """Return the foundings with history under this key; {0} if the database fails."""
@@ -6168,6 +6190,7 @@ class Store:
                 found = (self.db.execute(key_of, [target]).fetchone() for target in fresh)
                 for key in {row[0] for row in found if row}:  # each once: it may have many targets
                     self._bound_key(key)
+            self.founded.clear()
         except sqlite3.Error:  # busy or full: counted later
             self.fresh.update(fresh)
         if len(self.targets) > TARGETS_CACHED:
@@ -6181,7 +6204,7 @@ class Store:
         events, foundings = self.db.execute(query, [key]).fetchone()
         if events > self.keep:
             self.excess.add(key)
-        if foundings > FOUNDINGS_SILENT and not self.node:
+        if foundings > FOUNDINGS_SILENT and key in self.founded and not self.node:
             self._give_up_silent(key)
 
     def _give_up_silent(self, key: str) -> None:
@@ -6313,7 +6336,7 @@ def load_hub(
         hub.accounts.certificates.update(store.rows("certificates"))
         for owner, target, *mark in store.rows("markers"):
             hub.markers.setdefault(owner, {})[target] = Marker(*mark)
-        for guest, account in store.rows("identities"):
+        for guest, account in store.identities():
             hub.link(guest, account)
         hub.bans = {key: ServerBan(*ban) for key, *ban in store.rows("bans")}
         hub.files.load(store.rows("files"))
@@ -7477,7 +7500,7 @@ REFUSALS = {  # by Refused.code; the parameters are Refused.about
     "NO_RECIPIENT": Refusal("411", "No recipient given", hint=False),
     "NO_TEXT": Refusal("412", "No text to send", hint=False),
     "LINE_TOO_LONG": Refusal("417", "Input line was too long"),
-    "UNKNOWN_COMMAND": Refusal("421", "Unknown command"),
+    "UNKNOWN_COMMAND": Refusal("421", "Unknown command", hint=False),
     "NO_MOTD": Refusal("422", "MOTD File is missing", hint=False),
     "NO_ADMIN": Refusal("423", "No administrative info available"),
     "NO_NAME": Refusal("431", "No nickname given", hint=False),
@@ -7492,7 +7515,7 @@ REFUSALS = {  # by Refused.code; the parameters are Refused.about
     "NOT_NAMED": Refusal("451", "You have not registered", hint=False),
     "NEED_MORE_PARAMS": Refusal("461", "Not enough parameters"),
     "ALREADY_NAMED": Refusal("462", "You may not reregister", hint=False),
-    "WRONG_PASSWORD": Refusal("464", "Password incorrect"),
+    "WRONG_PASSWORD": Refusal("464"),
     "BANNED_FROM_SERVER": Refusal("465"),
     "CHANNEL_FULL": Refusal("471", "Cannot join channel (+l)", hint=False),
     "UNKNOWN_MODE": Refusal("472", "is unknown mode char to me"),
@@ -8445,7 +8468,7 @@ def check_server(session: IrcSession, name: str) -> None:
         return
     session.site.hub.work += len(name)
     if not mask_pattern(name).fullmatch(fold(site.name)):
-        raise Refused("NO_SUCH_SERVER", "there is no such server; this one stands alone", name)
+        raise Refused("NO_SUCH_SERVER", "this one stands alone", name)
 
 
 def each_in_pieces(session: IrcSession, names: str, act: Callable[[str], None]) -> Iterator[None]:
@@ -8609,6 +8632,8 @@ def tell_logged_in(
     source = user.source if user else source_of(session.nick, "*:0", session.username or "*")
 
     def succeeded(before: int) -> None:
+        if user and session.user is None:  # a K-line of the account ended the session
+            return
         told = session.shaped_line(RPL_LOGGEDIN, source.mask, account, account)
         session.send(session.timed(told), before)  # clients wait for it, and then for ACCOUNT
         then()
@@ -9227,7 +9252,7 @@ def metadata_owner(session: IrcSession, target: str) -> Any:
     owner = known.get(fold(target)) if session.user else None
     closed = isinstance(owner, Channel) and (owner.password or owner.flags & set("is"))
     if owner is None or (closed and session.user not in owner.members):
-        raise Refused("INVALID_TARGET", "there is nothing of it that you may see", target)
+        raise Refused("INVALID_TARGET", "no such channel or user that you may see", target)
     return owner
 
 
@@ -9338,7 +9363,9 @@ def irc_metadata(session: IrcSession, target: str, how: str, *params: str) -> Lo
 
 
 def invalid_target(subcommand: str, name: str) -> Refused:
-    return Refused("INVALID_TARGET", "there is nothing of it that you may read", subcommand, name)
+    return Refused(
+        "INVALID_TARGET", "no such channel or conversation that you may read", subcommand, name
+    )
 
 
 def readable(session: IrcSession, name: str, about: str) -> Scope:
@@ -9518,7 +9545,7 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
         if name in wanted
     }
     if not wanted.get("text", "").strip():
-        raise Refused("INVALID_PARAMS", "which words?", "text")
+        raise Refused("INVALID_PARAMS", "no words given", "text")
     name = wanted.get("in", "")
     if name:
         scopes = [readable(session, name, "in")]
@@ -9930,7 +9957,7 @@ def irc_help(session: IrcSession, subject: str = "") -> None:
     """HELP [<command>] -- what there is to say to this server"""
     command = irc_command.get(subject.upper())
     if subject and not command:
-        raise Refused("NO_HELP", "there is no help on that; HELP lists the commands", subject)
+        raise Refused("NO_HELP", "HELP lists the commands", subject)
     about = as_param(subject)
     if command:
         session.reply(RPL_HELPSTART, about, command.syntax)
@@ -10632,7 +10659,7 @@ def line_lines(session: LineSession, count: str) -> None:
         return
     session.dropping = min(lines, LINES_DROPPED)  # they are no messages, and no commands
     if session.user is None:
-        raise Refused("NOT_NAMED", "a name first, please; then messages")
+        raise Refused("NOT_NAMED", "choose a name first")
     raise Refused("BAD_COUNT", f"a message has 1 to {MESSAGE_LINES} lines")
 
 
@@ -11577,7 +11604,7 @@ def disposition(file: StoredFile) -> str:
 @in_steps
 def prove_owner(session: WebSession, name: str, password: str, then: Callable) -> Steps:
     """Call then(identity) with the account's identity if the password is right. Raises Refused."""
-    account, revision = session.proof = yield from prove(session, name, password)
+    account, _ = session.proof = yield from prove(session, name, password)
     then(session.site.hub.accounts.identity(account))
 
 
@@ -12208,7 +12235,7 @@ def completions(word: str, first: bool, names: Iterable[str], rooms: Iterable[st
 
 def calls(text: str, name: str) -> bool:
     """Return whether `text` contains this name as a separate word, in any case."""
-    key, folded = fold(name), fold(text)
+    key, folded = fold(name), fold_text(text)
     return key in folded and bool(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", folded))
 
 
@@ -12463,7 +12490,7 @@ SETTINGS = {
     "desktop": Setting("on", ("on", "off"), "tell the desktop when you are mentioned: the window"),
     "fold": Setting("on", ("on", "off"), "show the joins and quits of many in one row"),
     "font": Setting("", (), "the font's family: the window"),
-    "highlight": Setting("", (), "words besides your nick that call you"),
+    "highlight": Setting("", (), "words besides your nick that count as a mention"),
     "typing": Setting("on", ("on", "off"), "tell others that you are typing"),
     "notify": Setting("off", ("off", "9", "777"), "tell the terminal of mentions, by OSC"),
     "pictures": Setting("on", ("on", "off"), "show pictures among the messages: the window"),
@@ -13763,8 +13790,11 @@ class IrcTalk:
     def leaves(self, room: Room) -> bool:
         """Return whether the user leaves a channel by a PART that is not answered yet."""
         lines = [*self.commanded.values(), *(line for line, _ in self.queue)]
-        parts = (line.split(" ")[1] for line in lines if line.startswith("PART "))
-        return any(self.core.find(name) is room for name in parts)
+        return any(self.parts(line, room) for line in lines)
+
+    def parts(self, line: str, room: Room) -> bool:
+        """Return whether a line is a PART from this channel."""
+        return line.startswith("PART ") and self.core.find(line.split(" ")[1]) is room
 
     @property
     def unfinished(self) -> str:
@@ -14836,6 +14866,8 @@ def user_went(talk: IrcTalk, room: Room, heard: ServerLine, name: str, why: str 
     why = "" if core.is_ignored(heard) else why
     if core.is_me(name):
         room.inside = room.wanted = False
+        commanded = talk.commanded.items()
+        talk.commanded = {id: line for id, line in commanded if not talk.parts(line, room)}
         return core.changed(room)
     address = heard.source.partition("@")[2]
     core.happened(room, View(WENT, why, name, room.name, address=address))
@@ -17009,7 +17041,7 @@ def do_login(core: ClientCore, *words: str) -> None:
 def do_passwd(core: ClientCore, *words: str) -> None:
     """/passwd [OLD] NEW -- another password for your account"""
     if len(words) == 1 and core.me.login is None:
-        raise Refused("NOT_LOGGED_IN", "which one is the old one? /passwd OLD NEW")
+        raise Refused("NOT_LOGGED_IN", "usage: /passwd OLD NEW")
     old = words[0] if len(words) > 1 else core.me.login.password
     core.me.proposed = Login(core.me.login.account if core.me.login else core.name, words[-1])
     core.talk.command("PRIVMSG", SERVICE, f"PASSWD {service_words((old, words[-1]))}")
@@ -17120,7 +17152,7 @@ def do_reply(core: ClientCore, words: str) -> None:
     core.need("reply")
     room, view, text = numbered_view(core, words.split(" "), mine=False)
     if not text:
-        raise Refused("NO_TEXT", "what is the answer? /reply [-N] TEXT")
+        raise Refused("NO_TEXT", "usage: /reply [-N] TEXT")
     core.replying = view.id
     core.send(room.name, text)
 
@@ -17150,14 +17182,14 @@ def do_redact(core: ClientCore, number: str = "") -> None:
 
 @client_command("mute", most=1, nameless=True)
 def do_mute(core: ClientCore, name: str = "", on: bool = True) -> None:
-    """/mute [#CHANNEL|NAME] -- be called no more from a conversation"""
+    """/mute [#CHANNEL|NAME] -- do not be told of mentions in a conversation"""
     room = asked_room(core, name)
     core.mute(room, on)
     core.show(View(NOTE, f"{room.name} is {'muted; /unmute ends that' if on else 'not muted'}"))
 
 
 client_command(
-    "unmute", most=1, nameless=True, doc="/unmute [#CHANNEL|NAME] -- be called from it again"
+    "unmute", most=1, nameless=True, doc="/unmute [#CHANNEL|NAME] -- be told of its mentions again"
 )(functools.partial(do_mute, on=False))
 
 
@@ -19233,10 +19265,13 @@ class Committer:
         backlog = self.store.backlog
         backlog.retry_at = 0.0
         kept = self.commit(self.hub)
+        if not kept and self.cluster is None:  # another program has the database locked
+            backlog.add(self.hub.turn.records, 0.0)
         backlog.retry_at = 0.0
         self.retry()
         if lost := sum(record.name in LASTING for record in backlog.records.values()):
-            log.error("%s lost: %s", counted(lost, "lasting change"), self.store.trouble)
+            trouble = self.store.trouble or "another program has the database locked"
+            log.error("%s lost: %s", counted(lost, "lasting change"), trouble)
         return kept
 
     def look_after_store(self) -> None:
@@ -23534,7 +23569,7 @@ class TerminalClient(ManyServers):
         return reason
 
     def ending(self) -> None:
-        if self.writing_in and not is_secret(self.editor.text):
+        if self.writing_in and not (self.ended_room or is_secret(self.editor.text)):
             self.writing_in.draft = self.editor.text
         super().ending()
 
