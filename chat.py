@@ -1186,7 +1186,7 @@ class Commands(dict[str, Command]):
             params = split_words(given) if isinstance(given, str) else given
             if params is None or len(params) > command.most:
                 text = f"usage: {command.syntax}; quote a password that has blanks"
-                raise Refused("NEED_MORE_PARAMS", text, command.verb)
+                raise Refused("INVALID_PARAMS", text, command.verb)
         elif isinstance(given, str):
             params = given.split(None, command.most - 1) if command.most else []
         else:
@@ -2918,9 +2918,13 @@ class Turn:
     def meet(self, audience: Audience) -> None:
         """Note the audience of an event."""
         self.latest = audience
-        if audience not in self.met:
-            self.met[audience] = None
-            users = audience.users.union(*(channel.members for channel in audience.channels))
+        if audience in self.met:
+            return
+        self.met[audience] = None
+        if len(self.met) == 1:  # the usual turn: nothing to compare
+            return
+        for one in self.met if len(self.met) == 2 else (audience,):
+            users = one.users.union(*(channel.members for channel in one.channels))
             self.several |= self.seen & users
             self.seen |= users
 
