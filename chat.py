@@ -13444,10 +13444,10 @@ class IrcTalk:
         """Note a line that is sent and that the server may refuse. A pipe waits for the answer."""
         verb, params, _ = parse_message(line)
         if verb in ("PRIVMSG", "NOTICE") and len(params) > 1:
-            target, text = params[:2]
-            self.said.append(SentLine(self.core.fold(self.server.without_status(target)), ""))
-            if verb == "PRIVMSG" and not is_ctcp(text):
-                self.note_echo(Echoed(self.core.fold(target), text, ""))
+            for target in params[0].split(","):
+                self.said.append(SentLine(self.core.fold(self.server.without_status(target)), ""))
+                if verb == "PRIVMSG" and not is_ctcp(params[1]):
+                    self.note_echo(Echoed(self.core.fold(target), params[1], ""))
         if by_user and verb == "NICK" and params:
             self.core.asked_nick = params[0]
         if by_user and len(self.commanded) < ECHOES_KEPT:

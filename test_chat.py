@@ -16138,6 +16138,14 @@ def test_a_channel_that_was_left_and_joined_again_takes_messages(tidy):
     assert "PRIVMSG #a hello" in alice.sent(60) or "PRIVMSG #a :hello" in alice.sent(0)
 
 
+def test_a_line_of_the_user_to_several_targets_is_noted_for_each():
+    alice = Elsewhere(caps="echo-message")
+    alice.types("/raw PRIVMSG #a,#b :hi")
+    assert [one.target for one in alice.core.talk.echoed] == ["#a", "#b"]
+    alice.hears(":alice!u@h PRIVMSG #a :hi", ":alice!u@h PRIVMSG #b :hi")
+    assert not alice.core.talk.echoed
+
+
 def test_a_nick_in_a_long_text_is_a_mention():
     assert chat.calls("\xe4" * 450 + " alice: hi", "alice")
     assert not chat.calls("\xe4" * 450 + " malice: hi", "alice")
