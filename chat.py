@@ -15675,6 +15675,7 @@ class ClientCore(ForScreens):
     is_writing: Callable[[], bool] | None = None  # of a screen: is a text for `current` begun?
     at_once: Callable[[View], None] | None = None  # takes each view before the next one is made
     looked_at = True  # False: the user looks at another server
+    stays_when_left = True  # a channel stays open while a text for it is begun
     reads_at_once = True  # the current conversation; if False, mark_read() tells what was read
     results: Callable[[str, list[View]], None] | None = None  # takes the result of a search
     # The connection
@@ -16358,7 +16359,8 @@ class ClientCore(ForScreens):
 
     def left(self, room: Room) -> None:
         """Close a channel that this client left. It stays open while a text for it is begun."""
-        if self.current is not room or self.is_writing is None or not self.is_writing():
+        writing = self.stays_when_left and self.is_writing is not None and self.is_writing()
+        if self.current is not room or not writing:
             return self.close(room)
         self.keep_room(room)
         self.show(View(NOTE, f"you left {room.name}; /close closes it", where=room.name))

@@ -1916,6 +1916,7 @@ class Engine(chat.ManyServers):
 
     def screen_for(self, seat: chat.Seat) -> SeatScreen:
         seat.core.reads_at_once = False  # the window says what has been read
+        seat.core.stays_when_left = False  # it keeps what was typed there
         seat.core.results = functools.partial(self._results, seat)
         seat.core.settings = self.seats[0].core.settings  # one set of them for all
         return SeatScreen()
@@ -4084,9 +4085,10 @@ class Transcript(ttk.Frame):
         self.timers.soon("older", self._fetch_older)
 
     def _fetch_older(self) -> None:
-        """Draw or fetch older rows: at the top, or where there is room for them."""
+        """Draw or fetch older rows: at the top, or while there are less than two screens of them,
+        since the user could hardly leave the end."""
         first, last = self.text.yview()
-        wanted = first < NEAR_TOP and (not self.at_bottom or last - first > BOTTOM)
+        wanted = first < NEAR_TOP and not self.at_bottom or last - first > 0.5
         waits = self.waiting_older or self.sheet.cleared
         if waits or not wanted or self.text.winfo_height() <= 1:
             return
