@@ -15672,7 +15672,8 @@ class ClientCore(ForScreens):
     wants_motd = False  # on the user's request
     views_seen: float = math.inf  # number of views in the conversation when the text was begun
     version = 0  # of the store, see refresh()
-    is_writing: Callable[[], bool] | None = None  # of a screen: is a text for `current` begun?
+    # Of a screen: is a text for `current` begun?
+    is_writing: Callable[[], bool] = staticmethod(lambda: False)
     at_once: Callable[[View], None] | None = None  # takes each view before the next one is made
     looked_at = True  # False: the user looks at another server
     stays_when_left = True  # a channel stays open while a text for it is begun
@@ -16352,15 +16353,13 @@ class ClientCore(ForScreens):
 
     def arrive(self, room: Room) -> None:
         """Go to a channel that the user asked for, but not away from a text that is begun."""
-        writing = self.is_writing is not None and self.is_writing()
-        if self.current is None or self.current is room or not writing:
+        if self.current is None or self.current is room or not self.is_writing():
             return self.go(room)
         self.show(View(NOTE, f"{room.name} is joined; /go {room.name} looks at it"))
 
     def left(self, room: Room) -> None:
         """Close a channel that this client left. It stays open while a text for it is begun."""
-        writing = self.stays_when_left and self.is_writing is not None and self.is_writing()
-        if self.current is not room or not writing:
+        if self.current is not room or not (self.stays_when_left and self.is_writing()):
             return self.close(room)
         self.keep_room(room)
         self.show(View(NOTE, f"you left {room.name}; /close closes it", where=room.name))

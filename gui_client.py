@@ -3361,6 +3361,7 @@ class Strip(ttk.Frame):
 
 BOTTOM = 0.99999  # of yview: the end is in sight
 NEAR_TOP = 0.02  # of yview: older rows are wanted
+TWO_SCREENS = 0.5  # of yview: a larger part of all rows is in sight
 FEW_ROWS = 60  # below that there is perhaps room for older ones
 PICTURES_KEPT = 40  # decoded: up to half a megabyte each
 PICTURE_MS = 40  # from a change until pictures are looked for, and between two that are decoded
@@ -4088,7 +4089,7 @@ class Transcript(ttk.Frame):
         """Draw or fetch older rows: at the top, or while there are less than two screens of them,
         since the user could hardly leave the end."""
         first, last = self.text.yview()
-        wanted = first < NEAR_TOP and not self.at_bottom or last - first > 0.5
+        wanted = first < NEAR_TOP and not self.at_bottom or last - first > TWO_SCREENS
         waits = self.waiting_older or self.sheet.cleared
         if waits or not wanted or self.text.winfo_height() <= 1:
             return

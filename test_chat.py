@@ -14154,7 +14154,7 @@ def messages_of(outbox):
 
 
 def rows_of(outbox):
-    """What another program finds in the file."""
+    """Return the texts that another program finds in the file of an outbox."""
     ((_, _, path),) = outbox.rows.db.execute("PRAGMA database_list")
     return waiting_in(pathlib.Path(path).parent)
 
@@ -14339,7 +14339,7 @@ def test_a_pipe_sends_what_a_terminal_left_to_its_user(folder):
 
 
 def waiting_in(folder):
-    """What the outboxes of a folder hold."""
+    """Return the texts in the outboxes of a folder."""
     with contextlib.closing(sqlite3.connect(folder / "client.db")) as db:
         return [text for (text,) in db.execute("SELECT text FROM outbox ORDER BY number")]
 
