@@ -12130,11 +12130,10 @@ def dialect_of(first_line: bytes) -> str:
 
 CHAT, IRC, PLAIN = "chat.py", "irc", "plain"  # the kinds of server this client can talk to
 
-# Kinds of views
-SAID, NOTICED = "said", "noticed"  # a message; a NOTICE of IRC
-CAME, WENT = "came", "went"  # a user joined or left
-MOVED = "moved"  # several joins and quits in one row
-TOLD, NOTE = "told", "note"  # a text of the server; of this client
+# Kinds of views: MESSAGE, NOTICE, JOIN, PART and QUIT, as of events, and these
+MOVES = (JOIN, PART, QUIT)
+MOVED = "moved"  # several of them in one row
+SERVER_TEXT, NOTE = "server text", "note"  # of this client
 STATUS, UP = "status", "up"  # of the connection; it stands
 PEOPLE = "people"  # the members changed; with a text if the user asked for them
 ARRIVED, FAILED = "arrived", "failed"  # the outcome of a message of the user
@@ -12156,7 +12155,7 @@ QR_CODE = "qr-code"  # an address, to be shown beside its code
 TEMPORARY, NEEDS_USER, FATAL = "temporary", "needs the user", "fatal"
 
 
-class View(NamedTuple):
+class ViewEvent(NamedTuple):
     """A thing for a screen to show: a message, a notice or a change of state."""
 
     kind: str
@@ -12428,7 +12427,7 @@ class FileTag(NamedTuple):
         return f"{kind}, {size_text(self.size)}{pixels}"
 
 
-def linked_name(view: "View") -> str:
+def linked_name(view: "ViewEvent") -> str:
     """Return the name of the file that a message links to; "" if it does not tell."""
     named = re.match(r"(.+) \([^()]*\): \S+$", view.text)
     return file_name(named[1]) if named else ""
@@ -12504,12 +12503,12 @@ SETTINGS = {
 }
 
 
-def is_news(view: View) -> bool:
+def is_news(view: ViewEvent) -> bool:
     """Return whether a view is a message of another user."""
-    return view.kind in (SAID, NOTICED) and not view.mine
+    return view.kind in SPOKEN and not view.mine
 
 
-def identity_of(view: View) -> Any:
+def identity_of(view: ViewEvent) -> Any:
     """Return a value that distinguishes a message: its id, or else its time, name and text."""
     return view.id or (view.time, view.name, view.text)
 
@@ -12675,7 +12674,7 @@ class Transcript(collections.deque):
     reading = False
     dropped = False  # older views were dropped: there is more before the first one
 
-    def append(self, view: View) -> None:
+    def append(self, view: ViewEvent) -> None:
         self.total += 1
         super().append(view)
         if len(self) > VIEWS_KEPT and not self.reading:
@@ -12687,19 +12686,22 @@ class Transcript(collections.deque):
             self.dropped = True
 
 
-def moved_text(moves: Iterable[View]) -> str:
+MOVED_WORDS = {  # by a user's first and last move in a row: True for a JOIN
+    (True, True): "joined",
+    (False, False): "left",
+    (True, False): "joined and left",
+    (False, True): "left and came back",
+}
+
+
+def moved_text(moves: Iterable[ViewEvent]) -> str:
     """Return one line about the users who joined and left; name a user who did both once."""
-    last: dict[str, list[str]] = {}
+    joins: dict[str, list[bool]] = {}  # by name: whether each move was a JOIN
     for view in moves:
-        last.setdefault(view.name, []).append(view.kind)
+        joins.setdefault(view.name, []).append(view.kind == JOIN)
     groups: dict[str, list[str]] = {}
-    for name, kinds in last.items():
-        both = f"{'joined' if kinds[0] == CAME else 'left'} and " if kinds[0] != kinds[-1] else ""
-        if both:
-            what = both + ("left" if kinds[-1] == WENT else "came back")
-        else:
-            what = "joined" if kinds[-1] == CAME else "left"
-        groups.setdefault(what, []).append(name)
+    for name, moved in joins.items():
+        groups.setdefault(MOVED_WORDS[moved[0], moved[-1]], []).append(name)
     told = []
     for what, names in groups.items():
         more = f" and {len(names) - MOVES_NAMED:,} more" if len(names) > MOVES_NAMED else ""
@@ -12737,8 +12739,8 @@ class Room:
         self.mark = ""  # everything up to here (msgid=... or timestamp=...) is held ...
         self.mark_time: int | None = None  # ... and the time of that message
         self.holes: list[str] = []  # ids of messages before which others are missing, newest last
-        self.paged: View | None = None  # the oldest of a page without visible messages
-        self.held: list[View] | None = None  # views that wait for earlier pages ...
+        self.paged: ViewEvent | None = None  # the oldest of a page without visible messages
+        self.held: list[ViewEvent] | None = None  # views that wait for earlier pages ...
         self.spilled = False  # ... and were too many to be held: pages will bring them
 
         self.draft = ""  # text typed here and not sent yet
@@ -12746,7 +12748,7 @@ class Room:
         self.views = Transcript()
         self.whole = False  # the server has nothing older than the first of these
         self.spoken: dict[str, None] = {}  # names of users who wrote a message here
-        self.moves: list[View] = []  # joins and quits collected for one row ...
+        self.moves: list[ViewEvent] = []  # joins and quits collected for one row ...
         self.moved_at = -MOVES_MS  # ... and when the last such row was shown
         self.unread = self.called = 0
         self.muted = False  # messages here do not call the user
@@ -12765,7 +12767,7 @@ class Room:
         """The id of the first message in this room; "" if there is none."""
         return next((view.id for view in self.views if view.id and view.kind != FOUND), "")
 
-    def hold(self, view: View) -> None:
+    def hold(self, view: ViewEvent) -> None:
         """Hold a view until older messages have come. Too many are dropped: pages bring them."""
         self.held.append(view)
         if len(self.held) > VIEWS_KEPT:
@@ -12794,7 +12796,7 @@ class Room:
                 self.views[n] = self.views[n]._replace(id=id, file=file)
                 return
 
-    def drop(self, unwanted: Callable[[View], bool]) -> bool:
+    def drop(self, unwanted: Callable[[ViewEvent], bool]) -> bool:
         """Remove the unwanted views; return whether there were any."""
         kept = [view for view in self.views if not unwanted(view)]
         dropped = len(kept) < len(self.views)
@@ -12810,10 +12812,10 @@ class Room:
         self.unread -= len(gone)
         self.called = max(0, self.called - sum(view.called for view in gone))
 
-    def show_moves(self) -> View:
+    def show_moves(self) -> ViewEvent:
         """Append the collected joins and quits as one row; return the row."""
         moves, self.moves = self.moves, []
-        row = View(MOVED, moved_text(moves), where=self.name, time=moves[-1].time)
+        row = ViewEvent(MOVED, moved_text(moves), where=self.name, time=moves[-1].time)
         self.views.append(moves[0] if len(moves) == 1 else row)
         self.moved_at = row.time or 0
         return row
@@ -12840,9 +12842,9 @@ class Room:
 # The workshop's protocol
 
 PLAIN_LINES = {
-    CAME: re.compile(r"([^:]*) \((\S+)\) joined the chat!"),
-    WENT: re.compile(r"([^:]*) \((\S+)\) left the chat!"),
-    SAID: re.compile(r"([^:*][^:]*): (.*)"),
+    JOIN: re.compile(r"([^:]*) \((\S+)\) joined the chat!"),
+    QUIT: re.compile(r"([^:]*) \((\S+)\) left the chat!"),
+    MESSAGE: re.compile(r"([^:*][^:]*): (.*)"),
 }
 IRC_SPEAKS = re.compile(r":|NOTICE |ERROR |PING ")  # beginning of a line of an IRC server
 # A server that answers a nick with such a line is no workshop server
@@ -12900,23 +12902,23 @@ class PlainTalk:
             core.kind, core.redial = CHAT if line.startswith(":chat.py/") else IRC, True
             return None
         matches = ((kind, pattern.fullmatch(line)) for kind, pattern in PLAIN_LINES.items())
-        kind, match = next((pair for pair in matches if pair[1]), (TOLD, None))
+        kind, match = next((pair for pair in matches if pair[1]), (SERVER_TEXT, None))
         if match is None:
             core.unsure = core.unsure or line
-            return core.show(View(TOLD, line, where=LOBBY, line=line))
+            return core.show(ViewEvent(SERVER_TEXT, line, where=LOBBY, line=line))
         core.sure = True
         name, rest = match.groups()
-        if kind == WENT:
+        if kind == QUIT:
             room.people.pop(name, None)
         else:
             room.came(name)  # such a server does not list its members
-        if kind == SAID:
+        if kind == MESSAGE:
             called = calls(rest, core.name)
-            core.deliver(room, View(SAID, rest, name, LOBBY, called=called, line=line))
+            core.deliver(room, ViewEvent(MESSAGE, rest, name, LOBBY, called=called, line=line))
             room.spoke(name)
         else:
-            core.show(View(kind, name=name, where=LOBBY, address=rest, line=line))
-        core.show(View(PEOPLE, where=LOBBY))
+            core.show(ViewEvent(kind, name=name, where=LOBBY, address=rest, line=line))
+        core.show(ViewEvent(PEOPLE, where=LOBBY))
 
     def carries(self, one: Waiting) -> bool:
         """Return whether a message is for the lobby, the only conversation of this protocol."""
@@ -13125,7 +13127,7 @@ def for_some(target: str, channel: str, text: str) -> str:
     return text if target == channel else f"(to {target}) {text}"
 
 
-def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> View:
+def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
     """Return the view of a PRIVMSG or NOTICE."""
     core, server = talk.core, talk.server
     target = server.without_status(heard.params[0])
@@ -13139,8 +13141,8 @@ def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> View:
     room = core.find(where)
     known = heard.source != "" and (core.find(heard.source) or (room and heard.name in room.people))
     person = mine or is_person(heard) or bool(known)
-    kind = (NOTICED if heard.verb == "NOTICE" else SAID) if person else TOLD
-    return View(
+    kind = (NOTICE if heard.verb == "NOTICE" else MESSAGE) if person else SERVER_TEXT
+    return ViewEvent(
         *(kind, for_some(heard.params[0], target, text), heard.name),
         *(where, heard.time, mine, called),
         id=heard.tags.get("msgid", ""),
@@ -13151,13 +13153,13 @@ def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> View:
     )
 
 
-def not_shown(room: Room, views: list[View]) -> list[View]:
+def not_shown(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
     """Return the messages of a page, without those that have no id and are shown already."""
     shown = {identity_of(view) for view in room.views if not view.id}
     return [view for view in views if view.id or identity_of(view) not in shown]
 
 
-def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
+def page_last(talk: "IrcTalk", room: Room, views: list[ViewEvent], limit: int) -> None:
     """Handle the page of messages from before the client joined."""
     for view in (new := not_shown(room, views)):
         talk.core.deliver(room, view._replace(past=True))
@@ -13166,7 +13168,7 @@ def page_last(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> Non
     talk.core.release(room)
 
 
-def take_missed(talk: "IrcTalk", room: Room, views: list[View], new: bool, more: str) -> None:
+def take_missed(talk: "IrcTalk", room: Room, views: list[ViewEvent], new: bool, more: str) -> None:
     """Deliver a page, and then ask for `more`, or show what was held. With something `new` on it,
     the next page may be larger."""
     for view in (unshown := not_shown(room, views)):
@@ -13182,27 +13184,27 @@ def take_missed(talk: "IrcTalk", room: Room, views: list[View], new: bool, more:
         talk.core.release(room)
 
 
-def page_missed(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
+def page_missed(talk: "IrcTalk", room: Room, views: list[ViewEvent], limit: int) -> None:
     """Handle a page of missed messages, and ask for more until one page brings nothing new: a page
     may be short because of its size."""
     new = any(view.id and view.id not in talk.core.seen for view in views) or room.spilled
     take_missed(talk, room, views, new, "missed" if new else "")
 
 
-def page_gap(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
+def page_gap(talk: "IrcTalk", room: Room, views: list[ViewEvent], limit: int) -> None:
     """Handle the newest page of missed messages. If more were missed, the rows begin here."""
     size = sum(len(view.text.encode()) for view in views)
     if len(views) >= limit or size > PAGE_BYTES // 2:
         room.views.clear()
-        talk.core.show(View(RESET, where=room.name))
+        talk.core.show(ViewEvent(RESET, where=room.name))
         room.whole = False
         talk.core.note_holes(room, *room.holes, views[0].id)
         text = "more was said meanwhile; page up, or /history, shows it"
-        talk.core.show(View(NOTE, text, where=room.name))
+        talk.core.show(ViewEvent(NOTE, text, where=room.name))
     take_missed(talk, room, views, bool(views), "gap" if room.spilled else "")
 
 
-def page_older(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> None:
+def page_older(talk: "IrcTalk", room: Room, views: list[ViewEvent], limit: int) -> None:
     """Put a page of older messages before the first row. If none is visible, ask for another."""
     core, shown = talk.core, {identity_of(view) for view in room.views}
     before = room.paged.id if room.paged else room.oldest
@@ -13222,7 +13224,7 @@ def page_older(talk: "IrcTalk", room: Room, views: list[View], limit: int) -> No
     room.views.extendleft(reversed(seen))
     if room.paged and not room.whole:
         talk.ask_history(room, "older")
-    core.show(View(OLDER, str(len(seen)), where=room.name))
+    core.show(ViewEvent(OLDER, str(len(seen)), where=room.name))
 
 
 PAGES = {"last": page_last, "missed": page_missed, "gap": page_gap, "older": page_older}
@@ -13502,7 +13504,7 @@ class IrcTalk:
     def hurry(self, now: float) -> None:
         """End a log-in or a registration that the server does not complete in time."""
         if self.login is not None and now - self.began > LOGIN_SECONDS:
-            self.core.show(View(NOTE, "not logged in: the server does not answer"))
+            self.core.show(ViewEvent(NOTE, "not logged in: the server does not answer"))
             self.end_log_in()
         if now - self.began > REGISTRATION_SECONDS:
             self.core.refuse("the server does not let us in", TEMPORARY)
@@ -13526,7 +13528,7 @@ class IrcTalk:
             self.release_talks()
         elif room is not None and room.held is not None:
             text = "the server does not send what was said meanwhile"
-            self.core.show(View(NOTE, text, where=room.name))
+            self.core.show(ViewEvent(NOTE, text, where=room.name))
             self.core.release(room)
 
     def _date(self, line: str) -> None:
@@ -13559,7 +13561,7 @@ class IrcTalk:
         done so too early. The messages in flight have not arrived."""
         if self.unserved == math.inf:
             self.unserved = self.core.ticks()
-            self.core.show(View(NOTE, f"{why}; what you say waits for that"))
+            self.core.show(ViewEvent(NOTE, f"{why}; what you say waits for that"))
         self.core.sent_before |= self.core.outbox.in_flight.keys()
         self.core.outbox.connection_lost()
         for lines in (self.pieces, self.echoed, self.said, self.unconfirmed, self.acks):
@@ -13650,7 +13652,7 @@ class IrcTalk:
             if name != "PLAIN" or core.secure or asked or core.me.plain_allowed:
                 return name
             text = "not logged in: this server wants to be told the password in the clear"
-            core.show(View(NOTE, f"{text}; /login does so, ircs:// is better"))
+            core.show(ViewEvent(NOTE, f"{text}; /login does so, ircs:// is better"))
             self.login_told = True
         return ""
 
@@ -13893,7 +13895,7 @@ class IrcTalk:
         limit = {"last": HISTORY_LINES, "older": self.server.page_size}.get(
             how, min(self.core.page_lines, self.server.page_size)
         )
-        spoken = (view for view in room.views if view.kind in (SAID, NOTICED) and view.time)
+        spoken = (view for view in room.views if view.kind in SPOKEN and view.time)
         oldest = room.paged or next(spoken, None)
         words = {
             "last": ("LATEST", "*"),
@@ -13905,7 +13907,7 @@ class IrcTalk:
         self.ask(Asked(room.name, how, limit), subcommand, room.name, selector, str(limit))
         return True
 
-    def selector_of(self, view: View | None) -> str:
+    def selector_of(self, view: ViewEvent | None) -> str:
         if view is None:
             return "*"
         return self.selector(f"msgid={view.id}" if view.id else "", view.time)
@@ -13997,10 +13999,10 @@ class IrcTalk:
         if batch.kind == "draft/chathistory-targets" and self.answered(label, ""):
             self.release_talks()
 
-    def views_of(self, batch: Batch) -> list[View]:
+    def views_of(self, batch: Batch) -> list[ViewEvent]:
         return [view for item in batch.items if (view := self.view_of(item))]
 
-    def view_of(self, item: "ServerLine | Batch") -> View | None:
+    def view_of(self, item: "ServerLine | Batch") -> ViewEvent | None:
         """Return the message of a line, or of a batch of several lines; None for anything else."""
         if isinstance(item, ServerLine):
             spoken = item.verb in ("PRIVMSG", "NOTICE") and len(item.params) > 1
@@ -14017,7 +14019,7 @@ class IrcTalk:
         first = lines[0]._replace(source=source, tags=tags)
         return spoken_view(self, first, text.removeprefix("\n"))
 
-    def take_page(self, label: str, target: str, views: list[View]) -> None:
+    def take_page(self, label: str, target: str, views: list[ViewEvent]) -> None:
         """Handle a page of history that was requested."""
         asked = self.answered(label, target) or Asked("", "asked", 0)
         room = self.core.find(asked.where)
@@ -14025,9 +14027,9 @@ class IrcTalk:
             return self.show_past(views, f"history of {asked.where or target}")
         PAGES[asked.how](self, room, views, asked.limit)
 
-    def show_past(self, views: list[View], title: str) -> None:
+    def show_past(self, views: list[ViewEvent], title: str) -> None:
         """Show requested messages in the current conversation, apart from live messages."""
-        self.core.show_results(title, [view for view in views if view.kind in (SAID, NOTICED)])
+        self.core.show_results(title, [view for view in views if view.kind in SPOKEN])
 
     def release_talks(self) -> None:
         """Show the held messages of private conversations for which no page was requested."""
@@ -14069,7 +14071,7 @@ def refused(talk: IrcTalk, heard: ServerLine, text: str) -> None:
         talk.core.lost(label, text)
     else:
         command_refused(talk, heard)
-        talk.core.show(View(TOLD, text, where=talk.where_of(heard)))
+        talk.core.show(ViewEvent(SERVER_TEXT, text, where=talk.where_of(heard)))
 
 
 NO_FAILURE = (  # numerics that refuse other commands, not messages
@@ -14191,7 +14193,7 @@ def no_capabilities(talk: IrcTalk, heard: ServerLine) -> None:
     if talk.ready and heard.verb == "451":
         return talk.wait_for_server("the server has not let us in yet")
     if heard.params[1] == "AUTHENTICATE" and talk.login is not None:
-        talk.core.show(View(NOTE, "not logged in: this server knows no SASL"))
+        talk.core.show(ViewEvent(NOTE, "not logged in: this server knows no SASL"))
         return talk.end_log_in()
     if talk.introduced or talk.ready:
         return tell_rest(talk, heard)
@@ -14203,7 +14205,7 @@ def keep_login(core: "ClientCore") -> None:
         try:
             core.me.keep(core.me.login)
         except Unusable as error:
-            core.show(View(NOTE, f"{error}; the next start cannot log in by itself"))
+            core.show(ViewEvent(NOTE, f"{error}; the next start cannot log in by itself"))
 
 
 def renew_login(core: "ClientCore") -> None:
@@ -14258,7 +14260,7 @@ def asked_to_log_in(talk: IrcTalk, heard: ServerLine) -> None:
 
 @from_server("900", least=1)
 def told_to_be_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
-    talk.core.show(View(TOLD, heard.params[-1]))
+    talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
 
 
 @from_server("903", least=1)
@@ -14294,7 +14296,7 @@ def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
         return tell_rest(talk, heard)
     if heard.verb == "904" and not talk.taken_up and (name := talk.next_mechanism()):
         return talk.begin_log_in(name)  # the mechanism was refused, not the password
-    core.show(View(NOTE, why))
+    core.show(ViewEvent(NOTE, why))
     if core.me.proposed and not talk.ready:  # the /register before the break was lost
         core.me.login = None
         forget_login(core)
@@ -14363,11 +14365,11 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
     if core.tidy or core.name != core.wanted_name:
         why = "is taken" if core.regain else "is no nick that this server takes"
         why = f" ({core.wanted_name} {why})" if core.name != core.wanted_name else ""
-        core.show(View(TOLD, f"you are {core.name}{why}"))
+        core.show(ViewEvent(SERVER_TEXT, f"you are {core.name}{why}"))
     if core.me.login and not (talk.mechanism_used or talk.login_told):
         offered = talk.server.offered.get("sasl")
         why = "knows no SASL" if offered is None else f"logs in only by {offered}"
-        core.show(View(NOTE, f"not logged in as {core.me.login.account}: this server {why}"))
+        core.show(ViewEvent(NOTE, f"not logged in as {core.me.login.account}: this server {why}"))
     if core.away:
         talk.send("AWAY", core.away)
     for id in [*core.outbox.unconfirmed]:  # without a room there is no history to tell
@@ -14386,7 +14388,7 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
         talk.behind[""] = "targets"
     else:
         talk.release_talks()
-    core.show(View(PEOPLE))
+    core.show(ViewEvent(PEOPLE))
 
 
 @from_server("004", least=3)
@@ -14507,7 +14509,7 @@ def pinged(talk: IrcTalk, heard: ServerLine) -> None:
 
 
 def confirm(talk: IrcTalk, own_id: str) -> None:
-    talk.core.acknowledge(View(ARRIVED, own_id=own_id))
+    talk.core.acknowledge(ViewEvent(ARRIVED, own_id=own_id))
 
 
 @from_server("PONG")
@@ -14618,7 +14620,7 @@ def no_page(talk: IrcTalk, code: str, label: str, about: list[str]) -> None:
         return PAGES[asked.how](talk, room, [], asked.limit)
     room.mark = ""
     text = "the server does not have the last message from here: something may be missing"
-    talk.core.show(View(NOTE, text, where=room.name))
+    talk.core.show(ViewEvent(NOTE, text, where=room.name))
     talk.ask_history(room, "last")
 
 
@@ -14646,7 +14648,7 @@ def tell_if_asked(talk: IrcTalk, heard: ServerLine) -> None:
 def motd_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Show the message of the day, if the user asked for it."""
     if talk.core.wants_motd:
-        talk.core.show(View(TOLD, heard.params[-1]))
+        talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
         talk.core.wants_motd = heard.verb not in ("376", "422")
 
 
@@ -14678,7 +14680,7 @@ def presence_told(talk: IrcTalk, heard: ServerLine) -> None:
         if room and not room.is_channel and room.gone != gone:
             text = f"{name} {'is not here' if gone else 'is here'}"
             if gone or room.gone is not None:  # at first, being online is no news
-                core.happened(room, View(TOLD, text, where=room.name))
+                core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
             if gone:
                 core.park_all(room, text, unsent=True)
             room.gone = gone
@@ -14718,7 +14720,7 @@ def noted(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.params[:2] == ["SESSION", "RESUMED"]:
         talk.resumed = True
     else:
-        talk.core.show(View(TOLD, heard.params[-1]))
+        talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
 
 
 def answer_ctcp(talk: IrcTalk, heard: ServerLine) -> None:
@@ -14731,7 +14733,7 @@ def answer_ctcp(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.verb == "NOTICE":
         if verb == "PING" and (sent := positive_number(rest)) and sent <= core.ticks():
             rest = f"after {core.ticks() - sent:.1f} s"
-        return core.show(View(TOLD, f"{heard.name} answers {verb}: {rest}"))
+        return core.show(ViewEvent(SERVER_TEXT, f"{heard.name} answers {verb}: {rest}"))
     answers = {
         "VERSION": f"chat.py {VERSION}",
         "PING": rest,
@@ -14743,7 +14745,7 @@ def answer_ctcp(talk: IrcTalk, heard: ServerLine) -> None:
     if verb == "DCC" and to_me and core.ctcp_budget.tokens >= 1:
         core.ctcp_budget.tokens -= 1
         offer = f"{heard.name} offers DCC {beginning(visible(rest))}"
-        core.show(View(TOLD, f"{offer}, which this client does not take", called=True))
+        core.show(ViewEvent(SERVER_TEXT, f"{offer}, which this client does not take", called=True))
     if verb in answers and to_me and core.ctcp_budget.tokens >= 1:
         core.ctcp_budget.tokens -= 1
         talk.send("NOTICE", heard.name, f"\x01{verb} {answers[verb]}\x01")
@@ -14762,8 +14764,8 @@ def message_came(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.source.endswith(ZNC_MODULES):
         talk.bouncer, talk.bouncer_said = True, text
     view = spoken_view(talk, heard, text)
-    if view.kind in (SAID, NOTICED):
-        if view.kind == NOTICED and not (view.mine or talk.core.find(view.where)):
+    if view.kind in SPOKEN:
+        if view.kind == NOTICE and not (view.mine or talk.core.find(view.where)):
             talk.core.keep(talk.core.timed(view))
             view = view._replace(where="")  # a notice opens no conversation
         return talk.core.said(view, heard)
@@ -14775,7 +14777,7 @@ def message_came(talk: IrcTalk, heard: ServerLine) -> None:
         forget_login(talk.core)
     who = f"{view.name}: " if "!" in heard.source else ""
     where = view.where if talk.core.find(view.where) and talk.server.is_channel(view.where) else ""
-    talk.core.show(View(TOLD, who + view.text, time=view.time, where=where))
+    talk.core.show(ViewEvent(SERVER_TEXT, who + view.text, time=view.time, where=where))
 
 
 @from_server("CHATHISTORY", least=3)
@@ -14829,14 +14831,14 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
     if talk.going.pop(core.fold(room.name), None) is not None:
         core.arrive(room)
     elif core.tidy and not asked and core.ticks() - talk.began > LATE_JOIN_SECONDS:
-        core.show(View(NOTE, f"{room.name} was joined for you; /go {room.name} looks at it"))
+        core.show(ViewEvent(NOTE, f"{room.name} was joined for you; /go {room.name} looks at it"))
     if "no-implicit-names" in talk.server.enabled:
         talk.send("NAMES", room.name)
     talk.catch_up(room)
     waiting = (core.outbox.waiting[id].where for id in core.outbox.parked)
     if count := sum(core.fold(where) == core.fold(room.name) for where in waiting):
         text = f"{counted(count, 'message')} could not be sent before; /retry sends, /cancel drops"
-        core.show(View(NOTE, text, where=room.name))
+        core.show(ViewEvent(NOTE, text, where=room.name))
 
 
 def one_by_one(handler: Callable) -> Callable:
@@ -14859,8 +14861,8 @@ def user_joined(talk: IrcTalk, heard: ServerLine) -> None:
     if room := core.find(name):
         room.came(heard.name)
         address = heard.source.partition("@")[2]
-        core.happened(room, View(CAME, name=heard.name, where=room.name, address=address))
-        core.show(View(PEOPLE, where=room.name))
+        core.happened(room, ViewEvent(JOIN, name=heard.name, where=room.name, address=address))
+        core.show(ViewEvent(PEOPLE, where=room.name))
 
 
 def user_went(talk: IrcTalk, room: Room, heard: ServerLine, name: str, why: str = "") -> None:
@@ -14873,9 +14875,9 @@ def user_went(talk: IrcTalk, room: Room, heard: ServerLine, name: str, why: str 
         commanded = talk.commanded.items()
         talk.commanded = {id: line for id, line in commanded if not talk.parts(line, room)}
         return core.changed(room)
-    address = heard.source.partition("@")[2]
-    core.happened(room, View(WENT, why, name, room.name, address=address))
-    core.show(View(PEOPLE, where=room.name))
+    kind, address = PART if heard.verb == "PART" else QUIT, heard.source.partition("@")[2]
+    core.happened(room, ViewEvent(kind, why, name, room.name, address=address))
+    core.show(ViewEvent(PEOPLE, where=room.name))
 
 
 @from_server("PART", least=1)
@@ -14904,7 +14906,7 @@ def user_quit(talk: IrcTalk, heard: ServerLine) -> None:
     if (room := core.find(heard.name)) and not room.is_channel:
         told = heard.params and heard.params[0] and not core.is_ignored(heard)
         why = f": {heard.params[0]}" if told else ""
-        core.happened(room, View(TOLD, f"{heard.name} has left{why}", where=room.name))
+        core.happened(room, ViewEvent(SERVER_TEXT, f"{heard.name} has left{why}", where=room.name))
         room.gone = True  # as MONITOR tells, too
         # Another user may take that name
         core.park_all(room, f"{heard.name} has left", unsent=True)
@@ -14918,7 +14920,7 @@ def user_kicked(talk: IrcTalk, heard: ServerLine) -> None:
     if room := core.find(where):
         reason = f": {why[0]}" if why else ""
         text = f"{heard.name} kicked {name} from {where}{reason}"
-        core.happened(room, View(TOLD, text, where=room.name, called=core.is_me(name)))
+        core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name, called=core.is_me(name)))
         room.people.pop(name, None)
         if core.is_me(name):
             room.inside = room.wanted = False
@@ -14927,7 +14929,7 @@ def user_kicked(talk: IrcTalk, heard: ServerLine) -> None:
             core.park_all(room, f"you were kicked from {where}")
             core.keep_room(room)
             core.changed(room)
-        core.show(View(PEOPLE, where=room.name))
+        core.show(ViewEvent(PEOPLE, where=room.name))
 
 
 @from_server("NICK", least=1)
@@ -14942,17 +14944,19 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
         core.former_names.pop(core.fold(new), None)
         core.name = new
         talk.mask = f"{new}!{talk.mask.partition('!')[2]}" if "!" in talk.mask else ""
-        core.show(View(TOLD, f"you are {new}"))
+        core.show(ViewEvent(SERVER_TEXT, f"you are {new}"))
     for room in list(core.rooms.values()):
         if room.renamed(old, new) and not mine:
-            core.happened(room, View(TOLD, f"{old} is now called {new}", where=room.name))
+            core.happened(
+                room, ViewEvent(SERVER_TEXT, f"{old} is now called {new}", where=room.name)
+            )
     core.forget_person(old, new)
     if (room := core.find(old)) and core.find(new) is not room and not mine:
         if core.find(new):
             core.park_all(room, f"{old} is now called {new}", unsent=True)
         else:  # continue the private conversation
             core.rename(room, new)
-    core.show(View(PEOPLE))
+    core.show(ViewEvent(PEOPLE))
     if not mine:
         talk.name_is_free(old)
 
@@ -14962,7 +14966,9 @@ def channel_renamed(talk: IrcTalk, heard: ServerLine) -> None:
     core, (old, new, *_) = talk.core, heard.params
     if room := core.find(old):
         core.rename(room, new)
-        core.happened(room, View(TOLD, f"{heard.name} renamed {old} to {new}", where=new))
+        core.happened(
+            room, ViewEvent(SERVER_TEXT, f"{heard.name} renamed {old} to {new}", where=new)
+        )
 
 
 @from_server("TOPIC", least=2)
@@ -14973,7 +14979,7 @@ def topic_set(talk: IrcTalk, heard: ServerLine) -> None:
         if not room.topic:
             text = f"{heard.name} removed the topic of {room.name}"
         talk.core.changed(room)
-        talk.core.happened(room, View(TOLD, text, where=room.name, time=heard.time))
+        talk.core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name, time=heard.time))
 
 
 WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
@@ -14994,7 +15000,9 @@ def person_told(talk: IrcTalk, heard: ServerLine) -> None:
     missing = [""] * 3
     text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
     room = talk.core.find(heard.params[1])
-    talk.core.show(View(TOLD, text, where=room.name if room and heard.verb == "301" else ""))
+    talk.core.show(
+        ViewEvent(SERVER_TEXT, text, where=room.name if room and heard.verb == "301" else "")
+    )
 
 
 @from_server("367", "348", "346", least=3)
@@ -15007,7 +15015,9 @@ def mask_listed(talk: IrcTalk, heard: ServerLine) -> None:
     when = f" on {date:%Y-%m-%d %H:%M} UTC" if seconds else ""
     kind = {"367": "banned", "348": "excepted", "346": "invited"}[heard.verb]
     room = talk.core.find(where)
-    talk.core.show(View(TOLD, f"{kind}: {mask}{setter}{when}", where=room.name if room else ""))
+    talk.core.show(
+        ViewEvent(SERVER_TEXT, f"{kind}: {mask}{setter}{when}", where=room.name if room else "")
+    )
 
 
 @from_server("352", least=8)
@@ -15031,7 +15041,7 @@ def who_ended(talk: IrcTalk, heard: ServerLine) -> None:
     core, where = talk.core, heard.params[1] if len(heard.params) > 1 else ""
     if core.fold(where) in core.quiet_who:
         core.quiet_who.discard(core.fold(where))
-        core.show(View(PEOPLE, where=where))
+        core.show(ViewEvent(PEOPLE, where=where))
     else:
         core.show_listing("WHO")
 
@@ -15040,10 +15050,10 @@ def who_ended(talk: IrcTalk, heard: ServerLine) -> None:
 def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
     """Note that a user in a conversation with this client went away or is back."""
     talk.core.note_person(heard.name, away=bool(heard.params and heard.params[0]))
-    talk.core.show(View(PEOPLE))
+    talk.core.show(ViewEvent(PEOPLE))
     if (room := talk.core.find(heard.name)) and not room.is_channel:
         state = f"is away: {heard.params[0]}" if heard.params and heard.params[0] else "is back"
-        talk.core.happened(room, View(TOLD, f"{heard.name} {state}", where=room.name))
+        talk.core.happened(room, ViewEvent(SERVER_TEXT, f"{heard.name} {state}", where=room.name))
 
 
 @from_server("ACCOUNT", least=1)
@@ -15055,7 +15065,7 @@ def account_changed(talk: IrcTalk, heard: ServerLine) -> None:
 def own_away_told(talk: IrcTalk, heard: ServerLine) -> None:
     if heard.verb == "305":
         talk.core.away = ""
-    talk.core.show(View(TOLD, heard.params[-1]))
+    talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
 
 
 @from_server("332", "331", least=3)
@@ -15066,7 +15076,7 @@ def topic_told(talk: IrcTalk, heard: ServerLine) -> None:
         room.topic = topic if heard.verb == "332" else ""
         talk.core.changed(room)
     text = f"the topic of {where}: {topic}" if heard.verb == "332" else f"{where} has no topic"
-    talk.core.show(View(TOLD, text, where=room.name if room else ""))
+    talk.core.show(ViewEvent(SERVER_TEXT, text, where=room.name if room else ""))
 
 
 @from_server("MODE", least=2)
@@ -15077,14 +15087,14 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
     if room is None:
         return
     text = f"{heard.name} set {' '.join(heard.params[1:])} in {room.name}"
-    talk.core.happened(room, View(TOLD, text, where=room.name))
+    talk.core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
     ranks = dict(zip(*server.ranks, strict=False))
     for sign, letter, value in server.mode_changes(letters, values):
         if letter in ranks:
             room.rank(value, ranks[letter], sign == "+", server.ranks[1])
             if sign == "-" and "multi-prefix" not in server.enabled:
                 talk.stale_names.add(room.name)
-    talk.core.show(View(PEOPLE, where=room.name))
+    talk.core.show(ViewEvent(PEOPLE, where=room.name))
 
 
 @from_server("INVITE", least=2)
@@ -15093,7 +15103,7 @@ def invited(talk: IrcTalk, heard: ServerLine) -> None:
     if talk.core.is_ignored(heard):
         return
     text = f"{heard.name} invites you to {where}; /join {where}"
-    talk.core.show(View(TOLD, text, called=True))
+    talk.core.show(ViewEvent(SERVER_TEXT, text, called=True))
 
 
 @from_server("REDACT", least=2)
@@ -15104,7 +15114,7 @@ def taken_back(talk: IrcTalk, heard: ServerLine) -> None:
     name = where if talk.server.is_channel(where) or core.is_me(heard.name) else heard.name
     if room := core.find(name):
         text = f"{heard.name} took back a message"
-        core.happened(room, View(TOLD, text, where=room.name))
+        core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
 
 
 @from_server("353", least=4)
@@ -15129,7 +15139,7 @@ def names_ended(talk: IrcTalk, heard: ServerLine) -> None:
     asked = key in talk.shown_names
     talk.shown_names.discard(key)
     where = room.name if room else heard.params[1]
-    talk.core.show(View(PEOPLE, text if asked else "", where=where))
+    talk.core.show(ViewEvent(PEOPLE, text if asked else "", where=where))
 
 
 @from_server("322", least=3)
@@ -15139,7 +15149,7 @@ def channel_listed(talk: IrcTalk, heard: ServerLine) -> None:
     asked = talk.core.listings.get("LIST", [])[:1]
     for listing in asked:
         listing.add(text)
-    talk.core.show(*[View(TOLD, text)] * (not asked))
+    talk.core.show(*[ViewEvent(SERVER_TEXT, text)] * (not asked))
 
 
 @from_server("323")
@@ -15155,14 +15165,14 @@ def invitation_sent(talk: IrcTalk, heard: ServerLine) -> None:
         name, where = where, name
     room = talk.core.find(where)
     text = f"{name} is invited to {where}"
-    talk.core.show(View(TOLD, text, where=room.name if room else ""))
+    talk.core.show(ViewEvent(SERVER_TEXT, text, where=room.name if room else ""))
 
 
 @from_server("REGISTER", "VERIFY", least=2)
 def registered(talk: IrcTalk, heard: ServerLine) -> None:
     """Show the result of a registration; after a success, log in to the account from now on."""
     core = talk.core
-    core.show(View(TOLD, heard.params[-1]))
+    core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
     if heard.params[0] == "SUCCESS":
         renew_login(core)
 
@@ -15238,7 +15248,7 @@ def first_words(core: "ClientCore", line: str) -> bool:
     other = other_protocol(line)
     if line.startswith("* ") and not other:  # the server refuses the client, with a reason
         core.refuse(line.removeprefix("* "), TEMPORARY)
-        core.show(View(TOLD, core.refusal))
+        core.show(ViewEvent(SERVER_TEXT, core.refusal))
         return True
     if other or not IRC_SPEAKS.match(line):  # a workshop server waits for the name
         core.listening = False
@@ -15397,7 +15407,7 @@ class ForScreens:
         self.shown.discard(one.id)
         if room := self.find(one.where):
             room.drop(lambda view: view.own_id == one.id)
-            self.show(View(REMOVED, where=one.where, own_id=one.id))
+            self.show(ViewEvent(REMOVED, where=one.where, own_id=one.id))
 
     # Files
 
@@ -15438,14 +15448,14 @@ class ForScreens:
             self.transfers.append(one)
         if self.store:
             self.store.keep_transfer(one)
-        self.show(View(TRANSFER, where=one.room, own_id=one.id))
+        self.show(ViewEvent(TRANSFER, where=one.room, own_id=one.id))
 
     def forget_transfer(self, one: Transfer) -> None:
         if one in self.transfers:
             self.transfers.remove(one)
         if self.store:
             self.store.forget_transfer(one)
-        self.show(View(TRANSFER, where=one.room, own_id=one.id))
+        self.show(ViewEvent(TRANSFER, where=one.room, own_id=one.id))
 
     def drop_transfer(self, one: Transfer) -> None:
         """Stop the transfer of a file, and forget it."""
@@ -15462,7 +15472,7 @@ class ForScreens:
         with contextlib.suppress(Refused):  # a service takes no files
             self.send(one.room, f"{one.name} ({about}): {one.url}")
 
-    def save_file(self, room: Room, view: View, path: str) -> None:
+    def save_file(self, room: Room, view: ViewEvent, path: str) -> None:
         """Begin to save the file that a message links to. Raises Refused."""
         file = parse_file_tag(view.file)
         ending = file.type.rpartition("/")[2].replace("plain", "txt").replace("jpeg", "jpg")
@@ -15505,10 +15515,10 @@ class ForScreens:
         known = name in self.reactions_of(id).get(emoji, ())
         if self.store and known != on:
             self.store.react(id, emoji, name, on)
-            view = View(REACTED, emoji, name, room.name, id=id, number=1 if on else -1)
+            view = ViewEvent(REACTED, emoji, name, room.name, id=id, number=1 if on else -1)
             self.show(view._replace(mine=self.is_me(name)))
 
-    def answered_words(self, view: View) -> str:
+    def answered_words(self, view: ViewEvent) -> str:
         """Return the author and the text of the message that a view answers; "" for no answer."""
         room = self.find(view.where)
         if not view.reply or room is None:
@@ -15546,7 +15556,7 @@ class ForScreens:
         if state in ("active", "paused") and len(room.typing) < TYPING_MOST:
             seconds = TYPING_LASTS[state]
             room.typing[name] = self.ticks() + seconds
-        self.show(View(TYPING, state, name, room.name))
+        self.show(ViewEvent(TYPING, state, name, room.name))
 
     def end_typing(self) -> None:
         """Forget the users who have not continued to type."""
@@ -15581,7 +15591,7 @@ class ForScreens:
         room.told_time = max(room.told_time, when)
         if room.read(self.believable(when)):
             self.keep_room(room)
-            self.show(View(READ_ELSEWHERE, where=room.name))
+            self.show(ViewEvent(READ_ELSEWHERE, where=room.name))
 
     def mute(self, room: Room, on: bool) -> None:
         """Mute a conversation, so that its messages do not call the user, or unmute it."""
@@ -15632,23 +15642,25 @@ class ForScreens:
 
     # Stored messages
 
-    def find_kept(self, words: str, room: Room | None = None, count: int = 200) -> list[View]:
+    def find_kept(self, words: str, room: Room | None = None, count: int = 200) -> list[ViewEvent]:
         """Return the last stored messages that contain these words, in order."""
         if not self.store:
             return []
         found = self.store.find(words, count, self.fold(room.name) if room else None)
         return [self._in_room(view) for view in found if not self.hides(view)]
 
-    def kept(self, id: str) -> View | None:
+    def kept(self, id: str) -> ViewEvent | None:
         """Return the stored message with this id; None if there is none."""
         return self.store.message(id) if self.store and id else None
 
-    def kept_beside(self, room: Room, view: View, count: int, after: bool = False) -> list[View]:
+    def kept_beside(
+        self, room: Room, view: ViewEvent, count: int, after: bool = False
+    ) -> list[ViewEvent]:
         """Return the stored messages before one, or after it, in order."""
         found = self.store.page(self.fold(room.name), count, view, after) if self.store else []
         return [one for one in found if not self.hides(one)]
 
-    def around(self, room: Room, view: View, count: int) -> list[View]:
+    def around(self, room: Room, view: ViewEvent, count: int) -> list[ViewEvent]:
         """Return a message and the stored messages around it, in order."""
         before, after = (self.kept_beside(room, view, count // 2, one) for one in (False, True))
         return [*before, view, *after]
@@ -15674,11 +15686,13 @@ class ClientCore(ForScreens):
     version = 0  # of the store, see refresh()
     # Of a screen: is a text for `current` begun?
     is_writing: Callable[[], bool] = staticmethod(lambda: False)
-    at_once: Callable[[View], None] | None = None  # takes each view before the next one is made
+    at_once: Callable[[ViewEvent], None] | None = (
+        None  # takes each view before the next one is made
+    )
     looked_at = True  # False: the user looks at another server
     stays_when_left = True  # a channel stays open while a text for it is begun
     reads_at_once = True  # the current conversation; if False, mark_read() tells what was read
-    results: Callable[[str, list[View]], None] | None = None  # takes the result of a search
+    results: Callable[[str, list[ViewEvent]], None] | None = None  # takes the result of a search
     # The connection
     tls = secure = False  # encrypted; `secure` also without TLS on this machine
     listening = False  # waiting to see if the server speaks first
@@ -15744,7 +15758,7 @@ class ClientCore(ForScreens):
             self._load([*join] not in ([], [LOBBY]) if named is None else named)
         self.current: Room | None = next(iter(self.rooms.values()), None)  # looked at
         self.inbox = LineBuffer(IRC_BYTES + 2 * TAGS_BYTES + LINE_BYTES)
-        self.views: list[View] = []
+        self.views: list[ViewEvent] = []
         self.output: list[str] = []
         self._show_waiting()
 
@@ -15793,7 +15807,7 @@ class ClientCore(ForScreens):
         for id in self.outbox.parked:
             self.tell_parked(self.outbox.waiting[id])
 
-    def keep(self, view: View) -> None:
+    def keep(self, view: ViewEvent) -> None:
         """Store a message."""
         if self.store:
             self.store.add(self.fold(view.where), view)
@@ -15813,7 +15827,7 @@ class ClientCore(ForScreens):
             self.store.keep_fact(f"holes {self.fold(room.name)}", " ".join(ids))
 
     @staticmethod
-    def behind_hole(room: Room, views: list[View]) -> list[View]:
+    def behind_hole(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
         """Return the messages after the newest gap of a room; all of them if they have no gap."""
         ids = [view.id for view in views]
         return views[ids.index(room.hole) :] if room.hole and room.hole in ids else views
@@ -15826,19 +15840,19 @@ class ClientCore(ForScreens):
         at_hole = bool(room.hole) and room.hole == room.oldest
         if at_hole and self.ready and self.talk.pages:
             return False
-        first = next((view for view in room.views if view.kind in (SAID, NOTICED)), None)
+        first = next((view for view in room.views if view.kind in SPOKEN), None)
         views = self.store.page(self.fold(room.name), PAGE_LINES, first)
         shown = {identity_of(view) for view in room.views}
         views = [view for view in views if identity_of(view) not in shown]
         if at_hole and views:
-            views.append(View(NOTE, "messages are missing here", where=room.name))
+            views.append(ViewEvent(NOTE, "messages are missing here", where=room.name))
             room.holes = room.holes[:-1]  # in this run only: the next run may fill the gap
         else:
             views = self.behind_hole(room, views)
         room.views.extendleft(reversed(views))
         room.views.dropped = len(views) == PAGE_LINES
         if views:
-            self.show(View(OLDER, str(len(views)), where=room.name))
+            self.show(ViewEvent(OLDER, str(len(views)), where=room.name))
         return bool(views)
 
     def keep_facts(self) -> None:
@@ -15874,7 +15888,7 @@ class ClientCore(ForScreens):
         trouble, self.store.trouble = self.store.trouble, ""
         if trouble and trouble != self.told_trouble:
             text = f"client.db: {trouble}; what is said is not kept, or cannot be read"
-            self.show(View(NOTE, text))
+            self.show(ViewEvent(NOTE, text))
         self.told_trouble = trouble or self.told_trouble
 
     def keep_ignored(self) -> None:
@@ -15915,8 +15929,8 @@ class ClientCore(ForScreens):
             self.listings[verb].remove(listing)
             more = listing.count - len(listing.rows)
             rows = [*listing.rows, *[f"\u2026 and {more:,} more"] * bool(more)]
-            page = View(PAGE, "\n".join(rows), LISTS[verb])
-            self.show(page if rows else View(NOTE, f"{LISTS[verb]}: nothing found"))
+            page = ViewEvent(PAGE, "\n".join(rows), LISTS[verb])
+            self.show(page if rows else ViewEvent(NOTE, f"{LISTS[verb]}: nothing found"))
 
     def online(self) -> Any:
         """Return the present talk. Raises Refused without a connection."""
@@ -15983,7 +15997,7 @@ class ClientCore(ForScreens):
 
     # The connection
 
-    def connected(self) -> list[View]:
+    def connected(self) -> list[ViewEvent]:
         self.inbox = LineBuffer(self.inbox.limit)
         self.repeatable = set()
         for room in self.rooms.values():  # a bouncer plays them again
@@ -15998,7 +16012,7 @@ class ClientCore(ForScreens):
             self.introduce()
         return self.take_views()
 
-    def disconnected(self) -> list[View]:
+    def disconnected(self) -> list[ViewEvent]:
         """Handle the end of a connection. Messages in flight are sent again if the server cannot
         deliver them twice."""
         talk, self.talk, self.listening = self.talk, None, False
@@ -16020,7 +16034,7 @@ class ClientCore(ForScreens):
         self.took_token("")
         return self.take_views()
 
-    def silence(self) -> list[View]:
+    def silence(self) -> list[ViewEvent]:
         """Handle a server that sends nothing at first: a workshop server waits for the name."""
         began = shown_line(self.inbox.buffer[self.inbox.start :]) if self.listening else ""
         if began:  # a prompt ("login: "), or a line that comes slowly
@@ -16030,7 +16044,7 @@ class ClientCore(ForScreens):
             self.introduce()
         return self.take_views()
 
-    def feed(self, data: bytes) -> list[View]:
+    def feed(self, data: bytes) -> list[ViewEvent]:
         if not self.sure and data.startswith(TLS_RECORDS):
             self.give_up("this port wants TLS: write ircs://HOST:PORT")
             return self.take_views()
@@ -16046,7 +16060,7 @@ class ClientCore(ForScreens):
     def _take_lines(self) -> None:
         while self.cause != FATAL and (raw := self.inbox.take()) is not None:
             if raw == TOO_LONG:
-                self.show(View(NOTE, "the server sent a line too long to be shown"))
+                self.show(ViewEvent(NOTE, "the server sent a line too long to be shown"))
                 continue
             line = shown_line(raw)
             logged = SECRET_LINE.sub("\\1 \u2026", line)  # a server may send back what it got
@@ -16056,7 +16070,7 @@ class ClientCore(ForScreens):
             if self.talk:
                 self.talk.take(line)
 
-    def finish(self) -> list[View]:
+    def finish(self) -> list[ViewEvent]:
         """Handle the end of the server's output. An unfinished last line counts, but not in IRC,
         where it may be half of one."""
         if self.kind == PLAIN:
@@ -16077,7 +16091,7 @@ class ClientCore(ForScreens):
         self.output.clear()
         return data
 
-    def take_views(self) -> list[View]:
+    def take_views(self) -> list[ViewEvent]:
         views, self.views = self.views, []
         return views
 
@@ -16104,7 +16118,7 @@ class ClientCore(ForScreens):
             if port and not self.tls and self.cause != FATAL:
                 self.redial = True
 
-    def tick(self) -> list[View]:
+    def tick(self) -> list[ViewEvent]:
         """Do the work of every second: overdue answers, joins in one row, read markers, store."""
         if self.talk:
             self.talk.tick()
@@ -16132,7 +16146,7 @@ class ClientCore(ForScreens):
 
     def typed(
         self, text: str, room: Room | None = None, reply: str = "", seen: float = math.inf
-    ) -> list[View]:
+    ) -> list[ViewEvent]:
         """Take a command, or a message of one or several lines. `room` is the conversation of the
         text, perhaps not the current one. `reply` is the id of the message that the text answers.
         `seen` views were there when the text was begun: "the last message" is one of these."""
@@ -16150,7 +16164,7 @@ class ClientCore(ForScreens):
             self._command(text)
         elif (doubt := self._doubtful(text)) and self.doubted != text:
             self.doubted = text
-            self.show(View(BACK, text), View(NOTE, doubt))
+            self.show(ViewEvent(BACK, text), ViewEvent(NOTE, doubt))
         else:
             self.speak(text[1:] if text[:2] == "//" else text)
 
@@ -16168,7 +16182,7 @@ class ClientCore(ForScreens):
             return f"nothing was sent: /join {text} opens it; Enter again sends that as text"
         return ""
 
-    def say(self, text: str) -> list[View]:
+    def say(self, text: str) -> list[ViewEvent]:
         """Send a text as a message, whatever its first character is."""
         self.speak(text)
         self.flush()
@@ -16188,21 +16202,23 @@ class ClientCore(ForScreens):
             or "not connected" * (not (self.ready or local))
         )
         if why:
-            return self.show(View(BACK, text), View(NOTE, f"{why}; nothing was sent"))
+            return self.show(ViewEvent(BACK, text), ViewEvent(NOTE, f"{why}; nothing was sent"))
         try:
             client_command.run(self, verb, rest)
         except ChatError as refusal:
-            self.show(View(BACK, text), View(NOTE, str(refusal)))
+            self.show(ViewEvent(BACK, text), ViewEvent(NOTE, str(refusal)))
 
     def speak(self, text: str) -> None:
         """Accept a text as a message in the current conversation. A pipe stores many at once."""
         self.doubted = ""
         if self.current is None:
-            return self.show(View(BACK, text), View(NOTE, "nowhere to say that; /join #CHANNEL"))
+            return self.show(
+                ViewEvent(BACK, text), ViewEvent(NOTE, "nowhere to say that; /join #CHANNEL")
+            )
         try:
             self.send(self.here, text)
         except ChatError as error:
-            self.show(View(BACK, text), View(NOTE, str(error)))
+            self.show(ViewEvent(BACK, text), ViewEvent(NOTE, str(error)))
 
     def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
         """Accept a message: show it at once, and send it when possible. A text that is too long for
@@ -16218,7 +16234,7 @@ class ClientCore(ForScreens):
                 check_message(where, piece, kind, max(NAME_BYTES, *lengths))
             except ChatError as error:
                 rest = "\n".join(pieces[n:])
-                self.show(View(BACK, rest), View(NOTE, f"{error}; nothing was sent"))
+                self.show(ViewEvent(BACK, rest), ViewEvent(NOTE, f"{error}; nothing was sent"))
                 break
             kept = piece if piece.strip("\n") else ""
             added.append(self.outbox.add(self.clock(), where, kept, kind, self.replying))
@@ -16233,7 +16249,7 @@ class ClientCore(ForScreens):
             elif room.is_channel and self.ready and self.talk.leaves(room):
                 self.park(one.id, f"you leave {room.name}")
         if len(accepted) == len(pieces) > 1:
-            self.show(View(NOTE, f"too long for one message: sent as {len(pieces)}"))
+            self.show(ViewEvent(NOTE, f"too long for one message: sent as {len(pieces)}"))
 
     def sent_aside(self, kind: str, target: str, text: str) -> None:
         """Show a notice, or a message to some members of a channel, if no echo will."""
@@ -16242,8 +16258,8 @@ class ClientCore(ForScreens):
         where = self.server.without_status(target)
         if room := self.find(where):
             text = for_some(target, where, text)
-            return self.deliver(room, View(kind, text, self.name, room.name, mine=True))
-        self.show(View(TOLD, f"you to {target}: {text}"))
+            return self.deliver(room, ViewEvent(kind, text, self.name, room.name, mine=True))
+        self.show(ViewEvent(SERVER_TEXT, f"you to {target}: {text}"))
 
     def is_service(self, name: str, text: str) -> bool:
         """Return whether a text goes to a service, and so may be a password."""
@@ -16260,7 +16276,7 @@ class ClientCore(ForScreens):
         for line in text.split("\n"):
             self.online().command("PRIVMSG", where, line)
         told = f"sent to {where}; it may be a password, so it is neither shown nor kept"
-        self.show(*[View(NOTE, told)] * self.tidy)
+        self.show(*[ViewEvent(NOTE, told)] * self.tidy)
 
     def save(self) -> bool:
         """Store the outbox, and so accept what was added. Return False if that has to wait."""
@@ -16274,20 +16290,22 @@ class ClientCore(ForScreens):
         """Return messages that could not be stored to the user; a pipe has lost them."""
         if not self.tidy:
             self.failures += len(lost)
-            self.show(*[View(NOTE, why)] * (why != self.told_trouble))
+            self.show(*[ViewEvent(NOTE, why)] * (why != self.told_trouble))
             self.told_trouble = why
             return
         for one in lost:
             if one.id in self.shown:
                 self.unshow(one)
-        self.show(View(BACK, "\n".join(one.text for one in lost)), View(NOTE, why))
+        self.show(ViewEvent(BACK, "\n".join(one.text for one in lost)), ViewEvent(NOTE, why))
 
     def _show_own(self, one: Waiting, text: str) -> Room:
         """Show a message of this client in its conversation; return the conversation."""
         self.shown.add(one.id)
         shown = f"*{text}*" if one.kind == ACTION else text
         room = self.room_for(one.where)
-        view = View(SAID, shown, self.name, one.where, mine=True, own_id=one.id, reply=one.reply)
+        view = ViewEvent(
+            MESSAGE, shown, self.name, one.where, mine=True, own_id=one.id, reply=one.reply
+        )
         view = self.timed(view._replace(time=accepted_at(one.id)), room)
         room.views.append(view)
         self.show(view)
@@ -16303,27 +16321,27 @@ class ClientCore(ForScreens):
 
     # Views, conversations and the outcome of messages
 
-    def show(self, *views: View) -> None:
+    def show(self, *views: ViewEvent) -> None:
         for view in map(self._in_room, views):
             self.views.append(view)
             if self.at_once:
                 self.at_once(view)
 
-    def _in_room(self, view: View) -> View:
+    def _in_room(self, view: ViewEvent) -> ViewEvent:
         """Return a view with the id of its conversation."""
         room = self.find(view.where) if view.where and not view.room else None
         return view._replace(room=room.id) if room else view
 
-    def show_results(self, title: str, views: list[View]) -> None:
+    def show_results(self, title: str, views: list[ViewEvent]) -> None:
         """Show the messages that a search or a request for history found, between two notes."""
         views = [view for view in views if not self.hides(view)]
         if self.results:
             return self.results(title, views)
         if not views:
-            return self.show(View(NOTE, f"{title}: nothing found"))
+            return self.show(ViewEvent(NOTE, f"{title}: nothing found"))
         found = (view._replace(kind=FOUND, past=True) for view in views)
-        self.show(View(NOTE, f"{title}: {counted(len(views), 'message')}"), *found)
-        self.show(View(NOTE, f"end of {title}"))
+        self.show(ViewEvent(NOTE, f"{title}: {counted(len(views), 'message')}"), *found)
+        self.show(ViewEvent(NOTE, f"end of {title}"))
 
     def room_for(self, name: str) -> Room:
         """Return a conversation; open it if needed. If there are too many, a private one is closed:
@@ -16345,7 +16363,7 @@ class ClientCore(ForScreens):
 
     def go(self, room: Room) -> None:
         """Make a conversation the current one."""
-        self.show(View(PLACE, str(room.unread or ""), where=room.name))
+        self.show(ViewEvent(PLACE, str(room.unread or ""), where=room.name))
         self.current = room
         if self.reads_at_once:
             room.unread = room.called = 0
@@ -16355,14 +16373,14 @@ class ClientCore(ForScreens):
         """Go to a channel that the user asked for, but not away from a text that is begun."""
         if self.current is None or self.current is room or not self.is_writing():
             return self.go(room)
-        self.show(View(NOTE, f"{room.name} is joined; /go {room.name} looks at it"))
+        self.show(ViewEvent(NOTE, f"{room.name} is joined; /go {room.name} looks at it"))
 
     def left(self, room: Room) -> None:
         """Close a channel that this client left. It stays open while a text for it is begun."""
         if self.current is not room or not (self.stays_when_left and self.is_writing()):
             return self.close(room)
         self.keep_room(room)
-        self.show(View(NOTE, f"you left {room.name}; /close closes it", where=room.name))
+        self.show(ViewEvent(NOTE, f"you left {room.name}; /close closes it", where=room.name))
 
     def rename(self, room: Room, name: str) -> None:
         """Rename a conversation. Another one with the new name has ended, and is dropped."""
@@ -16397,7 +16415,7 @@ class ClientCore(ForScreens):
             for other in list(self.rooms.values())[-1:] if self.tidy else ():
                 self.go(other)
 
-    def said(self, view: View, heard: ServerLine | None = None) -> None:
+    def said(self, view: ViewEvent, heard: ServerLine | None = None) -> None:
         """Handle a live message. It waits behind requested pages, but not its acknowledgement."""
         if heard is not None and not view.mine and self.is_ignored(heard):
             return
@@ -16413,7 +16431,7 @@ class ClientCore(ForScreens):
         else:
             room.hold(view)
 
-    def acknowledge(self, view: View) -> None:
+    def acknowledge(self, view: ViewEvent) -> None:
         """Note that the server has a message of this client; store it and show its arrival."""
         one = self.outbox.arrived(view.own_id)
         if one is not None:
@@ -16422,7 +16440,7 @@ class ClientCore(ForScreens):
             if self.talk:
                 self.talk.acknowledged(one.id)
             text = f"*{one.text}*" if one.kind == ACTION else one.text
-            said = View(SAID, text, self.name, one.where, view.time, mine=True, id=view.id)
+            said = ViewEvent(MESSAGE, text, self.name, one.where, view.time, mine=True, id=view.id)
             known = {"own_id": one.id, "reply": one.reply, "file": view.file}
             self.keep(self.timed(said._replace(**known)))
         if view.own_id in self.shown:
@@ -16439,22 +16457,22 @@ class ClientCore(ForScreens):
         now = int(self.clock() * 1000)
         return min(when, now + CLOCK_AHEAD_MS) if when and now else when
 
-    def timed(self, view: View, room: Room | None = None) -> View:
+    def timed(self, view: ViewEvent, room: Room | None = None) -> ViewEvent:
         """Return a view with its time and the id of its conversation."""
         when = int(self.clock() * 1000) if view.time is None else view.time
         return view._replace(time=when, room=room.id if room else view.room)
 
     def changed(self, room: Room) -> None:
         """Tell the screens to draw the state of a conversation again."""
-        self.show(View(ROOM, where=room.name, room=room.id))
+        self.show(ViewEvent(ROOM, where=room.name, room=room.id))
 
-    def happened(self, room: Room, view: View) -> None:
+    def happened(self, room: Room, view: ViewEvent) -> None:
         """Show an event that is no message, like a join or a topic, or hold it behind pages."""
         view = self.timed(view, room)
         if room.held is not None:
             return room.hold(view)
         known = view.name in room.spoken or self.setting("fold") == "off"
-        moved, when = view.kind in (CAME, WENT) and not known, view.time or 0
+        moved, when = view.kind in MOVES and not known, view.time or 0
         if not moved and room.moves:
             self.unfold(room, view.name, *re.split(r"[\s,:]+", view.text))
         if moved and when - room.moved_at < MOVES_MS:
@@ -16470,7 +16488,7 @@ class ClientCore(ForScreens):
         if not {move.name for move in room.moves}.isdisjoint(names):
             self.show(self._in_room(room.show_moves()))
 
-    def deliver(self, room: Room, view: View, paged: bool = False) -> None:
+    def deliver(self, room: Room, view: ViewEvent, paged: bool = False) -> None:
         """Store and show the next message of a room. One from a page may have been read, as its
         time tells; a live one is new, whatever its time is."""
         self.newest = max(self.newest, view.time or 0)
@@ -16504,21 +16522,21 @@ class ClientCore(ForScreens):
             room.called += view.called and not room.muted
         self.show(view)
 
-    def note_repeatable(self, room: Room, views: Iterable[View]) -> None:
+    def note_repeatable(self, room: Room, views: Iterable[ViewEvent]) -> None:
         """Note messages without ids: if the server sends the same ones again, they are no news."""
-        spoken = (view for view in views if view.kind in (SAID, NOTICED) and view.time)
+        spoken = (view for view in views if view.kind in SPOKEN and view.time)
         self.repeatable |= {(room.id, identity_of(view)) for view in spoken if not view.id}
 
-    def is_repeated(self, room: Room, view: View) -> bool:
+    def is_repeated(self, room: Room, view: ViewEvent) -> bool:
         """Return whether a message without an id, but with the server's time, is known already."""
         known = (room.id, identity_of(view))
         repeated = view.time is not None and not view.id and known in self.repeatable
         self.repeatable -= {known} if repeated else set()
         return repeated
 
-    def hides(self, view: View) -> bool:
+    def hides(self, view: ViewEvent) -> bool:
         """Return whether a view is not to be shown: no message, redacted, or of an ignored user."""
-        if view.kind not in (SAID, NOTICED) or view.id in self.removed:
+        if view.kind not in SPOKEN or view.id in self.removed:
             return True
         if view.mine:
             return self.is_service(view.where, view.text)
@@ -16534,14 +16552,14 @@ class ClientCore(ForScreens):
             if room.unread:
                 room.forget_news(id)
             if room.drop(lambda view: view.id == id):
-                self.show(View(REMOVED, where=room.name, id=id))
+                self.show(ViewEvent(REMOVED, where=room.name, id=id))
                 self.changed(room)
 
     def release(self, room: Room) -> None:
         """Show the views that were held while older messages were fetched."""
         held, room.held = room.held or [], None
         for view in held:  # messages known from pages, too: one may be an echo
-            (self.deliver if view.kind in (SAID, NOTICED) else self.happened)(room, view)
+            (self.deliver if view.kind in SPOKEN else self.happened)(room, view)
         self.outbox.unconfirmed -= {
             one.id
             for one in self.outbox.waiting.values()
@@ -16555,7 +16573,7 @@ class ClientCore(ForScreens):
             self.shown.discard(own_id)
             self.failures += 1
             text = f"{reason}: {beginning(one.text)}"
-            self.show(View(FAILED, text, where=one.where, own_id=own_id))
+            self.show(ViewEvent(FAILED, text, where=one.where, own_id=own_id))
 
     def park_all(self, room: Room, why: str, unsent: bool = False) -> None:
         """Let the user decide about the messages to a conversation that are not acknowledged, or
@@ -16594,7 +16612,7 @@ class ClientCore(ForScreens):
             reason, what = f"{reason}; {share} lines have arrived", "the rest"
         advice = f"; /retry sends {what}, /cancel drops it" if self.tidy else ""
         text = f"{reason}: {beginning(one.text)}{advice}"
-        self.show(View(FAILED, text, where=one.where, own_id=one.id))
+        self.show(ViewEvent(FAILED, text, where=one.where, own_id=one.id))
 
 
 # The commands of a user, over IRC
@@ -16666,7 +16684,7 @@ def do_help(core: ClientCore, verb: str = "") -> None:
     if not word:
         lines.append(f"{'//TEXT':{column}}  say a text that begins with /")
         lines.append(f"topics:  {', '.join(HELP_TOPICS)} (/help TOPIC)")
-    core.show(View(PAGE, "\n".join(lines), f"help {word}".rstrip()))
+    core.show(ViewEvent(PAGE, "\n".join(lines), f"help {word}".rstrip()))
 
 
 def need_given(given: Any, syntax: str) -> Any:
@@ -16766,7 +16784,7 @@ def do_msg(core: ClientCore, name: str, text: str = "") -> None:
     for one in names if text else ():
         if core.server.without_status(one) != one:  # some members of a channel
             core.online().command("PRIVMSG", one, text)
-            core.sent_aside(SAID, one, text)
+            core.sent_aside(MESSAGE, one, text)
         else:
             core.send(one, text)
     if len(names) > 1:
@@ -16794,7 +16812,7 @@ def do_notice(core: ClientCore, name: str, text: str) -> None:
     """/notice NAME|#CHANNEL TEXT -- send a notice, which no program answers"""
     for line, _ in sendable_lines(text, FITS_ALWAYS):
         core.talk.command("NOTICE", name, line)
-    core.sent_aside(NOTICED, name, text)
+    core.sent_aside(NOTICE, name, text)
 
 
 @client_command("ctcp", 2)
@@ -16848,7 +16866,7 @@ def do_lastlog(core: ClientCore, words: str) -> None:
         found = core.store.find(words, LASTLOG_MOST, core.fold(room.name))
     else:
         wanted = fold_text(words)
-        spoken = (one for one in room.views if one.kind in (SAID, NOTICED))
+        spoken = (one for one in room.views if one.kind in SPOKEN)
         found = [one for one in spoken if wanted in fold_text(one.text)][-LASTLOG_MOST:]
     core.show_results(f"lastlog of {core.here}", found)
 
@@ -16879,7 +16897,7 @@ def do_ignore(core: ClientCore, mask: str = "") -> None:
         core.ignored.add(mask)
         core.keep_ignored()
     text = ", ".join(sorted(core.ignored)) or "no user"
-    core.show(View(NOTE, f"ignored: {text}"))
+    core.show(ViewEvent(NOTE, f"ignored: {text}"))
 
 
 @client_command("unignore", 1, nameless=True)
@@ -17096,10 +17114,10 @@ def do_qr(core: ClientCore) -> None:
     url = core.server.tokens.get("chat.py/WEB", "") if core.server.ours else ""
     if not re.fullmatch(r"https?://[!-~]+", url) or len(url) > QR_BYTES:
         raise Refused("NO_PAGE", "this server announces no page for browsers")
-    core.show(View(QR_CODE, url))
+    core.show(ViewEvent(QR_CODE, url))
     if split_host(url.split("/")[2])[0] in LOOPBACK_NAMES:
         core.show(
-            View(NOTE, "only this machine reaches that; --listen 0.0.0.0:7000 lets others in")
+            ViewEvent(NOTE, "only this machine reaches that; --listen 0.0.0.0:7000 lets others in")
         )
 
 
@@ -17129,13 +17147,15 @@ def do_cancel(core: ClientCore, which: str = "") -> None:
         talk.pieces.clear()
         outbox.arrived(talk.sending)
         core.shown.discard(talk.sending)
-    core.show(View(NOTE, "; ".join(told) or "there is nothing to drop"))
+    core.show(ViewEvent(NOTE, "; ".join(told) or "there is nothing to drop"))
 
 
 NTH = re.compile(r"-([1-9]\d{0,3})")
 
 
-def numbered_view(core: ClientCore, words: Iterable[str], mine: bool) -> tuple[Room, View, str]:
+def numbered_view(
+    core: ClientCore, words: Iterable[str], mine: bool
+) -> tuple[Room, ViewEvent, str]:
     """Return the current conversation, the chosen message in it, and the other words. The first
     word may be -N: -1 is the last message (of the user, or of others) that was there when the
     command was begun. Raises Refused."""
@@ -17143,7 +17163,7 @@ def numbered_view(core: ClientCore, words: Iterable[str], mine: bool) -> tuple[R
     match, room = NTH.fullmatch(first), asked_room(core)
     number = int(match[1]) if match else 1
     seen = [*room.views][: len(room.views) - max(0, room.views.total - core.views_seen)]
-    spoken = [one for one in seen if one.kind in (SAID, NOTICED) and one.mine == mine]
+    spoken = [one for one in seen if one.kind in SPOKEN and one.mine == mine]
     if len(spoken) < number:
         raise Refused("NO_MESSAGE", "there is no such message here")
     if not spoken[-number].id:
@@ -17190,7 +17210,9 @@ def do_mute(core: ClientCore, name: str = "", on: bool = True) -> None:
     """/mute [#CHANNEL|NAME] -- do not be told of mentions in a conversation"""
     room = asked_room(core, name)
     core.mute(room, on)
-    core.show(View(NOTE, f"{room.name} is {'muted; /unmute ends that' if on else 'not muted'}"))
+    core.show(
+        ViewEvent(NOTE, f"{room.name} is {'muted; /unmute ends that' if on else 'not muted'}")
+    )
 
 
 client_command(
@@ -17228,17 +17250,17 @@ def do_transfers(core: ClientCore, what: str = "", which: str = "") -> None:
     if what == "cancel" and 0 < number <= len(core.transfers):
         one = core.transfers[number - 1]
         core.drop_transfer(one)
-        return core.show(View(NOTE, f"{one.name or one.path} is dropped"))
+        return core.show(ViewEvent(NOTE, f"{one.name or one.path} is dropped"))
     if what:
         raise Refused("NO_TRANSFER", "usage: /transfers cancel 1")
     rows = [f"{n}  {one.words()}" for n, one in enumerate(core.transfers, 1)]
-    return core.show(View(NOTE, "; ".join(rows) or "no file is on its way"))
+    return core.show(ViewEvent(NOTE, "; ".join(rows) or "no file is on its way"))
 
 
 @client_command("clear", nameless=True)
 def do_clear(core: ClientCore) -> None:
     """/clear -- begin with an empty page; Page Up still shows what was there"""
-    core.show(View(CLEARED))
+    core.show(ViewEvent(CLEARED))
 
 
 @client_command("raw", most=1, nameless=True)
@@ -17246,7 +17268,7 @@ def do_raw(core: ClientCore, line: str = "") -> None:
     """/raw [LINE] -- send a line of IRC to the server; the last lines that went each way"""
     if not line:
         rows = (f"{'>' if ours else '<'} {text}" for _, ours, text in core.traffic)
-        return core.show(View(PAGE, "\n".join(rows), "lines of the protocol"))
+        return core.show(ViewEvent(PAGE, "\n".join(rows), "lines of the protocol"))
     verb, *params = line.split()
     core.online().raw(line)
     core.wants(verb.upper(), *params)
@@ -17277,7 +17299,7 @@ def do_set(core: ClientCore, name: str = "", value: str = "") -> None:
         now = core.setting(one) or "nothing"
         default = setting.usual or "nothing"
         usual = "" if now == default else f" (usually {default})"
-        core.show(View(TOLD, f"{one}:  {now}{usual}; {setting.summary}"))
+        core.show(ViewEvent(SERVER_TEXT, f"{one}:  {now}{usual}; {setting.summary}"))
 
 
 @client_command("quit", most=1, nameless=True)
@@ -17392,7 +17414,7 @@ CREATE TABLE IF NOT EXISTS outbox ( -- messages that were accepted and have not 
     at INTEGER NOT NULL,
     why TEXT NOT NULL
 );
-PRAGMA user_version = 3;
+PRAGMA user_version = 4;
 """
 CLIENT_COLUMNS = """
 ALTER TABLE messages ADD COLUMN reply TEXT NOT NULL DEFAULT '';
@@ -17401,7 +17423,11 @@ ALTER TABLE rooms ADD COLUMN muted INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE rooms ADD COLUMN read_time INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE rooms ADD COLUMN place INTEGER NOT NULL DEFAULT 0;
 """  # that version 1 did not have
-CLIENT_VERSION = 3
+CLIENT_KINDS = """
+UPDATE messages SET kind = CASE kind WHEN 'said' THEN 'message' WHEN 'noticed' THEN 'notice' END
+WHERE kind IN ('said', 'noticed');
+"""  # as versions 1 to 3 called them
+CLIENT_VERSION = 4
 CLIENT_WORDS = """
 CREATE VIRTUAL TABLE IF NOT EXISTS words
 USING fts5 (text, content='messages', content_rowid='number', detail=none,
@@ -17445,9 +17471,9 @@ def open_client_database(path: str) -> sqlite3.Connection:
     db.execute("PRAGMA synchronous = NORMAL")
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version < CLIENT_VERSION:
-        columns = CLIENT_COLUMNS if version == 1 else ""
+        before = CLIENT_COLUMNS * (version == 1) + CLIENT_KINDS * (version > 0)
         try:
-            db.executescript(f"BEGIN IMMEDIATE; {columns} {CLIENT_TABLES} COMMIT;")
+            db.executescript(f"BEGIN IMMEDIATE; {before} {CLIENT_TABLES} COMMIT;")
         except sqlite3.OperationalError:  # another client created them at the same time
             if db.in_transaction:
                 db.execute("ROLLBACK")
@@ -17642,7 +17668,7 @@ class ClientStore(Writer):
             self.trouble = LOCKED
             del self.waiting[: len(self.waiting) - CLIENT_ROWS_WAITING]
 
-    def add(self, key: str, view: View) -> None:
+    def add(self, key: str, view: ViewEvent) -> None:
         """Store a message once. Only the first client of a user stores messages without an id."""
         if not (view.id or self.sole):
             return
@@ -17694,9 +17720,9 @@ class ClientStore(Writer):
     # Reading
 
     @staticmethod
-    def _view(row: tuple) -> View:
+    def _view(row: tuple) -> ViewEvent:
         number, kind, text, name, place, when, mine, called, id, own_id, *rest = row
-        return View(
+        return ViewEvent(
             *(kind, text, name, place, when, bool(mine), bool(called)),
             past=True,
             id=id,
@@ -17706,7 +17732,7 @@ class ClientStore(Writer):
             file=rest[1],
         )
 
-    def _position(self, view: View) -> tuple[int, int]:
+    def _position(self, view: ViewEvent) -> tuple[int, int]:
         """Return the time and the number of a message, which determine its place in the order."""
         query = "SELECT max(number) FROM messages WHERE owner = ? AND id = ? AND id <> ''"
         known = self.db.execute(query, [self.owner, view.id]).fetchone()[0]
@@ -17714,8 +17740,8 @@ class ClientStore(Writer):
 
     @or_nothing
     def page(
-        self, key: str, count: int, view: View | None = None, after: bool = False
-    ) -> list[View]:
+        self, key: str, count: int, view: ViewEvent | None = None, after: bool = False
+    ) -> list[ViewEvent]:
         """Return the last messages of a conversation, or those before or after a view, in order."""
         self.flush()
         when, number = self._position(view) if view else (LAST_MOMENT, 0)
@@ -17728,7 +17754,7 @@ class ClientStore(Writer):
         return [self._view(row) for row in (rows if after else reversed(rows))]
 
     @or_nothing
-    def find(self, words: str, count: int, key: str | None = None) -> list[View]:
+    def find(self, words: str, count: int, key: str | None = None) -> list[ViewEvent]:
         """Return the last messages that contain all words, of one conversation or of all."""
         self.flush()
         quoted = " ".join(f'"{word}"' for word in index_words(words))
@@ -17754,7 +17780,7 @@ class ClientStore(Writer):
         rows.sort(key=lambda row: (row[5], row[0]))
         return [self._view(row) for row in rows[-count:]]
 
-    def message(self, id: str) -> View | None:
+    def message(self, id: str) -> ViewEvent | None:
         """Return the stored message with this id; None if there is none or the file is locked."""
         query = f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE owner = ? AND id = ?"
         try:
@@ -17770,7 +17796,7 @@ class ClientStore(Writer):
         query = "SELECT 1 FROM messages WHERE owner = ? AND id = ?"
         return self.db.execute(query, [self.owner, id]).fetchone() is not None
 
-    def newest(self) -> View | None:
+    def newest(self) -> ViewEvent | None:
         """Return the message with an id that was stored last; None if there is none."""
         query = f"""
             SELECT {MESSAGE_COLUMNS} FROM messages NOT INDEXED WHERE owner = ? AND id <> ''
@@ -20626,7 +20652,7 @@ class Link:
         loop: Loop,
         target: Target,
         core: ClientCore,
-        show: Callable[[list[View]], None],
+        show: Callable[[list[ViewEvent]], None],
         over: Callable[[str], None],
         trust: Trust = BELIEVE_THE_SYSTEM,
         known: KnownServers | None = None,
@@ -20710,7 +20736,7 @@ class Link:
             self.target = self.target._replace(port=port, tls=True)
 
     def status(self, text: str) -> None:
-        self.show([View(STATUS, text)])
+        self.show([ViewEvent(STATUS, text)])
 
     def later(self, job: Callable, then: Callable) -> None:
         """Run a job of the core off the loop, then then(result) on the loop."""
@@ -20834,7 +20860,7 @@ class Link:
             self.unpinned = ""
             self.known.remember(self.target, pin="")
             text = f"{self.target} has a new certificate, signed by a trusted authority"
-            self.show([View(NOTE, text)])
+            self.show([ViewEvent(NOTE, text)])
         self._connected()
 
     def _other_certificate(self, fingerprint: str) -> None:
@@ -20856,7 +20882,7 @@ class Link:
     def _connected(self) -> None:
         took = self.loop.now - self.began
         self.began = self.loop.now
-        self.show([View(UP, f"connected to {self.target}")])
+        self.show([ViewEvent(UP, f"connected to {self.target}")])
         self.core.tls = self.target.tls
         host, _ = peer_address(self.conn.sock) or ("", 0)
         self.core.secure = self.target.tls or is_loopback(host)
@@ -20871,7 +20897,7 @@ class Link:
     def received(self, data: bytes) -> None:
         self._carry_on(self.core.feed(data))
 
-    def _carry_on(self, views: list[View]) -> None:
+    def _carry_on(self, views: list[ViewEvent]) -> None:
         """Show, send and decide what is next, after anything that may have changed the core."""
         self.show(views + self.core.take_views())
         if self.core.outbox.locked_at < math.inf and self.pace is None:
@@ -20955,9 +20981,11 @@ class Link:
             return self._fail(f"{text}; {advice}")
         self.show(
             [
-                View(NOTE, f"{text}. Its SHA-256 is"),
-                View(NOTE, fingerprint),
-                View(NOTE, "/trust if the operator of the server tells you the same; else /quit"),
+                ViewEvent(NOTE, f"{text}. Its SHA-256 is"),
+                ViewEvent(NOTE, fingerprint),
+                ViewEvent(
+                    NOTE, "/trust if the operator of the server tells you the same; else /quit"
+                ),
             ]
         )
         self.conn.drop("not trusted")
@@ -21053,7 +21081,7 @@ class Link:
             advice = "/trust believes the new one from now on, /quit leaves"
         self.unpinned, self.core.quitting = "", False
         self._enter(WAITING)
-        self.show([View(NOTE, f"{text}; {advice}")])
+        self.show([ViewEvent(NOTE, f"{text}; {advice}")])
         return self.status(text)
 
     def _why_given_up(self, reason: str) -> str:
@@ -21072,7 +21100,7 @@ class Link:
             return self._end(why)
         self.core.quitting = False
         self._enter(WAITING)
-        self.show([View(NOTE, f"{why}; {advice_after(why)}")])
+        self.show([ViewEvent(NOTE, f"{why}; {advice_after(why)}")])
         self.status(why)
 
     def _come_back(self, reason: str) -> None:
@@ -21745,7 +21773,9 @@ class Transfers:
     def _saved(self, one: Transfer, part: pathlib.Path) -> None:
         part.replace(one.path)
         self._over(one)
-        self.link.show([View(NOTE, f"saved {one.path} ({size_text(one.size)})", where=one.room)])
+        self.link.show(
+            [ViewEvent(NOTE, f"saved {one.path} ({size_text(one.size)})", where=one.room)]
+        )
 
     def fetch(self, path: str, most: int, then: Callable[[bytes, str], None]) -> None:
         """Call then(content, "") of a file of this server with at most so many bytes, or
@@ -21783,7 +21813,7 @@ class Transfers:
         wait = min(BACKOFF_MOST, BACKOFF_FIRST * 2**one.failures)
         one.again = self.loop.now + wait
         one.state, one.why = "waiting", why
-        self.link.show([View(TRANSFER, where=one.room, own_id=one.id)])
+        self.link.show([ViewEvent(TRANSFER, where=one.room, own_id=one.id)])
 
     def _refused(self, one: Transfer, response: Response, text: str) -> None:
         if response.status == 401 and one.failures < 2:  # the token has ended
@@ -21797,7 +21827,7 @@ class Transfers:
         one.state, one.why = "failed", why
         self.core.forget_transfer(one)
         verb = "sent" if one.up else "saved"
-        self.link.show([View(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])
+        self.link.show([ViewEvent(NOTE, f"{one.name} was not {verb}: {why}", where=one.room)])
         self.wake()
 
 
@@ -22340,10 +22370,10 @@ class Look(NamedTuple):
     columns: int = 80
     here: str = ""  # the conversation that it is shown in
     clock: str = "%H:%M"  # how times are shown
-    answered: Callable[[View], str] = lambda view: ""  # what a message answers, in words
+    answered: Callable[[ViewEvent], str] = lambda view: ""  # what a message answers, in words
 
 
-def moment_of(view: View) -> datetime.datetime:
+def moment_of(view: ViewEvent) -> datetime.datetime:
     """Return the local time of a view; now, if the view's time is in no calendar."""
     try:
         return datetime.datetime.fromtimestamp(view.time / 1000)
@@ -22351,18 +22381,18 @@ def moment_of(view: View) -> datetime.datetime:
         return datetime.datetime.now()
 
 
-def clock_of(view: View, look: Look) -> str:
+def clock_of(view: ViewEvent, look: Look) -> str:
     return visible(moment_of(view).strftime(look.clock))
 
 
-def where_of(view: View, look: Look) -> str:
+def where_of(view: ViewEvent, look: Look) -> str:
     """Return the view's conversation as a prefix; "" if it is the one that is looked at."""
     if fold(view.where) in ("", fold(look.here)):
         return ""
     return f"[{view.where}] " if is_channel(view.where) else f"({view.where}) "
 
 
-def said_lines(view: View, look: Look) -> list[str]:
+def said_lines(view: ViewEvent, look: Look) -> list[str]:
     """Return the lines of a message. Lines after the first are indented below its text."""
     palette, clock, where = look.palette, f"{clock_of(view, look)} ", where_of(view, look)
     loud = view.called and is_channel(view.where)  # in a private talk everything is for us
@@ -22379,14 +22409,14 @@ def said_lines(view: View, look: Look) -> list[str]:
     return lines
 
 
-def noticed_lines(view: View, look: Look) -> list[str]:
+def noticed_lines(view: ViewEvent, look: Look) -> list[str]:
     """Return the lines of a NOTICE: those of a message, with - around the name."""
     head = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}")
     first, *others = view.text.split("\n")
     return [f"{head}-{look.palette.name(view.name)}- {first}", *(f"    {line}" for line in others)]
 
 
-def found_lines(view: View, look: Look) -> list[str]:
+def found_lines(view: ViewEvent, look: Look) -> list[str]:
     """Return the lines of a message of the past that the user asked for; it does not look live."""
     when = f"{moment_of(view):%Y-%m-%d %H:%M}"
     first, *others = (look.palette.dim(line) for line in view.text.split("\n"))
@@ -22394,14 +22424,14 @@ def found_lines(view: View, look: Look) -> list[str]:
     return [f"{head}{look.palette.dim(':')} {first}", *(f"\u2502   {line}" for line in others)]
 
 
-def moved_lines(view: View, look: Look) -> list[str]:
-    verb = "joined" if view.kind == CAME else "left"
+def moved_lines(view: ViewEvent, look: Look) -> list[str]:
+    verb = "joined" if view.kind == JOIN else "left"
     why = "" if view.text in ("", "Quit") else f" ({view.text})"
     where = "" if fold(view.where) in ("", fold(look.here)) else f" {view.where}"
     return [look.palette.dim(f"{clock_of(view, look)} {view.name} {verb}{where}{why}")]
 
 
-def several_moved_lines(view: View, look: Look) -> list[str]:
+def several_moved_lines(view: ViewEvent, look: Look) -> list[str]:
     where = "" if fold(view.where) in ("", fold(look.here)) else f"{view.where}: "
     return [look.palette.dim(f"{clock_of(view, look)} {where}{view.text}")]
 
@@ -22409,7 +22439,7 @@ def several_moved_lines(view: View, look: Look) -> list[str]:
 EXPLAINED = re.compile(r"(/\S.*?|\S.*?:) {2,}(\S.*)")  # a command or a key, and what it does
 
 
-def told_lines(view: View, look: Look) -> list[str]:
+def told_lines(view: ViewEvent, look: Look) -> list[str]:
     if match := EXPLAINED.fullmatch(view.text):
         return beside(*match.groups(), look.columns)
     first, *others = view.text.split("\n")
@@ -22417,7 +22447,7 @@ def told_lines(view: View, look: Look) -> list[str]:
     return [head, *(look.palette.dim(f"  {line}") for line in others)]
 
 
-def page_lines(view: View, look: Look) -> list[str]:
+def page_lines(view: ViewEvent, look: Look) -> list[str]:
     match = EXPLAINED.fullmatch(view.text)
     return beside(*match.groups(), look.columns) if match else [view.text]
 
@@ -22428,20 +22458,20 @@ def qr_on_screen(text: str) -> list[str]:
     return [palette.paint(row, 38, 5, 16, 48, 5, 231) for row in qr_rows(text)]
 
 
-def qr_lines(view: View, look: Look) -> list[str]:
+def qr_lines(view: ViewEvent, look: Look) -> list[str]:
     rows = qr_rows(view.text)
     if len(rows[0]) > look.columns:
         return [f"{view.text} (its code needs {len(rows[0])} columns)"]
     return [*qr_on_screen(view.text), view.text]
 
 
-def failed_lines(view: View, look: Look) -> list[str]:
+def failed_lines(view: ViewEvent, look: Look) -> list[str]:
     clock = look.palette.dim(f"{clock_of(view, look)} {where_of(view, look)}")
     first, *others = view.text.split("\n")
     return [clock + look.palette.loud(f"FAILED: {first}"), *(f"  {line}" for line in others)]
 
 
-def people_lines(view: View, look: Look) -> list[str]:
+def people_lines(view: ViewEvent, look: Look) -> list[str]:
     """Return the list of a channel's members, those with a rank first."""
     names = view.text.split(", ")
     names.sort(key=lambda name: (name[:1] not in SYMBOLS.values(), fold(name)))
@@ -22450,13 +22480,14 @@ def people_lines(view: View, look: Look) -> list[str]:
 
 
 LINES = {  # how each kind of view looks
-    SAID: said_lines,
-    NOTICED: noticed_lines,
+    MESSAGE: said_lines,
+    NOTICE: noticed_lines,
     FOUND: found_lines,
-    CAME: moved_lines,
-    WENT: moved_lines,
+    JOIN: moved_lines,
+    PART: moved_lines,
+    QUIT: moved_lines,
     MOVED: several_moved_lines,
-    TOLD: told_lines,
+    SERVER_TEXT: told_lines,
     NOTE: told_lines,
     FAILED: failed_lines,
     PEOPLE: people_lines,
@@ -22465,7 +22496,7 @@ LINES = {  # how each kind of view looks
 }
 
 
-def view_lines(view: View, look: Look) -> list[str]:
+def view_lines(view: ViewEvent, look: Look) -> list[str]:
     """Return a view as lines for a terminal. Text from elsewhere is made inert here once more: the
     only escape sequences in a line are those of our palette."""
     text, name, where = inert(view.text), visible(view.name), visible(view.where)
@@ -22473,7 +22504,7 @@ def view_lines(view: View, look: Look) -> list[str]:
     return LINES[view.kind](view, look)
 
 
-def dated_lines(before: View | None, view: View, look: Look) -> list[str]:
+def dated_lines(before: ViewEvent | None, view: ViewEvent, look: Look) -> list[str]:
     """Return a view as lines, below the day if the view before is of another day."""
     lines, day = view_lines(view, look), moment_of(view)
     known = moment_of(before) if before else datetime.datetime.now()
@@ -22617,7 +22648,7 @@ class ScrollbackView:
         """Mark the last `count` messages as new to the user."""
         for number in range(self.total, self.first if count else self.total, -1):
             view = self.room.views[number - self.first - 1]
-            count -= view.kind == SAID and not (view.mine or view.past)
+            count -= view.kind == MESSAGE and not (view.mine or view.past)
             if not count:
                 self.mark = number
                 return
@@ -22625,7 +22656,7 @@ class ScrollbackView:
     def moment(self) -> datetime.datetime:
         """Return the time of the last view on the page."""
         views = self.room.views
-        return moment_of(views[self.end - self.first - 1] if views else View(NOTE))
+        return moment_of(views[self.end - self.first - 1] if views else ViewEvent(NOTE))
 
     def rows(self, number: int) -> list[tuple[str, bool]]:
         """Return the rows of a view as wrapped, each with whether it continues the one above."""
@@ -22753,7 +22784,7 @@ def typing_text(names: Iterable[str]) -> str:
     return f"{first} and {others[0] if len(others) == 1 else f'{len(others)} others'} are typing"
 
 
-def notification(how: str, view: View) -> str:
+def notification(how: str, view: ViewEvent) -> str:
     """Return the escape sequence of a desktop notification: OSC 9 (iTerm2), or 777 (urxvt)."""
     text = visible(cut(f"{view.name}: {view.text}", FITS_ALWAYS)).replace(";", ",")
     return {"9": f"\x1b]9;{text}\a", "777": f"\x1b]777;notify;chat.py;{text}\a"}.get(how, "")
@@ -22780,7 +22811,7 @@ class Display:
         self.paged = False  # the other buffer is shown ...
         self.was_drawn = False  # ... and whether the two rows are there on the first
         self.seen: Any = None  # what was written last, and need not be again
-        self.noted: dict[int, View] = {}  # views that are rows already, by identity
+        self.noted: dict[int, ViewEvent] = {}  # views that are rows already, by identity
         core.at_once = self.note
 
     @property
@@ -22794,7 +22825,7 @@ class Display:
 
     # What there is to show
 
-    def note(self, view: View) -> None:
+    def note(self, view: ViewEvent) -> None:
         """Make a row of a view of the core at once, before a message that comes after it. Without a
         conversation it waits for the end of the segment, which may open the first one."""
         handler = self.ROWS.get(view.kind)
@@ -22802,7 +22833,7 @@ class Display:
             self.noted[id(view)] = view
             handler(self, view)
 
-    def take(self, views: Iterable[View]) -> None:
+    def take(self, views: Iterable[ViewEvent]) -> None:
         for view in views:
             if self.noted.pop(id(view), None) is None and view.kind in self.ROWS:
                 self.ROWS[view.kind](self, view)
@@ -22812,86 +22843,87 @@ class Display:
             if handler := self.TAKEN.get(view.kind):
                 handler(self, view)
 
-    def _is_muted(self, view: View) -> bool:
+    def _is_muted(self, view: ViewEvent) -> bool:
         room = self.core.find(view.where)
         return room is not None and room.muted
 
-    def keep(self, view: View, room: Room | None = None) -> None:
+    def keep(self, view: ViewEvent, room: Room | None = None) -> None:
         """Add a view to its conversation, unless the core has added it."""
         room = room or self.core.find(view.where) or self.room
-        if view.kind in (CAME, WENT) and any(one is view for one in reversed(room.moves)):
+        if view.kind in MOVES and any(one is view for one in reversed(room.moves)):
             return  # they will be one row
         if not view.where or not any(one is view for one in reversed(room.views)):
             room.views.append(self.core.timed(view))
 
-    def _take_said(self, view: View) -> None:
+    def _take_said(self, view: ViewEvent) -> None:
         """Show here a message without a conversation, and tell here what the user says elsewhere.
         The core keeps all other messages."""
         room = self.core.find(view.where)
         if not view.where:
             self.keep(view, self.room)
         elif view.mine and view.own_id and not view.id and room is not self.room:
-            self.keep(View(TOLD, f"you to {view.where}: {view.text}"), self.room)
+            self.keep(ViewEvent(SERVER_TEXT, f"you to {view.where}: {view.text}"), self.room)
 
-    def _take_removed(self, view: View) -> None:
+    def _take_removed(self, view: ViewEvent) -> None:
         """Redraw without the message, and without lines that quote it."""
         room = self.core.find(view.where)
         if room and view.id:
-            room.drop(lambda one: one.kind == TOLD and one.reply == view.id)
+            room.drop(lambda one: one.kind == SERVER_TEXT and one.reply == view.id)
         self.whole |= self.reader.room is room
 
-    def _take_cleared(self, view: View) -> None:
+    def _take_cleared(self, view: ViewEvent) -> None:
         self.reader.shown = self.reader.total
         self.cleared = True
 
-    def _take_reacted(self, view: View) -> None:
+    def _take_reacted(self, view: ViewEvent) -> None:
         """Show a reaction in words."""
         known = visible(self.core.answered_words(view._replace(reply=view.id)))
         verb = "reacted" if view.number > 0 else "takes back"
         text = f"{view.name} {verb} {view.text} to {cut(known, REACTED_BYTES)}"
-        self.keep(View(TOLD, text, where=view.where, reply=view.id))
+        self.keep(ViewEvent(SERVER_TEXT, text, where=view.where, reply=view.id))
 
-    def _take_failed(self, view: View) -> None:
+    def _take_failed(self, view: ViewEvent) -> None:
         """Show a failure in its conversation, and in the one that is looked at."""
         self.keep(view)
         if self.core.find(view.where) not in (None, self.room):
             self.keep(view, self.room)
 
-    def _take_people(self, view: View) -> None:
+    def _take_people(self, view: ViewEvent) -> None:
         if view.text:
             rows = "\n".join(people_lines(view, Look(Palette(False), self.painter.columns)))
-            self._take_page(View(PAGE, rows, f"{view.where} members"))
+            self._take_page(ViewEvent(PAGE, rows, f"{view.where} members"))
 
-    def _take_page(self, view: View) -> None:
+    def _take_page(self, view: ViewEvent) -> None:
         """Show a text on the other buffer, from its beginning."""
         room = Room(view.name, channel=False)
         for line in view.text.split("\n"):
-            room.views.append(View(PAGE, line, time=view.time))
+            room.views.append(ViewEvent(PAGE, line, time=view.time))
         look = Look(self.palette, self.painter.columns)
         self.reader = ScrollbackView(room, look, self.painter.rows - 2)
         self.reader.shown = self.reader.total
         self.reader.up(len(room.views) * self.painter.rows)
 
-    def _take_older(self, view: View) -> None:
+    def _take_older(self, view: ViewEvent) -> None:
         if self.core.find(view.where) is self.reader.room:
             self.fetching = False
             if whole_number(view.text):
                 self.reader.came_older()
 
-    def _take_place(self, view: View) -> None:
+    def _take_place(self, view: ViewEvent) -> None:
         self.reader.room.views.reading = False
         self.reader.room.views.trim()
         self.reader, self.whole = self._read(), True
         self.reader.mark_unread(whole_number(view.text) or 0)
 
     ROWS = {
-        SAID: _take_said,
-        NOTICED: _take_said,
+        MESSAGE: _take_said,
+        NOTICE: _take_said,
         FOUND: lambda self, view: self.keep(view, self.room),
         REACTED: _take_reacted,
-        CAME: keep,
-        WENT: keep,
-        TOLD: keep,
+        JOIN: keep,
+        PART: keep,
+        QUIT: keep,
+        SERVER_TEXT: keep,
         NOTE: keep,
         QR_CODE: keep,
         FAILED: _take_failed,
@@ -22975,7 +23007,7 @@ class Display:
     def frame(self, row: str, parts: list, now: float, due: bool = True) -> str:
         """Return the text that brings the screen up to date; new messages only if `due`."""
         if self.reader.room is not self.room and not self.reader.back:
-            self._take_place(View(PLACE))
+            self._take_place(ViewEvent(PLACE))
         if self.reader.look.clock != self.core.setting("time"):
             self.reader.look = self.reader.look._replace(clock=self.core.setting("time"))
             self.whole = True
@@ -23195,7 +23227,7 @@ class Client:
             Transfers(link, pathlib.Path.cwd())
         return core, link
 
-    def show(self, views: list[View]) -> None:
+    def show(self, views: list[ViewEvent]) -> None:
         raise NotImplementedError
 
     def over(self, reason: str) -> None:
@@ -23253,7 +23285,7 @@ class ManyServers(Client):
     def screen_for(self, seat: Seat) -> Any:
         """Return the data that this client keeps for the screen of a server."""
 
-    def show_of(self, seat: Seat, views: list[View]) -> None:
+    def show_of(self, seat: Seat, views: list[ViewEvent]) -> None:
         """Show the views of a server, even of one that is not looked at."""
         raise NotImplementedError
 
@@ -23293,7 +23325,7 @@ class ManyServers(Client):
         name = " ".join(more_words)
         if not url:
             targets = ", ".join(str(seat.link.target) for seat in self.seats)
-            return self.show([View(NOTE, f"connected to: {targets}; /connect URL adds one")])
+            return self.show([ViewEvent(NOTE, f"connected to: {targets}; /connect URL adds one")])
         try:
             target = parse_target(url)
             known = (seat for seat in self.seats if str(seat.link.given) == str(target))
@@ -23305,7 +23337,7 @@ class ManyServers(Client):
             usual |= {"name": name or nick_in(url) or self.options.name}
             return self.look_at(self.add(self.options._replace(target=target, **usual | more)))
         except ChatError as error:
-            return self.show([View(NOTE, str(error))])
+            return self.show([ViewEvent(NOTE, str(error))])
 
     def add(self, options: ClientOptions) -> Seat:
         """Connect to one more server, and stay if that fails. Raises Unusable."""
@@ -23321,7 +23353,7 @@ class ManyServers(Client):
     def disconnect(self) -> None:
         """Handle /disconnect: leave the server that is looked at."""
         if len(self.seats) == 1:
-            return self.show([View(NOTE, "this is the only server; /quit leaves")])
+            return self.show([ViewEvent(NOTE, "this is the only server; /quit leaves")])
         return self.seat.link.leave(at_once=True)
 
     def keep_servers(self) -> None:
@@ -23357,7 +23389,9 @@ class ManyServers(Client):
         self.seats_changed()
         if waiting := len(seat.core.outbox.waiting):
             reason += f"; {self.fate_of(waiting)}"
-        return self.show([View(NOTE, f"{seat.link.target}: {reason.removeprefix('; ') or 'left'}")])
+        return self.show(
+            [ViewEvent(NOTE, f"{seat.link.target}: {reason.removeprefix('; ') or 'left'}")]
+        )
 
     def leave(self, reason: str = "") -> None:
         """Leave all servers; give them STOP_SECONDS to take the rest."""
@@ -23371,22 +23405,22 @@ class ManyServers(Client):
             seat.core.close_store()
 
 
-def filter_lines(view: View) -> list[str]:
+def filter_lines(view: ViewEvent) -> list[str]:
     """Return the lines that the workshop's client prints; none for the user's own messages."""
     view = view._replace(text=view.text.replace("\x01", ""), line=view.line.replace("\x01", ""))
     if view.line:
         return [view.line]
     where = "" if view.where == LOBBY else f"[{view.where}] "
-    if view.kind == NOTICED and not view.mine:
+    if view.kind == NOTICE and not view.mine:
         where = where if view.where else ""
         return [f"{where}-{view.name}- {line}" for line in view.text.split("\n")]
-    if view.kind == FOUND or (view.kind == SAID and (view.past or not view.mine)):
+    if view.kind == FOUND or (view.kind == MESSAGE and (view.past or not view.mine)):
         before = where if is_channel(view.where) else "(private) "
         return [f"{before}{view.name}: {line}" for line in view.text.split("\n")]
-    if view.kind in (CAME, WENT):
-        verb = "joined" if view.kind == CAME else "left"
+    if view.kind in MOVES:
+        verb = "joined" if view.kind == JOIN else "left"
         return [f"{where}{view.name} ({view.address}) {verb} the chat!"]
-    if view.kind in (TOLD, PAGE, QR_CODE) or (view.kind == PEOPLE and view.text):
+    if view.kind in (SERVER_TEXT, PAGE, QR_CODE) or (view.kind == PEOPLE and view.text):
         return [f"* {line}" for line in view.text.split("\n")]
     return []
 
@@ -23459,7 +23493,7 @@ class Filter(Client):
         else:
             self.speak(line.decode(errors="replace"))
 
-    def show(self, views: list[View]) -> None:
+    def show(self, views: list[ViewEvent]) -> None:
         lines = []
         for view in views:
             if view.kind == UP and not self.was_up:
@@ -23518,7 +23552,7 @@ CLIENT_KEYS = (  # what /help tells of them
 )
 
 
-def with_keys(view: View) -> View:
+def with_keys(view: ViewEvent) -> ViewEvent:
     """Add the keys' meanings to the page of general help."""
     if (view.kind, view.name) != (PAGE, "help"):
         return view
@@ -23612,14 +23646,14 @@ class TerminalClient(ManyServers):
         self.change_drafts()
         self.pressed = self.news = True
 
-    def show_of(self, seat: Seat, views: list[View]) -> None:
+    def show_of(self, seat: Seat, views: list[ViewEvent]) -> None:
         if seat is self.seat:
             return self.show(views)
         seat.screen.take(views)
         stopped = seat.link.phase == WAITING and not seat.link.again
         for view in (one for one in views if one.kind == NOTE and stopped):
             head = "" if view.text.startswith(str(seat.link.target)) else f"{seat.link.target}: "
-            self.display.keep(View(NOTE, head + view.text))
+            self.display.keep(ViewEvent(NOTE, head + view.text))
         self.display.bell |= seat.screen.bell
         self.display.notice += seat.screen.notice
         seat.screen.bell, seat.screen.notice = False, ""
@@ -23657,7 +23691,7 @@ class TerminalClient(ManyServers):
             elif (text := self.editor.press(key)) is not None:
                 self.enter(text)
             if self.editor.refused:
-                self.show([View(NOTE, self.editor.refused)])
+                self.show([ViewEvent(NOTE, self.editor.refused)])
                 self.editor.refused = ""
         if self.editor.left:
             self.leave()
@@ -23701,7 +23735,7 @@ class TerminalClient(ManyServers):
         note = f"nothing was sent: {self.ended_room} is closed; Up brings the text back"
         self.ended_room = ""
         self.editor.set(self.writing_in.draft if self.writing_in else "")
-        self.show([View(NOTE, note)])
+        self.show([ViewEvent(NOTE, note)])
 
     def places(self) -> list[tuple[Seat, Room]]:
         """Return all conversations, server by server; their numbers are those of Alt and /go. A
@@ -23720,7 +23754,7 @@ class TerminalClient(ManyServers):
             head = f"{seat.link.target}: " if len(self.seats) > 1 and seat is not server else ""
             server = seat
             listed.append(f"{head}{n} {room.name or '(no conversation)'}{new}")
-        self.show([View(NOTE, ", ".join(listed) or "there is none; /join #CHANNEL")])
+        self.show([ViewEvent(NOTE, ", ".join(listed) or "there is none; /join #CHANNEL")])
 
     def interrupt(self) -> None:
         """Handle Ctrl-C: empty the line, which Up brings back; on an empty line ask, and the next
@@ -23734,7 +23768,7 @@ class TerminalClient(ManyServers):
             return self.leave()
         elif now - self.cleared > CLEAR_SECONDS:
             self.asked = now
-            self.show([View(NOTE, "Ctrl-C again leaves; so does /quit")])
+            self.show([ViewEvent(NOTE, "Ctrl-C again leaves; so does /quit")])
         self.pressed = True
 
     def complete(self, word: str, first: bool) -> list[str]:
@@ -23824,10 +23858,10 @@ class TerminalClient(ManyServers):
 
     # What is shown
 
-    def show(self, views: list[View]) -> None:
+    def show(self, views: list[ViewEvent]) -> None:
         if self.core.ready and not self.was_ready:
             self.told_why = False
-            self.display.keep(View(NOTE, f"connected to {self.link.target}"))
+            self.display.keep(ViewEvent(NOTE, f"connected to {self.link.target}"))
         self.was_ready = self.core.ready
         self.display.take(map(with_keys, views))
         if self.writing_in is not self.core.current:
@@ -23837,7 +23871,7 @@ class TerminalClient(ManyServers):
                 self.give_text_back(view.text)
             elif view.kind == STATUS and self.link.again and not self.told_why:
                 self.told_why = True
-                self.display.keep(View(NOTE, view.text))
+                self.display.keep(ViewEvent(NOTE, view.text))
         self.news = True
 
     def change_drafts(self) -> None:
@@ -23852,7 +23886,7 @@ class TerminalClient(ManyServers):
             if before and not renamed:
                 self.ended_room = before.name
                 text = f"{before.name} is closed; what you type for it is not sent"
-                self.display.keep(View(NOTE, text))
+                self.display.keep(ViewEvent(NOTE, text))
             return
         text = self.editor.take()
         text = "" if is_secret(text) else text

@@ -98,7 +98,7 @@ PENDING, FAILED = "pending", "failed"  # states of a message of ours
 class Row(NamedTuple):
     """One row of a transcript: a view, and the state of the message."""
 
-    view: chat.View
+    view: chat.ViewEvent
     state: str = ""  # PENDING or FAILED; "" has arrived
     reason: str = ""  # why it failed
     parked: bool = False  # it can be sent again, or dropped
@@ -262,7 +262,7 @@ class Results(NamedTuple):
     """Messages that a search has found."""
 
     title: str
-    rows: tuple[tuple[int, str, chat.View], ...]  # room, its name, message
+    rows: tuple[tuple[int, str, chat.ViewEvent], ...]  # room, its name, message
 
 
 class Called(NamedTuple):
@@ -455,7 +455,7 @@ GROUP_SECONDS = 300  # messages of one speaker within this stand under one name
 
 LINK = re.compile(r"(?:https?://|www\.(?=[\w-]+\.))[^\s<>\"]*[^\s<>\".,;:!?)\]}']", re.IGNORECASE)
 ONLY_LINK = re.compile(r".+ \([^()]*\d [KMG]?B\): \S+")  # what clients say of a file they send
-MESSAGES = (chat.SAID, chat.NOTICED)
+
 
 TK_FORMATS = {"image/png": "png", "image/gif": "gif"}  # of pictures that Tk decodes
 PICTURE_BYTES = 2 * 1024 * 1024  # of a picture shown among the messages, at most ...
@@ -504,7 +504,7 @@ def linked(text: str, *tags: str) -> list:
     return [*pieces, text[end:], tags]
 
 
-def moment_of(view: chat.View) -> datetime.datetime:
+def moment_of(view: chat.ViewEvent) -> datetime.datetime:
     """Return the local time of a view."""
     try:
         return datetime.datetime.fromtimestamp(
@@ -560,7 +560,7 @@ def beginning(text: str) -> str:
 def is_unread(row: Row, read_time: int) -> bool:
     """Return whether a row is a message of another user that was not read yet."""
     view = row.view
-    return view.kind in MESSAGES and not view.mine and (view.time or 0) > read_time
+    return view.kind in chat.SPOKEN and not view.mine and (view.time or 0) > read_time
 
 
 class Style(NamedTuple):
@@ -577,7 +577,7 @@ class Style(NamedTuple):
 def head_pieces(row: Row, style: Style) -> list:
     """Return the name and the time above the messages of one speaker."""
     view, tags = row.view, ("head",)
-    name = f"-{view.name}-" if view.kind == chat.NOTICED else view.name
+    name = f"-{view.name}-" if view.kind == chat.NOTICE else view.name
     clock = clock_text(moment_of(view), style.clock)
     named = (*tags, name_tag(view.name), "name")
     return [style.name(shorter(name, NAME_SHOWN)), named, f"  {clock}\n", (*tags, "clock")]
@@ -620,7 +620,7 @@ def is_shown(file: chat.FileTag) -> bool:
     return is_decodable(file) and file.width * file.height <= PICTURE_PIXELS
 
 
-def is_only_link(view: chat.View) -> bool:
+def is_only_link(view: chat.ViewEvent) -> bool:
     """Return whether a message only names a file: its card says the same."""
     return bool(view.file and ONLY_LINK.fullmatch(view.text) and chat.parse_file_tag(view.file))
 
@@ -673,7 +673,7 @@ def text_pieces(row: Row, style: Style, expanded: bool) -> list:
     view = row.view
     over = ("mention",) if view.called else ()
     over += (row.state,) if row.state else ()
-    over += ("notice",) if view.kind == chat.NOTICED else ()
+    over += ("notice",) if view.kind == chat.NOTICE else ()
     short = beginning(view.text)
     text = view.text if expanded else short
     pieces = line_pieces(broken(text), style, "said", *over)
@@ -699,12 +699,12 @@ def said_pieces(
     ]
 
 
-def told_text(view: chat.View) -> str:
+def told_text(view: chat.ViewEvent) -> str:
     """Return the text of a row that is no message."""
     why = f" ({view.text})" if view.text not in ("", "Quit") else ""
-    if view.kind == chat.CAME:
+    if view.kind == chat.JOIN:
         return f"\u2192 {view.name} joined"
-    if view.kind == chat.WENT:
+    if view.kind in (chat.PART, chat.QUIT):
         return f"\u2190 {view.name} left{why}"
     if view.kind == chat.MOVED:
         return f"\u21c4 {view.text}"
@@ -834,7 +834,7 @@ class Sheet:
         for n in numbers:
             row = self.rows[n]
             if row.view.id == id:
-                told = chat.View(chat.NOTE, "a message was taken back", time=row.view.time)
+                told = chat.ViewEvent(chat.NOTE, "a message was taken back", time=row.view.time)
                 self.rows[n] = Row(told)
             else:
                 self.rows[n] = row._replace(answers=UNKNOWN_ANSWER)
@@ -888,7 +888,7 @@ class Sheet:
         before = self.rows[number - 1] if number > self.first else None
         pieces = self._above(row, before)
         headed = bool(pieces) or not self._follows(row, before)
-        if row.view.kind in MESSAGES:
+        if row.view.kind in chat.SPOKEN:
             expanded = row.key in self.expanded
             trouble = self.troubles.get(row.view.file.partition(",")[0], "")
             pieces += said_pieces(row, self.style, headed, expanded, self.me, trouble)
@@ -941,11 +941,11 @@ class Sheet:
     def newest(self) -> int:
         """The time of the newest message, by the server's clock."""
         last = (row.view for row in self.rows[-ROWS_DRAWN:])
-        return max((view.time or 0 for view in last if view.kind in MESSAGES), default=0)
+        return max((view.time or 0 for view in last if view.kind in chat.SPOKEN), default=0)
 
     def speakers(self) -> list[str]:
         """Return the names of the users who spoke here, the last one first."""
-        spoken = (row.view for row in reversed(self.rows) if row.view.kind == chat.SAID)
+        spoken = (row.view for row in reversed(self.rows) if row.view.kind == chat.MESSAGE)
         return list(dict.fromkeys(view.name for view in spoken if not view.mine))
 
 
@@ -1128,7 +1128,7 @@ def search_words(text: str) -> tuple[str, dict[str, str]]:
     return " ".join(part for part in parts if not SEARCH_PART.fullmatch(part)), wanted
 
 
-def is_wanted(core: chat.ClientCore, view: chat.View, wanted: dict[str, str]) -> bool:
+def is_wanted(core: chat.ClientCore, view: chat.ViewEvent, wanted: dict[str, str]) -> bool:
     """Return whether a message has the sender, conversation and link that a search wants."""
     name, where = wanted.get("from"), wanted.get("in")
     return (
@@ -1140,29 +1140,29 @@ def is_wanted(core: chat.ClientCore, view: chat.View, wanted: dict[str, str]) ->
 
 def find_kept(
     core: chat.ClientCore, room: chat.Room | None, words: str, wanted: dict[str, str]
-) -> list[chat.View]:
+) -> list[chat.ViewEvent]:
     """Return kept messages with these words, from a user, in a conversation, with a link."""
     room = core.find(wanted["in"]) if "in" in wanted else room
     if words:
         found = core.find_kept(words, room, FOUND_MOST if not wanted else LOOKED_AT)
     else:
         rooms = [room] if room else core.rooms.values()
-        last = chat.View(chat.NOTE, time=LAST)
+        last = chat.ViewEvent(chat.NOTE, time=LAST)
         found = [view for one in rooms for view in core.kept_beside(one, last, LOOKED_AT)]
     return [view for view in found if is_wanted(core, view, wanted)]
 
 
-def result_of(core: chat.ClientCore, view: chat.View) -> tuple[int, str, chat.View]:
+def result_of(core: chat.ClientCore, view: chat.ViewEvent) -> tuple[int, str, chat.ViewEvent]:
     """Return a message that was found, with the number and the name of its conversation."""
     room = core.find(view.where)
     return room.id if room else 0, view.where, view
 
 
-def looks_same(view: chat.View, other: chat.View) -> bool:
+def looks_same(view: chat.ViewEvent, other: chat.ViewEvent) -> bool:
     return view is other or (bool(view.id) and view.id == other.id)
 
 
-def find_view(room: chat.Room, wanted: Callable[[chat.View], bool]) -> chat.View | None:
+def find_view(room: chat.Room, wanted: Callable[[chat.ViewEvent], bool]) -> chat.ViewEvent | None:
     return next((view for view in reversed(room.views) if wanted(view)), None)
 
 
@@ -1175,7 +1175,7 @@ def places(seats: Iterable[chat.Seat]) -> Iterator[Place]:
 
 
 def answered_by(
-    core: chat.ClientCore, room: chat.Room, view: chat.View, by_id: dict[str, chat.View]
+    core: chat.ClientCore, room: chat.Room, view: chat.ViewEvent, by_id: dict[str, chat.ViewEvent]
 ) -> tuple[str, str]:
     """Return the sender and the beginning of the message that this one answers."""
     if not view.reply:
@@ -1188,8 +1188,8 @@ def answered_by(
 def row_of(
     seat: chat.Seat,
     room: chat.Room,
-    view: chat.View,
-    by_id: dict[str, chat.View] | None = None,
+    view: chat.ViewEvent,
+    by_id: dict[str, chat.ViewEvent] | None = None,
     fresh: bool = False,
 ) -> Row:
     """Return a view as a row, with the state of the message. A fresh one has no reactions yet."""
@@ -1342,7 +1342,7 @@ class Watched:
         self.room: chat.Room | None = None
         self.count = 0  # rows that Tk has, from the first on
         self.back = False  # the user reads back
-        self.past: list[chat.View] = []  # shown instead of the rows
+        self.past: list[chat.ViewEvent] = []  # shown instead of the rows
         self.again = False  # all rows are to be sent
         self.people: dict[str, chat.Person] = {}  # as Tk knows the members
         self.people_due = 0.0  # on the loop's clock
@@ -1372,7 +1372,7 @@ class Watched:
         self.people, self.people_changed, self.people_due = {}, True, 0.0
         self._send_all()
 
-    def change(self, room: chat.Room, view: chat.View) -> None:
+    def change(self, room: chat.Room, view: chat.ViewEvent) -> None:
         """Have a row drawn again, if it is in the window."""
         if room is self.room:
             self.tell(Changed(room.id, row_of(self.seat, room, view)))
@@ -1495,7 +1495,7 @@ class Watched:
             return self._more_past()
         before = self.count
         # Before there is a message, nothing is older: the first page is still to come
-        if not any(view.kind in MESSAGES for view in room.views):
+        if not any(view.kind in chat.SPOKEN for view in room.views):
             self.tell(Fetching(room.id))
         elif self.seat.link.ask_older(room):
             self.tell(Fetching(room.id, "older ones are coming \u2026", under_way=True))
@@ -1525,7 +1525,7 @@ class Watched:
             self.past, self.back = [], False
             self.again = True
 
-    def jump(self, seat: chat.Seat, room: chat.Room, view: chat.View) -> None:
+    def jump(self, seat: chat.Seat, room: chat.Room, view: chat.ViewEvent) -> None:
         """Show a message among those around it."""
         if room is not self.room:
             self.watch(seat, room)
@@ -1669,7 +1669,7 @@ class Requests:
         if place := self._place(number):
             seat, _ = place
             seat.core.retry(own_id)
-            self.engine.arrived(seat, chat.View(chat.ARRIVED, room=number, own_id=own_id))
+            self.engine.arrived(seat, chat.ViewEvent(chat.ARRIVED, room=number, own_id=own_id))
             seat.link.poke()
 
     def cancel(self, number: int, own_id: str) -> None:
@@ -1705,7 +1705,7 @@ class Requests:
         time: more may have come since."""
         if place := self._place(number):
             seat, room = place
-            times = (view.time or 0 for view in room.views if view.kind in MESSAGES)
+            times = (view.time or 0 for view in room.views if view.kind in chat.SPOKEN)
             if not when or max(times, default=0) <= when:
                 seat.core.mark_read(room)
             elif room.read(when):
@@ -1716,7 +1716,7 @@ class Requests:
     def focus(self, focused: bool) -> None:
         self.engine.core.looked_at = focused
 
-    def jump(self, number: int, view: chat.View) -> None:
+    def jump(self, number: int, view: chat.ViewEvent) -> None:
         """Show a message among those around it."""
         if not number:  # it was closed since
             number = self.engine.core.room_for(view.where).id
@@ -1727,7 +1727,7 @@ class Requests:
     def search(self, text: str, number: int = 0) -> None:
         """Look for words in what this client has kept, of one conversation or of all."""
         words, wanted = search_words(text)
-        rows: list[tuple[int, str, chat.View]] = []
+        rows: list[tuple[int, str, chat.ViewEvent]] = []
         for seat in self.engine.seats:
             core = seat.core
             room = core.by_id(number) if number and "in" not in wanted else None
@@ -1754,7 +1754,7 @@ class Requests:
         one = chat.Transfer(secrets.token_hex(8), True, place[1].name, path)
         self._act(number, lambda core, room: core.start_transfer(one))
 
-    def save_file(self, number: int, view: chat.View, path: str, opens: bool = False) -> None:
+    def save_file(self, number: int, view: chat.ViewEvent, path: str, opens: bool = False) -> None:
         """Save the file that a message links to; `opens`: Tk opens it then."""
         if place := self._place(number):
             core, before = place[0].core, place[0].core.transfers[:]
@@ -1949,10 +1949,10 @@ class Engine(chat.ManyServers):
 
     # What the cores have to show
 
-    def show(self, views: list[chat.View]) -> None:
+    def show(self, views: list[chat.ViewEvent]) -> None:
         self.show_of(self.seat, views)
 
-    def show_of(self, seat: chat.Seat, views: list[chat.View]) -> None:
+    def show_of(self, seat: chat.Seat, views: list[chat.ViewEvent]) -> None:
         self._note_ready(seat)
         self._note_removed(seat)
         for view in views:
@@ -1963,7 +1963,7 @@ class Engine(chat.ManyServers):
 
     def note(self, text: str) -> None:
         """Show a text of the client's own, where the user looks."""
-        self.show([chat.View(chat.NOTE, text)])
+        self.show([chat.ViewEvent(chat.NOTE, text)])
 
     def _note_ready(self, seat: chat.Seat) -> None:
         """Note that a connection stands, or stands no more."""
@@ -1974,7 +1974,7 @@ class Engine(chat.ManyServers):
         self.watched.ready_changed()
         if ready and screen.told_why:
             screen.told_why = False
-            self._keep(seat, chat.View(chat.NOTE, f"connected to {seat.link.target}"))
+            self._keep(seat, chat.ViewEvent(chat.NOTE, f"connected to {seat.link.target}"))
         self.register(seat)
 
     def _note_removed(self, seat: chat.Seat) -> None:
@@ -1996,24 +1996,24 @@ class Engine(chat.ManyServers):
         chat.do_register(seat.core, secret)
         seat.link.poke()
 
-    def room_of(self, seat: chat.Seat, view: chat.View) -> chat.Room:
+    def room_of(self, seat: chat.Seat, view: chat.ViewEvent) -> chat.Room:
         """Return the conversation of a view, or the one that is looked at."""
         core = seat.core
         room = core.by_id(view.room) if view.room else None
         room = room or (core.find(view.where) if view.where else None)
         return room or core.current or seat.screen.nowhere
 
-    def _keep(self, seat: chat.Seat, view: chat.View) -> None:
+    def _keep(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         """Make a row of a view, unless the core has done so."""
         room = self.room_of(seat, view)
-        if view.kind in (chat.CAME, chat.WENT):  # many of them are to be one row
+        if view.kind in chat.MOVES:  # many of them are to be one row
             self.watched.members_changed()
             if any(one is view for one in reversed(room.moves)):
                 return
         if not view.where or not any(one is view for one in reversed(room.views)):
             room.views.append(seat.core.timed(view, room))
 
-    def _said(self, seat: chat.Seat, view: chat.View) -> None:
+    def _said(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         if not view.where:
             self._keep(seat, view)
         if seat.link.phase != chat.ONLINE or view.past:
@@ -2023,14 +2023,14 @@ class Engine(chat.ManyServers):
             on = (seat.core.setting(name) == "on" for name in ("bell", "desktop"))
             self.tell(Called(room.id, view.name, view.text, room.name, *on))
 
-    def _status(self, seat: chat.Seat, view: chat.View) -> None:
+    def _status(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         seat.screen.status = view.text
         seat.screen.statuses += 1
         if seat.link.again and not seat.screen.told_why:
             seat.screen.told_why = True
-            self._keep(seat, chat.View(chat.NOTE, view.text.partition(WHY_AGAIN)[0]))
+            self._keep(seat, chat.ViewEvent(chat.NOTE, view.text.partition(WHY_AGAIN)[0]))
 
-    def _failed(self, seat: chat.Seat, view: chat.View) -> None:
+    def _failed(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         room = self.room_of(seat, view)
         said = find_view(room, lambda one: one.own_id == view.own_id)
         if said is None:
@@ -2040,44 +2040,44 @@ class Engine(chat.ManyServers):
         seat.screen.failed[view.own_id] = why
         if room is not self.watched.room:  # there, and where the user looks
             text = f"not sent to {room.name}: {excerpt(said.text)} ({why})"
-            self._keep(seat, chat.View(chat.NOTE, text))
+            self._keep(seat, chat.ViewEvent(chat.NOTE, text))
         return self.watched.change(room, said)
 
-    def arrived(self, seat: chat.Seat, view: chat.View) -> None:
+    def arrived(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         """Draw a message of the user's own again: it has arrived, or is on its way once more."""
         room = self.room_of(seat, view)
         seat.screen.failed.pop(view.own_id, None)
         if said := find_view(room, lambda one: one.own_id == view.own_id):
             self.watched.change(room, said)
 
-    def _reacted(self, seat: chat.Seat, view: chat.View) -> None:
+    def _reacted(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         room = self.room_of(seat, view)
         if said := find_view(room, lambda one: one.id == view.id):
             self.watched.change(room, said)
 
-    def _reset(self, seat: chat.Seat, view: chat.View) -> None:
+    def _reset(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         self.watched.reset(self.room_of(seat, view))
 
-    def _older(self, seat: chat.Seat, view: chat.View) -> None:
+    def _older(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         self.watched.older_came(self.room_of(seat, view), chat.whole_number(view.text) or 0)
 
-    def _read_elsewhere(self, seat: chat.Seat, view: chat.View) -> None:
+    def _read_elsewhere(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         room = self.room_of(seat, view)
         self.tell(Read(room.id, room.read_time))
 
-    def _people(self, seat: chat.Seat, view: chat.View) -> None:
+    def _people(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         self.watched.members_changed()
         if view.text:
             names = sorted(view.text.split(", "), key=key_of)
             self.tell(Page(f"Members of {view.where}", "\n".join(names)))
 
-    def _results(self, seat: chat.Seat, title: str, views: list[chat.View]) -> None:
+    def _results(self, seat: chat.Seat, title: str, views: list[chat.ViewEvent]) -> None:
         self.tell(Results(title, tuple(result_of(seat.core, view) for view in views)))
 
     TAKEN = {
-        chat.SAID: _said,
-        chat.NOTICED: _said,
-        **dict.fromkeys((chat.CAME, chat.WENT, chat.TOLD, chat.NOTE, chat.FOUND), _keep),
+        chat.MESSAGE: _said,
+        chat.NOTICE: _said,
+        **dict.fromkeys((*chat.MOVES, chat.SERVER_TEXT, chat.NOTE, chat.FOUND), _keep),
         chat.STATUS: _status,
         chat.FAILED: _failed,
         chat.ARRIVED: arrived,
@@ -3701,7 +3701,7 @@ class Pointer:
         number = self.sheet.find(self.chosen)
         if number is not None:
             return self.sheet.rows[number]
-        messages = (row for row in reversed(self.sheet.rows) if row.view.kind in MESSAGES)
+        messages = (row for row in reversed(self.sheet.rows) if row.view.kind in chat.SPOKEN)
         return next(messages, None)
 
     def choose(self, number: int | None) -> None:
@@ -4651,9 +4651,9 @@ class Panel(ttk.Frame):
         super().__init__(parent, style="Card.TFrame")
         self.look = look
         self.search: Callable[[str, bool], None] = chat.do_nothing
-        self.jump: Callable[[int, chat.View], None] = chat.do_nothing
+        self.jump: Callable[[int, chat.ViewEvent], None] = chat.do_nothing
         self.closed: Callable[[], None] = chat.do_nothing
-        self.rows: list[tuple[int, str, chat.View]] = []
+        self.rows: list[tuple[int, str, chat.ViewEvent]] = []
         self.wanted = ""  # words that were looked for
         self.everywhere = False
         head = ttk.Frame(self, style="Card.TFrame")
@@ -5687,7 +5687,7 @@ class Reading(Acts):
             page.append(event.rows, self.present or event.at == AFTER)
             if not page.at_bottom and event.at == END:
                 rows = (row.view for row in event.rows)
-                self.below += sum(view.kind == chat.SAID and not view.mine for view in rows)
+                self.below += sum(view.kind == chat.MESSAGE and not view.mine for view in rows)
         page.tell_below(self.below)
         self._see()
 
@@ -5858,7 +5858,7 @@ class MessageActs(Acts):
             add("Send again", "retry")
             add("Drop it", "cancel")
             menu.add_separator()
-        message = view.kind in MESSAGES
+        message = view.kind in chat.SPOKEN
         if message:
             self._add_answers(menu, row)
             menu.add_separator()

@@ -13266,7 +13266,9 @@ def test_a_server_that_sends_back_the_name_is_no_chat():
 def test_being_turned_away_is_shown_and_decides_nothing():
     core = chat.ClientCore("alice")
     core.connected()
-    assert shown(core.feed(b"* this server is full\n")) == [("told", "", "this server is full")]
+    assert shown(core.feed(b"* this server is full\n")) == [
+        ("server text", "", "this server is full")
+    ]
     assert core.kind == "" and core.take_output() == b""
 
 
@@ -13280,12 +13282,12 @@ def plain_core():
 @pytest.mark.parametrize(
     "typed, sent, kinds",
     [
-        ("hello", b"hello\n", ["said"]),
-        ("", b"\n", ["said"]),
+        ("hello", b"hello\n", ["message"]),
+        ("", b"\n", ["message"]),
         ("/names", b"", ["back", "note"]),
-        ("//etc/hosts", b"/etc/hosts\n", ["said"]),
-        ("one\n" * 200, b"one\n" * 200 + b"\n", ["said", "said", "note"]),
-        ("one\ntwo", b"one\ntwo\n", ["said"]),
+        ("//etc/hosts", b"/etc/hosts\n", ["message"]),
+        ("one\n" * 200, b"one\n" * 200 + b"\n", ["message", "message", "note"]),
+        ("one\ntwo", b"one\ntwo\n", ["message"]),
     ],
 )
 def test_a_plain_server_gets_no_commands(typed, sent, kinds):
@@ -13307,19 +13309,19 @@ def test_what_is_typed_while_there_is_no_connection_is_sent_later():
 
 
 PLAIN_SERVER_LINES = [
-    (b"bob: hi: there", ("said", "bob", "hi: there")),
-    (b"bob: ", ("said", "bob", "")),
-    (b"bob: * you are root", ("said", "bob", "* you are root")),
-    (b"bob (127.0.0.1:1) joined the chat!", ("came", "bob", "")),
-    (b"bob ([::1]:1) left the chat!", ("went", "bob", "")),
+    (b"bob: hi: there", ("message", "bob", "hi: there")),
+    (b"bob: ", ("message", "bob", "")),
+    (b"bob: * you are root", ("message", "bob", "* you are root")),
+    (b"bob (127.0.0.1:1) joined the chat!", ("join", "bob", "")),
+    (b"bob ([::1]:1) left the chat!", ("quit", "bob", "")),
     (
         b"bob: eve (127.0.0.1:1) left the chat!",
-        ("said", "bob", "eve (127.0.0.1:1) left the chat!"),
+        ("message", "bob", "eve (127.0.0.1:1) left the chat!"),
     ),
-    (b"* told bob: psst", ("told", "", "* told bob: psst")),
-    (b"\x1b[2Jbob: \x07\x1b]0;title\x07boo", ("said", "[2Jbob", "]0;titleboo")),
-    (b"\xff\xfe", ("told", "", "\ufffd\ufffd")),
-    ("bob: \u202egnp.exe".encode(), ("said", "bob", "gnp.exe")),
+    (b"* told bob: psst", ("server text", "", "* told bob: psst")),
+    (b"\x1b[2Jbob: \x07\x1b]0;title\x07boo", ("message", "[2Jbob", "]0;titleboo")),
+    (b"\xff\xfe", ("server text", "", "\ufffd\ufffd")),
+    ("bob: \u202egnp.exe".encode(), ("message", "bob", "gnp.exe")),
 ]
 
 
@@ -13333,7 +13335,7 @@ def test_what_a_plain_server_says_becomes_views_and_steers_nothing(line, view):
 
 def test_a_line_too_long_is_noted_and_the_next_one_shown():
     views = plain_core().feed(b"x" * 50_000 + b"\nbob: hi\n")
-    assert [view.kind for view in views if view.kind != chat.PEOPLE] == ["note", "said"]
+    assert [view.kind for view in views if view.kind != chat.PEOPLE] == ["note", "message"]
 
 
 # What a client says to servers of all sorts, and what it does with what they say
@@ -13486,7 +13488,7 @@ def test_junk_from_a_server_breaks_nothing(line, late):
         core.feed(b":x 001 alice :Welcome\r\n:alice!a@b JOIN #lobby\r\n")
     core.feed(line + b"\r\n")
     if late:
-        assert ("said", "bob", "still here") in shown(
+        assert ("message", "bob", "still here") in shown(
             core.feed(b":bob!b@c PRIVMSG #lobby :still here\r\n")
         )
 
@@ -13510,7 +13512,7 @@ def test_names_and_messages_cannot_steer_a_terminal():
     core.connected()
     core.feed(b":x 001 alice :Welcome\r\n:alice!a@b JOIN #lobby\r\n")
     line = ":\x1b[2Jbob!b@c PRIVMSG #lobby :\x0304red\x0f \x1b]0;x\x07\u202eevil\r\n".encode()
-    assert ("said", "[2Jbob", "red ]0;xevil") in shown(core.feed(line))
+    assert ("message", "[2Jbob", "red ]0;xevil") in shown(core.feed(line))
 
 
 # A client core joined to a server's session, back to back
@@ -13569,12 +13571,14 @@ class Pair:
         self.dial()
 
     def said(self):
-        found = [(view.where, view.name, view.text) for view in self.views if view.kind == "said"]
+        found = [
+            (view.where, view.name, view.text) for view in self.views if view.kind == "message"
+        ]
         self.views.clear()
         return found
 
     def texts(self, name):
-        return [view.text for view in self.views if (view.kind, view.name) == ("said", name)]
+        return [view.text for view in self.views if (view.kind, view.name) == ("message", name)]
 
     def found(self):
         """Return the messages of the past that were asked for."""
@@ -14274,7 +14278,7 @@ def test_a_pipe_counts_what_a_full_disk_does_not_take(folder):
         core.speak(f"{n} " * 5000)
         core.flush()
     assert core.failures == 5 and outbox.waiting == {}
-    assert [view.kind for view in core.take_views() if view.kind != chat.SAID] == ["note"]
+    assert [view.kind for view in core.take_views() if view.kind != chat.MESSAGE] == ["note"]
 
 
 def test_a_message_is_sent_once_it_is_stored_and_given_back_if_the_file_stays_locked(folder):
@@ -14499,7 +14503,7 @@ class Elsewhere:
 
     def said(self):
         """Return the messages that were shown, the client's own with *."""
-        shown = [v for v in self.views if v.kind in ("said", "noticed")]
+        shown = [v for v in self.views if v.kind in ("message", "notice")]
         self.views = [v for v in self.views if v not in shown]
         return [f"{v.where} {'*' if v.mine else ''}{v.name}: {v.text}" for v in shown]
 
@@ -14986,10 +14990,10 @@ def test_any_error_about_a_channel_to_be_joined_ends_the_wait_with_its_text(numb
 
 
 SOURCES = [  # source, verb, how it is shown
-    ("bob", "PRIVMSG", ("said", "bob", "hi")),
-    ("bob!u@h", "NOTICE", ("noticed", "bob", "hi")),
-    ("irc.example", "NOTICE", ("told", "", "hi")),
-    ("NickServ!s@h", "NOTICE", ("told", "", "NickServ: hi")),
+    ("bob", "PRIVMSG", ("message", "bob", "hi")),
+    ("bob!u@h", "NOTICE", ("notice", "bob", "hi")),
+    ("irc.example", "NOTICE", ("server text", "", "hi")),
+    ("NickServ!s@h", "NOTICE", ("server text", "", "NickServ: hi")),
 ]
 
 
@@ -15087,7 +15091,8 @@ def test_a_nick_that_cannot_be_had_yet_is_asked_for_again_and_told_once(tokens, 
         asked = alice.sent(chat.REGAIN_SECONDS + 9)
         assert "ISON alice" in asked
     assert (
-        len([text for text in alice.kinds("told") if re.search(r"alice\b.* (is|in) ", text)]) == 2
+        len([text for text in alice.kinds("server text") if re.search(r"alice\b.* (is|in) ", text)])
+        == 2
     )
     alice.hears("303 alice2 :")
     assert "NICK alice" in alice.sent(9)
@@ -15286,7 +15291,7 @@ def test_programs_that_ask_too_much_or_a_channel_are_not_answered_and_answers_ar
     alice.hears(*[":bob!u@h PRIVMSG alice :\x01TIME\x01"] * 50)
     assert len(alice.sent(9)) == chat.CTCP_BURST
     alice.hears(":bob!u@h PRIVMSG #lobby :\x01VERSION\x01", ":bob!u@h NOTICE alice :\x01X y\x01")
-    assert alice.sent(9) == [] and "bob answers X: y" in alice.kinds("told")
+    assert alice.sent(9) == [] and "bob answers X: y" in alice.kinds("server text")
     alice.types("/ctcp bob version")
     assert alice.sent(9) == ["PRIVMSG bob \x01VERSION\x01"]
 
@@ -15552,7 +15557,7 @@ def test_quit_gives_its_reason_and_a_motd_that_was_asked_for_is_shown():
     alice.hears("372 alice :- not asked for")
     alice.types("/raw MOTD")
     alice.hears("375 alice :- begin", "372 alice :- hello", "376 alice :End")
-    assert alice.kinds("told")[-3:] == ["- begin", "- hello", "End"]
+    assert alice.kinds("server text")[-3:] == ["- begin", "- hello", "End"]
     alice.sent(9)
     alice.types("/quit so long")
     assert alice.sent() == ["QUIT :so long"]
@@ -15645,7 +15650,7 @@ def test_a_server_that_welcomes_and_then_wants_a_registration_is_waited_for(para
     assert "PRIVMSG #lobby hello" in alice.sent(1)
     alice.hears(f"451 alice {params}", f"451 alice {params}")
     assert alice.kinds("note") == ["the server has not let us in yet; what you say waits for that"]
-    assert alice.kinds("told") == ["you are alice"]
+    assert alice.kinds("server text") == ["you are alice"]
     assert [line for line in alice.sent(9) if "hello" in line] == []
     alice.hears("001 alice :Welcome", ":alice!u@h JOIN #lobby")
     assert "PRIVMSG #lobby hello" in alice.sent(9)
@@ -15736,7 +15741,7 @@ def test_an_older_page_shows_nothing_that_is_not_to_be_seen(how):
     alice.hears("BATCH +1 chathistory #lobby", "@batch=1;msgid=m1 :bob!u@h PRIVMSG #lobby :x")
     alice.hears("BATCH -1", "BATCH +2 chathistory #lobby")
     alice.hears("@batch=2;msgid=m1 :bob!u@h PRIVMSG #lobby :x", "BATCH -2")
-    assert [view.text for view in room.views if view.kind == "said"] == []
+    assert [view.text for view in room.views if view.kind == "message"] == []
 
 
 def test_our_own_message_can_be_taken_back_by_the_servers_id():
@@ -15745,7 +15750,7 @@ def test_our_own_message_can_be_taken_back_by_the_servers_id():
     (id,) = alice.core.outbox.waiting
     alice.hears(f"@+chat.py/id={id};msgid=m9 :alice!u@h PRIVMSG #lobby :oops")
     alice.hears(":alice!u@h REDACT #lobby m9")
-    assert [view.text for view in alice.core.room.views if view.kind == "said"] == []
+    assert [view.text for view in alice.core.room.views if view.kind == "message"] == []
 
 
 def test_a_channel_that_takes_the_name_of_one_that_we_left_is_the_one_we_are_in():
@@ -15840,7 +15845,7 @@ def test_a_registration_that_the_server_does_not_end_is_ended():
 @pytest.mark.parametrize("words", ["don't", "foo-bar", "x.y", "a_b", "\U0001f389", "#tea!"])
 def test_any_words_can_be_searched_for(words):
     store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
-    store.add("#a", chat.View(chat.SAID, f"well {words} indeed", "bob", "#a", 1, id="m"))
+    store.add("#a", chat.ViewEvent(chat.MESSAGE, f"well {words} indeed", "bob", "#a", 1, id="m"))
     for _ in range(2):
         assert len(store.find(words, 9)) == 1
         store.index()
@@ -15992,7 +15997,7 @@ def test_a_long_notice_is_several():
 def test_page_up_reaches_all_messages_of_one_millisecond_also_without_ids():
     store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
     for n in range(1000):
-        store.add("#a", chat.View(chat.SAID, f"{n}", "bob", "#a", 1000 + n // 40))
+        store.add("#a", chat.ViewEvent(chat.MESSAGE, f"{n}", "bob", "#a", 1000 + n // 40))
     core = chat.ClientCore("alice", store=store, join=["#a"])
     while core.older_from_store(core.room):
         pass
@@ -16034,7 +16039,7 @@ def test_a_damaged_file_of_messages_is_one_clear_line(folder):
     options = chat.ClientOptions("alice", chat.parse_target("irc://here"), state=folder)
     store = chat.ClientStore(chat.open_client_file(folder), "here", "alice")
     for n in range(500):
-        store.add("#a", chat.View(chat.SAID, "x" * 50, "bob", "#a", n, id=f"{n}"))
+        store.add("#a", chat.ViewEvent(chat.MESSAGE, "x" * 50, "bob", "#a", n, id=f"{n}"))
     store.flush()
     store.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     store.db.close()
@@ -16155,7 +16160,7 @@ def test_a_list_of_users_is_shown_if_and_only_if_the_user_asked_for_it():
     alice = Elsewhere()
     reply = "352 alice #lobby u h irc.example bob G* :0 Bob"
     alice.hears(reply, "315 alice #lobby :End")  # ZNC sends some
-    assert alice.kinds("told") == ["you are alice"]
+    assert alice.kinds("server text") == ["you are alice"]
     alice.types("/who #lobby").hears(reply, "315 alice #lobby :End")
     assert alice.kinds("page") == ["bob (u@h) in #lobby: Bob, away, operator of the server"]
     alice.hears(reply, "315 alice #lobby :End")
@@ -16163,7 +16168,7 @@ def test_a_list_of_users_is_shown_if_and_only_if_the_user_asked_for_it():
     room.inside = True
     alice.core.ask_people(room)  # the client's own, for its list of members
     alice.hears(reply, "315 alice #lobby :End")
-    assert len(alice.kinds("page")) == 1 and len(alice.kinds("told")) == 1
+    assert len(alice.kinds("page")) == 1 and len(alice.kinds("server text")) == 1
     assert alice.core.known_people["bob"].away
     alice.types("/who #other").hears("352 alice #other u h irc.example bob H :0 Bob")
     alice.hears("315 alice #other :End")
@@ -16300,7 +16305,7 @@ def test_messages_that_are_held_are_dropped_once_they_are_too_many(monkeypatch):
     room = chat.Room("#a")
     room.held = []
     for n, (held, spilled) in enumerate([(1, False), (2, False), (3, False), (0, True)]):
-        room.hold(chat.View(chat.SAID, str(n)))
+        room.hold(chat.ViewEvent(chat.MESSAGE, str(n)))
         assert (len(room.held), room.spilled) == (held, spilled)
 
 
@@ -16418,7 +16423,7 @@ def test_what_was_missed_in_long_messages_is_reached_by_reading_back():
     room = alice.core.find("#lobby")
     assert LONG_MESSAGES < chat.PAGE_LINES
     page_up(alice, room)
-    said = [view.text.partition(" ")[0] for view in room.views if view.kind == "said"]
+    said = [view.text.partition(" ")[0] for view in room.views if view.kind == "message"]
     assert said == ["old", *(str(n) for n in range(LONG_MESSAGES))]
 
 
@@ -16437,7 +16442,7 @@ def test_what_was_missed_while_away_is_reached_by_reading_back_also_after_anothe
         alice = kept_client(house, db)
     room = alice.core.find("#lobby")
     page_up(alice, room)
-    said = [view.text for view in room.views if view.kind == "said"]
+    said = [view.text for view in room.views if view.kind == "message"]
     assert said == [f"old {n}" for n in range(40)] + [f"new {n}" for n in range(300)]
 
 
@@ -16455,7 +16460,7 @@ def test_what_was_missed_twice_is_reached_and_so_is_what_was_read_past_offline()
     alice = kept_client(house, db)
     room = alice.core.find("#lobby")
     page_up(alice, room)
-    said = [view.text for view in room.views if view.kind == "said"]
+    said = [view.text for view in room.views if view.kind == "message"]
     numbers = {"a": 30, "b": 150, "c": 150}
     assert said == [f"{letter} {n}" for letter, count in numbers.items() for n in range(count)]
 
@@ -16487,7 +16492,9 @@ def test_a_store_that_stays_locked_keeps_the_newest_of_what_waits(monkeypatch):
     store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
     store.db.execute("BEGIN")  # as if another program had it: nothing can be begun
     for n in range(25):
-        store.add("#tea", chat.View(chat.SAID, f"{n}", "bob", "#tea", 1000 + n, id=f"id{n}"))
+        store.add(
+            "#tea", chat.ViewEvent(chat.MESSAGE, f"{n}", "bob", "#tea", 1000 + n, id=f"id{n}")
+        )
         assert len(store.waiting) == min(n + 1, 20)
     assert store.trouble
     store.db.execute("ROLLBACK")
@@ -16498,7 +16505,9 @@ def test_a_search_in_a_conversation_looks_behind_the_hits_in_others(monkeypatch)
     monkeypatch.setattr(chat, "CLIENT_HITS_MOST", 2)
     store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
     for n, room in enumerate(("#tea", "#tea", "#tea", "#a", "#a", "#a")):
-        store.add(room, chat.View(chat.SAID, f"milk {n}", "bob", room, 1000 + n, id=f"id{n}"))
+        store.add(
+            room, chat.ViewEvent(chat.MESSAGE, f"milk {n}", "bob", room, 1000 + n, id=f"id{n}")
+        )
     store.flush()
     store.index()
     assert [view.text for view in store.find("milk", 9, "#tea")] == ["milk 1", "milk 2"]
@@ -16507,12 +16516,14 @@ def test_a_search_in_a_conversation_looks_behind_the_hits_in_others(monkeypatch)
 
 def test_a_page_before_a_message_has_those_of_the_same_millisecond():
     store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
-    views = [chat.View(chat.SAID, str(n), "bob", "#tea", 1000, id=f"id{n}") for n in range(3)]
+    views = [
+        chat.ViewEvent(chat.MESSAGE, str(n), "bob", "#tea", 1000, id=f"id{n}") for n in range(3)
+    ]
     for view in views:
         store.add("#tea", view)
     assert [view.text for view in store.page("#tea", 9, views[2])] == ["0", "1"]
     assert [view.text for view in store.page("#tea", 9, views[0], after=True)] == ["1", "2"]
-    later = chat.View(chat.SAID, "not stored", "bob", "#tea", 1000)
+    later = chat.ViewEvent(chat.MESSAGE, "not stored", "bob", "#tea", 1000)
     assert [view.text for view in store.page("#tea", 9, later)] == ["0", "1", "2"]
 
 
@@ -16531,7 +16542,7 @@ def test_a_page_of_which_nothing_can_be_seen_is_not_the_beginning():
     alice.core.talk.ask_history(room, "older")
     alice.core.flush()
     alice.exchange(30)
-    texts = [view.text for view in room.views if view.kind == "said"]
+    texts = [view.text for view in room.views if view.kind == "message"]
     assert texts[:5] == [f"first {n}" for n in range(5)]
 
 
@@ -16628,7 +16639,7 @@ def test_history_without_ids_is_shown_once_over_restarts():
                     alice.hears(f"@batch=1;time={when} :bob!u@h PRIVMSG #lobby :line {n}")
                 alice.hears("BATCH -1")
         store.flush()
-        return [view.text for view in alice.core.room.views if view.kind == "said"]
+        return [view.text for view in alice.core.room.views if view.kind == "message"]
 
     assert start() == ["line 0", "line 1", "line 2"]
     assert start() == ["line 0", "line 1", "line 2"]
@@ -16758,7 +16769,7 @@ def test_a_client_that_starts_again_shows_what_it_had_and_fills_the_gap():
     assert again.setting("time") == "%H.%M" and again.ignored == {"spammer"}
     alice.core, alice.views = again, []
     alice.connect()
-    assert [view.text for view in alice.core.rooms["#lobby"].views if view.kind == "said"] == [
+    assert [view.text for view in alice.core.rooms["#lobby"].views if view.kind == "message"] == [
         "hello",
         "hi",
         "while you were away",
@@ -16780,8 +16791,8 @@ def test_a_client_reads_back_and_searches_in_all_that_it_has_kept():
     store = chat.ClientStore(db, "here", "alice")
     for n in range(1000):
         text = f"number {n} {'needle' if n % 100 == 0 else 'hay'}"
-        store.add("#a", chat.View(chat.SAID, text, "bob", "#a", n * 1000, id=f"m{n}"))
-        store.add("#b", chat.View(chat.SAID, text, "bob", "#b", n * 1000, id=f"n{n}"))
+        store.add("#a", chat.ViewEvent(chat.MESSAGE, text, "bob", "#a", n * 1000, id=f"m{n}"))
+        store.add("#b", chat.ViewEvent(chat.MESSAGE, text, "bob", "#b", n * 1000, id=f"n{n}"))
     for _ in range(3):
         store.flush()
         store.index()
@@ -16803,7 +16814,7 @@ def test_the_window_begins_with_what_was_kept(folder):
     store = chat.ClientStore(chat.open_client_file(folder), "127.0.0.1:1", "alice")
     store.keep_room("#a", chat.Room("#a"))
     for n in range(3):
-        store.add("#a", chat.View(chat.SAID, f"{n}", "bob", "#a", n, id=f"m{n}"))
+        store.add("#a", chat.ViewEvent(chat.MESSAGE, f"{n}", "bob", "#a", n, id=f"m{n}"))
     store.flush()
     engine = gui_client.Engine(options, lambda: None)
     engine.publish()
@@ -16833,7 +16844,7 @@ def test_words_that_were_taken_back_are_not_in_the_store_any_more(tmp_path):
     db = chat.open_client_database(str(tmp_path / "client.db"))
     store = chat.ClientStore(db, "here", "alice")
     for n, indexed in enumerate((True, False)):
-        view = chat.View(chat.SAID, "verysecret", "bob", "#a", 1, id=f"m{n}")
+        view = chat.ViewEvent(chat.MESSAGE, "verysecret", "bob", "#a", 1, id=f"m{n}")
         store.add("#a", view)
         store.flush()
         if indexed:
@@ -16847,8 +16858,8 @@ def test_what_is_kept_is_one_users_and_one_servers():
     db = chat.open_client_database(":memory:")
     alice, bob = chat.ClientStore(db, "here", "alice"), chat.ClientStore(db, "here", "bob")
     there = chat.ClientStore(db, "there", "alice")
-    alice.add("#a", chat.View(chat.SAID, "hi", "x", "#a", 1, id="m"))
-    bob.add("#a", chat.View(chat.SAID, "hi", "x", "#a", 1, id="m"))
+    alice.add("#a", chat.ViewEvent(chat.MESSAGE, "hi", "x", "#a", 1, id="m"))
+    bob.add("#a", chat.ViewEvent(chat.MESSAGE, "hi", "x", "#a", 1, id="m"))
     alice.flush()
     bob.flush()
     assert (len(alice.page("#a", 9)), len(bob.page("#a", 9)), len(there.page("#a", 9))) == (1, 1, 0)
@@ -16861,7 +16872,7 @@ def test_a_store_that_another_client_writes_to_is_written_a_turn_later(tmp_path)
     one, other = chat.open_client_database(path), chat.open_client_database(path)
     store = chat.ClientStore(one, "here", "alice")
     other.execute("BEGIN IMMEDIATE")
-    store.add("#a", chat.View(chat.SAID, "hi", "x", "#a", 1, id="m"))
+    store.add("#a", chat.ViewEvent(chat.MESSAGE, "hi", "x", "#a", 1, id="m"))
     store.flush()
     store.index()
     assert store.waiting
@@ -16889,7 +16900,7 @@ def exchange_all(*pairs):
 
 
 def last_of(pair, where="#lobby"):
-    return [view for view in pair.core.rooms[where].views if view.kind == "said"][-1]
+    return [view for view in pair.core.rooms[where].views if view.kind == "message"][-1]
 
 
 def test_after_a_break_changes_are_asked_for_from_the_newest_message_that_was_seen():
@@ -17160,7 +17171,7 @@ def test_results_go_to_a_screen_that_wants_them_apart():
 def test_a_store_of_the_version_before_is_taken_over(tmp_path):
     path = str(tmp_path / "client.db")
     db = sqlite3.connect(path)
-    old = chat.CLIENT_TABLES.replace("user_version = 3", "user_version = 1")
+    old = chat.CLIENT_TABLES.replace("user_version = 4", "user_version = 1")
     old = re.sub(r",\n    reply TEXT[^\n]*\n    file TEXT[^\n]*\n", "\n", old)
     tables = "reactions|transfers|servers|logins|outboxes|outbox"
     old = re.sub(rf"CREATE TABLE IF NOT EXISTS ({tables}) .*?;\n", "", old, flags=re.DOTALL)
@@ -17176,7 +17187,9 @@ def test_a_store_of_the_version_before_is_taken_over(tmp_path):
     store = chat.ClientStore(chat.open_client_database(path), "here", "alice")
     (room,) = store.rooms()
     assert (room.name, room.draft, room.muted, room.read_time) == ("#tea", "half", False, 0)
-    assert [(view.text, view.reply) for view in store.page("#tea", 9)] == [("hi", "")]
+    assert [(view.kind, view.text, view.reply) for view in store.page("#tea", 9)] == [
+        (chat.MESSAGE, "hi", "")
+    ]
     store.react("x", "+", "bob", True)
     assert store.reactions("x") == [("+", "bob")]
     store.db.close()
@@ -17203,7 +17216,7 @@ def test_joins_in_one_row_never_come_behind_what_their_users_did():
     clock[0] = 61.0
     there.sent(1)
     rows = [view.text or f"{view.name} {view.kind}" for view in room.views]
-    assert rows == ["eve came", "bot came", "done", "bot went", "joe joined and left"]
+    assert rows == ["eve join", "bot join", "done", "bot part", "joe joined and left"]
 
 
 def test_a_message_to_another_conversation_is_told_where_the_user_looks():
@@ -17243,9 +17256,9 @@ def test_conversations_keep_their_order_over_a_restart_also_one_that_the_user_ga
 def test_a_user_who_leaves_is_told_once_where_the_server_has_monitor():
     there = Elsewhere("MONITOR=100")
     there.hears(":bob!u@h PRIVMSG alice :hi", ":bob!u@h QUIT :bye", "731 alice :bob")
-    assert there.kinds("told")[-1] == "bob has left: bye"
+    assert there.kinds("server text")[-1] == "bob has left: bye"
     there.hears("730 alice :bob!u@h")
-    assert there.kinds("told")[-1] == "bob is here"
+    assert there.kinds("server text")[-1] == "bob is here"
 
 
 def test_channels_are_completed_whatever_the_case():
@@ -17256,7 +17269,7 @@ def test_a_missing_password_is_told_once_with_the_way_out():
     there = Elsewhere()
     there.core.talk.ready = False
     there.hears("464 alice :Password incorrect")
-    assert there.kinds("told") == ["you are alice"]
+    assert there.kinds("server text") == ["you are alice"]
     assert there.core.refusal == "Password incorrect; /pass PASSWORD gives it"
     assert there.core.cause == chat.NEEDS_USER
 
@@ -17328,7 +17341,7 @@ def test_a_message_that_is_not_confirmed_is_the_one_that_redact_means():
     assert any("has not confirmed that message yet" in view.text for view in alice.views)
     alice.exchange()
     alice.typed("/redact")
-    assert [view.text for view in alice.core.room.views if view.kind == "said"] == ["keep this"]
+    assert [view.text for view in alice.core.room.views if view.kind == "message"] == ["keep this"]
 
 
 def test_a_channel_that_is_named_is_entered_beside_those_of_the_last_time():
@@ -17420,7 +17433,7 @@ def test_a_reaction_cannot_forge_a_row():
     (view,) = [one for one in views if one.kind == chat.REACTED]
     assert "\n" not in view.text
     desk.display.take([view])
-    (row,) = [one for one in bob.core.room.views if one.kind == "told"]
+    (row,) = [one for one in bob.core.room.views if one.kind == "server text"]
     assert "\n" not in row.text and row.text.startswith("eve reacted x")
     bob.core.remove(id)
     desk.display.take(bob.core.take_views())
@@ -17428,9 +17441,9 @@ def test_a_reaction_cannot_forge_a_row():
 
 
 def test_rows_of_several_lines_are_several_rows():
-    view = chat.View(chat.FAILED, "why: one\ntwo", time=0)
+    view = chat.ViewEvent(chat.FAILED, "why: one\ntwo", time=0)
     look = chat.Look(chat.Palette(False))
-    told = view._replace(kind=chat.TOLD)
+    told = view._replace(kind=chat.SERVER_TEXT)
     assert len(chat.view_lines(view, look)) == len(chat.view_lines(told, look)) == 2
     long = "\n".join(f"line {n}" for n in range(100))
     assert chat.beginning(long) == "line 0 \u2026" and len(chat.beginning("x" * 9999)) < 500
@@ -17532,9 +17545,9 @@ def test_answers_to_pings_and_lists_of_bans_are_told_in_words():
     there = Elsewhere()
     there.now = 100.0
     there.hears(":bob!u@h NOTICE alice :\x01PING 97.5\x01")
-    assert there.kinds("told")[-1] == "bob answers PING: after 2.5 s"
+    assert there.kinds("server text")[-1] == "bob answers PING: after 2.5 s"
     there.hears("367 alice #lobby *!*@spam op!u@h 1795691458")
-    assert there.kinds("told")[-1] == "banned: *!*@spam by op on 2026-11-26 11:10 UTC"
+    assert there.kinds("server text")[-1] == "banned: *!*@spam by op on 2026-11-26 11:10 UTC"
     there.types("/who")
     assert there.sent() == ["WHO #lobby"]
 
@@ -17590,7 +17603,7 @@ def test_what_was_taken_back_while_a_client_was_away_is_gone_there_too():
     bob.exchange()
     alice.connect()
     exchange_all(alice, bob)
-    said = [view.text for view in alice.core.rooms["#lobby"].views if view.kind == "said"]
+    said = [view.text for view in alice.core.rooms["#lobby"].views if view.kind == "message"]
     assert said == ["and stand by that"]
     alice.core.store.flush()
     assert [view.text for view in alice.core.store.page("#lobby", 9)] == ["and stand by that"]
@@ -17598,7 +17611,7 @@ def test_what_was_taken_back_while_a_client_was_away_is_gone_there_too():
     alice.drop()
     alice.connect()
     exchange_all(alice, bob)
-    assert [view for view in alice.core.rooms["#lobby"].views if view.kind == "said"] == []
+    assert [view for view in alice.core.rooms["#lobby"].views if view.kind == "message"] == []
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -17625,8 +17638,8 @@ def test_reactions_made_while_a_client_was_away_are_told_to_it_below_the_message
     said = next(view for view in alice.core.rooms["#lobby"].views if view.text == "tea?")
     assert alice.core.reactions_of(said.id) == {"+1": ["carol"], "yes": ["carol"]}
     views = alice.views[seen:]
-    kinds = [view.kind for view in views if view.kind in ("said", chat.REACTED)]
-    assert kinds == ["said"] * (1 if known else 2) + [chat.REACTED] * 4
+    kinds = [view.kind for view in views if view.kind in ("message", chat.REACTED)]
+    assert kinds == ["message"] * (1 if known else 2) + [chat.REACTED] * 4
     seen = len(alice.views)
     alice.drop()
     alice.connect()
@@ -17746,7 +17759,7 @@ def test_nothing_is_sent_before_the_server_can_be_talked_to(phase):
 def test_what_is_left_to_do_without_a_connection_breaks_nothing():
     link = Hanging(True, 60.0)
     for link.phase in chat.TALKING:
-        link._carry_on([chat.View(chat.NOTE, "still shown")])
+        link._carry_on([chat.ViewEvent(chat.NOTE, "still shown")])
     assert {view.text for view in link.log} == {"still shown"}
 
 
@@ -17982,7 +17995,7 @@ def test_many_joins_cost_no_more_each_than_a_few():
         one.moved_at = 10**15
     took = []
     for count in (2_000, 8_000):
-        views = [chat.View(chat.CAME, name=f"u{n}", where="#lobby") for n in range(count)]
+        views = [chat.ViewEvent(chat.JOIN, name=f"u{n}", where="#lobby") for n in range(count)]
         for view in views:
             desk.core.happened(desk.core.room, view)
         began = time.process_time()
@@ -17994,7 +18007,7 @@ def test_many_joins_cost_no_more_each_than_a_few():
 def test_a_burst_of_any_size_is_kept_whole():
     store = chat.ClientStore(chat.open_client_database(":memory:"), "here", "alice")
     for n in range(2 * chat.CLIENT_ROWS_WAITING + 7):
-        store.add("#a", chat.View(chat.SAID, f"{n}", "bob", "#a", n, id=f"m{n}"))
+        store.add("#a", chat.ViewEvent(chat.MESSAGE, f"{n}", "bob", "#a", n, id=f"m{n}"))
     store.flush()
     count = store.db.execute("SELECT count(*) FROM messages").fetchone()[0]
     assert count == 2 * chat.CLIENT_ROWS_WAITING + 7
@@ -18035,23 +18048,23 @@ def test_users_who_join_and_leave_in_a_minute_are_one_row_unless_they_spoke():
     alice.hears(":u3!u@h QUIT :bye", ":u4!u@h PART #lobby", ":u5!u@h PRIVMSG #lobby :hi")
     alice.hears(":u5!u@h QUIT :bye")
     alice.sent(62)
-    rows = [view for view in alice.core.room.views if view.kind not in ("told", "note")]
-    assert [view.kind for view in rows] == ["came", "moved", "said", "went"]
+    rows = [view for view in alice.core.room.views if view.kind not in ("server text", "note")]
+    assert [view.kind for view in rows] == ["join", "moved", "message", "quit"]
     assert rows[1].text == (
         "u1, u2, u5, u6, u7, u8, u9, u10, u11, u12 and 17 more joined; u3, u4 joined and left"
     )
-    assert len([view for view in alice.views if view.kind in ("came", "went")]) == 33
+    assert len([view for view in alice.views if view.kind in chat.MOVES]) == 33
     assert len([view for view in alice.views if view.kind == "moved"]) == 1
 
 
 def test_settings_are_listed_checked_and_kept():
     alice = Elsewhere()
     alice.types("/set")
-    assert len(alice.kinds("told")) >= len(chat.SETTINGS)
+    assert len(alice.kinds("server text")) >= len(chat.SETTINGS)
     alice.types("/set bell off", "/set highlight tea")
     assert alice.core.setting("bell") == "off"
     alice.hears(":bob!u@h PRIVMSG #lobby :who wants tea?")
-    assert [view.called for view in alice.views if view.kind == "said"] == [True]
+    assert [view.called for view in alice.views if view.kind == "message"] == [True]
     alice.types("/set bell perhaps", "/set nothing x", "/set bell default")
     assert len(alice.kinds("note")) == 2 and alice.core.setting("bell") == "on"
 
@@ -18140,7 +18153,10 @@ def test_the_topic_that_was_asked_for_is_told_or_that_there_is_none():
     alice.types("/topic #lobby", "/topic #rust")
     assert alice.sent(9) == ["TOPIC #lobby", "TOPIC #rust"]
     alice.hears("332 alice #lobby :tea at five", "331 alice #rust :No topic is set")
-    assert alice.kinds("told")[-2:] == ["the topic of #lobby: tea at five", "#rust has no topic"]
+    assert alice.kinds("server text")[-2:] == [
+        "the topic of #lobby: tea at five",
+        "#rust has no topic",
+    ]
 
 
 def test_a_capability_that_a_server_has_only_now_is_asked_for_if_we_can_use_it():
@@ -18378,15 +18394,15 @@ ANSWERED = [  # what is typed, the answer, and what is shown of it
 def test_an_answer_to_a_command_is_shown_and_otherwise_not(typed, answer, told):
     alice = Elsewhere()
     quiet = [line for line in answer if line.split()[0] not in ("341", "704")]
-    assert alice.hears(*quiet).kinds("told") == ["you are alice"]
+    assert alice.hears(*quiet).kinds("server text") == ["you are alice"]
     alice.types(typed).hears(*answer)
-    shown = alice.kinds("told")[1:]
+    shown = alice.kinds("server text")[1:]
     assert len(shown) == len(answer)
     assert all(any(one.lstrip(":") in text for text in shown) for one in told)
     alice.core.disconnected()
     alice.views.clear()
     alice.connect()
-    assert alice.hears(*quiet).kinds("told") == ["you are alice"]
+    assert alice.hears(*quiet).kinds("server text") == ["you are alice"]
 
 
 LISTINGS = [  # what is typed, one row, the last line, and the row that is shown
@@ -18604,9 +18620,9 @@ def test_the_last_words_of_an_ignored_user_are_not_shown(line):
 def test_an_offer_that_this_client_does_not_take_is_told():
     alice = Elsewhere()
     alice.hears(":bob!u@h PRIVMSG alice :\x01DCC SEND a.txt 1 2 3\x01")
-    assert alice.kinds("told")[-1].startswith("bob offers DCC SEND a.txt 1 2 3")
+    assert alice.kinds("server text")[-1].startswith("bob offers DCC SEND a.txt 1 2 3")
     alice.types("/ignore bob").hears(":bob!u@h PRIVMSG alice :\x01DCC SEND b.txt 1 2 3\x01")
-    assert "b.txt" not in alice.kinds("told")[-1]
+    assert "b.txt" not in alice.kinds("server text")[-1]
 
 
 def test_a_channel_that_the_client_is_made_to_join_is_told():
@@ -18627,7 +18643,7 @@ def test_a_text_is_no_request_to_programs(tidy):
 
 
 def test_output_of_a_pipe_has_no_control_characters():
-    view = chat.View(chat.TOLD, "a\x01topic")
+    view = chat.ViewEvent(chat.SERVER_TEXT, "a\x01topic")
     assert chat.filter_lines(view) == ["* atopic"]
 
 
@@ -21718,7 +21734,7 @@ def test_the_row_never_wraps_and_the_cursor_is_where_the_next_letter_goes(column
 def at(year, month, day, hour=0, minute=0, **parts):
     """A view of that moment by the clock on the wall."""
     moment = datetime.datetime(year, month, day, hour, minute)
-    return chat.View(**{"kind": chat.SAID, **parts, "time": int(moment.timestamp() * 1000)})
+    return chat.ViewEvent(**{"kind": chat.MESSAGE, **parts, "time": int(moment.timestamp() * 1000)})
 
 
 PLAIN_LOOK = chat.Look(chat.Palette(on=False), 40, "#rust")
@@ -21734,14 +21750,14 @@ CLOCK = {"year": 2025, "month": 11, "day": 21, "hour": 8, "minute": 30}  # not t
         ({"text": "hi", "name": "bob", "where": "#lobby"}, ["08:30 [#lobby] bob: hi"]),
         ({"text": "hi", "name": "bob", "where": "bob"}, ["08:30 (bob) bob: hi"]),
         ({"text": "me?", "name": "bob", "where": "#rust", "called": True}, ["08:30 ! bob: me?"]),
-        ({"kind": "came", "name": "bob", "where": "#rust"}, ["08:30 bob joined"]),
-        ({"kind": "came", "name": "bob", "where": "#go"}, ["08:30 bob joined #go"]),
-        ({"kind": "went", "name": "bob", "text": "bye"}, ["08:30 bob left (bye)"]),
-        ({"kind": "told", "text": "so it is"}, ["08:30 so it is"]),
+        ({"kind": "join", "name": "bob", "where": "#rust"}, ["08:30 bob joined"]),
+        ({"kind": "join", "name": "bob", "where": "#go"}, ["08:30 bob joined #go"]),
+        ({"kind": "quit", "name": "bob", "text": "bye"}, ["08:30 bob left (bye)"]),
+        ({"kind": "server text", "text": "so it is"}, ["08:30 so it is"]),
         ({"kind": "failed", "text": "full: hi"}, ["08:30 FAILED: full: hi"]),
         ({"kind": "people", "text": "cy, bo, @al", "where": "#rust"},
          ["08:30 3 in #rust", "  @al  bo   cy"]),
-        ({"kind": "told", "text": "/away [REASON]  say that you are not here, or back"},
+        ({"kind": "server text", "text": "/away [REASON]  say that you are not here, or back"},
          ["/away [REASON]", "    say that you are not here, or back"]),
         ({"text": "\x1b[31mred\x9b0m\u202ecba\x07\u2028\tx", "name": "b\x1b[2Job\n"},
          ["08:30 b[2Job\u23ce: [31mred0mcba     x"]),
@@ -21767,7 +21783,7 @@ def test_a_day_is_told_when_it_is_another_one_than_that_of_the_view_before():
     ]
     assert chat.dated_lines(night, night, PLAIN_LOOK) == ["00:01 : b"]
     assert chat.dated_lines(None, evening, PLAIN_LOOK)[0].endswith("Saturday, 28 March 2026")
-    assert len(chat.dated_lines(None, chat.View(chat.SAID, "now"), PLAIN_LOOK)) == 1
+    assert len(chat.dated_lines(None, chat.ViewEvent(chat.MESSAGE, "now"), PLAIN_LOOK)) == 1
 
 
 def test_times_are_those_of_the_wall_when_the_clocks_change(monkeypatch):
@@ -21778,7 +21794,7 @@ def test_times_are_those_of_the_wall_when_the_clocks_change(monkeypatch):
     spring = int(datetime.datetime(2026, 3, 29, 0, 30, tzinfo=datetime.UTC).timestamp()) * 1000
     autumn = int(datetime.datetime(2026, 10, 25, 0, 30, tzinfo=datetime.UTC).timestamp()) * 1000
     shown = [
-        chat.view_lines(chat.View(chat.SAID, "x", "b", time=t), PLAIN_LOOK)[0][:5]
+        chat.view_lines(chat.ViewEvent(chat.MESSAGE, "x", "b", time=t), PLAIN_LOOK)[0][:5]
         for t in (spring, spring + hour, autumn, autumn + hour, -1, 10**18)
     ]
     monkeypatch.undo()
@@ -22069,7 +22085,7 @@ def test_a_page_of_older_messages_goes_on_where_one_was():
     desk.display.fetching, desk.core.talk = True, types.SimpleNamespace(ready=True, pieces=())
     assert "older ones are coming" in desk.paint()[-2]
     older = [at(**CLOCK, text=f"older {n}", name="bob", where="#lobby") for n in range(40)]
-    came = chat.View(chat.OLDER, "20", where="#lobby")
+    came = chat.ViewEvent(chat.OLDER, "20", where="#lobby")
     room.views.extendleft(reversed(older[20:]))
     assert desk.tell(came)[7] == "08:30 bob: 6"
     reader.up(60)
@@ -22099,11 +22115,14 @@ def test_the_oldest_stay_while_the_user_reads_them_and_go_then():
 def test_what_was_asked_for_is_shown_where_one_is_and_news_elsewhere_are_kept_there():
     desk = Desk()
     asked = at(**CLOCK, text="found", name="bob", where="#rust", past=True, id="x")
-    desk.tell(asked._replace(kind=chat.FOUND), chat.View(chat.TOLD, "topic of rust", where="#rust"))
+    desk.tell(
+        asked._replace(kind=chat.FOUND),
+        chat.ViewEvent(chat.SERVER_TEXT, "topic of rust", where="#rust"),
+    )
     assert re.fullmatch("\u2502 ....-..-.. 08:30 \\[#rust\\] bob: found", desk.screen.lines[1])
     assert "topic of rust" not in "".join(desk.screen.lines)
     assert desk.core.room.oldest == ""
-    desk.tell(chat.View(chat.FAILED, "no: hi", where="#rust"))
+    desk.tell(chat.ViewEvent(chat.FAILED, "no: hi", where="#rust"))
     assert desk.screen.lines[-3].endswith("[#rust] FAILED: no: hi")
     rust = "".join(desk.go("#rust"))
     assert "topic of rust" in rust and "FAILED: no: hi" in rust
@@ -22119,7 +22138,7 @@ def test_nothing_a_server_says_steers_the_terminal(seeded):
         room.topic, room.unread = text, 1
         desk.core.rooms[room.name] = room
         views = [
-            chat.View(kind, f"{text}, x", name, where, time=0)
+            chat.ViewEvent(kind, f"{text}, x", name, where, time=0)
             for kind in chat.LINES
             for where in ("", text)
         ]
@@ -22212,19 +22231,19 @@ def terminal():
 def test_a_code_stands_among_the_messages_black_on_white_whatever_the_colours_are():
     url = "http://192.168.1.5:7000/"
     desk = Desk(columns=33, rows=24)
-    desk.display.take([chat.View(chat.QR_CODE, url)])
+    desk.display.take([chat.ViewEvent(chat.QR_CODE, url)])
     desk.paint()
     lines = "\n".join(desk.screen.lines)
     assert "\n".join(row.rstrip() for row in chat.qr_rows(url)) in lines and f"\n{url}\n" in lines
     assert desk.written.count("\x1b[38;5;16;48;5;231m") == len(chat.qr_rows(url))
     narrow = Desk(columns=32, rows=24)
-    narrow.display.take([chat.View(chat.QR_CODE, url)])
+    narrow.display.take([chat.ViewEvent(chat.QR_CODE, url)])
     assert any(line.startswith(url) for line in narrow.paint())
     assert "\u2588" not in narrow.written and "33 columns" in " ".join(narrow.screen.lines)
 
 
 def test_a_pipe_that_asks_for_the_code_gets_the_address():
-    assert chat.filter_lines(chat.View(chat.QR_CODE, "http://h/")) == ["* http://h/"]
+    assert chat.filter_lines(chat.ViewEvent(chat.QR_CODE, "http://h/")) == ["* http://h/"]
 
 
 def test_a_conversation_at_a_terminal(running, terminal):
@@ -23937,7 +23956,7 @@ def tags_of(pieces, text):
 
 
 def said(text, name="bob", **more):
-    return chat.View(chat.SAID, text, name, **more)
+    return chat.ViewEvent(chat.MESSAGE, text, name, **more)
 
 
 EIGHT = int(datetime.datetime(2026, 11, 22, 8, 5).timestamp() * 1000)
@@ -23957,12 +23976,15 @@ def sheet_of(*views, read_time=0, **more):
     [
         (said("hello", time=EIGHT), "bob  08:05\nhello\n"),
         (said("one\n two", time=EIGHT), "bob  08:05\none\n two\n"),
-        (chat.View(chat.NOTICED, "psst", "bob", time=EIGHT), "-bob-  08:05\npsst\n"),
-        (chat.View(chat.CAME, name="carol", time=EIGHT), "08:05\t\u2192 carol joined\n"),
-        (chat.View(chat.WENT, "Quit", "carol", time=EIGHT), "08:05\t\u2190 carol left\n"),
-        (chat.View(chat.WENT, "bye", "carol", time=EIGHT), "08:05\t\u2190 carol left (bye)\n"),
-        (chat.View(chat.MOVED, "a, b joined", time=EIGHT), "08:05\t\u21c4 a, b joined\n"),
-        (chat.View(chat.TOLD, "no such command", time=EIGHT), "08:05\tno such command\n"),
+        (chat.ViewEvent(chat.NOTICE, "psst", "bob", time=EIGHT), "-bob-  08:05\npsst\n"),
+        (chat.ViewEvent(chat.JOIN, name="carol", time=EIGHT), "08:05\t\u2192 carol joined\n"),
+        (chat.ViewEvent(chat.QUIT, "Quit", "carol", time=EIGHT), "08:05\t\u2190 carol left\n"),
+        (chat.ViewEvent(chat.PART, "bye", "carol", time=EIGHT), "08:05\t\u2190 carol left (bye)\n"),
+        (chat.ViewEvent(chat.MOVED, "a, b joined", time=EIGHT), "08:05\t\u21c4 a, b joined\n"),
+        (
+            chat.ViewEvent(chat.SERVER_TEXT, "no such command", time=EIGHT),
+            "08:05\tno such command\n",
+        ),
     ],
 )
 def test_each_kind_of_view_reads_as_it_should_in_the_window(view, text):
@@ -23995,7 +24017,7 @@ def test_the_new_line_stands_before_the_first_message_that_was_not_read():
     views = [
         said("read", time=EIGHT),
         said("mine", "alice", mine=True, time=EIGHT + 1000),
-        chat.View(chat.CAME, name="carol", time=EIGHT + 1500),
+        chat.ViewEvent(chat.JOIN, name="carol", time=EIGHT + 1500),
         said("unread", time=EIGHT + 2000),
     ]
     _, pieces = sheet_of(*views, read_time=EIGHT)
@@ -24972,7 +24994,7 @@ def test_older_messages_come_from_memory_and_from_the_server_without_a_jump(runn
         if before and [row.view.text for row in sheet.rows] != before:
             assert top in shown  # it is still in sight, or below
     see(alice, "message 0\n")
-    said = [row.view.text for row in sheet.rows if row.view.kind == chat.SAID]
+    said = [row.view.text for row in sheet.rows if row.view.kind == chat.MESSAGE]
     assert said == [f"message {n}" for n in range(700)]
     bob.send("below\n")
     pump(alice, lambda: alice.transcript.below.cget("text") == "1 new below \u2193")
@@ -25838,14 +25860,14 @@ def test_five_thousand_members_and_a_flood_of_joins_leave_the_messages_in_place(
     engine.publish()
     for n in range(5000):
         room.came(f"guest{n}")
-        core.happened(room, chat.View(chat.CAME, name=f"guest{n}", where="#lobby"))
+        core.happened(room, chat.ViewEvent(chat.JOIN, name=f"guest{n}", where="#lobby"))
     engine.show(core.take_views())
     engine.took()
     engine.publish()
     events = [event for _ in range(batches.qsize()) for event in batches.get_nowait()]
     rows = [row for event in events if isinstance(event, gui_client.Rows) for row in event.rows]
-    assert sum(row.view.kind == chat.SAID for row in rows) == 1
-    assert sum(row.view.kind == chat.CAME for row in rows) <= 2
+    assert sum(row.view.kind == chat.MESSAGE for row in rows) == 1
+    assert sum(row.view.kind == chat.JOIN for row in rows) <= 2
     engine.loop.close()
 
 
