@@ -18137,9 +18137,9 @@ class Connection:
     __slots__ = (
         *("direct", "eof", "loop", "mask", "queue", "sealed", "shared", "sock", "state", "tls"),
     )
-    hears_out = False  # after close(): read on until the other side ends
-    appetite = READ_BYTES  # bytes that are taken at once
-    patient = False  # after close(): lets a slow reader have all, else a moment is enough
+    reads_to_end = False  # after close(): read on until the other side ends
+    read_size = READ_BYTES  # bytes that are taken at once
+    waits_for_reader = False  # after close(): as long as a slow one takes what is queued
 
     def __init__(self, loop: "Loop", sock: socket.socket):
         sock.setblocking(False)
@@ -18184,14 +18184,14 @@ class Connection:
 
     def read(self) -> None:
         try:
-            data = self.sock.recv(self.appetite)
+            data = self.sock.recv(self.read_size)
         except BlockingIOError:
             return
         except OSError as error:
-            return self._bury(reason_of(error))
+            return self._finish(reason_of(error))
         if not data:
             self._end()
-        elif self.state == OPEN or self.hears_out:
+        elif self.state == OPEN or self.reads_to_end:
             self.arrived(data)
 
     def arrived(self, data: bytes) -> None:
@@ -18219,7 +18219,7 @@ class Connection:
     def _end(self) -> None:
         """Handle end of file from the other side."""
         if self.state == LINGERING:
-            self._bury(HUNG_UP)
+            self._finish(HUNG_UP)
         elif not self.eof:
             self.eof = True
             if self.state == OPEN:
@@ -18238,7 +18238,7 @@ class Connection:
     def cut_short(self, data: bytes, sent: int, error: OSError | None) -> None:
         """Queue the rest of bytes that the socket took in part; after an error, close it."""
         if error and not isinstance(error, BlockingIOError):
-            return self._bury(reason_of(error))
+            return self._finish(reason_of(error))
         self.write(data)
         self.queue.advance(sent)
 
@@ -18254,7 +18254,7 @@ class Connection:
         except BlockingIOError:
             pass
         except OSError as error:
-            return self._bury(reason_of(error))
+            return self._finish(reason_of(error))
         except TlsFailed as failure:
             return self.drop(f"{TLS_TROUBLE}{failure}")
         self.direct = self.shared and not self.queue.size and self.state == OPEN
@@ -18293,7 +18293,9 @@ class Connection:
         if self.state == CLOSED:
             return
         reads = (
-            self.wants_read() if self.state == OPEN else self.state == LINGERING or self.hears_out
+            self.wants_read()
+            if self.state == OPEN
+            else self.state == LINGERING or self.reads_to_end
         )
         mask = READ if reads and not self.eof else 0
         if self.unsent and self.state <= CLOSING:
@@ -18315,7 +18317,7 @@ class Connection:
         if self.state == OPEN:
             self.state = CLOSING
             self.loop.dirty.add(self)
-            if not (self.hears_out or self.patient):
+            if not (self.reads_to_end or self.waits_for_reader):
                 self.loop.linger.add(self)
 
     def _hang_up(self) -> None:
@@ -18327,18 +18329,18 @@ class Connection:
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError as error:
-            return self._bury(reason_of(error))
+            return self._finish(reason_of(error))
         if self.eof:
-            return self._bury(HUNG_UP)
+            return self._finish(HUNG_UP)
         self.state = LINGERING
-        if self.patient:
+        if self.waits_for_reader:
             self.loop.linger.add(self)
 
     def drop(self, reason: str) -> None:
         """Close now, whatever is queued."""
-        self._bury(reason)
+        self._finish(reason)
 
-    def _bury(self, reason: str) -> None:
+    def _finish(self, reason: str) -> None:
         if self.state == CLOSED:
             return
         if self.mask:
@@ -18349,7 +18351,7 @@ class Connection:
         self.queue.clear()
         self.loop.linger.discard(self)
         self.loop.dirty.discard(self)
-        self.loop.graves.append(self.sock)
+        self.loop.finished.append(self.sock)
         self.lost(reason)
 
 
@@ -18380,7 +18382,7 @@ class Loop:
         self.timers: list[Timer] = []
         self.soon: collections.deque[Callable] = collections.deque()
         self.dirty: set[Connection] = set()  # have something to write or to finish
-        self.graves: list[socket.socket] = []
+        self.finished: list[socket.socket] = []  # to be closed at the end of the turn
         self.running = False
         self.turn_begins: Callable = do_nothing
         self.turn_ends: Callable = do_nothing
@@ -18410,8 +18412,8 @@ class Loop:
         dirty, self.dirty = self.dirty, set()
         for conn in dirty:
             self.guarded(conn.flush)
-        while self.graves:
-            self.graves.pop().close()
+        while self.finished:
+            self.finished.pop().close()
 
     def guarded(self, callback: Callable, *args: Any) -> None:
         """Call back, in the one catch: a bug is logged, and costs only its connection."""
@@ -18782,7 +18784,7 @@ class Peer(Connection):
         return max(self.budget.wait(), self.home.budget.wait())
 
     @property
-    def appetite(self) -> int:
+    def read_size(self) -> int:
         return FILE_PIECE_BYTES if self.web else READ_BYTES
 
     @property
@@ -18900,7 +18902,7 @@ class Peer(Connection):
         return not self.unsent or self.looks >= STALLED_LOOKS
 
     @property
-    def patient(self) -> bool:
+    def waits_for_reader(self) -> bool:
         return self.web
 
     # What the network does to it
@@ -18973,7 +18975,7 @@ class Peer(Connection):
         if self.state != CLOSED and (
             number := self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         ):
-            self._bury(reason_of(OSError(number, os.strerror(number))))
+            self._finish(reason_of(OSError(number, os.strerror(number))))
         return self.state != CLOSED
 
     def resume_with_budget(self) -> None:
@@ -20593,7 +20595,7 @@ class ServerConnection(LinkConnection):
     """The connection of a Link. It reads up to the server's end even after close()."""
 
     __slots__ = ("heard",)
-    hears_out = True
+    reads_to_end = True
 
     def __init__(self, link: "Link", sock: socket.socket):
         super().__init__(link, sock)
@@ -21336,7 +21338,7 @@ class WebCall(Connection):
     runs off the loop. `piece(data)` takes pieces of the answer's body; without it the body is
     collected. The end is done(response, body), or done(None, reason)."""
 
-    hears_out = True
+    reads_to_end = True
 
     def __init__(
         self, helpers: Helpers, sock: socket.socket, tls: Any, request: "CallRequest", trust: Trust

@@ -23595,13 +23595,13 @@ def test_a_file_that_is_cut_ten_times_is_carried_about_once(
     (tmp_path / "srv").mkdir()
     server, body, given = running(data=tmp_path / "srv"), os.urandom(5_000_000), []
     (tmp_path / "tea.bin").write_bytes(body)
-    bury = chat.WebCall._bury
+    finish = chat.WebCall._finish
 
-    def buried(call, reason):
+    def finish_and_count(call, reason):
         given.append(call.at - call.request.at - call.unsent)
-        bury(call, reason)
+        finish(call, reason)
 
-    monkeypatch.setattr(chat.WebCall, "_bury", buried)
+    monkeypatch.setattr(chat.WebCall, "_finish", finish_and_count)
     with Proxy(server.address, seeded, 200_000, 600_000, rate=20e6, piece=8_192, cuts=10) as proxy:
         direct = chat.address_text(*server.address)
         alice = Sender(proxy.where if way == "up" else direct, tmp_path)
