@@ -12839,108 +12839,7 @@ class Room:
             )
 
 
-# The workshop's protocol
-
-PLAIN_LINES = {
-    JOIN: re.compile(r"([^:]*) \((\S+)\) joined the chat!"),
-    QUIT: re.compile(r"([^:]*) \((\S+)\) left the chat!"),
-    MESSAGE: re.compile(r"([^:*][^:]*): (.*)"),
-}
-IRC_SPEAKS = re.compile(r":|NOTICE |ERROR |PING ")  # beginning of a line of an IRC server
-# A server that answers a nick with such a line is no workshop server
-WANTS_IRC = re.compile(r":chat\.py/|:\S+ (?:421|451) |ERROR :")
-TLS_RECORDS = (b"\x15\x03", b"\x16\x03")  # beginning of an alert, or of a handshake
-OTHER_PROTOCOLS = (  # beginning of the first line of a server that is not for chat
-    ("SSH", re.compile(r"SSH-\d")),
-    ("HTTP", re.compile(r"HTTP/\d|<!DOCTYPE |<html", re.IGNORECASE)),
-    ("SMTP, FTP or NNTP", re.compile(r"[245]\d\d[ -]")),
-    ("POP3 or Redis", re.compile(r"\+OK\b|-ERR\b")),
-    ("IMAP or ACAP", re.compile(r"\* (?:OK|BYE|PREAUTH|ACAP)\b")),
-    ("VNC", re.compile(r"RFB \d")),
-    ("RTSP or SIP", re.compile(r"(?:RTSP|SIP)/\d")),
-    ("XMPP", re.compile(r"<\?xml|<stream:")),
-    ("memcached", re.compile(r"ERROR$")),
-    ("rsync", re.compile(r"@RSYNCD:")),
-    ("MPD", re.compile(r"OK MPD")),
-)
-NO_CHAT = "this is no chat server"
-IF_PLAIN = "; --plain if it is one of the workshop's"
-
-
-def other_protocol(line: str) -> str:
-    """Return the known protocol, other than chat, of a server's first line; "" for none."""
-    return next((name for name, pattern in OTHER_PROTOCOLS if pattern.match(line)), "")
-
-
-class PlainTalk:
-    """The client's side of the workshop's protocol: a name, then lines, all unacknowledged."""
-
-    ready = True
-    unfinished = ""  # messages are sent as a whole
-    doubts = pages = batching = False
-    wait = None  # no rate limit
-    asked = queue = pieces = commanded = ()  # no history, no queue and no commands
-    lines_of_message = 0
-    going: dict[str, str] = {}  # no channels
-    sending = ""
-
-    def __init__(self, core: "ClientCore"):
-        self.core = core
-        self.sent: collections.deque[Waiting] = collections.deque(maxlen=UNDERSTOOD_KEPT)
-        core.output.append(core.wanted_name)
-        room = core.rooms.setdefault(core.fold(LOBBY), Room(LOBBY))
-        room.inside, core.current = True, room
-
-    def take(self, line: str) -> None:
-        core, room = self.core, self.core.rooms[self.core.fold(LOBBY)]
-        if not core.sure and (other := other_protocol(line)):
-            return core.give_up(f"{NO_CHAT}: it speaks {other}")
-        if not core.sure and not core.insists and line == core.wanted_name:
-            return core.give_up(f"{NO_CHAT}: it sends back what it is told{IF_PLAIN}")
-        if WANTS_IRC.match(line) and not core.insists:
-            core.outbox.take_back(self.sent)  # the server has understood none of these
-            core.kind, core.redial = CHAT if line.startswith(":chat.py/") else IRC, True
-            return None
-        matches = ((kind, pattern.fullmatch(line)) for kind, pattern in PLAIN_LINES.items())
-        kind, match = next((pair for pair in matches if pair[1]), (SERVER_TEXT, None))
-        if match is None:
-            core.unsure = core.unsure or line
-            return core.show(ViewEvent(SERVER_TEXT, line, where=LOBBY, line=line))
-        core.sure = True
-        name, rest = match.groups()
-        if kind == QUIT:
-            room.people.pop(name, None)
-        else:
-            room.came(name)  # such a server does not list its members
-        if kind == MESSAGE:
-            called = calls(rest, core.name)
-            core.deliver(room, ViewEvent(MESSAGE, rest, name, LOBBY, called=called, line=line))
-            room.spoke(name)
-        else:
-            core.show(ViewEvent(kind, name=name, where=LOBBY, address=rest, line=line))
-        core.show(ViewEvent(PEOPLE, where=LOBBY))
-
-    def carries(self, one: Waiting) -> bool:
-        """Return whether a message is for the lobby, the only conversation of this protocol."""
-        return self.core.fold(one.where) == self.core.fold(LOBBY)
-
-    def pump(self) -> None:
-        """Send the messages that may be sent."""
-        outbox = self.core.outbox
-        while one := outbox.next(self.carries):
-            text = f"*{one.text}*" if one.kind == ACTION else one.text
-            self.core.output += text.split("\n")
-            if not self.core.sure:
-                self.sent.append(one)
-            self.core.shown.discard(one.id)
-            outbox.arrived(one.id)  # or never will: such a server does not acknowledge
-
-    # The line protocol has nothing for these
-    tick = bye = ping = forget = acknowledged = renamed = watch = send = want_going = do_nothing
-    leaves = do_nothing
-
-
-# IRC
+# IRC: the parts of a connection
 
 WANTED = (  # capabilities that this client can use
     *("message-tags", "server-time", "batch", "echo-message", "labeled-response"),
@@ -13074,43 +12973,6 @@ def same_words(sent: str, heard: str) -> bool:
     return heard in (sent, plain) or (len(heard) > 100 and (sent + plain).startswith(heard))
 
 
-PIECE = "piece"  # in place of an id: a line within a message of this client, not shown alone
-NOT_ECHOED = "the server took it and did not send it back"
-
-
-def place_of_echo(talk: "IrcTalk", heard: ServerLine, key: str, text: str) -> int | None:
-    """Return which of the lines that a server is to send back this one is; None for none. Some
-    servers change words; then it is the oldest line, where no other client says it."""
-    here = [n for n, sent in enumerate(talk.echoed) if sent.target == key]
-    same = (n for n in here if same_words(talk.echoed[n].text, text))
-    others = talk.server.ours or talk.server.labels or talk.bouncer or "batch" in heard.tags
-    return next(same, None if others else next(iter(here), None))
-
-
-def echo_id(talk: "IrcTalk", heard: ServerLine, target: str, text: str) -> str:
-    """Return the own id of a message that the server echoes; "" if unknown, PIECE for a part of
-    one. The id is found by label, by tag, or by order among the lines echoed without either. The
-    lines to that target before it were dropped by the server."""
-    waiting = talk.core.outbox.waiting
-    for name in (heard.tags.get("label", ""), heard.tags.get(OWN_ID, "")):
-        stem, dot, _ = name.partition(".")
-        if dot and (stem in waiting or stem in talk.core.known_own):
-            return PIECE
-        if name in waiting or (name and name == heard.tags.get(OWN_ID)):
-            dropped = any(one.of == name != one.id for one in talk.echoed)
-            talk.echoed = [one for one in talk.echoed if one.of != name]
-            return talk.not_echoed(name) if dropped else name
-    key = talk.core.fold(target)
-    place = place_of_echo(talk, heard, key, text) if heard.verb == "PRIVMSG" else None
-    if place is None:
-        return ""
-    sent, before = talk.echoed[place], talk.echoed[:place]
-    talk.echoed[: place + 1] = [one for one in before if one.target != key]
-    talk.core.outbox.arrived_to(sent.of, sent.end)
-    dropped = {talk.not_echoed(one.of) and one.of for one in before if one.target == key}
-    return PIECE if sent.id in dropped else sent.id or (PIECE if sent.of else "")
-
-
 def is_person(heard: ServerLine) -> bool:
     """Return whether a line comes from a user, and not from a server or one of its services."""
     if fold(heard.name) in SERVICES:
@@ -13133,7 +12995,7 @@ def spoken_view(talk: "IrcTalk", heard: ServerLine, text: str) -> ViewEvent:
     target = server.without_status(heard.params[0])
     mine = core.is_me(heard.name) or talk.was_me(heard.source)
     where = target if mine or server.is_channel(target) else heard.name
-    own_id = echo_id(talk, heard, heard.params[0], text) if mine else ""
+    own_id = talk.acks.own_id_of(heard, heard.params[0], text) if mine else ""
     if re.match("\x01ACTION[ \x01]", text, re.IGNORECASE):
         text = f"*{text[8:].removesuffix(chr(1))}*"
     text = text.replace("\x01", "")
@@ -13159,87 +13021,7 @@ def not_shown(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
     return [view for view in views if view.id or identity_of(view) not in shown]
 
 
-def page_last(talk: "IrcTalk", room: Room, views: list[ViewEvent], limit: int) -> None:
-    """Handle the page of messages from before the client joined."""
-    for view in (new := not_shown(room, views)):
-        talk.core.deliver(room, view._replace(past=True))
-    talk.core.note_repeatable(room, new)  # live lines among the held ones may be on this page
-    room.whole = not views  # a short page may consist of long messages
-    talk.core.release(room)
-
-
-def take_missed(talk: "IrcTalk", room: Room, views: list[ViewEvent], new: bool, more: str) -> None:
-    """Deliver a page, and then ask for `more`, or show what was held. With something `new` on it,
-    the next page may be larger."""
-    for view in (unshown := not_shown(room, views)):
-        talk.core.deliver(room, view, paged=True)
-    talk.core.note_repeatable(room, unshown)
-    if new:
-        talk.core.progress += 1
-        talk.core.page_lines = min(talk.server.page_size, 2 * talk.core.page_lines)
-    if more:
-        room.spilled = False
-        talk.ask_history(room, more)
-    else:
-        talk.core.release(room)
-
-
-def page_missed(talk: "IrcTalk", room: Room, views: list[ViewEvent], limit: int) -> None:
-    """Handle a page of missed messages, and ask for more until one page brings nothing new: a page
-    may be short because of its size."""
-    new = any(view.id and view.id not in talk.core.seen for view in views) or room.spilled
-    take_missed(talk, room, views, new, "missed" if new else "")
-
-
-def page_gap(talk: "IrcTalk", room: Room, views: list[ViewEvent], limit: int) -> None:
-    """Handle the newest page of missed messages. If more were missed, the rows begin here."""
-    size = sum(len(view.text.encode()) for view in views)
-    if len(views) >= limit or size > PAGE_BYTES // 2:
-        room.views.clear()
-        talk.core.show(ViewEvent(RESET, where=room.name))
-        room.whole = False
-        talk.core.note_holes(room, *room.holes, views[0].id)
-        text = "more was said meanwhile; page up, or /history, shows it"
-        talk.core.show(ViewEvent(NOTE, text, where=room.name))
-    take_missed(talk, room, views, bool(views), "gap" if room.spilled else "")
-
-
-def page_older(talk: "IrcTalk", room: Room, views: list[ViewEvent], limit: int) -> None:
-    """Put a page of older messages before the first row. If none is visible, ask for another."""
-    core, shown = talk.core, {identity_of(view) for view in room.views}
-    before = room.paged.id if room.paged else room.oldest
-    room.whole = not views or (bool(views[0].id) and views[0].id == before)
-    known = any(view.id and core.store and core.store.has(view.id) for view in views)
-    if room.hole and (known or room.whole):
-        core.note_holes(room, *room.holes[:-1])
-    elif room.hole:
-        core.note_holes(room, *room.holes[:-1], views[0].id)
-    seen = []
-    for view in views:
-        if identity_of(view) not in shown and not core.hides(view):
-            shown.add(identity_of(view))
-            seen.append(view._replace(past=True))
-            core.keep(view)
-    room.paged = views[0] if views and not seen else None
-    room.views.extendleft(reversed(seen))
-    if room.paged and not room.whole:
-        talk.ask_history(room, "older")
-    core.show(ViewEvent(OLDER, str(len(seen)), where=room.name))
-
-
-PAGES = {"last": page_last, "missed": page_missed, "gap": page_gap, "older": page_older}
-
-
-def ask_targets(talk: "IrcTalk") -> None:
-    """Ask which private conversations have missed messages. A chat.py is asked by the last id.
-    Other servers are asked by time, a day earlier, because their clock may have been set."""
-    core = talk.core
-    if "chat.py/session" in talk.server.enabled and core.newest_id:
-        since = f"msgid={core.newest_id}"
-    else:
-        since = f"timestamp={tag_time(max(0, talk.since - 24 * 3600 * 1000))}"
-    now = f"timestamp={tag_time(LAST_MOMENT)}"
-    talk.ask(Asked("", "targets", 0), "TARGETS", since, now, str(TARGETS_ASKED))
+UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as servers write it
 
 
 SAYING_FAILED = ("401", "707", "716", "936", "972")  # about a message, if one is in flight
@@ -13257,6 +13039,726 @@ def is_ctcp(text: str) -> bool:
     return text.startswith("\x01") and not re.match("\x01ACTION[ \x01]", text, re.IGNORECASE)
 
 
+class SaslLogin:
+    """The client's side of SASL (IRCv3 sasl-3.2), for one connection."""
+
+    def __init__(self, talk: "IrcTalk"):
+        self.talk, self.core, self.server = talk, talk.core, talk.core.server
+        self.steps: Iterator | None = None  # of the exchange that is running ...
+        self.exchange: Exchange | None = None  # ... and its incoming messages
+        self.mechanism = ""  # of this exchange, or of the last one
+        self.taken_up = False  # the server supports that mechanism
+        self.others: list[str] = []  # mechanisms to be tried if the server refuses that one
+        self.proven = False  # the server has proved that it knows the password, too
+        self.explained = False  # the user knows why the client does not log in
+
+    @property
+    def running(self) -> bool:
+        return self.steps is not None
+
+    def choose(self, asked: bool = False) -> str:
+        """Return the best mechanism that both sides know; "" if none is needed or possible. A
+        password is sent in the clear only if the user asked for that."""
+        offered = self.server.offered.get("sasl", "")
+        known = [*filter(None, offered.split(","))] or [*LOGINS]
+        self.others = [name for name in self.core.me.mechanisms if name in known]
+        return self.next_mechanism(asked)
+
+    def next_mechanism(self, asked: bool = False) -> str:
+        me = self.core.me
+        while self.others:
+            name = self.others.pop(0)
+            if name == "EXTERNAL" and me.certificate:
+                return name
+            if name == "EXTERNAL" or not me.login:
+                continue
+            if name != "PLAIN" or self.core.secure or asked or me.plain_allowed:
+                return name
+            text = "not logged in: this server wants to be told the password in the clear"
+            self.core.show(ViewEvent(NOTE, f"{text}; /login does so, ircs:// is better"))
+            self.explained = True
+        return ""
+
+    def begin(self, mechanism: str) -> None:
+        self.mechanism, self.proven, self.taken_up = mechanism, False, False
+        known = self.core.me.login or Login("", "")
+        self.steps = login_external() if mechanism == "EXTERNAL" else LOGINS[mechanism](*known)
+        next(self.steps)  # the server speaks first, even if it says nothing
+        self.exchange = Exchange(self.steps)
+        self.talk.send("AUTHENTICATE", mechanism)
+
+    def feed(self, chunk: str) -> None:
+        """Take the parameter of an AUTHENTICATE of the server."""
+        listed = self.server.offered.get("sasl", "").split(",")
+        one_step = self.mechanism in ("PLAIN", "EXTERNAL")
+        if chunk != "+" or one_step or self.mechanism in listed:
+            self.taken_up = True  # some servers say + to any name of a mechanism
+        try:
+            said = self.exchange.feed(chunk) if self.exchange else None
+        except Refused:
+            return self.talk.send_at_once("AUTHENTICATE", "*")
+        if said is not None:
+            self._go_on(said)
+
+    def _go_on(self, said: Any) -> None:
+        """Answer a whole message of the server, or go on with the result of a job."""
+        if self.talk is not self.core.talk or not self.running:
+            return
+        try:
+            answer = self.steps.send(said)
+        except StopIteration:
+            return
+        except Refused:
+            return self.talk.send_at_once("AUTHENTICATE", "*")
+        if callable(answer):
+            self.exchange = None  # the server must not send anything meanwhile
+            return self.core.later(answer, self._go_on)
+        self.exchange = Exchange(self.steps)
+        self.proven = self.mechanism in ("PLAIN", "EXTERNAL") or answer == b""
+        for chunk in Exchange.chunks(answer):
+            self.talk.send_at_once("AUTHENTICATE", chunk)
+
+    def end(self) -> None:
+        self.steps = self.exchange = None
+        if not self.talk.ready:
+            self.talk.send("CAP", "END")
+
+
+class MessageLines:
+    """The unsent lines of the message that is being sent. They are cut, and get their target, when
+    they are sent. PlainTalk never has any."""
+
+    def __init__(self, talk: "IrcTalk | PlainTalk"):
+        self.talk, self.core, self.server = talk, talk.core, talk.core.server
+        self.unsent: collections.deque[Piece] = collections.deque()
+        self.id = ""  # of the message ...
+        self.sent_to = 0  # ... the number of its characters up to the last sent line ...
+        self.total = 0  # ... and the number of all its lines
+
+    @property
+    def unfinished(self) -> str:
+        """The id of the message of which lines are still to be sent; "" if there is none."""
+        return self.id if self.unsent else ""
+
+    @property
+    def in_batch(self) -> bool:
+        """True if the first unsent line belongs to a BATCH whose beginning was sent."""
+        verbs = (piece.verb for piece in self.unsent if piece.verb != "PRIVMSG")
+        return next(verbs, "") == END_BATCH
+
+    @property
+    def batching(self) -> bool:
+        """True if a BATCH has been begun that has to be ended."""
+        return any(piece.verb == END_BATCH for piece in self.unsent)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How many lines have been sent, and of how many."""
+        return self.total - len(self.unsent), self.total
+
+    def begin(self, one: Waiting) -> None:
+        """Make a message the next lines to be sent, with its own id on the last line or on all."""
+        rest = one.text[one.at :].removeprefix("\n") if one.at else one.text
+        room, tags = self._text_bytes(one), self._own_tags(one.id, one.reply)
+        lines = list(sendable_lines(rest, room))
+        size, count = self.server.multiline_limits
+        if len(lines) > 1 and self.server.multiline and size >= LINE_ROOM:
+            lines = list(sendable_lines(rest, min(room, size)))
+            *first, last = in_batches(lines, size, count)
+            for n, group in enumerate(first):
+                self._add_batch(group, self._own_tags(f"{one.id}.{n}", one.reply))
+            self._add_batch(last, tags)
+        else:
+            at = len(one.text) - len(rest)
+            for text, _ in lines:
+                at = one.text.find(text, at) + len(text)
+                self.unsent.append(Piece(text, end=at))
+            self.unsent[-1] = self.unsent[-1]._replace(tags=tags, last=True)
+        self.id, self.sent_to, self.total = one.id, one.at, len(self.unsent)
+
+    def _text_bytes(self, one: Waiting) -> int:
+        """Return how many bytes of a message fit in a line, as others see it."""
+        if one.kind == ACTION:
+            return LINE_BYTES  # never cut: see check_message()
+        head = f":{self.talk.mask or self.talk.longest_mask()} PRIVMSG {one.where} :"
+        most = min(self.server.limit("LINELEN", IRC_BYTES), LINE_BYTES)
+        return max(LINE_ROOM, most - 2 - len(head.encode()))
+
+    def _own_tags(self, id: str, reply: str) -> str:
+        """Return the tags before a message: its own id, to know the echo, and the id it answers."""
+        tags = [f"{OWN_ID}={id}"] * self.server.keeps_own_tags
+        tags += [f"{REPLY}={escaped_tag(reply)}"] * bool(reply and self.server.takes(REPLY))
+        tags += [f"label={id}"] * self.server.labels
+        return f"@{';'.join(tags)} " if tags else ""
+
+    def _add_batch(self, lines: list[tuple[str, bool]], tags: str) -> None:
+        self.unsent.append(Piece(tags=tags, verb=BEGIN_BATCH))
+        self.unsent.extend(
+            Piece(text, CONTINUED if goes_on else BATCHED) for text, goes_on in lines
+        )
+        self.unsent.append(Piece(verb=END_BATCH))
+
+    def take(self) -> str:
+        """Return the next line, for the message's target of now."""
+        piece, one, acks = self.unsent.popleft(), self.core.outbox.waiting[self.id], self.talk.acks
+        if piece.verb == END_BATCH:
+            return END_BATCH
+        if piece.verb == BEGIN_BATCH:
+            acks.note_sent(one.where, one.id, one.text)
+            return f"{piece.tags}{BEGIN_BATCH} {one.where}"
+        piece = self._cut(piece, self._text_bytes(one))
+        text = f"\x01ACTION {piece.text}\x01" if one.kind == ACTION else piece.text
+        if piece.tags not in (BATCHED, CONTINUED):
+            text = text or " "
+            self.sent_to = piece.end
+            acks.note_sent(one.where, one.id, text)
+            id, end = (one.id, 0) if piece.last else ("", piece.end)
+            acks.note_echo(Echoed(self.core.fold(one.where), text, id, one.id, end))
+        return piece.tags + self.talk.line("PRIVMSG", one.where, text)
+
+    def _cut(self, piece: Piece, room: int) -> Piece:
+        """Return so much of an unsent line as fits in `room` bytes; the rest of it is sent next."""
+        text, *more = split_text(piece.text, room)
+        if not more:
+            return piece
+        self.total += 1
+        rest, batched = piece.text[len(text) :], piece.tags in (BATCHED, CONTINUED)
+        self.unsent.appendleft(piece._replace(text=rest, tags=CONTINUED if batched else piece.tags))
+        tags = piece.tags if batched else ""
+        return Piece(text, tags, end=max(0, piece.end - len(rest)))
+
+    def drop(self) -> None:
+        """Drop the unsent lines. A line for another target, which a batch must not have, makes the
+        server refuse a batch that has been begun."""
+        if self.in_batch:
+            self.core.output += [f"{BATCHED}PRIVMSG * :-", END_BATCH]
+            for _ in range(2):  # both may be refused
+                self.talk.acks.note_sent("*", self.id)
+        self.unsent.clear()
+
+
+PIECE = "piece"  # in place of an id: a line within a message of this client, not shown alone
+NOT_ECHOED = "the server took it and did not send it back"
+
+
+class Acknowledgements:
+    """How the client learns which of its messages the server has: by an echo, else by the PONG that
+    answers a PING behind them. An error of the server is about one of the lines sent last."""
+
+    def __init__(self, talk: "IrcTalk | PlainTalk"):
+        self.talk, self.core, self.server = talk, talk.core, talk.core.server
+        self.echoes: list[Echoed] = []  # lines that the server will echo without an id
+        self.sent: collections.deque[SentLine] = collections.deque(maxlen=ECHOES_KEPT)
+        # Commands of the user that the server may still refuse, by ids of their own
+        self.commands: dict[str, str] = {}
+        self.unconfirmed: list[str] = []  # own ids not covered by a PING yet
+        self.pings: collections.deque[str] = collections.deque()  # unanswered tokens
+        self.covered: dict[str, list[str]] = {}  # by token: own ids that the PONG confirms
+        self.overdue: dict[str, list[str]] = {}  # by token: own ids whose echo has not come
+        self.last = self.core.ticks()  # time of the last confirmation by the server
+
+    def clear(self) -> None:
+        """Forget all lines: a server that was none has taken them."""
+        for lines in (self.echoes, self.sent, self.commands, self.unconfirmed):
+            lines.clear()
+        self.covered.clear()
+        self.overdue.clear()
+
+    # Lines that are sent
+
+    def note_sent(self, target: str, id: str, text: str = "") -> None:
+        """Note a line that an error of the server may be about; its id is "" for a notice."""
+        key = self.core.fold(self.server.without_status(target))
+        self.sent.append(SentLine(key, id, text))
+
+    def note_message(self, one: Waiting) -> None:
+        """Note that the lines of a message are sent from now on."""
+        self.last = max(self.last, self.core.ticks() - ECHO_SECONDS / 2)
+        self.echoes = [line for line in self.echoes if line.of != one.id]  # sent before
+        if not self.server.echoes:
+            self.unconfirmed.append(one.id)
+
+    def note_command(self, line: str, by_user: bool) -> None:
+        """Note a line that is sent and that the server may refuse. A pipe waits for the answer."""
+        verb, params, _ = parse_message(line)
+        if verb in ("PRIVMSG", "NOTICE") and len(params) > 1:
+            for target in params[0].split(","):
+                self.note_sent(target, "")
+                if verb == "PRIVMSG" and not is_ctcp(params[1]):
+                    self.note_echo(Echoed(self.core.fold(target), params[1], ""))
+        if by_user and verb == "NICK" and params:
+            self.core.asked_nick = params[0]
+        if by_user and len(self.commands) < ECHOES_KEPT:
+            id = f"command{next(self.talk.labels)}"
+            self.commands[id] = line
+            self.unconfirmed += [id] * (not self.core.tidy)
+
+    def commands_about(self, names: Collection[str]) -> list[str]:
+        """Return the ids of the user's commands in which one of these words stands."""
+        keys = {self.core.fold(name) for name in names}
+        named = lambda line: {  # noqa: E731
+            self.core.fold(self.server.without_status(word)) for word in line.split(" ")
+        }
+        return [id for id, line in self.commands.items() if keys & named(line)]
+
+    def settle(self, id: str) -> None:
+        """Forget the lines up to a message or a PING: no error is about them any more."""
+        while any(line.id == id for line in self.sent):
+            self.sent.popleft()
+
+    def acknowledged(self, own_id: str) -> None:
+        """Note that the server has a message, and has refused none of the earlier ones."""
+        self.last = self.core.ticks()
+        self.settle(own_id)
+
+    def forget(self, own_id: str) -> None:
+        """Stop confirming a message, because the user decides about it."""
+        for ids in (self.unconfirmed, *self.covered.values(), *self.overdue.values()):
+            if own_id in ids:
+                ids.remove(own_id)
+
+    # PINGs
+
+    def ping_line(self, token: str, ids: Iterable[str] = ()) -> str:
+        """Return a PING. Its PONG confirms the messages with these ids, and all commands so far."""
+        self.pings.append(token)
+        self.sent.append(SentLine("", token))
+        self.covered[token] = [*ids, *self.commands]
+        return self.talk.line("PING", token)
+
+    def take_unconfirmed(self) -> str:
+        """Return the PING behind the messages that no PING is behind yet."""
+        ids, self.unconfirmed = self.unconfirmed, []
+        return self.ping_line(f"{UNCONFIRMED}{ids[-1]}-{next(self.talk.labels)}", ids)
+
+    def doubt_echoes(self, now: float) -> None:
+        """Send a PING after messages whose echo is overdue: some servers drop messages silently."""
+        late = now - self.last > ECHO_SECONDS and not self.server.ours
+        asked = {*self.unconfirmed, *itertools.chain(*self.covered.values())}
+        alone = [id for id in self.core.outbox.in_flight if id not in asked]
+        if late and alone and not self.talk.lines.unsent and not self.overdue:
+            self.core.output.append(self.ping_line(f"echo-{next(self.talk.labels)}"))
+            self.overdue[self.pings[-1]] = alone
+
+    def ponged(self, token: str) -> None:
+        """Confirm the messages before a PING. Some servers do not repeat its token, but PONGs come
+        in the order of the PINGs."""
+        if token not in self.pings:
+            token = self.pings[0] if self.pings else ""
+        while self.pings:
+            answered = self.pings.popleft()
+            if not self.talk.bouncer:  # which answers before its server does
+                self.settle(answered)
+            for own_id in self.covered.pop(answered, ()):
+                if self._confirm_covered(own_id):
+                    return
+            for own_id in self.overdue.pop(answered, ()):
+                if "echo-message" not in self.server.enabled:  # disabled since
+                    self.confirm(own_id)
+                else:
+                    self.not_echoed(own_id)
+            if answered == token:
+                break
+        self.talk.bouncer_said = ""
+
+    def _confirm_covered(self, own_id: str) -> bool:
+        """Confirm a message, or a command; return whether no server is there to have it."""
+        self.commands.pop(own_id, None)
+        if own_id not in self.core.outbox.in_flight:  # the message was refused meanwhile
+            return False
+        if self.core.outbox.waiting[own_id].where in self.talk.bouncer_said:
+            self.talk.wait_for_server("the bouncer has lost its server")
+            return True
+        if not any(line.of == own_id for line in self.echoes):  # else doubt_echoes() asks again
+            self.confirm(own_id)
+        return False
+
+    def confirm(self, own_id: str) -> None:
+        self.core.acknowledge(ViewEvent(ARRIVED, own_id=own_id))
+
+    # Echoes
+
+    def note_echo(self, sent: Echoed) -> None:
+        """Note that the server will send back a line. The modules of a bouncer do not: *status."""
+        echoes = "echo-message" in self.server.enabled | self.server.requested
+        if echoes and sent.target[:1] != "*":
+            self.echoes.append(sent)
+            del self.echoes[:-ECHOES_KEPT]
+
+    def not_echoed(self, own_id: str) -> str:
+        """Report a message as lost because the server dropped one of its lines; return PIECE."""
+        if own_id in self.core.outbox.in_flight:
+            self.core.lost(own_id, NOT_ECHOED)
+        return PIECE
+
+    def own_id_of(self, heard: ServerLine, target: str, text: str) -> str:
+        """Return the own id of a message that the server echoes; "" if unknown, PIECE for a part of
+        one. The id is found by label, by tag, or by order among the lines echoed without either.
+        The lines to that target before it were dropped by the server."""
+        waiting = self.core.outbox.waiting
+        for name in (heard.tags.get("label", ""), heard.tags.get(OWN_ID, "")):
+            stem, dot, _ = name.partition(".")
+            if dot and (stem in waiting or stem in self.core.known_own):
+                return PIECE
+            if name in waiting or (name and name == heard.tags.get(OWN_ID)):
+                dropped = any(one.of == name != one.id for one in self.echoes)
+                self.echoes = [one for one in self.echoes if one.of != name]
+                return self.not_echoed(name) if dropped else name
+        key = self.core.fold(target)
+        place = self._place(heard, key, text) if heard.verb == "PRIVMSG" else None
+        if place is None:
+            return ""
+        sent, before = self.echoes[place], self.echoes[:place]
+        self.echoes[: place + 1] = [one for one in before if one.target != key]
+        self.core.outbox.arrived_to(sent.of, sent.end)
+        dropped = {self.not_echoed(one.of) and one.of for one in before if one.target == key}
+        return PIECE if sent.id in dropped else sent.id or (PIECE if sent.of else "")
+
+    def _place(self, heard: ServerLine, key: str, text: str) -> int | None:
+        """Return which of the lines that a server is to send back this one is; None for none. Some
+        servers change words; then it is the oldest line, where no other client says it."""
+        here = [n for n, sent in enumerate(self.echoes) if sent.target == key]
+        same = (n for n in here if same_words(self.echoes[n].text, text))
+        server = self.server
+        others = server.ours or server.labels or self.talk.bouncer or "batch" in heard.tags
+        return next(same, None if others else next(iter(here), None))
+
+
+class HistoryRequests:
+    """The requests for history of one connection (CHATHISTORY), and their pages. PlainTalk has
+    none."""
+
+    def __init__(self, talk: "IrcTalk | PlainTalk"):
+        self.talk, self.core, self.server = talk, talk.core, talk.core.server
+        self.asked: collections.deque[Asked] = collections.deque()  # in the order of answers
+        self.behind: dict[str, str] = {}  # conversations whose history is to be requested: how
+
+    # Requests
+
+    def catch_up(self, room: Room) -> None:
+        """Fetch the messages after the last one of this room. A new room begins with the latest
+        messages on a screen, and with live messages in a pipe."""
+        room.held = []
+        how = "last" if not room.mark else "gap" if self.core.tidy else "missed"
+        if (room.mark or self.core.tidy) and self.server.pages:
+            self.behind[room.name] = how
+        else:
+            self.core.release(room)
+
+    def ask_behind(self) -> None:
+        """Request the pages that had to wait for the user's messages."""
+        behind, self.behind = self.behind, {}
+        for name, how in behind.items():
+            if how == "targets":
+                self._ask_targets()
+            elif room := self.core.find(name):
+                self.ask_page(room, how) or self.core.release(room)
+
+    def ask_page(self, room: Room, how: str) -> bool:
+        """Ask for a page of a room's history; return whether a page will come."""
+        if not self.server.pages:
+            return False
+        limit = {"last": HISTORY_LINES, "older": self.server.page_size}.get(
+            how, min(self.core.page_lines, self.server.page_size)
+        )
+        spoken = (view for view in room.views if view.kind in SPOKEN and view.time)
+        oldest = room.paged or next(spoken, None)
+        words = {
+            "last": ("LATEST", "*"),
+            "gap": ("LATEST", self._selector(room.mark, room.mark_time)),
+            "missed": ("AFTER", self._selector(room.mark, room.mark_time)),
+            "older": ("BEFORE" if oldest else "LATEST", self._selector_of(oldest)),
+        }
+        subcommand, selector = words[how]
+        self.ask(Asked(room.name, how, limit), subcommand, room.name, selector, str(limit))
+        return True
+
+    def _selector_of(self, view: ViewEvent | None) -> str:
+        if view is None:
+            return "*"
+        return self._selector(f"msgid={view.id}" if view.id else "", view.time)
+
+    def _selector(self, mark: str, when: int | None) -> str:
+        """Return a position in history as this server takes it: by id, or by time (MSGREFTYPES)."""
+        takes_ids = "msgid" in self.server.tokens.get("MSGREFTYPES", "msgid").split(",")
+        by_id = mark and (takes_ids or not when)
+        return mark if by_id else f"timestamp={tag_time(when)}" if when else "*"
+
+    def _ask_targets(self) -> None:
+        """Ask which private conversations have missed messages. A chat.py is asked by the last id.
+        Other servers are asked by time, a day earlier, because their clock may have been set."""
+        if "chat.py/session" in self.server.enabled and self.core.newest_id:
+            since = f"msgid={self.core.newest_id}"
+        else:
+            since = f"timestamp={tag_time(max(0, self.talk.since - 24 * 3600 * 1000))}"
+        now = f"timestamp={tag_time(LAST_MOMENT)}"
+        self.ask(Asked("", "targets", 0), "TARGETS", since, now, str(TARGETS_ASKED))
+
+    def ask(self, asked: Asked, *params: str) -> None:
+        """Send a CHATHISTORY. The answer is recognized by its label, else by its target."""
+        label = f"h{next(self.talk.labels)}" if self.server.labels else ""
+        self.asked.append(asked._replace(label=label))
+        head = [f"@label={label}"] if label else []
+        self.talk.send(*head, "CHATHISTORY", *params)
+
+    def note_time(self, line: str) -> None:
+        """Note the time at which a request was sent: requests wait for their turn."""
+        if parse_message(line).verb != "CHATHISTORY":
+            return
+        for n, asked in enumerate(self.asked):
+            if asked.at == UNSENT:
+                self.asked[n] = asked._replace(at=self.core.ticks())
+                return
+
+    def renamed(self, old: str, new: str) -> None:
+        """Use the new name of a conversation in the pending requests."""
+        fold = self.core.fold
+        for n, asked in enumerate(self.asked):
+            if fold(asked.where) == fold(old):
+                self.asked[n] = asked._replace(where=new)
+        for name in [name for name in self.behind if fold(name) == fold(old)]:
+            self.behind[new] = self.behind.pop(name)
+
+    # Answers
+
+    def answered(self, label: str, target: str) -> Asked | None:
+        """Remove and return the request that an answer belongs to; None if there is no request."""
+        key = self.core.fold(target)
+        by_label = (one for one in self.asked if label and one.label == label)
+        by_target = (one for one in self.asked if self.core.fold(one.where) == key)
+        one = next(by_label, None) or next(by_target, None) or next(iter(self.asked), None)
+        if one is not None:
+            self.asked.remove(one)
+        return one
+
+    def take_page(self, label: str, target: str, views: list[ViewEvent]) -> None:
+        """Handle a page of history that was requested."""
+        asked = self.answered(label, target) or Asked("", "asked", 0)
+        room = self.core.find(asked.where)
+        if room is None or asked.how not in self.PAGES:
+            return self.show_past(views, f"history of {asked.where or target}")
+        self.PAGES[asked.how](self, room, views, asked.limit)
+
+    def refused(self, code: str, label: str, about: list[str]) -> None:
+        """Handle a refused request for history. If the server does not know the last message of the
+        room (a backup was restored), ask for the newest messages."""
+        named = next((one for one in about if self.core.find(one)), "")
+        asked = self.answered(label, named)
+        if asked is None:
+            return
+        if asked.how == "targets":
+            return self.release_talks()
+        room = self.core.find(asked.where)
+        if room is None or asked.how not in self.PAGES:
+            return self.show_past([], f"history of {asked.where}")
+        unknown = asked.how in ("gap", "missed") and code in UNKNOWN_MARK
+        if not (unknown and room.mark.startswith("msgid=")):
+            return self.PAGES[asked.how](self, room, [], asked.limit)
+        room.mark = ""
+        text = "the server does not have the last message from here: something may be missing"
+        self.core.show(ViewEvent(NOTE, text, where=room.name))
+        self.ask_page(room, "last")
+
+    def give_up_overdue(self, now: float) -> None:
+        """Stop waiting for overdue pages, and show the views held for them. A late page is still
+        used."""
+        for asked in [one for one in self.asked if 0 <= one.at < now - PAGE_SECONDS]:
+            self.asked[self.asked.index(asked)] = asked._replace(at=GIVEN_UP)
+            room = self.core.find(asked.where)
+            if asked.how == "targets":
+                self.answered(asked.label, "")
+                self.release_talks()
+            elif room is not None and room.held is not None:
+                text = "the server does not send what was said meanwhile"
+                self.core.show(ViewEvent(NOTE, text, where=room.name))
+                self.core.release(room)
+
+    def show_past(self, views: list[ViewEvent], title: str) -> None:
+        """Show requested messages in the current conversation, apart from live messages."""
+        self.core.show_results(title, [view for view in views if view.kind in SPOKEN])
+
+    def release_talks(self) -> None:
+        """Show the held messages of private conversations for which no page was requested."""
+        busy = {self.core.fold(asked.where) for asked in self.asked}
+        for key, room in list(self.core.rooms.items()):
+            if not room.is_channel and room.held is not None and key not in busy:
+                self.core.release(room)
+
+    # Pages, by how they were requested
+
+    def _page_last(self, room: Room, views: list[ViewEvent], limit: int) -> None:
+        """Handle the page of messages from before the client joined."""
+        for view in (new := not_shown(room, views)):
+            self.core.deliver(room, view._replace(past=True))
+        self.core.note_repeatable(room, new)  # live lines among the held ones may be on this page
+        room.whole = not views  # a short page may consist of long messages
+        self.core.release(room)
+
+    def _page_missed(self, room: Room, views: list[ViewEvent], limit: int) -> None:
+        """Handle a page of missed messages, and ask for more until one page brings nothing new: a
+        page may be short because of its size."""
+        new = any(view.id and view.id not in self.core.seen for view in views) or room.spilled
+        self._take_missed(room, views, new, "missed" if new else "")
+
+    def _page_gap(self, room: Room, views: list[ViewEvent], limit: int) -> None:
+        """Handle the newest page of missed messages. If more were missed, the rows begin here."""
+        size = sum(len(view.text.encode()) for view in views)
+        if len(views) >= limit or size > PAGE_BYTES // 2:
+            room.views.clear()
+            self.core.show(ViewEvent(RESET, where=room.name))
+            room.whole = False
+            self.core.note_holes(room, *room.holes, views[0].id)
+            text = "more was said meanwhile; page up, or /history, shows it"
+            self.core.show(ViewEvent(NOTE, text, where=room.name))
+        self._take_missed(room, views, bool(views), "gap" if room.spilled else "")
+
+    def _take_missed(self, room: Room, views: list[ViewEvent], new: bool, more: str) -> None:
+        """Deliver a page, and then ask for `more`, or show what was held. With something `new` on
+        it, the next page may be larger."""
+        for view in (unshown := not_shown(room, views)):
+            self.core.deliver(room, view, paged=True)
+        self.core.note_repeatable(room, unshown)
+        if new:
+            self.core.progress += 1
+            self.core.page_lines = min(self.server.page_size, 2 * self.core.page_lines)
+        if more:
+            room.spilled = False
+            self.ask_page(room, more)
+        else:
+            self.core.release(room)
+
+    def _page_older(self, room: Room, views: list[ViewEvent], limit: int) -> None:
+        """Put a page of older messages before the first row. If none is visible, ask again."""
+        core, shown = self.core, {identity_of(view) for view in room.views}
+        before = room.paged.id if room.paged else room.oldest
+        room.whole = not views or (bool(views[0].id) and views[0].id == before)
+        known = any(view.id and core.store and core.store.has(view.id) for view in views)
+        if room.hole and (known or room.whole):
+            core.note_holes(room, *room.holes[:-1])
+        elif room.hole:
+            core.note_holes(room, *room.holes[:-1], views[0].id)
+        seen = []
+        for view in views:
+            if identity_of(view) not in shown and not core.hides(view):
+                shown.add(identity_of(view))
+                seen.append(view._replace(past=True))
+                core.keep(view)
+        room.paged = views[0] if views and not seen else None
+        room.views.extendleft(reversed(seen))
+        if room.paged and not room.whole:
+            self.ask_page(room, "older")
+        core.show(ViewEvent(OLDER, str(len(seen)), where=room.name))
+
+    PAGES = {
+        "last": _page_last,
+        "missed": _page_missed,
+        "gap": _page_gap,
+        "older": _page_older,
+    }
+
+
+# The workshop's protocol
+
+PLAIN_LINES = {
+    JOIN: re.compile(r"([^:]*) \((\S+)\) joined the chat!"),
+    QUIT: re.compile(r"([^:]*) \((\S+)\) left the chat!"),
+    MESSAGE: re.compile(r"([^:*][^:]*): (.*)"),
+}
+IRC_SPEAKS = re.compile(r":|NOTICE |ERROR |PING ")  # beginning of a line of an IRC server
+# A server that answers a nick with such a line is no workshop server
+WANTS_IRC = re.compile(r":chat\.py/|:\S+ (?:421|451) |ERROR :")
+TLS_RECORDS = (b"\x15\x03", b"\x16\x03")  # beginning of an alert, or of a handshake
+OTHER_PROTOCOLS = (  # beginning of the first line of a server that is not for chat
+    ("SSH", re.compile(r"SSH-\d")),
+    ("HTTP", re.compile(r"HTTP/\d|<!DOCTYPE |<html", re.IGNORECASE)),
+    ("SMTP, FTP or NNTP", re.compile(r"[245]\d\d[ -]")),
+    ("POP3 or Redis", re.compile(r"\+OK\b|-ERR\b")),
+    ("IMAP or ACAP", re.compile(r"\* (?:OK|BYE|PREAUTH|ACAP)\b")),
+    ("VNC", re.compile(r"RFB \d")),
+    ("RTSP or SIP", re.compile(r"(?:RTSP|SIP)/\d")),
+    ("XMPP", re.compile(r"<\?xml|<stream:")),
+    ("memcached", re.compile(r"ERROR$")),
+    ("rsync", re.compile(r"@RSYNCD:")),
+    ("MPD", re.compile(r"OK MPD")),
+)
+NO_CHAT = "this is no chat server"
+IF_PLAIN = "; --plain if it is one of the workshop's"
+
+
+def other_protocol(line: str) -> str:
+    """Return the known protocol, other than chat, of a server's first line; "" for none."""
+    return next((name for name, pattern in OTHER_PROTOCOLS if pattern.match(line)), "")
+
+
+class PlainTalk:
+    """The client's side of the workshop's protocol: a name, then lines, all unacknowledged."""
+
+    ready = True
+    doubts = pages = busy = False
+    wait = None  # no rate limit
+    going: dict[str, str] = {}  # no channels
+
+    def __init__(self, core: "ClientCore"):
+        self.core = core
+        self.lines = MessageLines(self)  # all three are always empty
+        self.acks = Acknowledgements(self)
+        self.history = HistoryRequests(self)
+        self.sent: collections.deque[Waiting] = collections.deque(maxlen=UNDERSTOOD_KEPT)
+        core.output.append(core.wanted_name)
+        room = core.rooms.setdefault(core.fold(LOBBY), Room(LOBBY))
+        room.inside, core.current = True, room
+
+    def take(self, line: str) -> None:
+        core, room = self.core, self.core.rooms[self.core.fold(LOBBY)]
+        if not core.sure and (other := other_protocol(line)):
+            return core.give_up(f"{NO_CHAT}: it speaks {other}")
+        if not core.sure and not core.insists and line == core.wanted_name:
+            return core.give_up(f"{NO_CHAT}: it sends back what it is told{IF_PLAIN}")
+        if WANTS_IRC.match(line) and not core.insists:
+            core.outbox.take_back(self.sent)  # the server has understood none of these
+            core.kind, core.redial = CHAT if line.startswith(":chat.py/") else IRC, True
+            return None
+        matches = ((kind, pattern.fullmatch(line)) for kind, pattern in PLAIN_LINES.items())
+        kind, match = next((pair for pair in matches if pair[1]), (SERVER_TEXT, None))
+        if match is None:
+            core.unsure = core.unsure or line
+            return core.show(ViewEvent(SERVER_TEXT, line, where=LOBBY, line=line))
+        core.sure = True
+        name, rest = match.groups()
+        if kind == QUIT:
+            room.people.pop(name, None)
+        else:
+            room.came(name)  # such a server does not list its members
+        if kind == MESSAGE:
+            called = calls(rest, core.name)
+            core.deliver(room, ViewEvent(MESSAGE, rest, name, LOBBY, called=called, line=line))
+            room.spoke(name)
+        else:
+            core.show(ViewEvent(kind, name=name, where=LOBBY, address=rest, line=line))
+        core.show(ViewEvent(PEOPLE, where=LOBBY))
+
+    def carries(self, one: Waiting) -> bool:
+        """Return whether a message is for the lobby, the only conversation of this protocol."""
+        return self.core.fold(one.where) == self.core.fold(LOBBY)
+
+    def pump(self) -> None:
+        """Send the messages that may be sent."""
+        outbox = self.core.outbox
+        while one := outbox.next(self.carries):
+            text = f"*{one.text}*" if one.kind == ACTION else one.text
+            self.core.output += text.split("\n")
+            if not self.core.sure:
+                self.sent.append(one)
+            self.core.shown.discard(one.id)
+            outbox.arrived(one.id)  # or never will: such a server does not acknowledge
+
+    # The line protocol has nothing for these
+    tick = bye = ping = leaves = renamed = watch = send = want_going = do_nothing
+
+
+# IRC: a connection
+
+
 class IrcTalk:
     """IRC from the client's side, for one connection. The functions decorated by from_server()
     handle the server's lines. A line with too few parameters is ignored."""
@@ -13266,47 +13768,28 @@ class IrcTalk:
         ours = core.kind == CHAT or (core.sure and core.server.ours)
         self.server = core.server = ServerProfile(ours, core.server)
         self.ready = False
+        self.labels = itertools.count(1)  # of requests, of the user's commands, and PING tokens
+        self.sasl = SaslLogin(self)
+        self.lines = MessageLines(self)
+        self.acks = Acknowledgements(self)
+        self.history = HistoryRequests(self)
         self.batches: dict[str, Batch] = {}
-        self.asked: collections.deque[Asked] = collections.deque()  # in the order of answers
-        self.labels = itertools.count(1)  # of requests for history, and PING tokens
         self.names: dict[str, dict[str, str]] = {}  # members by key of a channel, until 366 comes
         self.shown_names: set[str] = set()  # keys of channels whose members the user asked for
         self.stale_names: set[str] = set()  # channels for NAMES, since ranks may have changed
         self.going: dict[str, str] = {}  # channels to look at once they are joined: their passwords
-        self.behind: dict[str, str] = {}  # conversations whose history is to be requested: how
+        # Keys of channels with unanswered JOINs: how many, and since when
+        self.entering: dict[str, tuple[int, float]] = {}
         self.named = self.introduced = self.negotiating = False
         self.resumed = False  # the session was resumed: the server says where the client is
         self.tries = 1  # attempts to get a nick
         self.monitor_failed = False  # it did not lead to the wanted nick: ISON may
         self.nick_bytes = 0  # the server's limit for a nick, as its replies showed
-        self.login: Iterator | None = None  # the client's side of a SASL exchange ...
-        self.exchange: Exchange | None = None  # ... and its incoming messages
-        self.mechanism_used = ""
-        self.login_told = False  # the user knows why the client does not log in
-        self.taken_up = False  # the server supports that mechanism
-        self.mechanisms_left: list[str] = []  # to be tried if the server refuses that one
-        self.proven = False  # the server has proved that it knows the password, too
         self.mask = ""  # of this client, as others see it
-        self.pings: collections.deque[str] = collections.deque()  # unanswered tokens
         self.began = core.ticks()
-        # Output
         self.budget = Budget(PACE_BURST, PACE_RATE, core.ticks())
         # Lines, each to be sent after the message with that id; AT_ONCE for a command after none
         self.queue: collections.deque[tuple[str, str]] = collections.deque()
-        self.pieces: collections.deque[Piece] = collections.deque()  # unsent lines of one message
-        self.sending = ""  # the message of these lines, ...
-        self.sent_to = 0  # ... the number of its characters up to the last sent line ...
-        self.lines_of_message = 0  # ... and the number of all its lines
-        self.echoed: list[Echoed] = []  # lines that the server echoes without an id
-        # Keys of channels with unanswered JOINs: how many, and since when
-        self.entering: dict[str, tuple[int, float]] = {}
-        self.said: collections.deque[SentLine] = collections.deque(maxlen=ECHOES_KEPT)
-        # Commands of the user that the server may still refuse, by ids of their own
-        self.commanded: dict[str, str] = {}
-        self.unconfirmed: list[str] = []  # own ids not covered by a PING yet
-        self.doubted: dict[str, list[str]] = {}  # own ids by the token of a PING sent after them
-        self.acks: dict[str, list[str]] = {}  # by PING token: own ids that the PONG confirms
-        self.last_ack = core.ticks()  # time of the last confirmation by the server
         self.bouncer = False  # the server is a ZNC ...
         self.bouncer_said = ""  # ... and this its last message, until a PONG
         self.unserved = math.inf  # since when no server is behind it (ticks)
@@ -13325,6 +13808,12 @@ class IrcTalk:
     @property
     def pages(self) -> bool:
         return self.server.pages
+
+    @property
+    def busy(self) -> bool:
+        """True if lines wait to be sent, or a pipe's commands for an answer."""
+        commands = self.acks.commands and not self.core.tidy
+        return bool(self.queue or self.lines.unsent or commands)
 
     @property
     def doubts(self) -> bool:
@@ -13378,39 +13867,36 @@ class IrcTalk:
         self.budget.refill(self.core.ticks())
         while self.ready and self.budget.tokens >= 1 and self._send_next():
             pass
-        if self.ready and self.behind and self._may_catch_up():
-            behind, self.behind = self.behind, {}
-            for name, how in behind.items():
-                if how == "targets":
-                    ask_targets(self)
-                elif room := self.core.find(name):
-                    self.ask_history(room, how) or self.core.release(room)
+        if self.ready and self.history.behind and self._may_catch_up():
+            self.history.ask_behind()
 
     def _send_next(self) -> bool:
         """Send one line or message; return False if none can be sent."""
         outbox = self.core.outbox
-        if self.pieces and self.sending not in outbox.in_flight:  # refused, or left to the user
-            self.drop_pieces()
-        if self.pieces:
-            line = self.next_line()
+        if (
+            self.lines.unsent and self.lines.id not in outbox.in_flight
+        ):  # refused, or left to the user
+            self.lines.drop()
+        if self.lines.unsent:
+            line = self.lines.take()
         elif self.queue and not self._is_behind(self.queue[0][1]):
             line, after = self.queue.popleft()
-            self.note_command(line, by_user=bool(after))
+            self.acks.note_command(line, by_user=bool(after))
         elif one := outbox.next(self.carries, self.order):
             if one.sent and one.id not in self.core.sent_before and self.doubts:
                 self.core.leave_to_user(one.id)  # sent by an earlier run of this program
                 return True
             outbox.send(one, self.core.clock())
-            self.transmit(one)
+            self.lines.begin(one)
+            self.acks.note_message(one)
             return True
         elif self.stale_names:  # one NAMES for many mode changes
             line = self.line("NAMES", self.stale_names.pop())
-        elif self.unconfirmed:
-            ids, self.unconfirmed = self.unconfirmed, []
-            line = self.ping_line(f"{UNCONFIRMED}{ids[-1]}-{next(self.labels)}", ids)
+        elif self.acks.unconfirmed:
+            line = self.acks.take_unconfirmed()
         else:
             return False
-        self._date(line)
+        self.history.note_time(line)
         self.budget.tokens -= max(1.0, 0.5 + len(line.encode()) / PACE_BYTES)
         self.core.output.append(line)
         return True
@@ -13433,7 +13919,7 @@ class IrcTalk:
     @property
     def wait(self) -> float | None:
         """The seconds until more may be sent; None if nothing waits."""
-        more = self.queue or self.pieces or self.unconfirmed or self.stale_names
+        more = self.queue or self.lines.unsent or self.acks.unconfirmed or self.stale_names
         if not self.ready or not (more or self.core.outbox.next(self.carries, self.order)):
             return None
         self.budget.refill(self.core.ticks())
@@ -13442,47 +13928,16 @@ class IrcTalk:
     def bye(self, reason: str) -> None:
         self.send_at_once("QUIT", reason)
 
-    def note_command(self, line: str, by_user: bool) -> None:
-        """Note a line that is sent and that the server may refuse. A pipe waits for the answer."""
-        verb, params, _ = parse_message(line)
-        if verb in ("PRIVMSG", "NOTICE") and len(params) > 1:
-            for target in params[0].split(","):
-                self.said.append(SentLine(self.core.fold(self.server.without_status(target)), ""))
-                if verb == "PRIVMSG" and not is_ctcp(params[1]):
-                    self.note_echo(Echoed(self.core.fold(target), params[1], ""))
-        if by_user and verb == "NICK" and params:
-            self.core.asked_nick = params[0]
-        if by_user and len(self.commanded) < ECHOES_KEPT:
-            id = f"command{next(self.labels)}"
-            self.commanded[id] = line
-            self.unconfirmed += [id] * (not self.core.tidy)
-
-    def commands_about(self, names: Collection[str]) -> list[str]:
-        """Return the ids of the user's commands in which one of these words stands."""
-        keys = {self.core.fold(name) for name in names}
-        named = lambda line: {  # noqa: E731
-            self.core.fold(self.server.without_status(word)) for word in line.split(" ")
-        }
-        return [id for id, line in self.commanded.items() if keys & named(line)]
-
-    def ping_line(self, token: str, ids: Iterable[str] = ()) -> str:
-        """Return a PING. Its PONG confirms the messages with these ids, and all commands so far."""
-        self.pings.append(token)
-        self.said.append(SentLine("", token))
-        self.acks[token] = [*ids, *self.commanded]
-        return self.line("PING", token)
-
     def ping(self) -> None:
         """Send a PING, to learn whether the server is still there."""
-        self.core.output.append(self.ping_line(f"{next(self.labels)}"))
+        self.core.output.append(self.acks.ping_line(f"{next(self.labels)}"))
 
     def tick(self) -> None:
         """Stop waiting for overdue answers; called every second."""
         now = self.core.ticks()
         if not self.introduced and now - self.began > CAP_SECONDS:
             self.introduce()
-        for asked in [one for one in self.asked if 0 <= one.at < now - PAGE_SECONDS]:
-            self.page_missing(asked)
+        self.history.give_up_overdue(now)
         for key, (_, since) in list(self.entering.items()):
             if now - since > JOIN_SECONDS:
                 self.entering[key] = 1, since
@@ -13497,64 +13952,24 @@ class IrcTalk:
             self.core.dismissed = True
         elif self.ready:
             self.regain_name(now)
-            self.doubt_echoes(now)
+            self.acks.doubt_echoes(now)
         else:
             self.hurry(now)
 
     def hurry(self, now: float) -> None:
         """End a log-in or a registration that the server does not complete in time."""
-        if self.login is not None and now - self.began > LOGIN_SECONDS:
+        if self.sasl.running and now - self.began > LOGIN_SECONDS:
             self.core.show(ViewEvent(NOTE, "not logged in: the server does not answer"))
-            self.end_log_in()
+            self.sasl.end()
         if now - self.began > REGISTRATION_SECONDS:
             self.core.refuse("the server does not let us in", TEMPORARY)
             self.core.dismissed = True
-
-    def doubt_echoes(self, now: float) -> None:
-        """Send a PING after messages whose echo is overdue: some servers drop messages silently."""
-        late = now - self.last_ack > ECHO_SECONDS and not self.server.ours
-        asked = {*self.unconfirmed, *itertools.chain(*self.acks.values())}
-        alone = [id for id in self.core.outbox.in_flight if id not in asked]
-        if late and alone and not self.pieces and not self.doubted:
-            self.core.output.append(self.ping_line(f"echo-{next(self.labels)}"))
-            self.doubted[self.pings[-1]] = alone
-
-    def page_missing(self, asked: Asked) -> None:
-        """Stop waiting for a page, and show the views held for it. A late page is still used."""
-        self.asked[self.asked.index(asked)] = asked._replace(at=GIVEN_UP)
-        room = self.core.find(asked.where)
-        if asked.how == "targets":
-            self.answered(asked.label, "")
-            self.release_talks()
-        elif room is not None and room.held is not None:
-            text = "the server does not send what was said meanwhile"
-            self.core.show(ViewEvent(NOTE, text, where=room.name))
-            self.core.release(room)
-
-    def _date(self, line: str) -> None:
-        """Note the time at which a request for history was sent: requests wait for their turn."""
-        if parse_message(line).verb != "CHATHISTORY":
-            return
-        for n, asked in enumerate(self.asked):
-            if asked.at == UNSENT:
-                self.asked[n] = asked._replace(at=self.core.ticks())
-                return
 
     def was_me(self, source: str) -> bool:
         """Return whether a source is this client under an earlier nick."""
         name, _, address = source.partition("!")
         former = self.core.fold(name) in self.core.former_names
         return former and bool(address) and address == self.mask.partition("!")[2]
-
-    def acknowledged(self, own_id: str) -> None:
-        """Note that the server has a message, and has refused none of the earlier ones."""
-        self.last_ack = self.core.ticks()
-        self.settle(own_id)
-
-    def settle(self, id: str) -> None:
-        """Forget the lines up to a message or a PING: no error is about them any more."""
-        while any(line.id == id for line in self.said):
-            self.said.popleft()
 
     def wait_for_server(self, why: str) -> None:
         """Hold all messages until a server welcomes the client, for something between the two has
@@ -13564,10 +13979,8 @@ class IrcTalk:
             self.core.show(ViewEvent(NOTE, f"{why}; what you say waits for that"))
         self.core.sent_before |= self.core.outbox.in_flight.keys()
         self.core.outbox.connection_lost()
-        for lines in (self.pieces, self.echoed, self.said, self.unconfirmed, self.acks):
-            lines.clear()
-        self.commanded.clear()
-        self.doubted.clear()
+        self.lines.unsent.clear()
+        self.acks.clear()
         self.entering.clear()
         self.want_going()
         for room in self.core.rooms.values():
@@ -13581,21 +13994,11 @@ class IrcTalk:
             room.wanted, room.password = True, password
         self.going.clear()
 
-    def forget(self, own_id: str) -> None:
-        """Stop confirming a message, because the user decides about it."""
-        for ids in (self.unconfirmed, *self.acks.values(), *self.doubted.values()):
-            if own_id in ids:
-                ids.remove(own_id)
-
     def renamed(self, old: str, new: str) -> None:
         """Use the new name of a conversation in the pending requests for history."""
-        for n, asked in enumerate(self.asked):
-            if self.core.fold(asked.where) == self.core.fold(old):
-                self.asked[n] = asked._replace(where=new)
-        for name in [name for name in self.behind if self.core.fold(name) == self.core.fold(old)]:
-            self.behind[new] = self.behind.pop(name)
-        one = self.core.outbox.waiting.get(self.unfinished)
-        if one and self.in_batch and self.core.fold(one.where) == self.core.fold(old):
+        self.history.renamed(old, new)
+        one = self.core.outbox.waiting.get(self.lines.unfinished)
+        if one and self.lines.in_batch and self.core.fold(one.where) == self.core.fold(old):
             self.core.park(one.id, f"{old} is now called {new}")  # a batch keeps its target
 
     # Registration and joining
@@ -13626,47 +14029,10 @@ class IrcTalk:
                 self.send("NICK", self.core.name)
         if not self.named:
             self.give_names()
-        mechanism = self.mechanism() if "sasl" in wanted else ""
+        mechanism = self.sasl.choose() if "sasl" in wanted else ""
         if mechanism:
-            self.begin_log_in(mechanism)
+            self.sasl.begin(mechanism)
         elif self.negotiating:
-            self.send("CAP", "END")
-
-    def mechanism(self, asked: bool = False) -> str:
-        """Return the best SASL mechanism that both sides know; "" if none is needed or possible. A
-        password is sent in the clear only if the user asked for that."""
-        core = self.core
-        offered = self.server.offered.get("sasl", "")
-        known = [*filter(None, offered.split(","))] or [*LOGINS]
-        self.mechanisms_left = [name for name in core.me.mechanisms if name in known]
-        return self.next_mechanism(asked)
-
-    def next_mechanism(self, asked: bool = False) -> str:
-        core = self.core
-        while self.mechanisms_left:
-            name = self.mechanisms_left.pop(0)
-            if name == "EXTERNAL" and core.me.certificate:
-                return name
-            if name == "EXTERNAL" or not core.me.login:
-                continue
-            if name != "PLAIN" or core.secure or asked or core.me.plain_allowed:
-                return name
-            text = "not logged in: this server wants to be told the password in the clear"
-            core.show(ViewEvent(NOTE, f"{text}; /login does so, ircs:// is better"))
-            self.login_told = True
-        return ""
-
-    def begin_log_in(self, mechanism: str) -> None:
-        self.mechanism_used, self.proven, self.taken_up = mechanism, False, False
-        known = self.core.me.login or Login("", "")
-        self.login = login_external() if mechanism == "EXTERNAL" else LOGINS[mechanism](*known)
-        next(self.login)  # the server speaks first, even if it says nothing
-        self.exchange = Exchange(self.login)
-        self.send("AUTHENTICATE", mechanism)
-
-    def end_log_in(self) -> None:
-        self.login = self.exchange = None
-        if not self.ready:
             self.send("CAP", "END")
 
     def regain_name(self, now: float) -> None:
@@ -13749,128 +14115,14 @@ class IrcTalk:
 
     # Messages
 
-    def transmit(self, one: Waiting) -> None:
-        """Make a message the next lines to be sent, with its own id on the last line or on all."""
-        rest = one.text[one.at :].removeprefix("\n") if one.at else one.text
-        server, room, tags = self.server, self.text_bytes(one), self.own_tags(one.id, one.reply)
-        lines = list(sendable_lines(rest, room))
-        size, count = server.multiline_limits
-        if len(lines) > 1 and server.multiline and size >= LINE_ROOM:
-            lines = list(sendable_lines(rest, min(room, size)))
-            *first, last = in_batches(lines, size, count)
-            for n, group in enumerate(first):
-                self.add_batch(group, self.own_tags(f"{one.id}.{n}", one.reply))
-            self.add_batch(last, tags)
-        else:
-            at = len(one.text) - len(rest)
-            for text, _ in lines:
-                at = one.text.find(text, at) + len(text)
-                self.pieces.append(Piece(text, end=at))
-            self.pieces[-1] = self.pieces[-1]._replace(tags=tags, last=True)
-        self.lines_of_message = len(self.pieces)
-        self.last_ack = max(self.last_ack, self.core.ticks() - ECHO_SECONDS / 2)
-        self.sending, self.sent_to = one.id, one.at
-        self.echoed = [line for line in self.echoed if line.of != one.id]  # sent before
-        if not server.echoes:
-            self.unconfirmed.append(one.id)
-
-    def text_bytes(self, one: Waiting) -> int:
-        """Return how many bytes of a message fit in a line, as others see it."""
-        if one.kind == ACTION:
-            return LINE_BYTES  # never cut: see check_message()
-        head = f":{self.mask or self.longest_mask()} PRIVMSG {one.where} :"
-        most = min(self.server.limit("LINELEN", IRC_BYTES), LINE_BYTES)
-        return max(LINE_ROOM, most - 2 - len(head.encode()))
-
-    @property
-    def batching(self) -> bool:
-        """True if a BATCH has been begun that has to be ended."""
-        return any(piece.verb == END_BATCH for piece in self.pieces)
-
-    @property
-    def in_batch(self) -> bool:
-        """True if the first unsent line belongs to a BATCH whose beginning was sent."""
-        verbs = (piece.verb for piece in self.pieces if piece.verb != "PRIVMSG")
-        return next(verbs, "") == END_BATCH
-
     def leaves(self, room: Room) -> bool:
         """Return whether the user leaves a channel by a PART that is not answered yet."""
-        lines = [*self.commanded.values(), *(line for line, _ in self.queue)]
+        lines = [*self.acks.commands.values(), *(line for line, _ in self.queue)]
         return any(self.parts(line, room) for line in lines)
 
     def parts(self, line: str, room: Room) -> bool:
         """Return whether a line is a PART from this channel."""
         return line.startswith("PART ") and self.core.find(line.split(" ")[1]) is room
-
-    @property
-    def unfinished(self) -> str:
-        """The id of the message of which lines are still to be sent; "" if there is none."""
-        return self.sending if self.pieces else ""
-
-    def own_tags(self, id: str, reply: str) -> str:
-        """Return the tags before a message: its own id, to know the echo, and the id it answers."""
-        tags = [f"{OWN_ID}={id}"] * self.server.keeps_own_tags
-        tags += [f"{REPLY}={escaped_tag(reply)}"] * bool(reply and self.server.takes(REPLY))
-        tags += [f"label={id}"] * self.server.labels
-        return f"@{';'.join(tags)} " if tags else ""
-
-    def add_batch(self, lines: list[tuple[str, bool]], tags: str) -> None:
-        self.pieces.append(Piece(tags=tags, verb=BEGIN_BATCH))
-        self.pieces.extend(
-            Piece(text, CONTINUED if goes_on else BATCHED) for text, goes_on in lines
-        )
-        self.pieces.append(Piece(verb=END_BATCH))
-
-    def next_line(self) -> str:
-        """Return the next line of the message that is being sent, for its target of now."""
-        piece, one = self.pieces.popleft(), self.core.outbox.waiting[self.sending]
-        if piece.verb == END_BATCH:
-            return END_BATCH
-        target = self.core.fold(self.server.without_status(one.where))
-        if piece.verb == BEGIN_BATCH:
-            self.said.append(SentLine(target, one.id, one.text))
-            return f"{piece.tags}{BEGIN_BATCH} {one.where}"
-        piece = self.cut_piece(piece, self.text_bytes(one))
-        text = f"\x01ACTION {piece.text}\x01" if one.kind == ACTION else piece.text
-        if piece.tags not in (BATCHED, CONTINUED):
-            text = text or " "
-            self.sent_to = piece.end
-            self.said.append(SentLine(target, one.id, text))
-            id, end = (one.id, 0) if piece.last else ("", piece.end)
-            self.note_echo(Echoed(self.core.fold(one.where), text, id, one.id, end))
-        return piece.tags + self.line("PRIVMSG", one.where, text)
-
-    def note_echo(self, sent: Echoed) -> None:
-        """Note that the server will send back a line. The modules of a bouncer do not: *status."""
-        echoes = "echo-message" in self.server.enabled | self.server.requested
-        if echoes and sent.target[:1] != "*":
-            self.echoed.append(sent)
-            del self.echoed[:-ECHOES_KEPT]
-
-    def not_echoed(self, own_id: str) -> str:
-        """Report a message as lost because the server dropped one of its lines; return PIECE."""
-        if own_id in self.core.outbox.in_flight:
-            self.core.lost(own_id, NOT_ECHOED)
-        return PIECE
-
-    def cut_piece(self, piece: Piece, room: int) -> Piece:
-        """Return so much of an unsent line as fits in `room` bytes; the rest of it is sent next."""
-        text, *more = split_text(piece.text, room)
-        if not more:
-            return piece
-        self.lines_of_message += 1
-        rest, batched = piece.text[len(text) :], piece.tags in (BATCHED, CONTINUED)
-        self.pieces.appendleft(piece._replace(text=rest, tags=CONTINUED if batched else piece.tags))
-        tags = piece.tags if batched else ""
-        return Piece(text, tags, end=max(0, piece.end - len(rest)))
-
-    def drop_pieces(self) -> None:
-        """Drop the unsent lines of a message. A line for another target, which a batch must not
-        have, makes the server refuse a batch that has been begun."""
-        if self.in_batch:
-            self.core.output += [f"{BATCHED}PRIVMSG * :-", END_BATCH]
-            self.said.extend([SentLine("*", self.sending)] * 2)  # both may be refused
-        self.pieces.clear()
 
     def carries(self, one: Waiting) -> bool:
         """Return whether a message can be sent; one for a channel waits until the client is in
@@ -13887,63 +14139,6 @@ class IrcTalk:
         return f"{self.core.name}!{'u' * USERNAME_BYTES}@{'h' * HOST_BYTES}"
 
     # History
-
-    def ask_history(self, room: Room, how: str) -> bool:
-        """Ask for a page of a room's history; return whether a page will come."""
-        if not self.server.pages:
-            return False
-        limit = {"last": HISTORY_LINES, "older": self.server.page_size}.get(
-            how, min(self.core.page_lines, self.server.page_size)
-        )
-        spoken = (view for view in room.views if view.kind in SPOKEN and view.time)
-        oldest = room.paged or next(spoken, None)
-        words = {
-            "last": ("LATEST", "*"),
-            "gap": ("LATEST", self.selector(room.mark, room.mark_time)),
-            "missed": ("AFTER", self.selector(room.mark, room.mark_time)),
-            "older": ("BEFORE" if oldest else "LATEST", self.selector_of(oldest)),
-        }
-        subcommand, selector = words[how]
-        self.ask(Asked(room.name, how, limit), subcommand, room.name, selector, str(limit))
-        return True
-
-    def selector_of(self, view: ViewEvent | None) -> str:
-        if view is None:
-            return "*"
-        return self.selector(f"msgid={view.id}" if view.id else "", view.time)
-
-    def selector(self, mark: str, when: int | None) -> str:
-        """Return a position in history as this server takes it: by id, or by time (MSGREFTYPES)."""
-        takes_ids = "msgid" in self.server.tokens.get("MSGREFTYPES", "msgid").split(",")
-        by_id = mark and (takes_ids or not when)
-        return mark if by_id else f"timestamp={tag_time(when)}" if when else "*"
-
-    def ask(self, asked: Asked, *params: str) -> None:
-        """Send a CHATHISTORY. The answer is recognized by its label, else by its target."""
-        label = f"h{next(self.labels)}" if self.server.labels else ""
-        self.asked.append(asked._replace(label=label))
-        head = [f"@label={label}"] if label else []
-        self.send(*head, "CHATHISTORY", *params)
-
-    def answered(self, label: str, target: str) -> Asked | None:
-        """Remove and return the request that an answer belongs to; None if there is no request."""
-        key = self.core.fold(target)
-        by_label = (one for one in self.asked if label and one.label == label)
-        by_target = (one for one in self.asked if self.core.fold(one.where) == key)
-        one = next(by_label, None) or next(by_target, None) or next(iter(self.asked), None)
-        if one is not None:
-            self.asked.remove(one)
-        return one
-
-    def catch_up(self, room: Room) -> None:
-        """Fetch the messages after the last one of this room. A new room begins with the latest
-        messages on a screen, and with live messages in a pipe."""
-        room.held = []
-        how = "last" if not room.mark else "gap" if self.core.tidy else "missed"
-        if (room.mark or self.core.tidy) and self.server.pages:
-            self.behind[room.name] = how
-        else:
-            self.core.release(room)
 
     # Input
 
@@ -13981,7 +14176,7 @@ class IrcTalk:
             for item in batch.items:  # messages redacted in the client's absence
                 if isinstance(item, ServerLine) and item.verb == "REDACT" and len(item.params) > 1:
                     self.core.remove(item.params[1])
-            self.take_page(label, batch.target, self.views_of(batch))
+            self.history.take_page(label, batch.target, self.views_of(batch))
             for item in batch.items:  # reactions, to these or to earlier ones
                 if isinstance(item, ServerLine) and item.verb == "TAGMSG":
                     self.act(item)
@@ -13989,15 +14184,15 @@ class IrcTalk:
             if view := self.view_of(batch):
                 self.core.said(view, batch.opening)
         elif batch.kind == "soju.im/search":
-            self.show_past(self.views_of(batch), "search")
+            self.history.show_past(self.views_of(batch), "search")
         else:  # its lines mean the same as without the batch
             for item in batch.items:
                 if isinstance(item, Batch):
                     self.end_batch(item, label)
                 else:
                     self.act(item._replace(tags={"label": label} | item.tags))
-        if batch.kind == "draft/chathistory-targets" and self.answered(label, ""):
-            self.release_talks()
+        if batch.kind == "draft/chathistory-targets" and self.history.answered(label, ""):
+            self.history.release_talks()
 
     def views_of(self, batch: Batch) -> list[ViewEvent]:
         return [view for item in batch.items if (view := self.view_of(item))]
@@ -14019,25 +14214,6 @@ class IrcTalk:
         first = lines[0]._replace(source=source, tags=tags)
         return spoken_view(self, first, text.removeprefix("\n"))
 
-    def take_page(self, label: str, target: str, views: list[ViewEvent]) -> None:
-        """Handle a page of history that was requested."""
-        asked = self.answered(label, target) or Asked("", "asked", 0)
-        room = self.core.find(asked.where)
-        if room is None or asked.how not in PAGES:
-            return self.show_past(views, f"history of {asked.where or target}")
-        PAGES[asked.how](self, room, views, asked.limit)
-
-    def show_past(self, views: list[ViewEvent], title: str) -> None:
-        """Show requested messages in the current conversation, apart from live messages."""
-        self.core.show_results(title, [view for view in views if view.kind in SPOKEN])
-
-    def release_talks(self) -> None:
-        """Show the held messages of private conversations for which no page was requested."""
-        busy = {self.core.fold(asked.where) for asked in self.asked}
-        for key, room in list(self.core.rooms.items()):
-            if not room.is_channel and room.held is not None and key not in busy:
-                self.core.release(room)
-
 
 # Lines of a server: registration, log-in, and lines without a handler of their own
 
@@ -14055,9 +14231,9 @@ def command_refused(talk: IrcTalk, heard: ServerLine) -> None:
     if core.tidy or not error or number == "470":  # which is followed
         return
     about = heard.params[:1] if number == "FAIL" else heard.params[1:-1]
-    ids = talk.commands_about(about) if about else [*talk.commanded]
+    ids = talk.acks.commands_about(about) if about else [*talk.acks.commands]
     if ids:
-        message = talk.commanded.pop(ids[0]).startswith(("PRIVMSG ", "NOTICE "))
+        message = talk.acks.commands.pop(ids[0]).startswith(("PRIVMSG ", "NOTICE "))
         core.failures += message
         core.refusals += not message
 
@@ -14094,7 +14270,7 @@ def about_a_message(talk: IrcTalk, heard: ServerLine) -> bool:
     if number in SAYING_FAILED or SAYING & {*map(str.upper, about)}:
         return True
     if number in OF_A_COMMAND:
-        return not talk.commands_about(about)
+        return not talk.acks.commands_about(about)
     return number[0] in "45" and number not in NO_FAILURE
 
 
@@ -14112,16 +14288,16 @@ def message_refused(talk: IrcTalk, heard: ServerLine) -> tuple[str, str]:
     names, core, error = heard.params[1:-1], talk.core, heard.params[-1]
     flying, channels = core.outbox.in_flight, map(talk.server.without_status, names)
     targets = {*map(core.fold, channels)}
-    lines = [line for line in talk.said if line.target in targets]
-    nameless = not names and not talk.commanded
+    lines = [line for line in talk.acks.sent if line.target in targets]
+    nameless = not names and not talk.acks.commands
     any_line = not talk.server.labels and (nameless or SAYING & {*map(str.upper, names)})
     if not lines and any_line:
-        lines = [line for line in talk.said if line.target and line.id]
+        lines = [line for line in talk.acks.sent if line.target and line.id]
     quoted = (line for line in lines if quotes(error, line.text))
     line = next(quoted, None) or next(iter(lines), None)
     if line is None:
         return "", ""
-    talk.said.remove(line)
+    talk.acks.sent.remove(line)
     others = {one.id for one in lines if one.id in flying} - {line.id}
     certain = "echo-message" in talk.server.enabled or line.text in error or line.id not in flying
     doubt = f" (this message, or one of the {len(others)} after it)" if others else ""
@@ -14192,9 +14368,9 @@ def no_capabilities(talk: IrcTalk, heard: ServerLine) -> None:
     """Go on with a server that knows no CAP, or no AUTHENTICATE; or that is not one yet."""
     if talk.ready and heard.verb == "451":
         return talk.wait_for_server("the server has not let us in yet")
-    if heard.params[1] == "AUTHENTICATE" and talk.login is not None:
+    if heard.params[1] == "AUTHENTICATE" and talk.sasl.running:
         talk.core.show(ViewEvent(NOTE, "not logged in: this server knows no SASL"))
-        return talk.end_log_in()
+        return talk.sasl.end()
     if talk.introduced or talk.ready:
         return tell_rest(talk, heard)
     return talk.introduce()
@@ -14225,37 +14401,9 @@ def forget_login(core: "ClientCore") -> None:
         keep_login(core)
 
 
-def answer_log_in(talk: IrcTalk, said: Any) -> None:
-    """Answer a SASL message of the server, or go on with the result of a job of the exchange."""
-    if talk is not talk.core.talk or talk.login is None:
-        return
-    try:
-        answer = talk.login.send(said)
-    except StopIteration:
-        return
-    except Refused:
-        return talk.send_at_once("AUTHENTICATE", "*")
-    if callable(answer):
-        talk.exchange = None  # the server must not send anything meanwhile
-        return talk.core.later(answer, functools.partial(answer_log_in, talk))
-    talk.exchange = Exchange(talk.login)
-    talk.proven = talk.mechanism_used in ("PLAIN", "EXTERNAL") or answer == b""
-    for chunk in Exchange.chunks(answer):
-        talk.send_at_once("AUTHENTICATE", chunk)
-
-
 @from_server("AUTHENTICATE", least=1)
 def asked_to_log_in(talk: IrcTalk, heard: ServerLine) -> None:
-    listed = talk.server.offered.get("sasl", "").split(",")
-    one_step = talk.mechanism_used in ("PLAIN", "EXTERNAL")
-    if heard.params[0] != "+" or one_step or talk.mechanism_used in listed:
-        talk.taken_up = True  # some servers say + to any name of a mechanism
-    try:
-        said = talk.exchange.feed(heard.params[0]) if talk.exchange else None
-    except Refused:
-        return talk.send_at_once("AUTHENTICATE", "*")
-    if said is not None:
-        answer_log_in(talk, said)
+    talk.sasl.feed(heard.params[0])
 
 
 @from_server("900", least=1)
@@ -14266,14 +14414,14 @@ def told_to_be_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("903", least=1)
 def logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     core = talk.core
-    if talk.login is None:  # no log-in is running: this is not about one
+    if not talk.sasl.running:  # this is not about a log-in
         return tell_rest(talk, heard)
-    if not talk.proven:
+    if not talk.sasl.proven:
         core.give_up("the server said that we are logged in, and could not prove that it is right")
         return talk.bye("")
     core.me.account = core.me.login.account if core.me.login else ""
     renew_login(core)
-    talk.end_log_in()
+    talk.sasl.end()
 
 
 def come_another_time(talk: IrcTalk, why: str) -> None:
@@ -14286,23 +14434,23 @@ def come_another_time(talk: IrcTalk, why: str) -> None:
 def mechanisms_told(talk: IrcTalk, heard: ServerLine) -> None:
     """Keep only the mechanisms that the server lists after it refused one."""
     known = heard.params[1].split(",")
-    talk.mechanisms_left = [name for name in talk.mechanisms_left if name in known]
+    talk.sasl.others = [name for name in talk.sasl.others if name in known]
 
 
 @from_server("902", "904", "905", "906", "907", least=1)
 def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     core, why = talk.core, f"not logged in: {heard.params[-1]}"
-    if talk.login is None:
+    if not talk.sasl.running:
         return tell_rest(talk, heard)
-    if heard.verb == "904" and not talk.taken_up and (name := talk.next_mechanism()):
-        return talk.begin_log_in(name)  # the mechanism was refused, not the password
+    if heard.verb == "904" and not talk.sasl.taken_up and (name := talk.sasl.next_mechanism()):
+        return talk.sasl.begin(name)  # the mechanism was refused, not the password
     core.show(ViewEvent(NOTE, why))
     if core.me.proposed and not talk.ready:  # the /register before the break was lost
         core.me.login = None
         forget_login(core)
     elif core.me.account and not talk.ready:
         return come_another_time(talk, why)
-    talk.end_log_in()
+    talk.sasl.end()
 
 
 def try_name(talk: IrcTalk, heard: ServerLine, most: int, candidate: Callable[[int], str]) -> None:
@@ -14366,7 +14514,7 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
         why = "is taken" if core.regain else "is no nick that this server takes"
         why = f" ({core.wanted_name} {why})" if core.name != core.wanted_name else ""
         core.show(ViewEvent(SERVER_TEXT, f"you are {core.name}{why}"))
-    if core.me.login and not (talk.mechanism_used or talk.login_told):
+    if core.me.login and not (talk.sasl.mechanism or talk.sasl.explained):
         offered = talk.server.offered.get("sasl")
         why = "knows no SASL" if offered is None else f"logs in only by {offered}"
         core.show(ViewEvent(NOTE, f"not logged in as {core.me.login.account}: this server {why}"))
@@ -14385,9 +14533,9 @@ def welcomed(talk: IrcTalk, heard: ServerLine) -> None:
         if room.is_channel and room.wanted and not (talk.resumed and room.entered):
             talk.enter(room)
     if talk.pages and talk.since:
-        talk.behind[""] = "targets"
+        talk.history.behind[""] = "targets"
     else:
-        talk.release_talks()
+        talk.history.release_talks()
     core.show(ViewEvent(PEOPLE))
 
 
@@ -14508,37 +14656,9 @@ def pinged(talk: IrcTalk, heard: ServerLine) -> None:
     talk.send_at_once("PONG", *heard.params)
 
 
-def confirm(talk: IrcTalk, own_id: str) -> None:
-    talk.core.acknowledge(ViewEvent(ARRIVED, own_id=own_id))
-
-
 @from_server("PONG")
 def ponged(talk: IrcTalk, heard: ServerLine) -> None:
-    """Confirm the messages sent before a PING. Some servers do not repeat the token, but PONGs come
-    in the order of the PINGs."""
-    token = heard.params[-1] if heard.params else ""
-    if token not in talk.pings:
-        token = talk.pings[0] if talk.pings else ""
-    while talk.pings:
-        answered = talk.pings.popleft()
-        if not talk.bouncer:  # which answers before its server does
-            talk.settle(answered)
-        for own_id in talk.acks.pop(answered, ()):
-            talk.commanded.pop(own_id, None)
-            if own_id not in talk.core.outbox.in_flight:  # the message was refused meanwhile
-                continue
-            if talk.core.outbox.waiting[own_id].where in talk.bouncer_said:
-                return talk.wait_for_server("the bouncer has lost its server")
-            if not any(line.of == own_id for line in talk.echoed):  # else doubt_echoes() asks again
-                confirm(talk, own_id)
-        for own_id in talk.doubted.pop(answered, ()):
-            if "echo-message" not in talk.server.enabled:  # disabled since
-                confirm(talk, own_id)
-            elif own_id in talk.core.outbox.in_flight:
-                talk.core.lost(own_id, NOT_ECHOED)
-        if answered == token:
-            break
-    talk.bouncer_said = ""
+    talk.acks.ponged(heard.params[-1] if heard.params else "")
 
 
 @from_server("ACK")
@@ -14546,7 +14666,7 @@ def labelled_answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
     """Note that a labelled message was accepted, or, if the server echoes messages, dropped."""
     label = heard.tags.get("label", "")
     if "echo-message" not in talk.server.enabled:
-        confirm(talk, label)
+        talk.acks.confirm(label)
     else:
         talk.core.lost(label, NOT_ECHOED)
 
@@ -14571,7 +14691,7 @@ def tags_told(talk: IrcTalk, heard: ServerLine) -> None:
     core, tags = talk.core, heard.tags
     mine = core.is_me(heard.name)
     if mine:
-        confirm(talk, tags.get(OWN_ID, ""))
+        talk.acks.confirm(tags.get(OWN_ID, ""))
     where = talk.server.without_status(heard.params[0])
     room = core.find(where if mine or talk.server.is_channel(where) else heard.name)
     if room is None or core.is_ignored(heard):
@@ -14598,30 +14718,6 @@ def marker_told(talk: IrcTalk, heard: ServerLine) -> None:
     if room and value != "*":
         with contextlib.suppress(Refused):
             talk.core.told_read(room, parse_time(value))
-
-
-UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as servers write it
-
-
-def no_page(talk: IrcTalk, code: str, label: str, about: list[str]) -> None:
-    """Handle a refused request for history. If the server does not know the last message of the
-    room (a backup was restored), ask for the newest messages."""
-    named = next((one for one in about if talk.core.find(one)), "")
-    asked = talk.answered(label, named)
-    if asked is None:
-        return
-    if asked.how == "targets":
-        return talk.release_talks()
-    room = talk.core.find(asked.where)
-    if room is None or asked.how not in PAGES:
-        return talk.show_past([], f"history of {asked.where}")
-    unknown = asked.how in ("gap", "missed") and code in UNKNOWN_MARK
-    if not (unknown and room.mark.startswith("msgid=")):
-        return PAGES[asked.how](talk, room, [], asked.limit)
-    room.mark = ""
-    text = "the server does not have the last message from here: something may be missing"
-    talk.core.show(ViewEvent(NOTE, text, where=room.name))
-    talk.ask_history(room, "last")
 
 
 # Lines that only programs need, or that the client tells in other words
@@ -14696,7 +14792,7 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
     elif (verb, code) == ("SESSION", "ACCOUNT_REQUIRED"):
         come_another_time(talk, text)
     elif verb == "CHATHISTORY":
-        no_page(talk, code, label, about)
+        talk.history.refused(code, label, about)
     elif verb == "TOKEN":
         talk.core.took_token("")
     elif verb == "REGISTER":
@@ -14784,13 +14880,13 @@ def message_came(talk: IrcTalk, heard: ServerLine) -> None:
 def missed_in_a_talk(talk: IrcTalk, heard: ServerLine) -> None:
     """Ask for the missed messages of a private conversation that TARGETS names."""
     name = heard.params[1]
-    asked = any(one.how == "targets" for one in talk.asked)
-    if talk.server.is_channel(name) or not asked or len(talk.asked) > TARGETS_ASKED:
+    asked = any(one.how == "targets" for one in talk.history.asked)
+    if talk.server.is_channel(name) or not asked or len(talk.history.asked) > TARGETS_ASKED:
         return
     room = talk.core.room_for(name)
     room.held = room.held or []
     room.mark = room.mark or f"timestamp={tag_time(talk.since)}"
-    talk.ask_history(room, "gap" if talk.core.tidy else "missed")
+    talk.history.ask_page(room, "gap" if talk.core.tidy else "missed")
 
 
 def is_name_given_to(key: str, name: str, most: int) -> bool:
@@ -14834,7 +14930,7 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
         core.show(ViewEvent(NOTE, f"{room.name} was joined for you; /go {room.name} looks at it"))
     if "no-implicit-names" in talk.server.enabled:
         talk.send("NAMES", room.name)
-    talk.catch_up(room)
+    talk.history.catch_up(room)
     waiting = (core.outbox.waiting[id].where for id in core.outbox.parked)
     if count := sum(core.fold(where) == core.fold(room.name) for where in waiting):
         text = f"{counted(count, 'message')} could not be sent before; /retry sends, /cancel drops"
@@ -14872,8 +14968,8 @@ def user_went(talk: IrcTalk, room: Room, heard: ServerLine, name: str, why: str 
     why = "" if core.is_ignored(heard) else why
     if core.is_me(name):
         room.inside = room.wanted = False
-        commanded = talk.commanded.items()
-        talk.commanded = {id: line for id, line in commanded if not talk.parts(line, room)}
+        commands = talk.acks.commands.items()
+        talk.acks.commands = {id: line for id, line in commands if not talk.parts(line, room)}
         return core.changed(room)
     kind, address = PART if heard.verb == "PART" else QUIT, heard.source.partition("@")[2]
     core.happened(room, ViewEvent(kind, why, name, room.name, address=address))
@@ -15956,8 +16052,7 @@ class ClientCore(ForScreens):
     def idle(self) -> bool:
         """True if nothing is left to be sent, except messages that the user must decide about."""
         talk, outbox = self.talk, self.outbox
-        waits = talk and (talk.queue or talk.pieces or (talk.commanded and not self.tidy))
-        return not waits and outbox.waiting.keys() <= outbox.parked.keys()
+        return not (talk and talk.busy) and outbox.waiting.keys() <= outbox.parked.keys()
 
     # Names, by this server's rule
 
@@ -16022,7 +16117,7 @@ class ClientCore(ForScreens):
                 self.outbox.unconfirmed.add(one.id)
             else:
                 self.leave_to_user(one.id)
-        if talk and any(asked.how in ("missed", "gap") for asked in talk.asked):
+        if talk and any(asked.how in ("missed", "gap") for asked in talk.history.asked):
             self.page_lines = max(1, self.page_lines // 4)  # the page was too large for that line
         if talk:
             talk.want_going()
@@ -16438,7 +16533,7 @@ class ClientCore(ForScreens):
             self.progress += 1
             self.acknowledged = True
             if self.talk:
-                self.talk.acknowledged(one.id)
+                self.talk.acks.acknowledged(one.id)
             text = f"*{one.text}*" if one.kind == ACTION else one.text
             said = ViewEvent(MESSAGE, text, self.name, one.where, view.time, mine=True, id=view.id)
             known = {"own_id": one.id, "reply": one.reply, "file": view.file}
@@ -16578,14 +16673,14 @@ class ClientCore(ForScreens):
     def park_all(self, room: Room, why: str, unsent: bool = False) -> None:
         """Let the user decide about the messages to a conversation that are not acknowledged, or
         only about those that are not sent, or not as a whole. A chat.py answers the others."""
-        unfinished = self.talk.unfinished if self.talk else ""
+        unfinished = self.talk.lines.unfinished if self.talk else ""
         answered = self.outbox.in_flight.keys() - {unfinished}
         decided = {*self.outbox.parked, *(answered if unsent or self.server.ours else ())}
         for one in list(self.outbox.waiting.values()):
             if self.fold(one.where) != self.fold(room.name) or one.id in decided:
                 continue
             if one.id == unfinished and "echo-message" not in self.server.enabled:
-                self.outbox.arrived_to(one.id, self.talk.sent_to)
+                self.outbox.arrived_to(one.id, self.talk.lines.sent_to)
             sent = one.sent and one.id != unfinished
             self.park(one.id, "it may have arrived or not" if sent else why)
 
@@ -16601,7 +16696,7 @@ class ClientCore(ForScreens):
         """Report that a message cannot be sent now, and let the user decide about it."""
         self.outbox.park(own_id, reason)
         if self.talk:
-            self.talk.forget(own_id)
+            self.talk.acks.forget(own_id)
         self.tell_parked(self.outbox.waiting[own_id])
 
     def tell_parked(self, one: Waiting) -> None:
@@ -16855,7 +16950,7 @@ def do_history(core: ClientCore, *words: str) -> None:
     if not core.talk.pages:
         raise Refused("NO_HISTORY", "this server keeps no history; /lastlog looks in your own")
     limit = min(count or HISTORY_LINES, HISTORY_LINES_MOST)
-    core.talk.ask(Asked(name, "asked", 0), "LATEST", name, "*", str(limit))
+    core.talk.history.ask(Asked(name, "asked", 0), "LATEST", name, "*", str(limit))
 
 
 @client_command("lastlog", 1, nameless=True)
@@ -17054,10 +17149,10 @@ def do_login(core: ClientCore, *words: str) -> None:
     """/login [ACCOUNT] PASSWORD -- log in, also after every reconnection"""
     core.me.login = Login(words[0] if len(words) > 1 else core.name, words[-1])
     enabled = "sasl" in core.server.enabled
-    mechanism = core.talk.mechanism(asked=True) if enabled else ""
+    mechanism = core.talk.sasl.choose(asked=True) if enabled else ""
     if not mechanism:
         return core.talk.command("PRIVMSG", SERVICE, f"IDENTIFY {service_words(core.me.login)}")
-    core.talk.begin_log_in(mechanism)
+    core.talk.sasl.begin(mechanism)
 
 
 @client_command("passwd", 1, 2, exact=True)
@@ -17141,12 +17236,12 @@ def do_cancel(core: ClientCore, which: str = "") -> None:
     for id in ids:
         core.cancel(id)
     told = [f"{counted(len(ids), 'message')} dropped"] * bool(ids)
-    if which == "all" and talk and talk.pieces and not talk.batching:
-        total = talk.lines_of_message
-        told.append(f"{total - len(talk.pieces)} of {total} lines sent, the rest dropped")
-        talk.pieces.clear()
-        outbox.arrived(talk.sending)
-        core.shown.discard(talk.sending)
+    if which == "all" and talk and (id := talk.lines.unfinished) and not talk.lines.batching:
+        sent, total = talk.lines.progress
+        told.append(f"{sent} of {total} lines sent, the rest dropped")
+        talk.lines.unsent.clear()
+        outbox.arrived(id)
+        core.shown.discard(id)
     core.show(ViewEvent(NOTE, "; ".join(told) or "there is nothing to drop"))
 
 
@@ -20791,9 +20886,9 @@ class Link:
             return False
         if room.whole or not (self.core.ready and talk.pages):
             return False
-        under_way = any((one.where, one.how) == (room.name, "older") for one in talk.asked)
+        under_way = any((one.where, one.how) == (room.name, "older") for one in talk.history.asked)
         if not under_way:
-            talk.ask_history(room, "older")
+            talk.history.ask_page(room, "older")
             self.core.flush()
             self._carry_on([])
         return True
@@ -20937,7 +21032,7 @@ class Link:
         if core.talk is None:
             return DETECTING
         if not core.ready:
-            return LOGGING_IN if core.talk.login else REGISTERING
+            return LOGGING_IN if core.talk.sasl.running else REGISTERING
         syncing = any(room.held is not None and room.inside for room in core.rooms.values())
         return SYNCING if syncing else ONLINE
 
@@ -22983,10 +23078,10 @@ class Display:
     def _progress(self) -> str:
         """Return how many lines of a long message have been sent, while it is sent."""
         talk = self.core.talk
-        if talk is None or not talk.pieces or talk.lines_of_message < PROGRESS_LINES:
+        sent, total = talk.lines.progress if talk else (0, 0)
+        if sent == total or total < PROGRESS_LINES:
             return ""
-        total = talk.lines_of_message
-        return f"{total - len(talk.pieces):,} of {total:,} lines sent"
+        return f"{sent:,} of {total:,} lines sent"
 
     def _reading(self) -> list[tuple[str, tuple[int, ...]]]:
         """Return the status parts for reading back; none when live."""

@@ -13699,7 +13699,7 @@ def test_history_is_paged_back_to_its_beginning_and_searched():
     alice = Pair(house, "alice")
     room = alice.core.rooms["#lobby"]
     while not room.whole:
-        alice.core.talk.ask_history(room, "older")
+        alice.core.talk.history.ask_page(room, "older")
         alice.exchange(2)
     said = [view.text for view in room.views]
     assert said == [f"line {n}" for n in range(300)]
@@ -13877,7 +13877,7 @@ def test_a_person_is_shown_the_newest_first_after_a_long_break():
     assert alice.texts("bob") == [f"missed {n}" for n in range(400, 500)]
     room = alice.core.rooms["#lobby"]
     while not room.whole:
-        alice.core.talk.ask_history(room, "older")
+        alice.core.talk.history.ask_page(room, "older")
         alice.exchange(2)
     assert [view.text for view in room.views] == ["seen", *(f"missed {n}" for n in range(500))]
 
@@ -15251,9 +15251,9 @@ def test_a_live_line_that_a_page_holds_too_is_shown_once_without_ids():
 def test_a_message_about_chathistory_is_no_request_for_history(line, dated):
     alice = Elsewhere(caps=PAGES_OF)
     talk = alice.core.talk
-    talk.asked[0] = talk.asked[0]._replace(at=chat.UNSENT)
-    talk._date(line)
-    assert (talk.asked[0].at != chat.UNSENT) == dated
+    talk.history.asked[0] = talk.history.asked[0]._replace(at=chat.UNSENT)
+    talk.history.note_time(line)
+    assert (talk.history.asked[0].at != chat.UNSENT) == dated
 
 
 def test_a_server_that_wants_tls_is_left_at_once_and_nothing_is_told_it():
@@ -15733,7 +15733,7 @@ def test_what_was_not_sent_when_the_line_broke_is_not_in_doubt():
 def test_an_older_page_shows_nothing_that_is_not_to_be_seen(how):
     alice = Elsewhere(caps=f"{PAGES_OF} draft/message-redaction")
     room = alice.core.room
-    alice.core.talk.ask_history(room, "older")
+    alice.core.talk.history.ask_page(room, "older")
     if how == "REDACT":
         alice.hears(":bob!u@h REDACT #lobby m1")
     else:
@@ -15893,7 +15893,7 @@ def test_what_a_server_makes_up_has_limits():
     alice = Elsewhere(caps=PAGES_OF)
     alice.hears(*[f":x CHATHISTORY TARGETS n{n} 2026-01-01T00:00:00.000Z" for n in range(3000)])
     alice.hears(*[f":alice!u@h JOIN #n{n}" for n in range(3000)])
-    assert len(alice.core.talk.asked) <= 2 * chat.ROOMS_KEPT + 10
+    assert len(alice.core.talk.history.asked) <= 2 * chat.ROOMS_KEPT + 10
     assert len(alice.core.rooms) <= 2 * chat.ROOMS_KEPT
     alice.hears(":x BATCH +out x")
     alice.hears(*[f"@batch=out :x BATCH {sign}i{n} y" for n in range(3000) for sign in "+-"])
@@ -15905,7 +15905,7 @@ def test_history_is_asked_for_by_time_where_a_server_knows_no_ids():
     alice.hears("BATCH +1 chathistory #lobby")
     alice.hears("@batch=1;msgid=m;time=2026-01-01T00:00:00.000Z :b!u@h PRIVMSG #lobby :x")
     alice.hears("BATCH -1")
-    alice.core.talk.ask_history(alice.core.room, "older")
+    alice.core.talk.history.ask_page(alice.core.room, "older")
     assert "BEFORE #lobby timestamp=2026-01-01T00:00:00.000Z" in "".join(alice.sent(9))
 
 
@@ -16146,9 +16146,9 @@ def test_a_channel_that_was_left_and_joined_again_takes_messages(tidy):
 def test_a_line_of_the_user_to_several_targets_is_noted_for_each():
     alice = Elsewhere(caps="echo-message")
     alice.types("/raw PRIVMSG #a,#b :hi")
-    assert [one.target for one in alice.core.talk.echoed] == ["#a", "#b"]
+    assert [one.target for one in alice.core.talk.acks.echoes] == ["#a", "#b"]
     alice.hears(":alice!u@h PRIVMSG #a :hi", ":alice!u@h PRIVMSG #b :hi")
-    assert not alice.core.talk.echoed
+    assert not alice.core.talk.acks.echoes
 
 
 def test_a_nick_in_a_long_text_is_a_mention():
@@ -16403,7 +16403,7 @@ def page_up(pair, room):
     """Read back to the beginning, as Page Up does."""
     for _ in range(50):
         if not pair.core.older_from_store(room) and not room.whole:
-            pair.core.talk.ask_history(room, "older")
+            pair.core.talk.history.ask_page(room, "older")
             pair.core.flush()
             pair.exchange(3)
 
@@ -16539,7 +16539,7 @@ def test_a_page_of_which_nothing_can_be_seen_is_not_the_beginning():
     alice = Pair(house, "alice")
     alice.typed("/ignore troll")
     room = alice.core.find("#lobby")
-    alice.core.talk.ask_history(room, "older")
+    alice.core.talk.history.ask_page(room, "older")
     alice.core.flush()
     alice.exchange(30)
     texts = [view.text for view in room.views if view.kind == "message"]
@@ -16718,7 +16718,7 @@ def test_an_echo_counts_although_the_page_before_it_is_still_on_its_way():
     (id,) = alice.core.outbox.waiting
     alice.hears(f"@label={id};msgid=9 :alice!u@h PRIVMSG #lobby :hello")
     assert alice.core.outbox.waiting == {} and alice.kinds("arrived") == ["hello"]
-    label = next(one.label for one in alice.core.talk.asked)
+    label = next(one.label for one in alice.core.talk.history.asked)
     alice.hears(f"@label={label} :x BATCH +1 chathistory #lobby")
     alice.hears(f"@batch=1;msgid=9;+chat.py/id={id} :alice!u@h PRIVMSG #lobby :hello", "BATCH -1")
     assert alice.said() == ["#lobby *alice: hello"]
@@ -16734,7 +16734,7 @@ def test_a_page_that_was_too_much_for_a_line_is_asked_for_in_parts():
         alice.dial()
         alice.exchange(6)
         sizes.append(alice.core.page_lines)
-        alice.core.talk.asked.append(chat.Asked("#lobby", "missed", 1))
+        alice.core.talk.history.asked.append(chat.Asked("#lobby", "missed", 1))
         alice.drop()
     assert alice.core.page_lines < chat.PAGE_LINES
     alice.connect()
@@ -17225,7 +17225,8 @@ def test_a_message_to_another_conversation_is_told_where_the_user_looks():
     desk.core.talk = types.SimpleNamespace(
         ready=True,
         pages=False,
-        pieces=(),
+        lines=types.SimpleNamespace(unfinished="", progress=(0, 0)),
+        busy=False,
         pump=chat.do_nothing,
         leaves=chat.do_nothing,
     )
@@ -17387,10 +17388,10 @@ def test_a_long_paste_is_told_about_while_it_goes_out():
     display = chat.Display(alice.core, chat.Palette(False), 80, 20)
     alice.sent(9)
     talk = alice.core.talk
-    assert (f"{30 - len(talk.pieces)} of 30 lines sent", (33,)) in display.parts("", 1)
+    assert (f"{30 - len(talk.lines.unsent)} of 30 lines sent", (33,)) in display.parts("", 1)
     alice.types("/cancel")
     assert "/cancel all drops what waits" in alice.kinds("note")[-1]
-    gone = 30 - len(talk.pieces)
+    gone = 30 - len(talk.lines.unsent)
     alice.types("/cancel all")
     assert alice.kinds("note")[-1] == f"{gone} of 30 lines sent, the rest dropped"
     assert not alice.core.outbox.waiting and display.parts("", 0)[0][0] != "waiting"
@@ -17562,7 +17563,7 @@ def test_older_messages_of_an_empty_conversation_are_its_last_ones():
     caps = "draft/chathistory batch message-tags server-time"
     there = Elsewhere("CHATHISTORY=100", caps=caps)
     room = there.core.rooms["#lobby"]
-    there.core.talk.ask_history(room, "older")
+    there.core.talk.history.ask_page(room, "older")
     there.core.flush()
     assert any("CHATHISTORY LATEST #lobby *" in line for line in there.sent(9))
 
@@ -18171,7 +18172,7 @@ def test_history_that_a_server_refuses_is_waited_for_no_more():
     assert alice.said() == []  # what was said before comes first
     alice.hears("FAIL CHATHISTORY MESSAGE_ERROR LATEST #lobby :its disk is broken")
     assert alice.said() == ["#lobby bob: hi"]
-    alice.core.talk.ask_history(alice.core.room, "older")
+    alice.core.talk.history.ask_page(alice.core.room, "older")
     assert alice.sent(9)[-1] == "CHATHISTORY BEFORE #lobby msgid=1 100"
     alice.hears("FAIL CHATHISTORY MESSAGE_ERROR BEFORE #lobby :its disk is broken")
     assert alice.kinds("older") == ["0"]
@@ -22082,7 +22083,10 @@ def test_a_page_of_older_messages_goes_on_where_one_was():
     assert desk.paint()[0] == DAY and "nothing older is here" in desk.screen.lines[-2]
     room.whole = True
     assert "this is the beginning" in desk.paint()[-2]
-    desk.display.fetching, desk.core.talk = True, types.SimpleNamespace(ready=True, pieces=())
+    desk.display.fetching, desk.core.talk = (
+        True,
+        types.SimpleNamespace(ready=True, lines=types.SimpleNamespace(progress=(0, 0))),
+    )
     assert "older ones are coming" in desk.paint()[-2]
     older = [at(**CLOCK, text=f"older {n}", name="bob", where="#lobby") for n in range(40)]
     came = chat.ViewEvent(chat.OLDER, "20", where="#lobby")
