@@ -1119,6 +1119,7 @@ class SeatScreen:
         self.secret = ""  # of an account that is to be registered
         self.missed: dict[str, None] = {}  # ids of what was said while we were away
         self.last_removed = ""  # id of the message that was redacted last
+        self.placed: dict[int, chat.ViewEvent] = {}  # views that are rows already, by identity
 
 
 def search_words(text: str) -> tuple[str, dict[str, str]]:
@@ -1918,6 +1919,7 @@ class Engine(chat.ManyServers):
         seat.core.reads_at_once = False  # the window says what has been read
         seat.core.stays_when_left = False  # it keeps what was typed there
         seat.core.results = functools.partial(self._results, seat)
+        seat.core.at_once = functools.partial(self._place, seat)
         seat.core.settings = self.seats[0].core.settings  # one set of them for all
         return SeatScreen()
 
@@ -1956,7 +1958,8 @@ class Engine(chat.ManyServers):
         self._note_ready(seat)
         self._note_removed(seat)
         for view in views:
-            if handler := self.TAKEN.get(view.kind):
+            placed = seat.screen.placed.pop(id(view), None)
+            if (handler := self.TAKEN.get(view.kind)) and placed is None:
                 handler(self, seat, view)
             if view.room:
                 self.overview.touch(view.room)
@@ -2002,6 +2005,15 @@ class Engine(chat.ManyServers):
         room = core.by_id(view.room) if view.room else None
         room = room or (core.find(view.where) if view.where else None)
         return room or core.current or seat.screen.nowhere
+
+    def _place(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
+        """Make a row of a view of the core at once, before a message that comes after it. Without a
+        conversation it waits for the end of the segment, which may open the first one."""
+        if seat.core.current and (
+            view.kind == chat.FAILED or self.TAKEN.get(view.kind) is Engine._keep
+        ):
+            seat.screen.placed[id(view)] = view
+            self.TAKEN[view.kind](self, seat, view)
 
     def _keep(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         """Make a row of a view, unless the core has done so."""

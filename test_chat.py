@@ -24091,6 +24091,29 @@ def test_lines_are_counted_right_whatever_happens_to_rows(seed):
         assert "\n".join(words) in "\n".join(lines[line - 1 : line - 1 + size])
 
 
+def test_rows_of_one_segment_are_in_its_order_in_the_window_too():
+    options = chat.ClientOptions("alice", chat.parse_target("irc://127.0.0.1:1"))
+    engine = gui_client.Engine(options, chat.do_nothing)
+    core, room = engine.core, engine.core.rooms["#lobby"]
+    engine.show(core.connected())
+    lines = (
+        ":irc.example 001 alice :Welcome",
+        ":alice!u@h JOIN #lobby",
+        ":bob!u@h PRIVMSG #lobby :one",
+        ":irc.example 404 alice #lobby :Cannot send to channel",
+        ":bob!u@h INVITE alice #other",
+        ":bob!u@h PRIVMSG #lobby :two",
+    )
+    engine.show(core.feed("".join(f"{line}\r\n" for line in lines).encode()))
+    rows = [view.text for view in room.views]
+    assert rows[-4:] == [
+        "one",
+        "#lobby: Cannot send to channel",
+        "bob invites you to #other; /join #other",
+        "two",
+    ]
+
+
 @pytest.mark.parametrize(
     "text, called",
     [
