@@ -4829,6 +4829,46 @@ def descendants(widget: tk.Misc) -> Iterator[tk.Misc]:
         yield from descendants(child)
 
 
+class Scrolled(tk.Canvas):
+    """A frame, `content`, that scrolls by wheel, bar and focus where it has not enough room."""
+
+    def __init__(self, parent: tk.Misc):
+        super().__init__(parent, highlightthickness=0, borderwidth=0)
+        self.content = ttk.Frame(self, style="Card.TFrame")
+        self.create_window(0, 0, window=self.content, anchor="nw", tags="content")
+        self.bar = ttk.Scrollbar(self, command=self.yview)
+        self.configure(yscrollcommand=self._scrolled)
+        self.content.bind("<Configure>", lambda _: self._fit())
+        self.bind("<Configure>", lambda event: self.itemconfigure("content", width=event.width))
+
+    def _fit(self) -> None:
+        wide, high = self.content.winfo_reqwidth(), self.content.winfo_reqheight()
+        self.configure(width=wide, height=high, scrollregion=(0, 0, wide, high))
+
+    def _scrolled(self, first: str, last: str) -> None:
+        self.bar.set(first, last)
+        if float(first) <= 0 and float(last) >= 1:
+            self.bar.place_forget()
+        else:
+            self.bar.place(relx=1, relheight=1, anchor="ne")
+
+    def wheel(self, step: int) -> None:
+        if self.bar.winfo_manager():
+            self.yview_scroll(step, "units")
+
+    def see(self, widget: tk.Misc) -> None:
+        """Scroll as little as needed for a widget of the content to be in sight."""
+        if not str(widget).startswith(str(self.content)):
+            return
+        high = max(1, self.content.winfo_height())
+        top = widget.winfo_rooty() - self.content.winfo_rooty()
+        first, last = (share * high for share in self.yview())
+        if top < first:
+            self.yview_moveto(top / high)
+        elif top + widget.winfo_height() > last:
+            self.yview_moveto((first + top + widget.winfo_height() - last) / high)
+
+
 class Card(ttk.Frame):
     """The base of the dialogs."""
 
@@ -4837,16 +4877,18 @@ class Card(ttk.Frame):
         self.look = look
         self.closed: Callable[[], None] = chat.do_nothing
         self.head = ttk.Label(self, text=title, style="Large.Card.TLabel")
-        self.body = ttk.Frame(self, style="Card.TFrame")
+        self.page = Scrolled(self)
+        self.body = self.page.content
         self.buttons = ttk.Frame(self, style="Card.TFrame")
         self.head.pack(fill="x", anchor="w")
-        self.buttons.pack(side="bottom", fill="x")  # in sight also where the body is cut off
-        self.body.pack(fill="both", expand=True)
+        self.buttons.pack(side="bottom", fill="x")  # in sight also where the body is not
+        self.page.pack(fill="both", expand=True)
         look.follow(self.recolour)
 
     def recolour(self) -> None:
         self.configure(padding=self.look.part(1.3))
         self.body.configure(padding=(0, self.look.part(0.6)))
+        self.page.configure(background=self.look.colours.paper)
 
     def add_button(self, text: str, command: Callable[[], Any], first: bool = False) -> ttk.Button:
         style = "Accent.TButton" if first else "TButton"
@@ -4869,6 +4911,9 @@ class Card(ttk.Frame):
         self._make_room()
         for widget in descendants(self):
             widget.bind("<Escape>", lambda _: self.hide() or "break")
+            for key, step in (("<Button-4>", -1), ("<Button-5>", 1)):
+                widget.bind(key, lambda _, step=step: self.page.wheel(step))
+            widget.bind("<MouseWheel>", lambda event: self.page.wheel(-1 if event.delta > 0 else 1))
         self.first = focus
         focus.focus_set()
 
@@ -4895,6 +4940,8 @@ class Card(ttk.Frame):
         """Keep the focus in this card while it is open."""
         if self.shown and not str(widget).startswith(str(self)):
             self.first.focus_set()
+        elif self.shown:
+            self.page.see(widget)
 
 
 class ConnectCard(Card):
@@ -5180,7 +5227,7 @@ class SettingsCard(Card):
         self.body.columnconfigure(2, weight=1)
         self.note = ttk.Label(self, style="Dim.Card.TLabel")
         self.note.configure(text="The same as /set NAME VALUE; kept for the next start.")
-        self.note.pack(side="bottom", anchor="w", before=self.body)
+        self.note.pack(side="bottom", anchor="w", before=self.page)
         self.add_button("Done", self.done, first=True)
 
     def _add_row(self, row: int, name: str, setting: chat.Setting) -> None:

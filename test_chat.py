@@ -25225,6 +25225,28 @@ def test_dialogs_and_panes_fit_whatever_the_size_of_the_font(running, window):
     assert choice.get() == "dark"
 
 
+@pytest.mark.parametrize("way", ["wheel", "focus"])
+def test_the_end_of_a_dialog_larger_than_the_screen_is_reached(running, window, way):
+    alice = at_home(window(running().address))
+    alice.model.do("set", "size", "30")
+    pump(alice, lambda: alice.look.size == 30)
+    alice.commands.open_settings()
+    card = alice.settings
+    alice.root.update()
+    first, last = card.fields[min(card.fields)], card.fields[max(card.fields)]
+
+    def in_sight(field):
+        top = field.winfo_rooty() - card.page.winfo_rooty()
+        return 0 <= top and top + field.winfo_height() <= card.page.winfo_height()
+
+    assert in_sight(first) and not in_sight(last) and card.page.bar.winfo_ismapped()
+    for _ in range(50) if way == "wheel" else ():
+        first.event_generate("<Button-5>")
+    if way == "focus":
+        last.focus_force()
+    pump(alice, lambda: in_sight(last) and not in_sight(first))
+
+
 def test_a_link_is_opened_by_a_click_and_the_user_told_if_it_cannot_be(
     running, window, monkeypatch
 ):
