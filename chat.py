@@ -25367,7 +25367,7 @@ function follow() {
   old?.closed(); // for good: the connection is another tab's now
   attached = false;
   callLeader();
-  if (navigator.locks) elect();
+  if (navigator.locks) setTimeout(elect, 1000); // WebKit refuses at once while a page unloads
 }
 
 // A tab that finds no leader, or a frozen one, takes its place
@@ -25889,12 +25889,13 @@ function moveFocus(step) {
 }
 
 log.onkeydown = (event) => {
-  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key], { message } = document.activeElement;
-  if (step) {
-    event.preventDefault();
-    moveFocus(step);
-  } else if (event.key === 'Enter' && message) messageSheet(message);
-  else if (event.key === 'Escape') field.focus();
+  const { key } = event, { message } = document.activeElement;
+  const step = { ArrowUp: -1, ArrowDown: 1 }[key];
+  if (key === 'Escape') field.focus();
+  if (!step && !(key === 'Enter' && message)) return;
+  event.preventDefault(); // else Enter presses the first button of the sheet, too
+  if (step) moveFocus(step);
+  else messageSheet(message);
 };
 
 // ---- Sheets

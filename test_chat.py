@@ -23358,7 +23358,9 @@ def test_connections_that_are_reset_at_random_lose_and_double_nothing(running, s
         assert proxy.resets > LINES_SAID / 30
 
 
-@pytest.mark.parametrize("piece, nagle", [(64, True), (1024, False), (65536, True)])
+@pytest.mark.parametrize(
+    "piece, nagle", [pytest.param(64, True, marks=thorough), (1024, False), (65536, True)]
+)
 def test_a_client_makes_progress_over_connections_that_carry_only_a_few_kilobytes(
     running, seeded, piece, nagle
 ):
@@ -26968,6 +26970,7 @@ def test_a_reply_a_reaction_and_a_removal_reach_the_others_and_come_back(running
     for _ in range(2):  # by keyboard: to the question, and its sheet
         ben.key("ArrowUp", 38)
     ben.key("Enter", 13, "\r")
+    assert ben.js("document.querySelector('#sheet').open")  # the key pressed no button of it
     ben.press("Take back")
     anna.until("document.querySelector('#asked').textContent.includes('taken back')")
     assert "is there tea?" not in anna.js("document.querySelector('#asked').textContent")
