@@ -17647,6 +17647,14 @@ class KnownServers(Writer):
         """Return the port for TLS that a host demands, and the end of that policy (IRCv3 sts)."""
         return self._known(host)[2:]
 
+    def under_policy(self, target: "Target", now: float, told: int) -> "Target":
+        """Return the target with TLS, if its server demands that: until a policy ends, or on the
+        port that it has just told (0 for none)."""
+        port, until = self.policy(target.host)
+        if target.tls or not (told or (port and until > now)):
+            return target
+        return target._replace(port=told or port, tls=True)
+
     def remember(self, server: "Target | str", **values: Any) -> None:
         """Store some of the columns of a server; another client may know more of the others."""
         names = ("kind", "pin", "port", "until")
@@ -20724,6 +20732,8 @@ FOLLOWING = {
     ENDED: (),
 }
 WANTED_END, AGAIN = "wanted", "again"  # causes besides TEMPORARY, NEEDS_USER and FATAL
+# Why a certificate is not accepted
+UNTRUSTED, CHANGED, WRONG_PIN = "not trusted", "another certificate", "not the one of --pin"
 
 
 def why_not_trusted(reason: str) -> str:
@@ -20734,6 +20744,77 @@ def why_not_trusted(reason: str) -> str:
     if "mismatch" in text or "not valid for" in text:
         return "is for another host"
     return f"is not signed by an authority that this computer trusts ({text or reason})"
+
+
+class CertificateCheck:
+    """Whether the certificate of a server is the right one: signed by an authority, or pinned, or
+    trusted by the user. An attempt to connect leaves here what the next one has to find out."""
+
+    def __init__(self, trust: Trust, known: KnownServers):
+        self.trust, self.known = trust, known
+        self.pin: str | None = None  # of the certificate that the server is to have
+        self.refused = ""  # why a certificate was: the next attempt only reads its fingerprint
+        self.other = (
+            ""  # the new fingerprint of a known server: the next attempt finds if it is signed
+        )
+        self.doubted, self.doubt = "", ""  # what the user has to judge: fingerprint and reason
+
+    def next_trust(self, target: Target) -> Trust:
+        """Return what the next attempt to connect accepts."""
+        self.pin = self.trust.pin or (None if self.other else self.known.pin(target))
+        looking = self.trust.insecure or bool(self.refused)
+        return self.trust._replace(pin=self.pin, insecure=looking)
+
+    def judge(self, target: Target, fingerprint: str) -> tuple[str, str]:
+        """Return why a certificate is not accepted, or ""; and what the user has to know of it."""
+        if self.refused:
+            self.ask_user(fingerprint, f"the certificate of {target} {self.refused}")
+            self.refused = ""
+            return UNTRUSTED, self.doubt
+        if not Trust(pin=self.pin).accepts(fingerprint):
+            if self.trust.pin:
+                text = f"--pin {self.pin} is not the certificate of {target}: it shows "
+                return WRONG_PIN, f"{text}{fingerprint}"
+            self.other = fingerprint
+            return CHANGED, ""
+        if not self.other:
+            return "", ""
+        self.other = ""  # it is signed: the one that the user trusted is not needed any more
+        self.known.remember(target, pin="")
+        return "", f"{target} has a new certificate, signed by a trusted authority"
+
+    def ask_user(self, fingerprint: str, doubt: str) -> None:
+        self.doubted, self.doubt = fingerprint, doubt
+
+    def trust_doubted(self, target: Target) -> None:
+        """Pin the certificate that the user has judged."""
+        self.known.remember(target, pin=self.doubted)
+        self.doubted = ""
+
+    def cause(self, reason: str, sts: bool) -> str:
+        """Return the cause of a failure of TLS: AGAIN if another attempt can find out more."""
+        refused = reason.startswith(TLS_TROUBLE)
+        if self.other and refused:
+            return FATAL
+        untrusted = NOT_SIGNED in reason and not (sts or self.trust.pin)
+        return AGAIN if self.other or untrusted else FATAL
+
+    def failure(self, target: Target, reason: str) -> str:
+        """Return the text for a certificate that cannot be accepted; "" if it is not about one."""
+        why = why_not_trusted(reason)
+        if self.other:
+            return (
+                f"ANOTHER CERTIFICATE: {target} does not have the one that it had, and the new "
+                f"one {why}. Another machine may be between you and the server. It was known by "
+                f"{self.known.pin(target)}; if you know that the new one is right, --pin "
+                f"{self.other}"
+            )
+        if not reason.startswith(TLS_TROUBLE):
+            return ""
+        what = f"the certificate {why}" if NOT_SIGNED in reason else reason
+        return (
+            f"{target} is not to be trusted: {what}; --ca, --pin or --insecure if you know better"
+        )
 
 
 class Link:
@@ -20762,6 +20843,7 @@ class Link:
         self.show, self.over, self.trust = show, over, trust
         self.patience, self.asks = patience, asks
         self.known = known or KnownServers(open_client_database(":memory:"))
+        self.certificate = CertificateCheck(trust, self.known)
         self.helpers = Helpers(loop)
         self.phase = WAITING
         self.conn: ServerConnection | None = None
@@ -20771,17 +20853,11 @@ class Link:
         self.progress = 0  # of the core, when the back-off was reset last
         self.began = loop.now  # when connecting did, then when it was done
         self.stood = loop.now  # when the session last stood, or was first wanted
-        self.pin: str | None = None  # the certificate that the server is to have
         self.timer: Timer | None = None  # the one wait that is going on ...
         self.again: Timer | None = None  # ... if that is for the next attempt to connect
         self.pace: Timer | None = None  # until more may be sent
         self.dismissal: Timer | None = None  # until a server that said ERROR has to be gone
-        self.doubted = ""  # the fingerprint of a certificate that the user has to judge ...
-        self.doubt = ""  # ... and the reason
         self.transfers: Any = None  # files on their way: Transfers, in clients that have them
-        self.distrust = ""  # why a certificate was refused: this attempt only reads its fingerprint
-        # Another certificate than the remembered one: try whether it is signed
-        self.unpinned = ""
         self.leaving, self.reason = False, ""
         self.stays = False  # do not end by itself: the session stood once, for example
         self.watched = loop.now  # when the connection was last looked at ...
@@ -20805,14 +20881,13 @@ class Link:
 
     def start(self) -> None:
         self._enter(RESOLVING)
-        self._apply_policy()
+        told = self.core.sts[0] if self.core.sts else 0
+        self.target = self.known.under_policy(self.target, time.time(), told)
         self.status(f"connecting to {self.target}")
         self.core.redial, self.again = False, None
         with contextlib.suppress(sqlite3.Error):  # then it is what it was
             self.known.refresh()
-        self.pin = self.trust.pin or (None if self.unpinned else self.known.pin(self.target))
-        looking = self.trust.insecure or bool(self.distrust)
-        trust = self.trust._replace(pin=self.pin, insecure=looking)
+        trust = self.certificate.next_trust(self.target)
 
         def look_up() -> tuple[Any, list]:
             """Look up the addresses, and load certificates for TLS: both may take a while."""
@@ -20821,16 +20896,6 @@ class Link:
             return context, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
         self.helpers.submit(self, look_up, self._found)
-
-    def _apply_policy(self) -> None:
-        """Use TLS if the server demanded it, until its policy ends (IRCv3 sts)."""
-        if self.target.tls:
-            return
-        port, until = self.known.policy(self.target.host)
-        if self.core.sts and self.core.sts[0]:
-            port, until = self.core.sts[0], math.inf
-        if port and until > time.time():
-            self.target = self.target._replace(port=port, tls=True)
 
     def status(self, text: str) -> None:
         self.show([ViewEvent(STATUS, text)])
@@ -20847,8 +20912,9 @@ class Link:
 
     def typed(self, text: str, *more: Any) -> None:
         """Take a line that the user entered: see ClientCore.typed()."""
-        if self.doubted and text.strip() == "/trust":
-            return self._trust()
+        if self.certificate.doubted and text.strip() == "/trust":
+            self.certificate.trust_doubted(self.target)
+            return self.start()
         self._carry_on(self.core.typed(text, *more))
         if self.core.wants_connection:
             self.core.wants_connection = False
@@ -20875,7 +20941,7 @@ class Link:
         elif self.phase == WAITING:
             if self.timer:
                 self.timer.cancel()
-            self.doubted = ""
+            self.certificate.doubted = ""
             self.start()
 
     def ask_older(self, room: Room) -> bool:
@@ -20949,32 +21015,18 @@ class Link:
     def secured(self) -> None:
         self.timer.cancel()
         fingerprint = self.conn.tls.fingerprint()
-        if self.distrust:
-            return self._doubt(fingerprint)
-        if not Trust(pin=self.pin).accepts(fingerprint):
-            return self._other_certificate(fingerprint)
-        if self.unpinned:  # it is signed: the one that the user trusted is not needed any more
-            self.unpinned = ""
-            self.known.remember(self.target, pin="")
-            text = f"{self.target} has a new certificate, signed by a trusted authority"
+        verdict, text = self.certificate.judge(self.target, fingerprint)
+        if verdict == UNTRUSTED and self.asks:
+            advice = "/trust if the operator of the server tells you the same; else /quit"
+            notes = (f"{text}. Its SHA-256 is", fingerprint, advice)
+            self.show([ViewEvent(NOTE, note) for note in notes])
+        elif verdict == UNTRUSTED:
+            return self._fail(f"{text}; --pin {fingerprint} if you know that it is the right one")
+        elif verdict == WRONG_PIN:
+            return self._fail(text)
+        elif text:
             self.show([ViewEvent(NOTE, text)])
-        self._connected()
-
-    def _other_certificate(self, fingerprint: str) -> None:
-        """Handle another certificate than the pinned one: fail for --pin, else try a signed one."""
-        if self.trust.pin:
-            text = f"--pin {self.pin} is not the certificate of {self.target}: it shows "
-            return self._fail(f"{text}{fingerprint}")
-        self.unpinned = fingerprint
-        self.conn.drop("another certificate")
-
-    def _other_certificate_text(self, why: str) -> str:
-        return (
-            f"ANOTHER CERTIFICATE: {self.target} does not have the one that it had, and the new "
-            f"one {why}. Another machine may be between you and the server. It was known by "
-            f"{self.known.pin(self.target)}; if you know that the new one is right, --pin "
-            f"{self.unpinned}"
-        )
+        return self.conn.drop(verdict) if verdict else self._connected()
 
     def _connected(self) -> None:
         took = self.loop.now - self.began
@@ -21067,31 +21119,6 @@ class Link:
             self.conn.write(self.core.take_output())
             self.conn.close()
 
-    # A certificate that is not trusted
-
-    def _doubt(self, fingerprint: str) -> None:
-        """Ask the user about a certificate that is not trusted. Without a user, fail."""
-        why, self.distrust, self.doubted = self.distrust, "", fingerprint
-        self.doubt = text = f"the certificate of {self.target} {why}"
-        if not self.asks:
-            advice = f"--pin {fingerprint} if you know that it is the right one"
-            return self._fail(f"{text}; {advice}")
-        self.show(
-            [
-                ViewEvent(NOTE, f"{text}. Its SHA-256 is"),
-                ViewEvent(NOTE, fingerprint),
-                ViewEvent(
-                    NOTE, "/trust if the operator of the server tells you the same; else /quit"
-                ),
-            ]
-        )
-        self.conn.drop("not trusted")
-
-    def _trust(self) -> None:
-        self.known.remember(self.target, pin=self.doubted)
-        self.doubted = ""
-        self.start()
-
     # Ending
 
     def _watch(self) -> None:
@@ -21139,18 +21166,14 @@ class Link:
             self.stood = self.loop.now
         if self.ended:
             return
-        if self.doubted:
+        if self.certificate.doubted:
             return self._enter(WAITING)
         self.REACTIONS[cause](self, reason)
 
     def _cause(self, reason: str) -> str:
-        core = self.core
-        refused = self.phase == SECURING and reason.startswith(TLS_TROUBLE)
-        if self.unpinned and refused:
-            return FATAL
-        if refused or (self.unpinned and self.phase == SECURING):
-            untrusted = NOT_SIGNED in reason and not (core.sts or self.trust.pin)
-            return AGAIN if self.unpinned or untrusted else FATAL
+        core, refused = self.core, reason.startswith(TLS_TROUBLE)
+        if self.phase == SECURING and (refused or self.certificate.other):
+            return self.certificate.cause(reason, sts=bool(core.sts))
         if core.cause == FATAL:
             return FATAL
         if core.redial:
@@ -21161,7 +21184,7 @@ class Link:
 
     def _dial_again(self, reason: str) -> None:
         if reason.startswith(TLS_TROUBLE):
-            self.distrust = why_not_trusted(reason)
+            self.certificate.refused = why_not_trusted(reason)
         self.core.quitting = False
         self._enter(WAITING)
         self.start()
@@ -21169,26 +21192,17 @@ class Link:
     def _give_up(self, reason: str) -> None:
         """End the link. But if the server stood once, or is one of several, let the user decide:
         text typed meanwhile must not go elsewhere."""
-        text = self._why_given_up(reason)
+        text = self.certificate.failure(self.target, reason) or self.core.refusal or reason
         if not (self.asks and self.stays):
             return self._end(text)
         advice = advice_after(text)
-        if self.unpinned and not self.trust.pin:
-            self.doubted, self.doubt = self.unpinned, text
+        if self.certificate.other and not self.trust.pin:
+            self.certificate.ask_user(self.certificate.other, text)
             advice = "/trust believes the new one from now on, /quit leaves"
-        self.unpinned, self.core.quitting = "", False
+        self.certificate.other, self.core.quitting = "", False
         self._enter(WAITING)
         self.show([ViewEvent(NOTE, f"{text}; {advice}")])
         return self.status(text)
-
-    def _why_given_up(self, reason: str) -> str:
-        if self.unpinned:
-            return self._other_certificate_text(why_not_trusted(reason))
-        if reason.startswith(TLS_TROUBLE):
-            what = f"the certificate {why_not_trusted(reason)}" if NOT_SIGNED in reason else reason
-            advice = "--ca, --pin or --insecure if you know better"
-            return f"{self.target} is not to be trusted: {what}; {advice}"
-        return self.core.refusal or reason
 
     def _ask_user(self, reason: str) -> None:
         """Stop trying, and tell the user the choices; without a user, end."""
@@ -21689,7 +21703,7 @@ class Transfers:
 
         here = (url.host, url.port) == (link.target.host, link.target.port) and link.conn
         peer = peer_address(link.conn.sock) if here and link.conn.state == OPEN else None
-        trust = link.trust._replace(pin=link.pin)
+        trust = link.trust._replace(pin=link.certificate.pin)
 
         def look_up() -> tuple[Any, list]:
             context = trust.context() if url.tls else None
@@ -24007,7 +24021,7 @@ class TerminalClient(ManyServers):
     def trouble(self) -> str:
         """Return what is wrong with the connection; "" if nothing is."""
         link = self.link
-        if link.doubted:
+        if link.certificate.doubted:
             return f"/trust or {'/disconnect' if self.seats[1:] else '/quit'}"
         if link.again:
             return f"reconnecting in {max(0, math.ceil(link.again.when - self.loop.now))} s"

@@ -17296,13 +17296,13 @@ def test_what_a_client_does_without_a_connection_is_stored_all_the_same():
 def test_a_server_that_stood_stays_when_it_cannot_be_trusted_any_more():
     link = Hanging(True, 60.0)
     link.phase, link.stays = chat.SECURING, True
-    link.known, link.unpinned = known_servers(), "ab" * 32
+    link.certificate.known, link.certificate.other = known_servers(), "ab" * 32
     link.lost(f"{chat.TLS_TROUBLE}{chat.NOT_SIGNED}: self-signed certificate")
-    assert link.phase == chat.WAITING and link.doubted == "ab" * 32
+    assert link.phase == chat.WAITING and link.certificate.doubted == "ab" * 32
     (note,) = [view.text for view in link.log if view.kind == "note"]
     assert "ANOTHER CERTIFICATE" in note and "/trust believes the new one" in note
     link.typed("/trust")
-    assert link.phase == chat.RESOLVING and link.pin == "ab" * 32
+    assert link.phase == chat.RESOLVING and link.certificate.pin == "ab" * 32
     link = Hanging(True, 60.0)  # one that never stood: a wrong address, say
     link.phase = chat.REGISTERING
     cause(link, "fatal")
@@ -17881,15 +17881,11 @@ def test_a_pinned_certificate_may_be_replaced_by_one_that_is_signed(running, cer
 
 def test_a_policy_for_tls_is_kept_as_long_as_the_server_said(tmp_path):
     known = known_servers()
-    known.remember("irc.example", port=6697, until=time.time() + 60)
-    link = Hanging(True, 60.0)
-    link.known, link.target = known, chat.parse_target("irc://irc.example")
-    link._apply_policy()
-    assert (link.target.tls, link.target.port) == (True, 6697)
-    known.remember("irc.example", until=time.time() - 1)
-    link.target = chat.parse_target("irc://irc.example")
-    link._apply_policy()
-    assert not link.target.tls
+    known.remember("irc.example", port=6697, until=60.0)
+    target = chat.parse_target("irc://irc.example")
+    assert known.under_policy(target, 59.0, 0) == target._replace(port=6697, tls=True)
+    assert known.under_policy(target, 61.0, 0) == target
+    assert known.under_policy(target, 61.0, 7000) == target._replace(port=7000, tls=True)
 
 
 # The terminal
@@ -23094,8 +23090,8 @@ def test_a_certificate_that_no_authority_signed_is_asked_about_once_and_its_chan
     target = chat.parse_target(f"ircs://127.0.0.1:{server.address[1]}")
     known = known_servers()
     alice = Linked(target, known)
-    alice.until(lambda: alice.link.doubted)
-    pin = alice.link.doubted
+    alice.until(lambda: alice.link.certificate.doubted)
+    pin = alice.link.certificate.doubted
     assert alice.noted("is not signed by an authority") and alice.noted(pin)
     assert not alice.core.ready
     alice.link.typed("/trust")
