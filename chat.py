@@ -381,6 +381,8 @@ TEXT_HEAD_BYTES = 4096  # in which there is nothing but text, if it is a text
 TOKEN_SECONDS = 600  # until an unused upload token ends
 TOKENS_A_USER = 8  # for uploads
 FILES_SWEEP_SECONDS = 600.0
+SURE_SECONDS = 6 * 3600.0  # a wall clock is trusted with what cannot be undone after so long ...
+SURE_STEP_SECONDS = 60.0  # ... of which one look in this time is remembered
 LOG_LINES = 1000  # that wait for standard error to be read ...
 LOG_FLUSH_SECONDS = 0.5  # ... and how long the end of the program waits for that
 CLOCK_JUMP_SECONDS = 2.0  # a clock that moves by more beside the monotonic one was set
@@ -11819,7 +11821,7 @@ def take_piece(session: WebSession, piece: bytes) -> None:
         return end_pieces(session)
     most = session.site.hub.files.most if upload.total is None else upload.total
     if upload.at + len(piece) > most:
-        drop_upload(session, keep=False)
+        drop_upload(session, keep=session.request.method == "PATCH")  # of which the client knows
         session.closing = True
         return answer_file(session, 413, f"the file has at most {most:,} bytes")
     upload.at += len(piece)
@@ -11935,6 +11937,9 @@ def continue_file(session: WebSession, request: Request) -> None:
             at = upload.at
             drop_upload(session, keep=True)
             return answer_file(session, 409, f"the next byte is {at}", f"Upload-Offset: {at}")
+        if offset + (request.length or 0) > upload.total:
+            drop_upload(session, keep=True)
+            return answer_file(session, 413, f"the file has {upload.total:,} bytes")
         if request.length == 0:
             return end_pieces(session)
         return take_pieces(session)
@@ -19327,6 +19332,24 @@ def mail_code(options: ServerOptions, address: str, name: str, code: str) -> Non
         raise Unusable("the mail could not be sent; try again later") from error
 
 
+class SureTime:
+    """A time that has surely come, for what cannot be undone. A wall clock may be wrong for a
+    while: this is the earliest time by it within SURE_SECONDS on the monotonic clock."""
+
+    def __init__(self, loop: Loop, clock: Callable[[], float]):
+        self.loop, self.clock, self.began = loop, clock, loop.now
+        self.offsets: dict[float, float] = {}  # of the wall clock, by step of the monotonic one
+
+    def __call__(self) -> float:
+        """Return the time, in seconds; 0 as long as the server has not run for long enough."""
+        now, offsets = self.loop.now, self.offsets
+        step, offset = now // SURE_STEP_SECONDS, self.clock() - now
+        offsets[step] = min(offset, offsets.get(step, offset))
+        for old in [one for one in offsets if (step - one) * SURE_STEP_SECONDS > SURE_SECONDS]:
+            del offsets[old]
+        return now + min(offsets.values()) if now - self.began >= SURE_SECONDS else 0.0
+
+
 class Committer:
     """The commit beat and the upkeep of the store: checkpoints, index and pruning."""
 
@@ -19336,10 +19359,11 @@ class Committer:
         hub: Hub,
         store: Store,
         helpers: Helpers,
+        sure_time: SureTime,
         cluster: Cluster | None = None,
     ):
         self.loop, self.hub, self.store, self.helpers = loop, hub, store, helpers
-        self.cluster = cluster
+        self.sure_time, self.cluster = sure_time, cluster
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
         self.index_due = self.retry_due = False
@@ -19435,7 +19459,7 @@ class Committer:
             throttle.sweep(self.hub.ticks)
         more = False
         with contextlib.suppress(sqlite3.Error):  # busy or full: another time
-            old, more = self.store.dedup.next_old(self.hub.now)
+            old, more = self.store.dedup.next_old(int(self.sure_time() * 1000))
             if old and self.cluster is None:
                 self.store.dedup.forget(old)
             elif old and self.cluster.leads:  # on all nodes; one of them asks for it
@@ -19896,7 +19920,10 @@ class Server:
         self.told_of_clock = False  # that it differs from the log's
         self.paused = False  # clients are not read: the cluster cannot be reached
         self.failure = ""  # why this server ends
-        self.committer = Committer(loop, self.hub, self.store, self.helpers, self.cluster)
+        self.sure_time = SureTime(loop, lambda: self.clock())
+        self.committer = Committer(
+            loop, self.hub, self.store, self.helpers, self.sure_time, self.cluster
+        )
         self.stopping = self.restarting = False
         self.began = loop.now
         self.listeners = [Listener(self, *address) for address in options.listen]
@@ -19977,7 +20004,7 @@ class Server:
 
     def expire_files(self) -> None:
         """Remove old files, and uploads that do not go on."""
-        now = self.clock() * 1000
+        now = self.sure_time() * 1000
         for file in list(self.hub.files.values()):
             days = self.options.files_keep
             seconds = days * 24 * 3600 if file.sha else UPLOAD_SECONDS

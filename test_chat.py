@@ -6508,7 +6508,7 @@ def test_old_keys_of_messages_are_forgotten_on_all_nodes_alike(folder):
     nodes.settle()
     for house in nodes.values():
         with house.store.db as db:
-            db.execute("UPDATE dedup SET time = ?", [-chat.DEDUP_MS])
+            db.execute("UPDATE dedup SET time = ?", [-2 * chat.DEDUP_MS])
             db.execute("DELETE FROM events WHERE text = '1'")
     for house in nodes.values():
         house.committer.sweep()
@@ -12350,6 +12350,19 @@ def test_an_upload_goes_on_where_it_broke_off(files):
     assert tus(files, "HEAD", path)[1]["upload-offset"] == "1000"
 
 
+@pytest.mark.parametrize("framing", ["Content-Length: 8", "Transfer-Encoding: chunked"])
+def test_a_piece_that_is_too_long_is_refused_and_the_upload_goes_on(files, framing):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 10", PIECE, body=b"hello"))
+    head = f"PATCH {path} HTTP/1.1\nHost: localhost\n{basic('alice')}\nTus-Resumable: 1.0.0"
+    head += f"\n{PIECE}\nUpload-Offset: 5\n{framing}"
+    chunks = b"2\r\nwo\r\n6\r\nrld!!!\r\n0\r\n\r\n"
+    body = chunks if "chunked" in framing else b"world!!!"
+    assert Browser(files, "long").asks(head, body)[0] == 413
+    at = int(tus(files, "HEAD", path)[1]["upload-offset"])
+    last = tus(files, "PATCH", path, f"Upload-Offset: {at}", PIECE, body=b"helloworld"[at:])
+    assert last[0] == 204 and got(files, path)[2] == b"helloworld"
+
+
 def test_an_upload_goes_on_after_a_restart(files, tmp_path):
     made = tus(files, "POST", "/files", "Upload-Length: 10", PIECE, body=b"hello")
     assert made[1]["upload-offset"] == "5"  # creation-with-upload
@@ -12674,10 +12687,12 @@ def test_files_end_with_their_time(files):
     path = path_of(posted(files))
     part = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
     files.now += chat.UPLOAD_SECONDS + 1
+    files.begin_turn()
     files.expire_files()
     files.turn()
     assert got(files, path)[0] == 200 and tus(files, "HEAD", part)[0] == 404
     files.now += chat.FILES_DAYS * 24 * 3600
+    files.begin_turn()
     files.expire_files()
     files.turn()
     assert got(files, path)[0] == 404 and on_disk(files) == []
@@ -12688,9 +12703,40 @@ def test_an_upload_that_rests_for_a_night_can_go_on_and_a_file_has_its_days(file
     part = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
     for hours, statuses in ((12, (200, 200)), (13, (200, 404)), (64 * 24, (200, 404))):
         files.now += hours * 3600
+        files.begin_turn()
         files.expire_files()
         files.turn()
         assert (got(files, path)[0], tus(files, "HEAD", part)[0]) == statuses
+
+
+# A wall clock that is wrong for a while deletes nothing that the monotonic clock does not confirm
+@pytest.mark.parametrize("hours", [0, 1, 4])
+@pytest.mark.parametrize("ran", [0, 7])
+def test_a_clock_that_is_ahead_for_a_while_removes_no_file_and_no_upload(files, hours, ran):
+    path = path_of(posted(files))
+    part = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    looks = [0] * ran + [YEAR] * (hours + 1) + [0]
+    for ahead in looks:
+        files.clock = lambda ahead=ahead: files.now + ahead
+        files.expire_files()
+        files.turn()
+        files.now += 3600
+    assert got(files, path)[0] == 200 and tus(files, "HEAD", part)[0] == 200
+
+
+def test_a_clock_that_is_ahead_for_a_while_forgets_no_key_of_a_message():
+    house = House()
+    come(house, "alice")
+    house.say("alice", "@+chat.py/id=k PRIVMSG alice :hello")
+    house.turn()
+    house.store.db.execute("DELETE FROM events")
+    query = "SELECT count(*) FROM dedup"
+    for ahead, left in ((0, 1), (YEAR, 1), (0, 1), (YEAR, 1), (YEAR, 0)):
+        house.clock = lambda ahead=ahead: house.now + ahead
+        house.committer.sweep()
+        house.turn()
+        assert house.store.db.execute(query).fetchone()[0] == left
+        house.now += chat.SURE_SECONDS - 60 * 60
 
 
 def answered(address, data):
