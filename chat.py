@@ -450,6 +450,8 @@ NATS_MESSAGE_BYTES = 16 * 1024 * 1024  # of one message from a NATS server, whic
 NATS_PAYLOAD_LEAST = 256 * 1024  # that it has to take: several of the largest acts
 LOG_REPLICAS = 3  # of the log, if there are so many NATS servers
 LOG_DUPLICATES_SECONDS = 120  # for which NATS knows the id of a batch
+LOG_LEAST_ENTRIES, LOG_LEAST_BYTES = 10_000, 64 * 1024 * 1024  # that it has room for
+NODES_MOST = 16  # that a limit on readers must let in
 LOG_KEPT_DAYS = 30  # how long a node may be away and still catch up
 LOG_HEARTBEAT_SECONDS = 2  # of NATS, while there is nothing new
 LOG_HEARTBEATS_MISSED = 3  # then the log is read through another consumer
@@ -6550,6 +6552,23 @@ START_FROM_BACKUP = "start it from a copy of another node: chat.py backup FILE"
 STREAM_MISSING, SUBJECT_TAKEN = 10059, 10065  # err_code of JetStream
 TOO_MANY_REPLICAS = (10005, 10023, 10074)
 OTHER_LOG = "name another one: nats://HOST:PORT/NAME"
+# What the settings of a log have to be, where they are set: with others, entries would be lost
+LOG_KINDS = {"storage": "file", "discard": "old", "no_ack": False, "sealed": False}
+LOG_ROOM = {  # the least of each limit, where there is one
+    "duplicate_window": LOG_DUPLICATES_SECONDS * 10**9,
+    "max_age": LOG_DUPLICATES_SECONDS * 10**9,
+    "max_bytes": LOG_LEAST_BYTES,
+    "max_consumers": NODES_MOST,
+    "max_msg_size": 2 * BATCH_BYTES,
+    "max_msgs": LOG_LEAST_ENTRIES,
+}
+
+
+def losing_settings(config: dict) -> list[str]:
+    """Return the settings of a stream with which it would lose entries of the log."""
+    bad = [name for name, value in LOG_KINDS.items() if config.get(name, value) != value]
+    bad += [name for name, least in LOG_ROOM.items() if 0 < config.get(name, 0) < least]
+    return [f"{name} {json.dumps(config[name])}" for name in bad]
 
 
 class NatsLog:
@@ -6633,9 +6652,13 @@ class NatsLog:
         """Compare the stream with what this node needs, and begin to read."""
         config, state = answer.get("config", {}), answer.get("state", {})
         ours = config.get("subjects") == [self.subject] and config.get("retention") == "limits"
-        if not ours or config.get("mirror") or config.get("max_msgs_per_subject", -1) > 0:
+        foreign = ("mirror", "sources", "subject_transform")
+        if not ours or any(map(config.get, foreign)) or config.get("max_msgs_per_subject", -1) > 0:
             text = f"the stream {self.name} in NATS is not a log of chat.py"
             raise LogUnusable(f"{text}; {OTHER_LOG}")
+        if bad := losing_settings(config):
+            text = f"the stream {self.name} in NATS would lose messages ({', '.join(bad)})"
+            raise LogUnusable(f"{text}; edit it, or {OTHER_LOG}")
         self.last, first = state.get("last_seq", 0), state.get("first_seq", 0)
         if self.last < self.applied:
             text = f"the log {self.name} went back: it ends at {self.last}"
