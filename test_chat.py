@@ -511,9 +511,9 @@ def is_logged_in(house, who, name):
     return any(line.endswith(f" 354 {who} {name}") for line in ask(house, who, f"WHO {who} %a"))
 
 
-def device(house, label, name, password="password", caps=CAPS):
+def device(house, label, name, password="password", caps=CAPS, host="127.0.0.1"):
     """Connect another IRC client that logs in to the account before it has come in."""
-    house.connect_irc(label)
+    house.connect_irc(label, host)
     house.say(label, f"CAP REQ :sasl {caps}", f"NICK {name}", "USER u 0 * :r", "AUTHENTICATE PLAIN")
     house.say(label, f"AUTHENTICATE {plain(name, password)}")
     house.turn()
@@ -3985,6 +3985,31 @@ def test_a_ban_in_any_channel_refuses_the_nick_change():
     (line,) = asked(house, "bob", "NICK robert")
     assert line.verb == "437" and "#b" in line.params
     assert [line.verb for line in asked(house, "bob", "PART #b", "NICK robert")] == ["PART", "NICK"]
+
+
+FULL_MASKS = [
+    ("bob", "bob!*@*"),
+    ("m:bob", "m:bob!*@*"),
+    ("b?b*", "b?b*!*@*"),
+    ("192.0.2.9", "*!*@192.0.2.9"),
+    ("m:192.0.2.*", "m:*!*@192.0.2.*"),
+    ("*.example.org", "*!*@*.example.org"),
+    ("2001:0db8:0::1", "*!*@2001:db8::1"),
+    ("*@[2001:db8::1]", "*!*@2001:db8::1"),
+    ("2001:db8:*", "*!*@2001:db8:*"),
+    ("b@c", "*!b@c"),
+    ("b@c.d", "*!b@c.d"),
+    ("n!u", "n!u@*"),
+    ("n!u.v", "n!u.v@*"),
+    ("a!b@c", "a!b@c"),
+    ("a:bob.smith", "a:bob.smith"),
+    ("", "*!*@*"),
+]
+
+
+@pytest.mark.parametrize("text, mask", FULL_MASKS)
+def test_a_word_with_a_dot_or_a_colon_is_the_host_of_a_mask(text, mask):
+    assert chat.full_mask(text) == mask == chat.full_mask(mask)
 
 
 @pytest.mark.parametrize("mask", ["dora!*@*", "m:dora!*@*"])
@@ -19800,6 +19825,8 @@ BANNED_MASKS = [  # what is banned, a connection that it is for: name, address
     ("*!*@10.0.0.*", "mallory", "10.0.0.9"),
     ("*!~user@10.*", "mallory", "10.0.0.9"),
     ("mal*!*@*", "mallory", "10.0.0.9"),
+    ("2001:0DB8:0:0:0:0:0:1", "mallory", "[2001:db8::1]"),
+    ("*@[2001:db8::1]", "mallory", "[2001:db8::1]"),
 ]
 
 
@@ -19852,6 +19879,47 @@ def test_a_kline_is_for_netcat_too(mask, name, host):
     asked(house, "root", KLINE.format(10, mask, "go away"))
     assert is_closed(house, name)
     assert come_from(house, name, host, irc=False) and is_closed(house, name)
+
+
+def test_a_kline_of_an_address_is_for_the_devices_at_that_address():
+    house = operated()
+    account(house, "alice")
+    for label, host in (("phone", "10.0.0.9"), ("desk", "10.0.0.8")):
+        device(house, label, "alice", host=host)
+    alice = house.hub.users["alice"]
+    asked(house, "root", "JOIN #b")
+    asked(house, "phone", "JOIN #b")
+    assert alice.source.host == "10.0.0.9"
+    told = asked(house, "root", "KLINE 10.0.0.7 10 x", "KLINE 10.0.0.9 10 x")
+    assert [int(x.params[1].split("; ")[1][0]) for x in of(told, "NOTICE")] == [0, 1]
+    assert is_closed(house, "phone") and not is_closed(house, "desk")
+    assert alice.source.host == "10.0.0.8"  # what others see, and bans match
+    asked(house, "root", "KLINE 10.0.0.8 10 x")
+    assert is_closed(house, "desk") and "alice" not in house.hub.users
+
+
+@pytest.mark.parametrize("line", ["NICK spam1", "/nick spam1"])
+def test_a_name_that_a_kline_keeps_out_is_refused_to_those_who_are_here(line):
+    house = operated()
+    house.enter_irc("alice")
+    house.enter("dora")
+    asked(house, "root", "KLINE spam*!*@* 0 no")
+    who = "dora" if line[0] == "/" else "alice"
+    told = ask(house, who, line)
+    assert who in house.hub.users and ("432" in told[0] or told[0].startswith("* "))
+    assert ask(house, who, line.replace("spam", "ham")) and "ham1" in house.hub.users
+    asked(house, "root", "NICK spam2")  # an operator may, as with a K-line of the own address
+    assert "spam2" in house.hub.users
+
+
+def test_masks_of_klines_are_compiled_once():
+    house = operated()
+    for n in range(30):
+        house.hub.perform("ban_from_server", house.guests["root"].id, f"bad{n}!*@*", 0, "x")
+    come_from(house, "first", "10.0.0.9")
+    chat.pattern_of.cache_clear()
+    come_from(house, "second", "10.0.0.9")
+    assert chat.pattern_of.cache_info().misses == 0
 
 
 # Minutes
