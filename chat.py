@@ -381,6 +381,8 @@ TEXT_HEAD_BYTES = 4096  # in which there is nothing but text, if it is a text
 TOKEN_SECONDS = 600  # until an unused upload token ends
 TOKENS_A_USER = 8  # for uploads
 FILES_SWEEP_SECONDS = 600.0
+SURE_SECONDS = 6 * 3600.0  # a wall clock is trusted with what cannot be undone after so long ...
+SURE_STEP_SECONDS = 60.0  # ... of which one look in this time is remembered
 LOG_LINES = 1000  # that wait for standard error to be read ...
 LOG_FLUSH_SECONDS = 0.5  # ... and how long the end of the program waits for that
 CLOCK_JUMP_SECONDS = 2.0  # a clock that moves by more beside the monotonic one was set
@@ -448,6 +450,8 @@ NATS_MESSAGE_BYTES = 16 * 1024 * 1024  # of one message from a NATS server, whic
 NATS_PAYLOAD_LEAST = 256 * 1024  # that it has to take: several of the largest acts
 LOG_REPLICAS = 3  # of the log, if there are so many NATS servers
 LOG_DUPLICATES_SECONDS = 120  # for which NATS knows the id of a batch
+LOG_LEAST_ENTRIES, LOG_LEAST_BYTES = 10_000, 64 * 1024 * 1024  # that it has room for
+NODES_MOST = 16  # that a limit on readers must let in
 LOG_KEPT_DAYS = 30  # how long a node may be away and still catch up
 LOG_HEARTBEAT_SECONDS = 2  # of NATS, while there is nothing new
 LOG_HEARTBEATS_MISSED = 3  # then the log is read through another consumer
@@ -937,6 +941,11 @@ def pattern_of(mask: str) -> re.Pattern:
 def mask_pattern(mask: str) -> re.Pattern:
     """Return the compiled pattern of `mask` for folded texts: see pattern_of()."""
     return pattern_of(fold(mask))
+
+
+def mask_work(mask: str) -> int:
+    """Return the work of compiling a mask, see WORK_PER_TOKEN: most of it is that of its stars."""
+    return 3 * len(mask) + 20 * mask.count("*")
 
 
 CONTROLS = {n: None for n in (*range(0x20), *range(0x7F, 0xA0)) if chr(n) not in "\t\n"}
@@ -1893,6 +1902,7 @@ class FormerUser(NamedTuple):
     source: Source
     realname: str
     time: int
+    key: str = ""  # of the name; earlier versions stored none
 
 
 RANKS = "qaohv"  # of members, the highest first: owner, admin, operator, half-operator, voice
@@ -1984,33 +1994,54 @@ class Mask:
         # A host as source_of() writes it; of ::1 at the end of a line IRC takes a colon away
         self.pattern = mask_pattern(re.sub("@:+", "@0::", rest).removeprefix("a:"))
 
-    def matches(self, user: User) -> bool:
-        if not self.by_account:
-            return self.pattern.fullmatch(user.mask_key) is not None
-        return bool(user.account_key) and self.pattern.fullmatch(user.account_key) is not None
+    def matches(self, user: User, session: Session | None = None) -> bool:
+        """Return whether the mask is for a user, or for a session of that user: by its own address,
+        where the user has that of another session."""
+        key = user.mask_key
+        if self.by_account:
+            return bool(user.account_key) and self.pattern.fullmatch(user.account_key) is not None
+        if session and session.address != user.source.address:
+            key = fold(source_of(user.name, session.address, user.source.username).mask)
+        return self.pattern.fullmatch(key) is not None
+
+
+@functools.lru_cache(2 * SERVER_BANS)
+def compiled_ban(mask: str) -> Mask:
+    """Return the Mask of a K-line. No other masks are kept here, which would take its place."""
+    return Mask(mask)
+
+
+def host_of_mask(host: str) -> str:
+    """Return the host of a mask; an IPv6 address as source_of() writes it."""
+    with contextlib.suppress(ValueError):
+        address = str(ipaddress.IPv6Address(host.strip("[]")))
+        return host if address.startswith(":") else address
+    return host
 
 
 def full_mask(text: str) -> str:
-    """Return a mask in full: bob -> bob!*@*, b@c -> *!b@c, ::1 -> *!*@::1; an extended mask keeps
-    its letter."""
+    """Return a mask in full: bob -> bob!*@*, b@c -> *!b@c; a word with a dot or a colon, which no
+    name has, is a host: 192.0.2.* -> *!*@192.0.2.*, ::1 -> *!*@::1. An extended mask keeps its
+    letter."""
     mute = "m:" if text.startswith("m:") else ""
     text = text.removeprefix("m:")
     if text.startswith("a:"):
         return mute + text
     name, bang, rest = text.rpartition("!")
     username, at, host = rest.rpartition("@")
-    if not bang and not at and ":" not in host:
+    if not bang and not at and not set(".:") & set(host):
         return f"{mute}{host or '*'}!*@*"
-    if not bang and not at:  # no name has a colon: it is an address
-        return f"{mute}*!*@{host}"
-    if not at:  # nick!user
+    if bang and not at:  # nick!user
         username, host = host, "*"
-    return f"{mute}{name or '*'}!{username or '*'}@{host or '*'}"
+    return f"{mute}{name or '*'}!{username or '*'}@{host_of_mask(host) or '*'}"
 
 
 def server_mask(text: str) -> str:
     """Return a mask of KLINE in full: 192.0.2.1 -> *!*@192.0.2.1; a bare word is an address."""
-    return text if text.startswith("a:") or set("!@") & set(text) else f"*!*@{text}"
+    if text.startswith("a:"):
+        return text
+    before, at, host = text.rpartition("@")
+    return f"{before or '*'}@{host_of_mask(host)}" if at else server_mask(f"*!*@{text}")
 
 
 class ServerBan(NamedTuple):
@@ -3554,13 +3585,22 @@ def check_name(hub: Hub, wanted: str, owner: User | None = None, account: str = 
 def server_ban(hub: Hub, user: User) -> ServerBan | None:
     """Return the K-line that keeps this user out, if there is one."""
     hub.work += len(hub.bans)
-    return next((ban for ban in hub.present_bans() if Mask(ban.mask).matches(user)), None)
+    return next((ban for ban in hub.present_bans() if compiled_ban(ban.mask).matches(user)), None)
 
 
 def check_server_ban(hub: Hub, source: Source) -> None:
     """Raise Refused if a K-line keeps out a user with this name, address and account."""
     if ban := server_ban(hub, User(source, "", "", 0)):
         raise Refused("BANNED_FROM_SERVER", f"you are banned from this server: {ban.reason}")
+
+
+def check_name_not_banned(hub: Hub, who: Session, name: str) -> None:
+    """Raise Refused if a K-line would keep a session of this user out under another name."""
+    user = who.user
+    for session in () if who.operator else user.live:
+        source = source_of(name, session.address, user.source.username, user.account)
+        if ban := server_ban(hub, User(source, "", "", 0)):
+            raise Refused("BAD_NAME", f"that name is banned from this server: {ban.reason}", name)
 
 
 def check_not_bound(hub: Hub, user: User) -> None:
@@ -3609,7 +3649,7 @@ def take_name(hub: Hub, user: User, name: str, origin: Session | None = None) ->
     for channel in user.channels:
         channel.rosters.clear()
     if user.key != was:
-        hub.former.append(FormerUser(before, user.realname, hub.now))
+        hub.former.append(FormerUser(before, user.realname, hub.now, was))
         tell_watchers(hub, was, WENT_OFFLINE, before)
         tell_watchers(hub, user.key, CAME_ONLINE, user.source)
 
@@ -3623,6 +3663,7 @@ def rename_user(hub: Hub, who: Session, wanted: str, exact: bool, dice: int) -> 
     name = wanted if exact else free_name(hub, wanted, user, dice=dice)
     if fold(name) != user.key:
         check_not_bound(hub, user)
+        check_name_not_banned(hub, who, name)
     take_name(hub, user, name, who)
     return name
 
@@ -3675,6 +3716,17 @@ def emit_to_witnesses(
     hub.emit(kind, source, audience, *texts, origin=origin)
 
 
+def move_to_address(hub: Hub, user: User, address: str) -> None:
+    """Give a user an address, if no session has the present one: bans match it."""
+    if host_of(user.source.address) in {host_of(s.address) for s in user.live}:
+        return
+    before = user.source
+    user.change_source(address=address)
+    for channel in user.channels:
+        channel.rosters.clear()
+    emit_to_witnesses(hub, HOST, before, user, user.source.host, before.username)
+
+
 def attach(hub: Hub, who: Session, user: User, address: str) -> None:
     """Add a session to a user. It replaces an older one with the same token."""
     replaced = [s for s in user.live if s.token and s.token == who.token]
@@ -3695,12 +3747,7 @@ def attach(hub: Hub, who: Session, user: User, address: str) -> None:
         user.tokens[who.token], hub.users_by_token[who.token] = None, user
     for token in list(user.tokens)[:-DEVICES_A_USER]:
         forget_token(hub, user, token)
-    if host_of(user.source.address) not in {host_of(s.address) for s in user.live}:
-        before = user.source
-        user.change_source(address=address)  # bans match the present address
-        for channel in user.channels:
-            channel.rosters.clear()
-        emit_to_witnesses(hub, HOST, before, user, user.source.host, before.username)
+    move_to_address(hub, user, address)
 
 
 def inherit(hub: Hub, user: User, identity: str) -> None:
@@ -3832,7 +3879,7 @@ def remove_user(hub: Hub, user: User, reason: str, origin: Session | None = None
     hub.invisible -= "i" in user.modes
     hub.turn.changed.add(user)
     hub.forget_markers(user.resume_id)
-    hub.former.append(FormerUser(user.source, user.realname, hub.now))
+    hub.former.append(FormerUser(user.source, user.realname, hub.now, user.key))
     tell_watchers(hub, user.key, WENT_OFFLINE, user.source)
 
 
@@ -3883,13 +3930,21 @@ def killed_text(by: Source, reason: str) -> str:
     return f"Killed ({by.name} ({reason}))"
 
 
-def disconnect(hub: Hub, by: Source, user: User, reason: str) -> None:
-    """Close all sessions of a user. The user has no grace period."""
-    live = user.live
-    for session in live:
+def disconnect(hub: Hub, by: Source, user: User, reason: str, mask: Mask | None = None) -> bool:
+    """Close all sessions of a user, or those that a mask is for; return whether it is for any. A
+    user without a session left goes: there is no grace period."""
+    ended = [one for one in user.live if mask is None or mask.matches(user, one)]
+    if mask and not ended and (user.live or not mask.matches(user)):
+        return False
+    for session in ended:
         detach(hub, session)
-    hub.emit(KILLED, by, Audience(sessions=live), reason, user.name)
-    remove_user(hub, user, killed_text(by, reason), live[0] if live else None)
+    hub.emit(KILLED, by, Audience(sessions=ended), reason, user.name)
+    if left := user.live:
+        hub.turn.changed.add(user)
+        move_to_address(hub, user, left[0].address)
+    else:
+        remove_user(hub, user, killed_text(by, reason), ended[0] if ended else None)
+    return True
 
 
 @act
@@ -4248,6 +4303,7 @@ def set_modes(hub: Hub, who: Session, name: str, changes: Changes, salt: str) ->
     done: list[ModeChange] = []
     refusals: dict[Any, Refused] = {}  # one of a kind: a hundred letters are no flood
     for change in itertools.starmap(ModeChange, changes):
+        hub.work += mask_work(change.value)
         try:
             changed = change_mode(hub, who, channel, change, salt)
             done += [changed] if changed else []
@@ -4745,11 +4801,9 @@ def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str
     hub.bans[fold(mask)] = ban
     hub.turn.record("ban", fold(mask), *ban)
     hub.work += len(hub.users)
-    pattern, me = Mask(mask), who.user
-    meant = [user for user in hub.users.values() if user is not me and pattern.matches(user)]
-    for user in meant:
-        disconnect(hub, who.user.source, user, f"K-lined: {reason}")
-    return len(meant)
+    by, others = who.user.source, [user for user in hub.users.values() if user is not who.user]
+    text, wanted = f"K-lined: {reason}", compiled_ban(mask)
+    return sum(disconnect(hub, by, user, text, wanted) for user in others)
 
 
 @act
@@ -6548,6 +6602,23 @@ START_FROM_BACKUP = "start it from a copy of another node: chat.py backup FILE"
 STREAM_MISSING, SUBJECT_TAKEN = 10059, 10065  # err_code of JetStream
 TOO_MANY_REPLICAS = (10005, 10023, 10074)
 OTHER_LOG = "name another one: nats://HOST:PORT/NAME"
+# What the settings of a log have to be, where they are set: with others, entries would be lost
+LOG_KINDS = {"storage": "file", "discard": "old", "no_ack": False, "sealed": False}
+LOG_ROOM = {  # the least of each limit, where there is one
+    "duplicate_window": LOG_DUPLICATES_SECONDS * 10**9,
+    "max_age": LOG_DUPLICATES_SECONDS * 10**9,
+    "max_bytes": LOG_LEAST_BYTES,
+    "max_consumers": NODES_MOST,
+    "max_msg_size": 2 * BATCH_BYTES,
+    "max_msgs": LOG_LEAST_ENTRIES,
+}
+
+
+def losing_settings(config: dict) -> list[str]:
+    """Return the settings of a stream with which it would lose entries of the log."""
+    bad = [name for name, value in LOG_KINDS.items() if config.get(name, value) != value]
+    bad += [name for name, least in LOG_ROOM.items() if 0 < config.get(name, 0) < least]
+    return [f"{name} {json.dumps(config[name])}" for name in bad]
 
 
 class NatsLog:
@@ -6631,9 +6702,13 @@ class NatsLog:
         """Compare the stream with what this node needs, and begin to read."""
         config, state = answer.get("config", {}), answer.get("state", {})
         ours = config.get("subjects") == [self.subject] and config.get("retention") == "limits"
-        if not ours or config.get("mirror") or config.get("max_msgs_per_subject", -1) > 0:
+        foreign = ("mirror", "sources", "subject_transform")
+        if not ours or any(map(config.get, foreign)) or config.get("max_msgs_per_subject", -1) > 0:
             text = f"the stream {self.name} in NATS is not a log of chat.py"
             raise LogUnusable(f"{text}; {OTHER_LOG}")
+        if bad := losing_settings(config):
+            text = f"the stream {self.name} in NATS would lose messages ({', '.join(bad)})"
+            raise LogUnusable(f"{text}; edit it, or {OTHER_LOG}")
         self.last, first = state.get("last_seq", 0), state.get("first_seq", 0)
         if self.last < self.applied:
             text = f"the log {self.name} went back: it ends at {self.last}"
@@ -6733,7 +6808,7 @@ class NatsLog:
 # node when its act comes back. So an echo means: in the log, and stored here. A node stores with
 # each turn what it applied; it starts from a snapshot of its Hub and the entries after that.
 
-ACTS_VERSION = 2  # to be raised when an act is added, or does something else than before
+ACTS_VERSION = 3  # to be raised when an act is added, or does something else than before
 ANY_SESSION = frozenset(  # acts of the server, and those that need no user
     (
         *("begin_file", "change_password", "drop_account", "enter", "finish_file", "follow"),
@@ -8470,7 +8545,7 @@ def check_server(session: IrcSession, name: str) -> None:
     site, key = session.site, fold(name)
     if not name or key == fold(site.name) or key in site.hub.users:
         return
-    session.site.hub.work += len(name)
+    session.site.hub.work += len(name) + mask_work(name)
     if not mask_pattern(name).fullmatch(fold(site.name)):
         raise Refused("NO_SUCH_SERVER", "this one stands alone", name)
 
@@ -9136,6 +9211,7 @@ def irc_list(session: IrcSession, conditions: str = "", server: str = "") -> Ite
     hub, user = session.site.hub, session.user
     if conditions.count(",") >= LIST_TARGETS:
         raise Refused("TOO_MANY_TARGETS", f"{LIST_TARGETS} conditions at most", conditions)
+    hub.work += mask_work(conditions)
     wanted = list_filter(conditions, hub.now)
     session.reply(RPL_LISTSTART)
     for channel in in_slices(list(hub.channels.values())):
@@ -9652,6 +9728,7 @@ def who_matches(session: IrcSession, mask: str) -> Iterator[tuple[User, Channel 
     """Yield users with a channel that both are in, and None now and then: see in_slices()."""
     hub, me = session.site.hub, session.user
     channel, exact = hub.channels.get(fold(mask)), hub.users.get(fold(mask))
+    hub.work += mask_work(mask)
     pattern = mask_pattern("*" if mask == "0" else mask)
     if mask.startswith("#"):
         known = channel.members if channel and channel.visible_to(me) else ()
@@ -9767,7 +9844,8 @@ def irc_whowas(session: IrcSession, name: str, count: str = "", server: str = ""
     """WHOWAS <nickname> [<count>] -- who had a name before"""
     check_server(session, server)
     key, most = fold(name), whole_number(count)
-    found = [one for one in reversed(session.site.hub.former) if fold(one.source.name) == key]
+    former = reversed(session.site.hub.former)
+    found = [one for one in former if (one.key or fold(one.source.name)) == key]
     for one in found[: most or None]:
         source = one.source
         session.reply(RPL_WHOWASUSER, source.name, source.username, source.host, one.realname)
@@ -11819,7 +11897,7 @@ def take_piece(session: WebSession, piece: bytes) -> None:
         return end_pieces(session)
     most = session.site.hub.files.most if upload.total is None else upload.total
     if upload.at + len(piece) > most:
-        drop_upload(session, keep=False)
+        drop_upload(session, keep=session.request.method == "PATCH")  # of which the client knows
         session.closing = True
         return answer_file(session, 413, f"the file has at most {most:,} bytes")
     upload.at += len(piece)
@@ -11935,6 +12013,9 @@ def continue_file(session: WebSession, request: Request) -> None:
             at = upload.at
             drop_upload(session, keep=True)
             return answer_file(session, 409, f"the next byte is {at}", f"Upload-Offset: {at}")
+        if offset + (request.length or 0) > upload.total:
+            drop_upload(session, keep=True)
+            return answer_file(session, 413, f"the file has {upload.total:,} bytes")
         if request.length == 0:
             return end_pieces(session)
         return take_pieces(session)
@@ -19335,6 +19416,24 @@ def mail_code(options: ServerOptions, address: str, name: str, code: str) -> Non
         raise Unusable("the mail could not be sent; try again later") from error
 
 
+class SureTime:
+    """A time that has surely come, for what cannot be undone. A wall clock may be wrong for a
+    while: this is the earliest time by it within SURE_SECONDS on the monotonic clock."""
+
+    def __init__(self, loop: Loop, clock: Callable[[], float]):
+        self.loop, self.clock, self.began = loop, clock, loop.now
+        self.offsets: dict[float, float] = {}  # of the wall clock, by step of the monotonic one
+
+    def __call__(self) -> float:
+        """Return the time, in seconds; 0 as long as the server has not run for long enough."""
+        now, offsets = self.loop.now, self.offsets
+        step, offset = now // SURE_STEP_SECONDS, self.clock() - now
+        offsets[step] = min(offset, offsets.get(step, offset))
+        for old in [one for one in offsets if (step - one) * SURE_STEP_SECONDS > SURE_SECONDS]:
+            del offsets[old]
+        return now + min(offsets.values()) if now - self.began >= SURE_SECONDS else 0.0
+
+
 class Committer:
     """The commit beat and the upkeep of the store: checkpoints, index and pruning."""
 
@@ -19344,10 +19443,11 @@ class Committer:
         hub: Hub,
         store: Store,
         helpers: Helpers,
+        sure_time: SureTime,
         cluster: Cluster | None = None,
     ):
         self.loop, self.hub, self.store, self.helpers = loop, hub, store, helpers
-        self.cluster = cluster
+        self.sure_time, self.cluster = sure_time, cluster
         self.losing = False  # the store is; it has been logged
         self.checkpoint_due = False
         self.index_due = self.retry_due = False
@@ -19443,7 +19543,7 @@ class Committer:
             throttle.sweep(self.hub.ticks)
         more = False
         with contextlib.suppress(sqlite3.Error):  # busy or full: another time
-            old, more = self.store.dedup.next_old(self.hub.now)
+            old, more = self.store.dedup.next_old(int(self.sure_time() * 1000))
             if old and self.cluster is None:
                 self.store.dedup.forget(old)
             elif old and self.cluster.leads:  # on all nodes; one of them asks for it
@@ -19904,7 +20004,10 @@ class Server:
         self.told_of_clock = False  # that it differs from the log's
         self.paused = False  # clients are not read: the cluster cannot be reached
         self.failure = ""  # why this server ends
-        self.committer = Committer(loop, self.hub, self.store, self.helpers, self.cluster)
+        self.sure_time = SureTime(loop, lambda: self.clock())
+        self.committer = Committer(
+            loop, self.hub, self.store, self.helpers, self.sure_time, self.cluster
+        )
         self.stopping = self.restarting = False
         self.began = loop.now
         self.listeners = [Listener(self, *address) for address in options.listen]
@@ -19985,7 +20088,7 @@ class Server:
 
     def expire_files(self) -> None:
         """Remove old files, and uploads that do not go on."""
-        now = self.clock() * 1000
+        now = self.sure_time() * 1000
         for file in list(self.hub.files.values()):
             days = self.options.files_keep
             seconds = days * 24 * 3600 if file.sha else UPLOAD_SECONDS

@@ -518,9 +518,9 @@ def is_logged_in(house, who, name):
     return any(line.endswith(f" 354 {who} {name}") for line in ask(house, who, f"WHO {who} %a"))
 
 
-def device(house, label, name, password="password", caps=CAPS):
+def device(house, label, name, password="password", caps=CAPS, host="127.0.0.1"):
     """Connect another IRC client that logs in to the account before it has come in."""
-    house.connect_irc(label)
+    house.connect_irc(label, host)
     house.say(label, f"CAP REQ :sasl {caps}", f"NICK {name}", "USER u 0 * :r", "AUTHENTICATE PLAIN")
     house.say(label, f"AUTHENTICATE {plain(name, password)}")
     house.turn()
@@ -3994,6 +3994,31 @@ def test_a_ban_in_any_channel_refuses_the_nick_change():
     assert [line.verb for line in asked(house, "bob", "PART #b", "NICK robert")] == ["PART", "NICK"]
 
 
+FULL_MASKS = [
+    ("bob", "bob!*@*"),
+    ("m:bob", "m:bob!*@*"),
+    ("b?b*", "b?b*!*@*"),
+    ("192.0.2.9", "*!*@192.0.2.9"),
+    ("m:192.0.2.*", "m:*!*@192.0.2.*"),
+    ("*.example.org", "*!*@*.example.org"),
+    ("2001:0db8:0::1", "*!*@2001:db8::1"),
+    ("*@[2001:db8::1]", "*!*@2001:db8::1"),
+    ("2001:db8:*", "*!*@2001:db8:*"),
+    ("b@c", "*!b@c"),
+    ("b@c.d", "*!b@c.d"),
+    ("n!u", "n!u@*"),
+    ("n!u.v", "n!u.v@*"),
+    ("a!b@c", "a!b@c"),
+    ("a:bob.smith", "a:bob.smith"),
+    ("", "*!*@*"),
+]
+
+
+@pytest.mark.parametrize("text, mask", FULL_MASKS)
+def test_a_word_with_a_dot_or_a_colon_is_the_host_of_a_mask(text, mask):
+    assert chat.full_mask(text) == mask == chat.full_mask(mask)
+
+
 @pytest.mark.parametrize("mask", ["dora!*@*", "m:dora!*@*"])
 def test_netcat_does_not_escape_a_ban_by_another_name(mask):
     house = irc_house("#a", alice="")
@@ -5895,6 +5920,15 @@ def test_a_reader_that_misses_an_entry_reads_it_through_another_consumer():
     (
         ({"subjects": ["foreign"]}, 1, 0, "is not a log of chat.py"),
         ({"retention": "workqueue"}, 1, 0, "is not a log of chat.py"),
+        ({"sources": [{"name": "other"}]}, 1, 0, "is not a log of chat.py"),
+        ({"storage": "memory"}, 1, 0, r'lose messages \(storage "memory"\); edit it, or name'),
+        ({"discard": "new", "max_bytes": 5000}, 1, 3, r'\(discard "new", max_bytes 5000\)'),
+        ({"no_ack": True}, 1, 0, r"\(no_ack true\)"),
+        ({"sealed": True}, 1, 0, r"\(sealed true\)"),
+        ({"duplicate_window": 10**8}, 1, 0, r"\(duplicate_window 100000000\)"),
+        ({"max_age": 10**9}, 1, 0, r"\(max_age 1000000000\)"),
+        ({"max_msgs": 5, "max_msg_size": 1000}, 1, 0, r"\(max_msg_size 1000, max_msgs 5\)"),
+        ({"max_consumers": 1}, 1, 0, r"\(max_consumers 1\)"),
         ({}, 1, 7, "went back: it ends at 3, and this node has applied 7"),
         ({}, 5, 2, "begins at 5 now, and this node has applied 2; start it from a copy"),
         (None, 1, 2, "is gone from NATS"),
@@ -6515,7 +6549,7 @@ def test_old_keys_of_messages_are_forgotten_on_all_nodes_alike(folder):
     nodes.settle()
     for house in nodes.values():
         with house.store.db as db:
-            db.execute("UPDATE dedup SET time = ?", [-chat.DEDUP_MS])
+            db.execute("UPDATE dedup SET time = ?", [-2 * chat.DEDUP_MS])
             db.execute("DELETE FROM events WHERE text = '1'")
     for house in nodes.values():
         house.committer.sweep()
@@ -12357,6 +12391,19 @@ def test_an_upload_goes_on_where_it_broke_off(files):
     assert tus(files, "HEAD", path)[1]["upload-offset"] == "1000"
 
 
+@pytest.mark.parametrize("framing", ["Content-Length: 8", "Transfer-Encoding: chunked"])
+def test_a_piece_that_is_too_long_is_refused_and_the_upload_goes_on(files, framing):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 10", PIECE, body=b"hello"))
+    head = f"PATCH {path} HTTP/1.1\nHost: localhost\n{basic('alice')}\nTus-Resumable: 1.0.0"
+    head += f"\n{PIECE}\nUpload-Offset: 5\n{framing}"
+    chunks = b"2\r\nwo\r\n6\r\nrld!!!\r\n0\r\n\r\n"
+    body = chunks if "chunked" in framing else b"world!!!"
+    assert Browser(files, "long").asks(head, body)[0] == 413
+    at = int(tus(files, "HEAD", path)[1]["upload-offset"])
+    last = tus(files, "PATCH", path, f"Upload-Offset: {at}", PIECE, body=b"helloworld"[at:])
+    assert last[0] == 204 and got(files, path)[2] == b"helloworld"
+
+
 def test_an_upload_goes_on_after_a_restart(files, tmp_path):
     made = tus(files, "POST", "/files", "Upload-Length: 10", PIECE, body=b"hello")
     assert made[1]["upload-offset"] == "5"  # creation-with-upload
@@ -12681,10 +12728,12 @@ def test_files_end_with_their_time(files):
     path = path_of(posted(files))
     part = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
     files.now += chat.UPLOAD_SECONDS + 1
+    files.begin_turn()
     files.expire_files()
     files.turn()
     assert got(files, path)[0] == 200 and tus(files, "HEAD", part)[0] == 404
     files.now += chat.FILES_DAYS * 24 * 3600
+    files.begin_turn()
     files.expire_files()
     files.turn()
     assert got(files, path)[0] == 404 and on_disk(files) == []
@@ -12695,9 +12744,40 @@ def test_an_upload_that_rests_for_a_night_can_go_on_and_a_file_has_its_days(file
     part = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
     for hours, statuses in ((12, (200, 200)), (13, (200, 404)), (64 * 24, (200, 404))):
         files.now += hours * 3600
+        files.begin_turn()
         files.expire_files()
         files.turn()
         assert (got(files, path)[0], tus(files, "HEAD", part)[0]) == statuses
+
+
+# A wall clock that is wrong for a while deletes nothing that the monotonic clock does not confirm
+@pytest.mark.parametrize("hours", [0, 1, 4])
+@pytest.mark.parametrize("ran", [0, 7])
+def test_a_clock_that_is_ahead_for_a_while_removes_no_file_and_no_upload(files, hours, ran):
+    path = path_of(posted(files))
+    part = path_of(tus(files, "POST", "/files", "Upload-Length: 5"))
+    looks = [0] * ran + [YEAR] * (hours + 1) + [0]
+    for ahead in looks:
+        files.clock = lambda ahead=ahead: files.now + ahead
+        files.expire_files()
+        files.turn()
+        files.now += 3600
+    assert got(files, path)[0] == 200 and tus(files, "HEAD", part)[0] == 200
+
+
+def test_a_clock_that_is_ahead_for_a_while_forgets_no_key_of_a_message():
+    house = House()
+    come(house, "alice")
+    house.say("alice", "@+chat.py/id=k PRIVMSG alice :hello")
+    house.turn()
+    house.store.db.execute("DELETE FROM events")
+    query = "SELECT count(*) FROM dedup"
+    for ahead, left in ((0, 1), (YEAR, 1), (0, 1), (YEAR, 1), (YEAR, 0)):
+        house.clock = lambda ahead=ahead: house.now + ahead
+        house.committer.sweep()
+        house.turn()
+        assert house.store.db.execute(query).fetchone()[0] == left
+        house.now += chat.SURE_SECONDS - 60 * 60
 
 
 def answered(address, data):
@@ -19748,6 +19828,8 @@ BANNED_MASKS = [  # what is banned, a connection that it is for: name, address
     ("*!*@10.0.0.*", "mallory", "10.0.0.9"),
     ("*!~user@10.*", "mallory", "10.0.0.9"),
     ("mal*!*@*", "mallory", "10.0.0.9"),
+    ("2001:0DB8:0:0:0:0:0:1", "mallory", "[2001:db8::1]"),
+    ("*@[2001:db8::1]", "mallory", "[2001:db8::1]"),
 ]
 
 
@@ -19800,6 +19882,47 @@ def test_a_kline_is_for_netcat_too(mask, name, host):
     asked(house, "root", KLINE.format(10, mask, "go away"))
     assert is_closed(house, name)
     assert come_from(house, name, host, irc=False) and is_closed(house, name)
+
+
+def test_a_kline_of_an_address_is_for_the_devices_at_that_address():
+    house = operated()
+    account(house, "alice")
+    for label, host in (("phone", "10.0.0.9"), ("desk", "10.0.0.8")):
+        device(house, label, "alice", host=host)
+    alice = house.hub.users["alice"]
+    asked(house, "root", "JOIN #b")
+    asked(house, "phone", "JOIN #b")
+    assert alice.source.host == "10.0.0.9"
+    told = asked(house, "root", "KLINE 10.0.0.7 10 x", "KLINE 10.0.0.9 10 x")
+    assert [int(x.params[1].split("; ")[1][0]) for x in of(told, "NOTICE")] == [0, 1]
+    assert is_closed(house, "phone") and not is_closed(house, "desk")
+    assert alice.source.host == "10.0.0.8"  # what others see, and bans match
+    asked(house, "root", "KLINE 10.0.0.8 10 x")
+    assert is_closed(house, "desk") and "alice" not in house.hub.users
+
+
+@pytest.mark.parametrize("line", ["NICK spam1", "/nick spam1"])
+def test_a_name_that_a_kline_keeps_out_is_refused_to_those_who_are_here(line):
+    house = operated()
+    house.enter_irc("alice")
+    house.enter("dora")
+    asked(house, "root", "KLINE spam*!*@* 0 no")
+    who = "dora" if line[0] == "/" else "alice"
+    told = ask(house, who, line)
+    assert who in house.hub.users and ("432" in told[0] or told[0].startswith("* "))
+    assert ask(house, who, line.replace("spam", "ham")) and "ham1" in house.hub.users
+    asked(house, "root", "NICK spam2")  # an operator may, as with a K-line of the own address
+    assert "spam2" in house.hub.users
+
+
+def test_masks_of_klines_are_compiled_once():
+    house = operated()
+    for n in range(30):
+        house.hub.perform("ban_from_server", house.guests["root"].id, f"bad{n}!*@*", 0, "x")
+    come_from(house, "first", "10.0.0.9")
+    chat.pattern_of.cache_clear()
+    come_from(house, "second", "10.0.0.9")
+    assert chat.pattern_of.cache_info().misses == 0
 
 
 # Minutes
