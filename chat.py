@@ -13788,7 +13788,8 @@ class IrcTalk:
         self.mask = ""  # of this client, as others see it
         self.began = core.ticks()
         self.budget = Budget(PACE_BURST, PACE_RATE, core.ticks())
-        # Lines, each to be sent after the message with that id; AT_ONCE for a command after none
+        self.own_lines: collections.deque[str] = collections.deque()  # to be sent, not the user's
+        # Commands of the user, each to be sent after the message with that id, or AT_ONCE
         self.queue: collections.deque[tuple[str, str]] = collections.deque()
         self.bouncer = False  # the server is a ZNC ...
         self.bouncer_said = ""  # ... and this its last message, until a PONG
@@ -13813,7 +13814,7 @@ class IrcTalk:
     def busy(self) -> bool:
         """True if lines wait to be sent, or a pipe's commands for an answer."""
         commands = self.acks.commands and not self.core.tidy
-        return bool(self.queue or self.lines.unsent or commands)
+        return bool(self.own_lines or self.queue or self.lines.unsent or commands)
 
     @property
     def doubts(self) -> bool:
@@ -13834,7 +13835,7 @@ class IrcTalk:
     def send(self, verb: str, *params: str) -> None:
         """Send a line: at once before registration, in its turn after that."""
         if self.ready:
-            self.queue.append((self.line(verb, *params), ""))
+            self.own_lines.append(self.line(verb, *params))
         else:
             self.core.output.append(self.line(verb, *params))
 
@@ -13879,9 +13880,10 @@ class IrcTalk:
             self.lines.drop()
         if self.lines.unsent:
             line = self.lines.take()
+        elif self.own_lines:  # not behind commands: a message before these may wait for a page
+            self.acks.note_command(line := self.own_lines.popleft(), by_user=False)
         elif self.queue and not self._is_behind(self.queue[0][1]):
-            line, after = self.queue.popleft()
-            self.acks.note_command(line, by_user=bool(after))
+            self.acks.note_command(line := self.queue.popleft()[0], by_user=True)
         elif one := outbox.next(self.carries, self.order):
             if one.sent and one.id not in self.core.sent_before and self.doubts:
                 self.core.leave_to_user(one.id)  # sent by an earlier run of this program
@@ -13919,7 +13921,8 @@ class IrcTalk:
     @property
     def wait(self) -> float | None:
         """The seconds until more may be sent; None if nothing waits."""
-        more = self.queue or self.lines.unsent or self.acks.unconfirmed or self.stale_names
+        more = self.own_lines or self.queue or self.lines.unsent
+        more = more or self.acks.unconfirmed or self.stale_names
         if not self.ready or not (more or self.core.outbox.next(self.carries, self.order)):
             return None
         self.budget.refill(self.core.ticks())
@@ -14251,10 +14254,12 @@ def refused(talk: IrcTalk, heard: ServerLine, text: str) -> None:
 
 
 NO_FAILURE = (  # numerics that refuse other commands, not messages
-    *("401", "405", "406", "423", "424", "431", "432", "433", "436", "437", "438", "441", "443"),
-    *("451", "461", "462", "464", "467", "468", "471", "472", "473", "474", "475", "476", "478"),
-    *("479", "480", "481", "482", "483", "484", "485", "491", "495", "501", "502", "510", "515"),
-    *("518", "520", "524", "525"),
+    *("401", "402", "405", "406", "409", "410", "416", "423", "424", "431", "432", "433", "435"),
+    *("436", "437", "438", "441", "443", "444", "445", "446", "447", "448", "451", "456", "457"),
+    *("458", "459", "461", "462", "464", "467", "468", "470", "471", "472", "473", "474", "475"),
+    *("476", "478", "479", "480", "481", "482", "483", "484", "485", "489", "491", "495", "499"),
+    *("501", "502", "504", "510", "511", "512", "513", "515", "518", "520", "521", "523", "524"),
+    "525",
 )
 
 
