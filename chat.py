@@ -12518,6 +12518,7 @@ def identity_of(view: ViewEvent) -> Any:
 
 LOCKED = "another program has it locked for too long"
 NO_STATE_ADVICE = "use --data DIR, or --no-state to keep nothing"
+LINE_BROKE = "the line broke: it may have arrived or not"
 
 
 class Waiting(NamedTuple):
@@ -13682,6 +13683,7 @@ OTHER_PROTOCOLS = (  # beginning of the first line of a server that is not for c
     ("MPD", re.compile(r"OK MPD")),
 )
 NO_CHAT = "this is no chat server"
+ONE_ROOM = "a plain server has one conversation, of all users"
 IF_PLAIN = "; --plain if it is one of the workshop's"
 
 
@@ -13704,6 +13706,7 @@ class PlainTalk:
         self.acks = Acknowledgements(self)
         self.history = HistoryRequests(self)
         self.sent: collections.deque[Waiting] = collections.deque(maxlen=UNDERSTOOD_KEPT)
+        self.began = core.ticks()
         core.output.append(core.wanted_name)
         room = core.rooms.setdefault(core.fold(LOBBY), Room(LOBBY))
         room.inside, core.current = True, room
@@ -13752,8 +13755,16 @@ class PlainTalk:
             self.core.shown.discard(one.id)
             outbox.arrived(one.id)  # or never will: such a server does not acknowledge
 
+    def tick(self) -> None:
+        """Report the messages for other conversations, once the server is known to have none."""
+        core, outbox = self.core, self.core.outbox
+        if core.sure or core.insists or core.ticks() - self.began > CAP_SECONDS:
+            for one in [*outbox.waiting.values()]:
+                if not self.carries(one) and one.id not in outbox.parked:
+                    core.leave_to_user(one.id, ONE_ROOM)
+
     # The line protocol has nothing for these
-    tick = bye = ping = leaves = renamed = watch = send = want_going = do_nothing
+    bye = ping = leaves = renamed = watch = send = want_going = enter = do_nothing
 
 
 # IRC: a connection
@@ -15425,6 +15436,9 @@ OTHERS_COMMANDS = {  # commands of other clients, and ours for the same
 }
 
 
+GOING = ("join", "query", "go")  # commands to another conversation
+
+
 def nearest_command(verb: str) -> str:
     """Return a question that names the command that the user may have meant; "" for none."""
     import difflib
@@ -16034,9 +16048,12 @@ class ClientCore(ForScreens):
             self.show(page if rows else ViewEvent(NOTE, f"{LISTS[verb]}: nothing found"))
 
     def online(self) -> Any:
-        """Return the present talk. Raises Refused without a connection."""
+        """Return the present talk. Raises Refused without a connection, and where the server knows
+        no commands."""
         if not self.ready:
             raise Refused("OFFLINE", "not connected; nothing was sent")
+        if self.kind == PLAIN:
+            raise Refused("NO_COMMANDS", "this server knows no commands; nothing was sent")
         return self.talk
 
     @property
@@ -16253,7 +16270,8 @@ class ClientCore(ForScreens):
         looked_at, self.replying, self.views_seen = self.current, reply, seen
         self.current = room or looked_at
         self._typed(text)
-        if self.current is room and looked_at and self.find(looked_at.name) is looked_at:
+        stayed = room is not None and self.current is room
+        if stayed and looked_at and self.find(looked_at.name) is looked_at:
             self.current = looked_at
         self.replying, self.views_seen = "", math.inf
         self.flush()
@@ -16301,12 +16319,14 @@ class ClientCore(ForScreens):
             or "a command is one line" * ("\n" in text)
             or "not connected" * (not (self.ready or local))
         )
-        if why:
-            return self.show(ViewEvent(BACK, text), ViewEvent(NOTE, f"{why}; nothing was sent"))
         try:
+            if why:
+                raise Refused("NO_COMMAND", f"{why}; nothing was sent")
             client_command.run(self, verb, rest)
         except ChatError as refusal:
             self.show(ViewEvent(BACK, text), ViewEvent(NOTE, str(refusal)))
+            if not self.tidy and verb in GOING:  # the next text is not meant for this conversation
+                self.current = None
 
     def speak(self, text: str) -> None:
         """Accept a text as a message in the current conversation. A pipe stores many at once."""
@@ -16323,6 +16343,7 @@ class ClientCore(ForScreens):
     def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
         """Accept a message: show it at once, and send it when possible. A text that is too long for
         one message becomes several. Raises Refused for a service that cannot have it."""
+        self.check_conversation(where)
         text = text.replace("\x01", "")  # else it may be a CTCP, which /ctcp is for
         if kind == MESSAGE and self.is_service(where, text):
             return self.tell_service(where, text)
@@ -16350,6 +16371,11 @@ class ClientCore(ForScreens):
                 self.park(one.id, f"you leave {room.name}")
         if len(accepted) == len(pieces) > 1:
             self.show(ViewEvent(NOTE, f"too long for one message: sent as {len(pieces)}"))
+
+    def check_conversation(self, name: str) -> None:
+        """Raise Refused if this server has no conversation with this name."""
+        if self.kind == PLAIN and self.fold(name) != self.fold(LOBBY):
+            raise Refused("ONE_ROOM", ONE_ROOM)
 
     def sent_aside(self, kind: str, target: str, text: str) -> None:
         """Show a notice, or a message to some members of a channel, if no echo will."""
@@ -16689,9 +16715,8 @@ class ClientCore(ForScreens):
             sent = one.sent and one.id != unfinished
             self.park(one.id, "it may have arrived or not" if sent else why)
 
-    def leave_to_user(self, own_id: str) -> None:
+    def leave_to_user(self, own_id: str, reason: str = LINE_BROKE) -> None:
         """Give up a message that may have arrived, or, with a screen, let the user decide."""
-        reason = "the line broke: it may have arrived or not"
         if self.tidy:
             self.park(own_id, reason)
         else:
@@ -16846,7 +16871,7 @@ def do_part(core: ClientCore, *words: str) -> None:
     reason = " ".join(words[any(named) :])
     for room in rooms:
         if room.inside or core.fold(room.name) in core.talk.entering:
-            core.talk.command("PART", room.name, *optional(reason))
+            core.online().command("PART", room.name, *optional(reason))
         else:
             core.close(room)
 
@@ -16874,6 +16899,7 @@ def go_to(core: ClientCore, name: str) -> None:
     """Go to a conversation, which may be new. Raises Refused for a name that is none."""
     if "," in name or core.server.without_status(name) != name:
         raise Refused("BAD_NAME", f"that is no single name; it takes a text: /msg {name} TEXT")
+    core.check_conversation(name)
     core.go(core.room_for(name))
 
 

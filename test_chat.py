@@ -13288,12 +13288,45 @@ def plain_core():
         ("//etc/hosts", b"/etc/hosts\n", ["message"]),
         ("one\n" * 200, b"one\n" * 200 + b"\n", ["message", "message", "note"]),
         ("one\ntwo", b"one\ntwo\n", ["message"]),
+        ("/raw WHO", b"", ["back", "note"]),
+        ("/close", b"", ["back", "note"]),
+        ("/close #lobby", b"", ["back", "note"]),
+        ("/msg bob hi", b"", ["back", "note"]),
+        ("/msg NickServ hi", b"", ["back", "note"]),
+        ("/msg @#lobby hi", b"", ["back", "note"]),
+        ("/query bob", b"", ["back", "note"]),
+        ("/query bob hi", b"", ["back", "note"]),
+        ("/msg #lobby hi", b"hi\n", ["message", "place"]),
     ],
 )
 def test_a_plain_server_gets_no_commands(typed, sent, kinds):
     core = plain_core()
     assert [view.kind for view in core.typed(typed)] == kinds
     assert core.take_output() == sent
+
+
+@pytest.mark.parametrize("tidy, waiting", [(True, 1), (False, 0)])
+def test_a_message_for_a_channel_is_reported_where_the_server_turns_out_to_be_plain(tidy, waiting):
+    now = [0.0]
+    core = chat.ClientCore("alice", tidy, join=["#tea"], ticks=lambda: now[0])
+    core.typed("hi")
+    core.connected()
+    core.silence()
+    now[0] = chat.CAP_SECONDS + 1
+    assert [view.kind for view in core.tick() if "one conversation" in view.text] == ["failed"]
+    assert len(core.outbox.waiting) == waiting and core.idle
+    for id in [*core.outbox.parked]:
+        core.retry(id)
+    assert core.take_output() == b"alice\n"
+
+
+@pytest.mark.parametrize("command", ["/join #tea", "/query bob,eve", "/go #tea"])
+def test_a_pipe_that_cannot_go_to_a_conversation_says_nothing_in_the_one_before(command):
+    core = chat.ClientCore("alice", False, kind=chat.PLAIN)
+    core.connected()
+    core.typed(command)
+    core.typed("for the others")
+    assert core.take_output() == b"alice\n" and core.outbox.waiting == {}
 
 
 def test_what_is_typed_while_there_is_no_connection_is_sent_later():
