@@ -13287,6 +13287,8 @@ class Acknowledgements:
                 self.note_sent(target, "")
                 if verb == "PRIVMSG" and not is_ctcp(params[1]):
                     self.note_echo(Echoed(self.core.fold(target), params[1], ""))
+        if verb == "PING" and params:  # its PONG comes in order, too, and confirms nothing more
+            self.pings.append(params[0])
         if by_user and verb == "NICK" and params:
             self.core.asked_nick = params[0]
         if by_user and len(self.commands) < ECHOES_KEPT:
@@ -13949,8 +13951,8 @@ class IrcTalk:
     def tick(self) -> None:
         """Stop waiting for overdue answers; called every second."""
         now = self.core.ticks()
-        if not self.introduced and now - self.began > CAP_SECONDS:
-            self.introduce()
+        if not self.named and now - self.began > CAP_SECONDS:
+            self.give_names()  # capabilities may still be told, after slow look-ups
         self.history.give_up_overdue(now)
         for key, (_, since) in list(self.entering.items()):
             if now - since > JOIN_SECONDS:
@@ -14173,6 +14175,8 @@ class IrcTalk:
 
     def take_batch(self, heard: ServerLine) -> None:
         reference = heard.params[0] if heard.params else ""
+        if reference[:1] == "+" and (before := self.batches.pop(reference[1:], None)):
+            self.end_batch(before)  # its end was lost
         if reference[:1] == "+" and len(heard.params) > 1 and len(self.batches) < BATCHES:
             batch = self.batches[reference[1:]] = Batch(heard, heard.tags.get("batch", ""))
             batch.at = self.core.ticks()
@@ -14186,6 +14190,7 @@ class IrcTalk:
 
     def end_batch(self, batch: Batch, label: str = "") -> None:
         label = batch.opening.tags.get("label", label)
+        batch.opening = batch.opening._replace(tags={**batch.opening.tags, "label": label})
         if batch.kind == "chathistory":
             for item in batch.items:  # messages redacted in the client's absence
                 if isinstance(item, ServerLine) and item.verb == "REDACT" and len(item.params) > 1:
@@ -14259,6 +14264,8 @@ def refused(talk: IrcTalk, heard: ServerLine, text: str) -> None:
         return
     if label in talk.core.outbox.waiting:
         talk.core.lost(label, text)
+        if not talk.server.echoes and any(line.id == label for line in talk.acks.sent):
+            talk.ping()  # errors of its other lines come before the PONG, those of later ones after
     else:
         command_refused(talk, heard)
         talk.core.show(ViewEvent(SERVER_TEXT, text, where=talk.where_of(heard)))
@@ -14274,13 +14281,18 @@ NO_FAILURE = (  # numerics that refuse other commands, not messages
 )
 
 
-OF_A_COMMAND = ("437", "482")  # about a message, unless a command for the channel was sent
+OF_A_COMMAND = ("437", "442", "482")  # about a message, unless a command for the channel was sent
 SAYING = {"PRIVMSG", "BATCH"}
+
+
+def names_in_error(heard: ServerLine) -> list[str]:
+    """Return what a numeric is about: its middle parameters. Some servers send no text after."""
+    return heard.params[1:-1] or [word for word in heard.params[1:] if " " not in word]
 
 
 def about_a_message(talk: IrcTalk, heard: ServerLine) -> bool:
     """Return whether a numeric without a label can be about a message."""
-    number, about = heard.verb, heard.params[1:-1]
+    number, about = heard.verb, names_in_error(heard)
     if not number.isdecimal() or len(heard.params) < 2 or "label" in heard.tags:
         return False
     if number in SAYING_FAILED or SAYING & {*map(str.upper, about)}:
@@ -14301,7 +14313,7 @@ def message_refused(talk: IrcTalk, heard: ServerLine) -> tuple[str, str]:
     none, and a text to add if it may be another message."""
     if not about_a_message(talk, heard):
         return "", ""
-    names, core, error = heard.params[1:-1], talk.core, heard.params[-1]
+    names, core, error = names_in_error(heard), talk.core, heard.params[-1]
     flying, channels = core.outbox.in_flight, map(talk.server.without_status, names)
     targets = {*map(core.fold, channels)}
     lines = [line for line in talk.acks.sent if line.target in targets]
@@ -14679,12 +14691,14 @@ def ponged(talk: IrcTalk, heard: ServerLine) -> None:
 
 @from_server("ACK")
 def labelled_answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
-    """Note that a labelled message was accepted, or, if the server echoes messages, dropped."""
+    """Note that a labelled message was accepted, or, if the server echoes messages, dropped: all of
+    it, or one of its batches."""
     label = heard.tags.get("label", "")
+    stem = label.partition(".")[0]
     if "echo-message" not in talk.server.enabled:
         talk.acks.confirm(label)
-    else:
-        talk.core.lost(label, NOT_ECHOED)
+    elif stem not in talk.core.outbox.parked:  # else the user knows
+        talk.core.lost(stem, NOT_ECHOED)
 
 
 INERT = CONTROLS | BIDI_CONTROLS | {0x09: "    "}
@@ -14921,7 +14935,8 @@ def joined_as(talk: IrcTalk, name: str) -> None:
 
 
 def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
-    core, talk.mask = talk.core, heard.source
+    core = talk.core
+    talk.mask = heard.source if "!" in heard.source else talk.mask
     if core.find(heard.params[0]) is None and len(core.rooms) >= 2 * ROOMS_KEPT:
         return  # no user has so many channels
     joined_as(talk, heard.params[0])

@@ -14819,7 +14819,18 @@ REFUSED_MESSAGES = [
     "FAIL BATCH MULTILINE_MAX_LINES 2 :Too many lines",
     "NOTICE alice :*** Message to bob throttled due to flooding",
     "FAIL PRIVMSG NO_SUCH_THING bob :not now",
+    "401 alice bob",
 ]
+
+
+@pytest.mark.parametrize("text", ["", " :No such nick"])
+def test_an_error_is_of_the_message_to_the_target_in_it_even_if_it_has_no_text(text):
+    alice = Elsewhere()
+    alice.core.outbox.window = 9
+    alice.types("/msg bob hi", "/msg carol hello")
+    alice.sent(9)
+    alice.hears(f"401 alice carol{text}")
+    assert [one.where for one in alice.core.outbox.waiting.values()] == ["bob"]
 
 
 @pytest.mark.parametrize("line", REFUSED_MESSAGES)
@@ -14845,6 +14856,17 @@ def test_errors_about_the_lines_of_a_message_are_of_no_other_message(line):
     alice.sent(9)
     alice.hears(line)
     assert "later" in alice.kinds("failed")[1]
+
+
+def test_a_refused_line_of_a_message_does_not_hide_that_the_next_message_is_refused():
+    alice = Elsewhere()
+    alice.types("one\ntwo\nthree", "another")
+    alice.sent()
+    alice.hears("404 alice #lobby :No")  # and the other lines are taken
+    pings = [line for line in alice.sent(9) if line.startswith("PING")]
+    answer(alice, pings[:1])
+    alice.hears("404 alice #lobby :No")
+    assert [text.rpartition(": ")[2] for text in alice.kinds("failed")] == ["one \u2026", "another"]
 
 
 @pytest.mark.parametrize(
@@ -15089,6 +15111,17 @@ def test_a_pong_without_our_token_confirms_the_oldest_ping():
     alice.hears("PONG irc.example")
     assert alice.core.outbox.waiting == {}
     alice.hears("PONG", "PONG x y")  # that was not asked for
+
+
+@pytest.mark.parametrize("pong", ["PONG irc.example foo", "PONG irc.example", "PONG"])
+def test_the_pong_for_a_ping_of_the_user_confirms_no_message_sent_after_it(pong):
+    alice = Elsewhere()
+    alice.types("/raw PING foo", "hello")
+    sent = alice.sent(9)
+    alice.hears(pong)
+    assert len(alice.core.outbox.waiting) == 1
+    answer(alice, sent[1:])
+    assert alice.core.outbox.waiting == {}
 
 
 @pytest.mark.parametrize(
@@ -15841,6 +15874,69 @@ def test_no_conversation_is_hidden_by_history_that_does_not_come_or_by_a_new_nam
     alice.hears(":op!u@h RENAME #lobby #new :x", "@msgid=2 :bob!u@h PRIVMSG #new :live")
     alice.hears("BATCH +1 chathistory #new", "BATCH -1")
     assert alice.said() == ["#new bob: live"]
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_message_of_which_a_server_swallows_one_batch_is_told(n):
+    caps = (
+        "echo-message message-tags batch labeled-response draft/multiline=max-bytes=300,max-lines=2"
+    )
+    alice = Elsewhere(caps=caps, tidy=False)
+    alice.views += alice.core.say("one\ntwo\nthree\nfour")
+    labels = re.findall(r"label=(\S+) BATCH", " ".join(alice.sent(9)))
+    opening = f"@label={labels[1 - n]} :alice!u@h BATCH +b draft/multiline #lobby"
+    echo = [opening, "@batch=b :alice!u@h PRIVMSG #lobby :three", "BATCH -b"]
+    lines = [f"@label={labels[n]} ACK", *echo]
+    alice.hears(*(lines if n == 0 else [*echo, lines[0]]))
+    assert alice.core.failures == 1 and alice.core.outbox.waiting == {}
+    assert alice.kinds("failed")[0].endswith("one \u2026")
+
+
+def test_lines_of_a_batch_without_an_end_are_not_lost_when_its_reference_is_used_again():
+    alice = Elsewhere(caps="batch")
+    alice.hears("BATCH +x netjoin", "@batch=x :bob!u@h PRIVMSG #lobby :one")
+    alice.hears("BATCH +x netjoin", "@batch=x :bob!u@h PRIVMSG #lobby :two", "BATCH -x")
+    assert alice.said() == ["#lobby bob: one", "#lobby bob: two"]
+
+
+def test_an_echo_of_several_lines_within_a_labelled_batch_is_recognized_without_own_tags():
+    caps = "echo-message message-tags batch labeled-response draft/multiline=max-bytes=999"
+    alice = Elsewhere(caps=caps)
+    alice.types("one\ntwo")
+    (id,) = alice.core.outbox.waiting
+    alice.sent()
+    alice.hears(f"@label={id} BATCH +o labeled-response")
+    alice.hears("@batch=o :alice!u@h BATCH +i draft/multiline #lobby")
+    alice.hears(
+        "@batch=i :alice!u@h PRIVMSG #lobby :one", "@batch=i :alice!u@h PRIVMSG #lobby :two"
+    )
+    alice.hears("BATCH -i", "BATCH -o")
+    assert alice.core.outbox.waiting == {} and alice.said() == ["#lobby *alice: one\ntwo"]
+
+
+def test_a_line_leaves_room_for_an_address_that_the_server_has_not_told():
+    core = chat.ClientCore("alice", kind=chat.IRC)
+    core.connected()
+    core.feed(b":s 001 alice :x\r\n:s 004 alice x ircd a b\r\n:alice JOIN #lobby\r\n")
+    core.take_output()
+    core.typed("w" * 900)
+    lines = core.take_output().splitlines(keepends=True)
+    most = chat.IRC_BYTES - len(f":{core.talk.longest_mask()} ")
+    assert lines and all(len(line) <= most for line in lines)
+
+
+@pytest.mark.parametrize("kind", [chat.IRC, chat.CHAT])
+@pytest.mark.parametrize("login", [None, chat.Login("alice", "secret")])
+def test_a_server_that_tells_its_capabilities_late_is_entered(kind, login):
+    now = [0.0]
+    core = chat.ClientCore("alice", kind=kind, login=login, ticks=lambda: now[0])
+    core.secure = True
+    core.connected()
+    now[0] = chat.CAP_SECONDS + 1
+    core.tick()
+    assert b"USER alice" in core.take_output()
+    core.feed(b":s CAP * LS :echo-message sasl=PLAIN\r\n")
+    assert core.take_output().endswith(b"AUTHENTICATE PLAIN\r\n" if login else b"CAP END\r\n")
 
 
 def test_a_message_that_a_server_swallows_is_told_and_holds_up_no_other():
@@ -16636,6 +16732,7 @@ NO_MESSAGE_IS_REFUSED = [
     "467 alice #lobby :Channel key already set",
     "478 alice #lobby b :Channel list is full",
     "482 alice #lobby :You're not channel operator",
+    "442 alice #lobby :You're not on that channel",
     "470 alice #lobby ##lobby :Forwarding to another channel",
     "435 alice alice2 #lobby :Cannot change nickname while banned",
     "447 alice :Can not change nickname while on #lobby",
