@@ -13427,6 +13427,10 @@ class Acknowledgements:
         return next(same, None if others else next(iter(here), None))
 
 
+def optional(*words: str) -> list[str]:
+    return [word for word in words if word]
+
+
 class HistoryRequests:
     """The requests for history of one connection (CHATHISTORY), and their pages. PlainTalk has
     none."""
@@ -13600,8 +13604,10 @@ class HistoryRequests:
     def _page_missed(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle a page of missed messages, and ask for more until one page brings nothing new: a
         page may be short because of its size."""
-        new = any(view.id and view.id not in self.core.seen for view in views) or room.spilled
-        self._take_missed(room, views, new, "missed" if new else "")
+        before = room.mark
+        self._deliver_missed(room, views)
+        new = room.mark != before or room.spilled
+        self._end_missed(room, new, "missed" if new else "")
 
     def _page_gap(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle the newest page of missed messages. If more were missed, the rows begin here."""
@@ -13610,17 +13616,20 @@ class HistoryRequests:
             room.views.clear()
             self.core.show(ViewEvent(RESET, where=room.name))
             room.whole = False
-            self.core.note_holes(room, *room.holes, views[0].id)
+            self.core.note_holes(room, *room.holes, *optional(views[0].id))
             text = "more was said meanwhile; page up, or /history, shows it"
             self.core.show(ViewEvent(NOTE, text, where=room.name))
-        self._take_missed(room, views, bool(views), "gap" if room.spilled else "")
+        self._deliver_missed(room, views)
+        self._end_missed(room, bool(views), "gap" if room.spilled else "")
 
-    def _take_missed(self, room: Room, views: list[ViewEvent], new: bool, more: str) -> None:
-        """Deliver a page, and then ask for `more`, or show what was held. With something `new` on
-        it, the next page may be larger."""
+    def _deliver_missed(self, room: Room, views: list[ViewEvent]) -> None:
         for view in (unshown := not_shown(room, views)):
             self.core.deliver(room, view, paged=True)
         self.core.note_repeatable(room, unshown)
+
+    def _end_missed(self, room: Room, new: bool, more: str) -> None:
+        """Ask for `more` after a page, or show what was held. With something `new` on it, the next
+        page may be larger."""
         if new:
             self.core.progress += 1
             self.core.page_lines = min(self.server.page_size, 2 * self.core.page_lines)
@@ -15481,10 +15490,6 @@ class Person(NamedTuple):
     bot: bool = False
 
 
-def optional(*words: str) -> list[str]:
-    return [word for word in words if word]
-
-
 class ForScreens:
     """The methods of a client core for screens, besides typed(), which takes the user's text."""
 
@@ -16641,6 +16646,9 @@ class ClientCore(ForScreens):
         if view.id and not known:
             room.mark, room.mark_time = f"msgid={view.id}", self.believable(view.time)
             self.newest_id = view.id
+        elif view.time and not room.mark.startswith("msgid="):  # a server without message ids
+            room.mark_time = max(room.mark_time or 0, self.believable(view.time))
+            room.mark = f"timestamp={tag_time(room.mark_time)}"
         if view.own_id:
             arrived = view.own_id in self.outbox.waiting
             seen_waiting = view.own_id in self.shown

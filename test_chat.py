@@ -15086,6 +15086,31 @@ def test_history_that_does_not_come_hides_nothing():
     assert alice.said() == ["#lobby bob: late"]
 
 
+@pytest.mark.parametrize(
+    "tags, pages", [("time=2026-01-01T00:00:0N.000Z", 3), ("msgid=N", 3), ("x", 1)]
+)
+def test_a_pipe_asks_for_missed_messages_until_a_page_brings_nothing_new(tags, pages):
+    alice = Elsewhere(caps=PAGES_OF, tidy=False)
+
+    def said(*numbers, batch="y"):
+        line = f"@batch={batch};{tags} :bob!u@h PRIVMSG #lobby :m"
+        return [f"{line}{n}".replace("=N", f"={n}").replace("0N", f"0{n}") for n in numbers]
+
+    alice.hears(*said(1))
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears(f"CAP * LS :{PAGES_OF}", f"CAP * ACK :{PAGES_OF}")
+    alice.hears("@time=2026-01-01T00:00:00.000Z :irc.example 001 alice :x", "004 alice x ircd a b")
+    alice.hears("@time=2026-01-01T00:00:09.000Z :alice!u@h JOIN #lobby")
+    asked = []
+    for numbers in ((2, 3), (4, 5), (4, 5), (4, 5)):
+        asked += [line for line in alice.sent(1) if "AFTER" in line]
+        alice.hears("BATCH +h chathistory #lobby", *said(*numbers, batch="h"), "BATCH -h")
+    assert len(asked) == pages
+    told = [text.partition(": ")[2] for text in alice.said()]
+    assert told[: 2 * pages - 1] == ["m1", "m2", "m3", "m4", "m5"][: 2 * pages - 1]
+
+
 def test_a_page_is_requested_though_a_command_waits_behind_a_message_that_waits_for_the_page():
     caps = f"{PAGES_OF} echo-message"
     alice = Elsewhere(caps=caps, tidy=False)
