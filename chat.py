@@ -13410,12 +13410,29 @@ class Acknowledgements:
         key = self.core.fold(target)
         place = self._place(heard, key, text) if heard.verb == "PRIVMSG" else None
         if place is None:
-            return ""
+            return self._doubted(heard, key, text)
         sent, before = self.echoes[place], self.echoes[:place]
         self.echoes[: place + 1] = [one for one in before if one.target != key]
         self.core.outbox.arrived_to(sent.of, sent.end)
         dropped = {self.not_echoed(one.of) and one.of for one in before if one.target == key}
         return PIECE if sent.id in dropped else sent.id or (PIECE if sent.of else "")
+
+    def _doubted(self, heard: ServerLine, key: str, text: str) -> str:
+        """Return the own id of a message that may have arrived, if history has its whole text or
+        the rest of it, and PIECE if history has its next line; else ""."""
+        outbox, when = self.core.outbox, heard.time or LAST_MOMENT
+        known = "batch" not in heard.tags or heard.tags.get("msgid", "") in self.core.seen
+        for id in [] if known else [*outbox.unconfirmed, *outbox.parked]:
+            one = outbox.waiting[id]
+            if not one.sent or self.core.fold(one.where) != key or when < one.sent - CLOCK_AHEAD_MS:
+                continue
+            rest = one.text[one.at :].removeprefix("\n")
+            if same_words(f"\x01ACTION {rest}\x01" if one.kind == ACTION else rest, text):
+                return id
+            if rest.startswith(f"{text}\n") or (len(text) > LINE_ROOM and rest.startswith(text)):
+                outbox.arrived_to(id, len(one.text) - len(rest) + len(text))
+                return PIECE
+        return ""
 
     def _place(self, heard: ServerLine, key: str, text: str) -> int | None:
         """Return which of the lines that a server is to send back this one is; None for none. Some
@@ -16155,7 +16172,7 @@ class ClientCore(ForScreens):
         talk, self.talk, self.listening = self.talk, None, False
         flown = self.outbox.connection_lost()
         for one in flown if talk and talk.doubts else ():
-            if talk.pages and talk.server.keeps_own_tags:
+            if talk.pages:
                 self.outbox.unconfirmed.add(one.id)
             else:
                 self.leave_to_user(one.id)
@@ -16656,7 +16673,7 @@ class ClientCore(ForScreens):
             if seen_waiting or view.own_id in self.known_own:
                 return
             known = known and not arrived
-        if known or self.hides(view):
+        if known or view.own_id == PIECE or self.hides(view):
             return
         room.spoke(view.name)
         room.typing.pop(view.name, None)

@@ -15111,6 +15111,40 @@ def test_a_pipe_asks_for_missed_messages_until_a_page_brings_nothing_new(tags, p
     assert told[: 2 * pages - 1] == ["m1", "m2", "m3", "m4", "m5"][: 2 * pages - 1]
 
 
+IN_DOUBT = [  # a message that was sent, the user's lines in history, lines of it still in doubt
+    ("hello", ["hello"], 0),
+    ("/me waves", ["\x01ACTION waves\x01"], 0),
+    ("one\ntwo\nthree", ["one", "two", "three"], 0),
+    ("one\ntwo\nthree", ["one", "two"], 1),
+    ("hello", ["hello to another client of mine"], 1),
+]
+
+
+@pytest.mark.parametrize("tidy", [True, False])
+@pytest.mark.parametrize("typed, lines, doubted", IN_DOUBT)
+def test_a_message_in_doubt_has_arrived_if_history_has_it_even_without_its_own_id(
+    tidy, typed, lines, doubted
+):
+    caps = f"{PAGES_OF} echo-message"
+    alice = Elsewhere(caps=caps, tidy=tidy)
+    alice.hears("BATCH +h chathistory #lobby", "BATCH -h")
+    alice.hears("@msgid=1 :bob!u@h PRIVMSG #lobby :hi")
+    alice.types(typed)
+    alice.sent(9)
+    alice.core.disconnected()
+    alice.views.clear()
+    alice.connect(caps=caps)
+    page = [f"@batch=h;msgid=a{n} :alice!u@h PRIVMSG #lobby :{one}" for n, one in enumerate(lines)]
+    alice.hears("BATCH +h chathistory #lobby", *page, "BATCH -h")
+    alice.hears("BATCH +h chathistory #lobby", "BATCH -h")
+    alice.sent(1)
+    assert len(alice.kinds("failed")) == doubted
+    assert len(alice.core.outbox.waiting) == doubted * tidy
+    assert len(alice.said()) == ("another" in lines[0])
+    shown = [view.text for view in alice.core.room.views if view.mine]
+    assert len(shown) == 1 + ("another" in lines[0])
+
+
 def test_a_page_is_requested_though_a_command_waits_behind_a_message_that_waits_for_the_page():
     caps = f"{PAGES_OF} echo-message"
     alice = Elsewhere(caps=caps, tidy=False)
