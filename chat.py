@@ -12599,6 +12599,7 @@ def identity_of(view: ViewEvent) -> Any:
 
 LOCKED = "another program has it locked for too long"
 NO_STATE_ADVICE = "use --data DIR, or --no-state to keep nothing"
+LINE_BROKE = "the line broke: it may have arrived or not"
 
 
 class Waiting(NamedTuple):
@@ -13367,6 +13368,8 @@ class Acknowledgements:
                 self.note_sent(target, "")
                 if verb == "PRIVMSG" and not is_ctcp(params[1]):
                     self.note_echo(Echoed(self.core.fold(target), params[1], ""))
+        if verb == "PING" and params:  # its PONG comes in order, too, and confirms nothing more
+            self.pings.append(params[0])
         if by_user and verb == "NICK" and params:
             self.core.asked_nick = params[0]
         if by_user and len(self.commands) < ECHOES_KEPT:
@@ -13488,12 +13491,29 @@ class Acknowledgements:
         key = self.core.fold(target)
         place = self._place(heard, key, text) if heard.verb == "PRIVMSG" else None
         if place is None:
-            return ""
+            return self._doubted(heard, key, text)
         sent, before = self.echoes[place], self.echoes[:place]
         self.echoes[: place + 1] = [one for one in before if one.target != key]
         self.core.outbox.arrived_to(sent.of, sent.end)
         dropped = {self.not_echoed(one.of) and one.of for one in before if one.target == key}
         return PIECE if sent.id in dropped else sent.id or (PIECE if sent.of else "")
+
+    def _doubted(self, heard: ServerLine, key: str, text: str) -> str:
+        """Return the own id of a message that may have arrived, if history has its whole text or
+        the rest of it, and PIECE if history has its next line; else ""."""
+        outbox, when = self.core.outbox, heard.time or LAST_MOMENT
+        known = "batch" not in heard.tags or heard.tags.get("msgid", "") in self.core.seen
+        for id in [] if known else [*outbox.unconfirmed, *outbox.parked]:
+            one = outbox.waiting[id]
+            if not one.sent or self.core.fold(one.where) != key or when < one.sent - CLOCK_AHEAD_MS:
+                continue
+            rest = one.text[one.at :].removeprefix("\n")
+            if same_words(f"\x01ACTION {rest}\x01" if one.kind == ACTION else rest, text):
+                return id
+            if rest.startswith(f"{text}\n") or (len(text) > LINE_ROOM and rest.startswith(text)):
+                outbox.arrived_to(id, len(one.text) - len(rest) + len(text))
+                return PIECE
+        return ""
 
     def _place(self, heard: ServerLine, key: str, text: str) -> int | None:
         """Return which of the lines that a server is to send back this one is; None for none. Some
@@ -13503,6 +13523,10 @@ class Acknowledgements:
         server = self.server
         others = server.ours or server.labels or self.talk.bouncer or "batch" in heard.tags
         return next(same, None if others else next(iter(here), None))
+
+
+def optional(*words: str) -> list[str]:
+    return [word for word in words if word]
 
 
 class HistoryRequests:
@@ -13678,8 +13702,10 @@ class HistoryRequests:
     def _page_missed(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle a page of missed messages, and ask for more until one page brings nothing new: a
         page may be short because of its size."""
-        new = any(view.id and view.id not in self.core.seen for view in views) or room.spilled
-        self._take_missed(room, views, new, "missed" if new else "")
+        before = room.mark
+        self._deliver_missed(room, views)
+        new = room.mark != before or room.spilled
+        self._end_missed(room, new, "missed" if new else "")
 
     def _page_gap(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle the newest page of missed messages. If more were missed, the rows begin here."""
@@ -13688,17 +13714,20 @@ class HistoryRequests:
             room.views.clear()
             self.core.show(ViewEvent(RESET, where=room.name))
             room.whole = False
-            self.core.note_holes(room, *room.holes, views[0].id)
+            self.core.note_holes(room, *room.holes, *optional(views[0].id))
             text = "more was said meanwhile; page up, or /history, shows it"
             self.core.show(ViewEvent(NOTE, text, where=room.name))
-        self._take_missed(room, views, bool(views), "gap" if room.spilled else "")
+        self._deliver_missed(room, views)
+        self._end_missed(room, bool(views), "gap" if room.spilled else "")
 
-    def _take_missed(self, room: Room, views: list[ViewEvent], new: bool, more: str) -> None:
-        """Deliver a page, and then ask for `more`, or show what was held. With something `new` on
-        it, the next page may be larger."""
+    def _deliver_missed(self, room: Room, views: list[ViewEvent]) -> None:
         for view in (unshown := not_shown(room, views)):
             self.core.deliver(room, view, paged=True)
         self.core.note_repeatable(room, unshown)
+
+    def _end_missed(self, room: Room, new: bool, more: str) -> None:
+        """Ask for `more` after a page, or show what was held. With something `new` on it, the next
+        page may be larger."""
         if new:
             self.core.progress += 1
             self.core.page_lines = min(self.server.page_size, 2 * self.core.page_lines)
@@ -13763,6 +13792,7 @@ OTHER_PROTOCOLS = (  # beginning of the first line of a server that is not for c
     ("MPD", re.compile(r"OK MPD")),
 )
 NO_CHAT = "this is no chat server"
+ONE_ROOM = "a plain server has one conversation, of all users"
 IF_PLAIN = "; --plain if it is one of the workshop's"
 
 
@@ -13785,6 +13815,7 @@ class PlainTalk:
         self.acks = Acknowledgements(self)
         self.history = HistoryRequests(self)
         self.sent: collections.deque[Waiting] = collections.deque(maxlen=UNDERSTOOD_KEPT)
+        self.began = core.ticks()
         core.output.append(core.wanted_name)
         room = core.rooms.setdefault(core.fold(LOBBY), Room(LOBBY))
         room.inside, core.current = True, room
@@ -13833,8 +13864,16 @@ class PlainTalk:
             self.core.shown.discard(one.id)
             outbox.arrived(one.id)  # or never will: such a server does not acknowledge
 
+    def tick(self) -> None:
+        """Report the messages for other conversations, once the server is known to have none."""
+        core, outbox = self.core, self.core.outbox
+        if core.sure or core.insists or core.ticks() - self.began > CAP_SECONDS:
+            for one in [*outbox.waiting.values()]:
+                if not self.carries(one) and one.id not in outbox.parked:
+                    core.leave_to_user(one.id, ONE_ROOM)
+
     # The line protocol has nothing for these
-    tick = bye = ping = leaves = renamed = watch = send = want_going = do_nothing
+    bye = ping = leaves = renamed = watch = send = want_going = enter = do_nothing
 
 
 # IRC: a connection
@@ -13869,7 +13908,8 @@ class IrcTalk:
         self.mask = ""  # of this client, as others see it
         self.began = core.ticks()
         self.budget = Budget(PACE_BURST, PACE_RATE, core.ticks())
-        # Lines, each to be sent after the message with that id; AT_ONCE for a command after none
+        self.own_lines: collections.deque[str] = collections.deque()  # to be sent, not the user's
+        # Commands of the user, each to be sent after the message with that id, or AT_ONCE
         self.queue: collections.deque[tuple[str, str]] = collections.deque()
         self.bouncer = False  # the server is a ZNC ...
         self.bouncer_said = ""  # ... and this its last message, until a PONG
@@ -13894,7 +13934,7 @@ class IrcTalk:
     def busy(self) -> bool:
         """True if lines wait to be sent, or a pipe's commands for an answer."""
         commands = self.acks.commands and not self.core.tidy
-        return bool(self.queue or self.lines.unsent or commands)
+        return bool(self.own_lines or self.queue or self.lines.unsent or commands)
 
     @property
     def doubts(self) -> bool:
@@ -13915,7 +13955,7 @@ class IrcTalk:
     def send(self, verb: str, *params: str) -> None:
         """Send a line: at once before registration, in its turn after that."""
         if self.ready:
-            self.queue.append((self.line(verb, *params), ""))
+            self.own_lines.append(self.line(verb, *params))
         else:
             self.core.output.append(self.line(verb, *params))
 
@@ -13960,9 +14000,10 @@ class IrcTalk:
             self.lines.drop()
         if self.lines.unsent:
             line = self.lines.take()
+        elif self.own_lines:  # not behind commands: a message before these may wait for a page
+            self.acks.note_command(line := self.own_lines.popleft(), by_user=False)
         elif self.queue and not self._is_behind(self.queue[0][1]):
-            line, after = self.queue.popleft()
-            self.acks.note_command(line, by_user=bool(after))
+            self.acks.note_command(line := self.queue.popleft()[0], by_user=True)
         elif one := outbox.next(self.carries, self.order):
             if one.sent and one.id not in self.core.sent_before and self.doubts:
                 self.core.leave_to_user(one.id)  # sent by an earlier run of this program
@@ -14000,7 +14041,8 @@ class IrcTalk:
     @property
     def wait(self) -> float | None:
         """The seconds until more may be sent; None if nothing waits."""
-        more = self.queue or self.lines.unsent or self.acks.unconfirmed or self.stale_names
+        more = self.own_lines or self.queue or self.lines.unsent
+        more = more or self.acks.unconfirmed or self.stale_names
         if not self.ready or not (more or self.core.outbox.next(self.carries, self.order)):
             return None
         self.budget.refill(self.core.ticks())
@@ -14016,8 +14058,8 @@ class IrcTalk:
     def tick(self) -> None:
         """Stop waiting for overdue answers; called every second."""
         now = self.core.ticks()
-        if not self.introduced and now - self.began > CAP_SECONDS:
-            self.introduce()
+        if not self.named and now - self.began > CAP_SECONDS:
+            self.give_names()  # capabilities may still be told, after slow look-ups
         self.history.give_up_overdue(now)
         for key, (_, since) in list(self.entering.items()):
             if now - since > JOIN_SECONDS:
@@ -14240,6 +14282,8 @@ class IrcTalk:
 
     def take_batch(self, heard: ServerLine) -> None:
         reference = heard.params[0] if heard.params else ""
+        if reference[:1] == "+" and (before := self.batches.pop(reference[1:], None)):
+            self.end_batch(before)  # its end was lost
         if reference[:1] == "+" and len(heard.params) > 1 and len(self.batches) < BATCHES:
             batch = self.batches[reference[1:]] = Batch(heard, heard.tags.get("batch", ""))
             batch.at = self.core.ticks()
@@ -14253,6 +14297,7 @@ class IrcTalk:
 
     def end_batch(self, batch: Batch, label: str = "") -> None:
         label = batch.opening.tags.get("label", label)
+        batch.opening = batch.opening._replace(tags={**batch.opening.tags, "label": label})
         if batch.kind == "chathistory":
             for item in batch.items:  # messages redacted in the client's absence
                 if isinstance(item, ServerLine) and item.verb == "REDACT" and len(item.params) > 1:
@@ -14326,26 +14371,35 @@ def refused(talk: IrcTalk, heard: ServerLine, text: str) -> None:
         return
     if label in talk.core.outbox.waiting:
         talk.core.lost(label, text)
+        if not talk.server.echoes and any(line.id == label for line in talk.acks.sent):
+            talk.ping()  # errors of its other lines come before the PONG, those of later ones after
     else:
         command_refused(talk, heard)
         talk.core.show(ViewEvent(SERVER_TEXT, text, where=talk.where_of(heard)))
 
 
 NO_FAILURE = (  # numerics that refuse other commands, not messages
-    *("401", "405", "406", "423", "424", "431", "432", "433", "436", "437", "438", "441", "443"),
-    *("451", "461", "462", "464", "467", "468", "471", "472", "473", "474", "475", "476", "478"),
-    *("479", "480", "481", "482", "483", "484", "485", "491", "495", "501", "502", "510", "515"),
-    *("518", "520", "524", "525"),
+    *("401", "402", "405", "406", "409", "410", "416", "423", "424", "431", "432", "433", "435"),
+    *("436", "437", "438", "441", "443", "444", "445", "446", "447", "448", "451", "456", "457"),
+    *("458", "459", "461", "462", "464", "467", "468", "470", "471", "472", "473", "474", "475"),
+    *("476", "478", "479", "480", "481", "482", "483", "484", "485", "489", "491", "495", "499"),
+    *("501", "502", "504", "510", "511", "512", "513", "515", "518", "520", "521", "523", "524"),
+    "525",
 )
 
 
-OF_A_COMMAND = ("437", "482")  # about a message, unless a command for the channel was sent
+OF_A_COMMAND = ("437", "442", "482")  # about a message, unless a command for the channel was sent
 SAYING = {"PRIVMSG", "BATCH"}
+
+
+def names_in_error(heard: ServerLine) -> list[str]:
+    """Return what a numeric is about: its middle parameters. Some servers send no text after."""
+    return heard.params[1:-1] or [word for word in heard.params[1:] if " " not in word]
 
 
 def about_a_message(talk: IrcTalk, heard: ServerLine) -> bool:
     """Return whether a numeric without a label can be about a message."""
-    number, about = heard.verb, heard.params[1:-1]
+    number, about = heard.verb, names_in_error(heard)
     if not number.isdecimal() or len(heard.params) < 2 or "label" in heard.tags:
         return False
     if number in SAYING_FAILED or SAYING & {*map(str.upper, about)}:
@@ -14366,7 +14420,7 @@ def message_refused(talk: IrcTalk, heard: ServerLine) -> tuple[str, str]:
     none, and a text to add if it may be another message."""
     if not about_a_message(talk, heard):
         return "", ""
-    names, core, error = heard.params[1:-1], talk.core, heard.params[-1]
+    names, core, error = names_in_error(heard), talk.core, heard.params[-1]
     flying, channels = core.outbox.in_flight, map(talk.server.without_status, names)
     targets = {*map(core.fold, channels)}
     lines = [line for line in talk.acks.sent if line.target in targets]
@@ -14744,12 +14798,14 @@ def ponged(talk: IrcTalk, heard: ServerLine) -> None:
 
 @from_server("ACK")
 def labelled_answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
-    """Note that a labelled message was accepted, or, if the server echoes messages, dropped."""
+    """Note that a labelled message was accepted, or, if the server echoes messages, dropped: all of
+    it, or one of its batches."""
     label = heard.tags.get("label", "")
+    stem = label.partition(".")[0]
     if "echo-message" not in talk.server.enabled:
         talk.acks.confirm(label)
-    else:
-        talk.core.lost(label, NOT_ECHOED)
+    elif stem not in talk.core.outbox.parked:  # else the user knows
+        talk.core.lost(stem, NOT_ECHOED)
 
 
 INERT = CONTROLS | BIDI_CONTROLS | {0x09: "    "}
@@ -14986,7 +15042,8 @@ def joined_as(talk: IrcTalk, name: str) -> None:
 
 
 def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
-    core, talk.mask = talk.core, heard.source
+    core = talk.core
+    talk.mask = heard.source if "!" in heard.source else talk.mask
     if core.find(heard.params[0]) is None and len(core.rooms) >= 2 * ROOMS_KEPT:
         return  # no user has so many channels
     joined_as(talk, heard.params[0])
@@ -15501,6 +15558,9 @@ OTHERS_COMMANDS = {  # commands of other clients, and ours for the same
 }
 
 
+GOING = ("join", "query", "go")  # commands to another conversation
+
+
 def nearest_command(verb: str) -> str:
     """Return a question that names the command that the user may have meant; "" for none."""
     import difflib
@@ -15526,10 +15586,6 @@ class Person(NamedTuple):
     away: bool = False
     account: str = ""
     bot: bool = False
-
-
-def optional(*words: str) -> list[str]:
-    return [word for word in words if word]
 
 
 class ForScreens:
@@ -16110,9 +16166,12 @@ class ClientCore(ForScreens):
             self.show(page if rows else ViewEvent(NOTE, f"{LISTS[verb]}: nothing found"))
 
     def online(self) -> Any:
-        """Return the present talk. Raises Refused without a connection."""
+        """Return the present talk. Raises Refused without a connection, and where the server knows
+        no commands."""
         if not self.ready:
             raise Refused("OFFLINE", "not connected; nothing was sent")
+        if self.kind == PLAIN:
+            raise Refused("NO_COMMANDS", "this server knows no commands; nothing was sent")
         return self.talk
 
     @property
@@ -16194,7 +16253,7 @@ class ClientCore(ForScreens):
         talk, self.talk, self.listening = self.talk, None, False
         flown = self.outbox.connection_lost()
         for one in flown if talk and talk.doubts else ():
-            if talk.pages and talk.server.keeps_own_tags:
+            if talk.pages:
                 self.outbox.unconfirmed.add(one.id)
             else:
                 self.leave_to_user(one.id)
@@ -16329,7 +16388,8 @@ class ClientCore(ForScreens):
         looked_at, self.replying, self.views_seen = self.current, reply, seen
         self.current = room or looked_at
         self._typed(text)
-        if self.current is room and looked_at and self.find(looked_at.name) is looked_at:
+        stayed = room is not None and self.current is room
+        if stayed and looked_at and self.find(looked_at.name) is looked_at:
             self.current = looked_at
         self.replying, self.views_seen = "", math.inf
         self.flush()
@@ -16377,12 +16437,14 @@ class ClientCore(ForScreens):
             or "a command is one line" * ("\n" in text)
             or "not connected" * (not (self.ready or local))
         )
-        if why:
-            return self.show(ViewEvent(BACK, text), ViewEvent(NOTE, f"{why}; nothing was sent"))
         try:
+            if why:
+                raise Refused("NO_COMMAND", f"{why}; nothing was sent")
             client_command.run(self, verb, rest)
         except ChatError as refusal:
             self.show(ViewEvent(BACK, text), ViewEvent(NOTE, str(refusal)))
+            if not self.tidy and verb in GOING:  # the next text is not meant for this conversation
+                self.current = None
 
     def speak(self, text: str) -> None:
         """Accept a text as a message in the current conversation. A pipe stores many at once."""
@@ -16399,6 +16461,7 @@ class ClientCore(ForScreens):
     def send(self, where: str, text: str, kind: str = MESSAGE) -> None:
         """Accept a message: show it at once, and send it when possible. A text that is too long for
         one message becomes several. Raises Refused for a service that cannot have it."""
+        self.check_conversation(where)
         text = text.replace("\x01", "")  # else it may be a CTCP, which /ctcp is for
         if kind == MESSAGE and self.is_service(where, text):
             return self.tell_service(where, text)
@@ -16426,6 +16489,11 @@ class ClientCore(ForScreens):
                 self.park(one.id, f"you leave {room.name}")
         if len(accepted) == len(pieces) > 1:
             self.show(ViewEvent(NOTE, f"too long for one message: sent as {len(pieces)}"))
+
+    def check_conversation(self, name: str) -> None:
+        """Raise Refused if this server has no conversation with this name."""
+        if self.kind == PLAIN and self.fold(name) != self.fold(LOBBY):
+            raise Refused("ONE_ROOM", ONE_ROOM)
 
     def sent_aside(self, kind: str, target: str, text: str) -> None:
         """Show a notice, or a message to some members of a channel, if no echo will."""
@@ -16676,6 +16744,9 @@ class ClientCore(ForScreens):
         if view.id and not known:
             room.mark, room.mark_time = f"msgid={view.id}", self.believable(view.time)
             self.newest_id = view.id
+        elif view.time and not room.mark.startswith("msgid="):  # a server without message ids
+            room.mark_time = max(room.mark_time or 0, self.believable(view.time))
+            room.mark = f"timestamp={tag_time(room.mark_time)}"
         if view.own_id:
             arrived = view.own_id in self.outbox.waiting
             seen_waiting = view.own_id in self.shown
@@ -16683,7 +16754,7 @@ class ClientCore(ForScreens):
             if seen_waiting or view.own_id in self.known_own:
                 return
             known = known and not arrived
-        if known or self.hides(view):
+        if known or view.own_id == PIECE or self.hides(view):
             return
         room.spoke(view.name)
         room.typing.pop(view.name, None)
@@ -16765,9 +16836,8 @@ class ClientCore(ForScreens):
             sent = one.sent and one.id != unfinished
             self.park(one.id, "it may have arrived or not" if sent else why)
 
-    def leave_to_user(self, own_id: str) -> None:
+    def leave_to_user(self, own_id: str, reason: str = LINE_BROKE) -> None:
         """Give up a message that may have arrived, or, with a screen, let the user decide."""
-        reason = "the line broke: it may have arrived or not"
         if self.tidy:
             self.park(own_id, reason)
         else:
@@ -16922,7 +16992,7 @@ def do_part(core: ClientCore, *words: str) -> None:
     reason = " ".join(words[any(named) :])
     for room in rooms:
         if room.inside or core.fold(room.name) in core.talk.entering:
-            core.talk.command("PART", room.name, *optional(reason))
+            core.online().command("PART", room.name, *optional(reason))
         else:
             core.close(room)
 
@@ -16950,6 +17020,7 @@ def go_to(core: ClientCore, name: str) -> None:
     """Go to a conversation, which may be new. Raises Refused for a name that is none."""
     if "," in name or core.server.without_status(name) != name:
         raise Refused("BAD_NAME", f"that is no single name; it takes a text: /msg {name} TEXT")
+    core.check_conversation(name)
     core.go(core.room_for(name))
 
 

@@ -13375,12 +13375,45 @@ def plain_core():
         ("//etc/hosts", b"/etc/hosts\n", ["message"]),
         ("one\n" * 200, b"one\n" * 200 + b"\n", ["message", "message", "note"]),
         ("one\ntwo", b"one\ntwo\n", ["message"]),
+        ("/raw WHO", b"", ["back", "note"]),
+        ("/close", b"", ["back", "note"]),
+        ("/close #lobby", b"", ["back", "note"]),
+        ("/msg bob hi", b"", ["back", "note"]),
+        ("/msg NickServ hi", b"", ["back", "note"]),
+        ("/msg @#lobby hi", b"", ["back", "note"]),
+        ("/query bob", b"", ["back", "note"]),
+        ("/query bob hi", b"", ["back", "note"]),
+        ("/msg #lobby hi", b"hi\n", ["message", "place"]),
     ],
 )
 def test_a_plain_server_gets_no_commands(typed, sent, kinds):
     core = plain_core()
     assert [view.kind for view in core.typed(typed)] == kinds
     assert core.take_output() == sent
+
+
+@pytest.mark.parametrize("tidy, waiting", [(True, 1), (False, 0)])
+def test_a_message_for_a_channel_is_reported_where_the_server_turns_out_to_be_plain(tidy, waiting):
+    now = [0.0]
+    core = chat.ClientCore("alice", tidy, join=["#tea"], ticks=lambda: now[0])
+    core.typed("hi")
+    core.connected()
+    core.silence()
+    now[0] = chat.CAP_SECONDS + 1
+    assert [view.kind for view in core.tick() if "one conversation" in view.text] == ["failed"]
+    assert len(core.outbox.waiting) == waiting and core.idle
+    for id in [*core.outbox.parked]:
+        core.retry(id)
+    assert core.take_output() == b"alice\n"
+
+
+@pytest.mark.parametrize("command", ["/join #tea", "/query bob,eve", "/go #tea"])
+def test_a_pipe_that_cannot_go_to_a_conversation_says_nothing_in_the_one_before(command):
+    core = chat.ClientCore("alice", False, kind=chat.PLAIN)
+    core.connected()
+    core.typed(command)
+    core.typed("for the others")
+    assert core.take_output() == b"alice\n" and core.outbox.waiting == {}
 
 
 def test_what_is_typed_while_there_is_no_connection_is_sent_later():
@@ -14873,7 +14906,18 @@ REFUSED_MESSAGES = [
     "FAIL BATCH MULTILINE_MAX_LINES 2 :Too many lines",
     "NOTICE alice :*** Message to bob throttled due to flooding",
     "FAIL PRIVMSG NO_SUCH_THING bob :not now",
+    "401 alice bob",
 ]
+
+
+@pytest.mark.parametrize("text", ["", " :No such nick"])
+def test_an_error_is_of_the_message_to_the_target_in_it_even_if_it_has_no_text(text):
+    alice = Elsewhere()
+    alice.core.outbox.window = 9
+    alice.types("/msg bob hi", "/msg carol hello")
+    alice.sent(9)
+    alice.hears(f"401 alice carol{text}")
+    assert [one.where for one in alice.core.outbox.waiting.values()] == ["bob"]
 
 
 @pytest.mark.parametrize("line", REFUSED_MESSAGES)
@@ -14899,6 +14943,17 @@ def test_errors_about_the_lines_of_a_message_are_of_no_other_message(line):
     alice.sent(9)
     alice.hears(line)
     assert "later" in alice.kinds("failed")[1]
+
+
+def test_a_refused_line_of_a_message_does_not_hide_that_the_next_message_is_refused():
+    alice = Elsewhere()
+    alice.types("one\ntwo\nthree", "another")
+    alice.sent()
+    alice.hears("404 alice #lobby :No")  # and the other lines are taken
+    pings = [line for line in alice.sent(9) if line.startswith("PING")]
+    answer(alice, pings[:1])
+    alice.hears("404 alice #lobby :No")
+    assert [text.rpartition(": ")[2] for text in alice.kinds("failed")] == ["one \u2026", "another"]
 
 
 @pytest.mark.parametrize(
@@ -15118,6 +15173,83 @@ def test_history_that_does_not_come_hides_nothing():
     assert alice.said() == ["#lobby bob: late"]
 
 
+@pytest.mark.parametrize(
+    "tags, pages", [("time=2026-01-01T00:00:0N.000Z", 3), ("msgid=N", 3), ("x", 1)]
+)
+def test_a_pipe_asks_for_missed_messages_until_a_page_brings_nothing_new(tags, pages):
+    alice = Elsewhere(caps=PAGES_OF, tidy=False)
+
+    def said(*numbers, batch="y"):
+        line = f"@batch={batch};{tags} :bob!u@h PRIVMSG #lobby :m"
+        return [f"{line}{n}".replace("=N", f"={n}").replace("0N", f"0{n}") for n in numbers]
+
+    alice.hears(*said(1))
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears(f"CAP * LS :{PAGES_OF}", f"CAP * ACK :{PAGES_OF}")
+    alice.hears("@time=2026-01-01T00:00:00.000Z :irc.example 001 alice :x", "004 alice x ircd a b")
+    alice.hears("@time=2026-01-01T00:00:09.000Z :alice!u@h JOIN #lobby")
+    asked = []
+    for numbers in ((2, 3), (4, 5), (4, 5), (4, 5)):
+        asked += [line for line in alice.sent(1) if "AFTER" in line]
+        alice.hears("BATCH +h chathistory #lobby", *said(*numbers, batch="h"), "BATCH -h")
+    assert len(asked) == pages
+    told = [text.partition(": ")[2] for text in alice.said()]
+    assert told[: 2 * pages - 1] == ["m1", "m2", "m3", "m4", "m5"][: 2 * pages - 1]
+
+
+IN_DOUBT = [  # a message that was sent, the user's lines in history, lines of it still in doubt
+    ("hello", ["hello"], 0),
+    ("/me waves", ["\x01ACTION waves\x01"], 0),
+    ("one\ntwo\nthree", ["one", "two", "three"], 0),
+    ("one\ntwo\nthree", ["one", "two"], 1),
+    ("hello", ["hello to another client of mine"], 1),
+]
+
+
+@pytest.mark.parametrize("tidy", [True, False])
+@pytest.mark.parametrize("typed, lines, doubted", IN_DOUBT)
+def test_a_message_in_doubt_has_arrived_if_history_has_it_even_without_its_own_id(
+    tidy, typed, lines, doubted
+):
+    caps = f"{PAGES_OF} echo-message"
+    alice = Elsewhere(caps=caps, tidy=tidy)
+    alice.hears("BATCH +h chathistory #lobby", "BATCH -h")
+    alice.hears("@msgid=1 :bob!u@h PRIVMSG #lobby :hi")
+    alice.types(typed)
+    alice.sent(9)
+    alice.core.disconnected()
+    alice.views.clear()
+    alice.connect(caps=caps)
+    page = [f"@batch=h;msgid=a{n} :alice!u@h PRIVMSG #lobby :{one}" for n, one in enumerate(lines)]
+    alice.hears("BATCH +h chathistory #lobby", *page, "BATCH -h")
+    alice.hears("BATCH +h chathistory #lobby", "BATCH -h")
+    alice.sent(1)
+    assert len(alice.kinds("failed")) == doubted
+    assert len(alice.core.outbox.waiting) == doubted * tidy
+    assert len(alice.said()) == ("another" in lines[0])
+    shown = [view.text for view in alice.core.room.views if view.mine]
+    assert len(shown) == 1 + ("another" in lines[0])
+
+
+def test_a_page_is_requested_though_a_command_waits_behind_a_message_that_waits_for_the_page():
+    caps = f"{PAGES_OF} echo-message"
+    alice = Elsewhere(caps=caps, tidy=False)
+    alice.hears("@msgid=1 :bob!u@h PRIVMSG #lobby :hi")
+    alice.types("in doubt")
+    alice.sent()
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears(f"CAP * LS :{caps}", f"CAP * ACK :{caps}", "001 alice :x", "004 alice x ircd a b")
+    alice.types("next", "/whois bob")
+    alice.hears(":alice!u@h JOIN #lobby")
+    assert "CHATHISTORY AFTER #lobby msgid=1 100" in alice.sent(9)
+    alice.hears("BATCH +1 chathistory #lobby", "BATCH -1")
+    sent = alice.sent(9)
+    assert sent[0].endswith(" next") and sent[1] == "WHOIS bob"
+    assert alice.kinds("failed")[0].endswith("in doubt")
+
+
 def test_a_pong_without_our_token_confirms_the_oldest_ping():
     alice = Elsewhere()
     alice.types("one")
@@ -15125,6 +15257,17 @@ def test_a_pong_without_our_token_confirms_the_oldest_ping():
     alice.hears("PONG irc.example")
     assert alice.core.outbox.waiting == {}
     alice.hears("PONG", "PONG x y")  # that was not asked for
+
+
+@pytest.mark.parametrize("pong", ["PONG irc.example foo", "PONG irc.example", "PONG"])
+def test_the_pong_for_a_ping_of_the_user_confirms_no_message_sent_after_it(pong):
+    alice = Elsewhere()
+    alice.types("/raw PING foo", "hello")
+    sent = alice.sent(9)
+    alice.hears(pong)
+    assert len(alice.core.outbox.waiting) == 1
+    answer(alice, sent[1:])
+    assert alice.core.outbox.waiting == {}
 
 
 @pytest.mark.parametrize(
@@ -15877,6 +16020,69 @@ def test_no_conversation_is_hidden_by_history_that_does_not_come_or_by_a_new_nam
     alice.hears(":op!u@h RENAME #lobby #new :x", "@msgid=2 :bob!u@h PRIVMSG #new :live")
     alice.hears("BATCH +1 chathistory #new", "BATCH -1")
     assert alice.said() == ["#new bob: live"]
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_message_of_which_a_server_swallows_one_batch_is_told(n):
+    caps = (
+        "echo-message message-tags batch labeled-response draft/multiline=max-bytes=300,max-lines=2"
+    )
+    alice = Elsewhere(caps=caps, tidy=False)
+    alice.views += alice.core.say("one\ntwo\nthree\nfour")
+    labels = re.findall(r"label=(\S+) BATCH", " ".join(alice.sent(9)))
+    opening = f"@label={labels[1 - n]} :alice!u@h BATCH +b draft/multiline #lobby"
+    echo = [opening, "@batch=b :alice!u@h PRIVMSG #lobby :three", "BATCH -b"]
+    lines = [f"@label={labels[n]} ACK", *echo]
+    alice.hears(*(lines if n == 0 else [*echo, lines[0]]))
+    assert alice.core.failures == 1 and alice.core.outbox.waiting == {}
+    assert alice.kinds("failed")[0].endswith("one \u2026")
+
+
+def test_lines_of_a_batch_without_an_end_are_not_lost_when_its_reference_is_used_again():
+    alice = Elsewhere(caps="batch")
+    alice.hears("BATCH +x netjoin", "@batch=x :bob!u@h PRIVMSG #lobby :one")
+    alice.hears("BATCH +x netjoin", "@batch=x :bob!u@h PRIVMSG #lobby :two", "BATCH -x")
+    assert alice.said() == ["#lobby bob: one", "#lobby bob: two"]
+
+
+def test_an_echo_of_several_lines_within_a_labelled_batch_is_recognized_without_own_tags():
+    caps = "echo-message message-tags batch labeled-response draft/multiline=max-bytes=999"
+    alice = Elsewhere(caps=caps)
+    alice.types("one\ntwo")
+    (id,) = alice.core.outbox.waiting
+    alice.sent()
+    alice.hears(f"@label={id} BATCH +o labeled-response")
+    alice.hears("@batch=o :alice!u@h BATCH +i draft/multiline #lobby")
+    alice.hears(
+        "@batch=i :alice!u@h PRIVMSG #lobby :one", "@batch=i :alice!u@h PRIVMSG #lobby :two"
+    )
+    alice.hears("BATCH -i", "BATCH -o")
+    assert alice.core.outbox.waiting == {} and alice.said() == ["#lobby *alice: one\ntwo"]
+
+
+def test_a_line_leaves_room_for_an_address_that_the_server_has_not_told():
+    core = chat.ClientCore("alice", kind=chat.IRC)
+    core.connected()
+    core.feed(b":s 001 alice :x\r\n:s 004 alice x ircd a b\r\n:alice JOIN #lobby\r\n")
+    core.take_output()
+    core.typed("w" * 900)
+    lines = core.take_output().splitlines(keepends=True)
+    most = chat.IRC_BYTES - len(f":{core.talk.longest_mask()} ")
+    assert lines and all(len(line) <= most for line in lines)
+
+
+@pytest.mark.parametrize("kind", [chat.IRC, chat.CHAT])
+@pytest.mark.parametrize("login", [None, chat.Login("alice", "secret")])
+def test_a_server_that_tells_its_capabilities_late_is_entered(kind, login):
+    now = [0.0]
+    core = chat.ClientCore("alice", kind=kind, login=login, ticks=lambda: now[0])
+    core.secure = True
+    core.connected()
+    now[0] = chat.CAP_SECONDS + 1
+    core.tick()
+    assert b"USER alice" in core.take_output()
+    core.feed(b":s CAP * LS :echo-message sasl=PLAIN\r\n")
+    assert core.take_output().endswith(b"AUTHENTICATE PLAIN\r\n" if login else b"CAP END\r\n")
 
 
 def test_a_message_that_a_server_swallows_is_told_and_holds_up_no_other():
@@ -16672,6 +16878,12 @@ NO_MESSAGE_IS_REFUSED = [
     "467 alice #lobby :Channel key already set",
     "478 alice #lobby b :Channel list is full",
     "482 alice #lobby :You're not channel operator",
+    "442 alice #lobby :You're not on that channel",
+    "470 alice #lobby ##lobby :Forwarding to another channel",
+    "435 alice alice2 #lobby :Cannot change nickname while banned",
+    "447 alice :Can not change nickname while on #lobby",
+    "489 alice #lobby :Cannot join channel (+z)",
+    "499 alice #lobby :You're not a channel owner",
     "FAIL MARKREAD INTERNAL_ERROR #lobby :no",
     "FAIL METADATA KEY_NO_PERMISSION #lobby key :no",
 ]
@@ -17191,7 +17403,7 @@ def test_members_are_known_with_rank_absence_and_bots():
     lobby = alice.core.rooms["#lobby"]
     alice.core.ask_people(lobby)
     alice.core.ask_people(lobby)
-    assert sum("WHO" in line for line, _ in alice.core.talk.queue) == 1
+    assert sum("WHO" in line for line in alice.core.talk.own_lines) == 1
     alice.exchange()
     people = {one.name: one for one in alice.core.people(lobby)}
     assert people["bob"].away and not people["alice"].away
