@@ -24466,10 +24466,10 @@ PAGE_TEXT = r"""<!doctype html>
     --accent: #8ab8ff; --on: #0b1320; --mine: #1d2a3d; --called: #40381a; --bad: #ffb4ab;
     --light: 72%; } }
 * { box-sizing: border-box; }
-[hidden] { display: none !important; }
+[hidden], dialog:not([open]) { display: none !important; }
 html, body { height: 100%; margin: 0; overflow: hidden; }
 body { font: 1rem/1.4 system-ui, sans-serif; background: var(--back); color: var(--text);
-  overflow-wrap: anywhere; }
+  overflow-wrap: break-word; overflow-wrap: anywhere; }
 button, input, textarea { font: inherit; color: inherit; }
 button, .card, #rooms, #people { background: var(--side); }
 button, input, textarea, .row, .row img, .card { border-radius: .5rem; }
@@ -24491,9 +24491,9 @@ header button { background: none; }
 #topic, #typing, #reply, time, blockquote, .dim, .day::before { color: var(--dim);
   font-size: .85rem; }
 #phase { margin: 0; padding: .1rem .6rem; background: var(--called); }
-#log { flex: 1; overflow: hidden auto; padding: 0 .6rem .3rem; overscroll-behavior: contain;
-  overflow-anchor: none; }
-.block { content-visibility: auto; contain-intrinsic-size: auto 2000px; }
+#log { flex: 1; overflow-x: hidden; overflow-y: auto; padding: 0 .6rem .3rem;
+  overscroll-behavior: contain; overflow-anchor: none; }
+.block.known { content-visibility: auto; }
 .row { padding: .25rem .4rem; overflow: hidden; }
 .same > div:first-child { display: none; }
 .mine { background: var(--mine); }
@@ -24693,7 +24693,8 @@ let indexed = null;
 
 const settled = (request) => new Promise((done, failed) => {
   request.onsuccess = request.oncomplete = () => done(request.result);
-  request.onerror = request.onabort = () => failed(request.error);
+  request.onerror = request.onabort = () =>
+    failed(request.error ?? new Error('this browser does not keep it'));
 });
 
 async function openDatabase() {
@@ -24701,10 +24702,14 @@ async function openDatabase() {
   request.onupgradeneeded = () => Object.entries(KEYS).forEach(([name, keyPath]) =>
     request.result.createObjectStore(name, { keyPath }));
   indexed = await settled(request);
+  indexed.onclose = () => { // by the user or the system
+    indexed = null;
+    openDatabase().catch(() => null);
+  };
 }
 
 // Change a table; the promise ends when that is on disk
-function store(name, method, ...values) {
+async function store(name, method, ...values) {
   if (!indexed) {
     const rows = setting(name) ?? {};
     for (const value of values) {
@@ -24814,7 +24819,9 @@ function arrived(own, to) {
   if (to) dropDraft(to.key, own);
   const before = state.outbox.length;
   state.outbox = without(own);
-  if (state.outbox.length < before) leader?.arrived(own);
+  if (state.outbox.length === before) return;
+  leader?.arrived(own);
+  refresh();
 }
 
 // Count what is unread behind the marker, up to 100, and note whether it calls this user
@@ -25105,20 +25112,27 @@ async function say(target, text, { action = false, answers = '', own = newId() }
     target, text: part, action, reply: n ? '' : answers, failed: '' })));
 }
 
-// Rows are on disk before any tab knows them
-async function accept(...rows) {
-  await store('outbox', 'put', ...rows);
-  rows.forEach((row) => publish({ row: shared(row) }));
-}
-
+const blobs = {}; // files that this browser does not keep, by `own`: they end with the tabs
 const shared = ({ blob, ...row }) => row;
+
+// Rows are on disk before any tab knows them. Private windows keep rows, but may keep no files
+async function accept(...rows) {
+  const kept = indexed && rows.some(({ blob }) => blob)
+    && await store('outbox', 'put', ...rows).then(() => true, () => false);
+  if (!kept) await store('outbox', 'put', ...rows.map(shared));
+  rows.forEach((row) => publish({ row: kept ? shared(row) : row }));
+}
 
 async function cancel({ own }) {
   await store('outbox', 'delete', own);
   publish({ dropped: own });
 }
 
-const storedRow = async (own) => (await stored('outbox')).find((row) => row.own === own);
+async function storedRow(own) {
+  const row = (await stored('outbox')).find((one) => one.own === own);
+  return row && blobs[own] ? { ...row, blob: blobs[own] } : row;
+}
+
 const finalError = (text) => Object.assign(new Error(text), { final: true });
 
 async function retry({ own }) {
@@ -25189,7 +25203,7 @@ class Uploader {
     const response = await this.call('POST', '/files', { 'Upload-Length': row.size,
       'Upload-Metadata': `filename ${toBase64(bytesOf(row.name))}` });
     row.link = response.headers.get('Location');
-    await store('outbox', 'put', row);
+    await store('outbox', 'put', blobs[row.own] ? shared(row) : row);
     return 0;
   }
 
@@ -25218,6 +25232,7 @@ class Leader {
     clearTimeout(this.timer);
     if (this.socket || leader !== this || !state.me || state.phase === 'ended') return;
     if (!setting('secret')) set('secret', randomHex(16));
+    this.scram?.terminate(); // its answer is one of the connection before
     Object.assign(this, { knowsTargets: false, scram: null, error: '', others: 0 });
     const url = `${location.protocol.replace('http', 'ws')}//${location.host}/irc`;
     const socket = this.socket = new WebSocket(url, 'text.ircv3.net');
@@ -25391,6 +25406,7 @@ class Leader {
   // By SCRAM, in a worker: a phone works on a password for a second or more. The keys that it makes
   // are kept instead of the password
   prove(login) {
+    if (this.scram) return publish({ note: 'A log-in is under way: try again when it has ended' });
     this.error = '';
     const scram = this.scram = new Worker('/sw.js');
     scram.onmessage = ({ data: { answer, keys, error } }) => {
@@ -25399,7 +25415,7 @@ class Leader {
       this.send(`AUTHENTICATE ${answer ?? '*'}`);
     };
     scram.postMessage({ login, nonce: randomHex(16) });
-    this.send('AUTHENTICATE SCRAM-SHA-256');
+    return this.send('AUTHENTICATE SCRAM-SHA-256');
   }
 
   proving({ verb, params }) {
@@ -25455,7 +25471,15 @@ async function keepRooms() {
 // ---- Tabs: one is the leader; the others show what it publishes, and ask it
 
 const tab = randomHex(8);
-const channel = self.BroadcastChannel ? new BroadcastChannel('chat') : { postMessage() {} };
+const channel = openChannel();
+function openChannel() { // where a browser keeps nothing of this page, it may refuse this, too
+  try {
+    return new BroadcastChannel('chat');
+  } catch {
+    return { postMessage() {} };
+  }
+}
+
 let leader = null;
 let attached = false; // the model is that of the leader
 let answered = 0; // when the leader last answered
@@ -25491,7 +25515,8 @@ const ITEMS = {
     set('name', name);
   },
   asked: (asked) => { state.asked[asked.label] = asked; },
-  row(row) {
+  row({ blob, ...row }) {
+    if (blob) blobs[row.own] = blob;
     state.outbox = [...without(row.own), row].sort((a, b) => a.n - b.n);
     room(row.target);
     refresh();
@@ -25499,6 +25524,7 @@ const ITEMS = {
     leader?.uploader.run();
   },
   dropped(own) {
+    delete blobs[own];
     state.outbox = without(own);
     leader?.flying.delete(own);
     leader?.pump();
@@ -25555,21 +25581,24 @@ function follow() {
   old?.closed(); // for good: the connection is another tab's now
   attached = false;
   callLeader();
-  if (navigator.locks) setTimeout(elect, 1000); // WebKit refuses at once while a page unloads
+  if (navigator.locks) elect();
 }
 
 // A tab that finds no leader, or a frozen one, takes its place
 function callLeader() {
   const now = Date.now(), heard = () => leader || answered >= now;
   channel.postMessage({ hello: tab, known: attached });
-  setTimeout(() => heard() || (document.hidden ? callLeader() : elect(true)), 3000);
+  setTimeout(() => heard() || (document.hidden ? callLeader() : elect(!!self.BroadcastChannel)),
+    3000);
 }
 
 // A Web Lock makes the leader. On plain http there is none: a lease in localStorage does then. A
 // stale lease costs a repeat, which the server's keys absorb
 function elect(steal) {
   const hold = () => new Promise(lead);
-  if (navigator.locks) return navigator.locks.request('chat', { steal }, hold).catch(follow);
+  // A lock is lost to another tab, or as the page is left: then no timer runs any more
+  const lost = ({ name }) => (name === 'AbortError' ? setTimeout(follow) : lead());
+  if (navigator.locks) return navigator.locks.request('chat', { steal }, hold).catch(lost);
   const lease = setting('lease') ?? {};
   if (lease.tab !== tab && lease.until > Date.now() && !steal) return leader && follow();
   set('lease', { tab, until: Date.now() + 5000 });
@@ -25693,6 +25722,20 @@ function drawRows(messages, next) {
     decorate(row);
   }
   decorate(next);
+  afterFrame(measureBlocks);
+}
+
+// The browser draws only the blocks that are in sight, once their height is known: a guessed height
+// would move what the reader looks at
+function measureBlocks() {
+  const blocks = [...log.querySelectorAll('.block:not(.known)')];
+  const full = blocks.filter((block) => block.nextElementSibling !== $('waiting'));
+  const heights = full.map((block) => block.offsetHeight);
+  full.forEach((block, n) => {
+    block.style.setProperty('contain-intrinsic-size', `1px ${heights[n]}px`);
+    block.style.setProperty('contain-intrinsic-size', `1px auto ${heights[n]}px`);
+    block.classList.add('known');
+  });
 }
 
 // Change the log and keep what the reader looks at where it is
@@ -25835,7 +25878,7 @@ function drawWaiting(list) {
 
 function drawPhase() {
   const left = Math.max(0, Math.ceil((state.retryAt - Date.now()) / 1000));
-  const texts = { connecting: 'Connecting', ended: state.why,
+  const texts = { closed: state.me ? '' : 'Not joined', connecting: 'Connecting', ended: state.why,
     waiting: `${state.why || 'No connection'}; next attempt in ${counted(left, 'second')}` };
   const count = waiting().length, text = texts[state.phase] ?? '';
   const whole = text && count ? `${text}; ${counted(count, 'message')} waiting` : text;
@@ -25928,7 +25971,8 @@ $('composer').onsubmit = async (event) => {
 };
 
 field.onkeydown = (event) => {
-  const { key, shiftKey, isComposing } = event;
+  const { key, shiftKey } = event;
+  const isComposing = event.isComposing || event.keyCode === 229; // so Safari ends a composition
   const send = key === 'Enter' && !shiftKey && !touch;
   const up = key === 'ArrowUp' && !field.value;
   if (isComposing || !(send || up || key === 'Tab' && !shiftKey && complete())) return;
@@ -26008,7 +26052,10 @@ async function shrunk(file) {
   const scale = Math.min(1, SHRUNK / Math.max(bitmap.width, bitmap.height));
   const [width, height] = [bitmap.width * scale, bitmap.height * scale];
   const canvas = el('canvas', { width, height });
-  canvas.getContext('2d').drawImage(bitmap, 0, 0, width, height);
+  const paper = canvas.getContext('2d');
+  paper.fillStyle = '#fff'; // a JPEG has no transparency
+  paper.fillRect(0, 0, width, height);
+  paper.drawImage(bitmap, 0, 0, width, height);
   const blob = await new Promise((done) => canvas.toBlob(done, 'image/jpeg', 0.85));
   return blob && blob.size < file.size ? blob : null;
 }
@@ -26181,7 +26228,8 @@ function settingsSheet() {
   openSheet(state.me, [dim(state.account ? `Logged in as ${state.account}` : 'Not logged in'),
     !self.isSecureContext && dim('Over plain http, others on this network can read along, and '
       + 'the page can neither be installed nor opened without network.'), otherWays()],
-  [button('Name', () => form('Your name', [nameField()], 'Change', (name) => ask(`NICK ${name}`))),
+  [button('Name', () => (state.phase !== 'online' ? nameSheet()
+    : form('Your name', [nameField()], 'Change', (name) => ask(`NICK ${name}`)))),
     ...state.account ? [choice('Log out', () => act('logOut'))]
       : [button('Log in', logInSheet), button('Register', signUpSheet)]]);
 }
@@ -26206,6 +26254,7 @@ function listen() {
   log.addEventListener('pointerdown', () => $('rooms').classList.remove('open'));
   new ResizeObserver(() => keepPlace()).observe(log);
   addEventListener('keydown', (event) => {
+    if (event.key === 'Escape' && !$('sheet').showModal) closeSheet(); // browsers before 2022
     if (event.key !== 'k' || !event.ctrlKey) return;
     event.preventDefault();
     joinSheet();
@@ -26281,7 +26330,7 @@ function compress(state, words) {
   for (let i = 0; i < 64; i++) {
     const choice = (e & f) ^ (~e & g), majority = (a & b) ^ (a & c) ^ (b & c);
     const t = (h + (turn(e, 6) ^ turn(e, 11) ^ turn(e, 25)) + choice + K[i] + w[i]) | 0;
-    [h, g, f, e, d, c, b] = [g, f, e, (d + t) | 0, c, b, a];
+    h = g; g = f; f = e; e = (d + t) | 0; d = c; c = b; b = a;
     a = (t + (turn(b, 2) ^ turn(b, 13) ^ turn(b, 22)) + majority) | 0;
   }
   return Int32Array.of(a, b, c, d, e, f, g, h).map((word, i) => word + state[i]);
@@ -26438,9 +26487,15 @@ KEEPS_ONLY_OURS = "default-src 'none'; connect-src 'self'"
 
 
 def served(text: str) -> str:
-    """Return a document without what only its readers here need: comments, indentation, and line
-    breaks where nothing depends on them."""
-    return re.sub(r"(?m)^(?: *// .*\n| +|\n)| +// .*$|(?<=[{;,(])\n", "", text)
+    """Return a document without what only its readers here need: comments, indentation, line breaks
+    where nothing depends on them, and blanks in the style and around operators of the script. (No
+    text in the script has an operator between blanks.)"""
+    text = re.sub(r"(?m)^(?: *// .*\n| +|\n)| +// .*$|(?<=[{;,(])\n", "", text)
+    before, tag, rest = text.partition("<style>")
+    style, end, script = rest.partition("</style>")
+    style = re.sub(r" ?([{};,]) ?\n?|(?<=:) ", r"\1", style)
+    script = re.sub(r" (=>|[!=]==|&&|\|\||\?\?|[-+]?=) ", r"\1", script)
+    return before + tag + style + end + script
 
 
 def page_policy(page: str) -> str:

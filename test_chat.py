@@ -26768,9 +26768,10 @@ PAGE_STATE = "JSON.stringify([state.phase, state.why, state.outbox, allRooms().m
 
 
 class Tab:
-    """A tab with the page of a server, as large as a phone unless told otherwise."""
+    """A tab with the page of a server, as large as a phone unless told otherwise. `before` is a
+    script that runs before those of the page."""
 
-    def __init__(self, browser, context, url, width=360, height=640, dark=False):
+    def __init__(self, browser, context, url, width=360, height=640, dark=False, before=""):
         self.browser, self.context, self.url = browser, context, url
         made = browser.ask("Target.createTarget", url="about:blank", browserContextId=context)
         self.target = made["targetId"]
@@ -26783,6 +26784,7 @@ class Tab:
         self.ask("Emulation.setTouchEmulationEnabled", enabled=width < 720)
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", features=[theme])
+        self.ask("Page.addScriptToEvaluateOnNewDocument", source=before)
         self.go(url)
 
     def ask(self, method, **params):
@@ -27644,6 +27646,150 @@ def test_a_taken_name_is_asked_for_again(running, browse):
     tab.until("document.querySelector('#title').textContent.includes('in use')")
     tab.fill("anne")
     tab.until("state.phase === 'online' && state.me === 'anne'")
+
+
+# Other browsers, as far as this one can be made to behave like them
+
+REFUSED = "new DOMException('', 'SecurityError')"  # where a browser keeps nothing of a page
+NO_LOCKS = f"navigator.locks.request = () => Promise.reject({REFUSED})"
+NO_CHANNEL = f"self.BroadcastChannel = function () {{ throw {REFUSED}; }}"
+NO_DATABASE = "Object.defineProperty(self, 'indexedDB', { value: undefined })"
+NO_FILES_KEPT = """
+const put = IDBObjectStore.prototype.put;
+IDBObjectStore.prototype.put = function (row) {
+  return row.blob ? this.transaction.abort() : put.call(this, row);
+};
+"""  # as WebKit does in private windows
+NO_DIALOG = "for (const one of ['showModal', 'close']) delete HTMLDialogElement.prototype[one]"
+
+
+@pytest.mark.parametrize("before", [NO_LOCKS, NO_CHANNEL, NO_DATABASE, NO_DIALOG])
+def test_the_page_talks_also_where_a_browser_refuses_what_it_would_like(running, browse, before):
+    server = with_page(running)
+    tab = browse(server.address, before=before).enter("anna")
+    tab.say("hello")
+    server.guest("bob").send("hello anna\n")
+    tab.wait_for("hello", "hello anna")
+    tab.until("!state.outbox.length")
+
+
+def test_a_sheet_is_closed_by_escape_and_out_of_sight_where_dialogs_are_unknown(running, browse):
+    tab = browse(with_page(running).address, before=NO_DIALOG, width=1200).enter("anna")
+    tab.until("getComputedStyle($('sheet')).display === 'none'")
+    tab.js("settingsSheet()")
+    tab.until("getComputedStyle($('sheet')).display === 'block'")
+    tab.key("Escape", 27)
+    tab.until("getComputedStyle($('sheet')).display === 'none'")
+
+
+@pytest.mark.parametrize("before", [NO_DATABASE, NO_FILES_KEPT])
+def test_a_file_is_sent_also_where_a_browser_keeps_no_files(running, browse, folder, before):
+    tab = browse(with_page(running, data=folder).address, before=before).enter("anna")
+    (folder / "tea.bin").write_bytes(os.urandom(1000))
+    tab.choose(folder / "tea.bin")
+    tab.press("Send")
+    tab.wait_for("tea.bin (")
+    tab.until("!state.outbox.length")
+
+
+def test_a_database_that_the_browser_closes_is_opened_again(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    tab.say("before")
+    tab.until("!state.outbox.length")
+    tab.js("void (self.first = indexed, indexed.close(), indexed.onclose())")
+    tab.until("indexed && indexed !== first")
+    tab.say("after")
+    tab.until("!state.outbox.length")
+    assert tab.rows()[-1] == "after"
+
+
+def test_a_row_stays_where_it_is_while_older_ones_are_drawn_above_it(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    server.guest("bob").send("".join(f"history {n} {'words ' * (n % 40)}\n" for n in range(250)))
+    tab.wait_for("history 249")
+    tab.go(tab.url)
+    tab.until("state.phase === 'online' && !room('#lobby').behind")
+    step = """(async () => {
+      const frames = () => new Promise((done) => setTimeout(() => afterFrame(done), 60));
+      const at = log.getBoundingClientRect().top + 200;
+      const row = document.elementFromPoint(180, at)?.closest('.row');
+      const before = row?.getBoundingClientRect().top;
+      log.scrollTop -= 300;
+      await frames();
+      return [log.scrollTop, row?.isConnected ? row.getBoundingClientRect().top - before : null];
+    })()"""
+    moved = [tab.js(step) for _ in range(40)]
+    steps = [by for top, by in moved if top > 0 and by is not None]
+    assert len(steps) > 20 and all(298 <= by <= 302 for by in steps), moved
+
+
+def test_a_log_in_outlives_a_break_and_comes_one_after_the_other(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("act('signUp', 'sesame street')")
+    log_in = "act('logIn', 'anna', 'sesame street')"
+    for code in (
+        f"leader.wait = 500; {log_in}; setTimeout(() => leader.closed(), 100)",
+        f"{log_in}; {log_in}",
+    ):
+        tab.until("state.account === 'anna' && setting('login')")
+        tab.js("act('logOut')")
+        tab.until("state.phase === 'online' && !state.account")
+        tab.js(code)
+    tab.until("state.account === 'anna'")
+
+
+def test_a_message_that_is_sent_again_waits_no_more_when_it_has_arrived(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("""(async () => {
+      const own = newId(), drawn = () => new Promise((done) => setTimeout(done, 500));
+      await say('#lobby', 'twice', { own });
+      await drawn();
+      await say('#lobby', 'twice', { own });
+      await drawn();
+    })()""")
+    tab.until("!state.outbox.length && $('waiting').innerText === ''", patience=2)
+    assert tab.rows().count("twice") == 1
+
+
+def test_who_closes_the_first_sheet_is_told_and_can_join_later(running, browse):
+    tab = browse(with_page(running).address)
+    tab.until("$('sheet').open")
+    tab.js("closeSheet()")
+    tab.until("$('phase').textContent === 'Not joined'")
+    tab.js("settingsSheet()")
+    tab.press("Name")
+    tab.enter("anna")
+
+
+def test_a_transparent_picture_is_shrunk_onto_white(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("""(async () => {
+      const canvas = el('canvas', { width: 400, height: 400 }), paper = canvas.getContext('2d');
+      for (let n = 0; n < 40000; n++) {
+        paper.fillStyle = `hsl(${Math.random() * 360}, 80%, 50%)`;
+        paper.fillRect(200 + Math.random() * 200, Math.random() * 400, 1, 1);
+      }
+      const blob = await new Promise((done) => canvas.toBlob(done));
+      offer(new File([blob], 'logo.png', { type: 'image/png' }));
+    })()""")
+    tab.until("document.querySelector('#sheet img')?.complete")
+    colour = tab.js("""(() => {
+      const canvas = el('canvas', { width: 400, height: 400 }), paper = canvas.getContext('2d');
+      paper.drawImage(document.querySelector('#sheet img'), 0, 0);
+      return [...paper.getImageData(20, 20, 1, 1).data];
+    })()""")
+    assert min(colour) > 250, colour
+
+
+def test_return_that_ends_a_composition_sends_nothing(running, browse):
+    tab = browse(with_page(running).address, width=1200).enter("anna")
+    for code, sent in ((229, False), (13, True)):
+        event = (
+            f"new KeyboardEvent('keydown', {{ key: 'Enter', keyCode: {code}, cancelable: true }})"
+        )
+        assert tab.js(f"field.value = 'tea'; field.dispatchEvent({event})") != sent
 
 
 # ======================================================================================
