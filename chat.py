@@ -4033,7 +4033,7 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
     if ban := server_ban(hub, User(source, "", "", 0)):
         disconnect(hub, Source(hub.name, "", mask=hub.name), user, ban.reason)
         return before
-    stays = not takes_name or holder in (None, user)
+    stays = not takes_name or holder in (None, user) or holder.account != account
     if stays and user.account not in ("", account) and len(user.live) > 1:
         text = "your other devices are logged in, too"  # and the other account is not theirs
         raise Refused("ALREADY_AUTHENTICATED", text, user.account)

@@ -11028,7 +11028,16 @@ def test_a_device_does_not_take_the_others_to_another_account():
     ask(house, "phone", "NS IDENTIFY carol password")
     assert house.hub.users["alice"].account == "alice"
     assert all("ACCOUNT" not in line for line in house.heard("desk"))
+    house.enter("nc")
+    house.say("nc", "/login alice password")
+    carol = house.hub.accounts.pop("carol")
+    house.enter("carol")  # a guest, who would have to give the name up
+    house.hub.accounts["carol"] = carol
+    house.say("nc", "/login carol password")
+    house.turn()
+    assert house.hub.users["alice"].account == "alice" and len(house.hub.users["alice"].live) == 3
     house.say("desk", "QUIT")
+    house.say("nc", "/quit")
     ask(house, "phone", "NS IDENTIFY carol password")
     assert house.hub.users["alice"].account == "carol"
 
