@@ -2041,6 +2041,14 @@ def full_mask(text: str) -> str:
     return f"{mute}{name or '*'}!{username or '*'}@{host_of_mask(host) or '*'}"
 
 
+NO_NETWORKS = "masks have * and ?, like 10.0.*; there is no /8"
+
+
+def is_network(mask: str) -> bool:
+    """Return whether a mask ends in a size, like 10.0.0.0/8: that would match no host."""
+    return re.fullmatch(r".*@[^@]*/\d+", mask) is not None
+
+
 def server_mask(text: str) -> str:
     """Return a mask of KLINE in full: 192.0.2.1 -> *!*@192.0.2.1; a bare word is an address."""
     if text.startswith("a:"):
@@ -2380,6 +2388,8 @@ class Channel:
         key, change = fold(mask), change._replace(value=mask)
         if not change.on:
             return change if masks.pop(key, None) else None
+        if is_network(mask):
+            raise self._bad_value(change, NO_NETWORKS)
         if key in masks:
             return None
         if len(masks) >= MASKS_A_LIST:
@@ -4810,6 +4820,8 @@ def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str
     mask = server_mask(mask)
     if not is_word(mask, MASK_BYTES):
         raise Refused("BAD_MASK", f"a mask is one word of at most {MASK_BYTES} bytes", mask)
+    if is_network(mask):
+        raise Refused("BAD_MASK", NO_NETWORKS, mask)
     for key in [key for key, ban in hub.bans.items() if ban.until and ban.until <= hub.now]:
         del hub.bans[key]
         hub.turn.record("ban_gone", key)
@@ -8248,6 +8260,7 @@ class IrcSession(LocalSession):
         self.latest = None
         try:
             self.message = message = self.parse(line)
+            self.site.hub.work += 2 * len(message.tags)
             if "batch" in message.tags:
                 collect(self, message)
             elif message.verb:
@@ -12234,6 +12247,11 @@ BOM = b"\xef\xbb\xbf"
 TARGET_TOO_LONG = (
     b"HTTP/1.1 414 URI Too Long\r\nContent-Type: text/plain\r\n"
     b"Connection: close\r\n\r\nA target has at most %d bytes.\n" % LINE_BYTES
+)
+TOO_MANY_HTTP = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\nRetry-After: %d\r\n"
+    b"Connection: close\r\n\r\nToo many connections from your address: %d at most.\n"
+    % (WEB_IDLE_SECONDS, WEB_PER_ADDRESS)
 )
 NOT_HTTP_1 = (
     b"HTTP/1.1 505 HTTP Version Not Supported\r\nContent-Type: text/plain\r\n"
@@ -19062,6 +19080,7 @@ class Peer(Connection):
         server = self.server
         if refusal := server.limits.speaks_http(self.home, True):
             log.info("%s turned away: %s", self.address, refusal)
+            self.write(TOO_MANY_HTTP)
             return self.close()
         self.web = True
         self.inbox = HttpReader(first_line + b"\r\n" + self.inbox.rest())

@@ -19884,6 +19884,22 @@ def test_a_slow_reader_is_closed_after_a_while(running, monkeypatch):
     assert speaker.line() == f"stuck ({stuck.here()}) left the chat!"
 
 
+def test_too_many_connections_of_http_are_told_with_a_status(running, monkeypatch):
+    monkeypatch.setattr(chat, "is_loopback", lambda host: False)
+    monkeypatch.setattr(chat, "WEB_PER_ADDRESS", 2)
+    server = running()
+    request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        pages = [
+            stack.enter_context(socket.create_connection(server.address, PATIENCE))
+            for _ in range(3)
+        ]
+        for page in pages:
+            page.sendall(request)
+            status = page.recv(12)
+        assert status == b"HTTP/1.1 503"
+
+
 def test_too_many_connections_are_told_which_limit(running, monkeypatch):
     monkeypatch.setattr(chat, "is_loopback", lambda host: False)
     server = running(max_per_address=2)
@@ -20199,6 +20215,23 @@ def test_kline_is_for_server_operators(line):
 def test_kline_needs_to_know_whom(line):
     house = operated()
     assert [x.verb for x in asked(house, "root", line)] == ["461"]
+
+
+@pytest.mark.parametrize("mask", ["10.0.0.0/8", "*!*@10.0.0.0/8", "2001:db8::/32", "m:10.0.0.0/8"])
+def test_a_network_with_a_size_is_no_mask(mask):
+    house = operated()
+    assert [x.verb for x in asked(house, "root", f"MODE #a +b {mask}")] == ["696"]
+    assert not house.hub.channels["#a"].lists["b"]
+    asked(house, "root", f"KLINE {mask} 10 x")
+    assert not house.hub.bans or mask[0] == "m"
+
+
+@pytest.mark.parametrize("line", ["WHO {}", "LIST {}", "VERSION {}", "MODE #a +bb {} {}"])
+def test_compiling_masks_costs_what_it_takes(line):
+    house = operated()
+    house.hub.take_work()
+    house.say("root", line.format("*a" * 100, "*b" * 100))
+    assert house.hub.take_work() > 2000
 
 
 @pytest.mark.parametrize("minutes", ["-1", "99999999999999999999999"])
