@@ -1256,7 +1256,13 @@ def make_verifier(password: str, rounds: int = ACCOUNT_ROUNDS) -> Verifier:
 
 
 def operators_of(known: Iterable[tuple[str, str]]) -> dict[str, Verifier]:
-    return {name: make_verifier(word, OPERATOR_ROUNDS) for name, word in known}
+    """Return the verifiers of --oper, by name. Raises Unusable if a name comes twice."""
+    verifiers: dict[str, Verifier] = {}
+    for name, word in known:
+        if name in verifiers:
+            raise Unusable(f"--oper {harmless(name)} is given twice, with a password each")
+        verifiers[name] = make_verifier(word, OPERATOR_ROUNDS)
+    return verifiers
 
 
 DECOY_KEY = secrets.token_bytes(16)
@@ -19371,6 +19377,8 @@ def read_secret(path: pathlib.Path) -> Secret:
     secret = Secret(read_text(path, what).strip())
     if not secret:  # an empty password would let all in
         raise Unusable(f"{what} is empty")
+    if re.search("[\r\n\0]", secret):  # no client could send it
+        raise Unusable(f"{what} is not one line of text")
     secret.path = path
     return secret
 

@@ -28036,9 +28036,18 @@ WRONG_COMMAND_LINES = [  # the status, and what is said
     (["client", "alice", "--sasl", "OAUTH"], 2, "SCRAM-SHA-256, EXTERNAL and PLAIN"),
     (["client", "a" * 65], 1, "a name has at most 64 bytes"),
     (["server", "--oper", "boss:@/dev/null"], 1, "the password in /dev/null is empty"),
+    (["server", "--data", "none", *["--oper", "boss:x"] * 2], 1, "--oper boss is given twice"),
     (["client", "alice", "--login"], 1, "no password was typed; it can be given as @FILE"),
     (["dance"], 2, "invalid choice"),
 ]
+
+
+def test_a_password_in_a_file_is_one_line(tmp_path):
+    path = tmp_path / "word"
+    for content, valid in (("pass\xa0word\n", True), ("a\nb\n", False), ("a\0b", False)):
+        path.write_text(content)
+        with contextlib.nullcontext() if valid else pytest.raises(chat.Unusable, match="one line"):
+            assert chat.read_secret(path) == content.strip()
 
 
 def test_a_wrong_command_line_is_one_clear_line_and_no_traceback():
