@@ -1330,7 +1330,9 @@ def test_a_long_synchronization_waits_for_its_reader_and_is_whole(running, monke
     monkeypatch.setattr(chat, "UNSENT_NO_READ", 2000)
     server = running()
     alice, bob = server.guest(), server.guest()
-    lines = [f"METADATA * SET key{n} :{'x' * 300}" for n in range(chat.METADATA_KEYS)]
+    lines = [
+        f"METADATA * SET key{n} :{'x' * chat.METADATA_BYTES}" for n in range(chat.METADATA_KEYS)
+    ]
     bob.enter_irc("bob", "JOIN #a", *lines)
     alice.enter_irc("alice", "CAP REQ :batch labeled-response", "JOIN #a,#b,#c")
     for n in range(chat.METADATA_KEYS):
