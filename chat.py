@@ -19429,9 +19429,16 @@ class ConnectionLimits:
         """Return why a new connection is not allowed; "" if it is."""
         if inside >= self.most:
             return f"this server is full: {self.most} clients"
-        if address and self._is_full(address, address.peers - address.web, self.most_per_address):
-            text = f"too many connections from {key}: {self.most_per_address} at most"
-            return f"{text} (--max-per-address)"
+        most = self.most_per_address + WEB_PER_ADDRESS  # it has not said yet what it speaks
+        if address and self._is_full(address, address.peers, most):
+            return f"too many connections from {key}: {most} at most"
+        return ""
+
+    def speaks_chat(self, address: Address) -> str:
+        """Return why a connection may not speak IRC or the line protocol; "" if it may."""
+        if self._is_full(address, address.peers - address.web - 1, self.most_per_address):
+            text = f"too many connections from {address.key}: {self.most_per_address} at most"
+            return f"{text} (--max-per-address); try again later"
         return ""
 
     def speaks_http(self, address: Address, on: bool) -> str:
@@ -20018,11 +20025,16 @@ class ActBeat:
         if dialect == "other http":
             peer.write(NOT_HTTP_1)
             peer.close()
-        elif dialect == "irc":
-            peer.session = IrcSession(self.site, peer)
-        else:
-            peer.session = LineSession(self.site, peer, peer.greeted)
-        return peer.session
+            return None
+        irc = dialect == "irc"
+        session = IrcSession(self.site, peer) if irc else LineSession(self.site, peer, peer.greeted)
+        peer.session = session
+        if refusal := peer.server.limits.speaks_chat(peer.home):
+            log.warning("%s turned away: %s", peer.address, refusal)
+            session.farewell(refusal)
+            peer.close()
+            return None
+        return session
 
     def act_on_the_last(self, peer: Peer) -> None:
         """Act on the last lines of a lost connection, in this turn."""

@@ -13321,11 +13321,14 @@ def test_half_a_request_and_an_idle_connection_are_ended(running, monkeypatch):
 def test_connections_that_speak_http_have_a_count_of_their_own():
     limits = chat.ConnectionLimits(chat.ServerOptions(max_per_address=2))
     addresses, key = chat.Addresses(FakeLoop(0.0), None), "192.168.1.5"
-    one = [addresses.enter(key) for _ in range(2)][0]
-    assert limits.refusal(2, key, one).startswith("too many connections")
-    assert limits.speaks_http(one, True) == "" and limits.refusal(2, key, one) == ""
-    addresses.enter(key)
+    one = [addresses.enter(key) for _ in range(3)][0]
+    assert limits.speaks_chat(one).startswith("too many connections")
+    assert limits.speaks_http(one, True) == "" and limits.speaks_chat(one) == ""
+    assert limits.refusal(3, key, one) == ""
     assert limits.speaks_http(one, False).startswith("too many connections")  # a WebSocket is chat
+    one.peers += chat.WEB_PER_ADDRESS - 1
+    assert limits.refusal(3, key, one).startswith("too many connections")  # of any kind
+    one.peers -= chat.WEB_PER_ADDRESS - 1
     for web in (True, False, False):
         addresses.leave(one, web)
     assert not addresses and one.web == 0
@@ -19906,17 +19909,23 @@ def test_too_many_connections_are_told_which_limit(running, monkeypatch):
     monkeypatch.setattr(chat, "is_loopback", lambda host: False)
     server = running(max_per_address=2)
     first, _ = server.guest("a"), server.guest("b")
-    refused = server.guest()
-    assert refused.rest().decode() == (
-        "* too many connections from 127.0.0.1: 2 at most (--max-per-address); try again later\n"
-    )
-    first.line()
+    text = "too many connections from 127.0.0.1: 2 at most (--max-per-address); try again later"
+    first.until("b (")
+    for line, told in (("carol\n", f"* {text}\n"), ("NICK d\r\n", f"ERROR :{text}\r\n")):
+        refused = server.guest()
+        refused.send(line)
+        assert refused.rest().decode() == told
+    with socket.create_connection(server.address, PATIENCE) as page:  # it has a count of its own
+        page.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert page.recv(12) == b"HTTP/1.1 200"
     first.send("/quit\n")
     assert first.rest() == b""
     first.close()
-    while (guest := server.guest()).file.readline() != chat.GREETING:
-        pass  # until the server has seen the first one go
-    assert guest
+    while True:  # until the server has seen the first one go
+        guest = server.guest()
+        guest.send("eve\n/names\n")
+        if "too many" not in guest.line():
+            break
 
 
 def test_a_client_that_is_lost_while_leaving_is_counted_off_once(loop):
