@@ -178,7 +178,7 @@ FITS_ALWAYS = 300  # bytes that fit in a line of IRC behind the longest mask and
 LABEL_BYTES = 64  # of a label (IRCv3 labeled-response)
 METADATA_KEYS = 20  # that a user or a channel may have
 METADATA_SUBS = 50  # that one session may want to hear of
-METADATA_BYTES = 300  # of a value
+METADATA_BYTES = 240  # of a value: it fits behind the longest server, two nicks and key
 METADATA_AT_ONCE = 100  # values told to a user who joins a channel; the client asks for more
 METADATA_KEY_BYTES = 64
 GUESTS_LINKED = 30  # stays as a guest, the newest, whose private conversations an account reads
@@ -1256,7 +1256,13 @@ def make_verifier(password: str, rounds: int = ACCOUNT_ROUNDS) -> Verifier:
 
 
 def operators_of(known: Iterable[tuple[str, str]]) -> dict[str, Verifier]:
-    return {name: make_verifier(word, OPERATOR_ROUNDS) for name, word in known}
+    """Return the verifiers of --oper, by name. Raises Unusable if a name comes twice."""
+    verifiers: dict[str, Verifier] = {}
+    for name, word in known:
+        if name in verifiers:
+            raise Unusable(f"--oper {harmless(name)} is given twice, with a password each")
+        verifiers[name] = make_verifier(word, OPERATOR_ROUNDS)
+    return verifiers
 
 
 DECOY_KEY = secrets.token_bytes(16)
@@ -1308,6 +1314,8 @@ def sasl_scram(find: Lookup) -> Mechanism:
         first = (yield b"").decode()
         binding, authzid, bare = first.split(",", 2)
         fields = scram_fields(bare)
+        if "m" in fields:  # an extension that must be understood (RFC 5802 section 5.1)
+            raise wrong_login()
         authcid = fields["n"].replace("=2C", ",").replace("=3D", "=")
         nonce = fields["r"] + secrets.token_urlsafe(18)
         wanted = authzid.removeprefix("a=")
@@ -1467,10 +1475,12 @@ class Throttle:
                 return (until - now) // 1000 + 1
         return 0
 
-    def check(self, host: str, subject: str, now: int) -> None:
-        """Raise Refused if there were too many failures lately."""
+    def check(
+        self, host: str, subject: str, now: int, code: str = "TRY_LATER", *params: str
+    ) -> None:
+        """Raise Refused with this code if there were too many failures lately."""
         if seconds := self.wait(host, subject, now):
-            raise Refused("TRY_LATER", f"too many failures; try again in {seconds} s")
+            raise Refused(code, f"too many failures; try again in {seconds} s", *params)
 
     def failed(self, host: str, subject: str, now: int) -> None:
         for one in (subject, None):
@@ -1736,7 +1746,8 @@ class SessionContext:
         return self.cluster is None or file.node in ("", self.node)
 
     def reference(self) -> str:
-        return f"b{next(self.references):x}"
+        """Return a name for a batch; those of messages are hexadecimal numbers."""
+        return f"r{next(self.references):x}"
 
     def act(self, name: str, *values: Any, then: Callable = do_nothing) -> None:
         """Do an act of the server itself, which cannot be refused; call then(its result)."""
@@ -2034,6 +2045,14 @@ def full_mask(text: str) -> str:
     if bang and not at:  # nick!user
         username, host = host, "*"
     return f"{mute}{name or '*'}!{username or '*'}@{host_of_mask(host) or '*'}"
+
+
+NO_NETWORKS = "masks have * and ?, like 10.0.*; there is no /8"
+
+
+def is_network(mask: str) -> bool:
+    """Return whether a mask ends in a size, like 10.0.0.0/8: that would match no host."""
+    return re.fullmatch(r".*@[^@]*/\d+", mask) is not None
 
 
 def server_mask(text: str) -> str:
@@ -2375,6 +2394,8 @@ class Channel:
         key, change = fold(mask), change._replace(value=mask)
         if not change.on:
             return change if masks.pop(key, None) else None
+        if is_network(mask):
+            raise self._bad_value(change, NO_NETWORKS)
         if key in masks:
             return None
         if len(masks) >= MASKS_A_LIST:
@@ -2439,7 +2460,7 @@ class Conversation(Audience):
     def check_can_send(self, user: User) -> None:
         """Raise Refused if the other user has set +R and this one has no account."""
         partner = self.partner(user)
-        if "R" in partner.modes and not user.account:
+        if "R" in partner.modes and not user.account and partner is not user:
             text = f"{partner.name} accepts messages of logged-in users only"
             raise Refused("NEED_ACCOUNT", text, partner.name)
 
@@ -3188,7 +3209,7 @@ class Accounts(dict[str, Account]):
 
     def verified(self, name: str, code: str, host: str, ticks: int) -> Account:
         """Return the account that this code was sent for. Raises Refused."""
-        self.throttle.check(host, f"code {name}", ticks)
+        self.throttle.check(host, f"code {name}", ticks, "TEMPORARILY_UNAVAILABLE", name)
         self.throttle.failed(host, f"code {name}", ticks)
         account, expected = self.pending.get(fold(name), (None, ""))
         fits = hmac.compare_digest(code.encode(), expected.encode())
@@ -3682,8 +3703,14 @@ def user_of_token(hub: Hub, token: str, account: str) -> tuple[User | None, str]
     return user, ""
 
 
+def absent_key(user: User) -> str:
+    """Return the address of an absent user as limits count it. Which networks a node is in must not
+    matter: all nodes count alike."""
+    return address_key(host_of(user.source.address))
+
+
 def forget_absent(hub: Hub, user: User) -> None:
-    host = host_of(user.source.address)
+    host = absent_key(user)
     if near := hub.absent_by_host.get(host):
         near.pop(user, None)
         if not near:
@@ -3748,6 +3775,63 @@ def attach(hub: Hub, who: Session, user: User, address: str) -> None:
     for token in list(user.tokens)[:-DEVICES_A_USER]:
         forget_token(hub, user, token)
     move_to_address(hub, user, address)
+
+
+@act
+def set_away(hub: Hub, who: Session, reason: str) -> None:
+    """Mark the user as away for a reason; without a reason, as back."""
+    user, reason = who.user, cut(reason, REASON_BYTES)
+    if reason != user.away:
+        user.away = reason
+        hub.turn.changed.add(user)
+        emit_to_witnesses(hub, AWAY, user.source, user, reason, origin=who)
+
+
+def check_metadata_writable(who: Session, owner: User | Channel, target: str, key: str) -> None:
+    """Raise Refused unless the session may change the metadata of a user or channel."""
+    if isinstance(owner, Channel):
+        member = owner.members.get(who.user)
+        allowed = who.operator or (member and member.level <= RANKS.index("o"))
+    else:
+        allowed = owner is who.user or who.operator
+    if not allowed:
+        raise Refused("KEY_NO_PERMISSION", "that is not yours to change", target, key)
+
+
+@act
+def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> None:
+    """Set a metadata value of a user or channel; "" removes it. Subscribers of the key are told."""
+    owner = hub.find_channel(target) if target.startswith("#") else hub.find_user(target)
+    check_metadata_writable(who, owner, target, key)
+    if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
+        raise Refused("LIMIT_REACHED", f"{METADATA_KEYS} keys at most", target, str(METADATA_KEYS))
+    if value:
+        owner.metadata[key] = value
+    else:
+        owner.metadata.pop(key, None)
+    hub.turn.changed.add(owner)
+    subscribed = hub.subscribers.get(key, set()) - {who}
+    if not subscribed:
+        return
+    if isinstance(owner, Channel):
+        audience, source = owner.audience, Source(owner.name, "")
+    else:
+        watching = hub.watchers.get(owner.key, ())
+        audience, source = neighbours(hub.turn, owner, watching, alone=True), owner.source
+    hub.work += len(subscribed)
+    channels = set(audience.channels)
+    told = [
+        s
+        for s in subscribed
+        if s.user
+        and (
+            s in audience.sessions
+            or s.user in audience.users
+            or not channels.isdisjoint(s.user.channels)
+        )
+    ]
+    if told:
+        hub.emit(METADATA, source, Audience(owner.name, sessions=told), value, key)
 
 
 def inherit(hub: Hub, user: User, identity: str) -> None:
@@ -3830,6 +3914,11 @@ def enter(
         attach(hub, who, user, address)
         if account and user.account != account:
             change_login(hub, who, account)
+        for key, value in metadata:
+            if key in user.metadata or len(user.metadata) < METADATA_KEYS:
+                set_metadata(hub, who, user.name, key, value)
+        if away not in ("", "*"):
+            set_away(hub, who, away)
         return True, resumed
     if owns and holder:
         take_name(hub, holder, free_name(hub, wanted, dice=dice))
@@ -3886,7 +3975,7 @@ def remove_user(hub: Hub, user: User, reason: str, origin: Session | None = None
 def start_grace_period(hub: Hub, user: User) -> None:
     """Keep a user without a session. If there are too many such users, the first of them goes."""
     hub.absent[user] = hub.ticks
-    host = host_of(user.source.address)
+    host = absent_key(user)
     near = hub.absent_by_host.setdefault(host, {})
     near[user] = None
     crowded = near if len(near) > hub.absent_per_host and not is_loopback(host) else ()
@@ -3960,6 +4049,10 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
     if ban := server_ban(hub, User(source, "", "", 0)):
         disconnect(hub, Source(hub.name, "", mask=hub.name), user, ban.reason)
         return before
+    stays = not takes_name or holder in (None, user) or holder.account != account
+    if stays and user.account not in ("", account) and len(user.live) > 1:
+        text = "your other devices are logged in, too"  # and the other account is not theirs
+        raise Refused("ALREADY_AUTHENTICATED", text, user.account)
     if user.account not in ("", account) or (takes_name and holder is not user):
         check_not_bound(hub, user)
     if takes_name and holder and holder is not user and holder.account != account:
@@ -4654,16 +4747,6 @@ def wallops(hub: Hub, who: Session, text: str) -> None:
 
 
 @act
-def set_away(hub: Hub, who: Session, reason: str) -> None:
-    """Mark the user as away for a reason; without a reason, as back."""
-    user, reason = who.user, cut(reason, REASON_BYTES)
-    if reason != user.away:
-        user.away = reason
-        hub.turn.changed.add(user)
-        emit_to_witnesses(hub, AWAY, user.source, user, reason, origin=who)
-
-
-@act
 def set_realname(hub: Hub, who: Session, realname: str) -> None:
     user = who.user
     user.realname = realname
@@ -4695,53 +4778,6 @@ def set_user_modes(hub: Hub, who: Session, changes: tuple[tuple[bool, str, str],
         hub.emit(USER_MODE, user.source, audience, format_modes(shared), user.name)
     mine = Audience(user.name, sessions={who})
     hub.emit(USER_MODE, user.source, mine, format_modes(done), user.name, who)
-
-
-def check_metadata_writable(who: Session, owner: User | Channel, target: str, key: str) -> None:
-    """Raise Refused unless the session may change the metadata of a user or channel."""
-    if isinstance(owner, Channel):
-        member = owner.members.get(who.user)
-        allowed = who.operator or (member and member.level <= RANKS.index("o"))
-    else:
-        allowed = owner is who.user or who.operator
-    if not allowed:
-        raise Refused("KEY_NO_PERMISSION", "that is not yours to change", target, key)
-
-
-@act
-def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> None:
-    """Set a metadata value of a user or channel; "" removes it. Subscribers of the key are told."""
-    owner = hub.find_channel(target) if target.startswith("#") else hub.find_user(target)
-    check_metadata_writable(who, owner, target, key)
-    if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
-        raise Refused("LIMIT_REACHED", f"{METADATA_KEYS} keys at most", target, str(METADATA_KEYS))
-    if value:
-        owner.metadata[key] = value
-    else:
-        owner.metadata.pop(key, None)
-    hub.turn.changed.add(owner)
-    subscribed = hub.subscribers.get(key, set()) - {who}
-    if not subscribed:
-        return
-    if isinstance(owner, Channel):
-        audience, source = owner.audience, Source(owner.name, "")
-    else:
-        watching = hub.watchers.get(owner.key, ())
-        audience, source = neighbours(hub.turn, owner, watching, alone=True), owner.source
-    hub.work += len(subscribed)
-    channels = set(audience.channels)
-    told = [
-        s
-        for s in subscribed
-        if s.user
-        and (
-            s in audience.sessions
-            or s.user in audience.users
-            or not channels.isdisjoint(s.user.channels)
-        )
-    ]
-    if told:
-        hub.emit(METADATA, source, Audience(owner.name, sessions=told), value, key)
 
 
 @act
@@ -4790,6 +4826,8 @@ def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str
     mask = server_mask(mask)
     if not is_word(mask, MASK_BYTES):
         raise Refused("BAD_MASK", f"a mask is one word of at most {MASK_BYTES} bytes", mask)
+    if is_network(mask):
+        raise Refused("BAD_MASK", NO_NETWORKS, mask)
     for key in [key for key, ban in hub.bans.items() if ban.until and ban.until <= hub.now]:
         del hub.bans[key]
         hub.turn.record("ban_gone", key)
@@ -4936,8 +4974,7 @@ def check_server_password(session: LocalSession, given: str) -> bool:
     if site.password is None:
         return True
     throttle, host = site.hub.accounts.throttle, session.conn.limit_key
-    if seconds := throttle.wait(host, SERVER_PASSWORD, site.hub.ticks):
-        raise Refused("WRONG_PASSWORD", f"too many failures; try again in {seconds} s")
+    throttle.check(host, SERVER_PASSWORD, site.hub.ticks, "WRONG_PASSWORD")
     throttle.failed(host, SERVER_PASSWORD, site.hub.ticks)
     if not hmac.compare_digest(given.encode(), site.password.encode()):
         return False
@@ -5018,7 +5055,9 @@ def drop_own_account(session: LocalSession, password: str) -> Steps:
     session.answer(ACCOUNT_GONE)
 
 
-EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
+# One address (RFC 5322 dot-atom), nothing that is quoted, encoded, or several for a mailer
+ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
+EMAIL = re.compile(rf"(?!.*=\?){ATOM}(\.{ATOM})*@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*")
 
 
 def check_registration(session: LocalSession, nick: str, wanted: str, email: str) -> str:
@@ -5047,7 +5086,7 @@ def register_nick(
     accounts, host, ticks = site.hub.accounts, session.conn.limit_key, site.hub.ticks
     by_mail = "email-required" in site.registration
     if by_mail:  # so that no client can fill a stranger's mailbox
-        accounts.throttle.check(host, "*mail", ticks)
+        accounts.throttle.check(host, "*mail", ticks, "TEMPORARILY_UNAVAILABLE", name)
         accounts.throttle.failed(host, "*mail", ticks)
     if seconds := accounts.made.wait(host, "", ticks):
         text = f"{ACCOUNTS_MADE} accounts from one address at most; try again in {seconds} s"
@@ -5084,7 +5123,7 @@ def email_used(session: LocalSession, email: str) -> str:
 def oper(session: LocalSession, name: str, password: str, done: Callable[[], None]) -> Steps:
     """Make the session an operator if the password is right. Unknown names take the same time."""
     hub, host = session.site.hub, session.conn.limit_key
-    hub.accounts.throttle.check(host, OPERATOR_PASSWORD, hub.ticks)
+    hub.accounts.throttle.check(host, OPERATOR_PASSWORD, hub.ticks, "WRONG_PASSWORD")
     hub.accounts.throttle.failed(host, OPERATOR_PASSWORD, hub.ticks)
     verifier = session.site.operators.get(name) or decoy_verifier(name, OPERATOR_ROUNDS)
     fits = yield do(session.later, PASSWORD_LANE, functools.partial(verifier.fits, password))
@@ -5381,6 +5420,8 @@ def event_of(*row: Any) -> Event:
     id, time_ms, kind, name, address, username, about, text, author, tags = row
     account = author[1:].rpartition("/")[0]
     source = source_of(name, address, username, account)._replace(identity=author)
+    if not address:  # of the server, which has only a name
+        source = source._replace(mask=name)
     # Version 0.2 stored client tags with CR and LF in their values
     tags = tags.translate({13: "\\r", 10: "\\n", 0: None})
     return Event(id, time_ms, kind, source, None, text, about, None, tags)
@@ -7918,7 +7959,10 @@ class Collected:
         """Add a line. Raises Refused."""
         verb, (target, *texts), tags = message
         text, goes_on = "".join(texts[:1]), CONCAT in tags
-        if tags["batch"] != self.reference or fold(target) != fold(self.target):
+        if tags["batch"] == self.reference and fold(target) != fold(self.target):
+            text = "all lines of a message have one target"
+            raise Refused("MULTILINE_INVALID_TARGET", text, self.target, target)
+        if tags["batch"] != self.reference:
             raise Refused("MULTILINE_INVALID", "this line belongs to another message")
         if verb not in ("PRIVMSG", "NOTICE") or self.verb not in ("", verb):
             raise Refused("MULTILINE_INVALID", "a message is all PRIVMSG, or all NOTICE")
@@ -8222,6 +8266,7 @@ class IrcSession(LocalSession):
         self.latest = None
         try:
             self.message = message = self.parse(line)
+            self.site.hub.work += 2 * len(message.tags)
             if "batch" in message.tags:
                 collect(self, message)
             elif message.verb:
@@ -8333,6 +8378,8 @@ class IrcSession(LocalSession):
         """Return the number of lines or batches that this session gets of an event of its own."""
         if event.origin is not self or event.kind in PERSONAL:
             return 0
+        if event.kind == WALLOPS and self.user not in event.audience.users:
+            return 0  # an operator without mode w
         (line,) = self.wire.encode(event.audience, [event])
         return count_answers(line) if self.wire.own(event, line) else 0
 
@@ -8784,10 +8831,22 @@ def irc_authenticate(session: IrcSession, chunk: str) -> None:
         go_on_sasl(session, session.exchange.mechanism.send, answer)
 
 
+def check_admitted(session: IrcSession) -> None:
+    """Raise Refused if a client that is not registered yet will not be let in. It makes no account,
+    with which it could upload files."""
+    if session.user:
+        return
+    if not session.passed:
+        raise Refused("WRONG_PASSWORD", "the server's password is missing or wrong")
+    address, username = session.conn.address, session.username or "*"
+    check_server_ban(session.site.hub, source_of(session.asked or "*", address, username))
+
+
 @irc_command("REGISTER", 3, 3, nameless=True, exact=True)
 @in_steps
 def irc_register(session: IrcSession, account: str, email: str, password: str) -> Steps:
     """REGISTER <account or *> <email or *> <password> -- make your name an account"""
+    check_admitted(session)
     nick = session.user.name if session.user else session.asked
     name, proof = yield from register_nick(session, nick, account, email, password)
     if not proof:
@@ -8802,7 +8861,10 @@ def irc_register(session: IrcSession, account: str, email: str, password: str) -
 @in_steps
 def irc_verify(session: IrcSession, name: str, code: str) -> Steps:
     """VERIFY <account or *> <code> -- the code that was sent to the address of a new account"""
+    check_admitted(session)
     nick = session.user.name if session.user else session.asked
+    if known := session.user.account if session.user else session.account:
+        raise Refused("ALREADY_AUTHENTICATED", "you are logged in already", known)
     account, proof = yield from verify(session, nick if name == "*" else name, code)
     session.line(f"VERIFY SUCCESS {account} :{account} is yours")
     tell_logged_in(session, account, proof)
@@ -9409,7 +9471,7 @@ def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> 
             done.append(key)
     if done:
         shape = RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK
-        told = lambda _: session.reply(shape, " ".join(done))  # noqa: E731
+        told = lambda _: session.reply_list(shape, done)  # noqa: E731
         session.act("follow", "subscribers", tuple(done), on, then=told)
 
 
@@ -10226,7 +10288,8 @@ class LineWire:
         ]
 
     def line(self, audience: Any, event: Event) -> bytes:
-        texts = line_texts(event, line_prefix(audience), audience.name)
+        where = audience.name or "your private conversation"
+        texts = line_texts(event, line_prefix(audience), where)
         return "".join(f"{line}\n" for line in texts).encode()
 
     def own(self, event: Event, line: bytes) -> bytes:
@@ -11337,6 +11400,18 @@ def allow_header(methods: Iterable[str]) -> str:
     return "Allow: " + ", ".join(sorted({*methods, "OPTIONS", "HEAD"}))
 
 
+def is_tus(request: Request) -> bool:
+    return "tus-resumable" in request.headers
+
+
+def with_method(request: Request) -> Request:
+    """Return a request with the method that a client of tus means: some networks let only GET and
+    POST through."""
+    meant = request.header("x-http-method-override").upper()
+    known = request.method == "POST" and meant in ("PATCH", "DELETE")
+    return request._replace(method=meant) if known and is_tus(request) else request
+
+
 class WebSession(LocalSession):
     """A session that answers the requests of one connection in their order."""
 
@@ -11371,6 +11446,7 @@ class WebSession(LocalSession):
             self.take_body(item)
 
     def _begin(self, request: Request) -> None:
+        request = with_method(request)
         self.request, self.take_body = request, do_nothing
         self.body_left = request.length != 0
         self.closing = not request.keeps_alive
@@ -11433,7 +11509,7 @@ class WebSession(LocalSession):
         if data and not any(header.startswith("Content-Type") for header in headers):
             headers = (*headers, TEXT_TYPE, NOTHING_ALLOWED)
             data = data.removesuffix(b"\n") + b"\n"
-        if status != 204:
+        if status not in (204, 304):  # of a 304 it would be that of the content (RFC 9110, 8.6)
             headers = (*headers, f"Content-Length: {len(data)}")
         self.send_head(status, *headers)
         if data and not (request and request.method == "HEAD"):
@@ -11726,15 +11802,12 @@ TUS = "Tus-Resumable: 1.0.0"
 CORS_ASKED = (
     "Access-Control-Allow-Methods: GET, HEAD, POST, PATCH, DELETE, OPTIONS",
     "Access-Control-Allow-Headers: Authorization, Content-Type, Content-Disposition, "
-    "Content-Length, Range, If-Range, Tus-Resumable, Upload-Length, Upload-Offset, Upload-Metadata",
+    "Content-Length, Range, If-Range, Tus-Resumable, Upload-Length, Upload-Offset, "
+    "Upload-Metadata, X-HTTP-Method-Override",
     "Access-Control-Max-Age: 86400",
 )
 PIECE_TYPE = "application/offset+octet-stream"
 NO_SUCH_FILE = "there is no such file, or not any more"
-
-
-def is_tus(request: Request) -> bool:
-    return "tus-resumable" in request.headers
 
 
 def answer_file(session: WebSession, status: int, body: str = "", *headers: str) -> None:
@@ -11767,7 +11840,8 @@ def on_files(method: str, path: str) -> Callable:
         def guarded(session: WebSession, request: Request) -> None:
             if session.site.folder is None:
                 return session.answer(404, "this server keeps no files")
-            if request.headers.get("tus-resumable", ["1.0.0"]) != ["1.0.0"]:
+            asked = request.headers.get("tus-resumable", ["1.0.0"])
+            if method != "OPTIONS" and asked != ["1.0.0"]:
                 return answer_file(session, 412, "this is tus 1.0.0", "Tus-Version: 1.0.0")
             if method != "OPTIONS" and is_elsewhere(session, request):
                 return None
@@ -12179,6 +12253,11 @@ BOM = b"\xef\xbb\xbf"
 TARGET_TOO_LONG = (
     b"HTTP/1.1 414 URI Too Long\r\nContent-Type: text/plain\r\n"
     b"Connection: close\r\n\r\nA target has at most %d bytes.\n" % LINE_BYTES
+)
+TOO_MANY_HTTP = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\nRetry-After: %d\r\n"
+    b"Connection: close\r\n\r\nToo many connections from your address: %d at most.\n"
+    % (WEB_IDLE_SECONDS, WEB_PER_ADDRESS)
 )
 NOT_HTTP_1 = (
     b"HTTP/1.1 505 HTTP Version Not Supported\r\nContent-Type: text/plain\r\n"
@@ -19086,6 +19165,7 @@ class Peer(Connection):
         server = self.server
         if refusal := server.limits.speaks_http(self.home, True):
             log.info("%s turned away: %s", self.address, refusal)
+            self.write(TOO_MANY_HTTP)
             return self.close()
         self.web = True
         self.inbox = HttpReader(first_line + b"\r\n" + self.inbox.rest())
@@ -19376,6 +19456,8 @@ def read_secret(path: pathlib.Path) -> Secret:
     secret = Secret(read_text(path, what).strip())
     if not secret:  # an empty password would let all in
         raise Unusable(f"{what} is empty")
+    if re.search("[\r\n\0]", secret):  # no client could send it
+        raise Unusable(f"{what} is not one line of text")
     secret.path = path
     return secret
 
@@ -19426,9 +19508,16 @@ class ConnectionLimits:
         """Return why a new connection is not allowed; "" if it is."""
         if inside >= self.most:
             return f"this server is full: {self.most} clients"
-        if address and self._is_full(address, address.peers - address.web, self.most_per_address):
-            text = f"too many connections from {key}: {self.most_per_address} at most"
-            return f"{text} (--max-per-address)"
+        most = self.most_per_address + WEB_PER_ADDRESS  # it has not said yet what it speaks
+        if address and self._is_full(address, address.peers, most):
+            return f"too many connections from {key}: {most} at most"
+        return ""
+
+    def speaks_chat(self, address: Address) -> str:
+        """Return why a connection may not speak IRC or the line protocol; "" if it may."""
+        if self._is_full(address, address.peers - address.web - 1, self.most_per_address):
+            text = f"too many connections from {address.key}: {self.most_per_address} at most"
+            return f"{text} (--max-per-address); try again later"
         return ""
 
     def speaks_http(self, address: Address, on: bool) -> str:
@@ -20015,11 +20104,16 @@ class ActBeat:
         if dialect == "other http":
             peer.write(NOT_HTTP_1)
             peer.close()
-        elif dialect == "irc":
-            peer.session = IrcSession(self.site, peer)
-        else:
-            peer.session = LineSession(self.site, peer, peer.greeted)
-        return peer.session
+            return None
+        irc = dialect == "irc"
+        session = IrcSession(self.site, peer) if irc else LineSession(self.site, peer, peer.greeted)
+        peer.session = session
+        if refusal := peer.server.limits.speaks_chat(peer.home):
+            log.warning("%s turned away: %s", peer.address, refusal)
+            session.farewell(refusal)
+            peer.close()
+            return None
+        return session
 
     def act_on_the_last(self, peer: Peer) -> None:
         """Act on the last lines of a lost connection, in this turn."""

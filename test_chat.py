@@ -1131,6 +1131,7 @@ class ScramClient:
         ("alice", "sesame", "p=tls-unique,,", None),
         ("alice", "wrong", "n,,", None),
         ("absent", "sesame", "n,,", None),
+        ("alice", "sesame", "n,,m=x,", None),  # an extension that has to be understood
     ],
 )
 def test_scram_proves_the_password_without_telling_it_and_the_server_proves_itself(
@@ -1336,7 +1337,9 @@ def test_a_long_synchronization_waits_for_its_reader_and_is_whole(running, monke
     monkeypatch.setattr(chat, "UNSENT_NO_READ", 2000)
     server = running()
     alice, bob = server.guest(), server.guest()
-    lines = [f"METADATA * SET key{n} :{'x' * 300}" for n in range(chat.METADATA_KEYS)]
+    lines = [
+        f"METADATA * SET key{n} :{'x' * chat.METADATA_BYTES}" for n in range(chat.METADATA_KEYS)
+    ]
     bob.enter_irc("bob", "JOIN #a", *lines)
     alice.enter_irc("alice", "CAP REQ :batch labeled-response", "JOIN #a,#b,#c")
     for n in range(chat.METADATA_KEYS):
@@ -5519,6 +5522,25 @@ def test_a_user_who_is_one_too_many_after_a_restart_is_in_no_channel(folder, mon
     store.close()
 
 
+def test_absent_users_of_one_network_leave_for_each_other_only(monkeypatch):
+    monkeypatch.setattr(chat, "ABSENT_MOST", 6)
+    house = House()
+    house.hub.absent_per_host = 3
+    hosts = ["198.51.100.7", *(f"[2001:db8::{n:x}]" for n in range(10)), "[2001:db8:0:1::1]"]
+    for n, host in enumerate(hosts):
+        house.connect_irc(f"u{n}", host)
+        house.say(f"u{n}", f"SESSION {n:032x}", f"NICK u{n}", "USER u 0 * :r")
+        house.turn()
+        house.leave(f"u{n}")
+        house.turn()
+    assert {user.name for user in house.missed} == {"u0", "u8", "u9", "u10", "u11"}
+    for user in house.missed:
+        house.connect_irc(user.name, "198.51.100.7")
+        house.say(user.name, f"SESSION {int(user.name[1:]):032x}", "NICK x", "USER u 0 * :r")
+        house.turn()
+    assert not house.hub.absent and not house.hub.absent_by_host
+
+
 @pytest.mark.parametrize("limit", ["in all", "from one address"])
 def test_only_so_many_are_missed_at_a_time(running, monkeypatch, limit):
     if limit == "in all":
@@ -6737,7 +6759,7 @@ alice> CAP END
 === CAP: no negotiation, no names, until it is over
 +erin
 erin> CAP LS 302
-erin< CAP * LS * :chat.py/session draft/account-registration=min-password-length=3,max-password-length=300 draft/channel-rename draft/chathistory draft/event-playback draft/extended-isupport draft/message-redaction draft/metadata-2=before-connect,max-subs=50,max-keys=20,max-value-bytes=300 draft/metadata-3=before-connect,max-subs=50,max-keys=20,max-value-bytes=300 draft/multiline=max-bytes=16384,max-lines=200 draft/no-implicit-names draft/pre-away draft/read-marker draft/oper-tag draft/whoami
+erin< CAP * LS * :chat.py/session draft/account-registration=min-password-length=3,max-password-length=300 draft/channel-rename draft/chathistory draft/event-playback draft/extended-isupport draft/message-redaction draft/metadata-2=before-connect,max-subs=50,max-keys=20,max-value-bytes=240 draft/metadata-3=before-connect,max-subs=50,max-keys=20,max-value-bytes=240 draft/multiline=max-bytes=16384,max-lines=200 draft/no-implicit-names draft/pre-away draft/read-marker draft/oper-tag draft/whoami
 erin< CAP * LS * :no-implicit-names soju.im/search znc.in/self-message
 erin< CAP * LS :sasl=PLAIN,SCRAM-SHA-256 multi-prefix away-notify account-notify extended-join server-time message-tags echo-message batch labeled-response userhost-in-names account-tag chghost invite-notify setname cap-notify extended-monitor standard-replies
 erin> NICK erin
@@ -7444,6 +7466,8 @@ alice> MODE alice +R
 alice< :alice MODE alice +R
 bob> PRIVMSG alice :no account
 bob< 477 bob alice :You need to be logged in to an account; alice accepts messages of logged-in users only
+alice> PRIVMSG alice :a note to myself
+alice< :alice PRIVMSG alice :a note to myself
 === WHO: channels, names, masks and flags
 +#a alice bob
 +#b bob
@@ -8554,6 +8578,10 @@ alice> BATCH +2 draft/multiline #m
 alice> @batch=1 PRIVMSG #m :wrong
 alice< FAIL BATCH MULTILINE_INVALID :this line belongs to another message
 alice> BATCH -2
+alice> BATCH +2 draft/multiline #m
+alice> @batch=2 PRIVMSG bob :wrong
+alice< FAIL BATCH MULTILINE_INVALID_TARGET #m bob :all lines of a message have one target
+alice> BATCH -2
 alice> BATCH +3 foo #m
 alice< FAIL BATCH UNKNOWN_TYPE 3 foo :only messages of several lines come so
 alice> BATCH +4 draft/multiline #m
@@ -8712,7 +8740,7 @@ bob> WHO bob %na
 bob< 354 bob bob alice
 bob< 315 bob bob :End of WHO
 bob> NS VERIFY 12345678
-bob< :NickServ!NickServ@chat.py NOTICE bob :that is not the code that was sent
+bob< :NickServ!NickServ@chat.py NOTICE bob :you are logged in already
 alice> NS DROP secret2
 alice< :NickServ!NickServ@chat.py NOTICE alice :account deleted
 bob> WHO bob %na
@@ -8835,7 +8863,7 @@ def irc_heard(house, label):
     text = re.sub(r"001 (?:.|\n)*\n221 .*", "the welcome", text)
     text = re.sub(r"005 (\w+) .*", r"005 \1 ...", text)
     text = re.sub(
-        r"(msgid|batch)=(?:[0-9a-f]+[g-z]{4}|b?[0-9a-f]+)",
+        r"(msgid|batch)=(?:[0-9a-f]+[g-z]{4}|r?[0-9a-f]+)",
         r"\1=ID",
         re.sub(r"BATCH ([+-])\w+", r"BATCH \1ID", text),
     )
@@ -10143,6 +10171,51 @@ def test_words_of_scripts_without_spaces_and_emoji_are_found(text, found, missin
 # ORDER AND LABELS
 
 
+def test_the_name_of_a_reply_s_batch_is_never_that_of_a_message_in_it():
+    house = irc_house("#a", alice="batch message-tags draft/multiline", bob="draft/multiline batch")
+    house.hub.last_id = 0xB0F
+    asked(house, "bob", "BATCH +1 draft/multiline #a", "@batch=1 PRIVMSG #a :x")
+    asked(house, "bob", "@batch=1 PRIVMSG #a :y", "BATCH -1")
+    house.site.references = itertools.count(0x10)
+    heard(house, "alice")
+    lines = of(asked(house, "alice", "CHATHISTORY LATEST #a * 9"), "BATCH")
+    names = [x.params[0] for x in lines]
+    assert len(names) == len(set(names)) == 4
+
+
+def test_netcat_is_told_where_a_message_was_taken_back():
+    house = irc_house("#lobby", alice="message-tags echo-message draft/message-redaction")
+    house.enter("dora")
+    for name in ("#lobby", "dora"):
+        (said,) = asked(house, "alice", f"PRIVMSG {name} :oops")
+        house.heard("dora")
+        asked(house, "alice", f"REDACT {name} {said.tags['msgid']}")
+        where = name if name[0] == "#" else "your private conversation"
+        assert house.heard("dora") == [f"* alice took back a message in {where}"]
+
+
+# An operator without mode w does not see it, and gets another answer
+@pytest.mark.parametrize("mode, answers", [("-w", ["ACK"]), ("+w", ["WALLOPS"])])
+def test_a_labelled_wallops_has_one_answer(mode, answers):
+    house = irc_house("", alice="labeled-response batch echo-message")
+    asked(house, "alice", "OPER boss secret", f"MODE alice {mode}")
+    lines = asked(house, "alice", "@label=x WALLOPS :hello")
+    assert [(line.verb, line.tags["label"]) for line in lines] == [(one, "x") for one in answers]
+
+
+def test_a_mode_that_the_server_gave_has_the_server_as_its_source_in_history():
+    caps = "draft/event-playback draft/chathistory batch"
+    house = irc_house("#a", alice=caps)
+    asked(house, "alice", "REGISTER * * password", "PART #a", "JOIN #b")
+    house.enter_irc("alice2")
+    asked(house, "alice2", "JOIN #b")
+    asked(house, "alice", "QUIT")
+    asked(house, "alice2", f"CAP REQ :{caps}")
+    live = of(asked(house, "alice2", "NS IDENTIFY alice password"), "MODE")
+    told = of(asked(house, "alice2", "CHATHISTORY LATEST #b * 9"), "MODE")
+    assert [line.source for line in live] == [line.source for line in told] == ["chat.py"]
+
+
 # TOPIC and RENAME in one turn must keep their order; the other events of a channel,
 # members with and without the capability, and the one who does it
 @pytest.mark.parametrize(
@@ -10867,6 +10940,117 @@ def test_a_refusal_of_register_or_verify_names_the_account(line, code):
     assert fails(asked(house, "alice", line)) == [(line.split()[0], code, [account])]
 
 
+ADDRESSES = [  # of mail, and whether a code is sent to them
+    ("alice@example.org", True),
+    ("a.b+c=d_e/f'g@x-1.example", True),
+    ("root@localhost", True),
+    ("root,eve@x.org", False),
+    ("root;eve@x.org", False),
+    ("a@b.org,c@d.org", False),
+    ("<eve@x.org>", False),
+    ("group:eve@x.org;", False),
+    ('"root"@x.org', False),
+    ("(root)eve@x.org", False),
+    ("a\\b@x.org", False),
+    ("=?utf-8?q?root=2C?=eve@x.org", False),
+    ("\u00e4@b.org", False),
+    ("eve@\u00e4.org", False),
+    ("a..b@x.org", False),
+    (".a@x.org", False),
+    ("a@x..org", False),
+    ("a@[127.0.0.1]", False),
+    ("a\x01b@x.org", False),
+    ("@x.org", False),
+    ("alice@", False),
+]
+
+
+@pytest.mark.parametrize("address, valid", ADDRESSES)
+def test_a_code_is_sent_to_one_address_as_it_was_given(address, valid):
+    house = House(register=frozenset(("email-required",)))
+    house.enter_irc("alice")
+    told = asked(house, "alice", f"REGISTER * {address} password")
+    assert [code for _, code, _ in fails(told)] == ([] if valid else ["INVALID_EMAIL"])
+    assert [values[0] for values in house.asked_for] == [address] * valid
+
+
+def test_too_many_codes_and_tries_are_told_as_the_specification_has_it():
+    house = House(register=frozenset(("email-required",)))
+    for _ in range(2 * chat.LOGIN_TRIES_SERVER):
+        house.connect_irc("alice", "10.0.0.9")
+        house.say("alice", "NICK alice", "USER u 0 * :r")
+        house.turn()
+        told = asked(house, "alice", "REGISTER * a@b.org password", "VERIFY alice 1")
+        asked(house, "alice", "QUIT")
+    assert fails(told) == [
+        ("REGISTER", "TEMPORARILY_UNAVAILABLE", ["alice"]),
+        ("VERIFY", "TEMPORARILY_UNAVAILABLE", ["alice"]),
+    ]
+
+
+def test_an_operator_s_password_that_was_wrong_too_often_is_told_as_a_wrong_one():
+    house = House()
+    for _ in range(chat.LOGIN_TRIES_SERVER + 1):
+        house.connect_irc("alice", "10.0.0.9")
+        house.say("alice", "NICK alice", "USER u 0 * :r")
+        house.turn()
+        heard(house, "alice")
+        told = asked(house, "alice", "OPER boss wrong")
+        asked(house, "alice", "QUIT")
+    assert [line.verb for line in told] == ["464"] and "try again in" in told[0].params[-1]
+
+
+@pytest.mark.parametrize("line", ["REGISTER * * password", "REGISTER * a@b.org password"])
+def test_a_client_that_is_not_let_in_makes_no_account(line):
+    rules = frozenset(("before-connect", *(["email-required"] * ("@" in line))))
+    house = House(password="word", register=rules)
+    house.connect_irc("eve")
+    assert [x.verb for x in asked(house, "eve", "NICK eve", line, "VERIFY * 1")] == ["464", "464"]
+    asked(house, "eve", "PASS word")
+    assert of(asked(house, "eve", line), "REGISTER")
+    house = House(register=rules)
+    house.enter_irc("root")
+    asked(house, "root", "OPER boss secret", "KLINE 10.0.0.9 0 go")
+    house.connect_irc("eve", "10.0.0.9")
+    assert "465" in [x.verb for x in asked(house, "eve", "NICK eve", line)]
+    assert house.hub.accounts == {} and not house.hub.accounts.pending
+
+
+def test_verify_does_not_change_the_account_of_a_user_who_is_logged_in():
+    house = House(register=frozenset(("email-required",)))
+    house.enter_irc("alice", "bob")
+    for who in ("alice", "bob"):
+        asked(house, who, f"REGISTER * {who}@x.org password")
+    codes = {values[1]: values[2] for values in house.asked_for}
+    assert of(asked(house, "alice", f"VERIFY * {codes['alice']}"), "VERIFY")
+    told = asked(house, "alice", f"VERIFY bob {codes['bob']}")
+    assert fails(told) == [("VERIFY", "ALREADY_AUTHENTICATED", ["alice"])]
+    assert house.hub.users["alice"].account == "alice"
+    assert of(asked(house, "bob", f"VERIFY * {codes['bob']}"), "VERIFY")
+
+
+def test_a_device_does_not_take_the_others_to_another_account():
+    house = House()
+    account(house, "alice", "carol")
+    device(house, "phone", "alice")
+    device(house, "desk", "alice")
+    ask(house, "phone", "NS IDENTIFY carol password")
+    assert house.hub.users["alice"].account == "alice"
+    assert all("ACCOUNT" not in line for line in house.heard("desk"))
+    house.enter("nc")
+    house.say("nc", "/login alice password")
+    carol = house.hub.accounts.pop("carol")
+    house.enter("carol")  # a guest, who would have to give the name up
+    house.hub.accounts["carol"] = carol
+    house.say("nc", "/login carol password")
+    house.turn()
+    assert house.hub.users["alice"].account == "alice" and len(house.hub.users["alice"].live) == 3
+    house.say("desk", "QUIT")
+    house.say("nc", "/quit")
+    ask(house, "phone", "NS IDENTIFY carol password")
+    assert house.hub.users["alice"].account == "carol"
+
+
 # VERIFY * is one's own name
 def test_verify_with_a_star_verifies_ones_own_name(running, tmp_path):
     mail = tmp_path / "mail"
@@ -11006,6 +11190,36 @@ def test_messages_of_operators_have_a_tag_for_clients_that_asked():
 
 
 METADATA = "draft/metadata-3 batch message-tags"
+
+
+def test_what_a_device_says_of_its_user_before_it_joins_it_is_kept_and_told():
+    house = irc_house("#a", alice="", bob=f"{METADATA} away-notify")
+    asked(house, "alice", "REGISTER * * password")
+    asked(house, "bob", "METADATA * SUB url")
+    house.connect_irc("desk")
+    told = asked(house, "desk", f"CAP REQ :sasl draft/pre-away {METADATA}", "METADATA * SET url :x")
+    assert of(told, "761")
+    house.say("desk", "AWAY :at lunch", "NICK alice", "USER u 0 * :r", "AUTHENTICATE PLAIN")
+    asked(house, "desk", f"AUTHENTICATE {plain('alice', 'password')}")
+    burst = asked(house, "desk", "CAP END")
+    assert [x.params[-1] for x in of(burst, "761")] == ["x"]
+    user, told = house.hub.users["alice"], heard(house, "bob")
+    assert (user.metadata, user.away) == ({"url": "x"}, "at lunch")
+    assert [x.params[-1] for x in of(told, "761", "AWAY")] == ["x", "at lunch"]
+
+
+def test_values_and_keys_of_metadata_arrive_whole_behind_the_longest_names():
+    house = House(name="irc.some-long-organization-name.example.org")
+    name, key = "й" * chat.NAME_CHARACTERS, "k" * chat.METADATA_KEY_BYTES
+    house.enter_irc(name)
+    asked(house, name, f"CAP REQ :{METADATA}")
+    text = "v" * (chat.METADATA_BYTES - 1) + "E"
+    lines = asked(house, name, f"METADATA * SET {key} :{text}", f"METADATA * GET {key}")
+    assert [x.params[-1] for x in of(lines, "761")] == [text, text]
+    keys = [f"{n:02}{'x' * 26}" for n in range(13)]
+    for command, numeric in (("SUB", "770"), ("UNSUB", "771")):
+        lines = of(asked(house, name, f"METADATA * {command} {' '.join(keys)}"), numeric)
+        assert [word for x in lines for word in x.params[1:]] == keys
 
 
 # Keys that were taken are told in 770, also before a refusal
@@ -12463,6 +12677,23 @@ def test_what_tus_does_not_allow_has_the_right_status(files, method, path, heade
     assert answer[0] == status and on_disk(files) == before
 
 
+@pytest.mark.parametrize("method", ["PATCH", "DELETE"])
+def test_the_method_of_tus_may_stand_in_a_header(files, method):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 5", PIECE, body=b"he"))
+    meant = (f"X-HTTP-Method-Override: {method}", PIECE, "Upload-Offset: 2")
+    assert tus(files, "POST", path, *meant, body=b"llo")[0] == 204
+    assert got(files, path)[0] == (200 if method == "PATCH" else 404)
+    head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}\nContent-Length: 2"
+    head += f"\nX-HTTP-Method-Override: {method}"  # without tus it says nothing
+    assert Browser(files).asks(head, b"hi")[0] == 201
+
+
+def test_options_tells_what_can_be_uploaded_to_any_version(files):
+    head = "OPTIONS /files HTTP/1.1\nHost: localhost\nTus-Resumable: 0.2.2"
+    status, headers, _ = Browser(files).asks(head)
+    assert status == 204 and headers["tus-version"] == "1.0.0"
+
+
 def test_options_tells_what_can_be_uploaded(files):
     head = "OPTIONS /files HTTP/1.1\nHost: localhost\nOrigin: https://other.example"
     status, headers, _ = Browser(files).asks(head)
@@ -12615,7 +12846,9 @@ def test_conditions_are_heeded(files):
         ('Range: bytes=0-1\nIf-Range: "x"', 200),
         (f"Range: bytes=0-1\nIf-Range: W/{etag}", 200),  # a weak one is not strong
     ):
-        assert got(files, path, header)[0] == status, header
+        answer = got(files, path, header)
+        assert answer[0] == status, header
+        assert ("content-length" in answer[1]) == (status != 304)  # RFC 9110 section 8.6
 
 
 CONTENTS = [  # first bytes, name, type
@@ -13095,11 +13328,14 @@ def test_half_a_request_and_an_idle_connection_are_ended(running, monkeypatch):
 def test_connections_that_speak_http_have_a_count_of_their_own():
     limits = chat.ConnectionLimits(chat.ServerOptions(max_per_address=2))
     addresses, key = chat.Addresses(FakeLoop(0.0), None), "192.168.1.5"
-    one = [addresses.enter(key) for _ in range(2)][0]
-    assert limits.refusal(2, key, one).startswith("too many connections")
-    assert limits.speaks_http(one, True) == "" and limits.refusal(2, key, one) == ""
-    addresses.enter(key)
+    one = [addresses.enter(key) for _ in range(3)][0]
+    assert limits.speaks_chat(one).startswith("too many connections")
+    assert limits.speaks_http(one, True) == "" and limits.speaks_chat(one) == ""
+    assert limits.refusal(3, key, one) == ""
     assert limits.speaks_http(one, False).startswith("too many connections")  # a WebSocket is chat
+    one.peers += chat.WEB_PER_ADDRESS - 1
+    assert limits.refusal(3, key, one).startswith("too many connections")  # of any kind
+    one.peers -= chat.WEB_PER_ADDRESS - 1
     for web in (True, False, False):
         addresses.leave(one, web)
     assert not addresses and one.web == 0
@@ -19868,21 +20104,43 @@ def test_a_slow_reader_is_closed_after_a_while(running, monkeypatch):
     assert speaker.line() == f"stuck ({stuck.here()}) left the chat!"
 
 
+def test_too_many_connections_of_http_are_told_with_a_status(running, monkeypatch):
+    monkeypatch.setattr(chat, "is_loopback", lambda host: False)
+    monkeypatch.setattr(chat, "WEB_PER_ADDRESS", 2)
+    server = running()
+    request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        pages = [
+            stack.enter_context(socket.create_connection(server.address, PATIENCE))
+            for _ in range(3)
+        ]
+        for page in pages:
+            page.sendall(request)
+            status = page.recv(12)
+        assert status == b"HTTP/1.1 503"
+
+
 def test_too_many_connections_are_told_which_limit(running, monkeypatch):
     monkeypatch.setattr(chat, "is_loopback", lambda host: False)
     server = running(max_per_address=2)
     first, _ = server.guest("a"), server.guest("b")
-    refused = server.guest()
-    assert refused.rest().decode() == (
-        "* too many connections from 127.0.0.1: 2 at most (--max-per-address); try again later\n"
-    )
-    first.line()
+    text = "too many connections from 127.0.0.1: 2 at most (--max-per-address); try again later"
+    first.until("b (")
+    for line, told in (("carol\n", f"* {text}\n"), ("NICK d\r\n", f"ERROR :{text}\r\n")):
+        refused = server.guest()
+        refused.send(line)
+        assert refused.rest().decode() == told
+    with socket.create_connection(server.address, PATIENCE) as page:  # it has a count of its own
+        page.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert page.recv(12) == b"HTTP/1.1 200"
     first.send("/quit\n")
     assert first.rest() == b""
     first.close()
-    while (guest := server.guest()).file.readline() != chat.GREETING:
-        pass  # until the server has seen the first one go
-    assert guest
+    while True:  # until the server has seen the first one go
+        guest = server.guest()
+        guest.send("eve\n/names\n")
+        if "too many" not in guest.line():
+            break
 
 
 def test_a_client_that_is_lost_while_leaving_is_counted_off_once(loop):
@@ -20183,6 +20441,23 @@ def test_kline_is_for_server_operators(line):
 def test_kline_needs_to_know_whom(line):
     house = operated()
     assert [x.verb for x in asked(house, "root", line)] == ["461"]
+
+
+@pytest.mark.parametrize("mask", ["10.0.0.0/8", "*!*@10.0.0.0/8", "2001:db8::/32", "m:10.0.0.0/8"])
+def test_a_network_with_a_size_is_no_mask(mask):
+    house = operated()
+    assert [x.verb for x in asked(house, "root", f"MODE #a +b {mask}")] == ["696"]
+    assert not house.hub.channels["#a"].lists["b"]
+    asked(house, "root", f"KLINE {mask} 10 x")
+    assert not house.hub.bans or mask[0] == "m"
+
+
+@pytest.mark.parametrize("line", ["WHO {}", "LIST {}", "VERSION {}", "MODE #a +bb {} {}"])
+def test_compiling_masks_costs_what_it_takes(line):
+    house = operated()
+    house.hub.take_work()
+    house.say("root", line.format("*a" * 100, "*b" * 100))
+    assert house.hub.take_work() > 2000
 
 
 @pytest.mark.parametrize("minutes", ["-1", "99999999999999999999999"])
@@ -28181,9 +28456,18 @@ WRONG_COMMAND_LINES = [  # the status, and what is said
     (["client", "alice", "--sasl", "OAUTH"], 2, "SCRAM-SHA-256, EXTERNAL and PLAIN"),
     (["client", "a" * 65], 1, "a name has at most 64 bytes"),
     (["server", "--oper", "boss:@/dev/null"], 1, "the password in /dev/null is empty"),
+    (["server", "--data", "none", *["--oper", "boss:x"] * 2], 1, "--oper boss is given twice"),
     (["client", "alice", "--login"], 1, "no password was typed; it can be given as @FILE"),
     (["dance"], 2, "invalid choice"),
 ]
+
+
+def test_a_password_in_a_file_is_one_line(tmp_path):
+    path = tmp_path / "word"
+    for content, valid in (("pass\xa0word\n", True), ("a\nb\n", False), ("a\0b", False)):
+        path.write_text(content)
+        with contextlib.nullcontext() if valid else pytest.raises(chat.Unusable, match="one line"):
+            assert chat.read_secret(path) == content.strip()
 
 
 def test_a_wrong_command_line_is_one_clear_line_and_no_traceback():
