@@ -12314,8 +12314,9 @@ class ServerProfile:
         unchanged. Not all servers with such targets announce them."""
         symbols = self.ranks[1] + STATUS_SYMBOLS
         marks = self.status + "".join(one for one in symbols if one not in self.channel_types)
-        bare = target.lstrip(marks)
-        return bare if bare != target and self.is_channel(bare) else target
+        most = len(target) - len(target.lstrip(marks))
+        names = (target[n:] for n in range(most, 0, -1))  # @+free may be for +free
+        return next(filter(self.is_channel, names), target)
 
     @property
     def status(self) -> str:

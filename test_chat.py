@@ -14585,6 +14585,11 @@ CHANNELS = [  # tokens, target, the conversation that it is in, whether that is 
     (["CHANTYPES=#", "STATUSMSG=@+"], "@#lobby", "#lobby", True),
     (["CHANTYPES=#", "STATUSMSG=~&@%+"], "%#lobby", "#lobby", True),
     (["CHANTYPES=#&+!"], "alice", "bob", False),
+    (["CHANTYPES=#&+", "STATUSMSG=~&@%+"], "@+free", "+free", True),
+    (["CHANTYPES=#&+", "STATUSMSG=~&@%+"], "++free", "+free", True),
+    (["CHANTYPES=#&+", "STATUSMSG=~&@%+"], "+free", "+free", True),
+    (["CHANTYPES=#&+", "STATUSMSG=~&@%+"], "@+#lobby", "#lobby", True),
+    (["CHANTYPES=#", "STATUSMSG=@+"], "@bob", "bob", False),
     ([], "#x", "#x", True),
 ]
 
