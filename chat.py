@@ -13029,6 +13029,13 @@ UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as s
 SAYING_FAILED = ("401", "707", "716", "936", "972")  # about a message, if one is in flight
 
 
+def not_held(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
+    """Return the messages of a page that are not among the held ones: these follow in their order,
+    and there may be older ones than on the page."""
+    held = {identity_of(view) for view in room.held or []}
+    return [view for view in views if identity_of(view) not in held]
+
+
 class Login(NamedTuple):
     """The name and password of an account."""
 
@@ -13613,7 +13620,7 @@ class HistoryRequests:
 
     def _page_last(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle the page of messages from before the client joined."""
-        for view in (new := not_shown(room, views)):
+        for view in (new := not_shown(room, not_held(room, views))):
             self.core.deliver(room, view._replace(past=True))
         self.core.note_repeatable(room, new)  # live lines among the held ones may be on this page
         room.whole = not views  # a short page may consist of long messages
@@ -13637,7 +13644,7 @@ class HistoryRequests:
             self.core.note_holes(room, *room.holes, *optional(views[0].id))
             text = "more was said meanwhile; page up, or /history, shows it"
             self.core.show(ViewEvent(NOTE, text, where=room.name))
-        self._deliver_missed(room, views)
+        self._deliver_missed(room, not_held(room, views))
         self._end_missed(room, bool(views), "gap" if room.spilled else "")
 
     def _deliver_missed(self, room: Room, views: list[ViewEvent]) -> None:

@@ -15150,6 +15150,22 @@ def test_a_message_in_doubt_has_arrived_if_history_has_it_even_without_its_own_i
     assert len(shown) == 1 + ("another" in lines[0])
 
 
+@pytest.mark.parametrize("mark", ["", "@msgid=0 :bob!u@h PRIVMSG #lobby :m0"])
+def test_the_newest_page_comes_in_order_with_the_live_messages_that_wait_for_it(mark):
+    alice = Elsewhere(caps=PAGES_OF)
+    if mark:
+        alice.hears("BATCH +h chathistory #lobby", "BATCH -h", mark)
+        alice.core.disconnected()
+        alice.connect(caps=PAGES_OF)
+        alice.said()
+    lines = [f"msgid={n} :bob!u@h PRIVMSG #lobby :m{n}" for n in range(1, 5)]
+    alice.hears(*[f"@{line}" for line in lines])
+    page = [f"@batch=h;{line}" for line in lines[2:]]
+    alice.hears("BATCH +h chathistory #lobby", *page, "BATCH -h")
+    assert alice.said() == [f"#lobby bob: m{n}" for n in range(1, 5)]
+    assert alice.core.room.mark == "msgid=4"
+
+
 def test_a_page_is_requested_though_a_command_waits_behind_a_message_that_waits_for_the_page():
     caps = f"{PAGES_OF} echo-message"
     alice = Elsewhere(caps=caps, tidy=False)
