@@ -12387,6 +12387,11 @@ class ServerProfile:
         return "echo-message" in self.enabled and (self.labels or self.keeps_own_tags)
 
     @property
+    def tells_own_tags(self) -> bool:
+        """True if the client learns whether the server refused its tags or a message after them."""
+        return self.labels or "echo-message" in self.enabled
+
+    @property
     def repeatable(self) -> bool:
         """True if a message that is sent twice with the same id is delivered only once."""
         return self.echoes and "chat.py/session" in self.enabled
@@ -12984,6 +12989,7 @@ def is_person(heard: ServerLine) -> bool:
 
 # Client-only tags (ircv3.net/specs/client-tags)
 REPLY, REACT, UNREACT, TYPES = "+draft/reply", "+draft/react", "+draft/unreact", "+typing"
+QUIET = "typing"  # in place of the id of a message: errors about it are not shown
 
 
 def for_some(target: str, channel: str, text: str) -> str:
@@ -13023,17 +13029,17 @@ def not_shown(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
     return [view for view in views if view.id or identity_of(view) not in shown]
 
 
-UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as servers write it
-
-
-SAYING_FAILED = ("401", "707", "716", "936", "972")  # about a message, if one is in flight
-
-
 def not_held(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
     """Return the messages of a page that are not among the held ones: these follow in their order,
     and there may be older ones than on the page."""
     held = {identity_of(view) for view in room.held or []}
     return [view for view in views if identity_of(view) not in held]
+
+
+UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as servers write it
+
+
+SAYING_FAILED = ("401", "707", "716", "936", "972")  # about a message, if one is in flight
 
 
 class Login(NamedTuple):
@@ -13289,7 +13295,9 @@ class Acknowledgements:
 
     def note_command(self, line: str, by_user: bool) -> None:
         """Note a line that is sent and that the server may refuse. A pipe waits for the answer."""
-        verb, params, _ = parse_message(line)
+        verb, params, tags = parse_message(line)
+        if verb == "TAGMSG" and params and "label" not in tags:
+            self.note_sent(params[0], QUIET if TYPES in tags else "")
         if verb in ("PRIVMSG", "NOTICE") and len(params) > 1:
             for target in params[0].split(","):
                 self.note_sent(target, "")
@@ -13316,6 +13324,12 @@ class Acknowledgements:
         """Forget the lines up to a message or a PING: no error is about them any more."""
         while any(line.id == id for line in self.sent):
             self.sent.popleft()
+
+    def tags_arrived(self, target: str) -> None:
+        """Note that the first tags to a target, of those without an answer, were not refused."""
+        tags = SentLine(self.core.fold(target), QUIET)
+        if tags in self.sent:
+            self.sent.remove(tags)
 
     def acknowledged(self, own_id: str) -> None:
         """Note that the server has a message, and has refused none of the earlier ones."""
@@ -14294,7 +14308,7 @@ def command_refused(talk: IrcTalk, heard: ServerLine) -> None:
 def refused(talk: IrcTalk, heard: ServerLine, text: str) -> None:
     """Show an error of the server; with the label of a message, report that message as lost."""
     label = heard.tags.get("label", "").partition(".")[0]
-    if label in talk.core.outbox.parked:  # the user knows: the rest of it was not sent
+    if label == QUIET or label in talk.core.outbox.parked:  # the user knows: the rest is not sent
         return
     if label in talk.core.outbox.waiting:
         talk.core.lost(label, text)
@@ -14354,7 +14368,7 @@ def message_refused(talk: IrcTalk, heard: ServerLine) -> tuple[str, str]:
     nameless = not names and not talk.acks.commands
     any_line = not talk.server.labels and (nameless or SAYING & {*map(str.upper, names)})
     if not lines and any_line:
-        lines = [line for line in talk.acks.sent if line.target and line.id]
+        lines = [line for line in talk.acks.sent if line.target and line.id not in ("", QUIET)]
     quoted = (line for line in lines if quotes(error, line.text))
     line = next(quoted, None) or next(iter(lines), None)
     if line is None:
@@ -14760,7 +14774,9 @@ def tags_told(talk: IrcTalk, heard: ServerLine) -> None:
     room = core.find(where if mine or talk.server.is_channel(where) else heard.name)
     if room is None or core.is_ignored(heard):
         return
-    if TYPES in tags and not mine:
+    if TYPES in tags and mine:
+        talk.acks.tags_arrived(room.name)
+    elif TYPES in tags:
         core.types(room, heard.name, tags[TYPES])
     for tag, on in ((REACT, True), (UNREACT, False)):
         emoji = visible(tags.get(tag, ""))[:REACTION_CHARACTERS]
@@ -15666,7 +15682,8 @@ class ForScreens:
             limit = f"a reaction has 1 to {REACTION_CHARACTERS} characters"
             raise Refused("BAD_REACTION", limit)
         tags = f"{REACT if on else UNREACT}={escaped_tag(emoji)};{REPLY}={escaped_tag(id)}"
-        self.talk.raw(f"@{tags} TAGMSG {room.name}")
+        label = ";label=reaction" * self.server.labels
+        self.talk.raw(f"@{tags}{label} TAGMSG {room.name}")
         if "echo-message" not in self.server.enabled:  # else the echo shows it
             self.reacted(room, id, emoji, self.name, on)
 
@@ -15701,6 +15718,7 @@ class ForScreens:
         is for a break, "done" for a text that is not sent after all."""
         now = self.ticks()
         ready = self.can("typing") and self.setting("typing") == "on"
+        ready = ready and self.server.tells_own_tags  # else an error may be that of a message
         idle = self.outbox.waiting.keys() <= self.outbox.parked.keys()
         ready = ready and (room.inside or not room.is_channel) and idle
         ready = ready and self.talk.budget.tokens > TYPING_SPARE
@@ -15708,7 +15726,8 @@ class ForScreens:
         due = state != told or (state == "active" and now - since > TYPING_SECONDS)
         if ready and due and not (told == "done" and state == "paused"):
             self.typed_at[room.id] = now, state
-            self.talk.send(f"@{TYPES}={state}", "TAGMSG", room.name)
+            label = f";label={QUIET}" * self.server.labels
+            self.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
 
     def types(self, room: Room, name: str, state: str) -> None:
         """Note that another user is typing, or has paused or stopped."""

@@ -17732,7 +17732,7 @@ def test_a_reaction_is_shown_when_the_server_has_taken_it():
 
 
 def test_typing_is_told_although_a_message_is_left_to_the_user():
-    there = Elsewhere(caps="message-tags")
+    there = Elsewhere(caps="message-tags echo-message")
     there.types("x")
     there.sent(9)
     (id,) = there.core.outbox.waiting
@@ -17740,6 +17740,42 @@ def test_typing_is_told_although_a_message_is_left_to_the_user():
     there.core.typing(there.core.room, "active")
     there.core.flush()
     assert there.sent() == ["@+typing=active TAGMSG #lobby"]
+
+
+@pytest.mark.parametrize("caps", ["", " batch labeled-response"])
+def test_an_error_about_typing_is_not_shown_and_of_no_message(caps):
+    there = Elsewhere(caps=f"message-tags echo-message{caps}")
+    there.core.typing(there.core.room, "active")
+    there.core.flush()
+    (line,) = there.sent()
+    there.types("hi")
+    there.sent()
+    there.views.clear()
+    label = "@label=typing " * ("label=typing" in line)
+    there.hears(f"{label}:irc.example 404 alice #lobby :Cannot send to channel")
+    assert there.views == [] and len(there.core.outbox.waiting) == 1
+    there.hears(f"@label={[*there.core.outbox.waiting][0]} :irc.example 404 alice #lobby :No")
+    assert there.kinds("failed") == ["#lobby: No: hi"]
+
+
+def test_an_error_about_a_message_after_typing_that_was_taken_is_of_the_message():
+    there = Elsewhere(caps="message-tags echo-message")
+    there.core.typing(there.core.room, "active")
+    there.core.flush()
+    there.types("hi")
+    there.sent()
+    there.hears("@+typing=active :alice!u@h TAGMSG #lobby", "404 alice #lobby :No colours")
+    assert there.kinds("failed") == ["#lobby: No colours: hi"]
+
+
+@pytest.mark.parametrize("caps", ["", " echo-message", " echo-message batch labeled-response"])
+def test_an_error_about_a_reaction_is_shown_and_of_no_message(caps):
+    there = Elsewhere(caps=f"message-tags{caps}")
+    there.hears("@msgid=5 :bob!u@h PRIVMSG #lobby :yo")
+    there.types("/react +1", "hello")
+    label = "@label=reaction " * ("label=reaction" in there.sent(9)[0])
+    there.hears(f"{label}:irc.example 404 alice #lobby :Cannot send to channel")
+    assert there.kinds("failed") == [] and "Cannot send" in there.kinds("server text")[-1]
 
 
 def test_typing_is_passed_on_and_not_kept():
