@@ -16294,10 +16294,11 @@ class ClientCore(ForScreens):
         """Note the port and the duration for which the server demands TLS (IRCv3 sts)."""
         tokens = parse_tags(value.replace(",", ";"))
         port, seconds = (whole_number(tokens.get(one, "")) for one in ("port", "duration"))
-        if value:
-            self.sts = port or 0, seconds or 0
-            if port and not self.tls and self.cause != FATAL:
-                self.redial = True
+        if self.tls and seconds is not None:  # other values are to be ignored
+            self.sts = port or 0, seconds
+        elif not self.tls and port and port <= 65535:
+            self.sts = port, seconds or 0
+            self.redial = self.redial or self.cause != FATAL
 
     def tick(self) -> list[ViewEvent]:
         """Do the work of every second: overdue answers, joins in one row, read markers, store."""

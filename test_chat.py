@@ -15531,6 +15531,28 @@ def test_words_for_a_channel_that_we_cannot_enter_are_kept_for_the_user_to_decid
     alice.core.connected()
     alice.hears("001 alice :Welcome", "474 alice #tea :Cannot join channel (+b)")
     (one,) = alice.core.outbox.waiting.values()
+STS_VALUES = [  # over TLS?, value, port and seconds of the policy, whether to connect again
+    (False, "port=6697,duration=9", (6697, 9), True),
+    (False, "port=6697", (6697, 0), True),
+    (False, "port=99999", None, False),
+    (False, "port=0", None, False),
+    (False, "duration=9", None, False),
+    (True, "duration=9", (0, 9), False),
+    (True, "duration=0", (0, 0), False),
+    (True, "port=6697", None, False),
+    (True, "port=6697,duration=abc", None, False),
+]
+
+
+@pytest.mark.parametrize("tls, value, policy, redial", STS_VALUES)
+def test_a_demand_of_tls_that_makes_no_sense_is_ignored(tls, value, policy, redial):
+    core = chat.ClientCore("alice", kind=chat.IRC)
+    core.tls = tls
+    core.connected()
+    core.feed(f":x CAP * LS :sts={value}\r\n".encode())
+    assert (core.sts, core.redial) == (policy, redial)
+
+
     assert one.text == "for tea" and one.id in alice.core.outbox.parked
     assert "for tea; /retry sends it, /cancel drops it" in alice.kinds("failed")[0]
     alice.sent(20)
