@@ -13061,6 +13061,7 @@ class SaslLogin:
         self.talk, self.core, self.server = talk, talk.core, talk.core.server
         self.steps: Iterator | None = None  # of the exchange that is running ...
         self.exchange: Exchange | None = None  # ... and its incoming messages
+        self.login: Login | None = None  # by a /login of the user that is not confirmed yet
         self.mechanism = ""  # of this exchange, or of the last one
         self.taken_up = False  # the server supports that mechanism
         self.others: list[str] = []  # mechanisms to be tried if the server refuses that one
@@ -13085,7 +13086,7 @@ class SaslLogin:
             name = self.others.pop(0)
             if name == "EXTERNAL" and me.certificate:
                 return name
-            if name == "EXTERNAL" or not me.login:
+            if name == "EXTERNAL" or not (self.login or me.login):
                 continue
             if name != "PLAIN" or self.core.secure or asked or me.plain_allowed:
                 return name
@@ -13096,7 +13097,7 @@ class SaslLogin:
 
     def begin(self, mechanism: str) -> None:
         self.mechanism, self.proven, self.taken_up = mechanism, False, False
-        known = self.core.me.login or Login("", "")
+        known = self.login or self.core.me.login or Login("", "")
         self.steps = login_external() if mechanism == "EXTERNAL" else LOGINS[mechanism](*known)
         next(self.steps)  # the server speaks first, even if it says nothing
         self.exchange = Exchange(self.steps)
@@ -13133,8 +13134,12 @@ class SaslLogin:
         for chunk in Exchange.chunks(answer):
             self.talk.send_at_once("AUTHENTICATE", chunk)
 
+    def confirm(self) -> None:
+        """Log in from now on as the user's /login says: the server accepted it."""
+        self.core.me.login, self.login = self.login or self.core.me.login, None
+
     def end(self) -> None:
-        self.steps = self.exchange = None
+        self.steps = self.exchange = self.login = None
         if not self.talk.ready:
             self.talk.send("CAP", "END")
 
@@ -14428,6 +14433,9 @@ def capabilities_told(talk: IrcTalk, heard: ServerLine) -> None:
         server.requested.difference_update(words)
         for word in words:
             (server.enabled.discard if word[0] == "-" else server.enabled.add)(word.lstrip("-"))
+        late = "sasl" in words and talk.ready and not talk.sasl.mechanism  # services are back
+        if late and (mechanism := talk.sasl.choose()):
+            talk.sasl.begin(mechanism)
     elif subcommand == "NAK" and len(words) > 1:  # the server refuses one of these: find out which
         for word in words:
             talk.send_at_once("CAP", "REQ", word)
@@ -14471,7 +14479,7 @@ def renew_login(core: "ClientCore") -> None:
 
 def forget_login(core: "ClientCore") -> None:
     """Drop the log-in: the account does not exist, or has another password."""
-    core.me.proposed, core.me.login = None, None
+    core.me.proposed, core.me.login, core.me.account = None, None, ""
     if core.me.generated:
         core.me.generated = False
         keep_login(core)
@@ -14485,6 +14493,8 @@ def asked_to_log_in(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("900", least=1)
 def told_to_be_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
+    if not talk.sasl.running:
+        talk.sasl.confirm()
 
 
 @from_server("903", least=1)
@@ -14495,9 +14505,21 @@ def logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     if not talk.sasl.proven:
         core.give_up("the server said that we are logged in, and could not prove that it is right")
         return talk.bye("")
+    talk.sasl.confirm()
     core.me.account = core.me.login.account if core.me.login else ""
     renew_login(core)
     talk.sasl.end()
+
+
+@from_server("907", least=1)
+def logged_in_already(talk: IrcTalk, heard: ServerLine) -> None:
+    """Go on with a server that has logged the client in by other means, like its certificate."""
+    me = talk.core.me
+    tell_rest(talk, heard)
+    if talk.sasl.running and not talk.ready and (me.certificate or talk.sasl.proven):
+        me.account = me.account or (me.login.account if me.login else "")
+    if talk.sasl.running:
+        talk.sasl.end()
 
 
 def come_another_time(talk: IrcTalk, why: str) -> None:
@@ -14513,7 +14535,7 @@ def mechanisms_told(talk: IrcTalk, heard: ServerLine) -> None:
     talk.sasl.others = [name for name in talk.sasl.others if name in known]
 
 
-@from_server("902", "904", "905", "906", "907", least=1)
+@from_server("902", "904", "905", "906", least=1)
 def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     core, why = talk.core, f"not logged in: {heard.params[-1]}"
     if not talk.sasl.running:
@@ -14525,7 +14547,7 @@ def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
         core.me.login = None
         forget_login(core)
     elif core.me.account and not talk.ready:
-        return come_another_time(talk, why)
+        return come_another_time(talk, why + "; /login PASSWORD gives another one" * core.tidy)
     talk.sasl.end()
 
 
@@ -14876,7 +14898,9 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
     elif verb == "TOKEN":
         talk.core.took_token("")
     elif verb == "REGISTER":
-        forget_login(talk.core)
+        talk.core.me.proposed = None
+        if talk.core.me.generated:
+            forget_login(talk.core)
         refused(talk, heard, text)
     elif code == "NOT_KEPT" and len(about) > 1:
         talk.core.lost(about[1], text)
@@ -17224,7 +17248,13 @@ def do_who(core: ClientCore, mask: str = "") -> None:
 def do_register(core: ClientCore, *words: str) -> None:
     """/register [EMAIL] [PASSWORD] -- make your name yours; without a password this computer
     makes one, keeps it, and logs in with it from then on"""
-    by_mail = "email-required" in core.server.offered.get("draft/account-registration", "")
+    offered = core.server.offered.get("draft/account-registration")
+    if offered is None and not core.server.ours:
+        advice = f"its services may: /msg {SERVICE} HELP REGISTER"
+        raise Refused("NO_REGISTER", f"this server registers no accounts in this way; {advice}")
+    by_mail = "email-required" in (offered or "")
+    if core.me.account and core.me.generated:  # else another password is stored in place of it
+        raise Refused("LOGGED_IN", f"{core.me.account} is registered; /passwd changes its password")
     email = words[0] if len(words) > 1 or (words and by_mail) else "*"
     password = words[-1] if words and words[-1] != email else ""
     if not password and core.me.keep is None:
@@ -17243,15 +17273,19 @@ def do_verify(core: ClientCore, code: str) -> None:
     core.talk.command("VERIFY", core.name, code)
 
 
-@client_command("login", 1, 2, exact=True)
+@client_command("login", 1, 2, nameless=True, exact=True)
 def do_login(core: ClientCore, *words: str) -> None:
     """/login [ACCOUNT] PASSWORD -- log in, also after every reconnection"""
-    core.me.login = Login(words[0] if len(words) > 1 else core.name, words[-1])
-    enabled = "sasl" in core.server.enabled
-    mechanism = core.talk.sasl.choose(asked=True) if enabled else ""
+    login = Login(words[0] if len(words) > 1 else core.name, words[-1])
+    if not core.ready:  # perhaps because another password is wrong
+        core.me.login, core.wants_connection = login, True
+        return
+    talk = core.online()
+    talk.sasl.login = login
+    mechanism = talk.sasl.choose(asked=True) if "sasl" in core.server.enabled else ""
     if not mechanism:
-        return core.talk.command("PRIVMSG", SERVICE, f"IDENTIFY {service_words(core.me.login)}")
-    core.talk.sasl.begin(mechanism)
+        return talk.command("PRIVMSG", SERVICE, f"IDENTIFY {service_words(login)}")
+    talk.sasl.begin(mechanism)
 
 
 @client_command("passwd", 1, 2, exact=True)

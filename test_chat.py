@@ -15350,6 +15350,103 @@ def test_the_log_in_falls_back_to_a_mechanism_that_the_server_has(
     assert found == mechanisms
 
 
+def logged_in_elsewhere():
+    """A client on a server with SASL, logged in as alice."""
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 0.0, [], []
+    alice.core = chat.ClientCore("alice", kind=chat.IRC, login=chat.Login("alice", "good"))
+    alice.core.secure = True
+    alice.core.connected()
+    alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "AUTHENTICATE +", "903 alice :yes")
+    alice.hears("001 alice :x", "004 alice x ircd a b")
+    alice.sent()
+    return alice
+
+
+@pytest.mark.parametrize("line, password", [("904 alice :no", "good"), ("903 alice :yes", "new")])
+def test_a_log_in_by_the_user_is_used_again_only_if_the_server_accepts_it(line, password):
+    alice = logged_in_elsewhere()
+    alice.types("/login new")
+    alice.hears("AUTHENTICATE +", line)
+    assert alice.core.me.login.password == password
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "AUTHENTICATE +")
+    secret = base64.b64encode(f"alice\0alice\0{password}".encode()).decode()
+    assert f"AUTHENTICATE {secret}" in alice.sent()
+
+
+def test_a_log_in_that_a_break_interrupts_is_not_used_again():
+    alice = logged_in_elsewhere()
+    alice.types("/login new")
+    alice.hears("AUTHENTICATE +")
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "AUTHENTICATE +", "903 alice :yes")
+    assert alice.core.me.login.password == "good"
+
+
+@pytest.mark.parametrize(
+    "line, password", [("900 alice a!u@h alice :you are", "new"), ("", "good")]
+)
+def test_a_log_in_at_a_service_is_used_again_once_the_server_confirms_it(line, password):
+    alice = Elsewhere(login=chat.Login("alice", "good"))
+    alice.types("/login new").hears(*[line] * bool(line))
+    assert alice.core.me.login.password == password
+
+
+def test_a_user_whose_password_was_changed_elsewhere_gets_in_by_another_login():
+    alice = logged_in_elsewhere()
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "AUTHENTICATE +", "904 * :wrong")
+    assert "/login" in alice.core.refusal and alice.core.cause == chat.TEMPORARY
+    alice.core.disconnected()
+    alice.types("/login new")
+    assert alice.core.wants_connection and alice.core.me.login == chat.Login("alice", "new")
+
+
+@pytest.mark.parametrize("external", [True, False])
+def test_a_server_that_has_logged_the_client_in_already_is_entered(external):
+    alice = logged_in_elsewhere()
+    alice.core.me.certificate = external
+    alice.core.disconnected()
+    alice.core.me.account = "alice" * (not external)
+    alice.core.connected()
+    alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "907 * :You have already authenticated")
+    assert alice.sent()[-1] == "CAP END" and not alice.core.refusal
+    assert alice.core.me.account == "alice"
+
+
+@pytest.mark.parametrize("login, sent", [(chat.Login("alice", "good"), True), (None, False)])
+def test_a_client_logs_in_when_the_services_are_back(login, sent):
+    alice = Elsewhere(login=login)
+    alice.core.secure = True
+    alice.hears("CAP alice NEW :sasl=PLAIN", "CAP alice ACK :sasl")
+    assert ("AUTHENTICATE PLAIN" in alice.sent(1)) == sent
+
+
+def test_a_password_is_made_and_kept_only_for_a_server_that_registers_accounts():
+    alice, kept = Elsewhere(), []
+    alice.core.me.keep = kept.append
+    alice.types("/register", "/register sesame99")
+    assert alice.sent(9) == [] and kept == [] and alice.core.me.login is None
+    alice.hears("CAP alice NEW :draft/account-registration")
+    alice.types("/register")
+    assert alice.sent(9)[0].startswith("REGISTER * * ") and len(kept) == 1
+
+
+def test_a_second_register_does_not_replace_the_password_that_is_kept():
+    house, kept = House(), []
+    alice = Pair(house, "alice")
+    alice.core.me.keep = kept.append
+    alice.typed("/register")
+    alice.drop()
+    alice.connect()
+    alice.typed("/register")
+    assert {login.password for login in kept} == {alice.core.me.login.password}
+
+
 def test_external_is_tried_with_a_certificate_and_a_wrong_password_is_not_told_in_the_clear():
     core = chat.ClientCore("alice", kind=chat.IRC)
     core.me.certificate = True
@@ -15432,6 +15529,28 @@ def test_a_server_that_wants_tls_is_left_at_once_and_nothing_is_told_it():
     core.tls = True
     core.feed(b":x CAP * LS :sts=port=1,duration=100\r\n")
     assert not core.redial
+
+
+STS_VALUES = [  # over TLS?, value, port and seconds of the policy, whether to connect again
+    (False, "port=6697,duration=9", (6697, 9), True),
+    (False, "port=6697", (6697, 0), True),
+    (False, "port=99999", None, False),
+    (False, "port=0", None, False),
+    (False, "duration=9", None, False),
+    (True, "duration=9", (0, 9), False),
+    (True, "duration=0", (0, 0), False),
+    (True, "port=6697", None, False),
+    (True, "port=6697,duration=abc", None, False),
+]
+
+
+@pytest.mark.parametrize("tls, value, policy, redial", STS_VALUES)
+def test_a_demand_of_tls_that_makes_no_sense_is_ignored(tls, value, policy, redial):
+    core = chat.ClientCore("alice", kind=chat.IRC)
+    core.tls = tls
+    core.connected()
+    core.feed(f":x CAP * LS :sts={value}\r\n".encode())
+    assert (core.sts, core.redial) == (policy, redial)
 
 
 CTCPS = [
@@ -15531,28 +15650,6 @@ def test_words_for_a_channel_that_we_cannot_enter_are_kept_for_the_user_to_decid
     alice.core.connected()
     alice.hears("001 alice :Welcome", "474 alice #tea :Cannot join channel (+b)")
     (one,) = alice.core.outbox.waiting.values()
-STS_VALUES = [  # over TLS?, value, port and seconds of the policy, whether to connect again
-    (False, "port=6697,duration=9", (6697, 9), True),
-    (False, "port=6697", (6697, 0), True),
-    (False, "port=99999", None, False),
-    (False, "port=0", None, False),
-    (False, "duration=9", None, False),
-    (True, "duration=9", (0, 9), False),
-    (True, "duration=0", (0, 0), False),
-    (True, "port=6697", None, False),
-    (True, "port=6697,duration=abc", None, False),
-]
-
-
-@pytest.mark.parametrize("tls, value, policy, redial", STS_VALUES)
-def test_a_demand_of_tls_that_makes_no_sense_is_ignored(tls, value, policy, redial):
-    core = chat.ClientCore("alice", kind=chat.IRC)
-    core.tls = tls
-    core.connected()
-    core.feed(f":x CAP * LS :sts={value}\r\n".encode())
-    assert (core.sts, core.redial) == (policy, redial)
-
-
     assert one.text == "for tea" and one.id in alice.core.outbox.parked
     assert "for tea; /retry sends it, /cancel drops it" in alice.kinds("failed")[0]
     alice.sent(20)
