@@ -401,6 +401,7 @@ WAITING_SECONDS = 10.0  # ... and sooner while a message waits to be acknowledge
 OTHER_SECONDS = 60.0  # SILENT_SECONDS for other servers, which answer a busy client late
 LATE_JOIN_SECONDS = 30  # a bouncer joins its channels for a client before this
 JOIN_SECONDS = 60.0  # that a JOIN may take
+REJOIN_SECONDS = 60.0  # until a channel is joined again that was full, for example
 BATCH_SECONDS = 60.0  # that a batch of lines may take
 ECHO_SECONDS = 20.0  # that other servers may take to echo a message before we ask
 LOGIN_SECONDS = 30.0  # that a log-in may take ...
@@ -13257,6 +13258,8 @@ class MessageLines:
         self.unsent.clear()
 
 
+NOT_JOINED_NOW = ("437", "471", "477", "480", "500")  # full, after a netsplit, too many joins ...
+NO_CHANNEL = ("403", "476", "479")  # the name is none
 PIECE = "piece"  # in place of an id: a line within a message of this client, not shown alone
 NOT_ECHOED = "the server took it and did not send it back"
 
@@ -13846,6 +13849,9 @@ class IrcTalk:
         self.going: dict[str, str] = {}  # channels to look at once they are joined: their passwords
         # Keys of channels with unanswered JOINs: how many, and since when
         self.entering: dict[str, tuple[int, float]] = {}
+        # Keys of channels whose JOIN was refused: when to try again; and those tried again
+        self.refused: dict[str, float] = {}
+        self.retried: set[str] = set()
         self.named = self.introduced = self.negotiating = False
         self.resumed = False  # the session was resumed: the server says where the client is
         self.tries = 1  # attempts to get a nick
@@ -14021,6 +14027,7 @@ class IrcTalk:
             self.core.dismissed = True
         elif self.ready:
             self.regain_name(now)
+            self.join_again(now)
             self.acks.doubt_echoes(now)
         else:
             self.hurry(now)
@@ -14141,6 +14148,7 @@ class IrcTalk:
 
     def note_join(self, name: str) -> None:
         """Note that a JOIN was sent."""
+        self.refused.pop(self.core.fold(name), None)
         count, _ = self.entering.get(self.core.fold(name), (0, 0.0))
         self.entering[self.core.fold(name)] = count + 1, self.core.ticks()
 
@@ -14151,8 +14159,9 @@ class IrcTalk:
             self.entering[self.core.fold(name)] = count - 1, since
         return count <= 1
 
-    def cannot_enter(self, name: str, why: str) -> None:
-        """Let the user decide about the messages for a channel that the client cannot join."""
+    def cannot_enter(self, name: str, why: str, number: str = "") -> None:
+        """Let the user decide about the messages for a channel that the client cannot join. It is
+        joined over the next connection, and before if the reason may pass."""
         room = self.core.find(name)
         if room and room.inside:
             return
@@ -14160,8 +14169,20 @@ class IrcTalk:
             return
         self.going.pop(self.core.fold(name), None)
         if room:
-            room.wanted = False
+            room.wanted = room.wanted and number not in NO_CHANNEL
+            passes = number in NOT_JOINED_NOW and room.entered
+            again = self.core.ticks() + REJOIN_SECONDS if passes else math.inf
+            self.refused[self.core.fold(name)] = again
             self.core.park_all(room, why)
+
+    def join_again(self, now: float) -> None:
+        """Join the channels that could not be joined for a reason that may have passed."""
+        for key in [key for key, again in self.refused.items() if again < now]:
+            room = self.core.rooms.get(key)
+            del self.refused[key]
+            if room and room.wanted and not room.inside:
+                self.retried.add(key)
+                self.enter(room)
 
     def waits(self, one: Waiting) -> bool:
         """Return whether a message waits for the answer to a JOIN, or for a server. The later
@@ -14404,7 +14425,9 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
     between = ": " if heard.verb[:1] in ("4", "5") else " "
     text = between.join([" ".join(about), text] if about else [text])
     if about and refuses_join(talk, heard.verb, about[0]):
-        talk.cannot_enter(about[0], text)
+        talk.cannot_enter(about[0], text, heard.verb)
+        if talk.core.fold(about[0]) in talk.retried:
+            return  # the user knows
     lost, doubt = message_refused(talk, heard)
     refused(talk, heard._replace(tags={"label": lost} | heard.tags), text + doubt)
 
@@ -15017,6 +15040,8 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
     room = core.room_for(heard.params[0])
     room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
+    talk.refused.pop(core.fold(room.name), None)
+    talk.retried.discard(core.fold(room.name))
     room.topic = ""  # else 332 follows
     asked = core.fold(room.name) in {*talk.entering, *talk.going}
     talk.entering.pop(core.fold(room.name), None)
@@ -16454,7 +16479,8 @@ class ClientCore(ForScreens):
         for one, piece in zip(accepted, pieces, strict=False):
             room = self._show_own(one, piece)
             self.typed_at.pop(room.id, None)  # a message implies that typing is done
-            if room.is_channel and self.ready and not (room.inside or room.wanted):
+            outside = room.is_channel and self.ready and not room.inside
+            if outside and (not room.wanted or self.fold(room.name) in self.talk.refused):
                 self.park(one.id, f"you are not in {room.name}")
             elif room.is_channel and self.ready and self.talk.leaves(room):
                 self.park(one.id, f"you leave {room.name}")
@@ -16934,6 +16960,7 @@ def do_join(core: ClientCore, words: str) -> None:
         if len(one.encode()) > most:
             raise Refused("TOO_LONG", f"the name of a channel has at most {most} bytes here")
         core.talk.going[core.fold(one)] = password
+        core.talk.retried.discard(core.fold(one))
         core.talk.command("JOIN", one, *optional(password))
         core.talk.note_join(one)
         if room:

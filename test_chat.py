@@ -15926,6 +15926,47 @@ def test_what_a_bouncer_lost_is_sent_to_its_next_server():
     assert alice.core.outbox.waiting == {} and alice.kinds("failed") == []
 
 
+NOT_JOINED = [  # the answer to a JOIN after a break; joined again in a minute?, and the next time?
+    ("437 alice #c :Nick/channel is temporarily unavailable", True, True),
+    ("471 alice #c :Cannot join channel (+l)", True, True),
+    ("474 alice #c :Cannot join channel (+b)", False, True),
+    ("403 alice #c :No such channel", False, False),
+    ("", False, True),
+]
+
+
+@pytest.mark.parametrize("line, soon, later", NOT_JOINED)
+def test_a_channel_that_cannot_be_joined_now_is_joined_later(line, soon, later):
+    alice = Elsewhere(join=["#c"])
+    for _ in range(2):
+        alice.core.disconnected()
+        alice.core.connected()
+        alice.hears("001 alice :x", "004 alice x ircd a b")
+        assert ("JOIN #c" in alice.sent()) == (_ == 0 or later)
+        alice.hears(*[line] * bool(line))
+        alice.sent(chat.JOIN_SECONDS * (not line))
+    assert alice.core.room.wanted == later
+    told = len(alice.views)
+    assert ("JOIN #c" in alice.sent(chat.REJOIN_SECONDS + 9)) == soon
+    if soon:
+        alice.hears(line)
+        assert len(alice.views) == told
+        alice.sent(chat.REJOIN_SECONDS + 9)
+        alice.hears(":alice!u@h JOIN #c")
+        assert alice.core.room.inside and "JOIN #c" not in alice.sent(chat.REJOIN_SECONDS + 9)
+
+
+def test_a_text_for_a_channel_that_cannot_be_joined_now_is_left_to_the_user():
+    alice = Elsewhere(join=["#c"])
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("001 alice :x", "004 alice x ircd a b", "471 alice #c :Cannot join channel (+l)")
+    alice.types("hi")
+    assert alice.kinds("failed") == ["you are not in #c: hi; /retry sends it, /cancel drops it"]
+    alice.types("/retry", "/join #c")
+    assert alice.sent().count("JOIN #c") > 1
+
+
 @pytest.mark.parametrize("params", ["JOIN :You have not registered", ":Connection not registered"])
 def test_a_server_that_welcomes_and_then_wants_a_registration_is_waited_for(params):
     alice = Elsewhere()
