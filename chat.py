@@ -14133,11 +14133,14 @@ class IrcTalk:
         core.regain_at = core.ticks() + REGAIN_SECONDS
         return told
 
-    def watch(self, names: Iterable[str]) -> None:
-        """Monitor the users of private conversations, for a screen, if the server has MONITOR."""
+    def watch(self, names: Iterable[str], sign: str = "+") -> None:
+        """Monitor the users of private conversations, for a screen, if the server has MONITOR; or
+        with "-" no longer, except for the wanted nick."""
         names = [name for name in names if name and " " not in name and "," not in name]
+        regains = sign == "-" and self.core.regain
+        names = [name for name in names if not (regains and name == self.core.wanted_nick)]
         if self.core.tidy and "MONITOR" in self.server.tokens and names:
-            self.send("MONITOR", "+", ",".join(names[:WATCHED]))
+            self.send("MONITOR", sign, ",".join(names[:WATCHED]))
 
     def name_is_free(self, name: str) -> None:
         """Take a nick that is free, if it is the wanted one."""
@@ -14355,7 +14358,12 @@ NO_FAILURE = (  # numerics that refuse other commands, not messages
 )
 
 
-OF_A_COMMAND = ("437", "442", "482")  # about a message, unless a command for the channel was sent
+OF_A_COMMAND = (
+    "403",
+    "437",
+    "442",
+    "482",
+)  # about a message, unless a command for the channel was sent
 SAYING = {"PRIVMSG", "BATCH"}
 
 
@@ -14424,6 +14432,7 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
     *about, text = heard.params[1:] or heard.params
     between = ": " if heard.verb[:1] in ("4", "5") else " "
     text = between.join([" ".join(about), text] if about else [text])
+    text = f"{heard.name}: " * ("!" in heard.source) + text
     if about and refuses_join(talk, heard.verb, about[0]):
         talk.cannot_enter(about[0], text, heard.verb)
         if talk.core.fold(about[0]) in talk.retried:
@@ -14606,6 +14615,15 @@ def name_is_taken(talk: IrcTalk, heard: ServerLine) -> None:
     try_name(talk, heard, NAMES_COUNTED if talk.server.ours else NAMES_TRIED, candidate)
 
 
+@from_server("400", "435", "438", "447", "484", least=1)
+def name_is_kept(talk: IrcTalk, heard: ServerLine) -> None:
+    """Show once that the wanted nick cannot be had, if no NICK of the user is refused."""
+    about_nick = heard.verb != "400" or "NICK" in heard.params
+    by_user = any(line.upper().startswith("NICK ") for line in talk.acks.commands.values())
+    if by_user or not about_nick or not talk.not_regained(talk.core.wanted_nick):
+        tell_rest(talk, heard)
+
+
 @from_server("432", least=1)
 def name_is_no_name(talk: IrcTalk, heard: ServerLine) -> None:
     """Try the nick with only letters and digits, then shorter ones, then a guest nick: other
@@ -14716,7 +14734,8 @@ TEMPORARY_WORDS = re.compile(  # they count before the others
 NEEDS_USER_WORDS = re.compile(
     r"\bbann|\b[kgdzqr][- :]?lined?\b|\bauto(?:matic )?kill|\bauto[kgz]-?lined?|\bakill"
     r"|dnsbl|dronebl|password|passphrase|not (?:allowed|authori[sz]ed|permitted)|unauthori"
-    r"|no authori[sz]ation|access denied|access only|certificate|blacklist|blocklist|listed in",
+    r"|no authori[sz]ation|access denied|access only|certificate|blacklist|blocklist|listed in"
+    r"|\bsasl\b|\bidentd\b|invalid user",
     re.IGNORECASE,
 )
 
@@ -15084,6 +15103,7 @@ def user_joined(talk: IrcTalk, heard: ServerLine) -> None:
     core, name = talk.core, heard.params[0]
     if core.is_me(heard.name):
         return we_joined(talk, heard)
+    core.is_back(heard.name)
     if room := core.find(name):
         room.came(heard.name)
         address = heard.source.partition("@")[2]
@@ -15177,6 +15197,7 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
                 room, ViewEvent(SERVER_TEXT, f"{old} is now called {new}", where=room.name)
             )
     core.forget_person(old, new)
+    core.is_back(new)
     if (room := core.find(old)) and core.find(new) is not room and not mine:
         if core.find(new):
             core.park_all(room, f"{old} is now called {new}", unsent=True)
@@ -15224,6 +15245,8 @@ WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
 @from_server(*WHOIS, least=3)
 def person_told(talk: IrcTalk, heard: ServerLine) -> None:
     missing = [""] * 3
+    if heard.verb == "301" and talk.core.is_ignored(heard._replace(source=heard.params[1])):
+        return
     text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
     room = talk.core.find(heard.params[1])
     talk.core.show(
@@ -15278,7 +15301,9 @@ def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.note_person(heard.name, away=bool(heard.params and heard.params[0]))
     talk.core.show(ViewEvent(PEOPLE))
     if (room := talk.core.find(heard.name)) and not room.is_channel:
-        state = f"is away: {heard.params[0]}" if heard.params and heard.params[0] else "is back"
+        state = "is away" if heard.params and heard.params[0] else "is back"
+        if state == "is away" and not talk.core.is_ignored(heard):
+            state = f"is away: {heard.params[0]}"
         talk.core.happened(room, ViewEvent(SERVER_TEXT, f"{heard.name} {state}", where=room.name))
 
 
@@ -15316,6 +15341,9 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
     ranks = dict(zip(*server.ranks, strict=False))
     for sign, letter, value in server.mode_changes(letters, values):
+        if letter == "k" and value != "*":  # some servers hide it
+            room.password = value if sign == "+" else ""
+            talk.core.keep_room(room)
         if letter in ranks:
             room.rank(value, ranks[letter], sign == "+", server.ranks[1])
             if sign == "-" and "multi-prefix" not in server.enabled:
@@ -15343,13 +15371,15 @@ def taken_back(talk: IrcTalk, heard: ServerLine) -> None:
         core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
 
 
-@from_server("353", least=4)
+@from_server("353", least=3)
 def names_told(talk: IrcTalk, heard: ServerLine) -> None:
-    key = talk.core.fold(heard.params[2])
+    """<symbol> <channel> :<names>; RFC 1459 has no symbol"""
+    *_, where, names = heard.params
+    key = talk.core.fold(where)
     if key not in talk.core.rooms and key not in talk.shown_names:
         return
     coming = talk.names.setdefault(key, {})
-    for word in heard.params[3].split()[: PEOPLE_LISTED - len(coming)]:
+    for word in names.split()[: PEOPLE_LISTED - len(coming)]:
         name = word.lstrip(talk.server.ranks[1])
         coming[name.partition("!")[0]] = word.removesuffix(name)
 
@@ -15381,6 +15411,14 @@ def channel_listed(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("323")
 def list_ended(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.show_listing("LIST")
+
+
+@from_server("263", "416", least=2)
+def answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
+    """<command> :Please try again, or too many matches: the rest of a long answer does not come"""
+    for listing in talk.core.listings.get(heard.params[1].upper(), [])[:1]:
+        talk.core.listings[heard.params[1].upper()].remove(listing)
+    tell_rest(talk, heard)
 
 
 @from_server("341", least=3)
@@ -16631,6 +16669,9 @@ class ClientCore(ForScreens):
             self.current = room if self.current is other else self.current
         if self.talk:
             self.talk.renamed(room.name, name)
+        if self.ready and not room.is_channel:
+            self.talk.watch([room.name], "-")
+            self.talk.watch([name])
         self.outbox.readdress(lambda where: self.fold(where) == old, name)
         if self.store:
             self.store.rename(old, self.fold(name))
@@ -16645,6 +16686,8 @@ class ClientCore(ForScreens):
         """Close a conversation, and on a screen go to the last one that is open."""
         if room.is_channel:  # else its messages can be sent without it
             self.park_all(room, f"you left {room.name}", unsent=True)
+        elif self.ready:
+            self.talk.watch([room.name], "-")
         self.rooms.pop(self.fold(room.name), None)
         self.keep_room(room)
         self.changed(room)
@@ -16660,6 +16703,7 @@ class ClientCore(ForScreens):
         """Handle a live message. It waits behind requested pages, but not its acknowledgement."""
         if heard is not None and not view.mine and self.is_ignored(heard):
             return
+        self.is_back(view.name)
         if view.own_id:
             self.acknowledge(view)
         if view.own_id == PIECE or (view.mine and self.is_service(view.where, view.text)):
@@ -16671,6 +16715,13 @@ class ClientCore(ForScreens):
             self.deliver(room, view)
         else:
             room.hold(view)
+
+    def is_back(self, name: str) -> None:
+        """Note that the user of a private conversation is there, who had left."""
+        room = self.find(name)
+        if room and room.gone:
+            room.gone = False
+            self.changed(room)
 
     def acknowledge(self, view: ViewEvent) -> None:
         """Note that the server has a message of this client; store it and show its arrival."""
@@ -17118,7 +17169,8 @@ def do_lastlog(core: ClientCore, words: str) -> None:
 
 @client_command("search", 1, nameless=True)
 def do_search(core: ClientCore, words: str) -> None:
-    """/search WORDS -- what was said with these words in it, here; by the server if it can"""
+    """/search [#CHANNEL|NAME] WORDS -- what was said there, or here, with these words in it; by
+    the server if it can"""
     if not core.ready or "soju.im/search" not in core.server.enabled:
         return do_lastlog(core, words)
     where, text = channel_first(core, words)
@@ -17341,7 +17393,7 @@ for for_service in (
 
 @client_command("pass", 1, 1, nameless=True, exact=True)
 def do_pass(core: ClientCore, password: str) -> None:
-    """/pass PASSWORD -- the server's password, for the next attempt to connect"""
+    """/pass PASSWORD -- the server's password; connect again with it, now"""
     core.password, core.wants_connection = password, True
 
 

@@ -15305,6 +15305,9 @@ CLOSING_WORDS = [
     ("Closing Link: (AKILLed: spam)", chat.NEEDS_USER),
     ("Closing Link: Autokilled: spam", chat.NEEDS_USER),
     ("Closing Link: (SASL access only)", chat.NEEDS_USER),
+    ("Closing Link: alice[h] (SASL required)", chat.NEEDS_USER),
+    ("Closing Link: h (Install identd)", chat.NEEDS_USER),
+    ("Closing Link: h (Invalid username [~x])", chat.NEEDS_USER),
     ("Closing Link: No Authorization", chat.NEEDS_USER),
     ("Closing Link: your address is listed in DroneBL", chat.NEEDS_USER),
     ("Closing Link: R:lined (no bots)", chat.NEEDS_USER),
@@ -15924,6 +15927,113 @@ def test_what_a_bouncer_lost_is_sent_to_its_next_server():
     _, ping = alice.sent(9)
     alice.hears(":alice!u@h PRIVMSG #lobby one", f"PONG x {ping.split()[-1]}")
     assert alice.core.outbox.waiting == {} and alice.kinds("failed") == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ":bob!u@h JOIN #lobby",
+        ":bob!u@h PRIVMSG #lobby :hi",
+        ":bob!u@h PRIVMSG alice :hi",
+        ":eve!u@h NICK bob",
+        "730 alice bob!u@h",
+    ],
+)
+def test_a_user_who_had_left_is_there_again_when_the_server_tells_anything_of_the_user(line):
+    alice = Elsewhere()
+    alice.types("/query bob").hears(":bob!u@h QUIT :bye")
+    assert alice.core.find("bob").gone
+    alice.hears(line)
+    assert alice.core.find("bob").gone is False
+
+
+KEYS_SET = [  # changes of modes, the password that the next JOIN gives
+    ("+k new", "JOIN #k new"),
+    ("+mk new", "JOIN #k new"),
+    ("+ok alice new", "JOIN #k new"),
+    ("-k old", "JOIN #k"),
+    ("+k *", "JOIN #k old"),
+    ("+l 5", "JOIN #k old"),
+]
+
+
+@pytest.mark.parametrize("modes, line", KEYS_SET)
+def test_a_channel_is_joined_again_with_the_password_that_it_has_now(modes, line):
+    alice = Elsewhere(join=["#k old"])
+    alice.hears(f":op!u@h MODE #k {modes}")
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("001 alice :x")
+    assert line in alice.sent()
+
+
+@pytest.mark.parametrize("symbol", ["= ", "@ ", ""])
+def test_members_are_listed_with_and_without_the_symbol_of_rfc_2812(symbol):
+    alice = Elsewhere()
+    alice.hears(f"353 alice {symbol}#lobby :@alice bob", "366 alice #lobby :End")
+    assert alice.core.room.people == {"alice": "@", "bob": ""}
+
+
+@pytest.mark.parametrize("verb", ["LIST", "WHO"])
+def test_rows_of_an_answer_that_the_server_breaks_off_are_not_in_the_next_one(verb):
+    rows = {"LIST": ["322 alice #a 3 :x", "323 alice :End"]}
+    rows["WHO"] = ["352 alice #a u h s bob H :0 Bob", "315 alice x :End"]
+    alice = Elsewhere()
+    alice.types(f"/{verb} x").hears(rows[verb][0], f"263 alice {verb} :Please try again")
+    alice.types(f"/{verb} x").hears(*rows[verb])
+    assert len(alice.kinds("page")) == 1 and alice.kinds("page")[0].count("\n") == 0
+
+
+@pytest.mark.parametrize("verb", ["WALLOPS", "GLOBOPS", "KILL alice"])
+@pytest.mark.parametrize("source, name", [("oper!u@h", "oper: "), ("irc.example", "")])
+def test_a_line_that_the_client_does_not_know_is_shown_with_the_user_who_sent_it(
+    verb, source, name
+):
+    alice = Elsewhere()
+    alice.hears(f":{source} {verb} :restart soon")
+    assert alice.kinds("server text")[-1] == f"{name}restart soon"
+
+
+@pytest.mark.parametrize("line", [":bob!u@h AWAY :buy", "301 alice bob :buy"])
+def test_the_away_text_of_an_ignored_user_is_not_shown(line):
+    alice = Elsewhere()
+    alice.types("/query bob", "/ignore bob").hears(line)
+    assert not any("buy" in text for text in alice.kinds("server text"))
+
+
+def test_a_conversation_is_monitored_while_it_is_open_under_the_nick_of_now():
+    alice = Elsewhere("MONITOR=5")
+    alice.types("/query bob")
+    alice.hears(":bob!u@h NICK robert")
+    alice.types("/close")
+    monitored = [line for line in alice.sent(9) if line.startswith("MONITOR")]
+    names = ["+ bob", "- bob", "+ robert", "- robert"]
+    assert monitored == [f"MONITOR {one}" for one in names]
+
+
+NICK_REFUSED = [
+    "438 alice2 alice :Nick change too fast",
+    "447 alice2 :Can not change nickname while on #lobby (+N)",
+    "484 alice2 :Your connection is restricted!",
+    "435 alice2 alice #lobby :Cannot change nickname while banned",
+    "400 alice2 NICK :no",
+]
+
+
+@pytest.mark.parametrize("line", NICK_REFUSED)
+def test_a_wanted_nick_that_the_server_refuses_again_and_again_is_told_once(line):
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 0.0, [], []
+    alice.core = chat.ClientCore("alice", kind=chat.IRC, ticks=lambda: alice.now)
+    alice.core.connected()
+    alice.hears("433 * alice :in use", "001 alice2 :x", "004 alice2 x ircd a b")
+    alice.views.clear()
+    for _ in range(3):
+        assert "ISON alice" in alice.sent(chat.REGAIN_SECONDS + 1)
+        alice.hears("303 alice2 :", line)
+    assert len(alice.kinds("server text")) == 1
+    alice.types("/nick alice").hears(line)
+    assert len(alice.kinds("server text")) == 2
 
 
 NOT_JOINED = [  # the answer to a JOIN after a break; joined again in a minute?, and the next time?
@@ -16973,6 +17083,7 @@ NO_MESSAGE_IS_REFUSED = [
     "478 alice #lobby b :Channel list is full",
     "482 alice #lobby :You're not channel operator",
     "442 alice #lobby :You're not on that channel",
+    "403 alice #lobby :No such channel",
     "470 alice #lobby ##lobby :Forwarding to another channel",
     "435 alice alice2 #lobby :Cannot change nickname while banned",
     "447 alice :Can not change nickname while on #lobby",
