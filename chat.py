@@ -13030,6 +13030,11 @@ def not_shown(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
     return [view for view in views if view.id or identity_of(view) not in shown]
 
 
+def mark_at(when: int) -> str:
+    """Return the mark of a room by the time of its last message: others may have the same time."""
+    return f"timestamp={tag_time(when - 1)}"
+
+
 def not_held(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
     """Return the messages of a page that are not among the held ones: these follow in their order,
     and there may be older ones than on the page."""
@@ -13519,8 +13524,8 @@ class HistoryRequests:
         oldest = room.paged or next(spoken, None)
         words = {
             "last": ("LATEST", "*"),
-            "gap": ("LATEST", self._selector(room.mark, room.mark_time)),
-            "missed": ("AFTER", self._selector(room.mark, room.mark_time)),
+            "gap": ("LATEST", self._mark_of(room)),
+            "missed": ("AFTER", self._mark_of(room)),
             "older": ("BEFORE" if oldest else "LATEST", self._selector_of(oldest)),
         }
         subcommand, selector = words[how]
@@ -13531,6 +13536,11 @@ class HistoryRequests:
         if view is None:
             return "*"
         return self._selector(f"msgid={view.id}" if view.id else "", view.time)
+
+    def _mark_of(self, room: Room) -> str:
+        """Return the position after which messages of a room may be missing."""
+        when = room.mark_time and room.mark_time - 1  # others may have the same time
+        return self._selector(room.mark, when)
 
     def _selector(self, mark: str, when: int | None) -> str:
         """Return a position in history as this server takes it: by id, or by time (MSGREFTYPES)."""
@@ -16057,7 +16067,7 @@ class ClientCore(ForScreens):
                 room.mark, room.mark_time = f"msgid={view.id}", self.believable(view.time)
             elif view.time:
                 room.mark_time = self.believable(view.time)
-                room.mark = f"timestamp={tag_time(room.mark_time)}"
+                room.mark = mark_at(room.mark_time)
         room.views.dropped = len(room.views) == STORED_LINES
         later = [view for view in room.views if is_news(view) and (view.time or 0) > room.read_time]
         room.unread = len(later) if room.read_time else 0
@@ -16794,7 +16804,7 @@ class ClientCore(ForScreens):
             self.newest_id = view.id
         elif view.time and not room.mark.startswith("msgid="):  # a server without message ids
             room.mark_time = max(room.mark_time or 0, self.believable(view.time))
-            room.mark = f"timestamp={tag_time(room.mark_time)}"
+            room.mark = mark_at(room.mark_time)
         if view.own_id:
             arrived = view.own_id in self.outbox.waiting
             seen_waiting = view.own_id in self.shown

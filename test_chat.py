@@ -15116,6 +15116,24 @@ def test_a_pipe_asks_for_missed_messages_until_a_page_brings_nothing_new(tags, p
     assert told[: 2 * pages - 1] == ["m1", "m2", "m3", "m4", "m5"][: 2 * pages - 1]
 
 
+@pytest.mark.parametrize("tidy", [True, False])
+@pytest.mark.parametrize("id", ["", "msgid=7;"])
+def test_where_positions_are_times_a_message_in_the_millisecond_of_the_last_one_is_not_missed(
+    tidy, id
+):
+    alice, when = Elsewhere(caps=PAGES_OF, tidy=tidy), "time=2026-01-01T00:00:01.000Z"
+    alice.hears("BATCH +h chathistory #lobby", "BATCH -h")
+    alice.hears(f"@{id}{when} :bob!u@h PRIVMSG #lobby :live")
+    alice.core.disconnected()
+    alice.connect("MSGREFTYPES=timestamp", caps=PAGES_OF)
+    (line,) = [one for one in alice.sent(1) if "CHATHISTORY" in one and "#lobby" in one]
+    assert "#lobby timestamp=2026-01-01T00:00:00.999Z" in line
+    page = [f"@batch=h;{id}{when} :bob!u@h PRIVMSG #lobby :live"]
+    page.append(f"@batch=h;{id.replace('7', '8')}{when} :eve!u@h PRIVMSG #lobby :missed")
+    alice.hears("BATCH +h chathistory #lobby", *page, "BATCH -h")
+    assert alice.said() == ["#lobby bob: live", "#lobby eve: missed"]
+
+
 IN_DOUBT = [  # a message that was sent, the user's lines in history, lines of it still in doubt
     ("hello", ["hello"], 0),
     ("/me waves", ["\x01ACTION waves\x01"], 0),
@@ -17733,6 +17751,7 @@ def test_a_message_to_another_conversation_is_told_where_the_user_looks():
         busy=False,
         pump=chat.do_nothing,
         leaves=chat.do_nothing,
+        refused={},
     )
     desk.core.send("#rust", "shall we have tea?")
     desk.tell(*desk.core.take_views())
