@@ -13776,8 +13776,9 @@ class PlainTalk:
         self.sent: collections.deque[Waiting] = collections.deque(maxlen=UNDERSTOOD_KEPT)
         self.began = core.ticks()
         core.output.append(core.wanted_name)
+        lobby = core.tidy or not core.rooms  # the texts of a pipe may be meant for a channel
         room = core.rooms.setdefault(core.fold(LOBBY), Room(LOBBY))
-        room.inside, core.current = True, room
+        room.inside, core.current = True, room if lobby else core.current
 
     def take(self, line: str) -> None:
         core, room = self.core, self.core.rooms[self.core.fold(LOBBY)]

@@ -13320,6 +13320,14 @@ def test_a_message_for_a_channel_is_reported_where_the_server_turns_out_to_be_pl
     assert core.take_output() == b"alice\n"
 
 
+@pytest.mark.parametrize("join, sent", [(["#tea"], b""), ([], b"hi\n"), (["#lobby"], b"hi\n")])
+def test_a_pipe_for_a_channel_says_nothing_to_all_users_of_a_plain_server(join, sent):
+    core = chat.ClientCore("alice", False, kind=chat.PLAIN, join=join)
+    core.connected()
+    core.typed("hi")
+    assert core.take_output() == b"alice\n" + sent
+
+
 @pytest.mark.parametrize("command", ["/join #tea", "/query bob,eve", "/go #tea"])
 def test_a_pipe_that_cannot_go_to_a_conversation_says_nothing_in_the_one_before(command):
     core = chat.ClientCore("alice", False, kind=chat.PLAIN)
