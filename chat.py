@@ -403,6 +403,7 @@ WAITING_SECONDS = 10.0  # ... and sooner while a message waits to be acknowledge
 OTHER_SECONDS = 60.0  # SILENT_SECONDS for other servers, which answer a busy client late
 LATE_JOIN_SECONDS = 30  # a bouncer joins its channels for a client before this
 JOIN_SECONDS = 60.0  # that a JOIN may take
+REJOIN_SECONDS = 60.0  # until a channel is joined again that was full, for example
 BATCH_SECONDS = 60.0  # that a batch of lines may take
 ECHO_SECONDS = 20.0  # that other servers may take to echo a message before we ask
 LOGIN_SECONDS = 30.0  # that a log-in may take ...
@@ -12474,8 +12475,9 @@ class ServerProfile:
         unchanged. Not all servers with such targets announce them."""
         symbols = self.ranks[1] + STATUS_SYMBOLS
         marks = self.status + "".join(one for one in symbols if one not in self.channel_types)
-        bare = target.lstrip(marks)
-        return bare if bare != target and self.is_channel(bare) else target
+        most = len(target) - len(target.lstrip(marks))
+        names = (target[n:] for n in range(most, 0, -1))  # @+free may be for +free
+        return next(filter(self.is_channel, names), target)
 
     @property
     def status(self) -> str:
@@ -12544,6 +12546,11 @@ class ServerProfile:
     def echoes(self) -> bool:
         """True if messages come back recognizably, which tells the client that they arrived."""
         return "echo-message" in self.enabled and (self.labels or self.keeps_own_tags)
+
+    @property
+    def tells_own_tags(self) -> bool:
+        """True if the client learns whether the server refused its tags or a message after them."""
+        return self.labels or "echo-message" in self.enabled
 
     @property
     def repeatable(self) -> bool:
@@ -13143,6 +13150,7 @@ def is_person(heard: ServerLine) -> bool:
 
 # Client-only tags (ircv3.net/specs/client-tags)
 REPLY, REACT, UNREACT, TYPES = "+draft/reply", "+draft/react", "+draft/unreact", "+typing"
+QUIET = "typing"  # in place of the id of a message: errors about it are not shown
 
 
 def for_some(target: str, channel: str, text: str) -> str:
@@ -13182,6 +13190,18 @@ def not_shown(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
     return [view for view in views if view.id or identity_of(view) not in shown]
 
 
+def mark_at(when: int) -> str:
+    """Return the mark of a room by the time of its last message: others may have the same time."""
+    return f"timestamp={tag_time(when - 1)}"
+
+
+def not_held(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
+    """Return the messages of a page that are not among the held ones: these follow in their order,
+    and there may be older ones than on the page."""
+    held = {identity_of(view) for view in room.held or []}
+    return [view for view in views if identity_of(view) not in held]
+
+
 UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as servers write it
 
 
@@ -13207,6 +13227,7 @@ class SaslLogin:
         self.talk, self.core, self.server = talk, talk.core, talk.core.server
         self.steps: Iterator | None = None  # of the exchange that is running ...
         self.exchange: Exchange | None = None  # ... and its incoming messages
+        self.login: Login | None = None  # by a /login of the user that is not confirmed yet
         self.mechanism = ""  # of this exchange, or of the last one
         self.taken_up = False  # the server supports that mechanism
         self.others: list[str] = []  # mechanisms to be tried if the server refuses that one
@@ -13231,7 +13252,7 @@ class SaslLogin:
             name = self.others.pop(0)
             if name == "EXTERNAL" and me.certificate:
                 return name
-            if name == "EXTERNAL" or not me.login:
+            if name == "EXTERNAL" or not (self.login or me.login):
                 continue
             if name != "PLAIN" or self.core.secure or asked or me.plain_allowed:
                 return name
@@ -13242,7 +13263,7 @@ class SaslLogin:
 
     def begin(self, mechanism: str) -> None:
         self.mechanism, self.proven, self.taken_up = mechanism, False, False
-        known = self.core.me.login or Login("", "")
+        known = self.login or self.core.me.login or Login("", "")
         self.steps = login_external() if mechanism == "EXTERNAL" else LOGINS[mechanism](*known)
         next(self.steps)  # the server speaks first, even if it says nothing
         self.exchange = Exchange(self.steps)
@@ -13279,8 +13300,12 @@ class SaslLogin:
         for chunk in Exchange.chunks(answer):
             self.talk.send_at_once("AUTHENTICATE", chunk)
 
+    def confirm(self) -> None:
+        """Log in from now on as the user's /login says: the server accepted it."""
+        self.core.me.login, self.login = self.login or self.core.me.login, None
+
     def end(self) -> None:
-        self.steps = self.exchange = None
+        self.steps = self.exchange = self.login = None
         if not self.talk.ready:
             self.talk.send("CAP", "END")
 
@@ -13398,6 +13423,8 @@ class MessageLines:
         self.unsent.clear()
 
 
+NOT_JOINED_NOW = ("437", "471", "477", "480", "500")  # full, after a netsplit, too many joins ...
+NO_CHANNEL = ("403", "476", "479")  # the name is none
 PIECE = "piece"  # in place of an id: a line within a message of this client, not shown alone
 NOT_ECHOED = "the server took it and did not send it back"
 
@@ -13441,7 +13468,9 @@ class Acknowledgements:
 
     def note_command(self, line: str, by_user: bool) -> None:
         """Note a line that is sent and that the server may refuse. A pipe waits for the answer."""
-        verb, params, _ = parse_message(line)
+        verb, params, tags = parse_message(line)
+        if verb == "TAGMSG" and params and "label" not in tags:
+            self.note_sent(params[0], QUIET if TYPES in tags else "")
         if verb in ("PRIVMSG", "NOTICE") and len(params) > 1:
             for target in params[0].split(","):
                 self.note_sent(target, "")
@@ -13468,6 +13497,12 @@ class Acknowledgements:
         """Forget the lines up to a message or a PING: no error is about them any more."""
         while any(line.id == id for line in self.sent):
             self.sent.popleft()
+
+    def tags_arrived(self, target: str) -> None:
+        """Note that the first tags to a target, of those without an answer, were not refused."""
+        tags = SentLine(self.core.fold(target), QUIET)
+        if tags in self.sent:
+            self.sent.remove(tags)
 
     def acknowledged(self, own_id: str) -> None:
         """Note that the server has a message, and has refused none of the earlier ones."""
@@ -13649,8 +13684,8 @@ class HistoryRequests:
         oldest = room.paged or next(spoken, None)
         words = {
             "last": ("LATEST", "*"),
-            "gap": ("LATEST", self._selector(room.mark, room.mark_time)),
-            "missed": ("AFTER", self._selector(room.mark, room.mark_time)),
+            "gap": ("LATEST", self._mark_of(room)),
+            "missed": ("AFTER", self._mark_of(room)),
             "older": ("BEFORE" if oldest else "LATEST", self._selector_of(oldest)),
         }
         subcommand, selector = words[how]
@@ -13661,6 +13696,11 @@ class HistoryRequests:
         if view is None:
             return "*"
         return self._selector(f"msgid={view.id}" if view.id else "", view.time)
+
+    def _mark_of(self, room: Room) -> str:
+        """Return the position after which messages of a room may be missing."""
+        when = room.mark_time and room.mark_time - 1  # others may have the same time
+        return self._selector(room.mark, when)
 
     def _selector(self, mark: str, when: int | None) -> str:
         """Return a position in history as this server takes it: by id, or by time (MSGREFTYPES)."""
@@ -13772,7 +13812,7 @@ class HistoryRequests:
 
     def _page_last(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle the page of messages from before the client joined."""
-        for view in (new := not_shown(room, views)):
+        for view in (new := not_shown(room, not_held(room, views))):
             self.core.deliver(room, view._replace(past=True))
         self.core.note_repeatable(room, new)  # live lines among the held ones may be on this page
         room.whole = not views  # a short page may consist of long messages
@@ -13796,7 +13836,7 @@ class HistoryRequests:
             self.core.note_holes(room, *room.holes, *optional(views[0].id))
             text = "more was said meanwhile; page up, or /history, shows it"
             self.core.show(ViewEvent(NOTE, text, where=room.name))
-        self._deliver_missed(room, views)
+        self._deliver_missed(room, not_held(room, views))
         self._end_missed(room, bool(views), "gap" if room.spilled else "")
 
     def _deliver_missed(self, room: Room, views: list[ViewEvent]) -> None:
@@ -13896,8 +13936,9 @@ class PlainTalk:
         self.sent: collections.deque[Waiting] = collections.deque(maxlen=UNDERSTOOD_KEPT)
         self.began = core.ticks()
         core.output.append(core.wanted_name)
+        lobby = core.tidy or not core.rooms  # the texts of a pipe may be meant for a channel
         room = core.rooms.setdefault(core.fold(LOBBY), Room(LOBBY))
-        room.inside, core.current = True, room
+        room.inside, core.current = True, room if lobby else core.current
 
     def take(self, line: str) -> None:
         core, room = self.core, self.core.rooms[self.core.fold(LOBBY)]
@@ -13979,6 +14020,9 @@ class IrcTalk:
         self.going: dict[str, str] = {}  # channels to look at once they are joined: their passwords
         # Keys of channels with unanswered JOINs: how many, and since when
         self.entering: dict[str, tuple[int, float]] = {}
+        # Keys of channels whose JOIN was refused: when to try again; and those tried again
+        self.refused: dict[str, float] = {}
+        self.retried: set[str] = set()
         self.named = self.introduced = self.negotiating = False
         self.resumed = False  # the session was resumed: the server says where the client is
         self.tries = 1  # attempts to get a nick
@@ -14154,6 +14198,7 @@ class IrcTalk:
             self.core.dismissed = True
         elif self.ready:
             self.regain_name(now)
+            self.join_again(now)
             self.acks.doubt_echoes(now)
         else:
             self.hurry(now)
@@ -14259,11 +14304,14 @@ class IrcTalk:
         core.regain_at = core.ticks() + REGAIN_SECONDS
         return told
 
-    def watch(self, names: Iterable[str]) -> None:
-        """Monitor the users of private conversations, for a screen, if the server has MONITOR."""
+    def watch(self, names: Iterable[str], sign: str = "+") -> None:
+        """Monitor the users of private conversations, for a screen, if the server has MONITOR; or
+        with "-" no longer, except for the wanted nick."""
         names = [name for name in names if name and " " not in name and "," not in name]
+        regains = sign == "-" and self.core.regain
+        names = [name for name in names if not (regains and name == self.core.wanted_nick)]
         if self.core.tidy and "MONITOR" in self.server.tokens and names:
-            self.send("MONITOR", "+", ",".join(names[:WATCHED]))
+            self.send("MONITOR", sign, ",".join(names[:WATCHED]))
 
     def name_is_free(self, name: str) -> None:
         """Take a nick that is free, if it is the wanted one."""
@@ -14274,6 +14322,7 @@ class IrcTalk:
 
     def note_join(self, name: str) -> None:
         """Note that a JOIN was sent."""
+        self.refused.pop(self.core.fold(name), None)
         count, _ = self.entering.get(self.core.fold(name), (0, 0.0))
         self.entering[self.core.fold(name)] = count + 1, self.core.ticks()
 
@@ -14284,8 +14333,9 @@ class IrcTalk:
             self.entering[self.core.fold(name)] = count - 1, since
         return count <= 1
 
-    def cannot_enter(self, name: str, why: str) -> None:
-        """Let the user decide about the messages for a channel that the client cannot join."""
+    def cannot_enter(self, name: str, why: str, number: str = "") -> None:
+        """Let the user decide about the messages for a channel that the client cannot join. It is
+        joined over the next connection, and before if the reason may pass."""
         room = self.core.find(name)
         if room and room.inside:
             return
@@ -14293,8 +14343,20 @@ class IrcTalk:
             return
         self.going.pop(self.core.fold(name), None)
         if room:
-            room.wanted = False
+            room.wanted = room.wanted and number not in NO_CHANNEL
+            passes = number in NOT_JOINED_NOW and room.entered
+            again = self.core.ticks() + REJOIN_SECONDS if passes else math.inf
+            self.refused[self.core.fold(name)] = again
             self.core.park_all(room, why)
+
+    def join_again(self, now: float) -> None:
+        """Join the channels that could not be joined for a reason that may have passed."""
+        for key in [key for key, again in self.refused.items() if again < now]:
+            room = self.core.rooms.get(key)
+            del self.refused[key]
+            if room and room.wanted and not room.inside:
+                self.retried.add(key)
+                self.enter(room)
 
     def waits(self, one: Waiting) -> bool:
         """Return whether a message waits for the answer to a JOIN, or for a server. The later
@@ -14446,7 +14508,7 @@ def command_refused(talk: IrcTalk, heard: ServerLine) -> None:
 def refused(talk: IrcTalk, heard: ServerLine, text: str) -> None:
     """Show an error of the server; with the label of a message, report that message as lost."""
     label = heard.tags.get("label", "").partition(".")[0]
-    if label in talk.core.outbox.parked:  # the user knows: the rest of it was not sent
+    if label == QUIET or label in talk.core.outbox.parked:  # the user knows: the rest is not sent
         return
     if label in talk.core.outbox.waiting:
         talk.core.lost(label, text)
@@ -14467,7 +14529,12 @@ NO_FAILURE = (  # numerics that refuse other commands, not messages
 )
 
 
-OF_A_COMMAND = ("437", "442", "482")  # about a message, unless a command for the channel was sent
+OF_A_COMMAND = (
+    "403",
+    "437",
+    "442",
+    "482",
+)  # about a message, unless a command for the channel was sent
 SAYING = {"PRIVMSG", "BATCH"}
 
 
@@ -14506,7 +14573,7 @@ def message_refused(talk: IrcTalk, heard: ServerLine) -> tuple[str, str]:
     nameless = not names and not talk.acks.commands
     any_line = not talk.server.labels and (nameless or SAYING & {*map(str.upper, names)})
     if not lines and any_line:
-        lines = [line for line in talk.acks.sent if line.target and line.id]
+        lines = [line for line in talk.acks.sent if line.target and line.id not in ("", QUIET)]
     quoted = (line for line in lines if quotes(error, line.text))
     line = next(quoted, None) or next(iter(lines), None)
     if line is None:
@@ -14536,8 +14603,11 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
     *about, text = heard.params[1:] or heard.params
     between = ": " if heard.verb[:1] in ("4", "5") else " "
     text = between.join([" ".join(about), text] if about else [text])
+    text = f"{heard.name}: " * ("!" in heard.source) + text
     if about and refuses_join(talk, heard.verb, about[0]):
-        talk.cannot_enter(about[0], text)
+        talk.cannot_enter(about[0], text, heard.verb)
+        if talk.core.fold(about[0]) in talk.retried:
+            return  # the user knows
     lost, doubt = message_refused(talk, heard)
     refused(talk, heard._replace(tags={"label": lost} | heard.tags), text + doubt)
 
@@ -14566,6 +14636,9 @@ def capabilities_told(talk: IrcTalk, heard: ServerLine) -> None:
         server.requested.difference_update(words)
         for word in words:
             (server.enabled.discard if word[0] == "-" else server.enabled.add)(word.lstrip("-"))
+        late = "sasl" in words and talk.ready and not talk.sasl.mechanism  # services are back
+        if late and (mechanism := talk.sasl.choose()):
+            talk.sasl.begin(mechanism)
     elif subcommand == "NAK" and len(words) > 1:  # the server refuses one of these: find out which
         for word in words:
             talk.send_at_once("CAP", "REQ", word)
@@ -14609,7 +14682,7 @@ def renew_login(core: "ClientCore") -> None:
 
 def forget_login(core: "ClientCore") -> None:
     """Drop the log-in: the account does not exist, or has another password."""
-    core.me.proposed, core.me.login = None, None
+    core.me.proposed, core.me.login, core.me.account = None, None, ""
     if core.me.generated:
         core.me.generated = False
         keep_login(core)
@@ -14623,6 +14696,8 @@ def asked_to_log_in(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("900", least=1)
 def told_to_be_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
+    if not talk.sasl.running:
+        talk.sasl.confirm()
 
 
 @from_server("903", least=1)
@@ -14633,9 +14708,21 @@ def logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     if not talk.sasl.proven:
         core.give_up("the server said that we are logged in, and could not prove that it is right")
         return talk.bye("")
+    talk.sasl.confirm()
     core.me.account = core.me.login.account if core.me.login else ""
     renew_login(core)
     talk.sasl.end()
+
+
+@from_server("907", least=1)
+def logged_in_already(talk: IrcTalk, heard: ServerLine) -> None:
+    """Go on with a server that has logged the client in by other means, like its certificate."""
+    me = talk.core.me
+    tell_rest(talk, heard)
+    if talk.sasl.running and not talk.ready and (me.certificate or talk.sasl.proven):
+        me.account = me.account or (me.login.account if me.login else "")
+    if talk.sasl.running:
+        talk.sasl.end()
 
 
 def come_another_time(talk: IrcTalk, why: str) -> None:
@@ -14651,7 +14738,7 @@ def mechanisms_told(talk: IrcTalk, heard: ServerLine) -> None:
     talk.sasl.others = [name for name in talk.sasl.others if name in known]
 
 
-@from_server("902", "904", "905", "906", "907", least=1)
+@from_server("902", "904", "905", "906", least=1)
 def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     core, why = talk.core, f"not logged in: {heard.params[-1]}"
     if not talk.sasl.running:
@@ -14663,7 +14750,7 @@ def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
         core.me.login = None
         forget_login(core)
     elif core.me.account and not talk.ready:
-        return come_another_time(talk, why)
+        return come_another_time(talk, why + "; /login PASSWORD gives another one" * core.tidy)
     talk.sasl.end()
 
 
@@ -14697,6 +14784,15 @@ def name_is_taken(talk: IrcTalk, heard: ServerLine) -> None:
         return numbered_name(name[: talk.nick_bytes - len(str(number))], number)
 
     try_name(talk, heard, NAMES_COUNTED if talk.server.ours else NAMES_TRIED, candidate)
+
+
+@from_server("400", "435", "438", "447", "484", least=1)
+def name_is_kept(talk: IrcTalk, heard: ServerLine) -> None:
+    """Show once that the wanted nick cannot be had, if no NICK of the user is refused."""
+    about_nick = heard.verb != "400" or "NICK" in heard.params
+    by_user = any(line.upper().startswith("NICK ") for line in talk.acks.commands.values())
+    if by_user or not about_nick or not talk.not_regained(talk.core.wanted_nick):
+        tell_rest(talk, heard)
 
 
 @from_server("432", least=1)
@@ -14809,7 +14905,8 @@ TEMPORARY_WORDS = re.compile(  # they count before the others
 NEEDS_USER_WORDS = re.compile(
     r"\bbann|\b[kgdzqr][- :]?lined?\b|\bauto(?:matic )?kill|\bauto[kgz]-?lined?|\bakill"
     r"|dnsbl|dronebl|password|passphrase|not (?:allowed|authori[sz]ed|permitted)|unauthori"
-    r"|no authori[sz]ation|access denied|access only|certificate|blacklist|blocklist|listed in",
+    r"|no authori[sz]ation|access denied|access only|certificate|blacklist|blocklist|listed in"
+    r"|\bsasl\b|\bidentd\b|invalid user",
     re.IGNORECASE,
 )
 
@@ -14912,7 +15009,9 @@ def tags_told(talk: IrcTalk, heard: ServerLine) -> None:
     room = core.find(where if mine or talk.server.is_channel(where) else heard.name)
     if room is None or core.is_ignored(heard):
         return
-    if TYPES in tags and not mine:
+    if TYPES in tags and mine:
+        talk.acks.tags_arrived(room.name)
+    elif TYPES in tags:
         core.types(room, heard.name, tags[TYPES])
     for tag, on in ((REACT, True), (UNREACT, False)):
         emoji = visible(tags.get(tag, ""))[:REACTION_CHARACTERS]
@@ -15012,7 +15111,9 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
     elif verb == "TOKEN":
         talk.core.took_token("")
     elif verb == "REGISTER":
-        forget_login(talk.core)
+        talk.core.me.proposed = None
+        if talk.core.me.generated:
+            forget_login(talk.core)
         refused(talk, heard, text)
     elif code == "NOT_KEPT" and len(about) > 1:
         talk.core.lost(about[1], text)
@@ -15129,6 +15230,8 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
     room = core.room_for(heard.params[0])
     room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
+    talk.refused.pop(core.fold(room.name), None)
+    talk.retried.discard(core.fold(room.name))
     room.topic = ""  # else 332 follows
     asked = core.fold(room.name) in {*talk.entering, *talk.going}
     talk.entering.pop(core.fold(room.name), None)
@@ -15171,6 +15274,7 @@ def user_joined(talk: IrcTalk, heard: ServerLine) -> None:
     core, name = talk.core, heard.params[0]
     if core.is_me(heard.name):
         return we_joined(talk, heard)
+    core.is_back(heard.name)
     if room := core.find(name):
         room.came(heard.name)
         address = heard.source.partition("@")[2]
@@ -15264,6 +15368,7 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
                 room, ViewEvent(SERVER_TEXT, f"{old} is now called {new}", where=room.name)
             )
     core.forget_person(old, new)
+    core.is_back(new)
     if (room := core.find(old)) and core.find(new) is not room and not mine:
         if core.find(new):
             core.park_all(room, f"{old} is now called {new}", unsent=True)
@@ -15311,6 +15416,8 @@ WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
 @from_server(*WHOIS, least=3)
 def person_told(talk: IrcTalk, heard: ServerLine) -> None:
     missing = [""] * 3
+    if heard.verb == "301" and talk.core.is_ignored(heard._replace(source=heard.params[1])):
+        return
     text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
     room = talk.core.find(heard.params[1])
     talk.core.show(
@@ -15365,7 +15472,9 @@ def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.note_person(heard.name, away=bool(heard.params and heard.params[0]))
     talk.core.show(ViewEvent(PEOPLE))
     if (room := talk.core.find(heard.name)) and not room.is_channel:
-        state = f"is away: {heard.params[0]}" if heard.params and heard.params[0] else "is back"
+        state = "is away" if heard.params and heard.params[0] else "is back"
+        if state == "is away" and not talk.core.is_ignored(heard):
+            state = f"is away: {heard.params[0]}"
         talk.core.happened(room, ViewEvent(SERVER_TEXT, f"{heard.name} {state}", where=room.name))
 
 
@@ -15403,6 +15512,9 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
     ranks = dict(zip(*server.ranks, strict=False))
     for sign, letter, value in server.mode_changes(letters, values):
+        if letter == "k" and value != "*":  # some servers hide it
+            room.password = value if sign == "+" else ""
+            talk.core.keep_room(room)
         if letter in ranks:
             room.rank(value, ranks[letter], sign == "+", server.ranks[1])
             if sign == "-" and "multi-prefix" not in server.enabled:
@@ -15430,13 +15542,15 @@ def taken_back(talk: IrcTalk, heard: ServerLine) -> None:
         core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
 
 
-@from_server("353", least=4)
+@from_server("353", least=3)
 def names_told(talk: IrcTalk, heard: ServerLine) -> None:
-    key = talk.core.fold(heard.params[2])
+    """<symbol> <channel> :<names>; RFC 1459 has no symbol"""
+    *_, where, names = heard.params
+    key = talk.core.fold(where)
     if key not in talk.core.rooms and key not in talk.shown_names:
         return
     coming = talk.names.setdefault(key, {})
-    for word in heard.params[3].split()[: PEOPLE_LISTED - len(coming)]:
+    for word in names.split()[: PEOPLE_LISTED - len(coming)]:
         name = word.lstrip(talk.server.ranks[1])
         coming[name.partition("!")[0]] = word.removesuffix(name)
 
@@ -15468,6 +15582,14 @@ def channel_listed(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("323")
 def list_ended(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.show_listing("LIST")
+
+
+@from_server("263", "416", least=2)
+def answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
+    """<command> :Please try again, or too many matches: the rest of a long answer does not come"""
+    for listing in talk.core.listings.get(heard.params[1].upper(), [])[:1]:
+        talk.core.listings[heard.params[1].upper()].remove(listing)
+    tell_rest(talk, heard)
 
 
 @from_server("341", least=3)
@@ -15818,7 +15940,8 @@ class ForScreens:
             limit = f"a reaction has 1 to {REACTION_CHARACTERS} characters"
             raise Refused("BAD_REACTION", limit)
         tags = f"{REACT if on else UNREACT}={escaped_tag(emoji)};{REPLY}={escaped_tag(id)}"
-        self.talk.raw(f"@{tags} TAGMSG {room.name}")
+        label = ";label=reaction" * self.server.labels
+        self.talk.raw(f"@{tags}{label} TAGMSG {room.name}")
         if "echo-message" not in self.server.enabled:  # else the echo shows it
             self.reacted(room, id, emoji, self.name, on)
 
@@ -15853,6 +15976,7 @@ class ForScreens:
         is for a break, "done" for a text that is not sent after all."""
         now = self.ticks()
         ready = self.can("typing") and self.setting("typing") == "on"
+        ready = ready and self.server.tells_own_tags  # else an error may be that of a message
         idle = self.outbox.waiting.keys() <= self.outbox.parked.keys()
         ready = ready and (room.inside or not room.is_channel) and idle
         ready = ready and self.talk.budget.tokens > TYPING_SPARE
@@ -15860,7 +15984,8 @@ class ForScreens:
         due = state != told or (state == "active" and now - since > TYPING_SECONDS)
         if ready and due and not (told == "done" and state == "paused"):
             self.typed_at[room.id] = now, state
-            self.talk.send(f"@{TYPES}={state}", "TAGMSG", room.name)
+            label = f";label={QUIET}" * self.server.labels
+            self.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
 
     def types(self, room: Room, name: str, state: str) -> None:
         """Note that another user is typing, or has paused or stopped."""
@@ -16103,7 +16228,7 @@ class ClientCore(ForScreens):
                 room.mark, room.mark_time = f"msgid={view.id}", self.believable(view.time)
             elif view.time:
                 room.mark_time = self.believable(view.time)
-                room.mark = f"timestamp={tag_time(room.mark_time)}"
+                room.mark = mark_at(room.mark_time)
         room.views.dropped = len(room.views) == STORED_LINES
         later = [view for view in room.views if is_news(view) and (view.time or 0) > room.read_time]
         room.unread = len(later) if room.read_time else 0
@@ -16427,10 +16552,11 @@ class ClientCore(ForScreens):
         """Note the port and the duration for which the server demands TLS (IRCv3 sts)."""
         tokens = parse_tags(value.replace(",", ";"))
         port, seconds = (whole_number(tokens.get(one, "")) for one in ("port", "duration"))
-        if value:
-            self.sts = port or 0, seconds or 0
-            if port and not self.tls and self.cause != FATAL:
-                self.redial = True
+        if self.tls and seconds is not None:  # other values are to be ignored
+            self.sts = port or 0, seconds
+        elif not self.tls and port and port <= 65535:
+            self.sts = port, seconds or 0
+            self.redial = self.redial or self.cause != FATAL
 
     def tick(self) -> list[ViewEvent]:
         """Do the work of every second: overdue answers, joins in one row, read markers, store."""
@@ -16562,7 +16688,8 @@ class ClientCore(ForScreens):
         for one, piece in zip(accepted, pieces, strict=False):
             room = self._show_own(one, piece)
             self.typed_at.pop(room.id, None)  # a message implies that typing is done
-            if room.is_channel and self.ready and not (room.inside or room.wanted):
+            outside = room.is_channel and self.ready and not room.inside
+            if outside and (not room.wanted or self.fold(room.name) in self.talk.refused):
                 self.park(one.id, f"you are not in {room.name}")
             elif room.is_channel and self.ready and self.talk.leaves(room):
                 self.park(one.id, f"you leave {room.name}")
@@ -16713,6 +16840,9 @@ class ClientCore(ForScreens):
             self.current = room if self.current is other else self.current
         if self.talk:
             self.talk.renamed(room.name, name)
+        if self.ready and not room.is_channel:
+            self.talk.watch([room.name], "-")
+            self.talk.watch([name])
         self.outbox.readdress(lambda where: self.fold(where) == old, name)
         if self.store:
             self.store.rename(old, self.fold(name))
@@ -16727,6 +16857,8 @@ class ClientCore(ForScreens):
         """Close a conversation, and on a screen go to the last one that is open."""
         if room.is_channel:  # else its messages can be sent without it
             self.park_all(room, f"you left {room.name}", unsent=True)
+        elif self.ready:
+            self.talk.watch([room.name], "-")
         self.rooms.pop(self.fold(room.name), None)
         self.keep_room(room)
         self.changed(room)
@@ -16742,6 +16874,7 @@ class ClientCore(ForScreens):
         """Handle a live message. It waits behind requested pages, but not its acknowledgement."""
         if heard is not None and not view.mine and self.is_ignored(heard):
             return
+        self.is_back(view.name)
         if view.own_id:
             self.acknowledge(view)
         if view.own_id == PIECE or (view.mine and self.is_service(view.where, view.text)):
@@ -16753,6 +16886,13 @@ class ClientCore(ForScreens):
             self.deliver(room, view)
         else:
             room.hold(view)
+
+    def is_back(self, name: str) -> None:
+        """Note that the user of a private conversation is there, who had left."""
+        room = self.find(name)
+        if room and room.gone:
+            room.gone = False
+            self.changed(room)
 
     def acknowledge(self, view: ViewEvent) -> None:
         """Note that the server has a message of this client; store it and show its arrival."""
@@ -16825,7 +16965,7 @@ class ClientCore(ForScreens):
             self.newest_id = view.id
         elif view.time and not room.mark.startswith("msgid="):  # a server without message ids
             room.mark_time = max(room.mark_time or 0, self.believable(view.time))
-            room.mark = f"timestamp={tag_time(room.mark_time)}"
+            room.mark = mark_at(room.mark_time)
         if view.own_id:
             arrived = view.own_id in self.outbox.waiting
             seen_waiting = view.own_id in self.shown
@@ -17042,6 +17182,7 @@ def do_join(core: ClientCore, words: str) -> None:
         if len(one.encode()) > most:
             raise Refused("TOO_LONG", f"the name of a channel has at most {most} bytes here")
         core.talk.going[core.fold(one)] = password
+        core.talk.retried.discard(core.fold(one))
         core.talk.command("JOIN", one, *optional(password))
         core.talk.note_join(one)
         if room:
@@ -17199,7 +17340,8 @@ def do_lastlog(core: ClientCore, words: str) -> None:
 
 @client_command("search", 1, nameless=True)
 def do_search(core: ClientCore, words: str) -> None:
-    """/search WORDS -- what was said with these words in it, here; by the server if it can"""
+    """/search [#CHANNEL|NAME] WORDS -- what was said there, or here, with these words in it; by
+    the server if it can"""
     if not core.ready or "soju.im/search" not in core.server.enabled:
         return do_lastlog(core, words)
     where, text = channel_first(core, words)
@@ -17356,7 +17498,13 @@ def do_who(core: ClientCore, mask: str = "") -> None:
 def do_register(core: ClientCore, *words: str) -> None:
     """/register [EMAIL] [PASSWORD] -- make your name yours; without a password this computer
     makes one, keeps it, and logs in with it from then on"""
-    by_mail = "email-required" in core.server.offered.get("draft/account-registration", "")
+    offered = core.server.offered.get("draft/account-registration")
+    if offered is None and not core.server.ours:
+        advice = f"its services may: /msg {SERVICE} HELP REGISTER"
+        raise Refused("NO_REGISTER", f"this server registers no accounts in this way; {advice}")
+    by_mail = "email-required" in (offered or "")
+    if core.me.account and core.me.generated:  # else another password is stored in place of it
+        raise Refused("LOGGED_IN", f"{core.me.account} is registered; /passwd changes its password")
     email = words[0] if len(words) > 1 or (words and by_mail) else "*"
     password = words[-1] if words and words[-1] != email else ""
     if not password and core.me.keep is None:
@@ -17375,15 +17523,19 @@ def do_verify(core: ClientCore, code: str) -> None:
     core.talk.command("VERIFY", core.name, code)
 
 
-@client_command("login", 1, 2, exact=True)
+@client_command("login", 1, 2, nameless=True, exact=True)
 def do_login(core: ClientCore, *words: str) -> None:
     """/login [ACCOUNT] PASSWORD -- log in, also after every reconnection"""
-    core.me.login = Login(words[0] if len(words) > 1 else core.name, words[-1])
-    enabled = "sasl" in core.server.enabled
-    mechanism = core.talk.sasl.choose(asked=True) if enabled else ""
+    login = Login(words[0] if len(words) > 1 else core.name, words[-1])
+    if not core.ready:  # perhaps because another password is wrong
+        core.me.login, core.wants_connection = login, True
+        return
+    talk = core.online()
+    talk.sasl.login = login
+    mechanism = talk.sasl.choose(asked=True) if "sasl" in core.server.enabled else ""
     if not mechanism:
-        return core.talk.command("PRIVMSG", SERVICE, f"IDENTIFY {service_words(core.me.login)}")
-    core.talk.sasl.begin(mechanism)
+        return talk.command("PRIVMSG", SERVICE, f"IDENTIFY {service_words(login)}")
+    talk.sasl.begin(mechanism)
 
 
 @client_command("passwd", 1, 2, exact=True)
@@ -17412,7 +17564,7 @@ for for_service in (
 
 @client_command("pass", 1, 1, nameless=True, exact=True)
 def do_pass(core: ClientCore, password: str) -> None:
-    """/pass PASSWORD -- the server's password, for the next attempt to connect"""
+    """/pass PASSWORD -- the server's password; connect again with it, now"""
     core.password, core.wants_connection = password, True
 
 

@@ -13643,6 +13643,14 @@ def test_a_message_for_a_channel_is_reported_where_the_server_turns_out_to_be_pl
     assert core.take_output() == b"alice\n"
 
 
+@pytest.mark.parametrize("join, sent", [(["#tea"], b""), ([], b"hi\n"), (["#lobby"], b"hi\n")])
+def test_a_pipe_for_a_channel_says_nothing_to_all_users_of_a_plain_server(join, sent):
+    core = chat.ClientCore("alice", False, kind=chat.PLAIN, join=join)
+    core.connected()
+    core.typed("hi")
+    assert core.take_output() == b"alice\n" + sent
+
+
 @pytest.mark.parametrize("command", ["/join #tea", "/query bob,eve", "/go #tea"])
 def test_a_pipe_that_cannot_go_to_a_conversation_says_nothing_in_the_one_before(command):
     core = chat.ClientCore("alice", False, kind=chat.PLAIN)
@@ -14908,6 +14916,11 @@ CHANNELS = [  # tokens, target, the conversation that it is in, whether that is 
     (["CHANTYPES=#", "STATUSMSG=@+"], "@#lobby", "#lobby", True),
     (["CHANTYPES=#", "STATUSMSG=~&@%+"], "%#lobby", "#lobby", True),
     (["CHANTYPES=#&+!"], "alice", "bob", False),
+    (["CHANTYPES=#&+", "STATUSMSG=~&@%+"], "@+free", "+free", True),
+    (["CHANTYPES=#&+", "STATUSMSG=~&@%+"], "++free", "+free", True),
+    (["CHANTYPES=#&+", "STATUSMSG=~&@%+"], "+free", "+free", True),
+    (["CHANTYPES=#&+", "STATUSMSG=~&@%+"], "@+#lobby", "#lobby", True),
+    (["CHANTYPES=#", "STATUSMSG=@+"], "@bob", "bob", False),
     ([], "#x", "#x", True),
 ]
 
@@ -15434,6 +15447,24 @@ def test_a_pipe_asks_for_missed_messages_until_a_page_brings_nothing_new(tags, p
     assert told[: 2 * pages - 1] == ["m1", "m2", "m3", "m4", "m5"][: 2 * pages - 1]
 
 
+@pytest.mark.parametrize("tidy", [True, False])
+@pytest.mark.parametrize("id", ["", "msgid=7;"])
+def test_where_positions_are_times_a_message_in_the_millisecond_of_the_last_one_is_not_missed(
+    tidy, id
+):
+    alice, when = Elsewhere(caps=PAGES_OF, tidy=tidy), "time=2026-01-01T00:00:01.000Z"
+    alice.hears("BATCH +h chathistory #lobby", "BATCH -h")
+    alice.hears(f"@{id}{when} :bob!u@h PRIVMSG #lobby :live")
+    alice.core.disconnected()
+    alice.connect("MSGREFTYPES=timestamp", caps=PAGES_OF)
+    (line,) = [one for one in alice.sent(1) if "CHATHISTORY" in one and "#lobby" in one]
+    assert "#lobby timestamp=2026-01-01T00:00:00.999Z" in line
+    page = [f"@batch=h;{id}{when} :bob!u@h PRIVMSG #lobby :live"]
+    page.append(f"@batch=h;{id.replace('7', '8')}{when} :eve!u@h PRIVMSG #lobby :missed")
+    alice.hears("BATCH +h chathistory #lobby", *page, "BATCH -h")
+    assert alice.said() == ["#lobby bob: live", "#lobby eve: missed"]
+
+
 IN_DOUBT = [  # a message that was sent, the user's lines in history, lines of it still in doubt
     ("hello", ["hello"], 0),
     ("/me waves", ["\x01ACTION waves\x01"], 0),
@@ -15466,6 +15497,22 @@ def test_a_message_in_doubt_has_arrived_if_history_has_it_even_without_its_own_i
     assert len(alice.said()) == ("another" in lines[0])
     shown = [view.text for view in alice.core.room.views if view.mine]
     assert len(shown) == 1 + ("another" in lines[0])
+
+
+@pytest.mark.parametrize("mark", ["", "@msgid=0 :bob!u@h PRIVMSG #lobby :m0"])
+def test_the_newest_page_comes_in_order_with_the_live_messages_that_wait_for_it(mark):
+    alice = Elsewhere(caps=PAGES_OF)
+    if mark:
+        alice.hears("BATCH +h chathistory #lobby", "BATCH -h", mark)
+        alice.core.disconnected()
+        alice.connect(caps=PAGES_OF)
+        alice.said()
+    lines = [f"msgid={n} :bob!u@h PRIVMSG #lobby :m{n}" for n in range(1, 5)]
+    alice.hears(*[f"@{line}" for line in lines])
+    page = [f"@batch=h;{line}" for line in lines[2:]]
+    alice.hears("BATCH +h chathistory #lobby", *page, "BATCH -h")
+    assert alice.said() == [f"#lobby bob: m{n}" for n in range(1, 5)]
+    assert alice.core.room.mark == "msgid=4"
 
 
 def test_a_page_is_requested_though_a_command_waits_behind_a_message_that_waits_for_the_page():
@@ -15607,6 +15654,9 @@ CLOSING_WORDS = [
     ("Closing Link: (AKILLed: spam)", chat.NEEDS_USER),
     ("Closing Link: Autokilled: spam", chat.NEEDS_USER),
     ("Closing Link: (SASL access only)", chat.NEEDS_USER),
+    ("Closing Link: alice[h] (SASL required)", chat.NEEDS_USER),
+    ("Closing Link: h (Install identd)", chat.NEEDS_USER),
+    ("Closing Link: h (Invalid username [~x])", chat.NEEDS_USER),
     ("Closing Link: No Authorization", chat.NEEDS_USER),
     ("Closing Link: your address is listed in DroneBL", chat.NEEDS_USER),
     ("Closing Link: R:lined (no bots)", chat.NEEDS_USER),
@@ -15650,6 +15700,103 @@ def test_the_log_in_falls_back_to_a_mechanism_that_the_server_has(
     found = re.findall(r"AUTHENTICATE ([A-Z]+-?\S*-?\d*)\r", core.take_output().decode())
     found = [name for name in found if name in (*chat.LOGINS, "EXTERNAL")]
     assert found == mechanisms
+
+
+def logged_in_elsewhere():
+    """A client on a server with SASL, logged in as alice."""
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 0.0, [], []
+    alice.core = chat.ClientCore("alice", kind=chat.IRC, login=chat.Login("alice", "good"))
+    alice.core.secure = True
+    alice.core.connected()
+    alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "AUTHENTICATE +", "903 alice :yes")
+    alice.hears("001 alice :x", "004 alice x ircd a b")
+    alice.sent()
+    return alice
+
+
+@pytest.mark.parametrize("line, password", [("904 alice :no", "good"), ("903 alice :yes", "new")])
+def test_a_log_in_by_the_user_is_used_again_only_if_the_server_accepts_it(line, password):
+    alice = logged_in_elsewhere()
+    alice.types("/login new")
+    alice.hears("AUTHENTICATE +", line)
+    assert alice.core.me.login.password == password
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "AUTHENTICATE +")
+    secret = base64.b64encode(f"alice\0alice\0{password}".encode()).decode()
+    assert f"AUTHENTICATE {secret}" in alice.sent()
+
+
+def test_a_log_in_that_a_break_interrupts_is_not_used_again():
+    alice = logged_in_elsewhere()
+    alice.types("/login new")
+    alice.hears("AUTHENTICATE +")
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "AUTHENTICATE +", "903 alice :yes")
+    assert alice.core.me.login.password == "good"
+
+
+@pytest.mark.parametrize(
+    "line, password", [("900 alice a!u@h alice :you are", "new"), ("", "good")]
+)
+def test_a_log_in_at_a_service_is_used_again_once_the_server_confirms_it(line, password):
+    alice = Elsewhere(login=chat.Login("alice", "good"))
+    alice.types("/login new").hears(*[line] * bool(line))
+    assert alice.core.me.login.password == password
+
+
+def test_a_user_whose_password_was_changed_elsewhere_gets_in_by_another_login():
+    alice = logged_in_elsewhere()
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "AUTHENTICATE +", "904 * :wrong")
+    assert "/login" in alice.core.refusal and alice.core.cause == chat.TEMPORARY
+    alice.core.disconnected()
+    alice.types("/login new")
+    assert alice.core.wants_connection and alice.core.me.login == chat.Login("alice", "new")
+
+
+@pytest.mark.parametrize("external", [True, False])
+def test_a_server_that_has_logged_the_client_in_already_is_entered(external):
+    alice = logged_in_elsewhere()
+    alice.core.me.certificate = external
+    alice.core.disconnected()
+    alice.core.me.account = "alice" * (not external)
+    alice.core.connected()
+    alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "907 * :You have already authenticated")
+    assert alice.sent()[-1] == "CAP END" and not alice.core.refusal
+    assert alice.core.me.account == "alice"
+
+
+@pytest.mark.parametrize("login, sent", [(chat.Login("alice", "good"), True), (None, False)])
+def test_a_client_logs_in_when_the_services_are_back(login, sent):
+    alice = Elsewhere(login=login)
+    alice.core.secure = True
+    alice.hears("CAP alice NEW :sasl=PLAIN", "CAP alice ACK :sasl")
+    assert ("AUTHENTICATE PLAIN" in alice.sent(1)) == sent
+
+
+def test_a_password_is_made_and_kept_only_for_a_server_that_registers_accounts():
+    alice, kept = Elsewhere(), []
+    alice.core.me.keep = kept.append
+    alice.types("/register", "/register sesame99")
+    assert alice.sent(9) == [] and kept == [] and alice.core.me.login is None
+    alice.hears("CAP alice NEW :draft/account-registration")
+    alice.types("/register")
+    assert alice.sent(9)[0].startswith("REGISTER * * ") and len(kept) == 1
+
+
+def test_a_second_register_does_not_replace_the_password_that_is_kept():
+    house, kept = House(), []
+    alice = Pair(house, "alice")
+    alice.core.me.keep = kept.append
+    alice.typed("/register")
+    alice.drop()
+    alice.connect()
+    alice.typed("/register")
+    assert {login.password for login in kept} == {alice.core.me.login.password}
 
 
 def test_external_is_tried_with_a_certificate_and_a_wrong_password_is_not_told_in_the_clear():
@@ -15734,6 +15881,28 @@ def test_a_server_that_wants_tls_is_left_at_once_and_nothing_is_told_it():
     core.tls = True
     core.feed(b":x CAP * LS :sts=port=1,duration=100\r\n")
     assert not core.redial
+
+
+STS_VALUES = [  # over TLS?, value, port and seconds of the policy, whether to connect again
+    (False, "port=6697,duration=9", (6697, 9), True),
+    (False, "port=6697", (6697, 0), True),
+    (False, "port=99999", None, False),
+    (False, "port=0", None, False),
+    (False, "duration=9", None, False),
+    (True, "duration=9", (0, 9), False),
+    (True, "duration=0", (0, 0), False),
+    (True, "port=6697", None, False),
+    (True, "port=6697,duration=abc", None, False),
+]
+
+
+@pytest.mark.parametrize("tls, value, policy, redial", STS_VALUES)
+def test_a_demand_of_tls_that_makes_no_sense_is_ignored(tls, value, policy, redial):
+    core = chat.ClientCore("alice", kind=chat.IRC)
+    core.tls = tls
+    core.connected()
+    core.feed(f":x CAP * LS :sts={value}\r\n".encode())
+    assert (core.sts, core.redial) == (policy, redial)
 
 
 CTCPS = [
@@ -16107,6 +16276,154 @@ def test_what_a_bouncer_lost_is_sent_to_its_next_server():
     _, ping = alice.sent(9)
     alice.hears(":alice!u@h PRIVMSG #lobby one", f"PONG x {ping.split()[-1]}")
     assert alice.core.outbox.waiting == {} and alice.kinds("failed") == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ":bob!u@h JOIN #lobby",
+        ":bob!u@h PRIVMSG #lobby :hi",
+        ":bob!u@h PRIVMSG alice :hi",
+        ":eve!u@h NICK bob",
+        "730 alice bob!u@h",
+    ],
+)
+def test_a_user_who_had_left_is_there_again_when_the_server_tells_anything_of_the_user(line):
+    alice = Elsewhere()
+    alice.types("/query bob").hears(":bob!u@h QUIT :bye")
+    assert alice.core.find("bob").gone
+    alice.hears(line)
+    assert alice.core.find("bob").gone is False
+
+
+KEYS_SET = [  # changes of modes, the password that the next JOIN gives
+    ("+k new", "JOIN #k new"),
+    ("+mk new", "JOIN #k new"),
+    ("+ok alice new", "JOIN #k new"),
+    ("-k old", "JOIN #k"),
+    ("+k *", "JOIN #k old"),
+    ("+l 5", "JOIN #k old"),
+]
+
+
+@pytest.mark.parametrize("modes, line", KEYS_SET)
+def test_a_channel_is_joined_again_with_the_password_that_it_has_now(modes, line):
+    alice = Elsewhere(join=["#k old"])
+    alice.hears(f":op!u@h MODE #k {modes}")
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("001 alice :x")
+    assert line in alice.sent()
+
+
+@pytest.mark.parametrize("symbol", ["= ", "@ ", ""])
+def test_members_are_listed_with_and_without_the_symbol_of_rfc_2812(symbol):
+    alice = Elsewhere()
+    alice.hears(f"353 alice {symbol}#lobby :@alice bob", "366 alice #lobby :End")
+    assert alice.core.room.people == {"alice": "@", "bob": ""}
+
+
+@pytest.mark.parametrize("verb", ["LIST", "WHO"])
+def test_rows_of_an_answer_that_the_server_breaks_off_are_not_in_the_next_one(verb):
+    rows = {"LIST": ["322 alice #a 3 :x", "323 alice :End"]}
+    rows["WHO"] = ["352 alice #a u h s bob H :0 Bob", "315 alice x :End"]
+    alice = Elsewhere()
+    alice.types(f"/{verb} x").hears(rows[verb][0], f"263 alice {verb} :Please try again")
+    alice.types(f"/{verb} x").hears(*rows[verb])
+    assert len(alice.kinds("page")) == 1 and alice.kinds("page")[0].count("\n") == 0
+
+
+@pytest.mark.parametrize("verb", ["WALLOPS", "GLOBOPS", "KILL alice"])
+@pytest.mark.parametrize("source, name", [("oper!u@h", "oper: "), ("irc.example", "")])
+def test_a_line_that_the_client_does_not_know_is_shown_with_the_user_who_sent_it(
+    verb, source, name
+):
+    alice = Elsewhere()
+    alice.hears(f":{source} {verb} :restart soon")
+    assert alice.kinds("server text")[-1] == f"{name}restart soon"
+
+
+@pytest.mark.parametrize("line", [":bob!u@h AWAY :buy", "301 alice bob :buy"])
+def test_the_away_text_of_an_ignored_user_is_not_shown(line):
+    alice = Elsewhere()
+    alice.types("/query bob", "/ignore bob").hears(line)
+    assert not any("buy" in text for text in alice.kinds("server text"))
+
+
+def test_a_conversation_is_monitored_while_it_is_open_under_the_nick_of_now():
+    alice = Elsewhere("MONITOR=5")
+    alice.types("/query bob")
+    alice.hears(":bob!u@h NICK robert")
+    alice.types("/close")
+    monitored = [line for line in alice.sent(9) if line.startswith("MONITOR")]
+    names = ["+ bob", "- bob", "+ robert", "- robert"]
+    assert monitored == [f"MONITOR {one}" for one in names]
+
+
+NICK_REFUSED = [
+    "438 alice2 alice :Nick change too fast",
+    "447 alice2 :Can not change nickname while on #lobby (+N)",
+    "484 alice2 :Your connection is restricted!",
+    "435 alice2 alice #lobby :Cannot change nickname while banned",
+    "400 alice2 NICK :no",
+]
+
+
+@pytest.mark.parametrize("line", NICK_REFUSED)
+def test_a_wanted_nick_that_the_server_refuses_again_and_again_is_told_once(line):
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 0.0, [], []
+    alice.core = chat.ClientCore("alice", kind=chat.IRC, ticks=lambda: alice.now)
+    alice.core.connected()
+    alice.hears("433 * alice :in use", "001 alice2 :x", "004 alice2 x ircd a b")
+    alice.views.clear()
+    for _ in range(3):
+        assert "ISON alice" in alice.sent(chat.REGAIN_SECONDS + 1)
+        alice.hears("303 alice2 :", line)
+    assert len(alice.kinds("server text")) == 1
+    alice.types("/nick alice").hears(line)
+    assert len(alice.kinds("server text")) == 2
+
+
+NOT_JOINED = [  # the answer to a JOIN after a break; joined again in a minute?, and the next time?
+    ("437 alice #c :Nick/channel is temporarily unavailable", True, True),
+    ("471 alice #c :Cannot join channel (+l)", True, True),
+    ("474 alice #c :Cannot join channel (+b)", False, True),
+    ("403 alice #c :No such channel", False, False),
+    ("", False, True),
+]
+
+
+@pytest.mark.parametrize("line, soon, later", NOT_JOINED)
+def test_a_channel_that_cannot_be_joined_now_is_joined_later(line, soon, later):
+    alice = Elsewhere(join=["#c"])
+    for _ in range(2):
+        alice.core.disconnected()
+        alice.core.connected()
+        alice.hears("001 alice :x", "004 alice x ircd a b")
+        assert ("JOIN #c" in alice.sent()) == (_ == 0 or later)
+        alice.hears(*[line] * bool(line))
+        alice.sent(chat.JOIN_SECONDS * (not line))
+    assert alice.core.room.wanted == later
+    told = len(alice.views)
+    assert ("JOIN #c" in alice.sent(chat.REJOIN_SECONDS + 9)) == soon
+    if soon:
+        alice.hears(line)
+        assert len(alice.views) == told
+        alice.sent(chat.REJOIN_SECONDS + 9)
+        alice.hears(":alice!u@h JOIN #c")
+        assert alice.core.room.inside and "JOIN #c" not in alice.sent(chat.REJOIN_SECONDS + 9)
+
+
+def test_a_text_for_a_channel_that_cannot_be_joined_now_is_left_to_the_user():
+    alice = Elsewhere(join=["#c"])
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("001 alice :x", "004 alice x ircd a b", "471 alice #c :Cannot join channel (+l)")
+    alice.types("hi")
+    assert alice.kinds("failed") == ["you are not in #c: hi; /retry sends it, /cancel drops it"]
+    alice.types("/retry", "/join #c")
+    assert alice.sent().count("JOIN #c") > 1
 
 
 @pytest.mark.parametrize("params", ["JOIN :You have not registered", ":Connection not registered"])
@@ -17115,6 +17432,7 @@ NO_MESSAGE_IS_REFUSED = [
     "478 alice #lobby b :Channel list is full",
     "482 alice #lobby :You're not channel operator",
     "442 alice #lobby :You're not on that channel",
+    "403 alice #lobby :No such channel",
     "470 alice #lobby ##lobby :Forwarding to another channel",
     "435 alice alice2 #lobby :Cannot change nickname while banned",
     "447 alice :Can not change nickname while on #lobby",
@@ -17764,6 +18082,7 @@ def test_a_message_to_another_conversation_is_told_where_the_user_looks():
         busy=False,
         pump=chat.do_nothing,
         leaves=chat.do_nothing,
+        refused={},
     )
     desk.core.send("#rust", "shall we have tea?")
     desk.tell(*desk.core.take_views())
@@ -18034,7 +18353,7 @@ def test_a_reaction_is_shown_when_the_server_has_taken_it():
 
 
 def test_typing_is_told_although_a_message_is_left_to_the_user():
-    there = Elsewhere(caps="message-tags")
+    there = Elsewhere(caps="message-tags echo-message")
     there.types("x")
     there.sent(9)
     (id,) = there.core.outbox.waiting
@@ -18042,6 +18361,42 @@ def test_typing_is_told_although_a_message_is_left_to_the_user():
     there.core.typing(there.core.room, "active")
     there.core.flush()
     assert there.sent() == ["@+typing=active TAGMSG #lobby"]
+
+
+@pytest.mark.parametrize("caps", ["", " batch labeled-response"])
+def test_an_error_about_typing_is_not_shown_and_of_no_message(caps):
+    there = Elsewhere(caps=f"message-tags echo-message{caps}")
+    there.core.typing(there.core.room, "active")
+    there.core.flush()
+    (line,) = there.sent()
+    there.types("hi")
+    there.sent()
+    there.views.clear()
+    label = "@label=typing " * ("label=typing" in line)
+    there.hears(f"{label}:irc.example 404 alice #lobby :Cannot send to channel")
+    assert there.views == [] and len(there.core.outbox.waiting) == 1
+    there.hears(f"@label={[*there.core.outbox.waiting][0]} :irc.example 404 alice #lobby :No")
+    assert there.kinds("failed") == ["#lobby: No: hi"]
+
+
+def test_an_error_about_a_message_after_typing_that_was_taken_is_of_the_message():
+    there = Elsewhere(caps="message-tags echo-message")
+    there.core.typing(there.core.room, "active")
+    there.core.flush()
+    there.types("hi")
+    there.sent()
+    there.hears("@+typing=active :alice!u@h TAGMSG #lobby", "404 alice #lobby :No colours")
+    assert there.kinds("failed") == ["#lobby: No colours: hi"]
+
+
+@pytest.mark.parametrize("caps", ["", " echo-message", " echo-message batch labeled-response"])
+def test_an_error_about_a_reaction_is_shown_and_of_no_message(caps):
+    there = Elsewhere(caps=f"message-tags{caps}")
+    there.hears("@msgid=5 :bob!u@h PRIVMSG #lobby :yo")
+    there.types("/react +1", "hello")
+    label = "@label=reaction " * ("label=reaction" in there.sent(9)[0])
+    there.hears(f"{label}:irc.example 404 alice #lobby :Cannot send to channel")
+    assert there.kinds("failed") == [] and "Cannot send" in there.kinds("server text")[-1]
 
 
 def test_typing_is_passed_on_and_not_kept():
