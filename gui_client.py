@@ -1118,6 +1118,7 @@ class SeatScreen:
         self.was_ready = self.told_why = False
         self.secret = ""  # of an account that is to be registered
         self.missed: dict[str, None] = {}  # ids of what was said while we were away
+        self.reacted: dict[str, None] = {}  # ids of the messages that got a reaction last
         self.last_removed = ""  # id of the message that was redacted last
         self.placed: dict[int, chat.ViewEvent] = {}  # views that are rows already, by identity
 
@@ -1193,7 +1194,8 @@ def row_of(
     by_id: dict[str, chat.ViewEvent] | None = None,
     fresh: bool = False,
 ) -> Row:
-    """Return a view as a row, with the state of the message. A fresh one has no reactions yet."""
+    """Return a view as a row, with the state of the message. A fresh one has no reactions yet,
+    unless they came before the window was told of it."""
     core, screen, outbox = seat.core, seat.screen, seat.core.outbox
     view = view._replace(line="")
     state = reason = ""
@@ -1202,7 +1204,7 @@ def row_of(
         parked, waits = view.own_id in outbox.parked, view.own_id in outbox.waiting
         reason = outbox.parked.get(view.own_id) or screen.failed.get(view.own_id, "")
         state = FAILED if parked or (reason and not waits) else PENDING if waits else ""
-    looked_up = view.id and (view.past or not fresh)
+    looked_up = view.id and (view.past or not fresh or view.id in screen.reacted)
     reactions = core.reactions_of(view.id) if looked_up else {}
     told = tuple((emoji, tuple(names)) for emoji, names in reactions.items())
     answers = answered_by(core, room, view, by_id or {})
@@ -2064,6 +2066,7 @@ class Engine(chat.ManyServers):
 
     def _reacted(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         room = self.room_of(seat, view)
+        chat.remember(seat.screen.reacted, view.id)
         if said := find_view(room, lambda one: one.id == view.id):
             self.watched.change(room, said)
 

@@ -24454,6 +24454,37 @@ def test_rows_of_one_segment_are_in_its_order_in_the_window_too():
     ]
 
 
+def published(engine):
+    """Return the events of the batch that waits, which the window has taken now."""
+    engine.publish()
+    engine.took()
+    return engine.batches.get_nowait()
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_a_reaction_is_shown_that_comes_before_the_window_was_told_of_the_message(segments):
+    options = chat.ClientOptions("alice", chat.parse_target("irc://127.0.0.1:1"))
+    engine = gui_client.Engine(options, chat.do_nothing)
+    engine.show(engine.core.connected())
+    caps = ":s CAP * LS :message-tags\r\n:s CAP * ACK :message-tags\r\n"
+    joined = f"{caps}:s 001 alice :Welcome\r\n:alice!u@h JOIN #lobby\r\n"
+    engine.show(engine.core.feed(joined.encode()))
+    published(engine)
+    lines = (
+        b"@msgid=m1 :bob!u@h PRIVMSG #lobby :tea?\r\n",
+        b"@+draft/react=\xf0\x9f\x91\x8d;+draft/reply=m1 :carol!u@h TAGMSG #lobby\r\n",
+    )
+    for data in lines if segments == 2 else [b"".join(lines)]:
+        engine.show(engine.core.feed(data))
+    rows = [
+        row
+        for event in published(engine)
+        for row in (event.rows if isinstance(event, gui_client.Rows) else ())
+    ]
+    assert rows[-1].view.text == "tea?"
+    assert rows[-1].reactions == (("\U0001f44d", ("carol",)),)
+
+
 @pytest.mark.parametrize(
     "text, called",
     [
