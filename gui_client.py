@@ -453,7 +453,12 @@ CLOCK_SHOWN = 40  # ... and of a time
 NAME_TAGS = 12
 GROUP_SECONDS = 300  # messages of one speaker within this stand under one name
 
-LINK = re.compile(r"(?:https?://|www\.(?=[\w-]+\.))[^\s<>\"]*[^\s<>\".,;:!?)\]}']", re.IGNORECASE)
+PAIR = r"\([^\s<>\"()]*\)"  # at the end of a link a bracket belongs to it if it was opened there
+LINK = re.compile(
+    r"(?:https?://|www\.(?=[\w-]+\.))"
+    rf"(?:{PAIR}|(?!{PAIR})[^\s<>\"])*(?:{PAIR}|[^\s<>\"(.,;:!?)\]}}'])",
+    re.IGNORECASE,
+)
 ONLY_LINK = re.compile(r".+ \([^()]*\d [KMG]?B\): \S+")  # what clients say of a file they send
 
 

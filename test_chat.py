@@ -24513,6 +24513,11 @@ def test_a_message_for_the_user_stands_out(called):
         ("(http://a.example) and HTTP://b", ["http://a.example", "HTTP://b"]),
         ("<https://a.example/x>, https://b.example!", ["https://a.example/x", "https://b.example"]),
         ("www.example.org/x, www. and www.", ["www.example.org/x"]),
+        (
+            "(https://a.example/x_(y)), www.b.example/(z)",
+            ["https://a.example/x_(y)", "www.b.example/(z)"],
+        ),
+        ("https://a.example/x) http://b/(y", ["https://a.example/x", "http://b/(y"]),
         ("https://", []),
         ("javascript:alert(1) file:///etc/passwd", []),
     ],
