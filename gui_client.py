@@ -4891,6 +4891,14 @@ class Card(ttk.Frame):
         self.head.pack(fill="x", anchor="w")
         self.buttons.pack(side="bottom", fill="x")  # in sight also where the body is not
         self.page.pack(fill="both", expand=True)
+        self.keys = f"Keys of {self}"  # a tag: Tab would stop at a label with a key of its own
+        for sequence, act in (
+            ("<Escape>", lambda _: self.hide() or "break"),
+            ("<Button-4>", lambda _: self.page.wheel(-1)),
+            ("<Button-5>", lambda _: self.page.wheel(1)),
+            ("<MouseWheel>", lambda event: self.page.wheel(-1 if event.delta > 0 else 1)),
+        ):
+            self.bind_class(self.keys, sequence, act)
         look.follow(self.recolour)
 
     def recolour(self) -> None:
@@ -4918,10 +4926,8 @@ class Card(ttk.Frame):
         self.lift()
         self._make_room()
         for widget in descendants(self):
-            widget.bind("<Escape>", lambda _: self.hide() or "break")
-            for key, step in (("<Button-4>", -1), ("<Button-5>", 1)):
-                widget.bind(key, lambda _, step=step: self.page.wheel(step))
-            widget.bind("<MouseWheel>", lambda event: self.page.wheel(-1 if event.delta > 0 else 1))
+            if self.keys not in widget.bindtags():
+                widget.bindtags((self.keys, *widget.bindtags()))
         self.first = focus
         focus.focus_set()
 

@@ -25660,15 +25660,17 @@ def test_a_certificate_that_is_not_trusted_is_a_question(running, window, certif
 
 def test_tab_goes_through_the_card_from_top_to_bottom(window):
     alice = window(name="")
-    card, tops = alice.card, []
+    card, tops, kinds = alice.card, [], set()
     alice.root.update()
     widget = card.name
     while widget.winfo_rooty() not in tops and len(tops) < 20:
         tops.append(widget.winfo_rooty())
+        kinds.add(widget.winfo_class())
         widget = widget.tk_focusNext()
         if widget.master not in (card.body, card.buttons):
             break
     assert len(tops) >= 7 and tops == sorted(tops)
+    assert kinds == {"Text", "TCheckbutton", "TEntry", "TButton"}  # what shows that it has the keys
 
 
 def test_an_account_is_registered_and_logged_in_to_and_a_server_given_its_password(running, window):
