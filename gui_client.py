@@ -3673,16 +3673,21 @@ class Pictures:
         self.decodes = False
         if not self.arrived:
             return
-        _, file, data, _, why = self.arrived.popleft()
-        image, why = None, why or picture_trouble(file, data)
+        picture = self.arrived.popleft()
+        if picture.file.path not in self.images:  # it came twice; Tk shows none that is freed
+            self._decode(picture)
+        self.look_soon()
+        self._decode_soon()
+
+    def _decode(self, picture: Picture) -> None:
+        file, data = picture.file, picture.data
+        image, why = None, picture.why or picture_trouble(file, data)
         if not why:
             image = decoded(self.text, file, data, divisor(file, self.text.sheet.style.box))
         if image is None:
             self.failed(file.path, why or "it is damaged")
         else:
             self.images[file.path] = image
-        self.look_soon()
-        self._decode_soon()
 
 
 class Pointer:

@@ -26537,6 +26537,21 @@ def test_few_pictures_are_kept_and_the_page_is_as_high_with_them_as_without(wind
     pump(alice, lambda: set(page.text.image_names()) == set(page.pictures.images))
 
 
+def test_a_picture_that_is_fetched_twice_stays_in_sight(window):
+    alice, data = window(name=""), drawn_png(60, 90)
+    page = alice.transcript
+    tag = f"/files/{7:032x},image/png,{len(data)},60,90"
+    picture = gui_client.Picture(0, chat.parse_file_tag(tag), data)
+    page.pictures.wants = lambda files: files and page.pictures.take(picture)
+    row = gui_client.Row(said("", time=EIGHT, file=tag))
+    page.reset(gui_client.Rows(1, gui_client.RESET, (row,)))
+    pump(alice, page.text.image_names)
+    page.pictures.take(picture)
+    pump(alice, lambda: not page.pictures.arrived)
+    (name,) = page.text.image_names()
+    assert page.text.image_cget(name, "image") == str(page.pictures.images[picture.file.path])
+
+
 def test_a_picture_that_cannot_be_shown_has_a_card_with_the_reason(running, window, tmp_path):
     server = keeps_files(running, tmp_path)
     alice = at_home(window(server.address))
