@@ -453,7 +453,12 @@ CLOCK_SHOWN = 40  # ... and of a time
 NAME_TAGS = 12
 GROUP_SECONDS = 300  # messages of one speaker within this stand under one name
 
-LINK = re.compile(r"(?:https?://|www\.(?=[\w-]+\.))[^\s<>\"]*[^\s<>\".,;:!?)\]}']", re.IGNORECASE)
+PAIR = r"\([^\s<>\"()]*\)"  # at the end of a link a bracket belongs to it if it was opened there
+LINK = re.compile(
+    r"(?:https?://|www\.(?=[\w-]+\.))"
+    rf"(?:{PAIR}|(?!{PAIR})[^\s<>\"])*(?:{PAIR}|[^\s<>\"(.,;:!?)\]}}'])",
+    re.IGNORECASE,
+)
 ONLY_LINK = re.compile(r".+ \([^()]*\d [KMG]?B\): \S+")  # what clients say of a file they send
 
 
@@ -1118,6 +1123,7 @@ class SeatScreen:
         self.was_ready = self.told_why = False
         self.secret = ""  # of an account that is to be registered
         self.missed: dict[str, None] = {}  # ids of what was said while we were away
+        self.reacted: dict[str, None] = {}  # ids of the messages that got a reaction last
         self.last_removed = ""  # id of the message that was redacted last
         self.placed: dict[int, chat.ViewEvent] = {}  # views that are rows already, by identity
 
@@ -1193,7 +1199,8 @@ def row_of(
     by_id: dict[str, chat.ViewEvent] | None = None,
     fresh: bool = False,
 ) -> Row:
-    """Return a view as a row, with the state of the message. A fresh one has no reactions yet."""
+    """Return a view as a row, with the state of the message. A fresh one has no reactions yet,
+    unless they came before the window was told of it."""
     core, screen, outbox = seat.core, seat.screen, seat.core.outbox
     view = view._replace(line="")
     state = reason = ""
@@ -1202,7 +1209,7 @@ def row_of(
         parked, waits = view.own_id in outbox.parked, view.own_id in outbox.waiting
         reason = outbox.parked.get(view.own_id) or screen.failed.get(view.own_id, "")
         state = FAILED if parked or (reason and not waits) else PENDING if waits else ""
-    looked_up = view.id and (view.past or not fresh)
+    looked_up = view.id and (view.past or not fresh or view.id in screen.reacted)
     reactions = core.reactions_of(view.id) if looked_up else {}
     told = tuple((emoji, tuple(names)) for emoji, names in reactions.items())
     answers = answered_by(core, room, view, by_id or {})
@@ -2064,6 +2071,7 @@ class Engine(chat.ManyServers):
 
     def _reacted(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         room = self.room_of(seat, view)
+        chat.remember(seat.screen.reacted, view.id)
         if said := find_view(room, lambda one: one.id == view.id):
             self.watched.change(room, said)
 
@@ -3665,16 +3673,21 @@ class Pictures:
         self.decodes = False
         if not self.arrived:
             return
-        _, file, data, _, why = self.arrived.popleft()
-        image, why = None, why or picture_trouble(file, data)
+        picture = self.arrived.popleft()
+        if picture.file.path not in self.images:  # it came twice; Tk shows none that is freed
+            self._decode(picture)
+        self.look_soon()
+        self._decode_soon()
+
+    def _decode(self, picture: Picture) -> None:
+        file, data = picture.file, picture.data
+        image, why = None, picture.why or picture_trouble(file, data)
         if not why:
             image = decoded(self.text, file, data, divisor(file, self.text.sheet.style.box))
         if image is None:
             self.failed(file.path, why or "it is damaged")
         else:
             self.images[file.path] = image
-        self.look_soon()
-        self._decode_soon()
 
 
 class Pointer:
@@ -4883,6 +4896,14 @@ class Card(ttk.Frame):
         self.head.pack(fill="x", anchor="w")
         self.buttons.pack(side="bottom", fill="x")  # in sight also where the body is not
         self.page.pack(fill="both", expand=True)
+        self.keys = f"Keys of {self}"  # a tag: Tab would stop at a label with a key of its own
+        for sequence, act in (
+            ("<Escape>", lambda _: self.hide() or "break"),
+            ("<Button-4>", lambda _: self.page.wheel(-1)),
+            ("<Button-5>", lambda _: self.page.wheel(1)),
+            ("<MouseWheel>", lambda event: self.page.wheel(-1 if event.delta > 0 else 1)),
+        ):
+            self.bind_class(self.keys, sequence, act)
         look.follow(self.recolour)
 
     def recolour(self) -> None:
@@ -4910,10 +4931,8 @@ class Card(ttk.Frame):
         self.lift()
         self._make_room()
         for widget in descendants(self):
-            widget.bind("<Escape>", lambda _: self.hide() or "break")
-            for key, step in (("<Button-4>", -1), ("<Button-5>", 1)):
-                widget.bind(key, lambda _, step=step: self.page.wheel(step))
-            widget.bind("<MouseWheel>", lambda event: self.page.wheel(-1 if event.delta > 0 else 1))
+            if self.keys not in widget.bindtags():
+                widget.bindtags((self.keys, *widget.bindtags()))
         self.first = focus
         focus.focus_set()
 

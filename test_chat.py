@@ -25084,6 +25084,37 @@ def test_rows_of_one_segment_are_in_its_order_in_the_window_too():
     ]
 
 
+def published(engine):
+    """Return the events of the batch that waits, which the window has taken now."""
+    engine.publish()
+    engine.took()
+    return engine.batches.get_nowait()
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_a_reaction_is_shown_that_comes_before_the_window_was_told_of_the_message(segments):
+    options = chat.ClientOptions("alice", chat.parse_target("irc://127.0.0.1:1"))
+    engine = gui_client.Engine(options, chat.do_nothing)
+    engine.show(engine.core.connected())
+    caps = ":s CAP * LS :message-tags\r\n:s CAP * ACK :message-tags\r\n"
+    joined = f"{caps}:s 001 alice :Welcome\r\n:alice!u@h JOIN #lobby\r\n"
+    engine.show(engine.core.feed(joined.encode()))
+    published(engine)
+    lines = (
+        b"@msgid=m1 :bob!u@h PRIVMSG #lobby :tea?\r\n",
+        b"@+draft/react=\xf0\x9f\x91\x8d;+draft/reply=m1 :carol!u@h TAGMSG #lobby\r\n",
+    )
+    for data in lines if segments == 2 else [b"".join(lines)]:
+        engine.show(engine.core.feed(data))
+    rows = [
+        row
+        for event in published(engine)
+        for row in (event.rows if isinstance(event, gui_client.Rows) else ())
+    ]
+    assert rows[-1].view.text == "tea?"
+    assert rows[-1].reactions == (("\U0001f44d", ("carol",)),)
+
+
 @pytest.mark.parametrize(
     "text, called",
     [
@@ -25112,6 +25143,11 @@ def test_a_message_for_the_user_stands_out(called):
         ("(http://a.example) and HTTP://b", ["http://a.example", "HTTP://b"]),
         ("<https://a.example/x>, https://b.example!", ["https://a.example/x", "https://b.example"]),
         ("www.example.org/x, www. and www.", ["www.example.org/x"]),
+        (
+            "(https://a.example/x_(y)), www.b.example/(z)",
+            ["https://a.example/x_(y)", "www.b.example/(z)"],
+        ),
+        ("https://a.example/x) http://b/(y", ["https://a.example/x", "http://b/(y"]),
         ("https://", []),
         ("javascript:alert(1) file:///etc/passwd", []),
     ],
@@ -26254,15 +26290,17 @@ def test_a_certificate_that_is_not_trusted_is_a_question(running, window, certif
 
 def test_tab_goes_through_the_card_from_top_to_bottom(window):
     alice = window(name="")
-    card, tops = alice.card, []
+    card, tops, kinds = alice.card, [], set()
     alice.root.update()
     widget = card.name
     while widget.winfo_rooty() not in tops and len(tops) < 20:
         tops.append(widget.winfo_rooty())
+        kinds.add(widget.winfo_class())
         widget = widget.tk_focusNext()
         if widget.master not in (card.body, card.buttons):
             break
     assert len(tops) >= 7 and tops == sorted(tops)
+    assert kinds == {"Text", "TCheckbutton", "TEntry", "TButton"}  # what shows that it has the keys
 
 
 def test_an_account_is_registered_and_logged_in_to_and_a_server_given_its_password(running, window):
@@ -27127,6 +27165,21 @@ def test_few_pictures_are_kept_and_the_page_is_as_high_with_them_as_without(wind
         len(page.text.image_names()) == len(page.pictures.images) - 1 and height_of(alice) == height
     )
     pump(alice, lambda: set(page.text.image_names()) == set(page.pictures.images))
+
+
+def test_a_picture_that_is_fetched_twice_stays_in_sight(window):
+    alice, data = window(name=""), drawn_png(60, 90)
+    page = alice.transcript
+    tag = f"/files/{7:032x},image/png,{len(data)},60,90"
+    picture = gui_client.Picture(0, chat.parse_file_tag(tag), data)
+    page.pictures.wants = lambda files: files and page.pictures.take(picture)
+    row = gui_client.Row(said("", time=EIGHT, file=tag))
+    page.reset(gui_client.Rows(1, gui_client.RESET, (row,)))
+    pump(alice, page.text.image_names)
+    page.pictures.take(picture)
+    pump(alice, lambda: not page.pictures.arrived)
+    (name,) = page.text.image_names()
+    assert page.text.image_cget(name, "image") == str(page.pictures.images[picture.file.path])
 
 
 def test_a_picture_that_cannot_be_shown_has_a_card_with_the_reason(running, window, tmp_path):
