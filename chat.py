@@ -4389,72 +4389,6 @@ def begin_file(
     keep_file(hub, StoredFile(id, name, type, size, owner, address, hub.now, node=node))
 
 
-EMOJI_STYLE = "\ufe0f"  # the character before it is to be shown as an emoji
-ZWJ = "\u200d"  # zero width joiner: one emoji of several
-
-
-def is_regional(c: str) -> bool:
-    return "\U0001f1e6" <= c <= "\U0001f1ff"  # two of them are a flag
-
-
-SOFT_HYPHEN = "\xad"
-
-
-def is_inner_jamo(c: str) -> bool:
-    """Return whether `c` is a vowel or final of conjoining Hangul, which joins its initial."""
-    return "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7fb"
-
-
-def is_emoji(c: str) -> bool:
-    """Return whether `c` is an emoji newer than Python's tables, which have it unassigned."""
-    return "\U0001f300" <= c <= "\U0001faff" and unicodedata.category(c) == "Cn"
-
-
-def cluster_width(cluster: str) -> int:
-    first = cluster[0]
-    if EMOJI_STYLE in cluster or ZWJ in cluster[1:-1] or is_regional(first):
-        return 2
-    if first == SOFT_HYPHEN:
-        return 1
-    marks = sum(unicodedata.category(c) == "Mc" for c in cluster[1:])  # Hindi, Tamil: each has one
-    if unicodedata.category(first) in ("Mn", "Me", "Cf", "Cc") or is_inner_jamo(first):
-        return marks
-    return marks + (2 if unicodedata.east_asian_width(first) in "WF" or is_emoji(first) else 1)
-
-
-def joins(cluster: str, c: str) -> bool:
-    """Return whether `c` continues the cluster before it."""
-    if is_inner_jamo(c):
-        return "\u1100" <= cluster[0] <= "\u11ff"
-    if cluster[-1] == ZWJ or c == ZWJ or unicodedata.category(c) in ("Mn", "Me", "Mc"):
-        return cluster != "\n"
-    if is_regional(c):
-        return len(cluster) == 1 and is_regional(cluster)
-    return "\U0001f3fb" <= c <= "\U0001f3ff"  # skin tones (UTS 51)
-
-
-def clusters(text: str) -> list[str]:
-    """Split `text` into what a reader calls characters: letters with their accents, emoji
-    with their modifiers, flags. A subset of UAX 29 that needs no tables."""
-    if text.isascii():
-        return list(text)
-    found: list[str] = []
-    for c in text:
-        if found and joins(found[-1], c):
-            found[-1] += c
-        else:
-            found.append(c)
-    return found
-
-
-def width(text: str) -> int:
-    """Return the columns of `text` on a terminal: none for marks, two for wide characters (UAX 11)
-    and emoji. Terminals disagree about the newest emoji, so nothing may depend on the result."""
-    if text.isascii() and text.isprintable():
-        return len(text)
-    return sum(map(cluster_width, clusters(text)))
-
-
 @act
 def resize_file(hub: Hub, who: Session, id: str, size: int) -> None:
     """Make room for more of a file whose size was not announced. Raises Refused."""
@@ -22285,6 +22219,72 @@ class KeyDecoder:
         return Key("paste", harmless(pasted.replace("\r\n", "\n").replace("\r", "\n")))
 
 
+EMOJI_STYLE = "\ufe0f"  # the character before it is to be shown as an emoji
+ZWJ = "\u200d"  # zero width joiner: one emoji of several
+
+
+def is_regional(c: str) -> bool:
+    return "\U0001f1e6" <= c <= "\U0001f1ff"  # two of them are a flag
+
+
+SOFT_HYPHEN = "\xad"
+
+
+def is_inner_jamo(c: str) -> bool:
+    """Return whether `c` is a vowel or final of conjoining Hangul, which joins its initial."""
+    return "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7fb"
+
+
+def is_emoji(c: str) -> bool:
+    """Return whether `c` is an emoji newer than Python's tables, which have it unassigned."""
+    return "\U0001f300" <= c <= "\U0001faff" and unicodedata.category(c) == "Cn"
+
+
+def cluster_width(cluster: str) -> int:
+    first = cluster[0]
+    if EMOJI_STYLE in cluster or ZWJ in cluster[1:-1] or is_regional(first):
+        return 2
+    if first == SOFT_HYPHEN:
+        return 1
+    marks = sum(unicodedata.category(c) == "Mc" for c in cluster[1:])  # Hindi, Tamil: each has one
+    if unicodedata.category(first) in ("Mn", "Me", "Cf", "Cc") or is_inner_jamo(first):
+        return marks
+    return marks + (2 if unicodedata.east_asian_width(first) in "WF" or is_emoji(first) else 1)
+
+
+def continues_cluster(cluster: str, c: str) -> bool:
+    """Return whether `c` continues the cluster before it."""
+    if is_inner_jamo(c):
+        return "\u1100" <= cluster[0] <= "\u11ff"
+    if cluster[-1] == ZWJ or c == ZWJ or unicodedata.category(c) in ("Mn", "Me", "Mc"):
+        return cluster != "\n"
+    if is_regional(c):
+        return len(cluster) == 1 and is_regional(cluster)
+    return "\U0001f3fb" <= c <= "\U0001f3ff"  # skin tones (UTS 51)
+
+
+def clusters(text: str) -> list[str]:
+    """Split `text` into what a reader calls characters: letters with their accents, emoji
+    with their modifiers, flags. A subset of UAX 29 that needs no tables."""
+    if text.isascii():
+        return list(text)
+    found: list[str] = []
+    for c in text:
+        if found and continues_cluster(found[-1], c):
+            found[-1] += c
+        else:
+            found.append(c)
+    return found
+
+
+def text_width(text: str) -> int:
+    """Return the columns of `text` on a terminal: none for marks, two for wide characters (UAX 11)
+    and emoji. Terminals disagree about the newest emoji, so nothing may depend on the result."""
+    if text.isascii() and text.isprintable():
+        return len(text)
+    return sum(map(cluster_width, clusters(text)))
+
+
 CLUSTER_CHARACTERS = 64  # none is longer, or it does not matter how it is cut
 
 
@@ -22521,7 +22521,7 @@ def fitting(parts: Iterable[str], room: int) -> tuple[list[str], int]:
 
 def cut_to(text: str, columns: int) -> str:
     """Return a text cut to so many columns, with a mark at the end if it was cut."""
-    if width(text) <= columns or columns <= 0:
+    if text_width(text) <= columns or columns <= 0:
         return text * (columns > 0)
     return "".join(fitting(clusters(text), columns - 1)[0]) + "\u2026"
 
@@ -22585,17 +22585,17 @@ def row_pieces(text: str) -> Iterator[tuple[str, bool]]:
 def wrapped_rows(line: str, columns: int, hang: int) -> list[str]:
     """Return a line as rows that end between words, the later ones indented. A word that is longer
     than a row (a link) is left whole for the terminal to wrap, so that it can be copied."""
-    if width(COLOUR.sub("", line)) <= columns:
+    if text_width(COLOUR.sub("", line)) <= columns:
         return [line]
     rows, row, used = [], "", 0
     for escape, text, colour in coloured(line):
         row += escape
         for word, may_end in row_pieces(text):
-            size = width(word)
+            size = text_width(word)
             if used + size > columns and used > hang and may_end:
                 rows.append(row + STYLE_OFF * bool(colour))
                 word = LEADING_BLANKS.sub("", word, count=1) if word[:1].isspace() else word
-                row, used, size = " " * hang + colour, hang, width(word)
+                row, used, size = " " * hang + colour, hang, text_width(word)
             row += word
             used += size
     return [*rows, row]
@@ -22603,11 +22603,13 @@ def wrapped_rows(line: str, columns: int, hang: int) -> list[str]:
 
 def in_columns(words: list[str], columns: int) -> list[str]:
     """Return words as rows of columns, to be read downwards, in as few rows as fit."""
-    across = max(map(width, words), default=0) + 2
+    across = max(map(text_width, words), default=0) + 2
     count = max(1, (columns + 2) // across)
     height = math.ceil(len(words) / count)
     rows = (words[n::height] for n in range(height))
-    return ["".join(word + " " * (across - width(word)) for word in row).rstrip() for row in rows]
+    return [
+        "".join(word + " " * (across - text_width(word)) for word in row).rstrip() for row in rows
+    ]
 
 
 def beside(left: str, right: str, columns: int) -> list[str]:
@@ -22615,8 +22617,8 @@ def beside(left: str, right: str, columns: int) -> list[str]:
     wide = columns >= BESIDE_COLUMNS
     indent = " " * (columns // 3 if wide else 4)
     rows = textwrap.wrap(right, columns - 1, initial_indent=indent, subsequent_indent=indent)
-    if wide and width(left) + 2 <= len(indent):
-        rows[0] = left + rows[0][width(left) :]
+    if wide and text_width(left) + 2 <= len(indent):
+        rows[0] = left + rows[0][text_width(left) :]
         return rows
     return [left, *rows]
 
@@ -22684,11 +22686,11 @@ def said_lines(view: ViewEvent, look: Look) -> list[str]:
     mark = "! " * loud
     first, *others = (palette.paint(line, *[1] * loud) for line in view.text.split("\n"))
     head = palette.dim(clock + where) + palette.loud(mark) + palette.name(view.name)
-    indent = " " * min(width(f"{clock}{where}{mark}{view.name}: "), look.columns // 3)
+    indent = " " * min(text_width(f"{clock}{where}{mark}{view.name}: "), look.columns // 3)
     lines = [f"{head}: {first}", *(indent + line for line in others)]
     if view.reply and (words := visible(look.answered(view))):
-        told = cut_to(f"answers {words}", look.columns - width(clock) - 1)
-        lines.insert(0, palette.dim(" " * width(clock) + told))
+        told = cut_to(f"answers {words}", look.columns - text_width(clock) - 1)
+        lines.insert(0, palette.dim(" " * text_width(clock) + told))
     if file := parse_file_tag(view.file):
         lines.append(palette.dim(f"{indent}[{file.words()}; /save stores it]"))
     return lines
@@ -22831,13 +22833,13 @@ def status_row(parts: list[tuple[str, tuple[int, ...]]], columns: int, palette: 
     shown, used = "", 2
     for n, (text, colours) in enumerate(parts):
         left = columns - 1 - used - 2 * (n + 1 < len(parts))  # there has to be room for a mark
-        if width(text) + 1 > left and n:
+        if text_width(text) + 1 > left and n:
             shown += " \u2026"
             used += 2
             break
         text = cut_to(text, left - 1)
         shown += " " + palette.paint(text, *colours)
-        used += 1 + width(text)
+        used += 1 + text_width(text)
     rule = " " * (columns - used > 2) + "\u2500" * (columns - used - 2)
     return palette.dim("\u2500\u2500") + shown + palette.dim(rule)
 
@@ -22856,11 +22858,11 @@ class Painter:
         The cursor's column is set by number and not by counting back, so that a terminal which
         disagrees about a width spoils the look and nothing else."""
         prompt = "".join(fitting(clusters(visible(prompt)), self.columns // 2)[0])
-        room = max(4, self.columns - width(prompt) - 1)
+        room = max(4, self.columns - text_width(prompt) - 1)
         shown, used = fitting(reversed(clusters(visible(before[-room * 8 :]))), room)
         shown.reverse()
         rest, _ = fitting(clusters(visible(after[: room * 8])), room - used)
-        column = width(prompt) + used
+        column = text_width(prompt) + used
         return f"\r\x1b[K{prompt}{''.join(shown)}{''.join(rest)}\r" + (
             f"\x1b[{column}C" if column else ""
         )

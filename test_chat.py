@@ -18197,7 +18197,7 @@ WIDTHS_IN_TMUX = [  # as tmux 3.3 with glibc 2.36 has it
 
 @pytest.mark.parametrize("text, columns", WIDTHS_IN_TMUX)
 def test_text_is_as_wide_as_terminals_show_it(text, columns):
-    assert chat.width(text) == columns
+    assert chat.text_width(text) == columns
 
 
 @pytest.mark.parametrize(
@@ -21931,7 +21931,7 @@ def test_the_line_being_typed_has_a_limit():
     ],
 )
 def test_columns_are_counted_as_terminals_count_them(text, columns):
-    assert chat.width(text) == columns
+    assert chat.text_width(text) == columns
 
 
 class Screen:
@@ -21995,7 +21995,7 @@ class Screen:
             self.bells += 1
         else:
             assert c.isprintable() or c in "\u200c\u200d", f"{c!r} got out"
-            self.letter(c, chat.width(c))
+            self.letter(c, chat.text_width(c))
 
     def letter(self, c, wide):
         if self.x + wide > self.columns and "7" in self.modes:
@@ -22021,7 +22021,7 @@ class Screen:
         row, x = "", 0
         for k, c in sorted(cells.items()):
             row += " " * (k - x) + c
-            x = k + chat.width(c)
+            x = k + chat.text_width(c)
         return row.rstrip()
 
     def resize(self, columns, rows):
@@ -22065,9 +22065,9 @@ def test_the_row_never_wraps_and_the_cursor_is_where_the_next_letter_goes(column
         assert row.startswith("me>")
         shown = row[4:]
         assert shown in chat.visible(before + after)
-        assert chat.width("me> ") <= column < columns
-        if chat.width(chat.visible(before)) < columns - 8:
-            assert column == 4 + chat.width(chat.visible(before))
+        assert chat.text_width("me> ") <= column < columns
+        if chat.text_width(chat.visible(before)) < columns - 8:
+            assert column == 4 + chat.text_width(chat.visible(before))
 
 
 def at(year, month, day, hour=0, minute=0, **parts):
@@ -22167,7 +22167,7 @@ def test_lines_are_wrapped_as_terminals_do(line, columns, rows):
 def test_words_stand_in_as_many_columns_as_fit(columns, rows):
     found = chat.in_columns(["alice", "bob", "carol", "d", "你好"], columns)
     assert [re.sub("  +", "  ", row) for row in found] == rows
-    assert len({chat.width(row[: row.rfind("  ")]) for row in found if "  " in row}) <= 2
+    assert len({chat.text_width(row[: row.rfind("  ")]) for row in found if "  " in row}) <= 2
     assert chat.in_columns([], columns) == []
 
 
@@ -22186,7 +22186,7 @@ STATUS_PARTS = [("#rust 12", (1,)), ("bob:1!", (1, 31)), ("#lobby:3", (36,)), ("
 )
 def test_the_status_says_what_matters_most_in_the_room_there_is(columns, text):
     assert chat.status_row(STATUS_PARTS, columns, chat.Palette(on=False)) == text
-    assert chat.width(text) < columns
+    assert chat.text_width(text) < columns
     colourful = chat.status_row(STATUS_PARTS, columns, chat.Palette(on=True))
     assert chat.COLOUR.sub("", colourful) == text
 
@@ -23010,8 +23010,8 @@ UNSPACED_TEXTS = [
 @pytest.mark.parametrize("text", UNSPACED_TEXTS)
 def test_text_without_blanks_fills_its_rows(text):
     rows = chat.wrapped_rows(f"17:16 bob: {text}", 40, 6)
-    assert all(chat.width(row) <= 40 for row in rows) and len(rows) > 1
-    assert all(chat.width(row) > 30 for row in rows[:-1])
+    assert all(chat.text_width(row) <= 40 for row in rows) and len(rows) > 1
+    assert all(chat.text_width(row) > 30 for row in rows[:-1])
     assert all(row.startswith("      ") and row[6] not in chat.ENDING for row in rows[1:])
     assert "".join(rows).replace(" ", "") == f"17:16bob:{text}".replace(" ", "")
 
