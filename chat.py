@@ -143,9 +143,7 @@ TAGS_BYTES = 4095  # ... and of the tags before it with their @ (IRCv3 message-t
 MESSAGE_LINES = 200  # longest message of several lines; more is a file, not a message
 NAME_CHARACTERS = 32  # longest name as people count ...
 NAME_BYTES = 64  # ... and as the wire does; room for 16 characters outside the BMP
-FOLDED_MOST = (
-    400  # characters that are folded; the longest valid name gives 379 (U+FDFA becomes 18)
-)
+FOLDED_MOST = 400  # characters that are folded; a valid name has at most 379 (U+FDFA becomes 18)
 NAMES_COUNTED = 100  # alice2 to alice99; after that any number will do
 CHANNEL_BYTES = 64  # as for names
 TOPIC_BYTES = 300  # fits an IRC line beside the longest mask and channel ...
@@ -181,9 +179,9 @@ METADATA_SUBS = 50  # that one session may want to hear of
 METADATA_BYTES = 300  # of a value
 METADATA_AT_ONCE = 100  # values told to a user who joins a channel; the client asks for more
 METADATA_KEY_BYTES = 64
-GUESTS_LINKED = 30  # stays as a guest, the newest, whose private conversations an account reads
+GUESTS_LINKED = 30  # guests, the newest, whose private conversations an account inherits
 FOUNDINGS_SILENT = 100  # foundings of a channel; more of them are kept only if something was said
-MARKERS = 1000  # of one user: how far each channel and talk has been read
+MARKERS = 1000  # of one user: how far each conversation has been read
 TARGETS = 20  # of one PRIVMSG
 LIST_TARGETS = 10  # names, masks and conditions of one LIST
 WORK_PER_TOKEN = 100  # a mask matched or a member listed is 1: about half a microsecond
@@ -273,8 +271,8 @@ INDEX_SECONDS = 1.0  # until what was said can be searched
 COUNT_SECONDS = 1.0  # between adding up how much history there is
 BACKLOG_RECORDS = 10_000  # accounts, names, markers ... that wait for a database that is full ...
 BACKLOG_SECONDS = 1.0  # ... and the time between two attempts to store them
-TARGETS_CACHED = 10_000  # row ids of channels and private talks kept at hand
-PRUNE_OVERDUE = 1.1  # times the limit: from here on pruning does not wait for an idle turn
+TARGETS_CACHED = 10_000  # row ids of channels and private conversations kept in memory
+PRUNE_OVERDUE = 1.1  # times the limit: with more, pruning does not wait for an idle turn
 BUSY_SECONDS = 1.0  # a database busy for longer gets no more of the turn's events
 PASSWD_WAIT = 5000  # milliseconds that `chat.py passwd` waits for a busy server
 BUSY_RETRY_SECONDS = 0.005  # not noticed by a person, and not a busy loop either
@@ -296,17 +294,20 @@ CLIENT_ROWS_AT_ONCE = 500  # that are written in one transaction, at least once 
 CLIENT_INDEX_SLICE = 300  # messages indexed a second, while nothing else is to be done
 CLIENT_HITS_MOST = 2000  # that one search takes ...
 CLIENT_HITS_SEEN = 50_000  # ... of so many that it looks at, which may be of other conversations
-MOVES_MS = 60_000  # joins and quits within this time after the first share one row
+MOVES_MS = 60_000  # joins and quits within this time after the first share one row ...
+MOVES_NAMED = 10  # ... which names so many users
 TOPIC_MARGIN = 50  # columns of the status row that are not for the topic
 HANGING = 6  # columns that the later rows of a line are indented: the width of the time
-MOVES_NAMED = 10  # users named in one
-PACE_BURST, PACE_RATE = 5, 0.5  # lines to other servers at once, and a second: RFC 1459 section
-PACE_BYTES = 200  # 8.10, which InspIRCd, ngIRCd and ircd 2.11 allow; more bytes cost more, there
+# Lines to other servers at once, and a second: RFC 1459 section 8.10 and InspIRCd, ngIRCd and
+# ircd 2.11 allow so many. A line of more than PACE_BYTES costs more there.
+PACE_BURST, PACE_RATE = 5, 0.5
+PACE_BYTES = 200
 CAP_SECONDS = 10.0  # without an answer to CAP: then the server knows none
 REGAIN_SECONDS = 60.0  # between two looks whether the wanted name is free
 CTCP_BURST, CTCP_RATE = 3, 0.1  # answers to CTCP at once, and a second
 ECHOES_KEPT = 500  # lines of ours that a server is to send back, to know them again
 TYPED_MOST = 256 * 1024  # characters that the line editor takes: a long paste
+TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
 LASTLOG_MOST = 100  # messages that /lastlog shows
 CLOCK_AHEAD_MS = 3600 * 1000  # by which a server's clock may be ahead of a client's
 VIEWS_KEPT = 2000  # of a conversation, by our clients; more is in the server's history
@@ -316,7 +317,7 @@ ROOMS_KEPT = 200  # conversations; a private one that is not looked at gives way
 TOKENS_KEPT = 500  # capabilities, and tokens of 005, that a server may have
 BATCH_LINES = 2000  # of what a server says at once ...
 BATCHES = 20  # ... and so many that it has not ended
-TARGETS_ASKED = 500  # places with something new, after a break
+TARGETS_ASKED = 500  # conversations with new messages, after a break
 SHORT_NAME = 9  # letters that every server takes (RFC 2812 section 1.2.1) ...
 NAMES_TRIED = 4  # ... and names, before we give up
 SCRAM_ROUNDS = range(4096, 2_000_001)  # that a server may ask of us (RFC 7677 section 4)
@@ -381,12 +382,12 @@ TEXT_HEAD_BYTES = 4096  # in which there is nothing but text, if it is a text
 TOKEN_SECONDS = 600  # until an unused upload token ends
 TOKENS_A_USER = 8  # for uploads
 FILES_SWEEP_SECONDS = 600.0
-SURE_SECONDS = 6 * 3600.0  # a wall clock is trusted with what cannot be undone after so long ...
-SURE_STEP_SECONDS = 60.0  # ... of which one look in this time is remembered
+SURE_SECONDS = 6 * 3600.0  # deletions go by the lowest offset of the wall clock in so long ...
+SURE_STEP_SECONDS = 60.0  # ... one for each step of this length: see SureTime
 LOG_LINES = 1000  # that wait for standard error to be read ...
 LOG_FLUSH_SECONDS = 0.5  # ... and how long the end of the program waits for that
 CLOCK_JUMP_SECONDS = 2.0  # a clock that moves by more beside the monotonic one was set
-ADDRESS_SECONDS = 15.0  # after its last connection an address has its budget again
+ADDRESS_SECONDS = 15.0  # between two looks whether the budget of an address is full again
 
 LISTEN_SECONDS = 1.0  # how long our client waits for a server to speak first ...
 LISTEN_CONNECT_TIMES = 4  # ... or this many times what connecting took, the longer
@@ -458,8 +459,6 @@ LOG_HEARTBEATS_MISSED = 3  # then the log is read through another consumer
 LOG_ANSWER_SECONDS = 5.0  # then another NATS server is tried
 LOG_INACTIVE_SECONDS = 30  # until NATS forgets a reader that is gone
 
-TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
-
 # ======================================================================================
 # VOCABULARY
 # ======================================================================================
@@ -477,7 +476,7 @@ UNCONFIRMED = "sent-"  # before a message's id, in a PING that is sent behind it
 MESSAGE, ACTION, NOTICE = "message", "action", "notice"
 JOIN, PART, QUIT, NICK, TOPIC = "join", "part", "quit", "nick", "topic"
 KICK, MODE, PASSWORD = "kick", "mode", "password"  # PASSWORD: the mode k
-RENAME = "rename"  # of a channel: about is the name it had
+RENAME = "rename"  # of a channel, for clients that know RENAME: about is the name it had
 INVITE, INVITED, AWAY, WALLOPS = "invite", "invited", "away", "wallops"
 REALNAME, ACCOUNT = "realname", "account"
 HOST = "host"  # a user is connected from elsewhere: about is the username
@@ -486,13 +485,13 @@ HINT = "hint"  # a message that is soon out of date: a user is typing
 REDACT = "redact"  # a message is taken back: the text is its msgid, and " :reason"
 USER_MODE, METADATA = "user mode", "metadata"  # METADATA: about is the key
 ENTERED = "entered"  # another session of the user joined a channel
-RENAMED = "renamed"  # a channel has another name, and about is the old one
-READ_ON = "read"  # another session of the user read on
+RENAMED = "renamed"  # the same, for clients that do not: each is told a PART and a JOIN
+READ_ON = "read"  # another session of the user moved a read marker
 CAME_ONLINE, WENT_OFFLINE = "online", "offline"  # of a user whom the session monitors
 KILLED, REPLACED = "killed", "replaced"  # the session ends with that
 SOFT_BREAK = "\0"  # in a text: a client sent its line in two pieces here; it cannot be typed
 CTCP_BEGINS = re.compile("(?:^|[\n\0])\x01")  # a line of a text, or a piece of one, is a CTCP
-SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
+SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds of messages
 # Kinds that each session renders for itself, see Session.hear()
 PERSONAL = frozenset(
     (ENTERED, RENAMED, READ_ON, CAME_ONLINE, WENT_OFFLINE, METADATA, KILLED, REPLACED)
@@ -500,7 +499,8 @@ PERSONAL = frozenset(
 EPHEMERAL = PERSONAL | frozenset(  # kinds that history does not keep
     (INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, RENAME, USER_MODE, HINT)
 )
-REPLAYABLE = (*SPOKEN, TAGS, JOIN, PART, QUIT, KICK, NICK, MODE, TOPIC)  # and those it keeps
+# Kinds that history keeps and that draft/event-playback sends again
+REPLAYABLE = (*SPOKEN, TAGS, JOIN, PART, QUIT, KICK, NICK, MODE, TOPIC)
 
 
 class Source(NamedTuple):
