@@ -612,6 +612,21 @@ TOO_LONG = b"\n"  # stands for a line over the limit; no real line holds a newli
 BEGINNING_BYTES = 16  # that are kept of such a line: enough for an HTTP method and a blank
 
 
+class Framer(typing.Protocol):
+    """Bytes of a connection in; lines, requests or pieces of a body out."""
+
+    out: bytes  # to be sent in answer: frames
+    closed: bool  # no more is taken from the other side
+    in_body: bool  # pieces of a body come, not lines or requests
+    fruitless: bool  # the last take() looked at input and found nothing to return
+    pending: bool  # take() may have something to return
+
+    def feed(self, data: bytes) -> None: ...
+    def take(self) -> Any: ...  # the next one; None if there is none yet
+    def clear(self) -> None: ...  # drop what was fed and not taken
+    def finish(self) -> None: ...  # the input has ended
+
+
 class LineBuffer:
     """Bytes in, lines out, as tokio's LinesCodec frames them: split at LF, less one CR before it.
 
@@ -622,7 +637,7 @@ class LineBuffer:
     __slots__ = (
         *("begins", "buffer", "ended", "first", "limit", "lines", "searched", "skipping", "start"),
     )
-    out, closed, in_body, fruitless = b"", False, False, False  # what other framers have
+    out, closed, in_body, fruitless = b"", False, False, False  # see Framer
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -949,9 +964,9 @@ def mask_work(mask: str) -> int:
 
 
 CONTROLS = {n: None for n in (*range(0x20), *range(0x7F, 0xA0)) if chr(n) not in "\t\n"}
+CONTROLS |= {0x2028: " ", 0x2029: " "}  # some programs end a line there
 # The colours of IRC (mIRC's, and hexadecimal ones); its other styles are control characters.
 COLOURS = re.compile("\x03(?:\\d{1,2}(?:,\\d{1,2})?)?|\x04(?:[0-9a-fA-F]{6})?")
-CONTROLS |= {0x2028: " ", 0x2029: " "}  # some programs end a line there
 
 
 def harmless(text: str) -> str:
@@ -1113,7 +1128,7 @@ class TlsFilter:
         return True
 
     def fingerprint(self) -> str:
-        """The SHA-256 of the peer's certificate, in hex; "" if the peer shows none."""
+        """Return the SHA-256 of the peer's certificate, in hex; "" if the peer shows none."""
         certificate = self.session.getpeercert(binary_form=True)
         return hashlib.sha256(certificate).hexdigest() if certificate else ""
 
@@ -10756,14 +10771,11 @@ END_OF_BODY = b""
 
 def body_length(request: Request) -> int | None:
     """Return the length of the body; None if it comes in chunks. Raises BadRequest."""
-    lengths, codings = (
-        request.headers.get("content-length", []),
-        request.tokens("transfer-encoding"),
-    )
+    lengths = request.headers.get("content-length", [])
     if "transfer-encoding" in request.headers:
         if lengths or request.minor == 0:
             raise BadRequest(400, "Transfer-Encoding stands alone, and not in HTTP/1.0")
-        if codings != ["chunked"]:
+        if request.tokens("transfer-encoding") != ["chunked"]:
             raise BadRequest(501, "the only transfer coding is chunked")
         return None
     if not lengths:
@@ -10796,7 +10808,7 @@ class HttpReader:
     """Bytes in, requests out: take() returns a Request, then the pieces of its body if there is
     one, then END_OF_BODY. After a BadRequest it returns nothing more."""
 
-    out, closed, fruitless = b"", False, False  # of framers that have something to answer
+    out, closed, fruitless = b"", False, False  # see Framer
 
     def __init__(self, data: bytes = b""):
         self.limit = HEAD_BYTES
@@ -11204,9 +11216,8 @@ def split_host(text: str) -> tuple[str, int | None]:
 
 def forwarded_host(text: str) -> str:
     """Return the address in a value of X-Forwarded-For, which may have a port; "" if it is none."""
-    host = (
-        text if re.fullmatch(r"[0-9A-Fa-f.]*:[0-9A-Fa-f.:]*:[^\]]*", text) else split_host(text)[0]
-    )
+    is_bare_ipv6 = re.fullmatch(r"[0-9A-Fa-f.]*:[0-9A-Fa-f.:]*:[^\]]*", text)
+    host = text if is_bare_ipv6 else split_host(text)[0]
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host)
         return str(getattr(address, "ipv4_mapped", None) or address)
@@ -11620,7 +11631,8 @@ def disposition(file: StoredFile) -> str:
 @in_steps
 def prove_owner(session: WebSession, name: str, password: str, then: Callable) -> Steps:
     """Call then(identity) with the account's identity if the password is right. Raises Refused."""
-    account, _ = session.proof = yield from prove(session, name, password)
+    account, proof = yield from prove(session, name, password)
+    session.proof = account, proof
     then(session.site.hub.accounts.identity(account))
 
 
@@ -11785,7 +11797,7 @@ def tell_progress(session: WebSession, id: str, at: int) -> None:
 
 
 def finish_upload(session: WebSession, upload: Upload) -> None:
-    """Complete a file whose bytes are all on disk: also if the connection ends meanwhile."""
+    """Complete a file whose bytes are all on disk, also if the connection ends meanwhile."""
     site, files, id = session.site, session.site.hub.files, upload.id
     name = files[id].name if id in files else ""
     session.upload, session.at_end = None, do_nothing
@@ -11801,10 +11813,10 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
             return site.act("finish_file", id, *result, then=completed if is_there else do_nothing)
         if not upload.resumable:
             site.act("remove_file", id)
+        if not isinstance(result, Refused):
+            result = Refused("NO_ROOM", str(result))
         if is_there:
-            session.refuse(
-                result if isinstance(result, Refused) else Refused("NO_ROOM", str(result))
-            )
+            session.refuse(result)
 
     site.server.settle(
         session, FINISH_LANE, functools.partial(site.folder.finish, upload.handle, name), finished
@@ -11879,21 +11891,24 @@ def begin_upload(session: WebSession, request: Request, size: int, owner: str) -
     if is_tus(request):
         known = tus_metadata(request.header("upload-metadata"))
         name = known.get("filename", "") or known.get("name", "")
-    values = (file_name(name), UNKNOWN_TYPE, size, owner, session.conn.limit_key)
-    values += (session.site.node,)
+    address, node = session.conn.limit_key, session.site.node
+    values = id, file_name(name), UNKNOWN_TYPE, size, owner, address, node
     then = functools.partial(open_upload, session, request, id, size)
-    session.act("begin_file", id, *values, then=then)
+    session.act("begin_file", *values, then=then)
 
 
 @on_files("POST", "/files")
 def create_file(session: WebSession, request: Request) -> None:
     """POST /files -- upload a file, or with Tus-Resumable begin to: 201 with its Location"""
-    length = request.header("upload-length") if is_tus(request) else str(request.length or "")
-    if is_tus(request) and not re.fullmatch(r"[0-9]{1,18}", length):
-        return answer_file(session, 400, "Upload-Length is the number of bytes")
     most = session.site.hub.files.most
-    unknown = min(most, CHUNKS_RESERVED)
-    size = int(length) if length else (0 if request.length == 0 else unknown)
+    size = request.length
+    if is_tus(request):
+        announced = request.header("upload-length")
+        if not re.fullmatch(r"[0-9]{1,18}", announced):
+            return answer_file(session, 400, "Upload-Length is the number of bytes")
+        size = int(announced)
+    elif size is None:  # it comes in chunks
+        size = min(most, CHUNKS_RESERVED)
     if size > most:
         return answer_file(session, 413, f"a file has at most {most:,} bytes")
     authorize(session, functools.partial(begin_upload, session, request, size))
@@ -12083,7 +12098,8 @@ def send_file(session: WebSession, request: Request) -> None:
         headers.append(f"Content-Range: bytes {first}-{end - 1}/{file.size}")
     charset = "; charset=utf-8" if file.type == "text/plain" else ""
     headers += [f"Content-Type: {file.type}{charset}", disposition(file), "Accept-Ranges: bytes"]
-    allowed = "; media-src 'self'; style-src 'unsafe-inline'" * file.type.startswith("video/")
+    is_video = file.type.startswith("video/")
+    allowed = "; media-src 'self'; style-src 'unsafe-inline'" if is_video else ""
     policy = f"Content-Security-Policy: default-src 'none'{allowed}; sandbox"
     headers += [policy, *session.cors()]
     headers += [f"Content-Length: {end - first}"]
@@ -18935,7 +18951,7 @@ class Peer(Connection):
         self.address = address_text(host, port)
         self.limit_key = key
         self.home = server.addresses.enter(key)
-        self.inbox: Any = None  # a framer, once something comes: many never speak
+        self.inbox: Framer | None = None  # once something comes: many never speak
         self.framing: Framing | None = None  # makes frames of lines, for a WebSocket
         self.web = False  # it speaks HTTP
         self.proxied_tls: bool | None = None  # the client speaks TLS to its proxy, if it has one
