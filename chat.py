@@ -1589,7 +1589,7 @@ class ServerCalls(typing.Protocol):
     def mail(self, address: str, name: str, code: str) -> None: ...  # off the loop
     # Run job() off the loop, behind other jobs of its owner: an address, or "" for the server
     def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None: ...
-    def settle(
+    def run_to_end(
         self, session: "LocalSession", lane: str, job: Callable[[], Any], then: Callable
     ) -> None: ...  # off the loop, whatever becomes of the session: then(result, it is there)
     def trouble(self) -> str: ...  # what is wrong, "" if nothing is
@@ -1983,6 +1983,10 @@ class Membership:
         """The index of the highest rank in RANKS; smaller is higher."""
         return RANKS.index(self.ranks[0]) if self.ranks else len(RANKS)
 
+    def has(self, rank: str) -> bool:
+        """Return whether the member has this rank or a higher one."""
+        return self.level <= RANKS.index(rank)
+
     @property
     def symbols(self) -> str:
         return "".join(SYMBOLS[rank] for rank in self.ranks)
@@ -2250,7 +2254,7 @@ class Channel:
 
     def require(self, who: Session, rank: str = "h") -> None:
         """Raise Refused unless the user has this rank or a higher one, or operates the server."""
-        if not who.operator and self.member(who.user).level > RANKS.index(rank):
+        if not who.operator and not self.member(who.user).has(rank):
             raise Refused("NOT_OPERATOR", f"only operators of {self.name} can do that", self.name)
 
     def check_can_send(self, user: User, text: str) -> None:
@@ -2298,7 +2302,7 @@ class Channel:
             raise Refused(code, f"cannot join {self.name}: {why}", self.name)
 
     @property
-    def masks(self) -> int:
+    def mask_count(self) -> int:
         return sum(map(len, self.lists.values()))
 
     def visible_to(self, user: User) -> bool:
@@ -2425,16 +2429,17 @@ def in_ranks(channel: Channel, symbol: str, speaker: User) -> Audience:
 
 
 def neighbours(
-    turn: "Turn", user: User, sessions: Iterable[Session] = (), alone: bool = False
+    turn: "Turn", user: User, sessions: Iterable[Session] = (), with_user: bool = False
 ) -> Audience:
-    """Return the audience of all who share a channel with a user, of some sessions, and (with
-    `alone`) of the user. Where it is one channel, that channel's own object is returned."""
+    """Return the audience of the users who share a channel with a user, of some sessions, and (if
+    `with_user`) of the user, who may be in no channel. If it is one channel and no session, return
+    that channel's own audience: its events are encoded together."""
     channels = tuple(user.channels)
     sessions = frozenset(sessions)
     if len(channels) == 1 and not sessions:
         return channels[0].audience
     targets = tuple(target for channel in channels for target in channel.audience.targets)
-    return turn.audience("", channels, frozenset({user} if alone else ()), sessions, targets)
+    return turn.audience("", channels, frozenset({user} if with_user else ()), sessions, targets)
 
 
 class Conversation(Audience):
@@ -2912,7 +2917,7 @@ class Record(NamedTuple):
 
     name: str
     values: tuple
-    place: int  # behind so many events of the turn
+    position: int  # behind so many events of the turn
 
 
 LASTING = frozenset(  # records whose loss a user has to know of
@@ -3339,7 +3344,7 @@ class Hub:
         old, self.turn = self.turn, Turn()
         old.close()
 
-    def settle(self) -> None:
+    def record_changes(self) -> None:
         """Make records of the users and channels whose state changed in this turn."""
         for one in self.turn.changed:
             if isinstance(one, Channel):
@@ -3409,6 +3414,11 @@ class Hub:
         work, self.work = self.work, 0.0
         return work
 
+    @property
+    def source(self) -> Source:
+        """The server as the source of events."""
+        return Source(self.name, "", mask=self.name)
+
     # Looking up. Raises Refused
 
     def find_user(self, name: str) -> User:
@@ -3454,7 +3464,8 @@ class Hub:
     def same_person(self, one: str, other: str) -> bool:
         return self.accounts_of.get(one, one) == self.accounts_of.get(other, other)
 
-    def link(self, guest: str, account: str) -> None:
+    def link_guest(self, guest: str, account: str) -> None:
+        """Let an account read the conversations of a guest, who is the same person."""
         self.accounts_of[guest] = account
         guests = self.guests_of.setdefault(account, [])
         guests.append(guest)
@@ -3532,7 +3543,7 @@ class Hub:
         foundings, records = self.store.foundings(key), iter(self.turn.records)
         record = next(records, None)
         for n, event in enumerate([*self.turn.events, None]):
-            while record and record.place <= n:
+            while record and record.position <= n:
                 if record.name == "seal" and record.values[0] == key:
                     foundings.discard(record.values[1])
                 elif record.name == "rename" and record.values[0] == key:
@@ -3564,15 +3575,15 @@ def act(function: Callable) -> Callable:
 
 
 def free_name(
-    hub: Hub, wanted: str, owner: User | None = None, account: str = "", dice: int = 0
+    hub: Hub, wanted: str, owner: User | None = None, account: str = "", seed: int = 0
 ) -> str:
     """Return `wanted` as a valid name, with a number if it is not free. Raises Refused."""
     name = clean_name(wanted)
     if not name:
         raise Refused("NO_NAME", "a name needs at least one visible character; try again")
     # Counting past a thousand guests would take too long: after some, any number will do
-    many = random.Random(dice)
-    numbers = itertools.chain(range(2, NAMES_COUNTED), iter(lambda: many.randrange(10**6), None))
+    rest = random.Random(seed)
+    numbers = itertools.chain(range(2, NAMES_COUNTED), iter(lambda: rest.randrange(10**6), None))
     candidates = itertools.chain([name], (numbered_name(name, n) for n in numbers))
     account = owner.account if owner else account
     return next(
@@ -3618,10 +3629,10 @@ def check_name_not_banned(hub: Hub, who: Session, name: str) -> None:
             raise Refused("BAD_NAME", f"that name is banned from this server: {ban.reason}", name)
 
 
-def check_not_bound(hub: Hub, user: User) -> None:
+def check_no_ban_evasion(hub: Hub, user: User) -> None:
     """Raise Refused if another name or account would escape a ban or mute of the present one."""
     for channel in user.channels:
-        hub.work += channel.masks
+        hub.work += channel.mask_count
         if not channel.members[user].ranks and channel.banned(user, speaking=True):
             text = f"you cannot change your name or account while banned or muted in {channel.name}"
             raise Refused("NAME_BOUND", text, channel.name)
@@ -3653,7 +3664,7 @@ def take_name(hub: Hub, user: User, name: str, origin: Session | None = None) ->
     """Give a user a free name, and tell the change."""
     if name == user.name:
         return
-    audience = neighbours(hub.turn, user, alone=True)
+    audience = neighbours(hub.turn, user, with_user=True)
     hub.work += WORK_OF_A_RECEIVER * audience.cost
     hub.emit(NICK, user.source, audience, name, origin=origin)
     was, before = user.key, user.source
@@ -3670,14 +3681,14 @@ def take_name(hub: Hub, user: User, name: str, origin: Session | None = None) ->
 
 
 @act
-def rename_user(hub: Hub, who: Session, wanted: str, exact: bool, dice: int) -> str:
+def rename_user(hub: Hub, who: Session, wanted: str, exact: bool, seed: int) -> str:
     """Rename the session's user: exactly so, or to the nearest free name. Return the new name."""
     user = who.user
     if exact:
         check_name(hub, wanted, user)
-    name = wanted if exact else free_name(hub, wanted, user, dice=dice)
+    name = wanted if exact else free_name(hub, wanted, user, seed=seed)
     if fold(name) != user.key:
-        check_not_bound(hub, user)
+        check_no_ban_evasion(hub, user)
         check_name_not_banned(hub, who, name)
     take_name(hub, user, name, who)
     return name
@@ -3697,7 +3708,9 @@ def user_of_token(hub: Hub, token: str, account: str) -> tuple[User | None, str]
     return user, ""
 
 
-def forget_absent(hub: Hub, user: User) -> None:
+def end_absence(hub: Hub, user: User) -> None:
+    """End the grace period of a user, if there is one: the user is back, or removed."""
+    hub.absent.pop(user, None)
     host = host_of(user.source.address)
     if near := hub.absent_by_host.get(host):
         near.pop(user, None)
@@ -3726,7 +3739,7 @@ def emit_to_witnesses(
     """Tell the user's act to the user, to common channels, and to watchers with
     extended-monitor."""
     watching = (s for s in hub.watchers.get(user.key, ()) if s.extended_monitor)
-    audience = neighbours(hub.turn, user, watching, alone=True)
+    audience = neighbours(hub.turn, user, watching, with_user=True)
     hub.work += WORK_OF_A_RECEIVER * audience.cost
     hub.emit(kind, source, audience, *texts, origin=origin)
 
@@ -3745,8 +3758,7 @@ def move_to_address(hub: Hub, user: User, address: str) -> None:
 def attach(hub: Hub, who: Session, user: User, address: str) -> None:
     """Add a session to a user. It replaces an older one with the same token."""
     replaced = [s for s in user.live if s.token and s.token == who.token]
-    hub.absent.pop(user, None)
-    forget_absent(hub, user)
+    end_absence(hub, user)
     user.sessions.append(who)
     who.user, who.address = user, address
     hub.turn.individually_addressed.add(who)
@@ -3766,11 +3778,12 @@ def attach(hub: Hub, who: Session, user: User, address: str) -> None:
 
 
 def inherit(hub: Hub, user: User, identity: str) -> None:
+    """Give the conversations and read markers of a guest to the first account of the guest."""
     guest = user.resume_id
     if user.login or guest in hub.accounts_of:
         return
     if user.traces:
-        hub.link(guest, identity)
+        hub.link_guest(guest, identity)
         hub.turn.record("identity", guest, identity)
     for target, mark in hub.forget_markers(guest).items():
         if hub.markers.advance(identity, target, mark):
@@ -3784,13 +3797,12 @@ def change_login(hub: Hub, who: Session, account: str) -> None:
     user.set_login(account, identity)
     hub.turn.changed.add(user)
     emit_to_witnesses(hub, ACCOUNT, user.source, user, "", account, origin=who)
-    server = Source(hub.name, "", mask=hub.name)
     for channel in user.channels:
         member, ranks = channel.members[user], channel.ranks_by_account(user)
         given = [ModeChange(True, r, user.name) for r in ranks if member.set_rank(r, True)]
         if given:
             channel.rosters.clear()
-            hub.emit(MODE, server, channel.audience, format_modes(given))
+            hub.emit(MODE, hub.source, channel.audience, format_modes(given))
 
 
 def new_resume_id(hub: Hub, token: str) -> str:
@@ -3821,7 +3833,7 @@ def enter(
     proof: str,
     token: str,
     exact: bool,
-    dice: int,
+    seed: int,
     metadata: tuple[tuple[str, str], ...],
     away: str,
 ) -> tuple[bool, bool]:
@@ -3836,7 +3848,12 @@ def enter(
         if not (owns and clean_name(wanted) == wanted):
             check_name(hub, wanted, account=account)
         user = holder if holder and account and holder.account == account else None
-    name = user.name if user else wanted if owns else free_name(hub, wanted, None, account, dice)
+    if user:
+        name = user.name
+    elif owns:
+        name = wanted
+    else:
+        name = free_name(hub, wanted, None, account, seed)
     source = source_of(name, address, username, account)
     check_server_ban(hub, source)
     who.client, who.token = token, "" if required else token
@@ -3847,7 +3864,7 @@ def enter(
             change_login(hub, who, account)
         return True, resumed
     if owns and holder:
-        take_name(hub, holder, free_name(hub, wanted, dice=dice))
+        take_name(hub, holder, free_name(hub, wanted, seed=seed))
     user = User(source, realname or name, new_resume_id(hub, who.token), hub.now)
     user.set_login(account, hub.accounts.identity(account))
     user.metadata, user.away, user.spoke = dict(metadata), away, hub.ticks
@@ -3866,7 +3883,7 @@ def close_channel(hub: Hub, channel: Channel) -> None:
         hub.turn.record("seal", channel.key, channel.founding)
 
 
-def put_out(hub: Hub, user: User, channel: Channel) -> None:
+def end_membership(hub: Hub, user: User, channel: Channel) -> None:
     """End a membership, after the event that tells it."""
     hub.turn.move(user, channel)
     member = channel.members.pop(user)
@@ -3883,14 +3900,13 @@ def remove_user(hub: Hub, user: User, reason: str, origin: Session | None = None
     hub.work += WORK_OF_A_RECEIVER * audience.cost
     hub.emit(QUIT, user.source, audience, reason or "Connection closed", origin=origin)
     for channel in list(user.channels):
-        put_out(hub, user, channel)
+        end_membership(hub, user, channel)
     for channel in list(user.invitations):
         channel.uninvite(user)
     del hub.users[user.key], hub.users_by_id[user.resume_id]
     for token in user.tokens:
         del hub.users_by_token[token]
-    hub.absent.pop(user, None)
-    forget_absent(hub, user)
+    end_absence(hub, user)
     hub.invisible -= "i" in user.modes
     hub.turn.changed.add(user)
     hub.forget_markers(user.resume_id)
@@ -3973,10 +3989,10 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
     user, holder = who.user, hub.users.get(fold(account))
     source = source_of(user.name, user.source.address, user.source.username, account)
     if ban := server_ban(hub, User(source, "", "", 0)):
-        disconnect(hub, Source(hub.name, "", mask=hub.name), user, ban.reason)
+        disconnect(hub, hub.source, user, ban.reason)
         return before
     if user.account not in ("", account) or (takes_name and holder is not user):
-        check_not_bound(hub, user)
+        check_no_ban_evasion(hub, user)
     if takes_name and holder and holder is not user and holder.account != account:
         take_name(hub, holder, free_name(hub, account))
         holder = None
@@ -4073,7 +4089,7 @@ def drop_account(hub: Hub, who: Session, name: str, proof: str) -> None:
     hub.work += len(hub.users) + len(hub.channels)
     users = [user for user in hub.users.values() if user.login == identity]
     for user in users:
-        check_not_bound(hub, user)
+        check_no_ban_evasion(hub, user)
     for fingerprint in hub.accounts.certificates_of(name):
         drop_certificate(hub, fingerprint)
     hub.accounts.remove(name)
@@ -4148,7 +4164,7 @@ def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
     if len(user.channels) >= CHANNELS_A_USER:
         raise Refused("TOO_MANY_CHANNELS", f"{CHANNELS_A_USER} channels at most; /part one", name)
     if channel:
-        hub.work += channel.masks
+        hub.work += channel.mask_count
         channel.check_entry(user, password)
         ranks = channel.ranks_by_account(user)
     else:
@@ -4176,7 +4192,7 @@ def part(hub: Hub, who: Session, name: str, reason: str) -> Channel:
     channel = hub.find_channel(name)
     channel.member(who.user)
     hub.emit(PART, who.user.source, channel.audience, cut(reason, REASON_BYTES), origin=who)
-    put_out(hub, who.user, channel)
+    end_membership(hub, who.user, channel)
     return channel
 
 
@@ -4229,7 +4245,7 @@ def kick(hub: Hub, who: Session, where: str, name: str, reason: str) -> None:
             raise Refused("NOT_OPERATOR", text, channel.name)
     reason = cut(reason or user.name, REASON_BYTES)
     hub.emit(KICK, user.source, with_outsider(hub, channel, user), reason, victim.name, who)
-    put_out(hub, victim, channel)
+    end_membership(hub, victim, channel)
 
 
 @act
@@ -4241,19 +4257,19 @@ def invite(hub: Hub, who: Session, name: str, where: str) -> tuple[User, Channel
     if user in channel.members:
         text = f"{user.name} is in {channel.name} already"
         raise Refused("ALREADY_IN_CHANNEL", text, user.name, channel.name)
-    hub.work += channel.masks + len(channel.members)
+    hub.work += channel.mask_count + len(channel.members)
     if "i" in channel.flags or next(channel.obstacles(user, ""), None):
         channel.require(who)
     member = channel.members.get(who.user)
-    by_operator = who.operator or bool(member and member.level <= RANKS.index("h"))
+    by_operator = who.operator or bool(member and member.has("h"))
     if len(user.invitations) >= INVITATIONS:  # the oldest is the least likely to be used
         next(iter(user.invitations)).uninvite(user)
     user.invitations[channel] = by_operator or user.invitations.get(channel, False)
     channel.invited.add(user)
     source = who.user.source
     hub.emit(INVITE, source, Audience(users={user}), channel.name, user.name, who)
-    level = RANKS.index("h") if "i" in channel.flags else len(RANKS)
-    able = {other for other, member in channel.members.items() if member.level <= level}
+    open_to_all = "i" not in channel.flags
+    able = {u for u, member in channel.members.items() if open_to_all or member.has("h")}
     audience = hub.turn.audience("", (), frozenset(able - {who.user}))
     hub.emit(INVITED, source, audience, channel.name, user.name, who)
     return user, channel
@@ -4525,14 +4541,16 @@ def check_may_redact(
     who: Session, channel: Channel | None, founding: int, name: str, message_id: str
 ) -> None:
     """Raise Refused unless the session may redact another user's message."""
-    text = "these are not your words"
-    if channel:
+    if channel is None:
+        text = "these are not your words"
+    elif who.operator:
+        return
+    elif founding != channel.founding:
         text = "these are words from before this channel was founded again"
-        member = channel.members[who.user]
-        if who.operator or (founding == channel.founding and member.level <= RANKS.index("h")):
-            return
-        if founding == channel.founding:
-            text = f"only operators of {channel.name} can do that"
+    elif channel.members[who.user].has("h"):
+        return
+    else:
+        text = f"only operators of {channel.name} can do that"
     raise Refused("REDACT_FORBIDDEN", text, name, message_id)
 
 
@@ -4650,7 +4668,7 @@ def check_metadata_writable(who: Session, owner: User | Channel, target: str, ke
     """Raise Refused unless the session may change the metadata of a user or channel."""
     if isinstance(owner, Channel):
         member = owner.members.get(who.user)
-        allowed = who.operator or (member and member.level <= RANKS.index("o"))
+        allowed = who.operator or (member and member.has("o"))
     else:
         allowed = owner is who.user or who.operator
     if not allowed:
@@ -4676,7 +4694,7 @@ def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> N
         audience, source = owner.audience, Source(owner.name, "")
     else:
         watching = hub.watchers.get(owner.key, ())
-        audience, source = neighbours(hub.turn, owner, watching, alone=True), owner.source
+        audience, source = neighbours(hub.turn, owner, watching, with_user=True), owner.source
     hub.work += len(subscribed)
     channels = set(audience.channels)
     told = [
@@ -4830,7 +4848,7 @@ def sweep_dedup(hub: Hub, who: Session, keys: tuple[tuple[str, str], ...]) -> No
 
 
 def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[str, str]]) -> None:
-    """Load the users and channels that Hub.settle() recorded. A channel is restored if an account
+    """Load the users and channels of Hub.record_changes(). A channel is restored if an account
     founded it, or if one of its members may come back; else it ends as without its last member."""
     wanted: dict[User, dict[str, str]] = {}
     for resume_id, text in users:
@@ -5849,7 +5867,7 @@ class Backlog:
             table, keys, _ = STATEMENTS.get(record.name, (record.name, len(record.values), ""))
             key = (table, *record.values[:keys])
             self.records.pop(key, None)
-            self.records[key] = record._replace(place=0)
+            self.records[key] = record._replace(position=0)
         while len(self.records) > BACKLOG_RECORDS:  # a read marker does the least harm
             markers = (key for key in self.records if key[0] == "markers")
             del self.records[next(markers, next(iter(self.records)))]
@@ -6027,13 +6045,13 @@ class Store:
             self.db.execute(*self._reservation())
         redacted: list[int] = []
         rows: list[tuple] = []
-        place = 0
+        position = 0
         for record in (*backlog, *turn.records):
-            if record.place > place:
-                rows += self._insert(turn.events[place : record.place])
-                place = record.place
+            if record.position > position:
+                rows += self._insert(turn.events[position : record.position])
+                position = record.position
             redacted += self._apply(record)
-        rows += self._insert(turn.events[place:])
+        rows += self._insert(turn.events[position:])
         if turn.dedup:
             self.dedup.write(turn.dedup)
         if turn.entries:
@@ -6344,7 +6362,7 @@ def load_hub(
         for owner, target, *mark in store.rows("markers"):
             hub.markers.setdefault(owner, {})[target] = Marker(*mark)
         for guest, account in store.identities():
-            hub.link(guest, account)
+            hub.link_guest(guest, account)
         hub.bans = {key: ServerBan(*ban) for key, *ban in store.rows("bans")}
         hub.files.load(store.rows("files"))
         revive(hub, store.rows("channels"), store.rows("stays"))
@@ -7016,7 +7034,7 @@ def restore_node(store: Store, name: str) -> Hub | None:
             with contextlib.suppress(ValueError):  # it was ignored then, too
                 apply_batch(hub, LogEntry(sequence, time_ms, data, 0), ActBatch.decode(data), [])
             hub.sequence = sequence
-            hub.settle()
+            hub.record_changes()
             hub.end()
         return hub
     except (sqlite3.Error, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -11818,7 +11836,7 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
         if is_there:
             session.refuse(result)
 
-    site.server.settle(
+    site.server.run_to_end(
         session, FINISH_LANE, functools.partial(site.folder.finish, upload.handle, name), finished
     )
 
@@ -19479,7 +19497,7 @@ class Committer:
         """Store the turn's events, or tell their senders that they are lost. False: try later."""
         turn = hub.turn
         if turn.changed:
-            hub.settle()
+            hub.record_changes()
         if not (turn.to_store or turn.dedup):
             return True
         self.committed = self.loop.now
@@ -20128,7 +20146,7 @@ class Server:
         names, files.unwanted = set(files.unwanted) - used, []
         self.background(FILE_LANE, functools.partial(self.site.folder.remove, names))
 
-    def settle(
+    def run_to_end(
         self, session: LocalSession, lane: str, job: Callable[[], Any], then: Callable
     ) -> None:
         """Run job() off the loop, then then(its result, whether the session is there), also if

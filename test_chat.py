@@ -3582,7 +3582,7 @@ def test_an_account_reads_the_conversations_of_so_many_guests(monkeypatch):
     account(house, "alice")
     alice = house.hub.accounts.identity("alice")
     for n in range(5):
-        house.hub.link(f"~{n}", alice)
+        house.hub.link_guest(f"~{n}", alice)
     assert house.hub.identities(alice) == (alice, "~2", "~3", "~4")
     assert house.hub.same_person("~0", alice)
     house.hub.take_work()
@@ -4210,7 +4210,7 @@ def test_the_same_acts_on_a_new_hub_give_the_same_state_and_the_same_events(seed
     for entry in journal:
         if entry is None:
             again += hub.turn.events
-            hub.settle()
+            hub.record_changes()
             assert store.commit(hub.turn, hub.now / 1000, hub.ticks) == chat.KEPT
             hub.end()
             continue
@@ -5491,7 +5491,7 @@ def test_a_turn_that_was_not_stored_brings_no_former_name_of_a_channel_back(fold
     make_account(house, "alice")
     come_again(house, "alice", "alice", account="alice")
     house.say("alice", "JOIN #old")
-    house.hub.settle()
+    house.hub.record_changes()
     house.store.backlog.add(house.hub.turn.records, 0)  # the disk was full
     house.hub.end()
     house.say("alice", "RENAME #old #new :x")
@@ -5509,7 +5509,7 @@ def test_a_user_who_is_one_too_many_after_a_restart_is_in_no_channel(folder, mon
         values = f"u{n}", "u", "U", f"{host.format(n)}:1", "", "", f"{n:032x}"
         hub.perform("enter", n + 1, *values, True, 0, (), "")
         hub.perform("join", n + 1, "#tea", "")
-    hub.settle()
+    hub.record_changes()
     assert store.commit(hub.turn, 1.0) == chat.KEPT
     store.close()
     store = chat.Store(folder / "chat.db")
@@ -5633,11 +5633,11 @@ def test_a_disk_that_was_full_is_tried_again_a_second_later(folder):
     make_account(house, "alice")
     come_again(house, "alice", "alice", account="alice")
     house.say("alice", "JOIN #old", "TOPIC #old x", "METADATA alice SET url :x")
-    house.hub.settle()
+    house.hub.record_changes()
     pages = store.db.execute("PRAGMA page_count").fetchone()[0]
     store.db.execute(f"PRAGMA max_page_count = {pages}")
     house.say("alice", *["PRIVMSG #old :" + "x" * 400] * 50)
-    house.hub.settle()
+    house.hub.record_changes()
     assert store.commit(house.hub.turn, 100.0) == chat.LOST
     store.db.execute("PRAGMA max_page_count = 100000")
     again = 100.0 + chat.BACKLOG_SECONDS
@@ -21557,12 +21557,12 @@ def test_an_audience_that_is_not_the_channels_own_costs_its_members():
     house = house_of("alice", "bob", "carol")
     lobby = house.hub.channels["#lobby"]
     alice = house.hub.users["alice"]
-    assert chat.neighbours(house.hub.turn, alice, alone=True) is lobby.audience
+    assert chat.neighbours(house.hub.turn, alice, with_user=True) is lobby.audience
     assert lobby.audience.cost == 0
     session = house.guests["bob"]
-    watched = chat.neighbours(house.hub.turn, alice, [session], alone=True)
+    watched = chat.neighbours(house.hub.turn, alice, [session], with_user=True)
     assert watched.cost == 3 + 1 + 1
-    assert watched is chat.neighbours(house.hub.turn, alice, [session], alone=True)
+    assert watched is chat.neighbours(house.hub.turn, alice, [session], with_user=True)
 
 
 def test_an_outsider_is_charged_for_the_members():
