@@ -55,8 +55,9 @@ Glossary:
     conn      connection: a socket with its buffers; knows nothing of chat
     peer      a connection as the server sees it: with its lines, a budget, a session
     session   one connection's side of the chat, in one dialect
+    site      what all sessions of a server share: hub, store, settings (class SessionContext)
     user      a person or program present under a nick; has one or more sessions
-    identity  the owner of messages and markers: an account, else one stay of a user
+    identity  the owner of messages and markers: an account, else a guest, from coming to leaving
     token     the hash of a session's secret: it resumes a user after a break
     channel   a named place where users talk; each founding of it has an id
     audience  the receivers of an event: channels, users or sessions
@@ -2868,13 +2869,16 @@ class Group:
         lines = self.lines(session.wire, report)
         mine = self.origins.get(session, [])
         if copies:
-            places = ((bisect.bisect_left(self.ids, id), id) for id in copies)
-            mine = mine + [n for n, id in places if self.ids[n : n + 1] == [id]]
+            found = ((bisect.bisect_left(self.ids, id), id) for id in copies)
+            mine = mine + [n for n, id in found if self.ids[n : n + 1] == [id]]
         try:
             return [(n, session.own(self.events[n], lines[n])) for n in mine]
-        except Exception:
-            one = lambda n: attempt_line(lambda: session.own(self.events[n], lines[n]), report)  # noqa: E731
-            return [(n, one(n)) for n in mine]
+        except Exception:  # one by one then
+
+            def own_line(n: int) -> bytes:
+                return attempt_line(lambda: session.own(self.events[n], lines[n]), report)
+
+            return [(n, own_line(n)) for n in mine]
 
     def joined_for(
         self,
@@ -3164,7 +3168,9 @@ class Accounts(dict[str, Account]):
                 del self.skeletons[shape]
 
     def certificates_of(self, name: str) -> list[str]:
-        return [mark for mark, key in self.certificates.items() if key == fold(name)]
+        """Return the fingerprints of an account's certificates."""
+        wanted = fold(name)
+        return [fingerprint for fingerprint, key in self.certificates.items() if key == wanted]
 
     def is_foreign(self, name: str, account: str) -> bool:
         """Return whether a name belongs to, or looks like, another account or a service."""
@@ -3436,10 +3442,11 @@ class Hub:
     def conversation(self, one: User, other: User) -> Conversation:
         """Return the audience of two users. Within a turn it is one object, in either order."""
         pair = (one, other) if one.resume_id <= other.resume_id else (other, one)
-        talk = self.turn.conversations.get(pair)
-        if talk is None or talk.targets[0][0] != " ".join(sorted((one.identity, other.identity))):
-            talk = self.turn.conversations[pair] = Conversation(*pair)
-        return talk
+        known = self.turn.conversations.get(pair)
+        key = " ".join(sorted((one.identity, other.identity)))
+        if known is None or known.targets[0][0] != key:  # a user has logged in meanwhile
+            known = self.turn.conversations[pair] = Conversation(*pair)
+        return known
 
     def find_audience(self, user: User, name: str) -> "Audience | Channel":
         """Return the audience of a name: a channel, its members from a rank up, or two users."""
@@ -3525,15 +3532,15 @@ class Hub:
         for event in self.turn.events:
             if isinstance(event.audience, Conversation) and event.kind not in EPHEMERAL:
                 fresh.setdefault(event.audience.targets[0][0], event.audience)
-        for key, talk in fresh.items():
-            one, one_key, other, other_key = talk.parties
-            known = ((one, other, other_key), (other, one, one_key))
-            meant = any(
-                (me, name) == (owner, name_key) and who[:1] == "~" for me, who, name in known
+        for key, conversation in fresh.items():
+            one, one_key, other, other_key = conversation.parties
+            sides = ((one, other, other_key), (other, one, one_key))
+            with_guest = any(
+                (identity, name) == (owner, name_key) and partner.startswith("~")
+                for identity, partner, name in sides
             )
-            if meant and not self.store.foundings(
-                key
-            ):  # else the store knows it, by its first name
+            # The store knows a stored conversation, by the name that the guest had at first
+            if with_guest and not self.store.foundings(key):
                 keys[key] = None
         return list(keys)
 
@@ -3640,7 +3647,7 @@ def check_no_ban_evasion(hub: Hub, user: User) -> None:
 
 @act
 def follow(hub: Hub, who: Session, registry: str, keys: tuple[str, ...], on: bool) -> None:
-    """Begin or end to tell a session of names ("watchers") or metadata keys ("subscribers")."""
+    """Subscribe a session to names ("watchers") or metadata keys ("subscribers"), or end that."""
     known: Registry = getattr(hub, registry)
     for key in keys:
         (known.add if on else known.remove)(who, key)
@@ -3649,7 +3656,7 @@ def follow(hub: Hub, who: Session, registry: str, keys: tuple[str, ...], on: boo
 
 
 def unfollow(hub: Hub, session: Session) -> None:
-    """End to tell a session of anything: it ends."""
+    """Remove all subscriptions of a session that ends."""
     for registry, key in session.follows:
         getattr(hub, registry).remove(session, key)
     session.follows.clear()
@@ -3954,9 +3961,6 @@ def grace_period_over(hub: Hub, who: Session, resume_id: str, since: int) -> Non
         remove_user(hub, user, "Connection lost")
 
 
-# Accounts
-
-
 def killed_text(by: Source, reason: str) -> str:
     return f"Killed ({by.name} ({reason}))"
 
@@ -3976,6 +3980,9 @@ def disconnect(hub: Hub, by: Source, user: User, reason: str, mask: Mask | None 
     else:
         remove_user(hub, user, killed_text(by, reason), ended[0] if ended else None)
     return True
+
+
+# Accounts
 
 
 @act
@@ -4604,8 +4611,10 @@ def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> N
         hub.turn.record("redact", key, hub.now, id)
     redact_file(hub, who, id)
     text = hub.ids.text(id) + (f" :{reason}" if reason else "")
-    other = hub.users.get(fold(name))
-    about = "" if name.startswith("#") else other.name if other else clean_name(name)
+    about = ""
+    if not name.startswith("#"):
+        other = hub.users.get(fold(name))
+        about = other.name if other else clean_name(name)
     hub.emit(REDACT, user.source, audience, text, about, who)
 
 
@@ -4639,7 +4648,7 @@ def set_realname(hub: Hub, who: Session, realname: str) -> None:
 
 
 @act
-def set_user_modes(hub: Hub, who: Session, changes: tuple[tuple[bool, str, str], ...]) -> None:
+def set_user_modes(hub: Hub, who: Session, changes: Changes) -> None:
     """Change the user's own modes, on all devices. Mode o is one session's; only OPER sets it."""
     user, done = who.user, []
     for change in itertools.starmap(ModeChange, changes):
@@ -4650,14 +4659,16 @@ def set_user_modes(hub: Hub, who: Session, changes: tuple[tuple[bool, str, str],
                 hub.operators.discard(who)
         elif change.on != (change.letter in user.modes):
             user.modes ^= {change.letter}
-            hub.invisible += {True: 1, False: -1}[change.on] if change.letter == "i" else 0
+            if change.letter == "i":
+                hub.invisible += 1 if change.on else -1
             done.append(change)
     if not done:
         return
     user.change_source(bot="B" in user.modes)
     hub.turn.changed.add(user)
     shared = [change for change in done if change.letter != "o"]
-    if others := [s for s in user.live if s is not who] if shared else []:
+    others = [session for session in user.live if session is not who]
+    if shared and others:
         audience = Audience(user.name, sessions=others)
         hub.emit(USER_MODE, user.source, audience, format_modes(shared), user.name)
     mine = Audience(user.name, sessions={who})
@@ -4804,7 +4815,7 @@ def found_cluster(
 
 
 def end_sessions(hub: Hub, start: int) -> None:
-    """End the sessions of a node, as connections that broke."""
+    """End the sessions of a node as if their connections had broken."""
     ended = [session for id, session in hub.sessions.items() if node_of(id) == start]
     for session in sorted(ended, key=lambda session: session.id):
         leave(hub, session, "Connection lost", False)
@@ -4812,7 +4823,7 @@ def end_sessions(hub: Hub, start: int) -> None:
 
 @act
 def node_started(hub: Hub, who: Session, name: str, epoch: str, url: str, address: str) -> None:
-    """Begin a start of a node; the sessions of its earlier one have ended."""
+    """Note that a node has started, and end the sessions of its previous start."""
     if before := hub.nodes.pop(name, None):
         end_sessions(hub, before.start)
     hub.nodes[name] = Node(name, epoch, hub.sequence, 0, hub.now, hub.now, url, address)
@@ -4829,7 +4840,8 @@ def node_gone(hub: Hub, who: Session, name: str, epoch: str, silent: bool) -> No
 
 @act
 def hold_place(hub: Hub, who: Session) -> None:
-    """Do nothing: what a session answers after this comes after its acts before this."""
+    """Do nothing. When this act comes back from the log, the session's earlier acts have come back
+    too: what the session answers then is in the order of its lines."""
 
 
 @act
@@ -4850,11 +4862,11 @@ def sweep_dedup(hub: Hub, who: Session, keys: tuple[tuple[str, str], ...]) -> No
 def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[str, str]]) -> None:
     """Load the users and channels of Hub.record_changes(). A channel is restored if an account
     founded it, or if one of its members may come back; else it ends as without its last member."""
-    wanted: dict[User, dict[str, str]] = {}
+    wanted: dict[User, dict[str, str]] = {}  # ranks in each channel, by its key
     for resume_id, text in users:
         state = json.loads(text)
         user = User.revived(resume_id, state, hub.ticks)
-        if user.login and hub.accounts.identity(user.account) != user.login:  # it was dropped
+        if user.login and hub.accounts.identity(user.account) != user.login:  # a deleted account
             user.set_login("", "")
         if user.key in hub.users or not user.may_return:
             hub.turn.record("user_gone", resume_id)
@@ -4867,21 +4879,21 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
     identities = {account.identity for account in hub.accounts.values()}
     for key, text in channels:
         hub.channels[key] = channel = Channel.revived(json.loads(text))
-        for user in (user for user, places in wanted.items() if key in places):
+        for user in (user for user, joined in wanted.items() if key in joined):
             ranks = "".join(rank for rank in RANKS if rank in wanted[user][key])
             channel.members[user] = Membership(0, ranks)
         if channel.founder:
             hub.founded[channel.founder] += 1
         if channel.founder not in identities:
             give_up_channel(hub, channel)
-    for user, places in wanted.items():
-        user.channels = {hub.channels[key]: None for key in places if key in hub.channels}
+    for user, joined in wanted.items():
+        user.channels = {hub.channels[key]: None for key in joined if key in hub.channels}
 
 
 # ======================================================================================
 # PASSWORDS
 # ======================================================================================
-# How a session proves that it may do something, in both dialects. The slow part runs off the loop
+# How a session proves that it may do something, in every dialect. The slow part runs off the loop
 # before the act. The act gets a proof: the revision of the password that was checked.
 
 
@@ -4913,7 +4925,8 @@ def check_server_password(session: LocalSession, given: str) -> bool:
 
 
 def claimed_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
-    """Return a claimed account and its verifier. A failure until proven. Raises Refused."""
+    """Return a claimed account and its verifier. Counts a failed log-in, which revision_of() takes
+    back after a right password. Raises Refused."""
     session.site.server.refresh()
     hub, host = session.site.hub, session.conn.limit_key
     hub.accounts.throttle.check(host, name, hub.ticks)
