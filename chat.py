@@ -552,6 +552,11 @@ class MessageIds:
 
     PATTERN = re.compile("([0-9a-f]{1,15})([g-z]{4})?")  # SQLite's integers have a bit more
 
+    @staticmethod
+    def new_letters() -> str:
+        """Return random letters for a start. No hexadecimal number has one of them."""
+        return "".join(secrets.choice("ghijklmnopqrstuvwxyz") for _ in range(4))
+
     def __init__(self, starts: Iterable[tuple[int, int, str]] = ()):
         self.load(starts)
 
@@ -5216,7 +5221,7 @@ MIGRATIONS = (
     """,
 )
 
-KEPT, BUSY, LOST = "kept", "busy", "lost"  # what became of a turn's events
+KEPT, BUSY, LOST = "kept", "busy", "lost"  # the outcome of a commit
 COLUMNS = "id, time, kind, name, address, username, about, events.text, author, tags"  # event_of()
 INSERT_EVENT = f"INSERT INTO events VALUES ({', '.join('?' * 11)})"
 
@@ -5566,6 +5571,14 @@ class History:
         return list(found.values())
 
 
+class IndexStep(NamedTuple):
+    """What a step of the search index left to be done, and whether it failed."""
+
+    behind: set[int]
+    gone: list[tuple[int, int, int]]
+    failed: bool = False
+
+
 class SearchIndex:
     """The words of all messages, in a database file of its own: SQLite's FTS5, without the text.
     One helper at a time runs a step, which reads chat.db and goes on after the last indexed id,
@@ -5588,11 +5601,11 @@ class SearchIndex:
         self.known = 0  # the newest id that was stored
         # For the helper
         self.indexed = 0
-        self.unfit = False  # a part has to be made again
+        self.rebuild_due = False  # a part has lost half of its messages
         if self.db:
             self.reading = Readers(path, self.db)
             query = "SELECT ifnull(max(last), 0), ifnull(max(stale * 2 >= messages AND stale), 0)"
-            self.indexed, self.unfit = self.db.execute(f"{query} FROM parts").fetchone()
+            self.indexed, self.rebuild_due = self.db.execute(f"{query} FROM parts").fetchone()
             newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
             query = f"SELECT id FROM targets WHERE {newest} > ?"
             self.behind = {row[0] for row in store.db.execute(query, [self.indexed])}
@@ -5630,7 +5643,7 @@ class SearchIndex:
 
     @property
     def has_work(self) -> bool:
-        return self.db is not None and bool(self.behind or self.gone or self.unfit)
+        return self.db is not None and bool(self.behind or self.gone or self.rebuild_due)
 
     def stored(self, targets: Iterable[int], id: int) -> None:
         """Note that messages up to this id were committed, for these targets."""
@@ -5641,40 +5654,37 @@ class SearchIndex:
         """Note that these messages were redacted, so that their words are removed."""
         self.gone += [(id, id, PART_ROWS) for id in ids]
 
-    def step(self, most: int | None = None) -> Callable[[], tuple]:
+    def step(self, most: int | None = None) -> Callable[[], IndexStep]:
         """Return the next job, for a helper or (in memory) the loop; finish() takes its result."""
         behind, self.behind = self.behind, set()
         gone = self.taken = self.gone
         self.gone = []
         return functools.partial(self._step, behind, gone, self.known, most or INDEX_IDS)
 
-    def finish(self, left: tuple[set[int], list, bool]) -> None:
-        """Take the result of a job: what it left for the next job, and whether it failed."""
-        behind, gone, _ = left
-        self.behind |= behind
-        self.gone, self.taken = gone + self.gone, []
-        if not (self.gone or self.unfit):
+    def finish(self, done: IndexStep) -> None:
+        """Take the result of a job."""
+        self.behind |= done.behind
+        self.gone, self.taken = done.gone + self.gone, []
+        if not (self.gone or self.rebuild_due):
             with contextlib.suppress(sqlite3.Error):  # then they are looked for once more
                 self.store.db.execute("DELETE FROM erased")
 
-    def _step(
-        self, behind: set[int], gone: list, known: int, most: int
-    ) -> tuple[set[int], list, bool]:
+    def _step(self, behind: set[int], gone: list, known: int, most: int) -> IndexStep:
         update = "UPDATE parts SET stale = stale + ? WHERE first <= ? AND last >= ?"
         query = "SELECT part FROM parts WHERE stale * 2 >= messages AND stale"
         try:
             with transaction(self.db):
                 self.db.executemany(update, [(count, last, first) for first, last, count in gone])
                 indexed = self._add(behind, known, most) if behind else self.indexed
-                unfit = self.db.execute(query).fetchall()
-                if unfit:
-                    self._rebuild(*unfit[0])
-            self.indexed, self.unfit = indexed, len(unfit) > 1
-            if unfit:
+                stale = self.db.execute(query).fetchall()
+                if stale:  # one in each step
+                    self._rebuild(*stale[0])
+            self.indexed, self.rebuild_due = indexed, len(stale) > 1
+            if stale:
                 self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         except sqlite3.Error:
-            return behind, gone, True
-        return (behind if indexed < known else set()), [], False
+            return IndexStep(behind, gone, failed=True)
+        return IndexStep(behind if indexed < known else set(), [])
 
     def _add(self, targets: set[int], known: int, most: int) -> int:
         """Index the messages of the next `most` ids; return the last of these ids."""
@@ -5780,10 +5790,10 @@ class SearchIndex:
             return
         if self.store.path:
             self.gone = self.taken + self.gone
-            while self.gone or self.unfit:
-                left = self.step()()
-                self.finish(left)
-                if left[2]:
+            while self.gone or self.rebuild_due:
+                done = self.step()()
+                self.finish(done)
+                if done.failed:
                     break  # it cannot be done now; the next start does it
         self.reading.close()
         self.db.close()
@@ -5887,7 +5897,7 @@ class Backlog:
 
 
 class Store:
-    """Events on disk, or in memory for `path` None. Raises Unusable if that cannot be opened."""
+    """The database of a server: a file, or in memory if `path` is None. Raises Unusable."""
 
     def __init__(self, path: pathlib.Path | None, keep: int | None = None, node: bool = False):
         self.path = path
@@ -5914,9 +5924,12 @@ class Store:
         self.trouble = ""  # why events are being lost just now
         try:
             self.changed_elsewhere()
-            self._become_node() if node else self._forget_node()
+            if node:
+                self._become_node()
+            else:
+                self._forget_node()
             self.reserve_ids()
-            self.words, self.dedup = SearchIndex(self), DedupKeys(self)
+            self.search_index, self.dedup = SearchIndex(self), DedupKeys(self)
             for name in (path, path.with_name(f"{path.name}-wal")) if path else ():
                 self.guard(name)
         except sqlite3.OperationalError as error:  # busy or full: that is no damage
@@ -5943,8 +5956,7 @@ class Store:
             self.reserved, self.starts = 2 * LAST_ID, self.rows("starts")
             return
         self.first_id = self.last_id + 1
-        # For the message ids of this start: letters that no hexadecimal number has
-        self.letters = "".join(secrets.choice("ghijklmnopqrstuvwxyz") for _ in range(4))
+        self.letters = MessageIds.new_letters()
         self.db.execute("UPDATE starts SET reserved = min(reserved, max(first - 1, ?))", [last])
         self.db.execute(*self._reservation())
         # A start of which no event is left needs no letters
@@ -6001,14 +6013,17 @@ class Store:
         found.update(repr(self.db.execute("SELECT count(*) FROM events").fetchone()).encode())
         return found.hexdigest()
 
-    def abandon(self, alive: Collection[str]) -> None:
-        """Mark what no user can read any more: sealed history, and private conversations between
-        guests whose stays have ended. `alive` are the identities that go on."""
+    def mark_orphans(self, alive: set[str]) -> None:
+        """Mark for deletion what no user can read any more: sealed history, and the conversations
+        of two guests who are both gone. `alive` are the guests who are here, who may come back, or
+        whose conversations an account reads."""
         if self.node:  # the nodes would not delete the same
             return
         rows = self.db.execute("SELECT id, key FROM targets WHERE key > '~'").fetchall()
-        talks = {id: key.split() for id, key in rows}
-        self.orphans = {id for id, who in talks.items() if not who[1:] or not alive & set(who)}
+        for id, key in rows:
+            guests = key.split()  # one word: a sealed founding
+            if len(guests) == 1 or alive.isdisjoint(guests):
+                self.orphans.add(id)
 
     # The commit beat
 
@@ -6077,9 +6092,9 @@ class Store:
             targets = collections.Counter([row[0] for row in rows])
             self.fresh.update(targets)
             self.orphans.difference_update(targets)  # a founding that goes on after all
-            self.words.stored(targets, rows[-1][1])
+            self.search_index.stored(targets, rows[-1][1])
         if redacted:
-            self.words.redacted(redacted)
+            self.search_index.redacted(redacted)
             self.erased = True
         if now >= self.count_due:
             self.count_due = now + COUNT_SECONDS
@@ -6182,8 +6197,11 @@ class Store:
     def identities(self) -> list[tuple[str, str]]:
         """Return the guests with the accounts that read their conversations, the oldest first."""
         newest = "SELECT ifnull(max(id), 0) FROM targets WHERE one = ? OR other = ?"
-        age = lambda row: self.db.execute(newest, [row[0]] * 2).fetchone()[0]  # noqa: E731
-        return sorted(self.rows("identities"), key=age)
+
+        def newest_target(row: tuple) -> int:
+            return self.db.execute(newest, [row[0]] * 2).fetchone()[0]
+
+        return sorted(self.rows("identities"), key=newest_target)
 
     def foundings(self, key: str) -> set[int]:
         """Return the foundings with history under this key; {0} if the database fails."""
@@ -6336,7 +6354,7 @@ class Store:
         update = "UPDATE targets SET events = max(0, events - ?) WHERE id = ?"
         self.db.execute(update, [deleted, target])
         if deleted:  # a part of the index that has lost half of what was in it is made again
-            self.words.gone.append((0, last, deleted))
+            self.search_index.gone.append((0, last, deleted))
         return deleted
 
     def checkpoint(self) -> None:
@@ -6353,7 +6371,7 @@ class Store:
 
     def close(self) -> None:
         self.count()
-        self.words.close()
+        self.search_index.close()
         self.reading.close()
         self.db.close()
 
@@ -6383,7 +6401,7 @@ def load_hub(
             hub.forget_markers(owner)  # a guest who has not come back, or never could
     except (sqlite3.Error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Unusable(f"the database {store.path} is damaged ({error!r}); move it away") from error
-    store.abandon({*hub.users_by_id, *hub.accounts_of})
+    store.mark_orphans({*hub.users_by_id, *hub.accounts_of})
     return hub
 
 
@@ -6397,6 +6415,9 @@ def load_hub(
 
 class NatsFailed(ChatError):
     """A dialogue with a NATS server that cannot go on; another attempt may work."""
+
+
+NOT_NATS = "it sends something that is not NATS"
 
 
 class LogUnusable(ChatError):
@@ -6496,7 +6517,7 @@ class NatsDialogue:
             start = body + size
         self.buffer = self.buffer[start:]
         if len(self.buffer) > NATS_MESSAGE_BYTES:
-            raise NatsFailed("it sends something that is not NATS")
+            raise NatsFailed(NOT_NATS)
         return found
 
     @staticmethod
@@ -6506,13 +6527,13 @@ class NatsDialogue:
         except (ValueError, IndexError):
             number = -1
         if not 0 <= number <= NATS_MESSAGE_BYTES:
-            raise NatsFailed("it sends something that is not NATS")
+            raise NatsFailed(NOT_NATS)
         return number
 
     def _message(self, verb: str, words: list[str], data: bytes) -> list[NatsMessage]:
         least = 3 if verb == "MSG" else 4  # subject, subscription, sizes; perhaps a reply
         if len(words) < least:
-            raise NatsFailed("it sends something that is not NATS")
+            raise NatsFailed(NOT_NATS)
         reply = words[2] if len(words) > least else ""
         status, headers = "", {}
         if verb == "HMSG":
@@ -6539,7 +6560,7 @@ class NatsDialogue:
                 raise LogUnusable(f"NATS refuses the user or password ({text})")
             raise NatsFailed(text)
         elif verb != "+OK":
-            raise NatsFailed("it sends something that is not NATS")
+            raise NatsFailed(NOT_NATS)
 
     def _informed(self, text: str) -> None:
         """Take what the server says of itself: at first, and when its cluster changes."""
@@ -6548,7 +6569,7 @@ class NatsDialogue:
             self.info = json.loads(text)
             most = int(self.info.get("max_payload", 0))
         except (ValueError, TypeError, AttributeError):
-            raise NatsFailed("it sends something that is not NATS") from None
+            raise NatsFailed(NOT_NATS) from None
         if most < NATS_PAYLOAD_LEAST:
             least = f"{NATS_PAYLOAD_LEAST:,}"
             raise LogUnusable(f"NATS takes messages of {most:,} bytes; set max_payload to {least}")
@@ -6797,7 +6818,7 @@ ANY_SESSION = frozenset(  # acts of the server, and those that need no user
         "verify_account",
     )
 )
-# They are compared by identity
+# Kinds of messages from the log -> the constants, which other code compares by identity
 KINDS = dict(zip((*SPOKEN, TAGS, HINT), (*SPOKEN, TAGS, HINT), strict=True))
 
 
@@ -7120,7 +7141,7 @@ class Cluster:
         self.heard: dict[str, float] = {}  # when a batch of an epoch was applied last; monotonic
         self.declared: dict[str, float] = {}  # epochs of nodes declared gone, and when that was
         self.lag, self.size, self.round_trip = 0, 0, 0.0  # for STATS: entries, acts, seconds
-        self.unsaved = [0, 0]  # entries since the last snapshot, and their bytes
+        self.unsaved_entries = self.unsaved_bytes = 0  # since the last snapshot
         self.released: list[LocalSession] = []  # may take their next line
         self.first_state = "" if hub.cluster else store.digest()
         _, self.last_entry, entries = store.load_node()
@@ -7253,7 +7274,8 @@ class Cluster:
             session.wait_for_acts()
 
     def _is_one_of_us(self, batch: ActBatch) -> bool:
-        """Return whether a batch fits to this node's cluster: the first one founds it."""
+        """Return whether a batch is of this node's cluster. If it founds one that begins with
+        another database, stop this node."""
         first = next((act for act in batch.acts if act[1] == "found_cluster"), None)
         if first is None or self.hub.cluster or first[-1] == self.first_state:
             return True
@@ -7284,8 +7306,8 @@ class Cluster:
     def _applied(self, entry: LogEntry, batch: ActBatch) -> None:
         """Note an entry, and look at what it means for this node."""
         hub, self.last_entry = self.hub, entry_digest(entry.data)
-        self.unsaved[0] += 1
-        self.unsaved[1] += len(entry.data)
+        self.unsaved_entries += 1
+        self.unsaved_bytes += len(entry.data)
         self.checksums[entry.sequence] = hub.checksum
         while len(self.checksums) > CHECKSUMS_KEPT:
             self.checksums.popitem(last=False)
@@ -7331,13 +7353,10 @@ class Cluster:
         self.queue.clear()
         self.sent, self.number = None, 0
         self.epochs.append(self.store.origin + secrets.token_hex(8))
-        files, letters = self.hub.files, "ghijklmnopqrstuvwxyz"
-        values = (
-            *(secrets.token_hex(8), "".join(secrets.choice(letters) for _ in range(4))),
-            *(self.hub.name, files.most, files.total, self.first_state),
-        )
         if not self.hub.cluster:
-            self.ask(None, "found_cluster", values, None, None)
+            files, letters = self.hub.files, MessageIds.new_letters()
+            values = self.hub.name, files.most, files.total, self.first_state
+            self.ask(None, "found_cluster", (secrets.token_hex(8), letters, *values), None, None)
         site = self.server.site
         started = (self.name, self.epoch, site.web.url, site.address)
         self.ask(None, "node_started", started, None, None)
@@ -7428,11 +7447,11 @@ class Cluster:
 
     def save(self, now: bool = False) -> None:
         """Make a snapshot, between two turns, if there is much to apply again without it."""
-        entries, size = self.unsaved
-        if self.hub.cluster and (now or entries > SNAPSHOT_ENTRIES or size > SNAPSHOT_BYTES):
+        many = self.unsaved_entries > SNAPSHOT_ENTRIES or self.unsaved_bytes > SNAPSHOT_BYTES
+        if self.hub.cluster and (now or many):
             with contextlib.suppress(sqlite3.Error):  # busy or full: later
                 self.store.save_node(save_hub(self.hub), self.hub.sequence, self.last_entry)
-                self.unsaved = [0, 0]
+                self.unsaved_entries = self.unsaved_bytes = 0
 
 
 # ======================================================================================
@@ -9612,8 +9631,8 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
     else:
         scopes = [Scope((channel.key,)) for channel in user.channels]
     span, author = Span(Scope(()), SPOKEN, **bounds), fold(wanted.get("from", ""))
-    words = session.site.store.words
-    search = functools.partial(words.search, scopes, wanted["text"], span, count, author)
+    index = session.site.store.search_index
+    search = functools.partial(index.search, scopes, wanted["text"], span, count, author)
     found = yield do(session.read, search)
     if name:
         readable(session, name, "in")
@@ -10704,7 +10723,7 @@ def line_search(session: LineSession, words: str) -> Steps:
     """/search WORDS -- what was said with them in the channel you speak in"""
     channel = session.place()
     scope = scope_of(session.site.hub, session.user, channel.audience)
-    search = functools.partial(session.site.store.words.search, [scope], words, Span(scope))
+    search = functools.partial(session.site.store.search_index.search, [scope], words, Span(scope))
     found = yield do(session.read, functools.partial(search, HISTORY_LINES))
     channel.member(session.user)  # or not any more
     tell_past(session, [event for _, event in found], line_prefix(channel))
@@ -19566,23 +19585,23 @@ class Committer:
         if self.store.path and not self.checkpoint_due:
             self.checkpoint_due = True
             self.loop.call_later(CHECKPOINT_SECONDS, self.checkpoint)
-        if self.store.words.has_work and not self.index_due:
+        if self.store.search_index.has_work and not self.index_due:
             self.index_due = True
             self.loop.call_later(INDEX_SECONDS, self.index)
 
     def index(self) -> None:
         """Index new messages in slices: on a helper, or, in memory, on the loop."""
-        job = self.store.words.step(INDEX_IDS_BUSY if self.busy else None)
+        job = self.store.search_index.step(INDEX_IDS_BUSY if self.busy else None)
         if self.store.path:
             self.helpers.submit(self, job, self.indexed)
         else:
             self.indexed(job())
 
-    def indexed(self, left: Any) -> None:
-        failed = isinstance(left, Exception) or left[2]
-        if not isinstance(left, Exception):
-            self.store.words.finish(left)
-        self.index_due = self.store.words.has_work
+    def indexed(self, done: IndexStep | Exception) -> None:
+        failed = isinstance(done, Exception) or done.failed
+        if not isinstance(done, Exception):
+            self.store.search_index.finish(done)
+        self.index_due = self.store.search_index.has_work
         if self.index_due:
             self.loop.call_later(INDEX_SECONDS if failed or self.busy else INDEX_PAUSE, self.index)
 

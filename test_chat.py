@@ -397,9 +397,9 @@ class House(chat.Server):
             for session in self.guests.values():
                 self.pump(session)
         for _ in range(1000):
-            if not self.store.words.has_work:
+            if not self.store.search_index.has_work:
                 break
-            self.store.words.finish(self.store.words.step()())
+            self.store.search_index.finish(self.store.search_index.step()())
         self.now += 1.0
         self.begin_turn()
 
@@ -420,8 +420,8 @@ class House(chat.Server):
 
 
 def index_all(store):
-    while store.words.has_work:
-        store.words.finish(store.words.step()())
+    while store.search_index.has_work:
+        store.search_index.finish(store.search_index.step()())
 
 
 def house_of(*names):
@@ -1609,7 +1609,7 @@ def test_a_message_is_redacted_in_the_turn_of_a_rename(said, where, stored_befor
 
 def indexed_words(store):
     """How often each word stands in the index, by the word."""
-    index, counts = store.words.db, collections.Counter()
+    index, counts = store.search_index.db, collections.Counter()
     for (part,) in index.execute("SELECT part FROM parts").fetchall():
         name = f"search_{part}"
         index.execute(f"CREATE VIRTUAL TABLE temp.v USING fts5vocab(main, {name}, 'col')")
@@ -1663,11 +1663,14 @@ def test_what_is_taken_back_before_it_can_be_searched_is_never_found():
     house.say("alice", "CAP REQ :message-tags draft/message-redaction echo-message", "JOIN #a")
     house.turn()
     first = said_with_id(house, "alice", "#a", "first")
-    behind, house.store.words.behind = house.store.words.behind, set()  # it has no time just now
+    behind, house.store.search_index.behind = (
+        house.store.search_index.behind,
+        set(),
+    )  # it has no time just now
     late = said_with_id(house, "alice", "#a", "late")
     house.say("alice", f"REDACT #a {late}")
     house.turn()
-    house.store.words.behind |= behind
+    house.store.search_index.behind |= behind
     said_with_id(house, "alice", "#a", "last")
     assert indexed_words(house.store) == {"first": 1, "last": 1}
     house.say("alice", f"REDACT #a {first}", "RENAME #a #b")  # in the same turn
@@ -1942,7 +1945,7 @@ def test_what_was_said_before_a_channel_was_renamed_has_its_old_name():
 def found(store, key, words, count=1000):
     """The texts that a search there gives, in their order."""
     place = chat.Scope((key,))
-    events = store.words.search([place], words, chat.Span(place), count)
+    events = store.search_index.search([place], words, chat.Span(place), count)
     return [event.text for _, event in events]
 
 
@@ -1979,7 +1982,7 @@ def test_a_search_between_two_times_reads_only_the_messages_between_them():
     for n in range(60):
         house.say("alice", f"PRIVMSG #a :word {n}")
         house.turn()
-    words, read, ids_of = house.store.words, [], house.store.words._ids
+    words, read, ids_of = house.store.search_index, [], house.store.search_index._ids
     times = [
         row[0] for row in house.store.db.execute("SELECT time FROM events WHERE kind = 'message'")
     ]
@@ -2016,8 +2019,8 @@ def test_a_search_goes_through_as_many_parts_of_the_index_as_it_takes(folder, sm
         assert found(store, "#busy", "number 7") == [numbers[7]]
         assert found(store, "#quiet", "number") == [f"number {n}" for n in (0, 100, 200, 300)]
         assert found(store, "#busy", "nothing") == found(store, "#none", "number") == []
-        assert store.words.db.execute("SELECT sum(messages) FROM parts").fetchone() == (404,)
-        assert store.words.db.execute("SELECT count(*) FROM parts").fetchone()[0] >= 9
+        assert store.search_index.db.execute("SELECT sum(messages) FROM parts").fetchone() == (404,)
+        assert store.search_index.db.execute("SELECT count(*) FROM parts").fetchone()[0] >= 9
         store.close()
 
 
@@ -2035,7 +2038,7 @@ def test_parts_of_the_index_go_with_the_messages_that_they_were_of(folder, small
     index_all(store)
     assert found(store, "#busy", "number") == [f"number {n}" for n in range(300, 400)]
     assert found(store, "#quiet", "stays") == ["stays"]
-    index = store.words.db
+    index = store.search_index.db
     tables = {row[0] for row in index.execute("SELECT name FROM sqlite_master")}
     parts = {f"search_{row[0]}" for row in index.execute("SELECT part FROM parts")}
     assert len(parts) <= 4 and parts <= tables
@@ -4987,13 +4990,13 @@ def test_the_index_closes_also_if_a_part_cannot_be_made_again(folder, monkeypatc
     come(house, "alice")
     house.say("alice", "JOIN #a")
     ids = [send(house, "alice", "#a", f"word{n}")[0] for n in range(8)]
-    words = house.store.words
+    words = house.store.search_index
     words.db.execute("UPDATE parts SET stale = messages")  # all are to be made again
     house.say("alice", f"REDACT #a {ids[0]}")
     house.written.clear()
     house.end_turn()
     words.finish(words.step()())
-    assert words.unfit and not words.gone
+    assert words.rebuild_due and not words.gone
     with contextlib.closing(sqlite3.connect(folder / "search.db")) as other:
         other.execute("BEGIN IMMEDIATE")
         left = words.step()()
@@ -5085,7 +5088,9 @@ def test_a_database_of_the_first_version_is_brought_up_to_date_and_keeps_all(fol
     assert (event.id, event.time, event.text) == (5, 6, "from long ago")
     assert event.source.mask == "al!@127.0.0.1"
     index_all(store)
-    found = store.words.search([chat.Scope((chat.LOBBY,))], "long", chat.Span(chat.Scope(())), 5)
+    found = store.search_index.search(
+        [chat.Scope((chat.LOBBY,))], "long", chat.Span(chat.Scope(())), 5
+    )
     assert [found_event.id for _, found_event in found] == [5]
     store.close()
 
@@ -5622,7 +5627,7 @@ def test_text_that_was_redacted_right_before_a_stop_is_in_no_file_either(folder)
     house.written.clear()
     house.say("alice", f"REDACT #a {message_id}")
     house.end_turn()
-    assert house.store.words.gone  # the index has still to forget it
+    assert house.store.search_index.gone  # the index has still to forget it
     house.store.close()
     assert words_in_files(folder) == {b"keepsakeword"}
 
