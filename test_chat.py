@@ -5008,7 +5008,7 @@ def test_the_index_closes_also_if_a_part_cannot_be_made_again(folder, monkeypatc
 
 def test_after_a_crash_private_talks_are_deleted_to_the_last_row_and_never_seen_again(folder):
     store = chat.Store(folder / "chat.db")
-    store.tally_due = float("inf")  # killed before the counts were written down
+    store.count_due = float("inf")  # killed before the counts were written down
     house = House(store=store)
     house.enter("alice", "bob")
     house.say("alice", *(f"/tell bob {n}" for n in range(1200)))
