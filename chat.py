@@ -55,8 +55,9 @@ Glossary:
     conn      connection: a socket with its buffers; knows nothing of chat
     peer      a connection as the server sees it: with its lines, a budget, a session
     session   one connection's side of the chat, in one dialect
+    site      what all sessions of a server share: hub, store, settings (class SessionContext)
     user      a person or program present under a nick; has one or more sessions
-    identity  the owner of messages and markers: an account, else one stay of a user
+    identity  the owner of messages and markers: an account, else a guest, from coming to leaving
     token     the hash of a session's secret: it resumes a user after a break
     channel   a named place where users talk; each founding of it has an id
     audience  the receivers of an event: channels, users or sessions
@@ -143,9 +144,7 @@ TAGS_BYTES = 4095  # ... and of the tags before it with their @ (IRCv3 message-t
 MESSAGE_LINES = 200  # longest message of several lines; more is a file, not a message
 NAME_CHARACTERS = 32  # longest name as people count ...
 NAME_BYTES = 64  # ... and as the wire does; room for 16 characters outside the BMP
-FOLDED_MOST = (
-    400  # characters that are folded; the longest valid name gives 379 (U+FDFA becomes 18)
-)
+FOLDED_MOST = 400  # characters that are folded; a valid name has at most 379 (U+FDFA becomes 18)
 NAMES_COUNTED = 100  # alice2 to alice99; after that any number will do
 CHANNEL_BYTES = 64  # as for names
 TOPIC_BYTES = 300  # fits an IRC line beside the longest mask and channel ...
@@ -181,9 +180,9 @@ METADATA_SUBS = 50  # that one session may want to hear of
 METADATA_BYTES = 240  # of a value: it fits behind the longest server, two nicks and key
 METADATA_AT_ONCE = 100  # values told to a user who joins a channel; the client asks for more
 METADATA_KEY_BYTES = 64
-GUESTS_LINKED = 30  # stays as a guest, the newest, whose private conversations an account reads
+GUESTS_LINKED = 30  # guests, the newest, whose private conversations an account inherits
 FOUNDINGS_SILENT = 100  # foundings of a channel; more of them are kept only if something was said
-MARKERS = 1000  # of one user: how far each channel and talk has been read
+MARKERS = 1000  # of one user: how far each conversation has been read
 TARGETS = 20  # of one PRIVMSG
 LIST_TARGETS = 10  # names, masks and conditions of one LIST
 WORK_PER_TOKEN = 100  # a mask matched or a member listed is 1: about half a microsecond
@@ -273,8 +272,8 @@ INDEX_SECONDS = 1.0  # until what was said can be searched
 COUNT_SECONDS = 1.0  # between adding up how much history there is
 BACKLOG_RECORDS = 10_000  # accounts, names, markers ... that wait for a database that is full ...
 BACKLOG_SECONDS = 1.0  # ... and the time between two attempts to store them
-TARGETS_CACHED = 10_000  # row ids of channels and private talks kept at hand
-PRUNE_OVERDUE = 1.1  # times the limit: from here on pruning does not wait for an idle turn
+TARGETS_CACHED = 10_000  # row ids of channels and private conversations kept in memory
+PRUNE_OVERDUE = 1.1  # times the limit: with more, pruning does not wait for an idle turn
 BUSY_SECONDS = 1.0  # a database busy for longer gets no more of the turn's events
 PASSWD_WAIT = 5000  # milliseconds that `chat.py passwd` waits for a busy server
 BUSY_RETRY_SECONDS = 0.005  # not noticed by a person, and not a busy loop either
@@ -296,17 +295,20 @@ CLIENT_ROWS_AT_ONCE = 500  # that are written in one transaction, at least once 
 CLIENT_INDEX_SLICE = 300  # messages indexed a second, while nothing else is to be done
 CLIENT_HITS_MOST = 2000  # that one search takes ...
 CLIENT_HITS_SEEN = 50_000  # ... of so many that it looks at, which may be of other conversations
-MOVES_MS = 60_000  # joins and quits within this time after the first share one row
+MOVES_MS = 60_000  # joins and quits within this time after the first share one row ...
+MOVES_NAMED = 10  # ... which names so many users
 TOPIC_MARGIN = 50  # columns of the status row that are not for the topic
 HANGING = 6  # columns that the later rows of a line are indented: the width of the time
-MOVES_NAMED = 10  # users named in one
-PACE_BURST, PACE_RATE = 5, 0.5  # lines to other servers at once, and a second: RFC 1459 section
-PACE_BYTES = 200  # 8.10, which InspIRCd, ngIRCd and ircd 2.11 allow; more bytes cost more, there
+# Lines to other servers at once, and a second: RFC 1459 section 8.10 and InspIRCd, ngIRCd and
+# ircd 2.11 allow so many. A line of more than PACE_BYTES costs more there.
+PACE_BURST, PACE_RATE = 5, 0.5
+PACE_BYTES = 200
 CAP_SECONDS = 10.0  # without an answer to CAP: then the server knows none
 REGAIN_SECONDS = 60.0  # between two looks whether the wanted name is free
 CTCP_BURST, CTCP_RATE = 3, 0.1  # answers to CTCP at once, and a second
 ECHOES_KEPT = 500  # lines of ours that a server is to send back, to know them again
 TYPED_MOST = 256 * 1024  # characters that the line editor takes: a long paste
+TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
 LASTLOG_MOST = 100  # messages that /lastlog shows
 CLOCK_AHEAD_MS = 3600 * 1000  # by which a server's clock may be ahead of a client's
 VIEWS_KEPT = 2000  # of a conversation, by our clients; more is in the server's history
@@ -316,7 +318,7 @@ ROOMS_KEPT = 200  # conversations; a private one that is not looked at gives way
 TOKENS_KEPT = 500  # capabilities, and tokens of 005, that a server may have
 BATCH_LINES = 2000  # of what a server says at once ...
 BATCHES = 20  # ... and so many that it has not ended
-TARGETS_ASKED = 500  # places with something new, after a break
+TARGETS_ASKED = 500  # conversations with new messages, after a break
 SHORT_NAME = 9  # letters that every server takes (RFC 2812 section 1.2.1) ...
 NAMES_TRIED = 4  # ... and names, before we give up
 SCRAM_ROUNDS = range(4096, 2_000_001)  # that a server may ask of us (RFC 7677 section 4)
@@ -381,12 +383,12 @@ TEXT_HEAD_BYTES = 4096  # in which there is nothing but text, if it is a text
 TOKEN_SECONDS = 600  # until an unused upload token ends
 TOKENS_A_USER = 8  # for uploads
 FILES_SWEEP_SECONDS = 600.0
-SURE_SECONDS = 6 * 3600.0  # a wall clock is trusted with what cannot be undone after so long ...
-SURE_STEP_SECONDS = 60.0  # ... of which one look in this time is remembered
+SURE_SECONDS = 6 * 3600.0  # deletions go by the lowest offset of the wall clock in so long ...
+SURE_STEP_SECONDS = 60.0  # ... one for each step of this length: see SureTime
 LOG_LINES = 1000  # that wait for standard error to be read ...
 LOG_FLUSH_SECONDS = 0.5  # ... and how long the end of the program waits for that
 CLOCK_JUMP_SECONDS = 2.0  # a clock that moves by more beside the monotonic one was set
-ADDRESS_SECONDS = 15.0  # after its last connection an address has its budget again
+ADDRESS_SECONDS = 15.0  # between two looks whether the budget of an address is full again
 
 LISTEN_SECONDS = 1.0  # how long our client waits for a server to speak first ...
 LISTEN_CONNECT_TIMES = 4  # ... or this many times what connecting took, the longer
@@ -459,8 +461,6 @@ LOG_HEARTBEATS_MISSED = 3  # then the log is read through another consumer
 LOG_ANSWER_SECONDS = 5.0  # then another NATS server is tried
 LOG_INACTIVE_SECONDS = 30  # until NATS forgets a reader that is gone
 
-TYPED_KEPT = 500  # lines of what was typed, for the arrow keys
-
 # ======================================================================================
 # VOCABULARY
 # ======================================================================================
@@ -478,7 +478,7 @@ UNCONFIRMED = "sent-"  # before a message's id, in a PING that is sent behind it
 MESSAGE, ACTION, NOTICE = "message", "action", "notice"
 JOIN, PART, QUIT, NICK, TOPIC = "join", "part", "quit", "nick", "topic"
 KICK, MODE, PASSWORD = "kick", "mode", "password"  # PASSWORD: the mode k
-RENAME = "rename"  # of a channel: about is the name it had
+RENAME = "rename"  # of a channel, for clients that know RENAME: about is the name it had
 INVITE, INVITED, AWAY, WALLOPS = "invite", "invited", "away", "wallops"
 REALNAME, ACCOUNT = "realname", "account"
 HOST = "host"  # a user is connected from elsewhere: about is the username
@@ -487,13 +487,13 @@ HINT = "hint"  # a message that is soon out of date: a user is typing
 REDACT = "redact"  # a message is taken back: the text is its msgid, and " :reason"
 USER_MODE, METADATA = "user mode", "metadata"  # METADATA: about is the key
 ENTERED = "entered"  # another session of the user joined a channel
-RENAMED = "renamed"  # a channel has another name, and about is the old one
-READ_ON = "read"  # another session of the user read on
+RENAMED = "renamed"  # the same, for clients that do not: each is told a PART and a JOIN
+READ_ON = "read"  # another session of the user moved a read marker
 CAME_ONLINE, WENT_OFFLINE = "online", "offline"  # of a user whom the session monitors
 KILLED, REPLACED = "killed", "replaced"  # the session ends with that
 SOFT_BREAK = "\0"  # in a text: a client sent its line in two pieces here; it cannot be typed
 CTCP_BEGINS = re.compile("(?:^|[\n\0])\x01")  # a line of a text, or a piece of one, is a CTCP
-SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds that a person said
+SPOKEN = (MESSAGE, ACTION, NOTICE)  # the kinds of messages
 # Kinds that each session renders for itself, see Session.hear()
 PERSONAL = frozenset(
     (ENTERED, RENAMED, READ_ON, CAME_ONLINE, WENT_OFFLINE, METADATA, KILLED, REPLACED)
@@ -501,7 +501,8 @@ PERSONAL = frozenset(
 EPHEMERAL = PERSONAL | frozenset(  # kinds that history does not keep
     (INVITE, INVITED, AWAY, WALLOPS, REALNAME, ACCOUNT, HOST, PASSWORD, RENAME, USER_MODE, HINT)
 )
-REPLAYABLE = (*SPOKEN, TAGS, JOIN, PART, QUIT, KICK, NICK, MODE, TOPIC)  # and those it keeps
+# Kinds that history keeps and that draft/event-playback sends again
+REPLAYABLE = (*SPOKEN, TAGS, JOIN, PART, QUIT, KICK, NICK, MODE, TOPIC)
 
 
 class Source(NamedTuple):
@@ -551,6 +552,11 @@ class MessageIds:
     server that made the id. The letters keep a restored backup from repeating an id."""
 
     PATTERN = re.compile("([0-9a-f]{1,15})([g-z]{4})?")  # SQLite's integers have a bit more
+
+    @staticmethod
+    def new_letters() -> str:
+        """Return random letters for a start. No hexadecimal number has one of them."""
+        return "".join(secrets.choice("ghijklmnopqrstuvwxyz") for _ in range(4))
 
     def __init__(self, starts: Iterable[tuple[int, int, str]] = ()):
         self.load(starts)
@@ -613,6 +619,21 @@ TOO_LONG = b"\n"  # stands for a line over the limit; no real line holds a newli
 BEGINNING_BYTES = 16  # that are kept of such a line: enough for an HTTP method and a blank
 
 
+class Framer(typing.Protocol):
+    """Bytes of a connection in; lines, requests or pieces of a body out."""
+
+    out: bytes  # to be sent in answer: frames
+    closed: bool  # no more is taken from the other side
+    in_body: bool  # pieces of a body come, not lines or requests
+    fruitless: bool  # the last take() looked at input and found nothing to return
+    pending: bool  # take() may have something to return
+
+    def feed(self, data: bytes) -> None: ...
+    def take(self) -> Any: ...  # the next one; None if there is none yet
+    def clear(self) -> None: ...  # drop what was fed and not taken
+    def finish(self) -> None: ...  # the input has ended
+
+
 class LineBuffer:
     """Bytes in, lines out, as tokio's LinesCodec frames them: split at LF, less one CR before it.
 
@@ -623,7 +644,7 @@ class LineBuffer:
     __slots__ = (
         *("begins", "buffer", "ended", "first", "limit", "lines", "searched", "skipping", "start"),
     )
-    out, closed, in_body, fruitless = b"", False, False, False  # what other framers have
+    out, closed, in_body, fruitless = b"", False, False, False  # see Framer
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -950,9 +971,9 @@ def mask_work(mask: str) -> int:
 
 
 CONTROLS = {n: None for n in (*range(0x20), *range(0x7F, 0xA0)) if chr(n) not in "\t\n"}
+CONTROLS |= {0x2028: " ", 0x2029: " "}  # some programs end a line there
 # The colours of IRC (mIRC's, and hexadecimal ones); its other styles are control characters.
 COLOURS = re.compile("\x03(?:\\d{1,2}(?:,\\d{1,2})?)?|\x04(?:[0-9a-fA-F]{6})?")
-CONTROLS |= {0x2028: " ", 0x2029: " "}  # some programs end a line there
 
 
 def harmless(text: str) -> str:
@@ -1114,7 +1135,7 @@ class TlsFilter:
         return True
 
     def fingerprint(self) -> str:
-        """The SHA-256 of the peer's certificate, in hex; "" if the peer shows none."""
+        """Return the SHA-256 of the peer's certificate, in hex; "" if the peer shows none."""
         certificate = self.session.getpeercert(binary_form=True)
         return hashlib.sha256(certificate).hexdigest() if certificate else ""
 
@@ -1585,7 +1606,7 @@ class ServerCalls(typing.Protocol):
     def mail(self, address: str, name: str, code: str) -> None: ...  # off the loop
     # Run job() off the loop, behind other jobs of its owner: an address, or "" for the server
     def background(self, lane: str, job: Callable[[], Any], owner: str = "") -> None: ...
-    def settle(
+    def run_to_end(
         self, session: "LocalSession", lane: str, job: Callable[[], Any], then: Callable
     ) -> None: ...  # off the loop, whatever becomes of the session: then(result, it is there)
     def trouble(self) -> str: ...  # what is wrong, "" if nothing is
@@ -1980,6 +2001,10 @@ class Membership:
         """The index of the highest rank in RANKS; smaller is higher."""
         return RANKS.index(self.ranks[0]) if self.ranks else len(RANKS)
 
+    def has(self, rank: str) -> bool:
+        """Return whether the member has this rank or a higher one."""
+        return self.level <= RANKS.index(rank)
+
     @property
     def symbols(self) -> str:
         return "".join(SYMBOLS[rank] for rank in self.ranks)
@@ -2255,7 +2280,7 @@ class Channel:
 
     def require(self, who: Session, rank: str = "h") -> None:
         """Raise Refused unless the user has this rank or a higher one, or operates the server."""
-        if not who.operator and self.member(who.user).level > RANKS.index(rank):
+        if not who.operator and not self.member(who.user).has(rank):
             raise Refused("NOT_OPERATOR", f"only operators of {self.name} can do that", self.name)
 
     def check_can_send(self, user: User, text: str) -> None:
@@ -2303,7 +2328,7 @@ class Channel:
             raise Refused(code, f"cannot join {self.name}: {why}", self.name)
 
     @property
-    def masks(self) -> int:
+    def mask_count(self) -> int:
         return sum(map(len, self.lists.values()))
 
     def visible_to(self, user: User) -> bool:
@@ -2432,16 +2457,17 @@ def in_ranks(channel: Channel, symbol: str, speaker: User) -> Audience:
 
 
 def neighbours(
-    turn: "Turn", user: User, sessions: Iterable[Session] = (), alone: bool = False
+    turn: "Turn", user: User, sessions: Iterable[Session] = (), with_user: bool = False
 ) -> Audience:
-    """Return the audience of all who share a channel with a user, of some sessions, and (with
-    `alone`) of the user. Where it is one channel, that channel's own object is returned."""
+    """Return the audience of the users who share a channel with a user, of some sessions, and (if
+    `with_user`) of the user, who may be in no channel. If it is one channel and no session, return
+    that channel's own audience: its events are encoded together."""
     channels = tuple(user.channels)
     sessions = frozenset(sessions)
     if len(channels) == 1 and not sessions:
         return channels[0].audience
     targets = tuple(target for channel in channels for target in channel.audience.targets)
-    return turn.audience("", channels, frozenset({user} if alone else ()), sessions, targets)
+    return turn.audience("", channels, frozenset({user} if with_user else ()), sessions, targets)
 
 
 class Conversation(Audience):
@@ -2870,13 +2896,16 @@ class Group:
         lines = self.lines(session.wire, report)
         mine = self.origins.get(session, [])
         if copies:
-            places = ((bisect.bisect_left(self.ids, id), id) for id in copies)
-            mine = mine + [n for n, id in places if self.ids[n : n + 1] == [id]]
+            found = ((bisect.bisect_left(self.ids, id), id) for id in copies)
+            mine = mine + [n for n, id in found if self.ids[n : n + 1] == [id]]
         try:
             return [(n, session.own(self.events[n], lines[n])) for n in mine]
-        except Exception:
-            one = lambda n: attempt_line(lambda: session.own(self.events[n], lines[n]), report)  # noqa: E731
-            return [(n, one(n)) for n in mine]
+        except Exception:  # one by one then
+
+            def own_line(n: int) -> bytes:
+                return attempt_line(lambda: session.own(self.events[n], lines[n]), report)
+
+            return [(n, own_line(n)) for n in mine]
 
     def joined_for(
         self,
@@ -2919,7 +2948,7 @@ class Record(NamedTuple):
 
     name: str
     values: tuple
-    place: int  # behind so many events of the turn
+    position: int  # behind so many events of the turn
 
 
 LASTING = frozenset(  # records whose loss a user has to know of
@@ -3166,7 +3195,9 @@ class Accounts(dict[str, Account]):
                 del self.skeletons[shape]
 
     def certificates_of(self, name: str) -> list[str]:
-        return [mark for mark, key in self.certificates.items() if key == fold(name)]
+        """Return the fingerprints of an account's certificates."""
+        wanted = fold(name)
+        return [fingerprint for fingerprint, key in self.certificates.items() if key == wanted]
 
     def is_foreign(self, name: str, account: str) -> bool:
         """Return whether a name belongs to, or looks like, another account or a service."""
@@ -3346,7 +3377,7 @@ class Hub:
         old, self.turn = self.turn, Turn()
         old.close()
 
-    def settle(self) -> None:
+    def record_changes(self) -> None:
         """Make records of the users and channels whose state changed in this turn."""
         for one in self.turn.changed:
             if isinstance(one, Channel):
@@ -3416,6 +3447,11 @@ class Hub:
         work, self.work = self.work, 0.0
         return work
 
+    @property
+    def source(self) -> Source:
+        """The server as the source of events."""
+        return Source(self.name, "", mask=self.name)
+
     # Looking up. Raises Refused
 
     def find_user(self, name: str) -> User:
@@ -3433,10 +3469,11 @@ class Hub:
     def conversation(self, one: User, other: User) -> Conversation:
         """Return the audience of two users. Within a turn it is one object, in either order."""
         pair = (one, other) if one.resume_id <= other.resume_id else (other, one)
-        talk = self.turn.conversations.get(pair)
-        if talk is None or talk.targets[0][0] != " ".join(sorted((one.identity, other.identity))):
-            talk = self.turn.conversations[pair] = Conversation(*pair)
-        return talk
+        known = self.turn.conversations.get(pair)
+        key = " ".join(sorted((one.identity, other.identity)))
+        if known is None or known.targets[0][0] != key:  # a user has logged in meanwhile
+            known = self.turn.conversations[pair] = Conversation(*pair)
+        return known
 
     def find_audience(self, user: User, name: str) -> "Audience | Channel":
         """Return the audience of a name: a channel, its members from a rank up, or two users."""
@@ -3461,7 +3498,8 @@ class Hub:
     def same_person(self, one: str, other: str) -> bool:
         return self.accounts_of.get(one, one) == self.accounts_of.get(other, other)
 
-    def link(self, guest: str, account: str) -> None:
+    def link_guest(self, guest: str, account: str) -> None:
+        """Let an account read the conversations of a guest, who is the same person."""
         self.accounts_of[guest] = account
         guests = self.guests_of.setdefault(account, [])
         guests.append(guest)
@@ -3521,15 +3559,15 @@ class Hub:
         for event in self.turn.events:
             if isinstance(event.audience, Conversation) and event.kind not in EPHEMERAL:
                 fresh.setdefault(event.audience.targets[0][0], event.audience)
-        for key, talk in fresh.items():
-            one, one_key, other, other_key = talk.parties
-            known = ((one, other, other_key), (other, one, one_key))
-            meant = any(
-                (me, name) == (owner, name_key) and who[:1] == "~" for me, who, name in known
+        for key, conversation in fresh.items():
+            one, one_key, other, other_key = conversation.parties
+            sides = ((one, other, other_key), (other, one, one_key))
+            with_guest = any(
+                (identity, name) == (owner, name_key) and partner.startswith("~")
+                for identity, partner, name in sides
             )
-            if meant and not self.store.foundings(
-                key
-            ):  # else the store knows it, by its first name
+            # The store knows a stored conversation, by the name that the guest had at first
+            if with_guest and not self.store.foundings(key):
                 keys[key] = None
         return list(keys)
 
@@ -3539,7 +3577,7 @@ class Hub:
         foundings, records = self.store.foundings(key), iter(self.turn.records)
         record = next(records, None)
         for n, event in enumerate([*self.turn.events, None]):
-            while record and record.place <= n:
+            while record and record.position <= n:
                 if record.name == "seal" and record.values[0] == key:
                     foundings.discard(record.values[1])
                 elif record.name == "rename" and record.values[0] == key:
@@ -3571,15 +3609,15 @@ def act(function: Callable) -> Callable:
 
 
 def free_name(
-    hub: Hub, wanted: str, owner: User | None = None, account: str = "", dice: int = 0
+    hub: Hub, wanted: str, owner: User | None = None, account: str = "", seed: int = 0
 ) -> str:
     """Return `wanted` as a valid name, with a number if it is not free. Raises Refused."""
     name = clean_name(wanted)
     if not name:
         raise Refused("NO_NAME", "a name needs at least one visible character; try again")
     # Counting past a thousand guests would take too long: after some, any number will do
-    many = random.Random(dice)
-    numbers = itertools.chain(range(2, NAMES_COUNTED), iter(lambda: many.randrange(10**6), None))
+    rest = random.Random(seed)
+    numbers = itertools.chain(range(2, NAMES_COUNTED), iter(lambda: rest.randrange(10**6), None))
     candidates = itertools.chain([name], (numbered_name(name, n) for n in numbers))
     account = owner.account if owner else account
     return next(
@@ -3625,10 +3663,10 @@ def check_name_not_banned(hub: Hub, who: Session, name: str) -> None:
             raise Refused("BAD_NAME", f"that name is banned from this server: {ban.reason}", name)
 
 
-def check_not_bound(hub: Hub, user: User) -> None:
+def check_no_ban_evasion(hub: Hub, user: User) -> None:
     """Raise Refused if another name or account would escape a ban or mute of the present one."""
     for channel in user.channels:
-        hub.work += channel.masks
+        hub.work += channel.mask_count
         if not channel.members[user].ranks and channel.banned(user, speaking=True):
             text = f"you cannot change your name or account while banned or muted in {channel.name}"
             raise Refused("NAME_BOUND", text, channel.name)
@@ -3636,7 +3674,7 @@ def check_not_bound(hub: Hub, user: User) -> None:
 
 @act
 def follow(hub: Hub, who: Session, registry: str, keys: tuple[str, ...], on: bool) -> None:
-    """Begin or end to tell a session of names ("watchers") or metadata keys ("subscribers")."""
+    """Subscribe a session to names ("watchers") or metadata keys ("subscribers"), or end that."""
     known: Registry = getattr(hub, registry)
     for key in keys:
         (known.add if on else known.remove)(who, key)
@@ -3645,7 +3683,7 @@ def follow(hub: Hub, who: Session, registry: str, keys: tuple[str, ...], on: boo
 
 
 def unfollow(hub: Hub, session: Session) -> None:
-    """End to tell a session of anything: it ends."""
+    """Remove all subscriptions of a session that ends."""
     for registry, key in session.follows:
         getattr(hub, registry).remove(session, key)
     session.follows.clear()
@@ -3660,7 +3698,7 @@ def take_name(hub: Hub, user: User, name: str, origin: Session | None = None) ->
     """Give a user a free name, and tell the change."""
     if name == user.name:
         return
-    audience = neighbours(hub.turn, user, alone=True)
+    audience = neighbours(hub.turn, user, with_user=True)
     hub.work += WORK_OF_A_RECEIVER * audience.cost
     hub.emit(NICK, user.source, audience, name, origin=origin)
     was, before = user.key, user.source
@@ -3677,14 +3715,14 @@ def take_name(hub: Hub, user: User, name: str, origin: Session | None = None) ->
 
 
 @act
-def rename_user(hub: Hub, who: Session, wanted: str, exact: bool, dice: int) -> str:
+def rename_user(hub: Hub, who: Session, wanted: str, exact: bool, seed: int) -> str:
     """Rename the session's user: exactly so, or to the nearest free name. Return the new name."""
     user = who.user
     if exact:
         check_name(hub, wanted, user)
-    name = wanted if exact else free_name(hub, wanted, user, dice=dice)
+    name = wanted if exact else free_name(hub, wanted, user, seed=seed)
     if fold(name) != user.key:
-        check_not_bound(hub, user)
+        check_no_ban_evasion(hub, user)
         check_name_not_banned(hub, who, name)
     take_name(hub, user, name, who)
     return name
@@ -3710,7 +3748,9 @@ def absent_key(user: User) -> str:
     return address_key(host_of(user.source.address))
 
 
-def forget_absent(hub: Hub, user: User) -> None:
+def end_absence(hub: Hub, user: User) -> None:
+    """End the grace period of a user, if there is one: the user is back, or removed."""
+    hub.absent.pop(user, None)
     host = absent_key(user)
     if near := hub.absent_by_host.get(host):
         near.pop(user, None)
@@ -3739,7 +3779,7 @@ def emit_to_witnesses(
     """Tell the user's act to the user, to common channels, and to watchers with
     extended-monitor."""
     watching = (s for s in hub.watchers.get(user.key, ()) if s.extended_monitor)
-    audience = neighbours(hub.turn, user, watching, alone=True)
+    audience = neighbours(hub.turn, user, watching, with_user=True)
     hub.work += WORK_OF_A_RECEIVER * audience.cost
     hub.emit(kind, source, audience, *texts, origin=origin)
 
@@ -3758,8 +3798,7 @@ def move_to_address(hub: Hub, user: User, address: str) -> None:
 def attach(hub: Hub, who: Session, user: User, address: str) -> None:
     """Add a session to a user. It replaces an older one with the same token."""
     replaced = [s for s in user.live if s.token and s.token == who.token]
-    hub.absent.pop(user, None)
-    forget_absent(hub, user)
+    end_absence(hub, user)
     user.sessions.append(who)
     who.user, who.address = user, address
     hub.turn.individually_addressed.add(who)
@@ -3792,7 +3831,7 @@ def check_metadata_writable(who: Session, owner: User | Channel, target: str, ke
     """Raise Refused unless the session may change the metadata of a user or channel."""
     if isinstance(owner, Channel):
         member = owner.members.get(who.user)
-        allowed = who.operator or (member and member.level <= RANKS.index("o"))
+        allowed = who.operator or (member and member.has("o"))
     else:
         allowed = owner is who.user or who.operator
     if not allowed:
@@ -3818,7 +3857,7 @@ def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> N
         audience, source = owner.audience, Source(owner.name, "")
     else:
         watching = hub.watchers.get(owner.key, ())
-        audience, source = neighbours(hub.turn, owner, watching, alone=True), owner.source
+        audience, source = neighbours(hub.turn, owner, watching, with_user=True), owner.source
     hub.work += len(subscribed)
     channels = set(audience.channels)
     told = [
@@ -3836,11 +3875,12 @@ def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> N
 
 
 def inherit(hub: Hub, user: User, identity: str) -> None:
+    """Give the conversations and read markers of a guest to the first account of the guest."""
     guest = user.resume_id
     if user.login or guest in hub.accounts_of:
         return
     if user.traces:
-        hub.link(guest, identity)
+        hub.link_guest(guest, identity)
         hub.turn.record("identity", guest, identity)
     for target, mark in hub.forget_markers(guest).items():
         if hub.markers.advance(identity, target, mark):
@@ -3854,13 +3894,12 @@ def change_login(hub: Hub, who: Session, account: str) -> None:
     user.set_login(account, identity)
     hub.turn.changed.add(user)
     emit_to_witnesses(hub, ACCOUNT, user.source, user, "", account, origin=who)
-    server = Source(hub.name, "", mask=hub.name)
     for channel in user.channels:
         member, ranks = channel.members[user], channel.ranks_by_account(user)
         given = [ModeChange(True, r, user.name) for r in ranks if member.set_rank(r, True)]
         if given:
             channel.rosters.clear()
-            hub.emit(MODE, server, channel.audience, format_modes(given))
+            hub.emit(MODE, hub.source, channel.audience, format_modes(given))
 
 
 def new_resume_id(hub: Hub, token: str) -> str:
@@ -3891,7 +3930,7 @@ def enter(
     proof: str,
     token: str,
     exact: bool,
-    dice: int,
+    seed: int,
     metadata: tuple[tuple[str, str], ...],
     away: str,
 ) -> tuple[bool, bool]:
@@ -3906,7 +3945,12 @@ def enter(
         if not (owns and clean_name(wanted) == wanted):
             check_name(hub, wanted, account=account)
         user = holder if holder and account and holder.account == account else None
-    name = user.name if user else wanted if owns else free_name(hub, wanted, None, account, dice)
+    if user:
+        name = user.name
+    elif owns:
+        name = wanted
+    else:
+        name = free_name(hub, wanted, None, account, seed)
     source = source_of(name, address, username, account)
     check_server_ban(hub, source)
     who.client, who.token = token, "" if required else token
@@ -3922,7 +3966,7 @@ def enter(
             set_away(hub, who, away)
         return True, resumed
     if owns and holder:
-        take_name(hub, holder, free_name(hub, wanted, dice=dice))
+        take_name(hub, holder, free_name(hub, wanted, seed=seed))
     user = User(source, realname or name, new_resume_id(hub, who.token), hub.now)
     user.set_login(account, hub.accounts.identity(account))
     user.metadata, user.away, user.spoke = dict(metadata), away, hub.ticks
@@ -3941,7 +3985,7 @@ def close_channel(hub: Hub, channel: Channel) -> None:
         hub.turn.record("seal", channel.key, channel.founding)
 
 
-def put_out(hub: Hub, user: User, channel: Channel) -> None:
+def end_membership(hub: Hub, user: User, channel: Channel) -> None:
     """End a membership, after the event that tells it."""
     hub.turn.move(user, channel)
     member = channel.members.pop(user)
@@ -3958,14 +4002,13 @@ def remove_user(hub: Hub, user: User, reason: str, origin: Session | None = None
     hub.work += WORK_OF_A_RECEIVER * audience.cost
     hub.emit(QUIT, user.source, audience, reason or "Connection closed", origin=origin)
     for channel in list(user.channels):
-        put_out(hub, user, channel)
+        end_membership(hub, user, channel)
     for channel in list(user.invitations):
         channel.uninvite(user)
     del hub.users[user.key], hub.users_by_id[user.resume_id]
     for token in user.tokens:
         del hub.users_by_token[token]
-    hub.absent.pop(user, None)
-    forget_absent(hub, user)
+    end_absence(hub, user)
     hub.invisible -= "i" in user.modes
     hub.turn.changed.add(user)
     hub.forget_markers(user.resume_id)
@@ -4013,9 +4056,6 @@ def grace_period_over(hub: Hub, who: Session, resume_id: str, since: int) -> Non
         remove_user(hub, user, "Connection lost")
 
 
-# Accounts
-
-
 def killed_text(by: Source, reason: str) -> str:
     return f"Killed ({by.name} ({reason}))"
 
@@ -4037,6 +4077,9 @@ def disconnect(hub: Hub, by: Source, user: User, reason: str, mask: Mask | None 
     return True
 
 
+# Accounts
+
+
 @act
 def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -> int:
     """Log a user in to an account whose owner the session proved to be. With `takes_name` the user
@@ -4048,14 +4091,14 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
     user, holder = who.user, hub.users.get(fold(account))
     source = source_of(user.name, user.source.address, user.source.username, account)
     if ban := server_ban(hub, User(source, "", "", 0)):
-        disconnect(hub, Source(hub.name, "", mask=hub.name), user, ban.reason)
+        disconnect(hub, hub.source, user, ban.reason)
         return before
     stays = not takes_name or holder in (None, user) or holder.account != account
     if stays and user.account not in ("", account) and len(user.live) > 1:
         text = "your other devices are logged in, too"  # and the other account is not theirs
         raise Refused("ALREADY_AUTHENTICATED", text, user.account)
     if user.account not in ("", account) or (takes_name and holder is not user):
-        check_not_bound(hub, user)
+        check_no_ban_evasion(hub, user)
     if takes_name and holder and holder is not user and holder.account != account:
         take_name(hub, holder, free_name(hub, account))
         holder = None
@@ -4152,7 +4195,7 @@ def drop_account(hub: Hub, who: Session, name: str, proof: str) -> None:
     hub.work += len(hub.users) + len(hub.channels)
     users = [user for user in hub.users.values() if user.login == identity]
     for user in users:
-        check_not_bound(hub, user)
+        check_no_ban_evasion(hub, user)
     for fingerprint in hub.accounts.certificates_of(name):
         drop_certificate(hub, fingerprint)
     hub.accounts.remove(name)
@@ -4227,7 +4270,7 @@ def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
     if len(user.channels) >= CHANNELS_A_USER:
         raise Refused("TOO_MANY_CHANNELS", f"{CHANNELS_A_USER} channels at most; /part one", name)
     if channel:
-        hub.work += channel.masks
+        hub.work += channel.mask_count
         channel.check_entry(user, password)
         ranks = channel.ranks_by_account(user)
     else:
@@ -4255,7 +4298,7 @@ def part(hub: Hub, who: Session, name: str, reason: str) -> Channel:
     channel = hub.find_channel(name)
     channel.member(who.user)
     hub.emit(PART, who.user.source, channel.audience, cut(reason, REASON_BYTES), origin=who)
-    put_out(hub, who.user, channel)
+    end_membership(hub, who.user, channel)
     return channel
 
 
@@ -4308,7 +4351,7 @@ def kick(hub: Hub, who: Session, where: str, name: str, reason: str) -> None:
             raise Refused("NOT_OPERATOR", text, channel.name)
     reason = cut(reason or user.name, REASON_BYTES)
     hub.emit(KICK, user.source, with_outsider(hub, channel, user), reason, victim.name, who)
-    put_out(hub, victim, channel)
+    end_membership(hub, victim, channel)
 
 
 @act
@@ -4320,19 +4363,19 @@ def invite(hub: Hub, who: Session, name: str, where: str) -> tuple[User, Channel
     if user in channel.members:
         text = f"{user.name} is in {channel.name} already"
         raise Refused("ALREADY_IN_CHANNEL", text, user.name, channel.name)
-    hub.work += channel.masks + len(channel.members)
+    hub.work += channel.mask_count + len(channel.members)
     if "i" in channel.flags or next(channel.obstacles(user, ""), None):
         channel.require(who)
     member = channel.members.get(who.user)
-    by_operator = who.operator or bool(member and member.level <= RANKS.index("h"))
+    by_operator = who.operator or bool(member and member.has("h"))
     if len(user.invitations) >= INVITATIONS:  # the oldest is the least likely to be used
         next(iter(user.invitations)).uninvite(user)
     user.invitations[channel] = by_operator or user.invitations.get(channel, False)
     channel.invited.add(user)
     source = who.user.source
     hub.emit(INVITE, source, Audience(users={user}), channel.name, user.name, who)
-    level = RANKS.index("h") if "i" in channel.flags else len(RANKS)
-    able = {other for other, member in channel.members.items() if member.level <= level}
+    open_to_all = "i" not in channel.flags
+    able = {u for u, member in channel.members.items() if open_to_all or member.has("h")}
     audience = hub.turn.audience("", (), frozenset(able - {who.user}))
     hub.emit(INVITED, source, audience, channel.name, user.name, who)
     return user, channel
@@ -4483,72 +4526,6 @@ def begin_file(
     keep_file(hub, StoredFile(id, name, type, size, owner, address, hub.now, node=node))
 
 
-EMOJI_STYLE = "\ufe0f"  # the character before it is to be shown as an emoji
-ZWJ = "\u200d"  # zero width joiner: one emoji of several
-
-
-def is_regional(c: str) -> bool:
-    return "\U0001f1e6" <= c <= "\U0001f1ff"  # two of them are a flag
-
-
-SOFT_HYPHEN = "\xad"
-
-
-def is_inner_jamo(c: str) -> bool:
-    """Return whether `c` is a vowel or final of conjoining Hangul, which joins its initial."""
-    return "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7fb"
-
-
-def is_emoji(c: str) -> bool:
-    """Return whether `c` is an emoji newer than Python's tables, which have it unassigned."""
-    return "\U0001f300" <= c <= "\U0001faff" and unicodedata.category(c) == "Cn"
-
-
-def cluster_width(cluster: str) -> int:
-    first = cluster[0]
-    if EMOJI_STYLE in cluster or ZWJ in cluster[1:-1] or is_regional(first):
-        return 2
-    if first == SOFT_HYPHEN:
-        return 1
-    marks = sum(unicodedata.category(c) == "Mc" for c in cluster[1:])  # Hindi, Tamil: each has one
-    if unicodedata.category(first) in ("Mn", "Me", "Cf", "Cc") or is_inner_jamo(first):
-        return marks
-    return marks + (2 if unicodedata.east_asian_width(first) in "WF" or is_emoji(first) else 1)
-
-
-def joins(cluster: str, c: str) -> bool:
-    """Return whether `c` continues the cluster before it."""
-    if is_inner_jamo(c):
-        return "\u1100" <= cluster[0] <= "\u11ff"
-    if cluster[-1] == ZWJ or c == ZWJ or unicodedata.category(c) in ("Mn", "Me", "Mc"):
-        return cluster != "\n"
-    if is_regional(c):
-        return len(cluster) == 1 and is_regional(cluster)
-    return "\U0001f3fb" <= c <= "\U0001f3ff"  # skin tones (UTS 51)
-
-
-def clusters(text: str) -> list[str]:
-    """Split `text` into what a reader calls characters: letters with their accents, emoji
-    with their modifiers, flags. A subset of UAX 29 that needs no tables."""
-    if text.isascii():
-        return list(text)
-    found: list[str] = []
-    for c in text:
-        if found and joins(found[-1], c):
-            found[-1] += c
-        else:
-            found.append(c)
-    return found
-
-
-def width(text: str) -> int:
-    """Return the columns of `text` on a terminal: none for marks, two for wide characters (UAX 11)
-    and emoji. Terminals disagree about the newest emoji, so nothing may depend on the result."""
-    if text.isascii() and text.isprintable():
-        return len(text)
-    return sum(map(cluster_width, clusters(text)))
-
-
 @act
 def resize_file(hub: Hub, who: Session, id: str, size: int) -> None:
     """Make room for more of a file whose size was not announced. Raises Refused."""
@@ -4670,14 +4647,16 @@ def check_may_redact(
     who: Session, channel: Channel | None, founding: int, name: str, message_id: str
 ) -> None:
     """Raise Refused unless the session may redact another user's message."""
-    text = "these are not your words"
-    if channel:
+    if channel is None:
+        text = "these are not your words"
+    elif who.operator:
+        return
+    elif founding != channel.founding:
         text = "these are words from before this channel was founded again"
-        member = channel.members[who.user]
-        if who.operator or (founding == channel.founding and member.level <= RANKS.index("h")):
-            return
-        if founding == channel.founding:
-            text = f"only operators of {channel.name} can do that"
+    elif channel.members[who.user].has("h"):
+        return
+    else:
+        text = f"only operators of {channel.name} can do that"
     raise Refused("REDACT_FORBIDDEN", text, name, message_id)
 
 
@@ -4731,8 +4710,10 @@ def redact(hub: Hub, who: Session, name: str, message_id: str, reason: str) -> N
         hub.turn.record("redact", key, hub.now, id)
     redact_file(hub, who, id)
     text = hub.ids.text(id) + (f" :{reason}" if reason else "")
-    other = hub.users.get(fold(name))
-    about = "" if name.startswith("#") else other.name if other else clean_name(name)
+    about = ""
+    if not name.startswith("#"):
+        other = hub.users.get(fold(name))
+        about = other.name if other else clean_name(name)
     hub.emit(REDACT, user.source, audience, text, about, who)
 
 
@@ -4756,7 +4737,7 @@ def set_realname(hub: Hub, who: Session, realname: str) -> None:
 
 
 @act
-def set_user_modes(hub: Hub, who: Session, changes: tuple[tuple[bool, str, str], ...]) -> None:
+def set_user_modes(hub: Hub, who: Session, changes: Changes) -> None:
     """Change the user's own modes, on all devices. Mode o is one session's; only OPER sets it."""
     user, done = who.user, []
     for change in itertools.starmap(ModeChange, changes):
@@ -4767,14 +4748,16 @@ def set_user_modes(hub: Hub, who: Session, changes: tuple[tuple[bool, str, str],
                 hub.operators.discard(who)
         elif change.on != (change.letter in user.modes):
             user.modes ^= {change.letter}
-            hub.invisible += {True: 1, False: -1}[change.on] if change.letter == "i" else 0
+            if change.letter == "i":
+                hub.invisible += 1 if change.on else -1
             done.append(change)
     if not done:
         return
     user.change_source(bot="B" in user.modes)
     hub.turn.changed.add(user)
     shared = [change for change in done if change.letter != "o"]
-    if others := [s for s in user.live if s is not who] if shared else []:
+    others = [session for session in user.live if session is not who]
+    if shared and others:
         audience = Audience(user.name, sessions=others)
         hub.emit(USER_MODE, user.source, audience, format_modes(shared), user.name)
     mine = Audience(user.name, sessions={who})
@@ -4876,7 +4859,7 @@ def found_cluster(
 
 
 def end_sessions(hub: Hub, start: int) -> None:
-    """End the sessions of a node, as connections that broke."""
+    """End the sessions of a node as if their connections had broken."""
     ended = [session for id, session in hub.sessions.items() if node_of(id) == start]
     for session in sorted(ended, key=lambda session: session.id):
         leave(hub, session, "Connection lost", False)
@@ -4884,7 +4867,7 @@ def end_sessions(hub: Hub, start: int) -> None:
 
 @act
 def node_started(hub: Hub, who: Session, name: str, epoch: str, url: str, address: str) -> None:
-    """Begin a start of a node; the sessions of its earlier one have ended."""
+    """Note that a node has started, and end the sessions of its previous start."""
     if before := hub.nodes.pop(name, None):
         end_sessions(hub, before.start)
     hub.nodes[name] = Node(name, epoch, hub.sequence, 0, hub.now, hub.now, url, address)
@@ -4901,7 +4884,8 @@ def node_gone(hub: Hub, who: Session, name: str, epoch: str, silent: bool) -> No
 
 @act
 def hold_place(hub: Hub, who: Session) -> None:
-    """Do nothing: what a session answers after this comes after its acts before this."""
+    """Do nothing. When this act comes back from the log, the session's earlier acts have come back
+    too: what the session answers then is in the order of its lines."""
 
 
 @act
@@ -4920,13 +4904,13 @@ def sweep_dedup(hub: Hub, who: Session, keys: tuple[tuple[str, str], ...]) -> No
 
 
 def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[str, str]]) -> None:
-    """Load the users and channels that Hub.settle() recorded. A channel is restored if an account
+    """Load the users and channels of Hub.record_changes(). A channel is restored if an account
     founded it, or if one of its members may come back; else it ends as without its last member."""
-    wanted: dict[User, dict[str, str]] = {}
+    wanted: dict[User, dict[str, str]] = {}  # ranks in each channel, by its key
     for resume_id, text in users:
         state = json.loads(text)
         user = User.revived(resume_id, state, hub.ticks)
-        if user.login and hub.accounts.identity(user.account) != user.login:  # it was dropped
+        if user.login and hub.accounts.identity(user.account) != user.login:  # a deleted account
             user.set_login("", "")
         if user.key in hub.users or not user.may_return:
             hub.turn.record("user_gone", resume_id)
@@ -4939,21 +4923,21 @@ def revive(hub: Hub, channels: Iterable[tuple[str, str]], users: Iterable[tuple[
     identities = {account.identity for account in hub.accounts.values()}
     for key, text in channels:
         hub.channels[key] = channel = Channel.revived(json.loads(text))
-        for user in (user for user, places in wanted.items() if key in places):
+        for user in (user for user, joined in wanted.items() if key in joined):
             ranks = "".join(rank for rank in RANKS if rank in wanted[user][key])
             channel.members[user] = Membership(0, ranks)
         if channel.founder:
             hub.founded[channel.founder] += 1
         if channel.founder not in identities:
             give_up_channel(hub, channel)
-    for user, places in wanted.items():
-        user.channels = {hub.channels[key]: None for key in places if key in hub.channels}
+    for user, joined in wanted.items():
+        user.channels = {hub.channels[key]: None for key in joined if key in hub.channels}
 
 
 # ======================================================================================
 # PASSWORDS
 # ======================================================================================
-# How a session proves that it may do something, in both dialects. The slow part runs off the loop
+# How a session proves that it may do something, in every dialect. The slow part runs off the loop
 # before the act. The act gets a proof: the revision of the password that was checked.
 
 
@@ -4984,7 +4968,8 @@ def check_server_password(session: LocalSession, given: str) -> bool:
 
 
 def claimed_account(session: LocalSession, name: str) -> tuple[str, Verifier]:
-    """Return a claimed account and its verifier. A failure until proven. Raises Refused."""
+    """Return a claimed account and its verifier. Counts a failed log-in, which revision_of() takes
+    back after a right password. Raises Refused."""
     session.site.server.refresh()
     hub, host = session.site.hub, session.conn.limit_key
     hub.accounts.throttle.check(host, name, hub.ticks)
@@ -5276,7 +5261,7 @@ MIGRATIONS = (
     """,
 )
 
-KEPT, BUSY, LOST = "kept", "busy", "lost"  # what became of a turn's events
+KEPT, BUSY, LOST = "kept", "busy", "lost"  # the outcome of a commit
 COLUMNS = "id, time, kind, name, address, username, about, events.text, author, tags"  # event_of()
 INSERT_EVENT = f"INSERT INTO events VALUES ({', '.join('?' * 11)})"
 
@@ -5628,6 +5613,14 @@ class History:
         return list(found.values())
 
 
+class IndexStep(NamedTuple):
+    """What a step of the search index left to be done, and whether it failed."""
+
+    behind: set[int]
+    gone: list[tuple[int, int, int]]
+    failed: bool = False
+
+
 class SearchIndex:
     """The words of all messages, in a database file of its own: SQLite's FTS5, without the text.
     One helper at a time runs a step, which reads chat.db and goes on after the last indexed id,
@@ -5650,11 +5643,11 @@ class SearchIndex:
         self.known = 0  # the newest id that was stored
         # For the helper
         self.indexed = 0
-        self.unfit = False  # a part has to be made again
+        self.rebuild_due = False  # a part has lost half of its messages
         if self.db:
             self.reading = Readers(path, self.db)
             query = "SELECT ifnull(max(last), 0), ifnull(max(stale * 2 >= messages AND stale), 0)"
-            self.indexed, self.unfit = self.db.execute(f"{query} FROM parts").fetchone()
+            self.indexed, self.rebuild_due = self.db.execute(f"{query} FROM parts").fetchone()
             newest = "(SELECT max(id) FROM events WHERE target = targets.id)"
             query = f"SELECT id FROM targets WHERE {newest} > ?"
             self.behind = {row[0] for row in store.db.execute(query, [self.indexed])}
@@ -5692,7 +5685,7 @@ class SearchIndex:
 
     @property
     def has_work(self) -> bool:
-        return self.db is not None and bool(self.behind or self.gone or self.unfit)
+        return self.db is not None and bool(self.behind or self.gone or self.rebuild_due)
 
     def stored(self, targets: Iterable[int], id: int) -> None:
         """Note that messages up to this id were committed, for these targets."""
@@ -5703,40 +5696,37 @@ class SearchIndex:
         """Note that these messages were redacted, so that their words are removed."""
         self.gone += [(id, id, PART_ROWS) for id in ids]
 
-    def step(self, most: int | None = None) -> Callable[[], tuple]:
+    def step(self, most: int | None = None) -> Callable[[], IndexStep]:
         """Return the next job, for a helper or (in memory) the loop; finish() takes its result."""
         behind, self.behind = self.behind, set()
         gone = self.taken = self.gone
         self.gone = []
         return functools.partial(self._step, behind, gone, self.known, most or INDEX_IDS)
 
-    def finish(self, left: tuple[set[int], list, bool]) -> None:
-        """Take the result of a job: what it left for the next job, and whether it failed."""
-        behind, gone, _ = left
-        self.behind |= behind
-        self.gone, self.taken = gone + self.gone, []
-        if not (self.gone or self.unfit):
+    def finish(self, done: IndexStep) -> None:
+        """Take the result of a job."""
+        self.behind |= done.behind
+        self.gone, self.taken = done.gone + self.gone, []
+        if not (self.gone or self.rebuild_due):
             with contextlib.suppress(sqlite3.Error):  # then they are looked for once more
                 self.store.db.execute("DELETE FROM erased")
 
-    def _step(
-        self, behind: set[int], gone: list, known: int, most: int
-    ) -> tuple[set[int], list, bool]:
+    def _step(self, behind: set[int], gone: list, known: int, most: int) -> IndexStep:
         update = "UPDATE parts SET stale = stale + ? WHERE first <= ? AND last >= ?"
         query = "SELECT part FROM parts WHERE stale * 2 >= messages AND stale"
         try:
             with transaction(self.db):
                 self.db.executemany(update, [(count, last, first) for first, last, count in gone])
                 indexed = self._add(behind, known, most) if behind else self.indexed
-                unfit = self.db.execute(query).fetchall()
-                if unfit:
-                    self._rebuild(*unfit[0])
-            self.indexed, self.unfit = indexed, len(unfit) > 1
-            if unfit:
+                stale = self.db.execute(query).fetchall()
+                if stale:  # one in each step
+                    self._rebuild(*stale[0])
+            self.indexed, self.rebuild_due = indexed, len(stale) > 1
+            if stale:
                 self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         except sqlite3.Error:
-            return behind, gone, True
-        return (behind if indexed < known else set()), [], False
+            return IndexStep(behind, gone, failed=True)
+        return IndexStep(behind if indexed < known else set(), [])
 
     def _add(self, targets: set[int], known: int, most: int) -> int:
         """Index the messages of the next `most` ids; return the last of these ids."""
@@ -5842,10 +5832,10 @@ class SearchIndex:
             return
         if self.store.path:
             self.gone = self.taken + self.gone
-            while self.gone or self.unfit:
-                left = self.step()()
-                self.finish(left)
-                if left[2]:
+            while self.gone or self.rebuild_due:
+                done = self.step()()
+                self.finish(done)
+                if done.failed:
                     break  # it cannot be done now; the next start does it
         self.reading.close()
         self.db.close()
@@ -5942,14 +5932,14 @@ class Backlog:
             table, keys, _ = STATEMENTS.get(record.name, (record.name, len(record.values), ""))
             key = (table, *record.values[:keys])
             self.records.pop(key, None)
-            self.records[key] = record._replace(place=0)
+            self.records[key] = record._replace(position=0)
         while len(self.records) > BACKLOG_RECORDS:  # a read marker does the least harm
             markers = (key for key in self.records if key[0] == "markers")
             del self.records[next(markers, next(iter(self.records)))]
 
 
 class Store:
-    """Events on disk, or in memory for `path` None. Raises Unusable if that cannot be opened."""
+    """The database of a server: a file, or in memory if `path` is None. Raises Unusable."""
 
     def __init__(self, path: pathlib.Path | None, keep: int | None = None, node: bool = False):
         self.path = path
@@ -5976,9 +5966,12 @@ class Store:
         self.trouble = ""  # why events are being lost just now
         try:
             self.changed_elsewhere()
-            self._become_node() if node else self._forget_node()
+            if node:
+                self._become_node()
+            else:
+                self._forget_node()
             self.reserve_ids()
-            self.words, self.dedup = SearchIndex(self), DedupKeys(self)
+            self.search_index, self.dedup = SearchIndex(self), DedupKeys(self)
             for name in (path, path.with_name(f"{path.name}-wal")) if path else ():
                 self.guard(name)
         except sqlite3.OperationalError as error:  # busy or full: that is no damage
@@ -6005,8 +5998,7 @@ class Store:
             self.reserved, self.starts = 2 * LAST_ID, self.rows("starts")
             return
         self.first_id = self.last_id + 1
-        # For the message ids of this start: letters that no hexadecimal number has
-        self.letters = "".join(secrets.choice("ghijklmnopqrstuvwxyz") for _ in range(4))
+        self.letters = MessageIds.new_letters()
         self.db.execute("UPDATE starts SET reserved = min(reserved, max(first - 1, ?))", [last])
         self.db.execute(*self._reservation())
         # A start of which no event is left needs no letters
@@ -6063,14 +6055,17 @@ class Store:
         found.update(repr(self.db.execute("SELECT count(*) FROM events").fetchone()).encode())
         return found.hexdigest()
 
-    def abandon(self, alive: Collection[str]) -> None:
-        """Mark what no user can read any more: sealed history, and private conversations between
-        guests whose stays have ended. `alive` are the identities that go on."""
+    def mark_orphans(self, alive: set[str]) -> None:
+        """Mark for deletion what no user can read any more: sealed history, and the conversations
+        of two guests who are both gone. `alive` are the guests who are here, who may come back, or
+        whose conversations an account reads."""
         if self.node:  # the nodes would not delete the same
             return
         rows = self.db.execute("SELECT id, key FROM targets WHERE key > '~'").fetchall()
-        talks = {id: key.split() for id, key in rows}
-        self.orphans = {id for id, who in talks.items() if not who[1:] or not alive & set(who)}
+        for id, key in rows:
+            guests = key.split()  # one word: a sealed founding
+            if len(guests) == 1 or alive.isdisjoint(guests):
+                self.orphans.add(id)
 
     # The commit beat
 
@@ -6120,13 +6115,13 @@ class Store:
             self.db.execute(*self._reservation())
         redacted: list[int] = []
         rows: list[tuple] = []
-        place = 0
+        position = 0
         for record in (*backlog, *turn.records):
-            if record.place > place:
-                rows += self._insert(turn.events[place : record.place])
-                place = record.place
+            if record.position > position:
+                rows += self._insert(turn.events[position : record.position])
+                position = record.position
             redacted += self._apply(record)
-        rows += self._insert(turn.events[place:])
+        rows += self._insert(turn.events[position:])
         if turn.dedup:
             self.dedup.write(turn.dedup)
         if turn.entries:
@@ -6139,9 +6134,9 @@ class Store:
             targets = collections.Counter([row[0] for row in rows])
             self.fresh.update(targets)
             self.orphans.difference_update(targets)  # a founding that goes on after all
-            self.words.stored(targets, rows[-1][1])
+            self.search_index.stored(targets, rows[-1][1])
         if redacted:
-            self.words.redacted(redacted)
+            self.search_index.redacted(redacted)
             self.erased = True
         if now >= self.count_due:
             self.count_due = now + COUNT_SECONDS
@@ -6244,8 +6239,11 @@ class Store:
     def identities(self) -> list[tuple[str, str]]:
         """Return the guests with the accounts that read their conversations, the oldest first."""
         newest = "SELECT ifnull(max(id), 0) FROM targets WHERE one = ? OR other = ?"
-        age = lambda row: self.db.execute(newest, [row[0]] * 2).fetchone()[0]  # noqa: E731
-        return sorted(self.rows("identities"), key=age)
+
+        def newest_target(row: tuple) -> int:
+            return self.db.execute(newest, [row[0]] * 2).fetchone()[0]
+
+        return sorted(self.rows("identities"), key=newest_target)
 
     def foundings(self, key: str) -> set[int]:
         """Return the foundings with history under this key; {0} if the database fails."""
@@ -6398,7 +6396,7 @@ class Store:
         update = "UPDATE targets SET events = max(0, events - ?) WHERE id = ?"
         self.db.execute(update, [deleted, target])
         if deleted:  # a part of the index that has lost half of what was in it is made again
-            self.words.gone.append((0, last, deleted))
+            self.search_index.gone.append((0, last, deleted))
         return deleted
 
     def checkpoint(self) -> None:
@@ -6415,7 +6413,7 @@ class Store:
 
     def close(self) -> None:
         self.count()
-        self.words.close()
+        self.search_index.close()
         self.reading.close()
         self.db.close()
 
@@ -6437,7 +6435,7 @@ def load_hub(
         for owner, target, *mark in store.rows("markers"):
             hub.markers.setdefault(owner, {})[target] = Marker(*mark)
         for guest, account in store.identities():
-            hub.link(guest, account)
+            hub.link_guest(guest, account)
         hub.bans = {key: ServerBan(*ban) for key, *ban in store.rows("bans")}
         hub.files.load(store.rows("files"))
         revive(hub, store.rows("channels"), store.rows("stays"))
@@ -6445,7 +6443,7 @@ def load_hub(
             hub.forget_markers(owner)  # a guest who has not come back, or never could
     except (sqlite3.Error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Unusable(f"the database {store.path} is damaged ({error!r}); move it away") from error
-    store.abandon({*hub.users_by_id, *hub.accounts_of})
+    store.mark_orphans({*hub.users_by_id, *hub.accounts_of})
     return hub
 
 
@@ -6459,6 +6457,9 @@ def load_hub(
 
 class NatsFailed(ChatError):
     """A dialogue with a NATS server that cannot go on; another attempt may work."""
+
+
+NOT_NATS = "it sends something that is not NATS"
 
 
 class LogUnusable(ChatError):
@@ -6558,7 +6559,7 @@ class NatsDialogue:
             start = body + size
         self.buffer = self.buffer[start:]
         if len(self.buffer) > NATS_MESSAGE_BYTES:
-            raise NatsFailed("it sends something that is not NATS")
+            raise NatsFailed(NOT_NATS)
         return found
 
     @staticmethod
@@ -6568,13 +6569,13 @@ class NatsDialogue:
         except (ValueError, IndexError):
             number = -1
         if not 0 <= number <= NATS_MESSAGE_BYTES:
-            raise NatsFailed("it sends something that is not NATS")
+            raise NatsFailed(NOT_NATS)
         return number
 
     def _message(self, verb: str, words: list[str], data: bytes) -> list[NatsMessage]:
         least = 3 if verb == "MSG" else 4  # subject, subscription, sizes; perhaps a reply
         if len(words) < least:
-            raise NatsFailed("it sends something that is not NATS")
+            raise NatsFailed(NOT_NATS)
         reply = words[2] if len(words) > least else ""
         status, headers = "", {}
         if verb == "HMSG":
@@ -6601,7 +6602,7 @@ class NatsDialogue:
                 raise LogUnusable(f"NATS refuses the user or password ({text})")
             raise NatsFailed(text)
         elif verb != "+OK":
-            raise NatsFailed("it sends something that is not NATS")
+            raise NatsFailed(NOT_NATS)
 
     def _informed(self, text: str) -> None:
         """Take what the server says of itself: at first, and when its cluster changes."""
@@ -6610,7 +6611,7 @@ class NatsDialogue:
             self.info = json.loads(text)
             most = int(self.info.get("max_payload", 0))
         except (ValueError, TypeError, AttributeError):
-            raise NatsFailed("it sends something that is not NATS") from None
+            raise NatsFailed(NOT_NATS) from None
         if most < NATS_PAYLOAD_LEAST:
             least = f"{NATS_PAYLOAD_LEAST:,}"
             raise LogUnusable(f"NATS takes messages of {most:,} bytes; set max_payload to {least}")
@@ -6859,7 +6860,7 @@ ANY_SESSION = frozenset(  # acts of the server, and those that need no user
         "verify_account",
     )
 )
-# They are compared by identity
+# Kinds of messages from the log -> the constants, which other code compares by identity
 KINDS = dict(zip((*SPOKEN, TAGS, HINT), (*SPOKEN, TAGS, HINT), strict=True))
 
 
@@ -7109,7 +7110,7 @@ def restore_node(store: Store, name: str) -> Hub | None:
             with contextlib.suppress(ValueError):  # it was ignored then, too
                 apply_batch(hub, LogEntry(sequence, time_ms, data, 0), ActBatch.decode(data), [])
             hub.sequence = sequence
-            hub.settle()
+            hub.record_changes()
             hub.end()
         return hub
     except (sqlite3.Error, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -7182,7 +7183,7 @@ class Cluster:
         self.heard: dict[str, float] = {}  # when a batch of an epoch was applied last; monotonic
         self.declared: dict[str, float] = {}  # epochs of nodes declared gone, and when that was
         self.lag, self.size, self.round_trip = 0, 0, 0.0  # for STATS: entries, acts, seconds
-        self.unsaved = [0, 0]  # entries since the last snapshot, and their bytes
+        self.unsaved_entries = self.unsaved_bytes = 0  # since the last snapshot
         self.released: list[LocalSession] = []  # may take their next line
         self.first_state = "" if hub.cluster else store.digest()
         _, self.last_entry, entries = store.load_node()
@@ -7315,7 +7316,8 @@ class Cluster:
             session.wait_for_acts()
 
     def _is_one_of_us(self, batch: ActBatch) -> bool:
-        """Return whether a batch fits to this node's cluster: the first one founds it."""
+        """Return whether a batch is of this node's cluster. If it founds one that begins with
+        another database, stop this node."""
         first = next((act for act in batch.acts if act[1] == "found_cluster"), None)
         if first is None or self.hub.cluster or first[-1] == self.first_state:
             return True
@@ -7346,8 +7348,8 @@ class Cluster:
     def _applied(self, entry: LogEntry, batch: ActBatch) -> None:
         """Note an entry, and look at what it means for this node."""
         hub, self.last_entry = self.hub, entry_digest(entry.data)
-        self.unsaved[0] += 1
-        self.unsaved[1] += len(entry.data)
+        self.unsaved_entries += 1
+        self.unsaved_bytes += len(entry.data)
         self.checksums[entry.sequence] = hub.checksum
         while len(self.checksums) > CHECKSUMS_KEPT:
             self.checksums.popitem(last=False)
@@ -7393,13 +7395,10 @@ class Cluster:
         self.queue.clear()
         self.sent, self.number = None, 0
         self.epochs.append(self.store.origin + secrets.token_hex(8))
-        files, letters = self.hub.files, "ghijklmnopqrstuvwxyz"
-        values = (
-            *(secrets.token_hex(8), "".join(secrets.choice(letters) for _ in range(4))),
-            *(self.hub.name, files.most, files.total, self.first_state),
-        )
         if not self.hub.cluster:
-            self.ask(None, "found_cluster", values, None, None)
+            files, letters = self.hub.files, MessageIds.new_letters()
+            values = self.hub.name, files.most, files.total, self.first_state
+            self.ask(None, "found_cluster", (secrets.token_hex(8), letters, *values), None, None)
         site = self.server.site
         started = (self.name, self.epoch, site.web.url, site.address)
         self.ask(None, "node_started", started, None, None)
@@ -7490,11 +7489,11 @@ class Cluster:
 
     def save(self, now: bool = False) -> None:
         """Make a snapshot, between two turns, if there is much to apply again without it."""
-        entries, size = self.unsaved
-        if self.hub.cluster and (now or entries > SNAPSHOT_ENTRIES or size > SNAPSHOT_BYTES):
+        many = self.unsaved_entries > SNAPSHOT_ENTRIES or self.unsaved_bytes > SNAPSHOT_BYTES
+        if self.hub.cluster and (now or many):
             with contextlib.suppress(sqlite3.Error):  # busy or full: later
                 self.store.save_node(save_hub(self.hub), self.hub.sequence, self.last_entry)
-                self.unsaved = [0, 0]
+                self.unsaved_entries = self.unsaved_bytes = 0
 
 
 # ======================================================================================
@@ -9695,8 +9694,8 @@ def irc_search(session: IrcSession, attributes: str) -> Steps:
     else:
         scopes = [Scope((channel.key,)) for channel in user.channels]
     span, author = Span(Scope(()), SPOKEN, **bounds), fold(wanted.get("from", ""))
-    words = session.site.store.words
-    search = functools.partial(words.search, scopes, wanted["text"], span, count, author)
+    index = session.site.store.search_index
+    search = functools.partial(index.search, scopes, wanted["text"], span, count, author)
     found = yield do(session.read, search)
     if name:
         readable(session, name, "in")
@@ -10788,7 +10787,7 @@ def line_search(session: LineSession, words: str) -> Steps:
     """/search WORDS -- what was said with them in the channel you speak in"""
     channel = session.place()
     scope = scope_of(session.site.hub, session.user, channel.audience)
-    search = functools.partial(session.site.store.words.search, [scope], words, Span(scope))
+    search = functools.partial(session.site.store.search_index.search, [scope], words, Span(scope))
     found = yield do(session.read, functools.partial(search, HISTORY_LINES))
     channel.member(session.user)  # or not any more
     tell_past(session, [event for _, event in found], line_prefix(channel))
@@ -10886,14 +10885,11 @@ END_OF_BODY = b""
 
 def body_length(request: Request) -> int | None:
     """Return the length of the body; None if it comes in chunks. Raises BadRequest."""
-    lengths, codings = (
-        request.headers.get("content-length", []),
-        request.tokens("transfer-encoding"),
-    )
+    lengths = request.headers.get("content-length", [])
     if "transfer-encoding" in request.headers:
         if lengths or request.minor == 0:
             raise BadRequest(400, "Transfer-Encoding stands alone, and not in HTTP/1.0")
-        if codings != ["chunked"]:
+        if request.tokens("transfer-encoding") != ["chunked"]:
             raise BadRequest(501, "the only transfer coding is chunked")
         return None
     if not lengths:
@@ -10926,7 +10922,7 @@ class HttpReader:
     """Bytes in, requests out: take() returns a Request, then the pieces of its body if there is
     one, then END_OF_BODY. After a BadRequest it returns nothing more."""
 
-    out, closed, fruitless = b"", False, False  # of framers that have something to answer
+    out, closed, fruitless = b"", False, False  # see Framer
 
     def __init__(self, data: bytes = b""):
         self.limit = HEAD_BYTES
@@ -11334,9 +11330,8 @@ def split_host(text: str) -> tuple[str, int | None]:
 
 def forwarded_host(text: str) -> str:
     """Return the address in a value of X-Forwarded-For, which may have a port; "" if it is none."""
-    host = (
-        text if re.fullmatch(r"[0-9A-Fa-f.]*:[0-9A-Fa-f.:]*:[^\]]*", text) else split_host(text)[0]
-    )
+    is_bare_ipv6 = re.fullmatch(r"[0-9A-Fa-f.]*:[0-9A-Fa-f.:]*:[^\]]*", text)
+    host = text if is_bare_ipv6 else split_host(text)[0]
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host)
         return str(getattr(address, "ipv4_mapped", None) or address)
@@ -11763,7 +11758,8 @@ def disposition(file: StoredFile) -> str:
 @in_steps
 def prove_owner(session: WebSession, name: str, password: str, then: Callable) -> Steps:
     """Call then(identity) with the account's identity if the password is right. Raises Refused."""
-    account, _ = session.proof = yield from prove(session, name, password)
+    account, proof = yield from prove(session, name, password)
+    session.proof = account, proof
     then(session.site.hub.accounts.identity(account))
 
 
@@ -11926,7 +11922,7 @@ def tell_progress(session: WebSession, id: str, at: int) -> None:
 
 
 def finish_upload(session: WebSession, upload: Upload) -> None:
-    """Complete a file whose bytes are all on disk: also if the connection ends meanwhile."""
+    """Complete a file whose bytes are all on disk, also if the connection ends meanwhile."""
     site, files, id = session.site, session.site.hub.files, upload.id
     name = files[id].name if id in files else ""
     session.upload, session.at_end = None, do_nothing
@@ -11942,12 +11938,12 @@ def finish_upload(session: WebSession, upload: Upload) -> None:
             return site.act("finish_file", id, *result, then=completed if is_there else do_nothing)
         if not upload.resumable:
             site.act("remove_file", id)
+        if not isinstance(result, Refused):
+            result = Refused("NO_ROOM", str(result))
         if is_there:
-            session.refuse(
-                result if isinstance(result, Refused) else Refused("NO_ROOM", str(result))
-            )
+            session.refuse(result)
 
-    site.server.settle(
+    site.server.run_to_end(
         session, FINISH_LANE, functools.partial(site.folder.finish, upload.handle, name), finished
     )
 
@@ -12020,21 +12016,24 @@ def begin_upload(session: WebSession, request: Request, size: int, owner: str) -
     if is_tus(request):
         known = tus_metadata(request.header("upload-metadata"))
         name = known.get("filename", "") or known.get("name", "")
-    values = (file_name(name), UNKNOWN_TYPE, size, owner, session.conn.limit_key)
-    values += (session.site.node,)
+    address, node = session.conn.limit_key, session.site.node
+    values = id, file_name(name), UNKNOWN_TYPE, size, owner, address, node
     then = functools.partial(open_upload, session, request, id, size)
-    session.act("begin_file", id, *values, then=then)
+    session.act("begin_file", *values, then=then)
 
 
 @on_files("POST", "/files")
 def create_file(session: WebSession, request: Request) -> None:
     """POST /files -- upload a file, or with Tus-Resumable begin to: 201 with its Location"""
-    length = request.header("upload-length") if is_tus(request) else str(request.length or "")
-    if is_tus(request) and not re.fullmatch(r"[0-9]{1,18}", length):
-        return answer_file(session, 400, "Upload-Length is the number of bytes")
     most = session.site.hub.files.most
-    unknown = min(most, CHUNKS_RESERVED)
-    size = int(length) if length else (0 if request.length == 0 else unknown)
+    size = request.length
+    if is_tus(request):
+        announced = request.header("upload-length")
+        if not re.fullmatch(r"[0-9]{1,18}", announced):
+            return answer_file(session, 400, "Upload-Length is the number of bytes")
+        size = int(announced)
+    elif size is None:  # it comes in chunks
+        size = min(most, CHUNKS_RESERVED)
     if size > most:
         return answer_file(session, 413, f"a file has at most {most:,} bytes")
     authorize(session, functools.partial(begin_upload, session, request, size))
@@ -12224,7 +12223,8 @@ def send_file(session: WebSession, request: Request) -> None:
         headers.append(f"Content-Range: bytes {first}-{end - 1}/{file.size}")
     charset = "; charset=utf-8" if file.type == "text/plain" else ""
     headers += [f"Content-Type: {file.type}{charset}", disposition(file), "Accept-Ranges: bytes"]
-    allowed = "; media-src 'self'; style-src 'unsafe-inline'" * file.type.startswith("video/")
+    is_video = file.type.startswith("video/")
+    allowed = "; media-src 'self'; style-src 'unsafe-inline'" if is_video else ""
     policy = f"Content-Security-Policy: default-src 'none'{allowed}; sandbox"
     headers += [policy, *session.cors()]
     headers += [f"Content-Length: {end - first}"]
@@ -19232,7 +19232,7 @@ class Peer(Connection):
         self.address = address_text(host, port)
         self.limit_key = key
         self.home = server.addresses.enter(key)
-        self.inbox: Any = None  # a framer, once something comes: many never speak
+        self.inbox: Framer | None = None  # once something comes: many never speak
         self.framing: Framing | None = None  # makes frames of lines, for a WebSocket
         self.web = False  # it speaks HTTP
         self.proxied_tls: bool | None = None  # the client speaks TLS to its proxy, if it has one
@@ -19770,7 +19770,7 @@ class Committer:
         """Store the turn's events, or tell their senders that they are lost. False: try later."""
         turn = hub.turn
         if turn.changed:
-            hub.settle()
+            hub.record_changes()
         if not (turn.to_store or turn.dedup):
             return True
         self.committed = self.loop.now
@@ -19826,23 +19826,23 @@ class Committer:
         if self.store.path and not self.checkpoint_due:
             self.checkpoint_due = True
             self.loop.call_later(CHECKPOINT_SECONDS, self.checkpoint)
-        if self.store.words.has_work and not self.index_due:
+        if self.store.search_index.has_work and not self.index_due:
             self.index_due = True
             self.loop.call_later(INDEX_SECONDS, self.index)
 
     def index(self) -> None:
         """Index new messages in slices: on a helper, or, in memory, on the loop."""
-        job = self.store.words.step(INDEX_IDS_BUSY if self.busy else None)
+        job = self.store.search_index.step(INDEX_IDS_BUSY if self.busy else None)
         if self.store.path:
             self.helpers.submit(self, job, self.indexed)
         else:
             self.indexed(job())
 
-    def indexed(self, left: Any) -> None:
-        failed = isinstance(left, Exception) or left[2]
-        if not isinstance(left, Exception):
-            self.store.words.finish(left)
-        self.index_due = self.store.words.has_work
+    def indexed(self, done: IndexStep | Exception) -> None:
+        failed = isinstance(done, Exception) or done.failed
+        if not isinstance(done, Exception):
+            self.store.search_index.finish(done)
+        self.index_due = self.store.search_index.has_work
         if self.index_due:
             self.loop.call_later(INDEX_SECONDS if failed or self.busy else INDEX_PAUSE, self.index)
 
@@ -20424,7 +20424,7 @@ class Server:
         names, files.unwanted = set(files.unwanted) - used, []
         self.background(FILE_LANE, functools.partial(self.site.folder.remove, names))
 
-    def settle(
+    def run_to_end(
         self, session: LocalSession, lane: str, job: Callable[[], Any], then: Callable
     ) -> None:
         """Run job() off the loop, then then(its result, whether the session is there), also if
@@ -22531,6 +22531,72 @@ class KeyDecoder:
         return Key("paste", harmless(pasted.replace("\r\n", "\n").replace("\r", "\n")))
 
 
+EMOJI_STYLE = "\ufe0f"  # the character before it is to be shown as an emoji
+ZWJ = "\u200d"  # zero width joiner: one emoji of several
+
+
+def is_regional(c: str) -> bool:
+    return "\U0001f1e6" <= c <= "\U0001f1ff"  # two of them are a flag
+
+
+SOFT_HYPHEN = "\xad"
+
+
+def is_inner_jamo(c: str) -> bool:
+    """Return whether `c` is a vowel or final of conjoining Hangul, which joins its initial."""
+    return "\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7fb"
+
+
+def is_emoji(c: str) -> bool:
+    """Return whether `c` is an emoji newer than Python's tables, which have it unassigned."""
+    return "\U0001f300" <= c <= "\U0001faff" and unicodedata.category(c) == "Cn"
+
+
+def cluster_width(cluster: str) -> int:
+    first = cluster[0]
+    if EMOJI_STYLE in cluster or ZWJ in cluster[1:-1] or is_regional(first):
+        return 2
+    if first == SOFT_HYPHEN:
+        return 1
+    marks = sum(unicodedata.category(c) == "Mc" for c in cluster[1:])  # Hindi, Tamil: each has one
+    if unicodedata.category(first) in ("Mn", "Me", "Cf", "Cc") or is_inner_jamo(first):
+        return marks
+    return marks + (2 if unicodedata.east_asian_width(first) in "WF" or is_emoji(first) else 1)
+
+
+def continues_cluster(cluster: str, c: str) -> bool:
+    """Return whether `c` continues the cluster before it."""
+    if is_inner_jamo(c):
+        return "\u1100" <= cluster[0] <= "\u11ff"
+    if cluster[-1] == ZWJ or c == ZWJ or unicodedata.category(c) in ("Mn", "Me", "Mc"):
+        return cluster != "\n"
+    if is_regional(c):
+        return len(cluster) == 1 and is_regional(cluster)
+    return "\U0001f3fb" <= c <= "\U0001f3ff"  # skin tones (UTS 51)
+
+
+def clusters(text: str) -> list[str]:
+    """Split `text` into what a reader calls characters: letters with their accents, emoji
+    with their modifiers, flags. A subset of UAX 29 that needs no tables."""
+    if text.isascii():
+        return list(text)
+    found: list[str] = []
+    for c in text:
+        if found and continues_cluster(found[-1], c):
+            found[-1] += c
+        else:
+            found.append(c)
+    return found
+
+
+def text_width(text: str) -> int:
+    """Return the columns of `text` on a terminal: none for marks, two for wide characters (UAX 11)
+    and emoji. Terminals disagree about the newest emoji, so nothing may depend on the result."""
+    if text.isascii() and text.isprintable():
+        return len(text)
+    return sum(map(cluster_width, clusters(text)))
+
+
 CLUSTER_CHARACTERS = 64  # none is longer, or it does not matter how it is cut
 
 
@@ -22767,7 +22833,7 @@ def fitting(parts: Iterable[str], room: int) -> tuple[list[str], int]:
 
 def cut_to(text: str, columns: int) -> str:
     """Return a text cut to so many columns, with a mark at the end if it was cut."""
-    if width(text) <= columns or columns <= 0:
+    if text_width(text) <= columns or columns <= 0:
         return text * (columns > 0)
     return "".join(fitting(clusters(text), columns - 1)[0]) + "\u2026"
 
@@ -22831,17 +22897,17 @@ def row_pieces(text: str) -> Iterator[tuple[str, bool]]:
 def wrapped_rows(line: str, columns: int, hang: int) -> list[str]:
     """Return a line as rows that end between words, the later ones indented. A word that is longer
     than a row (a link) is left whole for the terminal to wrap, so that it can be copied."""
-    if width(COLOUR.sub("", line)) <= columns:
+    if text_width(COLOUR.sub("", line)) <= columns:
         return [line]
     rows, row, used = [], "", 0
     for escape, text, colour in coloured(line):
         row += escape
         for word, may_end in row_pieces(text):
-            size = width(word)
+            size = text_width(word)
             if used + size > columns and used > hang and may_end:
                 rows.append(row + STYLE_OFF * bool(colour))
                 word = LEADING_BLANKS.sub("", word, count=1) if word[:1].isspace() else word
-                row, used, size = " " * hang + colour, hang, width(word)
+                row, used, size = " " * hang + colour, hang, text_width(word)
             row += word
             used += size
     return [*rows, row]
@@ -22849,11 +22915,13 @@ def wrapped_rows(line: str, columns: int, hang: int) -> list[str]:
 
 def in_columns(words: list[str], columns: int) -> list[str]:
     """Return words as rows of columns, to be read downwards, in as few rows as fit."""
-    across = max(map(width, words), default=0) + 2
+    across = max(map(text_width, words), default=0) + 2
     count = max(1, (columns + 2) // across)
     height = math.ceil(len(words) / count)
     rows = (words[n::height] for n in range(height))
-    return ["".join(word + " " * (across - width(word)) for word in row).rstrip() for row in rows]
+    return [
+        "".join(word + " " * (across - text_width(word)) for word in row).rstrip() for row in rows
+    ]
 
 
 def beside(left: str, right: str, columns: int) -> list[str]:
@@ -22861,8 +22929,8 @@ def beside(left: str, right: str, columns: int) -> list[str]:
     wide = columns >= BESIDE_COLUMNS
     indent = " " * (columns // 3 if wide else 4)
     rows = textwrap.wrap(right, columns - 1, initial_indent=indent, subsequent_indent=indent)
-    if wide and width(left) + 2 <= len(indent):
-        rows[0] = left + rows[0][width(left) :]
+    if wide and text_width(left) + 2 <= len(indent):
+        rows[0] = left + rows[0][text_width(left) :]
         return rows
     return [left, *rows]
 
@@ -22930,11 +22998,11 @@ def said_lines(view: ViewEvent, look: Look) -> list[str]:
     mark = "! " * loud
     first, *others = (palette.paint(line, *[1] * loud) for line in view.text.split("\n"))
     head = palette.dim(clock + where) + palette.loud(mark) + palette.name(view.name)
-    indent = " " * min(width(f"{clock}{where}{mark}{view.name}: "), look.columns // 3)
+    indent = " " * min(text_width(f"{clock}{where}{mark}{view.name}: "), look.columns // 3)
     lines = [f"{head}: {first}", *(indent + line for line in others)]
     if view.reply and (words := visible(look.answered(view))):
-        told = cut_to(f"answers {words}", look.columns - width(clock) - 1)
-        lines.insert(0, palette.dim(" " * width(clock) + told))
+        told = cut_to(f"answers {words}", look.columns - text_width(clock) - 1)
+        lines.insert(0, palette.dim(" " * text_width(clock) + told))
     if file := parse_file_tag(view.file):
         lines.append(palette.dim(f"{indent}[{file.words()}; /save stores it]"))
     return lines
@@ -23077,13 +23145,13 @@ def status_row(parts: list[tuple[str, tuple[int, ...]]], columns: int, palette: 
     shown, used = "", 2
     for n, (text, colours) in enumerate(parts):
         left = columns - 1 - used - 2 * (n + 1 < len(parts))  # there has to be room for a mark
-        if width(text) + 1 > left and n:
+        if text_width(text) + 1 > left and n:
             shown += " \u2026"
             used += 2
             break
         text = cut_to(text, left - 1)
         shown += " " + palette.paint(text, *colours)
-        used += 1 + width(text)
+        used += 1 + text_width(text)
     rule = " " * (columns - used > 2) + "\u2500" * (columns - used - 2)
     return palette.dim("\u2500\u2500") + shown + palette.dim(rule)
 
@@ -23102,11 +23170,11 @@ class Painter:
         The cursor's column is set by number and not by counting back, so that a terminal which
         disagrees about a width spoils the look and nothing else."""
         prompt = "".join(fitting(clusters(visible(prompt)), self.columns // 2)[0])
-        room = max(4, self.columns - width(prompt) - 1)
+        room = max(4, self.columns - text_width(prompt) - 1)
         shown, used = fitting(reversed(clusters(visible(before[-room * 8 :]))), room)
         shown.reverse()
         rest, _ = fitting(clusters(visible(after[: room * 8])), room - used)
-        column = width(prompt) + used
+        column = text_width(prompt) + used
         return f"\r\x1b[K{prompt}{''.join(shown)}{''.join(rest)}\r" + (
             f"\x1b[{column}C" if column else ""
         )

@@ -397,9 +397,9 @@ class House(chat.Server):
             for session in self.guests.values():
                 self.pump(session)
         for _ in range(1000):
-            if not self.store.words.has_work:
+            if not self.store.search_index.has_work:
                 break
-            self.store.words.finish(self.store.words.step()())
+            self.store.search_index.finish(self.store.search_index.step()())
         self.now += 1.0
         self.begin_turn()
 
@@ -420,8 +420,8 @@ class House(chat.Server):
 
 
 def index_all(store):
-    while store.words.has_work:
-        store.words.finish(store.words.step()())
+    while store.search_index.has_work:
+        store.search_index.finish(store.search_index.step()())
 
 
 def house_of(*names):
@@ -1612,7 +1612,7 @@ def test_a_message_is_redacted_in_the_turn_of_a_rename(said, where, stored_befor
 
 def indexed_words(store):
     """How often each word stands in the index, by the word."""
-    index, counts = store.words.db, collections.Counter()
+    index, counts = store.search_index.db, collections.Counter()
     for (part,) in index.execute("SELECT part FROM parts").fetchall():
         name = f"search_{part}"
         index.execute(f"CREATE VIRTUAL TABLE temp.v USING fts5vocab(main, {name}, 'col')")
@@ -1666,11 +1666,14 @@ def test_what_is_taken_back_before_it_can_be_searched_is_never_found():
     house.say("alice", "CAP REQ :message-tags draft/message-redaction echo-message", "JOIN #a")
     house.turn()
     first = said_with_id(house, "alice", "#a", "first")
-    behind, house.store.words.behind = house.store.words.behind, set()  # it has no time just now
+    behind, house.store.search_index.behind = (
+        house.store.search_index.behind,
+        set(),
+    )  # it has no time just now
     late = said_with_id(house, "alice", "#a", "late")
     house.say("alice", f"REDACT #a {late}")
     house.turn()
-    house.store.words.behind |= behind
+    house.store.search_index.behind |= behind
     said_with_id(house, "alice", "#a", "last")
     assert indexed_words(house.store) == {"first": 1, "last": 1}
     house.say("alice", f"REDACT #a {first}", "RENAME #a #b")  # in the same turn
@@ -1945,7 +1948,7 @@ def test_what_was_said_before_a_channel_was_renamed_has_its_old_name():
 def found(store, key, words, count=1000):
     """The texts that a search there gives, in their order."""
     place = chat.Scope((key,))
-    events = store.words.search([place], words, chat.Span(place), count)
+    events = store.search_index.search([place], words, chat.Span(place), count)
     return [event.text for _, event in events]
 
 
@@ -1982,7 +1985,7 @@ def test_a_search_between_two_times_reads_only_the_messages_between_them():
     for n in range(60):
         house.say("alice", f"PRIVMSG #a :word {n}")
         house.turn()
-    words, read, ids_of = house.store.words, [], house.store.words._ids
+    words, read, ids_of = house.store.search_index, [], house.store.search_index._ids
     times = [
         row[0] for row in house.store.db.execute("SELECT time FROM events WHERE kind = 'message'")
     ]
@@ -2019,8 +2022,8 @@ def test_a_search_goes_through_as_many_parts_of_the_index_as_it_takes(folder, sm
         assert found(store, "#busy", "number 7") == [numbers[7]]
         assert found(store, "#quiet", "number") == [f"number {n}" for n in (0, 100, 200, 300)]
         assert found(store, "#busy", "nothing") == found(store, "#none", "number") == []
-        assert store.words.db.execute("SELECT sum(messages) FROM parts").fetchone() == (404,)
-        assert store.words.db.execute("SELECT count(*) FROM parts").fetchone()[0] >= 9
+        assert store.search_index.db.execute("SELECT sum(messages) FROM parts").fetchone() == (404,)
+        assert store.search_index.db.execute("SELECT count(*) FROM parts").fetchone()[0] >= 9
         store.close()
 
 
@@ -2038,7 +2041,7 @@ def test_parts_of_the_index_go_with_the_messages_that_they_were_of(folder, small
     index_all(store)
     assert found(store, "#busy", "number") == [f"number {n}" for n in range(300, 400)]
     assert found(store, "#quiet", "stays") == ["stays"]
-    index = store.words.db
+    index = store.search_index.db
     tables = {row[0] for row in index.execute("SELECT name FROM sqlite_master")}
     parts = {f"search_{row[0]}" for row in index.execute("SELECT part FROM parts")}
     assert len(parts) <= 4 and parts <= tables
@@ -3585,7 +3588,7 @@ def test_an_account_reads_the_conversations_of_so_many_guests(monkeypatch):
     account(house, "alice")
     alice = house.hub.accounts.identity("alice")
     for n in range(5):
-        house.hub.link(f"~{n}", alice)
+        house.hub.link_guest(f"~{n}", alice)
     assert house.hub.identities(alice) == (alice, "~2", "~3", "~4")
     assert house.hub.same_person("~0", alice)
     house.hub.take_work()
@@ -4213,7 +4216,7 @@ def test_the_same_acts_on_a_new_hub_give_the_same_state_and_the_same_events(seed
     for entry in journal:
         if entry is None:
             again += hub.turn.events
-            hub.settle()
+            hub.record_changes()
             assert store.commit(hub.turn, hub.now / 1000, hub.ticks) == chat.KEPT
             hub.end()
             continue
@@ -4990,13 +4993,13 @@ def test_the_index_closes_also_if_a_part_cannot_be_made_again(folder, monkeypatc
     come(house, "alice")
     house.say("alice", "JOIN #a")
     ids = [send(house, "alice", "#a", f"word{n}")[0] for n in range(8)]
-    words = house.store.words
+    words = house.store.search_index
     words.db.execute("UPDATE parts SET stale = messages")  # all are to be made again
     house.say("alice", f"REDACT #a {ids[0]}")
     house.written.clear()
     house.end_turn()
     words.finish(words.step()())
-    assert words.unfit and not words.gone
+    assert words.rebuild_due and not words.gone
     with contextlib.closing(sqlite3.connect(folder / "search.db")) as other:
         other.execute("BEGIN IMMEDIATE")
         left = words.step()()
@@ -5008,7 +5011,7 @@ def test_the_index_closes_also_if_a_part_cannot_be_made_again(folder, monkeypatc
 
 def test_after_a_crash_private_talks_are_deleted_to_the_last_row_and_never_seen_again(folder):
     store = chat.Store(folder / "chat.db")
-    store.tally_due = float("inf")  # killed before the counts were written down
+    store.count_due = float("inf")  # killed before the counts were written down
     house = House(store=store)
     house.enter("alice", "bob")
     house.say("alice", *(f"/tell bob {n}" for n in range(1200)))
@@ -5088,7 +5091,9 @@ def test_a_database_of_the_first_version_is_brought_up_to_date_and_keeps_all(fol
     assert (event.id, event.time, event.text) == (5, 6, "from long ago")
     assert event.source.mask == "al!@127.0.0.1"
     index_all(store)
-    found = store.words.search([chat.Scope((chat.LOBBY,))], "long", chat.Span(chat.Scope(())), 5)
+    found = store.search_index.search(
+        [chat.Scope((chat.LOBBY,))], "long", chat.Span(chat.Scope(())), 5
+    )
     assert [found_event.id for _, found_event in found] == [5]
     store.close()
 
@@ -5494,7 +5499,7 @@ def test_a_turn_that_was_not_stored_brings_no_former_name_of_a_channel_back(fold
     make_account(house, "alice")
     come_again(house, "alice", "alice", account="alice")
     house.say("alice", "JOIN #old")
-    house.hub.settle()
+    house.hub.record_changes()
     house.store.backlog.add(house.hub.turn.records, 0)  # the disk was full
     house.hub.end()
     house.say("alice", "RENAME #old #new :x")
@@ -5512,7 +5517,7 @@ def test_a_user_who_is_one_too_many_after_a_restart_is_in_no_channel(folder, mon
         values = f"u{n}", "u", "U", f"{host.format(n)}:1", "", "", f"{n:032x}"
         hub.perform("enter", n + 1, *values, True, 0, (), "")
         hub.perform("join", n + 1, "#tea", "")
-    hub.settle()
+    hub.record_changes()
     assert store.commit(hub.turn, 1.0) == chat.KEPT
     store.close()
     store = chat.Store(folder / "chat.db")
@@ -5644,7 +5649,7 @@ def test_text_that_was_redacted_right_before_a_stop_is_in_no_file_either(folder)
     house.written.clear()
     house.say("alice", f"REDACT #a {message_id}")
     house.end_turn()
-    assert house.store.words.gone  # the index has still to forget it
+    assert house.store.search_index.gone  # the index has still to forget it
     house.store.close()
     assert words_in_files(folder) == {b"keepsakeword"}
 
@@ -5655,11 +5660,11 @@ def test_a_disk_that_was_full_is_tried_again_a_second_later(folder):
     make_account(house, "alice")
     come_again(house, "alice", "alice", account="alice")
     house.say("alice", "JOIN #old", "TOPIC #old x", "METADATA alice SET url :x")
-    house.hub.settle()
+    house.hub.record_changes()
     pages = store.db.execute("PRAGMA page_count").fetchone()[0]
     store.db.execute(f"PRAGMA max_page_count = {pages}")
     house.say("alice", *["PRIVMSG #old :" + "x" * 400] * 50)
-    house.hub.settle()
+    house.hub.record_changes()
     assert store.commit(house.hub.turn, 100.0) == chat.LOST
     store.db.execute("PRAGMA max_page_count = 100000")
     again = 100.0 + chat.BACKLOG_SECONDS
@@ -18788,7 +18793,7 @@ WIDTHS_IN_TMUX = [  # as tmux 3.3 with glibc 2.36 has it
 
 @pytest.mark.parametrize("text, columns", WIDTHS_IN_TMUX)
 def test_text_is_as_wide_as_terminals_show_it(text, columns):
-    assert chat.width(text) == columns
+    assert chat.text_width(text) == columns
 
 
 @pytest.mark.parametrize(
@@ -22187,12 +22192,12 @@ def test_an_audience_that_is_not_the_channels_own_costs_its_members():
     house = house_of("alice", "bob", "carol")
     lobby = house.hub.channels["#lobby"]
     alice = house.hub.users["alice"]
-    assert chat.neighbours(house.hub.turn, alice, alone=True) is lobby.audience
+    assert chat.neighbours(house.hub.turn, alice, with_user=True) is lobby.audience
     assert lobby.audience.cost == 0
     session = house.guests["bob"]
-    watched = chat.neighbours(house.hub.turn, alice, [session], alone=True)
+    watched = chat.neighbours(house.hub.turn, alice, [session], with_user=True)
     assert watched.cost == 3 + 1 + 1
-    assert watched is chat.neighbours(house.hub.turn, alice, [session], alone=True)
+    assert watched is chat.neighbours(house.hub.turn, alice, [session], with_user=True)
 
 
 def test_an_outsider_is_charged_for_the_members():
@@ -22561,7 +22566,7 @@ def test_the_line_being_typed_has_a_limit():
     ],
 )
 def test_columns_are_counted_as_terminals_count_them(text, columns):
-    assert chat.width(text) == columns
+    assert chat.text_width(text) == columns
 
 
 class Screen:
@@ -22625,7 +22630,7 @@ class Screen:
             self.bells += 1
         else:
             assert c.isprintable() or c in "\u200c\u200d", f"{c!r} got out"
-            self.letter(c, chat.width(c))
+            self.letter(c, chat.text_width(c))
 
     def letter(self, c, wide):
         if self.x + wide > self.columns and "7" in self.modes:
@@ -22651,7 +22656,7 @@ class Screen:
         row, x = "", 0
         for k, c in sorted(cells.items()):
             row += " " * (k - x) + c
-            x = k + chat.width(c)
+            x = k + chat.text_width(c)
         return row.rstrip()
 
     def resize(self, columns, rows):
@@ -22695,9 +22700,9 @@ def test_the_row_never_wraps_and_the_cursor_is_where_the_next_letter_goes(column
         assert row.startswith("me>")
         shown = row[4:]
         assert shown in chat.visible(before + after)
-        assert chat.width("me> ") <= column < columns
-        if chat.width(chat.visible(before)) < columns - 8:
-            assert column == 4 + chat.width(chat.visible(before))
+        assert chat.text_width("me> ") <= column < columns
+        if chat.text_width(chat.visible(before)) < columns - 8:
+            assert column == 4 + chat.text_width(chat.visible(before))
 
 
 def at(year, month, day, hour=0, minute=0, **parts):
@@ -22797,7 +22802,7 @@ def test_lines_are_wrapped_as_terminals_do(line, columns, rows):
 def test_words_stand_in_as_many_columns_as_fit(columns, rows):
     found = chat.in_columns(["alice", "bob", "carol", "d", "你好"], columns)
     assert [re.sub("  +", "  ", row) for row in found] == rows
-    assert len({chat.width(row[: row.rfind("  ")]) for row in found if "  " in row}) <= 2
+    assert len({chat.text_width(row[: row.rfind("  ")]) for row in found if "  " in row}) <= 2
     assert chat.in_columns([], columns) == []
 
 
@@ -22816,7 +22821,7 @@ STATUS_PARTS = [("#rust 12", (1,)), ("bob:1!", (1, 31)), ("#lobby:3", (36,)), ("
 )
 def test_the_status_says_what_matters_most_in_the_room_there_is(columns, text):
     assert chat.status_row(STATUS_PARTS, columns, chat.Palette(on=False)) == text
-    assert chat.width(text) < columns
+    assert chat.text_width(text) < columns
     colourful = chat.status_row(STATUS_PARTS, columns, chat.Palette(on=True))
     assert chat.COLOUR.sub("", colourful) == text
 
@@ -23640,8 +23645,8 @@ UNSPACED_TEXTS = [
 @pytest.mark.parametrize("text", UNSPACED_TEXTS)
 def test_text_without_blanks_fills_its_rows(text):
     rows = chat.wrapped_rows(f"17:16 bob: {text}", 40, 6)
-    assert all(chat.width(row) <= 40 for row in rows) and len(rows) > 1
-    assert all(chat.width(row) > 30 for row in rows[:-1])
+    assert all(chat.text_width(row) <= 40 for row in rows) and len(rows) > 1
+    assert all(chat.text_width(row) > 30 for row in rows[:-1])
     assert all(row.startswith("      ") and row[6] not in chat.ENDING for row in rows[1:])
     assert "".join(rows).replace(" ", "") == f"17:16bob:{text}".replace(" ", "")
 
