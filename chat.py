@@ -19155,11 +19155,12 @@ def address_text(host: str, port: int) -> str:
 class Address:
     """A client address: its remaining budget, and its connections."""
 
-    __slots__ = ("budget", "key", "peers", "web")
+    __slots__ = ("budget", "chat", "key", "peers", "web")
 
     def __init__(self, key: str, budget: Budget | None):
         self.key, self.budget = key, budget
-        self.peers = self.web = 0  # connections, and those of them that speak HTTP
+        self.peers = 0  # connections, and of these ...
+        self.chat = self.web = 0  # ... those that speak a dialect of the chat, and HTTP
 
     def used(self, now: float) -> float:
         """Return the used part of the budget: 0 to 1, and more than 1 in debt."""
@@ -19190,9 +19191,10 @@ class Addresses(dict[str, Address]):
             self.sweep()
         return address
 
-    def leave(self, address: Address, web: bool) -> None:
+    def leave(self, address: Address, web: bool, chats: bool = False) -> None:
         address.peers -= 1
         address.web -= web
+        address.chat -= chats
         self.forget_if_full(address)
 
     def forget_if_full(self, address: Address) -> None:
@@ -19220,7 +19222,18 @@ class Peer(Connection):
     """A connection as the server sees it; its session knows it as `conn`."""
 
     __slots__ = (
-        *("address", "asked", "budget", "framing", "greeted", "heard", "held", "home", "host"),
+        *(
+            "address",
+            "asked",
+            "budget",
+            "chats",
+            "framing",
+            "greeted",
+            "heard",
+            "held",
+            "home",
+            "host",
+        ),
         *("inbox", "leaving", "limit_key", "looks", "proxied_tls", "server", "session"),
         *("waits_for_budget", "web"),
     )
@@ -19234,7 +19247,7 @@ class Peer(Connection):
         self.home = server.addresses.enter(key)
         self.inbox: Framer | None = None  # once something comes: many never speak
         self.framing: Framing | None = None  # makes frames of lines, for a WebSocket
-        self.web = False  # it speaks HTTP
+        self.web = self.chats = False  # it speaks HTTP, or a dialect of the chat
         self.proxied_tls: bool | None = None  # the client speaks TLS to its proxy, if it has one
         self.looks = 0  # how often nothing had been sent since the look before
         self.session: LocalSession | None = None
@@ -19347,7 +19360,8 @@ class Peer(Connection):
             return self.session.answer(503, refusal)
         self.session.ended()
         super().write(head)
-        self.web, self.framing, self.shared = False, server.framings[opcode], False
+        self.web, self.chats = False, True
+        self.framing, self.shared = server.framings[opcode], False
         self.inbox = FrameReader(LINE_BYTES, self.inbox.buffer)
         self.session = IrcSession(server.site, self)
         server.times.web_heads.discard(self)
@@ -19666,19 +19680,21 @@ class ConnectionLimits:
         return ""
 
     def speaks_chat(self, address: Address) -> str:
-        """Return why a connection may not speak IRC or the line protocol; "" if it may."""
-        if self._is_full(address, address.peers - address.web - 1, self.most_per_address):
+        """Count a connection as IRC or the line protocol; return "", or why it is not allowed."""
+        if self._is_full(address, address.chat, self.most_per_address):
             text = f"too many connections from {address.key}: {self.most_per_address} at most"
             return f"{text} (--max-per-address); try again later"
+        address.chat += 1
         return ""
 
     def speaks_http(self, address: Address, on: bool) -> str:
         """Count a connection as HTTP, or (not `on`) as IRC again for a WebSocket; return "", or why
         that is not allowed."""
         most = WEB_PER_ADDRESS if on else self.most_per_address
-        if self._is_full(address, address.web if on else address.peers - address.web, most):
+        if self._is_full(address, address.web if on else address.chat, most):
             return f"too many connections from {address.key}: {most} at most"
         address.web += 1 if on else -1
+        address.chat += not on
         return ""
 
     def _is_full(self, address: Address, count: int, most: int) -> bool:
@@ -20265,6 +20281,7 @@ class ActBeat:
             session.farewell(refusal)
             peer.close()
             return None
+        peer.chats = True
         return session
 
     def act_on_the_last(self, peer: Peer) -> None:
@@ -20674,7 +20691,7 @@ class Server:
         self.peers.discard(peer)
         self.beat.acting.pop(peer, None)
         self.beat.handshakes.pop(peer, None)
-        self.addresses.leave(peer.home, peer.web)
+        self.addresses.leave(peer.home, peer.web, peer.chats)
         if peer.session:
             peer.session.ended()
         if self.stopping:
