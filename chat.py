@@ -1663,7 +1663,7 @@ class Files(dict[str, StoredFile]):
         self.most = FILE_BYTES  # of one file
         self.total = FILES_BYTES  # of all; one owner, or one address, may have a quarter
         self.by_message: dict[int, str] = {}
-        self.unwanted: list[str] = []  # names on disk that no link needs any more
+        self.unwanted: list[str] = []  # names on disk that a link needs no more
         self.finishing: set[str] = set()  # ids of uploads whose content gets its name on disk
 
     def load(self, rows: Iterable[tuple[str, str]]) -> None:
@@ -4522,6 +4522,7 @@ def begin_file(
     node: str,
 ) -> None:
     """Register a new file whose upload begins now. Raises Refused if there is no room."""
+    hub.work += len(hub.files) // 2
     hub.files.check_room(size, owner, address)
     keep_file(hub, StoredFile(id, name, type, size, owner, address, hub.now, node=node))
 
@@ -4529,6 +4530,7 @@ def begin_file(
 @act
 def resize_file(hub: Hub, who: Session, id: str, size: int) -> None:
     """Make room for more of a file whose size was not announced. Raises Refused."""
+    hub.work += len(hub.files) // 2
     if file := hub.files.pop(id, None):
         try:
             hub.files.check_room(size, file.owner, file.address)
@@ -4556,8 +4558,7 @@ def remove_file(hub: Hub, who: Session, id: str) -> None:
     for message in file.messages:
         hub.files.by_message.pop(message, None)
     hub.turn.record("file_gone", id)
-    if not any(file.on_disk == other.on_disk for other in hub.files.values()):
-        hub.files.unwanted.append(file.on_disk)
+    hub.files.unwanted.append(file.on_disk)  # unless another file has the same content
 
 
 def carry_file(hub: Hub, file: StoredFile, event: Event) -> None:

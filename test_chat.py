@@ -12988,6 +12988,18 @@ def test_an_upload_that_rests_for_a_night_can_go_on_and_a_file_has_its_days(file
         assert (got(files, path)[0], tus(files, "HEAD", part)[0]) == statuses
 
 
+def test_many_files_that_end_at_once_do_not_stop_the_server(files):
+    for n in range(4000):
+        id = f"{n:032x}"
+        known = chat.StoredFile(id, "a", "t", 1, "~x", "10.0.0.9", 0, sha=f"{n // 2:064x}")
+        files.hub.files[id] = known
+    files.now += 2 * chat.FILES_DAYS * DAY_SECONDS
+    files.begin_turn()
+    begun = time.process_time()
+    files.expire_files()
+    assert time.process_time() - begun < 0.5 and not files.hub.files
+
+
 # A wall clock that is wrong for a while deletes nothing that the monotonic clock does not confirm
 @pytest.mark.parametrize("hours", [0, 1, 4])
 @pytest.mark.parametrize("ran", [0, 7])
