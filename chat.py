@@ -13288,6 +13288,7 @@ class Acknowledgements:
     def clear(self) -> None:
         """Forget all lines: a server that was none has taken them."""
         for lines in (self.echoes, self.sent, self.commands, self.unconfirmed):
+        self.repeats = False  # the server has repeated one: other tokens are not of this client
             lines.clear()
         self.covered.clear()
         self.overdue.clear()
@@ -13382,12 +13383,15 @@ class Acknowledgements:
         """Confirm the messages before a PING. Some servers do not repeat its token, but PONGs come
         in the order of the PINGs."""
         if token not in self.pings:
-            token = self.pings[0] if self.pings else ""
+            token = self.pings[0] if self.pings and not self.repeats else ""
+        if not token:
+            return
         while self.pings:
             answered = self.pings.popleft()
             if not self.talk.bouncer:  # which answers before its server does
                 self.settle(answered)
             for own_id in self.covered.pop(answered, ()):
+        self.repeats = self.repeats or token in self.pings
                 if self._confirm_covered(own_id):
                     return
             for own_id in self.overdue.pop(answered, ()):

@@ -15219,6 +15219,34 @@ def test_a_pong_without_our_token_confirms_the_oldest_ping():
     alice.hears("PONG", "PONG x y")  # that was not asked for
 
 
+def test_the_pong_for_another_client_of_a_bouncer_confirms_nothing():
+    alice = Elsewhere()
+    alice.types("one")
+    answer(alice, alice.sent(9))
+    alice.types("two")
+    _, ping = alice.sent(9)
+    alice.hears("PONG irc.example of-another-client")
+    assert len(alice.core.outbox.waiting) == 1
+    answer(alice, [ping])
+    assert alice.core.outbox.waiting == {}
+
+
+OLD_TEXTS = [  # bytes that a user sends, the text that is shown
+    (b"caf\xe9 \x80", "caf\xe9 \u20ac"),
+    ("caf\xe9".encode(), "caf\xe9"),
+    ("caf\xe9 \u20ac".encode()[:-1], "caf\xe9 \ufffd"),  # cut by a server
+    (b"\x81\x9d", "\ufffd\ufffd"),
+    (b"\xff\xc3\xa9", "\ufffd\xe9"),
+]
+
+
+@pytest.mark.parametrize("data, text", OLD_TEXTS)
+def test_text_that_is_not_utf_8_is_read_as_windows_1252(data, text):
+    alice = Elsewhere()
+    alice.views += alice.core.feed(b":bob!u@h PRIVMSG #lobby :" + data + b"\r\n")
+    assert alice.said() == [f"#lobby bob: {text}"]
+
+
 @pytest.mark.parametrize("pong", ["PONG irc.example foo", "PONG irc.example", "PONG"])
 def test_the_pong_for_a_ping_of_the_user_confirms_no_message_sent_after_it(pong):
     alice = Elsewhere()
