@@ -12197,9 +12197,16 @@ class ServerLine(NamedTuple):
             return None
 
 
+def decoded_line(raw: bytes) -> str:
+    """Return a line as text: UTF-8, or else Windows-1252, in which old clients of IRC write."""
+    text = raw.decode(errors="replace")
+    old = "\ufffd" in text and text.replace("\ufffd", "").isascii()
+    return raw.decode("cp1252", "replace") if old else text
+
+
 def shown_line(raw: bytes) -> str:
     """Return a server's line as text that cannot steer a terminal. The CTCP mark (0x01) stays."""
-    parts = raw.decode(errors="replace").split("\x01")
+    parts = decoded_line(raw).split("\x01")
     return "\x01".join(harmless(COLOURS.sub("", part)) for part in parts).translate(BIDI_CONTROLS)
 
 
@@ -13281,6 +13288,7 @@ class Acknowledgements:
         self.commands: dict[str, str] = {}
         self.unconfirmed: list[str] = []  # own ids not covered by a PING yet
         self.pings: collections.deque[str] = collections.deque()  # unanswered tokens
+        self.repeats = False  # the server has repeated one: other tokens are not of this client
         self.covered: dict[str, list[str]] = {}  # by token: own ids that the PONG confirms
         self.overdue: dict[str, list[str]] = {}  # by token: own ids whose echo has not come
         self.last = self.core.ticks()  # time of the last confirmation by the server
@@ -13288,7 +13296,6 @@ class Acknowledgements:
     def clear(self) -> None:
         """Forget all lines: a server that was none has taken them."""
         for lines in (self.echoes, self.sent, self.commands, self.unconfirmed):
-        self.repeats = False  # the server has repeated one: other tokens are not of this client
             lines.clear()
         self.covered.clear()
         self.overdue.clear()
@@ -13382,6 +13389,7 @@ class Acknowledgements:
     def ponged(self, token: str) -> None:
         """Confirm the messages before a PING. Some servers do not repeat its token, but PONGs come
         in the order of the PINGs."""
+        self.repeats = self.repeats or token in self.pings
         if token not in self.pings:
             token = self.pings[0] if self.pings and not self.repeats else ""
         if not token:
@@ -13391,7 +13399,6 @@ class Acknowledgements:
             if not self.talk.bouncer:  # which answers before its server does
                 self.settle(answered)
             for own_id in self.covered.pop(answered, ()):
-        self.repeats = self.repeats or token in self.pings
                 if self._confirm_covered(own_id):
                     return
             for own_id in self.overdue.pop(answered, ()):
