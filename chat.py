@@ -13774,7 +13774,6 @@ def other_protocol(line: str) -> str:
 class PlainTalk:
     """The client's side of the workshop's protocol: a name, then lines, all unacknowledged."""
 
-    ready = True
     doubts = pages = busy = False
     wait = None  # no rate limit
     going: dict[str, str] = {}  # no channels
@@ -13791,7 +13790,14 @@ class PlainTalk:
         room = core.rooms.setdefault(core.fold(LOBBY), Room(LOBBY))
         room.inside, core.current = True, room if lobby else core.current
 
+    @property
+    def ready(self) -> bool:
+        """False once the server turned out to speak another protocol: it is connected to again."""
+        return self.core.kind == PLAIN
+
     def take(self, line: str) -> None:
+        if not self.ready:
+            return None
         core, room = self.core, self.core.rooms[self.core.fold(LOBBY)]
         if not core.sure and (other := other_protocol(line)):
             return core.give_up(f"{NO_CHAT}: it speaks {other}")

@@ -13217,6 +13217,7 @@ def test_a_server_that_was_taken_for_a_workshop_server_is_connected_to_again(lin
     assert core.take_output() == b"hello\n"
     core.feed(line)
     assert (core.kind, core.redial) == (kind, True)
+    assert [view.kind for view in core.typed("/whois bob")] == ["back", "note"]
     core.disconnected()
     core.connected()
     core.feed(b":x 001 alice :Welcome\r\n:alice!u@h JOIN #lobby\r\n")
