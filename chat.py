@@ -13473,7 +13473,8 @@ class Acknowledgements:
             if not one.sent or self.core.fold(one.where) != key or when < one.sent - CLOCK_AHEAD_MS:
                 continue
             rest = one.text[one.at :].removeprefix("\n")
-            if same_words(f"\x01ACTION {rest}\x01" if one.kind == ACTION else rest, text):
+            whole = f"\x01ACTION {rest}\x01" if one.kind == ACTION else rest
+            if text in (whole, shown_line(whole.encode(errors="replace"))):
                 return id
             if rest.startswith(f"{text}\n") or (len(text) > LINE_ROOM and rest.startswith(text)):
                 outbox.arrived_to(id, len(one.text) - len(rest) + len(text))
@@ -14386,12 +14387,8 @@ NO_FAILURE = (  # numerics that refuse other commands, not messages
 )
 
 
-OF_A_COMMAND = (
-    "403",
-    "437",
-    "442",
-    "482",
-)  # about a message, unless a command for the channel was sent
+# About a message, unless a command for the channel was sent
+OF_A_COMMAND = ("403", "437", "442", "482")
 SAYING = {"PRIVMSG", "BATCH"}
 
 
@@ -15444,8 +15441,8 @@ def list_ended(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("263", "416", least=2)
 def answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
     """<command> :Please try again, or too many matches: the rest of a long answer does not come"""
-    for listing in talk.core.listings.get(heard.params[1].upper(), [])[:1]:
-        talk.core.listings[heard.params[1].upper()].remove(listing)
+    if listings := talk.core.listings.get(heard.params[1].upper()):
+        listings.pop(0)
     tell_rest(talk, heard)
 
 

@@ -15148,6 +15148,9 @@ IN_DOUBT = [  # a message that was sent, the user's lines in history, lines of i
     ("/me waves", ["\x01ACTION waves\x01"], 0),
     ("one\ntwo\nthree", ["one", "two", "three"], 0),
     ("one\ntwo\nthree", ["one", "two"], 1),
+    ("w" * 600, ["w" * 430], 1),
+    ("w" * 600, ["w" * 430, "w" * 170], 0),
+    ("\x02bold\x02", ["bold"], 0),
     ("hello", ["hello to another client of mine"], 1),
 ]
 
