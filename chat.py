@@ -12204,9 +12204,9 @@ def decoded_line(raw: bytes) -> str:
     return raw.decode("cp1252", "replace") if old else text
 
 
-def shown_line(raw: bytes) -> str:
+def shown_line(raw: bytes, irc: bool = True) -> str:
     """Return a server's line as text that cannot steer a terminal. The CTCP mark (0x01) stays."""
-    parts = decoded_line(raw).split("\x01")
+    parts = (decoded_line(raw) if irc else raw.decode(errors="replace")).split("\x01")
     return "\x01".join(harmless(COLOURS.sub("", part)) for part in parts).translate(BIDI_CONTROLS)
 
 
@@ -16355,7 +16355,7 @@ class ClientCore(ForScreens):
             if raw == TOO_LONG:
                 self.show(ViewEvent(NOTE, "the server sent a line too long to be shown"))
                 continue
-            line = shown_line(raw)
+            line = shown_line(raw, irc=self.kind != PLAIN)
             logged = SECRET_LINE.sub("\\1 \u2026", line)  # a server may send back what it got
             self.traffic.append((int(self.clock() * 1000), False, logged))
             if self.listening and first_words(self, line):

@@ -13362,7 +13362,7 @@ PLAIN_SERVER_LINES = [
     ),
     (b"* told bob: psst", ("server text", "", "* told bob: psst")),
     (b"\x1b[2Jbob: \x07\x1b]0;title\x07boo", ("message", "[2Jbob", "]0;titleboo")),
-    (b"\xff\xfe", ("server text", "", "\xff\xfe")),
+    (b"\xff\xfe", ("server text", "", "\ufffd\ufffd")),
     ("bob: \u202egnp.exe".encode(), ("message", "bob", "gnp.exe")),
 ]
 
