@@ -12358,9 +12358,16 @@ class ServerLine(NamedTuple):
             return None
 
 
-def shown_line(raw: bytes) -> str:
+def decoded_line(raw: bytes) -> str:
+    """Return a line as text: UTF-8, or else Windows-1252, in which old clients of IRC write."""
+    text = raw.decode(errors="replace")
+    old = "\ufffd" in text and text.replace("\ufffd", "").isascii()
+    return raw.decode("cp1252", "replace") if old else text
+
+
+def shown_line(raw: bytes, irc: bool = True) -> str:
     """Return a server's line as text that cannot steer a terminal. The CTCP mark (0x01) stays."""
-    parts = raw.decode(errors="replace").split("\x01")
+    parts = (decoded_line(raw) if irc else raw.decode(errors="replace")).split("\x01")
     return "\x01".join(harmless(COLOURS.sub("", part)) for part in parts).translate(BIDI_CONTROLS)
 
 
@@ -13442,6 +13449,7 @@ class Acknowledgements:
         self.commands: dict[str, str] = {}
         self.unconfirmed: list[str] = []  # own ids not covered by a PING yet
         self.pings: collections.deque[str] = collections.deque()  # unanswered tokens
+        self.repeats = False  # the server has repeated one: other tokens are not of this client
         self.covered: dict[str, list[str]] = {}  # by token: own ids that the PONG confirms
         self.overdue: dict[str, list[str]] = {}  # by token: own ids whose echo has not come
         self.last = self.core.ticks()  # time of the last confirmation by the server
@@ -13542,8 +13550,11 @@ class Acknowledgements:
     def ponged(self, token: str) -> None:
         """Confirm the messages before a PING. Some servers do not repeat its token, but PONGs come
         in the order of the PINGs."""
+        self.repeats = self.repeats or token in self.pings
         if token not in self.pings:
-            token = self.pings[0] if self.pings else ""
+            token = self.pings[0] if self.pings and not self.repeats else ""
+        if not token:
+            return
         while self.pings:
             answered = self.pings.popleft()
             if not self.talk.bouncer:  # which answers before its server does
@@ -13623,7 +13634,8 @@ class Acknowledgements:
             if not one.sent or self.core.fold(one.where) != key or when < one.sent - CLOCK_AHEAD_MS:
                 continue
             rest = one.text[one.at :].removeprefix("\n")
-            if same_words(f"\x01ACTION {rest}\x01" if one.kind == ACTION else rest, text):
+            whole = f"\x01ACTION {rest}\x01" if one.kind == ACTION else rest
+            if text in (whole, shown_line(whole.encode(errors="replace"))):
                 return id
             if rest.startswith(f"{text}\n") or (len(text) > LINE_ROOM and rest.startswith(text)):
                 outbox.arrived_to(id, len(one.text) - len(rest) + len(text))
@@ -13924,7 +13936,6 @@ def other_protocol(line: str) -> str:
 class PlainTalk:
     """The client's side of the workshop's protocol: a name, then lines, all unacknowledged."""
 
-    ready = True
     doubts = pages = busy = False
     wait = None  # no rate limit
     going: dict[str, str] = {}  # no channels
@@ -13941,7 +13952,14 @@ class PlainTalk:
         room = core.rooms.setdefault(core.fold(LOBBY), Room(LOBBY))
         room.inside, core.current = True, room if lobby else core.current
 
+    @property
+    def ready(self) -> bool:
+        """False once the server turned out to speak another protocol: it is connected to again."""
+        return self.core.kind == PLAIN
+
     def take(self, line: str) -> None:
+        if not self.ready:
+            return None
         core, room = self.core, self.core.rooms[self.core.fold(LOBBY)]
         if not core.sure and (other := other_protocol(line)):
             return core.give_up(f"{NO_CHAT}: it speaks {other}")
@@ -14530,12 +14548,8 @@ NO_FAILURE = (  # numerics that refuse other commands, not messages
 )
 
 
-OF_A_COMMAND = (
-    "403",
-    "437",
-    "442",
-    "482",
-)  # about a message, unless a command for the channel was sent
+# About a message, unless a command for the channel was sent
+OF_A_COMMAND = ("403", "437", "442", "482")
 SAYING = {"PRIVMSG", "BATCH"}
 
 
@@ -15588,8 +15602,8 @@ def list_ended(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("263", "416", least=2)
 def answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
     """<command> :Please try again, or too many matches: the rest of a long answer does not come"""
-    for listing in talk.core.listings.get(heard.params[1].upper(), [])[:1]:
-        talk.core.listings[heard.params[1].upper()].remove(listing)
+    if listings := talk.core.listings.get(heard.params[1].upper()):
+        listings.pop(0)
     tell_rest(talk, heard)
 
 
@@ -16502,7 +16516,7 @@ class ClientCore(ForScreens):
             if raw == TOO_LONG:
                 self.show(ViewEvent(NOTE, "the server sent a line too long to be shown"))
                 continue
-            line = shown_line(raw)
+            line = shown_line(raw, irc=self.kind != PLAIN)
             logged = SECRET_LINE.sub("\\1 \u2026", line)  # a server may send back what it got
             self.traffic.append((int(self.clock() * 1000), False, logged))
             if self.listening and first_words(self, line):

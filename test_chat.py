@@ -13557,6 +13557,7 @@ def test_a_server_that_was_taken_for_a_workshop_server_is_connected_to_again(lin
     assert core.take_output() == b"hello\n"
     core.feed(line)
     assert (core.kind, core.redial) == (kind, True)
+    assert [view.kind for view in core.typed("/whois bob")] == ["back", "note"]
     core.disconnected()
     core.connected()
     core.feed(b":x 001 alice :Welcome\r\n:alice!u@h JOIN #lobby\r\n")
@@ -15487,6 +15488,9 @@ IN_DOUBT = [  # a message that was sent, the user's lines in history, lines of i
     ("/me waves", ["\x01ACTION waves\x01"], 0),
     ("one\ntwo\nthree", ["one", "two", "three"], 0),
     ("one\ntwo\nthree", ["one", "two"], 1),
+    ("w" * 600, ["w" * 430], 1),
+    ("w" * 600, ["w" * 430, "w" * 170], 0),
+    ("\x02bold\x02", ["bold"], 0),
     ("hello", ["hello to another client of mine"], 1),
 ]
 
@@ -15557,6 +15561,34 @@ def test_a_pong_without_our_token_confirms_the_oldest_ping():
     alice.hears("PONG irc.example")
     assert alice.core.outbox.waiting == {}
     alice.hears("PONG", "PONG x y")  # that was not asked for
+
+
+def test_the_pong_for_another_client_of_a_bouncer_confirms_nothing():
+    alice = Elsewhere()
+    alice.types("one")
+    answer(alice, alice.sent(9))
+    alice.types("two")
+    _, ping = alice.sent(9)
+    alice.hears("PONG irc.example of-another-client")
+    assert len(alice.core.outbox.waiting) == 1
+    answer(alice, [ping])
+    assert alice.core.outbox.waiting == {}
+
+
+OLD_TEXTS = [  # bytes that a user sends, the text that is shown
+    (b"caf\xe9 \x80", "caf\xe9 \u20ac"),
+    ("caf\xe9".encode(), "caf\xe9"),
+    ("caf\xe9 \u20ac".encode()[:-1], "caf\xe9 \ufffd"),  # cut by a server
+    (b"\x81\x9d", "\ufffd\ufffd"),
+    (b"\xff\xc3\xa9", "\ufffd\xe9"),
+]
+
+
+@pytest.mark.parametrize("data, text", OLD_TEXTS)
+def test_text_that_is_not_utf_8_is_read_as_windows_1252(data, text):
+    alice = Elsewhere()
+    alice.views += alice.core.feed(b":bob!u@h PRIVMSG #lobby :" + data + b"\r\n")
+    assert alice.said() == [f"#lobby bob: {text}"]
 
 
 @pytest.mark.parametrize("pong", ["PONG irc.example foo", "PONG irc.example", "PONG"])
