@@ -2753,6 +2753,25 @@ def bind_menu(widget: tk.Misc, popup: Callable[[Any], Any]) -> None:
             widget.bind(sequence, popup)
 
 
+def bind_typing(widget: tk.Misc, typed: Callable[[str], None]) -> None:
+    """Give what is typed or pasted in a widget that takes no text to `typed`."""
+
+    def key(event: Any) -> str | None:
+        text = whole(event.char)
+        if event.state & COMMAND_KEYS or not text or not text.isprintable():
+            return None
+        typed(text)
+        return "break"
+
+    def paste(event: Any) -> str:
+        with contextlib.suppress(tk.TclError):  # nothing to paste
+            typed(whole(widget.selection_get(selection="CLIPBOARD")))
+        return "break"
+
+    widget.bind("<Key>", key)
+    widget.bind("<<Paste>>", paste)
+
+
 def destroy_quietly(widget: tk.Misc) -> None:
     with contextlib.suppress(tk.TclError):  # it is gone already
         widget.destroy()
@@ -3698,7 +3717,6 @@ class Pointer:
         self.sheet = self.text.sheet
         self.chosen: Any = None  # key of the row that the keys are for
         self.hovered: int | None = None
-        self.typed: Callable[[str], None] = chat.do_nothing  # gets what is typed here by mistake
         self.menu_for: Callable[[Row, Any], Any] = chat.do_nothing
         self.acted: Callable[[str, Row], None] = chat.do_nothing
         self.told: Callable[[str], None] = chat.do_nothing  # about the row under the pointer
@@ -3708,8 +3726,6 @@ class Pointer:
         text = self.text
         text.bind("<Button-1>", self._press, add=True)
         text.bind("<ButtonRelease-1>", self._click)
-        text.bind("<Key>", self._key)
-        text.bind("<<Paste>>", self._paste)
         text.bind("<Motion>", self._hover)
         text.bind("<Leave>", lambda _: self.told(""))
         for key, step in (("<Up>", -1), ("<Down>", 1)):
@@ -3777,19 +3793,6 @@ class Pointer:
             self.choose(self.text.row_at(f"@{event.x},{event.y}"))
         if row := self.row:
             self.menu_for(row, event)
-        return "break"
-
-    def _key(self, event: Any) -> str | None:
-        """Send what is typed here to the field below."""
-        text = whole(event.char)
-        if event.state & COMMAND_KEYS or not text or not text.isprintable():
-            return None
-        self.typed(text)
-        return "break"
-
-    def _paste(self, event: Any) -> str:
-        with contextlib.suppress(tk.TclError):  # nothing to paste
-            self.typed(whole(self.text.selection_get(selection="CLIPBOARD")))
         return "break"
 
     def _press(self, event: Any) -> None:
@@ -5501,7 +5504,9 @@ class Writing(Acts):
         compose.send, compose.complete = self.send, self.complete
         compose.edited = self._edited
         compose.several, compose.too_much = self._show_paste, self._offer_paste
-        self.transcript.pointer.typed = self.type_on
+        people, sidebar = self.window.people.tree, self.window.sidebar.tree
+        for widget in (self.transcript.text, self.window.panel.text, people, sidebar):
+            bind_typing(widget, self.type_on)
 
     def send(self, text: str) -> bool:
         """Return whether it is on its way. While the line is broken it waits in the core."""

@@ -25150,8 +25150,35 @@ def test_the_field_keeps_drafts_completes_and_survives_emoji(running, window):
     alice.card.name.event_generate("<<Paste>>")
     assert alice.card.name.content == "pasted and 🙂"  # in place of the name
     alice.card.hide()
-    press(alice, "Key-x", alice.transcript.text)
-    assert field.content == "pastedx"
+
+
+def test_what_is_typed_or_pasted_in_a_part_that_takes_no_text_is_written_in_the_field(
+    running, window
+):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+    field, tree = alice.compose, alice.sidebar.tree
+    pump(alice, lambda: here(alice) == ["alice", "bob"])
+    bob.send("/tell alice psst\n")
+    pump(alice, lambda: len(sidebar(alice)) == 2)
+    alice.show_page("a page", "as /list has one, which comes while the user types on")
+    alice.root.clipboard_clear()
+    alice.root.clipboard_append("y")
+    for widget in (alice.transcript.text, alice.panel.text, alice.people.tree, tree):
+        field.set("")
+        for key in ("Key-x", "Key-space", "<Paste>"):
+            press(alice, key, widget)
+        alice.root.update()
+        assert field.content == "x y" and alice.root.focus_get() is field
+    field.set("")
+    alice.root.update()
+    x, y, width, height = tree.bbox(tree.get_children(tree.get_children()[0])[1])
+    for kind in ("ButtonPress", "ButtonRelease"):
+        tree.event_generate(f"<{kind}-1>", x=x + width // 2, y=y + height // 2)
+    pump(alice, lambda: alice.model.room.name == "bob")
+    alice.root.focus_get().event_generate("<Key-h>")
+    assert field.content == "h"
 
 
 def test_names_channels_commands_and_emoji_are_completed(running, window):
