@@ -5464,6 +5464,7 @@ SEEN_MS = 200  # from in sight to read
 FOCUS_MS = 20  # from a loss of the focus until it has moved to where it goes
 SEEN_TYPED = 60  # last characters of a text from right to left, shown as they will be seen
 TYPING_MS = 3000  # between two notices that the user types
+NOT_SENT = "not connected: connect first, your text is kept"
 
 
 def enabled(on: bool) -> str:
@@ -5499,6 +5500,7 @@ class Writing(Acts):
         self.drafts: dict[int, str] = {}  # of the other conversations
         self.kept = ""  # the draft of this one, as the engine knows it
         self.reply: Row | None = None  # the message that is answered
+        self.pasted = False  # the banner tells of the lines in the field
         self.typed_at = 0.0  # when others were told that the user types; 0: they were not
         compose = self.compose
         compose.send, compose.complete = self.send, self.complete
@@ -5515,13 +5517,15 @@ class Writing(Acts):
             return True
         reply = self.reply.view.id if self.reply and text[:1] != "/" else ""
         if not self.do("say", self.model.here, text, reply):
-            self.window.ask("not connected: connect first, your text is kept")
+            self.window.ask(NOT_SENT)
             return False
         self.typed_at = 0.0
         self.timers.cancel("draft")
         self.kept = ""
         if reply:
-            self.stop_reply()
+            self.reply = None
+        if reply or self.pasted:
+            self.banner.hide()
         if not self.transcript.at_bottom:
             self.transcript.to_bottom()
         return True
@@ -5635,12 +5639,24 @@ class Writing(Acts):
         self.reply = row
         return self.compose.focus_set()
 
+    def _show_over_reply(self, about: str, *buttons: tuple[str, Callable[[], None]]) -> None:
+        """Show a banner about a paste. The text is still an answer, as is shown afterwards."""
+        self.banner.dropped = chat.do_nothing
+        self.banner.show(about, *buttons, dropped=self._paste_told)
+
+    def _paste_told(self) -> None:
+        self.pasted = False
+        row, self.reply = self.reply, None
+        if row:
+            self.start_reply(row)
+
     def _forget_reply(self) -> None:
         self.reply = None
         self.compose.focus_set()
 
     def stop_reply(self) -> None:
-        if self.reply:
+        if self.reply or self.pasted:
+            self.reply = None
             self.banner.hide()
 
     def message_gone(self, id: str) -> None:
@@ -5664,20 +5680,22 @@ class Writing(Acts):
             self.window.show_page("What will be sent", shown)
 
         about = f"{lines:,} lines: sent as {chat.counted(len(pieces), 'message')}"
-        self.banner.show(about, ("Show", preview), ("Make it one line", as_one_line))
+        self._show_over_reply(about, ("Show", preview), ("Make it one line", as_one_line))
+        self.pasted = True
 
     def _offer_paste(self, text: str) -> None:
         """Offer to send a paste that is too long for the field as several messages."""
         pieces, here = list(chat.message_pieces(text)), self.model.here
 
         def send_all() -> None:
-            self.banner.hide()
-            for piece in pieces:
-                self.do("say", here, f"/{piece}" if piece[:1] == "/" else piece)
+            lines = [f"/{piece}" if piece[:1] == "/" else piece for piece in pieces]
+            if all(self.do("say", here, line) for line in lines):
+                return self.banner.hide()
+            return self.window.ask(NOT_SENT)
 
         count = chat.counted(len(pieces), "message")
         about = f"that is too long to be pasted: {len(text):,} characters; your text is as it was"
-        self.banner.show(about, (f"Send it as {count}", send_all))
+        self._show_over_reply(about, (f"Send it as {count}", send_all))
 
 
 class Reading(Acts):

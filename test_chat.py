@@ -24899,6 +24899,49 @@ def test_a_paste_of_several_lines_shows_what_will_be_sent(running, window):
     assert alice.compose.content == "one two three" and not alice.banner.shown
 
 
+def test_a_paste_of_several_lines_is_an_answer_if_one_was_begun_and_its_banner_goes_with_it(
+    running, window
+):
+    server = running()
+    bob = tagger(server, "bob", "JOIN #lobby")
+    alice = at_home(window(server.address))
+    bob.send("PRIVMSG #lobby :one line or two?\r\n")
+    see(alice, "or two?\n")
+    banner, reply = alice.banner, "Reply to bob: one line or two?"
+    alice.root.clipboard_clear()
+    alice.root.clipboard_append("one\ntwo")
+
+    def told():
+        return banner.label.cget("text") if banner.shown else ""
+
+    press(alice, "Alt-r")
+    alice.compose.event_generate("<<Paste>>")
+    assert told() == "2 lines: sent as 1 message"
+    press(alice, "Escape")
+    assert told() == reply and alice.writing.reply
+    alice.compose.event_generate("<<Paste>>")
+    press(alice, "Return")
+    assert told() == "" and alice.writing.reply is None
+    see(alice, "\u21b3 bob: one line or two?\none\n")
+    alice.compose.event_generate("<<Paste>>")
+    press(alice, "Return")
+    assert told() == ""
+    alice.compose.event_generate("<<Paste>>")
+    alice.rooms.open_private("bob")
+    pump(alice, lambda: alice.model.room.name == "bob")
+    assert told() == "" and alice.compose.content == ""
+
+
+def test_a_long_paste_is_kept_until_there_is_a_connection_to_send_it(window, monkeypatch):
+    alice = window(name="")
+    alice.card.hide()
+    monkeypatch.setattr(alice.compose, "selection_get", lambda selection: "word " * 20_000)
+    alice.compose._paste("CLIPBOARD")
+    alice.banner.buttons.winfo_children()[0].invoke()
+    assert alice.banner.shown and alice.card.shown
+    assert alice.card.error.cget("text") == gui_client.NOT_SENT
+
+
 def test_a_message_that_was_taken_back_is_not_in_the_window_any_more(running, window):
     server = running()
     guest = tagger(server, "bob", "JOIN #lobby")
