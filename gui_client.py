@@ -5502,6 +5502,7 @@ class Writing(Acts):
         self.reply: Row | None = None  # the message that is answered
         self.pasted = False  # the banner tells of the lines in the field
         self.typed_at = 0.0  # when others were told that the user types; 0: they were not
+        self.edited_at = 0.0  # when the user changed the text last
         compose = self.compose
         compose.send, compose.complete = self.send, self.complete
         compose.edited = self._edited
@@ -5607,6 +5608,7 @@ class Writing(Acts):
 
     def _edited(self) -> None:
         """Keep a text that the user has changed, soon, and tell the others."""
+        self.edited_at = time.monotonic()
         text = self.compose.content
         if self.look.reorders and RIGHT_TO_LEFT.search(text[-SEEN_TYPED:]):
             self.window.tell(text[-SEEN_TYPED:].split("\n")[-1])
@@ -6388,6 +6390,7 @@ CLOSE_SECONDS = 0.9  # from hidden to gone, whatever the server does
 CLOSE_POLL_MS = 10
 TICK_MS = 1000
 FOUND_SECONDS = 0.5  # to look for a server on this machine
+IDLE_SECONDS = 1.0  # from the last key until a dialog opens that the user did not ask for
 HINT = "F1: help and keys \u00b7 Ctrl+K: go anywhere \u00b7 Shift+Return: a new line"
 WIDTHS = {"sidebar": 11, "panel": 21, "members": 9}  # of panes at first, in heights of a line
 COLLECT_MS = 2000  # between two collections of young garbage ...
@@ -6757,16 +6760,26 @@ class Window:
         for server in event.servers:
             if server.question and server.question not in self.asked_about:
                 self.asked_about.add(server.question)
-                self._ask_about(server)
+                self.when_idle(server.question, functools.partial(self._ask_about, server.question))
         if event.ended is not None:
             self.ended(event.ended)
 
-    def _ask_about(self, server: Server) -> None:
-        """Let the user answer the question of a server: a certificate, a password, a name."""
-        if server.doubted:
-            self.certificate.show(server)
+    def when_idle(self, what: str, act: Callable[[], Any]) -> None:
+        """Open a dialog as soon as the user does not type: it takes the keys."""
+        wait = self.writing.edited_at + IDLE_SECONDS - time.monotonic()
+        if wait > 0:
+            self.timers.later(what, int(wait * 1000) + 1, lambda: self.when_idle(what, act))
         else:
-            self.card.show(server.nick, server.address, server.status)
+            act()
+
+    def _ask_about(self, question: str) -> None:
+        """Let the user answer the question of a server, if it still has it: a certificate, a
+        password, a name."""
+        for server in [one for one in self.model.servers if one.question == question]:
+            if server.doubted:
+                self.certificate.show(server)
+            else:
+                self.card.show(server.nick, server.address, server.status)
 
     def _name_user(self) -> None:
         """Mark what is the user's own, in the conversation and among the members."""
@@ -6833,8 +6846,7 @@ class Window:
     def ended(self, reason: str) -> None:
         """Note that the engine has stopped for good; the user can connect again, or elsewhere."""
         self.model.stop(reason)
-        if not self.closing:
-            self.ask(reason)
+        self.when_idle("ended", lambda: self.model.engine or self.closing or self.ask(reason))
 
     # What the window shows
 

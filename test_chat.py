@@ -25783,6 +25783,27 @@ def test_a_server_that_wants_an_answer_of_the_user_is_answered_in_the_dialog(run
     see(alice, "sent when I am in")
 
 
+@pytest.mark.parametrize("asks", ["server", "engine"])
+def test_a_dialog_that_the_user_did_not_ask_for_waits_until_nothing_is_typed(window, asks):
+    alice = window(name="")
+    alice.card.hide()
+    alice.root.update()
+    alice.compose.insert("insert", "a sentence that is not")
+    alice.root.update()
+    if asks == "server":
+        server = gui_client.Server(1, "here:1", "alice", status="you are banned", statuses=1)
+        alice._take_servers(gui_client.Servers((server,)))
+    else:
+        alice.ended("you are banned")
+    alice.root.update()
+    assert not alice.card.shown
+    press(alice, "Key-x")
+    assert alice.compose.content == "a sentence that is notx"
+    pump(alice, lambda: alice.card.shown)
+    assert alice.card.error.cget("text") == "you are banned"
+    assert time.monotonic() - alice.writing.edited_at >= gui_client.IDLE_SECONDS
+
+
 def test_no_text_is_lost_when_a_conversation_or_the_engine_goes(running, window):
     server = running()
     alice = at_home(window(server.address))
@@ -25802,6 +25823,7 @@ def test_no_text_is_lost_when_a_conversation_or_the_engine_goes(running, window)
     pump(alice, lambda: alice.model.engine is None)
     held = [alice.compose.content, *alice.compose.editor.typed]
     assert "too late?" in held
+    pump(alice, lambda: alice.card.shown)
     assert "your text is kept" in alice.card.error.cget("text") or "ended" in (
         alice.card.error.cget("text")
     )
