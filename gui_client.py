@@ -981,8 +981,9 @@ def waiting_text(server: Server | None) -> str:
     """Return a text about messages that have not arrived yet."""
     if server is None or not server.waiting:
         return ""
-    parked = f", {server.parked} not sent" if server.parked else ""
-    return f"{chat.counted(server.waiting, 'message')} waiting{parked}"
+    counts = {"waiting": server.waiting - server.parked, "not sent": server.parked}
+    told = [f"{chat.counted(count, 'message')} {how}" for how, count in counts.items() if count]
+    return ", ".join(told)
 
 
 def placeholder_text(server: Server | None, room: RoomInfo | None) -> str:
@@ -3802,7 +3803,8 @@ class Pointer:
     def _click(self, event: Any) -> None:
         index = f"@{event.x},{event.y}"
         number = self.text.row_at(index)
-        if number is None or self.text.tag_ranges("sel"):  # the end of a selection
+        beside = self.text.get(index) == "\n"  # there is nothing under the pointer
+        if number is None or beside or self.text.tag_ranges("sel"):  # the end of a selection
             return
         tags, row = self.text.tag_names(index), self.sheet.rows[number]
         if url := self.link_at(index):
@@ -6452,10 +6454,10 @@ class Header(ttk.Frame):
         self.topic.bind("<Button-1>", lambda _: topic())
 
     def refresh(self, model: Model) -> None:
-        room = model.room
+        room, server = model.room, model.server
         outside = " (you are not in it)" if room and not room.inside else ""
-        place = shorter((room.name if room else "nowhere") + outside, NAME_SHOWN)
-        set_text(self.place, self.look.seen(place if model.servers else "Chat"))
+        name = room.name if room else server.address if server else "Chat"
+        set_text(self.place, self.look.seen(shorter(name + outside, NAME_SHOWN)))
         set_text(self.topic, self.look.seen(label_text(room.topic) if room else ""))
 
 

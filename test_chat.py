@@ -24572,9 +24572,10 @@ def test_the_title_and_the_status_line_say_how_things_stand():
     )
     assert gui_client.status_text(broken, 10.0) == "here:1: refused; trying again in 4 s"
     assert gui_client.status_text(None, 0) == "not connected"
-    assert gui_client.waiting_text(server._replace(waiting=2, parked=1)) == (
-        "2 messages waiting, 1 not sent"
-    )
+    assert [
+        gui_client.waiting_text(server._replace(waiting=waiting, parked=parked))
+        for waiting, parked in ((0, 0), (2, 0), (3, 1), (1, 1))
+    ] == ["", "2 messages waiting", "2 messages waiting, 1 message not sent", "1 message not sent"]
 
 
 def test_the_last_names_and_servers_are_remembered_in_a_private_file(tmp_path):
@@ -26546,7 +26547,12 @@ def test_a_picture_is_sent_by_a_key_and_seen_saved_and_opened_in_another_window(
     body = (tmp_path / "tea.png").read_bytes()
     assert (tmp_path / "down" / "tea.png").read_bytes() == body
     assert pathlib.Path(opened[0]).read_bytes() == body and opened[0].endswith("/tea.png")
-    bob.messages.act("picture", row)
+    x, y, *_ = text.bbox(text.image_names()[0])
+    pointer, acts = bob.transcript.pointer, []
+    act, pointer.acted = pointer.acted, lambda what, row: acts.append(what) or act(what, row)
+    for right in (330, 5):  # beside it and on it
+        text.event_generate("<ButtonRelease-1>", x=x + right, y=y + 5)
+    assert acts == ["picture"]
     pump(bob, lambda: bob.files.picture)
     assert bob.files.picture.image.width() == 640
     press(bob, "Escape", bob.files.picture.canvas)
