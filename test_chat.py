@@ -25253,9 +25253,10 @@ def test_the_title_and_the_status_line_say_how_things_stand():
     )
     assert gui_client.status_text(broken, 10.0) == "here:1: refused; trying again in 4 s"
     assert gui_client.status_text(None, 0) == "not connected"
-    assert gui_client.waiting_text(server._replace(waiting=2, parked=1)) == (
-        "2 messages waiting, 1 not sent"
-    )
+    assert [
+        gui_client.waiting_text(server._replace(waiting=waiting, parked=parked))
+        for waiting, parked in ((0, 0), (2, 0), (3, 1), (1, 1))
+    ] == ["", "2 messages waiting", "2 messages waiting, 1 message not sent", "1 message not sent"]
 
 
 def test_the_last_names_and_servers_are_remembered_in_a_private_file(tmp_path):
@@ -25580,6 +25581,49 @@ def test_a_paste_of_several_lines_shows_what_will_be_sent(running, window):
     assert alice.compose.content == "one two three" and not alice.banner.shown
 
 
+def test_a_paste_of_several_lines_is_an_answer_if_one_was_begun_and_its_banner_goes_with_it(
+    running, window
+):
+    server = running()
+    bob = tagger(server, "bob", "JOIN #lobby")
+    alice = at_home(window(server.address))
+    bob.send("PRIVMSG #lobby :one line or two?\r\n")
+    see(alice, "or two?\n")
+    banner, reply = alice.banner, "Reply to bob: one line or two?"
+    alice.root.clipboard_clear()
+    alice.root.clipboard_append("one\ntwo")
+
+    def told():
+        return banner.label.cget("text") if banner.shown else ""
+
+    press(alice, "Alt-r")
+    alice.compose.event_generate("<<Paste>>")
+    assert told() == "2 lines: sent as 1 message"
+    press(alice, "Escape")
+    assert told() == reply and alice.writing.reply
+    alice.compose.event_generate("<<Paste>>")
+    press(alice, "Return")
+    assert told() == "" and alice.writing.reply is None
+    see(alice, "\u21b3 bob: one line or two?\none\n")
+    alice.compose.event_generate("<<Paste>>")
+    press(alice, "Return")
+    assert told() == ""
+    alice.compose.event_generate("<<Paste>>")
+    alice.rooms.open_private("bob")
+    pump(alice, lambda: alice.model.room.name == "bob")
+    assert told() == "" and alice.compose.content == ""
+
+
+def test_a_long_paste_is_kept_until_there_is_a_connection_to_send_it(window, monkeypatch):
+    alice = window(name="")
+    alice.card.hide()
+    monkeypatch.setattr(alice.compose, "selection_get", lambda selection: "word " * 20_000)
+    alice.compose._paste("CLIPBOARD")
+    alice.banner.buttons.winfo_children()[0].invoke()
+    assert alice.banner.shown and alice.card.shown
+    assert alice.card.error.cget("text") == gui_client.NOT_SENT
+
+
 def test_a_message_that_was_taken_back_is_not_in_the_window_any_more(running, window):
     server = running()
     guest = tagger(server, "bob", "JOIN #lobby")
@@ -25831,8 +25875,35 @@ def test_the_field_keeps_drafts_completes_and_survives_emoji(running, window):
     alice.card.name.event_generate("<<Paste>>")
     assert alice.card.name.content == "pasted and 🙂"  # in place of the name
     alice.card.hide()
-    press(alice, "Key-x", alice.transcript.text)
-    assert field.content == "pastedx"
+
+
+def test_what_is_typed_or_pasted_in_a_part_that_takes_no_text_is_written_in_the_field(
+    running, window
+):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+    field, tree = alice.compose, alice.sidebar.tree
+    pump(alice, lambda: here(alice) == ["alice", "bob"])
+    bob.send("/tell alice psst\n")
+    pump(alice, lambda: len(sidebar(alice)) == 2)
+    alice.show_page("a page", "as /list has one, which comes while the user types on")
+    alice.root.clipboard_clear()
+    alice.root.clipboard_append("y")
+    for widget in (alice.transcript.text, alice.panel.text, alice.people.tree, tree):
+        field.set("")
+        for key in ("Key-x", "Key-space", "<Paste>"):
+            press(alice, key, widget)
+        alice.root.update()
+        assert field.content == "x y" and alice.root.focus_get() is field
+    field.set("")
+    alice.root.update()
+    x, y, width, height = tree.bbox(tree.get_children(tree.get_children()[0])[1])
+    for kind in ("ButtonPress", "ButtonRelease"):
+        tree.event_generate(f"<{kind}-1>", x=x + width // 2, y=y + height // 2)
+    pump(alice, lambda: alice.model.room.name == "bob")
+    alice.root.focus_get().event_generate("<Key-h>")
+    assert field.content == "h"
 
 
 def test_names_channels_commands_and_emoji_are_completed(running, window):
@@ -26394,6 +26465,27 @@ def test_a_server_that_wants_an_answer_of_the_user_is_answered_in_the_dialog(run
     see(alice, "sent when I am in")
 
 
+@pytest.mark.parametrize("asks", ["server", "engine"])
+def test_a_dialog_that_the_user_did_not_ask_for_waits_until_nothing_is_typed(window, asks):
+    alice = window(name="")
+    alice.card.hide()
+    alice.root.update()
+    alice.compose.insert("insert", "a sentence that is not")
+    alice.root.update()
+    if asks == "server":
+        server = gui_client.Server(1, "here:1", "alice", status="you are banned", statuses=1)
+        alice._take_servers(gui_client.Servers((server,)))
+    else:
+        alice.ended("you are banned")
+    alice.root.update()
+    assert not alice.card.shown
+    press(alice, "Key-x")
+    assert alice.compose.content == "a sentence that is notx"
+    pump(alice, lambda: alice.card.shown)
+    assert alice.card.error.cget("text") == "you are banned"
+    assert time.monotonic() - alice.writing.edited_at >= gui_client.IDLE_SECONDS
+
+
 def test_no_text_is_lost_when_a_conversation_or_the_engine_goes(running, window):
     server = running()
     alice = at_home(window(server.address))
@@ -26413,6 +26505,7 @@ def test_no_text_is_lost_when_a_conversation_or_the_engine_goes(running, window)
     pump(alice, lambda: alice.model.engine is None)
     held = [alice.compose.content, *alice.compose.editor.typed]
     assert "too late?" in held
+    pump(alice, lambda: alice.card.shown)
     assert "your text is kept" in alice.card.error.cget("text") or "ended" in (
         alice.card.error.cget("text")
     )
@@ -27135,7 +27228,12 @@ def test_a_picture_is_sent_by_a_key_and_seen_saved_and_opened_in_another_window(
     body = (tmp_path / "tea.png").read_bytes()
     assert (tmp_path / "down" / "tea.png").read_bytes() == body
     assert pathlib.Path(opened[0]).read_bytes() == body and opened[0].endswith("/tea.png")
-    bob.messages.act("picture", row)
+    x, y, *_ = text.bbox(text.image_names()[0])
+    pointer, acts = bob.transcript.pointer, []
+    act, pointer.acted = pointer.acted, lambda what, row: acts.append(what) or act(what, row)
+    for right in (330, 5):  # beside it and on it
+        text.event_generate("<ButtonRelease-1>", x=x + right, y=y + 5)
+    assert acts == ["picture"]
     pump(bob, lambda: bob.files.picture)
     assert bob.files.picture.image.width() == 640
     press(bob, "Escape", bob.files.picture.canvas)
