@@ -7532,8 +7532,8 @@ RPL_LOGGEDIN = "900 {} {} :You are now logged in as {}"
 RPL_SASLSUCCESS = "903 :SASL authentication successful"
 ERR_SASLFAIL = "904 :{}"
 ERR_SASLTOOLONG = "905 :a line of SASL has at most 400 bytes"
-ERR_SASLALREADY = "907 :{}"
 ERR_SASLABORTED = "906 :SASL authentication aborted"
+ERR_SASLALREADY = "907 :{}"
 RPL_SASLMECHS = "908 {} :are the mechanisms there are"
 RPL_WHOISSECURE = "671 {} :is using a secure connection"
 RPL_WHOISKEYVALUE = "760 {} {} * :{}"
@@ -7641,9 +7641,9 @@ IRC_EVENTS = {  # kind -> the line behind its source; {tail} is " :TEXT" if ther
     WALLOPS: "WALLOPS :{text}",
 }
 IRC_EXTENDED_JOIN = "JOIN {where} {about}{tail}"
-NOT_OWN = (INVITE, INVITED, AWAY, QUIT)  # the origin is told by other means
+NOT_OWN = (INVITE, INVITED, AWAY, QUIT)  # the session that did it gets a numeric or ERROR instead
+ECHOED = (*SPOKEN, TAGS, HINT)  # it gets these only if it has asked for echo-message
 MESSAGE_VERBS = (b"PRIVMSG", b"NOTICE", b"TAGMSG", b"BATCH")
-ECHOED = (*SPOKEN, TAGS, HINT)  # or by an echo, if the session has asked for that
 CLASSIC_CAPABILITIES = (  # for clients that know only one line of CAP LS, the best first
     *("sasl", "multi-prefix", "away-notify", "account-notify", "extended-join", "server-time"),
     *("message-tags", "echo-message", "batch", "labeled-response", "userhost-in-names"),
@@ -7896,9 +7896,9 @@ OWN_ID = "+chat.py/id"  # a client's id of its message: one id is one message
 
 def client_id(session: "IrcSession", target: str) -> str:
     """Return the id that the client gave its message; "" if there are several targets for it."""
-    own = session.message.tags.get(OWN_ID, "")
-    usable = own and session.wire.format.tagged and is_word(own, OWN_ID_BYTES)
-    return own if usable and "," not in target else ""
+    own_id = session.message.tags.get(OWN_ID, "")
+    usable = own_id and session.wire.format.tagged and is_word(own_id, OWN_ID_BYTES)
+    return own_id if usable and "," not in target else ""
 
 
 class Collected:
@@ -8085,9 +8085,9 @@ class IrcSession(LocalSession):
 
     def line(self, text: str) -> None:
         """Send a line of the server, given without its source."""
-        self.say(f":{self.site.name} {text}")
+        self.send_line(f":{self.site.name} {text}")
 
-    def say(self, text: str) -> None:
+    def send_line(self, text: str) -> None:
         """Send a line, given with its source."""
         self.send(self.timed(irc_bytes(text)))
 
@@ -8153,7 +8153,7 @@ class IrcSession(LocalSession):
         self.send(irc_bytes(f"PING :{self.site.name}"))
 
     def service_says(self, text: str) -> None:
-        self.say(f":{SERVICE}!{SERVICE}@{self.site.name} NOTICE {self.nick} :{text}")
+        self.send_line(f":{SERVICE}!{SERVICE}@{self.site.name} NOTICE {self.nick} :{text}")
 
     def answer(self, text: str) -> None:
         (self.service_says if self.from_service else self.notice)(text)
@@ -8173,7 +8173,7 @@ class IrcSession(LocalSession):
     def hear(self, event: Event) -> None:
         name, source, capabilities = event.audience.name, event.source, self.capabilities
         if event.kind == KILLED:
-            self.say(f":{source.mask} KILL {event.about} :{event.text}")
+            self.send_line(f":{source.mask} KILL {event.about} :{event.text}")
             self.end(killed_text(source, event.text))
         elif event.kind == REPLACED:
             self.fail("SESSION", "REPLACED", "another connection of yours has this place now")
@@ -8195,8 +8195,8 @@ class IrcSession(LocalSession):
         """Tell a client without draft/channel-rename a PART and a JOIN. Names follow when the
         session has its turn: a renaming of a crowded channel must not stop the others."""
         mask, channel = self.user.source.mask, self.site.hub.channels[fold(name)]
-        self.say(f":{mask} PART {old} :renamed to {name}{f': {reason}' if reason else ''}")
-        self.say(f":{mask} JOIN {name}")
+        self.send_line(f":{mask} PART {old} :renamed to {name}{f': {reason}' if reason else ''}")
+        self.send_line(f":{mask} JOIN {name}")
         tell_about_channel(self, channel)
         self.postponed.append(tell_names_later(self, channel))
         self.conn.resume_soon()
@@ -8289,7 +8289,7 @@ class IrcSession(LocalSession):
         if self.labelled is None:
             return
         turn, (label, replies, events, _) = self.site.hub.turn, self.labelled
-        heard = {e.id: count for e in turn.events[events:] if (count := self.hears(e))}
+        heard = {e.id: count for e in turn.events[events:] if (count := self.count_own_lines(e))}
         count = sum(heard.values()) + sum(count_answers(data) for _, data in self.replies[replies:])
         if self.batch or count > 1 or (count and not whole):
             self.put_in_batch(heard)
@@ -8328,7 +8328,7 @@ class IrcSession(LocalSession):
     def batch_line(self, text: str) -> bytes:
         return irc_bytes(f":{self.site.name} BATCH {text}")
 
-    def hears(self, event: Event) -> int:
+    def count_own_lines(self, event: Event) -> int:
         """Return the number of lines or batches that this session gets of an event of its own."""
         if event.origin is not self or event.kind in PERSONAL:
             return 0
@@ -8378,8 +8378,11 @@ def web_tokens(session: IrcSession) -> list[str]:
     uploads (draft/FILEHOST, and soju's name for it) beside the one that says that upload tokens can
     be asked for (draft/authtoken)."""
     url = base_url(session.site, session.conn.secure, session.conn.local)
-    hosts = [f"{name}={url}/files" for name in ("soju.im/FILEHOST", "draft/FILEHOST")]
-    return [f"chat.py/WEB={url}/", *[*hosts, "draft/AUTHTOKEN"] * (session.site.folder is not None)]
+    tokens = [f"chat.py/WEB={url}/"]
+    if session.site.folder is not None:
+        tokens += [f"{name}={url}/files" for name in ("soju.im/FILEHOST", "draft/FILEHOST")]
+        tokens.append("draft/AUTHTOKEN")
+    return tokens
 
 
 def isupport_lines(session: IrcSession) -> Iterator[bytes]:
@@ -8460,7 +8463,7 @@ def welcome(session: IrcSession) -> None:
     session.reply(RPL_MYINFO, site.name, f"chat.py-{VERSION}", user_modes, modes, with_value)
     tell_isupport(session)
     if "draft/whoami" in session.capabilities:
-        session.say(f":{session.user.source.mask} SETNAME :{session.user.realname}")
+        session.send_line(f":{session.user.source.mask} SETNAME :{session.user.realname}")
     if not session.client:  # with a SESSION it may be on a bad line: bytes count
         tell_lusers(session)
     tell_motd(session)
@@ -8499,7 +8502,7 @@ def greet_user(session: IrcSession, wanted: str, channels: Iterable[Channel]) ->
     if session.site.hub.accounts.is_foreign(wanted, session.user.account):
         session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
     for channel in channels:
-        session.say(f":{session.user.source.mask} JOIN {channel.name}")
+        session.send_line(f":{session.user.source.mask} JOIN {channel.name}")
         tell_channel(session, channel)
 
 
@@ -8743,7 +8746,7 @@ def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
         return fail_sasl(session, refusal)
     if isinstance(said, bytes):
         for piece in exchange.chunks(said):
-            session.say(f"AUTHENTICATE {piece}")
+            session.send_line(f"AUTHENTICATE {piece}")
     else:
         then = functools.partial(go_on_sasl, session, exchange.mechanism.send)
         session.later(PASSWORD_LANE, said, then)
@@ -8824,11 +8827,14 @@ def irc_ping(session: IrcSession, token: str) -> None:
     session.line(f"PONG {session.site.name} :{token}")
 
 
-for pong_or_error in (
-    "PONG <token> -- the answer to a PING of the server",
-    "ERROR <text> -- between servers; ignored",
-):
-    irc_command(pong_or_error.split()[0], doc=pong_or_error, nameless=True)(lambda session: None)
+@irc_command("PONG", nameless=True)
+def irc_pong(session: IrcSession) -> None:
+    """PONG <token> -- the answer to a PING of the server"""
+
+
+@irc_command("ERROR", nameless=True)
+def irc_error(session: IrcSession) -> None:
+    """ERROR <text> -- between servers; ignored"""
 
 
 @irc_command("QUIT", most=1, nameless=True)
@@ -8950,44 +8956,46 @@ def client_tags(session: IrcSession) -> str:
 
 
 @in_steps
-def tell_repeat(session: IrcSession, name: str, own: str) -> Steps:
+def tell_repeat(session: IrcSession, name: str, own_id: str) -> Steps:
     """Answer a message that was sent before, when the connection broke before the client knew. The
     client gets the first echo again; if the message is gone, its id."""
     hub = session.site.hub
     owners = hub.dedup_owners(session)
-    known = [event for owner in owners if (event := hub.turn.dedup.get((owner, own)))]
-    if hub.store.dedup.lost(owners, own, hub.ticks):
-        return session.tell_not_kept(own, "it was said before, and could not be kept")
+    known = [event for owner in owners if (event := hub.turn.dedup.get((owner, own_id)))]
+    if hub.store.dedup.lost(owners, own_id, hub.ticks):
+        return session.tell_not_kept(own_id, "it was said before, and could not be kept")
     if known and session.site.store.path is None:  # in memory a read comes too soon
         found = known[0].id, known[0]
     else:
-        found = yield do(session.read, functools.partial(hub.store.dedup.event, owners, own))
+        found = yield do(session.read, functools.partial(hub.store.dedup.event, owners, own_id))
     if found is None:  # the turn in which it was said could not be stored
-        return session.tell_not_kept(own, "it could not be stored")
+        return session.tell_not_kept(own_id, "it could not be stored")
     id, event = found
     if event is None:
-        tags = f"@msgid={hub.ids.text(id)};{OWN_ID}={escaped_tag(own)}"
+        tags = f"@msgid={hub.ids.text(id)};{OWN_ID}={escaped_tag(own_id)}"
         return session.send(irc_bytes(f"{tags} :{session.user.source.mask} TAGMSG {name}"))
     past = Audience(name if name.startswith("#") else "")
     for line in session.wire.encode(past, [event]) if session.wire.echo else ():
         session.send(line)
 
 
-def send_message(session: IrcSession, name: str, text: str, kind: str, tags: str, own: str) -> None:
+def send_message(
+    session: IrcSession, name: str, text: str, kind: str, tags: str, own_id: str
+) -> None:
     """Send a message, and tell if it is a repeat, or if the receiver is away. Raises Refused."""
     hub = session.site.hub
-    if own and hub.store.dedup.lost(hub.dedup_owners(session), own, hub.ticks):
-        return tell_repeat(session, name, own)
+    if own_id and hub.store.dedup.lost(hub.dedup_owners(session), own_id, hub.ticks):
+        return tell_repeat(session, name, own_id)
 
     def sent(result: Sent) -> None:
         if result.repeat is not None:
-            tell_repeat(session, name, own)
+            tell_repeat(session, name, own_id)
         elif result.away:
             session.reply(RPL_AWAY, result.away.name, result.away.away)
 
     # A refusal is no answer to a notice (RFC 2812 section 3.3.2)
     otherwise = do_nothing if kind == NOTICE else None
-    return session.act("say", name, text, kind, tags, own, then=sent, otherwise=otherwise)
+    return session.act("say", name, text, kind, tags, own_id, then=sent, otherwise=otherwise)
 
 
 def check_length(session: IrcSession, name: str, text: str, tags: str) -> None:
@@ -9018,17 +9026,17 @@ def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> LongA
     """PRIVMSG <target>{,<target>} <text> -- say something to people and channels"""
     if not text and targets:
         raise Refused("NO_TEXT", "no text to send")
-    own, tags = client_id(session, targets), client_tags(session)
+    own_id, tags = client_id(session, targets), client_tags(session)
 
     def send(name: str) -> None:
         check_length(session, name, text, tags)
         if text.startswith("\x01ACTION "):
             action = text[8:].removesuffix("\x01")
-            send_message(session, name, action, ACTION, tags, own)
+            send_message(session, name, action, ACTION, tags, own_id)
         elif fold(name) == SERVICE_KEY:
             ask_service(session, text)
         else:
-            send_message(session, name, text, MESSAGE, tags, own)
+            send_message(session, name, text, MESSAGE, tags, own_id)
 
     return to_each_target(session, targets, send)
 
@@ -9038,10 +9046,10 @@ def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> LongAn
     """NOTICE <target>{,<target>} <text> -- send a notice: a message that no program answers"""
     if not (targets and text) or targets.count(",") >= TARGETS:
         return None
-    own, tags = client_id(session, targets), client_tags(session)
+    own_id, tags = client_id(session, targets), client_tags(session)
 
     def send(name: str) -> None:
-        send_message(session, name, text, NOTICE, tags, own)
+        send_message(session, name, text, NOTICE, tags, own_id)
 
     return to_each_target(session, targets, send)
 
@@ -9067,10 +9075,10 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
         if not re.fullmatch("[A-Za-z0-9-]+", reference):
             raise Refused("INVALID_REFTAG", "a reference is made of letters and digits", reference)
         if kind != "draft/multiline" or not target:
-            raise Refused("UNKNOWN_TYPE", "only messages of several lines come so", reference, kind)
+            raise Refused("UNKNOWN_TYPE", "the type has to be draft/multiline", reference, kind)
         label = session.message.tags.get("label", "")
         if session.collected:
-            raise Refused("MULTILINE_INVALID", "there is one already; end that first", reference)
+            raise Refused("MULTILINE_INVALID", "another batch is open; end it first", reference)
         tags = client_tags(session)
         session.collected = Collected(reference, target, label, tags, client_id(session, target))
         session.labelled = None  # the answer comes at its end
@@ -9371,9 +9379,10 @@ def metadata_set(session: IrcSession, target: str, key: str, value: str = "") ->
     name = target if owner is session else owner.name
     if owner is not session:
         yield do(session.act, "set_metadata", name, key, value)
+    elif value:
+        session.metadata[key] = value
     else:
-        session.metadata.update({key: value})
-        session.metadata = {known: text for known, text in session.metadata.items() if text}
+        session.metadata.pop(key, None)
     session.tell_value(name, key, value)
 
 
@@ -9407,8 +9416,10 @@ def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> 
                 session.subscribed.pop(key, None)
             done.append(key)
     if done:
-        shape = RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK
-        told = lambda _: session.reply(shape, " ".join(done))  # noqa: E731
+
+        def told(_: None) -> None:
+            session.reply(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, " ".join(done))
+
         session.act("follow", "subscribers", tuple(done), on, then=told)
 
 
@@ -9494,30 +9505,28 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     """Tell the targets whose last message is between two marks, the oldest of these first. A page
     does not end between two messages of the same time: the next page begins after that time."""
     hub, user = session.site.hub, session.user
-    first, last = sorted(bounds, key=lambda mark: (mark.id is None, mark.time))
-    if first.id is None:
-        first, last = sorted(bounds, key=lambda mark: mark.time)
+    first, last = sorted(bounds, key=lambda mark: (mark.id is None, mark.time))  # an id is first
     keys = [channel.key for channel in user.channels]
     newest = functools.partial(
         session.site.store.history.newest, keys, hub.identities(user.identity)
     )
     found = yield do(session.read, newest)
     names = {channel.key: channel.name for channel in user.channels}
-    there = []
+    matching = []
     for key, event in found:
         behind = event.id > first.id if first.id is not None else event.time > first.time
         if behind and event.time < last.time and (not key or key in names):
             mine = hub.same_person(event.source.identity, user.identity)
             partner = event.about if mine else event.source.name
-            there.append((event.time, names.get(key) or partner))
-    there.sort()
-    page = there[:count]
-    page += itertools.takewhile(lambda one: one[0] == page[-1][0], there[count:])
+            matching.append((event.time, names.get(key) or partner))
+    matching.sort()
+    page = matching[:count]
+    page += itertools.takewhile(lambda one: one[0] == page[-1][0], matching[count:])
     lines = (
         irc_bytes(f":{session.site.name} CHATHISTORY TARGETS {name} {tag_time(when)}")
         for when, name in page
     )
-    ends = last_page_tag(session, len(page) == len(there))
+    ends = last_page_tag(session, len(page) == len(matching))
     in_batch(session, "draft/chathistory-targets", lines, ends)
 
 
@@ -9537,7 +9546,9 @@ def play(session: IrcSession, name: str, events: list[Event], newest: bool, whol
     in_batch(session, f"chathistory {name}", lines, last_page_tag(session, whole))
 
 
-def history_job(session: IrcSession, how: str, span: Span, name: str, marks: list[str], count: int):
+def history_job(
+    session: IrcSession, how: str, span: Span, name: str, marks: list[str], count: int
+) -> tuple[Callable[[], list[Event]], bool]:
     """Return the job that reads a page, and whether it reads the span's newest. Raises Refused."""
     hub, store = session.site.hub, session.site.store
     points = [parse_mark(hub, mark, how, name) for mark in marks if (how, mark) != ("LATEST", "*")]
@@ -9559,9 +9570,13 @@ def changes_told(session: IrcSession) -> list[str]:
     messages: redactions and reactions from the time when it was away."""
     if "chat.py/session" not in session.capabilities:
         return []
-    kinds = [REDACT] * ("draft/message-redaction" in session.capabilities)
-    replayed = "draft/event-playback" in session.capabilities
-    return kinds + [TAGS] * ("message-tags" in session.capabilities and not replayed)
+    kinds = []
+    if "draft/message-redaction" in session.capabilities:
+        kinds.append(REDACT)
+    replayed = "draft/event-playback" in session.capabilities  # then the page has them
+    if "message-tags" in session.capabilities and not replayed:
+        kinds.append(TAGS)
+    return kinds
 
 
 def target_bound(session: IrcSession, text: str) -> Mark:
@@ -9897,8 +9912,8 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
             session.watched[key] = name
             added.append(name)
     if added:
-        told = lambda _: tell_monitored(session, added)  # noqa: E731
-        session.act("follow", "watchers", tuple(map(fold, added)), True, then=told)
+        keys = tuple(map(fold, added))
+        session.act("follow", "watchers", keys, True, then=lambda _: tell_monitored(session, added))
 
 
 def monitor_remove(session: IrcSession, names: list[str]) -> None:
@@ -9966,7 +9981,8 @@ server_query("MAP -- which servers there are, and how many connections each has"
 server_query("SERVLIST -- which services there are: none", lambda s: s.reply(RPL_SERVLISTEND), 0)
 server_query(
     "ISUPPORT -- the limits and features of this server, also before you come in",
-    *(tell_isupport, 0),
+    tell_isupport,
+    server=0,
     nameless=True,
 )
 server_query(
@@ -10269,7 +10285,8 @@ class LineSession(LocalSession):
 
     def tell(self, text: str) -> None:
         """Send a line of the server to this session only."""
-        self.send(f"* {harmless(text)}\n".replace("\n", " ")[:-1].encode() + b"\n")
+        line = f"* {harmless(text)}".replace("\n", " ")
+        self.send(f"{line}\n".encode())
 
     notice = tell
 
@@ -10323,9 +10340,9 @@ class LineSession(LocalSession):
             self.end("Another connection of yours took this place")
 
     def say(self, text: str, kind: str = MESSAGE) -> None:
-        self.act("say", self.place().name, text, kind, "", "")
+        self.act("say", self.current_channel().name, text, kind, "", "")
 
-    def place(self) -> Channel:
+    def current_channel(self) -> Channel:
         """Return the channel where plain lines go. Raises Refused if the user is out of it."""
         if self.here is None:
             raise Refused("NOT_IN_CHANNEL", f"you are in no channel; /join {LOBBY}")
@@ -10358,9 +10375,12 @@ class LineSession(LocalSession):
             self.tell(f"you are {name}: {why_renamed(self.site.hub, wanted, name)}")
         elif self.greeted:
             self.tell(f"you are {name}{self.who_is_here()}; /help")
-        self.act("join", LOBBY, "", then=functools.partial(setattr, self, "here"))
+        self.act("join", LOBBY, "", then=self.speak_in)
 
-    def move(self) -> None:
+    def speak_in(self, channel: Channel) -> None:
+        self.here = channel
+
+    def change_channel(self) -> None:
         """If the user left the channel spoken in, speak in the lobby, else in another channel."""
         channels = self.user.channels
         if self.here and self.here not in channels:
@@ -10392,8 +10412,8 @@ class LineSession(LocalSession):
 
 
 @in_steps
-def change_modes_aloud(
-    session: LineSession, channel: Channel, changes: list, done: Callable = lambda: None
+def change_modes_or_refuse(
+    session: LineSession, channel: Channel, changes: list, done: Callable = do_nothing
 ) -> Steps:
     """Change modes, and call done(); or tell the first refusal."""
     values = channel.name, tuple(map(tuple, changes)), secrets.token_hex(16)
@@ -10405,7 +10425,7 @@ def change_modes_aloud(
 
 def named_channel(session: LineSession, name: str) -> Channel:
     """Return the channel of that name; without a name the one the session speaks in."""
-    return session.site.hub.find_channel(name) if name else session.place()
+    return session.site.hub.find_channel(name) if name else session.current_channel()
 
 
 def ban_mask(user: User) -> str:
@@ -10414,7 +10434,7 @@ def ban_mask(user: User) -> str:
     return f"{user.name}!*@*" if host.startswith("127.") or host == "0::1" else f"*!*@{host}"
 
 
-def kick_aloud(session: LineSession, channel: Channel, name: str, reason: str) -> None:
+def kick_and_tell(session: LineSession, channel: Channel, name: str, reason: str) -> None:
     user = session.site.hub.users.get(fold(name))
     told = f"you kicked {user.name if user else name} from {channel.name}"
     session.act("kick", channel.name, name, reason, then=lambda _: session.tell(told))
@@ -10427,7 +10447,7 @@ def kick_banned(session: LineSession, channel: Channel, mask: Mask) -> Iterator[
         if member is None:
             yield
         elif member is not session.user and member in channel.members and mask.matches(member):
-            kick_aloud(session, channel, member.name, "banned")
+            kick_and_tell(session, channel, member.name, "banned")
             yield
 
 
@@ -10497,7 +10517,7 @@ def line_part(session: LineSession, name: str = "", reason: str = "") -> Steps:
     channel = yield do(session.act, "part", named_channel(session, name).name, reason)
     session.tell(f"you left {channel.name}")
     if channel is session.here:
-        session.move()
+        session.change_channel()
 
 
 @line_command("names", most=1)
@@ -10526,7 +10546,7 @@ def line_list(session: LineSession) -> Iterator[None]:
 @line_command("topic", most=1)
 def line_topic(session: LineSession, text: str = "") -> None:
     """/topic [TEXT] -- read or set the topic of the channel you speak in"""
-    channel = session.place()
+    channel = session.current_channel()
     if text:
         session.act("set_topic", channel.name, text, then=functools.partial(tell_topic, session))
     else:
@@ -10569,25 +10589,25 @@ def line_invite(session: LineSession, name: str, where: str = "") -> Steps:
 @line_command("kick", 1, 2)
 def line_kick(session: LineSession, name: str, reason: str = "") -> None:
     """/kick NAME [REASON] -- put a user out of the channel you speak in"""
-    kick_aloud(session, session.place(), name, reason)
+    kick_and_tell(session, session.current_channel(), name, reason)
 
 
 @line_command("mode", most=1)
 def line_mode(session: LineSession, text: str = "") -> None:
     """/mode [MODES] -- see or change the channel you speak in: /mode +m-t, /mode +o NAME"""
-    channel = session.place()
+    channel = session.current_channel()
     if not text:
         known = "; ".join(f"{letter} {meaning}" for letter, meaning in FLAGS.items())
         session.tell(f"the modes of {channel.name}: {channel.modes_text(session)} ({known})")
         return
     letters, *values = text.split()
-    change_modes_aloud(session, channel, parse_modes(letters, values), lambda: None)
+    change_modes_or_refuse(session, channel, parse_modes(letters, values))
 
 
 @line_command("ban", most=1)
 def line_ban(session: LineSession, whom: str = "") -> None:
     """/ban [NAME|MASK] -- keep a user out of the channel you speak in, and put them out"""
-    channel, user = session.place(), session.site.hub.users.get(fold(whom))
+    channel, user = session.current_channel(), session.site.hub.users.get(fold(whom))
     if not whom:
         masks = ", ".join(mask.text for mask in channel.lists["b"].values())
         return session.tell(f"banned from {channel.name}: {masks or 'no user'}")
@@ -10596,18 +10616,18 @@ def line_ban(session: LineSession, whom: str = "") -> None:
     def banned() -> None:
         session.postponed.append(kick_banned(session, channel, Mask(mask)))
 
-    return change_modes_aloud(session, channel, [ModeChange(True, "b", mask)], banned)
+    return change_modes_or_refuse(session, channel, [ModeChange(True, "b", mask)], banned)
 
 
 @line_command("unban", 1)
 def line_unban(session: LineSession, whom: str) -> None:
     """/unban NAME|MASK -- let them in again"""
-    channel, user = session.place(), session.site.hub.users.get(fold(whom))
+    channel, user = session.current_channel(), session.site.hub.users.get(fold(whom))
     keys = {fold(whom), fold(full_mask(whom)), fold(ban_mask(user)) if user else ""}
     found = [channel.lists["b"][key].text for key in keys & channel.lists["b"].keys()]
     if not found:
         raise Refused("NOT_BANNED", f"no ban of {channel.name} is {whom}; /ban lists them")
-    change_modes_aloud(session, channel, [ModeChange(False, "b", mask) for mask in found])
+    change_modes_or_refuse(session, channel, [ModeChange(False, "b", mask) for mask in found])
 
 
 def logged_in_line(session: LineSession, account: str, proof: str) -> Steps:
@@ -10646,7 +10666,7 @@ def line_login(session: LineSession, *words: str) -> Steps:
     if session.user.name != name_before:
         session.tell(f"you are {session.user.name}")
     if session.user is not before:
-        session.move()
+        session.change_channel()
 
 
 line_command("passwd", 2, doc="/passwd OLD NEW -- another password for your account", exact=True)(
@@ -10654,7 +10674,8 @@ line_command("passwd", 2, doc="/passwd OLD NEW -- another password for your acco
 )
 line_command("drop", 1, doc="/drop PASSWORD -- give up your account", exact=True)(drop_own_account)
 line_command(
-    *("disown", 1),
+    "disown",
+    least=1,
     doc="/disown #CHANNEL -- let a channel that you founded end with its last member",
 )(disown_channel)
 
@@ -10667,12 +10688,15 @@ def line_oper(session: LineSession, name: str, password: str) -> None:
 
 
 line_command(
-    *("kline", 1, 3),
+    "kline",
+    least=1,
+    most=3,
     doc="/kline ADDRESS|MASK|a:ACCOUNT [MINUTES [REASON]] -- ban from this server (operators only)",
     privileged=True,
 )(ban_from)
 line_command(
-    *("unkline", 1),
+    "unkline",
+    least=1,
     doc="/unkline ADDRESS|MASK|a:ACCOUNT -- end a ban from this server (operators only)",
     privileged=True,
 )(unban_from)
@@ -10721,7 +10745,7 @@ def line_history(session: LineSession, *params: str) -> Steps:
 @in_steps
 def line_search(session: LineSession, words: str) -> Steps:
     """/search WORDS -- what was said with them in the channel you speak in"""
-    channel = session.place()
+    channel = session.current_channel()
     scope = scope_of(session.site.hub, session.user, channel.audience)
     search = functools.partial(session.site.store.search_index.search, [scope], words, Span(scope))
     found = yield do(session.read, functools.partial(search, HISTORY_LINES))

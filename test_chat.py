@@ -8560,7 +8560,7 @@ alice> @batch=1 PRIVMSG #m :wrong
 alice< FAIL BATCH MULTILINE_INVALID :this line belongs to another message
 alice> BATCH -2
 alice> BATCH +3 foo #m
-alice< FAIL BATCH UNKNOWN_TYPE 3 foo :only messages of several lines come so
+alice< FAIL BATCH UNKNOWN_TYPE 3 foo :the type has to be draft/multiline
 alice> BATCH +4 draft/multiline #m
 alice> @batch=4 NOTICE #m :x
 alice> @batch=4 PRIVMSG #m :x
