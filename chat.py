@@ -11242,8 +11242,9 @@ class FrameReader:
         self.buffer.clear()
 
 
-class Framing:
-    """Lines of IRC as frames, one for each line. The bytes of a whole channel are framed once."""
+class FrameWriter:
+    """Lines of IRC in, frames out, one for each line. The same bytes for a whole channel are framed
+    once."""
 
     def __init__(self, opcode: int):
         self.opcode = opcode
@@ -11264,7 +11265,7 @@ class Framing:
 # Answering requests
 
 
-class Web(NamedTuple):
+class WebOptions(NamedTuple):
     """The settings of the web dialect."""
 
     hosts: frozenset[str] = frozenset(("localhost",))  # names that Host may have; IPs always may
@@ -11298,14 +11299,14 @@ def forwarded_host(text: str) -> str:
     return ""
 
 
-def host_allowed(web: Web, host: str) -> bool:
+def host_allowed(web: WebOptions, host: str) -> bool:
     """Return whether a request for this host is for this server. Without this check, a page of
     another site could read ours through a name that leads here (DNS rebinding)."""
     is_ip = ":" in host or re.fullmatch(r"[0-9]+(\.[0-9]+){3}", host)
     return bool(host and (is_ip or host in web.hosts))
 
 
-def origin_allowed(web: Web, origin: str, own: str = "") -> bool:
+def origin_allowed(web: WebOptions, origin: str, own: str = "") -> bool:
     """Return whether a page of this origin may open a WebSocket: one of this server, under the
     Host `own` of the request, one of this machine, or one of --web-origin. No origin ("") means
     that the client is no browser."""
@@ -11360,7 +11361,8 @@ class WebSession(LocalSession):
     """A session that answers the requests of one connection in their order."""
 
     __slots__ = (
-        *("at_end", "body_left", "closing", "credentials", "near", "owner", "proof", "reading"),
+        *("at_end", "body_left", "closing", "credentials", "on_this_machine", "owner", "proof"),
+        "reading",
         *("request", "sender", "take_body", "upload"),
     )
     takes_lines = False
@@ -11369,7 +11371,7 @@ class WebSession(LocalSession):
         super().__init__(site, conn)
         self.request: Request | None = None  # that is being answered
         self.sender: tuple[str, bool, bool | None] = (conn.host, False, None)  # see _find_client()
-        self.near = is_loopback(conn.host)  # the client is on this machine
+        self.on_this_machine = is_loopback(conn.host)  # the client
         self.closing = False  # behind the answer
         self.take_body: Callable[[bytes], None] = do_nothing  # takes pieces of its body
         self.body_left = False  # there is more of it to come
@@ -11432,7 +11434,8 @@ class WebSession(LocalSession):
             return False
         client = (host, passed_on, secure)
         if client != self.sender:  # of the request before: most connections have one client
-            self.sender, self.near = client, is_loopback(host) and not passed_on
+            self.sender = client
+            self.on_this_machine = is_loopback(host) and not passed_on
             key = address_key(host, host_of(conn.local))
             conn.act_for(host, f"a proxy at {key}" if passed_on else key, secure)
             self.address = conn.address
@@ -11479,7 +11482,7 @@ class WebSession(LocalSession):
 
     def may_read_metrics(self) -> bool:
         """Return whether the client may read /health and /metrics: one on this machine, or all."""
-        return self.site.web.open_metrics or self.near
+        return self.site.web.open_metrics or self.on_this_machine
 
     # What chat wants of a session
 
@@ -18333,7 +18336,8 @@ def qr_rows(text: str) -> list[str]:
 # One turn of the loop is run_once(): poll, let every ready handler read and act, run what
 # is due, let the owner end the turn, write to every connection that has something to say,
 # close what was closed. Sockets are closed last, so that no file descriptor comes to mean
-# something else while a turn's batch of ready ones is being worked through.
+# something else while a turn's batch of ready ones is being worked through. Nothing on the loop
+# waits: slow jobs run on the threads of Helpers, and the log is written by a thread of its own.
 
 log = logging.getLogger("chat")
 
@@ -18571,11 +18575,10 @@ class Connection:
         """Set the events that the selector watches; no other place decides that."""
         if self.state == CLOSED:
             return
-        reads = (
-            self.wants_read()
-            if self.state == OPEN
-            else self.state == LINGERING or self.reads_to_end
-        )
+        if self.state == OPEN:
+            reads = self.wants_read()
+        else:
+            reads = self.state == LINGERING or self.reads_to_end
         mask = READ if reads and not self.eof else 0
         if self.unsent and self.state <= CLOSING:
             mask |= WRITE
@@ -18695,7 +18698,7 @@ class Loop:
             self.finished.pop().close()
 
     def guarded(self, callback: Callable, *args: Any) -> None:
-        """Call back, in the one catch: a bug is logged, and costs only its connection."""
+        """Call back. A bug is logged; if the callback is of a connection, that is dropped."""
         try:
             callback(*args)
         except Exception:
@@ -18792,8 +18795,8 @@ class Lane:
 
 
 class Helpers:
-    """A few threads for jobs that would make the loop wait. Pages, passwords and mail have lanes of
-    their own: no lane holds up another."""
+    """A few threads for jobs that would make the loop wait. Each lane has threads of its own (see
+    HELPER_THREADS), so that no kind of job holds up another."""
 
     def __init__(self, loop: Loop):
         self.loop = loop
@@ -18905,9 +18908,10 @@ def report_bug() -> None:
 # ======================================================================================
 # SERVER
 # ======================================================================================
-# Listeners, peers, and the five beats: the loop polls and reads, act() turns lines into
-# Hub calls, end_turn() commits and writes. Whatever a peer does wrong is answered or
-# logged here in one line, and no other peer notices.
+# Listeners, peers, and the five beats: the loop polls and reads, ActBeat turns lines into acts,
+# Server.end_turn() commits (Committer) and writes. Beside them: limits on connections and time,
+# the files that users upload, and what is read again by REHASH. Whatever a peer does wrong is
+# answered or logged here in one line, and no other peer notices.
 
 
 TLS_FIRST_BYTES = b"\x16\x03"  # a handshake record, and a version (RFC 8446 section 5.1)
@@ -18932,7 +18936,7 @@ class ServerOptions(NamedTuple):
     register: frozenset[str] = frozenset()  # "before-connect", "email-required", or "off"
     sts: int | None = None  # seconds for which clients have to use TLS (IRCv3 sts)
     sendmail: str | None = None  # a command that takes a message, like sendmail -t
-    web: Web = Web()
+    web: WebOptions = WebOptions()
     files: bool = True
     file_max: int = FILE_BYTES
     files_max: int = FILES_BYTES
@@ -19013,9 +19017,9 @@ class Peer(Connection):
     """A connection as the server sees it; its session knows it as `conn`."""
 
     __slots__ = (
-        *("address", "asked", "budget", "framing", "greeted", "heard", "held", "home", "host"),
+        *("address", "asked", "budget", "frame_writer", "greeted", "heard", "held", "home", "host"),
         *("inbox", "leaving", "limit_key", "looks", "proxied_tls", "server", "session"),
-        *("waits_for_budget", "web"),
+        *("waits_for_budget", "was_unsent", "web"),
     )
 
     def __init__(self, server: "Server", sock: socket.socket, host: str, port: int, key: str):
@@ -19026,10 +19030,11 @@ class Peer(Connection):
         self.limit_key = key
         self.home = server.addresses.enter(key)
         self.inbox: Framer | None = None  # once something comes: many never speak
-        self.framing: Framing | None = None  # makes frames of lines, for a WebSocket
+        self.frame_writer: FrameWriter | None = None  # makes frames of lines, for a WebSocket
         self.web = False  # it speaks HTTP
         self.proxied_tls: bool | None = None  # the client speaks TLS to its proxy, if it has one
-        self.looks = 0  # how often nothing had been sent since the look before
+        self.looks = 0  # how often nothing had been sent since the look before ...
+        self.was_unsent = 0  # ... when so many bytes waited
         self.session: LocalSession | None = None
         self.budget: Budget | None = None
         self.heard = server.loop.now  # when, last ...
@@ -19139,7 +19144,7 @@ class Peer(Connection):
             return self.session.answer(503, refusal)
         self.session.ended()
         super().write(head)
-        self.web, self.framing, self.shared = False, server.framings[opcode], False
+        self.web, self.frame_writer, self.shared = False, server.frame_writers[opcode], False
         self.inbox = FrameReader(LINE_BYTES, self.inbox.buffer)
         self.session = IrcSession(server.site, self)
         server.times.web_heads.discard(self)
@@ -19147,11 +19152,11 @@ class Peer(Connection):
         server.times.unnamed.add(self)
 
     def write(self, data: bytes) -> None:
-        super().write(self.framing(data) if self.framing else data)
+        super().write(self.frame_writer(data) if self.frame_writer else data)
 
     def end_frames(self) -> None:
         """Send a close frame on a WebSocket that is still open."""
-        if self.framing and not self.inbox.closed:
+        if self.frame_writer and not self.inbox.closed:
             super().write(close_frame(1000))
 
     def answer_frames(self) -> None:
@@ -19176,8 +19181,8 @@ class Peer(Connection):
         """Return whether nothing is under way, or nothing was sent in the last few looks."""
         if self.held:
             return False
-        self.looks = self.looks + 1 if self.unsent == self.asked else 0
-        self.asked = float(self.unsent)
+        self.looks = self.looks + 1 if self.unsent == self.was_unsent else 0
+        self.was_unsent = self.unsent
         return not self.unsent or self.looks >= STALLED_LOOKS
 
     @property
@@ -19251,11 +19256,11 @@ class Peer(Connection):
     def still_there(self) -> bool:
         """Return whether the connection is open; notice a reset also while nothing is read.
         Otherwise its input would be acted on for as long as the budget makes it last."""
-        if self.state != CLOSED and (
-            number := self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        ):
+        if self.state == CLOSED:
+            return False
+        if number := self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self._finish(reason_of(OSError(number, os.strerror(number))))
-        return self.state != CLOSED
+        return not self.gone
 
     def resume_with_budget(self) -> None:
         self.waits_for_budget = False
@@ -19816,7 +19821,7 @@ def network_address(hosts: Collection[str]) -> str:
     return ""
 
 
-def web_of(options: ServerOptions, ports: Iterable[int]) -> Web:
+def web_of(options: ServerOptions, ports: Iterable[int]) -> WebOptions:
     """Return the settings of the web dialect, with the names and ports of this machine."""
     own = socket.gethostname().lower()
     reached = network_address([host for host, _ in options.listen])
@@ -19973,7 +19978,7 @@ class ActBeat:
                 return  # more was answered than is likely to be read: the next lines can wait
             if time.perf_counter() > end or (turn.several and turn.is_full):
                 return
-            if session and (session.unfinished is not None or session.postponed):
+            if session and session.has_more:
                 session.go_on()
                 self._charge(peer, replied)
             elif not self.act_on_a_line(peer):
@@ -19983,9 +19988,9 @@ class ActBeat:
         """Act on one line of a peer; return whether there was one, and budget for it."""
         if peer.inbox is None:
             return False
-        free = peer.inbox.in_body
-        spent = peer.budget and (not free or peer.budget.tokens < 0)
-        if spent and peer.inbox.pending and (seconds := peer.wait()):
+        in_body = peer.inbox.in_body  # pieces of a body are taken until the budget is in debt
+        limited = peer.budget and (not in_body or peer.budget.tokens < 0)
+        if limited and peer.inbox.pending and (seconds := peer.wait()):
             if peer.gone:  # after a reset: what the budget does not allow is not waited for
                 log.info("%s was reset with lines beyond its budget: dropped", peer.address)
                 peer.inbox.clear()
@@ -19994,7 +19999,7 @@ class ActBeat:
             self.loop.call_later(seconds, peer.resume_with_budget)
             peer.update()
             return False
-        costs = WORK_OF_A_PIECE if free else WORK_PER_TOKEN
+        costs = WORK_OF_A_PIECE if in_body else WORK_PER_TOKEN
         line = peer.inbox.take()
         if peer.inbox.out:
             peer.answer_frames()
@@ -20086,7 +20091,7 @@ class Server:
         self.limits = ConnectionLimits(options)
         self.times = TimeLimits(loop)
         self.beat = ActBeat(loop, self.site, self.times, fair=options.flood is not None)
-        self.framings = {opcode: Framing(opcode) for opcode in SUBPROTOCOLS.values()}
+        self.frame_writers = {opcode: FrameWriter(opcode) for opcode in SUBPROTOCOLS.values()}
         self.grace_timer: Timer | None = None
         self.leaving: list[Peer] = []  # to be closed once this turn is written
         self.jobs: list[tuple] = []  # for helpers, after the commit
@@ -21480,7 +21485,7 @@ class NatsLink:
     def __init__(self, server: Server):
         self.server, self.loop = server, server.loop
         self.cluster, self.options = server.cluster, server.cluster.options
-        self.turns = itertools.cycle(self.options.servers)
+        self.servers = itertools.cycle(self.options.servers)
         self.conn: LinkConnection | None = None
         self.dialogue: NatsDialogue | None = None
         self.context: Any = None  # of TLS
@@ -21492,7 +21497,7 @@ class NatsLink:
 
     def dial(self) -> None:
         """Try the next NATS server."""
-        self.host, port = next(self.turns)
+        self.host, port = next(self.servers)
         self.address = address_text(self.host, port)
 
         def look_up() -> tuple[Any, list]:
@@ -26807,7 +26812,7 @@ def run_server(args: argparse.Namespace) -> int:
     names = set(ServerOptions._fields) - {"listen", "web", "files", "cluster"}
     listen = tuple(args.listen or ServerOptions().listen)
     named = [*args.web_origin, *filter(None, [args.web_url])]
-    web = Web(
+    web = WebOptions(
         origins=frozenset(args.web_origin),
         hosts=frozenset(split_host(url.partition("://")[2])[0] for url in named),
         proxies=frozenset(args.web_proxy),
