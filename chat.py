@@ -640,7 +640,7 @@ class LineBuffer:
     all short lines would be twenty times as large. A line longer than `limit` bytes comes out as
     TOO_LONG once and is skipped."""
 
-    __slots__ = (
+    __slots__ = (  # *(...), here and below, lets the formatter keep several names on a line
         *("begins", "buffer", "ended", "first", "limit", "lines", "searched", "skipping", "start"),
     )
     out, closed, in_body, fruitless = b"", False, False, False  # see Framer
@@ -661,6 +661,7 @@ class LineBuffer:
         self.skipping = False  # the rest of a line that was too long
 
     def feed(self, data: bytes) -> None:
+        """Take bytes. Of a line over the limit only the beginning is kept."""
         self.buffer = self.buffer[self.start :] + data if self.start < len(self.buffer) else data
         self.searched = max(0, self.searched - self.start)
         self.start = 0
@@ -1494,6 +1495,7 @@ class Throttle:
             raise Refused("TRY_LATER", f"too many failures; try again in {seconds} s")
 
     def failed(self, host: str, subject: str, now: int) -> None:
+        """Count a failed attempt. A full table forgets those with the fewest failures."""
         for one in (subject, None):
             count = self.count(host, one, now) + 1
             self.failures[self.key(host, one)] = count, now + self.milliseconds
@@ -1830,7 +1832,7 @@ class User:
     )
 
     def __init__(self, source: Source, realname: str, resume_id: str, now: int):
-        self.resume_id = resume_id  # of this stay, from the first session to the last
+        self.resume_id = resume_id  # the same from the first session to the last; see identity
         self.stored = False  # the store has a row of this user
         self.traces = False  # something in the history has this user's identity
         self.tokens: dict[str, None] = {}  # resume tokens, the oldest first
@@ -1849,8 +1851,8 @@ class User:
 
     @property
     def identity(self) -> str:
-        """The owner of messages, markers and private conversations: the account's identity, or else
-        that of this stay. No channel's key begins like one."""
+        """The owner of messages, markers and private conversations: the account's identity; for a
+        guest the resume_id. No channel's key begins like one."""
         return self.login or self.resume_id
 
     def set_source(self, source: Source) -> None:
@@ -2264,6 +2266,7 @@ class Channel:
             raise Refused("NOT_OPERATOR", f"only operators of {self.name} can do that", self.name)
 
     def check_can_send(self, user: User, text: str) -> None:
+        """Raise Refused unless a user may send this text to the channel."""
         if "C" in self.flags and CTCP_BEGINS.search(text):
             raise Refused("CANNOT_SEND", f"{self.name} takes no CTCP but actions (+C)", self.name)
         member = self.members.get(user)
@@ -2302,6 +2305,7 @@ class Channel:
             yield "CHANNEL_FULL", f"it is full (+l {self.limit})"
 
     def check_entry(self, user: User, password: str) -> None:
+        """Raise Refused unless a user may join with this password."""
         if user.invitations.get(self) or self.founded_by(user):
             return
         for code, why in self.obstacles(user, password):
@@ -2316,6 +2320,7 @@ class Channel:
         return bool(self.members) and "s" not in self.flags or user in self.members
 
     def uninvite(self, user: User) -> None:
+        """End a user's invitation to this channel, if there is one."""
         user.invitations.pop(self, None)
         self.invited.discard(user)
 
@@ -2818,6 +2823,7 @@ class Group:
         return wire if self.special else wire.format
 
     def lines(self, wire: Wire, report: Callable) -> list[bytes]:
+        """Return a line for each event, as this wire has them. They are encoded once."""
         key = self.key(wire)
         if (lines := self.encoded.get(key)) is not None:
             return lines
@@ -2964,6 +2970,7 @@ class Turn:
         self.left: dict[Session, User] = {}  # ended; still get what came before that
 
     def move(self, user: User, channel: Channel) -> None:
+        """Note that a user joins or leaves a channel."""
         self.moved.add(user)
         self.moved_channels.add(channel)
         self.changed |= {user, channel}
@@ -3096,6 +3103,7 @@ class Turn:
                 session.notice(f"your change is not stored yet, and will be tried again: {reason}")
 
     def close(self) -> None:
+        """Forget what was true in this turn only, after it was written."""
         for session in self.individually_addressed:
             if isinstance(session, LocalSession):
                 session.turn_over()
@@ -3371,7 +3379,7 @@ class Hub:
                 self.turn.record("user_gone", one.resume_id)
         self.turn.changed.clear()
 
-    # The one door in, and the one door out
+    # All changes come in by perform(), and all that others see goes out by emit()
 
     def perform(self, name: str, actor: int, *values: Any) -> Any:
         """Do an act as session `actor` (0: the server). After Refused, nothing has changed."""
@@ -3818,8 +3826,8 @@ def change_login(hub: Hub, who: Session, account: str) -> None:
 
 
 def new_resume_id(hub: Hub, token: str) -> str:
-    """Return the identity of a guest's stay: the same one, with its private conversations, for a
-    guest who comes back with the token, unless an account has used that token since then."""
+    """Return the identity of a new guest. A guest who comes back with the token has the same one,
+    and so the same private conversations, unless an account has used the token since then."""
     known = f"~{token[:SECRET_DIGITS]}"
     if token and known not in hub.accounts_of and known not in hub.users_by_id:
         return known
@@ -4129,6 +4137,7 @@ def own_account(user: User) -> str:
 
 @act
 def add_certificate(hub: Hub, who: Session, fingerprint: str) -> str:
+    """Let a certificate log in to the user's account; return the account's name."""
     accounts, account = hub.accounts, own_account(who.user)
     if not fingerprint:
         raise Refused("NO_CERTIFICATE", "this connection shows no certificate")
@@ -4144,6 +4153,7 @@ def add_certificate(hub: Hub, who: Session, fingerprint: str) -> str:
 
 @act
 def remove_certificate(hub: Hub, who: Session, fingerprint: str) -> str:
+    """Remove a certificate from the user's account; return the account's name."""
     account = own_account(who.user)
     if hub.accounts.certificates.get(fingerprint) != fold(account):
         raise Refused("NO_CERTIFICATE", "that is no certificate of yours; see CERT LIST")
@@ -4201,6 +4211,7 @@ def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
 
 @act
 def part(hub: Hub, who: Session, name: str, reason: str) -> Channel:
+    """Leave a channel; return it."""
     channel = hub.find_channel(name)
     channel.member(who.user)
     hub.emit(PART, who.user.source, channel.audience, cut(reason, REASON_BYTES), origin=who)
@@ -4230,6 +4241,7 @@ def with_outsider(hub: Hub, channel: Channel, user: User) -> Audience:
 
 @act
 def set_topic(hub: Hub, who: Session, name: str, topic: str) -> Channel:
+    """Set the topic of a channel; return the channel."""
     user, channel = who.user, hub.find_channel(name)
     channel.require_inside(who)
     if "t" in channel.flags:
@@ -5572,7 +5584,7 @@ class History:
 
 
 class IndexStep(NamedTuple):
-    """What a step of the search index left to be done, and whether it failed."""
+    """The work that a step of the search index left to be done, and whether it failed."""
 
     behind: set[int]
     gone: list[tuple[int, int, int]]
@@ -5625,6 +5637,7 @@ class SearchIndex:
         return None
 
     def _open_once(self, path: pathlib.Path | None) -> sqlite3.Connection:
+        """Open the index. Raises sqlite3.DatabaseError if it is damaged, or without FTS5."""
         db = connect(path, "rwc")
         db.executescript(f"""
             PRAGMA journal_mode = WAL; PRAGMA synchronous = OFF; PRAGMA secure_delete = ON;
@@ -5670,6 +5683,7 @@ class SearchIndex:
                 self.store.db.execute("DELETE FROM erased")
 
     def _step(self, behind: set[int], gone: list, known: int, most: int) -> IndexStep:
+        """Do one step: count what is gone, index new messages, make one stale part again."""
         update = "UPDATE parts SET stale = stale + ? WHERE first <= ? AND last >= ?"
         query = "SELECT part FROM parts WHERE stale * 2 >= messages AND stale"
         try:
@@ -5708,6 +5722,7 @@ class SearchIndex:
     def _rows(
         self, db: sqlite3.Connection, targets: Iterable[int], first: int, last: int
     ) -> list[tuple]:
+        """Return id, place and text for the index: the place is words for target and name."""
         kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
         query = f"""
             SELECT id, name, text FROM events
@@ -5885,6 +5900,7 @@ class Backlog:
         self.retry_at = 0.0
 
     def add(self, records: Iterable[Record], now: float) -> None:
+        """Add the records of a turn, each in place of an earlier one of the same table and key."""
         self.retry_at = now + BACKLOG_SECONDS
         for record in records:
             table, keys, _ = STATEMENTS.get(record.name, (record.name, len(record.values), ""))
@@ -6064,6 +6080,7 @@ class Store:
                 raise OSError(f"{path} was moved or removed while the server runs")
 
     def _write(self, turn: Turn, now: float) -> None:
+        """Write the records and events of a turn, in their order, in one transaction."""
         backlog = list(self.backlog.records.values())
         low = turn.events and turn.events[-1].id > self.reserved - ID_BLOCK // 10
         alone = not (backlog or low) and turn.lone_target in self.targets
@@ -6101,6 +6118,7 @@ class Store:
             self.count()
 
     def _insert(self, events: Iterable[Event]) -> list[tuple]:
+        """Insert events, a row for each target that keeps them; return the rows."""
         rows = [
             (
                 *(self.targets.get(target) or self._target(target, audience), id, when, kind),
@@ -6136,6 +6154,7 @@ class Store:
         self.targets.pop((key, founding), None)
 
     def _redact(self, key: str, now: int, id: int) -> list[int]:
+        """Delete a message, if it is under this key; return its id in a list."""
         query = """
             SELECT target FROM events WHERE id = ?
             AND target IN (SELECT id FROM targets WHERE key = ?)"""
@@ -6345,6 +6364,7 @@ class Store:
             return self._delete_up_to(target, self._last_of(target, count), now)
 
     def _delete_up_to(self, target: int, last: int, now: int) -> int:
+        """Delete a target's rows up to an id, in a transaction; return how many there were."""
         first = "SELECT ifnull(min(id), 0) FROM events WHERE target = ?"
         gone = "UPDATE dedup SET time = ? WHERE target = ? AND event <= ? AND time > 0"
         values = [now, target, last, target]
@@ -6472,6 +6492,7 @@ class NatsDialogue:
     def publish(
         self, subject: str, data: bytes, reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
+        """Queue a message, with the subject for replies and with headers, if given."""
         to = f"{subject} {reply}" if reply else subject
         if headers is None:
             self.out += [f"PUB {to} {len(data)}\r\n".encode(), data, b"\r\n"]
@@ -6531,6 +6552,7 @@ class NatsDialogue:
         return number
 
     def _message(self, verb: str, words: list[str], data: bytes) -> list[NatsMessage]:
+        """Take a MSG or HMSG: hand a reply to its request, return any other message."""
         least = 3 if verb == "MSG" else 4  # subject, subscription, sizes; perhaps a reply
         if len(words) < least:
             raise NatsFailed(NOT_NATS)
@@ -6548,6 +6570,7 @@ class NatsDialogue:
         return []
 
     def _control(self, verb: str, rest: str) -> None:
+        """Take a line of the protocol that is no message."""
         if verb == "INFO":
             self._informed(rest)
         elif verb == "PING":
@@ -6675,6 +6698,7 @@ class NatsLog:
         return self._create(LOG_REPLICAS)
 
     def _create(self, replicas: int) -> None:
+        """Create the stream; if NATS has too few servers for the replicas, with fewer."""
         config = {
             "name": self.name,
             "subjects": [self.subject],
@@ -7867,6 +7891,7 @@ class IrcWires:
         self.wires: Any = weakref.WeakValueDictionary()  # each IrcWire by its capabilities
 
     def get(self, capabilities: frozenset[str]) -> IrcWire:
+        """Return the wire for these capabilities, a new one if none is in use."""
         key = capabilities & WIRE_CAPABILITIES
         if "batch" not in capabilities:
             key -= {"draft/multiline"}
@@ -7923,7 +7948,9 @@ class Collected:
             raise Refused("MULTILINE_INVALID", "a message is all PRIVMSG, or all NOTICE")
         if goes_on and not text:
             raise Refused("MULTILINE_INVALID", "a concatenated line must not be empty")
-        between = "" if not self.pieces else SOFT_BREAK if goes_on else "\n"
+        between = SOFT_BREAK if goes_on else "\n"
+        if not self.pieces:
+            between = ""
         self.verb = verb
         self.pieces.append(between + text)
         self.lines += not goes_on
@@ -7974,6 +8001,7 @@ def tell_topic_irc(session: "IrcSession", channel: Channel) -> None:
 
 
 def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
+    """Send the names of a channel: to a member the shared roster, else those it may see."""
     capabilities, me = session.capabilities, session.user
     multi, masks = "multi-prefix" in capabilities, "userhost-in-names" in capabilities
     kind = "@" if "s" in channel.flags else "="
@@ -8234,6 +8262,7 @@ class IrcSession(LocalSession):
         self.mark_answer(whole=not (self.deferred or self.unfinished))
 
     def parse(self, line: bytes) -> Message:
+        """Return the parts of a line. Raises Refused."""
         tags, _, body = line.partition(b" ") if line[:1] == b"@" else (b"", b"", line)
         if line == TOO_LONG or len(body) > IRC_BYTES - 2 or len(tags) > TAGS_BYTES:
             text = f"a line has at most {IRC_BYTES} bytes, and {TAGS_BYTES - 1} of tags"
@@ -8623,6 +8652,7 @@ def mechanisms(session: IrcSession) -> list[str]:
 
 
 def capability_values(session: IrcSession) -> dict[str, str]:
+    """Return what CAP LS offers this session: capabilities, with their values."""
     site, secure = session.site, session.conn.secure
     rules = [*sorted(site.registration)]
     rules += [f"min-password-length={PASSWORD_LEAST}", f"max-password-length={PASSWORD_MOST}"]
@@ -8753,6 +8783,7 @@ def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
 
 
 def begin_sasl(session: IrcSession, name: str) -> None:
+    """Begin a log-in with a mechanism of SASL."""
     if session.user and len(session.user.live) > 1:
         return session.reply(ERR_SASLALREADY, "your other devices are logged in, too")
     if name not in mechanisms(session):
@@ -9344,6 +9375,7 @@ def metadata_owner(session: IrcSession, target: str) -> Any:
 
 
 def metadata_writable(session: IrcSession, target: str, key: str) -> Any:
+    """Return the owner of metadata that this session may change. Raises Refused."""
     owner = metadata_owner(session, target)
     if owner is not session:
         check_metadata_writable(session, owner, target, key)
@@ -9369,6 +9401,7 @@ def metadata_sync(session: IrcSession, target: str) -> Iterator[None]:
 
 @in_steps
 def metadata_set(session: IrcSession, target: str, key: str, value: str = "") -> Steps:
+    """Set a value; "" removes it. Before registration the session itself has metadata."""
     if not METADATA_KEY.fullmatch(key):
         raise Refused("INVALID_KEY", NO_KEY, key)
     owner = metadata_writable(session, target, key)
@@ -9387,6 +9420,7 @@ def metadata_set(session: IrcSession, target: str, key: str, value: str = "") ->
 
 
 def metadata_clear(session: IrcSession, target: str) -> Iterator[None]:
+    """Remove all values, and tell which they were."""
     owner = metadata_writable(session, target, "*")
     keys = list(owner.metadata)
     for key in keys:
@@ -9616,7 +9650,7 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
             span = Span(scope, (kind,), after=since)
             page = functools.partial(session.site.store.history.page, span, CHANGES_A_PAGE, True)
             changes += yield do(session.read, page)
-    if readable(session, name, how) != scope:  # the user was put out, or is another, meanwhile
+    if readable(session, name, how) != scope:  # the user left it, or is another user now
         raise invalid_target(how, name)
     channel = session.site.hub.channels.get(fold(name))
     # A page of the store ends early where it is large, see History.page()
@@ -9899,6 +9933,7 @@ def tell_monitored(session: IrcSession, names: list[str]) -> None:
 
 
 def monitor_add(session: IrcSession, names: list[str]) -> None:
+    """Monitor more names; those past the limit are refused."""
     added = []
     for number, name in enumerate(names):
         key = fold(name)
@@ -10950,6 +10985,7 @@ class HttpReader:
         return line[:-1]
 
     def _head(self) -> Request | None:
+        """Take the head of a request; None if it is incomplete. Raises BadRequest."""
         for end in (b"\r\n", b"\n"):  # RFC 9112 section 2.2: some clients add one
             if self.data.startswith(end, self.start):
                 self.start += len(end)
@@ -10989,6 +11025,7 @@ class HttpReader:
         return END_OF_BODY
 
     def _size(self) -> bytes | None:
+        """Take the size of a chunk, and what has come of the chunk."""
         line = self._line(CHUNK_LINE_BYTES)
         if line is None:
             return None
@@ -11000,6 +11037,7 @@ class HttpReader:
         return self.step()
 
     def _end_of_chunk(self) -> bytes | None:
+        """Take the line end behind a chunk, and the size of the next one."""
         line = self._line(2)
         if line is None:
             return None
@@ -11392,6 +11430,7 @@ class WebSession(LocalSession):
             self.take_body(item)
 
     def _begin(self, request: Request) -> None:
+        """Answer a request, or begin to: the handler of its path does that."""
         self.request, self.take_body = request, do_nothing
         self.body_left = request.length != 0
         self.closing = not request.keeps_alive
@@ -12141,6 +12180,7 @@ def pieces_of_file(session: WebSession, at: int, end: int) -> Iterator[None]:
 def begin_sending(
     session: WebSession, status: int, headers: list[str], first: int, end: int, handle: Any
 ) -> None:
+    """Send the head of an answer with a file; the content follows in pieces."""
     if handle is None:
         return answer_file(session, 404, NO_SUCH_FILE)
     session.send_head(status, *headers)
@@ -18623,6 +18663,7 @@ class Connection:
         self._finish(reason)
 
     def _finish(self, reason: str) -> None:
+        """Close the connection now; its socket is closed at the end of the turn."""
         if self.state == CLOSED:
             return
         if self.mask:
@@ -18772,6 +18813,7 @@ class Lane:
         self.threads: list[threading.Thread] = []
 
     def hand_out(self) -> None:
+        """Give jobs to the free threads."""
         while self.free:
             allowed = (one for one in self.waiting if self.running[one] < self.most)
             if (owner := next(allowed, None)) is None:
@@ -18975,6 +19017,7 @@ class Addresses(dict[str, Address]):
         self.idle = Delay(loop, ADDRESS_SECONDS, self.forget_if_full)
 
     def enter(self, key: str) -> Address:
+        """Count a new connection, and return its address."""
         address = self.get(key)
         if address is None:
             budget = None
@@ -19207,6 +19250,7 @@ class Peer(Connection):
         super().ready(mask if self.wants_read() or self.state != OPEN else mask & ~READ)
 
     def received(self, data: bytes) -> None:
+        """Take plaintext from the client. Its first bytes may begin TLS."""
         self.heard = self.loop.now
         if self.inbox is None:
             self.server.times.silent.discard(self)
@@ -19415,6 +19459,7 @@ def reread_secret(secret: str) -> str:
 
 
 def server_tls_context(options: ServerOptions) -> Any:
+    """Return the TLS context for the options; None without a certificate. Raises Unusable."""
     if not options.tls_cert:
         if options.tls_key or options.sts or options.tls_client_ca:
             raise Unusable("--tls-key, --tls-client-ca and --sts are of no use without --tls-cert")
@@ -19639,6 +19684,7 @@ class Committer:
         return self.loop.now - self.committed < INDEX_SECONDS / 10
 
     def sweep(self) -> None:
+        """Forget failures and dedup keys that are too old, now and then."""
         for throttle in (self.hub.accounts.throttle, self.hub.accounts.made):
             throttle.sweep(self.hub.ticks)
         more = False
@@ -19831,8 +19877,8 @@ def web_of(options: ServerOptions, ports: Iterable[int]) -> WebOptions:
 
 
 class TimeLimits:
-    """How long a peer may take: to say something, to give a name, to read, to answer, to send a
-    request."""
+    """The time limits of peers: to say something, to give a name, to read, to answer a PING, and to
+    send a request."""
 
     def __init__(self, loop: Loop):
         self.loop = loop
@@ -19955,6 +20001,7 @@ class ActBeat:
         self.acting = dict.fromkeys(peers) | self.acting
 
     def _act_on_peer(self, peer: Peer, end: float) -> None:
+        """Act on lines of a peer; close it if its input has ended."""
         try:
             self._take_lines(peer, end)
         except Exception:
@@ -19969,6 +20016,7 @@ class ActBeat:
         peer.update()
 
     def _take_lines(self, peer: Peer, end: float) -> None:
+        """Act on lines, and send long answers on, until the peer's share of the turn ends."""
         self.site.hub.take_work()  # drop the work done meanwhile: it is for no peer's line
         turn = self.site.hub.turn
         for _ in range(LINES_A_TURN):
@@ -20328,6 +20376,7 @@ class Server:
             self.jobs.append((session.conn, lane, job, done))
 
     def answer(self, session: LocalSession, job: Awaited, result: Any) -> None:
+        """Give a session the result of its job, unless its connection has ended."""
         peer = session.conn
         peer.held = False
         peer.resume_soon()
@@ -20365,6 +20414,7 @@ class Server:
             log.warning("the clock of this node and that of NATS differ by %.0f s", now - wall)
 
     def end_turn(self) -> None:
+        """Act, commit and write; then start what waits for the commit."""
         if not self.paused:
             self.beat.act()
         self.hub.take_work()
@@ -20410,6 +20460,7 @@ class Server:
             broadcast(data, sessions)
 
     def _after_writing(self) -> None:
+        """Close connections that were left in this turn, and hand its jobs to helpers."""
         leaving, self.leaving = self.leaving, []
         for peer in leaving:
             if peer.gone:
@@ -21552,6 +21603,7 @@ class NatsLink:
         return self.flush()
 
     def take(self, data: bytes) -> None:
+        """Take bytes from NATS: apply entries, open the log, start TLS if NATS wants it."""
         dialogue, cluster = self.dialogue, self.cluster
         for message in dialogue.feed(data):
             if cluster.log and (entry := cluster.log.take(message)):
