@@ -641,7 +641,7 @@ class LineBuffer:
     all short lines would be twenty times as large. A line longer than `limit` bytes comes out as
     TOO_LONG once and is skipped."""
 
-    __slots__ = (
+    __slots__ = (  # *(...), here and below, lets the formatter keep several names on a line
         *("begins", "buffer", "ended", "first", "limit", "lines", "searched", "skipping", "start"),
     )
     out, closed, in_body, fruitless = b"", False, False, False  # see Framer
@@ -662,6 +662,7 @@ class LineBuffer:
         self.skipping = False  # the rest of a line that was too long
 
     def feed(self, data: bytes) -> None:
+        """Take bytes. Of a line over the limit only the beginning is kept."""
         self.buffer = self.buffer[self.start :] + data if self.start < len(self.buffer) else data
         self.searched = max(0, self.searched - self.start)
         self.start = 0
@@ -1505,6 +1506,7 @@ class Throttle:
             raise Refused(code, f"too many failures; try again in {seconds} s", *params)
 
     def failed(self, host: str, subject: str, now: int) -> None:
+        """Count a failed attempt. A full table forgets those with the fewest failures."""
         for one in (subject, None):
             count = self.count(host, one, now) + 1
             self.failures[self.key(host, one)] = count, now + self.milliseconds
@@ -1842,7 +1844,7 @@ class User:
     )
 
     def __init__(self, source: Source, realname: str, resume_id: str, now: int):
-        self.resume_id = resume_id  # of this stay, from the first session to the last
+        self.resume_id = resume_id  # the same from the first session to the last; see identity
         self.stored = False  # the store has a row of this user
         self.traces = False  # something in the history has this user's identity
         self.tokens: dict[str, None] = {}  # resume tokens, the oldest first
@@ -1861,8 +1863,8 @@ class User:
 
     @property
     def identity(self) -> str:
-        """The owner of messages, markers and private conversations: the account's identity, or else
-        that of this stay. No channel's key begins like one."""
+        """The owner of messages, markers and private conversations: the account's identity; for a
+        guest the resume_id. No channel's key begins like one."""
         return self.login or self.resume_id
 
     def set_source(self, source: Source) -> None:
@@ -2284,6 +2286,7 @@ class Channel:
             raise Refused("NOT_OPERATOR", f"only operators of {self.name} can do that", self.name)
 
     def check_can_send(self, user: User, text: str) -> None:
+        """Raise Refused unless a user may send this text to the channel."""
         if "C" in self.flags and CTCP_BEGINS.search(text):
             raise Refused("CANNOT_SEND", f"{self.name} takes no CTCP but actions (+C)", self.name)
         member = self.members.get(user)
@@ -2322,6 +2325,7 @@ class Channel:
             yield "CHANNEL_FULL", f"it is full (+l {self.limit})"
 
     def check_entry(self, user: User, password: str) -> None:
+        """Raise Refused unless a user may join with this password."""
         if user.invitations.get(self) or self.founded_by(user):
             return
         for code, why in self.obstacles(user, password):
@@ -2336,6 +2340,7 @@ class Channel:
         return bool(self.members) and "s" not in self.flags or user in self.members
 
     def uninvite(self, user: User) -> None:
+        """End a user's invitation to this channel, if there is one."""
         user.invitations.pop(self, None)
         self.invited.discard(user)
 
@@ -2840,6 +2845,7 @@ class Group:
         return wire if self.special else wire.format
 
     def lines(self, wire: Wire, report: Callable) -> list[bytes]:
+        """Return a line for each event, as this wire has them. They are encoded once."""
         key = self.key(wire)
         if (lines := self.encoded.get(key)) is not None:
             return lines
@@ -2986,6 +2992,7 @@ class Turn:
         self.left: dict[Session, User] = {}  # ended; still get what came before that
 
     def move(self, user: User, channel: Channel) -> None:
+        """Note that a user joins or leaves a channel."""
         self.moved.add(user)
         self.moved_channels.add(channel)
         self.changed |= {user, channel}
@@ -3118,6 +3125,7 @@ class Turn:
                 session.notice(f"your change is not stored yet, and will be tried again: {reason}")
 
     def close(self) -> None:
+        """Forget what was true in this turn only, after it was written."""
         for session in self.individually_addressed:
             if isinstance(session, LocalSession):
                 session.turn_over()
@@ -3393,7 +3401,7 @@ class Hub:
                 self.turn.record("user_gone", one.resume_id)
         self.turn.changed.clear()
 
-    # The one door in, and the one door out
+    # All changes come in by perform(), and all that others see goes out by emit()
 
     def perform(self, name: str, actor: int, *values: Any) -> Any:
         """Do an act as session `actor` (0: the server). After Refused, nothing has changed."""
@@ -3903,8 +3911,8 @@ def change_login(hub: Hub, who: Session, account: str) -> None:
 
 
 def new_resume_id(hub: Hub, token: str) -> str:
-    """Return the identity of a guest's stay: the same one, with its private conversations, for a
-    guest who comes back with the token, unless an account has used that token since then."""
+    """Return the identity of a new guest. A guest who comes back with the token has the same one,
+    and so the same private conversations, unless an account has used the token since then."""
     known = f"~{token[:SECRET_DIGITS]}"
     if token and known not in hub.accounts_of and known not in hub.users_by_id:
         return known
@@ -4223,6 +4231,7 @@ def own_account(user: User) -> str:
 
 @act
 def add_certificate(hub: Hub, who: Session, fingerprint: str) -> str:
+    """Let a certificate log in to the user's account; return the account's name."""
     accounts, account = hub.accounts, own_account(who.user)
     if not fingerprint:
         raise Refused("NO_CERTIFICATE", "this connection shows no certificate")
@@ -4238,6 +4247,7 @@ def add_certificate(hub: Hub, who: Session, fingerprint: str) -> str:
 
 @act
 def remove_certificate(hub: Hub, who: Session, fingerprint: str) -> str:
+    """Remove a certificate from the user's account; return the account's name."""
     account = own_account(who.user)
     if hub.accounts.certificates.get(fingerprint) != fold(account):
         raise Refused("NO_CERTIFICATE", "that is no certificate of yours; see CERT LIST")
@@ -4295,6 +4305,7 @@ def join(hub: Hub, who: Session, name: str, password: str) -> Channel | None:
 
 @act
 def part(hub: Hub, who: Session, name: str, reason: str) -> Channel:
+    """Leave a channel; return it."""
     channel = hub.find_channel(name)
     channel.member(who.user)
     hub.emit(PART, who.user.source, channel.audience, cut(reason, REASON_BYTES), origin=who)
@@ -4324,6 +4335,7 @@ def with_outsider(hub: Hub, channel: Channel, user: User) -> Audience:
 
 @act
 def set_topic(hub: Hub, who: Session, name: str, topic: str) -> Channel:
+    """Set the topic of a channel; return the channel."""
     user, channel = who.user, hub.find_channel(name)
     channel.require_inside(who)
     if "t" in channel.flags:
@@ -5615,7 +5627,7 @@ class History:
 
 
 class IndexStep(NamedTuple):
-    """What a step of the search index left to be done, and whether it failed."""
+    """The work that a step of the search index left to be done, and whether it failed."""
 
     behind: set[int]
     gone: list[tuple[int, int, int]]
@@ -5668,6 +5680,7 @@ class SearchIndex:
         return None
 
     def _open_once(self, path: pathlib.Path | None) -> sqlite3.Connection:
+        """Open the index. Raises sqlite3.DatabaseError if it is damaged, or without FTS5."""
         db = connect(path, "rwc")
         db.executescript(f"""
             PRAGMA journal_mode = WAL; PRAGMA synchronous = OFF; PRAGMA secure_delete = ON;
@@ -5713,6 +5726,7 @@ class SearchIndex:
                 self.store.db.execute("DELETE FROM erased")
 
     def _step(self, behind: set[int], gone: list, known: int, most: int) -> IndexStep:
+        """Do one step: count what is gone, index new messages, make one stale part again."""
         update = "UPDATE parts SET stale = stale + ? WHERE first <= ? AND last >= ?"
         query = "SELECT part FROM parts WHERE stale * 2 >= messages AND stale"
         try:
@@ -5751,6 +5765,7 @@ class SearchIndex:
     def _rows(
         self, db: sqlite3.Connection, targets: Iterable[int], first: int, last: int
     ) -> list[tuple]:
+        """Return id, place and text for the index: the place is words for target and name."""
         kinds = ", ".join(f"'{kind}'" for kind in SPOKEN)
         query = f"""
             SELECT id, name, text FROM events
@@ -5928,6 +5943,7 @@ class Backlog:
         self.retry_at = 0.0
 
     def add(self, records: Iterable[Record], now: float) -> None:
+        """Add the records of a turn, each in place of an earlier one of the same table and key."""
         self.retry_at = now + BACKLOG_SECONDS
         for record in records:
             table, keys, _ = STATEMENTS.get(record.name, (record.name, len(record.values), ""))
@@ -6107,6 +6123,7 @@ class Store:
                 raise OSError(f"{path} was moved or removed while the server runs")
 
     def _write(self, turn: Turn, now: float) -> None:
+        """Write the records and events of a turn, in their order, in one transaction."""
         backlog = list(self.backlog.records.values())
         low = turn.events and turn.events[-1].id > self.reserved - ID_BLOCK // 10
         alone = not (backlog or low) and turn.lone_target in self.targets
@@ -6144,6 +6161,7 @@ class Store:
             self.count()
 
     def _insert(self, events: Iterable[Event]) -> list[tuple]:
+        """Insert events, a row for each target that keeps them; return the rows."""
         rows = [
             (
                 *(self.targets.get(target) or self._target(target, audience), id, when, kind),
@@ -6179,6 +6197,7 @@ class Store:
         self.targets.pop((key, founding), None)
 
     def _redact(self, key: str, now: int, id: int) -> list[int]:
+        """Delete a message, if it is under this key; return its id in a list."""
         query = """
             SELECT target FROM events WHERE id = ?
             AND target IN (SELECT id FROM targets WHERE key = ?)"""
@@ -6388,6 +6407,7 @@ class Store:
             return self._delete_up_to(target, self._last_of(target, count), now)
 
     def _delete_up_to(self, target: int, last: int, now: int) -> int:
+        """Delete a target's rows up to an id, in a transaction; return how many there were."""
         first = "SELECT ifnull(min(id), 0) FROM events WHERE target = ?"
         gone = "UPDATE dedup SET time = ? WHERE target = ? AND event <= ? AND time > 0"
         values = [now, target, last, target]
@@ -6515,6 +6535,7 @@ class NatsDialogue:
     def publish(
         self, subject: str, data: bytes, reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
+        """Queue a message, with the subject for replies and with headers, if given."""
         to = f"{subject} {reply}" if reply else subject
         if headers is None:
             self.out += [f"PUB {to} {len(data)}\r\n".encode(), data, b"\r\n"]
@@ -6574,6 +6595,7 @@ class NatsDialogue:
         return number
 
     def _message(self, verb: str, words: list[str], data: bytes) -> list[NatsMessage]:
+        """Take a MSG or HMSG: hand a reply to its request, return any other message."""
         least = 3 if verb == "MSG" else 4  # subject, subscription, sizes; perhaps a reply
         if len(words) < least:
             raise NatsFailed(NOT_NATS)
@@ -6591,6 +6613,7 @@ class NatsDialogue:
         return []
 
     def _control(self, verb: str, rest: str) -> None:
+        """Take a line of the protocol that is no message."""
         if verb == "INFO":
             self._informed(rest)
         elif verb == "PING":
@@ -6718,6 +6741,7 @@ class NatsLog:
         return self._create(LOG_REPLICAS)
 
     def _create(self, replicas: int) -> None:
+        """Create the stream; if NATS has too few servers for the replicas, with fewer."""
         config = {
             "name": self.name,
             "subjects": [self.subject],
@@ -7575,8 +7599,8 @@ RPL_LOGGEDIN = "900 {} {} :You are now logged in as {}"
 RPL_SASLSUCCESS = "903 :SASL authentication successful"
 ERR_SASLFAIL = "904 :{}"
 ERR_SASLTOOLONG = "905 :a line of SASL has at most 400 bytes"
-ERR_SASLALREADY = "907 :{}"
 ERR_SASLABORTED = "906 :SASL authentication aborted"
+ERR_SASLALREADY = "907 :{}"
 RPL_SASLMECHS = "908 {} :are the mechanisms there are"
 RPL_WHOISSECURE = "671 {} :is using a secure connection"
 RPL_WHOISKEYVALUE = "760 {} {} * :{}"
@@ -7684,9 +7708,9 @@ IRC_EVENTS = {  # kind -> the line behind its source; {tail} is " :TEXT" if ther
     WALLOPS: "WALLOPS :{text}",
 }
 IRC_EXTENDED_JOIN = "JOIN {where} {about}{tail}"
-NOT_OWN = (INVITE, INVITED, AWAY, QUIT)  # the origin is told by other means
+NOT_OWN = (INVITE, INVITED, AWAY, QUIT)  # the session that did it gets a numeric or ERROR instead
+ECHOED = (*SPOKEN, TAGS, HINT)  # it gets these only if it has asked for echo-message
 MESSAGE_VERBS = (b"PRIVMSG", b"NOTICE", b"TAGMSG", b"BATCH")
-ECHOED = (*SPOKEN, TAGS, HINT)  # or by an echo, if the session has asked for that
 CLASSIC_CAPABILITIES = (  # for clients that know only one line of CAP LS, the best first
     *("sasl", "multi-prefix", "away-notify", "account-notify", "extended-join", "server-time"),
     *("message-tags", "echo-message", "batch", "labeled-response", "userhost-in-names"),
@@ -7910,6 +7934,7 @@ class IrcWires:
         self.wires: Any = weakref.WeakValueDictionary()  # each IrcWire by its capabilities
 
     def get(self, capabilities: frozenset[str]) -> IrcWire:
+        """Return the wire for these capabilities, a new one if none is in use."""
         key = capabilities & WIRE_CAPABILITIES
         if "batch" not in capabilities:
             key -= {"draft/multiline"}
@@ -7939,9 +7964,9 @@ OWN_ID = "+chat.py/id"  # a client's id of its message: one id is one message
 
 def client_id(session: "IrcSession", target: str) -> str:
     """Return the id that the client gave its message; "" if there are several targets for it."""
-    own = session.message.tags.get(OWN_ID, "")
-    usable = own and session.wire.format.tagged and is_word(own, OWN_ID_BYTES)
-    return own if usable and "," not in target else ""
+    own_id = session.message.tags.get(OWN_ID, "")
+    usable = own_id and session.wire.format.tagged and is_word(own_id, OWN_ID_BYTES)
+    return own_id if usable and "," not in target else ""
 
 
 class Collected:
@@ -7969,7 +7994,9 @@ class Collected:
             raise Refused("MULTILINE_INVALID", "a message is all PRIVMSG, or all NOTICE")
         if goes_on and not text:
             raise Refused("MULTILINE_INVALID", "a concatenated line must not be empty")
-        between = "" if not self.pieces else SOFT_BREAK if goes_on else "\n"
+        between = SOFT_BREAK if goes_on else "\n"
+        if not self.pieces:
+            between = ""
         self.verb = verb
         self.pieces.append(between + text)
         self.lines += not goes_on
@@ -8020,6 +8047,7 @@ def tell_topic_irc(session: "IrcSession", channel: Channel) -> None:
 
 
 def tell_names_irc(session: "IrcSession", channel: Channel) -> None:
+    """Send the names of a channel: to a member the shared roster, else those it may see."""
     capabilities, me = session.capabilities, session.user
     multi, masks = "multi-prefix" in capabilities, "userhost-in-names" in capabilities
     kind = "@" if "s" in channel.flags else "="
@@ -8131,9 +8159,9 @@ class IrcSession(LocalSession):
 
     def line(self, text: str) -> None:
         """Send a line of the server, given without its source."""
-        self.say(f":{self.site.name} {text}")
+        self.send_line(f":{self.site.name} {text}")
 
-    def say(self, text: str) -> None:
+    def send_line(self, text: str) -> None:
         """Send a line, given with its source."""
         self.send(self.timed(irc_bytes(text)))
 
@@ -8199,7 +8227,7 @@ class IrcSession(LocalSession):
         self.send(irc_bytes(f"PING :{self.site.name}"))
 
     def service_says(self, text: str) -> None:
-        self.say(f":{SERVICE}!{SERVICE}@{self.site.name} NOTICE {self.nick} :{text}")
+        self.send_line(f":{SERVICE}!{SERVICE}@{self.site.name} NOTICE {self.nick} :{text}")
 
     def answer(self, text: str) -> None:
         (self.service_says if self.from_service else self.notice)(text)
@@ -8219,7 +8247,7 @@ class IrcSession(LocalSession):
     def hear(self, event: Event) -> None:
         name, source, capabilities = event.audience.name, event.source, self.capabilities
         if event.kind == KILLED:
-            self.say(f":{source.mask} KILL {event.about} :{event.text}")
+            self.send_line(f":{source.mask} KILL {event.about} :{event.text}")
             self.end(killed_text(source, event.text))
         elif event.kind == REPLACED:
             self.fail("SESSION", "REPLACED", "another connection of yours has this place now")
@@ -8241,8 +8269,8 @@ class IrcSession(LocalSession):
         """Tell a client without draft/channel-rename a PART and a JOIN. Names follow when the
         session has its turn: a renaming of a crowded channel must not stop the others."""
         mask, channel = self.user.source.mask, self.site.hub.channels[fold(name)]
-        self.say(f":{mask} PART {old} :renamed to {name}{f': {reason}' if reason else ''}")
-        self.say(f":{mask} JOIN {name}")
+        self.send_line(f":{mask} PART {old} :renamed to {name}{f': {reason}' if reason else ''}")
+        self.send_line(f":{mask} JOIN {name}")
         tell_about_channel(self, channel)
         self.postponed.append(tell_names_later(self, channel))
         self.conn.resume_soon()
@@ -8281,6 +8309,7 @@ class IrcSession(LocalSession):
         self.mark_answer(whole=not (self.deferred or self.unfinished))
 
     def parse(self, line: bytes) -> Message:
+        """Return the parts of a line. Raises Refused."""
         tags, _, body = line.partition(b" ") if line[:1] == b"@" else (b"", b"", line)
         if line == TOO_LONG or len(body) > IRC_BYTES - 2 or len(tags) > TAGS_BYTES:
             text = f"a line has at most {IRC_BYTES} bytes, and {TAGS_BYTES - 1} of tags"
@@ -8336,7 +8365,7 @@ class IrcSession(LocalSession):
         if self.labelled is None:
             return
         turn, (label, replies, events, _) = self.site.hub.turn, self.labelled
-        heard = {e.id: count for e in turn.events[events:] if (count := self.hears(e))}
+        heard = {e.id: count for e in turn.events[events:] if (count := self.count_own_lines(e))}
         count = sum(heard.values()) + sum(count_answers(data) for _, data in self.replies[replies:])
         if self.batch or count > 1 or (count and not whole):
             self.put_in_batch(heard)
@@ -8375,7 +8404,7 @@ class IrcSession(LocalSession):
     def batch_line(self, text: str) -> bytes:
         return irc_bytes(f":{self.site.name} BATCH {text}")
 
-    def hears(self, event: Event) -> int:
+    def count_own_lines(self, event: Event) -> int:
         """Return the number of lines or batches that this session gets of an event of its own."""
         if event.origin is not self or event.kind in PERSONAL:
             return 0
@@ -8427,8 +8456,11 @@ def web_tokens(session: IrcSession) -> list[str]:
     uploads (draft/FILEHOST, and soju's name for it) beside the one that says that upload tokens can
     be asked for (draft/authtoken)."""
     url = base_url(session.site, session.conn.secure, session.conn.local)
-    hosts = [f"{name}={url}/files" for name in ("soju.im/FILEHOST", "draft/FILEHOST")]
-    return [f"chat.py/WEB={url}/", *[*hosts, "draft/AUTHTOKEN"] * (session.site.folder is not None)]
+    tokens = [f"chat.py/WEB={url}/"]
+    if session.site.folder is not None:
+        tokens += [f"{name}={url}/files" for name in ("soju.im/FILEHOST", "draft/FILEHOST")]
+        tokens.append("draft/AUTHTOKEN")
+    return tokens
 
 
 def isupport_lines(session: IrcSession) -> Iterator[bytes]:
@@ -8509,7 +8541,7 @@ def welcome(session: IrcSession) -> None:
     session.reply(RPL_MYINFO, site.name, f"chat.py-{VERSION}", user_modes, modes, with_value)
     tell_isupport(session)
     if "draft/whoami" in session.capabilities:
-        session.say(f":{session.user.source.mask} SETNAME :{session.user.realname}")
+        session.send_line(f":{session.user.source.mask} SETNAME :{session.user.realname}")
     if not session.client:  # with a SESSION it may be on a bad line: bytes count
         tell_lusers(session)
     tell_motd(session)
@@ -8548,7 +8580,7 @@ def greet_user(session: IrcSession, wanted: str, channels: Iterable[Channel]) ->
     if session.site.hub.accounts.is_foreign(wanted, session.user.account):
         session.notice(f"{wanted} belongs to an account; /msg {SERVICE} IDENTIFY {wanted} PASSWORD")
     for channel in channels:
-        session.say(f":{session.user.source.mask} JOIN {channel.name}")
+        session.send_line(f":{session.user.source.mask} JOIN {channel.name}")
         tell_channel(session, channel)
 
 
@@ -8669,6 +8701,7 @@ def mechanisms(session: IrcSession) -> list[str]:
 
 
 def capability_values(session: IrcSession) -> dict[str, str]:
+    """Return what CAP LS offers this session: capabilities, with their values."""
     site, secure = session.site, session.conn.secure
     rules = [*sorted(site.registration)]
     rules += [f"min-password-length={PASSWORD_LEAST}", f"max-password-length={PASSWORD_MOST}"]
@@ -8792,13 +8825,14 @@ def go_on_sasl(session: IrcSession, step: Callable, *values: Any) -> None:
         return fail_sasl(session, refusal)
     if isinstance(said, bytes):
         for piece in exchange.chunks(said):
-            session.say(f"AUTHENTICATE {piece}")
+            session.send_line(f"AUTHENTICATE {piece}")
     else:
         then = functools.partial(go_on_sasl, session, exchange.mechanism.send)
         session.later(PASSWORD_LANE, said, then)
 
 
 def begin_sasl(session: IrcSession, name: str) -> None:
+    """Begin a log-in with a mechanism of SASL."""
     if session.user and len(session.user.live) > 1:
         return session.reply(ERR_SASLALREADY, "your other devices are logged in, too")
     if name not in mechanisms(session):
@@ -8888,11 +8922,14 @@ def irc_ping(session: IrcSession, token: str) -> None:
     session.line(f"PONG {session.site.name} :{token}")
 
 
-for pong_or_error in (
-    "PONG <token> -- the answer to a PING of the server",
-    "ERROR <text> -- between servers; ignored",
-):
-    irc_command(pong_or_error.split()[0], doc=pong_or_error, nameless=True)(lambda session: None)
+@irc_command("PONG", nameless=True)
+def irc_pong(session: IrcSession) -> None:
+    """PONG <token> -- the answer to a PING of the server"""
+
+
+@irc_command("ERROR", nameless=True)
+def irc_error(session: IrcSession) -> None:
+    """ERROR <text> -- between servers; ignored"""
 
 
 @irc_command("QUIT", most=1, nameless=True)
@@ -9014,44 +9051,46 @@ def client_tags(session: IrcSession) -> str:
 
 
 @in_steps
-def tell_repeat(session: IrcSession, name: str, own: str) -> Steps:
+def tell_repeat(session: IrcSession, name: str, own_id: str) -> Steps:
     """Answer a message that was sent before, when the connection broke before the client knew. The
     client gets the first echo again; if the message is gone, its id."""
     hub = session.site.hub
     owners = hub.dedup_owners(session)
-    known = [event for owner in owners if (event := hub.turn.dedup.get((owner, own)))]
-    if hub.store.dedup.lost(owners, own, hub.ticks):
-        return session.tell_not_kept(own, "it was said before, and could not be kept")
+    known = [event for owner in owners if (event := hub.turn.dedup.get((owner, own_id)))]
+    if hub.store.dedup.lost(owners, own_id, hub.ticks):
+        return session.tell_not_kept(own_id, "it was said before, and could not be kept")
     if known and session.site.store.path is None:  # in memory a read comes too soon
         found = known[0].id, known[0]
     else:
-        found = yield do(session.read, functools.partial(hub.store.dedup.event, owners, own))
+        found = yield do(session.read, functools.partial(hub.store.dedup.event, owners, own_id))
     if found is None:  # the turn in which it was said could not be stored
-        return session.tell_not_kept(own, "it could not be stored")
+        return session.tell_not_kept(own_id, "it could not be stored")
     id, event = found
     if event is None:
-        tags = f"@msgid={hub.ids.text(id)};{OWN_ID}={escaped_tag(own)}"
+        tags = f"@msgid={hub.ids.text(id)};{OWN_ID}={escaped_tag(own_id)}"
         return session.send(irc_bytes(f"{tags} :{session.user.source.mask} TAGMSG {name}"))
     past = Audience(name if name.startswith("#") else "")
     for line in session.wire.encode(past, [event]) if session.wire.echo else ():
         session.send(line)
 
 
-def send_message(session: IrcSession, name: str, text: str, kind: str, tags: str, own: str) -> None:
+def send_message(
+    session: IrcSession, name: str, text: str, kind: str, tags: str, own_id: str
+) -> None:
     """Send a message, and tell if it is a repeat, or if the receiver is away. Raises Refused."""
     hub = session.site.hub
-    if own and hub.store.dedup.lost(hub.dedup_owners(session), own, hub.ticks):
-        return tell_repeat(session, name, own)
+    if own_id and hub.store.dedup.lost(hub.dedup_owners(session), own_id, hub.ticks):
+        return tell_repeat(session, name, own_id)
 
     def sent(result: Sent) -> None:
         if result.repeat is not None:
-            tell_repeat(session, name, own)
+            tell_repeat(session, name, own_id)
         elif result.away:
             session.reply(RPL_AWAY, result.away.name, result.away.away)
 
     # A refusal is no answer to a notice (RFC 2812 section 3.3.2)
     otherwise = do_nothing if kind == NOTICE else None
-    return session.act("say", name, text, kind, tags, own, then=sent, otherwise=otherwise)
+    return session.act("say", name, text, kind, tags, own_id, then=sent, otherwise=otherwise)
 
 
 def check_length(session: IrcSession, name: str, text: str, tags: str) -> None:
@@ -9082,17 +9121,17 @@ def irc_privmsg(session: IrcSession, targets: str = "", text: str = "") -> LongA
     """PRIVMSG <target>{,<target>} <text> -- say something to people and channels"""
     if not text and targets:
         raise Refused("NO_TEXT", "no text to send")
-    own, tags = client_id(session, targets), client_tags(session)
+    own_id, tags = client_id(session, targets), client_tags(session)
 
     def send(name: str) -> None:
         check_length(session, name, text, tags)
         if text.startswith("\x01ACTION "):
             action = text[8:].removesuffix("\x01")
-            send_message(session, name, action, ACTION, tags, own)
+            send_message(session, name, action, ACTION, tags, own_id)
         elif fold(name) == SERVICE_KEY:
             ask_service(session, text)
         else:
-            send_message(session, name, text, MESSAGE, tags, own)
+            send_message(session, name, text, MESSAGE, tags, own_id)
 
     return to_each_target(session, targets, send)
 
@@ -9102,10 +9141,10 @@ def irc_notice(session: IrcSession, targets: str = "", text: str = "") -> LongAn
     """NOTICE <target>{,<target>} <text> -- send a notice: a message that no program answers"""
     if not (targets and text) or targets.count(",") >= TARGETS:
         return None
-    own, tags = client_id(session, targets), client_tags(session)
+    own_id, tags = client_id(session, targets), client_tags(session)
 
     def send(name: str) -> None:
-        send_message(session, name, text, NOTICE, tags, own)
+        send_message(session, name, text, NOTICE, tags, own_id)
 
     return to_each_target(session, targets, send)
 
@@ -9131,10 +9170,10 @@ def irc_batch(session: IrcSession, reference: str, kind: str = "", target: str =
         if not re.fullmatch("[A-Za-z0-9-]+", reference):
             raise Refused("INVALID_REFTAG", "a reference is made of letters and digits", reference)
         if kind != "draft/multiline" or not target:
-            raise Refused("UNKNOWN_TYPE", "only messages of several lines come so", reference, kind)
+            raise Refused("UNKNOWN_TYPE", "the type has to be draft/multiline", reference, kind)
         label = session.message.tags.get("label", "")
         if session.collected:
-            raise Refused("MULTILINE_INVALID", "there is one already; end that first", reference)
+            raise Refused("MULTILINE_INVALID", "another batch is open; end it first", reference)
         tags = client_tags(session)
         session.collected = Collected(reference, target, label, tags, client_id(session, target))
         session.labelled = None  # the answer comes at its end
@@ -9400,6 +9439,7 @@ def metadata_owner(session: IrcSession, target: str) -> Any:
 
 
 def metadata_writable(session: IrcSession, target: str, key: str) -> Any:
+    """Return the owner of metadata that this session may change. Raises Refused."""
     owner = metadata_owner(session, target)
     if owner is not session:
         check_metadata_writable(session, owner, target, key)
@@ -9425,6 +9465,7 @@ def metadata_sync(session: IrcSession, target: str) -> Iterator[None]:
 
 @in_steps
 def metadata_set(session: IrcSession, target: str, key: str, value: str = "") -> Steps:
+    """Set a value; "" removes it. Before registration the session itself has metadata."""
     if not METADATA_KEY.fullmatch(key):
         raise Refused("INVALID_KEY", NO_KEY, key)
     owner = metadata_writable(session, target, key)
@@ -9435,13 +9476,15 @@ def metadata_set(session: IrcSession, target: str, key: str, value: str = "") ->
     name = target if owner is session else owner.name
     if owner is not session:
         yield do(session.act, "set_metadata", name, key, value)
+    elif value:
+        session.metadata[key] = value
     else:
-        session.metadata.update({key: value})
-        session.metadata = {known: text for known, text in session.metadata.items() if text}
+        session.metadata.pop(key, None)
     session.tell_value(name, key, value)
 
 
 def metadata_clear(session: IrcSession, target: str) -> Iterator[None]:
+    """Remove all values, and tell which they were."""
     owner = metadata_writable(session, target, "*")
     keys = list(owner.metadata)
     for key in keys:
@@ -9471,8 +9514,10 @@ def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> 
                 session.subscribed.pop(key, None)
             done.append(key)
     if done:
-        shape = RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK
-        told = lambda _: session.reply_list(shape, done)  # noqa: E731
+
+        def told(_: None) -> None:
+            session.reply_list(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, done)
+
         session.act("follow", "subscribers", tuple(done), on, then=told)
 
 
@@ -9558,30 +9603,28 @@ def tell_targets(session: IrcSession, bounds: list[Mark], count: int) -> Steps:
     """Tell the targets whose last message is between two marks, the oldest of these first. A page
     does not end between two messages of the same time: the next page begins after that time."""
     hub, user = session.site.hub, session.user
-    first, last = sorted(bounds, key=lambda mark: (mark.id is None, mark.time))
-    if first.id is None:
-        first, last = sorted(bounds, key=lambda mark: mark.time)
+    first, last = sorted(bounds, key=lambda mark: (mark.id is None, mark.time))  # an id is first
     keys = [channel.key for channel in user.channels]
     newest = functools.partial(
         session.site.store.history.newest, keys, hub.identities(user.identity)
     )
     found = yield do(session.read, newest)
     names = {channel.key: channel.name for channel in user.channels}
-    there = []
+    matching = []
     for key, event in found:
         behind = event.id > first.id if first.id is not None else event.time > first.time
         if behind and event.time < last.time and (not key or key in names):
             mine = hub.same_person(event.source.identity, user.identity)
             partner = event.about if mine else event.source.name
-            there.append((event.time, names.get(key) or partner))
-    there.sort()
-    page = there[:count]
-    page += itertools.takewhile(lambda one: one[0] == page[-1][0], there[count:])
+            matching.append((event.time, names.get(key) or partner))
+    matching.sort()
+    page = matching[:count]
+    page += itertools.takewhile(lambda one: one[0] == page[-1][0], matching[count:])
     lines = (
         irc_bytes(f":{session.site.name} CHATHISTORY TARGETS {name} {tag_time(when)}")
         for when, name in page
     )
-    ends = last_page_tag(session, len(page) == len(there))
+    ends = last_page_tag(session, len(page) == len(matching))
     in_batch(session, "draft/chathistory-targets", lines, ends)
 
 
@@ -9601,7 +9644,9 @@ def play(session: IrcSession, name: str, events: list[Event], newest: bool, whol
     in_batch(session, f"chathistory {name}", lines, last_page_tag(session, whole))
 
 
-def history_job(session: IrcSession, how: str, span: Span, name: str, marks: list[str], count: int):
+def history_job(
+    session: IrcSession, how: str, span: Span, name: str, marks: list[str], count: int
+) -> tuple[Callable[[], list[Event]], bool]:
     """Return the job that reads a page, and whether it reads the span's newest. Raises Refused."""
     hub, store = session.site.hub, session.site.store
     points = [parse_mark(hub, mark, how, name) for mark in marks if (how, mark) != ("LATEST", "*")]
@@ -9623,9 +9668,13 @@ def changes_told(session: IrcSession) -> list[str]:
     messages: redactions and reactions from the time when it was away."""
     if "chat.py/session" not in session.capabilities:
         return []
-    kinds = [REDACT] * ("draft/message-redaction" in session.capabilities)
-    replayed = "draft/event-playback" in session.capabilities
-    return kinds + [TAGS] * ("message-tags" in session.capabilities and not replayed)
+    kinds = []
+    if "draft/message-redaction" in session.capabilities:
+        kinds.append(REDACT)
+    replayed = "draft/event-playback" in session.capabilities  # then the page has them
+    if "message-tags" in session.capabilities and not replayed:
+        kinds.append(TAGS)
+    return kinds
 
 
 def target_bound(session: IrcSession, text: str) -> Mark:
@@ -9665,7 +9714,7 @@ def irc_chathistory(session: IrcSession, how: str, name: str, *params: str) -> S
             span = Span(scope, (kind,), after=since)
             page = functools.partial(session.site.store.history.page, span, CHANGES_A_PAGE, True)
             changes += yield do(session.read, page)
-    if readable(session, name, how) != scope:  # the user was put out, or is another, meanwhile
+    if readable(session, name, how) != scope:  # the user left it, or is another user now
         raise invalid_target(how, name)
     channel = session.site.hub.channels.get(fold(name))
     # A page of the store ends early where it is large, see History.page()
@@ -9948,6 +9997,7 @@ def tell_monitored(session: IrcSession, names: list[str]) -> None:
 
 
 def monitor_add(session: IrcSession, names: list[str]) -> None:
+    """Monitor more names; those past the limit are refused."""
     added = []
     for number, name in enumerate(names):
         key = fold(name)
@@ -9961,8 +10011,8 @@ def monitor_add(session: IrcSession, names: list[str]) -> None:
             session.watched[key] = name
             added.append(name)
     if added:
-        told = lambda _: tell_monitored(session, added)  # noqa: E731
-        session.act("follow", "watchers", tuple(map(fold, added)), True, then=told)
+        keys = tuple(map(fold, added))
+        session.act("follow", "watchers", keys, True, then=lambda _: tell_monitored(session, added))
 
 
 def monitor_remove(session: IrcSession, names: list[str]) -> None:
@@ -10030,7 +10080,8 @@ server_query("MAP -- which servers there are, and how many connections each has"
 server_query("SERVLIST -- which services there are: none", lambda s: s.reply(RPL_SERVLISTEND), 0)
 server_query(
     "ISUPPORT -- the limits and features of this server, also before you come in",
-    *(tell_isupport, 0),
+    tell_isupport,
+    server=0,
     nameless=True,
 )
 server_query(
@@ -10334,7 +10385,8 @@ class LineSession(LocalSession):
 
     def tell(self, text: str) -> None:
         """Send a line of the server to this session only."""
-        self.send(f"* {harmless(text)}\n".replace("\n", " ")[:-1].encode() + b"\n")
+        line = f"* {harmless(text)}".replace("\n", " ")
+        self.send(f"{line}\n".encode())
 
     notice = tell
 
@@ -10388,9 +10440,9 @@ class LineSession(LocalSession):
             self.end("Another connection of yours took this place")
 
     def say(self, text: str, kind: str = MESSAGE) -> None:
-        self.act("say", self.place().name, text, kind, "", "")
+        self.act("say", self.current_channel().name, text, kind, "", "")
 
-    def place(self) -> Channel:
+    def current_channel(self) -> Channel:
         """Return the channel where plain lines go. Raises Refused if the user is out of it."""
         if self.here is None:
             raise Refused("NOT_IN_CHANNEL", f"you are in no channel; /join {LOBBY}")
@@ -10423,9 +10475,12 @@ class LineSession(LocalSession):
             self.tell(f"you are {name}: {why_renamed(self.site.hub, wanted, name)}")
         elif self.greeted:
             self.tell(f"you are {name}{self.who_is_here()}; /help")
-        self.act("join", LOBBY, "", then=functools.partial(setattr, self, "here"))
+        self.act("join", LOBBY, "", then=self.speak_in)
 
-    def move(self) -> None:
+    def speak_in(self, channel: Channel) -> None:
+        self.here = channel
+
+    def change_channel(self) -> None:
         """If the user left the channel spoken in, speak in the lobby, else in another channel."""
         channels = self.user.channels
         if self.here and self.here not in channels:
@@ -10457,8 +10512,8 @@ class LineSession(LocalSession):
 
 
 @in_steps
-def change_modes_aloud(
-    session: LineSession, channel: Channel, changes: list, done: Callable = lambda: None
+def change_modes_or_refuse(
+    session: LineSession, channel: Channel, changes: list, done: Callable = do_nothing
 ) -> Steps:
     """Change modes, and call done(); or tell the first refusal."""
     values = channel.name, tuple(map(tuple, changes)), secrets.token_hex(16)
@@ -10470,7 +10525,7 @@ def change_modes_aloud(
 
 def named_channel(session: LineSession, name: str) -> Channel:
     """Return the channel of that name; without a name the one the session speaks in."""
-    return session.site.hub.find_channel(name) if name else session.place()
+    return session.site.hub.find_channel(name) if name else session.current_channel()
 
 
 def ban_mask(user: User) -> str:
@@ -10479,7 +10534,7 @@ def ban_mask(user: User) -> str:
     return f"{user.name}!*@*" if host.startswith("127.") or host == "0::1" else f"*!*@{host}"
 
 
-def kick_aloud(session: LineSession, channel: Channel, name: str, reason: str) -> None:
+def kick_and_tell(session: LineSession, channel: Channel, name: str, reason: str) -> None:
     user = session.site.hub.users.get(fold(name))
     told = f"you kicked {user.name if user else name} from {channel.name}"
     session.act("kick", channel.name, name, reason, then=lambda _: session.tell(told))
@@ -10492,7 +10547,7 @@ def kick_banned(session: LineSession, channel: Channel, mask: Mask) -> Iterator[
         if member is None:
             yield
         elif member is not session.user and member in channel.members and mask.matches(member):
-            kick_aloud(session, channel, member.name, "banned")
+            kick_and_tell(session, channel, member.name, "banned")
             yield
 
 
@@ -10562,7 +10617,7 @@ def line_part(session: LineSession, name: str = "", reason: str = "") -> Steps:
     channel = yield do(session.act, "part", named_channel(session, name).name, reason)
     session.tell(f"you left {channel.name}")
     if channel is session.here:
-        session.move()
+        session.change_channel()
 
 
 @line_command("names", most=1)
@@ -10591,7 +10646,7 @@ def line_list(session: LineSession) -> Iterator[None]:
 @line_command("topic", most=1)
 def line_topic(session: LineSession, text: str = "") -> None:
     """/topic [TEXT] -- read or set the topic of the channel you speak in"""
-    channel = session.place()
+    channel = session.current_channel()
     if text:
         session.act("set_topic", channel.name, text, then=functools.partial(tell_topic, session))
     else:
@@ -10634,25 +10689,25 @@ def line_invite(session: LineSession, name: str, where: str = "") -> Steps:
 @line_command("kick", 1, 2)
 def line_kick(session: LineSession, name: str, reason: str = "") -> None:
     """/kick NAME [REASON] -- put a user out of the channel you speak in"""
-    kick_aloud(session, session.place(), name, reason)
+    kick_and_tell(session, session.current_channel(), name, reason)
 
 
 @line_command("mode", most=1)
 def line_mode(session: LineSession, text: str = "") -> None:
     """/mode [MODES] -- see or change the channel you speak in: /mode +m-t, /mode +o NAME"""
-    channel = session.place()
+    channel = session.current_channel()
     if not text:
         known = "; ".join(f"{letter} {meaning}" for letter, meaning in FLAGS.items())
         session.tell(f"the modes of {channel.name}: {channel.modes_text(session)} ({known})")
         return
     letters, *values = text.split()
-    change_modes_aloud(session, channel, parse_modes(letters, values), lambda: None)
+    change_modes_or_refuse(session, channel, parse_modes(letters, values))
 
 
 @line_command("ban", most=1)
 def line_ban(session: LineSession, whom: str = "") -> None:
     """/ban [NAME|MASK] -- keep a user out of the channel you speak in, and put them out"""
-    channel, user = session.place(), session.site.hub.users.get(fold(whom))
+    channel, user = session.current_channel(), session.site.hub.users.get(fold(whom))
     if not whom:
         masks = ", ".join(mask.text for mask in channel.lists["b"].values())
         return session.tell(f"banned from {channel.name}: {masks or 'no user'}")
@@ -10661,18 +10716,18 @@ def line_ban(session: LineSession, whom: str = "") -> None:
     def banned() -> None:
         session.postponed.append(kick_banned(session, channel, Mask(mask)))
 
-    return change_modes_aloud(session, channel, [ModeChange(True, "b", mask)], banned)
+    return change_modes_or_refuse(session, channel, [ModeChange(True, "b", mask)], banned)
 
 
 @line_command("unban", 1)
 def line_unban(session: LineSession, whom: str) -> None:
     """/unban NAME|MASK -- let them in again"""
-    channel, user = session.place(), session.site.hub.users.get(fold(whom))
+    channel, user = session.current_channel(), session.site.hub.users.get(fold(whom))
     keys = {fold(whom), fold(full_mask(whom)), fold(ban_mask(user)) if user else ""}
     found = [channel.lists["b"][key].text for key in keys & channel.lists["b"].keys()]
     if not found:
         raise Refused("NOT_BANNED", f"no ban of {channel.name} is {whom}; /ban lists them")
-    change_modes_aloud(session, channel, [ModeChange(False, "b", mask) for mask in found])
+    change_modes_or_refuse(session, channel, [ModeChange(False, "b", mask) for mask in found])
 
 
 def logged_in_line(session: LineSession, account: str, proof: str) -> Steps:
@@ -10711,7 +10766,7 @@ def line_login(session: LineSession, *words: str) -> Steps:
     if session.user.name != name_before:
         session.tell(f"you are {session.user.name}")
     if session.user is not before:
-        session.move()
+        session.change_channel()
 
 
 line_command("passwd", 2, doc="/passwd OLD NEW -- another password for your account", exact=True)(
@@ -10719,7 +10774,8 @@ line_command("passwd", 2, doc="/passwd OLD NEW -- another password for your acco
 )
 line_command("drop", 1, doc="/drop PASSWORD -- give up your account", exact=True)(drop_own_account)
 line_command(
-    *("disown", 1),
+    "disown",
+    least=1,
     doc="/disown #CHANNEL -- let a channel that you founded end with its last member",
 )(disown_channel)
 
@@ -10732,12 +10788,15 @@ def line_oper(session: LineSession, name: str, password: str) -> None:
 
 
 line_command(
-    *("kline", 1, 3),
+    "kline",
+    least=1,
+    most=3,
     doc="/kline ADDRESS|MASK|a:ACCOUNT [MINUTES [REASON]] -- ban from this server (operators only)",
     privileged=True,
 )(ban_from)
 line_command(
-    *("unkline", 1),
+    "unkline",
+    least=1,
     doc="/unkline ADDRESS|MASK|a:ACCOUNT -- end a ban from this server (operators only)",
     privileged=True,
 )(unban_from)
@@ -10786,7 +10845,7 @@ def line_history(session: LineSession, *params: str) -> Steps:
 @in_steps
 def line_search(session: LineSession, words: str) -> Steps:
     """/search WORDS -- what was said with them in the channel you speak in"""
-    channel = session.place()
+    channel = session.current_channel()
     scope = scope_of(session.site.hub, session.user, channel.audience)
     search = functools.partial(session.site.store.search_index.search, [scope], words, Span(scope))
     found = yield do(session.read, functools.partial(search, HISTORY_LINES))
@@ -10991,6 +11050,7 @@ class HttpReader:
         return line[:-1]
 
     def _head(self) -> Request | None:
+        """Take the head of a request; None if it is incomplete. Raises BadRequest."""
         for end in (b"\r\n", b"\n"):  # RFC 9112 section 2.2: some clients add one
             if self.data.startswith(end, self.start):
                 self.start += len(end)
@@ -11030,6 +11090,7 @@ class HttpReader:
         return END_OF_BODY
 
     def _size(self) -> bytes | None:
+        """Take the size of a chunk, and what has come of the chunk."""
         line = self._line(CHUNK_LINE_BYTES)
         if line is None:
             return None
@@ -11041,6 +11102,7 @@ class HttpReader:
         return self.step()
 
     def _end_of_chunk(self) -> bytes | None:
+        """Take the line end behind a chunk, and the size of the next one."""
         line = self._line(2)
         if line is None:
             return None
@@ -11283,8 +11345,9 @@ class FrameReader:
         self.buffer.clear()
 
 
-class Framing:
-    """Lines of IRC as frames, one for each line. The bytes of a whole channel are framed once."""
+class FrameWriter:
+    """Lines of IRC in, frames out, one for each line. The same bytes for a whole channel are framed
+    once."""
 
     def __init__(self, opcode: int):
         self.opcode = opcode
@@ -11305,7 +11368,7 @@ class Framing:
 # Answering requests
 
 
-class Web(NamedTuple):
+class WebOptions(NamedTuple):
     """The settings of the web dialect."""
 
     hosts: frozenset[str] = frozenset(("localhost",))  # names that Host may have; IPs always may
@@ -11339,14 +11402,14 @@ def forwarded_host(text: str) -> str:
     return ""
 
 
-def host_allowed(web: Web, host: str) -> bool:
+def host_allowed(web: WebOptions, host: str) -> bool:
     """Return whether a request for this host is for this server. Without this check, a page of
     another site could read ours through a name that leads here (DNS rebinding)."""
     is_ip = ":" in host or re.fullmatch(r"[0-9]+(\.[0-9]+){3}", host)
     return bool(host and (is_ip or host in web.hosts))
 
 
-def origin_allowed(web: Web, origin: str, own: str = "") -> bool:
+def origin_allowed(web: WebOptions, origin: str, own: str = "") -> bool:
     """Return whether a page of this origin may open a WebSocket: one of this server, under the
     Host `own` of the request, one of this machine, or one of --web-origin. No origin ("") means
     that the client is no browser."""
@@ -11413,7 +11476,8 @@ class WebSession(LocalSession):
     """A session that answers the requests of one connection in their order."""
 
     __slots__ = (
-        *("at_end", "body_left", "closing", "credentials", "near", "owner", "proof", "reading"),
+        *("at_end", "body_left", "closing", "credentials", "on_this_machine", "owner", "proof"),
+        "reading",
         *("request", "sender", "take_body", "upload"),
     )
     takes_lines = False
@@ -11422,7 +11486,7 @@ class WebSession(LocalSession):
         super().__init__(site, conn)
         self.request: Request | None = None  # that is being answered
         self.sender: tuple[str, bool, bool | None] = (conn.host, False, None)  # see _find_client()
-        self.near = is_loopback(conn.host)  # the client is on this machine
+        self.on_this_machine = is_loopback(conn.host)  # the client
         self.closing = False  # behind the answer
         self.take_body: Callable[[bytes], None] = do_nothing  # takes pieces of its body
         self.body_left = False  # there is more of it to come
@@ -11443,6 +11507,7 @@ class WebSession(LocalSession):
             self.take_body(item)
 
     def _begin(self, request: Request) -> None:
+        """Answer a request, or begin to: the handler of its path does that."""
         request = with_method(request)
         self.request, self.take_body = request, do_nothing
         self.body_left = request.length != 0
@@ -11486,7 +11551,8 @@ class WebSession(LocalSession):
             return False
         client = (host, passed_on, secure)
         if client != self.sender:  # of the request before: most connections have one client
-            self.sender, self.near = client, is_loopback(host) and not passed_on
+            self.sender = client
+            self.on_this_machine = is_loopback(host) and not passed_on
             key = address_key(host, host_of(conn.local))
             conn.act_for(host, f"a proxy at {key}" if passed_on else key, secure)
             self.address = conn.address
@@ -11533,7 +11599,7 @@ class WebSession(LocalSession):
 
     def may_read_metrics(self) -> bool:
         """Return whether the client may read /health and /metrics: one on this machine, or all."""
-        return self.site.web.open_metrics or self.near
+        return self.site.web.open_metrics or self.on_this_machine
 
     # What chat wants of a session
 
@@ -12190,6 +12256,7 @@ def pieces_of_file(session: WebSession, at: int, end: int) -> Iterator[None]:
 def begin_sending(
     session: WebSession, status: int, headers: list[str], first: int, end: int, handle: Any
 ) -> None:
+    """Send the head of an answer with a file; the content follows in pieces."""
     if handle is None:
         return answer_file(session, 404, NO_SUCH_FILE)
     session.send_head(status, *headers)
@@ -18555,7 +18622,8 @@ def qr_rows(text: str) -> list[str]:
 # One turn of the loop is run_once(): poll, let every ready handler read and act, run what
 # is due, let the owner end the turn, write to every connection that has something to say,
 # close what was closed. Sockets are closed last, so that no file descriptor comes to mean
-# something else while a turn's batch of ready ones is being worked through.
+# something else while a turn's batch of ready ones is being worked through. Nothing on the loop
+# waits: slow jobs run on the threads of Helpers, and the log is written by a thread of its own.
 
 log = logging.getLogger("chat")
 
@@ -18793,11 +18861,10 @@ class Connection:
         """Set the events that the selector watches; no other place decides that."""
         if self.state == CLOSED:
             return
-        reads = (
-            self.wants_read()
-            if self.state == OPEN
-            else self.state == LINGERING or self.reads_to_end
-        )
+        if self.state == OPEN:
+            reads = self.wants_read()
+        else:
+            reads = self.state == LINGERING or self.reads_to_end
         mask = READ if reads and not self.eof else 0
         if self.unsent and self.state <= CLOSING:
             mask |= WRITE
@@ -18842,6 +18909,7 @@ class Connection:
         self._finish(reason)
 
     def _finish(self, reason: str) -> None:
+        """Close the connection now; its socket is closed at the end of the turn."""
         if self.state == CLOSED:
             return
         if self.mask:
@@ -18917,7 +18985,7 @@ class Loop:
             self.finished.pop().close()
 
     def guarded(self, callback: Callable, *args: Any) -> None:
-        """Call back, in the one catch: a bug is logged, and costs only its connection."""
+        """Call back. A bug is logged; if the callback is of a connection, that is dropped."""
         try:
             callback(*args)
         except Exception:
@@ -18991,6 +19059,7 @@ class Lane:
         self.threads: list[threading.Thread] = []
 
     def hand_out(self) -> None:
+        """Give jobs to the free threads."""
         while self.free:
             allowed = (one for one in self.waiting if self.running[one] < self.most)
             if (owner := next(allowed, None)) is None:
@@ -19014,8 +19083,8 @@ class Lane:
 
 
 class Helpers:
-    """A few threads for jobs that would make the loop wait. Pages, passwords and mail have lanes of
-    their own: no lane holds up another."""
+    """A few threads for jobs that would make the loop wait. Each lane has threads of its own (see
+    HELPER_THREADS), so that no kind of job holds up another."""
 
     def __init__(self, loop: Loop):
         self.loop = loop
@@ -19127,9 +19196,10 @@ def report_bug() -> None:
 # ======================================================================================
 # SERVER
 # ======================================================================================
-# Listeners, peers, and the five beats: the loop polls and reads, act() turns lines into
-# Hub calls, end_turn() commits and writes. Whatever a peer does wrong is answered or
-# logged here in one line, and no other peer notices.
+# Listeners, peers, and the five beats: the loop polls and reads, ActBeat turns lines into acts,
+# Server.end_turn() commits (Committer) and writes. Beside them: limits on connections and time,
+# the files that users upload, and what is read again by REHASH. Whatever a peer does wrong is
+# answered or logged here in one line, and no other peer notices.
 
 
 TLS_FIRST_BYTES = b"\x16\x03"  # a handshake record, and a version (RFC 8446 section 5.1)
@@ -19154,7 +19224,7 @@ class ServerOptions(NamedTuple):
     register: frozenset[str] = frozenset()  # "before-connect", "email-required", or "off"
     sts: int | None = None  # seconds for which clients have to use TLS (IRCv3 sts)
     sendmail: str | None = None  # a command that takes a message, like sendmail -t
-    web: Web = Web()
+    web: WebOptions = WebOptions()
     files: bool = True
     file_max: int = FILE_BYTES
     files_max: int = FILES_BYTES
@@ -19194,6 +19264,7 @@ class Addresses(dict[str, Address]):
         self.idle = Delay(loop, ADDRESS_SECONDS, self.forget_if_full)
 
     def enter(self, key: str) -> Address:
+        """Count a new connection, and return its address."""
         address = self.get(key)
         if address is None:
             budget = None
@@ -19237,20 +19308,19 @@ class Peer(Connection):
     """A connection as the server sees it; its session knows it as `conn`."""
 
     __slots__ = (
+        *("address", "asked", "budget", "chats", "frame_writer", "greeted", "heard", "held"),
         *(
-            "address",
-            "asked",
-            "budget",
-            "chats",
-            "framing",
-            "greeted",
-            "heard",
-            "held",
             "home",
             "host",
+            "inbox",
+            "leaving",
+            "limit_key",
+            "looks",
+            "proxied_tls",
+            "server",
+            "session",
         ),
-        *("inbox", "leaving", "limit_key", "looks", "proxied_tls", "server", "session"),
-        *("waits_for_budget", "web"),
+        *("waits_for_budget", "was_unsent", "web"),
     )
 
     def __init__(self, server: "Server", sock: socket.socket, host: str, port: int, key: str):
@@ -19261,10 +19331,11 @@ class Peer(Connection):
         self.limit_key = key
         self.home = server.addresses.enter(key)
         self.inbox: Framer | None = None  # once something comes: many never speak
-        self.framing: Framing | None = None  # makes frames of lines, for a WebSocket
+        self.frame_writer: FrameWriter | None = None  # makes frames of lines, for a WebSocket
         self.web = self.chats = False  # it speaks HTTP, or a dialect of the chat
         self.proxied_tls: bool | None = None  # the client speaks TLS to its proxy, if it has one
-        self.looks = 0  # how often nothing had been sent since the look before
+        self.looks = 0  # how often nothing had been sent since the look before ...
+        self.was_unsent = 0  # ... when so many bytes waited
         self.session: LocalSession | None = None
         self.budget: Budget | None = None
         self.heard = server.loop.now  # when, last ...
@@ -19376,7 +19447,7 @@ class Peer(Connection):
         self.session.ended()
         super().write(head)
         self.web, self.chats = False, True
-        self.framing, self.shared = server.framings[opcode], False
+        self.frame_writer, self.shared = server.frame_writers[opcode], False
         self.inbox = FrameReader(LINE_BYTES, self.inbox.buffer)
         self.session = IrcSession(server.site, self)
         server.times.web_heads.discard(self)
@@ -19384,11 +19455,11 @@ class Peer(Connection):
         server.times.unnamed.add(self)
 
     def write(self, data: bytes) -> None:
-        super().write(self.framing(data) if self.framing else data)
+        super().write(self.frame_writer(data) if self.frame_writer else data)
 
     def end_frames(self) -> None:
         """Send a close frame on a WebSocket that is still open."""
-        if self.framing and not self.inbox.closed:
+        if self.frame_writer and not self.inbox.closed:
             super().write(close_frame(1000))
 
     def answer_frames(self) -> None:
@@ -19413,8 +19484,8 @@ class Peer(Connection):
         """Return whether nothing is under way, or nothing was sent in the last few looks."""
         if self.held:
             return False
-        self.looks = self.looks + 1 if self.unsent == self.asked else 0
-        self.asked = float(self.unsent)
+        self.looks = self.looks + 1 if self.unsent == self.was_unsent else 0
+        self.was_unsent = self.unsent
         return not self.unsent or self.looks >= STALLED_LOOKS
 
     @property
@@ -19439,6 +19510,7 @@ class Peer(Connection):
         super().ready(mask if self.wants_read() or self.state != OPEN else mask & ~READ)
 
     def received(self, data: bytes) -> None:
+        """Take plaintext from the client. Its first bytes may begin TLS."""
         self.heard = self.loop.now
         if self.inbox is None:
             self.server.times.silent.discard(self)
@@ -19488,11 +19560,11 @@ class Peer(Connection):
     def still_there(self) -> bool:
         """Return whether the connection is open; notice a reset also while nothing is read.
         Otherwise its input would be acted on for as long as the budget makes it last."""
-        if self.state != CLOSED and (
-            number := self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        ):
+        if self.state == CLOSED:
+            return False
+        if number := self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self._finish(reason_of(OSError(number, os.strerror(number))))
-        return self.state != CLOSED
+        return not self.gone
 
     def resume_with_budget(self) -> None:
         self.waits_for_budget = False
@@ -19649,6 +19721,7 @@ def reread_secret(secret: str) -> str:
 
 
 def server_tls_context(options: ServerOptions) -> Any:
+    """Return the TLS context for the options; None without a certificate. Raises Unusable."""
     if not options.tls_cert:
         if options.tls_key or options.sts or options.tls_client_ca:
             raise Unusable("--tls-key, --tls-client-ca and --sts are of no use without --tls-cert")
@@ -19882,6 +19955,7 @@ class Committer:
         return self.loop.now - self.committed < INDEX_SECONDS / 10
 
     def sweep(self) -> None:
+        """Forget failures and dedup keys that are too old, now and then."""
         for throttle in (self.hub.accounts.throttle, self.hub.accounts.made):
             throttle.sweep(self.hub.ticks)
         more = False
@@ -20064,7 +20138,7 @@ def network_address(hosts: Collection[str]) -> str:
     return ""
 
 
-def web_of(options: ServerOptions, ports: Iterable[int]) -> Web:
+def web_of(options: ServerOptions, ports: Iterable[int]) -> WebOptions:
     """Return the settings of the web dialect, with the names and ports of this machine."""
     own = socket.gethostname().lower()
     reached = network_address([host for host, _ in options.listen])
@@ -20074,8 +20148,8 @@ def web_of(options: ServerOptions, ports: Iterable[int]) -> Web:
 
 
 class TimeLimits:
-    """How long a peer may take: to say something, to give a name, to read, to answer, to send a
-    request."""
+    """The time limits of peers: to say something, to give a name, to read, to answer a PING, and to
+    send a request."""
 
     def __init__(self, loop: Loop):
         self.loop = loop
@@ -20198,6 +20272,7 @@ class ActBeat:
         self.acting = dict.fromkeys(peers) | self.acting
 
     def _act_on_peer(self, peer: Peer, end: float) -> None:
+        """Act on lines of a peer; close it if its input has ended."""
         try:
             self._take_lines(peer, end)
         except Exception:
@@ -20212,6 +20287,7 @@ class ActBeat:
         peer.update()
 
     def _take_lines(self, peer: Peer, end: float) -> None:
+        """Act on lines, and send long answers on, until the peer's share of the turn ends."""
         self.site.hub.take_work()  # drop the work done meanwhile: it is for no peer's line
         turn = self.site.hub.turn
         for _ in range(LINES_A_TURN):
@@ -20221,7 +20297,7 @@ class ActBeat:
                 return  # more was answered than is likely to be read: the next lines can wait
             if time.perf_counter() > end or (turn.several and turn.is_full):
                 return
-            if session and (session.unfinished is not None or session.postponed):
+            if session and session.has_more:
                 session.go_on()
                 self._charge(peer, replied)
             elif not self.act_on_a_line(peer):
@@ -20231,9 +20307,9 @@ class ActBeat:
         """Act on one line of a peer; return whether there was one, and budget for it."""
         if peer.inbox is None:
             return False
-        free = peer.inbox.in_body
-        spent = peer.budget and (not free or peer.budget.tokens < 0)
-        if spent and peer.inbox.pending and (seconds := peer.wait()):
+        in_body = peer.inbox.in_body  # pieces of a body are taken until the budget is in debt
+        limited = peer.budget and (not in_body or peer.budget.tokens < 0)
+        if limited and peer.inbox.pending and (seconds := peer.wait()):
             if peer.gone:  # after a reset: what the budget does not allow is not waited for
                 log.info("%s was reset with lines beyond its budget: dropped", peer.address)
                 peer.inbox.clear()
@@ -20242,7 +20318,7 @@ class ActBeat:
             self.loop.call_later(seconds, peer.resume_with_budget)
             peer.update()
             return False
-        costs = WORK_OF_A_PIECE if free else WORK_PER_TOKEN
+        costs = WORK_OF_A_PIECE if in_body else WORK_PER_TOKEN
         line = peer.inbox.take()
         if peer.inbox.out:
             peer.answer_frames()
@@ -20340,7 +20416,7 @@ class Server:
         self.limits = ConnectionLimits(options)
         self.times = TimeLimits(loop)
         self.beat = ActBeat(loop, self.site, self.times, fair=options.flood is not None)
-        self.framings = {opcode: Framing(opcode) for opcode in SUBPROTOCOLS.values()}
+        self.frame_writers = {opcode: FrameWriter(opcode) for opcode in SUBPROTOCOLS.values()}
         self.grace_timer: Timer | None = None
         self.leaving: list[Peer] = []  # to be closed once this turn is written
         self.jobs: list[tuple] = []  # for helpers, after the commit
@@ -20577,6 +20653,7 @@ class Server:
             self.jobs.append((session.conn, lane, job, done))
 
     def answer(self, session: LocalSession, job: Awaited, result: Any) -> None:
+        """Give a session the result of its job, unless its connection has ended."""
         peer = session.conn
         peer.held = False
         peer.resume_soon()
@@ -20614,6 +20691,7 @@ class Server:
             log.warning("the clock of this node and that of NATS differ by %.0f s", now - wall)
 
     def end_turn(self) -> None:
+        """Act, commit and write; then start what waits for the commit."""
         if not self.paused:
             self.beat.act()
         self.hub.take_work()
@@ -20659,6 +20737,7 @@ class Server:
             broadcast(data, sessions)
 
     def _after_writing(self) -> None:
+        """Close connections that were left in this turn, and hand its jobs to helpers."""
         leaving, self.leaving = self.leaving, []
         for peer in leaving:
             if peer.gone:
@@ -21734,7 +21813,7 @@ class NatsLink:
     def __init__(self, server: Server):
         self.server, self.loop = server, server.loop
         self.cluster, self.options = server.cluster, server.cluster.options
-        self.turns = itertools.cycle(self.options.servers)
+        self.servers = itertools.cycle(self.options.servers)
         self.conn: LinkConnection | None = None
         self.dialogue: NatsDialogue | None = None
         self.context: Any = None  # of TLS
@@ -21746,7 +21825,7 @@ class NatsLink:
 
     def dial(self) -> None:
         """Try the next NATS server."""
-        self.host, port = next(self.turns)
+        self.host, port = next(self.servers)
         self.address = address_text(self.host, port)
 
         def look_up() -> tuple[Any, list]:
@@ -21801,6 +21880,7 @@ class NatsLink:
         return self.flush()
 
     def take(self, data: bytes) -> None:
+        """Take bytes from NATS: apply entries, open the log, start TLS if NATS wants it."""
         dialogue, cluster = self.dialogue, self.cluster
         for message in dialogue.feed(data):
             if cluster.log and (entry := cluster.log.take(message)):
@@ -27116,7 +27196,7 @@ def run_server(args: argparse.Namespace) -> int:
     names = set(ServerOptions._fields) - {"listen", "web", "files", "cluster"}
     listen = tuple(args.listen or ServerOptions().listen)
     named = [*args.web_origin, *filter(None, [args.web_url])]
-    web = Web(
+    web = WebOptions(
         origins=frozenset(args.web_origin),
         hosts=frozenset(split_host(url.partition("://")[2])[0] for url in named),
         proxies=frozenset(args.web_proxy),

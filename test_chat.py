@@ -172,7 +172,7 @@ def check_line(line):
     assert len(tags.encode()) <= 8191, line
 
 
-WEB = chat.Web(documents={"/": chat.Document("a page", "text/plain")})
+WEB = chat.WebOptions(documents={"/": chat.Document("a page", "text/plain")})
 
 
 class FakeConn:
@@ -8588,7 +8588,7 @@ alice> @batch=2 PRIVMSG bob :wrong
 alice< FAIL BATCH MULTILINE_INVALID_TARGET #m bob :all lines of a message have one target
 alice> BATCH -2
 alice> BATCH +3 foo #m
-alice< FAIL BATCH UNKNOWN_TYPE 3 foo :only messages of several lines come so
+alice< FAIL BATCH UNKNOWN_TYPE 3 foo :the type has to be draft/multiline
 alice> BATCH +4 draft/multiline #m
 alice> @batch=4 NOTICE #m :x
 alice> @batch=4 PRIVMSG #m :x
@@ -11896,7 +11896,7 @@ def test_one_user_cannot_fill_the_table_of_channels():
 class WebConn(FakeConn):
     """A connection that speaks HTTP, and a WebSocket after an upgrade."""
 
-    framing, proxied = None, False
+    frame_writer, proxied = None, False
     limit_key = ""
 
     @property
@@ -11913,13 +11913,13 @@ class WebConn(FakeConn):
         self.proxied, self.secure = secure is not None, bool(secure)
 
     def write(self, data):
-        if self.framing:
+        if self.frame_writer:
             check_grammar(data)
-        self.out += self.framing(data) if self.framing else data
+        self.out += self.frame_writer(data) if self.frame_writer else data
 
     def upgrade(self, head, opcode):
         self.out += head
-        self.framing = chat.Framing(opcode)
+        self.frame_writer = chat.FrameWriter(opcode)
         self.reader = chat.FrameReader(chat.LINE_BYTES, bytes(self.reader.buffer))
         self.session.ended()
         self.session = chat.IrcSession(self.house.site, self)
@@ -12268,7 +12268,7 @@ ORIGINS = [  # as a browser sends it, and whether its pages may join
 
 @pytest.mark.parametrize(("origin", "allowed"), ORIGINS)
 def test_pages_of_other_sites_may_not_join(origin, allowed):
-    web = chat.Web(
+    web = chat.WebOptions(
         frozenset(("localhost", "chat.example")),
         frozenset((7000,)),
         frozenset(("https://front.example",)),
@@ -12393,13 +12393,13 @@ def test_a_page_and_netcat_talk_with_each_other():
 
 
 def test_what_all_members_get_is_framed_once():
-    framing = chat.Framing(chat.TEXT_FRAME)
+    writer = chat.FrameWriter(chat.TEXT_FRAME)
     data = b":a PRIVMSG #a :x\r\n:a PRIVMSG #a :y\r\n"
-    framed = framing(data)
-    assert framing(data) is framed
+    framed = writer(data)
+    assert writer(data) is framed
     assert frames_of(framed) == [(0x81, b":a PRIVMSG #a :x"), (0x81, b":a PRIVMSG #a :y")]
-    assert frames_of(framing(b"x\xff\r\n")) == [(0x81, b"x\xef\xbf\xbd")]  # text is UTF-8
-    assert frames_of(chat.Framing(chat.BINARY_FRAME)(b"x\xff\r\n")) == [(0x82, b"x\xff")]
+    assert frames_of(writer(b"x\xff\r\n")) == [(0x81, b"x\xef\xbf\xbd")]  # text is UTF-8
+    assert frames_of(chat.FrameWriter(chat.BINARY_FRAME)(b"x\xff\r\n")) == [(0x82, b"x\xff")]
 
 
 # Files
@@ -22344,7 +22344,7 @@ def upgraded(server, peer):
         b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDAwMDAwMDAwMDAwMDAwMA==\r\n\r\n"
     )
     act_on_all(server)
-    assert made.framing
+    assert made.frame_writer
     return made
 
 
@@ -27810,12 +27810,12 @@ def test_a_part_of_the_page_is_sent_once_and_then_confirmed(path, how):
 
 
 def test_a_server_without_the_page_says_that_there_is_none():
-    house = House(web=chat.Web())
+    house = House(web=chat.WebOptions())
     assert Browser(house).asks("GET / HTTP/1.1\nHost: localhost")[0] == 404
 
 
 def with_page(running, **options):
-    web = chat.Web(documents=chat.page_documents())
+    web = chat.WebOptions(documents=chat.page_documents())
     return running(web=web, **options)
 
 
@@ -28915,7 +28915,7 @@ def test_what_was_echoed_before_kill_9_is_in_the_history_once(folder, seeded):
 )
 def test_the_page_has_an_address_for_this_machine_and_one_for_others(host, web, addresses):
     listener = types.SimpleNamespace(address=(host, 7000))
-    site = types.SimpleNamespace(web=chat.Web(**web))
+    site = types.SimpleNamespace(web=chat.WebOptions(**web))
     assert chat.web_addresses(types.SimpleNamespace(listeners=[listener], site=site)) == addresses
 
 
