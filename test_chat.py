@@ -13345,17 +13345,17 @@ def test_half_a_request_and_an_idle_connection_are_ended(running, monkeypatch):
 def test_connections_that_speak_http_have_a_count_of_their_own():
     limits = chat.ConnectionLimits(chat.ServerOptions(max_per_address=2))
     addresses, key = chat.Addresses(FakeLoop(0.0), None), "192.168.1.5"
-    one = [addresses.enter(key) for _ in range(3)][0]
+    one = [addresses.enter(key) for _ in range(4)][0]
+    assert [limits.speaks_chat(one) for _ in range(2)] == ["", ""]
     assert limits.speaks_chat(one).startswith("too many connections")
-    assert limits.speaks_http(one, True) == "" and limits.speaks_chat(one) == ""
-    assert limits.refusal(3, key, one) == ""
+    assert limits.speaks_http(one, True) == "" and limits.refusal(4, key, one) == ""
     assert limits.speaks_http(one, False).startswith("too many connections")  # a WebSocket is chat
-    one.peers += chat.WEB_PER_ADDRESS - 1
-    assert limits.refusal(3, key, one).startswith("too many connections")  # of any kind
-    one.peers -= chat.WEB_PER_ADDRESS - 1
-    for web in (True, False, False):
-        addresses.leave(one, web)
-    assert not addresses and one.web == 0
+    one.peers += chat.WEB_PER_ADDRESS - 2
+    assert limits.refusal(4, key, one).startswith("too many connections")  # of any kind
+    one.peers -= chat.WEB_PER_ADDRESS - 2
+    for web, chats in ((True, False), (False, True), (False, True), (False, False)):
+        addresses.leave(one, web, chats)
+    assert not addresses and (one.web, one.chat) == (0, 0)
     limits.close()
 
 
