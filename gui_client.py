@@ -3259,8 +3259,15 @@ def open_link(url: str) -> str:
     return f"no browser opens {shorter(url, NAME_SHOWN)}"
 
 
+def user_folder() -> pathlib.Path:
+    """Return the user's home folder; where the program runs if there is none."""
+    with contextlib.suppress(chat.Unusable):
+        return chat.home_folder()
+    return pathlib.Path()
+
+
 def download_folder() -> pathlib.Path:
-    folder = pathlib.Path.home() / "Downloads"
+    folder = user_folder() / "Downloads"
     return folder if folder.is_dir() else folder.parent
 
 
@@ -3273,8 +3280,10 @@ def pasted_file(text: str) -> str:
         url = urllib.parse.urlsplit(text.strip())
         if url.scheme == "file" and url.netloc in ("", "localhost"):
             text = urllib.request.url2pathname(url.path)
-    path = pathlib.Path(text.strip()).expanduser()
-    return str(path) if path.is_file() else ""
+    with contextlib.suppress(OSError, RuntimeError):  # it may not be looked at; no such user
+        path = pathlib.Path(text.strip()).expanduser()
+        return str(path) if path.is_file() else ""
+    return ""
 
 
 def set_text(label: Any, text: str) -> None:
@@ -5814,7 +5823,7 @@ class FileActs(Acts):
         self.choose: Callable[[], Any] = self._choose  # by a dialog of the system, as below
         self.choose_place: Callable[[str], str] = self._choose_place
         self.open_file, self.downloads = open_file, download_folder
-        self.folder = str(pathlib.Path.home())  # of the files that were sent last
+        self.folder = str(user_folder())  # of the files that were sent last
         self.choosing = False  # a dialog of the system is open
         self.opened = ""  # folder of the files that were opened
         self.picture: PictureWindow | None = None  # the last one in full

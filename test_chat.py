@@ -27386,12 +27386,24 @@ def test_a_pasted_path_of_a_file_is_sent_only_if_the_user_says_so(running, windo
         ("file://[{folder}", False),
         ("file://{folder}/%00", False),
         ("file://{folder}", False),
+        ("~no-such-user/a file #1.txt", False),
+        ("{folder}/" + "long" * 100, False),
     ],
 )
 def test_a_path_or_a_url_of_a_file_on_this_machine_is_a_file(tmp_path, text, found):
     path = tmp_path / "a file #1.txt"
     path.write_text("tea")
     assert gui_client.pasted_file(text.format(folder=tmp_path)) == (str(path) if found else "")
+
+
+def test_a_window_needs_no_home_folder(window, monkeypatch, tmp_path):
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(pathlib.Path, "expanduser", homeless)
+    monkeypatch.delenv("HOME", raising=False)
+    assert window(name="", state=tmp_path).card.shown
+    assert gui_client.download_folder() == pathlib.Path()
 
 
 def test_the_code_of_the_servers_address_is_drawn_on_a_card(running, window):
