@@ -177,7 +177,7 @@ FITS_ALWAYS = 300  # bytes that fit in a line of IRC behind the longest mask and
 LABEL_BYTES = 64  # of a label (IRCv3 labeled-response)
 METADATA_KEYS = 20  # that a user or a channel may have
 METADATA_SUBS = 50  # that one session may want to hear of
-METADATA_BYTES = 300  # of a value
+METADATA_BYTES = 240  # of a value: it fits behind the longest server, two nicks and key
 METADATA_AT_ONCE = 100  # values told to a user who joins a channel; the client asks for more
 METADATA_KEY_BYTES = 64
 GUESTS_LINKED = 30  # guests, the newest, whose private conversations an account inherits
@@ -405,6 +405,7 @@ WAITING_SECONDS = 10.0  # ... and sooner while a message waits to be acknowledge
 OTHER_SECONDS = 60.0  # SILENT_SECONDS for other servers, which answer a busy client late
 LATE_JOIN_SECONDS = 30  # a bouncer joins its channels for a client before this
 JOIN_SECONDS = 60.0  # that a JOIN may take
+REJOIN_SECONDS = 60.0  # until a channel is joined again that was full, for example
 BATCH_SECONDS = 60.0  # that a batch of lines may take
 ECHO_SECONDS = 20.0  # that other servers may take to echo a message before we ask
 LOGIN_SECONDS = 30.0  # that a log-in may take ...
@@ -1278,7 +1279,13 @@ def make_verifier(password: str, rounds: int = ACCOUNT_ROUNDS) -> Verifier:
 
 
 def operators_of(known: Iterable[tuple[str, str]]) -> dict[str, Verifier]:
-    return {name: make_verifier(word, OPERATOR_ROUNDS) for name, word in known}
+    """Return the verifiers of --oper, by name. Raises Unusable if a name comes twice."""
+    verifiers: dict[str, Verifier] = {}
+    for name, word in known:
+        if name in verifiers:
+            raise Unusable(f"--oper {harmless(name)} is given twice, with a password each")
+        verifiers[name] = make_verifier(word, OPERATOR_ROUNDS)
+    return verifiers
 
 
 DECOY_KEY = secrets.token_bytes(16)
@@ -1330,6 +1337,8 @@ def sasl_scram(find: Lookup) -> Mechanism:
         first = (yield b"").decode()
         binding, authzid, bare = first.split(",", 2)
         fields = scram_fields(bare)
+        if "m" in fields:  # an extension that must be understood (RFC 5802 section 5.1)
+            raise wrong_login()
         authcid = fields["n"].replace("=2C", ",").replace("=3D", "=")
         nonce = fields["r"] + secrets.token_urlsafe(18)
         wanted = authzid.removeprefix("a=")
@@ -1490,10 +1499,12 @@ class Throttle:
                 return (until - now) // 1000 + 1
         return 0
 
-    def check(self, host: str, subject: str, now: int) -> None:
-        """Raise Refused if there were too many failures lately."""
+    def check(
+        self, host: str, subject: str, now: int, code: str = "TRY_LATER", *params: str
+    ) -> None:
+        """Raise Refused with this code if there were too many failures lately."""
         if seconds := self.wait(host, subject, now):
-            raise Refused("TRY_LATER", f"too many failures; try again in {seconds} s")
+            raise Refused(code, f"too many failures; try again in {seconds} s", *params)
 
     def failed(self, host: str, subject: str, now: int) -> None:
         """Count a failed attempt. A full table forgets those with the fewest failures."""
@@ -1655,7 +1666,7 @@ class Files(dict[str, StoredFile]):
         self.most = FILE_BYTES  # of one file
         self.total = FILES_BYTES  # of all; one owner, or one address, may have a quarter
         self.by_message: dict[int, str] = {}
-        self.unwanted: list[str] = []  # names on disk that no link needs any more
+        self.unwanted: list[str] = []  # names on disk that a link needs no more
         self.finishing: set[str] = set()  # ids of uploads whose content gets its name on disk
 
     def load(self, rows: Iterable[tuple[str, str]]) -> None:
@@ -1763,7 +1774,8 @@ class SessionContext:
         return self.cluster is None or file.node in ("", self.node)
 
     def reference(self) -> str:
-        return f"b{next(self.references):x}"
+        """Return a name for a batch; those of messages are hexadecimal numbers."""
+        return f"r{next(self.references):x}"
 
     def act(self, name: str, *values: Any, then: Callable = do_nothing) -> None:
         """Do an act of the server itself, which cannot be refused; call then(its result)."""
@@ -2068,6 +2080,14 @@ def full_mask(text: str) -> str:
     if bang and not at:  # nick!user
         username, host = host, "*"
     return f"{mute}{name or '*'}!{username or '*'}@{host_of_mask(host) or '*'}"
+
+
+NO_NETWORKS = "masks have * and ?, like 10.0.*; there is no /8"
+
+
+def is_network(mask: str) -> bool:
+    """Return whether a mask ends in a size, like 10.0.0.0/8: that would match no host."""
+    return re.fullmatch(r".*@[^@]*/\d+", mask) is not None
 
 
 def server_mask(text: str) -> str:
@@ -2415,6 +2435,8 @@ class Channel:
         key, change = fold(mask), change._replace(value=mask)
         if not change.on:
             return change if masks.pop(key, None) else None
+        if is_network(mask):
+            raise self._bad_value(change, NO_NETWORKS)
         if key in masks:
             return None
         if len(masks) >= MASKS_A_LIST:
@@ -2480,7 +2502,7 @@ class Conversation(Audience):
     def check_can_send(self, user: User) -> None:
         """Raise Refused if the other user has set +R and this one has no account."""
         partner = self.partner(user)
-        if "R" in partner.modes and not user.account:
+        if "R" in partner.modes and not user.account and partner is not user:
             text = f"{partner.name} accepts messages of logged-in users only"
             raise Refused("NEED_ACCOUNT", text, partner.name)
 
@@ -3248,7 +3270,7 @@ class Accounts(dict[str, Account]):
 
     def verified(self, name: str, code: str, host: str, ticks: int) -> Account:
         """Return the account that this code was sent for. Raises Refused."""
-        self.throttle.check(host, f"code {name}", ticks)
+        self.throttle.check(host, f"code {name}", ticks, "TEMPORARILY_UNAVAILABLE", name)
         self.throttle.failed(host, f"code {name}", ticks)
         account, expected = self.pending.get(fold(name), (None, ""))
         fits = hmac.compare_digest(code.encode(), expected.encode())
@@ -3752,10 +3774,16 @@ def user_of_token(hub: Hub, token: str, account: str) -> tuple[User | None, str]
     return user, ""
 
 
+def absent_key(user: User) -> str:
+    """Return the address of an absent user as limits count it. Which networks a node is in must not
+    matter: all nodes count alike."""
+    return address_key(host_of(user.source.address))
+
+
 def end_absence(hub: Hub, user: User) -> None:
     """End the grace period of a user, if there is one: the user is back, or removed."""
     hub.absent.pop(user, None)
-    host = host_of(user.source.address)
+    host = absent_key(user)
     if near := hub.absent_by_host.get(host):
         near.pop(user, None)
         if not near:
@@ -3819,6 +3847,63 @@ def attach(hub: Hub, who: Session, user: User, address: str) -> None:
     for token in list(user.tokens)[:-DEVICES_A_USER]:
         forget_token(hub, user, token)
     move_to_address(hub, user, address)
+
+
+@act
+def set_away(hub: Hub, who: Session, reason: str) -> None:
+    """Mark the user as away for a reason; without a reason, as back."""
+    user, reason = who.user, cut(reason, REASON_BYTES)
+    if reason != user.away:
+        user.away = reason
+        hub.turn.changed.add(user)
+        emit_to_witnesses(hub, AWAY, user.source, user, reason, origin=who)
+
+
+def check_metadata_writable(who: Session, owner: User | Channel, target: str, key: str) -> None:
+    """Raise Refused unless the session may change the metadata of a user or channel."""
+    if isinstance(owner, Channel):
+        member = owner.members.get(who.user)
+        allowed = who.operator or (member and member.has("o"))
+    else:
+        allowed = owner is who.user or who.operator
+    if not allowed:
+        raise Refused("KEY_NO_PERMISSION", "that is not yours to change", target, key)
+
+
+@act
+def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> None:
+    """Set a metadata value of a user or channel; "" removes it. Subscribers of the key are told."""
+    owner = hub.find_channel(target) if target.startswith("#") else hub.find_user(target)
+    check_metadata_writable(who, owner, target, key)
+    if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
+        raise Refused("LIMIT_REACHED", f"{METADATA_KEYS} keys at most", target, str(METADATA_KEYS))
+    if value:
+        owner.metadata[key] = value
+    else:
+        owner.metadata.pop(key, None)
+    hub.turn.changed.add(owner)
+    subscribed = hub.subscribers.get(key, set()) - {who}
+    if not subscribed:
+        return
+    if isinstance(owner, Channel):
+        audience, source = owner.audience, Source(owner.name, "")
+    else:
+        watching = hub.watchers.get(owner.key, ())
+        audience, source = neighbours(hub.turn, owner, watching, with_user=True), owner.source
+    hub.work += len(subscribed)
+    channels = set(audience.channels)
+    told = [
+        s
+        for s in subscribed
+        if s.user
+        and (
+            s in audience.sessions
+            or s.user in audience.users
+            or not channels.isdisjoint(s.user.channels)
+        )
+    ]
+    if told:
+        hub.emit(METADATA, source, Audience(owner.name, sessions=told), value, key)
 
 
 def inherit(hub: Hub, user: User, identity: str) -> None:
@@ -3906,6 +3991,11 @@ def enter(
         attach(hub, who, user, address)
         if account and user.account != account:
             change_login(hub, who, account)
+        for key, value in metadata:
+            if key in user.metadata or len(user.metadata) < METADATA_KEYS:
+                set_metadata(hub, who, user.name, key, value)
+        if away not in ("", "*"):
+            set_away(hub, who, away)
         return True, resumed
     if owns and holder:
         take_name(hub, holder, free_name(hub, wanted, seed=seed))
@@ -3961,7 +4051,7 @@ def remove_user(hub: Hub, user: User, reason: str, origin: Session | None = None
 def start_grace_period(hub: Hub, user: User) -> None:
     """Keep a user without a session. If there are too many such users, the first of them goes."""
     hub.absent[user] = hub.ticks
-    host = host_of(user.source.address)
+    host = absent_key(user)
     near = hub.absent_by_host.setdefault(host, {})
     near[user] = None
     crowded = near if len(near) > hub.absent_per_host and not is_loopback(host) else ()
@@ -4035,6 +4125,10 @@ def log_in(hub: Hub, who: Session, account: str, proof: str, takes_name: bool) -
     if ban := server_ban(hub, User(source, "", "", 0)):
         disconnect(hub, hub.source, user, ban.reason)
         return before
+    stays = not takes_name or holder in (None, user) or holder.account != account
+    if stays and user.account not in ("", account) and len(user.live) > 1:
+        text = "your other devices are logged in, too"  # and the other account is not theirs
+        raise Refused("ALREADY_AUTHENTICATED", text, user.account)
     if user.account not in ("", account) or (takes_name and holder is not user):
         check_no_ban_evasion(hub, user)
     if takes_name and holder and holder is not user and holder.account != account:
@@ -4464,6 +4558,7 @@ def begin_file(
     node: str,
 ) -> None:
     """Register a new file whose upload begins now. Raises Refused if there is no room."""
+    hub.work += len(hub.files) // 2
     hub.files.check_room(size, owner, address)
     keep_file(hub, StoredFile(id, name, type, size, owner, address, hub.now, node=node))
 
@@ -4471,6 +4566,7 @@ def begin_file(
 @act
 def resize_file(hub: Hub, who: Session, id: str, size: int) -> None:
     """Make room for more of a file whose size was not announced. Raises Refused."""
+    hub.work += len(hub.files) // 2
     if file := hub.files.pop(id, None):
         try:
             hub.files.check_room(size, file.owner, file.address)
@@ -4498,8 +4594,7 @@ def remove_file(hub: Hub, who: Session, id: str) -> None:
     for message in file.messages:
         hub.files.by_message.pop(message, None)
     hub.turn.record("file_gone", id)
-    if not any(file.on_disk == other.on_disk for other in hub.files.values()):
-        hub.files.unwanted.append(file.on_disk)
+    hub.files.unwanted.append(file.on_disk)  # unless another file has the same content
 
 
 def carry_file(hub: Hub, file: StoredFile, event: Event) -> None:
@@ -4671,16 +4766,6 @@ def wallops(hub: Hub, who: Session, text: str) -> None:
 
 
 @act
-def set_away(hub: Hub, who: Session, reason: str) -> None:
-    """Mark the user as away for a reason; without a reason, as back."""
-    user, reason = who.user, cut(reason, REASON_BYTES)
-    if reason != user.away:
-        user.away = reason
-        hub.turn.changed.add(user)
-        emit_to_witnesses(hub, AWAY, user.source, user, reason, origin=who)
-
-
-@act
 def set_realname(hub: Hub, who: Session, realname: str) -> None:
     user = who.user
     user.realname = realname
@@ -4714,53 +4799,6 @@ def set_user_modes(hub: Hub, who: Session, changes: Changes) -> None:
         hub.emit(USER_MODE, user.source, audience, format_modes(shared), user.name)
     mine = Audience(user.name, sessions={who})
     hub.emit(USER_MODE, user.source, mine, format_modes(done), user.name, who)
-
-
-def check_metadata_writable(who: Session, owner: User | Channel, target: str, key: str) -> None:
-    """Raise Refused unless the session may change the metadata of a user or channel."""
-    if isinstance(owner, Channel):
-        member = owner.members.get(who.user)
-        allowed = who.operator or (member and member.has("o"))
-    else:
-        allowed = owner is who.user or who.operator
-    if not allowed:
-        raise Refused("KEY_NO_PERMISSION", "that is not yours to change", target, key)
-
-
-@act
-def set_metadata(hub: Hub, who: Session, target: str, key: str, value: str) -> None:
-    """Set a metadata value of a user or channel; "" removes it. Subscribers of the key are told."""
-    owner = hub.find_channel(target) if target.startswith("#") else hub.find_user(target)
-    check_metadata_writable(who, owner, target, key)
-    if value and key not in owner.metadata and len(owner.metadata) >= METADATA_KEYS:
-        raise Refused("LIMIT_REACHED", f"{METADATA_KEYS} keys at most", target, str(METADATA_KEYS))
-    if value:
-        owner.metadata[key] = value
-    else:
-        owner.metadata.pop(key, None)
-    hub.turn.changed.add(owner)
-    subscribed = hub.subscribers.get(key, set()) - {who}
-    if not subscribed:
-        return
-    if isinstance(owner, Channel):
-        audience, source = owner.audience, Source(owner.name, "")
-    else:
-        watching = hub.watchers.get(owner.key, ())
-        audience, source = neighbours(hub.turn, owner, watching, with_user=True), owner.source
-    hub.work += len(subscribed)
-    channels = set(audience.channels)
-    told = [
-        s
-        for s in subscribed
-        if s.user
-        and (
-            s in audience.sessions
-            or s.user in audience.users
-            or not channels.isdisjoint(s.user.channels)
-        )
-    ]
-    if told:
-        hub.emit(METADATA, source, Audience(owner.name, sessions=told), value, key)
 
 
 @act
@@ -4809,6 +4847,8 @@ def ban_from_server(hub: Hub, who: Session, mask: str, minutes: int, reason: str
     mask = server_mask(mask)
     if not is_word(mask, MASK_BYTES):
         raise Refused("BAD_MASK", f"a mask is one word of at most {MASK_BYTES} bytes", mask)
+    if is_network(mask):
+        raise Refused("BAD_MASK", NO_NETWORKS, mask)
     for key in [key for key, ban in hub.bans.items() if ban.until and ban.until <= hub.now]:
         del hub.bans[key]
         hub.turn.record("ban_gone", key)
@@ -4957,8 +4997,7 @@ def check_server_password(session: LocalSession, given: str) -> bool:
     if site.password is None:
         return True
     throttle, host = site.hub.accounts.throttle, session.conn.limit_key
-    if seconds := throttle.wait(host, SERVER_PASSWORD, site.hub.ticks):
-        raise Refused("WRONG_PASSWORD", f"too many failures; try again in {seconds} s")
+    throttle.check(host, SERVER_PASSWORD, site.hub.ticks, "WRONG_PASSWORD")
     throttle.failed(host, SERVER_PASSWORD, site.hub.ticks)
     if not hmac.compare_digest(given.encode(), site.password.encode()):
         return False
@@ -5040,7 +5079,9 @@ def drop_own_account(session: LocalSession, password: str) -> Steps:
     session.answer(ACCOUNT_GONE)
 
 
-EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
+# One address (RFC 5322 dot-atom), nothing that is quoted, encoded, or several for a mailer
+ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
+EMAIL = re.compile(rf"(?!.*=\?){ATOM}(\.{ATOM})*@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*")
 
 
 def check_registration(session: LocalSession, nick: str, wanted: str, email: str) -> str:
@@ -5069,7 +5110,7 @@ def register_nick(
     accounts, host, ticks = site.hub.accounts, session.conn.limit_key, site.hub.ticks
     by_mail = "email-required" in site.registration
     if by_mail:  # so that no client can fill a stranger's mailbox
-        accounts.throttle.check(host, MAILED_CODE, ticks)
+        accounts.throttle.check(host, MAILED_CODE, ticks, "TEMPORARILY_UNAVAILABLE", name)
         accounts.throttle.failed(host, MAILED_CODE, ticks)
     if seconds := accounts.made.wait(host, "", ticks):
         text = f"{ACCOUNTS_MADE} accounts from one address at most; try again in {seconds} s"
@@ -5106,7 +5147,7 @@ def email_used(session: LocalSession, email: str) -> str:
 def oper(session: LocalSession, name: str, password: str, done: Callable[[], None]) -> Steps:
     """Make the session an operator if the password is right. Unknown names take the same time."""
     hub, host = session.site.hub, session.conn.limit_key
-    hub.accounts.throttle.check(host, OPERATOR_PASSWORD, hub.ticks)
+    hub.accounts.throttle.check(host, OPERATOR_PASSWORD, hub.ticks, "WRONG_PASSWORD")
     hub.accounts.throttle.failed(host, OPERATOR_PASSWORD, hub.ticks)
     verifier = session.site.operators.get(name) or decoy_verifier(name, OPERATOR_ROUNDS)
     fits = yield do(session.later, PASSWORD_LANE, functools.partial(verifier.fits, password))
@@ -5409,6 +5450,8 @@ def event_of(*row: Any) -> Event:
     id, time_ms, kind, name, address, username, about, text, author, tags = row
     account = author[1:].rpartition("/")[0]
     source = source_of(name, address, username, account)._replace(identity=author)
+    if not address:  # of the server, which has only a name
+        source = source._replace(mask=name)
     # Version 0.2 stored client tags with CR and LF in their values
     tags = tags.translate({13: "\\r", 10: "\\n", 0: None})
     return Event(id, time_ms, kind, source, None, text, about, None, tags)
@@ -7986,7 +8029,10 @@ class Collected:
         """Add a line. Raises Refused."""
         verb, (target, *texts), tags = message
         text, goes_on = "".join(texts[:1]), CONCAT in tags
-        if tags["batch"] != self.reference or fold(target) != fold(self.target):
+        if tags["batch"] == self.reference and fold(target) != fold(self.target):
+            text = "all lines of a message have one target"
+            raise Refused("MULTILINE_INVALID_TARGET", text, self.target, target)
+        if tags["batch"] != self.reference:
             raise Refused("MULTILINE_INVALID", "this line belongs to another message")
         if verb not in ("PRIVMSG", "NOTICE") or self.verb not in ("", verb):
             raise Refused("MULTILINE_INVALID", "a message is all PRIVMSG, or all NOTICE")
@@ -8293,6 +8339,7 @@ class IrcSession(LocalSession):
         self.latest = None
         try:
             self.message = message = self.parse(line)
+            self.site.hub.work += 2 * len(message.tags)
             if "batch" in message.tags:
                 collect(self, message)
             elif message.verb:
@@ -8406,6 +8453,8 @@ class IrcSession(LocalSession):
         """Return the number of lines or batches that this session gets of an event of its own."""
         if event.origin is not self or event.kind in PERSONAL:
             return 0
+        if event.kind == WALLOPS and self.user not in event.audience.users:
+            return 0  # an operator without mode w
         (line,) = self.wire.encode(event.audience, [event])
         return count_answers(line) if self.wire.own(event, line) else 0
 
@@ -8865,10 +8914,22 @@ def irc_authenticate(session: IrcSession, chunk: str) -> None:
         go_on_sasl(session, session.exchange.mechanism.send, answer)
 
 
+def check_admitted(session: IrcSession) -> None:
+    """Raise Refused if a client that is not registered yet will not be let in. It makes no account,
+    with which it could upload files."""
+    if session.user:
+        return
+    if not session.passed:
+        raise Refused("WRONG_PASSWORD", "the server's password is missing or wrong")
+    address, username = session.conn.address, session.username or "*"
+    check_server_ban(session.site.hub, source_of(session.asked or "*", address, username))
+
+
 @irc_command("REGISTER", 3, 3, nameless=True, exact=True)
 @in_steps
 def irc_register(session: IrcSession, account: str, email: str, password: str) -> Steps:
     """REGISTER <account or *> <email or *> <password> -- make your name an account"""
+    check_admitted(session)
     nick = session.user.name if session.user else session.asked
     name, proof = yield from register_nick(session, nick, account, email, password)
     if not proof:
@@ -8883,7 +8944,10 @@ def irc_register(session: IrcSession, account: str, email: str, password: str) -
 @in_steps
 def irc_verify(session: IrcSession, name: str, code: str) -> Steps:
     """VERIFY <account or *> <code> -- the code that was sent to the address of a new account"""
+    check_admitted(session)
     nick = session.user.name if session.user else session.asked
+    if known := session.user.account if session.user else session.account:
+        raise Refused("ALREADY_AUTHENTICATED", "you are logged in already", known)
     account, proof = yield from verify(session, nick if name == "*" else name, code)
     session.line(f"VERIFY SUCCESS {account} :{account} is yours")
     tell_logged_in(session, account, proof)
@@ -9500,7 +9564,7 @@ def change_subscriptions(session: IrcSession, keys: Iterable[str], on: bool) -> 
     if done:
 
         def told(_: None) -> None:
-            session.reply(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, " ".join(done))
+            session.reply_list(RPL_METADATASUBOK if on else RPL_METADATAUNSUBOK, done)
 
         session.act("follow", "subscribers", tuple(done), on, then=told)
 
@@ -10324,7 +10388,8 @@ class LineWire:
         ]
 
     def line(self, audience: Any, event: Event) -> bytes:
-        texts = line_texts(event, line_prefix(audience), audience.name)
+        where = audience.name or "your private conversation"
+        texts = line_texts(event, line_prefix(audience), where)
         return "".join(f"{line}\n" for line in texts).encode()
 
     def own(self, event: Event, line: bytes) -> bytes:
@@ -11443,6 +11508,18 @@ def allow_header(methods: Iterable[str]) -> str:
     return "Allow: " + ", ".join(sorted({*methods, "OPTIONS", "HEAD"}))
 
 
+def is_tus(request: Request) -> bool:
+    return "tus-resumable" in request.headers
+
+
+def with_method(request: Request) -> Request:
+    """Return a request with the method that a client of tus means: some networks let only GET and
+    POST through."""
+    meant = request.header("x-http-method-override").upper()
+    known = request.method == "POST" and meant in ("PATCH", "DELETE")
+    return request._replace(method=meant) if known and is_tus(request) else request
+
+
 class WebSession(LocalSession):
     """A session that answers the requests of one connection in their order."""
 
@@ -11479,6 +11556,7 @@ class WebSession(LocalSession):
 
     def _begin(self, request: Request) -> None:
         """Answer a request, or begin to: the handler of its path does that."""
+        request = with_method(request)
         self.request, self.take_body = request, do_nothing
         self.body_left = request.length != 0
         self.closing = not request.keeps_alive
@@ -11542,7 +11620,7 @@ class WebSession(LocalSession):
         if data and not any(header.startswith("Content-Type") for header in headers):
             headers = (*headers, TEXT_TYPE, NOTHING_ALLOWED)
             data = data.removesuffix(b"\n") + b"\n"
-        if status != 204:
+        if status not in (204, 304):  # of a 304 it would be that of the content (RFC 9110, 8.6)
             headers = (*headers, f"Content-Length: {len(data)}")
         self.send_head(status, *headers)
         if data and not (request and request.method == "HEAD"):
@@ -11836,15 +11914,12 @@ TUS = "Tus-Resumable: 1.0.0"
 CORS_ASKED = (
     "Access-Control-Allow-Methods: GET, HEAD, POST, PATCH, DELETE, OPTIONS",
     "Access-Control-Allow-Headers: Authorization, Content-Type, Content-Disposition, "
-    "Content-Length, Range, If-Range, Tus-Resumable, Upload-Length, Upload-Offset, Upload-Metadata",
+    "Content-Length, Range, If-Range, Tus-Resumable, Upload-Length, Upload-Offset, "
+    "Upload-Metadata, X-HTTP-Method-Override",
     "Access-Control-Max-Age: 86400",
 )
 PIECE_TYPE = "application/offset+octet-stream"
 NO_SUCH_FILE = "there is no such file, or not any more"
-
-
-def is_tus(request: Request) -> bool:
-    return "tus-resumable" in request.headers
 
 
 def answer_file(session: WebSession, status: int, body: str = "", *headers: str) -> None:
@@ -11877,7 +11952,8 @@ def on_files(method: str, path: str) -> Callable:
         def guarded(session: WebSession, request: Request) -> None:
             if session.site.folder is None:
                 return session.answer(404, "this server keeps no files")
-            if request.headers.get("tus-resumable", ["1.0.0"]) != ["1.0.0"]:
+            asked = request.headers.get("tus-resumable", ["1.0.0"])
+            if method != "OPTIONS" and asked != ["1.0.0"]:
                 return answer_file(session, 412, "this is tus 1.0.0", "Tus-Version: 1.0.0")
             if method != "OPTIONS" and is_elsewhere(session, request):
                 return None
@@ -12296,6 +12372,11 @@ TARGET_TOO_LONG = (
     b"HTTP/1.1 414 URI Too Long\r\nContent-Type: text/plain\r\n"
     b"Connection: close\r\n\r\nA target has at most %d bytes.\n" % LINE_BYTES
 )
+TOO_MANY_HTTP = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\nRetry-After: %d\r\n"
+    b"Connection: close\r\n\r\nToo many connections from your address: %d at most.\n"
+    % (WEB_IDLE_SECONDS, WEB_PER_ADDRESS)
+)
 NOT_HTTP_1 = (
     b"HTTP/1.1 505 HTTP Version Not Supported\r\nContent-Type: text/plain\r\n"
     b"Connection: close\r\n\r\nThis server speaks HTTP/1.1.\n"
@@ -12393,9 +12474,16 @@ class ServerLine(NamedTuple):
             return None
 
 
-def shown_line(raw: bytes) -> str:
+def decoded_line(raw: bytes) -> str:
+    """Return a line as text: UTF-8, or else Windows-1252, in which old clients of IRC write."""
+    text = raw.decode(errors="replace")
+    old = "\ufffd" in text and text.replace("\ufffd", "").isascii()
+    return raw.decode("cp1252", "replace") if old else text
+
+
+def shown_line(raw: bytes, irc: bool = True) -> str:
     """Return a server's line as text that cannot steer a terminal. The CTCP mark (0x01) stays."""
-    parts = raw.decode(errors="replace").split("\x01")
+    parts = (decoded_line(raw) if irc else raw.decode(errors="replace")).split("\x01")
     return "\x01".join(harmless(COLOURS.sub("", part)) for part in parts).translate(BIDI_CONTROLS)
 
 
@@ -12511,8 +12599,9 @@ class ServerProfile:
         unchanged. Not all servers with such targets announce them."""
         symbols = self.ranks[1] + STATUS_SYMBOLS
         marks = self.status + "".join(one for one in symbols if one not in self.channel_types)
-        bare = target.lstrip(marks)
-        return bare if bare != target and self.is_channel(bare) else target
+        most = len(target) - len(target.lstrip(marks))
+        names = (target[n:] for n in range(most, 0, -1))  # @+free may be for +free
+        return next(filter(self.is_channel, names), target)
 
     @property
     def status(self) -> str:
@@ -12581,6 +12670,11 @@ class ServerProfile:
     def echoes(self) -> bool:
         """True if messages come back recognizably, which tells the client that they arrived."""
         return "echo-message" in self.enabled and (self.labels or self.keeps_own_tags)
+
+    @property
+    def tells_own_tags(self) -> bool:
+        """True if the client learns whether the server refused its tags or a message after them."""
+        return self.labels or "echo-message" in self.enabled
 
     @property
     def repeatable(self) -> bool:
@@ -13180,6 +13274,7 @@ def is_person(heard: ServerLine) -> bool:
 
 # Client-only tags (ircv3.net/specs/client-tags)
 REPLY, REACT, UNREACT, TYPES = "+draft/reply", "+draft/react", "+draft/unreact", "+typing"
+QUIET = "typing"  # in place of the id of a message: errors about it are not shown
 
 
 def for_some(target: str, channel: str, text: str) -> str:
@@ -13219,6 +13314,18 @@ def not_shown(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
     return [view for view in views if view.id or identity_of(view) not in shown]
 
 
+def mark_at(when: int) -> str:
+    """Return the mark of a room by the time of its last message: others may have the same time."""
+    return f"timestamp={tag_time(when - 1)}"
+
+
+def not_held(room: Room, views: list[ViewEvent]) -> list[ViewEvent]:
+    """Return the messages of a page that are not among the held ones: these follow in their order,
+    and there may be older ones than on the page."""
+    held = {identity_of(view) for view in room.held or []}
+    return [view for view in views if identity_of(view) not in held]
+
+
 UNKNOWN_MARK = ("INVALID_PARAMS", "INVALID_MSGREFTYPE", "UNKNOWN_MSGID")  # as servers write it
 
 
@@ -13244,6 +13351,7 @@ class SaslLogin:
         self.talk, self.core, self.server = talk, talk.core, talk.core.server
         self.steps: Iterator | None = None  # of the exchange that is running ...
         self.exchange: Exchange | None = None  # ... and its incoming messages
+        self.login: Login | None = None  # by a /login of the user that is not confirmed yet
         self.mechanism = ""  # of this exchange, or of the last one
         self.taken_up = False  # the server supports that mechanism
         self.others: list[str] = []  # mechanisms to be tried if the server refuses that one
@@ -13268,7 +13376,7 @@ class SaslLogin:
             name = self.others.pop(0)
             if name == "EXTERNAL" and me.certificate:
                 return name
-            if name == "EXTERNAL" or not me.login:
+            if name == "EXTERNAL" or not (self.login or me.login):
                 continue
             if name != "PLAIN" or self.core.secure or asked or me.plain_allowed:
                 return name
@@ -13279,7 +13387,7 @@ class SaslLogin:
 
     def begin(self, mechanism: str) -> None:
         self.mechanism, self.proven, self.taken_up = mechanism, False, False
-        known = self.core.me.login or Login("", "")
+        known = self.login or self.core.me.login or Login("", "")
         self.steps = login_external() if mechanism == "EXTERNAL" else LOGINS[mechanism](*known)
         next(self.steps)  # the server speaks first, even if it says nothing
         self.exchange = Exchange(self.steps)
@@ -13316,8 +13424,12 @@ class SaslLogin:
         for chunk in Exchange.chunks(answer):
             self.talk.send_at_once("AUTHENTICATE", chunk)
 
+    def confirm(self) -> None:
+        """Log in from now on as the user's /login says: the server accepted it."""
+        self.core.me.login, self.login = self.login or self.core.me.login, None
+
     def end(self) -> None:
-        self.steps = self.exchange = None
+        self.steps = self.exchange = self.login = None
         if not self.talk.ready:
             self.talk.send("CAP", "END")
 
@@ -13435,6 +13547,8 @@ class MessageLines:
         self.unsent.clear()
 
 
+NOT_JOINED_NOW = ("437", "471", "477", "480", "500")  # full, after a netsplit, too many joins ...
+NO_CHANNEL = ("403", "476", "479")  # the name is none
 PIECE = "piece"  # in place of an id: a line within a message of this client, not shown alone
 NOT_ECHOED = "the server took it and did not send it back"
 
@@ -13451,6 +13565,7 @@ class Acknowledgements:
         self.commands: dict[str, str] = {}
         self.unconfirmed: list[str] = []  # own ids not covered by a PING yet
         self.pings: collections.deque[str] = collections.deque()  # unanswered tokens
+        self.repeats = False  # the server has repeated one: other tokens are not of this client
         self.covered: dict[str, list[str]] = {}  # by token: own ids that the PONG confirms
         self.overdue: dict[str, list[str]] = {}  # by token: own ids whose echo has not come
         self.last = self.core.ticks()  # time of the last confirmation by the server
@@ -13478,7 +13593,9 @@ class Acknowledgements:
 
     def note_command(self, line: str, by_user: bool) -> None:
         """Note a line that is sent and that the server may refuse. A pipe waits for the answer."""
-        verb, params, _ = parse_message(line)
+        verb, params, tags = parse_message(line)
+        if verb == "TAGMSG" and params and "label" not in tags:
+            self.note_sent(params[0], QUIET if TYPES in tags else "")
         if verb in ("PRIVMSG", "NOTICE") and len(params) > 1:
             for target in params[0].split(","):
                 self.note_sent(target, "")
@@ -13505,6 +13622,12 @@ class Acknowledgements:
         """Forget the lines up to a message or a PING: no error is about them any more."""
         while any(line.id == id for line in self.sent):
             self.sent.popleft()
+
+    def tags_arrived(self, target: str) -> None:
+        """Note that the first tags to a target, of those without an answer, were not refused."""
+        tags = SentLine(self.core.fold(target), QUIET)
+        if tags in self.sent:
+            self.sent.remove(tags)
 
     def acknowledged(self, own_id: str) -> None:
         """Note that the server has a message, and has refused none of the earlier ones."""
@@ -13543,8 +13666,11 @@ class Acknowledgements:
     def ponged(self, token: str) -> None:
         """Confirm the messages before a PING. Some servers do not repeat its token, but PONGs come
         in the order of the PINGs."""
+        self.repeats = self.repeats or token in self.pings
         if token not in self.pings:
-            token = self.pings[0] if self.pings else ""
+            token = self.pings[0] if self.pings and not self.repeats else ""
+        if not token:
+            return
         while self.pings:
             answered = self.pings.popleft()
             if not self.talk.bouncer:  # which answers before its server does
@@ -13624,7 +13750,8 @@ class Acknowledgements:
             if not one.sent or self.core.fold(one.where) != key or when < one.sent - CLOCK_AHEAD_MS:
                 continue
             rest = one.text[one.at :].removeprefix("\n")
-            if same_words(f"\x01ACTION {rest}\x01" if one.kind == ACTION else rest, text):
+            whole = f"\x01ACTION {rest}\x01" if one.kind == ACTION else rest
+            if text in (whole, shown_line(whole.encode(errors="replace"))):
                 return id
             if rest.startswith(f"{text}\n") or (len(text) > LINE_ROOM and rest.startswith(text)):
                 outbox.arrived_to(id, len(one.text) - len(rest) + len(text))
@@ -13686,8 +13813,8 @@ class HistoryRequests:
         oldest = room.paged or next(spoken, None)
         words = {
             "last": ("LATEST", "*"),
-            "gap": ("LATEST", self._selector(room.mark, room.mark_time)),
-            "missed": ("AFTER", self._selector(room.mark, room.mark_time)),
+            "gap": ("LATEST", self._mark_of(room)),
+            "missed": ("AFTER", self._mark_of(room)),
             "older": ("BEFORE" if oldest else "LATEST", self._selector_of(oldest)),
         }
         subcommand, selector = words[how]
@@ -13698,6 +13825,11 @@ class HistoryRequests:
         if view is None:
             return "*"
         return self._selector(f"msgid={view.id}" if view.id else "", view.time)
+
+    def _mark_of(self, room: Room) -> str:
+        """Return the position after which messages of a room may be missing."""
+        when = room.mark_time and room.mark_time - 1  # others may have the same time
+        return self._selector(room.mark, when)
 
     def _selector(self, mark: str, when: int | None) -> str:
         """Return a position in history as this server takes it: by id, or by time (MSGREFTYPES)."""
@@ -13809,7 +13941,7 @@ class HistoryRequests:
 
     def _page_last(self, room: Room, views: list[ViewEvent], limit: int) -> None:
         """Handle the page of messages from before the client joined."""
-        for view in (new := not_shown(room, views)):
+        for view in (new := not_shown(room, not_held(room, views))):
             self.core.deliver(room, view._replace(past=True))
         self.core.note_repeatable(room, new)  # live lines among the held ones may be on this page
         room.whole = not views  # a short page may consist of long messages
@@ -13833,7 +13965,7 @@ class HistoryRequests:
             self.core.note_holes(room, *room.holes, *optional(views[0].id))
             text = "more was said meanwhile; page up, or /history, shows it"
             self.core.show(ViewEvent(NOTE, text, where=room.name))
-        self._deliver_missed(room, views)
+        self._deliver_missed(room, not_held(room, views))
         self._end_missed(room, bool(views), "gap" if room.spilled else "")
 
     def _deliver_missed(self, room: Room, views: list[ViewEvent]) -> None:
@@ -13920,7 +14052,6 @@ def other_protocol(line: str) -> str:
 class PlainTalk:
     """The client's side of the workshop's protocol: a name, then lines, all unacknowledged."""
 
-    ready = True
     doubts = pages = busy = False
     wait = None  # no rate limit
     going: dict[str, str] = {}  # no channels
@@ -13933,10 +14064,18 @@ class PlainTalk:
         self.sent: collections.deque[Waiting] = collections.deque(maxlen=UNDERSTOOD_KEPT)
         self.began = core.ticks()
         core.output.append(core.wanted_name)
+        lobby = core.tidy or not core.rooms  # the texts of a pipe may be meant for a channel
         room = core.rooms.setdefault(core.fold(LOBBY), Room(LOBBY))
-        room.inside, core.current = True, room
+        room.inside, core.current = True, room if lobby else core.current
+
+    @property
+    def ready(self) -> bool:
+        """False once the server turned out to speak another protocol: it is connected to again."""
+        return self.core.kind == PLAIN
 
     def take(self, line: str) -> None:
+        if not self.ready:
+            return None
         core, room = self.core, self.core.rooms[self.core.fold(LOBBY)]
         if not core.sure and (other := other_protocol(line)):
             return core.give_up(f"{NO_CHAT}: it speaks {other}")
@@ -14016,6 +14155,9 @@ class IrcTalk:
         self.going: dict[str, str] = {}  # channels to look at once they are joined: their passwords
         # Keys of channels with unanswered JOINs: how many, and since when
         self.entering: dict[str, tuple[int, float]] = {}
+        # Keys of channels whose JOIN was refused: when to try again; and those tried again
+        self.refused: dict[str, float] = {}
+        self.retried: set[str] = set()
         self.named = self.introduced = self.negotiating = False
         self.resumed = False  # the session was resumed: the server says where the client is
         self.tries = 1  # attempts to get a nick
@@ -14191,6 +14333,7 @@ class IrcTalk:
             self.core.dismissed = True
         elif self.ready:
             self.regain_name(now)
+            self.join_again(now)
             self.acks.doubt_echoes(now)
         else:
             self.hurry(now)
@@ -14296,11 +14439,14 @@ class IrcTalk:
         core.regain_at = core.ticks() + REGAIN_SECONDS
         return told
 
-    def watch(self, names: Iterable[str]) -> None:
-        """Monitor the users of private conversations, for a screen, if the server has MONITOR."""
+    def watch(self, names: Iterable[str], sign: str = "+") -> None:
+        """Monitor the users of private conversations, for a screen, if the server has MONITOR; or
+        with "-" no longer, except for the wanted nick."""
         names = [name for name in names if name and " " not in name and "," not in name]
+        regains = sign == "-" and self.core.regain
+        names = [name for name in names if not (regains and name == self.core.wanted_nick)]
         if self.core.tidy and "MONITOR" in self.server.tokens and names:
-            self.send("MONITOR", "+", ",".join(names[:WATCHED]))
+            self.send("MONITOR", sign, ",".join(names[:WATCHED]))
 
     def name_is_free(self, name: str) -> None:
         """Take a nick that is free, if it is the wanted one."""
@@ -14311,6 +14457,7 @@ class IrcTalk:
 
     def note_join(self, name: str) -> None:
         """Note that a JOIN was sent."""
+        self.refused.pop(self.core.fold(name), None)
         count, _ = self.entering.get(self.core.fold(name), (0, 0.0))
         self.entering[self.core.fold(name)] = count + 1, self.core.ticks()
 
@@ -14321,8 +14468,9 @@ class IrcTalk:
             self.entering[self.core.fold(name)] = count - 1, since
         return count <= 1
 
-    def cannot_enter(self, name: str, why: str) -> None:
-        """Let the user decide about the messages for a channel that the client cannot join."""
+    def cannot_enter(self, name: str, why: str, number: str = "") -> None:
+        """Let the user decide about the messages for a channel that the client cannot join. It is
+        joined over the next connection, and before if the reason may pass."""
         room = self.core.find(name)
         if room and room.inside:
             return
@@ -14330,8 +14478,20 @@ class IrcTalk:
             return
         self.going.pop(self.core.fold(name), None)
         if room:
-            room.wanted = False
+            room.wanted = room.wanted and number not in NO_CHANNEL
+            passes = number in NOT_JOINED_NOW and room.entered
+            again = self.core.ticks() + REJOIN_SECONDS if passes else math.inf
+            self.refused[self.core.fold(name)] = again
             self.core.park_all(room, why)
+
+    def join_again(self, now: float) -> None:
+        """Join the channels that could not be joined for a reason that may have passed."""
+        for key in [key for key, again in self.refused.items() if again < now]:
+            room = self.core.rooms.get(key)
+            del self.refused[key]
+            if room and room.wanted and not room.inside:
+                self.retried.add(key)
+                self.enter(room)
 
     def waits(self, one: Waiting) -> bool:
         """Return whether a message waits for the answer to a JOIN, or for a server. The later
@@ -14483,7 +14643,7 @@ def command_refused(talk: IrcTalk, heard: ServerLine) -> None:
 def refused(talk: IrcTalk, heard: ServerLine, text: str) -> None:
     """Show an error of the server; with the label of a message, report that message as lost."""
     label = heard.tags.get("label", "").partition(".")[0]
-    if label in talk.core.outbox.parked:  # the user knows: the rest of it was not sent
+    if label == QUIET or label in talk.core.outbox.parked:  # the user knows: the rest is not sent
         return
     if label in talk.core.outbox.waiting:
         talk.core.lost(label, text)
@@ -14504,7 +14664,8 @@ NO_FAILURE = (  # numerics that refuse other commands, not messages
 )
 
 
-OF_A_COMMAND = ("437", "442", "482")  # about a message, unless a command for the channel was sent
+# About a message, unless a command for the channel was sent
+OF_A_COMMAND = ("403", "437", "442", "482")
 SAYING = {"PRIVMSG", "BATCH"}
 
 
@@ -14543,7 +14704,7 @@ def message_refused(talk: IrcTalk, heard: ServerLine) -> tuple[str, str]:
     nameless = not names and not talk.acks.commands
     any_line = not talk.server.labels and (nameless or SAYING & {*map(str.upper, names)})
     if not lines and any_line:
-        lines = [line for line in talk.acks.sent if line.target and line.id]
+        lines = [line for line in talk.acks.sent if line.target and line.id not in ("", QUIET)]
     quoted = (line for line in lines if quotes(error, line.text))
     line = next(quoted, None) or next(iter(lines), None)
     if line is None:
@@ -14573,8 +14734,11 @@ def tell_rest(talk: IrcTalk, heard: ServerLine) -> None:
     *about, text = heard.params[1:] or heard.params
     between = ": " if heard.verb[:1] in ("4", "5") else " "
     text = between.join([" ".join(about), text] if about else [text])
+    text = f"{heard.name}: " * ("!" in heard.source) + text
     if about and refuses_join(talk, heard.verb, about[0]):
-        talk.cannot_enter(about[0], text)
+        talk.cannot_enter(about[0], text, heard.verb)
+        if talk.core.fold(about[0]) in talk.retried:
+            return  # the user knows
     lost, doubt = message_refused(talk, heard)
     refused(talk, heard._replace(tags={"label": lost} | heard.tags), text + doubt)
 
@@ -14603,6 +14767,9 @@ def capabilities_told(talk: IrcTalk, heard: ServerLine) -> None:
         server.requested.difference_update(words)
         for word in words:
             (server.enabled.discard if word[0] == "-" else server.enabled.add)(word.lstrip("-"))
+        late = "sasl" in words and talk.ready and not talk.sasl.mechanism  # services are back
+        if late and (mechanism := talk.sasl.choose()):
+            talk.sasl.begin(mechanism)
     elif subcommand == "NAK" and len(words) > 1:  # the server refuses one of these: find out which
         for word in words:
             talk.send_at_once("CAP", "REQ", word)
@@ -14646,7 +14813,7 @@ def renew_login(core: "ClientCore") -> None:
 
 def forget_login(core: "ClientCore") -> None:
     """Drop the log-in: the account does not exist, or has another password."""
-    core.me.proposed, core.me.login = None, None
+    core.me.proposed, core.me.login, core.me.account = None, None, ""
     if core.me.generated:
         core.me.generated = False
         keep_login(core)
@@ -14660,6 +14827,8 @@ def asked_to_log_in(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("900", least=1)
 def told_to_be_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.show(ViewEvent(SERVER_TEXT, heard.params[-1]))
+    if not talk.sasl.running:
+        talk.sasl.confirm()
 
 
 @from_server("903", least=1)
@@ -14670,9 +14839,21 @@ def logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     if not talk.sasl.proven:
         core.give_up("the server said that we are logged in, and could not prove that it is right")
         return talk.bye("")
+    talk.sasl.confirm()
     core.me.account = core.me.login.account if core.me.login else ""
     renew_login(core)
     talk.sasl.end()
+
+
+@from_server("907", least=1)
+def logged_in_already(talk: IrcTalk, heard: ServerLine) -> None:
+    """Go on with a server that has logged the client in by other means, like its certificate."""
+    me = talk.core.me
+    tell_rest(talk, heard)
+    if talk.sasl.running and not talk.ready and (me.certificate or talk.sasl.proven):
+        me.account = me.account or (me.login.account if me.login else "")
+    if talk.sasl.running:
+        talk.sasl.end()
 
 
 def come_another_time(talk: IrcTalk, why: str) -> None:
@@ -14688,7 +14869,7 @@ def mechanisms_told(talk: IrcTalk, heard: ServerLine) -> None:
     talk.sasl.others = [name for name in talk.sasl.others if name in known]
 
 
-@from_server("902", "904", "905", "906", "907", least=1)
+@from_server("902", "904", "905", "906", least=1)
 def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
     core, why = talk.core, f"not logged in: {heard.params[-1]}"
     if not talk.sasl.running:
@@ -14700,7 +14881,7 @@ def not_logged_in(talk: IrcTalk, heard: ServerLine) -> None:
         core.me.login = None
         forget_login(core)
     elif core.me.account and not talk.ready:
-        return come_another_time(talk, why)
+        return come_another_time(talk, why + "; /login PASSWORD gives another one" * core.tidy)
     talk.sasl.end()
 
 
@@ -14734,6 +14915,15 @@ def name_is_taken(talk: IrcTalk, heard: ServerLine) -> None:
         return numbered_name(name[: talk.nick_bytes - len(str(number))], number)
 
     try_name(talk, heard, NAMES_COUNTED if talk.server.ours else NAMES_TRIED, candidate)
+
+
+@from_server("400", "435", "438", "447", "484", least=1)
+def name_is_kept(talk: IrcTalk, heard: ServerLine) -> None:
+    """Show once that the wanted nick cannot be had, if no NICK of the user is refused."""
+    about_nick = heard.verb != "400" or "NICK" in heard.params
+    by_user = any(line.upper().startswith("NICK ") for line in talk.acks.commands.values())
+    if by_user or not about_nick or not talk.not_regained(talk.core.wanted_nick):
+        tell_rest(talk, heard)
 
 
 @from_server("432", least=1)
@@ -14846,7 +15036,8 @@ TEMPORARY_WORDS = re.compile(  # they count before the others
 NEEDS_USER_WORDS = re.compile(
     r"\bbann|\b[kgdzqr][- :]?lined?\b|\bauto(?:matic )?kill|\bauto[kgz]-?lined?|\bakill"
     r"|dnsbl|dronebl|password|passphrase|not (?:allowed|authori[sz]ed|permitted)|unauthori"
-    r"|no authori[sz]ation|access denied|access only|certificate|blacklist|blocklist|listed in",
+    r"|no authori[sz]ation|access denied|access only|certificate|blacklist|blocklist|listed in"
+    r"|\bsasl\b|\bidentd\b|invalid user",
     re.IGNORECASE,
 )
 
@@ -14949,7 +15140,9 @@ def tags_told(talk: IrcTalk, heard: ServerLine) -> None:
     room = core.find(where if mine or talk.server.is_channel(where) else heard.name)
     if room is None or core.is_ignored(heard):
         return
-    if TYPES in tags and not mine:
+    if TYPES in tags and mine:
+        talk.acks.tags_arrived(room.name)
+    elif TYPES in tags:
         core.types(room, heard.name, tags[TYPES])
     for tag, on in ((REACT, True), (UNREACT, False)):
         emoji = visible(tags.get(tag, ""))[:REACTION_CHARACTERS]
@@ -15049,7 +15242,9 @@ def failed(talk: IrcTalk, heard: ServerLine) -> None:
     elif verb == "TOKEN":
         talk.core.took_token("")
     elif verb == "REGISTER":
-        forget_login(talk.core)
+        talk.core.me.proposed = None
+        if talk.core.me.generated:
+            forget_login(talk.core)
         refused(talk, heard, text)
     elif code == "NOT_KEPT" and len(about) > 1:
         talk.core.lost(about[1], text)
@@ -15166,6 +15361,8 @@ def we_joined(talk: IrcTalk, heard: ServerLine) -> None:
     room = core.room_for(heard.params[0])
     room.name, room.inside, room.is_channel = heard.params[0], True, True
     room.wanted = room.entered = True
+    talk.refused.pop(core.fold(room.name), None)
+    talk.retried.discard(core.fold(room.name))
     room.topic = ""  # else 332 follows
     asked = core.fold(room.name) in {*talk.entering, *talk.going}
     talk.entering.pop(core.fold(room.name), None)
@@ -15208,6 +15405,7 @@ def user_joined(talk: IrcTalk, heard: ServerLine) -> None:
     core, name = talk.core, heard.params[0]
     if core.is_me(heard.name):
         return we_joined(talk, heard)
+    core.is_back(heard.name)
     if room := core.find(name):
         room.came(heard.name)
         address = heard.source.partition("@")[2]
@@ -15301,6 +15499,7 @@ def user_renamed(talk: IrcTalk, heard: ServerLine) -> None:
                 room, ViewEvent(SERVER_TEXT, f"{old} is now called {new}", where=room.name)
             )
     core.forget_person(old, new)
+    core.is_back(new)
     if (room := core.find(old)) and core.find(new) is not room and not mine:
         if core.find(new):
             core.park_all(room, f"{old} is now called {new}", unsent=True)
@@ -15348,6 +15547,8 @@ WHOIS = {  # numeric -> text; {2} is the second parameter after the nick
 @from_server(*WHOIS, least=3)
 def person_told(talk: IrcTalk, heard: ServerLine) -> None:
     missing = [""] * 3
+    if heard.verb == "301" and talk.core.is_ignored(heard._replace(source=heard.params[1])):
+        return
     text = WHOIS[heard.verb].format(*heard.params, *missing, last=heard.params[-1])
     room = talk.core.find(heard.params[1])
     talk.core.show(
@@ -15402,7 +15603,9 @@ def away_changed(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.note_person(heard.name, away=bool(heard.params and heard.params[0]))
     talk.core.show(ViewEvent(PEOPLE))
     if (room := talk.core.find(heard.name)) and not room.is_channel:
-        state = f"is away: {heard.params[0]}" if heard.params and heard.params[0] else "is back"
+        state = "is away" if heard.params and heard.params[0] else "is back"
+        if state == "is away" and not talk.core.is_ignored(heard):
+            state = f"is away: {heard.params[0]}"
         talk.core.happened(room, ViewEvent(SERVER_TEXT, f"{heard.name} {state}", where=room.name))
 
 
@@ -15440,6 +15643,9 @@ def modes_set(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
     ranks = dict(zip(*server.ranks, strict=False))
     for sign, letter, value in server.mode_changes(letters, values):
+        if letter == "k" and value != "*":  # some servers hide it
+            room.password = value if sign == "+" else ""
+            talk.core.keep_room(room)
         if letter in ranks:
             room.rank(value, ranks[letter], sign == "+", server.ranks[1])
             if sign == "-" and "multi-prefix" not in server.enabled:
@@ -15467,13 +15673,15 @@ def taken_back(talk: IrcTalk, heard: ServerLine) -> None:
         core.happened(room, ViewEvent(SERVER_TEXT, text, where=room.name))
 
 
-@from_server("353", least=4)
+@from_server("353", least=3)
 def names_told(talk: IrcTalk, heard: ServerLine) -> None:
-    key = talk.core.fold(heard.params[2])
+    """<symbol> <channel> :<names>; RFC 1459 has no symbol"""
+    *_, where, names = heard.params
+    key = talk.core.fold(where)
     if key not in talk.core.rooms and key not in talk.shown_names:
         return
     coming = talk.names.setdefault(key, {})
-    for word in heard.params[3].split()[: PEOPLE_LISTED - len(coming)]:
+    for word in names.split()[: PEOPLE_LISTED - len(coming)]:
         name = word.lstrip(talk.server.ranks[1])
         coming[name.partition("!")[0]] = word.removesuffix(name)
 
@@ -15505,6 +15713,14 @@ def channel_listed(talk: IrcTalk, heard: ServerLine) -> None:
 @from_server("323")
 def list_ended(talk: IrcTalk, heard: ServerLine) -> None:
     talk.core.show_listing("LIST")
+
+
+@from_server("263", "416", least=2)
+def answer_ended(talk: IrcTalk, heard: ServerLine) -> None:
+    """<command> :Please try again, or too many matches: the rest of a long answer does not come"""
+    if listings := talk.core.listings.get(heard.params[1].upper()):
+        listings.pop(0)
+    tell_rest(talk, heard)
 
 
 @from_server("341", least=3)
@@ -15855,7 +16071,8 @@ class ForScreens:
             limit = f"a reaction has 1 to {REACTION_CHARACTERS} characters"
             raise Refused("BAD_REACTION", limit)
         tags = f"{REACT if on else UNREACT}={escaped_tag(emoji)};{REPLY}={escaped_tag(id)}"
-        self.talk.raw(f"@{tags} TAGMSG {room.name}")
+        label = ";label=reaction" * self.server.labels
+        self.talk.raw(f"@{tags}{label} TAGMSG {room.name}")
         if "echo-message" not in self.server.enabled:  # else the echo shows it
             self.reacted(room, id, emoji, self.name, on)
 
@@ -15890,6 +16107,7 @@ class ForScreens:
         is for a break, "done" for a text that is not sent after all."""
         now = self.ticks()
         ready = self.can("typing") and self.setting("typing") == "on"
+        ready = ready and self.server.tells_own_tags  # else an error may be that of a message
         idle = self.outbox.waiting.keys() <= self.outbox.parked.keys()
         ready = ready and (room.inside or not room.is_channel) and idle
         ready = ready and self.talk.budget.tokens > TYPING_SPARE
@@ -15897,7 +16115,8 @@ class ForScreens:
         due = state != told or (state == "active" and now - since > TYPING_SECONDS)
         if ready and due and not (told == "done" and state == "paused"):
             self.typed_at[room.id] = now, state
-            self.talk.send(f"@{TYPES}={state}", "TAGMSG", room.name)
+            label = f";label={QUIET}" * self.server.labels
+            self.talk.send(f"@{TYPES}={state}{label}", "TAGMSG", room.name)
 
     def types(self, room: Room, name: str, state: str) -> None:
         """Note that another user is typing, or has paused or stopped."""
@@ -16140,7 +16359,7 @@ class ClientCore(ForScreens):
                 room.mark, room.mark_time = f"msgid={view.id}", self.believable(view.time)
             elif view.time:
                 room.mark_time = self.believable(view.time)
-                room.mark = f"timestamp={tag_time(room.mark_time)}"
+                room.mark = mark_at(room.mark_time)
         room.views.dropped = len(room.views) == STORED_LINES
         later = [view for view in room.views if is_news(view) and (view.time or 0) > room.read_time]
         room.unread = len(later) if room.read_time else 0
@@ -16413,7 +16632,7 @@ class ClientCore(ForScreens):
             if raw == TOO_LONG:
                 self.show(ViewEvent(NOTE, "the server sent a line too long to be shown"))
                 continue
-            line = shown_line(raw)
+            line = shown_line(raw, irc=self.kind != PLAIN)
             logged = SECRET_LINE.sub("\\1 \u2026", line)  # a server may send back what it got
             self.traffic.append((int(self.clock() * 1000), False, logged))
             if self.listening and first_words(self, line):
@@ -16464,10 +16683,11 @@ class ClientCore(ForScreens):
         """Note the port and the duration for which the server demands TLS (IRCv3 sts)."""
         tokens = parse_tags(value.replace(",", ";"))
         port, seconds = (whole_number(tokens.get(one, "")) for one in ("port", "duration"))
-        if value:
-            self.sts = port or 0, seconds or 0
-            if port and not self.tls and self.cause != FATAL:
-                self.redial = True
+        if self.tls and seconds is not None:  # other values are to be ignored
+            self.sts = port or 0, seconds
+        elif not self.tls and port and port <= 65535:
+            self.sts = port, seconds or 0
+            self.redial = self.redial or self.cause != FATAL
 
     def tick(self) -> list[ViewEvent]:
         """Do the work of every second: overdue answers, joins in one row, read markers, store."""
@@ -16599,7 +16819,8 @@ class ClientCore(ForScreens):
         for one, piece in zip(accepted, pieces, strict=False):
             room = self._show_own(one, piece)
             self.typed_at.pop(room.id, None)  # a message implies that typing is done
-            if room.is_channel and self.ready and not (room.inside or room.wanted):
+            outside = room.is_channel and self.ready and not room.inside
+            if outside and (not room.wanted or self.fold(room.name) in self.talk.refused):
                 self.park(one.id, f"you are not in {room.name}")
             elif room.is_channel and self.ready and self.talk.leaves(room):
                 self.park(one.id, f"you leave {room.name}")
@@ -16750,6 +16971,9 @@ class ClientCore(ForScreens):
             self.current = room if self.current is other else self.current
         if self.talk:
             self.talk.renamed(room.name, name)
+        if self.ready and not room.is_channel:
+            self.talk.watch([room.name], "-")
+            self.talk.watch([name])
         self.outbox.readdress(lambda where: self.fold(where) == old, name)
         if self.store:
             self.store.rename(old, self.fold(name))
@@ -16764,6 +16988,8 @@ class ClientCore(ForScreens):
         """Close a conversation, and on a screen go to the last one that is open."""
         if room.is_channel:  # else its messages can be sent without it
             self.park_all(room, f"you left {room.name}", unsent=True)
+        elif self.ready:
+            self.talk.watch([room.name], "-")
         self.rooms.pop(self.fold(room.name), None)
         self.keep_room(room)
         self.changed(room)
@@ -16779,6 +17005,7 @@ class ClientCore(ForScreens):
         """Handle a live message. It waits behind requested pages, but not its acknowledgement."""
         if heard is not None and not view.mine and self.is_ignored(heard):
             return
+        self.is_back(view.name)
         if view.own_id:
             self.acknowledge(view)
         if view.own_id == PIECE or (view.mine and self.is_service(view.where, view.text)):
@@ -16790,6 +17017,13 @@ class ClientCore(ForScreens):
             self.deliver(room, view)
         else:
             room.hold(view)
+
+    def is_back(self, name: str) -> None:
+        """Note that the user of a private conversation is there, who had left."""
+        room = self.find(name)
+        if room and room.gone:
+            room.gone = False
+            self.changed(room)
 
     def acknowledge(self, view: ViewEvent) -> None:
         """Note that the server has a message of this client; store it and show its arrival."""
@@ -16862,7 +17096,7 @@ class ClientCore(ForScreens):
             self.newest_id = view.id
         elif view.time and not room.mark.startswith("msgid="):  # a server without message ids
             room.mark_time = max(room.mark_time or 0, self.believable(view.time))
-            room.mark = f"timestamp={tag_time(room.mark_time)}"
+            room.mark = mark_at(room.mark_time)
         if view.own_id:
             arrived = view.own_id in self.outbox.waiting
             seen_waiting = view.own_id in self.shown
@@ -17079,6 +17313,7 @@ def do_join(core: ClientCore, words: str) -> None:
         if len(one.encode()) > most:
             raise Refused("TOO_LONG", f"the name of a channel has at most {most} bytes here")
         core.talk.going[core.fold(one)] = password
+        core.talk.retried.discard(core.fold(one))
         core.talk.command("JOIN", one, *optional(password))
         core.talk.note_join(one)
         if room:
@@ -17236,7 +17471,8 @@ def do_lastlog(core: ClientCore, words: str) -> None:
 
 @client_command("search", 1, nameless=True)
 def do_search(core: ClientCore, words: str) -> None:
-    """/search WORDS -- what was said with these words in it, here; by the server if it can"""
+    """/search [#CHANNEL|NAME] WORDS -- what was said there, or here, with these words in it; by
+    the server if it can"""
     if not core.ready or "soju.im/search" not in core.server.enabled:
         return do_lastlog(core, words)
     where, text = channel_first(core, words)
@@ -17393,7 +17629,13 @@ def do_who(core: ClientCore, mask: str = "") -> None:
 def do_register(core: ClientCore, *words: str) -> None:
     """/register [EMAIL] [PASSWORD] -- make your name yours; without a password this computer
     makes one, keeps it, and logs in with it from then on"""
-    by_mail = "email-required" in core.server.offered.get("draft/account-registration", "")
+    offered = core.server.offered.get("draft/account-registration")
+    if offered is None and not core.server.ours:
+        advice = f"its services may: /msg {SERVICE} HELP REGISTER"
+        raise Refused("NO_REGISTER", f"this server registers no accounts in this way; {advice}")
+    by_mail = "email-required" in (offered or "")
+    if core.me.account and core.me.generated:  # else another password is stored in place of it
+        raise Refused("LOGGED_IN", f"{core.me.account} is registered; /passwd changes its password")
     email = words[0] if len(words) > 1 or (words and by_mail) else "*"
     password = words[-1] if words and words[-1] != email else ""
     if not password and core.me.keep is None:
@@ -17412,15 +17654,19 @@ def do_verify(core: ClientCore, code: str) -> None:
     core.talk.command("VERIFY", core.name, code)
 
 
-@client_command("login", 1, 2, exact=True)
+@client_command("login", 1, 2, nameless=True, exact=True)
 def do_login(core: ClientCore, *words: str) -> None:
     """/login [ACCOUNT] PASSWORD -- log in, also after every reconnection"""
-    core.me.login = Login(words[0] if len(words) > 1 else core.name, words[-1])
-    enabled = "sasl" in core.server.enabled
-    mechanism = core.talk.sasl.choose(asked=True) if enabled else ""
+    login = Login(words[0] if len(words) > 1 else core.name, words[-1])
+    if not core.ready:  # perhaps because another password is wrong
+        core.me.login, core.wants_connection = login, True
+        return
+    talk = core.online()
+    talk.sasl.login = login
+    mechanism = talk.sasl.choose(asked=True) if "sasl" in core.server.enabled else ""
     if not mechanism:
-        return core.talk.command("PRIVMSG", SERVICE, f"IDENTIFY {service_words(core.me.login)}")
-    core.talk.sasl.begin(mechanism)
+        return talk.command("PRIVMSG", SERVICE, f"IDENTIFY {service_words(login)}")
+    talk.sasl.begin(mechanism)
 
 
 @client_command("passwd", 1, 2, exact=True)
@@ -17449,7 +17695,7 @@ for for_service in (
 
 @client_command("pass", 1, 1, nameless=True, exact=True)
 def do_pass(core: ClientCore, password: str) -> None:
-    """/pass PASSWORD -- the server's password, for the next attempt to connect"""
+    """/pass PASSWORD -- the server's password; connect again with it, now"""
     core.password, core.wants_connection = password, True
 
 
@@ -19058,11 +19304,12 @@ def address_text(host: str, port: int) -> str:
 class Address:
     """A client address: its remaining budget, and its connections."""
 
-    __slots__ = ("budget", "key", "peers", "web")
+    __slots__ = ("budget", "chat", "key", "peers", "web")
 
     def __init__(self, key: str, budget: Budget | None):
         self.key, self.budget = key, budget
-        self.peers = self.web = 0  # connections, and those of them that speak HTTP
+        self.peers = 0  # connections, and of these ...
+        self.chat = self.web = 0  # ... those that speak a dialect of the chat, and HTTP
 
     def used(self, now: float) -> float:
         """Return the used part of the budget: 0 to 1, and more than 1 in debt."""
@@ -19094,9 +19341,10 @@ class Addresses(dict[str, Address]):
             self.sweep()
         return address
 
-    def leave(self, address: Address, web: bool) -> None:
+    def leave(self, address: Address, web: bool, chats: bool = False) -> None:
         address.peers -= 1
         address.web -= web
+        address.chat -= chats
         self.forget_if_full(address)
 
     def forget_if_full(self, address: Address) -> None:
@@ -19124,8 +19372,18 @@ class Peer(Connection):
     """A connection as the server sees it; its session knows it as `conn`."""
 
     __slots__ = (
-        *("address", "asked", "budget", "frame_writer", "greeted", "heard", "held", "home", "host"),
-        *("inbox", "leaving", "limit_key", "looks", "proxied_tls", "server", "session"),
+        *("address", "asked", "budget", "chats", "frame_writer", "greeted", "heard", "held"),
+        *(
+            "home",
+            "host",
+            "inbox",
+            "leaving",
+            "limit_key",
+            "looks",
+            "proxied_tls",
+            "server",
+            "session",
+        ),
         *("waits_for_budget", "was_unsent", "web"),
     )
 
@@ -19138,7 +19396,7 @@ class Peer(Connection):
         self.home = server.addresses.enter(key)
         self.inbox: Framer | None = None  # once something comes: many never speak
         self.frame_writer: FrameWriter | None = None  # makes frames of lines, for a WebSocket
-        self.web = False  # it speaks HTTP
+        self.web = self.chats = False  # it speaks HTTP, or a dialect of the chat
         self.proxied_tls: bool | None = None  # the client speaks TLS to its proxy, if it has one
         self.looks = 0  # how often nothing had been sent since the look before ...
         self.was_unsent = 0  # ... when so many bytes waited
@@ -19222,6 +19480,7 @@ class Peer(Connection):
         server = self.server
         if refusal := server.limits.speaks_http(self.home, True):
             log.info("%s turned away: %s", self.address, refusal)
+            self.write(TOO_MANY_HTTP)
             return self.close()
         self.web = True
         self.inbox = HttpReader(first_line + b"\r\n" + self.inbox.rest())
@@ -19251,7 +19510,8 @@ class Peer(Connection):
             return self.session.answer(503, refusal)
         self.session.ended()
         super().write(head)
-        self.web, self.frame_writer, self.shared = False, server.frame_writers[opcode], False
+        self.web, self.chats = False, True
+        self.frame_writer, self.shared = server.frame_writers[opcode], False
         self.inbox = FrameReader(LINE_BYTES, self.inbox.buffer)
         self.session = IrcSession(server.site, self)
         server.times.web_heads.discard(self)
@@ -19516,6 +19776,8 @@ def read_secret(path: pathlib.Path) -> Secret:
     secret = Secret(read_text(path, what).strip())
     if not secret:  # an empty password would let all in
         raise Unusable(f"{what} is empty")
+    if re.search("[\r\n\0]", secret):  # no client could send it
+        raise Unusable(f"{what} is not one line of text")
     secret.path = path
     return secret
 
@@ -19567,18 +19829,27 @@ class ConnectionLimits:
         """Return why a new connection is not allowed; "" if it is."""
         if inside >= self.most:
             return f"this server is full: {self.most} clients"
-        if address and self._is_full(address, address.peers - address.web, self.most_per_address):
-            text = f"too many connections from {key}: {self.most_per_address} at most"
-            return f"{text} (--max-per-address)"
+        most = self.most_per_address + WEB_PER_ADDRESS  # it has not said yet what it speaks
+        if address and self._is_full(address, address.peers, most):
+            return f"too many connections from {key}: {most} at most"
+        return ""
+
+    def speaks_chat(self, address: Address) -> str:
+        """Count a connection as IRC or the line protocol; return "", or why it is not allowed."""
+        if self._is_full(address, address.chat, self.most_per_address):
+            text = f"too many connections from {address.key}: {self.most_per_address} at most"
+            return f"{text} (--max-per-address); try again later"
+        address.chat += 1
         return ""
 
     def speaks_http(self, address: Address, on: bool) -> str:
         """Count a connection as HTTP, or (not `on`) as IRC again for a WebSocket; return "", or why
         that is not allowed."""
         most = WEB_PER_ADDRESS if on else self.most_per_address
-        if self._is_full(address, address.web if on else address.peers - address.web, most):
+        if self._is_full(address, address.web if on else address.chat, most):
             return f"too many connections from {address.key}: {most} at most"
         address.web += 1 if on else -1
+        address.chat += not on
         return ""
 
     def _is_full(self, address: Address, count: int, most: int) -> bool:
@@ -20168,11 +20439,17 @@ class ActBeat:
         if dialect == "other http":
             peer.write(NOT_HTTP_1)
             peer.close()
-        elif dialect == "irc":
-            peer.session = IrcSession(self.site, peer)
-        else:
-            peer.session = LineSession(self.site, peer, peer.greeted)
-        return peer.session
+            return None
+        irc = dialect == "irc"
+        session = IrcSession(self.site, peer) if irc else LineSession(self.site, peer, peer.greeted)
+        peer.session = session
+        if refusal := peer.server.limits.speaks_chat(peer.home):
+            log.warning("%s turned away: %s", peer.address, refusal)
+            session.farewell(refusal)
+            peer.close()
+            return None
+        peer.chats = True
+        return session
 
     def act_on_the_last(self, peer: Peer) -> None:
         """Act on the last lines of a lost connection, in this turn."""
@@ -20587,7 +20864,7 @@ class Server:
         self.peers.discard(peer)
         self.beat.acting.pop(peer, None)
         self.beat.handshakes.pop(peer, None)
-        self.addresses.leave(peer.home, peer.web)
+        self.addresses.leave(peer.home, peer.web, peer.chats)
         if peer.session:
             peer.session.ended()
         if self.stopping:
@@ -24694,10 +24971,10 @@ PAGE_TEXT = r"""<!doctype html>
     --accent: #8ab8ff; --on: #0b1320; --mine: #1d2a3d; --called: #40381a; --bad: #ffb4ab;
     --light: 72%; } }
 * { box-sizing: border-box; }
-[hidden] { display: none !important; }
+[hidden], dialog:not([open]) { display: none !important; }
 html, body { height: 100%; margin: 0; overflow: hidden; }
 body { font: 1rem/1.4 system-ui, sans-serif; background: var(--back); color: var(--text);
-  overflow-wrap: anywhere; }
+  overflow-wrap: break-word; overflow-wrap: anywhere; }
 button, input, textarea { font: inherit; color: inherit; }
 button, .card, #rooms, #people { background: var(--side); }
 button, input, textarea, .row, .row img, .card { border-radius: .5rem; }
@@ -24719,9 +24996,9 @@ header button { background: none; }
 #topic, #typing, #reply, time, blockquote, .dim, .day::before { color: var(--dim);
   font-size: .85rem; }
 #phase { margin: 0; padding: .1rem .6rem; background: var(--called); }
-#log { flex: 1; overflow: hidden auto; padding: 0 .6rem .3rem; overscroll-behavior: contain;
-  overflow-anchor: none; }
-.block { content-visibility: auto; contain-intrinsic-size: auto 2000px; }
+#log { flex: 1; overflow-x: hidden; overflow-y: auto; padding: 0 .6rem .3rem;
+  overscroll-behavior: contain; overflow-anchor: none; }
+.block.known { content-visibility: auto; }
 .row { padding: .25rem .4rem; overflow: hidden; }
 .same > div:first-child { display: none; }
 .mine { background: var(--mine); }
@@ -24921,7 +25198,8 @@ let indexed = null;
 
 const settled = (request) => new Promise((done, failed) => {
   request.onsuccess = request.oncomplete = () => done(request.result);
-  request.onerror = request.onabort = () => failed(request.error);
+  request.onerror = request.onabort = () =>
+    failed(request.error ?? new Error('this browser does not keep it'));
 });
 
 async function openDatabase() {
@@ -24929,10 +25207,14 @@ async function openDatabase() {
   request.onupgradeneeded = () => Object.entries(KEYS).forEach(([name, keyPath]) =>
     request.result.createObjectStore(name, { keyPath }));
   indexed = await settled(request);
+  indexed.onclose = () => { // by the user or the system
+    indexed = null;
+    openDatabase().catch(() => null);
+  };
 }
 
 // Change a table; the promise ends when that is on disk
-function store(name, method, ...values) {
+async function store(name, method, ...values) {
   if (!indexed) {
     const rows = setting(name) ?? {};
     for (const value of values) {
@@ -25042,7 +25324,9 @@ function arrived(own, to) {
   if (to) dropDraft(to.key, own);
   const before = state.outbox.length;
   state.outbox = without(own);
-  if (state.outbox.length < before) leader?.arrived(own);
+  if (state.outbox.length === before) return;
+  leader?.arrived(own);
+  refresh();
 }
 
 // Count what is unread behind the marker, up to 100, and note whether it calls this user
@@ -25333,20 +25617,27 @@ async function say(target, text, { action = false, answers = '', own = newId() }
     target, text: part, action, reply: n ? '' : answers, failed: '' })));
 }
 
-// Rows are on disk before any tab knows them
-async function accept(...rows) {
-  await store('outbox', 'put', ...rows);
-  rows.forEach((row) => publish({ row: shared(row) }));
-}
-
+const blobs = {}; // files that this browser does not keep, by `own`: they end with the tabs
 const shared = ({ blob, ...row }) => row;
+
+// Rows are on disk before any tab knows them. Private windows keep rows, but may keep no files
+async function accept(...rows) {
+  const kept = indexed && rows.some(({ blob }) => blob)
+    && await store('outbox', 'put', ...rows).then(() => true, () => false);
+  if (!kept) await store('outbox', 'put', ...rows.map(shared));
+  rows.forEach((row) => publish({ row: kept ? shared(row) : row }));
+}
 
 async function cancel({ own }) {
   await store('outbox', 'delete', own);
   publish({ dropped: own });
 }
 
-const storedRow = async (own) => (await stored('outbox')).find((row) => row.own === own);
+async function storedRow(own) {
+  const row = (await stored('outbox')).find((one) => one.own === own);
+  return row && blobs[own] ? { ...row, blob: blobs[own] } : row;
+}
+
 const finalError = (text) => Object.assign(new Error(text), { final: true });
 
 async function retry({ own }) {
@@ -25417,7 +25708,7 @@ class Uploader {
     const response = await this.call('POST', '/files', { 'Upload-Length': row.size,
       'Upload-Metadata': `filename ${toBase64(bytesOf(row.name))}` });
     row.link = response.headers.get('Location');
-    await store('outbox', 'put', row);
+    await store('outbox', 'put', blobs[row.own] ? shared(row) : row);
     return 0;
   }
 
@@ -25446,6 +25737,7 @@ class Leader {
     clearTimeout(this.timer);
     if (this.socket || leader !== this || !state.me || state.phase === 'ended') return;
     if (!setting('secret')) set('secret', randomHex(16));
+    this.scram?.terminate(); // its answer is one of the connection before
     Object.assign(this, { knowsTargets: false, scram: null, error: '', others: 0 });
     const url = `${location.protocol.replace('http', 'ws')}//${location.host}/irc`;
     const socket = this.socket = new WebSocket(url, 'text.ircv3.net');
@@ -25619,6 +25911,7 @@ class Leader {
   // By SCRAM, in a worker: a phone works on a password for a second or more. The keys that it makes
   // are kept instead of the password
   prove(login) {
+    if (this.scram) return publish({ note: 'A log-in is under way: try again when it has ended' });
     this.error = '';
     const scram = this.scram = new Worker('/sw.js');
     scram.onmessage = ({ data: { answer, keys, error } }) => {
@@ -25627,7 +25920,7 @@ class Leader {
       this.send(`AUTHENTICATE ${answer ?? '*'}`);
     };
     scram.postMessage({ login, nonce: randomHex(16) });
-    this.send('AUTHENTICATE SCRAM-SHA-256');
+    return this.send('AUTHENTICATE SCRAM-SHA-256');
   }
 
   proving({ verb, params }) {
@@ -25683,7 +25976,15 @@ async function keepRooms() {
 // ---- Tabs: one is the leader; the others show what it publishes, and ask it
 
 const tab = randomHex(8);
-const channel = self.BroadcastChannel ? new BroadcastChannel('chat') : { postMessage() {} };
+const channel = openChannel();
+function openChannel() { // where a browser keeps nothing of this page, it may refuse this, too
+  try {
+    return new BroadcastChannel('chat');
+  } catch {
+    return { postMessage() {} };
+  }
+}
+
 let leader = null;
 let attached = false; // the model is that of the leader
 let answered = 0; // when the leader last answered
@@ -25719,7 +26020,8 @@ const ITEMS = {
     set('name', name);
   },
   asked: (asked) => { state.asked[asked.label] = asked; },
-  row(row) {
+  row({ blob, ...row }) {
+    if (blob) blobs[row.own] = blob;
     state.outbox = [...without(row.own), row].sort((a, b) => a.n - b.n);
     room(row.target);
     refresh();
@@ -25727,6 +26029,7 @@ const ITEMS = {
     leader?.uploader.run();
   },
   dropped(own) {
+    delete blobs[own];
     state.outbox = without(own);
     leader?.flying.delete(own);
     leader?.pump();
@@ -25783,21 +26086,24 @@ function follow() {
   old?.closed(); // for good: the connection is another tab's now
   attached = false;
   callLeader();
-  if (navigator.locks) setTimeout(elect, 1000); // WebKit refuses at once while a page unloads
+  if (navigator.locks) elect();
 }
 
 // A tab that finds no leader, or a frozen one, takes its place
 function callLeader() {
   const now = Date.now(), heard = () => leader || answered >= now;
   channel.postMessage({ hello: tab, known: attached });
-  setTimeout(() => heard() || (document.hidden ? callLeader() : elect(true)), 3000);
+  setTimeout(() => heard() || (document.hidden ? callLeader() : elect(!!self.BroadcastChannel)),
+    3000);
 }
 
 // A Web Lock makes the leader. On plain http there is none: a lease in localStorage does then. A
 // stale lease costs a repeat, which the server's keys absorb
 function elect(steal) {
   const hold = () => new Promise(lead);
-  if (navigator.locks) return navigator.locks.request('chat', { steal }, hold).catch(follow);
+  // A lock is lost to another tab, or as the page is left: then no timer runs any more
+  const lost = ({ name }) => (name === 'AbortError' ? setTimeout(follow) : lead());
+  if (navigator.locks) return navigator.locks.request('chat', { steal }, hold).catch(lost);
   const lease = setting('lease') ?? {};
   if (lease.tab !== tab && lease.until > Date.now() && !steal) return leader && follow();
   set('lease', { tab, until: Date.now() + 5000 });
@@ -25921,6 +26227,20 @@ function drawRows(messages, next) {
     decorate(row);
   }
   decorate(next);
+  afterFrame(measureBlocks);
+}
+
+// The browser draws only the blocks that are in sight, once their height is known: a guessed height
+// would move what the reader looks at
+function measureBlocks() {
+  const blocks = [...log.querySelectorAll('.block:not(.known)')];
+  const full = blocks.filter((block) => block.nextElementSibling !== $('waiting'));
+  const heights = full.map((block) => block.offsetHeight);
+  full.forEach((block, n) => {
+    block.style.setProperty('contain-intrinsic-size', `1px ${heights[n]}px`);
+    block.style.setProperty('contain-intrinsic-size', `1px auto ${heights[n]}px`);
+    block.classList.add('known');
+  });
 }
 
 // Change the log and keep what the reader looks at where it is
@@ -26063,7 +26383,7 @@ function drawWaiting(list) {
 
 function drawPhase() {
   const left = Math.max(0, Math.ceil((state.retryAt - Date.now()) / 1000));
-  const texts = { connecting: 'Connecting', ended: state.why,
+  const texts = { closed: state.me ? '' : 'Not joined', connecting: 'Connecting', ended: state.why,
     waiting: `${state.why || 'No connection'}; next attempt in ${counted(left, 'second')}` };
   const count = waiting().length, text = texts[state.phase] ?? '';
   const whole = text && count ? `${text}; ${counted(count, 'message')} waiting` : text;
@@ -26156,7 +26476,8 @@ $('composer').onsubmit = async (event) => {
 };
 
 field.onkeydown = (event) => {
-  const { key, shiftKey, isComposing } = event;
+  const { key, shiftKey } = event;
+  const isComposing = event.isComposing || event.keyCode === 229; // so Safari ends a composition
   const send = key === 'Enter' && !shiftKey && !touch;
   const up = key === 'ArrowUp' && !field.value;
   if (isComposing || !(send || up || key === 'Tab' && !shiftKey && complete())) return;
@@ -26236,7 +26557,10 @@ async function shrunk(file) {
   const scale = Math.min(1, SHRUNK / Math.max(bitmap.width, bitmap.height));
   const [width, height] = [bitmap.width * scale, bitmap.height * scale];
   const canvas = el('canvas', { width, height });
-  canvas.getContext('2d').drawImage(bitmap, 0, 0, width, height);
+  const paper = canvas.getContext('2d');
+  paper.fillStyle = '#fff'; // a JPEG has no transparency
+  paper.fillRect(0, 0, width, height);
+  paper.drawImage(bitmap, 0, 0, width, height);
   const blob = await new Promise((done) => canvas.toBlob(done, 'image/jpeg', 0.85));
   return blob && blob.size < file.size ? blob : null;
 }
@@ -26409,7 +26733,8 @@ function settingsSheet() {
   openSheet(state.me, [dim(state.account ? `Logged in as ${state.account}` : 'Not logged in'),
     !self.isSecureContext && dim('Over plain http, others on this network can read along, and '
       + 'the page can neither be installed nor opened without network.'), otherWays()],
-  [button('Name', () => form('Your name', [nameField()], 'Change', (name) => ask(`NICK ${name}`))),
+  [button('Name', () => (state.phase !== 'online' ? nameSheet()
+    : form('Your name', [nameField()], 'Change', (name) => ask(`NICK ${name}`)))),
     ...state.account ? [choice('Log out', () => act('logOut'))]
       : [button('Log in', logInSheet), button('Register', signUpSheet)]]);
 }
@@ -26434,6 +26759,7 @@ function listen() {
   log.addEventListener('pointerdown', () => $('rooms').classList.remove('open'));
   new ResizeObserver(() => keepPlace()).observe(log);
   addEventListener('keydown', (event) => {
+    if (event.key === 'Escape' && !$('sheet').showModal) closeSheet(); // browsers before 2022
     if (event.key !== 'k' || !event.ctrlKey) return;
     event.preventDefault();
     joinSheet();
@@ -26509,7 +26835,7 @@ function compress(state, words) {
   for (let i = 0; i < 64; i++) {
     const choice = (e & f) ^ (~e & g), majority = (a & b) ^ (a & c) ^ (b & c);
     const t = (h + (turn(e, 6) ^ turn(e, 11) ^ turn(e, 25)) + choice + K[i] + w[i]) | 0;
-    [h, g, f, e, d, c, b] = [g, f, e, (d + t) | 0, c, b, a];
+    h = g; g = f; f = e; e = (d + t) | 0; d = c; c = b; b = a;
     a = (t + (turn(b, 2) ^ turn(b, 13) ^ turn(b, 22)) + majority) | 0;
   }
   return Int32Array.of(a, b, c, d, e, f, g, h).map((word, i) => word + state[i]);
@@ -26666,9 +26992,15 @@ KEEPS_ONLY_OURS = "default-src 'none'; connect-src 'self'"
 
 
 def served(text: str) -> str:
-    """Return a document without what only its readers here need: comments, indentation, and line
-    breaks where nothing depends on them."""
-    return re.sub(r"(?m)^(?: *// .*\n| +|\n)| +// .*$|(?<=[{;,(])\n", "", text)
+    """Return a document without what only its readers here need: comments, indentation, line breaks
+    where nothing depends on them, and blanks in the style and around operators of the script. (No
+    text in the script has an operator between blanks.)"""
+    text = re.sub(r"(?m)^(?: *// .*\n| +|\n)| +// .*$|(?<=[{;,(])\n", "", text)
+    before, tag, rest = text.partition("<style>")
+    style, end, script = rest.partition("</style>")
+    style = re.sub(r" ?([{};,]) ?\n?|(?<=:) ", r"\1", style)
+    script = re.sub(r" (=>|[!=]==|&&|\|\||\?\?|[-+]?=) ", r"\1", script)
+    return before + tag + style + end + script
 
 
 def page_policy(page: str) -> str:

@@ -453,7 +453,12 @@ CLOCK_SHOWN = 40  # ... and of a time
 NAME_TAGS = 12
 GROUP_SECONDS = 300  # messages of one speaker within this stand under one name
 
-LINK = re.compile(r"(?:https?://|www\.(?=[\w-]+\.))[^\s<>\"]*[^\s<>\".,;:!?)\]}']", re.IGNORECASE)
+PAIR = r"\([^\s<>\"()]*\)"  # at the end of a link a bracket belongs to it if it was opened there
+LINK = re.compile(
+    r"(?:https?://|www\.(?=[\w-]+\.))"
+    rf"(?:{PAIR}|(?!{PAIR})[^\s<>\"])*(?:{PAIR}|[^\s<>\"(.,;:!?)\]}}'])",
+    re.IGNORECASE,
+)
 ONLY_LINK = re.compile(r".+ \([^()]*\d [KMG]?B\): \S+")  # what clients say of a file they send
 
 
@@ -976,8 +981,9 @@ def waiting_text(server: Server | None) -> str:
     """Return a text about messages that have not arrived yet."""
     if server is None or not server.waiting:
         return ""
-    parked = f", {server.parked} not sent" if server.parked else ""
-    return f"{chat.counted(server.waiting, 'message')} waiting{parked}"
+    counts = {"waiting": server.waiting - server.parked, "not sent": server.parked}
+    told = [f"{chat.counted(count, 'message')} {how}" for how, count in counts.items() if count]
+    return ", ".join(told)
 
 
 def placeholder_text(server: Server | None, room: RoomInfo | None) -> str:
@@ -1118,6 +1124,7 @@ class SeatScreen:
         self.was_ready = self.told_why = False
         self.secret = ""  # of an account that is to be registered
         self.missed: dict[str, None] = {}  # ids of what was said while we were away
+        self.reacted: dict[str, None] = {}  # ids of the messages that got a reaction last
         self.last_removed = ""  # id of the message that was redacted last
         self.placed: dict[int, chat.ViewEvent] = {}  # views that are rows already, by identity
 
@@ -1193,7 +1200,8 @@ def row_of(
     by_id: dict[str, chat.ViewEvent] | None = None,
     fresh: bool = False,
 ) -> Row:
-    """Return a view as a row, with the state of the message. A fresh one has no reactions yet."""
+    """Return a view as a row, with the state of the message. A fresh one has no reactions yet,
+    unless they came before the window was told of it."""
     core, screen, outbox = seat.core, seat.screen, seat.core.outbox
     view = view._replace(line="")
     state = reason = ""
@@ -1202,7 +1210,7 @@ def row_of(
         parked, waits = view.own_id in outbox.parked, view.own_id in outbox.waiting
         reason = outbox.parked.get(view.own_id) or screen.failed.get(view.own_id, "")
         state = FAILED if parked or (reason and not waits) else PENDING if waits else ""
-    looked_up = view.id and (view.past or not fresh)
+    looked_up = view.id and (view.past or not fresh or view.id in screen.reacted)
     reactions = core.reactions_of(view.id) if looked_up else {}
     told = tuple((emoji, tuple(names)) for emoji, names in reactions.items())
     answers = answered_by(core, room, view, by_id or {})
@@ -2064,6 +2072,7 @@ class Engine(chat.ManyServers):
 
     def _reacted(self, seat: chat.Seat, view: chat.ViewEvent) -> None:
         room = self.room_of(seat, view)
+        chat.remember(seat.screen.reacted, view.id)
         if said := find_view(room, lambda one: one.id == view.id):
             self.watched.change(room, said)
 
@@ -2743,6 +2752,25 @@ def bind_menu(widget: tk.Misc, popup: Callable[[Any], Any]) -> None:
     for sequence in sequences:
         with contextlib.suppress(tk.TclError):  # not every system has each key
             widget.bind(sequence, popup)
+
+
+def bind_typing(widget: tk.Misc, typed: Callable[[str], None]) -> None:
+    """Give what is typed or pasted in a widget that takes no text to `typed`."""
+
+    def key(event: Any) -> str | None:
+        text = whole(event.char)
+        if event.state & COMMAND_KEYS or not text or not text.isprintable():
+            return None
+        typed(text)
+        return "break"
+
+    def paste(event: Any) -> str:
+        with contextlib.suppress(tk.TclError):  # nothing to paste
+            typed(whole(widget.selection_get(selection="CLIPBOARD")))
+        return "break"
+
+    widget.bind("<Key>", key)
+    widget.bind("<<Paste>>", paste)
 
 
 def destroy_quietly(widget: tk.Misc) -> None:
@@ -3665,16 +3693,21 @@ class Pictures:
         self.decodes = False
         if not self.arrived:
             return
-        _, file, data, _, why = self.arrived.popleft()
-        image, why = None, why or picture_trouble(file, data)
+        picture = self.arrived.popleft()
+        if picture.file.path not in self.images:  # it came twice; Tk shows none that is freed
+            self._decode(picture)
+        self.look_soon()
+        self._decode_soon()
+
+    def _decode(self, picture: Picture) -> None:
+        file, data = picture.file, picture.data
+        image, why = None, picture.why or picture_trouble(file, data)
         if not why:
             image = decoded(self.text, file, data, divisor(file, self.text.sheet.style.box))
         if image is None:
             self.failed(file.path, why or "it is damaged")
         else:
             self.images[file.path] = image
-        self.look_soon()
-        self._decode_soon()
 
 
 class Pointer:
@@ -3685,7 +3718,6 @@ class Pointer:
         self.sheet = self.text.sheet
         self.chosen: Any = None  # key of the row that the keys are for
         self.hovered: int | None = None
-        self.typed: Callable[[str], None] = chat.do_nothing  # gets what is typed here by mistake
         self.menu_for: Callable[[Row, Any], Any] = chat.do_nothing
         self.acted: Callable[[str, Row], None] = chat.do_nothing
         self.told: Callable[[str], None] = chat.do_nothing  # about the row under the pointer
@@ -3695,8 +3727,6 @@ class Pointer:
         text = self.text
         text.bind("<Button-1>", self._press, add=True)
         text.bind("<ButtonRelease-1>", self._click)
-        text.bind("<Key>", self._key)
-        text.bind("<<Paste>>", self._paste)
         text.bind("<Motion>", self._hover)
         text.bind("<Leave>", lambda _: self.told(""))
         for key, step in (("<Up>", -1), ("<Down>", 1)):
@@ -3766,19 +3796,6 @@ class Pointer:
             self.menu_for(row, event)
         return "break"
 
-    def _key(self, event: Any) -> str | None:
-        """Send what is typed here to the field below."""
-        text = whole(event.char)
-        if event.state & COMMAND_KEYS or not text or not text.isprintable():
-            return None
-        self.typed(text)
-        return "break"
-
-    def _paste(self, event: Any) -> str:
-        with contextlib.suppress(tk.TclError):  # nothing to paste
-            self.typed(whole(self.text.selection_get(selection="CLIPBOARD")))
-        return "break"
-
     def _press(self, event: Any) -> None:
         self.text.focus_set()  # so that Copy works
         self.choose(None)
@@ -3786,7 +3803,8 @@ class Pointer:
     def _click(self, event: Any) -> None:
         index = f"@{event.x},{event.y}"
         number = self.text.row_at(index)
-        if number is None or self.text.tag_ranges("sel"):  # the end of a selection
+        beside = self.text.get(index) == "\n"  # there is nothing under the pointer
+        if number is None or beside or self.text.tag_ranges("sel"):  # the end of a selection
             return
         tags, row = self.text.tag_names(index), self.sheet.rows[number]
         if url := self.link_at(index):
@@ -4883,6 +4901,14 @@ class Card(ttk.Frame):
         self.head.pack(fill="x", anchor="w")
         self.buttons.pack(side="bottom", fill="x")  # in sight also where the body is not
         self.page.pack(fill="both", expand=True)
+        self.keys = f"Keys of {self}"  # a tag: Tab would stop at a label with a key of its own
+        for sequence, act in (
+            ("<Escape>", lambda _: self.hide() or "break"),
+            ("<Button-4>", lambda _: self.page.wheel(-1)),
+            ("<Button-5>", lambda _: self.page.wheel(1)),
+            ("<MouseWheel>", lambda event: self.page.wheel(-1 if event.delta > 0 else 1)),
+        ):
+            self.bind_class(self.keys, sequence, act)
         look.follow(self.recolour)
 
     def recolour(self) -> None:
@@ -4910,10 +4936,8 @@ class Card(ttk.Frame):
         self.lift()
         self._make_room()
         for widget in descendants(self):
-            widget.bind("<Escape>", lambda _: self.hide() or "break")
-            for key, step in (("<Button-4>", -1), ("<Button-5>", 1)):
-                widget.bind(key, lambda _, step=step: self.page.wheel(step))
-            widget.bind("<MouseWheel>", lambda event: self.page.wheel(-1 if event.delta > 0 else 1))
+            if self.keys not in widget.bindtags():
+                widget.bindtags((self.keys, *widget.bindtags()))
         self.first = focus
         focus.focus_set()
 
@@ -5442,6 +5466,7 @@ SEEN_MS = 200  # from in sight to read
 FOCUS_MS = 20  # from a loss of the focus until it has moved to where it goes
 SEEN_TYPED = 60  # last characters of a text from right to left, shown as they will be seen
 TYPING_MS = 3000  # between two notices that the user types
+NOT_SENT = "not connected: connect first, your text is kept"
 
 
 def enabled(on: bool) -> str:
@@ -5477,12 +5502,16 @@ class Writing(Acts):
         self.drafts: dict[int, str] = {}  # of the other conversations
         self.kept = ""  # the draft of this one, as the engine knows it
         self.reply: Row | None = None  # the message that is answered
+        self.pasted = False  # the banner tells of the lines in the field
         self.typed_at = 0.0  # when others were told that the user types; 0: they were not
+        self.edited_at = 0.0  # when the user changed the text last
         compose = self.compose
         compose.send, compose.complete = self.send, self.complete
         compose.edited = self._edited
         compose.several, compose.too_much = self._show_paste, self._offer_paste
-        self.transcript.pointer.typed = self.type_on
+        people, sidebar = self.window.people.tree, self.window.sidebar.tree
+        for widget in (self.transcript.text, self.window.panel.text, people, sidebar):
+            bind_typing(widget, self.type_on)
 
     def send(self, text: str) -> bool:
         """Return whether it is on its way. While the line is broken it waits in the core."""
@@ -5491,13 +5520,15 @@ class Writing(Acts):
             return True
         reply = self.reply.view.id if self.reply and text[:1] != "/" else ""
         if not self.do("say", self.model.here, text, reply):
-            self.window.ask("not connected: connect first, your text is kept")
+            self.window.ask(NOT_SENT)
             return False
         self.typed_at = 0.0
         self.timers.cancel("draft")
         self.kept = ""
         if reply:
-            self.stop_reply()
+            self.reply = None
+        if reply or self.pasted:
+            self.banner.hide()
         if not self.transcript.at_bottom:
             self.transcript.to_bottom()
         return True
@@ -5579,6 +5610,7 @@ class Writing(Acts):
 
     def _edited(self) -> None:
         """Keep a text that the user has changed, soon, and tell the others."""
+        self.edited_at = time.monotonic()
         text = self.compose.content
         if self.look.reorders and RIGHT_TO_LEFT.search(text[-SEEN_TYPED:]):
             self.window.tell(text[-SEEN_TYPED:].split("\n")[-1])
@@ -5611,12 +5643,24 @@ class Writing(Acts):
         self.reply = row
         return self.compose.focus_set()
 
+    def _show_over_reply(self, about: str, *buttons: tuple[str, Callable[[], None]]) -> None:
+        """Show a banner about a paste. The text is still an answer, as is shown afterwards."""
+        self.banner.dropped = chat.do_nothing
+        self.banner.show(about, *buttons, dropped=self._paste_told)
+
+    def _paste_told(self) -> None:
+        self.pasted = False
+        row, self.reply = self.reply, None
+        if row:
+            self.start_reply(row)
+
     def _forget_reply(self) -> None:
         self.reply = None
         self.compose.focus_set()
 
     def stop_reply(self) -> None:
-        if self.reply:
+        if self.reply or self.pasted:
+            self.reply = None
             self.banner.hide()
 
     def message_gone(self, id: str) -> None:
@@ -5640,20 +5684,22 @@ class Writing(Acts):
             self.window.show_page("What will be sent", shown)
 
         about = f"{lines:,} lines: sent as {chat.counted(len(pieces), 'message')}"
-        self.banner.show(about, ("Show", preview), ("Make it one line", as_one_line))
+        self._show_over_reply(about, ("Show", preview), ("Make it one line", as_one_line))
+        self.pasted = True
 
     def _offer_paste(self, text: str) -> None:
         """Offer to send a paste that is too long for the field as several messages."""
         pieces, here = list(chat.message_pieces(text)), self.model.here
 
         def send_all() -> None:
-            self.banner.hide()
-            for piece in pieces:
-                self.do("say", here, f"/{piece}" if piece[:1] == "/" else piece)
+            lines = [f"/{piece}" if piece[:1] == "/" else piece for piece in pieces]
+            if all(self.do("say", here, line) for line in lines):
+                return self.banner.hide()
+            return self.window.ask(NOT_SENT)
 
         count = chat.counted(len(pieces), "message")
         about = f"that is too long to be pasted: {len(text):,} characters; your text is as it was"
-        self.banner.show(about, (f"Send it as {count}", send_all))
+        self._show_over_reply(about, (f"Send it as {count}", send_all))
 
 
 class Reading(Acts):
@@ -6346,6 +6392,7 @@ CLOSE_SECONDS = 0.9  # from hidden to gone, whatever the server does
 CLOSE_POLL_MS = 10
 TICK_MS = 1000
 FOUND_SECONDS = 0.5  # to look for a server on this machine
+IDLE_SECONDS = 1.0  # from the last key until a dialog opens that the user did not ask for
 HINT = "F1: help and keys \u00b7 Ctrl+K: go anywhere \u00b7 Shift+Return: a new line"
 WIDTHS = {"sidebar": 11, "panel": 21, "members": 9}  # of panes at first, in heights of a line
 COLLECT_MS = 2000  # between two collections of young garbage ...
@@ -6407,10 +6454,10 @@ class Header(ttk.Frame):
         self.topic.bind("<Button-1>", lambda _: topic())
 
     def refresh(self, model: Model) -> None:
-        room = model.room
+        room, server = model.room, model.server
         outside = " (you are not in it)" if room and not room.inside else ""
-        place = shorter((room.name if room else "nowhere") + outside, NAME_SHOWN)
-        set_text(self.place, self.look.seen(place if model.servers else "Chat"))
+        name = room.name if room else server.address if server else "Chat"
+        set_text(self.place, self.look.seen(shorter(name + outside, NAME_SHOWN)))
         set_text(self.topic, self.look.seen(label_text(room.topic) if room else ""))
 
 
@@ -6715,16 +6762,26 @@ class Window:
         for server in event.servers:
             if server.question and server.question not in self.asked_about:
                 self.asked_about.add(server.question)
-                self._ask_about(server)
+                self.when_idle(server.question, functools.partial(self._ask_about, server.question))
         if event.ended is not None:
             self.ended(event.ended)
 
-    def _ask_about(self, server: Server) -> None:
-        """Let the user answer the question of a server: a certificate, a password, a name."""
-        if server.doubted:
-            self.certificate.show(server)
+    def when_idle(self, what: str, act: Callable[[], Any]) -> None:
+        """Open a dialog as soon as the user does not type: it takes the keys."""
+        wait = self.writing.edited_at + IDLE_SECONDS - time.monotonic()
+        if wait > 0:
+            self.timers.later(what, int(wait * 1000) + 1, lambda: self.when_idle(what, act))
         else:
-            self.card.show(server.nick, server.address, server.status)
+            act()
+
+    def _ask_about(self, question: str) -> None:
+        """Let the user answer the question of a server, if it still has it: a certificate, a
+        password, a name."""
+        for server in [one for one in self.model.servers if one.question == question]:
+            if server.doubted:
+                self.certificate.show(server)
+            else:
+                self.card.show(server.nick, server.address, server.status)
 
     def _name_user(self) -> None:
         """Mark what is the user's own, in the conversation and among the members."""
@@ -6791,8 +6848,7 @@ class Window:
     def ended(self, reason: str) -> None:
         """Note that the engine has stopped for good; the user can connect again, or elsewhere."""
         self.model.stop(reason)
-        if not self.closing:
-            self.ask(reason)
+        self.when_idle("ended", lambda: self.model.engine or self.closing or self.ask(reason))
 
     # What the window shows
 

@@ -1131,6 +1131,7 @@ class ScramClient:
         ("alice", "sesame", "p=tls-unique,,", None),
         ("alice", "wrong", "n,,", None),
         ("absent", "sesame", "n,,", None),
+        ("alice", "sesame", "n,,m=x,", None),  # an extension that has to be understood
     ],
 )
 def test_scram_proves_the_password_without_telling_it_and_the_server_proves_itself(
@@ -1336,7 +1337,9 @@ def test_a_long_synchronization_waits_for_its_reader_and_is_whole(running, monke
     monkeypatch.setattr(chat, "UNSENT_NO_READ", 2000)
     server = running()
     alice, bob = server.guest(), server.guest()
-    lines = [f"METADATA * SET key{n} :{'x' * 300}" for n in range(chat.METADATA_KEYS)]
+    lines = [
+        f"METADATA * SET key{n} :{'x' * chat.METADATA_BYTES}" for n in range(chat.METADATA_KEYS)
+    ]
     bob.enter_irc("bob", "JOIN #a", *lines)
     alice.enter_irc("alice", "CAP REQ :batch labeled-response", "JOIN #a,#b,#c")
     for n in range(chat.METADATA_KEYS):
@@ -5524,6 +5527,25 @@ def test_a_user_who_is_one_too_many_after_a_restart_is_in_no_channel(folder, mon
     store.close()
 
 
+def test_absent_users_of_one_network_leave_for_each_other_only(monkeypatch):
+    monkeypatch.setattr(chat, "ABSENT_MOST", 6)
+    house = House()
+    house.hub.absent_per_host = 3
+    hosts = ["198.51.100.7", *(f"[2001:db8::{n:x}]" for n in range(10)), "[2001:db8:0:1::1]"]
+    for n, host in enumerate(hosts):
+        house.connect_irc(f"u{n}", host)
+        house.say(f"u{n}", f"SESSION {n:032x}", f"NICK u{n}", "USER u 0 * :r")
+        house.turn()
+        house.leave(f"u{n}")
+        house.turn()
+    assert {user.name for user in house.missed} == {"u0", "u8", "u9", "u10", "u11"}
+    for user in house.missed:
+        house.connect_irc(user.name, "198.51.100.7")
+        house.say(user.name, f"SESSION {int(user.name[1:]):032x}", "NICK x", "USER u 0 * :r")
+        house.turn()
+    assert not house.hub.absent and not house.hub.absent_by_host
+
+
 @pytest.mark.parametrize("limit", ["in all", "from one address"])
 def test_only_so_many_are_missed_at_a_time(running, monkeypatch, limit):
     if limit == "in all":
@@ -6742,7 +6764,7 @@ alice> CAP END
 === CAP: no negotiation, no names, until it is over
 +erin
 erin> CAP LS 302
-erin< CAP * LS * :chat.py/session draft/account-registration=min-password-length=3,max-password-length=300 draft/channel-rename draft/chathistory draft/event-playback draft/extended-isupport draft/message-redaction draft/metadata-2=before-connect,max-subs=50,max-keys=20,max-value-bytes=300 draft/metadata-3=before-connect,max-subs=50,max-keys=20,max-value-bytes=300 draft/multiline=max-bytes=16384,max-lines=200 draft/no-implicit-names draft/pre-away draft/read-marker draft/oper-tag draft/whoami
+erin< CAP * LS * :chat.py/session draft/account-registration=min-password-length=3,max-password-length=300 draft/channel-rename draft/chathistory draft/event-playback draft/extended-isupport draft/message-redaction draft/metadata-2=before-connect,max-subs=50,max-keys=20,max-value-bytes=240 draft/metadata-3=before-connect,max-subs=50,max-keys=20,max-value-bytes=240 draft/multiline=max-bytes=16384,max-lines=200 draft/no-implicit-names draft/pre-away draft/read-marker draft/oper-tag draft/whoami
 erin< CAP * LS * :no-implicit-names soju.im/search znc.in/self-message
 erin< CAP * LS :sasl=PLAIN,SCRAM-SHA-256 multi-prefix away-notify account-notify extended-join server-time message-tags echo-message batch labeled-response userhost-in-names account-tag chghost invite-notify setname cap-notify extended-monitor standard-replies
 erin> NICK erin
@@ -7449,6 +7471,8 @@ alice> MODE alice +R
 alice< :alice MODE alice +R
 bob> PRIVMSG alice :no account
 bob< 477 bob alice :You need to be logged in to an account; alice accepts messages of logged-in users only
+alice> PRIVMSG alice :a note to myself
+alice< :alice PRIVMSG alice :a note to myself
 === WHO: channels, names, masks and flags
 +#a alice bob
 +#b bob
@@ -8559,6 +8583,10 @@ alice> BATCH +2 draft/multiline #m
 alice> @batch=1 PRIVMSG #m :wrong
 alice< FAIL BATCH MULTILINE_INVALID :this line belongs to another message
 alice> BATCH -2
+alice> BATCH +2 draft/multiline #m
+alice> @batch=2 PRIVMSG bob :wrong
+alice< FAIL BATCH MULTILINE_INVALID_TARGET #m bob :all lines of a message have one target
+alice> BATCH -2
 alice> BATCH +3 foo #m
 alice< FAIL BATCH UNKNOWN_TYPE 3 foo :the type has to be draft/multiline
 alice> BATCH +4 draft/multiline #m
@@ -8717,7 +8745,7 @@ bob> WHO bob %na
 bob< 354 bob bob alice
 bob< 315 bob bob :End of WHO
 bob> NS VERIFY 12345678
-bob< :NickServ!NickServ@chat.py NOTICE bob :that is not the code that was sent
+bob< :NickServ!NickServ@chat.py NOTICE bob :you are logged in already
 alice> NS DROP secret2
 alice< :NickServ!NickServ@chat.py NOTICE alice :account deleted
 bob> WHO bob %na
@@ -8840,7 +8868,7 @@ def irc_heard(house, label):
     text = re.sub(r"001 (?:.|\n)*\n221 .*", "the welcome", text)
     text = re.sub(r"005 (\w+) .*", r"005 \1 ...", text)
     text = re.sub(
-        r"(msgid|batch)=(?:[0-9a-f]+[g-z]{4}|b?[0-9a-f]+)",
+        r"(msgid|batch)=(?:[0-9a-f]+[g-z]{4}|r?[0-9a-f]+)",
         r"\1=ID",
         re.sub(r"BATCH ([+-])\w+", r"BATCH \1ID", text),
     )
@@ -10148,6 +10176,51 @@ def test_words_of_scripts_without_spaces_and_emoji_are_found(text, found, missin
 # ORDER AND LABELS
 
 
+def test_the_name_of_a_reply_s_batch_is_never_that_of_a_message_in_it():
+    house = irc_house("#a", alice="batch message-tags draft/multiline", bob="draft/multiline batch")
+    house.hub.last_id = 0xB0F
+    asked(house, "bob", "BATCH +1 draft/multiline #a", "@batch=1 PRIVMSG #a :x")
+    asked(house, "bob", "@batch=1 PRIVMSG #a :y", "BATCH -1")
+    house.site.references = itertools.count(0x10)
+    heard(house, "alice")
+    lines = of(asked(house, "alice", "CHATHISTORY LATEST #a * 9"), "BATCH")
+    names = [x.params[0] for x in lines]
+    assert len(names) == len(set(names)) == 4
+
+
+def test_netcat_is_told_where_a_message_was_taken_back():
+    house = irc_house("#lobby", alice="message-tags echo-message draft/message-redaction")
+    house.enter("dora")
+    for name in ("#lobby", "dora"):
+        (said,) = asked(house, "alice", f"PRIVMSG {name} :oops")
+        house.heard("dora")
+        asked(house, "alice", f"REDACT {name} {said.tags['msgid']}")
+        where = name if name[0] == "#" else "your private conversation"
+        assert house.heard("dora") == [f"* alice took back a message in {where}"]
+
+
+# An operator without mode w does not see it, and gets another answer
+@pytest.mark.parametrize("mode, answers", [("-w", ["ACK"]), ("+w", ["WALLOPS"])])
+def test_a_labelled_wallops_has_one_answer(mode, answers):
+    house = irc_house("", alice="labeled-response batch echo-message")
+    asked(house, "alice", "OPER boss secret", f"MODE alice {mode}")
+    lines = asked(house, "alice", "@label=x WALLOPS :hello")
+    assert [(line.verb, line.tags["label"]) for line in lines] == [(one, "x") for one in answers]
+
+
+def test_a_mode_that_the_server_gave_has_the_server_as_its_source_in_history():
+    caps = "draft/event-playback draft/chathistory batch"
+    house = irc_house("#a", alice=caps)
+    asked(house, "alice", "REGISTER * * password", "PART #a", "JOIN #b")
+    house.enter_irc("alice2")
+    asked(house, "alice2", "JOIN #b")
+    asked(house, "alice", "QUIT")
+    asked(house, "alice2", f"CAP REQ :{caps}")
+    live = of(asked(house, "alice2", "NS IDENTIFY alice password"), "MODE")
+    told = of(asked(house, "alice2", "CHATHISTORY LATEST #b * 9"), "MODE")
+    assert [line.source for line in live] == [line.source for line in told] == ["chat.py"]
+
+
 # TOPIC and RENAME in one turn must keep their order; the other events of a channel,
 # members with and without the capability, and the one who does it
 @pytest.mark.parametrize(
@@ -10872,6 +10945,117 @@ def test_a_refusal_of_register_or_verify_names_the_account(line, code):
     assert fails(asked(house, "alice", line)) == [(line.split()[0], code, [account])]
 
 
+ADDRESSES = [  # of mail, and whether a code is sent to them
+    ("alice@example.org", True),
+    ("a.b+c=d_e/f'g@x-1.example", True),
+    ("root@localhost", True),
+    ("root,eve@x.org", False),
+    ("root;eve@x.org", False),
+    ("a@b.org,c@d.org", False),
+    ("<eve@x.org>", False),
+    ("group:eve@x.org;", False),
+    ('"root"@x.org', False),
+    ("(root)eve@x.org", False),
+    ("a\\b@x.org", False),
+    ("=?utf-8?q?root=2C?=eve@x.org", False),
+    ("\u00e4@b.org", False),
+    ("eve@\u00e4.org", False),
+    ("a..b@x.org", False),
+    (".a@x.org", False),
+    ("a@x..org", False),
+    ("a@[127.0.0.1]", False),
+    ("a\x01b@x.org", False),
+    ("@x.org", False),
+    ("alice@", False),
+]
+
+
+@pytest.mark.parametrize("address, valid", ADDRESSES)
+def test_a_code_is_sent_to_one_address_as_it_was_given(address, valid):
+    house = House(register=frozenset(("email-required",)))
+    house.enter_irc("alice")
+    told = asked(house, "alice", f"REGISTER * {address} password")
+    assert [code for _, code, _ in fails(told)] == ([] if valid else ["INVALID_EMAIL"])
+    assert [values[0] for values in house.asked_for] == [address] * valid
+
+
+def test_too_many_codes_and_tries_are_told_as_the_specification_has_it():
+    house = House(register=frozenset(("email-required",)))
+    for _ in range(2 * chat.LOGIN_TRIES_SERVER):
+        house.connect_irc("alice", "10.0.0.9")
+        house.say("alice", "NICK alice", "USER u 0 * :r")
+        house.turn()
+        told = asked(house, "alice", "REGISTER * a@b.org password", "VERIFY alice 1")
+        asked(house, "alice", "QUIT")
+    assert fails(told) == [
+        ("REGISTER", "TEMPORARILY_UNAVAILABLE", ["alice"]),
+        ("VERIFY", "TEMPORARILY_UNAVAILABLE", ["alice"]),
+    ]
+
+
+def test_an_operator_s_password_that_was_wrong_too_often_is_told_as_a_wrong_one():
+    house = House()
+    for _ in range(chat.LOGIN_TRIES_SERVER + 1):
+        house.connect_irc("alice", "10.0.0.9")
+        house.say("alice", "NICK alice", "USER u 0 * :r")
+        house.turn()
+        heard(house, "alice")
+        told = asked(house, "alice", "OPER boss wrong")
+        asked(house, "alice", "QUIT")
+    assert [line.verb for line in told] == ["464"] and "try again in" in told[0].params[-1]
+
+
+@pytest.mark.parametrize("line", ["REGISTER * * password", "REGISTER * a@b.org password"])
+def test_a_client_that_is_not_let_in_makes_no_account(line):
+    rules = frozenset(("before-connect", *(["email-required"] * ("@" in line))))
+    house = House(password="word", register=rules)
+    house.connect_irc("eve")
+    assert [x.verb for x in asked(house, "eve", "NICK eve", line, "VERIFY * 1")] == ["464", "464"]
+    asked(house, "eve", "PASS word")
+    assert of(asked(house, "eve", line), "REGISTER")
+    house = House(register=rules)
+    house.enter_irc("root")
+    asked(house, "root", "OPER boss secret", "KLINE 10.0.0.9 0 go")
+    house.connect_irc("eve", "10.0.0.9")
+    assert "465" in [x.verb for x in asked(house, "eve", "NICK eve", line)]
+    assert house.hub.accounts == {} and not house.hub.accounts.pending
+
+
+def test_verify_does_not_change_the_account_of_a_user_who_is_logged_in():
+    house = House(register=frozenset(("email-required",)))
+    house.enter_irc("alice", "bob")
+    for who in ("alice", "bob"):
+        asked(house, who, f"REGISTER * {who}@x.org password")
+    codes = {values[1]: values[2] for values in house.asked_for}
+    assert of(asked(house, "alice", f"VERIFY * {codes['alice']}"), "VERIFY")
+    told = asked(house, "alice", f"VERIFY bob {codes['bob']}")
+    assert fails(told) == [("VERIFY", "ALREADY_AUTHENTICATED", ["alice"])]
+    assert house.hub.users["alice"].account == "alice"
+    assert of(asked(house, "bob", f"VERIFY * {codes['bob']}"), "VERIFY")
+
+
+def test_a_device_does_not_take_the_others_to_another_account():
+    house = House()
+    account(house, "alice", "carol")
+    device(house, "phone", "alice")
+    device(house, "desk", "alice")
+    ask(house, "phone", "NS IDENTIFY carol password")
+    assert house.hub.users["alice"].account == "alice"
+    assert all("ACCOUNT" not in line for line in house.heard("desk"))
+    house.enter("nc")
+    house.say("nc", "/login alice password")
+    carol = house.hub.accounts.pop("carol")
+    house.enter("carol")  # a guest, who would have to give the name up
+    house.hub.accounts["carol"] = carol
+    house.say("nc", "/login carol password")
+    house.turn()
+    assert house.hub.users["alice"].account == "alice" and len(house.hub.users["alice"].live) == 3
+    house.say("desk", "QUIT")
+    house.say("nc", "/quit")
+    ask(house, "phone", "NS IDENTIFY carol password")
+    assert house.hub.users["alice"].account == "carol"
+
+
 # VERIFY * is one's own name
 def test_verify_with_a_star_verifies_ones_own_name(running, tmp_path):
     mail = tmp_path / "mail"
@@ -11011,6 +11195,36 @@ def test_messages_of_operators_have_a_tag_for_clients_that_asked():
 
 
 METADATA = "draft/metadata-3 batch message-tags"
+
+
+def test_what_a_device_says_of_its_user_before_it_joins_it_is_kept_and_told():
+    house = irc_house("#a", alice="", bob=f"{METADATA} away-notify")
+    asked(house, "alice", "REGISTER * * password")
+    asked(house, "bob", "METADATA * SUB url")
+    house.connect_irc("desk")
+    told = asked(house, "desk", f"CAP REQ :sasl draft/pre-away {METADATA}", "METADATA * SET url :x")
+    assert of(told, "761")
+    house.say("desk", "AWAY :at lunch", "NICK alice", "USER u 0 * :r", "AUTHENTICATE PLAIN")
+    asked(house, "desk", f"AUTHENTICATE {plain('alice', 'password')}")
+    burst = asked(house, "desk", "CAP END")
+    assert [x.params[-1] for x in of(burst, "761")] == ["x"]
+    user, told = house.hub.users["alice"], heard(house, "bob")
+    assert (user.metadata, user.away) == ({"url": "x"}, "at lunch")
+    assert [x.params[-1] for x in of(told, "761", "AWAY")] == ["x", "at lunch"]
+
+
+def test_values_and_keys_of_metadata_arrive_whole_behind_the_longest_names():
+    house = House(name="irc.some-long-organization-name.example.org")
+    name, key = "й" * chat.NAME_CHARACTERS, "k" * chat.METADATA_KEY_BYTES
+    house.enter_irc(name)
+    asked(house, name, f"CAP REQ :{METADATA}")
+    text = "v" * (chat.METADATA_BYTES - 1) + "E"
+    lines = asked(house, name, f"METADATA * SET {key} :{text}", f"METADATA * GET {key}")
+    assert [x.params[-1] for x in of(lines, "761")] == [text, text]
+    keys = [f"{n:02}{'x' * 26}" for n in range(13)]
+    for command, numeric in (("SUB", "770"), ("UNSUB", "771")):
+        lines = of(asked(house, name, f"METADATA * {command} {' '.join(keys)}"), numeric)
+        assert [word for x in lines for word in x.params[1:]] == keys
 
 
 # Keys that were taken are told in 770, also before a refusal
@@ -12468,6 +12682,23 @@ def test_what_tus_does_not_allow_has_the_right_status(files, method, path, heade
     assert answer[0] == status and on_disk(files) == before
 
 
+@pytest.mark.parametrize("method", ["PATCH", "DELETE"])
+def test_the_method_of_tus_may_stand_in_a_header(files, method):
+    path = path_of(tus(files, "POST", "/files", "Upload-Length: 5", PIECE, body=b"he"))
+    meant = (f"X-HTTP-Method-Override: {method}", PIECE, "Upload-Offset: 2")
+    assert tus(files, "POST", path, *meant, body=b"llo")[0] == 204
+    assert got(files, path)[0] == (200 if method == "PATCH" else 404)
+    head = f"POST /files HTTP/1.1\nHost: localhost\n{basic('alice')}\nContent-Length: 2"
+    head += f"\nX-HTTP-Method-Override: {method}"  # without tus it says nothing
+    assert Browser(files).asks(head, b"hi")[0] == 201
+
+
+def test_options_tells_what_can_be_uploaded_to_any_version(files):
+    head = "OPTIONS /files HTTP/1.1\nHost: localhost\nTus-Resumable: 0.2.2"
+    status, headers, _ = Browser(files).asks(head)
+    assert status == 204 and headers["tus-version"] == "1.0.0"
+
+
 def test_options_tells_what_can_be_uploaded(files):
     head = "OPTIONS /files HTTP/1.1\nHost: localhost\nOrigin: https://other.example"
     status, headers, _ = Browser(files).asks(head)
@@ -12620,7 +12851,9 @@ def test_conditions_are_heeded(files):
         ('Range: bytes=0-1\nIf-Range: "x"', 200),
         (f"Range: bytes=0-1\nIf-Range: W/{etag}", 200),  # a weak one is not strong
     ):
-        assert got(files, path, header)[0] == status, header
+        answer = got(files, path, header)
+        assert answer[0] == status, header
+        assert ("content-length" in answer[1]) == (status != 304)  # RFC 9110 section 8.6
 
 
 CONTENTS = [  # first bytes, name, type
@@ -12753,6 +12986,18 @@ def test_an_upload_that_rests_for_a_night_can_go_on_and_a_file_has_its_days(file
         files.expire_files()
         files.turn()
         assert (got(files, path)[0], tus(files, "HEAD", part)[0]) == statuses
+
+
+def test_many_files_that_end_at_once_do_not_stop_the_server(files):
+    for n in range(4000):
+        id = f"{n:032x}"
+        known = chat.StoredFile(id, "a", "t", 1, "~x", "10.0.0.9", 0, sha=f"{n // 2:064x}")
+        files.hub.files[id] = known
+    files.now += 2 * chat.FILES_DAYS * DAY_SECONDS
+    files.begin_turn()
+    begun = time.process_time()
+    files.expire_files()
+    assert time.process_time() - begun < 0.5 and not files.hub.files
 
 
 # A wall clock that is wrong for a while deletes nothing that the monotonic clock does not confirm
@@ -13100,11 +13345,14 @@ def test_half_a_request_and_an_idle_connection_are_ended(running, monkeypatch):
 def test_connections_that_speak_http_have_a_count_of_their_own():
     limits = chat.ConnectionLimits(chat.ServerOptions(max_per_address=2))
     addresses, key = chat.Addresses(FakeLoop(0.0), None), "192.168.1.5"
-    one = [addresses.enter(key) for _ in range(2)][0]
-    assert limits.refusal(2, key, one).startswith("too many connections")
-    assert limits.speaks_http(one, True) == "" and limits.refusal(2, key, one) == ""
-    addresses.enter(key)
+    one = [addresses.enter(key) for _ in range(3)][0]
+    assert limits.speaks_chat(one).startswith("too many connections")
+    assert limits.speaks_http(one, True) == "" and limits.speaks_chat(one) == ""
+    assert limits.refusal(3, key, one) == ""
     assert limits.speaks_http(one, False).startswith("too many connections")  # a WebSocket is chat
+    one.peers += chat.WEB_PER_ADDRESS - 1
+    assert limits.refusal(3, key, one).startswith("too many connections")  # of any kind
+    one.peers -= chat.WEB_PER_ADDRESS - 1
     for web in (True, False, False):
         addresses.leave(one, web)
     assert not addresses and one.web == 0
@@ -13309,6 +13557,7 @@ def test_a_server_that_was_taken_for_a_workshop_server_is_connected_to_again(lin
     assert core.take_output() == b"hello\n"
     core.feed(line)
     assert (core.kind, core.redial) == (kind, True)
+    assert [view.kind for view in core.typed("/whois bob")] == ["back", "note"]
     core.disconnected()
     core.connected()
     core.feed(b":x 001 alice :Welcome\r\n:alice!u@h JOIN #lobby\r\n")
@@ -13410,6 +13659,14 @@ def test_a_message_for_a_channel_is_reported_where_the_server_turns_out_to_be_pl
     for id in [*core.outbox.parked]:
         core.retry(id)
     assert core.take_output() == b"alice\n"
+
+
+@pytest.mark.parametrize("join, sent", [(["#tea"], b""), ([], b"hi\n"), (["#lobby"], b"hi\n")])
+def test_a_pipe_for_a_channel_says_nothing_to_all_users_of_a_plain_server(join, sent):
+    core = chat.ClientCore("alice", False, kind=chat.PLAIN, join=join)
+    core.connected()
+    core.typed("hi")
+    assert core.take_output() == b"alice\n" + sent
 
 
 @pytest.mark.parametrize("command", ["/join #tea", "/query bob,eve", "/go #tea"])
@@ -14677,6 +14934,11 @@ CHANNELS = [  # tokens, target, the conversation that it is in, whether that is 
     (["CHANTYPES=#", "STATUSMSG=@+"], "@#lobby", "#lobby", True),
     (["CHANTYPES=#", "STATUSMSG=~&@%+"], "%#lobby", "#lobby", True),
     (["CHANTYPES=#&+!"], "alice", "bob", False),
+    (["CHANTYPES=#&+", "STATUSMSG=~&@%+"], "@+free", "+free", True),
+    (["CHANTYPES=#&+", "STATUSMSG=~&@%+"], "++free", "+free", True),
+    (["CHANTYPES=#&+", "STATUSMSG=~&@%+"], "+free", "+free", True),
+    (["CHANTYPES=#&+", "STATUSMSG=~&@%+"], "@+#lobby", "#lobby", True),
+    (["CHANTYPES=#", "STATUSMSG=@+"], "@bob", "bob", False),
     ([], "#x", "#x", True),
 ]
 
@@ -15203,11 +15465,32 @@ def test_a_pipe_asks_for_missed_messages_until_a_page_brings_nothing_new(tags, p
     assert told[: 2 * pages - 1] == ["m1", "m2", "m3", "m4", "m5"][: 2 * pages - 1]
 
 
+@pytest.mark.parametrize("tidy", [True, False])
+@pytest.mark.parametrize("id", ["", "msgid=7;"])
+def test_where_positions_are_times_a_message_in_the_millisecond_of_the_last_one_is_not_missed(
+    tidy, id
+):
+    alice, when = Elsewhere(caps=PAGES_OF, tidy=tidy), "time=2026-01-01T00:00:01.000Z"
+    alice.hears("BATCH +h chathistory #lobby", "BATCH -h")
+    alice.hears(f"@{id}{when} :bob!u@h PRIVMSG #lobby :live")
+    alice.core.disconnected()
+    alice.connect("MSGREFTYPES=timestamp", caps=PAGES_OF)
+    (line,) = [one for one in alice.sent(1) if "CHATHISTORY" in one and "#lobby" in one]
+    assert "#lobby timestamp=2026-01-01T00:00:00.999Z" in line
+    page = [f"@batch=h;{id}{when} :bob!u@h PRIVMSG #lobby :live"]
+    page.append(f"@batch=h;{id.replace('7', '8')}{when} :eve!u@h PRIVMSG #lobby :missed")
+    alice.hears("BATCH +h chathistory #lobby", *page, "BATCH -h")
+    assert alice.said() == ["#lobby bob: live", "#lobby eve: missed"]
+
+
 IN_DOUBT = [  # a message that was sent, the user's lines in history, lines of it still in doubt
     ("hello", ["hello"], 0),
     ("/me waves", ["\x01ACTION waves\x01"], 0),
     ("one\ntwo\nthree", ["one", "two", "three"], 0),
     ("one\ntwo\nthree", ["one", "two"], 1),
+    ("w" * 600, ["w" * 430], 1),
+    ("w" * 600, ["w" * 430, "w" * 170], 0),
+    ("\x02bold\x02", ["bold"], 0),
     ("hello", ["hello to another client of mine"], 1),
 ]
 
@@ -15237,6 +15520,22 @@ def test_a_message_in_doubt_has_arrived_if_history_has_it_even_without_its_own_i
     assert len(shown) == 1 + ("another" in lines[0])
 
 
+@pytest.mark.parametrize("mark", ["", "@msgid=0 :bob!u@h PRIVMSG #lobby :m0"])
+def test_the_newest_page_comes_in_order_with_the_live_messages_that_wait_for_it(mark):
+    alice = Elsewhere(caps=PAGES_OF)
+    if mark:
+        alice.hears("BATCH +h chathistory #lobby", "BATCH -h", mark)
+        alice.core.disconnected()
+        alice.connect(caps=PAGES_OF)
+        alice.said()
+    lines = [f"msgid={n} :bob!u@h PRIVMSG #lobby :m{n}" for n in range(1, 5)]
+    alice.hears(*[f"@{line}" for line in lines])
+    page = [f"@batch=h;{line}" for line in lines[2:]]
+    alice.hears("BATCH +h chathistory #lobby", *page, "BATCH -h")
+    assert alice.said() == [f"#lobby bob: m{n}" for n in range(1, 5)]
+    assert alice.core.room.mark == "msgid=4"
+
+
 def test_a_page_is_requested_though_a_command_waits_behind_a_message_that_waits_for_the_page():
     caps = f"{PAGES_OF} echo-message"
     alice = Elsewhere(caps=caps, tidy=False)
@@ -15262,6 +15561,34 @@ def test_a_pong_without_our_token_confirms_the_oldest_ping():
     alice.hears("PONG irc.example")
     assert alice.core.outbox.waiting == {}
     alice.hears("PONG", "PONG x y")  # that was not asked for
+
+
+def test_the_pong_for_another_client_of_a_bouncer_confirms_nothing():
+    alice = Elsewhere()
+    alice.types("one")
+    answer(alice, alice.sent(9))
+    alice.types("two")
+    _, ping = alice.sent(9)
+    alice.hears("PONG irc.example of-another-client")
+    assert len(alice.core.outbox.waiting) == 1
+    answer(alice, [ping])
+    assert alice.core.outbox.waiting == {}
+
+
+OLD_TEXTS = [  # bytes that a user sends, the text that is shown
+    (b"caf\xe9 \x80", "caf\xe9 \u20ac"),
+    ("caf\xe9".encode(), "caf\xe9"),
+    ("caf\xe9 \u20ac".encode()[:-1], "caf\xe9 \ufffd"),  # cut by a server
+    (b"\x81\x9d", "\ufffd\ufffd"),
+    (b"\xff\xc3\xa9", "\ufffd\xe9"),
+]
+
+
+@pytest.mark.parametrize("data, text", OLD_TEXTS)
+def test_text_that_is_not_utf_8_is_read_as_windows_1252(data, text):
+    alice = Elsewhere()
+    alice.views += alice.core.feed(b":bob!u@h PRIVMSG #lobby :" + data + b"\r\n")
+    assert alice.said() == [f"#lobby bob: {text}"]
 
 
 @pytest.mark.parametrize("pong", ["PONG irc.example foo", "PONG irc.example", "PONG"])
@@ -15376,6 +15703,9 @@ CLOSING_WORDS = [
     ("Closing Link: (AKILLed: spam)", chat.NEEDS_USER),
     ("Closing Link: Autokilled: spam", chat.NEEDS_USER),
     ("Closing Link: (SASL access only)", chat.NEEDS_USER),
+    ("Closing Link: alice[h] (SASL required)", chat.NEEDS_USER),
+    ("Closing Link: h (Install identd)", chat.NEEDS_USER),
+    ("Closing Link: h (Invalid username [~x])", chat.NEEDS_USER),
     ("Closing Link: No Authorization", chat.NEEDS_USER),
     ("Closing Link: your address is listed in DroneBL", chat.NEEDS_USER),
     ("Closing Link: R:lined (no bots)", chat.NEEDS_USER),
@@ -15419,6 +15749,103 @@ def test_the_log_in_falls_back_to_a_mechanism_that_the_server_has(
     found = re.findall(r"AUTHENTICATE ([A-Z]+-?\S*-?\d*)\r", core.take_output().decode())
     found = [name for name in found if name in (*chat.LOGINS, "EXTERNAL")]
     assert found == mechanisms
+
+
+def logged_in_elsewhere():
+    """A client on a server with SASL, logged in as alice."""
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 0.0, [], []
+    alice.core = chat.ClientCore("alice", kind=chat.IRC, login=chat.Login("alice", "good"))
+    alice.core.secure = True
+    alice.core.connected()
+    alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "AUTHENTICATE +", "903 alice :yes")
+    alice.hears("001 alice :x", "004 alice x ircd a b")
+    alice.sent()
+    return alice
+
+
+@pytest.mark.parametrize("line, password", [("904 alice :no", "good"), ("903 alice :yes", "new")])
+def test_a_log_in_by_the_user_is_used_again_only_if_the_server_accepts_it(line, password):
+    alice = logged_in_elsewhere()
+    alice.types("/login new")
+    alice.hears("AUTHENTICATE +", line)
+    assert alice.core.me.login.password == password
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "AUTHENTICATE +")
+    secret = base64.b64encode(f"alice\0alice\0{password}".encode()).decode()
+    assert f"AUTHENTICATE {secret}" in alice.sent()
+
+
+def test_a_log_in_that_a_break_interrupts_is_not_used_again():
+    alice = logged_in_elsewhere()
+    alice.types("/login new")
+    alice.hears("AUTHENTICATE +")
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "AUTHENTICATE +", "903 alice :yes")
+    assert alice.core.me.login.password == "good"
+
+
+@pytest.mark.parametrize(
+    "line, password", [("900 alice a!u@h alice :you are", "new"), ("", "good")]
+)
+def test_a_log_in_at_a_service_is_used_again_once_the_server_confirms_it(line, password):
+    alice = Elsewhere(login=chat.Login("alice", "good"))
+    alice.types("/login new").hears(*[line] * bool(line))
+    assert alice.core.me.login.password == password
+
+
+def test_a_user_whose_password_was_changed_elsewhere_gets_in_by_another_login():
+    alice = logged_in_elsewhere()
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "AUTHENTICATE +", "904 * :wrong")
+    assert "/login" in alice.core.refusal and alice.core.cause == chat.TEMPORARY
+    alice.core.disconnected()
+    alice.types("/login new")
+    assert alice.core.wants_connection and alice.core.me.login == chat.Login("alice", "new")
+
+
+@pytest.mark.parametrize("external", [True, False])
+def test_a_server_that_has_logged_the_client_in_already_is_entered(external):
+    alice = logged_in_elsewhere()
+    alice.core.me.certificate = external
+    alice.core.disconnected()
+    alice.core.me.account = "alice" * (not external)
+    alice.core.connected()
+    alice.hears("CAP * LS :sasl=PLAIN", "CAP * ACK :sasl", "907 * :You have already authenticated")
+    assert alice.sent()[-1] == "CAP END" and not alice.core.refusal
+    assert alice.core.me.account == "alice"
+
+
+@pytest.mark.parametrize("login, sent", [(chat.Login("alice", "good"), True), (None, False)])
+def test_a_client_logs_in_when_the_services_are_back(login, sent):
+    alice = Elsewhere(login=login)
+    alice.core.secure = True
+    alice.hears("CAP alice NEW :sasl=PLAIN", "CAP alice ACK :sasl")
+    assert ("AUTHENTICATE PLAIN" in alice.sent(1)) == sent
+
+
+def test_a_password_is_made_and_kept_only_for_a_server_that_registers_accounts():
+    alice, kept = Elsewhere(), []
+    alice.core.me.keep = kept.append
+    alice.types("/register", "/register sesame99")
+    assert alice.sent(9) == [] and kept == [] and alice.core.me.login is None
+    alice.hears("CAP alice NEW :draft/account-registration")
+    alice.types("/register")
+    assert alice.sent(9)[0].startswith("REGISTER * * ") and len(kept) == 1
+
+
+def test_a_second_register_does_not_replace_the_password_that_is_kept():
+    house, kept = House(), []
+    alice = Pair(house, "alice")
+    alice.core.me.keep = kept.append
+    alice.typed("/register")
+    alice.drop()
+    alice.connect()
+    alice.typed("/register")
+    assert {login.password for login in kept} == {alice.core.me.login.password}
 
 
 def test_external_is_tried_with_a_certificate_and_a_wrong_password_is_not_told_in_the_clear():
@@ -15503,6 +15930,28 @@ def test_a_server_that_wants_tls_is_left_at_once_and_nothing_is_told_it():
     core.tls = True
     core.feed(b":x CAP * LS :sts=port=1,duration=100\r\n")
     assert not core.redial
+
+
+STS_VALUES = [  # over TLS?, value, port and seconds of the policy, whether to connect again
+    (False, "port=6697,duration=9", (6697, 9), True),
+    (False, "port=6697", (6697, 0), True),
+    (False, "port=99999", None, False),
+    (False, "port=0", None, False),
+    (False, "duration=9", None, False),
+    (True, "duration=9", (0, 9), False),
+    (True, "duration=0", (0, 0), False),
+    (True, "port=6697", None, False),
+    (True, "port=6697,duration=abc", None, False),
+]
+
+
+@pytest.mark.parametrize("tls, value, policy, redial", STS_VALUES)
+def test_a_demand_of_tls_that_makes_no_sense_is_ignored(tls, value, policy, redial):
+    core = chat.ClientCore("alice", kind=chat.IRC)
+    core.tls = tls
+    core.connected()
+    core.feed(f":x CAP * LS :sts={value}\r\n".encode())
+    assert (core.sts, core.redial) == (policy, redial)
 
 
 CTCPS = [
@@ -15876,6 +16325,154 @@ def test_what_a_bouncer_lost_is_sent_to_its_next_server():
     _, ping = alice.sent(9)
     alice.hears(":alice!u@h PRIVMSG #lobby one", f"PONG x {ping.split()[-1]}")
     assert alice.core.outbox.waiting == {} and alice.kinds("failed") == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ":bob!u@h JOIN #lobby",
+        ":bob!u@h PRIVMSG #lobby :hi",
+        ":bob!u@h PRIVMSG alice :hi",
+        ":eve!u@h NICK bob",
+        "730 alice bob!u@h",
+    ],
+)
+def test_a_user_who_had_left_is_there_again_when_the_server_tells_anything_of_the_user(line):
+    alice = Elsewhere()
+    alice.types("/query bob").hears(":bob!u@h QUIT :bye")
+    assert alice.core.find("bob").gone
+    alice.hears(line)
+    assert alice.core.find("bob").gone is False
+
+
+KEYS_SET = [  # changes of modes, the password that the next JOIN gives
+    ("+k new", "JOIN #k new"),
+    ("+mk new", "JOIN #k new"),
+    ("+ok alice new", "JOIN #k new"),
+    ("-k old", "JOIN #k"),
+    ("+k *", "JOIN #k old"),
+    ("+l 5", "JOIN #k old"),
+]
+
+
+@pytest.mark.parametrize("modes, line", KEYS_SET)
+def test_a_channel_is_joined_again_with_the_password_that_it_has_now(modes, line):
+    alice = Elsewhere(join=["#k old"])
+    alice.hears(f":op!u@h MODE #k {modes}")
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("001 alice :x")
+    assert line in alice.sent()
+
+
+@pytest.mark.parametrize("symbol", ["= ", "@ ", ""])
+def test_members_are_listed_with_and_without_the_symbol_of_rfc_2812(symbol):
+    alice = Elsewhere()
+    alice.hears(f"353 alice {symbol}#lobby :@alice bob", "366 alice #lobby :End")
+    assert alice.core.room.people == {"alice": "@", "bob": ""}
+
+
+@pytest.mark.parametrize("verb", ["LIST", "WHO"])
+def test_rows_of_an_answer_that_the_server_breaks_off_are_not_in_the_next_one(verb):
+    rows = {"LIST": ["322 alice #a 3 :x", "323 alice :End"]}
+    rows["WHO"] = ["352 alice #a u h s bob H :0 Bob", "315 alice x :End"]
+    alice = Elsewhere()
+    alice.types(f"/{verb} x").hears(rows[verb][0], f"263 alice {verb} :Please try again")
+    alice.types(f"/{verb} x").hears(*rows[verb])
+    assert len(alice.kinds("page")) == 1 and alice.kinds("page")[0].count("\n") == 0
+
+
+@pytest.mark.parametrize("verb", ["WALLOPS", "GLOBOPS", "KILL alice"])
+@pytest.mark.parametrize("source, name", [("oper!u@h", "oper: "), ("irc.example", "")])
+def test_a_line_that_the_client_does_not_know_is_shown_with_the_user_who_sent_it(
+    verb, source, name
+):
+    alice = Elsewhere()
+    alice.hears(f":{source} {verb} :restart soon")
+    assert alice.kinds("server text")[-1] == f"{name}restart soon"
+
+
+@pytest.mark.parametrize("line", [":bob!u@h AWAY :buy", "301 alice bob :buy"])
+def test_the_away_text_of_an_ignored_user_is_not_shown(line):
+    alice = Elsewhere()
+    alice.types("/query bob", "/ignore bob").hears(line)
+    assert not any("buy" in text for text in alice.kinds("server text"))
+
+
+def test_a_conversation_is_monitored_while_it_is_open_under_the_nick_of_now():
+    alice = Elsewhere("MONITOR=5")
+    alice.types("/query bob")
+    alice.hears(":bob!u@h NICK robert")
+    alice.types("/close")
+    monitored = [line for line in alice.sent(9) if line.startswith("MONITOR")]
+    names = ["+ bob", "- bob", "+ robert", "- robert"]
+    assert monitored == [f"MONITOR {one}" for one in names]
+
+
+NICK_REFUSED = [
+    "438 alice2 alice :Nick change too fast",
+    "447 alice2 :Can not change nickname while on #lobby (+N)",
+    "484 alice2 :Your connection is restricted!",
+    "435 alice2 alice #lobby :Cannot change nickname while banned",
+    "400 alice2 NICK :no",
+]
+
+
+@pytest.mark.parametrize("line", NICK_REFUSED)
+def test_a_wanted_nick_that_the_server_refuses_again_and_again_is_told_once(line):
+    alice = Elsewhere.__new__(Elsewhere)
+    alice.now, alice.out, alice.views = 0.0, [], []
+    alice.core = chat.ClientCore("alice", kind=chat.IRC, ticks=lambda: alice.now)
+    alice.core.connected()
+    alice.hears("433 * alice :in use", "001 alice2 :x", "004 alice2 x ircd a b")
+    alice.views.clear()
+    for _ in range(3):
+        assert "ISON alice" in alice.sent(chat.REGAIN_SECONDS + 1)
+        alice.hears("303 alice2 :", line)
+    assert len(alice.kinds("server text")) == 1
+    alice.types("/nick alice").hears(line)
+    assert len(alice.kinds("server text")) == 2
+
+
+NOT_JOINED = [  # the answer to a JOIN after a break; joined again in a minute?, and the next time?
+    ("437 alice #c :Nick/channel is temporarily unavailable", True, True),
+    ("471 alice #c :Cannot join channel (+l)", True, True),
+    ("474 alice #c :Cannot join channel (+b)", False, True),
+    ("403 alice #c :No such channel", False, False),
+    ("", False, True),
+]
+
+
+@pytest.mark.parametrize("line, soon, later", NOT_JOINED)
+def test_a_channel_that_cannot_be_joined_now_is_joined_later(line, soon, later):
+    alice = Elsewhere(join=["#c"])
+    for _ in range(2):
+        alice.core.disconnected()
+        alice.core.connected()
+        alice.hears("001 alice :x", "004 alice x ircd a b")
+        assert ("JOIN #c" in alice.sent()) == (_ == 0 or later)
+        alice.hears(*[line] * bool(line))
+        alice.sent(chat.JOIN_SECONDS * (not line))
+    assert alice.core.room.wanted == later
+    told = len(alice.views)
+    assert ("JOIN #c" in alice.sent(chat.REJOIN_SECONDS + 9)) == soon
+    if soon:
+        alice.hears(line)
+        assert len(alice.views) == told
+        alice.sent(chat.REJOIN_SECONDS + 9)
+        alice.hears(":alice!u@h JOIN #c")
+        assert alice.core.room.inside and "JOIN #c" not in alice.sent(chat.REJOIN_SECONDS + 9)
+
+
+def test_a_text_for_a_channel_that_cannot_be_joined_now_is_left_to_the_user():
+    alice = Elsewhere(join=["#c"])
+    alice.core.disconnected()
+    alice.core.connected()
+    alice.hears("001 alice :x", "004 alice x ircd a b", "471 alice #c :Cannot join channel (+l)")
+    alice.types("hi")
+    assert alice.kinds("failed") == ["you are not in #c: hi; /retry sends it, /cancel drops it"]
+    alice.types("/retry", "/join #c")
+    assert alice.sent().count("JOIN #c") > 1
 
 
 @pytest.mark.parametrize("params", ["JOIN :You have not registered", ":Connection not registered"])
@@ -16884,6 +17481,7 @@ NO_MESSAGE_IS_REFUSED = [
     "478 alice #lobby b :Channel list is full",
     "482 alice #lobby :You're not channel operator",
     "442 alice #lobby :You're not on that channel",
+    "403 alice #lobby :No such channel",
     "470 alice #lobby ##lobby :Forwarding to another channel",
     "435 alice alice2 #lobby :Cannot change nickname while banned",
     "447 alice :Can not change nickname while on #lobby",
@@ -17533,6 +18131,7 @@ def test_a_message_to_another_conversation_is_told_where_the_user_looks():
         busy=False,
         pump=chat.do_nothing,
         leaves=chat.do_nothing,
+        refused={},
     )
     desk.core.send("#rust", "shall we have tea?")
     desk.tell(*desk.core.take_views())
@@ -17803,7 +18402,7 @@ def test_a_reaction_is_shown_when_the_server_has_taken_it():
 
 
 def test_typing_is_told_although_a_message_is_left_to_the_user():
-    there = Elsewhere(caps="message-tags")
+    there = Elsewhere(caps="message-tags echo-message")
     there.types("x")
     there.sent(9)
     (id,) = there.core.outbox.waiting
@@ -17811,6 +18410,42 @@ def test_typing_is_told_although_a_message_is_left_to_the_user():
     there.core.typing(there.core.room, "active")
     there.core.flush()
     assert there.sent() == ["@+typing=active TAGMSG #lobby"]
+
+
+@pytest.mark.parametrize("caps", ["", " batch labeled-response"])
+def test_an_error_about_typing_is_not_shown_and_of_no_message(caps):
+    there = Elsewhere(caps=f"message-tags echo-message{caps}")
+    there.core.typing(there.core.room, "active")
+    there.core.flush()
+    (line,) = there.sent()
+    there.types("hi")
+    there.sent()
+    there.views.clear()
+    label = "@label=typing " * ("label=typing" in line)
+    there.hears(f"{label}:irc.example 404 alice #lobby :Cannot send to channel")
+    assert there.views == [] and len(there.core.outbox.waiting) == 1
+    there.hears(f"@label={[*there.core.outbox.waiting][0]} :irc.example 404 alice #lobby :No")
+    assert there.kinds("failed") == ["#lobby: No: hi"]
+
+
+def test_an_error_about_a_message_after_typing_that_was_taken_is_of_the_message():
+    there = Elsewhere(caps="message-tags echo-message")
+    there.core.typing(there.core.room, "active")
+    there.core.flush()
+    there.types("hi")
+    there.sent()
+    there.hears("@+typing=active :alice!u@h TAGMSG #lobby", "404 alice #lobby :No colours")
+    assert there.kinds("failed") == ["#lobby: No colours: hi"]
+
+
+@pytest.mark.parametrize("caps", ["", " echo-message", " echo-message batch labeled-response"])
+def test_an_error_about_a_reaction_is_shown_and_of_no_message(caps):
+    there = Elsewhere(caps=f"message-tags{caps}")
+    there.hears("@msgid=5 :bob!u@h PRIVMSG #lobby :yo")
+    there.types("/react +1", "hello")
+    label = "@label=reaction " * ("label=reaction" in there.sent(9)[0])
+    there.hears(f"{label}:irc.example 404 alice #lobby :Cannot send to channel")
+    assert there.kinds("failed") == [] and "Cannot send" in there.kinds("server text")[-1]
 
 
 def test_typing_is_passed_on_and_not_kept():
@@ -19873,21 +20508,45 @@ def test_a_slow_reader_is_closed_after_a_while(running, monkeypatch):
     assert speaker.line() == f"stuck ({stuck.here()}) left the chat!"
 
 
+def test_too_many_connections_of_http_are_told_with_a_status(running, monkeypatch):
+    monkeypatch.setattr(chat, "is_loopback", lambda host: False)
+    monkeypatch.setattr(chat, "WEB_PER_ADDRESS", 2)
+    server = running()
+    request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        pages = [
+            stack.enter_context(socket.create_connection(server.address, PATIENCE))
+            for _ in range(3)
+        ]
+        for page in pages:
+            page.sendall(request)
+            status = page.recv(12)
+        assert status == b"HTTP/1.1 503"
+
+
 def test_too_many_connections_are_told_which_limit(running, monkeypatch):
     monkeypatch.setattr(chat, "is_loopback", lambda host: False)
     server = running(max_per_address=2)
     first, _ = server.guest("a"), server.guest("b")
-    refused = server.guest()
-    assert refused.rest().decode() == (
-        "* too many connections from 127.0.0.1: 2 at most (--max-per-address); try again later\n"
-    )
-    first.line()
+    text = "too many connections from 127.0.0.1: 2 at most (--max-per-address); try again later"
+    first.until("b (")
+    for line, told in (("carol\n", f"* {text}\n"), ("NICK d\r\n", f"ERROR :{text}\r\n")):
+        refused = server.guest()
+        refused.send(line)
+        assert refused.rest().decode() == told
+    with socket.create_connection(server.address, PATIENCE) as page:  # it has a count of its own
+        page.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert page.recv(12) == b"HTTP/1.1 200"
     first.send("/quit\n")
     assert first.rest() == b""
     first.close()
-    while (guest := server.guest()).file.readline() != chat.GREETING:
-        pass  # until the server has seen the first one go
-    assert guest
+    turned_away = []  # they do not count while they are still here
+    while True:  # until the server has seen the first one go
+        guest = server.guest()
+        turned_away.append(guest)
+        guest.send("eve\n/names\n")
+        if "too many" not in guest.line():
+            break
 
 
 def test_a_client_that_is_lost_while_leaving_is_counted_off_once(loop):
@@ -20188,6 +20847,23 @@ def test_kline_is_for_server_operators(line):
 def test_kline_needs_to_know_whom(line):
     house = operated()
     assert [x.verb for x in asked(house, "root", line)] == ["461"]
+
+
+@pytest.mark.parametrize("mask", ["10.0.0.0/8", "*!*@10.0.0.0/8", "2001:db8::/32", "m:10.0.0.0/8"])
+def test_a_network_with_a_size_is_no_mask(mask):
+    house = operated()
+    assert [x.verb for x in asked(house, "root", f"MODE #a +b {mask}")] == ["696"]
+    assert not house.hub.channels["#a"].lists["b"]
+    asked(house, "root", f"KLINE {mask} 10 x")
+    assert not house.hub.bans or mask[0] == "m"
+
+
+@pytest.mark.parametrize("line", ["WHO {}", "LIST {}", "VERSION {}", "MODE #a +bb {} {}"])
+def test_compiling_masks_costs_what_it_takes(line):
+    house = operated()
+    house.hub.take_work()
+    house.say("root", line.format("*a" * 100, "*b" * 100))
+    assert house.hub.take_work() > 2000
 
 
 @pytest.mark.parametrize("minutes", ["-1", "99999999999999999999999"])
@@ -24459,6 +25135,37 @@ def test_rows_of_one_segment_are_in_its_order_in_the_window_too():
     ]
 
 
+def published(engine):
+    """Return the events of the batch that waits, which the window has taken now."""
+    engine.publish()
+    engine.took()
+    return engine.batches.get_nowait()
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_a_reaction_is_shown_that_comes_before_the_window_was_told_of_the_message(segments):
+    options = chat.ClientOptions("alice", chat.parse_target("irc://127.0.0.1:1"))
+    engine = gui_client.Engine(options, chat.do_nothing)
+    engine.show(engine.core.connected())
+    caps = ":s CAP * LS :message-tags\r\n:s CAP * ACK :message-tags\r\n"
+    joined = f"{caps}:s 001 alice :Welcome\r\n:alice!u@h JOIN #lobby\r\n"
+    engine.show(engine.core.feed(joined.encode()))
+    published(engine)
+    lines = (
+        b"@msgid=m1 :bob!u@h PRIVMSG #lobby :tea?\r\n",
+        b"@+draft/react=\xf0\x9f\x91\x8d;+draft/reply=m1 :carol!u@h TAGMSG #lobby\r\n",
+    )
+    for data in lines if segments == 2 else [b"".join(lines)]:
+        engine.show(engine.core.feed(data))
+    rows = [
+        row
+        for event in published(engine)
+        for row in (event.rows if isinstance(event, gui_client.Rows) else ())
+    ]
+    assert rows[-1].view.text == "tea?"
+    assert rows[-1].reactions == (("\U0001f44d", ("carol",)),)
+
+
 @pytest.mark.parametrize(
     "text, called",
     [
@@ -24487,6 +25194,11 @@ def test_a_message_for_the_user_stands_out(called):
         ("(http://a.example) and HTTP://b", ["http://a.example", "HTTP://b"]),
         ("<https://a.example/x>, https://b.example!", ["https://a.example/x", "https://b.example"]),
         ("www.example.org/x, www. and www.", ["www.example.org/x"]),
+        (
+            "(https://a.example/x_(y)), www.b.example/(z)",
+            ["https://a.example/x_(y)", "www.b.example/(z)"],
+        ),
+        ("https://a.example/x) http://b/(y", ["https://a.example/x", "http://b/(y"]),
         ("https://", []),
         ("javascript:alert(1) file:///etc/passwd", []),
     ],
@@ -24541,9 +25253,10 @@ def test_the_title_and_the_status_line_say_how_things_stand():
     )
     assert gui_client.status_text(broken, 10.0) == "here:1: refused; trying again in 4 s"
     assert gui_client.status_text(None, 0) == "not connected"
-    assert gui_client.waiting_text(server._replace(waiting=2, parked=1)) == (
-        "2 messages waiting, 1 not sent"
-    )
+    assert [
+        gui_client.waiting_text(server._replace(waiting=waiting, parked=parked))
+        for waiting, parked in ((0, 0), (2, 0), (3, 1), (1, 1))
+    ] == ["", "2 messages waiting", "2 messages waiting, 1 message not sent", "1 message not sent"]
 
 
 def test_the_last_names_and_servers_are_remembered_in_a_private_file(tmp_path):
@@ -24868,6 +25581,49 @@ def test_a_paste_of_several_lines_shows_what_will_be_sent(running, window):
     assert alice.compose.content == "one two three" and not alice.banner.shown
 
 
+def test_a_paste_of_several_lines_is_an_answer_if_one_was_begun_and_its_banner_goes_with_it(
+    running, window
+):
+    server = running()
+    bob = tagger(server, "bob", "JOIN #lobby")
+    alice = at_home(window(server.address))
+    bob.send("PRIVMSG #lobby :one line or two?\r\n")
+    see(alice, "or two?\n")
+    banner, reply = alice.banner, "Reply to bob: one line or two?"
+    alice.root.clipboard_clear()
+    alice.root.clipboard_append("one\ntwo")
+
+    def told():
+        return banner.label.cget("text") if banner.shown else ""
+
+    press(alice, "Alt-r")
+    alice.compose.event_generate("<<Paste>>")
+    assert told() == "2 lines: sent as 1 message"
+    press(alice, "Escape")
+    assert told() == reply and alice.writing.reply
+    alice.compose.event_generate("<<Paste>>")
+    press(alice, "Return")
+    assert told() == "" and alice.writing.reply is None
+    see(alice, "\u21b3 bob: one line or two?\none\n")
+    alice.compose.event_generate("<<Paste>>")
+    press(alice, "Return")
+    assert told() == ""
+    alice.compose.event_generate("<<Paste>>")
+    alice.rooms.open_private("bob")
+    pump(alice, lambda: alice.model.room.name == "bob")
+    assert told() == "" and alice.compose.content == ""
+
+
+def test_a_long_paste_is_kept_until_there_is_a_connection_to_send_it(window, monkeypatch):
+    alice = window(name="")
+    alice.card.hide()
+    monkeypatch.setattr(alice.compose, "selection_get", lambda selection: "word " * 20_000)
+    alice.compose._paste("CLIPBOARD")
+    alice.banner.buttons.winfo_children()[0].invoke()
+    assert alice.banner.shown and alice.card.shown
+    assert alice.card.error.cget("text") == gui_client.NOT_SENT
+
+
 def test_a_message_that_was_taken_back_is_not_in_the_window_any_more(running, window):
     server = running()
     guest = tagger(server, "bob", "JOIN #lobby")
@@ -25119,8 +25875,35 @@ def test_the_field_keeps_drafts_completes_and_survives_emoji(running, window):
     alice.card.name.event_generate("<<Paste>>")
     assert alice.card.name.content == "pasted and 🙂"  # in place of the name
     alice.card.hide()
-    press(alice, "Key-x", alice.transcript.text)
-    assert field.content == "pastedx"
+
+
+def test_what_is_typed_or_pasted_in_a_part_that_takes_no_text_is_written_in_the_field(
+    running, window
+):
+    server = running()
+    bob = server.guest("bob")
+    alice = at_home(window(server.address))
+    field, tree = alice.compose, alice.sidebar.tree
+    pump(alice, lambda: here(alice) == ["alice", "bob"])
+    bob.send("/tell alice psst\n")
+    pump(alice, lambda: len(sidebar(alice)) == 2)
+    alice.show_page("a page", "as /list has one, which comes while the user types on")
+    alice.root.clipboard_clear()
+    alice.root.clipboard_append("y")
+    for widget in (alice.transcript.text, alice.panel.text, alice.people.tree, tree):
+        field.set("")
+        for key in ("Key-x", "Key-space", "<Paste>"):
+            press(alice, key, widget)
+        alice.root.update()
+        assert field.content == "x y" and alice.root.focus_get() is field
+    field.set("")
+    alice.root.update()
+    x, y, width, height = tree.bbox(tree.get_children(tree.get_children()[0])[1])
+    for kind in ("ButtonPress", "ButtonRelease"):
+        tree.event_generate(f"<{kind}-1>", x=x + width // 2, y=y + height // 2)
+    pump(alice, lambda: alice.model.room.name == "bob")
+    alice.root.focus_get().event_generate("<Key-h>")
+    assert field.content == "h"
 
 
 def test_names_channels_commands_and_emoji_are_completed(running, window):
@@ -25629,15 +26412,17 @@ def test_a_certificate_that_is_not_trusted_is_a_question(running, window, certif
 
 def test_tab_goes_through_the_card_from_top_to_bottom(window):
     alice = window(name="")
-    card, tops = alice.card, []
+    card, tops, kinds = alice.card, [], set()
     alice.root.update()
     widget = card.name
     while widget.winfo_rooty() not in tops and len(tops) < 20:
         tops.append(widget.winfo_rooty())
+        kinds.add(widget.winfo_class())
         widget = widget.tk_focusNext()
         if widget.master not in (card.body, card.buttons):
             break
     assert len(tops) >= 7 and tops == sorted(tops)
+    assert kinds == {"Text", "TCheckbutton", "TEntry", "TButton"}  # what shows that it has the keys
 
 
 def test_an_account_is_registered_and_logged_in_to_and_a_server_given_its_password(running, window):
@@ -25680,6 +26465,27 @@ def test_a_server_that_wants_an_answer_of_the_user_is_answered_in_the_dialog(run
     see(alice, "sent when I am in")
 
 
+@pytest.mark.parametrize("asks", ["server", "engine"])
+def test_a_dialog_that_the_user_did_not_ask_for_waits_until_nothing_is_typed(window, asks):
+    alice = window(name="")
+    alice.card.hide()
+    alice.root.update()
+    alice.compose.insert("insert", "a sentence that is not")
+    alice.root.update()
+    if asks == "server":
+        server = gui_client.Server(1, "here:1", "alice", status="you are banned", statuses=1)
+        alice._take_servers(gui_client.Servers((server,)))
+    else:
+        alice.ended("you are banned")
+    alice.root.update()
+    assert not alice.card.shown
+    press(alice, "Key-x")
+    assert alice.compose.content == "a sentence that is notx"
+    pump(alice, lambda: alice.card.shown)
+    assert alice.card.error.cget("text") == "you are banned"
+    assert time.monotonic() - alice.writing.edited_at >= gui_client.IDLE_SECONDS
+
+
 def test_no_text_is_lost_when_a_conversation_or_the_engine_goes(running, window):
     server = running()
     alice = at_home(window(server.address))
@@ -25699,6 +26505,7 @@ def test_no_text_is_lost_when_a_conversation_or_the_engine_goes(running, window)
     pump(alice, lambda: alice.model.engine is None)
     held = [alice.compose.content, *alice.compose.editor.typed]
     assert "too late?" in held
+    pump(alice, lambda: alice.card.shown)
     assert "your text is kept" in alice.card.error.cget("text") or "ended" in (
         alice.card.error.cget("text")
     )
@@ -26421,7 +27228,12 @@ def test_a_picture_is_sent_by_a_key_and_seen_saved_and_opened_in_another_window(
     body = (tmp_path / "tea.png").read_bytes()
     assert (tmp_path / "down" / "tea.png").read_bytes() == body
     assert pathlib.Path(opened[0]).read_bytes() == body and opened[0].endswith("/tea.png")
-    bob.messages.act("picture", row)
+    x, y, *_ = text.bbox(text.image_names()[0])
+    pointer, acts = bob.transcript.pointer, []
+    act, pointer.acted = pointer.acted, lambda what, row: acts.append(what) or act(what, row)
+    for right in (330, 5):  # beside it and on it
+        text.event_generate("<ButtonRelease-1>", x=x + right, y=y + 5)
+    assert acts == ["picture"]
     pump(bob, lambda: bob.files.picture)
     assert bob.files.picture.image.width() == 640
     press(bob, "Escape", bob.files.picture.canvas)
@@ -26502,6 +27314,21 @@ def test_few_pictures_are_kept_and_the_page_is_as_high_with_them_as_without(wind
         len(page.text.image_names()) == len(page.pictures.images) - 1 and height_of(alice) == height
     )
     pump(alice, lambda: set(page.text.image_names()) == set(page.pictures.images))
+
+
+def test_a_picture_that_is_fetched_twice_stays_in_sight(window):
+    alice, data = window(name=""), drawn_png(60, 90)
+    page = alice.transcript
+    tag = f"/files/{7:032x},image/png,{len(data)},60,90"
+    picture = gui_client.Picture(0, chat.parse_file_tag(tag), data)
+    page.pictures.wants = lambda files: files and page.pictures.take(picture)
+    row = gui_client.Row(said("", time=EIGHT, file=tag))
+    page.reset(gui_client.Rows(1, gui_client.RESET, (row,)))
+    pump(alice, page.text.image_names)
+    page.pictures.take(picture)
+    pump(alice, lambda: not page.pictures.arrived)
+    (name,) = page.text.image_names()
+    assert page.text.image_cget(name, "image") == str(page.pictures.images[picture.file.path])
 
 
 def test_a_picture_that_cannot_be_shown_has_a_card_with_the_reason(running, window, tmp_path):
@@ -26773,9 +27600,10 @@ PAGE_STATE = "JSON.stringify([state.phase, state.why, state.outbox, allRooms().m
 
 
 class Tab:
-    """A tab with the page of a server, as large as a phone unless told otherwise."""
+    """A tab with the page of a server, as large as a phone unless told otherwise. `before` is a
+    script that runs before those of the page."""
 
-    def __init__(self, browser, context, url, width=360, height=640, dark=False):
+    def __init__(self, browser, context, url, width=360, height=640, dark=False, before=""):
         self.browser, self.context, self.url = browser, context, url
         made = browser.ask("Target.createTarget", url="about:blank", browserContextId=context)
         self.target = made["targetId"]
@@ -26788,6 +27616,7 @@ class Tab:
         self.ask("Emulation.setTouchEmulationEnabled", enabled=width < 720)
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", features=[theme])
+        self.ask("Page.addScriptToEvaluateOnNewDocument", source=before)
         self.go(url)
 
     def ask(self, method, **params):
@@ -27651,6 +28480,150 @@ def test_a_taken_name_is_asked_for_again(running, browse):
     tab.until("state.phase === 'online' && state.me === 'anne'")
 
 
+# Other browsers, as far as this one can be made to behave like them
+
+REFUSED = "new DOMException('', 'SecurityError')"  # where a browser keeps nothing of a page
+NO_LOCKS = f"navigator.locks.request = () => Promise.reject({REFUSED})"
+NO_CHANNEL = f"self.BroadcastChannel = function () {{ throw {REFUSED}; }}"
+NO_DATABASE = "Object.defineProperty(self, 'indexedDB', { value: undefined })"
+NO_FILES_KEPT = """
+const put = IDBObjectStore.prototype.put;
+IDBObjectStore.prototype.put = function (row) {
+  return row.blob ? this.transaction.abort() : put.call(this, row);
+};
+"""  # as WebKit does in private windows
+NO_DIALOG = "for (const one of ['showModal', 'close']) delete HTMLDialogElement.prototype[one]"
+
+
+@pytest.mark.parametrize("before", [NO_LOCKS, NO_CHANNEL, NO_DATABASE, NO_DIALOG])
+def test_the_page_talks_also_where_a_browser_refuses_what_it_would_like(running, browse, before):
+    server = with_page(running)
+    tab = browse(server.address, before=before).enter("anna")
+    tab.say("hello")
+    server.guest("bob").send("hello anna\n")
+    tab.wait_for("hello", "hello anna")
+    tab.until("!state.outbox.length")
+
+
+def test_a_sheet_is_closed_by_escape_and_out_of_sight_where_dialogs_are_unknown(running, browse):
+    tab = browse(with_page(running).address, before=NO_DIALOG, width=1200).enter("anna")
+    tab.until("getComputedStyle($('sheet')).display === 'none'")
+    tab.js("settingsSheet()")
+    tab.until("getComputedStyle($('sheet')).display === 'block'")
+    tab.key("Escape", 27)
+    tab.until("getComputedStyle($('sheet')).display === 'none'")
+
+
+@pytest.mark.parametrize("before", [NO_DATABASE, NO_FILES_KEPT])
+def test_a_file_is_sent_also_where_a_browser_keeps_no_files(running, browse, folder, before):
+    tab = browse(with_page(running, data=folder).address, before=before).enter("anna")
+    (folder / "tea.bin").write_bytes(os.urandom(1000))
+    tab.choose(folder / "tea.bin")
+    tab.press("Send")
+    tab.wait_for("tea.bin (")
+    tab.until("!state.outbox.length")
+
+
+def test_a_database_that_the_browser_closes_is_opened_again(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    tab.say("before")
+    tab.until("!state.outbox.length")
+    tab.js("void (self.first = indexed, indexed.close(), indexed.onclose())")
+    tab.until("indexed && indexed !== first")
+    tab.say("after")
+    tab.until("!state.outbox.length")
+    assert tab.rows()[-1] == "after"
+
+
+def test_a_row_stays_where_it_is_while_older_ones_are_drawn_above_it(running, browse):
+    server = with_page(running)
+    tab = browse(server.address).enter("anna")
+    server.guest("bob").send("".join(f"history {n} {'words ' * (n % 40)}\n" for n in range(250)))
+    tab.wait_for("history 249")
+    tab.go(tab.url)
+    tab.until("state.phase === 'online' && !room('#lobby').behind")
+    step = """(async () => {
+      const frames = () => new Promise((done) => setTimeout(() => afterFrame(done), 60));
+      const at = log.getBoundingClientRect().top + 200;
+      const row = document.elementFromPoint(180, at)?.closest('.row');
+      const before = row?.getBoundingClientRect().top;
+      log.scrollTop -= 300;
+      await frames();
+      return [log.scrollTop, row?.isConnected ? row.getBoundingClientRect().top - before : null];
+    })()"""
+    moved = [tab.js(step) for _ in range(40)]
+    steps = [by for top, by in moved if top > 0 and by is not None]
+    assert len(steps) > 20 and all(298 <= by <= 302 for by in steps), moved
+
+
+def test_a_log_in_outlives_a_break_and_comes_one_after_the_other(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("act('signUp', 'sesame street')")
+    log_in = "act('logIn', 'anna', 'sesame street')"
+    for code in (
+        f"leader.wait = 500; {log_in}; setTimeout(() => leader.closed(), 100)",
+        f"{log_in}; {log_in}",
+    ):
+        tab.until("state.account === 'anna' && setting('login')")
+        tab.js("act('logOut')")
+        tab.until("state.phase === 'online' && !state.account")
+        tab.js(code)
+    tab.until("state.account === 'anna'")
+
+
+def test_a_message_that_is_sent_again_waits_no_more_when_it_has_arrived(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("""(async () => {
+      const own = newId(), drawn = () => new Promise((done) => setTimeout(done, 500));
+      await say('#lobby', 'twice', { own });
+      await drawn();
+      await say('#lobby', 'twice', { own });
+      await drawn();
+    })()""")
+    tab.until("!state.outbox.length && $('waiting').innerText === ''", patience=2)
+    assert tab.rows().count("twice") == 1
+
+
+def test_who_closes_the_first_sheet_is_told_and_can_join_later(running, browse):
+    tab = browse(with_page(running).address)
+    tab.until("$('sheet').open")
+    tab.js("closeSheet()")
+    tab.until("$('phase').textContent === 'Not joined'")
+    tab.js("settingsSheet()")
+    tab.press("Name")
+    tab.enter("anna")
+
+
+def test_a_transparent_picture_is_shrunk_onto_white(running, browse):
+    tab = browse(with_page(running).address).enter("anna")
+    tab.js("""(async () => {
+      const canvas = el('canvas', { width: 400, height: 400 }), paper = canvas.getContext('2d');
+      for (let n = 0; n < 40000; n++) {
+        paper.fillStyle = `hsl(${Math.random() * 360}, 80%, 50%)`;
+        paper.fillRect(200 + Math.random() * 200, Math.random() * 400, 1, 1);
+      }
+      const blob = await new Promise((done) => canvas.toBlob(done));
+      offer(new File([blob], 'logo.png', { type: 'image/png' }));
+    })()""")
+    tab.until("document.querySelector('#sheet img')?.complete")
+    colour = tab.js("""(() => {
+      const canvas = el('canvas', { width: 400, height: 400 }), paper = canvas.getContext('2d');
+      paper.drawImage(document.querySelector('#sheet img'), 0, 0);
+      return [...paper.getImageData(20, 20, 1, 1).data];
+    })()""")
+    assert min(colour) > 250, colour
+
+
+def test_return_that_ends_a_composition_sends_nothing(running, browse):
+    tab = browse(with_page(running).address, width=1200).enter("anna")
+    for code, sent in ((229, False), (13, True)):
+        event = (
+            f"new KeyboardEvent('keydown', {{ key: 'Enter', keyCode: {code}, cancelable: true }})"
+        )
+        assert tab.js(f"field.value = 'tea'; field.dispatchEvent({event})") != sent
+
+
 # ======================================================================================
 # MAIN
 # ======================================================================================
@@ -28040,9 +29013,18 @@ WRONG_COMMAND_LINES = [  # the status, and what is said
     (["client", "alice", "--sasl", "OAUTH"], 2, "SCRAM-SHA-256, EXTERNAL and PLAIN"),
     (["client", "a" * 65], 1, "a name has at most 64 bytes"),
     (["server", "--oper", "boss:@/dev/null"], 1, "the password in /dev/null is empty"),
+    (["server", "--data", "none", *["--oper", "boss:x"] * 2], 1, "--oper boss is given twice"),
     (["client", "alice", "--login"], 1, "no password was typed; it can be given as @FILE"),
     (["dance"], 2, "invalid choice"),
 ]
+
+
+def test_a_password_in_a_file_is_one_line(tmp_path):
+    path = tmp_path / "word"
+    for content, valid in (("pass\xa0word\n", True), ("a\nb\n", False), ("a\0b", False)):
+        path.write_text(content)
+        with contextlib.nullcontext() if valid else pytest.raises(chat.Unusable, match="one line"):
+            assert chat.read_secret(path) == content.strip()
 
 
 def test_a_wrong_command_line_is_one_clear_line_and_no_traceback():
