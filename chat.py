@@ -1491,8 +1491,9 @@ class Throttle:
 
     def wait(self, host: str, subject: str, now: int) -> int:
         """Return the seconds until the next allowed attempt; 0 for at once. `now` is in ms."""
-        own = LOGIN_TRIES_SERVER if subject[:1] == "*" else self.most
-        for one, most in ((subject, own), (None, self.most_an_address)):
+        is_account = not subject.startswith("*")  # else see SERVER_PASSWORD
+        most_of_subject = self.most if is_account else LOGIN_TRIES_SERVER
+        for one, most in ((subject, most_of_subject), (None, self.most_an_address)):
             if self.count(host, one, now) >= most:
                 _, until = self.failures[self.key(host, one)]
                 return (until - now) // 1000 + 1
@@ -1737,6 +1738,9 @@ class Grants(dict[str, Grant]):
         return one.user.identity
 
 
+# Sessions and users
+
+
 class SessionContext:
     """The objects and settings that all sessions of one server share."""
 
@@ -1776,7 +1780,7 @@ class SessionContext:
     def act(self, name: str, *values: Any, then: Callable = do_nothing) -> None:
         """Do an act of the server itself, which cannot be refused; call then(its result)."""
         if self.cluster:
-            return self.cluster.ask(None, name, values, then, None)
+            return self.cluster.ask(None, name, values, then)
         return then(self.hub.perform(name, 0, *values))
 
 
@@ -1857,8 +1861,8 @@ class User:
         self.invitations: "dict[Channel, bool]" = {}  # whether an operator gave it
         self.metadata: dict[str, str] = {}
         self.since = now  # milliseconds since 1970
-        self.spoke = 0  # Hub.ticks
-        self.last_time = 0
+        self.spoke = 0  # Hub.ticks of the last message
+        self.last_time = 0  # of an event for this user, see Audience.stamp()
         self.set_source(source)
 
     @property
@@ -1938,6 +1942,9 @@ class FormerUser(NamedTuple):
     realname: str
     time: int
     key: str = ""  # of the name; earlier versions stored none
+
+
+# Ranks, modes and masks
 
 
 RANKS = "qaohv"  # of members, the highest first: owner, admin, operator, half-operator, voice
@@ -2117,6 +2124,9 @@ def channel_password(word: str, salt: str) -> ChannelPassword:
     return ChannelPassword(salt, hashlib.sha256(f"{salt} {word}".encode()).hexdigest(), word)
 
 
+# Channels and audiences
+
+
 class Audience:
     """The receivers of an event: channels, users or sessions, resolved when the turn is written.
     Audiences are compared by identity: the events of one are encoded and joined together."""
@@ -2211,7 +2221,7 @@ class Channel:
         self.private = False  # it was +i, +k or +s at some time
         self.metadata: dict[str, str] = {}
         self.lists: dict[str, dict[str, Mask]] = {letter: {} for letter in MASK_LISTS}
-        self.last_time = 0
+        self.last_time = 0  # of an event in it, see Audience.stamp()
 
     def set_name(self, name: str) -> None:
         """Set the name. Events that are logged already keep their audience, under the old name."""
@@ -2497,6 +2507,9 @@ class Conversation(Audience):
             raise Refused("NEED_ACCOUNT", text, partner.name)
 
 
+# Sessions with a connection to this process
+
+
 class Awaited:
     """An act or job that a line of a session waits for."""
 
@@ -2651,7 +2664,7 @@ class LocalSession(Session):
             job.then(result)
         except Refused as refusal:
             self.refuse(refusal)
-        self.mark_answer(whole=not self.deferred and self.unfinished is None)
+        self.mark_answer()
         if self.waits or self.jobs:
             self.wait_for_acts()
 
@@ -2705,7 +2718,7 @@ class LocalSession(Session):
                 ask.then(result)
         except Refused as refusal:
             self.refuse(refusal)
-        self.mark_answer(whole=not self.deferred and self.unfinished is None)
+        self.mark_answer()
         if self.site.flood:
             self.conn.charge(self.site.hub.take_work())
         if self.waits:
@@ -2737,13 +2750,18 @@ class LocalSession(Session):
         except Refused as refusal:
             self.unfinished = None
             self.refuse(refusal)
-        self.mark_answer(whole=not self.deferred and self.unfinished is None)
+        self.mark_answer()
 
     def resume_answer(self) -> None:
         """Prepare to send more of an answer in a later turn. For labels."""
 
-    def mark_answer(self, whole: bool) -> None:
-        """Mark what has been sent of an answer; `whole` if that is all. For labels."""
+    def mark_answer(self) -> None:
+        """Mark what has been sent of an answer. For labels."""
+
+    @property
+    def has_answered(self) -> bool:
+        """True if the answer to the present line is whole: it waits for nothing, and has ended."""
+        return not self.deferred and self.unfinished is None
 
     # Sending
 
@@ -2801,6 +2819,9 @@ def in_steps(function: Callable[..., Steps]) -> Callable[..., None]:
         step(then=functools.partial(go_on, steps))
 
     return functools.wraps(function)(lambda *values: go_on(function(*values)))
+
+
+# The log of a turn
 
 
 def attempt_line(encode: Callable[[], bytes], report: Callable) -> bytes:
@@ -3307,6 +3328,9 @@ class Node(NamedTuple):
 def node_of(session_id: int) -> int:
     """Return the start of the node that a session is connected to."""
     return session_id >> SESSION_BITS
+
+
+# The Hub
 
 
 ACTS: dict[str, Callable] = {}
@@ -4963,7 +4987,8 @@ def wrong_password(session: LocalSession) -> None:
         session.end("Too many wrong passwords")
 
 
-SERVER_PASSWORD, OPERATOR_PASSWORD = "*pass", "*oper"  # subjects of the throttle
+# Subjects of the throttle that are no accounts
+SERVER_PASSWORD, OPERATOR_PASSWORD, MAILED_CODE = "*pass", "*oper", "*mail"
 
 
 def check_server_password(session: LocalSession, given: str) -> bool:
@@ -5085,8 +5110,8 @@ def register_nick(
     accounts, host, ticks = site.hub.accounts, session.conn.limit_key, site.hub.ticks
     by_mail = "email-required" in site.registration
     if by_mail:  # so that no client can fill a stranger's mailbox
-        accounts.throttle.check(host, "*mail", ticks, "TEMPORARILY_UNAVAILABLE", name)
-        accounts.throttle.failed(host, "*mail", ticks)
+        accounts.throttle.check(host, MAILED_CODE, ticks, "TEMPORARILY_UNAVAILABLE", name)
+        accounts.throttle.failed(host, MAILED_CODE, ticks)
     if seconds := accounts.made.wait(host, "", ticks):
         text = f"{ACCOUNTS_MADE} accounts from one address at most; try again in {seconds} s"
         raise Refused("TEMPORARILY_UNAVAILABLE", text, name)
@@ -5330,6 +5355,9 @@ TABLES: dict[str, tuple[type, ...]] = {  # those that are read at the start, and
 }
 
 
+# Opening a database
+
+
 def connect(path: pathlib.Path | None, mode: str) -> sqlite3.Connection:
     """Return a connection that never waits and begins no transaction by itself."""
     address = f"{path.absolute().as_uri()}?mode={mode}" if path else ":memory:"
@@ -5412,6 +5440,9 @@ def open_database(path: pathlib.Path | None) -> sqlite3.Connection:
     except (sqlite3.Error, OSError) as error:
         raise Unusable(f"cannot open the database {path}: {error}") from error
     return db
+
+
+# Reading history
 
 
 def event_of(*row: Any) -> Event:
@@ -5624,6 +5655,9 @@ class History:
                 if name not in found or found[name][1].id < row[0]:
                     found[name] = key, event_of(*row)
         return list(found.values())
+
+
+# The search index
 
 
 class IndexStep(NamedTuple):
@@ -5855,6 +5889,9 @@ class SearchIndex:
                     break  # it cannot be done now; the next start does it
         self.reading.close()
         self.db.close()
+
+
+# Writing
 
 
 class DedupKeys:
@@ -7226,10 +7263,11 @@ class Cluster:
         session: LocalSession | None,
         name: str,
         values: tuple,
-        then: Callable | None,
-        otherwise: Callable | None,
+        then: Callable | None = None,
+        otherwise: Callable | None = None,
     ) -> None:
-        """Send an act into the log; when it comes back, call then() or otherwise()."""
+        """Send an act into the log, for a session or the server itself; when it comes back, call
+        then(its result) or otherwise(the refusal)."""
         if self.stopped:
             return
         ask = Ask(session, name, values, then, otherwise)
@@ -7423,10 +7461,10 @@ class Cluster:
         if not self.hub.cluster:
             files, letters = self.hub.files, MessageIds.new_letters()
             values = self.hub.name, files.most, files.total, self.first_state
-            self.ask(None, "found_cluster", (secrets.token_hex(8), letters, *values), None, None)
+            self.ask(None, "found_cluster", (secrets.token_hex(8), letters, *values))
         site = self.server.site
         started = (self.name, self.epoch, site.web.url, site.address)
-        self.ask(None, "node_started", started, None, None)
+        self.ask(None, "node_started", started)
 
     # Time
 
@@ -7479,7 +7517,7 @@ class Cluster:
             late = (self.now - heard) * 1000 > NODE_SILENT_MS and node.name != self.name
             if late and self.now - self.declared.get(node.epoch, -math.inf) > NODE_BEAT_SECONDS:
                 self.declared[node.epoch] = self.now
-                self.ask(None, "node_gone", (node.name, node.epoch, True), None, None)
+                self.ask(None, "node_gone", (node.name, node.epoch, True))
 
     def figures(self) -> list[str]:
         """Return how this node is doing, for operators."""
@@ -7500,7 +7538,7 @@ class Cluster:
         """Send as the last batch that this node is gone."""
         if self.serving and not self.stopped:
             self.serving, self.leaving = False, True
-            self.ask(None, "node_gone", (self.name, self.epoch, False), None, None)
+            self.ask(None, "node_gone", (self.name, self.epoch, False))
             self.flush()
 
     @property
@@ -7755,6 +7793,9 @@ USER_MODES = {  # letter -> what it is
 NOT_IN_IRC = {0: None, 10: " ", 13: " "}  # what would end a line
 
 
+# Events as lines
+
+
 def irc_bytes(text: str) -> bytes:
     """Return one line as bytes, cut between characters if it is too long (RFC 2812 section 2.3)."""
     if not text.isprintable():
@@ -7944,6 +7985,9 @@ class IrcWires:
             format = self.formats.setdefault(bits, IrcFormat(self.ids, *bits))
             wire = self.wires[key] = IrcWire(key, format)
         return wire
+
+
+# The session
 
 
 irc_command = Commands("")
@@ -8306,7 +8350,7 @@ class IrcSession(LocalSession):
             if self.collected and refusal.code in ("LINE_TOO_LONG", "INVALID_UTF8"):
                 fail_collected(self)
             self.refuse_in_turn(refusal)
-        self.mark_answer(whole=not (self.deferred or self.unfinished))
+        self.mark_answer()
 
     def parse(self, line: bytes) -> Message:
         """Return the parts of a line. Raises Refused."""
@@ -8359,12 +8403,13 @@ class IrcSession(LocalSession):
         super().finish_result(ask, result)
         self.from_service = self.from_service and self.deferred
 
-    def mark_answer(self, whole: bool) -> None:
+    def mark_answer(self) -> None:
         """Label the replies since the answer was begun or resumed. Replies of several lines, or
         with more to come, go into a labelled batch."""
         if self.labelled is None:
             return
-        turn, (label, replies, events, _) = self.site.hub.turn, self.labelled
+        turn, whole = self.site.hub.turn, self.has_answered
+        label, replies, events, _ = self.labelled
         heard = {e.id: count for e in turn.events[events:] if (count := self.count_own_lines(e))}
         count = sum(heard.values()) + sum(count_answers(data) for _, data in self.replies[replies:])
         if self.batch or count > 1 or (count and not whole):
@@ -8431,6 +8476,9 @@ class IrcSession(LocalSession):
         self.own_tags.clear()
         self.withheld.clear()
         self.acks.clear()
+
+
+# Answers of several commands
 
 
 def isupport(site: SessionContext) -> list[str]:
@@ -12040,7 +12088,8 @@ def take_piece(session: WebSession, piece: bytes) -> None:
         return answer_file(session, 413, f"the file has at most {most:,} bytes")
     upload.at += len(piece)
     file = session.site.hub.files.get(upload.id)
-    write = do(session.later, FILE_LANE, do(folder.append, upload.handle, piece), do_nothing)
+    job = functools.partial(folder.append, upload.handle, piece)
+    write = functools.partial(session.later, FILE_LANE, job, do_nothing)
     if upload.total is None and file and upload.at > file.size:
         size = min(most, 2 * upload.at)
         return session.act("resize_file", upload.id, size, then=lambda _: write())
@@ -18633,6 +18682,9 @@ TLS_TROUBLE = "TLS: "  # begins a reason that is the fault of TLS, not of the ne
 HUNG_UP = "the connection was closed"  # in good order, by both sides
 
 
+# Timers
+
+
 class Timer:
     """A callback at a later time, unless cancel() comes first."""
 
@@ -18681,6 +18733,9 @@ class Delay:
                 self.due(item)
         finally:
             self._arm()
+
+
+# Connections
 
 
 def reason_of(error: OSError) -> str:
@@ -19037,7 +19092,10 @@ class Loop:
         self.waker.close()
 
 
-def attempt(job: Callable[[], Any]) -> Any:
+# Helper threads
+
+
+def outcome_of(job: Callable[[], Any]) -> Any:
     """Return the result of job(), or the exception that it raised."""
     try:
         return job()
@@ -19123,12 +19181,15 @@ class Helpers:
     def _work(self, lane: Lane) -> None:
         while work := lane.jobs.get():
             job, then, owner = work
-            done = functools.partial(self._done, lane, owner, then, attempt(job))
+            done = functools.partial(self._done, lane, owner, then, outcome_of(job))
             self.loop.call_soon_threadsafe(done)
 
     def _done(self, lane: Lane, owner: Any, then: Callable[[Any], None], result: Any) -> None:
         lane.done(owner)
         then(result)
+
+
+# The log
 
 
 class LogWriter(logging.Handler):
@@ -19231,6 +19292,9 @@ class ServerOptions(NamedTuple):
     files_keep: float = FILES_DAYS
     motd: pathlib.Path | None = None
     cluster: NodeOptions | None = None  # of a server that is one of several
+
+
+# Addresses and peers
 
 
 def address_text(host: str, port: int) -> str:
@@ -19592,6 +19656,9 @@ class Peer(Connection):
         self.loop.call_soon(functools.partial(self.server.lost, self, reason))
 
 
+# Listeners, and the files that options name
+
+
 class Listener:
     """A socket that accepts connections."""
 
@@ -19832,6 +19899,9 @@ def mail_code(options: ServerOptions, address: str, name: str, code: str) -> Non
         raise Unusable("the mail could not be sent; try again later") from error
 
 
+# Upkeep of the store
+
+
 class SureTime:
     """A time that has surely come, for what cannot be undone. A wall clock may be wrong for a
     while: this is the earliest time by it within SURE_SECONDS on the monotonic clock."""
@@ -19870,15 +19940,15 @@ class Committer:
         self.committed = 0.0  # when, last
         self.sweep()
 
-    def commit(self, hub: Hub) -> bool:
+    def commit(self) -> bool:
         """Store the turn's events, or tell their senders that they are lost. False: try later."""
-        turn = hub.turn
+        turn = self.hub.turn
         if turn.changed:
-            hub.record_changes()
+            self.hub.record_changes()
         if not (turn.to_store or turn.dedup):
             return True
         self.committed = self.loop.now
-        outcome = self.store.commit(turn, self.loop.now, hub.ticks)
+        outcome = self.store.commit(turn, self.loop.now, self.hub.ticks)
         if outcome == BUSY:
             self.loop.call_later(BUSY_RETRY_SECONDS, do_nothing)
             return False
@@ -19916,7 +19986,7 @@ class Committer:
         """Store what is left, at once; return whether the last turn was stored."""
         backlog = self.store.backlog
         backlog.retry_at = 0.0
-        kept = self.commit(self.hub)
+        kept = self.commit()
         if not kept and self.cluster is None:  # another program has the database locked
             backlog.add(self.hub.turn.records, 0.0)
         backlog.retry_at = 0.0
@@ -19964,7 +20034,7 @@ class Committer:
             if old and self.cluster is None:
                 self.store.dedup.forget(old)
             elif old and self.cluster.leads:  # on all nodes; one of them asks for it
-                self.cluster.ask(None, "sweep_dedup", (tuple(old),), None, None)
+                self.cluster.ask(None, "sweep_dedup", (tuple(old),))
         self.loop.call_later(0 if more else SWEEP_SECONDS, self.sweep)
 
     def checkpoint(self) -> None:
@@ -19976,6 +20046,9 @@ class Committer:
                 self.look_after_store()
 
         self.helpers.submit(self, self.store.checkpoint, done)
+
+
+# Files of users
 
 
 class OpenFile:
@@ -20145,6 +20218,9 @@ def web_of(options: ServerOptions, ports: Iterable[int]) -> WebOptions:
     names = {*options.web.hosts, "localhost", options.name.lower(), own, f"{own}.local"}
     ports = frozenset(ports) | options.web.ports
     return options.web._replace(hosts=frozenset(names), ports=ports, address=reached)
+
+
+# Time limits, and the act beat
 
 
 class TimeLimits:
@@ -20387,6 +20463,9 @@ class ActBeat:
         if peer.inbox.pending:
             log.info("%s was reset with more lines than a turn takes: dropped", peer.address)
             peer.inbox.clear()
+
+
+# The server
 
 
 class Server:
@@ -20648,7 +20727,7 @@ class Server:
         session.conn.update()
         done = functools.partial(self.answer, session, then)
         if lane == PAGE_LANE and self.store.path is None:
-            self.loop.call_soon(lambda: done(attempt(job)))
+            self.loop.call_soon(lambda: done(outcome_of(job)))
         else:
             self.jobs.append((session.conn, lane, job, done))
 
@@ -20698,7 +20777,7 @@ class Server:
         if self.cluster:
             self.cluster.flush()
             self.flush_log()
-        if not self.committer.commit(self.hub):
+        if not self.committer.commit():
             return
         turn = self.hub.turn
         if turn.happened:
@@ -20730,7 +20809,7 @@ class Server:
         keys = list(self.store.excess) if self.cluster.leads else []
         self.store.excess.intersection_update(keys)
         if keys and (excess := self.store.excess_of(keys[0])):
-            self.cluster.ask(None, "prune_history", excess, None, None)
+            self.cluster.ask(None, "prune_history", excess)
 
     def deliver(self, turn: Turn) -> None:
         for data, sessions in turn.deliveries(report_bug):

@@ -268,7 +268,7 @@ class FakeHelpers:
         waiting, self.waiting = self.waiting, []
         for job, then, wanted in waiting:
             if wanted():
-                then(chat.attempt(job))
+                then(chat.outcome_of(job))
 
     def close(self):
         return True
