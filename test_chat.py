@@ -15385,7 +15385,7 @@ def test_messages_go_to_the_channel_that_the_server_lets_the_client_join(
     name = name or lines[0].split()[-1]
     assert f"PRIVMSG {name} hello" in alice.sent(20)
     assert list(alice.core.rooms) == [alice.core.fold(name)] and alice.core.here == name
-    assert alice.core.room.inside and alice.core.talk.entering == {}
+    assert alice.core.room.inside and alice.core.talk.joins.unanswered == {}
 
 
 @pytest.mark.parametrize("number", ["480", "926", "485", "495", "500", "609", "471"])
@@ -15395,7 +15395,7 @@ def test_any_error_about_a_channel_to_be_joined_ends_the_wait_with_its_text(numb
     alice.sent(2)
     alice.hears(f"{number} alice #tea :Not today")
     assert "Not today" in alice.kinds("failed")[0] and len(alice.core.outbox.parked) == 1
-    assert alice.core.talk.entering == {}
+    assert alice.core.talk.joins.unanswered == {}
 
 
 SOURCES = [  # source, verb, how it is shown
@@ -18131,7 +18131,7 @@ def test_a_message_to_another_conversation_is_told_where_the_user_looks():
         busy=False,
         pump=chat.do_nothing,
         leaves=chat.do_nothing,
-        refused={},
+        joins=types.SimpleNamespace(refused={}),
     )
     desk.core.send("#rust", "shall we have tea?")
     desk.tell(*desk.core.take_views())
@@ -28556,12 +28556,12 @@ def test_a_row_stays_where_it_is_while_older_ones_are_drawn_above_it(running, br
     tab.go(tab.url)
     tab.until("state.phase === 'online' && !room('#lobby').behind")
     step = """(async () => {
-      const frames = () => new Promise((done) => setTimeout(() => afterFrame(done), 60));
+      const frame = () => new Promise((done) => setTimeout(() => afterFrame(done), 30));
       const at = log.getBoundingClientRect().top + 200;
       const row = document.elementFromPoint(180, at)?.closest('.row');
       const before = row?.getBoundingClientRect().top;
       log.scrollTop -= 300;
-      await frames();
+      for (let last; last !== (last = row?.getBoundingClientRect().top);) await frame();
       return [log.scrollTop, row?.isConnected ? row.getBoundingClientRect().top - before : null];
     })()"""
     moved = [tab.js(step) for _ in range(40)]
