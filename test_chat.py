@@ -26465,6 +26465,39 @@ def test_a_server_that_wants_an_answer_of_the_user_is_answered_in_the_dialog(run
     see(alice, "sent when I am in")
 
 
+def test_a_text_goes_to_no_other_conversation_because_its_own_is_taken_away(running, window):
+    server = running()
+    bob = tagger(server, "bob", "JOIN #tea")
+    alice = at_home(window(server.address))
+    join(alice, "#tea")
+    engine = alice.model.engine
+
+    def begin(text):
+        """Begin an answer in #tea, from which another device or an operator takes the user."""
+        go(alice, "#tea")
+        bob.send("PRIVMSG #tea :and you?\r\n")
+        see(alice, "and you?\n")
+        press(alice, "Alt-r")
+        alice.compose.insert("insert", text)
+        alice.root.update()
+        engine.submit(lambda: engine.show(engine.core.feed(b":alice!u@h PART #tea\r\n")))
+        pump(alice, lambda: alice.model.room.name == "#lobby")
+
+    begin("half of a sen")
+    assert alice.writing.reply is None and not alice.banner.shown
+    alice.compose.insert("insert", "tence")
+    press(alice, "Return")
+    assert alice.compose.content == "half of a sentence" and alice.banner.shown
+    alice.banner.buttons.winfo_children()[0].invoke()
+    see(alice, "half of a sentence\n")
+    assert alice.compose.content == "" and not alice.banner.shown
+    enter(alice, "for all")
+    see(alice, "for all\n")
+    press(alice, "Up")
+    press(alice, "Up")
+    assert alice.compose.content == "half of a sentence"
+
+
 @pytest.mark.parametrize("asks", ["server", "engine"])
 def test_a_dialog_that_the_user_did_not_ask_for_waits_until_nothing_is_typed(window, asks):
     alice = window(name="")
@@ -26491,7 +26524,7 @@ def test_no_text_is_lost_when_a_conversation_or_the_engine_goes(running, window)
     alice = at_home(window(server.address))
     join(alice, "#tea")
     alice.compose.insert("end", "half a thought")
-    alice.model.do("close", alice.model.here)
+    alice.rooms.close_this()
     pump(alice, lambda: alice.model.room.name == "#lobby")
     press(alice, "Up")
     assert alice.compose.content == "half a thought"
